@@ -1,0 +1,87 @@
+"""Fixtures of Multi-head Latent Attention alone, from transformers' DeepseekV3Attention in f32 (eager, causal).
+
+    .venv-reference/bin/python tools/reference/mla.py [CASE ...]
+
+writes packages/attention-mla/fixtures/<case>.safetensors and <case>.json. Tensors (B batch, T time, D hidden, H heads):
+    hidden_states [B, T, D], position_ids [B, T] i32, cos and sin [B, T, rope] (halves repeated, factor of YaRN included),
+    inv_freq [rope / 2], weight.<name> (checkpoint names below self_attn), output [B, T, D],
+    cache.c_kv [B, T, kv_lora] (after its norm) and cache.k_rope [B, T, rope] (after RoPE, adjacent pairs as in the
+    released code), grad_output, grad.hidden_states, grad.weight.<name>.
+"""
+
+import copy
+import sys
+
+import torch
+from fixture_file import ROOT, deterministic, provenance, save_record, save_tensors
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+
+OUT = ROOT / "packages/attention-mla/fixtures"
+BASE = dict(
+    hidden_size=36, num_attention_heads=3, num_key_value_heads=3, q_lora_rank=20, kv_lora_rank=16, qk_nope_head_dim=12,
+    qk_rope_head_dim=8, v_head_dim=10, max_position_embeddings=64, rope_theta=10000.0, rms_norm_eps=1e-5,
+)
+YARN = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, original_max_position_embeddings=4096)
+CASES = {
+    "q-lora": dict(seed=11, config={}, starts=[0, 0], note="with q_lora, plain RoPE"),
+    "no-q-lora": dict(seed=12, config=dict(q_lora_rank=None, rope_theta=50000.0), starts=[0, 3],
+                      note="without q_lora; row 1 starts at position 3"),
+    "yarn": dict(seed=13, config=dict(rope_scaling=dict(YARN, mscale=1.0, mscale_all_dim=1.0),
+                                      max_position_embeddings=163840), starts=[0, 5000],
+                 note="YaRN of DeepSeek-V3; row 1 starts at position 5000"),
+    "yarn-mscale": dict(seed=14, config=dict(rope_scaling=dict(YARN, mscale=0.5, mscale_all_dim=0.8), q_lora_rank=None,
+                                             max_position_embeddings=163840), starts=[7, 0],
+                        note="YaRN with unequal mscale: cos and sin carry their ratio, the softmax scale mscale_all_dim"),
+}
+
+
+def write_case(case):
+    spec = CASES[case]
+    deterministic(spec["seed"])
+    g = torch.Generator().manual_seed(spec["seed"])
+    config = DeepseekV3Config(**{**BASE, **copy.deepcopy(spec["config"])})
+    config._attn_implementation = "eager"
+    attention = DeepseekV3Attention(config, layer_idx=0).eval()
+    rotary = DeepseekV3RotaryEmbedding(config)
+    with torch.no_grad():
+        for name, p in attention.named_parameters():
+            noise = torch.randn(p.shape, generator=g)
+            p.copy_(1 + 0.2 * noise if "norm" in name else 1.5 * noise / p.shape[-1] ** 0.5)
+    batch, time = 2, 10
+    hidden = torch.randn(batch, time, config.hidden_size, generator=g).requires_grad_()
+    positions = torch.tensor(spec["starts"])[:, None] + torch.arange(time)[None]
+    cos, sin = rotary(hidden, positions)
+    causal = torch.full((time, time), float("-inf")).triu(1)[None, None]
+    output, _ = attention(hidden, (cos, sin), causal)
+    grad_output = torch.randn(output.shape, generator=g)
+    output.backward(grad_output)
+
+    with torch.no_grad():
+        c_kv, k_rope = attention.kv_a_proj_with_mqa(hidden).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        c_kv = attention.kv_a_layernorm(c_kv)
+        # The released code turns adjacent elements as complex numbers; transformers stores the same values in halves.
+        pairs = torch.view_as_complex(k_rope.unflatten(-1, (-1, 2)).contiguous())
+        half = config.qk_rope_head_dim // 2
+        turned = torch.view_as_real(pairs * torch.complex(cos[..., :half], sin[..., :half])).flatten(-2)
+    tensors = {
+        "hidden_states": hidden, "position_ids": positions.int(), "cos": cos, "sin": sin, "inv_freq": rotary.inv_freq,
+        "output": output, "cache.c_kv": c_kv, "cache.k_rope": turned, "grad_output": grad_output,
+        "grad.hidden_states": hidden.grad,
+    }
+    tensors |= {f"weight.{k}": v for k, v in attention.named_parameters()}
+    tensors |= {f"grad.weight.{k}": v.grad for k, v in attention.named_parameters()}
+    size = save_tensors(OUT / f"{case}.safetensors", tensors)
+    keys = ["rope_theta", "rope_scaling", *[k for k in BASE if k != "rope_theta"]]
+    given = {**BASE, **spec["config"]}
+    save_record(OUT / f"{case}.json", {
+        "about": spec["note"], **provenance(spec["seed"]), "config": {k: given[k] for k in keys if k in given},
+        "softmaxScale": attention.scaling, "ropeScale": rotary.attention_scaling,
+        "innerNormEps": attention.kv_a_layernorm.variance_epsilon,
+    })
+    print(f"{case}: {size} bytes, softmax scale {attention.scaling:.6f}, rope scale {rotary.attention_scaling:.6f}")
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or CASES:
+        write_case(wanted)
