@@ -1,0 +1,242 @@
+/** @file Reverse-mode differentiation: one walk over the recorded ops, newest first. */
+import type { PrimitiveName } from '../backend.ts'
+import { context, noGrad } from '../context.ts'
+import { MoeError } from '../errors.ts'
+import { Parameter } from '../nn/parameter.ts'
+import { keep, scope } from '../scope.ts'
+import { sameShape, showShape } from '../shape.ts'
+import { full, record, type TapeNode, Tensor, type Vjp } from '../tensor.ts'
+import { rules } from './rules.ts'
+
+export interface BackwardOptions {
+  /** Gradient of the loss with respect to itself; needed when it is not a scalar. Same shape as the loss. */
+  readonly gradient?: Tensor
+  /** Keep the recorded ops and their intermediate results for another walk. */
+  readonly retain?: boolean
+}
+
+/**
+ * Adds d loss / d p to `p.grad` of every trainable parameter p that the loss depends on.
+ *
+ * Frees what was recorded on the way (every intermediate result that is part of the history of the loss, but not the loss); keep a value that you still need
+ * with `detach()` before the call.
+ * @throws MoeError E_NO_GRADIENT when the loss depends on no parameter, E_SHAPE when it is not a scalar and no gradient is given.
+ */
+export function backward(loss: Tensor, options: BackwardOptions = {}): void {
+  walk([loss], [options.gradient ?? seed(loss)], options.retain === true, accumulate)
+  if (options.retain !== true) loss.node = null
+}
+
+/**
+ * Gradients of a scalar loss with respect to the given tensors (recorded intermediates or parameters), without touching any
+ * `.grad`. A tensor on which the loss does not depend gets null.
+ */
+export function gradients(loss: Tensor, of: readonly Tensor[], options: BackwardOptions = {}): Array<Tensor | null> {
+  const found = new Map<Tensor, Tensor>()
+  const wanted = new Set(of)
+  const collect = (leaf: Tensor, gradient: Tensor) => {
+    if (wanted.has(leaf)) add(found, leaf, keep(gradient))
+    else gradient.dispose()
+  }
+  walk([loss], [options.gradient ?? seed(loss)], options.retain === true, collect, wanted)
+  return of.map((tensor) => found.get(tensor) ?? null)
+}
+
+function seed(loss: Tensor): Tensor {
+  if (loss.size !== 1) {
+    throw new MoeError({
+      code: 'E_SHAPE',
+      op: 'backward',
+      problem: `the loss has shape ${showShape(loss.shape)}`,
+      fix: 'reduce it with .mean() or .sum(), or pass { gradient }',
+    })
+  }
+  return full(loss.shape, 1, loss)
+}
+
+function add(map: Map<Tensor, Tensor>, to: Tensor, gradient: Tensor): void {
+  const before = map.get(to)
+  if (before === undefined) {
+    map.set(to, gradient)
+    return
+  }
+  map.set(to, keep(before.add(gradient)))
+  before.dispose()
+  gradient.dispose()
+}
+
+/** Leaves of `backward`: parameters gather their gradient, other tracked leaves drop it. */
+function accumulate(leaf: Tensor, gradient: Tensor): void {
+  if (!(leaf instanceof Parameter)) {
+    gradient.dispose()
+    return
+  }
+  if (leaf.grad === null) {
+    leaf.grad = gradient
+    return
+  }
+  const before = leaf.grad
+  leaf.grad = keep(before.add(gradient))
+  before.dispose()
+  gradient.dispose()
+}
+
+/**
+ * Sends gradients from `outputs` down to the leaves. `onLeaf` takes over each leaf's gradient (kept, it may come several
+ * times per leaf); tensors in `stops` count as leaves as well.
+ */
+function walk(
+  outputs: readonly Tensor[],
+  seeds: ReadonlyArray<Tensor | null>,
+  retain: boolean,
+  onLeaf: (leaf: Tensor, gradient: Tensor) => void,
+  stops?: ReadonlySet<Tensor>,
+): void {
+  const nodes = reachable(outputs)
+  if (nodes.length === 0 && !outputs.some((output) => output instanceof Parameter && output.tracked)) {
+    throw new MoeError({
+      code: 'E_NO_GRADIENT',
+      op: 'backward',
+      problem: 'the loss depends on no trainable parameter that was recorded',
+      fix: 'run the forward pass outside noGrad(), and do not detach() or dispose what leads to the loss',
+    })
+  }
+  const pending = new Map<Tensor, Tensor>()
+  const send = (to: Tensor, gradient: Tensor) => {
+    if (to.node === null) onLeaf(to, gradient)
+    else add(pending, to, gradient)
+  }
+  noGrad(() => {
+    outputs.forEach((output, i) => {
+      const start = seeds[i]
+      if (start !== null) send(output, keep(start.detach()))
+    })
+    const roots = new Set(outputs)
+    for (const node of nodes) {
+      const flowing = node.outputs.map((output) => pending.get(output) ?? null)
+      if (flowing.some((gradient) => gradient !== null)) {
+        const toInputs = scope(() => rule(node)(vjpContext(node), flowing).map((g) => (g === null ? null : detached(g, flowing))))
+        for (let i = 0; i < toInputs.length; i++) {
+          const gradient = toInputs[i]
+          if (gradient === null) continue
+          if (node.inputs[i].tracked) send(node.inputs[i], keep(gradient))
+          else gradient.dispose()
+        }
+      }
+      for (let i = 0; i < flowing.length; i++) {
+        const gradient = flowing[i]
+        if (gradient === null) continue
+        pending.delete(node.outputs[i])
+        if (stops?.has(node.outputs[i])) onLeaf(node.outputs[i], gradient)
+        else gradient.dispose()
+      }
+      if (!retain) release(node, roots)
+    }
+  })
+}
+
+/** A rule may hand a gradient straight through; each consumer must own its handle. */
+function detached(gradient: Tensor, flowing: ReadonlyArray<Tensor | null>): Tensor {
+  return flowing.includes(gradient) || gradient.owner === null ? gradient.detach() : gradient
+}
+
+/** Nodes behind the outputs, newest first: an order in which every consumer comes before what it consumes. */
+function reachable(outputs: readonly Tensor[]): TapeNode[] {
+  const seen = new Set<TapeNode>()
+  const stack: TapeNode[] = []
+  const visit = (tensor: Tensor) => {
+    const { node } = tensor
+    if (node !== null && !seen.has(node)) {
+      seen.add(node)
+      stack.push(node)
+    }
+  }
+  outputs.forEach(visit)
+  for (let node = stack.pop(); node !== undefined; node = stack.pop()) node.inputs.forEach(visit)
+  return [...seen].sort((a, b) => b.id - a.id)
+}
+
+function vjpContext(node: TapeNode) {
+  const { inputs, outputs, attrs } = node
+  return { inputs, outputs, attrs: attrs as never, needs: (i: number) => inputs[i].tracked }
+}
+
+function rule(node: TapeNode): Vjp<never> {
+  const { gradient } = node
+  if (gradient === null) return rules[node.op as PrimitiveName] as Vjp<never>
+  return gradient.vjp ?? ((ctx, flowing) => throughRecording(ctx.inputs, flowing, (inputs) => gradient.decompose(inputs, ctx.attrs)))
+}
+
+function release(node: TapeNode, roots: ReadonlySet<Tensor>): void {
+  for (const output of node.outputs) {
+    if (!roots.has(output)) output.dispose()
+  }
+  node.inputs = []
+  node.outputs = []
+}
+
+/** Runs `fn` once more with recording on and goes back through it. Parameters that it uses beside its inputs gather gradients too. */
+function throughRecording(
+  inputs: readonly Tensor[],
+  flowing: ReadonlyArray<Tensor | null>,
+  fn: (inputs: readonly Tensor[]) => Tensor[],
+): Array<Tensor | null> {
+  const leaves = inputs.map((input) => {
+    const leaf = input.detach()
+    leaf.tracked = input.tracked
+    return leaf
+  })
+  context.recording = true
+  let outputs: Tensor[]
+  try {
+    outputs = fn(leaves)
+  } finally {
+    context.recording = false
+  }
+  const found = new Map<Tensor, Tensor>()
+  const collect = (leaf: Tensor, gradient: Tensor) => {
+    if (leaves.includes(leaf)) add(found, leaf, gradient)
+    else accumulate(leaf, gradient)
+  }
+  const used = outputs.map((_, i) => i).filter((i) => flowing[i] !== null && outputs[i].tracked)
+  if (used.length > 0) {
+    walk(
+      used.map((i) => outputs[i]),
+      used.map((i) => flowing[i]),
+      false,
+      collect,
+    )
+  }
+  return leaves.map((leaf) => found.get(leaf) ?? null)
+}
+
+/**
+ * Runs `fn` without recording its inside, and runs it again during `backward`: the memory of its intermediate results is
+ * traded for a second forward pass. Parameters used inside `fn` get their gradients. `isRecomputing()` is true in the second run.
+ */
+export function checkpoint(fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[]): Tensor {
+  if (!context.recording) return fn(...inputs)
+  const output = scope(() => noGrad(() => fn(...inputs).detach()))
+  const again = (leaves: readonly Tensor[]) => {
+    const before = context.recomputing
+    context.recomputing = true
+    try {
+      return [fn(...leaves)]
+    } finally {
+      context.recomputing = before
+    }
+  }
+  const source = {
+    vjp: (ctx: { inputs: readonly Tensor[] }, flowing: ReadonlyArray<Tensor | null>) =>
+      throughRecording(ctx.inputs, flowing, again),
+    decompose: again,
+  }
+  // The marker is tracked whatever the inputs are, because parameters inside fn may need gradients.
+  const marker = full([], 0, { backend: output.backend })
+  marker.tracked = true
+  record('checkpoint', [...inputs, marker], null, [output], {
+    ...source,
+    vjp: (ctx, flowing) => [...source.vjp({ inputs: ctx.inputs.slice(0, -1) }, flowing), null],
+  })
+  return output
+}

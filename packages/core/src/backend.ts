@@ -1,0 +1,249 @@
+/**
+ * @file The contract between core and a backend: lifecycle, the primitives every backend has, and the fused ops it may have.
+ *
+ * Core owns shapes, dtypes, all validation of user input and autograd. A backend gets inputs that are already checked and
+ * the specs of its outputs, and returns one fresh handle per output. All tensors are contiguous and row-major.
+ *
+ * Rules that hold for every kernel:
+ * - It returns at once or after the work, as it likes; only `download` and `sync` are waited for.
+ * - It never changes an input, except where an op *donates* one (see `setRows` and `adamwStep`).
+ * - It gives the same bits when run twice on the same inputs.
+ * - Sizes of zero are legal everywhere.
+ * - Row indices outside their range (`takeRows`, `scatterAddRows`, `setRows`, cross-entropy targets) are never read or written:
+ *   a gathered row is zeros, a scattered row is dropped, a target contributes no loss.
+ */
+import type { DType, HostArray } from './dtype.ts'
+
+export type Shape = readonly number[]
+
+/** Whatever a backend uses to name a buffer. Core never looks inside. */
+export type Handle = unknown
+
+/** What a backend sees of a tensor. */
+export interface Value {
+  readonly handle: Handle
+  readonly shape: Shape
+  readonly dtype: DType
+}
+
+/** Shape and dtype of an output, inferred by core. */
+export interface TensorSpec {
+  readonly shape: Shape
+  readonly dtype: DType
+}
+
+/** Arithmetic of matrix products: operands rounded to bf16 or kept in f32; accumulation is always f32 or better. */
+export type Precision = 'f32' | 'bf16'
+
+export type UnaryCode =
+  'neg' | 'abs' | 'sign' | 'exp' | 'log' | 'sqrt' | 'rsqrt' | 'sin' | 'cos' | 'tanh' | 'sigmoid' | 'floor'
+export type BinaryCode = 'add' | 'sub' | 'mul' | 'div' | 'max' | 'min' | 'pow'
+export type CompareCode = 'eq' | 'lt' | 'le'
+export type ReduceCode = 'sum' | 'max'
+
+/**
+ * Attributes of each primitive. dtypes: `f32` everywhere; `i32` for neg/abs/sign, all binary codes but pow (div truncates toward zero),
+ * compare, where, fill, reduce, cumsum, and as data of takeRows/scatterAddRows/setRows and of movement; `u8` for compare results,
+ * where conditions, and movement. `bf16`, `f16`, `f8e4m3` only for cast, upload, download, reshape and the other movement ops
+ * (permute, expand, slice, concat, takeRows), and only when listed in `Backend.dtypes`.
+ */
+export interface PrimitiveAttrs {
+  /** `[x] -> [y]`, elementwise. sign(0) = 0. */
+  unary: { readonly code: UnaryCode }
+  /** `[a, b] -> [y]`, numpy broadcasting to `outputs[0].shape`. max/min propagate NaN. i32 division by zero gives 0. */
+  binary: { readonly code: BinaryCode }
+  /** `[a, b] -> [u8]`, numpy broadcasting; any comparison with NaN is 0. */
+  compare: { readonly code: CompareCode }
+  /** `[cond u8, a, b] -> [y]`, numpy broadcasting of all three. */
+  where: Record<never, never>
+  /** `[x] -> [y]` with `outputs[0].dtype`. To integers: truncate toward zero, saturate (u8 to 0..255), NaN to 0. To bf16/f16/f8: nearest even (f8 saturates). */
+  cast: { readonly dtype: DType }
+  /** `[] -> [y]`, every element `value`. */
+  fill: { readonly value: number }
+  /** `[x] -> [y]` over `axes` (ascending, at least one), reduced axes kept with size 1. sum of nothing is 0, max of nothing is -Infinity (i32: -2^31). max propagates NaN. */
+  reduce: { readonly code: ReduceCode; readonly axes: readonly number[] }
+  /** `[x] -> [y]`, inclusive running sum along `axis`. */
+  cumsum: { readonly axis: number }
+  /** `[x f32 [..., n]] -> [values f32 [..., k], indices i32 [..., k]]`, largest first, ties to the lowest index, NaN counts as -Infinity; 1 <= k <= n. */
+  topk: { readonly k: number }
+  /**
+   * `[a, b] -> [c]`, both rank 2, or both rank 3 with the same leading size. a is `[m, k]` (`[k, m]` when transposeA),
+   * b is `[k, n]` (`[n, k]` when transposeB), f32.
+   */
+  matmul: { readonly transposeA: boolean; readonly transposeB: boolean; readonly precision: Precision }
+  /** `[x [n, ...rest], index i32 [...any]] -> [y [...any, ...rest]]`. */
+  takeRows: Record<never, never>
+  /** `[index i32 [...any], source [...any, ...rest]] -> [y [rows, ...rest]]`: zeros plus every source row added to its row, in source order. */
+  scatterAddRows: { readonly rows: number }
+  /** `[x [n, ...rest], index i32 [m], source [m, ...rest]] -> [y]`: x with rows replaced (the last of equal indices wins). `donate`: x is given up, so y may be x's own memory. */
+  setRows: { readonly donate: boolean }
+  /** `[x] -> [y]`, same elements in the same order. Should share memory. */
+  reshape: Record<never, never>
+  /** `[x] -> [y]`, `y.shape[i] = x.shape[axes[i]]`. */
+  permute: { readonly axes: readonly number[] }
+  /** `[x] -> [y]` to `outputs[0].shape`, same rank, axes of size 1 repeated. */
+  expand: Record<never, never>
+  /** `[x] -> [y]`, from `starts`, sizes as in `outputs[0].shape`. */
+  slice: { readonly starts: readonly number[] }
+  /** `[x] -> [y]`, `before[i]` elements of `value` in front of axis i and the rest of `outputs[0].shape[i]` behind. f32, i32. */
+  pad: { readonly before: readonly number[]; readonly value: number }
+  /** `[...parts] -> [y]` along `axis`, at least one part. */
+  concat: { readonly axis: number }
+}
+
+/** How affinities become choices: DeepSeek-V3 (sigmoid, bias, group score = sum of top 2) and V2 (softmax, group score = max). */
+export interface RouterAttrs {
+  readonly scoring: 'sigmoid' | 'softmax'
+  /** Experts lie in `groups` contiguous groups of equal size; 1 = no group limit. */
+  readonly groups: number
+  /** Groups kept per token, `1 <= topGroups <= groups`. */
+  readonly topGroups: number
+  /** Group score: sum of its two best biased scores (V3) or its best one (V2). */
+  readonly groupScore: 'top2' | 'max'
+  readonly topK: number
+  /** Divide the chosen weights by their sum + 1e-20. */
+  readonly normalize: boolean
+  /** Routed scaling factor, applied last. */
+  readonly scale: number
+}
+
+export interface AttentionAttrs {
+  /** Query i of T sees keys 0 ..= (limit - T + i), where limit is S, or lengths[b] when given. Not causal: keys below the limit. A query that sees nothing gives zeros (and lse -Infinity). */
+  readonly causal: boolean
+  readonly scale: number
+  readonly precision: Precision
+}
+
+export interface AdamwAttrs {
+  readonly lr: number
+  readonly beta1: number
+  readonly beta2: number
+  readonly eps: number
+  readonly weightDecay: number
+  /** 1 for the first step. */
+  readonly step: number
+}
+
+/**
+ * Attributes of each fused op. A backend may leave any of them out, and a kernel may return `undefined` to decline a size or
+ * dtype: core then runs the decomposition in `fused/` and counts it. Legend: N rows, D features, B batch, T queries, S keys,
+ * H heads, G key/value heads (H is a multiple of G), E experts, K experts per token, V vocabulary. All floats are f32.
+ */
+export interface FusedAttrs {
+  /** `[x [..., D]] -> [y]` over the last axis. A row of only -Infinity gives zeros. */
+  softmax: Record<never, never>
+  /** `[y, dy] -> [dx]`: y * (dy - sum(y * dy)). */
+  softmaxBackward: Record<never, never>
+  /** `[x [..., D], weight [D]] -> [y [..., D], rstd [...]]`: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps). */
+  rmsNorm: { readonly eps: number }
+  /** `[x, weight, rstd, dy] -> [dx, dweight]`. */
+  rmsNormBackward: Record<never, never>
+  /** `[gate, up] -> [y]`, same shapes: gate * sigmoid(gate) * up. */
+  swiglu: Record<never, never>
+  /** `[gate, up, dy] -> [dgate, dup]`. */
+  swigluBackward: Record<never, never>
+  /**
+   * `[x [B, T, H, D], cos [T, R/2] | [B, T, R/2], sin (like cos)] -> [y]`: rotates the last R features, copies the first D - R.
+   * Pair i is (x[2i], x[2i+1]) when interleaved, else (x[i], x[i + R/2]); (a, b) -> (a cos - b sin, b cos + a sin).
+   * `inverse` negates sin, which is the gradient.
+   */
+  rope: { readonly interleaved: boolean; readonly inverse: boolean }
+  /** `[q [B, T, H, Dk], k [B, S, G, Dk], v [B, S, G, Dv], lengths? i32 [B]] -> [out [B, T, H, Dv], lse [B, H, T]]`, lse = log sum exp of the scaled scores. */
+  attention: AttentionAttrs
+  /** `[q, k, v, out, lse, dout, lengths?] -> [dq, dk, dv]`. */
+  attentionBackward: AttentionAttrs
+  /**
+   * Absorbed MLA decode: attention whose keys are the latent cache rows and whose values are their first `valueDim` features.
+   * `[q [B, T, H, C], cache [B, S, C], lengths i32 [B]] -> [out [B, T, H, valueDim]]`, causal against `lengths` as in `attention`. Rows of the cache at or after lengths[b] are never read.
+   */
+  latentAttention: { readonly scale: number; readonly valueDim: number; readonly precision: Precision }
+  /** `[logits [N, V], targets i32 [N]] -> [loss [N], lse [N]]`; loss 0 where the target is `ignoreIndex` or out of range. */
+  crossEntropy: { readonly ignoreIndex: number }
+  /** `[logits, targets, lse, dloss [N]] -> [dlogits]`. */
+  crossEntropyBackward: { readonly ignoreIndex: number }
+  /** `[x [N, D], weight [V, D], targets i32 [N]] -> [loss [N], lse [N]]` of logits = x weight^T, without storing the logits. */
+  linearCrossEntropy: { readonly ignoreIndex: number; readonly precision: Precision }
+  /** `[x, weight, targets, lse, dloss [N]] -> [dx, dweight]`. */
+  linearCrossEntropyBackward: { readonly ignoreIndex: number; readonly precision: Precision }
+  /**
+   * `[logits [N, E], bias [E]] -> [weights [N, K], indices i32 [N, K], scores [N, E]]`. choice = scores + bias decides alone; experts
+   * outside the kept groups can never be chosen, whatever the signs; weights come from the unbiased scores. Best choice first, ties to the lowest index (groups and experts alike).
+   */
+  routerTopk: RouterAttrs
+  /** `[scores, indices, dweights [N, K], dscores [N, E]] -> [dlogits [N, E]]`. */
+  routerTopkBackward: RouterAttrs
+  /**
+   * `[indices i32 [N, K]] -> [order i32 [N*K], positions i32 [N*K], offsets i32 [E+1], counts i32 [E]]`. Slot s = n*K + k. `order[p]` is the slot at
+   * sorted position p (by expert, then by slot), `positions` its inverse, `offsets[e]` the first position of expert e, `offsets[E]` = N*K. Indices lie in 0..E-1.
+   */
+  dispatchPlan: { readonly experts: number }
+  /** `[x [N, D], order, positions] -> [y [N*K, D]]`: y[p] = x[order[p] / K]. */
+  permuteTokens: { readonly topK: number }
+  /** `[dy [N*K, D], positions] -> [dx [N, D]]`: dx[n] = sum over k of dy[positions[n*K + k]]. */
+  permuteTokensBackward: { readonly topK: number }
+  /** `[y [N*K, D], weights [N, K], order, positions] -> [out [N, D]]`: out[n] = sum over k of weights[n, k] * y[positions[n*K + k]]. */
+  combineTokens: Record<never, never>
+  /** `[y, weights, order, positions, dout [N, D]] -> [dy [N*K, D], dweights [N, K]]`. */
+  combineTokensBackward: Record<never, never>
+  /** `[x [N, k], weight [E, n, k] (transposeW) | [E, k, n], offsets i32 [E+1]] -> [y [N, n]]`: rows offsets[e] .. offsets[e+1] of x times expert e's weight. Rows past offsets[E] give zeros. */
+  groupedMatmul: { readonly transposeW: boolean; readonly precision: Precision }
+  /** `[x [N, k], dy [N, n], offsets i32 [E+1]] -> [dweight [E, n, k]]`: dy_e^T x_e; zeros for an expert without rows. */
+  groupedMatmulWeightGrad: { readonly precision: Precision }
+  /**
+   * `[param, grad, m, v, gradScale []] -> [param, m, v]`, all of one shape, g = grad * gradScale; decoupled decay (Loshchilov & Hutter 2019, as torch.optim.AdamW):
+   * p -= lr * wd * p; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; p -= lr * (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps). param, m and v are donated.
+   */
+  adamwStep: AdamwAttrs
+  /** `[...tensors] -> [norm []]`: square root of the sum of all squares. */
+  globalNorm: Record<never, never>
+  /** `[x [R, C]] -> [q f8e4m3 [R, C], scale f32 [ceil(R/br), ceil(C/bc)]]`: per block of `block` = [br, bc], scale = max|x| / 448 (1 for an all-zero block), q = x / scale. */
+  quantize: { readonly block: readonly [number, number] }
+}
+
+export type PrimitiveName = keyof PrimitiveAttrs
+export type FusedName = keyof FusedAttrs
+export type OpAttrs = PrimitiveAttrs & FusedAttrs
+export type OpName = PrimitiveName | FusedName
+
+/** One handle per output, in order. */
+export type Kernel<Attrs> = (inputs: readonly Value[], attrs: Attrs, outputs: readonly TensorSpec[]) => Handle[]
+/** Like Kernel, but may decline (wrong size or dtype for it) by returning undefined before doing any work. */
+export type FusedKernel<Attrs> = (
+  inputs: readonly Value[],
+  attrs: Attrs,
+  outputs: readonly TensorSpec[],
+) => Handle[] | undefined
+
+export type PrimitiveKernels = { readonly [P in PrimitiveName]: Kernel<PrimitiveAttrs[P]> }
+export type FusedKernels = { readonly [F in FusedName]?: FusedKernel<FusedAttrs[F]> }
+
+export interface BackendStats {
+  /** Handles that are alive (uploaded or returned by a kernel, not yet freed). */
+  readonly handles: number
+  /** Bytes that those handles hold. */
+  readonly bytes: number
+  /** Highest `bytes` so far. */
+  readonly peakBytes: number
+}
+
+export interface Backend {
+  /** Short name: `kernels-cpu`, `kernels-cuda`, `tfjs-wasm`, `reference`. */
+  readonly name: string
+  /** What it runs on, for people: `AMD EPYC, AVX-512 BF16, 2 threads`. */
+  readonly device: string
+  readonly dtypes: ReadonlySet<DType>
+  /** Whether precision 'bf16' really multiplies in bf16 (otherwise it is done in f32). */
+  readonly bf16Matmul: boolean
+  upload(data: HostArray, shape: Shape, dtype: DType): Handle
+  /** A fresh host array with the tensor's elements; waits for the work that makes them. */
+  download(value: Value): Promise<HostArray>
+  /** Each handle is freed once. Memory shared by a reshape lives until its last handle is freed. */
+  free(handle: Handle): void
+  /** Waits for all work so far; reports errors of asynchronous work. */
+  sync(): Promise<void>
+  stats(): BackendStats
+  /** Gives everything back; the backend is unusable afterwards. */
+  dispose(): void
+  readonly primitives: PrimitiveKernels
+  readonly fused: FusedKernels
+}

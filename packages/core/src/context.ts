@@ -1,0 +1,124 @@
+/** @file The few settings that are not arguments: default backend, recording, precision policy, and what fell back. */
+import type { Backend, FusedName, Precision } from './backend.ts'
+import { isMoeError, MoeError } from './errors.ts'
+
+interface Context {
+  backend: Backend | null
+  recording: boolean
+  recomputing: boolean
+  precision: Precision
+  /** Times that a fused op ran as its decomposition, by `backend:op`. */
+  fallbacks: Map<string, number>
+}
+
+/** Internal. Shared by everything that runs; a process has one. */
+export const context: Context = {
+  backend: null,
+  recording: true,
+  recomputing: false,
+  precision: 'f32',
+  fallbacks: new Map(),
+}
+
+/** The backend on which creation functions put their tensors. */
+export function setDefaultBackend(backend: Backend): void {
+  context.backend = backend
+}
+
+/** @throws MoeError E_NO_BACKEND when none was set. */
+export function defaultBackend(): Backend {
+  if (context.backend === null) {
+    throw new MoeError({
+      code: 'E_NO_BACKEND',
+      op: 'defaultBackend',
+      problem: 'no backend was chosen',
+      fix: "call setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu'), () => import('@moe/backend-tfjs')])) first",
+    })
+  }
+  return context.backend
+}
+
+/** What a backend package exports for `firstAvailable`. */
+export interface BackendModule {
+  createBackend(): Promise<Backend>
+}
+
+/**
+ * The first backend of the list that loads and finds its device. A module that is not installed or says E_NO_BACKEND or
+ * E_UNSUPPORTED is passed over.
+ * @throws MoeError E_NO_BACKEND with every reason when none works.
+ */
+export async function firstAvailable(
+  loaders: ReadonlyArray<() => Promise<BackendModule>>,
+  options: { onSkip?: (reason: string) => void } = {},
+): Promise<Backend> {
+  const reasons: string[] = []
+  for (const load of loaders) {
+    try {
+      const module = await load()
+      return await module.createBackend()
+    } catch (error) {
+      const missing = (error as { code?: string }).code === 'ERR_MODULE_NOT_FOUND'
+      if (!missing && !isMoeError(error, 'E_NO_BACKEND') && !isMoeError(error, 'E_UNSUPPORTED')) throw error
+      const reason = error instanceof Error ? error.message : String(error)
+      reasons.push(reason)
+      options.onSkip?.(reason)
+    }
+  }
+  throw new MoeError({
+    code: 'E_NO_BACKEND',
+    op: 'firstAvailable',
+    problem: `no backend could be used:\n${reasons.map((reason) => `  - ${reason}`).join('\n')}`,
+    fix: 'install one of them or mend the first reason',
+  })
+}
+
+/** Runs `fn` without recording for gradients. */
+export function noGrad<T>(fn: () => T): T {
+  const before = context.recording
+  context.recording = false
+  try {
+    return fn()
+  } finally {
+    context.recording = before
+  }
+}
+
+/** Whether ops are being recorded for `backward`. */
+export const isRecording = (): boolean => context.recording
+
+/** Whether the code that runs repeats a forward pass for `checkpoint`, so that counters must not count again. */
+export const isRecomputing = (): boolean => context.recomputing
+
+/**
+ * Runs `fn` with matrix products multiplied in the given precision (accumulation stays f32). Parameters, optimizer state and
+ * everything else stay f32. A backend without bf16 arithmetic multiplies in f32.
+ */
+export function withPrecision<T>(precision: Precision, fn: () => T): T {
+  const before = context.precision
+  context.precision = precision
+  try {
+    return fn()
+  } finally {
+    context.precision = before
+  }
+}
+
+/** The precision that matrix products are given now. */
+export const currentPrecision = (): Precision => context.precision
+
+export interface Fallback {
+  readonly backend: string
+  readonly op: FusedName
+  readonly count: number
+}
+
+/** Fused ops that ran as their decomposition so far, most frequent first: slower, never wrong. */
+export function fallbacks(): Fallback[] {
+  return [...context.fallbacks]
+    .map(([key, count]) => {
+      const split = key.lastIndexOf(':')
+      return { backend: key.slice(0, split), op: key.slice(split + 1) as FusedName, count }
+    })
+    .sort((a, b) => b.count - a.count)
+}

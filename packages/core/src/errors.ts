@@ -1,0 +1,56 @@
+/** @file The one error class of @moe, as data: a permanent code, the op, the offending values, and what to do. */
+
+/** Permanent identities of errors. Test on `code`, never on the text. */
+export type ErrorCode =
+  | 'E_SHAPE'
+  | 'E_DTYPE'
+  | 'E_ATTR'
+  | 'E_BACKEND_MIX'
+  | 'E_DISPOSED'
+  | 'E_NO_GRADIENT'
+  | 'E_UNSUPPORTED'
+  | 'E_NO_BACKEND'
+  | 'E_BACKEND'
+  | 'E_OUT_OF_MEMORY'
+  | 'E_STATE_DICT'
+  | 'E_CONFIG'
+  | 'E_CHECKPOINT'
+  | 'E_DATA'
+  | 'E_NAN'
+  | 'E_ABORTED'
+
+export interface ErrorInfo {
+  readonly code: ErrorCode
+  /** Op, method or file that failed; starts the message. */
+  readonly op: string
+  /** What is wrong, with both offending values. */
+  readonly problem: string
+  /** What the caller can do about it. */
+  readonly fix?: string
+  /** The values themselves, for programs. */
+  readonly details?: Readonly<Record<string, unknown>>
+  readonly cause?: unknown
+}
+
+/** Every failure of the @moe packages: `op: problem; fix`. */
+export class MoeError extends Error {
+  readonly code: ErrorCode
+  readonly op: string
+  readonly details: Readonly<Record<string, unknown>>
+
+  constructor(info: ErrorInfo) {
+    super(
+      info.fix ? `${info.op}: ${info.problem}; ${info.fix}` : `${info.op}: ${info.problem}`,
+      info.cause === undefined ? undefined : { cause: info.cause },
+    )
+    this.name = 'MoeError'
+    this.code = info.code
+    this.op = info.op
+    this.details = info.details ?? {}
+  }
+}
+
+/** Whether a value is a MoeError (of any copy of this package), optionally with the given code. */
+export function isMoeError(value: unknown, code?: ErrorCode): value is MoeError {
+  return value instanceof Error && value.name === 'MoeError' && (code === undefined || (value as MoeError).code === code)
+}

@@ -1,0 +1,56 @@
+/** @file One optimizer step of one tensor, and the norm over all gradients. */
+import type { AdamwAttrs } from '../backend.ts'
+import { needDtype, needShape } from '../infer.ts'
+import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+
+export const adamwStepDefinition: FusedDefinition<'adamwStep'> = {
+  name: 'adamwStep',
+  infer([param, grad, m, v, gradScale]) {
+    for (const [name, value] of Object.entries({ param, grad, m, v })) {
+      needDtype('adamwStep', name, value, 'f32')
+      needShape('adamwStep', name, value, param.shape)
+    }
+    needShape('adamwStep', 'gradScale', gradScale, [])
+    return [param, m, v]
+  },
+  decompose([param, grad, m, v, gradScale], { lr, beta1, beta2, eps, weightDecay, step }) {
+    const g = grad.mul(gradScale)
+    const nextM = m.mul(beta1).add(g.mul(1 - beta1))
+    const nextV = v.mul(beta2).add(g.mul(g).mul(1 - beta2))
+    const denominator = nextV.mul(1 / (1 - beta2 ** step)).sqrt().add(eps)
+    const update = nextM.mul(lr / (1 - beta1 ** step)).div(denominator)
+    return [param.mul(1 - lr * weightDecay).sub(update), nextM, nextV]
+  },
+  vjp: null,
+}
+
+export const globalNormDefinition: FusedDefinition<'globalNorm'> = {
+  name: 'globalNorm',
+  infer(tensors) {
+    for (const value of tensors) needDtype('globalNorm', 'input', value, 'f32')
+    return [{ shape: [], dtype: 'f32' }]
+  },
+  decompose: (tensors) => [concat(tensors.map((x) => x.mul(x).sum().reshape([1]))).sum().sqrt()],
+  vjp: null,
+}
+
+/**
+ * AdamW with decoupled weight decay. `param`, `m` and `v` are used up: assign the results in their place.
+ * `gradScale []` multiplies the gradient (clipping without a read-back).
+ */
+export function adamwStep(
+  param: Tensor,
+  grad: Tensor,
+  m: Tensor,
+  v: Tensor,
+  gradScale: Tensor,
+  attrs: AdamwAttrs,
+): { param: Tensor; m: Tensor; v: Tensor } {
+  const [nextParam, nextM, nextV] = runFused(adamwStepDefinition, [param, grad, m, v, gradScale], attrs)
+  return { param: nextParam, m: nextM, v: nextV }
+}
+
+/** Square root of the sum of squares over all tensors: a scalar on the device. */
+export function globalNorm(tensors: readonly Tensor[]): Tensor {
+  return runFused(globalNormDefinition, tensors, {})[0]
+}

@@ -1,0 +1,163 @@
+/** @file Scaled dot-product attention, with grouped key/value heads, and its absorbed form over a latent cache. */
+import type { AttentionAttrs, Precision } from '../backend.ts'
+import { context } from '../context.ts'
+import { needDtype, needShape } from '../infer.ts'
+import { arange, type FusedDefinition, full, runFused, type Tensor, where } from '../tensor.ts'
+import { rowMax } from './softmax.ts'
+
+/** `[B, T, H, D]` to `[B, H, T, D]`. */
+const headsFirst = (x: Tensor) => x.permute([0, 2, 1, 3])
+
+/** Key or value heads repeated for every query head: `[B, S, G, D]` to `[B, H, S, D]`. */
+function repeatHeads(x: Tensor, heads: number): Tensor {
+  const [batch, size, groups, features] = x.shape
+  const first = headsFirst(x)
+  if (groups === heads) return first
+  return first
+    .reshape([batch, groups, 1, size, features])
+    .expand([batch, groups, heads / groups, size, features])
+    .reshape([batch, heads, size, features])
+}
+
+/** Sums query heads back onto their key/value head: `[B, H, S, D]` to `[B, S, G, D]`. */
+function sumHeads(x: Tensor, groups: number): Tensor {
+  const [batch, heads, size, features] = x.shape
+  const summed =
+    groups === heads ? x : x.reshape([batch, groups, heads / groups, size, features]).sum(2)
+  return headsFirst(summed.reshape([batch, groups, size, features]))
+}
+
+/** 1 where query i may see key j: `u8 [B or 1, 1, T or 1, S]`. */
+function visible(q: Tensor, k: Tensor, lengths: Tensor | undefined, causal: boolean): Tensor {
+  const { backend } = q
+  const time = q.shape[1]
+  const keys = k.shape[1]
+  const key = arange(keys, { backend }).reshape([1, 1, 1, keys])
+  const limit =
+    lengths === undefined
+      ? full([1, 1, 1, 1], keys, { dtype: 'i32', backend })
+      : lengths.reshape([lengths.shape[0], 1, 1, 1])
+  if (!causal) return key.lt(limit)
+  const query = arange(time, { backend }).reshape([1, 1, time, 1])
+  return key.le(limit.add(query).sub(time)).cast('i32').mul(key.lt(limit).cast('i32')).eq(1)
+}
+
+/** Scaled and masked scores `[B, H, T, S]`. */
+function maskedScores(q: Tensor, k: Tensor, lengths: Tensor | undefined, attrs: AttentionAttrs): Tensor {
+  const { precision, scale, causal } = attrs
+  const scores = headsFirst(q).matmul(repeatHeads(k, q.shape[2]), { transposeB: true, precision }).mul(scale)
+  return where(visible(q, k, lengths, causal), scores, full([], Number.NEGATIVE_INFINITY, scores))
+}
+
+function inferAttention(op: string, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | undefined): void {
+  for (const [name, value] of Object.entries({ q, k, v })) needDtype(op, name, value, 'f32')
+  needShape(op, 'q', q, [-1, -1, -1, -1])
+  const [batch, , heads, features] = q.shape
+  needShape(op, 'k', k, [batch, -1, -1, features])
+  needShape(op, 'v', v, [batch, k.shape[1], k.shape[2], -1])
+  if (heads % k.shape[2] !== 0) needShape(op, 'k', k, [batch, -1, heads, features])
+  if (lengths !== undefined) {
+    needDtype(op, 'lengths', lengths, 'i32')
+    needShape(op, 'lengths', lengths, [batch])
+  }
+}
+
+export const attentionDefinition: FusedDefinition<'attention'> = {
+  name: 'attention',
+  infer([q, k, v, lengths]) {
+    inferAttention('attention', q, k, v, lengths)
+    const [batch, time, heads] = q.shape
+    return [
+      { shape: [batch, time, heads, v.shape[3]], dtype: 'f32' },
+      { shape: [batch, heads, time], dtype: 'f32' },
+    ]
+  },
+  decompose([q, k, v, lengths], attrs) {
+    const scores = maskedScores(q, k, lengths, attrs)
+    const max = rowMax(scores)
+    const e = scores.sub(max).exp()
+    const total = e.sum(-1, true)
+    const out = e.div(total.maximum(1e-37)).matmul(repeatHeads(v, q.shape[2]), { precision: attrs.precision })
+    return [headsFirst(out), max.add(total.log()).reshape([q.shape[0], q.shape[2], q.shape[1]])]
+  },
+  vjp({ inputs: [q, k, v, lengths], outputs: [out, lse], attrs }, [dout, dLse]) {
+    if (dLse !== null) throw new Error('the log-sum-exp of attention carries no gradient')
+    if (dout === null) return [null, null, null, null]
+    const rest = lengths === undefined ? [] : [lengths]
+    return [...runFused(attentionBackwardDefinition, [q, k, v, out, lse, dout, ...rest], attrs), null]
+  },
+}
+
+export const attentionBackwardDefinition: FusedDefinition<'attentionBackward'> = {
+  name: 'attentionBackward',
+  infer: ([q, k, v]) => [q, k, v],
+  decompose([q, k, v, out, lse, dout, lengths], attrs) {
+    const { precision, scale } = attrs
+    const heads = q.shape[2]
+    const scores = maskedScores(q, k, lengths, attrs)
+    const perRow = lse.reshape([...lse.shape, 1])
+    // Rows that see nothing have lse -Infinity; any finite number in its place leaves their probabilities 0.
+    const finite = where(perRow.eq(Number.NEGATIVE_INFINITY), full([], 0, perRow), perRow)
+    const p = scores.sub(finite).exp()
+    const dOut = headsFirst(dout)
+    const dv = p.matmul(dOut, { transposeA: true, precision })
+    const dp = dOut.matmul(repeatHeads(v, heads), { transposeB: true, precision })
+    const delta = dOut.mul(headsFirst(out)).sum(-1, true)
+    const ds = p.mul(dp.sub(delta)).mul(scale)
+    const dq = ds.matmul(repeatHeads(k, heads), { precision })
+    const dk = ds.matmul(headsFirst(q), { transposeA: true, precision })
+    return [headsFirst(dq), sumHeads(dk, k.shape[2]), sumHeads(dv, v.shape[2])]
+  },
+  vjp: null,
+}
+
+export const latentAttentionDefinition: FusedDefinition<'latentAttention'> = {
+  name: 'latentAttention',
+  infer([q, cache, lengths], { valueDim }) {
+    for (const [name, value] of Object.entries({ q, cache })) needDtype('latentAttention', name, value, 'f32')
+    needShape('latentAttention', 'q', q, [-1, -1, -1, -1])
+    needShape('latentAttention', 'cache', cache, [q.shape[0], -1, q.shape[3]])
+    needDtype('latentAttention', 'lengths', lengths, 'i32')
+    needShape('latentAttention', 'lengths', lengths, [q.shape[0]])
+    return [{ shape: [...q.shape.slice(0, 3), valueDim], dtype: 'f32' }]
+  },
+  decompose([q, cache, lengths], { scale, valueDim, precision }) {
+    const keys = cache.reshape([cache.shape[0], cache.shape[1], 1, cache.shape[2]])
+    const values = keys.narrow(3, 0, valueDim)
+    return [runFused(attentionDefinition, [q, keys, values, lengths], { causal: true, scale, precision })[0]]
+  },
+  vjp: null,
+}
+
+export interface AttentionOptions {
+  /** Default true: query i of T sees the keys up to its own position, the last query the last key. */
+  readonly causal?: boolean
+  /** Default 1 / sqrt(features of a key). */
+  readonly scale?: number
+  /** `i32 [B]`: keys in use of each sequence; default all. */
+  readonly lengths?: Tensor
+  readonly precision?: Precision
+}
+
+/**
+ * softmax(q k^T * scale) v. `q [B, T, H, Dk]`, `k [B, S, G, Dk]`, `v [B, S, G, Dv]` with H a multiple of G, to `[B, T, H, Dv]`.
+ * A query that may see no key gives zeros.
+ */
+export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
+  const { causal = true, scale = q.shape[3] ** -0.5, precision = context.precision, lengths } = options
+  return runFused(attentionDefinition, lengths === undefined ? [q, k, v] : [q, k, v, lengths], { causal, scale, precision })[0]
+}
+
+/**
+ * Absorbed MLA decode: `q [B, T, H, C]` against the latent cache `[B, S, C]`, of which sequence b uses `lengths[b]` rows; the values are the
+ * first `valueDim` features of the same rows. Causal. To `[B, T, H, valueDim]`. V3 report eq. 1-11 with W_UK and W_UV absorbed.
+ */
+export function latentAttention(
+  q: Tensor,
+  cache: Tensor,
+  lengths: Tensor,
+  options: { scale: number; valueDim: number; precision?: Precision },
+): Tensor {
+  const { scale, valueDim, precision = context.precision } = options
+  return runFused(latentAttentionDefinition, [q, cache, lengths], { scale, valueDim, precision })[0]
+}

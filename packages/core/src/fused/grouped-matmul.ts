@@ -1,0 +1,72 @@
+/** @file One matrix product per expert over ragged row ranges that only the device knows. */
+import { context } from '../context.ts'
+import { needDtype, needShape } from '../infer.ts'
+import { arange, concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+
+/** 1 for the rows of expert e: `f32 [N, 1]`. */
+function rowsOf(expert: number, rows: Tensor, offsets: Tensor): Tensor {
+  const start = offsets.narrow(0, expert, expert + 1)
+  const end = offsets.narrow(0, expert + 1, expert + 2)
+  return start.le(rows).cast('f32').mul(rows.lt(end).cast('f32')).reshape([rows.shape[0], 1])
+}
+
+export const groupedMatmulDefinition: FusedDefinition<'groupedMatmul'> = {
+  name: 'groupedMatmul',
+  infer([x, weight, offsets], { transposeW }) {
+    for (const [name, value] of Object.entries({ input: x, weight })) needDtype('groupedMatmul', name, value, 'f32')
+    needDtype('groupedMatmul', 'offsets', offsets, 'i32')
+    needShape('groupedMatmul', 'input', x, [-1, -1])
+    const inner = x.shape[1]
+    needShape('groupedMatmul', 'weight', weight, transposeW ? [-1, -1, inner] : [-1, inner, -1])
+    needShape('groupedMatmul', 'offsets', offsets, [weight.shape[0] + 1])
+    return [{ shape: [x.shape[0], weight.shape[transposeW ? 1 : 2]], dtype: 'f32' }]
+  },
+  // Every expert multiplies every row and a mask keeps its own: E times the work, but nothing is read back.
+  decompose([x, weight, offsets], { transposeW, precision }) {
+    const [experts, a, b] = weight.shape
+    const rows = arange(x.shape[0], offsets)
+    const parts = Array.from({ length: experts }, (_, e) =>
+      x
+        .mul(rowsOf(e, rows, offsets))
+        .matmul(weight.narrow(0, e, e + 1).reshape([a, b]), { transposeB: transposeW, precision }),
+    )
+    return [parts.reduce((sum, part) => sum.add(part))]
+  },
+  vjp({ inputs: [x, weight, offsets], attrs: { transposeW, precision }, needs }, [dy]) {
+    if (dy === null) return [null, null, null]
+    const dx = () => runFused(groupedMatmulDefinition, [dy, weight, offsets], { transposeW: !transposeW, precision })[0]
+    const dw = () =>
+      runFused(groupedMatmulWeightGradDefinition, transposeW ? [x, dy, offsets] : [dy, x, offsets], { precision })[0]
+    return [needs(0) ? dx() : null, needs(1) ? dw() : null, null]
+  },
+}
+
+export const groupedMatmulWeightGradDefinition: FusedDefinition<'groupedMatmulWeightGrad'> = {
+  name: 'groupedMatmulWeightGrad',
+  infer: ([x, dy, offsets]) => [{ shape: [offsets.shape[0] - 1, dy.shape[1], x.shape[1]], dtype: 'f32' }],
+  decompose([x, dy, offsets], { precision }) {
+    const rows = arange(x.shape[0], offsets)
+    const parts = Array.from({ length: offsets.shape[0] - 1 }, (_, e) =>
+      dy
+        .mul(rowsOf(e, rows, offsets))
+        .matmul(x, { transposeA: true, precision })
+        .reshape([1, dy.shape[1], x.shape[1]]),
+    )
+    return [concat(parts)]
+  },
+  vjp: null,
+}
+
+/**
+ * Rows `offsets[e] .. offsets[e+1]` of `x [N, k]` times expert e's weight transposed: `weight [E, n, k]` to `[N, n]`; with
+ * `transposeW: false`, `weight [E, k, n]` is used as it lies. Rows past the last offset give zeros.
+ */
+export function groupedMatmul(
+  x: Tensor,
+  weight: Tensor,
+  offsets: Tensor,
+  options: { transposeW?: boolean } = {},
+): Tensor {
+  const attrs = { transposeW: options.transposeW ?? true, precision: context.precision }
+  return runFused(groupedMatmulDefinition, [x, weight, offsets], attrs)[0]
+}

@@ -1,0 +1,54 @@
+/** @file The closed table of fused ops: it does not compile while one is missing. */
+import type { FusedName } from '../backend.ts'
+import type { FusedDefinition } from '../tensor.ts'
+import { adamwStepDefinition, globalNormDefinition } from './adamw.ts'
+import { attentionBackwardDefinition, attentionDefinition, latentAttentionDefinition } from './attention.ts'
+import {
+  crossEntropyBackwardDefinition,
+  crossEntropyDefinition,
+  linearCrossEntropyBackwardDefinition,
+  linearCrossEntropyDefinition,
+} from './cross-entropy.ts'
+import {
+  combineTokensBackwardDefinition,
+  combineTokensDefinition,
+  dispatchPlanDefinition,
+  permuteTokensBackwardDefinition,
+  permuteTokensDefinition,
+} from './dispatch.ts'
+import { groupedMatmulDefinition, groupedMatmulWeightGradDefinition } from './grouped-matmul.ts'
+import { quantizeDefinition } from './quantize.ts'
+import { rmsNormBackwardDefinition, rmsNormDefinition } from './rms-norm.ts'
+import { ropeDefinition } from './rope.ts'
+import { routerTopkBackwardDefinition, routerTopkDefinition } from './router-topk.ts'
+import { softmaxBackwardDefinition, softmaxDefinition } from './softmax.ts'
+import { swigluBackwardDefinition, swigluDefinition } from './swiglu.ts'
+
+export const fusedDefinitions: { readonly [F in FusedName]: FusedDefinition<F> } = {
+  softmax: softmaxDefinition,
+  softmaxBackward: softmaxBackwardDefinition,
+  rmsNorm: rmsNormDefinition,
+  rmsNormBackward: rmsNormBackwardDefinition,
+  swiglu: swigluDefinition,
+  swigluBackward: swigluBackwardDefinition,
+  rope: ropeDefinition,
+  attention: attentionDefinition,
+  attentionBackward: attentionBackwardDefinition,
+  latentAttention: latentAttentionDefinition,
+  crossEntropy: crossEntropyDefinition,
+  crossEntropyBackward: crossEntropyBackwardDefinition,
+  linearCrossEntropy: linearCrossEntropyDefinition,
+  linearCrossEntropyBackward: linearCrossEntropyBackwardDefinition,
+  routerTopk: routerTopkDefinition,
+  routerTopkBackward: routerTopkBackwardDefinition,
+  dispatchPlan: dispatchPlanDefinition,
+  permuteTokens: permuteTokensDefinition,
+  permuteTokensBackward: permuteTokensBackwardDefinition,
+  combineTokens: combineTokensDefinition,
+  combineTokensBackward: combineTokensBackwardDefinition,
+  groupedMatmul: groupedMatmulDefinition,
+  groupedMatmulWeightGrad: groupedMatmulWeightGradDefinition,
+  adamwStep: adamwStepDefinition,
+  globalNorm: globalNormDefinition,
+  quantize: quantizeDefinition,
+}

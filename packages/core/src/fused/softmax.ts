@@ -1,0 +1,36 @@
+/** @file Softmax over the last axis. */
+import { needDtype, shapeError } from '../infer.ts'
+import { showShape } from '../shape.ts'
+import { type FusedDefinition, full, runFused, type Tensor, where } from '../tensor.ts'
+
+/** Largest value of each row as a constant, 0 for rows of only -Infinity, so that subtracting it never makes NaN. */
+export function rowMax(x: Tensor): Tensor {
+  const max = x.detach().max(-1, true)
+  return where(max.eq(Number.NEGATIVE_INFINITY), full([], 0, max), max)
+}
+
+export const softmaxDefinition: FusedDefinition<'softmax'> = {
+  name: 'softmax',
+  infer([x]) {
+    needDtype('softmax', 'input', x, 'f32')
+    if (x.rank === 0) throw shapeError('softmax', `${showShape(x.shape)} has no last axis`)
+    return [x]
+  },
+  decompose([x]) {
+    const e = x.sub(rowMax(x)).exp()
+    return [e.div(e.sum(-1, true).maximum(1e-37))]
+  },
+  vjp: ({ outputs: [y] }, [dy]) => [dy === null ? null : runFused(softmaxBackwardDefinition, [y, dy], {})[0]],
+}
+
+export const softmaxBackwardDefinition: FusedDefinition<'softmaxBackward'> = {
+  name: 'softmaxBackward',
+  infer: ([y]) => [y],
+  decompose: ([y, dy]) => [y.mul(dy.sub(y.mul(dy).sum(-1, true)))],
+  vjp: null,
+}
+
+/** exp(x) / sum(exp(x)) over the last axis; rows of only -Infinity give zeros. `x [..., D]` to the same shape. */
+export function softmax(x: Tensor): Tensor {
+  return runFused(softmaxDefinition, [x], {})[0]
+}

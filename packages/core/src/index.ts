@@ -1,0 +1,106 @@
+/** @file Public interface of @moe/core. */
+export { type BackwardOptions, backward, checkpoint, gradients } from './autograd/backward.ts'
+export type {
+  AdamwAttrs,
+  AttentionAttrs,
+  Backend,
+  BackendStats,
+  BinaryCode,
+  CompareCode,
+  FusedAttrs,
+  FusedKernel,
+  FusedKernels,
+  FusedName,
+  Handle,
+  Kernel,
+  OpName,
+  Precision,
+  PrimitiveAttrs,
+  PrimitiveKernels,
+  PrimitiveName,
+  ReduceCode,
+  RouterAttrs,
+  Shape,
+  TensorSpec,
+  UnaryCode,
+  Value,
+} from './backend.ts'
+export {
+  type BackendModule,
+  currentPrecision,
+  defaultBackend,
+  type Fallback,
+  fallbacks,
+  firstAvailable,
+  isRecomputing,
+  isRecording,
+  noGrad,
+  setDefaultBackend,
+  withPrecision,
+} from './context.ts'
+export {
+  type DType,
+  decodeHost,
+  dtypeBytes,
+  dtypes,
+  encodeHost,
+  f8e4m3Max,
+  fromBf16,
+  fromF8e4m3,
+  fromF16,
+  type HostArray,
+  hostArray,
+  isFloat,
+  toBf16,
+  toF8e4m3,
+  toF16,
+  viewBytes,
+} from './dtype.ts'
+export { type ErrorCode, type ErrorInfo, isMoeError, MoeError } from './errors.ts'
+export { adamwStep, globalNorm } from './fused/adamw.ts'
+export { type AttentionOptions, attention, latentAttention } from './fused/attention.ts'
+export { crossEntropy, defaultIgnoreIndex, linearCrossEntropy } from './fused/cross-entropy.ts'
+export { combineTokens, type DispatchPlan, dispatchPlan, permuteTokens } from './fused/dispatch.ts'
+export { groupedMatmul } from './fused/grouped-matmul.ts'
+export { quantize } from './fused/quantize.ts'
+export { rmsNorm } from './fused/rms-norm.ts'
+export { rope } from './fused/rope.ts'
+export { type Routing, routerTopk } from './fused/router-topk.ts'
+export { softmax } from './fused/softmax.ts'
+export { swiglu } from './fused/swiglu.ts'
+export { Embedding, forkInit, type InitOptions, Linear, normalParameter, RmsNorm, SwigluMlp } from './nn/layers.ts'
+export {
+  disposeModule,
+  Module,
+  type NamedParameter,
+  namedParameters,
+  parameterCount,
+  trainable,
+  zeroGrad,
+} from './nn/module.ts'
+export { Parameter } from './nn/parameter.ts'
+export {
+  entriesSource,
+  type LoadOptions,
+  loadStateDict,
+  type StateEntry,
+  type StateSource,
+  stateDict,
+} from './nn/state-dict.ts'
+export { philox4x32, Random, rand, randn } from './random.ts'
+export { keep, scope } from './scope.ts'
+export { broadcastShapes, sameShape, showShape, sizeOf, stridesOf } from './shape.ts'
+export {
+  arange,
+  type CreateOptions,
+  concat,
+  fromHost,
+  full,
+  ones,
+  scatterAddRows,
+  setRows,
+  Tensor,
+  tensor,
+  where,
+  zeros,
+} from './tensor.ts'

@@ -1,0 +1,90 @@
+/** @file The layers that every part of a model uses: linear, embedding, RMSNorm, SwiGLU MLP; and how they are initialized. */
+import type { Backend } from '../backend.ts'
+import { rmsNorm } from '../fused/rms-norm.ts'
+import { swiglu } from '../fused/swiglu.ts'
+import { Random, randn } from '../random.ts'
+import { ones, type Tensor } from '../tensor.ts'
+import { Module } from './module.ts'
+import { Parameter } from './parameter.ts'
+
+/** How a module's parameters start. */
+export interface InitOptions {
+  /** Source of the initial weights; the same seed gives the same weights on every backend. Default seed 0. */
+  readonly random?: Random
+  /** Standard deviation of normal initial weights. Default 0.02 (`initializer_range`). */
+  readonly deviation?: number
+  readonly backend?: Backend
+}
+
+/** A parameter of normal numbers, drawn from the generator's own fork of that name. */
+export function normalParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
+  const random = (init.random ?? new Random(0)).fork(name)
+  return new Parameter(randn(shape, random, { deviation: init.deviation ?? 0.02, backend: init.backend }))
+}
+
+/** The same options for a child: an independent generator of its own. */
+export function forkInit(init: InitOptions, name: string): InitOptions {
+  return { ...init, random: (init.random ?? new Random(0)).fork(name) }
+}
+
+/** y = x W^T without bias. `weight [out, in]`, x `[..., in]` to `[..., out]`. */
+export class Linear extends Module {
+  weight: Parameter
+
+  constructor(inputs: number, outputs: number, init: InitOptions = {}) {
+    super()
+    this.weight = normalParameter([outputs, inputs], 'weight', init)
+  }
+
+  forward(x: Tensor): Tensor {
+    return x.matmul(this.weight, { transposeB: true })
+  }
+}
+
+/** Rows of a table. `weight [rows, features]`, ids i32 `[...]` to `[..., features]`; an id outside the table gives zeros. */
+export class Embedding extends Module {
+  weight: Parameter
+
+  constructor(rows: number, features: number, init: InitOptions = {}) {
+    super()
+    this.weight = normalParameter([rows, features], 'weight', init)
+  }
+
+  forward(ids: Tensor): Tensor {
+    return this.weight.takeRows(ids)
+  }
+}
+
+/** RMSNorm over the last axis with a learned scale `weight [features]`. */
+export class RmsNorm extends Module {
+  weight: Parameter
+  readonly eps: number
+
+  constructor(features: number, eps = 1e-6, init: InitOptions = {}) {
+    super()
+    this.weight = new Parameter(ones([features], { backend: init.backend }))
+    this.eps = eps
+  }
+
+  forward(x: Tensor): Tensor {
+    return rmsNorm(x, this.weight, this.eps)
+  }
+}
+
+/** Feed-forward net with gated activation: down(silu(gate(x)) * up(x)). */
+export class SwigluMlp extends Module {
+  gate_proj: Linear
+  up_proj: Linear
+  down_proj: Linear
+
+  constructor(features: number, hidden: number, init: InitOptions = {}) {
+    super()
+    this.gate_proj = new Linear(features, hidden, forkInit(init, 'gate_proj'))
+    this.up_proj = new Linear(features, hidden, forkInit(init, 'up_proj'))
+    this.down_proj = new Linear(hidden, features, forkInit(init, 'down_proj'))
+  }
+
+  forward(x: Tensor): Tensor {
+    return this.down_proj.forward(swiglu(this.gate_proj.forward(x), this.up_proj.forward(x)))
+  }
+}

@@ -1,0 +1,54 @@
+/** @file Tensors that persist: what modules hold, optimizers change and checkpoints store. */
+import { MoeError } from '../errors.ts'
+import { keep } from '../scope.ts'
+import { sameShape, showShape } from '../shape.ts'
+import { Tensor } from '../tensor.ts'
+
+/**
+ * A tensor that a module holds. Its elements can be replaced by `assign`; it belongs to no scope. With `trainable: false` it is a buffer: stored
+ * in checkpoints, never given a gradient.
+ */
+export class Parameter extends Tensor {
+  /** Sum of the gradients since the last `zeroGrad`, or null. */
+  grad: Tensor | null = null
+
+  /** Takes over the tensor's memory; the tensor is used up. */
+  constructor(initial: Tensor, options: { trainable?: boolean } = {}) {
+    super(initial.backend, initial.handle, initial.shape, initial.dtype)
+    keep<Tensor>(this)
+    initial.handle = null
+    this.tracked = options.trainable !== false
+  }
+
+  get trainable(): boolean {
+    return this.tracked
+  }
+
+  set trainable(value: boolean) {
+    this.tracked = value
+  }
+
+  /** Takes over the memory of `next` in place of its own; `next` is used up. */
+  assign(next: Tensor): void {
+    if (!sameShape(next.shape, this.shape) || next.dtype !== this.dtype || next.backend !== this.backend) {
+      throw new MoeError({
+        code: 'E_SHAPE',
+        op: 'assign',
+        problem: `a parameter ${this.dtype} ${showShape(this.shape)} on ${this.backend.name} cannot take ${next.dtype} ${showShape(next.shape)} on ${next.backend.name}`,
+      })
+    }
+    if (this.handle !== null) this.backend.free(this.handle)
+    this.handle = next.handle
+    next.handle = null
+  }
+
+  zeroGrad(): void {
+    this.grad?.dispose()
+    this.grad = null
+  }
+
+  override dispose(): void {
+    this.zeroGrad()
+    super.dispose()
+  }
+}

@@ -1,0 +1,128 @@
+/** @file Models to named host arrays and back, strictly. */
+import type { Shape } from '../backend.ts'
+import { type DType, decodeHost, encodeHost, type HostArray } from '../dtype.ts'
+import { MoeError } from '../errors.ts'
+import { sameShape, showShape, sizeOf } from '../shape.ts'
+import { fromHost } from '../tensor.ts'
+import { type Module, type NamedParameter, namedParameters } from './module.ts'
+
+/** One stored tensor. `data` is raw bits for the 16- and 8-bit floats. */
+export interface StateEntry {
+  readonly name: string
+  readonly dtype: DType
+  readonly shape: Shape
+  /** Reads the elements when they are wanted, so that a whole model is never on the host at once. */
+  data(): Promise<HostArray>
+}
+
+/** Where `loadStateDict` reads from: a checkpoint or a plain object. */
+export interface StateSource {
+  keys(): Iterable<string>
+  info(name: string): { readonly dtype: DType; readonly shape: Shape }
+  read(name: string): Promise<HostArray>
+}
+
+/** What a module stores, under its checkpoint keys; stacked parameters are split. */
+export function stateDict(module: Module): StateEntry[] {
+  return namedParameters(module).flatMap(entriesOf)
+}
+
+function entriesOf({ name, parameter, slices }: NamedParameter): StateEntry[] {
+  const { dtype, shape } = parameter
+  if (slices === undefined) return [{ name, dtype, shape, data: () => parameter.data() }]
+  const sliceShape = shape.slice(1)
+  const size = sizeOf(sliceShape)
+  // All slices come from one download, which is dropped after the last was handed out.
+  let whole: Promise<HostArray> | null = null
+  let left = slices.length
+  return slices.map((slice, i) => ({
+    name: slice,
+    dtype,
+    shape: sliceShape,
+    async data() {
+      whole ??= parameter.data()
+      const all = await whole
+      if (--left === 0) {
+        whole = null
+        left = slices.length
+      }
+      return all.slice(i * size, (i + 1) * size)
+    },
+  }))
+}
+
+export interface LoadOptions {
+  /** Keys of the source that the module may lack (`ignore`), for layers that are not wanted. Default: none. */
+  readonly ignore?: (key: string) => boolean
+  /** Keys of the module that may stay as they are. Default: none. */
+  readonly optional?: (key: string) => boolean
+}
+
+/**
+ * Fills a module from stored tensors, converting float dtypes. Nothing is changed unless every key fits.
+ * @throws MoeError E_STATE_DICT that lists every missing, unexpected and mis-shaped key at once.
+ */
+export async function loadStateDict(module: Module, source: StateSource, options: LoadOptions = {}): Promise<void> {
+  const { ignore = () => false, optional = () => false } = options
+  const available = new Set(source.keys())
+  const parameters = namedParameters(module)
+  const missing: string[] = []
+  const misshaped: string[] = []
+  const known = new Set<string>()
+  for (const { name, parameter, slices } of parameters) {
+    const shape = slices === undefined ? parameter.shape : parameter.shape.slice(1)
+    for (const key of slices ?? [name]) {
+      known.add(key)
+      if (!available.has(key)) {
+        if (!optional(key)) missing.push(key)
+        continue
+      }
+      const stored = source.info(key).shape
+      if (!sameShape(stored, shape)) misshaped.push(`${key}: stored ${showShape(stored)}, model ${showShape(shape)}`)
+    }
+  }
+  const unexpected = [...available].filter((key) => !known.has(key) && !ignore(key))
+  if (missing.length + misshaped.length + unexpected.length > 0) throw mismatch(missing, unexpected, misshaped)
+
+  for (const { name, parameter, slices } of parameters) {
+    const keys = slices ?? [name]
+    if (!keys.every((key) => available.has(key))) continue
+    const { dtype, shape, backend } = parameter
+    const values = await Promise.all(keys.map(async (key) => convert(await source.read(key), source.info(key).dtype, dtype)))
+    parameter.assign(fromHost(values.length === 1 && slices === undefined ? values[0] : join(values), shape, dtype, backend))
+  }
+}
+
+function convert(data: HostArray, from: DType, to: DType): HostArray {
+  return from === to ? data : encodeHost(to, decodeHost(from, data))
+}
+
+function join(parts: readonly HostArray[]): HostArray {
+  const total = parts.reduce((sum, part) => sum + part.length, 0)
+  const out = new (parts[0].constructor as new (length: number) => HostArray)(total)
+  let at = 0
+  for (const part of parts) {
+    out.set(part, at)
+    at += part.length
+  }
+  return out
+}
+
+function mismatch(missing: string[], unexpected: string[], misshaped: string[]): MoeError {
+  const list = (title: string, keys: string[]) =>
+    keys.length === 0 ? '' : `\n  ${keys.length} ${title}:\n${keys.map((key) => `    ${key}`).join('\n')}`
+  return new MoeError({
+    code: 'E_STATE_DICT',
+    op: 'loadStateDict',
+    problem: `the stored tensors do not fit the model:${list('missing', missing)}${list('unexpected', unexpected)}${list('of another shape', misshaped)}\n`,
+    fix: 'build the model with the configuration that the checkpoint was saved with',
+    details: { missing, unexpected, misshaped },
+  })
+}
+
+/** A state source over entries in memory, as `stateDict` gives them. */
+export function entriesSource(entries: Iterable<StateEntry>): StateSource {
+  const byName = new Map([...entries].map((entry) => [entry.name, entry]))
+  const get = (name: string) => byName.get(name) as StateEntry
+  return { keys: () => byName.keys(), info: get, read: (name) => get(name).data() }
+}

@@ -1,0 +1,80 @@
+/** @file Lifetimes: whatever is made inside a scope and not returned from it is freed at its end. */
+import { MoeError } from './errors.ts'
+
+/** Something with device memory that a scope can own. */
+export abstract class Scoped {
+  /** The scope that will free this, or null when it lives until `dispose()`. */
+  owner: Scope | null
+
+  constructor() {
+    this.owner = current
+    if (current !== null) current.items.push(this)
+  }
+
+  abstract dispose(): void
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+}
+
+interface Scope {
+  readonly items: Scoped[]
+}
+
+let current: Scope | null = null
+
+/**
+ * Runs a synchronous function and frees every tensor made inside that is not part of its result (a tensor, or arrays and plain
+ * objects of them). What is returned belongs to the enclosing scope. On an exception everything is freed.
+ *
+ * A scope also frees what is recorded for gradients, so call `backward` inside it.
+ */
+export function scope<T>(fn: () => T): T {
+  const outer = current
+  const own: Scope = { items: [] }
+  current = own
+  let result: T
+  try {
+    result = fn()
+    if (result instanceof Promise) {
+      throw new MoeError({
+        code: 'E_ATTR',
+        op: 'scope',
+        problem: 'the function returned a promise, and its tensors would be freed before it settles',
+        fix: 'pass a synchronous function and await its result outside',
+      })
+    }
+    move(result, own, outer, 0)
+  } finally {
+    current = outer
+    const { items } = own
+    for (let i = 0; i < items.length; i++) if (items[i].owner === own) items[i].dispose()
+  }
+  return result
+}
+
+/** Takes tensors out of their scopes: they live until they are disposed. Returns its argument. */
+export function keep<T>(value: T): T {
+  move(value, null, null, 0)
+  return value
+}
+
+/** Gives what `value` holds and `from` owns (any owner when null) to `to`. */
+function move(value: unknown, from: Scope | null, to: Scope | null, depth: number): void {
+  if (value === null || typeof value !== 'object' || depth > 8) return
+  if (value instanceof Scoped) {
+    if (from === null || value.owner === from) {
+      value.owner = to
+      if (to !== null) to.items.push(value)
+    }
+    return
+  }
+  if (Array.isArray(value)) {
+    for (let i = 0; i < value.length; i++) move(value[i], from, to, depth + 1)
+  } else if (value instanceof Map) {
+    for (const item of value.values()) move(item, from, to, depth + 1)
+  } else if (Object.getPrototypeOf(value) === Object.prototype) {
+    for (const key in value) move((value as Record<string, unknown>)[key], from, to, depth + 1)
+  }
+}

@@ -1,0 +1,572 @@
+/**
+ * @file The tensor, and `run`: the one place where an op is checked, dispatched and recorded.
+ *
+ * A tensor is immutable, contiguous and row-major. Its methods are one line each: they name a primitive and its attributes.
+ */
+import type {
+  Backend,
+  BinaryCode,
+  CompareCode,
+  FusedAttrs,
+  FusedName,
+  Handle,
+  OpName,
+  Precision,
+  PrimitiveAttrs,
+  PrimitiveName,
+  Shape,
+  TensorSpec,
+  UnaryCode,
+  Value,
+} from './backend.ts'
+import { context, defaultBackend } from './context.ts'
+import { type DType, decodeHost, encodeHost, type HostArray, isFloat } from './dtype.ts'
+import { MoeError } from './errors.ts'
+import { infer, inferReshape, shapeError } from './infer.ts'
+import { Scoped } from './scope.ts'
+import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf } from './shape.ts'
+
+/** A recorded op: what `backward` needs to send gradients from its outputs to its inputs. */
+export interface TapeNode {
+  /** Creation order; a node's inputs were made by nodes with smaller ids. */
+  readonly id: number
+  readonly op: OpName | 'checkpoint'
+  inputs: readonly Tensor[]
+  readonly attrs: unknown
+  outputs: readonly Tensor[]
+  /** Where ops that are not primitives find their gradient; primitives are looked up by name. */
+  readonly gradient: GradientSource | null
+}
+
+/** The part of a fused op's definition (or of a checkpoint) that `backward` uses. */
+export interface GradientSource {
+  readonly vjp: Vjp<never> | null
+  decompose(inputs: readonly Tensor[], attrs: never): Tensor[]
+}
+
+/** What a gradient rule sees. `needs(i)` tells whether the gradient of input i is wanted. */
+export interface VjpContext<Attrs> {
+  readonly inputs: readonly Tensor[]
+  readonly outputs: readonly Tensor[]
+  readonly attrs: Attrs
+  needs(input: number): boolean
+}
+
+/** From gradients of the outputs (null where none flows) to gradients of the inputs (null where none exists or none is wanted). */
+export type Vjp<Attrs> = (
+  context: VjpContext<Attrs>,
+  gradients: ReadonlyArray<Tensor | null>,
+) => ReadonlyArray<Tensor | null>
+
+/** A fused op: its contract, its meaning in primitives, and its gradient. */
+export interface FusedDefinition<F extends FusedName> {
+  readonly name: F
+  /** Checks the inputs and tells the outputs. */
+  infer(inputs: readonly Tensor[], attrs: FusedAttrs[F]): TensorSpec[]
+  /** The same result from primitives. */
+  decompose(inputs: readonly Tensor[], attrs: FusedAttrs[F]): Tensor[]
+  /** Gradient rule; null runs the decomposition again and goes back through it. */
+  readonly vjp: Vjp<FusedAttrs[F]> | null
+}
+
+let nextNode = 0
+
+/** An n-dimensional array on a backend. Make one with `tensor`, `zeros`, `randn` or an op. */
+export class Tensor extends Scoped implements Value {
+  handle: Handle
+  readonly shape: Shape
+  readonly dtype: DType
+  readonly backend: Backend
+  /** The op that made it, while it is recorded. */
+  node: TapeNode | null
+  /** Whether gradients flow to it: a trainable parameter, or made from one while recording. */
+  tracked: boolean
+
+  /** Internal: wraps a handle that the tensor then owns. */
+  constructor(backend: Backend, handle: Handle, shape: Shape, dtype: DType) {
+    super()
+    this.backend = backend
+    this.handle = handle
+    this.shape = shape
+    this.dtype = dtype
+    this.node = null
+    this.tracked = false
+  }
+
+  get rank(): number {
+    return this.shape.length
+  }
+
+  /** Number of elements. */
+  get size(): number {
+    return sizeOf(this.shape)
+  }
+
+  get disposed(): boolean {
+    return this.handle === null
+  }
+
+  /** Frees the device memory. Doing it twice is harmless; using the tensor afterwards throws E_DISPOSED. */
+  dispose(): void {
+    if (this.handle === null) return
+    this.backend.free(this.handle)
+    this.handle = null
+    this.node = null
+  }
+
+  /** The elements as a fresh host array (raw bits for the 16- and 8-bit floats). Waits for the work that makes them. */
+  async data(): Promise<HostArray> {
+    alive('data', this)
+    return this.backend.download(this)
+  }
+
+  /** The elements as numbers, decoded from any dtype. */
+  async values(): Promise<Float32Array | Int32Array | Uint8Array> {
+    return decodeHost(this.dtype, await this.data())
+  }
+
+  /** The value of a tensor with one element. */
+  async item(): Promise<number> {
+    if (this.size !== 1) {
+      throw shapeError('item', `${showShape(this.shape)} has ${this.size} elements, needs 1`, 'reduce it first, or use values()')
+    }
+    return (await this.values())[0]
+  }
+
+  /** The same elements without history: gradients stop here, and `backward` does not free it. */
+  detach(): Tensor {
+    alive('detach', this)
+    return new Tensor(this.backend, this.backend.primitives.reshape([this], {}, [this])[0], this.shape, this.dtype)
+  }
+
+  /** A copy on another backend, without history. */
+  async to(backend: Backend): Promise<Tensor> {
+    const data = await this.data()
+    return new Tensor(backend, backend.upload(data, this.shape, this.dtype), this.shape, this.dtype)
+  }
+
+  // --- elementwise ---
+
+  neg(): Tensor {
+    return unary('neg', this)
+  }
+  abs(): Tensor {
+    return unary('abs', this)
+  }
+  /** -1, 0 or 1. */
+  sign(): Tensor {
+    return unary('sign', this)
+  }
+  exp(): Tensor {
+    return unary('exp', this)
+  }
+  log(): Tensor {
+    return unary('log', this)
+  }
+  sqrt(): Tensor {
+    return unary('sqrt', this)
+  }
+  rsqrt(): Tensor {
+    return unary('rsqrt', this)
+  }
+  sin(): Tensor {
+    return unary('sin', this)
+  }
+  cos(): Tensor {
+    return unary('cos', this)
+  }
+  tanh(): Tensor {
+    return unary('tanh', this)
+  }
+  sigmoid(): Tensor {
+    return unary('sigmoid', this)
+  }
+  floor(): Tensor {
+    return unary('floor', this)
+  }
+  add(other: Tensor | number): Tensor {
+    return binary('add', this, other)
+  }
+  sub(other: Tensor | number): Tensor {
+    return binary('sub', this, other)
+  }
+  mul(other: Tensor | number): Tensor {
+    return binary('mul', this, other)
+  }
+  div(other: Tensor | number): Tensor {
+    return binary('div', this, other)
+  }
+  pow(other: Tensor | number): Tensor {
+    return binary('pow', this, other)
+  }
+  /** Elementwise maximum; NaN wins. */
+  maximum(other: Tensor | number): Tensor {
+    return binary('max', this, other)
+  }
+  /** Elementwise minimum; NaN wins. */
+  minimum(other: Tensor | number): Tensor {
+    return binary('min', this, other)
+  }
+  /** 1 where equal, else 0 (u8). */
+  eq(other: Tensor | number): Tensor {
+    return compare('eq', this, other)
+  }
+  lt(other: Tensor | number): Tensor {
+    return compare('lt', this, other)
+  }
+  le(other: Tensor | number): Tensor {
+    return compare('le', this, other)
+  }
+  /** Converts the elements; see `PrimitiveAttrs.cast` for rounding. Only f32 carries gradients. */
+  cast(dtype: DType): Tensor {
+    return dtype === this.dtype ? this : run('cast', [this], { dtype })
+  }
+
+  // --- reductions ---
+
+  sum(axes?: number | readonly number[], keepDims = false): Tensor {
+    return reduce('sum', this, axes, keepDims)
+  }
+  max(axes?: number | readonly number[], keepDims = false): Tensor {
+    return reduce('max', this, axes, keepDims)
+  }
+  mean(axes?: number | readonly number[], keepDims = false): Tensor {
+    const total = reduce('sum', this, axes, keepDims)
+    return total.mul(total.size === 0 ? 0 : total.size / this.size)
+  }
+  cumsum(axis: number): Tensor {
+    return run('cumsum', [this], { axis: normalizeAxis('cumsum', axis, this.rank) })
+  }
+  /** The k largest of the last axis, descending, ties to the lowest index. */
+  topk(k: number): { values: Tensor; indices: Tensor } {
+    const [values, indices] = runAll('topk', [this], { k })
+    return { values, indices }
+  }
+
+  // --- products ---
+
+  /**
+   * Matrix product. `[..., m, k] x [k, n]` folds the leading axes; equal leading axes multiply batchwise.
+   * transposeA and transposeB read the last two axes of that side swapped.
+   */
+  matmul(other: Tensor, options: { transposeA?: boolean; transposeB?: boolean; precision?: Precision } = {}): Tensor {
+    return matmul(this, other, options)
+  }
+
+  // --- rows ---
+
+  /** Rows (of axis 0) at the given i32 indices: `[...index.shape, ...this.shape[1:]]`. */
+  takeRows(index: Tensor): Tensor {
+    return run('takeRows', [this, index], {})
+  }
+
+  // --- movement ---
+
+  /** One size may be -1. Free of copies. */
+  reshape(shape: Shape): Tensor {
+    const target = inferReshape(this, shape)
+    return sameShape(target, this.shape) ? this : runTo('reshape', [this], {}, target)
+  }
+  /** Axis i of the result is axis `axes[i]` of this. */
+  permute(axes: readonly number[]): Tensor {
+    return run('permute', [this], { axes })
+  }
+  /** Repeats axes of size 1 (and adds leading ones) to reach `shape`. */
+  expand(shape: Shape): Tensor {
+    if (sameShape(this.shape, shape)) return this
+    const grown = this.reshape([...new Array<number>(Math.max(0, shape.length - this.rank)).fill(1), ...this.shape])
+    if (!sameShape(broadcastShapes('expand', grown.shape, shape), shape)) {
+      throw shapeError('expand', `${showShape(this.shape)} does not expand to ${showShape(shape)}`)
+    }
+    return runTo('expand', [grown], {}, shape)
+  }
+  /** `sizes[i]` elements from `starts[i]` of every axis. */
+  slice(starts: readonly number[], sizes: readonly number[]): Tensor {
+    const fits =
+      starts.length === this.rank &&
+      sizes.length === this.rank &&
+      this.shape.every((size, i) => starts[i] >= 0 && sizes[i] >= 0 && starts[i] + sizes[i] <= size)
+    if (!fits) {
+      throw shapeError('slice', `from [${starts}] of size [${sizes}] does not lie inside ${showShape(this.shape)}`)
+    }
+    return sameShape(sizes, this.shape) ? this : runTo('slice', [this], { starts }, sizes)
+  }
+  /** Elements start .. end-1 of one axis. */
+  narrow(axis: number, start: number, end: number): Tensor {
+    const at = normalizeAxis('narrow', axis, this.rank)
+    const starts = new Array<number>(this.rank).fill(0)
+    const sizes = this.shape.slice()
+    starts[at] = start
+    sizes[at] = end - start
+    return this.slice(starts, sizes)
+  }
+  /** Adds `before[i]` and `after[i]` elements of `value` around axis i. */
+  pad(before: readonly number[], after: readonly number[], value = 0): Tensor {
+    if (before.length !== this.rank || after.length !== this.rank || [...before, ...after].some((n) => !(n >= 0))) {
+      throw shapeError('pad', `before [${before}] and after [${after}] do not fit ${showShape(this.shape)}`)
+    }
+    return runTo(
+      'pad',
+      [this],
+      { before, value },
+      this.shape.map((size, i) => size + before[i] + after[i]),
+    )
+  }
+}
+
+// --- dispatch ---
+
+function alive(op: string, tensor: Tensor): void {
+  if (tensor.handle !== null) return
+  throw new MoeError({
+    code: 'E_DISPOSED',
+    op,
+    problem: `an input ${showShape(tensor.shape)} was already freed`,
+    fix: 'return it from its scope, keep() it, or detach() it before backward',
+  })
+}
+
+function check(op: string, inputs: readonly Tensor[]): Backend {
+  const { backend } = inputs[0]
+  for (let i = 0; i < inputs.length; i++) {
+    const input = inputs[i]
+    if (input.handle === null) alive(op, input)
+    if (input.backend !== backend) {
+      throw new MoeError({
+        code: 'E_BACKEND_MIX',
+        op,
+        problem: `inputs live on ${backend.name} and ${input.backend.name}`,
+        fix: 'copy one with await x.to(backend)',
+      })
+    }
+  }
+  return backend
+}
+
+function wrap(
+  op: OpName,
+  backend: Backend,
+  inputs: readonly Tensor[],
+  attrs: unknown,
+  specs: readonly TensorSpec[],
+  handles: readonly Handle[],
+  gradient: GradientSource | null,
+): Tensor[] {
+  const outputs = new Array<Tensor>(specs.length)
+  for (let i = 0; i < specs.length; i++) {
+    outputs[i] = new Tensor(backend, handles[i], specs[i].shape, specs[i].dtype)
+  }
+  if (context.recording) record(op, inputs, attrs, outputs, gradient)
+  return outputs
+}
+
+/** Internal: remembers an op for `backward` if one of its inputs is tracked. */
+export function record(
+  op: OpName | 'checkpoint',
+  inputs: readonly Tensor[],
+  attrs: unknown,
+  outputs: readonly Tensor[],
+  gradient: GradientSource | null,
+): void {
+  for (let i = 0; i < inputs.length; i++) {
+    if (!inputs[i].tracked) continue
+    const node: TapeNode = { id: nextNode++, op, inputs, attrs, outputs, gradient }
+    for (let j = 0; j < outputs.length; j++) {
+      const output = outputs[j]
+      output.node = node
+      output.tracked = isFloat(output.dtype)
+    }
+    return
+  }
+}
+
+/** Runs a primitive whose output shapes follow from its inputs; returns all outputs. */
+function runAll<P extends PrimitiveName>(op: P, inputs: readonly Tensor[], attrs: PrimitiveAttrs[P]): Tensor[] {
+  const backend = check(op, inputs)
+  const specs = infer[op](inputs, attrs)
+  const handles = backend.primitives[op](inputs, attrs, specs)
+  return wrap(op, backend, inputs, attrs, specs, handles, null)
+}
+
+/** Runs a primitive with one output. */
+export function run<P extends PrimitiveName>(op: P, inputs: readonly Tensor[], attrs: PrimitiveAttrs[P]): Tensor {
+  return runAll(op, inputs, attrs)[0]
+}
+
+/** Runs a primitive that is told its output shape. */
+function runTo<P extends PrimitiveName>(
+  op: P,
+  inputs: readonly Tensor[],
+  attrs: PrimitiveAttrs[P],
+  shape: Shape,
+): Tensor {
+  const backend = check(op, inputs)
+  const specs: TensorSpec[] = [{ shape, dtype: inputs[0].dtype }]
+  const handles = backend.primitives[op](inputs, attrs, specs)
+  return wrap(op, backend, inputs, attrs, specs, handles, null)[0]
+}
+
+/** Runs a fused op with the backend's kernel, or as its decomposition where there is none. */
+export function runFused<F extends FusedName>(
+  definition: FusedDefinition<F>,
+  inputs: readonly Tensor[],
+  attrs: FusedAttrs[F],
+): Tensor[] {
+  const { name } = definition
+  const backend = check(name, inputs)
+  const specs = definition.infer(inputs, attrs)
+  const kernel = backend.fused[name]
+  const handles = kernel?.(inputs, attrs, specs)
+  if (handles !== undefined) return wrap(name, backend, inputs, attrs, specs, handles, definition as GradientSource)
+  const key = `${backend.name}:${name}`
+  context.fallbacks.set(key, (context.fallbacks.get(key) ?? 0) + 1)
+  return definition.decompose(inputs, attrs)
+}
+
+// --- primitives with broadcasting of numbers, defaults and folding ---
+
+const unaryAttrs = Object.fromEntries(
+  ['neg', 'abs', 'sign', 'exp', 'log', 'sqrt', 'rsqrt', 'sin', 'cos', 'tanh', 'sigmoid', 'floor'].map((code) => [
+    code,
+    { code },
+  ]),
+) as { [C in UnaryCode]: { code: C } }
+const binaryAttrs = Object.fromEntries(
+  ['add', 'sub', 'mul', 'div', 'max', 'min', 'pow'].map((code) => [code, { code }]),
+) as { [C in BinaryCode]: { code: C } }
+
+function unary(code: UnaryCode, x: Tensor): Tensor {
+  return run('unary', [x], unaryAttrs[code])
+}
+
+/** A number beside a tensor becomes a scalar of the tensor's dtype and backend. */
+function operand(x: Tensor, other: Tensor | number): Tensor {
+  return typeof other === 'number' ? full([], other, { dtype: x.dtype, backend: x.backend }) : other
+}
+
+function binary(code: BinaryCode, a: Tensor, b: Tensor | number): Tensor {
+  return run('binary', [a, operand(a, b)], binaryAttrs[code])
+}
+
+function compare(code: CompareCode, a: Tensor, b: Tensor | number): Tensor {
+  return run('compare', [a, operand(a, b)], { code })
+}
+
+function reduce(
+  code: 'sum' | 'max',
+  x: Tensor,
+  axes: number | readonly number[] | undefined,
+  keepDims: boolean,
+): Tensor {
+  const list = axes === undefined ? x.shape.map((_, i) => i) : typeof axes === 'number' ? [axes] : axes
+  const normal = [...new Set(list.map((axis) => normalizeAxis(code, axis, x.rank)))].sort((a, b) => a - b)
+  if (normal.length === 0) return x
+  const kept = run('reduce', [x], { code, axes: normal })
+  return keepDims ? kept : kept.reshape(x.shape.filter((_, i) => !normal.includes(i)))
+}
+
+function matmul(
+  a: Tensor,
+  b: Tensor,
+  { transposeA = false, transposeB = false, precision = context.precision }: Parameters<Tensor['matmul']>[1] & object,
+): Tensor {
+  const attrs = { transposeA, transposeB, precision }
+  if (a.rank < 2 || b.rank < 2) {
+    throw shapeError('matmul', `needs matrices, lhs ${showShape(a.shape)} rhs ${showShape(b.shape)}`, 'reshape vectors first')
+  }
+  if (a.rank === 2 && b.rank === 2) return run('matmul', [a, b], attrs)
+  const lead = a.shape.slice(0, -2)
+  if (b.rank === 2 && !transposeA) {
+    const rows = sizeOf(a.shape.slice(0, -1))
+    const out = run('matmul', [a.reshape([rows, a.shape[a.rank - 1]]), b], attrs)
+    return out.reshape([...a.shape.slice(0, -1), out.shape[1]])
+  }
+  if (!sameShape(lead, b.shape.slice(0, -2))) {
+    throw shapeError(
+      'matmul',
+      `leading axes differ, lhs ${showShape(a.shape)} rhs ${showShape(b.shape)}`,
+      'expand one of them, or pass a rhs of rank 2',
+      { lhs: a.shape, rhs: b.shape },
+    )
+  }
+  const batch = sizeOf(lead)
+  const fold = (x: Tensor) => x.reshape([batch, x.shape[x.rank - 2], x.shape[x.rank - 1]])
+  const out = run('matmul', [fold(a), fold(b)], attrs)
+  return out.reshape([...lead, out.shape[1], out.shape[2]])
+}
+
+/** `condition ? a : b`, elementwise with broadcasting; the condition is u8. */
+export function where(condition: Tensor, a: Tensor, b: Tensor): Tensor {
+  return run('where', [condition, a, b], {})
+}
+
+/** Joins tensors along an axis. */
+export function concat(parts: readonly Tensor[], axis = 0): Tensor {
+  if (parts.length === 1) return parts[0]
+  return run('concat', parts, { axis: parts.length === 0 ? 0 : normalizeAxis('concat', axis, parts[0].rank) })
+}
+
+/** Zeros `[rows, ...rest]` plus every row of `source` added to row `index`, in order. */
+export function scatterAddRows(index: Tensor, source: Tensor, rows: number): Tensor {
+  return run('scatterAddRows', [index, source], { rows })
+}
+
+/** `x` with the rows at `index` replaced by those of `source`. With `donate`, x is used up (its memory may become the result's). */
+export function setRows(x: Tensor, index: Tensor, source: Tensor, options: { donate?: boolean } = {}): Tensor {
+  const donate = options.donate === true && !(context.recording && (x.tracked || source.tracked))
+  const out = run('setRows', [x, index, source], { donate })
+  if (donate) x.dispose()
+  return out
+}
+
+// --- creation ---
+
+/** Where and as what a new tensor is made. */
+export interface CreateOptions {
+  readonly dtype?: DType
+  readonly backend?: Backend
+}
+
+/** Every element the same value. */
+export function full(shape: Shape, value: number, options: CreateOptions = {}): Tensor {
+  const { dtype = 'f32', backend = defaultBackend() } = options
+  const specs: TensorSpec[] = [{ shape, dtype }]
+  return new Tensor(backend, backend.primitives.fill([], { value }, specs)[0], shape, dtype)
+}
+
+export function zeros(shape: Shape, options?: CreateOptions): Tensor {
+  return full(shape, 0, options)
+}
+
+export function ones(shape: Shape, options?: CreateOptions): Tensor {
+  return full(shape, 1, options)
+}
+
+/**
+ * A tensor from numbers. The shape defaults to a vector; the dtype to i32 for an Int32Array, u8 for a Uint8Array, else f32.
+ * Numbers are encoded to the dtype; pass raw bits of 16- and 8-bit floats to `fromHost` instead.
+ * @throws MoeError E_SHAPE when the shape does not fit the number of values.
+ */
+export function tensor(values: ArrayLike<number>, shape?: Shape, options: CreateOptions = {}): Tensor {
+  const natural = values instanceof Int32Array ? 'i32' : values instanceof Uint8Array ? 'u8' : 'f32'
+  const dtype = options.dtype ?? natural
+  return fromHost(encodeHost(dtype, values), shape ?? [values.length], dtype, options.backend)
+}
+
+/** A tensor from a host array that already holds the dtype's bits. The array is copied. */
+export function fromHost(data: HostArray, shape: Shape, dtype: DType, backend = defaultBackend()): Tensor {
+  if (sizeOf(shape) !== data.length) {
+    throw shapeError('fromHost', `${data.length} values do not fill ${showShape(shape)} (${sizeOf(shape)})`)
+  }
+  return new Tensor(backend, backend.upload(data, shape, dtype), shape, dtype)
+}
+
+/** 0, 1, ..., n-1 as i32. */
+export function arange(n: number, options: { backend?: Backend } = {}): Tensor {
+  return fromHost(
+    Int32Array.from({ length: n }, (_, i) => i),
+    [n],
+    'i32',
+    options.backend,
+  )
+}
