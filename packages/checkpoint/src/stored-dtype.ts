@@ -1,0 +1,123 @@
+/** @file Element types that a safetensors file can hold, their names there, their sizes and their host arrays. */
+
+import type { DType } from '@moe/core'
+
+/**
+ * Element type of a stored tensor: the dtypes of `@moe/core` and those that only occur in files. `f4`, `f6e2m3` and
+ * `f6e3m2` are packed (4 and 6 bits an element), `c64` is two f32.
+ */
+export type StoredDType =
+  | DType
+  | 'f64'
+  | 'i64'
+  | 'u64'
+  | 'u32'
+  | 'i16'
+  | 'u16'
+  | 'i8'
+  | 'bool'
+  | 'f8e5m2'
+  | 'f8e8m0'
+  | 'f4'
+  | 'f6e2m3'
+  | 'f6e3m2'
+  | 'c64'
+
+/**
+ * Host array of a stored tensor. `bf16` and `f16` travel as raw 16-bit patterns; `bool` (0 or 1) and every 4-, 6- and 8-bit
+ * float as raw bytes; `i64` and `u64` as big integers; `c64` as raw bytes.
+ */
+export type StoredArray =
+  | Float32Array
+  | Float64Array
+  | Int32Array
+  | Uint32Array
+  | Int16Array
+  | Uint16Array
+  | Int8Array
+  | Uint8Array
+  | BigInt64Array
+  | BigUint64Array
+
+interface ArrayClass {
+  readonly BYTES_PER_ELEMENT: number
+  new (buffer: ArrayBufferLike, byteOffset: number, length: number): StoredArray
+}
+
+interface Format {
+  /** Name in the header of the file. */
+  readonly name: string
+  readonly bits: number
+  readonly array: ArrayClass
+}
+
+const formats: Readonly<Record<StoredDType, Format>> = {
+  f64: { name: 'F64', bits: 64, array: Float64Array },
+  f32: { name: 'F32', bits: 32, array: Float32Array },
+  bf16: { name: 'BF16', bits: 16, array: Uint16Array },
+  f16: { name: 'F16', bits: 16, array: Uint16Array },
+  f8e4m3: { name: 'F8_E4M3', bits: 8, array: Uint8Array },
+  f8e5m2: { name: 'F8_E5M2', bits: 8, array: Uint8Array },
+  f8e8m0: { name: 'F8_E8M0', bits: 8, array: Uint8Array },
+  f6e2m3: { name: 'F6_E2M3', bits: 6, array: Uint8Array },
+  f6e3m2: { name: 'F6_E3M2', bits: 6, array: Uint8Array },
+  f4: { name: 'F4', bits: 4, array: Uint8Array },
+  c64: { name: 'C64', bits: 64, array: Uint8Array },
+  i64: { name: 'I64', bits: 64, array: BigInt64Array },
+  u64: { name: 'U64', bits: 64, array: BigUint64Array },
+  i32: { name: 'I32', bits: 32, array: Int32Array },
+  u32: { name: 'U32', bits: 32, array: Uint32Array },
+  i16: { name: 'I16', bits: 16, array: Int16Array },
+  u16: { name: 'U16', bits: 16, array: Uint16Array },
+  i8: { name: 'I8', bits: 8, array: Int8Array },
+  u8: { name: 'U8', bits: 8, array: Uint8Array },
+  bool: { name: 'BOOL', bits: 8, array: Uint8Array },
+}
+
+const byName = new Map(Object.entries(formats).map(([dtype, format]) => [format.name, dtype as StoredDType]))
+
+/** Name of a dtype in the header of a file, `BF16` for `bf16`. */
+export const storedName = (dtype: StoredDType): string => formats[dtype].name
+
+/** The dtype of a name in a header, undefined if the format does not know it. */
+export const dtypeOfName = (name: string): StoredDType | undefined => byName.get(name)
+
+/** Every name that a header may use. */
+export const storedNames = (): string[] => [...byName.keys()]
+
+/** Whether a value names a dtype of this package. */
+export const isStoredDType = (value: unknown): value is StoredDType =>
+  typeof value === 'string' && Object.hasOwn(formats, value)
+
+/** Bits of one element. */
+export const storedBits = (dtype: StoredDType): number => formats[dtype].bits
+
+/**
+ * Bytes of a tensor.
+ *
+ * @returns NaN when they do not fit in a whole number of bytes below 2^53, so that no size is ever wrong silently
+ */
+export function storedBytes(dtype: StoredDType, shape: readonly number[]): number {
+  // A zero anywhere empties the tensor, whatever the other sizes are.
+  if (shape.includes(0)) return 0
+  const bits = shape.reduce((product, size) => product * size, formats[dtype].bits)
+  return Number.isSafeInteger(bits) && bits % 8 === 0 ? bits / 8 : Number.NaN
+}
+
+/** View bytes as the host array of a dtype; the byte offset must be aligned to the element. */
+export function viewStored(dtype: StoredDType, bytes: Uint8Array): StoredArray {
+  const { array } = formats[dtype]
+  return new array(bytes.buffer, bytes.byteOffset, bytes.byteLength / array.BYTES_PER_ELEMENT)
+}
+
+/** The bytes of a host array if it is the one that the dtype asks for, or raw bytes; undefined otherwise. */
+export function bytesOf(dtype: StoredDType, data: unknown): Uint8Array | undefined {
+  if (data instanceof formats[dtype].array || data instanceof Uint8Array) {
+    const view = data as Uint8Array
+    return new Uint8Array(view.buffer, view.byteOffset, view.byteLength)
+  }
+  return undefined
+}
+
+/** Name of the host array class of a dtype, for messages. */
+export const arrayName = (dtype: StoredDType): string => (formats[dtype].array as unknown as { name: string }).name

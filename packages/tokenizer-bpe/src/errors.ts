@@ -1,0 +1,42 @@
+/** @file The one error class of this package, in the shape that every @moe package uses: code, op, problem, fix, details. */
+
+/** Permanent identities of errors. Test on `code`, never on the text. */
+export type TokenizerErrorCode =
+  | 'E_CONFIG'
+  | 'E_DATA'
+  | 'E_FORMAT'
+  | 'E_UNSUPPORTED'
+  | 'E_PATTERN'
+  | 'E_UNKNOWN_TOKEN'
+  | 'E_ABORTED'
+
+export interface TokenizerErrorInfo {
+  readonly code: TokenizerErrorCode
+  /** Function or part of the file that failed; starts the message. */
+  readonly op: string
+  /** What is wrong, with the offending values. */
+  readonly problem: string
+  /** What the caller can do about it. */
+  readonly fix?: string
+  /** The values themselves, for programs. */
+  readonly details?: Readonly<Record<string, unknown>>
+  readonly cause?: unknown
+}
+
+/** Every failure of this package that a caller can cause: `op: problem; fix`. */
+export class TokenizerError extends Error {
+  readonly code: TokenizerErrorCode
+  readonly op: string
+  readonly details: Readonly<Record<string, unknown>>
+
+  constructor(info: TokenizerErrorInfo) {
+    super(
+      info.fix ? `${info.op}: ${info.problem}; ${info.fix}` : `${info.op}: ${info.problem}`,
+      info.cause === undefined ? undefined : { cause: info.cause },
+    )
+    this.name = 'TokenizerError'
+    this.code = info.code
+    this.op = info.op
+    this.details = info.details ?? {}
+  }
+}

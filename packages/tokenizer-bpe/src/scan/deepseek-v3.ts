@@ -1,0 +1,146 @@
+/**
+ * @file The pre-tokenizer of DeepSeek-V3 (also R1 and V3.1): three splits, one inside the other, in one pass.
+ *
+ *   \p{N}{1,3}   |   [一-龥぀-ゟ゠-ヿ]+   |   words, punctuation, newlines and spaces of what is between
+ *
+ * What lies between numbers and CJK runs is matched as a text of its own, so a run of spaces before a number or a CJK
+ * character stays whole, as at the end of a text. Characters that no alternative takes (controls, unassigned) join into pieces.
+ */
+import { classOf, LETTER, MARK, NEWLINE, NUMBER, OTHER, PUNCTUATION, SPACE, SYMBOL } from '../unicode/classes.ts'
+import { codePointAt, widthOf } from '../unicode/utf8.ts'
+
+export const DEEPSEEK_V3_PATTERNS = [
+  '\\p{N}{1,3}',
+  '[一-龥\u3040-ゟ゠-ヿ]+',
+  '[!"#$%&\'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+',
+]
+
+// Classes of this scanner.
+const GAP = 0 // in no alternative but as the one character before a word
+const WORD = 1 // L, M
+const DIGIT = 2 // N
+const CJK = 3
+const MARKS = 4 // P, S
+const BLANK = 5 // White_Space but for newlines
+const BREAK = 6 // \r \n
+
+function build(): Uint8Array {
+  const table = new Uint8Array(classOf.length)
+  for (let code = 0; code < table.length; code++) {
+    const kind = classOf[code]
+    table[code] =
+      kind === OTHER
+        ? GAP
+        : kind <= LETTER || kind === MARK
+          ? WORD
+          : kind === NUMBER
+            ? DIGIT
+            : kind === PUNCTUATION || kind === SYMBOL
+              ? MARKS
+              : kind === SPACE
+                ? BLANK
+                : BREAK
+  }
+  table.fill(CJK, 0x4e00, 0x9fa6)
+  table.fill(CJK, 0x3040, 0x3100)
+  return table
+}
+
+let kinds: Uint8Array | undefined
+
+export function scanDeepseekV3(bytes: Uint8Array, pos: number, end: number, ends: Int32Array): number {
+  kinds ??= build()
+  const table = kinds
+  const capacity = ends.length
+  let count = 0
+  while (pos < end && count < capacity) {
+    const lead = bytes[pos]
+    let at = pos + widthOf(lead)
+    const kind = table[lead < 0x80 ? lead : codePointAt(bytes, pos)]
+    let next = GAP
+    let nextLead = 0
+    if (at < end) {
+      nextLead = bytes[at]
+      next = table[nextLead < 0x80 ? nextLead : codePointAt(bytes, at)]
+    } else next = -1
+
+    if (kind === WORD || (next === WORD && (kind === BLANK || kind === GAP))) {
+      at = runEnd(table, bytes, at, end, WORD)
+    } else if (kind === MARKS && lead < 0x80 && isAsciiLetter(nextLead) && at < end) {
+      at++
+      while (at < end && isAsciiLetter(bytes[at])) at++
+    } else if (kind === MARKS || (lead === 0x20 && next === MARKS)) {
+      at = runEnd(table, bytes, at, end, MARKS)
+      at = runEnd(table, bytes, at, end, BREAK)
+    } else if (kind === DIGIT) {
+      for (let digits = 1; digits < 3 && at < end; digits++) {
+        if (table[codePointAt(bytes, at)] !== DIGIT) break
+        at += widthOf(bytes[at])
+      }
+    } else if (kind === CJK) {
+      at = runEnd(table, bytes, at, end, CJK)
+    } else if (kind === BLANK || kind === BREAK) {
+      at = blankEnd(table, bytes, pos, end)
+    } else {
+      // A gap ends before the first character that starts a match: anything else, or the last gap character before a word.
+      let width = at - pos
+      while (at < end && next === GAP) {
+        const after = at + widthOf(nextLead)
+        let following = -1
+        let followingLead = 0
+        if (after < end) {
+          followingLead = bytes[after]
+          following = table[followingLead < 0x80 ? followingLead : codePointAt(bytes, after)]
+        }
+        if (following === WORD) break
+        width = after - at
+        at = after
+        next = following
+        nextLead = followingLead
+      }
+      if (width === 0) at = end
+    }
+    ends[count++] = at
+    pos = at
+  }
+  return count
+}
+
+function isAsciiLetter(byte: number): boolean {
+  const lower = byte | 0x20
+  return lower >= 0x61 && lower <= 0x7a
+}
+
+function runEnd(table: Uint8Array, bytes: Uint8Array, at: number, end: number, kind: number): number {
+  while (at < end) {
+    const lead = bytes[at]
+    if (lead < 0x80) {
+      if (table[lead] !== kind) return at
+      at++
+    } else {
+      if (table[codePointAt(bytes, at)] !== kind) return at
+      at += widthOf(lead)
+    }
+  }
+  return at
+}
+
+/** `\s*[\r\n]+|\s+(?!\S)|\s+` from white space at `pos`; a number or CJK character ends the text here. */
+function blankEnd(table: Uint8Array, bytes: Uint8Array, pos: number, end: number): number {
+  let at = pos
+  let last = pos
+  let newlineEnd = -1
+  let kind = -1
+  while (at < end) {
+    const lead = bytes[at]
+    kind = table[lead < 0x80 ? lead : codePointAt(bytes, at)]
+    if (kind !== BLANK && kind !== BREAK) break
+    last = at
+    at += widthOf(lead)
+    if (kind === BREAK) newlineEnd = at
+    kind = -1
+  }
+  if (newlineEnd >= 0) return newlineEnd
+  const textEnds = kind === -1 || kind === DIGIT || kind === CJK
+  return textEnds || last === pos ? at : last
+}

@@ -1,0 +1,42 @@
+import { existsSync, readdirSync } from 'node:fs'
+import { availableParallelism } from 'node:os'
+import { defineConfig, type TestProjectConfiguration } from 'vitest/config'
+
+/** One project per package with a src folder, so that `pnpm test --project core` runs one package. */
+function packageProjects(): TestProjectConfiguration[] {
+  return readdirSync('packages')
+    .filter(name => existsSync(`packages/${name}/src`))
+    .map(name => ({
+      extends: true as const,
+      test: { name, root: `packages/${name}`, include: ['src/**/*.test.ts', 'scripts/**/*.test.ts'] },
+    }))
+}
+
+export default defineConfig({
+  test: {
+    // The native kernels bring a thread pool and process-wide state: one process per file, as many as cores.
+    pool: 'forks',
+    maxWorkers: Math.min(availableParallelism(), 4),
+    testTimeout: 60_000,
+    hookTimeout: 60_000,
+    projects: [
+      ...packageProjects(),
+      {
+        extends: true,
+        test: { name: 'scripts', root: 'scripts', include: ['**/*.test.ts'] },
+      },
+      {
+        extends: true,
+        test: {
+          name: 'examples',
+          root: 'examples',
+          include: ['**/*.test.ts'],
+          testTimeout: 300_000,
+          // Whole programs that use every core: after the unit tests, one at a time.
+          fileParallelism: false,
+          sequence: { groupOrder: 1 },
+        },
+      },
+    ],
+  },
+})
