@@ -1,0 +1,131 @@
+/** @file Saves tensors in the Hugging Face layout, in one file or in shards, so that a crash at any moment leaves a checkpoint. */
+
+import { randomBytes } from 'node:crypto'
+import { mkdir, readdir, rm } from 'node:fs/promises'
+import { join } from 'node:path'
+import { syncFolder, writeAtomically } from './atomic-file.ts'
+import { checkpointError, fileError } from './checkpoint-error.ts'
+import { INDEX_FILE, readIndex, SINGLE_FILE } from './open-checkpoint.ts'
+import { type PlannedTensor, planEntries, type TensorEntry, type WriteOptions, writePlanned } from './write-safetensors.ts'
+
+export interface SaveOptions extends WriteOptions {
+  /** Largest data of one shard, in bytes; one tensor that is larger gets a shard of its own. Default 5 GB, as transformers. */
+  readonly maxShardBytes?: number
+}
+
+export interface SavedCheckpoint {
+  /** Names of the files in the folder that make up the checkpoint. */
+  readonly files: readonly string[]
+  /** Bytes of all tensors, without headers. */
+  readonly dataBytes: number
+}
+
+/**
+ * Saves a checkpoint into a folder: `model.safetensors`, or shards with `model.safetensors.index.json` when the tensors exceed
+ * `maxShardBytes`. Shards are filled in the order of `entries`.
+ *
+ * A checkpoint that is already there stays readable until the new one is complete, and is then removed: new shards never
+ * take the names of old ones, and the switch is a single rename (or, from one file to shards, a single removal). Other files in
+ * the folder are left alone.
+ *
+ * @throws {MoeError} `E_CHECKPOINT` as {@link writeSafetensors}; the previous checkpoint is then whole and nothing new is left
+ */
+export async function saveCheckpoint(
+  folder: string,
+  entries: Iterable<TensorEntry>,
+  options: SaveOptions = {},
+): Promise<SavedCheckpoint> {
+  const maxShardBytes = options.maxShardBytes ?? 5e9
+  if (!(maxShardBytes > 0)) {
+    throw checkpointError(folder, `maxShardBytes is ${maxShardBytes}`, 'it must be above 0')
+  }
+  const planned = planEntries(folder, entries)
+  const dataBytes = planned.reduce((sum, entry) => sum + entry.bytes, 0)
+  const present = await readyFolder(folder)
+  const previous = await previousShards(folder, present)
+  const written = dataBytes <= maxShardBytes
+    ? await saveSingle(folder, planned, options)
+    : await saveShards(folder, fillShards(planned, maxShardBytes), dataBytes, present, options)
+  // From here on the new checkpoint is the one that opens.
+  const files = new Set(written)
+  const stale = [...previous, INDEX_FILE].filter(name => present.has(name) && !files.has(name))
+  for (const name of stale) await rm(join(folder, name), { force: true })
+  if (stale.length > 0) await syncFolder(folder)
+  return { files: written, dataBytes }
+}
+
+async function readyFolder(folder: string): Promise<Set<string>> {
+  try {
+    await mkdir(folder, { recursive: true })
+    return new Set(await readdir(folder))
+  } catch (cause) {
+    throw fileError(folder, 'saving', cause)
+  }
+}
+
+/** Shards of the checkpoint that is being replaced. An index that cannot be read names none: better a stray file than a lost one. */
+async function previousShards(folder: string, present: ReadonlySet<string>): Promise<string[]> {
+  if (!present.has(INDEX_FILE)) return []
+  try {
+    const { weightMap } = await readIndex(join(folder, INDEX_FILE))
+    return [...new Set(weightMap.values())].filter(name => name.endsWith('.safetensors'))
+  } catch {
+    return []
+  }
+}
+
+async function saveSingle(folder: string, planned: readonly PlannedTensor[], options: WriteOptions): Promise<string[]> {
+  await writePlanned(join(folder, SINGLE_FILE), planned, options)
+  return [SINGLE_FILE]
+}
+
+async function saveShards(
+  folder: string,
+  shards: readonly PlannedTensor[][],
+  dataBytes: number,
+  present: ReadonlySet<string>,
+  options: WriteOptions,
+): Promise<string[]> {
+  const names = shardNames(shards.length, present)
+  const written: string[] = []
+  try {
+    for (const [i, shard] of shards.entries()) {
+      await writePlanned(join(folder, names[i]), shard, options)
+      written.push(names[i])
+    }
+    const weightMap = Object.fromEntries(shards.flatMap((shard, i) => shard.map(({ name }) => [name, names[i]])))
+    const index = { metadata: { total_size: dataBytes }, weight_map: weightMap }
+    await writeAtomically(join(folder, INDEX_FILE), append =>
+      append(new TextEncoder().encode(`${JSON.stringify(index, null, 2)}\n`)),
+    )
+  } catch (error) {
+    for (const name of written) await rm(join(folder, name), { force: true }).catch(() => {})
+    throw error
+  }
+  // A folder with both is read as the single file, so its removal is what switches over.
+  await rm(join(folder, SINGLE_FILE), { force: true })
+  return [...names, INDEX_FILE]
+}
+
+/** `model-00001-of-00003.safetensors`, as transformers names them; with a random part where such a file is already there. */
+function shardNames(count: number, present: ReadonlySet<string>): string[] {
+  const of = String(count).padStart(5, '0')
+  const names = (part: string) =>
+    Array.from({ length: count }, (_, i) => `model-${String(i + 1).padStart(5, '0')}-of-${of}${part}.safetensors`)
+  const plain = names('')
+  return plain.some(name => present.has(name)) ? names(`-${randomBytes(4).toString('hex')}`) : plain
+}
+
+function fillShards(planned: readonly PlannedTensor[], maxShardBytes: number): PlannedTensor[][] {
+  const shards: PlannedTensor[][] = []
+  let room = -1
+  for (const entry of planned) {
+    if (entry.bytes > room) {
+      shards.push([])
+      room = maxShardBytes
+    }
+    shards[shards.length - 1].push(entry)
+    room -= entry.bytes
+  }
+  return shards
+}

@@ -1,0 +1,72 @@
+/** @file Stored numbers as f32, a whole array at a time: shifts and tables instead of a function call for each element. */
+
+import { fromF8e4m3, fromF16 } from '@moe/core'
+import type { StoredArray, StoredDType } from './stored-dtype.ts'
+
+/**
+ * The values of a stored array as f32. Exact for bf16, f16, the 8-bit floats, bool and integers up to 2^24; f64 and larger
+ * integers round to nearest even. f32 is returned as it is, not copied.
+ *
+ * @returns undefined for dtypes without a number for each element (`c64`, `f4`, `f6e2m3`, `f6e3m2`)
+ */
+export function toF32(dtype: StoredDType, data: StoredArray): Float32Array | undefined {
+  switch (dtype) {
+    case 'f32':
+      return data as Float32Array
+    case 'bf16': {
+      const bits = data as Uint16Array
+      const out = new Float32Array(bits.length)
+      const words = new Uint32Array(out.buffer)
+      for (let i = 0; i < bits.length; i++) words[i] = bits[i] << 16
+      return out
+    }
+    case 'f16':
+      return lookUp(f16Table(), data as Uint16Array)
+    case 'f8e4m3':
+      return lookUp(f8e4m3Table(), data as Uint8Array)
+    case 'f8e5m2':
+      return lookUp(f8e5m2Table(), data as Uint8Array)
+    case 'f8e8m0':
+      return lookUp(f8e8m0Table(), data as Uint8Array)
+    case 'i64':
+    case 'u64':
+      return Float32Array.from(data as BigInt64Array, Number)
+    case 'f64':
+    case 'i32':
+    case 'u32':
+    case 'i16':
+    case 'u16':
+    case 'i8':
+    case 'u8':
+    case 'bool':
+      return Float32Array.from(data as Float64Array)
+    default:
+      return undefined
+  }
+}
+
+function lookUp(table: Float32Array, codes: Uint8Array | Uint16Array): Float32Array {
+  const out = new Float32Array(codes.length)
+  for (let i = 0; i < codes.length; i++) out[i] = table[codes[i]]
+  return out
+}
+
+/** Decoded values of every code of a format, made when first needed. */
+function table(codes: number, decode: (code: number) => number): () => Float32Array {
+  let values: Float32Array | undefined
+  return () => {
+    values ??= Float32Array.from({ length: codes }, (_, code) => decode(code))
+    return values
+  }
+}
+
+const f16Table = table(65536, fromF16)
+
+/** Value of each `f8e4m3` byte. */
+export const f8e4m3Table = table(256, fromF8e4m3)
+
+/** The upper byte of an f16. */
+const f8e5m2Table = table(256, code => fromF16(code << 8))
+
+/** A power of two, as the `ue8m0` scales of DeepSeek-V3.1; 255 is NaN. */
+const f8e8m0Table = table(256, code => (code === 255 ? Number.NaN : 2 ** (code - 127)))
