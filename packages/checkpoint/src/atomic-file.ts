@@ -55,7 +55,12 @@ async function append(file: FileHandle, path: string, bytes: Uint8Array): Promis
 }
 
 const writeError = (path: string, cause: unknown) =>
-  fileError(path, 'writing', cause, 'what was there before is unchanged; free some space or choose another folder, then save again')
+  fileError(
+    path,
+    'writing',
+    cause,
+    'what was there before is unchanged; free some space or choose another folder, then save again',
+  )
 
 /** Makes a rename survive a power failure. Some systems cannot open or flush a folder; there the rename itself must do. */
 export async function syncFolder(path: string): Promise<void> {

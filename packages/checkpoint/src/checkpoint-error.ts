@@ -20,6 +20,12 @@ export function checkpointError(
   })
 }
 
+/** A value from a file as JSON, cut short: a hostile file must not fill the log. */
+export function shown(value: unknown): string {
+  const text = JSON.stringify(value) ?? 'undefined'
+  return text.length <= 120 ? text : `${text.slice(0, 100)}… (${text.length} characters)`
+}
+
 const systemFaults: Readonly<Record<string, string>> = {
   ENOENT: 'no such file or folder',
   ENOTDIR: 'a part of the path is not a folder',

@@ -7,7 +7,7 @@
  * implementation, huggingface/safetensors `safetensors/src/tensor.rs`, demands).
  */
 
-import { checkpointError } from './checkpoint-error.ts'
+import { checkpointError, shown } from './checkpoint-error.ts'
 import { dtypeOfName, type StoredDType, storedBytes, storedName, storedNames } from './stored-dtype.ts'
 import { parseStrictJson } from './strict-json.ts'
 
@@ -107,18 +107,18 @@ function parseMetadata(file: string, value: unknown): Record<string, string> {
 
 function parseEntry(file: string, name: string, value: unknown, dataStart: number, dataBytes: number): HeaderEntry {
   const refuse = (problem: string, details: Record<string, unknown> = {}) =>
-    checkpointError(file, `tensor ${JSON.stringify(name)} ${problem}`, undefined, { key: name, ...details })
+    checkpointError(file, `tensor ${shown(name)} ${problem}`, undefined, { key: name, ...details })
   if (!isObject(value)) throw refuse('is not described by an object')
   const { dtype: dtypeName, shape, data_offsets: offsets } = value
   const dtype = typeof dtypeName === 'string' ? dtypeOfName(dtypeName) : undefined
   if (!dtype) {
-    throw refuse(`has the unknown dtype ${JSON.stringify(dtypeName)}; known are ${storedNames().join(' ')}`)
+    throw refuse(`has the unknown dtype ${shown(dtypeName)}; known are ${storedNames().join(' ')}`)
   }
   if (!isSizes(shape)) {
-    throw refuse(`has the shape ${JSON.stringify(shape)}, not a list of whole numbers from 0`)
+    throw refuse(`has the shape ${shown(shape)}, not a list of whole numbers from 0`)
   }
   if (!isSizes(offsets) || offsets.length !== 2) {
-    throw refuse(`has the data_offsets ${JSON.stringify(offsets)}, not two whole numbers from 0`)
+    throw refuse(`has the data_offsets ${shown(offsets)}, not two whole numbers from 0`)
   }
   const [begin, end] = offsets
   if (begin > end) throw refuse(`begins at ${begin}, after its end at ${end}`, { begin, end })
@@ -128,7 +128,7 @@ function parseEntry(file: string, name: string, value: unknown, dataStart: numbe
   const bytes = storedBytes(dtype, shape)
   if (bytes !== end - begin) {
     const need = Number.isNaN(bytes) ? 'an impossible number of' : bytes
-    throw refuse(`has ${end - begin} bytes, but ${dtypeName} [${shape.join(', ')}] needs ${need}`, { shape })
+    throw refuse(`has ${end - begin} bytes, but ${dtypeName} ${shown(shape)} needs ${need}`, { shape })
   }
   return { name, dtype, shape, begin: dataStart + begin, bytes }
 }
@@ -138,12 +138,15 @@ function checkCoverage(file: string, entries: readonly HeaderEntry[], dataStart:
   let position = dataStart
   let previous = 'the header'
   for (const { name, begin, bytes } of entries) {
-    const here = JSON.stringify(name)
+    const here = shown(name)
     if (begin < position) {
       throw checkpointError(file, `tensor ${here} overlaps ${previous}`, undefined, { key: name })
     }
     if (begin > position) {
-      throw checkpointError(file, `${begin - position} bytes between ${previous} and tensor ${here} belong to no tensor`)
+      throw checkpointError(
+        file,
+        `${begin - position} bytes between ${previous} and tensor ${here} belong to no tensor`,
+      )
     }
     position += bytes
     previous = `tensor ${here}`

@@ -2,7 +2,7 @@
 
 import { realpath, stat } from 'node:fs/promises'
 import { basename, dirname, isAbsolute, join, relative, resolve, sep } from 'node:path'
-import { checkpointError, fileError } from './checkpoint-error.ts'
+import { checkpointError, fileError, shown } from './checkpoint-error.ts'
 import {
   missingTensor,
   openRegularFile,
@@ -54,7 +54,11 @@ export async function openCheckpoint(path: string, options: OpenOptions = {}): P
   }
   const index = join(path, INDEX_FILE)
   if (await exists(index)) return openSharded(index, options)
-  throw checkpointError(path, `the folder has neither ${SINGLE_FILE} nor ${INDEX_FILE}`, 'pass the folder of a checkpoint')
+  throw checkpointError(
+    path,
+    `the folder has neither ${SINGLE_FILE} nor ${INDEX_FILE}`,
+    'pass the folder of a checkpoint',
+  )
 }
 
 interface CheckpointIndex {
@@ -106,7 +110,7 @@ export async function readIndex(path: string): Promise<CheckpointIndex> {
     if (typeof name !== 'string' || !isPlainFileName(name)) {
       throw checkpointError(
         path,
-        `the index puts tensor ${JSON.stringify(key)} into ${JSON.stringify(name)}`,
+        `the index puts tensor ${shown(key)} into ${shown(name)}`,
         'shards must be plain file names in the same folder',
         { key, shard: name },
       )
@@ -115,7 +119,9 @@ export async function readIndex(path: string): Promise<CheckpointIndex> {
   const entries = Object.entries(metadata && typeof metadata === 'object' ? metadata : {})
   return {
     weightMap: new Map(Object.entries(weightMap as Record<string, string>)),
-    metadata: Object.fromEntries(entries.map(([key, value]) => [key, typeof value === 'string' ? value : JSON.stringify(value)])),
+    metadata: Object.fromEntries(
+      entries.map(([key, value]) => [key, typeof value === 'string' ? value : JSON.stringify(value)]),
+    ),
   }
 }
 
@@ -131,7 +137,7 @@ function checkShards(
 ): void {
   for (const [key, name] of weightMap) {
     if (!shards.get(name)!.has(key)) {
-      throw checkpointError(indexPath, `tensor ${JSON.stringify(key)} is not in ${name}, where the index puts it`, undefined, {
+      throw checkpointError(indexPath, `tensor ${shown(key)} is not in ${name}, where the index puts it`, undefined, {
         key,
         shard: name,
       })
@@ -142,7 +148,7 @@ function checkShards(
       const owner = weightMap.get(key)
       if (owner === name) continue
       const where = owner === undefined ? 'the index does not name it' : `the index puts it into ${owner}`
-      throw checkpointError(shard.path, `holds tensor ${JSON.stringify(key)}, but ${where}`, undefined, { key, shard: name })
+      throw checkpointError(shard.path, `holds tensor ${shown(key)}, but ${where}`, undefined, { key, shard: name })
     }
   }
 }

@@ -1,6 +1,6 @@
 /** @file A tensor of any stored dtype as f32, block scales included. */
 
-import { checkpointError } from './checkpoint-error.ts'
+import { checkpointError, shown } from './checkpoint-error.ts'
 import { DEFAULT_BLOCK, dequantizeFp8Blocks } from './fp8-blocks.ts'
 import type { TensorSource } from './read-safetensors.ts'
 import { toF32 } from './to-f32.ts'
@@ -31,13 +31,13 @@ export async function readF32(
   const { dtype, shape, data } = await source.read(key)
   if (dtype === 'f8e4m3' && source.has(scaleKey(key))) {
     const scale = await readF32(source, scaleKey(key))
-    const where = `${source.info(key).file}: tensor ${JSON.stringify(key)}`
+    const where = `${source.info(key).file}: tensor ${shown(key)}`
     const block = options.block ?? DEFAULT_BLOCK
     return { shape, data: dequantizeFp8Blocks({ shape, data: data as Uint8Array }, scale, block, where) }
   }
   const values = toF32(dtype, data)
   if (!values) {
-    throw checkpointError(source.info(key).file, `tensor ${JSON.stringify(key)} is ${dtype}`, 'use read() and decode it', {
+    throw checkpointError(source.info(key).file, `tensor ${shown(key)} is ${dtype}`, 'use read() and decode it', {
       key,
       dtype,
     })

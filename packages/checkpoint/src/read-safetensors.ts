@@ -2,7 +2,7 @@
 
 import { constants, type Stats } from 'node:fs'
 import { type FileHandle, open, stat } from 'node:fs/promises'
-import { checkpointError, fileError } from './checkpoint-error.ts'
+import { checkpointError, fileError, shown } from './checkpoint-error.ts'
 import { DEFAULT_MAX_HEADER_BYTES, type Header, headerLength, PREFIX_BYTES, parseHeader } from './header.ts'
 import { type StoredArray, type StoredDType, viewStored } from './stored-dtype.ts'
 
@@ -128,8 +128,8 @@ export class SafetensorsFile implements TensorSource {
 export function missingTensor(path: string, key: string, keys: Iterable<string>) {
   const last = key.split('.').slice(-2).join('.')
   const near = [...keys].filter(other => other.endsWith(last)).slice(0, 3)
-  const fix = near.length > 0 ? `it has ${near.map(name => JSON.stringify(name)).join(', ')}` : 'keys() lists what it has'
-  return checkpointError(path, `there is no tensor ${JSON.stringify(key)}`, fix, { key })
+  const fix = near.length > 0 ? `it has ${near.map(shown).join(', ')}` : 'keys() lists what it has'
+  return checkpointError(path, `there is no tensor ${shown(key)}`, fix, { key })
 }
 
 /** Opens for reading without ever waiting on a pipe or device. */

@@ -6,7 +6,13 @@ import { join } from 'node:path'
 import { syncFolder, writeAtomically } from './atomic-file.ts'
 import { checkpointError, fileError } from './checkpoint-error.ts'
 import { INDEX_FILE, readIndex, SINGLE_FILE } from './open-checkpoint.ts'
-import { type PlannedTensor, planEntries, type TensorEntry, type WriteOptions, writePlanned } from './write-safetensors.ts'
+import {
+  type PlannedTensor,
+  planEntries,
+  type TensorEntry,
+  type WriteOptions,
+  writePlanned,
+} from './write-safetensors.ts'
 
 export interface SaveOptions extends WriteOptions {
   /** Largest data of one shard, in bytes; one tensor that is larger gets a shard of its own. Default 5 GB, as transformers. */
@@ -43,9 +49,10 @@ export async function saveCheckpoint(
   const dataBytes = planned.reduce((sum, entry) => sum + entry.bytes, 0)
   const present = await readyFolder(folder)
   const previous = await previousShards(folder, present)
-  const written = dataBytes <= maxShardBytes
-    ? await saveSingle(folder, planned, options)
-    : await saveShards(folder, fillShards(planned, maxShardBytes), dataBytes, present, options)
+  const written =
+    dataBytes <= maxShardBytes
+      ? await saveSingle(folder, planned, options)
+      : await saveShards(folder, fillShards(planned, maxShardBytes), dataBytes, present, options)
   // From here on the new checkpoint is the one that opens.
   const files = new Set(written)
   const stale = [...previous, INDEX_FILE].filter(name => present.has(name) && !files.has(name))

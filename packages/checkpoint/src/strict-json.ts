@@ -1,5 +1,7 @@
 /** @file JSON that refuses duplicate keys, which `JSON.parse` would silently resolve to the last one. */
 
+import { shown } from './checkpoint-error.ts'
+
 /**
  * Parses UTF-8 JSON.
  *
@@ -46,7 +48,7 @@ function checkDuplicateKeys(text: string): void {
       if (text.charCodeAt(after) === COLON) {
         const key = JSON.parse(text.slice(i, end + 1)) as string
         const keys = open[open.length - 1]
-        if (keys.has(key)) throw new SyntaxError(`the key ${JSON.stringify(key)} occurs twice`)
+        if (keys.has(key)) throw new SyntaxError(`the key ${shown(key)} occurs twice`)
         keys.add(key)
       }
       i = end

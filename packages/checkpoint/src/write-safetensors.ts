@@ -3,7 +3,15 @@
 import { type Append, writeAtomically } from './atomic-file.ts'
 import { checkpointError } from './checkpoint-error.ts'
 import { encodeHeader } from './header.ts'
-import { arrayName, bytesOf, isStoredDType, type StoredArray, type StoredDType, storedBits, storedBytes } from './stored-dtype.ts'
+import {
+  arrayName,
+  bytesOf,
+  isStoredDType,
+  type StoredArray,
+  type StoredDType,
+  storedBits,
+  storedBytes,
+} from './stored-dtype.ts'
 
 /**
  * A tensor to be written. `data` may be a function, called when its turn comes and once only: then no more than one tensor
@@ -83,7 +91,11 @@ export async function writePlanned(
   const metadata = options.metadata ?? { format: 'pt' }
   for (const [key, value] of Object.entries(metadata)) {
     if (typeof value === 'string') continue
-    throw checkpointError(path, `metadata.${key} is a ${typeof value}`, 'metadata holds strings only; use JSON.stringify')
+    throw checkpointError(
+      path,
+      `metadata.${key} is a ${typeof value}`,
+      'metadata holds strings only; use JSON.stringify',
+    )
   }
   const ordered = [...entries].sort((a, b) => storedBits(b.dtype) - storedBits(a.dtype))
   const header = encodeHeader(ordered, metadata)
