@@ -23,7 +23,7 @@ import { context, defaultBackend } from './context.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, isFloat } from './dtype.ts'
 import { MoeError } from './errors.ts'
 import { infer, inferReshape, shapeError } from './infer.ts'
-import { Scoped } from './scope.ts'
+import { Scoped, scope } from './scope.ts'
 import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf } from './shape.ts'
 
 /** A recorded op: what `backward` needs to send gradients from its outputs to its inputs. */
@@ -81,6 +81,8 @@ export class Tensor extends Scoped implements Value {
   node: TapeNode | null
   /** Whether gradients flow to it: a trainable parameter, or made from one while recording. */
   tracked: boolean
+  /** A number that was wrapped for one op and is freed with it. */
+  temporary: boolean
 
   /** Internal: wraps a handle that the tensor then owns. */
   constructor(backend: Backend, handle: Handle, shape: Shape, dtype: DType) {
@@ -91,6 +93,7 @@ export class Tensor extends Scoped implements Value {
     this.dtype = dtype
     this.node = null
     this.tracked = false
+    this.temporary = false
   }
 
   get rank(): number {
@@ -231,8 +234,10 @@ export class Tensor extends Scoped implements Value {
     return reduce('max', this, axes, keepDims)
   }
   mean(axes?: number | readonly number[], keepDims = false): Tensor {
-    const total = reduce('sum', this, axes, keepDims)
-    return total.mul(total.size === 0 ? 0 : total.size / this.size)
+    return composed([this], () => {
+      const total = reduce('sum', this, axes, keepDims)
+      return total.mul(total.size === 0 ? 0 : total.size / this.size)
+    })
   }
   cumsum(axis: number): Tensor {
     return run('cumsum', [this], { axis: normalizeAxis('cumsum', axis, this.rank) })
@@ -250,7 +255,7 @@ export class Tensor extends Scoped implements Value {
    * transposeA and transposeB read the last two axes of that side swapped.
    */
   matmul(other: Tensor, options: { transposeA?: boolean; transposeB?: boolean; precision?: Precision } = {}): Tensor {
-    return matmul(this, other, options)
+    return composed([this, other], () => matmul(this, other, options))
   }
 
   // --- rows ---
@@ -274,11 +279,13 @@ export class Tensor extends Scoped implements Value {
   /** Repeats axes of size 1 (and adds leading ones) to reach `shape`. */
   expand(shape: Shape): Tensor {
     if (sameShape(this.shape, shape)) return this
-    const grown = this.reshape([...new Array<number>(Math.max(0, shape.length - this.rank)).fill(1), ...this.shape])
-    if (!sameShape(broadcastShapes('expand', grown.shape, shape), shape)) {
+    if (shape.length < this.rank || !sameShape(broadcastShapes('expand', this.shape, shape), shape)) {
       throw shapeError('expand', `${showShape(this.shape)} does not expand to ${showShape(shape)}`)
     }
-    return runTo('expand', [grown], {}, shape)
+    return composed([this], () => {
+      const grown = this.reshape([...new Array<number>(shape.length - this.rank).fill(1), ...this.shape])
+      return sameShape(grown.shape, shape) ? grown : runTo('expand', [grown], {}, shape)
+    })
   }
   /** `sizes[i]` elements from `starts[i]` of every axis. */
   slice(starts: readonly number[], sizes: readonly number[]): Tensor {
@@ -420,7 +427,15 @@ export function runFused<F extends FusedName>(
   if (handles !== undefined) return wrap(name, backend, inputs, attrs, specs, handles, definition as GradientSource)
   const key = `${backend.name}:${name}`
   context.fallbacks.set(key, (context.fallbacks.get(key) ?? 0) + 1)
-  return definition.decompose(inputs, attrs)
+  return composed(inputs, () => definition.decompose(inputs, attrs))
+}
+
+/** Frees the intermediate results of several ops at once, unless they are recorded: then `backward` frees them. */
+function composed<T>(inputs: readonly Tensor[], fn: () => T): T {
+  if (context.recording) {
+    for (let i = 0; i < inputs.length; i++) if (inputs[i].tracked) return fn()
+  }
+  return scope(fn)
 }
 
 // --- primitives with broadcasting of numbers, defaults and folding ---
@@ -439,17 +454,23 @@ function unary(code: UnaryCode, x: Tensor): Tensor {
   return run('unary', [x], unaryAttrs[code])
 }
 
-/** A number beside a tensor becomes a scalar of the tensor's dtype and backend. */
-function operand(x: Tensor, other: Tensor | number): Tensor {
-  return typeof other === 'number' ? full([], other, { dtype: x.dtype, backend: x.backend }) : other
+/** A number beside a tensor becomes a scalar of the tensor's dtype and backend, which lives as long as the op needs it. */
+function withNumber(x: Tensor, value: number, op: (scalar: Tensor) => Tensor): Tensor {
+  const scalar = full([], value, { dtype: x.dtype, backend: x.backend })
+  const out = op(scalar)
+  if (out.node === null) scalar.dispose()
+  else scalar.temporary = true
+  return out
 }
 
 function binary(code: BinaryCode, a: Tensor, b: Tensor | number): Tensor {
-  return run('binary', [a, operand(a, b)], binaryAttrs[code])
+  if (typeof b === 'number') return withNumber(a, b, (scalar) => run('binary', [a, scalar], binaryAttrs[code]))
+  return run('binary', [a, b], binaryAttrs[code])
 }
 
 function compare(code: CompareCode, a: Tensor, b: Tensor | number): Tensor {
-  return run('compare', [a, operand(a, b)], { code })
+  if (typeof b === 'number') return withNumber(a, b, (scalar) => run('compare', [a, scalar], { code }))
+  return run('compare', [a, b], { code })
 }
 
 function reduce(
@@ -462,7 +483,10 @@ function reduce(
   const normal = [...new Set(list.map((axis) => normalizeAxis(code, axis, x.rank)))].sort((a, b) => a - b)
   if (normal.length === 0) return x
   const kept = run('reduce', [x], { code, axes: normal })
-  return keepDims ? kept : kept.reshape(x.shape.filter((_, i) => !normal.includes(i)))
+  if (keepDims) return kept
+  const out = kept.reshape(x.shape.filter((_, i) => !normal.includes(i)))
+  if (out !== kept && out.node === null) kept.dispose()
+  return out
 }
 
 function matmul(

@@ -171,6 +171,9 @@ function release(node: TapeNode, roots: ReadonlySet<Tensor>): void {
   for (const output of node.outputs) {
     if (!roots.has(output)) output.dispose()
   }
+  for (const input of node.inputs) {
+    if (input.temporary) input.dispose()
+  }
   node.inputs = []
   node.outputs = []
 }

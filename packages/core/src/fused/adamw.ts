@@ -1,5 +1,6 @@
 /** @file One optimizer step of one tensor, and the norm over all gradients. */
 import type { AdamwAttrs } from '../backend.ts'
+import { noGrad } from '../context.ts'
 import { needDtype, needShape } from '../infer.ts'
 import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 
@@ -46,11 +47,11 @@ export function adamwStep(
   gradScale: Tensor,
   attrs: AdamwAttrs,
 ): { param: Tensor; m: Tensor; v: Tensor } {
-  const [nextParam, nextM, nextV] = runFused(adamwStepDefinition, [param, grad, m, v, gradScale], attrs)
+  const [nextParam, nextM, nextV] = noGrad(() => runFused(adamwStepDefinition, [param, grad, m, v, gradScale], attrs))
   return { param: nextParam, m: nextM, v: nextV }
 }
 
 /** Square root of the sum of squares over all tensors: a scalar on the device. */
 export function globalNorm(tensors: readonly Tensor[]): Tensor {
-  return runFused(globalNormDefinition, tensors, {})[0]
+  return noGrad(() => runFused(globalNormDefinition, tensors, {})[0])
 }

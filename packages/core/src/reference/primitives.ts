@@ -1,0 +1,280 @@
+/** @file Every primitive as the plainest possible loop over f64: the meaning that other backends are measured against. */
+import type { BinaryCode, PrimitiveAttrs, PrimitiveName, Shape, TensorSpec, UnaryCode, Value } from '../backend.ts'
+import { fromBf16, fromF8e4m3, fromF16, toBf16, toF8e4m3, toF16 } from '../dtype.ts'
+import { sizeOf, stridesOf } from '../shape.ts'
+import { allocate, broadcastIndex, type Numbers, type ReferenceHandle, walk } from './storage.ts'
+
+export type ReferenceKernels = {
+  readonly [P in PrimitiveName]: (
+    inputs: readonly Value[],
+    attrs: PrimitiveAttrs[P],
+    outputs: readonly TensorSpec[],
+  ) => Numbers[]
+}
+
+const dataOf = (value: Value): Numbers => (value.handle as ReferenceHandle).storage.data
+
+const unary: { readonly [C in UnaryCode]: (x: number) => number } = {
+  neg: (x) => -x,
+  abs: Math.abs,
+  sign: (x) => (x > 0 ? 1 : x < 0 ? -1 : Number.isNaN(x) ? x : 0),
+  exp: Math.exp,
+  log: Math.log,
+  sqrt: Math.sqrt,
+  rsqrt: (x) => 1 / Math.sqrt(x),
+  sin: Math.sin,
+  cos: Math.cos,
+  tanh: Math.tanh,
+  sigmoid: (x) => 1 / (1 + Math.exp(-x)),
+  floor: Math.floor,
+}
+
+const binary: { readonly [C in BinaryCode]: (a: number, b: number) => number } = {
+  add: (a, b) => a + b,
+  sub: (a, b) => a - b,
+  mul: (a, b) => a * b,
+  div: (a, b) => a / b,
+  max: Math.max,
+  min: Math.min,
+  pow: (a, b) => a ** b,
+}
+
+const integerBinary: { readonly [C in BinaryCode]: (a: number, b: number) => number } = {
+  ...binary,
+  mul: Math.imul,
+  div: (a, b) => (b === 0 ? 0 : Math.trunc(a / b)),
+}
+
+const compare = {
+  eq: (a: number, b: number) => a === b,
+  lt: (a: number, b: number) => a < b,
+  le: (a: number, b: number) => a <= b,
+}
+
+/** [outer, size, inner] around an axis. */
+function around(shape: Shape, axis: number): [number, number, number] {
+  return [sizeOf(shape.slice(0, axis)), shape[axis], sizeOf(shape.slice(axis + 1))]
+}
+
+const rowSize = (shape: Shape, rowAxes: number) => sizeOf(shape.slice(rowAxes))
+
+export const referencePrimitives: ReferenceKernels = {
+  unary([x], { code }, [spec]) {
+    const out = allocate(spec.dtype, sizeOf(spec.shape))
+    const data = dataOf(x)
+    const fn = unary[code]
+    for (let i = 0; i < out.length; i++) out[i] = fn(data[i])
+    return [out]
+  },
+
+  binary([a, b], { code }, [spec]) {
+    const out = allocate(spec.dtype, sizeOf(spec.shape))
+    const fn = spec.dtype === 'i32' ? integerBinary[code] : binary[code]
+    const [x, y] = [dataOf(a), dataOf(b)]
+    const [ix, iy] = [broadcastIndex(a.shape, spec.shape), broadcastIndex(b.shape, spec.shape)]
+    for (let i = 0; i < out.length; i++) out[i] = fn(x[ix[i]], y[iy[i]])
+    return [out]
+  },
+
+  compare([a, b], { code }, [spec]) {
+    const out = allocate('u8', sizeOf(spec.shape))
+    const fn = compare[code]
+    const [x, y] = [dataOf(a), dataOf(b)]
+    const [ix, iy] = [broadcastIndex(a.shape, spec.shape), broadcastIndex(b.shape, spec.shape)]
+    for (let i = 0; i < out.length; i++) out[i] = fn(x[ix[i]], y[iy[i]]) ? 1 : 0
+    return [out]
+  },
+
+  where([condition, a, b], _, [spec]) {
+    const out = allocate(spec.dtype, sizeOf(spec.shape))
+    const [c, x, y] = [condition, a, b].map(dataOf)
+    const [ic, ix, iy] = [condition, a, b].map((value) => broadcastIndex(value.shape, spec.shape))
+    for (let i = 0; i < out.length; i++) out[i] = c[ic[i]] !== 0 ? x[ix[i]] : y[iy[i]]
+    return [out]
+  },
+
+  cast([x], { dtype }, [spec]) {
+    const out = allocate(dtype, sizeOf(spec.shape))
+    const data = dataOf(x)
+    for (let i = 0; i < out.length; i++) out[i] = convert[dtype](data[i])
+    return [out]
+  },
+
+  fill(_, { value }, [spec]) {
+    return [allocate(spec.dtype, sizeOf(spec.shape)).fill(value)]
+  },
+
+  reduce([x], { code, axes }, [spec]) {
+    const out = allocate(spec.dtype, sizeOf(spec.shape))
+    const least = spec.dtype === 'i32' ? -(2 ** 31) : Number.NEGATIVE_INFINITY
+    if (code === 'max') out.fill(least)
+    const strides = stridesOf(spec.shape)
+    for (const axis of axes) strides[axis] = 0
+    const data = dataOf(x)
+    walk(x.shape, strides, 0, (flat, at) => {
+      out[at] = code === 'sum' ? out[at] + data[flat] : Math.max(out[at], data[flat])
+    })
+    return [out]
+  },
+
+  cumsum([x], { axis }) {
+    const out = dataOf(x).slice()
+    const [outer, size, inner] = around(x.shape, axis)
+    for (let o = 0; o < outer; o++) {
+      for (let i = 1; i < size; i++) {
+        for (let j = 0; j < inner; j++) out[(o * size + i) * inner + j] += out[(o * size + i - 1) * inner + j]
+      }
+    }
+    return [out]
+  },
+
+  topk([x], { k }, [spec]) {
+    const size = x.shape[x.shape.length - 1]
+    const rows = sizeOf(x.shape) / size
+    const values = allocate('f32', sizeOf(spec.shape))
+    const indices = allocate('i32', sizeOf(spec.shape))
+    const data = dataOf(x)
+    for (let row = 0; row < rows; row++) {
+      const key = (i: number) => {
+        const value = data[row * size + i]
+        return Number.isNaN(value) ? Number.NEGATIVE_INFINITY : value
+      }
+      const best = Array.from({ length: size }, (_, i) => i).sort((a, b) => (key(a) === key(b) ? a - b : key(b) - key(a)))
+      for (let i = 0; i < k; i++) {
+        values[row * k + i] = data[row * size + best[i]]
+        indices[row * k + i] = best[i]
+      }
+    }
+    return [values, indices]
+  },
+
+  matmul([a, b], { transposeA, transposeB }, [spec]) {
+    const rank = spec.shape.length
+    const [m, n] = spec.shape.slice(-2)
+    const batch = rank === 3 ? spec.shape[0] : 1
+    const k = a.shape[rank - (transposeA ? 2 : 1)]
+    const out = allocate('f32', batch * m * n)
+    const [x, y] = [dataOf(a), dataOf(b)]
+    const [stepI, stepP] = transposeA ? [1, m] : [k, 1]
+    const [stepQ, stepJ] = transposeB ? [1, k] : [n, 1]
+    for (let s = 0; s < batch; s++) {
+      for (let i = 0; i < m; i++) {
+        const row = (s * m + i) * n
+        for (let p = 0; p < k; p++) {
+          const left = x[s * m * k + i * stepI + p * stepP]
+          const from = s * k * n + p * stepQ
+          for (let j = 0; j < n; j++) out[row + j] += left * y[from + j * stepJ]
+        }
+      }
+    }
+    return [out]
+  },
+
+  takeRows([x, index], _, [spec]) {
+    const out = allocate(spec.dtype, sizeOf(spec.shape))
+    const size = rowSize(x.shape, 1)
+    const [data, rows] = [dataOf(x), dataOf(index)]
+    for (let i = 0; i < rows.length; i++) {
+      if (rows[i] < 0 || rows[i] >= x.shape[0]) continue
+      for (let j = 0; j < size; j++) out[i * size + j] = data[rows[i] * size + j]
+    }
+    return [out]
+  },
+
+  scatterAddRows([index, source], { rows: total }, [spec]) {
+    const out = allocate(spec.dtype, sizeOf(spec.shape))
+    const size = rowSize(spec.shape, 1)
+    const [rows, data] = [dataOf(index), dataOf(source)]
+    for (let i = 0; i < rows.length; i++) {
+      if (rows[i] < 0 || rows[i] >= total) continue
+      for (let j = 0; j < size; j++) out[rows[i] * size + j] += data[i * size + j]
+    }
+    return [out]
+  },
+
+  setRows([x, index, source]) {
+    const out = dataOf(x).slice()
+    const size = rowSize(x.shape, 1)
+    const [rows, data] = [dataOf(index), dataOf(source)]
+    for (let i = 0; i < rows.length; i++) {
+      if (rows[i] < 0 || rows[i] >= x.shape[0]) continue
+      for (let j = 0; j < size; j++) out[rows[i] * size + j] = data[i * size + j]
+    }
+    return [out]
+  },
+
+  reshape([x]) {
+    return [dataOf(x)]
+  },
+
+  permute([x], { axes }, [spec]) {
+    const out = allocate(spec.dtype, sizeOf(spec.shape))
+    const strides = stridesOf(x.shape)
+    const data = dataOf(x)
+    walk(
+      spec.shape,
+      axes.map((axis) => strides[axis]),
+      0,
+      (flat, at) => {
+        out[flat] = data[at]
+      },
+    )
+    return [out]
+  },
+
+  expand([x], _, [spec]) {
+    const out = allocate(spec.dtype, sizeOf(spec.shape))
+    const data = dataOf(x)
+    broadcastIndex(x.shape, spec.shape).forEach((from, i) => {
+      out[i] = data[from]
+    })
+    return [out]
+  },
+
+  slice([x], { starts }, [spec]) {
+    const out = allocate(spec.dtype, sizeOf(spec.shape))
+    const strides = stridesOf(x.shape)
+    const data = dataOf(x)
+    const start = starts.reduce((sum, at, i) => sum + at * strides[i], 0)
+    walk(spec.shape, strides, start, (flat, at) => {
+      out[flat] = data[at]
+    })
+    return [out]
+  },
+
+  pad([x], { before, value }, [spec]) {
+    const out = allocate(spec.dtype, sizeOf(spec.shape)).fill(value)
+    const strides = stridesOf(spec.shape)
+    const data = dataOf(x)
+    const start = before.reduce((sum, at, i) => sum + at * strides[i], 0)
+    walk(x.shape, strides, start, (flat, at) => {
+      out[at] = data[flat]
+    })
+    return [out]
+  },
+
+  concat(parts, { axis }, [spec]) {
+    const out = allocate(spec.dtype, sizeOf(spec.shape))
+    const [outer, total, inner] = around(spec.shape, axis)
+    let done = 0
+    for (const part of parts) {
+      const data = dataOf(part)
+      const size = part.shape[axis] * inner
+      for (let o = 0; o < outer; o++) out.set(data.subarray(o * size, (o + 1) * size) as never, o * total * inner + done)
+      done += size
+    }
+    return [out]
+  },
+}
+
+const toInteger = (low: number, high: number) => (x: number) =>
+  Number.isNaN(x) ? 0 : Math.min(high, Math.max(low, Math.trunc(x)))
+
+const convert = {
+  f32: (x: number) => x,
+  bf16: (x: number) => fromBf16(toBf16(x)),
+  f16: (x: number) => fromF16(toF16(x)),
+  f8e4m3: (x: number) => fromF8e4m3(toF8e4m3(x)),
+  i32: toInteger(-(2 ** 31), 2 ** 31 - 1),
+  u8: toInteger(0, 255),
+}

@@ -1,0 +1,57 @@
+/** @file Comparing arrays of numbers: tolerances by kind of op, and a failure that says where and how much. */
+
+export interface Tolerance {
+  /** |actual - expected| may be up to `relative * |expected| + absolute`. */
+  readonly relative: number
+  readonly absolute: number
+}
+
+/** One table for all backends. A case that needs a looser value says why beside it. */
+export const tolerances = {
+  exact: { relative: 0, absolute: 0 },
+  elementwise: { relative: 1e-5, absolute: 1e-6 },
+  sum: { relative: 5e-5, absolute: 2e-5 },
+  gradient: { relative: 1e-4, absolute: 2e-5 },
+  bf16: { relative: 2e-2, absolute: 2e-2 },
+} as const satisfies Record<string, Tolerance>
+
+/** Normalized mean square error: sum((a - e)^2) / sum(e^2). */
+export function normalizedError(actual: ArrayLike<number>, expected: ArrayLike<number>): number {
+  let error = 0
+  let power = 0
+  for (let i = 0; i < expected.length; i++) {
+    if (!Number.isFinite(expected[i])) continue
+    error += (actual[i] - expected[i]) ** 2
+    power += expected[i] ** 2
+  }
+  return power === 0 ? error : error / power
+}
+
+/** Throws an Error naming the first five differing positions when arrays differ by more than the tolerance. NaN equals NaN, infinities equal themselves. */
+export function assertClose(
+  label: string,
+  actual: ArrayLike<number>,
+  expected: ArrayLike<number>,
+  tolerance: Tolerance = tolerances.elementwise,
+): void {
+  if (actual.length !== expected.length) {
+    throw new Error(`${label}: ${actual.length} values, expected ${expected.length}`)
+  }
+  const wrong: string[] = []
+  let count = 0
+  let largest = 0
+  for (let i = 0; i < expected.length; i++) {
+    const a = actual[i]
+    const e = expected[i]
+    if (Object.is(a, e) || a === e || (Number.isNaN(a) && Number.isNaN(e))) continue
+    const difference = Math.abs(a - e)
+    if (difference <= tolerance.relative * Math.abs(e) + tolerance.absolute) continue
+    count++
+    if (!(difference <= largest)) largest = difference
+    if (wrong.length < 5) wrong.push(`  [${i}] ${a}, expected ${e} (off by ${difference.toPrecision(3)})`)
+  }
+  if (count === 0) return
+  throw new Error(
+    `${label}: ${count} of ${expected.length} values differ (largest ${largest.toPrecision(3)}; allowed ${tolerance.relative} relative + ${tolerance.absolute})\n${wrong.join('\n')}`,
+  )
+}

@@ -1,0 +1,19 @@
+/** @file Central differences in f64 on the reference backend: the ground truth of gradients. */
+import type { Tensor } from '../tensor.ts'
+import { readF64 } from '../reference/index.ts'
+
+/**
+ * d loss / d input, element by element. `loss` is run twice per element and must give a scalar on the reference backend;
+ * `input` lives there too and is restored.
+ */
+export function finiteDifference(input: Tensor, loss: () => number, step = 1e-5): Float64Array {
+  const data = readF64(input)
+  return Float64Array.from(data, (value, i) => {
+    data[i] = value + step
+    const up = loss()
+    data[i] = value - step
+    const down = loss()
+    data[i] = value
+    return (up - down) / (2 * step)
+  })
+}

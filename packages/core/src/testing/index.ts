@@ -1,0 +1,5 @@
+/** @file @moe/core/testing: prove a backend in a few lines, and compare numbers with clear failures. */
+export { type CaseInput, type OpCase, opCase } from './case.ts'
+export { assertClose, normalizedError, type Tolerance, tolerances } from './compare.ts'
+export { finiteDifference } from './finite-difference.ts'
+export { backendSuite, caseName, opCases, type SuiteCheck, type SuiteOptions } from './suite.ts'

@@ -1,0 +1,305 @@
+/** @file The backend suite: what every backend must do, as a list of named checks that any test runner can run. */
+import type { Backend, FusedName, OpName, PrimitiveName } from '../backend.ts'
+import { backward, gradients } from '../autograd/backward.ts'
+import { dtypes, encodeHost } from '../dtype.ts'
+import { isMoeError } from '../errors.ts'
+import { adamwStep } from '../fused/adamw.ts'
+import { fusedDefinitions } from '../fused/index.ts'
+import { Linear } from '../nn/layers.ts'
+import { noGrad } from '../context.ts'
+import { Random } from '../random.ts'
+import { referenceBackend } from '../reference/index.ts'
+import { scope } from '../scope.ts'
+import { sizeOf } from '../shape.ts'
+import { fromHost, full, run, runFused, type Tensor, tensor } from '../tensor.ts'
+import type { CaseInput, OpCase } from './case.ts'
+import { fusedCases } from './cases/fused.ts'
+import { primitiveCases } from './cases/primitives.ts'
+import { assertClose, normalizedError, tolerances } from './compare.ts'
+
+export interface SuiteCheck {
+  readonly name: string
+  run(): Promise<void>
+}
+
+export interface SuiteOptions {
+  /** Checks that cannot hold, with the reason. One that names no check, or whose check passes, fails. */
+  readonly skip?: ReadonlyArray<{ readonly reason: string; readonly checks: readonly string[] }>
+  /** Throws when memory beside a buffer was written; called after every op. */
+  readonly guards?: (backend: Backend) => void
+}
+
+/** All cases as data. */
+export const opCases: readonly OpCase[] = [...primitiveCases, ...fusedCases]
+
+/** Name of a case's check. */
+export const caseName = (item: OpCase): string => `${item.op}: ${item.name}`
+
+/**
+ * The checks of a backend. `make` is called once; the backend is shared by all checks. Run them one after another.
+ *
+ * Each op case compares values and gradients with the reference backend (f64), runs twice for equal bits, looks for changed
+ * inputs and leaked handles. Then follow checks of storage, errors, lifetimes and a small training loop.
+ */
+export function backendSuite(make: () => Promise<Backend>, options: SuiteOptions = {}): SuiteCheck[] {
+  let backend: Promise<Backend> | null = null
+  const get = () => (backend ??= make())
+  const checks: SuiteCheck[] = [
+    ...opCases.map((item) => ({ name: caseName(item), run: async () => checkCase(await get(), item, options) })),
+    ...dtypes.map((dtype) => ({ name: `storage: ${dtype} goes up and down`, run: async () => checkStorage(await get(), dtype) })),
+    { name: 'errors: an unsupported dtype is refused', run: async () => checkUnsupported(await get()) },
+    { name: 'lifetimes: reshape shares memory', run: async () => checkSharing(await get()) },
+    { name: 'lifetimes: donated rows', run: async () => checkDonation(await get()) },
+    { name: 'training: a linear model learns and leaks nothing', run: async () => checkTraining(await get()) },
+  ]
+  const skipped = new Map((options.skip ?? []).flatMap(({ reason, checks: names }) => names.map((name) => [name, reason])))
+  for (const name of skipped.keys()) {
+    if (!checks.some((check) => check.name === name)) throw new Error(`skip names no check: ${name}`)
+  }
+  return checks.map((check) => {
+    const reason = skipped.get(check.name)
+    return reason === undefined ? check : { name: `${check.name} (cannot hold: ${reason})`, run: () => mustFail(check) }
+  })
+}
+
+async function mustFail(check: SuiteCheck): Promise<void> {
+  try {
+    await check.run()
+  } catch {
+    return
+  }
+  throw new Error(`${check.name} is skipped but passes: take it off the skip list`)
+}
+
+// --- one op ---
+
+/** The same input values on any backend. */
+function makeInput(item: OpCase, index: number, spec: CaseInput, backend: Backend): Tensor {
+  const size = sizeOf(spec.shape)
+  const random = new Random(7).fork(`${item.op}/${item.name}/${index}`)
+  const { low = 0, high = 1 } = spec
+  let values: ArrayLike<number>
+  if (spec.values !== undefined) values = spec.values
+  else if (spec.random === 'normal') values = random.normal(size)
+  else if (spec.random === 'integer') values = Int32Array.from({ length: size }, () => low + random.integer(high - low))
+  else values = random.uniform(size).map((x) => low + (high - low) * x)
+  return fromHost(encodeHost(spec.dtype, values), spec.shape, spec.dtype, backend)
+}
+
+function runCase(item: OpCase, inputs: readonly Tensor[], backend: Backend): Tensor[] {
+  const { op, attrs } = item
+  if (op in fusedDefinitions) return runFused(fusedDefinitions[op as FusedName] as never, inputs, attrs as never)
+  if (op === 'fill') return [full(item.outShape as number[], (attrs as { value: number }).value, { dtype: item.outDtype, backend })]
+  if (item.outShape === undefined && op !== 'topk') return [run(op as 'unary', inputs, attrs as never)]
+  const [x] = inputs
+  switch (op as PrimitiveName) {
+    case 'topk': {
+      const { values, indices } = x.topk((attrs as { k: number }).k)
+      return [values, indices]
+    }
+    case 'reshape':
+      return [x.reshape(item.outShape as number[])]
+    case 'expand':
+      return [x.expand(item.outShape as number[])]
+    case 'slice':
+      return [x.slice((attrs as { starts: number[] }).starts, item.outShape as number[])]
+    case 'pad': {
+      const { before, value } = attrs as { before: number[]; value: number }
+      return [x.pad(before, (item.outShape as number[]).map((size, i) => size - before[i] - x.shape[i]), value)]
+    }
+    default:
+      throw new Error(`the suite does not know how to run ${op}`)
+  }
+}
+
+interface CaseResult {
+  readonly outputs: ArrayLike<number>[]
+  readonly gradients: Array<ArrayLike<number> | null>
+}
+
+/** Ops whose inputs are used up, so that unchanged inputs cannot be asked of them. */
+const donating = new Set<OpName>(['adamwStep'])
+
+async function evaluate(item: OpCase, backend: Backend, options: SuiteOptions, withGradient: boolean): Promise<CaseResult> {
+  const inputs = item.inputs.map((spec, i) => makeInput(item, i, spec, backend))
+  const before = donating.has(item.op) ? [] : await Promise.all(inputs.map((input) => input.values()))
+  const outputs = scope(() => noGrad(() => runCase(item, inputs, backend)))
+  options.guards?.(backend)
+  const values = await Promise.all(outputs.map((output) => output.values()))
+  const grads = withGradient ? await gradientsOf(item, inputs, backend) : []
+  options.guards?.(backend)
+  const after = donating.has(item.op) ? [] : await Promise.all(inputs.map((input) => input.values()))
+  after.forEach((now, i) => {
+    assertClose(`input ${i} was changed`, now, before[i], tolerances.exact)
+  })
+  for (const t of [...inputs, ...outputs]) t.dispose()
+  return { outputs: values, gradients: grads }
+}
+
+/** Gradients of sum(outputs * fixed random weights) with respect to every f32 input. */
+async function gradientsOf(item: OpCase, inputs: readonly Tensor[], backend: Backend) {
+  const found = scope(() => {
+    const leaves = inputs.map((input) => {
+      const leaf = input.detach()
+      leaf.tracked = input.dtype === 'f32'
+      return leaf
+    })
+    // A recorded identity makes each leaf a tensor whose gradient can be asked for.
+    const probes = leaves.map((leaf) => (leaf.tracked ? leaf.reshape([...leaf.shape, 1]).reshape(leaf.shape) : leaf))
+    const losses = runCase(item, probes, backend)
+      .filter((output, i) => output.tracked && differentiable(item.op, i))
+      .map((output, i) => {
+        const weights = new Random(11).fork(`${item.op}/${item.name}/${i}`).normal(output.size)
+        return output.mul(tensor(weights, output.shape, { backend })).sum()
+      })
+    const loss = losses.reduce((sum, part) => sum.add(part))
+    return gradients(loss, probes)
+  })
+  const values = await Promise.all(found.map(async (gradient) => (gradient === null ? null : gradient.values())))
+  for (const gradient of found) gradient?.dispose()
+  return values
+}
+
+/** Statistics that fused ops hand to their own backward pass carry no gradient. */
+function differentiable(op: OpName, output: number): boolean {
+  if (op === 'rmsNorm' || op === 'attention' || op === 'crossEntropy' || op === 'linearCrossEntropy') return output === 0
+  return true
+}
+
+function hasGradient(item: OpCase): boolean {
+  const integers = item.op === 'compare' || item.op === 'dispatchPlan' || item.op === 'fill'
+  return item.gradient ?? (!integers && item.inputs.some(({ dtype }) => dtype === 'f32'))
+}
+
+async function checkCase(backend: Backend, item: OpCase, options: SuiteOptions): Promise<void> {
+  const used = [...item.inputs.map(({ dtype }) => dtype), ...(item.op === 'cast' ? [(item.attrs as { dtype: never }).dtype] : [])]
+  if (item.op === 'quantize') used.push('f8e4m3')
+  if (used.some((dtype) => !backend.dtypes.has(dtype))) return expectRefusal(backend, item)
+  const handles = backend.stats().handles
+  const withGradient = hasGradient(item)
+  const expected = await evaluate(item, referenceBackend(), {}, withGradient)
+  const actual = await evaluate(item, backend, options, withGradient)
+  const again = await evaluate(item, backend, options, withGradient)
+  const { tolerance = tolerances.elementwise, gradientTolerance = tolerances.gradient } = item
+  const rough = (item.attrs as { precision?: string }).precision === 'bf16'
+  expected.outputs.forEach((output, i) => {
+    if (item.compared !== undefined && !item.compared.includes(i)) return
+    assertClose(`output ${i}`, actual.outputs[i], output, tolerance)
+    if (rough) assertSmall(`output ${i}`, normalizedError(actual.outputs[i], output))
+    assertClose(`output ${i}, second run`, again.outputs[i], actual.outputs[i], tolerances.exact)
+  })
+  expected.gradients.forEach((gradient, i) => {
+    const own = actual.gradients[i]
+    if (gradient === null || own === null) {
+      if (gradient !== own) throw new Error(`gradient of input ${i} is ${own === null ? 'missing' : 'unexpected'}`)
+      return
+    }
+    assertClose(`gradient of input ${i}`, own, gradient, gradientTolerance)
+    if (rough) assertSmall(`gradient of input ${i}`, normalizedError(own, gradient))
+    assertClose(`gradient of input ${i}, second run`, again.gradients[i] as never, own, tolerances.exact)
+  })
+  const left = backend.stats().handles
+  if (left !== handles) throw new Error(`${left - handles} handles leaked`)
+}
+
+function assertSmall(label: string, error: number): void {
+  if (!(error < 1e-3)) throw new Error(`${label}: normalized mean square error ${error.toPrecision(3)}, allowed 1e-3`)
+}
+
+async function expectRefusal(backend: Backend, item: OpCase): Promise<void> {
+  try {
+    await evaluate(item, backend, {}, false)
+  } catch (error) {
+    if (isMoeError(error, 'E_UNSUPPORTED')) return
+    throw error
+  }
+  throw new Error(`${backend.name} does not list the dtype but ran the op`)
+}
+
+// --- storage, errors, lifetimes ---
+
+async function checkStorage(backend: Backend, dtype: (typeof dtypes)[number]): Promise<void> {
+  const data = encodeHost(dtype, [0, 1, 2, 3, 100, 7])
+  if (!backend.dtypes.has(dtype)) return
+  const handles = backend.stats().handles
+  using x = fromHost(data, [2, 3], dtype, backend)
+  data.fill(0)
+  const down = await x.data()
+  assertClose('elements', down, encodeHost(dtype, [0, 1, 2, 3, 100, 7]), tolerances.exact)
+  if (down.constructor !== data.constructor) throw new Error(`${dtype} came back as ${down.constructor.name}`)
+  x.dispose()
+  if (backend.stats().handles !== handles) throw new Error('the handle leaked')
+}
+
+async function checkUnsupported(backend: Backend): Promise<void> {
+  using x = tensor([1, 2, 3], [3], { backend })
+  for (const dtype of dtypes) {
+    if (backend.dtypes.has(dtype)) continue
+    try {
+      x.cast(dtype).dispose()
+    } catch (error) {
+      if (isMoeError(error, 'E_UNSUPPORTED')) continue
+      throw error
+    }
+    throw new Error(`a cast to ${dtype} went through`)
+  }
+}
+
+async function checkSharing(backend: Backend): Promise<void> {
+  const handles = backend.stats().handles
+  const x = tensor([1, 2, 3, 4, 5, 6], [2, 3], { backend })
+  const y = x.reshape([3, 2])
+  x.dispose()
+  assertClose('elements after the first owner is gone', await y.values(), [1, 2, 3, 4, 5, 6], tolerances.exact)
+  y.dispose()
+  if (backend.stats().handles !== handles) throw new Error('handles leaked')
+}
+
+async function checkDonation(backend: Backend): Promise<void> {
+  const handles = backend.stats().handles
+  const x = tensor([1, 2, 3, 4], [4], { backend })
+  const alias = x.reshape([2, 2])
+  const index = tensor(Int32Array.of(1), [1], { backend })
+  const source = tensor([9], [1], { backend })
+  const [out] = [run('setRows', [x, index, source], { donate: true })]
+  assertClose('rows', await out.values(), [1, 9, 3, 4], tolerances.exact)
+  assertClose('an alias of the donated tensor', await alias.values(), [1, 2, 3, 4], tolerances.exact)
+  for (const t of [x, alias, index, source, out]) t.dispose()
+  if (backend.stats().handles !== handles) throw new Error('handles leaked')
+}
+
+async function checkTraining(backend: Backend): Promise<void> {
+  const handles = backend.stats().handles
+  const random = new Random(3)
+  const model = new Linear(4, 2, { random, backend })
+  const x = tensor(random.normal(64), [16, 4], { backend })
+  const truth = tensor(random.normal(8), [2, 4], { backend })
+  const y = scope(() => x.matmul(truth, { transposeB: true }))
+  let m = full([2, 4], 0, { backend })
+  let v = full([2, 4], 0, { backend })
+  const one = full([], 1, { backend })
+  const losses: number[] = []
+  for (let step = 1; step <= 40; step++) {
+    const loss = scope(() => {
+      const error = model.forward(x).sub(y)
+      const mean = error.mul(error).mean()
+      const result = mean.detach()
+      backward(mean)
+      return result
+    })
+    losses.push(await loss.item())
+    loss.dispose()
+    const attrs = { lr: 0.1, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0, step }
+    const next = adamwStep(model.weight, model.weight.grad as Tensor, m, v, one, attrs)
+    model.weight.assign(next.param)
+    m.dispose()
+    v.dispose()
+    m = next.m
+    v = next.v
+    model.weight.zeroGrad()
+  }
+  if (!(losses[39] < losses[0] / 10)) throw new Error(`the loss went from ${losses[0]} to ${losses[39]}`)
+  for (const t of [x, truth, y, m, v, one, model.weight]) t.dispose()
+  const left = backend.stats().handles
+  if (left !== handles) throw new Error(`${left - handles} handles leaked`)
+}
