@@ -1,6 +1,6 @@
-/** @file Stored numbers as f32, a whole array at a time: shifts and tables instead of a function call for each element. */
+/** @file Stored numbers as f32 and back, a whole array at a time: shifts and tables instead of a function call for each element. */
 
-import { fromF8e4m3, fromF16 } from '@moe/core'
+import { fromF8e4m3, fromF16, toF16 } from '@moe/core'
 import type { StoredArray, StoredDType } from './stored-dtype.ts'
 
 /**
@@ -43,6 +43,24 @@ export function toF32(dtype: StoredDType, data: StoredArray): Float32Array | und
     default:
       return undefined
   }
+}
+
+/** f32 as a float dtype for storage, rounded to nearest even. f32 is returned as it is, not copied. */
+export function fromF32(dtype: 'f32' | 'bf16' | 'f16', data: Float32Array): Float32Array | Uint16Array {
+  if (dtype === 'f32') return data
+  const out = new Uint16Array(data.length)
+  if (dtype === 'f16') {
+    for (let i = 0; i < data.length; i++) out[i] = toF16(data[i])
+    return out
+  }
+  const words = new Uint32Array(data.buffer, data.byteOffset, data.length)
+  for (let i = 0; i < words.length; i++) {
+    const bits = words[i]
+    // A NaN stays one: rounding could carry it into an infinity.
+    if ((bits & 0x7fffffff) > 0x7f800000) out[i] = (bits >>> 16) | 0x40
+    else out[i] = (bits + 0x7fff + ((bits >>> 16) & 1)) >>> 16
+  }
+  return out
 }
 
 function lookUp(table: Float32Array, codes: Uint8Array | Uint16Array): Float32Array {
