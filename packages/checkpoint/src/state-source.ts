@@ -1,0 +1,28 @@
+/** @file A checkpoint as `loadStateDict` of `@moe/core` reads it. */
+
+import { type DType, dtypes, type HostArray, type StateSource } from '@moe/core'
+import { isScaleKey, type ReadF32Options, readF32, scaleKey } from './read-f32.ts'
+import type { TensorSource } from './read-safetensors.ts'
+
+/**
+ * Adapts an open checkpoint for `loadStateDict(module, stateSource(checkpoint))`. Core dtypes come as they are stored; fp8
+ * weights with block scales come as f32, multiplied, and their scales are not listed; dtypes that core does not have come
+ * as f32. The other way needs no adapter: `saveCheckpoint(folder, stateDict(module))`.
+ *
+ * @throws {MoeError} `E_CHECKPOINT` from `info` and `read`, as those of the checkpoint
+ */
+export function stateSource(source: TensorSource, options: ReadF32Options = {}): StateSource {
+  const dtypeOf = (key: string): DType => {
+    const { dtype } = source.info(key)
+    if (dtype === 'f8e4m3' && source.has(scaleKey(key))) return 'f32'
+    return dtypes.find(known => known === dtype) ?? 'f32'
+  }
+  return {
+    keys: () => source.keys().filter(key => !isScaleKey(source, key)),
+    info: key => ({ dtype: dtypeOf(key), shape: source.info(key).shape }),
+    read: async key => {
+      if (dtypeOf(key) === 'f32') return (await readF32(source, key, options)).data
+      return (await source.read(key)).data as HostArray
+    },
+  }
+}
