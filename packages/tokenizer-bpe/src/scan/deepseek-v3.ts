@@ -83,7 +83,6 @@ export function scanDeepseekV3(bytes: Uint8Array, pos: number, end: number, ends
       at = blankEnd(table, bytes, pos, end)
     } else {
       // A gap ends before the first character that starts a match: anything else, or the last gap character before a word.
-      let width = at - pos
       while (at < end && next === GAP) {
         const after = at + widthOf(nextLead)
         let following = -1
@@ -93,12 +92,10 @@ export function scanDeepseekV3(bytes: Uint8Array, pos: number, end: number, ends
           following = table[followingLead < 0x80 ? followingLead : codePointAt(bytes, after)]
         }
         if (following === WORD) break
-        width = after - at
         at = after
         next = following
         nextLead = followingLead
       }
-      if (width === 0) at = end
     }
     ends[count++] = at
     pos = at

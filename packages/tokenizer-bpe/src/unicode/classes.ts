@@ -35,7 +35,9 @@ const CLASS_OF_LETTER: Record<string, number> = {
 export const CODE_POINTS = 0x110000
 
 /** First and last code points of the ranges that are White_Space. */
-const SPACE_RANGES = [9, 13, 32, 32, 133, 133, 160, 160, 5760, 5760, 8192, 8202, 8232, 8233, 8239, 8239, 8287, 8287, 12288, 12288]
+const SPACE_RANGES = [
+  9, 13, 32, 32, 133, 133, 160, 160, 5760, 5760, 8192, 8202, 8232, 8233, 8239, 8239, 8287, 8287, 12288, 12288,
+]
 
 function build(): Uint8Array {
   const table = new Uint8Array(CODE_POINTS)

@@ -1,0 +1,313 @@
+/**
+ * @file The merges of one piece: always the pair of lowest rank, of those the leftmost. Three ways that give the same tokens: a scan for short
+ * pieces, ranks worked off in order for long ones (linear but for sorting the ranks), and a heap for vocabularies whose ranks do not rise.
+ */
+import { type MergeTable, NO_RANK } from './merge-table.ts'
+
+/** Above this many symbols the scan, which is quadratic, gives way. */
+const SHORT = 96
+
+export class PieceMerger {
+  readonly table: MergeTable
+  readonly #byteToken: Int32Array
+  /** Token for bytes that the vocabulary lacks, or -1: they vanish, as in Hugging Face tokenizers. */
+  readonly #unknown: number
+  readonly #fuseUnknown: boolean
+  readonly #complete: boolean
+  readonly #symbol = new Int32Array(SHORT + 1)
+  readonly #rank = new Int32Array(SHORT + 1)
+  /** Tokens of the last piece; the caller copies what it keeps. */
+  out: Int32Array = new Int32Array(SHORT + 1)
+
+  constructor(table: MergeTable, byteToken: Int32Array, unknown: number, fuseUnknown: boolean) {
+    this.table = table
+    this.#byteToken = byteToken
+    this.#unknown = unknown
+    this.#fuseUnknown = fuseUnknown
+    this.#complete = byteToken.every(token => token >= 0)
+  }
+
+  /** Merges `bytes[start..end)` into `out` and returns the number of tokens. */
+  merge(bytes: Uint8Array, start: number, end: number): number {
+    const length = end - start
+    if (length > SHORT) return this.#long(this.#symbols(bytes, start, end))
+    if (!this.#complete) return this.#incomplete(bytes, start, end)
+    const symbol = this.#symbol
+    const rank = this.#rank
+    const byteRank = this.table.byteRank
+    const byteToken = this.#byteToken
+    let before = bytes[start]
+    symbol[0] = byteToken[before]
+    for (let i = 1; i < length; i++) {
+      const byte = bytes[start + i]
+      symbol[i] = byteToken[byte]
+      rank[i - 1] = byteRank[(before << 8) | byte]
+      before = byte
+    }
+    return this.#scan(length)
+  }
+
+  /** Short pieces: finds the lowest rank by looking at all. */
+  #scan(length: number): number {
+    const symbol = this.#symbol
+    const rank = this.#rank
+    const table = this.table
+    const product = table.product
+    while (length > 1) {
+      let best = NO_RANK
+      let at = -1
+      for (let i = 0; i < length - 1; i++) {
+        if (rank[i] < best) {
+          best = rank[i]
+          at = i
+        }
+      }
+      if (at < 0) break
+      const merged = product[best]
+      symbol[at] = merged
+      length--
+      for (let i = at + 1; i < length; i++) {
+        symbol[i] = symbol[i + 1]
+        rank[i] = rank[i + 1]
+      }
+      if (at > 0) rank[at - 1] = table.rank(symbol[at - 1], merged)
+      if (at < length - 1) rank[at] = table.rank(merged, symbol[at + 1])
+    }
+    const out = this.out
+    for (let i = 0; i < length; i++) out[i] = symbol[i]
+    return length
+  }
+
+  #incomplete(bytes: Uint8Array, start: number, end: number): number {
+    const symbols = this.#symbols(bytes, start, end)
+    const length = symbols.length
+    this.#symbol.set(symbols)
+    for (let i = 1; i < length; i++) this.#rank[i - 1] = this.table.rank(symbols[i - 1], symbols[i])
+    return this.#scan(length)
+  }
+
+  #symbols(bytes: Uint8Array, start: number, end: number): Int32Array {
+    const symbols = new Int32Array(end - start)
+    let length = 0
+    for (let i = start; i < end; i++) {
+      const token = this.#byteToken[bytes[i]]
+      if (token >= 0) symbols[length++] = token
+      else if (this.#unknown >= 0 && !(this.#fuseUnknown && length > 0 && symbols[length - 1] === this.#unknown)) {
+        symbols[length++] = this.#unknown
+      }
+    }
+    return symbols.subarray(0, length)
+  }
+
+  #long(symbols: Int32Array): number {
+    const length = symbols.length
+    if (this.out.length < length) this.out = new Int32Array(Math.max(length, this.out.length * 2))
+    const next = new Int32Array(length)
+    const before = new Int32Array(length)
+    for (let i = 0; i < length; i++) {
+      next[i] = i + 1
+      before[i] = i - 1
+    }
+    if (this.table.rising) mergeByRank(this.table, symbols, next, before)
+    else mergeByHeap(this.table, symbols, next, before)
+    const out = this.out
+    let count = 0
+    for (let i = 0; i < length; i = next[i]) out[count++] = symbols[i]
+    // One hostile piece must not hold its memory for ever.
+    if (length > 1 << 20) {
+      const result = out.slice(0, count)
+      this.out = result.length > SHORT ? result : new Int32Array(SHORT + 1)
+      if (result.length <= SHORT) this.out.set(result)
+    }
+    return count
+  }
+}
+
+/**
+ * Works off the ranks that occur in rising order. Positions of one rank form a doubly linked list; a merge makes only pairs of higher rank,
+ * so a list is complete when its turn comes. Its order matters only for a token merged with itself, and only then it is sorted.
+ */
+function mergeByRank(table: MergeTable, symbol: Int32Array, next: Int32Array, before: Int32Array): void {
+  const length = symbol.length
+  const rankAt = new Int32Array(length).fill(NO_RANK)
+  const listNext = new Int32Array(length)
+  const listBefore = new Int32Array(length)
+  const head = new Map<number, number>()
+  const queue = new RankQueue()
+
+  const add = (at: number) => {
+    const rank = next[at] < length ? table.rank(symbol[at], symbol[next[at]]) : NO_RANK
+    rankAt[at] = rank
+    if (rank === NO_RANK) return
+    const first = head.get(rank) ?? -1
+    if (first < 0) queue.push(rank)
+    else listBefore[first] = at
+    listNext[at] = first
+    listBefore[at] = -1
+    head.set(rank, at)
+  }
+  const remove = (at: number) => {
+    const rank = rankAt[at]
+    if (rank === NO_RANK) return
+    rankAt[at] = NO_RANK
+    const a = listBefore[at]
+    const b = listNext[at]
+    if (b >= 0) listBefore[b] = a
+    if (a >= 0) listNext[a] = b
+    else head.set(rank, b)
+  }
+
+  // From the right, so that every list starts in order of position.
+  for (let i = length - 2; i >= 0; i--) add(i)
+  while (queue.size > 0) {
+    const rank = queue.pop()
+    const first = head.get(rank) ?? -1
+    head.delete(rank)
+    let count = 0
+    for (let at = first; at >= 0; at = listNext[at]) count++
+    if (count === 0) continue
+    const positions = new Int32Array(count)
+    let sorted = true
+    count = 0
+    for (let at = first; at >= 0; at = listNext[at]) {
+      if (count > 0 && positions[count - 1] > at) sorted = false
+      positions[count++] = at
+    }
+    if (!sorted && symbol[first] === symbol[next[first]]) positions.sort()
+    const merged = table.product[rank]
+    // The lists of this rank are taken apart: mark what is waiting so that remove leaves the links alone.
+    for (const at of positions) {
+      listNext[at] = -1
+      listBefore[at] = -2
+    }
+    for (const at of positions) {
+      if (rankAt[at] !== rank || listBefore[at] !== -2) continue
+      const right = next[at]
+      rankAt[at] = NO_RANK
+      detach(right)
+      const after = next[right]
+      symbol[at] = merged
+      next[at] = after
+      if (after < length) before[after] = at
+      const left = before[at]
+      if (left >= 0) {
+        detach(left)
+        add(left)
+      }
+      add(at)
+    }
+  }
+
+  function detach(at: number) {
+    if (listBefore[at] === -2 && rankAt[at] !== NO_RANK) rankAt[at] = NO_RANK
+    else remove(at)
+  }
+}
+
+/** A binary heap of distinct ranks. */
+class RankQueue {
+  readonly #items: number[] = []
+
+  get size(): number {
+    return this.#items.length
+  }
+
+  push(rank: number): void {
+    const items = this.#items
+    let at = items.length
+    items.push(rank)
+    while (at > 0) {
+      const parent = (at - 1) >> 1
+      if (items[parent] <= rank) break
+      items[at] = items[parent]
+      at = parent
+    }
+    items[at] = rank
+  }
+
+  pop(): number {
+    const items = this.#items
+    const top = items[0]
+    const last = items.pop()!
+    const size = items.length
+    if (size === 0) return top
+    let at = 0
+    while (true) {
+      let child = at * 2 + 1
+      if (child >= size) break
+      if (child + 1 < size && items[child + 1] < items[child]) child++
+      if (items[child] >= last) break
+      items[at] = items[child]
+      at = child
+    }
+    items[at] = last
+    return top
+  }
+}
+
+/** Any vocabulary: a heap of (rank, position) with lazy removal, n log n. */
+function mergeByHeap(table: MergeTable, symbol: Int32Array, next: Int32Array, before: Int32Array): void {
+  const length = symbol.length
+  const rankAt = new Int32Array(length).fill(NO_RANK)
+  // rank * length + position stays exact in a double: ranks are below 2^24, lengths below 2^29.
+  const heap = new KeyHeap()
+  const add = (at: number) => {
+    const rank = next[at] < length ? table.rank(symbol[at], symbol[next[at]]) : NO_RANK
+    rankAt[at] = rank
+    if (rank !== NO_RANK) heap.push(rank * length + at)
+  }
+  for (let i = 0; i < length - 1; i++) add(i)
+  while (heap.size > 0) {
+    const key = heap.pop()
+    const rank = Math.floor(key / length)
+    const at = key - rank * length
+    if (rankAt[at] !== rank) continue
+    const right = next[at]
+    const after = next[right]
+    rankAt[right] = NO_RANK
+    symbol[at] = table.product[rank]
+    next[at] = after
+    if (after < length) before[after] = at
+    if (before[at] >= 0) add(before[at])
+    add(at)
+  }
+}
+
+class KeyHeap {
+  #items = new Float64Array(256)
+  size = 0
+
+  push(key: number): void {
+    if (this.size === this.#items.length) {
+      const grown = new Float64Array(this.size * 2)
+      grown.set(this.#items)
+      this.#items = grown
+    }
+    const items = this.#items
+    let at = this.size++
+    while (at > 0) {
+      const parent = (at - 1) >> 1
+      if (items[parent] <= key) break
+      items[at] = items[parent]
+      at = parent
+    }
+    items[at] = key
+  }
+
+  pop(): number {
+    const items = this.#items
+    const top = items[0]
+    const last = items[--this.size]
+    let at = 0
+    while (true) {
+      let child = at * 2 + 1
+      if (child >= this.size) break
+      if (child + 1 < this.size && items[child + 1] < items[child]) child++
+      if (items[child] >= last) break
+      items[at] = items[child]
+      at = child
+    }
+    items[at] = last
+    return top
+  }
+}

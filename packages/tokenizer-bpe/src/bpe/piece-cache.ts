@@ -1,0 +1,183 @@
+/**
+ * @file Tokens of pieces seen before, in two bounded tables. Pieces up to 16 bytes, nearly all of a text, lie in one half cache line each, key
+ * and tokens together; pieces up to 64 bytes in a table with their bytes beside it. Probing is bounded, so no choice of pieces makes it slow.
+ */
+
+/** Longest piece in the first table, in bytes. */
+export const SHORT_KEY = 16
+/** Longest piece that is kept at all, in bytes. */
+export const LONG_KEY = 64
+
+const PROBES = 8
+const MAX_BITS = 17
+const MAX_POOL = 1 << 20
+const LONG_BITS = 13
+
+/** Keeps the low `n` bytes of a little-endian word, at index n. */
+const LOW_BYTES = Int32Array.of(0, 0xff, 0xffff, 0xffffff, -1)
+/** The masks of the four words of a key, at `4 * length`. */
+export const KEY_MASKS: Int32Array = new Int32Array((SHORT_KEY + 1) * 4)
+for (let length = 0; length <= SHORT_KEY; length++) {
+  for (let word = 0; word < 4; word++)
+    KEY_MASKS[length * 4 + word] = LOW_BYTES[Math.max(0, Math.min(4, length - word * 4))]
+}
+
+/** A slot: four words of key, `tokens << 8 | length` (0 in a free slot), then up to three tokens, or where in the pool they are. */
+export const SLOT = 8
+
+export class PieceCache {
+  slots: Int32Array = new Int32Array(SLOT << 10)
+  bits = 10
+  #used = 0
+  pool: Int32Array = new Int32Array(1024)
+  #poolUsed = 0
+  /** hash, place of the bytes, `tokens << 8 | length`, place of the tokens. */
+  #long = new Int32Array(0)
+  #longBytes = new Uint8Array(0)
+  #longUsed = 0
+  #longBytesUsed = 0
+
+  /** Puts a piece that was not found in the first table. */
+  put(
+    k0: number,
+    k1: number,
+    k2: number,
+    k3: number,
+    hash: number,
+    length: number,
+    tokens: Int32Array,
+    count: number,
+  ): void {
+    if (count > 3 && this.#poolUsed + count > MAX_POOL) this.clear()
+    let slot = this.#freeSlot(hash)
+    if (slot < 0 || (this.#used * 2 > 1 << this.bits && this.bits < MAX_BITS)) {
+      if (this.bits < MAX_BITS) {
+        this.#grow()
+        slot = this.#freeSlot(hash)
+      }
+      if (slot < 0) slot = (hash >>> (32 - this.bits)) * SLOT
+      else this.#used++
+    } else this.#used++
+    const slots = this.slots
+    slots[slot] = k0
+    slots[slot + 1] = k1
+    slots[slot + 2] = k2
+    slots[slot + 3] = k3
+    slots[slot + 4] = (count << 8) | length
+    if (count <= 3) {
+      for (let i = 0; i < count; i++) slots[slot + 5 + i] = tokens[i]
+    } else slots[slot + 5] = this.#keep(tokens, count)
+  }
+
+  /** Place in `pool` of the tokens of a longer piece, or -1; their number is then in `found`. */
+  findLong(bytes: Uint8Array, start: number, length: number, hash: number): number {
+    const long = this.#long
+    if (long.length === 0) return -1
+    const mask = (1 << LONG_BITS) - 1
+    const first = hash >>> (32 - LONG_BITS)
+    for (let probe = 0; probe < PROBES; probe++) {
+      const slot = ((first + probe) & mask) * 4
+      const meta = long[slot + 2]
+      if (meta === 0) return -1
+      if (long[slot] !== hash || (meta & 0xff) !== length) continue
+      const kept = this.#longBytes
+      const place = long[slot + 1]
+      let i = 0
+      while (i < length && kept[place + i] === bytes[start + i]) i++
+      if (i === length) {
+        this.found = meta >>> 8
+        return long[slot + 3]
+      }
+    }
+    return -1
+  }
+  found = 0
+
+  putLong(bytes: Uint8Array, start: number, length: number, hash: number, tokens: Int32Array, count: number): void {
+    if (this.#long.length === 0) {
+      this.#long = new Int32Array(4 << LONG_BITS)
+      this.#longBytes = new Uint8Array(LONG_KEY << (LONG_BITS - 1))
+    }
+    if (this.#longUsed * 2 > 1 << LONG_BITS || this.#poolUsed + count > MAX_POOL) this.clear()
+    const long = this.#long
+    const mask = (1 << LONG_BITS) - 1
+    const first = hash >>> (32 - LONG_BITS)
+    for (let probe = 0; probe < PROBES; probe++) {
+      const slot = ((first + probe) & mask) * 4
+      if (long[slot + 2] !== 0) continue
+      const place = this.#longBytesUsed
+      if (place + length > this.#longBytes.length) return
+      this.#longBytes.set(bytes.subarray(start, start + length), place)
+      this.#longBytesUsed += length
+      long[slot] = hash
+      long[slot + 1] = place
+      long[slot + 2] = (count << 8) | length
+      long[slot + 3] = this.#keep(tokens, count)
+      this.#longUsed++
+      return
+    }
+  }
+
+  clear(): void {
+    this.slots.fill(0)
+    this.#used = 0
+    this.#long.fill(0)
+    this.#longUsed = 0
+    this.#longBytesUsed = 0
+    this.#poolUsed = 0
+  }
+
+  #freeSlot(hash: number): number {
+    const slots = this.slots
+    const mask = (1 << this.bits) - 1
+    const first = hash >>> (32 - this.bits)
+    for (let probe = 0; probe < PROBES; probe++) {
+      const slot = ((first + probe) & mask) * SLOT
+      if (slots[slot + 4] === 0) return slot
+    }
+    return -1
+  }
+
+  #grow(): void {
+    const old = this.slots
+    this.bits++
+    this.slots = new Int32Array(SLOT << this.bits)
+    this.#used = 0
+    for (let from = 0; from < old.length; from += SLOT) {
+      if (old[from + 4] === 0) continue
+      const slot = this.#freeSlot(hashKey(old[from], old[from + 1], old[from + 2], old[from + 3], old[from + 4] & 0xff))
+      if (slot < 0) continue
+      for (let i = 0; i < SLOT; i++) this.slots[slot + i] = old[from + i]
+      this.#used++
+    }
+  }
+
+  #keep(tokens: Int32Array, count: number): number {
+    while (this.#poolUsed + count > this.pool.length) {
+      const grown = new Int32Array(this.pool.length * 2)
+      grown.set(this.pool)
+      this.pool = grown
+    }
+    const place = this.#poolUsed
+    for (let i = 0; i < count; i++) this.pool[place + i] = tokens[i]
+    this.#poolUsed = place + count
+    return place
+  }
+}
+
+/** 32-bit hash of a short key. */
+export function hashKey(k0: number, k1: number, k2: number, k3: number, length: number): number {
+  let h = Math.imul(k0 ^ length, 0x9e3779b1)
+  h = Math.imul((h ^ (h >>> 15)) + k1, 0x85ebca6b)
+  h = Math.imul((h ^ (h >>> 13)) + k2, 0xc2b2ae35)
+  h = Math.imul((h ^ (h >>> 16)) + k3, 0x27d4eb2f)
+  return (h ^ (h >>> 15)) | 0
+}
+
+/** 32-bit hash of any bytes. */
+export function hashBytes(bytes: Uint8Array, start: number, length: number): number {
+  let h = Math.imul(length, 0x9e3779b1)
+  for (let i = 0; i < length; i++) h = Math.imul(h ^ bytes[start + i], 0x01000193) + (h >>> 15)
+  h = Math.imul(h ^ (h >>> 16), 0x85ebca6b)
+  return (h ^ (h >>> 13)) | 0
+}

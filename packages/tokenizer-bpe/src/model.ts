@@ -1,0 +1,81 @@
+/** @file A byte-level BPE model: tokens, their bytes, and the merges between them. */
+import { charOfByte, unspellInto } from './byte-alphabet.ts'
+import { TokenizerError } from './errors.ts'
+
+/** Ids above this are refused: tables are indexed by id. */
+export const MAX_ID = 1 << 22
+
+export interface ModelOptions {
+  /** Id for bytes without a token, or -1: they are dropped. */
+  readonly unknown: number
+  readonly fuseUnknown: boolean
+  /** A piece that is a token as a whole is that token, whatever the merges give. */
+  readonly ignoreMerges: boolean
+}
+
+export class BpeModel {
+  /** Token spelled in the byte alphabet, by id; holes where the vocabulary skips ids. */
+  readonly tokens: readonly (string | undefined)[]
+  readonly idOf: ReadonlyMap<string, number>
+  /** left, right, product of each merge, in order. */
+  readonly merges: Int32Array
+  readonly options: ModelOptions
+  /** Token of each byte, or -1. */
+  readonly byteToken: Int32Array
+  /** Bytes of all tokens, end to end; token i is `bytes[starts[i]..starts[i] + lengths[i])`. */
+  readonly bytes: Uint8Array
+  readonly starts: Int32Array
+  readonly lengths: Int32Array
+  readonly longest: number
+
+  constructor(
+    tokens: readonly (string | undefined)[],
+    idOf: ReadonlyMap<string, number>,
+    merges: Int32Array,
+    options: ModelOptions,
+  ) {
+    this.tokens = tokens
+    this.idOf = idOf
+    this.merges = merges
+    this.options = options
+    this.byteToken = Int32Array.from(
+      { length: 256 },
+      (_, byte) => idOf.get(String.fromCharCode(charOfByte[byte])) ?? -1,
+    )
+    let total = 0
+    for (const token of tokens) if (token !== undefined) total += token.length * 3
+    const arena = new Uint8Array(total)
+    this.starts = new Int32Array(tokens.length)
+    this.lengths = new Int32Array(tokens.length)
+    let at = 0
+    let longest = 0
+    for (let id = 0; id < tokens.length; id++) {
+      const token = tokens[id]
+      this.starts[id] = at
+      if (token === undefined) continue
+      let width = unspellInto(token, arena, at)
+      // A token outside the byte alphabet stands for its own text, as the ByteLevel decoder has it.
+      if (width < 0) width = new TextEncoder().encodeInto(token, arena.subarray(at)).written
+      this.lengths[id] = width
+      if (width > longest) longest = width
+      at += width
+    }
+    this.bytes = arena.slice(0, at)
+    this.longest = longest
+  }
+
+  /** Bytes of a token; empty for an id that the vocabulary skips. */
+  bytesOf(id: number): Uint8Array {
+    return this.bytes.subarray(this.starts[id], this.starts[id] + this.lengths[id])
+  }
+}
+
+/** Turns a list of tokens into a model; each merge is left, right, product. */
+export function modelFromTokens(tokens: readonly string[], merges: Int32Array): BpeModel {
+  const idOf = new Map<string, number>()
+  for (let id = 0; id < tokens.length; id++) idOf.set(tokens[id], id)
+  if (idOf.size !== tokens.length) {
+    throw new TokenizerError({ code: 'E_FORMAT', op: 'vocabulary', problem: 'two tokens have the same text' })
+  }
+  return new BpeModel(tokens, idOf, merges, { unknown: -1, fuseUnknown: false, ignoreMerges: false })
+}

@@ -1,0 +1,133 @@
+import { mkdtemp, readFile, rm, stat } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { describe, expect, test } from 'vitest'
+import { BpeTokenizer, type TrainOptions, trainBpe, trainBpeAsync } from './index.ts'
+
+const CORPUS = [
+  'We the People of the United States, in Order to form a more perfect Union,\nestablish Justice, insure domestic Tranquility.',
+  'The better angels of our nature. The people, by the people, for the people.\n\n1863, 1776 and 2026.',
+  '人民的、人民によって、人民のために。🙂👍🏽 naïve café',
+]
+const train = (options: Partial<TrainOptions> = {}) => trainBpe(CORPUS, { vocabSize: 320, minFrequency: 1, ...options })
+
+describe('a trained tokenizer', () => {
+  test('gives back what it was given', () => {
+    const tokenizer = train()
+    for (const text of [...CORPUS, '', '\0\u0001 \u200d\t\r\n', 'ÿ\u{10ffff}']) {
+      expect(tokenizer.decode(tokenizer.encode(text))).toBe(text)
+    }
+    expect(tokenizer.encode('the people').length).toBeLessThan('the people'.length)
+  })
+
+  test('counts special tokens, then bytes, then merges', () => {
+    const tokenizer = train({ specialTokens: ['<|bos|>', '<|eos|>'] })
+    expect(tokenizer.vocabSize).toBe(320)
+    expect(tokenizer.mergeCount).toBe(320 - 256 - 2)
+    expect(tokenizer.tokenToId('<|eos|>')).toBe(1)
+    expect(tokenizer.idToToken(2)).toBe('!')
+    expect([...tokenizer.tokenBytes(tokenizer.tokenToId('Ġ')!)]).toEqual([0x20])
+  })
+
+  test('reads special tokens in a text unless told not to', () => {
+    const tokenizer = train({ specialTokens: ['<|eos|>'] })
+    const text = 'the<|eos|>people'
+    expect([...tokenizer.encode(text)]).toContain(0)
+    expect([...tokenizer.encode(text, { parseSpecialTokens: false })]).not.toContain(0)
+    expect(tokenizer.decode(tokenizer.encode(text))).toBe(text)
+    expect(tokenizer.decode(tokenizer.encode(text), { skipSpecialTokens: true })).toBe('thepeople')
+    expect(tokenizer.decode(tokenizer.encode(text, { parseSpecialTokens: false }))).toBe(text)
+  })
+
+  test('does not depend on the order of the texts', () => {
+    const backwards = trainBpe([...CORPUS].reverse(), { vocabSize: 320, minFrequency: 1 })
+    expect(backwards.toJSON()).toEqual(train().toJSON())
+  })
+
+  test('survives saving and loading', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'moe-tokenizer-'))
+    try {
+      const tokenizer = train({ specialTokens: ['<|eos|>'] })
+      const path = join(folder, 'tokenizer.json')
+      await tokenizer.save(path)
+      const loaded = await BpeTokenizer.fromFile(path)
+      expect(loaded.toJSON()).toEqual(tokenizer.toJSON())
+      expect(loaded.encode(CORPUS[2])).toEqual(tokenizer.encode(CORPUS[2]))
+      expect(JSON.parse(await readFile(path, 'utf8')).version).toBe('1.0')
+      await expect(stat(`${path}.partial`)).rejects.toThrow('ENOENT')
+    } finally {
+      await rm(folder, { recursive: true })
+    }
+  })
+
+  test('decodes a stream without cutting characters', () => {
+    const tokenizer = train()
+    const stream = tokenizer.createDecodeStream()
+    let text = ''
+    for (const id of tokenizer.encode(CORPUS[2])) {
+      const part = stream.push(id)
+      expect(part).not.toContain('\ufffd')
+      text += part
+    }
+    expect(text + stream.end()).toBe(CORPUS[2])
+    stream.push(tokenizer.encode('🙂')[0])
+    expect(stream.end()).toBe('\ufffd')
+  })
+
+  test('reads lone surrogates as replacement characters', () => {
+    const tokenizer = train()
+    expect(tokenizer.decode(tokenizer.encode('a\ud800b'))).toBe('a\ufffdb')
+  })
+
+  test('names an unknown id', () => {
+    expect(() => train().decode([320])).toThrow('decode: 320 is not an id of this vocabulary of 320')
+  })
+})
+
+describe('training', () => {
+  test('refuses impossible options', () => {
+    expect(() => train({ vocabSize: 257, specialTokens: ['a|', 'b|'] })).toThrow(
+      'vocabSize 257 is smaller than 256 bytes + 2 special tokens',
+    )
+    expect(() => train({ preTokenizer: 'gpt5' as never })).toThrow('preTokenizer "gpt5" is not known')
+    expect(() => train({ specialTokens: ['<a>', '<a>'] })).toThrow('"<a>" is listed twice')
+  })
+
+  test('refuses a corpus without text', () => {
+    expect(() => trainBpe([], { vocabSize: 300 })).toThrow('the corpus is empty: 0 texts')
+    expect(() => trainBpe(['', ''], { vocabSize: 300 })).toThrow('the corpus is empty: 2 texts')
+    const bytes = Uint8Array.from({ length: 4000 }, (_, i) => (i * 2654435761) >>> 24)
+    const binary = new TextDecoder().decode(bytes)
+    expect(() => trainBpe([binary], { vocabSize: 300 })).toThrow('looks like binary data')
+    expect(trainBpe([binary], { vocabSize: 300, allowBinary: true }).vocabSize).toBeGreaterThan(255)
+    expect(() => trainBpe('one text' as never, { vocabSize: 300 })).toThrow('expected an iterable of strings')
+    expect(() => trainBpe([1 as never], { vocabSize: 300 })).toThrow('text 0 is 1, not a string')
+  })
+
+  test('stops when the signal says so', async () => {
+    const controller = new AbortController()
+    const options = { vocabSize: 320, signal: controller.signal, onProgress: () => controller.abort() }
+    expect(() => trainBpe(CORPUS, options)).toThrow('the training was aborted')
+    await expect(trainBpeAsync(CORPUS, { vocabSize: 320, signal: AbortSignal.abort() })).rejects.toMatchObject({
+      code: 'E_ABORTED',
+    })
+  })
+
+  test('gives the same asynchronously', async () => {
+    async function* texts() {
+      yield* CORPUS
+    }
+    expect((await trainBpeAsync(texts(), { vocabSize: 320, minFrequency: 1 })).toJSON()).toEqual(train().toJSON())
+  })
+
+  test('keeps to the minimum frequency and the longest token', () => {
+    expect(train({ vocabSize: 2000, minFrequency: 1000 }).mergeCount).toBe(0)
+    const short = train({ vocabSize: 500, maxTokenLength: 3 })
+    for (let id = 0; id < short.vocabSize; id++) expect(short.tokenBytes(id).length).toBeLessThan(3)
+  })
+
+  test('takes only the bytes seen when asked', () => {
+    expect(trainBpe(['abab'], { vocabSize: 10, initialAlphabet: 'seen' }).tokenToId('c')).toBeUndefined()
+    expect(trainBpe(['abab'], { vocabSize: 10, initialAlphabet: { characters: 'c' } }).tokenToId('c')).toBe(2)
+  })
+})

@@ -1,0 +1,329 @@
+/** @file The tokenizer: text to ids and back, from tokenizer.json, from tiktoken's ranks, or trained here. */
+import { type AddedToken, AddedTokenFinder } from './added-tokens.ts'
+import { Encoder, IdBuffer, PADDING } from './bpe/encoder.ts'
+import { PieceMerger } from './bpe/merge-piece.ts'
+import { MergeTable } from './bpe/merge-table.ts'
+import { spellBytes } from './byte-alphabet.ts'
+import { DecodeStream } from './decode-stream.ts'
+import { TokenizerError } from './errors.ts'
+import { readAddedTokens } from './json/added-tokens.ts'
+import { asObject, describe, unsupported, wrong } from './json/check.ts'
+import { readModel, writeModel } from './json/model.ts'
+import { type PostProcessor, readPostProcessor } from './json/post-processor.ts'
+import { compilePreTokenizer, type PreTokenizer } from './json/pre-tokenizer.ts'
+import type { BpeModel } from './model.ts'
+import { type Normalizer, readNormalizer } from './normalizer.ts'
+
+export interface EncodeOptions {
+  /** Adds the special tokens of the post-processor, e.g. beginning of sentence. Default true, as in Hugging Face tokenizers. */
+  readonly addSpecialTokens?: boolean
+  /**
+   * Whether special tokens written out in the text become their ids. Default true, as in Hugging Face tokenizers; pass false for text that you
+   * do not trust (tiktoken's `encode_ordinary`).
+   */
+  readonly parseSpecialTokens?: boolean
+}
+
+export interface DecodeOptions {
+  /** Leaves special tokens out. Default false. */
+  readonly skipSpecialTokens?: boolean
+}
+
+/** Ids with the part of the text that each stands for. */
+export interface EncodingWithOffsets {
+  readonly ids: Uint32Array
+  /** Start and end of token i at `2 * i` and `2 * i + 1`, in UTF-16 code units of the text; tokens that share a character all cover it. */
+  readonly offsets: Uint32Array
+}
+
+/** The parts of tokenizer.json besides the model, kept as they were read. */
+export interface TokenizerParts {
+  readonly normalizer?: unknown
+  readonly pre_tokenizer: unknown
+  readonly post_processor?: unknown
+  readonly decoder?: unknown
+}
+
+const utf8 = new TextEncoder()
+
+/** Largest scratch buffer that a tokenizer keeps between calls, in bytes. */
+const KEPT_SCRATCH = 1 << 20
+
+export class BpeTokenizer {
+  readonly #model: BpeModel
+  readonly #parts: TokenizerParts
+  readonly #added: readonly AddedToken[]
+  readonly #addedById = new Map<number, AddedToken>()
+  readonly #addedBytes = new Map<number, Uint8Array>()
+  readonly #idOfAdded = new Map<string, number>()
+  readonly #post: PostProcessor
+  readonly #normalizer: Normalizer | undefined
+  readonly #preTokenizer: PreTokenizer
+  readonly #encoder: Encoder
+  /** Added tokens looked for in the text as it is, and after the normalizer. */
+  readonly #rawFinder: AddedTokenFinder
+  readonly #lateFinder: AddedTokenFinder
+  readonly #out = new IdBuffer()
+  #scratch = new Uint8Array(4096)
+  #view = new DataView(this.#scratch.buffer)
+
+  /** Number of ids: one more than the largest, added tokens included. */
+  readonly vocabSize: number
+
+  /** Use `trainBpe`, `BpeTokenizer.fromFile`, `fromJSON` or `fromTiktoken`. */
+  constructor(model: BpeModel, added: readonly AddedToken[], parts: TokenizerParts) {
+    this.#model = model
+    this.#parts = parts
+    this.#added = added
+    let size = model.tokens.length
+    for (const token of added) {
+      if (token.id >= size) size = token.id + 1
+      this.#addedById.set(token.id, token)
+      this.#addedBytes.set(token.id, utf8.encode(token.content))
+      this.#idOfAdded.set(token.content, token.id)
+    }
+    this.vocabSize = size
+    this.#post = readPostProcessor(parts.post_processor, added, size)
+    checkDecoder(parts.decoder)
+    const normalizer = readNormalizer(parts.normalizer)
+    this.#normalizer = normalizer
+    this.#preTokenizer = compilePreTokenizer(parts.pre_tokenizer)
+    const table = new MergeTable(model.merges, model.byteToken, model.tokens.length)
+    const merger = new PieceMerger(table, model.byteToken, model.options.unknown, model.options.fuseUnknown)
+    const whole = model.options.ignoreMerges
+      ? (bytes: Uint8Array, start: number, end: number) =>
+          end - start > model.longest ? -1 : (model.idOf.get(spellBytes(bytes.subarray(start, end))) ?? -1)
+      : undefined
+    this.#encoder = new Encoder(merger, this.#preTokenizer.scanner, whole)
+    const contentOf = (token: AddedToken) => this.#addedBytes.get(token.id)!
+    this.#rawFinder = new AddedTokenFinder(
+      added.filter(token => !token.normalized),
+      contentOf,
+    )
+    this.#lateFinder = new AddedTokenFinder(
+      added.filter(token => token.normalized),
+      normalizer ? token => utf8.encode(normalizer(token.content)) : contentOf,
+    )
+  }
+
+  /** Reads a tokenizer.json. Needs a file system (Node, Deno, Bun); in a browser fetch it and use `fromJSON`. */
+  static async fromFile(path: string | URL): Promise<BpeTokenizer> {
+    const { readFile } = await fileSystem()
+    return BpeTokenizer.fromJSON(await readFile(path, 'utf8'))
+  }
+
+  /**
+   * Builds a tokenizer from a tokenizer.json, as text or parsed.
+   * @throws TokenizerError E_FORMAT for a damaged file, E_UNSUPPORTED (naming the part) for what this package does not do
+   */
+  static fromJSON(json: string | object): BpeTokenizer {
+    let parsed: unknown = json
+    if (typeof json === 'string') {
+      try {
+        parsed = JSON.parse(json)
+      } catch (cause) {
+        throw new TokenizerError({
+          code: 'E_FORMAT',
+          op: 'tokenizer.json',
+          problem: `not JSON: ${(cause as Error).message}`,
+          cause,
+        })
+      }
+    }
+    const file = asObject(parsed, '(top level)')
+    if (file.model === undefined) throw wrong('model', 'is missing')
+    for (const part of ['truncation', 'padding']) {
+      if (file[part] !== undefined && file[part] !== null) {
+        throw unsupported(part, `a ${part} policy`, `set "${part}" to null and apply it to the ids`)
+      }
+    }
+    const model = readModel(file.model)
+    return new BpeTokenizer(model, readAddedTokens(file.added_tokens, model), {
+      normalizer: file.normalizer,
+      pre_tokenizer: file.pre_tokenizer,
+      post_processor: file.post_processor,
+      decoder: file.decoder,
+    })
+  }
+
+  /**
+   * Ids of a text. Lone surrogates count as U+FFFD. Takes time linear in the text whatever it holds; texts of any size can be passed whole.
+   * @returns a new array of its own
+   */
+  encode(text: string, options: EncodeOptions = {}): Uint32Array {
+    const out = this.#out
+    out.length = 0
+    const special = options.addSpecialTokens ?? true
+    if (special) for (const id of this.#post.before) out.push(id)
+    this.#encodeText(text, !(options.parseSpecialTokens ?? true), out)
+    if (special) for (const id of this.#post.after) out.push(id)
+    const ids = out.ids.slice(0, out.length)
+    if (out.ids.length > KEPT_SCRATCH) out.ids = new Uint32Array(256)
+    return ids
+  }
+
+  #encodeText(text: string, skipSpecial: boolean, out: IdBuffer): void {
+    const end = this.#load(text)
+    // Finders search to the end of the array that they get.
+    const bytes = this.#scratch.subarray(0, end)
+    const normalizer = this.#normalizer
+    const added = (token: AddedToken) => out.push(token.id)
+    const ordinary = (from: number, to: number) => this.#encoder.encode(this.#scratch, this.#view, from, to, out)
+    const late = (from: number, to: number) => this.#lateFinder.split(bytes, from, to, skipSpecial, ordinary, added)
+    if (normalizer === undefined) {
+      this.#rawFinder.split(bytes, 0, end, skipSpecial, late, added)
+    } else {
+      const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
+      const segments: (string | AddedToken)[] = []
+      this.#rawFinder.split(
+        bytes,
+        0,
+        end,
+        skipSpecial,
+        (from, to) => segments.push(decoder.decode(bytes.subarray(from, to))),
+        token => segments.push(token),
+      )
+      for (const segment of segments) {
+        if (typeof segment !== 'string') {
+          out.push(segment.id)
+          continue
+        }
+        const length = this.#load(normalizer(segment))
+        const inner = this.#scratch.subarray(0, length)
+        this.#lateFinder.split(inner, 0, length, skipSpecial, ordinary, added)
+      }
+    }
+    if (this.#scratch.length > KEPT_SCRATCH) this.#resize(4096)
+  }
+
+  /** Puts the UTF-8 of a text into the scratch buffer and returns its length. */
+  #load(text: string): number {
+    const need = text.length * 3 + PADDING
+    if (need > this.#scratch.length) this.#resize(need < KEPT_SCRATCH ? Math.max(need, this.#scratch.length * 2) : need)
+    return utf8.encodeInto(text, this.#scratch).written
+  }
+
+  #resize(bytes: number): void {
+    this.#scratch = new Uint8Array(bytes)
+    this.#view = new DataView(this.#scratch.buffer)
+  }
+
+  /**
+   * Text of ids. Bytes that are no UTF-8 become U+FFFD, as in Hugging Face tokenizers.
+   * @throws TokenizerError E_UNKNOWN_TOKEN for an id outside the vocabulary
+   */
+  decode(ids: Iterable<number>, options: DecodeOptions = {}): string {
+    const skip = options.skipSpecialTokens ?? false
+    const list = Array.isArray(ids) || ArrayBuffer.isView(ids) ? (ids as ArrayLike<number>) : Array.from(ids)
+    let bytes = new Uint8Array(list.length * 6 + 64)
+    let at = 0
+    for (let i = 0; i < list.length; i++) {
+      const id = list[i]
+      const token = this.#bytesOf(id, skip)
+      if (at + token.length > bytes.length) {
+        const grown = new Uint8Array(Math.max(bytes.length * 2, at + token.length))
+        grown.set(bytes.subarray(0, at))
+        bytes = grown
+      }
+      if (token.length < 32) for (let b = 0; b < token.length; b++) bytes[at + b] = token[b]
+      else bytes.set(token, at)
+      at += token.length
+    }
+    return new TextDecoder('utf-8', { ignoreBOM: true }).decode(bytes.subarray(0, at))
+  }
+
+  /** A decoder for ids that arrive one by one; it never gives half a character. */
+  createDecodeStream(options: DecodeOptions = {}): DecodeStream {
+    const skip = options.skipSpecialTokens ?? false
+    return new DecodeStream(id => this.#bytesOf(id, skip))
+  }
+
+  #bytesOf(id: number, skipSpecial: boolean): Uint8Array {
+    const added = this.#addedById.get(id)
+    if (added !== undefined) return skipSpecial && added.special ? EMPTY : this.#addedBytes.get(id)!
+    if (this.#model.tokens[id] === undefined) {
+      throw new TokenizerError({
+        code: 'E_UNKNOWN_TOKEN',
+        op: 'decode',
+        problem: `${id} is not an id of this vocabulary of ${this.vocabSize}`,
+        details: { id, vocabSize: this.vocabSize },
+      })
+    }
+    return this.#model.bytesOf(id)
+  }
+
+  /** The bytes that a token stands for, e.g. to count bits per byte. Do not write to them. */
+  tokenBytes(id: number): Uint8Array {
+    return this.#bytesOf(id, false)
+  }
+
+  /** Id of a token: an added token by its text, others spelled in the byte alphabet (`Ġthe`). */
+  tokenToId(token: string): number | undefined {
+    return this.#idOfAdded.get(token) ?? this.#model.idOf.get(token)
+  }
+
+  /** The inverse of `tokenToId`. */
+  idToToken(id: number): string | undefined {
+    return this.#addedById.get(id)?.content ?? this.#model.tokens[id]
+  }
+
+  /** Added tokens, by id. */
+  get addedTokens(): readonly AddedToken[] {
+    return this.#added
+  }
+
+  /** Number of merges. */
+  get mergeCount(): number {
+    return this.#model.merges.length / 3
+  }
+
+  /** How texts are cut into pieces: the name of a hand-written scanner, or what the slower general way does. */
+  get preTokenizer(): string {
+    return this.#preTokenizer.name
+  }
+
+  /** The tokenizer.json of this tokenizer, which Hugging Face tokenizers opens. */
+  toJSON(): Record<string, unknown> {
+    return {
+      version: '1.0',
+      truncation: null,
+      padding: null,
+      added_tokens: this.#added,
+      normalizer: this.#parts.normalizer ?? null,
+      pre_tokenizer: this.#parts.pre_tokenizer,
+      post_processor: this.#parts.post_processor ?? null,
+      decoder: this.#parts.decoder ?? {
+        type: 'ByteLevel',
+        add_prefix_space: true,
+        trim_offsets: true,
+        use_regex: true,
+      },
+      model: writeModel(this.#model),
+    }
+  }
+
+  /** Writes tokenizer.json, whole or not at all. Needs a file system. */
+  async save(path: string | URL): Promise<void> {
+    const { writeFile, rename } = await fileSystem()
+    const target = typeof path === 'string' ? path : decodeURIComponent(path.pathname)
+    const partial = `${target}.partial`
+    await writeFile(partial, `${JSON.stringify(this.toJSON())}\n`)
+    await rename(partial, target)
+  }
+}
+
+const EMPTY = new Uint8Array(0)
+
+function checkDecoder(value: unknown): void {
+  if (value === undefined || value === null) return
+  const json = asObject(value, 'decoder')
+  if (json.type === 'Sequence' && Array.isArray(json.decoders)) json.decoders.forEach(checkDecoder)
+  else if (json.type !== 'ByteLevel')
+    throw unsupported('decoder.type', describe(json.type), 'only byte-level vocabularies can be read')
+}
+
+/** The name is a variable so that bundlers for browsers leave it alone. */
+function fileSystem(): Promise<typeof import('node:fs/promises')> {
+  const name = 'node:fs/promises'
+  return import(/* @vite-ignore */ /* webpackIgnore: true */ name)
+}
