@@ -23,7 +23,7 @@ export async function writeAtomically(path: string, produce: (append: Append) =>
       throw writeError(path, cause)
     })
     const file = handle
-    await produce(bytes => append(file, path, bytes))
+    await produce(bytes => writeAll(file, path, bytes))
     try {
       await handle.sync()
       await handle.close()
@@ -43,7 +43,8 @@ export async function writeAtomically(path: string, produce: (append: Append) =>
 /** Node refuses single writes of 2 GiB and more. */
 const MAX_WRITE_BYTES = 2 ** 30
 
-async function append(file: FileHandle, path: string, bytes: Uint8Array): Promise<void> {
+/** Writes all bytes, in as many calls as the system wants. */
+export async function writeAll(file: Pick<FileHandle, 'write'>, path: string, bytes: Uint8Array): Promise<void> {
   let done = 0
   while (done < bytes.length) {
     try {

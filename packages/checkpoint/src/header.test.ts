@@ -160,6 +160,17 @@ function checkOrRefuse(bytes: Uint8Array): void {
   }
 }
 
+describe('an unusual but valid header', () => {
+  it('may list tensors in any order, share an offset with an empty tensor, and hold unknown fields', () => {
+    const bytes = rawFile(
+      { b: f32([1], 8, 12), a: { ...f32([2], 0, 8), note: 'x' }, none: f32([0, 3], 0, 0), last: f32([0], 12, 12) },
+      12,
+    )
+    const { entries } = parseHeader('x', bytes.subarray(8, bytes.length - 12), bytes.length)
+    expect([...entries.keys()]).toEqual(['none', 'a', 'b', 'last'])
+  })
+})
+
 describe('encodeHeader', () => {
   it('is read back as it was given, with the data at a multiple of 8', () => {
     const dtype = fc.constantFrom<StoredDType>('f64', 'f32', 'bf16', 'f16', 'f8e4m3', 'i64', 'u8', 'bool')

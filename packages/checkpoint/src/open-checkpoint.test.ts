@@ -1,4 +1,4 @@
-import { copyFile, cp, mkdir, readFile, rename, rm, symlink, writeFile } from 'node:fs/promises'
+import { copyFile, cp, mkdir, readdir, readFile, readlink, rename, rm, symlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
 import { openCheckpoint } from './open-checkpoint.ts'
@@ -20,6 +20,13 @@ async function sharded(edit: (index: Index) => void = () => {}): Promise<string>
   edit(index)
   await writeFile(join(folder, INDEX), JSON.stringify(index))
   return folder
+}
+
+/** Files below the folder that this process holds open; known on Linux only. */
+async function openFiles(folder: string): Promise<string[]> {
+  if (process.platform !== 'linux') return []
+  const links = (await readdir('/proc/self/fd')).map(fd => readlink(`/proc/self/fd/${fd}`).catch(() => ''))
+  return (await Promise.all(links)).filter(path => path.startsWith(folder))
 }
 
 describe('a sharded checkpoint', () => {
@@ -56,8 +63,9 @@ describe('a sharded checkpoint', () => {
 
   it('closes what it opened when a later shard is bad', async () => {
     const folder = await sharded()
-    await writeFile(join(folder, shard(3)), new Uint8Array(3))
-    await expect(openCheckpoint(folder)).rejects.toThrow(`${join(folder, shard(3))}: 3 bytes are too few`)
+    await writeFile(join(folder, shard(2)), new Uint8Array(3)) // the last that the index names
+    await expect(openCheckpoint(folder)).rejects.toThrow(`${join(folder, shard(2))}: 3 bytes are too few`)
+    expect(await openFiles(folder)).toEqual([])
   })
 })
 
@@ -179,8 +187,10 @@ describe.skipIf(process.platform === 'win32' /* links need a privilege there */)
     const folder = await sharded()
     const link = join(folder, '..', 'latest')
     await symlink(folder, link)
-    await using checkpoint = await openCheckpoint(link)
+    const checkpoint = await openCheckpoint(link)
     expect(checkpoint.keys()).toHaveLength(4)
+    await checkpoint.close()
+    expect(await openFiles(folder)).toEqual([])
   })
 })
 

@@ -1,8 +1,9 @@
 import { copyFile, readFile, truncate } from 'node:fs/promises'
 import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
+import { writeAll } from './atomic-file.ts'
 import { readF32 } from './read-f32.ts'
-import { readSafetensors } from './read-safetensors.ts'
+import { readRange, readSafetensors } from './read-safetensors.ts'
 import { fixture, rawFile, temporaryFile, temporaryFolder } from './test-files.ts'
 import { toF32 } from './to-f32.ts'
 
@@ -126,5 +127,29 @@ describe('an open file', () => {
     await expect(readSafetensors(path, { maxHeaderBytes: 500 })).rejects.toThrow(/claims 1002 bytes, more than the 500/)
     await using file = await readSafetensors(path, { maxHeaderBytes: 1002 })
     expect(file.keys()).toEqual([])
+  })
+})
+
+describe('a system that moves few bytes at a time', () => {
+  const content = Uint8Array.from({ length: 20 }, (_, i) => i)
+
+  it('is asked again until all are read', async () => {
+    const read = async (out: Uint8Array, offset: number, length: number, position: number) => {
+      const bytesRead = Math.min(length, 3)
+      out.set(content.subarray(position, position + bytesRead), offset)
+      return { bytesRead, buffer: out }
+    }
+    expect(await readRange({ read } as never, 'x', 4, 11)).toEqual(content.slice(4, 15))
+  })
+
+  it('is given the rest until all are written', async () => {
+    const written: number[] = []
+    const write = async (bytes: Uint8Array, offset: number, length: number) => {
+      const bytesWritten = Math.min(length, 3)
+      written.push(...bytes.subarray(offset, offset + bytesWritten))
+      return { bytesWritten, buffer: bytes }
+    }
+    await writeAll({ write } as never, 'x', content)
+    expect(written).toEqual([...content])
   })
 })

@@ -158,7 +158,7 @@ const MAX_READ_BYTES = 2 ** 30
 
 /** Reads exactly `bytes` bytes from `position` into memory of their own. */
 export async function readRange(
-  handle: FileHandle,
+  handle: Pick<FileHandle, 'read'>,
   path: string,
   position: number,
   bytes: number,
