@@ -1,0 +1,48 @@
+#!/usr/bin/env node
+// The door to the repository on a bare machine: `npm start`, `npm test`. Plain JavaScript without dependencies, because it
+// runs on whatever Node (20 or later) is there, before anything is installed. It sets up what is missing (setup.mjs), then runs
+// the asked thing on the workspace's own Node.
+import { existsSync, mkdirSync } from 'node:fs'
+import { join } from 'node:path'
+import { runInPlace } from './run-in-place.mjs'
+import { root, setUp } from './setup.mjs'
+
+const commands = {
+  /** The quickstart: trains a small model on real text. A failed native build is no reason to stop, it falls back to wasm. */
+  start: args => ({ script: 'examples/quickstart.ts', args, ownGroup: true, nativeRequired: false }),
+  test: args => ({ script: 'node_modules/vitest/vitest.mjs', args: ['run', ...reporters(args), ...args] }),
+  bench: ([name, ...args]) => {
+    const script = `bench/${name}.ts`
+    if (!name || !existsSync(script)) return { script: 'scripts/list-benches.ts', args: name ? [name] : [] }
+    return { script, args, nodeOptions: ['--expose-gc'], ownGroup: true }
+  },
+  check: args => ({ script: 'scripts/check.ts', args }),
+  setup: () => undefined,
+}
+
+/** Unless the caller chose reporters: the usual one for people, and JSON for `.ci/run` and other programs. */
+function reporters(args) {
+  if (args.some(arg => arg.startsWith('--reporter') || arg.startsWith('--outputFile'))) return []
+  mkdirSync(join(root, '.cache'), { recursive: true })
+  return ['--reporter=default', '--reporter=json', '--outputFile.json=.cache/test-results.json']
+}
+
+const [command, ...rest] = process.argv.slice(2)
+if (!Object.hasOwn(commands, command ?? '')) {
+  console.error(`usage: node scripts/bootstrap.mjs ${Object.keys(commands).join('|')} [arguments]`)
+  process.exit(2)
+}
+// npm takes the `--` away, pnpm hands it on.
+if (rest[0] === '--') rest.shift()
+
+process.chdir(root)
+const plan = commands[command](rest)
+const node = await setUp({ nativeRequired: plan?.nativeRequired ?? true })
+if (plan) {
+  if (!existsSync(plan.script)) {
+    console.error(`${command}: ${plan.script} does not exist in this checkout`)
+    process.exit(1)
+  }
+  const args = [...(plan.nodeOptions ?? []), plan.script, ...plan.args]
+  await runInPlace(node, args, { ownGroup: plan.ownGroup ?? false })
+}

@@ -1,0 +1,111 @@
+// Checks the TypeScript in the documentation: every ```ts block of README.md, docs/**/*.md and packages/*/README.md must
+// compile against the workspace, and must run without an error unless it is marked ```ts no-run.
+//
+//   node scripts/doc-snippets.ts [FILE.md ...]
+//
+// A block becomes a module in docs/.snippets with as many empty lines before it as in its Markdown file, so that line
+// numbers in compiler messages and stack traces are those of the Markdown file.
+import { spawn } from 'node:child_process'
+import { globSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { availableParallelism } from 'node:os'
+import { join, resolve } from 'node:path'
+
+interface Snippet {
+  markdown: string
+  line: number
+  module: string
+  run: boolean
+}
+
+const folder = 'docs/.snippets'
+const timeoutMs = 120_000
+
+const asked = process.argv.slice(2)
+const files =
+  asked.length > 0 ? asked : globSync(['README.md', 'docs/**/*.md', 'packages/*/README.md'], { exclude: skip })
+rmSync(folder, { recursive: true, force: true })
+mkdirSync(folder, { recursive: true })
+
+const snippets = files.sort().flatMap(extract)
+const failures = [...(await typecheck()), ...(await runAll())]
+for (const failure of failures) console.error(`${failure}\n`)
+const ran = snippets.filter(snippet => snippet.run).length
+console.log(`${snippets.length} snippets in ${files.length} files type-checked, ${ran} run, ${failures.length} failed`)
+process.exitCode = failures.length > 0 ? 1 : 0
+
+function skip(path: string): boolean {
+  return path.includes('node_modules')
+}
+
+function extract(markdown: string): Snippet[] {
+  const found: Snippet[] = []
+  let open: { fence: string; words: string[]; line: number; code: string[] } | undefined
+  for (const [index, text] of readFileSync(markdown, 'utf8').split('\n').entries()) {
+    if (!open) {
+      const [, fence, info] = text.match(/^\s*(`{3,}|~{3,})\s*([^`]*)$/) ?? []
+      if (fence) open = { fence, words: (info ?? '').trim().split(/\s+/), line: index + 2, code: [] }
+    } else if (text.trim().startsWith(open.fence) && text.trim().replaceAll(open.fence[0]!, '') === '') {
+      const { words, line, code } = open
+      open = undefined
+      if (words[0] !== 'ts' && words[0] !== 'typescript') continue
+      const module = join(folder, `${markdown.replace(/\.md$/, '').replaceAll(/[^\w-]+/g, '-')}-${line}.ts`)
+      writeFileSync(module, `${'\n'.repeat(line - 1)}${code.join('\n')}\nexport {}\n`)
+      found.push({ markdown, line, module, run: !words.includes('no-run') })
+    } else open.code.push(text)
+  }
+  if (open) throw new Error(`${markdown}:${open.line - 1}: code block without an end`)
+  return found
+}
+
+/** One compiler run over all snippets; messages as `README.md:12:3: ...`. */
+async function typecheck(): Promise<string[]> {
+  if (snippets.length === 0) return []
+  const config = { extends: '../../tsconfig.base.json', include: ['*.ts'] }
+  writeFileSync(join(folder, 'tsconfig.json'), JSON.stringify(config))
+  const { code, output } = await execute('tsc', ['-p', folder, '--pretty', 'false'], '.')
+  if (code === 0) return []
+  return [inMarkdownTerms(output).replaceAll(/^(\S+\.md)\((\d+),(\d+)\)/gm, '$1:$2:$3')]
+}
+
+async function runAll(): Promise<string[]> {
+  const queue = snippets.filter(snippet => snippet.run)
+  const problems: string[] = []
+  const worker = async () => {
+    for (let snippet = queue.shift(); snippet; snippet = queue.shift()) {
+      // A folder of its own, for snippets that write files.
+      const cwd = snippet.module.replace(/\.ts$/, '')
+      mkdirSync(cwd)
+      const { code, output } = await execute(process.execPath, [resolve(snippet.module)], cwd)
+      if (code === 0) continue
+      const why = code === null ? `did not end within ${timeoutMs / 1000} s` : `ended with exit code ${code}`
+      problems.push(`${snippet.markdown}:${snippet.line}: ${why}\n${inMarkdownTerms(output)}`)
+    }
+  }
+  await Promise.all(Array.from({ length: Math.min(2, availableParallelism()) }, worker))
+  return problems
+}
+
+function inMarkdownTerms(output: string): string {
+  let text = output.trim()
+  for (const { module, markdown } of snippets) {
+    text = text
+      .replaceAll(`file://${resolve(module)}`, markdown)
+      .replaceAll(resolve(module), markdown)
+      .replaceAll(module, markdown)
+  }
+  return text
+}
+
+function execute(program: string, args: string[], cwd: string): Promise<{ code: number | null; output: string }> {
+  return new Promise((done, reject) => {
+    const child = spawn(program, args, { cwd, stdio: ['ignore', 'pipe', 'pipe'], timeout: timeoutMs })
+    let output = ''
+    const collect = (chunk: Buffer) => {
+      output += chunk
+    }
+    child.stdout.on('data', collect)
+    child.stderr.on('data', collect)
+    child.on('error', reject)
+    child.on('close', code => done({ code, output }))
+  })
+}

@@ -1,0 +1,117 @@
+// Proves the packages as users get them: packs each one (after `pnpm build`), lets publint look at the tarball, installs all tarballs
+// with npm into an empty folder and imports every entry there, without sources and without TypeScript.
+import { execFileSync } from 'node:child_process'
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { publint } from 'publint'
+import { formatMessage } from 'publint/utils'
+
+interface Manifest {
+  name: string
+  version: string
+  private?: boolean
+  bin?: Record<string, string>
+  exports: Record<string, unknown>
+  dependencies?: Record<string, string>
+  peerDependencies?: Record<string, string>
+  peerDependenciesMeta?: Record<string, { optional?: boolean }>
+  optionalDependencies?: Record<string, string>
+  publishConfig?: { exports: Record<string, unknown>; bin?: Record<string, string> }
+}
+
+interface Packed {
+  manifest: Manifest
+  tarball: string
+}
+
+const work = mkdtempSync(join(tmpdir(), 'moe-pack-'))
+const problems: string[] = []
+try {
+  const packages = readdirSync('packages').flatMap(pack)
+  for (const { manifest, tarball } of packages) await lint(manifest, tarball)
+  installAndImport(packages)
+  const bytes = packages.reduce((sum, { tarball }) => sum + statSync(tarball).size, 0)
+  console.log(`${packages.length} packages packed (${(bytes / 1e3).toFixed(0)} kB), installed and imported`)
+} finally {
+  rmSync(work, { recursive: true, force: true })
+}
+for (const problem of problems) console.error(problem)
+process.exitCode = problems.length > 0 ? 1 : 0
+
+function pack(name: string): Packed[] {
+  const folder = join('packages', name)
+  if (!existsSync(join(folder, 'package.json'))) return []
+  const manifest: Manifest = JSON.parse(readFileSync(join(folder, 'package.json'), 'utf8'))
+  if (manifest.private) return []
+  if (!existsSync(join(folder, 'dist'))) throw new Error(`${folder}/dist is missing: run \`pnpm build\` first`)
+  const tarball = join(work, `${name}.tgz`)
+  pnpm(['pack', '--out', tarball], folder)
+  return [{ manifest, tarball }]
+}
+
+async function lint(manifest: Manifest, tarball: string): Promise<void> {
+  const data = readFileSync(tarball)
+  const { messages, pkg } = await publint({ pack: { tarball: new Uint8Array(data).buffer }, strict: true })
+  for (const message of messages) {
+    if (message.type !== 'suggestion') problems.push(`${manifest.name}: publint: ${formatMessage(message, pkg ?? {})}`)
+  }
+}
+
+function installAndImport(packages: Packed[]): void {
+  const app = join(work, 'app')
+  mkdirSync(app)
+  // Tarballs stand in for the registry, also where one package depends on another; peers that are not optional are the user's.
+  const tarballs = Object.fromEntries(packages.map(({ manifest, tarball }) => [manifest.name, `file:${tarball}`]))
+  const peers = Object.fromEntries(
+    packages.flatMap(({ manifest }) =>
+      Object.entries(manifest.peerDependencies ?? {}).filter(
+        ([name]) => !manifest.peerDependenciesMeta?.[name]?.optional,
+      ),
+    ),
+  )
+  const dependencies = { ...peers, ...tarballs }
+  writeFileSync(join(app, 'package.json'), JSON.stringify({ type: 'module', dependencies, overrides: tarballs }))
+  execFileSync('npm', ['install', '--ignore-scripts', '--no-audit', '--no-fund', '--loglevel=error'], {
+    cwd: app,
+    stdio: ['ignore', 'ignore', 'inherit'],
+    shell: process.platform === 'win32',
+  })
+  const entries = packages.flatMap(({ manifest }) =>
+    Object.keys(manifest.publishConfig?.exports ?? manifest.exports)
+      .filter(entry => !entry.endsWith('.json') && !entry.includes('*'))
+      .map(entry => `${manifest.name}${entry.slice(1)}`),
+  )
+  writeFileSync(join(app, 'import-all.js'), importAll(entries))
+  const output = execFileSync(process.execPath, ['import-all.js'], { cwd: app, encoding: 'utf8' })
+  for (const line of output.split('\n').filter(Boolean)) problems.push(line)
+  for (const { manifest } of packages) {
+    for (const name of Object.keys(manifest.bin ?? {})) {
+      try {
+        execFileSync(join(app, 'node_modules', '.bin', name), ['--help'], { stdio: ['ignore', 'ignore', 'pipe'] })
+      } catch (error) {
+        problems.push(`${manifest.name}: \`${name} --help\` failed: ${error instanceof Error ? error.message : error}`)
+      }
+    }
+  }
+}
+
+/** A program that imports each entry and prints a line for each that fails or exports nothing. */
+function importAll(entries: string[]): string {
+  return `for (const entry of ${JSON.stringify(entries)}) {
+  try {
+    const module = await import(entry)
+    if (Object.keys(module).length === 0) console.log(entry + ': exports nothing')
+  } catch (error) {
+    console.log(entry + ': ' + (error?.stack ?? error))
+  }
+}
+`
+}
+
+function pnpm(args: string[], cwd: string): void {
+  const pin: string = JSON.parse(readFileSync('package.json', 'utf8')).packageManager
+  const launcher = process.env.npm_config_user_agent?.startsWith('pnpm/') ? ['pnpm'] : ['npx', '-y', pin]
+  const [program, ...rest] = [...launcher, ...args]
+  execFileSync(program!, rest, { cwd, stdio: ['ignore', 'ignore', 'inherit'], shell: process.platform === 'win32' })
+}
