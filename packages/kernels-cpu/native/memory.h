@@ -1,0 +1,36 @@
+// Memory of kernels: 64-byte aligned, large blocks on huge pages, scratch blocks kept for the next call.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moe {
+
+// nullptr when there is none.
+void* allocate(size_t bytes) noexcept;
+void release(void* pointer, size_t bytes) noexcept;
+
+// Working memory for the length of a call. Contents are undefined. Throws std::bad_alloc.
+// For memory per worker ask once for max_threads() times as much, before the parallel part.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <class T>
+  T* as(size_t byte_offset = 0) const {
+    return reinterpret_cast<T*>(static_cast<char*>(pointer_) + byte_offset);
+  }
+
+ private:
+  void* pointer_;
+  int size_class_;
+};
+
+// Gives cached scratch back to the system.
+void trim_scratch() noexcept;
+
+constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+}  // namespace moe

@@ -1,0 +1,118 @@
+// moe-isa: baseline
+// The C functions that the adapter calls beside kernels: identity, memory, errors.
+#include "runtime.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+
+#include "abi.h"
+#include "memory.h"
+#include "parallel.h"
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace moe {
+namespace {
+
+thread_local char last_error[512];
+
+#if defined(__x86_64__)
+// AVX512_BF16 is newer than some compilers' __builtin_cpu_supports.
+bool has_avx512_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+}
+#endif
+
+// CPUs that the control group grants, 0 when it does not say.
+int group_limit() {
+#if defined(__linux__)
+  if (FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+    long long quota = 0, period = 0;
+    const int got = std::fscanf(file, "%lld %lld", &quota, &period);
+    std::fclose(file);
+    if (got == 2 && quota > 0 && period > 0) return static_cast<int>((quota + period - 1) / period);
+  }
+#endif
+  return 0;
+}
+
+}  // namespace
+
+int guarded(const double* slots, void (*body)(Args&)) noexcept {
+  set_call_threads(static_cast<int>(slots[0]));
+  try {
+    Args args(slots);
+    body(args);
+    return status_ok;
+  } catch (const std::bad_alloc&) {
+    std::snprintf(last_error, sizeof last_error, "no memory for working space");
+    return status_out_of_memory;
+  } catch (const std::exception& error) {
+    std::snprintf(last_error, sizeof last_error, "%s", error.what());
+  } catch (...) {
+    std::snprintf(last_error, sizeof last_error, "unknown failure");
+  }
+  return status_failed;
+}
+
+}  // namespace moe
+
+extern "C" {
+
+// Raised when the meaning of slots or of these functions changes.
+MOE_EXPORT int moe_abi_version() { return 1; }
+
+MOE_EXPORT const char* moe_last_error() { return moe::last_error; }
+
+// The best variant that this CPU and operating system run.
+MOE_EXPORT const char* moe_cpu_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return "baseline";
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+      !__builtin_cpu_supports("avx512vl"))
+    return "avx2";
+  return moe::has_avx512_bf16() ? "avx512bf16" : "avx512";
+#else
+  return "baseline";
+#endif
+}
+
+MOE_EXPORT int moe_default_threads() {
+  int count = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
+#endif
+  const int limit = moe::group_limit();
+  if (limit > 0) count = std::min(count, limit);
+  return std::max(1, count);
+}
+
+// Addresses and sizes travel as 64-bit integers. 0: no memory.
+MOE_EXPORT int64_t moe_allocate(int64_t bytes) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(moe::allocate(static_cast<size_t>(bytes))));
+}
+
+MOE_EXPORT void moe_release(int64_t pointer, int64_t bytes) {
+  moe::release(reinterpret_cast<void*>(static_cast<uintptr_t>(pointer)), static_cast<size_t>(bytes));
+}
+
+MOE_EXPORT void moe_trim() { moe::trim_scratch(); }
+
+MOE_EXPORT void moe_upload(int64_t to, const void* from, int64_t bytes) {
+  if (bytes > 0) std::memcpy(reinterpret_cast<void*>(static_cast<uintptr_t>(to)), from, static_cast<size_t>(bytes));
+}
+
+MOE_EXPORT void moe_download(void* to, int64_t from, int64_t bytes) {
+  if (bytes > 0) std::memcpy(to, reinterpret_cast<const void*>(static_cast<uintptr_t>(from)), static_cast<size_t>(bytes));
+}
+}

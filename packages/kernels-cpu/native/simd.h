@@ -1,0 +1,247 @@
+// Vectors of the width that this variant of the library is compiled for: `f32v` and `i32v` with `lanes` elements each.
+//
+// They are GCC/Clang vector types: + - * / and comparisons work on them (a comparison gives an i32v of 0 and -1). Everything is
+// static, because the same names mean other widths in other variants. Use partial loads and stores for tails rather than scalar
+// loops: then an element's bits do not depend on where a tail begins.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define MOE_LANES 16
+#elif defined(__AVX2__)
+#define MOE_LANES 8
+#else
+#define MOE_LANES 4
+#endif
+
+#define MOE_INLINE static inline __attribute__((always_inline, unused))
+
+namespace moe {
+
+constexpr int lanes = MOE_LANES;
+
+typedef float f32v __attribute__((vector_size(MOE_LANES * 4)));
+typedef int32_t i32v __attribute__((vector_size(MOE_LANES * 4)));
+typedef uint32_t u32v __attribute__((vector_size(MOE_LANES * 4)));
+typedef uint16_t u16v __attribute__((vector_size(MOE_LANES * 2)));
+typedef uint8_t u8v __attribute__((vector_size(MOE_LANES)));
+typedef float f32v_unaligned __attribute__((vector_size(MOE_LANES * 4), aligned(4), may_alias));
+typedef int32_t i32v_unaligned __attribute__((vector_size(MOE_LANES * 4), aligned(4), may_alias));
+typedef uint16_t u16v_unaligned __attribute__((vector_size(MOE_LANES * 2), aligned(2), may_alias));
+typedef uint8_t u8v_unaligned __attribute__((vector_size(MOE_LANES), aligned(1), may_alias));
+
+// --- loads, stores, splats ---
+
+MOE_INLINE f32v load(const float* from) { return *reinterpret_cast<const f32v_unaligned*>(from); }
+MOE_INLINE void store(float* to, f32v x) { *reinterpret_cast<f32v_unaligned*>(to) = x; }
+MOE_INLINE i32v load(const int32_t* from) { return *reinterpret_cast<const i32v_unaligned*>(from); }
+MOE_INLINE void store(int32_t* to, i32v x) { *reinterpret_cast<i32v_unaligned*>(to) = x; }
+MOE_INLINE f32v splat(float x) { return f32v{} + x; }
+MOE_INLINE i32v splat(int32_t x) { return i32v{} + x; }
+MOE_INLINE f32v zero() { return f32v{}; }
+
+// The first `count` (0 .. lanes) elements; the other lanes get `fill`. Never touches memory behind them.
+MOE_INLINE f32v load_partial(const float* from, int count, float fill = 0) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_mask_loadu_ps((__m512)splat(fill), static_cast<__mmask16>((1u << count) - 1), from);
+#else
+  f32v x = splat(fill);
+  std::memcpy(&x, from, static_cast<size_t>(count) * 4);
+  return x;
+#endif
+}
+MOE_INLINE void store_partial(float* to, f32v x, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)x);
+#else
+  std::memcpy(to, &x, static_cast<size_t>(count) * 4);
+#endif
+}
+MOE_INLINE i32v load_partial(const int32_t* from, int count, int32_t fill = 0) {
+  i32v x = splat(fill);
+  std::memcpy(&x, from, static_cast<size_t>(count) * 4);
+  return x;
+}
+MOE_INLINE void store_partial(int32_t* to, i32v x, int count) { std::memcpy(to, &x, static_cast<size_t>(count) * 4); }
+
+// --- bits, selection, conversion ---
+
+MOE_INLINE i32v bits(f32v x) { return (i32v)x; }
+MOE_INLINE f32v from_bits(i32v x) { return (f32v)x; }
+// mask lanes are 0 or -1.
+MOE_INLINE f32v select(i32v mask, f32v yes, f32v no) { return (f32v)((mask & (i32v)yes) | (~mask & (i32v)no)); }
+MOE_INLINE i32v select(i32v mask, i32v yes, i32v no) { return (mask & yes) | (~mask & no); }
+MOE_INLINE f32v to_f32(i32v x) { return __builtin_convertvector(x, f32v); }
+// Truncates; the values must fit.
+MOE_INLINE i32v to_i32(f32v x) { return __builtin_convertvector(x, i32v); }
+
+MOE_INLINE bool any(i32v mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
+#else
+  int32_t found = 0;
+  for (int i = 0; i < lanes; i++) found |= mask[i];
+  return found != 0;
+#endif
+}
+
+// --- arithmetic ---
+
+MOE_INLINE f32v fma(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (f32v)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+// c - a * b
+MOE_INLINE f32v fnma(f32v a, f32v b, f32v c) { return fma(-a, b, c); }
+
+// As the x86 instructions: the second operand when one is NaN. (vmax/vmin propagate NaN on Arm; do not rely on either.)
+MOE_INLINE f32v fast_max(f32v a, f32v b) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (f32v)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+MOE_INLINE f32v fast_min(f32v a, f32v b) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (f32v)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return select(a < b, a, b);
+#endif
+}
+// NaN when either is NaN.
+MOE_INLINE f32v nan_max(f32v a, f32v b) { return select(a != a, a, fast_max(a, b)); }
+MOE_INLINE f32v nan_min(f32v a, f32v b) { return select(a != a, a, fast_min(a, b)); }
+
+MOE_INLINE f32v sqrt(f32v x) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (f32v)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+  return (f32v)vsqrtq_f32((float32x4_t)x);
+#else
+  for (int i = 0; i < lanes; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+MOE_INLINE f32v abs(f32v x) { return from_bits(bits(x) & 0x7fffffff); }
+// To the nearest integer, ties to even, for |x| < 2^22.
+MOE_INLINE f32v round_small(f32v x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
+MOE_INLINE f32v floor(f32v x) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_floor_ps((__m256)x);
+#elif defined(__aarch64__)
+  return (f32v)vrndmq_f32((float32x4_t)x);
+#else
+  for (int i = 0; i < lanes; i++) x[i] = __builtin_floorf(x[i]);
+  return x;
+#endif
+}
+
+// --- across lanes, always in the same order within one variant ---
+
+MOE_INLINE float sum(f32v x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__x86_64__)
+#if defined(__AVX2__)
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+#else
+  __m128 y = (__m128)x;
+#endif
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_shuffle_ps(y, y, 1)));
+#elif defined(__aarch64__)
+  return vaddvq_f32((float32x4_t)x);
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+
+// Largest lane; NaN lanes are ignored or not, as it happens.
+MOE_INLINE float max(f32v x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__x86_64__)
+#if defined(__AVX2__)
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+#else
+  __m128 y = (__m128)x;
+#endif
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+#elif defined(__aarch64__)
+  return vmaxvq_f32((float32x4_t)x);
+#else
+  float best = x[0];
+  for (int i = 1; i < lanes; i++) best = x[i] > best ? x[i] : best;
+  return best;
+#endif
+}
+
+// --- bf16 ---
+
+// Nearest even; NaN stays NaN.
+MOE_INLINE u16v to_bf16(f32v x) {
+  const u32v b = (u32v)x;
+  const u32v rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  const u32v quiet = (b >> 16) | 0x40;
+  const i32v is_nan = x != x;
+  return __builtin_convertvector(((u32v)is_nan & quiet) | (~(u32v)is_nan & rounded), u16v);
+}
+MOE_INLINE f32v from_bf16(u16v x) { return (f32v)(__builtin_convertvector(x, u32v) << 16); }
+MOE_INLINE u16v load(const uint16_t* from) { return *reinterpret_cast<const u16v_unaligned*>(from); }
+MOE_INLINE void store(uint16_t* to, u16v x) { *reinterpret_cast<u16v_unaligned*>(to) = x; }
+
+// Calls body(i, count) for 0 .. n in steps of `lanes`: count == lanes but for the last. Keep the body small: it is inlined twice,
+// once with a constant count so that `count == lanes` folds.
+template <class F>
+__attribute__((always_inline)) inline void each_vector(int64_t n, F&& body) {
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) body(i, lanes);
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+MOE_INLINE f32v load_some(const float* from, int count, float fill = 0) {
+  return count == lanes ? load(from) : load_partial(from, count, fill);
+}
+MOE_INLINE void store_some(float* to, f32v x, int count) { count == lanes ? store(to, x) : store_partial(to, x, count); }
+MOE_INLINE i32v load_some(const int32_t* from, int count, int32_t fill = 0) {
+  return count == lanes ? load(from) : load_partial(from, count, fill);
+}
+MOE_INLINE void store_some(int32_t* to, i32v x, int count) { count == lanes ? store(to, x) : store_partial(to, x, count); }
+
+}  // namespace moe
