@@ -1,3 +1,7 @@
 import { library } from '../../scripts/tsup-preset.ts'
 
-export default library({ index: 'src/index.ts', 'reference/index': 'src/reference/index.ts', 'testing/index': 'src/testing/index.ts' })
+export default library({
+  index: 'src/index.ts',
+  'reference/index': 'src/reference/index.ts',
+  'testing/index': 'src/testing/index.ts',
+})

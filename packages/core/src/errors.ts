@@ -52,5 +52,7 @@ export class MoeError extends Error {
 
 /** Whether a value is a MoeError (of any copy of this package), optionally with the given code. */
 export function isMoeError(value: unknown, code?: ErrorCode): value is MoeError {
-  return value instanceof Error && value.name === 'MoeError' && (code === undefined || (value as MoeError).code === code)
+  return (
+    value instanceof Error && value.name === 'MoeError' && (code === undefined || (value as MoeError).code === code)
+  )
 }

@@ -68,7 +68,16 @@ export { rope } from './fused/rope.ts'
 export { type Routing, routerTopk } from './fused/router-topk.ts'
 export { softmax } from './fused/softmax.ts'
 export { swiglu } from './fused/swiglu.ts'
-export { Embedding, forkInit, type InitOptions, Linear, normalParameter, RmsNorm, SwigluMlp } from './nn/layers.ts'
+export {
+  Embedding,
+  forkInit,
+  type InitOptions,
+  Linear,
+  normalParameter,
+  RmsNorm,
+  SwigluMlp,
+  seedDefaultRandom,
+} from './nn/layers.ts'
 export {
   disposeModule,
   Module,

@@ -28,7 +28,7 @@ export function needShape(op: string, name: string, value: Value, expected: Shap
   let ok = shape.length === expected.length
   for (let i = 0; ok && i < shape.length; i++) ok = expected[i] === -1 || shape[i] === expected[i]
   if (ok) return
-  const wanted = `[${expected.map((size) => (size === -1 ? '*' : size)).join(',')}]`
+  const wanted = `[${expected.map(size => (size === -1 ? '*' : size)).join(',')}]`
   throw shapeError(op, `${name} has shape ${showShape(shape)}, needs ${wanted}`, undefined, { shape, expected })
 }
 
@@ -104,7 +104,11 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
     needDtype('topk', 'input', x, 'f32')
     const size = x.shape[x.shape.length - 1]
     if (x.shape.length === 0 || !Number.isInteger(k) || k < 1 || k > size) {
-      throw shapeError('topk', `k = ${k} does not fit the last axis of ${showShape(x.shape)}`, 'pass 1 <= k <= its size')
+      throw shapeError(
+        'topk',
+        `k = ${k} does not fit the last axis of ${showShape(x.shape)}`,
+        'pass 1 <= k <= its size',
+      )
     }
     const shape = x.shape.slice(0, -1)
     shape.push(k)
@@ -177,10 +181,10 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
   permute([x], { axes }) {
     const seen = new Set(axes)
     const valid = axes.length === x.shape.length && seen.size === axes.length
-    if (!valid || axes.some((axis) => !(axis >= 0 && axis < x.shape.length))) {
+    if (!valid || axes.some(axis => !(axis >= 0 && axis < x.shape.length))) {
       throw shapeError('permute', `axes [${axes}] are not a permutation of the axes of ${showShape(x.shape)}`)
     }
-    return [{ shape: axes.map((axis) => x.shape[axis]), dtype: x.dtype }]
+    return [{ shape: axes.map(axis => x.shape[axis]), dtype: x.dtype }]
   },
 
   expand() {
@@ -231,7 +235,7 @@ export function inferReshape(x: Value, shape: Shape): Shape {
     out = shape.slice()
     ;(out as number[])[free] = known === 0 ? 0 : total / known
   }
-  if (sizeOf(out) !== total || out.some((size) => !Number.isInteger(size) || size < 0)) {
+  if (sizeOf(out) !== total || out.some(size => !Number.isInteger(size) || size < 0)) {
     throw shapeError(
       'reshape',
       `${showShape(x.shape)} has ${total} elements, ${showShape(shape)} does not`,

@@ -57,7 +57,8 @@ export class Random {
   /** An independent generator, named by a number or a text (a parameter's name, say) within this seed. */
   fork(name: number | string): Random {
     let hash = 0x811c9dc5
-    for (const char of `${this.stream}/${name}`) hash = Math.imul(hash ^ (char.codePointAt(0) as number), 0x01000193) >>> 0
+    for (const char of `${this.stream}/${name}`)
+      hash = Math.imul(hash ^ (char.codePointAt(0) as number), 0x01000193) >>> 0
     return new Random(this.seed, hash)
   }
 

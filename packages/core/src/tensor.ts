@@ -131,7 +131,11 @@ export class Tensor extends Scoped implements Value {
   /** The value of a tensor with one element. */
   async item(): Promise<number> {
     if (this.size !== 1) {
-      throw shapeError('item', `${showShape(this.shape)} has ${this.size} elements, needs 1`, 'reduce it first, or use values()')
+      throw shapeError(
+        'item',
+        `${showShape(this.shape)} has ${this.size} elements, needs 1`,
+        'reduce it first, or use values()',
+      )
     }
     return (await this.values())[0]
   }
@@ -309,7 +313,7 @@ export class Tensor extends Scoped implements Value {
   }
   /** Adds `before[i]` and `after[i]` elements of `value` around axis i. */
   pad(before: readonly number[], after: readonly number[], value = 0): Tensor {
-    if (before.length !== this.rank || after.length !== this.rank || [...before, ...after].some((n) => !(n >= 0))) {
+    if (before.length !== this.rank || after.length !== this.rank || [...before, ...after].some(n => !(n >= 0))) {
       throw shapeError('pad', `before [${before}] and after [${after}] do not fit ${showShape(this.shape)}`)
     }
     return runTo(
@@ -441,13 +445,13 @@ function composed<T>(inputs: readonly Tensor[], fn: () => T): T {
 // --- primitives with broadcasting of numbers, defaults and folding ---
 
 const unaryAttrs = Object.fromEntries(
-  ['neg', 'abs', 'sign', 'exp', 'log', 'sqrt', 'rsqrt', 'sin', 'cos', 'tanh', 'sigmoid', 'floor'].map((code) => [
+  ['neg', 'abs', 'sign', 'exp', 'log', 'sqrt', 'rsqrt', 'sin', 'cos', 'tanh', 'sigmoid', 'floor'].map(code => [
     code,
     { code },
   ]),
 ) as { [C in UnaryCode]: { code: C } }
 const binaryAttrs = Object.fromEntries(
-  ['add', 'sub', 'mul', 'div', 'max', 'min', 'pow'].map((code) => [code, { code }]),
+  ['add', 'sub', 'mul', 'div', 'max', 'min', 'pow'].map(code => [code, { code }]),
 ) as { [C in BinaryCode]: { code: C } }
 
 function unary(code: UnaryCode, x: Tensor): Tensor {
@@ -464,12 +468,12 @@ function withNumber(x: Tensor, value: number, op: (scalar: Tensor) => Tensor): T
 }
 
 function binary(code: BinaryCode, a: Tensor, b: Tensor | number): Tensor {
-  if (typeof b === 'number') return withNumber(a, b, (scalar) => run('binary', [a, scalar], binaryAttrs[code]))
+  if (typeof b === 'number') return withNumber(a, b, scalar => run('binary', [a, scalar], binaryAttrs[code]))
   return run('binary', [a, b], binaryAttrs[code])
 }
 
 function compare(code: CompareCode, a: Tensor, b: Tensor | number): Tensor {
-  if (typeof b === 'number') return withNumber(a, b, (scalar) => run('compare', [a, scalar], { code }))
+  if (typeof b === 'number') return withNumber(a, b, scalar => run('compare', [a, scalar], { code }))
   return run('compare', [a, b], { code })
 }
 
@@ -480,7 +484,7 @@ function reduce(
   keepDims: boolean,
 ): Tensor {
   const list = axes === undefined ? x.shape.map((_, i) => i) : typeof axes === 'number' ? [axes] : axes
-  const normal = [...new Set(list.map((axis) => normalizeAxis(code, axis, x.rank)))].sort((a, b) => a - b)
+  const normal = [...new Set(list.map(axis => normalizeAxis(code, axis, x.rank)))].sort((a, b) => a - b)
   if (normal.length === 0) return x
   const kept = run('reduce', [x], { code, axes: normal })
   if (keepDims) return kept
@@ -496,7 +500,11 @@ function matmul(
 ): Tensor {
   const attrs = { transposeA, transposeB, precision }
   if (a.rank < 2 || b.rank < 2) {
-    throw shapeError('matmul', `needs matrices, lhs ${showShape(a.shape)} rhs ${showShape(b.shape)}`, 'reshape vectors first')
+    throw shapeError(
+      'matmul',
+      `needs matrices, lhs ${showShape(a.shape)} rhs ${showShape(b.shape)}`,
+      'reshape vectors first',
+    )
   }
   if (a.rank === 2 && b.rank === 2) return run('matmul', [a, b], attrs)
   const lead = a.shape.slice(0, -2)

@@ -1,1 +1,9 @@
-export {}
+/** @file Public interface of @moe/deepseek. */
+export { type DeepSeekConfig, type DeepSeekConfigInput, hfConfig, parseConfig } from './config.ts'
+export { countParameters, type ParameterCount } from './count-parameters.ts'
+export { DecoderLayer, type LayerOptions } from './decoder-layer.ts'
+export type { GenerateOptions, Generation, GenerationStats, TextOptions, TextTokenizer } from './generate.ts'
+export { DeepSeek, type DeepSeekLoss, type DeepSeekOptions, type Objective } from './model.ts'
+export { presets } from './presets.ts'
+export { loadWeights } from './pretrained.ts'
+export type { SamplingOptions } from './sampling.ts'

@@ -39,7 +39,7 @@ export function gradients(loss: Tensor, of: readonly Tensor[], options: Backward
     else gradient.dispose()
   }
   walk([loss], [options.gradient ?? seed(loss)], options.retain === true, collect, wanted)
-  return of.map((tensor) => found.get(tensor) ?? null)
+  return of.map(tensor => found.get(tensor) ?? null)
 }
 
 function seed(loss: Tensor): Tensor {
@@ -93,7 +93,7 @@ function walk(
   stops?: ReadonlySet<Tensor>,
 ): void {
   const nodes = reachable(outputs)
-  if (nodes.length === 0 && !outputs.some((output) => output instanceof Parameter && output.tracked)) {
+  if (nodes.length === 0 && !outputs.some(output => output instanceof Parameter && output.tracked)) {
     throw new MoeError({
       code: 'E_NO_GRADIENT',
       op: 'backward',
@@ -113,9 +113,11 @@ function walk(
     })
     const roots = new Set(outputs)
     for (const node of nodes) {
-      const flowing = node.outputs.map((output) => pending.get(output) ?? null)
-      if (flowing.some((gradient) => gradient !== null)) {
-        const toInputs = scope(() => rule(node)(vjpContext(node), flowing).map((g) => (g === null ? null : detached(g, flowing))))
+      const flowing = node.outputs.map(output => pending.get(output) ?? null)
+      if (flowing.some(gradient => gradient !== null)) {
+        const toInputs = scope(() =>
+          rule(node)(vjpContext(node), flowing).map(g => (g === null ? null : detached(g, flowing))),
+        )
         for (let i = 0; i < toInputs.length; i++) {
           const gradient = toInputs[i]
           if (gradient === null) continue
@@ -164,7 +166,10 @@ function vjpContext(node: TapeNode) {
 function rule(node: TapeNode): Vjp<never> {
   const { gradient } = node
   if (gradient === null) return rules[node.op as PrimitiveName] as Vjp<never>
-  return gradient.vjp ?? ((ctx, flowing) => throughRecording(ctx.inputs, flowing, (inputs) => gradient.decompose(inputs, ctx.attrs)))
+  return (
+    gradient.vjp ??
+    ((ctx, flowing) => throughRecording(ctx.inputs, flowing, inputs => gradient.decompose(inputs, ctx.attrs)))
+  )
 }
 
 function release(node: TapeNode, roots: ReadonlySet<Tensor>): void {
@@ -184,7 +189,7 @@ function throughRecording(
   flowing: ReadonlyArray<Tensor | null>,
   fn: (inputs: readonly Tensor[]) => Tensor[],
 ): Array<Tensor | null> {
-  const leaves = inputs.map((input) => {
+  const leaves = inputs.map(input => {
     const leaf = input.detach()
     leaf.tracked = input.tracked
     return leaf
@@ -201,16 +206,16 @@ function throughRecording(
     if (leaves.includes(leaf)) add(found, leaf, gradient)
     else accumulate(leaf, gradient)
   }
-  const used = outputs.map((_, i) => i).filter((i) => flowing[i] !== null && outputs[i].tracked)
+  const used = outputs.map((_, i) => i).filter(i => flowing[i] !== null && outputs[i].tracked)
   if (used.length > 0) {
     walk(
-      used.map((i) => outputs[i]),
-      used.map((i) => flowing[i]),
+      used.map(i => outputs[i]),
+      used.map(i => flowing[i]),
       false,
       collect,
     )
   }
-  return leaves.map((leaf) => found.get(leaf) ?? null)
+  return leaves.map(leaf => found.get(leaf) ?? null)
 }
 
 /**

@@ -187,4 +187,3 @@ export const rules: { readonly [P in PrimitiveName]: Vjp<OpAttrs[P]> } = {
     })
   },
 }
-

@@ -18,7 +18,10 @@ export const adamwStepDefinition: FusedDefinition<'adamwStep'> = {
     const g = grad.mul(gradScale)
     const nextM = m.mul(beta1).add(g.mul(1 - beta1))
     const nextV = v.mul(beta2).add(g.mul(g).mul(1 - beta2))
-    const denominator = nextV.mul(1 / (1 - beta2 ** step)).sqrt().add(eps)
+    const denominator = nextV
+      .mul(1 / (1 - beta2 ** step))
+      .sqrt()
+      .add(eps)
     const update = nextM.mul(lr / (1 - beta1 ** step)).div(denominator)
     return [param.mul(1 - lr * weightDecay).sub(update), nextM, nextV]
   },
@@ -31,7 +34,11 @@ export const globalNormDefinition: FusedDefinition<'globalNorm'> = {
     for (const value of tensors) needDtype('globalNorm', 'input', value, 'f32')
     return [{ shape: [], dtype: 'f32' }]
   },
-  decompose: (tensors) => [concat(tensors.map((x) => x.mul(x).sum().reshape([1]))).sum().sqrt()],
+  decompose: tensors => [
+    concat(tensors.map(x => x.mul(x).sum().reshape([1])))
+      .sum()
+      .sqrt(),
+  ],
   vjp: null,
 }
 

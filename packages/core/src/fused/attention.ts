@@ -22,8 +22,7 @@ function repeatHeads(x: Tensor, heads: number): Tensor {
 /** Sums query heads back onto their key/value head: `[B, H, S, D]` to `[B, S, G, D]`. */
 function sumHeads(x: Tensor, groups: number): Tensor {
   const [batch, heads, size, features] = x.shape
-  const summed =
-    groups === heads ? x : x.reshape([batch, groups, heads / groups, size, features]).sum(2)
+  const summed = groups === heads ? x : x.reshape([batch, groups, heads / groups, size, features]).sum(2)
   return headsFirst(summed.reshape([batch, groups, size, features]))
 }
 
@@ -145,7 +144,11 @@ export interface AttentionOptions {
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
   const { causal = true, scale = q.shape[3] ** -0.5, precision = context.precision, lengths } = options
-  return runFused(attentionDefinition, lengths === undefined ? [q, k, v] : [q, k, v, lengths], { causal, scale, precision })[0]
+  return runFused(attentionDefinition, lengths === undefined ? [q, k, v] : [q, k, v, lengths], {
+    causal,
+    scale,
+    precision,
+  })[0]
 }
 
 /**

@@ -63,7 +63,8 @@ export const crossEntropyBackwardDefinition: FusedDefinition<'crossEntropyBackwa
 export const linearCrossEntropyDefinition: FusedDefinition<'linearCrossEntropy'> = {
   name: 'linearCrossEntropy',
   infer([x, weight, targets]) {
-    for (const [name, value] of Object.entries({ input: x, weight })) needDtype('linearCrossEntropy', name, value, 'f32')
+    for (const [name, value] of Object.entries({ input: x, weight }))
+      needDtype('linearCrossEntropy', name, value, 'f32')
     needDtype('linearCrossEntropy', 'targets', targets, 'i32')
     needShape('linearCrossEntropy', 'input', x, [-1, -1])
     needShape('linearCrossEntropy', 'weight', weight, [-1, x.shape[1]])
@@ -100,7 +101,9 @@ export const defaultIgnoreIndex = -100
 
 /** -log softmax(logits)[target] of every row: `logits [N, V]`, `targets i32 [N]` to `[N]`; 0 where the target is `ignoreIndex`. */
 export function crossEntropy(logits: Tensor, targets: Tensor, options: { ignoreIndex?: number } = {}): Tensor {
-  return runFused(crossEntropyDefinition, [logits, targets], { ignoreIndex: options.ignoreIndex ?? defaultIgnoreIndex })[0]
+  return runFused(crossEntropyDefinition, [logits, targets], {
+    ignoreIndex: options.ignoreIndex ?? defaultIgnoreIndex,
+  })[0]
 }
 
 /** Cross-entropy of the logits `x weight^T`, which are never stored as a whole: `x [N, D]`, `weight [V, D]`, `targets i32 [N]` to `[N]`. */

@@ -53,7 +53,10 @@ export const permuteTokensBackwardDefinition: FusedDefinition<'permuteTokensBack
   name: 'permuteTokensBackward',
   infer: ([dy], { topK }) => [{ shape: [dy.shape[0] / topK, dy.shape[1]], dtype: 'f32' }],
   decompose: ([dy, positions], { topK }) => [
-    dy.takeRows(positions).reshape([dy.shape[0] / topK, topK, dy.shape[1]]).sum(1),
+    dy
+      .takeRows(positions)
+      .reshape([dy.shape[0] / topK, topK, dy.shape[1]])
+      .sum(1),
   ],
   vjp: null,
 }

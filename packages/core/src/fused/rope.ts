@@ -32,7 +32,9 @@ export const ropeDefinition: FusedDefinition<'rope'> = {
     const cos = table(cosTable)
     const sin = inverse ? table(sinTable).neg() : table(sinTable)
     const turned = x.narrow(3, plain, features)
-    const pairs = interleaved ? turned.reshape([batch, time, heads, half, 2]) : turned.reshape([batch, time, heads, 2, half])
+    const pairs = interleaved
+      ? turned.reshape([batch, time, heads, half, 2])
+      : turned.reshape([batch, time, heads, 2, half])
     const axis = interleaved ? 4 : 3
     const part = (i: number) => pairs.narrow(axis, i, i + 1).reshape([batch, time, heads, half])
     const a = part(0)

@@ -13,9 +13,15 @@ function checkAttrs(experts: number, attrs: RouterAttrs): void {
   }
   if (!(topGroups >= 1 && topGroups <= groups)) problems.push(`topGroups = ${topGroups} is not in 1..${groups}`)
   const reachable = (experts / groups) * topGroups
-  if (!(topK >= 1 && topK <= reachable)) problems.push(`topK = ${topK} is not in 1..${reachable} (the experts of the kept groups)`)
+  if (!(topK >= 1 && topK <= reachable))
+    problems.push(`topK = ${topK} is not in 1..${reachable} (the experts of the kept groups)`)
   if (problems.length > 0) {
-    throw new MoeError({ code: 'E_ATTR', op: 'routerTopk', problem: problems.join('; '), details: { experts, ...attrs } })
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'routerTopk',
+      problem: problems.join('; '),
+      details: { experts, ...attrs },
+    })
   }
 }
 
@@ -49,7 +55,11 @@ export const routerTopkDefinition: FusedDefinition<'routerTopk'> = {
       const grouped = choice.reshape([rows, groups, size])
       const best = groupScore === 'top2' ? grouped.topk(Math.min(2, size)).values.sum(-1) : grouped.max(-1)
       const kept = best.topk(topGroups).indices.reshape([rows, topGroups, 1])
-      const isKept = kept.eq(arange(groups, kept).reshape([1, 1, groups])).cast('i32').sum(1).reshape([rows, groups, 1])
+      const isKept = kept
+        .eq(arange(groups, kept).reshape([1, 1, groups]))
+        .cast('i32')
+        .sum(1)
+        .reshape([rows, groups, 1])
       choice = where(isKept.eq(1), grouped, full([], Number.NEGATIVE_INFINITY, grouped)).reshape([rows, experts])
     }
     const { indices } = choice.topk(topK)
@@ -59,7 +69,12 @@ export const routerTopkDefinition: FusedDefinition<'routerTopk'> = {
   },
   vjp({ outputs: [weights, indices, scores], attrs }, [dweights, , dscores]) {
     if (dweights === null && dscores === null) return [null, null]
-    const inputs = [scores, indices, dweights ?? full(weights.shape, 0, weights), dscores ?? full(scores.shape, 0, scores)]
+    const inputs = [
+      scores,
+      indices,
+      dweights ?? full(weights.shape, 0, weights),
+      dscores ?? full(scores.shape, 0, scores),
+    ]
     return [runFused(routerTopkBackwardDefinition, inputs, attrs)[0], null]
   },
 }
@@ -79,7 +94,9 @@ export const routerTopkBackwardDefinition: FusedDefinition<'routerTopkBackward'>
     }
     const ds = dscores.add(scatterAddRows(flat, dchosen, rows * experts).reshape([rows, experts]))
     const weighted = ds.mul(scores)
-    return [scoring === 'sigmoid' ? weighted.mul(scores.neg().add(1)) : weighted.sub(scores.mul(weighted.sum(-1, true)))]
+    return [
+      scoring === 'sigmoid' ? weighted.mul(scores.neg().add(1)) : weighted.sub(scores.mul(weighted.sum(-1, true))),
+    ]
   },
   vjp: null,
 }

@@ -9,22 +9,33 @@ import { Parameter } from './parameter.ts'
 
 /** How a module's parameters start. */
 export interface InitOptions {
-  /** Source of the initial weights; the same seed gives the same weights on every backend. Default seed 0. */
+  /** Source of the initial weights; the same seed gives the same weights on every backend. Default: the next stream of `seedDefaultRandom`'s seed (0). */
   readonly random?: Random
   /** Standard deviation of normal initial weights. Default 0.02 (`initializer_range`). */
   readonly deviation?: number
   readonly backend?: Backend
 }
 
+let defaultSeed = 0
+let defaultStreams = 0
+
+/** Starts the random streams anew that modules without a generator of their own are initialized from, each from the next one. */
+export function seedDefaultRandom(seed: number): void {
+  defaultSeed = seed
+  defaultStreams = 0
+}
+
+const generator = (init: InitOptions): Random => init.random ?? new Random(defaultSeed, ++defaultStreams)
+
 /** A parameter of normal numbers, drawn from the generator's own fork of that name. */
 export function normalParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
-  const random = (init.random ?? new Random(0)).fork(name)
+  const random = generator(init).fork(name)
   return new Parameter(randn(shape, random, { deviation: init.deviation ?? 0.02, backend: init.backend }))
 }
 
 /** The same options for a child: an independent generator of its own. */
 export function forkInit(init: InitOptions, name: string): InitOptions {
-  return { ...init, random: (init.random ?? new Random(0)).fork(name) }
+  return { ...init, random: generator(init).fork(name) }
 }
 
 /** y = x W^T without bias. `weight [out, in]`, x `[..., in]` to `[..., out]`. */

@@ -34,7 +34,7 @@ export function namedParameters(module: Module, prefix = ''): NamedParameter[] {
 export function trainable(module: Module): Parameter[] {
   return namedParameters(module)
     .map(({ parameter }) => parameter)
-    .filter((parameter) => parameter.trainable)
+    .filter(parameter => parameter.trainable)
 }
 
 /** Number of elements of all trainable parameters. */

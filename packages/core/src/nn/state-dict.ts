@@ -81,15 +81,19 @@ export async function loadStateDict(module: Module, source: StateSource, options
       if (!sameShape(stored, shape)) misshaped.push(`${key}: stored ${showShape(stored)}, model ${showShape(shape)}`)
     }
   }
-  const unexpected = [...available].filter((key) => !known.has(key) && !ignore(key))
+  const unexpected = [...available].filter(key => !known.has(key) && !ignore(key))
   if (missing.length + misshaped.length + unexpected.length > 0) throw mismatch(missing, unexpected, misshaped)
 
   for (const { name, parameter, slices } of parameters) {
     const keys = slices ?? [name]
-    if (!keys.every((key) => available.has(key))) continue
+    if (!keys.every(key => available.has(key))) continue
     const { dtype, shape, backend } = parameter
-    const values = await Promise.all(keys.map(async (key) => convert(await source.read(key), source.info(key).dtype, dtype)))
-    parameter.assign(fromHost(values.length === 1 && slices === undefined ? values[0] : join(values), shape, dtype, backend))
+    const values = await Promise.all(
+      keys.map(async key => convert(await source.read(key), source.info(key).dtype, dtype)),
+    )
+    parameter.assign(
+      fromHost(values.length === 1 && slices === undefined ? values[0] : join(values), shape, dtype, backend),
+    )
   }
 }
 
@@ -110,7 +114,7 @@ function join(parts: readonly HostArray[]): HostArray {
 
 function mismatch(missing: string[], unexpected: string[], misshaped: string[]): MoeError {
   const list = (title: string, keys: string[]) =>
-    keys.length === 0 ? '' : `\n  ${keys.length} ${title}:\n${keys.map((key) => `    ${key}`).join('\n')}`
+    keys.length === 0 ? '' : `\n  ${keys.length} ${title}:\n${keys.map(key => `    ${key}`).join('\n')}`
   return new MoeError({
     code: 'E_STATE_DICT',
     op: 'loadStateDict',
@@ -122,7 +126,7 @@ function mismatch(missing: string[], unexpected: string[], misshaped: string[]):
 
 /** A state source over entries in memory, as `stateDict` gives them. */
 export function entriesSource(entries: Iterable<StateEntry>): StateSource {
-  const byName = new Map([...entries].map((entry) => [entry.name, entry]))
+  const byName = new Map([...entries].map(entry => [entry.name, entry]))
   const get = (name: string) => byName.get(name) as StateEntry
-  return { keys: () => byName.keys(), info: get, read: (name) => get(name).data() }
+  return { keys: () => byName.keys(), info: get, read: name => get(name).data() }
 }

@@ -35,7 +35,7 @@ export function referenceBackend(): Backend {
     device: 'plain TypeScript, f64',
     dtypes: new Set(dtypes),
     bf16Matmul: false,
-    primitives: Object.fromEntries(names.map((name) => [name, kernel(name)])) as unknown as PrimitiveKernels,
+    primitives: Object.fromEntries(names.map(name => [name, kernel(name)])) as unknown as PrimitiveKernels,
     fused: {},
     upload: (data, _shape, dtype) => own({ data: fromHostArray(data, dtype), dtype, refs: 0 }),
     async download(value) {

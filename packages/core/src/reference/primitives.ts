@@ -15,17 +15,17 @@ export type ReferenceKernels = {
 const dataOf = (value: Value): Numbers => (value.handle as ReferenceHandle).storage.data
 
 const unary: { readonly [C in UnaryCode]: (x: number) => number } = {
-  neg: (x) => -x,
+  neg: x => -x,
   abs: Math.abs,
-  sign: (x) => (x > 0 ? 1 : x < 0 ? -1 : Number.isNaN(x) ? x : 0),
+  sign: x => (x > 0 ? 1 : x < 0 ? -1 : Number.isNaN(x) ? x : 0),
   exp: Math.exp,
   log: Math.log,
   sqrt: Math.sqrt,
-  rsqrt: (x) => 1 / Math.sqrt(x),
+  rsqrt: x => 1 / Math.sqrt(x),
   sin: Math.sin,
   cos: Math.cos,
   tanh: Math.tanh,
-  sigmoid: (x) => 1 / (1 + Math.exp(-x)),
+  sigmoid: x => 1 / (1 + Math.exp(-x)),
   floor: Math.floor,
 }
 
@@ -88,7 +88,7 @@ export const referencePrimitives: ReferenceKernels = {
   where([condition, a, b], _, [spec]) {
     const out = allocate(spec.dtype, sizeOf(spec.shape))
     const [c, x, y] = [condition, a, b].map(dataOf)
-    const [ic, ix, iy] = [condition, a, b].map((value) => broadcastIndex(value.shape, spec.shape))
+    const [ic, ix, iy] = [condition, a, b].map(value => broadcastIndex(value.shape, spec.shape))
     for (let i = 0; i < out.length; i++) out[i] = c[ic[i]] !== 0 ? x[ix[i]] : y[iy[i]]
     return [out]
   },
@@ -139,7 +139,9 @@ export const referencePrimitives: ReferenceKernels = {
         const value = data[row * size + i]
         return Number.isNaN(value) ? Number.NEGATIVE_INFINITY : value
       }
-      const best = Array.from({ length: size }, (_, i) => i).sort((a, b) => (key(a) === key(b) ? a - b : key(b) - key(a)))
+      const best = Array.from({ length: size }, (_, i) => i).sort((a, b) =>
+        key(a) === key(b) ? a - b : key(b) - key(a),
+      )
       for (let i = 0; i < k; i++) {
         values[row * k + i] = data[row * size + best[i]]
         indices[row * k + i] = best[i]
@@ -213,7 +215,7 @@ export const referencePrimitives: ReferenceKernels = {
     const data = dataOf(x)
     walk(
       spec.shape,
-      axes.map((axis) => strides[axis]),
+      axes.map(axis => strides[axis]),
       0,
       (flat, at) => {
         out[flat] = data[at]
@@ -260,7 +262,8 @@ export const referencePrimitives: ReferenceKernels = {
     for (const part of parts) {
       const data = dataOf(part)
       const size = part.shape[axis] * inner
-      for (let o = 0; o < outer; o++) out.set(data.subarray(o * size, (o + 1) * size) as never, o * total * inner + done)
+      for (let o = 0; o < outer; o++)
+        out.set(data.subarray(o * size, (o + 1) * size) as never, o * total * inner + done)
       done += size
     }
     return [out]

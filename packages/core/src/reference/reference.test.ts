@@ -17,7 +17,7 @@ describe('reference backend', () => {
 test('every primitive and every fused op has a case', () => {
   const covered = new Set(opCases.map(({ op }) => op))
   const all = [...Object.keys(referencePrimitives), ...Object.keys(fusedDefinitions)] as OpName[]
-  expect(all.filter((op) => !covered.has(op))).toEqual([])
+  expect(all.filter(op => !covered.has(op))).toEqual([])
 })
 
 describe('gradients equal finite differences in f64', () => {
@@ -36,8 +36,12 @@ describe('gradients equal finite differences in f64', () => {
         const source = new Random(5).fork(`${item.name}/${i}`)
         const numbers =
           values ??
-          Array.from(random === 'normal' ? source.normal(size) : source.uniform(size), (x) =>
-            random === 'integer' ? low + Math.floor(x * (high - low)) : random === 'uniform' ? low + (high - low) * x : x,
+          Array.from(random === 'normal' ? source.normal(size) : source.uniform(size), x =>
+            random === 'integer'
+              ? low + Math.floor(x * (high - low))
+              : random === 'uniform'
+                ? low + (high - low) * x
+                : x,
           )
         return tensor(numbers, shape, { dtype, backend })
       })
@@ -50,7 +54,7 @@ describe('gradients equal finite differences in f64', () => {
         return outputs[0].mul(weight).sum()
       }
       const found = scope(() => {
-        const probes = inputs.map((input) => {
+        const probes = inputs.map(input => {
           const leaf = input.detach()
           leaf.tracked = input.dtype === 'f32'
           return leaf.tracked ? leaf.reshape([...leaf.shape, 1]).reshape(leaf.shape) : leaf

@@ -45,18 +45,23 @@ export function backendSuite(make: () => Promise<Backend>, options: SuiteOptions
   let backend: Promise<Backend> | null = null
   const get = () => (backend ??= make())
   const checks: SuiteCheck[] = [
-    ...opCases.map((item) => ({ name: caseName(item), run: async () => checkCase(await get(), item, options) })),
-    ...dtypes.map((dtype) => ({ name: `storage: ${dtype} goes up and down`, run: async () => checkStorage(await get(), dtype) })),
+    ...opCases.map(item => ({ name: caseName(item), run: async () => checkCase(await get(), item, options) })),
+    ...dtypes.map(dtype => ({
+      name: `storage: ${dtype} goes up and down`,
+      run: async () => checkStorage(await get(), dtype),
+    })),
     { name: 'errors: an unsupported dtype is refused', run: async () => checkUnsupported(await get()) },
     { name: 'lifetimes: reshape shares memory', run: async () => checkSharing(await get()) },
     { name: 'lifetimes: donated rows', run: async () => checkDonation(await get()) },
     { name: 'training: a linear model learns and leaks nothing', run: async () => checkTraining(await get()) },
   ]
-  const skipped = new Map((options.skip ?? []).flatMap(({ reason, checks: names }) => names.map((name) => [name, reason])))
+  const skipped = new Map(
+    (options.skip ?? []).flatMap(({ reason, checks: names }) => names.map(name => [name, reason])),
+  )
   for (const name of skipped.keys()) {
-    if (!checks.some((check) => check.name === name)) throw new Error(`skip names no check: ${name}`)
+    if (!checks.some(check => check.name === name)) throw new Error(`skip names no check: ${name}`)
   }
-  return checks.map((check) => {
+  return checks.map(check => {
     const reason = skipped.get(check.name)
     return reason === undefined ? check : { name: `${check.name} (cannot hold: ${reason})`, run: () => mustFail(check) }
   })
@@ -82,14 +87,15 @@ function makeInput(item: OpCase, index: number, spec: CaseInput, backend: Backen
   if (spec.values !== undefined) values = spec.values
   else if (spec.random === 'normal') values = random.normal(size)
   else if (spec.random === 'integer') values = Int32Array.from({ length: size }, () => low + random.integer(high - low))
-  else values = random.uniform(size).map((x) => low + (high - low) * x)
+  else values = random.uniform(size).map(x => low + (high - low) * x)
   return fromHost(encodeHost(spec.dtype, values), spec.shape, spec.dtype, backend)
 }
 
 function runCase(item: OpCase, inputs: readonly Tensor[], backend: Backend): Tensor[] {
   const { op, attrs } = item
   if (op in fusedDefinitions) return runFused(fusedDefinitions[op as FusedName] as never, inputs, attrs as never)
-  if (op === 'fill') return [full(item.outShape as number[], (attrs as { value: number }).value, { dtype: item.outDtype, backend })]
+  if (op === 'fill')
+    return [full(item.outShape as number[], (attrs as { value: number }).value, { dtype: item.outDtype, backend })]
   if (item.outShape === undefined && op !== 'topk') return [run(op as 'unary', inputs, attrs as never)]
   const [x] = inputs
   switch (op as PrimitiveName) {
@@ -105,7 +111,13 @@ function runCase(item: OpCase, inputs: readonly Tensor[], backend: Backend): Ten
       return [x.slice((attrs as { starts: number[] }).starts, item.outShape as number[])]
     case 'pad': {
       const { before, value } = attrs as { before: number[]; value: number }
-      return [x.pad(before, (item.outShape as number[]).map((size, i) => size - before[i] - x.shape[i]), value)]
+      return [
+        x.pad(
+          before,
+          (item.outShape as number[]).map((size, i) => size - before[i] - x.shape[i]),
+          value,
+        ),
+      ]
     }
     default:
       throw new Error(`the suite does not know how to run ${op}`)
@@ -120,15 +132,20 @@ interface CaseResult {
 /** Ops whose inputs are used up, so that unchanged inputs cannot be asked of them. */
 const donating = new Set<OpName>(['adamwStep'])
 
-async function evaluate(item: OpCase, backend: Backend, options: SuiteOptions, withGradient: boolean): Promise<CaseResult> {
+async function evaluate(
+  item: OpCase,
+  backend: Backend,
+  options: SuiteOptions,
+  withGradient: boolean,
+): Promise<CaseResult> {
   const inputs = item.inputs.map((spec, i) => makeInput(item, i, spec, backend))
-  const before = donating.has(item.op) ? [] : await Promise.all(inputs.map((input) => input.values()))
+  const before = donating.has(item.op) ? [] : await Promise.all(inputs.map(input => input.values()))
   const outputs = scope(() => noGrad(() => runCase(item, inputs, backend)))
   options.guards?.(backend)
-  const values = await Promise.all(outputs.map((output) => output.values()))
+  const values = await Promise.all(outputs.map(output => output.values()))
   const grads = withGradient ? await gradientsOf(item, inputs, backend) : []
   options.guards?.(backend)
-  const after = donating.has(item.op) ? [] : await Promise.all(inputs.map((input) => input.values()))
+  const after = donating.has(item.op) ? [] : await Promise.all(inputs.map(input => input.values()))
   after.forEach((now, i) => {
     assertClose(`input ${i} was changed`, now, before[i], tolerances.exact)
   })
@@ -139,13 +156,13 @@ async function evaluate(item: OpCase, backend: Backend, options: SuiteOptions, w
 /** Gradients of sum(outputs * fixed random weights) with respect to every f32 input. */
 async function gradientsOf(item: OpCase, inputs: readonly Tensor[], backend: Backend) {
   const found = scope(() => {
-    const leaves = inputs.map((input) => {
+    const leaves = inputs.map(input => {
       const leaf = input.detach()
       leaf.tracked = input.dtype === 'f32'
       return leaf
     })
     // A recorded identity makes each leaf a tensor whose gradient can be asked for.
-    const probes = leaves.map((leaf) => (leaf.tracked ? leaf.reshape([...leaf.shape, 1]).reshape(leaf.shape) : leaf))
+    const probes = leaves.map(leaf => (leaf.tracked ? leaf.reshape([...leaf.shape, 1]).reshape(leaf.shape) : leaf))
     const losses = runCase(item, probes, backend)
       .filter((output, i) => output.tracked && differentiable(item.op, i))
       .map((output, i) => {
@@ -155,14 +172,15 @@ async function gradientsOf(item: OpCase, inputs: readonly Tensor[], backend: Bac
     const loss = losses.reduce((sum, part) => sum.add(part))
     return gradients(loss, probes)
   })
-  const values = await Promise.all(found.map(async (gradient) => (gradient === null ? null : gradient.values())))
+  const values = await Promise.all(found.map(async gradient => (gradient === null ? null : gradient.values())))
   for (const gradient of found) gradient?.dispose()
   return values
 }
 
 /** Statistics that fused ops hand to their own backward pass carry no gradient. */
 function differentiable(op: OpName, output: number): boolean {
-  if (op === 'rmsNorm' || op === 'attention' || op === 'crossEntropy' || op === 'linearCrossEntropy') return output === 0
+  if (op === 'rmsNorm' || op === 'attention' || op === 'crossEntropy' || op === 'linearCrossEntropy')
+    return output === 0
   return true
 }
 
@@ -172,9 +190,12 @@ function hasGradient(item: OpCase): boolean {
 }
 
 async function checkCase(backend: Backend, item: OpCase, options: SuiteOptions): Promise<void> {
-  const used = [...item.inputs.map(({ dtype }) => dtype), ...(item.op === 'cast' ? [(item.attrs as { dtype: never }).dtype] : [])]
+  const used = [
+    ...item.inputs.map(({ dtype }) => dtype),
+    ...(item.op === 'cast' ? [(item.attrs as { dtype: never }).dtype] : []),
+  ]
   if (item.op === 'quantize') used.push('f8e4m3')
-  if (used.some((dtype) => !backend.dtypes.has(dtype))) return expectRefusal(backend, item)
+  if (used.some(dtype => !backend.dtypes.has(dtype))) return expectRefusal(backend, item)
   const handles = backend.stats().handles
   const withGradient = hasGradient(item)
   const expected = await evaluate(item, referenceBackend(), {}, withGradient)

@@ -15,7 +15,7 @@ const precisions: readonly Precision[] = ['f32', 'bf16']
 /** The inverse pair (order, positions) must agree, so both are written out. */
 function planInputs(tokens: number, topK: number): { order: CaseInput; positions: CaseInput } {
   const slots = tokens * topK
-  const step = [7, 5, 3, 1].find((s) => gcd(s, slots) === 1) as number
+  const step = [7, 5, 3, 1].find(s => gcd(s, slots) === 1) as number
   const order = Array.from({ length: slots }, (_, p) => (p * step + 2) % slots)
   const positions = new Array<number>(slots)
   order.forEach((slot, p) => {
@@ -38,7 +38,7 @@ const attentionSizes: ReadonlyArray<readonly [name: string, shape: number[], cau
 ]
 
 const attentionCases = attentionSizes.flatMap(([name, [b, t, s, h, g, dk, dv], causal]) =>
-  precisions.map((precision) =>
+  precisions.map(precision =>
     opCase(
       'attention',
       `${name}, ${precision}`,
@@ -61,19 +61,55 @@ const router: RouterAttrs = {
 
 const routerCases = [
   opCase('routerTopk', 'V3, no groups', [f32(9, 16), f32(16)], router, sum),
-  opCase('routerTopk', 'V3, groups', [f32(33, 16), uniform(-0.1, 0.1, 16)], { ...router, groups: 4, topGroups: 2 }, sum),
-  opCase('routerTopk', 'V3, 256 experts', [f32(5, 256), uniform(-0.1, 0.1, 256)], { ...router, groups: 8, topGroups: 4, topK: 8 }, sum),
+  opCase(
+    'routerTopk',
+    'V3, groups',
+    [f32(33, 16), uniform(-0.1, 0.1, 16)],
+    { ...router, groups: 4, topGroups: 2 },
+    sum,
+  ),
+  opCase(
+    'routerTopk',
+    'V3, 256 experts',
+    [f32(5, 256), uniform(-0.1, 0.1, 256)],
+    { ...router, groups: 8, topGroups: 4, topK: 8 },
+    sum,
+  ),
   // Masking with 0 instead of -Infinity would choose experts of dropped groups here.
-  opCase('routerTopk', 'all biases negative', [f32(17, 16), uniform(-9, -8, 16)], { ...router, groups: 4, topGroups: 1, topK: 3 }, sum),
-  opCase('routerTopk', 'equal scores', [given('f32', [2, 8], new Array(16).fill(0.25)), given('f32', [8], new Array(8).fill(0))], { ...router, groups: 4, topGroups: 2, topK: 3 }, sum),
-  opCase('routerTopk', 'V2, groups by maximum', [f32(21, 12), given('f32', [12], new Array(12).fill(0))], { ...router, scoring: 'softmax', groups: 4, topGroups: 2, groupScore: 'max', topK: 3, normalize: false, scale: 16 }, sum),
-  opCase('routerTopk', 'one expert per group', [f32(6, 4), f32(4)], { ...router, groups: 4, topGroups: 2, topK: 2 }, sum),
+  opCase(
+    'routerTopk',
+    'all biases negative',
+    [f32(17, 16), uniform(-9, -8, 16)],
+    { ...router, groups: 4, topGroups: 1, topK: 3 },
+    sum,
+  ),
+  opCase(
+    'routerTopk',
+    'equal scores',
+    [given('f32', [2, 8], new Array(16).fill(0.25)), given('f32', [8], new Array(8).fill(0))],
+    { ...router, groups: 4, topGroups: 2, topK: 3 },
+    sum,
+  ),
+  opCase(
+    'routerTopk',
+    'V2, groups by maximum',
+    [f32(21, 12), given('f32', [12], new Array(12).fill(0))],
+    { ...router, scoring: 'softmax', groups: 4, topGroups: 2, groupScore: 'max', topK: 3, normalize: false, scale: 16 },
+    sum,
+  ),
+  opCase(
+    'routerTopk',
+    'one expert per group',
+    [f32(6, 4), f32(4)],
+    { ...router, groups: 4, topGroups: 2, topK: 2 },
+    sum,
+  ),
   opCase('routerTopk', 'top 1', [f32(13, 8), f32(8)], { ...router, topK: 1, normalize: false, scale: 1 }, sum),
 ]
 
 const ragged = given('i32', [5], [0, 3, 3, 11, 17])
-const groupedCases = precisions.flatMap((precision) => [
-  ...[true, false].map((transposeW) =>
+const groupedCases = precisions.flatMap(precision => [
+  ...[true, false].map(transposeW =>
     opCase(
       'groupedMatmul',
       `ragged, ${transposeW ? 'transposed' : 'plain'}, ${precision}`,
@@ -82,18 +118,54 @@ const groupedCases = precisions.flatMap((precision) => [
       precision === 'bf16' ? rough(0.1) : sum,
     ),
   ),
-  opCase('groupedMatmul', `rows past the last offset, ${precision}`, [f32(9, 16), f32(2, 5, 16), given('i32', [3], [0, 2, 6])], { transposeW: true, precision }, { ...(precision === 'bf16' ? rough(0.1) : sum), gradient: false }),
-  opCase('groupedMatmul', `larger, ${precision}`, [f32(200, 64), f32(3, 96, 64), given('i32', [4], [0, 20, 120, 200])], { transposeW: true, precision }, precision === 'bf16' ? rough(0.2) : sum),
-  opCase('groupedMatmulWeightGrad', `ragged, ${precision}`, [f32(17, 24), f32(17, 10), ragged], { precision }, { ...(precision === 'bf16' ? rough(0.1) : sum), gradient: false }),
+  opCase(
+    'groupedMatmul',
+    `rows past the last offset, ${precision}`,
+    [f32(9, 16), f32(2, 5, 16), given('i32', [3], [0, 2, 6])],
+    { transposeW: true, precision },
+    { ...(precision === 'bf16' ? rough(0.1) : sum), gradient: false },
+  ),
+  opCase(
+    'groupedMatmul',
+    `larger, ${precision}`,
+    [f32(200, 64), f32(3, 96, 64), given('i32', [4], [0, 20, 120, 200])],
+    { transposeW: true, precision },
+    precision === 'bf16' ? rough(0.2) : sum,
+  ),
+  opCase(
+    'groupedMatmulWeightGrad',
+    `ragged, ${precision}`,
+    [f32(17, 24), f32(17, 10), ragged],
+    { precision },
+    { ...(precision === 'bf16' ? rough(0.1) : sum), gradient: false },
+  ),
 ])
 
 const targets = given('i32', [6], [3, -100, 0, 12, 5, 99])
 const entropyCases = [
   opCase('crossEntropy', 'with ignored and impossible targets', [f32(6, 13), targets], { ignoreIndex: -100 }, sum),
-  opCase('crossEntropy', 'large logits', [uniform(-500, 500, 4, 9), i32(0, 9, 4)], { ignoreIndex: -100 }, { ...sum, tolerance: { relative: 1e-5, absolute: 1e-4 } }), // rounding of numbers near 500
-  ...precisions.flatMap((precision) => [
-    opCase('linearCrossEntropy', `with ignored targets, ${precision}`, [f32(6, 16), f32(13, 16), targets], { ignoreIndex: -100, precision }, precision === 'bf16' ? rough(0.1) : sum),
-    opCase('linearCrossEntropy', `more than a block, ${precision}`, [f32(70, 32), f32(515, 32), i32(0, 515, 70)], { ignoreIndex: -100, precision }, precision === 'bf16' ? rough(0.2) : sum),
+  opCase(
+    'crossEntropy',
+    'large logits',
+    [uniform(-500, 500, 4, 9), i32(0, 9, 4)],
+    { ignoreIndex: -100 },
+    { ...sum, tolerance: { relative: 1e-5, absolute: 1e-4 } },
+  ), // rounding of numbers near 500
+  ...precisions.flatMap(precision => [
+    opCase(
+      'linearCrossEntropy',
+      `with ignored targets, ${precision}`,
+      [f32(6, 16), f32(13, 16), targets],
+      { ignoreIndex: -100, precision },
+      precision === 'bf16' ? rough(0.1) : sum,
+    ),
+    opCase(
+      'linearCrossEntropy',
+      `more than a block, ${precision}`,
+      [f32(70, 32), f32(515, 32), i32(0, 515, 70)],
+      { ignoreIndex: -100, precision },
+      precision === 'bf16' ? rough(0.2) : sum,
+    ),
   ]),
 ]
 
@@ -105,14 +177,32 @@ const tokenCases = [
   opCase('permuteTokens', 'usual', [f32(6, 5), order, positions], { topK: 2 }, sum),
   opCase('permuteTokensBackward', 'usual', [f32(12, 5), positions], { topK: 2 }, { ...sum, gradient: false }),
   opCase('combineTokens', 'usual', [f32(12, 5), f32(6, 2), order, positions], {}, sum),
-  opCase('combineTokensBackward', 'usual', [f32(12, 33), f32(6, 2), order, positions, f32(6, 33)], {}, { ...sum, gradient: false }),
+  opCase(
+    'combineTokensBackward',
+    'usual',
+    [f32(12, 33), f32(6, 2), order, positions, f32(6, 33)],
+    {},
+    { ...sum, gradient: false },
+  ),
 ]
 
 const tables = (...shape: number[]) => [uniform(-1, 1, ...shape), uniform(-1, 1, ...shape)]
-const ropeCases = [true, false].flatMap((interleaved) => [
-  opCase('rope', `whole head, ${interleaved ? 'interleaved' : 'halves'}`, [f32(2, 5, 3, 8), ...tables(5, 4)], { interleaved, inverse: false }, { gradient: true }),
-  opCase('rope', `last features, ${interleaved ? 'interleaved' : 'halves'}`, [f32(2, 5, 3, 22), ...tables(5, 4)], { interleaved, inverse: false }),
-  opCase('rope', `own positions, ${interleaved ? 'interleaved' : 'halves'}`, [f32(2, 3, 2, 10), ...tables(2, 3, 4)], { interleaved, inverse: true }),
+const ropeCases = [true, false].flatMap(interleaved => [
+  opCase(
+    'rope',
+    `whole head, ${interleaved ? 'interleaved' : 'halves'}`,
+    [f32(2, 5, 3, 8), ...tables(5, 4)],
+    { interleaved, inverse: false },
+    { gradient: true },
+  ),
+  opCase('rope', `last features, ${interleaved ? 'interleaved' : 'halves'}`, [f32(2, 5, 3, 22), ...tables(5, 4)], {
+    interleaved,
+    inverse: false,
+  }),
+  opCase('rope', `own positions, ${interleaved ? 'interleaved' : 'halves'}`, [f32(2, 3, 2, 10), ...tables(2, 3, 4)], {
+    interleaved,
+    inverse: true,
+  }),
 ])
 
 const adam = { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 3 }
@@ -124,29 +214,119 @@ export const fusedCases: readonly OpCase[] = [
   opCase('softmax', 'masked rows', [given('f32', [2, 3], [-inf, 0, 1, -inf, -inf, -inf])], {}, { gradient: false }),
   opCase('softmaxBackward', 'rows', [uniform(0, 1, 7, 19), f32(7, 19)], {}, { ...sum, gradient: false }),
   opCase('rmsNorm', 'rows', [f32(9, 33), f32(33)], { eps: 1e-6 }, { ...sum, compared: [0, 1] }),
-  opCase('rmsNorm', 'many rows', [f32(3, 50, 64), f32(64)], { eps: 1e-6 }, { ...sum, gradientTolerance: { relative: 2e-4, absolute: 1e-4 } }), // the weight's gradient sums 150 rows
-  opCase('rmsNormBackward', 'rows', [f32(9, 33), f32(33), uniform(0.5, 2, 9), f32(9, 33)], {}, { ...sum, gradient: false }),
+  opCase(
+    'rmsNorm',
+    'many rows',
+    [f32(3, 50, 64), f32(64)],
+    { eps: 1e-6 },
+    { ...sum, gradientTolerance: { relative: 2e-4, absolute: 1e-4 } },
+  ), // the weight's gradient sums 150 rows
+  opCase(
+    'rmsNormBackward',
+    'rows',
+    [f32(9, 33), f32(33), uniform(0.5, 2, 9), f32(9, 33)],
+    {},
+    { ...sum, gradient: false },
+  ),
   opCase('swiglu', 'usual', [f32(5, 37), f32(5, 37)], {}, sum),
   opCase('swigluBackward', 'usual', [f32(5, 37), f32(5, 37), f32(5, 37)], {}, { ...sum, gradient: false }),
   ...ropeCases,
   ...attentionCases,
-  opCase('attention', 'sequences of different length', [f32(3, 2, 2, 16), f32(3, 9, 2, 16), f32(3, 9, 2, 8), given('i32', [3], [9, 2, 5])], { causal: true, scale: 0.25, precision: 'f32' }, sum),
-  opCase('attention', 'an empty sequence', [f32(2, 1, 2, 16), f32(2, 4, 2, 16), f32(2, 4, 2, 8), given('i32', [2], [0, 3])], { causal: true, scale: 0.25, precision: 'f32' }, { ...sum, compared: [0] }),
-  opCase('attentionBackward', 'usual', [f32(2, 6, 4, 16), f32(2, 6, 2, 16), f32(2, 6, 2, 8), f32(2, 6, 4, 8), uniform(3, 5, 2, 4, 6), f32(2, 6, 4, 8)], { causal: true, scale: 0.25, precision: 'f32' }, { ...sum, gradient: false }),
-  opCase('latentAttention', 'one token', [f32(2, 1, 4, 24), f32(2, 11, 24), given('i32', [2], [11, 4])], { scale: 0.2, valueDim: 16, precision: 'f32' }, { ...sum, gradient: false }),
-  opCase('latentAttention', 'several tokens', [f32(1, 3, 2, 40), f32(1, 150, 40), given('i32', [1], [141])], { scale: 0.1, valueDim: 32, precision: 'f32' }, { ...sum, gradient: false }),
-  opCase('latentAttention', 'bf16', [f32(1, 1, 8, 80), f32(1, 90, 80), given('i32', [1], [77])], { scale: 0.1, valueDim: 64, precision: 'bf16' }, { ...rough(), gradient: false }),
+  opCase(
+    'attention',
+    'sequences of different length',
+    [f32(3, 2, 2, 16), f32(3, 9, 2, 16), f32(3, 9, 2, 8), given('i32', [3], [9, 2, 5])],
+    { causal: true, scale: 0.25, precision: 'f32' },
+    sum,
+  ),
+  opCase(
+    'attention',
+    'an empty sequence',
+    [f32(2, 1, 2, 16), f32(2, 4, 2, 16), f32(2, 4, 2, 8), given('i32', [2], [0, 3])],
+    { causal: true, scale: 0.25, precision: 'f32' },
+    { ...sum, compared: [0] },
+  ),
+  opCase(
+    'attentionBackward',
+    'usual',
+    [f32(2, 6, 4, 16), f32(2, 6, 2, 16), f32(2, 6, 2, 8), f32(2, 6, 4, 8), uniform(3, 5, 2, 4, 6), f32(2, 6, 4, 8)],
+    { causal: true, scale: 0.25, precision: 'f32' },
+    { ...sum, gradient: false },
+  ),
+  opCase(
+    'latentAttention',
+    'one token',
+    [f32(2, 1, 4, 24), f32(2, 11, 24), given('i32', [2], [11, 4])],
+    { scale: 0.2, valueDim: 16, precision: 'f32' },
+    { ...sum, gradient: false },
+  ),
+  opCase(
+    'latentAttention',
+    'several tokens',
+    [f32(1, 3, 2, 40), f32(1, 150, 40), given('i32', [1], [141])],
+    { scale: 0.1, valueDim: 32, precision: 'f32' },
+    { ...sum, gradient: false },
+  ),
+  opCase(
+    'latentAttention',
+    'bf16',
+    [f32(1, 1, 8, 80), f32(1, 90, 80), given('i32', [1], [77])],
+    { scale: 0.1, valueDim: 64, precision: 'bf16' },
+    { ...rough(), gradient: false },
+  ),
   ...entropyCases,
-  opCase('crossEntropyBackward', 'usual', [f32(6, 13), targets, uniform(2, 4, 6), f32(6)], { ignoreIndex: -100 }, { ...sum, gradient: false }),
-  opCase('linearCrossEntropyBackward', 'usual', [f32(6, 16), f32(13, 16), targets, uniform(8, 9, 6), f32(6)], { ignoreIndex: -100, precision: 'f32' }, { ...sum, gradient: false }),
+  opCase(
+    'crossEntropyBackward',
+    'usual',
+    [f32(6, 13), targets, uniform(2, 4, 6), f32(6)],
+    { ignoreIndex: -100 },
+    { ...sum, gradient: false },
+  ),
+  opCase(
+    'linearCrossEntropyBackward',
+    'usual',
+    [f32(6, 16), f32(13, 16), targets, uniform(8, 9, 6), f32(6)],
+    { ignoreIndex: -100, precision: 'f32' },
+    { ...sum, gradient: false },
+  ),
   ...routerCases,
-  opCase('routerTopkBackward', 'usual', [uniform(0.1, 0.9, 3, 8), given('i32', [3, 4], [0, 1, 2, 3, 7, 6, 5, 4, 1, 3, 5, 7]), f32(3, 4), f32(3, 8)], router, { ...sum, gradient: false }),
+  opCase(
+    'routerTopkBackward',
+    'usual',
+    [uniform(0.1, 0.9, 3, 8), given('i32', [3, 4], [0, 1, 2, 3, 7, 6, 5, 4, 1, 3, 5, 7]), f32(3, 4), f32(3, 8)],
+    router,
+    { ...sum, gradient: false },
+  ),
   ...tokenCases,
   ...groupedCases,
-  opCase('adamwStep', 'third step', [f32(5, 7), f32(5, 7), f32(5, 7), uniform(0.1, 1, 5, 7), given('f32', [], [0.5])], adam, { ...sum, gradient: false }),
-  opCase('adamwStep', 'first step', [f32(1000), f32(1000), given('f32', [1000], new Array(1000).fill(0)), given('f32', [1000], new Array(1000).fill(0)), given('f32', [], [1])], { ...adam, step: 1 }, { ...sum, gradient: false }),
+  opCase(
+    'adamwStep',
+    'third step',
+    [f32(5, 7), f32(5, 7), f32(5, 7), uniform(0.1, 1, 5, 7), given('f32', [], [0.5])],
+    adam,
+    { ...sum, gradient: false },
+  ),
+  opCase(
+    'adamwStep',
+    'first step',
+    [
+      f32(1000),
+      f32(1000),
+      given('f32', [1000], new Array(1000).fill(0)),
+      given('f32', [1000], new Array(1000).fill(0)),
+      given('f32', [], [1]),
+    ],
+    { ...adam, step: 1 },
+    { ...sum, gradient: false },
+  ),
   opCase('globalNorm', 'of several', [f32(5, 7), f32(130), f32()], {}, { ...sum, gradient: false }),
   opCase('quantize', 'whole blocks', [f32(8, 8)], { block: [4, 4] }, { ...sum, gradient: false }),
   opCase('quantize', 'cropped blocks', [f32(5, 9)], { block: [4, 4] }, { ...sum, gradient: false }),
-  opCase('quantize', 'rows, one of them zero', [given('f32', [2, 3], [0, 0, 0, 1, -2, 448])], { block: [1, 128] }, { gradient: false }),
+  opCase(
+    'quantize',
+    'rows, one of them zero',
+    [given('f32', [2, 3], [0, 0, 0, 1, -2, 448])],
+    { block: [1, 128] },
+    { gradient: false },
+  ),
 ]

@@ -21,7 +21,7 @@ const unaryInputs: { readonly [C in UnaryCode]: ReturnType<typeof f32> } = {
   floor: uniform(-9, 9, 133),
 }
 
-const unaryCases = (Object.keys(unaryInputs) as UnaryCode[]).flatMap((code) => [
+const unaryCases = (Object.keys(unaryInputs) as UnaryCode[]).flatMap(code => [
   opCase('unary', code, [unaryInputs[code]], { code }),
   opCase('unary', `${code} of special values`, [given('f32', [16], special)], { code }, { gradient: false }),
 ])
@@ -31,7 +31,7 @@ const binaryCodes: readonly BinaryCode[] = ['add', 'sub', 'mul', 'div', 'max', '
 const right = (...shape: number[]) => uniform(0.5, 3, ...shape)
 const left = (...shape: number[]) => uniform(0.2, 4, ...shape)
 
-const binaryCases = binaryCodes.flatMap((code) => [
+const binaryCases = binaryCodes.flatMap(code => [
   opCase('binary', `${code}, same shape`, [left(3, 5, 7), right(3, 5, 7)], { code }),
   opCase('binary', `${code}, scalar`, [left(19), right()], { code }),
   opCase('binary', `${code}, scalar left`, [left(), right(19)], { code }),
@@ -42,46 +42,100 @@ const binaryCases = binaryCodes.flatMap((code) => [
 ])
 
 const codes = { add: 'add', sub: 'sub', mul: 'mul', div: 'div', max: 'max', min: 'min' } as const
-const integerCases = Object.values(codes).map((code) =>
-  opCase('binary', `${code} of integers`, [i32(-50, 50, 4, 9), i32(-3, 4, 9)], { code }, { tolerance: tolerances.exact }),
+const integerCases = Object.values(codes).map(code =>
+  opCase(
+    'binary',
+    `${code} of integers`,
+    [i32(-50, 50, 4, 9), i32(-3, 4, 9)],
+    { code },
+    { tolerance: tolerances.exact },
+  ),
 )
 
 const large = opCase('binary', 'add of more than one thread takes', [f32(130, 1031), f32(130, 1031)], { code: 'add' })
 
-const compareCases = (['eq', 'lt', 'le'] as const).flatMap((code) => [
+const compareCases = (['eq', 'lt', 'le'] as const).flatMap(code => [
   opCase('compare', code, [i32(-3, 3, 5, 7), i32(-3, 3, 7)], { code }),
-  opCase('compare', `${code} of floats`, [given('f32', [6], [1, 2, nan, -0, inf, 3]), given('f32', [6], [1, 3, nan, 0, inf, -3])], { code }),
+  opCase(
+    'compare',
+    `${code} of floats`,
+    [given('f32', [6], [1, 2, nan, -0, inf, 3]), given('f32', [6], [1, 3, nan, 0, inf, -3])],
+    { code },
+  ),
   opCase('compare', `${code} with a scalar`, [f32(40), f32()], { code }),
 ])
 
 const castCases = [
-  opCase('cast', 'f32 to i32', [given('f32', [7], [1.9, -1.9, 0, nan, 3e9, -3e9, 7])], { dtype: 'i32' }, { gradient: false }),
+  opCase(
+    'cast',
+    'f32 to i32',
+    [given('f32', [7], [1.9, -1.9, 0, nan, 3e9, -3e9, 7])],
+    { dtype: 'i32' },
+    { gradient: false },
+  ),
   opCase('cast', 'f32 to u8', [given('f32', [6], [1.9, -1.9, 0, nan, 300, 255])], { dtype: 'u8' }, { gradient: false }),
   opCase('cast', 'i32 to f32', [i32(-1000, 1000, 33)], { dtype: 'f32' }),
   opCase('cast', 'i32 to u8', [i32(-400, 400, 33)], { dtype: 'u8' }),
   opCase('cast', 'u8 to f32', [mask(33)], { dtype: 'f32' }),
   opCase('cast', 'u8 to i32', [mask(33)], { dtype: 'i32' }),
-  ...(['bf16', 'f16', 'f8e4m3'] as const).flatMap((dtype) => [
-    opCase('cast', `f32 to ${dtype}`, [uniform(-300, 300, 77)], { dtype }, { gradient: false, tolerance: tolerances.exact }),
-    opCase('cast', `small f32 to ${dtype}`, [uniform(-0.01, 0.01, 77)], { dtype }, { gradient: false, tolerance: tolerances.exact }),
-    opCase('cast', `${dtype} to f32`, [{ ...uniform(-300, 300, 77), dtype }], { dtype: 'f32' }, { gradient: false, tolerance: tolerances.exact }),
+  ...(['bf16', 'f16', 'f8e4m3'] as const).flatMap(dtype => [
+    opCase(
+      'cast',
+      `f32 to ${dtype}`,
+      [uniform(-300, 300, 77)],
+      { dtype },
+      { gradient: false, tolerance: tolerances.exact },
+    ),
+    opCase(
+      'cast',
+      `small f32 to ${dtype}`,
+      [uniform(-0.01, 0.01, 77)],
+      { dtype },
+      { gradient: false, tolerance: tolerances.exact },
+    ),
+    opCase(
+      'cast',
+      `${dtype} to f32`,
+      [{ ...uniform(-300, 300, 77), dtype }],
+      { dtype: 'f32' },
+      { gradient: false, tolerance: tolerances.exact },
+    ),
   ]),
 ]
 
-const reduceCases = (['sum', 'max'] as const).flatMap((code) => [
-  ...[[0], [1], [2], [0, 2], [0, 1], [1, 2], [0, 1, 2]].map((axes) =>
+const reduceCases = (['sum', 'max'] as const).flatMap(code => [
+  ...[[0], [1], [2], [0, 2], [0, 1], [1, 2], [0, 1, 2]].map(axes =>
     opCase('reduce', `${code} over [${axes}]`, [f32(5, 6, 19)], { code, axes }, { tolerance: tolerances.sum }),
   ),
   opCase('reduce', `${code} of integers`, [i32(-9, 9, 7, 5)], { code, axes: [1] }),
   opCase('reduce', `${code} of nothing`, [f32(3, 0)], { code, axes: [1] }, { gradient: false }),
-  opCase('reduce', `${code} of long rows`, [f32(3, 5003)], { code, axes: [1] }, { tolerance: { relative: 1e-4, absolute: 1e-3 } }), // cancellation in a sum of 5003 normals
-  opCase('reduce', `${code} of long columns`, [f32(1777, 9)], { code, axes: [0] }, { tolerance: { relative: 1e-4, absolute: 5e-4 } }), // cancellation, as above
+  opCase(
+    'reduce',
+    `${code} of long rows`,
+    [f32(3, 5003)],
+    { code, axes: [1] },
+    { tolerance: { relative: 1e-4, absolute: 1e-3 } },
+  ), // cancellation in a sum of 5003 normals
+  opCase(
+    'reduce',
+    `${code} of long columns`,
+    [f32(1777, 9)],
+    { code, axes: [0] },
+    { tolerance: { relative: 1e-4, absolute: 5e-4 } },
+  ), // cancellation, as above
 ])
 
 const movementCases = [
   opCase('reshape', 'to other axes', [f32(4, 6)], {}, { outShape: [2, 3, 4] }),
-  ...[[1, 0], [0, 1]].map((axes) => opCase('permute', `[${axes}]`, [f32(37, 53)], { axes })),
-  ...[[0, 2, 1, 3], [3, 2, 1, 0], [2, 0, 3, 1]].map((axes) => opCase('permute', `[${axes}]`, [f32(3, 4, 5, 6)], { axes })),
+  ...[
+    [1, 0],
+    [0, 1],
+  ].map(axes => opCase('permute', `[${axes}]`, [f32(37, 53)], { axes })),
+  ...[
+    [0, 2, 1, 3],
+    [3, 2, 1, 0],
+    [2, 0, 3, 1],
+  ].map(axes => opCase('permute', `[${axes}]`, [f32(3, 4, 5, 6)], { axes })),
   opCase('permute', 'of integers', [i32(0, 99, 5, 8)], { axes: [1, 0] }),
   opCase('permute', 'of bytes', [mask(5, 8)], { axes: [1, 0] }),
   opCase('permute', 'of bf16', [{ ...f32(5, 8), dtype: 'bf16' }], { axes: [1, 0] }, { gradient: false }),
@@ -107,19 +161,55 @@ const rowCases = [
   opCase('takeRows', 'outside the range', [f32(4, 3), given('i32', [4], [0, -1, 4, 3])], {}),
   opCase('takeRows', 'of integers', [i32(0, 99, 6, 2), i32(0, 6, 5)], {}),
   opCase('takeRows', 'no rows', [f32(4, 3), i32(0, 4, 0)], {}, { gradient: false }),
-  opCase('scatterAddRows', 'with repeated rows', [i32(0, 5, 40), f32(40, 9)], { rows: 5 }, { tolerance: tolerances.sum }),
+  opCase(
+    'scatterAddRows',
+    'with repeated rows',
+    [i32(0, 5, 40), f32(40, 9)],
+    { rows: 5 },
+    { tolerance: tolerances.sum },
+  ),
   opCase('scatterAddRows', 'of a vector', [i32(0, 50, 40), f32(40)], { rows: 50 }),
   opCase('scatterAddRows', 'with an index of rank 2', [i32(0, 7, 4, 6), f32(4, 6, 5)], { rows: 7 }),
   opCase('scatterAddRows', 'outside the range', [given('i32', [4], [0, -1, 9, 2]), f32(4, 3)], { rows: 3 }),
   opCase('scatterAddRows', 'of nothing', [i32(0, 3, 0), f32(0, 3)], { rows: 3 }, { gradient: false }),
-  opCase('setRows', 'some', [f32(6, 4), given('i32', [3], [5, 0, 2]), f32(3, 4)], { donate: false }, { gradient: false }),
-  opCase('setRows', 'the last of equal indices wins', [f32(4, 2), given('i32', [3], [1, 1, 1]), f32(3, 2)], { donate: false }, { gradient: false }),
-  opCase('setRows', 'outside the range', [f32(4, 2), given('i32', [2], [-1, 4]), f32(2, 2)], { donate: false }, { gradient: false }),
+  opCase(
+    'setRows',
+    'some',
+    [f32(6, 4), given('i32', [3], [5, 0, 2]), f32(3, 4)],
+    { donate: false },
+    { gradient: false },
+  ),
+  opCase(
+    'setRows',
+    'the last of equal indices wins',
+    [f32(4, 2), given('i32', [3], [1, 1, 1]), f32(3, 2)],
+    { donate: false },
+    { gradient: false },
+  ),
+  opCase(
+    'setRows',
+    'outside the range',
+    [f32(4, 2), given('i32', [2], [-1, 4]), f32(2, 2)],
+    { donate: false },
+    { gradient: false },
+  ),
   opCase('setRows', 'of integers', [i32(0, 9, 5), given('i32', [2], [3, 1]), i32(0, 9, 2)], { donate: false }),
   opCase('topk', 'largest first', [f32(7, 19)], { k: 4 }),
-  opCase('topk', 'ties go to the lowest index', [given('f32', [2, 6], [1, 3, 3, 2, 3, 0, 5, 5, 5, 5, 5, 5])], { k: 4 }, { gradient: false }),
+  opCase(
+    'topk',
+    'ties go to the lowest index',
+    [given('f32', [2, 6], [1, 3, 3, 2, 3, 0, 5, 5, 5, 5, 5, 5])],
+    { k: 4 },
+    { gradient: false },
+  ),
   opCase('topk', 'all of it', [f32(3, 5)], { k: 5 }),
-  opCase('topk', 'with NaN and infinities', [given('f32', [6], [nan, 1, -inf, inf, 0, 2])], { k: 4 }, { gradient: false }),
+  opCase(
+    'topk',
+    'with NaN and infinities',
+    [given('f32', [6], [nan, 1, -inf, inf, 0, 2])],
+    { k: 4 },
+    { gradient: false },
+  ),
   opCase('cumsum', 'last axis', [f32(5, 21)], { axis: 1 }, { tolerance: tolerances.sum }),
   opCase('cumsum', 'first axis', [f32(21, 5)], { axis: 0 }, { tolerance: tolerances.sum }),
   opCase('cumsum', 'of integers', [i32(-9, 9, 4, 6, 3)], { axis: 1 }),
@@ -133,8 +223,8 @@ const matmulCases = [
   [1, 70, 130],
   [130, 40, 1],
 ].flatMap(([m, k, n]) =>
-  [false, true].flatMap((transposeA) =>
-    [false, true].flatMap((transposeB) => {
+  [false, true].flatMap(transposeA =>
+    [false, true].flatMap(transposeB => {
       const a = transposeA ? f32(k, m) : f32(m, k)
       const b = transposeB ? f32(n, k) : f32(k, n)
       const name = `${m}x${k}x${n}${transposeA ? ', A transposed' : ''}${transposeB ? ', B transposed' : ''}`
@@ -146,7 +236,10 @@ const matmulCases = [
           [a, b],
           { transposeA, transposeB, precision: 'bf16' },
           // An element is a sum of k products, each off by up to 2^-8 of its size.
-          { tolerance: { relative: 2e-2, absolute: 0.01 * Math.sqrt(k) }, gradientTolerance: { relative: 2e-2, absolute: 0.2 } },
+          {
+            tolerance: { relative: 2e-2, absolute: 0.01 * Math.sqrt(k) },
+            gradientTolerance: { relative: 2e-2, absolute: 0.2 },
+          },
         ),
       ]
     }),
@@ -154,10 +247,34 @@ const matmulCases = [
 )
 
 const batchedCases = [
-  opCase('matmul', 'batched', [f32(3, 9, 14), f32(3, 14, 6)], { transposeA: false, transposeB: false, precision: 'f32' }, { tolerance: tolerances.sum }),
-  opCase('matmul', 'batched, B transposed', [f32(3, 9, 14), f32(3, 6, 14)], { transposeA: false, transposeB: true, precision: 'f32' }, { tolerance: tolerances.sum }),
-  opCase('matmul', 'without inner size', [f32(3, 0), f32(0, 4)], { transposeA: false, transposeB: false, precision: 'f32' }, { gradient: false }),
-  opCase('matmul', 'without rows', [f32(0, 3), f32(3, 4)], { transposeA: false, transposeB: false, precision: 'f32' }, { gradient: false }),
+  opCase(
+    'matmul',
+    'batched',
+    [f32(3, 9, 14), f32(3, 14, 6)],
+    { transposeA: false, transposeB: false, precision: 'f32' },
+    { tolerance: tolerances.sum },
+  ),
+  opCase(
+    'matmul',
+    'batched, B transposed',
+    [f32(3, 9, 14), f32(3, 6, 14)],
+    { transposeA: false, transposeB: true, precision: 'f32' },
+    { tolerance: tolerances.sum },
+  ),
+  opCase(
+    'matmul',
+    'without inner size',
+    [f32(3, 0), f32(0, 4)],
+    { transposeA: false, transposeB: false, precision: 'f32' },
+    { gradient: false },
+  ),
+  opCase(
+    'matmul',
+    'without rows',
+    [f32(0, 3), f32(3, 4)],
+    { transposeA: false, transposeB: false, precision: 'f32' },
+    { gradient: false },
+  ),
 ]
 
 /** Every primitive, in many situations. */

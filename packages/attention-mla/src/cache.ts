@@ -1,0 +1,143 @@
+/** @file The latent cache: per token and layer the normalized latent and the roped key that all heads share, and nothing else. */
+import {
+  type Backend,
+  concat,
+  dtypeBytes,
+  fromHost,
+  keep,
+  MoeError,
+  scope,
+  setRows,
+  type Tensor,
+  zeros,
+} from '@moe/core'
+import type { MlaConfig } from './config.ts'
+
+export interface LatentCacheOptions {
+  readonly layers: number
+  /** Sequences. Default 1. */
+  readonly batch?: number
+  /** Tokens per sequence that memory is taken for at first; it doubles when needed. Default 256. */
+  readonly capacity?: number
+  readonly backend?: Backend
+}
+
+/**
+ * Keys and values of earlier tokens in compressed form: `[batch, capacity, kv_lora_rank + qk_rope_head_dim]` per layer.
+ * Sequences have their own lengths; `truncate` takes tokens back, as speculative decoding needs.
+ */
+export class LatentCache {
+  readonly features: number
+  readonly batch: number
+  /** Tokens in use of each sequence. */
+  readonly lengths: Int32Array
+  #capacity: number
+  #layers: Tensor[]
+
+  constructor(config: Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim'>, options: LatentCacheOptions) {
+    const { layers, batch = 1, capacity = 256, backend } = options
+    this.features = config.kv_lora_rank + config.qk_rope_head_dim
+    this.batch = batch
+    this.lengths = new Int32Array(batch)
+    this.#capacity = capacity
+    this.#layers = Array.from({ length: layers }, () => keep(zeros([batch, capacity, this.features], { backend })))
+  }
+
+  get capacity(): number {
+    return this.#capacity
+  }
+
+  /** Bytes that one more token costs over all layers: layers * (kv_lora_rank + qk_rope_head_dim) elements. */
+  get bytesPerToken(): number {
+    return this.#layers.length * this.features * dtypeBytes.f32
+  }
+
+  /** Bytes taken now. */
+  get bytes(): number {
+    return this.bytesPerToken * this.batch * this.#capacity
+  }
+
+  /** All rows of a layer, `[batch, capacity, features]`; those at or past a sequence's length mean nothing. */
+  rows(layer: number): Tensor {
+    return this.#layers[layer]
+  }
+
+  /** Positions `[batch, time]` that the next `time` tokens of each sequence have. */
+  positions(time: number): Int32Array {
+    const out = new Int32Array(this.batch * time)
+    for (let b = 0; b < this.batch; b++) for (let t = 0; t < time; t++) out[b * time + t] = this.lengths[b] + t
+    return out
+  }
+
+  /** `i32 [batch]`: lengths once `time` more tokens are in. */
+  lengthsAfter(time: number, backend: Backend): Tensor {
+    return fromHost(
+      this.lengths.map(length => length + time),
+      [this.batch],
+      'i32',
+      backend,
+    )
+  }
+
+  /** Writes the next rows `[batch, time, features]` of a layer behind each sequence. Call `advance` once all layers have written. */
+  write(layer: number, rows: Tensor): void {
+    const [batch, time, features] = rows.shape
+    if (batch !== this.batch || features !== this.features) {
+      throw new MoeError({
+        code: 'E_SHAPE',
+        op: 'LatentCache.write',
+        problem: `rows [${rows.shape}] do not fit a cache of ${this.batch} sequences with ${this.features} features`,
+      })
+    }
+    this.#reserve(Math.max(...this.lengths) + time)
+    const capacity = this.#capacity
+    const at = new Int32Array(batch * time)
+    for (let b = 0; b < batch; b++) for (let t = 0; t < time; t++) at[b * time + t] = b * capacity + this.lengths[b] + t
+    const old = this.#layers[layer]
+    this.#layers[layer] = keep(
+      scope(() => {
+        const flat = old.reshape([batch * capacity, features])
+        // The reshape shares memory with `old`; once that is given up the rows are written in place.
+        old.dispose()
+        const index = fromHost(at, [batch * time], 'i32', rows.backend)
+        const next = setRows(flat, index, rows.detach().reshape([batch * time, features]), { donate: true })
+        return next.reshape([batch, capacity, features])
+      }),
+    )
+  }
+
+  /** Counts `time` tokens, written in every layer, as part of each sequence (or of each its own number). */
+  advance(time: number | ArrayLike<number>): void {
+    for (let b = 0; b < this.batch; b++) this.lengths[b] += typeof time === 'number' ? time : time[b]
+  }
+
+  /** Forgets the tokens past `length` of every sequence (or past each its own length). */
+  truncate(length: number | ArrayLike<number>): void {
+    for (let b = 0; b < this.batch; b++) {
+      const keepTokens = typeof length === 'number' ? length : length[b]
+      this.lengths[b] = Math.min(this.lengths[b], Math.max(0, keepTokens))
+    }
+  }
+
+  #reserve(tokens: number): void {
+    if (tokens <= this.#capacity) return
+    let capacity = this.#capacity
+    while (capacity < tokens) capacity *= 2
+    this.#layers = this.#layers.map(old =>
+      keep(
+        scope(() => {
+          const more = zeros([this.batch, capacity - this.#capacity, this.features], { backend: old.backend })
+          const grown = concat([old, more], 1)
+          old.dispose()
+          return grown
+        }),
+      ),
+    )
+    this.#capacity = capacity
+  }
+
+  dispose(): void {
+    for (const layer of this.#layers) layer.dispose()
+    this.#layers = []
+  }
+}

@@ -1,0 +1,55 @@
+/** @file What an MLA layer is made of, in the terms of Hugging Face's config.json. */
+import { MoeError } from '@moe/core'
+
+/** YaRN context extension (Peng et al. 2023) as DeepSeek configures it. */
+export interface RopeScaling {
+  readonly type: 'yarn'
+  /** How many times longer the context becomes. */
+  readonly factor: number
+  /** Context length before the extension. */
+  readonly original_max_position_embeddings: number
+  readonly beta_fast?: number
+  readonly beta_slow?: number
+  readonly mscale?: number
+  readonly mscale_all_dim?: number
+}
+
+export interface MlaConfig {
+  readonly hidden_size: number
+  readonly num_attention_heads: number
+  /** Rank of the query compression; null projects queries directly (V2-Lite). */
+  readonly q_lora_rank: number | null
+  /** Rank of the joint key/value compression: what the cache holds per token, beside the rope key. */
+  readonly kv_lora_rank: number
+  readonly qk_nope_head_dim: number
+  readonly qk_rope_head_dim: number
+  readonly v_head_dim: number
+  readonly rope_theta?: number
+  readonly rope_scaling?: RopeScaling | null
+  /** Rotates adjacent features (released layout, default) instead of halves. */
+  readonly rope_interleave?: boolean
+}
+
+/** @throws MoeError E_CONFIG with every fault in one message. */
+export function checkMlaConfig(config: MlaConfig): void {
+  const problems: string[] = []
+  const sizes = [
+    'hidden_size',
+    'num_attention_heads',
+    'kv_lora_rank',
+    'qk_nope_head_dim',
+    'qk_rope_head_dim',
+    'v_head_dim',
+  ] as const
+  for (const key of sizes) {
+    if (!Number.isInteger(config[key]) || config[key] < 1)
+      problems.push(`${key} = ${config[key]} is not a positive integer`)
+  }
+  if (config.q_lora_rank !== null && !(Number.isInteger(config.q_lora_rank) && config.q_lora_rank >= 1)) {
+    problems.push(`q_lora_rank = ${config.q_lora_rank} is neither null nor a positive integer`)
+  }
+  if (config.qk_rope_head_dim % 2 !== 0) problems.push(`qk_rope_head_dim = ${config.qk_rope_head_dim} is odd`)
+  if (problems.length > 0) {
+    throw new MoeError({ code: 'E_CONFIG', op: 'MultiHeadLatentAttention', problem: problems.join('; ') })
+  }
+}

@@ -1,0 +1,227 @@
+import { readFileSync } from 'node:fs'
+import { fileURLToPath } from 'node:url'
+import { readSafetensors } from '@moe/checkpoint'
+import {
+  fromHost,
+  gradients,
+  loadStateDict,
+  namedParameters,
+  Random,
+  randn,
+  setDefaultBackend,
+  type Tensor,
+} from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { assertClose } from '@moe/core/testing'
+import { describe, expect, test } from 'vitest'
+import {
+  LatentCache,
+  type MlaConfig,
+  MultiHeadLatentAttention,
+  RotaryEmbedding,
+  rotaryFrequencies,
+  softmaxScale,
+  yarnMscale,
+} from './index.ts'
+
+setDefaultBackend(referenceBackend())
+
+const fixture = (name: string) => fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url))
+const tolerance = { relative: 1e-4, absolute: 1e-5 }
+// PyTorch forms the rotation angles in f32: at positions in the thousands they are off by up to 1e-4 rad.
+const gradientTolerance = { relative: 1e-3, absolute: 1e-4 }
+
+describe('golden constants', () => {
+  test('softmax scales', () => {
+    const v3: MlaConfig = {
+      hidden_size: 7168,
+      num_attention_heads: 128,
+      q_lora_rank: 1536,
+      kv_lora_rank: 512,
+      qk_nope_head_dim: 128,
+      qk_rope_head_dim: 64,
+      v_head_dim: 128,
+    }
+    const yarn = { type: 'yarn', factor: 40, original_max_position_embeddings: 4096 } as const
+    expect(yarnMscale(40, 1)).toBeCloseTo(1.3688879454, 9)
+    expect(yarnMscale(40, 0.707)).toBeCloseTo(1.2608037774, 9)
+    expect(softmaxScale(v3)).toBeCloseTo(0.0721687836, 9)
+    expect(softmaxScale({ ...v3, rope_scaling: { ...yarn, mscale: 1, mscale_all_dim: 1 } })).toBeCloseTo(
+      0.1352337789,
+      9,
+    )
+    expect(softmaxScale({ ...v3, rope_scaling: { ...yarn, mscale: 0.707, mscale_all_dim: 0.707 } })).toBeCloseTo(
+      0.1147213868,
+      9,
+    )
+  })
+
+  test('YaRN frequencies of V3', () => {
+    const found = rotaryFrequencies(64, 10000, {
+      type: 'yarn',
+      factor: 40,
+      original_max_position_embeddings: 4096,
+      beta_fast: 32,
+      beta_slow: 1,
+    })
+    const golden = {
+      0: 1,
+      9: 0.0749894209,
+      10: 0.0562341325,
+      11: 0.0390069266,
+      16: 0.0055,
+      22: 1.778279e-4,
+      23: 3.333804e-5,
+      31: 3.333804e-6,
+    }
+    for (const [i, value] of Object.entries(golden)) expect(found[Number(i)] / value).toBeCloseTo(1, 5)
+  })
+
+  test('the cache holds kv_lora_rank + qk_rope_head_dim elements per token and layer', () => {
+    const cache = new LatentCache({ kv_lora_rank: 512, qk_rope_head_dim: 64 }, { layers: 61, capacity: 1 })
+    expect(cache.bytesPerToken).toBe(61 * 576 * 4)
+    cache.dispose()
+  })
+})
+
+for (const name of ['q-lora', 'no-q-lora', 'yarn', 'yarn-mscale']) {
+  describe(`transformers: ${name}`, () => {
+    const { config, softmaxScale: scale } = JSON.parse(readFileSync(fixture(`${name}.json`), 'utf8'))
+
+    test('softmax scale', () => expect(softmaxScale(config)).toBeCloseTo(scale, 6))
+
+    test('output and every gradient', async () => {
+      await using file = await readSafetensors(fixture(`${name}.safetensors`))
+      const mla = new MultiHeadLatentAttention(config)
+      await loadStateDict(mla, {
+        keys: () =>
+          file
+            .keys()
+            .filter(key => key.startsWith('weight.'))
+            .map(key => key.slice(7)),
+        info: key => file.info(`weight.${key}`) as never,
+        read: async key => (await file.read(`weight.${key}`)).data as Float32Array,
+      })
+      const get = async (key: string) => {
+        const { shape, data } = await file.read(key)
+        return fromHost(data as Float32Array, shape, 'f32')
+      }
+      const positions = (await file.read('position_ids')).data as Int32Array
+      const x = (await get('hidden_states')).mul(1)
+      x.tracked = true
+      const out = mla.forward(x, { positions })
+      assertClose('output', await out.values(), await (await get('output')).values(), tolerance)
+      const named = namedParameters(mla)
+      const found = gradients(out, [x, ...named.map(({ parameter }) => parameter)], {
+        gradient: await get('grad_output'),
+      })
+      const keys = ['grad.hidden_states', ...named.map(({ name: key }) => `grad.weight.${key}`)]
+      for (const [i, key] of keys.entries()) {
+        assertClose(key, await (found[i] as Tensor).values(), await (await get(key)).values(), gradientTolerance)
+      }
+    })
+  })
+}
+
+describe('decoding over the latent cache', () => {
+  const base: MlaConfig = {
+    hidden_size: 24,
+    num_attention_heads: 3,
+    q_lora_rank: 10,
+    kv_lora_rank: 12,
+    qk_nope_head_dim: 8,
+    qk_rope_head_dim: 4,
+    v_head_dim: 6,
+  }
+  const yarn = { type: 'yarn', factor: 8, original_max_position_embeddings: 16, mscale: 1, mscale_all_dim: 1 } as const
+  for (const q_lora_rank of [10, null]) {
+    for (const rope_scaling of [null, yarn]) {
+      for (const absorbUpTo of [0, 100]) {
+        const label = `${q_lora_rank ? 'q_lora' : 'no q_lora'}, ${rope_scaling ? 'YaRN' : 'plain'}, ${absorbUpTo ? 'absorbed' : 'expanded'}`
+        test(`equals the full forward at every position: ${label}`, async () => {
+          const config = { ...base, q_lora_rank, rope_scaling }
+          const random = new Random(4)
+          const mla = new MultiHeadLatentAttention(config, { random, deviation: 0.3 })
+          const x = randn([2, 11, 24], random)
+          const whole = await mla.forward(x).values()
+          // A small capacity, so that the cache grows on the way.
+          const cache = new LatentCache(config, { layers: 1, batch: 2, capacity: 2 })
+          let start = 0
+          for (const time of [4, 1, 3, 1, 1, 1]) {
+            const out = mla.forward(x.narrow(1, start, start + time), { cache, absorbUpTo })
+            cache.advance(time)
+            const got = await out.values()
+            for (let b = 0; b < 2; b++) {
+              const expected = whole.subarray((b * 11 + start) * 24, (b * 11 + start + time) * 24)
+              assertClose(`row ${b} from ${start}`, got.subarray(b * time * 24, (b + 1) * time * 24), expected, {
+                relative: 1e-5,
+                absolute: 1e-6,
+              })
+            }
+            start += time
+          }
+          // Tokens that are taken back leave no trace.
+          cache.truncate(5)
+          const again = await mla.forward(x.narrow(1, 5, 7), { cache, absorbUpTo }).values()
+          assertClose('after truncation', again.subarray(0, 48), whole.subarray(5 * 24, 7 * 24), {
+            relative: 1e-5,
+            absolute: 1e-6,
+          })
+          cache.dispose()
+        })
+      }
+    }
+  }
+
+  test('sequences of different length share a batch', async () => {
+    const random = new Random(5)
+    const mla = new MultiHeadLatentAttention(base, { random, deviation: 0.3 })
+    const a = randn([1, 6, 24], random)
+    const b = randn([1, 3, 24], random)
+    const lone = async (x: Tensor) => (await mla.forward(x).values()).slice(-24)
+    const cache = new LatentCache(base, { layers: 1, batch: 2 })
+    // Row b is filled up with tokens that are forgotten again.
+    const filled = fromHost(
+      Float32Array.from([
+        ...(await a.narrow(1, 0, 5).values()),
+        ...(await b.narrow(1, 0, 2).values()),
+        ...new Float32Array(72).fill(9),
+      ]),
+      [2, 5, 24],
+      'f32',
+    )
+    mla.forward(filled, { cache })
+    cache.advance(5)
+    cache.truncate([5, 2])
+    const last = fromHost(
+      Float32Array.from([...(await a.narrow(1, 5, 6).values()), ...(await b.narrow(1, 2, 3).values())]),
+      [2, 1, 24],
+      'f32',
+    )
+    const out = await mla.forward(last, { cache }).values()
+    assertClose('long row', out.slice(0, 24), await lone(a), { relative: 1e-5, absolute: 1e-6 })
+    assertClose('short row', out.slice(24), await lone(b), { relative: 1e-5, absolute: 1e-6 })
+    cache.dispose()
+  })
+
+  test('absorbed weights follow a change of kv_b_proj', async () => {
+    const random = new Random(6)
+    const mla = new MultiHeadLatentAttention(base, { random, deviation: 0.3, rotary: new RotaryEmbedding(base) })
+    const x = randn([1, 2, 24], random)
+    const run = async () => {
+      const cache = new LatentCache(base, { layers: 1 })
+      const out = await mla.forward(x, { cache, absorbUpTo: 8 }).values()
+      cache.dispose()
+      return out
+    }
+    await run()
+    mla.kv_b_proj.weight.assign(mla.kv_b_proj.weight.detach().mul(2))
+    assertClose('after the change', await run(), await mla.forward(x).values(), { relative: 1e-5, absolute: 1e-6 })
+  })
+
+  test('impossible sizes are named together', () => {
+    expect(() => new MultiHeadLatentAttention({ ...base, hidden_size: 0, qk_rope_head_dim: 3 })).toThrow(
+      /hidden_size = 0.*qk_rope_head_dim = 3 is odd/,
+    )
+  })
+})

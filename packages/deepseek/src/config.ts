@@ -1,0 +1,175 @@
+/** @file Model configurations in Hugging Face's terms (config.json of DeepSeek V2 and V3), checked as a whole. */
+import type { RopeScaling } from '@moe/attention-mla'
+import { MoeError } from '@moe/core'
+import { z } from 'zod'
+
+const size = z.int().positive()
+const optionalSize = size.nullish().transform(value => value ?? null)
+
+/** Rope settings as V3's config.json has them (`rope_scaling`), and as transformers 5 writes them (`rope_parameters`). */
+const ropeFields = z.object({
+  type: z.string().optional(),
+  rope_type: z.string().optional(),
+  rope_theta: z.number().positive().optional(),
+  factor: z.number().positive().optional(),
+  original_max_position_embeddings: size.optional(),
+  beta_fast: z.number().positive().optional(),
+  beta_slow: z.number().positive().optional(),
+  mscale: z.number().optional(),
+  mscale_all_dim: z.number().optional(),
+})
+
+const fields = z.object({
+  model_type: z.enum(['deepseek_v3', 'deepseek_v2']).default('deepseek_v3'),
+  vocab_size: size,
+  hidden_size: size,
+  intermediate_size: size,
+  moe_intermediate_size: size,
+  num_hidden_layers: size,
+  num_attention_heads: size,
+  /** Leading layers with a dense feed-forward net. */
+  first_k_dense_replace: z.int().nonnegative().default(0),
+  n_routed_experts: optionalSize,
+  n_shared_experts: z
+    .int()
+    .nonnegative()
+    .nullish()
+    .transform(value => value ?? 0),
+  num_experts_per_tok: optionalSize,
+  n_group: optionalSize,
+  topk_group: optionalSize,
+  topk_method: z.enum(['noaux_tc', 'group_limited_greedy', 'greedy']).optional(),
+  scoring_func: z.enum(['sigmoid', 'softmax']).optional(),
+  norm_topk_prob: z.boolean().optional(),
+  routed_scaling_factor: z.number().positive().default(1),
+  q_lora_rank: optionalSize,
+  kv_lora_rank: size,
+  qk_nope_head_dim: size,
+  qk_rope_head_dim: size,
+  v_head_dim: size,
+  max_position_embeddings: size.default(4096),
+  rope_theta: z.number().positive().optional(),
+  rope_scaling: ropeFields.nullish(),
+  rope_parameters: ropeFields.nullish(),
+  rope_interleave: z.boolean().default(true),
+  rms_norm_eps: z.number().positive().default(1e-6),
+  initializer_range: z.number().positive().default(0.02),
+  tie_word_embeddings: z.boolean().default(false),
+  /** Depth of multi-token prediction: extra layers behind the last. */
+  num_nextn_predict_layers: z.int().nonnegative().default(0),
+  bos_token_id: z.int().nonnegative().nullish(),
+  eos_token_id: z.union([z.int().nonnegative(), z.array(z.int().nonnegative())]).nullish(),
+  hidden_act: z.literal('silu').default('silu'),
+  attention_bias: z.literal(false).default(false),
+  moe_layer_freq: z.literal(1).default(1),
+})
+
+/** What a user writes: config.json, or a preset with changes. */
+export type DeepSeekConfigInput = z.input<typeof fields>
+
+/** A checked configuration with every default filled in. */
+export interface DeepSeekConfig
+  extends Omit<z.output<typeof fields>, 'rope_scaling' | 'rope_parameters' | 'rope_theta'> {
+  readonly rope_theta: number
+  readonly rope_scaling: RopeScaling | null
+  readonly norm_topk_prob: boolean
+  readonly topk_method: 'noaux_tc' | 'group_limited_greedy' | 'greedy'
+  readonly scoring_func: 'sigmoid' | 'softmax'
+}
+
+/**
+ * Checks a configuration and fills in defaults.
+ * @throws MoeError E_CONFIG with every fault in one message.
+ */
+export function parseConfig(input: unknown): DeepSeekConfig {
+  const result = fields.safeParse(input)
+  const problems = result.success
+    ? crossChecks(result.data)
+    : result.error.issues.map(issue => `${issue.path.join('.') || 'config'}: ${issue.message}`)
+  if (!result.success || problems.length > 0) {
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'DeepSeek',
+      problem: `the configuration has ${problems.length} ${problems.length === 1 ? 'fault' : 'faults'}:\n${problems.map(problem => `  - ${problem}`).join('\n')}\n`,
+      fix: 'mend them, or start from one of the presets',
+      details: { problems },
+    })
+  }
+  const { rope_parameters, rope_scaling, rope_theta, ...rest } = result.data
+  const v3 = rest.model_type === 'deepseek_v3'
+  const topk_method = rest.topk_method ?? (v3 ? 'noaux_tc' : 'greedy')
+  return {
+    ...rest,
+    topk_method,
+    scoring_func: rest.scoring_func ?? (topk_method === 'noaux_tc' ? 'sigmoid' : 'softmax'),
+    norm_topk_prob: rest.norm_topk_prob ?? v3,
+    rope_theta: rope_theta ?? rope_parameters?.rope_theta ?? 10000,
+    rope_scaling: yarn(rope_scaling ?? rope_parameters),
+  }
+}
+
+type Fields = z.output<typeof fields>
+
+/** Faults that only show when fields are seen together. */
+function crossChecks(config: Fields): string[] {
+  const problems: string[] = []
+  const add = (wrong: boolean, problem: string) => {
+    if (wrong) problems.push(problem)
+  }
+  const { n_routed_experts: experts, num_experts_per_tok: topK, n_group: groups, topk_group: topGroups } = config
+  add(config.qk_rope_head_dim % 2 !== 0, `qk_rope_head_dim = ${config.qk_rope_head_dim} is odd`)
+  if (experts === null) add(topK !== null, 'num_experts_per_tok is there, but n_routed_experts is missing')
+  else {
+    add(topK === null, 'num_experts_per_tok is missing')
+    add(topK !== null && topK > experts, `num_experts_per_tok = ${topK} exceeds n_routed_experts = ${experts}`)
+    add(groups !== null && experts % groups !== 0, `n_group = ${groups} does not divide n_routed_experts = ${experts}`)
+    add(
+      groups !== null && topGroups !== null && topGroups > groups,
+      `topk_group = ${topGroups} exceeds n_group = ${groups}`,
+    )
+    const kept = groups !== null && topGroups !== null ? Math.floor(experts / groups) * topGroups : experts
+    add(
+      topK !== null && topK <= experts && topK > kept,
+      `num_experts_per_tok = ${topK} exceeds the ${kept} experts of the kept groups`,
+    )
+  }
+  const scaling = config.rope_scaling ?? config.rope_parameters
+  const type = scaling?.rope_type ?? scaling?.type
+  add(
+    type !== undefined && type !== 'default' && type !== 'yarn',
+    `rope type ${JSON.stringify(type)} is not supported (default, yarn)`,
+  )
+  add(type === 'yarn' && scaling?.factor === undefined, 'rope_scaling.factor is missing')
+  add(
+    config.bos_token_id != null && config.bos_token_id >= config.vocab_size,
+    `bos_token_id = ${config.bos_token_id} is outside the vocabulary of ${config.vocab_size}`,
+  )
+  return problems
+}
+
+function yarn(scaling: Fields['rope_scaling']): RopeScaling | null {
+  if (!scaling || (scaling.rope_type ?? scaling.type) !== 'yarn') return null
+  const { factor = 1, original_max_position_embeddings = 4096, beta_fast, beta_slow, mscale, mscale_all_dim } = scaling
+  return { type: 'yarn', factor, original_max_position_embeddings, beta_fast, beta_slow, mscale, mscale_all_dim }
+}
+
+/** Whether layer i has experts. */
+export const isMoELayer = (config: DeepSeekConfig, layer: number): boolean =>
+  config.n_routed_experts !== null && layer >= config.first_k_dense_replace
+
+/** Token ids that end a text. */
+export function endTokens(config: DeepSeekConfig): number[] {
+  const { eos_token_id: eos } = config
+  return eos == null ? [] : Array.isArray(eos) ? eos : [eos]
+}
+
+/** What is written to config.json: the keys that transformers, vLLM and others read. */
+export function hfConfig(config: DeepSeekConfig): Record<string, unknown> {
+  const v3 = config.model_type === 'deepseek_v3'
+  return {
+    architectures: [v3 ? 'DeepseekV3ForCausalLM' : 'DeepseekV2ForCausalLM'],
+    ...config,
+    num_key_value_heads: config.num_attention_heads,
+    torch_dtype: 'float32',
+  }
+}

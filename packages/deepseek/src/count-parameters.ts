@@ -1,0 +1,54 @@
+/** @file Parameter counts from the configuration alone. */
+import { type DeepSeekConfig, isMoELayer } from './config.ts'
+
+export interface ParameterCount {
+  /** The main model: embedding, layers, final norm, head. Selection biases are counted, as published tables do. */
+  readonly total: number
+  /** Parameters used for one token, both vocabulary matrices included. */
+  readonly active: number
+  /** Active without the input embedding (a lookup, no multiplication). */
+  readonly activeWithoutEmbedding: number
+  /** One attention layer. */
+  readonly attention: number
+  /** One MoE layer's experts, shared experts, gate and bias (0 without experts). */
+  readonly moe: number
+  /** One dense feed-forward net. */
+  readonly dense: number
+  /** All MTP modules, without the shared embedding and head. */
+  readonly mtp: number
+}
+
+/** Counts the parameters of a model to the unit without making it. */
+export function countParameters(config: DeepSeekConfig): ParameterCount {
+  const { hidden_size: hidden, num_attention_heads: heads, kv_lora_rank: rank, qk_rope_head_dim: rope } = config
+  const perHead = config.qk_nope_head_dim + rope
+  const queries =
+    config.q_lora_rank === null ? hidden * heads * perHead : config.q_lora_rank * (hidden + 1 + heads * perHead)
+  const keysValues = hidden * (rank + rope) + rank + rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+  const attention = queries + keysValues + heads * config.v_head_dim * hidden
+  const expert = 3 * hidden * config.moe_intermediate_size
+  const experts = config.n_routed_experts ?? 0
+  const bias = config.topk_method === 'noaux_tc' ? experts : 0
+  const moe = experts === 0 ? 0 : expert * (experts + config.n_shared_experts) + experts * hidden + bias
+  const dense = 3 * hidden * config.intermediate_size
+  const idle = experts === 0 ? 0 : expert * (experts - (config.num_experts_per_tok ?? 0))
+  const embedding = config.vocab_size * hidden
+
+  let total = hidden + embedding * (config.tie_word_embeddings ? 1 : 2)
+  let active = hidden + embedding * 2
+  for (let layer = 0; layer < config.num_hidden_layers; layer++) {
+    const feedForward = isMoELayer(config, layer) ? moe : dense
+    total += attention + feedForward + 2 * hidden
+    active += attention + feedForward - (isMoELayer(config, layer) ? idle : 0) + 2 * hidden
+  }
+  const mtpLayer = attention + (experts === 0 ? dense : moe) + 2 * hidden + 2 * hidden * hidden + 3 * hidden
+  return {
+    total,
+    active,
+    activeWithoutEmbedding: active - embedding,
+    attention,
+    moe,
+    dense,
+    mtp: mtpLayer * config.num_nextn_predict_layers,
+  }
+}

@@ -1,0 +1,47 @@
+/** @file One transformer block: MLA, then experts (or a dense net in the leading layers), each behind a norm and added to its input. */
+import { type LatentCache, MultiHeadLatentAttention, type RotaryEmbedding } from '@moe/attention-mla'
+import { forkInit, type InitOptions, Module, RmsNorm, SwigluMlp, type Tensor } from '@moe/core'
+import { MoELayer } from '@moe/router'
+import { type DeepSeekConfig, isMoELayer } from './config.ts'
+
+export interface LayerOptions {
+  readonly cache?: LatentCache
+  /** Layer of the cache. */
+  readonly layer?: number
+  readonly training?: boolean
+  readonly onBalanceLoss?: (loss: Tensor) => void
+}
+
+export class DecoderLayer extends Module {
+  self_attn: MultiHeadLatentAttention
+  mlp: MoELayer | SwigluMlp
+  input_layernorm: RmsNorm
+  post_attention_layernorm: RmsNorm
+
+  /** `layer` decides between experts and a dense net. */
+  constructor(config: DeepSeekConfig, layer: number, rotary: RotaryEmbedding, init: InitOptions) {
+    super()
+    const { hidden_size: hidden, rms_norm_eps: eps } = config
+    this.self_attn = new MultiHeadLatentAttention(config, { ...forkInit(init, 'self_attn'), rotary })
+    this.mlp = isMoELayer(config, layer)
+      ? new MoELayer({ ...config, ...experts(config) }, forkInit(init, 'mlp'))
+      : new SwigluMlp(hidden, config.intermediate_size, forkInit(init, 'mlp'))
+    this.input_layernorm = new RmsNorm(hidden, eps, init)
+    this.post_attention_layernorm = new RmsNorm(hidden, eps, init)
+  }
+
+  /** `[B, T, hidden]` to the same shape. */
+  forward(x: Tensor, options: LayerOptions): Tensor {
+    const attended = x.add(this.self_attn.forward(this.input_layernorm.forward(x), options))
+    const normal = this.post_attention_layernorm.forward(attended)
+    return attended.add(this.mlp instanceof MoELayer ? this.mlp.forward(normal, options) : this.mlp.forward(normal))
+  }
+}
+
+/** The two numbers that a configuration with experts is known to have. */
+function experts(config: DeepSeekConfig): { n_routed_experts: number; num_experts_per_tok: number } {
+  return {
+    n_routed_experts: config.n_routed_experts as number,
+    num_experts_per_tok: config.num_experts_per_tok as number,
+  }
+}

@@ -1,0 +1,345 @@
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { readSafetensors, type TensorSource } from '@moe/checkpoint'
+import {
+  adamwStep,
+  backward,
+  defaultBackend,
+  fromHost,
+  full,
+  globalNorm,
+  namedParameters,
+  ones,
+  Random,
+  scope,
+  setDefaultBackend,
+  type Tensor,
+  tensor,
+  zeros,
+} from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { assertClose } from '@moe/core/testing'
+import { afterAll, describe, expect, test } from 'vitest'
+import { countParameters, DeepSeek, type DeepSeekConfigInput, parseConfig, presets } from './index.ts'
+
+setDefaultBackend(referenceBackend())
+
+const fixture = (name: string) => fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url))
+const tolerance = { relative: 1e-4, absolute: 1e-4 }
+const gradientTolerance = { relative: 1e-3, absolute: 1e-4 }
+const folder = await mkdtemp(join(tmpdir(), 'moe-deepseek-'))
+afterAll(() => rm(folder, { recursive: true }))
+
+interface Expected {
+  loss: number
+  mtpWeight?: number
+  adamw: { lr: number; betas: [number, number]; eps: number; weightDecay: number; clipNorm: number; losses: number[] }
+}
+
+const floats = async (file: TensorSource, key: string) => (await file.read(key)).data as Float32Array
+
+/** Training rows of the fixture's ids: all positions are trained on; labels of -100 stand at the end of rows. */
+async function rowsOf(file: TensorSource, lookahead: number) {
+  const ids = await file.read('input_ids')
+  const labels = (await file.read('labels')).data as Int32Array
+  const [rows, time] = ids.shape
+  const length = time + lookahead
+  const tokens = new Int32Array(rows * length)
+  // Whatever carries no label is a document of its own, so that no position of it has a target.
+  const documents = Int32Array.from({ length: rows * length }, (_, i) => i + 1)
+  for (let row = 0; row < rows; row++) {
+    for (let t = 0; t < time; t++) {
+      tokens[row * length + t] = (ids.data as Int32Array)[row * time + t]
+      if (labels[row * time + t] !== -100) documents[row * length + t] = 0
+    }
+  }
+  return { tokens, documents, rows, length }
+}
+
+for (const name of [
+  'v3-base',
+  'v3-no-q-lora',
+  'v3-yarn',
+  'v3-yarn-mscale',
+  'v3-negative-bias',
+  'v3-dense-tied',
+  'v3-padding',
+  'v3-mtp',
+]) {
+  describe(`transformers: ${name}`, async () => {
+    const expected = JSON.parse(await readFile(join(fixture(name), 'fixture.json'), 'utf8')) as Expected
+    const open = async () => {
+      const file = await readSafetensors(join(fixture(name), 'expected.safetensors'))
+      const objective = { mtpWeight: expected.mtpWeight ?? 0, balanceWeight: 0, biasSpeed: 0 }
+      const model = await DeepSeek.fromPretrained(fixture(name), { objective })
+      return { file, model }
+    }
+
+    test('logits', async () => {
+      const { file, model } = await open()
+      const ids = await file.read('input_ids')
+      const logits = model.infer(() => model.forward(fromHost(ids.data as Int32Array, ids.shape, 'i32')))
+      const own = await logits.values()
+      const theirs = await floats(file, 'logits')
+      // Padded positions see each other differently; they mean nothing.
+      const labels = (await file.read('labels')).data as Int32Array
+      const vocabulary = model.config.vocab_size
+      for (let at = 0; at < labels.length; at++) {
+        if (name === 'v3-padding' && labels[at] === -100) continue
+        const range = [at * vocabulary, (at + 1) * vocabulary] as const
+        assertClose(`position ${at}`, own.subarray(...range), theirs.subarray(...range), tolerance)
+      }
+      await file.close()
+      model.dispose()
+    })
+
+    test('loss, every gradient, ten AdamW steps', async () => {
+      const { file, model } = await open()
+      const rows = await rowsOf(file, model.lookahead)
+      const { lr, betas, eps, weightDecay, clipNorm, losses } = expected.adamw
+      const parameters = namedParameters(model).filter(({ parameter }) => parameter.trainable)
+      const moments = parameters.map(({ parameter }) => ({ m: zeros(parameter.shape), v: zeros(parameter.shape) }))
+      for (let step = 1; step <= 10; step++) {
+        const loss = scope(() => {
+          const { loss } = model.loss(rows)
+          const value = loss.detach()
+          backward(loss)
+          return value
+        })
+        assertClose(`loss of step ${step}`, [await loss.item()], [losses[step - 1]], {
+          relative: step === 1 ? 1e-5 : 1e-3,
+          absolute: 0,
+        })
+        if (step === 1) {
+          for (const { name: key, parameter, slices } of parameters) {
+            const gradient = await (parameter.grad as Tensor).values()
+            const parts = await Promise.all((slices ?? [key]).map(slice => floats(file, `grad.${slice}`)))
+            assertClose(
+              `gradient of ${key}`,
+              gradient,
+              parts.flatMap(part => Array.from(part)),
+              gradientTolerance,
+            )
+          }
+        }
+        const norm = globalNorm(parameters.map(({ parameter }) => parameter.grad as Tensor))
+        const scale = full([], clipNorm).div(norm.add(1e-6)).minimum(ones([]))
+        for (const [i, { parameter }] of parameters.entries()) {
+          const attrs = { lr, beta1: betas[0], beta2: betas[1], eps, weightDecay, step }
+          const next = adamwStep(parameter, parameter.grad as Tensor, moments[i].m, moments[i].v, scale, attrs)
+          parameter.assign(next.param)
+          moments[i] = next
+          parameter.zeroGrad()
+        }
+        await model.afterStep()
+      }
+      await file.close()
+      model.dispose()
+    })
+  })
+}
+
+const tiny: DeepSeekConfigInput = {
+  ...presets.tiny,
+  vocab_size: 40,
+  hidden_size: 24,
+  intermediate_size: 32,
+  moe_intermediate_size: 8,
+  num_hidden_layers: 2,
+  num_attention_heads: 2,
+  n_routed_experts: 8,
+  num_experts_per_tok: 2,
+  q_lora_rank: 12,
+  kv_lora_rank: 8,
+  qk_nope_head_dim: 8,
+  qk_rope_head_dim: 4,
+  v_head_dim: 8,
+  initializer_range: 0.3,
+  eos_token_id: null,
+  bos_token_id: null,
+}
+
+describe('generation', () => {
+  const prompt = [3, 7, 11, 2, 30]
+
+  test('greedy equals taking the likeliest token of a full forward pass each time', async () => {
+    const model = new DeepSeek(tiny, { seed: 1 })
+    const ids = prompt.slice()
+    for (let i = 0; i < 20; i++) {
+      const logits = await model.infer(() => model.forward(tensor(Int32Array.from(ids), [1, ids.length]))).values()
+      const last = logits.subarray(logits.length - 40)
+      ids.push(last.indexOf(Math.max(...last)))
+    }
+    const made: number[] = []
+    for await (const id of model.generate(prompt, { maxTokens: 20, speculative: false })) made.push(id)
+    expect(made).toEqual(ids.slice(prompt.length))
+    model.dispose()
+  })
+
+  for (const depth of [1, 2, 3]) {
+    test(`speculative equals plain, token for token, at depth ${depth}`, async () => {
+      const handles = defaultBackend().stats().handles
+      for (let seed = 0; seed < 4; seed++) {
+        const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: depth }, { seed })
+        const plain: number[] = []
+        for await (const id of model.generate(prompt, { maxTokens: 40, speculative: false })) plain.push(id)
+        const generation = model.generate(prompt, { maxTokens: 40 })
+        const speculative: number[] = []
+        for await (const id of generation) speculative.push(id)
+        expect(speculative).toEqual(plain)
+        expect(generation.stats.tokens).toBe(40)
+        expect(generation.stats.drafted[0]).toBeGreaterThan(0)
+        model.dispose()
+      }
+      expect(defaultBackend().stats().handles).toBe(handles)
+    })
+  }
+
+  test('a model that repeats itself accepts its drafts', async () => {
+    // Head and embedding that ignore the context: every depth predicts token 5.
+    const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 3 })
+    const head = new Float32Array(40 * 24)
+    model.lm_head.weight.assign(tensor(head, [40, 24]))
+    const generation = model.generate(prompt, { maxTokens: 30 })
+    for await (const id of generation) expect(id).toBe(0)
+    expect(generation.stats.accepted).toEqual(generation.stats.drafted)
+    expect(generation.stats.steps).toBeLessThanOrEqual(11)
+    model.dispose()
+  })
+
+  test('sampling is repeatable by seed, and speculative sampling has the same distribution', async () => {
+    const model = new DeepSeek(tiny, { seed: 2 })
+    const first = async (options: object) => {
+      const made: number[] = []
+      for await (const id of model.generate(prompt, { maxTokens: 3, temperature: 1.3, ...options })) made.push(id)
+      return made
+    }
+    expect(await first({ seed: 5 })).toEqual(await first({ seed: 5 }))
+    // Third tokens pass through acceptance; compare histograms over seeds by total variation.
+    const runs = 250
+    const histogram = async (speculative: boolean, offset: number) => {
+      const counts = new Float64Array(40)
+      for (let seed = 0; seed < runs; seed++) counts[(await first({ seed: seed + offset, speculative }))[2]]++
+      return counts
+    }
+    const [plain, drafted] = [await histogram(false, 0), await histogram(true, 10_000)]
+    const chi = plain.reduce(
+      (sum, n, i) => (n + drafted[i] === 0 ? sum : sum + (n - drafted[i]) ** 2 / (n + drafted[i])),
+      0,
+    )
+    // Chi-squared with at most 39 degrees of freedom: above 72.1 once in a thousand.
+    expect(chi).toBeLessThan(72.1)
+    model.dispose()
+  })
+
+  test('bad requests are refused', async () => {
+    const model = new DeepSeek(tiny)
+    expect(() => model.generate([])).toThrow(/prompt is empty/)
+    expect(() => model.generate([40])).toThrow(/token 0 is 40, outside the vocabulary of 40/)
+    expect(() => model.generate([1], { temperature: -1, topP: 2 })).toThrow(/temperature = -1 is negative; topP = 2/)
+    const aborted = model.generate([1], { signal: AbortSignal.abort() })
+    await expect(aborted[Symbol.asyncIterator]().next()).rejects.toMatchObject({ code: 'E_ABORTED' })
+    model.dispose()
+  })
+})
+
+describe('checkpoints', () => {
+  test('what is saved opens as the same model, MTP and selection bias included', async () => {
+    const model = new DeepSeek(tiny, { seed: 7 })
+    const bias = new Random(1).normal(8)
+    model.moeLayers[0].gate.e_score_correction_bias?.assign(tensor(bias))
+    await model.save(join(folder, 'saved'))
+    const again = await DeepSeek.fromPretrained(join(folder, 'saved'))
+    expect(again.config).toEqual(model.config)
+    for (const [i, { name, parameter }] of namedParameters(model).entries()) {
+      const other = namedParameters(again)[i]
+      expect(other.name).toBe(name)
+      assertClose(name, await other.parameter.values(), await parameter.values(), { relative: 0, absolute: 0 })
+    }
+    await using file = await readSafetensors(join(folder, 'saved', 'model.safetensors'))
+    for (const key of [
+      'model.layers.2.embed_tokens.weight',
+      'model.layers.2.shared_head.head.weight',
+      'model.layers.2.eh_proj.weight',
+      'model.layers.1.mlp.experts.7.down_proj.weight',
+    ]) {
+      expect(file.has(key), key).toBe(true)
+    }
+    model.dispose()
+    again.dispose()
+  })
+
+  test('a checkpoint of another model is refused with every key', async () => {
+    const model = new DeepSeek(tiny)
+    await model.save(join(folder, 'other'))
+    await writeFile(
+      join(folder, 'other', 'config.json'),
+      JSON.stringify({ ...tiny, num_hidden_layers: 3, hidden_size: 28 }),
+    )
+    await expect(DeepSeek.fromPretrained(join(folder, 'other'))).rejects.toThrow(
+      /missing[\s\S]*model\.embed_tokens\.weight: stored \[40,24\], model \[40,28\]/,
+    )
+    model.dispose()
+  })
+})
+
+describe('configurations', () => {
+  test('published parameter counts, to the unit', () => {
+    const count = (name: keyof typeof presets) => countParameters(parseConfig(presets[name]))
+    expect(count('deepseek-v3')).toMatchObject({
+      attention: 187107328,
+      moe: 11320164608,
+      dense: 396361728,
+      total: 671026419200,
+      active: 37552297472,
+      activeWithoutEmbedding: 36625618432,
+    })
+    expect(count('deepseek-v2')).toMatchObject({
+      attention: 149227520,
+      moe: 3822878720,
+      dense: 188743680,
+      total: 235741434880,
+      active: 21375800320,
+      activeWithoutEmbedding: 20851512320,
+    })
+    expect(count('deepseek-v2-lite')).toMatchObject({
+      attention: 13763072,
+      moe: 571080704,
+      dense: 67239936,
+      total: 15706484224,
+      active: 2661150208,
+      activeWithoutEmbedding: 2451435008,
+    })
+    expect(count('moonlight-16b-a3b')).toMatchObject({
+      attention: 13763072,
+      moe: 571080768,
+      dense: 69206016,
+      total: 15960110208,
+      active: 2914776192,
+      activeWithoutEmbedding: 2579231872,
+    })
+    expect(count('deepseek-v3').mtp / 1e9).toBeCloseTo(11.61, 1)
+  })
+
+  test('the count is that of the model made', () => {
+    for (const config of [
+      tiny,
+      { ...tiny, q_lora_rank: null, num_nextn_predict_layers: 0, tie_word_embeddings: true },
+    ]) {
+      const model = new DeepSeek(config)
+      const { total, mtp } = countParameters(model.config)
+      expect(namedParameters(model).reduce((sum, { parameter }) => sum + parameter.size, 0)).toBe(total + mtp)
+      model.dispose()
+    }
+  })
+
+  test('every fault is named in one message', () => {
+    const broken = { ...tiny, hidden_size: -1, vocab_size: 'many', n_group: 3 }
+    expect(() => parseConfig(broken)).toThrow(/2 faults[\s\S]*vocab_size[\s\S]*hidden_size/)
+    expect(() => parseConfig({ ...tiny, n_group: 3, qk_rope_head_dim: 3, num_experts_per_tok: 9 })).toThrow(
+      /3 faults[\s\S]*odd[\s\S]*exceeds n_routed_experts = 8[\s\S]*n_group = 3 does not divide/,
+    )
+  })
+})

@@ -1,0 +1,230 @@
+/** @file Continuing a text token by token over the latent cache, optionally with MTP modules drafting ahead. */
+import { LatentCache } from '@moe/attention-mla'
+import { concat, fromHost, keep, MoeError, Random, type Tensor } from '@moe/core'
+import { endTokens } from './config.ts'
+import type { DeepSeek } from './model.ts'
+import { acceptOrDraw, argmax, checkSampling, distribution, draw, type SamplingOptions } from './sampling.ts'
+
+export interface GenerateOptions extends SamplingOptions {
+  /** Most tokens to make. Default 128. */
+  readonly maxTokens?: number
+  readonly seed?: number
+  /** Token ids that end the text besides the configuration's eos; they are not yielded. */
+  readonly stop?: readonly number[]
+  readonly signal?: AbortSignal
+  /** Let the MTP modules draft; the text is the same (greedy) or equally distributed (sampling). Default: when there are any. */
+  readonly speculative?: boolean
+  readonly onToken?: (id: number) => void
+}
+
+/** What `generate` needs of a tokenizer to yield text: a decoder that never emits half a character. */
+export interface TextTokenizer {
+  createDecodeStream(options?: { skipSpecialTokens?: boolean }): { push(id: number): string; end(): string }
+}
+
+export interface TextOptions extends GenerateOptions {
+  readonly tokenizer: TextTokenizer
+}
+
+export interface GenerationStats {
+  /** Tokens made. */
+  tokens: number
+  /** Passes through the main model after the prompt. */
+  steps: number
+  /** Tokens drafted and accepted at each depth. */
+  drafted: number[]
+  accepted: number[]
+}
+
+/** Tokens (or texts) as they come; `stats` fills up meanwhile. */
+export interface Generation<T> extends AsyncIterable<T> {
+  readonly stats: GenerationStats
+}
+
+/** Internal: see `DeepSeek.generate`. */
+export function generate(
+  model: DeepSeek,
+  prompt: ArrayLike<number>,
+  options: GenerateOptions | TextOptions,
+): Generation<number | string> {
+  checkSampling(options)
+  checkPrompt(model, prompt)
+  const depth = options.speculative === false ? 0 : model.mtp.length
+  const stats: GenerationStats = {
+    tokens: 0,
+    steps: 0,
+    drafted: new Array<number>(depth).fill(0),
+    accepted: new Array<number>(depth).fill(0),
+  }
+  const ids = () => decode(model, Array.from(prompt), options, depth, stats)
+  const tokenizer = 'tokenizer' in options ? options.tokenizer : null
+  return { stats, [Symbol.asyncIterator]: tokenizer ? () => texts(ids(), tokenizer) : ids }
+}
+
+async function* texts(ids: AsyncIterable<number>, tokenizer: TextTokenizer): AsyncGenerator<string> {
+  const stream = tokenizer.createDecodeStream({ skipSpecialTokens: true })
+  for await (const id of ids) {
+    const text = stream.push(id)
+    if (text !== '') yield text
+  }
+  const rest = stream.end()
+  if (rest !== '') yield rest
+}
+
+function checkPrompt(model: DeepSeek, prompt: ArrayLike<number>): void {
+  const { vocab_size: vocabulary } = model.config
+  if (prompt.length === 0) {
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'generate',
+      problem: 'the prompt is empty',
+      fix: 'pass at least one token, such as bos',
+    })
+  }
+  for (let i = 0; i < prompt.length; i++) {
+    if (Number.isInteger(prompt[i]) && prompt[i] >= 0 && prompt[i] < vocabulary) continue
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'generate',
+      problem: `token ${i} is ${prompt[i]}, outside the vocabulary of ${vocabulary}`,
+    })
+  }
+}
+
+async function* decode(
+  model: DeepSeek,
+  tokens: number[],
+  options: GenerateOptions,
+  depth: number,
+  stats: GenerationStats,
+): AsyncGenerator<number> {
+  const { maxTokens = 128, signal, onToken } = options
+  const ends = new Set([...endTokens(model.config), ...(options.stop ?? [])])
+  const random = new Random(options.seed ?? 0)
+  const capacity = 2 ** Math.ceil(Math.log2(Math.max(64, tokens.length + Math.min(maxTokens, 512) + depth + 1)))
+  const cache = model.makeCache({ capacity })
+  const drafter = new Drafter(model, depth, capacity)
+  let pending = tokens.slice()
+  let drafts: number[] = []
+  try {
+    while (stats.tokens < maxTokens) {
+      if (signal?.aborted)
+        throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
+      const before = cache.lengths[0]
+      const { hidden, rows } = await verify(model, cache, [...pending, ...drafts], drafts.length + 1)
+      stats.steps++
+      const made: number[] = []
+      for (let i = 0; i < rows.length; i++) {
+        const p = distribution(rows[i], options)
+        if (i === drafts.length) {
+          made.push(draw(p, random))
+          break
+        }
+        stats.drafted[i]++
+        const { token, accepted } = acceptOrDraw(p, drafts[i], random)
+        made.push(token)
+        if (!accepted) break
+        stats.accepted[i]++
+      }
+      const confirmed = pending.length + made.length - 1
+      cache.truncate(before + confirmed)
+      tokens.push(...made)
+      for (const token of made) {
+        if (ends.has(token)) {
+          hidden.dispose()
+          return
+        }
+        stats.tokens++
+        onToken?.(token)
+        yield token
+        if (stats.tokens >= maxTokens) {
+          hidden.dispose()
+          return
+        }
+      }
+      pending = [made[made.length - 1]]
+      drafts = await drafter.draft(hidden, confirmed, tokens)
+    }
+  } finally {
+    cache.dispose()
+    drafter.dispose()
+  }
+}
+
+/** Runs new tokens through the main model; gives their hidden states and the logits of the last `wanted` of them. */
+async function verify(model: DeepSeek, cache: LatentCache, ids: number[], wanted: number) {
+  const { hidden, logits } = model.infer(() => {
+    const hidden = model.hidden(fromHost(Int32Array.from(ids), [1, ids.length], 'i32', model.backend), { cache })
+    const logits = model.lm_head.forward(hidden.narrow(1, ids.length - wanted, ids.length))
+    return { hidden, logits }
+  })
+  keep({ hidden, logits })
+  const values = (await logits.values()) as Float32Array
+  logits.dispose()
+  const { vocab_size: size } = model.config
+  return { hidden, rows: Array.from({ length: wanted }, (_, i) => values.subarray(i * size, (i + 1) * size)) }
+}
+
+/**
+ * Drafts one token per depth. Module k runs over position i with the hidden state of depth k - 1 there and token i + k; positions whose token
+ * i + k is itself only drafted are run again once it is known, so each module keeps the hidden states it still needs.
+ */
+class Drafter {
+  readonly #model: DeepSeek
+  readonly #depth: number
+  readonly #caches: LatentCache[]
+  /** Per module, hidden states of the depth before at positions that its cache does not hold yet, `[1, n, D]`. */
+  readonly #waiting: Array<Tensor | null>
+
+  constructor(model: DeepSeek, depth: number, capacity: number) {
+    this.#model = model
+    this.#depth = depth
+    const { config, backend } = model
+    this.#caches = Array.from({ length: depth }, () => new LatentCache(config, { layers: 1, capacity, backend }))
+    this.#waiting = new Array<Tensor | null>(depth).fill(null)
+  }
+
+  /** Takes over `hidden [1, n, D]`, of which the first `confirmed` positions stand; `tokens` are all tokens that are certain. */
+  async draft(hidden: Tensor, confirmed: number, tokens: readonly number[]): Promise<number[]> {
+    const model = this.#model
+    const drafts: number[] = []
+    let incoming = keep(model.infer(() => hidden.narrow(1, 0, confirmed).detach()))
+    hidden.dispose()
+    for (let k = 0; k < this.#depth; k++) {
+      const cache = this.#caches[k]
+      const start = cache.lengths[0]
+      const waiting = this.#waiting[k]
+      const { next, logits, inputs } = keep(
+        model.infer(() => {
+          const inputs = waiting === null ? incoming.detach() : concat([waiting, incoming], 1)
+          const length = inputs.shape[1]
+          // Position i is given token i + k + 1; the last ones of deeper modules are drafts of the shallower ones.
+          const ahead = Int32Array.from(
+            { length },
+            (_, i) => tokens[start + i + k + 1] ?? drafts[start + i + k + 1 - tokens.length],
+          )
+          const ids = fromHost(ahead, [1, length], 'i32', model.backend)
+          const next = model.mtp[k].forward(inputs, ids, { cache, layer: 0 })
+          return { next, logits: model.mtp[k].logits(next.narrow(1, length - 1, length)), inputs }
+        }),
+      )
+      drafts.push(argmax((await logits.values()) as Float32Array))
+      logits.dispose()
+      const certain = Math.max(0, Math.min(inputs.shape[1], tokens.length - (start + k + 1)))
+      cache.advance(certain)
+      waiting?.dispose()
+      const length = inputs.shape[1]
+      this.#waiting[k] = certain === length ? null : keep(model.infer(() => inputs.narrow(1, certain, length).detach()))
+      inputs.dispose()
+      incoming.dispose()
+      incoming = next
+    }
+    incoming.dispose()
+    return drafts
+  }
+
+  dispose(): void {
+    for (const cache of this.#caches) cache.dispose()
+    for (const waiting of this.#waiting) waiting?.dispose()
+  }
+}

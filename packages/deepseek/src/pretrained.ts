@@ -1,0 +1,75 @@
+/** @file Checkpoints in the Hugging Face layout. */
+import { mkdir, readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { isScaleKey, openCheckpoint, readF32, saveCheckpoint, type TensorEntry } from '@moe/checkpoint'
+import { loadStateDict, MoeError, type StateSource, stateDict } from '@moe/core'
+import { type DeepSeekConfigInput, hfConfig, parseConfig } from './config.ts'
+import type { DeepSeek } from './model.ts'
+
+/** Keys that repeat the shared embedding and head inside every MTP layer. */
+const sharedCopies = (model: DeepSeek): Array<[copy: string, of: string]> => {
+  const { num_hidden_layers: layers, num_nextn_predict_layers: depth, tie_word_embeddings: tied } = model.config
+  const head = tied ? 'model.embed_tokens.weight' : 'lm_head.weight'
+  return Array.from({ length: depth }, (_, k) => `model.layers.${layers + k}`).flatMap(prefix => [
+    [`${prefix}.embed_tokens.weight`, 'model.embed_tokens.weight'] as [string, string],
+    [`${prefix}.shared_head.head.weight`, head] as [string, string],
+  ])
+}
+
+/** Internal: see `DeepSeek.save`. */
+export async function savePretrained(model: DeepSeek, folder: string): Promise<void> {
+  await mkdir(folder, { recursive: true })
+  const entries: TensorEntry[] = stateDict(model).map(({ name, dtype, shape, data }) => ({ name, dtype, shape, data }))
+  const byName = new Map(entries.map(entry => [entry.name, entry]))
+  for (const [copy, of] of sharedCopies(model)) entries.push({ ...(byName.get(of) as TensorEntry), name: copy })
+  await saveCheckpoint(folder, entries, { metadata: { format: 'pt' } })
+  await writeFile(join(folder, 'config.json'), `${JSON.stringify(hfConfig(model.config), null, 2)}\n`)
+}
+
+/** Internal: see `DeepSeek.fromPretrained`. */
+export async function loadPretrained(
+  folder: string,
+  make: (config: DeepSeekConfigInput) => DeepSeek,
+): Promise<DeepSeek> {
+  const model = make(await readConfig(folder))
+  try {
+    await loadWeights(model, folder)
+  } catch (error) {
+    model.dispose()
+    throw error
+  }
+  return model
+}
+
+/**
+ * Fills a model from a checkpoint folder. fp8, bf16 and f16 weights are converted to f32.
+ * @throws MoeError E_STATE_DICT when keys or shapes do not fit; the model is then unchanged.
+ */
+export async function loadWeights(model: DeepSeek, folder: string): Promise<void> {
+  await using checkpoint = await openCheckpoint(folder)
+  const source: StateSource = {
+    keys: () => checkpoint.keys().filter(key => !isScaleKey(checkpoint, key)),
+    info: key => ({ dtype: 'f32', shape: checkpoint.info(key).shape }),
+    read: async key => (await readF32(checkpoint, key)).data,
+  }
+  const copies = new Set(sharedCopies(model).map(([copy]) => copy))
+  const { num_hidden_layers: layers, num_nextn_predict_layers: depth } = model.config
+  const beyond = (key: string) => Number(/^model\.layers\.(\d+)\./.exec(key)?.[1] ?? -1) >= layers + depth
+  const tied = (key: string) => model.config.tie_word_embeddings && key === 'lm_head.weight'
+  await loadStateDict(model, source, {
+    ignore: key => copies.has(key) || beyond(key) || tied(key) || key.endsWith('rotary_emb.inv_freq'),
+  })
+}
+
+async function readConfig(folder: string): Promise<DeepSeekConfigInput> {
+  const path = join(folder, 'config.json')
+  try {
+    const json = JSON.parse(await readFile(path, 'utf8')) as DeepSeekConfigInput
+    parseConfig(json)
+    return json
+  } catch (cause) {
+    if (cause instanceof MoeError) throw cause
+    const reason = cause instanceof Error ? cause.message : String(cause)
+    throw new MoeError({ code: 'E_CHECKPOINT', op: path, problem: `cannot be read: ${reason}`, cause })
+  }
+}

@@ -1,0 +1,81 @@
+/**
+ * @file Multi-token prediction (V3 report 2.2, eq. 21-25): module k predicts the token k + 1 places ahead from the hidden state of depth k - 1 and
+ * the embedding of the token k places ahead, so that the causal chain is kept.
+ *
+ * Legend: B batch, T time, D hidden size.
+ */
+import { concat, type Embedding, forkInit, type InitOptions, Linear, Module, RmsNorm, type Tensor } from '@moe/core'
+
+/** A transformer block of the main model: `[B, T, D]` to the same shape. */
+export interface Block<Options> extends Module {
+  forward(x: Tensor, options: Options): Tensor
+}
+
+export interface MtpConfig {
+  readonly hidden_size: number
+  readonly rms_norm_eps?: number
+}
+
+export interface MtpModuleOptions<Options> extends InitOptions {
+  /** The main model's embedding and head, shared: their gradients are the sums over all paths. */
+  readonly embedding: Embedding
+  readonly head: Linear
+  /** Makes the module's own transformer block. */
+  readonly makeBlock: (init: InitOptions) => Block<Options>
+}
+
+/** The norm before the shared head, under its checkpoint name. */
+class SharedHead extends Module {
+  norm: RmsNorm
+
+  constructor(features: number, eps: number | undefined, init: InitOptions) {
+    super()
+    this.norm = new RmsNorm(features, eps, init)
+  }
+}
+
+/**
+ * One depth of multi-token prediction. Keys are those of the released layer `model.layers.{num_hidden_layers + k - 1}`; eh_proj takes
+ * [enorm(embedding); hnorm(hidden)], the order of the released weights (the paper writes the reverse).
+ */
+export class MtpModule<Options = Record<never, never>> extends Module {
+  enorm: RmsNorm
+  hnorm: RmsNorm
+  eh_proj: Linear
+  shared_head: SharedHead
+  block: Block<Options>
+  override readonly transparent = ['block']
+  readonly #embedding: Embedding
+  readonly #head: Linear
+
+  constructor(config: MtpConfig, options: MtpModuleOptions<Options>) {
+    super()
+    const { hidden_size: hidden, rms_norm_eps: eps } = config
+    this.enorm = new RmsNorm(hidden, eps, options)
+    this.hnorm = new RmsNorm(hidden, eps, options)
+    this.eh_proj = new Linear(2 * hidden, hidden, forkInit(options, 'eh_proj'))
+    this.shared_head = new SharedHead(hidden, eps, options)
+    this.block = options.makeBlock(forkInit(options, 'block'))
+    this.#embedding = options.embedding
+    this.#head = options.head
+  }
+
+  /**
+   * Hidden states of the next depth. `hidden_BTD` are those of the depth before (of the main model after its final norm), `nextIds i32 [B, T]` the tokens
+   * k places ahead of each position. Positions stay those of the main model.
+   */
+  forward(hidden_BTD: Tensor, nextIds_BT: Tensor, options: Options): Tensor {
+    const both = concat([this.enorm.forward(this.#embedding.forward(nextIds_BT)), this.hnorm.forward(hidden_BTD)], 2)
+    return this.block.forward(this.eh_proj.forward(both), options)
+  }
+
+  /** What the shared head is applied to. */
+  normalize(hidden_BTD: Tensor): Tensor {
+    return this.shared_head.norm.forward(hidden_BTD)
+  }
+
+  /** Logits `[B, T, V]` of the token k + 1 places ahead. */
+  logits(hidden_BTD: Tensor): Tensor {
+    return this.#head.forward(this.normalize(hidden_BTD))
+  }
+}

@@ -1,0 +1,56 @@
+/** @file What an MoE layer is made of, in the terms of Hugging Face's config.json. */
+import { MoeError, type RouterAttrs } from '@moe/core'
+
+export interface RouterConfig {
+  readonly hidden_size: number
+  readonly moe_intermediate_size: number
+  readonly n_routed_experts: number
+  readonly num_experts_per_tok: number
+  /** Shared experts: one SwiGLU net of n_shared_experts * moe_intermediate_size. 0 or null for none. */
+  readonly n_shared_experts?: number | null
+  /** Groups of experts (nodes). Default 1. */
+  readonly n_group?: number | null
+  /** Groups a token may use. Default all. */
+  readonly topk_group?: number | null
+  /** Divide the gates by their sum. Default true. */
+  readonly norm_topk_prob?: boolean
+  readonly routed_scaling_factor?: number
+  readonly scoring_func?: 'sigmoid' | 'softmax'
+  /** noaux_tc: V3 (bias, groups by their two best). group_limited_greedy: V2 (groups by their best). greedy: no groups. Default noaux_tc. */
+  readonly topk_method?: 'noaux_tc' | 'group_limited_greedy' | 'greedy'
+}
+
+/**
+ * The attributes of the routing op that a configuration means.
+ * @throws MoeError E_CONFIG with every fault in one message.
+ */
+export function routerAttrs(config: RouterConfig): RouterAttrs {
+  const { topk_method: method = 'noaux_tc', n_routed_experts: experts, num_experts_per_tok: topK } = config
+  const grouped = method !== 'greedy'
+  const groups = grouped ? (config.n_group ?? 1) : 1
+  const topGroups = grouped ? (config.topk_group ?? groups) : 1
+  const problems: string[] = []
+  for (const key of ['hidden_size', 'moe_intermediate_size', 'n_routed_experts', 'num_experts_per_tok'] as const) {
+    if (!Number.isInteger(config[key]) || config[key] < 1)
+      problems.push(`${key} = ${config[key]} is not a positive integer`)
+  }
+  if (!Number.isInteger(groups) || groups < 1 || experts % groups !== 0) {
+    problems.push(`n_group = ${groups} does not divide n_routed_experts = ${experts}`)
+  }
+  if (!Number.isInteger(topGroups) || topGroups < 1 || topGroups > groups) {
+    problems.push(`topk_group = ${topGroups} is not in 1..n_group = ${groups}`)
+  }
+  const reachable = Math.floor(experts / groups) * topGroups
+  if (topK > reachable)
+    problems.push(`num_experts_per_tok = ${topK} exceeds the ${reachable} experts of the kept groups`)
+  if (problems.length > 0) throw new MoeError({ code: 'E_CONFIG', op: 'MoELayer', problem: problems.join('; ') })
+  return {
+    scoring: config.scoring_func ?? (method === 'noaux_tc' ? 'sigmoid' : 'softmax'),
+    groups,
+    topGroups,
+    groupScore: method === 'noaux_tc' ? 'top2' : 'max',
+    topK,
+    normalize: config.norm_topk_prob ?? true,
+    scale: config.routed_scaling_factor ?? 1,
+  }
+}

@@ -1,0 +1,40 @@
+/** @file The gate: affinities of tokens to experts and the choice among them (V3 report eq. 12-16). */
+import {
+  type InitOptions,
+  Module,
+  normalParameter,
+  Parameter,
+  type RouterAttrs,
+  type Routing,
+  routerTopk,
+  type Tensor,
+  zeros,
+} from '@moe/core'
+import { type RouterConfig, routerAttrs } from './config.ts'
+
+/** Routing of N tokens over E experts. The bias is f32, moves the choice only, and is changed by a balancer, never by gradients. */
+export class Gate extends Module {
+  /** Expert centroids `[E, hidden]`. */
+  weight: Parameter
+  /** `[E]`, added to the affinities for the choice (noaux_tc only). */
+  declare e_score_correction_bias?: Parameter
+  readonly #attrs: RouterAttrs
+  readonly #noBias: Parameter | null
+
+  constructor(config: RouterConfig, init: InitOptions = {}) {
+    super()
+    this.#attrs = routerAttrs(config)
+    const experts = config.n_routed_experts
+    this.weight = normalParameter([experts, config.hidden_size], 'weight', init)
+    const bias = new Parameter(zeros([experts], { backend: init.backend }), { trainable: false })
+    const biased = (config.topk_method ?? 'noaux_tc') === 'noaux_tc'
+    if (biased) this.e_score_correction_bias = bias
+    this.#noBias = biased ? null : bias
+  }
+
+  /** `[N, hidden]` to gates and chosen experts. The affinities are computed in f32 whatever the precision policy says. */
+  forward(x_ND: Tensor): Routing {
+    const logits_NE = x_ND.matmul(this.weight, { transposeB: true, precision: 'f32' })
+    return routerTopk(logits_NE, this.e_score_correction_bias ?? (this.#noBias as Parameter), this.#attrs)
+  }
+}

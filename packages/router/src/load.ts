@@ -1,0 +1,60 @@
+/** @file Expert loads: counted on the device during training, read once per step, judged on the host. */
+import { isRecomputing, keep, scope, type Tensor } from '@moe/core'
+
+/**
+ * Sums the loads of all micro-batches of a step. Counts exactly once: not in a recomputed forward pass, and only when the layer is told
+ * that it trains.
+ */
+export class LoadCounter {
+  #total: Tensor | null = null
+
+  /** Adds `counts i32 [E]`. */
+  add(counts: Tensor): void {
+    if (isRecomputing()) return
+    const before = this.#total
+    this.#total = keep(before === null ? counts.detach() : scope(() => before.add(counts)))
+    before?.dispose()
+  }
+
+  /** The loads so far, `i32 [E]`, or null when nothing was counted. They stay the counter's. */
+  get total(): Tensor | null {
+    return this.#total
+  }
+
+  /** Starts the next step. */
+  reset(): void {
+    this.#total?.dispose()
+    this.#total = null
+  }
+}
+
+export interface LoadSummary {
+  /** (largest - mean) / mean: 0 when balanced, E/K - 1 when collapsed onto K experts. */
+  readonly maxVio: number
+  /** Standard deviation over mean. */
+  readonly variation: number
+  /** Entropy of the load over that of the uniform one: 1 when balanced. */
+  readonly entropy: number
+  /** Experts without a single token. */
+  readonly dead: readonly number[]
+  /** Experts with more than twice the mean. */
+  readonly hot: readonly number[]
+}
+
+/** Judges the loads of one layer. */
+export function summarizeLoad(load: ArrayLike<number>): LoadSummary {
+  const loads = Array.from(load)
+  const total = loads.reduce((sum, n) => sum + n, 0)
+  const mean = total / loads.length
+  const indices = loads.map((_, i) => i)
+  if (total === 0) return { maxVio: 0, variation: 0, entropy: 1, dead: indices, hot: [] }
+  const variance = loads.reduce((sum, n) => sum + (n - mean) ** 2, 0) / loads.length
+  const entropy = loads.reduce((sum, n) => (n > 0 ? sum - (n / total) * Math.log(n / total) : sum), 0)
+  return {
+    maxVio: (Math.max(...loads) - mean) / mean,
+    variation: Math.sqrt(variance) / mean,
+    entropy: loads.length > 1 ? entropy / Math.log(loads.length) : 1,
+    dead: indices.filter(i => loads[i] === 0),
+    hot: indices.filter(i => loads[i] > 2 * mean),
+  }
+}

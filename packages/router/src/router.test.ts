@@ -1,0 +1,244 @@
+import { readFileSync } from 'node:fs'
+import { fileURLToPath } from 'node:url'
+import { readSafetensors } from '@moe/checkpoint'
+import {
+  backward,
+  checkpoint,
+  fromHost,
+  gradients,
+  loadStateDict,
+  namedParameters,
+  Parameter,
+  Random,
+  randn,
+  routerTopk,
+  setDefaultBackend,
+  stateDict,
+  type Tensor,
+  tensor,
+} from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { assertClose, tolerances } from '@moe/core/testing'
+import { describe, expect, test } from 'vitest'
+import { MoELayer, type RouterConfig, routerAttrs, sequenceBalanceLoss, summarizeLoad, updateBias } from './index.ts'
+
+setDefaultBackend(referenceBackend())
+
+const fixture = (name: string) => fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url))
+const tolerance = { relative: 1e-4, absolute: 1e-5 }
+const gradientTolerance = { relative: 1e-3, absolute: 1e-5 }
+
+for (const name of [
+  'v3',
+  'v3-one-group',
+  'v3-no-norm',
+  'v3-negative-bias',
+  'v3-large-bias',
+  'v2-greedy',
+  'v2-group-limited',
+]) {
+  test(`the released MoE block: ${name}`, async () => {
+    const { config } = JSON.parse(readFileSync(fixture(`${name}.json`), 'utf8')) as { config: RouterConfig }
+    await using file = await readSafetensors(fixture(`${name}.safetensors`))
+    const layer = new MoELayer(config)
+    const own = new Set(stateDict(layer).map(entry => entry.name))
+    await loadStateDict(layer, {
+      keys: () => file.keys().filter(key => own.has(key)),
+      info: key => file.info(key) as never,
+      read: async key => (await file.read(key)).data as Float32Array,
+    })
+    const get = async (key: string) => {
+      const { shape, data } = await file.read(key)
+      return fromHost(data as Float32Array, shape, 'f32')
+    }
+    const x = (await get('hidden_states')).mul(1)
+    x.tracked = true
+    const out = layer.forward(x, { training: true })
+    assertClose('output', await out.values(), (await file.read('output')).data as Float32Array, tolerance)
+    assertClose(
+      'loads',
+      await (layer.load as Tensor).values(),
+      (await file.read('counts')).data as Int32Array,
+      tolerances.exact,
+    )
+
+    const { indices } = layer.gate.forward(x.detach().reshape([-1, config.hidden_size]))
+    const chosen = await indices.values()
+    const expected = (await file.read('ids')).data as Int32Array
+    const k = config.num_experts_per_tok
+    const sorted = (ids: ArrayLike<number>) =>
+      Array.from({ length: ids.length / k }, (_, row) =>
+        Array.from(ids)
+          .slice(row * k, (row + 1) * k)
+          .sort((a, b) => a - b),
+      ).flat()
+    expect(sorted(chosen)).toEqual(sorted(expected))
+
+    const named = namedParameters(layer).filter(({ parameter }) => parameter.trainable)
+    const found = gradients(out, [x, ...named.map(({ parameter }) => parameter)], {
+      gradient: await get('grad_output'),
+    })
+    assertClose(
+      'grad of the input',
+      await (found[0] as Tensor).values(),
+      (await file.read('grad.hidden_states')).data as Float32Array,
+      gradientTolerance,
+    )
+    for (const [i, { name: key, slices }] of named.entries()) {
+      const gradient = await (found[i + 1] as Tensor).values()
+      const parts = await Promise.all(
+        (slices ?? [key]).map(async slice => (await file.read(`grad.${slice}`)).data as Float32Array),
+      )
+      assertClose(
+        `grad of ${key}`,
+        gradient,
+        parts.flatMap(part => Array.from(part)),
+        gradientTolerance,
+      )
+    }
+    layer.updateBias({ speed: 0 })
+  })
+}
+
+test('sequence-wise balance loss and its gradient', async () => {
+  const { config, sequenceBalanceLoss: expected } = JSON.parse(readFileSync(fixture('v3.json'), 'utf8'))
+  await using file = await readSafetensors(fixture('v3.safetensors'))
+  const { shape, data } = await file.read('router_logits')
+  const logits = fromHost(data as Float32Array, shape, 'f32').mul(1)
+  logits.tracked = true
+  const loss = sequenceBalanceLoss(logits.sigmoid(), 2, config.num_experts_per_tok)
+  expect(await loss.detach().item()).toBeCloseTo(expected, 5)
+  const [gradient] = gradients(loss, [logits])
+  assertClose(
+    'gradient',
+    await (gradient as Tensor).values(),
+    (await file.read('seq_loss.grad_logits')).data as Float32Array,
+    gradientTolerance,
+  )
+})
+
+describe('balance', () => {
+  test('perfectly uniform routing has a sequence loss of 1, collapse onto K of E experts E / K', async () => {
+    // Token t prefers experts t and t + 1 of 4, in turn.
+    const uniform = tensor(
+      Array.from({ length: 16 }, (_, i) => (((i % 4) - Math.floor(i / 4) + 4) % 4 < 2 ? 0.9 : 0.1)),
+      [4, 4],
+    )
+    expect(await sequenceBalanceLoss(uniform, 1, 2).item()).toBeCloseTo(1, 6)
+    const collapsed = tensor(
+      Array.from({ length: 16 }, (_, i) => (i % 4 < 2 ? 1 : 1e-9)),
+      [4, 4],
+    )
+    expect(await sequenceBalanceLoss(collapsed, 1, 2).item()).toBeCloseTo(2, 6)
+  })
+
+  test('the bias moves against the load by γ, and not at all at γ = 0', async () => {
+    const bias = new Parameter(tensor([0, 0, 0, 0]), { trainable: false })
+    const load = tensor(Int32Array.of(10, 2, 4, 0))
+    updateBias(bias, load, { speed: 0.5 })
+    expect(Array.from(await bias.values())).toEqual([-0.5, 0.5, 0, 0.5])
+    updateBias(bias, load, { speed: 0 })
+    expect(Array.from(await bias.values())).toEqual([-0.5, 0.5, 0, 0.5])
+    updateBias(bias, load, { speed: 1, recentre: true })
+    const values = Array.from(await bias.values())
+    expect(values.reduce((a, b) => a + b, 0)).toBeCloseTo(0.5, 6)
+  })
+
+  test('aux-free balancing brings a skewed gate to balance', async () => {
+    const random = new Random(2)
+    const x = randn([1, 256, 8], random)
+    const layer = new MoELayer(config8, { random, deviation: 0.5 })
+    let vio = Number.POSITIVE_INFINITY
+    for (let step = 0; step < 200; step++) {
+      layer.forward(x, { training: true })
+      vio = summarizeLoad(await (layer.load as Tensor).values()).maxVio
+      if (step === 0) expect(vio).toBeGreaterThan(0.3)
+      layer.updateBias({ speed: 0.01 })
+    }
+    expect(vio).toBeLessThan(0.1)
+  })
+
+  test('MaxVio: 0 when uniform, N / K - 1 when collapsed', () => {
+    expect(summarizeLoad([5, 5, 5, 5]).maxVio).toBe(0)
+    expect(summarizeLoad([...new Array(8).fill(7), ...new Array(248).fill(0)]).maxVio).toBe(31)
+    const collapsed = summarizeLoad([9, 9, 0, 0, 0, 0, 0, 0])
+    expect(collapsed).toMatchObject({ maxVio: 3, dead: [2, 3, 4, 5, 6, 7], hot: [0, 1] })
+    expect(summarizeLoad([3, 3]).entropy).toBeCloseTo(1, 12)
+  })
+})
+
+const config8: RouterConfig = {
+  hidden_size: 8,
+  moe_intermediate_size: 6,
+  n_routed_experts: 8,
+  num_experts_per_tok: 2,
+  n_shared_experts: 1,
+  n_group: 4,
+  topk_group: 2,
+  routed_scaling_factor: 2.5,
+}
+
+describe('counters', () => {
+  test('tokens times K are counted once in training, not in evaluation, once under recomputation', async () => {
+    const random = new Random(8)
+    const layer = new MoELayer(config8, { random, deviation: 0.5 })
+    const x = randn([2, 5, 8], random)
+    const total = async () => Array.from(await (layer.load as Tensor).values()).reduce((a, b) => a + b, 0)
+    layer.forward(x)
+    expect(layer.load).toBeNull()
+    layer.forward(x, { training: true })
+    expect(await total()).toBe(20)
+    layer.forward(x, { training: true })
+    expect(await total()).toBe(40)
+    layer.updateBias()
+    expect(layer.load).toBeNull()
+    const out = checkpoint(input => layer.forward(input, { training: true }), x)
+    backward(out.sum())
+    expect(await total()).toBe(20)
+    layer.updateBias()
+  })
+
+  test('recomputation gives the gradients of the plain pass', async () => {
+    const random = new Random(9)
+    const layer = new MoELayer(config8, { random, deviation: 0.5 })
+    const x = randn([1, 6, 8], random)
+    backward(layer.forward(x).mul(2).sum())
+    const plain = await (layer.gate.weight.grad as Tensor).values()
+    for (const { parameter } of namedParameters(layer)) parameter.zeroGrad()
+    backward(
+      checkpoint(input => layer.forward(input), x)
+        .mul(2)
+        .sum(),
+    )
+    assertClose('gate', await (layer.gate.weight.grad as Tensor).values(), plain, tolerances.elementwise)
+  })
+})
+
+describe('gates', () => {
+  const attrs = routerAttrs(config8)
+  test('sum to the scaling factor, do not depend on the bias, and a common offset of all biases changes nothing', async () => {
+    const logits = randn([20, 8], new Random(1))
+    const zero = routerTopk(logits, tensor(new Float32Array(8)), attrs)
+    const shifted = routerTopk(logits, tensor(new Float32Array(8).fill(6.9)), attrs)
+    const sums = await zero.weights.sum(1).values()
+    for (const sum of sums) expect(sum).toBeCloseTo(2.5, 5)
+    expect(await shifted.indices.values()).toEqual(await zero.indices.values())
+    expect(await shifted.weights.values()).toEqual(await zero.weights.values())
+  })
+
+  test('differences of biases far below bf16 resolution still decide (the bias stays f32)', async () => {
+    const logits = tensor(new Float32Array(8), [1, 8])
+    const bias = tensor([6.9, 6.9001, 6.9, 6.9, 6.9, 6.9, 6.9, 6.9002])
+    const { indices } = routerTopk(logits, bias, { ...attrs, groups: 1, topGroups: 1 })
+    expect(Array.from(await indices.values())).toEqual([7, 1])
+  })
+
+  test('a faulty configuration is named with every fault', () => {
+    expect(() => new MoELayer({ ...config8, n_group: 3, num_experts_per_tok: 0 })).toThrow(
+      /num_experts_per_tok = 0.*n_group = 3 does not divide/,
+    )
+    expect(() => new MoELayer({ ...config8, num_experts_per_tok: 5 })).toThrow(
+      /exceeds the 4 experts of the kept groups/,
+    )
+  })
+})
