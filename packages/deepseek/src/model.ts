@@ -3,7 +3,7 @@
  *
  * Legend: B batch, T time, D hidden size, V vocabulary.
  */
-import { type LatentCache, LatentCache as Cache, RotaryEmbedding } from '@moe/attention-mla'
+import { LatentCache as Cache, type LatentCache, RotaryEmbedding } from '@moe/attention-mla'
 import {
   type Backend,
   defaultBackend,
@@ -25,7 +25,7 @@ import { MtpModule, mtpLoss, shiftTokens, type TokenRows } from '@moe/mtp'
 import { MoELayer, summarizeLoad } from '@moe/router'
 import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './config.ts'
 import { DecoderLayer, type LayerOptions } from './decoder-layer.ts'
-import { type Generation, type GenerateOptions, generate, type TextOptions } from './generate.ts'
+import { type GenerateOptions, type Generation, generate, type TextOptions } from './generate.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
 
 /** What the training loss adds to the next-token loss, and how fast the balance bias moves. Change it between steps for schedules. */

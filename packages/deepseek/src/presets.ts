@@ -58,6 +58,8 @@ const v2: DeepSeekConfigInput = {
   scoring_func: 'softmax',
   norm_topk_prob: false,
   routed_scaling_factor: 16,
+  // Written so in the released config.json: a rounded number, not 1 / sqrt(2).
+  // biome-ignore lint/suspicious/noApproximativeNumericConstant: see above
   rope_scaling: { ...v3.rope_scaling, mscale: 0.707, mscale_all_dim: 0.707 },
   num_nextn_predict_layers: 0,
   bos_token_id: 100000,

@@ -5,7 +5,7 @@ import { MoeError } from '../errors.ts'
 import { Parameter } from '../nn/parameter.ts'
 import { keep, scope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
-import { full, record, type TapeNode, Tensor, type Vjp } from '../tensor.ts'
+import { full, record, type TapeNode, type Tensor, type Vjp } from '../tensor.ts'
 import { rules } from './rules.ts'
 
 export interface BackwardOptions {
@@ -23,7 +23,7 @@ export interface BackwardOptions {
  * @throws MoeError E_NO_GRADIENT when the loss depends on no parameter, E_SHAPE when it is not a scalar and no gradient is given.
  */
 export function backward(loss: Tensor, options: BackwardOptions = {}): void {
-  walk([loss], [options.gradient ?? seed(loss)], options.retain === true, accumulate)
+  walk([loss], [seed(loss, options.gradient)], options.retain === true, accumulate)
   if (options.retain !== true) loss.node = null
 }
 
@@ -38,11 +38,20 @@ export function gradients(loss: Tensor, of: readonly Tensor[], options: Backward
     if (wanted.has(leaf)) add(found, leaf, keep(gradient))
     else gradient.dispose()
   }
-  walk([loss], [options.gradient ?? seed(loss)], options.retain === true, collect, wanted)
+  walk([loss], [seed(loss, options.gradient)], options.retain === true, collect, wanted)
   return of.map(tensor => found.get(tensor) ?? null)
 }
 
-function seed(loss: Tensor): Tensor {
+function seed(loss: Tensor, given?: Tensor): Tensor {
+  if (given !== undefined) {
+    if (sameShape(given.shape, loss.shape)) return given
+    throw new MoeError({
+      code: 'E_SHAPE',
+      op: 'backward',
+      problem: `the gradient has shape ${showShape(given.shape)}, the loss ${showShape(loss.shape)}`,
+      fix: 'give both the same shape',
+    })
+  }
   if (loss.size !== 1) {
     throw new MoeError({
       code: 'E_SHAPE',

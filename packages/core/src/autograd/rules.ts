@@ -135,7 +135,7 @@ export const rules: { readonly [P in PrimitiveName]: Vjp<OpAttrs[P]> } = {
     return [null, dy === null ? null : dy.takeRows(index)]
   },
 
-  setRows({ inputs: [x, index, source], needs }, [dy]) {
+  setRows({ inputs: [, index, source], needs }, [dy]) {
     if (dy === null) return [null, null, null]
     if (needs(2)) {
       throw new MoeError({

@@ -82,7 +82,7 @@ function visitValue(
   } else if (value instanceof Module) {
     visit(value, name, found, seen)
   } else if (Array.isArray(value)) {
-    value.forEach((item, i) => visitValue(module, field, item, join(name, String(i)), prefix, found, seen))
+    for (const [i, item] of value.entries()) visitValue(module, field, item, join(name, String(i)), prefix, found, seen)
   }
 }
 

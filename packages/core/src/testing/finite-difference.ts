@@ -1,6 +1,7 @@
 /** @file Central differences in f64 on the reference backend: the ground truth of gradients. */
-import type { Tensor } from '../tensor.ts'
+
 import { readF64 } from '../reference/index.ts'
+import type { Tensor } from '../tensor.ts'
 
 /**
  * d loss / d input, element by element. `loss` is run twice per element and must give a scalar on the reference backend;

@@ -1,12 +1,13 @@
 /** @file The backend suite: what every backend must do, as a list of named checks that any test runner can run. */
-import type { Backend, FusedName, OpName, PrimitiveName } from '../backend.ts'
+
 import { backward, gradients } from '../autograd/backward.ts'
+import type { Backend, FusedName, OpName, PrimitiveName } from '../backend.ts'
+import { noGrad } from '../context.ts'
 import { dtypes, encodeHost } from '../dtype.ts'
 import { isMoeError } from '../errors.ts'
 import { adamwStep } from '../fused/adamw.ts'
 import { fusedDefinitions } from '../fused/index.ts'
 import { Linear } from '../nn/layers.ts'
-import { noGrad } from '../context.ts'
 import { Random } from '../random.ts'
 import { referenceBackend } from '../reference/index.ts'
 import { scope } from '../scope.ts'

@@ -1,6 +1,6 @@
 /** @file Cases of the fused ops: each is compared with its decomposition on the reference backend, values and gradients. */
 import type { Precision, RouterAttrs } from '../../backend.ts'
-import { type CaseInput, f32, given, i32, opCase, type OpCase, uniform } from '../case.ts'
+import { type CaseInput, f32, given, i32, type OpCase, opCase, uniform } from '../case.ts'
 import { tolerances } from '../compare.ts'
 
 const inf = Number.POSITIVE_INFINITY

@@ -1,6 +1,6 @@
 /** @file Cases of the primitives: usual sizes, tails, broadcasting, empty tensors, special values, every dtype they promise. */
 import type { BinaryCode, UnaryCode } from '../../backend.ts'
-import { f32, given, i32, mask, opCase, type OpCase, uniform } from '../case.ts'
+import { f32, given, i32, mask, type OpCase, opCase, uniform } from '../case.ts'
 import { tolerances } from '../compare.ts'
 
 const { NaN: nan, POSITIVE_INFINITY: inf } = Number
