@@ -1,1 +1,36 @@
-export {}
+/** @file Public interface of @moe/trainer. */
+export { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
+export { type Corpus, type TextFilesOptions, type TextOptions, textFiles, texts } from './data/corpus.ts'
+export { type EvaluationBatch, type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
+export { type DocumentTokens, TokenDataset } from './data/token-dataset.ts'
+export { type OrderOptions, TrainingOrder } from './data/training-order.ts'
+export { type EvaluateOptions, type Evaluation, evaluate } from './evaluate.ts'
+export type {
+  CheckpointEvent,
+  EndEvent,
+  EvaluationEvent,
+  NoticeEvent,
+  StartEvent,
+  StepEvent,
+  StopEvent,
+  TrainEvent,
+  TrainListener,
+} from './events.ts'
+export type { LossOptions, LossOutput, TextTokenizer, TokenBatch, TrainableModel } from './model.ts'
+export { AdamW, type AdamWOptions, decaysMatrices } from './optim/adamw.ts'
+export { clipScale, gradientNorm } from './optim/clip.ts'
+export type { Optimizer } from './optim/optimizer.ts'
+export {
+  type CosineOptions,
+  type Schedule,
+  type StableDecayOptions,
+  warmupConstant,
+  warmupCosine,
+  warmupStableDecay,
+} from './optim/schedule.ts'
+export type { TokenData, TrainOptions } from './options.ts'
+export { type MetricsLine, readMetrics } from './report/metrics-log.ts'
+export { type ProgressOptions, type ProgressStream, progress } from './report/progress.ts'
+export { writeSummary } from './report/summary.ts'
+export type { TrainResult } from './result.ts'
+export { type StepNumbers, type StepOptions, trainingStep } from './training-step.ts'

@@ -1,0 +1,110 @@
+/** @file The checkpoints of a run on disk: `step-000600` folders that appear whole or not at all, and which of them is the latest. */
+import { randomBytes } from 'node:crypto'
+import { existsSync } from 'node:fs'
+import { mkdir, open, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { MoeError } from '@moe/core'
+
+const statePattern = /^step-(\d{6,})$/
+const temporaryPrefix = '.writing-'
+const latestFile = 'latest'
+
+/** Name of the file that makes a checkpoint folder complete. */
+export const STATE_FILE = 'trainer.json'
+
+export const checkpointName = (step: number): string => `step-${String(step).padStart(6, '0')}`
+
+/** Steps that have a complete checkpoint, ascending. */
+export async function checkpointSteps(folder: string): Promise<number[]> {
+  if (!existsSync(folder)) return []
+  const names = await readdir(folder)
+  return names
+    .filter(name => statePattern.test(name) && existsSync(join(folder, name, STATE_FILE)))
+    .map(name => Number(name.match(statePattern)?.[1]))
+    .sort((a, b) => a - b)
+}
+
+/** Path of the checkpoint that was saved last, or undefined when there is none. */
+export async function latestCheckpoint(folder: string): Promise<string | undefined> {
+  const steps = await checkpointSteps(folder)
+  if (steps.length === 0) return undefined
+  const pointer = join(folder, latestFile)
+  const name = existsSync(pointer) ? (await readFile(pointer, 'utf8')).trim() : ''
+  const known = steps.some(step => checkpointName(step) === name)
+  return join(folder, known ? name : checkpointName(steps[steps.length - 1]))
+}
+
+/**
+ * Saves one checkpoint: `write` fills a temporary folder, which is then renamed to its place; `latest` is pointed to it, and of the earlier ones the
+ * last `keep - 1` stay. If anything fails, a full disk included, what was written is removed and every earlier checkpoint is whole.
+ * @returns path of the checkpoint
+ * @throws MoeError E_CHECKPOINT
+ */
+export async function publishCheckpoint(
+  folder: string,
+  step: number,
+  keep: number,
+  write: (temporary: string) => Promise<void>,
+): Promise<string> {
+  const name = checkpointName(step)
+  const path = join(folder, name)
+  const temporary = join(folder, `${temporaryPrefix}${name}-${process.pid}-${randomBytes(4).toString('hex')}`)
+  const replaced = `${temporary}-replaced`
+  try {
+    await mkdir(folder, { recursive: true })
+    await removeLeftovers(folder)
+    await mkdir(temporary)
+    await write(temporary)
+    await syncPath(temporary)
+    if (existsSync(path)) await rename(path, replaced)
+    await rename(temporary, path)
+    await pointLatest(folder, name)
+    await rm(replaced, { recursive: true, force: true })
+  } catch (cause) {
+    await rm(temporary, { recursive: true, force: true }).catch(() => {})
+    if (existsSync(replaced) && !existsSync(path)) await rename(replaced, path).catch(() => {})
+    throw await saveError(folder, path, step, cause)
+  }
+  const earlier = (await checkpointSteps(folder)).filter(other => other < step)
+  for (const old of earlier.slice(0, Math.max(0, earlier.length - (keep - 1)))) {
+    await rm(join(folder, checkpointName(old)), { recursive: true, force: true })
+  }
+  return path
+}
+
+async function pointLatest(folder: string, name: string): Promise<void> {
+  const temporary = join(folder, `.${latestFile}.tmp`)
+  await writeFile(temporary, `${name}\n`)
+  await rename(temporary, join(folder, latestFile))
+  await syncPath(folder)
+}
+
+/** What a killed process left half written. */
+async function removeLeftovers(folder: string): Promise<void> {
+  for (const name of await readdir(folder)) {
+    if (name.startsWith(temporaryPrefix)) await rm(join(folder, name), { recursive: true, force: true })
+  }
+}
+
+/** Makes names in a folder survive a power failure, where the system can flush folders. */
+async function syncPath(path: string): Promise<void> {
+  const handle = await open(path, 'r').catch(() => undefined)
+  await handle?.sync().catch(() => {})
+  await handle?.close()
+}
+
+async function saveError(folder: string, path: string, step: number, cause: unknown): Promise<MoeError> {
+  const previous = await latestCheckpoint(folder).catch(() => undefined)
+  const reason = cause instanceof Error ? cause.message : String(cause)
+  return new MoeError({
+    code: 'E_CHECKPOINT',
+    op: path,
+    problem: `saving step ${step} failed: ${reason}`,
+    fix:
+      previous === undefined
+        ? 'the run has no earlier checkpoint; free some space or choose another folder'
+        : `${previous} is whole: free some space and resume from it`,
+    details: { step, previous },
+    cause,
+  })
+}

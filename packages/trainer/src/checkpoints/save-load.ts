@@ -1,0 +1,122 @@
+/** @file What a checkpoint holds: the model in the Hugging Face layout, the optimizer's state, the trainer's state. */
+import { mkdir, open, readFile } from 'node:fs/promises'
+import { basename, join } from 'node:path'
+import { openCheckpoint, readSafetensors, saveCheckpoint, type TensorSource, writeSafetensors } from '@moe/checkpoint'
+import { type HostArray, isMoeError, loadStateDict, MoeError, type StateSource, stateDict } from '@moe/core'
+import type { TextTokenizer, TrainableModel } from '../model.ts'
+import type { Optimizer } from '../optim/optimizer.ts'
+import { publishCheckpoint, STATE_FILE } from './checkpoint-folder.ts'
+import {
+  checkSameRun,
+  decodeTrainerState,
+  encodeTrainerState,
+  type RunRecord,
+  type TrainerState,
+} from './trainer-state.ts'
+
+const MODEL_FOLDER = 'model'
+const OPTIMIZER_FILE = 'optimizer.safetensors'
+
+export interface CheckpointParts {
+  readonly model: TrainableModel
+  readonly optimizer: Optimizer
+  readonly tokenizer?: TextTokenizer
+}
+
+/** Saves a checkpoint below `folder` and returns its path. See `publishCheckpoint` for what a failure leaves. */
+export async function saveTraining(
+  folder: string,
+  parts: CheckpointParts,
+  state: TrainerState,
+  keep: number,
+): Promise<string> {
+  const { model, optimizer, tokenizer } = parts
+  return publishCheckpoint(folder, state.step, keep, async temporary => {
+    const modelFolder = join(temporary, MODEL_FOLDER)
+    await mkdir(modelFolder)
+    if (model.save === undefined) await saveCheckpoint(modelFolder, stateDict(model))
+    else await model.save(modelFolder)
+    if (tokenizer?.toJSON !== undefined) {
+      await writeFlushed(join(modelFolder, 'tokenizer.json'), `${JSON.stringify(tokenizer.toJSON(), null, 2)}\n`)
+    }
+    await writeSafetensors(join(temporary, OPTIMIZER_FILE), optimizer.entries(), {
+      metadata: { optimizer: optimizer.name },
+    })
+    // Last, because its presence makes the checkpoint complete.
+    await writeFlushed(join(temporary, STATE_FILE), encodeTrainerState(state))
+  })
+}
+
+async function writeFlushed(path: string, text: string): Promise<void> {
+  const file = await open(path, 'wx')
+  try {
+    await file.writeFile(text)
+    await file.sync()
+  } finally {
+    await file.close()
+  }
+}
+
+/**
+ * Fills model and optimizer from a checkpoint. Everything is opened and compared first: on an error nothing was changed.
+ * @param record of the run that goes on; null takes the checkpoint whatever its settings were
+ * @throws MoeError E_CHECKPOINT for a truncated or foreign checkpoint or other settings, E_STATE_DICT for another model
+ */
+export async function loadTraining(
+  path: string,
+  parts: CheckpointParts,
+  record: RunRecord | null,
+): Promise<TrainerState> {
+  const { model, optimizer } = parts
+  const statePath = join(path, STATE_FILE)
+  const text = await readFile(statePath, 'utf8').catch(cause => {
+    throw new MoeError({
+      code: 'E_CHECKPOINT',
+      op: path,
+      problem: `it is no checkpoint of a training run: ${basename(statePath)} cannot be read (${(cause as Error).message})`,
+      fix: 'pass a step-… folder below the checkpoints folder of a run',
+      cause,
+    })
+  })
+  const state = decodeTrainerState(statePath, text)
+  if (record !== null) checkSameRun(path, state.record, record)
+  const sources: TensorSource[] = []
+  try {
+    const stored = await openCheckpoint(join(path, MODEL_FOLDER))
+    sources.push(stored)
+    const moments = await readSafetensors(join(path, OPTIMIZER_FILE))
+    sources.push(moments)
+    if (moments.metadata['optimizer'] !== optimizer.name) {
+      throw new MoeError({
+        code: 'E_CHECKPOINT',
+        op: moments.path,
+        problem: `it is the state of ${moments.metadata['optimizer'] ?? 'an unnamed optimizer'}, not of ${optimizer.name}`,
+        fix: 'resume with the optimizer that the run was started with; nothing was changed',
+      })
+    }
+    // Headers account for every byte of their files by now. Both loads compare all names and shapes before they change anything; the
+    // model comes last, because a failed run throws its optimizer away.
+    await optimizer.load(stateSource(moments), state.step)
+    await loadStateDict(model, stateSource(stored))
+  } catch (error) {
+    if (isMoeError(error)) throw error
+    throw new MoeError({
+      code: 'E_CHECKPOINT',
+      op: path,
+      problem: error instanceof Error ? error.message : String(error),
+      fix: 'resume from another checkpoint of the run',
+      cause: error,
+    })
+  } finally {
+    for (const source of sources) await source.close()
+  }
+  return state
+}
+
+function stateSource(source: TensorSource): StateSource {
+  return {
+    keys: () => source.keys(),
+    info: name => source.info(name) as ReturnType<StateSource['info']>,
+    read: async name => (await source.read(name)).data as HostArray,
+  }
+}

@@ -1,0 +1,71 @@
+/** @file `trainer.json`: what a checkpoint holds beside tensors, and how it is compared with the run that wants to go on from it. */
+import { MoeError } from '@moe/core'
+
+/** Everything that decides which numbers a run gives. Two runs with the same record, model and backend give the same bits. */
+export type RunRecord = Readonly<Record<string, string | number | boolean | null>>
+
+export interface TrainerState {
+  /** Steps done. The place in the data, the random numbers and the schedule follow from it. */
+  readonly step: number
+  /** Positions trained on. */
+  readonly tokens: number
+  /** Seconds of training, without evaluation and saving. */
+  readonly trainSeconds: number
+  readonly record: RunRecord
+}
+
+const format = 'moe-trainer'
+const version = 1
+
+export function encodeTrainerState(state: TrainerState): string {
+  return `${JSON.stringify({ format, version, ...state }, null, 2)}\n`
+}
+
+/** @throws MoeError E_CHECKPOINT when the text is not a whole state of this format */
+export function decodeTrainerState(path: string, text: string): TrainerState {
+  let value: unknown
+  try {
+    value = JSON.parse(text)
+  } catch (cause) {
+    throw unreadable(path, `is not whole JSON (${(cause as Error).message})`, cause)
+  }
+  const state = (value ?? {}) as Partial<TrainerState> & { format?: unknown; version?: unknown }
+  if (state.format !== format)
+    throw unreadable(path, `is not a state of this trainer (format ${JSON.stringify(state.format)})`)
+  if (state.version !== version)
+    throw unreadable(path, `has version ${JSON.stringify(state.version)}, this trainer reads ${version}`)
+  const { step, tokens, trainSeconds, record } = state
+  const counts = { step, tokens, trainSeconds }
+  for (const [name, count] of Object.entries(counts)) {
+    if (typeof count !== 'number' || !(count >= 0)) throw unreadable(path, `has ${name} ${JSON.stringify(count)}`)
+  }
+  if (!Number.isSafeInteger(step)) throw unreadable(path, `has step ${step}`)
+  if (typeof record !== 'object' || record === null) throw unreadable(path, 'has no record of the run')
+  return { step: step as number, tokens: tokens as number, trainSeconds: trainSeconds as number, record }
+}
+
+const unreadable = (path: string, problem: string, cause?: unknown) =>
+  new MoeError({
+    code: 'E_CHECKPOINT',
+    op: path,
+    problem,
+    fix: 'resume from another checkpoint of the run; nothing was changed',
+    cause,
+  })
+
+/** @throws MoeError E_CHECKPOINT that lists every difference */
+export function checkSameRun(path: string, stored: RunRecord, own: RunRecord): void {
+  const keys = [...new Set([...Object.keys(stored), ...Object.keys(own)])]
+  const show = (value: unknown) => (value === undefined ? 'nothing' : JSON.stringify(value))
+  const differences = keys
+    .filter(key => stored[key] !== own[key])
+    .map(key => `${key}: saved with ${show(stored[key])}, now ${show(own[key])}`)
+  if (differences.length === 0) return
+  throw new MoeError({
+    code: 'E_CHECKPOINT',
+    op: path,
+    problem: `it belongs to a run with other settings, so that going on would not continue it:\n${differences.map(line => `  ${line}`).join('\n')}\n`,
+    fix: 'use the same settings, or pass allowChanges: true to go on with the new ones; nothing was changed',
+    details: { differences },
+  })
+}

@@ -1,0 +1,180 @@
+/** @file Texts to train on and texts held out, from files or from memory. */
+import { isUtf8 } from 'node:buffer'
+import { readFileSync, statSync } from 'node:fs'
+import { join, resolve } from 'node:path'
+import { MoeError, Random } from '@moe/core'
+import { globSync } from 'tinyglobby'
+
+/** Documents to train on, and documents that are only measured on. */
+export interface Corpus {
+  readonly training: readonly string[]
+  readonly validation: readonly string[]
+}
+
+export interface TextOptions {
+  /**
+   * Held-out documents: a fraction in [0, 1) of the documents, drawn by `seed`, or the documents themselves. Of a corpus of one
+   * document the last part is held out. Default 0.
+   */
+  readonly validation?: number | Iterable<string>
+  /** Names the draw of held-out documents; the same seed and documents give the same draw. Default 0. */
+  readonly seed?: number
+}
+
+export interface TextFilesOptions {
+  /** As in `TextOptions`, or glob patterns of the files to hold out. */
+  readonly validation?: number | { readonly files: string | readonly string[] }
+  /** Cuts each file into documents. Default: a file is a document. */
+  readonly separator?: string | RegExp
+  readonly seed?: number
+  /** Folder that patterns and paths are relative to. Default: the current one. */
+  readonly cwd?: string
+}
+
+/**
+ * A corpus from UTF-8 files: paths, or glob patterns such as `corpus/**` + `/*.txt`, in alphabetical order. All text is read at once.
+ * @throws MoeError E_DATA when nothing matches, a file is not text, or all are empty
+ */
+export function textFiles(patterns: string | readonly string[], options: TextFilesOptions = {}): Corpus {
+  const { validation = 0, separator, seed } = options
+  const cwd = resolve(options.cwd ?? '.')
+  const read = (paths: readonly string[]) => paths.flatMap(path => splitText(readText(path), separator))
+  const paths = findFiles(patterns, cwd)
+  if (typeof validation === 'number') {
+    return texts(read(paths), { validation, seed })
+  }
+  const heldOut = findFiles(validation.files, cwd)
+  const without = paths.filter(path => !heldOut.includes(path))
+  return texts(read(without), { validation: read(heldOut), seed })
+}
+
+/**
+ * A corpus from documents in memory. Empty ones are left out.
+ * @throws MoeError E_DATA when there are none, or when one is not text
+ */
+export function texts(documents: Iterable<string>, options: TextOptions = {}): Corpus {
+  const { validation = 0, seed = 0 } = options
+  const all = checked(documents, 'the corpus')
+  if (typeof validation !== 'number') return { training: all, validation: checked(validation, 'the held-out part') }
+  if (!(validation >= 0 && validation < 1)) {
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'texts',
+      problem: `validation is ${validation}`,
+      fix: 'pass a fraction of at least 0 and below 1, or the held-out documents themselves',
+    })
+  }
+  if (validation === 0) return { training: all, validation: [] }
+  if (all.length === 1) return cutTail(all[0], validation)
+  const count = Math.min(all.length - 1, Math.max(1, Math.round(all.length * validation)))
+  const order = new Random(seed).fork('validation').shuffle(Uint32Array.from(all, (_, i) => i))
+  const heldOut = new Set(order.subarray(0, count))
+  return { training: all.filter((_, i) => !heldOut.has(i)), validation: all.filter((_, i) => heldOut.has(i)) }
+}
+
+/** Cuts one document near the wanted place, at the end of a line if there is one. */
+function cutTail(text: string, fraction: number): Corpus {
+  const wanted = Math.min(text.length - 1, Math.max(1, Math.round(text.length * (1 - fraction))))
+  const line = text.lastIndexOf('\n', wanted - 1) + 1
+  let at = line > wanted / 2 ? line : wanted
+  // Never between the halves of a surrogate pair.
+  if (/[\uDC00-\uDFFF]/.test(text[at] ?? '')) at--
+  if (at <= 0) throw tooSmall(text.length)
+  return { training: [text.slice(0, at)], validation: [text.slice(at)] }
+}
+
+const tooSmall = (characters: number) =>
+  new MoeError({
+    code: 'E_DATA',
+    op: 'texts',
+    problem: `the corpus is one document of ${characters} characters, of which nothing can be held out`,
+    fix: 'give more text, or validation: 0',
+  })
+
+function checked(documents: Iterable<string>, what: string): string[] {
+  const kept: string[] = []
+  let number = 0
+  for (const text of documents) {
+    if (typeof text !== 'string') {
+      throw new MoeError({
+        code: 'E_DATA',
+        op: 'texts',
+        problem: `document ${number} of ${what} is ${text === null ? 'null' : `of type ${typeof text}`}`,
+        fix: 'pass strings; decode bytes first',
+      })
+    }
+    if (text.includes('\0')) {
+      throw new MoeError({
+        code: 'E_DATA',
+        op: 'texts',
+        problem: `document ${number} of ${what} holds NUL characters, so it is hardly text`,
+        fix: 'leave out binary content',
+        details: { document: number },
+      })
+    }
+    if (text.length > 0) kept.push(text)
+    number++
+  }
+  if (kept.length === 0) {
+    throw new MoeError({
+      code: 'E_DATA',
+      op: 'texts',
+      problem: number === 0 ? `${what} has no documents` : `all ${number} documents of ${what} are empty`,
+      fix: 'pass at least one document with text in it',
+    })
+  }
+  return kept
+}
+
+function splitText(text: string, separator: string | RegExp | undefined): string[] {
+  return separator === undefined ? [text] : text.split(separator).filter(part => part.trim().length > 0)
+}
+
+function findFiles(patterns: string | readonly string[], cwd: string): string[] {
+  const list = typeof patterns === 'string' ? [patterns] : patterns
+  const found = new Set<string>()
+  for (const pattern of list) {
+    const kind = statSync(resolve(cwd, pattern), { throwIfNoEntry: false })
+    if (kind?.isDirectory()) {
+      throw new MoeError({
+        code: 'E_DATA',
+        op: 'textFiles',
+        problem: `${pattern} is a folder`,
+        fix: `say which of its files: '${join(pattern, '**', '*.txt')}'`,
+      })
+    }
+    const matches =
+      kind === undefined ? globSync(pattern, { cwd, absolute: true, dot: false }) : [resolve(cwd, pattern)]
+    if (matches.length === 0) {
+      throw new MoeError({
+        code: 'E_DATA',
+        op: 'textFiles',
+        problem: `no file matches ${pattern} in ${cwd}`,
+        fix: 'check the pattern and the current folder, or pass { cwd }',
+      })
+    }
+    for (const path of matches) found.add(path)
+  }
+  return [...found].sort()
+}
+
+function readText(path: string): string {
+  let bytes: Buffer
+  try {
+    bytes = readFileSync(path)
+  } catch (cause) {
+    throw new MoeError({ code: 'E_DATA', op: 'textFiles', problem: (cause as Error).message, cause, details: { path } })
+  }
+  const nul = bytes.indexOf(0)
+  if (nul >= 0 || !isUtf8(bytes)) {
+    throw new MoeError({
+      code: 'E_DATA',
+      op: 'textFiles',
+      problem: nul >= 0 ? `${path} is binary: byte ${nul} is NUL` : `${path} is not UTF-8 text`,
+      fix: 'leave it out of the pattern, or convert it to UTF-8',
+      details: { path },
+    })
+  }
+  const text = bytes.toString('utf8')
+  return text.startsWith('\uFEFF') ? text.slice(1) : text
+}

@@ -1,0 +1,48 @@
+/** @file Strided evaluation: overlapping windows in which every token is predicted once, with context before it. */
+import type { TokenBatch } from '../model.ts'
+import type { TokenDataset } from './token-dataset.ts'
+
+export interface EvaluationOptions {
+  /** Positions of a window. */
+  readonly sequenceLength: number
+  readonly lookahead: number
+  /** Rows of a batch. */
+  readonly batchSize: number
+  /** Measure on about so many tokens, spread evenly over the data. Default: on all. */
+  readonly limit?: number
+}
+
+export interface EvaluationBatch {
+  readonly batch: TokenBatch
+  /** Positions before this one are context. */
+  readonly from: number
+}
+
+/**
+ * Windows that overlap by half: the first counts all its positions, each later one its second half, so that every token of the stream but the first
+ * is predicted exactly once, and all but those of the first window with at least half a window of context.
+ */
+export function* evaluationWindows(data: TokenDataset, options: EvaluationOptions): Generator<EvaluationBatch> {
+  const { sequenceLength, lookahead, batchSize, limit } = options
+  const stride = Math.max(1, sequenceLength >> 1)
+  const all = 1 + Math.ceil(Math.max(0, data.tokens.length - 1 - sequenceLength) / stride)
+  const count = limit === undefined ? all : Math.min(all, Math.max(1, Math.floor(limit / stride)))
+  const length = sequenceLength + lookahead
+  const batchOf = (windows: readonly number[]): TokenBatch => {
+    const tokens = new Int32Array(windows.length * length)
+    const documents = new Int32Array(windows.length * length)
+    windows.forEach((window, row) => {
+      data.copyRow(window * stride, length, tokens, documents, row * length)
+    })
+    return { tokens, documents, rows: windows.length, length }
+  }
+  yield { batch: batchOf([0]), from: 0 }
+  let waiting: number[] = []
+  for (let i = 1; i < count; i++) {
+    waiting.push(Math.floor((i * all) / count))
+    if (waiting.length === batchSize || i === count - 1) {
+      yield { batch: batchOf(waiting), from: sequenceLength - stride }
+      waiting = []
+    }
+  }
+}

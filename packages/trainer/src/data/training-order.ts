@@ -1,0 +1,117 @@
+/** @file Which rows a training step sees: a function of the step number alone, so that nothing but that number need be saved. */
+import { MoeError, Random } from '@moe/core'
+import type { TokenBatch } from '../model.ts'
+import type { TokenDataset } from './token-dataset.ts'
+
+export interface OrderOptions {
+  /** Positions trained on per row. */
+  readonly sequenceLength: number
+  /** Tokens that a row has beyond that; `TrainableModel.lookahead`. */
+  readonly lookahead: number
+  /** Rows of a micro-batch, on each rank. */
+  readonly batchSize: number
+  /** Micro-batches of a step. Default 1. */
+  readonly accumulate?: number
+  /** Names the order. Default 0. */
+  readonly seed?: number
+  /** This process among those that share the work; together the ranks see what one process with a `batchSize` larger by `world` sees. Default 0 of 1. */
+  readonly rank?: number
+  readonly world?: number
+}
+
+/**
+ * Windows of `sequenceLength` positions, each once an epoch, in an order drawn anew for every epoch. Window w starts at token
+ * `w * sequenceLength`, so that every token of the stream but the first is predicted once an epoch. The last window is filled up with padding.
+ */
+export class TrainingOrder {
+  readonly data: TokenDataset
+  readonly sequenceLength: number
+  readonly lookahead: number
+  readonly batchSize: number
+  readonly accumulate: number
+  readonly seed: number
+  readonly rank: number
+  readonly world: number
+  /** Windows of an epoch. */
+  readonly windows: number
+  readonly #orders = new Map<number, Uint32Array>()
+
+  /** @throws MoeError E_CONFIG for sizes that are not whole numbers from 1, or a rank outside the world */
+  constructor(data: TokenDataset, options: OrderOptions) {
+    const { sequenceLength, lookahead, batchSize, accumulate = 1, seed = 0, rank = 0, world = 1 } = options
+    const sizes = { sequenceLength, lookahead, batchSize, accumulate, world }
+    const wrong = Object.entries(sizes).filter(([, size]) => !Number.isSafeInteger(size) || size < 1)
+    if (wrong.length > 0 || !Number.isSafeInteger(rank) || rank < 0 || rank >= world) {
+      const problems = wrong.map(([name, size]) => `${name} is ${size}`)
+      throw new MoeError({
+        code: 'E_CONFIG',
+        op: 'TrainingOrder',
+        problem: problems.length > 0 ? problems.join(', ') : `rank is ${rank} of ${world}`,
+        fix: problems.length > 0 ? 'sizes are whole numbers from 1' : 'ranks count from 0',
+      })
+    }
+    this.data = data
+    this.sequenceLength = sequenceLength
+    this.lookahead = lookahead
+    this.batchSize = batchSize
+    this.accumulate = accumulate
+    this.seed = seed
+    this.rank = rank
+    this.world = world
+    this.windows = Math.ceil((data.tokens.length - 1) / sequenceLength)
+  }
+
+  /** Windows of one step, over all micro-batches and ranks. */
+  get windowsPerStep(): number {
+    return this.batchSize * this.accumulate * this.world
+  }
+
+  /** Positions of one step on this rank. */
+  get tokensPerStep(): number {
+    return this.batchSize * this.accumulate * this.sequenceLength
+  }
+
+  /** Epochs, whole and begun, that the first `steps` steps go through. */
+  epochs(steps: number): number {
+    return (steps * this.windowsPerStep) / this.windows
+  }
+
+  /** Number of the window that is seen at place `index` of the endless sequence of windows. */
+  windowAt(index: number): number {
+    const epoch = Math.floor(index / this.windows)
+    return this.#order(epoch)[index - epoch * this.windows]
+  }
+
+  /** The micro-batches of a step (counted from 0) on this rank. */
+  step(step: number): TokenBatch[] {
+    const rows = this.batchSize * this.world
+    return Array.from({ length: this.accumulate }, (_, micro) => {
+      const first = step * this.windowsPerStep + micro * rows + this.rank * this.batchSize
+      return this.#batch(first)
+    })
+  }
+
+  #batch(first: number): TokenBatch {
+    const length = this.sequenceLength + this.lookahead
+    const tokens = new Int32Array(this.batchSize * length)
+    const documents = new Int32Array(this.batchSize * length)
+    for (let row = 0; row < this.batchSize; row++) {
+      const start = this.windowAt(first + row) * this.sequenceLength
+      this.data.copyRow(start, length, tokens, documents, row * length)
+    }
+    return { tokens, documents, rows: this.batchSize, length }
+  }
+
+  #order(epoch: number): Uint32Array {
+    let order = this.#orders.get(epoch)
+    if (order === undefined) {
+      order = new Random(this.seed)
+        .fork(`epoch ${epoch}`)
+        .shuffle(Uint32Array.from({ length: this.windows }, (_, i) => i))
+      // A batch may reach over the end of an epoch, so two are kept.
+      for (const old of this.#orders.keys()) if (old < epoch - 1) this.#orders.delete(old)
+      this.#orders.set(epoch, order)
+    }
+    return order
+  }
+}

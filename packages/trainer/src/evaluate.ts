@@ -1,0 +1,64 @@
+/** @file Loss and bits per byte on held-out text. */
+import { noGrad, type Precision, scope, withPrecision } from '@moe/core'
+import { type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
+import type { TokenDataset } from './data/token-dataset.ts'
+import type { TrainableModel } from './model.ts'
+
+export interface EvaluateOptions extends Omit<EvaluationOptions, 'lookahead'> {
+  /** Arithmetic of matrix products. Default f32. */
+  readonly precision?: Precision
+  /** Stops between two batches; the promise then rejects with the signal's reason. */
+  readonly signal?: AbortSignal
+}
+
+export interface Evaluation {
+  /** Nats per predicted token. */
+  readonly loss: number
+  /**
+   * Bits per UTF-8 byte of the text: all nats (those of end tokens included) / ln 2 / bytes of the text. An estimate from the mean number of
+   * bytes per token when a limit left out part of the data. NaN where the data does not know its bytes.
+   */
+  readonly bitsPerByte: number
+  /** Tokens that were predicted. */
+  readonly tokens: number
+  readonly seconds: number
+}
+
+/**
+ * Measures a model on held-out data with windows that overlap by half: each token is predicted once, with context. A text token that nothing precedes
+ * (where the tokenizer has no begin token) is charged as a uniform choice from the vocabulary.
+ */
+export async function evaluate(
+  model: TrainableModel,
+  data: TokenDataset,
+  options: EvaluateOptions,
+): Promise<Evaluation> {
+  const { precision = 'f32', signal } = options
+  const started = performance.now()
+  let nats = 0
+  let tokens = 0
+  for (const { batch, from } of evaluationWindows(data, { ...options, lookahead: model.lookahead })) {
+    signal?.throwIfAborted()
+    const { nll, count } = scope(() =>
+      noGrad(() =>
+        withPrecision(precision, () => {
+          const output = model.loss(batch, { training: false, from })
+          return { nll: output.nll, count: output.count }
+        }),
+      ),
+    )
+    nats += await nll.item()
+    nll.dispose()
+    tokens += count
+    await new Promise(setImmediate)
+  }
+  const share = data.predictable === 0 ? 0 : tokens / data.predictable
+  const charged = nats + share * data.unpredictable * Math.log(data.vocabSize)
+  const bytes = share * data.textBytes
+  return {
+    loss: tokens === 0 ? Number.NaN : nats / tokens,
+    bitsPerByte: bytes === 0 ? Number.NaN : charged / Math.LN2 / bytes,
+    tokens,
+    seconds: (performance.now() - started) / 1000,
+  }
+}

@@ -1,0 +1,86 @@
+/** @file What a run tells while it goes. Everything that draws, logs or reacts listens to these; nothing else leaves the loop. */
+import type { Evaluation } from './evaluate.ts'
+import type { TrainResult } from './result.ts'
+
+/** Before the first step. */
+export interface StartEvent {
+  readonly type: 'start'
+  readonly backend: string
+  readonly device: string
+  readonly precision: string
+  /** Trainable parameters. */
+  readonly parameters: number
+  /** Steps of the whole run, and those already done by an earlier part of it. */
+  readonly steps: number
+  readonly fromStep: number
+  /** Positions per step on this rank. */
+  readonly tokensPerStep: number
+  readonly trainingTokens: number
+  readonly validationTokens: number
+  /** How often the steps go through the training data. */
+  readonly epochs: number
+  /** Folder of the run, if it has one. */
+  readonly out: string | undefined
+}
+
+/** After each step. Also a line of `metrics.jsonl`. */
+export interface StepEvent {
+  readonly type: 'step'
+  /** 1 for the first. */
+  readonly step: number
+  /** What was minimised. */
+  readonly loss: number
+  /** Nats per predicted token. */
+  readonly nll: number
+  readonly lr: number
+  /** Before clipping. */
+  readonly gradNorm: number
+  /** Positions trained on so far. */
+  readonly tokens: number
+  /** Of this step. */
+  readonly tokensPerSecond: number
+  /** What the model logs: `maxVio`, losses of MTP and balance. */
+  readonly metrics: Readonly<Record<string, number>>
+}
+
+/** Held-out data was measured. */
+export interface EvaluationEvent extends Evaluation {
+  readonly type: 'evaluation'
+  readonly step: number
+  /** Whether it was on all of the data, at the end of the run. */
+  readonly final: boolean
+}
+
+/** A checkpoint is complete on disk. */
+export interface CheckpointEvent {
+  readonly type: 'checkpoint'
+  readonly step: number
+  readonly path: string
+  readonly seconds: number
+}
+
+/** Something that the user should know and that is no error. */
+export interface NoticeEvent {
+  readonly type: 'notice'
+  readonly message: string
+}
+
+/** The run stops before its last step: asked to, or out of time. */
+export interface StopEvent {
+  readonly type: 'stop'
+  readonly reason: 'interrupted' | 'time'
+  readonly step: number
+  readonly steps: number
+  /** The checkpoint to go on from, if the run has a folder. */
+  readonly checkpoint: string | undefined
+}
+
+/** The last event of a run that did not fail. */
+export interface EndEvent {
+  readonly type: 'end'
+  readonly result: TrainResult
+}
+
+export type TrainEvent = StartEvent | StepEvent | EvaluationEvent | CheckpointEvent | NoticeEvent | StopEvent | EndEvent
+
+export type TrainListener = (event: TrainEvent) => void

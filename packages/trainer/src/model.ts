@@ -1,0 +1,65 @@
+/** @file What the trainer asks of a model. Any `Module` that has these few members can be trained. */
+import type { Module, Tensor } from '@moe/core'
+
+/** Rows of consecutive tokens, on the host. */
+export interface TokenBatch {
+  /** `[rows, length]`, row-major. */
+  readonly tokens: Int32Array
+  /**
+   * `[rows, length]`: number of the document that each token belongs to. A position counts in the loss only if the token that it
+   * predicts is of the same document. Padding has negative numbers that never repeat in a row, so that it counts nowhere.
+   */
+  readonly documents: Int32Array
+  readonly rows: number
+  /** Tokens of a row: the trained positions and the model's `lookahead`. */
+  readonly length: number
+}
+
+export interface LossOptions {
+  /** Whether the pass is for training (auxiliary losses, load counters) or for measuring. Default true. */
+  readonly training?: boolean
+  /** Positions before this one are context only and carry no loss (strided evaluation). Default 0. */
+  readonly from?: number
+}
+
+export interface LossOutput {
+  /** Scalar that is minimised: mean over counted positions, with auxiliary terms. */
+  readonly loss: Tensor
+  /** Scalar, detached: sum of the next-token negative log-likelihoods over counted positions, in nats. */
+  readonly nll: Tensor
+  /** Counted positions; known from the batch alone. */
+  readonly count: number
+  /** Scalars to log, detached: the losses of MTP modules, of load balancing. */
+  readonly metrics: Readonly<Record<string, Tensor>>
+}
+
+/** A model that `train` and `evaluate` can run. */
+export interface TrainableModel extends Module {
+  /** Tokens that a row needs beyond the positions that are trained on: 1, and one more for every MTP module. */
+  readonly lookahead: number
+  /** Number of token ids that it has embeddings for. Given, the data is checked against it. */
+  readonly vocabSize?: number
+  /** Synchronous: reads nothing back from the device. */
+  loss(batch: TokenBatch, options?: LossOptions): LossOutput
+  /**
+   * Called once per optimizer step, after it and after all micro-batches (the bias update of load balancing belongs here).
+   * Returns numbers to log, `maxVio` among them for a model with experts.
+   */
+  afterStep?(): Promise<Record<string, number>>
+  /**
+   * Writes `config.json` and `model.safetensors` into a folder that exists, every parameter and buffer in the dtype that it has in
+   * memory, under its `stateDict` key. Without it, the trainer writes the state dict itself.
+   */
+  save?(folder: string): Promise<void>
+}
+
+/** The part of a tokenizer that the trainer uses; `BpeTokenizer` of `@moe/tokenizer-bpe` is one. */
+export interface TextTokenizer {
+  encode(text: string, options?: { addSpecialTokens?: boolean; parseSpecialTokens?: boolean }): ArrayLike<number>
+  /** Ids are 0 .. vocabSize-1. */
+  readonly vocabSize?: number
+  /** Asked for the usual names of the tokens that begin and end a document, unless their ids are given. */
+  tokenToId?(token: string): number | undefined
+  /** Content of `tokenizer.json`, stored beside the model in every checkpoint. */
+  toJSON?(): unknown
+}

@@ -1,0 +1,70 @@
+/** @file Where NaN and infinity came from: looked for only after they were seen. */
+import { type HostArray, type Module, MoeError, type NamedParameter, namedParameters, type Tensor } from '@moe/core'
+
+export interface NonFinite {
+  /** Key of the parameter (of its slice, when it is stacked). */
+  readonly name: string
+  readonly kind: 'value' | 'gradient'
+  /** Elements that are NaN or infinite. */
+  readonly count: number
+  readonly size: number
+}
+
+/** The first parameter, in the order of the model, whose values are not finite; else the first whose gradient is not. */
+export async function findNonFinite(model: Module): Promise<NonFinite | null> {
+  const parameters = namedParameters(model)
+  for (const kind of ['value', 'gradient'] as const) {
+    for (const named of parameters) {
+      const tensor: Tensor | null = kind === 'value' ? named.parameter : named.parameter.grad
+      if (tensor === null || tensor.dtype !== 'f32') continue
+      const found = inspect(named, kind, await tensor.data())
+      if (found !== null) return found
+    }
+  }
+  return null
+}
+
+function inspect(named: NamedParameter, kind: NonFinite['kind'], data: HostArray): NonFinite | null {
+  let first = -1
+  let count = 0
+  for (let i = 0; i < data.length; i++) {
+    if (Number.isFinite(data[i])) continue
+    if (first < 0) first = i
+    count++
+  }
+  if (first < 0) return null
+  const slice = named.slices === undefined ? 0 : Math.floor((first / data.length) * named.slices.length)
+  return { name: named.slices?.[slice] ?? named.name, kind, count, size: data.length }
+}
+
+const place = (where: NonFinite) =>
+  `the ${where.kind === 'value' ? 'values' : 'gradient'} of ${where.name}: ${where.count} of ${where.size} elements`
+
+/** The error for a step whose loss or gradient norm is not a number; looks for the cause in the model as it is. */
+export async function nonFiniteStep(
+  model: Module,
+  step: number,
+  seen: { readonly loss: number; readonly gradNorm: number },
+): Promise<MoeError> {
+  const where = await findNonFinite(model)
+  const first = where === null ? 'each value and gradient is finite by itself' : `not finite first in ${place(where)}`
+  return new MoeError({
+    code: 'E_NAN',
+    op: 'train',
+    problem: `step ${step} has loss ${seen.loss} and gradient norm ${seen.gradNorm}, ${first}`,
+    fix: 'the step was not applied and earlier checkpoints are whole: resume from one with a lower lr or clip',
+    details: { step, loss: seen.loss, gradNorm: seen.gradNorm, parameter: where?.name, kind: where?.kind },
+  })
+}
+
+/** The error for a model that an update has made unusable. */
+export async function nonFiniteModel(model: Module, step: number): Promise<MoeError> {
+  const where = await findNonFinite(model)
+  return new MoeError({
+    code: 'E_NAN',
+    op: 'train',
+    problem: `after step ${step} the model holds ${where === null ? 'weights too large for f32' : `numbers that are not finite, first in ${place(where)}`}`,
+    fix: 'it was not saved and earlier checkpoints are whole: resume from one with a lower lr or clip',
+    details: { step, parameter: where?.name, kind: where?.kind },
+  })
+}

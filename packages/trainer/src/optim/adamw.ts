@@ -1,0 +1,136 @@
+/** @file AdamW (Loshchilov & Hutter 2019) over the parameters of a model. */
+import {
+  adamwStep,
+  fromHost,
+  MoeError,
+  type NamedParameter,
+  Parameter,
+  type StateEntry,
+  type StateSource,
+  sameShape,
+  showShape,
+  type Tensor,
+  zeros,
+} from '@moe/core'
+import type { Optimizer } from './optimizer.ts'
+
+export interface AdamWOptions {
+  /** Decay rates of the two moments. Default [0.9, 0.95], as DeepSeek-V3. */
+  readonly betas?: readonly [number, number]
+  /** Default 1e-8. */
+  readonly eps?: number
+  /** Decoupled weight decay, of those parameters that `decays` says. Default 0.1. */
+  readonly weightDecay?: number
+  /** Whether a parameter's weights decay. Default `decaysMatrices`. */
+  readonly decays?: (named: NamedParameter) => boolean
+}
+
+/** Matrices decay; norms, biases and embedding tables do not. */
+export function decaysMatrices({ name, parameter }: NamedParameter): boolean {
+  return parameter.rank >= 2 && !/(^|\.)(embed_tokens|wte|embedding)\./.test(`${name}.`)
+}
+
+interface Slot {
+  readonly named: NamedParameter
+  readonly weightDecay: number
+  readonly m: Parameter
+  readonly v: Parameter
+}
+
+const moment = (like: Parameter) => new Parameter(zeros(like.shape, like), { trainable: false })
+
+export class AdamW implements Optimizer {
+  readonly name = 'adamw'
+  readonly settings: Readonly<Record<string, unknown>>
+  /** Steps done. */
+  steps = 0
+  readonly #slots: readonly Slot[]
+  readonly #betas: readonly [number, number]
+  readonly #eps: number
+
+  /** Two moments, zeros, for each trainable parameter; others are left out. */
+  constructor(parameters: readonly NamedParameter[], options: AdamWOptions = {}) {
+    const { betas = [0.9, 0.95], eps = 1e-8, weightDecay = 0.1, decays = decaysMatrices } = options
+    this.#betas = betas
+    this.#eps = eps
+    this.#slots = parameters
+      .filter(({ parameter }) => parameter.trainable)
+      .map(named => ({
+        named,
+        weightDecay: decays(named) ? weightDecay : 0,
+        m: moment(named.parameter),
+        v: moment(named.parameter),
+      }))
+    this.settings = {
+      betas: [...betas],
+      eps,
+      weightDecay,
+      decaying: this.#slots.filter(slot => slot.weightDecay !== 0).length,
+    }
+  }
+
+  step(lr: number, gradScale: Tensor): void {
+    this.steps++
+    const [beta1, beta2] = this.#betas
+    for (const { named, weightDecay, m, v } of this.#slots) {
+      const { parameter } = named
+      if (parameter.grad === null) continue
+      const attrs = { lr, beta1, beta2, eps: this.#eps, weightDecay, step: this.steps }
+      const next = adamwStep(parameter, parameter.grad, m, v, gradScale, attrs)
+      parameter.assign(next.param)
+      m.assign(next.m)
+      v.assign(next.v)
+    }
+  }
+
+  entries(): StateEntry[] {
+    return this.#tensors().map(([name, tensor]) => ({
+      name,
+      dtype: tensor.dtype,
+      shape: tensor.shape,
+      data: () => tensor.data(),
+    }))
+  }
+
+  async load(source: StateSource, steps: number): Promise<void> {
+    const own = this.#tensors()
+    const stored = new Set(source.keys())
+    const problems: string[] = []
+    for (const [name, { shape }] of own) {
+      if (!stored.delete(name)) problems.push(`${name} is missing`)
+      else if (!sameShape(source.info(name).shape, shape)) {
+        problems.push(`${name} is stored as ${showShape(source.info(name).shape)}, needs ${showShape(shape)}`)
+      }
+    }
+    for (const name of stored) problems.push(`${name} is unexpected`)
+    if (problems.length > 0) {
+      throw new MoeError({
+        code: 'E_STATE_DICT',
+        op: 'AdamW.load',
+        problem: `the stored optimizer state does not fit the model:\n${problems.map(line => `  ${line}`).join('\n')}\n`,
+        fix: 'resume with the model that the run was started with',
+        details: { problems },
+      })
+    }
+    for (const [name, tensor] of own) {
+      tensor.assign(fromHost(await source.read(name), tensor.shape, tensor.dtype, tensor.backend))
+    }
+    this.steps = steps
+  }
+
+  dispose(): void {
+    for (const { m, v } of this.#slots) {
+      m.dispose()
+      v.dispose()
+    }
+  }
+
+  #tensors(): Array<[string, Parameter]> {
+    return this.#slots.flatMap(
+      ({ named, m, v }): Array<[string, Parameter]> => [
+        [`m.${named.name}`, m],
+        [`v.${named.name}`, v],
+      ],
+    )
+  }
+}

@@ -1,0 +1,158 @@
+/** @file What `train` takes, what is assumed where nothing is said, and what of it a checkpoint must agree with. */
+import { createHash } from 'node:crypto'
+import { MoeError, type NamedParameter, type Precision } from '@moe/core'
+import type { RunRecord } from './checkpoints/trainer-state.ts'
+import type { Corpus } from './data/corpus.ts'
+import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
+import type { TrainListener } from './events.ts'
+import type { TextTokenizer } from './model.ts'
+import type { AdamWOptions } from './optim/adamw.ts'
+import type { Optimizer } from './optim/optimizer.ts'
+import { type Schedule, warmupCosine } from './optim/schedule.ts'
+
+/** Token data that was made beforehand. */
+export interface TokenData {
+  readonly training: TokenDataset
+  readonly validation?: TokenDataset
+}
+
+export interface TrainOptions extends AdamWOptions, DocumentTokens {
+  /** Texts (then `tokenizer` is needed), or tokens. */
+  readonly data: Corpus | TokenData
+  readonly tokenizer?: TextTokenizer
+  /** Optimizer steps of the whole run. */
+  readonly steps: number
+  /** Rows of a micro-batch on this rank. Default 8. */
+  readonly batchSize?: number
+  /** Positions of a row. Default 256. */
+  readonly sequenceLength?: number
+  /** Micro-batches of a step. Default 1. */
+  readonly accumulate?: number
+  /** Peak learning rate. Default 1e-3. */
+  readonly lr?: number
+  /** Default `warmupCosine({ steps })`. */
+  readonly schedule?: Schedule
+  /** Largest norm over all gradients. Default 1; Infinity for none. */
+  readonly clip?: number
+  /** Default AdamW with the settings given here. A function that makes another one from the model's parameters. */
+  readonly optimizer?: (parameters: readonly NamedParameter[]) => Optimizer
+  /** Arithmetic of matrix products. Default f32. */
+  readonly precision?: Precision
+  /** Names the order of the data. Default 0. */
+  readonly seed?: number
+  /** This process among those that share the data. Default 0 of 1. */
+  readonly rank?: number
+  readonly world?: number
+  /** Folder of the run: checkpoints, `metrics.jsonl`, `summary.json`. Default: nothing is written. */
+  readonly out?: string
+  /** Steps between measurements of held-out data; 0 for one at the end only. Default 0. */
+  readonly evalEvery?: number
+  /** Held-out tokens of those measurements, spread evenly. The one at the end takes all. Default 32,768. */
+  readonly evalTokens?: number
+  /** Steps between checkpoints; there is always one at the end. Default 200. */
+  readonly checkpointEvery?: number
+  /** Checkpoints that stay. Default 2. */
+  readonly keepCheckpoints?: number
+  /**
+   * `true`: go on after the latest checkpoint in `out`. `'auto'`: likewise, or begin if there is none. A path: go on from that checkpoint. `false`
+   * (default): begin, and refuse a folder that has checkpoints.
+   */
+  readonly resume?: boolean | 'auto' | (string & {})
+  /** Resume although settings differ from the checkpoint's. The run is then no longer the same, bit for bit. Default false. */
+  readonly allowChanges?: boolean
+  /** Begin in a folder that holds a run, and remove it. Default false. */
+  readonly overwrite?: boolean
+  /** Stops after so many seconds of training in this process, with a checkpoint. */
+  readonly timeLimitSeconds?: number
+  /** Stops like Ctrl-C: finishes the step, saves, returns with `interrupted`. */
+  readonly signal?: AbortSignal
+  /** Listen to SIGINT and SIGTERM while training; a second one ends the process. Default true. */
+  readonly handleSignals?: boolean
+  /** Gets every event, after the built-in listeners. */
+  readonly onEvent?: TrainListener
+  /** Progress on standard error. Default true; a listener to draw in another way. */
+  readonly progress?: boolean | TrainListener
+}
+
+export const defaults = {
+  batchSize: 8,
+  sequenceLength: 256,
+  accumulate: 1,
+  lr: 1e-3,
+  clip: 1,
+  precision: 'f32',
+  seed: 0,
+  rank: 0,
+  world: 1,
+  evalEvery: 0,
+  evalTokens: 32_768,
+  checkpointEvery: 200,
+  keepCheckpoints: 2,
+} as const
+
+export type ResolvedOptions = Required<Pick<TrainOptions, keyof typeof defaults | 'schedule'>> & TrainOptions
+
+/** @throws MoeError E_CONFIG that lists every setting that cannot be */
+export function resolveOptions(options: TrainOptions): ResolvedOptions {
+  const given = Object.fromEntries(
+    Object.entries(options).filter(([, value]) => value !== undefined),
+  ) as unknown as TrainOptions
+  const merged = { ...defaults, ...given }
+  const problems: string[] = []
+  const whole = (name: keyof typeof merged, least: number) => {
+    const value = merged[name]
+    if (!Number.isSafeInteger(value) || (value as number) < least) {
+      problems.push(`${name} is ${value}, needs a whole number from ${least}`)
+    }
+  }
+  whole('steps', 1)
+  for (const name of ['batchSize', 'accumulate', 'world', 'keepCheckpoints', 'checkpointEvery', 'evalTokens'] as const)
+    whole(name, 1)
+  whole('sequenceLength', 2)
+  for (const name of ['seed', 'rank', 'evalEvery'] as const) whole(name, 0)
+  const { lr, clip, rank, world, precision, resume, out } = merged
+  if (!(lr > 0 && Number.isFinite(lr))) problems.push(`lr is ${lr}, needs a positive number`)
+  if (!(clip > 0)) problems.push(`clip is ${clip}, needs a positive number, or Infinity for none`)
+  if (rank >= world) problems.push(`rank is ${rank} of ${world}; ranks count from 0`)
+  if (precision !== 'f32' && precision !== 'bf16') problems.push(`precision is ${precision}, needs 'f32' or 'bf16'`)
+  if (resume && out === undefined) problems.push('resume is given without out, the folder of the run')
+  if (problems.length > 0) {
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'train',
+      problem: problems.length === 1 ? problems[0] : `\n${problems.map(line => `  ${line}`).join('\n')}\n`,
+      fix: 'change these options',
+      details: { problems },
+    })
+  }
+  return { ...merged, schedule: merged.schedule ?? warmupCosine({ steps: merged.steps }) }
+}
+
+/** What a run is, as far as its numbers go. */
+export function recordRun(
+  options: ResolvedOptions,
+  data: TokenDataset,
+  parameters: readonly NamedParameter[],
+  optimizer: Optimizer,
+): RunRecord {
+  const shapes = parameters.map(({ name, parameter }) => `${name} ${parameter.dtype} ${parameter.shape.join('x')}`)
+  return {
+    steps: options.steps,
+    batchSize: options.batchSize,
+    sequenceLength: options.sequenceLength,
+    accumulate: options.accumulate,
+    world: options.world,
+    seed: options.seed,
+    lr: options.lr,
+    schedule: digest(Array.from({ length: options.steps }, (_, step) => options.schedule(step)).join()),
+    // JSON has no Infinity.
+    clip: options.clip === Number.POSITIVE_INFINITY ? null : options.clip,
+    precision: options.precision,
+    optimizer: `${optimizer.name} ${JSON.stringify(optimizer.settings)}`,
+    data: data.digest,
+    dataTokens: data.tokens.length,
+    model: digest(shapes.join()),
+  }
+}
+
+const digest = (text: string) => createHash('sha256').update(text).digest('hex').slice(0, 16)

@@ -1,0 +1,151 @@
+/** @file Draws a run: one redrawn line on a terminal, a plain line now and then elsewhere. */
+import type { EvaluationEvent, StartEvent, StepEvent, TrainEvent, TrainListener } from '../events.ts'
+
+/** The part of a stream that is needed: `process.stderr` is one. */
+export interface ProgressStream {
+  write(text: string): unknown
+  readonly isTTY?: boolean
+  readonly columns?: number
+}
+
+export interface ProgressOptions {
+  /** Default: standard error. */
+  readonly stream?: ProgressStream
+  /** Steps between two lines where the stream is no terminal. Default: a twentieth of the run. */
+  readonly every?: number
+  /** Default: on a terminal, unless NO_COLOR is set. */
+  readonly color?: boolean
+  /** Clock in milliseconds. */
+  readonly now?: () => number
+}
+
+const redrawMs = 100
+const barWidth = 24
+
+/** A listener that shows progress. */
+export function progress(options: ProgressOptions = {}): TrainListener {
+  const { stream = process.stderr, now = () => performance.now() } = options
+  const terminal = stream.isTTY === true
+  const color = options.color ?? (terminal && !process.env['NO_COLOR'])
+  const paint = (code: number, text: string) => (color ? `\x1b[${code}m${text}\x1b[39m` : text)
+  const bold = (text: string) => (color ? `\x1b[1m${text}\x1b[22m` : text)
+  let start: StartEvent | undefined
+  let speed = 0
+  let drawn = false
+  let drawnAt = Number.NEGATIVE_INFINITY
+  let last: StepEvent | undefined
+
+  const clear = () => {
+    if (drawn) stream.write('\r\x1b[2K')
+    drawn = false
+  }
+  const say = (text: string) => {
+    clear()
+    stream.write(`${text}\n`)
+  }
+  const fit = (parts: readonly string[]) => {
+    const kept: string[] = []
+    let used = 0
+    for (const part of parts) {
+      used += part.length + 2
+      if (terminal && used > (stream.columns ?? 100)) break
+      kept.push(part)
+    }
+    return kept
+  }
+  const redraw = (steps: number, event: StepEvent) => {
+    const [bar, count, loss, ...rest] = fit([barOf(event.step / steps), ...stepParts(steps, event, speed, start)])
+    clear()
+    stream.write([paint(32, bar), count ?? '', bold(loss ?? ''), ...rest].join('  ').trimEnd())
+    drawn = true
+    drawnAt = now()
+  }
+
+  return (event: TrainEvent) => {
+    switch (event.type) {
+      case 'start':
+        start = event
+        say(startLine(event))
+        break
+      case 'step': {
+        const { steps = event.step, fromStep = 0 } = start ?? {}
+        last = event
+        // The first step warms up caches and would spoil the estimate for long.
+        speed = event.step <= fromStep + 2 ? event.tokensPerSecond : 0.9 * speed + 0.1 * event.tokensPerSecond
+        const every = options.every ?? Math.max(1, Math.round(steps / 20))
+        if (terminal) {
+          if (now() - drawnAt >= redrawMs || event.step === steps) redraw(steps, event)
+        } else if (event.step % every === 0 || event.step === fromStep + 1 || event.step === steps) {
+          say(stepParts(steps, event, speed, start).join('  '))
+        }
+        break
+      }
+      case 'evaluation':
+        say(evaluationLine(event, paint))
+        if (terminal && last !== undefined && start !== undefined && !event.final) redraw(start.steps, last)
+        break
+      case 'checkpoint':
+        if (!terminal) say(`saved ${event.path}`)
+        break
+      case 'notice':
+        say(`${paint(33, 'note')} ${event.message}`)
+        break
+      case 'stop': {
+        const what = event.reason === 'time' ? 'time is up' : 'interrupted'
+        const where =
+          event.checkpoint === undefined
+            ? 'nothing was saved, because the run has no folder (out)'
+            : `saved ${event.checkpoint}; run the same command with { resume: true } to go on`
+        say(`${paint(33, what)} after step ${event.step} of ${event.steps}: ${where}`)
+        break
+      }
+      case 'end':
+        clear()
+        break
+    }
+  }
+}
+
+function startLine(event: StartEvent): string {
+  const from = event.fromStep > 0 ? `, going on after step ${event.fromStep}` : ''
+  const epochs = event.epochs >= 9.95 ? event.epochs.toFixed(0) : event.epochs.toFixed(1)
+  return `${compact(event.parameters)} parameters on ${event.backend} (${event.device}, ${event.precision}); ${event.steps} steps of ${grouped(event.tokensPerStep)} tokens, ${epochs} epochs of ${compact(event.trainingTokens)}${from}`
+}
+
+function stepParts(steps: number, event: StepEvent, speed: number, start: StartEvent | undefined): string[] {
+  const { maxVio } = event.metrics
+  const left = speed > 0 ? ((steps - event.step) * (start?.tokensPerStep ?? 0)) / speed : 0
+  return [
+    `step ${String(event.step).padStart(String(steps).length)}/${steps}`,
+    `loss ${event.nll.toFixed(3)}`,
+    `${grouped(Math.round(speed))} tokens/s`,
+    ...(maxVio === undefined ? [] : [`MaxVio ${maxVio.toFixed(2)}`]),
+    `ETA ${clock(left)}`,
+  ]
+}
+
+function evaluationLine(event: EvaluationEvent, paint: (code: number, text: string) => string): string {
+  const bytes = Number.isNaN(event.bitsPerByte) ? '' : `, ${paint(36, `${event.bitsPerByte.toFixed(3)} bits per byte`)}`
+  return `step ${event.step}: held-out loss ${event.loss.toFixed(3)}${bytes} (${grouped(event.tokens)} tokens, ${event.seconds.toFixed(1)} s)`
+}
+
+function barOf(fraction: number): string {
+  const filled = Math.round(fraction * barWidth)
+  return '━'.repeat(filled) + '╌'.repeat(barWidth - filled)
+}
+
+const grouped = (value: number) => value.toLocaleString('en-US')
+
+function compact(value: number): string {
+  if (value >= 1e9) return `${(value / 1e9).toFixed(2)}B`
+  if (value >= 1e6) return `${(value / 1e6).toFixed(1)}M`
+  return value >= 1e4 ? `${(value / 1e3).toFixed(0)}k` : grouped(value)
+}
+
+function clock(seconds: number): string {
+  const whole = Math.round(seconds)
+  const two = (value: number) => String(value).padStart(2, '0')
+  const hours = Math.floor(whole / 3600)
+  const minutes = Math.floor(whole / 60) % 60
+  return hours > 0 ? `${hours}:${two(minutes)}:${two(whole % 60)}` : `${minutes}:${two(whole % 60)}`
+}

@@ -1,0 +1,33 @@
+/** @file What a run comes to. */
+import type { Evaluation } from './evaluate.ts'
+
+export interface TrainResult {
+  /** Steps done, earlier parts of the run included. */
+  readonly steps: number
+  /** True when Ctrl-C or the signal ended it; a checkpoint was saved. */
+  readonly interrupted: boolean
+  readonly stopped: 'finished' | 'interrupted' | 'time'
+  readonly backend: string
+  readonly device: string
+  readonly precision: string
+  /** Trainable parameters. */
+  readonly parameters: number
+  /** Positions trained on. */
+  readonly tokens: number
+  /** Positions per second of training, without evaluation and saving. */
+  readonly tokensPerSecond: number
+  /** Seconds of training, without evaluation and saving, earlier parts of the run included. */
+  readonly trainSeconds: number
+  /** Nats per predicted training token, mean over the last tenth of the run. NaN if no step of it was done. */
+  readonly trainingLoss: number
+  /** On all held-out data, after the last step; the numbers are NaN where there is none or the run was interrupted. */
+  readonly validation: Evaluation
+  /** Numbers of the model's `afterStep` (`maxVio`), mean over the last tenth of the run. */
+  readonly balance: Readonly<Record<string, number>>
+  /** Largest resident memory of the process so far. */
+  readonly peakMemoryBytes: number
+  /** Largest total of live tensors on the backend so far. */
+  readonly peakDeviceBytes: number
+  /** Folder of the last checkpoint. */
+  readonly checkpoint: string | undefined
+}

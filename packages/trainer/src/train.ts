@@ -1,0 +1,367 @@
+/** @file `train`: a model, data, and the loop around `trainingStep`. */
+import { existsSync, mkdirSync, rmSync } from 'node:fs'
+import { join } from 'node:path'
+import { globalNorm, MoeError, type NamedParameter, namedParameters, noGrad, parameterCount } from '@moe/core'
+import { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
+import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
+import type { RunRecord } from './checkpoints/trainer-state.ts'
+import { TokenDataset } from './data/token-dataset.ts'
+import { TrainingOrder } from './data/training-order.ts'
+import { type Evaluation, evaluate } from './evaluate.ts'
+import type { StepEvent, TrainEvent, TrainListener } from './events.ts'
+import { type Interrupts, watchInterrupts } from './interrupt.ts'
+import type { TrainableModel } from './model.ts'
+import { nonFiniteModel } from './non-finite.ts'
+import { AdamW } from './optim/adamw.ts'
+import type { Optimizer } from './optim/optimizer.ts'
+import { type ResolvedOptions, recordRun, resolveOptions, type TokenData, type TrainOptions } from './options.ts'
+import { cutMetrics, type MetricsLine, MetricsLog, metricsLine } from './report/metrics-log.ts'
+import { progress } from './report/progress.ts'
+import { writeSummary } from './report/summary.ts'
+import type { TrainResult } from './result.ts'
+import { trainingStep } from './training-step.ts'
+
+/**
+ * Trains a model. With `out`, the folder gets `checkpoints/`, `metrics.jsonl` (a line per step) and, at the end, `summary.json`; a run that was stopped goes
+ * on from there with `resume`, bit for bit on the same backend.
+ *
+ * Ctrl-C (or `signal`) finishes the step, saves, and returns a result with `interrupted`; what the process then does is the caller's choice.
+ *
+ * @throws MoeError E_CONFIG (options), E_DATA (nothing to train on), E_NAN (loss or gradient not finite: the step is not applied, the last checkpoint
+ *   stays), E_CHECKPOINT (saving failed, or the checkpoint to resume from is damaged or another run's)
+ */
+export async function train(model: TrainableModel, options: TrainOptions): Promise<TrainResult> {
+  const settings = resolveOptions(options)
+  const data = tokenData(settings)
+  checkVocabulary(model, data)
+  const parameters = namedParameters(model)
+  const optimizer = settings.optimizer?.(parameters) ?? new AdamW(parameters, settings)
+  const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false)
+  let run: Run | undefined
+  try {
+    run = new Run(model, settings, data, parameters, optimizer, interrupts)
+    return await run.all()
+  } catch (error) {
+    try {
+      run?.log?.flush()
+    } catch {
+      // The first error is the one to tell.
+    }
+    throw error
+  } finally {
+    interrupts.dispose()
+    optimizer.dispose()
+  }
+}
+
+function tokenData(settings: ResolvedOptions): TokenData {
+  const { data, tokenizer } = settings
+  if (data.training instanceof TokenDataset) return data as TokenData
+  const { training, validation } = data as { training: readonly string[]; validation: readonly string[] }
+  if (tokenizer === undefined) {
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'train',
+      problem: 'data is texts and there is no tokenizer',
+      fix: 'pass { tokenizer }, or token data sets made with TokenDataset.fromTexts',
+    })
+  }
+  return {
+    training: TokenDataset.fromTexts(training, tokenizer, settings),
+    ...(validation.length > 0 ? { validation: TokenDataset.fromTexts(validation, tokenizer, settings) } : {}),
+  }
+}
+
+function checkVocabulary(model: TrainableModel, data: TokenData): void {
+  for (const [part, { vocabSize }] of Object.entries(data) as Array<[string, TokenDataset]>) {
+    if (model.vocabSize === undefined || vocabSize <= model.vocabSize) continue
+    throw new MoeError({
+      code: 'E_DATA',
+      op: 'train',
+      problem: `the ${part} tokens have ids up to ${vocabSize - 1}, the model has embeddings for ${model.vocabSize}`,
+      fix: 'build the model with vocab_size: tokenizer.vocabSize',
+      details: { vocabSize, modelVocabSize: model.vocabSize },
+    })
+  }
+}
+
+const nothingMeasured: Evaluation = { loss: Number.NaN, bitsPerByte: Number.NaN, tokens: 0, seconds: 0 }
+
+/** One call of `train`. */
+class Run {
+  readonly model: TrainableModel
+  readonly settings: ResolvedOptions
+  readonly data: TokenData
+  readonly parameters: readonly NamedParameter[]
+  readonly optimizer: Optimizer
+  readonly interrupts: Interrupts
+  readonly order: TrainingOrder
+  readonly record: RunRecord
+  readonly listeners: readonly TrainListener[]
+  /** Folder of the run on the rank that writes it. */
+  readonly writesTo: string | undefined
+  readonly log: MetricsLog | undefined
+  /** Lines of the last tenth of the run, for the result. */
+  readonly tail: MetricsLine[] = []
+  step = 0
+  tokens = 0
+  trainSeconds = 0
+  savedStep = -1
+  checkpoint: string | undefined
+
+  constructor(
+    model: TrainableModel,
+    settings: ResolvedOptions,
+    data: TokenData,
+    parameters: readonly NamedParameter[],
+    optimizer: Optimizer,
+    interrupts: Interrupts,
+  ) {
+    this.model = model
+    this.settings = settings
+    this.data = data
+    this.parameters = parameters
+    this.optimizer = optimizer
+    this.interrupts = interrupts
+    this.order = new TrainingOrder(data.training, { ...settings, lookahead: model.lookahead })
+    this.record = recordRun(settings, data.training, parameters, optimizer)
+    this.writesTo = settings.rank === 0 ? settings.out : undefined
+    this.log = this.writesTo === undefined ? undefined : new MetricsLog(join(this.writesTo, 'metrics.jsonl'))
+    const draw = settings.progress ?? true
+    this.listeners = [
+      ...(draw === false ? [] : [draw === true ? progress() : draw]),
+      ...(settings.onEvent === undefined ? [] : [settings.onEvent]),
+    ]
+  }
+
+  get backend() {
+    return this.parameters[0].parameter.backend
+  }
+
+  async all(): Promise<TrainResult> {
+    const { settings, interrupts } = this
+    await this.begin()
+    this.emitStart()
+    const limit = this.trainSeconds + (settings.timeLimitSeconds ?? Number.POSITIVE_INFINITY)
+    while (this.step < settings.steps && !interrupts.signal.aborted && this.trainSeconds < limit) {
+      await this.oneStep()
+      if (this.step === settings.steps) break
+      if (this.step % settings.checkpointEvery === 0) await this.save()
+      if (settings.evalEvery > 0 && this.step % settings.evalEvery === 0) await this.measure(settings.evalTokens)
+    }
+    await this.save()
+    const unfinished = this.step < settings.steps
+    if (unfinished) return this.stopped(interrupts.signal.aborted ? 'interrupted' : 'time')
+    const validation = await this.measure(undefined)
+    if (validation === null) return this.stopped('interrupted')
+    return this.finish('finished', validation)
+  }
+
+  /** Makes the folder ready, and goes back to the checkpoint if there is one to go on from. */
+  async begin(): Promise<void> {
+    const { out, resume = false, allowChanges = false, overwrite = false } = this.settings
+    if (out === undefined) return
+    const folder = join(out, 'checkpoints')
+    const latest = await latestCheckpoint(folder)
+    const from = typeof resume === 'string' && resume !== 'auto' ? resume : resume ? latest : undefined
+    if (resume === true && from === undefined) {
+      throw new MoeError({
+        code: 'E_CHECKPOINT',
+        op: 'train',
+        problem: `there is no checkpoint to resume from in ${folder}`,
+        fix: "begin without resume, or pass resume: 'auto'",
+      })
+    }
+    if (from === undefined) {
+      if (latest !== undefined && !overwrite) {
+        throw new MoeError({
+          code: 'E_CONFIG',
+          op: 'train',
+          problem: `${out} already holds a run (${latest})`,
+          fix: 'go on with resume: true, choose another out, or begin anew with overwrite: true',
+        })
+      }
+      if (this.writesTo !== undefined) this.prepareFolder(out)
+      return
+    }
+    const state = await loadTraining(from, this, allowChanges ? null : this.record)
+    this.step = state.step
+    this.tokens = state.tokens
+    this.trainSeconds = state.trainSeconds
+    this.savedStep = state.step
+    this.checkpoint = from
+    if (this.log === undefined) return
+    for (const line of cutMetrics(this.log.path, state.step)) this.remember(line)
+  }
+
+  prepareFolder(out: string): void {
+    try {
+      for (const name of ['checkpoints', 'metrics.jsonl', 'summary.json']) {
+        if (existsSync(join(out, name))) rmSync(join(out, name), { recursive: true })
+      }
+      mkdirSync(out, { recursive: true })
+    } catch (cause) {
+      throw new MoeError({
+        code: 'E_CONFIG',
+        op: 'train',
+        problem: `the folder ${out} cannot be used: ${(cause as Error).message}`,
+        fix: 'choose another out',
+        cause,
+      })
+    }
+  }
+
+  async oneStep(): Promise<void> {
+    const { settings, order } = this
+    const started = performance.now()
+    const lr = settings.lr * settings.schedule(this.step)
+    const numbers = await trainingStep(this.model, this.parameters, this.optimizer, order.step(this.step), {
+      lr,
+      clip: settings.clip,
+      precision: settings.precision,
+      step: this.step + 1,
+    })
+    // A turn of the event loop, so that Ctrl-C is seen even where no download waits.
+    await new Promise(setImmediate)
+    const seconds = (performance.now() - started) / 1000
+    this.step++
+    this.trainSeconds += seconds
+    this.tokens += order.tokensPerStep
+    const event: StepEvent = {
+      type: 'step',
+      step: this.step,
+      loss: numbers.loss,
+      nll: numbers.nll,
+      lr,
+      gradNorm: numbers.gradNorm,
+      tokens: this.tokens,
+      tokensPerSecond: order.tokensPerStep / seconds,
+      metrics: numbers.metrics,
+    }
+    const line = metricsLine(event)
+    this.log?.append(line)
+    this.remember(line)
+    this.emit(event)
+  }
+
+  /** @returns null when it was interrupted */
+  async measure(limit: number | undefined): Promise<Evaluation | null> {
+    const { settings, data, model, interrupts } = this
+    if (data.validation === undefined) return nothingMeasured
+    const { sequenceLength, batchSize, precision } = settings
+    try {
+      const { signal } = interrupts
+      const measured = await evaluate(model, data.validation, { sequenceLength, batchSize, precision, limit, signal })
+      this.emit({ type: 'evaluation', step: this.step, final: limit === undefined, ...measured })
+      return measured
+    } catch (error) {
+      if (interrupts.signal.aborted && error === interrupts.signal.reason) return null
+      throw error
+    }
+  }
+
+  async save(): Promise<void> {
+    const { settings, step, tokens, trainSeconds, record, writesTo } = this
+    if (writesTo === undefined || this.savedStep === step) return
+    const started = performance.now()
+    this.log?.flush()
+    await this.checkFinite()
+    const state = { step, tokens, trainSeconds, record }
+    const path = await saveTraining(join(writesTo, 'checkpoints'), this, state, settings.keepCheckpoints)
+    this.checkpoint = path
+    this.savedStep = step
+    this.emit({ type: 'checkpoint', step, path, seconds: (performance.now() - started) / 1000 })
+  }
+
+  get tokenizer() {
+    return this.settings.tokenizer
+  }
+
+  /** An update can make a weight infinite although its gradient was finite: such a model must not replace a good checkpoint. */
+  async checkFinite(): Promise<void> {
+    const weights = this.parameters.flatMap(({ parameter }) => (parameter.dtype === 'f32' ? [parameter] : []))
+    const norm = noGrad(() => globalNorm(weights))
+    const value = await norm.item()
+    norm.dispose()
+    if (Number.isFinite(value)) return
+    throw await nonFiniteModel(this.model, this.step)
+  }
+
+  stopped(reason: 'interrupted' | 'time'): TrainResult {
+    const { step, checkpoint } = this
+    this.emit({ type: 'stop', reason, step, steps: this.settings.steps, checkpoint })
+    return this.finish(reason, nothingMeasured)
+  }
+
+  finish(stopped: TrainResult['stopped'], validation: Evaluation): TrainResult {
+    const { settings, backend, tail } = this
+    const stats = backend.stats()
+    const result: TrainResult = {
+      steps: this.step,
+      interrupted: stopped === 'interrupted',
+      stopped,
+      backend: backend.name,
+      device: backend.device,
+      precision: settings.precision,
+      parameters: parameterCount(this.model),
+      tokens: this.tokens,
+      tokensPerSecond: this.trainSeconds > 0 ? this.tokens / this.trainSeconds : Number.NaN,
+      trainSeconds: this.trainSeconds,
+      trainingLoss: mean(tail.map(({ nll }) => nll)),
+      validation,
+      balance: meanOfOthers(tail),
+      // maxRSS counts kilobytes.
+      peakMemoryBytes: process.resourceUsage().maxRSS * 1024,
+      peakDeviceBytes: stats.peakBytes,
+      checkpoint: this.checkpoint,
+    }
+    this.log?.flush()
+    if (this.writesTo !== undefined) writeSummary(this.writesTo, result)
+    this.emit({ type: 'end', result })
+    return result
+  }
+
+  remember(line: MetricsLine): void {
+    if (line.step > this.settings.steps * 0.9) this.tail.push(line)
+  }
+
+  emit(event: TrainEvent): void {
+    for (const listener of this.listeners) listener(event)
+  }
+
+  emitStart(): void {
+    const { settings, data, order, backend } = this
+    this.emit({
+      type: 'start',
+      backend: backend.name,
+      device: backend.device,
+      precision: settings.precision,
+      parameters: parameterCount(this.model),
+      steps: settings.steps,
+      fromStep: this.step,
+      tokensPerStep: order.tokensPerStep,
+      trainingTokens: data.training.tokens.length,
+      validationTokens: data.validation?.tokens.length ?? 0,
+      epochs: order.epochs(settings.steps),
+      out: settings.out,
+    })
+    if (settings.precision === 'bf16' && !backend.bf16Matmul) {
+      this.emit({
+        type: 'notice',
+        message: `${backend.name} has no bf16 arithmetic here: matrix products are multiplied in f32`,
+      })
+    }
+  }
+}
+
+const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length
+
+const ownFields = new Set(['step', 'loss', 'nll', 'lr', 'gradNorm', 'tokens', 'tokensPerSecond'])
+
+/** Means of what the model logs. */
+function meanOfOthers(lines: readonly MetricsLine[]): Record<string, number> {
+  const names = new Set(lines.flatMap(line => Object.keys(line)).filter(name => !ownFields.has(name)))
+  return Object.fromEntries(
+    [...names].map(name => [name, mean(lines.flatMap(line => (name in line ? [line[name]] : [])))]),
+  )
+}

@@ -1,0 +1,134 @@
+/** @file One optimizer step: forward and backward of its micro-batches, clipping, the update. */
+import {
+  backward,
+  concat,
+  full,
+  type NamedParameter,
+  noGrad,
+  type Parameter,
+  type Precision,
+  scope,
+  type Tensor,
+  withPrecision,
+} from '@moe/core'
+import type { TokenBatch, TrainableModel } from './model.ts'
+import { nonFiniteStep } from './non-finite.ts'
+import { clipScale, gradientNorm } from './optim/clip.ts'
+import type { Optimizer } from './optim/optimizer.ts'
+
+export interface StepOptions {
+  /** Learning rate of this step. */
+  readonly lr: number
+  /** Largest norm over all gradients. Default 1; Infinity for none. */
+  readonly clip?: number
+  /** Arithmetic of matrix products. Default f32. */
+  readonly precision?: Precision
+  /** Number of the step, for error messages. */
+  readonly step?: number
+}
+
+/** What a step measured, on the host. */
+export interface StepNumbers {
+  /** Mean over counted positions, with auxiliary terms. */
+  readonly loss: number
+  /** Next-token negative log-likelihood in nats per counted position. */
+  readonly nll: number
+  /** Counted positions. */
+  readonly count: number
+  /** Norm of the gradient before clipping. */
+  readonly gradNorm: number
+  /** What the model logs, and what its `afterStep` returned. */
+  readonly metrics: Readonly<Record<string, number>>
+}
+
+/**
+ * Runs one step on one or more micro-batches, which weigh as much as they have counted positions: the gradient is that of one
+ * batch that holds all their rows.
+ *
+ * The device is read once, between the backward pass and the update: a step whose loss or gradient is not finite changes nothing.
+ * @param parameters of the model, as `namedParameters` gives them
+ * @throws MoeError E_NAN
+ */
+export async function trainingStep(
+  model: TrainableModel,
+  parameters: readonly NamedParameter[],
+  optimizer: Optimizer,
+  batches: readonly TokenBatch[],
+  options: StepOptions,
+): Promise<StepNumbers> {
+  const { lr, clip = 1, precision = 'f32', step = 0 } = options
+  const trained = parameters.map(({ parameter }) => parameter).filter(parameter => parameter.trainable)
+  const held: Tensor[] = []
+  try {
+    const parts = batches.map(batch => pass(model, batch, batches.length > 1, precision))
+    const { factor, scalars, gradScale } = summarize(parts, trained, clip)
+    held.push(scalars, gradScale)
+    const numbers = average(parts, await scalars.values(), factor)
+    const finite = Number.isFinite(numbers.loss) && Number.isFinite(numbers.gradNorm)
+    if (!finite) throw await nonFiniteStep(model, step, numbers)
+    optimizer.step(lr, gradScale)
+    zeroGradients(trained)
+    const after = await model.afterStep?.()
+    return after === undefined ? numbers : { ...numbers, metrics: { ...numbers.metrics, ...after } }
+  } finally {
+    for (const tensor of held) tensor.dispose()
+    zeroGradients(trained)
+  }
+}
+
+/** A micro-batch that went forward and backward: its scalars are still on the device. */
+interface Pass {
+  readonly loss: Tensor
+  readonly nll: Tensor
+  readonly metrics: ReadonlyArray<readonly [string, Tensor]>
+  readonly count: number
+  /** What its gradient was multiplied by. */
+  readonly weight: number
+}
+
+function pass(model: TrainableModel, batch: TokenBatch, several: boolean, precision: Precision): Pass {
+  return scope(() =>
+    withPrecision(precision, () => {
+      const { loss, nll, count, metrics } = model.loss(batch, { training: true })
+      // One batch alone is averaged by its loss. Several add up sums, scaled to be of order 1.
+      const weight = several ? count / (batch.rows * batch.length) : 1
+      backward(loss, several ? { gradient: full([], weight, { backend: loss.backend }) } : {})
+      return { loss, nll, count, weight, metrics: Object.entries(metrics) }
+    }),
+  )
+}
+
+/** Everything that the host wants to know, in one vector: losses, likelihoods, metrics, gradient norm. */
+function summarize(parts: readonly Pass[], trained: readonly Parameter[], clip: number) {
+  const total = parts.reduce((sum, part) => sum + part.weight, 0)
+  const factor = parts.length === 1 || total === 0 ? 1 : 1 / total
+  return scope(() =>
+    noGrad(() => {
+      const norm = gradientNorm(trained)
+      const tensors = parts.flatMap(part => [part.loss, part.nll, ...part.metrics.map(([, tensor]) => tensor)])
+      const scalars = concat([...tensors, norm].map(tensor => tensor.reshape([1])))
+      const gradScale = clipScale(norm, clip, factor)
+      for (const tensor of tensors) tensor.dispose()
+      return { factor, scalars, gradScale }
+    }),
+  )
+}
+
+function average(parts: readonly Pass[], values: ArrayLike<number>, factor: number): StepNumbers {
+  const count = parts.reduce((sum, part) => sum + part.count, 0)
+  const metrics: Record<string, number> = {}
+  let loss = 0
+  let nll = 0
+  let at = 0
+  for (const part of parts) {
+    const share = count === 0 ? 1 / parts.length : part.count / count
+    loss += share * values[at++]
+    nll += values[at++]
+    for (const [name] of part.metrics) metrics[name] = (metrics[name] ?? 0) + share * values[at++]
+  }
+  return { loss, nll: nll / Math.max(1, count), count, gradNorm: factor * values[at], metrics }
+}
+
+function zeroGradients(parameters: readonly Parameter[]): void {
+  for (const parameter of parameters) parameter.zeroGrad()
+}
