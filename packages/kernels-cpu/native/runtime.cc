@@ -116,3 +116,13 @@ MOE_EXPORT void moe_download(void* to, int64_t from, int64_t bytes) {
   if (bytes > 0) std::memcpy(to, reinterpret_cast<const void*>(static_cast<uintptr_t>(from)), static_cast<size_t>(bytes));
 }
 }
+
+// (to, from, bytes)
+MOE_KERNEL(moe_copy) {
+  char* to = args.ptr<char>();
+  const char* from = args.ptr<const char>();
+  const int64_t bytes = args.size();
+  moe::parallel_for(
+      bytes, int64_t{1} << 18,
+      [&](int64_t begin, int64_t end, int) { std::memcpy(to + begin, from + begin, static_cast<size_t>(end - begin)); }, 64);
+}

@@ -1,0 +1,139 @@
+/** @file The backend: native memory, and a table of kernels. */
+import { cpus } from 'node:os'
+import type { Backend, FusedKernels, Handle, HostArray, PrimitiveKernels, TensorSpec, Value } from '@moe/core'
+import { dtypes, hostArray, MoeError, sizeOf } from '@moe/core'
+import { fusedFactories, primitiveFactories } from './kernels/index.ts'
+import { type Isa, isas, loadLibrary, type NativeLibrary } from './load.ts'
+import { type CpuBuffer, Memory } from './memory.ts'
+import { createNative, type Native } from './native.ts'
+import { counterOf, profiling } from './profile.ts'
+
+export interface CpuOptions {
+  /** Threads that kernels use, the caller included. Default: MOE_NUM_THREADS, or the CPUs that this process may use. */
+  readonly threads?: number
+  /** Highest instruction set to use. Default: MOE_CPU_ISA, or the best that the CPU has. */
+  readonly isa?: Isa
+  /** Most bytes of all tensors together; an op that needs more throws E_OUT_OF_MEMORY. Default: no limit. */
+  readonly memoryLimit?: number
+  /** For tests: guard bytes round every buffer, checked by `checkGuards`, and outputs that start as NaN. Slow. */
+  readonly guarded?: boolean
+}
+
+export interface CpuBackend extends Backend {
+  readonly isa: Isa
+  readonly threads: number
+  /** Gives memory that no tensor uses back to the system. */
+  trim(): void
+  /** With `guarded`: @throws Error when a kernel wrote beside a buffer. */
+  checkGuards(): void
+}
+
+/**
+ * Opens the native library and makes a backend of it.
+ * @throws MoeError E_NO_BACKEND without a library for this machine, E_CONFIG for an impossible option.
+ */
+export async function createBackend(options: CpuOptions = {}): Promise<CpuBackend> {
+  const isa = options.isa ?? isaFromEnvironment()
+  const library = await loadLibrary(isa)
+  const threads = options.threads ?? threadsFromEnvironment() ?? library.defaultThreads
+  if (!Number.isInteger(threads) || threads < 1 || threads > 256) throw invalid('threads', threads, '1 to 256')
+  const memory = new Memory(library, { limit: options.memoryLimit, guarded: options.guarded })
+  const native = createNative(library, memory, threads)
+  const primitives = tabulate(primitiveFactories, native, memory) as PrimitiveKernels
+  const fused = tabulate(fusedFactories, native, memory) as FusedKernels
+  return {
+    name: 'kernels-cpu',
+    device: `${cpus()[0]?.model.trim() ?? process.arch}, ${isaLabels[library.isa]}, ${threads} ${threads === 1 ? 'thread' : 'threads'}`,
+    dtypes: new Set(dtypes),
+    bf16Matmul: library.isa === 'avx512bf16',
+    isa: library.isa,
+    threads,
+    primitives,
+    fused,
+    upload: (data, shape, dtype) => upload(library, memory, data, { shape, dtype }),
+    download: async value => download(library, value),
+    free: (handle: Handle) => memory.release(handle as CpuBuffer),
+    async sync() {},
+    stats: () => memory.stats(),
+    dispose: () => memory.dispose(),
+    trim: () => memory.trim(),
+    checkGuards: () => memory.checkGuards(),
+  }
+}
+
+const isaLabels: Readonly<Record<Isa, string>> = {
+  baseline: process.arch === 'arm64' ? 'NEON' : 'SSE2',
+  avx2: 'AVX2',
+  avx512: 'AVX-512',
+  avx512bf16: 'AVX-512 BF16',
+}
+
+function isaFromEnvironment(): Isa {
+  const named = process.env['MOE_CPU_ISA']
+  if (!named) return 'avx512bf16'
+  if ((isas as readonly string[]).includes(named)) return named as Isa
+  throw invalid('MOE_CPU_ISA', named, isas.join(', '))
+}
+
+function threadsFromEnvironment(): number | undefined {
+  const named = process.env['MOE_NUM_THREADS']
+  if (!named) return undefined
+  const threads = Number(named)
+  if (!Number.isInteger(threads) || threads < 1) throw invalid('MOE_NUM_THREADS', named, '1 to 256')
+  return threads
+}
+
+function invalid(option: string, value: unknown, allowed: string): MoeError {
+  return new MoeError({
+    code: 'E_CONFIG',
+    op: 'kernels-cpu',
+    problem: `${option} is ${value}`,
+    fix: `choose one of ${allowed}`,
+    details: { option, value },
+  })
+}
+
+type AnyKernel = (inputs: readonly Value[], attrs: never, outputs: readonly TensorSpec[]) => Handle[] | undefined
+type AnyFactory = (native: Native) => AnyKernel
+
+/** Every factory's kernel, which takes its outputs back when it fails and is timed when asked. */
+function tabulate(factories: object, native: Native, memory: Memory): Record<string, AnyKernel> {
+  const table: Record<string, AnyKernel> = {}
+  for (const [name, factory] of Object.entries(factories)) {
+    const kernel = (factory as AnyFactory)(native)
+    const counter = counterOf(name)
+    table[name] = (inputs, attrs, outputs) => {
+      memory.begin()
+      try {
+        if (!profiling.on) return kernel(inputs, attrs, outputs)
+        const started = performance.now()
+        const result = kernel(inputs, attrs, outputs)
+        counter.milliseconds += performance.now() - started
+        counter.calls++
+        return result
+      } catch (error) {
+        memory.rollBack()
+        throw error
+      }
+    }
+  }
+  return table
+}
+
+function upload(library: NativeLibrary, memory: Memory, data: HostArray, spec: TensorSpec): CpuBuffer {
+  memory.begin()
+  const buffer = memory.allocate(data.byteLength)
+  const length = sizeOf(spec.shape)
+  if (data.length !== length) {
+    memory.rollBack()
+    throw new MoeError({ code: 'E_SHAPE', op: 'upload', problem: `${data.length} elements for shape [${spec.shape}]` })
+  }
+  if (length > 0) library.upload(buffer.pointer, data, data.byteLength)
+  return buffer
+}
+
+function download(library: NativeLibrary, value: Value): HostArray {
+  const data = hostArray(value.dtype, sizeOf(value.shape))
+  if (data.length > 0) library.download(data, (value.handle as CpuBuffer).pointer, data.byteLength)
+  return data
+}

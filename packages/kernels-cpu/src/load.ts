@@ -1,0 +1,140 @@
+/** @file Finds and opens the native library: the best one that this CPU runs. */
+import { existsSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { MoeError } from '@moe/core'
+
+/** Instruction sets, lowest first. Each has a library of its own. On arm64 the baseline is NEON. */
+export const isas = ['baseline', 'avx2', 'avx512', 'avx512bf16'] as const
+export type Isa = (typeof isas)[number]
+
+const abiVersion = 1
+
+/** The C functions of native/abi.h, with addresses and sizes as numbers. */
+export interface NativeLibrary {
+  readonly isa: Isa
+  readonly path: string
+  readonly defaultThreads: number
+  /** The C function of an op: takes the address of its slots, gives a status. @throws MoeError E_BACKEND when it is not there. */
+  entry(name: string): (slots: number) => number
+  lastError(): string
+  /** 0 when there is no memory. */
+  allocate(bytes: number): number
+  release(pointer: number, bytes: number): void
+  trim(): void
+  upload(to: number, from: ArrayBufferView, bytes: number): void
+  download(to: ArrayBufferView, from: number, bytes: number): void
+  /** Address of an array buffer's memory, valid while the buffer lives. */
+  address(buffer: ArrayBufferLike): number
+}
+
+/**
+ * @param most Highest instruction set to use, when the CPU has it.
+ * @throws MoeError E_NO_BACKEND when there is no library for this machine, with the places that were tried.
+ */
+export async function loadLibrary(most: Isa): Promise<NativeLibrary> {
+  const koffi = await importKoffi()
+  const folder = findFolder()
+  const probe = open(koffi, folder, 'baseline')
+  const best = Math.min(isas.indexOf(probe.isaOfCpu), isas.indexOf(most))
+  for (let level = best; level > 0; level--) {
+    if (existsSync(join(folder, fileName(isas[level])))) return open(koffi, folder, isas[level])
+  }
+  return probe
+}
+
+type Koffi = typeof import('koffi')
+
+async function importKoffi(): Promise<Koffi> {
+  try {
+    const module = await import('koffi')
+    return (module as { default?: Koffi }).default ?? module
+  } catch (cause) {
+    throw new MoeError({
+      code: 'E_NO_BACKEND',
+      op: 'kernels-cpu',
+      problem: `koffi, which calls native code, does not load: ${cause instanceof Error ? cause.message : cause}`,
+      fix: 'reinstall with optional dependencies, which bring its binary for this platform',
+      cause,
+    })
+  }
+}
+
+const target = `${process.platform}-${process.arch}`
+
+function fileName(isa: Isa): string {
+  const extension = process.platform === 'darwin' ? 'dylib' : process.platform === 'win32' ? 'dll' : 'so'
+  return `moe-cpu-${isa}.${extension}`
+}
+
+/** The folder with the libraries: MOE_CPU_LIBRARY, this checkout's build, or the platform package. */
+function findFolder(): string {
+  const tried: string[] = []
+  const chosen = process.env['MOE_CPU_LIBRARY']
+  if (chosen) {
+    tried.push(chosen)
+  } else {
+    tried.push(join(dirname(dirname(fileURLToPath(import.meta.url))), 'build', target))
+    try {
+      tried.push(dirname(createRequire(import.meta.url).resolve(`@moe/kernels-cpu-${target}/package.json`)))
+    } catch {
+      // Not installed: the message below says what to do.
+    }
+  }
+  const found = tried.find(folder => existsSync(join(folder, fileName('baseline'))))
+  if (found !== undefined) return found
+  throw new MoeError({
+    code: 'E_NO_BACKEND',
+    op: 'kernels-cpu',
+    problem: `no native library for ${target} in ${tried.join(' or ')}`,
+    fix: `install a C++ compiler and run \`node scripts/build-native.mjs\` in the package's folder, or install @moe/kernels-cpu-${target}`,
+    details: { target, tried },
+  })
+}
+
+function open(koffi: Koffi, folder: string, isa: Isa): NativeLibrary & { readonly isaOfCpu: Isa } {
+  const path = join(folder, fileName(isa))
+  let library: ReturnType<Koffi['load']>
+  try {
+    library = koffi.load(path)
+  } catch (cause) {
+    throw new MoeError({
+      code: 'E_NO_BACKEND',
+      op: 'kernels-cpu',
+      problem: `${path} does not load: ${cause instanceof Error ? cause.message : cause}`,
+      fix: 'build it again on this machine: node scripts/build-native.mjs --force',
+      cause,
+    })
+  }
+  const version = library.func('int moe_abi_version()')() as number
+  if (version !== abiVersion) {
+    throw new MoeError({
+      code: 'E_NO_BACKEND',
+      op: 'kernels-cpu',
+      problem: `${path} speaks version ${version} of the native interface, this package version ${abiVersion}`,
+      fix: 'build it again: node scripts/build-native.mjs',
+    })
+  }
+  return {
+    isa,
+    path,
+    isaOfCpu: library.func('const char* moe_cpu_isa()')() as Isa,
+    defaultThreads: library.func('int moe_default_threads()')() as number,
+    entry(name) {
+      try {
+        return library.func(`int ${name}(int64_t slots)`) as unknown as (slots: number) => number
+      } catch (cause) {
+        const fix = 'build it again: node scripts/build-native.mjs'
+        throw new MoeError({ code: 'E_BACKEND', op: name, problem: `${path} has no such kernel`, fix, cause })
+      }
+    },
+    lastError: library.func('const char* moe_last_error()') as unknown as () => string,
+    allocate: library.func('int64_t moe_allocate(int64_t bytes)') as unknown as (bytes: number) => number,
+    release: library.func('void moe_release(int64_t pointer, int64_t bytes)') as unknown as NativeLibrary['release'],
+    trim: library.func('void moe_trim()') as unknown as () => void,
+    upload: library.func('void moe_upload(int64_t to, const void* from, int64_t bytes)') as unknown as NativeLibrary['upload'],
+    download: library.func('void moe_download(void* to, int64_t from, int64_t bytes)') as unknown as NativeLibrary['download'],
+    address: buffer => Number(koffi.address(buffer as ArrayBuffer)),
+  }
+}

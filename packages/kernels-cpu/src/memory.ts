@@ -1,0 +1,205 @@
+/** @file Memory of tensors: buffers with owners, kept in size classes for the next tensor of about that size. */
+import { MoeError } from '@moe/core'
+import type { NativeLibrary } from './load.ts'
+
+/** One piece of native memory. What @moe/core holds as a handle; each handle is one of `refs`. */
+export interface CpuBuffer {
+  /** Address of the first element, a multiple of 64. */
+  readonly pointer: number
+  readonly bytes: number
+  refs: number
+  /** Position in the list of live buffers. */
+  slot: number
+}
+
+export interface MemoryOptions {
+  /** Most bytes that live tensors may take together; beyond it, E_OUT_OF_MEMORY. No limit by default. */
+  readonly limit?: number
+  /** For tests: every buffer lies between guard bytes, starts as NaN, and is given back at once. */
+  readonly guarded?: boolean
+}
+
+export interface MemoryStats {
+  readonly handles: number
+  readonly bytes: number
+  readonly peakBytes: number
+  /** Bytes that are kept for later tensors. */
+  readonly cachedBytes: number
+}
+
+/** Freed blocks below this many bytes are kept in any case; above it, as many as were ever live at once. */
+const leastCache = 256 * 2 ** 20
+const guardBytes = 64
+const guardPattern = 0xa5
+/** All bits set is NaN in every float dtype and -1 in i32. */
+const poison = 0xff
+
+export class Memory {
+  readonly #library: NativeLibrary
+  readonly #limit: number
+  readonly #guarded: boolean
+  readonly #free: number[][] = Array.from({ length: 256 }, () => [])
+  readonly #live: CpuBuffer[] = []
+  #handles = 0
+  #bytes = 0
+  #peakBytes = 0
+  #cachedBytes = 0
+  /** Buffers given out by the op that runs, to be taken back if it fails. */
+  readonly #fresh: CpuBuffer[] = []
+  #disposed = false
+
+  constructor(library: NativeLibrary, options: MemoryOptions = {}) {
+    this.#library = library
+    this.#limit = options.limit ?? Number.POSITIVE_INFINITY
+    this.#guarded = options.guarded ?? false
+  }
+
+  /** Uninitialized memory with one owner. @throws MoeError E_OUT_OF_MEMORY */
+  allocate(bytes: number): CpuBuffer {
+    if (this.#disposed) throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'the backend was disposed' })
+    if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
+    const pointer = this.#guarded ? this.#allocateGuarded(bytes) : this.#take(sizeClass(bytes))
+    if (pointer === 0) throw this.#exhausted(bytes)
+    const buffer: CpuBuffer = { pointer, bytes, refs: 1, slot: this.#live.length }
+    this.#live.push(buffer)
+    this.#fresh.push(buffer)
+    this.#handles++
+    this.#bytes += bytes
+    if (this.#bytes > this.#peakBytes) this.#peakBytes = this.#bytes
+    return buffer
+  }
+
+  /** One more owner. */
+  share(buffer: CpuBuffer): CpuBuffer {
+    buffer.refs++
+    this.#handles++
+    this.#fresh.push(buffer)
+    return buffer
+  }
+
+  /** One owner less. */
+  release(buffer: CpuBuffer): void {
+    if (buffer.refs <= 0) throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'a handle was freed twice' })
+    this.#handles--
+    if (--buffer.refs > 0) return
+    const last = this.#live.pop() as CpuBuffer
+    if (last !== buffer) {
+      this.#live[buffer.slot] = last
+      last.slot = buffer.slot
+    }
+    this.#bytes -= buffer.bytes
+    this.#giveBack(buffer)
+  }
+
+  /** An op begins: what it allocates from here on is its own. */
+  begin(): void {
+    this.#fresh.length = 0
+  }
+
+  /** The op failed: its outputs are given back. */
+  rollBack(): void {
+    for (const buffer of this.#fresh) this.release(buffer)
+    this.#fresh.length = 0
+  }
+
+  stats(): MemoryStats {
+    return { handles: this.#handles, bytes: this.#bytes, peakBytes: this.#peakBytes, cachedBytes: this.#cachedBytes }
+  }
+
+  /** Gives what no tensor uses back to the system. */
+  trim(): void {
+    for (let index = 0; index < this.#free.length; index++) {
+      for (const pointer of this.#free[index]) this.#library.release(pointer, classBytes(index))
+      this.#free[index].length = 0
+    }
+    this.#cachedBytes = 0
+    this.#library.trim()
+  }
+
+  /** Gives everything back, living buffers too. */
+  dispose(): void {
+    for (const buffer of this.#live) {
+      buffer.refs = 0
+      this.#giveBack(buffer)
+    }
+    this.#live.length = 0
+    this.trim()
+    this.#handles = this.#bytes = 0
+    this.#disposed = true
+  }
+
+  /** With `guarded`: @throws Error when a kernel wrote beside a living buffer. */
+  checkGuards(): void {
+    if (this.#guarded) for (const buffer of this.#live) this.#checkGuard(buffer)
+  }
+
+  #take(index: number): number {
+    const pointer = this.#free[index].pop()
+    if (pointer !== undefined) {
+      this.#cachedBytes -= classBytes(index)
+      return pointer
+    }
+    const fresh = this.#library.allocate(classBytes(index))
+    if (fresh !== 0) return fresh
+    this.trim()
+    return this.#library.allocate(classBytes(index))
+  }
+
+  #giveBack(buffer: CpuBuffer): void {
+    if (this.#guarded) {
+      this.#checkGuard(buffer)
+      this.#library.release(buffer.pointer - guardBytes, buffer.bytes + 2 * guardBytes)
+      return
+    }
+    const index = sizeClass(buffer.bytes)
+    const size = classBytes(index)
+    if (this.#cachedBytes + size > Math.max(leastCache, this.#peakBytes)) {
+      this.#library.release(buffer.pointer, size)
+      return
+    }
+    this.#free[index].push(buffer.pointer)
+    this.#cachedBytes += size
+  }
+
+  #allocateGuarded(bytes: number): number {
+    const pointer = this.#library.allocate(bytes + 2 * guardBytes)
+    if (pointer === 0) return 0
+    const content = new Uint8Array(bytes + 2 * guardBytes).fill(guardPattern)
+    content.fill(poison, guardBytes, guardBytes + bytes)
+    this.#library.upload(pointer, content, content.length)
+    return pointer + guardBytes
+  }
+
+  #checkGuard({ pointer, bytes }: CpuBuffer): void {
+    const content = new Uint8Array(guardBytes)
+    for (const [side, at] of [['before', pointer - guardBytes], ['behind', pointer + bytes]] as const) {
+      this.#library.download(content, at, guardBytes)
+      if (content.some(byte => byte !== guardPattern)) throw new Error(`a kernel wrote ${side} a buffer of ${bytes} bytes`)
+    }
+  }
+
+  #exhausted(bytes: number): MoeError {
+    return new MoeError({
+      code: 'E_OUT_OF_MEMORY',
+      op: 'kernels-cpu',
+      problem: `no memory for ${bytes} bytes beside the ${this.#bytes} bytes of ${this.#live.length} tensors`,
+      fix: 'make the batch smaller or free tensors that are no longer needed',
+      details: { bytes, liveBytes: this.#bytes },
+    })
+  }
+}
+
+/** Classes: multiples of 64 up to 1 KiB, then four steps per doubling. */
+function sizeClass(bytes: number): number {
+  if (bytes <= 1024) return bytes <= 64 ? 1 : (bytes + 63) >>> 6
+  const large = bytes > 2 ** 31
+  const top = large ? Math.floor((bytes - 1) / 2 ** 20) : bytes - 1
+  const exponent = 31 - Math.clz32(top)
+  return 17 + (exponent + (large ? 20 : 0) - 10) * 4 + ((top >>> (exponent - 2)) & 3)
+}
+
+function classBytes(index: number): number {
+  if (index <= 16) return index * 64
+  const step = index - 17
+  return 2 ** ((step >> 2) + 8) * (5 + (step & 3))
+}

@@ -1,0 +1,91 @@
+/** @file What a launcher sees of the native side: kernels as functions of numbers, and memory for outputs. */
+import type { FusedAttrs, FusedKernel, FusedName, Kernel, PrimitiveAttrs, PrimitiveName, TensorSpec, Value } from '@moe/core'
+import { dtypeBytes, MoeError, sizeOf } from '@moe/core'
+import type { NativeLibrary } from './load.ts'
+import type { CpuBuffer, Memory } from './memory.ts'
+
+/** A C++ kernel: addresses, sizes and attributes as plain numbers, in the order in which the kernel reads them. */
+export type NativeKernel = (...values: number[]) => void
+
+export interface Native {
+  /** Threads that kernels of this backend may use, the caller included. */
+  readonly threads: number
+  /** The kernel of that C name, looked up at its first call. It throws MoeError E_BACKEND or E_OUT_OF_MEMORY. */
+  kernel(name: string): NativeKernel
+  /** Uninitialized memory for an output. */
+  output(spec: TensorSpec): CpuBuffer
+  /** The value's own buffer with one more owner when nobody else holds it, otherwise a copy. For ops that donate an input. */
+  donated(value: Value): CpuBuffer
+  /** The value's buffer with one more owner. */
+  shared(value: Value): CpuBuffer
+  /** Address of a `uint64_t[]` with the values' addresses; valid until the next call of this function. */
+  pointerList(values: readonly Value[]): number
+  /** Address of an `int64_t[]` with the numbers; valid until 16 later calls of this function. */
+  integers(values: readonly number[]): number
+}
+
+/** Makes the kernel of an op for one backend. */
+export type PrimitiveFactory<P extends PrimitiveName> = (native: Native) => Kernel<PrimitiveAttrs[P]>
+export type FusedFactory<F extends FusedName> = (native: Native) => FusedKernel<FusedAttrs[F]>
+
+/** Address of a value's first element. */
+export const pointerOf = (value: Value): number => (value.handle as CpuBuffer).pointer
+
+/** Slots of a call: the thread count, then the arguments. */
+const slotCount = 64
+
+const statusOutOfMemory = 2
+
+export function createNative(library: NativeLibrary, memory: Memory, threads: number): Native {
+  const slots = new Float64Array(new ArrayBuffer(slotCount * 8))
+  const slotsAddress = library.address(slots.buffer)
+  slots[0] = threads
+  let pointers = new BigUint64Array(new ArrayBuffer(512))
+  const copy = kernel('moe_copy')
+  const integerRing = Array.from({ length: 16 }, () => {
+    const data = new BigInt64Array(new ArrayBuffer(512))
+    return { data, address: library.address(data.buffer) }
+  })
+  let integerTurn = 0
+
+  function kernel(name: string): NativeKernel {
+    let entry: ((slots: number) => number) | undefined
+    return (...values) => {
+      entry ??= library.entry(name)
+      for (let i = 0; i < values.length; i++) slots[i + 1] = values[i]
+      const status = entry(slotsAddress)
+      if (status !== 0) throw failure(name, status)
+    }
+  }
+
+  function failure(name: string, status: number): MoeError {
+    const problem = library.lastError()
+    if (status !== statusOutOfMemory) return new MoeError({ code: 'E_BACKEND', op: name, problem })
+    const fix = 'make the batch smaller or free tensors that are no longer needed'
+    return new MoeError({ code: 'E_OUT_OF_MEMORY', op: name, problem, fix })
+  }
+
+  return {
+    threads,
+    kernel,
+    output: spec => memory.allocate(sizeOf(spec.shape) * dtypeBytes[spec.dtype]),
+    donated(value) {
+      const buffer = value.handle as CpuBuffer
+      if (buffer.refs === 1) return memory.share(buffer)
+      const fresh = memory.allocate(buffer.bytes)
+      copy(fresh.pointer, buffer.pointer, buffer.bytes)
+      return fresh
+    },
+    shared: value => memory.share(value.handle as CpuBuffer),
+    pointerList(values) {
+      if (values.length > pointers.length) pointers = new BigUint64Array(new ArrayBuffer(values.length * 16))
+      for (let i = 0; i < values.length; i++) pointers[i] = BigInt(pointerOf(values[i]))
+      return library.address(pointers.buffer)
+    },
+    integers(values) {
+      const { data, address } = integerRing[integerTurn++ % integerRing.length]
+      for (let i = 0; i < values.length; i++) data[i] = BigInt(values[i])
+      return address
+    },
+  }
+}
