@@ -1,9 +1,9 @@
 // Proves the packages as users get them: packs each one (after `pnpm build`), lets publint look at the tarball, installs all tarballs
 // with npm into an empty folder and imports every entry there, without sources and without TypeScript.
-import { execFileSync } from 'node:child_process'
+import { execFileSync, spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { join, resolve } from 'node:path'
 import { publint } from 'publint'
 import { formatMessage } from 'publint/utils'
 
@@ -83,8 +83,11 @@ function installAndImport(packages: Packed[]): void {
       .map(entry => `${manifest.name}${entry.slice(1)}`),
   )
   writeFileSync(join(app, 'import-all.js'), importAll(entries))
-  const output = execFileSync(process.execPath, ['import-all.js'], { cwd: app, encoding: 'utf8' })
-  for (const line of output.split('\n').filter(Boolean)) problems.push(line)
+  for (const node of nodes()) {
+    const output = execFileSync(node, ['import-all.js'], { cwd: app, encoding: 'utf8' })
+    for (const line of output.split('\n').filter(Boolean)) problems.push(line)
+  }
+  checkDeclarations(app, entries)
   for (const { manifest } of packages) {
     for (const name of Object.keys(manifest.bin ?? {})) {
       try {
@@ -109,9 +112,33 @@ function importAll(entries: string[]): string {
 `
 }
 
+/** The Node of the workspace, and the one that npm was started with, often an older one that the packages promise to run on. */
+function nodes(): string[] {
+  const outer = process.env.npm_node_execpath
+  return outer && outer !== process.execPath ? [process.execPath, outer] : [process.execPath]
+}
+
+/** The declarations as a consumer's compiler sees them, without skipping the library check; what other libraries declare is theirs. */
+function checkDeclarations(app: string, entries: string[]): void {
+  writeFileSync(join(app, 'import-all.ts'), `${entries.map(entry => `import '${entry}'`).join('\n')}\n`)
+  const compilerOptions = {
+    target: 'ES2022',
+    lib: ['ES2023', 'ESNext.Disposable'],
+    module: 'NodeNext',
+    strict: true,
+    noEmit: true,
+    types: ['node'],
+    typeRoots: [resolve('node_modules/@types')],
+  }
+  writeFileSync(join(app, 'tsconfig.json'), JSON.stringify({ compilerOptions, files: ['import-all.ts'] }))
+  const { stdout } = spawnSync('tsc', ['-p', app, '--pretty', 'false'], {
+    encoding: 'utf8',
+    cwd: app,
+    shell: process.platform === 'win32',
+  })
+  for (const line of stdout.split('\n')) if (/^(node_modules\/@moe\/|import-all)/.test(line)) problems.push(line)
+}
+
 function pnpm(args: string[], cwd: string): void {
-  const pin: string = JSON.parse(readFileSync('package.json', 'utf8')).packageManager
-  const launcher = process.env.npm_config_user_agent?.startsWith('pnpm/') ? ['pnpm'] : ['npx', '-y', pin]
-  const [program, ...rest] = [...launcher, ...args]
-  execFileSync(program!, rest, { cwd, stdio: ['ignore', 'ignore', 'inherit'], shell: process.platform === 'win32' })
+  execFileSync('pnpm', args, { cwd, stdio: ['ignore', 'ignore', 'inherit'], shell: process.platform === 'win32' })
 }

@@ -1,0 +1,76 @@
+import { type ChildProcess, spawn } from 'node:child_process'
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+
+// A program that takes its time to save after a SIGINT, and counts how often it was asked.
+const program = `
+let asked = 0
+process.on('SIGINT', () => {
+  asked++
+  if (asked === 1) setTimeout(() => { console.log('saved, asked ' + asked); process.exit(7) }, 700)
+})
+setTimeout(() => {}, 60_000)
+console.log('ready ' + process.pid)
+`
+let folder: string
+
+beforeAll(() => {
+  folder = mkdtempSync(join(tmpdir(), 'run-in-place-'))
+  writeFileSync(join(folder, 'program.mjs'), program)
+  writeFileSync(join(folder, 'code.mjs'), 'process.exit(42)')
+  writeFileSync(join(folder, 'die.mjs'), "process.kill(process.pid, 'SIGTERM'); setTimeout(() => {}, 60_000)")
+  const module = JSON.stringify(new URL('run-in-place.mjs', import.meta.url))
+  const driver = `import { runInPlace } from ${module}\nawait runInPlace(process.execPath, [process.argv[2]], { ownGroup: true })\n`
+  writeFileSync(join(folder, 'driver.mjs'), driver)
+})
+
+afterAll(() => rmSync(folder, { recursive: true, force: true }))
+
+/** The driver with `name` inside, as the leader of a process group, like a command in a terminal. */
+function start(name: string): {
+  driver: ChildProcess
+  output: () => string
+  ended: Promise<[number | null, NodeJS.Signals | null]>
+} {
+  const driver = spawn(process.execPath, [join(folder, 'driver.mjs'), join(folder, name)], { detached: true })
+  let output = ''
+  driver.stdout.on('data', chunk => {
+    output += chunk
+  })
+  return {
+    driver,
+    output: () => output,
+    ended: new Promise(resolve => driver.on('close', (code, signal) => resolve([code, signal]))),
+  }
+}
+
+// Process groups and these signals are POSIX.
+describe.skipIf(process.platform === 'win32')('runInPlace', () => {
+  test('hands on the exit code', async () => {
+    expect(await start('code.mjs').ended).toEqual([42, null])
+  })
+
+  test('dies of the signal that the program died of', async () => {
+    expect(await start('die.mjs').ended).toEqual([null, 'SIGTERM'])
+  })
+
+  test('a Ctrl-C that arrives twice, from the terminal and from npm, reaches the program once, and it may finish', async () => {
+    const { driver, output, ended } = start('program.mjs')
+    await expect.poll(output, { timeout: 30_000 }).toContain('ready')
+    process.kill(-driver.pid!, 'SIGINT')
+    process.kill(driver.pid!, 'SIGINT')
+    expect(await ended).toEqual([7, null])
+    expect(output()).toContain('saved, asked 1')
+  })
+
+  test('a program whose starter is killed is interrupted, not left behind', async () => {
+    const { driver, output, ended } = start('program.mjs')
+    await expect.poll(output, { timeout: 30_000 }).toContain('ready')
+    driver.kill('SIGKILL')
+    await ended
+    // The pipe stays open until the program itself has ended, so by now it has said its last word.
+    expect(output()).toContain('saved, asked 1')
+  })
+})
