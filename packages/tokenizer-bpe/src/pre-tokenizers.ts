@@ -1,5 +1,5 @@
 /** @file The pre-tokenizers by name: their scanners, and how tokenizer.json spells them. */
-import { CL100K_PATTERN, cl100kScanner, QWEN2_PATTERN } from './scan/cl100k.ts'
+import { CL100K_PATTERN, CL100K_TIKTOKEN_PATTERN, cl100kScanner, QWEN2_PATTERN } from './scan/cl100k.ts'
 import { DEEPSEEK_LLM_PATTERNS, scanDeepseekLlm } from './scan/deepseek-llm.ts'
 import { DEEPSEEK_V3_PATTERNS, scanDeepseekV3 } from './scan/deepseek-v3.ts'
 import { GPT2_PATTERN, scanGpt2 } from './scan/gpt2.ts'
@@ -7,7 +7,14 @@ import { O200K_PATTERN, scanO200k } from './scan/o200k.ts'
 import type { Scanner } from './scan/scanner.ts'
 
 /** Pre-tokenizers that have a hand-written scanner. */
-export type PreTokenizerName = 'deepseek-v3' | 'deepseek-llm' | 'gpt2' | 'cl100k' | 'o200k' | 'qwen2'
+export type PreTokenizerName =
+  | 'deepseek-v3'
+  | 'deepseek-llm'
+  | 'gpt2'
+  | 'cl100k'
+  | 'cl100k-tiktoken'
+  | 'o200k'
+  | 'qwen2'
 
 interface Known {
   readonly scanner: Scanner
@@ -22,6 +29,7 @@ export const KNOWN: Readonly<Record<PreTokenizerName, Known>> = {
   'deepseek-llm': { scanner: scanDeepseekLlm, patterns: DEEPSEEK_LLM_PATTERNS, digits: true },
   gpt2: { scanner: scanGpt2, patterns: [] },
   cl100k: { scanner: cl100kScanner(3, false), patterns: [CL100K_PATTERN] },
+  'cl100k-tiktoken': { scanner: cl100kScanner(3, true), patterns: [CL100K_TIKTOKEN_PATTERN] },
   o200k: { scanner: scanO200k, patterns: [O200K_PATTERN] },
   qwen2: { scanner: cl100kScanner(1, false), patterns: [QWEN2_PATTERN] },
 }

@@ -1,6 +1,7 @@
 /** @file The tokenizer: text to ids and back, from tokenizer.json, from tiktoken's ranks, or trained here. */
 import { type AddedToken, AddedTokenFinder } from './added-tokens.ts'
-import { Encoder, IdBuffer, PADDING } from './bpe/encoder.ts'
+import type { EncodePool } from './batch/pool.ts'
+import { Encoder, IdBuffer, PADDING, type PieceListener } from './bpe/encoder.ts'
 import { PieceMerger } from './bpe/merge-piece.ts'
 import { MergeTable } from './bpe/merge-table.ts'
 import { spellBytes } from './byte-alphabet.ts'
@@ -13,6 +14,9 @@ import { type PostProcessor, readPostProcessor } from './json/post-processor.ts'
 import { compilePreTokenizer, type PreTokenizer } from './json/pre-tokenizer.ts'
 import type { BpeModel } from './model.ts'
 import { type Normalizer, readNormalizer } from './normalizer.ts'
+import { OffsetCollector } from './offsets.ts'
+import { KNOWN, preTokenizerJson } from './pre-tokenizers.ts'
+import { modelFromRanks, parseRanks } from './tiktoken.ts'
 
 export interface EncodeOptions {
   /** Adds the special tokens of the post-processor, e.g. beginning of sentence. Default true, as in Hugging Face tokenizers. */
@@ -36,6 +40,11 @@ export interface EncodingWithOffsets {
   readonly offsets: Uint32Array
 }
 
+export interface TiktokenOptions {
+  readonly preTokenizer: 'gpt2' | 'cl100k' | 'o200k' | RegExp | { readonly pattern: string }
+  readonly specialTokens?: Readonly<Record<string, number>>
+}
+
 /** The parts of tokenizer.json besides the model, kept as they were read. */
 export interface TokenizerParts {
   readonly normalizer?: unknown
@@ -45,6 +54,11 @@ export interface TokenizerParts {
 }
 
 const utf8 = new TextEncoder()
+
+/** Characters from which a batch is spread over threads, which first have to read the tokenizer. */
+const WORTH_THREADS = 1 << 23
+
+type SegmentListener = (origin: Int32Array | undefined) => PieceListener
 
 /** Largest scratch buffer that a tokenizer keeps between calls, in bytes. */
 const KEPT_SCRATCH = 1 << 20
@@ -88,7 +102,7 @@ export class BpeTokenizer {
     const normalizer = readNormalizer(parts.normalizer)
     this.#normalizer = normalizer
     this.#preTokenizer = compilePreTokenizer(parts.pre_tokenizer)
-    const table = new MergeTable(model.merges, model.byteToken, model.tokens.length)
+    const table = MergeTable.of(model.merges, model.byteToken, model.tokens.length)
     const merger = new PieceMerger(table, model.byteToken, model.options.unknown, model.options.fuseUnknown)
     const whole = model.options.ignoreMerges
       ? (bytes: Uint8Array, start: number, end: number) =>
@@ -147,6 +161,40 @@ export class BpeTokenizer {
   }
 
   /**
+   * Builds a tokenizer from a rank file of tiktoken (`cl100k_base.tiktoken`: a token in base64 and its rank a line).
+   * @param options.preTokenizer the encoding's pattern, by name or as a regular expression in Oniguruma syntax
+   * @param options.specialTokens ids of special tokens by their text
+   */
+  static fromTiktoken(
+    ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
+    options: TiktokenOptions,
+  ): BpeTokenizer {
+    const map =
+      ranks instanceof Map
+        ? ranks
+        : parseRanks(typeof ranks === 'string' ? ranks : new TextDecoder().decode(ranks as Uint8Array))
+    const model = modelFromRanks(map)
+    const { preTokenizer } = options
+    const added = Object.entries(options.specialTokens ?? {}).map(([content, id]) => ({ id, content, special: true }))
+    // tiktoken's own pattern for cl100k differs from the one that tokenizer.json files carry.
+    const name = preTokenizer === 'cl100k' ? 'cl100k-tiktoken' : preTokenizer
+    const patterns =
+      typeof name === 'string' ? KNOWN[name]?.patterns : [name instanceof RegExp ? name.source : name.pattern]
+    if (patterns === undefined) {
+      throw new TokenizerError({
+        code: 'E_CONFIG',
+        op: 'fromTiktoken',
+        problem: `preTokenizer ${describe(preTokenizer)} is not known`,
+        fix: `use one of ${Object.keys(KNOWN).join(', ')}, or a RegExp`,
+      })
+    }
+    return new BpeTokenizer(model, readAddedTokens(added, model), {
+      pre_tokenizer: preTokenizerJson(patterns),
+      decoder: { type: 'ByteLevel', add_prefix_space: true, trim_offsets: true, use_regex: true },
+    })
+  }
+
+  /**
    * Ids of a text. Lone surrogates count as U+FFFD. Takes time linear in the text whatever it holds; texts of any size can be passed whole.
    * @returns a new array of its own
    */
@@ -168,7 +216,8 @@ export class BpeTokenizer {
     const bytes = this.#scratch.subarray(0, end)
     const normalizer = this.#normalizer
     const added = (token: AddedToken) => out.push(token.id)
-    const ordinary = (from: number, to: number) => this.#encoder.encode(this.#scratch, this.#view, from, to, out)
+    let first = true
+    const ordinary = (from: number, to: number) => this.#encodeSegment(from, to, first && from === 0, out)
     const late = (from: number, to: number) => this.#lateFinder.split(bytes, from, to, skipSpecial, ordinary, added)
     if (normalizer === undefined) {
       this.#rawFinder.split(bytes, 0, end, skipSpecial, late, added)
@@ -188,6 +237,7 @@ export class BpeTokenizer {
           out.push(segment.id)
           continue
         }
+        first = segment === segments[0]
         const length = this.#load(normalizer(segment))
         const inner = this.#scratch.subarray(0, length)
         this.#lateFinder.split(inner, 0, length, skipSpecial, ordinary, added)
@@ -195,6 +245,113 @@ export class BpeTokenizer {
     }
     if (this.#scratch.length > KEPT_SCRATCH) this.#resize(4096)
   }
+
+  /** Encodes a part of the scratch buffer that holds no added token. */
+  #encodeSegment(from: number, to: number, first: boolean, out: IdBuffer, listener?: SegmentListener): void {
+    const prepare = this.#preTokenizer.prepare
+    if (prepare === undefined) {
+      this.#encoder.encode(this.#scratch, this.#view, from, to, out, listener?.(undefined))
+      return
+    }
+    const text = prepare(this.#scratch, from, to, first)
+    this.#encoder.encode(text.bytes, new DataView(text.bytes.buffer), 0, text.length, out, listener?.(text.origin))
+  }
+
+  /**
+   * Ids with the places of their tokens in the text.
+   * @throws TokenizerError E_UNSUPPORTED when the normalizer changes the text, whose places are then lost
+   */
+  encodeWithOffsets(text: string, options: EncodeOptions = {}): EncodingWithOffsets {
+    if (this.#normalizer !== undefined && this.#normalizer(text) !== text) {
+      throw new TokenizerError({
+        code: 'E_UNSUPPORTED',
+        op: 'encodeWithOffsets',
+        problem: 'the normalizer changes this text',
+        fix: 'normalize it first and take offsets into that',
+      })
+    }
+    const out = this.#out
+    out.length = 0
+    const special = options.addSpecialTokens ?? true
+    const skipSpecial = !(options.parseSpecialTokens ?? true)
+    const end = this.#load(text)
+    const bytes = this.#scratch.subarray(0, end)
+    const collector = new OffsetCollector(bytes, this.#post.trimOffsets, this.#post.prefixSpace)
+    if (special) for (const id of this.#post.before) collector.addEmpty(out, id)
+    const added = (token: AddedToken, from: number, to: number) => {
+      out.push(token.id)
+      collector.add(from, to)
+    }
+    const ordinary = (from: number, to: number) =>
+      this.#encodeSegment(from, to, from === 0, out, origin => (start, stop, count) => {
+        let at = start
+        for (let i = out.length - count; i < out.length; i++) {
+          const token = this.#model.bytesOf(out.ids[i])
+          const next = Math.min(stop, at + token.length)
+          const a = origin ? origin[at] : at
+          const b = origin ? origin[next - 1] + 1 : next
+          collector.addToken(a, b, token)
+          at = next
+        }
+      })
+    this.#rawFinder.split(
+      bytes,
+      0,
+      end,
+      skipSpecial,
+      (from, to) => this.#lateFinder.split(bytes, from, to, skipSpecial, ordinary, added),
+      added,
+    )
+    if (special) for (const id of this.#post.after) collector.addEmpty(out, id)
+    return { ids: out.ids.slice(0, out.length), offsets: collector.finish() }
+  }
+
+  /**
+   * Ids of one text that arrives in parts, in parts of its own: together they are what `encode` gives for the whole text without special tokens
+   * around it. Text is held back until a word begins after a space, which is a border whatever follows (all of it, where the pre-tokenizer has no
+   * scanner of its own).
+   */
+  async *encodeStream(
+    parts: AsyncIterable<string> | Iterable<string>,
+    options: EncodeOptions = {},
+  ): AsyncGenerator<Uint32Array> {
+    const plain = { ...options, addSpecialTokens: false }
+    const cuttable =
+      this.#preTokenizer.prepare === undefined &&
+      this.#added.every(
+        token => !token.lstrip && !token.rstrip && !token.single_word && !/[A-Za-z] [A-Za-z]/.test(token.content),
+      )
+    const margin = this.#added.reduce((most, token) => Math.max(most, token.content.length), 0) + 2
+    let held = ''
+    for await (const part of parts) {
+      held += part
+      if (!cuttable) continue
+      let cut = held.length - margin
+      while (cut > 0 && !(held[cut] === ' ' && isAsciiLetter(held, cut - 1) && isAsciiLetter(held, cut + 1))) cut--
+      if (cut <= 0) continue
+      yield this.encode(held.slice(0, cut), plain)
+      held = held.slice(cut)
+    }
+    if (held !== '') yield this.encode(held, plain)
+  }
+
+  /**
+   * Ids of many texts, over worker threads where there are some and the batch is worth it. The results are those of `encode`.
+   * @param options.threads default: one a core; 0 or 1 stays on this thread
+   */
+  async encodeBatch(
+    texts: readonly string[],
+    options: EncodeOptions & { readonly threads?: number } = {},
+  ): Promise<Uint32Array[]> {
+    const { threads, ...encodeOptions } = options
+    const size = texts.reduce((sum, text) => sum + text.length, 0)
+    if (threads === undefined ? size < WORTH_THREADS : threads < 2)
+      return texts.map(text => this.encode(text, encodeOptions))
+    this.#pool ??= import('./batch/pool.ts').then(({ EncodePool }) => EncodePool.start(JSON.stringify(this), threads))
+    const pool = await this.#pool
+    return pool === undefined ? texts.map(text => this.encode(text, encodeOptions)) : pool.encode(texts, encodeOptions)
+  }
+  #pool: Promise<EncodePool | undefined> | undefined
 
   /** Puts the UTF-8 of a text into the scratch buffer and returns its length. */
   #load(text: string): number {
@@ -313,6 +470,11 @@ export class BpeTokenizer {
 }
 
 const EMPTY = new Uint8Array(0)
+
+function isAsciiLetter(text: string, at: number): boolean {
+  const lower = text.charCodeAt(at) | 0x20
+  return lower >= 0x61 && lower <= 0x7a
+}
 
 function checkDecoder(value: unknown): void {
   if (value === undefined || value === null) return

@@ -141,7 +141,10 @@ export class Encoder {
           ids.set(this.#merger.out.subarray(0, tokens), length)
           length += tokens
         }
-        if (listener !== undefined) listener(from, pos, length - before)
+        if (listener !== undefined) {
+          out.length = length
+          listener(from, pos, length - before)
+        }
       }
       out.length = length
     }

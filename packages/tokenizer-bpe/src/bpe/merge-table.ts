@@ -7,63 +7,75 @@ export class MergeTable {
   /** Token that the merge of each rank makes. */
   readonly product: Int32Array
   /** Rank of each pair of single bytes, at `first << 8 | second`, or NO_RANK: what every piece starts with. */
-  readonly byteRank: Int32Array
-  /** Whether each merge makes a token that only later merges use, so that ranks can be worked off in rising order. */
-  readonly rising: boolean
-  readonly count: number
+  readonly byteRank: Int32Array = new Int32Array(65536).fill(NO_RANK)
+  count = 0
   /** left, right, rank, unused; left is -1 in a free slot. */
-  readonly slots: Int32Array
-  readonly shift: number
+  readonly #slots: Int32Array
+  readonly #shift: number
+  /** Lowest rank of the merges that use each token. */
+  readonly #firstUse: Int32Array
+  /** Byte of each token that is one, else -1. */
+  readonly #byteOf: Int16Array
+  #rising: boolean | undefined
 
   /**
-   * @param merges left, right, product of each merge, in order of rank
+   * @param capacity merges to come
    * @param byteToken token of each byte, or -1
-   * @param tokens number of ids, above every id in `merges`
+   * @param tokens number of ids, above every id to come
    */
-  constructor(merges: Int32Array, byteToken: Int32Array, tokens: number) {
-    const count = merges.length / 3
-    this.count = count
+  constructor(capacity: number, byteToken: Int32Array, tokens: number) {
     let bits = 4
-    while (1 << bits < count * 2) bits++
-    this.shift = 32 - bits
-    const slots = new Int32Array(4 << bits).fill(-1)
-    const mask = (1 << bits) - 1
-    const product = new Int32Array(count)
-    // Lowest rank of the merges that use each token.
-    const firstUse = new Int32Array(tokens).fill(NO_RANK)
-    for (let rank = 0; rank < count; rank++) {
-      const left = merges[rank * 3]
-      const right = merges[rank * 3 + 1]
-      product[rank] = merges[rank * 3 + 2]
-      if (firstUse[left] > rank) firstUse[left] = rank
-      if (firstUse[right] > rank) firstUse[right] = rank
-      let slot = (Math.imul(left, 0x9e3779b1) ^ Math.imul(right, 0x85ebca6b)) >>> this.shift
-      while (slots[slot * 4] !== -1 && !(slots[slot * 4] === left && slots[slot * 4 + 1] === right))
-        slot = (slot + 1) & mask
-      // A pair that is listed twice has the rank of its last line, as in Hugging Face tokenizers.
-      slots[slot * 4] = left
-      slots[slot * 4 + 1] = right
-      slots[slot * 4 + 2] = rank
+    while (1 << bits < capacity * 2) bits++
+    this.#shift = 32 - bits
+    this.#slots = new Int32Array(4 << bits).fill(-1)
+    this.product = new Int32Array(capacity)
+    this.#firstUse = new Int32Array(tokens).fill(NO_RANK)
+    this.#byteOf = new Int16Array(tokens).fill(-1)
+    for (let byte = 0; byte < 256; byte++) if (byteToken[byte] >= 0) this.#byteOf[byteToken[byte]] = byte
+  }
+
+  /** A table of merges: left, right, product of each, in order of rank. */
+  static of(merges: Int32Array, byteToken: Int32Array, tokens: number): MergeTable {
+    const table = new MergeTable(merges.length / 3, byteToken, tokens)
+    for (let i = 0; i < merges.length; i += 3) table.add(merges[i], merges[i + 1], merges[i + 2])
+    return table
+  }
+
+  /** Adds the merge of the next rank. A pair that comes twice has the later rank, as in Hugging Face tokenizers. */
+  add(left: number, right: number, product: number): void {
+    const rank = this.count++
+    const slots = this.#slots
+    const mask = (slots.length >>> 2) - 1
+    this.product[rank] = product
+    if (this.#firstUse[left] > rank) this.#firstUse[left] = rank
+    if (this.#firstUse[right] > rank) this.#firstUse[right] = rank
+    let slot = (Math.imul(left, 0x9e3779b1) ^ Math.imul(right, 0x85ebca6b)) >>> this.#shift
+    while (slots[slot * 4] !== -1 && !(slots[slot * 4] === left && slots[slot * 4 + 1] === right))
+      slot = (slot + 1) & mask
+    slots[slot * 4] = left
+    slots[slot * 4 + 1] = right
+    slots[slot * 4 + 2] = rank
+    const a = this.#byteOf[left]
+    const b = this.#byteOf[right]
+    if (a >= 0 && b >= 0) this.byteRank[(a << 8) | b] = rank
+    this.#rising = undefined
+  }
+
+  /** Whether each merge makes a token that only later merges use, so that ranks can be worked off in rising order. */
+  get rising(): boolean {
+    if (this.#rising === undefined) {
+      let rising = true
+      for (let rank = 0; rank < this.count && rising; rank++) rising = this.#firstUse[this.product[rank]] > rank
+      this.#rising = rising
     }
-    this.slots = slots
-    this.product = product
-    let rising = true
-    for (let rank = 0; rank < count && rising; rank++) rising = firstUse[product[rank]] > rank
-    this.rising = rising
-    this.byteRank = new Int32Array(65536).fill(NO_RANK)
-    for (let a = 0; a < 256; a++) {
-      if (byteToken[a] < 0) continue
-      for (let b = 0; b < 256; b++) {
-        if (byteToken[b] >= 0) this.byteRank[(a << 8) | b] = this.rank(byteToken[a], byteToken[b])
-      }
-    }
+    return this.#rising
   }
 
   /** Rank of the merge of two tokens, or NO_RANK. */
   rank(left: number, right: number): number {
-    const slots = this.slots
+    const slots = this.#slots
     const mask = (slots.length >>> 2) - 1
-    let slot = (Math.imul(left, 0x9e3779b1) ^ Math.imul(right, 0x85ebca6b)) >>> this.shift
+    let slot = (Math.imul(left, 0x9e3779b1) ^ Math.imul(right, 0x85ebca6b)) >>> this.#shift
     while (true) {
       const key = slots[slot * 4]
       if (key === left && slots[slot * 4 + 1] === right) return slots[slot * 4 + 2]

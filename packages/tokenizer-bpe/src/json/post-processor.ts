@@ -7,12 +7,15 @@ export interface PostProcessor {
   readonly after: readonly number[]
   /** Whether offsets leave out the white space at the ends of tokens. */
   readonly trimOffsets: boolean
+  /** Whether that white space may be a space that the pre-tokenizer put there, at the start. */
+  readonly prefixSpace: boolean
 }
 
 export function readPostProcessor(value: unknown, tokens: readonly AddedToken[], ids: number): PostProcessor {
   const before: number[] = []
   const after: number[] = []
   let trimOffsets = false
+  let prefixSpace = false
   const walk = (item: unknown, where: string): void => {
     if (item === undefined || item === null) return
     const json = asObject(item, where)
@@ -24,6 +27,7 @@ export function readPostProcessor(value: unknown, tokens: readonly AddedToken[],
         return
       case 'ByteLevel':
         trimOffsets = asFlag(json.trim_offsets, `${where}.trim_offsets`, true)
+        prefixSpace = asFlag(json.add_prefix_space, `${where}.add_prefix_space`, true)
         return
       case 'TemplateProcessing': {
         const special = asObject(json.special_tokens ?? {}, `${where}.special_tokens`)
@@ -53,5 +57,5 @@ export function readPostProcessor(value: unknown, tokens: readonly AddedToken[],
     }
   }
   walk(value, 'post_processor')
-  return { before, after, trimOffsets }
+  return { before, after, trimOffsets, prefixSpace }
 }

@@ -3,10 +3,12 @@ import { classOf, LETTER, NEWLINE, NUMBER, SPACE } from '../unicode/classes.ts'
 import { codePointAt, previous, widthOf } from '../unicode/utf8.ts'
 import { type Scanner, spaceEnd } from './scanner.ts'
 
-const pattern = (number: string) =>
-  `(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|${number}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+`
+const pattern = (number: string, tail = '') =>
+  `(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|${number}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|${tail}\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+`
 
 export const CL100K_PATTERN = pattern('\\p{N}{1,3}')
+/** In the newest tiktoken, spelled for Oniguruma: white space at the end of the text is one piece. */
+export const CL100K_TIKTOKEN_PATTERN = pattern('\\p{N}{1,3}', '\\s+\\z|')
 export const QWEN2_PATTERN = pattern('\\p{N}')
 
 const WORD = 0

@@ -6,7 +6,7 @@
  * What lies between numbers and CJK runs is matched as a text of its own, so a run of spaces before a number or a CJK
  * character stays whole, as at the end of a text. Characters that no alternative takes (controls, unassigned) join into pieces.
  */
-import { classOf, LETTER, MARK, NEWLINE, NUMBER, OTHER, PUNCTUATION, SPACE, SYMBOL } from '../unicode/classes.ts'
+import { classOf, LETTER, MARK, NUMBER, OTHER, PUNCTUATION, SPACE, SYMBOL } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 
 export const DEEPSEEK_V3_PATTERNS = [

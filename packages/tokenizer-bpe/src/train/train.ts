@@ -160,7 +160,7 @@ class Trainer {
       this.#view = new DataView(this.#scratch.buffer)
     }
     const end = this.#utf8.encodeInto(normal, this.#scratch).written
-    const prepared = this.#preTokenizer.prepare?.(this.#scratch, 0, end)
+    const prepared = this.#preTokenizer.prepare?.(this.#scratch, 0, end, true)
     const bytes = prepared?.bytes ?? this.#scratch
     const view = prepared ? new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength) : this.#view
     const stop = prepared?.length ?? end

@@ -1,0 +1,93 @@
+/** @file Rank files of tiktoken: tokens with their ranks, from which the merges follow. */
+import { PieceMerger } from './bpe/merge-piece.ts'
+import { MergeTable } from './bpe/merge-table.ts'
+import { spellBytes } from './byte-alphabet.ts'
+import { TokenizerError } from './errors.ts'
+import { BpeModel, MAX_ID } from './model.ts'
+
+function bad(line: number, problem: string): TokenizerError {
+  return new TokenizerError({
+    code: 'E_FORMAT',
+    op: `tiktoken ranks, line ${line}`,
+    problem,
+    fix: 'each line is a token in base64, a space and its rank',
+  })
+}
+
+/** Reads the text of a `.tiktoken` file. */
+export function parseRanks(text: string): Map<number, Uint8Array> {
+  const ranks = new Map<number, Uint8Array>()
+  let line = 0
+  for (const entry of text.split('\n')) {
+    line++
+    if (entry.trim() === '') continue
+    const match = /^([A-Za-z0-9+/]*={0,2}) (\d{1,8})\r?$/.exec(entry)
+    if (match === null) throw bad(line, `cannot be read: ${JSON.stringify(entry.slice(0, 40))}`)
+    const rank = Number(match[2])
+    if (rank >= MAX_ID) throw bad(line, `rank ${rank} is not below ${MAX_ID}`)
+    if (ranks.has(rank)) throw bad(line, `rank ${rank} is there twice`)
+    let decoded: string
+    try {
+      decoded = atob(match[1])
+    } catch (cause) {
+      throw new TokenizerError({
+        code: 'E_FORMAT',
+        op: `tiktoken ranks, line ${line}`,
+        problem: 'is not base64',
+        cause,
+      })
+    }
+    ranks.set(
+      rank,
+      Uint8Array.from(decoded, char => char.charCodeAt(0)),
+    )
+  }
+  return ranks
+}
+
+/**
+ * The model of a set of ranks. tiktoken merges any two neighbours whose bytes together are a token, lowest rank first; a token can only ever come from
+ * the two parts that its own bytes come down to under the ranks before it, so those are its merge. Tokens that come down to more parts are
+ * reached only where a piece is the token as a whole, which tiktoken asks first (`ignore_merges`).
+ */
+export function modelFromRanks(ranks: ReadonlyMap<number, Uint8Array>): BpeModel {
+  const ids = [...ranks.keys()].sort((a, b) => a - b)
+  const tokens: (string | undefined)[] = []
+  const idOf = new Map<string, number>()
+  const byteToken = new Int32Array(256).fill(-1)
+  for (const id of ids) {
+    const bytes = ranks.get(id)!
+    const text = spellBytes(bytes)
+    if (idOf.has(text)) {
+      throw new TokenizerError({
+        code: 'E_FORMAT',
+        op: 'tiktoken ranks',
+        problem: `ranks ${idOf.get(text)} and ${id} are the same token`,
+      })
+    }
+    while (tokens.length < id) tokens.push(undefined)
+    tokens.push(text)
+    idOf.set(text, id)
+    if (bytes.length === 1) byteToken[bytes[0]] = id
+  }
+  const missing = byteToken.indexOf(-1)
+  if (missing >= 0) {
+    throw new TokenizerError({
+      code: 'E_FORMAT',
+      op: 'tiktoken ranks',
+      problem: `byte ${missing} has no token`,
+      fix: 'the file is incomplete',
+    })
+  }
+  const table = new MergeTable(ids.length, byteToken, tokens.length)
+  const merger = new PieceMerger(table, byteToken, -1, false)
+  const merges: number[] = []
+  for (const id of ids) {
+    const bytes = ranks.get(id)!
+    if (bytes.length < 2 || merger.merge(bytes, 0, bytes.length) !== 2) continue
+    const [left, right] = merger.out
+    table.add(left, right, id)
+    merges.push(left, right, id)
+  }
+  return new BpeModel(tokens, idOf, Int32Array.from(merges), { unknown: -1, fuseUnknown: false, ignoreMerges: true })
+}
