@@ -18,7 +18,7 @@ export abstract class Scoped {
   }
 }
 
-interface Scope {
+export interface Scope {
   readonly items: Scoped[]
 }
 
@@ -32,8 +32,7 @@ let current: Scope | null = null
  */
 export function scope<T>(fn: () => T): T {
   const outer = current
-  const own: Scope = { items: [] }
-  current = own
+  const own = enterScope()
   let result: T
   try {
     result = fn()
@@ -47,11 +46,32 @@ export function scope<T>(fn: () => T): T {
     }
     move(result, own, outer, 0)
   } finally {
-    current = outer
-    const { items } = own
-    for (let i = 0; i < items.length; i++) if (items[i].owner === own) items[i].dispose()
+    leaveScope(own, outer)
   }
   return result
+}
+
+/** Internal: opens a scope by hand, for the inner loop of `backward`. Close it with `leaveScope` whatever happens. */
+export function enterScope(): Scope {
+  current = { items: [] }
+  return current
+}
+
+/** Internal: the scope that is open now. */
+export const currentScope = (): Scope | null => current
+
+/** Internal: gives a kept tensor to the scope that is open now. */
+export function adopt<T extends Scoped>(item: T): T {
+  item.owner = current
+  current?.items.push(item)
+  return item
+}
+
+/** Internal: frees what a scope still owns and makes `outer` the open one. */
+export function leaveScope(own: Scope, outer: Scope | null): void {
+  current = outer
+  const { items } = own
+  for (let i = 0; i < items.length; i++) if (items[i].owner === own) items[i].dispose()
 }
 
 /** Takes tensors out of their scopes: they live until they are disposed. Returns its argument. */

@@ -34,6 +34,10 @@ export interface TapeNode {
   inputs: readonly Tensor[]
   readonly attrs: unknown
   outputs: readonly Tensor[]
+  /** During `backward`: what has arrived for each output so far. */
+  readonly flowing: Array<Tensor | null>
+  /** The last walk that came by. */
+  walk: number
   /** Where ops that are not primitives find their gradient; primitives are looked up by name. */
   readonly gradient: GradientSource | null
 }
@@ -79,6 +83,8 @@ export class Tensor extends Scoped implements Value {
   readonly backend: Backend
   /** The op that made it, while it is recorded. */
   node: TapeNode | null
+  /** Which output of that op it is. */
+  outputIndex: number
   /** Whether gradients flow to it: a trainable parameter, or made from one while recording. */
   tracked: boolean
   /** A number that was wrapped for one op and is freed with it. */
@@ -92,6 +98,7 @@ export class Tensor extends Scoped implements Value {
     this.shape = shape
     this.dtype = dtype
     this.node = null
+    this.outputIndex = 0
     this.tracked = false
     this.temporary = false
   }
@@ -381,10 +388,12 @@ export function record(
 ): void {
   for (let i = 0; i < inputs.length; i++) {
     if (!inputs[i].tracked) continue
-    const node: TapeNode = { id: nextNode++, op, inputs, attrs, outputs, gradient }
+    const flowing = new Array<Tensor | null>(outputs.length).fill(null)
+    const node: TapeNode = { id: nextNode++, op, inputs, attrs, outputs, flowing, walk: 0, gradient }
     for (let j = 0; j < outputs.length; j++) {
       const output = outputs[j]
       output.node = node
+      output.outputIndex = j
       output.tracked = isFloat(output.dtype)
     }
     return

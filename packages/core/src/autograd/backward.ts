@@ -3,7 +3,7 @@ import type { PrimitiveName } from '../backend.ts'
 import { context, noGrad } from '../context.ts'
 import { MoeError } from '../errors.ts'
 import { Parameter } from '../nn/parameter.ts'
-import { keep, scope } from '../scope.ts'
+import { adopt, currentScope, enterScope, leaveScope, scope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
 import { full, record, type TapeNode, type Tensor, type Vjp } from '../tensor.ts'
 import { rules } from './rules.ts'
@@ -35,7 +35,7 @@ export function gradients(loss: Tensor, of: readonly Tensor[], options: Backward
   const found = new Map<Tensor, Tensor>()
   const wanted = new Set(of)
   const collect = (leaf: Tensor, gradient: Tensor) => {
-    if (wanted.has(leaf)) add(found, leaf, keep(gradient))
+    if (wanted.has(leaf)) add(found, leaf, gradient)
     else gradient.dispose()
   }
   walk([loss], [seed(loss, options.gradient)], options.retain === true, collect, wanted)
@@ -65,13 +65,7 @@ function seed(loss: Tensor, given?: Tensor): Tensor {
 
 function add(map: Map<Tensor, Tensor>, to: Tensor, gradient: Tensor): void {
   const before = map.get(to)
-  if (before === undefined) {
-    map.set(to, gradient)
-    return
-  }
-  map.set(to, keep(before.add(gradient)))
-  before.dispose()
-  gradient.dispose()
+  map.set(to, before === undefined ? gradient : sum(before, gradient))
 }
 
 /** Leaves of `backward`: parameters gather their gradient, other tracked leaves drop it. */
@@ -80,14 +74,7 @@ function accumulate(leaf: Tensor, gradient: Tensor): void {
     gradient.dispose()
     return
   }
-  if (leaf.grad === null) {
-    leaf.grad = gradient
-    return
-  }
-  const before = leaf.grad
-  leaf.grad = keep(before.add(gradient))
-  before.dispose()
-  gradient.dispose()
+  leaf.grad = leaf.grad === null ? gradient : sum(leaf.grad, gradient)
 }
 
 /**
@@ -110,61 +97,80 @@ function walk(
       fix: 'run the forward pass outside noGrad(), and do not detach() or dispose what leads to the loss',
     })
   }
-  const pending = new Map<Tensor, Tensor>()
   const send = (to: Tensor, gradient: Tensor) => {
-    if (to.node === null) onLeaf(to, gradient)
-    else add(pending, to, gradient)
+    gradient.owner = null
+    const { node } = to
+    if (node === null) {
+      onLeaf(to, gradient)
+      return
+    }
+    const before = node.flowing[to.outputIndex]
+    node.flowing[to.outputIndex] = before === null ? gradient : sum(before, gradient)
   }
   noGrad(() => {
     outputs.forEach((output, i) => {
       const start = seeds[i]
-      if (start !== null) send(output, keep(start.detach()))
+      if (start !== null) send(output, start.detach())
     })
-    const roots = new Set(outputs)
-    for (const node of nodes) {
-      const flowing = node.outputs.map(output => pending.get(output) ?? null)
-      if (flowing.some(gradient => gradient !== null)) {
-        const toInputs = scope(() =>
-          rule(node)(vjpContext(node), flowing).map(g => (g === null ? null : detached(g, flowing))),
-        )
-        for (let i = 0; i < toInputs.length; i++) {
-          const gradient = toInputs[i]
+    for (let n = 0; n < nodes.length; n++) {
+      const node = nodes[n]
+      const { inputs, flowing } = node
+      let arrived = false
+      for (let i = 0; i < flowing.length; i++) if (flowing[i] !== null) arrived = true
+      if (arrived) {
+        const outer = currentScope()
+        const own = enterScope()
+        try {
+          const toInputs = rule(node)(vjpContext(node), flowing)
+          for (let i = 0; i < toInputs.length; i++) {
+            const gradient = toInputs[i]
+            if (gradient !== null && inputs[i].tracked)
+              send(inputs[i], gradient.owner === own ? gradient : gradient.detach())
+          }
+        } finally {
+          leaveScope(own, outer)
+        }
+        for (let i = 0; i < flowing.length; i++) {
+          const gradient = flowing[i]
           if (gradient === null) continue
-          if (node.inputs[i].tracked) send(node.inputs[i], keep(gradient))
+          flowing[i] = null
+          if (stops?.has(node.outputs[i])) onLeaf(node.outputs[i], gradient)
           else gradient.dispose()
         }
       }
-      for (let i = 0; i < flowing.length; i++) {
-        const gradient = flowing[i]
-        if (gradient === null) continue
-        pending.delete(node.outputs[i])
-        if (stops?.has(node.outputs[i])) onLeaf(node.outputs[i], gradient)
-        else gradient.dispose()
-      }
-      if (!retain) release(node, roots)
+      if (!retain) release(node, outputs)
     }
   })
 }
 
-/** A rule may hand a gradient straight through; each consumer must own its handle. */
-function detached(gradient: Tensor, flowing: ReadonlyArray<Tensor | null>): Tensor {
-  return flowing.includes(gradient) || gradient.owner === null ? gradient.detach() : gradient
+/** Sum of two gradients, which are used up. */
+function sum(a: Tensor, b: Tensor): Tensor {
+  const total = a.add(b)
+  total.owner = null
+  a.dispose()
+  b.dispose()
+  return total
 }
+
+let walks = 0
 
 /** Nodes behind the outputs, newest first: an order in which every consumer comes before what it consumes. */
 function reachable(outputs: readonly Tensor[]): TapeNode[] {
-  const seen = new Set<TapeNode>()
-  const stack: TapeNode[] = []
+  const walk = ++walks
+  const found: TapeNode[] = []
   const visit = (tensor: Tensor) => {
     const { node } = tensor
-    if (node !== null && !seen.has(node)) {
-      seen.add(node)
-      stack.push(node)
+    if (node !== null && node.walk !== walk) {
+      node.walk = walk
+      found.push(node)
     }
   }
   outputs.forEach(visit)
-  for (let node = stack.pop(); node !== undefined; node = stack.pop()) node.inputs.forEach(visit)
-  return [...seen].sort((a, b) => b.id - a.id)
+  for (let i = 0; i < found.length; i++) {
+    const { inputs } = found[i]
+    for (let j = 0; j < inputs.length; j++) visit(inputs[j])
+  }
+  return found.sort((a, b) => b.id - a.id)
 }
 
 function vjpContext(node: TapeNode) {
@@ -181,9 +187,9 @@ function rule(node: TapeNode): Vjp<never> {
   )
 }
 
-function release(node: TapeNode, roots: ReadonlySet<Tensor>): void {
+function release(node: TapeNode, roots: readonly Tensor[]): void {
   for (const output of node.outputs) {
-    if (!roots.has(output)) output.dispose()
+    if (!roots.includes(output)) output.dispose()
   }
   for (const input of node.inputs) {
     if (input.temporary) input.dispose()
@@ -224,7 +230,10 @@ function throughRecording(
       collect,
     )
   }
-  return leaves.map(leaf => found.get(leaf) ?? null)
+  return leaves.map(leaf => {
+    const gradient = found.get(leaf)
+    return gradient === undefined ? null : adopt(gradient)
+  })
 }
 
 /**
