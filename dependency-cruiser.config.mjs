@@ -13,7 +13,7 @@ const edges = {
   mtp: ['core'],
   'tokenizer-bpe': [],
   deepseek: ['core', 'checkpoint', 'attention-mla', 'router', 'mtp'],
-  trainer: ['core'],
+  trainer: ['core', 'checkpoint'],
 }
 
 const notShipped = String.raw`\.(test|bench)\.ts$|/scripts/|/(tsup|vitest)\.config\.ts$`
