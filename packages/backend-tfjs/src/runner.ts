@@ -1,0 +1,164 @@
+/** @file Runs TensorFlow.js kernels for one backend, owns the tensors behind core's handles and counts them. */
+import { type BackendStats, type DType, dtypeBytes, type Handle, MoeError, sizeOf, type TensorSpec } from '@moe/core'
+import type {
+  TfAttrs,
+  TfEngine,
+  TfInputs,
+  TfKernel,
+  TfKernelBackend,
+  TfNamespace,
+  TfTensor,
+  TfTensorInfo,
+} from './namespace.ts'
+
+/** Memory that a tensor and its reshapes share. */
+interface Storage {
+  readonly bytes: number
+  owners: number
+}
+
+/** What core holds as a handle. */
+export interface TfHandle {
+  readonly tensor: TfTensor
+  readonly storage: Storage
+}
+
+export const tensorOf = (value: { readonly handle: Handle }): TfTensor => (value.handle as TfHandle).tensor
+
+export interface Runner {
+  readonly name: string
+  readonly backend: TfKernelBackend
+  readonly stats: () => BackendStats
+  /** Runs one kernel of TensorFlow.js. The result belongs to the enclosing scope. */
+  run(kernel: string, inputs: TfInputs, attrs?: TfAttrs): TfTensor
+  runAll(kernel: string, inputs: TfInputs, attrs?: TfAttrs): TfTensor[]
+  /** Gives a buffer that a TensorFlow.js backend already counts to the engine. */
+  adopt(info: TfTensorInfo): TfTensor
+  /** Runs `fn`, disposes every tensor made inside but those it returns, and turns those into handles. */
+  handles(op: string, outputs: readonly TensorSpec[], fn: () => TfTensor[]): TfHandle[]
+  /** A handle on the same memory as `from`, which `tensor` names too. */
+  share(from: Handle, tensor: TfTensor): TfHandle
+  free(handle: Handle): void
+}
+
+/** Backends whose kernels call other ops, which TensorFlow.js sends to whichever backend is current. */
+const selfContained = new Set(['cpu', 'wasm'])
+
+export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: TfTensor) => boolean): Runner {
+  const backend = tf.findBackend(name) as TfKernelBackend
+  const engine = tf.engine() as TfEngine
+  const kernels = new Map<string, TfKernel>()
+  const alone = selfContained.has(name)
+  let handles = 0
+  let bytes = 0
+  let peakBytes = 0
+
+  function kernelOf(kernel: string): TfKernel {
+    let found = kernels.get(kernel)
+    if (found === undefined) {
+      found = tf.getKernel(kernel, name)?.kernelFunc as TfKernel | undefined
+      if (found === undefined) {
+        throw new MoeError({
+          code: 'E_UNSUPPORTED',
+          op: kernel,
+          problem: `the TensorFlow.js backend ${name} has no kernel of that name`,
+          fix: 'register its kernels (import the whole backend package), or use the wasm, cpu or tensorflow backend',
+          details: { kernel, backend: name },
+        })
+      }
+      kernels.set(kernel, found)
+    }
+    return found
+  }
+
+  function adopt(info: TfTensorInfo): TfTensor {
+    const tensor = 'dispose' in info ? (info as TfTensor) : engine.makeTensorFromTensorInfo(info, backend)
+    if (outOfMemory(tensor)) {
+      throw new MoeError({
+        code: 'E_OUT_OF_MEMORY',
+        op: name,
+        problem: `no room for a tensor of shape [${tensor.shape}], ${bytes} bytes are in use`,
+        fix: 'use a smaller batch or free tensors; the memory of wasm ends at 4 GB',
+        details: { shape: tensor.shape, bytes },
+      })
+    }
+    return tensor
+  }
+
+  function runAll(kernel: string, inputs: TfInputs, attrs: TfAttrs = {}): TfTensor[] {
+    const result = kernelOf(kernel)({ inputs, attrs, backend })
+    return Array.isArray(result) ? result.map(adopt) : [adopt(result)]
+  }
+
+  function checkCurrent(op: string): void {
+    if (alone || tf.getBackend() === name) return
+    throw new MoeError({
+      code: 'E_BACKEND',
+      op,
+      problem: `TensorFlow.js was switched to its backend ${tf.getBackend()}, these tensors live on ${name}`,
+      fix: `call await tf.setBackend('${name}') before`,
+      details: { current: tf.getBackend(), expected: name },
+    })
+  }
+
+  function own(tensor: TfTensor, dtype: DType): TfHandle {
+    const storage: Storage = { bytes: sizeOf(tensor.shape) * dtypeBytes[dtype], owners: 1 }
+    handles++
+    bytes += storage.bytes
+    if (bytes > peakBytes) peakBytes = bytes
+    return { tensor, storage }
+  }
+
+  return {
+    name,
+    backend,
+    stats: () => ({ handles, bytes, peakBytes }),
+    runAll,
+    run: (kernel, inputs, attrs) => runAll(kernel, inputs, attrs)[0],
+    adopt,
+    handles(op, outputs, fn) {
+      checkCurrent(op)
+      engine.startScope(op)
+      try {
+        const tensors = fn()
+        const owned = new Array<TfHandle>(tensors.length)
+        for (let i = 0; i < tensors.length; i++) {
+          tensors[i].kept = true
+          owned[i] = own(tensors[i], outputs[i].dtype)
+        }
+        return owned
+      } catch (error) {
+        throw asMoeError(op, name, error)
+      } finally {
+        engine.endScope()
+      }
+    },
+    share(from, tensor) {
+      const { storage } = from as TfHandle
+      tensor.kept = true
+      storage.owners++
+      handles++
+      return { tensor, storage }
+    },
+    free(handle) {
+      const { tensor, storage } = handle as TfHandle
+      handles--
+      if (--storage.owners === 0) bytes -= storage.bytes
+      tensor.dispose()
+    },
+  }
+}
+
+/** Failures inside TensorFlow.js become the error class of core, with the op that was asked for. */
+function asMoeError(op: string, backend: string, error: unknown): unknown {
+  if (error instanceof MoeError) return error
+  const text = error instanceof Error ? error.message : String(error)
+  const memory = /out of memory|OOM when allocating|Cannot enlarge memory|Array buffer allocation failed/i.test(text)
+  return new MoeError({
+    code: memory ? 'E_OUT_OF_MEMORY' : 'E_BACKEND',
+    op,
+    problem: `TensorFlow.js (${backend}) failed: ${text}`,
+    fix: memory ? 'use a smaller batch or free tensors' : undefined,
+    cause: error,
+  })
+}

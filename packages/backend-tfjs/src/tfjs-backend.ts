@@ -1,0 +1,180 @@
+/** @file `tfjsBackend`: core's Backend on whichever TensorFlow.js backend a namespace has. */
+import {
+  type Backend,
+  type DType,
+  type FusedKernels,
+  type FusedName,
+  type HostArray,
+  hostArray,
+  MoeError,
+  type PrimitiveKernels,
+  type PrimitiveName,
+  type Shape,
+  sizeOf,
+  type TensorSpec,
+  type Value,
+} from '@moe/core'
+import { deviceFused, devicePrimitives, probeDevice } from './device/table.ts'
+import { type Device, ops } from './device/ops.ts'
+import { type Host, hostMemory, wasmAllocationFailed } from './host/memory.ts'
+import { hostFused, hostPrimitives } from './host/table.ts'
+import type { TfKernelBackend, TfNamespace, TfTensor } from './namespace.ts'
+import { makeRunner, type Runner, type TfHandle, tensorOf } from './runner.ts'
+
+export interface TfjsBackendOptions {
+  /** Which registered and initialized TensorFlow.js backend to use; default the current one (`tf.getBackend()`). */
+  readonly backend?: string
+  /** What it runs on, for people. Default the name of the TensorFlow.js backend. */
+  readonly device?: string
+  /**
+   * How tensors may be read while computing; default the first that the TensorFlow.js backend can do. Another one is for tests.
+   * - `views` (cpu, wasm): memory is looked at in place, and loops replace kernels that are inexact, slow or missing;
+   * - `sync` (also tensorflow): kernels only, small integer tensors are read back;
+   * - `async` (webgpu, webgl): kernels only, nothing is read back.
+   */
+  readonly reads?: 'views' | 'sync' | 'async'
+}
+
+const supported: ReadonlySet<DType> = new Set(['f32', 'i32', 'u8'])
+
+type Compute = (inputs: readonly Value[], attrs: never, outputs: readonly TensorSpec[]) => TfTensor[] | undefined
+
+/**
+ * A core backend on a TensorFlow.js namespace: `tfjsBackend(tf)` after `await tf.ready()`. Works with the cpu, wasm, tensorflow (tfjs-node and
+ * tfjs-node-gpu), webgpu and webgl backends. dtypes: f32, i32 and u8; TensorFlow.js has no 16- or 8-bit floats.
+ * @throws MoeError E_NO_BACKEND when the namespace has no initialized backend of that name.
+ */
+export function tfjsBackend(tf: TfNamespace, options: TfjsBackendOptions = {}): Backend {
+  const name = options.backend ?? tf.getBackend()
+  const engineBackend = name ? (tf.findBackend(name) as TfKernelBackend | null) : null
+  if (engineBackend === null || engineBackend === undefined) {
+    throw new MoeError({
+      code: 'E_NO_BACKEND',
+      op: 'tfjsBackend',
+      problem: `TensorFlow.js has no initialized backend${name ? ` '${name}'` : ''}`,
+      fix: "import one (for example '@tensorflow/tfjs-backend-wasm') and await tf.setBackend(name) before",
+      details: { backend: name },
+    })
+  }
+  const outOfMemory = name === 'wasm' ? wasmAllocationFailed(engineBackend) : () => false
+  const runner = makeRunner(tf, name, outOfMemory)
+  const reads = options.reads ?? 'views'
+  const host = reads === 'views' ? hostMemory(runner) : null
+  const tables = host === null ? deviceTables(runner, reads !== 'async' && synchronous.has(name)) : hostTables(host)
+
+  function kernels(table: { readonly [op: string]: Compute }) {
+    return Object.fromEntries(Object.entries(table).map(([op, compute]) => [op, kernel(runner, op, compute)]))
+  }
+  const primitives = kernels(tables.primitives) as unknown as PrimitiveKernels
+
+  return {
+    name: `tfjs-${name}`,
+    device: options.device ?? `TensorFlow.js ${name}`,
+    dtypes: supported,
+    bf16Matmul: false,
+    primitives: { ...primitives, reshape: reshapeKernel(runner) },
+    fused: kernels(tables.fused) as FusedKernels,
+    upload: (data, shape, dtype) => upload(runner, host, data, shape, dtype),
+    download: async value => download(runner, value),
+    free: handle => runner.free(handle),
+    async sync() {
+      // Work is done in order, so one element of the last work is enough; cpu, wasm and tensorflow run as they are called.
+      if (!synchronous.has(name)) await flush(runner)
+    },
+    stats: runner.stats,
+    dispose() {},
+  }
+}
+
+/** TensorFlow.js backends whose tensors can be read at once. webgl can too, but stalls its pipeline. */
+const synchronous = new Set(['cpu', 'wasm', 'tensorflow'])
+
+function hostTables(host: Host) {
+  return {
+    primitives: bind(hostPrimitives, fn => (inputs, attrs, outputs) => fn(host, inputs, attrs, outputs)),
+    fused: bind(hostFused, fn => (inputs, attrs, outputs) => fn(host, inputs, attrs, outputs)),
+  }
+}
+
+function deviceTables(runner: Runner, syncReads: boolean) {
+  const op = ops(runner)
+  const device: Device = probeDevice(runner, op, syncReads)
+  return {
+    primitives: bind(devicePrimitives, fn => (inputs, attrs, outputs) => {
+      // Kernels differ on tensors without elements; there is nothing to compute.
+      if (outputs.every(({ shape }) => sizeOf(shape) === 0)) {
+        return outputs.map(({ shape, dtype }) => op.fill(shape, 0, dtype === 'f32' ? 'float32' : 'int32'))
+      }
+      return fn(device, op, inputs, attrs, outputs)
+    }),
+    fused: bind(deviceFused, fn => (inputs, attrs, outputs) => {
+      if (inputs.some(({ shape }) => sizeOf(shape) === 0)) return undefined
+      return fn(device, op, inputs, attrs, outputs)
+    }),
+  }
+}
+
+function bind<Fn>(
+  table: { readonly [P in PrimitiveName | FusedName]?: Fn },
+  call: (fn: Fn) => Compute,
+): { [op: string]: Compute } {
+  return Object.fromEntries(Object.entries(table).map(([op, fn]) => [op, call(fn as Fn)]))
+}
+
+function kernel(runner: Runner, op: string, compute: Compute) {
+  return (inputs: readonly Value[], attrs: never, outputs: readonly TensorSpec[]): TfHandle[] | undefined => {
+    for (let i = 0; i < outputs.length; i++) needSupported(op, outputs[i].dtype)
+    let declined = false
+    const handles = runner.handles(op, outputs, () => {
+      const tensors = compute(inputs, attrs, outputs)
+      declined = tensors === undefined
+      return tensors ?? []
+    })
+    return declined ? undefined : handles
+  }
+}
+
+function reshapeKernel(runner: Runner): PrimitiveKernels['reshape'] {
+  return ([x], _, [{ shape }]) => [
+    runner.share(x.handle, runner.run('Reshape', { x: tensorOf(x) }, { shape: shape.slice() })),
+  ]
+}
+
+function needSupported(op: string, dtype: DType): void {
+  if (supported.has(dtype)) return
+  throw new MoeError({
+    code: 'E_UNSUPPORTED',
+    op,
+    problem: `TensorFlow.js has no ${dtype}`,
+    fix: 'use f32, or another backend (@moe/kernels-cpu, @moe/kernels-cuda) for 16- and 8-bit floats',
+    details: { dtype, supported: [...supported] },
+  })
+}
+
+function upload(runner: Runner, host: Host | null, data: HostArray, shape: Shape, dtype: DType): TfHandle {
+  needSupported('upload', dtype)
+  return runner.handles('upload', [{ shape, dtype }], () => {
+    if (host !== null) {
+      const tensor = host.output(shape, dtype === 'f32' ? 'float32' : dtype === 'i32' ? 'int32' : 'bool')
+      host.view(tensor).set(data)
+      return [tensor]
+    }
+    return [ops(runner).upload(dtype === 'f32' ? Float32Array.from(data) : Int32Array.from(data), shape)]
+  })[0]
+}
+
+/** A fresh copy: some backends hand out the array they keep. */
+async function download(runner: Runner, value: Value): Promise<HostArray> {
+  const { dataId, shape } = tensorOf(value)
+  const out = hostArray(value.dtype, sizeOf(shape))
+  out.set(await runner.backend.read(dataId))
+  return out
+}
+
+async function flush(runner: Runner): Promise<void> {
+  const marker = ops(runner).scalar(0, 'float32')
+  const after = ops(runner).add(marker, marker)
+  await runner.backend.read(after.dataId)
+  marker.dispose()
+  after.dispose()
+}
