@@ -1,0 +1,297 @@
+// Register-blocked microkernels and the packing that feeds them. Included once per instruction set, inside its namespace.
+//
+// Legend: a packed A panel is [depth][height] and a packed B panel [depth][width], with width = kNr always (columns past the end
+// are zeros) and height 1 .. kMr. For bf16 every element of a panel is a pair of bf16 that are neighbours along k (low half first),
+// so the depth is ceil(k / 2).
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own AVX-512 headers trip this one.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "gemm.h"
+#include "simd.h"
+
+namespace moe {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kMr = 14;
+#elif defined(__aarch64__)
+constexpr int kMr = 12;
+#else
+constexpr int kMr = 6;
+#endif
+constexpr int kNr = 2 * lanes;
+#if defined(__AVX512BF16__)
+constexpr bool kHasBf16 = true;
+#else
+constexpr bool kHasBf16 = false;
+#endif
+
+// ---- microkernels: C[height, width] (+)= A panel * B panel ------------------------------------------------------------------
+
+template <bool kBf16>
+inline f32v multiply_add(f32v acc, const float* a, f32v b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kBf16) {
+    int pair;
+    std::memcpy(&pair, a, 4);
+    return (f32v)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+  }
+#endif
+  return fma(splat(*a), b, acc);
+}
+
+template <bool kBf16, int kRows, int kVecs>
+void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t b_stride, float* c,
+           std::ptrdiff_t ldc, bool accumulate) {
+  f32v acc[kRows][kVecs] = {};
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + kVecs * lanes - 1, 1);
+#pragma GCC unroll 2
+  for (std::ptrdiff_t p = 0; p < depth; ++p) {
+    f32v bv[kVecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) bv[j] = load(b + j * lanes);
+#pragma GCC unroll 14
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = multiply_add<kBf16>(acc[i][j], a + i, bv[j]);
+    }
+    a += kRows;
+    b += b_stride;
+  }
+  if (accumulate) {
+#pragma GCC unroll 14
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) store(c + i * ldc + j * lanes, load(c + i * ldc + j * lanes) + acc[i][j]);
+  } else {
+#pragma GCC unroll 14
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) store(c + i * ldc + j * lanes, acc[i][j]);
+  }
+}
+
+using Micro = void (*)(std::ptrdiff_t, const float*, const float*, std::ptrdiff_t, float*, std::ptrdiff_t, bool);
+
+template <bool kBf16, int kVecs, std::size_t... kHeights>
+inline Micro pick(int height, std::index_sequence<kHeights...>) {
+  static constexpr Micro table[] = {micro<kBf16, int(kHeights) + 1, kVecs>...};
+  return table[height - 1];
+}
+
+template <bool kBf16>
+inline Micro micro_of(int height, int width) {
+  constexpr auto heights = std::make_index_sequence<kMr>();
+  return width > lanes ? pick<kBf16, 2>(height, heights) : pick<kBf16, 1>(height, heights);
+}
+
+// ---- packing ----------------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+/** In-place transpose of 16 x 16 32-bit elements. */
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+inline __mmask16 first(std::ptrdiff_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
+
+/** 16 panel elements of one row from k on: 16 floats, or 16 pairs of bf16 rounded to nearest even; zeros past `left`. */
+template <bool kBf16, bool kMasked>
+inline __m512i load_row(const float* p, std::ptrdiff_t left) {
+#if defined(__AVX512BF16__)
+  if constexpr (kBf16) {
+    const __m512 low = kMasked ? _mm512_maskz_loadu_ps(first(left), p) : _mm512_loadu_ps(p);
+    const __m512 high = kMasked ? _mm512_maskz_loadu_ps(first(left - 16), p + 16) : _mm512_loadu_ps(p + 16);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  }
+#endif
+  return kMasked ? _mm512_maskz_loadu_epi32(first(left), p) : _mm512_loadu_si512(p);
+}
+
+template <bool kBf16, bool kMasked>
+inline void pack_block(const float* src, std::ptrdiff_t stride, int rows, std::ptrdiff_t left, int depth, int width, float* dst) {
+  __m512i r[16];
+  if (rows == 16) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = load_row<kBf16, kMasked>(src + i * stride, left);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = i < rows ? load_row<kBf16, kMasked>(src + i * stride, left) : _mm512_setzero_si512();
+  }
+  transpose(r);
+#pragma GCC unroll 16
+  for (int t = 0; t < 16; ++t)
+    if (!kMasked || t < depth) _mm512_storeu_si512(dst + t * width, r[t]);
+}
+
+/** Rows that are contiguous along k become lanes. Stores run up to 15 elements past the panel, in ascending order. */
+template <bool kBf16>
+void pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, int width, float* dst) {
+  constexpr int step = kBf16 ? 32 : 16;
+  const int second = count - 16;
+  std::ptrdiff_t p = 0;
+  for (; p + step <= k; p += step, dst += 16 * width) {
+    pack_block<kBf16, false>(src + p, stride, count < 16 ? count : 16, 0, 16, width, dst);
+    if (width > 16) pack_block<kBf16, false>(src + p + 16 * stride, stride, second < 0 ? 0 : second, 0, 16, width, dst + 16);
+  }
+  if (p < k) {
+    const int depth = int(kBf16 ? (k - p + 1) / 2 : k - p);
+    pack_block<kBf16, true>(src + p, stride, count < 16 ? count : 16, k - p, depth, width, dst);
+    if (width > 16)
+      pack_block<kBf16, true>(src + p + 16 * stride, stride, second < 0 ? 0 : second, k - p, depth, width, dst + 16);
+  }
+}
+
+#if defined(__AVX512BF16__)
+inline __m512i interleave_bf16(__m512 even, __m512 odd) {
+  alignas(64) static const std::uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+#endif
+
+/** Lanes that are contiguous in memory stay lanes. */
+template <bool kBf16>
+void pack_straight(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, int width, float* dst) {
+  const __mmask16 low = first(count), high = first(count - 16);
+#if defined(__AVX512BF16__)
+  if constexpr (kBf16) {
+    for (std::ptrdiff_t p = 0; p < k; p += 2, src += 2 * stride, dst += width) {
+      const __mmask16 odd = p + 1 < k ? 0xffff : 0;
+      _mm512_storeu_si512(dst, interleave_bf16(_mm512_maskz_loadu_ps(low, src), _mm512_maskz_loadu_ps(low & odd, src + stride)));
+      if (width > 16)
+        _mm512_storeu_si512(dst + 16, interleave_bf16(_mm512_maskz_loadu_ps(high, src + 16),
+                                                      _mm512_maskz_loadu_ps(high & odd, src + stride + 16)));
+    }
+    return;
+  }
+#endif
+  for (std::ptrdiff_t p = 0; p < k; ++p, src += stride, dst += width) {
+    _mm512_storeu_ps(dst, _mm512_maskz_loadu_ps(low, src));
+    if (width > 16) _mm512_storeu_ps(dst + 16, _mm512_maskz_loadu_ps(high, src + 16));
+  }
+}
+
+#else  // not AVX-512: f32 only
+
+#if defined(__AVX2__)
+/** In-place transpose of 8 x 8. */
+inline void transpose(f32v (&r)[8]) {
+  __m256 t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    r[4 * i] = (f32v)_mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1] = (f32v)_mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    r[4 * i + 2] = (f32v)_mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3] = (f32v)_mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps((__m256)r[i], (__m256)r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps((__m256)r[i], (__m256)r[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) r[i] = (f32v)t[i];
+}
+#else
+/** In-place transpose of 4 x 4. */
+inline void transpose(f32v (&r)[4]) {
+  const f32v a = {r[0][0], r[1][0], r[2][0], r[3][0]}, b = {r[0][1], r[1][1], r[2][1], r[3][1]};
+  const f32v c = {r[0][2], r[1][2], r[2][2], r[3][2]}, d = {r[0][3], r[1][3], r[2][3], r[3][3]};
+  r[0] = a, r[1] = b, r[2] = c, r[3] = d;
+}
+#endif
+
+template <bool kBf16>
+void pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, int width, float* dst) {
+  // Full blocks of lanes go through registers; the rest, and the tail of k, one element at a time.
+  int lane = 0;
+  const std::ptrdiff_t whole = k - k % lanes;
+  for (; lane + lanes <= count; lane += lanes) {
+    const float* from = src + lane * stride;
+    for (std::ptrdiff_t p = 0; p < whole; p += lanes) {
+      f32v r[lanes];
+      for (int i = 0; i < lanes; ++i) r[i] = load(from + i * stride + p);
+      transpose(r);
+      for (int i = 0; i < lanes; ++i) store(dst + (p + i) * width + lane, r[i]);
+    }
+    for (std::ptrdiff_t p = whole; p < k; ++p)
+      for (int i = 0; i < lanes; ++i) dst[p * width + lane + i] = from[i * stride + p];
+  }
+  for (; lane < width; ++lane) {
+    if (lane < count) {
+      for (std::ptrdiff_t p = 0; p < k; ++p) dst[p * width + lane] = src[lane * stride + p];
+    } else {
+      for (std::ptrdiff_t p = 0; p < k; ++p) dst[p * width + lane] = 0;
+    }
+  }
+}
+
+template <bool kBf16>
+void pack_straight(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, int width, float* dst) {
+  if (count == kNr && width == kNr) {
+    for (std::ptrdiff_t p = 0; p < k; ++p, src += stride, dst += kNr) {
+      store(dst, load(src));
+      store(dst + lanes, load(src + lanes));
+    }
+    return;
+  }
+  for (std::ptrdiff_t p = 0; p < k; ++p, src += stride, dst += width) {
+    for (int i = 0; i < count; ++i) dst[i] = src[i];
+    for (int i = count; i < width; ++i) dst[i] = 0;
+  }
+}
+#endif
+
+/** Packs `count` lanes from lane0 on and k columns from k0 on into one panel of `width` >= count. */
+template <bool kBf16>
+inline void pack(const GemmOperand& from, std::ptrdiff_t lane0, int count, std::ptrdiff_t k0, std::ptrdiff_t k, int width, float* dst) {
+  const float* src = from.data + lane0 * from.lane_stride + k0 * from.k_stride;
+  if (from.k_stride == 1)
+    pack_transposed<kBf16>(src, from.lane_stride, count, k, width, dst);
+  else
+    pack_straight<kBf16>(src, from.k_stride, count, k, width, dst);
+}
+
+}  // namespace
+}  // namespace moe

@@ -1,0 +1,54 @@
+// Matrix products of any transposition, one or many at a time: C = A * B or C += A * B, f32 in memory, multiplied in f32 or bf16.
+//
+// Every element of C is one chain of multiply-adds along k, cut into passes whose length follows from k alone, whatever the
+// tiling and the number of threads. So the bits depend on shapes only.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moe {
+
+// Element (lane, k) lies at data[lane * lane_stride + k * k_stride]; at least one of the strides is 1. The lanes of A are the rows of C, those
+// of B its columns.
+struct GemmOperand {
+  const float* data;
+  std::ptrdiff_t lane_stride;
+  std::ptrdiff_t k_stride;
+};
+
+struct Gemm {
+  GemmOperand a;
+  GemmOperand b;
+  float* c;
+  std::ptrdiff_t ldc;
+  int64_t m, n, k;
+  bool accumulate = false;
+  // All columns of a larger B as gemm_pack_b leaves them, or nullptr. Then `b` is not read; this product uses n columns from
+  // `packed_from` (a multiple of gemm_column_block()) of the `packed_n` packed ones.
+  const float* packed_b = nullptr;
+  int64_t packed_from = 0;
+  int64_t packed_n = 0;
+};
+
+// a [m, k] row-major, or its transpose [k, m].
+static inline GemmOperand gemm_operand(const float* data, int64_t lanes, int64_t k, bool k_major) {
+  if (k_major) return {data, 1, static_cast<std::ptrdiff_t>(lanes)};
+  return {data, static_cast<std::ptrdiff_t>(k), 1};
+}
+
+// Runs all products, sharing the threads among them. They may not overlap in C.
+void gemm(const Gemm* jobs, int64_t count, bool bf16);
+
+// Runs one product on this thread: for use inside a task.
+void gemm_here(const Gemm& job, bool bf16);
+
+// Whether `bf16` makes a difference in this variant.
+bool gemm_has_bf16();
+
+// Floats that a packed B takes, and the packing.
+int64_t gemm_column_block();
+size_t gemm_packed_b_size(int64_t n, int64_t k, bool bf16);
+void gemm_pack_b(const GemmOperand& b, int64_t n, int64_t k, bool bf16, float* to);
+
+}  // namespace moe
