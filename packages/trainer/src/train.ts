@@ -23,7 +23,7 @@ import { trainingStep } from './training-step.ts'
 
 /**
  * Trains a model. With `out`, the folder gets `checkpoints/`, `metrics.jsonl` (a line per step) and, at the end, `summary.json`; a run that was stopped goes
- * on from there with `resume`, bit for bit on the same backend.
+ * on from there with `resume`, bit for bit on a backend that computes in f32 (the reference backend keeps f64, which checkpoints round).
  *
  * Ctrl-C (or `signal`) finishes the step, saves, and returns a result with `interrupted`; what the process then does is the caller's choice.
  *

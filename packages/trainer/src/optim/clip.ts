@@ -1,5 +1,5 @@
 /** @file Clipping by global norm, on the device. */
-import { full, globalNorm, noGrad, type Parameter, type Tensor } from '@moe/core'
+import { full, globalNorm, noGrad, type Parameter, scope, type Tensor } from '@moe/core'
 
 /** Norm over all gradients present. Scalar on the device. */
 export function gradientNorm(parameters: readonly Parameter[]): Tensor {
@@ -17,5 +17,5 @@ export function gradientNorm(parameters: readonly Parameter[]): Tensor {
 export function clipScale(norm: Tensor, limit: number, factor = 1): Tensor {
   const { backend } = norm
   if (limit === 0 || limit === Number.POSITIVE_INFINITY) return full([], factor, { backend })
-  return noGrad(() => full([], limit, { backend }).div(norm.mul(factor).add(1e-6)).minimum(1).mul(factor))
+  return scope(() => noGrad(() => full([], limit, { backend }).div(norm.mul(factor).add(1e-6)).minimum(1).mul(factor)))
 }

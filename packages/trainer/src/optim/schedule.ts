@@ -42,9 +42,9 @@ export function warmupStableDecay(options: StableDecayOptions): Schedule {
 }
 
 /** Linear warm-up, then no change. */
-export function warmupConstant(options: { readonly warmup: number }): Schedule {
-  checkSchedule('warmupConstant', options, 0)
-  return step => (step < options.warmup ? (step + 1) / options.warmup : 1)
+export function warmupConstant({ warmup }: { readonly warmup: number }): Schedule {
+  checkSchedule('warmupConstant', { warmup }, 0)
+  return step => (step < warmup ? (step + 1) / warmup : 1)
 }
 
 const defaultWarmup = (steps: number) => Math.min(100, Math.round(steps / 10))

@@ -43,20 +43,13 @@ export function progress(options: ProgressOptions = {}): TrainListener {
     clear()
     stream.write(`${text}\n`)
   }
-  const fit = (parts: readonly string[]) => {
-    const kept: string[] = []
-    let used = 0
-    for (const part of parts) {
-      used += part.length + 2
-      if (terminal && used > (stream.columns ?? 100)) break
-      kept.push(part)
-    }
-    return kept
-  }
   const redraw = (steps: number, event: StepEvent) => {
-    const [bar, count, loss, ...rest] = fit([barOf(event.step / steps), ...stepParts(steps, event, speed, start)])
+    const width = stream.columns ?? 100
+    const [count, loss, ...rest] = fitting(stepParts(steps, event, speed, start), width)
+    const plain = [count, loss, ...rest].join('  ')
+    const bar = plain.length + barWidth + 2 < width ? `${paint(32, barOf(event.step / steps))}  ` : ''
     clear()
-    stream.write([paint(32, bar), count ?? '', bold(loss ?? ''), ...rest].join('  ').trimEnd())
+    stream.write(`${bar}${[count, bold(loss ?? ''), ...rest].join('  ').trimEnd()}`)
     drawn = true
     drawnAt = now()
   }
@@ -104,6 +97,15 @@ export function progress(options: ProgressOptions = {}): TrainListener {
         break
     }
   }
+}
+
+/** As many parts as a line holds: a line that wraps cannot be redrawn. */
+function fitting(parts: readonly string[], width: number): string[] {
+  let used = 0
+  return parts.filter(part => {
+    used += part.length + 2
+    return used < width
+  })
 }
 
 function startLine(event: StartEvent): string {

@@ -1,0 +1,259 @@
+import { mkdir, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import fc from 'fast-check'
+import { afterEach, describe, expect, test } from 'vitest'
+import { letters, letterTexts, nextTokens, removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
+import { textFiles, texts } from './corpus.ts'
+import { evaluationWindows } from './evaluation-windows.ts'
+import { TokenDataset } from './token-dataset.ts'
+import { TrainingOrder } from './training-order.ts'
+
+afterEach(removeTemporaryFolders)
+
+/** Documents of distinct tokens, so that a token tells its place. */
+const numbered = fc.array(fc.integer({ min: 1, max: 40 }), { minLength: 1, maxLength: 12 }).map(lengths => {
+  let next = 0
+  return lengths.map(length => Array.from({ length }, () => next++))
+})
+const usable = numbered.filter(documents => documents.flat().length >= 2)
+
+describe('texts', () => {
+  test('holds out whole documents, the same for the same seed', () => {
+    const documents = letterTexts(40, 20)
+    const corpus = texts(documents, { validation: 0.1, seed: 4 })
+    expect(corpus.validation).toHaveLength(4)
+    expect([...corpus.training, ...corpus.validation].sort()).toEqual([...documents].sort())
+    expect(texts(documents, { validation: 0.1, seed: 4 })).toEqual(corpus)
+    expect(texts(documents, { validation: 0.1, seed: 5 }).validation).not.toEqual(corpus.validation)
+  })
+
+  test('cuts a single document at a line end', () => {
+    const text = Array.from({ length: 50 }, (_, i) => `line ${i}\n`).join('')
+    const { training, validation } = texts([text], { validation: 0.1 })
+    expect(training[0] + validation[0]).toBe(text)
+    expect(training[0].endsWith('\n')).toBe(true)
+    expect(validation[0].length / text.length).toBeCloseTo(0.1, 1)
+  })
+
+  test('takes held-out documents as they are', () => {
+    expect(texts(['a', '', 'b'], { validation: ['c'] })).toEqual({ training: ['a', 'b'], validation: ['c'] })
+  })
+
+  test.each([
+    ['nothing', [], /has no documents/],
+    ['empty texts', ['', ''], /all 2 documents .* are empty/],
+    ['binary content', ['fine', 'bad\0'], /document 1 .* NUL/],
+    ['no strings', [3 as unknown as string], /document 0 .* number/],
+  ])('refuses %s', (_, documents, message) => {
+    expect(() => texts(documents)).toThrow(
+      expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
+    )
+  })
+})
+
+describe('textFiles', () => {
+  async function folder(files: Record<string, string | Uint8Array>) {
+    const path = await temporaryFolder()
+    await mkdir(join(path, 'sub'))
+    for (const [name, content] of Object.entries(files)) await writeFile(join(path, name), content)
+    return path
+  }
+
+  test('reads patterns and paths in order, holds out patterns', async () => {
+    const cwd = await folder({ 'b.txt': 'second', 'a.txt': '\uFEFFfirst', 'sub/c.txt': 'third', 'd.md': 'other' })
+    expect(textFiles('**/*.txt', { cwd }).training).toEqual(['first', 'second', 'third'])
+    expect(textFiles(['b.txt', join(cwd, 'd.md')], { cwd }).training).toEqual(['second', 'other'])
+    const split = textFiles('**/*.txt', { cwd, validation: { files: 'sub/*' } })
+    expect(split).toEqual({ training: ['first', 'second'], validation: ['third'] })
+  })
+
+  test('cuts files into documents', async () => {
+    const cwd = await folder({ 'a.txt': 'one\n---\ntwo\n---\n' })
+    expect(textFiles('a.txt', { cwd, separator: '\n---\n' }).training).toEqual(['one', 'two'])
+  })
+
+  test.each([
+    ['a pattern without files', {}, '*.txt', /no file matches \*\.txt/],
+    ['a folder', {}, 'sub', /sub is a folder.*sub\/\*\*\/\*\.txt/],
+    ['empty files', { 'a.txt': '' }, '*.txt', /are empty/],
+    ['bytes with NUL', { 'a.txt': new Uint8Array([65, 66, 0, 1]) }, '*.txt', /a\.txt is binary: byte 2/],
+    ['other encodings', { 'a.txt': new Uint8Array([65, 0xe9, 66]) }, '*.txt', /a\.txt is not UTF-8/],
+  ])('refuses %s', async (_, files, pattern, message) => {
+    const cwd = await folder(files as Record<string, string>)
+    expect(() => textFiles(pattern, { cwd })).toThrow(
+      expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
+    )
+  })
+})
+
+describe('TokenDataset', () => {
+  test('puts begin and end tokens around documents and counts bytes', () => {
+    const data = TokenDataset.fromTexts(['ab', 'c'], letters)
+    expect([...data.tokens]).toEqual([10, 0, 1, 11, 10, 2, 11])
+    expect([...data.starts]).toEqual([0, 4])
+    expect(data.textBytes).toBe(3)
+    expect(data.predictable).toBe(5)
+    expect(data.unpredictable).toBe(0)
+  })
+
+  test('begins with the end token where there is no other', () => {
+    const tokens = (options: object) => [...TokenDataset.fromTexts(['ab'], letters, options).tokens]
+    expect(tokens({ bos: undefined, eos: 7 })).toEqual([10, 0, 1, 7])
+    expect(tokens({ bos: null, eos: null })).toEqual([0, 1])
+    const plain = { encode: letters.encode }
+    expect([...TokenDataset.fromTexts(['ab'], plain, { eos: 7 }).tokens]).toEqual([7, 0, 1, 7])
+    expect(TokenDataset.fromTexts(['ab', 'c'], plain).unpredictable).toBe(2)
+  })
+
+  test('refuses too little, and ids outside the vocabulary', () => {
+    const code = expect.objectContaining({ code: 'E_DATA' })
+    expect(() => TokenDataset.fromTokens([[1]])).toThrow(code)
+    expect(() => TokenDataset.fromTokens([])).toThrow(code)
+    expect(() => TokenDataset.fromTokens([[1, 2, 9]], { vocabSize: 9 })).toThrow(/token 2 of the stream is 9/)
+    expect(() => TokenDataset.fromTokens([[1, -2]])).toThrow(code)
+  })
+
+  test('finds the document of every token', () => {
+    fc.assert(
+      fc.property(usable, documents => {
+        const data = TokenDataset.fromTokens(documents)
+        const found = documents.flatMap((ids, i) => ids.map(() => i))
+        expect(Array.from(data.tokens, (_, i) => data.documentAt(i))).toEqual(found)
+      }),
+    )
+  })
+})
+
+describe('TrainingOrder', () => {
+  const sizes = fc.record({
+    sequenceLength: fc.integer({ min: 1, max: 9 }),
+    lookahead: fc.integer({ min: 1, max: 3 }),
+    batchSize: fc.integer({ min: 1, max: 4 }),
+    accumulate: fc.integer({ min: 1, max: 3 }),
+    seed: fc.integer({ min: 0, max: 1000 }),
+  })
+
+  test('shows every token as input and, but for the first of each document, as target once an epoch', () => {
+    fc.assert(
+      fc.property(usable, sizes, (documents, options) => {
+        const data = TokenDataset.fromTokens(documents)
+        // One row a step makes an epoch a whole number of steps.
+        const order = new TrainingOrder(data, { ...options, batchSize: 1, accumulate: 1 })
+        for (const epoch of [0, 1]) {
+          const targets: number[] = []
+          for (let i = 0; i < order.windows; i++) {
+            const [batch] = order.step(epoch * order.windows + i)
+            const length = options.sequenceLength + 1
+            const first = { ...batch, tokens: batch.tokens.subarray(0, length), length }
+            targets.push(...nextTokens(first, 0).targets.filter(id => id >= 0))
+          }
+          const expected = documents.flatMap(ids => ids.slice(1))
+          expect(targets.sort((a, b) => a - b)).toEqual(expected)
+        }
+      }),
+    )
+  })
+
+  test('rows are consecutive tokens with their documents, and padding never counts', () => {
+    fc.assert(
+      fc.property(usable, sizes, fc.integer({ min: 0, max: 50 }), (documents, options, step) => {
+        const data = TokenDataset.fromTokens(documents)
+        for (const { tokens, documents: numbers, rows, length } of new TrainingOrder(data, options).step(step)) {
+          expect(length).toBe(options.sequenceLength + options.lookahead)
+          for (let row = 0; row < rows; row++) {
+            const from = tokens[row * length]
+            for (let i = 0; i < length; i++) {
+              const at = row * length + i
+              const inside = from + i < data.tokens.length
+              if (inside) expect([tokens[at], numbers[at]]).toEqual([from + i, data.documentAt(from + i)])
+              else if (i > 0) expect(numbers[at]).not.toBe(numbers[at - 1])
+            }
+          }
+        }
+      }),
+    )
+  })
+
+  test('is a function of the step, and differs between epochs and seeds', () => {
+    const data = TokenDataset.fromTokens([Array.from({ length: 400 }, (_, i) => i)])
+    const options = { sequenceLength: 4, lookahead: 1, batchSize: 10, seed: 1 }
+    const order = new TrainingOrder(data, options)
+    const forwards = Array.from({ length: 25 }, (_, step) => [...order.step(step)[0].tokens])
+    const fresh = new TrainingOrder(data, options)
+    const backwards = Array.from({ length: 25 }, (_, i) => [...fresh.step(24 - i)[0].tokens]).reverse()
+    expect(backwards).toEqual(forwards)
+    expect(forwards[0]).not.toEqual(forwards[10])
+    expect([...new TrainingOrder(data, { ...options, seed: 2 }).step(0)[0].tokens]).not.toEqual(forwards[0])
+  })
+
+  test('ranks and micro-batches share what one batch would hold', () => {
+    fc.assert(
+      fc.property(
+        usable,
+        sizes,
+        fc.integer({ min: 1, max: 4 }),
+        fc.integer({ min: 0, max: 20 }),
+        (documents, options, world, step) => {
+          const data = TokenDataset.fromTokens(documents)
+          const { batchSize, accumulate } = options
+          const whole = new TrainingOrder(data, {
+            ...options,
+            batchSize: batchSize * accumulate * world,
+            accumulate: 1,
+          })
+          const parts = Array.from({ length: world }, (_, rank) =>
+            new TrainingOrder(data, { ...options, rank, world }).step(step),
+          )
+          const joined = Array.from({ length: accumulate }, (_, micro) =>
+            parts.flatMap(part => [...part[micro].tokens]),
+          ).flat()
+          expect(joined).toEqual([...whole.step(step)[0].tokens])
+        },
+      ),
+    )
+  })
+
+  test('refuses sizes that cannot be', () => {
+    const data = TokenDataset.fromTokens([[1, 2, 3]])
+    const good = { sequenceLength: 2, lookahead: 1, batchSize: 1 }
+    const code = expect.objectContaining({ code: 'E_CONFIG' })
+    expect(() => new TrainingOrder(data, { ...good, batchSize: 0 })).toThrow(code)
+    expect(() => new TrainingOrder(data, { ...good, sequenceLength: 1.5 })).toThrow(code)
+    expect(() => new TrainingOrder(data, { ...good, rank: 2, world: 2 })).toThrow(code)
+  })
+})
+
+describe('evaluationWindows', () => {
+  const sizes = fc.record({
+    sequenceLength: fc.integer({ min: 2, max: 17 }),
+    lookahead: fc.integer({ min: 1, max: 3 }),
+    batchSize: fc.integer({ min: 1, max: 5 }),
+  })
+  const targetsOf = (data: TokenDataset, options: Parameters<typeof evaluationWindows>[1]) =>
+    [...evaluationWindows(data, options)].flatMap(({ batch, from }) =>
+      Array.from({ length: batch.rows }, (_, row) => {
+        const at = row * batch.length
+        const length = options.sequenceLength + 1
+        const part = (array: Int32Array) => array.subarray(at, at + length)
+        const one = { tokens: part(batch.tokens), documents: part(batch.documents), rows: 1, length }
+        return [...nextTokens(one, from).targets].filter(id => id >= 0)
+      }).flat(),
+    )
+
+  test('predicts every token that something precedes exactly once', () => {
+    fc.assert(
+      fc.property(usable, sizes, (documents, options) => {
+        const targets = targetsOf(TokenDataset.fromTokens(documents), options)
+        expect(targets.sort((a, b) => a - b)).toEqual(documents.flatMap(ids => ids.slice(1)))
+      }),
+    )
+  })
+
+  test('a limit takes windows from all over the data', () => {
+    const data = TokenDataset.fromTokens([Array.from({ length: 1000 }, (_, i) => i)])
+    const targets = targetsOf(data, { sequenceLength: 10, lookahead: 1, batchSize: 3, limit: 100 })
+    expect(targets.length).toBe(105)
+    expect(new Set(targets).size).toBe(targets.length)
+    expect(targets.filter(id => id > 500).length).toBeGreaterThan(40)
+  })
+})

@@ -1,0 +1,179 @@
+import { readFile } from 'node:fs/promises'
+import { fileURLToPath } from 'node:url'
+import { readSafetensors } from '@moe/checkpoint'
+import { fromHost, full, Parameter, setDefaultBackend, tensor } from '@moe/core'
+import { readF64, referenceBackend } from '@moe/core/reference'
+import fc from 'fast-check'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { AdamW, decaysMatrices } from './adamw.ts'
+import { clipScale, gradientNorm } from './clip.ts'
+import { warmupConstant, warmupCosine, warmupStableDecay } from './schedule.ts'
+
+const backend = referenceBackend()
+beforeAll(() => setDefaultBackend(backend))
+afterAll(() => expect(backend.stats().handles).toBe(0))
+
+const fixture = (name: string) => fileURLToPath(new URL(`../../../core/fixtures/${name}`, import.meta.url))
+
+function parameterOf(values: ArrayLike<number>, grad: ArrayLike<number>, shape = [values.length]): Parameter {
+  const parameter = new Parameter(tensor(Float32Array.from(values), shape))
+  parameter.grad = tensor(Float32Array.from(grad), shape)
+  return parameter
+}
+
+describe('AdamW', () => {
+  test('gives the numbers of torch.optim.AdamW over four steps', async () => {
+    const { cases } = JSON.parse(await readFile(fixture('ops.json'), 'utf8'))
+    const { steps, lr, betas, eps, weightDecay } = cases.adamw
+    await using file = await readSafetensors(fixture('ops.safetensors'))
+    const read = async (name: string) => (await file.read(`adamw.${name}`)).data as Float32Array
+    const [grads, params] = [await read('grads'), await read('params')]
+    const parameter = new Parameter(fromHost(await read('param'), [5, 7], 'f32'))
+    const optimizer = new AdamW([{ name: 'weight', parameter }], { betas, eps, weightDecay })
+    using one = full([], 1)
+    for (let step = 0; step < steps; step++) {
+      parameter.grad = fromHost(grads.slice(step * 35, (step + 1) * 35), [5, 7], 'f32')
+      optimizer.step(lr, one)
+      parameter.zeroGrad()
+      const expected = params.subarray(step * 35, (step + 1) * 35)
+      const actual = await parameter.values()
+      for (let i = 0; i < 35; i++) expect(actual[i]).toBeCloseTo(expected[i], 6)
+    }
+    for (const entry of optimizer.entries()) {
+      const expected = await read(entry.name === 'm.weight' ? 'exp_avg' : 'exp_avg_sq')
+      const actual = await entry.data()
+      for (let i = 0; i < 35; i++)
+        expect(Math.abs(actual[i] - expected[i])).toBeLessThan(1e-6 + 1e-5 * Math.abs(expected[i]))
+    }
+    optimizer.dispose()
+    parameter.dispose()
+  })
+
+  test('decays matrices, and neither vectors nor embedding tables', async () => {
+    const named = ['model.embed_tokens.weight', 'model.norm.weight', 'model.layers.0.mlp.experts.gate_proj'].map(
+      (name, i) => ({
+        name,
+        parameter: parameterOf([1, 1], [0, 0], [[1, 2], [2], [1, 2, 1]][i]),
+      }),
+    )
+    expect(named.map(decaysMatrices)).toEqual([false, false, true])
+    const optimizer = new AdamW(named, { weightDecay: 0.5 })
+    using one = full([], 1)
+    optimizer.step(0.1, one)
+    const after = await Promise.all(named.map(async ({ parameter }) => (await parameter.values())[0]))
+    expect(after[0]).toBe(1)
+    expect(after[1]).toBe(1)
+    expect(after[2]).toBeCloseTo(0.95, 6)
+    optimizer.dispose()
+    for (const { parameter } of named) parameter.dispose()
+  })
+
+  test('leaves out buffers and parameters without a gradient', async () => {
+    const buffer = new Parameter(tensor([1, 2]), { trainable: false })
+    const idle = new Parameter(tensor([3]))
+    const optimizer = new AdamW([
+      { name: 'buffer', parameter: buffer },
+      { name: 'idle', parameter: idle },
+    ])
+    expect(optimizer.entries().map(entry => entry.name)).toEqual(['m.idle', 'v.idle'])
+    using one = full([], 1)
+    optimizer.step(1, one)
+    expect([...(await idle.values())]).toEqual([3])
+    optimizer.dispose()
+    buffer.dispose()
+    idle.dispose()
+  })
+})
+
+describe('clipping', () => {
+  const gradients = fc.array(fc.array(fc.float({ min: -100, max: 100, noNaN: true }), { minLength: 1, maxLength: 6 }), {
+    minLength: 1,
+    maxLength: 4,
+  })
+
+  test('equals a plain computation', () => {
+    fc.assert(
+      fc.property(
+        gradients,
+        fc.double({ min: 0.1, max: 50, noNaN: true }),
+        fc.double({ min: 0.1, max: 2, noNaN: true }),
+        (grads, limit, factor) => {
+          const parameters = grads.map(grad => parameterOf(grad, grad))
+          using norm = gradientNorm(parameters)
+          using scale = clipScale(norm, limit, factor)
+          const plain = Math.sqrt(grads.flat().reduce((sum, g) => sum + g * g, 0))
+          expect(readF64(norm)[0]).toBeCloseTo(plain, 9)
+          expect(readF64(scale)[0]).toBeCloseTo(factor * Math.min(1, limit / (plain * factor + 1e-6)), 6)
+          for (const parameter of parameters) parameter.dispose()
+        },
+      ),
+    )
+  })
+
+  test('gives the norm of torch.nn.utils.clip_grad_norm_', async () => {
+    const { cases } = JSON.parse(await readFile(fixture('ops.json'), 'utf8'))
+    await using file = await readSafetensors(fixture('ops.safetensors'))
+    for (const name of ['clip', 'clip_inactive']) {
+      const keys = file.keys().filter(key => key.startsWith(`${name}.grad`) && !key.includes('clipped'))
+      expect(keys.length).toBeGreaterThan(0)
+      const parameters: Parameter[] = []
+      for (const key of keys) {
+        const { data } = await file.read(key)
+        parameters.push(parameterOf(data as Float32Array, data as Float32Array))
+      }
+      using norm = gradientNorm(parameters)
+      expect(await norm.item()).toBeCloseTo(cases[name].norm, 5)
+      for (const parameter of parameters) parameter.dispose()
+    }
+  })
+
+  test('without a limit only the factor is left', async () => {
+    using norm = full([], 12)
+    using scale = clipScale(norm, Number.POSITIVE_INFINITY, 0.25)
+    expect(await scale.item()).toBe(0.25)
+  })
+})
+
+describe('schedules', () => {
+  test('warm up to 1, then fall to the floor by half a cosine', () => {
+    const schedule = warmupCosine({ steps: 110, warmup: 10, floor: 0.1 })
+    expect(schedule(0)).toBeCloseTo(0.1)
+    expect(schedule(9)).toBe(1)
+    expect(schedule(59)).toBeCloseTo(0.55)
+    expect(schedule(109)).toBeCloseTo(0.1)
+    expect(schedule(500)).toBeCloseTo(0.1)
+  })
+
+  test('stay at 1 between warm-up and decay', () => {
+    const schedule = warmupStableDecay({ steps: 100, warmup: 10, decay: 20 })
+    expect([schedule(9), schedule(50), schedule(79)]).toEqual([1, 1, 1])
+    expect(schedule(84)).toBeCloseTo(1 - Math.sqrt(5 / 20))
+    expect(schedule(99)).toBeCloseTo(0)
+  })
+
+  test('never leave 0..1, never rise after the warm-up', () => {
+    const sizes = fc
+      .tuple(fc.integer({ min: 1, max: 300 }), fc.nat(), fc.nat(), fc.double({ min: 0, max: 1, noNaN: true }))
+      .map(([steps, a, b, floor]) => ({ steps, warmup: a % (steps + 1), decay: b % (steps + 1), floor }))
+      .filter(({ steps, warmup, decay }) => warmup + decay <= steps)
+    fc.assert(
+      fc.property(sizes, options => {
+        for (const schedule of [warmupCosine(options), warmupStableDecay(options), warmupConstant(options)]) {
+          for (let step = 0; step < options.steps + 3; step++) {
+            const value = schedule(step)
+            expect(value).toBeGreaterThanOrEqual(0)
+            expect(value).toBeLessThanOrEqual(1)
+            if (step > options.warmup) expect(value).toBeLessThanOrEqual(schedule(step - 1))
+          }
+        }
+      }),
+    )
+  })
+
+  test('refuse what does not fit, all at once', () => {
+    expect(() => warmupCosine({ steps: 10, warmup: 20, floor: 2 })).toThrow(/floor is 2, warm-up of 20/)
+    expect(() => warmupStableDecay({ steps: 10, warmup: 6, decay: 6 })).toThrow(
+      expect.objectContaining({ code: 'E_CONFIG' }),
+    )
+  })
+})

@@ -1,0 +1,140 @@
+/** @file For tests only: a small language model that uses all of the contract, its data, and temporary folders. */
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import {
+  type Backend,
+  crossEntropy,
+  Embedding,
+  forkInit,
+  type InitOptions,
+  isRecording,
+  type Kernel,
+  Linear,
+  Module,
+  Parameter,
+  Random,
+  tensor,
+  zeros,
+} from '@moe/core'
+import { readF64, referenceBackend } from '@moe/core/reference'
+import { TokenDataset } from './data/token-dataset.ts'
+import type { LossOptions, LossOutput, TextTokenizer, TokenBatch, TrainableModel } from './model.ts'
+
+export const testVocabulary = 12
+
+/** The reference backend with every f32 result rounded to f32, as real backends have it: its own f64 would not survive a checkpoint. */
+export function roundingBackend(): Backend {
+  const backend = referenceBackend()
+  const primitives = Object.entries(backend.primitives).map(([name, kernel]) => {
+    const rounded: Kernel<never> = (inputs, attrs, outputs) => {
+      const handles = (kernel as Kernel<never>)(inputs, attrs, outputs)
+      handles.forEach((handle, i) => {
+        const numbers = readF64({ ...outputs[i], handle })
+        if (outputs[i].dtype === 'f32') for (let j = 0; j < numbers.length; j++) numbers[j] = Math.fround(numbers[j])
+      })
+      return handles
+    }
+    return [name, rounded]
+  })
+  return { ...backend, primitives: Object.fromEntries(primitives) as Backend['primitives'] }
+}
+
+/** Predicts the next token from the present one. `offset` is a buffer that only `afterStep` changes, as the bias of a router is. */
+export class BigramModel extends Module implements TrainableModel {
+  readonly lookahead = 1
+  readonly vocabSize = testVocabulary
+  embed_tokens: Embedding
+  lm_head: Linear
+  offset: Parameter
+  /** Batches seen with `training: true` since the last step. */
+  #batches = 0
+
+  constructor(init: InitOptions = {}) {
+    super()
+    const own = { deviation: 0.5, random: new Random(3), ...init }
+    this.embed_tokens = new Embedding(testVocabulary, 6, forkInit(own, 'embed_tokens'))
+    this.lm_head = new Linear(6, testVocabulary, forkInit(own, 'lm_head'))
+    this.offset = new Parameter(zeros([testVocabulary], init), { trainable: false })
+  }
+
+  loss(batch: TokenBatch, { training = true, from = 0 }: LossOptions = {}): LossOutput {
+    const { backend } = this.offset
+    const { inputs, targets, count } = nextTokens(batch, from)
+    const hidden = this.embed_tokens.forward(tensor(inputs, [inputs.length], { backend }))
+    const logits = this.lm_head.forward(hidden).add(this.offset)
+    const sum = crossEntropy(logits, tensor(targets, [targets.length], { backend })).sum()
+    if (training && isRecording()) this.#batches++
+    return {
+      loss: sum.mul(1 / Math.max(1, count)),
+      nll: sum.detach(),
+      count,
+      metrics: { half: sum.detach().mul(0.5 / Math.max(1, count)) },
+    }
+  }
+
+  async afterStep(): Promise<Record<string, number>> {
+    const values = Float32Array.from(await this.offset.values(), (value, i) => value + (i % 2 ? 1e-2 : -1e-2))
+    this.offset.assign(tensor(values, undefined, this.offset))
+    const batches = this.#batches
+    this.#batches = 0
+    return { maxVio: values[1], batches }
+  }
+}
+
+/** Inputs, targets (-100 where a position does not count) and their number. */
+export function nextTokens({ tokens, documents, rows, length }: TokenBatch, from: number) {
+  const positions = length - 1
+  const inputs = new Int32Array(rows * positions)
+  const targets = new Int32Array(rows * positions).fill(-100)
+  let count = 0
+  for (let row = 0; row < rows; row++) {
+    for (let t = 0; t < positions; t++) {
+      const at = row * length + t
+      inputs[row * positions + t] = tokens[at]
+      if (t < from || documents[at] !== documents[at + 1]) continue
+      targets[row * positions + t] = tokens[at + 1]
+      count++
+    }
+  }
+  return { inputs, targets, count }
+}
+
+/** Letters a to j, a begin and an end token. */
+export const letters: TextTokenizer = {
+  vocabSize: testVocabulary,
+  encode: text => Uint32Array.from(text, char => char.charCodeAt(0) - 97),
+  tokenToId: token => ({ '<s>': 10, '</s>': 11 })[token],
+}
+
+/** Documents of letters in which some pairs are frequent. */
+export function letterTexts(documents: number, length: number, seed = 1): string[] {
+  const random = new Random(seed)
+  return Array.from({ length: documents }, () => {
+    let at = random.integer(10)
+    let text = ''
+    for (let i = 0; i < length; i++) {
+      text += String.fromCharCode(97 + at)
+      at = random.next() < 0.8 ? (at * 3 + 1) % 10 : random.integer(10)
+    }
+    return text
+  })
+}
+
+export const letterData = (documents = 20, length = 50) => ({
+  training: TokenDataset.fromTexts(letterTexts(documents, length), letters),
+  validation: TokenDataset.fromTexts(letterTexts(3, length, 2), letters),
+})
+
+const made: string[] = []
+
+/** An empty folder; `removeTemporaryFolders` removes it. */
+export async function temporaryFolder(): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), 'moe-trainer-'))
+  made.push(folder)
+  return folder
+}
+
+export async function removeTemporaryFolders(): Promise<void> {
+  for (const folder of made.splice(0)) await rm(folder, { recursive: true, force: true })
+}

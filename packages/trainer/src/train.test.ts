@@ -1,0 +1,493 @@
+import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
+import { disposeModule, namedParameters, noGrad, scope, setDefaultBackend, stateDict, tensor } from '@moe/core'
+import { afterEach, beforeAll, describe, expect, test } from 'vitest'
+import { TrainingOrder } from './data/training-order.ts'
+import { evaluate } from './evaluate.ts'
+import type { TrainEvent } from './events.ts'
+import { AdamW } from './optim/adamw.ts'
+import type { TrainOptions } from './options.ts'
+import { readMetrics } from './report/metrics-log.ts'
+import {
+  BigramModel,
+  letterData,
+  letters,
+  letterTexts,
+  removeTemporaryFolders,
+  roundingBackend,
+  temporaryFolder,
+} from './test-model.ts'
+import { train } from './train.ts'
+import { trainingStep } from './training-step.ts'
+
+const backend = roundingBackend()
+beforeAll(() => setDefaultBackend(backend))
+afterEach(async () => {
+  await removeTemporaryFolders()
+  expect(backend.stats().handles).toBe(0)
+})
+
+const data = letterData()
+const settings = { data, steps: 12, batchSize: 3, sequenceLength: 8, lr: 0.05, seed: 7, progress: false } as const
+
+/** Trains a new model and gives back what is left of it. */
+async function run(options: Partial<TrainOptions> & { model?: BigramModel } = {}) {
+  const { model = new BigramModel(), ...rest } = options
+  const events: TrainEvent[] = []
+  const { onEvent } = rest
+  try {
+    const result = await train(model, {
+      ...settings,
+      ...rest,
+      onEvent(event) {
+        events.push(event)
+        onEvent?.(event)
+      },
+    })
+    const weights = await Promise.all(
+      stateDict(model).map(async ({ name, data }) => [name, Array.from(await data())] as const),
+    )
+    return { result, events, weights }
+  } finally {
+    disposeModule(model)
+  }
+}
+
+const errorOf = (work: Promise<unknown>) =>
+  work.then(
+    () => new Error('it did not fail'),
+    (error: Error) => error,
+  )
+
+/** Lines of a run without the one number that depends on the clock. */
+const numbersOf = (out: string) =>
+  readMetrics(join(out, 'metrics.jsonl')).map(({ tokensPerSecond: _, ...line }) => line)
+
+/** Interrupts after a step. */
+function stopAfter(step: number): Pick<TrainOptions, 'signal' | 'onEvent'> {
+  const controller = new AbortController()
+  return {
+    signal: controller.signal,
+    onEvent: event => {
+      if (event.type === 'step' && event.step === step) controller.abort()
+    },
+  }
+}
+
+const checkpointsOf = async (out: string) => (await readdir(join(out, 'checkpoints'))).sort()
+
+describe('a run', () => {
+  test('learns, measures, and tells about it in order', async () => {
+    const out = join(await temporaryFolder(), 'first')
+    const { result, events } = await run({ steps: 150, out, evalEvery: 50, checkpointEvery: 60 })
+    const steps = events.flatMap(event => (event.type === 'step' ? [event] : []))
+    expect(steps.map(({ step }) => step)).toEqual(Array.from({ length: 150 }, (_, i) => i + 1))
+    expect(steps[0].nll).toBeGreaterThan(2)
+    expect(result.trainingLoss).toBeLessThan(1.5)
+    expect(result.validation.loss).toBeLessThan(1.5)
+    expect(result).toMatchObject({
+      steps: 150,
+      interrupted: false,
+      stopped: 'finished',
+      tokens: 150 * 24,
+      backend: 'reference',
+    })
+    const others = events.flatMap(event =>
+      event.type === 'step' ? [] : `${event.type} ${'step' in event ? event.step : ''}`.trim(),
+    )
+    expect(others).toEqual([
+      'start',
+      'evaluation 50',
+      'checkpoint 60',
+      'evaluation 100',
+      'checkpoint 120',
+      'checkpoint 150',
+      'evaluation 150',
+      'end',
+    ])
+  })
+
+  test('writes metrics, a summary and checkpoints that transformers would find', async () => {
+    const out = await temporaryFolder()
+    const { result, events } = await run({
+      out,
+      checkpointEvery: 3,
+      data: { training: letterTexts(20, 50), validation: ['abc'] },
+      tokenizer: { ...letters, toJSON: () => ({ version: '1.0' }) },
+    })
+    const lines = readMetrics(join(out, 'metrics.jsonl'))
+    expect(lines).toHaveLength(12)
+    expect(Object.keys(lines[0])).toEqual([
+      'step',
+      'loss',
+      'nll',
+      'lr',
+      'gradNorm',
+      'tokens',
+      'tokensPerSecond',
+      'half',
+      'maxVio',
+      'batches',
+    ])
+    expect(lines[3].half).toBeCloseTo(lines[3].loss / 2)
+    const summary = JSON.parse(await readFile(join(out, 'summary.json'), 'utf8'))
+    expect(summary.validation.bitsPerByte).toBe(result.validation.bitsPerByte)
+    // The mean over the last tenth of 12 steps, which are steps 11 and 12.
+    expect(summary.balance.maxVio).toBeCloseTo((lines[10].maxVio + lines[11].maxVio) / 2)
+    expect(summary.peakMemoryBytes).toBeGreaterThan(1e7)
+    expect(await checkpointsOf(out)).toEqual(['latest', 'step-000009', 'step-000012'])
+    expect(await readFile(join(out, 'checkpoints', 'latest'), 'utf8')).toBe('step-000012\n')
+    expect(result.checkpoint).toBe(join(out, 'checkpoints', 'step-000012'))
+    expect((await readdir(join(result.checkpoint ?? '', 'model'))).sort()).toEqual([
+      'model.safetensors',
+      'tokenizer.json',
+    ])
+    expect(events.filter(({ type }) => type === 'checkpoint')).toHaveLength(4)
+  })
+
+  test('counts end tokens in the nats and text alone in the bytes', async () => {
+    const model = new BigramModel()
+    const { validation } = data
+    const measured = await evaluate(model, validation, { sequenceLength: 16, batchSize: 2 })
+    const whole = {
+      tokens: validation.tokens,
+      documents: Int32Array.from(validation.tokens, (_, i) => validation.documentAt(i)),
+      rows: 1,
+      length: validation.tokens.length,
+    }
+    const { nll, count } = scope(() =>
+      noGrad(() => {
+        const output = model.loss(whole, { training: false })
+        return { nll: output.nll, count: output.count }
+      }),
+    )
+    expect(measured.tokens).toBe(count)
+    expect(count).toBe(3 * 51)
+    expect(measured.bitsPerByte).toBeCloseTo((await nll.item()) / Math.LN2 / 150, 6)
+    nll.dispose()
+    disposeModule(model)
+  })
+
+  test('goes through all data an epoch whatever the batch, and weighs micro-batches by what they count', async () => {
+    const whole = await run({ batchSize: 6, steps: 4 })
+    const parts = await run({ batchSize: 2, accumulate: 3, steps: 4 })
+    const losses = ({ events }: typeof whole) =>
+      events.flatMap(event => (event.type === 'step' ? [event.loss, event.gradNorm] : []))
+    for (const [i, value] of losses(parts).entries()) expect(value).toBeCloseTo(losses(whole)[i], 5)
+    parts.weights.forEach(([name, values], i) => {
+      expect(name).toBe(whole.weights[i][0])
+      for (const [j, value] of values.entries()) expect(value).toBeCloseTo(whole.weights[i][1][j], 4)
+    })
+    const batches = parts.events.flatMap(event => (event.type === 'step' ? [event.metrics['batches']] : []))
+    expect(batches).toEqual([3, 3, 3, 3])
+  })
+
+  test('stops when its time is up, with a checkpoint', async () => {
+    const out = await temporaryFolder()
+    const { result, events } = await run({ out, steps: 100_000, timeLimitSeconds: 1e-6 })
+    expect(result).toMatchObject({ steps: 1, stopped: 'time', interrupted: false })
+    expect(events.at(-2)).toMatchObject({ type: 'stop', reason: 'time', checkpoint: result.checkpoint })
+  })
+
+  test('does without held-out data and without a folder', async () => {
+    const { result } = await run({ data: { training: data.training } })
+    expect(result.validation.bitsPerByte).toBeNaN()
+    expect(result.checkpoint).toBeUndefined()
+  })
+
+  test('1,000 steps leave handles and memory as they were', async () => {
+    setFlagsFromString('--expose-gc')
+    const collect = runInNewContext('gc') as () => void
+    const used: number[] = []
+    const handles: number[] = []
+    const model = new BigramModel()
+    const before = backend.stats().handles
+    await train(model, {
+      ...settings,
+      steps: 1000,
+      evalEvery: 100,
+      onEvent: event => {
+        if (event.type !== 'step' || event.step % 50 !== 0) return
+        collect()
+        const { heapUsed, arrayBuffers } = process.memoryUsage()
+        used.push(heapUsed + arrayBuffers)
+        handles.push(backend.stats().handles)
+      },
+    })
+    expect(backend.stats().handles).toBe(before)
+    expect(new Set(handles).size).toBe(1)
+    disposeModule(model)
+    // The test process itself allocates now and then; a leak would lift every sample.
+    const least = (from: number) => Math.min(...used.slice(from, from + 5))
+    expect(least(15) / least(10)).toBeLessThan(1.02)
+  })
+})
+
+describe('resuming', () => {
+  test.each([1, 5, 11])('after an interruption at step %i gives the same bits as never stopping', async step => {
+    const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
+    const straight = await run({ out: whole, accumulate: 2 })
+    const first = await run({ out: cut, accumulate: 2, ...stopAfter(step) })
+    expect(first.result).toMatchObject({
+      interrupted: true,
+      steps: step,
+      checkpoint: join(cut, 'checkpoints', `step-${String(step).padStart(6, '0')}`),
+    })
+    expect(first.events.at(-2)).toMatchObject({ type: 'stop', reason: 'interrupted', step })
+    // Other initial weights: all must come from the checkpoint.
+    const model = new BigramModel({ deviation: 0.1 })
+    const second = await run({ out: cut, accumulate: 2, resume: true, model })
+    expect(second.result).toMatchObject({ interrupted: false, steps: 12 })
+    expect(numbersOf(cut)).toEqual(numbersOf(whole))
+    expect(second.weights).toEqual(straight.weights)
+    expect(second.result.balance).toEqual(straight.result.balance)
+    expect(second.result.validation.loss).toBe(straight.result.validation.loss)
+  })
+
+  test('from an earlier checkpoint drops what came after it', async () => {
+    const [whole, again] = [await temporaryFolder(), await temporaryFolder()]
+    await run({ out: whole, checkpointEvery: 4 })
+    await run({ out: again, checkpointEvery: 4, ...stopAfter(10) })
+    await run({ out: again, checkpointEvery: 4, resume: join(again, 'checkpoints', 'step-000008'), keepCheckpoints: 9 })
+    expect(numbersOf(again)).toEqual(numbersOf(whole))
+  })
+
+  test("'auto' begins where nothing is, and goes on where something is", async () => {
+    const out = await temporaryFolder()
+    const first = await run({ out, resume: 'auto', ...stopAfter(3) })
+    expect(first.events[0]).toMatchObject({ type: 'start', fromStep: 0 })
+    const second = await run({ out, resume: 'auto' })
+    expect(second.events[0]).toMatchObject({ type: 'start', fromStep: 3 })
+    const third = await run({ out, resume: 'auto' })
+    expect(third.events.map(({ type }) => type)).toEqual(['start', 'evaluation', 'end'])
+  })
+
+  test('a finished folder is not written over by accident', async () => {
+    const out = await temporaryFolder()
+    await run({ out })
+    const before = numbersOf(out)
+    expect(await errorOf(run({ out }))).toMatchObject({
+      code: 'E_CONFIG',
+      message: expect.stringMatching(/resume: true.*overwrite: true/),
+    })
+    expect(numbersOf(out)).toEqual(before)
+    await run({ out, steps: 2, overwrite: true })
+    expect(numbersOf(out)).toHaveLength(2)
+    expect(await checkpointsOf(out)).toEqual(['latest', 'step-000002'])
+  })
+
+  test('survives a crash in the middle of a line and of a checkpoint', async () => {
+    const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
+    await run({ out: whole })
+    await run({ out, ...stopAfter(6) })
+    const metrics = join(out, 'metrics.jsonl')
+    await writeFile(metrics, `${await readFile(metrics, 'utf8')}{"step":7,"loss":1.5,"nll":1.5}\n{"step":8,"lo`)
+    await mkdir(join(out, 'checkpoints', '.writing-step-000008-1-0', 'model'), { recursive: true })
+    await writeFile(join(out, 'checkpoints', 'latest'), 'step-000008\n')
+    await run({ out, resume: true })
+    expect(numbersOf(out)).toEqual(numbersOf(whole))
+    expect(await checkpointsOf(out)).toEqual(['latest', 'step-000006', 'step-000012'])
+  })
+})
+
+describe('bad checkpoints are refused and change nothing', () => {
+  async function stopped(): Promise<{ out: string; path: string }> {
+    const out = await temporaryFolder()
+    const { result } = await run({ out, ...stopAfter(4) })
+    return { out, path: result.checkpoint ?? '' }
+  }
+
+  async function refused(out: string, options: Partial<TrainOptions> = {}) {
+    const model = new BigramModel()
+    const before = await Promise.all(namedParameters(model).map(({ parameter }) => parameter.values()))
+    const metrics = numbersOf(out)
+    const error = await errorOf(train(model, { ...settings, out, resume: true, ...options }))
+    const after = await Promise.all(namedParameters(model).map(({ parameter }) => parameter.values()))
+    expect(after).toEqual(before)
+    expect(numbersOf(out)).toEqual(metrics)
+    disposeModule(model)
+    return error
+  }
+
+  test.each(['model/model.safetensors', 'optimizer.safetensors', 'trainer.json'])('truncated %s', async file => {
+    const { out, path } = await stopped()
+    const bytes = await readFile(join(path, file))
+    await writeFile(join(path, file), bytes.subarray(0, bytes.length - 5))
+    const error = await refused(out)
+    expect(error).toMatchObject({
+      code: 'E_CHECKPOINT',
+      message: expect.stringContaining(file.split('/').at(-1) ?? ''),
+    })
+  })
+
+  test.each(['model/model.safetensors', 'optimizer.safetensors'])('missing %s', async file => {
+    const { out, path } = await stopped()
+    await writeFile(join(path, file), '')
+    expect(await refused(out)).toMatchObject({ code: 'E_CHECKPOINT' })
+  })
+
+  test('a folder that is something else', async () => {
+    const { out } = await stopped()
+    expect(await refused(out, { resume: out })).toMatchObject({
+      code: 'E_CHECKPOINT',
+      message: expect.stringMatching(/no checkpoint of a training run/),
+    })
+    expect(await refused(out, { resume: join(out, 'nothing') })).toMatchObject({ code: 'E_CHECKPOINT' })
+  })
+
+  test('a state of another program', async () => {
+    const { out, path } = await stopped()
+    await writeFile(join(path, 'trainer.json'), '{"global_step": 4}')
+    expect(await refused(out)).toMatchObject({
+      code: 'E_CHECKPOINT',
+      message: expect.stringMatching(/not a state of this trainer/),
+    })
+  })
+
+  test('another run, with every difference, unless changes are allowed', async () => {
+    const { out } = await stopped()
+    const changed = { lr: 0.01, seed: 8, data: letterData(19) }
+    const error = await refused(out, changed)
+    expect(error).toMatchObject({ code: 'E_CHECKPOINT' })
+    for (const text of ['seed: saved with 7, now 8', 'lr: saved with 0.05, now 0.01', 'data: ', 'allowChanges']) {
+      expect(error.message).toContain(text)
+    }
+    const { result } = await run({ out, resume: true, allowChanges: true, ...changed })
+    expect(result.steps).toBe(12)
+  })
+
+  test('nothing to resume from', async () => {
+    expect(await refused(await temporaryFolder())).toMatchObject({
+      code: 'E_CHECKPOINT',
+      message: expect.stringMatching(/no checkpoint/),
+    })
+  })
+
+  test('a model of another shape', async () => {
+    const { out } = await stopped()
+    class Wider extends BigramModel {
+      extra = this.embed_tokens
+    }
+    const model = new Wider()
+    const path = join(out, 'checkpoints', 'step-000004', 'optimizer.safetensors')
+    await writeFile(path, await readFile(join(out, 'checkpoints', 'step-000004', 'model', 'model.safetensors')))
+    const error = await errorOf(train(model, { ...settings, out, resume: true }))
+    expect(error).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(/unnamed optimizer/) })
+    disposeModule(model)
+  })
+})
+
+describe('failures lose nothing', () => {
+  const full = Object.assign(new Error('ENOSPC: no space left on device, write'), { code: 'ENOSPC' })
+
+  /** Writes half a model, then finds the disk full. */
+  class FullDisk extends BigramModel {
+    saves = 0
+    readonly at: number
+    constructor(at: number) {
+      super()
+      this.at = at
+    }
+    async save(folder: string): Promise<void> {
+      const whole = ++this.saves !== this.at
+      const { saveCheckpoint } = await import('@moe/checkpoint')
+      if (whole) await saveCheckpoint(folder, stateDict(this))
+      else {
+        await writeFile(join(folder, 'model.safetensors'), 'half')
+        throw full
+      }
+    }
+  }
+
+  test('a full disk leaves the previous checkpoint, says so, and the run goes on from there', async () => {
+    const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
+    await run({ out: whole })
+    const error = await errorOf(run({ out, checkpointEvery: 4, model: new FullDisk(2) }))
+    expect(error).toMatchObject({ code: 'E_CHECKPOINT', details: { step: 8 } })
+    expect(error.message).toMatch(/saving step 8 failed: ENOSPC.*step-000004 is whole.*resume/)
+    expect(await checkpointsOf(out)).toEqual(['latest', 'step-000004'])
+    await run({ out, checkpointEvery: 4, resume: true })
+    expect(numbersOf(out)).toEqual(numbersOf(whole))
+  })
+
+  test('a full disk at the first checkpoint leaves an empty list', async () => {
+    const out = await temporaryFolder()
+    const error = await errorOf(run({ out, checkpointEvery: 4, model: new FullDisk(1) }))
+    expect(error.message).toMatch(/no earlier checkpoint/)
+    expect(await checkpointsOf(out)).toEqual([])
+  })
+
+  test('NaN in a weight stops the run, names step and parameter, and keeps the checkpoint', async () => {
+    const out = await temporaryFolder()
+    const model = new BigramModel()
+    const poison: TrainOptions['onEvent'] = event => {
+      if (event.type !== 'step' || event.step !== 6) return
+      const values = new Float32Array(72).fill(0.1)
+      values[17] = Number.NaN
+      model.lm_head.weight.assign(tensor(values, [12, 6]))
+    }
+    const error = await errorOf(run({ out, checkpointEvery: 4, model, onEvent: poison }))
+    expect(error).toMatchObject({ code: 'E_NAN', details: { step: 7, parameter: 'lm_head.weight', kind: 'value' } })
+    expect(error.message).toMatch(/step 7 .*lm_head\.weight: 1 of 72 elements/)
+    expect(await checkpointsOf(out)).toEqual(['latest', 'step-000004'])
+    expect(numbersOf(out)).toHaveLength(6)
+  })
+
+  test('a model that an update made infinite is not saved', async () => {
+    const out = await temporaryFolder()
+    const model = new BigramModel()
+    const poison: TrainOptions['onEvent'] = event => {
+      if (event.type === 'step' && event.step === 8)
+        model.offset.assign(tensor(new Float32Array(12).fill(Number.POSITIVE_INFINITY)))
+    }
+    const error = await errorOf(run({ out, checkpointEvery: 4, model, onEvent: poison }))
+    expect(error).toMatchObject({ code: 'E_NAN', details: { step: 8, parameter: 'offset' } })
+    expect(await checkpointsOf(out)).toEqual(['latest', 'step-000004'])
+  })
+
+  test('a step with an infinite gradient changes no weight', async () => {
+    const model = new BigramModel()
+    const broken = Object.assign(model, {
+      loss: (batch: Parameters<BigramModel['loss']>[0]) => {
+        const output = BigramModel.prototype.loss.call(model, batch)
+        return { ...output, loss: output.loss.mul(1e38).mul(1e38) }
+      },
+    })
+    const parameters = namedParameters(broken)
+    const optimizer = new AdamW(parameters)
+    const before = await model.lm_head.weight.values()
+    const order = new TrainingOrder(data.training, { sequenceLength: 8, lookahead: 1, batchSize: 2 })
+    const error = await errorOf(trainingStep(broken, parameters, optimizer, order.step(0), { lr: 1, step: 1 }))
+    expect(error).toMatchObject({ code: 'E_NAN' })
+    expect(await model.lm_head.weight.values()).toEqual(before)
+    expect(model.lm_head.weight.grad).toBeNull()
+    optimizer.dispose()
+    disposeModule(model)
+  })
+
+  test('settings that cannot be are told all at once', async () => {
+    const model = new BigramModel()
+    const error = await errorOf(train(model, { ...settings, steps: 0, batchSize: 1.5, lr: Number.NaN, resume: true }))
+    expect(error).toMatchObject({ code: 'E_CONFIG' })
+    for (const text of ['steps is 0', 'batchSize is 1.5', 'lr is NaN', 'resume is given without out'])
+      expect(error.message).toContain(text)
+    disposeModule(model)
+  })
+
+  test('texts without a tokenizer, and tokens that the model has no embeddings for', async () => {
+    const model = new BigramModel()
+    const without = await errorOf(train(model, { ...settings, data: { training: ['abc'], validation: [] } }))
+    expect(without).toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/no tokenizer/) })
+    const larger = { ...letters, vocabSize: 500 }
+    const error = await errorOf(
+      train(model, { ...settings, data: { training: ['abc'], validation: [] }, tokenizer: larger }),
+    )
+    expect(error).toMatchObject({
+      code: 'E_DATA',
+      message: expect.stringMatching(/ids up to 499, the model has embeddings for 12/),
+    })
+    disposeModule(model)
+  })
+})
