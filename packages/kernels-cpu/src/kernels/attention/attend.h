@@ -1,0 +1,403 @@
+// Attention on blocks of query rows, with an online softmax (Milakov & Gimelshein 2018) over tiles of keys.
+//
+// Queries lie along the vector lanes and keys along the rows, so maxima, sums and rescaling never cross lanes, keys and values are used in
+// place (f32) as broadcast operands, and heads that share a key head fill the lanes when there are few queries.
+// Row r of a key head g is query r / (H / G) of head g * (H / G) + r % (H / G).
+#pragma once
+
+#include "tile.h"
+
+namespace moe {
+
+constexpr float log2_e = 1.4426950408889634f;
+constexpr int block_vectors = lanes < 8 ? 4 : 2;
+constexpr int block_rows = block_vectors * lanes;
+constexpr int64_t most_keys = 96;
+
+struct Attention {
+  const float *q, *k, *v;
+  const int32_t* lengths;  // nullptr: all keys
+  float *out, *lse;        // lse: nullptr when nobody wants it
+  int64_t B, T, S, H, G, Dk, Dv;
+  int64_t k_stride, v_stride;  // floats from key to key of one head
+  int64_t k_batch, v_batch;    // floats from batch to batch
+  int64_t k_head, v_head;      // floats from head to head
+  bool causal;
+  float scale;
+
+  int64_t rows() const { return T * (H / G); }
+  int64_t blocks() const { return (rows() + block_rows - 1) / block_rows; }
+  int64_t limit(int64_t b) const { return lengths ? std::min<int64_t>(S, std::max(0, lengths[b])) : S; }
+  // Keys that query t sees.
+  int64_t visible(int64_t limit, int64_t t) const {
+    return causal ? std::min(limit, std::max<int64_t>(0, limit - T + t + 1)) : limit;
+  }
+  // Tiles of keys and what goes with them must fit into the first two caches.
+  int64_t tile_keys() const { return Dk > 128 ? 48 : 96; }
+};
+
+// The rows of one block: where they are and what they see.
+struct Block {
+  alignas(64) int32_t visible[block_rows];
+  alignas(64) float max[block_rows], sum[block_rows], factor[block_rows];
+  int64_t row[block_rows];       // offset in units of heads in [B, T, H, ...]
+  int64_t lse_index[block_rows];  // in [B, H, T]
+  int rows;                      // the others repeat the last
+  int64_t keys;                  // most keys that any row sees
+
+  void place(const Attention& a, int64_t b, int64_t g, int64_t block, int64_t limit) {
+    const int64_t group = a.H / a.G, first = block * block_rows;
+    rows = static_cast<int>(std::min<int64_t>(block_rows, a.rows() - first));
+    int64_t t = first / group, h = g * group + first % group;
+    for (int i = 0; i < block_rows; i++) {
+      row[i] = (b * a.T + t) * a.H + h;
+      lse_index[i] = (b * a.H + h) * a.T + t;
+      visible[i] = static_cast<int32_t>(a.visible(limit, t));
+      if (i + 1 < rows && ++h == (g + 1) * group) {
+        h = g * group;
+        t++;
+      }
+    }
+    keys = visible[block_rows - 1];
+  }
+};
+
+// Working memory cut into aligned pieces. A first pass without memory (`Carver(nullptr)`) finds the size.
+class Carver {
+ public:
+  explicit Carver(char* memory) : memory_(memory) {}
+  float* floats(int64_t count) {
+    char* piece = memory_ + used_;
+    used_ += round_up(static_cast<size_t>(count) * 4, 64);
+    // Pieces at equal offsets of a page would fight for the same cache lines.
+    if (used_ % 4096 == 0) used_ += 128;
+    return reinterpret_cast<float*>(piece);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  size_t used_ = 0;
+};
+
+// Rows of D -> [ceil(D / pack)][block_rows] times `factor`; lanes without a row are zero.
+template <class Op>
+static void pack_columns(const Block& block, const float* base, int64_t D, float factor, float* to) {
+  const int64_t elements = (D + Op::pack - 1) / Op::pack;
+  for (int lane = 0; lane < block_rows; lane += lanes) {
+    const float* rows[lanes];
+    for (int i = 0; i < lanes; i++) rows[i] = lane + i < block.rows ? base + block.row[lane + i] * D : nullptr;
+    const bool full_rows = lane + lanes <= block.rows;
+    for (int64_t j = 0; j < elements; j += lanes) {
+      f32v x[lanes];
+      const int64_t d = j * Op::pack;
+      if (full_rows && d + lanes * Op::pack <= D) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; i++) {
+          if constexpr (Op::pack == 1) x[i] = load(rows[i] + d);
+#if defined(__AVX512BF16__)
+          else x[i] = pair_neighbours(load(rows[i] + d), load(rows[i] + d + lanes));
+#endif
+        }
+      } else {
+        const int first = static_cast<int>(std::min<int64_t>(lanes, D - d));
+        for (int i = 0; i < lanes; i++) {
+          x[i] = zero();
+          if (!rows[i]) continue;
+          x[i] = load_partial(rows[i] + d, first);
+#if defined(__AVX512BF16__)
+          if constexpr (Op::pack == 2) {
+            const int second = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(lanes, D - d - lanes)));
+            x[i] = pair_neighbours(x[i], load_partial(rows[i] + d + lanes, second));
+          }
+#endif
+        }
+      }
+      transpose_square(x);
+      const int count = static_cast<int>(std::min<int64_t>(lanes, elements - j));
+      for (int i = 0; i < count; i++) store(to + (j + i) * block_rows + lane, x[i]);
+    }
+  }
+  if (factor == 1) return;
+  // Only 0 and -1 occur: they commute with rounding to bf16, where the sign is a bit and zero is zero.
+  for (int64_t i = 0; i < elements * block_rows; i += lanes) {
+    const f32v x = load(to + i);
+    const int32_t signs = Op::pack == 1 ? static_cast<int32_t>(0x80000000) : static_cast<int32_t>(0x80008000);
+    store(to + i, factor == 0 ? zero() : from_bits(bits(x) ^ splat(signs)));
+  }
+}
+
+// [D][block_rows] times a factor per lane -> rows of D.
+static inline void unpack_columns(const Block& block, float* base, int64_t D, const float* from, const float* factor) {
+  for (int lane = 0; lane < block.rows; lane += lanes) {
+    const f32v f = load(factor + lane);
+    const int rows = std::min(lanes, block.rows - lane);
+    for (int64_t j = 0; j < D; j += lanes) {
+      f32v x[lanes];
+      const int count = static_cast<int>(std::min<int64_t>(lanes, D - j));
+      const float* source = from + j * block_rows + lane;
+      if (count == lanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; i++) x[i] = load(source + i * block_rows) * f;
+      } else {
+        for (int i = 0; i < lanes; i++) x[i] = i < count ? load(source + i * block_rows) * f : zero();
+      }
+      transpose_square(x);
+      for (int i = 0; i < rows; i++) store_some(base + block.row[lane + i] * D + j, x[i], count);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+// [n][D] f32 -> [n][ceil(D / 2)] pairs along D.
+static inline void pack_neighbours(const float* from, int64_t stride, int64_t n, int64_t D, float* to) {
+  const int64_t pairs = (D + 1) / 2, whole = D / 32 * 32;
+  for (int64_t s = 0; s < n; s++, from += stride, to += pairs) {
+    __builtin_prefetch(from + 8 * stride);
+    for (int64_t d = 0; d < whole; d += 32) store(to + d / 2, pair_neighbours(load(from + d), load(from + d + 16)));
+    if (whole == D) continue;
+    const int left = static_cast<int>(D - whole);
+    const f32v first = load_partial(from + whole, std::min(16, left)), second = left > 16 ? load_partial(from + whole + 16, left - 16) : zero();
+    store_partial(to + whole / 2, pair_neighbours(first, second), (left + 1) / 2);
+  }
+}
+// [n][D] f32 -> [ceil(n / 2)][ld] pairs along n; D <= ld, written up to a multiple of `lanes` at most ld.
+static inline void pack_pairs(const float* from, int64_t stride, int64_t n, int64_t D, float* to, int64_t ld) {
+  for (int64_t s = 0; s < n; s += 2, from += 2 * stride, to += ld) {
+    __builtin_prefetch(from + 8 * stride);
+    __builtin_prefetch(from + 9 * stride);
+    for (int64_t d = 0; d < D; d += lanes) {
+      const int count = static_cast<int>(std::min<int64_t>(lanes, D - d));
+      const f32v low = load_some(from + d, count), high = s + 1 < n ? load_some(from + stride + d, count) : zero();
+      store_some(to + d, pair_lanes(low, high), static_cast<int>(std::min<int64_t>(lanes, ld - d)));
+    }
+  }
+}
+#endif
+
+// Keys and values as the products read them. In f32 they are used in place.
+struct KeyTiles {
+  const float *k, *v;
+  int64_t k_stride, v_stride;  // per key; v of bf16: per pair of keys
+};
+
+template <class Op>
+struct ForwardMemory {
+  float *q, *scores, *weights, *out, *k, *v;
+  ForwardMemory(Carver& carver, const Attention& a, int64_t keys) {
+    q = carver.floats(a.Dk * block_rows);
+    scores = carver.floats(most_keys * block_rows);
+    weights = carver.floats(Op::pack == 2 ? most_keys / 2 * block_rows : 0);
+    out = carver.floats(a.Dv * block_rows);
+    k = carver.floats(Op::pack == 2 ? keys * ((a.Dk + 1) / 2) : 0);
+    v = carver.floats(Op::pack == 2 ? (keys + 1) / 2 * a.Dv : 0);
+  }
+};
+
+// Keys begin .. end - 1 of head g.
+template <class Op>
+static KeyTiles key_tiles(const Attention& a, int64_t b, int64_t g, int64_t begin, [[maybe_unused]] int64_t end,
+                           [[maybe_unused]] ForwardMemory<Op>& memory) {
+  const float* k = a.k + b * a.k_batch + g * a.k_head + begin * a.k_stride;
+  const float* v = a.v + b * a.v_batch + g * a.v_head + begin * a.v_stride;
+  if constexpr (Op::pack == 1) {
+    return {k, v, a.k_stride, a.v_stride};
+  } else {
+#if defined(__AVX512BF16__)
+    pack_neighbours(k, a.k_stride, end - begin, a.Dk, memory.k);
+    pack_pairs(v, a.v_stride, end - begin, a.Dv, memory.v, a.Dv);
+#endif
+    return {memory.k, memory.v, (a.Dk + 1) / 2, a.Dv};
+  }
+}
+
+// The block's rows against keys begin .. end - 1 (`tiles` starts at begin). Leaves out = sum of exp(score - max) * v as [Dv][block_rows],
+// and max and sum of the block; max is in units of q . k, `unit` turns those into log2.
+template <class Op, int Vectors>
+static void attend(const Attention& a, Block& block, int64_t begin, int64_t end, float unit, const KeyTiles& tiles, ForwardMemory<Op>& memory) {
+  const f32v lowest = splat(-std::numeric_limits<float>::infinity());
+  f32v max[Vectors], sum[Vectors];
+  for (int j = 0; j < Vectors; j++) {
+    max[j] = lowest;
+    sum[j] = zero();
+  }
+  std::memset(memory.out, 0, static_cast<size_t>(a.Dv) * block_rows * 4);
+  const int64_t step = a.tile_keys(), depth = (a.Dk + Op::pack - 1) / Op::pack;
+  float* scores = memory.scores;
+  for (int64_t at = begin; at < end; at += step) {
+    const int64_t n = std::min(step, end - at);
+    small_product<Op, false, false>(n, Vectors, tiles.k + (at - begin) * tiles.k_stride, tiles.k_stride, memory.q, block_rows, depth, scores,
+                                    block_rows);
+    for (int64_t i = std::max<int64_t>(0, block.visible[0] - at); i < n; i++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; j++) {
+        float* p = scores + i * block_rows + j * lanes;
+        store(p, select(splat(static_cast<int32_t>(at + i)) < load(block.visible + j * lanes), load(p), lowest));
+      }
+    }
+    f32v top[Vectors], shift[Vectors];
+    for (int j = 0; j < Vectors; j++) top[j] = max[j];
+    for (int64_t i = 0; i < n; i++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; j++) top[j] = fast_max(load(scores + i * block_rows + j * lanes), top[j]);
+    }
+    i32v grew = i32v{};
+    for (int j = 0; j < Vectors; j++) {
+      // A row that has seen nothing yet keeps the shift 0, so that no infinity is subtracted from itself.
+      shift[j] = select(top[j] == lowest, zero(), top[j]) * splat(unit);
+      const f32v shrink = exp2_small(max[j] * splat(unit) - shift[j]);
+      store(block.factor + j * lanes, shrink);
+      sum[j] *= shrink;
+      grew |= top[j] != max[j];
+      max[j] = top[j];
+    }
+    if (at > begin && any(grew)) {
+      for (int64_t d = 0; d < a.Dv; d++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; j++) {
+          float* p = memory.out + d * block_rows + j * lanes;
+          store(p, load(p) * load(block.factor + j * lanes));
+        }
+      }
+    }
+    if constexpr (Op::pack == 1) {
+      for (int64_t i = 0; i < n; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; j++) {
+          float* p = scores + i * block_rows + j * lanes;
+          const f32v weight = exp2_small(fma(load(p), splat(unit), -shift[j]));
+          sum[j] += weight;
+          store(p, weight);
+        }
+      }
+      small_product<Op, true, true>(a.Dv, Vectors, tiles.v + (at - begin) * tiles.v_stride, tiles.v_stride, scores, block_rows, n, memory.out,
+                                    block_rows);
+    } else {
+#if defined(__AVX512BF16__)
+      if (n % 2 == 1) {
+        for (int j = 0; j < Vectors; j++) store(scores + n * block_rows + j * lanes, lowest);
+      }
+      for (int64_t i = 0; i < n; i += 2) {
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; j++) {
+          const float* p = scores + i * block_rows + j * lanes;
+          const f32v first = exp2_small(fma(load(p), splat(unit), -shift[j]));
+          const f32v second = exp2_small(fma(load(p + block_rows), splat(unit), -shift[j]));
+          sum[j] += first + second;
+          store(memory.weights + i / 2 * block_rows + j * lanes, pair_lanes(first, second));
+        }
+      }
+      small_product<Op, true, true>(a.Dv, Vectors, tiles.v + (at - begin) / 2 * tiles.v_stride, tiles.v_stride, memory.weights, block_rows,
+                                    (n + 1) / 2, memory.out, block_rows);
+#endif
+    }
+  }
+  for (int j = 0; j < Vectors; j++) {
+    store(block.max + j * lanes, max[j]);
+    store(block.sum + j * lanes, sum[j]);
+  }
+}
+
+template <class Op>
+static void attend_block(const Attention& a, Block& block, int64_t begin, int64_t end, float unit, const KeyTiles& tiles,
+                         ForwardMemory<Op>& memory) {
+  if (block.rows <= lanes) {
+    attend<Op, 1>(a, block, begin, end, unit, tiles, memory);
+  } else {
+    attend<Op, block_vectors>(a, block, begin, end, unit, tiles, memory);
+  }
+}
+
+// Divides and stores the rows of a block.
+static inline void finish_block(const Attention& a, Block& block, float magnitude, const float* out) {
+  for (int i = 0; i < block.rows; i++) {
+    block.factor[i] = block.visible[i] == 0 ? 0 : 1 / block.sum[i];
+    if (!a.lse) continue;
+    const float lse = block.max[i] * magnitude + std::log(block.sum[i]);
+    a.lse[block.lse_index[i]] = block.visible[i] == 0 ? -std::numeric_limits<float>::infinity() : lse;
+  }
+  unpack_columns(block, a.out, a.Dv, out, block.factor);
+}
+
+template <class Op>
+static void attention_forward(const Attention& a) {
+  if (a.B * a.T * a.H == 0) return;
+  // The sign of the scale goes into q, so that the largest product is the largest score.
+  const float magnitude = a.scale == 0 ? 1 : std::fabs(a.scale), sign = a.scale == 0 ? 0 : a.scale < 0 ? -1 : 1;
+  const float unit = magnitude * log2_e;
+  const int64_t heads = a.B * a.G, blocks = a.blocks();
+  // Few rows and many keys: the keys are cut into chunks of fixed size, whose results are combined in order.
+  constexpr int64_t chunk = 384;
+  if (heads * blocks < 8 && a.S >= 2 * chunk) {
+    const int64_t chunks = (a.S + chunk - 1) / chunk, units = heads * blocks;
+    Carver sizes(nullptr);
+    ForwardMemory<Op>(sizes, a, chunk);
+    const size_t each = round_up(sizes.used(), 64), part = static_cast<size_t>(a.Dv + 2) * block_rows;
+    const size_t parts_at = each * static_cast<size_t>(max_threads());
+    Scratch scratch(parts_at + part * 4 * static_cast<size_t>(units * chunks));
+    float* parts = scratch.as<float>(parts_at);
+    parallel_tasks(units * chunks, [&](int64_t task, int worker) {
+      const int64_t which = task % units, index = task / units, head = which / blocks, b = head / a.G, g = head % a.G;
+      Carver carver(scratch.as<char>(each * static_cast<size_t>(worker)));
+      ForwardMemory<Op> memory(carver, a, chunk);
+      Block block;
+      block.place(a, b, g, which % blocks, a.limit(b));
+      const int64_t begin = index * chunk, end = std::min(block.keys, begin + chunk);
+      if (begin >= end) return;
+      pack_columns<Op>(block, a.q, a.Dk, sign, memory.q);
+      memory.out = parts + part * static_cast<size_t>(which * chunks + index);
+      attend_block<Op>(a, block, begin, end, unit, key_tiles<Op>(a, b, g, begin, end, memory), memory);
+      std::memcpy(memory.out + a.Dv * block_rows, block.max, sizeof block.max);
+      std::memcpy(memory.out + (a.Dv + 1) * block_rows, block.sum, sizeof block.sum);
+    });
+    parallel_tasks(units, [&](int64_t which, int) {
+      const int64_t head = which / blocks, b = head / a.G, g = head % a.G;
+      Block block;
+      block.place(a, b, g, which % blocks, a.limit(b));
+      float* first = parts + part * static_cast<size_t>(which * chunks);
+      if (block.keys == 0) std::memset(first, 0, part * 4);
+      const f32v lowest = splat(-std::numeric_limits<float>::infinity());
+      const int64_t used = (block.keys + chunk - 1) / chunk;
+      for (int lane = 0; lane < block.rows; lane += lanes) {
+        f32v top = lowest, total = zero();
+        for (int64_t i = 0; i < used; i++) top = fast_max(load(first + part * i + a.Dv * block_rows + lane), top);
+        const f32v shift = select(top == lowest, zero(), top) * splat(unit);
+        for (int64_t i = 0; i < used; i++) {
+          float* from = first + part * i;
+          const f32v factor = exp2_small(load(from + a.Dv * block_rows + lane) * splat(unit) - shift);
+          total = fma(load(from + (a.Dv + 1) * block_rows + lane), factor, total);
+          for (int64_t d = 0; d < a.Dv; d++) {
+            const f32v x = load(from + d * block_rows + lane) * factor;
+            store(first + d * block_rows + lane, i == 0 ? x : load(first + d * block_rows + lane) + x);
+          }
+        }
+        store(block.max + lane, top);
+        store(block.sum + lane, total);
+      }
+      finish_block(a, block, magnitude, first);
+    });
+    return;
+  }
+  // Rows do not depend on each other, so the cut may follow the number of threads.
+  const int64_t wanted = 4 * int64_t{max_threads()};
+  const int64_t parts = max_threads() == 1 || heads >= wanted ? 1 : std::min(blocks, (wanted + heads - 1) / heads);
+  Carver sizes(nullptr);
+  ForwardMemory<Op>(sizes, a, a.S);
+  const size_t each = round_up(sizes.used(), 64);
+  Scratch scratch(each * static_cast<size_t>(max_threads()));
+  parallel_tasks(heads * parts, [&](int64_t task, int worker) {
+    const int64_t head = task / parts, b = head / a.G, g = head % a.G;
+    Carver carver(scratch.as<char>(each * static_cast<size_t>(worker)));
+    ForwardMemory<Op> memory(carver, a, a.S);
+    Block block;
+    const KeyTiles tiles = key_tiles<Op>(a, b, g, 0, a.limit(b), memory);
+    for (int64_t index = task % parts; index < blocks; index += parts) {
+      block.place(a, b, g, index, a.limit(b));
+      pack_columns<Op>(block, a.q, a.Dk, sign, memory.q);
+      attend_block<Op>(a, block, 0, block.keys, unit, tiles, memory);
+      finish_block(a, block, magnitude, memory.out);
+    }
+  });
+}
+
+}  // namespace moe

@@ -1,0 +1,39 @@
+// moe-isa: baseline avx2 avx512 avx512bf16
+// Absorbed multi-head latent attention for decoding (DeepSeek-V2 report 2.1.2): one key head for all heads, values are the first
+// features of the keys. The heads lie along the lanes, so every row of the cache is read once per block of them.
+#include "../attention/attend.h"
+
+using namespace moe;
+
+namespace {
+
+// out, q, cache, lengths, B, T, S, H, C, valueDim, scale
+template <class Op>
+void latent(Args& args) {
+  Attention a{};
+  a.out = args.ptr<float>();
+  a.q = args.ptr<const float>();
+  a.k = a.v = args.ptr<const float>();
+  a.lengths = args.ptr<const int32_t>();
+  a.B = args.size();
+  a.T = args.size();
+  a.S = args.size();
+  a.H = args.size();
+  a.Dk = args.size();
+  a.Dv = args.size();
+  a.scale = args.f32();
+  a.G = 1;
+  a.k_stride = a.v_stride = a.Dk;
+  a.k_batch = a.v_batch = a.S * a.Dk;
+  a.causal = true;
+  attention_forward<Op>(a);
+}
+
+}  // namespace
+
+MOE_KERNEL(moe_latent_attention_f32) { latent<F32Product>(args); }
+#if defined(__AVX512BF16__)
+MOE_KERNEL(moe_latent_attention_bf16) { latent<Bf16Product>(args); }
+#else
+MOE_KERNEL(moe_latent_attention_bf16) { latent<F32Product>(args); }
+#endif

@@ -1,0 +1,13 @@
+/** @file Absorbed MLA decode over the latent cache. */
+import { type FusedFactory, pointerOf } from '../../native.ts'
+
+export const latentAttention: FusedFactory<'latentAttention'> = native => {
+  const kernels = { f32: native.kernel('moe_latent_attention_f32'), bf16: native.kernel('moe_latent_attention_bf16') }
+  return ([q, cache, lengths], { scale, valueDim, precision }, [spec]) => {
+    const [B, T, H, C] = q.shape
+    const out = native.output(spec)
+    const S = cache.shape[1]
+    kernels[precision](out.pointer, pointerOf(q), pointerOf(cache), pointerOf(lengths), B, T, S, H, C, valueDim, scale)
+    return [out]
+  }
+}
