@@ -1,14 +1,14 @@
-// Checks the TypeScript in the documentation: every ```ts block of README.md, docs/**/*.md and packages/*/README.md must
-// compile against the workspace, and must run without an error unless it is marked ```ts no-run.
+// Checks the documentation: every ```ts block of README.md, docs/**/*.md and packages/*/README.md must compile against the
+// workspace, and must run without an error unless it is marked ```ts no-run; every relative link must lead to a file.
 //
 //   node scripts/doc-snippets.ts [FILE.md ...]
 //
 // A block becomes a module in docs/.snippets with as many empty lines before it as in its Markdown file, so that line
 // numbers in compiler messages and stack traces are those of the Markdown file.
 import { spawn } from 'node:child_process'
-import { globSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, globSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
-import { join, resolve } from 'node:path'
+import { dirname, join, resolve } from 'node:path'
 
 interface Snippet {
   markdown: string
@@ -26,8 +26,9 @@ const files =
 rmSync(folder, { recursive: true, force: true })
 mkdirSync(folder, { recursive: true })
 
+const deadLinks: string[] = []
 const snippets = files.sort().flatMap(extract)
-const failures = [...(await typecheck()), ...(await runAll())]
+const failures = [...deadLinks, ...(await typecheck()), ...(await runAll())]
 for (const failure of failures) console.error(`${failure}\n`)
 const ran = snippets.filter(snippet => snippet.run).length
 console.log(`${snippets.length} snippets in ${files.length} files type-checked, ${ran} run, ${failures.length} failed`)
@@ -43,6 +44,9 @@ function extract(markdown: string): Snippet[] {
   for (const [index, text] of readFileSync(markdown, 'utf8').split('\n').entries()) {
     if (!open) {
       const [, fence, info] = text.match(/^\s*(`{3,}|~{3,})\s*([^`]*)$/) ?? []
+      for (const [, link] of text.matchAll(/\]\((?![a-z]+:|#)([^)\s#]+)/g)) {
+        if (!existsSync(join(dirname(markdown), link!))) deadLinks.push(`${markdown}:${index + 1}: no file ${link}`)
+      }
       if (fence) open = { fence, words: (info ?? '').trim().split(/\s+/), line: index + 2, code: [] }
     } else if (text.trim().startsWith(open.fence) && text.trim().replaceAll(open.fence[0]!, '') === '') {
       const { words, line, code } = open
