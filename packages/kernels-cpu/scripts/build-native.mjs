@@ -114,7 +114,7 @@ function findSources() {
 function describe({ file, variants }, isa, compiler) {
   const name = relative(root, file).replaceAll(/[/\\]/g, '-').replace(/\.cc$/, '')
   const flags = ['-std=c++17', '-O3', '-fPIC', '-fvisibility=hidden', '-fvisibility-inlines-hidden', '-Wall', '-Wextra', '-Wno-psabi']
-  flags.push('-Wno-ignored-attributes', '-Wno-maybe-uninitialized', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast', `-I${join(root, 'native')}`)
+  flags.push('-Wno-ignored-attributes', '-Wno-uninitialized', '-Wno-maybe-uninitialized', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast', `-I${join(root, 'native')}`)
   flags.push(...levels[process.arch][isa], `-DMOE_ISA_${isa.toUpperCase()}=1`)
   if (options.sanitize) flags.push(`-fsanitize=${options.sanitize}`, '-fno-omit-frame-pointer', '-fno-sanitize-recover=all', '-g', '-O1')
   return {

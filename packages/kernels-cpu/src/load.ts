@@ -49,7 +49,7 @@ type Koffi = typeof import('koffi')
 async function importKoffi(): Promise<Koffi> {
   try {
     const module = await import('koffi')
-    return (module as { default?: Koffi }).default ?? module
+    return (module as unknown as { default?: Koffi }).default ?? module
   } catch (cause) {
     throw new MoeError({
       code: 'E_NO_BACKEND',

@@ -98,7 +98,7 @@ export class Memory {
 
   /** The op failed: its outputs are given back. */
   rollBack(): void {
-    for (const buffer of this.#fresh) this.release(buffer)
+    for (const buffer of this.#fresh) if (buffer.refs > 0) this.release(buffer)
     this.#fresh.length = 0
   }
 

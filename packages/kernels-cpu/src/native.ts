@@ -1,6 +1,6 @@
 /** @file What a launcher sees of the native side: kernels as functions of numbers, and memory for outputs. */
-import type { FusedAttrs, FusedKernel, FusedName, Kernel, PrimitiveAttrs, PrimitiveName, TensorSpec, Value } from '@moe/core'
-import { dtypeBytes, MoeError, sizeOf } from '@moe/core'
+import type { DType, FusedAttrs, FusedKernel, FusedName, Kernel, PrimitiveAttrs, PrimitiveName, TensorSpec, Value } from '@moe/core'
+import { dtypeBytes, encodeHost, MoeError, sizeOf } from '@moe/core'
 import type { NativeLibrary } from './load.ts'
 import type { CpuBuffer, Memory } from './memory.ts'
 
@@ -16,6 +16,10 @@ export interface Native {
   output(spec: TensorSpec): CpuBuffer
   /** The value's own buffer with one more owner when nobody else holds it, otherwise a copy. For ops that donate an input. */
   donated(value: Value): CpuBuffer
+  /** A copy of the value's elements. */
+  copied(value: Value): CpuBuffer
+  /** Gives back an output that was only needed on the way. */
+  release(buffer: CpuBuffer): void
   /** The value's buffer with one more owner. */
   shared(value: Value): CpuBuffer
   /** Address of a `uint64_t[]` with the values' addresses; valid until the next call of this function. */
@@ -30,6 +34,24 @@ export type FusedFactory<F extends FusedName> = (native: Native) => FusedKernel<
 
 /** Address of a value's first element. */
 export const pointerOf = (value: Value): number => (value.handle as CpuBuffer).pointer
+
+const word = new ArrayBuffer(4)
+const words = { f32: new Float32Array(word), u32: new Uint32Array(word) }
+
+/** The element's bits as an unsigned number, which is how kernels that only move elements take a value. */
+export function bitsOf(value: number, dtype: DType): number {
+  if (dtype === 'f32') {
+    words.f32[0] = value
+    return words.u32[0]
+  }
+  return dtype === 'i32' ? value >>> 0 : encodeHost(dtype, [value])[0]
+}
+
+/** The variants of a kernel for elements of 1, 2 and 4 bytes: `moe_<op>_b8`, `_b16`, `_b32`. */
+export function bySize(native: Native, op: string): (dtype: DType) => NativeKernel {
+  const kernels = [1, 2, 4].map(bytes => native.kernel(`moe_${op}_b${bytes * 8}`))
+  return dtype => kernels[dtypeBytes[dtype] >> 1]
+}
 
 /** Slots of a call: the thread count, then the arguments. */
 const slotCount = 64
@@ -58,6 +80,12 @@ export function createNative(library: NativeLibrary, memory: Memory, threads: nu
     }
   }
 
+  function copyOf(buffer: CpuBuffer): CpuBuffer {
+    const fresh = memory.allocate(buffer.bytes)
+    copy(fresh.pointer, buffer.pointer, buffer.bytes)
+    return fresh
+  }
+
   function failure(name: string, status: number): MoeError {
     const problem = library.lastError()
     if (status !== statusOutOfMemory) return new MoeError({ code: 'E_BACKEND', op: name, problem })
@@ -71,11 +99,10 @@ export function createNative(library: NativeLibrary, memory: Memory, threads: nu
     output: spec => memory.allocate(sizeOf(spec.shape) * dtypeBytes[spec.dtype]),
     donated(value) {
       const buffer = value.handle as CpuBuffer
-      if (buffer.refs === 1) return memory.share(buffer)
-      const fresh = memory.allocate(buffer.bytes)
-      copy(fresh.pointer, buffer.pointer, buffer.bytes)
-      return fresh
+      return buffer.refs === 1 ? memory.share(buffer) : copyOf(buffer)
     },
+    copied: value => copyOf(value.handle as CpuBuffer),
+    release: buffer => memory.release(buffer),
     shared: value => memory.share(value.handle as CpuBuffer),
     pointerList(values) {
       if (values.length > pointers.length) pointers = new BigUint64Array(new ArrayBuffer(values.length * 16))

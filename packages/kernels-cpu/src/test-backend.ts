@@ -1,5 +1,5 @@
 /** @file For tests: backends of every variant, and ops called on host arrays. */
-import type { Backend, DType, HostArray, OpAttrs, OpName, Shape, TensorSpec, Value } from '@moe/core'
+import type { Backend, DType, FusedAttrs, HostArray, OpName, PrimitiveAttrs, Shape, TensorSpec, Value } from '@moe/core'
 import { encodeHost, sizeOf } from '@moe/core'
 import { type CpuBackend, type CpuOptions, createBackend } from './backend.ts'
 import { type Isa, isas } from './load.ts'
@@ -27,7 +27,7 @@ export async function runOp<O extends OpName>(
   backend: Backend,
   op: O,
   inputs: readonly HostInput[],
-  attrs: OpAttrs[O],
+  attrs: (PrimitiveAttrs & FusedAttrs)[O],
   outputs: readonly TensorSpec[],
 ): Promise<HostArray[]> {
   const values: Value[] = inputs.map(({ data, shape, dtype = 'f32' }) => {

@@ -1,0 +1,20 @@
+/** @file Elementwise ops of two arguments with numpy broadcasting. */
+import type { BinaryCode } from '@moe/core'
+import { type NativeKernel, type PrimitiveFactory, pointerOf } from '../../native.ts'
+import { broadcastNest } from '../../strides.ts'
+
+const codes: readonly BinaryCode[] = ['add', 'sub', 'mul', 'div', 'max', 'min', 'pow']
+
+export const binary: PrimitiveFactory<'binary'> = native => {
+  const kernels = new Map<string, NativeKernel>()
+  for (const code of codes) {
+    kernels.set(`${code}f32`, native.kernel(`moe_${code}_f32`))
+    kernels.set(`${code}i32`, native.kernel(`moe_${code}_i32`))
+  }
+  return ([a, b], { code }, [spec]) => {
+    const y = native.output(spec)
+    const kernel = kernels.get(code + spec.dtype) as NativeKernel
+    kernel(y.pointer, pointerOf(a), pointerOf(b), ...broadcastNest(spec.shape, a.shape, b.shape))
+    return [y]
+  }
+}

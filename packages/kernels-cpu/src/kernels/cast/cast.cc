@@ -1,0 +1,150 @@
+// Conversions between dtypes: (y, x, n). Every pair that is not direct goes through f32, a block at a time.
+#include "convert.h"
+#include "moe.h"
+
+using namespace moe;
+
+namespace {
+
+constexpr int block = 512;
+constexpr int64_t grain = 16384;
+
+// --- one block to and from f32 ---
+
+struct F32 {
+  using Type = float;
+  static void decode(float* y, const float* x, int n) { std::memcpy(y, x, static_cast<size_t>(n) * 4); }
+  static void encode(float* y, const float* x, int n) { std::memcpy(y, x, static_cast<size_t>(n) * 4); }
+};
+
+// A storage format of narrow elements with vector conversions.
+template <class Element, class Vector, f32v (*Decode)(Vector), Vector (*Encode)(f32v)>
+struct Narrow {
+  using Type = Element;
+  static void decode(float* y, const Element* x, int n) {
+    for (int i = 0; i < n; i += lanes) {
+      const int count = std::min(lanes, n - i);
+      Vector v{};
+      std::memcpy(&v, x + i, sizeof(Element) * static_cast<size_t>(count));
+      store_some(y + i, Decode(v), count);
+    }
+  }
+  static void encode(Element* y, const float* x, int n) {
+    for (int i = 0; i < n; i += lanes) {
+      const int count = std::min(lanes, n - i);
+      const Vector v = Encode(load_some(x + i, count));
+      std::memcpy(y + i, &v, sizeof(Element) * static_cast<size_t>(count));
+    }
+  }
+};
+
+// The inline functions of the headers as functions with an address.
+f32v decode_bf16(u16v x) { return from_bf16(x); }
+u16v encode_bf16(f32v x) { return to_bf16(x); }
+f32v decode_f16(u16v x) { return from_f16(x); }
+u16v encode_f16(f32v x) { return to_f16(x); }
+f32v decode_f8(u8v x) { return from_f8e4m3(x); }
+u8v encode_f8(f32v x) { return to_f8e4m3(x); }
+
+using Bf16 = Narrow<uint16_t, u16v, decode_bf16, encode_bf16>;
+using F16 = Narrow<uint16_t, u16v, decode_f16, encode_f16>;
+using F8 = Narrow<uint8_t, u8v, decode_f8, encode_f8>;
+
+// Truncation toward zero, saturated, NaN to 0.
+struct I32 {
+  using Type = int32_t;
+  static void decode(float* y, const int32_t* x, int n) {
+    for (int i = 0; i < n; i++) y[i] = static_cast<float>(x[i]);
+  }
+  static void encode(int32_t* y, const float* x, int n) {
+    for (int i = 0; i < n; i++) {
+      const float v = x[i];
+      const bool fits = v > -2147483648.0f && v < 2147483648.0f;
+      const int32_t outside = v >= 2147483648.0f ? 2147483647 : v <= -2147483648.0f ? -2147483647 - 1 : 0;
+      y[i] = fits ? static_cast<int32_t>(v) : outside;
+    }
+  }
+};
+
+struct U8 {
+  using Type = uint8_t;
+  static void decode(float* y, const uint8_t* x, int n) {
+    for (int i = 0; i < n; i++) y[i] = static_cast<float>(x[i]);
+  }
+  static void encode(uint8_t* y, const float* x, int n) {
+    for (int i = 0; i < n; i++) {
+      const float v = x[i];
+      const float low = v > 0.0f ? v : 0.0f;  // NaN and negatives to 0
+      y[i] = static_cast<uint8_t>(static_cast<int32_t>(low < 255.0f ? low : 255.0f));
+    }
+  }
+};
+
+template <class From, class To>
+void cast(Args& args) {
+  auto* y = args.ptr<typename To::Type>();
+  const auto* x = args.ptr<const typename From::Type>();
+  const int64_t n = args.size();
+  parallel_for(
+      n, grain,
+      [&](int64_t begin, int64_t end, int) {
+        alignas(64) float buffer[block];
+        for (int64_t i = begin; i < end; i += block) {
+          const int count = static_cast<int>(std::min<int64_t>(block, end - i));
+          From::decode(buffer, x + i, count);
+          To::encode(y + i, buffer, count);
+        }
+      },
+      64);
+}
+
+// Without the stop at f32.
+template <class From, class To, class F>
+void direct(Args& args, F&& convert) {
+  To* y = args.ptr<To>();
+  const From* x = args.ptr<const From>();
+  const int64_t n = args.size();
+  parallel_for(
+      n, grain,
+      [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; i++) y[i] = convert(x[i]);
+      },
+      64);
+}
+
+}  // namespace
+
+#define CASTS_FROM(name, From)                                  \
+  MOE_KERNEL(moe_cast_##name##_f32) { cast<From, F32>(args); }   \
+  MOE_KERNEL(moe_cast_##name##_bf16) { cast<From, Bf16>(args); } \
+  MOE_KERNEL(moe_cast_##name##_f16) { cast<From, F16>(args); }   \
+  MOE_KERNEL(moe_cast_##name##_f8e4m3) { cast<From, F8>(args); }
+
+CASTS_FROM(f32, F32)
+CASTS_FROM(bf16, Bf16)
+CASTS_FROM(f16, F16)
+CASTS_FROM(f8e4m3, F8)
+CASTS_FROM(i32, I32)
+CASTS_FROM(u8, U8)
+
+#define CASTS_TO_INTEGERS(name, From)                         \
+  MOE_KERNEL(moe_cast_##name##_i32) { cast<From, I32>(args); } \
+  MOE_KERNEL(moe_cast_##name##_u8) { cast<From, U8>(args); }
+
+CASTS_TO_INTEGERS(f32, F32)
+CASTS_TO_INTEGERS(bf16, Bf16)
+CASTS_TO_INTEGERS(f16, F16)
+CASTS_TO_INTEGERS(f8e4m3, F8)
+
+MOE_KERNEL(moe_cast_i32_i32) {
+  direct<int32_t, int32_t>(args, [](int32_t x) { return x; });
+}
+MOE_KERNEL(moe_cast_u8_u8) {
+  direct<uint8_t, uint8_t>(args, [](uint8_t x) { return x; });
+}
+MOE_KERNEL(moe_cast_i32_u8) {
+  direct<int32_t, uint8_t>(args, [](int32_t x) { return static_cast<uint8_t>(std::min(255, std::max(0, x))); });
+}
+MOE_KERNEL(moe_cast_u8_i32) {
+  direct<uint8_t, int32_t>(args, [](uint8_t x) { return static_cast<int32_t>(x); });
+}

@@ -1,0 +1,34 @@
+// Running sums along the middle of [outer, count, inner]: (y, x, outer, count, inner). Sums of f32 run in double.
+#include "moe.h"
+
+using namespace moe;
+
+namespace {
+
+constexpr int64_t strip = 64;
+
+template <class T, class Total>
+void cumsum(Args& args) {
+  T* y = args.ptr<T>();
+  const T* x = args.ptr<const T>();
+  const int64_t outer = args.size(), n = args.size(), inner = args.size();
+  const int64_t strips = (inner + strip - 1) / strip;
+  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, n * std::min(inner, strip)));
+  parallel_for(outer * strips, grain, [&](int64_t begin, int64_t end, int) {
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t column = task % strips * strip;
+      const int64_t width = std::min(strip, inner - column);
+      const int64_t first = task / strips * n * inner + column;
+      Total total[strip] = {};
+      for (int64_t r = 0; r < n; r++) {
+        const int64_t at = first + r * inner;
+        for (int64_t i = 0; i < width; i++) y[at + i] = static_cast<T>(total[i] += static_cast<Total>(x[at + i]));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+MOE_KERNEL(moe_cumsum_f32) { cumsum<float, double>(args); }
+MOE_KERNEL(moe_cumsum_i32) { cumsum<int32_t, uint32_t>(args); }
