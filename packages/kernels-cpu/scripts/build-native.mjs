@@ -25,7 +25,13 @@ const levels = {
     baseline: ['-march=x86-64'],
     avx2: ['-march=x86-64', '-mavx2', '-mfma', '-mf16c', '-mbmi', '-mbmi2', '-mlzcnt', '-mpopcnt', '-mmovbe'],
     avx512: ['-march=skylake-avx512', '-mtune=icelake-server', '-mprefer-vector-width=512'],
-    avx512bf16: ['-march=skylake-avx512', '-mtune=icelake-server', '-mprefer-vector-width=512', '-mavx512vnni', '-mavx512bf16'],
+    avx512bf16: [
+      '-march=skylake-avx512',
+      '-mtune=icelake-server',
+      '-mprefer-vector-width=512',
+      '-mavx512vnni',
+      '-mavx512bf16',
+    ],
   },
   arm64: { baseline: [] },
 }
@@ -39,22 +45,33 @@ async function main() {
   const ladder = Object.keys(levels[process.arch] ?? {})
   if (process.platform === 'win32' || ladder.length === 0) return say(`not built: no build for ${target} yet`)
   const compiler = findCompiler()
-  if (!compiler) return say('not built: no C++ compiler (looked for $CXX, g++, c++, clang++); install one and run this again')
+  if (!compiler)
+    return say('not built: no C++ compiler (looked for $CXX, g++, c++, clang++); install one and run this again')
   mkdirSync(objDir, { recursive: true })
   const unlock = await lock(join(outDir, 'lock'))
   try {
     const wanted = options.isa ?? ladder
     const sources = findSources()
-    const objects = sources.flatMap(source => source.variants.filter(isa => ladder.includes(isa)).map(isa => describe(source, isa, compiler)))
+    const objects = sources.flatMap(source =>
+      source.variants.filter(isa => ladder.includes(isa)).map(isa => describe(source, isa, compiler)),
+    )
     const needed = objects.filter(object => wanted.some(isa => objectsOf(isa, ladder, objects).includes(object)))
     const stale = needed.filter(object => options.force || !isFresh(object))
     const failed = await compileAll(stale, compiler)
     if (failed.length > 0 && !options.keepGoing) return fail(failed)
     let linked = 0
-    for (const isa of wanted) linked += link(isa, objectsOf(isa, ladder, needed).filter(({ file }) => existsSync(file)), compiler)
+    for (const isa of wanted)
+      linked += link(
+        isa,
+        objectsOf(isa, ladder, needed).filter(({ file }) => existsSync(file)),
+        compiler,
+      )
     removeStrays(objects)
     const seconds = ((Date.now() - started) / 1000).toFixed(1)
-    const what = stale.length + linked === 0 ? 'up to date' : `${stale.length} objects compiled, ${linked} libraries linked in ${seconds} s`
+    const what =
+      stale.length + linked === 0
+        ? 'up to date'
+        : `${stale.length} objects compiled, ${linked} libraries linked in ${seconds} s`
     say(`${relative(process.cwd(), outDir)} ${what} (${compiler.version})`)
     if (failed.length > 0) fail(failed)
   } finally {
@@ -99,7 +116,8 @@ function findSources() {
   const folders = [join(root, 'native')]
   const kernels = join(root, 'src', 'kernels')
   if (existsSync(kernels)) {
-    for (const entry of readdirSync(kernels, { withFileTypes: true })) if (entry.isDirectory()) folders.push(join(kernels, entry.name))
+    for (const entry of readdirSync(kernels, { withFileTypes: true }))
+      if (entry.isDirectory()) folders.push(join(kernels, entry.name))
   }
   return folders
     .flatMap(folder => readdirSync(folder).map(name => join(folder, name)))
@@ -113,10 +131,28 @@ function findSources() {
 
 function describe({ file, variants }, isa, compiler) {
   const name = relative(root, file).replaceAll(/[/\\]/g, '-').replace(/\.cc$/, '')
-  const flags = ['-std=c++17', '-O3', '-fPIC', '-fvisibility=hidden', '-fvisibility-inlines-hidden', '-Wall', '-Wextra', '-Wno-psabi']
-  flags.push('-Wno-ignored-attributes', '-Wno-uninitialized', '-Wno-maybe-uninitialized', '-fno-math-errno', '-fno-trapping-math', '-ffp-contract=fast', `-I${join(root, 'native')}`)
+  const flags = [
+    '-std=c++17',
+    '-O3',
+    '-fPIC',
+    '-fvisibility=hidden',
+    '-fvisibility-inlines-hidden',
+    '-Wall',
+    '-Wextra',
+    '-Wno-psabi',
+  ]
+  flags.push(
+    '-Wno-ignored-attributes',
+    '-Wno-uninitialized',
+    '-Wno-maybe-uninitialized',
+    '-fno-math-errno',
+    '-fno-trapping-math',
+    '-ffp-contract=fast',
+    `-I${join(root, 'native')}`,
+  )
   flags.push(...levels[process.arch][isa], `-DMOE_ISA_${isa.toUpperCase()}=1`)
-  if (options.sanitize) flags.push(`-fsanitize=${options.sanitize}`, '-fno-omit-frame-pointer', '-fno-sanitize-recover=all', '-g', '-O1')
+  if (options.sanitize)
+    flags.push(`-fsanitize=${options.sanitize}`, '-fno-omit-frame-pointer', '-fno-sanitize-recover=all', '-g', '-O1')
   return {
     source: file,
     variants,
@@ -181,10 +217,17 @@ async function compile({ source, flags, file, stamp, key, label }, compiler) {
   const { code, output } = await run(compiler.command, args)
   if (code !== 0) return output || `exit code ${code}`
   if (output.trim() !== '') process.stderr.write(output)
-  const inputs = readFileSync(depFile, 'utf8').replace(/^[^:]*:/, '').replaceAll('\\\n', ' ').trim().split(/\s+/)
+  const inputs = readFileSync(depFile, 'utf8')
+    .replace(/^[^:]*:/, '')
+    .replaceAll('\\\n', ' ')
+    .trim()
+    .split(/\s+/)
   const own = inputs.map(path => relative(root, path)).filter(path => !path.startsWith('..'))
   renameSync(temporary, file)
-  writeFileSync(stamp, JSON.stringify({ key, inputs: Object.fromEntries(own.map(path => [path, fileHash(join(root, path))])) }))
+  writeFileSync(
+    stamp,
+    JSON.stringify({ key, inputs: Object.fromEntries(own.map(path => [path, fileHash(join(root, path))])) }),
+  )
   rmSync(depFile)
   if (options.verbose) say(`${label} ${((Date.now() - started) / 1000).toFixed(1)} s`)
   return ''

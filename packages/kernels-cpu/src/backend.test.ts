@@ -4,7 +4,9 @@ import { createBackend } from './index.ts'
 import { availableIsas } from './test-backend.ts'
 
 describe.each(await availableIsas())('%s', isa => {
-  for (const check of backendSuite(() => createBackend({ isa, guarded: true }), { guards: backend => (backend as Awaited<ReturnType<typeof createBackend>>).checkGuards() })) {
+  for (const check of backendSuite(() => createBackend({ isa, guarded: true }), {
+    guards: backend => (backend as Awaited<ReturnType<typeof createBackend>>).checkGuards(),
+  })) {
     test(check.name, () => check.run())
   }
 })

@@ -133,8 +133,12 @@ function open(koffi: Koffi, folder: string, isa: Isa): NativeLibrary & { readonl
     allocate: library.func('int64_t moe_allocate(int64_t bytes)') as unknown as (bytes: number) => number,
     release: library.func('void moe_release(int64_t pointer, int64_t bytes)') as unknown as NativeLibrary['release'],
     trim: library.func('void moe_trim()') as unknown as () => void,
-    upload: library.func('void moe_upload(int64_t to, const void* from, int64_t bytes)') as unknown as NativeLibrary['upload'],
-    download: library.func('void moe_download(void* to, int64_t from, int64_t bytes)') as unknown as NativeLibrary['download'],
+    upload: library.func(
+      'void moe_upload(int64_t to, const void* from, int64_t bytes)',
+    ) as unknown as NativeLibrary['upload'],
+    download: library.func(
+      'void moe_download(void* to, int64_t from, int64_t bytes)',
+    ) as unknown as NativeLibrary['download'],
     address: buffer => Number(koffi.address(buffer as ArrayBuffer)),
   }
 }

@@ -56,7 +56,8 @@ export class Memory {
 
   /** Uninitialized memory with one owner. @throws MoeError E_OUT_OF_MEMORY */
   allocate(bytes: number): CpuBuffer {
-    if (this.#disposed) throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'the backend was disposed' })
+    if (this.#disposed)
+      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'the backend was disposed' })
     if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
     const pointer = this.#guarded ? this.#allocateGuarded(bytes) : this.#take(sizeClass(bytes))
     if (pointer === 0) throw this.#exhausted(bytes)
@@ -79,7 +80,8 @@ export class Memory {
 
   /** One owner less. */
   release(buffer: CpuBuffer): void {
-    if (buffer.refs <= 0) throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'a handle was freed twice' })
+    if (buffer.refs <= 0)
+      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'a handle was freed twice' })
     this.#handles--
     if (--buffer.refs > 0) return
     const last = this.#live.pop() as CpuBuffer
@@ -172,9 +174,13 @@ export class Memory {
 
   #checkGuard({ pointer, bytes }: CpuBuffer): void {
     const content = new Uint8Array(guardBytes)
-    for (const [side, at] of [['before', pointer - guardBytes], ['behind', pointer + bytes]] as const) {
+    for (const [side, at] of [
+      ['before', pointer - guardBytes],
+      ['behind', pointer + bytes],
+    ] as const) {
       this.#library.download(content, at, guardBytes)
-      if (content.some(byte => byte !== guardPattern)) throw new Error(`a kernel wrote ${side} a buffer of ${bytes} bytes`)
+      if (content.some(byte => byte !== guardPattern))
+        throw new Error(`a kernel wrote ${side} a buffer of ${bytes} bytes`)
     }
   }
 

@@ -1,5 +1,15 @@
 /** @file What a launcher sees of the native side: kernels as functions of numbers, and memory for outputs. */
-import type { DType, FusedAttrs, FusedKernel, FusedName, Kernel, PrimitiveAttrs, PrimitiveName, TensorSpec, Value } from '@moe/core'
+import type {
+  DType,
+  FusedAttrs,
+  FusedKernel,
+  FusedName,
+  Kernel,
+  PrimitiveAttrs,
+  PrimitiveName,
+  TensorSpec,
+  Value,
+} from '@moe/core'
 import { dtypeBytes, encodeHost, MoeError, sizeOf } from '@moe/core'
 import type { NativeLibrary } from './load.ts'
 import type { CpuBuffer, Memory } from './memory.ts'

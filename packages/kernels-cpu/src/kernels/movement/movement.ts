@@ -38,7 +38,11 @@ export const permute: PrimitiveFactory<'permute'> = native => {
       return [y]
     }
     const others = sizes.map((_, axis) => axis).filter(axis => axis !== last && axis !== dense)
-    const nest = [...others.map(axis => sizes[axis]), ...others.map(axis => to[axis]), ...others.map(axis => from[axis])]
+    const nest = [
+      ...others.map(axis => sizes[axis]),
+      ...others.map(axis => to[axis]),
+      ...others.map(axis => from[axis]),
+    ]
     const outer = others.length === 0 ? [1, 1, 0, 0] : [others.length, ...nest]
     const [stepTo, stepFrom] = [to[dense], from[last]]
     transposeFor(spec.dtype)(y.pointer, pointerOf(x), sizes[dense], sizes[last], stepTo, stepFrom, ...outer)

@@ -21,7 +21,26 @@ const exact: { readonly [C in UnaryCode]: (x: number) => number } = {
 /** Largest error in units in the last place of f32 that each function may have, away from denormal results. */
 const ulps: { readonly [C in UnaryCode]?: number } = { exp: 2, log: 2, sin: 2, cos: 2, tanh: 3, sigmoid: 3, rsqrt: 2 }
 
-const special = [0, -0, 1, -1, Infinity, -Infinity, NaN, 1e-40, -1e-40, 3e38, -3e38, 88.7, 89, -87, -104, 1e6, -1e6, 0.5]
+const special = [
+  0,
+  -0,
+  1,
+  -1,
+  Infinity,
+  -Infinity,
+  NaN,
+  1e-40,
+  -1e-40,
+  3e38,
+  -3e38,
+  88.7,
+  89,
+  -87,
+  -104,
+  1e6,
+  -1e6,
+  0.5,
+]
 
 const ulp = (x: number) => Math.max(2 ** (Math.floor(Math.log2(Math.abs(x))) - 23), 2 ** -149)
 
@@ -38,7 +57,9 @@ describe.each(await availableIsas())('%s', isa => {
     const random = new Random(5)
     const values: number[] = [...special]
     for (const scale of [0.01, 1, 20, 80]) values.push(...random.normal(5001).map(x => x * scale))
-    const x = Float32Array.from(values, v => ((code === 'log' || code === 'sqrt' || code === 'rsqrt') && v < -1 ? -v : v))
+    const x = Float32Array.from(values, v =>
+      (code === 'log' || code === 'sqrt' || code === 'rsqrt') && v < -1 ? -v : v,
+    )
     const y = await apply(code, x, { isa })
     let worst = 0
     x.forEach((v, i) => {
@@ -67,8 +88,9 @@ test('integers', async () => {
   const backend = await testBackend()
   const data = [0, 1, -1, 7, -7, -(2 ** 31), 2 ** 31 - 1]
   const shape = [data.length]
-  const apply = async (code: UnaryCode) =>
-    [...(await runOp(backend, 'unary', [{ data, shape, dtype: 'i32' }], { code }, [{ shape, dtype: 'i32' }]))[0]]
+  const apply = async (code: UnaryCode) => [
+    ...(await runOp(backend, 'unary', [{ data, shape, dtype: 'i32' }], { code }, [{ shape, dtype: 'i32' }]))[0],
+  ]
   expect(await apply('neg')).toEqual(data.map(x => -x | 0))
   expect(await apply('abs')).toEqual(data.map(x => Math.abs(x) | 0))
   expect(await apply('sign')).toEqual(data.map(x => Math.sign(x) | 0))
