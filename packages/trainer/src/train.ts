@@ -161,14 +161,13 @@ class Run {
   async begin(): Promise<void> {
     const { out, resume = false, allowChanges = false, overwrite = false } = this.settings
     if (out === undefined) return
-    const folder = join(out, 'checkpoints')
-    const latest = await latestCheckpoint(folder)
+    const latest = latestCheckpoint(out)
     const from = typeof resume === 'string' && resume !== 'auto' ? resume : resume ? latest : undefined
     if (resume === true && from === undefined) {
       throw new MoeError({
         code: 'E_CHECKPOINT',
         op: 'train',
-        problem: `there is no checkpoint to resume from in ${folder}`,
+        problem: `there is no checkpoint to resume from in ${out}`,
         fix: "begin without resume, or pass resume: 'auto'",
       })
     }
@@ -261,13 +260,13 @@ class Run {
   }
 
   async save(): Promise<void> {
-    const { settings, step, tokens, trainSeconds, record, writesTo } = this
+    const { settings, step, tokens, trainSeconds, writesTo } = this
     if (writesTo === undefined || this.savedStep === step) return
     const started = performance.now()
     this.log?.flush()
     await this.checkFinite()
-    const state = { step, tokens, trainSeconds, record }
-    const path = await saveTraining(join(writesTo, 'checkpoints'), this, state, settings.keepCheckpoints)
+    const state = { step, tokens, trainSeconds, run: this.record }
+    const path = await saveTraining(writesTo, this, state, settings.keepCheckpoints)
     this.checkpoint = path
     this.savedStep = step
     this.emit({ type: 'checkpoint', step, path, seconds: (performance.now() - started) / 1000 })

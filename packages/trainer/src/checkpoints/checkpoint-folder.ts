@@ -1,7 +1,7 @@
 /** @file The checkpoints of a run on disk: `step-000600` folders that appear whole or not at all, and which of them is the latest. */
 import { randomBytes } from 'node:crypto'
-import { existsSync } from 'node:fs'
-import { mkdir, open, readdir, readFile, rename, rm, writeFile } from 'node:fs/promises'
+import { existsSync, readdirSync, readFileSync } from 'node:fs'
+import { mkdir, open, readdir, rename, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { MoeError } from '@moe/core'
 
@@ -12,24 +12,27 @@ const latestFile = 'latest'
 /** Name of the file that makes a checkpoint folder complete. */
 export const STATE_FILE = 'trainer.json'
 
-export const checkpointName = (step: number): string => `step-${String(step).padStart(6, '0')}`
+const checkpointName = (step: number): string => `step-${String(step).padStart(6, '0')}`
+
+/** Folder of a run's checkpoints. */
+export const checkpointsOf = (out: string): string => join(out, 'checkpoints')
 
 /** Steps that have a complete checkpoint, ascending. */
-export async function checkpointSteps(folder: string): Promise<number[]> {
+function checkpointSteps(folder: string): number[] {
   if (!existsSync(folder)) return []
-  const names = await readdir(folder)
-  return names
+  return readdirSync(folder)
     .filter(name => statePattern.test(name) && existsSync(join(folder, name, STATE_FILE)))
     .map(name => Number(name.match(statePattern)?.[1]))
     .sort((a, b) => a - b)
 }
 
-/** Path of the checkpoint that was saved last, or undefined when there is none. */
-export async function latestCheckpoint(folder: string): Promise<string | undefined> {
-  const steps = await checkpointSteps(folder)
+/** Path of the checkpoint that a run saved last, or undefined when it has none. @param out folder of the run */
+export function latestCheckpoint(out: string): string | undefined {
+  const folder = checkpointsOf(out)
+  const steps = checkpointSteps(folder)
   if (steps.length === 0) return undefined
   const pointer = join(folder, latestFile)
-  const name = existsSync(pointer) ? (await readFile(pointer, 'utf8')).trim() : ''
+  const name = existsSync(pointer) ? readFileSync(pointer, 'utf8').trim() : ''
   const known = steps.some(step => checkpointName(step) === name)
   return join(folder, known ? name : checkpointName(steps[steps.length - 1]))
 }
@@ -41,11 +44,12 @@ export async function latestCheckpoint(folder: string): Promise<string | undefin
  * @throws MoeError E_CHECKPOINT
  */
 export async function publishCheckpoint(
-  folder: string,
+  out: string,
   step: number,
   keep: number,
   write: (temporary: string) => Promise<void>,
 ): Promise<string> {
+  const folder = checkpointsOf(out)
   const name = checkpointName(step)
   const path = join(folder, name)
   const temporary = join(folder, `${temporaryPrefix}${name}-${process.pid}-${randomBytes(4).toString('hex')}`)
@@ -63,9 +67,9 @@ export async function publishCheckpoint(
   } catch (cause) {
     await rm(temporary, { recursive: true, force: true }).catch(() => {})
     if (existsSync(replaced) && !existsSync(path)) await rename(replaced, path).catch(() => {})
-    throw await saveError(folder, path, step, cause)
+    throw saveError(out, path, step, cause)
   }
-  const earlier = (await checkpointSteps(folder)).filter(other => other < step)
+  const earlier = checkpointSteps(folder).filter(other => other < step)
   for (const old of earlier.slice(0, Math.max(0, earlier.length - (keep - 1)))) {
     await rm(join(folder, checkpointName(old)), { recursive: true, force: true })
   }
@@ -93,8 +97,8 @@ async function syncPath(path: string): Promise<void> {
   await handle?.close()
 }
 
-async function saveError(folder: string, path: string, step: number, cause: unknown): Promise<MoeError> {
-  const previous = await latestCheckpoint(folder).catch(() => undefined)
+function saveError(out: string, path: string, step: number, cause: unknown): MoeError {
+  const previous = latestCheckpoint(out)
   const reason = cause instanceof Error ? cause.message : String(cause)
   return new MoeError({
     code: 'E_CHECKPOINT',

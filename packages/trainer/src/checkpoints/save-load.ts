@@ -1,8 +1,15 @@
 /** @file What a checkpoint holds: the model in the Hugging Face layout, the optimizer's state, the trainer's state. */
 import { mkdir, open, readFile } from 'node:fs/promises'
 import { basename, join } from 'node:path'
-import { openCheckpoint, readSafetensors, saveCheckpoint, type TensorSource, writeSafetensors } from '@moe/checkpoint'
-import { type HostArray, isMoeError, loadStateDict, MoeError, type StateSource, stateDict } from '@moe/core'
+import {
+  openCheckpoint,
+  readSafetensors,
+  saveCheckpoint,
+  stateSource,
+  type TensorSource,
+  writeSafetensors,
+} from '@moe/checkpoint'
+import { isMoeError, loadStateDict, MoeError, stateDict } from '@moe/core'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
 import type { Optimizer } from '../optim/optimizer.ts'
 import { publishCheckpoint, STATE_FILE } from './checkpoint-folder.ts'
@@ -23,15 +30,15 @@ export interface CheckpointParts {
   readonly tokenizer?: TextTokenizer
 }
 
-/** Saves a checkpoint below `folder` and returns its path. See `publishCheckpoint` for what a failure leaves. */
+/** Saves a checkpoint of the run in `out` and returns its path. See `publishCheckpoint` for what a failure leaves. */
 export async function saveTraining(
-  folder: string,
+  out: string,
   parts: CheckpointParts,
   state: TrainerState,
   keep: number,
 ): Promise<string> {
   const { model, optimizer, tokenizer } = parts
-  return publishCheckpoint(folder, state.step, keep, async temporary => {
+  return publishCheckpoint(out, state.step, keep, async temporary => {
     const modelFolder = join(temporary, MODEL_FOLDER)
     await mkdir(modelFolder)
     if (model.save === undefined) await saveCheckpoint(modelFolder, stateDict(model))
@@ -59,14 +66,10 @@ async function writeFlushed(path: string, text: string): Promise<void> {
 
 /**
  * Fills model and optimizer from a checkpoint. Everything is opened and compared first: on an error nothing was changed.
- * @param record of the run that goes on; null takes the checkpoint whatever its settings were
+ * @param run that goes on; null takes the checkpoint whatever its settings were
  * @throws MoeError E_CHECKPOINT for a truncated or foreign checkpoint or other settings, E_STATE_DICT for another model
  */
-export async function loadTraining(
-  path: string,
-  parts: CheckpointParts,
-  record: RunRecord | null,
-): Promise<TrainerState> {
+export async function loadTraining(path: string, parts: CheckpointParts, run: RunRecord | null): Promise<TrainerState> {
   const { model, optimizer } = parts
   const statePath = join(path, STATE_FILE)
   const text = await readFile(statePath, 'utf8').catch(cause => {
@@ -79,7 +82,7 @@ export async function loadTraining(
     })
   })
   const state = decodeTrainerState(statePath, text)
-  if (record !== null) checkSameRun(path, state.record, record)
+  if (run !== null) checkSameRun(path, state.run, run)
   const sources: TensorSource[] = []
   try {
     const stored = await openCheckpoint(join(path, MODEL_FOLDER))
@@ -97,7 +100,8 @@ export async function loadTraining(
     // Headers account for every byte of their files by now. Both loads compare all names and shapes before they change anything; the
     // model comes last, because a failed run throws its optimizer away.
     await optimizer.load(stateSource(moments), state.step)
-    await loadStateDict(model, stateSource(stored))
+    // A model's own `save` may store more than its parameters: copies of shared ones under the keys that other programs look for.
+    await loadStateDict(model, stateSource(stored), { ignore: () => true })
   } catch (error) {
     if (isMoeError(error)) throw error
     throw new MoeError({
@@ -111,12 +115,4 @@ export async function loadTraining(
     for (const source of sources) await source.close()
   }
   return state
-}
-
-function stateSource(source: TensorSource): StateSource {
-  return {
-    keys: () => source.keys(),
-    info: name => source.info(name) as ReturnType<StateSource['info']>,
-    read: async name => (await source.read(name)).data as HostArray,
-  }
 }

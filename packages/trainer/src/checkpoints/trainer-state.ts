@@ -11,7 +11,7 @@ export interface TrainerState {
   readonly tokens: number
   /** Seconds of training, without evaluation and saving. */
   readonly trainSeconds: number
-  readonly record: RunRecord
+  readonly run: RunRecord
 }
 
 const format = 'moe-trainer'
@@ -34,14 +34,14 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
     throw unreadable(path, `is not a state of this trainer (format ${JSON.stringify(state.format)})`)
   if (state.version !== version)
     throw unreadable(path, `has version ${JSON.stringify(state.version)}, this trainer reads ${version}`)
-  const { step, tokens, trainSeconds, record } = state
+  const { step, tokens, trainSeconds, run } = state
   const counts = { step, tokens, trainSeconds }
   for (const [name, count] of Object.entries(counts)) {
     if (typeof count !== 'number' || !(count >= 0)) throw unreadable(path, `has ${name} ${JSON.stringify(count)}`)
   }
   if (!Number.isSafeInteger(step)) throw unreadable(path, `has step ${step}`)
-  if (typeof record !== 'object' || record === null) throw unreadable(path, 'has no record of the run')
-  return { step: step as number, tokens: tokens as number, trainSeconds: trainSeconds as number, record }
+  if (typeof run !== 'object' || run === null) throw unreadable(path, 'has no settings of the run')
+  return { step: step as number, tokens: tokens as number, trainSeconds: trainSeconds as number, run }
 }
 
 const unreadable = (path: string, problem: string, cause?: unknown) =>

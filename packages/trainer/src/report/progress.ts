@@ -45,11 +45,11 @@ export function progress(options: ProgressOptions = {}): TrainListener {
   }
   const redraw = (steps: number, event: StepEvent) => {
     const width = stream.columns ?? 100
-    const [count, loss, ...rest] = fitting(stepParts(steps, event, speed, start), width)
-    const plain = [count, loss, ...rest].join('  ')
-    const bar = plain.length + barWidth + 2 < width ? `${paint(32, barOf(event.step / steps))}  ` : ''
+    const parts = fitting(stepParts(steps, event, speed, start), width)
+    const wide = parts.join('  ').length + barWidth + 2 < width
+    const bar = wide ? `${paint(32, barOf(event.step / steps))}  ` : ''
     clear()
-    stream.write(`${bar}${[count, bold(loss ?? ''), ...rest].join('  ').trimEnd()}`)
+    stream.write(bar + parts.map((part, i) => (i === 1 ? bold(part) : part)).join('  '))
     drawn = true
     drawnAt = now()
   }

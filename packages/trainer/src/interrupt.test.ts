@@ -1,0 +1,73 @@
+import { type ChildProcess, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { fileURLToPath } from 'node:url'
+import { afterEach, expect, test } from 'vitest'
+import { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
+import { watchInterrupts } from './interrupt.ts'
+import { readMetrics } from './report/metrics-log.ts'
+import { removeTemporaryFolders, temporaryFolder } from './test-model.ts'
+
+afterEach(removeTemporaryFolders)
+
+function start(...args: string[]) {
+  const child = spawn(process.execPath, [fileURLToPath(new URL('./test-process.ts', import.meta.url)), ...args])
+  const output = { text: '', errors: '' }
+  child.stdout.on('data', data => {
+    output.text += data
+  })
+  child.stderr.on('data', data => {
+    output.errors += data
+  })
+  return { child, output }
+}
+
+async function printed(child: ChildProcess, output: { text: string; errors: string }, what: string) {
+  while (!output.text.includes(what)) {
+    if (child.exitCode !== null) throw new Error(`the process ended: ${output.errors}`)
+    await new Promise(resolve => setTimeout(resolve, 10))
+  }
+}
+
+test('Ctrl-C finishes the step, saves, says how to resume, and the next run goes on', async () => {
+  const out = await temporaryFolder()
+  const first = start(out)
+  await printed(first.child, first.output, 'step 20\n')
+  first.child.kill('SIGINT')
+  expect(await once(first.child, 'exit')).toEqual([130, null])
+  const steps = readMetrics(`${out}/metrics.jsonl`).length
+  expect(steps).toBeGreaterThanOrEqual(20)
+  const checkpoint = latestCheckpoint(out)
+  expect(checkpoint).toMatch(new RegExp(`step-0*${steps}$`))
+  expect(first.output.errors).toContain(
+    `interrupted after step ${steps} of 100000: saved ${checkpoint}; run the same command`,
+  )
+  const second = start(out)
+  await printed(second.child, second.output, 'step ')
+  second.child.kill('SIGTERM')
+  await once(second.child, 'exit')
+  const lines = readMetrics(`${out}/metrics.jsonl`)
+  expect(lines.length).toBeGreaterThan(steps)
+  expect(lines.map(({ step }) => step)).toEqual(lines.map((_, i) => i + 1))
+})
+
+test('a second Ctrl-C stops at once', async () => {
+  const { child, output } = start(await temporaryFolder(), 'hang')
+  await printed(child, output, 'step 20\n')
+  child.kill('SIGINT')
+  await printed(child, output, 'saving')
+  child.kill('SIGINT')
+  expect(await once(child, 'exit')).toEqual([130, null])
+})
+
+test('listens only while it is wanted', () => {
+  const before = process.listenerCount('SIGINT')
+  const controller = new AbortController()
+  const watched = watchInterrupts(controller.signal, true)
+  expect(process.listenerCount('SIGINT')).toBe(before + 1)
+  expect(watched.signal.aborted).toBe(false)
+  controller.abort('enough')
+  expect(watched.signal.reason).toBe('enough')
+  watched.dispose()
+  expect(process.listenerCount('SIGINT')).toBe(before)
+  expect(watchInterrupts(AbortSignal.abort('early'), false).signal.reason).toBe('early')
+})

@@ -1,0 +1,153 @@
+import { mkdir, readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { stripVTControlCharacters } from 'node:util'
+import { afterEach, describe, expect, test } from 'vitest'
+import type { StartEvent, StepEvent } from '../events.ts'
+import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
+import { cutMetrics, MetricsLog, metricsLine, readMetrics } from './metrics-log.ts'
+import { type ProgressOptions, progress } from './progress.ts'
+import { writeSummary } from './summary.ts'
+
+afterEach(removeTemporaryFolders)
+
+const start: StartEvent = {
+  type: 'start',
+  backend: 'kernels-cpu',
+  device: 'EPYC',
+  precision: 'bf16',
+  parameters: 12_500_000,
+  steps: 40,
+  fromStep: 0,
+  tokensPerStep: 2048,
+  trainingTokens: 2_100_000,
+  validationTokens: 9000,
+  epochs: 0.04,
+  out: undefined,
+}
+
+const step = (number: number): StepEvent => ({
+  type: 'step',
+  step: number,
+  loss: 4.5,
+  nll: 4.25,
+  lr: 1e-3,
+  gradNorm: 0.7,
+  tokens: 2048 * number,
+  tokensPerSecond: 1024,
+  metrics: { maxVio: 0.256, mtp: 5 },
+})
+
+describe('progress', () => {
+  function shown(
+    options: Omit<ProgressOptions, 'stream'> & { isTTY?: boolean; columns?: number },
+    steps = [1, 2, 3, 39, 40],
+  ) {
+    let text = ''
+    const { isTTY, columns, ...rest } = options
+    const listen = progress({ ...rest, stream: { write: part => (text += part), isTTY, columns } })
+    listen(start)
+    for (const number of steps) listen(step(number))
+    return { text, listen, all: () => text }
+  }
+
+  test('writes a plain line every N steps where there is no terminal', () => {
+    const { text } = shown({ every: 3 })
+    expect(text.split('\n')).toEqual([
+      '12.5M parameters on kernels-cpu (EPYC, bf16); 40 steps of 2,048 tokens, 0.0 epochs of 2.1M',
+      'step  1/40  loss 4.250  1,024 tokens/s  MaxVio 0.26  ETA 1:18',
+      'step  3/40  loss 4.250  1,024 tokens/s  MaxVio 0.26  ETA 1:14',
+      'step 39/40  loss 4.250  1,024 tokens/s  MaxVio 0.26  ETA 0:02',
+      'step 40/40  loss 4.250  1,024 tokens/s  MaxVio 0.26  ETA 0:00',
+      '',
+    ])
+  })
+
+  test('redraws one line on a terminal, not faster than the eye, and clears it for other lines', () => {
+    let clock = 0
+    const { all, listen } = shown({ isTTY: true, columns: 120, color: false, now: () => (clock += 60) })
+    // Two draws within 100 ms are one; the last is always drawn.
+    const draws = all().split('\r\x1b[2K')
+    expect(draws.length).toBeLessThan(6)
+    expect(draws.at(-1)).toBe(`${'━'.repeat(24)}  step 40/40  loss 4.250  1,024 tokens/s  MaxVio 0.26  ETA 0:00`)
+    listen({ type: 'notice', message: 'hello' })
+    expect(all().endsWith('\r\x1b[2Knote hello\n')).toBe(true)
+  })
+
+  test('never draws a line that wraps', () => {
+    for (const columns of [1, 12, 30, 60, 80, 200]) {
+      const last = shown({ isTTY: true, columns, color: true }, [40]).text.split('\r\x1b[2K').at(-1) ?? ''
+      const line = stripVTControlCharacters(last.split('\n').at(-1) ?? '')
+      expect(line.length).toBeLessThan(Math.max(2, columns))
+    }
+  })
+
+  test('has colors on a terminal unless they are refused', () => {
+    expect(shown({ isTTY: true, color: true }).text).toContain('\x1b[32m')
+    expect(shown({ isTTY: true, color: false }).text).not.toContain('\x1b[3')
+    process.env['NO_COLOR'] = '1'
+    try {
+      expect(shown({ isTTY: true }).text).not.toContain('\x1b[3')
+    } finally {
+      delete process.env['NO_COLOR']
+    }
+  })
+
+  test('tells where a stopped run was saved, or that it was not', () => {
+    const { listen, all } = shown({}, [])
+    listen({ type: 'stop', reason: 'interrupted', step: 7, steps: 40, checkpoint: 'runs/a/checkpoints/step-000007' })
+    listen({ type: 'stop', reason: 'time', step: 8, steps: 40, checkpoint: undefined })
+    expect(all()).toContain(
+      'interrupted after step 7 of 40: saved runs/a/checkpoints/step-000007; run the same command with { resume: true }',
+    )
+    expect(all()).toContain('time is up after step 8 of 40: nothing was saved')
+  })
+})
+
+describe('metrics.jsonl', () => {
+  test('holds a line per step once it was flushed', async () => {
+    const path = join(await temporaryFolder(), 'metrics.jsonl')
+    const log = new MetricsLog(path)
+    log.append(metricsLine(step(1)))
+    log.append(metricsLine(step(2)))
+    expect(readMetrics(path)).toEqual([])
+    log.flush()
+    log.flush()
+    expect(readMetrics(path)).toEqual([metricsLine(step(1)), metricsLine(step(2))])
+    expect((await readFile(path, 'utf8')).split('\n')[0]).toBe(
+      '{"step":1,"loss":4.5,"nll":4.25,"lr":0.001,"gradNorm":0.7,"tokens":2048,"tokensPerSecond":1024,"maxVio":0.256,"mtp":5}',
+    )
+  })
+
+  test('flushes by itself when many lines wait', async () => {
+    const path = join(await temporaryFolder(), 'metrics.jsonl')
+    const log = new MetricsLog(path)
+    for (let i = 1; i <= 2000; i++) log.append(metricsLine(step(i)))
+    expect(readMetrics(path).length).toBeGreaterThan(1000)
+  })
+
+  test('is cut after a step, torn lines included', async () => {
+    const path = join(await temporaryFolder(), 'metrics.jsonl')
+    const lines = [1, 2, 3].map(i => JSON.stringify(metricsLine(step(i))))
+    await writeFile(path, `${lines.join('\n')}\n{"step":4,"lo`)
+    expect(cutMetrics(path, 2).map(line => line.step)).toEqual([1, 2])
+    expect(await readFile(path, 'utf8')).toBe(`${lines[0]}\n${lines[1]}\n`)
+  })
+
+  test('says what to do when it cannot be written', async () => {
+    const path = join(await temporaryFolder(), 'metrics.jsonl')
+    await mkdir(path)
+    const log = new MetricsLog(path)
+    log.append(metricsLine(step(1)))
+    expect(() => log.flush()).toThrow(expect.objectContaining({ code: 'E_CHECKPOINT', op: path }))
+  })
+})
+
+test('summary.json gathers values, and survives a failure', async () => {
+  const out = join(await temporaryFolder(), 'deep', 'run')
+  writeSummary(out, { steps: 3, loss: Number.NaN })
+  writeSummary(out, { mtp: { acceptance: 0.5 } })
+  const read = async () => JSON.parse(await readFile(join(out, 'summary.json'), 'utf8'))
+  expect(await read()).toEqual({ steps: 3, loss: null, mtp: { acceptance: 0.5 } })
+  expect(() => writeSummary(out, { big: 1n })).toThrow(expect.objectContaining({ code: 'E_CHECKPOINT' }))
+  expect(await read()).toEqual({ steps: 3, loss: null, mtp: { acceptance: 0.5 } })
+})
