@@ -88,7 +88,10 @@ function workspaceNode() {
 }
 
 async function buildNativeKernels(node, required) {
+  // Silence means that nothing had to be compiled.
+  const compiling = setTimeout(() => say('compiling the native kernels, up to two minutes the first time'), 1500)
   const { code } = await run(node, [buildNative], { stdio: 'inherit' })
+  clearTimeout(compiling)
   if (code === 0) return
   if (required) fail(`building the native kernels failed (exit code ${code}): node ${buildNative} --verbose`)
   say(`building the native kernels failed (exit code ${code}); going on without them`)
