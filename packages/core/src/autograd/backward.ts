@@ -1,6 +1,6 @@
 /** @file Reverse-mode differentiation: one walk over the recorded ops, newest first. */
 import type { PrimitiveName } from '../backend.ts'
-import { context, noGrad } from '../context.ts'
+import { context, noGrad, withPrecision } from '../context.ts'
 import { MoeError } from '../errors.ts'
 import { Parameter } from '../nn/parameter.ts'
 import { adopt, currentScope, enterScope, leaveScope, scope } from '../scope.ts'
@@ -20,16 +20,17 @@ export interface BackwardOptions {
  *
  * Frees what was recorded on the way (every intermediate result that is part of the history of the loss, but not the loss); keep a value that you still need
  * with `detach()` before the call.
- * @throws MoeError E_NO_GRADIENT when the loss depends on no parameter, E_SHAPE when it is not a scalar and no gradient is given.
+ * @throws MoeError E_NO_GRADIENT when the loss depends on no parameter, E_DISPOSED when something between them was freed already, E_SHAPE when the loss is not a
+ * scalar and no gradient is given. No `.grad` has changed then.
  */
 export function backward(loss: Tensor, options: BackwardOptions = {}): void {
-  walk([loss], [seed(loss, options.gradient)], options.retain === true, accumulate)
-  if (options.retain !== true) loss.node = null
+  checkSeed(loss, options.gradient)
+  walk([loss], [options.gradient ?? null], options.retain === true, accumulate)
 }
 
 /**
  * Gradients of a scalar loss with respect to the given tensors (recorded intermediates or parameters), without touching any
- * `.grad`. A tensor on which the loss does not depend gets null.
+ * `.grad`. A tensor on which the loss does not depend gets null. The results belong to no scope: dispose of them.
  */
 export function gradients(loss: Tensor, of: readonly Tensor[], options: BackwardOptions = {}): Array<Tensor | null> {
   const found = new Map<Tensor, Tensor>()
@@ -38,13 +39,14 @@ export function gradients(loss: Tensor, of: readonly Tensor[], options: Backward
     if (wanted.has(leaf)) add(found, leaf, gradient)
     else gradient.dispose()
   }
-  walk([loss], [seed(loss, options.gradient)], options.retain === true, collect, wanted)
+  checkSeed(loss, options.gradient)
+  walk([loss], [options.gradient ?? null], options.retain === true, collect, wanted)
   return of.map(tensor => found.get(tensor) ?? null)
 }
 
-function seed(loss: Tensor, given?: Tensor): Tensor {
+function checkSeed(loss: Tensor, given?: Tensor): void {
   if (given !== undefined) {
-    if (sameShape(given.shape, loss.shape)) return given
+    if (sameShape(given.shape, loss.shape)) return
     throw new MoeError({
       code: 'E_SHAPE',
       op: 'backward',
@@ -60,7 +62,6 @@ function seed(loss: Tensor, given?: Tensor): Tensor {
       fix: 'reduce it with .mean() or .sum(), or pass { gradient }',
     })
   }
-  return full(loss.shape, 1, loss)
 }
 
 function add(map: Map<Tensor, Tensor>, to: Tensor, gradient: Tensor): void {
@@ -78,8 +79,8 @@ function accumulate(leaf: Tensor, gradient: Tensor): void {
 }
 
 /**
- * Sends gradients from `outputs` down to the leaves. `onLeaf` takes over each leaf's gradient (kept, it may come several
- * times per leaf); tensors in `stops` count as leaves as well.
+ * Sends gradients from `outputs` down to the leaves, starting with `seeds` (null for ones). `onLeaf` takes over each leaf's gradient
+ * (kept, it may come several times per leaf); tensors in `stops` count as leaves as well.
  */
 function walk(
   outputs: readonly Tensor[],
@@ -94,7 +95,7 @@ function walk(
       code: 'E_NO_GRADIENT',
       op: 'backward',
       problem: 'the loss depends on no trainable parameter that was recorded',
-      fix: 'run the forward pass outside noGrad(), and do not detach() or dispose what leads to the loss',
+      fix: 'run the forward pass outside noGrad(), do not detach() what leads to the loss, and pass { retain: true } to go back twice',
     })
   }
   const send = (to: Tensor, gradient: Tensor) => {
@@ -108,39 +109,51 @@ function walk(
     node.flowing[to.outputIndex] = before === null ? gradient : sum(before, gradient)
   }
   noGrad(() => {
-    outputs.forEach((output, i) => {
-      const start = seeds[i]
-      if (start !== null) send(output, start.detach())
-    })
-    for (let n = 0; n < nodes.length; n++) {
-      const node = nodes[n]
-      const { inputs, flowing } = node
-      let arrived = false
-      for (let i = 0; i < flowing.length; i++) if (flowing[i] !== null) arrived = true
-      if (arrived) {
-        const outer = currentScope()
-        const own = enterScope()
-        try {
-          const toInputs = rule(node)(vjpContext(node), flowing)
-          for (let i = 0; i < toInputs.length; i++) {
-            const gradient = toInputs[i]
-            if (gradient !== null && inputs[i].tracked)
-              send(inputs[i], gradient.owner === own ? gradient : gradient.detach())
+    let n = 0
+    try {
+      outputs.forEach((output, i) => {
+        send(output, seeds[i]?.detach() ?? full(output.shape, 1, output))
+      })
+      for (; n < nodes.length; n++) {
+        const node = nodes[n]
+        const { inputs, flowing } = node
+        let arrived = false
+        for (let i = 0; i < flowing.length; i++) if (flowing[i] !== null) arrived = true
+        if (arrived) {
+          const outer = currentScope()
+          const own = enterScope()
+          try {
+            const toInputs = rule(node)(vjpContext(node), flowing)
+            for (let i = 0; i < toInputs.length; i++) {
+              const gradient = toInputs[i]
+              if (gradient !== null && inputs[i].tracked)
+                send(inputs[i], gradient.owner === own ? gradient : gradient.detach())
+            }
+          } finally {
+            leaveScope(own, outer)
           }
-        } finally {
-          leaveScope(own, outer)
+          for (let i = 0; i < flowing.length; i++) {
+            const gradient = flowing[i]
+            if (gradient === null) continue
+            flowing[i] = null
+            if (stops?.has(node.outputs[i])) onLeaf(node.outputs[i], gradient)
+            else gradient.dispose()
+          }
         }
-        for (let i = 0; i < flowing.length; i++) {
-          const gradient = flowing[i]
-          if (gradient === null) continue
-          flowing[i] = null
-          if (stops?.has(node.outputs[i])) onLeaf(node.outputs[i], gradient)
-          else gradient.dispose()
-        }
+        if (!retain) release(node, outputs)
       }
-      if (!retain) release(node, outputs)
+    } finally {
+      // A rule that failed leaves gradients on their way; the next walk must not find them.
+      for (; n < nodes.length; n++) drop(nodes[n].flowing)
     }
   })
+}
+
+function drop(flowing: Array<Tensor | null>): void {
+  for (let i = 0; i < flowing.length; i++) {
+    flowing[i]?.dispose()
+    flowing[i] = null
+  }
 }
 
 /** Sum of two gradients, which are used up. */
@@ -160,6 +173,7 @@ function reachable(outputs: readonly Tensor[]): TapeNode[] {
   const found: TapeNode[] = []
   const visit = (tensor: Tensor) => {
     const { node } = tensor
+    if (tensor.handle === null && tensor.tracked && !tensor.temporary) throw freed(tensor)
     if (node !== null && node.walk !== walk) {
       node.walk = walk
       found.push(node)
@@ -171,6 +185,16 @@ function reachable(outputs: readonly Tensor[]): TapeNode[] {
     for (let j = 0; j < inputs.length; j++) visit(inputs[j])
   }
   return found.sort((a, b) => b.id - a.id)
+}
+
+/** Going on would drop the gradient that has to pass through it. */
+function freed(tensor: Tensor): MoeError {
+  return new MoeError({
+    code: 'E_DISPOSED',
+    op: 'backward',
+    problem: `a tensor ${showShape(tensor.shape)} that leads to the loss was already freed`,
+    fix: 'call backward inside the scope() of the forward pass, dispose nothing before it, and pass { retain: true } to the first of two calls',
+  })
 }
 
 function vjpContext(node: TapeNode) {
@@ -189,7 +213,8 @@ function rule(node: TapeNode): Vjp<never> {
 
 function release(node: TapeNode, roots: readonly Tensor[]): void {
   for (const output of node.outputs) {
-    if (!roots.includes(output)) output.dispose()
+    if (roots.includes(output)) output.node = null
+    else output.dispose()
   }
   for (const input of node.inputs) {
     if (input.temporary) input.dispose()
@@ -243,11 +268,12 @@ function throughRecording(
 export function checkpoint(fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[]): Tensor {
   if (!context.recording) return fn(...inputs)
   const output = scope(() => noGrad(() => fn(...inputs).detach()))
+  const { precision } = context
   const again = (leaves: readonly Tensor[]) => {
     const before = context.recomputing
     context.recomputing = true
     try {
-      return [fn(...leaves)]
+      return [withPrecision(precision, () => fn(...leaves))]
     } finally {
       context.recomputing = before
     }
@@ -260,6 +286,7 @@ export function checkpoint(fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tenso
   // The marker is tracked whatever the inputs are, because parameters inside fn may need gradients.
   const marker = full([], 0, { backend: output.backend })
   marker.tracked = true
+  marker.temporary = true
   record('checkpoint', [...inputs, marker], null, [output], {
     ...source,
     vjp: (ctx, flowing) => [...source.vjp({ inputs: ctx.inputs.slice(0, -1) }, flowing), null],

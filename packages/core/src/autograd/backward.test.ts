@@ -1,0 +1,437 @@
+import { beforeEach, describe, expect, test } from 'vitest'
+import type { Backend } from '../backend.ts'
+import { isRecomputing, isRecording, noGrad, setDefaultBackend } from '../context.ts'
+import { MoeError } from '../errors.ts'
+import { Linear, RmsNorm, SwigluMlp } from '../nn/layers.ts'
+import { namedParameters } from '../nn/module.ts'
+import { Parameter } from '../nn/parameter.ts'
+import { Random, randn } from '../random.ts'
+import { readF64, referenceBackend } from '../reference/index.ts'
+import { keep, scope } from '../scope.ts'
+import { ones, setRows, type Tensor, tensor, zeros } from '../tensor.ts'
+import { assertClose, tolerances } from '../testing/compare.ts'
+import { backward, checkpoint, gradients } from './backward.ts'
+
+let backend: Backend
+beforeEach(() => {
+  backend = referenceBackend()
+  setDefaultBackend(backend)
+})
+const alive = () => backend.stats().handles
+const parameter = (...values: number[]) => new Parameter(tensor(values))
+const grad = (of: Parameter) => Array.from(readF64(of.grad as Tensor))
+
+describe('gradients of parameters', () => {
+  test('add up over calls until zeroGrad', () => {
+    const w = parameter(2, 3)
+    backward(w.mul(w).sum())
+    expect(grad(w)).toEqual([4, 6])
+    backward(w.mul(10).sum())
+    expect(grad(w)).toEqual([14, 16])
+    w.zeroGrad()
+    expect(w.grad).toBeNull()
+    backward(w.mul(10).sum())
+    expect(grad(w)).toEqual([10, 10])
+  })
+
+  test('a shared parameter gathers every use', () => {
+    const w = parameter(2, 3)
+    const x = tensor([5, 7])
+    // d/dw (w x + w^2 + sum over a reshaped w) = x + 2 w + 1
+    const loss = w
+      .mul(x)
+      .add(w.mul(w))
+      .add(w.reshape([2, 1]).reshape([2]))
+      .sum()
+    backward(loss)
+    expect(grad(w)).toEqual([10, 14])
+  })
+
+  test('the same tensor on both sides of an op counts twice', () => {
+    const w = parameter(3)
+    backward(w.add(w).mul(w).sum())
+    expect(grad(w)).toEqual([12])
+  })
+
+  test('a parameter that is the loss has gradient 1', () => {
+    const w = parameter(3)
+    backward(w)
+    expect(grad(w)).toEqual([1])
+  })
+
+  test('buffers and detached values get none', () => {
+    const w = parameter(2)
+    const frozen = new Parameter(tensor([3]), { trainable: false })
+    backward(w.mul(frozen).add(w.detach().mul(7)).sum())
+    expect(grad(w)).toEqual([3])
+    expect(frozen.grad).toBeNull()
+    frozen.trainable = true
+    backward(w.mul(frozen).sum())
+    expect(grad(frozen)).toEqual([2])
+  })
+
+  test('belong to no scope', () => {
+    const w = parameter(2)
+    scope(() => backward(w.mul(5).sum()))
+    scope(() => backward(w.mul(5).sum()))
+    expect(grad(w)).toEqual([10])
+  })
+
+  test('an integer path carries none', () => {
+    const w = parameter(1.5, 2.5)
+    expect(w.cast('i32').tracked).toBe(false)
+    expect(w.lt(2).tracked).toBe(false)
+  })
+})
+
+describe('options', () => {
+  test('gradient: the vector of a vector-Jacobian product', () => {
+    const w = parameter(2, 3)
+    const seed = tensor([10, 100])
+    backward(w.mul(w), { gradient: seed })
+    expect(grad(w)).toEqual([40, 600])
+    expect(seed.disposed).toBe(false)
+  })
+
+  test('a loss that is no scalar needs one, of its shape', () => {
+    const w = parameter(2, 3)
+    expect(() => backward(w.mul(w))).toThrow(
+      expect.objectContaining({ code: 'E_SHAPE', message: expect.stringMatching(/\[2\]; reduce it with .mean\(\)/) }),
+    )
+    expect(() => backward(w.mul(w), { gradient: tensor([1, 2, 3]) })).toThrow(
+      expect.objectContaining({
+        code: 'E_SHAPE',
+        message: expect.stringMatching(/gradient has shape \[3\], the loss \[2\]/),
+      }),
+    )
+  })
+
+  test('retain allows another walk with the same numbers', () => {
+    const w = parameter(2, 3)
+    const loss = w.mul(w).mul(w).sum()
+    backward(loss, { retain: true })
+    expect(grad(w)).toEqual([12, 27])
+    backward(loss)
+    expect(grad(w)).toEqual([24, 54])
+  })
+
+  test('without retain there is no second walk', () => {
+    const w = parameter(2, 3)
+    const twice = w.mul(w).sum()
+    backward(twice)
+    expect(() => backward(twice)).toThrow(
+      expect.objectContaining({ code: 'E_NO_GRADIENT', message: expect.stringMatching(/retain: true/) }),
+    )
+    const other = w.mul(w).sum()
+    gradients(other, [w])
+    expect(() => backward(other)).toThrow(expect.objectContaining({ code: 'E_NO_GRADIENT' }))
+  })
+})
+
+describe('gradients()', () => {
+  test('of parameters and intermediates, without touching grad', () => {
+    const w = parameter(2, 3)
+    const h = w.mul(w)
+    const [byW, byH, none] = gradients(h.mul(5).sum(), [w, h, parameter(1)])
+    expect(Array.from(readF64(byW as Tensor))).toEqual([20, 30])
+    expect(Array.from(readF64(byH as Tensor))).toEqual([5, 5])
+    expect(none).toBeNull()
+    expect(w.grad).toBeNull()
+  })
+
+  test('of the loss itself is 1', () => {
+    const w = parameter(2)
+    const loss = w.mul(3).sum()
+    expect(Array.from(readF64(gradients(loss, [loss])[0] as Tensor))).toEqual([1])
+  })
+})
+
+describe('what was freed too early', () => {
+  const freed = expect.objectContaining({
+    code: 'E_DISPOSED',
+    message: expect.stringMatching(/already freed; .*(backward inside|return it from its scope)/),
+  })
+
+  test('a loss returned from the scope of its forward pass', () => {
+    const w = parameter(2, 3)
+    // Sum and add read no element of their inputs on the way back, and still must not drop the gradient silently.
+    const loss = scope(() => w.mul(2).add(1).sum())
+    expect(() => backward(loss)).toThrow(freed)
+    expect(w.grad).toBeNull()
+  })
+
+  test('an intermediate disposed by hand', () => {
+    const w = parameter(2, 3)
+    const h = w.mul(w)
+    const loss = h.sum()
+    h.dispose()
+    expect(() => backward(loss)).toThrow(freed)
+    expect(w.grad).toBeNull()
+  })
+
+  test('an intermediate that another backward freed', () => {
+    const w = parameter(2, 3)
+    const h = w.mul(w)
+    const [a, b] = [h.sum(), h.mul(2).sum()]
+    backward(a)
+    expect(() => backward(b)).toThrow(freed)
+    expect(grad(w)).toEqual([4, 6])
+  })
+
+  test('any use of a freed tensor', async () => {
+    const x = tensor([1, 2])
+    x.dispose()
+    expect(() => x.add(1)).toThrow(freed)
+    expect(() => ones([2]).add(x)).toThrow(freed)
+    expect(() => x.detach()).toThrow(freed)
+    await expect(x.data()).rejects.toMatchObject({ code: 'E_DISPOSED' })
+    await expect(x.values()).rejects.toMatchObject({ code: 'E_DISPOSED' })
+  })
+
+  test('a value detached before backward survives it', async () => {
+    const w = parameter(2, 3)
+    const h = w.mul(w)
+    const kept = h.detach()
+    backward(h.sum())
+    expect(h.disposed).toBe(true)
+    expect(Array.from(await kept.values())).toEqual([4, 9])
+  })
+
+  test('the loss itself survives', async () => {
+    const loss = parameter(2, 3).sum()
+    backward(loss)
+    expect(await loss.item()).toBe(5)
+  })
+})
+
+describe('no gradient', () => {
+  test('says why: nothing recorded', () => {
+    const w = parameter(2)
+    const why = expect.objectContaining({
+      code: 'E_NO_GRADIENT',
+      message: expect.stringMatching(/depends on no trainable parameter.*outside noGrad/),
+    })
+    expect(() => backward(tensor([1]).mul(2))).toThrow(why)
+    expect(() => backward(noGrad(() => w.mul(2)))).toThrow(why)
+    expect(() => backward(w.detach())).toThrow(why)
+    expect(() => gradients(tensor([1]).sum(), [w])).toThrow(why)
+  })
+
+  test('rows that were written have none, and the failed walk leaves nothing behind', () => {
+    const w = parameter(1, 2, 3)
+    const source = parameter(9)
+    const before = alive()
+    scope(() => {
+      const loss = setRows(w, tensor(Int32Array.of(1)), source)
+        .mul(2)
+        .sum()
+      const attempt = () => backward(loss, { retain: true })
+      expect(attempt).toThrow(expect.objectContaining({ code: 'E_NO_GRADIENT', op: 'setRows' }))
+      expect(isRecording()).toBe(true)
+      // What had been sent before the failure must not be counted by the next walk.
+      source.trainable = false
+      attempt()
+    })
+    expect(grad(w)).toEqual([2, 0, 2])
+    w.zeroGrad()
+    expect(alive()).toBe(before)
+  })
+})
+
+describe('memory', () => {
+  test('outside a scope: what was recorded is freed, the loss and the gradients stay', () => {
+    const w = parameter(2, 3)
+    const x = tensor([1, 1])
+    const before = alive()
+    const loss = w.mul(x).add(1).mul(w).mean()
+    backward(loss)
+    expect(alive()).toBe(before + 2)
+    loss.dispose()
+    w.zeroGrad()
+    expect(alive()).toBe(before)
+  })
+
+  test('in a scope: handles return to the start, step after step', () => {
+    const random = new Random(1)
+    const mlp = new SwigluMlp(4, 8, { random })
+    const norm = new RmsNorm(4)
+    const x = randn([3, 4], random)
+    const before = alive()
+    for (let step = 0; step < 3; step++) {
+      scope(() => backward(mlp.forward(norm.forward(x)).mean()))
+      for (const { parameter } of [...namedParameters(mlp), ...namedParameters(norm)]) {
+        expect(parameter.grad).not.toBeNull()
+        parameter.zeroGrad()
+      }
+      expect(alive()).toBe(before)
+    }
+  })
+
+  test('gradients of intermediates are freed on the way', () => {
+    const w = parameter(...new Float32Array(1000).fill(0.5))
+    const elements = 1000 * 8
+    let h: Tensor = w
+    for (let i = 0; i < 50; i++) h = h.mul(w)
+    const loss = h.sum()
+    const recorded = backend.stats().bytes
+    backward(loss)
+    // One gradient per op at a time, not fifty.
+    expect(backend.stats().peakBytes - recorded).toBeLessThan(8 * elements)
+  })
+})
+
+describe('checkpoint', () => {
+  const make = () => {
+    const random = new Random(3)
+    return { mlp: new SwigluMlp(8, 32, { random, deviation: 0.5 }), x: randn([16, 8], random) }
+  }
+
+  test('gives the values and gradients of the plain pass', () => {
+    const { mlp, x } = make()
+    const input = new Parameter(x)
+    const forward = (h: Tensor) => mlp.forward(h).mul(h)
+    const plain = scope(() => keep(forward(input).detach()))
+    scope(() => backward(forward(input).mul(3).sum()))
+    const all = [input, ...namedParameters(mlp).map(({ parameter: p }) => p)]
+    const expected = all.map(p => Float64Array.from(readF64(p.grad as Tensor)))
+    for (const p of all) p.zeroGrad()
+    scope(() => {
+      const out = checkpoint(forward, input)
+      assertClose('output', readF64(out), readF64(plain), tolerances.exact)
+      backward(out.mul(3).sum())
+    })
+    for (const [i, p] of all.entries())
+      assertClose(`gradient ${i}`, readF64(p.grad as Tensor), expected[i], tolerances.exact)
+  })
+
+  test('works between recorded ops, nested, and for several inputs', () => {
+    const w = parameter(2)
+    const v = parameter(3)
+    const inner = (a: Tensor, b: Tensor) => checkpoint((c, d) => c.mul(d).mul(w), a, b)
+    const out = checkpoint((a, b) => inner(a, b).add(a), w.mul(1), v.mul(1))
+    backward(out.mul(10).sum())
+    // out = w v w + w
+    expect(grad(w)).toEqual([10 * (2 * 2 * 3 + 1)])
+    expect(grad(v)).toEqual([40])
+  })
+
+  test('holds less memory between forward and backward', () => {
+    const { mlp, x } = make()
+    const bytes = (forward: () => Tensor) =>
+      scope(() => {
+        const before = backend.stats().bytes
+        forward()
+        return backend.stats().bytes - before
+      })
+    const plain = bytes(() => mlp.forward(mlp.forward(x)))
+    const light = bytes(() => checkpoint(h => mlp.forward(mlp.forward(h)), x))
+    expect(light).toBeLessThan(plain / 4)
+  })
+
+  test('tells fn when it runs again, and only then', () => {
+    const w = parameter(2)
+    const seen: boolean[] = []
+    const out = checkpoint(() => {
+      seen.push(isRecomputing())
+      return w.mul(w)
+    })
+    expect(isRecomputing()).toBe(false)
+    backward(out.sum())
+    expect(isRecomputing()).toBe(false)
+    expect(seen).toEqual([false, true])
+    noGrad(() => checkpoint(() => w.mul(w)))
+    expect(seen).toHaveLength(2)
+  })
+
+  test('leaves no handle behind, in a scope or without', () => {
+    const { mlp, x } = make()
+    const before = alive()
+    const step = () => {
+      const loss = checkpoint(h => mlp.forward(h), x).mean()
+      backward(loss)
+      return loss
+    }
+    scope(() => {
+      step()
+    })
+    for (const { parameter: p } of namedParameters(mlp)) p.zeroGrad()
+    expect(alive()).toBe(before)
+    const w = parameter(2)
+    const start = alive()
+    const loss = checkpoint(() => w.mul(w)).sum()
+    backward(loss)
+    loss.dispose()
+    w.zeroGrad()
+    expect(alive()).toBe(start)
+  })
+
+  test('an error inside passes through and restores recording', () => {
+    const w = parameter(2)
+    let runs = 0
+    const fail = () => {
+      if (++runs === 2) throw new MoeError({ code: 'E_DATA', op: 'fn', problem: 'no' })
+      return w.mul(2)
+    }
+    const out = checkpoint(fail)
+    expect(() => backward(out.sum())).toThrow(expect.objectContaining({ code: 'E_DATA' }))
+    expect([isRecording(), isRecomputing()]).toEqual([true, false])
+  })
+})
+
+test('two hundred random graphs: gradients equal finite differences', () => {
+  for (let seed = 0; seed < 200; seed++) {
+    const random = new Random(seed)
+    const w = new Parameter(tensor(random.normal(6), [2, 3]))
+    const steps = Array.from({ length: 6 }, () => [random.integer(7), random.next(), random.next()])
+    const build = () => {
+      const pool: Tensor[] = [w]
+      for (const [op, a, b] of steps) {
+        const x = pool[Math.floor(a * pool.length)]
+        const y = pool[Math.floor(b * pool.length)]
+        const choices = [
+          () => x.add(y),
+          () => x.mul(y).tanh(),
+          () => x.sub(y.mean(1, true)),
+          () => x.matmul(y, { transposeA: true }).tanh().slice([0, 0], [2, 3]),
+          () => x.permute([1, 0]).reshape([2, 3]).sigmoid(),
+          () => x.cumsum(1).mul(0.3),
+          () => x.narrow(1, 1, 2).expand([2, 3]).mul(y),
+        ]
+        pool.push(choices[op]())
+      }
+      return pool[pool.length - 1].sum()
+    }
+    scope(() => {
+      const loss = build()
+      if (loss.node !== null) backward(loss)
+    })
+    const found = Float64Array.from(readF64(w.grad ?? zeros([2, 3])))
+    const data = readF64(w)
+    const expected = Float64Array.from(data, (value, i) => {
+      const at = (x: number) => {
+        data[i] = x
+        return scope(() => readF64(build())[0])
+      }
+      const slope = (at(value + 1e-5) - at(value - 1e-5)) / 2e-5
+      data[i] = value
+      return slope
+    })
+    assertClose(`seed ${seed}`, found, expected, { relative: 1e-5, absolute: 1e-6 })
+  }
+})
+
+test('a layer learns: gradient descent on a linear model reaches its target', () => {
+  const random = new Random(2)
+  const model = new Linear(3, 1, { random })
+  const x = randn([20, 3], random)
+  const y = x.matmul(tensor([1, -2, 3], [3, 1]))
+  for (let step = 0; step < 300; step++) {
+    scope(() => {
+      const error = model.forward(x).sub(y)
+      backward(error.mul(error).mean())
+      noGrad(() => model.weight.assign(keep(model.weight.sub((model.weight.grad as Tensor).mul(0.1)))))
+      model.weight.zeroGrad()
+    })
+  }
+  assertClose('weight', readF64(model.weight), [1, -2, 3], { relative: 0, absolute: 1e-3 })
+})

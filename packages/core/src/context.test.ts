@@ -1,0 +1,227 @@
+import { afterEach, beforeEach, describe, expect, test } from 'vitest'
+import { backward, checkpoint } from './autograd/backward.ts'
+import type { Backend, Precision } from './backend.ts'
+import {
+  context,
+  currentPrecision,
+  defaultBackend,
+  fallbacks,
+  firstAvailable,
+  isRecording,
+  noGrad,
+  setDefaultBackend,
+  withPrecision,
+} from './context.ts'
+import { MoeError } from './errors.ts'
+import { attention } from './fused/attention.ts'
+import { groupedMatmul } from './fused/grouped-matmul.ts'
+import { softmax } from './fused/softmax.ts'
+import { swiglu } from './fused/swiglu.ts'
+import { Linear } from './nn/layers.ts'
+import { Random, randn } from './random.ts'
+import { referenceBackend } from './reference/index.ts'
+import { ones, type Tensor, tensor } from './tensor.ts'
+
+afterEach(() => {
+  context.backend = null
+})
+
+describe('default backend', () => {
+  test('says how to choose one when none was', () => {
+    expect(() => tensor([1])).toThrow(
+      expect.objectContaining({ code: 'E_NO_BACKEND', message: expect.stringMatching(/call setDefaultBackend\(/) }),
+    )
+  })
+
+  test('is where tensors are made unless told otherwise', () => {
+    const [a, b] = [referenceBackend(), referenceBackend()]
+    setDefaultBackend(a)
+    expect(defaultBackend()).toBe(a)
+    expect(tensor([1]).backend).toBe(a)
+    expect(tensor([1], [1], { backend: b }).backend).toBe(b)
+  })
+})
+
+describe('firstAvailable', () => {
+  const backend = referenceBackend()
+  const works = async () => ({ createBackend: async () => backend })
+  const failing = (code: 'E_NO_BACKEND' | 'E_UNSUPPORTED' | 'E_BACKEND', problem: string) => async () => ({
+    createBackend: async (): Promise<Backend> => {
+      throw new MoeError({ code, op: 'createBackend', problem })
+    },
+  })
+  // The specifier is a variable so that the compiler does not look for it.
+  const absent = '@moe/not-installed'
+  const missing = () => import(absent)
+
+  test('falls through what is not installed or finds no device, and tells why', async () => {
+    const skipped: string[] = []
+    const loaders = [missing, failing('E_NO_BACKEND', 'no driver'), failing('E_UNSUPPORTED', 'too old'), works]
+    const found = await firstAvailable(loaders, { onSkip: reason => skipped.push(reason) })
+    expect(found).toBe(backend)
+    expect(skipped).toEqual([
+      expect.stringContaining('@moe/not-installed'),
+      'createBackend: no driver',
+      'createBackend: too old',
+    ])
+  })
+
+  test('does not load what stands behind the first that works', async () => {
+    let loaded = false
+    const second = async () => {
+      loaded = true
+      return works()
+    }
+    await firstAvailable([works, second])
+    expect(loaded).toBe(false)
+  })
+
+  test('keeps every reason when none works', async () => {
+    const promise = firstAvailable([missing, failing('E_NO_BACKEND', 'no driver')])
+    await expect(promise).rejects.toMatchObject({ code: 'E_NO_BACKEND' })
+    await expect(promise).rejects.toThrow(/- .*@moe\/not-installed[\s\S]*\n {2}- createBackend: no driver; install one/)
+  })
+
+  test('an empty list is an error too', async () => {
+    await expect(firstAvailable([])).rejects.toMatchObject({ code: 'E_NO_BACKEND' })
+  })
+
+  test('rethrows what is not a matter of availability', async () => {
+    await expect(firstAvailable([failing('E_BACKEND', 'out of order'), works])).rejects.toMatchObject({
+      code: 'E_BACKEND',
+    })
+    const broken = async () => ({
+      createBackend: async (): Promise<Backend> => {
+        throw new TypeError('bug')
+      },
+    })
+    await expect(firstAvailable([broken, works])).rejects.toThrow(TypeError)
+  })
+})
+
+test('noGrad does not record, nests, and ends with an exception too', () => {
+  const backend = referenceBackend()
+  const model = new Linear(2, 2, { backend })
+  const x = ones([1, 2], { backend })
+  expect(model.forward(x).tracked).toBe(true)
+  noGrad(() => {
+    noGrad(() => expect(isRecording()).toBe(false))
+    expect(isRecording()).toBe(false)
+    const y = model.forward(x)
+    expect(y.tracked).toBe(false)
+    expect(y.node).toBeNull()
+  })
+  expect(() =>
+    noGrad(() => {
+      throw new Error('no')
+    }),
+  ).toThrow('no')
+  expect(isRecording()).toBe(true)
+})
+
+describe('precision policy', () => {
+  /** Reference backend that notes the precision of every matrix product. */
+  function noting(): { backend: Backend; seen: Precision[] } {
+    const backend = referenceBackend()
+    const seen: Precision[] = []
+    const { matmul } = backend.primitives
+    const primitives = {
+      ...backend.primitives,
+      matmul: (...args: Parameters<typeof matmul>) => {
+        seen.push(args[1].precision)
+        return matmul(...args)
+      },
+    }
+    return { backend: { ...backend, primitives }, seen }
+  }
+  let backend: Backend
+  let seen: Precision[]
+  let model: Linear
+  let x: Tensor
+  beforeEach(() => {
+    const made = noting()
+    backend = made.backend
+    seen = made.seen
+    model = new Linear(4, 4, { backend })
+    x = ones([2, 4], { backend })
+  })
+
+  test('reaches every matrix product of the forward pass, and goes back afterwards', () => {
+    expect(currentPrecision()).toBe('f32')
+    withPrecision('bf16', () => {
+      expect(currentPrecision()).toBe('bf16')
+      model.forward(x)
+      withPrecision('f32', () => model.forward(x))
+      const q = x.reshape([1, 2, 1, 4])
+      attention(q, q, q)
+      groupedMatmul(x, ones([1, 3, 4], { backend }), tensor(Int32Array.of(0, 2), [2], { backend }))
+    })
+    expect(seen).toEqual(['bf16', 'f32', 'bf16', 'bf16', 'bf16'])
+    expect(currentPrecision()).toBe('f32')
+    expect(() =>
+      withPrecision('bf16', () => {
+        throw new Error('no')
+      }),
+    ).toThrow('no')
+    expect(currentPrecision()).toBe('f32')
+  })
+
+  test('one product can be told its own', () => {
+    withPrecision('bf16', () => x.matmul(model.weight, { precision: 'f32' }))
+    expect(seen).toEqual(['f32'])
+  })
+
+  test('backward multiplies as the forward pass did, wherever it is called', () => {
+    const loss = withPrecision('bf16', () => model.forward(x).sum())
+    backward(loss)
+    expect(seen).toEqual(['bf16', 'bf16'])
+  })
+
+  test('a recomputed forward pass multiplies as the first one did', () => {
+    const loss = withPrecision('bf16', () => checkpoint(input => model.forward(input), x).sum())
+    backward(loss)
+    expect(new Set(seen)).toEqual(new Set(['bf16']))
+    expect(seen.length).toBe(3)
+  })
+})
+
+describe('fallbacks', () => {
+  const count = (backend: Backend, op: string) =>
+    fallbacks().find(entry => entry.backend === backend.name && entry.op === op)?.count ?? 0
+
+  test('counts fused ops that ran as their decomposition, most frequent first', () => {
+    const backend: Backend = { ...referenceBackend(), name: 'count:me' }
+    const x = ones([2, 3], { backend })
+    softmax(x)
+    softmax(x)
+    swiglu(x, x)
+    const own = fallbacks().filter(entry => entry.backend === 'count:me')
+    expect(own).toEqual([
+      { backend: 'count:me', op: 'softmax', count: 2 },
+      { backend: 'count:me', op: 'swiglu', count: 1 },
+    ])
+  })
+
+  test('a fused kernel is used and not counted; one that declines is', async () => {
+    const plain = referenceBackend()
+    let calls = 0
+    const backend: Backend = {
+      ...plain,
+      name: 'fused-test',
+      fused: {
+        softmax([x], _attrs, [spec]) {
+          calls++
+          if (spec.shape.length > 1) return undefined
+          return plain.primitives.fill([], { value: x.shape[0] }, [spec])
+        },
+      },
+    }
+    const y = softmax(ones([3], { backend }))
+    expect(await y.values()).toEqual(Float32Array.of(3, 3, 3))
+    expect(count(backend, 'softmax')).toBe(0)
+    const declined = softmax(randn([2, 3], new Random(1), { backend }))
+    expect((await declined.sum(1).values()).every(total => Math.abs(total - 1) < 1e-6)).toBe(true)
+    expect(count(backend, 'softmax')).toBe(1)
+    expect(calls).toBe(2)
+  })
+})

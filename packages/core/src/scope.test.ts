@@ -1,0 +1,145 @@
+import { beforeEach, describe, expect, test } from 'vitest'
+import type { Backend } from './backend.ts'
+import { Parameter } from './nn/parameter.ts'
+import { referenceBackend } from './reference/index.ts'
+import { keep, scope } from './scope.ts'
+import { type Tensor, tensor } from './tensor.ts'
+
+let backend: Backend
+let x: Tensor
+beforeEach(() => {
+  backend = referenceBackend()
+  x = tensor([1, 2, 3], [3], { backend })
+})
+const alive = () => backend.stats().handles
+
+describe('scope', () => {
+  test('frees what is made inside and not returned', () => {
+    let inner!: Tensor
+    const y = scope(() => {
+      inner = x.mul(2)
+      return inner.add(1)
+    })
+    expect(inner.disposed).toBe(true)
+    expect(x.disposed).toBe(false)
+    expect(y.disposed).toBe(false)
+    expect(alive()).toBe(2)
+  })
+
+  test('keeps tensors in returned arrays, maps and plain objects', () => {
+    const result = scope(() => ({
+      list: [x.add(1), [x.add(2)]],
+      map: new Map([['a', x.add(3)]]),
+      count: 3,
+      nothing: null,
+    }))
+    expect(result.list.flat().every(t => !t.disposed)).toBe(true)
+    expect(result.map.get('a')?.disposed).toBe(false)
+    expect(alive()).toBe(4)
+  })
+
+  test('does not look into instances of classes: what they hold is freed unless it is kept', () => {
+    class Holder {
+      tensor = x.add(1)
+      kept = keep(x.add(2))
+    }
+    const holder = scope(() => new Holder())
+    expect(holder.tensor.disposed).toBe(true)
+    expect(holder.kept.disposed).toBe(false)
+  })
+
+  test('what is returned belongs to the enclosing scope', () => {
+    let passed!: Tensor
+    scope(() => {
+      passed = scope(() => x.mul(2))
+      expect(passed.disposed).toBe(false)
+    })
+    expect(passed.disposed).toBe(true)
+    expect(alive()).toBe(1)
+  })
+
+  test('a tensor from outside that is returned keeps its owner', () => {
+    scope(() => {
+      const outer = x.mul(2)
+      expect(scope(() => outer)).toBe(outer)
+      expect(outer.disposed).toBe(false)
+    })
+    expect(scope(() => x)).toBe(x)
+    expect(x.disposed).toBe(false)
+    expect(alive()).toBe(1)
+  })
+
+  test('an exception frees everything and passes through', () => {
+    const failure = new Error('no')
+    let made!: Tensor
+    expect(() =>
+      scope(() => {
+        made = x.mul(2)
+        scope(() => {
+          x.mul(3)
+          throw failure
+        })
+      }),
+    ).toThrow(failure)
+    expect(made.disposed).toBe(true)
+    expect(alive()).toBe(1)
+    // The scope that failed is closed: what comes now belongs to nobody.
+    const after = x.mul(4)
+    expect(after.owner).toBeNull()
+  })
+
+  test('refuses a promise, and frees what was made before it', async () => {
+    let pending!: Promise<unknown>
+    expect(() =>
+      scope(() => {
+        const y = x.mul(2)
+        pending = Promise.resolve(y)
+        return pending
+      }),
+    ).toThrow(expect.objectContaining({ code: 'E_ATTR', message: expect.stringMatching(/await its result outside/) }))
+    expect(((await pending) as Tensor).disposed).toBe(true)
+    expect(alive()).toBe(1)
+  })
+})
+
+describe('single tensors', () => {
+  test('keep takes a tensor out of every scope around it', () => {
+    const kept = scope(() => scope(() => ({ t: keep(x.mul(2)) }))).t
+    expect(kept.disposed).toBe(false)
+    expect(kept.owner).toBeNull()
+    kept.dispose()
+    expect(alive()).toBe(1)
+  })
+
+  test('using frees at the end of the block', () => {
+    let y!: Tensor
+    {
+      using inner = x.mul(2)
+      y = inner
+      expect(y.disposed).toBe(false)
+    }
+    expect(y.disposed).toBe(true)
+    expect(alive()).toBe(1)
+  })
+
+  test('dispose is harmless twice, and inside a scope as well', () => {
+    scope(() => {
+      const y = x.mul(2)
+      y.dispose()
+      y.dispose()
+    })
+    expect(alive()).toBe(1)
+    x.dispose()
+    x.dispose()
+    expect(alive()).toBe(0)
+  })
+
+  test('a parameter belongs to no scope', () => {
+    const parameter = scope(() => {
+      const made = new Parameter(tensor([1], [1], { backend }))
+      return () => made
+    })()
+    expect(parameter.disposed).toBe(false)
+    expect(alive()).toBe(2)
+  })
+})
