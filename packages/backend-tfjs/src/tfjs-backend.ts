@@ -14,8 +14,8 @@ import {
   type TensorSpec,
   type Value,
 } from '@moe/core'
-import { deviceFused, devicePrimitives, probeDevice } from './device/table.ts'
 import { type Device, ops } from './device/ops.ts'
+import { deviceFused, devicePrimitives, probeDevice } from './device/table.ts'
 import { type Host, hostMemory, wasmAllocationFailed } from './host/memory.ts'
 import { hostFused, hostPrimitives } from './host/table.ts'
 import type { TfKernelBackend, TfNamespace, TfTensor } from './namespace.ts'
@@ -122,8 +122,12 @@ function bind<Fn>(
 }
 
 function kernel(runner: Runner, op: string, compute: Compute) {
+  const wasm = runner.name === 'wasm'
   return (inputs: readonly Value[], attrs: never, outputs: readonly TensorSpec[]): TfHandle[] | undefined => {
-    for (let i = 0; i < outputs.length; i++) needSupported(op, outputs[i].dtype)
+    for (let i = 0; i < outputs.length; i++) {
+      needSupported(op, outputs[i].dtype)
+      if (wasm) needAddressable(op, outputs[i].shape)
+    }
     let declined = false
     const handles = runner.handles(op, outputs, () => {
       const tensors = compute(inputs, attrs, outputs)
@@ -148,6 +152,19 @@ function needSupported(op: string, dtype: DType): void {
     problem: `TensorFlow.js has no ${dtype}`,
     fix: 'use f32, or another backend (@moe/kernels-cpu, @moe/kernels-cuda) for 16- and 8-bit floats',
     details: { dtype, supported: [...supported] },
+  })
+}
+
+/** The wasm allocator takes sizes modulo 2^32 and would answer with too little. */
+function needAddressable(op: string, shape: Shape): void {
+  const bytes = sizeOf(shape) * 4
+  if (bytes < 2 ** 32) return
+  throw new MoeError({
+    code: 'E_OUT_OF_MEMORY',
+    op,
+    problem: `a tensor of shape [${shape}] needs ${bytes} bytes, the memory of wasm ends at 4 GB`,
+    fix: 'use a smaller batch or another backend',
+    details: { shape, bytes },
   })
 }
 

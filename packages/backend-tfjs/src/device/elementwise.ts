@@ -1,13 +1,5 @@
 /** @file Elementwise primitives as TensorFlow.js kernels, with the contract's rules for NaN, integers and saturation put round them. */
-import {
-  type BinaryCode,
-  type CompareCode,
-  type DType,
-  type PrimitiveAttrs,
-  type TensorSpec,
-  type UnaryCode,
-  type Value,
-} from '@moe/core'
+import type { BinaryCode, CompareCode, DType, PrimitiveAttrs, TensorSpec, UnaryCode, Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import { tensorOf } from '../runner.ts'
 import { type Device, type Ops, tfDType } from './ops.ts'
@@ -100,7 +92,8 @@ export const where: Kernel<PrimitiveAttrs['where']> = (_, op, inputs, __, [spec]
 export const cast: Kernel<{ dtype: DType }> = (_, op, [x], { dtype }, [{ shape }]) => {
   const from = tensorOf(x)
   if (dtype === 'f32') return [op.cast(from, 'float32')]
-  if (x.dtype === 'f32') return [saturate(op, from, dtype === 'u8' ? 0 : -(2 ** 31), dtype === 'u8' ? 255 : 2 ** 31 - 1, shape)]
+  if (x.dtype === 'f32')
+    return [saturate(op, from, dtype === 'u8' ? 0 : -(2 ** 31), dtype === 'u8' ? 255 : 2 ** 31 - 1, shape)]
   const integers = op.cast(from, 'int32')
   return [dtype === 'u8' && x.dtype === 'i32' ? clampIntegers(op, integers, shape) : integers]
 }

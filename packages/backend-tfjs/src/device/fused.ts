@@ -45,7 +45,13 @@ function readRanges(op: Ops, offsets: Value, rows: number): Range[] {
   })
 }
 
-export const groupedMatmul: Kernel<FusedAttrs['groupedMatmul']> = (device, op, [x, weight, offsets], attrs, [{ shape }]) => {
+export const groupedMatmul: Kernel<FusedAttrs['groupedMatmul']> = (
+  device,
+  op,
+  [x, weight, offsets],
+  attrs,
+  [{ shape }],
+) => {
   if (!device.syncReads || sizeOf(x.shape) === 0 || offsets.shape[0] < 2) return undefined
   const [rows, n] = shape
   const [, a, b] = weight.shape

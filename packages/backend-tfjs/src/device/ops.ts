@@ -2,7 +2,7 @@
  * @file Short names for the TensorFlow.js kernels that the device tier is built from. Every one of them exists on the tensorflow (CPU and
  * GPU), webgpu, webgl, wasm and cpu backends.
  */
-import { type DType, sameShape, type Shape, sizeOf } from '@moe/core'
+import { type DType, type Shape, sameShape, sizeOf } from '@moe/core'
 import type { TfDType, TfTensor } from '../namespace.ts'
 import type { Runner } from '../runner.ts'
 
@@ -45,7 +45,8 @@ export function ops(runner: Runner) {
     and: (a: TfTensor, b: TfTensor) => run('LogicalAnd', { a, b }),
     isNaN: (x: TfTensor) => run('NotEqual', { a: x, b: x }),
     sum: (x: TfTensor, axes: readonly number[]) => run('Sum', { x }, { axis: axes.slice(), keepDims: false }),
-    max: (x: TfTensor, axes: readonly number[]) => run('Max', { x }, { reductionIndices: axes.slice(), keepDims: false }),
+    max: (x: TfTensor, axes: readonly number[]) =>
+      run('Max', { x }, { reductionIndices: axes.slice(), keepDims: false }),
     gather: (x: TfTensor, indices: TfTensor) => run('GatherV2', { x, indices }, { axis: 0, batchDims: 0 }),
     slice: (x: TfTensor, begin: readonly number[], size: Shape) =>
       run('Slice', { x }, { begin: begin.slice(), size: size.slice() }),

@@ -42,7 +42,13 @@ export const takeRows: Kernel<PrimitiveAttrs['takeRows']> = (device, op, [x, ind
 /** Rows of a one-hot matrix that are made at a time: bounds its memory to 64 MiB of f32. */
 const oneHotElements = 1 << 24
 
-export const scatterAddRows: Kernel<PrimitiveAttrs['scatterAddRows']> = (device, op, [index, source], { rows }, [spec]) => {
+export const scatterAddRows: Kernel<PrimitiveAttrs['scatterAddRows']> = (
+  device,
+  op,
+  [index, source],
+  { rows },
+  [spec],
+) => {
   const count = sizeOf(index.shape)
   const features = sizeOf(spec.shape.slice(1))
   if (count === 0) return [op.fill(spec.shape, 0, tfDType(spec.dtype))]
@@ -67,7 +73,10 @@ function hostSums(device: Device, op: Ops, at: TfTensor, flat: TfTensor, rows: n
 
 /** 1 where row r takes source i: `bool [rows, count]`. Indices outside the range match no row. */
 function hits(op: Ops, at: TfTensor, rows: number): TfTensor {
-  const lines = op.upload(Int32Array.from({ length: rows }, (_, r) => r), [rows, 1])
+  const lines = op.upload(
+    Int32Array.from({ length: rows }, (_, r) => r),
+    [rows, 1],
+  )
   return op.equal(lines, op.as(at, [1, at.shape[0]]))
 }
 
@@ -98,7 +107,9 @@ export const setRows: Kernel<PrimitiveAttrs['setRows']> = (device, op, [x, index
   const count = sizeOf(index.shape)
   const from = tensorOf(x)
   if (count === 0) return [op.reshape(from, shape)]
-  const writer = device.syncReads ? writersOnHost(op, tensorOf(index), rows) : writersOnDevice(op, tensorOf(index), rows)
+  const writer = device.syncReads
+    ? writersOnHost(op, tensorOf(index), rows)
+    : writersOnDevice(op, tensorOf(index), rows)
   const zero = op.scalar(0, 'int32')
   const written = op.lessEqual(zero, writer)
   const taken = op.gather(tensorOf(source), op.select(written, writer, zero, [rows]))
@@ -115,7 +126,10 @@ function writersOnHost(op: Ops, index: TfTensor, rows: number): TfTensor {
 
 function writersOnDevice(op: Ops, index: TfTensor, rows: number): TfTensor {
   const count = index.shape[0]
-  const numbers = op.upload(Int32Array.from({ length: count }, (_, i) => i + 1), [1, count])
+  const numbers = op.upload(
+    Int32Array.from({ length: count }, (_, i) => i + 1),
+    [1, count],
+  )
   const last = op.max(op.mul(op.cast(hits(op, index, rows), 'int32'), numbers), [1])
   return op.sub(last, op.scalar(1, 'int32'))
 }

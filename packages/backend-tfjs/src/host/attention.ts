@@ -75,7 +75,15 @@ function exponentials(
 }
 
 /** Writes a `[T, D]` matrix into a head of a `[B, T, H, D]` tensor; `add` adds it instead. */
-function putHead(host: Host, matrix: TfTensor, out: TfTensor, b: number, head: number, turn: boolean, add: boolean): void {
+function putHead(
+  host: Host,
+  matrix: TfTensor,
+  out: TfTensor,
+  b: number,
+  head: number,
+  turn: boolean,
+  add: boolean,
+): void {
   const [, time, heads, features] = out.shape
   const [from, to] = [f32View(host, matrix), f32View(host, out)]
   const [row, column] = turn ? [1, time] : [features, 1]

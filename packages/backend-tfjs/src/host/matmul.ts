@@ -4,7 +4,7 @@
  * The wasm backend multiplies `[m, k] x [k, n]` with XNNPACK; transposed or batched it falls to a plain loop more than ten
  * times slower. So operands are copied into plain matrices first, which costs m k + k n beside m k n.
  */
-import { type PrimitiveAttrs, type TensorSpec, type Value } from '@moe/core'
+import type { PrimitiveAttrs, TensorSpec, Value } from '@moe/core'
 import type { TfTensor } from '../namespace.ts'
 import { tensorOf } from '../runner.ts'
 import type { Host } from './memory.ts'

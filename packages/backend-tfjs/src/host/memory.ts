@@ -4,7 +4,7 @@
  * What their own kernels do inexactly, slowly or not at all is a plain loop over these views. A view of the wasm heap is good until
  * the next allocation: take all outputs first, then the views.
  */
-import { sizeOf, type Shape, type Value } from '@moe/core'
+import { type Shape, sizeOf, type Value } from '@moe/core'
 import type { TfDType, TfKernelBackend, TfTensor, TfTensorInfo } from '../namespace.ts'
 import { type Runner, tensorOf } from '../runner.ts'
 

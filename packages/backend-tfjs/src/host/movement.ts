@@ -12,18 +12,36 @@ function gather(host: Host, x: Value, spec: TensorSpec, strides: readonly number
   return out
 }
 
-const offsetOf = (at: readonly number[], strides: Shape): number => at.reduce((sum, n, axis) => sum + n * strides[axis], 0)
+const offsetOf = (at: readonly number[], strides: Shape): number =>
+  at.reduce((sum, n, axis) => sum + n * strides[axis], 0)
 
-export function permute(host: Host, [x]: readonly Value[], { axes }: PrimitiveAttrs['permute'], [spec]: readonly TensorSpec[]) {
+export function permute(
+  host: Host,
+  [x]: readonly Value[],
+  { axes }: PrimitiveAttrs['permute'],
+  [spec]: readonly TensorSpec[],
+) {
   const strides = stridesOf(x.shape)
-  return [gather(host, x, spec, axes.map(axis => strides[axis]))]
+  return [
+    gather(
+      host,
+      x,
+      spec,
+      axes.map(axis => strides[axis]),
+    ),
+  ]
 }
 
 export function expand(host: Host, [x]: readonly Value[], _: PrimitiveAttrs['expand'], [spec]: readonly TensorSpec[]) {
   return [gather(host, x, spec, broadcastStrides(x.shape, spec.shape))]
 }
 
-export function slice(host: Host, [x]: readonly Value[], { starts }: PrimitiveAttrs['slice'], [spec]: readonly TensorSpec[]) {
+export function slice(
+  host: Host,
+  [x]: readonly Value[],
+  { starts }: PrimitiveAttrs['slice'],
+  [spec]: readonly TensorSpec[],
+) {
   const strides = stridesOf(x.shape)
   return [gather(host, x, spec, strides, offsetOf(starts, strides))]
 }
@@ -37,7 +55,12 @@ export function pad(host: Host, [x]: readonly Value[], attrs: PrimitiveAttrs['pa
   return [out]
 }
 
-export function concat(host: Host, parts: readonly Value[], { axis }: PrimitiveAttrs['concat'], [spec]: readonly TensorSpec[]) {
+export function concat(
+  host: Host,
+  parts: readonly Value[],
+  { axis }: PrimitiveAttrs['concat'],
+  [spec]: readonly TensorSpec[],
+) {
   const out = host.output(spec.shape, tfDType(spec.dtype))
   const data = host.view(out)
   const strides = stridesOf(spec.shape)

@@ -47,7 +47,14 @@ export function reduce(
 
 const larger = (a: number, b: number): number => (a > b || a !== a ? a : b)
 
-function fold(code: 'sum' | 'max', from: Elements, start: number, end: number, into: Float64Array, at: (i: number) => number) {
+function fold(
+  code: 'sum' | 'max',
+  from: Elements,
+  start: number,
+  end: number,
+  into: Float64Array,
+  at: (i: number) => number,
+) {
   for (let i = start; i < end; i++) {
     const j = at(i)
     into[j] = code === 'sum' ? into[j] + from[i] : larger(into[j], from[i])
@@ -63,7 +70,12 @@ function reduceRows(code: 'sum' | 'max', from: Elements, to: Elements, size: num
   }
 }
 
-export function cumsum(host: Host, [x]: readonly Value[], { axis }: PrimitiveAttrs['cumsum'], [spec]: readonly TensorSpec[]) {
+export function cumsum(
+  host: Host,
+  [x]: readonly Value[],
+  { axis }: PrimitiveAttrs['cumsum'],
+  [spec]: readonly TensorSpec[],
+) {
   const out = host.output(spec.shape, tfDType(spec.dtype))
   const to = host.view(out)
   const from = elementsOf(host, x)

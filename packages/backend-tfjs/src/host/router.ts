@@ -3,7 +3,12 @@ import type { RouterAttrs, TensorSpec, Value } from '@moe/core'
 import { f32Of, type Host } from './memory.ts'
 import { selectLargest } from './reduce.ts'
 
-function affinities(scoring: RouterAttrs['scoring'], logits: Float32Array, scores: Float32Array, experts: number): void {
+function affinities(
+  scoring: RouterAttrs['scoring'],
+  logits: Float32Array,
+  scores: Float32Array,
+  experts: number,
+): void {
   if (scoring === 'sigmoid') {
     for (let i = 0; i < scores.length; i++) scores[i] = 1 / (1 + Math.exp(-logits[i]))
     return
@@ -18,7 +23,12 @@ function affinities(scoring: RouterAttrs['scoring'], logits: Float32Array, score
   }
 }
 
-export function routerTopk(host: Host, [logits, bias]: readonly Value[], attrs: RouterAttrs, specs: readonly TensorSpec[]) {
+export function routerTopk(
+  host: Host,
+  [logits, bias]: readonly Value[],
+  attrs: RouterAttrs,
+  specs: readonly TensorSpec[],
+) {
   const { scoring, groups, topGroups, groupScore, topK, normalize, scale } = attrs
   const [rows, experts] = logits.shape
   const outputs = [
@@ -26,7 +36,11 @@ export function routerTopk(host: Host, [logits, bias]: readonly Value[], attrs: 
     host.output(specs[1].shape, 'int32'),
     host.output(specs[2].shape, 'float32'),
   ]
-  const [weights, indices, scores] = outputs.map(tensor => host.view(tensor)) as [Float32Array, Int32Array, Float32Array]
+  const [weights, indices, scores] = outputs.map(tensor => host.view(tensor)) as [
+    Float32Array,
+    Int32Array,
+    Float32Array,
+  ]
   affinities(scoring, f32Of(host, logits), scores, experts)
   const offset = f32Of(host, bias)
   const choice = new Float32Array(experts)

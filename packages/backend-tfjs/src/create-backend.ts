@@ -1,0 +1,62 @@
+/** @file The backend that needs nothing but npm packages: wasm, or plain JavaScript where wasm does not start. */
+import { type Backend, MoeError } from '@moe/core'
+import { loadPackage, namespaceOf } from './load-package.ts'
+import type { TfNamespace } from './namespace.ts'
+import { tfjsBackend } from './tfjs-backend.ts'
+
+export interface CreateBackendOptions {
+  /** Folder or address of the `.wasm` files, with a slash at the end. Default: beside the library, which works in Node and offline. */
+  readonly wasmPaths?: string
+  /** Called with the reason when wasm does not start and the much slower plain JavaScript backend is used instead. */
+  readonly onFallback?: (reason: string) => void
+}
+
+type Settable = TfNamespace & { setBackend(name: string): Promise<boolean> }
+
+/**
+ * For `firstAvailable`: `@tensorflow/tfjs-backend-wasm` if it starts, else `@tensorflow/tfjs-backend-cpu`. The current backend of
+ * TensorFlow.js, if there is one already, stays the current one.
+ * @throws MoeError E_NO_BACKEND when neither is installed.
+ */
+export async function createBackend(options: CreateBackendOptions = {}): Promise<Backend> {
+  const install = 'npm install @tensorflow/tfjs-core @tensorflow/tfjs-backend-wasm'
+  const core = await loadPackage('@tensorflow/tfjs-core', install, () => import('@tensorflow/tfjs-core'))
+  const tf = namespaceOf(core) as Settable
+  const before = tf.getBackend()
+  try {
+    return await wasmBackend(tf, options, install)
+  } catch (error) {
+    options.onFallback?.(error instanceof Error ? error.message : String(error))
+    return await plainBackend(tf, error)
+  } finally {
+    if (before && before !== tf.getBackend()) await tf.setBackend(before)
+  }
+}
+
+async function wasmBackend(tf: Settable, { wasmPaths }: CreateBackendOptions, install: string): Promise<Backend> {
+  const name = '@tensorflow/tfjs-backend-wasm'
+  const module = await loadPackage(name, install, () => import('@tensorflow/tfjs-backend-wasm'))
+  if (wasmPaths !== undefined) (module as { setWasmPaths(prefix: string): void }).setWasmPaths(wasmPaths)
+  if (!(await tf.setBackend('wasm'))) {
+    throw new MoeError({
+      code: 'E_NO_BACKEND',
+      op: name,
+      problem: 'the wasm module did not start',
+      fix: "pass { wasmPaths } with the folder of the package's .wasm files (dist/)",
+    })
+  }
+  return tfjsBackend(tf, { backend: 'wasm', device: 'TensorFlow.js wasm (XNNPACK, 1 thread in Node)' })
+}
+
+async function plainBackend(tf: Settable, cause: unknown): Promise<Backend> {
+  const name = '@tensorflow/tfjs-backend-cpu'
+  try {
+    await loadPackage(name, `npm install ${name}`, () => import('@tensorflow/tfjs-backend-cpu'))
+  } catch {
+    throw cause
+  }
+  await tf.setBackend('cpu')
+  // Its first tensor prints an advertisement for tfjs-node.
+  ;(tf.findBackend('cpu') as { firstUse?: boolean }).firstUse = false
+  return tfjsBackend(tf, { backend: 'cpu', device: 'TensorFlow.js cpu (plain JavaScript)' })
+}

@@ -1,0 +1,75 @@
+/** @file The tfjs-node and tfjs-node-gpu packages: their shim for new versions of Node, and the truth about the device. */
+import { type Backend, MoeError } from '@moe/core'
+import { loadPackage, namespaceOf } from './load-package.ts'
+import { tfjsBackend } from './tfjs-backend.ts'
+
+export interface NodeBackendOptions {
+  /** Use `@tensorflow/tfjs-node-gpu` and insist on a GPU; default false: `@tensorflow/tfjs-node`. */
+  readonly gpu?: boolean
+  /** How to import the package when it is not installed beside this one: `() => import('@tensorflow/tfjs-node-gpu')`. */
+  readonly load?: () => Promise<unknown>
+  /**
+   * Let GPUs multiply f32 as TF32 (10 bits of mantissa); default false, because core promises f32. Has an effect before the first
+   * product of the process.
+   */
+  readonly tf32?: boolean
+}
+
+interface NodeKernelBackend {
+  readonly isUsingGpuDevice?: boolean
+}
+
+/**
+ * Real TensorFlow through tfjs-node or tfjs-node-gpu, both optional peers with a native part. Importing them makes `tensorflow` the
+ * current backend of TensorFlow.js; leave it so.
+ * @throws MoeError E_NO_BACKEND when the package is missing or does not load; E_UNSUPPORTED when a GPU is asked for and
+ * TensorFlow runs without one, which the library itself does not tell.
+ */
+export async function createNodeBackend(options: NodeBackendOptions = {}): Promise<Backend> {
+  const { gpu = false, tf32 = false } = options
+  const name = gpu ? '@tensorflow/tfjs-node-gpu' : '@tensorflow/tfjs-node'
+  await restoreNodeUtil()
+  if (gpu && !tf32) process.env['NVIDIA_TF32_OVERRIDE'] ??= '0'
+  const load = options.load ?? (() => import(name))
+  const tf = namespaceOf(await loadPackage(name, installHelp(name), load))
+  const current = tf.getBackend()
+  if (current !== 'tensorflow') {
+    throw new MoeError({
+      code: 'E_UNSUPPORTED',
+      op: name,
+      problem: `the current backend of TensorFlow.js is ${current}, not tensorflow`,
+      fix: "call await tf.setBackend('tensorflow') of that package before",
+      details: { current },
+    })
+  }
+  const onGpu = (tf.findBackend('tensorflow') as NodeKernelBackend).isUsingGpuDevice === true
+  if (gpu && !onGpu) throw silentFallback(name)
+  return tfjsBackend(tf, { backend: 'tensorflow', device: onGpu ? 'TensorFlow on a GPU' : 'TensorFlow on the CPU' })
+}
+
+/** tfjs-node 4.22 calls functions of `node:util` that Node 23 took away; without them every op throws. */
+async function restoreNodeUtil(): Promise<void> {
+  const specifier = 'node:util'
+  const { default: util } = (await import(specifier)) as { default: Record<string, unknown> }
+  util['isNullOrUndefined'] ??= (value: unknown) => value === null || value === undefined
+  util['isArray'] ??= Array.isArray
+}
+
+function installHelp(name: string): string {
+  return (
+    `run npm install ${name}, let its install script run (npm 12: npm approve-scripts ${name} && npm rebuild ${name}; ` +
+    'pnpm: allowBuilds in pnpm-workspace.yaml), or build its native part against your own TensorFlow as docs/guides/tfjs-node-gpu.md says'
+  )
+}
+
+function silentFallback(name: string): MoeError {
+  return new MoeError({
+    code: 'E_UNSUPPORTED',
+    op: name,
+    problem: 'TensorFlow found no GPU and fell back to the CPU',
+    fix:
+      'read what it printed at start (TF_CPP_MIN_LOG_LEVEL=0), and look at CUDA_VISIBLE_DEVICES, at nvidia-smi (driver 450 or later) and whether the loader finds ' +
+      'CUDA 11.2 and cuDNN 8.1 (LD_LIBRARY_PATH); pass { gpu: false } to use the CPU on purpose',
+    details: { CUDA_VISIBLE_DEVICES: process.env['CUDA_VISIBLE_DEVICES'] ?? null },
+  })
+}
