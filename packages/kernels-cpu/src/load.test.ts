@@ -1,0 +1,110 @@
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { Worker } from 'node:worker_threads'
+import { firstAvailable, isMoeError, type MoeError } from '@moe/core'
+import { afterEach, beforeEach, describe, expect, test } from 'vitest'
+import { createBackend, profile, startProfile, stopProfile } from './index.ts'
+
+const variables = ['MOE_CPU_LIBRARY', 'MOE_CPU_ISA', 'MOE_NUM_THREADS'] as const
+const saved = new Map(variables.map(name => [name, process.env[name]]))
+let folder = ''
+
+beforeEach(() => {
+  folder = mkdtempSync(join(tmpdir(), 'moe-load-'))
+  for (const name of variables) delete process.env[name]
+})
+
+afterEach(() => {
+  rmSync(folder, { recursive: true })
+  for (const [name, value] of saved) {
+    if (value === undefined) delete process.env[name]
+    else process.env[name] = value
+  }
+})
+
+const failure = async () =>
+  createBackend().then(
+    () => undefined,
+    error => error as MoeError,
+  )
+
+describe('finding the library', () => {
+  test('without one: E_NO_BACKEND with the place tried and the fix, and firstAvailable goes on', async () => {
+    process.env['MOE_CPU_LIBRARY'] = folder
+    const error = await failure()
+    expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
+    expect(error?.message).toContain(folder)
+    expect(error?.message).toContain('build-native.mjs')
+    const reasons: string[] = []
+    const loaders = [() => import('./index.ts'), () => import('@moe/core/reference')]
+    const backend = await firstAvailable(loaders, { onSkip: reason => reasons.push(reason) })
+    expect(backend.name).toBe('reference')
+    expect(reasons).toEqual([error?.message])
+  })
+
+  test('a file that is no library: E_NO_BACKEND, not a crash', async () => {
+    for (const ending of ['so', 'dylib', 'dll'])
+      writeFileSync(join(folder, `moe-cpu-baseline.${ending}`), 'not a library')
+    process.env['MOE_CPU_LIBRARY'] = folder
+    const error = await failure()
+    expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
+    expect(error?.message).toContain('does not load')
+  })
+
+  test('MOE_CPU_ISA and MOE_NUM_THREADS choose; nonsense is E_CONFIG', async () => {
+    process.env['MOE_CPU_ISA'] = 'baseline'
+    process.env['MOE_NUM_THREADS'] = '3'
+    const backend = await createBackend()
+    expect([backend.isa, backend.threads, backend.bf16Matmul]).toEqual(['baseline', 3, false])
+    expect(backend.device).toMatch(/(SSE2|NEON), 3 threads$/)
+    process.env['MOE_CPU_ISA'] = 'sse9'
+    expect(isMoeError(await failure(), 'E_CONFIG')).toBe(true)
+    delete process.env['MOE_CPU_ISA']
+    process.env['MOE_NUM_THREADS'] = '0'
+    expect(isMoeError(await failure(), 'E_CONFIG')).toBe(true)
+  })
+})
+
+test('several JavaScript threads compute at once and agree', async () => {
+  const source = `
+    const { parentPort } = require('node:worker_threads')
+    import(${JSON.stringify(new URL('./index.ts', import.meta.url).href)}).then(async ({ createBackend }) => {
+      const backend = await createBackend({ threads: 2 })
+      const shape = [300, 1000], spec = { shape, dtype: 'f32' }
+      const data = Float32Array.from({ length: 300000 }, (_, i) => Math.sin(i))
+      let value = { handle: backend.upload(data, shape, 'f32'), ...spec }
+      for (let i = 0; i < 300; i++) {
+        const [handle] = backend.primitives.unary([value], { code: i % 2 ? 'sin' : 'tanh' }, [spec])
+        backend.free(value.handle)
+        value = { handle, ...spec }
+      }
+      parentPort.postMessage(await backend.download(value))
+    }).catch(error => { throw error })`
+  const results = await Promise.all(
+    [0, 1, 2].map(
+      () =>
+        new Promise<Float32Array>((resolve, reject) => {
+          const worker = new Worker(source, { eval: true })
+          worker.on('message', resolve).on('error', reject)
+        }),
+    ),
+  )
+  expect(results[1]).toEqual(results[0])
+  expect(results[2]).toEqual(results[0])
+  expect(results[0].some(x => x !== 0)).toBe(true)
+})
+
+test('profile counts calls and time per op', async () => {
+  const backend = await createBackend()
+  const spec = { shape: [4], dtype: 'f32' as const }
+  const x = { handle: backend.upload(new Float32Array(4), [4], 'f32'), ...spec }
+  startProfile()
+  for (let i = 0; i < 3; i++) backend.free(backend.primitives.unary([x], { code: 'exp' }, [spec])[0])
+  stopProfile()
+  backend.free(backend.primitives.unary([x], { code: 'exp' }, [spec])[0])
+  const found = profile()
+  expect(found).toEqual([{ op: 'unary', calls: 3, milliseconds: expect.any(Number) }])
+  expect(found[0].milliseconds).toBeGreaterThan(0)
+  backend.dispose()
+})

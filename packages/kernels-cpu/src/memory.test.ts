@@ -1,0 +1,135 @@
+import { isMoeError, type TensorSpec, type Value } from '@moe/core'
+import { describe, expect, test } from 'vitest'
+import { createBackend } from './index.ts'
+import type { CpuBuffer } from './memory.ts'
+import { testBackend } from './test-backend.ts'
+
+const f32 = (...shape: number[]): TensorSpec => ({ shape, dtype: 'f32' })
+const add = { code: 'add' } as const
+
+function codeOf(action: () => unknown): string {
+  try {
+    action()
+  } catch (error) {
+    if (isMoeError(error)) return error.code
+    throw error
+  }
+  return 'nothing thrown'
+}
+
+describe('memory', () => {
+  test('freed blocks are used again, aligned, and given back by trim', async () => {
+    const backend = await createBackend()
+    const first = backend.upload(new Float32Array(1000), [1000], 'f32') as CpuBuffer
+    const { pointer } = first
+    expect(pointer % 64).toBe(0)
+    backend.free(first)
+    expect(backend.stats()).toMatchObject({ handles: 0, bytes: 0, peakBytes: 4000, cachedBytes: 4096 })
+    const second = backend.upload(new Float32Array(1001), [1001], 'f32') as CpuBuffer
+    expect(second.pointer).toBe(pointer)
+    expect(backend.stats()).toMatchObject({ handles: 1, bytes: 4004, cachedBytes: 0 })
+    backend.free(second)
+    backend.trim()
+    expect(backend.stats()).toMatchObject({ handles: 0, cachedBytes: 0 })
+    backend.dispose()
+  })
+
+  test('every size fits its class', async () => {
+    const backend = await testBackend({ guarded: false })
+    for (const size of [
+      0,
+      1,
+      63,
+      64,
+      65,
+      1023,
+      1024,
+      1025,
+      1279,
+      1280,
+      1281,
+      4095,
+      4097,
+      70_001,
+      2 ** 20 + 1,
+      5 * 2 ** 20 - 1,
+    ]) {
+      const before = backend.stats().cachedBytes
+      const buffer = backend.upload(new Uint8Array(size), [size], 'u8')
+      backend.free(buffer)
+      const grown = backend.stats().cachedBytes - before
+      expect(grown === 0 || grown >= size, `${size} in ${grown}`).toBe(true)
+      expect(grown).toBeLessThanOrEqual(Math.max(64, size * 1.25 + 64))
+      backend.trim()
+    }
+    backend.dispose()
+  })
+
+  test('a limit gives E_OUT_OF_MEMORY, keeps nothing of the failed op, and goes on', async () => {
+    const backend = await createBackend({ memoryLimit: 10_000 })
+    const x: Value = { handle: backend.upload(new Float32Array(1000), [1000], 'f32'), ...f32(1000) }
+    const indices: TensorSpec = { shape: [1000], dtype: 'i32' }
+    // The first output fits, the second does not.
+    expect(codeOf(() => backend.primitives.topk([x], { k: 1000 }, [f32(1000), indices]))).toBe('E_OUT_OF_MEMORY')
+    expect(backend.stats()).toMatchObject({ handles: 1, bytes: 4000 })
+    const [y] = backend.primitives.binary([x, x], add, [f32(1000)])
+    expect(backend.stats()).toMatchObject({ handles: 2, bytes: 8000, peakBytes: 8000 })
+    backend.free(y)
+    backend.dispose()
+  })
+
+  test('an impossible size is refused, not fatal', async () => {
+    const backend = await createBackend()
+    expect(codeOf(() => backend.primitives.fill([], { value: 0 }, [f32(2 ** 50)]))).toBe('E_OUT_OF_MEMORY')
+    expect(backend.stats()).toMatchObject({ handles: 0, bytes: 0 })
+    backend.dispose()
+  })
+
+  test('a handle is freed once', async () => {
+    const backend = await createBackend()
+    const handle = backend.upload(new Float32Array(4), [4], 'f32')
+    backend.free(handle)
+    expect(codeOf(() => backend.free(handle))).toBe('E_DISPOSED')
+    backend.dispose()
+  })
+
+  test('a donated tensor is changed in place only while nobody shares it', async () => {
+    const backend = await createBackend()
+    const x: Value = { handle: backend.upload(Float32Array.of(1, 2, 3), [3], 'f32'), ...f32(3) }
+    const index: Value = { handle: backend.upload(Int32Array.of(1), [1], 'i32'), shape: [1], dtype: 'i32' }
+    const source: Value = { handle: backend.upload(Float32Array.of(9), [1], 'f32'), ...f32(1) }
+    const [alias] = backend.primitives.reshape([x], {}, [f32(1, 3)])
+    const [copy] = backend.primitives.setRows([x, index, source], { donate: true }, [f32(3)])
+    expect((copy as CpuBuffer).pointer).not.toBe((x.handle as CpuBuffer).pointer)
+    expect(await backend.download(x)).toEqual(Float32Array.of(1, 2, 3))
+    backend.free(alias)
+    const [same] = backend.primitives.setRows([x, index, source], { donate: true }, [f32(3)])
+    expect((same as CpuBuffer).pointer).toBe((x.handle as CpuBuffer).pointer)
+    backend.free(x.handle)
+    expect(await backend.download({ handle: same, ...f32(3) })).toEqual(Float32Array.of(1, 9, 3))
+    for (const handle of [copy, same, index.handle, source.handle]) backend.free(handle)
+    expect(backend.stats().handles).toBe(0)
+    backend.dispose()
+  })
+
+  test('guards notice a write beside a buffer, and outputs start as NaN', async () => {
+    const backend = await testBackend()
+    backend.checkGuards()
+    const short = backend.upload(new Float32Array(9), [9], 'f32')
+    expect(await backend.download({ handle: short, ...f32(9) })).toEqual(new Float32Array(9))
+    // A kernel that is told that its output is larger than it is.
+    const beside: Value = { handle: short, ...f32(10) }
+    const index: Value = { handle: backend.upload(Int32Array.of(9), [1], 'i32'), shape: [1], dtype: 'i32' }
+    const one: Value = { handle: backend.upload(Float32Array.of(5), [1], 'f32'), ...f32(1) }
+    backend.primitives.setRows([beside, index, one], { donate: true }, [f32(10)])
+    expect(() => backend.checkGuards()).toThrow('wrote behind a buffer of 36 bytes')
+  })
+
+  test('a disposed backend refuses work', async () => {
+    const backend = await createBackend()
+    backend.upload(new Float32Array(4), [4], 'f32')
+    backend.dispose()
+    expect(backend.stats()).toMatchObject({ handles: 0, bytes: 0, cachedBytes: 0 })
+    expect(codeOf(() => backend.upload(new Float32Array(4), [4], 'f32'))).toBe('E_DISPOSED')
+  })
+})
