@@ -38,7 +38,8 @@ for (const { name, B, T, S, H, Dk, Dv } of shapes) {
   const pairs = B * H * (T * (S - T) + (T * (T + 1)) / 2)
   const forwardMs = best(() => forward().forEach(backend.free))
   const backwardMs = T === 1 ? Number.NaN : best(() => backward().forEach(backend.free))
-  const rate = (ms: number, width: number) => `${ms.toFixed(3)} ms (${((pairs * 2 * width) / ms / 1e6).toFixed(0)} GFLOP/s)`
+  const rate = (ms: number, width: number) =>
+    `${ms.toFixed(3)} ms (${((pairs * 2 * width) / ms / 1e6).toFixed(0)} GFLOP/s)`
   console.log(name.padEnd(15), 'forward', rate(forwardMs, Dk + Dv), 'backward', rate(backwardMs, 3 * Dk + 2 * Dv))
   for (const value of [q, k, v, dout, out, lse]) backend.free(value.handle)
 }

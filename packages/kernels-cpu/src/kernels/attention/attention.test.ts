@@ -20,7 +20,7 @@ const cases: readonly Case[] = [
   { B: 1, T: 1, S: 1, H: 1, G: 1, Dk: 1, Dv: 1, causal: true },
   { B: 1, T: 5, S: 3, H: 1, G: 1, Dk: 16, Dv: 16, causal: true },
   { B: 1, T: 2, S: 900, H: 8, G: 2, Dk: 33, Dv: 40, causal: true, lengths: [801] },
-  { B: 2, T: 1, S: 1500, H: 1, G: 1, Dk: 64, Dv: 64, causal: true, lengths: [1, 1500] },
+  { B: 2, T: 1, S: 1500, H: 1, G: 1, Dk: 64, Dv: 64, causal: true, lengths: [700, 1500] },
   { B: 1, T: 40, S: 40, H: 1, G: 1, Dk: 24, Dv: 24, causal: true, scale: -0.7 },
   { B: 1, T: 40, S: 40, H: 1, G: 1, Dk: 24, Dv: 24, causal: true, scale: 0 },
   { B: 1, T: 34, S: 50, H: 1, G: 1, Dk: 576, Dv: 512, causal: true },
@@ -97,7 +97,7 @@ test('large scores neither overflow nor lose their order, NaN stays in its row',
   const q = { data: [50, -50, Number.NaN, 0], shape: [1, 4, 1, 1] }
   const attrs: AttentionAttrs = { causal: false, scale: 1, precision: 'f32' }
   const [out, lse] = await runOp(backend, 'attention', [q, k, v], attrs, [spec(1, 4, 1, 1), spec(1, 1, 4)])
-  for (const [i, y] of [1, 3, Number.NaN, 2.5].entries()) expect(out[i]).toBeCloseTo(y, 5)
+  expect(worstError(out, [1, 3, Number.NaN, 2.5])).toBeLessThan(1e-6)
   expect(lse[0]).toBe(50_000)
   expect(lse[1]).toBe(50_000)
   expect(lse[2]).toBeNaN()

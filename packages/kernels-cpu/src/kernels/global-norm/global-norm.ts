@@ -1,0 +1,22 @@
+/** @file The norm over all gradients. */
+import { sizeOf } from '@moe/core'
+import { type FusedFactory, pointerOf } from '../../native.ts'
+
+/** Tensors per call of the kernel; their sum stays in it between the calls. */
+const batch = 28
+
+export const globalNorm: FusedFactory<'globalNorm'> = native => {
+  const kernel = native.kernel('moe_global_norm_f32')
+  return (tensors, _attrs, [spec]) => {
+    const norm = native.output(spec)
+    let at = 0
+    do {
+      const some = tensors.slice(at, at + batch)
+      const isLast = at + batch >= tensors.length
+      const list = some.flatMap(value => [pointerOf(value), sizeOf(value.shape)])
+      kernel(norm.pointer, +(at === 0), +isLast, some.length, ...list)
+      at += batch
+    } while (at < tensors.length)
+    return [norm]
+  }
+}

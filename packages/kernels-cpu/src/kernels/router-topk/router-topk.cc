@@ -1,0 +1,212 @@
+// The choice of experts and its gradient.
+//
+// Selection compares integer keys that order like the floats: NaN counts as -Infinity, zeros are equal, and experts that
+// cannot be chosen lie below -Infinity.
+#include "../softmax/row-sums.h"
+
+using namespace moe;
+
+namespace {
+
+constexpr int32_t excluded = std::numeric_limits<int32_t>::min();
+constexpr float lowest = -std::numeric_limits<float>::infinity();
+
+MOE_INLINE i32v key_of(f32v x) {
+  const f32v plain = select(x != x, splat(lowest), x) + splat(0.0f);  // -0 + 0 = 0
+  return bits(plain) ^ ((bits(plain) >> 31) & 0x7fffffff);
+}
+int32_t key_of(float x) {
+  const float plain = (x != x ? lowest : x) + 0.0f;
+  int32_t b;
+  std::memcpy(&b, &plain, 4);
+  return b ^ ((b >> 31) & 0x7fffffff);
+}
+
+MOE_INLINE i32v larger(i32v a, i32v b) {
+#if defined(__AVX512F__)
+  return (i32v)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (i32v)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+MOE_INLINE int32_t largest(i32v x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)x);
+#else
+  int32_t best = x[0];
+  for (int i = 1; i < lanes; i++) best = std::max(best, x[i]);
+  return best;
+#endif
+}
+// Index of the first lane whose mask is set; there is one.
+MOE_INLINE int first_lane(i32v mask) {
+#if defined(__AVX512F__)
+  return __builtin_ctz(_mm512_movepi32_mask((__m512i)mask));
+#elif defined(__AVX2__)
+  return __builtin_ctz(static_cast<unsigned>(_mm256_movemask_ps((__m256)mask)));
+#else
+  int i = 0;
+  while (!mask[i]) i++;
+  return i;
+#endif
+}
+
+// Takes the largest of `keys` (a multiple of `lanes` of them, the rest excluded), the first of equals, and excludes it.
+MOE_INLINE int64_t take_largest(int32_t* keys, int64_t padded) {
+  i32v top = load(keys);
+  for (int64_t i = lanes; i < padded; i += lanes) top = larger(top, load(keys + i));
+  const i32v best = splat(largest(top));
+  for (int64_t i = 0; i < padded; i += lanes) {
+    const i32v hit = load(keys + i) == best;
+    if (!any(hit)) continue;
+    const int64_t index = i + first_lane(hit);
+    keys[index] = excluded;
+    return index;
+  }
+  return 0;
+}
+
+struct Router {
+  int64_t N, E, K, groups, top_groups;
+  bool softmax, top2, normalize;
+  float scale;
+
+  explicit Router(Args& args) {
+    N = args.size();
+    E = args.size();
+    K = args.size();
+    groups = args.size();
+    top_groups = args.size();
+    softmax = args.flag();
+    top2 = args.flag();
+    normalize = args.flag();
+    scale = args.f32();
+  }
+  int64_t padded(int64_t n) const { return static_cast<int64_t>(round_up(static_cast<size_t>(n), 16)); }
+
+  // Sum of the two best, or the best: NaN among them ranks the group last (a maximum is NaN when one element is).
+  float group_score(const float* choice, int64_t n) const {
+    float first = lowest, second = lowest;
+    bool nan = false;
+    for (int64_t i = 0; i < n; i++) {
+      const float x = choice[i];
+      nan |= x != x;
+      const float smaller = x < first ? x : first;
+      first = x > first ? x : first;
+      second = smaller > second ? smaller : second;
+    }
+    if (!top2) return nan ? lowest : first;
+    return n == 1 ? first : first + second;
+  }
+
+  // `choice` [padded E] floats, `keys` [padded E], `group_keys` [padded groups]
+  void row(const float* logits, const float* bias, float* weights, int32_t* indices, float* scores, float* choice, int32_t* keys,
+           int32_t* group_keys) const {
+    if (softmax) {
+      row_softmax(E, logits, scores);
+    } else {
+      each_vector(E, [&](int64_t i, int count) { store_some(scores + i, sigmoid(load_some(logits + i, count)), count); });
+    }
+    each_vector(E, [&](int64_t i, int count) {
+      const f32v c = load_some(scores + i, count) + load_some(bias + i, count);
+      store_some(choice + i, c, count);
+      store_some(keys + i, key_of(c), count);
+    });
+    if (top_groups < groups) {
+      const int64_t size = E / groups;
+      for (int64_t g = 0; g < groups; g++) group_keys[g] = key_of(group_score(choice + g * size, size));
+      // Kept groups get the largest key; nothing else can have it, as that would be a NaN.
+      constexpr int32_t kept = std::numeric_limits<int32_t>::max();
+      int64_t chosen[64];
+      if (top_groups <= 64) {
+        for (int64_t i = 0; i < top_groups; i++) chosen[i] = take_largest(group_keys, padded(groups));
+        for (int64_t i = 0; i < top_groups; i++) group_keys[chosen[i]] = kept;
+      } else {
+        for (int64_t i = 0; i < top_groups; i++) {
+          int64_t best = -1;
+          for (int64_t g = 0; g < groups; g++) {
+            if (group_keys[g] != kept && (best < 0 || group_keys[g] > group_keys[best])) best = g;
+          }
+          group_keys[best] = kept;
+        }
+      }
+      for (int64_t g = 0; g < groups; g++) {
+        if (group_keys[g] == kept) continue;
+        for (int64_t i = g * size; i < (g + 1) * size; i++) keys[i] = excluded;
+      }
+    }
+    float total = 0;
+    for (int64_t k = 0; k < K; k++) {
+      const int64_t e = take_largest(keys, padded(E));
+      indices[k] = static_cast<int32_t>(e);
+      weights[k] = scores[e];
+      total += scores[e];
+    }
+    const float divisor = normalize ? total + 1e-20f : 1;
+    for (int64_t k = 0; k < K; k++) weights[k] = weights[k] / divisor * scale;
+  }
+};
+
+}  // namespace
+
+// weights, indices, scores, logits, bias, N, E, K, groups, topGroups, softmax, top2, normalize, scale
+MOE_KERNEL(moe_router_topk_fwd_f32) {
+  float* weights = args.ptr<float>();
+  int32_t* indices = args.ptr<int32_t>();
+  float* scores = args.ptr<float>();
+  const float* logits = args.ptr<const float>();
+  const float* bias = args.ptr<const float>();
+  const Router router(args);
+  const int64_t E = router.E, K = router.K, padded = router.padded(E), padded_groups = router.padded(router.groups);
+  const size_t each = static_cast<size_t>(2 * padded + padded_groups) * 4;
+  Scratch scratch(each * static_cast<size_t>(max_threads()));
+  parallel_for(router.N, 4096 / (E * (2 + K / 4) + 16), [&](int64_t begin, int64_t end, int worker) {
+    float* choice = scratch.as<float>(each * static_cast<size_t>(worker));
+    int32_t* keys = reinterpret_cast<int32_t*>(choice + padded);
+    int32_t* group_keys = keys + padded;
+    std::fill(keys, keys + padded + padded_groups, excluded);
+    for (int64_t n = begin; n < end; n++) {
+      router.row(logits + n * E, bias, weights + n * K, indices + n * K, scores + n * E, choice, keys, group_keys);
+    }
+  });
+}
+
+// dlogits, scores, indices, dweights, dscores, then as above
+MOE_KERNEL(moe_router_topk_bwd_f32) {
+  float* dlogits = args.ptr<float>();
+  const float* scores = args.ptr<const float>();
+  const int32_t* indices = args.ptr<const int32_t>();
+  const float* dweights = args.ptr<const float>();
+  const float* dscores = args.ptr<const float>();
+  const Router router(args);
+  const int64_t E = router.E, K = router.K;
+  parallel_for(router.N, 8192 / std::max<int64_t>(1, E + 4 * K), [&](int64_t begin, int64_t end, int) {
+    for (int64_t n = begin; n < end; n++) {
+      const float *s = scores + n * E, *dw = dweights + n * K;
+      const int32_t* index = indices + n * K;
+      float* d = dlogits + n * E;
+      std::memcpy(d, dscores + n * E, static_cast<size_t>(E) * 4);
+      float total = 1e-20f, dot = 0;
+      if (router.normalize) {
+        for (int64_t k = 0; k < K; k++) {
+          total += s[index[k]];
+          dot += dw[k] * s[index[k]];
+        }
+      }
+      for (int64_t k = 0; k < K; k++) d[index[k]] += router.scale * (router.normalize ? (dw[k] - dot / total) / total : dw[k]);
+      if (router.softmax) {
+        const f32v mean = splat(row_sum(E, [&](int64_t i, int count) { return load_some(d + i, count) * load_some(s + i, count); }));
+        each_vector(E, [&](int64_t i, int count) {
+          store_some(d + i, load_some(s + i, count) * (load_some(d + i, count) - mean), count);
+        });
+      } else {
+        each_vector(E, [&](int64_t i, int count) {
+          const f32v score = load_some(s + i, count);
+          store_some(d + i, load_some(d + i, count) * score * (splat(1.0f) - score), count);
+        });
+      }
+    }
+  });
+}
