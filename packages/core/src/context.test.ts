@@ -119,6 +119,14 @@ test('noGrad does not record, nests, and ends with an exception too', () => {
   expect(isRecording()).toBe(true)
 })
 
+test('settings of a promise would end before its work: it is refused', async () => {
+  const refused = (op: string) =>
+    expect.objectContaining({ code: 'E_ATTR', op, message: expect.stringMatching(/synchronous function/) })
+  expect(() => noGrad(() => Promise.resolve(1))).toThrow(refused('noGrad'))
+  expect(() => withPrecision('bf16', () => Promise.resolve(1))).toThrow(refused('withPrecision'))
+  expect([isRecording(), currentPrecision()]).toEqual([true, 'f32'])
+})
+
 describe('precision policy', () => {
   /** Reference backend that notes the precision of every matrix product. */
   function noting(): { backend: Backend; seen: Precision[] } {

@@ -73,12 +73,23 @@ export async function firstAvailable(
   })
 }
 
-/** Runs `fn` without recording for gradients. */
+/** A setting ends when its function returns: what a promise does later would run without it. */
+function synchronous<T>(op: string, result: T): T {
+  if (!(result instanceof Promise)) return result
+  throw new MoeError({
+    code: 'E_ATTR',
+    op,
+    problem: 'the function returned a promise, and the setting would end before it settles',
+    fix: 'pass a synchronous function and await its result outside',
+  })
+}
+
+/** Runs a synchronous `fn` without recording for gradients. */
 export function noGrad<T>(fn: () => T): T {
   const before = context.recording
   context.recording = false
   try {
-    return fn()
+    return synchronous('noGrad', fn())
   } finally {
     context.recording = before
   }
@@ -91,14 +102,14 @@ export const isRecording = (): boolean => context.recording
 export const isRecomputing = (): boolean => context.recomputing
 
 /**
- * Runs `fn` with matrix products multiplied in the given precision (accumulation stays f32). Parameters, optimizer state and
+ * Runs a synchronous `fn` with matrix products multiplied in the given precision (accumulation stays f32). Parameters, optimizer state and
  * everything else stay f32. A backend without bf16 arithmetic multiplies in f32.
  */
 export function withPrecision<T>(precision: Precision, fn: () => T): T {
   const before = context.precision
   context.precision = precision
   try {
-    return fn()
+    return synchronous('withPrecision', fn())
   } finally {
     context.precision = before
   }

@@ -303,7 +303,7 @@ export class Tensor extends Scoped implements Value {
     const fits =
       starts.length === this.rank &&
       sizes.length === this.rank &&
-      this.shape.every((size, i) => starts[i] >= 0 && sizes[i] >= 0 && starts[i] + sizes[i] <= size)
+      this.shape.every((size, i) => isSize(starts[i]) && isSize(sizes[i]) && starts[i] + sizes[i] <= size)
     if (!fits) {
       throw shapeError('slice', `from [${starts}] of size [${sizes}] does not lie inside ${showShape(this.shape)}`)
     }
@@ -320,7 +320,7 @@ export class Tensor extends Scoped implements Value {
   }
   /** Adds `before[i]` and `after[i]` elements of `value` around axis i. */
   pad(before: readonly number[], after: readonly number[], value = 0): Tensor {
-    if (before.length !== this.rank || after.length !== this.rank || [...before, ...after].some(n => !(n >= 0))) {
+    if (before.length !== this.rank || after.length !== this.rank || ![...before, ...after].every(isSize)) {
       throw shapeError('pad', `before [${before}] and after [${after}] do not fit ${showShape(this.shape)}`)
     }
     return runTo(
@@ -345,6 +345,7 @@ function alive(op: string, tensor: Tensor): void {
 }
 
 function check(op: string, inputs: readonly Tensor[]): Backend {
+  if (inputs.length === 0) throw shapeError(op, 'there are no tensors', 'pass at least one')
   const { backend } = inputs[0]
   for (let i = 0; i < inputs.length; i++) {
     const input = inputs[i]
@@ -469,6 +470,14 @@ function unary(code: UnaryCode, x: Tensor): Tensor {
 
 /** A number beside a tensor becomes a scalar of the tensor's dtype and backend, which lives as long as the op needs it. */
 function withNumber(x: Tensor, value: number, op: (scalar: Tensor) => Tensor): Tensor {
+  if (x.dtype === 'i32' && !Number.isInteger(value)) {
+    throw new MoeError({
+      code: 'E_DTYPE',
+      op: 'number',
+      problem: `${value} beside a tensor of i32 would lose its fraction`,
+      fix: "cast the tensor with .cast('f32') first",
+    })
+  }
   const scalar = full([], value, { dtype: x.dtype, backend: x.backend })
   const out = op(scalar)
   if (out.node === null) scalar.dispose()
@@ -568,9 +577,21 @@ export interface CreateOptions {
   readonly backend?: Backend
 }
 
-/** Every element the same value. */
+const isSize = (n: number): boolean => Number.isInteger(n) && n >= 0
+
+function checkShape(op: string, shape: Shape): void {
+  for (let i = 0; i < shape.length; i++) {
+    if (!isSize(shape[i])) throw shapeError(op, `${shape[i]} in ${showShape(shape)} is not a size`)
+  }
+}
+
+/**
+ * Every element the same value.
+ * @throws MoeError E_SHAPE when a size is negative or no integer.
+ */
 export function full(shape: Shape, value: number, options: CreateOptions = {}): Tensor {
   const { dtype = 'f32', backend = defaultBackend() } = options
+  checkShape('full', shape)
   const specs: TensorSpec[] = [{ shape, dtype }]
   return new Tensor(backend, backend.primitives.fill([], { value }, specs)[0], shape, dtype)
 }
@@ -596,6 +617,7 @@ export function tensor(values: ArrayLike<number>, shape?: Shape, options: Create
 
 /** A tensor from a host array that already holds the dtype's bits. The array is copied. */
 export function fromHost(data: HostArray, shape: Shape, dtype: DType, backend = defaultBackend()): Tensor {
+  checkShape('fromHost', shape)
   if (sizeOf(shape) !== data.length) {
     throw shapeError('fromHost', `${data.length} values do not fill ${showShape(shape)} (${sizeOf(shape)})`)
   }

@@ -1,0 +1,42 @@
+import { describe, expect, test } from 'vitest'
+import { isMoeError, MoeError } from './errors.ts'
+
+describe('MoeError', () => {
+  const cause = new Error('below')
+  const error = new MoeError({
+    code: 'E_SHAPE',
+    op: 'matmul',
+    problem: 'inner sizes differ',
+    fix: 'transpose one',
+    details: { lhs: [2] },
+    cause,
+  })
+
+  test('reads `op: problem; fix`, and carries the same as data', () => {
+    expect(error.message).toBe('matmul: inner sizes differ; transpose one')
+    expect(error).toMatchObject({ name: 'MoeError', code: 'E_SHAPE', op: 'matmul', details: { lhs: [2] }, cause })
+    expect(error).toBeInstanceOf(Error)
+    expect(error.stack).toContain('errors.test.ts')
+  })
+
+  test('fix, details and cause may be missing', () => {
+    const plain = new MoeError({ code: 'E_NAN', op: 'step 3', problem: 'the loss is NaN' })
+    expect(plain.message).toBe('step 3: the loss is NaN')
+    expect(plain.details).toEqual({})
+    expect('cause' in plain).toBe(false)
+  })
+
+  test('is known by name and code, so that two copies of the package understand each other', () => {
+    class MoeErrorOfAnotherCopy extends Error {
+      override name = 'MoeError'
+      code = 'E_DTYPE'
+    }
+    expect(isMoeError(error)).toBe(true)
+    expect(isMoeError(error, 'E_SHAPE')).toBe(true)
+    expect(isMoeError(error, 'E_DTYPE')).toBe(false)
+    expect(isMoeError(new MoeErrorOfAnotherCopy(), 'E_DTYPE')).toBe(true)
+    expect(isMoeError(new Error('other'))).toBe(false)
+    expect(isMoeError({ name: 'MoeError', code: 'E_SHAPE' })).toBe(false)
+    expect(isMoeError(null)).toBe(false)
+  })
+})

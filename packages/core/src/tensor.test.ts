@@ -1,0 +1,254 @@
+import fc from 'fast-check'
+import { beforeEach, describe, expect, test } from 'vitest'
+import type { Backend } from './backend.ts'
+import { setDefaultBackend } from './context.ts'
+import { type DType, dtypes, encodeHost, toBf16 } from './dtype.ts'
+import { globalNorm } from './fused/adamw.ts'
+import { Parameter } from './nn/parameter.ts'
+import { referenceBackend } from './reference/index.ts'
+import { arange, concat, fromHost, full, ones, setRows, type Tensor, tensor, where, zeros } from './tensor.ts'
+
+let backend: Backend
+beforeEach(() => {
+  backend = referenceBackend()
+  setDefaultBackend(backend)
+})
+const list = async (t: Tensor) => Array.from(await t.values())
+const code = (wanted: string, message = /./) =>
+  expect.objectContaining({ code: wanted, message: expect.stringMatching(message) })
+
+describe('creation', () => {
+  test('shape and dtype follow from the values', async () => {
+    expect(tensor([1, 2])).toMatchObject({ shape: [2], dtype: 'f32' })
+    expect(tensor(Int32Array.of(1, 2, 3), [3, 1])).toMatchObject({ shape: [3, 1], dtype: 'i32' })
+    expect(tensor(Uint8Array.of(1))).toMatchObject({ dtype: 'u8' })
+    expect(tensor([1.5], [], { dtype: 'bf16' })).toMatchObject({ shape: [], dtype: 'bf16', rank: 0, size: 1 })
+    expect(await list(zeros([2, 1]))).toEqual([0, 0])
+    expect(await list(ones([2], { dtype: 'u8' }))).toEqual([1, 1])
+    expect(await list(full([2], -3, { dtype: 'i32' }))).toEqual([-3, -3])
+    expect(await list(arange(4))).toEqual([0, 1, 2, 3])
+    expect(await list(zeros([3, 0]))).toEqual([])
+  })
+
+  test('copies the array it is given, and hands out fresh ones', async () => {
+    const data = Float32Array.of(1, 2)
+    const x = tensor(data)
+    data[0] = 9
+    const first = await x.values()
+    first[1] = 9
+    expect(await list(x)).toEqual([1, 2])
+  })
+
+  test('16- and 8-bit floats: numbers are encoded, host arrays are bits', async () => {
+    const rounded = tensor([1.01], [1], { dtype: 'bf16' })
+    expect(await rounded.data()).toEqual(Uint16Array.of(toBf16(1.01)))
+    expect(await list(rounded)).toEqual([1.0078125])
+    expect(await list(fromHost(Uint16Array.of(0x3c00), [1], 'f16'))).toEqual([1])
+    expect(await list(fromHost(Uint8Array.of(0x7e), [1], 'f8e4m3'))).toEqual([448])
+  })
+
+  test('impossible shapes are refused before a backend sees them', () => {
+    for (const shape of [[-1], [2.5], [Number.NaN], [-2, -3]]) {
+      expect(() => zeros(shape), `zeros ${shape}`).toThrow(code('E_SHAPE', /is not a size/))
+      expect(() => tensor([1, 2, 3, 4, 5, 6], shape), `tensor ${shape}`).toThrow(code('E_SHAPE'))
+    }
+    expect(() => tensor([1, 2, 3], [2])).toThrow(code('E_SHAPE', /3 values do not fill \[2\] \(2\)/))
+    expect(() => arange(-1)).toThrow(code('E_SHAPE'))
+    expect(() => arange(2.5)).toThrow(code('E_SHAPE'))
+  })
+})
+
+describe('reading', () => {
+  test('item needs exactly one element', async () => {
+    expect(await tensor([7], [1, 1]).item()).toBe(7)
+    await expect(tensor([7, 8]).item()).rejects.toMatchObject(
+      code('E_SHAPE', /\[2\] has 2 elements, needs 1; reduce it/),
+    )
+  })
+
+  test('to copies to another backend', async () => {
+    const other = referenceBackend()
+    const x = tensor([1, 2])
+    const y = await x.to(other)
+    x.dispose()
+    expect(y.backend).toBe(other)
+    expect(await list(y)).toEqual([1, 2])
+  })
+})
+
+describe('numbers beside tensors', () => {
+  test('take the dtype and backend of the tensor, and leave no handle', async () => {
+    const other = referenceBackend()
+    const x = tensor(Int32Array.of(7, -7), [2], { backend: other })
+    expect(await list(x.div(2))).toEqual([3, -3])
+    expect(await list(x.eq(7))).toEqual([1, 0])
+    expect(other.stats().handles).toBe(3)
+    expect(backend.stats().handles).toBe(0)
+  })
+
+  test('a fraction beside integers is refused, not cut off', () => {
+    const x = tensor(Int32Array.of(1, 2))
+    expect(() => x.mul(0.5)).toThrow(code('E_DTYPE', /0\.5.*i32.*cast\('f32'\)/))
+    expect(() => x.lt(Number.POSITIVE_INFINITY)).toThrow(code('E_DTYPE'))
+  })
+})
+
+describe('dtypes', () => {
+  const allowed: Record<string, readonly DType[]> = {
+    exp: ['f32'],
+    abs: ['f32', 'i32'],
+    add: ['f32', 'i32'],
+    pow: ['f32'],
+    sum: ['f32', 'i32'],
+    topk: ['f32'],
+    matmul: ['f32'],
+    lt: ['f32', 'i32'],
+    reshape: dtypes,
+    permute: dtypes,
+    slice: dtypes,
+    cast: dtypes,
+  }
+  const ops: Record<string, (x: Tensor) => unknown> = {
+    exp: x => x.exp(),
+    abs: x => x.abs(),
+    add: x => x.add(x),
+    pow: x => x.pow(x),
+    sum: x => x.sum(),
+    topk: x => x.topk(1),
+    matmul: x => x.matmul(x, { transposeB: true }),
+    lt: x => x.lt(x),
+    reshape: x => x.reshape([2, 1]),
+    permute: x => x.permute([1, 0]),
+    slice: x => x.narrow(1, 0, 1),
+    cast: x => x.cast('f32').cast('bf16'),
+  }
+  for (const [name, op] of Object.entries(ops)) {
+    test(`${name} takes ${allowed[name].join(', ')} and refuses the rest with what to do`, () => {
+      for (const dtype of dtypes) {
+        const x = fromHost(encodeHost(dtype, [1, 2]), [1, 2], dtype)
+        if (allowed[name].includes(dtype)) op(x)
+        else expect(() => op(x), dtype).toThrow(code('E_DTYPE', new RegExp(`${dtype}.*cast it with .cast\\('f32'\\)`)))
+      }
+    })
+  }
+
+  test('two dtypes do not mix', () => {
+    const [x, i] = [tensor([1]), tensor(Int32Array.of(1))]
+    const mixed = code('E_DTYPE', /dtypes differ, lhs f32 rhs i32; cast one of them/)
+    expect(() => x.add(i)).toThrow(mixed)
+    expect(() => x.lt(i)).toThrow(mixed)
+    expect(() => concat([x, i])).toThrow(mixed)
+    expect(() => where(x.lt(2), x, i)).toThrow(mixed)
+    expect(() => where(x, x, x)).toThrow(code('E_DTYPE', /condition has dtype f32, needs u8/))
+    expect(() => x.takeRows(x)).toThrow(code('E_DTYPE', /index has dtype f32, needs i32/))
+  })
+})
+
+describe('products', () => {
+  test('leading axes are folded, and equal ones multiply batchwise', async () => {
+    const naive = (a: number[][], b: number[][]) =>
+      a.map(row => b[0].map((_, j) => row.reduce((s, x, k) => s + x * b[k][j], 0)))
+    const a = Array.from({ length: 12 }, (_, i) => i - 5)
+    const b = Array.from({ length: 12 }, (_, i) => (i % 5) - 2)
+    const matrix = (v: number[], rows: number, columns: number, at = 0) =>
+      Array.from({ length: rows }, (_, i) => v.slice((at + i) * columns, (at + i + 1) * columns))
+    const folded = tensor(a, [2, 2, 3]).matmul(tensor(b, [3, 4]))
+    expect(folded.shape).toEqual([2, 2, 4])
+    expect(await list(folded)).toEqual(naive(matrix(a, 4, 3), matrix(b, 3, 4)).flat())
+    const batched = tensor(a, [1, 2, 2, 3]).matmul(tensor(b, [1, 2, 3, 2]))
+    expect(batched.shape).toEqual([1, 2, 2, 2])
+    const expected = [0, 1].flatMap(i => naive(matrix(a, 2, 3, 2 * i), matrix(b, 3, 2, 3 * i)).flat())
+    expect(await list(batched)).toEqual(expected)
+  })
+
+  test('every pair of transpose flags is the product of the transposed matrices', async () => {
+    const sizes = fc.record({ m: fc.nat(3), k: fc.nat(3), n: fc.nat(3) })
+    const matrix = (rows: number, columns: number) =>
+      tensor(
+        Array.from({ length: rows * columns }, (_, i) => ((i * 7) % 11) - 5),
+        [rows, columns],
+      )
+    await fc.assert(
+      fc.asyncProperty(sizes, fc.boolean(), fc.boolean(), async ({ m, k, n }, transposeA, transposeB) => {
+        const a = transposeA ? matrix(k, m) : matrix(m, k)
+        const b = transposeB ? matrix(n, k) : matrix(k, n)
+        const flip = (t: Tensor, on: boolean) => (on ? t.permute([1, 0]) : t)
+        const plain = flip(a, transposeA).matmul(flip(b, transposeB))
+        expect(plain.shape).toEqual([m, n])
+        expect(await list(a.matmul(b, { transposeA, transposeB }))).toEqual(await list(plain))
+      }),
+      { seed: 9 },
+    )
+  })
+
+  test('sizes that differ are named with both shapes and a way out', () => {
+    expect(() => ones([2, 3, 8]).matmul(ones([4, 8]))).toThrow(
+      code('E_SHAPE', /^matmul: inner sizes differ, lhs \[6,8\] rhs \[4,8\]: 8 != 4; pass \{ transposeB: true \}/),
+    )
+    expect(() => ones([3]).matmul(ones([3, 2]))).toThrow(code('E_SHAPE', /needs matrices/))
+    expect(() => ones([2, 2, 3]).matmul(ones([3, 3, 2]))).toThrow(code('E_SHAPE', /leading axes differ/))
+  })
+})
+
+describe('movement', () => {
+  test('what does not fit is refused with both values', () => {
+    const x = zeros([2, 3])
+    const cases: Array<[() => unknown, RegExp]> = [
+      [() => x.reshape([4, 2]), /\[2,3\] has 6 elements, \[4,2\] does not/],
+      [() => x.reshape([-1, -1]), /./],
+      [() => x.reshape([-1, 4]), /./],
+      [() => x.permute([0, 0]), /axes \[0,0\] are not a permutation/],
+      [() => x.permute([0]), /not a permutation/],
+      [() => x.expand([2, 4]), /expand: shapes do not broadcast/],
+      [() => x.expand([3]), /\[2,3\] does not expand to \[3\]/],
+      [() => x.narrow(1, 2, 4), /does not lie inside \[2,3\]/],
+      [() => x.narrow(1, 2, 1), /does not lie inside/],
+      [() => x.narrow(1, 0.5, 1.5), /does not lie inside/],
+      [() => x.slice([0], [2]), /does not lie inside/],
+      [() => x.pad([0], [0]), /do not fit \[2,3\]/],
+      [() => x.pad([0, -1], [0, 0]), /do not fit/],
+      [() => x.pad([0, 0.5], [0, 0.5]), /do not fit/],
+      [() => concat([x, zeros([2, 4])]), /part 1 has shape \[2,4\], part 0 \[2,3\]; all sizes but that of axis 0/],
+      [() => concat([]), /concat: there are no tensors; pass at least one/],
+      [() => globalNorm([]), /globalNorm: there are no tensors; pass at least one/],
+      [() => x.topk(4), /k = 4 does not fit the last axis of \[2,3\]; pass 1 <= k/],
+      [() => zeros([]).takeRows(tensor(Int32Array.of(0))), /scalar and has no rows/],
+    ]
+    for (const [call, message] of cases) expect(call, `${call}`).toThrow(code('E_SHAPE', message))
+  })
+
+  test('one size of a reshape may be left open, also of nothing', () => {
+    expect(zeros([2, 3]).reshape([3, -1]).shape).toEqual([3, 2])
+    expect(zeros([0, 3]).reshape([3, -1]).shape).toEqual([3, 0])
+  })
+
+  test('asking for what is there already copies nothing', () => {
+    const x = zeros([2, 3])
+    expect(x.reshape([2, -1])).toBe(x)
+    expect(x.expand([2, 3])).toBe(x)
+    expect(x.narrow(0, 0, 2)).toBe(x)
+    expect(x.cast('f32')).toBe(x)
+    expect(concat([x])).toBe(x)
+  })
+})
+
+describe('donation', () => {
+  test('setRows uses its input up only when asked, and never a recorded one', async () => {
+    const index = tensor(Int32Array.of(1))
+    const plain = tensor([1, 2])
+    expect(await list(setRows(plain, index, tensor([9])))).toEqual([1, 9])
+    expect(await list(plain)).toEqual([1, 2])
+    setRows(plain, index, tensor([9]), { donate: true })
+    expect(plain.disposed).toBe(true)
+    const parameter = new Parameter(tensor([1, 2]))
+    setRows(parameter, index, tensor([9]), { donate: true })
+    expect(parameter.disposed).toBe(false)
+  })
+})
+
+test('tensors of two backends do not mix', () => {
+  const other: Backend = { ...referenceBackend(), name: 'elsewhere' }
+  expect(() => ones([2]).add(ones([2], { backend: other }))).toThrow(
+    code('E_BACKEND_MIX', /^binary: inputs live on reference and elsewhere; copy one with await x\.to\(backend\)/),
+  )
+})
