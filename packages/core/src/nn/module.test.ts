@@ -1,0 +1,170 @@
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { backward } from '../autograd/backward.ts'
+import type { Backend } from '../backend.ts'
+import { context, setDefaultBackend } from '../context.ts'
+import { Random } from '../random.ts'
+import { referenceBackend } from '../reference/index.ts'
+import { scope } from '../scope.ts'
+import { ones, type Tensor, tensor } from '../tensor.ts'
+import { Embedding, forkInit, type InitOptions, Linear, RmsNorm, SwigluMlp, seedDefaultRandom } from './layers.ts'
+import { disposeModule, Module, namedParameters, parameterCount, trainable, zeroGrad } from './module.ts'
+import { Parameter } from './parameter.ts'
+
+let backend: Backend
+beforeAll(() => {
+  backend = referenceBackend()
+  setDefaultBackend(backend)
+})
+afterAll(() => {
+  context.backend = null
+})
+
+class Experts extends Module {
+  up_proj = new Parameter(ones([2, 3]))
+  override readonly stacked = { up_proj: (i: number) => `${i}.up_proj.weight` }
+}
+
+class Block extends Module {
+  mlp: SwigluMlp
+  constructor(init: InitOptions) {
+    super()
+    this.mlp = new SwigluMlp(2, 3, forkInit(init, 'mlp'))
+  }
+}
+
+class Model extends Module {
+  embed = new Embedding(5, 2)
+  layers: Block[]
+  experts = new Experts()
+  head: Linear
+  bias = new Parameter(ones([2]), { trainable: false })
+  wrapper: Block
+  override readonly transparent = ['wrapper']
+  readonly size = 3
+  readonly notes = { unrelated: [1, 2] }
+  readonly #hidden = new Parameter(ones([9]))
+
+  constructor() {
+    super()
+    const init = { random: new Random(1) }
+    this.layers = [new Block(forkInit(init, '0')), new Block(forkInit(init, '1'))]
+    this.head = new Linear(2, 5, init)
+    this.head.weight = this.embed.weight
+    this.wrapper = new Block(init)
+  }
+
+  hidden(): Parameter {
+    return this.#hidden
+  }
+}
+
+describe('namedParameters', () => {
+  test('the path of fields is the key, in field order; shared parameters once, transparent names left out, private fields not visited', () => {
+    const model = new Model()
+    const names = (layer: string) => ['gate_proj', 'up_proj', 'down_proj'].map(name => `${layer}mlp.${name}.weight`)
+    expect(namedParameters(model).map(({ name }) => name)).toEqual([
+      'embed.weight',
+      ...names('layers.0.'),
+      ...names('layers.1.'),
+      'experts.up_proj',
+      'bias',
+      ...names(''),
+    ])
+    const byName = new Map(namedParameters(model, 'model').map(entry => [entry.name, entry]))
+    expect(byName.get('model.experts.up_proj')?.slices).toEqual([
+      'model.experts.0.up_proj.weight',
+      'model.experts.1.up_proj.weight',
+    ])
+    expect(byName.get('model.embed.weight')?.slices).toBeUndefined()
+    expect([...byName.values()].some(({ parameter }) => parameter === model.hidden())).toBe(false)
+    disposeModule(model)
+  })
+
+  test('a module inside itself is visited once', () => {
+    class Loop extends Module {
+      weight = new Parameter(ones([1]))
+      self: Module = this
+    }
+    expect(namedParameters(new Loop()).map(({ name }) => name)).toEqual(['weight'])
+  })
+})
+
+test('counting, gradients and freeing of a whole model', () => {
+  const model = new Model()
+  const mlp = 3 * 2 * 3
+  expect(parameterCount(model)).toBe(5 * 2 + 2 * 3 + 3 * mlp)
+  expect(trainable(model)).not.toContain(model.bias)
+  scope(() => backward(model.head.forward(model.embed.forward(tensor(Int32Array.of(1)))).sum()))
+  expect(model.embed.weight.grad).not.toBeNull()
+  zeroGrad(model)
+  expect(model.embed.weight.grad).toBeNull()
+  model.hidden().dispose()
+  disposeModule(model)
+  expect(namedParameters(model).every(({ parameter }) => parameter.disposed)).toBe(true)
+})
+
+describe('initialization', () => {
+  const values = async (layer: Linear) => Array.from(await layer.weight.values())
+
+  test('the same generator gives the same weights, another name others, on any backend', async () => {
+    const make = (name: string, on = backend) =>
+      new Linear(4, 4, { ...forkInit({ random: new Random(3) }, name), backend: on })
+    expect(await values(make('q'))).toEqual(await values(make('q', referenceBackend())))
+    expect(await values(make('q'))).not.toEqual(await values(make('k')))
+  })
+
+  test('modules without a generator each take the next stream, which a seed starts anew', async () => {
+    seedDefaultRandom(5)
+    const [a, b] = [new Linear(3, 3), new Linear(3, 3)]
+    expect(await values(a)).not.toEqual(await values(b))
+    seedDefaultRandom(5)
+    expect(await values(new Linear(3, 3))).toEqual(await values(a))
+    seedDefaultRandom(0)
+  })
+
+  test('normal with the deviation asked for; norms start at one', async () => {
+    const layer = new Linear(100, 100, { random: new Random(1), deviation: 0.5 })
+    const weights = await values(layer)
+    const deviation = Math.sqrt(weights.reduce((sum, x) => sum + x * x, 0) / weights.length)
+    expect(deviation).toBeCloseTo(0.5, 1)
+    expect(Array.from(await new RmsNorm(3).weight.values())).toEqual([1, 1, 1])
+  })
+})
+
+describe('Parameter', () => {
+  test('takes over the memory of the tensor it is made of and of what it is assigned', async () => {
+    const first = tensor([1, 2])
+    const parameter = new Parameter(first)
+    expect(first.disposed).toBe(true)
+    const handles = backend.stats().handles
+    const next = tensor([3, 4])
+    parameter.assign(next)
+    expect(next.disposed).toBe(true)
+    expect(Array.from(await parameter.values())).toEqual([3, 4])
+    expect(backend.stats().handles).toBe(handles)
+    parameter.dispose()
+  })
+
+  test('takes only its own shape, dtype and backend', () => {
+    const parameter = new Parameter(tensor([1, 2]))
+    const other: Backend = { ...referenceBackend(), name: 'elsewhere' }
+    const cases: Array<[Tensor, RegExp]> = [
+      [tensor([1]), /f32 \[2\] on reference cannot take f32 \[1\] on reference/],
+      [tensor(Int32Array.of(1, 2)), /cannot take i32 \[2\]/],
+      [tensor([1, 2], [2], { backend: other }), /on elsewhere/],
+    ]
+    for (const [next, message] of cases) {
+      expect(() => parameter.assign(next)).toThrow(message)
+      expect(next.disposed).toBe(false)
+    }
+  })
+
+  test('dispose frees its gradient too', () => {
+    const handles = backend.stats().handles
+    const parameter = new Parameter(tensor([1, 2]))
+    scope(() => backward(parameter.sum()))
+    expect(backend.stats().handles).toBe(handles + 2)
+    parameter.dispose()
+    expect(backend.stats().handles).toBe(handles)
+  })
+})

@@ -1,0 +1,181 @@
+import { beforeEach, describe, expect, test } from 'vitest'
+import type { Backend } from '../backend.ts'
+import { setDefaultBackend } from '../context.ts'
+import { type DType, encodeHost, type HostArray } from '../dtype.ts'
+import { isMoeError } from '../errors.ts'
+import { Random, randn } from '../random.ts'
+import { referenceBackend } from '../reference/index.ts'
+import { tensor, zeros } from '../tensor.ts'
+import { Linear, RmsNorm } from './layers.ts'
+import { Module, namedParameters } from './module.ts'
+import { Parameter } from './parameter.ts'
+import { entriesSource, loadStateDict, type StateEntry, stateDict } from './state-dict.ts'
+
+let backend: Backend
+beforeEach(() => {
+  backend = referenceBackend()
+  setDefaultBackend(backend)
+})
+
+class Experts extends Module {
+  up_proj: Parameter
+  down_proj: Parameter
+  override readonly stacked = {
+    up_proj: (i: number) => `${i}.up_proj.weight`,
+    down_proj: (i: number) => `${i}.down_proj.weight`,
+  }
+  constructor(random: Random) {
+    super()
+    this.up_proj = new Parameter(randn([3, 4, 2], random))
+    this.down_proj = new Parameter(randn([3, 2, 4], random))
+  }
+}
+
+class Model extends Module {
+  norm = new RmsNorm(2)
+  experts: Experts
+  head: Linear
+  counts = new Parameter(tensor(Int32Array.of(1, 2, 3)), { trainable: false })
+  constructor(seed: number) {
+    super()
+    const random = new Random(seed)
+    this.experts = new Experts(random)
+    this.head = new Linear(2, 5, { random })
+  }
+}
+
+const keys = [
+  'norm.weight',
+  'counts',
+  ...[0, 1, 2].map(i => `experts.${i}.up_proj.weight`),
+  ...[0, 1, 2].map(i => `experts.${i}.down_proj.weight`),
+  'head.weight',
+]
+const entry = (name: string, shape: number[], values: number[], dtype: DType = 'f32'): StateEntry => ({
+  name,
+  shape,
+  dtype,
+  data: async () => encodeHost(dtype, values),
+})
+const snapshot = (model: Module) =>
+  Promise.all(namedParameters(model).map(async ({ name, parameter }) => [name, Array.from(await parameter.values())]))
+
+describe('stateDict', () => {
+  test('names every stored tensor, stacked ones as their slices', () => {
+    const entries = stateDict(new Model(1))
+    expect(entries.map(({ name }) => name).toSorted()).toEqual(keys.toSorted())
+    const shapes = Object.fromEntries(entries.map(({ name, shape, dtype }) => [name, [dtype, ...shape]]))
+    expect(shapes['experts.1.up_proj.weight']).toEqual(['f32', 4, 2])
+    expect(shapes['counts']).toEqual(['i32', 3])
+  })
+
+  test('slices are the parts of the whole, read in any order and any number of times', async () => {
+    const model = new Model(1)
+    const whole = await model.experts.up_proj.values()
+    const byName = new Map(stateDict(model).map(item => [item.name, item]))
+    for (const i of [2, 0, 1, 1, 2, 0]) {
+      const slice = await (byName.get(`experts.${i}.up_proj.weight`) as StateEntry).data()
+      expect(slice).toEqual(whole.slice(i * 8, (i + 1) * 8))
+    }
+  })
+
+  test('stacked parameters are downloaded once for all their slices', async () => {
+    let downloads = 0
+    const counting: Backend = {
+      ...backend,
+      download: value => {
+        downloads++
+        return backend.download(value)
+      },
+    }
+    setDefaultBackend(counting)
+    for (const item of stateDict(new Model(1))) await item.data()
+    // norm, counts, head and the two stacks.
+    expect(downloads).toBe(5)
+  })
+})
+
+describe('loadStateDict', () => {
+  test('what one model stores another one loads', async () => {
+    const [from, to] = [new Model(1), new Model(2)]
+    const handles = backend.stats().handles
+    expect(await snapshot(to)).not.toEqual(await snapshot(from))
+    await loadStateDict(to, entriesSource(stateDict(from)))
+    expect(await snapshot(to)).toEqual(await snapshot(from))
+    expect(backend.stats().handles).toBe(handles)
+  })
+
+  test('lists every missing, unexpected and mis-shaped key at once, and changes nothing', async () => {
+    const model = new Model(1)
+    const before = await snapshot(model)
+    const stored = stateDict(new Model(2))
+      .filter(({ name }) => name !== 'counts' && name !== 'experts.1.down_proj.weight')
+      .map(item => (item.name === 'head.weight' ? entry('head.weight', [5, 3], new Array(15).fill(0)) : item))
+    stored.push(entry('experts.3.up_proj.weight', [4, 2], new Array(8).fill(0)), entry('bias', [1], [0]))
+    const error = await loadStateDict(model, entriesSource(stored)).then(
+      () => null,
+      (reason: unknown) => reason,
+    )
+    if (!isMoeError(error, 'E_STATE_DICT')) throw error
+    expect(error.details).toEqual({
+      missing: expect.arrayContaining(['counts', 'experts.1.down_proj.weight']),
+      unexpected: ['experts.3.up_proj.weight', 'bias'],
+      misshaped: ['head.weight: stored [5,3], model [5,2]'],
+    })
+    expect((error.details['missing'] as string[]).length).toBe(2)
+    for (const key of ['counts', 'experts.1.down_proj.weight', 'experts.3.up_proj.weight', 'bias', 'head.weight']) {
+      expect(error.message).toContain(key)
+    }
+    expect(error.message).toMatch(/2 missing[\s\S]*2 unexpected[\s\S]*1 of another shape[\s\S]*; build the model with/)
+    expect(await snapshot(model)).toEqual(before)
+  })
+
+  test('a slice of another shape is named by its own key', async () => {
+    const stored = stateDict(new Model(2)).map(item =>
+      item.name === 'experts.2.up_proj.weight' ? entry(item.name, [2, 4], new Array(8).fill(0)) : item,
+    )
+    await expect(loadStateDict(new Model(1), entriesSource(stored))).rejects.toThrow(
+      /experts\.2\.up_proj\.weight: stored \[2,4\], model \[4,2\]/,
+    )
+  })
+
+  test('keys may be ignored and parameters left as they are, when asked', async () => {
+    const model = new Model(1)
+    const before = await model.head.weight.values()
+    const stored = stateDict(new Model(2)).filter(({ name }) => name !== 'head.weight')
+    stored.push(entry('rotary.inv_freq', [1], [0]))
+    await loadStateDict(model, entriesSource(stored), {
+      ignore: key => key.startsWith('rotary.'),
+      optional: key => key === 'head.weight',
+    })
+    expect(await model.head.weight.values()).toEqual(before)
+  })
+
+  test('float dtypes are converted, in both directions', async () => {
+    class Half extends Module {
+      weight = new Parameter(zeros([3], { dtype: 'bf16' }))
+    }
+    class Single extends Module {
+      weight = new Parameter(zeros([3]))
+    }
+    const values = [1, -2.5, 0.375]
+    for (const dtype of ['f32', 'bf16', 'f16', 'f8e4m3'] as const) {
+      for (const model of [new Half(), new Single()]) {
+        const own = model.weight.dtype
+        await loadStateDict(model, entriesSource([entry('weight', [3], values, dtype)]))
+        expect(model.weight.dtype).toBe(own)
+        expect(Array.from(await model.weight.values())).toEqual(values)
+      }
+    }
+  })
+
+  test('a source that reads too little is refused', async () => {
+    class One extends Module {
+      weight = new Parameter(zeros([3]))
+    }
+    const model = new One()
+    const short = { ...entry('weight', [3], []), data: async (): Promise<HostArray> => new Float32Array(2) }
+    await expect(loadStateDict(model, entriesSource([short]))).rejects.toMatchObject({ code: 'E_SHAPE' })
+    expect(Array.from(await model.weight.values())).toEqual([0, 0, 0])
+  })
+})
