@@ -1,0 +1,58 @@
+import { Random } from '@moe/core'
+import { describe, expect, test } from 'vitest'
+import { availableIsas, runOp, testBackend } from '../../test-backend.ts'
+import { worstError } from '../worst-error.ts'
+
+const shapes = [
+  { B: 2, T: 5, H: 3, D: 16, R: 16 },
+  { B: 1, T: 33, H: 8, D: 48, R: 16 },
+  { B: 3, T: 2, H: 1, D: 7, R: 2 },
+  { B: 1, T: 3, H: 2, D: 700, R: 600 },
+  { B: 2, T: 100, H: 2, D: 64, R: 64 },
+  { B: 1, T: 0, H: 4, D: 8, R: 8 },
+  { B: 1, T: 4, H: 2, D: 5, R: 0 },
+  { B: 1, T: 9, H: 2, D: 40, R: 38 },
+]
+const kinds = [true, false].flatMap(interleaved => [true, false].map(perBatch => ({ interleaved, perBatch })))
+
+describe.each(await availableIsas())('%s', isa => {
+  test.each(shapes)('$B x $T x $H of $D, $R turned', async ({ B, T, H, D, R }) => {
+    const random = new Random(1)
+    const x = random.normal(B * T * H * D)
+    const shape = [B, T, H, D]
+    const half = R / 2
+    for (const { interleaved, perBatch } of kinds) {
+      const tableShape = perBatch ? [B, T, half] : [T, half]
+      const angles = random.normal((perBatch ? B : 1) * T * half)
+      const [cos, sin] = [angles.map(Math.cos), angles.map(Math.sin)]
+      for (const inverse of [false, true]) {
+        const y = Float64Array.from(x)
+        for (let position = 0; position < B * T * H; position++) {
+          const row = Math.floor(position / H) % (perBatch ? B * T : T)
+          for (let i = 0; i < half; i++) {
+            const at = position * D + D - R
+            const [p, q] = interleaved ? [at + 2 * i, at + 2 * i + 1] : [at + i, at + i + half]
+            const c = cos[row * half + i]
+            const s = inverse ? -sin[row * half + i] : sin[row * half + i]
+            y[p] = x[p] * c - x[q] * s
+            y[q] = x[q] * c + x[p] * s
+          }
+        }
+        const inputs = [
+          { data: x, shape },
+          { data: cos, shape: tableShape },
+          { data: sin, shape: tableShape },
+        ]
+        const bits: unknown[] = []
+        for (const threads of [1, 2]) {
+          const backend = await testBackend({ isa, threads })
+          const [got] = await runOp(backend, 'rope', inputs, { interleaved, inverse }, [{ shape, dtype: 'f32' }])
+          expect(worstError(got, y)).toBeLessThan(3e-7)
+          bits.push(got)
+          backend.dispose()
+        }
+        expect(bits[1]).toEqual(bits[0])
+      }
+    }
+  })
+})
