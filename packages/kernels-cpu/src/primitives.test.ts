@@ -259,7 +259,7 @@ describe.each(await availableIsas())('%s', isa => {
       const label = `${op} ${JSON.stringify(attrs)} of ${inputs.map(x => `${x.dtype}[${x.shape}]`).join(' ')}`
       const actual = await runOp(ours, op, inputs, attrs as never, outputs)
       const expected = await runOp(reference, op, inputs, attrs as never, outputs)
-      outputs.forEach((_, k) => assertClose(label, actual[k], expected[k], tolerance))
+      for (let k = 0; k < outputs.length; k++) assertClose(label, actual[k], expected[k], tolerance)
     }
     expect(ours.stats().handles).toBe(0)
     ours.dispose()
@@ -314,7 +314,7 @@ test.each(large.map(call => [`${call.op} ${JSON.stringify(call.attrs)} of [${cal
     }
     for (const result of results.slice(1)) expect(result).toEqual(results[0])
     const expected = await runOp(referenceBackend(), op, inputs, attrs as never, outputs)
-    expected.forEach((data, k) => assertClose(op, results[0][k], data, { relative: 1e-5, absolute: 1e-3 }))
+    for (let k = 0; k < expected.length; k++) assertClose(op, results[0][k], expected[k], { relative: 1e-5, absolute: 1e-3 })
     expect(results[0][0]).not.toEqual(hostArray(outputs[0].dtype, results[0][0].length))
   },
 )

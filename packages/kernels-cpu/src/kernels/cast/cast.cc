@@ -6,35 +6,39 @@ using namespace moe;
 
 namespace {
 
-constexpr int block = 512;
+constexpr int64_t block = 512;
 constexpr int64_t grain = 16384;
 
 // --- one block to and from f32 ---
 
 struct F32 {
   using Type = float;
-  static void decode(float* y, const float* x, int n) { std::memcpy(y, x, static_cast<size_t>(n) * 4); }
-  static void encode(float* y, const float* x, int n) { std::memcpy(y, x, static_cast<size_t>(n) * 4); }
+  static void decode(float* y, const float* x, int64_t n) { std::memcpy(y, x, static_cast<size_t>(n) * 4); }
+  static void encode(float* y, const float* x, int64_t n) { std::memcpy(y, x, static_cast<size_t>(n) * 4); }
 };
 
 // A storage format of narrow elements with vector conversions.
 template <class Element, class Vector, f32v (*Decode)(Vector), Vector (*Encode)(f32v)>
 struct Narrow {
   using Type = Element;
-  static void decode(float* y, const Element* x, int n) {
-    for (int i = 0; i < n; i += lanes) {
-      const int count = std::min(lanes, n - i);
+  static void decode(float* y, const Element* x, int64_t n) {
+    each_vector(n, [&](int64_t i, int count) {
       Vector v{};
-      std::memcpy(&v, x + i, sizeof(Element) * static_cast<size_t>(count));
+      copy(&v, x + i, count);
       store_some(y + i, Decode(v), count);
-    }
+    });
   }
-  static void encode(Element* y, const float* x, int n) {
-    for (int i = 0; i < n; i += lanes) {
-      const int count = std::min(lanes, n - i);
+  static void encode(Element* y, const float* x, int64_t n) {
+    each_vector(n, [&](int64_t i, int count) {
       const Vector v = Encode(load_some(x + i, count));
-      std::memcpy(y + i, &v, sizeof(Element) * static_cast<size_t>(count));
-    }
+      copy(y + i, &v, count);
+    });
+  }
+
+ private:
+  // With a constant size where possible, so that it is one move.
+  static __attribute__((always_inline)) void copy(void* to, const void* from, int count) {
+    count == lanes ? std::memcpy(to, from, sizeof(Vector)) : std::memcpy(to, from, sizeof(Element) * static_cast<size_t>(count));
   }
 };
 
@@ -53,11 +57,11 @@ using F8 = Narrow<uint8_t, u8v, decode_f8, encode_f8>;
 // Truncation toward zero, saturated, NaN to 0.
 struct I32 {
   using Type = int32_t;
-  static void decode(float* y, const int32_t* x, int n) {
-    for (int i = 0; i < n; i++) y[i] = static_cast<float>(x[i]);
+  static void decode(float* y, const int32_t* x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] = static_cast<float>(x[i]);
   }
-  static void encode(int32_t* y, const float* x, int n) {
-    for (int i = 0; i < n; i++) {
+  static void encode(int32_t* y, const float* x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
       const float v = x[i];
       const bool fits = v > -2147483648.0f && v < 2147483648.0f;
       const int32_t outside = v >= 2147483648.0f ? 2147483647 : v <= -2147483648.0f ? -2147483647 - 1 : 0;
@@ -68,11 +72,11 @@ struct I32 {
 
 struct U8 {
   using Type = uint8_t;
-  static void decode(float* y, const uint8_t* x, int n) {
-    for (int i = 0; i < n; i++) y[i] = static_cast<float>(x[i]);
+  static void decode(float* y, const uint8_t* x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] = static_cast<float>(x[i]);
   }
-  static void encode(uint8_t* y, const float* x, int n) {
-    for (int i = 0; i < n; i++) {
+  static void encode(uint8_t* y, const float* x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
       const float v = x[i];
       const float low = v > 0.0f ? v : 0.0f;  // NaN and negatives to 0
       y[i] = static_cast<uint8_t>(static_cast<int32_t>(low < 255.0f ? low : 255.0f));
@@ -88,9 +92,11 @@ void cast(Args& args) {
   parallel_for(
       n, grain,
       [&](int64_t begin, int64_t end, int) {
+        if constexpr (std::is_same_v<From, F32>) return To::encode(y + begin, x + begin, end - begin);
+        if constexpr (std::is_same_v<To, F32>) return From::decode(y + begin, x + begin, end - begin);
         alignas(64) float buffer[block];
         for (int64_t i = begin; i < end; i += block) {
-          const int count = static_cast<int>(std::min<int64_t>(block, end - i));
+          const int64_t count = std::min(block, end - i);
           From::decode(buffer, x + i, count);
           To::encode(y + i, buffer, count);
         }

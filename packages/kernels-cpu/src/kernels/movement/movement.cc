@@ -6,22 +6,60 @@ using namespace moe;
 
 namespace {
 
+// memcpy for runs that are too short to be worth a call.
+template <class T>
+__attribute__((always_inline)) inline void copy_run(T* to, const T* from, int64_t n) {
+  constexpr int64_t step = lanes * 4 / static_cast<int64_t>(sizeof(T));
+  if (n < step) {
+    for (int64_t i = 0; i < n; i++) to[i] = from[i];
+  } else if (n <= 16 * step) {
+    // Whole vectors, the last one ending with the run.
+    for (int64_t i = 0; i < n - step; i += step) std::memcpy(to + i, from + i, lanes * 4);
+    std::memcpy(to + n - step, from + n - step, lanes * 4);
+  } else {
+    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+  }
+}
+
+// Many runs without gaps: two plain loops inside, the other axes outside.
+template <class T>
+void copy_runs(T* y, const T* x, const Nest<2>& nest) {
+  const int64_t n = nest.inner(), rows = nest.total / n;
+  const int next = nest.rank - 2;
+  const int64_t next_y = nest.strides[0][next], next_x = nest.strides[1][next];
+  parallel_for(rows, std::max<int64_t>(1, 65536 / static_cast<int64_t>(sizeof(T)) / n), [&](int64_t begin, int64_t end, int) {
+    while (begin < end) {
+      int64_t rest = begin / nest.sizes[next], at_y = 0, at_x = 0;
+      const int64_t index = begin % nest.sizes[next];
+      for (int axis = next - 1; axis >= 0; axis--) {
+        const int64_t i = rest % nest.sizes[axis];
+        rest /= nest.sizes[axis];
+        at_y += i * nest.strides[0][axis];
+        at_x += i * nest.strides[1][axis];
+      }
+      const int64_t count = std::min(end - begin, nest.sizes[next] - index);
+      T* to = y + at_y + index * next_y;
+      const T* from = x + at_x + index * next_x;
+      for (int64_t i = 0; i < count; i++) copy_run(to + i * next_y, from + i * next_x, n);
+      begin += count;
+    }
+  });
+}
+
 // (y, x, nest of y and x): y[nest] = x[nest].
 template <class T>
 void copy_box(Args& args) {
   T* y = args.ptr<T>();
   const T* x = args.ptr<const T>();
   const Nest<2> nest(args);
+  if (nest.total == 0) return;
   const int64_t step_y = nest.inner_stride(0), step_x = nest.inner_stride(1);
+  if (step_y == 1 && step_x == 1 && nest.rank > 1 && nest.total / nest.inner() >= 64) return copy_runs(y, x, nest);
   each_row(nest, 65536 / static_cast<int64_t>(sizeof(T)), [&](int64_t, const int64_t* at, int64_t n) {
     T* to = y + at[0];
     const T* from = x + at[1];
     if (step_y == 1 && step_x == 1) {
-      if (n < 32) {
-        for (int64_t i = 0; i < n; i++) to[i] = from[i];
-      } else {
-        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
-      }
+      copy_run(to, from, n);
     } else if (step_y == 1 && step_x == 0) {
       std::fill_n(to, n, *from);
     } else {
@@ -34,11 +72,14 @@ void copy_box(Args& args) {
 
 constexpr int64_t tile = 64;
 
+// A square of 16 x 16 elements goes through `square`: every cache line of x is read at once and every line of y written at once,
+// because with strides of a power of two the lines of a whole tile fall into the same few cache sets.
+constexpr int64_t micro = 16;
+
 #if defined(__AVX2__)
-constexpr int64_t micro = 8;
-void transpose_micro(uint32_t* y, int64_t stride_y, const uint32_t* x, int64_t stride_x) {
+void transpose_8x8(float* to, const float* x, int64_t stride_x) {
   __m256 r[8], t[8];
-  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(x + i * stride_x));
+  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(x + i * stride_x);
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -50,26 +91,38 @@ void transpose_micro(uint32_t* y, int64_t stride_y, const uint32_t* x, int64_t s
     r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
   }
   for (int i = 0; i < 4; i++) {
-    _mm256_storeu_ps(reinterpret_cast<float*>(y + i * stride_y), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(reinterpret_cast<float*>(y + (i + 4) * stride_y), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
-}
-#elif defined(__x86_64__)
-constexpr int64_t micro = 4;
-void transpose_micro(uint32_t* y, int64_t stride_y, const uint32_t* x, int64_t stride_x) {
-  __m128 r[4];
-  for (int i = 0; i < 4; i++) r[i] = _mm_loadu_ps(reinterpret_cast<const float*>(x + i * stride_x));
-  _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
-  for (int i = 0; i < 4; i++) _mm_storeu_ps(reinterpret_cast<float*>(y + i * stride_y), r[i]);
-}
-#else
-constexpr int64_t micro = 4;
-void transpose_micro(uint32_t* y, int64_t stride_y, const uint32_t* x, int64_t stride_x) {
-  for (int i = 0; i < 4; i++) {
-    for (int j = 0; j < 4; j++) y[i * stride_y + j] = x[j * stride_x + i];
+    _mm256_storeu_ps(to + i * micro, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * micro, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
   }
 }
 #endif
+
+void transpose_micro(uint32_t* y, int64_t stride_y, const uint32_t* x, int64_t stride_x) {
+  alignas(64) uint32_t square[micro * micro];
+#if defined(__AVX2__)
+  float* to = reinterpret_cast<float*>(square);
+  const float* from = reinterpret_cast<const float*>(x);
+  for (int64_t q = 0; q < micro; q += 8) {
+    for (int64_t p = 0; p < micro; p += 8) transpose_8x8(to + p * micro + q, from + q * stride_x + p, stride_x);
+  }
+#elif defined(__x86_64__)
+  float* to = reinterpret_cast<float*>(square);
+  const float* from = reinterpret_cast<const float*>(x);
+  for (int64_t q = 0; q < micro; q += 4) {
+    for (int64_t p = 0; p < micro; p += 4) {
+      __m128 r[4];
+      for (int i = 0; i < 4; i++) r[i] = _mm_loadu_ps(from + (q + i) * stride_x + p);
+      _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+      for (int i = 0; i < 4; i++) _mm_storeu_ps(to + (p + i) * micro + q, r[i]);
+    }
+  }
+#else
+  for (int64_t q = 0; q < micro; q++) {
+    for (int64_t p = 0; p < micro; p++) square[p * micro + q] = x[q * stride_x + p];
+  }
+#endif
+  for (int64_t p = 0; p < micro; p++) std::memcpy(y + p * stride_y, square + p * micro, micro * 4);
+}
 
 template <class T>
 void transpose_tile(T* y, int64_t stride_y, const T* x, int64_t stride_x, int64_t sizes_p, int64_t sizes_q) {
@@ -93,6 +146,7 @@ void transpose(Args& args) {
   const T* x = args.ptr<const T>();
   const int64_t size_p = args.size(), size_q = args.size(), stride_y = args.size(), stride_x = args.size();
   const Nest<2> nest(args);
+  if (nest.total * size_p * size_q == 0) return;
   const int64_t tiles_p = (size_p + tile - 1) / tile, tiles_q = (size_q + tile - 1) / tile;
   const int64_t in_tile = std::min(tile, size_p) * std::min(tile, size_q);
   parallel_for(nest.total * tiles_p * tiles_q, std::max<int64_t>(1, 16384 / in_tile), [&](int64_t begin, int64_t end, int) {
