@@ -336,19 +336,23 @@ static void attention_forward(const Attention& a) {
     const size_t parts_at = each * static_cast<size_t>(max_threads());
     Scratch scratch(parts_at + part * 4 * static_cast<size_t>(units * chunks));
     float* parts = scratch.as<float>(parts_at);
-    parallel_tasks(units * chunks, [&](int64_t task, int worker) {
-      const int64_t which = task % units, index = task / units, head = which / blocks, b = head / a.G, g = head % a.G;
+    parallel_tasks(heads * chunks, [&](int64_t task, int worker) {
+      const int64_t head = task % heads, index = task / heads, b = head / a.G, g = head % a.G, limit = a.limit(b), begin = index * chunk;
+      if (begin >= limit) return;
       Carver carver(scratch.as<char>(each * static_cast<size_t>(worker)));
       ForwardMemory<Op> memory(carver, a, chunk);
+      const KeyTiles tiles = key_tiles<Op>(a, b, g, begin, std::min(limit, begin + chunk), memory);
       Block block;
-      block.place(a, b, g, which % blocks, a.limit(b));
-      const int64_t begin = index * chunk, end = std::min(block.keys, begin + chunk);
-      if (begin >= end) return;
-      pack_columns<Op>(block, a.q, a.Dk, sign, memory.q);
-      memory.out = parts + part * static_cast<size_t>(which * chunks + index);
-      attend_block<Op>(a, block, begin, end, unit, key_tiles<Op>(a, b, g, begin, end, memory), memory);
-      std::memcpy(memory.out + a.Dv * block_rows, block.max, sizeof block.max);
-      std::memcpy(memory.out + (a.Dv + 1) * block_rows, block.sum, sizeof block.sum);
+      for (int64_t i = 0; i < blocks; i++) {
+        block.place(a, b, g, i, limit);
+        const int64_t end = std::min(block.keys, begin + chunk);
+        if (begin >= end) continue;
+        pack_columns<Op>(block, a.q, a.Dk, sign, memory.q);
+        memory.out = parts + part * static_cast<size_t>((head * blocks + i) * chunks + index);
+        attend_block<Op>(a, block, begin, end, unit, tiles, memory);
+        std::memcpy(memory.out + a.Dv * block_rows, block.max, sizeof block.max);
+        std::memcpy(memory.out + (a.Dv + 1) * block_rows, block.sum, sizeof block.sum);
+      }
     });
     parallel_tasks(units, [&](int64_t which, int) {
       const int64_t head = which / blocks, b = head / a.G, g = head % a.G;

@@ -21,6 +21,12 @@ int32_t key_of(float x) {
   std::memcpy(&b, &plain, 4);
   return b ^ ((b >> 31) & 0x7fffffff);
 }
+float value_of(int32_t key) {
+  const int32_t b = key ^ ((key >> 31) & 0x7fffffff);
+  float x;
+  std::memcpy(&x, &b, 4);
+  return x;
+}
 
 MOE_INLINE i32v larger(i32v a, i32v b) {
 #if defined(__AVX512F__)
@@ -53,19 +59,40 @@ MOE_INLINE int first_lane(i32v mask) {
 #endif
 }
 
+// `x` with one lane excluded.
+MOE_INLINE i32v without(i32v x, int lane) {
+  i32v numbers;
+  for (int i = 0; i < lanes; i++) numbers[i] = i;
+  return select(numbers == lane, splat(excluded), x);
+}
+
 // Takes the largest of `keys` (a multiple of `lanes` of them, the rest excluded), the first of equals, and excludes it.
 MOE_INLINE int64_t take_largest(int32_t* keys, int64_t padded) {
   i32v top = load(keys);
   for (int64_t i = lanes; i < padded; i += lanes) top = larger(top, load(keys + i));
   const i32v best = splat(largest(top));
   for (int64_t i = 0; i < padded; i += lanes) {
-    const i32v hit = load(keys + i) == best;
+    const i32v here = load(keys + i), hit = here == best;
     if (!any(hit)) continue;
-    const int64_t index = i + first_lane(hit);
-    keys[index] = excluded;
-    return index;
+    const int lane = first_lane(hit);
+    store(keys + i, without(here, lane));  // whole vectors, because the next load wants them from the store buffer
+    return i + lane;
   }
   return 0;
+}
+
+// The two largest of n >= 1 keys; the second is `excluded` when there is one only.
+MOE_INLINE void two_largest(const int32_t* keys, int64_t n, int32_t& first, int32_t& second) {
+  i32v best = splat(excluded), next = best;
+  for (int64_t i = 0; i < n; i += lanes) {
+    const i32v x = load_some(keys + i, static_cast<int>(std::min<int64_t>(lanes, n - i)), excluded);
+    next = larger(next, select(x < best, x, best));
+    best = larger(best, x);
+  }
+  first = largest(best);
+  const int lane = first_lane(best == splat(first));
+  const i32v rest = without(best, lane);
+  second = std::max(largest(rest), static_cast<int32_t>(next[lane]));
 }
 
 struct Router {
@@ -86,19 +113,15 @@ struct Router {
   }
   int64_t padded(int64_t n) const { return static_cast<int64_t>(round_up(static_cast<size_t>(n), 16)); }
 
-  // Sum of the two best, or the best: NaN among them ranks the group last (a maximum is NaN when one element is).
-  float group_score(const float* choice, int64_t n) const {
-    float first = lowest, second = lowest;
-    bool nan = false;
+  // Rank of a group: by the sum of its two best, or by its best, where NaN among them ranks it last (as a maximum would be NaN).
+  int32_t group_key(const int32_t* keys, const float* choice, int64_t n) const {
+    int32_t first, second;
+    two_largest(keys, n, first, second);
+    if (top2) return n == 1 ? first : key_of(value_of(first) + value_of(second));
     for (int64_t i = 0; i < n; i++) {
-      const float x = choice[i];
-      nan |= x != x;
-      const float smaller = x < first ? x : first;
-      first = x > first ? x : first;
-      second = smaller > second ? smaller : second;
+      if (choice[i] != choice[i]) return key_of(lowest);
     }
-    if (!top2) return nan ? lowest : first;
-    return n == 1 ? first : first + second;
+    return first;
   }
 
   // `choice` [padded E] floats, `keys` [padded E], `group_keys` [padded groups]
@@ -116,7 +139,7 @@ struct Router {
     });
     if (top_groups < groups) {
       const int64_t size = E / groups;
-      for (int64_t g = 0; g < groups; g++) group_keys[g] = key_of(group_score(choice + g * size, size));
+      for (int64_t g = 0; g < groups; g++) group_keys[g] = group_key(keys + g * size, choice + g * size, size);
       // Kept groups get the largest key; nothing else can have it, as that would be a NaN.
       constexpr int32_t kept = std::numeric_limits<int32_t>::max();
       int64_t chosen[64];
