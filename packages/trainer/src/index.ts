@@ -34,3 +34,4 @@ export { type ProgressOptions, type ProgressStream, progress } from './report/pr
 export { writeSummary } from './report/summary.ts'
 export type { TrainResult } from './result.ts'
 export { type StepNumbers, type StepOptions, trainingStep } from './training-step.ts'
+export { train } from './train.ts'
