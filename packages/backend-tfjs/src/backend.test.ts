@@ -71,6 +71,17 @@ test('bytes count shared memory once', () => {
   expect(backend.stats().bytes).toBe(before)
 })
 
+test('dispose gives everything back', () => {
+  const own = tfjsBackend(tf)
+  const before = buffers()
+  const x = full([4], 1, { backend: own })
+  x.reshape([2, 2])
+  own.dispose()
+  expect({ ...own.stats(), peakBytes: 0 }).toEqual({ handles: 0, bytes: 0, peakBytes: 0 })
+  expect(buffers()).toBe(before)
+  x.dispose()
+})
+
 test('two backends live on one namespace, whichever is current', async () => {
   const other = tfjsBackend(tf, { backend: 'cpu' })
   const x = tensor([1, 2], [2], { backend: other })

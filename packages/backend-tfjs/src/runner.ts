@@ -39,6 +39,8 @@ export interface Runner {
   /** A handle on the same memory as `from`, which `tensor` names too. */
   share(from: Handle, tensor: TfTensor): TfHandle
   free(handle: Handle): void
+  /** Frees every handle that is left. */
+  dispose(): void
 }
 
 /** Backends whose kernels call other ops, which TensorFlow.js sends to whichever backend is current. */
@@ -49,7 +51,7 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
   const engine = tf.engine() as TfEngine
   const kernels = new Map<string, TfKernel>()
   const alone = selfContained.has(name)
-  let handles = 0
+  const live = new Set<TfHandle>()
   let bytes = 0
   let peakBytes = 0
 
@@ -101,18 +103,29 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
     })
   }
 
+  function hold(handle: TfHandle): TfHandle {
+    live.add(handle)
+    return handle
+  }
+
+  function free(handle: Handle): void {
+    const { tensor, storage } = handle as TfHandle
+    if (!live.delete(handle as TfHandle)) return
+    if (--storage.owners === 0) bytes -= storage.bytes
+    tensor.dispose()
+  }
+
   function own(tensor: TfTensor, dtype: DType): TfHandle {
     const storage: Storage = { bytes: sizeOf(tensor.shape) * dtypeBytes[dtype], owners: 1 }
-    handles++
     bytes += storage.bytes
     if (bytes > peakBytes) peakBytes = bytes
-    return { tensor, storage }
+    return hold({ tensor, storage })
   }
 
   return {
     name,
     backend,
-    stats: () => ({ handles, bytes, peakBytes }),
+    stats: () => ({ handles: live.size, bytes, peakBytes }),
     runAll,
     run: (kernel, inputs, attrs) => runAll(kernel, inputs, attrs)[0],
     adopt,
@@ -137,14 +150,11 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
       const { storage } = from as TfHandle
       tensor.kept = true
       storage.owners++
-      handles++
-      return { tensor, storage }
+      return hold({ tensor, storage })
     },
-    free(handle) {
-      const { tensor, storage } = handle as TfHandle
-      handles--
-      if (--storage.owners === 0) bytes -= storage.bytes
-      tensor.dispose()
+    free,
+    dispose() {
+      for (const handle of [...live]) free(handle)
     },
   }
 }

@@ -78,11 +78,11 @@ export function tfjsBackend(tf: TfNamespace, options: TfjsBackendOptions = {}): 
     download: async value => download(runner, value),
     free: handle => runner.free(handle),
     async sync() {
-      // Work is done in order, so one element of the last work is enough; cpu, wasm and tensorflow run as they are called.
-      if (!synchronous.has(name)) await flush(runner)
+      // Work is done in order, so the result of the last is enough; what runs on host memory is done when its call returns.
+      if (host === null) await flush(runner)
     },
     stats: runner.stats,
-    dispose() {},
+    dispose: runner.dispose,
   }
 }
 
