@@ -3,10 +3,10 @@
 //
 //   node scripts/doc-snippets.ts [FILE.md ...]
 //
-// A block becomes a module in docs/.snippets with as many empty lines before it as in its Markdown file, so that line
+// A block becomes a module in a folder below docs/.snippets with as many empty lines before it as in its Markdown file, so that line
 // numbers in compiler messages and stack traces are those of the Markdown file.
 import { spawn } from 'node:child_process'
-import { existsSync, globSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, globSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { dirname, join, resolve } from 'node:path'
 
@@ -17,14 +17,14 @@ interface Snippet {
   run: boolean
 }
 
-const folder = 'docs/.snippets'
+mkdirSync('docs/.snippets', { recursive: true })
+const folder = mkdtempSync('docs/.snippets/')
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }))
 const timeoutMs = 120_000
 
 const asked = process.argv.slice(2)
 const files =
   asked.length > 0 ? asked : globSync(['README.md', 'docs/**/*.md', 'packages/*/README.md'], { exclude: skip })
-rmSync(folder, { recursive: true, force: true })
-mkdirSync(folder, { recursive: true })
 
 const deadLinks: string[] = []
 const snippets = files.sort().flatMap(extract)
@@ -64,7 +64,7 @@ function extract(markdown: string): Snippet[] {
 /** One compiler run over all snippets; messages as `README.md:12:3: ...`. */
 async function typecheck(): Promise<string[]> {
   if (snippets.length === 0) return []
-  const config = { extends: '../../tsconfig.base.json', include: ['*.ts'] }
+  const config = { extends: '../../../tsconfig.base.json', include: ['*.ts'] }
   writeFileSync(join(folder, 'tsconfig.json'), JSON.stringify(config))
   const { code, output } = await execute('tsc', ['-p', folder, '--pretty', 'false'], '.')
   if (code === 0) return []
