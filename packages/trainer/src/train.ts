@@ -103,6 +103,8 @@ class Run {
   readonly log: MetricsLog | undefined
   /** Lines of the last tenth of the run, for the result. */
   readonly tail: MetricsLine[] = []
+  /** What the model's `afterStep` returns. */
+  readonly balanceNames = new Set<string>()
   step = 0
   tokens = 0
   trainSeconds = 0
@@ -235,8 +237,9 @@ class Run {
       gradNorm: numbers.gradNorm,
       tokens: this.tokens,
       tokensPerSecond: order.tokensPerStep / seconds,
-      metrics: numbers.metrics,
+      metrics: { ...numbers.metrics, ...numbers.after },
     }
+    for (const name in numbers.after) this.balanceNames.add(name)
     const line = metricsLine(event)
     this.log?.append(line)
     this.remember(line)
@@ -308,7 +311,9 @@ class Run {
       trainSeconds: this.trainSeconds,
       trainingLoss: mean(tail.map(({ nll }) => nll)),
       validation,
-      balance: meanOfOthers(tail),
+      balance: Object.fromEntries(
+        [...this.balanceNames].map(name => [name, mean(tail.flatMap(line => line[name] ?? []))]),
+      ),
       // maxRSS counts kilobytes.
       peakMemoryBytes: process.resourceUsage().maxRSS * 1024,
       peakDeviceBytes: stats.peakBytes,
@@ -354,13 +359,3 @@ class Run {
 }
 
 const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length
-
-const ownFields = new Set(['step', 'loss', 'nll', 'lr', 'gradNorm', 'tokens', 'tokensPerSecond'])
-
-/** Means of what the model logs. */
-function meanOfOthers(lines: readonly MetricsLine[]): Record<string, number> {
-  const names = new Set(lines.flatMap(line => Object.keys(line)).filter(name => !ownFields.has(name)))
-  return Object.fromEntries(
-    [...names].map(name => [name, mean(lines.flatMap(line => (name in line ? [line[name]] : [])))]),
-  )
-}

@@ -37,8 +37,10 @@ export interface StepNumbers {
   readonly count: number
   /** Norm of the gradient before clipping. */
   readonly gradNorm: number
-  /** What the model logs, and what its `afterStep` returned. */
+  /** What the model logs beside its loss, weighted like the loss. */
   readonly metrics: Readonly<Record<string, number>>
+  /** What its `afterStep` returned: `maxVio` and the like. */
+  readonly after: Readonly<Record<string, number>>
 }
 
 /**
@@ -68,8 +70,7 @@ export async function trainingStep(
     if (!finite) throw await nonFiniteStep(model, step, numbers)
     optimizer.step(lr, gradScale)
     zeroGradients(trained)
-    const after = await model.afterStep?.()
-    return after === undefined ? numbers : { ...numbers, metrics: { ...numbers.metrics, ...after } }
+    return { ...numbers, after: (await model.afterStep?.()) ?? {} }
   } finally {
     for (const tensor of held) tensor.dispose()
     zeroGradients(trained)
@@ -114,7 +115,7 @@ function summarize(parts: readonly Pass[], trained: readonly Parameter[], clip: 
   )
 }
 
-function average(parts: readonly Pass[], values: ArrayLike<number>, factor: number): StepNumbers {
+function average(parts: readonly Pass[], values: ArrayLike<number>, factor: number): Omit<StepNumbers, 'after'> {
   const count = parts.reduce((sum, part) => sum + part.count, 0)
   const metrics: Record<string, number> = {}
   let loss = 0
