@@ -1,6 +1,7 @@
 /** @file The tokenizer: text to ids and back, from tokenizer.json, from tiktoken's ranks, or trained here. */
 import { type AddedToken, AddedTokenFinder } from './added-tokens.ts'
 import type { EncodePool } from './batch/pool.ts'
+import { CutTable } from './bpe/cut-table.ts'
 import { Encoder, IdBuffer, PADDING, type PieceListener } from './bpe/encoder.ts'
 import { PieceMerger } from './bpe/merge-piece.ts'
 import { MergeTable } from './bpe/merge-table.ts'
@@ -108,7 +109,12 @@ export class BpeTokenizer {
       ? (bytes: Uint8Array, start: number, end: number) =>
           end - start > model.longest ? -1 : (model.idOf.get(spellBytes(bytes.subarray(start, end))) ?? -1)
       : undefined
-    this.#encoder = new Encoder(merger, this.#preTokenizer.scanner, whole)
+    this.#encoder = new Encoder(
+      merger,
+      this.#preTokenizer.scanner,
+      whole,
+      () => new CutTable(model.bytes, model.starts, model.lengths),
+    )
     const contentOf = (token: AddedToken) => this.#addedBytes.get(token.id)!
     this.#rawFinder = new AddedTokenFinder(
       added.filter(token => !token.normalized),

@@ -1,7 +1,8 @@
 /** @file The hot loop: bytes of a text between added tokens in, ids out, through the scanner, the cache and the merges. */
 import type { Scanner } from '../scan/scanner.ts'
+import type { CutTable } from './cut-table.ts'
 import type { PieceMerger } from './merge-piece.ts'
-import { hashBytes, hashKey, KEY_MASKS, LONG_KEY, PieceCache, SHORT_KEY, SLOT } from './piece-cache.ts'
+import { hashBytes, hashKey, KEY_MASKS, LONG_KEY, PieceCache, PROBES, SHORT_KEY, SLOT } from './piece-cache.ts'
 
 /** Zero bytes that must be readable past the end of a text, so that keys load in whole words. */
 export const PADDING = 16
@@ -26,25 +27,33 @@ export class IdBuffer {
   }
 }
 
-/** Called for each piece with its place in the bytes and the number of ids that it gave. */
+/** Called for each piece with its place in the bytes and the number of ids that it gave, which are then the last in the buffer. */
 export type PieceListener = (start: number, end: number, ids: number) => void
+
+/** Id of a piece that is a token as a whole, or -1. */
+export type WholeToken = (bytes: Uint8Array, start: number, end: number) => number
+
+/** Marks the length in the key of a part of a piece, which is merged even where it is a token as a whole. */
+const PART = 0x20
 
 export class Encoder {
   readonly #merger: PieceMerger
   readonly #scan: Scanner
-  /** Id of a piece that is a token as a whole, or -1; asked before merging. */
-  readonly #whole: ((bytes: Uint8Array, start: number, end: number) => number) | undefined
+  readonly #whole: WholeToken | undefined
+  readonly #makeCuts: () => CutTable
+  #cuts: CutTable | undefined
   readonly #cache = new PieceCache()
   readonly #ends = new Int32Array(4096)
 
-  constructor(
-    merger: PieceMerger,
-    scan: Scanner,
-    whole: ((bytes: Uint8Array, start: number, end: number) => number) | undefined,
-  ) {
+  /**
+   * @param whole asked for each piece before it is merged, where the vocabulary says so (`ignore_merges`)
+   * @param makeCuts made on the first long piece
+   */
+  constructor(merger: PieceMerger, scan: Scanner, whole: WholeToken | undefined, makeCuts: () => CutTable) {
     this.#merger = merger
     this.#scan = scan
     this.#whole = whole
+    this.#makeCuts = makeCuts
   }
 
   /** Appends the ids of `bytes[start..end)`; `view` is over the same bytes, which are readable for PADDING more. */
@@ -56,8 +65,8 @@ export class Encoder {
     let pos = start
     while (pos < end) {
       const count = scan(bytes, pos, end, ends)
-      const last = ends[count - 1]
-      out.reserve(last - pos + 3)
+      // One id a byte at most, and three may be written where one is kept.
+      out.reserve(ends[count - 1] - pos + 3)
       const ids = out.ids
       let length = out.length
       let slots = cache.slots
@@ -73,73 +82,32 @@ export class Encoder {
           const k1 = view.getInt32(from + 4, true) & masks[row + 1]
           const k2 = view.getInt32(from + 8, true) & masks[row + 2]
           const k3 = view.getInt32(from + 12, true) & masks[row + 3]
-          const hash = hashKey(k0, k1, k2, k3, width)
-          const limit = slots.length - 1
-          let slot = (hash >>> shift) * SLOT
-          let probes = 8
-          let meta = slots[slot + 4]
-          while (meta !== 0) {
-            if (
-              (meta & 0xff) === width &&
-              slots[slot] === k0 &&
-              slots[slot + 1] === k1 &&
-              slots[slot + 2] === k2 &&
-              slots[slot + 3] === k3
-            ) {
-              break
+          const slot = (hashKey(k0, k1, k2, k3, width) >>> shift) * SLOT
+          const meta = slots[slot + 4]
+          if (
+            (meta & 0xff) === width &&
+            slots[slot] === k0 &&
+            slots[slot + 1] === k1 &&
+            slots[slot + 2] === k2 &&
+            slots[slot + 3] === k3 &&
+            meta < 0x400
+          ) {
+            // Nearly every piece: in its first slot, three ids at most.
+            ids[length] = slots[slot + 5]
+            if (meta >= 0x200) {
+              ids[length + 1] = slots[slot + 6]
+              ids[length + 2] = slots[slot + 7]
             }
-            if (--probes === 0) {
-              meta = 0
-              break
-            }
-            slot = (slot + SLOT) & limit
-            meta = slots[slot + 4]
-          }
-          if (meta !== 0) {
-            const tokens = meta >>> 8
-            if (tokens <= 3) {
-              // Writing three and keeping some costs less than a loop; room is reserved for it.
-              ids[length] = slots[slot + 5]
-              if (tokens > 1) {
-                ids[length + 1] = slots[slot + 6]
-                ids[length + 2] = slots[slot + 7]
-              }
-              length += tokens
-            } else {
-              const pool = cache.pool
-              const place = slots[slot + 5]
-              for (let t = 0; t < tokens; t++) ids[length + t] = pool[place + t]
-              length += tokens
-            }
+            length += meta >>> 8
           } else {
-            const tokens = this.#merge(bytes, from, pos)
-            const made = this.#merger.out
-            for (let t = 0; t < tokens; t++) ids[length + t] = made[t]
-            length += tokens
-            cache.put(k0, k1, k2, k3, hash, width, made, tokens)
+            length = this.#short(bytes, view, from, pos, width, ids, length)
             slots = cache.slots
             shift = 32 - cache.bits
           }
-        } else if (width <= LONG_KEY) {
-          const hash = hashBytes(bytes, from, width)
-          const place = cache.findLong(bytes, from, width, hash)
-          if (place >= 0) {
-            const pool = cache.pool
-            const tokens = cache.found
-            for (let t = 0; t < tokens; t++) ids[length + t] = pool[place + t]
-            length += tokens
-          } else {
-            const tokens = this.#merge(bytes, from, pos)
-            const made = this.#merger.out
-            for (let t = 0; t < tokens; t++) ids[length + t] = made[t]
-            length += tokens
-            cache.putLong(bytes, from, width, hash, made, tokens)
-            slots = cache.slots
-          }
         } else {
-          const tokens = this.#merge(bytes, from, pos)
-          ids.set(this.#merger.out.subarray(0, tokens), length)
-          length += tokens
+          length = this.#long(bytes, view, from, pos, ids, length)
+          slots = cache.slots
+          shift = 32 - cache.bits
         }
         if (listener !== undefined) {
           out.length = length
@@ -150,14 +118,96 @@ export class Encoder {
     }
   }
 
-  #merge(bytes: Uint8Array, start: number, end: number): number {
+  /** A piece or part of up to SHORT_KEY bytes: from the cache, or merged and put there. `mark` is its length, with PART for a part. */
+  #short(
+    bytes: Uint8Array,
+    view: DataView,
+    from: number,
+    to: number,
+    mark: number,
+    ids: Uint32Array,
+    length: number,
+  ): number {
+    const cache = this.#cache
+    const row = (to - from) << 2
+    const k0 = view.getInt32(from, true) & KEY_MASKS[row]
+    const k1 = view.getInt32(from + 4, true) & KEY_MASKS[row + 1]
+    const k2 = view.getInt32(from + 8, true) & KEY_MASKS[row + 2]
+    const k3 = view.getInt32(from + 12, true) & KEY_MASKS[row + 3]
+    const hash = hashKey(k0, k1, k2, k3, mark)
+    const slots = cache.slots
+    const limit = slots.length - 1
+    let slot = (hash >>> (32 - cache.bits)) * SLOT
+    for (let probe = 0; probe < PROBES; probe++) {
+      const meta = slots[slot + 4]
+      if (meta === 0) break
+      if (
+        (meta & 0xff) === mark &&
+        slots[slot] === k0 &&
+        slots[slot + 1] === k1 &&
+        slots[slot + 2] === k2 &&
+        slots[slot + 3] === k3
+      ) {
+        const tokens = meta >>> 8
+        if (tokens <= 3) for (let t = 0; t < tokens; t++) ids[length + t] = slots[slot + 5 + t]
+        else for (let t = 0; t < tokens; t++) ids[length + t] = cache.pool[slots[slot + 5] + t]
+        return length + tokens
+      }
+      slot = (slot + SLOT) & limit
+    }
+    const whole = mark < PART && this.#whole !== undefined ? this.#whole(bytes, from, to) : -1
+    let tokens = 1
+    if (whole >= 0) this.#merger.out[0] = whole
+    else tokens = this.#merger.merge(bytes, from, to)
+    const made = this.#merger.out
+    for (let t = 0; t < tokens; t++) ids[length + t] = made[t]
+    cache.put(k0, k1, k2, k3, hash, mark, made, tokens)
+    return length + tokens
+  }
+
+  /** A longer piece, cut where no token can lie across. */
+  #long(bytes: Uint8Array, view: DataView, from: number, to: number, ids: Uint32Array, length: number): number {
     if (this.#whole !== undefined) {
-      const id = this.#whole(bytes, start, end)
-      if (id >= 0) {
-        this.#merger.out[0] = id
-        return 1
+      const whole = this.#whole(bytes, from, to)
+      if (whole >= 0) {
+        ids[length] = whole
+        return length + 1
       }
     }
-    return this.#merger.merge(bytes, start, end)
+    // Bytes without a token vanish and make neighbours of others: then nothing is known about borders.
+    if (!this.#merger.complete) return this.#part(bytes, from, to, ids, length)
+    this.#cuts ??= this.#makeCuts()
+    const mark = this.#whole === undefined ? 0 : PART
+    for (let at = from; at < to; ) {
+      const next = this.#cuts.next(bytes, from, at, to)
+      length =
+        next - at <= SHORT_KEY
+          ? this.#short(bytes, view, at, next, (next - at) | mark, ids, length)
+          : this.#part(bytes, at, next, ids, length)
+      at = next
+    }
+    return length
+  }
+
+  #part(bytes: Uint8Array, from: number, to: number, ids: Uint32Array, length: number): number {
+    const width = to - from
+    const merger = this.#merger
+    if (width > LONG_KEY) {
+      const tokens = merger.merge(bytes, from, to)
+      ids.set(merger.out.subarray(0, tokens), length)
+      return length + tokens
+    }
+    const cache = this.#cache
+    const hash = hashBytes(bytes, from, width)
+    const place = cache.findLong(bytes, from, width, hash)
+    if (place >= 0) {
+      for (let t = 0; t < cache.found; t++) ids[length + t] = cache.pool[place + t]
+      return length + cache.found
+    }
+    const tokens = merger.merge(bytes, from, to)
+    const made = merger.out
+    for (let t = 0; t < tokens; t++) ids[length + t] = made[t]
+    cache.putLong(bytes, from, width, hash, made, tokens)
+    return length + tokens
   }
 }

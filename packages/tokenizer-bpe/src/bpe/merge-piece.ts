@@ -1,6 +1,6 @@
 /**
  * @file The merges of one piece: always the pair of lowest rank, of those the leftmost. Three ways that give the same tokens: a scan for short
- * pieces, ranks worked off in order for long ones (linear but for sorting the ranks), and a heap for vocabularies whose ranks do not rise.
+ * pieces, ranks worked off in order for long ones (linear but for sorting the ranks), and a heap where that does not work out.
  */
 import { type MergeTable, NO_RANK } from './merge-table.ts'
 
@@ -13,7 +13,8 @@ export class PieceMerger {
   /** Token for bytes that the vocabulary lacks, or -1: they vanish, as in Hugging Face tokenizers. */
   readonly #unknown: number
   readonly #fuseUnknown: boolean
-  readonly #complete: boolean
+  /** Whether every byte has a token. */
+  readonly complete: boolean
   readonly #symbol = new Int32Array(SHORT + 1)
   readonly #rank = new Int32Array(SHORT + 1)
   /** Tokens of the last piece; the caller copies what it keeps. */
@@ -24,14 +25,14 @@ export class PieceMerger {
     this.#byteToken = byteToken
     this.#unknown = unknown
     this.#fuseUnknown = fuseUnknown
-    this.#complete = byteToken.every(token => token >= 0)
+    this.complete = byteToken.every(token => token >= 0)
   }
 
   /** Merges `bytes[start..end)` into `out` and returns the number of tokens. */
   merge(bytes: Uint8Array, start: number, end: number): number {
     const length = end - start
     if (length > SHORT) return this.#long(this.#symbols(bytes, start, end))
-    if (!this.#complete) return this.#incomplete(bytes, start, end)
+    if (!this.complete) return this.#incomplete(bytes, start, end)
     const symbol = this.#symbol
     const rank = this.#rank
     const byteRank = this.table.byteRank
@@ -108,8 +109,8 @@ export class PieceMerger {
       next[i] = i + 1
       before[i] = i - 1
     }
-    if (this.table.rising) mergeByRank(this.table, symbols, next, before)
-    else mergeByHeap(this.table, symbols, next, before)
+    if (!new RankOrder(this.table, symbols, next, before).run(NO_RANK, 0))
+      mergeByHeap(this.table, symbols, next, before)
     const out = this.out
     let count = 0
     for (let i = 0; i < length; i = next[i]) out[count++] = symbols[i]
@@ -124,92 +125,128 @@ export class PieceMerger {
 }
 
 /**
- * Works off the ranks that occur in rising order. Positions of one rank form a doubly linked list; a merge makes only pairs of higher rank,
- * so a list is complete when its turn comes. Its order matters only for a token merged with itself, and only then it is sorted.
+ * Works off the ranks that occur in rising order. Positions of one rank form a doubly linked list. A merge nearly always makes pairs of higher
+ * rank only, so a list is complete when its turn comes; where it makes a lower one, that has its turn at once. The order of positions matters
+ * only for a token merged with itself, and only then they are sorted.
  */
-function mergeByRank(table: MergeTable, symbol: Int32Array, next: Int32Array, before: Int32Array): void {
-  const length = symbol.length
-  const rankAt = new Int32Array(length).fill(NO_RANK)
-  const listNext = new Int32Array(length)
-  const listBefore = new Int32Array(length)
-  const head = new Map<number, number>()
-  const queue = new RankQueue()
+class RankOrder {
+  readonly #table: MergeTable
+  readonly #symbol: Int32Array
+  readonly #next: Int32Array
+  readonly #before: Int32Array
+  readonly #rankAt: Int32Array
+  readonly #listNext: Int32Array
+  readonly #listBefore: Int32Array
+  /** First position of each rank, or -1. */
+  readonly #head: Int32Array
+  readonly #queue = new RankQueue()
 
-  const add = (at: number) => {
-    const rank = next[at] < length ? table.rank(symbol[at], symbol[next[at]]) : NO_RANK
-    rankAt[at] = rank
-    if (rank === NO_RANK) return
-    const first = head.get(rank) ?? -1
-    if (first < 0) queue.push(rank)
-    else listBefore[first] = at
-    listNext[at] = first
-    listBefore[at] = -1
-    head.set(rank, at)
-  }
-  const remove = (at: number) => {
-    const rank = rankAt[at]
-    if (rank === NO_RANK) return
-    rankAt[at] = NO_RANK
-    const a = listBefore[at]
-    const b = listNext[at]
-    if (b >= 0) listBefore[b] = a
-    if (a >= 0) listNext[a] = b
-    else head.set(rank, b)
+  constructor(table: MergeTable, symbol: Int32Array, next: Int32Array, before: Int32Array) {
+    this.#table = table
+    this.#symbol = symbol
+    this.#next = next
+    this.#before = before
+    this.#rankAt = new Int32Array(symbol.length).fill(NO_RANK)
+    this.#listNext = new Int32Array(symbol.length)
+    this.#listBefore = new Int32Array(symbol.length)
+    this.#head = new Int32Array(table.count).fill(-1)
   }
 
-  // From the right, so that every list starts in order of position.
-  for (let i = length - 2; i >= 0; i--) add(i)
-  while (queue.size > 0) {
-    const rank = queue.pop()
-    const first = head.get(rank) ?? -1
-    head.delete(rank)
-    let count = 0
-    for (let at = first; at >= 0; at = listNext[at]) count++
-    if (count === 0) continue
-    const positions = new Int32Array(count)
-    let sorted = true
-    count = 0
-    for (let at = first; at >= 0; at = listNext[at]) {
-      if (count > 0 && positions[count - 1] > at) sorted = false
-      positions[count++] = at
-    }
-    if (!sorted && symbol[first] === symbol[next[first]]) positions.sort()
-    const merged = table.product[rank]
-    // The lists of this rank are taken apart: mark what is waiting so that remove leaves the links alone.
-    for (const at of positions) {
-      listNext[at] = -1
-      listBefore[at] = -2
-    }
-    for (const at of positions) {
-      if (rankAt[at] !== rank || listBefore[at] !== -2) continue
-      const right = next[at]
-      rankAt[at] = NO_RANK
-      detach(right)
-      const after = next[right]
-      symbol[at] = merged
-      next[at] = after
-      if (after < length) before[after] = at
-      const left = before[at]
-      if (left >= 0) {
-        detach(left)
-        add(left)
+  /** Makes all merges below `limit`; false when it has to give up part of the way (what is merged by then is right). */
+  run(limit: number, depth: number): boolean {
+    const symbol = this.#symbol
+    const next = this.#next
+    const before = this.#before
+    const rankAt = this.#rankAt
+    const listNext = this.#listNext
+    const listBefore = this.#listBefore
+    const length = symbol.length
+    // From the right, so that every list starts in order of position.
+    if (depth === 0) for (let i = length - 2; i >= 0; i--) this.#add(i)
+    while (this.#queue.least < limit) {
+      const rank = this.#queue.pop()
+      const first = this.#head[rank]
+      if (first < 0) continue
+      this.#head[rank] = -1
+      let count = 0
+      let last = -1
+      let sorted = true
+      for (let at = first; at >= 0; at = listNext[at]) {
+        if (at < last) sorted = false
+        last = at
+        count++
       }
-      add(at)
+      const positions = new Int32Array(count)
+      count = 0
+      // Taken off the list: WAITING keeps #remove from touching links that are gone.
+      for (let at = first; at >= 0; at = listNext[at]) {
+        positions[count++] = at
+        listBefore[at] = WAITING
+      }
+      const twins = symbol[first] === symbol[next[first]]
+      if (!sorted && twins) positions.sort()
+      const merged = this.#table.product[rank]
+      for (let i = 0; i < count; i++) {
+        const at = positions[i]
+        if (rankAt[at] !== rank || listBefore[at] !== WAITING) continue
+        const right = next[at]
+        rankAt[at] = NO_RANK
+        this.#remove(right)
+        const after = next[right]
+        symbol[at] = merged
+        next[at] = after
+        if (after < length) before[after] = at
+        const left = before[at]
+        if (left >= 0) {
+          this.#remove(left)
+          this.#add(left)
+        }
+        this.#add(at)
+        if (this.#queue.least < rank) {
+          if (depth === MAX_DEPTH || !this.run(rank, depth + 1)) return false
+          if (twins && this.#head[rank] >= 0) return false
+        }
+      }
     }
+    return true
   }
 
-  function detach(at: number) {
-    if (listBefore[at] === -2 && rankAt[at] !== NO_RANK) rankAt[at] = NO_RANK
-    else remove(at)
+  /** Lists a position under the rank of its pair. */
+  #add(at: number): void {
+    const right = this.#next[at]
+    const rank = right < this.#symbol.length ? this.#table.rank(this.#symbol[at], this.#symbol[right]) : NO_RANK
+    this.#rankAt[at] = rank
+    if (rank === NO_RANK) return
+    const first = this.#head[rank]
+    if (first < 0) this.#queue.push(rank)
+    else this.#listBefore[first] = at
+    this.#listNext[at] = first
+    this.#listBefore[at] = -1
+    this.#head[rank] = at
+  }
+
+  #remove(at: number): void {
+    const rank = this.#rankAt[at]
+    if (rank === NO_RANK) return
+    this.#rankAt[at] = NO_RANK
+    const a = this.#listBefore[at]
+    if (a === WAITING) return
+    const b = this.#listNext[at]
+    if (b >= 0) this.#listBefore[b] = a
+    if (a >= 0) this.#listNext[a] = b
+    else this.#head[rank] = b
   }
 }
+
+const WAITING = -2
+const MAX_DEPTH = 30
 
 /** A binary heap of distinct ranks. */
 class RankQueue {
   readonly #items: number[] = []
 
-  get size(): number {
-    return this.#items.length
+  get least(): number {
+    return this.#items.length === 0 ? NO_RANK : this.#items[0]
   }
 
   push(rank: number): void {
@@ -256,7 +293,8 @@ function mergeByHeap(table: MergeTable, symbol: Int32Array, next: Int32Array, be
     rankAt[at] = rank
     if (rank !== NO_RANK) heap.push(rank * length + at)
   }
-  for (let i = 0; i < length - 1; i++) add(i)
+  // Merges may have been made before.
+  for (let i = 0; next[i] < length; i = next[i]) add(i)
   while (heap.size > 0) {
     const key = heap.pop()
     const rank = Math.floor(key / length)

@@ -12,11 +12,8 @@ export class MergeTable {
   /** left, right, rank, unused; left is -1 in a free slot. */
   readonly #slots: Int32Array
   readonly #shift: number
-  /** Lowest rank of the merges that use each token. */
-  readonly #firstUse: Int32Array
   /** Byte of each token that is one, else -1. */
   readonly #byteOf: Int16Array
-  #rising: boolean | undefined
 
   /**
    * @param capacity merges to come
@@ -29,7 +26,6 @@ export class MergeTable {
     this.#shift = 32 - bits
     this.#slots = new Int32Array(4 << bits).fill(-1)
     this.product = new Int32Array(capacity)
-    this.#firstUse = new Int32Array(tokens).fill(NO_RANK)
     this.#byteOf = new Int16Array(tokens).fill(-1)
     for (let byte = 0; byte < 256; byte++) if (byteToken[byte] >= 0) this.#byteOf[byteToken[byte]] = byte
   }
@@ -47,8 +43,6 @@ export class MergeTable {
     const slots = this.#slots
     const mask = (slots.length >>> 2) - 1
     this.product[rank] = product
-    if (this.#firstUse[left] > rank) this.#firstUse[left] = rank
-    if (this.#firstUse[right] > rank) this.#firstUse[right] = rank
     let slot = (Math.imul(left, 0x9e3779b1) ^ Math.imul(right, 0x85ebca6b)) >>> this.#shift
     while (slots[slot * 4] !== -1 && !(slots[slot * 4] === left && slots[slot * 4 + 1] === right))
       slot = (slot + 1) & mask
@@ -58,17 +52,6 @@ export class MergeTable {
     const a = this.#byteOf[left]
     const b = this.#byteOf[right]
     if (a >= 0 && b >= 0) this.byteRank[(a << 8) | b] = rank
-    this.#rising = undefined
-  }
-
-  /** Whether each merge makes a token that only later merges use, so that ranks can be worked off in rising order. */
-  get rising(): boolean {
-    if (this.#rising === undefined) {
-      let rising = true
-      for (let rank = 0; rank < this.count && rising; rank++) rising = this.#firstUse[this.product[rank]] > rank
-      this.#rising = rising
-    }
-    return this.#rising
   }
 
   /** Rank of the merge of two tokens, or NO_RANK. */

@@ -8,7 +8,8 @@ export const SHORT_KEY = 16
 /** Longest piece that is kept at all, in bytes. */
 export const LONG_KEY = 64
 
-const PROBES = 8
+/** Slots looked at for a key. */
+export const PROBES = 8
 const MAX_BITS = 17
 const MAX_POOL = 1 << 20
 const LONG_BITS = 13
@@ -22,7 +23,7 @@ for (let length = 0; length <= SHORT_KEY; length++) {
     KEY_MASKS[length * 4 + word] = LOW_BYTES[Math.max(0, Math.min(4, length - word * 4))]
 }
 
-/** A slot: four words of key, `tokens << 8 | length` (0 in a free slot), then up to three tokens, or where in the pool they are. */
+/** A slot: four words of key, `tokens << 8 | mark` (0 in a free slot; the mark is the length, and what the caller adds), then up to three tokens, or where in the pool they are. */
 export const SLOT = 8
 
 export class PieceCache {
