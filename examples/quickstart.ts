@@ -2,7 +2,7 @@
  * @file Trains a small DeepSeek-V3 (MLA, experts balanced without auxiliary loss, multi-token prediction) on two centuries of
  * State of the Union addresses in a few minutes on a CPU, then lets it speak. This is what `npm start` runs.
  */
-import { existsSync, readFileSync } from 'node:fs'
+import { readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
@@ -30,22 +30,26 @@ const help = `Trains a small DeepSeek-V3 on State of the Union addresses and let
   --help
 `
 
-const { values: options } = parseArgs({
-  options: {
-    minutes: { type: 'string', default: '2.6' },
-    steps: { type: 'string' },
-    batch: { type: 'string', default: '8' },
-    lr: { type: 'string', default: '3e-3' },
-    precision: { type: 'string', default: 'bf16' },
-    seed: { type: 'string', default: '0' },
-    out: { type: 'string', default: 'runs/quickstart' },
-    resume: { type: 'boolean', default: false },
-    prompt: { type: 'string', default: 'My fellow Americans, tonight' },
-    addresses: { type: 'string' },
-    json: { type: 'boolean', default: false },
-    help: { type: 'boolean', default: false },
-  },
-})
+/** @throws TypeError that names an unknown option or a missing value */
+function readOptions() {
+  const { values } = parseArgs({
+    options: {
+      minutes: { type: 'string', default: '2.6' },
+      steps: { type: 'string' },
+      batch: { type: 'string', default: '8' },
+      lr: { type: 'string', default: '3e-3' },
+      precision: { type: 'string', default: 'bf16' },
+      seed: { type: 'string', default: '0' },
+      out: { type: 'string', default: 'runs/quickstart' },
+      resume: { type: 'boolean', default: false },
+      prompt: { type: 'string', default: 'My fellow Americans, tonight' },
+      addresses: { type: 'string' },
+      json: { type: 'boolean', default: false },
+      help: { type: 'boolean', default: false },
+    },
+  })
+  return values
+}
 
 interface Address {
   readonly year: number
@@ -54,7 +58,7 @@ interface Address {
 
 const say = (text: string) => process.stderr.write(`${text}\n`)
 
-async function main(): Promise<void> {
+async function main(options: ReturnType<typeof readOptions>): Promise<void> {
   const backend = await firstAvailable([() => import('@moe/kernels-cpu'), () => import('@moe/backend-tfjs')], {
     onSkip: reason => say(`not used: ${reason}`),
   })
@@ -70,10 +74,10 @@ async function main(): Promise<void> {
   const corpus = texts(speeches.slice(0, -held), { validation: speeches.slice(-held) })
   say(`corpus      ${speeches.length - held} addresses to learn from, the last ${held} held out`)
 
-  const tokenizerFile = join(options.out, 'tokenizer.json')
-  const resuming = options.resume && existsSync(tokenizerFile)
-  const tokenizer = resuming
-    ? await BpeTokenizer.fromFile(tokenizerFile)
+  const checkpoint = options.resume ? latestCheckpoint(options.out) : undefined
+  if (options.resume && checkpoint === undefined) say(`resume      ${options.out} holds no checkpoint: beginning anew`)
+  const tokenizer = checkpoint
+    ? await BpeTokenizer.fromFile(join(checkpoint, 'model', 'tokenizer.json'))
     : trainBpe(corpus.training, {
         vocabSize: 4096,
         preTokenizer: 'deepseek-v3',
@@ -94,8 +98,8 @@ async function main(): Promise<void> {
 
   const precision = options.precision === 'f32' ? 'f32' : 'bf16'
   const batchSize = Number(options.batch)
-  const steps = resuming
-    ? await plannedSteps(options.out)
+  const steps = checkpoint
+    ? JSON.parse(readFileSync(join(checkpoint, 'trainer.json'), 'utf8')).run.steps
     : options.steps
       ? Number(options.steps)
       : await stepsThatFit(config, { batchSize, sequenceLength: 256, precision, seconds: 60 * Number(options.minutes) })
@@ -109,12 +113,13 @@ async function main(): Promise<void> {
     precision,
     seed,
     out: options.out,
-    resume: options.resume ? 'auto' : false,
-    overwrite: !options.resume,
+    resume: checkpoint !== undefined,
+    overwrite: checkpoint === undefined,
     checkpointEvery: 250,
   })
   if (run.interrupted) {
-    say(`\nStopped after step ${run.steps} of ${steps}. Go on with:  npm start -- --resume`)
+    const again = process.argv.slice(2).filter(argument => argument !== '--resume')
+    say(`\nStopped after step ${run.steps} of ${steps}. Go on with:  npm start -- ${[...again, '--resume'].join(' ')}`)
     process.exitCode = 130
     return
   }
@@ -140,7 +145,9 @@ async function main(): Promise<void> {
   }
   writeSummary(options.out, summary)
   say(`held-out    ${run.validation.bitsPerByte.toFixed(3)} bits per byte (bzip2 -9 needs 1.99)`)
-  say(`balance     MaxVio ${(run.balance.maxVio ?? Number.NaN).toFixed(2)} at the end, ${run.balance.deadExperts ?? 0} dead experts`)
+  say(
+    `balance     MaxVio ${(run.balance.maxVio ?? Number.NaN).toFixed(2)} at the end, ${run.balance.deadExperts ?? 0} dead experts`,
+  )
   say(`MTP         ${(100 * acceptance).toFixed(0)} % of drafted tokens accepted`)
   say(`run         ${options.out}/summary.json, metrics.jsonl, checkpoints`)
   if (options.json) process.stdout.write(`${JSON.stringify(summary)}\n`)
@@ -160,23 +167,21 @@ async function draftAcceptance(model: DeepSeek, tokenizer: BpeTokenizer, speeche
   return accepted / Math.max(1, drafted)
 }
 
-/** Steps that an interrupted run was going to have. */
-async function plannedSteps(out: string): Promise<number> {
-  const checkpoint = await latestCheckpoint(out)
-  if (checkpoint === undefined) throw new Error(`${out} holds no checkpoint; start without --resume`)
-  return JSON.parse(readFileSync(join(checkpoint, 'trainer.json'), 'utf8')).run.steps
-}
-
 const millions = (n: number) => `${(n / 1e6).toFixed(1)}M`
 
-if (options.help) process.stdout.write(help)
-else {
-  try {
-    await main()
-  } catch (error) {
-    // An expected failure says what to do; its stack would only hide that.
-    if (!isMoeError(error)) throw error
-    say(`\n${error.message}`)
-    process.exitCode = 1
-  }
+/** Failures that say by themselves what to do; a stack would only hide it. */
+const isExpected = (error: unknown): error is Error =>
+  error instanceof Error &&
+  (isMoeError(error) ||
+    error.name === 'TokenizerError' ||
+    /^ERR_PARSE_ARGS/.test(`${(error as NodeJS.ErrnoException).code}`))
+
+try {
+  const options = readOptions()
+  if (options.help) process.stdout.write(help)
+  else await main(options)
+} catch (error) {
+  if (!isExpected(error)) throw error
+  say(`\n${error.message}`)
+  process.exitCode = 1
 }
