@@ -83,6 +83,15 @@ MOE_INLINE int64_t take_largest(int32_t* keys, int64_t padded) {
 
 // The two largest of n >= 1 keys; the second is `excluded` when there is one only.
 MOE_INLINE void two_largest(const int32_t* keys, int64_t n, int32_t& first, int32_t& second) {
+  if (n <= 8) {
+    first = keys[0];
+    second = excluded;
+    for (int64_t i = 1; i < n; i++) {
+      second = std::max(second, std::min(first, keys[i]));
+      first = std::max(first, keys[i]);
+    }
+    return;
+  }
   i32v best = splat(excluded), next = best;
   for (int64_t i = 0; i < n; i += lanes) {
     const i32v x = load_some(keys + i, static_cast<int>(std::min<int64_t>(lanes, n - i)), excluded);
