@@ -28,7 +28,7 @@ export const ropeDefinition: FusedDefinition<'rope'> = {
     const [batch, time, heads, features] = x.shape
     const half = cosTable.shape[cosTable.rank - 1]
     const plain = features - 2 * half
-    const table = (t: Tensor) => t.reshape([cosTable.rank === 3 ? batch : 1, time, 1, half])
+    const table = (t: Tensor) => t.detach().reshape([cosTable.rank === 3 ? batch : 1, time, 1, half])
     const cos = table(cosTable)
     const sin = inverse ? table(sinTable).neg() : table(sinTable)
     const turned = x.narrow(3, plain, features)

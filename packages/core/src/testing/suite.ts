@@ -139,19 +139,28 @@ async function evaluate(
   options: SuiteOptions,
   withGradient: boolean,
 ): Promise<CaseResult> {
-  const inputs = item.inputs.map((spec, i) => makeInput(item, i, spec, backend))
-  const before = donating.has(item.op) ? [] : await Promise.all(inputs.map(input => input.values()))
-  const outputs = scope(() => noGrad(() => runCase(item, inputs, backend)))
-  options.guards?.(backend)
-  const values = await Promise.all(outputs.map(output => output.values()))
-  const grads = withGradient ? await gradientsOf(item, inputs, backend) : []
-  options.guards?.(backend)
-  const after = donating.has(item.op) ? [] : await Promise.all(inputs.map(input => input.values()))
-  after.forEach((now, i) => {
-    assertClose(`input ${i} was changed`, now, before[i], tolerances.exact)
-  })
-  for (const t of [...inputs, ...outputs]) t.dispose()
-  return { outputs: values, gradients: grads }
+  const made: Tensor[] = []
+  try {
+    const inputs: Tensor[] = []
+    for (const [i, spec] of item.inputs.entries()) {
+      inputs.push(makeInput(item, i, spec, backend))
+      made.push(inputs[i])
+    }
+    const before = donating.has(item.op) ? [] : await Promise.all(inputs.map(input => input.values()))
+    const outputs = scope(() => noGrad(() => runCase(item, inputs, backend)))
+    made.push(...outputs)
+    options.guards?.(backend)
+    const values = await Promise.all(outputs.map(output => output.values()))
+    const grads = withGradient ? await gradientsOf(item, inputs, backend) : []
+    options.guards?.(backend)
+    const after = donating.has(item.op) ? [] : await Promise.all(inputs.map(input => input.values()))
+    after.forEach((now, i) => {
+      assertClose(`input ${i} was changed`, now, before[i], tolerances.exact)
+    })
+    return { outputs: values, gradients: grads }
+  } finally {
+    for (const t of made) t.dispose()
+  }
 }
 
 /** Gradients of sum(outputs * fixed random weights) with respect to every f32 input. */
