@@ -30,7 +30,8 @@ export interface MemoryStats {
 /** Freed blocks below this many bytes are kept in any case; above it, as many as were ever live at once. */
 const leastCache = 256 * 2 ** 20
 const guardBytes = 64
-const guardPattern = 0xa5
+/** -1.7e38 as f32: a result that read it cannot pass for right. */
+const guardPattern = 0xfe
 /** All bits set is NaN in every float dtype and -1 in i32. */
 const poison = 0xff
 
