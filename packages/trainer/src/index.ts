@@ -19,6 +19,7 @@ export type {
 export type { LossOptions, LossOutput, TextTokenizer, TokenBatch, TrainableModel } from './model.ts'
 export { AdamW, type AdamWOptions, decaysMatrices } from './optim/adamw.ts'
 export { clipScale, gradientNorm } from './optim/clip.ts'
+export { hiddenMatrices, Muon, type MuonOptions, orthogonalize } from './optim/muon.ts'
 export type { Optimizer } from './optim/optimizer.ts'
 export {
   type CosineOptions,

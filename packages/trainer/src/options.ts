@@ -6,7 +6,8 @@ import type { Corpus } from './data/corpus.ts'
 import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
 import type { TrainListener } from './events.ts'
 import type { TextTokenizer } from './model.ts'
-import type { AdamWOptions } from './optim/adamw.ts'
+import { AdamW, type AdamWOptions } from './optim/adamw.ts'
+import { Muon } from './optim/muon.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { type Schedule, warmupCosine } from './optim/schedule.ts'
 
@@ -34,8 +35,11 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly schedule?: Schedule
   /** Largest norm over all gradients. Default 1; Infinity for none. */
   readonly clip?: number
-  /** Default AdamW with the settings given here. A function that makes another one from the model's parameters. */
-  readonly optimizer?: (parameters: readonly NamedParameter[]) => Optimizer
+  /**
+   * `'adamw'` (default), or `'muon'` for the hidden matrices and AdamW for the rest, both with the settings given here; or a function that makes another
+   * one from the model's parameters.
+   */
+  readonly optimizer?: 'adamw' | 'muon' | ((parameters: readonly NamedParameter[]) => Optimizer)
   /** Arithmetic of matrix products. Default f32. */
   readonly precision?: Precision
   /** Names the order of the data. Default 0. */
@@ -110,11 +114,14 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
     whole(name, 1)
   whole('sequenceLength', 2)
   for (const name of ['seed', 'rank', 'evalEvery'] as const) whole(name, 0)
-  const { lr, clip, rank, world, precision, resume, out } = merged
+  const { lr, clip, rank, world, precision, resume, out, optimizer = 'adamw' } = merged
   if (!(lr > 0 && Number.isFinite(lr))) problems.push(`lr is ${lr}, needs a positive number`)
   if (!(clip > 0)) problems.push(`clip is ${clip}, needs a positive number, or Infinity for none`)
   if (rank >= world) problems.push(`rank is ${rank} of ${world}; ranks count from 0`)
   if (precision !== 'f32' && precision !== 'bf16') problems.push(`precision is ${precision}, needs 'f32' or 'bf16'`)
+  if (typeof optimizer !== 'function' && optimizer !== 'adamw' && optimizer !== 'muon') {
+    problems.push(`optimizer is ${optimizer}, needs 'adamw', 'muon' or a function`)
+  }
   if (resume && out === undefined) problems.push('resume is given without out, the folder of the run')
   if (problems.length > 0) {
     throw new MoeError({
@@ -126,6 +133,16 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
     })
   }
   return { ...merged, schedule: merged.schedule ?? warmupCosine({ steps: merged.steps }) }
+}
+
+/** The optimizer that the options ask for. */
+export function makeOptimizer(options: ResolvedOptions, parameters: readonly NamedParameter[]): Optimizer {
+  const { optimizer = 'adamw' } = options
+  if (typeof optimizer === 'function') return optimizer(parameters)
+  // `precision` means something else to Muon.
+  const { betas, eps, weightDecay, decays } = options
+  const settings = { betas, eps, weightDecay, decays }
+  return optimizer === 'muon' ? new Muon(parameters, settings) : new AdamW(parameters, settings)
 }
 
 /** What a run is, as far as its numbers go. */

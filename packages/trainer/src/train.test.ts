@@ -2,12 +2,22 @@ import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
-import { disposeModule, namedParameters, noGrad, scope, setDefaultBackend, stateDict, tensor } from '@moe/core'
+import {
+  disposeModule,
+  type NamedParameter,
+  namedParameters,
+  noGrad,
+  scope,
+  setDefaultBackend,
+  stateDict,
+  tensor,
+} from '@moe/core'
 import { afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { TrainingOrder } from './data/training-order.ts'
 import { evaluate } from './evaluate.ts'
 import type { TrainEvent } from './events.ts'
 import { AdamW } from './optim/adamw.ts'
+import { Muon } from './optim/muon.ts'
 import type { TrainOptions } from './options.ts'
 import { readMetrics } from './report/metrics-log.ts'
 import {
@@ -244,6 +254,18 @@ describe('resuming', () => {
     expect(second.weights).toEqual(straight.weights)
     expect(second.result.balance).toEqual(straight.result.balance)
     expect(second.result.validation.loss).toBe(straight.result.validation.loss)
+  })
+
+  test('holds for Muon, too', async () => {
+    const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
+    const optimizer = (parameters: readonly NamedParameter[]) =>
+      new Muon(parameters, { takes: ({ name }) => name === 'lm_head.weight' })
+    await run({ out: whole, optimizer })
+    await run({ out: cut, optimizer, ...stopAfter(5) })
+    await run({ out: cut, optimizer, resume: true })
+    expect(numbersOf(cut)).toEqual(numbersOf(whole))
+    const other = await errorOf(run({ out: cut, resume: true, optimizer: 'adamw' }))
+    expect(other).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(/optimizer: saved with "muon/) })
   })
 
   test('from an earlier checkpoint drops what came after it', async () => {

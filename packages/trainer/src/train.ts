@@ -12,9 +12,15 @@ import type { StepEvent, TrainEvent, TrainListener } from './events.ts'
 import { type Interrupts, watchInterrupts } from './interrupt.ts'
 import type { TrainableModel } from './model.ts'
 import { nonFiniteModel } from './non-finite.ts'
-import { AdamW } from './optim/adamw.ts'
 import type { Optimizer } from './optim/optimizer.ts'
-import { type ResolvedOptions, recordRun, resolveOptions, type TokenData, type TrainOptions } from './options.ts'
+import {
+  makeOptimizer,
+  type ResolvedOptions,
+  recordRun,
+  resolveOptions,
+  type TokenData,
+  type TrainOptions,
+} from './options.ts'
 import { cutMetrics, type MetricsLine, MetricsLog, metricsLine } from './report/metrics-log.ts'
 import { progress } from './report/progress.ts'
 import { writeSummary } from './report/summary.ts'
@@ -35,7 +41,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   const data = tokenData(settings)
   checkVocabulary(model, data)
   const parameters = namedParameters(model)
-  const optimizer = settings.optimizer?.(parameters) ?? new AdamW(parameters, settings)
+  const optimizer = makeOptimizer(settings, parameters)
   const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false)
   let run: Run | undefined
   try {

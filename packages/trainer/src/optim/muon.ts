@@ -1,0 +1,156 @@
+/** @file Muon: momentum whose update is made orthogonal (Jordan et al. 2024), scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982). */
+import {
+  fromHost,
+  MoeError,
+  type NamedParameter,
+  noGrad,
+  Parameter,
+  type Precision,
+  type StateEntry,
+  type StateSource,
+  sameShape,
+  scope,
+  showShape,
+  type Tensor,
+  zeros,
+} from '@moe/core'
+import { AdamW, type AdamWOptions } from './adamw.ts'
+import type { Optimizer } from './optimizer.ts'
+
+export interface MuonOptions extends AdamWOptions {
+  /** Default 0.95. */
+  readonly momentum?: number
+  /** Newton-Schulz iterations. Default 5. */
+  readonly iterations?: number
+  /** Arithmetic of their matrix products. Default bf16, as usual for Muon. */
+  readonly precision?: Precision
+  /** Which parameters it takes; AdamW takes the others. Default `hiddenMatrices`. */
+  readonly takes?: (named: NamedParameter) => boolean
+}
+
+/** Matrices and stacks of them, but for embedding table and head. */
+export function hiddenMatrices({ name, parameter }: NamedParameter): boolean {
+  return parameter.rank >= 2 && parameter.rank <= 3 && !/(^|\.)(embed_tokens|lm_head|wte|embedding)\./.test(`${name}.`)
+}
+
+/**
+ * Replaces matrices `[..., m, n]` by nearly orthogonal ones with the same singular vectors (singular values 0.7 to 1.2): Newton-Schulz
+ * iteration with the quintic polynomial of Jordan et al.
+ */
+export function orthogonalize(x: Tensor, iterations = 5, precision: Precision = 'bf16'): Tensor {
+  const [a, b, c] = [3.4445, -4.775, 2.0315]
+  const [rows, columns] = x.shape.slice(-2)
+  // The smaller of the two Gram matrices; the factors act from its side.
+  const left = rows <= columns
+  const norm = x.mul(x).sum([-2, -1], true).sqrt().add(1e-7)
+  let y = x.div(norm)
+  for (let i = 0; i < iterations; i++) {
+    const gram = y.matmul(y, left ? { transposeB: true, precision } : { transposeA: true, precision })
+    const factor = gram.mul(b).add(gram.matmul(gram, { precision }).mul(c))
+    y = y.mul(a).add(left ? factor.matmul(y, { precision }) : y.matmul(factor, { precision }))
+  }
+  return y
+}
+
+interface Slot {
+  readonly named: NamedParameter
+  readonly weightDecay: number
+  /** Step length at learning rate 1: 0.2 sqrt(max(m, n)) gives the root mean square of AdamW's updates. */
+  readonly scale: number
+  readonly momentum: Parameter
+}
+
+/** Muon for the hidden matrices, AdamW for everything else, with one learning rate and weight decay. */
+export class Muon implements Optimizer {
+  readonly name = 'muon'
+  readonly settings: Readonly<Record<string, unknown>>
+  readonly #slots: readonly Slot[]
+  readonly #rest: AdamW
+  readonly #momentum: number
+  readonly #iterations: number
+  readonly #precision: Precision
+
+  constructor(parameters: readonly NamedParameter[], options: MuonOptions = {}) {
+    const { momentum = 0.95, iterations = 5, precision = 'bf16', takes = hiddenMatrices, weightDecay = 0.1 } = options
+    const own = parameters.filter(named => named.parameter.trainable && takes(named))
+    this.#slots = own.map(named => ({
+      named,
+      weightDecay,
+      scale: 0.2 * Math.sqrt(Math.max(...named.parameter.shape.slice(-2))),
+      momentum: new Parameter(zeros(named.parameter.shape, named.parameter), { trainable: false }),
+    }))
+    this.#rest = new AdamW(
+      parameters.filter(named => !own.includes(named)),
+      options,
+    )
+    this.#momentum = momentum
+    this.#iterations = iterations
+    this.#precision = precision
+    this.settings = { momentum, iterations, precision, matrices: own.length, adamw: this.#rest.settings }
+  }
+
+  step(lr: number, gradScale: Tensor): void {
+    for (const { named, weightDecay, scale, momentum } of this.#slots) {
+      const { parameter } = named
+      const { grad } = parameter
+      if (grad === null) continue
+      const next = scope(() =>
+        noGrad(() => {
+          const g = grad.mul(gradScale).mul(1 - this.#momentum)
+          const average = momentum.mul(this.#momentum).add(g)
+          // Nesterov: one step ahead.
+          const ahead = average.mul(this.#momentum).add(g)
+          const update = orthogonalize(ahead, this.#iterations, this.#precision).mul(lr * scale)
+          return { parameter: parameter.mul(1 - lr * weightDecay).sub(update), average }
+        }),
+      )
+      parameter.assign(next.parameter)
+      momentum.assign(next.average)
+    }
+    this.#rest.step(lr, gradScale)
+  }
+
+  entries(): StateEntry[] {
+    const own = this.#slots.map(({ named, momentum }) => ({
+      name: `momentum.${named.name}`,
+      dtype: momentum.dtype,
+      shape: momentum.shape,
+      data: () => momentum.data(),
+    }))
+    return [...own, ...this.#rest.entries()]
+  }
+
+  async load(source: StateSource, steps: number): Promise<void> {
+    const stored = new Set(source.keys())
+    const problems: string[] = []
+    for (const { named, momentum } of this.#slots) {
+      const name = `momentum.${named.name}`
+      if (!stored.delete(name)) problems.push(`${name} is missing`)
+      else if (!sameShape(source.info(name).shape, momentum.shape)) {
+        problems.push(`${name} is stored as ${showShape(source.info(name).shape)}, needs ${showShape(momentum.shape)}`)
+      }
+    }
+    if (problems.length > 0) {
+      throw new MoeError({
+        code: 'E_STATE_DICT',
+        op: 'Muon.load',
+        problem: `the stored optimizer state does not fit the model:\n${problems.map(line => `  ${line}`).join('\n')}\n`,
+        fix: 'resume with the model that the run was started with',
+        details: { problems },
+      })
+    }
+    await this.#rest.load(
+      { keys: () => stored, info: name => source.info(name), read: name => source.read(name) },
+      steps,
+    )
+    for (const { named, momentum } of this.#slots) {
+      const data = await source.read(`momentum.${named.name}`)
+      momentum.assign(fromHost(data, momentum.shape, momentum.dtype, momentum.backend))
+    }
+  }
+
+  dispose(): void {
+    for (const { momentum } of this.#slots) momentum.dispose()
+    this.#rest.dispose()
+  }
+}
