@@ -1,7 +1,7 @@
 // Register-blocked microkernels and the packing that feeds them. Included once per instruction set, inside its namespace.
 //
-// Legend: a packed A panel is [depth][height] and a packed B panel [depth][width], with width = kNr always (columns past the end
-// are zeros) and height 1 .. kMr. For bf16 every element of a panel is a pair of bf16 that are neighbours along k (low half first),
+// Legend: a packed A panel is [depth][kAWidth], of which the first 1 .. kMr of each row are used, and a packed B panel is
+// [depth][kNr], where columns past the end are zeros. For bf16 every element of a panel is a pair of bf16 that are neighbours along k (low half first),
 // so the depth is ceil(k / 2).
 #pragma once
 
@@ -28,6 +28,7 @@ constexpr int kMr = 12;
 #else
 constexpr int kMr = 6;
 #endif
+constexpr int kAWidth = (kMr + lanes - 1) / lanes * lanes;
 constexpr int kNr = 2 * lanes;
 #if defined(__AVX512BF16__)
 constexpr bool kHasBf16 = true;
@@ -49,15 +50,39 @@ inline f32v multiply_add(f32v acc, const float* a, f32v b) {
   return fma(splat(*a), b, acc);
 }
 
+// `stream` writes whole aligned vectors past the caches.
+enum class Output { set, add, stream };
+
+inline void store_past_caches(float* to, f32v x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)x);
+#else
+  store(to, x);
+#endif
+}
+
+/** Makes such stores visible before the task counts as done. */
+inline void finish_stores_past_caches() {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 template <bool kBf16, int kRows, int kVecs>
 void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t b_stride, float* c,
-           std::ptrdiff_t ldc, bool accumulate) {
+           std::ptrdiff_t ldc, Output output, const char* ahead, std::ptrdiff_t ahead_step) {
   f32v acc[kRows][kVecs] = {};
+  if (output != Output::stream) {
 #pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + kVecs * lanes - 1, 1);
+    for (int i = 0; i < kRows; ++i) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + kVecs * lanes - 1, 1);
+  }
 #pragma GCC unroll 2
   for (std::ptrdiff_t p = 0; p < depth; ++p) {
     f32v bv[kVecs];
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += ahead_step;
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) bv[j] = load(b + j * lanes);
 #pragma GCC unroll 14
@@ -65,14 +90,19 @@ void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t 
 #pragma GCC unroll 2
       for (int j = 0; j < kVecs; ++j) acc[i][j] = multiply_add<kBf16>(acc[i][j], a + i, bv[j]);
     }
-    a += kRows;
+    a += kAWidth;
     b += b_stride;
   }
-  if (accumulate) {
+  if (output == Output::add) {
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
       for (int j = 0; j < kVecs; ++j) store(c + i * ldc + j * lanes, load(c + i * ldc + j * lanes) + acc[i][j]);
+  } else if (output == Output::stream) {
+#pragma GCC unroll 14
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) store_past_caches(c + i * ldc + j * lanes, acc[i][j]);
   } else {
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i)
@@ -81,7 +111,8 @@ void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t 
   }
 }
 
-using Micro = void (*)(std::ptrdiff_t, const float*, const float*, std::ptrdiff_t, float*, std::ptrdiff_t, bool);
+using Micro = void (*)(std::ptrdiff_t, const float*, const float*, std::ptrdiff_t, float*, std::ptrdiff_t, Output,
+                       const char*, std::ptrdiff_t);
 
 template <bool kBf16, int kVecs, std::size_t... kHeights>
 inline Micro pick(int height, std::index_sequence<kHeights...>) {
@@ -94,6 +125,14 @@ inline Micro micro_of(int height, int width) {
   constexpr auto heights = std::make_index_sequence<kMr>();
   return width > lanes ? pick<kBf16, 2>(height, heights) : pick<kBf16, 1>(height, heights);
 }
+
+/** Neighbouring panels: lanes start[q] .. start[q + 1] go to the panel q * stride elements behind the first. */
+constexpr int kMostPanels = 4;
+struct Panels {
+  int count;
+  std::ptrdiff_t start[kMostPanels + 1];
+  std::ptrdiff_t stride;
+};
 
 // ---- packing ----------------------------------------------------------------------------------------------------------------
 
@@ -147,6 +186,15 @@ inline __m512i load_row(const float* p, std::ptrdiff_t left) {
 template <bool kBf16, bool kMasked>
 inline void pack_block(const float* src, std::ptrdiff_t stride, int rows, std::ptrdiff_t left, int depth, int width, float* dst) {
   __m512i r[16];
+  if (!kMasked) {
+    // The rows that come next: hardware does not follow that many streams.
+    const float* ahead = src + rows * stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + i * stride), _MM_HINT_T1);
+      if (kBf16) _mm_prefetch(reinterpret_cast<const char*>(ahead + i * stride + 16), _MM_HINT_T1);
+    }
+  }
   if (rows == 16) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = load_row<kBf16, kMasked>(src + i * stride, left);
@@ -160,21 +208,17 @@ inline void pack_block(const float* src, std::ptrdiff_t stride, int rows, std::p
     if (!kMasked || t < depth) _mm512_storeu_si512(dst + t * width, r[t]);
 }
 
-/** Rows that are contiguous along k become lanes. Stores run up to 15 elements past the panel, in ascending order. */
-template <bool kBf16>
-void pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, int width, float* dst) {
+/** Rows that are contiguous along k become lanes of one panel. */
+template <bool kBf16, int kWidth>
+void pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, float* dst) {
   constexpr int step = kBf16 ? 32 : 16;
-  const int second = count - 16;
-  std::ptrdiff_t p = 0;
-  for (; p + step <= k; p += step, dst += 16 * width) {
-    pack_block<kBf16, false>(src + p, stride, count < 16 ? count : 16, 0, 16, width, dst);
-    if (width > 16) pack_block<kBf16, false>(src + p + 16 * stride, stride, second < 0 ? 0 : second, 0, 16, width, dst + 16);
-  }
-  if (p < k) {
-    const int depth = int(kBf16 ? (k - p + 1) / 2 : k - p);
-    pack_block<kBf16, true>(src + p, stride, count < 16 ? count : 16, k - p, depth, width, dst);
-    if (width > 16)
-      pack_block<kBf16, true>(src + p + 16 * stride, stride, second < 0 ? 0 : second, k - p, depth, width, dst + 16);
+  for (int lane = 0; lane < kWidth; lane += 16) {
+    const int rows = count - lane < 16 ? count - lane : 16;
+    const float* from = src + lane * stride;
+    float* to = dst + lane;
+    std::ptrdiff_t p = 0;
+    for (; p + step <= k; p += step, to += 16 * kWidth) pack_block<kBf16, false>(from + p, stride, rows, 0, 16, kWidth, to);
+    if (p < k) pack_block<kBf16, true>(from + p, stride, rows, k - p, int(kBf16 ? (k - p + 1) / 2 : k - p), kWidth, to);
   }
 }
 
@@ -186,26 +230,40 @@ inline __m512i interleave_bf16(__m512 even, __m512 odd) {
 }
 #endif
 
-/** Lanes that are contiguous in memory stay lanes. */
-template <bool kBf16>
-void pack_straight(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, int width, float* dst) {
-  const __mmask16 low = first(count), high = first(count - 16);
+/** Lanes that are contiguous in memory stay lanes. Goes through several panels side by side, so that runs of memory are long. */
+template <bool kBf16, int kWidth>
+void pack_straight(const float* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
+  constexpr int vectors = kWidth / 16;
+  __mmask16 mask[kMostPanels][vectors];
+  for (int q = 0; q < panels.count; ++q)
+    for (int v = 0; v < vectors; ++v) mask[q][v] = first(panels.start[q + 1] - panels.start[q] - 16 * v);
 #if defined(__AVX512BF16__)
   if constexpr (kBf16) {
-    for (std::ptrdiff_t p = 0; p < k; p += 2, src += 2 * stride, dst += width) {
-      const __mmask16 odd = p + 1 < k ? 0xffff : 0;
-      _mm512_storeu_si512(dst, interleave_bf16(_mm512_maskz_loadu_ps(low, src), _mm512_maskz_loadu_ps(low & odd, src + stride)));
-      if (width > 16)
-        _mm512_storeu_si512(dst + 16, interleave_bf16(_mm512_maskz_loadu_ps(high, src + 16),
-                                                      _mm512_maskz_loadu_ps(high & odd, src + stride + 16)));
+    std::ptrdiff_t p = 0;
+    for (; p + 2 <= k; p += 2, src += 2 * stride, dst += kWidth) {
+      for (int q = 0; q < panels.count; ++q) {
+        const float* from = src + panels.start[q];
+        for (int v = 0; v < vectors; ++v) {
+          const __m512 even = _mm512_maskz_loadu_ps(mask[q][v], from + 16 * v);
+          const __m512 odd = _mm512_maskz_loadu_ps(mask[q][v], from + stride + 16 * v);
+          _mm512_storeu_si512(dst + q * panels.stride + 16 * v, interleave_bf16(even, odd));
+        }
+      }
+    }
+    if (p < k) {
+      for (int q = 0; q < panels.count; ++q)
+        for (int v = 0; v < vectors; ++v) {
+          const __m512 even = _mm512_maskz_loadu_ps(mask[q][v], src + panels.start[q] + 16 * v);
+          _mm512_storeu_si512(dst + q * panels.stride + 16 * v, interleave_bf16(even, _mm512_setzero_ps()));
+        }
     }
     return;
   }
 #endif
-  for (std::ptrdiff_t p = 0; p < k; ++p, src += stride, dst += width) {
-    _mm512_storeu_ps(dst, _mm512_maskz_loadu_ps(low, src));
-    if (width > 16) _mm512_storeu_ps(dst + 16, _mm512_maskz_loadu_ps(high, src + 16));
-  }
+  for (std::ptrdiff_t p = 0; p < k; ++p, src += stride, dst += kWidth)
+    for (int q = 0; q < panels.count; ++q)
+      for (int v = 0; v < vectors; ++v)
+        _mm512_storeu_ps(dst + q * panels.stride + 16 * v, _mm512_maskz_loadu_ps(mask[q][v], src + panels.start[q] + 16 * v));
 }
 
 #else  // not AVX-512: f32 only
@@ -242,8 +300,8 @@ inline void transpose(f32v (&r)[4]) {
 }
 #endif
 
-template <bool kBf16>
-void pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, int width, float* dst) {
+template <bool kBf16, int kWidth>
+void pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, float* dst) {
   // Full blocks of lanes go through registers; the rest, and the tail of k, one element at a time.
   int lane = 0;
   const std::ptrdiff_t whole = k - k % lanes;
@@ -253,44 +311,120 @@ void pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::pt
       f32v r[lanes];
       for (int i = 0; i < lanes; ++i) r[i] = load(from + i * stride + p);
       transpose(r);
-      for (int i = 0; i < lanes; ++i) store(dst + (p + i) * width + lane, r[i]);
+      for (int i = 0; i < lanes; ++i) store(dst + (p + i) * kWidth + lane, r[i]);
     }
     for (std::ptrdiff_t p = whole; p < k; ++p)
-      for (int i = 0; i < lanes; ++i) dst[p * width + lane + i] = from[i * stride + p];
+      for (int i = 0; i < lanes; ++i) dst[p * kWidth + lane + i] = from[i * stride + p];
   }
-  for (; lane < width; ++lane) {
+  for (; lane < kWidth; ++lane) {
     if (lane < count) {
-      for (std::ptrdiff_t p = 0; p < k; ++p) dst[p * width + lane] = src[lane * stride + p];
+      for (std::ptrdiff_t p = 0; p < k; ++p) dst[p * kWidth + lane] = src[lane * stride + p];
     } else {
-      for (std::ptrdiff_t p = 0; p < k; ++p) dst[p * width + lane] = 0;
+      for (std::ptrdiff_t p = 0; p < k; ++p) dst[p * kWidth + lane] = 0;
     }
   }
 }
 
-template <bool kBf16>
-void pack_straight(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, int width, float* dst) {
-  if (count == kNr && width == kNr) {
-    for (std::ptrdiff_t p = 0; p < k; ++p, src += stride, dst += kNr) {
-      store(dst, load(src));
-      store(dst + lanes, load(src + lanes));
+template <bool kBf16, int kWidth>
+void pack_straight(const float* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
+  for (std::ptrdiff_t p = 0; p < k; ++p, src += stride, dst += kWidth) {
+    for (int q = 0; q < panels.count; ++q) {
+      const float* from = src + panels.start[q];
+      float* to = dst + q * panels.stride;
+      const int count = int(panels.start[q + 1] - panels.start[q]);
+      if (count == kWidth) {
+        for (int i = 0; i < kWidth; i += lanes) store(to + i, load(from + i));
+      } else {
+        for (int i = 0; i < count; ++i) to[i] = from[i];
+        for (int i = count; i < kWidth; ++i) to[i] = 0;
+      }
     }
-    return;
-  }
-  for (std::ptrdiff_t p = 0; p < k; ++p, src += stride, dst += width) {
-    for (int i = 0; i < count; ++i) dst[i] = src[i];
-    for (int i = count; i < width; ++i) dst[i] = 0;
   }
 }
 #endif
 
-/** Packs `count` lanes from lane0 on and k columns from k0 on into one panel of `width` >= count. */
-template <bool kBf16>
-inline void pack(const GemmOperand& from, std::ptrdiff_t lane0, int count, std::ptrdiff_t k0, std::ptrdiff_t k, int width, float* dst) {
+/** Packs neighbouring panels, whose lanes are counted from lane0 on, and k columns from k0 on. */
+template <bool kBf16, int kWidth>
+inline void pack(const GemmOperand& from, std::ptrdiff_t lane0, const Panels& panels, std::ptrdiff_t k0, std::ptrdiff_t k, float* dst) {
   const float* src = from.data + lane0 * from.lane_stride + k0 * from.k_stride;
-  if (from.k_stride == 1)
-    pack_transposed<kBf16>(src, from.lane_stride, count, k, width, dst);
-  else
-    pack_straight<kBf16>(src, from.k_stride, count, k, width, dst);
+  if (from.k_stride != 1) return pack_straight<kBf16, kWidth>(src, from.k_stride, panels, k, dst);
+  for (int q = 0; q < panels.count; ++q) {
+    const int count = int(panels.start[q + 1] - panels.start[q]);
+    pack_transposed<kBf16, kWidth>(src + panels.start[q] * from.lane_stride, from.lane_stride, count, k, dst + q * panels.stride);
+  }
+}
+
+// ---- few rows: dot products along k, B read where it lies ----------------------------------------------------------------------
+
+constexpr int kFewRows = 4;
+/** Longest piece of k; the packed rows then take as much room as other A panels. */
+constexpr std::ptrdiff_t kDotLength = 4096;
+
+/** k elements of a row that one vector holds. */
+template <bool kBf16>
+constexpr std::ptrdiff_t kDotStep = kBf16 ? 2 * lanes : lanes;
+
+template <bool kBf16>
+inline f32v load_dot(const float* p, std::ptrdiff_t left) {
+#if defined(__AVX512F__)
+  return left >= kDotStep<kBf16> ? (f32v)load_row<kBf16, false>(p, left) : (f32v)load_row<kBf16, true>(p, left);
+#else
+  return load_some(p, left < lanes ? int(left) : lanes);
+#endif
+}
+
+/** Row `row` of A from k0 on, as vectors for dot(). */
+template <bool kBf16>
+void pack_dot_row(const GemmOperand& a, std::ptrdiff_t row, std::ptrdiff_t k0, std::ptrdiff_t k, float* dst) {
+  const float* src = a.data + row * a.lane_stride + k0 * a.k_stride;
+  for (std::ptrdiff_t p = 0; p < k; p += kDotStep<kBf16>, dst += lanes) {
+    if (a.k_stride == 1) {
+      store(dst, load_dot<kBf16>(src + p, k - p));
+    } else {
+      float gathered[kDotStep<kBf16>] = {};
+      for (std::ptrdiff_t i = 0; i < kDotStep<kBf16> && p + i < k; ++i) gathered[i] = src[(p + i) * a.k_stride];
+      store(dst, load_dot<kBf16>(gathered, kDotStep<kBf16>));
+    }
+  }
+}
+
+template <bool kBf16>
+inline f32v dot_step(f32v acc, f32v a, f32v b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kBf16) return (f32v)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#endif
+  return fma(a, b, acc);
+}
+
+/** C[kRows, kColumns] (+)= rows of A (packed, a_stride apart) times columns of B that are contiguous along k. */
+template <bool kBf16, int kRows, int kColumns>
+void dot(std::ptrdiff_t k, const float* a, std::ptrdiff_t a_stride, const float* b, std::ptrdiff_t b_stride, float* c, std::ptrdiff_t ldc,
+         bool accumulate) {
+  f32v acc[kRows][kColumns] = {};
+  for (std::ptrdiff_t p = 0; p < k; p += kDotStep<kBf16>, a += lanes) {
+    f32v av[kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) av[i] = load(a + i * a_stride);
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) {
+      const float* from = b + j * b_stride + p;
+      __builtin_prefetch(from + kColumns * b_stride);
+      const f32v bv = load_dot<kBf16>(from, k - p);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) acc[i][j] = dot_step<kBf16>(acc[i][j], av[i], bv);
+    }
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kColumns; ++j) c[i * ldc + j] = sum(acc[i][j]) + (accumulate ? c[i * ldc + j] : 0.0f);
+}
+
+template <bool kBf16, int kRows>
+void dot_columns(std::ptrdiff_t k, const float* a, std::ptrdiff_t a_stride, const float* b, std::ptrdiff_t b_stride, float* c,
+                 std::ptrdiff_t ldc, std::ptrdiff_t columns, bool accumulate) {
+  constexpr int wide = kRows == 1 ? 8 : 4;
+  std::ptrdiff_t j = 0;
+  for (; j + wide <= columns; j += wide) dot<kBf16, kRows, wide>(k, a, a_stride, b + j * b_stride, b_stride, c + j, ldc, accumulate);
+  for (; j < columns; ++j) dot<kBf16, kRows, 1>(k, a, a_stride, b + j * b_stride, b_stride, c + j, ldc, accumulate);
 }
 
 }  // namespace

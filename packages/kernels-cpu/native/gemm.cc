@@ -10,20 +10,8 @@ namespace moe {
 namespace {
 
 // Passes over k: an A panel (kMr x depth) stays in L1, a B block (depth x tile width) in L2.
-#ifndef KC32
-#define KC32 384
-#define KC16 768
-#define NT32 512
-#define NT16 512
-#endif
-constexpr int64_t kMaxK[2] = {KC32, KC16};
-constexpr int64_t kMaxTileN[2] = {NT32, NT16};
-#ifndef BOUTER
-#define BOUTER 4
-#endif
-// Up to so many A panels are packed at once, and then B goes through L1 panel by panel.
-constexpr int64_t kFewPanels = BOUTER;
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kMaxK[2] = {384, 768};
+constexpr int64_t kMaxTileN[2] = {512, 512};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -36,9 +24,10 @@ struct Tile {
   int64_t job, m0, m1, n0, n1;
 };
 
-constexpr size_t kBufferA = static_cast<size_t>(kFewPanels * kMr) * kMaxK[0] + 64;
+constexpr size_t kBufferA = static_cast<size_t>(kMostPanels * kAWidth) * kMaxK[0];
 constexpr size_t kBufferB = static_cast<size_t>(kMaxTileN[0]) * kMaxK[0];
-constexpr size_t kBuffer = kBufferA + kBufferB + 64;
+constexpr size_t kBuffer = kBufferA + kBufferB;
+static_assert(kFewRows * kDotLength <= kBufferA + kBufferB, "packed rows need room");
 static_assert(kMaxTileN[1] * kMaxK[1] <= 2 * kMaxTileN[0] * kMaxK[0] && kMaxK[1] <= 2 * kMaxK[0], "bf16 takes half the room");
 
 void tail_copy(const float* from, float* to, std::ptrdiff_t ldc, int rows, int columns, bool accumulate) {
@@ -46,68 +35,166 @@ void tail_copy(const float* from, float* to, std::ptrdiff_t ldc, int rows, int c
     for (int j = 0; j < columns; ++j) to[i * ldc + j] = accumulate ? to[i * ldc + j] + from[i * kNr + j] : from[i * kNr + j];
 }
 
+// Memory that will be read next, in order: microkernels ask for one line in each of their steps.
+class Ahead {
+ public:
+  void add(const float* from, const float* to) {
+    if (from >= to || count_ == 3) return;
+    at_[count_] = reinterpret_cast<const char*>(from);
+    end_[count_++] = reinterpret_cast<const char*>(to);
+  }
+  // Nothing before `from` is worth asking for any more.
+  void skip_to(const float* from) {
+    const char* p = reinterpret_cast<const char*>(from);
+    if (current_ < count_ && p > at_[current_] && p <= end_[current_]) at_[current_] = p;
+  }
+  const char* take(int64_t lines) {
+    if (current_ < count_ && at_[current_] >= end_[current_]) ++current_;
+    if (current_ >= count_) return nullptr;
+    const char* p = at_[current_];
+    at_[current_] += lines * 64;
+    return p;
+  }
+
+ private:
+  const char* at_[3];
+  const char* end_[3];
+  int count_ = 0, current_ = 0;
+};
+
 /** One register tile, with a detour for columns that do not fill vectors. */
 template <bool kBf16>
 inline void block(int64_t depth, const float* a, const float* b, std::ptrdiff_t b_stride, float* c, std::ptrdiff_t ldc, int rows,
-                  int columns, bool accumulate) {
+                  int columns, Output output, Ahead& ahead) {
   const Micro micro = micro_of<kBf16>(rows, columns);
-  if (columns == kNr || columns == lanes) return micro(depth, a, b, b_stride, c, ldc, accumulate);
+  const char* line = ahead.take(depth);
+  const std::ptrdiff_t step = line ? 64 : 0;
+  if (!line) line = reinterpret_cast<const char*>(c);
+  if (columns == kNr || columns == lanes) return micro(depth, a, b, b_stride, c, ldc, output, line, step);
   alignas(64) float edge[kMr * kNr];
-  micro(depth, a, b, b_stride, edge, kNr, false);
-  tail_copy(edge, c, ldc, rows, columns, accumulate);
+  micro(depth, a, b, b_stride, edge, kNr, Output::set, line, step);
+  tail_copy(edge, c, ldc, rows, columns, output == Output::add);
+}
+
+/** Panels `first` .. `first` + count of `panels` equal ones that cover `rows` rows of A. */
+inline Panels row_panels(int64_t rows, int64_t panels, int64_t first, int64_t count, int64_t depth) {
+  Panels result;
+  result.count = int(count);
+  for (int64_t q = 0; q <= count; ++q) result.start[q] = rows * (first + q) / panels;
+  result.stride = depth * kAWidth;
+  return result;
+}
+
+inline Panels column_panels(int64_t columns, int64_t from, int64_t depth) {
+  Panels result;
+  result.count = int(std::min<int64_t>(kMostPanels, ceil_div(columns - from, kNr)));
+  for (int q = 0; q <= result.count; ++q) result.start[q] = std::min<int64_t>(columns, from + q * kNr);
+  result.stride = depth * kNr;
+  return result;
 }
 
 template <bool kBf16>
-void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer) {
+void pack_columns(const GemmOperand& b, int64_t n0, int64_t columns, int64_t k0, int64_t kc, int64_t depth, float* to) {
+  for (int64_t j = 0; j < columns; j += kMostPanels * kNr)
+    pack<kBf16, kNr>(b, n0, column_panels(columns, j, depth), k0, kc, to + j * depth);
+}
+
+// The part of B that a tile reads, where that is one piece of memory and k takes one pass.
+struct Region {
+  const float* from = nullptr;
+  const float* to = nullptr;
+};
+
+Region region_of(const Gemm& g, const Tile& t, bool bf16) {
+  if (g.packed_b || g.k > kMaxK[bf16]) return {};
+  if (g.b.k_stride == 1 && g.b.lane_stride == g.k) return {g.b.data + t.n0 * g.k, g.b.data + t.n1 * g.k};
+  if (g.b.lane_stride == 1 && g.b.k_stride == g.n && t.n0 == 0 && t.n1 == g.n) return {g.b.data, g.b.data + g.n * g.k};
+  return {};
+}
+
+// C of few rows: every piece of k as dot products.
+template <bool kBf16>
+void run_dots(const Gemm& g, const Tile& t, float* a_buffer) {
+  for (int64_t k0 = 0; k0 < g.k; k0 += kDotLength) {
+    const int64_t kc = std::min<int64_t>(kDotLength, g.k - k0);
+    const int64_t stride = ceil_div(kc, kDotStep<kBf16>) * lanes;
+    for (int64_t i = 0; i < g.m; ++i) pack_dot_row<kBf16>(g.a, i, k0, kc, a_buffer + i * stride);
+    const float* b = g.b.data + t.n0 * g.b.lane_stride + k0;
+    float* c = g.c + t.n0;
+    const int64_t columns = t.n1 - t.n0;
+    const bool accumulate = g.accumulate || k0 > 0;
+    switch (g.m) {
+      case 1: dot_columns<kBf16, 1>(kc, a_buffer, stride, b, g.b.lane_stride, c, g.ldc, columns, accumulate); break;
+      case 2: dot_columns<kBf16, 2>(kc, a_buffer, stride, b, g.b.lane_stride, c, g.ldc, columns, accumulate); break;
+      case 3: dot_columns<kBf16, 3>(kc, a_buffer, stride, b, g.b.lane_stride, c, g.ldc, columns, accumulate); break;
+      default: dot_columns<kBf16, 4>(kc, a_buffer, stride, b, g.b.lane_stride, c, g.ldc, columns, accumulate); break;
+    }
+  }
+}
+
+Region a_region_of(const Gemm& g, const Tile& t, bool bf16) {
+  if (g.k > kMaxK[bf16]) return {};
+  if (g.a.k_stride == 1 && g.a.lane_stride == g.k) return {g.a.data + t.m0 * g.k, g.a.data + t.m1 * g.k};
+  if (g.a.lane_stride == 1 && g.a.k_stride == g.m && t.m0 == 0 && t.m1 == g.m) return {g.a.data, g.a.data + g.m * g.k};
+  return {};
+}
+
+template <bool kBf16>
+void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, Region next, Region next_a) {
   const int64_t rows = t.m1 - t.m0, columns = t.n1 - t.n0;
+  if (g.m <= kFewRows && g.b.k_stride == 1 && !g.packed_b && g.k > 0) return run_dots<kBf16>(g, t, a_buffer);
   const int64_t panels = ceil_div(rows, kMr);
   const Passes passes(g.k, kBf16);
+  Ahead ahead;
+  const Region own = region_of(g, t, kBf16);
+  const bool linear = own.from && g.b.k_stride == 1 && panels <= kMostPanels;
+  if (linear) ahead.add(own.from + kNr * g.k, own.to);
+  ahead.add(next.from, next.to);
+  ahead.add(next_a.from, next_a.to);
   for (int64_t pass = 0; pass < passes.count; ++pass) {
     const int64_t k0 = pass * passes.length, kc = std::min(passes.length, g.k - k0);
     const int64_t depth = kBf16 ? (kc + 1) / 2 : kc;
-    const bool accumulate = g.accumulate || pass > 0;
-    const float* packed = nullptr;
+    const bool stream = g.stream && passes.count == 1 && (g.ldc % lanes) == 0 && reinterpret_cast<uintptr_t>(g.c) % 64 == 0;
+    const Output output = g.accumulate || pass > 0 ? Output::add : stream ? Output::stream : Output::set;
+    const float* packed = b_buffer;
+    // With few rows B is used once or twice: then it goes through L1 panel by panel, or is read where it lies.
+    bool late = false, direct = false;
     if (g.packed_b) {
       const int64_t full_depth = kBf16 ? passes.length / 2 : passes.length;
       packed = g.packed_b + pass * full_depth * static_cast<int64_t>(round_up(g.packed_n, kNr)) + (g.packed_from + t.n0) * depth;
+    } else if (panels <= kMostPanels) {
+      late = true;
+      direct = !kBf16 && panels == 1 && g.b.lane_stride == 1;
+    } else {
+      pack_columns<kBf16>(g.b, t.n0, columns, k0, kc, depth, b_buffer);
     }
-    if (panels <= kFewPanels) {
-      const bool direct = !kBf16 && panels == 1 && !packed && g.b.lane_stride == 1;
-      for (int64_t i = 0; i < panels; ++i) {
-        const int64_t begin = rows * i / panels, end = rows * (i + 1) / panels;
-        pack<kBf16>(g.a, t.m0 + begin, int(end - begin), k0, kc, int(end - begin), a_buffer + begin * depth);
-      }
-      for (int64_t j = 0; j < columns; j += kNr) {
-        const int width = int(std::min<int64_t>(kNr, columns - j));
-        const float* b = b_buffer;
-        std::ptrdiff_t b_stride = kNr;
-        if (packed)
-          b = packed + j * depth;
-        else if (direct && width == kNr)
-          b = g.b.data + k0 * g.b.k_stride + t.n0 + j, b_stride = g.b.k_stride;
-        else
-          pack<kBf16>(g.b, t.n0 + j, width, k0, kc, kNr, b_buffer);
-        for (int64_t i = 0; i < panels; ++i) {
-          const int64_t begin = rows * i / panels, end = rows * (i + 1) / panels;
-          block<kBf16>(depth, a_buffer + begin * depth, b, b_stride, g.c + (t.m0 + begin) * g.ldc + t.n0 + j, g.ldc, int(end - begin),
-                       width, accumulate);
+    for (int64_t i = 0; i < panels; i += kMostPanels) {
+      const Panels group = row_panels(rows, panels, i, std::min<int64_t>(kMostPanels, panels - i), depth);
+      pack<kBf16, kAWidth>(g.a, t.m0, group, k0, kc, a_buffer);
+      if (late) {
+        for (int64_t j = 0; j < columns; j += kNr) {
+          const int width = int(std::min<int64_t>(kNr, columns - j));
+          const float* b = b_buffer;
+          if (linear) ahead.skip_to(own.from + (j + kNr) * g.k);
+          std::ptrdiff_t b_stride = kNr;
+          if (direct && width == kNr)
+            b = g.b.data + k0 * g.b.k_stride + t.n0 + j, b_stride = g.b.k_stride;
+          else
+            pack_columns<kBf16>(g.b, t.n0 + j, width, k0, kc, depth, b_buffer);
+          for (int q = 0; q < group.count; ++q)
+            block<kBf16>(depth, a_buffer + q * group.stride, b, b_stride, g.c + (t.m0 + group.start[q]) * g.ldc + t.n0 + j, g.ldc,
+                         int(group.start[q + 1] - group.start[q]), width, output, ahead);
         }
+        continue;
       }
-      continue;
-    }
-    if (!packed) {
-      for (int64_t j = 0; j < columns; j += kNr)
-        pack<kBf16>(g.b, t.n0 + j, int(std::min<int64_t>(kNr, columns - j)), k0, kc, kNr, b_buffer + j * depth);
-      packed = b_buffer;
-    }
-    for (int64_t i = 0; i < panels; ++i) {
-      const int64_t begin = rows * i / panels, end = rows * (i + 1) / panels;
-      pack<kBf16>(g.a, t.m0 + begin, int(end - begin), k0, kc, int(end - begin), a_buffer);
-      for (int64_t j = 0; j < columns; j += kNr)
-        block<kBf16>(depth, a_buffer, packed + j * depth, kNr, g.c + (t.m0 + begin) * g.ldc + t.n0 + j, g.ldc, int(end - begin),
-                     int(std::min<int64_t>(kNr, columns - j)), accumulate);
+      for (int q = 0; q < group.count; ++q)
+        for (int64_t j = 0; j < columns; j += kNr)
+          block<kBf16>(depth, a_buffer + q * group.stride, packed + j * depth, kNr,
+                       g.c + (t.m0 + group.start[q]) * g.ldc + t.n0 + j, g.ldc, int(group.start[q + 1] - group.start[q]),
+                       int(std::min<int64_t>(kNr, columns - j)), output, ahead);
     }
   }
+  if (g.stream) finish_stores_past_caches();
   if (g.k == 0 && !g.accumulate)
     for (int64_t i = t.m0; i < t.m1; ++i) std::memset(g.c + i * g.ldc + t.n0, 0, static_cast<size_t>(columns) * 4);
 }
@@ -152,7 +239,13 @@ void run(const Gemm* jobs, int64_t count) {
   parallel_tasks(tasks, [&](int64_t task, int worker) {
     float* buffer = scratch.as<float>() + static_cast<size_t>(worker < threads ? worker : 0) * kBuffer;
     const size_t first_tile = tiles.size() * size_t(task) / size_t(tasks), last = tiles.size() * size_t(task + 1) / size_t(tasks);
-    for (size_t i = first_tile; i < last; ++i) run_tile<kBf16>(jobs[tiles[i].job], tiles[i], buffer, buffer + kBufferA);
+    for (size_t i = first_tile; i < last; ++i) {
+      // What this worker will probably do next: the following tile, or the first one of the task that will then be free.
+      const size_t next = i + 1 < last ? i + 1 : tiles.size() * size_t(task + threads) / size_t(tasks);
+      Region region, region_a;
+      if (next < tiles.size() && tiles[next].job != tiles[i].job) region = region_of(jobs[tiles[next].job], tiles[next], kBf16), region_a = a_region_of(jobs[tiles[next].job], tiles[next], kBf16);
+      run_tile<kBf16>(jobs[tiles[i].job], tiles[i], buffer, buffer + kBufferA, region, region_a);
+    }
   });
 }
 
@@ -165,7 +258,7 @@ static void run_here(const Gemm& job) {
   float* buffer = scratch.as<float>();
   for (int64_t n0 = 0; n0 < job.n; n0 += kMaxTileN[kBf16]) {
     const Tile tile = {0, 0, job.m, n0, std::min(job.n, n0 + kMaxTileN[kBf16])};
-    run_tile<kBf16>(job, tile, buffer, buffer + kBufferA);
+    run_tile<kBf16>(job, tile, buffer, buffer + kBufferA, {}, {});
   }
 }
 
@@ -202,8 +295,7 @@ static void pack_b(const GemmOperand& b, int64_t n, int64_t k, float* to) {
         for (int64_t pass = 0; pass < passes.count; ++pass) {
           const int64_t k0 = pass * passes.length, kc = std::min(passes.length, k - k0), depth = kBf16 ? (kc + 1) / 2 : kc;
           float* base = to + pass * full_depth * blocks * kNr;
-          for (int64_t j = begin; j < end; ++j)
-            pack<kBf16>(b, j * kNr, int(std::min<int64_t>(kNr, n - j * kNr)), k0, kc, kNr, base + j * kNr * depth);
+          pack_columns<kBf16>(b, begin * kNr, std::min(n, end * kNr) - begin * kNr, k0, kc, depth, base + begin * kNr * depth);
         }
       });
 }

@@ -24,6 +24,8 @@ struct Gemm {
   std::ptrdiff_t ldc;
   int64_t m, n, k;
   bool accumulate = false;
+  // C will not be read soon: write it past the caches where that is possible.
+  bool stream = false;
   // All columns of a larger B as gemm_pack_b leaves them, or nullptr. Then `b` is not read; this product uses n columns from
   // `packed_from` (a multiple of gemm_column_block()) of the `packed_n` packed ones.
   const float* packed_b = nullptr;

@@ -21,6 +21,8 @@ struct Ranges {
   int64_t size(int64_t e) const { return ends[static_cast<size_t>(e) + 1] - ends[static_cast<size_t>(e)]; }
 };
 
+constexpr int64_t large_gradient = int64_t{4} << 20;  // elements
+
 void clear_rows(float* y, int64_t from, int64_t to, int64_t width) {
   if (to > from) std::memset(y + from * width, 0, static_cast<size_t>((to - from) * width) * 4);
 }
@@ -59,6 +61,8 @@ MOE_KERNEL(moe_grouped_matmul_bwd_f32) {
   const int64_t rows = args.size(), experts = args.size(), k = args.size(), n = args.size();
   const bool bf16 = args.flag();
   const Ranges ranges(offsets, experts, rows);
+  // Gradients of this size leave the caches before anyone reads them.
+  const bool stream = experts * n * k >= large_gradient;
   std::vector<Gemm> jobs(static_cast<size_t>(experts));
   for (int64_t e = 0; e < experts; ++e) {
     Gemm& job = jobs[static_cast<size_t>(e)];
@@ -68,6 +72,7 @@ MOE_KERNEL(moe_grouped_matmul_bwd_f32) {
     job.c = dweight + e * n * k;
     job.ldc = k;
     job.m = n, job.n = k, job.k = size;
+    job.stream = stream;
   }
   gemm(jobs.data(), experts, bf16);
 }

@@ -149,3 +149,27 @@ test('an expert computes what it computes alone', async () => {
     expect(y.slice(from * g.n, to * g.n)).toEqual(part)
   }
 })
+
+test('gradients too large for the caches, with and without whole vectors', async () => {
+  for (const k of [512, 520]) {
+    const experts = 17
+    const offsets = Array.from({ length: experts + 1 }, (_, e) => Math.max(0, e * 3 - 3))
+    const g = { offsets, rows: offsets[experts], k, n: 512 }
+    const { x, dy } = data(g)
+    const [a, d] = [small(x), small(dy)]
+    for (const precision of precisions) {
+      const dweight = await weightGrad(g, a, d, precision, { threads: 2 })
+      let wrong = 0
+      for (let e = 0; e < experts; e++) {
+        for (let j = 0; j < g.n; j++) {
+          for (let t = 0; t < k; t++) {
+            let sum = 0
+            for (let i = offsets[e]; i < offsets[e + 1]; i++) sum += d[i * g.n + j] * a[i * k + t]
+            if (dweight[(e * g.n + j) * k + t] !== sum) wrong++
+          }
+        }
+      }
+      expect(wrong).toBe(0)
+    }
+  }
+})
