@@ -10,6 +10,10 @@ export function shapeError(op: string, problem: string, fix?: string, details?: 
   return new MoeError({ code: 'E_SHAPE', op, problem, fix, details })
 }
 
+export function attrError(op: string, problem: string, fix?: string, details?: Record<string, unknown>): MoeError {
+  return new MoeError({ code: 'E_ATTR', op, problem, fix, details })
+}
+
 /** Checks one input's dtype. */
 export function needDtype(op: string, name: string, value: Value, ...allowed: DType[]): void {
   for (let i = 0; i < allowed.length; i++) if (value.dtype === allowed[i]) return
@@ -181,7 +185,7 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
   permute([x], { axes }) {
     const seen = new Set(axes)
     const valid = axes.length === x.shape.length && seen.size === axes.length
-    if (!valid || axes.some(axis => !(axis >= 0 && axis < x.shape.length))) {
+    if (!valid || axes.some(axis => !(Number.isInteger(axis) && axis >= 0 && axis < x.shape.length))) {
       throw shapeError('permute', `axes [${axes}] are not a permutation of the axes of ${showShape(x.shape)}`)
     }
     return [{ shape: axes.map(axis => x.shape[axis]), dtype: x.dtype }]

@@ -290,6 +290,7 @@ export class Tensor extends Scoped implements Value {
   /** Repeats axes of size 1 (and adds leading ones) to reach `shape`. */
   expand(shape: Shape): Tensor {
     if (sameShape(this.shape, shape)) return this
+    checkShape('expand', shape)
     if (shape.length < this.rank || !sameShape(broadcastShapes('expand', this.shape, shape), shape)) {
       throw shapeError('expand', `${showShape(this.shape)} does not expand to ${showShape(shape)}`)
     }

@@ -1,7 +1,7 @@
 /** @file Scaled dot-product attention, with grouped key/value heads, and its absorbed form over a latent cache. */
 import type { AttentionAttrs, Precision } from '../backend.ts'
 import { context } from '../context.ts'
-import { needDtype, needShape } from '../infer.ts'
+import { attrError, needDtype, needShape } from '../infer.ts'
 import { arange, type FusedDefinition, full, runFused, type Tensor, where } from '../tensor.ts'
 import { rowMax } from './softmax.ts'
 
@@ -118,6 +118,13 @@ export const latentAttentionDefinition: FusedDefinition<'latentAttention'> = {
     needShape('latentAttention', 'cache', cache, [q.shape[0], -1, q.shape[3]])
     needDtype('latentAttention', 'lengths', lengths, 'i32')
     needShape('latentAttention', 'lengths', lengths, [q.shape[0]])
+    if (!Number.isInteger(valueDim) || valueDim < 1 || valueDim > q.shape[3]) {
+      throw attrError(
+        'latentAttention',
+        `valueDim = ${valueDim} is not in 1..${q.shape[3]}`,
+        'pass the size of the latent',
+      )
+    }
     return [{ shape: [...q.shape.slice(0, 3), valueDim], dtype: 'f32' }]
   },
   decompose([q, cache, lengths], { scale, valueDim, precision }) {

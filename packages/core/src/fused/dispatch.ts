@@ -1,5 +1,5 @@
 /** @file Moving tokens to their experts and back without dropping any and without asking the host. N tokens, K choices each, E experts, D features. */
-import { needDtype, needShape, shapeError } from '../infer.ts'
+import { attrError, needDtype, needShape, shapeError } from '../infer.ts'
 import { arange, concat, type FusedDefinition, full, runFused, setRows, type Tensor } from '../tensor.ts'
 
 export const dispatchPlanDefinition: FusedDefinition<'dispatchPlan'> = {
@@ -7,6 +7,9 @@ export const dispatchPlanDefinition: FusedDefinition<'dispatchPlan'> = {
   infer([indices], { experts }) {
     needDtype('dispatchPlan', 'indices', indices, 'i32')
     needShape('dispatchPlan', 'indices', indices, [-1, -1])
+    if (!Number.isInteger(experts) || experts < 1) {
+      throw attrError('dispatchPlan', `experts = ${experts} is not a positive integer`, 'pass the number of experts')
+    }
     const slots = indices.size
     return [
       { shape: [slots], dtype: 'i32' },

@@ -1,6 +1,6 @@
 /** @file Block-wise 8-bit quantization (DeepSeek-V3 report 3.3: 1x128 for activations, 128x128 for weights). */
 import { f8e4m3Max } from '../dtype.ts'
-import { needDtype, needShape } from '../infer.ts'
+import { attrError, needDtype, needShape } from '../infer.ts'
 import { type FusedDefinition, full, runFused, type Tensor, where } from '../tensor.ts'
 
 export const quantizeDefinition: FusedDefinition<'quantize'> = {
@@ -8,6 +8,9 @@ export const quantizeDefinition: FusedDefinition<'quantize'> = {
   infer([x], { block }) {
     needDtype('quantize', 'input', x, 'f32')
     needShape('quantize', 'input', x, [-1, -1])
+    if (!block.every(size => Number.isInteger(size) && size >= 1)) {
+      throw attrError('quantize', `block = [${block}] is not a block`, 'pass two positive integers, such as [128, 128]')
+    }
     return [
       { shape: x.shape, dtype: 'f8e4m3' },
       { shape: [Math.ceil(x.shape[0] / block[0]), Math.ceil(x.shape[1] / block[1])], dtype: 'f32' },

@@ -11,9 +11,10 @@ function checkAttrs(experts: number, attrs: RouterAttrs): void {
   if (!Number.isInteger(groups) || groups < 1 || experts % groups !== 0) {
     problems.push(`groups = ${groups} does not divide ${experts} experts`)
   }
-  if (!(topGroups >= 1 && topGroups <= groups)) problems.push(`topGroups = ${topGroups} is not in 1..${groups}`)
+  if (!(Number.isInteger(topGroups) && topGroups >= 1 && topGroups <= groups))
+    problems.push(`topGroups = ${topGroups} is not in 1..${groups}`)
   const reachable = (experts / groups) * topGroups
-  if (!(topK >= 1 && topK <= reachable))
+  if (!(Number.isInteger(topK) && topK >= 1 && topK <= reachable))
     problems.push(`topK = ${topK} is not in 1..${reachable} (the experts of the kept groups)`)
   if (problems.length > 0) {
     throw new MoeError({

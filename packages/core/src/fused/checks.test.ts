@@ -1,0 +1,157 @@
+import { describe, expect, test } from 'vitest'
+import type { Backend, RouterAttrs } from '../backend.ts'
+import { referenceBackend } from '../reference/index.ts'
+import { ones, tensor } from '../tensor.ts'
+import { adamwStep } from './adamw.ts'
+import { attention, latentAttention } from './attention.ts'
+import { crossEntropy, linearCrossEntropy } from './cross-entropy.ts'
+import { combineTokens, dispatchPlan, permuteTokens } from './dispatch.ts'
+import { groupedMatmul } from './grouped-matmul.ts'
+import { fusedDefinitions } from './index.ts'
+import { quantize } from './quantize.ts'
+import { rmsNorm } from './rms-norm.ts'
+import { rope } from './rope.ts'
+import { routerTopk } from './router-topk.ts'
+import { softmax } from './softmax.ts'
+import { swiglu } from './swiglu.ts'
+
+/**
+ * A backend whose fused kernels must never be reached: kernels check nothing, so what comes through here would read or write beside a
+ * native buffer.
+ */
+const plain = referenceBackend()
+const reached = () => {
+  throw new Error('a kernel was called with input that does not fit')
+}
+const backend: Backend = { ...plain, fused: Object.fromEntries(Object.keys(fusedDefinitions).map(op => [op, reached])) }
+const f = (...shape: number[]) => ones(shape, { backend })
+const i = (shape: number[], ...values: number[]) => tensor(Int32Array.from(values), shape, { backend })
+const router: RouterAttrs = {
+  scoring: 'sigmoid',
+  groups: 2,
+  topGroups: 1,
+  groupScore: 'top2',
+  topK: 2,
+  normalize: true,
+  scale: 1,
+}
+const plan = (slots: number) => {
+  const index = i([slots], ...new Array<number>(slots).fill(0))
+  return { topK: 2, order: index, positions: index, offsets: i([2], 0, slots), counts: i([1], slots) }
+}
+const adamw = { lr: 1, beta1: 0.9, beta2: 0.9, eps: 1e-8, weightDecay: 0, step: 1 }
+
+const wrong: Record<string, Array<[what: string, call: () => unknown, message: RegExp]>> = {
+  softmax: [
+    ['a scalar', () => softmax(f()), /\[\] has no last axis/],
+    ['integers', () => softmax(i([1], 1)), /has dtype i32, needs f32; cast it/],
+  ],
+  rmsNorm: [['a weight of another size', () => rmsNorm(f(2, 3), f(2)), /weight has shape \[2\], needs \[3\]/]],
+  swiglu: [['different shapes', () => swiglu(f(2, 3), f(3)), /up has shape \[3\], needs \[2,3\]/]],
+  rope: [
+    ['three axes', () => rope(f(2, 3, 4), f(3, 2), f(3, 2)), /pass x \[B,T,H,D\]/],
+    ['tables of another length', () => rope(f(1, 3, 1, 4), f(2, 2), f(2, 2)), /cos \[2,2\]/],
+    ['tables of two shapes', () => rope(f(1, 3, 1, 4), f(3, 2), f(3, 1)), /sin \[3,1\]/],
+    ['more angles than pairs', () => rope(f(1, 3, 1, 4), f(3, 3), f(3, 3)), /R <= D/],
+  ],
+  attention: [
+    ['three axes', () => attention(f(2, 3, 4), f(2, 3, 4), f(2, 3, 4)), /q has shape \[2,3,4\], needs \[\*,\*,\*,\*\]/],
+    ['keys of other features', () => attention(f(1, 2, 2, 4), f(1, 2, 2, 3), f(1, 2, 2, 4)), /k has shape/],
+    ['fewer values than keys', () => attention(f(1, 2, 2, 4), f(1, 3, 2, 4), f(1, 2, 2, 4)), /v has shape/],
+    ['heads that do not divide', () => attention(f(1, 2, 3, 4), f(1, 2, 2, 4), f(1, 2, 2, 4)), /needs \[1,\*,3,4\]/],
+    ['no key head', () => attention(f(1, 2, 3, 4), f(1, 2, 0, 4), f(1, 2, 0, 4)), /needs \[1,\*,3,4\]/],
+    [
+      'lengths of another batch',
+      () => attention(f(1, 2, 2, 4), f(1, 2, 2, 4), f(1, 2, 2, 4), { lengths: i([2], 1, 1) }),
+      /lengths has shape \[2\], needs \[1\]/,
+    ],
+  ],
+  latentAttention: [
+    [
+      'more values than features',
+      () => latentAttention(f(1, 1, 2, 8), f(1, 4, 8), i([1], 4), { scale: 1, valueDim: 9 }),
+      /valueDim = 9 is not in 1\.\.8/,
+    ],
+    [
+      'half a value',
+      () => latentAttention(f(1, 1, 2, 8), f(1, 4, 8), i([1], 4), { scale: 1, valueDim: 0.5 }),
+      /valueDim = 0.5/,
+    ],
+    [
+      'a cache of other features',
+      () => latentAttention(f(1, 1, 2, 8), f(1, 4, 7), i([1], 4), { scale: 1, valueDim: 4 }),
+      /cache has shape \[1,4,7\], needs \[1,\*,8\]/,
+    ],
+  ],
+  crossEntropy: [
+    ['targets of another size', () => crossEntropy(f(2, 3), i([3], 0, 0, 0)), /targets has shape \[3\], needs \[2\]/],
+    [
+      'float targets',
+      () => crossEntropy(f(2, 3), f(2)),
+      /targets has dtype f32, needs i32; cast it with .cast\('i32'\)/,
+    ],
+    ['three axes', () => crossEntropy(f(2, 3, 4), i([2], 0, 0)), /logits has shape/],
+  ],
+  linearCrossEntropy: [
+    ['weights of other features', () => linearCrossEntropy(f(2, 3), f(5, 4), i([2], 0, 0)), /weight has shape \[5,4\]/],
+  ],
+  routerTopk: [
+    ['groups that do not divide', () => routerTopk(f(2, 5), f(5), router), /groups = 2 does not divide 5 experts/],
+    ['more groups than there are', () => routerTopk(f(2, 4), f(4), { ...router, topGroups: 3 }), /topGroups = 3/],
+    ['half a group', () => routerTopk(f(2, 4), f(4), { ...router, topGroups: 1.5 }), /topGroups = 1.5/],
+    [
+      'more experts than reachable',
+      () => routerTopk(f(2, 4), f(4), { ...router, topK: 3 }),
+      /topK = 3 is not in 1\.\.2/,
+    ],
+    ['half an expert', () => routerTopk(f(2, 4), f(4), { ...router, topK: 1.5 }), /topK = 1.5/],
+    ['a bias of another size', () => routerTopk(f(2, 4), f(3), router), /bias has shape \[3\], needs \[4\]/],
+  ],
+  dispatchPlan: [
+    ['one axis', () => dispatchPlan(i([2], 0, 0), 2), /indices have rank 1/],
+    ['no experts', () => dispatchPlan(i([1, 2], 0, 0), 0), /experts = 0 is not a positive integer/],
+    ['half an expert', () => dispatchPlan(i([1, 2], 0, 0), 2.5), /experts = 2.5/],
+  ],
+  permuteTokens: [
+    ['a plan of other tokens', () => permuteTokens(f(3, 4), plan(4)), /order has shape \[4\], needs \[6\]/],
+  ],
+  combineTokens: [['gates of other tokens', () => combineTokens(f(4, 3), f(3, 2), plan(4)), /needs \[6,\*\]/]],
+  groupedMatmul: [
+    [
+      'offsets of other experts',
+      () => groupedMatmul(f(4, 3), f(2, 5, 3), i([2], 0, 4)),
+      /offsets has shape \[2\], needs \[3\]/,
+    ],
+    ['weights of other features', () => groupedMatmul(f(4, 3), f(2, 5, 4), i([3], 0, 2, 4)), /weight has shape/],
+  ],
+  quantize: [
+    ['an empty block', () => quantize(f(4, 4), [0, 2]), /block = \[0,2\]/],
+    ['half a row', () => quantize(f(4, 4), [1.5, 2]), /block = \[1.5,2\]/],
+    ['one axis', () => quantize(f(4)), /input has shape \[4\]/],
+  ],
+  adamwStep: [
+    ['moments of another shape', () => adamwStep(f(2), f(2), f(3), f(2), f(), adamw), /m has shape \[3\], needs \[2\]/],
+    [
+      'a scale that is no scalar',
+      () => adamwStep(f(2), f(2), f(2), f(2), f(1), adamw),
+      /gradScale has shape \[1\], needs \[\]/,
+    ],
+  ],
+}
+
+for (const [op, cases] of Object.entries(wrong)) {
+  describe(`${op} refuses`, () => {
+    for (const [what, call, message] of cases) {
+      test(what, () => {
+        expect(call).toThrow(
+          expect.objectContaining({
+            name: 'MoeError',
+            code: expect.stringMatching(/^E_(SHAPE|DTYPE|ATTR)$/),
+            op,
+            message: expect.stringMatching(message),
+          }),
+        )
+      })
+    }
+  })
+}
