@@ -55,16 +55,54 @@ export function broadcastStrides(from: Shape, out: Shape): number[] {
 
 /** The arguments rank, sizes, strides of each operand, of an elementwise op with numpy broadcasting. */
 export function broadcastNest(out: Shape, ...operands: readonly Shape[]): number[] {
-  if (operands.every(shape => sameSizes(shape, out))) {
-    let total = 1
-    for (const size of out) total *= size
-    return operands.length === 2 ? [1, total, 1, 1] : [1, total, ...operands.map(() => 1)]
-  }
+  const usual = operands.length === 2 ? usualNest(out, operands[0], operands[1]) : undefined
+  if (usual !== undefined) return usual
   const { sizes, strides } = mergeAxes(
     out,
     operands.map(shape => broadcastStrides(shape, out)),
   )
   return [sizes.length, ...sizes, ...strides.flat()]
+}
+
+/** The same for the usual pairs, without the way through lists: equal shapes, and one side a scalar, a row or a column of the other. */
+function usualNest(out: Shape, a: Shape, b: Shape): number[] | undefined {
+  const total = product(out)
+  const wholeA = sameSizes(a, out)
+  const wholeB = sameSizes(b, out)
+  if (wholeA && wholeB) return [1, total, 1, 1]
+  if (!wholeA && !wholeB) return undefined
+  const small = wholeA ? b : a
+  const size = product(small)
+  if (size === 1) return wholeA ? [1, total, 1, 0] : [1, total, 0, 1]
+  if (size === 0) return undefined
+  const rest = total / size
+  if (isRow(small, out)) return wholeA ? [2, rest, size, size, 1, 0, 1] : [2, rest, size, 0, 1, size, 1]
+  if (isColumn(small, out)) return wholeA ? [2, size, rest, rest, 1, 1, 0] : [2, size, rest, 1, 0, rest, 1]
+  return undefined
+}
+
+/** Whether the last axes are those of `out` and the others are missing or 1. */
+function isRow(small: Shape, out: Shape): boolean {
+  const ahead = out.length - small.length
+  let axis = small.length - 1
+  while (axis >= 0 && small[axis] === out[ahead + axis]) axis--
+  while (axis >= 0 && small[axis] === 1) axis--
+  return axis < 0
+}
+
+/** Whether the first axes are those of `out` and the others are 1. */
+function isColumn(small: Shape, out: Shape): boolean {
+  if (small.length !== out.length) return false
+  let axis = 0
+  while (axis < small.length && small[axis] === out[axis]) axis++
+  while (axis < small.length && small[axis] === 1) axis++
+  return axis === small.length
+}
+
+function product(shape: Shape): number {
+  let size = 1
+  for (let axis = 0; axis < shape.length; axis++) size *= shape[axis]
+  return size
 }
 
 function sameSizes(a: Shape, b: Shape): boolean {
