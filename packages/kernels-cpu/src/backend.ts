@@ -4,7 +4,7 @@ import type { Backend, FusedKernels, Handle, HostArray, PrimitiveKernels, Tensor
 import { dtypes, hostArray, MoeError, sizeOf } from '@moe/core'
 import { fusedFactories, primitiveFactories } from './kernels/index.ts'
 import { type Isa, isas, loadLibrary, type NativeLibrary } from './load.ts'
-import { type CpuBuffer, Memory } from './memory.ts'
+import { type CpuBuffer, Memory, type MemoryStats } from './memory.ts'
 import { createNative, type Native } from './native.ts'
 import { counterOf, profiling } from './profile.ts'
 
@@ -22,6 +22,8 @@ export interface CpuOptions {
 export interface CpuBackend extends Backend {
   readonly isa: Isa
   readonly threads: number
+  /** With the bytes that are kept for later tensors. */
+  stats(): MemoryStats
   /** Gives memory that no tensor uses back to the system. */
   trim(): void
   /** With `guarded`: @throws Error when a kernel wrote beside a buffer. */

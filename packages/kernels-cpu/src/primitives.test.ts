@@ -314,7 +314,8 @@ test.each(large.map(call => [`${call.op} ${JSON.stringify(call.attrs)} of [${cal
     }
     for (const result of results.slice(1)) expect(result).toEqual(results[0])
     const expected = await runOp(referenceBackend(), op, inputs, attrs as never, outputs)
-    for (let k = 0; k < expected.length; k++) assertClose(op, results[0][k], expected[k], { relative: 1e-5, absolute: 1e-3 })
+    for (let k = 0; k < expected.length; k++)
+      assertClose(op, results[0][k], expected[k], { relative: 1e-5, absolute: 1e-3 })
     expect(results[0][0]).not.toEqual(hostArray(outputs[0].dtype, results[0][0].length))
   },
 )

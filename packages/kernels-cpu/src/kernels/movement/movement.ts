@@ -1,6 +1,6 @@
 /** @file Elements to other places: reshape, permute, expand, slice, pad, concat. */
 import { type DType, dtypeBytes, sizeOf } from '@moe/core'
-import { bySize, bitsOf, type Native, type PrimitiveFactory, pointerOf } from '../../native.ts'
+import { bitsOf, bySize, type Native, type PrimitiveFactory, pointerOf } from '../../native.ts'
 import { broadcastStrides, mergeAxes, rowMajor } from '../../strides.ts'
 
 export const reshape: PrimitiveFactory<'reshape'> = native => {
