@@ -3,7 +3,7 @@
     .venv-reference/bin/python bench/peers/gemm_torch.py --json
 
 Square: C[n, n] = A[n, n] * B[n, n]^T. Grouped: E experts, `rows` rows each, weight [E, out, in], as a loop of linear calls
-and, where it runs on CPU, as one torch._grouped_mm. Output is in the dtype of the inputs, as PyTorch has it. With --json
+and, where it runs on CPU, as one torch._grouped_mm; its two gradients the same way. Output is in the dtype of the inputs, as PyTorch has it. With --json
 the last line is one JSON object; seconds are medians.
 """
 
@@ -65,6 +65,9 @@ def main():
             results.append(measure("grouped-loop", name, flops, loop, **shape))
             grouped = lambda: torch._grouped_mm(x, w.transpose(1, 2), offs=ends)
             results.append(measure("grouped-mm", name, flops, grouped, **shape))
+            dy = torch.randn(experts * rows, n).to(dtype)
+            results.append(measure("grouped-dx", name, flops, lambda: torch._grouped_mm(dy, w, offs=ends), **shape))
+            results.append(measure("grouped-dw", name, flops, lambda: torch._grouped_mm(dy.t(), x, offs=ends), **shape))
     document = {"backend": "pytorch", "threads": args.threads, "results": results,
                 "versions": {"torch": torch.__version__, "python": platform.python_version()}}
     if args.json:

@@ -1,0 +1,200 @@
+/**
+ * Matrix products: GFLOP/s of square ones and of one product per expert, beside PyTorch where `.venv-reference` exists.
+ *
+ *     pnpm bench gemm [--rounds N] [--seconds N] [--threads N] [--json FILE] [--no-peers]
+ *
+ * Every round is a process of ours and then one of PyTorch's; each gives the median time of each shape, and the table has the
+ * medians of those. Ours reads and writes f32 always and rounds to bf16 on the way, PyTorch's bf16 has bf16 in memory.
+ */
+import { spawnSync } from 'node:child_process'
+import { existsSync, writeFileSync } from 'node:fs'
+import { cpus, loadavg, totalmem } from 'node:os'
+import { fileURLToPath } from 'node:url'
+import { parseArgs } from 'node:util'
+import type { OpAttrs, OpName, Precision, Shape, Value } from '@moe/core'
+import { createBackend } from '@moe/kernels-cpu'
+
+const root = fileURLToPath(new URL('..', import.meta.url))
+const python = `${root}.venv-reference/bin/python`
+
+const { values: options } = parseArgs({
+  options: {
+    rounds: { type: 'string', default: '3' },
+    seconds: { type: 'string', default: '0.3' },
+    threads: { type: 'string', default: String(cpus().length) },
+    json: { type: 'string' },
+    peers: { type: 'boolean', default: true },
+    worker: { type: 'boolean', default: false },
+  },
+  allowNegative: true,
+})
+
+const kinds = ['square', 'grouped-mm', 'grouped-dx', 'grouped-dw'] as const
+type Kind = (typeof kinds)[number]
+
+/** What one process measured of one shape. Square: m = n = k. Grouped: `experts` products of [rows, k] by [k, n], or a gradient of them. */
+interface Measurement {
+  readonly kind: Kind
+  readonly dtype: Precision
+  readonly experts?: number
+  readonly rows?: number
+  readonly m?: number
+  readonly n: number
+  readonly k: number
+  readonly gflops: number
+}
+
+// The shapes of bench/peers/gemm_torch.py.
+const square = [256, 512, 1024, 2048]
+const grouped = [
+  [16, 512, 256, 256],
+  [16, 512, 128, 256],
+  [64, 192, 512, 512],
+  [64, 192, 256, 512],
+  [256, 32, 256, 256],
+]
+
+const median = (values: readonly number[]) => {
+  const sorted = [...values].sort((a, b) => a - b)
+  const middle = sorted.length >> 1
+  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
+}
+
+// --- the process that measures ---
+
+async function work(): Promise<Measurement[]> {
+  const backend = await createBackend({ threads: Number(options.threads) })
+
+  const random = (shape: Shape): Value => {
+    const data = Float32Array.from({ length: shape.reduce((a, b) => a * b, 1) }, () => Math.random() * 2 - 1)
+    return { handle: backend.upload(data, shape, 'f32'), shape, dtype: 'f32' }
+  }
+
+  function gflops<O extends OpName>(op: O, flops: number, inputs: Value[], attrs: OpAttrs[O], shape: Shape): number {
+    const table = { ...backend.primitives, ...backend.fused } as Record<string, unknown>
+    const kernel = table[op] as (inputs: Value[], attrs: unknown, outputs: unknown[]) => unknown[]
+    const once = () => {
+      for (const handle of kernel(inputs, attrs, [{ shape, dtype: 'f32' }])) backend.free(handle)
+    }
+    once()
+    const seconds: number[] = []
+    const end = performance.now() + 1000 * Number(options.seconds)
+    while (seconds.length < 3 || performance.now() < end) {
+      const started = performance.now()
+      once()
+      seconds.push((performance.now() - started) / 1000)
+    }
+    return flops / median(seconds) / 1e9
+  }
+
+  const results: Measurement[] = []
+  const precisions: Precision[] = backend.bf16Matmul ? ['f32', 'bf16'] : ['f32']
+  for (const precision of precisions) {
+    for (const n of square) {
+      const inputs = [random([n, n]), random([n, n])]
+      const attrs = { transposeA: false, transposeB: true, precision }
+      const speed = gflops('matmul', 2 * n ** 3, inputs, attrs, [n, n])
+      results.push({ kind: 'square', dtype: precision, m: n, n, k: n, gflops: speed })
+      for (const { handle } of inputs) backend.free(handle)
+    }
+    for (const [experts, rows, k, n] of grouped) {
+      const ends = Int32Array.from({ length: experts + 1 }, (_, e) => e * rows)
+      const all = experts * rows
+      const offsets: Value = {
+        handle: backend.upload(ends, [experts + 1], 'i32'),
+        shape: [experts + 1],
+        dtype: 'i32',
+      }
+      const [x, weight, dy] = [random([all, k]), random([experts, n, k]), random([all, n])]
+      const flops = 2 * all * k * n
+      const speed: Record<Exclude<Kind, 'square'>, () => number> = {
+        'grouped-mm': () =>
+          gflops('groupedMatmul', flops, [x, weight, offsets], { transposeW: true, precision }, [all, n]),
+        'grouped-dx': () =>
+          gflops('groupedMatmul', flops, [dy, weight, offsets], { transposeW: false, precision }, [all, k]),
+        'grouped-dw': () => gflops('groupedMatmulWeightGrad', flops, [x, dy, offsets], { precision }, [experts, n, k]),
+      }
+      for (const [kind, measure] of Object.entries(speed)) {
+        results.push({ kind: kind as Kind, dtype: precision, experts, rows, k, n, gflops: measure() })
+      }
+      for (const { handle } of [x, weight, dy, offsets]) backend.free(handle)
+    }
+  }
+  console.error(backend.device)
+  backend.dispose()
+  return results
+}
+
+// --- the process that compares ---
+
+function run(command: string, args: readonly string[]): { readonly results: readonly Measurement[] } {
+  const { status, stdout, error } = spawnSync(command, args, {
+    cwd: root,
+    stdio: ['ignore', 'pipe', 'inherit'],
+    encoding: 'utf8',
+    maxBuffer: 2 ** 24,
+  })
+  if (error) throw error
+  if (status !== 0) throw new Error(`${command} ${args[0]} ended with code ${status}`)
+  return JSON.parse(stdout.trim().split('\n').at(-1) ?? '')
+}
+
+const keyOf = (r: Measurement) => [r.dtype, r.kind, r.experts ?? 1, r.rows ?? r.m, r.k, r.n].join(' ')
+
+function compare() {
+  const settings = ['--seconds', options.seconds, '--threads', options.threads]
+  const self = fileURLToPath(import.meta.url)
+  const peers = options.peers && existsSync(python)
+  if (options.peers && !peers) console.error('no .venv-reference: PyTorch is left out (docs say how to make one)')
+  const ours = new Map<string, { shape: Measurement; speeds: number[] }>()
+  const theirs = new Map<string, number[]>()
+  for (let round = 0; round < Number(options.rounds); round++) {
+    for (const shape of run(process.execPath, [self, '--worker', ...settings]).results) {
+      const entry = ours.get(keyOf(shape)) ?? { shape, speeds: [] }
+      entry.speeds.push(shape.gflops)
+      ours.set(keyOf(shape), entry)
+    }
+    if (!peers) continue
+    const { results } = run(python, [`${root}bench/peers/gemm_torch.py`, '--json', ...settings])
+    // A kind that PyTorch does not run on CPU comes without a speed.
+    for (const shape of results.filter(({ gflops }) => gflops !== undefined)) {
+      theirs.set(keyOf(shape), [...(theirs.get(keyOf(shape)) ?? []), shape.gflops])
+    }
+  }
+  return [...ours].map(([key, { shape, speeds }]) => {
+    const other = theirs.get(key)
+    const gflops = median(speeds)
+    const torch = other && median(other)
+    return { ...shape, gflops, torchGflops: torch, ratio: torch && gflops / torch, rounds: speeds, torchRounds: other }
+  })
+}
+
+if (options.worker) {
+  process.stdout.write(`${JSON.stringify({ results: await work() })}\n`)
+} else {
+  const results = compare()
+  const heads = ['dtype', 'what', 'shape', 'GFLOP/s', 'PyTorch', 'ratio']
+  const rows = results.map(r => [
+    r.dtype,
+    r.kind,
+    r.experts === undefined ? `${r.m} x ${r.k} x ${r.n}` : `${r.experts} x [${r.rows}, ${r.k}] [${r.k}, ${r.n}]`,
+    r.gflops.toFixed(0),
+    r.torchGflops?.toFixed(0) ?? '',
+    r.ratio === undefined ? '' : `${r.ratio.toFixed(2)}x`,
+  ])
+  const widths = heads.map((head, i) => Math.max(head.length, ...rows.map(row => row[i].length)))
+  for (const row of [heads, ...rows]) {
+    console.log(row.map((cell, i) => (i < 3 ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))).join('  '))
+  }
+  if (options.json !== undefined) {
+    const machine = {
+      cpu: cpus()[0]?.model ?? 'unknown',
+      cores: cpus().length,
+      memoryBytes: totalmem(),
+      load: loadavg()[0],
+      node: process.version,
+    }
+    const document = { machine, threads: Number(options.threads), results }
+    writeFileSync(options.json, `${JSON.stringify(document, null, 2)}\n`)
+  }
+}
