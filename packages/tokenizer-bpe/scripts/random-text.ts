@@ -1,16 +1,5 @@
 /** @file Texts that look for trouble: every kind of character in unlikely company. */
 
-/** A small deterministic generator (mulberry32): numbers in [0, 1). */
-export function randomSource(seed: number): () => number {
-  let state = seed >>> 0
-  return () => {
-    state = (state + 0x6d2b79f5) >>> 0
-    let t = Math.imul(state ^ (state >>> 15), state | 1)
-    t = (t + Math.imul(t ^ (t >>> 7), t | 61)) ^ t
-    return ((t ^ (t >>> 14)) >>> 0) / 0x100000000
-  }
-}
-
 const SPACES = [
   '\t',
   '\n',

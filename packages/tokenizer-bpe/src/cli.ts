@@ -1,2 +1,203 @@
 #!/usr/bin/env node
-export {}
+/** @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. */
+import { createReadStream, readFileSync } from 'node:fs'
+import { parseArgs } from 'node:util'
+import { BpeTokenizer, TokenizerError, type TrainOptions, type TrainProgress, trainBpeAsync } from './index.ts'
+
+const HELP = `moe-tokenizer COMMAND [options]
+
+  train FILE...    learn a byte-level BPE vocabulary from text files (- is standard input)
+      --vocab-size N         ids wanted, special tokens and the 256 bytes included (required)
+      --out PATH             where to write it (default tokenizer.json)
+      --pre-tokenizer NAME   deepseek-v3 (default), deepseek-llm, gpt2, cl100k, o200k, qwen2
+      --pattern REGEX        your own instead (Oniguruma syntax)
+      --special TOKEN        a special token; may be repeated
+      --min-frequency N      least occurrences of a pair that is merged (default 2)
+  encode [FILE]    ids of a text (default: standard input)
+      --tokenizer PATH       tokenizer.json (default tokenizer.json)
+      --no-special           neither adds special tokens nor reads them in the text
+  decode [ID...]   text of ids (default: read from standard input)
+      --tokenizer PATH
+      --skip-special         leaves special tokens out
+  inspect [TEXT]   what a tokenizer.json holds, and how it cuts a text
+      --tokenizer PATH
+
+  --json     machine-readable output
+  --quiet    no progress
+  --help     this text
+`
+
+class UsageError extends Error {}
+
+const { values, positionals } = readArguments()
+const interrupt = new AbortController()
+
+try {
+  const [command, ...rest] = positionals
+  if (values.help || command === undefined) {
+    process.stdout.write(HELP)
+    if (!values.help) process.exitCode = 2
+  } else if (command === 'train') await train(rest)
+  else if (command === 'encode') await encode(rest)
+  else if (command === 'decode') await decode(rest)
+  else if (command === 'inspect') await inspect(rest)
+  else throw new UsageError(`there is no command ${command}`)
+} catch (error) {
+  fail(error)
+}
+
+function readArguments() {
+  try {
+    return parseArgs({
+      allowPositionals: true,
+      options: {
+        'vocab-size': { type: 'string' },
+        out: { type: 'string', default: 'tokenizer.json' },
+        'pre-tokenizer': { type: 'string' },
+        pattern: { type: 'string' },
+        special: { type: 'string', multiple: true, default: [] },
+        'min-frequency': { type: 'string', default: '2' },
+        tokenizer: { type: 'string', default: 'tokenizer.json' },
+        'no-special': { type: 'boolean', default: false },
+        'skip-special': { type: 'boolean', default: false },
+        json: { type: 'boolean', default: false },
+        quiet: { type: 'boolean', default: false },
+        help: { type: 'boolean', short: 'h', default: false },
+      },
+    })
+  } catch (error) {
+    process.stderr.write(`moe-tokenizer: ${(error as Error).message}\n`)
+    process.exit(2)
+  }
+}
+
+function fail(error: unknown): void {
+  const usage = error instanceof UsageError
+  const code = error instanceof TokenizerError ? error.code : (error as NodeJS.ErrnoException).code
+  const message = error instanceof Error ? error.message : String(error)
+  if (values.json) process.stdout.write(`${JSON.stringify({ error: { code: code ?? 'E_USAGE', message } })}\n`)
+  else process.stderr.write(`moe-tokenizer: ${message}\n${usage ? 'See moe-tokenizer --help.\n' : ''}`)
+  process.exitCode = usage ? 2 : code === 'E_ABORTED' ? 130 : 1
+}
+
+function wholeNumber(name: 'vocab-size' | 'min-frequency'): number {
+  const text = values[name]
+  if (text === undefined) throw new UsageError(`--${name} is missing`)
+  if (!/^\d+$/.test(text)) throw new UsageError(`--${name} ${text} is not a whole number`)
+  return Number(text)
+}
+
+async function train(files: string[]): Promise<void> {
+  if (files.length === 0) throw new UsageError('train needs at least one file')
+  if (values.pattern !== undefined && values['pre-tokenizer'] !== undefined) {
+    throw new UsageError('--pattern and --pre-tokenizer exclude each other')
+  }
+  process.once('SIGINT', () => interrupt.abort())
+  const started = performance.now()
+  const tokenizer = await trainBpeAsync(textsOf(files), {
+    vocabSize: wholeNumber('vocab-size'),
+    minFrequency: wholeNumber('min-frequency'),
+    specialTokens: values.special,
+    preTokenizer:
+      values.pattern !== undefined
+        ? { patterns: [values.pattern] }
+        : (values['pre-tokenizer'] as TrainOptions['preTokenizer']),
+    signal: interrupt.signal,
+    onProgress: values.quiet || values.json ? undefined : showProgress,
+  })
+  await tokenizer.save(values.out)
+  const seconds = (performance.now() - started) / 1000
+  const result = { path: values.out, vocabSize: tokenizer.vocabSize, merges: tokenizer.mergeCount, seconds }
+  if (values.json) process.stdout.write(`${JSON.stringify(result)}\n`)
+  else {
+    if (process.stderr.isTTY && !values.quiet) process.stderr.write('\r\x1b[K')
+    process.stdout.write(`${values.out}: ${result.vocabSize} ids, ${result.merges} merges, ${seconds.toFixed(1)} s\n`)
+  }
+}
+
+let shown = 0
+function showProgress(progress: TrainProgress): void {
+  if (!process.stderr.isTTY || performance.now() - shown < 100) return
+  shown = performance.now()
+  const megabytes = (progress.bytes / 1e6).toFixed(0)
+  const line =
+    progress.phase === 'counting'
+      ? `counting: ${megabytes} MB, ${progress.pieces} distinct pieces`
+      : `merging: ${progress.tokens} of ${progress.vocabSize} ids`
+  process.stderr.write(`\r\x1b[K${line}`)
+}
+
+/** Texts of files, large ones in parts that end before a line that starts with a word or a mark. */
+async function* textsOf(files: readonly string[]): AsyncGenerator<string> {
+  for (const file of files) {
+    const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
+    let held = ''
+    for await (const chunk of file === '-' ? process.stdin : createReadStream(file, { highWaterMark: 1 << 22 })) {
+      held += decoder.decode(chunk as Buffer, { stream: true })
+      if (held.length < 1 << 24) continue
+      let cut = held.length - 1
+      while (cut > 0 && !(held[cut - 1] === '\n' && /\S/.test(held[cut]))) cut--
+      if (cut === 0) continue
+      yield held.slice(0, cut)
+      held = held.slice(cut)
+    }
+    yield held + decoder.decode()
+  }
+}
+
+async function readInput(file: string | undefined): Promise<string> {
+  if (file !== undefined && file !== '-') return readFileSync(file, 'utf8')
+  const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
+  let text = ''
+  for await (const chunk of process.stdin) text += decoder.decode(chunk as Buffer, { stream: true })
+  return text + decoder.decode()
+}
+
+async function encode(files: string[]): Promise<void> {
+  if (files.length > 1) throw new UsageError('encode takes one file')
+  const tokenizer = await BpeTokenizer.fromFile(values.tokenizer)
+  const special = !values['no-special']
+  const ids = tokenizer.encode(await readInput(files[0]), { addSpecialTokens: special, parseSpecialTokens: special })
+  process.stdout.write(values.json ? `${JSON.stringify([...ids])}\n` : `${ids.join(' ')}\n`)
+}
+
+async function decode(args: string[]): Promise<void> {
+  const tokenizer = await BpeTokenizer.fromFile(values.tokenizer)
+  const source = args.length > 0 ? args.join(' ') : await readInput(undefined)
+  const words = source.split(/[\s,[\]]+/).filter(word => word !== '')
+  const odd = words.find(word => !/^\d+$/.test(word))
+  if (odd !== undefined) throw new UsageError(`${odd} is not an id`)
+  const text = tokenizer.decode(words.map(Number), { skipSpecialTokens: values['skip-special'] })
+  process.stdout.write(values.json ? `${JSON.stringify(text)}\n` : text)
+}
+
+async function inspect(args: string[]): Promise<void> {
+  const tokenizer = await BpeTokenizer.fromFile(values.tokenizer)
+  let longest = 0
+  for (let id = 0; id < tokenizer.vocabSize; id++) {
+    if (tokenizer.idToToken(id) === undefined) continue
+    if (tokenizer.tokenBytes(id).length > tokenizer.tokenBytes(longest).length) longest = id
+  }
+  const report = {
+    vocabSize: tokenizer.vocabSize,
+    merges: tokenizer.mergeCount,
+    preTokenizer: tokenizer.preTokenizer,
+    addedTokens: tokenizer.addedTokens.length,
+    specialTokens: tokenizer.addedTokens.filter(token => token.special).length,
+    longestToken: { id: longest, bytes: tokenizer.tokenBytes(longest).length },
+    tokens:
+      args.length === 0
+        ? undefined
+        : Array.from(tokenizer.encode(args.join(' ')), id => ({ id, token: tokenizer.idToToken(id) })),
+  }
+  if (values.json) {
+    process.stdout.write(`${JSON.stringify(report)}\n`)
+    return
+  }
+  const how = report.preTokenizer === 'steps' ? 'step by step (no scanner of its own)' : report.preTokenizer
+  process.stdout.write(
+    `ids             ${report.vocabSize}\nmerges          ${report.merges}\npre-tokenizer   ${how}\n` +
+      `added tokens    ${report.addedTokens}, ${report.specialTokens} of them special\nlongest token   id ${longest}, ${report.longestToken.bytes} bytes\n`,
+  )
+  for (const { id, token } of report.tokens ?? []) process.stdout.write(`${String(id).padStart(8)}  ${token}\n`)
+}

@@ -79,7 +79,7 @@ function readStep(step: JsonObject, where: string): Step[] {
       return [splitBy(classMatcher(isPunctuation), behavior, false)]
     }
     case 'Whitespace':
-      return [splitBy(patternMatcher('\\w+|[^\\w\\s]+'), 'Removed', true)]
+      return [splitBy(patternMatcher('\\p{rust_word}+|[^\\p{rust_word}\\s]+'), 'Removed', true)]
     case 'WhitespaceSplit':
       return [splitBy(classMatcher(isSpace), 'Removed', false)]
     case 'Metaspace': {

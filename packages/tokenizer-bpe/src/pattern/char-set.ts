@@ -81,7 +81,23 @@ const PINNED: Record<string, () => Ranges> = {
   punct: () => property('p'),
   cntrl: () => property('cc'),
   xdigit: () => HEX,
-  word: () => normalize([...property('alphabetic'), ...property('m'), ...property('nd'), ...property('pc')]),
+  // Oniguruma's word characters, with the fractions and superscripts of Latin-1.
+  word: () =>
+    normalize([
+      ...property('alphabetic'),
+      ...property('m'),
+      ...property('nd'),
+      ...property('pc'),
+      0xb2,
+      0xb3,
+      0xb9,
+      0xb9,
+      0xbc,
+      0xbe,
+    ]),
+  // Those of Rust's regex crate, which the Whitespace pre-tokenizer is made with.
+  rust_word: () =>
+    normalize([...property('alphabetic'), ...property('m'), ...property('nd'), ...property('pc'), 0x200c, 0x200d]),
 }
 
 export const HEX: Ranges = [0x30, 0x39, 0x41, 0x46, 0x61, 0x66]

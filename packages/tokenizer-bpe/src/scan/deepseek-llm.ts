@@ -1,6 +1,6 @@
 /**
  * @file The pre-tokenizer of DeepSeek-LLM and DeepSeek-V2: newlines, words of the cased scripts, punctuation, trailing white space, CJK runs and
- * single digits, each split off inside what the ones before left over.
+ * single digits, each split off inside the pieces that the ones before made.
  */
 import { classOf, NEWLINE, NUMBER, SPACE } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
@@ -34,8 +34,6 @@ function build(): Uint8Array {
   mark(CJK_RUN, CJK)
   mark(MARKS, MARK)
   mark(LETTERS, WORD)
-  // Whoever comes first in the list of splits takes the character.
-  for (let code = 0; code < table.length; code++) if (table[code] & WORD) table[code] = WORD
   return table
 }
 
@@ -47,16 +45,14 @@ export function scanDeepseekLlm(bytes: Uint8Array, pos: number, end: number, end
   const capacity = ends.length
   let count = 0
   while (pos < end && count < capacity) {
-    const flag = table[codePointAt(bytes, pos)]
+    let flag = table[codePointAt(bytes, pos)]
     let at = pos + widthOf(bytes[pos])
-    const next = flagAt(table, bytes, at, end)
-    if (flag & WORD || (flag & BLANK && next & WORD)) {
-      while (at < end && table[codePointAt(bytes, at)] & WORD) at += widthOf(bytes[at])
-    } else if (flag & MARK || (flag & BLANK && next & MARK && !opensWord(table, bytes, at, end))) {
-      while (at < end && table[codePointAt(bytes, at)] & MARK && !opensWord(table, bytes, at, end))
-        at += widthOf(bytes[at])
-    } else if (!(flag & (BREAK | DIGIT))) {
-      at = restEnd(table, bytes, at, end, flag)
+    while (at < end) {
+      const next = table[codePointAt(bytes, at)]
+      if ((flag | next) & DIGIT || (flag ^ next) & CJK || splitsBefore(table, bytes, at, end, flag)) break
+      if (next & BLANK && !(flag & BLANK) && trails(table, bytes, at, end)) break
+      flag = next
+      at += widthOf(bytes[at])
     }
     ends[count++] = at
     pos = at
@@ -69,38 +65,35 @@ function flagAt(table: Uint8Array, bytes: Uint8Array, at: number, end: number): 
   return at < end ? table[codePointAt(bytes, at)] : BREAK
 }
 
-/** Whether the white space at `at` belongs to the word after it. */
-function opensWord(table: Uint8Array, bytes: Uint8Array, at: number, end: number): boolean {
-  return (
-    (flagAt(table, bytes, at, end) & BLANK) !== 0 && (flagAt(table, bytes, at + widthOf(bytes[at]), end) & WORD) !== 0
-  )
-}
-
-/** Whether a word, punctuation, a newline or the end of the text starts at `at`. */
-function restEnds(table: Uint8Array, bytes: Uint8Array, at: number, end: number): boolean {
+/**
+ * Whether one of the first three splits has a border at `at`, before which a character of flags `before` stands. Each split works on what the one before
+ * it made, matches included: ASCII letters are also in the range that the third takes for punctuation, so `Grüße` falls apart.
+ */
+function splitsBefore(table: Uint8Array, bytes: Uint8Array, at: number, end: number, before: number): boolean {
   const flag = flagAt(table, bytes, at, end)
-  if (flag & (WORD | MARK | BREAK)) return true
-  if (!(flag & BLANK)) return false
+  if ((before | flag) & BREAK) return true
   const after = at + widthOf(bytes[at])
   const next = flagAt(table, bytes, after, end)
-  return (next & WORD) !== 0 || ((next & MARK) !== 0 && !opensWord(table, bytes, after, end))
+  // Words, with one white space before them.
+  if (flag & BLANK && next & WORD) return true
+  if (flag & WORD && !(before & (WORD | BLANK))) return true
+  if (before & WORD && !(flag & WORD)) return true
+  // Punctuation, with one white space before it.
+  if (before & MARK) return !(flag & MARK)
+  if (flag & MARK) return !(before & BLANK)
+  if (!(flag & BLANK) || !(next & MARK)) return false
+  // An ideographic space counts as punctuation, but not where it belongs to the word after it.
+  return !(next & BLANK && flagAt(table, bytes, after + widthOf(bytes[after]), end) & WORD)
 }
 
-/** End of the piece of what is left over that began with a character of flags `flag` and goes on at `at`. */
-function restEnd(table: Uint8Array, bytes: Uint8Array, at: number, end: number, flag: number): number {
-  const cjk = flag & CJK
-  let blank = flag & BLANK
-  while (!restEnds(table, bytes, at, end)) {
-    const next = table[codePointAt(bytes, at)]
-    if (next & DIGIT || (next & CJK) !== cjk) break
-    // White space that reaches the end of what is left over is split off. Looked at once a run.
-    if (next & BLANK && !blank) {
-      let run = at
-      while (!restEnds(table, bytes, run, end) && table[codePointAt(bytes, run)] & BLANK) run += widthOf(bytes[run])
-      if (restEnds(table, bytes, run, end)) break
-    }
-    blank = next & BLANK
+/** Whether the white space from `at` on reaches the end of what the first three splits leave together. Asked once for a run. */
+function trails(table: Uint8Array, bytes: Uint8Array, at: number, end: number): boolean {
+  let flag = BLANK
+  while (flag & BLANK) {
+    flag = table[codePointAt(bytes, at)]
     at += widthOf(bytes[at])
+    if (splitsBefore(table, bytes, at, end, flag)) return true
+    flag = flagAt(table, bytes, at, end)
   }
-  return at
+  return false
 }

@@ -3,8 +3,9 @@
  *
  *   \p{N}{1,3}   |   [一-龥぀-ゟ゠-ヿ]+   |   words, punctuation, newlines and spaces of what is between
  *
- * What lies between numbers and CJK runs is matched as a text of its own, so a run of spaces before a number or a CJK
- * character stays whole, as at the end of a text. Characters that no alternative takes (controls, unassigned) join into pieces.
+ * Numbers, CJK runs and what lies between them are each matched by the third as a text of their own: a run of spaces before a number or a CJK
+ * character stays whole, as at the end of a text, and a CJK run falls apart at its punctuation (゠ ・ ゛). Characters that no alternative
+ * takes (controls, unassigned) join into pieces.
  */
 import { classOf, LETTER, MARK, NUMBER, OTHER, PUNCTUATION, SPACE, SYMBOL } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
@@ -19,10 +20,12 @@ export const DEEPSEEK_V3_PATTERNS = [
 const GAP = 0 // in no alternative but as the one character before a word
 const WORD = 1 // L, M
 const DIGIT = 2 // N
-const CJK = 3
+const CJK_WORD = 3 // L, M of a CJK run
 const MARKS = 4 // P, S
 const BLANK = 5 // White_Space but for newlines
 const BREAK = 6 // \r \n
+const CJK_MARKS = 7 // P, S of a CJK run
+const CJK_GAP = 8 // unassigned, in a CJK run
 
 function build(): Uint8Array {
   const table = new Uint8Array(classOf.length)
@@ -41,8 +44,13 @@ function build(): Uint8Array {
                 ? BLANK
                 : BREAK
   }
-  table.fill(CJK, 0x4e00, 0x9fa6)
-  table.fill(CJK, 0x3040, 0x3100)
+  const cjk = (first: number, last: number) => {
+    for (let code = first; code <= last; code++) {
+      table[code] = table[code] === WORD ? CJK_WORD : table[code] === MARKS ? CJK_MARKS : CJK_GAP
+    }
+  }
+  cjk(0x4e00, 0x9fa5)
+  cjk(0x3040, 0x30ff)
   return table
 }
 
@@ -77,13 +85,16 @@ export function scanDeepseekV3(bytes: Uint8Array, pos: number, end: number, ends
         if (table[codePointAt(bytes, at)] !== DIGIT) break
         at += widthOf(bytes[at])
       }
-    } else if (kind === CJK) {
-      at = runEnd(table, bytes, at, end, CJK)
+    } else if (kind === CJK_WORD || (kind === CJK_GAP && next === CJK_WORD)) {
+      at = runEnd(table, bytes, at, end, CJK_WORD)
+    } else if (kind === CJK_MARKS) {
+      at = runEnd(table, bytes, at, end, CJK_MARKS)
     } else if (kind === BLANK || kind === BREAK) {
       at = blankEnd(table, bytes, pos, end)
     } else {
       // A gap ends before the first character that starts a match: anything else, or the last gap character before a word.
-      while (at < end && next === GAP) {
+      const word = kind === GAP ? WORD : CJK_WORD
+      while (at < end && next === kind) {
         const after = at + widthOf(nextLead)
         let following = -1
         let followingLead = 0
@@ -91,7 +102,7 @@ export function scanDeepseekV3(bytes: Uint8Array, pos: number, end: number, ends
           followingLead = bytes[after]
           following = table[followingLead < 0x80 ? followingLead : codePointAt(bytes, after)]
         }
-        if (following === WORD) break
+        if (following === word) break
         at = after
         next = following
         nextLead = followingLead
@@ -138,6 +149,6 @@ function blankEnd(table: Uint8Array, bytes: Uint8Array, pos: number, end: number
     kind = -1
   }
   if (newlineEnd >= 0) return newlineEnd
-  const textEnds = kind === -1 || kind === DIGIT || kind === CJK
+  const textEnds = kind === -1 || kind === DIGIT || kind === CJK_WORD || kind >= CJK_MARKS
   return textEnds || last === pos ? at : last
 }

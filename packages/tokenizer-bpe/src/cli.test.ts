@@ -1,0 +1,52 @@
+import { spawnSync } from 'node:child_process'
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { afterAll, expect, test } from 'vitest'
+
+const folder = mkdtempSync(join(tmpdir(), 'moe-tokenizer-cli-'))
+afterAll(() => rmSync(folder, { recursive: true }))
+
+function run(args: string[], input = '') {
+  const cli = fileURLToPath(new URL('cli.ts', import.meta.url))
+  const { status, stdout, stderr } = spawnSync(process.execPath, [cli, ...args], {
+    input,
+    encoding: 'utf8',
+    cwd: folder,
+  })
+  return { status, stdout, stderr }
+}
+
+test('trains, encodes, decodes and inspects', () => {
+  writeFileSync(join(folder, 'corpus.txt'), 'the cat sat on the mat. '.repeat(20))
+  const trained = run(['train', 'corpus.txt', '--vocab-size', '265', '--special', '<eos>', '--json'])
+  expect(trained.stderr).toBe('')
+  expect(JSON.parse(trained.stdout)).toMatchObject({ path: 'tokenizer.json', vocabSize: 265, merges: 8 })
+  const ids = JSON.parse(run(['encode', '--json'], 'the cat<eos>').stdout)
+  expect(ids.at(-1)).toBe(0)
+  expect(run(['decode', '--skip-special'], ids.join(' ')).stdout).toBe('the cat')
+  expect(JSON.parse(run(['inspect', '--json', 'the']).stdout)).toMatchObject({
+    vocabSize: 265,
+    preTokenizer: 'deepseek-v3',
+    specialTokens: 1,
+  })
+})
+
+test('exits with 1 for failures and 2 for wrong usage', () => {
+  expect(run(['--help'])).toMatchObject({ status: 0 })
+  expect(run([])).toMatchObject({ status: 2 })
+  expect(run(['bake'])).toMatchObject({ status: 2, stderr: expect.stringContaining('there is no command bake') })
+  expect(run(['train', 'corpus.txt'])).toMatchObject({
+    status: 2,
+    stderr: expect.stringContaining('--vocab-size is missing'),
+  })
+  expect(run(['train', '--nope'])).toMatchObject({ status: 2 })
+  const small = run(['train', 'corpus.txt', '--vocab-size', '3', '--json'])
+  expect(small.status).toBe(1)
+  expect(JSON.parse(small.stdout).error.code).toBe('E_CONFIG')
+  expect(run(['encode', '--tokenizer', 'missing.json'])).toMatchObject({
+    status: 1,
+    stderr: expect.stringContaining('ENOENT'),
+  })
+})

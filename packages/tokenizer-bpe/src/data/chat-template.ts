@@ -1,0 +1,84 @@
+/** @file Chat templates of Hugging Face (`tokenizer_config.json`), rendered by @huggingface/jinja, an optional peer. */
+import { TokenizerError } from '../errors.ts'
+
+export interface ChatMessage {
+  readonly role: string
+  readonly content: string
+  readonly [key: string]: unknown
+}
+
+export interface ChatOptions {
+  /** Ends the text where the assistant's answer starts. Default true. */
+  readonly addGenerationPrompt?: boolean
+  /** More variables for the template, e.g. `tools`. */
+  readonly variables?: Readonly<Record<string, unknown>>
+}
+
+/** The parts of tokenizer_config.json that a template needs. */
+export interface ChatConfig {
+  readonly chat_template?: string | readonly { readonly name: string; readonly template: string }[]
+  readonly [key: string]: unknown
+}
+
+/** Renders conversations into text with special tokens written out; encode it with `addSpecialTokens: false`. */
+export class ChatTemplate {
+  readonly #render: (variables: Record<string, unknown>) => string
+  readonly #tokens: Record<string, string>
+
+  constructor(render: (variables: Record<string, unknown>) => string, tokens: Record<string, string>) {
+    this.#render = render
+    this.#tokens = tokens
+  }
+
+  /**
+   * Reads the template of a parsed tokenizer_config.json.
+   * @param name which one, where there are several
+   * @throws TokenizerError E_FORMAT without a template, E_UNSUPPORTED when @huggingface/jinja is not installed
+   */
+  static async from(config: ChatConfig, name = 'default'): Promise<ChatTemplate> {
+    const found = config.chat_template
+    const source = typeof found === 'string' ? found : found?.find(item => item.name === name)?.template
+    if (typeof source !== 'string') {
+      throw new TokenizerError({
+        code: 'E_FORMAT',
+        op: 'ChatTemplate.from',
+        problem: 'tokenizer_config.json has no chat_template',
+        fix: 'pass the config of a chat model',
+      })
+    }
+    let jinja: typeof import('@huggingface/jinja')
+    try {
+      jinja = await import('@huggingface/jinja')
+    } catch (cause) {
+      throw new TokenizerError({
+        code: 'E_UNSUPPORTED',
+        op: 'ChatTemplate.from',
+        problem: '@huggingface/jinja is not installed',
+        fix: 'npm i @huggingface/jinja',
+        cause,
+      })
+    }
+    const template = new jinja.Template(source)
+    const tokens: Record<string, string> = {}
+    for (const key of ['bos_token', 'eos_token', 'pad_token', 'unk_token']) {
+      const token = config[key]
+      if (typeof token === 'string') tokens[key] = token
+      else if (typeof token === 'object' && token !== null && 'content' in token) tokens[key] = String(token.content)
+    }
+    return new ChatTemplate(variables => template.render(variables), tokens)
+  }
+
+  /** @throws TokenizerError E_DATA with the template's own words when it refuses the conversation */
+  render(messages: readonly ChatMessage[], options: ChatOptions = {}): string {
+    try {
+      return this.#render({
+        ...this.#tokens,
+        messages,
+        add_generation_prompt: options.addGenerationPrompt ?? true,
+        ...options.variables,
+      })
+    } catch (cause) {
+      throw new TokenizerError({ code: 'E_DATA', op: 'ChatTemplate.render', problem: (cause as Error).message, cause })
+    }
+  }
+}

@@ -1,0 +1,68 @@
+/**
+ * @file Splitting merged punctuation and newlines at random. DeepSeek-V3's vocabulary has tokens that join punctuation with line breaks; prompts
+ * that end right at such a border then meet a token the model never saw there. Its training data has a part of these tokens split (report,
+ * section 4.1), so that both ways are learned.
+ */
+import { TokenizerError } from '../errors.ts'
+import type { BpeTokenizer } from '../tokenizer.ts'
+
+export interface SplitTokensOptions {
+  /** Fraction of the eligible tokens that are split. */
+  readonly rate: number
+  /** Numbers in [0, 1); `randomNumbers(seed)` makes a reproducible source. */
+  readonly random: () => number
+}
+
+/** Splits tokens that join punctuation and line breaks. Made once for a tokenizer: it looks at the whole vocabulary. */
+export class MergedTokenSplitter {
+  /** For each eligible token, where its parts' ids are in `#parts`; else 0. */
+  readonly #placeOf: Int32Array
+  readonly #parts: number[] = [0]
+  readonly #options: SplitTokensOptions
+
+  constructor(tokenizer: BpeTokenizer, options: SplitTokensOptions) {
+    if (!(options.rate >= 0 && options.rate <= 1)) {
+      throw new TokenizerError({
+        code: 'E_CONFIG',
+        op: 'MergedTokenSplitter',
+        problem: `rate ${options.rate} is not from 0 to 1`,
+      })
+    }
+    this.#options = options
+    this.#placeOf = new Int32Array(tokenizer.vocabSize)
+    const added = new Set(tokenizer.addedTokens.map(token => token.id))
+    const decoder = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true })
+    for (let id = 0; id < tokenizer.vocabSize; id++) {
+      if (added.has(id) || tokenizer.idToToken(id) === undefined) continue
+      let text: string
+      try {
+        text = decoder.decode(tokenizer.tokenBytes(id))
+      } catch {
+        continue
+      }
+      // Punctuation (with what may stand before it), then line breaks.
+      const match = /^( ?[\p{P}\p{S}]+)([\r\n]+)$/u.exec(text)
+      if (match === null) continue
+      const parts = [match[1], match[2]].map(part => [...tokenizer.encode(part, { addSpecialTokens: false })])
+      this.#placeOf[id] = this.#parts.length
+      this.#parts.push(parts[0].length + parts[1].length, ...parts[0], ...parts[1])
+    }
+  }
+
+  /** Tokens of the vocabulary that can be split. */
+  get eligible(): number {
+    return this.#placeOf.reduce((sum, place) => sum + (place > 0 ? 1 : 0), 0)
+  }
+
+  /** The ids with a random part of the eligible tokens split in two; they stand for the same text. */
+  split(ids: Iterable<number>): Uint32Array {
+    const { rate, random } = this.#options
+    const out: number[] = []
+    for (const id of ids) {
+      const place = this.#placeOf[id]
+      if (place > 0 && random() < rate) out.push(...this.#parts.slice(place + 1, place + 1 + this.#parts[place]))
+      else out.push(id)
+    }
+    return Uint32Array.from(out)
+  }
+}

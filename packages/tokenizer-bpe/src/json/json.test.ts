@@ -1,0 +1,123 @@
+/** @file Damaged, hostile and unsupported tokenizer.json files: each has its own message. */
+import { expect, test } from 'vitest'
+import { BpeTokenizer, TokenizerError, trainBpe } from '../index.ts'
+
+// biome-ignore lint/suspicious/noExplicitAny: the tests write into files of any shape
+type Json = Record<string, any>
+
+const good = JSON.stringify(
+  trainBpe(['the cat sat on the mat'], { vocabSize: 270, minFrequency: 1, specialTokens: ['<s>'] }),
+)
+
+function load(change: (json: Json) => void): BpeTokenizer {
+  const json = JSON.parse(good)
+  change(json)
+  return BpeTokenizer.fromJSON(json)
+}
+
+test.each<[string, (json: Json) => void, string]>([
+  ['no model', json => delete json.model, 'model: is missing'],
+  ['a model of another kind', json => (json.model.type = 'Unigram'), 'model.type: "Unigram" is not supported'],
+  ['a list for a vocabulary', json => (json.model.vocab = ['a']), 'model.vocab: expected an object, got an array of 1'],
+  ['an id that is text', json => (json.model.vocab.a = '1'), 'model.vocab["a"]: expected an id'],
+  ['a negative id', json => (json.model.vocab.a = -1), 'expected an id from 0'],
+  ['an id beyond all bounds', json => (json.model.vocab.a = 1e9), 'expected an id from 0'],
+  ['an id twice', json => (json.model.vocab.zz = 5), 'have the same id 5'],
+  ['merges that are text', json => (json.model.merges = 'a b'), 'model.merges: expected an array, got "a b"'],
+  ['a merge of three', json => (json.model.merges[0] = 'a b c'), 'expected two tokens with one space between'],
+  ['a merge of a number', json => (json.model.merges[0] = [1, 2]), 'model.merges[0][0]: expected a string, got 1'],
+  [
+    'a merge of an unknown token',
+    json => (json.model.merges[2] = ['qq', 'a']),
+    'model.merges[2]: "qq" is not in the vocabulary',
+  ],
+  ['a merge into an unknown token', json => (json.model.merges[2] = ['q', 'q']), '"qq" is not in the vocabulary'],
+  ['dropout', json => (json.model.dropout = 0.1), 'model.dropout: 0.1 is not supported'],
+  ['byte fallback', json => (json.model.byte_fallback = true), 'model.byte_fallback'],
+  ['a word suffix', json => (json.model.end_of_word_suffix = '</w>'), 'model.end_of_word_suffix'],
+  ['truncation', json => (json.truncation = { max_length: 5 }), 'a truncation policy is not supported'],
+  [
+    'an unknown normalizer',
+    json => (json.normalizer = { type: 'Lowercase' }),
+    'normalizer.type: "Lowercase" is not supported',
+  ],
+  ['no pre-tokenizer', json => (json.pre_tokenizer = null), 'only byte-level vocabularies'],
+  [
+    'an unknown step',
+    json => (json.pre_tokenizer.pretokenizers[0] = { type: 'UnicodeScripts' }),
+    'pre_tokenizer.pretokenizers[0].type: "UnicodeScripts"',
+  ],
+  ['an unknown behaviour', json => (json.pre_tokenizer.pretokenizers[0].behavior = 'Eaten'), '"Eaten" is no behaviour'],
+  ['a broken pattern', json => (json.pre_tokenizer.pretokenizers[0].pattern.Regex = '(a'), 'a group is not closed'],
+  [
+    'an unknown post-processor',
+    json => (json.post_processor = { type: 'BertProcessing' }),
+    'post_processor.type: "BertProcessing"',
+  ],
+  [
+    'a template with a stranger',
+    json =>
+      (json.post_processor = {
+        type: 'TemplateProcessing',
+        single: [{ SpecialToken: { id: '<x>', type_id: 0 } }, { Sequence: { id: 'A', type_id: 0 } }],
+        special_tokens: {},
+      }),
+    '"<x>", which is no token',
+  ],
+  ['an unknown decoder', json => (json.decoder = { type: 'WordPiece' }), 'decoder.type: "WordPiece"'],
+  ['added tokens that clash', json => json.added_tokens.push({ id: 9, content: '<new>' }), 'have the same id 9'],
+  [
+    'an added token with two ids',
+    json => json.added_tokens.push({ id: 400, content: '<s>' }),
+    '"<s>" has the ids 0 and 400',
+  ],
+  ['an empty added token', json => json.added_tokens.push({ id: 400, content: '' }), 'is empty'],
+])('refuses %s', (_, change, message) => {
+  expect(() => load(change)).toThrow(TokenizerError)
+  expect(() => load(change)).toThrow(message)
+})
+
+test('refuses what is no JSON', () => {
+  expect(() => BpeTokenizer.fromJSON(good.slice(0, -20))).toThrow('not JSON')
+  expect(() => BpeTokenizer.fromJSON('[]')).toThrow('expected an object')
+})
+
+test('a pattern without end stops with an error', () => {
+  const tokenizer = load(json => {
+    json.pre_tokenizer.pretokenizers[0].pattern.Regex = '(?=\\s*b)c'
+  })
+  expect(() => tokenizer.encode(`${' '.repeat(200_000)}b`)).toThrow('takes more than')
+})
+
+test('puts the special tokens of a template round the text', () => {
+  const tokenizer = load(json => {
+    const special = { SpecialToken: { id: '<s>', type_id: 0 } }
+    json.post_processor = {
+      type: 'TemplateProcessing',
+      single: [special, { Sequence: { id: 'A', type_id: 0 } }, special],
+      special_tokens: { '<s>': { id: '<s>', ids: [0], tokens: ['<s>'] } },
+    }
+  })
+  expect([...tokenizer.encode('a')]).toEqual([0, tokenizer.tokenToId('a'), 0])
+  expect([...tokenizer.encode('a', { addSpecialTokens: false })]).toEqual([tokenizer.tokenToId('a')])
+})
+
+test('keeps to the flags of added tokens', () => {
+  const flags = (changed: Json) => (json: Json) =>
+    json.added_tokens.push({ id: 300, content: 'tag', special: false, normalized: false, ...changed })
+  const ids = (changed: Json, text: string) => {
+    const tokenizer = load(flags(changed))
+    return Array.from(tokenizer.encode(text), id => tokenizer.idToToken(id))
+  }
+  expect(ids({}, 'a tag tags')).toEqual(['a', 'Ġ', 'tag', 'Ġ', 'tag', 's'])
+  expect(ids({ single_word: true }, 'a tag x')).toContain('tag')
+  expect(ids({ single_word: true }, 'a tags')).not.toContain('tag')
+  expect(ids({ lstrip: true, rstrip: true }, 'a  tag  b')).toEqual(['a', 'tag', 'b'])
+})
+
+test('a token named __proto__ is a token', () => {
+  const json = JSON.parse(good.replace('"vocab":{', '"vocab":{"__proto__":400,'))
+  const tokenizer = BpeTokenizer.fromJSON(json)
+  expect(tokenizer.tokenToId('__proto__')).toBe(400)
+  expect(BpeTokenizer.fromJSON(JSON.stringify(tokenizer)).tokenToId('__proto__')).toBe(400)
+})

