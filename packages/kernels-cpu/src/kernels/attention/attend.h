@@ -87,31 +87,22 @@ static void pack_columns(const Block& block, const float* base, int64_t D, float
   for (int lane = 0; lane < block_rows; lane += lanes) {
     const float* rows[lanes];
     for (int i = 0; i < lanes; i++) rows[i] = lane + i < block.rows ? base + block.row[lane + i] * D : nullptr;
-    const bool full_rows = lane + lanes <= block.rows;
     for (int64_t j = 0; j < elements; j += lanes) {
       f32v x[lanes];
       const int64_t d = j * Op::pack;
-      if (full_rows && d + lanes * Op::pack <= D) {
+      const int first = static_cast<int>(std::min<int64_t>(lanes, D - d));
+      [[maybe_unused]] const int second = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(lanes, D - d - lanes)));
+      const auto row = [&](int i) __attribute__((always_inline)) {
+#if defined(__AVX512BF16__)
+        if constexpr (Op::pack == 2) return pair_neighbours(load_partial(rows[i] + d, first), load_partial(rows[i] + d + lanes, second));
+#endif
+        return load_some(rows[i] + d, first);
+      };
+      if (lane + lanes <= block.rows) {
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; i++) {
-          if constexpr (Op::pack == 1) x[i] = load(rows[i] + d);
-#if defined(__AVX512BF16__)
-          else x[i] = pair_neighbours(load(rows[i] + d), load(rows[i] + d + lanes));
-#endif
-        }
+        for (int i = 0; i < lanes; i++) x[i] = row(i);
       } else {
-        const int first = static_cast<int>(std::min<int64_t>(lanes, D - d));
-        for (int i = 0; i < lanes; i++) {
-          x[i] = zero();
-          if (!rows[i]) continue;
-          x[i] = load_partial(rows[i] + d, first);
-#if defined(__AVX512BF16__)
-          if constexpr (Op::pack == 2) {
-            const int second = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(lanes, D - d - lanes)));
-            x[i] = pair_neighbours(x[i], load_partial(rows[i] + d + lanes, second));
-          }
-#endif
-        }
+        for (int i = 0; i < lanes; i++) x[i] = lane + i < block.rows ? row(i) : zero();
       }
       transpose_square(x);
       const int count = static_cast<int>(std::min<int64_t>(lanes, elements - j));
@@ -153,7 +144,6 @@ static inline void unpack_columns(const Block& block, float* base, int64_t D, co
 static inline void pack_neighbours(const float* from, int64_t stride, int64_t n, int64_t D, float* to) {
   const int64_t pairs = (D + 1) / 2, whole = D / 32 * 32;
   for (int64_t s = 0; s < n; s++, from += stride, to += pairs) {
-    __builtin_prefetch(from + 8 * stride);
     for (int64_t d = 0; d < whole; d += 32) store(to + d / 2, pair_neighbours(load(from + d), load(from + d + 16)));
     if (whole == D) continue;
     const int left = static_cast<int>(D - whole);
@@ -164,8 +154,6 @@ static inline void pack_neighbours(const float* from, int64_t stride, int64_t n,
 // [n][D] f32 -> [ceil(n / 2)][ld] pairs along n; D <= ld, written up to a multiple of `lanes` at most ld.
 static inline void pack_pairs(const float* from, int64_t stride, int64_t n, int64_t D, float* to, int64_t ld) {
   for (int64_t s = 0; s < n; s += 2, from += 2 * stride, to += ld) {
-    __builtin_prefetch(from + 8 * stride);
-    __builtin_prefetch(from + 9 * stride);
     for (int64_t d = 0; d < D; d += lanes) {
       const int count = static_cast<int>(std::min<int64_t>(lanes, D - d));
       const f32v low = load_some(from + d, count), high = s + 1 < n ? load_some(from + stride + d, count) : zero();
