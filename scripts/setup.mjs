@@ -90,7 +90,7 @@ function workspaceNode() {
 async function buildNativeKernels(node, required) {
   // Silence means that nothing had to be compiled.
   const compiling = setTimeout(() => say('compiling the native kernels, up to two minutes the first time'), 1500)
-  const { code } = await run(node, [buildNative], { stdio: 'inherit' })
+  const { code } = await run(node, [buildNative], { stdio: ['ignore', 2, 2] })
   clearTimeout(compiling)
   if (code === 0) return
   if (required) fail(`building the native kernels failed (exit code ${code}): node ${buildNative} --verbose`)
@@ -119,8 +119,9 @@ function run(command, args, options) {
   })
 }
 
+/** Standard output belongs to the program that runs afterwards (`npm start -- --json`). */
 function say(line) {
-  console.log(`setup: ${line}`)
+  console.error(`setup: ${line}`)
 }
 
 function fail(line) {
