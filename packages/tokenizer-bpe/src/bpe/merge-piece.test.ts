@@ -53,7 +53,7 @@ function plain(symbols: number[], pairs: number[][]): number[] {
 
 test.each([true, false])('short, long and cut pieces merge alike (rising ranks: %s)', rising => {
   const random = randomNumbers(rising ? 1 : 2)
-  for (let round = 0; round < 60; round++) {
+  for (let round = 0; round < 150; round++) {
     const { text, pairs } = randomVocabulary(random, rising)
     const byteToken = new Int32Array(256).fill(-1)
     for (let letter = 0; letter < LETTERS; letter++) byteToken[97 + letter] = letter

@@ -126,8 +126,7 @@ export class PieceMerger {
 
 /**
  * Works off the ranks that occur in rising order. Positions of one rank form a doubly linked list. A merge nearly always makes pairs of higher
- * rank only, so a list is complete when its turn comes; where it makes a lower one, that has its turn at once. The order of positions matters
- * only for a token merged with itself, and only then they are sorted.
+ * rank only, so a list is complete when its turn comes; where it makes a lower one, that has its turn at once.
  */
 class RankOrder {
   readonly #table: MergeTable
@@ -170,9 +169,11 @@ class RankOrder {
       this.#head[rank] = -1
       let count = 0
       let last = -1
-      let sorted = true
+      let rises = true
+      let falls = true
       for (let at = first; at >= 0; at = listNext[at]) {
-        if (at < last) sorted = false
+        if (at < last) rises = false
+        else if (count > 0) falls = false
         last = at
         count++
       }
@@ -183,8 +184,10 @@ class RankOrder {
         positions[count++] = at
         listBefore[at] = WAITING
       }
-      const twins = symbol[first] === symbol[next[first]]
-      if (!sorted && twins) positions.sort()
+      if (!rises) {
+        if (falls) positions.reverse()
+        else positions.sort()
+      }
       const merged = this.#table.product[rank]
       for (let i = 0; i < count; i++) {
         const at = positions[i]
@@ -204,7 +207,8 @@ class RankOrder {
         this.#add(at)
         if (this.#queue.least < rank) {
           if (depth === MAX_DEPTH || !this.run(rank, depth + 1)) return false
-          if (twins && this.#head[rank] >= 0) return false
+          // New places for this rank would have to be fitted in among those that wait.
+          if (this.#head[rank] >= 0) return false
         }
       }
     }
