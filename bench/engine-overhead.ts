@@ -3,8 +3,9 @@
  *
  *     pnpm bench engine-overhead [--json FILE] [--seconds N]
  *
- * The backend of this bench answers every call at once with the same handle, so that all time that passes is ours. Goal: 0.5 µs
- * per recorded op for its way forward, and as much per kernel call on the way back (a gradient rule makes one to five of them).
+ * The backend of this bench answers every call at once with the same handle, so that all time that passes is ours.
+ * Goal: 0.5 µs per recorded op for its way forward, and as much per kernel call on the way back (a gradient rule makes
+ * one to five of them).
  */
 import { writeFileSync } from 'node:fs'
 import { cpus } from 'node:os'

@@ -1,10 +1,11 @@
 /**
  * One training step of DeepSeek-V3 at fixed sizes: tokens per second, beside PyTorch where `.venv-reference` exists.
  *
- *     pnpm bench train [--config 12m,200m] [--precision f32,bf16] [--steps N] [--rounds N] [--json FILE] [--no-peers] [--compiled-peer] [--profile]
+ *     pnpm bench train [--config 12m,200m] [--precision f32,bf16] [--steps N] [--rounds N] [--json FILE] [--no-peers]
+ * [--compiled-peer] [--profile]
  *
- * A step is forward, backward, clipping at norm 1 and AdamW on 2,048 random tokens. Every measurement is a process of its own;
- * ours and PyTorch's take turns, and medians are over all timed steps of all rounds.
+ * A step is forward, backward, clipping at norm 1 and AdamW on 2,048 random tokens. Every measurement is a process of
+ * its own; ours and PyTorch's take turns, and medians are over all timed steps of all rounds.
  */
 import { spawnSync } from 'node:child_process'
 import { existsSync, writeFileSync } from 'node:fs'

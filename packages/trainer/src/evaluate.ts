@@ -15,8 +15,9 @@ export interface Evaluation {
   /** Nats per predicted token. */
   readonly loss: number
   /**
-   * Bits per UTF-8 byte of the text: all nats (those of end tokens included) / ln 2 / bytes of the text. An estimate from the mean number of
-   * bytes per token when a limit left out part of the data. NaN where the data does not know its bytes.
+   * Bits per UTF-8 byte of the text: all nats (those of end tokens included) / ln 2 / bytes of the text. An estimate
+   * from the mean number of bytes per token when a limit left out part of the data. NaN where the data does not know
+   * its bytes.
    */
   readonly bitsPerByte: number
   /** Tokens that were predicted. */
@@ -25,8 +26,9 @@ export interface Evaluation {
 }
 
 /**
- * Measures a model on held-out data with windows that overlap by half: each token is predicted once, with context. A text token that nothing precedes
- * (where the tokenizer has no begin token) is charged as a uniform choice from the vocabulary.
+ * Measures a model on held-out data with windows that overlap by half: each token is predicted once, with context. A
+ * text token that nothing precedes (where the tokenizer has no begin token) is charged as a uniform choice from the
+ * vocabulary.
  */
 export async function evaluate(
   model: TrainableModel,

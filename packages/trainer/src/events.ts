@@ -1,4 +1,7 @@
-/** @file What a run tells while it goes. Everything that draws, logs or reacts listens to these; nothing else leaves the loop. */
+/**
+ * @file What a run tells while it goes. Everything that draws, logs or reacts listens to these; nothing else leaves
+ * the loop.
+ */
 import type { Evaluation } from './evaluate.ts'
 import type { TrainResult } from './result.ts'
 

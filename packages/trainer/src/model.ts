@@ -6,8 +6,9 @@ export interface TokenBatch {
   /** `[rows, length]`, row-major. */
   readonly tokens: Int32Array
   /**
-   * `[rows, length]`: number of the document that each token belongs to. A position counts in the loss only if the token that it
-   * predicts is of the same document. Padding has negative numbers that never repeat in a row, so that it counts nowhere.
+   * `[rows, length]`: number of the document that each token belongs to. A position counts in the loss only if the
+   * token that it predicts is of the same document. Padding has negative numbers that never repeat in a row, so that
+   * it counts nowhere.
    */
   readonly documents: Int32Array
   readonly rows: number
@@ -42,13 +43,13 @@ export interface TrainableModel extends Module {
   /** Synchronous: reads nothing back from the device. */
   loss(batch: TokenBatch, options?: LossOptions): LossOutput
   /**
-   * Called once per optimizer step, after it and after all micro-batches (the bias update of load balancing belongs here).
-   * Returns numbers to log, `maxVio` among them for a model with experts.
+   * Called once per optimizer step, after it and after all micro-batches (the bias update of load balancing belongs
+   * here). Returns numbers to log, `maxVio` among them for a model with experts.
    */
   afterStep?(): Promise<Record<string, number>>
   /**
-   * Writes `config.json` and `model.safetensors` into a folder that exists, every parameter and buffer in the dtype that it has in
-   * memory, under its `stateDict` key. Without it, the trainer writes the state dict itself.
+   * Writes `config.json` and `model.safetensors` into a folder that exists, every parameter and buffer in the dtype
+   * that it has in memory, under its `stateDict` key. Without it, the trainer writes the state dict itself.
    */
   save?(folder: string): Promise<void>
 }

@@ -10,7 +10,9 @@ export interface NonFinite {
   readonly size: number
 }
 
-/** The first parameter, in the order of the model, whose values are not finite; else the first whose gradient is not. */
+/**
+ * The first parameter, in the order of the model, whose values are not finite; else the first whose gradient is not.
+ */
 export async function findNonFinite(model: Module): Promise<NonFinite | null> {
   const parameters = namedParameters(model)
   for (const kind of ['value', 'gradient'] as const) {

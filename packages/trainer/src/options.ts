@@ -36,8 +36,8 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   /** Largest norm over all gradients. Default 1; Infinity for none. */
   readonly clip?: number
   /**
-   * `'adamw'` (default), or `'muon'` for the hidden matrices and AdamW for the rest, both with the settings given here; or a function that makes another
-   * one from the model's parameters.
+   * `'adamw'` (default), or `'muon'` for the hidden matrices and AdamW for the rest, both with the settings given
+   * here; or a function that makes another one from the model's parameters.
    */
   readonly optimizer?: 'adamw' | 'muon' | ((parameters: readonly NamedParameter[]) => Optimizer)
   /** Arithmetic of matrix products. Default f32. */
@@ -58,11 +58,14 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   /** Checkpoints that stay. Default 2. */
   readonly keepCheckpoints?: number
   /**
-   * `true`: go on after the latest checkpoint in `out`. `'auto'`: likewise, or begin if there is none. A path: go on from that checkpoint. `false`
-   * (default): begin, and refuse a folder that has checkpoints.
+   * `true`: go on after the latest checkpoint in `out`. `'auto'`: likewise, or begin if there is none. A path: go on
+   * from that checkpoint. `false` (default): begin, and refuse a folder that has checkpoints.
    */
   readonly resume?: boolean | 'auto' | (string & {})
-  /** Resume although settings differ from the checkpoint's. The run is then no longer the same, bit for bit. Default false. */
+  /**
+   * Resume although settings differ from the checkpoint's. The run is then no longer the same, bit for bit. Default
+   * false.
+   */
   readonly allowChanges?: boolean
   /** Begin in a folder that holds a run, and remove it. Default false. */
   readonly overwrite?: boolean

@@ -23,7 +23,10 @@ import type { LossOptions, LossOutput, TextTokenizer, TokenBatch, TrainableModel
 
 export const testVocabulary = 12
 
-/** The reference backend with every f32 result rounded to f32, as real backends have it: its own f64 would not survive a checkpoint. */
+/**
+ * The reference backend with every f32 result rounded to f32, as real backends have it: its own f64 would not survive
+ * a checkpoint.
+ */
 export function roundingBackend(): Backend {
   const backend = referenceBackend()
   const primitives = Object.entries(backend.primitives).map(([name, kernel]) => {
@@ -40,7 +43,10 @@ export function roundingBackend(): Backend {
   return { ...backend, primitives: Object.fromEntries(primitives) as Backend['primitives'] }
 }
 
-/** Predicts the next token from the present one. `offset` is a buffer that only `afterStep` changes, as the bias of a router is. */
+/**
+ * Predicts the next token from the present one. `offset` is a buffer that only `afterStep` changes, as the bias of a
+ * router is.
+ */
 export class BigramModel extends Module implements TrainableModel {
   readonly lookahead = 1
   readonly vocabSize = testVocabulary

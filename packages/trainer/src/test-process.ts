@@ -1,4 +1,7 @@
-/** @file For tests only: a training run as a process of its own, to be interrupted. Arguments: folder, `hang` to never finish saving. */
+/**
+ * @file For tests only: a training run as a process of its own, to be interrupted. Arguments: folder, `hang` to never
+ * finish saving.
+ */
 import { setDefaultBackend } from '@moe/core'
 import { BigramModel, letterData, roundingBackend } from './test-model.ts'
 import { train } from './train.ts'

@@ -28,12 +28,15 @@ import type { TrainResult } from './result.ts'
 import { trainingStep } from './training-step.ts'
 
 /**
- * Trains a model. With `out`, the folder gets `checkpoints/`, `metrics.jsonl` (a line per step) and, at the end, `summary.json`; a run that was stopped goes
- * on from there with `resume`, bit for bit on a backend that computes in f32 (the reference backend keeps f64, which checkpoints round).
+ * Trains a model. With `out`, the folder gets `checkpoints/`, `metrics.jsonl` (a line per step) and, at the end,
+ * `summary.json`; a run that was stopped goes on from there with `resume`, bit for bit on a backend that computes in
+ * f32 (the reference backend keeps f64, which checkpoints round).
  *
- * Ctrl-C (or `signal`) finishes the step, saves, and returns a result with `interrupted`; what the process then does is the caller's choice.
+ * Ctrl-C (or `signal`) finishes the step, saves, and returns a result with `interrupted`; what the process then does
+ * is the caller's choice.
  *
- * @throws MoeError E_CONFIG (options), E_DATA (nothing to train on), E_NAN (loss or gradient not finite: the step is not applied, the last checkpoint
+ * @throws MoeError E_CONFIG (options), E_DATA (nothing to train on), E_NAN (loss or gradient not finite: the step is
+ * not applied, the last checkpoint
  *   stays), E_CHECKPOINT (saving failed, or the checkpoint to resume from is damaged or another run's)
  */
 export async function train(model: TrainableModel, options: TrainOptions): Promise<TrainResult> {
@@ -285,7 +288,10 @@ class Run {
     return this.settings.tokenizer
   }
 
-  /** An update can make a weight infinite although its gradient was finite: such a model must not replace a good checkpoint. */
+  /**
+   * An update can make a weight infinite although its gradient was finite: such a model must not replace a good
+   * checkpoint.
+   */
   async checkFinite(): Promise<void> {
     const weights = this.parameters.flatMap(({ parameter }) => (parameter.dtype === 'f32' ? [parameter] : []))
     const norm = noGrad(() => globalNorm(weights))

@@ -44,10 +44,11 @@ export interface StepNumbers {
 }
 
 /**
- * Runs one step on one or more micro-batches, which weigh as much as they have counted positions: the gradient is that of one
- * batch that holds all their rows.
+ * Runs one step on one or more micro-batches, which weigh as much as they have counted positions: the gradient is that
+ * of one batch that holds all their rows.
  *
- * The device is read once, between the backward pass and the update: a step whose loss or gradient is not finite changes nothing.
+ * The device is read once, between the backward pass and the update: a step whose loss or gradient is not finite
+ * changes nothing.
  * @param parameters of the model, as `namedParameters` gives them
  * @throws MoeError E_NAN
  */

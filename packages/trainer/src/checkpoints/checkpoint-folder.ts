@@ -1,4 +1,7 @@
-/** @file The checkpoints of a run on disk: `step-000600` folders that appear whole or not at all, and which of them is the latest. */
+/**
+ * @file The checkpoints of a run on disk: `step-000600` folders that appear whole or not at all, and which of them is
+ * the latest.
+ */
 import { randomBytes } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { mkdir, open, readdir, rename, rm, writeFile } from 'node:fs/promises'
@@ -38,8 +41,9 @@ export function latestCheckpoint(out: string): string | undefined {
 }
 
 /**
- * Saves one checkpoint: `write` fills a temporary folder, which is then renamed to its place; `latest` is pointed to it, and of the earlier ones the
- * last `keep - 1` stay. If anything fails, a full disk included, what was written is removed and every earlier checkpoint is whole.
+ * Saves one checkpoint: `write` fills a temporary folder, which is then renamed to its place; `latest` is pointed to
+ * it, and of the earlier ones the last `keep - 1` stay. If anything fails, a full disk included, what was written is
+ * removed and every earlier checkpoint is whole.
  * @returns path of the checkpoint
  * @throws MoeError E_CHECKPOINT
  */

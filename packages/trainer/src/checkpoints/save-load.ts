@@ -65,7 +65,8 @@ async function writeFlushed(path: string, text: string): Promise<void> {
 }
 
 /**
- * Fills model and optimizer from a checkpoint. Everything is opened and compared first: on an error nothing was changed.
+ * Fills model and optimizer from a checkpoint. Everything is opened and compared first: on an error nothing was
+ * changed.
  * @param run that goes on; null takes the checkpoint whatever its settings were
  * @throws MoeError E_CHECKPOINT for a truncated or foreign checkpoint or other settings, E_STATE_DICT for another model
  */
@@ -97,10 +98,11 @@ export async function loadTraining(path: string, parts: CheckpointParts, run: Ru
         fix: 'resume with the optimizer that the run was started with; nothing was changed',
       })
     }
-    // Headers account for every byte of their files by now. Both loads compare all names and shapes before they change anything; the
-    // model comes last, because a failed run throws its optimizer away.
+    // Headers account for every byte of their files by now. Both loads compare all names and shapes before they change
+    // anything; the model comes last, because a failed run throws its optimizer away.
     await optimizer.load(stateSource(moments), state.step)
-    // A model's own `save` may store more than its parameters: copies of shared ones under the keys that other programs look for.
+    // A model's own `save` may store more than its parameters: copies of shared ones under the keys that other
+    // programs look for.
     await loadStateDict(model, stateSource(stored), { ignore: () => true })
   } catch (error) {
     if (isMoeError(error)) throw error

@@ -1,7 +1,13 @@
-/** @file `trainer.json`: what a checkpoint holds beside tensors, and how it is compared with the run that wants to go on from it. */
+/**
+ * @file `trainer.json`: what a checkpoint holds beside tensors, and how it is compared with the run that wants to go
+ * on from it.
+ */
 import { MoeError } from '@moe/core'
 
-/** Everything that decides which numbers a run gives. Two runs with the same record, model and backend give the same bits. */
+/**
+ * Everything that decides which numbers a run gives. Two runs with the same record, model and backend give the same
+ * bits.
+ */
 export type RunRecord = Readonly<Record<string, string | number | boolean | null>>
 
 export interface TrainerState {

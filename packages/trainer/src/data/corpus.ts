@@ -13,8 +13,8 @@ export interface Corpus {
 
 export interface TextOptions {
   /**
-   * Held-out documents: a fraction in [0, 1) of the documents, drawn by `seed`, or the documents themselves. Of a corpus of one
-   * document the last part is held out. Default 0.
+   * Held-out documents: a fraction in [0, 1) of the documents, drawn by `seed`, or the documents themselves. Of a
+   * corpus of one document the last part is held out. Default 0.
    */
   readonly validation?: number | Iterable<string>
   /** Names the draw of held-out documents; the same seed and documents give the same draw. Default 0. */
@@ -32,7 +32,8 @@ export interface TextFilesOptions {
 }
 
 /**
- * A corpus from UTF-8 files: paths, or glob patterns such as `corpus/**` + `/*.txt`, in alphabetical order. All text is read at once.
+ * A corpus from UTF-8 files: paths, or glob patterns such as `corpus/**` + `/*.txt`, in alphabetical order. All text
+ * is read at once.
  * @throws MoeError E_DATA when nothing matches, a file is not text, or all are empty
  */
 export function textFiles(patterns: string | readonly string[], options: TextFilesOptions = {}): Corpus {

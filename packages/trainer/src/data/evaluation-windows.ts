@@ -19,8 +19,9 @@ export interface EvaluationBatch {
 }
 
 /**
- * Windows that overlap by half: the first counts all its positions, each later one its second half, so that every token of the stream but the first
- * is predicted exactly once, and all but those of the first window with at least half a window of context.
+ * Windows that overlap by half: the first counts all its positions, each later one its second half, so that every
+ * token of the stream but the first is predicted exactly once, and all but those of the first window with at least
+ * half a window of context.
  */
 export function* evaluationWindows(data: TokenDataset, options: EvaluationOptions): Generator<EvaluationBatch> {
   const { sequenceLength, lookahead, batchSize, limit } = options

@@ -24,8 +24,9 @@ interface DatasetParts {
 }
 
 /**
- * Documents, tokenized and joined: `begin, text, end, begin, text, end, ...`. Where the tokenizer has no token that begins a document, its end token
- * serves for both, so that the first token of every text has something to be predicted from.
+ * Documents, tokenized and joined: `begin, text, end, begin, text, end, ...`. Where the tokenizer has no token that
+ * begins a document, its end token serves for both, so that the first token of every text has something to be
+ * predicted from.
  */
 export class TokenDataset {
   /** The whole stream. */
@@ -169,7 +170,10 @@ export class TokenDataset {
     return low
   }
 
-  /** Copies `length` tokens from `start` and their document numbers to the row at `at`; past the end of the stream comes padding. */
+  /**
+   * Copies `length` tokens from `start` and their document numbers to the row at `at`; past the end of the stream
+   * comes padding.
+   */
   copyRow(start: number, length: number, tokens: Int32Array, documents: Int32Array, at: number): void {
     const present = Math.max(0, Math.min(length, this.tokens.length - start))
     tokens.set(this.tokens.subarray(start, start + present), at)

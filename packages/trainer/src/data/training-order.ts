@@ -1,4 +1,7 @@
-/** @file Which rows a training step sees: a function of the step number alone, so that nothing but that number need be saved. */
+/**
+ * @file Which rows a training step sees: a function of the step number alone, so that nothing but that number need be
+ * saved.
+ */
 import { MoeError, Random } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
 import type { TokenDataset } from './token-dataset.ts'
@@ -14,14 +17,18 @@ export interface OrderOptions {
   readonly accumulate?: number
   /** Names the order. Default 0. */
   readonly seed?: number
-  /** This process among those that share the work; together the ranks see what one process with a `batchSize` larger by `world` sees. Default 0 of 1. */
+  /**
+   * This process among those that share the work; together the ranks see what one process with a `batchSize` larger by
+   * `world` sees. Default 0 of 1.
+   */
   readonly rank?: number
   readonly world?: number
 }
 
 /**
- * Windows of `sequenceLength` positions, each once an epoch, in an order drawn anew for every epoch. Window w starts at token
- * `w * sequenceLength`, so that every token of the stream but the first is predicted once an epoch. The last window is filled up with padding.
+ * Windows of `sequenceLength` positions, each once an epoch, in an order drawn anew for every epoch. Window w starts
+ * at token `w * sequenceLength`, so that every token of the stream but the first is predicted once an epoch. The last
+ * window is filled up with padding.
  */
 export class TrainingOrder {
   readonly data: TokenDataset

@@ -8,8 +8,8 @@ export function gradientNorm(parameters: readonly Parameter[]): Tensor {
 }
 
 /**
- * What gradients are multiplied by so that their norm is at most `limit`: `factor * min(1, limit / (factor * norm + 1e-6))`, as
- * torch.nn.utils.clip_grad_norm_. Scalar on the device; nothing is read back.
+ * What gradients are multiplied by so that their norm is at most `limit`: `factor * min(1, limit / (factor * norm +
+ * 1e-6))`, as torch.nn.utils.clip_grad_norm_. Scalar on the device; nothing is read back.
  * @param norm of the gradients before `factor`
  * @param limit no clipping when it is Infinity or 0
  * @param factor to apply in any case, e.g. the average over micro-batches

@@ -42,7 +42,8 @@ describe('orthogonalize', () => {
     using x = randn([rows, columns], new Random(rows))
     using y = scope(() => orthogonalize(x, 5, 'f32'))
     const product = gram(readF64(y), rows, columns)
-    // All eigenvalues of the Gram matrix lie between the squares of 0.68 and 1.21, so its diagonal does, and the rest is small.
+    // All eigenvalues of the Gram matrix lie between the squares of 0.68 and 1.21, so its diagonal does, and the rest
+    // is small.
     for (const [i, row] of product.entries()) {
       for (const [j, value] of row.entries()) {
         if (i === j) expect(Math.abs(value - 1)).toBeLessThan(0.55)

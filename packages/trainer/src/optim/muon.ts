@@ -1,4 +1,7 @@
-/** @file Muon: momentum whose update is made orthogonal (Jordan et al. 2024), scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982). */
+/**
+ * @file Muon: momentum whose update is made orthogonal (Jordan et al. 2024), scaled to the size of AdamW's (Liu et al.
+ * 2025, arXiv 2502.16982).
+ */
 import {
   fromHost,
   MoeError,
@@ -34,8 +37,8 @@ export function hiddenMatrices({ name, parameter }: NamedParameter): boolean {
 }
 
 /**
- * Replaces matrices `[..., m, n]` by nearly orthogonal ones with the same singular vectors (singular values 0.7 to 1.2): Newton-Schulz
- * iteration with the quintic polynomial of Jordan et al.
+ * Replaces matrices `[..., m, n]` by nearly orthogonal ones with the same singular vectors (singular values 0.7 to
+ * 1.2): Newton-Schulz iteration with the quintic polynomial of Jordan et al.
  */
 export function orthogonalize(x: Tensor, iterations = 5, precision: Precision = 'bf16'): Tensor {
   const [a, b, c] = [3.4445, -4.775, 2.0315]

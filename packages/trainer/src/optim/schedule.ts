@@ -30,7 +30,10 @@ export interface StableDecayOptions extends CosineOptions {
   readonly decay?: number
 }
 
-/** Linear warm-up, a constant stretch, then a decay to `floor` that is linear in the square root (Hägele et al. 2024, 1 - sqrt). */
+/**
+ * Linear warm-up, a constant stretch, then a decay to `floor` that is linear in the square root (Hägele et al. 2024, 1
+ * - sqrt).
+ */
 export function warmupStableDecay(options: StableDecayOptions): Schedule {
   const { steps, warmup = defaultWarmup(steps), decay = Math.round(steps / 5), floor = 0 } = options
   checkSchedule('warmupStableDecay', { steps, warmup, decay }, floor)

@@ -95,7 +95,10 @@ function appendWhole(path: string, bytes: Buffer): void {
   }
 }
 
-/** Lines of a log up to a step. Lines that cannot be read (a crash may leave half of one) and everything after them are left out. */
+/**
+ * Lines of a log up to a step. Lines that cannot be read (a crash may leave half of one) and everything after them are
+ * left out.
+ */
 export function readMetrics(path: string, upToStep = Number.POSITIVE_INFINITY): MetricsLine[] {
   if (!existsSync(path)) return []
   const lines: MetricsLine[] = []

@@ -4,8 +4,9 @@ import { join } from 'node:path'
 import { MoeError } from '@moe/core'
 
 /**
- * Writes values into `summary.json` of a run's folder, beside those that are there already: a program adds its own (`mtp.acceptance`) to the trainer's.
- * Numbers that are not finite become null. The file is replaced as a whole or not at all.
+ * Writes values into `summary.json` of a run's folder, beside those that are there already: a program adds its own
+ * (`mtp.acceptance`) to the trainer's. Numbers that are not finite become null. The file is replaced as a whole or not
+ * at all.
  */
 export function writeSummary(out: string, values: object): void {
   const path = join(out, 'summary.json')
