@@ -36,8 +36,8 @@ import { trainingStep } from './training-step.ts'
  * is the caller's choice.
  *
  * @throws MoeError E_CONFIG (options), E_DATA (nothing to train on), E_NAN (loss or gradient not finite: the step is
- * not applied, the last checkpoint
- *   stays), E_CHECKPOINT (saving failed, or the checkpoint to resume from is damaged or another run's)
+ *   not applied, the last checkpoint stays), E_CHECKPOINT (saving failed, or the checkpoint to resume from is damaged or
+ *   another run's)
  */
 export async function train(model: TrainableModel, options: TrainOptions): Promise<TrainResult> {
   const settings = resolveOptions(options)
