@@ -231,39 +231,54 @@ inline __m512i interleave_bf16(__m512 even, __m512 odd) {
 #endif
 
 /** Lanes that are contiguous in memory stay lanes. Goes through several panels side by side, so that runs of memory are long. */
-template <bool kBf16, int kWidth>
-void pack_straight(const float* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
+template <bool kBf16, int kWidth, int kCount, bool kFull>
+void pack_side_by_side(const float* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
   constexpr int vectors = kWidth / 16;
-  __mmask16 mask[kMostPanels][vectors];
-  for (int q = 0; q < panels.count; ++q)
+  __mmask16 mask[kCount][vectors];
+  const float* from[kCount];
+  for (int q = 0; q < kCount; ++q) {
+    from[q] = src + panels.start[q];
     for (int v = 0; v < vectors; ++v) mask[q][v] = first(panels.start[q + 1] - panels.start[q] - 16 * v);
+  }
+  const auto load_lanes = [&](int q, int v, std::ptrdiff_t row) {
+    const float* p = from[q] + row * stride + 16 * v;
+    return kFull ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(mask[q][v], p);
+  };
 #if defined(__AVX512BF16__)
   if constexpr (kBf16) {
     std::ptrdiff_t p = 0;
-    for (; p + 2 <= k; p += 2, src += 2 * stride, dst += kWidth) {
-      for (int q = 0; q < panels.count; ++q) {
-        const float* from = src + panels.start[q];
-        for (int v = 0; v < vectors; ++v) {
-          const __m512 even = _mm512_maskz_loadu_ps(mask[q][v], from + 16 * v);
-          const __m512 odd = _mm512_maskz_loadu_ps(mask[q][v], from + stride + 16 * v);
-          _mm512_storeu_si512(dst + q * panels.stride + 16 * v, interleave_bf16(even, odd));
-        }
-      }
+    for (; p + 2 <= k; p += 2, dst += kWidth) {
+#pragma GCC unroll 4
+      for (int q = 0; q < kCount; ++q)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v)
+          _mm512_storeu_si512(dst + q * panels.stride + 16 * v, interleave_bf16(load_lanes(q, v, p), load_lanes(q, v, p + 1)));
     }
     if (p < k) {
-      for (int q = 0; q < panels.count; ++q)
-        for (int v = 0; v < vectors; ++v) {
-          const __m512 even = _mm512_maskz_loadu_ps(mask[q][v], src + panels.start[q] + 16 * v);
-          _mm512_storeu_si512(dst + q * panels.stride + 16 * v, interleave_bf16(even, _mm512_setzero_ps()));
-        }
+      for (int q = 0; q < kCount; ++q)
+        for (int v = 0; v < vectors; ++v)
+          _mm512_storeu_si512(dst + q * panels.stride + 16 * v, interleave_bf16(load_lanes(q, v, p), _mm512_setzero_ps()));
     }
     return;
   }
 #endif
-  for (std::ptrdiff_t p = 0; p < k; ++p, src += stride, dst += kWidth)
-    for (int q = 0; q < panels.count; ++q)
-      for (int v = 0; v < vectors; ++v)
-        _mm512_storeu_ps(dst + q * panels.stride + 16 * v, _mm512_maskz_loadu_ps(mask[q][v], src + panels.start[q] + 16 * v));
+  for (std::ptrdiff_t p = 0; p < k; ++p, dst += kWidth)
+#pragma GCC unroll 4
+    for (int q = 0; q < kCount; ++q)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(dst + q * panels.stride + 16 * v, load_lanes(q, v, p));
+}
+
+template <bool kBf16, int kWidth>
+void pack_straight(const float* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
+  switch (panels.count) {
+    case 1: return pack_side_by_side<kBf16, kWidth, 1, false>(src, stride, panels, k, dst);
+    case 2: return pack_side_by_side<kBf16, kWidth, 2, false>(src, stride, panels, k, dst);
+    case 3: return pack_side_by_side<kBf16, kWidth, 3, false>(src, stride, panels, k, dst);
+    default: break;
+  }
+  if (panels.start[4] - panels.start[0] == 4 * kWidth) return pack_side_by_side<kBf16, kWidth, 4, true>(src, stride, panels, k, dst);
+  return pack_side_by_side<kBf16, kWidth, 4, false>(src, stride, panels, k, dst);
 }
 
 #else  // not AVX-512: f32 only

@@ -35,13 +35,40 @@ void tail_copy(const float* from, float* to, std::ptrdiff_t ldc, int rows, int c
     for (int j = 0; j < columns; ++j) to[i * ldc + j] = accumulate ? to[i * ldc + j] + from[i * kNr + j] : from[i * kNr + j];
 }
 
+// A piece of memory.
+struct Region {
+  const float* from = nullptr;
+  const float* to = nullptr;
+};
+
+// What a pass reads of an operand, `lanes0` .. `lanes1` of `all` lanes, where that is one piece.
+Region region_of(const GemmOperand& operand, int64_t lanes0, int64_t lanes1, int64_t all, int64_t k, const Passes& passes, int64_t pass) {
+  if (pass >= passes.count) return {};
+  if (operand.k_stride == 1) {
+    if (passes.count > 1 || operand.lane_stride != k) return {};
+    return {operand.data + lanes0 * k, operand.data + lanes1 * k};
+  }
+  if (lanes0 > 0 || lanes1 < all || operand.k_stride != all) return {};
+  const int64_t k0 = pass * passes.length;
+  return {operand.data + k0 * all, operand.data + std::min(k0 + passes.length, k) * all};
+}
+
+Region region_of_a(const Gemm& g, const Tile& t, const Passes& passes, int64_t pass) {
+  return region_of(g.a, t.m0, t.m1, g.m, g.k, passes, pass);
+}
+
+Region region_of_b(const Gemm& g, const Tile& t, const Passes& passes, int64_t pass) {
+  if (g.packed_b) return {};
+  return region_of(g.b, t.n0, t.n1, g.n, g.k, passes, pass);
+}
+
 // Memory that will be read next, in order: microkernels ask for one line in each of their steps.
 class Ahead {
  public:
-  void add(const float* from, const float* to) {
-    if (from >= to || count_ == 3) return;
-    at_[count_] = reinterpret_cast<const char*>(from);
-    end_[count_++] = reinterpret_cast<const char*>(to);
+  void add(const Region& region) {
+    if (region.from >= region.to) return;
+    at_[count_] = reinterpret_cast<const char*>(region.from);
+    end_[count_++] = reinterpret_cast<const char*>(region.to);
   }
   // Nothing before `from` is worth asking for any more.
   void skip_to(const float* from) {
@@ -99,19 +126,6 @@ void pack_columns(const GemmOperand& b, int64_t n0, int64_t columns, int64_t k0,
     pack<kBf16, kNr>(b, n0, column_panels(columns, j, depth), k0, kc, to + j * depth);
 }
 
-// The part of B that a tile reads, where that is one piece of memory and k takes one pass.
-struct Region {
-  const float* from = nullptr;
-  const float* to = nullptr;
-};
-
-Region region_of(const Gemm& g, const Tile& t, bool bf16) {
-  if (g.packed_b || g.k > kMaxK[bf16]) return {};
-  if (g.b.k_stride == 1 && g.b.lane_stride == g.k) return {g.b.data + t.n0 * g.k, g.b.data + t.n1 * g.k};
-  if (g.b.lane_stride == 1 && g.b.k_stride == g.n && t.n0 == 0 && t.n1 == g.n) return {g.b.data, g.b.data + g.n * g.k};
-  return {};
-}
-
 // C of few rows: every piece of k as dot products.
 template <bool kBf16>
 void run_dots(const Gemm& g, const Tile& t, float* a_buffer) {
@@ -132,28 +146,28 @@ void run_dots(const Gemm& g, const Tile& t, float* a_buffer) {
   }
 }
 
-Region a_region_of(const Gemm& g, const Tile& t, bool bf16) {
-  if (g.k > kMaxK[bf16]) return {};
-  if (g.a.k_stride == 1 && g.a.lane_stride == g.k) return {g.a.data + t.m0 * g.k, g.a.data + t.m1 * g.k};
-  if (g.a.lane_stride == 1 && g.a.k_stride == g.m && t.m0 == 0 && t.m1 == g.m) return {g.a.data, g.a.data + g.m * g.k};
-  return {};
-}
-
 template <bool kBf16>
-void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, Region next, Region next_a) {
+void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, const Gemm* next_job, const Tile* next_tile) {
   const int64_t rows = t.m1 - t.m0, columns = t.n1 - t.n0;
   if (g.m <= kFewRows && g.b.k_stride == 1 && !g.packed_b && g.k > 0) return run_dots<kBf16>(g, t, a_buffer);
   const int64_t panels = ceil_div(rows, kMr);
   const Passes passes(g.k, kBf16);
-  Ahead ahead;
-  const Region own = region_of(g, t, kBf16);
-  const bool linear = own.from && g.b.k_stride == 1 && panels <= kMostPanels;
-  if (linear) ahead.add(own.from + kNr * g.k, own.to);
-  ahead.add(next.from, next.to);
-  ahead.add(next_a.from, next_a.to);
   for (int64_t pass = 0; pass < passes.count; ++pass) {
     const int64_t k0 = pass * passes.length, kc = std::min(passes.length, g.k - k0);
     const int64_t depth = kBf16 ? (kc + 1) / 2 : kc;
+    // Meanwhile asked for: the rest of B where it is packed panel by panel, then the operands of the next pass or tile.
+    Ahead ahead;
+    const Region own = region_of_b(g, t, passes, pass);
+    const bool linear = own.from && g.b.k_stride == 1 && panels <= kMostPanels;
+    if (linear) ahead.add({own.from + kNr * g.k, own.to});
+    if (pass + 1 < passes.count) {
+      ahead.add(region_of_b(g, t, passes, pass + 1));
+      ahead.add(region_of_a(g, t, passes, pass + 1));
+    } else if (next_tile) {
+      const Passes next_passes(next_job->k, kBf16);
+      ahead.add(region_of_b(*next_job, *next_tile, next_passes, 0));
+      ahead.add(region_of_a(*next_job, *next_tile, next_passes, 0));
+    }
     const bool stream = g.stream && passes.count == 1 && (g.ldc % lanes) == 0 && reinterpret_cast<uintptr_t>(g.c) % 64 == 0;
     const Output output = g.accumulate || pass > 0 ? Output::add : stream ? Output::stream : Output::set;
     const float* packed = b_buffer;
@@ -199,22 +213,32 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, Re
     for (int64_t i = t.m0; i < t.m1; ++i) std::memset(g.c + i * g.ldc + t.n0, 0, static_cast<size_t>(columns) * 4);
 }
 
-// Least work worth a task, in multiply-adds (about 10 us on one core), and the most rows and columns that a tile had better not go below.
-constexpr double kLeastWork[2] = {1.2e6, 2.4e6};
+// Least work worth a task, in multiply-adds (about 10 us on one core).
+constexpr double kLeastWork[2] = {3e5, 6e5};
+// What packing an element costs, in multiply-adds.
+constexpr double kPackCost[2] = {5, 9};
 
-void cut(std::vector<Tile>& tiles, int64_t job, const Gemm& g, bool bf16, double share) {
+// Cuts a product into tiles for `ways` threads at once: into as many as its share of all work asks for, in the shape that packs least.
+void cut(std::vector<Tile>& tiles, int64_t job, const Gemm& g, bool bf16, double share, int ways) {
   if (g.m == 0 || g.n == 0) return;
   const double work = double(g.m) * double(g.n) * double(g.k ? g.k : 1);
-  int64_t across = ceil_div(g.n, kMaxTileN[bf16]);
-  int64_t pieces = std::max<int64_t>(across, int64_t(work / share + 0.5));
-  int64_t down = 1;
-  if (g.m >= 8 * kMr) {
-    down = std::min<int64_t>(ceil_div(pieces, across), g.m / (4 * kMr));
+  const int64_t wanted = std::max<int64_t>(1, int64_t(work / share + 0.5));
+  const int64_t panels = ceil_div(g.m, kMr), blocks = ceil_div(g.n, kNr);
+  const int64_t least_across = ceil_div(g.n, kMaxTileN[bf16]);
+  int64_t down = 1, across = least_across;
+  if (wanted > 1) {
+    double best = std::numeric_limits<double>::infinity();
+    const int64_t most_down = std::min<int64_t>(wanted, ceil_div(panels, 4)), most_across = std::min(wanted, ceil_div(blocks, 2));
+    for (int64_t i = 1; i <= most_down; ++i) {
+      const int64_t j = std::max(least_across, std::min(most_across, ceil_div(wanted, i)));
+      // Whoever has most to do: whole tiles, of whole panels.
+      const double rows = double(ceil_div(panels, i) * kMr), columns = double(ceil_div(blocks, j) * kNr);
+      const double turns = double(ceil_div(i * j, ways));
+      const double cost = turns * (rows * columns + kPackCost[bf16] * (rows + columns));
+      if (cost < best) best = cost, down = i, across = j;
+    }
   }
-  if (down * across < pieces) across = std::max(across, std::min<int64_t>(ceil_div(pieces, down), ceil_div(g.n, 4 * kNr)));
-  const int64_t blocks = ceil_div(g.n, kNr);
   // Whole panels of rows first, so that inner borders cost no low panels.
-  const int64_t panels = ceil_div(g.m, kMr);
   for (int64_t i = 0; i < down; ++i) {
     const int64_t m0 = g.m * (panels * i / down) / panels, m1 = g.m * (panels * (i + 1) / down) / panels;
     for (int64_t j = 0; j < across; ++j)
@@ -227,10 +251,12 @@ void run(const Gemm* jobs, int64_t count) {
   double total = 0;
   for (int64_t i = 0; i < count; ++i) total += double(jobs[i].m) * double(jobs[i].n) * double(jobs[i].k);
   const int threads = max_threads();
-  const double share = threads == 1 ? total + 1 : std::max(total / (4 * threads), kLeastWork[kBf16]);
+  // A few tiles for each thread when they are long, so that it costs little when one of the threads is late.
+  const double tiles_each = total > 3e8 * threads ? 4 : total > 3e7 * threads ? 2 : 1;
+  const double share = threads == 1 ? total + 1 : std::max(total / (tiles_each * threads), kLeastWork[kBf16]);
   std::vector<Tile> tiles;
   tiles.reserve(static_cast<size_t>(count + 8 * threads));
-  for (int64_t i = 0; i < count; ++i) cut(tiles, i, jobs[i], kBf16, share);
+  for (int64_t i = 0; i < count; ++i) cut(tiles, i, jobs[i], kBf16, share, threads);
   if (tiles.empty()) return;
   Scratch scratch(kBuffer * 4 * static_cast<size_t>(threads));
   // Small products go in bunches.
@@ -242,9 +268,9 @@ void run(const Gemm* jobs, int64_t count) {
     for (size_t i = first_tile; i < last; ++i) {
       // What this worker will probably do next: the following tile, or the first one of the task that will then be free.
       const size_t next = i + 1 < last ? i + 1 : tiles.size() * size_t(task + threads) / size_t(tasks);
-      Region region, region_a;
-      if (next < tiles.size() && tiles[next].job != tiles[i].job) region = region_of(jobs[tiles[next].job], tiles[next], kBf16), region_a = a_region_of(jobs[tiles[next].job], tiles[next], kBf16);
-      run_tile<kBf16>(jobs[tiles[i].job], tiles[i], buffer, buffer + kBufferA, region, region_a);
+      const Tile* next_tile = next < tiles.size() && tiles[next].job != tiles[i].job ? &tiles[next] : nullptr;
+      const Gemm* next_job = next_tile ? &jobs[next_tile->job] : nullptr;
+      run_tile<kBf16>(jobs[tiles[i].job], tiles[i], buffer, buffer + kBufferA, next_job, next_tile);
     }
   });
 }
@@ -258,7 +284,7 @@ static void run_here(const Gemm& job) {
   float* buffer = scratch.as<float>();
   for (int64_t n0 = 0; n0 < job.n; n0 += kMaxTileN[kBf16]) {
     const Tile tile = {0, 0, job.m, n0, std::min(job.n, n0 + kMaxTileN[kBf16])};
-    run_tile<kBf16>(job, tile, buffer, buffer + kBufferA, {}, {});
+    run_tile<kBf16>(job, tile, buffer, buffer + kBufferA, nullptr, nullptr);
   }
 }
 
