@@ -138,10 +138,11 @@ class Pool {
   // Joins the open job, if there is one that this helper has not served yet.
   bool join(int worker, uint64_t& served) {
     uint64_t gate = gate_.load(std::memory_order_acquire);
+    // Before joining: once inside, the caller waits for this helper, wherever it has to queue for a CPU.
+    if ((gate & open_bit) && gate >> 16 != served && step_aside()) gate = gate_.load(std::memory_order_acquire);
     while ((gate & open_bit) && gate >> 16 != served) {
       if (!gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) continue;
       served = gate >> 16;
-      step_aside();
       if (worker < threads_) work(worker);
       gate_.fetch_sub(1, std::memory_order_release);
       return true;
@@ -149,9 +150,12 @@ class Pool {
     return false;
   }
 
-  void step_aside() {
+  // Whether this helper was on its caller's CPU; it is not any more.
+  bool step_aside() {
     const int cpu = current_cpu();
-    if (cpu >= 0 && cpu == caller_cpu_.load(std::memory_order_relaxed)) leave(cpu);
+    if (cpu < 0 || cpu != caller_cpu_.load(std::memory_order_relaxed)) return false;
+    leave(cpu);
+    return true;
   }
 
   void help(int worker) {
