@@ -163,13 +163,35 @@ export function endTokens(config: DeepSeekConfig): number[] {
   return eos == null ? [] : Array.isArray(eos) ? eos : [eos]
 }
 
-/** What is written to config.json: the keys that transformers, vLLM and others read. */
+/** What is written to config.json: the keys that transformers, vLLM and others read, and no null where they have numbers. */
 export function hfConfig(config: DeepSeekConfig): Record<string, unknown> {
+  const { n_routed_experts, num_experts_per_tok, n_group, topk_group, first_k_dense_replace, ...rest } = config
   const v3 = config.model_type === 'deepseek_v3'
+  const experts =
+    n_routed_experts === null
+      ? { first_k_dense_replace: config.num_hidden_layers }
+      : {
+          first_k_dense_replace,
+          n_routed_experts,
+          num_experts_per_tok,
+          n_group: n_group ?? 1,
+          topk_group: topk_group ?? n_group ?? 1,
+        }
   return {
     architectures: [v3 ? 'DeepseekV3ForCausalLM' : 'DeepseekV2ForCausalLM'],
-    ...config,
+    ...rest,
+    ...experts,
     num_key_value_heads: config.num_attention_heads,
     torch_dtype: 'float32',
   }
+}
+
+/** Keys that transformers wants as floats: 1 is refused, 1.0 is not. */
+const floatKeys =
+  'routed_scaling_factor|rms_norm_eps|initializer_range|rope_theta|factor|beta_fast|beta_slow|mscale|mscale_all_dim'
+
+/** The text of config.json. */
+export function configJson(config: DeepSeekConfig): string {
+  const text = JSON.stringify(hfConfig(config), null, 2)
+  return `${text.replace(new RegExp(`("(?:${floatKeys})": -?\\d+)(?=,?$)`, 'gm'), '$1.0')}\n`
 }

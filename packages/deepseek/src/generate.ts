@@ -204,8 +204,8 @@ class Drafter {
             (_, i) => tokens[start + i + k + 1] ?? drafts[start + i + k + 1 - tokens.length],
           )
           const ids = fromHost(ahead, [1, length], 'i32', model.backend)
-          const next = model.mtp[k].forward(inputs, ids, { cache, layer: 0 })
-          return { next, logits: model.mtp[k].logits(next.narrow(1, length - 1, length)), inputs }
+          const next = model.mtp[k].normalize(model.mtp[k].forward(inputs, ids, { cache, layer: 0 }))
+          return { next, logits: model.lm_head.forward(next.narrow(1, length - 1, length)), inputs }
         }),
       )
       drafts.push(argmax((await logits.values()) as Float32Array))

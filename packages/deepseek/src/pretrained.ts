@@ -3,7 +3,7 @@ import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { isScaleKey, openCheckpoint, readF32, saveCheckpoint, type TensorEntry } from '@moe/checkpoint'
 import { loadStateDict, MoeError, type StateSource, stateDict } from '@moe/core'
-import { type DeepSeekConfigInput, hfConfig, parseConfig } from './config.ts'
+import { configJson, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
 import type { DeepSeek } from './model.ts'
 
 /** Keys that repeat the shared embedding and head inside every MTP layer. */
@@ -16,14 +16,35 @@ const sharedCopies = (model: DeepSeek): Array<[copy: string, of: string]> => {
   ])
 }
 
+/** Without shared experts transformers keeps (and asks for) empty matrices in their place. */
+const emptySharedExperts = (model: DeepSeek): TensorEntry[] => {
+  const { n_shared_experts: shared, hidden_size: hidden, num_hidden_layers, num_nextn_predict_layers } = model.config
+  if (shared > 0) return []
+  const entry = (name: string, shape: number[]): TensorEntry => ({
+    name,
+    shape,
+    dtype: 'f32',
+    data: new Float32Array(0),
+  })
+  return Array.from({ length: num_hidden_layers + num_nextn_predict_layers }, (_, layer) => layer)
+    .filter(layer => isMoELayer(model.config, layer))
+    .map(layer => `model.layers.${layer}.mlp.shared_experts`)
+    .flatMap(prefix => [
+      entry(`${prefix}.gate_proj.weight`, [0, hidden]),
+      entry(`${prefix}.up_proj.weight`, [0, hidden]),
+      entry(`${prefix}.down_proj.weight`, [hidden, 0]),
+    ])
+}
+
 /** Internal: see `DeepSeek.save`. */
 export async function savePretrained(model: DeepSeek, folder: string): Promise<void> {
   await mkdir(folder, { recursive: true })
   const entries: TensorEntry[] = stateDict(model).map(({ name, dtype, shape, data }) => ({ name, dtype, shape, data }))
   const byName = new Map(entries.map(entry => [entry.name, entry]))
   for (const [copy, of] of sharedCopies(model)) entries.push({ ...(byName.get(of) as TensorEntry), name: copy })
+  entries.push(...emptySharedExperts(model))
   await saveCheckpoint(folder, entries, { metadata: { format: 'pt' } })
-  await writeFile(join(folder, 'config.json'), `${JSON.stringify(hfConfig(model.config), null, 2)}\n`)
+  await writeFile(join(folder, 'config.json'), configJson(model.config))
 }
 
 /** Internal: see `DeepSeek.fromPretrained`. */
@@ -52,7 +73,10 @@ export async function loadWeights(model: DeepSeek, folder: string): Promise<void
     info: key => ({ dtype: 'f32', shape: checkpoint.info(key).shape }),
     read: async key => (await readF32(checkpoint, key)).data,
   }
-  const copies = new Set(sharedCopies(model).map(([copy]) => copy))
+  const copies = new Set([
+    ...sharedCopies(model).map(([copy]) => copy),
+    ...emptySharedExperts(model).map(({ name }) => name),
+  ])
   const { num_hidden_layers: layers, num_nextn_predict_layers: depth } = model.config
   const beyond = (key: string) => Number(/^model\.layers\.(\d+)\./.exec(key)?.[1] ?? -1) >= layers + depth
   const tied = (key: string) => model.config.tie_word_embeddings && key === 'lm_head.weight'

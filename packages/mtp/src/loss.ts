@@ -26,9 +26,9 @@ export function mtpLoss<Options>(
   let hidden = hidden_BTD
   const losses = modules.map((module, k) => {
     const next = shiftTokens(rows, time, k + 1)
-    hidden = module.forward(hidden, upload(next.ids, [batch, time], backend), options)
+    hidden = module.normalize(module.forward(hidden, upload(next.ids, [batch, time], backend), options))
     const { targets, count } = shiftTokens(rows, time, k + 2)
-    const flat = module.normalize(hidden).reshape([batch * time, features])
+    const flat = hidden.reshape([batch * time, features])
     return linearCrossEntropy(flat, headWeight, upload(targets, [batch * time], backend))
       .sum()
       .mul(1 / Math.max(1, count))

@@ -61,15 +61,15 @@ export class MtpModule<Options = Record<never, never>> extends Module {
   }
 
   /**
-   * Hidden states of the next depth. `hidden_BTD` are those of the depth before (of the main model after its final norm), `nextIds i32 [B, T]` the tokens
-   * k places ahead of each position. Positions stay those of the main model.
+   * Hidden states of this depth before its norm. `hidden_BTD` are what the head saw at the depth before: the main model's after its final norm, a module's
+   * after `normalize`. `nextIds i32 [B, T]` are the tokens k places ahead of each position. Positions stay those of the main model.
    */
   forward(hidden_BTD: Tensor, nextIds_BT: Tensor, options: Options): Tensor {
     const both = concat([this.enorm.forward(this.#embedding.forward(nextIds_BT)), this.hnorm.forward(hidden_BTD)], 2)
     return this.block.forward(this.eh_proj.forward(both), options)
   }
 
-  /** What the shared head is applied to. */
+  /** What the shared head is applied to, and what the next depth continues from. */
   normalize(hidden_BTD: Tensor): Tensor {
     return this.shared_head.norm.forward(hidden_BTD)
   }
