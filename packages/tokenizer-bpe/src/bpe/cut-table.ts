@@ -30,11 +30,12 @@ export class CutTable {
     }
   }
 
-  /** The first border after `at` in the piece `bytes[start..end)` that nothing crosses, or `end`. */
+  /** The first border of characters after `at` in the piece `bytes[start..end)` that nothing crosses, or `end`. */
   next(bytes: Uint8Array, start: number, at: number, end: number): number {
     for (let border = at + 1; border < end; border++) {
-      const x = bytes[border - 1]
       const y = bytes[border]
+      if ((y & 0xc0) === 0x80) continue
+      const x = bytes[border - 1]
       if (has(this.#pairs, (x << 8) | y)) continue
       const before = border - 2 >= start
       const after = border + 1 < end

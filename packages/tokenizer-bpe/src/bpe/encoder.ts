@@ -201,7 +201,7 @@ export class Encoder {
     const hash = hashBytes(bytes, from, width)
     const place = cache.findLong(bytes, from, width, hash)
     if (place >= 0) {
-      for (let t = 0; t < cache.found; t++) ids[length + t] = cache.pool[place + t]
+      for (let t = 0; t < cache.found; t++) ids[length + t] = cache.longPool[place + t]
       return length + cache.found
     }
     const tokens = merger.merge(bytes, from, to)

@@ -17,6 +17,7 @@ export class PieceMerger {
   readonly complete: boolean
   readonly #symbol = new Int32Array(SHORT + 1)
   readonly #rank = new Int32Array(SHORT + 1)
+  #head: Int32Array | undefined
   /** Tokens of the last piece; the caller copies what it keeps. */
   out: Int32Array = new Int32Array(SHORT + 1)
 
@@ -109,8 +110,11 @@ export class PieceMerger {
       next[i] = i + 1
       before[i] = i - 1
     }
-    if (!new RankOrder(this.table, symbols, next, before).run(NO_RANK, 0))
+    this.#head ??= new Int32Array(this.table.count).fill(-1)
+    if (!new RankOrder(this.table, symbols, next, before, this.#head).run(NO_RANK, 0)) {
+      this.#head.fill(-1)
       mergeByHeap(this.table, symbols, next, before)
+    }
     const out = this.out
     let count = 0
     for (let i = 0; i < length; i = next[i]) out[count++] = symbols[i]
@@ -136,11 +140,11 @@ class RankOrder {
   readonly #rankAt: Int32Array
   readonly #listNext: Int32Array
   readonly #listBefore: Int32Array
-  /** First position of each rank, or -1. */
+  /** First position of each rank, or -1; all -1 again after a run that ended well. */
   readonly #head: Int32Array
   readonly #queue = new RankQueue()
 
-  constructor(table: MergeTable, symbol: Int32Array, next: Int32Array, before: Int32Array) {
+  constructor(table: MergeTable, symbol: Int32Array, next: Int32Array, before: Int32Array, head: Int32Array) {
     this.#table = table
     this.#symbol = symbol
     this.#next = next
@@ -148,7 +152,7 @@ class RankOrder {
     this.#rankAt = new Int32Array(symbol.length).fill(NO_RANK)
     this.#listNext = new Int32Array(symbol.length)
     this.#listBefore = new Int32Array(symbol.length)
-    this.#head = new Int32Array(table.count).fill(-1)
+    this.#head = head
   }
 
   /** Makes all merges below `limit`; false when it has to give up part of the way (what is merged by then is right). */

@@ -10,9 +10,9 @@ export const LONG_KEY = 64
 
 /** Slots looked at for a key. */
 export const PROBES = 8
-const MAX_BITS = 17
-const MAX_POOL = 1 << 20
-const LONG_BITS = 13
+const MAX_BITS = 18
+const MAX_POOL = 1 << 18
+const LONG_BITS = 15
 
 /** Keeps the low `n` bytes of a little-endian word, at index n. */
 const LOW_BYTES = Int32Array.of(0, 0xff, 0xffff, 0xffffff, -1)
@@ -36,6 +36,8 @@ export class PieceCache {
   #long = new Int32Array(0)
   #longBytes = new Uint8Array(0)
   #longUsed = 0
+  longPool: Int32Array = new Int32Array(0)
+  #longPoolUsed = 0
   #longBytesUsed = 0
 
   /** Puts a piece that was not found in the first table. */
@@ -49,7 +51,7 @@ export class PieceCache {
     tokens: Int32Array,
     count: number,
   ): void {
-    if (count > 3 && this.#poolUsed + count > MAX_POOL) this.clear()
+    if (count > 3 && this.#poolUsed + count > MAX_POOL) this.#clear()
     let slot = this.#freeSlot(hash)
     if (slot < 0 || (this.#used * 2 > 1 << this.bits && this.bits < MAX_BITS)) {
       if (this.bits < MAX_BITS) {
@@ -70,7 +72,7 @@ export class PieceCache {
     } else slots[slot + 5] = this.#keep(tokens, count)
   }
 
-  /** Place in `pool` of the tokens of a longer piece, or -1; their number is then in `found`. */
+  /** Place in `longPool` of the tokens of a longer piece, or -1; their number is then in `found`. */
   findLong(bytes: Uint8Array, start: number, length: number, hash: number): number {
     const long = this.#long
     if (long.length === 0) return -1
@@ -98,33 +100,40 @@ export class PieceCache {
     if (this.#long.length === 0) {
       this.#long = new Int32Array(4 << LONG_BITS)
       this.#longBytes = new Uint8Array(LONG_KEY << (LONG_BITS - 1))
+      this.longPool = new Int32Array(MAX_POOL)
     }
-    if (this.#longUsed * 2 > 1 << LONG_BITS || this.#poolUsed + count > MAX_POOL) this.clear()
+    const full =
+      this.#longUsed * 2 > 1 << LONG_BITS ||
+      this.#longBytesUsed + length > this.#longBytes.length ||
+      this.#longPoolUsed + count > this.longPool.length
+    if (full) {
+      this.#long.fill(0)
+      this.#longUsed = 0
+      this.#longBytesUsed = 0
+      this.#longPoolUsed = 0
+    }
     const long = this.#long
     const mask = (1 << LONG_BITS) - 1
     const first = hash >>> (32 - LONG_BITS)
     for (let probe = 0; probe < PROBES; probe++) {
       const slot = ((first + probe) & mask) * 4
       if (long[slot + 2] !== 0) continue
-      const place = this.#longBytesUsed
-      if (place + length > this.#longBytes.length) return
-      this.#longBytes.set(bytes.subarray(start, start + length), place)
-      this.#longBytesUsed += length
+      for (let i = 0; i < length; i++) this.#longBytes[this.#longBytesUsed + i] = bytes[start + i]
+      for (let i = 0; i < count; i++) this.longPool[this.#longPoolUsed + i] = tokens[i]
       long[slot] = hash
-      long[slot + 1] = place
+      long[slot + 1] = this.#longBytesUsed
       long[slot + 2] = (count << 8) | length
-      long[slot + 3] = this.#keep(tokens, count)
+      long[slot + 3] = this.#longPoolUsed
+      this.#longBytesUsed += length
+      this.#longPoolUsed += count
       this.#longUsed++
       return
     }
   }
 
-  clear(): void {
+  #clear(): void {
     this.slots.fill(0)
     this.#used = 0
-    this.#long.fill(0)
-    this.#longUsed = 0
-    this.#longBytesUsed = 0
     this.#poolUsed = 0
   }
 
