@@ -19,7 +19,8 @@ const help = `Trains a small DeepSeek-V3 on State of the Union addresses and let
   --minutes N     time for training (default 2.6); the number of steps is chosen to fit
   --steps N       exactly so many steps instead
   --batch N       rows of 256 tokens per step (default 8)
-  --lr X          peak learning rate
+  --optimizer O   muon (default; learns faster at this size) or adamw
+  --lr X          peak learning rate (default 1e-2; for adamw take 3e-3)
   --precision P   bf16 (default) or f32 arithmetic in matrix products
   --seed N        other weights and another order of the data
   --out DIR       folder of the run (default runs/quickstart)
@@ -37,7 +38,8 @@ function readOptions() {
       minutes: { type: 'string', default: '2.6' },
       steps: { type: 'string' },
       batch: { type: 'string', default: '8' },
-      lr: { type: 'string', default: '3e-3' },
+      optimizer: { type: 'string', default: 'muon' },
+      lr: { type: 'string', default: '1e-2' },
       precision: { type: 'string', default: 'bf16' },
       seed: { type: 'string', default: '0' },
       out: { type: 'string', default: 'runs/quickstart' },
@@ -109,6 +111,7 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
     steps,
     batchSize,
     sequenceLength: 256,
+    optimizer: options.optimizer as 'muon' | 'adamw',
     lr: Number(options.lr),
     precision,
     seed,
