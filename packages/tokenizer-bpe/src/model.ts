@@ -26,7 +26,8 @@ export class BpeModel {
   readonly bytes: Uint8Array
   readonly starts: Int32Array
   readonly lengths: Int32Array
-  readonly longest: number
+  /** The same, but 0 for tokens outside the byte alphabet, which no piece can be. */
+  readonly pieceLengths: Int32Array
 
   constructor(
     tokens: readonly (string | undefined)[],
@@ -47,21 +48,20 @@ export class BpeModel {
     const arena = new Uint8Array(total)
     this.starts = new Int32Array(tokens.length)
     this.lengths = new Int32Array(tokens.length)
+    this.pieceLengths = new Int32Array(tokens.length)
     let at = 0
-    let longest = 0
     for (let id = 0; id < tokens.length; id++) {
       const token = tokens[id]
       this.starts[id] = at
       if (token === undefined) continue
       let width = unspellInto(token, arena, at)
+      if (width > 0) this.pieceLengths[id] = width
       // A token outside the byte alphabet stands for its own text, as the ByteLevel decoder has it.
       if (width < 0) width = new TextEncoder().encodeInto(token, arena.subarray(at)).written
       this.lengths[id] = width
-      if (width > longest) longest = width
       at += width
     }
     this.bytes = arena.slice(0, at)
-    this.longest = longest
   }
 
   /** Bytes of a token; empty for an id that the vocabulary skips. */

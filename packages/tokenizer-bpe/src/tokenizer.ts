@@ -5,7 +5,7 @@ import { CutTable } from './bpe/cut-table.ts'
 import { Encoder, IdBuffer, PADDING, type PieceListener } from './bpe/encoder.ts'
 import { PieceMerger } from './bpe/merge-piece.ts'
 import { MergeTable } from './bpe/merge-table.ts'
-import { spellBytes } from './byte-alphabet.ts'
+import { WholeTable } from './bpe/whole-table.ts'
 import { DecodeStream } from './decode-stream.ts'
 import { TokenizerError } from './errors.ts'
 import { readAddedTokens } from './json/added-tokens.ts'
@@ -105,10 +105,7 @@ export class BpeTokenizer {
     this.#preTokenizer = compilePreTokenizer(parts.pre_tokenizer)
     const table = MergeTable.of(model.merges, model.byteToken, model.tokens.length)
     const merger = new PieceMerger(table, model.byteToken, model.options.unknown, model.options.fuseUnknown)
-    const whole = model.options.ignoreMerges
-      ? (bytes: Uint8Array, start: number, end: number) =>
-          end - start > model.longest ? -1 : (model.idOf.get(spellBytes(bytes.subarray(start, end))) ?? -1)
-      : undefined
+    const whole = model.options.ignoreMerges ? new WholeTable(model.bytes, model.starts, model.pieceLengths) : undefined
     this.#encoder = new Encoder(
       merger,
       this.#preTokenizer.scanner,

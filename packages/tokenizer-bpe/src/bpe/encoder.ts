@@ -3,6 +3,7 @@ import type { Scanner } from '../scan/scanner.ts'
 import type { CutTable } from './cut-table.ts'
 import type { PieceMerger } from './merge-piece.ts'
 import { hashBytes, hashKey, KEY_MASKS, LONG_KEY, PieceCache, PROBES, SHORT_KEY, SLOT } from './piece-cache.ts'
+import type { WholeTable } from './whole-table.ts'
 
 /** Zero bytes that must be readable past the end of a text, so that keys load in whole words. */
 export const PADDING = 16
@@ -30,16 +31,13 @@ export class IdBuffer {
 /** Called for each piece with its place in the bytes and the number of ids that it gave, which are then the last in the buffer. */
 export type PieceListener = (start: number, end: number, ids: number) => void
 
-/** Id of a piece that is a token as a whole, or -1. */
-export type WholeToken = (bytes: Uint8Array, start: number, end: number) => number
-
 /** Marks the length in the key of a part of a piece, which is merged even where it is a token as a whole. */
 const PART = 0x20
 
 export class Encoder {
   readonly #merger: PieceMerger
   readonly #scan: Scanner
-  readonly #whole: WholeToken | undefined
+  readonly #whole: WholeTable | undefined
   readonly #makeCuts: () => CutTable
   #cuts: CutTable | undefined
   readonly #cache = new PieceCache()
@@ -49,7 +47,7 @@ export class Encoder {
    * @param whole asked for each piece before it is merged, where the vocabulary says so (`ignore_merges`)
    * @param makeCuts made on the first long piece
    */
-  constructor(merger: PieceMerger, scan: Scanner, whole: WholeToken | undefined, makeCuts: () => CutTable) {
+  constructor(merger: PieceMerger, scan: Scanner, whole: WholeTable | undefined, makeCuts: () => CutTable) {
     this.#merger = merger
     this.#scan = scan
     this.#whole = whole
@@ -155,7 +153,7 @@ export class Encoder {
       }
       slot = (slot + SLOT) & limit
     }
-    const whole = mark < PART && this.#whole !== undefined ? this.#whole(bytes, from, to) : -1
+    const whole = mark < PART && this.#whole !== undefined ? this.#whole.find(bytes, from, to) : -1
     let tokens = 1
     if (whole >= 0) this.#merger.out[0] = whole
     else tokens = this.#merger.merge(bytes, from, to)
@@ -168,7 +166,7 @@ export class Encoder {
   /** A longer piece, cut where no token can lie across. */
   #long(bytes: Uint8Array, view: DataView, from: number, to: number, ids: Uint32Array, length: number): number {
     if (this.#whole !== undefined) {
-      const whole = this.#whole(bytes, from, to)
+      const whole = this.#whole.find(bytes, from, to)
       if (whole >= 0) {
         ids[length] = whole
         return length + 1

@@ -1,0 +1,52 @@
+/** @file Which pieces are tokens as a whole, for vocabularies that ask this before merging. */
+import { hashBytes } from './piece-cache.ts'
+
+export class WholeTable {
+  readonly #bytes: Uint8Array
+  readonly #starts: Int32Array
+  readonly #lengths: Int32Array
+  /** Ids + 1 at the hashes of their bytes. */
+  readonly #slots: Int32Array
+  readonly #shift: number
+  readonly #longest: number
+
+  /** @param bytes, starts, lengths the bytes of all tokens, token i at `starts[i]` */
+  constructor(bytes: Uint8Array, starts: Int32Array, lengths: Int32Array) {
+    this.#bytes = bytes
+    this.#starts = starts
+    this.#lengths = lengths
+    let bits = 4
+    while (1 << bits < starts.length * 2) bits++
+    this.#shift = 32 - bits
+    this.#slots = new Int32Array(1 << bits)
+    let longest = 0
+    for (let id = 0; id < starts.length; id++) {
+      if (lengths[id] === 0) continue
+      if (lengths[id] > longest) longest = lengths[id]
+      let slot = hashBytes(bytes, starts[id], lengths[id]) >>> this.#shift
+      while (this.#slots[slot] !== 0) slot = (slot + 1) & (this.#slots.length - 1)
+      this.#slots[slot] = id + 1
+    }
+    this.#longest = longest
+  }
+
+  /** Id of the token with the bytes `text[from..to)`, or -1. */
+  find(text: Uint8Array, from: number, to: number): number {
+    const length = to - from
+    if (length > this.#longest) return -1
+    const slots = this.#slots
+    for (
+      let slot = hashBytes(text, from, length) >>> this.#shift;
+      slots[slot] !== 0;
+      slot = (slot + 1) & (slots.length - 1)
+    ) {
+      const id = slots[slot] - 1
+      if (this.#lengths[id] !== length) continue
+      const start = this.#starts[id]
+      let i = 0
+      while (i < length && this.#bytes[start + i] === text[from + i]) i++
+      if (i === length) return id
+    }
+    return -1
+  }
+}
