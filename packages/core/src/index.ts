@@ -13,6 +13,7 @@ export type {
   FusedName,
   Handle,
   Kernel,
+  OpAttrs,
   OpName,
   Precision,
   PrimitiveAttrs,
