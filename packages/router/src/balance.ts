@@ -1,6 +1,8 @@
 /**
- * @file Balancing: the bias that follows the load without touching gradients (V3 report 2.1.2, "auxiliary-loss-free"), and the small
- * sequence-wise loss beside it (eq. 17-20).
+ * @file Balancing: the bias that follows the load without touching gradients (V3 report 2.1.2, "auxiliary-loss-free"), the small
+ * sequence-wise loss beside it (eq. 17-20), and the three losses of V2 (V2 report 2.2.3, eq. 23-31).
+ *
+ * Legend: B sequences, T time, N = B T tokens, E experts, K chosen, D devices.
  */
 import { arange, full, noGrad, type Parameter, scatterAddRows, scope, type Tensor } from '@moe/core'
 
@@ -29,30 +31,107 @@ export function updateBias(bias: Parameter, load: Tensor, options: BiasUpdateOpt
   bias.assign(next)
 }
 
+/** What a gate decided for a batch of B sequences of equal length. */
+export interface RoutingPass {
+  /** Unbiased affinities `[N, E]`; the losses give gradients to them. */
+  readonly scores: Tensor
+  /** Chosen experts `i32 [N, K]`. */
+  readonly indices: Tensor
+  /** B. */
+  readonly sequences: number
+  /** `f32 [N]`, 1 for tokens and 0 for padding, which is left out of every count and mean. Default: no padding. */
+  readonly mask?: Tensor
+}
+
+/** Tokens per sequence that are no padding: `[B, 1]`, or the common number. At least 1. */
+function tokensOf({ scores, sequences, mask }: RoutingPass): Tensor | number {
+  const time = scores.shape[0] / sequences
+  return mask ? mask.reshape([sequences, time]).sum(1, true).maximum(1) : time
+}
+
+/** f_i = E / (K T) #{t: i is chosen for t}, `[B, E]`, without gradient. 1 everywhere when balanced. */
+function frequencies(pass: RoutingPass): Tensor {
+  const { scores, indices, sequences, mask } = pass
+  const [tokens, experts] = scores.shape
+  const topK = indices.shape[1]
+  const slots = (tokens / sequences) * topK
+  const { backend } = scores
+  return noGrad(() =>
+    scope(() => {
+      const first = arange(sequences, { backend }).mul(experts).reshape([sequences, 1])
+      const cell = indices.reshape([sequences, slots]).add(first)
+      const hits = mask
+        ? mask
+            .reshape([tokens, 1])
+            .expand([tokens, topK])
+            .mul(experts / topK)
+            .reshape([sequences, slots])
+        : full([sequences, slots], experts / topK, { backend })
+      return scatterAddRows(cell, hits, sequences * experts)
+        .reshape([sequences, experts])
+        .div(tokensOf(pass))
+    }),
+  )
+}
+
+/** Mean of `values [N, E]` over the tokens of each sequence, `[B, E]`. */
+function meanOverTime(values: Tensor, pass: RoutingPass): Tensor {
+  const { sequences, mask } = pass
+  const [tokens, features] = values.shape
+  const counted = mask ? values.mul(mask.reshape([tokens, 1])) : values
+  return counted
+    .reshape([sequences, tokens / sequences, features])
+    .sum(1)
+    .div(tokensOf(pass))
+}
+
+/** Mean over sequences of sum_i f_i P_i. */
+const product = (f: Tensor, p: Tensor): Tensor =>
+  f
+    .mul(p)
+    .sum()
+    .mul(1 / f.shape[0])
+
 /**
  * Sequence-wise balance loss without its factor α: mean over sequences of sum_i f_i P_i, with
  * f_i = E / (K T) * #{t: i among the K best unbiased affinities of t} and P_i = mean_t s_i,t / sum_j s_j,t.
- * `scores [B * T, E]` of `sequences` = B rows of equal length. 1 when every sequence is perfectly balanced.
+ * `scores [B * T, E]` of `sequences` = B rows of equal length; `mask [B * T]` is 0 for padding. 1 when every sequence is perfectly balanced.
  */
-export function sequenceBalanceLoss(scores_NE: Tensor, sequences: number, topK: number): Tensor {
-  const [tokens, experts] = scores_NE.shape
-  const time = tokens / sequences
-  const { backend } = scores_NE
-  const f_BE = noGrad(() =>
+export function sequenceBalanceLoss(scores: Tensor, sequences: number, topK: number, mask?: Tensor): Tensor {
+  const indices = scores.detach().topk(topK).indices
+  const pass = { scores, indices, sequences, mask }
+  return product(frequencies(pass), meanOverTime(scores.div(scores.sum(-1, true).add(1e-20)), pass))
+}
+
+/** V2's expert-level loss without α1 (eq. 23-25): mean over sequences of sum_i f_i P_i, f_i of the experts chosen, P_i = mean_t s_i,t. */
+export function expertBalanceLoss(pass: RoutingPass): Tensor {
+  return product(frequencies(pass), meanOverTime(pass.scores, pass))
+}
+
+/** V2's device-level loss without α2 (eq. 26-28): devices hold E / D neighbouring experts; f' is the mean of their f, P' the sum of their P. */
+export function deviceBalanceLoss(pass: RoutingPass, devices: number): Tensor {
+  const byDevice = (x: Tensor) => x.reshape([pass.sequences, devices, x.shape[1] / devices])
+  return product(byDevice(frequencies(pass)).mean(2), byDevice(meanOverTime(pass.scores, pass)).sum(2))
+}
+
+/**
+ * V2's communication loss without α3 (eq. 29-31): f''_d = D / (M T) * #{t is sent to device d}, P'' as in the device-level loss.
+ * M is the number of devices that a token may be sent to (topk_group).
+ */
+export function communicationBalanceLoss(pass: RoutingPass, devices: number, limit: number): Tensor {
+  const { scores, indices } = pass
+  const [tokens, topK] = indices.shape
+  const size = scores.shape[1] / devices
+  const f_BD = noGrad(() =>
     scope(() => {
-      const chosen = scores_NE
-        .detach()
-        .topk(topK)
-        .indices.reshape([sequences, time * topK])
-      const cell = chosen.add(arange(sequences, { backend }).mul(experts).reshape([sequences, 1]))
-      const hits = full([sequences, time * topK], experts / (topK * time), { backend })
-      return scatterAddRows(cell, hits, sequences * experts).reshape([sequences, experts])
+      const device_NK1 = indices.div(size).reshape([tokens, topK, 1])
+      const sent_ND = device_NK1
+        .eq(arange(devices, { backend: scores.backend }).reshape([1, 1, devices]))
+        .cast('f32')
+        .max(1)
+      return meanOverTime(sent_ND, pass).mul(devices / limit)
     }),
   )
-  const share_NE = scores_NE.div(scores_NE.sum(-1, true).add(1e-20))
-  const p_BE = share_NE.reshape([sequences, time, experts]).mean(1)
-  return f_BE
-    .mul(p_BE)
-    .sum()
-    .mul(1 / sequences)
+  const p_BD = meanOverTime(scores, pass).reshape([pass.sequences, devices, size]).sum(2)
+  return product(f_BD, p_BD)
 }

@@ -1,7 +1,30 @@
 /** @file Public interface of @moe/router. */
-export { type BiasUpdateOptions, sequenceBalanceLoss, updateBias } from './balance.ts'
+export {
+  type BiasUpdateOptions,
+  communicationBalanceLoss,
+  deviceBalanceLoss,
+  expertBalanceLoss,
+  type RoutingPass,
+  sequenceBalanceLoss,
+  updateBias,
+} from './balance.ts'
+export {
+  auxFree,
+  type Balancer,
+  communication,
+  deviceLevel,
+  expertLevel,
+  noBalance,
+  type Schedule,
+  scheduled,
+  sequenceWise,
+  together,
+} from './balancer.ts'
+export { type CapacityForwardOptions, CapacityMoE, type CapacityMoEConfig, withinCapacity } from './capacity-moe.ts'
 export { type RouterConfig, routerAttrs } from './config.ts'
+export { type ClusterShape, type ExpertPlacement, gpuImbalance, placeExperts } from './eplb.ts'
 export { Experts } from './experts.ts'
 export { Gate } from './gate.ts'
-export { LoadCounter, type LoadSummary, summarizeLoad } from './load.ts'
-export { type MoEForwardOptions, MoELayer } from './moe-layer.ts'
+export { LoadCounter, type LoadSummary, maskedCounts, summarizeLoad } from './load.ts'
+export { type MoEForwardOptions, MoELayer, type MoELayerOptions } from './moe-layer.ts'
+export { type LayerReport, LoadMonitor, type LoadMonitorOptions, type Verdict } from './monitor.ts'

@@ -1,5 +1,5 @@
 /** @file Expert loads: counted on the device during training, read once per step, judged on the host. */
-import { isRecomputing, keep, scope, type Tensor } from '@moe/core'
+import { isRecomputing, keep, noGrad, scatterAddRows, scope, type Tensor } from '@moe/core'
 
 /**
  * Sums the loads of all micro-batches of a step. Counts exactly once: not in a recomputed forward pass, and only when the layer is told
@@ -26,6 +26,17 @@ export class LoadCounter {
     this.#total?.dispose()
     this.#total = null
   }
+}
+
+/** Loads `i32 [E]` of the choices `indices i32 [N, K]` of the tokens whose `mask f32 [N]` is 1. */
+export function maskedCounts(indices: Tensor, mask: Tensor, experts: number): Tensor {
+  const [tokens, topK] = indices.shape
+  return noGrad(() =>
+    scope(() => {
+      const counted = mask.reshape([tokens, 1]).expand([tokens, topK])
+      return scatterAddRows(indices.reshape([tokens * topK]), counted.reshape([tokens * topK]), experts).cast('i32')
+    }),
+  )
 }
 
 export interface LoadSummary {

@@ -1,25 +1,39 @@
 /** @file DeepSeekMoE: routed and shared experts in place of a feed-forward net (V3 report eq. 12-13). No token is dropped. */
 import {
   combineTokens,
+  type DispatchPlan,
   dispatchPlan,
   forkInit,
   type InitOptions,
+  isRecomputing,
   Module,
   permuteTokens,
   SwigluMlp,
   type Tensor,
 } from '@moe/core'
 import { type BiasUpdateOptions, sequenceBalanceLoss, updateBias } from './balance.ts'
+import type { Balancer } from './balancer.ts'
 import type { RouterConfig } from './config.ts'
 import { Experts } from './experts.ts'
 import { Gate } from './gate.ts'
-import { LoadCounter } from './load.ts'
+import { LoadCounter, maskedCounts } from './load.ts'
+
+export interface MoELayerOptions extends InitOptions {
+  /** What keeps the experts evenly loaded; one for all layers. Without one, call `updateBias` yourself. */
+  readonly balancer?: Balancer
+}
 
 export interface MoEForwardOptions {
   /** Count the load, for the balancer and for monitoring. Default false: evaluation and decoding leave no trace. */
   readonly training?: boolean
+  /** `f32 [batch, time]`, 1 for tokens and 0 for padding, which is computed but neither counted nor balanced. Default: no padding. */
+  readonly mask?: Tensor
   /** Is given the layer's sequence-wise balance loss (a scalar without α), when it is wanted. */
   readonly onBalanceLoss?: (loss: Tensor) => void
+  /** Is given the loss of the layer's balancer (a scalar, factor included), in training and when it has one. */
+  readonly onBalancerLoss?: (loss: Tensor) => void
+  /** Is given the loads `i32 [E]` of every pass, evaluation included, except when it is a recomputation. */
+  readonly onLoad?: (load: Tensor) => void
 }
 
 /** y = sum over the K chosen experts of gate * FFN_e(x), plus the shared experts' FFN(x). `[B, T, hidden]` to the same shape. */
@@ -28,13 +42,17 @@ export class MoELayer extends Module {
   experts: Experts
   declare shared_experts?: SwigluMlp
   readonly #config: RouterConfig
-  /** Loads since the last `updateBias`. */
+  readonly #balancer: Balancer | null
+  /** Loads since the last `updateBias` or `rebalance`. */
   readonly #load = new LoadCounter()
+  #steps = 0
 
   /** @throws MoeError E_CONFIG with every fault in one message. */
-  constructor(config: RouterConfig, init: InitOptions = {}) {
+  constructor(config: RouterConfig, options: MoELayerOptions = {}) {
     super()
+    const { balancer = null, ...init } = options
     this.#config = config
+    this.#balancer = balancer
     const { hidden_size: hidden, moe_intermediate_size: inner, n_shared_experts: shared } = config
     this.gate = new Gate(config, forkInit(init, 'gate'))
     this.experts = new Experts(config.n_routed_experts, hidden, inner, forkInit(init, 'experts'))
@@ -42,16 +60,29 @@ export class MoELayer extends Module {
   }
 
   forward(x_BTD: Tensor, options: MoEForwardOptions = {}): Tensor {
-    const { n_routed_experts: experts, num_experts_per_tok: topK } = this.#config
     const [batch, time, hidden] = x_BTD.shape
     const x_ND = x_BTD.reshape([batch * time, hidden])
     const { weights, indices, scores } = this.gate.forward(x_ND)
-    const plan = dispatchPlan(indices, experts)
-    if (options.training) this.#load.add(plan.counts)
-    options.onBalanceLoss?.(sequenceBalanceLoss(scores, batch, topK))
+    const plan = dispatchPlan(indices, this.#config.n_routed_experts)
+    this.#watch(scores, indices, plan, batch, options)
     const routed_ND = combineTokens(this.experts.forward(permuteTokens(x_ND, plan), plan.offsets), weights, plan)
     const out_ND = this.shared_experts ? routed_ND.add(this.shared_experts.forward(x_ND)) : routed_ND
     return out_ND.reshape([batch, time, hidden])
+  }
+
+  /** Counts the loads and hands out the losses that were asked for. */
+  #watch(scores: Tensor, indices: Tensor, plan: DispatchPlan, sequences: number, options: MoEForwardOptions): void {
+    const { training = false, onBalanceLoss, onBalancerLoss, onLoad } = options
+    const mask = options.mask?.reshape([scores.shape[0]])
+    if (training || onLoad) {
+      const counts = mask ? maskedCounts(indices, mask, this.#config.n_routed_experts) : plan.counts
+      if (training) this.#load.add(counts)
+      if (!isRecomputing()) onLoad?.(counts)
+    }
+    onBalanceLoss?.(sequenceBalanceLoss(scores, sequences, this.#config.num_experts_per_tok, mask))
+    if (!training || !onBalancerLoss) return
+    const loss = this.#balancer?.loss?.({ scores, indices, sequences, mask }, this.#steps) ?? null
+    if (loss !== null) onBalancerLoss(loss)
   }
 
   /** Loads `i32 [E]` since the last update, still on the device; null before any training pass. */
@@ -59,9 +90,26 @@ export class MoELayer extends Module {
     return this.#load.total
   }
 
+  get balancer(): Balancer | null {
+    return this.#balancer
+  }
+
   /**
-   * Moves the selection bias by the loads counted since the last call, and starts counting anew. Once per optimizer step.
-   * `reduce` makes the loads of one rank those of all (an all-reduce); default: there is one rank.
+   * Lets the balancer act on the loads counted since the last call, and starts counting anew. Once per optimizer step.
+   * `reduce` makes the loads of one rank those of all (an all-reduce); `step`, for the balancer's schedules, is by default the number of calls before.
+   */
+  rebalance(options: { reduce?: (load: Tensor) => Tensor; step?: number } = {}): void {
+    const { reduce, step = this.#steps } = options
+    const load = this.#load.total
+    const bias = this.gate.e_score_correction_bias
+    if (load !== null && bias) this.#balancer?.update?.(bias, reduce?.(load) ?? load, step)
+    this.#load.reset()
+    this.#steps = step + 1
+  }
+
+  /**
+   * Moves the selection bias by the loads counted since the last call, and starts counting anew: aux-free balancing without a balancer.
+   * Once per optimizer step. `reduce` makes the loads of one rank those of all (an all-reduce); default: there is one rank.
    */
   updateBias(options: BiasUpdateOptions & { reduce?: (load: Tensor) => Tensor } = {}): void {
     const load = this.#load.total

@@ -1,0 +1,87 @@
+/** @file Balance controllers: small objects, one per model, that an MoE layer asks for a loss and for a step of its bias. */
+import { MoeError, type Parameter, type Tensor } from '@moe/core'
+import {
+  communicationBalanceLoss,
+  deviceBalanceLoss,
+  expertBalanceLoss,
+  type RoutingPass,
+  sequenceBalanceLoss,
+  updateBias,
+} from './balance.ts'
+
+/** A constant, or a function of the number of optimizer steps done. */
+export type Schedule = number | ((step: number) => number)
+
+/** The value of a schedule at a step. */
+export const scheduled = (value: Schedule, step: number): number => (typeof value === 'number' ? value : value(step))
+
+/** Decides what keeps the experts of a layer evenly loaded. It holds no state, so one serves all layers. */
+export interface Balancer {
+  /** A scalar to add to the training loss, factor included; null for none. `step` counts the optimizer steps done. */
+  loss?(pass: RoutingPass, step: number): Tensor | null
+  /** Once per optimizer step: moves the selection bias by the loads `[E]` of the whole batch. */
+  update?(bias: Parameter, load: Tensor, step: number): void
+}
+
+/** Leaves the router to itself. */
+export const noBalance = (): Balancer => ({})
+
+/** V3's auxiliary-loss-free balancing. γ may follow a schedule (V3: 0.001, and 0 for the last 3% of training). */
+export function auxFree(options: { speed?: Schedule; recentre?: boolean } = {}): Balancer {
+  const { speed = 0.001, recentre } = options
+  return { update: (bias, load, step) => updateBias(bias, load, { speed: scheduled(speed, step), recentre }) }
+}
+
+/** A loss whose factor may follow a schedule; nothing is computed while it is 0. */
+function lossBalancer(alpha: Schedule, loss: (pass: RoutingPass) => Tensor): Balancer {
+  return {
+    loss(pass, step) {
+      const factor = scheduled(alpha, step)
+      return factor === 0 ? null : loss(pass).mul(factor)
+    },
+  }
+}
+
+/** V3's sequence-wise loss (α 1e-4 there). */
+export const sequenceWise = ({ alpha = 1e-4 }: { alpha?: Schedule } = {}): Balancer =>
+  lossBalancer(alpha, ({ scores, sequences, indices, mask }) =>
+    sequenceBalanceLoss(scores, sequences, indices.shape[1], mask),
+  )
+
+/** V2's expert-level loss (α1 0.003 there). */
+export const expertLevel = ({ alpha = 0.003 }: { alpha?: Schedule } = {}): Balancer =>
+  lossBalancer(alpha, expertBalanceLoss)
+
+/** V2's device-level loss (α2 0.05 there). Devices hold neighbouring experts, as the groups of the gate do. */
+export const deviceLevel = (options: { devices: number; alpha?: Schedule }): Balancer =>
+  lossBalancer(options.alpha ?? 0.05, pass => deviceBalanceLoss(pass, devicesOf(pass, options.devices)))
+
+/** V2's communication loss (α3 0.02 there). `limit`: the devices that a token may be sent to. */
+export const communication = (options: { devices: number; limit: number; alpha?: Schedule }): Balancer =>
+  lossBalancer(options.alpha ?? 0.02, pass =>
+    communicationBalanceLoss(pass, devicesOf(pass, options.devices), options.limit),
+  )
+
+/** Several controllers as one: losses add up, biases are moved by each in turn. */
+export function together(...balancers: readonly Balancer[]): Balancer {
+  return {
+    loss(pass, step) {
+      const losses = balancers.map(({ loss }) => loss?.(pass, step) ?? null).filter(loss => loss !== null)
+      return losses.length === 0 ? null : losses.reduce((sum, loss) => sum.add(loss))
+    },
+    update(bias, load, step) {
+      for (const balancer of balancers) balancer.update?.(bias, load, step)
+    },
+  }
+}
+
+function devicesOf({ scores }: RoutingPass, devices: number): number {
+  const [, experts] = scores.shape
+  if (Number.isInteger(devices) && devices >= 1 && experts % devices === 0) return devices
+  throw new MoeError({
+    code: 'E_ATTR',
+    op: 'balance',
+    problem: `${devices} devices cannot share ${experts} experts evenly`,
+    fix: 'pass a number of devices that divides n_routed_experts',
+  })
+}

@@ -1,0 +1,111 @@
+import { gradients, Random, randn, setDefaultBackend, type Tensor, tensor } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { assertClose, tolerances } from '@moe/core/testing'
+import { describe, expect, test } from 'vitest'
+import { CapacityMoE, type CapacityMoEConfig, withinCapacity } from './index.ts'
+
+setDefaultBackend(referenceBackend())
+
+const config: CapacityMoEConfig = {
+  hidden_size: 4,
+  moe_intermediate_size: 6,
+  n_routed_experts: 3,
+  router: 'gshard',
+  capacity_factor: 1,
+}
+const make = (changes: Partial<CapacityMoEConfig>) =>
+  new CapacityMoE({ ...config, ...changes }, { random: new Random(3), deviation: 1 })
+
+describe('capacity', () => {
+  const fits = async (indices: number[][], capacity: number, mask?: number[]) => {
+    const ids = tensor(Int32Array.from(indices.flat()), [indices.length, indices[0].length])
+    return Array.from(await withinCapacity(ids, 3, capacity, mask && tensor(mask)).values())
+  }
+  test('earlier tokens go first', async () => {
+    expect(await fits([[0], [0], [1], [0], [1]], 2)).toEqual([1, 1, 1, 0, 1])
+  })
+  test('first choices go before second ones', async () => {
+    // Expert 1: first choice of tokens 1 and 2, second of token 0, which comes last.
+    expect(
+      await fits(
+        [
+          [0, 1],
+          [1, 0],
+          [1, 2],
+        ],
+        2,
+      ),
+    ).toEqual([1, 0, 1, 1, 1, 1])
+  })
+  test('padding takes no room', async () => {
+    expect(await fits([[0], [0], [0], [0]], 2, [0, 1, 0, 1])).toEqual([0, 1, 0, 1])
+  })
+})
+
+for (const router of ['switch', 'gshard'] as const) {
+  const topK = router === 'gshard' ? 2 : 1
+
+  test(`${router}: output and auxiliary loss of the published formulas; nothing is dropped in evaluation`, async () => {
+    const layer = make({ router })
+    const x = randn([2, 5, 4], new Random(8))
+    let loss: Tensor | null = null
+    const out = await layer
+      .forward(x, {
+        onBalanceLoss: l => {
+          loss = l
+        },
+      })
+      .values()
+    expect(layer.load).toBeNull()
+    const exp = x.reshape([10, 4]).matmul(layer.weight.detach(), { transposeB: true }).exp()
+    const p = Array.from(await exp.div(exp.sum(1, true)).values())
+    const rows = Array.from({ length: 10 }, (_, t) => p.slice(3 * t, 3 * t + 3))
+    const best = rows.map(row => [0, 1, 2].sort((a, b) => row[b] - row[a]).slice(0, topK))
+    // E sum_i f_i P_i over first choices.
+    const expected = [0, 1, 2].reduce((sum, i) => {
+      const f = best.filter(([first]) => first === i).length / 10
+      return sum + 3 * f * (rows.reduce((s, row) => s + row[i], 0) / 10)
+    }, 0)
+    expect(await (loss as unknown as Tensor).detach().item()).toBeCloseTo(expected, 5)
+    // Every expert's answer to every token, gated by hand.
+    const byExpert = await Promise.all(
+      [0, 1, 2].map(async e => {
+        const offsets = tensor(Int32Array.from([0, 1, 2, 3], i => (i > e ? 10 : 0)))
+        return layer.experts.forward(x.reshape([10, 4]), offsets).values()
+      }),
+    )
+    const expectedOut = rows.flatMap((row, t) => {
+      const total = router === 'gshard' ? best[t].reduce((sum, e) => sum + row[e], 0) : 1
+      return [0, 1, 2, 3].map(d => best[t].reduce((sum, e) => sum + (row[e] / total) * byExpert[e][4 * t + d], 0))
+    })
+    assertClose('output', out, expectedOut, tolerances.sum)
+  })
+
+  test(`${router}: what exceeds the capacity is dropped in training, counted, and gives no gradient to its expert`, async () => {
+    // All tokens are alike, so all want the same experts; an even share of 6 * K choices over 3 experts fits each.
+    const layer = make({ router })
+    const x = tensor(
+      Float32Array.from({ length: 24 }, (_, i) => [0.5, -1, 0.25, 1][i % 4]),
+      [1, 6, 4],
+    )
+    const whole = await layer.forward(x).values()
+    const out = await layer.forward(x, { training: true }).values()
+    const room = (6 * topK) / 3
+    assertClose('kept tokens', out.subarray(0, 4 * room), whole.subarray(0, 4 * room), tolerances.exact)
+    expect(Array.from(out.subarray(4 * room))).toEqual(new Array(24 - 4 * room).fill(0))
+    const load = Array.from(await (layer.load as Tensor).values()).sort((a, b) => b - a)
+    expect(load).toEqual(router === 'gshard' ? [6, 6, 0] : [6, 0, 0])
+    expect(Array.from(await (layer.kept as Tensor).values())).toEqual([room * topK])
+    layer.reset()
+    expect(layer.load).toBeNull()
+
+    const lastOnly = layer.forward(x, { training: true }).narrow(1, 5, 6)
+    const [gradient] = gradients(lastOnly.sum(), [layer.experts.down_proj])
+    expect((await (gradient as Tensor).abs().sum().item()) === 0).toBe(true)
+  })
+}
+
+test('sizes that cannot work are refused', () => {
+  expect(() => make({ n_routed_experts: 1 })).toThrow(/gshard needs at least 2 experts/)
+  expect(() => make({ capacity_factor: 0 })).toThrow(/capacity_factor = 0/)
+})

@@ -1,0 +1,146 @@
+/**
+ * @file The routers before DeepSeekMoE, as baselines: GShard's top-2 (Lepikhin et al. 2020) and Switch's top-1 (Fedus et al. 2021), each with its
+ * auxiliary loss and with a capacity per expert beyond which tokens are dropped in training.
+ *
+ * Legend: N tokens, E experts, K chosen.
+ */
+import {
+  combineTokens,
+  type DispatchPlan,
+  dispatchPlan,
+  forkInit,
+  type InitOptions,
+  Module,
+  MoeError,
+  noGrad,
+  normalParameter,
+  type Parameter,
+  permuteTokens,
+  routerTopk,
+  scope,
+  type Tensor,
+  zeros,
+} from '@moe/core'
+import { expertBalanceLoss } from './balance.ts'
+import { Experts } from './experts.ts'
+import { LoadCounter, maskedCounts } from './load.ts'
+
+export interface CapacityMoEConfig {
+  readonly hidden_size: number
+  readonly moe_intermediate_size: number
+  readonly n_routed_experts: number
+  /** `switch`: the best expert, gate = its probability. `gshard`: the two best, gates normalized. */
+  readonly router: 'switch' | 'gshard'
+  /** Tokens that an expert takes in training are this times the even share. Switch: 1 to 1.25; GShard: 2 per choice. Default 1.25. */
+  readonly capacity_factor?: number
+}
+
+export interface CapacityForwardOptions {
+  /** Count loads and drop what exceeds the capacity. Default false: nothing is dropped in evaluation. */
+  readonly training?: boolean
+  /** `f32 [batch, time]`, 1 for tokens and 0 for padding, which takes no capacity and is not counted. */
+  readonly mask?: Tensor
+  /** Is given the auxiliary loss without its factor (Switch: 0.01): E sum_i f_i P_i, f_i the share of first choices; 1 when balanced. */
+  readonly onBalanceLoss?: (loss: Tensor) => void
+}
+
+/** Which choices `[N, K]` fit: 1 or 0. First choices go before second ones, earlier tokens before later. */
+export function withinCapacity(indices: Tensor, experts: number, capacity: number, mask?: Tensor): Tensor {
+  const [tokens, topK] = indices.shape
+  return noGrad(() =>
+    scope(() => {
+      // Padding queues at an expert of its own.
+      const real = mask ? mask.cast('i32').reshape([tokens, 1]) : null
+      const queued = real ? indices.mul(real).add(real.neg().add(1).mul(experts)) : indices
+      const byChoice = queued.permute([1, 0]).reshape([topK * tokens, 1])
+      const { positions, offsets } = dispatchPlan(byChoice, experts + 1)
+      const rank = positions.sub(offsets.takeRows(byChoice.reshape([topK * tokens])))
+      const fits = rank.lt(capacity).cast('f32').reshape([topK, tokens]).permute([1, 0])
+      return mask ? fits.mul(mask.reshape([tokens, 1])) : fits
+    }),
+  )
+}
+
+/**
+ * A Switch or GShard layer. `[B, T, hidden]` to the same shape; a token whose choices were all dropped gets zeros. Dropped choices are
+ * still computed and weighted with 0: this is a baseline for quality, not for speed. GShard's second expert is always used
+ * (its random dispatch of second experts is left out).
+ */
+export class CapacityMoE extends Module {
+  /** Gate `[E, hidden]`. */
+  weight: Parameter
+  experts: Experts
+  readonly #config: CapacityMoEConfig
+  readonly #load = new LoadCounter()
+  readonly #kept = new LoadCounter()
+
+  /** @throws MoeError E_CONFIG when sizes are impossible. */
+  constructor(config: CapacityMoEConfig, init: InitOptions = {}) {
+    super()
+    const { n_routed_experts: experts, hidden_size: hidden, capacity_factor: factor = 1.25, router } = config
+    const needed = router === 'gshard' ? 2 : 1
+    if (!(experts >= needed) || !(factor > 0)) {
+      throw new MoeError({
+        code: 'E_CONFIG',
+        op: 'CapacityMoE',
+        problem: `n_routed_experts = ${experts}, capacity_factor = ${factor}; ${router} needs at least ${needed} experts and a positive factor`,
+      })
+    }
+    this.#config = config
+    this.weight = normalParameter([experts, hidden], 'weight', init)
+    this.experts = new Experts(experts, hidden, config.moe_intermediate_size, forkInit(init, 'experts'))
+  }
+
+  forward(x_BTD: Tensor, options: CapacityForwardOptions = {}): Tensor {
+    const { n_routed_experts: experts, router } = this.#config
+    const [batch, time, hidden] = x_BTD.shape
+    const tokens = batch * time
+    const x_ND = x_BTD.reshape([tokens, hidden])
+    const { weights, indices, scores } = routerTopk(
+      x_ND.matmul(this.weight, { transposeB: true, precision: 'f32' }),
+      zeros([experts], { backend: x_ND.backend }),
+      {
+        scoring: 'softmax',
+        groups: 1,
+        topGroups: 1,
+        groupScore: 'max',
+        topK: router === 'gshard' ? 2 : 1,
+        normalize: router === 'gshard',
+        scale: 1,
+      },
+    )
+    const plan = dispatchPlan(indices, experts)
+    const mask = options.mask?.reshape([tokens])
+    options.onBalanceLoss?.(expertBalanceLoss({ scores, indices: indices.narrow(1, 0, 1), sequences: 1, mask }))
+    const gates = options.training ? weights.mul(this.#capacity(indices, plan, mask)) : weights
+    const out_ND = combineTokens(this.experts.forward(permuteTokens(x_ND, plan), plan.offsets), gates, plan)
+    return out_ND.reshape([batch, time, hidden])
+  }
+
+  /** What fits, counted. The capacity is that of the whole batch, padding included: shapes decide it, not contents. */
+  #capacity(indices: Tensor, plan: DispatchPlan, mask: Tensor | undefined): Tensor {
+    const { n_routed_experts: experts, capacity_factor: factor = 1.25 } = this.#config
+    const [tokens, topK] = indices.shape
+    const capacity = Math.ceil((factor * tokens * topK) / experts)
+    const kept = withinCapacity(indices, experts, capacity, mask)
+    this.#load.add(mask ? maskedCounts(indices, mask, experts) : plan.counts)
+    this.#kept.add(scope(() => noGrad(() => kept.sum().cast('i32').reshape([1]))))
+    return kept
+  }
+
+  /** Choices `i32 [E]` before dropping since the last `reset`, still on the device; null before any training pass. */
+  get load(): Tensor | null {
+    return this.#load.total
+  }
+
+  /** Choices that found room `i32 [1]`, counted as `load` is. */
+  get kept(): Tensor | null {
+    return this.#kept.total
+  }
+
+  /** Starts counting anew. */
+  reset(): void {
+    this.#load.reset()
+    this.#kept.reset()
+  }
+}

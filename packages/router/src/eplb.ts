@@ -1,0 +1,119 @@
+/**
+ * @file Placing experts on GPUs with copies of the busy ones: EPLB, "expert parallelism load balancer" (deepseek-ai/EPLB; V3 report 3.4).
+ * Plain numbers; ties go to the lowest index.
+ */
+import { MoeError } from '@moe/core'
+
+export interface ExpertPlacement {
+  /** Expert of every place. Place p is on GPU floor(p / (replicas / gpus)). */
+  readonly physicalToLogical: readonly number[]
+  /** Places of every expert, as many as it has copies. */
+  readonly logicalToPhysical: readonly (readonly number[])[]
+  /** Copies of every expert. */
+  readonly copies: readonly number[]
+}
+
+export interface ClusterShape {
+  /** Places in all: experts plus redundant copies. Divisible by `gpus`. */
+  readonly replicas: number
+  /** Groups of the gate; hierarchical placement keeps each on one node. Default 1. */
+  readonly groups?: number
+  /** Default 1. */
+  readonly nodes?: number
+  readonly gpus: number
+}
+
+/** Items dealt onto packs of equal length so that the weights come out even: heaviest first, each into the lightest pack with room. */
+function pack(weights: readonly number[], packs: number): Array<{ pack: number; rank: number }> {
+  const room = weights.length / packs
+  if (room === 1) return weights.map((_, i) => ({ pack: i, rank: 0 }))
+  const order = weights.map((_, i) => i).sort((a, b) => weights[b] - weights[a] || a - b)
+  const sums = new Array<number>(packs).fill(0)
+  const sizes = new Array<number>(packs).fill(0)
+  const placed = new Array<{ pack: number; rank: number }>(weights.length)
+  for (const item of order) {
+    let best = -1
+    for (let p = 0; p < packs; p++) if (sizes[p] < room && (best < 0 || sums[p] < sums[best])) best = p
+    placed[item] = { pack: best, rank: sizes[best]++ }
+    sums[best] += weights[item]
+  }
+  return placed
+}
+
+/** Expert of each of `places` places and the copies of each expert: every further place goes to the expert with the largest load per copy. */
+function replicate(weights: readonly number[], places: number): { experts: number[]; copies: number[] } {
+  const copies = weights.map(() => 1)
+  const experts = weights.map((_, i) => i)
+  while (experts.length < places) {
+    let busiest = 0
+    for (let i = 1; i < weights.length; i++) {
+      if (weights[i] / copies[i] > weights[busiest] / copies[busiest]) busiest = i
+    }
+    experts.push(busiest)
+    copies[busiest]++
+  }
+  return { experts, copies }
+}
+
+/**
+ * Places the experts of one layer by their loads: groups to nodes, then copies within each node, then places to GPUs; without
+ * regard to groups and nodes when the groups cannot be shared evenly by the nodes.
+ * @throws MoeError E_ATTR when the numbers do not divide, or there are fewer places than experts.
+ */
+export function placeExperts(load: ArrayLike<number>, cluster: ClusterShape): ExpertPlacement {
+  const loads = Array.from(load)
+  const { replicas, gpus } = cluster
+  const even = (cluster.groups ?? 1) % (cluster.nodes ?? 1) === 0
+  const groups = even ? (cluster.groups ?? 1) : 1
+  const nodes = even ? (cluster.nodes ?? 1) : 1
+  check(loads.length, replicas, groups, nodes, gpus)
+  const size = loads.length / groups
+  const groupLoads = Array.from({ length: groups }, (_, g) =>
+    loads.slice(g * size, (g + 1) * size).reduce((sum, x) => sum + x, 0),
+  )
+  const homes = pack(groupLoads, nodes)
+  const perGpu = replicas / gpus
+  const physicalToLogical: number[] = []
+  for (let node = 0; node < nodes; node++) {
+    const here = homes
+      .map((home, group) => ({ ...home, group }))
+      .filter(home => home.pack === node)
+      .sort((a, b) => a.rank - b.rank)
+      .flatMap(({ group }) => Array.from({ length: size }, (_, i) => group * size + i))
+    const { experts, copies } = replicate(
+      here.map(expert => loads[expert]),
+      replicas / nodes,
+    )
+    const placed = pack(
+      experts.map(expert => loads[here[expert]] / copies[expert]),
+      gpus / nodes,
+    )
+    placed.forEach(({ pack: gpu, rank }, i) => {
+      physicalToLogical[((node * gpus) / nodes) * perGpu + gpu * perGpu + rank] = here[experts[i]]
+    })
+  }
+  const logicalToPhysical: number[][] = loads.map(() => [])
+  physicalToLogical.forEach((expert, place) => {
+    logicalToPhysical[expert].push(place)
+  })
+  return { physicalToLogical, logicalToPhysical, copies: logicalToPhysical.map(places => places.length) }
+}
+
+/** Largest over mean load of the GPUs under a placement, every copy taking an equal share: 1 is even. */
+export function gpuImbalance(load: ArrayLike<number>, placement: ExpertPlacement, gpus: number): number {
+  const perGpu = placement.physicalToLogical.length / gpus
+  const sums = new Array<number>(gpus).fill(0)
+  placement.physicalToLogical.forEach((expert, place) => {
+    sums[Math.floor(place / perGpu)] += load[expert] / placement.copies[expert]
+  })
+  return Math.max(...sums) / (sums.reduce((sum, x) => sum + x, 0) / gpus)
+}
+
+function check(experts: number, replicas: number, groups: number, nodes: number, gpus: number): void {
+  const problems: string[] = []
+  if (!(replicas >= experts)) problems.push(`replicas = ${replicas} are fewer than ${experts} experts`)
+  if (!(gpus >= 1 && replicas % gpus === 0)) problems.push(`gpus = ${gpus} does not divide replicas = ${replicas}`)
+  if (!(groups >= 1 && experts % groups === 0)) problems.push(`groups = ${groups} does not divide ${experts} experts`)
+  if (!(nodes >= 1 && gpus % nodes === 0)) problems.push(`nodes = ${nodes} does not divide gpus = ${gpus}`)
+  if (problems.length > 0) throw new MoeError({ code: 'E_ATTR', op: 'placeExperts', problem: problems.join('; ') })
+}

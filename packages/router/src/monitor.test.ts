@@ -1,0 +1,54 @@
+import { expect, test } from 'vitest'
+import { LoadMonitor } from './index.ts'
+
+test('one step leans, the sum does not: batch MaxVio is high, global MaxVio is 0', () => {
+  const monitor = new LoadMonitor({ topK: 1, groups: 2 })
+  monitor.record('1', [8, 0, 0, 0])
+  monitor.record('1', [0, 8, 0, 0])
+  monitor.record('1', [0, 0, 8, 0])
+  monitor.record('1', [0, 0, 0, 8], [-0.25, 0, 0.5, 0])
+  const [report] = monitor.report()
+  expect(report).toMatchObject({
+    layer: '1',
+    steps: 4,
+    total: 32,
+    batchMaxVio: 3,
+    global: { maxVio: 0, variation: 0, dead: [], hot: [] },
+    groupShare: [0.5, 0.5],
+    bias: { min: -0.25, max: 0.5 },
+    verdict: 'balanced',
+  })
+  expect(report.effectiveExperts).toBeCloseTo(4, 10)
+})
+
+test('verdicts: collapse onto K experts, dead experts, one busy expert', () => {
+  const judge = (load: number[], topK = 2) => {
+    const monitor = new LoadMonitor({ topK })
+    monitor.record('x', load)
+    return monitor.verdict
+  }
+  expect(judge([50, 50, 0, 0, 0, 0, 0, 0])).toBe('collapsed')
+  expect(judge([50, 49, 1, 0, 0, 0, 0, 0])).toBe('collapsed')
+  expect(judge([30, 30, 40, 0, 0, 0, 0, 0])).toBe('collapsed')
+  expect(judge([30, 10, 10, 10, 10, 10, 10, 10])).toBe('uneven')
+  expect(judge([11, 10, 9, 10, 11, 10, 9, 10])).toBe('balanced')
+  // Nothing to choose, or nothing counted: no verdict against it.
+  expect(judge([5, 5], 2)).toBe('balanced')
+  expect(judge([0, 0, 0, 0])).toBe('balanced')
+})
+
+test('the worst layer decides, and steps outside the window are forgotten', () => {
+  const monitor = new LoadMonitor({ topK: 1, window: 2 })
+  monitor.record('a', [5, 5, 5, 5])
+  monitor.record('b', [20, 0, 0, 0])
+  expect(monitor.verdict).toBe('collapsed')
+  monitor.record('b', [5, 5, 5, 5])
+  monitor.record('b', [5, 5, 5, 5])
+  expect(monitor.verdict).toBe('balanced')
+  expect(monitor.report().map(({ layer, steps }) => [layer, steps])).toEqual([
+    ['a', 1],
+    ['b', 2],
+  ])
+  monitor.reset()
+  expect(monitor.report()).toEqual([])
+})
