@@ -31,7 +31,7 @@ const help = `Trains a small DeepSeek-V3 on State of the Union addresses and let
   --help
 `
 
-/** @throws TypeError that names an unknown option or a missing value */
+/** @throws TypeError that names an unknown option or a value that cannot be */
 function readOptions() {
   const { values } = parseArgs({
     options: {
@@ -50,6 +50,13 @@ function readOptions() {
       help: { type: 'boolean', default: false },
     },
   })
+  for (const name of ['minutes', 'steps', 'batch', 'lr', 'seed', 'addresses'] as const) {
+    if (values[name] === undefined || Number.isFinite(Number(values[name]))) continue
+    throw new TypeError(`--${name} is ${JSON.stringify(values[name])}, needs a number`)
+  }
+  if (values.optimizer !== 'muon' && values.optimizer !== 'adamw') {
+    throw new TypeError(`--optimizer is ${JSON.stringify(values.optimizer)}, needs muon or adamw`)
+  }
   return values
 }
 
@@ -177,6 +184,7 @@ const isExpected = (error: unknown): error is Error =>
   error instanceof Error &&
   (isMoeError(error) ||
     error.name === 'TokenizerError' ||
+    /^--/.test(error.message) ||
     /^ERR_PARSE_ARGS/.test(`${(error as NodeJS.ErrnoException).code}`))
 
 try {
