@@ -57,6 +57,8 @@ const fields = z.object({
   tie_word_embeddings: z.boolean().default(false),
   /** Depth of multi-token prediction: extra layers behind the last. */
   num_nextn_predict_layers: z.int().nonnegative().default(0),
+  /** MTP modules with embeddings and heads of their own. Not a key of the released models, whose readers share them regardless. */
+  mtp_separate_embeddings: z.boolean().default(false),
   bos_token_id: z.int().nonnegative().nullish(),
   eos_token_id: z.union([z.int().nonnegative(), z.array(z.int().nonnegative())]).nullish(),
   hidden_act: z.literal('silu').default('silu'),
@@ -165,7 +167,8 @@ export function endTokens(config: DeepSeekConfig): number[] {
 
 /** What is written to config.json: the keys that transformers, vLLM and others read, and no null where they have numbers. */
 export function hfConfig(config: DeepSeekConfig): Record<string, unknown> {
-  const { n_routed_experts, num_experts_per_tok, n_group, topk_group, first_k_dense_replace, ...rest } = config
+  const { n_routed_experts, num_experts_per_tok, n_group, topk_group, first_k_dense_replace, ...others } = config
+  const { mtp_separate_embeddings, ...rest } = others
   const v3 = config.model_type === 'deepseek_v3'
   const experts =
     n_routed_experts === null
@@ -181,6 +184,7 @@ export function hfConfig(config: DeepSeekConfig): Record<string, unknown> {
     architectures: [v3 ? 'DeepseekV3ForCausalLM' : 'DeepseekV2ForCausalLM'],
     ...rest,
     ...experts,
+    ...(mtp_separate_embeddings ? { mtp_separate_embeddings } : {}),
     num_key_value_heads: config.num_attention_heads,
     torch_dtype: 'float32',
   }

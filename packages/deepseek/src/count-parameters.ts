@@ -14,7 +14,7 @@ export interface ParameterCount {
   readonly moe: number
   /** One dense feed-forward net. */
   readonly dense: number
-  /** All MTP modules, without the shared embedding and head. */
+  /** All MTP modules, without embedding and head where they are shared. */
   readonly mtp: number
 }
 
@@ -42,6 +42,7 @@ export function countParameters(config: DeepSeekConfig): ParameterCount {
     active += attention + feedForward - (isMoELayer(config, layer) ? idle : 0) + 2 * hidden
   }
   const mtpLayer = attention + (experts === 0 ? dense : moe) + 2 * hidden + 2 * hidden * hidden + 3 * hidden
+  const separate = config.mtp_separate_embeddings ? 2 * embedding : 0
   return {
     total,
     active,
@@ -49,6 +50,6 @@ export function countParameters(config: DeepSeekConfig): ParameterCount {
     attention,
     moe,
     dense,
-    mtp: mtpLayer * config.num_nextn_predict_layers,
+    mtp: (mtpLayer + separate) * config.num_nextn_predict_layers,
   }
 }

@@ -9,8 +9,10 @@ export interface GenerateOptions extends SamplingOptions {
   /** Most tokens to make. Default 128. */
   readonly maxTokens?: number
   readonly seed?: number
-  /** Token ids that end the text besides the configuration's eos; they are not yielded. */
-  readonly stop?: readonly number[]
+  /**
+   * What ends the text besides the configuration's eos: token ids, and with a tokenizer also strings, wherever their tokens break. It is not yielded.
+   */
+  readonly stop?: ReadonlyArray<number | string>
   readonly signal?: AbortSignal
   /** Let the MTP modules draft; the text is the same (greedy) or equally distributed (sampling). Default: when there are any. */
   readonly speculative?: boolean
@@ -29,11 +31,13 @@ export interface TextOptions extends GenerateOptions {
 export interface GenerationStats {
   /** Tokens made. */
   tokens: number
-  /** Passes through the main model after the prompt. */
+  /** Passes through the main model, that over the prompt included. */
   steps: number
   /** Tokens drafted and accepted at each depth. */
   drafted: number[]
   accepted: number[]
+  /** Tokens per pass so far: 1 without drafts, 1 + depth at most. */
+  readonly tokensPerStep: number
 }
 
 /** Tokens (or texts) as they come; `stats` fills up meanwhile. */
@@ -55,20 +59,65 @@ export function generate(
     steps: 0,
     drafted: new Array<number>(depth).fill(0),
     accepted: new Array<number>(depth).fill(0),
+    get tokensPerStep() {
+      return this.steps === 0 ? 0 : this.tokens / this.steps
+    },
   }
   const ids = () => decode(model, Array.from(prompt), options, depth, stats)
   const tokenizer = 'tokenizer' in options ? options.tokenizer : null
-  return { stats, [Symbol.asyncIterator]: tokenizer ? () => texts(ids(), tokenizer) : ids }
+  const stops = (options.stop ?? []).filter(stop => typeof stop === 'string')
+  if (stops.includes('') || (stops.length > 0 && !tokenizer)) {
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'generate',
+      problem: tokenizer
+        ? 'a stop string is empty'
+        : `stop has a string, ${JSON.stringify(stops[0])}, but there is no tokenizer`,
+      fix: tokenizer ? undefined : 'pass { tokenizer }, or token ids',
+    })
+  }
+  return { stats, [Symbol.asyncIterator]: tokenizer ? () => texts(ids(), tokenizer, stops) : ids }
 }
 
-async function* texts(ids: AsyncIterable<number>, tokenizer: TextTokenizer): AsyncGenerator<string> {
+async function* texts(
+  ids: AsyncIterable<number>,
+  tokenizer: TextTokenizer,
+  stops: readonly string[],
+): AsyncGenerator<string> {
   const stream = tokenizer.createDecodeStream({ skipSpecialTokens: true })
+  let held = ''
   for await (const id of ids) {
-    const text = stream.push(id)
-    if (text !== '') yield text
+    held += stream.push(id)
+    const end = firstStop(held, stops)
+    if (end >= 0) {
+      if (end > 0) yield held.slice(0, end)
+      return
+    }
+    const safe = held.length - unfinished(held, stops)
+    if (safe > 0) yield held.slice(0, safe)
+    held = held.slice(safe)
   }
-  const rest = stream.end()
+  held += stream.end()
+  const end = firstStop(held, stops)
+  const rest = end < 0 ? held : held.slice(0, end)
   if (rest !== '') yield rest
+}
+
+/** Where the earliest stop string begins, or -1. */
+function firstStop(text: string, stops: readonly string[]): number {
+  const found = stops.map(stop => text.indexOf(stop)).filter(at => at >= 0)
+  return found.length === 0 ? -1 : Math.min(...found)
+}
+
+/** Length of the longest end of the text that may become a stop string. */
+function unfinished(text: string, stops: readonly string[]): number {
+  let longest = 0
+  for (const stop of stops) {
+    for (let n = Math.min(stop.length - 1, text.length); n > longest; n--) {
+      if (text.endsWith(stop.slice(0, n))) longest = n
+    }
+  }
+  return longest
 }
 
 function checkPrompt(model: DeepSeek, prompt: ArrayLike<number>): void {
@@ -99,19 +148,22 @@ async function* decode(
   stats: GenerationStats,
 ): AsyncGenerator<number> {
   const { maxTokens = 128, signal, onToken } = options
-  const ends = new Set([...endTokens(model.config), ...(options.stop ?? [])])
+  const ends = new Set<number | string>([...endTokens(model.config), ...(options.stop ?? [])])
   const random = new Random(options.seed ?? 0)
   const capacity = 2 ** Math.ceil(Math.log2(Math.max(64, tokens.length + Math.min(maxTokens, 512) + depth + 1)))
   const cache = model.makeCache({ capacity })
   const drafter = new Drafter(model, depth, capacity)
   let pending = tokens.slice()
   let drafts: number[] = []
+  let hidden: Tensor | null = null
   try {
     while (stats.tokens < maxTokens) {
       if (signal?.aborted)
         throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
       const before = cache.lengths[0]
-      const { hidden, rows } = await verify(model, cache, [...pending, ...drafts], drafts.length + 1)
+      const verified = await verify(model, cache, [...pending, ...drafts], drafts.length + 1)
+      const { rows } = verified
+      hidden = verified.hidden
       stats.steps++
       const made: number[] = []
       for (let i = 0; i < rows.length; i++) {
@@ -130,22 +182,20 @@ async function* decode(
       cache.truncate(before + confirmed)
       tokens.push(...made)
       for (const token of made) {
-        if (ends.has(token)) {
-          hidden.dispose()
-          return
-        }
+        if (ends.has(token)) return
         stats.tokens++
         onToken?.(token)
         yield token
-        if (stats.tokens >= maxTokens) {
-          hidden.dispose()
-          return
-        }
+        if (stats.tokens >= maxTokens) return
       }
       pending = [made[made.length - 1]]
-      drafts = await drafter.draft(hidden, confirmed, tokens)
+      const states = hidden
+      hidden = null
+      drafts = await drafter.draft(states, confirmed, tokens)
     }
   } finally {
+    // Also when whoever reads the tokens stops early.
+    hidden?.dispose()
     cache.dispose()
     drafter.dispose()
   }
@@ -205,7 +255,7 @@ class Drafter {
           )
           const ids = fromHost(ahead, [1, length], 'i32', model.backend)
           const next = model.mtp[k].normalize(model.mtp[k].forward(inputs, ids, { cache, layer: 0 }))
-          return { next, logits: model.lm_head.forward(next.narrow(1, length - 1, length)), inputs }
+          return { next, logits: model.mtp[k].score(next.narrow(1, length - 1, length)), inputs }
         }),
       )
       drafts.push(argmax((await logits.values()) as Float32Array))

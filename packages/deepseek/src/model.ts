@@ -21,27 +21,38 @@ import {
   scope,
   type Tensor,
 } from '@moe/core'
-import { MtpModule, mtpLoss, shiftTokens, type TokenRows } from '@moe/mtp'
-import { MoELayer, summarizeLoad } from '@moe/router'
+import { type MtpAcceptance, MtpModule, mtpAcceptance, mtpLoss, shiftTokens, type TokenRows } from '@moe/mtp'
+import { type Balancer, type LoadMonitor, MoELayer, type Schedule, scheduled, summarizeLoad } from '@moe/router'
 import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './config.ts'
-import { DecoderLayer, type LayerOptions } from './decoder-layer.ts'
+import { DecoderLayer, type DecoderLayerInit, type LayerOptions } from './decoder-layer.ts'
 import { type GenerateOptions, type Generation, generate, type TextOptions } from './generate.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
 
-/** What the training loss adds to the next-token loss, and how fast the balance bias moves. Change it between steps for schedules. */
+/**
+ * What the training loss adds to the next-token loss, and how fast the balance bias moves. Numbers, or functions of the optimizer steps done (`model.step`);
+ * may be changed between steps.
+ */
 export interface Objective {
   /** λ of multi-token prediction (V3: 0.3, later 0.1). */
-  mtpWeight: number
-  /** α of the sequence-wise balance loss (V3: 1e-4). */
-  balanceWeight: number
-  /** γ of the selection bias (V3: 0.001). */
-  biasSpeed: number
+  mtpWeight: Schedule
+  /** α of the sequence-wise balance loss (V3: 1e-4). Not used with a balancer. */
+  balanceWeight: Schedule
+  /** γ of the selection bias (V3: 0.001). Not used with a balancer. */
+  biasSpeed: Schedule
+  /** Train the MTP modules alone: they give no gradient to the main model. Default false. */
+  mtpDetached: boolean
+  /** Log the share of drafts that the main model would accept at every depth with each training loss. It costs the logits of all depths. Default false. */
+  mtpAcceptance: boolean
 }
 
 export interface DeepSeekOptions {
   readonly seed?: number
   readonly backend?: Backend
   readonly objective?: Partial<Objective>
+  /** What keeps the experts evenly loaded, in place of `balanceWeight` and `biasSpeed`. */
+  readonly balancer?: Balancer
+  /** Is given the loads and selection biases of every layer after each step. */
+  readonly monitor?: LoadMonitor
 }
 
 /** The loss of a batch and what to log beside it. */
@@ -52,7 +63,10 @@ export interface DeepSeekLoss {
   readonly nll: Tensor
   /** Positions in that sum. */
   readonly count: number
-  /** Detached scalars: `mtp` (mean over depths), `balance` (mean over layers, without α). */
+  /**
+   * Detached scalars: `mtp` (mean over depths), `balance` (mean over layers, without α; of a balancer with its factors), and when asked for
+   * `acceptance1` and so on, the share of drafts accepted at each depth together with the shallower ones.
+   */
   readonly metrics: Readonly<Record<string, Tensor>>
 }
 
@@ -63,12 +77,13 @@ class Trunk extends Module {
   layers: Array<DecoderLayer | MtpModule<LayerOptions>>
   norm: RmsNorm
 
-  constructor(config: DeepSeekConfig, rotary: RotaryEmbedding, init: InitOptions) {
+  constructor(config: DeepSeekConfig, rotary: RotaryEmbedding, options: DecoderLayerInit) {
     super()
+    const { balancer, ...init } = options
     this.embed_tokens = new Embedding(config.vocab_size, config.hidden_size, forkInit(init, 'embed_tokens'))
     this.layers = Array.from(
       { length: config.num_hidden_layers },
-      (_, i) => new DecoderLayer(config, i, rotary, forkInit(init, `layers.${i}`)),
+      (_, i) => new DecoderLayer(config, i, rotary, { ...forkInit(init, `layers.${i}`), balancer }),
     )
     this.norm = new RmsNorm(config.hidden_size, config.rms_norm_eps, init)
   }
@@ -82,6 +97,10 @@ export class DeepSeek extends Module {
   readonly #backend: Backend
   readonly #rotary: RotaryEmbedding
   readonly #objective: Objective
+  readonly #balancer: Balancer | null
+  readonly #monitor: LoadMonitor | null
+  /** Optimizer steps done, for schedules: `afterStep` counts. Set it when a run is resumed. */
+  step = 0
 
   /**
    * A model with random weights; the same seed gives the same weights on every backend.
@@ -89,30 +108,34 @@ export class DeepSeek extends Module {
    */
   constructor(config: DeepSeekConfigInput, options: DeepSeekOptions = {}) {
     super()
-    const { seed = 0, backend = defaultBackend(), objective } = options
+    const { seed = 0, backend = defaultBackend(), objective, balancer, monitor = null } = options
     this.#config = parseConfig(config)
     this.#backend = backend
-    this.#objective = { mtpWeight: 0.3, balanceWeight: 1e-4, biasSpeed: 0.001, ...objective }
+    const usual = { mtpWeight: 0.3, balanceWeight: 1e-4, biasSpeed: 0.001, mtpDetached: false, mtpAcceptance: false }
+    this.#objective = { ...usual, ...objective }
+    this.#balancer = balancer ?? null
+    this.#monitor = monitor
     const init: InitOptions = { random: new Random(seed), deviation: this.#config.initializer_range, backend }
     this.#rotary = new RotaryEmbedding(this.#config)
-    this.model = new Trunk(this.#config, this.#rotary, init)
+    this.model = new Trunk(this.#config, this.#rotary, { ...init, balancer })
     this.lm_head = new Linear(this.#config.hidden_size, this.#config.vocab_size, forkInit(init, 'lm_head'))
     if (this.#config.tie_word_embeddings) {
       this.lm_head.weight.dispose()
       this.lm_head.weight = this.model.embed_tokens.weight
     }
-    this.#addMtp(init)
+    this.#addMtp(init, balancer)
   }
 
   /** MTP modules stand behind the decoder layers and share embedding and head. */
-  #addMtp(init: InitOptions): void {
+  #addMtp(init: InitOptions, balancer: Balancer | undefined): void {
     const config = this.#config
     const { layers, embed_tokens: embedding } = this.model
     for (let depth = 0; depth < config.num_nextn_predict_layers; depth++) {
       const index = config.num_hidden_layers + depth
-      const makeBlock = (own: InitOptions) => new DecoderLayer(config, index, this.#rotary, own)
+      const makeBlock = (own: InitOptions) => new DecoderLayer(config, index, this.#rotary, { ...own, balancer })
       const own = forkInit(init, `layers.${index}`)
-      layers.push(new MtpModule<LayerOptions>(config, { ...own, embedding, head: this.lm_head, makeBlock }))
+      const separate = config.mtp_separate_embeddings
+      layers.push(new MtpModule<LayerOptions>(config, { ...own, embedding, head: this.lm_head, makeBlock, separate }))
     }
   }
 
@@ -182,9 +205,8 @@ export class DeepSeek extends Module {
     const { rows: batch, length } = rows
     const time = length - this.lookahead
     const balance: Tensor[] = []
-    const layerOptions: LayerOptions = training ? { training, onBalanceLoss: loss => balance.push(loss) } : { training }
-    const { ids } = shiftTokens(rows, time, 0)
-    const hidden = this.hidden(fromHost(ids, [batch, time], 'i32', this.#backend), layerOptions)
+    const layerOptions = this.#layerOptions(rows, time, training, loss => balance.push(loss))
+    const hidden = this.#states(rows, time, layerOptions(0))
     const { targets, count } = shiftTokens(rows, time, 1, { from })
     const nll = linearCrossEntropy(
       hidden.reshape([batch * time, this.#config.hidden_size]),
@@ -193,17 +215,59 @@ export class DeepSeek extends Module {
     ).sum()
     let loss = nll.mul(1 / Math.max(1, count))
     const metrics: Record<string, Tensor> = {}
+    const { mtpWeight, balanceWeight, mtpDetached: detached, mtpAcceptance: measured } = this.#objective
     if (training && this.mtp.length > 0) {
-      const mtp = mtpLoss(this.mtp, hidden, rows, this.lm_head.weight, layerOptions)
+      const mtp = mtpLoss(this.mtp, hidden, rows, this.lm_head.weight, layerOptions, { detached })
       metrics.mtp = mtp.loss.detach()
-      loss = loss.add(mtp.loss.mul(this.#objective.mtpWeight))
+      loss = loss.add(mtp.loss.mul(scheduled(mtpWeight, this.step)))
+      if (measured) {
+        const { chained } = mtpAcceptance(this.mtp, hidden, rows, this.lm_head.weight, {})
+        for (const [k, rate] of chained.entries()) metrics[`acceptance${k + 1}`] = rate
+      }
     }
     if (balance.length > 0) {
       const total = balance.reduce((sum, part) => sum.add(part))
       metrics.balance = total.mul(1 / balance.length).detach()
-      loss = loss.add(total.mul(this.#objective.balanceWeight))
+      loss = loss.add(this.#balancer ? total : total.mul(scheduled(balanceWeight, this.step)))
     }
     return { loss, nll: nll.detach(), count, metrics }
+  }
+
+  /** Hidden states `[B, T, D]` of the first T tokens of rows. */
+  #states(rows: TokenRows, time: number, options: LayerOptions): Tensor {
+    const { ids } = shiftTokens(rows, time, 0)
+    return this.hidden(fromHost(ids, [rows.rows, time], 'i32', this.#backend), options)
+  }
+
+  /**
+   * How layers run over the first T tokens of rows: padding (documents with negative numbers) masked, the losses of balancing gathered in training.
+   * MTP modules at depth k take the tokens k places ahead.
+   */
+  #layerOptions(rows: TokenRows, time: number, training: boolean, gather: (loss: Tensor) => void) {
+    const { rows: batch, length, documents } = rows
+    const padded = documents.some(document => document < 0)
+    return (depth: number): LayerOptions => {
+      let mask: Tensor | undefined
+      if (padded) {
+        const real = new Float32Array(batch * time)
+        for (let i = 0; i < real.length; i++) {
+          real[i] = documents[Math.floor(i / time) * length + (i % time) + depth] < 0 ? 0 : 1
+        }
+        mask = fromHost(real, [batch, time], 'f32', this.#backend)
+      }
+      if (!training) return { training, mask }
+      return this.#balancer ? { training, mask, onBalancerLoss: gather } : { training, mask, onBalanceLoss: gather }
+    }
+  }
+
+  /**
+   * Share of drafts that the main model would accept on rows of T + lookahead tokens, per depth: for evaluation. Nothing is counted or recorded.
+   */
+  mtpAcceptance(rows: TokenRows): MtpAcceptance {
+    return this.infer(() => {
+      const time = rows.length - this.lookahead
+      return mtpAcceptance(this.mtp, this.#states(rows, time, {}), rows, this.lm_head.weight, {})
+    })
   }
 
   /** Layers with experts, MTP included. */
@@ -218,11 +282,17 @@ export class DeepSeek extends Module {
    * layers, dead experts.
    */
   async afterStep(): Promise<Record<string, number>> {
-    const loads = this.moeLayers.map(async layer => {
+    const speed = scheduled(this.#objective.biasSpeed, this.step)
+    const loads = this.moeLayers.map(async (layer, i) => {
       const load = layer.load?.values()
-      layer.updateBias({ speed: this.#objective.biasSpeed })
-      return load
+      if (layer.balancer) layer.rebalance({ step: this.step })
+      else layer.updateBias({ speed })
+      const bias = this.#monitor && layer.gate.e_score_correction_bias?.values()
+      const values = await load
+      if (values) this.#monitor?.record(`moe ${i}`, values, (await bias) ?? undefined)
+      return values
     })
+    this.step++
     const summaries = (await Promise.all(loads)).filter(load => load !== undefined).map(summarizeLoad)
     if (summaries.length === 0) return {}
     const vio = summaries.map(({ maxVio }) => maxVio)

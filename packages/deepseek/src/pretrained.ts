@@ -9,6 +9,7 @@ import type { DeepSeek } from './model.ts'
 /** Keys that repeat the shared embedding and head inside every MTP layer. */
 const sharedCopies = (model: DeepSeek): Array<[copy: string, of: string]> => {
   const { num_hidden_layers: layers, num_nextn_predict_layers: depth, tie_word_embeddings: tied } = model.config
+  if (model.config.mtp_separate_embeddings) return []
   const head = tied ? 'model.embed_tokens.weight' : 'lm_head.weight'
   return Array.from({ length: depth }, (_, k) => `model.layers.${layers + k}`).flatMap(prefix => [
     [`${prefix}.embed_tokens.weight`, 'model.embed_tokens.weight'] as [string, string],

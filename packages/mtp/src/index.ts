@@ -1,4 +1,5 @@
 /** @file Public interface of @moe/mtp. */
-export { type MtpLoss, mtpLoss } from './loss.ts'
+export { type MtpAcceptance, mtpAcceptance } from './acceptance.ts'
+export { type DepthOptions, type MtpLoss, type MtpLossOptions, mtpLoss } from './loss.ts'
 export { type Block, type MtpConfig, MtpModule, type MtpModuleOptions } from './mtp.ts'
 export { type ShiftedTokens, shiftTokens, type TokenRows } from './targets.ts'

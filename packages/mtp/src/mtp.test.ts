@@ -16,7 +16,7 @@ import {
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { expect, test } from 'vitest'
-import { MtpModule, mtpLoss, shiftTokens } from './index.ts'
+import { MtpModule, mtpAcceptance, mtpLoss, shiftTokens } from './index.ts'
 
 setDefaultBackend(referenceBackend())
 
@@ -27,7 +27,7 @@ class Identity extends Module {
   }
 }
 
-function make(depth: number) {
+function make(depth: number, separate = false) {
   const random = new Random(1)
   const embedding = new Embedding(9, 4, { random: random.fork('e'), deviation: 0.5 })
   const head = new Linear(4, 9, { random: random.fork('h'), deviation: 0.5 })
@@ -36,7 +36,7 @@ function make(depth: number) {
     (_, k) =>
       new MtpModule(
         { hidden_size: 4 },
-        { embedding, head, random: random.fork(k), deviation: 0.5, makeBlock: () => new Identity() },
+        { embedding, head, random: random.fork(k), deviation: 0.5, separate, makeBlock: () => new Identity() },
       ),
   )
   return { embedding, head, modules, random }
@@ -114,4 +114,80 @@ test('embedding and head gather gradients from every path', async () => {
   // Depth 1 looks up tokens 1..4 places ahead (2, 3, 4, 5), depth 2 (3, 4, 5, 6).
   const rowsUsed = Array.from(await (byEmbedding as Tensor).abs().sum(1).values(), x => x > 0)
   expect(rowsUsed).toEqual([false, false, true, true, true, true, true, false, false])
+})
+
+test('detached training reaches the modules alone', async () => {
+  const { modules, head, embedding, random } = make(2)
+  const hidden = randn([1, 4, 4], random)
+  hidden.tracked = true
+  const tokens = rows([1, 2, 3, 4, 5, 6, 7])
+  const joint = mtpLoss(modules, hidden, tokens, head.weight, {})
+  const alone = mtpLoss(modules, hidden, tokens, head.weight, {}, { detached: true })
+  expect(await alone.loss.detach().item()).toBe(await joint.loss.detach().item())
+  const all = gradients(joint.loss, [hidden, head.weight, embedding.weight, modules[0].eh_proj.weight])
+  expect(all.map(gradient => gradient !== null)).toEqual([true, true, true, true])
+  const some = gradients(alone.loss, [hidden, head.weight, embedding.weight, modules[0].eh_proj.weight])
+  expect(some.map(gradient => gradient !== null)).toEqual([false, false, false, true])
+})
+
+test('own embedding and head: released keys, and no gradient for the main ones', async () => {
+  const { modules, head, embedding, random } = make(1, true)
+  expect(stateDict(modules[0]).map(({ name }) => name)).toEqual([
+    'enorm.weight',
+    'hnorm.weight',
+    'eh_proj.weight',
+    'shared_head.norm.weight',
+    'shared_head.head.weight',
+    'norm.weight',
+    'embed_tokens.weight',
+  ])
+  const { loss } = mtpLoss(modules, randn([1, 4, 4], random), rows([1, 2, 3, 4, 5, 6]), head.weight, {})
+  const own = [modules[0].ownHead as Tensor, (modules[0].embed_tokens as Embedding).weight]
+  const found = gradients(loss, [head.weight, embedding.weight, ...own])
+  expect(found.map(gradient => gradient !== null)).toEqual([false, false, true, true])
+})
+
+test('acceptance: the draft of depth k at position i against the main model at position i + k', async () => {
+  const { modules, head, random } = make(2)
+  const hidden = randn([2, 6, 4], random)
+  const [length, time] = [9, 6]
+  const tokens = Int32Array.from({ length: 2 * length }, (_, i) => (i * 5) % 9)
+  // Row 1 changes document after its fourth token.
+  const documents = Int32Array.from({ length: 2 * length }, (_, i) => (i >= length + 4 ? 1 : 0))
+  const given = { tokens, documents, rows: 2, length }
+  const best = async (logits: Tensor) => Array.from(await logits.topk(1).indices.values())
+  const main = await best(head.forward(hidden))
+  const drafts: number[][] = []
+  let state = hidden
+  for (const [k, module] of modules.entries()) {
+    state = module.normalize(module.forward(state, fromHost(shiftTokens(given, time, k + 1).ids, [2, time], 'i32'), {}))
+    drafts.push(await best(module.score(state)))
+  }
+  const expected = [1, 2].map(depth => {
+    let [positions, alone, chained] = [0, 0, 0]
+    for (let row = 0; row < 2; row++) {
+      for (let i = 0; i + depth < time; i++) {
+        if (documents[row * length + i] !== documents[row * length + i + depth + 1]) continue
+        const agrees = (d: number) => i + d < time && drafts[d - 1][row * time + i] === main[row * time + i + d]
+        positions++
+        if (agrees(depth)) alone++
+        if (Array.from({ length: depth }, (_, d) => agrees(d + 1)).every(Boolean)) chained++
+      }
+    }
+    return { alone: alone / positions, chained: chained / positions }
+  })
+  const found = mtpAcceptance(modules, hidden, given, head.weight, {})
+  for (const [k, { alone, chained }] of expected.entries()) {
+    expect(await found.alone[k].item()).toBeCloseTo(alone, 6)
+    expect(await found.chained[k].item()).toBeCloseTo(chained, 6)
+  }
+  expect(expected[0].alone).toBeGreaterThan(0)
+})
+
+test('a module that repeats the main model is always accepted', async () => {
+  const { modules, head } = make(1)
+  // A head without preference: every argmax is token 0.
+  head.weight.assign(randn([9, 4], new Random(0), { deviation: 0 }))
+  const { alone } = mtpAcceptance(modules, randn([1, 4, 4], new Random(1)), rows([1, 2, 3, 4, 5, 6]), head.weight, {})
+  expect(await alone[0].item()).toBe(1)
 })

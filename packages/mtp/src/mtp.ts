@@ -4,7 +4,17 @@
  *
  * Legend: B batch, T time, D hidden size.
  */
-import { concat, type Embedding, forkInit, type InitOptions, Linear, Module, RmsNorm, type Tensor } from '@moe/core'
+import {
+  concat,
+  Embedding,
+  forkInit,
+  type InitOptions,
+  Linear,
+  Module,
+  type Parameter,
+  RmsNorm,
+  type Tensor,
+} from '@moe/core'
 
 /** A transformer block of the main model: `[B, T, D]` to the same shape. */
 export interface Block<Options> extends Module {
@@ -20,13 +30,19 @@ export interface MtpModuleOptions<Options> extends InitOptions {
   /** The main model's embedding and head, shared: their gradients are the sums over all paths. */
   readonly embedding: Embedding
   readonly head: Linear
+  /**
+   * Gives the module an embedding and a head of its own, of the same sizes, under the keys that released layers have for the shared ones
+   * (`embed_tokens.weight`, `shared_head.head.weight`). Default false. Programs that read released checkpoints share them regardless.
+   */
+  readonly separate?: boolean
   /** Makes the module's own transformer block. */
   readonly makeBlock: (init: InitOptions) => Block<Options>
 }
 
-/** The norm before the shared head, under its checkpoint name. */
+/** The norm before the head, and the head if it is the module's own, under their checkpoint names. */
 class SharedHead extends Module {
   norm: RmsNorm
+  declare head?: Linear
 
   constructor(features: number, eps: number | undefined, init: InitOptions) {
     super()
@@ -44,6 +60,8 @@ export class MtpModule<Options = Record<never, never>> extends Module {
   eh_proj: Linear
   shared_head: SharedHead
   block: Block<Options>
+  /** Only with `separate`. */
+  declare embed_tokens?: Embedding
   override readonly transparent = ['block']
   readonly #embedding: Embedding
   readonly #head: Linear
@@ -58,14 +76,30 @@ export class MtpModule<Options = Record<never, never>> extends Module {
     this.block = options.makeBlock(forkInit(options, 'block'))
     this.#embedding = options.embedding
     this.#head = options.head
+    if (options.separate) {
+      const [vocabulary] = options.embedding.weight.shape
+      this.embed_tokens = new Embedding(vocabulary, hidden, forkInit(options, 'embed_tokens'))
+      this.shared_head.head = new Linear(hidden, vocabulary, forkInit(options, 'head'))
+    }
+  }
+
+  /** Weight `[V, D]` of the module's own head, or null when it is shared. */
+  get ownHead(): Parameter | null {
+    return this.shared_head.head?.weight ?? null
   }
 
   /**
    * Hidden states of this depth before its norm. `hidden_BTD` are what the head saw at the depth before: the main model's after its final norm, a module's
-   * after `normalize`. `nextIds i32 [B, T]` are the tokens k places ahead of each position. Positions stay those of the main model.
+   * after `normalize`. `nextIds i32 [B, T]` are the tokens k places ahead of each position. Positions stay those of the main model. With `detached`
+   * the shared embedding gets no gradient.
    */
-  forward(hidden_BTD: Tensor, nextIds_BT: Tensor, options: Options): Tensor {
-    const both = concat([this.enorm.forward(this.#embedding.forward(nextIds_BT)), this.hnorm.forward(hidden_BTD)], 2)
+  forward(hidden_BTD: Tensor, nextIds_BT: Tensor, options: Options, { detached = false } = {}): Tensor {
+    const shared = () => {
+      const rows = this.#embedding.forward(nextIds_BT)
+      return detached ? rows.detach() : rows
+    }
+    const embedded = this.embed_tokens?.forward(nextIds_BT) ?? shared()
+    const both = concat([this.enorm.forward(embedded), this.hnorm.forward(hidden_BTD)], 2)
     return this.block.forward(this.eh_proj.forward(both), options)
   }
 
@@ -74,8 +108,13 @@ export class MtpModule<Options = Record<never, never>> extends Module {
     return this.shared_head.norm.forward(hidden_BTD)
   }
 
-  /** Logits `[B, T, V]` of the token k + 1 places ahead. */
+  /** Logits `[B, T, V]` of the token k + 1 places ahead, from what `normalize` gave. */
+  score(normalized_BTD: Tensor): Tensor {
+    return (this.shared_head.head ?? this.#head).forward(normalized_BTD)
+  }
+
+  /** Logits `[B, T, V]` of the token k + 1 places ahead, from hidden states of this depth. */
   logits(hidden_BTD: Tensor): Tensor {
-    return this.#head.forward(this.normalize(hidden_BTD))
+    return this.score(this.normalize(hidden_BTD))
   }
 }

@@ -197,7 +197,7 @@ describe('controllers', () => {
     })
     recentred.forward(x, { training: true })
     recentred.rebalance()
-    const values = await (recentred.gate.e_score_correction_bias as Tensor).values()
+    const values = Array.from(await (recentred.gate.e_score_correction_bias as Tensor).values())
     expect(values.reduce((a, b) => a + b, 0)).toBeCloseTo(0, 5)
     expect(Math.max(...values)).toBeGreaterThan(0)
   })
@@ -228,7 +228,7 @@ describe('controllers', () => {
     const seen: Tensor[] = []
     layer.forward(randn([1, 6, 8], new Random(5)), { onLoad: load => seen.push(load) })
     expect(seen).toHaveLength(1)
-    expect((await seen[0].values()).reduce((a, b) => a + b, 0)).toBe(12)
+    expect(Array.from(await seen[0].values()).reduce((a, b) => a + b, 0)).toBe(12)
     expect(layer.load).toBeNull()
   })
 })

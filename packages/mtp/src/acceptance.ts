@@ -1,0 +1,64 @@
+/** @file How often a depth's draft is what the main model says itself, measured on given text instead of in decoding. */
+import { fromHost, full, noGrad, type Parameter, scope, type Tensor } from '@moe/core'
+import { chain, type DepthOptions } from './loss.ts'
+import type { MtpModule } from './mtp.ts'
+import { shiftTokens, type TokenRows } from './targets.ts'
+
+/** Detached scalars per depth, shallowest first; 0 where a batch has no such position. */
+export interface MtpAcceptance {
+  /** Share of positions where the likeliest token of the depth is the main model's likeliest token at the same place. */
+  readonly alone: readonly Tensor[]
+  /** The same for the depth and all shallower ones: the share of drafts that greedy speculative decoding would accept. */
+  readonly chained: readonly Tensor[]
+}
+
+/** Likeliest token of every row: `x [N, D]`, `weight [V, D]` to `i32 [N]`. Holds all N * V logits for a moment. */
+const likeliest = (x: Tensor, weight: Tensor): Tensor =>
+  x.matmul(weight, { transposeB: true }).topk(1).indices.reshape([x.shape[0]])
+
+/**
+ * Greedy acceptance of every depth on rows of T + 1 + depth tokens, given the main model's hidden states `[B, T, D]` (after its final norm).
+ * The drafts follow the true text, not drafted text, so deeper rates lean a little high. One draft of acceptance a makes 1 + a tokens
+ * per pass, more make 1 + chained_1 + chained_2 + ...
+ */
+export function mtpAcceptance<Options>(
+  modules: ReadonlyArray<MtpModule<Options>>,
+  hidden: Tensor,
+  rows: TokenRows,
+  headWeight: Parameter,
+  options: DepthOptions<Options>,
+): MtpAcceptance {
+  return noGrad(() =>
+    scope(() => {
+      const [batch, time, features] = hidden.shape
+      const { backend } = hidden
+      const flat = (x: Tensor) => x.reshape([batch * time, features])
+      const main = likeliest(flat(hidden.detach()), headWeight.detach()).reshape([batch, time])
+      const states = chain(modules, hidden.detach(), rows, options)
+      const alone: Tensor[] = []
+      const chained: Tensor[] = []
+      let agreed = full([batch, time], 1, { backend })
+      states.forEach((state, k) => {
+        const depth = k + 1
+        const weight = (modules[k].ownHead ?? headWeight).detach()
+        const draft = likeliest(flat(state), weight).reshape([batch, time])
+        // The main model says the token `depth` places later; the last `depth` positions have nobody to ask.
+        const says = main.narrow(1, Math.min(depth, time), time).pad([0, 0], [0, Math.min(depth, time)])
+        const { targets } = shiftTokens(rows, time, depth + 1)
+        const judged = Float32Array.from(targets, (target, i) => (target >= 0 && (i % time) + depth < time ? 1 : 0))
+        const count = judged.reduce((sum, x) => sum + x, 0)
+        const counts = fromHost(judged, [batch, time], 'f32', backend)
+        const same = draft.eq(says).cast('f32')
+        agreed = agreed.mul(same)
+        const rate = (hits: Tensor) =>
+          hits
+            .mul(counts)
+            .sum()
+            .mul(1 / Math.max(1, count))
+        alone.push(rate(same))
+        chained.push(rate(agreed))
+      })
+      return { alone, chained }
+    }),
+  )
+}
