@@ -2,6 +2,7 @@
 import {
   type Backend,
   concat,
+  type DType,
   dtypeBytes,
   fromHost,
   keep,
@@ -12,6 +13,22 @@ import {
   zeros,
 } from '@moe/core'
 import type { MlaConfig } from './config.ts'
+
+/** What one more token costs in all layers of a model: in the latent cache, and if keys and values were kept expanded. */
+export interface CacheCost {
+  readonly elements: number
+  readonly bytes: number
+  /** Bytes of the expanded keys `[heads, nope + rope]` and values `[heads, v]`. */
+  readonly expandedBytes: number
+}
+
+/** The cost of a token by configuration alone. `LatentCache` holds f32; published figures are for bf16. */
+export function cacheCost(config: MlaConfig, layers: number, dtype: DType = 'f32'): CacheCost {
+  const { kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim, num_attention_heads: heads } = config
+  const elements = layers * (kv_lora_rank + qk_rope_head_dim)
+  const expanded = layers * heads * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim)
+  return { elements, bytes: elements * dtypeBytes[dtype], expandedBytes: expanded * dtypeBytes[dtype] }
+}
 
 export interface LatentCacheOptions {
   readonly layers: number

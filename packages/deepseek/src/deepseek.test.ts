@@ -2,6 +2,7 @@ import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { cacheCost } from '@moe/attention-mla'
 import { readSafetensors, type TensorSource } from '@moe/checkpoint'
 import {
   adamwStep,
@@ -525,6 +526,23 @@ describe('configurations', () => {
       activeWithoutEmbedding: 2579231872,
     })
     expect(count('deepseek-v3').mtp / 1e9).toBeCloseTo(11.61, 1)
+  })
+
+  test('cache bytes per token: the published figures, and what the cache of a model takes', () => {
+    const cost = (name: keyof typeof presets, dtype: 'bf16' | 'f32' = 'bf16') => {
+      const config = parseConfig(presets[name])
+      return cacheCost(config, config.num_hidden_layers, dtype)
+    }
+    expect(cost('deepseek-v3')).toEqual({ elements: 35136, bytes: 70272, expandedBytes: 4997120 })
+    expect(cost('deepseek-v2').bytes).toBe(69120)
+    expect(cost('deepseek-v2-lite').bytes).toBe(31104)
+    expect(cost('moonlight-16b-a3b').bytes).toBe(31104)
+    const model = new DeepSeek(tiny)
+    const cache = model.makeCache({ capacity: 16 })
+    expect(cache.bytesPerToken).toBe(cacheCost(model.config, 2).bytes)
+    expect(cache.bytes).toBe(16 * 2 * (8 + 4) * 4)
+    cache.dispose()
+    model.dispose()
   })
 
   test('the count is that of the model made', () => {
