@@ -1,36 +1,46 @@
 /** @file How many training steps fit into a given time on this machine: measured on a model that is thrown away. */
-import { backward, type Precision, Random, scope, withPrecision } from '@moe/core'
+import { type Precision, Random } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput } from '@moe/deepseek'
+import { TokenDataset, type TrainOptions, train } from '@moe/trainer'
 
 export interface Calibration {
   readonly batchSize: number
   readonly sequenceLength: number
   readonly precision: Precision
+  readonly optimizer: TrainOptions['optimizer']
   /** Time for all of the training. */
   readonly seconds: number
 }
 
-/** Steps that fit, between 20 and 3000, with a tenth of the time in reserve for the optimizer and for a machine that gets busier. */
+/** More steps than this teach a model of this size little: a fast machine is done sooner. */
+const mostSteps = 800
+
+/** Steps that fit, with a tenth of the time in reserve for a machine that gets busier. */
 export async function stepsThatFit(config: DeepSeekConfigInput, options: Calibration): Promise<number> {
-  const { batchSize: rows, sequenceLength, precision, seconds } = options
+  const { seconds, ...settings } = options
   const model = new DeepSeek(config)
-  const length = sequenceLength + model.lookahead
   const random = new Random(0)
-  const batch = {
-    tokens: Int32Array.from({ length: rows * length }, () => random.integer(model.vocabSize)),
-    documents: new Int32Array(rows * length),
-    rows,
-    length,
-  }
+  const steps = 8
+  const tokens = Int32Array.from({ length: 2 * steps * settings.batchSize * settings.sequenceLength }, () =>
+    random.integer(model.vocabSize),
+  )
   const times: number[] = []
-  for (let i = 0; i < 6; i++) {
-    const start = performance.now()
-    scope(() => withPrecision(precision, () => backward(model.loss(batch).loss)))
-    await model.backend.sync()
-    await model.afterStep()
-    times.push(performance.now() - start)
-  }
+  let last = performance.now()
+  await train(model, {
+    ...settings,
+    data: { training: TokenDataset.fromTokens([tokens]) },
+    steps,
+    progress: false,
+    handleSignals: false,
+    onEvent: event => {
+      if (event.type !== 'step') return
+      times.push(performance.now() - last)
+      last = performance.now()
+    },
+  })
   model.dispose()
-  const median = times.slice(1).sort((a, b) => a - b)[2] / 1000
-  return Math.max(20, Math.min(3000, Math.floor((0.9 * seconds) / median)))
+  // The first step warms up caches and compilers.
+  const sorted = times.slice(1).sort((a, b) => a - b)
+  const median = sorted[Math.floor(sorted.length / 2)] / 1000
+  return Math.max(20, Math.min(mostSteps, Math.floor((0.9 * seconds) / median)))
 }

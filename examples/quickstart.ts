@@ -16,7 +16,7 @@ const help = `Trains a small DeepSeek-V3 on State of the Union addresses and let
 
   npm start -- [options]
 
-  --minutes N     time for training (default 2.6); the number of steps is chosen to fit
+  --minutes N     time for training (default 2.4); the number of steps is chosen to fit
   --steps N       exactly so many steps instead
   --batch N       rows of 256 tokens per step (default 8)
   --optimizer O   muon (default; learns faster at this size) or adamw
@@ -35,7 +35,7 @@ const help = `Trains a small DeepSeek-V3 on State of the Union addresses and let
 function readOptions() {
   const { values } = parseArgs({
     options: {
-      minutes: { type: 'string', default: '2.6' },
+      minutes: { type: 'string', default: '2.4' },
       steps: { type: 'string' },
       batch: { type: 'string', default: '8' },
       optimizer: { type: 'string', default: 'muon' },
@@ -106,19 +106,26 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
   say(`model       ${millions(parameterCount(model))} parameters, ${millions(size.active)} active per token`)
 
   const precision = options.precision === 'f32' ? 'f32' : 'bf16'
+  const optimizer = options.optimizer as 'muon' | 'adamw'
   const batchSize = Number(options.batch)
   const steps = checkpoint
     ? JSON.parse(readFileSync(join(checkpoint, 'trainer.json'), 'utf8')).run.steps
     : options.steps
       ? Number(options.steps)
-      : await stepsThatFit(config, { batchSize, sequenceLength: 256, precision, seconds: 60 * Number(options.minutes) })
+      : await stepsThatFit(config, {
+          batchSize,
+          sequenceLength: 256,
+          precision,
+          optimizer,
+          seconds: 60 * Number(options.minutes),
+        })
   const run = await train(model, {
     data: corpus,
     tokenizer,
     steps,
     batchSize,
     sequenceLength: 256,
-    optimizer: options.optimizer as 'muon' | 'adamw',
+    optimizer,
     lr: Number(options.lr),
     precision,
     seed,
@@ -139,7 +146,7 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
   const generation = model.generate(tokenizer.encode(options.prompt, { addSpecialTokens: false }), {
     tokenizer,
     maxTokens: 160,
-    temperature: 0.7,
+    temperature: 0.6,
     topP: 0.95,
     seed,
   })
