@@ -159,3 +159,15 @@ export function encodeHost(dtype: DType, values: ArrayLike<number>): HostArray {
 
 const decoders = { bf16: fromBf16, f16: fromF16, f8e4m3: fromF8e4m3 }
 const encoders = { bf16: toBf16, f16: toF16 }
+
+const word = new ArrayBuffer(4)
+const words = { f32: new Float32Array(word), u32: new Uint32Array(word) }
+
+/** The element's bits as an unsigned number, which is how kernels that only move elements take a value. */
+export function bitsOf(value: number, dtype: DType): number {
+  if (dtype === 'f32') {
+    words.f32[0] = value
+    return words.u32[0]
+  }
+  return dtype === 'i32' ? value >>> 0 : encodeHost(dtype, [value])[0]
+}

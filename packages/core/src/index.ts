@@ -40,6 +40,7 @@ export {
   withPrecision,
 } from './context.ts'
 export {
+  bitsOf,
   type DType,
   decodeHost,
   dtypeBytes,

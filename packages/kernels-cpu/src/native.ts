@@ -10,7 +10,7 @@ import type {
   TensorSpec,
   Value,
 } from '@moe/core'
-import { dtypeBytes, encodeHost, MoeError, sizeOf } from '@moe/core'
+import { dtypeBytes, MoeError, sizeOf } from '@moe/core'
 import type { NativeLibrary } from './load.ts'
 import type { CpuBuffer, Memory } from './memory.ts'
 
@@ -44,18 +44,6 @@ export type FusedFactory<F extends FusedName> = (native: Native) => FusedKernel<
 
 /** Address of a value's first element. */
 export const pointerOf = (value: Value): number => (value.handle as CpuBuffer).pointer
-
-const word = new ArrayBuffer(4)
-const words = { f32: new Float32Array(word), u32: new Uint32Array(word) }
-
-/** The element's bits as an unsigned number, which is how kernels that only move elements take a value. */
-export function bitsOf(value: number, dtype: DType): number {
-  if (dtype === 'f32') {
-    words.f32[0] = value
-    return words.u32[0]
-  }
-  return dtype === 'i32' ? value >>> 0 : encodeHost(dtype, [value])[0]
-}
 
 /** The variants of a kernel for elements of 1, 2 and 4 bytes: `moe_<op>_b8`, `_b16`, `_b32`. */
 export function bySize(native: Native, op: string): (dtype: DType) => NativeKernel {

@@ -1,7 +1,7 @@
 /** @file Elementwise ops of two arguments with numpy broadcasting. */
 import type { BinaryCode } from '@moe/core'
 import { type NativeKernel, type PrimitiveFactory, pointerOf } from '../../native.ts'
-import { broadcastNest } from '../../strides.ts'
+import { broadcastNest } from '@moe/core/strides'
 
 const codes: readonly BinaryCode[] = ['add', 'sub', 'mul', 'div', 'max', 'min', 'pow']
 

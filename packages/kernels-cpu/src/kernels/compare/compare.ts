@@ -1,7 +1,7 @@
 /** @file Comparisons with numpy broadcasting. */
 import type { CompareCode } from '@moe/core'
 import { type NativeKernel, type PrimitiveFactory, pointerOf } from '../../native.ts'
-import { broadcastNest } from '../../strides.ts'
+import { broadcastNest } from '@moe/core/strides'
 
 const codes: readonly CompareCode[] = ['eq', 'lt', 'le']
 

@@ -1,6 +1,6 @@
 /** @file One value everywhere. */
-import { sizeOf } from '@moe/core'
-import { bitsOf, bySize, type PrimitiveFactory } from '../../native.ts'
+import { bitsOf, sizeOf } from '@moe/core'
+import { bySize, type PrimitiveFactory } from '../../native.ts'
 
 export const fill: PrimitiveFactory<'fill'> = native => {
   const kernelFor = bySize(native, 'fill')

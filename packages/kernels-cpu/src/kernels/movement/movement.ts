@@ -1,7 +1,7 @@
 /** @file Elements to other places: reshape, permute, expand, slice, pad, concat. */
-import { type DType, dtypeBytes, sizeOf } from '@moe/core'
-import { bitsOf, bySize, type Native, type PrimitiveFactory, pointerOf } from '../../native.ts'
-import { broadcastStrides, mergeAxes, rowMajor } from '../../strides.ts'
+import { bitsOf, type DType, dtypeBytes, sizeOf } from '@moe/core'
+import { broadcastStrides, mergeAxes, rowMajor } from '@moe/core/strides'
+import { bySize, type Native, type PrimitiveFactory, pointerOf } from '../../native.ts'
 
 export const reshape: PrimitiveFactory<'reshape'> = native => {
   return ([x]) => [native.shared(x)]

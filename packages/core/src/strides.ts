@@ -1,5 +1,5 @@
-/** @file Merging of axes, so that kernels see as few loops as possible. */
-import type { Shape } from '@moe/core'
+/** @file For backends: merging of axes, so that kernels see as few loops as possible. */
+import type { Shape } from './backend.ts'
 
 /** Sizes of the merged axes, and for each operand its stride (in elements) along each of them. At least one axis. */
 export interface Nest {
