@@ -22,6 +22,16 @@ export default defineConfig({
     projects: [
       ...packageProjects(),
       {
+        // The tests of the model parts once more, on the CUDA backend in place of the f64 reference.
+        extends: true,
+        resolve: { alias: { '@moe/core/reference': `${import.meta.dirname}/packages/kernels-cuda/src/test-in-place-of-reference.ts` } },
+        test: {
+          name: 'models-on-cuda',
+          root: 'packages',
+          include: ['{attention-mla,router,mtp,deepseek}/src/**/*.test.ts'],
+        },
+      },
+      {
         extends: true,
         test: { name: 'scripts', root: 'scripts', include: ['**/*.test.ts'] },
       },

@@ -10,7 +10,7 @@ import { root, setUp } from './setup.mjs'
 const commands = {
   /** The quickstart: trains a small model on real text. A failed native build is no reason to stop, it falls back to wasm. */
   start: args => ({ script: 'examples/quickstart.ts', args, ownGroup: true, nativeRequired: false }),
-  test: args => ({ script: 'node_modules/vitest/vitest.mjs', args: ['run', ...reporters(args), ...args] }),
+  test: args => ({ script: 'node_modules/vitest/vitest.mjs', args: ['run', ...reporters(args), ...args], emulator: true }),
   bench: ([name, ...args]) => {
     const script = `bench/${name}.ts`
     if (!name || !existsSync(script)) return { script: 'scripts/list-benches.ts', args: name ? [name] : [] }
@@ -37,7 +37,7 @@ if (rest[0] === '--') rest.shift()
 
 process.chdir(root)
 const plan = commands[command](rest)
-const node = await setUp({ nativeRequired: plan?.nativeRequired ?? true })
+const node = await setUp({ nativeRequired: plan?.nativeRequired ?? true, emulator: plan?.emulator })
 if (plan) {
   if (!existsSync(plan.script)) {
     console.error(`${command}: ${plan.script} does not exist in this checkout`)

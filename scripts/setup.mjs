@@ -11,18 +11,21 @@ export const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const windows = process.platform === 'win32'
 const stampFile = join(root, 'node_modules', '.moe-setup')
 const buildNative = join(root, 'packages', 'kernels-cpu', 'scripts', 'build-native.mjs')
+const buildEmulator = join(root, 'packages', 'kernels-cuda', 'scripts', 'build-emulator.mjs')
 
 /**
  * Makes the checkout ready to run and puts its tools first on PATH.
- * @param {{ nativeRequired: boolean }} options whether a native build that fails (not: a missing compiler) ends the process
+ * @param {{ nativeRequired: boolean, emulator?: boolean }} options whether a native build that fails (not: a missing compiler) ends the
+ * process; whether the GPU emulator, which only tests need, is built too
  * @returns {Promise<string>} path of the Node that runs the workspace
  */
-export async function setUp({ nativeRequired }) {
+export async function setUp({ nativeRequired, emulator = false }) {
   requireNode(20)
   process.env.PATH = `${join(root, 'node_modules', '.bin')}${delimiter}${process.env.PATH ?? ''}`
   await installDependencies()
   const node = workspaceNode()
-  if (existsSync(buildNative)) await buildNativeKernels(node, nativeRequired)
+  await runBuild(node, buildNative, 'the native kernels', nativeRequired)
+  if (emulator) await runBuild(node, buildEmulator, 'the CUDA kernels for the emulator', nativeRequired)
   return node
 }
 
@@ -87,14 +90,14 @@ function workspaceNode() {
   )
 }
 
-async function buildNativeKernels(node, required) {
+async function runBuild(node, script, what, required) {
   // Silence means that nothing had to be compiled.
-  const compiling = setTimeout(() => say('compiling the native kernels, up to two minutes the first time'), 1500)
-  const { code } = await run(node, [buildNative], { stdio: ['ignore', 2, 2] })
+  const compiling = setTimeout(() => say(`compiling ${what}, up to two minutes the first time`), 1500)
+  const { code } = await run(node, [script], { stdio: ['ignore', 2, 2] })
   clearTimeout(compiling)
   if (code === 0) return
-  if (required) fail(`building the native kernels failed (exit code ${code}): node ${buildNative} --verbose`)
-  say(`building the native kernels failed (exit code ${code}); going on without them`)
+  if (required) fail(`building ${what} failed (exit code ${code}): node ${script} --verbose`)
+  say(`building ${what} failed (exit code ${code}); going on without them`)
 }
 
 /**

@@ -15,5 +15,12 @@ CONFIGS = {
         kv_lora_rank=128, q_lora_rank=256, qk_rope_head_dim=32, v_head_dim=64, qk_nope_head_dim=64, n_group=8,
         topk_group=4, num_experts_per_tok=6, first_k_dense_replace=1,
     ),
+    # 1.08B parameters, heads of DeepSeek-V3's sizes: 10 layers, the first dense; 64 experts, 6 chosen, from 4 of 8 groups
+    "1b": dict(
+        vocab_size=32768, hidden_size=1024, intermediate_size=4096, moe_intermediate_size=512, num_hidden_layers=10,
+        num_attention_heads=16, num_key_value_heads=16, n_shared_experts=1, n_routed_experts=64, routed_scaling_factor=2.5,
+        kv_lora_rank=512, q_lora_rank=768, qk_rope_head_dim=64, v_head_dim=128, qk_nope_head_dim=128, n_group=8,
+        topk_group=4, num_experts_per_tok=6, first_k_dense_replace=1,
+    ),
 }
 TOKENS_PER_STEP = 2048

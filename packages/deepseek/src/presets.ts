@@ -143,6 +143,24 @@ const medium: DeepSeekConfigInput = {
   max_position_embeddings: 4096,
 }
 
+/** The 1.08B-parameter model of the benchmarks on a GPU: heads of DeepSeek-V3's sizes, 64 experts. */
+const large: DeepSeekConfigInput = {
+  ...v3,
+  vocab_size: 32768,
+  hidden_size: 1024,
+  intermediate_size: 4096,
+  moe_intermediate_size: 512,
+  num_hidden_layers: 10,
+  num_attention_heads: 16,
+  first_k_dense_replace: 1,
+  n_routed_experts: 64,
+  num_experts_per_tok: 6,
+  q_lora_rank: 768,
+  max_position_embeddings: 4096,
+  rope_scaling: null,
+  num_nextn_predict_layers: 0,
+}
+
 /** What the quickstart trains: MLA, grouped experts with aux-free balance, and one MTP depth, in minutes on two cores. */
 const tiny: DeepSeekConfigInput = {
   ...small,
@@ -161,6 +179,7 @@ export const presets = {
   'deepseek-v2': v2,
   'deepseek-v2-lite': v2Lite,
   'moonlight-16b-a3b': moonlight,
+  '1b': large,
   '200m': medium,
   '12m': small,
   tiny,

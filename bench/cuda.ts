@@ -1,0 +1,304 @@
+/**
+ * The GPU: launch cost, matrix products, attention, decoding and a training step, as fractions of what the card was measured to do.
+ *
+ *     pnpm bench cuda [--only launch,gemm,attention,decode,train] [--config 1b] [--steps N] [--peers FILE] [--json FILE] [--tiny]
+ *
+ * Times are the device's own (events), medians of repeats after a warm-up. `--peers` names what `bench/peers/cuda_torch.py --json FILE` wrote on
+ * the same card; its large product and copy are then the peaks, otherwise our own copy is, and products have no peak. `--tiny` runs everything at
+ * small sizes, to see that it works.
+ */
+import { readFileSync, writeFileSync } from 'node:fs'
+import { loadavg } from 'node:os'
+import { parseArgs } from 'node:util'
+import {
+  fallbacks,
+  namedParameters,
+  type OpAttrs,
+  type OpName,
+  parameterCount,
+  Random,
+  type Shape,
+  setDefaultBackend,
+  sizeOf,
+  type TensorSpec,
+  type Value,
+} from '@moe/core'
+import { DeepSeek, presets } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cuda'
+import { AdamW, type TokenBatch, trainingStep } from '@moe/trainer'
+
+const { values: options } = parseArgs({
+  options: {
+    only: { type: 'string', default: 'launch,gemm,attention,decode,train' },
+    config: { type: 'string', default: '1b' },
+    steps: { type: 'string', default: '10' },
+    peers: { type: 'string' },
+    json: { type: 'string' },
+    tiny: { type: 'boolean', default: false },
+  },
+})
+
+/** One line of the table. `rate` in `unit`; the fraction is of the card's peak in that unit, the ratio to the peer of the same name. */
+interface Result {
+  readonly name: string
+  readonly rate: number
+  readonly unit: 'TFLOP/s' | 'GB/s' | 'us' | 'tokens/s'
+  readonly fractionOfPeak?: number
+  readonly ofPeer?: number
+}
+
+interface Peers {
+  readonly versions: Record<string, string>
+  readonly results: ReadonlyArray<{ readonly name: string; readonly rate: number; readonly unit: string }>
+}
+
+const backend = await createBackend()
+setDefaultBackend(backend)
+const peers = options.peers ? (JSON.parse(readFileSync(options.peers, 'utf8')) as Peers) : undefined
+const peerRate = (name: string) => peers?.results.find(result => result.name === name)?.rate
+const results: Result[] = []
+const repeats = options.tiny ? 2 : 20
+
+const table = { ...backend.primitives, ...backend.fused } as Record<string, unknown>
+
+/** Runs an op and frees what it makes. */
+function runOp<O extends OpName>(op: O, inputs: readonly Value[], attrs: OpAttrs[O], outputs: readonly TensorSpec[]): void {
+  const kernel = table[op] as (i: readonly Value[], a: unknown, o: readonly TensorSpec[]) => unknown[] | undefined
+  const handles = kernel(inputs, attrs, outputs)
+  if (handles === undefined) throw new Error(`${op} declined`)
+  for (const handle of handles) backend.free(handle)
+}
+
+const f32 = (shape: Shape): TensorSpec => ({ shape, dtype: 'f32' })
+
+let seed = 1
+function random(shape: Shape): Value {
+  const data = new Random(seed++).uniform(sizeOf(shape)).map(x => 2 * x - 1)
+  return { handle: backend.upload(data, shape, 'f32'), shape, dtype: 'f32' }
+}
+
+function integers(values: readonly number[]): Value {
+  const data = Int32Array.from(values)
+  return { handle: backend.upload(data, [data.length], 'i32'), shape: [data.length], dtype: 'i32' }
+}
+
+function free(...values: readonly Value[]): void {
+  for (const { handle } of values) backend.free(handle)
+}
+
+function median(values: readonly number[]): number {
+  const sorted = [...values].sort((a, b) => a - b)
+  const middle = sorted.length >> 1
+  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
+}
+
+/** Median milliseconds on the device. */
+async function time(fn: () => void): Promise<number> {
+  for (let i = 0; i < 3; i++) fn()
+  const times: number[] = []
+  for (let i = 0; i < repeats; i++) times.push(await backend.elapsed(fn))
+  return median(times)
+}
+
+function report(name: string, rate: number, unit: Result['unit'], peak?: number): void {
+  const peer = peerRate(name)
+  const lower = unit === 'us'
+  const ofPeer = peer === undefined ? undefined : lower ? peer / rate : rate / peer
+  const result = { name, rate, unit, fractionOfPeak: peak === undefined ? undefined : rate / peak, ofPeer }
+  results.push(result)
+  const share = result.fractionOfPeak === undefined ? '' : `${(100 * result.fractionOfPeak).toFixed(1)} % of peak`
+  const ratio = ofPeer === undefined ? '' : `${ofPeer.toFixed(2)}x PyTorch`
+  console.log(`${name.padEnd(44)} ${rate.toPrecision(4).padStart(9)} ${unit.padEnd(8)} ${share.padStart(16)} ${ratio.padStart(14)}`)
+}
+
+// --- peaks ---
+
+const small = options.tiny ? 8 : 1
+const matmulPeak = peerRate('peak: bf16 product') ?? undefined
+
+async function copyPeak(): Promise<number> {
+  const size = 2 ** 28 / (options.tiny ? 2 ** 12 : 1)
+  const x = random([size])
+  // An elementwise op reads and writes every byte once, as a copy does.
+  const ms = await time(() => runOp('unary', [x], { code: 'neg' }, [f32([size])]))
+  free(x)
+  return (8 * size) / ms / 1e6
+}
+
+const ownCopy = await copyPeak()
+const bandwidthPeak = peerRate('peak: copy') ?? ownCopy
+report('copy (elementwise, 1 GiB)', ownCopy, 'GB/s', bandwidthPeak)
+
+// --- launch cost ---
+
+async function launches(): Promise<void> {
+  const count = options.tiny ? 20 : 2000
+  const x = random([32])
+  const many = () => {
+    for (let i = 0; i < count; i++) runOp('unary', [x], { code: 'neg' }, [f32([32])])
+  }
+  many()
+  await backend.sync()
+  const hostTimes: number[] = []
+  for (let i = 0; i < 5; i++) {
+    const started = performance.now()
+    many()
+    hostTimes.push((1000 * (performance.now() - started)) / count)
+    await backend.sync()
+  }
+  report('launch: host time of an op', median(hostTimes), 'us')
+  report('launch: device time of an op, eager', (1000 * (await time(many))) / count, 'us')
+  const graph = backend.capture(many)
+  report('launch: device time of an op, graph', (1000 * (await time(() => graph.replay()))) / count, 'us')
+  const started = performance.now()
+  for (let i = 0; i < 10; i++) graph.replay()
+  report('launch: host time of an op, graph', (100 * (performance.now() - started)) / count, 'us')
+  await backend.sync()
+  graph.dispose()
+  free(x)
+}
+
+// --- matrix products ---
+
+/** DeepSeek-V3's linear layers, [in, out]. */
+const linears = {
+  q_a_proj: [7168, 1536],
+  q_b_proj: [1536, 24576],
+  kv_a_proj: [7168, 576],
+  kv_b_proj: [512, 32768],
+  o_proj: [16384, 7168],
+  'dense mlp up': [7168, 18432],
+} as const
+
+async function products(): Promise<void> {
+  const tokens = 4096 / small
+  for (const [name, [full, wide]] of Object.entries(linears)) {
+    const [k, n] = [full / small, wide / small]
+    const [x, w, dy] = [random([tokens, k]), random([n, k]), random([tokens, n])]
+    const flops = 2 * tokens * k * n
+    const bf16 = { transposeA: false, transposeB: true, precision: 'bf16' } as const
+    const forward = await time(() => runOp('matmul', [x, w], bf16, [f32([tokens, n])]))
+    report(`gemm bf16: ${name} forward`, flops / forward / 1e9, 'TFLOP/s', matmulPeak)
+    const weights = await time(() =>
+      runOp('matmul', [dy, x], { transposeA: true, transposeB: false, precision: 'bf16' }, [f32([n, k])]),
+    )
+    report(`gemm bf16: ${name} dW`, flops / weights / 1e9, 'TFLOP/s', matmulPeak)
+    free(x, w, dy)
+  }
+  const size = 4096 / small
+  const [a, b] = [random([size, size]), random([size, size])]
+  const exact = await time(() =>
+    runOp('matmul', [a, b], { transposeA: false, transposeB: true, precision: 'f32' }, [f32([size, size])]),
+  )
+  report('gemm f32: 4096 square', (2 * size ** 3) / exact / 1e9, 'TFLOP/s')
+  free(a, b)
+  await grouped()
+}
+
+async function grouped(): Promise<void> {
+  const [experts, rows, k, n] = [32, 1024 / small, 7168 / small, 2048 / small]
+  const offsets = integers(Array.from({ length: experts + 1 }, (_, e) => e * rows))
+  const [x, w, dy] = [random([experts * rows, k]), random([experts, n, k]), random([experts * rows, n])]
+  const flops = 2 * experts * rows * k * n
+  const forward = await time(() =>
+    runOp('groupedMatmul', [x, w, offsets], { transposeW: true, precision: 'bf16' }, [f32([experts * rows, n])]),
+  )
+  report('grouped gemm bf16: 32 experts x 1024 forward', flops / forward / 1e9, 'TFLOP/s', matmulPeak)
+  const weights = await time(() =>
+    runOp('groupedMatmulWeightGrad', [x, dy, offsets], { precision: 'bf16' }, [f32([experts, n, k])]),
+  )
+  report('grouped gemm bf16: 32 experts x 1024 dW', flops / weights / 1e9, 'TFLOP/s', matmulPeak)
+  free(x, w, dy, offsets)
+}
+
+// --- attention ---
+
+async function attention(): Promise<void> {
+  const [batch, length, heads, dk, dv] = [1, 8192 / small ** 2, 16, 192, 128]
+  const [q, k, v] = [random([batch, length, heads, dk]), random([batch, length, heads, dk]), random([batch, length, heads, dv])]
+  const attrs = { causal: true, scale: dk ** -0.5, precision: 'bf16' } as const
+  const outputs = [f32([batch, length, heads, dv]), f32([batch, heads, length])]
+  const flops = (batch * heads * length * length * 2 * (dk + dv)) / 2
+  const forward = await time(() => runOp('attention', [q, k, v], attrs, outputs))
+  report('attention forward: 8k, 192/128, causal', flops / forward / 1e9, 'TFLOP/s', matmulPeak)
+  const run = table['attention'] as (i: readonly Value[], a: unknown, o: readonly TensorSpec[]) => unknown[]
+  const [out, lse] = run([q, k, v], attrs, outputs).map((handle, i) => ({ handle, ...outputs[i] }))
+  const dout = random([batch, length, heads, dv])
+  const backwardSpecs = [f32(q.shape), f32(k.shape), f32(v.shape)]
+  const backward = await time(() => runOp('attentionBackward', [q, k, v, out, lse, dout], attrs, backwardSpecs))
+  report('attention backward: 8k, 192/128, causal', (2.5 * flops) / backward / 1e9, 'TFLOP/s', matmulPeak)
+  free(q, k, v, out, lse, dout)
+}
+
+async function decode(): Promise<void> {
+  const [batch, heads, length] = options.tiny ? [2, 16, 64] : [64, 128, 4096]
+  const [q, cache] = [random([batch, 1, heads, 576]), random([batch, length, 576])]
+  const lengths = integers(new Array(batch).fill(length))
+  const attrs = { scale: 192 ** -0.5, valueDim: 512, precision: 'bf16' } as const
+  const ms = await time(() => runOp('latentAttention', [q, cache, lengths], attrs, [f32([batch, 1, heads, 512])]))
+  const bytes = 4 * (sizeOf(cache.shape) + sizeOf(q.shape) + batch * heads * 512)
+  report(`decode: absorbed, ${heads} heads, ${length} tokens, batch ${batch}`, bytes / ms / 1e6, 'GB/s', bandwidthPeak)
+  free(q, cache, lengths)
+}
+
+// --- a training step ---
+
+async function train(): Promise<void> {
+  const name = options.tiny ? 'tiny' : options.config
+  if (!Object.hasOwn(presets, name)) throw new Error(`--config is one of ${Object.keys(presets).join(', ')}`)
+  const preset = presets[name as keyof typeof presets]
+  const [rows, length] = options.tiny ? [1, 16] : [8, 1024]
+  const model = new DeepSeek({ ...preset, max_position_embeddings: 4096 })
+  const parameters = namedParameters(model)
+  const optimizer = new AdamW(parameters)
+  const batch = randomBatch(rows, length + model.lookahead, model.vocabSize)
+  const settings = { lr: 1e-4, clip: 1, precision: 'bf16' } as const
+  const step = async () => {
+    const { loss } = await trainingStep(model, parameters, optimizer, [batch], settings)
+    await backend.sync()
+    return loss
+  }
+  await step()
+  await step()
+  const seconds: number[] = []
+  const before = backend.stats().launches
+  let loss = 0
+  for (let i = 0; i < (options.tiny ? 1 : Number(options.steps)); i++) {
+    const started = performance.now()
+    loss = await step()
+    seconds.push((performance.now() - started) / 1000)
+  }
+  const kernels = (backend.stats().launches - before) / seconds.length
+  const { peakBytes, peakReservedBytes } = backend.stats()
+  const memory = `${(peakBytes / 2 ** 30).toFixed(1)} GiB of tensors at most, ${(peakReservedBytes / 2 ** 30).toFixed(1)} reserved`
+  console.log(`  ${name}: ${(parameterCount(model) / 1e9).toFixed(2)}B parameters, ${kernels.toFixed(0)} launches a step, ${memory}, loss ${loss.toFixed(3)}`)
+  report(`train: ${name}, ${rows} x ${length}`, (rows * length) / median(seconds), 'tokens/s')
+  const slow = fallbacks().filter(({ backend: who }) => who === backend.name)
+  if (slow.length > 0) console.log(`  without a kernel of their own: ${slow.map(({ op, count }) => `${op} ${count}`).join(', ')}`)
+}
+
+function randomBatch(rows: number, length: number, vocabulary: number): TokenBatch {
+  const source = new Random(0)
+  const tokens = Int32Array.from({ length: rows * length }, () => source.integer(vocabulary))
+  return { tokens, documents: new Int32Array(rows * length), rows, length }
+}
+
+const parts: Record<string, () => Promise<void>> = { launch: launches, gemm: products, attention, decode, train }
+for (const name of options.only.split(',')) {
+  const part = parts[name]
+  if (part === undefined) throw new Error(`--only takes ${Object.keys(parts).join(', ')}`)
+  // One part that cannot run here (memory, a kernel) is no reason to lose the others.
+  try {
+    await part()
+  } catch (error) {
+    console.log(`${name} failed: ${error instanceof Error ? error.message : error}`)
+    process.exitCode = 1
+  }
+}
+if (options.json !== undefined) {
+  const { name, capability, multiprocessors, totalMemory, driverVersion } = backend.properties
+  const card = { name, capability, multiprocessors, totalMemory, driverVersion }
+  const machine = { card, node: process.version, load: loadavg()[0], peers: peers?.versions }
+  writeFileSync(options.json, `${JSON.stringify({ machine, date: new Date().toISOString(), results }, null, 2)}\n`)
+}
+backend.dispose()

@@ -1,0 +1,57 @@
+// Products with so few rows that reading the weight is all the work: it is read once, as f32, and rounded on the way where asked for.
+// Blocks of 128 threads.
+#pragma once
+#include "moe.cuh"
+
+template <bool Bf16>
+MOE_DEVICE float4 operand(float4 x) {
+  if (!Bf16) return x;
+  const uint32_t low = packBf16(x.x, x.y), high = packBf16(x.z, x.w);
+  return make_float4(lowBf16(low), highBf16(low), lowBf16(high), highBf16(high));
+}
+
+/// y [rows, 4 columns] = x weight^T for R rows of x at most and `columns` rows of weight, both with k (a multiple of 4) elements a row.
+template <int R, bool Bf16>
+MOE_DEVICE void fewRowsTimesRows(float (*parts)[32], float* y, const float* x, const float* weight, int rows, int columns, int k, int ldy) {
+  float sums[R][4] = {};
+  for (int at = threadIdx.x * 4; at < k; at += 512) {
+    float4 w[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) w[j] = j < columns ? *(const float4*)(weight + (int64_t)j * k + at) : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int j = 0; j < 4; j++) w[j] = operand<Bf16>(w[j]);
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+      if (i >= rows) continue;
+      const float4 v = operand<Bf16>(*(const float4*)(x + (int64_t)i * k + at));
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        sums[i][j] = fmaf(v.x, w[j].x, fmaf(v.y, w[j].y, fmaf(v.z, w[j].z, fmaf(v.w, w[j].w, sums[i][j]))));
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < R; i++) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const float sum = warpSum(sums[i][j]);
+      if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32][i * 4 + j] = sum;
+    }
+  }
+  __syncthreads();
+  const int i = threadIdx.x / 4, j = threadIdx.x % 4;
+  if (i < rows && j < columns) {
+    y[(int64_t)i * ldy + j] = parts[0][threadIdx.x] + parts[1][threadIdx.x] + parts[2][threadIdx.x] + parts[3][threadIdx.x];
+  }
+}
+
+constexpr int mostFewRows = 8;
+
+/// The same for 0 to mostFewRows rows.
+template <bool Bf16>
+MOE_DEVICE void fewRows(float* y, const float* x, const float* weight, int rows, int columns, int k, int ldy) {
+  MOE_SHARED(float, parts, [4][32]);
+  if (rows <= 1) fewRowsTimesRows<1, Bf16>(parts, y, x, weight, rows, columns, k, ldy);
+  else if (rows <= 4) fewRowsTimesRows<4, Bf16>(parts, y, x, weight, rows, columns, k, ldy);
+  else fewRowsTimesRows<8, Bf16>(parts, y, x, weight, rows, columns, k, ldy);
+}

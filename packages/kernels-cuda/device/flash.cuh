@@ -1,0 +1,274 @@
+// Attention in tiles: two engines with one interface, on which attention.cu is written once.
+//   BM rows against BN rows, DK features of queries and keys, DV of values; Threads, sharedBytes of scratch; Element in global memory
+//   Scores                            a BM x BN tile; this thread has Rows x Columns of it, at row(i), column(j)
+//   Sums<D>                           a BM x D tile; this thread has the same rows, and columns sumColumn<D>(j), j < sumColumns<D>
+//   copyRows<Count, D>(...)           starts the copy of Count rows of D features to shared memory (tileSize<Count, D> elements)
+//   dot<D>(scores, x, y)              scores += x y^T, x of BM rows, y of BN rows
+//   add<D>(sums, scores, y, scratch)  sums += scores y, y of BN rows; scores are rounded to Element
+//   exponential(x)                    of Unit, and Unit = log(e) of it
+// A row is shared by RowLanes lanes that differ in the lowest bits, and a warp needs no other warp's rows.
+#pragma once
+#include "tile.cuh"
+
+MOE_DEVICE float exp2Fast(float x) {
+#ifdef MOE_EMULATOR
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+/// bf16 on tensor cores: `Warps` warps of MT x 16 rows. Features are padded with zeros to DK and DV (multiples of 64) in global memory.
+template <int Warps, int MT, int BN_, int DK_, int DV_>
+struct FlashBf16 {
+  using Element = bf16;
+  static constexpr int BM = Warps * MT * 16, BN = BN_, DK = DK_, DV = DV_, Threads = Warps * 32, Stages = 2;
+  static constexpr int NT = BN / 8, Rows = MT * 2, Columns = NT * 2, RowLanes = 4;
+  static constexpr int scratchBytes = 0;
+  static constexpr float Unit = 1.4426950408889634f;
+  MOE_DEVICE float exponential(float x) { return exp2Fast(x); }
+
+  struct Scores {
+    float v[MT][NT][4];
+  };
+  template <int D>
+  struct Sums {
+    float v[MT][D / 8][4];
+  };
+  MOE_DEVICE float& at(Scores& s, int i, int j) { return s.v[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+  template <int D>
+  MOE_DEVICE float& at(Sums<D>& s, int i, int j) { return s.v[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+  MOE_DEVICE int row(int i) { return threadIdx.x / 32 * (MT * 16) + i * 8 + threadIdx.x % 32 / 4; }
+  MOE_DEVICE int column(int j) { return j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; }
+  template <int D>
+  static constexpr int sumColumns = D / 4;
+  template <int D>
+  MOE_DEVICE int sumColumn(int j) { return column(j); }
+
+  template <int Count, int D>
+  static constexpr int tileSize = Count * D;
+  template <int Count, int D>
+  MOE_DEVICE void copyRows(bf16* tile, const bf16* from, int64_t ld, int rows, int) {
+    copyTile<Count, D, Threads>(tile, from, ld, rows, D);
+  }
+
+  template <int D>
+  MOE_DEVICE void dot(Scores& s, const bf16* x, const bf16* y) {
+#pragma unroll
+    for (int k = 0; k < D; k += 16) {
+      uint32_t left[MT][4], right[4];
+#pragma unroll
+      for (int i = 0; i < MT; i++) loadLeft<D, false>(left[i], x, threadIdx.x / 32 * (MT * 16) + i * 16, k);
+#pragma unroll
+      for (int j = 0; j < NT; j += 2) {
+        loadRight<D, false>(right, y, j * 8, k);
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+          multiplyBf16(s.v[i][j], left[i], right[0], right[1]);
+          multiplyBf16(s.v[i][j + 1], left[i], right[2], right[3]);
+        }
+      }
+    }
+  }
+
+  /// Two neighbouring results of multiplyBf16 are, rounded, its left operand.
+  template <int D>
+  MOE_DEVICE void add(Sums<D>& sums, Scores& s, const bf16* y, unsigned char*) {
+#pragma unroll
+    for (int k = 0; k < NT; k += 2) {
+      uint32_t left[MT][4], right[4];
+#pragma unroll
+      for (int i = 0; i < MT; i++) {
+        const float(&a)[4] = s.v[i][k], (&b)[4] = s.v[i][k + 1];
+        left[i][0] = packBf16(a[0], a[1]);
+        left[i][1] = packBf16(a[2], a[3]);
+        left[i][2] = packBf16(b[0], b[1]);
+        left[i][3] = packBf16(b[2], b[3]);
+      }
+#pragma unroll
+      for (int j = 0; j < D / 8; j += 2) {
+        loadRight<D, true>(right, y, j * 8, k * 8);
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+          multiplyBf16(sums.v[i][j], left[i], right[0], right[1]);
+          multiplyBf16(sums.v[i][j + 1], left[i], right[2], right[3]);
+        }
+      }
+    }
+  }
+};
+
+/// f32 on the ordinary cores: 16 x 16 threads, each with 2 rows. Features are padded to DK and DV in shared memory only.
+template <int DK_, int DV_>
+struct FlashF32 {
+  using Element = float;
+  static constexpr int BM = 32, BN = 32, DK = DK_, DV = DV_, Threads = 256, Stages = 1;
+  static constexpr int Rows = 2, Columns = 2, RowLanes = 16;
+  static constexpr int LP = BN + 1, scratchBytes = BM * LP * 4;
+  static constexpr float Unit = 1.f;
+  MOE_DEVICE float exponential(float x) { return expf(x); }
+
+  struct Scores {
+    float v[Rows][Columns];
+  };
+  template <int D>
+  struct Sums {
+    float v[Rows][D / 16];
+  };
+  MOE_DEVICE float& at(Scores& s, int i, int j) { return s.v[i][j]; }
+  template <int D>
+  MOE_DEVICE float& at(Sums<D>& s, int i, int j) { return s.v[i][j]; }
+  MOE_DEVICE int row(int i) { return threadIdx.x / 16 * 2 + i; }
+  MOE_DEVICE int column(int j) { return threadIdx.x % 16 + j * 16; }
+  template <int D>
+  static constexpr int sumColumns = D / 16;
+  template <int D>
+  MOE_DEVICE int sumColumn(int j) { return j / 4 * 64 + threadIdx.x % 16 * 4 + j % 4; }
+
+  /// Four more elements a row: the same feature of eight rows lies in different banks.
+  template <int Count, int D>
+  static constexpr int tileSize = Count * (D + 4);
+  template <int Count, int D>
+  MOE_DEVICE void copyRows(float* tile, const float* from, int64_t ld, int rows, int features) {
+    if (features % 4 == 0) {
+      for (int i = threadIdx.x; i < Count * D / 4; i += Threads) {
+        const int row = i / (D / 4), feature = i % (D / 4) * 4;
+        copyAsync16(tile + row * (D + 4) + feature, from + row * ld + feature, row < rows && feature < features);
+      }
+    } else {
+      for (int i = threadIdx.x; i < Count * D; i += Threads) {
+        const int row = i / D, feature = i % D;
+        copyAsync4(tile + row * (D + 4) + feature, from + row * ld + feature, row < rows && feature < features);
+      }
+    }
+  }
+
+  template <int D>
+  MOE_DEVICE void dot(Scores& s, const float* x, const float* y) {
+#pragma unroll 4
+    for (int d = 0; d < D; d += 4) {
+      float4 left[Rows], right[Columns];
+#pragma unroll
+      for (int i = 0; i < Rows; i++) left[i] = *(const float4*)(x + row(i) * (D + 4) + d);
+#pragma unroll
+      for (int j = 0; j < Columns; j++) right[j] = *(const float4*)(y + column(j) * (D + 4) + d);
+#pragma unroll
+      for (int i = 0; i < Rows; i++) {
+#pragma unroll
+        for (int j = 0; j < Columns; j++) {
+          float sum = fmaf(left[i].x, right[j].x, s.v[i][j]);
+          sum = fmaf(left[i].y, right[j].y, sum);
+          sum = fmaf(left[i].z, right[j].z, sum);
+          s.v[i][j] = fmaf(left[i].w, right[j].w, sum);
+        }
+      }
+    }
+  }
+
+  /// The scores of a row go to the lanes that share it through `scratch`.
+  template <int D>
+  MOE_DEVICE void add(Sums<D>& sums, Scores& s, const float* y, unsigned char* scratch) {
+    float* const rows = (float*)scratch + threadIdx.x / 16 * 2 * LP;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < Rows; i++) {
+#pragma unroll
+      for (int j = 0; j < Columns; j++) rows[i * LP + column(j)] = s.v[i][j];
+    }
+    __syncwarp();
+#pragma unroll 4
+    for (int k = 0; k < BN; k++) {
+      float left[Rows];
+#pragma unroll
+      for (int i = 0; i < Rows; i++) left[i] = rows[i * LP + k];
+#pragma unroll
+      for (int j = 0; j < D / 16; j += 4) {
+        const float4 right = *(const float4*)(y + k * (D + 4) + sumColumn<D>(j));
+#pragma unroll
+        for (int i = 0; i < Rows; i++) {
+          sums.v[i][j] = fmaf(left[i], right.x, sums.v[i][j]);
+          sums.v[i][j + 1] = fmaf(left[i], right.y, sums.v[i][j + 1]);
+          sums.v[i][j + 2] = fmaf(left[i], right.z, sums.v[i][j + 2]);
+          sums.v[i][j + 3] = fmaf(left[i], right.w, sums.v[i][j + 3]);
+        }
+      }
+    }
+  }
+};
+
+/// Over the lanes that share a row.
+template <class Engine>
+MOE_DEVICE float rowMax(float x) {
+  for (int step = Engine::RowLanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(wholeWarp, x, step));
+  return x;
+}
+template <class Engine>
+MOE_DEVICE float rowSum(float x) {
+  for (int step = Engine::RowLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(wholeWarp, x, step);
+  return x;
+}
+
+/// Which keys a query sees: those below keysOf(t).
+struct Visible {
+  int T, limit;
+  bool causal;
+  MOE_DEVICE Visible of(int T, int S, const int* lengths, int b, int causal) {
+    const int limit = lengths ? min(max(lengths[b], 0), S) : S;
+    return {T, limit, causal != 0};
+  }
+  __device__ __forceinline__ int keys(int t) const { return causal ? min(limit, max(0, limit - T + t + 1)) : limit; }
+  /// The first query that sees key j (which is below the limit).
+  __device__ __forceinline__ int firstQuery(int j) const { return causal ? max(0, j - limit + T) : 0; }
+};
+
+/// A softmax whose keys come in tiles: maximum and sum so far of each of this thread's rows, in units of Engine::Unit.
+template <class Engine>
+struct OnlineSoftmax {
+  float highest[Engine::Rows], total[Engine::Rows];
+
+  MOE_DEVICE void begin(OnlineSoftmax& m) {
+#pragma unroll
+    for (int i = 0; i < Engine::Rows; i++) m.highest[i] = -infinity(), m.total[i] = 0.f;
+  }
+
+  /// Scores (scaled, -infinity where not seen) become exponentials over the highest so far, to which `sums` is brought.
+  template <int D>
+  MOE_DEVICE void update(OnlineSoftmax& m, typename Engine::Scores& s, typename Engine::template Sums<D>& sums) {
+    float shrink[Engine::Rows];
+    bool grown = false;
+#pragma unroll
+    for (int i = 0; i < Engine::Rows; i++) {
+      float high = m.highest[i];
+#pragma unroll
+      for (int j = 0; j < Engine::Columns; j++) high = fmaxf(high, Engine::at(s, i, j));
+      high = rowMax<Engine>(high);
+      const float base = high == -infinity() ? 0.f : high;
+      shrink[i] = Engine::exponential(m.highest[i] - base);
+      grown = grown || high != m.highest[i];
+      m.highest[i] = high;
+      float sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < Engine::Columns; j++) {
+        float& p = Engine::at(s, i, j);
+        p = Engine::exponential(p - base);
+        sum += p;
+      }
+      m.total[i] = m.total[i] * shrink[i] + sum;
+    }
+    if (!__any_sync(wholeWarp, grown)) return;
+#pragma unroll
+    for (int i = 0; i < Engine::Rows; i++) {
+#pragma unroll
+      for (int j = 0; j < Engine::template sumColumns<D>; j++) Engine::template at<D>(sums, i, j) *= shrink[i];
+    }
+  }
+
+  /// Row i of `sums` is to be multiplied by the result; `lse` is its log sum exp.
+  MOE_DEVICE float finish(OnlineSoftmax& m, int i, float& lse) {
+    const float total = rowSum<Engine>(m.total[i]);
+    lse = total == 0.f ? -infinity() : m.highest[i] * (1.f / Engine::Unit) + logf(total);
+    return total == 0.f ? 0.f : 1.f / total;
+  }
+};

@@ -1,0 +1,161 @@
+// What the parts of the runtime share: the launch in progress, the two memories, faults.
+#pragma once
+#include <stdarg.h>
+#include <string.h>
+
+#include <string>
+
+#include "abi.h"
+
+namespace emu {
+
+struct Dim3 {
+  uint32_t x, y, z;
+};
+
+constexpr int maxThreads = 1024;
+constexpr int maxWarps = maxThreads / 32;
+
+// Status codes of the driver API that more than one part uses.
+enum Status : int {
+  ok = 0,
+  invalidValue = 1,
+  outOfMemory = 2,
+  notInitialized = 3,
+  invalidContext = 201,
+  invalidImage = 200,
+  noBinary = 209,
+  invalidHandle = 400,
+  notFound = 500,
+  notReady = 600,
+  illegalAddress = 700,
+  outOfResources = 701,
+  misalignedAddress = 716,
+  launchFailed = 719,
+  captureUnsupported = 900,
+  captureInvalidated = 901,
+};
+
+// --- the launch in progress (block.cc) ---
+
+/// Blocks and threads run last to first. What differs then depends on an order that a device does not promise.
+extern bool reversed;
+
+/// Runs every block of a launch on the calling thread. Anything but `ok` leaves a fault recorded.
+Status runKernel(Kernel* kernel, Dim3 grid, Dim3 block, uint32_t dynamicShared, const char* arguments);
+
+/// What the checks of every access need, in one place and without a call.
+struct Run {
+  bool active;  // a kernel runs: accesses are those of a device thread
+  int thread, warp, lane;
+  uint32_t dynamicShared;
+  // Time by which accesses to shared memory are ordered. It advances when a block starts and at every barrier, block's or warp's.
+  uint32_t clock, blockClock, barrierClock, warpClock[maxWarps];
+  Kernel* kernel;
+  const char* arguments;
+  Dim3 grid, block;
+};
+extern Run run;
+extern Dim3 currentBlock, currentThread;
+
+/// Where in the code: a line of the file that `at` names, or with line 0 the address `at`. Small, so that it travels in registers.
+struct Where {
+  const void* at;
+  long line;
+};
+#define EMU_HERE (emu::Where{__builtin_return_address(0), 0})
+
+/// Ends the launch with a fault of the current thread.
+[[noreturn]] void stop(Status status, Where where, const char* format, ...) __attribute__((format(printf, 3, 4)));
+[[noreturn]] void abandonLaunch(Status status);
+
+// --- stacks and contexts (fibers.cc) ---
+
+void reserveStacks();
+void switchContext(void** save, void* load);
+/// A context that calls `entry` on stack `index` when it is switched to.
+void* freshContext(int index, void (*entry)());
+extern uintptr_t stacksStart, stacksBytes;
+/// Runs `body` on the calling thread with faults of the processor (null pointers with checks off, a stack that overflows) turned
+/// into faults of the kernel.
+void withSignals(void (*body)());
+
+// --- faults (faults.cc) ---
+
+void recordFault(Where where, const char* prefix, const char* format, va_list arguments);
+void recordRefusal(const char* format, ...) __attribute__((format(printf, 1, 2)));
+void clearFaults();
+/// The recorded faults with their places in the source.
+const char* faultReport();
+
+// --- checks (hooks.cc) ---
+
+extern bool checksOn;
+void findImage();
+
+// --- device memory (memory.cc). One shadow byte for 4 bytes: the low half says which of them lie in an allocation, the high half which
+// of those were written. ---
+
+extern uintptr_t globalStart, globalBytes;  // 0 bytes while checks are off, so that hooks pass over it
+extern uint8_t* globalShadow;
+constexpr size_t arenaBytes = size_t(16) << 30;
+
+bool inArena(uintptr_t address);
+void readGlobalSlow(uintptr_t address, size_t bytes, Where where);
+void writeGlobalSlow(uintptr_t address, size_t bytes, Where where);
+
+inline void readGlobal(uintptr_t address, size_t bytes, Where where) {
+  if (bytes == 4 && (address & 3) == 0 && globalShadow[(address - globalStart) >> 2] == 0xff) return;
+  readGlobalSlow(address, bytes, where);
+}
+inline void writeGlobal(uintptr_t address, size_t bytes, Where where) { writeGlobalSlow(address, bytes, where); }
+
+void reserveMemory();
+size_t memoryTotal();
+size_t memoryUsed();
+/// 0 when there is no room. The range becomes accessible with `openAllocation`.
+uintptr_t reserveAllocation(size_t bytes);
+void openAllocation(uintptr_t address);
+/// Whether there was such an allocation.
+bool knowsAllocation(uintptr_t address);
+void closeAllocation(uintptr_t address);
+/// For allocators that hand out parts: of `capacity` bytes the first `bytes` are accessible and hold nothing yet.
+void markMemory(uintptr_t address, size_t bytes, size_t capacity);
+void freeEverything();
+/// Access from the host. False (with a fault recorded) when it is not allowed.
+bool hostRead(uintptr_t address, size_t bytes, const char* call);
+bool hostWrite(uintptr_t address, size_t bytes, const char* call);
+
+// --- shared memory (shared.cc) ---
+
+extern uintptr_t sharedStart, sharedBytes;  // 0 bytes while checks are off
+void reserveShared();
+bool inShared(uintptr_t address);
+void forgetShared();
+void readShared(uintptr_t address, size_t bytes, Where where);
+void writeShared(uintptr_t address, size_t bytes, Where where);
+void atomicShared(uintptr_t address, bool reads, Where where);
+/// An asynchronous copy to it has begun; it has landed.
+void beginCopyShared(uintptr_t address, size_t bytes, Where where);
+void landCopyShared(uintptr_t address, size_t bytes);
+
+// --- warps (warp.cc) ---
+
+/// Copies of a thread that returned without waiting for them.
+void landAllCopies(int thread);
+void dropCopies();
+void resetWarp(int warp);
+extern uint32_t pendingCopies;  // of all threads
+
+// --- meeting points, for warp.cc ---
+
+/// The current thread waits; others go on. Returns when `wakeWarp` (or the block's barrier) has made it runnable.
+void waitInWarp(const char* what, const char* file, int line);
+/// All lanes of the current warp may go on.
+void wakeWarp();
+/// Lanes that the current warp has.
+uint32_t lanesOfWarp();
+
+extern Kernel* kernels;
+
+}  // namespace emu

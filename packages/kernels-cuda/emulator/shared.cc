@@ -1,0 +1,253 @@
+// Shared memory and the order of accesses to it.
+//
+// Every access is stamped with the run's clock, which advances at barriers. An earlier access is ordered before the current one if it
+// is the same thread's, or older than the block's last barrier, or by a lane of the same warp and older than that warp's last
+// __syncwarp. A write must be ordered after all accesses before it, a read after the write before it.
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include <vector>
+
+#include "runtime.h"
+
+namespace emu {
+
+uintptr_t sharedStart, sharedBytes;
+
+namespace {
+
+constexpr size_t regionBytes = size_t(64) << 20;
+// The dynamic part begins at the first of these, static arrays follow after the second, each with a place of its own.
+constexpr size_t dynamicStart = 4096, dynamicEnd = dynamicStart + (256 << 10);
+constexpr size_t redZone = 256;
+
+// Who accessed: a thread, several lanes of a warp, or several warps.
+typedef uint16_t Who;
+constexpr Who lanesOf = 0x400, everyone = 0x800, atomically = 0x1000;
+constexpr uint32_t onItsWay = 0xffffffff;  // write clock of the target of an asynchronous copy until it lands
+
+/// State of a word, or of a byte of a word that was accessed in parts.
+struct Cell {
+  uint32_t writeClock, readClock;
+  Who writer, reader;
+  bool inside;  // part of a static array
+  bool split;   // the state is that of the bytes, since writeClock
+};
+Cell* cells;
+Cell* byteCells;
+uintptr_t region;
+size_t staticEnd = dynamicEnd;
+
+struct Array {
+  const char* name;
+  size_t start, bytes;
+};
+std::vector<Array> arrays;
+
+int warpOf(Who who) { return who & everyone ? 63 : who & lanesOf ? who & 31 : who >> 5 & 31; }
+
+inline bool ordered(uint32_t clock, Who who) {
+  if (clock < run.barrierClock || who == run.thread) return true;
+  return warpOf(who) == run.warp && clock < run.warpClock[run.warp];
+}
+
+std::string nameOf(Who who) {
+  char text[60];
+  if (who & everyone) snprintf(text, sizeof text, "threads of several warps");
+  else if (who & lanesOf) snprintf(text, sizeof text, "several lanes of warp %d", who & 31);
+  else snprintf(text, sizeof text, "thread %d", who & 0x3ff);
+  return text;
+}
+
+std::string placeOf(uintptr_t address) {
+  const size_t at = address - region;
+  char text[200];
+  snprintf(text, sizeof text, "byte %lld of dynamic shared memory", (long long)at - (long long)dynamicStart);
+  for (const Array& array : arrays)
+    if (at >= array.start - redZone / 2 && at < array.start + array.bytes + redZone / 2)
+      snprintf(text, sizeof text, "byte %lld of shared array %s", (long long)at - (long long)array.start, array.name);
+  return text;
+}
+
+[[noreturn]] void race(const char* now, const char* before, Who who, uintptr_t address, Where where) {
+  stop(launchFailed, where, "race: %s of %s, %s by %s without a barrier between them (in numbers of threads of the block, this is thread %d)",
+       now, placeOf(address).c_str(), before, nameOf(who).c_str(), run.thread);
+}
+[[noreturn]] void early(uintptr_t address, Where where) {
+  stop(launchFailed, where, "race: access to %s, to which an asynchronous copy is on its way that was not waited for", placeOf(address).c_str());
+}
+[[noreturn]] void unwritten(uintptr_t address, Where where) {
+  stop(illegalAddress, where, "uninitialized: read of %s, which no thread of the block has written (or not yet: is a barrier missing?)", placeOf(address).c_str());
+}
+
+[[noreturn]] void outside(uintptr_t address, size_t bytes, Where where) {
+  const size_t at = address - region;
+  if (at < dynamicEnd)
+    stop(illegalAddress, where, "out of bounds: access of %zu bytes at %s, of which the launch asked for %u", bytes, placeOf(address).c_str(),
+         run.dynamicShared);
+  stop(illegalAddress, where, "out of bounds: access of %zu bytes outside every shared array, at %s", bytes, placeOf(address).c_str());
+}
+
+inline Who merge(Who before) { return warpOf(before) == run.warp ? (Who)(lanesOf | run.warp) : everyone; }
+
+[[gnu::noinline]] void checkRead(Cell& cell, uintptr_t address, Where where) {
+  if (cell.writeClock < run.blockClock) unwritten(address, where);
+  if (cell.writeClock == onItsWay) early(address, where);
+  if (!ordered(cell.writeClock, cell.writer & ~atomically)) race("read", "written", cell.writer, address, where);
+}
+
+inline void readCell(Cell& cell, uintptr_t address, Where where) {
+  // Mostly written in this block and before its last barrier.
+  if (__builtin_expect(cell.writeClock - run.blockClock >= run.barrierClock - run.blockClock, 0)) checkRead(cell, address, where);
+  const Who me = (Who)run.thread;
+  if (cell.readClock < run.barrierClock) cell.reader = me;
+  else if (cell.reader != me && !(cell.reader & everyone)) cell.reader = ordered(cell.readClock, cell.reader) ? me : merge(cell.reader);
+  cell.readClock = run.clock;
+}
+
+inline void checkWrite(Cell& cell, uintptr_t address, Where where) {
+  if (cell.writeClock >= run.barrierClock) {
+    if (cell.writeClock == onItsWay) early(address, where);
+    if (!ordered(cell.writeClock, cell.writer & ~atomically)) race("write", "written", cell.writer, address, where);
+  }
+  if (!ordered(cell.readClock, cell.reader)) race("write", "read", cell.reader, address, where);
+}
+
+inline void writeCell(Cell& cell, uintptr_t address, Where where) {
+  checkWrite(cell, address, where);
+  cell.writeClock = run.clock;
+  cell.writer = (Who)run.thread;
+  cell.readClock = 0;
+}
+
+inline void atomicCell(Cell& cell, bool reads, uintptr_t address, Where where) {
+  if (reads && cell.writeClock < run.blockClock) unwritten(address, where);
+  if (cell.writeClock == onItsWay) early(address, where);
+  Who who = (Who)run.thread;
+  if (cell.writeClock >= run.barrierClock && !ordered(cell.writeClock, cell.writer & ~atomically)) {
+    if (!(cell.writer & atomically)) race("atomic", "written", cell.writer, address, where);
+    who = merge(cell.writer & ~atomically);
+  }
+  if (!ordered(cell.readClock, cell.reader)) race("atomic", "read", cell.reader, address, where);
+  cell.writer = who | atomically;
+  cell.writeClock = run.clock;
+  cell.readClock = 0;
+}
+
+void splitCell(size_t word) {
+  Cell& cell = cells[word];
+  for (int i = 0; i < 4; i++) {
+    byteCells[4 * word + i] = cell;
+    byteCells[4 * word + i].split = false;
+  }
+  cell.split = true;
+  cell.writeClock = run.clock;
+}
+
+/// Calls `visit(cell, address)` for what [address, address + bytes) covers.
+template <class Visit>
+inline void visitCells(uintptr_t address, size_t bytes, Where where, Visit visit) {
+  const size_t start = address - region, end = start + bytes;
+  for (size_t at = start & ~(size_t)3; at < end; at += 4) {
+    const size_t word = at >> 2;
+    Cell& cell = cells[word];
+    if (!(cell.inside || (at >= dynamicStart && end <= dynamicStart + run.dynamicShared))) outside(region + at, bytes, where);
+    if (cell.split && cell.writeClock < run.blockClock) cell.split = false;
+    const bool whole = at >= start && at + 4 <= end;
+    if (whole && !cell.split) {
+      visit(cell, region + at);
+      continue;
+    }
+    if (!cell.split) splitCell(word);
+    for (int i = 0; i < 4; i++)
+      if (at + i >= start && at + i < end) visit(byteCells[4 * word + i], region + at + i);
+  }
+}
+
+}  // namespace
+
+void reserveShared() {
+  if (!region) {
+    const auto reserve = [](size_t bytes) {
+      void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (at == MAP_FAILED) abort();
+      return at;
+    };
+    region = (uintptr_t)reserve(regionBytes);
+    cells = (Cell*)reserve(regionBytes / 4 * sizeof(Cell));
+    byteCells = (Cell*)reserve(regionBytes * sizeof(Cell));
+  }
+  sharedStart = region;
+  sharedBytes = checksOn ? regionBytes : 0;
+}
+
+bool inShared(uintptr_t address) { return address - region < regionBytes; }
+
+void forgetShared() {
+  for (size_t i = 0; i < staticEnd / 4; i++) {
+    Cell& cell = cells[i];
+    cell.writeClock = cell.readClock = 0;
+    cell.split = false;
+  }
+}
+
+void* dynamicShared() { return (void*)(region + dynamicStart); }
+
+void* sharedArray(SharedSlot* slot, size_t bytes, size_t align, const char* name) {
+  if (!slot->at) {
+    // Just as aligned as its type asks for and no better, which is all that a device promises.
+    size_t start = (staticEnd + redZone + 127) / 128 * 128;
+    if (align < 16) start += align < 4 ? 4 : align;
+    staticEnd = (start + bytes + 3) / 4 * 4;
+    if (staticEnd + redZone > regionBytes) stop(outOfResources, EMU_HERE, "the emulator has no room for shared array %s", name);
+    for (size_t at = start; at < staticEnd; at += 4) cells[at >> 2].inside = true;
+    arrays.push_back({name, start, bytes});
+    slot->at = (void*)(region + start);
+    slot->kernel = run.kernel;
+    run.kernel->staticShared += bytes;
+    if (run.kernel->staticShared > 48 << 10)
+      stop(outOfResources, EMU_HERE, "%zu bytes of static shared memory with array %s; 48 KiB is the most", run.kernel->staticShared, name);
+  }
+  return slot->at;
+}
+
+static void readParts(uintptr_t address, size_t bytes, Where where) {
+  visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) { readCell(cell, at, where); });
+}
+static void writeParts(uintptr_t address, size_t bytes, Where where) {
+  visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) { writeCell(cell, at, where); });
+}
+/// Whole words, none of them ever accessed in parts.
+static inline bool whole(const Cell* cell, size_t start, size_t bytes) {
+  if ((start | bytes) & 3 || !(cell->inside || (start >= dynamicStart && start + bytes <= dynamicStart + run.dynamicShared))) return false;
+  bool good = true;
+  for (size_t i = 0; i < bytes / 4; i++) good &= !cell[i].split & (cell[i].inside == cell->inside);
+  return good;
+}
+void readShared(uintptr_t address, size_t bytes, Where where) {
+  Cell* cell = cells + ((address - region) >> 2);
+  if (!whole(cell, address - region, bytes)) return readParts(address, bytes, where);
+  for (size_t i = 0; i < bytes / 4; i++) readCell(cell[i], address + 4 * i, where);
+}
+void writeShared(uintptr_t address, size_t bytes, Where where) {
+  Cell* cell = cells + ((address - region) >> 2);
+  if (!whole(cell, address - region, bytes)) return writeParts(address, bytes, where);
+  for (size_t i = 0; i < bytes / 4; i++) writeCell(cell[i], address + 4 * i, where);
+}
+void atomicShared(uintptr_t address, bool reads, Where where) {
+  visitCells(address, 4, where, [&](Cell& cell, uintptr_t at) { atomicCell(cell, reads, at, where); });
+}
+void beginCopyShared(uintptr_t address, size_t bytes, Where where) {
+  visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) {
+    checkWrite(cell, at, where);
+    cell.writeClock = onItsWay;
+    cell.writer = (Who)run.thread;
+    cell.readClock = 0;
+  });
+}
+void landCopyShared(uintptr_t address, size_t bytes) {
+  visitCells(address, bytes, {nullptr, 0}, [&](Cell& cell, uintptr_t) { cell.writeClock = run.clock; });
+}
+
+}  // namespace emu

@@ -1,0 +1,90 @@
+// Streams, events and graphs: queues of operations that run as late as they may.
+#pragma once
+#include <deque>
+#include <map>
+#include <memory>
+#include <set>
+#include <vector>
+
+#include "runtime.h"
+
+namespace emu {
+
+struct Function {
+  Kernel* kernel;
+  uint32_t maxDynamicShared;
+};
+
+struct Event {
+  uint64_t recorded = 0, done = 0;  // sequence numbers of the latest record, asked for and run
+  struct Stream* stream = nullptr;
+  double seconds = 0;
+  bool timed = true;
+  bool asked = false;     // a query said "not ready" since the latest record
+  bool captured = false;  // its latest record went into a graph
+};
+
+struct Operation {
+  enum Kind { launch, copyIn, copyOut, copyWithin, fill, allocate, release, mark, record, wait } kind;
+  const char* call;
+  // launch
+  Function* function = nullptr;
+  Dim3 grid{}, block{};
+  uint32_t dynamicShared = 0;
+  std::vector<char> data;  // packed arguments, or what a pageable upload held when it was asked for
+  // copies, fills, allocations
+  uintptr_t to = 0, from = 0;
+  size_t bytes = 0, capacity = 0;
+  uint32_t value = 0, width = 0;
+  // events
+  std::shared_ptr<Event> event;
+  Stream* stream = nullptr;
+  uint64_t until = 0;
+
+  uint64_t sequence = 0;
+  // For whoever asks a graph about this node.
+  void* extra[5] = {};
+  size_t extraBytes = 0;
+};
+
+struct Graph {
+  std::vector<std::unique_ptr<Operation>> nodes;
+};
+
+struct GraphExec {
+  std::vector<Operation> operations;
+  std::map<const Operation*, size_t> indexOf;
+};
+
+struct Stream {
+  std::deque<Operation> queue;
+  bool blocking = true;  // ordered with the null stream
+  bool asked = false;
+  std::unique_ptr<Graph> capture;
+  bool captureBroken = false;
+  bool captureRelaxed = false;
+};
+
+/// All that a process has of the device. Never destroyed: kernels may run until the end.
+struct Context {
+  Status error = ok;  // sticky
+  bool lazy = true;
+  Stream null;
+  std::set<Stream*> streams;
+  std::map<Event*, std::shared_ptr<Event>> events;
+  std::map<uintptr_t, size_t> pinned;
+  uint64_t sequence = 0;
+  int failLaunchAfter = 0;
+  Status failLaunch = ok;
+};
+Context& context();
+
+/// Queues an operation (or adds it to the graph that the stream captures).
+Status enqueue(Stream& stream, Operation operation);
+/// Runs what a stream holds, through a sequence number.
+Status runThrough(Stream& stream, uint64_t sequence);
+Status runAll(Stream& stream);
+Status runEverything();
+Stream* streamOf(void* handle);
+
+}  // namespace emu

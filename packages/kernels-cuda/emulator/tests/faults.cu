@@ -1,0 +1,141 @@
+// Kernels that are wrong in one way each, for src/emulator.test.ts.
+#include "tensor-core.cuh"
+
+MOE_KERNEL((256), moe_test_past_the_end, (float* y, const float* x, int n)) {
+  const int i = (int)gridThread();
+  if (i <= n) y[i] = x[i];  // one too many
+}
+
+MOE_KERNEL((256), moe_test_before_the_start, (float* y, const float* x)) { y[threadIdx.x] = x[(int)threadIdx.x - 1]; }
+
+MOE_KERNEL((256), moe_test_null, (float* y)) { y[threadIdx.x] = 1.f; }
+
+MOE_KERNEL((256), moe_test_copy, (float* y, const float* x, int64_t n)) {
+  for (int64_t i = gridThread(); i < n; i += gridThreads()) y[i] = x[i];
+}
+
+MOE_KERNEL((256), moe_test_copy4, (float4 * y, const float4* x, int n)) {
+  for (int i = threadIdx.x; i < n; i += 256) {
+    float4 v = x[i];
+    v.x += 1.f;
+    y[i] = v;
+  }
+}
+
+MOE_KERNEL((256), moe_test_shared_unwritten, (float* y)) {
+  MOE_SHARED(float, tile, [256]);
+  if (threadIdx.x != 7) tile[threadIdx.x] = 1.f;
+  __syncthreads();
+  y[threadIdx.x] = tile[threadIdx.x ^ 1];
+}
+
+MOE_KERNEL((256), moe_test_shared_race, (float* y, int synced)) {
+  MOE_SHARED(float, tile, [256]);
+  tile[threadIdx.x] = (float)threadIdx.x;
+  if (synced) __syncthreads();
+  y[threadIdx.x] = tile[255 - threadIdx.x];
+}
+
+/// Written again while others may still read what was there.
+MOE_KERNEL((256), moe_test_shared_overwrite, (float* y, int synced)) {
+  MOE_SHARED(float, tile, [256]);
+  float sum = 0.f;
+  for (int round = 0; round < 2; round++) {
+    tile[threadIdx.x] = (float)(threadIdx.x + round);
+    __syncthreads();
+    sum += tile[255 - threadIdx.x];
+    if (synced) __syncthreads();
+  }
+  y[threadIdx.x] = sum;
+}
+
+/// Lanes of one warp: __syncwarp is enough, but not for other warps.
+MOE_KERNEL((256), moe_test_shared_warp, (float* y, int distance, int synced)) {
+  MOE_SHARED(float, tile, [256]);
+  tile[threadIdx.x] = (float)threadIdx.x;
+  if (synced) __syncwarp();
+  y[threadIdx.x] = tile[threadIdx.x ^ (unsigned)distance];
+}
+
+/// Halves of a word, written by different threads; bytes likewise.
+MOE_KERNEL((256), moe_test_shared_halves, (float* y)) {
+  MOE_SHARED(bf16, halves, [256]);
+  MOE_SHARED(uint8_t, bytes, [256]);
+  halves[threadIdx.x] = toBf16((float)threadIdx.x);
+  bytes[threadIdx.x] = (uint8_t)threadIdx.x;
+  __syncthreads();
+  y[threadIdx.x] = toFloat(halves[255 - threadIdx.x]) + (float)bytes[threadIdx.x];
+}
+
+MOE_KERNEL((256), moe_test_dynamic, (float* y, int at)) {
+  MOE_DYNAMIC_SHARED(memory);
+  float* tile = (float*)memory;
+  tile[threadIdx.x] = 1.f;
+  __syncthreads();
+  if (threadIdx.x == 0) tile[at] = 2.f;
+  __syncthreads();
+  y[threadIdx.x] = tile[threadIdx.x];
+}
+
+MOE_KERNEL((256), moe_test_index, (float* y, int column)) {
+  MOE_SHARED(float, tile, [8][32]);
+  tile[threadIdx.x / 32][threadIdx.x % 32] = 1.f;
+  __syncthreads();
+  y[threadIdx.x] = tile[0][column];
+}
+
+MOE_KERNEL((256), moe_test_returns_early, (float* y)) {
+  if (threadIdx.x == 5) return;
+  __syncthreads();
+  y[threadIdx.x] = 1.f;
+}
+
+MOE_KERNEL((256), moe_test_divergent, (float* y)) {
+  if (threadIdx.x < 128) {
+    y[threadIdx.x] = 1.f;
+    __syncthreads();
+  } else {
+    y[threadIdx.x] = 2.f;
+    __syncthreads();
+  }
+}
+
+MOE_KERNEL((256), moe_test_missing_lanes, (float* y)) {
+  float x = (float)threadIdx.x;
+  if (threadIdx.x % 32 < 16) x = __shfl_xor_sync(wholeWarp, x, 1);
+  y[threadIdx.x] = x;
+}
+
+MOE_KERNEL((256), moe_test_partial_mask, (float* y)) { y[threadIdx.x] = __shfl_sync(0xffffu, 1.f, 0); }
+
+MOE_KERNEL((256), moe_test_divide, (int* y, int by)) { y[threadIdx.x] = (int)threadIdx.x / by; }
+
+MOE_KERNEL((32), moe_test_deep, (int* y, int n)) {
+  struct Deep {
+    static __attribute__((noinline)) int down(int n) {
+      volatile int room[256];
+      room[0] = n;
+      return n == 0 ? 0 : down(n - 1) + room[0];
+    }
+  };
+  y[threadIdx.x] = Deep::down(n);
+}
+
+/// What arrives asynchronously, read before and after the wait. `mode` 0: right; 1: no wait; 2: waits, no barrier; 3: waits for too few.
+MOE_KERNEL((32), moe_test_async, (float* y, const float* x, int mode)) {
+  MOE_SHARED(float4, tile, [2][32]);
+  tile[0][threadIdx.x] = make_float4(-1.f, -1.f, -1.f, -1.f);
+  tile[1][threadIdx.x] = make_float4(-1.f, -1.f, -1.f, -1.f);
+  __syncthreads();
+  copyAsync16(&tile[0][threadIdx.x], x + 4 * threadIdx.x, threadIdx.x < 24);
+  commitCopies();
+  copyAsync16(&tile[1][threadIdx.x], x + 4 * threadIdx.x, true);
+  commitCopies();
+  if (mode == 3) waitCopies<2>();
+  else if (mode != 1) waitCopies<1>();
+  if (mode != 2) __syncthreads();
+  y[threadIdx.x] = tile[0][31 - threadIdx.x].y;
+  waitCopies<0>();
+  __syncthreads();
+  y[32 + threadIdx.x] = tile[1][31 - threadIdx.x].z;
+}

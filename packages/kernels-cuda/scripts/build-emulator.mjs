@@ -1,0 +1,285 @@
+// Builds build/emulator/: libmoe-cuda-emulator.so, which stands in for the CUDA driver, and one <module>.fatbin per kernel folder (a
+// line of text, which that driver takes for an image). Plain Node >= 20.
+//
+//   node scripts/build-emulator.mjs [--force] [--verbose] [--keep-going] [--only=op,op]
+//
+// The runtime (emulator/*.cc) is compiled as it is. Kernels (src/kernels/*/*.cu, emulator/tests/*.cu) are compiled as C++ with the
+// hooks of the thread sanitizer, which the runtime answers itself. --keep-going links what compiles, with the last good object of what
+// does not; --only compiles these folders alone and links them with the objects that are there.
+import { spawn, spawnSync } from 'node:child_process'
+import { createHash } from 'node:crypto'
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { availableParallelism } from 'node:os'
+import { basename, dirname, join, relative } from 'node:path'
+import { fileURLToPath } from 'node:url'
+
+const root = dirname(dirname(fileURLToPath(import.meta.url)))
+const options = parseArguments(process.argv.slice(2))
+const outDir = join(root, 'build', 'emulator')
+const objDir = join(outDir, 'obj')
+const library = join(outDir, 'libmoe-cuda-emulator.so')
+
+const common = ['-std=c++17', '-O2', '-fPIC', '-fvisibility=hidden', '-fno-math-errno', '-fno-trapping-math', '-fno-exceptions', '-fno-rtti']
+const architecture = process.arch === 'x64' && hasAvx2() ? ['-march=x86-64-v3'] : []
+const runtimeFlags = [...common, ...architecture, '-Wall', '-Wextra', '-Wno-psabi', '-g1', `-I${join(root, 'emulator')}`]
+const kernelFlags = [
+  ...common,
+  ...architecture,
+  '-ffp-contract=fast',
+  '-fno-strict-aliasing',
+  '-DMOE_EMULATOR',
+  // The hooks; line tables let a fault name its place.
+  '-g1',
+  '-fsanitize=thread,alignment,integer-divide-by-zero',
+  '-Wall',
+  '-Wno-unknown-pragmas',
+  '-Wno-sign-compare',
+  '-Wno-array-bounds',
+  '-Wno-unused-variable',
+  '-Wno-unused-function',
+  '-Wno-psabi',
+  `-I${join(root, 'device')}`,
+  `-I${join(root, 'emulator')}`,
+]
+/** By the kind of compiler: the check of indices, and no calls at the start and end of functions. */
+const kernelFlagsOf = {
+  clang: ['-fsanitize=array-bounds', '-mllvm', '-tsan-instrument-func-entry-exit=0', '-Wno-unused-command-line-argument'],
+  gcc: ['-fsanitize=bounds', '--param', 'tsan-instrument-func-entry-exit=0'],
+}
+
+const fileHashes = new Map()
+
+await main()
+
+async function main() {
+  const started = Date.now()
+  if (process.platform !== 'linux') return say(`not built: no emulator for ${process.platform}`)
+  const compiler = findCompiler()
+  if (!compiler)
+    return say('not built: no C++ compiler (looked for $CXX, g++, c++, clang++); install one and run this again')
+  mkdirSync(objDir, { recursive: true })
+  const unlock = await lock(join(outDir, 'lock'))
+  try {
+    const sources = findSources()
+    const objects = sources.map(source => describe(source, compiler))
+    const wanted = objects.filter(({ module }) => !options.only || !module || options.only.includes(module))
+    const stale = wanted.filter(object => options.force || !isFresh(object))
+    const failed = await compileAll(stale, compiler)
+    if (failed.length > 0 && !options.keepGoing) return fail(failed)
+    const linked = link(
+      objects.filter(({ file }) => existsSync(file)),
+      compiler,
+    )
+    writeModules(objects)
+    removeStrays(objects)
+    const seconds = ((Date.now() - started) / 1000).toFixed(1)
+    const what = stale.length + linked === 0 ? 'up to date' : `${stale.length - failed.length} objects compiled in ${seconds} s`
+    say(`${relative(process.cwd(), outDir)} ${what} (${compiler.version})`)
+    if (failed.length > 0) fail(failed)
+  } finally {
+    unlock()
+  }
+}
+
+function parseArguments(args) {
+  const parsed = { force: false, verbose: false, keepGoing: false, only: undefined }
+  for (const arg of args) {
+    if (arg === '--force') parsed.force = true
+    else if (arg === '--verbose') parsed.verbose = true
+    else if (arg === '--keep-going') parsed.keepGoing = true
+    else if (arg.startsWith('--only=')) parsed.only = arg.slice(7).split(',')
+    else {
+      console.error(`kernels-cuda: unknown option ${arg}; see the head of scripts/build-emulator.mjs`)
+      process.exit(2)
+    }
+  }
+  return parsed
+}
+
+function hasAvx2() {
+  return existsSync('/proc/cpuinfo') && /^flags\s.*\bavx2\b/m.test(readFileSync('/proc/cpuinfo', 'utf8'))
+}
+
+function say(line) {
+  console.log(`kernels-cuda: ${line}`)
+}
+
+function fail(failed) {
+  for (const { label, output } of failed) console.error(`kernels-cuda: ${label} does not compile\n${output}`)
+  process.exitCode = 1
+}
+
+/** The first compiler that runs: { command, version, flags }. */
+function findCompiler() {
+  for (const command of [process.env.CXX, 'g++', 'c++', 'clang++'].filter(Boolean)) {
+    const found = spawnSync(command, ['--version'], { encoding: 'utf8' })
+    if (found.status !== 0) continue
+    const version = found.stdout.split('\n')[0]
+    return { command, version, flags: kernelFlagsOf[version.includes('clang') ? 'clang' : 'gcc'] }
+  }
+}
+
+/** Sources with the module of each; those of the runtime have none. */
+function findSources() {
+  const emulator = join(root, 'emulator')
+  const kernels = join(root, 'src', 'kernels')
+  const list = (folder, ending) =>
+    existsSync(folder)
+      ? readdirSync(folder)
+          .filter(name => name.endsWith(ending))
+          .sort()
+          .map(name => join(folder, name))
+      : []
+  const sources = list(emulator, '.cc').map(file => ({ file }))
+  for (const file of list(join(emulator, 'tests'), '.cu')) sources.push({ file, module: 'emulator-tests' })
+  if (existsSync(kernels)) {
+    for (const entry of readdirSync(kernels, { withFileTypes: true }))
+      if (entry.isDirectory())
+        for (const file of list(join(kernels, entry.name), '.cu')) sources.push({ file, module: entry.name })
+  }
+  return sources
+}
+
+function describe({ file: source, module }, compiler) {
+  const name = relative(root, source).replaceAll(/[/\\]/g, '-')
+  const flags = module
+    ? [...kernelFlags, ...compiler.flags, `-DMOE_MODULE="${module}"`, '-x', 'c++']
+    : runtimeFlags
+  return {
+    source,
+    module,
+    flags,
+    label: relative(root, source),
+    file: join(objDir, `${name}.o`),
+    stamp: join(objDir, `${name}.json`),
+    key: hash([compiler.command, compiler.version, ...flags].join('\n')),
+  }
+}
+
+function isFresh({ file, stamp, key }) {
+  if (!existsSync(file) || !existsSync(stamp)) return false
+  const known = JSON.parse(readFileSync(stamp, 'utf8'))
+  if (known.key !== key) return false
+  return Object.entries(known.inputs).every(([path, digest]) => fileHash(join(root, path)) === digest)
+}
+
+function fileHash(path) {
+  if (!fileHashes.has(path)) fileHashes.set(path, existsSync(path) ? hash(readFileSync(path)) : '')
+  return fileHashes.get(path)
+}
+
+function hash(data) {
+  return createHash('sha256').update(data).digest('hex').slice(0, 32)
+}
+
+async function compileAll(objects, compiler) {
+  const queue = objects.map(object => ({ object, size: statSync(object.source).size })).sort((a, b) => b.size - a.size)
+  const failed = []
+  const worker = async () => {
+    for (let next = queue.shift(); next; next = queue.shift()) {
+      const output = await compile(next.object, compiler)
+      if (output !== '') failed.push({ label: next.object.label, output })
+      if (failed.length > 0 && !options.keepGoing) queue.length = 0
+    }
+  }
+  await Promise.all(Array.from({ length: Math.min(2, availableParallelism()) }, worker))
+  return failed
+}
+
+/** Empty when it compiled, otherwise what the compiler said. The object of an earlier success stays until this one succeeds. */
+async function compile({ source, flags, file, stamp, key, label }, compiler) {
+  const started = Date.now()
+  const depFile = `${file}.d`
+  const temporary = `${file}.new`
+  const args = [...flags, '-MMD', '-MF', depFile, '-c', source, '-o', temporary]
+  if (options.verbose) say([compiler.command, ...args].join(' '))
+  const { code, output } = await run(compiler.command, args)
+  if (code !== 0) return output || `exit code ${code}`
+  if (output.trim() !== '') process.stderr.write(output)
+  const inputs = readFileSync(depFile, 'utf8')
+    .replace(/^[^:]*:/, '')
+    .replaceAll('\\\n', ' ')
+    .trim()
+    .split(/\s+/)
+  const own = inputs.map(path => relative(root, path)).filter(path => !path.startsWith('..'))
+  renameSync(temporary, file)
+  writeFileSync(
+    stamp,
+    JSON.stringify({ key, inputs: Object.fromEntries(own.map(path => [path, fileHash(join(root, path))])) }),
+  )
+  rmSync(depFile)
+  if (options.verbose) say(`${label} ${((Date.now() - started) / 1000).toFixed(1)} s`)
+  return ''
+}
+
+/** 1 when the library was linked, 0 when it was up to date. */
+function link(objects, compiler) {
+  const stamp = join(objDir, 'library.link')
+  const key = hash(objects.map(({ file }) => `${basename(file)} ${hash(readFileSync(file))}`).join('\n'))
+  if (!options.force && existsSync(library) && existsSync(stamp) && readFileSync(stamp, 'utf8') === key) return 0
+  // No -fsanitize here: the runtime is what the hooks call. Signal handlers and faults point into it, so it may never be unmapped.
+  const args = ['-shared', '-o', `${library}.new`, ...objects.map(({ file }) => file)]
+  args.push('-pthread', '-ldl', '-lm', '-Wl,-z,nodelete', '-Wl,-z,defs', '-Wl,-Bsymbolic', '-static-libgcc')
+  if (options.verbose) say([compiler.command, ...args].join(' '))
+  const { status, stderr } = spawnSync(compiler.command, args, { encoding: 'utf8' })
+  if (status !== 0) {
+    console.error(`kernels-cuda: ${basename(library)} does not link\n${stderr}`)
+    process.exitCode = 1
+    return 0
+  }
+  renameSync(`${library}.new`, library)
+  writeFileSync(stamp, key)
+  return 1
+}
+
+/** What cuModuleLoadData is given in place of a fatbin: one line that names the module. */
+function writeModules(objects) {
+  const modules = new Set(objects.filter(({ module, file }) => module && existsSync(file)).map(({ module }) => module))
+  for (const module of modules) {
+    const file = join(outDir, `${module}.fatbin`)
+    if (!existsSync(file)) writeFileSync(file, `moe-emulated-module ${module}\n`)
+  }
+  writeFileSync(join(outDir, 'manifest.json'), '{ "cuda": "13.0" }\n')
+  for (const name of readdirSync(outDir))
+    if (name.endsWith('.fatbin') && !modules.has(name.slice(0, -7))) rmSync(join(outDir, name))
+}
+
+/** Objects of sources that are gone. */
+function removeStrays(objects) {
+  const known = new Set(objects.flatMap(({ file, stamp }) => [file, stamp].map(path => basename(path))))
+  for (const name of readdirSync(objDir)) if (!known.has(name) && !name.endsWith('.link')) rmSync(join(objDir, name))
+}
+
+/** One build at a time. A lock whose process is gone is taken over. */
+async function lock(path) {
+  for (;;) {
+    try {
+      writeFileSync(path, String(process.pid), { flag: 'wx' })
+      return () => rmSync(path, { force: true })
+    } catch (error) {
+      if (error.code !== 'EEXIST') throw error
+    }
+    const holder = existsSync(path) ? Number(readFileSync(path, 'utf8')) : 0
+    if (holder > 0 && !isAlive(holder)) rmSync(path, { force: true })
+    await new Promise(resolve => setTimeout(resolve, 100))
+  }
+}
+
+function isAlive(pid) {
+  try {
+    process.kill(pid, 0)
+    return true
+  } catch (error) {
+    return error.code === 'EPERM'
+  }
+}
+
+function run(command, args) {
+  return new Promise(resolve => {
+    const child = spawn(command, args, { stdio: ['ignore', 'ignore', 'pipe'] })
+    let output = ''
+    child.stderr.on('data', chunk => (output += chunk))
+    child.on('error', error => resolve({ code: 1, output: error.message }))
+    child.on('close', code => resolve({ code: code ?? 1, output }))
+  })
+}

@@ -1,0 +1,229 @@
+// Builds the kernels for GPUs into build/fatbins/, one file per op, where sources changed. Needs nvcc (CUDA 12.8 or later). Plain Node >= 20.
+//
+//   node scripts/build-fatbins.mjs [--arch=80,90a] [--force] [--verbose] [--check]
+//
+// All architectures together are what is published; their use of registers and shared memory is written to device/resources.txt.
+// --check compiles nothing: it fails when a fatbin is missing or older than its sources, when a hot kernel spills, or when all of them are too big.
+import { spawn, spawnSync } from 'node:child_process'
+import { createHash } from 'node:crypto'
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { availableParallelism } from 'node:os'
+import { basename, dirname, join, relative } from 'node:path'
+import { fileURLToPath } from 'node:url'
+
+/** Real architectures, and the one whose PTX the driver compiles on devices that are newer than all of them. */
+const published = ['80', '86', '89', '90a', '100', '120']
+const portable = '80'
+/** The unpacked package is kept below this. */
+const mostBytes = 20e6
+
+const root = dirname(dirname(fileURLToPath(import.meta.url)))
+const outDir = join(root, 'build', 'fatbins')
+const report = join(root, 'device', 'resources.txt')
+const options = parseArguments(process.argv.slice(2))
+const architectures = options.arch ?? published
+
+await main()
+
+async function main() {
+  const started = Date.now()
+  const modules = findModules()
+  if (options.check) return check(modules)
+  const version = nvccVersion()
+  if (version === undefined) return say('not built: no nvcc; install the CUDA toolkit and run this again')
+  mkdirSync(outDir, { recursive: true })
+  const key = hash([version, ...architectures].join(' '))
+  const stale = modules.filter(module => options.force || !isFresh(module, key))
+  const failed = await compileAll(stale, key)
+  for (const { module, output } of failed) console.error(`kernels-cuda: ${module.name} does not compile\n${output}`)
+  if (failed.length > 0) {
+    process.exitCode = 1
+    return
+  }
+  removeStrays(modules)
+  writeFileSync(join(outDir, 'manifest.json'), `${JSON.stringify({ cuda: version, architectures, portable })}\n`)
+  if (options.arch === undefined) writeReport(modules, version)
+  const bytes = modules.reduce((sum, { file }) => sum + statSync(file).size, 0)
+  const what = stale.length === 0 ? 'up to date' : `${stale.length} of ${modules.length} built in ${((Date.now() - started) / 1000).toFixed(0)} s`
+  say(`${relative(process.cwd(), outDir)} ${what}, ${(bytes / 1e6).toFixed(1)} MB (CUDA ${version})`)
+  if (bytes > mostBytes) fail(`${bytes} bytes of kernels; the package may have ${mostBytes}`)
+}
+
+function parseArguments(args) {
+  const parsed = { arch: undefined, force: false, verbose: false, check: false }
+  for (const arg of args) {
+    if (arg === '--force') parsed.force = true
+    else if (arg === '--verbose') parsed.verbose = true
+    else if (arg === '--check') parsed.check = true
+    else if (arg.startsWith('--arch=')) parsed.arch = arg.slice(7).split(',')
+    else {
+      console.error(`kernels-cuda: unknown option ${arg}; see the head of scripts/build-fatbins.mjs`)
+      process.exit(2)
+    }
+  }
+  return parsed
+}
+
+function say(line) {
+  console.log(`kernels-cuda: ${line}`)
+}
+
+function fail(line) {
+  console.error(`kernels-cuda: ${line}`)
+  process.exitCode = 1
+}
+
+function nvccVersion() {
+  const found = spawnSync('nvcc', ['--version'], { encoding: 'utf8' })
+  return found.status === 0 ? found.stdout.match(/release ([\d.]+)/)?.[1] : undefined
+}
+
+function findModules() {
+  const kernels = join(root, 'src', 'kernels')
+  return readdirSync(kernels, { withFileTypes: true })
+    .filter(entry => entry.isDirectory() && existsSync(join(kernels, entry.name, `${entry.name}.cu`)))
+    .map(({ name }) => ({
+      name,
+      source: join(kernels, name, `${name}.cu`),
+      file: join(outDir, `${name}.fatbin`),
+      stamp: join(outDir, `${name}.json`),
+    }))
+}
+
+function isFresh({ file, stamp }, key) {
+  if (!existsSync(file) || !existsSync(stamp)) return false
+  const known = JSON.parse(readFileSync(stamp, 'utf8'))
+  if (key !== undefined && known.key !== key) return false
+  return Object.entries(known.inputs).every(
+    ([path, digest]) => existsSync(join(root, path)) && hash(readFileSync(join(root, path))) === digest,
+  )
+}
+
+function hash(data) {
+  return createHash('sha256').update(data).digest('hex').slice(0, 32)
+}
+
+async function compileAll(modules, key) {
+  const queue = modules.map(module => ({ module, size: statSync(module.source).size })).sort((a, b) => b.size - a.size)
+  const failed = []
+  const worker = async () => {
+    for (let next = queue.shift(); next; next = queue.shift()) {
+      const started = Date.now()
+      const output = await compile(next.module, key)
+      if (output !== '') failed.push({ module: next.module, output })
+      else if (options.verbose) say(`${next.module.name} ${((Date.now() - started) / 1000).toFixed(1)} s`)
+    }
+  }
+  await Promise.all(Array.from({ length: Math.min(4, availableParallelism()) }, worker))
+  return failed
+}
+
+/** Empty when it compiled, otherwise what the compiler said. */
+async function compile({ source, file, stamp }, key) {
+  const targets = architectures.flatMap(arch => ['-gencode', `arch=compute_${arch},code=sm_${arch}`])
+  targets.push('-gencode', `arch=compute_${portable},code=compute_${portable}`)
+  const temporary = `${file}.new`
+  const depFile = `${file}.d`
+  const flags = ['-fatbin', '-std=c++17', '-O3', `-I${join(root, 'device')}`, '-Xptxas', '-v', '-Xfatbin', '-compress-all']
+  const args = [...flags, ...targets, '-MD', '-MF', depFile, '-o', temporary, source]
+  if (options.verbose) say(['nvcc', ...args].join(' '))
+  const { code, output } = await run('nvcc', args)
+  if (code !== 0) return output || `exit code ${code}`
+  const inputs = readFileSync(depFile, 'utf8')
+    .replace(/^[^:]*:/, '')
+    .replaceAll('\\\n', ' ')
+    .trim()
+    .split(/\s+/)
+    .map(path => relative(root, path))
+    .filter(path => !path.startsWith('..'))
+  rmSync(depFile)
+  renameSync(temporary, file)
+  writeFileSync(
+    stamp,
+    JSON.stringify({
+      key,
+      inputs: Object.fromEntries(inputs.map(path => [path, hash(readFileSync(join(root, path)))])),
+      resources: parseResources(output),
+    }),
+  )
+  return ''
+}
+
+/** What ptxas says of each kernel: { name, arch, registers, shared, stack, spill }. */
+function parseResources(output) {
+  const found = []
+  let current
+  for (const line of output.split('\n')) {
+    const entry = line.match(/Compiling entry function '(\w+)' for 'sm_(\w+)'/)
+    if (entry) {
+      current = { name: entry[1], arch: entry[2], registers: 0, shared: 0, stack: 0, spill: 0 }
+      found.push(current)
+    }
+    if (!current) continue
+    const frame = line.match(/(\d+) bytes stack frame, (\d+) bytes spill stores/)
+    if (frame) {
+      current.stack = Number(frame[1])
+      current.spill = Number(frame[2])
+    }
+    const used = line.match(/Used (\d+) registers/)
+    if (used) {
+      current.registers = Number(used[1])
+      current.shared = Number(line.match(/(\d+) bytes smem/)?.[1] ?? 0)
+    }
+  }
+  return found
+}
+
+function resourcesOf({ stamp }) {
+  return JSON.parse(readFileSync(stamp, 'utf8')).resources
+}
+
+/** One line per kernel: registers on each architecture, and where it is not zero, spilled bytes and stack frame. */
+function writeReport(modules, version) {
+  const lines = [
+    `Registers a thread of each kernel by architecture (CUDA ${version}), static shared memory, and spills, which hot kernels must not have.`,
+    `Written by scripts/build-fatbins.mjs.`,
+    '',
+    ['kernel'.padEnd(52), ...published.map(arch => `sm_${arch}`.padStart(7)), ' shared', '  spilled'].join(''),
+  ]
+  for (const module of modules) {
+    const byKernel = groupByName(resourcesOf(module))
+    for (const [name, uses] of [...byKernel].sort(([a], [b]) => (a < b ? -1 : 1))) {
+      const registers = published.map(arch => uses.find(use => use.arch === arch)?.registers ?? '-')
+      const spills = uses.filter(({ spill }) => spill > 0).map(({ arch, spill }) => `sm_${arch}: ${spill} bytes`)
+      const columns = [name.padEnd(52), ...registers.map(count => String(count).padStart(7)), String(uses[0].shared).padStart(7)]
+      lines.push(`${columns.join('')}  ${spills.join(', ') || 'none'}`)
+    }
+  }
+  writeFileSync(report, `${lines.join('\n')}\n`)
+}
+
+function groupByName(uses) {
+  const groups = new Map()
+  for (const use of uses) groups.set(use.name, [...(groups.get(use.name) ?? []), use])
+  return groups
+}
+
+function check(modules) {
+  const missing = modules.filter(module => !isFresh(module, undefined))
+  if (missing.length > 0) fail(`not up to date: ${missing.map(({ name }) => name).join(', ')}; run node scripts/build-fatbins.mjs`)
+  const bytes = modules.reduce((sum, { file }) => sum + (existsSync(file) ? statSync(file).size : 0), 0)
+  if (bytes > mostBytes) fail(`${bytes} bytes of kernels; the package may have ${mostBytes}`)
+  if (process.exitCode === undefined) say(`${modules.length} fatbins up to date, ${(bytes / 1e6).toFixed(1)} MB`)
+}
+
+function removeStrays(modules) {
+  const known = new Set(modules.flatMap(({ file, stamp }) => [basename(file), basename(stamp)]))
+  for (const name of readdirSync(outDir)) if (!known.has(name) && name !== 'manifest.json') rmSync(join(outDir, name))
+}
+
+function run(command, args) {
+  return new Promise(resolve => {
+    const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe'] })
+    let output = ''
+    child.stdout.on('data', chunk => (output += chunk))
+    child.stderr.on('data', chunk => (output += chunk))
+    child.on('error', error => resolve({ code: 1, output: error.message }))
+    child.on('close', code => resolve({ code: code ?? 1, output }))
+  })
+}

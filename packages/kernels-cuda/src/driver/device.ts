@@ -1,0 +1,77 @@
+/** @file Choosing a device, and what it is. */
+import { MoeError } from '@moe/core'
+import type { Driver } from './driver.ts'
+import { status } from './status.ts'
+
+export interface Device {
+  readonly ordinal: number
+  readonly name: string
+  /** Compute capability times ten: 80, 86, 89, 90, 100, 120. */
+  readonly capability: number
+  readonly multiprocessors: number
+  /** Most dynamic shared memory that a block may ask for, in bytes. */
+  readonly sharedMemory: number
+  readonly totalMemory: number
+  /** Of the driver: 13000 is CUDA 13.0. */
+  readonly driverVersion: number
+}
+
+/** Values of CUdevice_attribute. */
+const attribute = { multiprocessors: 16, major: 75, minor: 76, sharedMemoryOptIn: 97 } as const
+
+const leastCapability = 80
+
+/**
+ * Starts the driver and looks at a device.
+ * @param ordinal Counted among those that CUDA_VISIBLE_DEVICES leaves; default: the first that is new enough.
+ * @throws MoeError E_NO_BACKEND with the reason when there is none to use.
+ */
+export function findDevice(driver: Driver, ordinal: number | undefined): Device {
+  const { call } = driver
+  const started = call.cuInit(0)
+  if (started === status.noDevice) throw none('the driver finds no device', 'check `nvidia-smi` and CUDA_VISIBLE_DEVICES')
+  if (started !== status.success) {
+    throw none(`the driver does not start: ${driver.errorName(started)} (${started})`, 'check that `nvidia-smi` works')
+  }
+  const driverVersion = driver.out(word => call.cuDriverGetVersion(word), 'kernels-cuda')
+  const count = driver.out(word => call.cuDeviceGetCount(word), 'kernels-cuda')
+  if (count === 0) throw none('the driver finds no device', 'check `nvidia-smi` and CUDA_VISIBLE_DEVICES')
+  if (ordinal !== undefined && !(Number.isInteger(ordinal) && ordinal >= 0 && ordinal < count)) {
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'kernels-cuda',
+      problem: `device ${ordinal} of ${count}`,
+      fix: `choose 0 to ${count - 1}`,
+    })
+  }
+  const devices = (ordinal === undefined ? [...Array(count).keys()] : [ordinal]).map(index =>
+    describe(driver, index, driverVersion),
+  )
+  const usable = devices.find(({ capability }) => capability >= leastCapability)
+  if (usable !== undefined) return usable
+  throw none(
+    `${devices.map(({ name, capability }) => `${name} has compute capability ${capability / 10}`).join(', ')}; 8.0 (Ampere) or newer is needed`,
+    'use @moe/kernels-cpu',
+  )
+}
+
+function describe(driver: Driver, ordinal: number, driverVersion: number): Device {
+  const { call } = driver
+  const device = driver.out(word => call.cuDeviceGet(word, ordinal), 'kernels-cuda')
+  const get = (code: number) => driver.out(word => call.cuDeviceGetAttribute(word, code, device), 'kernels-cuda')
+  const name = new Uint8Array(256)
+  driver.check(call.cuDeviceGetName(name, name.length, device), 'kernels-cuda')
+  return {
+    ordinal,
+    name: new TextDecoder().decode(name.subarray(0, name.indexOf(0))),
+    capability: get(attribute.major) * 10 + get(attribute.minor),
+    multiprocessors: get(attribute.multiprocessors),
+    sharedMemory: get(attribute.sharedMemoryOptIn),
+    totalMemory: driver.out(word => call.cuDeviceTotalMem(word, device), 'kernels-cuda'),
+    driverVersion,
+  }
+}
+
+function none(problem: string, fix: string): MoeError {
+  return new MoeError({ code: 'E_NO_BACKEND', op: 'kernels-cuda', problem, fix })
+}

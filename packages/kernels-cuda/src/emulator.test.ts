@@ -1,0 +1,552 @@
+/** @file The emulator itself, driven as a driver: right kernels compute right, and every kind of wrong one is found. */
+import { existsSync } from 'node:fs'
+import { join } from 'node:path'
+import koffi from 'koffi'
+import { afterEach, beforeEach, describe, expect, test } from 'vitest'
+
+const file = join(import.meta.dirname, '..', 'build', 'emulator', 'libmoe-cuda-emulator.so')
+const notReady = 600
+const illegalAddress = 700
+const misalignedAddress = 716
+const launchFailed = 719
+
+describe.skipIf(!existsSync(file))('emulator', () => {
+  const device = existsSync(file) ? openEmulator() : (undefined as never)
+  beforeEach(() => device.reset())
+  afterEach(() => device.reset())
+
+  const numbers = (n: number, f = (i: number) => i) => Float32Array.from({ length: n }, (_, i) => f(i))
+  /** Runs a kernel of one block to its end: status and report. */
+  const run = (name: string, block: number, signature: string, args: readonly number[], shared = 0) => {
+    const launched = device.launch(name, 1, block, signature, args, { shared })
+    return { status: launched || device.synchronize(), report: device.report() }
+  }
+
+  describe('what is right', () => {
+    test('grids and blocks in three dimensions', () => {
+      const y = device.allocate(4 * 12 * 24)
+      expect(device.launch('moe_test_indices', [2, 3, 2], [4, 2, 3], 'p', [y])).toBe(0)
+      const values = device.download(y, Int32Array, 12 * 24)
+      for (let i = 0; i < values.length; i++) expect(values[i]).toBe(Math.floor(i / 24) * 10000 + (i % 24))
+    })
+
+    test('a block reduction (shared memory, barriers, shuffles) without alarm', () => {
+      const x = numbers(4 * 300, i => Math.sin(i))
+      const y = device.allocate(4 * x.length)
+      expect(device.launch('moe_test_softmax', 4, 256, 'p p i', [y, device.upload(x), 300])).toBe(0)
+      const values = device.download(y, Float32Array, x.length)
+      for (let row = 0; row < 4; row++) {
+        const exps = Array.from(x.subarray(300 * row, 300 * row + 300), Math.exp)
+        const sum = exps.reduce((a, b) => a + b)
+        exps.forEach((e, i) => expect(values[300 * row + i]).toBeCloseTo(e / sum, 6))
+      }
+      expect(device.report()).toBe('')
+    })
+
+    test('shuffles, votes and barriers that reduce', () => {
+      const y = device.allocate(4 * 512)
+      expect(run('moe_test_shuffles', 64, 'p', [y])).toEqual({ status: 0, report: '' })
+      const values = device.download(y, Int32Array, 512)
+      const expected = (f: (lane: number, first: number, i: number) => number) =>
+        Int32Array.from({ length: 64 }, (_, i) => f(i % 32, i - (i % 32), i))
+      const part = (k: number) => values.subarray(64 * k, 64 * k + 64)
+      const thirds = (first: number) => {
+        let votes = 0
+        for (let lane = 0; lane < 32; lane++) if ((first + lane) % 3 === 0) votes |= 1 << lane
+        return votes
+      }
+      expect(part(0)).toEqual(expected((_, first) => first + 3))
+      expect(part(1)).toEqual(expected((lane, first) => first + (lane ^ 5)))
+      expect(part(2)).toEqual(expected((lane, _, i) => (lane < 2 ? i : i - 2)))
+      expect(part(3)).toEqual(expected((lane, _, i) => (lane > 29 ? i : i + 2)))
+      expect(part(4)).toEqual(expected((_, __, i) => i ^ 1))
+      expect(part(5)).toEqual(expected((_, first) => thirds(first)))
+      expect(part(6)).toEqual(expected((_, first) => (first === 0 ? 2 : 1)))
+      expect(part(7)).toEqual(expected(() => 132))
+    })
+
+    test('atomics in shared and global memory, and the last block', () => {
+      const x = Int32Array.from({ length: 1000 }, (_, i) => (i * i) % 13)
+      const y = device.upload(new Int32Array(17))
+      expect(device.launch('moe_test_atomics', 3, 128, 'p p p i', [y, device.upload(new Int32Array(1)), device.upload(x), 1000])).toBe(0)
+      const bins = new Int32Array(17)
+      for (const value of x) bins[value]++
+      bins[16] = 1000
+      expect(device.download(y, Int32Array, 17)).toEqual(bins)
+    })
+
+    test('arguments of every kind', () => {
+      const y = device.allocate(20)
+      const x = device.upload(numbers(1, () => 7))
+      expect(run('moe_test_arguments', 32, 'p i l f i i i p p', [y, -3, 2 ** 24, 0.5, 1, 2, 3, y, x])).toEqual({ status: 0, report: '' })
+      expect([...device.download(y, Float32Array, 5)]).toEqual([-3, 2 ** 24, 0.5, 321, 7])
+      expect(device.kernels()).toContain('emulator-tests moe_test_arguments 32 p i l f i[3] p[2]\n')
+    })
+
+    test.each([
+      ['bf16', 16],
+      ['tf32', 8],
+    ])('a %s product through fragments is the plain product', (kind, depth) => {
+      // Few enough bits that both formats and every order of sums are exact.
+      const a = numbers(16 * depth, i => ((i * 7) % 17) - 8)
+      const b = numbers(depth * 8, i => ((i * 5) % 13) - 6)
+      const d = device.allocate(4 * 128)
+      expect(run(`moe_test_${kind}_product`, 32, 'p p p', [d, device.upload(a), device.upload(b)])).toEqual({ status: 0, report: '' })
+      const values = device.download(d, Float32Array, 128)
+      for (let i = 0; i < 16; i++)
+        for (let j = 0; j < 8; j++) {
+          let sum = kind === 'bf16' ? 1 : 0
+          for (let k = 0; k < depth; k++) sum += a[i * depth + k] * b[k * 8 + j]
+          expect(values[8 * i + j]).toBe(sum)
+        }
+    })
+
+    test('the same in the reverse order of blocks and threads', () => {
+      const x = device.upload(numbers(4 * 300, i => Math.sin(i)))
+      const results = [0, 1].map(reversed => {
+        device.set('reversed', reversed)
+        const y = device.allocate(4 * 4 * 300)
+        expect(device.launch('moe_test_softmax', 4, 256, 'p p i', [y, x, 300])).toBe(0)
+        return device.download(y, Float32Array, 4 * 300)
+      })
+      device.set('reversed', 0)
+      expect(results[1]).toEqual(results[0])
+    })
+
+    test('halves and bytes of a word, written by different threads, are no race', () => {
+      const y = device.allocate(1024)
+      expect(run('moe_test_shared_halves', 256, 'p', [y])).toEqual({ status: 0, report: '' })
+      expect(device.download(y, Float32Array, 256).every(value => value === 255)).toBe(true)
+    })
+  })
+
+  describe('what is wrong', () => {
+    const fails = (
+      what: { status: number; report: string },
+      status: number,
+      ...parts: readonly string[]
+    ) => {
+      expect(what.report).not.toBe('')
+      for (const part of parts) expect(what.report).toContain(part)
+      expect(what.status).toBe(status)
+    }
+
+    test('out of bounds, with the place', () => {
+      const x = device.upload(numbers(100))
+      const what = run('moe_test_past_the_end', 256, 'p p i', [device.allocate(400), x, 100])
+      fails(what, illegalAddress, 'out of bounds: read of 4 bytes', '0 bytes past the end of the 400 bytes', 'thread (100, 0, 0)', 'moe_test_past_the_end', 'block (0, 0, 0)')
+    })
+    test('before the start', () =>
+      fails(
+        run('moe_test_before_the_start', 256, 'p p', [device.allocate(1024), device.upload(numbers(256))]),
+        illegalAddress,
+        '4 bytes before the 1024 bytes',
+      ))
+    test('null pointer', () => fails(run('moe_test_null', 256, 'p', [0]), illegalAddress, 'null pointer'))
+    test('memory of the host', () => {
+      const host = numbers(256)
+      fails(run('moe_test_null', 256, 'p', [Number(koffi.address(host))]), illegalAddress, 'not device memory')
+    })
+    test('use after free', () => {
+      const y = device.allocate(1024)
+      device.free(y)
+      fails(run('moe_test_null', 256, 'p', [y]), illegalAddress, 'which were freed')
+    })
+    test('memory that nothing wrote', () =>
+      fails(run('moe_test_copy', 256, 'p p l', [device.allocate(1024), device.allocate(1024), 256]), illegalAddress, 'uninitialized'))
+    test('download of memory that nothing wrote', () => {
+      const y = device.allocate(1024)
+      expect(() => device.download(y, Float32Array, 256)).toThrow('700')
+      expect(device.report()).toMatch('uninitialized')
+    })
+    test('misaligned vectors', () => {
+      const x = device.upload(numbers(1024))
+      const y = device.allocate(4096)
+      expect(run('moe_test_copy4', 256, 'p p i', [y, x, 256])).toEqual({ status: 0, report: '' })
+      fails(run('moe_test_copy4', 256, 'p p i', [y, x + 4, 255]), misalignedAddress, 'misaligned', 'float4')
+    })
+    test('shared memory that nothing wrote', () =>
+      fails(run('moe_test_shared_unwritten', 256, 'p', [device.allocate(1024)]), illegalAddress, 'byte 28 of shared array tile'))
+    test('read of what another thread writes, without a barrier', () => {
+      expect(run('moe_test_shared_race', 256, 'p i', [device.allocate(1024), 1])).toEqual({ status: 0, report: '' })
+      fails(run('moe_test_shared_race', 256, 'p i', [device.allocate(1024), 0]), illegalAddress, 'barrier')
+    })
+    test('overwritten while others may still read', () => {
+      expect(run('moe_test_shared_overwrite', 256, 'p i', [device.allocate(1024), 1])).toEqual({ status: 0, report: '' })
+      fails(run('moe_test_shared_overwrite', 256, 'p i', [device.allocate(1024), 0]), launchFailed, 'race')
+    })
+    test('__syncwarp orders the lanes of a warp, and no others', () => {
+      expect(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 1, 1])).toEqual({ status: 0, report: '' })
+      fails(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 1, 0]), illegalAddress, 'barrier')
+      device.reset()
+      fails(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 32, 1]), illegalAddress, 'barrier')
+    })
+    test('dynamic shared memory beyond what the launch asked for', () => {
+      expect(run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), 255], 1024)).toEqual({ status: 0, report: '' })
+      fails(run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), 256], 1024), illegalAddress, 'byte 1024 of dynamic')
+      device.reset()
+      fails(run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), -1], 1024), illegalAddress, 'byte -4 of dynamic')
+    })
+    test('an index outside an array, though inside the memory', () =>
+      fails(run('moe_test_index', 256, 'p i', [device.allocate(1024), 32]), illegalAddress, 'index 32 of an array'))
+    test('a barrier that a thread never reaches', () =>
+      fails(run('moe_test_returns_early', 256, 'p', [device.allocate(1024)]), launchFailed, '255 of 256 threads', '1 returned (the first is 5)'))
+    test('barriers at different places', () =>
+      fails(run('moe_test_divergent', 256, 'p', [device.allocate(1024)]), launchFailed, 'divergent barrier'))
+    test('a shuffle without all lanes', () => {
+      fails(run('moe_test_missing_lanes', 256, 'p', [device.allocate(1024)]), launchFailed, 'wait at a shuffle')
+      device.reset()
+      fails(run('moe_test_missing_lanes', 16, 'p', [device.allocate(1024)]), launchFailed, 'this warp has only 16')
+      device.reset()
+      fails(run('moe_test_partial_mask', 256, 'p', [device.allocate(1024)]), launchFailed, 'mask 0x0000ffff')
+    })
+    test('division by zero; a stack that overflows', () => {
+      fails(run('moe_test_divide', 256, 'p i', [device.allocate(1024), 0]), launchFailed, 'division by zero')
+      device.reset()
+      expect(run('moe_test_deep', 32, 'p i', [device.allocate(128), 10])).toEqual({ status: 0, report: '' })
+      fails(run('moe_test_deep', 32, 'p i', [device.allocate(128), 1000]), launchFailed, 'stack overflow')
+    })
+
+    describe('asynchronous copies', () => {
+      const copies = (mode: number) => {
+        const y = device.allocate(256)
+        return { y, ...run('moe_test_async', 32, 'p p i', [y, device.upload(numbers(128)), mode]) }
+      }
+      test('waited for, with a barrier: the data; zeros where the source is not valid', () => {
+        const { y, status, report } = copies(0)
+        expect({ status, report }).toEqual({ status: 0, report: '' })
+        const values = device.download(y, Float32Array, 64)
+        for (let i = 0; i < 32; i++) {
+          expect(values[i]).toBe(i < 8 ? 0 : 4 * (31 - i) + 1)
+          expect(values[32 + i]).toBe(4 * (31 - i) + 2)
+        }
+      })
+      test.each([
+        ['not waited for', 1],
+        ['without a barrier', 2],
+        ['waited for too few groups', 3],
+      ])('%s: found', (_, mode) => fails(copies(mode), launchFailed, 'race'))
+      test('and without checks, stale until the thread that asked for them waits', () => {
+        device.set('checks', 0)
+        try {
+          const { y, status } = copies(1)
+          expect(status).toBe(0)
+          expect(device.download(y, Float32Array, 32)[31]).toBe(-1)
+        } finally {
+          device.reset()
+          device.set('checks', 1)
+        }
+      })
+    })
+
+    test('launches that a driver refuses leave the context as it is', () => {
+      const y = device.allocate(1024)
+      expect(device.launch('moe_test_null', 1, 512, 'p', [y])).toBe(701)
+      expect(device.launch('moe_test_null', 0, 256, 'p', [y])).toBe(1)
+      expect(device.launch('moe_test_null', [1, 65536, 1], 256, 'p', [y])).toBe(1)
+      expect(device.launch('moe_test_null', 1, 256, 'p p', [y, y])).toBe(1)
+      expect(device.report()).toMatch('its parameters (p) take 8')
+      expect(device.launch('moe_test_dynamic', 1, 256, 'p i', [y, 0], { shared: 64 << 10 })).toBe(1)
+      expect(device.allowShared('moe_test_dynamic', 64 << 10)).toBe(0)
+      expect(device.launch('moe_test_dynamic', 1, 256, 'p i', [y, 0], { shared: 64 << 10 })).toBe(0)
+      expect(device.synchronize()).toBe(0)
+      expect(device.allowShared('moe_test_dynamic', 256 << 10)).toBe(1)
+    })
+
+    test('an error is sticky until the emulator is reset', () => {
+      expect(run('moe_test_null', 256, 'p', [0]).status).toBe(illegalAddress)
+      expect(device.synchronize()).toBe(illegalAddress)
+      expect(() => device.allocate(16)).toThrow('700')
+      device.reset()
+      expect(device.synchronize()).toBe(0)
+      expect(device.allocate(16)).toBeGreaterThan(0)
+    })
+
+    test('injected: a launch that fails when it runs, a call that fails at once', () => {
+      const y = device.allocate(1024)
+      device.fail('launch', 2, launchFailed)
+      expect(device.launch('moe_test_null', 1, 256, 'p', [y])).toBe(0)
+      expect(device.synchronize()).toBe(0)
+      expect(device.launch('moe_test_null', 1, 256, 'p', [y])).toBe(0)
+      expect(device.synchronize()).toBe(launchFailed)
+      device.reset()
+      device.fail('alloc', 1, 2)
+      expect(() => device.allocate(16)).toThrow('2')
+      device.allocate(16)
+      device.fail('cuLaunchKernel', 1, 999)
+      expect(device.launch('moe_test_null', 1, 256, 'p', [y])).toBe(999)
+      expect(device.synchronize()).toBe(0)
+    })
+
+    test('images that are none', () => {
+      expect(device.loadModule(Buffer.from('not a module, but long enough to look at'))).toBe(200)
+      expect(device.loadModule(Buffer.from('50ed55ba01001000', 'hex'))).toBe(209)
+      expect(device.loadModule(Buffer.from('moe-emulated-module of-nobody\n\0'))).toBe(209)
+    })
+  })
+
+  describe('streams', () => {
+    test('work waits until somebody asks twice', () => {
+      const stream = device.stream()
+      const event = device.event()
+      const y = device.allocate(1024)
+      const pinned = device.pinned(1024)
+      device.launch('moe_test_null', 1, 256, 'p', [y], { stream })
+      expect(device.call('cuMemcpyDtoHAsync_v2', pinned.address, y, 1024, stream)).toBe(0)
+      device.call('cuEventRecord', event, stream)
+      expect(device.call('cuEventQuery', event)).toBe(notReady)
+      expect(pinned.view()[0]).toBe(0)
+      expect(device.call('cuEventQuery', event)).toBe(0)
+      expect(pinned.view()[0]).toBe(1)
+      expect(device.call('cuEventQuery', event)).toBe(0)
+    })
+
+    test('pageable memory is read at the call, pinned memory when the copy runs', () => {
+      const stream = device.stream()
+      const [a, b] = [device.allocate(4), device.allocate(4)]
+      const host = numbers(1, () => 1)
+      const pinned = device.pinned(4)
+      pinned.view()[0] = 1
+      device.call('cuMemcpyHtoDAsync_v2', a, Number(koffi.address(host)), 4, stream)
+      device.call('cuMemcpyHtoDAsync_v2', b, pinned.address, 4, stream)
+      host[0] = 2
+      pinned.view()[0] = 2
+      expect(device.call('cuStreamSynchronize', stream)).toBe(0)
+      expect(device.download(a, Float32Array, 1)[0]).toBe(1)
+      expect(device.download(b, Float32Array, 1)[0]).toBe(2)
+    })
+
+    test('a stream that does not wait for another runs before it; one that waits runs after', () => {
+      const [one, two] = [device.stream(), device.stream()]
+      const event = device.event()
+      const y = device.allocate(1024)
+      const z = device.allocate(1024)
+      device.launch('moe_test_null', 1, 256, 'p', [y], { stream: one })
+      device.call('cuEventRecord', event, one)
+      device.call('cuStreamWaitEvent', two, event, 0)
+      device.launch('moe_test_copy', 1, 256, 'p p l', [z, y, 256], { stream: two })
+      expect(device.call('cuStreamSynchronize', two)).toBe(0)
+      const [x, w] = [device.allocate(1024), device.allocate(1024)]
+      device.launch('moe_test_null', 1, 256, 'p', [x], { stream: one })
+      device.launch('moe_test_copy', 1, 256, 'p p l', [w, x, 256], { stream: two })
+      expect(device.call('cuStreamSynchronize', two)).toBe(illegalAddress)
+      expect(device.report()).toMatch('uninitialized')
+    })
+
+    test('allocation and release in stream order', () => {
+      const stream = device.stream()
+      const y = device.allocate(1024, stream)
+      device.launch('moe_test_null', 1, 256, 'p', [y], { stream })
+      expect(device.call('cuMemFreeAsync', y, stream)).toBe(0)
+      expect(device.call('cuStreamSynchronize', stream)).toBe(0)
+      device.launch('moe_test_null', 1, 256, 'p', [y], { stream })
+      expect(device.call('cuStreamSynchronize', stream)).toBe(illegalAddress)
+    })
+
+    test('time passes between events', () => {
+      const [start, end] = [device.event(), device.event()]
+      const x = device.upload(numbers(1 << 16))
+      const y = device.allocate(4 << 16)
+      device.call('cuEventRecord', start, 0)
+      device.launch('moe_test_copy', 64, 256, 'p p l', [y, x, 1 << 16])
+      device.call('cuEventRecord', end, 0)
+      const milliseconds = new Float32Array(1)
+      expect(device.call('cuEventElapsedTime', Number(koffi.address(milliseconds)), start, end)).toBe(notReady)
+      device.synchronize()
+      expect(device.call('cuEventElapsedTime', Number(koffi.address(milliseconds)), start, end)).toBe(0)
+      expect(milliseconds[0]).toBeGreaterThan(0)
+    })
+
+    test('no more memory than there is, and all of it back', () => {
+      const before = device.memory()
+      expect(() => device.allocate(before.total + 1)).toThrow('2')
+      const part = device.allocate(2 ** 20)
+      expect(device.memory().free).toBe(before.free - 2 ** 20)
+      device.free(part)
+      expect(device.memory()).toEqual(before)
+    })
+  })
+
+  describe('graphs', () => {
+    const capture = (stream: number, fn: () => void) => {
+      const word = new BigUint64Array(1)
+      expect(device.call('cuStreamBeginCapture_v2', stream, 2)).toBe(0)
+      fn()
+      const status = device.call('cuStreamEndCapture', stream, Number(koffi.address(word)))
+      return { status, graph: Number(word[0]) }
+    }
+    const out = (call: (address: number) => number) => {
+      const word = new BigUint64Array(1)
+      expect(call(Number(koffi.address(word)))).toBe(0)
+      return Number(word[0])
+    }
+
+    test('a captured launch runs at every replay, on what its inputs hold then', () => {
+      const stream = device.stream()
+      const x = device.upload(numbers(256))
+      const [y, z] = [device.allocate(1024), device.allocate(1024)]
+      const { status, graph } = capture(stream, () => {
+        device.launch('moe_test_copy', 1, 256, 'p p l', [y, x, 256], { stream })
+        device.call('cuMemcpyDtoDAsync_v2', z, y, 1024, stream)
+      })
+      expect(status).toBe(0)
+      const exec = out(address => device.call('cuGraphInstantiateWithFlags', address, graph, 0))
+      expect(out(address => device.call('cuGraphGetNodes', graph, 0, address))).toBe(2)
+      for (const scale of [1, 2]) {
+        device.call('cuMemcpyHtoD_v2', x, Number(koffi.address(numbers(256, i => scale * i))), 1024)
+        expect(device.call('cuGraphLaunch', exec, stream)).toBe(0)
+        expect(device.call('cuStreamSynchronize', stream)).toBe(0)
+        expect(device.download(z, Float32Array, 256)[255]).toBe(scale * 255)
+      }
+      expect(device.call('cuGraphExecDestroy', exec)).toBe(0)
+      expect(device.call('cuGraphDestroy', graph)).toBe(0)
+      expect(device.report()).toBe('')
+    })
+
+    test('new parameters for a captured launch', () => {
+      const stream = device.stream()
+      const x = device.upload(numbers(256))
+      const [y, z] = [device.allocate(1024), device.allocate(1024)]
+      const { graph } = capture(stream, () => device.launch('moe_test_copy', 1, 256, 'p p l', [y, x, 256], { stream }))
+      const exec = out(address => device.call('cuGraphInstantiateWithFlags', address, graph, 0))
+      const nodes = new BigUint64Array(1)
+      const count = BigUint64Array.of(1n)
+      device.call('cuGraphGetNodes', graph, Number(koffi.address(nodes)), Number(koffi.address(count)))
+      // CUDA_KERNEL_NODE_PARAMS: function, grid, block, shared, kernelParams, extra, kernel, context.
+      const params = new BigUint64Array(9)
+      expect(device.call('cuGraphKernelNodeGetParams_v2', Number(nodes[0]), Number(koffi.address(params)))).toBe(0)
+      const extra = koffi.view(params[6], 40)
+      const packed = koffi.view(new BigUint64Array(extra)[1], 24)
+      new BigUint64Array(packed)[0] = BigInt(z)
+      expect(device.call('cuGraphExecKernelNodeSetParams_v2', exec, Number(nodes[0]), Number(koffi.address(params)))).toBe(0)
+      device.call('cuGraphLaunch', exec, stream)
+      expect(device.call('cuStreamSynchronize', stream)).toBe(0)
+      expect(device.download(z, Float32Array, 256)[255]).toBe(255)
+      expect(() => device.download(y, Float32Array, 256)).toThrow('700')
+    })
+
+    test('what waits for the device may not happen in a capture', () => {
+      const stream = device.stream()
+      const { status, graph } = capture(stream, () => expect(device.call('cuStreamSynchronize', stream)).toBe(900))
+      expect({ status, graph }).toEqual({ status: 901, graph: 0 })
+    })
+  })
+})
+
+type Shape3 = number | readonly [number, number, number]
+
+/** The library through koffi: calls by name, addresses and handles as numbers. */
+function openEmulator() {
+  const library = koffi.load(file)
+  const functions = new Map<string, (...args: number[]) => number>()
+  const words = new Map<string, string>([
+    ['cuMemcpyHtoD_v2', 'llz'],
+    ['cuMemcpyHtoDAsync_v2', 'llzl'],
+    ['cuMemcpyDtoHAsync_v2', 'llzl'],
+    ['cuMemcpyDtoDAsync_v2', 'llzl'],
+    ['cuStreamBeginCapture_v2', 'li'],
+    ['cuStreamWaitEvent', 'lli'],
+    ['cuDevicePrimaryCtxRetain', 'li'],
+    ['cuStreamCreate', 'li'],
+    ['cuEventCreate', 'li'],
+    ['cuInit', 'i'],
+    ['cuMemHostAlloc', 'lzi'],
+    ['cuFuncSetAttribute', 'lii'],
+    ['cuLaunchKernel', 'liiiiiiilll'],
+  ])
+  const types: Record<string, string> = { l: 'uint64_t', z: 'size_t', i: 'int' }
+  /** Parameters are 64 bits wide unless listed. */
+  const call = (name: string, ...args: number[]): number => {
+    let found = functions.get(name)
+    if (found === undefined) {
+      const list = [...(words.get(name) ?? 'l'.repeat(args.length))].map((letter, i) => `${types[letter]} a${i}`).join(', ')
+      found = library.func(`int ${name}(${list || 'void'})`) as unknown as (...args: number[]) => number
+      functions.set(name, found)
+    }
+    return found(...args)
+  }
+  const check = (status: number, what: string) => {
+    if (status !== 0) throw new Error(`${what}: ${status}`)
+  }
+  const word = new BigUint64Array(2)
+  const at = (array: ArrayBufferView) => Number(koffi.address(array as never))
+  const out = (name: string, ...rest: number[]) => {
+    check(call(name, at(word), ...rest), name)
+    return Number(word[0])
+  }
+  const loadModule = (image: Uint8Array) => call('cuModuleLoadData', at(word), at(image))
+
+  check(call('cuInit', 0), 'cuInit')
+  out('cuDevicePrimaryCtxRetain', 0)
+  check(loadModule(Buffer.from('moe-emulated-module emulator-tests\n\0')), 'module')
+  const module = Number(word[0])
+  const functionOf = (name: string) => {
+    const text = Buffer.from(`${name}\0`)
+    check(call('cuModuleGetFunction', at(word), module, at(text)), name)
+    return Number(word[0])
+  }
+
+  return {
+    call,
+    loadModule,
+    report: library.func('const char* moe_emulator_report()') as unknown as () => string,
+    reset: library.func('void moe_emulator_reset()') as unknown as () => void,
+    kernels: library.func('const char* moe_emulator_kernels()') as unknown as () => string,
+    fail: library.func('void moe_emulator_fail(const char* call, int after, int status)') as unknown as (
+      call: string,
+      after: number,
+      status: number,
+    ) => void,
+    set: library.func('void moe_emulator_set(const char* name, int value)') as unknown as (name: string, value: number) => void,
+    synchronize: () => call('cuCtxSynchronize'),
+    allocate: (bytes: number, stream?: number) =>
+      stream === undefined ? out('cuMemAlloc_v2', bytes) : out('cuMemAllocAsync', bytes, stream),
+    free: (pointer: number) => check(call('cuMemFree_v2', pointer), 'free'),
+    memory: () => {
+      check(call('cuMemGetInfo_v2', at(word), at(word.subarray(1))), 'memory')
+      return { free: Number(word[0]), total: Number(word[1]) }
+    },
+    stream: () => out('cuStreamCreate', 1),
+    event: () => out('cuEventCreate', 0),
+    pinned: (bytes: number) => {
+      const address = out('cuMemHostAlloc', bytes, 0)
+      const view = () => new Float32Array(koffi.view(BigInt(address), bytes))
+      view().fill(0)
+      return { address, view }
+    },
+    upload(values: Float32Array | Int32Array) {
+      const pointer = out('cuMemAlloc_v2', values.byteLength)
+      check(call('cuMemcpyHtoD_v2', pointer, at(values), values.byteLength), 'upload')
+      return pointer
+    },
+    download<T extends Float32Array | Int32Array>(pointer: number, type: new (n: number) => T, n: number): T {
+      const values = new type(n)
+      check(call('cuMemcpyDtoH_v2', at(values), pointer, values.byteLength), 'download')
+      return values
+    },
+    allowShared: (name: string, bytes: number) => call('cuFuncSetAttribute', functionOf(name), 8, bytes),
+    launch(
+      name: string,
+      grid: Shape3,
+      block: Shape3,
+      signature: string,
+      args: readonly number[],
+      { shared = 0, stream = 0 } = {},
+    ): number {
+      const packed = new DataView(new ArrayBuffer(256))
+      let bytes = 0
+      signature.split(' ').forEach((letter, i) => {
+        const size = letter === 'p' || letter === 'l' ? 8 : 4
+        bytes = Math.ceil(bytes / size) * size
+        if (size === 8) packed.setBigInt64(bytes, BigInt(args[i]), true)
+        else if (letter === 'i') packed.setInt32(bytes, args[i], true)
+        else packed.setFloat32(bytes, args[i], true)
+        bytes += size
+      })
+      const size = BigUint64Array.of(BigInt(bytes))
+      const extra = BigUint64Array.of(1n, BigInt(at(packed)), 2n, BigInt(at(size)), 0n)
+      const shape = (s: Shape3) => (typeof s === 'number' ? [s, 1, 1] : s)
+      return call('cuLaunchKernel', functionOf(name), ...shape(grid), ...shape(block), shared, stream, 0, at(extra))
+    },
+  }
+}

@@ -1,0 +1,172 @@
+/** @file Recording a run of ops once and launching it again as one CUDA graph. */
+import { MoeError, type OpAttrs, type OpName, type Tensor } from '@moe/core'
+import type { Driver } from './driver/driver.ts'
+import { type CudaBuffer, type Memory, newPool, type Pool } from './memory.ts'
+import type { Stream } from './stream.ts'
+
+/** New attributes for the recorded calls of an op, from those of the last time. */
+export type AttrUpdates = { readonly [O in OpName]?: (attrs: OpAttrs[O]) => OpAttrs[O] }
+
+export interface CaptureOptions {
+  /**
+   * What one run leaves for the next: tensors (parameters, buffers, moments, a cache) that `fn` replaces by new values. At the end of the
+   * graph each new value is copied to where the old one was, and the tensor stays there.
+   */
+  readonly state?: readonly Tensor[]
+}
+
+/** A recorded run. Its memory is its own until `dispose`. */
+export interface CudaGraph<T> {
+  /** What `fn` returned. Its tensors hold the values of the latest replay. */
+  readonly result: T
+  /** Kernels and copies in the graph. */
+  readonly nodes: number
+  /**
+   * Runs it all again, on what its inputs hold now (`CudaBackend.write` changes them).
+   * @param updates New attributes for ops that can take some: `{ adamwStep: attrs => ({ ...attrs, lr, step }) }`.
+   */
+  replay(updates?: AttrUpdates): void
+  /** Gives the graph and its memory back. Tensors of the result keep the values that they have. */
+  dispose(): void
+}
+
+/** Attributes that lie in device memory, so that a replay can have others. */
+interface DeviceAttrs {
+  readonly op: OpName
+  /** Of the recorded values. */
+  readonly key: string
+  attrs: unknown
+  readonly pointer: number
+  readonly encode: (attrs: never) => readonly number[]
+}
+
+/** A capture on its way. */
+export interface Recording {
+  readonly pool: Pool
+  /** What was uploaded meanwhile: constants, which are written once the recording is over and then stay. */
+  readonly uploads: Array<{ readonly pointer: number; readonly data: Uint8Array }>
+  readonly attrs: DeviceAttrs[]
+  /** Owned by the graph until its end. */
+  readonly buffers: CudaBuffer[]
+}
+
+/** Nothing else may use the stream meanwhile, but other threads may call the driver. */
+const captureRelaxed = 2
+
+export function capture<T>(
+  driver: Driver,
+  memory: Memory,
+  stream: Stream,
+  fn: () => T,
+  options: CaptureOptions,
+  setRecording: (recording: Recording | null) => void,
+): CudaGraph<T> {
+  const { call } = driver
+  const recording: Recording = { pool: newPool(), uploads: [], attrs: [], buffers: [] }
+  const state = options.state ?? []
+  const before = state.map(tensor => tensor.handle as CudaBuffer)
+
+  driver.check(call.cuStreamBeginCapture(stream.handle, captureRelaxed), 'capture')
+  setRecording(recording)
+  let result: T
+  let failure: { readonly cause: unknown } | null = null
+  try {
+    result = memory.within(recording.pool, () => {
+      const value = fn()
+      if (value instanceof Promise) throw asynchronous()
+      memory.begin('capture')
+      state.forEach((tensor, i) => {
+        const now = tensor.handle as CudaBuffer
+        if (now === before[i]) return
+        stream.copy(before[i].pointer, now.pointer, now.bytes)
+        memory.release(now)
+        tensor.handle = memory.revive(before[i])
+      })
+      return value
+    })
+  } catch (cause) {
+    failure = { cause }
+  } finally {
+    setRecording(null)
+  }
+  const word = new BigUint64Array(1)
+  const ended = call.cuStreamEndCapture(stream.handle, word)
+  const graph = Number(word[0])
+  const giveUp = () => {
+    if (graph !== 0) call.cuGraphDestroy(graph)
+    for (const buffer of recording.buffers) if (buffer.refs > 0) memory.release(buffer)
+    memory.dissolve(recording.pool)
+  }
+  if (failure !== null) {
+    giveUp()
+    throw failure.cause
+  }
+  let exec: number
+  let nodes: number
+  try {
+    driver.check(ended, 'capture', 'ending the recording')
+    const count = new BigUint64Array(1)
+    driver.check(call.cuGraphGetNodes(graph, 0, count), 'capture')
+    nodes = Number(count[0])
+    exec = driver.out(pointer => call.cuGraphInstantiate(pointer, graph, 0), 'capture', `of ${nodes} nodes`)
+  } catch (cause) {
+    giveUp()
+    throw cause
+  }
+  for (const { pointer, data } of recording.uploads) stream.upload(pointer, data, 'capture')
+  for (const slot of recording.attrs) writeAttrs(stream, slot)
+
+  let alive = true
+  return {
+    // Assigned unless `failure` is set.
+    result: result! as T,
+    nodes,
+    replay(updates = {}) {
+      if (!alive) throw new MoeError({ code: 'E_DISPOSED', op: 'replay', problem: 'the graph is disposed' })
+      for (const slot of recording.attrs) {
+        const update = updates[slot.op] as ((attrs: unknown) => unknown) | undefined
+        if (update === undefined) continue
+        slot.attrs = update(slot.attrs)
+        writeAttrs(stream, slot)
+      }
+      driver.check(call.cuGraphLaunch(exec, stream.handle), 'replay', `of ${nodes} nodes`)
+    },
+    dispose() {
+      if (!alive) return
+      alive = false
+      call.cuGraphExecDestroy(exec)
+      giveUp()
+    },
+  }
+}
+
+/** Where the attributes lie for the graph. Calls with the same ones share the place: an optimizer makes one per parameter. */
+export function recordedAttrs<O extends OpName>(
+  recording: Recording,
+  memory: Memory,
+  op: O,
+  attrs: OpAttrs[O],
+  encode: (attrs: OpAttrs[O]) => readonly number[],
+): number {
+  const values = encode(attrs)
+  const key = `${op} ${values}`
+  const known = recording.attrs.find(slot => slot.key === key)
+  if (known !== undefined) return known.pointer
+  const buffer = memory.allocateConstant(values.length * 4)
+  recording.buffers.push(buffer)
+  recording.attrs.push({ op, key, attrs, pointer: buffer.pointer, encode })
+  return buffer.pointer
+}
+
+function writeAttrs(stream: Stream, { op, attrs, pointer, encode }: DeviceAttrs): void {
+  stream.upload(pointer, Float32Array.from(encode(attrs as never)), op)
+}
+
+function asynchronous(): MoeError {
+  return new MoeError({
+    code: 'E_ATTR',
+    op: 'capture',
+    problem: 'the function returned a promise',
+    fix: 'record a function that waits for nothing: read results after replay',
+  })
+}

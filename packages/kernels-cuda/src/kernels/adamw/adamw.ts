@@ -1,0 +1,25 @@
+/** @file AdamW, in place where nobody else holds the tensors. */
+import { type AdamwAttrs, sizeOf } from '@moe/core'
+import { elementwiseGrid, type FusedFactory, pointerOf } from '../../native.ts'
+
+/** The fields of AdamwAttributes. */
+function encode({ lr, beta1, beta2, eps, weightDecay, step }: AdamwAttrs): number[] {
+  const rate = lr / (1 - beta1 ** step)
+  const correction = 1 / (1 - beta2 ** step)
+  return [1 - lr * weightDecay, beta1, 1 - beta1, beta2, 1 - beta2, rate, correction, eps]
+}
+
+export const adamwStep: FusedFactory<'adamwStep'> = cuda => {
+  const kernel = cuda.kernel('adamw', 'moe_adamw_step_f32', 'p p p p p p l')
+  return ([param, grad, m, v, gradScale], attrs) => {
+    // On the device, so that a recorded step can be replayed at another learning rate.
+    const attributes = cuda.attributes('adamwStep', attrs, encode)
+    const p = cuda.donated(param)
+    const first = cuda.donated(m)
+    const second = cuda.donated(v)
+    const n = sizeOf(param.shape)
+    const tensors = [p.pointer, first.pointer, second.pointer, pointerOf(grad), pointerOf(gradScale), attributes]
+    kernel({ grid: elementwiseGrid(cuda, n), block: 256 }, ...tensors, n)
+    return [p, first, second]
+  }
+}

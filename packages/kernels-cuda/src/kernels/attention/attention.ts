@@ -1,0 +1,132 @@
+/** @file Attention that never stores its scores, and its gradient. */
+import type { Precision, Value } from '@moe/core'
+import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
+import { type DenseMatrix, roundToBf16 } from '../matmul/gemm.ts'
+
+/** Sizes of an engine of flash.cuh: rows and columns of a score tile, features of keys and of values. */
+interface Engine {
+  readonly precision: Precision
+  readonly dk: number
+  readonly dv: number
+  readonly threads: number
+  readonly n: number
+  /** Rows, forward and backward. */
+  readonly m: number
+  readonly mBackward: number
+}
+
+const bf16 = (dk: number, dv: number): Engine => ({ precision: 'bf16', dk, dv, threads: 128, n: 32, m: 128, mBackward: 64 })
+const f32 = (dk: number, dv: number): Engine => ({ precision: 'f32', dk, dv, threads: 256, n: 32, m: 32, mBackward: 32 })
+const engines = [bf16(64, 64), bf16(128, 128), bf16(192, 128), f32(64, 64), f32(192, 128), f32(256, 256)]
+const nameOf = (e: Engine) => `${e.precision}_${e.dk}_${e.dv}`
+
+/** Bytes of `rows` rows of keys or queries and as many of values; the f32 engines keep banks apart with four more features. */
+const rowBytes = (e: Engine, keyRows: number, valueRows: number) =>
+  e.precision === 'bf16' ? (keyRows * e.dk + valueRows * e.dv) * 2 : (keyRows * (e.dk + 4) + valueRows * (e.dv + 4)) * 4
+const stages = (e: Engine) => (e.precision === 'bf16' ? 2 : 1)
+const scratch = (e: Engine) => (e.precision === 'bf16' ? 0 : e.m * (e.n + 1) * 4)
+const forwardShared = (e: Engine) => scratch(e) + rowBytes(e, e.m, 0) + stages(e) * rowBytes(e, e.n, e.n)
+const backwardShared = (e: Engine) =>
+  scratch(e) + rowBytes(e, e.mBackward, e.mBackward) + stages(e) * (rowBytes(e, e.n, e.n) + 2 * e.n * 4)
+
+/** The smallest engine for these heads. Heads beyond those of bf16 are computed in f32. */
+function findEngine(cuda: Cuda, precision: Precision, dk: number, dv: number, shared: (e: Engine) => number) {
+  const fitting = engines.filter(e => dk <= e.dk && dv <= e.dv && shared(e) <= cuda.sharedMemory)
+  return fitting.find(e => e.precision === precision) ?? fitting.find(e => e.precision === 'f32')
+}
+
+/** The tensors as an engine takes them: as they are, or in bf16 with padded features. */
+function prepare(engine: Engine, round: (m: readonly DenseMatrix[]) => Array<{ pointer: number }>, keys: readonly Value[], values: readonly Value[]) {
+  if (engine.precision === 'f32') return [...keys, ...values].map(pointerOf)
+  const matrix = (ld: number) => (x: Value) => {
+    const [b, rows, heads, columns] = x.shape
+    return { pointer: pointerOf(x), rows: b * rows * heads, columns, ld }
+  }
+  return round([...keys.map(matrix(engine.dk)), ...values.map(matrix(engine.dv))]).map(m => m.pointer)
+}
+
+const sizes = 'i i i i i i i i i i f'
+
+export const attention: FusedFactory<'attention'> = cuda => {
+  const round = roundToBf16(cuda)
+  const kernels = new Map(engines.map(e => [e, cuda.kernel('attention', `moe_attention_fwd_${nameOf(e)}`, `p p p p p p ${sizes}`)]))
+  return ([q, k, v, lengths], { causal, scale, precision }, [outSpec, lseSpec]) => {
+    const [B, T, H, Dk] = q.shape
+    const [, S, G, Dv] = v.shape
+    const engine = findEngine(cuda, precision, Dk, Dv, forwardShared)
+    if (!engine) return undefined
+    const out = cuda.output(outSpec)
+    const lse = cuda.output(lseSpec)
+    if (B * T * H === 0) return [out, lse]
+    const [ldk, ldv] = engine.precision === 'bf16' ? [engine.dk, engine.dv] : [Dk, Dv]
+    kernels.get(engine)?.(
+      { grid: [Math.ceil(T / engine.m), H, B], block: engine.threads, shared: forwardShared(engine) },
+      out.pointer,
+      lse.pointer,
+      ...prepare(engine, round, [q, k], [v]),
+      lengths ? pointerOf(lengths) : 0,
+      B,
+      T,
+      S,
+      H,
+      G,
+      Dk,
+      Dv,
+      ldk,
+      ldv,
+      +causal,
+      scale,
+    )
+    return [out, lse]
+  }
+}
+
+export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
+  const round = roundToBf16(cuda)
+  const delta = cuda.kernel('attention', 'moe_attention_delta_f32', 'p p p i i i i')
+  const kernels = new Map(
+    engines.map(e => [
+      e,
+      {
+        keys: cuda.kernel('attention', `moe_attention_bwd_keys_${nameOf(e)}`, `p p p p p p p p p ${sizes}`),
+        queries: cuda.kernel('attention', `moe_attention_bwd_queries_${nameOf(e)}`, `p p p p p p p p ${sizes}`),
+      },
+    ]),
+  )
+  return ([q, k, v, out, lse, dout, lengths], { causal, scale, precision }, [dqSpec, dkSpec, dvSpec]) => {
+    const [B, T, H, Dk] = q.shape
+    const [, S, G, Dv] = v.shape
+    const engine = findEngine(cuda, precision, Dk, Dv, backwardShared)
+    if (!engine) return undefined
+    const dq = cuda.output(dqSpec)
+    const dk = cuda.output(dkSpec)
+    const dv = cuda.output(dvSpec)
+    if (B * H === 0) return [dq, dk, dv]
+    const deltas = cuda.scratch(B * H * T * 4).pointer
+    const rows = Math.ceil((B * T * H) / 8)
+    delta({ grid: Math.min(rows, cuda.multiprocessors * 16), block: 256 }, deltas, pointerOf(out), pointerOf(dout), B, T, H, Dv)
+    const [ldk, ldv] = engine.precision === 'bf16' ? [engine.dk, engine.dv] : [Dk, Dv]
+    const inputs = [
+      ...prepare(engine, round, [q, k], [v, dout]),
+      pointerOf(lse),
+      deltas,
+      lengths ? pointerOf(lengths) : 0,
+      B,
+      T,
+      S,
+      H,
+      G,
+      Dk,
+      Dv,
+      ldk,
+      ldv,
+      +causal,
+      scale,
+    ]
+    const shape = { block: engine.threads, shared: backwardShared(engine) }
+    const { keys, queries } = kernels.get(engine) as NonNullable<ReturnType<typeof kernels.get>>
+    keys({ grid: [Math.ceil(S / engine.mBackward), G, B], ...shape }, dk.pointer, dv.pointer, ...inputs)
+    queries({ grid: [Math.ceil(T / engine.mBackward), H, B], ...shape }, dq.pointer, ...inputs)
+    return [dq, dk, dv]
+  }
+}

@@ -1,0 +1,28 @@
+/** @file Merged axes as the kernels take them (nest.cuh). */
+import { MoeError, type Shape } from '@moe/core'
+import { broadcastNest as broadcastAxes, type Nest } from '@moe/core/strides'
+
+/** As in nest.cuh. */
+const maxAxes = 8
+
+/** Axes innermost first: of each its size, then the operands' strides. */
+export const nestList = ({ sizes, strides }: Nest): number[] => byAxis(sizes.length, [...sizes, ...strides.flat()])
+
+/** The arguments rank and nest of an elementwise op with numpy broadcasting. */
+export function broadcastNest(out: Shape, ...operands: readonly Shape[]): [rank: number, nest: number[]] {
+  const [rank, ...numbers] = broadcastAxes(out, ...operands)
+  return [rank, byAxis(rank, numbers)]
+}
+
+/** `numbers` are lists of `rank`, outermost first. */
+function byAxis(rank: number, numbers: readonly number[]): number[] {
+  if (rank > maxAxes) {
+    const problem = `${rank} axes that cannot be merged; the kernels have loops for ${maxAxes}`
+    throw new MoeError({ code: 'E_BACKEND', op: 'kernels-cuda', problem })
+  }
+  const nest: number[] = []
+  for (let axis = rank - 1; axis >= 0; axis--) {
+    for (let i = axis; i < numbers.length; i += rank) nest.push(numbers[i])
+  }
+  return nest
+}

@@ -1,0 +1,109 @@
+// One matrix product per expert. Which rows are an expert's is read from `offsets` on the device: the grid holds as many tiles as any
+// offsets could need, and every block finds its own.
+#include "few-rows.cuh"
+#include "gemm.cuh"
+
+/// Rows row .. end - 1 of a tile belong to `expert`; expert = E stands for the rows behind the last one's; -1: nothing to do.
+struct ExpertTile {
+  int expert, row, end;
+};
+
+/// Tile `tile` of BM rows when every expert's rows, and those behind the last, begin a new tile. The same for all threads of a block.
+template <int BM>
+MOE_DEVICE ExpertTile expertTile(const int* offsets, int experts, int rows, int tile) {
+  const int lane = threadIdx.x % 32;
+  for (int first = 0; first <= experts; first += 32) {
+    const int e = first + lane;
+    const int from = e <= experts ? offsets[e] : rows;
+    const int to = e < experts ? offsets[e + 1] : rows;
+    const int own = divUp(to - from, BM);
+    int end = own; // tiles of experts first .. e
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(wholeWarp, end, step);
+      if (lane >= step) end += before;
+    }
+    const unsigned later = __ballot_sync(wholeWarp, tile < end);
+    if (later != 0) {
+      const int found = __ffs(later) - 1;
+      const int row = __shfl_sync(wholeWarp, from + (tile - (end - own)) * BM, found);
+      return {first + found, row, __shfl_sync(wholeWarp, to, found)};
+    }
+    tile -= __shfl_sync(wholeWarp, end, 31);
+  }
+  return {-1, 0, 0};
+}
+
+/// y [N, n] = x [N, k] times the weight of each row's expert, [n, k] when TransposeW, else [k, n].
+template <class Tile, bool TransposeW>
+MOE_DEVICE void grouped(float* y, const typename Tile::Element* x, const typename Tile::Element* weight, const int* offsets, int rows, int n, int k, int experts, int ldx, int ldw) {
+  MOE_DYNAMIC_SHARED(shared);
+  const int2 tile = tileOf(blockIdx.x, min(rows, divUp(rows, Tile::BM) + experts), divUp(n, Tile::BN));
+  const ExpertTile found = expertTile<Tile::BM>(offsets, experts, rows, tile.x);
+  if (found.expert < 0) return;
+  const int column = tile.y * Tile::BN;
+  typename Tile::Sums sums = {};
+  if (found.expert < experts) {
+    weight += (int64_t)found.expert * (TransposeW ? n : k) * ldw + (TransposeW ? (int64_t)column * ldw : column);
+    Tile::template multiply<false, TransposeW>(
+        sums, shared, {x + (int64_t)found.row * ldx, ldx, found.end - found.row}, {weight, ldw, n - column}, k);
+  }
+  storeTile<Tile>(y + (int64_t)found.row * n + column, n, found.end - found.row, n - column, sums, false);
+}
+
+#define GROUPED(blocks, name, Tile, TransposeW)                                                                                                     \
+  MOE_KERNEL((Tile::Threads, blocks), moe_grouped_matmul_fwd_##name, (float* y, const Tile::Element* x, const Tile::Element* weight, const int* offsets, int rows, int n, int k, int experts, int ldx, int ldw)) { \
+    grouped<Tile, TransposeW>(y, x, weight, offsets, rows, n, k, experts, ldx, ldw);                                                                \
+  }
+GROUPED(2, f32_128x128_n, F32Large, false)
+GROUPED(2, f32_128x128_t, F32Large, true)
+GROUPED(3, f32_64x64_n, F32Small, false)
+GROUPED(3, f32_64x64_t, F32Small, true)
+GROUPED(1, bf16_128x256_n, Bf16Large, false)
+GROUPED(1, bf16_128x256_t, Bf16Large, true)
+GROUPED(2, bf16_128x128_n, Bf16Medium, false)
+GROUPED(2, bf16_128x128_t, Bf16Medium, true)
+GROUPED(3, bf16_64x64_n, Bf16Small, false)
+GROUPED(3, bf16_64x64_t, Bf16Small, true)
+
+/// The same with the weight as [n, k] for few rows: 4 columns and 8 rows of an expert to a block.
+template <bool Bf16>
+MOE_DEVICE void groupedFewRows(float* y, const float* x, const float* weight, const int* offsets, int rows, int n, int k, int experts) {
+  const ExpertTile found = expertTile<mostFewRows>(offsets, experts, rows, blockIdx.y);
+  if (found.expert < 0) return;
+  const int column = blockIdx.x * 4, count = min(found.end - found.row, mostFewRows), columns = min(n - column, 4);
+  y += (int64_t)found.row * n + column;
+  if (found.expert < experts) {
+    fewRows<Bf16>(y, x + (int64_t)found.row * k, weight + ((int64_t)found.expert * n + column) * k, count, columns, k, n);
+  } else if (threadIdx.x / 4 < count && threadIdx.x % 4 < columns) {
+    y[(int64_t)(threadIdx.x / 4) * n + threadIdx.x % 4] = 0.f;
+  }
+}
+MOE_KERNEL((128), moe_grouped_matmul_few_f32, (float* y, const float* x, const float* weight, const int* offsets, int rows, int n, int k, int experts)) {
+  groupedFewRows<false>(y, x, weight, offsets, rows, n, k, experts);
+}
+MOE_KERNEL((128), moe_grouped_matmul_few_bf16, (float* y, const float* x, const float* weight, const int* offsets, int rows, int n, int k, int experts)) {
+  groupedFewRows<true>(y, x, weight, offsets, rows, n, k, experts);
+}
+
+/// dweight [E, n, k] = dy^T x over the rows of each expert (blockIdx.y).
+template <class Tile>
+MOE_DEVICE void weightGradient(float* dweight, const typename Tile::Element* dy, const typename Tile::Element* x, const int* offsets, int n, int k, int lddy, int ldx) {
+  MOE_DYNAMIC_SHARED(shared);
+  const int2 tile = tileOf(blockIdx.x, divUp(n, Tile::BM), divUp(k, Tile::BN));
+  const int row = tile.x * Tile::BM, column = tile.y * Tile::BN;
+  const int from = offsets[blockIdx.y], to = offsets[blockIdx.y + 1];
+  typename Tile::Sums sums = {};
+  Tile::template multiply<true, false>(
+      sums, shared, {dy + (int64_t)from * lddy + row, lddy, n - row}, {x + (int64_t)from * ldx + column, ldx, k - column}, to - from);
+  storeTile<Tile>(dweight + ((int64_t)blockIdx.y * n + row) * k + column, k, n - row, k - column, sums, false);
+}
+
+#define WEIGHT_GRADIENT(blocks, name, Tile)                                                                                                         \
+  MOE_KERNEL((Tile::Threads, blocks), moe_grouped_matmul_bwd_##name, (float* dweight, const Tile::Element* dy, const Tile::Element* x, const int* offsets, int n, int k, int lddy, int ldx)) { \
+    weightGradient<Tile>(dweight, dy, x, offsets, n, k, lddy, ldx);                                                                                 \
+  }
+WEIGHT_GRADIENT(2, f32_128x128, F32Large)
+WEIGHT_GRADIENT(3, f32_64x64, F32Small)
+WEIGHT_GRADIENT(1, bf16_128x256, Bf16Large)
+WEIGHT_GRADIENT(2, bf16_128x128, Bf16Medium)
+WEIGHT_GRADIENT(3, bf16_64x64, Bf16Small)

@@ -1,0 +1,94 @@
+/** @file One matrix product per expert over ragged row ranges, and the gradient of the experts' weights. */
+import { type FusedFactory, pointerOf } from '../../native.ts'
+import { chooseTile, countTiles, mostFewRows, operands, roundToBf16, type Tile, tiles } from '../matmul/gemm.ts'
+
+const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
+
+export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
+  const round = roundToBf16(cuda)
+  const kernels = new Map(
+    variants.flatMap(tile =>
+      ['n', 't'].map(form => {
+        const variant = `${tile}_${form}`
+        return [variant, cuda.kernel('grouped-matmul', `moe_grouped_matmul_fwd_${variant}`, 'p p p p i i i i i i')]
+      }),
+    ),
+  )
+  const few = {
+    f32: cuda.kernel('grouped-matmul', 'moe_grouped_matmul_few_f32', 'p p p p i i i i'),
+    bf16: cuda.kernel('grouped-matmul', 'moe_grouped_matmul_few_bf16', 'p p p p i i i i'),
+  }
+  return ([x, weight, offsets], { transposeW, precision }, [spec]) => {
+    const y = cuda.output(spec)
+    const [rows, n] = spec.shape
+    const k = x.shape[1]
+    const [experts, weightRows, weightColumns] = weight.shape
+    if (rows * n === 0) return [y]
+    // Every expert can begin a tile of rows, and so can the rows behind the last one; none is empty.
+    const mostRowTiles = (size: number) => Math.min(rows, Math.ceil(rows / size) + experts)
+    if (transposeW && k % 4 === 0 && rows <= Math.min(mostFewRows * experts, 4096)) {
+      few[precision](
+        { grid: [Math.ceil(n / 4), mostRowTiles(mostFewRows)], block: 128 },
+        y.pointer,
+        pointerOf(x),
+        pointerOf(weight),
+        pointerOf(offsets),
+        rows,
+        n,
+        k,
+        experts,
+      )
+      return [y]
+    }
+    const [left, right] = operands(round, precision, [
+      { pointer: pointerOf(x), rows, columns: k },
+      { pointer: pointerOf(weight), rows: experts * weightRows, columns: weightColumns },
+    ])
+    const most = (tile: Tile) => mostRowTiles(tile.m) * Math.ceil(n / tile.n)
+    const tile = chooseTile(cuda, precision, most)
+    kernels.get(`${tile.name}_${transposeW ? 't' : 'n'}`)?.(
+      { grid: most(tile), block: tile.threads, shared: tile.shared },
+      y.pointer,
+      left.pointer,
+      right.pointer,
+      pointerOf(offsets),
+      rows,
+      n,
+      k,
+      experts,
+      left.ld,
+      right.ld,
+    )
+    return [y]
+  }
+}
+
+export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = cuda => {
+  const round = roundToBf16(cuda)
+  const kernels = new Map(
+    variants.map(tile => [tile, cuda.kernel('grouped-matmul', `moe_grouped_matmul_bwd_${tile}`, 'p p p p i i i i')]),
+  )
+  return ([x, dy, offsets], { precision }, [spec]) => {
+    const dweight = cuda.output(spec)
+    const [experts, n, k] = spec.shape
+    if (experts * n * k === 0) return [dweight]
+    const rows = x.shape[0]
+    const [left, right] = operands(round, precision, [
+      { pointer: pointerOf(dy), rows, columns: n },
+      { pointer: pointerOf(x), rows, columns: k },
+    ])
+    const tile = chooseTile(cuda, precision, t => experts * countTiles(t, n, k))
+    kernels.get(tile.name)?.(
+      { grid: [countTiles(tile, n, k), experts], block: tile.threads, shared: tile.shared },
+      dweight.pointer,
+      left.pointer,
+      right.pointer,
+      pointerOf(offsets),
+      n,
+      k,
+      left.ld,
+      right.ld,
+    )
+    return [dweight]
+  }
+}

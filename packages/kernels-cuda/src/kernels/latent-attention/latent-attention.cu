@@ -1,0 +1,338 @@
+// Absorbed MLA decode (flash-decoding): keys are the rows of the latent cache, values their first `valueDim` features. A block takes a
+// tile of the T x H query rows of one sequence and one part of its keys; a second kernel combines the parts in order.
+// Legend: B batch, T queries, H heads, S rows of the cache, C features, V value features; row r of a sequence = query r / H, head r % H.
+#include "flash.cuh"
+
+constexpr int mostC = 576, mostV = 512;
+
+struct LatentSizes {
+  int T, S, H, C, V;
+  float scale;
+};
+
+/// The keys from .. to - 1 that part blockIdx.x of sequence blockIdx.z covers: whole tiles of BN, shared out evenly by its own length.
+struct Part {
+  int from, to;
+  Visible visible;
+  template <int BN>
+  MOE_DEVICE Part of(const int* lengths, LatentSizes z) {
+    const Visible visible = Visible::of(z.T, z.S, lengths, blockIdx.z, 1);
+    const int size = divUp(divUp(visible.limit, BN), (int)gridDim.x) * BN;
+    const int from = min((int)blockIdx.x * size, visible.limit);
+    return {from, min(from + size, visible.limit), visible};
+  }
+};
+
+/// Where the block puts row r of its results: the output itself, or one of the parts.
+MOE_DEVICE int64_t partRow(LatentSizes z, int r) { return ((int64_t)blockIdx.x * gridDim.z + blockIdx.z) * z.T * z.H + r; }
+
+/// Tiles of BN cache rows as bf16 in shared memory, zeros from C to a multiple of 16 and past the last key. A warp copies whole rows, and
+/// every thread lands what it fetched itself. Only where the cache is f32 is there anything to do in `land`.
+template <class Cache, int BN, int Threads>
+struct KeyTiles;
+
+template <int BN, int Threads>
+struct KeyTiles<float, BN, Threads> {
+  static constexpr int sharedBytes = BN * mostC * (2 + 4);
+  MOE_DEVICE bf16* tile(unsigned char* shared, int) { return (bf16*)shared; }
+  MOE_DEVICE float* raw(unsigned char* shared) { return (float*)(shared + BN * mostC * 2); }
+
+  MOE_DEVICE void fetch(unsigned char* shared, int, const float* keys, int C, int rows) {
+    for (int row = threadIdx.x / 32; row < BN; row += Threads / 32) {
+      float* const to = raw(shared) + row * mostC;
+      for (int c = threadIdx.x % 32 * 4; c < C; c += 128) copyAsync16(to + c, keys + (int64_t)row * C + c, row < rows);
+    }
+    commitCopies();
+  }
+  MOE_DEVICE void land(unsigned char* shared, int C) {
+    for (int row = threadIdx.x / 32; row < BN; row += Threads / 32) {
+      const float* const from = raw(shared) + row * mostC;
+      for (int c = threadIdx.x % 32 * 4; c < divUp(C, 16) * 16; c += 128) {
+        const float4 x = c < C ? *(const float4*)(from + c) : make_float4(0.f, 0.f, 0.f, 0.f);
+        *(uint2*)(tile(shared, 0) + chunkAt<mostC>(row, c / 8) + c % 8) = make_uint2(packBf16(x.x, x.y), packBf16(x.z, x.w));
+      }
+    }
+  }
+};
+
+template <int BN, int Threads>
+struct KeyTiles<bf16, BN, Threads> {
+  static constexpr int sharedBytes = 2 * BN * mostC * 2;
+  MOE_DEVICE bf16* tile(unsigned char* shared, int t) { return (bf16*)shared + t % 2 * (BN * mostC); }
+
+  MOE_DEVICE void fetch(unsigned char* shared, int t, const bf16* keys, int C, int rows) {
+    for (int row = threadIdx.x / 32; row < BN; row += Threads / 32) {
+      for (int c = threadIdx.x % 32 * 8; c < divUp(C, 16) * 16; c += 256) {
+        copyAsync16(tile(shared, t) + chunkAt<mostC>(row, c / 8), keys + (int64_t)row * C + c, row < rows && c < C);
+      }
+    }
+    commitCopies();
+  }
+  MOE_DEVICE void land(unsigned char*, int) {}
+};
+
+/// bf16 on tensor cores. Scores: a warp has 16 x 16 of the BM x BN tile. Values: a warp has 32 x 128 of BM x mostV.
+template <class Cache, int BM, int BN>
+MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* cache, const int* lengths, LatentSizes z) {
+  constexpr int Threads = BM * 4, columnWarps = BN / 16, scoreWarps = BM / 16 * columnWarps, MT = 2, NT = 16;
+  using Keys = KeyTiles<Cache, BN, Threads>;
+  constexpr int LP = BN == 16 ? 32 : BN; // row of the tile of exponentials
+  MOE_DYNAMIC_SHARED(shared);
+  bf16* const queries = (bf16*)shared;
+  unsigned char* const keys = shared + BM * mostC * 2;
+  bf16* const exponentials = (bf16*)(keys + Keys::sharedBytes);
+  float* const perRow = (float*)(exponentials + BM * LP); // [columnWarps][BM], maxima and at last sums
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = z.T * z.H, first = blockIdx.y * BM, C16 = divUp(z.C, 16) * 16;
+  const Part part = Part::of<BN>(lengths, z);
+  const int tiles = divUp(part.to - part.from, BN);
+  q += ((int64_t)blockIdx.z * rows + first) * z.C;
+  cache += ((int64_t)blockIdx.z * z.S + part.from) * z.C;
+  auto fetch = [&](int t) {
+    if (t < tiles) Keys::fetch(keys, t, cache + (int64_t)t * BN * z.C, z.C, part.to - part.from - t * BN);
+  };
+  fetch(0);
+
+  for (int row = warp; row < BM; row += Threads / 32) {
+    for (int c = lane * 2; c < C16; c += 64) {
+      const float* const x = q + (int64_t)row * z.C + c;
+      const bool exists = first + row < rows;
+      const uint32_t pair = packBf16(exists && c < z.C ? x[0] : 0.f, exists && c + 1 < z.C ? x[1] : 0.f);
+      *(uint32_t*)(queries + chunkAt<mostC>(row, c / 8) + c % 8) = pair;
+    }
+  }
+
+  // This thread's rows of scores, and its rows of values, each with the highest score so far.
+  const int scoreRow = warp / columnWarps * 16 + lane / 4, scoreColumn = warp % columnWarps * 16;
+  const int valueRow = warp / 4 * 32, valueColumn = warp % 4 * 128;
+  const bool scoring = warp < scoreWarps;
+  int seen[2];
+  float high[2], total[2] = {0.f, 0.f}, valueHigh[4];
+#pragma unroll
+  for (int i = 0; i < 2; i++) seen[i] = part.visible.keys((first + scoreRow + i * 8) / z.H), high[i] = -infinity();
+#pragma unroll
+  for (int i = 0; i < 4; i++) valueHigh[i] = -infinity();
+  const float factor = z.scale * 1.4426950408889634f;
+  float sums[MT][NT][4] = {};
+
+  for (int t = 0; t < tiles; t++) {
+    waitCopies<0>();
+    Keys::land(keys, z.C);
+    __syncthreads();
+    fetch(t + 1);
+    const bf16* const tile = Keys::tile(keys, t);
+
+    float s[2][4] = {};
+    if (scoring) {
+#pragma unroll 4
+      for (int k = 0; k < C16; k += 16) {
+        uint32_t left[4], right[4];
+        loadLeft<mostC, false>(left, queries, warp / columnWarps * 16, k);
+        loadRight<mostC, false>(right, tile, scoreColumn, k);
+        multiplyBf16(s[0], left, right[0], right[1]);
+        multiplyBf16(s[1], left, right[2], right[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float best = -infinity();
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          float& x = s[j / 2][i * 2 + j % 2];
+          const int key = part.from + t * BN + scoreColumn + j / 2 * 8 + lane % 4 * 2 + j % 2;
+          x = key < seen[i] ? x * factor : -infinity();
+          best = fmaxf(best, x);
+        }
+        best = fmaxf(best, __shfl_xor_sync(wholeWarp, best, 1));
+        best = fmaxf(best, __shfl_xor_sync(wholeWarp, best, 2));
+        if (lane % 4 == 0) perRow[warp % columnWarps * BM + scoreRow + i * 8] = best;
+      }
+    }
+    __syncthreads();
+
+    auto raise = [&](float& highest, int row) { // the factor for what was summed so far
+      float best = highest;
+#pragma unroll
+      for (int w = 0; w < columnWarps; w++) best = fmaxf(best, perRow[w * BM + row]);
+      const float shrink = exp2Fast(highest - (best == -infinity() ? 0.f : best));
+      highest = best;
+      return shrink;
+    };
+    if (scoring) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int row = scoreRow + i * 8;
+        total[i] *= raise(high[i], row);
+        const float base = high[i] == -infinity() ? 0.f : high[i];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const float a = exp2Fast(s[j][i * 2] - base), b = exp2Fast(s[j][i * 2 + 1] - base);
+          total[i] += a + b;
+          *(uint32_t*)(exponentials + chunkAt<LP>(row, scoreColumn / 8 + j) + lane % 4 * 2) = packBf16(a, b);
+        }
+      }
+    }
+    float shrink[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) shrink[i] = raise(valueHigh[i], valueRow + i * 8 + lane / 4);
+    if (__any_sync(wholeWarp, shrink[0] != 1.f || shrink[1] != 1.f || shrink[2] != 1.f || shrink[3] != 1.f)) {
+#pragma unroll
+      for (int i = 0; i < MT; i++) {
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+#pragma unroll
+          for (int r = 0; r < 4; r++) sums[i][j][r] *= shrink[i * 2 + r / 2];
+        }
+      }
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int k = 0; k < BN; k += 16) {
+      uint32_t left[MT][4], right[4];
+#pragma unroll
+      for (int i = 0; i < MT; i++) loadLeft<LP, false>(left[i], exponentials, valueRow + i * 16, k);
+#pragma unroll
+      for (int j = 0; j < NT; j += 2) {
+        if (valueColumn + j * 8 >= z.V) continue;
+        loadRight<mostC, true>(right, tile, valueColumn + j * 8, k);
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+          multiplyBf16(sums[i][j], left[i], right[0], right[1]);
+          multiplyBf16(sums[i][j + 1], left[i], right[2], right[3]);
+        }
+      }
+    }
+    __syncthreads(); // the tile and the exponentials are overwritten next
+  }
+  waitCopies<0>();
+
+  if (scoring) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      total[i] += __shfl_xor_sync(wholeWarp, total[i], 1);
+      total[i] += __shfl_xor_sync(wholeWarp, total[i], 2);
+      if (lane % 4 == 0) perRow[warp % columnWarps * BM + scoreRow + i * 8] = total[i];
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = valueRow + i * 8 + lane / 4;
+    if (first + row >= rows) continue;
+    float sum = 0.f;
+    for (int w = 0; w < columnWarps; w++) sum += perRow[w * BM + row];
+    const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+    const int64_t to = partRow(z, first + row);
+    if (lane % 4 == 0 && warp % 4 == 0 && gridDim.x > 1) {
+      lse[to] = sum == 0.f ? -infinity() : valueHigh[i] * 0.6931471805599453f + logf(sum);
+    }
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int column = valueColumn + j * 8 + lane % 4 * 2 + r;
+        if (column < z.V) out[to * z.V + column] = sums[i / 2][j][i % 2 * 2 + r] * inverse;
+      }
+    }
+  }
+}
+
+/// f32 on the ordinary cores: 16 rows against 16 keys, 16 threads to a row, each with one score and mostV / 16 values.
+MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const float* cache, const int* lengths, LatentSizes z) {
+  constexpr int BM = 16, BN = 16, L = mostC + 4; // four more elements a row: eight rows lie in different banks
+  MOE_DYNAMIC_SHARED(shared);
+  float* const queries = (float*)shared;
+  float* const tile = queries + BM * L;
+  float* const exponentials = tile + BN * L; // [BM][BN + 1]
+
+  const int rows = z.T * z.H, first = blockIdx.y * BM, C4 = divUp(z.C, 4) * 4;
+  const int row = threadIdx.x / 16, lane = threadIdx.x % 16, r = first + row;
+  const Part part = Part::of<BN>(lengths, z);
+  q += ((int64_t)blockIdx.z * rows + first) * z.C;
+  cache += (int64_t)blockIdx.z * z.S * z.C;
+  auto copy = [&](float* to, const float* from, int exist) { // 16 rows
+    for (int c = lane * 4; c < C4; c += 64) {
+      if (z.C % 4 == 0) copyAsync16(to + row * L + c, from + (int64_t)row * z.C + c, row < exist);
+      else {
+        for (int i = c; i < c + 4; i++) copyAsync4(to + row * L + i, from + (int64_t)row * z.C + i, row < exist && i < z.C);
+      }
+    }
+    commitCopies();
+  };
+  copy(queries, q, rows - first);
+
+  const int seen = part.visible.keys(r / z.H);
+  float high = -infinity(), total = 0.f, sums[mostV / 16] = {};
+  for (int key = part.from; key < part.to; key += BN) {
+    __syncthreads();
+    copy(tile, cache + (int64_t)key * z.C, part.to - key);
+    waitCopies<0>();
+    __syncthreads();
+    float s = 0.f;
+#pragma unroll 4
+    for (int c = 0; c < C4; c += 4) {
+      const float4 x = *(const float4*)(queries + row * L + c), y = *(const float4*)(tile + lane * L + c);
+      s = fmaf(x.x, y.x, s), s = fmaf(x.y, y.y, s), s = fmaf(x.z, y.z, s), s = fmaf(x.w, y.w, s);
+    }
+    s = key + lane < seen ? s * z.scale : -infinity();
+    float best = fmaxf(high, s);
+    for (int step = 8; step > 0; step /= 2) best = fmaxf(best, __shfl_xor_sync(wholeWarp, best, step));
+    const float base = best == -infinity() ? 0.f : best, shrink = expf(high - base), p = expf(s - base);
+    high = best;
+    total = total * shrink + p;
+    __syncwarp();
+    exponentials[row * (BN + 1) + lane] = p;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < mostV / 16; j++) sums[j] *= shrink;
+#pragma unroll 2
+    for (int k = 0; k < BN; k++) {
+      const float left = exponentials[row * (BN + 1) + k];
+#pragma unroll
+      for (int j = 0; j < mostV / 16; j += 4) {
+        if (j * 16 + lane * 4 >= z.V) continue;
+        const float4 y = *(const float4*)(tile + k * L + j * 16 + lane * 4);
+        sums[j] = fmaf(left, y.x, sums[j]), sums[j + 1] = fmaf(left, y.y, sums[j + 1]);
+        sums[j + 2] = fmaf(left, y.z, sums[j + 2]), sums[j + 3] = fmaf(left, y.w, sums[j + 3]);
+      }
+    }
+  }
+  waitCopies<0>();
+  for (int step = 8; step > 0; step /= 2) total += __shfl_xor_sync(wholeWarp, total, step);
+  if (r >= rows) return;
+  const float inverse = total == 0.f ? 0.f : 1.f / total;
+  const int64_t to = partRow(z, r);
+  if (lane == 0 && gridDim.x > 1) lse[to] = total == 0.f ? -infinity() : high + logf(total);
+#pragma unroll
+  for (int j = 0; j < mostV / 16; j++) {
+    const int column = j / 4 * 64 + lane * 4 + j % 4;
+    if (column < z.V) out[to * z.V + column] = sums[j] * inverse;
+  }
+}
+
+MOE_KERNEL((256, 1), moe_latent_attention_bf16_64x32, (float* out, float* lse, const float* q, const float* cache, const int* lengths, int T, int S, int H, int C, int V, float scale)) {
+  latentBf16<float, 64, 32>(out, lse, q, cache, lengths, {T, S, H, C, V, scale});
+}
+MOE_KERNEL((128, 1), moe_latent_attention_bf16_32x16, (float* out, float* lse, const float* q, const float* cache, const int* lengths, int T, int S, int H, int C, int V, float scale)) {
+  latentBf16<float, 32, 16>(out, lse, q, cache, lengths, {T, S, H, C, V, scale});
+}
+MOE_KERNEL((256), moe_latent_attention_f32, (float* out, float* lse, const float* q, const float* cache, const int* lengths, int T, int S, int H, int C, int V, float scale)) {
+  latentF32(out, lse, q, cache, lengths, {T, S, H, C, V, scale});
+}
+
+/// out [rows, V] = the parts' results, weighted by their share of the whole sum. One block a row.
+MOE_KERNEL((128), moe_latent_attention_combine_f32, (float* out, const float* parts, const float* lse, int count, int64_t rows, int V)) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    float high = -infinity();
+    for (int p = 0; p < count; p++) high = maxOrNan(high, lse[p * rows + row]);
+    const float base = high == -infinity() ? 0.f : high;
+    float total = 0.f;
+    for (int p = 0; p < count; p++) total += expf(lse[p * rows + row] - base);
+    const float inverse = total == 0.f ? 0.f : 1.f / total;
+    for (int d = threadIdx.x; d < V; d += 128) {
+      float sum = 0.f;
+      for (int p = 0; p < count; p++) sum = fmaf(expf(lse[p * rows + row] - base), parts[(p * rows + row) * V + d], sum);
+      out[row * V + d] = sum * inverse;
+    }
+  }
+}

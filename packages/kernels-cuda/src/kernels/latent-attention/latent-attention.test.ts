@@ -1,0 +1,27 @@
+import { Random } from '@moe/core'
+import { describe, expect, test } from 'vitest'
+import { unavailable } from '../../test-backend.ts'
+import { distance, exact, integers, onCpu, onCuda, output } from '../matmul/test-against-cpu.ts'
+
+const cases = [
+  { name: 'V3, in parts', B: 1, T: 1, S: 700, H: 16, C: 576, V: 512, lengths: [650] },
+  { name: 'two tiles of heads', B: 2, T: 1, S: 300, H: 70, C: 96, V: 80, lengths: [300, 97] },
+  { name: 'several tokens, an empty sequence', B: 3, T: 2, S: 200, H: 5, C: 48, V: 32, lengths: [2, 0, 200] },
+  { name: 'odd sizes', B: 1, T: 70, S: 100, H: 2, C: 21, V: 13, lengths: [100] },
+]
+
+describe.skipIf(unavailable).each(['f32', 'bf16'] as const)('latent attention, %s', precision => {
+  test.each(cases)('$name', async ({ B, T, S, H, C, V, lengths }) => {
+    const random = new Random(S)
+    const [q, cache] = [exact(random, B, T, H, C), exact(random, B, S, C)]
+    const attrs = { scale: C ** -0.5, valueDim: V, precision }
+    const inputs = [q, cache, integers(...lengths)]
+    const [expected] = await onCpu('latentAttention', inputs, attrs, [output(B, T, H, V)])
+    // Rows behind the end of a sequence are never read.
+    lengths.forEach((length, b) => {
+      ;(cache.data as Float32Array).fill(Number.NaN, (b * S + length) * C, (b + 1) * S * C)
+    })
+    const [got] = await onCuda('latentAttention', inputs, attrs, [output(B, T, H, V)])
+    expect(distance(got, expected)).toBeLessThan(precision === 'bf16' ? 1e-2 : 5e-6)
+  })
+})

@@ -1,0 +1,75 @@
+/** @file Absorbed MLA decode over the latent cache. */
+import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
+
+/** Features that the kernels' tiles have room for: of the cache, and of values. */
+const mostC = 576
+const mostV = 512
+const mostParts = 128
+
+interface Variant {
+  readonly name: string
+  /** Rows and keys of a tile. */
+  readonly m: number
+  readonly n: number
+  readonly threads: number
+  readonly shared: number
+}
+
+const bf16 = (m: number, n: number): Variant => ({
+  name: `bf16_${m}x${n}`,
+  m,
+  n,
+  threads: m * 4,
+  // Queries, keys in bf16 and as they come, exponentials, two numbers a row.
+  shared: m * mostC * 2 + n * mostC * 6 + m * 32 * 2 + m * 2 * 4,
+})
+const variants = {
+  bf16: [bf16(64, 32), bf16(32, 16)],
+  f32: [{ name: 'f32', m: 16, n: 16, threads: 256, shared: (2 * 16 * (mostC + 4) + 16 * 17) * 4 }],
+} as const
+
+/** Each part of the keys is a block for every tile of rows: as many parts as keep the device busy, each of at least four tiles. */
+function partsOf(cuda: Cuda, blocks: number, tiles: number): number {
+  return Math.max(1, Math.min(Math.floor(cuda.multiprocessors / blocks), Math.floor(tiles / 4), mostParts))
+}
+
+export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
+  const kernels = new Map<Variant, ReturnType<typeof cuda.kernel>>(
+    [...variants.bf16, ...variants.f32].map(v => [
+      v,
+      cuda.kernel('latent-attention', `moe_latent_attention_${v.name}`, 'p p p p p i i i i i f'),
+    ]),
+  )
+  const combine = cuda.kernel('latent-attention', 'moe_latent_attention_combine_f32', 'p p p i l i')
+  return ([q, cache, lengths], { scale, valueDim, precision }, [spec]) => {
+    const [B, T, H, C] = q.shape
+    const S = cache.shape[1]
+    // The bf16 kernels copy the cache 16 bytes at a time.
+    const fitting: readonly Variant[] = variants[C % 4 === 0 ? precision : 'f32']
+    const variant = fitting.find(v => v.shared <= cuda.sharedMemory)
+    if (!variant || C > mostC || valueDim > mostV) return undefined
+    const out = cuda.output(spec)
+    const rows = B * T * H
+    if (rows * valueDim === 0) return [out]
+    const tiles = Math.ceil((T * H) / variant.m)
+    const parts = partsOf(cuda, B * tiles, Math.ceil(S / variant.n))
+    const results = parts === 1 ? out.pointer : cuda.scratch(parts * rows * valueDim * 4).pointer
+    const lse = parts === 1 ? 0 : cuda.scratch(parts * rows * 4).pointer
+    kernels.get(variant)?.(
+      { grid: [parts, tiles, B], block: variant.threads, shared: variant.shared },
+      results,
+      lse,
+      pointerOf(q),
+      pointerOf(cache),
+      pointerOf(lengths),
+      T,
+      S,
+      H,
+      C,
+      valueDim,
+      scale,
+    )
+    if (parts > 1) combine({ grid: Math.min(rows, 65535), block: 128 }, out.pointer, results, lse, parts, rows, valueDim)
+    return [out]
+  }
+}

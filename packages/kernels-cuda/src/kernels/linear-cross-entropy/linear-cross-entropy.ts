@@ -1,0 +1,146 @@
+/**
+ * @file Cross-entropy of the logits x weight^T, which never exist as a whole: the vocabulary comes in chunks, whose weights are rounded
+ * and whose logits' gradients are kept in bounded working memory. Each weight is rounded once and its gradient written once.
+ */
+import type { Precision, Value } from '@moe/core'
+import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
+import { chooseTile, countTiles, gemm, operands, paddedColumns, type Round, roundToBf16, type Tile, tiles } from '../matmul/gemm.ts'
+
+/** Working memory of a chunk, about. Tests make it small. */
+export const limits = { chunkBytes: 2 ** 27 }
+
+const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
+
+/** Rows of the weight in a chunk that takes `bytes` of working memory for each: whole tiles. */
+const chunkSize = (bytes: number, tile: Tile) => Math.max(1, Math.floor(limits.chunkBytes / Math.max(1, bytes) / tile.n)) * tile.n
+
+/** The weight in chunks, as operands of a product. In bf16 they lie in the same working memory, one after the other. */
+function* chunks(cuda: Cuda, round: Round, precision: Precision, weight: Value, most: number) {
+  const [classes, columns] = weight.shape
+  const to = precision === 'bf16' ? cuda.scratch(Math.min(most, classes) * paddedColumns(columns) * 2).pointer : undefined
+  for (let first = 0; first < classes; first += most) {
+    const rows = Math.min(most, classes - first)
+    const [right] = operands(round, precision, [{ pointer: pointerOf(weight) + first * columns * 4, rows, columns, to }])
+    yield { first, size: rows, right }
+  }
+}
+
+const tileFor = (cuda: Cuda, precision: Precision, rows: number, classes: number) =>
+  chooseTile(cuda, precision, t => countTiles(t, rows, classes))
+
+export const linearCrossEntropy: FusedFactory<'linearCrossEntropy'> = cuda => {
+  const round = roundToBf16(cuda)
+  const signature = 'p p p p p p i i i i i i i i'
+  const kernels = new Map(
+    variants.map(name => [name, cuda.kernel('linear-cross-entropy', `moe_linear_cross_entropy_fwd_${name}`, signature)]),
+  )
+  const finish = cuda.kernel('linear-cross-entropy', 'moe_linear_cross_entropy_finish_f32', 'p p p p p p i i i i')
+  return ([x, weight, targets], { ignoreIndex, precision }, [lossSpec, lseSpec]) => {
+    const loss = cuda.output(lossSpec)
+    const lse = cuda.output(lseSpec)
+    const [rows, features] = x.shape
+    const classes = weight.shape[0]
+    if (rows === 0) return [loss, lse]
+    const tile = tileFor(cuda, precision, rows, classes)
+    const tilesTotal = Math.ceil(classes / tile.n)
+    const highest = cuda.scratch(rows * tilesTotal * 4).pointer
+    const total = cuda.scratch(rows * tilesTotal * 4).pointer
+    const targetLogit = cuda.scratch(rows * 4).pointer
+    const [left] = operands(round, precision, [{ pointer: pointerOf(x), rows, columns: features }])
+    for (const { first, size, right } of chunks(cuda, round, precision, weight, chunkSize(features * 2, tile))) {
+      kernels.get(tile.name)?.(
+        { grid: countTiles(tile, rows, size), block: tile.threads, shared: tile.shared },
+        highest,
+        total,
+        targetLogit,
+        left.pointer,
+        right.pointer,
+        pointerOf(targets),
+        rows,
+        size,
+        features,
+        left.ld,
+        right.ld,
+        first,
+        first / tile.n,
+        tilesTotal,
+      )
+    }
+    finish(
+      { grid: Math.min(Math.ceil(rows / 8), cuda.multiprocessors * 16), block: 256 },
+      loss.pointer,
+      lse.pointer,
+      highest,
+      total,
+      targetLogit,
+      pointerOf(targets),
+      rows,
+      classes,
+      tilesTotal,
+      ignoreIndex,
+    )
+    return [loss, lse]
+  }
+}
+
+export const linearCrossEntropyBackward: FusedFactory<'linearCrossEntropyBackward'> = cuda => {
+  const round = roundToBf16(cuda)
+  const multiply = gemm(cuda)
+  const signature = 'p p p p p p i i i i i i i i i'
+  const kernels = new Map(
+    variants.map(name => [name, cuda.kernel('linear-cross-entropy', `moe_linear_cross_entropy_bwd_${name}`, signature)]),
+  )
+  return ([x, weight, targets, lse, dloss], { ignoreIndex, precision }, [dxSpec, dweightSpec]) => {
+    const dx = cuda.output(dxSpec)
+    const dweight = cuda.output(dweightSpec)
+    const [rows, features] = x.shape
+    const classes = weight.shape[0]
+    const tile = tileFor(cuda, precision, rows, classes)
+    const [left] = rows * features === 0 ? [] : operands(round, precision, [{ pointer: pointerOf(x), rows, columns: features }])
+    if (left === undefined || classes === 0) {
+      cuda.clear(dx.pointer, rows * features * 4)
+      cuda.clear(dweight.pointer, classes * features * 4)
+      return [dx, dweight]
+    }
+    const elementBytes = precision === 'bf16' ? 2 : 4
+    const most = chunkSize((rows + features) * elementBytes, tile)
+    const { pointer } = cuda.scratch(rows * paddedColumns(Math.min(most, classes)) * elementBytes)
+    for (const { first, size, right } of chunks(cuda, round, precision, weight, most)) {
+      const dlogits = { pointer, ld: paddedColumns(size) }
+      kernels.get(tile.name)?.(
+        { grid: countTiles(tile, rows, size), block: tile.threads, shared: tile.shared },
+        dlogits.pointer,
+        left.pointer,
+        right.pointer,
+        pointerOf(targets),
+        pointerOf(lse),
+        pointerOf(dloss),
+        rows,
+        size,
+        features,
+        left.ld,
+        right.ld,
+        dlogits.ld,
+        first,
+        classes,
+        ignoreIndex,
+      )
+      multiply(precision, dx.pointer, dlogits, right, {
+        m: rows,
+        n: features,
+        k: size,
+        transposeA: false,
+        transposeB: false,
+        add: first > 0,
+      })
+      multiply(precision, dweight.pointer + first * features * 4, dlogits, left, {
+        m: size,
+        n: features,
+        k: rows,
+        transposeA: true,
+        transposeB: false,
+      })
+    }
+    return [dx, dweight]
+  }
+}

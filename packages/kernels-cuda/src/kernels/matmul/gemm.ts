@@ -1,0 +1,152 @@
+/** @file What the launchers of matrix products share: operands, sizes of tiles, and the dense product. */
+import type { Precision } from '@moe/core'
+import type { Cuda } from '../../native.ts'
+
+/** A matrix in device memory, with `ld` elements from row to row: f32, or bf16 with `ld` a multiple of 8 and zeros behind each row. */
+export interface Matrix {
+  readonly pointer: number
+  readonly ld: number
+}
+
+/** An f32 matrix without gaps. */
+export interface DenseMatrix {
+  readonly pointer: number
+  readonly rows: number
+  readonly columns: number
+  /** Of the matrix in bf16; default: columns rounded up to a multiple of 8. */
+  readonly ld?: number
+  /** Where it goes in bf16; default: working memory of its own. */
+  readonly to?: number
+}
+
+/** Whole pieces of 16 bytes, as the kernels copy them. */
+export const paddedColumns = (columns: number) => Math.ceil(columns / 8) * 8
+
+/** Most matrices that one launch rounds. */
+const mostRounded = 4
+
+export type Round = (matrices: readonly DenseMatrix[]) => Matrix[]
+
+/** Up to four matrices rounded to bf16 by one launch. */
+export function roundToBf16(cuda: Cuda): Round {
+  const kernel = cuda.kernel('matmul', 'moe_round_bf16', `p[${mostRounded}] p[${mostRounded}] l[${mostRounded}] i[${mostRounded}] i[${mostRounded}]`)
+  return matrices => {
+    const rounded = matrices.map(({ rows, columns, ld = paddedColumns(columns), to }) => ({
+      pointer: to ?? cuda.scratch(rows * ld * 2).pointer,
+      ld,
+      chunks: (rows * ld) / 8,
+    }))
+    const blocks = Math.min(Math.ceil(Math.max(...rounded.map(x => x.chunks)) / 256), cuda.multiprocessors * 16)
+    kernel(
+      { grid: [blocks, matrices.length], block: 256 },
+      rounded.map(x => x.pointer),
+      matrices.map(x => x.pointer),
+      matrices.map(x => x.rows),
+      matrices.map(x => x.columns),
+      rounded.map(x => x.ld),
+    )
+    return rounded
+  }
+}
+
+/** The matrices as operands of a product in that precision. */
+export function operands(round: Round, precision: Precision, matrices: readonly DenseMatrix[]): Matrix[] {
+  return precision === 'bf16' ? round(matrices) : matrices.map(({ pointer, columns }) => ({ pointer, ld: columns }))
+}
+
+/** A kernel variant of gemm.cuh: its tile of c, block and dynamic shared memory, and how fast it is beside the largest. */
+export interface Tile {
+  readonly name: string
+  readonly m: number
+  readonly n: number
+  readonly threads: number
+  readonly shared: number
+  readonly speed: number
+}
+
+const tileF32 = (size: number, speed: number): Tile => ({
+  name: `f32_${size}x${size}`,
+  m: size,
+  n: size,
+  threads: 256,
+  shared: 3 * 16 * (2 * size + 8) * 4,
+  speed,
+})
+const tileBf16 = (m: number, n: number, threads: number, speed: number): Tile => ({
+  name: `bf16_${m}x${n}`,
+  m,
+  n,
+  threads,
+  shared: 4 * (m + n) * 32 * 2,
+  speed,
+})
+
+export const tiles: { readonly [P in Precision]: readonly Tile[] } = {
+  f32: [tileF32(128, 1), tileF32(64, 0.7)],
+  bf16: [tileBf16(128, 256, 256, 1), tileBf16(128, 128, 128, 0.9), tileBf16(64, 64, 128, 0.5)],
+}
+
+/** The variant that should be done first, given how many blocks it would have. Multiprocessors work off blocks wave by wave. */
+export function chooseTile(cuda: Cuda, precision: Precision, blocks: (tile: Tile) => number): Tile {
+  const time = (tile: Tile) => (Math.ceil(blocks(tile) / cuda.multiprocessors) * tile.m * tile.n) / tile.speed
+  return tiles[precision].reduce((best, tile) => (time(tile) < time(best) ? tile : best))
+}
+
+export const countTiles = (tile: Tile, m: number, n: number) => Math.ceil(m / tile.m) * Math.ceil(n / tile.n)
+
+/** Sizes of c = a b; a is [m, k] ([k, m] when transposed), b is [k, n] ([n, k]), `batch` of each one after the other. */
+export interface Product {
+  readonly m: number
+  readonly n: number
+  readonly k: number
+  readonly transposeA: boolean
+  readonly transposeB: boolean
+  readonly batch?: number
+  /** c += a b. */
+  readonly add?: boolean
+}
+
+export type Multiply = (precision: Precision, c: number, a: Matrix, b: Matrix, product: Product) => void
+
+/** Rows of a block of the kernels for few rows (few-rows.cuh), which read the weight once and as it is. */
+export const mostFewRows = 8
+
+/** Below this share of k, a block is not worth another one beside it. */
+const leastPart = 512
+const mostParts = 16
+
+/** The dense product, c without gaps. */
+export function gemm(cuda: Cuda): Multiply {
+  const kernels = new Map(
+    [...tiles.f32, ...tiles.bf16].flatMap(({ name }) =>
+      ['nn', 'nt', 'tn', 'tt'].map(form => {
+        const variant = `${name}_${form}`
+        return [variant, cuda.kernel('matmul', `moe_matmul_${variant}`, 'p p p i i i i i i')]
+      }),
+    ),
+  )
+  const sum = cuda.kernel('matmul', 'moe_matmul_sum_f32', 'p p l i i')
+  return (precision, c, a, b, { m, n, k, transposeA, transposeB, batch = 1, add = false }) => {
+    const tile = chooseTile(cuda, precision, t => batch * countTiles(t, m, n))
+    const blocks = batch * countTiles(tile, m, n)
+    // Few tiles and much to sum up: the parts of k go to blocks of their own, and a second kernel adds their results in order.
+    const parts = Math.max(1, Math.min(Math.floor(cuda.multiprocessors / blocks), Math.floor(k / leastPart), mostParts))
+    const size = batch * m * n
+    const results = parts > 1 ? cuda.scratch(parts * size * 4).pointer : c
+    const form = (transposeA ? 't' : 'n') + (transposeB ? 't' : 'n')
+    const kernel = kernels.get(`${tile.name}_${form}`)
+    kernel?.(
+      { grid: [blocks, 1, parts], block: tile.threads, shared: tile.shared },
+      results,
+      a.pointer,
+      b.pointer,
+      m,
+      n,
+      k,
+      a.ld,
+      b.ld,
+      +(add && parts === 1),
+    )
+    if (parts > 1) sum({ grid: Math.min(Math.ceil(size / 256), cuda.multiprocessors * 16), block: 256 }, c, results, size, parts, +add)
+  }
+}

@@ -1,0 +1,69 @@
+import type { Precision } from '@moe/core'
+import { Random } from '@moe/core'
+import { describe, expect, test } from 'vitest'
+import { unavailable } from '../../test-backend.ts'
+import { distance, distanceToCpu, exact, onCuda, output } from './test-against-cpu.ts'
+
+interface Size {
+  readonly name: string
+  readonly precision: Precision
+  readonly batch?: number
+  readonly m: number
+  readonly n: number
+  readonly k: number
+}
+
+// Which tile is chosen depends on the number of multiprocessors: these are for the emulator's four.
+const sizes: readonly Size[] = [
+  { name: 'tiles of 128 x 128', precision: 'f32', batch: 8, m: 125, n: 127, k: 37 },
+  { name: 'tiles of 64 x 64', precision: 'f32', m: 130, n: 70, k: 65 },
+  { name: 'more than a band of tiles', precision: 'f32', m: 1100, n: 70, k: 5 },
+  { name: 'tiles of 128 x 256', precision: 'bf16', batch: 8, m: 125, n: 251, k: 70 },
+  { name: 'tiles of 128 x 128', precision: 'bf16', batch: 8, m: 125, n: 127, k: 161 },
+  { name: 'tiles of 64 x 64', precision: 'bf16', m: 130, n: 70, k: 200 },
+  { name: 'k in parts', precision: 'bf16', m: 30, n: 41, k: 2101 },
+  { name: 'k in parts', precision: 'f32', m: 30, n: 41, k: 2101 },
+]
+const fewRows = ['f32', 'bf16'].flatMap(precision =>
+  [1, 3, 8].map(m => ({ name: `${m} rows`, precision: precision as Precision, batch: 2, m, n: 37, k: 1204 })),
+)
+const forms = [false, true].flatMap(transposeA => [false, true].map(transposeB => ({ transposeA, transposeB })))
+
+describe.skipIf(unavailable)('matmul', () => {
+  test.each([...sizes, ...fewRows])('$name, $precision', async ({ precision, batch, m, n, k }) => {
+    const random = new Random(m)
+    const lead = batch === undefined ? [] : [batch]
+    for (const { transposeA, transposeB } of forms) {
+      const a = exact(random, ...lead, ...(transposeA ? [k, m] : [m, k]))
+      const b = exact(random, ...lead, ...(transposeB ? [n, k] : [k, n]))
+      const attrs = { transposeA, transposeB, precision }
+      expect(await distanceToCpu('matmul', [a, b], attrs, [output(...lead, m, n)])).toBeLessThan(2e-6)
+    }
+  })
+
+  test('the same bits in every run', async () => {
+    const random = new Random(1)
+    for (const precision of ['f32', 'bf16'] as const) {
+      const inputs = [exact(random, 70, 2100), exact(random, 33, 2100)]
+      const attrs = { transposeA: false, transposeB: true, precision }
+      const [first] = await onCuda('matmul', inputs, attrs, [output(70, 33)])
+      const [second] = await onCuda('matmul', inputs, attrs, [output(70, 33)])
+      expect(distance(first, second)).toBe(0)
+    }
+  })
+
+  test.each(['f32', 'bf16'] as const)('NaN and infinity stay in their rows and columns, %s', async precision => {
+    const [m, n, k] = [70, 70, 40]
+    const a = new Float32Array(m * k).fill(1)
+    const b = new Float32Array(n * k).fill(1)
+    a[3 * k + 39] = Number.NaN
+    b[34 * k + 1] = Number.POSITIVE_INFINITY
+    const inputs = [
+      { data: a, shape: [m, k] },
+      { data: b, shape: [n, k] },
+    ]
+    const [c] = await onCuda('matmul', inputs, { transposeA: false, transposeB: true, precision }, [output(m, n)])
+    const expected = c.map((_, at) => (Math.floor(at / n) === 3 ? Number.NaN : at % n === 34 ? Number.POSITIVE_INFINITY : k))
+    expect(c).toEqual(expected)
+  })
+})

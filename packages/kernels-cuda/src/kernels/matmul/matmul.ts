@@ -1,0 +1,31 @@
+/** @file Matrix products of rank 2 and batched ones of rank 3. */
+import { type PrimitiveFactory, pointerOf } from '../../native.ts'
+import { gemm, mostFewRows, operands, roundToBf16 } from './gemm.ts'
+
+export const matmul: PrimitiveFactory<'matmul'> = cuda => {
+  const multiply = gemm(cuda)
+  const round = roundToBf16(cuda)
+  const few = {
+    f32: cuda.kernel('matmul', 'moe_matmul_few_f32', 'p p p i i i'),
+    bf16: cuda.kernel('matmul', 'moe_matmul_few_bf16', 'p p p i i i'),
+  }
+  return ([a, b], { transposeA, transposeB, precision }, [spec]) => {
+    const c = cuda.output(spec)
+    const rank = spec.shape.length
+    const [m, n] = spec.shape.slice(-2)
+    const k = a.shape[transposeA ? rank - 2 : rank - 1]
+    const batch = rank === 3 ? spec.shape[0] : 1
+    if (batch * m * n === 0) return [c]
+    if (m <= mostFewRows && !transposeA && transposeB && k % 4 === 0 && batch <= 65535) {
+      few[precision]({ grid: [Math.ceil(n / 4), 1, batch], block: 128 }, c.pointer, pointerOf(a), pointerOf(b), m, n, k)
+      return [c]
+    }
+    const [left, right] = operands(
+      round,
+      precision,
+      [a, b].map(x => ({ pointer: pointerOf(x), rows: batch * x.shape[rank - 2], columns: x.shape[rank - 1] })),
+    )
+    multiply(precision, c.pointer, left, right, { batch, m, n, k, transposeA, transposeB })
+    return [c]
+  }
+}

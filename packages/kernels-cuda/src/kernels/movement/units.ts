@@ -1,0 +1,15 @@
+/** @file Elements that move together: units of 1, 2, 4, 8 or 16 bytes, one kernel for each. */
+import type { CudaKernel } from '../../modules.ts'
+import type { Cuda } from '../../native.ts'
+
+const units = [1, 2, 4, 8, 16]
+
+/** The largest unit that divides all of these numbers of bytes. */
+export const unitOf = (...bytes: readonly number[]): number =>
+  units.findLast(unit => bytes.every(n => n % unit === 0)) as number
+
+/** The variants `<name>_b8` to `<name>_b128` of a kernel, by bytes of the unit. */
+export function byUnit(cuda: Cuda, module: string, name: string, signature: string): (unit: number) => CudaKernel {
+  const kernels = units.map(unit => cuda.kernel(module, `${name}_b${unit * 8}`, signature))
+  return unit => kernels[units.indexOf(unit)]
+}

@@ -1,0 +1,246 @@
+/** @file Kernels from files: fatbins are loaded when their first kernel is, and arguments are packed as the kernel's signature says. */
+import { readFileSync } from 'node:fs'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { isMoeError, MoeError } from '@moe/core'
+import type { Device } from './driver/device.ts'
+import type { Driver } from './driver/driver.ts'
+import { status } from './driver/status.ts'
+
+/** How a kernel is launched. */
+export interface LaunchShape {
+  /** Blocks along x, or along x, y and z (y and z at most 65,535). With a zero nothing is launched. */
+  readonly grid: number | readonly number[]
+  /** Threads of a block. */
+  readonly block: number
+  /** Dynamic shared memory in bytes. */
+  readonly shared?: number
+}
+
+/** A launch as it goes to the driver. */
+export interface Launch {
+  readonly kernel: string
+  readonly function: number
+  readonly grid: readonly [x: number, y: number, z: number]
+  readonly block: number
+  readonly shared: number
+  /** Address of the packed arguments, and their size. */
+  readonly arguments: number
+  readonly argumentBytes: number
+}
+
+/** Launches a kernel: its arguments in order, lists for array parameters (padded with zeros). */
+export type CudaKernel = (shape: LaunchShape, ...args: ReadonlyArray<number | readonly number[]>) => void
+
+/** Most that all parameters of a kernel may take. */
+const mostArgumentBytes = 4096
+/** Dynamic shared memory beyond this has to be asked for. */
+const plainSharedBytes = 48 * 1024
+const attributeMaxDynamicShared = 8
+
+export class Modules {
+  readonly #driver: Driver
+  readonly #folder: string
+  readonly #device: Device
+  readonly #loaded = new Map<string, number>()
+  readonly #arguments = new DataView(new ArrayBuffer(mostArgumentBytes))
+  readonly #address: number
+
+  /** @param folder With `<module>.fatbin` files; default: MOE_CUDA_KERNELS, or the package's own. */
+  constructor(driver: Driver, device: Device, folder = process.env['MOE_CUDA_KERNELS'] || ownFolder()) {
+    this.#driver = driver
+    this.#device = device
+    this.#folder = folder
+    this.#address = driver.address(this.#arguments.buffer)
+  }
+
+  /** @throws MoeError E_NO_BACKEND when the kernels are not there, need another driver, or were not built for this device. */
+  probe(): void {
+    const { driverVersion } = this.#device
+    const { cuda } = readManifest(this.#folder)
+    // Within a major version, older drivers run what newer toolkits made.
+    const least = Number.parseInt(cuda, 10) * 1000
+    if (driverVersion < least) {
+      const version = `${Math.floor(driverVersion / 1000)}.${(driverVersion % 1000) / 10}`
+      throw new MoeError({
+        code: 'E_NO_BACKEND',
+        op: 'kernels-cuda',
+        problem: `the driver is made for CUDA ${version}, the kernels need one for CUDA ${Math.floor(least / 1000)}`,
+        fix: 'update the NVIDIA driver, or use @moe/kernels-cpu',
+      })
+    }
+    try {
+      this.#module('fill')
+    } catch (cause) {
+      if (!isMoeError(cause, 'E_BACKEND')) throw cause
+      const [problem, fix] = cause.message.replace(/^fill: /, '').split('; ')
+      throw new MoeError({ code: 'E_NO_BACKEND', op: 'kernels-cuda', problem, fix, cause })
+    }
+  }
+
+  /**
+   * The kernel `name` of `module` as a function; nothing is loaded before its first launch.
+   * @param signature Its parameters: `p` pointer, `i` int, `l` int64_t, `f` float, `i[24]` an array by value.
+   * @param launch Where launches go.
+   */
+  kernel(module: string, name: string, signature: string, launch: (launch: Launch) => void): CudaKernel {
+    const parameters = parseSignature(signature)
+    const view = this.#arguments
+    let entry = 0
+    let shared = plainSharedBytes
+    return (shape, ...args) => {
+      const { grid, block, shared: sharedBytes = 0 } = shape
+      const [x, y, z] = typeof grid === 'number' ? [grid, 1, 1] : [grid[0], grid[1] ?? 1, grid[2] ?? 1]
+      if (x === 0 || y === 0 || z === 0) return
+      if (entry === 0) entry = this.#find(module, name)
+      if (sharedBytes > shared) {
+        const context = `asking for ${sharedBytes} bytes of shared memory`
+        this.#driver.check(
+          this.#driver.call.cuFuncSetAttribute(entry, attributeMaxDynamicShared, sharedBytes),
+          name,
+          context,
+        )
+        shared = sharedBytes
+      }
+      if (args.length !== parameters.length) throw new Error(`${name} takes ${parameters.length} arguments, got ${args.length}`)
+      const argumentBytes = pack(view, parameters, args)
+      launch({
+        kernel: name,
+        function: entry,
+        grid: [x, y, z],
+        block,
+        shared: sharedBytes,
+        arguments: this.#address,
+        argumentBytes,
+      })
+    }
+  }
+
+  #module(name: string): number {
+    let loaded = this.#loaded.get(name)
+    if (loaded === undefined) {
+      loaded = this.#load(name)
+      this.#loaded.set(name, loaded)
+    }
+    return loaded
+  }
+
+  #find(module: string, name: string): number {
+    const found = this.#module(module)
+    return this.#driver.out(word => this.#driver.call.cuModuleGetFunction(word, found, name), name, `in module ${module}`)
+  }
+
+  #load(module: string): number {
+    const { call } = this.#driver
+    const file = join(this.#folder, `${module}.fatbin`)
+    let image: Uint8Array
+    try {
+      image = readFileSync(file)
+    } catch (cause) {
+      throw unreadable(file, cause)
+    }
+    const word = new BigUint64Array(1)
+    const code = call.cuModuleLoadData(word, image)
+    if (code === status.noBinaryForGpu) {
+      const { name, capability } = this.#device
+      const architecture = `compute capability ${capability / 10}`
+      this.#driver.check(code, module, `loading ${file}: nothing in it runs on ${name} (${architecture})`)
+    }
+    this.#driver.check(code, module, `loading ${file}`)
+    return Number(word[0])
+  }
+
+  /** Unloads everything; never throws. */
+  dispose(): void {
+    for (const module of this.#loaded.values()) this.#driver.call.cuModuleUnload(module)
+    this.#loaded.clear()
+  }
+}
+
+/** What build-fatbins.mjs says of its folder. */
+function readManifest(folder: string): { readonly cuda: string } {
+  const file = join(folder, 'manifest.json')
+  try {
+    const manifest = JSON.parse(readFileSync(file, 'utf8')) as { cuda?: unknown }
+    if (typeof manifest.cuda === 'string' && Number.parseInt(manifest.cuda, 10) > 0) return { cuda: manifest.cuda }
+    throw new Error('it names no CUDA version')
+  } catch (cause) {
+    throw unreadable(file, cause)
+  }
+}
+
+function unreadable(file: string, cause: unknown): MoeError {
+  return new MoeError({
+    code: 'E_NO_BACKEND',
+    op: 'kernels-cuda',
+    problem: `no kernels: ${file} cannot be read (${cause instanceof Error ? cause.message : cause})`,
+    fix: 'install the package again; in a checkout, run `node scripts/build-fatbins.mjs` in packages/kernels-cuda (needs nvcc)',
+    cause,
+  })
+}
+
+/** Folder of the package's fatbins: `build/fatbins` beside `src` or `dist`. */
+function ownFolder(): string {
+  return join(dirname(dirname(fileURLToPath(import.meta.url))), 'build', 'fatbins')
+}
+
+type Code = 'p' | 'i' | 'l' | 'f'
+
+interface Parameter {
+  readonly code: Code
+  readonly offset: number
+  /** Elements of an array; 0 for a single value. */
+  readonly count: number
+}
+
+interface Parameters {
+  readonly list: readonly Parameter[]
+  readonly length: number
+  readonly bytes: number
+}
+
+/** Where each parameter lies: at a multiple of its element's size, one after another. */
+function parseSignature(signature: string): Parameters {
+  let offset = 0
+  const list = signature
+    .split(' ')
+    .filter(part => part !== '')
+    .map(part => {
+      const parsed = part.match(/^([pilf])(?:\[(\d+)\])?$/)
+      if (parsed === null) throw new Error(`'${part}' in the signature '${signature}' is no parameter`)
+      const code = parsed[1] as Code
+      const size = code === 'p' || code === 'l' ? 8 : 4
+      const count = Number(parsed[2] ?? 0)
+      const at = Math.ceil(offset / size) * size
+      offset = at + size * Math.max(count, 1)
+      return { code, offset: at, count }
+    })
+  if (offset > mostArgumentBytes) throw new Error(`the parameters '${signature}' take ${offset} bytes`)
+  return { list, length: list.length, bytes: offset }
+}
+
+function pack(view: DataView, { list, bytes }: Parameters, args: ReadonlyArray<number | readonly number[]>): number {
+  for (let i = 0; i < list.length; i++) {
+    const { code, offset, count } = list[i]
+    const value = args[i]
+    if (count === 0) {
+      put(view, code, offset, value as number)
+      continue
+    }
+    const values = value as readonly number[]
+    if (values.length > count) throw new Error(`${values.length} elements for an array parameter of ${count}`)
+    const size = code === 'p' || code === 'l' ? 8 : 4
+    for (let k = 0; k < count; k++) put(view, code, offset + k * size, k < values.length ? values[k] : 0)
+  }
+  return bytes
+}
+
+function put(view: DataView, code: Code, offset: number, value: number): void {
+  if (code === 'f') view.setFloat32(offset, value, true)
+  else if (code === 'i') view.setInt32(offset, value, true)
+  else {
+    // Two halves are quicker than a BigInt; negative numbers come out as two's complement.
+    view.setUint32(offset, value % 4294967296, true)
+    view.setInt32(offset + 4, Math.floor(value / 4294967296), true)
+  }
+}

@@ -1,0 +1,34 @@
+/** @file Every kernel of every .cu file is launched by somebody, with the parameters that it has. */
+import { expect, test } from 'vitest'
+import { fusedFactories, primitiveFactories } from './kernels/index.ts'
+import type { Cuda } from './native.ts'
+import { emulatorFunction, onDevice, unavailable } from './test-backend.ts'
+
+/** `module name signature` of every kernel that a launcher asks for. */
+function asked(): string[] {
+  const found = new Set<string>()
+  const kernel = (module: string, name: string, signature: string) => {
+    found.add(`${module} ${name} ${signature}`)
+    return () => {}
+  }
+  // Launchers differ by device.
+  for (const capability of [80, 90, 100]) {
+    const cuda = { capability, multiprocessors: 4, sharedMemory: 99 * 1024, kernel } as unknown as Cuda
+    for (const factory of Object.values({ ...primitiveFactories, ...fusedFactories }))
+      (factory as (cuda: Cuda) => unknown)(cuda)
+  }
+  return [...found].sort()
+}
+
+/** The same of every kernel that was compiled: lines of `module name bounds signature`. */
+function compiled(): string[] {
+  const lines = (emulatorFunction('const char* moe_emulator_kernels()')() as string).split('\n')
+  return lines
+    .filter(line => line !== '' && !line.startsWith('emulator-tests '))
+    .map(line => line.replace(/^(\S+ \S+) \S+ /, '$1 '))
+    .sort()
+}
+
+test.skipIf(unavailable || onDevice)('launchers and kernels agree on names and parameters', () => {
+  expect(asked()).toEqual(compiled())
+})

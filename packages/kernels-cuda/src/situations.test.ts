@@ -1,0 +1,171 @@
+/** @file What goes wrong with GPUs: each a clear error, the process alive, the last checkpoint whole. */
+import { spawnSync } from 'node:child_process'
+import { cpSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { firstAvailable, full, isMoeError, type MoeError, Random, setDefaultBackend, type Tensor, tensor } from '@moe/core'
+import { DeepSeek, presets } from '@moe/deepseek'
+import { TokenDataset, train } from '@moe/trainer'
+import { afterAll, afterEach, describe, expect, test } from 'vitest'
+import { type CudaOptions, createBackend } from './backend.ts'
+import { emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
+
+// Read when the emulator starts; every test of this file is content with it.
+process.env['MOE_EMULATOR_MEMORY'] = String(2 ** 26)
+
+const folder = mkdtempSync(join(tmpdir(), 'moe-cuda-'))
+afterAll(() => rmSync(folder, { recursive: true }))
+
+async function failure(options: CudaOptions): Promise<MoeError> {
+  try {
+    const backend = await createBackend(options)
+    backend.dispose()
+  } catch (error) {
+    return error as MoeError
+  }
+  throw new Error('it worked')
+}
+
+describe('without a driver', () => {
+  test('E_NO_BACKEND says what was tried, and firstAvailable goes on', async () => {
+    const error = await failure({ driver: join(folder, 'libcuda.so.1') })
+    expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
+    expect(error.message).toMatch(/no NVIDIA driver: .*libcuda\.so\.1.*install the NVIDIA driver/s)
+    const reasons: string[] = []
+    const cuda = { createBackend: () => createBackend({ driver: join(folder, 'libcuda.so.1') }) }
+    const loaders = [async () => cuda, () => import('@moe/core/reference')]
+    expect((await firstAvailable(loaders, { onSkip: reason => reasons.push(reason) })).name).toBe('reference')
+    expect(reasons[0]).toMatch(/NVIDIA driver/)
+  })
+})
+
+describe.skipIf(unavailable || onDevice)('on the emulator', () => {
+  const fail = (call: string, after: number, status: number) =>
+    emulatorFunction('void moe_emulator_fail(const char* call, int after, int status)')(call, after, status)
+  const fresh = () => {
+    resetEmulator()
+    return createBackend(emulator)
+  }
+  afterEach(resetEmulator)
+
+  test.each([
+    ['cuInit', 100, /finds no device.*nvidia-smi/],
+    ['cuInit', 999, /does not start: CUDA_ERROR_UNKNOWN/],
+    ['cuDevicePrimaryCtxRetain', 46, /CUDA_ERROR_DEVICE_UNAVAILABLE.*nvidia-smi/],
+  ])('%s gives %i', async (call, status, message) => {
+    resetEmulator()
+    fail(call, 1, status)
+    const error = await failure(emulator)
+    expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
+    expect(error.message).toMatch(message)
+  })
+
+  test('a driver that is too old', async () => {
+    const kernels = join(folder, 'newer')
+    cpSync(emulator.kernels, kernels, { recursive: true, filter: source => !source.endsWith('obj') })
+    writeFileSync(join(kernels, 'manifest.json'), '{ "cuda": "15.1" }')
+    const error = await failure({ ...emulator, kernels })
+    expect(error).toMatchObject({ code: 'E_NO_BACKEND' })
+    expect(error.message).toMatch(/driver is made for CUDA 13\.0, the kernels need one for CUDA 15; update/)
+  })
+
+  test('kernels for other devices, damaged ones, none', async () => {
+    const kernels = join(folder, 'foreign')
+    cpSync(emulator.kernels, kernels, { recursive: true, filter: source => !source.endsWith('obj') })
+    writeFileSync(join(kernels, 'fill.fatbin'), 'something else')
+    const error = await failure({ ...emulator, kernels })
+    expect(error).toMatchObject({ code: 'E_NO_BACKEND' })
+    expect(error.message).toMatch(/fill\.fatbin.*emulated device.*sm|fill\.fatbin.*compute capability|INVALID_IMAGE/)
+    const none = await failure({ ...emulator, kernels: join(folder, 'nothing') })
+    expect(none).toMatchObject({ code: 'E_NO_BACKEND' })
+    expect(none.message).toMatch(/nothing.*manifest\.json.*build-fatbins/s)
+  })
+
+  test('a device that is too old', () => {
+    const program = `
+      import { createBackend } from ${JSON.stringify(join(import.meta.dirname, 'index.ts'))}
+      await createBackend(${JSON.stringify(emulator)}).catch(error => console.log(error.code, error.message))`
+    const env = { ...process.env, MOE_EMULATOR_CAPABILITY: '75' }
+    const { stdout } = spawnSync(process.execPath, ['--input-type=module', '-e', program], { env, encoding: 'utf8' })
+    expect(stdout).toMatch(/E_NO_BACKEND .*compute capability 7\.5; 8\.0 \(Ampere\) or newer/)
+  })
+
+  test('options that name no device', async () => {
+    expect(await failure({ ...emulator, device: 7 })).toMatchObject({ code: 'E_CONFIG' })
+  })
+
+  test('out of memory: who holds it, and work goes on', async () => {
+    const backend = await fresh()
+    const held: Tensor[] = []
+    let error: unknown
+    try {
+      for (let i = 0; i < 8; i++) held.push(full([2 ** 22], 1, { backend }))
+    } catch (caught) {
+      error = caught
+    }
+    expect(isMoeError(error, 'E_OUT_OF_MEMORY')).toBe(true)
+    expect((error as MoeError).message).toMatch(/^fill: no memory for 16\.0 MiB beside \d+\.0 MiB of \d tensors \(made by: fill/)
+    for (const one of held) one.dispose()
+    // What was freed is kept in pieces of 16 MiB: a larger one needs them given back first.
+    const large = full([2 ** 23], 3, { backend })
+    expect([...(await large.slice([0], [2]).values())]).toEqual([3, 3])
+    backend.dispose()
+    const limited = await createBackend({ ...emulator, memoryLimit: 1000 })
+    expect(() => full([1000], 1, { backend: limited })).toThrow(/no memory for 4000 bytes/)
+    limited.dispose()
+  })
+
+  test('two processes on one device', async () => {
+    const backend = await fresh()
+    const program = `
+      import { createBackend } from ${JSON.stringify(join(import.meta.dirname, 'index.ts'))}
+      import { tensor } from '@moe/core'
+      const backend = await createBackend(${JSON.stringify(emulator)})
+      console.log(...await tensor([1, 2], [2], { backend }).neg().values())`
+    const { stdout } = spawnSync(process.execPath, ['--input-type=module', '-e', program], {
+      cwd: import.meta.dirname,
+      encoding: 'utf8',
+    })
+    expect(stdout.trim()).toBe('-1 -2')
+    expect([...(await tensor([3], [1], { backend }).neg().values())]).toEqual([-3])
+    backend.dispose()
+  })
+
+  test('a device lost during training: the step fails, and the run goes on from the last checkpoint', async () => {
+    const backend = await fresh()
+    setDefaultBackend(backend)
+    const config = { ...presets.tiny, vocab_size: 64, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1 }
+    const random = new Random(1)
+    const data = TokenDataset.fromTokens([Int32Array.from({ length: 2000 }, () => random.integer(64))])
+    const out = join(folder, 'run')
+    const run = (resume: boolean, onStep: (step: number) => void) =>
+      train(new DeepSeek({ ...config, num_nextn_predict_layers: 0 }, { seed: 1 }), {
+        data: { training: data },
+        steps: 6,
+        batchSize: 2,
+        sequenceLength: 16,
+        out,
+        checkpointEvery: 2,
+        resume,
+        progress: false,
+        handleSignals: false,
+        onEvent: event => {
+          if (event.type === 'step') onStep(event.step)
+        },
+      })
+    const error = await run(false, step => {
+      if (step === 3) fail('launch', 20, 719)
+    }).then(
+      () => undefined,
+      caught => caught as MoeError,
+    )
+    expect(error).toMatchObject({ code: 'E_BACKEND', details: { lost: true } })
+    expect(error?.message).toMatch(/device is lost to this process: restart it and go on from the last checkpoint/)
+    backend.dispose()
+
+    setDefaultBackend(await fresh())
+    const steps: number[] = []
+    await run(true, step => steps.push(step))
+    expect(steps).toEqual([3, 4, 5, 6])
+  })
+})

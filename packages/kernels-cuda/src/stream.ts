@@ -1,0 +1,186 @@
+/** @file The one stream on which everything runs: launches, copies, and waiting for them without holding up the event loop. */
+import type { HostArray } from '@moe/core'
+import type { Driver } from './driver/driver.ts'
+import { status } from './driver/status.ts'
+import type { Launch } from './modules.ts'
+
+const flags = { streamNonBlocking: 1, eventDisableTiming: 2 } as const
+
+/** Sizes of the words in front of a launch's packed arguments (CU_LAUNCH_PARAM_*). */
+const extra = { end: 0n, pointer: 1n, size: 2n } as const
+
+export class Stream {
+  readonly handle: number
+  readonly #driver: Driver
+  readonly #pinned: PinnedPool
+  readonly #events: number[] = []
+  readonly #extra = new BigUint64Array(6)
+  readonly #extraAddress: number
+  #launches = 0
+
+  constructor(driver: Driver) {
+    this.#driver = driver
+    this.handle = driver.out(word => driver.call.cuStreamCreate(word, flags.streamNonBlocking), 'kernels-cuda')
+    this.#pinned = new PinnedPool(driver)
+    // extra = { POINTER, arguments, SIZE, &bytes, END }, and the bytes behind it.
+    this.#extraAddress = driver.address(this.#extra.buffer)
+    this.#extra.set([extra.pointer, 0n, extra.size, BigInt(this.#extraAddress + 40), extra.end, 0n])
+  }
+
+  /** Kernels launched so far. */
+  get launches(): number {
+    return this.#launches
+  }
+
+  launch(launch: Launch): void {
+    const { kernel, grid, block, shared } = launch
+    this.#extra[1] = BigInt(launch.arguments)
+    this.#extra[5] = BigInt(launch.argumentBytes)
+    const code = this.#driver.call.cuLaunchKernel(
+      launch.function,
+      grid[0],
+      grid[1],
+      grid[2],
+      block,
+      1,
+      1,
+      shared,
+      this.handle,
+      0,
+      this.#extraAddress,
+    )
+    if (code !== status.success) {
+      this.#driver.check(code, kernel, `launching ${grid.join(' x ')} blocks of ${block} threads, ${shared} bytes of shared memory`)
+    }
+    this.#launches++
+  }
+
+  /** Host to device. The array may change as soon as this returns. */
+  upload(to: number, data: ArrayBufferView, op: string): void {
+    if (data.byteLength === 0) return
+    this.#driver.check(
+      this.#driver.call.cuMemcpyHtoDAsync(to, data, data.byteLength, this.handle),
+      op,
+      `copying ${data.byteLength} bytes to the device`,
+    )
+  }
+
+  /** Device to host, into `data`, when all work so far is done. */
+  async download(from: number, data: HostArray): Promise<void> {
+    const bytes = data.byteLength
+    if (bytes === 0) return
+    const pinned = this.#pinned.take(bytes)
+    try {
+      const code = this.#driver.call.cuMemcpyDtoHAsync(pinned.address, from, bytes, this.handle)
+      this.#driver.check(code, 'download', `copying ${bytes} bytes from the device`)
+      await this.#settled('download')
+      new Uint8Array(data.buffer, data.byteOffset, bytes).set(pinned.bytes.subarray(0, bytes))
+    } finally {
+      this.#pinned.giveBack(pinned)
+    }
+  }
+
+  copy(to: number, from: number, bytes: number): void {
+    if (bytes === 0) return
+    this.#driver.check(this.#driver.call.cuMemcpyDtoDAsync(to, from, bytes, this.handle), 'copy', `of ${bytes} bytes`)
+  }
+
+  clear(pointer: number, bytes: number): void {
+    if (bytes === 0) return
+    this.#driver.check(this.#driver.call.cuMemsetD8Async(pointer, 0, bytes, this.handle), 'clear', `of ${bytes} bytes`)
+  }
+
+  /** Milliseconds on the device from the first to the last thing that `fn` launches. */
+  async elapsed(fn: () => void): Promise<number> {
+    const { call } = this.#driver
+    const events = [0, 0].map(() => this.#driver.out(word => call.cuEventCreate(word, 0), 'elapsed'))
+    try {
+      this.#driver.check(call.cuEventRecord(events[0], this.handle), 'elapsed')
+      fn()
+      this.#driver.check(call.cuEventRecord(events[1], this.handle), 'elapsed')
+      await this.#settled('elapsed')
+      const milliseconds = new Float32Array(1)
+      this.#driver.check(call.cuEventElapsedTime(milliseconds, events[0], events[1]), 'elapsed')
+      return milliseconds[0]
+    } finally {
+      for (const event of events) call.cuEventDestroy(event)
+    }
+  }
+
+  /** Waits for all work so far. */
+  async sync(): Promise<void> {
+    await this.#settled('sync')
+  }
+
+  /** Never throws: the device may be lost. */
+  dispose(): void {
+    const { call } = this.#driver
+    call.cuStreamSynchronize(this.handle)
+    for (const event of this.#events) call.cuEventDestroy(event)
+    this.#events.length = 0
+    this.#pinned.dispose()
+    call.cuStreamDestroy(this.handle)
+  }
+
+  /** Asks again and again, each time after other work of the event loop; after two milliseconds once a millisecond. */
+  async #settled(op: string): Promise<void> {
+    const { call } = this.#driver
+    const event = this.#events.pop() ?? this.#driver.out(word => call.cuEventCreate(word, flags.eventDisableTiming), op)
+    try {
+      this.#driver.check(call.cuEventRecord(event, this.handle), op)
+      const started = performance.now()
+      let code = call.cuEventQuery(event)
+      while (code === status.notReady) {
+        if (performance.now() - started < 2) await new Promise(resolve => setImmediate(resolve))
+        else await new Promise(resolve => setTimeout(resolve, 1))
+        code = call.cuEventQuery(event)
+      }
+      this.#driver.check(code, op, 'waiting for earlier work')
+    } finally {
+      this.#events.push(event)
+    }
+  }
+}
+
+interface Pinned {
+  readonly address: number
+  readonly bytes: Uint8Array
+}
+
+/** Host memory that the device reads and writes by itself, in sizes of powers of two. */
+class PinnedPool {
+  readonly #driver: Driver
+  readonly #free: Pinned[] = []
+  /** Larger pieces are not kept. */
+  static readonly #most = 2 ** 26
+
+  constructor(driver: Driver) {
+    this.#driver = driver
+  }
+
+  take(bytes: number): Pinned {
+    const index = this.#free.findIndex(piece => piece.bytes.length >= bytes)
+    if (index >= 0) return this.#free.splice(index, 1)[0]
+    const size = Math.max(4096, 2 ** Math.ceil(Math.log2(bytes)))
+    const address = this.#driver.out(
+      word => this.#driver.call.cuMemHostAlloc(word, size, 0),
+      'kernels-cuda',
+      `for ${size} bytes of pinned host memory`,
+    )
+    return { address, bytes: this.#driver.view(address, size) }
+  }
+
+  giveBack(piece: Pinned): void {
+    if (piece.bytes.length > PinnedPool.#most) {
+      this.#driver.call.cuMemFreeHost(piece.address)
+      return
+    }
+    this.#free.push(piece)
+    this.#free.sort((a, b) => a.bytes.length - b.bytes.length)
+  }
+
+  dispose(): void {
+    for (const { address } of this.#free) this.#driver.call.cuMemFreeHost(address)
+    this.#free.length = 0
+  }
+}

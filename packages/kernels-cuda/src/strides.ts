@@ -1,0 +1,1 @@
+export { broadcastStrides, mergeAxes, type Nest, rowMajor } from '@moe/core/strides'

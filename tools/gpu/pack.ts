@@ -1,0 +1,95 @@
+/**
+ * Makes one folder that says everything about this build on a machine with an NVIDIA GPU: Linux and its driver, no network, no Node.
+ *
+ *     pnpm gpu:pack [--out gpu]
+ *
+ * It holds Node, the packages, their kernels, tests and benchmarks. There: `gpu/run.sh`. Build the kernels first:
+ * `node packages/kernels-cuda/scripts/build-fatbins.mjs`.
+ */
+import { execFileSync } from 'node:child_process'
+import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { dirname, join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { gzipSync } from 'node:zlib'
+import { build } from 'esbuild'
+
+const mostBytes = 60e6
+const root = join(import.meta.dirname, '..', '..')
+const { values: options } = parseArgs({ options: { out: { type: 'string', default: join(root, 'gpu') } } })
+const out = options.out
+
+/** What the tests and benchmarks need of the workspace. */
+const packages = ['core', 'kernels-cpu', 'kernels-cuda', 'attention-mla', 'router', 'mtp', 'checkpoint', 'deepseek', 'trainer', 'tokenizer-bpe']
+/** Plain JavaScript packages, bundled into one file each; whoever depends on them comes first. */
+const bundled = { zod: 'deepseek', tinyglobby: 'trainer' } as const
+
+if (process.platform !== 'linux') throw new Error('the folder is for Linux and is packed there')
+execFileSync(process.execPath, [join(root, 'packages/kernels-cuda/scripts/build-fatbins.mjs'), '--check'], { stdio: 'inherit' })
+rmSync(out, { recursive: true, force: true })
+mkdirSync(join(out, 'node_modules', '@moe'), { recursive: true })
+copyPackages()
+await copyDependencies()
+copyTools()
+writeFileSync(join(out, 'node.gz'), gzipSync(readFileSync(join(root, 'node_modules/node/bin/node')), { level: 9 }))
+
+const bytes = sizeOf(out)
+console.log(`${out}: ${(bytes / 1e6).toFixed(1)} MB; copy it to the machine and start run.sh there`)
+if (bytes > mostBytes) {
+  console.error(`gpu:pack: the folder may have ${mostBytes / 1e6} MB`)
+  process.exitCode = 1
+}
+
+function copyPackages(): void {
+  for (const name of packages) {
+    const from = join(root, 'packages', name)
+    const to = join(out, 'packages', name)
+    for (const part of ['package.json', 'src', 'fixtures', join('build', `linux-${process.arch}`), join('build', 'fatbins')]) {
+      if (!existsSync(join(from, part))) continue
+      cpSync(join(from, part), join(to, part), { recursive: true, filter: path => !/\/obj(\/|$)|\.(cc|cu|cuh|h|link)$/.test(path) })
+    }
+    symlinkSync(join('..', '..', 'packages', name), join(out, 'node_modules', '@moe', name))
+  }
+}
+
+async function copyDependencies(): Promise<void> {
+  const modules = join(out, 'node_modules')
+  const koffi = dirname(createRequire(join(root, 'packages/kernels-cuda/package.json')).resolve('koffi/package.json'))
+  cpSync(koffi, join(modules, 'koffi'), { recursive: true, dereference: true, filter: path => !/\/(src|doc|vendor)(\/|$)/.test(path) })
+  const native = `koffi-linux-${process.arch}`
+  const binary = dirname(createRequire(join(koffi, 'package.json')).resolve(`@koromix/${native}/package.json`))
+  cpSync(binary, join(modules, '@koromix', native), { recursive: true, dereference: true })
+  for (const [name, user] of Object.entries(bundled)) {
+    const entry = createRequire(join(root, 'packages', user, 'package.json')).resolve(name)
+    await bundle(entry, name)
+  }
+  await bundle(join(import.meta.dirname, 'vitest.ts'), 'vitest')
+}
+
+/** One ES module under node_modules, with all that it imports inside. */
+async function bundle(entry: string, name: string): Promise<void> {
+  const folder = join(out, 'node_modules', name)
+  // CommonJS inside asks for Node's own modules by `require`.
+  const banner = { js: "import { createRequire } from 'node:module'; const require = createRequire(import.meta.url);" }
+  await build({ entryPoints: [entry], outfile: join(folder, 'index.mjs'), bundle: true, platform: 'node', format: 'esm', banner, logLevel: 'error' })
+  writeFileSync(join(folder, 'package.json'), `${JSON.stringify({ name, type: 'module', exports: './index.mjs' })}\n`)
+}
+
+function copyTools(): void {
+  cpSync(join(root, 'bench'), join(out, 'bench'), { recursive: true, filter: path => !/node_modules|results|__pycache__/.test(path) })
+  const tools = join(out, 'tools', 'gpu')
+  mkdirSync(tools, { recursive: true })
+  for (const file of ['suite.mjs', 'models.mjs', 'reporter.mjs', 'summary.mjs']) cpSync(join(import.meta.dirname, file), join(tools, file))
+  cpSync(join(import.meta.dirname, 'run.sh'), join(out, 'run.sh'))
+  writeFileSync(join(out, 'package.json'), '{ "name": "moe-gpu", "private": true, "type": "module" }\n')
+}
+
+function sizeOf(path: string): number {
+  let bytes = 0
+  for (const entry of readdirSync(path, { withFileTypes: true })) {
+    const inside = join(path, entry.name)
+    if (entry.isDirectory()) bytes += sizeOf(inside)
+    else if (entry.isFile()) bytes += statSync(inside).size
+  }
+  return bytes
+}

@@ -1,0 +1,60 @@
+#!/bin/sh
+# Everything that a GPU can say about this build: the backend suite, the tests of the model parts, compute-sanitizer and the
+# benchmarks, beside PyTorch's where there is one. Needs Linux and an NVIDIA driver, nothing else. Writes one JSON file.
+#
+#   ./run.sh [--quick] [--out FOLDER]      --quick leaves the sanitizer and the benchmarks out
+set -u
+cd "$(dirname "$0")"
+here=$(pwd)
+out=$here/results
+quick=0
+while [ $# -gt 0 ]; do
+  case $1 in
+    --quick) quick=1 ;;
+    --out) shift; out=$1 ;;
+    --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) echo "run.sh: unknown option $1; see --help" >&2; exit 2 ;;
+  esac
+  shift
+done
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+[ -x node ] || { gunzip -c node.gz > node.new && chmod +x node.new && mv node.new node; } || exit 1
+export MOE_REQUIRE_CUDA=1 NO_COLOR=1
+status=0
+
+# tests NAME FILES...: runs test files, prints failures, leaves NAME.json
+tests() {
+  name=$1
+  shift
+  echo "== $name"
+  ./node --no-warnings --import ./tools/gpu/"$name".mjs --test --test-concurrency=1 --test-reporter=./tools/gpu/reporter.mjs \
+    --test-reporter-destination="$out/$name.json" --test-reporter=dot --test-reporter-destination=/dev/null "$@" || status=1
+  ./node tools/gpu/summary.mjs "$out/$name.json"
+}
+
+command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+tests suite $(find packages/kernels-cuda/src -name '*.test.ts')
+tests models $(find packages/attention-mla/src packages/router/src packages/mtp/src packages/deepseek/src -name '*.test.ts')
+
+if [ $quick = 0 ]; then
+  if command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck initcheck synccheck; do
+      echo "== compute-sanitizer $tool"
+      timeout 300 compute-sanitizer --tool $tool --error-exitcode 9 --log-file "$out/sanitizer-$tool.log" \
+        ./node --no-warnings --import ./tools/gpu/suite.mjs packages/kernels-cuda/src/backend.test.ts > "$out/sanitizer-$tool.tests.log" 2>&1
+      code=$?
+      echo "$code" > "$out/sanitizer-$tool.code"
+      [ $code = 0 ] || { status=1; tail -5 "$out/sanitizer-$tool.log"; }
+    done
+  fi
+  peers=
+  if python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
+    echo "== PyTorch"
+    python3 bench/peers/cuda_torch.py --json "$out/peers.json" && peers="--peers $out/peers.json"
+  fi
+  echo "== benchmarks"
+  ./node --no-warnings --expose-gc bench/cuda.ts --json "$out/bench.json" $peers || status=1
+fi
+./node tools/gpu/summary.mjs --merge "$out" > "$out/gpu.json" && echo "wrote $out/gpu.json"
+exit $status

@@ -1,0 +1,1 @@
+// Preloaded by the tests of the backend: nothing to prepare.
