@@ -1,7 +1,7 @@
 // Attention in tiles: two engines with one interface, on which attention.cu is written once.
 //   BM rows against BN rows, DK features of queries and keys, DV of values; Threads, sharedBytes of scratch; Element in global memory
 //   Scores                            a BM x BN tile; this thread has Rows x Columns of it, at row(i), column(j)
-//   Sums<D>                           a BM x D tile; this thread has the same rows, and columns sumColumn<D>(j), j < sumColumns<D>
+//   Sums<D>                           a BM x D tile; this thread has the same rows, and columns sumColumn<D>(j), j < sumColumns<D>, in runs of Run
 //   copyRows<Count, D>(...)           starts the copy of Count rows of D features to shared memory (tileSize<Count, D> elements)
 //   dot<D>(scores, x, y)              scores += x y^T, x of BM rows, y of BN rows
 //   add<D>(sums, scores, y, scratch)  sums += scores y, y of BN rows; scores are rounded to Element
@@ -25,7 +25,7 @@ template <int Warps, int MT, int BN_, int DK_, int DV_>
 struct FlashBf16 {
   using Element = bf16;
   static constexpr int BM = Warps * MT * 16, BN = BN_, DK = DK_, DV = DV_, Threads = Warps * 32, Stages = 2;
-  static constexpr int NT = BN / 8, Rows = MT * 2, Columns = NT * 2, RowLanes = 4;
+  static constexpr int NT = BN / 8, Rows = MT * 2, Columns = NT * 2, RowLanes = 4, Run = 2;
   static constexpr int scratchBytes = 0;
   static constexpr float Unit = 1.4426950408889634f;
   MOE_DEVICE float exponential(float x) { return exp2Fast(x); }
@@ -105,7 +105,7 @@ template <int DK_, int DV_>
 struct FlashF32 {
   using Element = float;
   static constexpr int BM = 32, BN = 32, DK = DK_, DV = DV_, Threads = 256, Stages = 1;
-  static constexpr int Rows = 2, Columns = 2, RowLanes = 16;
+  static constexpr int Rows = 2, Columns = 2, RowLanes = 16, Run = 4;
   static constexpr int LP = BN + 1, scratchBytes = BM * LP * 4;
   static constexpr float Unit = 1.f;
   MOE_DEVICE float exponential(float x) { return expf(x); }
@@ -197,6 +197,28 @@ struct FlashF32 {
     }
   }
 };
+
+/// Row i of `sums` times a factor, to `features` features from `to` on.
+template <class Engine, int D>
+MOE_DEVICE void storeRow(float* to, typename Engine::template Sums<D>& sums, int i, int features, float factor) {
+#pragma unroll
+  for (int j = 0; j < Engine::template sumColumns<D>; j += Engine::Run) {
+    const int d = Engine::template sumColumn<D>(j);
+    float x[Engine::Run];
+#pragma unroll
+    for (int r = 0; r < Engine::Run; r++) x[r] = Engine::template at<D>(sums, i, j + r) * factor;
+    if (features % Engine::Run == 0) { // then rows are aligned and runs never cut
+      if (d >= features) continue;
+      if constexpr (Engine::Run == 2) *(float2*)(to + d) = make_float2(x[0], x[1]);
+      else *(float4*)(to + d) = make_float4(x[0], x[1], x[2], x[3]);
+    } else {
+#pragma unroll
+      for (int r = 0; r < Engine::Run; r++) {
+        if (d + r < features) to[d + r] = x[r];
+      }
+    }
+  }
+}
 
 /// Over the lanes that share a row.
 template <class Engine>

@@ -19,9 +19,26 @@ const outDir = join(root, 'build', 'emulator')
 const objDir = join(outDir, 'obj')
 const library = join(outDir, 'libmoe-cuda-emulator.so')
 
-const common = ['-std=c++17', '-O2', '-fPIC', '-fvisibility=hidden', '-fno-math-errno', '-fno-trapping-math', '-fno-exceptions', '-fno-rtti']
+const common = [
+  '-std=c++17',
+  '-O2',
+  '-fPIC',
+  '-fvisibility=hidden',
+  '-fno-math-errno',
+  '-fno-trapping-math',
+  '-fno-exceptions',
+  '-fno-rtti',
+]
 const architecture = process.arch === 'x64' && hasAvx2() ? ['-march=x86-64-v3'] : []
-const runtimeFlags = [...common, ...architecture, '-Wall', '-Wextra', '-Wno-psabi', '-g1', `-I${join(root, 'emulator')}`]
+const runtimeFlags = [
+  ...common,
+  ...architecture,
+  '-Wall',
+  '-Wextra',
+  '-Wno-psabi',
+  '-g1',
+  `-I${join(root, 'emulator')}`,
+]
 const kernelFlags = [
   ...common,
   ...architecture,
@@ -43,7 +60,12 @@ const kernelFlags = [
 ]
 /** By the kind of compiler: the check of indices, and no calls at the start and end of functions. */
 const kernelFlagsOf = {
-  clang: ['-fsanitize=array-bounds', '-mllvm', '-tsan-instrument-func-entry-exit=0', '-Wno-unused-command-line-argument'],
+  clang: [
+    '-fsanitize=array-bounds',
+    '-mllvm',
+    '-tsan-instrument-func-entry-exit=0',
+    '-Wno-unused-command-line-argument',
+  ],
   gcc: ['-fsanitize=bounds', '--param', 'tsan-instrument-func-entry-exit=0'],
 }
 
@@ -73,7 +95,8 @@ async function main() {
     writeModules(objects)
     removeStrays(objects)
     const seconds = ((Date.now() - started) / 1000).toFixed(1)
-    const what = stale.length + linked === 0 ? 'up to date' : `${stale.length - failed.length} objects compiled in ${seconds} s`
+    const what =
+      stale.length + linked === 0 ? 'up to date' : `${stale.length - failed.length} objects compiled in ${seconds} s`
     say(`${relative(process.cwd(), outDir)} ${what} (${compiler.version})`)
     if (failed.length > 0) fail(failed)
   } finally {
@@ -142,9 +165,7 @@ function findSources() {
 
 function describe({ file: source, module }, compiler) {
   const name = relative(root, source).replaceAll(/[/\\]/g, '-')
-  const flags = module
-    ? [...kernelFlags, ...compiler.flags, `-DMOE_MODULE="${module}"`, '-x', 'c++']
-    : runtimeFlags
+  const flags = module ? [...kernelFlags, ...compiler.flags, `-DMOE_MODULE="${module}"`, '-x', 'c++'] : runtimeFlags
   return {
     source,
     module,

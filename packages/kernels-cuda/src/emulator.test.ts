@@ -38,7 +38,7 @@ describe.skipIf(!existsSync(file))('emulator', () => {
       for (let row = 0; row < 4; row++) {
         const exps = Array.from(x.subarray(300 * row, 300 * row + 300), Math.exp)
         const sum = exps.reduce((a, b) => a + b)
-        exps.forEach((e, i) => expect(values[300 * row + i]).toBeCloseTo(e / sum, 6))
+        for (const [i, e] of exps.entries()) expect(values[300 * row + i]).toBeCloseTo(e / sum, 6)
       }
       expect(device.report()).toBe('')
     })
@@ -68,7 +68,14 @@ describe.skipIf(!existsSync(file))('emulator', () => {
     test('atomics in shared and global memory, and the last block', () => {
       const x = Int32Array.from({ length: 1000 }, (_, i) => (i * i) % 13)
       const y = device.upload(new Int32Array(17))
-      expect(device.launch('moe_test_atomics', 3, 128, 'p p p i', [y, device.upload(new Int32Array(1)), device.upload(x), 1000])).toBe(0)
+      expect(
+        device.launch('moe_test_atomics', 3, 128, 'p p p i', [
+          y,
+          device.upload(new Int32Array(1)),
+          device.upload(x),
+          1000,
+        ]),
+      ).toBe(0)
       const bins = new Int32Array(17)
       for (const value of x) bins[value]++
       bins[16] = 1000
@@ -78,7 +85,10 @@ describe.skipIf(!existsSync(file))('emulator', () => {
     test('arguments of every kind', () => {
       const y = device.allocate(20)
       const x = device.upload(numbers(1, () => 7))
-      expect(run('moe_test_arguments', 32, 'p i l f i i i p p', [y, -3, 2 ** 24, 0.5, 1, 2, 3, y, x])).toEqual({ status: 0, report: '' })
+      expect(run('moe_test_arguments', 32, 'p i l f i i i p p', [y, -3, 2 ** 24, 0.5, 1, 2, 3, y, x])).toEqual({
+        status: 0,
+        report: '',
+      })
       expect([...device.download(y, Float32Array, 5)]).toEqual([-3, 2 ** 24, 0.5, 321, 7])
       expect(device.kernels()).toContain('emulator-tests moe_test_arguments 32 p i l f i[3] p[2]\n')
     })
@@ -91,7 +101,10 @@ describe.skipIf(!existsSync(file))('emulator', () => {
       const a = numbers(16 * depth, i => ((i * 7) % 17) - 8)
       const b = numbers(depth * 8, i => ((i * 5) % 13) - 6)
       const d = device.allocate(4 * 128)
-      expect(run(`moe_test_${kind}_product`, 32, 'p p p', [d, device.upload(a), device.upload(b)])).toEqual({ status: 0, report: '' })
+      expect(run(`moe_test_${kind}_product`, 32, 'p p p', [d, device.upload(a), device.upload(b)])).toEqual({
+        status: 0,
+        report: '',
+      })
       const values = device.download(d, Float32Array, 128)
       for (let i = 0; i < 16; i++)
         for (let j = 0; j < 8; j++) {
@@ -121,11 +134,7 @@ describe.skipIf(!existsSync(file))('emulator', () => {
   })
 
   describe('what is wrong', () => {
-    const fails = (
-      what: { status: number; report: string },
-      status: number,
-      ...parts: readonly string[]
-    ) => {
+    const fails = (what: { status: number; report: string }, status: number, ...parts: readonly string[]) => {
       expect(what.report).not.toBe('')
       for (const part of parts) expect(what.report).toContain(part)
       expect(what.status).toBe(status)
@@ -134,7 +143,15 @@ describe.skipIf(!existsSync(file))('emulator', () => {
     test('out of bounds, with the place', () => {
       const x = device.upload(numbers(100))
       const what = run('moe_test_past_the_end', 256, 'p p i', [device.allocate(400), x, 100])
-      fails(what, illegalAddress, 'out of bounds: read of 4 bytes', '0 bytes past the end of the 400 bytes', 'thread (100, 0, 0)', 'moe_test_past_the_end', 'block (0, 0, 0)')
+      fails(
+        what,
+        illegalAddress,
+        'out of bounds: read of 4 bytes',
+        '0 bytes past the end of the 400 bytes',
+        'thread (100, 0, 0)',
+        'moe_test_past_the_end',
+        'block (0, 0, 0)',
+      )
     })
     test('before the start', () =>
       fails(
@@ -153,7 +170,11 @@ describe.skipIf(!existsSync(file))('emulator', () => {
       fails(run('moe_test_null', 256, 'p', [y]), illegalAddress, 'which were freed')
     })
     test('memory that nothing wrote', () =>
-      fails(run('moe_test_copy', 256, 'p p l', [device.allocate(1024), device.allocate(1024), 256]), illegalAddress, 'uninitialized'))
+      fails(
+        run('moe_test_copy', 256, 'p p l', [device.allocate(1024), device.allocate(1024), 256]),
+        illegalAddress,
+        'uninitialized',
+      ))
     test('download of memory that nothing wrote', () => {
       const y = device.allocate(1024)
       expect(() => device.download(y, Float32Array, 256)).toThrow('700')
@@ -166,31 +187,54 @@ describe.skipIf(!existsSync(file))('emulator', () => {
       fails(run('moe_test_copy4', 256, 'p p i', [y, x + 4, 255]), misalignedAddress, 'misaligned', 'float4')
     })
     test('shared memory that nothing wrote', () =>
-      fails(run('moe_test_shared_unwritten', 256, 'p', [device.allocate(1024)]), illegalAddress, 'byte 28 of shared array tile'))
+      fails(
+        run('moe_test_shared_unwritten', 256, 'p', [device.allocate(1024)]),
+        illegalAddress,
+        'byte 28 of shared array tile',
+      ))
     test('read of what another thread writes, without a barrier', () => {
       expect(run('moe_test_shared_race', 256, 'p i', [device.allocate(1024), 1])).toEqual({ status: 0, report: '' })
       fails(run('moe_test_shared_race', 256, 'p i', [device.allocate(1024), 0]), illegalAddress, 'barrier')
     })
     test('overwritten while others may still read', () => {
-      expect(run('moe_test_shared_overwrite', 256, 'p i', [device.allocate(1024), 1])).toEqual({ status: 0, report: '' })
+      expect(run('moe_test_shared_overwrite', 256, 'p i', [device.allocate(1024), 1])).toEqual({
+        status: 0,
+        report: '',
+      })
       fails(run('moe_test_shared_overwrite', 256, 'p i', [device.allocate(1024), 0]), launchFailed, 'race')
     })
     test('__syncwarp orders the lanes of a warp, and no others', () => {
-      expect(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 1, 1])).toEqual({ status: 0, report: '' })
+      expect(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 1, 1])).toEqual({
+        status: 0,
+        report: '',
+      })
       fails(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 1, 0]), illegalAddress, 'barrier')
       device.reset()
       fails(run('moe_test_shared_warp', 256, 'p i i', [device.allocate(1024), 32, 1]), illegalAddress, 'barrier')
     })
     test('dynamic shared memory beyond what the launch asked for', () => {
       expect(run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), 255], 1024)).toEqual({ status: 0, report: '' })
-      fails(run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), 256], 1024), illegalAddress, 'byte 1024 of dynamic')
+      fails(
+        run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), 256], 1024),
+        illegalAddress,
+        'byte 1024 of dynamic',
+      )
       device.reset()
-      fails(run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), -1], 1024), illegalAddress, 'byte -4 of dynamic')
+      fails(
+        run('moe_test_dynamic', 256, 'p i', [device.allocate(1024), -1], 1024),
+        illegalAddress,
+        'byte -4 of dynamic',
+      )
     })
     test('an index outside an array, though inside the memory', () =>
       fails(run('moe_test_index', 256, 'p i', [device.allocate(1024), 32]), illegalAddress, 'index 32 of an array'))
     test('a barrier that a thread never reaches', () =>
-      fails(run('moe_test_returns_early', 256, 'p', [device.allocate(1024)]), launchFailed, '255 of 256 threads', '1 returned (the first is 5)'))
+      fails(
+        run('moe_test_returns_early', 256, 'p', [device.allocate(1024)]),
+        launchFailed,
+        '255 of 256 threads',
+        '1 returned (the first is 5)',
+      ))
     test('barriers at different places', () =>
       fails(run('moe_test_divergent', 256, 'p', [device.allocate(1024)]), launchFailed, 'divergent barrier'))
     test('a shuffle without all lanes', () => {
@@ -418,7 +462,9 @@ describe.skipIf(!existsSync(file))('emulator', () => {
       const extra = koffi.view(params[6], 40)
       const packed = koffi.view(new BigUint64Array(extra)[1], 24)
       new BigUint64Array(packed)[0] = BigInt(z)
-      expect(device.call('cuGraphExecKernelNodeSetParams_v2', exec, Number(nodes[0]), Number(koffi.address(params)))).toBe(0)
+      expect(
+        device.call('cuGraphExecKernelNodeSetParams_v2', exec, Number(nodes[0]), Number(koffi.address(params))),
+      ).toBe(0)
       device.call('cuGraphLaunch', exec, stream)
       expect(device.call('cuStreamSynchronize', stream)).toBe(0)
       expect(device.download(z, Float32Array, 256)[255]).toBe(255)
@@ -459,7 +505,9 @@ function openEmulator() {
   const call = (name: string, ...args: number[]): number => {
     let found = functions.get(name)
     if (found === undefined) {
-      const list = [...(words.get(name) ?? 'l'.repeat(args.length))].map((letter, i) => `${types[letter]} a${i}`).join(', ')
+      const list = [...(words.get(name) ?? 'l'.repeat(args.length))]
+        .map((letter, i) => `${types[letter]} a${i}`)
+        .join(', ')
       found = library.func(`int ${name}(${list || 'void'})`) as unknown as (...args: number[]) => number
       functions.set(name, found)
     }
@@ -497,7 +545,10 @@ function openEmulator() {
       after: number,
       status: number,
     ) => void,
-    set: library.func('void moe_emulator_set(const char* name, int value)') as unknown as (name: string, value: number) => void,
+    set: library.func('void moe_emulator_set(const char* name, int value)') as unknown as (
+      name: string,
+      value: number,
+    ) => void,
     synchronize: () => call('cuCtxSynchronize'),
     allocate: (bytes: number, stream?: number) =>
       stream === undefined ? out('cuMemAlloc_v2', bytes) : out('cuMemAllocAsync', bytes, stream),

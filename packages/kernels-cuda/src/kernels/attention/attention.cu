@@ -73,12 +73,7 @@ MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, 
     const int t = first + E::row(i);
     if (t >= z.T) continue;
     if (E::column(0) == 0) lse[((int64_t)b * z.H + h) * z.T + t] = rowLse;
-    float* const to = out + (((int64_t)b * z.T + t) * z.H + h) * z.Dv;
-#pragma unroll
-    for (int j = 0; j < E::template sumColumns<DV>; j++) {
-      const int d = E::template sumColumn<DV>(j);
-      if (d < z.Dv) to[d] = E::template at<DV>(sums, i, j) * factor;
-    }
+    storeRow<E, DV>(out + (((int64_t)b * z.T + t) * z.H + h) * z.Dv, sums, i, z.Dv, factor);
   }
 }
 
@@ -110,15 +105,14 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
   const int b = blockIdx.z, g = blockIdx.y, first = blockIdx.x * E::BM, shares = z.H / z.G;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
   const int64_t ldq = (int64_t)z.H * z.ldk, ldo = (int64_t)z.H * z.ldv, ldk = (int64_t)z.G * z.ldk, ldv = (int64_t)z.G * z.ldv;
-  // Tiles of queries: `perHead` of each head, from the first query that sees a key of this block.
+  // Tiles of queries of each head, from the first query that sees a key of this block.
   const int begin = visible.firstQuery(first) / E::BN * E::BN;
-  const int perHead = first < visible.limit ? max(0, divUp(z.T - begin, E::BN)) : 0;
-  const int tiles = perHead * shares;
+  const int tiles = first < visible.limit ? max(0, divUp(z.T - begin, E::BN)) * shares : 0;
 
   auto stageOf = [&](int tile) { return stages + tile % E::Stages * stageBytes; };
-  auto copyQueries = [&](int tile) {
+  auto copyQueries = [&](int tile, int h, int t) {
     if (tile < tiles) {
-      const int h = g * shares + tile / perHead, t = begin + tile % perHead * E::BN, rows = z.T - t;
+      const int rows = z.T - t;
       Element* const stage = (Element*)stageOf(tile);
       E::template copyRows<E::BN, DK>(stage, q + ((int64_t)b * z.T + t) * ldq + h * z.ldk, ldq, rows, z.ldk);
       E::template copyRows<E::BN, DV>(stage + sizeQ, dout + ((int64_t)b * z.T + t) * ldo + h * z.ldv, ldo, rows, z.ldv);
@@ -131,21 +125,24 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
   };
   E::template copyRows<E::BM, DK>(keys, k + ((int64_t)b * z.S + first) * ldk + g * z.ldk, ldk, visible.limit - first, z.ldk);
   E::template copyRows<E::BM, DV>(values, v + ((int64_t)b * z.S + first) * ldv + g * z.ldv, ldv, visible.limit - first, z.ldv);
-  if (E::Stages > 1) copyQueries(0);
+  int h = g * shares, t = begin;
+  if (E::Stages > 1) copyQueries(0, h, t);
 
   typename E::template Sums<DK> sumsK = {};
   typename E::template Sums<DV> sumsV = {};
   for (int tile = 0; tile < tiles; tile++) {
     if (E::Stages == 1) {
       __syncthreads();
-      copyQueries(tile);
+      copyQueries(tile, h, t);
     }
     waitCopies<0>();
     __syncthreads();
-    if (E::Stages > 1) copyQueries(tile + 1);
+    const bool nextHead = t + E::BN >= z.T;
+    const int nextT = nextHead ? begin : t + E::BN;
+    h += nextHead;
+    if (E::Stages > 1) copyQueries(tile + 1, h, nextT);
     const Element* const stage = (const Element*)stageOf(tile);
     const float* const perQuery = (const float*)(stage + sizeQ + sizeO);
-    const int t = begin + tile % perHead * E::BN;
 
     typename E::Scores p = {};
     E::template dot<DK>(p, keys, stage);
@@ -171,6 +168,7 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
       for (int i = 0; i < E::Rows; i++) E::at(dp, i, j) = E::at(p, i, j) * (E::at(dp, i, j) - shift);
     }
     E::template add<DK>(sumsK, dp, stage, shared);
+    t = nextT;
   }
   waitCopies<0>();
 
@@ -179,16 +177,8 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
     const int key = first + E::row(i);
     if (key >= z.S) continue;
     const int64_t at = ((int64_t)b * z.S + key) * z.G + g;
-#pragma unroll
-    for (int j = 0; j < E::template sumColumns<DK>; j++) {
-      const int d = E::template sumColumn<DK>(j);
-      if (d < z.Dk) dk[at * z.Dk + d] = E::template at<DK>(sumsK, i, j) * z.scale;
-    }
-#pragma unroll
-    for (int j = 0; j < E::template sumColumns<DV>; j++) {
-      const int d = E::template sumColumn<DV>(j);
-      if (d < z.Dv) dv[at * z.Dv + d] = E::template at<DV>(sumsV, i, j);
-    }
+    storeRow<E, DK>(dk + at * z.Dk, sumsK, i, z.Dk, z.scale);
+    storeRow<E, DV>(dv + at * z.Dv, sumsV, i, z.Dv, 1.f);
   }
 }
 
@@ -260,12 +250,7 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
   for (int i = 0; i < E::Rows; i++) {
     const int t = first + E::row(i);
     if (t >= z.T) continue;
-    float* const to = dq + (((int64_t)b * z.T + t) * z.H + h) * z.Dk;
-#pragma unroll
-    for (int j = 0; j < E::template sumColumns<DK>; j++) {
-      const int d = E::template sumColumn<DK>(j);
-      if (d < z.Dk) to[d] = E::template at<DK>(sums, i, j) * z.scale;
-    }
+    storeRow<E, DK>(dq + (((int64_t)b * z.T + t) * z.H + h) * z.Dk, sums, i, z.Dk, z.scale);
   }
 }
 

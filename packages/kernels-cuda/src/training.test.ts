@@ -1,0 +1,74 @@
+/** @file The same training code and seed give the losses of kernels-cpu: routing, balance bias, MTP, clipping and optimizer included. */
+import { type Backend, type Precision, Random, setDefaultBackend } from '@moe/core'
+import { assertClose } from '@moe/core/testing'
+import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
+import { createBackend as createCpuBackend } from '@moe/kernels-cpu'
+import { TokenDataset, train } from '@moe/trainer'
+import { describe, expect, test } from 'vitest'
+import { testBackend, unavailable } from './test-backend.ts'
+
+const config: DeepSeekConfigInput = {
+  ...presets.tiny,
+  vocab_size: 96,
+  hidden_size: 32,
+  intermediate_size: 64,
+  moe_intermediate_size: 16,
+  num_hidden_layers: 2,
+  num_attention_heads: 2,
+  n_routed_experts: 8,
+  num_experts_per_tok: 2,
+  q_lora_rank: 16,
+  kv_lora_rank: 16,
+  qk_nope_head_dim: 8,
+  qk_rope_head_dim: 8,
+  v_head_dim: 8,
+  initializer_range: 0.1,
+}
+
+/** Tokens that mostly follow from the one before, so that there is something to learn. */
+function data(): TokenDataset {
+  const random = new Random(3)
+  let token = 1
+  const document = Int32Array.from({ length: 2000 }, () => {
+    token = random.next() < 0.8 ? (token * 7 + 3) % 90 : random.integer(90)
+    return 2 + token
+  })
+  return TokenDataset.fromTokens([document])
+}
+
+async function losses(backend: Backend, precision: Precision): Promise<number[]> {
+  setDefaultBackend(backend)
+  const model = new DeepSeek(config, { seed: 1, objective: { biasSpeed: 0.01 } })
+  const found: number[] = []
+  await train(model, {
+    data: { training: data() },
+    steps: 20,
+    batchSize: 2,
+    sequenceLength: 24,
+    lr: 5e-3,
+    precision,
+    progress: false,
+    handleSignals: false,
+    onEvent: event => {
+      if (event.type === 'step') found.push(event.loss)
+    },
+  })
+  model.dispose()
+  return found
+}
+
+describe.skipIf(unavailable)('twenty steps', () => {
+  test.each([
+    // f32 rounding of 20 steps: a relative 2e-5 per step at most, growing with the steps.
+    { precision: 'f32', relative: 5e-4 },
+    // The CPU may multiply in f32: operands differ by 2^-9, and so do choices of experts that are nearly tied.
+    { precision: 'bf16', relative: 2e-2 },
+  ] as const)('in $precision', async ({ precision, relative }) => {
+    const expected = await losses(await createCpuBackend(), precision)
+    expect(expected).toHaveLength(20)
+    expect(expected[19]).toBeLessThan(expected[0] - 0.2)
+    const backend = await testBackend({ guarded: false })
+    assertClose('losses', await losses(backend, precision), expected, { relative, absolute: 0 })
+    backend.dispose()
+  })
+})
