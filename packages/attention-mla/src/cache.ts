@@ -2,7 +2,7 @@
 import {
   type Backend,
   concat,
-  type DType,
+  defaultBackend,
   dtypeBytes,
   fromHost,
   keep,
@@ -22,8 +22,11 @@ export interface CacheCost {
   readonly expandedBytes: number
 }
 
-/** The cost of a token by configuration alone. `LatentCache` holds f32; published figures are for bf16. */
-export function cacheCost(config: MlaConfig, layers: number, dtype: DType = 'f32'): CacheCost {
+/** What a latent cache holds. bf16 takes half the memory, as published figures do; attention over it is computed as ever. */
+export type CacheDType = 'f32' | 'bf16'
+
+/** The cost of a token by configuration alone. */
+export function cacheCost(config: MlaConfig, layers: number, dtype: CacheDType = 'f32'): CacheCost {
   const { kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim, num_attention_heads: heads } = config
   const elements = layers * (kv_lora_rank + qk_rope_head_dim)
   const expanded = layers * heads * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim)
@@ -36,6 +39,8 @@ export interface LatentCacheOptions {
   readonly batch?: number
   /** Tokens per sequence that memory is taken for at first; it doubles when needed. Default 256. */
   readonly capacity?: number
+  /** Default f32. bf16 needs a backend that has it. */
+  readonly dtype?: CacheDType
   readonly backend?: Backend
 }
 
@@ -46,18 +51,20 @@ export interface LatentCacheOptions {
 export class LatentCache {
   readonly features: number
   readonly batch: number
+  readonly dtype: CacheDType
   /** Tokens in use of each sequence. */
   readonly lengths: Int32Array
   #capacity: number
   #layers: Tensor[]
 
   constructor(config: Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim'>, options: LatentCacheOptions) {
-    const { layers, batch = 1, capacity = 256, backend } = options
+    const { layers, batch = 1, capacity = 256, dtype = 'f32', backend = defaultBackend() } = options
     this.features = config.kv_lora_rank + config.qk_rope_head_dim
     this.batch = batch
+    this.dtype = dtype
     this.lengths = new Int32Array(batch)
     this.#capacity = capacity
-    this.#layers = Array.from({ length: layers }, () => keep(zeros([batch, capacity, this.features], { backend })))
+    this.#layers = Array.from({ length: layers }, () => this.#empty(capacity, backend))
   }
 
   get capacity(): number {
@@ -66,7 +73,7 @@ export class LatentCache {
 
   /** Bytes that one more token costs over all layers: layers * (kv_lora_rank + qk_rope_head_dim) elements. */
   get bytesPerToken(): number {
-    return this.#layers.length * this.features * dtypeBytes.f32
+    return this.#layers.length * this.features * dtypeBytes[this.dtype]
   }
 
   /** Bytes taken now. */
@@ -74,7 +81,7 @@ export class LatentCache {
     return this.bytesPerToken * this.batch * this.#capacity
   }
 
-  /** All rows of a layer, `[batch, capacity, features]`; those at or past a sequence's length mean nothing. */
+  /** All rows of a layer, `[batch, capacity, features]` in the cache's dtype; those at or past a sequence's length mean nothing. */
   rows(layer: number): Tensor {
     return this.#layers[layer]
   }
@@ -96,7 +103,7 @@ export class LatentCache {
     )
   }
 
-  /** Writes the next rows `[batch, time, features]` of a layer behind each sequence. Call `advance` once all layers have written. */
+  /** Writes the next rows `[batch, time, features]`, rounded to the cache's dtype, of a layer behind each sequence. Call `advance` once all layers have written. */
   write(layer: number, rows: Tensor): void {
     const [batch, time, features] = rows.shape
     if (batch !== this.batch || features !== this.features) {
@@ -117,7 +124,15 @@ export class LatentCache {
         // The reshape shares memory with `old`; once that is given up the rows are written in place.
         old.dispose()
         const index = fromHost(at, [batch * time], 'i32', rows.backend)
-        const next = setRows(flat, index, rows.detach().reshape([batch * time, features]), { donate: true })
+        const next = setRows(
+          flat,
+          index,
+          rows
+            .detach()
+            .cast(this.dtype)
+            .reshape([batch * time, features]),
+          { donate: true },
+        )
         return next.reshape([batch, capacity, features])
       }),
     )
@@ -136,6 +151,10 @@ export class LatentCache {
     }
   }
 
+  #empty(tokens: number, backend: Backend): Tensor {
+    return keep(scope(() => zeros([this.batch, tokens, this.features], { backend }).cast(this.dtype)))
+  }
+
   #reserve(tokens: number): void {
     if (tokens <= this.#capacity) return
     let capacity = this.#capacity
@@ -143,7 +162,7 @@ export class LatentCache {
     this.#layers = this.#layers.map(old =>
       keep(
         scope(() => {
-          const more = zeros([this.batch, capacity - this.#capacity, this.features], { backend: old.backend })
+          using more = this.#empty(capacity - this.#capacity, old.backend)
           const grown = concat([old, more], 1)
           old.dispose()
           return grown

@@ -1,5 +1,5 @@
 /** @file Public interface of @moe/attention-mla. */
-export { type CacheCost, cacheCost, LatentCache, type LatentCacheOptions } from './cache.ts'
+export { type CacheCost, type CacheDType, cacheCost, LatentCache, type LatentCacheOptions } from './cache.ts'
 export type { MlaConfig, RopeScaling } from './config.ts'
 export { type MlaForwardOptions, type MlaOptions, MultiHeadLatentAttention } from './mla.ts'
 export {

@@ -2,6 +2,9 @@ import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { readSafetensors } from '@moe/checkpoint'
 import {
+  decodeHost,
+  dtypeBytes,
+  encodeHost,
   fromHost,
   gradients,
   loadStateDict,
@@ -10,11 +13,13 @@ import {
   randn,
   setDefaultBackend,
   type Tensor,
+  zeros,
 } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
-import { assertClose } from '@moe/core/testing'
+import { assertClose, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import {
+  type CacheDType,
   LatentCache,
   type MlaConfig,
   MultiHeadLatentAttention,
@@ -80,6 +85,24 @@ describe('golden constants', () => {
   test('the cache holds kv_lora_rank + qk_rope_head_dim elements per token and layer', () => {
     const cache = new LatentCache({ kv_lora_rank: 512, qk_rope_head_dim: 64 }, { layers: 61, capacity: 1 })
     expect(cache.bytesPerToken).toBe(61 * 576 * 4)
+    cache.dispose()
+  })
+
+  test.each([
+    ['V3', 61, 70_272],
+    ['V2', 60, 69_120],
+    ['V2-Lite and Moonlight', 27, 31_104],
+  ])('a token of %s in bf16 takes as many bytes as published', (_, layers, bytes) => {
+    const sizes = { kv_lora_rank: 512, qk_rope_head_dim: 64 }
+    const cache = new LatentCache(sizes, { layers, batch: 2, capacity: 3, dtype: 'bf16' })
+    expect(cache.bytesPerToken).toBe(bytes)
+    const held = () => {
+      const rows = Array.from({ length: layers }, (_, layer) => cache.rows(layer))
+      return rows.reduce((sum, { size, dtype }) => sum + size * dtypeBytes[dtype], 0)
+    }
+    expect([held(), cache.bytes]).toEqual([6 * bytes, 6 * bytes])
+    for (let layer = 0; layer < layers; layer++) cache.write(layer, zeros([2, 4, 576]))
+    expect([held(), cache.bytes]).toEqual([12 * bytes, 12 * bytes])
     cache.dispose()
   })
 })
@@ -172,6 +195,35 @@ describe('decoding over the latent cache', () => {
       }
     }
   }
+
+  test('a bf16 cache holds the rows of an f32 one rounded, and both forms read them alike', async () => {
+    const random = new Random(9)
+    const mla = new MultiHeadLatentAttention(base, { random, deviation: 0.3 })
+    const x = randn([2, 9, 24], random)
+    const whole = await mla.forward(x).values()
+    const decode = async (dtype: CacheDType, absorbUpTo: number) => {
+      const cache = new LatentCache(base, { layers: 1, batch: 2, capacity: 2, dtype })
+      const rows: number[] = []
+      let start = 0
+      for (const time of [3, 1, 4, 1]) {
+        const out = mla.forward(x.narrow(1, start, start + time), { cache, absorbUpTo })
+        cache.advance(time)
+        start += time
+        rows.push(...(await out.narrow(0, 1, 2).values()))
+      }
+      const stored = await cache.rows(0).narrow(1, 0, 9).values()
+      cache.dispose()
+      return { rows, stored }
+    }
+    const exact = await decode('f32', 100)
+    const absorbed = await decode('bf16', 100)
+    const expanded = await decode('bf16', 0)
+    assertClose('rows', absorbed.stored, decodeHost('bf16', encodeHost('bf16', exact.stored)), tolerances.exact)
+    assertClose('both forms', absorbed.rows, expanded.rows, { relative: 1e-5, absolute: 1e-6 })
+    // The rows have 8 significant bits: the output differs from the exact one, but not by more than they allow.
+    expect(absorbed.rows).not.toEqual(exact.rows)
+    assertClose('output', absorbed.rows, whole.subarray(9 * 24), { relative: 2 ** -7, absolute: 2 ** -7 })
+  })
 
   test('sequences of different length share a batch', async () => {
     const random = new Random(5)

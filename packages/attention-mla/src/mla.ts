@@ -153,7 +153,7 @@ export class MultiHeadLatentAttention extends Module {
     const lengths = cache.lengthsAfter(time, x.backend)
     if (time <= absorbUpTo) return this.#absorbedForward(q, cache.rows(layer), lengths)
     const used = Math.max(...cache.lengths) + time
-    const rows = cache.rows(layer).narrow(1, 0, used)
+    const rows = cache.rows(layer).narrow(1, 0, used).cast('f32')
     const ropeKeys = rows.narrow(2, rank, rank + ropeDim).reshape([batch, used, 1, ropeDim])
     return this.#expanded(q, rows.narrow(2, 0, rank), ropeKeys, lengths)
   }

@@ -56,7 +56,7 @@ export type ReduceCode = 'sum' | 'max'
  * Attributes of each primitive. dtypes: `f32` everywhere; `i32` for neg/abs/sign, all binary codes but pow (div truncates toward zero),
  * compare, where, fill, reduce, cumsum, and as data of takeRows/scatterAddRows/setRows and of movement; `u8` for compare results,
  * where conditions, and movement. `bf16`, `f16`, `f8e4m3` only for cast, upload, download, reshape and the other movement ops
- * (permute, expand, slice, concat, takeRows), and only when listed in `Backend.dtypes`.
+ * (permute, expand, slice, concat, takeRows, setRows), and only when listed in `Backend.dtypes`.
  */
 export interface PrimitiveAttrs {
   /** `[x] -> [y]`, elementwise. sign(0) = 0. */
@@ -138,7 +138,8 @@ export interface AdamwAttrs {
 /**
  * Attributes of each fused op. A backend may leave any of them out, and a kernel may return `undefined` to decline a size or
  * dtype: core then runs the decomposition in `fused/` and counts it. Legend: N rows, D features, B batch, T queries, S keys,
- * H heads, G key/value heads (H is a multiple of G), E experts, K experts per token, V vocabulary. All floats are f32.
+ * H heads, G key/value heads (H is a multiple of G), E experts, K experts per token, V vocabulary. All floats are f32, but for
+ * `quantize` and the cache of `latentAttention`.
  */
 export interface FusedAttrs {
   /** `[x [..., D]] -> [y]` over the last axis. A row of only -Infinity gives zeros. */
@@ -166,6 +167,7 @@ export interface FusedAttrs {
   /**
    * Absorbed MLA decode: attention whose keys are the latent cache rows and whose values are their first `valueDim` features.
    * `[q [B, T, H, C], cache [B, S, C], lengths i32 [B]] -> [out [B, T, H, valueDim]]`, causal against `lengths` as in `attention`. Rows of the cache at or after lengths[b] are never read.
+   * The cache is f32, or bf16 where `Backend.dtypes` has it: a kernel without a bf16 form declines, and core casts the cache up.
    */
   latentAttention: { readonly scale: number; readonly valueDim: number; readonly precision: Precision }
   /** `[logits [N, V], targets i32 [N]] -> [loss [N], lse [N]]`; loss 0 where the target is `ignoreIndex` or out of range. */

@@ -172,7 +172,6 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
   setRows([x, index, source]) {
     needDtype('setRows', 'index', index, 'i32')
     sameDtype('setRows', x, source)
-    arithmetic('setRows', x)
     needShape('setRows', 'index', index, [-1])
     needShape('setRows', 'source', source, [index.shape[0], ...x.shape.slice(1)])
     return [{ shape: x.shape, dtype: x.dtype }]

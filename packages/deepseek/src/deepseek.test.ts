@@ -208,6 +208,21 @@ describe('generation', () => {
     })
   }
 
+  test('over a bf16 cache, speculative equals plain too', async () => {
+    const handles = defaultBackend().stats().handles
+    const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 6 })
+    const text = async (speculative: boolean) => {
+      const made: number[] = []
+      const options = { maxTokens: 40, speculative, cacheDtype: 'bf16' } as const
+      for await (const id of model.generate(prompt, options)) made.push(id)
+      return made
+    }
+    expect(await text(true)).toEqual(await text(false))
+    expect((await text(false)).length).toBe(40)
+    model.dispose()
+    expect(defaultBackend().stats().handles).toBe(handles)
+  })
+
   test('a model that repeats itself accepts its drafts', async () => {
     // Head and embedding that ignore the context: every depth predicts token 5.
     const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 3 })
@@ -542,6 +557,10 @@ describe('configurations', () => {
     expect(cache.bytesPerToken).toBe(cacheCost(model.config, 2).bytes)
     expect(cache.bytes).toBe(16 * 2 * (8 + 4) * 4)
     cache.dispose()
+    const half = model.makeCache({ capacity: 16, dtype: 'bf16' })
+    expect(half.bytesPerToken).toBe(cacheCost(model.config, 2, 'bf16').bytes)
+    expect(half.bytes).toBe(16 * 2 * (8 + 4) * 2)
+    half.dispose()
     model.dispose()
   })
 

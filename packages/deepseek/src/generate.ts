@@ -1,5 +1,5 @@
 /** @file Continuing a text token by token over the latent cache, optionally with MTP modules drafting ahead. */
-import { LatentCache } from '@moe/attention-mla'
+import { type CacheDType, LatentCache, type LatentCacheOptions } from '@moe/attention-mla'
 import { concat, fromHost, keep, MoeError, Random, type Tensor } from '@moe/core'
 import { endTokens } from './config.ts'
 import type { DeepSeek } from './model.ts'
@@ -17,6 +17,8 @@ export interface GenerateOptions extends SamplingOptions {
   /** Let the MTP modules draft; the text is the same (greedy) or equally distributed (sampling). Default: when there are any. */
   readonly speculative?: boolean
   readonly onToken?: (id: number) => void
+  /** What the latent cache holds. Default f32; bf16 takes half the memory, at bf16's precision. */
+  readonly cacheDtype?: CacheDType
 }
 
 /** What `generate` needs of a tokenizer to yield text: a decoder that never emits half a character. */
@@ -147,12 +149,12 @@ async function* decode(
   depth: number,
   stats: GenerationStats,
 ): AsyncGenerator<number> {
-  const { maxTokens = 128, signal, onToken } = options
+  const { maxTokens = 128, signal, onToken, cacheDtype: dtype } = options
   const ends = new Set<number | string>([...endTokens(model.config), ...(options.stop ?? [])])
   const random = new Random(options.seed ?? 0)
   const capacity = 2 ** Math.ceil(Math.log2(Math.max(64, tokens.length + Math.min(maxTokens, 512) + depth + 1)))
-  const cache = model.makeCache({ capacity })
-  const drafter = new Drafter(model, depth, capacity)
+  const cache = model.makeCache({ capacity, dtype })
+  const drafter = new Drafter(model, depth, { capacity, dtype })
   let pending = tokens.slice()
   let drafts: number[] = []
   let hidden: Tensor | null = null
@@ -226,11 +228,11 @@ class Drafter {
   /** Per module, hidden states of the depth before at positions that its cache does not hold yet, `[1, n, D]`. */
   readonly #waiting: Array<Tensor | null>
 
-  constructor(model: DeepSeek, depth: number, capacity: number) {
+  constructor(model: DeepSeek, depth: number, options: Pick<LatentCacheOptions, 'capacity' | 'dtype'>) {
     this.#model = model
     this.#depth = depth
     const { config, backend } = model
-    this.#caches = Array.from({ length: depth }, () => new LatentCache(config, { layers: 1, capacity, backend }))
+    this.#caches = Array.from({ length: depth }, () => new LatentCache(config, { layers: 1, backend, ...options }))
     this.#waiting = new Array<Tensor | null>(depth).fill(null)
   }
 

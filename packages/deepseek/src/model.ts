@@ -3,7 +3,7 @@
  *
  * Legend: B batch, T time, D hidden size, V vocabulary.
  */
-import { LatentCache as Cache, type LatentCache, RotaryEmbedding } from '@moe/attention-mla'
+import { LatentCache as Cache, type LatentCache, type LatentCacheOptions, RotaryEmbedding } from '@moe/attention-mla'
 import {
   type Backend,
   defaultBackend,
@@ -192,7 +192,7 @@ export class DeepSeek extends Module {
   }
 
   /** A latent cache for this model's decoder layers. */
-  makeCache(options: { batch?: number; capacity?: number } = {}): LatentCache {
+  makeCache(options: Pick<LatentCacheOptions, 'batch' | 'capacity' | 'dtype'> = {}): LatentCache {
     return new Cache(this.#config, { ...options, layers: this.#config.num_hidden_layers, backend: this.#backend })
   }
 

@@ -113,7 +113,8 @@ export const attentionBackwardDefinition: FusedDefinition<'attentionBackward'> =
 export const latentAttentionDefinition: FusedDefinition<'latentAttention'> = {
   name: 'latentAttention',
   infer([q, cache, lengths], { valueDim }) {
-    for (const [name, value] of Object.entries({ q, cache })) needDtype('latentAttention', name, value, 'f32')
+    needDtype('latentAttention', 'q', q, 'f32')
+    needDtype('latentAttention', 'cache', cache, 'f32', 'bf16')
     needShape('latentAttention', 'q', q, [-1, -1, -1, -1])
     needShape('latentAttention', 'cache', cache, [q.shape[0], -1, q.shape[3]])
     needDtype('latentAttention', 'lengths', lengths, 'i32')
@@ -128,7 +129,7 @@ export const latentAttentionDefinition: FusedDefinition<'latentAttention'> = {
     return [{ shape: [...q.shape.slice(0, 3), valueDim], dtype: 'f32' }]
   },
   decompose([q, cache, lengths], { scale, valueDim, precision }) {
-    const keys = cache.reshape([cache.shape[0], cache.shape[1], 1, cache.shape[2]])
+    const keys = cache.cast('f32').reshape([cache.shape[0], cache.shape[1], 1, cache.shape[2]])
     const values = keys.narrow(3, 0, valueDim)
     return [runFused(attentionDefinition, [q, keys, values, lengths], { causal: true, scale, precision })[0]]
   },
@@ -159,7 +160,7 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
 }
 
 /**
- * Absorbed MLA decode: `q [B, T, H, C]` against the latent cache `[B, S, C]`, of which sequence b uses `lengths[b]` rows; the values are the
+ * Absorbed MLA decode: `q [B, T, H, C]` against the latent cache `[B, S, C]` in f32 or bf16, of which sequence b uses `lengths[b]` rows; the values are the
  * first `valueDim` features of the same rows. Causal. To `[B, T, H, valueDim]`. V3 report eq. 1-11 with W_UK and W_UV absorbed.
  */
 export function latentAttention(

@@ -274,6 +274,15 @@ export const fusedCases: readonly OpCase[] = [
     { scale: 0.1, valueDim: 64, precision: 'bf16' },
     { ...rough(), gradient: false },
   ),
+  ...precisions.map(precision =>
+    opCase(
+      'latentAttention',
+      `a bf16 cache, ${precision}`,
+      [f32(2, 2, 8, 80), { ...f32(2, 90, 80), dtype: 'bf16' }, given('i32', [2], [77, 40])],
+      { scale: 0.1, valueDim: 64, precision },
+      { ...(precision === 'bf16' ? rough() : sum), gradient: false },
+    ),
+  ),
   ...entropyCases,
   opCase(
     'crossEntropyBackward',

@@ -193,6 +193,12 @@ const rowCases = [
     { donate: false },
     { gradient: false },
   ),
+  opCase(
+    'setRows',
+    'of bf16',
+    [given('bf16', [3, 2], [1, 2, 3, 4, 5, 6]), given('i32', [2], [2, 0]), given('bf16', [2, 2], [-1, 0.5, 7, 8])],
+    { donate: false },
+  ),
   opCase('setRows', 'of integers', [i32(0, 9, 5), given('i32', [2], [3, 1]), i32(0, 9, 2)], { donate: false }),
   opCase('topk', 'largest first', [f32(7, 19)], { k: 4 }),
   opCase(

@@ -16,6 +16,7 @@ constexpr int64_t most_keys = 96;
 
 struct Attention {
   const float *q, *k, *v;
+  const uint16_t* rows16;  // in place of k and v: keys of one head as bf16 rows of Dk, whose first Dv features are the values; else nullptr
   const int32_t* lengths;  // nullptr: all keys
   float *out, *lse;        // lse: nullptr when nobody wants it
   int64_t B, T, S, H, G, Dk, Dv;
@@ -163,7 +164,7 @@ static inline void pack_pairs(const float* from, int64_t stride, int64_t n, int6
 }
 #endif
 
-// Keys and values as the products read them. In f32 they are used in place.
+// Keys and values as the products read them. In f32 they are used in place, as are bf16 keys by the product of pairs.
 struct KeyTiles {
   const float *k, *v;
   int64_t k_stride, v_stride;  // per key; v of bf16: per pair of keys
@@ -177,15 +178,54 @@ struct ForwardMemory {
     scores = carver.floats(most_keys * block_rows);
     weights = carver.floats(Op::pack == 2 ? most_keys / 2 * block_rows : 0);
     out = carver.floats(a.Dv * block_rows);
-    k = carver.floats(Op::pack == 2 ? keys * ((a.Dk + 1) / 2) : 0);
+    const bool in_place = Op::pack == 1 ? !a.rows16 : a.rows16 && a.Dk % 2 == 0;
+    k = carver.floats(in_place ? 0 : keys * ((a.Dk + Op::pack - 1) / Op::pack));
     v = carver.floats(Op::pack == 2 ? (keys + 1) / 2 * a.Dv : 0);
   }
 };
+
+// Tiles of n bf16 rows.
+template <class Op>
+static KeyTiles stored_tiles(const Attention& a, const uint16_t* rows, int64_t n, ForwardMemory<Op>& memory) {
+  if constexpr (Op::pack == 1) {
+    const int64_t size = n * a.Dk;
+    int64_t i = 0;
+    for (; i + lanes <= size; i += lanes) store(memory.k + i, from_bf16(load(rows + i)));
+    for (; i < size; i++) memory.k[i] = from_bits(splat(static_cast<int32_t>(rows[i]) << 16))[0];
+    return {memory.k, memory.k, a.Dk, a.Dk};
+  } else {
+    const int64_t pairs = (a.Dk + 1) / 2;
+    const float* keys = reinterpret_cast<const float*>(rows);
+    if (a.Dk % 2 == 1) {
+      auto* to = reinterpret_cast<uint16_t*>(memory.k);
+      for (int64_t s = 0; s < n; s++) {
+        std::memcpy(to + s * pairs * 2, rows + s * a.Dk, static_cast<size_t>(a.Dk) * 2);
+        to[s * pairs * 2 + a.Dk] = 0;
+      }
+      keys = memory.k;
+    }
+    // Values as pairs of neighbouring keys.
+    auto* values = reinterpret_cast<uint32_t*>(memory.v);
+    for (int64_t s = 0; s < n; s += 2, values += a.Dv) {
+      const uint16_t *low = rows + s * a.Dk, *high = low + a.Dk;
+      const bool both = s + 1 < n;
+      int64_t d = 0;
+      for (; d + lanes <= a.Dv; d += lanes) {
+        const u32v first = __builtin_convertvector(load(low + d), u32v);
+        const u32v second = both ? __builtin_convertvector(load(high + d), u32v) << 16 : u32v{};
+        store(reinterpret_cast<float*>(values) + d, (f32v)(first | second));
+      }
+      for (; d < a.Dv; d++) values[d] = low[d] | (both ? static_cast<uint32_t>(high[d]) << 16 : 0);
+    }
+    return {keys, memory.v, pairs, a.Dv};
+  }
+}
 
 // Keys begin .. end - 1 of head g.
 template <class Op>
 static KeyTiles key_tiles(const Attention& a, int64_t b, int64_t g, int64_t begin, [[maybe_unused]] int64_t end,
                            [[maybe_unused]] ForwardMemory<Op>& memory) {
+  if (a.rows16) return stored_tiles<Op>(a, a.rows16 + b * a.k_batch + begin * a.k_stride, end - begin, memory);
   const float* k = a.k + b * a.k_batch + g * a.k_head + begin * a.k_stride;
   const float* v = a.v + b * a.v_batch + g * a.v_head + begin * a.v_stride;
   if constexpr (Op::pack == 1) {

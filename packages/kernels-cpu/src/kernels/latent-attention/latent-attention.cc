@@ -1,19 +1,19 @@
 // moe-isa: baseline avx2 avx512 avx512bf16
 // Absorbed multi-head latent attention for decoding (DeepSeek-V2 report 2.1.2): one key head for all heads, values are the first
-// features of the keys. The heads lie along the lanes, so every row of the cache is read once per block of them.
+// features of the keys. The heads lie along the lanes, so every row of the cache is read once per block of them. The cache is f32 or bf16.
 #include "../attention/attend.h"
 
 using namespace moe;
 
 namespace {
 
-// out, q, cache, lengths, B, T, S, H, C, valueDim, scale
+// out, q, cache, lengths, B, T, S, H, C, valueDim, scale, 1 for a bf16 cache
 template <class Op>
 void latent(Args& args) {
   Attention a{};
   a.out = args.ptr<float>();
   a.q = args.ptr<const float>();
-  a.k = a.v = args.ptr<const float>();
+  const void* cache = args.ptr<const void>();
   a.lengths = args.ptr<const int32_t>();
   a.B = args.size();
   a.T = args.size();
@@ -22,6 +22,11 @@ void latent(Args& args) {
   a.Dk = args.size();
   a.Dv = args.size();
   a.scale = args.f32();
+  if (args.size() == 1) {
+    a.rows16 = static_cast<const uint16_t*>(cache);
+  } else {
+    a.k = a.v = static_cast<const float*>(cache);
+  }
   a.G = 1;
   a.k_stride = a.v_stride = a.Dk;
   a.k_batch = a.v_batch = a.S * a.Dk;

@@ -7,7 +7,9 @@ export const latentAttention: FusedFactory<'latentAttention'> = native => {
     const [B, T, H, C] = q.shape
     const out = native.output(spec)
     const S = cache.shape[1]
-    kernels[precision](out.pointer, pointerOf(q), pointerOf(cache), pointerOf(lengths), B, T, S, H, C, valueDim, scale)
+    const [to, from, rows, used] = [out.pointer, pointerOf(q), pointerOf(cache), pointerOf(lengths)]
+    const stored = cache.dtype === 'bf16' ? 1 : 0
+    kernels[precision](to, from, rows, used, B, T, S, H, C, valueDim, scale, stored)
     return [out]
   }
 }
