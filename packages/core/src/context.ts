@@ -6,6 +6,10 @@ interface Context {
   backend: Backend | null
   recording: boolean
   recomputing: boolean
+  /** What `remember` gave inside the running `checkpoint`, for its second run. */
+  remembered: unknown[] | null
+  /** In that second run: what is still to be given. */
+  recalled: Iterator<unknown> | null
   precision: Precision
   /** Times that a fused op ran as its decomposition, by `backend:op`. */
   fallbacks: Map<string, number>
@@ -16,6 +20,8 @@ export const context: Context = {
   backend: null,
   recording: true,
   recomputing: false,
+  remembered: null,
+  recalled: null,
   precision: 'f32',
   fallbacks: new Map(),
 }
@@ -100,6 +106,17 @@ export const isRecording = (): boolean => context.recording
 
 /** Whether the code that runs repeats a forward pass for `checkpoint`, so that counters must not count again. */
 export const isRecomputing = (): boolean => context.recomputing
+
+/**
+ * A value that a forward pass takes from state outside of tensors, such as random numbers from a stream that moves on: when `checkpoint`
+ * repeats the pass, it is that of the first time.
+ */
+export function remember<T>(make: () => T): T {
+  const recalled = context.recalled?.next()
+  const value = recalled === undefined || recalled.done ? make() : (recalled.value as T)
+  context.remembered?.push(value)
+  return value
+}
 
 /**
  * Runs a synchronous `fn` with matrix products multiplied in the given precision (accumulation stays f32). Parameters, optimizer state and

@@ -36,6 +36,7 @@ export {
   isRecomputing,
   isRecording,
   noGrad,
+  remember,
   setDefaultBackend,
   withPrecision,
 } from './context.ts'

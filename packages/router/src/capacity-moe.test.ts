@@ -1,4 +1,14 @@
-import { gradients, Random, randn, setDefaultBackend, type Tensor, tensor } from '@moe/core'
+import {
+  backward,
+  checkpoint,
+  gradients,
+  type Parameter,
+  Random,
+  randn,
+  setDefaultBackend,
+  type Tensor,
+  tensor,
+} from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
@@ -19,7 +29,14 @@ const make = (changes: Partial<CapacityMoEConfig>) =>
 describe('capacity', () => {
   const fits = async (indices: number[][], capacity: number, mask?: number[]) => {
     const ids = tensor(Int32Array.from(indices.flat()), [indices.length, indices[0].length])
-    return Array.from(await withinCapacity(ids, 3, capacity, mask && tensor(mask)).values())
+    return Array.from(
+      await withinCapacity(
+        ids,
+        3,
+        capacity,
+        mask && tensor(mask, mask.length > indices.length ? ids.shape : undefined),
+      ).values(),
+    )
   }
   test('earlier tokens go first', async () => {
     expect(await fits([[0], [0], [1], [0], [1]], 2)).toEqual([1, 1, 1, 0, 1])
@@ -36,6 +53,14 @@ describe('capacity', () => {
         2,
       ),
     ).toEqual([1, 0, 1, 1, 1, 1])
+  })
+  test('a choice that does not ask takes no room', async () => {
+    const indices = [
+      [0, 1],
+      [0, 1],
+      [2, 1],
+    ]
+    expect(await fits(indices, 1, [1, 0, 1, 1, 1, 1])).toEqual([1, 0, 0, 1, 1, 0])
   })
   test('padding takes no room', async () => {
     expect(await fits([[0], [0], [0], [0]], 2, [0, 1, 0, 1])).toEqual([0, 1, 0, 1])
@@ -83,7 +108,7 @@ for (const router of ['switch', 'gshard'] as const) {
 
   test(`${router}: what exceeds the capacity is dropped in training, counted, and gives no gradient to its expert`, async () => {
     // All tokens are alike, so all want the same experts; an even share of 6 * K choices over 3 experts fits each.
-    const layer = make({ router })
+    const layer = make({ router, second_expert: 'always' })
     const x = tensor(
       Float32Array.from({ length: 24 }, (_, i) => [0.5, -1, 0.25, 1][i % 4]),
       [1, 6, 4],
@@ -104,6 +129,56 @@ for (const router of ['switch', 'gshard'] as const) {
     expect((await (gradient as Tensor).abs().sum().item()) === 0).toBe(true)
   })
 }
+
+describe("GShard's random second experts", () => {
+  const [tokens, hidden] = [400, 4]
+  const x = randn([2, tokens / 2, hidden], new Random(12))
+  // Room for everything, so that only chance takes second experts away.
+  const roomy = () => make({ capacity_factor: 3 })
+
+  test('the second expert is used with probability min(1, 2 g), drawn from the layer stream', async () => {
+    const layer = roomy()
+    const { seed, stream, position } = layer.random
+    const drawn = new Random(seed, stream, position).uniform(tokens)
+    const exp = x.reshape([tokens, hidden]).matmul(layer.weight.detach(), { transposeB: true }).exp()
+    const { values } = exp.div(exp.sum(1, true)).topk(2)
+    const p = await values.values()
+    const second = Array.from({ length: tokens }, (_, t) => p[2 * t + 1] / (p[2 * t] + p[2 * t + 1]))
+    const used = second.map((g, t) => drawn[t] < 2 * g)
+    const whole = await layer.forward(x).values()
+    const out = await layer.forward(x, { training: true }).values()
+    const count = used.filter(Boolean).length
+    expect(Array.from(await (layer.kept as Tensor).values())).toEqual([tokens + count])
+    for (let t = 0; t < tokens; t++) {
+      const row = (values: ArrayLike<number>) => Array.from({ length: hidden }, (_, d) => values[hidden * t + d])
+      if (used[t]) expect(row(out)).toEqual(row(whole))
+      else expect(row(out)).not.toEqual(row(whole))
+    }
+    // Sum of independent draws: 400 of variance q (1 - q).
+    const q = second.map(g => Math.min(1, 2 * g))
+    const mean = q.reduce((sum, x) => sum + x)
+    const deviation = Math.sqrt(q.reduce((sum, x) => sum + x * (1 - x), 0))
+    expect(deviation).toBeGreaterThan(3)
+    expect(Math.abs(count - mean)).toBeLessThan(4 * deviation)
+  })
+
+  test('the same seed draws the same, each pass anew, a recomputed one as at first', async () => {
+    const run = (layer: CapacityMoE) => layer.forward(x, { training: true })
+    const [a, b] = [roomy(), roomy()]
+    const first = await run(a).values()
+    expect(await run(b).values()).toEqual(first)
+    expect(await run(a).values()).not.toEqual(first)
+    const position = a.random.position
+    const c = roomy()
+    run(c)
+    backward(run(b).sum())
+    backward(checkpoint(h => c.forward(h, { training: true }), x).sum())
+    const of = async ({ grad }: Parameter) => (grad as Tensor).values()
+    assertClose('gate', await of(c.weight), await of(b.weight), tolerances.sum)
+    assertClose('experts', await of(c.experts.down_proj), await of(b.experts.down_proj), tolerances.sum)
+    expect(c.random.position).toBe(position)
+  })
+})
 
 test('sizes that cannot work are refused', () => {
   expect(() => make({ n_routed_experts: 1 })).toThrow(/gshard needs at least 2 experts/)

@@ -1,21 +1,26 @@
 /**
  * @file The routers before DeepSeekMoE, as baselines: GShard's top-2 (Lepikhin et al. 2020) and Switch's top-1 (Fedus et al. 2021), each with its
- * auxiliary loss and with a capacity per expert beyond which tokens are dropped in training.
+ * auxiliary loss and with a capacity per expert beyond which tokens are dropped in training; GShard also dispatches second experts at random.
  *
  * Legend: N tokens, E experts, K chosen.
  */
 import {
   combineTokens,
+  concat,
   type DispatchPlan,
   dispatchPlan,
   forkInit,
+  fromHost,
   type InitOptions,
   Module,
   MoeError,
   noGrad,
   normalParameter,
+  ones,
   type Parameter,
   permuteTokens,
+  Random,
+  remember,
   routerTopk,
   scope,
   type Tensor,
@@ -33,6 +38,11 @@ export interface CapacityMoEConfig {
   readonly router: 'switch' | 'gshard'
   /** Tokens that an expert takes in training are this times the even share. Switch: 1 to 1.25; GShard: 2 per choice. Default 1.25. */
   readonly capacity_factor?: number
+  /**
+   * Which second choices GShard uses in training: each with probability min(1, 2 g), g its normalized gate (GShard, algorithm 1), or always.
+   * Evaluation uses all. Default random.
+   */
+  readonly second_expert?: 'random' | 'always'
 }
 
 export interface CapacityForwardOptions {
@@ -44,35 +54,41 @@ export interface CapacityForwardOptions {
   readonly onBalanceLoss?: (loss: Tensor) => void
 }
 
-/** Which choices `[N, K]` fit: 1 or 0. First choices go before second ones, earlier tokens before later. */
+/**
+ * Which choices `[N, K]` fit: 1 or 0. First choices go before second ones, earlier tokens before later. `mask`, `f32 [N]` or `[N, K]`, is 0 for
+ * those that ask for no room and get none.
+ */
 export function withinCapacity(indices: Tensor, experts: number, capacity: number, mask?: Tensor): Tensor {
   const [tokens, topK] = indices.shape
   return noGrad(() =>
     scope(() => {
-      // Padding queues at an expert of its own.
-      const real = mask ? mask.cast('i32').reshape([tokens, 1]) : null
+      // What is masked queues at an expert of its own.
+      const asking = mask?.reshape([tokens, mask.size / Math.max(1, tokens)])
+      const real = asking?.cast('i32')
       const queued = real ? indices.mul(real).add(real.neg().add(1).mul(experts)) : indices
       const byChoice = queued.permute([1, 0]).reshape([topK * tokens, 1])
       const { positions, offsets } = dispatchPlan(byChoice, experts + 1)
       const rank = positions.sub(offsets.takeRows(byChoice.reshape([topK * tokens])))
       const fits = rank.lt(capacity).cast('f32').reshape([topK, tokens]).permute([1, 0])
-      return mask ? fits.mul(mask.reshape([tokens, 1])) : fits
+      return asking ? fits.mul(asking) : fits
     }),
   )
 }
 
 /**
  * A Switch or GShard layer. `[B, T, hidden]` to the same shape; a token whose choices were all dropped gets zeros. Dropped choices are
- * still computed and weighted with 0: this is a baseline for quality, not for speed. GShard's second expert is always used
- * (its random dispatch of second experts is left out).
+ * still computed and weighted with 0: this is a baseline for quality, not for speed. Gates are normalized before anything is dropped, and
+ * are not afterwards.
  */
 export class CapacityMoE extends Module {
   /** Gate `[E, hidden]`. */
   weight: Parameter
   experts: Experts
+  /** Draws which second choices GShard uses: one number per token and training pass. Save its position to resume a run exactly. */
+  readonly random: Random
   readonly #config: CapacityMoEConfig
   readonly #load = new LoadCounter()
-  readonly #kept = new LoadCounter()
+  readonly #keptCount = new LoadCounter()
 
   /** @throws MoeError E_CONFIG when sizes are impossible. */
   constructor(config: CapacityMoEConfig, init: InitOptions = {}) {
@@ -89,6 +105,7 @@ export class CapacityMoE extends Module {
     this.#config = config
     this.weight = normalParameter([experts, hidden], 'weight', init)
     this.experts = new Experts(experts, hidden, config.moe_intermediate_size, forkInit(init, 'experts'))
+    this.random = forkInit(init, 'second expert').random ?? new Random(0)
   }
 
   forward(x_BTD: Tensor, options: CapacityForwardOptions = {}): Tensor {
@@ -112,20 +129,37 @@ export class CapacityMoE extends Module {
     const plan = dispatchPlan(indices, experts)
     const mask = options.mask?.reshape([tokens])
     options.onBalanceLoss?.(expertBalanceLoss({ scores, indices: indices.narrow(1, 0, 1), sequences: 1, mask }))
-    const gates = options.training ? weights.mul(this.#capacity(indices, plan, mask)) : weights
+    const gates = options.training ? weights.mul(this.#kept(weights, indices, plan, mask)) : weights
     const out_ND = combineTokens(this.experts.forward(permuteTokens(x_ND, plan), plan.offsets), gates, plan)
     return out_ND.reshape([batch, time, hidden])
   }
 
-  /** What fits, counted. The capacity is that of the whole batch, padding included: shapes decide it, not contents. */
-  #capacity(indices: Tensor, plan: DispatchPlan, mask: Tensor | undefined): Tensor {
+  /** What is used in training, counted. The capacity is that of the whole batch, padding included: shapes decide it, not contents. */
+  #kept(weights: Tensor, indices: Tensor, plan: DispatchPlan, mask: Tensor | undefined): Tensor {
     const { n_routed_experts: experts, capacity_factor: factor = 1.25 } = this.#config
     const [tokens, topK] = indices.shape
     const capacity = Math.ceil((factor * tokens * topK) / experts)
-    const kept = withinCapacity(indices, experts, capacity, mask)
+    const kept = noGrad(() => scope(() => withinCapacity(indices, experts, capacity, this.#asking(weights, mask))))
     this.#load.add(mask ? maskedCounts(indices, mask, experts) : plan.counts)
-    this.#kept.add(scope(() => noGrad(() => kept.sum().cast('i32').reshape([1]))))
+    this.#keptCount.add(scope(() => noGrad(() => kept.sum().cast('i32').reshape([1]))))
     return kept
+  }
+
+  /** Choices that ask for room: not padding, and of GShard's second ones those that were drawn. */
+  #asking(weights: Tensor, mask: Tensor | undefined): Tensor | undefined {
+    const { router, second_expert = 'random' } = this.#config
+    if (router === 'switch' || second_expert === 'always') return mask
+    const [tokens] = weights.shape
+    const { backend } = weights
+    const drawn = fromHost(
+      remember(() => this.random.uniform(tokens)),
+      [tokens, 1],
+      'f32',
+      backend,
+    )
+    const second = drawn.lt(weights.narrow(1, 1, 2).mul(2)).cast('f32')
+    const asking = concat([ones([tokens, 1], { backend }), second], 1)
+    return mask ? asking.mul(mask.reshape([tokens, 1])) : asking
   }
 
   /** Choices `i32 [E]` before dropping since the last `reset`, still on the device; null before any training pass. */
@@ -135,12 +169,12 @@ export class CapacityMoE extends Module {
 
   /** Choices that found room `i32 [1]`, counted as `load` is. */
   get kept(): Tensor | null {
-    return this.#kept.total
+    return this.#keptCount.total
   }
 
   /** Starts counting anew. */
   reset(): void {
     this.#load.reset()
-    this.#kept.reset()
+    this.#keptCount.reset()
   }
 }

@@ -1,6 +1,6 @@
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Backend } from '../backend.ts'
-import { isRecomputing, isRecording, noGrad, setDefaultBackend } from '../context.ts'
+import { isRecomputing, isRecording, noGrad, remember, setDefaultBackend } from '../context.ts'
 import { MoeError } from '../errors.ts'
 import { Linear, RmsNorm, SwigluMlp } from '../nn/layers.ts'
 import { namedParameters } from '../nn/module.ts'
@@ -341,6 +341,28 @@ describe('checkpoint', () => {
     expect(seen).toEqual([false, true])
     noGrad(() => checkpoint(() => w.mul(w)))
     expect(seen).toHaveLength(2)
+  })
+
+  test('remember gives in the second run what it gave in the first, nested checkpoints included', async () => {
+    const w = parameter(2)
+    let state = 0
+    const seen: number[] = []
+    const next = () => {
+      const value = remember(() => ++state)
+      seen.push(value)
+      return w.mul(value)
+    }
+    const first = checkpoint(() => next().add(checkpoint(() => next().add(next()))))
+    const second = checkpoint(next)
+    next()
+    expect(seen.splice(0)).toEqual([1, 2, 3, 4, 5])
+    backward(first.add(second).sum())
+    // The last block goes back first; the inner one of the other runs three times.
+    expect(seen.splice(0)).toEqual([4, 1, 2, 3, 2, 3])
+    expect(state).toBe(5)
+    next()
+    expect(seen).toEqual([6])
+    expect(Array.from(await (w.grad as Tensor).values())).toEqual([1 + 2 + 3 + 4])
   })
 
   test('leaves no handle behind, in a scope or without', () => {

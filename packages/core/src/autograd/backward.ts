@@ -263,19 +263,29 @@ function throughRecording(
 
 /**
  * Runs `fn` without recording its inside, and runs it again during `backward`: the memory of its intermediate results is
- * traded for a second forward pass. Parameters used inside `fn` get their gradients. `isRecomputing()` is true in the second run.
+ * traded for a second forward pass. Parameters used inside `fn` get their gradients. `isRecomputing()` is true in the second run, where
+ * `remember` gives what it gave in the first.
  */
 export function checkpoint(fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[]): Tensor {
   if (!context.recording) return fn(...inputs)
-  const output = scope(() => noGrad(() => fn(...inputs).detach()))
-  const { precision } = context
+  const { precision, remembered: outer } = context
+  const remembered: unknown[] = []
+  context.remembered = remembered
+  let output: Tensor
+  try {
+    output = scope(() => noGrad(() => fn(...inputs).detach()))
+  } finally {
+    context.remembered = outer
+  }
   const again = (leaves: readonly Tensor[]) => {
-    const before = context.recomputing
-    context.recomputing = true
+    const before = { ...context }
+    Object.assign(context, { recomputing: true, remembered: null, recalled: remembered.values() })
     try {
       return [withPrecision(precision, () => fn(...leaves))]
     } finally {
-      context.recomputing = before
+      context.recomputing = before.recomputing
+      context.remembered = before.remembered
+      context.recalled = before.recalled
     }
   }
   const source = {
