@@ -1,7 +1,7 @@
 /** @file One transformer block: MLA, then experts (or a dense net in the leading layers), each behind a norm and added to its input. */
 import { type LatentCache, MultiHeadLatentAttention, type RotaryEmbedding } from '@moe/attention-mla'
 import { forkInit, type InitOptions, Module, RmsNorm, SwigluMlp, type Tensor } from '@moe/core'
-import { type Balancer, type MoEForwardOptions, MoELayer } from '@moe/router'
+import { type Balancer, type MoEForwardOptions, MoELayer, type TokenDropping } from '@moe/router'
 import { type DeepSeekConfig, isMoELayer } from './config.ts'
 
 /** Options of the attention (cache) and of the experts (training, mask, losses and loads to watch). */
@@ -13,6 +13,7 @@ export interface LayerOptions extends MoEForwardOptions {
 
 export interface DecoderLayerInit extends InitOptions {
   readonly balancer?: Balancer
+  readonly dropping?: TokenDropping
 }
 
 export class DecoderLayer extends Module {
@@ -24,11 +25,11 @@ export class DecoderLayer extends Module {
   /** `layer` decides between experts and a dense net. */
   constructor(config: DeepSeekConfig, layer: number, rotary: RotaryEmbedding, options: DecoderLayerInit) {
     super()
-    const { balancer, ...init } = options
+    const { balancer, dropping, ...init } = options
     const { hidden_size: hidden, rms_norm_eps: eps } = config
     this.self_attn = new MultiHeadLatentAttention(config, { ...forkInit(init, 'self_attn'), rotary })
     this.mlp = isMoELayer(config, layer)
-      ? new MoELayer({ ...config, ...experts(config) }, { ...forkInit(init, 'mlp'), balancer })
+      ? new MoELayer({ ...config, ...experts(config) }, { ...forkInit(init, 'mlp'), balancer, dropping })
       : new SwigluMlp(hidden, config.intermediate_size, forkInit(init, 'mlp'))
     this.input_layernorm = new RmsNorm(hidden, eps, init)
     this.post_attention_layernorm = new RmsNorm(hidden, eps, init)

@@ -22,7 +22,15 @@ import {
   type Tensor,
 } from '@moe/core'
 import { type MtpAcceptance, MtpModule, mtpAcceptance, mtpLoss, shiftTokens, type TokenRows } from '@moe/mtp'
-import { type Balancer, type LoadMonitor, MoELayer, type Schedule, scheduled, summarizeLoad } from '@moe/router'
+import {
+  type Balancer,
+  type LoadMonitor,
+  MoELayer,
+  type Schedule,
+  scheduled,
+  summarizeLoad,
+  type TokenDropping,
+} from '@moe/router'
 import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './config.ts'
 import { DecoderLayer, type DecoderLayerInit, type LayerOptions } from './decoder-layer.ts'
 import { type GenerateOptions, type Generation, generate, type TextOptions } from './generate.ts'
@@ -51,6 +59,11 @@ export interface DeepSeekOptions {
   readonly objective?: Partial<Objective>
   /** What keeps the experts evenly loaded, in place of `balanceWeight` and `biasSpeed`. */
   readonly balancer?: Balancer
+  /** Drop in training what exceeds the budget of a device, as V2 did. Default: no token is dropped. */
+  readonly dropping?: TokenDropping & {
+    /** Share of the sequences that lose no token in any layer, drawn anew for every batch from the seed and the step. Default 0.1. */
+    readonly undropped?: number
+  }
   /** Is given the loads and selection biases of every layer after each step. */
   readonly monitor?: LoadMonitor
 }
@@ -79,11 +92,11 @@ class Trunk extends Module {
 
   constructor(config: DeepSeekConfig, rotary: RotaryEmbedding, options: DecoderLayerInit) {
     super()
-    const { balancer, ...init } = options
+    const { balancer, dropping, ...init } = options
     this.embed_tokens = new Embedding(config.vocab_size, config.hidden_size, forkInit(init, 'embed_tokens'))
     this.layers = Array.from(
       { length: config.num_hidden_layers },
-      (_, i) => new DecoderLayer(config, i, rotary, { ...forkInit(init, `layers.${i}`), balancer }),
+      (_, i) => new DecoderLayer(config, i, rotary, { ...forkInit(init, `layers.${i}`), balancer, dropping }),
     )
     this.norm = new RmsNorm(config.hidden_size, config.rms_norm_eps, init)
   }
@@ -99,6 +112,10 @@ export class DeepSeek extends Module {
   readonly #objective: Objective
   readonly #balancer: Balancer | null
   readonly #monitor: LoadMonitor | null
+  /** Which sequences of a batch lose no token, `[B]`: 1 or 0. Null without dropping. */
+  readonly #undropped: ((batch: number) => Float32Array) | null
+  /** Batches of the current step so far. */
+  #batches = 0
   /** Optimizer steps done, for schedules: `afterStep` counts. Set it when a run is resumed. */
   step = 0
 
@@ -108,31 +125,35 @@ export class DeepSeek extends Module {
    */
   constructor(config: DeepSeekConfigInput, options: DeepSeekOptions = {}) {
     super()
-    const { seed = 0, backend = defaultBackend(), objective, balancer, monitor = null } = options
+    const { seed = 0, backend = defaultBackend(), objective, balancer, dropping, monitor = null } = options
     this.#config = parseConfig(config)
     this.#backend = backend
     const usual = { mtpWeight: 0.3, balanceWeight: 1e-4, biasSpeed: 0.001, mtpDetached: false, mtpAcceptance: false }
     this.#objective = { ...usual, ...objective }
     this.#balancer = balancer ?? null
     this.#monitor = monitor
+    const share = dropping?.undropped ?? 0.1
+    const draw = (batch: number) => new Random(seed).fork(`undropped/${this.step}/${this.#batches++}`).uniform(batch)
+    this.#undropped = dropping ? batch => draw(batch).map(x => (x < share ? 1 : 0)) : null
     const init: InitOptions = { random: new Random(seed), deviation: this.#config.initializer_range, backend }
     this.#rotary = new RotaryEmbedding(this.#config)
-    this.model = new Trunk(this.#config, this.#rotary, { ...init, balancer })
+    this.model = new Trunk(this.#config, this.#rotary, { ...init, balancer, dropping })
     this.lm_head = new Linear(this.#config.hidden_size, this.#config.vocab_size, forkInit(init, 'lm_head'))
     if (this.#config.tie_word_embeddings) {
       this.lm_head.weight.dispose()
       this.lm_head.weight = this.model.embed_tokens.weight
     }
-    this.#addMtp(init, balancer)
+    this.#addMtp({ ...init, balancer, dropping })
   }
 
   /** MTP modules stand behind the decoder layers and share embedding and head. */
-  #addMtp(init: InitOptions, balancer: Balancer | undefined): void {
+  #addMtp({ balancer, dropping, ...init }: DecoderLayerInit): void {
     const config = this.#config
     const { layers, embed_tokens: embedding } = this.model
     for (let depth = 0; depth < config.num_nextn_predict_layers; depth++) {
       const index = config.num_hidden_layers + depth
-      const makeBlock = (own: InitOptions) => new DecoderLayer(config, index, this.#rotary, { ...own, balancer })
+      const makeBlock = (own: InitOptions) =>
+        new DecoderLayer(config, index, this.#rotary, { ...own, balancer, dropping })
       const own = forkInit(init, `layers.${index}`)
       const separate = config.mtp_separate_embeddings
       layers.push(new MtpModule<LayerOptions>(config, { ...own, embedding, head: this.lm_head, makeBlock, separate }))
@@ -246,6 +267,8 @@ export class DeepSeek extends Module {
   #layerOptions(rows: TokenRows, time: number, training: boolean, gather: (loss: Tensor) => void) {
     const { rows: batch, length, documents } = rows
     const padded = documents.some(document => document < 0)
+    const spared = training && this.#undropped?.(batch)
+    const undropped = spared ? fromHost(spared, [batch], 'f32', this.#backend) : undefined
     return (depth: number): LayerOptions => {
       let mask: Tensor | undefined
       if (padded) {
@@ -256,7 +279,8 @@ export class DeepSeek extends Module {
         mask = fromHost(real, [batch, time], 'f32', this.#backend)
       }
       if (!training) return { training, mask }
-      return this.#balancer ? { training, mask, onBalancerLoss: gather } : { training, mask, onBalanceLoss: gather }
+      const common = { training, mask, undropped }
+      return this.#balancer ? { ...common, onBalancerLoss: gather } : { ...common, onBalanceLoss: gather }
     }
   }
 
@@ -293,6 +317,7 @@ export class DeepSeek extends Module {
       return values
     })
     this.step++
+    this.#batches = 0
     const summaries = (await Promise.all(loads)).filter(load => load !== undefined).map(summarizeLoad)
     if (summaries.length === 0) return {}
     const vio = summaries.map(({ maxVio }) => maxVio)

@@ -75,7 +75,8 @@ export function together(...balancers: readonly Balancer[]): Balancer {
   }
 }
 
-function devicesOf({ scores }: RoutingPass, devices: number): number {
+/** Internal. The number of devices, checked. */
+export function devicesOf({ scores }: Pick<RoutingPass, 'scores'>, devices: number): number {
   const [, experts] = scores.shape
   if (Number.isInteger(devices) && devices >= 1 && experts % devices === 0) return devices
   throw new MoeError({

@@ -1,4 +1,4 @@
-/** @file DeepSeekMoE: routed and shared experts in place of a feed-forward net (V3 report eq. 12-13). No token is dropped. */
+/** @file DeepSeekMoE: routed and shared experts in place of a feed-forward net (V3 report eq. 12-13). No token is dropped unless V2's dropping is asked for. */
 import {
   combineTokens,
   type DispatchPlan,
@@ -9,6 +9,7 @@ import {
   Module,
   permuteTokens,
   SwigluMlp,
+  scope,
   type Tensor,
 } from '@moe/core'
 import { type BiasUpdateOptions, sequenceBalanceLoss, updateBias } from './balance.ts'
@@ -17,10 +18,13 @@ import type { RouterConfig } from './config.ts'
 import { Experts } from './experts.ts'
 import { Gate } from './gate.ts'
 import { LoadCounter, maskedCounts } from './load.ts'
+import { type TokenDropping, withinDeviceBudget } from './token-dropping.ts'
 
 export interface MoELayerOptions extends InitOptions {
   /** What keeps the experts evenly loaded; one for all layers. Without one, call `updateBias` yourself. */
   readonly balancer?: Balancer
+  /** Drop in training what exceeds the budget of a device, as V2 did. Default: no token is dropped (V3). */
+  readonly dropping?: TokenDropping
 }
 
 export interface MoEForwardOptions {
@@ -28,6 +32,8 @@ export interface MoEForwardOptions {
   readonly training?: boolean
   /** `f32 [batch, time]`, 1 for tokens and 0 for padding, which is computed but neither counted nor balanced. Default: no padding. */
   readonly mask?: Tensor
+  /** `f32 [batch]`, 1 for sequences that lose no token to dropping (V2: about a tenth, the same in all layers). Default: none. */
+  readonly undropped?: Tensor
   /** Is given the layer's sequence-wise balance loss (a scalar without α), when it is wanted. */
   readonly onBalanceLoss?: (loss: Tensor) => void
   /** Is given the loss of the layer's balancer (a scalar, factor included), in training and when it has one. */
@@ -45,14 +51,17 @@ export class MoELayer extends Module {
   readonly #balancer: Balancer | null
   /** Loads since the last `updateBias` or `rebalance`. */
   readonly #load = new LoadCounter()
+  readonly #dropping: TokenDropping | null
+  readonly #kept = new LoadCounter()
   #steps = 0
 
   /** @throws MoeError E_CONFIG with every fault in one message. */
   constructor(config: RouterConfig, options: MoELayerOptions = {}) {
     super()
-    const { balancer = null, ...init } = options
+    const { balancer = null, dropping = null, ...init } = options
     this.#config = config
     this.#balancer = balancer
+    this.#dropping = dropping
     const { hidden_size: hidden, moe_intermediate_size: inner, n_shared_experts: shared } = config
     this.gate = new Gate(config, forkInit(init, 'gate'))
     this.experts = new Experts(config.n_routed_experts, hidden, inner, forkInit(init, 'experts'))
@@ -65,9 +74,19 @@ export class MoELayer extends Module {
     const { weights, indices, scores } = this.gate.forward(x_ND)
     const plan = dispatchPlan(indices, this.#config.n_routed_experts)
     this.#watch(scores, indices, plan, batch, options)
-    const routed_ND = combineTokens(this.experts.forward(permuteTokens(x_ND, plan), plan.offsets), weights, plan)
+    const gates =
+      this.#dropping && options.training ? weights.mul(this.#budgeted(scores, indices, batch, options)) : weights
+    const routed_ND = combineTokens(this.experts.forward(permuteTokens(x_ND, plan), plan.offsets), gates, plan)
     const out_ND = this.shared_experts ? routed_ND.add(this.shared_experts.forward(x_ND)) : routed_ND
     return out_ND.reshape([batch, time, hidden])
+  }
+
+  /** Which choices V2's dropping keeps, counted. Dropped ones are still computed, and weighted with 0. */
+  #budgeted(scores: Tensor, indices: Tensor, sequences: number, { mask, undropped }: MoEForwardOptions): Tensor {
+    const pass = { scores, indices, sequences, mask: mask?.reshape([scores.shape[0]]), undropped }
+    const kept = withinDeviceBudget(pass, this.#dropping as TokenDropping)
+    this.#kept.add(scope(() => kept.sum().cast('i32').reshape([1])))
+    return kept
   }
 
   /** Counts the loads and hands out the losses that were asked for. */
@@ -85,7 +104,12 @@ export class MoELayer extends Module {
     if (loss !== null) onBalancerLoss(loss)
   }
 
-  /** Loads `i32 [E]` since the last update, still on the device; null before any training pass. */
+  /** Choices `i32 [1]` that were not dropped, counted as `load` is; null without dropping. */
+  get kept(): Tensor | null {
+    return this.#kept.total
+  }
+
+  /** Loads `i32 [E]` since the last update, before dropping, still on the device; null before any training pass. */
   get load(): Tensor | null {
     return this.#load.total
   }
@@ -104,6 +128,7 @@ export class MoELayer extends Module {
     const bias = this.gate.e_score_correction_bias
     if (load !== null && bias) this.#balancer?.update?.(bias, reduce?.(load) ?? load, step)
     this.#load.reset()
+    this.#kept.reset()
     this.#steps = step + 1
   }
 
@@ -117,5 +142,6 @@ export class MoELayer extends Module {
       updateBias(this.gate.e_score_correction_bias, options.reduce?.(load) ?? load, options)
     }
     this.#load.reset()
+    this.#kept.reset()
   }
 }

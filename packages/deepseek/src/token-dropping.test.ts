@@ -1,0 +1,79 @@
+import { Random, scope, setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { expect, test } from 'vitest'
+import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from './index.ts'
+
+setDefaultBackend(referenceBackend())
+
+const config: DeepSeekConfigInput = {
+  ...presets.tiny,
+  vocab_size: 40,
+  hidden_size: 16,
+  intermediate_size: 16,
+  moe_intermediate_size: 8,
+  num_hidden_layers: 2,
+  num_attention_heads: 2,
+  n_routed_experts: 8,
+  num_experts_per_tok: 2,
+  q_lora_rank: 8,
+  kv_lora_rank: 8,
+  qk_nope_head_dim: 8,
+  qk_rope_head_dim: 4,
+  v_head_dim: 8,
+  initializer_range: 0.3,
+}
+
+const random = new Random(3)
+const [batch, length] = [16, 6]
+const rows = {
+  tokens: Int32Array.from({ length: batch * length }, () => random.integer(40)),
+  documents: new Int32Array(batch * length),
+  rows: batch,
+  length,
+}
+
+/** Losses of single batches, two to a step, and the choices that the first layer kept in each step. */
+async function run(options: DeepSeekOptions['dropping'], steps: number, { start = 0, training = true } = {}) {
+  const model = new DeepSeek(config, { seed: 8, dropping: options, objective: { biasSpeed: 0 } })
+  model.step = start
+  const losses: number[] = []
+  const kept: number[] = []
+  for (let step = 0; step < steps; step++) {
+    for (let i = 0; i < 2; i++) losses.push(await scope(() => model.loss(rows, { training }).nll).item())
+    kept.push((await model.moeLayers[0].kept?.values())?.[0] ?? Number.NaN)
+    await model.afterStep()
+  }
+  model.dispose()
+  return { losses, kept }
+}
+
+test("V2's token dropping: in training only, and not in sequences that are spared", async () => {
+  const dropping = { devices: 2, capacity_factor: 0.5 }
+  const free = await run(undefined, 1)
+  expect((await run({ ...dropping, undropped: 1 }, 1)).losses).toEqual(free.losses)
+  const none = await run({ ...dropping, undropped: 0 }, 1)
+  expect(none.losses[0]).not.toBe(free.losses[0])
+  // Two batches of 16 x 4 positions with 2 choices; each device keeps half of its even share.
+  expect(none.kept).toEqual([2 * 0.5 * 16 * 4 * 2])
+  expect(none.losses[1]).toBe(none.losses[0])
+  const evaluated = await run({ ...dropping, undropped: 0 }, 1, { training: false })
+  expect(evaluated.losses).toEqual((await run(undefined, 1, { training: false })).losses)
+  expect(evaluated.kept).toEqual([Number.NaN])
+})
+
+test('who is spared follows from seed, step and batch, so that a resumed run draws the same', async () => {
+  const dropping = { devices: 2, capacity_factor: 0.5, undropped: 0.5 }
+  const whole = await run(dropping, 3)
+  expect(new Set(whole.losses).size).toBe(6)
+  expect(await run(dropping, 3)).toEqual(whole)
+  expect((await run(dropping, 1, { start: 2 })).losses).toEqual(whole.losses.slice(4))
+  // By default a tenth: of 20 batches of 16 sequences, 32 give or take four deviations.
+  const model = new DeepSeek(config, { seed: 1, dropping: { devices: 2, capacity_factor: 1e-9 } })
+  for (let i = 0; i < 20; i++) scope(() => model.loss(rows))
+  const layer = model.moeLayers[0]
+  const kept = (await layer.kept?.values())?.[0] as number
+  // A spared sequence keeps its 8 choices; a device otherwise one, unless a spared one has taken it.
+  expect(kept / 8).toBeGreaterThan(32 - 4 * Math.sqrt(320 * 0.1 * 0.9))
+  expect(kept / 8).toBeLessThan(32 + 4 * Math.sqrt(320 * 0.1 * 0.9) + 5)
+  model.dispose()
+})
