@@ -1,7 +1,7 @@
 """Live parity with transformers on random small configurations; driven by packages/deepseek/scripts/parity.ts.
 
     parity.py export DIR SEED ...   writes DIR/<seed>/theirs/ (a checkpoint) and theirs.safetensors, theirs.json: ids, labels,
-                                    logits, losses, every gradient; even seeds are V3, odd ones V2
+                                    logits, losses, every gradient; seeds 4, 9, ... are Llama, of the others even ones are V3, odd ones V2
     parity.py check DIR SEED ...    opens DIR/<seed>/{back,ours}/ (checkpoints written by @moe/deepseek) without one missing or
                                     unexpected key; back must be theirs bit for bit, ours have the logits of ours.logits/
     parity.py generate DIR SEED ... writes DIR/<seed>/theirs/ and generate.json: 200 tokens of greedy generate()
@@ -27,7 +27,22 @@ MIN_MARGIN = 2e-5
 MIN_GAP = 1e-3  # between the two likeliest tokens, in logits
 
 
+def draw_dense_fields(r):
+    heads = r.choice([2, 4])
+    fields = dict(
+        vocab_size=r.choice([40, 64]), hidden_size=heads * r.choice([8, 12]), intermediate_size=r.choice([20, 32]),
+        num_hidden_layers=r.choice([1, 2, 3]), num_attention_heads=heads, num_key_value_heads=r.choice([1, 2, heads]),
+        max_position_embeddings=512, bos_token_id=0, eos_token_id=None, rms_norm_eps=r.choice([1e-6, 1e-5]),
+        tie_word_embeddings=r.random() < 0.25, rope_parameters=dict(rope_type="default", rope_theta=r.choice([10000.0, 50000.0])),
+    )
+    if r.random() < 0.3:
+        fields["head_dim"] = r.choice([6, 16])
+    return fields
+
+
 def draw_fields(family, r):
+    if family == "llama":
+        return draw_dense_fields(r)
     groups = r.choice([1, 2, 4])
     heads = r.choice([1, 2, 4])
     layers = r.choice([1, 2, 2, 3])
@@ -57,7 +72,7 @@ def draw_fields(family, r):
 
 def draw(seed, accept):
     """The first model of a seed's configuration whose weights `accept` finds far from ties: (joint, what accept returned)."""
-    family = ("v3", "v2")[seed % 2]
+    family = "llama" if seed % 5 == 4 else ("v3", "v2")[seed % 2]
     r = random.Random(seed)
     fields, bias = draw_fields(family, r), r.choice(["zero", "mixed", "negative"])
     for attempt in range(100):

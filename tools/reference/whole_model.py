@@ -11,7 +11,9 @@ from fixture_file import ROOT, deterministic, provenance, save_record, save_tens
 from released_gate import margin, v2_choice, v2_gate, v3_choice, v3_gate
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM,
+)
 from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
 
@@ -22,7 +24,10 @@ MIN_MARGIN = 1e-4
 MTP_WEIGHT = 0.3
 ADAMW = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weightDecay": 0.1, "clipNorm": 1.0, "steps": 10}
 OUT = ROOT / "packages/deepseek/fixtures"
-FAMILIES = {"v3": (DeepseekV3Config, DeepseekV3ForCausalLM), "v2": (DeepseekV2Config, DeepseekV2ForCausalLM)}
+FAMILIES = {
+    "v3": (DeepseekV3Config, DeepseekV3ForCausalLM), "v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
 YARN = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, original_max_position_embeddings=4096)
 
 

@@ -1,4 +1,7 @@
-/** @file The latent cache: per token and layer the normalized latent and the roped key that all heads share, and nothing else. */
+/**
+ * @file Caches of earlier tokens. The latent cache holds per token and layer the normalized latent and the roped key that all heads share, and
+ * nothing else; multi-head attention keeps its keys and values.
+ */
 import {
   type Backend,
   concat,
@@ -22,7 +25,7 @@ export interface CacheCost {
   readonly expandedBytes: number
 }
 
-/** What a latent cache holds. bf16 takes half the memory, as published figures do; attention over it is computed as ever. */
+/** What a cache holds. bf16 takes half the memory, as published figures do; attention over it is computed as ever. */
 export type CacheDType = 'f32' | 'bf16'
 
 /** The cost of a token by configuration alone. */
@@ -33,7 +36,7 @@ export function cacheCost(config: MlaConfig, layers: number, dtype: CacheDType =
   return { elements, bytes: elements * dtypeBytes[dtype], expandedBytes: expanded * dtypeBytes[dtype] }
 }
 
-export interface LatentCacheOptions {
+export interface CacheOptions {
   readonly layers: number
   /** Sequences. Default 1. */
   readonly batch?: number
@@ -45,10 +48,11 @@ export interface LatentCacheOptions {
 }
 
 /**
- * Keys and values of earlier tokens in compressed form: `[batch, capacity, kv_lora_rank + qk_rope_head_dim]` per layer.
- * Sequences have their own lengths; `truncate` takes tokens back, as speculative decoding needs.
+ * What attention needs of earlier tokens: `[batch, capacity, features]` per layer. Sequences have their own lengths; `truncate` takes
+ * tokens back, as speculative decoding needs.
  */
-export class LatentCache {
+export class KvCache {
+  /** Elements per token and layer. */
   readonly features: number
   readonly batch: number
   readonly dtype: CacheDType
@@ -57,9 +61,9 @@ export class LatentCache {
   #capacity: number
   #layers: Tensor[]
 
-  constructor(config: Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim'>, options: LatentCacheOptions) {
+  constructor(features: number, options: CacheOptions) {
     const { layers, batch = 1, capacity = 256, dtype = 'f32', backend = defaultBackend() } = options
-    this.features = config.kv_lora_rank + config.qk_rope_head_dim
+    this.features = features
     this.batch = batch
     this.dtype = dtype
     this.lengths = new Int32Array(batch)
@@ -71,7 +75,7 @@ export class LatentCache {
     return this.#capacity
   }
 
-  /** Bytes that one more token costs over all layers: layers * (kv_lora_rank + qk_rope_head_dim) elements. */
+  /** Bytes that one more token costs over all layers: layers * features elements. */
   get bytesPerToken(): number {
     return this.#layers.length * this.features * dtypeBytes[this.dtype]
   }
@@ -109,7 +113,7 @@ export class LatentCache {
     if (batch !== this.batch || features !== this.features) {
       throw new MoeError({
         code: 'E_SHAPE',
-        op: 'LatentCache.write',
+        op: 'KvCache.write',
         problem: `rows [${rows.shape}] do not fit a cache of ${this.batch} sequences with ${this.features} features`,
       })
     }
@@ -175,5 +179,12 @@ export class LatentCache {
   dispose(): void {
     for (const layer of this.#layers) layer.dispose()
     this.#layers = []
+  }
+}
+
+/** Keys and values in compressed form: kv_lora_rank + qk_rope_head_dim elements per token and layer. */
+export class LatentCache extends KvCache {
+  constructor(config: Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim'>, options: CacheOptions) {
+    super(config.kv_lora_rank + config.qk_rope_head_dim, options)
   }
 }

@@ -19,7 +19,7 @@ import {
   scope,
   type Tensor,
 } from '@moe/core'
-import type { LatentCache } from './cache.ts'
+import type { KvCache } from './cache.ts'
 import { checkMlaConfig, type MlaConfig } from './config.ts'
 import { RotaryEmbedding, type RotaryTables, softmaxScale } from './rotary.ts'
 
@@ -34,7 +34,7 @@ export interface MlaForwardOptions {
   /** Positions of the tokens, row-major `[B, T]`. Default 0 .. T-1, or what follows the cache. */
   readonly positions?: Int32Array
   /** Earlier tokens; the new ones are written to it (the caller advances it once for all layers). Inference only. */
-  readonly cache?: LatentCache
+  readonly cache?: KvCache
   /** Which layer of the cache is this one's. Default 0. */
   readonly layer?: number
   /** Longest run of new tokens that is computed in absorbed form; longer ones expand keys and values. Default 8. */
@@ -143,7 +143,7 @@ export class MultiHeadLatentAttention extends Module {
     return this.o_proj.forward(out.reshape([batch, q_BTHD.shape[1], heads * value]))
   }
 
-  #cached(x: Tensor, cache: LatentCache, tables: RotaryTables, options: MlaForwardOptions): Tensor {
+  #cached(x: Tensor, cache: KvCache, tables: RotaryTables, options: MlaForwardOptions): Tensor {
     const { layer = 0, absorbUpTo = 8 } = options
     const { kv_lora_rank: rank, qk_rope_head_dim: ropeDim } = this.#config
     const [batch, time] = x.shape

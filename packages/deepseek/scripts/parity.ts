@@ -136,7 +136,8 @@ async function compareTheirs(folder: string, model: DeepSeek, answer: Answer) {
 }
 
 /** A model with random weights of our own, saved, with its logits. */
-async function writeOurs(folder: string, config: DeepSeekConfigInput, seed: number): Promise<void> {
+async function writeOurs(folder: string, theirs: string, seed: number): Promise<void> {
+  const config = JSON.parse(await readFile(join(theirs, 'config.json'), 'utf8')) as DeepSeekConfigInput
   const model = new DeepSeek({ ...config, initializer_range: 0.3 }, { seed })
   const random = new Random(seed).fork('bias')
   for (const { gate } of model.moeLayers) {
@@ -175,8 +176,12 @@ async function bothWays(folder: string, seeds: readonly number[]): Promise<void>
       [
         answer.family,
         `${config.num_hidden_layers} layers`,
-        config.q_lora_rank === null ? 'q direct' : 'q lora',
-        config.first_k_dense_replace >= config.num_hidden_layers
+        config.model_type === 'llama'
+          ? `${config.num_key_value_heads} of ${config.num_attention_heads} heads`
+          : config.q_lora_rank === null
+            ? 'q direct'
+            : 'q lora',
+        config.n_routed_experts === null || config.first_k_dense_replace >= config.num_hidden_layers
           ? 'dense'
           : `top ${config.num_experts_per_tok}, ${config.topk_group}/${config.n_group} groups, ${config.n_shared_experts} shared`,
         config.rope_scaling ? 'YaRN' : 'RoPE',
@@ -186,7 +191,7 @@ async function bothWays(folder: string, seeds: readonly number[]): Promise<void>
     )
     compared.set(seed, await compareTheirs(at, model, answer))
     await model.save(join(at, 'back'))
-    await writeOurs(at, config, seed)
+    await writeOurs(at, join(at, 'theirs'), seed)
     model.dispose()
   }
   const checked = ask('check', folder, [...compared.keys()])

@@ -1,4 +1,4 @@
-/** @file Model configurations in Hugging Face's terms (config.json of DeepSeek V2 and V3), checked as a whole. */
+/** @file Model configurations in Hugging Face's terms (config.json of DeepSeek V2, V3 and LLM), checked as a whole. */
 import type { RopeScaling } from '@moe/attention-mla'
 import { MoeError } from '@moe/core'
 import { z } from 'zod'
@@ -19,14 +19,39 @@ const ropeFields = z.object({
   mscale_all_dim: z.number().optional(),
 })
 
-const fields = z.object({
-  model_type: z.enum(['deepseek_v3', 'deepseek_v2']).default('deepseek_v3'),
+/** What all architectures have. */
+const common = {
   vocab_size: size,
   hidden_size: size,
   intermediate_size: size,
-  moe_intermediate_size: size,
   num_hidden_layers: size,
   num_attention_heads: size,
+  max_position_embeddings: size.default(4096),
+  rope_theta: z.number().positive().optional(),
+  rope_scaling: ropeFields.nullish(),
+  rope_parameters: ropeFields.nullish(),
+  rms_norm_eps: z.number().positive().default(1e-6),
+  initializer_range: z.number().positive().default(0.02),
+  tie_word_embeddings: z.boolean().default(false),
+  bos_token_id: z.int().nonnegative().nullish(),
+  eos_token_id: z.union([z.int().nonnegative(), z.array(z.int().nonnegative())]).nullish(),
+  hidden_act: z.literal('silu').default('silu'),
+  attention_bias: z.literal(false).default(false),
+}
+
+/** DeepSeek LLM (7B, 67B): the dense layers and multi-head attention of Llama. */
+const denseFields = z.object({
+  model_type: z.literal('llama'),
+  ...common,
+  num_key_value_heads: optionalSize,
+  head_dim: optionalSize,
+  mlp_bias: z.literal(false).default(false),
+})
+
+const latentFields = z.object({
+  model_type: z.enum(['deepseek_v3', 'deepseek_v2']).default('deepseek_v3'),
+  ...common,
+  moe_intermediate_size: size,
   /** Leading layers with a dense feed-forward net. */
   first_k_dense_replace: z.int().nonnegative().default(0),
   n_routed_experts: optionalSize,
@@ -47,31 +72,29 @@ const fields = z.object({
   qk_nope_head_dim: size,
   qk_rope_head_dim: size,
   v_head_dim: size,
-  max_position_embeddings: size.default(4096),
-  rope_theta: z.number().positive().optional(),
-  rope_scaling: ropeFields.nullish(),
-  rope_parameters: ropeFields.nullish(),
   rope_interleave: z.boolean().default(true),
-  rms_norm_eps: z.number().positive().default(1e-6),
-  initializer_range: z.number().positive().default(0.02),
-  tie_word_embeddings: z.boolean().default(false),
   /** Depth of multi-token prediction: extra layers behind the last. */
   num_nextn_predict_layers: z.int().nonnegative().default(0),
   /** MTP modules with embeddings and heads of their own. Not a key of the released models, whose readers share them regardless. */
   mtp_separate_embeddings: z.boolean().default(false),
-  bos_token_id: z.int().nonnegative().nullish(),
-  eos_token_id: z.union([z.int().nonnegative(), z.array(z.int().nonnegative())]).nullish(),
-  hidden_act: z.literal('silu').default('silu'),
-  attention_bias: z.literal(false).default(false),
   moe_layer_freq: z.literal(1).default(1),
 })
 
+/** V2 and V3 as a user writes them. */
+export type LatentConfigInput = z.input<typeof latentFields>
+/** DeepSeek LLM as a user writes it. */
+export type DenseConfigInput = z.input<typeof denseFields>
 /** What a user writes: config.json, or a preset with changes. */
-export type DeepSeekConfigInput = z.input<typeof fields>
+export type DeepSeekConfigInput = LatentConfigInput | DenseConfigInput
 
-/** A checked configuration with every default filled in. */
-export interface DeepSeekConfig
-  extends Omit<z.output<typeof fields>, 'rope_scaling' | 'rope_parameters' | 'rope_theta'> {
+/**
+ * A checked configuration with every default filled in. A dense one (model_type `llama`) has no latents and no experts: kv_lora_rank, qk_nope_head_dim and
+ * moe_intermediate_size are 0, and the features of a head are both qk_rope_head_dim and v_head_dim.
+ */
+export interface DeepSeekConfig extends Omit<Fields, 'model_type' | 'rope_scaling' | 'rope_parameters' | 'rope_theta'> {
+  readonly model_type: Fields['model_type'] | 'llama'
+  /** Heads of keys and values; with latents as many as there are heads. */
+  readonly num_key_value_heads: number
   readonly rope_theta: number
   readonly rope_scaling: RopeScaling | null
   readonly norm_topk_prob: boolean
@@ -84,7 +107,10 @@ export interface DeepSeekConfig
  * @throws MoeError E_CONFIG with every fault in one message.
  */
 export function parseConfig(input: unknown): DeepSeekConfig {
-  const result = fields.safeParse(input)
+  const dense = (input as { model_type?: unknown } | null)?.model_type === 'llama'
+  const result = dense
+    ? denseFields.transform(withoutLatents).safeParse(input)
+    : latentFields.transform(withLatents).safeParse(input)
   const problems = result.success
     ? crossChecks(result.data)
     : result.error.issues.map(issue => `${issue.path.join('.') || 'config'}: ${issue.message}`)
@@ -110,16 +136,61 @@ export function parseConfig(input: unknown): DeepSeekConfig {
   }
 }
 
-type Fields = z.output<typeof fields>
+type Fields = z.output<typeof latentFields>
+type CheckedFields = ReturnType<typeof withLatents>
+
+const withLatents = (config: Fields) => ({
+  ...config,
+  model_type: config.model_type as DeepSeekConfig['model_type'],
+  num_key_value_heads: config.num_attention_heads,
+})
+
+/** A dense configuration in the terms of the others. */
+function withoutLatents({
+  head_dim,
+  num_key_value_heads,
+  mlp_bias,
+  ...config
+}: z.output<typeof denseFields>): CheckedFields {
+  const { num_attention_heads: heads, hidden_size: hidden } = config
+  const features = head_dim ?? hidden / heads
+  return {
+    ...config,
+    model_type: config.model_type as DeepSeekConfig['model_type'],
+    num_key_value_heads: num_key_value_heads ?? heads,
+    qk_rope_head_dim: features,
+    v_head_dim: features,
+    qk_nope_head_dim: 0,
+    kv_lora_rank: 0,
+    q_lora_rank: null,
+    rope_interleave: false,
+    moe_intermediate_size: 0,
+    first_k_dense_replace: 0,
+    n_routed_experts: null,
+    n_shared_experts: 0,
+    num_experts_per_tok: null,
+    n_group: null,
+    topk_group: null,
+    routed_scaling_factor: 1,
+    num_nextn_predict_layers: 0,
+    mtp_separate_embeddings: false,
+    moe_layer_freq: 1,
+  }
+}
 
 /** Faults that only show when fields are seen together. */
-function crossChecks(config: Fields): string[] {
+function crossChecks(config: CheckedFields): string[] {
   const problems: string[] = []
   const add = (wrong: boolean, problem: string) => {
     if (wrong) problems.push(problem)
   }
   const { n_routed_experts: experts, num_experts_per_tok: topK, n_group: groups, topk_group: topGroups } = config
-  add(config.qk_rope_head_dim % 2 !== 0, `qk_rope_head_dim = ${config.qk_rope_head_dim} is odd`)
+  const { num_attention_heads: heads, num_key_value_heads: groups_kv, qk_rope_head_dim: turned } = config
+  if (config.model_type === 'llama') {
+    add(!Number.isInteger(turned), `num_attention_heads = ${heads} does not divide hidden_size = ${config.hidden_size}`)
+    add(heads % groups_kv !== 0, `num_key_value_heads = ${groups_kv} does not divide num_attention_heads = ${heads}`)
+    add(turned % 2 === 1, `head_dim = ${turned} is odd`)
+  } else add(turned % 2 !== 0, `qk_rope_head_dim = ${turned} is odd`)
   if (experts === null) add(topK !== null, 'num_experts_per_tok is there, but n_routed_experts is missing')
   else {
     add(topK === null, 'num_experts_per_tok is missing')
@@ -167,6 +238,21 @@ export function endTokens(config: DeepSeekConfig): number[] {
 
 /** What is written to config.json: the keys that transformers, vLLM and others read, and no null where they have numbers. */
 export function hfConfig(config: DeepSeekConfig): Record<string, unknown> {
+  return config.model_type === 'llama' ? denseHfConfig(config) : latentHfConfig(config)
+}
+
+function denseHfConfig(config: DeepSeekConfig): Record<string, unknown> {
+  const keys = Object.keys(denseFields.shape).filter(key => key in config && key !== 'rope_parameters')
+  return {
+    architectures: ['LlamaForCausalLM'],
+    ...Object.fromEntries(keys.map(key => [key, config[key as keyof DeepSeekConfig]])),
+    head_dim: config.v_head_dim,
+    mlp_bias: false,
+    torch_dtype: 'float32',
+  }
+}
+
+function latentHfConfig(config: DeepSeekConfig): Record<string, unknown> {
   const { n_routed_experts, num_experts_per_tok, n_group, topk_group, first_k_dense_replace, ...others } = config
   const { mtp_separate_embeddings, ...rest } = others
   const v3 = config.model_type === 'deepseek_v3'

@@ -25,7 +25,11 @@ export function countParameters(config: DeepSeekConfig): ParameterCount {
   const queries =
     config.q_lora_rank === null ? hidden * heads * perHead : config.q_lora_rank * (hidden + 1 + heads * perHead)
   const keysValues = hidden * (rank + rope) + rank + rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-  const attention = queries + keysValues + heads * config.v_head_dim * hidden
+  const out = heads * config.v_head_dim * hidden
+  const attention =
+    config.model_type === 'llama'
+      ? 2 * out + 2 * hidden * config.num_key_value_heads * config.v_head_dim
+      : queries + keysValues + out
   const expert = 3 * hidden * config.moe_intermediate_size
   const experts = config.n_routed_experts ?? 0
   const bias = config.topk_method === 'noaux_tc' ? experts : 0

@@ -1,12 +1,12 @@
-/** @file One transformer block: MLA, then experts (or a dense net in the leading layers), each behind a norm and added to its input. */
-import { type LatentCache, MultiHeadLatentAttention, type RotaryEmbedding } from '@moe/attention-mla'
+/** @file One transformer block: MLA (multi-head attention in a dense model), then experts (or a dense net in the leading layers), each behind a norm and added to its input. */
+import { type KvCache, MultiHeadAttention, MultiHeadLatentAttention, type RotaryEmbedding } from '@moe/attention-mla'
 import { forkInit, type InitOptions, Module, RmsNorm, SwigluMlp, type Tensor } from '@moe/core'
 import { type Balancer, type MoEForwardOptions, MoELayer, type TokenDropping } from '@moe/router'
 import { type DeepSeekConfig, isMoELayer } from './config.ts'
 
 /** Options of the attention (cache) and of the experts (training, mask, losses and loads to watch). */
 export interface LayerOptions extends MoEForwardOptions {
-  readonly cache?: LatentCache
+  readonly cache?: KvCache
   /** Layer of the cache. */
   readonly layer?: number
 }
@@ -17,7 +17,7 @@ export interface DecoderLayerInit extends InitOptions {
 }
 
 export class DecoderLayer extends Module {
-  self_attn: MultiHeadLatentAttention
+  self_attn: MultiHeadLatentAttention | MultiHeadAttention
   mlp: MoELayer | SwigluMlp
   input_layernorm: RmsNorm
   post_attention_layernorm: RmsNorm
@@ -27,7 +27,11 @@ export class DecoderLayer extends Module {
     super()
     const { balancer, dropping, ...init } = options
     const { hidden_size: hidden, rms_norm_eps: eps } = config
-    this.self_attn = new MultiHeadLatentAttention(config, { ...forkInit(init, 'self_attn'), rotary })
+    const own = { ...forkInit(init, 'self_attn'), rotary }
+    this.self_attn =
+      config.model_type === 'llama'
+        ? new MultiHeadAttention({ ...config, head_dim: config.v_head_dim }, own)
+        : new MultiHeadLatentAttention(config, own)
     this.mlp = isMoELayer(config, layer)
       ? new MoELayer({ ...config, ...experts(config) }, { ...forkInit(init, 'mlp'), balancer, dropping })
       : new SwigluMlp(hidden, config.intermediate_size, forkInit(init, 'mlp'))

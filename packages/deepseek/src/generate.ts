@@ -1,5 +1,5 @@
-/** @file Continuing a text token by token over the latent cache, optionally with MTP modules drafting ahead. */
-import { type CacheDType, LatentCache, type LatentCacheOptions } from '@moe/attention-mla'
+/** @file Continuing a text token by token over a cache, optionally with MTP modules drafting ahead. */
+import { type CacheDType, type CacheOptions, type KvCache, LatentCache } from '@moe/attention-mla'
 import { concat, fromHost, keep, MoeError, Random, type Tensor } from '@moe/core'
 import { endTokens } from './config.ts'
 import type { DeepSeek } from './model.ts'
@@ -17,7 +17,7 @@ export interface GenerateOptions extends SamplingOptions {
   /** Let the MTP modules draft; the text is the same (greedy) or equally distributed (sampling). Default: when there are any. */
   readonly speculative?: boolean
   readonly onToken?: (id: number) => void
-  /** What the latent cache holds. Default f32; bf16 takes half the memory, at bf16's precision. */
+  /** What the cache holds. Default f32; bf16 takes half the memory, at bf16's precision. */
   readonly cacheDtype?: CacheDType
 }
 
@@ -204,7 +204,7 @@ async function* decode(
 }
 
 /** Runs new tokens through the main model; gives their hidden states and the logits of the last `wanted` of them. */
-async function verify(model: DeepSeek, cache: LatentCache, ids: number[], wanted: number) {
+async function verify(model: DeepSeek, cache: KvCache, ids: number[], wanted: number) {
   const { hidden, logits } = model.infer(() => {
     const hidden = model.hidden(fromHost(Int32Array.from(ids), [1, ids.length], 'i32', model.backend), { cache })
     const logits = model.lm_head.forward(hidden.narrow(1, ids.length - wanted, ids.length))
@@ -228,7 +228,7 @@ class Drafter {
   /** Per module, hidden states of the depth before at positions that its cache does not hold yet, `[1, n, D]`. */
   readonly #waiting: Array<Tensor | null>
 
-  constructor(model: DeepSeek, depth: number, options: Pick<LatentCacheOptions, 'capacity' | 'dtype'>) {
+  constructor(model: DeepSeek, depth: number, options: Pick<CacheOptions, 'capacity' | 'dtype'>) {
     this.#model = model
     this.#depth = depth
     const { config, backend } = model

@@ -1,5 +1,12 @@
 /** @file Public interface of @moe/deepseek. */
-export { type DeepSeekConfig, type DeepSeekConfigInput, hfConfig, parseConfig } from './config.ts'
+export {
+  type DeepSeekConfig,
+  type DeepSeekConfigInput,
+  type DenseConfigInput,
+  hfConfig,
+  type LatentConfigInput,
+  parseConfig,
+} from './config.ts'
 export { countParameters, type ParameterCount } from './count-parameters.ts'
 export { DecoderLayer, type LayerOptions } from './decoder-layer.ts'
 export type { GenerateOptions, Generation, GenerationStats, TextOptions, TextTokenizer } from './generate.ts'

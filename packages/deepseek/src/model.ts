@@ -3,7 +3,14 @@
  *
  * Legend: B batch, T time, D hidden size, V vocabulary.
  */
-import { LatentCache as Cache, type LatentCache, type LatentCacheOptions, RotaryEmbedding } from '@moe/attention-mla'
+import {
+  type CacheOptions,
+  type KvCache,
+  LatentCache,
+  MultiHeadAttention,
+  MultiHeadLatentAttention,
+  RotaryEmbedding,
+} from '@moe/attention-mla'
 import {
   type Backend,
   defaultBackend,
@@ -102,7 +109,7 @@ class Trunk extends Module {
   }
 }
 
-/** A DeepSeek V2 or V3 language model of any size. */
+/** A DeepSeek V2, V3 or LLM language model of any size. */
 export class DeepSeek extends Module {
   model: Trunk
   lm_head: Linear
@@ -212,9 +219,11 @@ export class DeepSeek extends Module {
     return this.model.norm.forward(x)
   }
 
-  /** A latent cache for this model's decoder layers. */
-  makeCache(options: Pick<LatentCacheOptions, 'batch' | 'capacity' | 'dtype'> = {}): LatentCache {
-    return new Cache(this.#config, { ...options, layers: this.#config.num_hidden_layers, backend: this.#backend })
+  /** A cache for this model's decoder layers: latent, or keys and values in a dense model. */
+  makeCache(options: Pick<CacheOptions, 'batch' | 'capacity' | 'dtype'> = {}): KvCache {
+    const all = { ...options, layers: this.#config.num_hidden_layers, backend: this.#backend }
+    const { self_attn: attention } = this.decoder[0]
+    return attention instanceof MultiHeadAttention ? attention.makeCache(all) : new LatentCache(this.#config, all)
   }
 
   /**
@@ -344,7 +353,7 @@ export class DeepSeek extends Module {
   dispose(): void {
     for (const layer of this.model.layers) {
       const block = layer instanceof MtpModule ? (layer.block as DecoderLayer) : layer
-      block.self_attn.releaseAbsorbed()
+      if (block.self_attn instanceof MultiHeadLatentAttention) block.self_attn.releaseAbsorbed()
     }
     for (const layer of this.moeLayers) layer.updateBias({ speed: 0 })
     this.#rotary.dispose()

@@ -1,7 +1,7 @@
 /** @file Configurations by name: the published models, and small ones that train on a laptop. */
-import type { DeepSeekConfigInput } from './config.ts'
+import type { DeepSeekConfigInput, DenseConfigInput, LatentConfigInput } from './config.ts'
 
-const v3: DeepSeekConfigInput = {
+const v3: LatentConfigInput = {
   model_type: 'deepseek_v3',
   vocab_size: 129280,
   hidden_size: 7168,
@@ -41,7 +41,7 @@ const v3: DeepSeekConfigInput = {
   eos_token_id: 1,
 }
 
-const v2: DeepSeekConfigInput = {
+const v2: LatentConfigInput = {
   ...v3,
   model_type: 'deepseek_v2',
   vocab_size: 102400,
@@ -66,7 +66,7 @@ const v2: DeepSeekConfigInput = {
   eos_token_id: 100001,
 }
 
-const v2Lite: DeepSeekConfigInput = {
+const v2Lite: LatentConfigInput = {
   ...v2,
   hidden_size: 2048,
   intermediate_size: 10944,
@@ -81,7 +81,7 @@ const v2Lite: DeepSeekConfigInput = {
   q_lora_rank: null,
 }
 
-const moonlight: DeepSeekConfigInput = {
+const moonlight: LatentConfigInput = {
   ...v2Lite,
   model_type: 'deepseek_v3',
   vocab_size: 163840,
@@ -98,8 +98,33 @@ const moonlight: DeepSeekConfigInput = {
   eos_token_id: 163585,
 }
 
+/** DeepSeek LLM 7B, of before the experts: a dense model with the attention of Llama. */
+const llm7b: DenseConfigInput = {
+  model_type: 'llama',
+  vocab_size: 102400,
+  hidden_size: 4096,
+  intermediate_size: 11008,
+  num_hidden_layers: 30,
+  num_attention_heads: 32,
+  num_key_value_heads: 32,
+  max_position_embeddings: 4096,
+  rope_theta: 10000,
+  rms_norm_eps: 1e-6,
+  bos_token_id: 100000,
+  eos_token_id: 100001,
+}
+
+const llm67b: DenseConfigInput = {
+  ...llm7b,
+  hidden_size: 8192,
+  intermediate_size: 22016,
+  num_hidden_layers: 95,
+  num_attention_heads: 64,
+  num_key_value_heads: 8,
+}
+
 /** The 12.5M-parameter model of the training benchmark. */
-const small: DeepSeekConfigInput = {
+const small: LatentConfigInput = {
   ...v3,
   vocab_size: 4096,
   hidden_size: 256,
@@ -124,7 +149,7 @@ const small: DeepSeekConfigInput = {
 }
 
 /** The 197M-parameter model of the decoding benchmark. */
-const medium: DeepSeekConfigInput = {
+const medium: LatentConfigInput = {
   ...small,
   vocab_size: 8192,
   hidden_size: 512,
@@ -144,7 +169,7 @@ const medium: DeepSeekConfigInput = {
 }
 
 /** The 1.08B-parameter model of the benchmarks on a GPU: heads of DeepSeek-V3's sizes, 64 experts. */
-const large: DeepSeekConfigInput = {
+const large: LatentConfigInput = {
   ...v3,
   vocab_size: 32768,
   hidden_size: 1024,
@@ -162,7 +187,7 @@ const large: DeepSeekConfigInput = {
 }
 
 /** What the quickstart trains: MLA, grouped experts with aux-free balance, and one MTP depth, in minutes on two cores. */
-const tiny: DeepSeekConfigInput = {
+const tiny: LatentConfigInput = {
   ...small,
   hidden_size: 192,
   intermediate_size: 768,
@@ -179,6 +204,8 @@ export const presets = {
   'deepseek-v2': v2,
   'deepseek-v2-lite': v2Lite,
   'moonlight-16b-a3b': moonlight,
+  'deepseek-llm-7b': llm7b,
+  'deepseek-llm-67b': llm67b,
   '1b': large,
   '200m': medium,
   '12m': small,

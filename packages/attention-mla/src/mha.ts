@@ -1,0 +1,119 @@
+/**
+ * @file Multi-head attention with grouped keys and values as in Llama (Touvron et al. 2023; Ainslie et al. 2023): what DeepSeek LLM 7B and 67B have, and
+ * what MLA is measured against.
+ *
+ * Legend: B batch, T time, S cached keys, H heads, G key/value heads, D features of a head.
+ */
+import {
+  attention,
+  concat,
+  forkInit,
+  type InitOptions,
+  Linear,
+  Module,
+  MoeError,
+  noGrad,
+  rope,
+  scope,
+  type Tensor,
+} from '@moe/core'
+import { type CacheOptions, KvCache } from './cache.ts'
+import type { RopeScaling } from './config.ts'
+import type { MlaForwardOptions } from './mla.ts'
+import { RotaryEmbedding } from './rotary.ts'
+
+export interface MhaConfig {
+  readonly hidden_size: number
+  readonly num_attention_heads: number
+  /** Heads of keys and values, each shared by as many query heads. Default num_attention_heads. */
+  readonly num_key_value_heads?: number
+  /** Default hidden_size / num_attention_heads. */
+  readonly head_dim?: number
+  readonly rope_theta?: number
+  readonly rope_scaling?: RopeScaling | null
+}
+
+export interface MhaOptions extends InitOptions {
+  /** Rotation tables of head_dim features to share between layers; default own ones. */
+  readonly rotary?: RotaryEmbedding
+}
+
+export type MhaForwardOptions = Omit<MlaForwardOptions, 'absorbUpTo'>
+
+/** Causal attention on full keys and values; all features of a head are rotated, in halves. `[B, T, hidden]` to the same shape. */
+export class MultiHeadAttention extends Module {
+  q_proj: Linear
+  k_proj: Linear
+  v_proj: Linear
+  o_proj: Linear
+  readonly #heads: number
+  readonly #groups: number
+  readonly #features: number
+  readonly #rotary: RotaryEmbedding
+
+  /** @throws MoeError E_CONFIG when sizes are impossible. */
+  constructor(config: MhaConfig, options: MhaOptions = {}) {
+    super()
+    const { hidden_size: hidden, num_attention_heads: heads, num_key_value_heads: groups = heads } = config
+    const { head_dim: features = hidden / heads, rope_theta, rope_scaling } = config
+    const problems: string[] = []
+    for (const [key, size] of Object.entries({ hidden, heads, groups, features })) {
+      if (!Number.isInteger(size) || size < 1) problems.push(`${key} = ${size} is not a positive integer`)
+    }
+    if (heads % groups !== 0) problems.push(`${heads} heads cannot share ${groups} heads of keys and values evenly`)
+    if (features % 2 === 1) problems.push(`a head of ${features} features cannot be rotated in pairs`)
+    if (problems.length > 0) {
+      throw new MoeError({ code: 'E_CONFIG', op: 'MultiHeadAttention', problem: problems.join('; ') })
+    }
+    const { rotary = new RotaryEmbedding({ qk_rope_head_dim: features, rope_theta, rope_scaling }) } = options
+    this.q_proj = new Linear(hidden, heads * features, forkInit(options, 'q_proj'))
+    this.k_proj = new Linear(hidden, groups * features, forkInit(options, 'k_proj'))
+    this.v_proj = new Linear(hidden, groups * features, forkInit(options, 'v_proj'))
+    this.o_proj = new Linear(heads * features, hidden, forkInit(options, 'o_proj'))
+    this.#heads = heads
+    this.#groups = groups
+    this.#features = features
+    this.#rotary = rotary
+  }
+
+  forward(x_BTD: Tensor, options: MhaForwardOptions = {}): Tensor {
+    const { cache, positions } = options
+    if (cache !== undefined) return noGrad(() => scope(() => this.#cached(x_BTD, cache, options)))
+    const [batch, time] = x_BTD.shape
+    const { backend } = x_BTD
+    const tables = positions ? this.#rotary.at(positions, batch, backend) : this.#rotary.first(time, backend)
+    const turn = (x: Tensor) => rope(x, tables.cos, tables.sin, { interleaved: false })
+    const q = turn(this.#heads_BTHD(this.q_proj.forward(x_BTD), this.#heads))
+    const k = turn(this.#heads_BTHD(this.k_proj.forward(x_BTD), this.#groups))
+    return this.#out(attention(q, k, this.#heads_BTHD(this.v_proj.forward(x_BTD), this.#groups)))
+  }
+
+  /** Rows of the cache are the turned keys of all G heads, then the values. */
+  #cached(x: Tensor, cache: KvCache, { layer = 0, positions }: MhaForwardOptions): Tensor {
+    const [batch, time] = x.shape
+    const width = this.#groups * this.#features
+    const { cos, sin } = this.#rotary.at(positions ?? cache.positions(time), batch, x.backend)
+    const turn = (y: Tensor) => rope(y, cos, sin, { interleaved: false })
+    const k = turn(this.#heads_BTHD(this.k_proj.forward(x), this.#groups))
+    cache.write(layer, concat([k.reshape([batch, time, width]), this.v_proj.forward(x)], 2))
+    const q = turn(this.#heads_BTHD(this.q_proj.forward(x), this.#heads))
+    const used = Math.max(...cache.lengths) + time
+    const rows_BSF = cache.rows(layer).narrow(1, 0, used).cast('f32')
+    const half = (at: number) => this.#heads_BTHD(rows_BSF.narrow(2, at * width, (at + 1) * width), this.#groups)
+    return this.#out(attention(q, half(0), half(1), { lengths: cache.lengthsAfter(time, x.backend) }))
+  }
+
+  #heads_BTHD(x: Tensor, heads: number): Tensor {
+    return x.reshape([x.shape[0], x.shape[1], heads, this.#features])
+  }
+
+  #out(x_BTHD: Tensor): Tensor {
+    const [batch, time] = x_BTHD.shape
+    return this.o_proj.forward(x_BTHD.reshape([batch, time, this.#heads * this.#features]))
+  }
+
+  /** A cache for layers like this one: 2 G D elements per token and layer. */
+  makeCache(options: CacheOptions): KvCache {
+    return new KvCache(2 * this.#groups * this.#features, options)
+  }
+}
