@@ -62,7 +62,12 @@ const repeats = options.tiny ? 2 : 20
 const table = { ...backend.primitives, ...backend.fused } as Record<string, unknown>
 
 /** Runs an op and frees what it makes. */
-function runOp<O extends OpName>(op: O, inputs: readonly Value[], attrs: OpAttrs[O], outputs: readonly TensorSpec[]): void {
+function runOp<O extends OpName>(
+  op: O,
+  inputs: readonly Value[],
+  attrs: OpAttrs[O],
+  outputs: readonly TensorSpec[],
+): void {
   const kernel = table[op] as (i: readonly Value[], a: unknown, o: readonly TensorSpec[]) => unknown[] | undefined
   const handles = kernel(inputs, attrs, outputs)
   if (handles === undefined) throw new Error(`${op} declined`)
@@ -108,7 +113,9 @@ function report(name: string, rate: number, unit: Result['unit'], peak?: number)
   results.push(result)
   const share = result.fractionOfPeak === undefined ? '' : `${(100 * result.fractionOfPeak).toFixed(1)} % of peak`
   const ratio = ofPeer === undefined ? '' : `${ofPeer.toFixed(2)}x PyTorch`
-  console.log(`${name.padEnd(44)} ${rate.toPrecision(4).padStart(9)} ${unit.padEnd(8)} ${share.padStart(16)} ${ratio.padStart(14)}`)
+  console.log(
+    `${name.padEnd(44)} ${rate.toPrecision(4).padStart(9)} ${unit.padEnd(8)} ${share.padStart(16)} ${ratio.padStart(14)}`,
+  )
 }
 
 // --- peaks ---
@@ -215,7 +222,11 @@ async function grouped(): Promise<void> {
 
 async function attention(): Promise<void> {
   const [batch, length, heads, dk, dv] = [1, 8192 / small ** 2, 16, 192, 128]
-  const [q, k, v] = [random([batch, length, heads, dk]), random([batch, length, heads, dk]), random([batch, length, heads, dv])]
+  const [q, k, v] = [
+    random([batch, length, heads, dk]),
+    random([batch, length, heads, dk]),
+    random([batch, length, heads, dv]),
+  ]
   const attrs = { causal: true, scale: dk ** -0.5, precision: 'bf16' } as const
   const outputs = [f32([batch, length, heads, dv]), f32([batch, heads, length])]
   const flops = (batch * heads * length * length * 2 * (dk + dv)) / 2
@@ -271,10 +282,13 @@ async function train(): Promise<void> {
   const kernels = (backend.stats().launches - before) / seconds.length
   const { peakBytes, peakReservedBytes } = backend.stats()
   const memory = `${(peakBytes / 2 ** 30).toFixed(1)} GiB of tensors at most, ${(peakReservedBytes / 2 ** 30).toFixed(1)} reserved`
-  console.log(`  ${name}: ${(parameterCount(model) / 1e9).toFixed(2)}B parameters, ${kernels.toFixed(0)} launches a step, ${memory}, loss ${loss.toFixed(3)}`)
+  console.log(
+    `  ${name}: ${(parameterCount(model) / 1e9).toFixed(2)}B parameters, ${kernels.toFixed(0)} launches a step, ${memory}, loss ${loss.toFixed(3)}`,
+  )
   report(`train: ${name}, ${rows} x ${length}`, (rows * length) / median(seconds), 'tokens/s')
   const slow = fallbacks().filter(({ backend: who }) => who === backend.name)
-  if (slow.length > 0) console.log(`  without a kernel of their own: ${slow.map(({ op, count }) => `${op} ${count}`).join(', ')}`)
+  if (slow.length > 0)
+    console.log(`  without a kernel of their own: ${slow.map(({ op, count }) => `${op} ${count}`).join(', ')}`)
 }
 
 function randomBatch(rows: number, length: number, vocabulary: number): TokenBatch {

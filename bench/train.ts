@@ -66,6 +66,7 @@ interface Measurement {
 
 async function pickBackend(): Promise<Backend> {
   const loaders = {
+    'kernels-cuda': () => import('@moe/kernels-cuda'),
     'kernels-cpu': () => import('@moe/kernels-cpu'),
     'backend-tfjs': () => import('@moe/backend-tfjs'),
   }

@@ -20,6 +20,7 @@ import {
 } from '@moe/core'
 
 const backend = await firstAvailable([
+  () => import('@moe/kernels-cuda'),
   () => import('@moe/kernels-cpu'),
   () => import('@moe/backend-tfjs'),
   () => import('@moe/core/reference'),

@@ -27,6 +27,7 @@ import { MtpModule, mtpLoss, shiftTokens, type TokenRows } from '@moe/mtp'
 import { AdamW, clipScale, gradientNorm } from '@moe/trainer'
 
 const backend = await firstAvailable([
+  () => import('@moe/kernels-cuda'),
   () => import('@moe/kernels-cpu'),
   () => import('@moe/backend-tfjs'),
   () => import('@moe/core/reference'),

@@ -68,9 +68,12 @@ interface Address {
 const say = (text: string) => process.stderr.write(`${text}\n`)
 
 async function main(options: ReturnType<typeof readOptions>): Promise<void> {
-  const backend = await firstAvailable([() => import('@moe/kernels-cpu'), () => import('@moe/backend-tfjs')], {
-    onSkip: reason => say(`not used: ${reason}`),
-  })
+  const backends = [
+    () => import('@moe/kernels-cuda'),
+    () => import('@moe/kernels-cpu'),
+    () => import('@moe/backend-tfjs'),
+  ]
+  const backend = await firstAvailable(backends, { onSkip: reason => say(`not used    ${reason}`) })
   setDefaultBackend(backend)
   say(`backend     ${backend.name} (${backend.device})`)
 

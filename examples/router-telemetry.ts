@@ -6,6 +6,7 @@ import { firstAvailable, noGrad, Random, scope, setDefaultBackend, type Tensor, 
 import { MoELayer, summarizeLoad } from '@moe/router'
 
 const backend = await firstAvailable([
+  () => import('@moe/kernels-cuda'),
   () => import('@moe/kernels-cpu'),
   () => import('@moe/backend-tfjs'),
   () => import('@moe/core/reference'),

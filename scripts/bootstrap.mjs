@@ -10,7 +10,11 @@ import { root, setUp } from './setup.mjs'
 const commands = {
   /** The quickstart: trains a small model on real text. A failed native build is no reason to stop, it falls back to wasm. */
   start: args => ({ script: 'examples/quickstart.ts', args, ownGroup: true, nativeRequired: false }),
-  test: args => ({ script: 'node_modules/vitest/vitest.mjs', args: ['run', ...reporters(args), ...args], emulator: true }),
+  test: args => ({
+    script: 'node_modules/vitest/vitest.mjs',
+    args: ['run', ...reporters(args), ...args],
+    emulator: true,
+  }),
   bench: ([name, ...args]) => {
     const script = `bench/${name}.ts`
     if (!name || !existsSync(script)) return { script: 'scripts/list-benches.ts', args: name ? [name] : [] }

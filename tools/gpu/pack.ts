@@ -7,7 +7,17 @@
  * `node packages/kernels-cuda/scripts/build-fatbins.mjs`.
  */
 import { execFileSync } from 'node:child_process'
-import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
+import {
+  cpSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { parseArgs } from 'node:util'
@@ -20,12 +30,25 @@ const { values: options } = parseArgs({ options: { out: { type: 'string', defaul
 const out = options.out
 
 /** What the tests and benchmarks need of the workspace. */
-const packages = ['core', 'kernels-cpu', 'kernels-cuda', 'attention-mla', 'router', 'mtp', 'checkpoint', 'deepseek', 'trainer', 'tokenizer-bpe']
+const packages = [
+  'core',
+  'kernels-cpu',
+  'kernels-cuda',
+  'attention-mla',
+  'router',
+  'mtp',
+  'checkpoint',
+  'deepseek',
+  'trainer',
+  'tokenizer-bpe',
+]
 /** Plain JavaScript packages, bundled into one file each; whoever depends on them comes first. */
 const bundled = { zod: 'deepseek', tinyglobby: 'trainer' } as const
 
 if (process.platform !== 'linux') throw new Error('the folder is for Linux and is packed there')
-execFileSync(process.execPath, [join(root, 'packages/kernels-cuda/scripts/build-fatbins.mjs'), '--check'], { stdio: 'inherit' })
+execFileSync(process.execPath, [join(root, 'packages/kernels-cuda/scripts/build-fatbins.mjs'), '--check'], {
+  stdio: 'inherit',
+})
 rmSync(out, { recursive: true, force: true })
 mkdirSync(join(out, 'node_modules', '@moe'), { recursive: true })
 copyPackages()
@@ -44,9 +67,18 @@ function copyPackages(): void {
   for (const name of packages) {
     const from = join(root, 'packages', name)
     const to = join(out, 'packages', name)
-    for (const part of ['package.json', 'src', 'fixtures', join('build', `linux-${process.arch}`), join('build', 'fatbins')]) {
+    for (const part of [
+      'package.json',
+      'src',
+      'fixtures',
+      join('build', `linux-${process.arch}`),
+      join('build', 'fatbins'),
+    ]) {
       if (!existsSync(join(from, part))) continue
-      cpSync(join(from, part), join(to, part), { recursive: true, filter: path => !/\/obj(\/|$)|\.(cc|cu|cuh|h|link)$/.test(path) })
+      cpSync(join(from, part), join(to, part), {
+        recursive: true,
+        filter: path => !/\/obj(\/|$)|\.(cc|cu|cuh|h|link)$/.test(path),
+      })
     }
     symlinkSync(join('..', '..', 'packages', name), join(out, 'node_modules', '@moe', name))
   }
@@ -55,7 +87,11 @@ function copyPackages(): void {
 async function copyDependencies(): Promise<void> {
   const modules = join(out, 'node_modules')
   const koffi = dirname(createRequire(join(root, 'packages/kernels-cuda/package.json')).resolve('koffi/package.json'))
-  cpSync(koffi, join(modules, 'koffi'), { recursive: true, dereference: true, filter: path => !/\/(src|doc|vendor)(\/|$)/.test(path) })
+  cpSync(koffi, join(modules, 'koffi'), {
+    recursive: true,
+    dereference: true,
+    filter: path => !/\/(src|doc|vendor)(\/|$)/.test(path),
+  })
   const native = `koffi-linux-${process.arch}`
   const binary = dirname(createRequire(join(koffi, 'package.json')).resolve(`@koromix/${native}/package.json`))
   cpSync(binary, join(modules, '@koromix', native), { recursive: true, dereference: true })
@@ -71,15 +107,27 @@ async function bundle(entry: string, name: string): Promise<void> {
   const folder = join(out, 'node_modules', name)
   // CommonJS inside asks for Node's own modules by `require`.
   const banner = { js: "import { createRequire } from 'node:module'; const require = createRequire(import.meta.url);" }
-  await build({ entryPoints: [entry], outfile: join(folder, 'index.mjs'), bundle: true, platform: 'node', format: 'esm', banner, logLevel: 'error' })
+  await build({
+    entryPoints: [entry],
+    outfile: join(folder, 'index.mjs'),
+    bundle: true,
+    platform: 'node',
+    format: 'esm',
+    banner,
+    logLevel: 'error',
+  })
   writeFileSync(join(folder, 'package.json'), `${JSON.stringify({ name, type: 'module', exports: './index.mjs' })}\n`)
 }
 
 function copyTools(): void {
-  cpSync(join(root, 'bench'), join(out, 'bench'), { recursive: true, filter: path => !/node_modules|results|__pycache__/.test(path) })
+  cpSync(join(root, 'bench'), join(out, 'bench'), {
+    recursive: true,
+    filter: path => !/node_modules|results|__pycache__/.test(path),
+  })
   const tools = join(out, 'tools', 'gpu')
   mkdirSync(tools, { recursive: true })
-  for (const file of ['suite.mjs', 'models.mjs', 'reporter.mjs', 'summary.mjs']) cpSync(join(import.meta.dirname, file), join(tools, file))
+  for (const file of ['suite.mjs', 'models.mjs', 'reporter.mjs', 'summary.mjs'])
+    cpSync(join(import.meta.dirname, file), join(tools, file))
   cpSync(join(import.meta.dirname, 'run.sh'), join(out, 'run.sh'))
   writeFileSync(join(out, 'package.json'), '{ "name": "moe-gpu", "private": true, "type": "module" }\n')
 }

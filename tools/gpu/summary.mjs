@@ -4,16 +4,28 @@ import { join } from 'node:path'
 
 const [first, folder] = process.argv.slice(2)
 if (first === '--merge') {
-  const read = name => (existsSync(join(folder, name)) ? JSON.parse(readFileSync(join(folder, name), 'utf8')) : undefined)
+  const read = name =>
+    existsSync(join(folder, name)) ? JSON.parse(readFileSync(join(folder, name), 'utf8')) : undefined
   const tools = readdirSync(folder).filter(name => name.endsWith('.code'))
   const sanitizer = Object.fromEntries(
     tools.map(name => [
       name.slice('sanitizer-'.length, -'.code'.length),
-      { exitCode: Number(readFileSync(join(folder, name), 'utf8')), ...lastLine(join(folder, name.replace(/code$/, 'log'))) },
+      {
+        exitCode: Number(readFileSync(join(folder, name), 'utf8')),
+        ...lastLine(join(folder, name.replace(/code$/, 'log'))),
+      },
     ]),
   )
   const { machine, date, results } = read('bench.json') ?? { date: new Date().toISOString() }
-  const merged = { date, machine, suite: read('suite.json'), models: read('models.json'), sanitizer, results, peers: read('peers.json') }
+  const merged = {
+    date,
+    machine,
+    suite: read('suite.json'),
+    models: read('models.json'),
+    sanitizer,
+    results,
+    peers: read('peers.json'),
+  }
   console.log(JSON.stringify(merged, null, 2))
 } else {
   const { passed, failed, skipped, failures } = JSON.parse(readFileSync(first, 'utf8'))

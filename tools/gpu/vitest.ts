@@ -33,7 +33,11 @@ function wrap(run: Runner) {
       run(label(name, row, args), {}, (() => (body as (...args: unknown[]) => unknown)(...args)) as Body)
     }
   }
-  const api = Object.assign(plain, { skipIf, each, skip: (name: string, body: Body) => run(name, { skip: true }, body) })
+  const api = Object.assign(plain, {
+    skipIf,
+    each,
+    skip: (name: string, body: Body) => run(name, { skip: true }, body),
+  })
   return api
 }
 
@@ -41,5 +45,5 @@ function wrap(run: Runner) {
 const test = wrap((name, options, body) => node.test(name, options, () => (body as () => Promise<void>)()))
 const describe = wrap((name, options, body) => node.describe(name, options, () => (body as () => void)()))
 
-export { describe, expect, test }
 export { after as afterAll, afterEach, before as beforeAll, beforeEach } from 'node:test'
+export { describe, expect, test }

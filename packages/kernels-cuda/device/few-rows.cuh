@@ -45,6 +45,34 @@ MOE_DEVICE void fewRowsTimesRows(float (*parts)[32], float* y, const float* x, c
   }
 }
 
+/// y [rows, 128 columns] = x weight for R rows of x at most and a weight of k rows with ldw (a multiple of 4) elements: every warp takes a
+/// quarter of k, every lane 4 columns.
+template <int R, bool Bf16>
+MOE_DEVICE void fewRowsTimesColumns(float (*parts)[1024], float* y, const float* x, const float* weight, int rows, int columns, int k, int ldw) {
+  const int column = threadIdx.x % 32 * 4, warp = threadIdx.x / 32;
+  float sums[R][4] = {};
+#pragma unroll 4
+  for (int at = warp; at < k; at += 4) {
+    const float4 w = operand<Bf16>(column < columns ? *(const float4*)(weight + (int64_t)at * ldw + column) : make_float4(0.f, 0.f, 0.f, 0.f));
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+      if (i >= rows) continue;
+      const float v = Bf16 ? lowBf16(packBf16(x[(int64_t)i * k + at], 0.f)) : x[(int64_t)i * k + at];
+      sums[i][0] = fmaf(v, w.x, sums[i][0]);
+      sums[i][1] = fmaf(v, w.y, sums[i][1]);
+      sums[i][2] = fmaf(v, w.z, sums[i][2]);
+      sums[i][3] = fmaf(v, w.w, sums[i][3]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < R; i++) *(float4*)(parts[warp] + i * 128 + column) = make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+  __syncthreads();
+  for (int i = 0; i < rows; i++) {
+    const int at = i * 128 + threadIdx.x;
+    if (threadIdx.x < columns) y[(int64_t)i * ldw + threadIdx.x] = parts[0][at] + parts[1][at] + parts[2][at] + parts[3][at];
+  }
+}
+
 constexpr int mostFewRows = 8;
 
 /// The same for 0 to mostFewRows rows.

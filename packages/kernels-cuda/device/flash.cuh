@@ -56,7 +56,7 @@ struct FlashBf16 {
 
   template <int D>
   MOE_DEVICE void dot(Scores& s, const bf16* x, const bf16* y) {
-#pragma unroll
+#pragma unroll 4
     for (int k = 0; k < D; k += 16) {
       uint32_t left[MT][4], right[4];
 #pragma unroll

@@ -44,7 +44,10 @@ async function main() {
   writeFileSync(join(outDir, 'manifest.json'), `${JSON.stringify({ cuda: version, architectures, portable })}\n`)
   if (options.arch === undefined) writeReport(modules, version)
   const bytes = modules.reduce((sum, { file }) => sum + statSync(file).size, 0)
-  const what = stale.length === 0 ? 'up to date' : `${stale.length} of ${modules.length} built in ${((Date.now() - started) / 1000).toFixed(0)} s`
+  const what =
+    stale.length === 0
+      ? 'up to date'
+      : `${stale.length} of ${modules.length} built in ${((Date.now() - started) / 1000).toFixed(0)} s`
   say(`${relative(process.cwd(), outDir)} ${what}, ${(bytes / 1e6).toFixed(1)} MB (CUDA ${version})`)
   if (bytes > mostBytes) fail(`${bytes} bytes of kernels; the package may have ${mostBytes}`)
 }
@@ -124,7 +127,16 @@ async function compile({ source, file, stamp }, key) {
   targets.push('-gencode', `arch=compute_${portable},code=compute_${portable}`)
   const temporary = `${file}.new`
   const depFile = `${file}.d`
-  const flags = ['-fatbin', '-std=c++17', '-O3', `-I${join(root, 'device')}`, '-Xptxas', '-v', '-Xfatbin', '-compress-all']
+  const flags = [
+    '-fatbin',
+    '-std=c++17',
+    '-O3',
+    `-I${join(root, 'device')}`,
+    '-Xptxas',
+    '-v',
+    '-Xfatbin',
+    '-compress-all',
+  ]
   const args = [...flags, ...targets, '-MD', '-MF', depFile, '-o', temporary, source]
   if (options.verbose) say(['nvcc', ...args].join(' '))
   const { code, output } = await run('nvcc', args)
@@ -191,7 +203,11 @@ function writeReport(modules, version) {
     for (const [name, uses] of [...byKernel].sort(([a], [b]) => (a < b ? -1 : 1))) {
       const registers = published.map(arch => uses.find(use => use.arch === arch)?.registers ?? '-')
       const spills = uses.filter(({ spill }) => spill > 0).map(({ arch, spill }) => `sm_${arch}: ${spill} bytes`)
-      const columns = [name.padEnd(52), ...registers.map(count => String(count).padStart(7)), String(uses[0].shared).padStart(7)]
+      const columns = [
+        name.padEnd(52),
+        ...registers.map(count => String(count).padStart(7)),
+        String(uses[0].shared).padStart(7),
+      ]
       lines.push(`${columns.join('')}  ${spills.join(', ') || 'none'}`)
     }
   }
@@ -206,7 +222,8 @@ function groupByName(uses) {
 
 function check(modules) {
   const missing = modules.filter(module => !isFresh(module, undefined))
-  if (missing.length > 0) fail(`not up to date: ${missing.map(({ name }) => name).join(', ')}; run node scripts/build-fatbins.mjs`)
+  if (missing.length > 0)
+    fail(`not up to date: ${missing.map(({ name }) => name).join(', ')}; run node scripts/build-fatbins.mjs`)
   const bytes = modules.reduce((sum, { file }) => sum + (existsSync(file) ? statSync(file).size : 0), 0)
   if (bytes > mostBytes) fail(`${bytes} bytes of kernels; the package may have ${mostBytes}`)
   if (process.exitCode === undefined) say(`${modules.length} fatbins up to date, ${(bytes / 1e6).toFixed(1)} MB`)

@@ -74,11 +74,21 @@ describe.skipIf(unavailable)('graphs', () => {
   test('inputs are written in place, and what runs between replays disturbs nothing', async () => {
     const backend = await testBackend({ guarded: false })
     const x = tensor([1, 2, 3, 4], [4], { backend })
-    const run = () => scope(() => x.mul(2).add(tensor([10, 20, 30, 40], [4], { backend })).exp().log())
+    const run = () =>
+      scope(() =>
+        x
+          .mul(2)
+          .add(tensor([10, 20, 30, 40], [4], { backend }))
+          .exp()
+          .log(),
+      )
     run().dispose()
     const graph = backend.capture(run)
     const results: number[][] = []
-    for (const data of [[1, 2, 3, 4], [5, 6, 7, 8]]) {
+    for (const data of [
+      [1, 2, 3, 4],
+      [5, 6, 7, 8],
+    ]) {
       backend.write(x, Float32Array.from(data))
       const others = Array.from({ length: 8 }, (_, i) => full([4], i, { backend }))
       graph.replay()
@@ -127,7 +137,14 @@ describe.skipIf(unavailable)('graphs', () => {
         throw new Error('mine')
       }),
     ).toThrow('mine')
-    expect(isMoeError(await x.neg().values().catch(error => error))).toBe(false)
+    expect(
+      isMoeError(
+        await x
+          .neg()
+          .values()
+          .catch(error => error),
+      ),
+    ).toBe(false)
     graph.dispose()
     backend.dispose()
   })

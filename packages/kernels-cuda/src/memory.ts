@@ -75,7 +75,8 @@ export class Memory {
 
   /** Uninitialized memory with one owner. @throws MoeError E_OUT_OF_MEMORY */
   allocate(bytes: number): CudaBuffer {
-    if (this.#disposed) throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cuda', problem: 'the backend is disposed' })
+    if (this.#disposed)
+      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cuda', problem: 'the backend is disposed' })
     if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
     const pointer = this.#guarded ? this.#takeGuarded(bytes) : this.#take(bytes)
     const buffer: CudaBuffer = { pointer, bytes, op: this.#op, pool: this.#pool, refs: 1, slot: this.#live.length }

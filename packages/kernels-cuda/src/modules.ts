@@ -102,7 +102,8 @@ export class Modules {
         )
         shared = sharedBytes
       }
-      if (args.length !== parameters.length) throw new Error(`${name} takes ${parameters.length} arguments, got ${args.length}`)
+      if (args.length !== parameters.length)
+        throw new Error(`${name} takes ${parameters.length} arguments, got ${args.length}`)
       const argumentBytes = pack(view, parameters, args)
       launch({
         kernel: name,
@@ -127,7 +128,11 @@ export class Modules {
 
   #find(module: string, name: string): number {
     const found = this.#module(module)
-    return this.#driver.out(word => this.#driver.call.cuModuleGetFunction(word, found, name), name, `in module ${module}`)
+    return this.#driver.out(
+      word => this.#driver.call.cuModuleGetFunction(word, found, name),
+      name,
+      `in module ${module}`,
+    )
   }
 
   #load(module: string): number {

@@ -3,7 +3,16 @@ import { spawnSync } from 'node:child_process'
 import { cpSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { firstAvailable, full, isMoeError, type MoeError, Random, setDefaultBackend, type Tensor, tensor } from '@moe/core'
+import {
+  firstAvailable,
+  full,
+  isMoeError,
+  type MoeError,
+  Random,
+  setDefaultBackend,
+  type Tensor,
+  tensor,
+} from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { TokenDataset, train } from '@moe/trainer'
 import { afterAll, afterEach, describe, expect, test } from 'vitest'
@@ -30,7 +39,7 @@ describe('without a driver', () => {
   test('E_NO_BACKEND says what was tried, and firstAvailable goes on', async () => {
     const error = await failure({ driver: join(folder, 'libcuda.so.1') })
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
-    expect(error.message).toMatch(/no NVIDIA driver: .*libcuda\.so\.1.*install the NVIDIA driver/s)
+    expect(error.message).toMatch(/no NVIDIA driver \(.*libcuda\.so\.1.*install the NVIDIA driver/s)
     const reasons: string[] = []
     const cuda = { createBackend: () => createBackend({ driver: join(folder, 'libcuda.so.1') }) }
     const loaders = [async () => cuda, () => import('@moe/core/reference')]
@@ -104,7 +113,9 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
       error = caught
     }
     expect(isMoeError(error, 'E_OUT_OF_MEMORY')).toBe(true)
-    expect((error as MoeError).message).toMatch(/^fill: no memory for 16\.0 MiB beside \d+\.0 MiB of \d tensors \(made by: fill/)
+    expect((error as MoeError).message).toMatch(
+      /^fill: no memory for 16\.0 MiB beside \d+\.0 MiB of \d tensors \(made by: fill/,
+    )
     for (const one of held) one.dispose()
     // What was freed is kept in pieces of 16 MiB: a larger one needs them given back first.
     const large = full([2 ** 23], 3, { backend })

@@ -50,7 +50,11 @@ export class Stream {
       this.#extraAddress,
     )
     if (code !== status.success) {
-      this.#driver.check(code, kernel, `launching ${grid.join(' x ')} blocks of ${block} threads, ${shared} bytes of shared memory`)
+      this.#driver.check(
+        code,
+        kernel,
+        `launching ${grid.join(' x ')} blocks of ${block} threads, ${shared} bytes of shared memory`,
+      )
     }
     this.#launches++
   }

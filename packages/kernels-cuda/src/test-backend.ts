@@ -1,8 +1,6 @@
 /** @file For tests: a backend on the emulator, or with MOE_REQUIRE_CUDA=1 on the GPU of this machine. */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
-import type { DType, FusedAttrs, HostArray, OpName, PrimitiveAttrs, Shape, TensorSpec, Value } from '@moe/core'
-import { encodeHost, sizeOf } from '@moe/core'
 import koffi from 'koffi'
 import { type CudaBackend, type CudaOptions, createBackend } from './backend.ts'
 
@@ -35,35 +33,4 @@ export function resetEmulator(): void {
 /** One of the emulator's own functions. */
 export function emulatorFunction(prototype: string): (...args: Array<string | number>) => unknown {
   return koffi.load(library).func(prototype) as (...args: Array<string | number>) => unknown
-}
-
-/** An input of `runOp`: elements as plain numbers (encoded to the dtype, f32 by default). */
-export interface HostInput {
-  readonly data: ArrayLike<number>
-  readonly shape: Shape
-  readonly dtype?: DType
-}
-
-/** Runs one op on host arrays and gives its outputs as host arrays. */
-export async function runOp<O extends OpName>(
-  backend: CudaBackend,
-  op: O,
-  inputs: readonly HostInput[],
-  attrs: (PrimitiveAttrs & FusedAttrs)[O],
-  outputs: readonly TensorSpec[],
-): Promise<HostArray[]> {
-  const values: Value[] = inputs.map(({ data, shape, dtype = 'f32' }) => {
-    const host = encodeHost(dtype, data)
-    if (host.length !== sizeOf(shape)) throw new Error(`${host.length} elements for [${shape}]`)
-    return { handle: backend.upload(host, shape, dtype), shape, dtype }
-  })
-  const table = { ...backend.primitives, ...backend.fused } as Record<string, unknown>
-  const kernel = table[op] as (i: readonly Value[], a: unknown, o: readonly TensorSpec[]) => unknown[] | undefined
-  if (kernel === undefined) throw new Error(`${backend.name} has no ${op}`)
-  const handles = kernel(values, attrs, outputs)
-  if (handles === undefined) throw new Error(`${op} declined`)
-  const results = await Promise.all(handles.map((handle, i) => backend.download({ handle, ...outputs[i] })))
-  for (const { handle } of values) backend.free(handle)
-  for (const handle of handles) backend.free(handle)
-  return results
 }

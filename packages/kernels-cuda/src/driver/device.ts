@@ -29,7 +29,8 @@ const leastCapability = 80
 export function findDevice(driver: Driver, ordinal: number | undefined): Device {
   const { call } = driver
   const started = call.cuInit(0)
-  if (started === status.noDevice) throw none('the driver finds no device', 'check `nvidia-smi` and CUDA_VISIBLE_DEVICES')
+  if (started === status.noDevice)
+    throw none('the driver finds no device', 'check `nvidia-smi` and CUDA_VISIBLE_DEVICES')
   if (started !== status.success) {
     throw none(`the driver does not start: ${driver.errorName(started)} (${started})`, 'check that `nvidia-smi` works')
   }

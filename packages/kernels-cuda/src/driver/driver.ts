@@ -46,7 +46,8 @@ const prototypes = {
     'int cuLaunchKernel(uint64_t function, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int bx, unsigned int by, unsigned int bz, unsigned int shared, uint64_t stream, uint64_t parameters, uint64_t extra)',
   cuGraphInstantiate: 'int cuGraphInstantiateWithFlags(void* exec, uint64_t graph, unsigned long long flags)',
   cuGraphGetNodes: 'int cuGraphGetNodes(uint64_t graph, void* nodes, void* count)',
-  cuGraphExecKernelNodeSetParams: 'int cuGraphExecKernelNodeSetParams_v2(uint64_t exec, uint64_t node, const void* parameters)',
+  cuGraphExecKernelNodeSetParams:
+    'int cuGraphExecKernelNodeSetParams_v2(uint64_t exec, uint64_t node, const void* parameters)',
   cuGraphLaunch: 'int cuGraphLaunch(uint64_t exec, uint64_t stream)',
   cuGraphExecDestroy: 'int cuGraphExecDestroy(uint64_t exec)',
   cuGraphDestroy: 'int cuGraphDestroy(uint64_t graph)',
@@ -89,15 +90,16 @@ export async function openDriver(path = process.env['MOE_CUDA_DRIVER']): Promise
   const koffi = await importKoffi()
   const names = path ? [path] : (libraryNames[process.platform] ?? [])
   if (names.length === 0) throw noDriver(`NVIDIA has no driver for ${process.platform}`)
-  const reasons: string[] = []
+  let reason = ''
   for (const name of names) {
     try {
       return bind(koffi, koffi.load(name), name)
     } catch (cause) {
-      reasons.push(`${name}: ${cause instanceof Error ? cause.message : cause}`)
+      // Of several places the first is the usual one: its reason is the one to read.
+      reason ||= `${name}: ${cause instanceof Error ? cause.message : cause}`
     }
   }
-  throw noDriver(`no NVIDIA driver: ${reasons.join('; ')}`)
+  throw noDriver(`no NVIDIA driver (${reason})`)
 }
 
 async function importKoffi(): Promise<Koffi> {

@@ -34,7 +34,12 @@ const fatal = new Set([214, 220, 700, 702, 703, 709, 714, 715, 716, 717, 718, 71
 export function driverError(op: string, code: number, name: string, context: string, report: string): MoeError {
   const where = context === '' ? '' : ` ${context}`
   if (code === status.outOfMemory) {
-    return new MoeError({ code: 'E_OUT_OF_MEMORY', op, problem: `the device has no memory left${where}`, fix: fixes[2] })
+    return new MoeError({
+      code: 'E_OUT_OF_MEMORY',
+      op,
+      problem: `the device has no memory left${where}`,
+      fix: fixes[2],
+    })
   }
   const lost = fatal.has(code)
   const fix = lost

@@ -1,7 +1,7 @@
 /** @file Elementwise ops of two arguments with numpy broadcasting. */
 import type { BinaryCode } from '@moe/core'
-import { type NativeKernel, type PrimitiveFactory, pointerOf } from '../../native.ts'
 import { broadcastNest } from '@moe/core/strides'
+import { type NativeKernel, type PrimitiveFactory, pointerOf } from '../../native.ts'
 
 const codes: readonly BinaryCode[] = ['add', 'sub', 'mul', 'div', 'max', 'min', 'pow']
 

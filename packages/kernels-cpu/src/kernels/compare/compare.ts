@@ -1,7 +1,7 @@
 /** @file Comparisons with numpy broadcasting. */
 import type { CompareCode } from '@moe/core'
-import { type NativeKernel, type PrimitiveFactory, pointerOf } from '../../native.ts'
 import { broadcastNest } from '@moe/core/strides'
+import { type NativeKernel, type PrimitiveFactory, pointerOf } from '../../native.ts'
 
 const codes: readonly CompareCode[] = ['eq', 'lt', 'le']
 

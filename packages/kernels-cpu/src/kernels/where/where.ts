@@ -1,6 +1,7 @@
 /** @file Elementwise choice with numpy broadcasting. */
-import { type PrimitiveFactory, pointerOf } from '../../native.ts'
+
 import { broadcastNest } from '@moe/core/strides'
+import { type PrimitiveFactory, pointerOf } from '../../native.ts'
 
 export const where: PrimitiveFactory<'where'> = native => {
   const kernel = native.kernel('moe_where_b32')

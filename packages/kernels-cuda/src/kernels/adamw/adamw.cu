@@ -1,5 +1,5 @@
 // One AdamW step of one tensor, in place.
-#include "../softmax/four.cuh"
+#include "four.cuh"
 
 struct AdamwAttributes {
   float keep;  // 1 - lr * decay

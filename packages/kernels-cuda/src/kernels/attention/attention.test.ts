@@ -1,7 +1,7 @@
 import { type Precision, Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { distance, exact, integers, onCpu, onCuda, output } from '../matmul/test-against-cpu.ts'
+import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
 
 interface Size {
   readonly name: string
@@ -52,7 +52,10 @@ describe.skipIf(unavailable).each(['f32', 'bf16'] as const)('attention, %s', pre
     const saved = expected.map((x, i) => ({ data: Float32Array.from(x), shape: outputs[i].shape }))
     const gradients = [q, k, v].map(x => output(...x.shape))
     const backward = await onCuda('attentionBackward', [q, k, v, ...saved, dout, ...ends], attrs, gradients)
-    for (const x of [k, v]) (x.data as Float32Array).forEach((value, i, all) => { if (Number.isNaN(value)) all[i] = 1 })
+    for (const x of [k, v])
+      (x.data as Float32Array).forEach((value, i, all) => {
+        if (Number.isNaN(value)) all[i] = 1
+      })
     const wanted = await onCpu('attentionBackward', [q, k, v, ...saved, dout, ...ends], attrs, gradients)
     backward.forEach((x, i) => {
       expect(distance(x, wanted[i])).toBeLessThan(room[precision])

@@ -15,8 +15,24 @@ interface Engine {
   readonly mBackward: number
 }
 
-const bf16 = (dk: number, dv: number): Engine => ({ precision: 'bf16', dk, dv, threads: 128, n: 32, m: 128, mBackward: 64 })
-const f32 = (dk: number, dv: number): Engine => ({ precision: 'f32', dk, dv, threads: 256, n: 32, m: 32, mBackward: 32 })
+const bf16 = (dk: number, dv: number): Engine => ({
+  precision: 'bf16',
+  dk,
+  dv,
+  threads: 128,
+  n: 32,
+  m: 128,
+  mBackward: 64,
+})
+const f32 = (dk: number, dv: number): Engine => ({
+  precision: 'f32',
+  dk,
+  dv,
+  threads: 256,
+  n: 32,
+  m: 32,
+  mBackward: 32,
+})
 const engines = [bf16(64, 64), bf16(128, 128), bf16(192, 128), f32(64, 64), f32(192, 128), f32(256, 256)]
 const nameOf = (e: Engine) => `${e.precision}_${e.dk}_${e.dv}`
 
@@ -36,7 +52,12 @@ function findEngine(cuda: Cuda, precision: Precision, dk: number, dv: number, sh
 }
 
 /** The tensors as an engine takes them: as they are, or in bf16 with padded features. */
-function prepare(engine: Engine, round: (m: readonly DenseMatrix[]) => Array<{ pointer: number }>, keys: readonly Value[], values: readonly Value[]) {
+function prepare(
+  engine: Engine,
+  round: (m: readonly DenseMatrix[]) => Array<{ pointer: number }>,
+  keys: readonly Value[],
+  values: readonly Value[],
+) {
   if (engine.precision === 'f32') return [...keys, ...values].map(pointerOf)
   const matrix = (ld: number) => (x: Value) => {
     const [b, rows, heads, columns] = x.shape
@@ -49,7 +70,9 @@ const sizes = 'i i i i i i i i i i f'
 
 export const attention: FusedFactory<'attention'> = cuda => {
   const round = roundToBf16(cuda)
-  const kernels = new Map(engines.map(e => [e, cuda.kernel('attention', `moe_attention_fwd_${nameOf(e)}`, `p p p p p p ${sizes}`)]))
+  const kernels = new Map(
+    engines.map(e => [e, cuda.kernel('attention', `moe_attention_fwd_${nameOf(e)}`, `p p p p p p ${sizes}`)]),
+  )
   return ([q, k, v, lengths], { causal, scale, precision }, [outSpec, lseSpec]) => {
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
@@ -104,7 +127,16 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
     if (B * H === 0) return [dq, dk, dv]
     const deltas = cuda.scratch(B * H * T * 4).pointer
     const rows = Math.ceil((B * T * H) / 8)
-    delta({ grid: Math.min(rows, cuda.multiprocessors * 16), block: 256 }, deltas, pointerOf(out), pointerOf(dout), B, T, H, Dv)
+    delta(
+      { grid: Math.min(rows, cuda.multiprocessors * 16), block: 256 },
+      deltas,
+      pointerOf(out),
+      pointerOf(dout),
+      B,
+      T,
+      H,
+      Dv,
+    )
     const [ldk, ldv] = engine.precision === 'bf16' ? [engine.dk, engine.dv] : [Dk, Dv]
     const inputs = [
       ...prepare(engine, round, [q, k], [v, dout]),

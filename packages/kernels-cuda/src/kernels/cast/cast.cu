@@ -1,5 +1,5 @@
 // Conversions between dtypes: (y, x, n). Every pair but the integers goes through f32.
-#include "../unary/each.cuh"
+#include "each.cuh"
 
 MOE_DEVICE float toFloat(int x) { return (float)x; }
 MOE_DEVICE float toFloat(uint8_t x) { return (float)x; }

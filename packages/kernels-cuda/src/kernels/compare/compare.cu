@@ -1,5 +1,5 @@
 // Comparisons to 0 and 1, with broadcasting. All of these: (y, a, b, n, rank, nest of a and b).
-#include "../binary/broadcast.cuh"
+#include "broadcast.cuh"
 
 #define COMPARE(name, T, relation)                                                                            \
   MOE_KERNEL((256), name, (uint8_t* y, const T* a, const T* b, int64_t n, int rank, Args<int64_t, 24> nest)) { \

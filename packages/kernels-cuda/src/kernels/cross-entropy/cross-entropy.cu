@@ -1,5 +1,5 @@
 // Cross-entropy of logits with class indices. A block per row.
-#include "../softmax/row.cuh"
+#include "row.cuh"
 
 constexpr int threads = 256;
 

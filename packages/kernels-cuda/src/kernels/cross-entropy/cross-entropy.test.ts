@@ -1,7 +1,8 @@
 import { crossEntropy } from '@moe/core'
+import { runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
-import { runOp, testBackend, unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../softmax/like-reference.ts'
+import { testBackend, unavailable } from '../../test-backend.ts'
+import { likeReference, normal } from '../../test-like-reference.ts'
 
 const ignoreIndex = -100
 const spec = (...shape: number[]) => ({ shape, dtype: 'f32' as const })

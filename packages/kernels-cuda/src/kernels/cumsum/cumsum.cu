@@ -1,6 +1,6 @@
 // Running sums along the middle of [outer, count, inner], one kernel for inner = 1 and one for the rest. Sums of f32 are carried in
 // double from tile to tile, and along columns from element to element.
-#include "../unary/each.cuh"
+#include "each.cuh"
 
 constexpr int threads = 256;
 

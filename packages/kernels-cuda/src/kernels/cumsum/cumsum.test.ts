@@ -1,6 +1,7 @@
 import { Random } from '@moe/core'
+import { runOp } from '@moe/core/testing'
 import { expect, test } from 'vitest'
-import { runOp, testBackend, unavailable } from '../../test-backend.ts'
+import { testBackend, unavailable } from '../../test-backend.ts'
 
 // Rows of one warp and of a block, columns with one thread and with several, each with tails.
 test.skipIf(unavailable).each([

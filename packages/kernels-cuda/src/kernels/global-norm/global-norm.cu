@@ -1,5 +1,5 @@
 // Square root of the sum of squares of many tensors, in double: the square of a gradient of 1e20 is no float.
-#include "../softmax/four.cuh"
+#include "four.cuh"
 
 constexpr int threads = 256;
 /// Elements that a block takes from a tensor at a time.

@@ -1,13 +1,19 @@
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { distanceToCpu, exact, integers, output } from '../matmul/test-against-cpu.ts'
+import { distanceToCpu, exact, integers, output } from '../../test-against-cpu.ts'
 
 const cases = [
   { name: 'empty experts, first, last and between', offsets: [0, 0, 1, 1, 30, 130, 130], rows: 130, k: 33, n: 130 },
   { name: 'rows behind the last expert', offsets: [0, 20, 50, 51], rows: 150, k: 40, n: 70 },
   { name: 'no expert has rows', offsets: [0, 0, 0], rows: 4, k: 8, n: 9 },
-  { name: 'more experts than a warp has lanes', offsets: Array.from({ length: 71 }, (_, e) => (e * e) >> 4), rows: 320, k: 17, n: 40 },
+  {
+    name: 'more experts than a warp has lanes',
+    offsets: Array.from({ length: 71 }, (_, e) => (e * e) >> 4),
+    rows: 320,
+    k: 17,
+    n: 40,
+  },
   { name: 'large tiles', offsets: [0, 250, 260, 400], rows: 400, k: 70, n: 520 },
   { name: 'few rows', offsets: [0, 1, 1, 10, 12, 12], rows: 14, k: 600, n: 37 },
   { name: 'nothing to sum up', offsets: [0, 2], rows: 2, k: 0, n: 3 },
@@ -25,6 +31,8 @@ describe.skipIf(unavailable).each(['f32', 'bf16'] as const)('grouped matmul, %s'
       expect(await distanceToCpu('groupedMatmul', [x, weight, ends], attrs, [output(rows, n)])).toBeLessThan(2e-6)
     }
     const inputs = [x, exact(random, rows, n), ends]
-    expect(await distanceToCpu('groupedMatmulWeightGrad', inputs, { precision }, [output(experts, n, k)])).toBeLessThan(2e-6)
+    expect(await distanceToCpu('groupedMatmulWeightGrad', inputs, { precision }, [output(experts, n, k)])).toBeLessThan(
+      2e-6,
+    )
   })
 })

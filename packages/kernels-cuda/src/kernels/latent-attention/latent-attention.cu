@@ -237,8 +237,25 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
   }
 }
 
+/// 16 rows of C features as f32 in shared memory, zeros behind them and past `exist` rows: this thread's part of row threadIdx.x / 16.
+MOE_DEVICE void copyRowsF32(float* to, const float* from, int C, int exist) {
+  const int row = threadIdx.x / 16;
+  for (int c = threadIdx.x % 16 * 4; c < divUp(C, 4) * 4; c += 64) {
+    if (C % 4 == 0) copyAsync16(to + c, from + (int64_t)row * C + c, row < exist);
+    else {
+      for (int i = c; i < c + 4; i++) copyAsync4(to + i, from + (int64_t)row * C + i, row < exist && i < C);
+    }
+  }
+  commitCopies();
+}
+MOE_DEVICE void copyRowsF32(float* to, const bf16* from, int C, int exist) {
+  const int row = threadIdx.x / 16;
+  for (int c = threadIdx.x % 16; c < divUp(C, 4) * 4; c += 16) to[c] = row < exist && c < C ? toFloat(from[(int64_t)row * C + c]) : 0.f;
+}
+
 /// f32 on the ordinary cores: 16 rows against 16 keys, 16 threads to a row, each with one score and mostV / 16 values.
-MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const float* cache, const int* lengths, LatentSizes z) {
+template <class Cache>
+MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* cache, const int* lengths, LatentSizes z) {
   constexpr int BM = 16, BN = 16, L = mostC + 4; // four more elements a row: eight rows lie in different banks
   MOE_DYNAMIC_SHARED(shared);
   float* const queries = (float*)shared;
@@ -250,22 +267,13 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const float* c
   const Part part = Part::of<BN>(lengths, z);
   q += ((int64_t)blockIdx.z * rows + first) * z.C;
   cache += (int64_t)blockIdx.z * z.S * z.C;
-  auto copy = [&](float* to, const float* from, int exist) { // 16 rows
-    for (int c = lane * 4; c < C4; c += 64) {
-      if (z.C % 4 == 0) copyAsync16(to + row * L + c, from + (int64_t)row * z.C + c, row < exist);
-      else {
-        for (int i = c; i < c + 4; i++) copyAsync4(to + row * L + i, from + (int64_t)row * z.C + i, row < exist && i < z.C);
-      }
-    }
-    commitCopies();
-  };
-  copy(queries, q, rows - first);
+  copyRowsF32(queries + row * L, q, z.C, rows - first);
 
   const int seen = part.visible.keys(r / z.H);
   float high = -infinity(), total = 0.f, sums[mostV / 16] = {};
   for (int key = part.from; key < part.to; key += BN) {
     __syncthreads();
-    copy(tile, cache + (int64_t)key * z.C, part.to - key);
+    copyRowsF32(tile + row * L, cache + (int64_t)key * z.C, z.C, part.to - key);
     waitCopies<0>();
     __syncthreads();
     float s = 0.f;
@@ -310,15 +318,17 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const float* c
   }
 }
 
-MOE_KERNEL((256, 1), moe_latent_attention_bf16_64x32, (float* out, float* lse, const float* q, const float* cache, const int* lengths, int T, int S, int H, int C, int V, float scale)) {
-  latentBf16<float, 64, 32>(out, lse, q, cache, lengths, {T, S, H, C, V, scale});
-}
-MOE_KERNEL((128, 1), moe_latent_attention_bf16_32x16, (float* out, float* lse, const float* q, const float* cache, const int* lengths, int T, int S, int H, int C, int V, float scale)) {
-  latentBf16<float, 32, 16>(out, lse, q, cache, lengths, {T, S, H, C, V, scale});
-}
-MOE_KERNEL((256), moe_latent_attention_f32, (float* out, float* lse, const float* q, const float* cache, const int* lengths, int T, int S, int H, int C, int V, float scale)) {
-  latentF32(out, lse, q, cache, lengths, {T, S, H, C, V, scale});
-}
+#define LATENT_ATTENTION(bounds, name, Cache, body)                                                                                                          \
+  MOE_KERNEL(bounds, moe_latent_attention_##name, (float* out, float* lse, const float* q, const Cache* cache, const int* lengths, int T, int S, int H, int C, int V, float scale)) { \
+    body(out, lse, q, cache, lengths, {T, S, H, C, V, scale});                                                                                             \
+  }
+// Arithmetic, tile, type of the cache.
+LATENT_ATTENTION((256, 1), bf16_64x32_f32, float, (latentBf16<float, 64, 32>))
+LATENT_ATTENTION((256, 1), bf16_64x32_bf16, bf16, (latentBf16<bf16, 64, 32>))
+LATENT_ATTENTION((128, 1), bf16_32x16_f32, float, (latentBf16<float, 32, 16>))
+LATENT_ATTENTION((128, 1), bf16_32x16_bf16, bf16, (latentBf16<bf16, 32, 16>))
+LATENT_ATTENTION((256), f32_16x16_f32, float, latentF32<float>)
+LATENT_ATTENTION((256), f32_16x16_bf16, bf16, latentF32<bf16>)
 
 /// out [rows, V] = the parts' results, weighted by their share of the whole sum. One block a row.
 MOE_KERNEL((128), moe_latent_attention_combine_f32, (float* out, const float* parts, const float* lse, int count, int64_t rows, int V)) {

@@ -1,7 +1,7 @@
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
+import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
 import { unavailable } from '../../test-backend.ts'
-import { distance, exact, integers, onCpu, onCuda, output } from '../matmul/test-against-cpu.ts'
 
 const cases = [
   { name: 'V3, in parts', B: 1, T: 1, S: 700, H: 16, C: 576, V: 512, lengths: [650] },
@@ -13,7 +13,8 @@ const cases = [
 describe.skipIf(unavailable).each(['f32', 'bf16'] as const)('latent attention, %s', precision => {
   test.each(cases)('$name', async ({ B, T, S, H, C, V, lengths }) => {
     const random = new Random(S)
-    const [q, cache] = [exact(random, B, T, H, C), exact(random, B, S, C)]
+    const q = exact(random, B, T, H, C)
+    const cache = exact(random, B, S, C)
     const attrs = { scale: C ** -0.5, valueDim: V, precision }
     const inputs = [q, cache, integers(...lengths)]
     const [expected] = await onCpu('latentAttention', inputs, attrs, [output(B, T, H, V)])
@@ -21,7 +22,10 @@ describe.skipIf(unavailable).each(['f32', 'bf16'] as const)('latent attention, %
     lengths.forEach((length, b) => {
       ;(cache.data as Float32Array).fill(Number.NaN, (b * S + length) * C, (b + 1) * S * C)
     })
-    const [got] = await onCuda('latentAttention', inputs, attrs, [output(B, T, H, V)])
-    expect(distance(got, expected)).toBeLessThan(precision === 'bf16' ? 1e-2 : 5e-6)
+    for (const dtype of ['f32', 'bf16'] as const) {
+      const stored = [q, { ...cache, dtype }, integers(...lengths)]
+      const [got] = await onCuda('latentAttention', stored, attrs, [output(B, T, H, V)])
+      expect(distance(got, expected)).toBeLessThan(precision === 'bf16' ? 1e-2 : 5e-6)
+    }
   })
 })

@@ -1,4 +1,5 @@
 /** @file Absorbed MLA decode over the latent cache. */
+import type { Precision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 
 /** Features that the kernels' tiles have room for: of the cache, and of values. */
@@ -8,6 +9,8 @@ const mostParts = 128
 
 interface Variant {
   readonly name: string
+  readonly precision: Precision
+  readonly cache: 'f32' | 'bf16'
   /** Rows and keys of a tile. */
   readonly m: number
   readonly n: number
@@ -15,18 +18,30 @@ interface Variant {
   readonly shared: number
 }
 
-const bf16 = (m: number, n: number): Variant => ({
-  name: `bf16_${m}x${n}`,
-  m,
-  n,
-  threads: m * 4,
-  // Queries, keys in bf16 and as they come, exponentials, two numbers a row.
-  shared: m * mostC * 2 + n * mostC * 6 + m * 32 * 2 + m * 2 * 4,
-})
-const variants = {
-  bf16: [bf16(64, 32), bf16(32, 16)],
-  f32: [{ name: 'f32', m: 16, n: 16, threads: 256, shared: (2 * 16 * (mostC + 4) + 16 * 17) * 4 }],
-} as const
+const caches = ['f32', 'bf16'] as const
+
+// Queries, keys (f32 ones in bf16 and as they come, bf16 ones twice), exponentials, two numbers a row.
+const bf16 = (m: number, n: number): Variant[] =>
+  caches.map(cache => ({
+    name: `bf16_${m}x${n}_${cache}`,
+    precision: 'bf16',
+    cache,
+    m,
+    n,
+    threads: m * 4,
+    shared: m * mostC * 2 + n * mostC * (cache === 'f32' ? 6 : 4) + m * 32 * 2 + m * 2 * 4,
+  }))
+const f32: Variant[] = caches.map(cache => ({
+  name: `f32_16x16_${cache}`,
+  precision: 'f32',
+  cache,
+  m: 16,
+  n: 16,
+  threads: 256,
+  shared: (2 * 16 * (mostC + 4) + 16 * 17) * 4,
+}))
+/** Best first. */
+const variants = [...bf16(64, 32), ...bf16(32, 16), ...f32]
 
 /** Each part of the keys is a block for every tile of rows: as many parts as keep the device busy, each of at least four tiles. */
 function partsOf(cuda: Cuda, blocks: number, tiles: number): number {
@@ -34,19 +49,18 @@ function partsOf(cuda: Cuda, blocks: number, tiles: number): number {
 }
 
 export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
-  const kernels = new Map<Variant, ReturnType<typeof cuda.kernel>>(
-    [...variants.bf16, ...variants.f32].map(v => [
-      v,
-      cuda.kernel('latent-attention', `moe_latent_attention_${v.name}`, 'p p p p p i i i i i f'),
-    ]),
+  const kernels = new Map(
+    variants.map(v => [v, cuda.kernel('latent-attention', `moe_latent_attention_${v.name}`, 'p p p p p i i i i i f')]),
   )
   const combine = cuda.kernel('latent-attention', 'moe_latent_attention_combine_f32', 'p p p i l i')
   return ([q, cache, lengths], { scale, valueDim, precision }, [spec]) => {
     const [B, T, H, C] = q.shape
     const S = cache.shape[1]
     // The bf16 kernels copy the cache 16 bytes at a time.
-    const fitting: readonly Variant[] = variants[C % 4 === 0 ? precision : 'f32']
-    const variant = fitting.find(v => v.shared <= cuda.sharedMemory)
+    const usable = C % (cache.dtype === 'bf16' ? 8 : 4) === 0 ? precision : 'f32'
+    const variant = variants.find(
+      v => v.precision === usable && v.cache === cache.dtype && v.shared <= cuda.sharedMemory,
+    )
     if (!variant || C > mostC || valueDim > mostV) return undefined
     const out = cuda.output(spec)
     const rows = B * T * H
@@ -69,7 +83,8 @@ export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
       valueDim,
       scale,
     )
-    if (parts > 1) combine({ grid: Math.min(rows, 65535), block: 128 }, out.pointer, results, lse, parts, rows, valueDim)
+    if (parts > 1)
+      combine({ grid: Math.min(rows, 65535), block: 128 }, out.pointer, results, lse, parts, rows, valueDim)
     return [out]
   }
 }

@@ -1,7 +1,7 @@
 import { Random } from '@moe/core'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { distance, exact, integers, onCpu, onCuda, output } from '../matmul/test-against-cpu.ts'
+import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
 import { limits } from './linear-cross-entropy.ts'
 
 const ignoreIndex = -100
@@ -28,7 +28,9 @@ describe.skipIf(unavailable).each(['f32', 'bf16'] as const)('linear cross-entrop
     const weight = exact(random, classes, features)
     const room = precision === 'bf16' ? 1e-2 : 1e-5
     const targets = integers(
-      ...Array.from({ length: rows }, (_, i) => (skip > 0 && i % skip === skip - 1 ? unusual[i % 3] : (i * 11) % classes)),
+      ...Array.from({ length: rows }, (_, i) =>
+        skip > 0 && i % skip === skip - 1 ? unusual[i % 3] : (i * 11) % classes,
+      ),
     )
     const attrs = { ignoreIndex, precision }
     const inputs = [x, weight, targets]

@@ -4,7 +4,17 @@
  */
 import type { Precision, Value } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
-import { chooseTile, countTiles, gemm, operands, paddedColumns, type Round, roundToBf16, type Tile, tiles } from '../matmul/gemm.ts'
+import {
+  chooseTile,
+  countTiles,
+  gemm,
+  operands,
+  paddedColumns,
+  type Round,
+  roundToBf16,
+  type Tile,
+  tiles,
+} from '../matmul/gemm.ts'
 
 /** Working memory of a chunk, about. Tests make it small. */
 export const limits = { chunkBytes: 2 ** 27 }
@@ -12,15 +22,19 @@ export const limits = { chunkBytes: 2 ** 27 }
 const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 
 /** Rows of the weight in a chunk that takes `bytes` of working memory for each: whole tiles. */
-const chunkSize = (bytes: number, tile: Tile) => Math.max(1, Math.floor(limits.chunkBytes / Math.max(1, bytes) / tile.n)) * tile.n
+const chunkSize = (bytes: number, tile: Tile) =>
+  Math.max(1, Math.floor(limits.chunkBytes / Math.max(1, bytes) / tile.n)) * tile.n
 
 /** The weight in chunks, as operands of a product. In bf16 they lie in the same working memory, one after the other. */
 function* chunks(cuda: Cuda, round: Round, precision: Precision, weight: Value, most: number) {
   const [classes, columns] = weight.shape
-  const to = precision === 'bf16' ? cuda.scratch(Math.min(most, classes) * paddedColumns(columns) * 2).pointer : undefined
+  const to =
+    precision === 'bf16' ? cuda.scratch(Math.min(most, classes) * paddedColumns(columns) * 2).pointer : undefined
   for (let first = 0; first < classes; first += most) {
     const rows = Math.min(most, classes - first)
-    const [right] = operands(round, precision, [{ pointer: pointerOf(weight) + first * columns * 4, rows, columns, to }])
+    const [right] = operands(round, precision, [
+      { pointer: pointerOf(weight) + first * columns * 4, rows, columns, to },
+    ])
     yield { first, size: rows, right }
   }
 }
@@ -32,7 +46,10 @@ export const linearCrossEntropy: FusedFactory<'linearCrossEntropy'> = cuda => {
   const round = roundToBf16(cuda)
   const signature = 'p p p p p p i i i i i i i i'
   const kernels = new Map(
-    variants.map(name => [name, cuda.kernel('linear-cross-entropy', `moe_linear_cross_entropy_fwd_${name}`, signature)]),
+    variants.map(name => [
+      name,
+      cuda.kernel('linear-cross-entropy', `moe_linear_cross_entropy_fwd_${name}`, signature),
+    ]),
   )
   const finish = cuda.kernel('linear-cross-entropy', 'moe_linear_cross_entropy_finish_f32', 'p p p p p p i i i i')
   return ([x, weight, targets], { ignoreIndex, precision }, [lossSpec, lseSpec]) => {
@@ -88,7 +105,10 @@ export const linearCrossEntropyBackward: FusedFactory<'linearCrossEntropyBackwar
   const multiply = gemm(cuda)
   const signature = 'p p p p p p i i i i i i i i i'
   const kernels = new Map(
-    variants.map(name => [name, cuda.kernel('linear-cross-entropy', `moe_linear_cross_entropy_bwd_${name}`, signature)]),
+    variants.map(name => [
+      name,
+      cuda.kernel('linear-cross-entropy', `moe_linear_cross_entropy_bwd_${name}`, signature),
+    ]),
   )
   return ([x, weight, targets, lse, dloss], { ignoreIndex, precision }, [dxSpec, dweightSpec]) => {
     const dx = cuda.output(dxSpec)
@@ -96,7 +116,8 @@ export const linearCrossEntropyBackward: FusedFactory<'linearCrossEntropyBackwar
     const [rows, features] = x.shape
     const classes = weight.shape[0]
     const tile = tileFor(cuda, precision, rows, classes)
-    const [left] = rows * features === 0 ? [] : operands(round, precision, [{ pointer: pointerOf(x), rows, columns: features }])
+    const [left] =
+      rows * features === 0 ? [] : operands(round, precision, [{ pointer: pointerOf(x), rows, columns: features }])
     if (left === undefined || classes === 0) {
       cuda.clear(dx.pointer, rows * features * 4)
       cuda.clear(dweight.pointer, classes * features * 4)

@@ -29,7 +29,11 @@ export type Round = (matrices: readonly DenseMatrix[]) => Matrix[]
 
 /** Up to four matrices rounded to bf16 by one launch. */
 export function roundToBf16(cuda: Cuda): Round {
-  const kernel = cuda.kernel('matmul', 'moe_round_bf16', `p[${mostRounded}] p[${mostRounded}] l[${mostRounded}] i[${mostRounded}] i[${mostRounded}]`)
+  const kernel = cuda.kernel(
+    'matmul',
+    'moe_round_bf16',
+    `p[${mostRounded}] p[${mostRounded}] l[${mostRounded}] i[${mostRounded}] i[${mostRounded}]`,
+  )
   return matrices => {
     const rounded = matrices.map(({ rows, columns, ld = paddedColumns(columns), to }) => ({
       pointer: to ?? cuda.scratch(rows * ld * 2).pointer,
@@ -147,6 +151,14 @@ export function gemm(cuda: Cuda): Multiply {
       b.ld,
       +(add && parts === 1),
     )
-    if (parts > 1) sum({ grid: Math.min(Math.ceil(size / 256), cuda.multiprocessors * 16), block: 256 }, c, results, size, parts, +add)
+    if (parts > 1)
+      sum(
+        { grid: Math.min(Math.ceil(size / 256), cuda.multiprocessors * 16), block: 256 },
+        c,
+        results,
+        size,
+        parts,
+        +add,
+      )
   }
 }

@@ -74,13 +74,29 @@ MOE_KERNEL((256), moe_matmul_sum_f32, (float* c, const float* results, int64_t s
   }
 }
 
-/// c [m, n] = a [m, k] b^T with b [n, k], for few m: 4 columns of c and 8 rows to a block; blockIdx.z = batch.
+/// c [m, n] = a [m, k] b^T with b [n, k], for m up to mostFewRows: 4 columns of c to a block; blockIdx.z = batch.
 template <bool Bf16>
 MOE_DEVICE void productOfFewRows(float* c, const float* a, const float* b, int m, int n, int k) {
-  const int row = blockIdx.y * mostFewRows, column = blockIdx.x * 4;
+  const int column = blockIdx.x * 4;
   const int64_t batch = blockIdx.z;
-  fewRows<Bf16>(
-      c + (batch * m + row) * n + column, a + (batch * m + row) * k, b + (batch * n + column) * k, min(m - row, mostFewRows), min(n - column, 4), k, n);
+  fewRows<Bf16>(c + batch * m * n + column, a + batch * m * k, b + (batch * n + column) * k, m, min(n - column, 4), k, n);
 }
 MOE_KERNEL((128), moe_matmul_few_f32, (float* c, const float* a, const float* b, int m, int n, int k)) { productOfFewRows<false>(c, a, b, m, n, k); }
 MOE_KERNEL((128), moe_matmul_few_bf16, (float* c, const float* a, const float* b, int m, int n, int k)) { productOfFewRows<true>(c, a, b, m, n, k); }
+
+/// The same with b [k, n] for n a multiple of 4: 128 columns of c to a block.
+template <bool Bf16>
+MOE_DEVICE void productOfFewRowsAndColumns(float* c, const float* a, const float* b, int m, int n, int k) {
+  MOE_SHARED(__align__(16) float, parts, [4][1024]);
+  const int column = blockIdx.x * 128, columns = min(n - column, 128);
+  const int64_t batch = blockIdx.z;
+  c += batch * m * n + column, a += batch * m * k, b += batch * k * n + column;
+  if (m <= 1) fewRowsTimesColumns<1, Bf16>(parts, c, a, b, m, columns, k, n);
+  else fewRowsTimesColumns<8, Bf16>(parts, c, a, b, m, columns, k, n);
+}
+MOE_KERNEL((128), moe_matmul_few_columns_f32, (float* c, const float* a, const float* b, int m, int n, int k)) {
+  productOfFewRowsAndColumns<false>(c, a, b, m, n, k);
+}
+MOE_KERNEL((128), moe_matmul_few_columns_bf16, (float* c, const float* a, const float* b, int m, int n, int k)) {
+  productOfFewRowsAndColumns<true>(c, a, b, m, n, k);
+}

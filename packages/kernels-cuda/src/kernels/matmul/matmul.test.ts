@@ -2,7 +2,7 @@ import type { Precision } from '@moe/core'
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { distance, distanceToCpu, exact, onCuda, output } from './test-against-cpu.ts'
+import { distance, distanceToCpu, exact, onCuda, output } from '../../test-against-cpu.ts'
 
 interface Size {
   readonly name: string
@@ -25,7 +25,10 @@ const sizes: readonly Size[] = [
   { name: 'k in parts', precision: 'f32', m: 30, n: 41, k: 2101 },
 ]
 const fewRows = ['f32', 'bf16'].flatMap(precision =>
-  [1, 3, 8].map(m => ({ name: `${m} rows`, precision: precision as Precision, batch: 2, m, n: 37, k: 1204 })),
+  [1, 3, 8].flatMap(m => [
+    { name: `${m} rows of b^T`, precision: precision as Precision, batch: 2, m, n: 37, k: 1204 },
+    { name: `${m} rows of b`, precision: precision as Precision, batch: 2, m, n: 300, k: 130 },
+  ]),
 )
 const forms = [false, true].flatMap(transposeA => [false, true].map(transposeB => ({ transposeA, transposeB })))
 
@@ -63,7 +66,9 @@ describe.skipIf(unavailable)('matmul', () => {
       { data: b, shape: [n, k] },
     ]
     const [c] = await onCuda('matmul', inputs, { transposeA: false, transposeB: true, precision }, [output(m, n)])
-    const expected = c.map((_, at) => (Math.floor(at / n) === 3 ? Number.NaN : at % n === 34 ? Number.POSITIVE_INFINITY : k))
+    const expected = c.map((_, at) =>
+      Math.floor(at / n) === 3 ? Number.NaN : at % n === 34 ? Number.POSITIVE_INFINITY : k,
+    )
     expect(c).toEqual(expected)
   })
 })

@@ -9,6 +9,10 @@ export const matmul: PrimitiveFactory<'matmul'> = cuda => {
     f32: cuda.kernel('matmul', 'moe_matmul_few_f32', 'p p p i i i'),
     bf16: cuda.kernel('matmul', 'moe_matmul_few_bf16', 'p p p i i i'),
   }
+  const fewColumns = {
+    f32: cuda.kernel('matmul', 'moe_matmul_few_columns_f32', 'p p p i i i'),
+    bf16: cuda.kernel('matmul', 'moe_matmul_few_columns_bf16', 'p p p i i i'),
+  }
   return ([a, b], { transposeA, transposeB, precision }, [spec]) => {
     const c = cuda.output(spec)
     const rank = spec.shape.length
@@ -16,9 +20,24 @@ export const matmul: PrimitiveFactory<'matmul'> = cuda => {
     const k = a.shape[transposeA ? rank - 2 : rank - 1]
     const batch = rank === 3 ? spec.shape[0] : 1
     if (batch * m * n === 0) return [c]
-    if (m <= mostFewRows && !transposeA && transposeB && k % 4 === 0 && batch <= 65535) {
-      few[precision]({ grid: [Math.ceil(n / 4), 1, batch], block: 128 }, c.pointer, pointerOf(a), pointerOf(b), m, n, k)
-      return [c]
+    // Few rows: reading b is all the work.
+    if (m <= mostFewRows && !transposeA && batch <= 65535) {
+      const sizes = [m, n, k]
+      if (transposeB && k % 4 === 0) {
+        few[precision](
+          { grid: [Math.ceil(n / 4), 1, batch], block: 128 },
+          c.pointer,
+          pointerOf(a),
+          pointerOf(b),
+          ...sizes,
+        )
+        return [c]
+      }
+      const blocks = Math.ceil(n / 128)
+      if (!transposeB && n % 4 === 0 && (k <= 512 || batch * blocks >= cuda.multiprocessors)) {
+        fewColumns[precision]({ grid: [blocks, 1, batch], block: 128 }, c.pointer, pointerOf(a), pointerOf(b), ...sizes)
+        return [c]
+      }
     }
     const [left, right] = operands(
       round,

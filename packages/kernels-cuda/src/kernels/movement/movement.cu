@@ -1,5 +1,5 @@
 // Elements to other places, in units of 1 to 16 bytes: boxes with strides on both sides, boxes within a border, and transposes.
-#include "../binary/nest.cuh"
+#include "nest.cuh"
 
 /// y[nest] = x[nest], n units; the nest has the strides of y and of x.
 template <class T>

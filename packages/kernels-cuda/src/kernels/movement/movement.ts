@@ -1,7 +1,7 @@
 /** @file Elements to other places: reshape, permute, expand, slice, pad, concat. */
 import { bitsOf, type DType, dtypeBytes, type Shape, sizeOf } from '@moe/core'
+import { broadcastStrides, mergeAxes, type Nest, rowMajor } from '@moe/core/strides'
 import { bySize, type Cuda, elementwiseGrid, type PrimitiveFactory, pointerOf } from '../../native.ts'
-import { broadcastStrides, mergeAxes, type Nest, rowMajor } from '../../strides.ts'
 import { nestList } from '../binary/nest.ts'
 import { byUnit, unitOf } from './units.ts'
 

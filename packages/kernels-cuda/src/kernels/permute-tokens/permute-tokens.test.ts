@@ -1,7 +1,7 @@
 import { combineTokens, dispatchPlan, permuteTokens, Random } from '@moe/core'
 import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../softmax/like-reference.ts'
+import { likeReference, normal } from '../../test-like-reference.ts'
 
 describe.skipIf(unavailable)('permuteTokens and combineTokens', () => {
   test.each([

@@ -1,6 +1,6 @@
 // A grid of warps over the rows of a matrix: along x, 8 rows to a block of 256 threads; along y, slices of a row.
 #pragma once
-#include "../softmax/four.cuh"
+#include "four.cuh"
 
 /// Features of a slice: 16 vectors of four for each lane.
 constexpr int rowSlice = 2048;

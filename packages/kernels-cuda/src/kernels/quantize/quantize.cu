@@ -1,5 +1,5 @@
 // Block-wise f8e4m3 with one f32 scale per block. Kernels end in _t<threads a block of the matrix>.
-#include "../softmax/four.cuh"
+#include "four.cuh"
 
 constexpr float largestF8 = 448.f;
 

@@ -1,6 +1,7 @@
 import { Random, toF8e4m3 } from '@moe/core'
+import { runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
-import { runOp, testBackend, unavailable } from '../../test-backend.ts'
+import { testBackend, unavailable } from '../../test-backend.ts'
 
 describe.skipIf(unavailable)('quantize', () => {
   test.each([

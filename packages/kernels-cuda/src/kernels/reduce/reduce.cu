@@ -1,6 +1,6 @@
 // Sums and maxima over the middle of [outer, count, inner], one kernel for inner = 1 and one for the rest. A long axis is cut into
 // chunks that the launcher reduces in a second launch. The order of additions follows from the sizes alone.
-#include "../unary/each.cuh"
+#include "each.cuh"
 
 struct Sum {
   static __device__ float start(float) { return 0.f; }

@@ -1,6 +1,7 @@
 import { Random, type ReduceCode } from '@moe/core'
+import { runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
-import { runOp, testBackend, unavailable } from '../../test-backend.ts'
+import { testBackend, unavailable } from '../../test-backend.ts'
 import { columnLaunch, reducePasses, rowLaunch } from './reduce.ts'
 
 test('neighbouring axes are one pass', () => {

@@ -1,5 +1,5 @@
 // RMSNorm over rows and its gradient. Kernels end in _t<threads a row>.
-#include "../softmax/row.cuh"
+#include "row.cuh"
 
 // y = x * rstd * weight
 template <int Threads, int Held, bool Whole>

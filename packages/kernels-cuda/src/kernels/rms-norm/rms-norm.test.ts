@@ -1,7 +1,7 @@
 import { rmsNorm } from '@moe/core'
 import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../softmax/like-reference.ts'
+import { likeReference, normal } from '../../test-like-reference.ts'
 
 // Rows that a warp has, several to each of its turns, and rows that a block has, beyond what it holds in registers.
 describe.skipIf(unavailable)('rmsNorm', () => {

@@ -1,5 +1,5 @@
 // Rotary position embedding of the last features of every head.
-#include "../softmax/four.cuh"
+#include "four.cuh"
 
 // Features i .. i+3 of the rotated part of a head; c and s are the tables' row, and `sign` is that of sin. (a, b) becomes
 // (a cos - b sin, b cos + a sin).

@@ -1,7 +1,7 @@
 import { rope } from '@moe/core'
 import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../softmax/like-reference.ts'
+import { likeReference, normal } from '../../test-like-reference.ts'
 
 // Positions that share a block, that fill one, and that take several; four features at a time and one.
 const shapes = [

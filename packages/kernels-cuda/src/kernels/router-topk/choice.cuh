@@ -3,7 +3,7 @@
 // Ranking compares integer keys that order like the floats: NaN counts as -Infinity, zeros are equal, and what cannot be chosen
 // lies below -Infinity.
 #pragma once
-#include "../softmax/four.cuh"
+#include "four.cuh"
 
 constexpr int excluded = -2147483647 - 1;
 

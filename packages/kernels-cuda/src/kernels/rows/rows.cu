@@ -1,5 +1,5 @@
 // Rows by index: gather, scatter-add, replace. An index outside the range reads zeros or writes nothing.
-#include "../unary/each.cuh"
+#include "each.cuh"
 
 MOE_DEVICE bool isRow(int index, int rows) { return index >= 0 && index < rows; }
 

@@ -1,6 +1,7 @@
 import { type DType, hostArray, Random } from '@moe/core'
+import { runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
-import { runOp, testBackend, unavailable } from '../../test-backend.ts'
+import { testBackend, unavailable } from '../../test-backend.ts'
 
 /** `n` rows below `rows`, one of them very often, some outside. */
 function hotIndex(n: number, rows: number): Int32Array {

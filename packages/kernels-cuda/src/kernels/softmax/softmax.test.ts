@@ -1,7 +1,8 @@
 import { softmax } from '@moe/core'
+import { runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
-import { runOp, testBackend, unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from './like-reference.ts'
+import { testBackend, unavailable } from '../../test-backend.ts'
+import { likeReference, normal } from '../../test-like-reference.ts'
 
 const { NaN: nan, NEGATIVE_INFINITY: low, POSITIVE_INFINITY: high } = Number
 

@@ -1,5 +1,5 @@
 // gate * sigmoid(gate) * up and its gradient.
-#include "../softmax/four.cuh"
+#include "four.cuh"
 
 MOE_KERNEL((256), moe_swiglu_fwd_f32, (float* y, const float* gate, const float* up, int64_t n)) {
   eachFour(n, [&](int64_t i, auto whole) {

@@ -1,7 +1,7 @@
 import { swiglu } from '@moe/core'
 import { describe, test } from 'vitest'
 import { unavailable } from '../../test-backend.ts'
-import { likeReference, normal } from '../softmax/like-reference.ts'
+import { likeReference, normal } from '../../test-like-reference.ts'
 
 describe.skipIf(unavailable)('swiglu', () => {
   // More than the grid's threads have at a time.

@@ -1,6 +1,7 @@
 import { Random } from '@moe/core'
+import { runOp } from '@moe/core/testing'
 import { expect, test } from 'vitest'
-import { runOp, testBackend, unavailable } from '../../test-backend.ts'
+import { testBackend, unavailable } from '../../test-backend.ts'
 
 // More than 4096 elements are sorted in chunks and merged; an odd number of chunks leaves one alone.
 test.skipIf(unavailable).each([

@@ -1,5 +1,5 @@
 // Elementwise choice with broadcasting: (y, condition, a, b, n, rank, nest of condition, a and b).
-#include "../binary/broadcast.cuh"
+#include "broadcast.cuh"
 
 MOE_KERNEL((256), moe_where_b32,
            (uint32_t* y, const uint8_t* condition, const uint32_t* a, const uint32_t* b, int64_t n, int rank,

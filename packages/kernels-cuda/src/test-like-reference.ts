@@ -13,8 +13,8 @@ import {
   tensor,
 } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
-import { assertClose, type Tolerance, tolerances } from '@moe/core/testing'
-import { type HostInput, testBackend } from '../../test-backend.ts'
+import { assertClose, type HostInput, type Tolerance, tolerances } from '@moe/core/testing'
+import { testBackend } from './test-backend.ts'
 
 interface Result {
   readonly outputs: ArrayLike<number>[]

@@ -1,6 +1,6 @@
 // Elementwise kernels of several operands with numpy broadcasting.
 #pragma once
-#include "../unary/each.cuh"
+#include "each.cuh"
 #include "nest.cuh"
 
 /// The k-th operand of a nest. Along the innermost axis its stride is 1 or 0.

@@ -1,9 +1,8 @@
 /** @file For tests: the same op here and on the CPU kernels, at sizes that the backend suite does not reach. */
-import type { FusedAttrs, HostArray, OpName, PrimitiveAttrs, TensorSpec } from '@moe/core'
-import { Random } from '@moe/core'
+import type { FusedAttrs, HostArray, OpName, PrimitiveAttrs, Random, TensorSpec } from '@moe/core'
+import { type HostInput, runOp } from '@moe/core/testing'
 import { createBackend } from '@moe/kernels-cpu'
-import type { CudaBackend } from '../../backend.ts'
-import { type HostInput, runOp, testBackend } from '../../test-backend.ts'
+import { testBackend } from './test-backend.ts'
 
 const bits = new Float32Array(1)
 const word = new Uint32Array(bits.buffer)
@@ -24,7 +23,12 @@ export const output = (...shape: number[]): TensorSpec => ({ shape, dtype: 'f32'
 type Attrs<O extends OpName> = (PrimitiveAttrs & FusedAttrs)[O]
 
 /** Outputs of the op here. */
-export async function onCuda<O extends OpName>(op: O, inputs: readonly HostInput[], attrs: Attrs<O>, outputs: readonly TensorSpec[]) {
+export async function onCuda<O extends OpName>(
+  op: O,
+  inputs: readonly HostInput[],
+  attrs: Attrs<O>,
+  outputs: readonly TensorSpec[],
+) {
   const backend = await testBackend()
   const results = await runOp(backend, op, inputs, attrs, outputs)
   await backend.sync()
@@ -33,11 +37,15 @@ export async function onCuda<O extends OpName>(op: O, inputs: readonly HostInput
 }
 
 /** Outputs of the op in f32 on the CPU. */
-export async function onCpu<O extends OpName>(op: O, inputs: readonly HostInput[], attrs: Attrs<O>, outputs: readonly TensorSpec[]) {
+export async function onCpu<O extends OpName>(
+  op: O,
+  inputs: readonly HostInput[],
+  attrs: Attrs<O>,
+  outputs: readonly TensorSpec[],
+) {
   const backend = await createBackend()
   const f32 = 'precision' in (attrs as object) ? { ...attrs, precision: 'f32' } : attrs
-  // runOp needs what every backend has.
-  const results = await runOp(backend as unknown as CudaBackend, op, inputs, f32 as Attrs<O>, outputs)
+  const results = await runOp(backend, op, inputs, f32 as Attrs<O>, outputs)
   backend.dispose()
   return results
 }
@@ -56,7 +64,12 @@ export function distance(a: HostArray, b: HostArray): number {
 }
 
 /** The largest distance of all outputs between here and the CPU. */
-export async function distanceToCpu<O extends OpName>(op: O, inputs: readonly HostInput[], attrs: Attrs<O>, outputs: readonly TensorSpec[]) {
+export async function distanceToCpu<O extends OpName>(
+  op: O,
+  inputs: readonly HostInput[],
+  attrs: Attrs<O>,
+  outputs: readonly TensorSpec[],
+) {
   const here = await onCuda(op, inputs, attrs, outputs)
   const there = await onCpu(op, inputs, attrs, outputs)
   return Math.max(...here.map((x, i) => distance(x, there[i])))

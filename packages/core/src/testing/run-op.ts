@@ -1,0 +1,37 @@
+/** @file One kernel of a backend, called on host arrays: for what the suite does not reach. */
+import type { Backend, FusedAttrs, OpName, PrimitiveAttrs, Shape, TensorSpec, Value } from '../backend.ts'
+import { type DType, encodeHost, type HostArray } from '../dtype.ts'
+import { sizeOf } from '../shape.ts'
+
+/** An input of `runOp`: elements as plain numbers (encoded to the dtype, f32 by default). */
+export interface HostInput {
+  readonly data: ArrayLike<number>
+  readonly shape: Shape
+  readonly dtype?: DType
+}
+
+/** Runs one kernel of the backend on host arrays and gives its outputs as host arrays. `guards` throws when memory beside a buffer was written. */
+export async function runOp<O extends OpName>(
+  backend: Backend,
+  op: O,
+  inputs: readonly HostInput[],
+  attrs: (PrimitiveAttrs & FusedAttrs)[O],
+  outputs: readonly TensorSpec[],
+  options: { guards?: (backend: Backend) => void } = {},
+): Promise<HostArray[]> {
+  const values: Value[] = inputs.map(({ data, shape, dtype = 'f32' }) => {
+    const host = encodeHost(dtype, data)
+    if (host.length !== sizeOf(shape)) throw new Error(`${host.length} elements for [${shape}]`)
+    return { handle: backend.upload(host, shape, dtype), shape, dtype }
+  })
+  const table = { ...backend.primitives, ...backend.fused } as Record<string, unknown>
+  const kernel = table[op] as (i: readonly Value[], a: unknown, o: readonly TensorSpec[]) => unknown[] | undefined
+  if (kernel === undefined) throw new Error(`${backend.name} has no ${op}`)
+  const handles = kernel(values, attrs, outputs)
+  if (handles === undefined) throw new Error(`${op} declined`)
+  options.guards?.(backend)
+  const results = await Promise.all(handles.map((handle, i) => backend.download({ handle, ...outputs[i] })))
+  for (const { handle } of values) backend.free(handle)
+  for (const handle of handles) backend.free(handle)
+  return results
+}

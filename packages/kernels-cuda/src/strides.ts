@@ -1,1 +1,0 @@
-export { broadcastStrides, mergeAxes, type Nest, rowMajor } from '@moe/core/strides'
