@@ -1,3 +1,4 @@
+import { readdir, stat } from 'node:fs/promises'
 import { join } from 'node:path'
 import { toBf16, toF16 } from '@moe/core'
 import fc from 'fast-check'
@@ -5,6 +6,7 @@ import { describe, expect, it } from 'vitest'
 import { convertCheckpoint } from './convert-checkpoint.ts'
 import { openCheckpoint } from './open-checkpoint.ts'
 import { readF32 } from './read-f32.ts'
+import type { TensorSource } from './read-safetensors.ts'
 import { fixture, temporaryFolder } from './test-files.ts'
 import { fromF32 } from './to-f32.ts'
 import { writeSafetensors } from './write-safetensors.ts'
@@ -53,6 +55,42 @@ describe('convertCheckpoint', () => {
     expect(report.unmapped).toEqual(['lm_head.weight'])
     expect(report.written).toContain('layers.0.mlp.up_proj.weight')
     await expect(convertCheckpoint(source, folder, { rename: () => 'same' })).rejects.toThrow(/"same" occurs twice/)
+  })
+
+  it('streams: a tensor is read when those before it are on disk, one at a time', async () => {
+    const folder = await temporaryFolder()
+    const elements = 2 ** 19
+    const keys = Array.from({ length: 9 }, (_, i) => `layers.${i}.weight`)
+    const onDisk = async () => {
+      const files = await readdir(folder, { recursive: true, withFileTypes: true })
+      const sizes = files.filter(file => file.isFile()).map(file => stat(join(file.parentPath, file.name)))
+      return (await Promise.all(sizes)).reduce((sum, { size }) => sum + size, 0)
+    }
+    let reading = 0
+    const waiting: number[] = []
+    const source: TensorSource = {
+      path: 'made up',
+      metadata: {},
+      close: async () => {},
+      [Symbol.asyncDispose]: async () => {},
+      keys: () => keys.slice(),
+      has: key => keys.includes(key),
+      info: () => ({ dtype: 'f32', shape: [elements], bytes: 4 * elements, file: 'made up' }),
+      async read(key) {
+        reading++
+        // Of bf16 tensors before this one, what is not written yet.
+        waiting.push(keys.indexOf(key) * elements * 2 - (await onDisk()))
+        const data = new Float32Array(elements).fill(keys.indexOf(key))
+        expect(reading--).toBe(1)
+        return { dtype: 'f32', shape: [elements], data }
+      },
+    }
+    await convertCheckpoint(source, folder, { dtype: 'bf16', maxShardBytes: 3 * elements })
+    expect(waiting).toHaveLength(9)
+    // Only the writer's own buffer of 1 MiB may lie between.
+    expect(Math.max(...waiting)).toBeLessThanOrEqual(2 ** 20)
+    await using copy = await openCheckpoint(folder)
+    expect((await copy.read('layers.8.weight')).data[elements - 1]).toBe(toBf16(8))
   })
 
   it('reports values that f16 cannot hold', async () => {

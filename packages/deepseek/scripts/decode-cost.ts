@@ -1,6 +1,6 @@
 // Time of one decoded token by length of the context, and what the latent cache takes:
 //
-//   node packages/deepseek/scripts/decode-cost.ts [--preset 200m] [--tokens 24] [--contexts 256,1024,4096]
+//   node packages/deepseek/scripts/decode-cost.ts [--preset 200m] [--tokens 24] [--contexts 256,1024,4096] [--cache f32|bf16]
 //
 // The cache is filled with random rows, so that no long prompt has to be computed. Prints a table and one line of JSON; asserts nothing.
 import { parseArgs } from 'node:util'
@@ -13,21 +13,23 @@ const { values: flags } = parseArgs({
     preset: { type: 'string', default: '200m' },
     tokens: { type: 'string', default: '24' },
     contexts: { type: 'string', default: '256,1024,4096' },
+    cache: { type: 'string', default: 'f32' },
   },
 })
 setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu'), () => import('@moe/core/reference')]))
 const name = flags.preset as keyof typeof presets
 const tokens = Number(flags.tokens)
+const dtype = flags.cache === 'bf16' ? 'bf16' : 'f32'
 const model = new DeepSeek(presets[name], { seed: 1 })
 const { config } = model
-const { bytes, expandedBytes } = cacheCost(config, config.num_hidden_layers)
+const { bytes, expandedBytes } = cacheCost(config, config.num_hidden_layers, dtype)
 console.log(
-  `${name} on ${model.backend.name}: cache ${bytes} bytes per token in f32 (expanded keys and values: ${expandedBytes})`,
+  `${name} on ${model.backend.name}: cache ${bytes} bytes per token in ${dtype} (expanded keys and values: ${expandedBytes})`,
 )
 
 /** Milliseconds of every step of `tokens` behind a context. */
 async function measure(context: number): Promise<number[]> {
-  const cache = model.makeCache({ capacity: 2 ** Math.ceil(Math.log2(context + tokens + 4)) })
+  const cache = model.makeCache({ dtype, capacity: 2 ** Math.ceil(Math.log2(context + tokens + 4)) })
   const random = new Random(context)
   scope(() => {
     for (let layer = 0; layer < config.num_hidden_layers; layer++) {
@@ -59,5 +61,5 @@ for (const { context, median, fastest } of found) {
     `context ${String(context).padStart(5)}: median ${median.toFixed(1)} ms, fastest ${fastest.toFixed(1)} ms per token (${times} x)`,
   )
 }
-console.log(JSON.stringify({ preset: name, backend: model.backend.name, cacheBytes: bytes, found }))
+console.log(JSON.stringify({ preset: name, backend: model.backend.name, dtype, cacheBytes: bytes, found }))
 model.dispose()
