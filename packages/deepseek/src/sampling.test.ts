@@ -1,0 +1,72 @@
+import { Random, setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { describe, expect, test } from 'vitest'
+import { DeepSeek, presets } from './index.ts'
+import { acceptOrDraw, distribution, draw, type SamplingOptions } from './sampling.ts'
+
+const backend = referenceBackend()
+setDefaultBackend(backend)
+
+describe('the distribution of the next token', () => {
+  // Probabilities 0.4, 0.3, 0.2, 0.1, not in order.
+  const logits = Float32Array.of(Math.log(2), Math.log(4), Math.log(1), Math.log(3))
+  const of = (options: SamplingOptions) => Array.from(distribution(logits, options), x => Math.round(1e6 * x) / 1e6)
+
+  test('follows the temperature; 0 takes the likeliest', () => {
+    expect(of({})).toEqual([0, 1, 0, 0])
+    expect(of({ temperature: 1 })).toEqual([0.2, 0.4, 0.1, 0.3])
+    // Squared and normalized.
+    expect(of({ temperature: 0.5 })).toEqual([4, 16, 1, 9].map(x => Math.round(1e6 * (x / 30)) / 1e6))
+  })
+
+  test('topP keeps the smallest set that reaches it, minP what has that share of the likeliest', () => {
+    expect(of({ temperature: 1, topP: 0.35 })).toEqual([0, 1, 0, 0])
+    expect(of({ temperature: 1, topP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
+    expect(of({ temperature: 1, topP: 0.85 })).toEqual([0.222222, 0.444444, 0, 0.333333])
+    expect(of({ temperature: 1, minP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
+    expect(of({ temperature: 1, minP: 0.6, topP: 0.3 })).toEqual([0, 1, 0, 0])
+  })
+
+  test('a drafted token is kept or replaced so that the result is distributed as without a draft', () => {
+    const p = distribution(logits, { temperature: 1 })
+    for (const draft of [0, 1, 2]) {
+      const random = new Random(draft + 1)
+      const counts = [0, 0, 0, 0]
+      let accepted = 0
+      for (let i = 0; i < 20_000; i++) {
+        const made = acceptOrDraw(p, draft, random)
+        counts[made.token]++
+        if (made.accepted) accepted++
+        expect(made.accepted).toBe(made.token === draft)
+      }
+      // Four deviations of a share among 20,000 draws.
+      for (const [i, n] of counts.entries()) {
+        expect(Math.abs(n / 20_000 - p[i])).toBeLessThan(4 * Math.sqrt((p[i] * (1 - p[i])) / 20_000))
+      }
+      expect(accepted).toBe(counts[draft])
+    }
+    expect(draw(distribution(logits, {}), new Random(1))).toBe(1)
+  })
+})
+
+test('an abort between tokens ends generation and frees what it held', async () => {
+  const handles = backend.stats().handles
+  const model = new DeepSeek({
+    ...presets.tiny,
+    vocab_size: 32,
+    hidden_size: 16,
+    num_hidden_layers: 1,
+    eos_token_id: null,
+  })
+  const abort = new AbortController()
+  const made: number[] = []
+  const run = async () => {
+    for await (const id of model.generate([1, 2], { signal: abort.signal, maxTokens: 50, speculative: false })) {
+      if (made.push(id) === 3) abort.abort(new Error('enough'))
+    }
+  }
+  await expect(run()).rejects.toMatchObject({ code: 'E_ABORTED', cause: { message: 'enough' } })
+  expect(made).toHaveLength(3)
+  model.dispose()
+  expect(backend.stats().handles).toBe(handles)
+})
