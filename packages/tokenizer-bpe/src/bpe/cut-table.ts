@@ -1,65 +1,129 @@
 /**
- * @file Where a long piece falls apart: borders between two bytes that no token of the vocabulary can lie across, whatever the merges do. Each part is
- * then merged (and remembered) by itself, which keeps long words, CJK runs and hostile input in the fast, small cases.
+ * @file Where a long piece falls apart: borders between two characters that no token of the vocabulary can lie across, whatever the merges do. Each part
+ * is then merged (and remembered) by itself, which keeps long words, CJK runs and hostile input in the fast, small cases.
  *
- * A token across the border w x | y z either is `xy`, or begins `xyz` (one byte before the border), or ends `wxy` (one byte after), or
- * contains `wxyz`. Where none of these occurs, nothing crosses. The sets are bits at hashes: a false hit only leaves a border uncut.
+ * A token across the border w x | y z holds x and y side by side: that alone parts most Chinese words. More closely, it either is `xy`, or begins
+ * `xyz`, or ends `wxy`, or contains `wxyz`, which is asked in scripts whose every pair of letters is in some token. The sets are bits at
+ * hashes: a false hit only leaves a border uncut. Tokens that hold a part of a character are kept as the two bytes at their borders.
  */
+import { codePointAt, widthOf } from '../unicode/utf8.ts'
 
-const BITS = 20
-const MASK = (1 << BITS) - 1
+const NONE = -1
+export const PAIR_BITS = 20
+const LONGER_BITS = 22
+/** First character of three bytes: from here on pairs are told apart well enough. */
+const WIDE = 0x800
 
 export class CutTable {
-  readonly #pairs = new Uint8Array(65536 >> 3)
-  readonly #begins = new Uint8Array((MASK + 1) >> 3)
-  readonly #ends = new Uint8Array((MASK + 1) >> 3)
-  readonly #inside = new Uint8Array((MASK + 1) >> 1)
-
+  readonly #bytes: Uint8Array
+  readonly #starts: Int32Array
+  readonly #lengths: Int32Array
+  /** Characters side by side in a token. */
+  readonly pairs: Uint8Array = new Uint8Array(1 << (PAIR_BITS - 3))
+  /** Bytes beside the borders in tokens that begin or end inside a character. */
+  readonly broken: Uint8Array = new Uint8Array(65536 >> 3)
+  /** `xy`, `xyz`, `wxy` and `wxyz` as above, NONE where the token ends; made when first asked. */
+  #longer: Uint8Array | undefined
   /** @param bytes, starts, lengths the bytes of all tokens, token i at `starts[i]` */
   constructor(bytes: Uint8Array, starts: Int32Array, lengths: Int32Array) {
+    this.#bytes = bytes
+    this.#starts = starts
+    this.#lengths = lengths
     for (let token = 0; token < starts.length; token++) {
       const start = starts[token]
       const end = start + lengths[token]
-      if (end - start === 2) set(this.#pairs, (bytes[start] << 8) | bytes[start + 1])
-      if (end - start < 3) continue
-      set(this.#begins, hash3(bytes[start], bytes[start + 1], bytes[start + 2]))
-      set(this.#ends, hash3(bytes[end - 3], bytes[end - 2], bytes[end - 1]))
-      for (let at = start; at + 4 <= end; at++) {
-        set(this.#inside, hash4(bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]))
+      if (isWhole(bytes, start, end)) {
+        let x = NONE
+        for (let at = start; at < end; at += widthOf(bytes[at])) {
+          const y = codePointAt(bytes, at)
+          if (x !== NONE) set(this.pairs, hashPair(x, y))
+          x = y
+        }
+      } else {
+        for (let at = start + 1; at < end; at++) {
+          if ((bytes[at] & 0xc0) !== 0x80) set(this.broken, (bytes[at - 1] << 8) | bytes[at])
+        }
       }
     }
   }
 
-  /** The first border of characters after `at` in the piece `bytes[start..end)` that nothing crosses, or `end`. */
-  next(bytes: Uint8Array, start: number, at: number, end: number): number {
-    for (let border = at + 1; border < end; border++) {
-      const y = bytes[border]
-      if ((y & 0xc0) === 0x80) continue
-      const x = bytes[border - 1]
-      if (has(this.#pairs, (x << 8) | y)) continue
-      const before = border - 2 >= start
-      const after = border + 1 < end
-      if (after && has(this.#begins, hash3(x, y, bytes[border + 1]))) continue
-      if (before && has(this.#ends, hash3(bytes[border - 2], x, y))) continue
-      if (before && after && has(this.#inside, hash4(bytes[border - 2], x, y, bytes[border + 1]))) continue
-      return border
+  /** The next border that nothing crosses after `at`, which is one, in the piece that ends at `end`; or `end`. */
+  next(bytes: Uint8Array, at: number, end: number): number {
+    let w = NONE
+    let x = codePointAt(bytes, at)
+    let border = at + widthOf(bytes[at])
+    while (border < end) {
+      const y = codePointAt(bytes, border)
+      const after = border + widthOf(bytes[border])
+      if (!hasBit(this.broken, (bytes[border - 1] << 8) | bytes[border])) {
+        if (!hasBit(this.pairs, hashPair(x, y))) break
+        if ((x < WIDE || y < WIDE) && !this.#isCrossed(w, x, y, after < end ? codePointAt(bytes, after) : NONE)) break
+      }
+      w = x
+      x = y
+      border = after
     }
-    return end
+    return border
   }
+
+  #isCrossed(w: number, x: number, y: number, z: number): boolean {
+    this.#longer ??= this.#makeLonger()
+    const longer = this.#longer
+    return (
+      hasBit(longer, hashFour(NONE, x, y, NONE)) ||
+      (z !== NONE && hasBit(longer, hashFour(NONE, x, y, z))) ||
+      (w !== NONE && hasBit(longer, hashFour(w, x, y, NONE))) ||
+      (w !== NONE && z !== NONE && hasBit(longer, hashFour(w, x, y, z)))
+    )
+  }
+
+  #makeLonger(): Uint8Array {
+    const longer = new Uint8Array(1 << (LONGER_BITS - 3))
+    const bytes = this.#bytes
+    for (let token = 0; token < this.#starts.length; token++) {
+      const start = this.#starts[token]
+      const end = start + this.#lengths[token]
+      if (!isWhole(bytes, start, end)) continue
+      let w = NONE
+      let x = NONE
+      let y = NONE
+      for (let at = start; at < end || y !== NONE; ) {
+        const z = at < end ? codePointAt(bytes, at) : NONE
+        if (x !== NONE && (x < WIDE || y < WIDE)) set(longer, hashFour(w, x, y, z))
+        w = x
+        x = y
+        y = z
+        if (at < end) at += widthOf(bytes[at])
+      }
+    }
+    return longer
+  }
+}
+
+/** Whether the bytes are characters from the first to the last. */
+function isWhole(bytes: Uint8Array, start: number, end: number): boolean {
+  let at = start
+  while (at < end) {
+    if ((bytes[at] & 0xc0) === 0x80) return false
+    const next = at + widthOf(bytes[at])
+    while (++at < next) if (at >= end || (bytes[at] & 0xc0) !== 0x80) return false
+  }
+  return true
 }
 
 function set(bits: Uint8Array, index: number): void {
   bits[index >>> 3] |= 1 << (index & 7)
 }
 
-function has(bits: Uint8Array, index: number): boolean {
+export function hasBit(bits: Uint8Array, index: number): boolean {
   return (bits[index >>> 3] & (1 << (index & 7))) !== 0
 }
 
-function hash3(a: number, b: number, c: number): number {
-  return Math.imul((a << 16) | (b << 8) | c, 0x9e3779b1) >>> (32 - BITS)
+export function hashPair(x: number, y: number): number {
+  return (Math.imul(x, 0x9e3779b1) ^ Math.imul(y, 0x85ebca6b)) >>> (32 - PAIR_BITS)
 }
 
-function hash4(a: number, b: number, c: number, d: number): number {
-  return Math.imul((a << 24) | (b << 16) | (c << 8) | d, 0x9e3779b1) >>> (32 - BITS - 2)
+function hashFour(w: number, x: number, y: number, z: number): number {
+  const h = Math.imul(w, 0xc2b2ae35) ^ Math.imul(x, 0x9e3779b1) ^ Math.imul(y, 0x85ebca6b) ^ Math.imul(z, 0x27d4eb2f)
+  return Math.imul(h ^ (h >>> 15), 0x2c1b3c6d) >>> (32 - LONGER_BITS)
 }

@@ -4,6 +4,7 @@ import type { CutTable } from './cut-table.ts'
 import type { PieceMerger } from './merge-piece.ts'
 import { hashBytes, hashKey, KEY_MASKS, LONG_KEY, PieceCache, PROBES, SHORT_KEY, SLOT } from './piece-cache.ts'
 import type { WholeTable } from './whole-table.ts'
+import { WideMerger } from './wide-merger.ts'
 
 /** Zero bytes that must be readable past the end of a text, so that keys load in whole words. */
 export const PADDING = 16
@@ -40,6 +41,7 @@ export class Encoder {
   readonly #whole: WholeTable | undefined
   readonly #makeCuts: () => CutTable
   #cuts: CutTable | undefined
+  #wide: WideMerger | undefined
   readonly #cache = new PieceCache()
   readonly #ends = new Int32Array(4096)
 
@@ -175,13 +177,19 @@ export class Encoder {
     // Bytes without a token vanish and make neighbours of others: then nothing is known about borders.
     if (!this.#merger.complete) return this.#part(bytes, from, to, ids, length)
     this.#cuts ??= this.#makeCuts()
+    const cuts = this.#cuts
+    this.#wide ??= new WideMerger(this.#merger, cuts)
+    const wide = this.#wide
     const mark = this.#whole === undefined ? 0 : PART
     for (let at = from; at < to; ) {
-      const next = this.#cuts.next(bytes, from, at, to)
-      length =
-        next - at <= SHORT_KEY
-          ? this.#short(bytes, view, at, next, (next - at) | mark, ids, length)
-          : this.#part(bytes, at, next, ids, length)
+      if (bytes[at] >= 0xe0) {
+        length = wide.merge(bytes, at, to, ids, length)
+        at = wide.end
+        if (at === to) break
+      }
+      const next = cuts.next(bytes, at, to)
+      if (next - at <= SHORT_KEY) length = this.#short(bytes, view, at, next, (next - at) | mark, ids, length)
+      else length = this.#part(bytes, at, next, ids, length)
       at = next
     }
     return length

@@ -2,22 +2,21 @@
 import { expect, test } from 'vitest'
 import { randomNumbers } from '../data/random.ts'
 import { CutTable } from './cut-table.ts'
-import { Encoder, IdBuffer } from './encoder.ts'
+import { Encoder, IdBuffer, PADDING } from './encoder.ts'
 import { PieceMerger } from './merge-piece.ts'
 import { MergeTable } from './merge-table.ts'
 
-const LETTERS = 3
-
-/** Tokens 0, 1, 2 are single letters; merges join random tokens, in random order. */
-function randomVocabulary(random: () => number, rising: boolean) {
-  const text = ['a', 'b', 'c']
+/**
+ * Tokens are strings of bytes. The first are the bytes of the alphabet; merges join random tokens, in random order or rising. Characters of several
+ * bytes come whole first when `whole`, so that words are made of them; else tokens that begin and end inside characters are as likely.
+ */
+function randomVocabulary(random: () => number, alphabet: readonly string[], rising: boolean, whole: boolean) {
+  const text = [...new Set(alphabet.flatMap(char => [...bytesOf(char)]))]
   const idOf = new Map(text.map((token, id) => [token, id]))
   const pairs: number[][] = []
-  for (let i = 0; i < 40; i++) {
-    const left = Math.floor(random() * text.length)
-    const right = Math.floor(random() * text.length)
+  const add = (left: number, right: number) => {
     const joined = text[left] + text[right]
-    if (joined.length > 12 || pairs.some(pair => pair[0] === left && pair[1] === right)) continue
+    if (joined.length > 15 || pairs.some(pair => pair[0] === left && pair[1] === right)) return
     let id = idOf.get(joined)
     if (id === undefined) {
       id = text.length
@@ -26,12 +25,29 @@ function randomVocabulary(random: () => number, rising: boolean) {
     }
     pairs.push([left, right, id])
   }
+  const first = text.length
+  if (whole) {
+    for (const char of alphabet) {
+      const bytes = bytesOf(char)
+      // One character in four stays in parts.
+      for (let i = 1; i < bytes.length && random() < 0.75; i++) add(idOf.get(bytes.slice(0, i))!, idOf.get(bytes[i])!)
+    }
+  }
+  for (let i = 0; i < 40; i++) {
+    const from = whole && random() < 0.9 ? first : 0
+    add(from + Math.floor(random() * (text.length - from)), from + Math.floor(random() * (text.length - from)))
+  }
   if (!rising)
     for (let i = pairs.length - 1; i > 0; i--) {
       const other = Math.floor(random() * (i + 1))
       ;[pairs[i], pairs[other]] = [pairs[other], pairs[i]]
     }
   return { text, pairs }
+}
+
+/** UTF-8 as a string of a character a byte. */
+function bytesOf(text: string): string {
+  return String.fromCharCode(...new TextEncoder().encode(text))
 }
 
 function plain(symbols: number[], pairs: number[][]): number[] {
@@ -51,17 +67,31 @@ function plain(symbols: number[], pairs: number[][]): number[] {
   }
 }
 
-test.each([true, false])('short, long and cut pieces merge alike (rising ranks: %s)', rising => {
+const LATIN = ['a', 'b', 'c']
+const CHINESE = ['人', '民', '仆', '的', '，']
+const MIXED = ['人', '仆', 'é', 'a', '🙂']
+
+test.each([
+  ['Latin letters, rising ranks', LATIN, true, false],
+  ['Latin letters, any ranks', LATIN, false, false],
+  ['Chinese, whole characters', CHINESE, true, true],
+  ['Chinese, any bytes', CHINESE, true, false],
+  ['Chinese, whole characters, any ranks', CHINESE, false, true],
+  ['several scripts', MIXED, true, true],
+  ['several scripts, any bytes', MIXED, true, false],
+])('short, long and cut pieces merge alike: %s', (_name, alphabet, rising, whole) => {
   const random = randomNumbers(rising ? 1 : 2)
-  for (let round = 0; round < 150; round++) {
-    const { text, pairs } = randomVocabulary(random, rising)
+  for (let round = 0; round < 100; round++) {
+    const { text, pairs } = randomVocabulary(random, alphabet, rising, whole)
     const byteToken = new Int32Array(256).fill(-1)
-    for (let letter = 0; letter < LETTERS; letter++) byteToken[97 + letter] = letter
+    text.forEach((token, id) => {
+      if (token.length === 1) byteToken[token.charCodeAt(0)] = id
+    })
     // Complete, so that cuts are made: all other bytes stand for an id that never comes.
     const all = byteToken.map(id => (id < 0 ? text.length : id))
-    const table = MergeTable.of(Int32Array.from(pairs.flat()), byteToken, text.length)
+    const table = MergeTable.of(Int32Array.from(pairs.flat()), byteToken, text.length + 1)
     const merger = new PieceMerger(table, all, -1, false)
-    const bytes = new TextEncoder().encode(text.join(''))
+    const bytes = Uint8Array.from(text.join(''), char => char.charCodeAt(0))
     const lengths = Int32Array.from(text, token => token.length)
     const starts = Int32Array.from(text, (_, id) => text.slice(0, id).join('').length)
     const encoder = new Encoder(
@@ -73,20 +103,25 @@ test.each([true, false])('short, long and cut pieces merge alike (rising ranks: 
       undefined,
       () => new CutTable(bytes, starts, lengths),
     )
-    for (const length of [1, 5, 30, 96, 97, 200]) {
+    for (const length of [1, 5, 30, 96, 97, 130]) {
       const periodic = random() < 0.3
-      const symbols = Array.from({ length }, (_, i) =>
-        periodic ? [0, 0, 1, 0][i % 4] : Math.floor(random() * LETTERS),
+      const chars = Array.from(
+        { length },
+        (_, i) => alphabet[periodic ? [0, 0, 1, 0][i % 4] : Math.floor(random() * alphabet.length)],
       )
-      const piece = new Uint8Array(length + 16)
-      piece.set(symbols.map(symbol => 97 + symbol))
-      const expected = plain(symbols, pairs)
-      const count = merger.merge(piece, 0, length)
+      const content = new TextEncoder().encode(chars.join(''))
+      const piece = new Uint8Array(content.length + PADDING)
+      piece.set(content)
+      const expected = plain(
+        Array.from(content, byte => byteToken[byte]),
+        pairs,
+      )
+      const count = merger.merge(piece, 0, content.length)
       expect([...merger.out.subarray(0, count)]).toEqual(expected)
       const out = new IdBuffer()
       for (let again = 0; again < 2; again++) {
         out.length = 0
-        encoder.encode(piece, new DataView(piece.buffer), 0, length, out)
+        encoder.encode(piece, new DataView(piece.buffer), 0, content.length, out)
         expect([...out.ids.subarray(0, out.length)]).toEqual(expected)
       }
     }

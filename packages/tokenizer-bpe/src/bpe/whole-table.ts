@@ -1,5 +1,5 @@
 /** @file Which pieces are tokens as a whole, for vocabularies that ask this before merging. */
-import { hashBytes } from './piece-cache.ts'
+import { hashBytes, SHORT_KEY } from './piece-cache.ts'
 
 export class WholeTable {
   readonly #bytes: Uint8Array
@@ -8,7 +8,8 @@ export class WholeTable {
   /** Ids + 1 at the hashes of their bytes. */
   readonly #slots: Int32Array
   readonly #shift: number
-  readonly #longest: number
+  /** Bits at the hashes of length, beginning and end of the longer tokens, which few long pieces share. */
+  readonly #outlines = new Uint8Array(65536)
 
   /** @param bytes, starts, lengths the bytes of all tokens, token i at `starts[i]` */
   constructor(bytes: Uint8Array, starts: Int32Array, lengths: Int32Array) {
@@ -19,21 +20,19 @@ export class WholeTable {
     while (1 << bits < starts.length * 2) bits++
     this.#shift = 32 - bits
     this.#slots = new Int32Array(1 << bits)
-    let longest = 0
     for (let id = 0; id < starts.length; id++) {
       if (lengths[id] === 0) continue
-      if (lengths[id] > longest) longest = lengths[id]
+      if (lengths[id] > SHORT_KEY) this.#outlines[outline(bytes, starts[id], starts[id] + lengths[id])] = 1
       let slot = hashBytes(bytes, starts[id], lengths[id]) >>> this.#shift
       while (this.#slots[slot] !== 0) slot = (slot + 1) & (this.#slots.length - 1)
       this.#slots[slot] = id + 1
     }
-    this.#longest = longest
   }
 
   /** Id of the token with the bytes `text[from..to)`, or -1. */
   find(text: Uint8Array, from: number, to: number): number {
     const length = to - from
-    if (length > this.#longest) return -1
+    if (length > SHORT_KEY && this.#outlines[outline(text, from, to)] === 0) return -1
     const slots = this.#slots
     for (
       let slot = hashBytes(text, from, length) >>> this.#shift;
@@ -49,4 +48,10 @@ export class WholeTable {
     }
     return -1
   }
+}
+
+function outline(bytes: Uint8Array, from: number, to: number): number {
+  const head = (bytes[from + 1] << 16) | (bytes[from + 2] << 8) | bytes[from + 5]
+  const tail = (bytes[to - 1] << 16) | (bytes[to - 2] << 8) | bytes[to - 4]
+  return (Math.imul(head, 0x9e3779b1) ^ Math.imul(tail ^ ((to - from) << 24), 0x85ebca6b)) >>> 16
 }
