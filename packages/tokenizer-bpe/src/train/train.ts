@@ -6,6 +6,7 @@ import { alphabetOrder, byteOfChar, charOfByte } from '../byte-alphabet.ts'
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
 import { compilePreTokenizer } from '../json/pre-tokenizer.ts'
+import { compileSteps } from '../json/pre-tokenizer-steps.ts'
 import { modelFromTokens } from '../model.ts'
 import { readNormalizer } from '../normalizer.ts'
 import { KNOWN, type PreTokenizerName, preTokenizerJson } from '../pre-tokenizers.ts'
@@ -138,7 +139,7 @@ class Trainer {
     const minFrequency = options.minFrequency ?? 2
     if (!(minFrequency >= 0)) throw config(`minFrequency ${minFrequency} is not a number of occurrences`)
     this.#json = preTokenizerOf(options.preTokenizer ?? 'deepseek-v3')
-    this.#preTokenizer = compilePreTokenizer(this.#json)
+    this.#preTokenizer = compilePreTokenizer(this.#json, compileSteps)
     this.#normalizer = readNormalizer(options.normalizer && { type: options.normalizer })
   }
 
@@ -274,12 +275,13 @@ class Trainer {
   finish(): BpeTokenizer {
     this.report()
     const model = modelFromTokens(this.#tokens, Int32Array.from(this.#learner!.merges))
-    return new BpeTokenizer(model, this.#special, {
+    const parts = {
       normalizer: this.#options.normalizer ? { type: this.#options.normalizer } : null,
       pre_tokenizer: this.#json,
       post_processor: { type: 'ByteLevel', add_prefix_space: true, trim_offsets: false, use_regex: true },
       decoder: { type: 'ByteLevel', add_prefix_space: true, trim_offsets: true, use_regex: true },
-    })
+    }
+    return new BpeTokenizer(model, this.#special, parts, this.#preTokenizer)
   }
 
   /** Text has few control characters and few replacement characters, which is what other bytes read as UTF-8 turn into. */
