@@ -4,13 +4,14 @@
  *
  * A token across the border w x | y z holds x and y side by side: that alone parts most Chinese words. More closely, it either is `xy`, or begins
  * `xyz`, or ends `wxy`, or contains `wxyz`, which is asked in scripts whose every pair of letters is in some token. The sets are bits at
- * hashes: a false hit only leaves a border uncut. Tokens that hold a part of a character are kept as the two bytes at their borders.
+ * hashes: a false hit only leaves a border uncut. Tokens that hold a part of a character are kept as the two bytes beside their borders.
  */
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 
 const NONE = -1
 export const PAIR_BITS = 20
 const LONGER_BITS = 22
+const ASCII = 0x80
 /** First character of three bytes: from here on pairs are told apart well enough. */
 const WIDE = 0x800
 
@@ -18,10 +19,10 @@ export class CutTable {
   readonly #bytes: Uint8Array
   readonly #starts: Int32Array
   readonly #lengths: Int32Array
-  /** Characters side by side in a token. */
+  /** Characters side by side in a token, but for those of ASCII, nearly all of which are. */
   readonly pairs: Uint8Array = new Uint8Array(1 << (PAIR_BITS - 3))
-  /** Bytes beside the borders in tokens that begin or end inside a character. */
-  readonly broken: Uint8Array = new Uint8Array(65536 >> 3)
+  /** Bytes beside borders that are never cut: those in tokens that begin or end inside a character, and in tokens of two letters, to answer soon. */
+  readonly joined: Uint8Array = new Uint8Array(65536 >> 3)
   /** `xy`, `xyz`, `wxy` and `wxyz` as above, NONE where the token ends; made when first asked. */
   #longer: Uint8Array | undefined
   /** @param bytes, starts, lengths the bytes of all tokens, token i at `starts[i]` */
@@ -32,16 +33,18 @@ export class CutTable {
     for (let token = 0; token < starts.length; token++) {
       const start = starts[token]
       const end = start + lengths[token]
-      if (isWhole(bytes, start, end)) {
+      if (end - start === 2 && bytes[start] < ASCII && bytes[start + 1] < ASCII) {
+        set(this.joined, (bytes[start] << 8) | bytes[start + 1])
+      } else if (isWhole(bytes, start, end)) {
         let x = NONE
         for (let at = start; at < end; at += widthOf(bytes[at])) {
           const y = codePointAt(bytes, at)
-          if (x !== NONE) set(this.pairs, hashPair(x, y))
+          if (x >= ASCII || (x !== NONE && y >= ASCII)) set(this.pairs, hashPair(x, y))
           x = y
         }
       } else {
         for (let at = start + 1; at < end; at++) {
-          if ((bytes[at] & 0xc0) !== 0x80) set(this.broken, (bytes[at - 1] << 8) | bytes[at])
+          if ((bytes[at] & 0xc0) !== 0x80) set(this.joined, (bytes[at - 1] << 8) | bytes[at])
         }
       }
     }
@@ -55,8 +58,8 @@ export class CutTable {
     while (border < end) {
       const y = codePointAt(bytes, border)
       const after = border + widthOf(bytes[border])
-      if (!hasBit(this.broken, (bytes[border - 1] << 8) | bytes[border])) {
-        if (!hasBit(this.pairs, hashPair(x, y))) break
+      if (!hasBit(this.joined, (bytes[border - 1] << 8) | bytes[border])) {
+        if ((x >= ASCII || y >= ASCII) && !hasBit(this.pairs, hashPair(x, y))) break
         if ((x < WIDE || y < WIDE) && !this.#isCrossed(w, x, y, after < end ? codePointAt(bytes, after) : NONE)) break
       }
       w = x

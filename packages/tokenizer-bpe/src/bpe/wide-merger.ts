@@ -33,7 +33,7 @@ export class WideMerger {
    * part begins, or the piece ends.
    */
   merge(bytes: Uint8Array, at: number, end: number, ids: Uint32Array, length: number): number {
-    const { pairs, broken } = this.#cuts
+    const { pairs, joined } = this.#cuts
     const tokens = this.#tokens
     const cache = this.#cache
     while (at < end && (bytes[at] & 0xf0) === 0xe0) {
@@ -43,14 +43,14 @@ export class WideMerger {
       let hash = 0
       if (border < end) {
         const lead = bytes[border]
-        if (hasBit(broken, (bytes[border - 1] << 8) | lead)) break
+        if (hasBit(joined, (bytes[border - 1] << 8) | lead)) break
         const y = codePointAt(bytes, border)
         hash = hashPair(x, y)
         if (hasBit(pairs, hash)) {
           if ((lead & 0xf0) !== 0xe0) break
           const next = border + 3
           if (next < end) {
-            if (hasBit(broken, (bytes[next - 1] << 8) | bytes[next])) break
+            if (hasBit(joined, (bytes[next - 1] << 8) | bytes[next])) break
             if (hasBit(pairs, hashPair(y, codePointAt(bytes, next)))) break
           }
           const slot = (hash >>> (PAIR_BITS - CACHE_BITS)) << 1
