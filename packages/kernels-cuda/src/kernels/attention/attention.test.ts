@@ -1,7 +1,7 @@
 import { type Precision, Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
-import { unavailable } from '../../test-backend.ts'
 import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
+import { unavailable } from '../../test-backend.ts'
 
 interface Size {
   readonly name: string

@@ -1,7 +1,7 @@
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
-import { unavailable } from '../../test-backend.ts'
 import { distanceToCpu, exact, integers, output } from '../../test-against-cpu.ts'
+import { unavailable } from '../../test-backend.ts'
 
 const cases = [
   { name: 'empty experts, first, last and between', offsets: [0, 0, 1, 1, 30, 130, 130], rows: 130, k: 33, n: 130 },

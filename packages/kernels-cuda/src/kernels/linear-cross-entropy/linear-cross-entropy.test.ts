@@ -1,7 +1,7 @@
 import { Random } from '@moe/core'
 import { describe, expect, onTestFinished, test } from 'vitest'
-import { unavailable } from '../../test-backend.ts'
 import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
+import { unavailable } from '../../test-backend.ts'
 import { limits } from './linear-cross-entropy.ts'
 
 const ignoreIndex = -100

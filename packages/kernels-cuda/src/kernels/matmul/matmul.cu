@@ -94,9 +94,9 @@ MOE_DEVICE void productOfFewRowsAndColumns(float* c, const float* a, const float
   if (m <= 1) fewRowsTimesColumns<1, Bf16>(parts, c, a, b, m, columns, k, n);
   else fewRowsTimesColumns<8, Bf16>(parts, c, a, b, m, columns, k, n);
 }
-MOE_KERNEL((128), moe_matmul_few_columns_f32, (float* c, const float* a, const float* b, int m, int n, int k)) {
+MOE_KERNEL((128, 4), moe_matmul_few_columns_f32, (float* c, const float* a, const float* b, int m, int n, int k)) {
   productOfFewRowsAndColumns<false>(c, a, b, m, n, k);
 }
-MOE_KERNEL((128), moe_matmul_few_columns_bf16, (float* c, const float* a, const float* b, int m, int n, int k)) {
+MOE_KERNEL((128, 4), moe_matmul_few_columns_bf16, (float* c, const float* a, const float* b, int m, int n, int k)) {
   productOfFewRowsAndColumns<true>(c, a, b, m, n, k);
 }

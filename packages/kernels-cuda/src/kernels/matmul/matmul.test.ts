@@ -1,8 +1,8 @@
 import type { Precision } from '@moe/core'
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
-import { unavailable } from '../../test-backend.ts'
 import { distance, distanceToCpu, exact, onCuda, output } from '../../test-against-cpu.ts'
+import { unavailable } from '../../test-backend.ts'
 
 interface Size {
   readonly name: string
