@@ -29,6 +29,8 @@ export default defineConfig({
           name: 'models-on-cuda',
           root: 'packages',
           include: ['{attention-mla,router,mtp,deepseek}/src/**/*.test.ts'],
+          // Statistics over hundreds of runs, about sampling rather than kernels.
+          exclude: ['deepseek/src/speculative-sampling.test.ts'],
         },
       },
       {

@@ -32,7 +32,6 @@ import {
 setDefaultBackend(referenceBackend())
 
 const fixture = (name: string) => fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url))
-const tolerance = { relative: 1e-4, absolute: 1e-5 }
 // PyTorch forms the rotation angles in f32: at positions in the thousands they are off by up to 1e-4 rad.
 const gradientTolerance = { relative: 1e-3, absolute: 1e-4 }
 
@@ -133,7 +132,10 @@ for (const name of ['q-lora', 'no-q-lora', 'yarn', 'yarn-mscale']) {
       const x = (await get('hidden_states')).mul(1)
       x.tracked = true
       const out = mla.forward(x, { positions })
-      assertClose('output', await out.values(), await (await get('output')).values(), tolerance)
+      const output = await (await get('output')).values()
+      // Rounding follows the size of what is added up; PyTorch's angles are f32, which shows at positions in the thousands.
+      const largest = output.reduce((most, x) => Math.max(most, Math.abs(x)), 0)
+      assertClose('output', await out.values(), output, { relative: 1e-4, absolute: 2e-6 * largest })
       const named = namedParameters(mla)
       const found = gradients(out, [x, ...named.map(({ parameter }) => parameter)], {
         gradient: await get('grad_output'),

@@ -134,8 +134,8 @@ async function compile({ source, file, stamp }, key) {
     `-I${join(root, 'device')}`,
     '-Xptxas',
     '-v',
-    '-Xfatbin',
-    '-compress-all',
+    // Read by drivers of CUDA 12.4 and later; a tenth of the size of the default.
+    '--compress-mode=size',
   ]
   const args = [...flags, ...targets, '-MD', '-MF', depFile, '-o', temporary, source]
   if (options.verbose) say(['nvcc', ...args].join(' '))
