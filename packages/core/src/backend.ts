@@ -136,10 +136,25 @@ export interface AdamwAttrs {
 }
 
 /**
+ * How a weight is stored in fewer bits. `bf16`: as it is. Of the others, each block of `QuantizedAttrs.block` = [br, bc] elements has an f32 scale,
+ * `[ceil(N/br), ceil(K/bc)]`, cropped at the edges. `fp8`: q is f8e4m3, value = q * scale. `int8`: q is u8, value = (q - 128) * scale. `int4`: q is u8
+ * `[N, ceil(K/2)]`, column 2j in the low and 2j + 1 in the high half of byte j, value = (half - 8) * scale; bc is even, and what stands behind an odd K means nothing.
+ */
+export type WeightFormat = 'bf16' | 'fp8' | 'int8' | 'int4'
+
+export interface QuantizedAttrs {
+  readonly format: WeightFormat
+  /** Rows and columns of the weight that share a scale. Means nothing for bf16. */
+  readonly block: readonly [rows: number, columns: number]
+  /** As in `matmul`: whether x and the weight's values may be rounded to bf16 before they are multiplied. */
+  readonly precision: Precision
+}
+
+/**
  * Attributes of each fused op. A backend may leave any of them out, and a kernel may return `undefined` to decline a size or
  * dtype: core then runs the decomposition in `fused/` and counts it. Legend: N rows, D features, B batch, T queries, S keys,
  * H heads, G key/value heads (H is a multiple of G), E experts, K experts per token, V vocabulary. All floats are f32, but for
- * `quantize` and the cache of `latentAttention`.
+ * `quantize`, the cache of `latentAttention` and stored weights.
  */
 export interface FusedAttrs {
   /** `[x [..., D]] -> [y]` over the last axis. A row of only -Infinity gives zeros. */
@@ -202,6 +217,13 @@ export interface FusedAttrs {
   groupedMatmul: { readonly transposeW: boolean; readonly precision: Precision }
   /** `[x [N, k], dy [N, n], offsets i32 [E+1]] -> [dweight [E, n, k]]`: dy_e^T x_e; zeros for an expert without rows. */
   groupedMatmulWeightGrad: { readonly precision: Precision }
+  /** `[x [M, K], q [N, K], scale (not for bf16)] -> [y [M, N]]`: x times the stored weight transposed; see `WeightFormat`. */
+  quantizedMatmul: QuantizedAttrs
+  /**
+   * `[x [M, K], q [E, N, K], offsets i32 [E+1], scale [E, ...] (not for bf16)] -> [y [M, N]]`: as `groupedMatmul`, with stored weights. A decoding step has
+   * one row for each of a few experts: weights of experts without rows should not be read.
+   */
+  quantizedGroupedMatmul: QuantizedAttrs
   /**
    * `[param, grad, m, v, gradScale []] -> [param, m, v]`, all of one shape, g = grad * gradScale; decoupled decay (Loshchilov & Hutter 2019, as torch.optim.AdamW):
    * p -= lr * wd * p; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; p -= lr * (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps). param, m and v are donated.

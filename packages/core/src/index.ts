@@ -19,12 +19,14 @@ export type {
   PrimitiveAttrs,
   PrimitiveKernels,
   PrimitiveName,
+  QuantizedAttrs,
   ReduceCode,
   RouterAttrs,
   Shape,
   TensorSpec,
   UnaryCode,
   Value,
+  WeightFormat,
 } from './backend.ts'
 export {
   type BackendModule,
@@ -66,6 +68,13 @@ export { crossEntropy, defaultIgnoreIndex, linearCrossEntropy } from './fused/cr
 export { combineTokens, type DispatchPlan, dispatchPlan, permuteTokens } from './fused/dispatch.ts'
 export { groupedMatmul } from './fused/grouped-matmul.ts'
 export { quantize } from './fused/quantize.ts'
+export {
+  dequantizeWeight,
+  type QuantizedWeight,
+  quantizedGroupedMatmul,
+  quantizedMatmul,
+  quantizeWeight,
+} from './fused/quantized-matmul.ts'
 export { rmsNorm } from './fused/rms-norm.ts'
 export { rope } from './fused/rope.ts'
 export { type Routing, routerTopk } from './fused/router-topk.ts'

@@ -9,6 +9,7 @@ import { combineTokens, dispatchPlan, permuteTokens } from './dispatch.ts'
 import { groupedMatmul } from './grouped-matmul.ts'
 import { fusedDefinitions } from './index.ts'
 import { quantize } from './quantize.ts'
+import { quantizedGroupedMatmul, quantizedMatmul, quantizeWeight } from './quantized-matmul.ts'
 import { rmsNorm } from './rms-norm.ts'
 import { rope } from './rope.ts'
 import { routerTopk } from './router-topk.ts'
@@ -39,6 +40,13 @@ const plan = (slots: number) => {
   const index = i([slots], ...new Array<number>(slots).fill(0))
   return { topK: 2, order: index, positions: index, offsets: i([2], 0, slots), counts: i([1], slots) }
 }
+/** Stored weights on the backend of these tests, made by one that computes. */
+const int8 = (...shape: number[]) => ({
+  ...quantizeWeight(ones(shape, { backend: plain }), 'int8'),
+  q: tensor(new Uint8Array(shape.reduce((a, b) => a * b, 1)), shape, { backend }),
+  scale: f(...shape.slice(0, -1), 1),
+})
+const bf16 = (...shape: number[]) => ({ ...int8(...shape), format: 'bf16' as const, q: f(...shape).cast('bf16') })
 const adamw = { lr: 1, beta1: 0.9, beta2: 0.9, eps: 1e-8, weightDecay: 0, step: 1 }
 
 const wrong: Record<string, Array<[what: string, call: () => unknown, message: RegExp]>> = {
@@ -128,6 +136,36 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     ['an empty block', () => quantize(f(4, 4), [0, 2]), /block = \[0,2\]/],
     ['half a row', () => quantize(f(4, 4), [1.5, 2]), /block = \[1.5,2\]/],
     ['one axis', () => quantize(f(4)), /input has shape \[4\]/],
+  ],
+  quantizedMatmul: [
+    ['other columns', () => quantizedMatmul(f(2, 5), int8(3, 4)), /weight has shape \[3,4\], needs \[\*,5\]/],
+    [
+      'the weight as f32',
+      () => quantizedMatmul(f(2, 4), { ...int8(3, 4), q: f(3, 4) }),
+      /weight has dtype f32, needs u8/,
+    ],
+    ['no scale', () => quantizedMatmul(f(2, 4), { ...int8(3, 4), scale: null }), /int8 needs a scale/],
+    ['bf16 with a scale', () => quantizedMatmul(f(2, 4), { ...bf16(3, 4), scale: f(3, 1) }), /bf16 has no scale/],
+    [
+      'scales of other blocks',
+      () => quantizedMatmul(f(2, 4), { ...int8(3, 4), block: [2, 4] }),
+      /scale has shape \[3,1\], needs \[2,1\]/,
+    ],
+    [
+      'an odd block of int4',
+      () => quantizedMatmul(f(2, 4), { ...int8(3, 4), format: 'int4', block: [1, 3] }),
+      /not a block of int4/,
+    ],
+    ['an empty block', () => quantizedMatmul(f(2, 4), { ...int8(3, 4), block: [0, 128] }), /block = \[0,128\]/],
+  ],
+  quantizedGroupedMatmul: [
+    ['one weight', () => quantizedGroupedMatmul(f(2, 4), int8(3, 4), i([2], 0, 2)), /weight has shape/],
+    [
+      'offsets of other experts',
+      () => quantizedGroupedMatmul(f(2, 4), int8(5, 3, 4), i([5], 0, 0, 0, 1, 2)),
+      /offsets has shape/,
+    ],
+    ['floats as offsets', () => quantizedGroupedMatmul(f(2, 4), int8(1, 3, 4), f(2)), /offsets has dtype f32/],
   ],
   adamwStep: [
     ['moments of another shape', () => adamwStep(f(2), f(2), f(3), f(2), f(), adamw), /m has shape \[3\], needs \[2\]/],

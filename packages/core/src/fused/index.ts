@@ -18,6 +18,7 @@ import {
 } from './dispatch.ts'
 import { groupedMatmulDefinition, groupedMatmulWeightGradDefinition } from './grouped-matmul.ts'
 import { quantizeDefinition } from './quantize.ts'
+import { quantizedGroupedMatmulDefinition, quantizedMatmulDefinition } from './quantized-matmul.ts'
 import { rmsNormBackwardDefinition, rmsNormDefinition } from './rms-norm.ts'
 import { ropeDefinition } from './rope.ts'
 import { routerTopkBackwardDefinition, routerTopkDefinition } from './router-topk.ts'
@@ -51,4 +52,6 @@ export const fusedDefinitions: { readonly [F in FusedName]: FusedDefinition<F> }
   adamwStep: adamwStepDefinition,
   globalNorm: globalNormDefinition,
   quantize: quantizeDefinition,
+  quantizedMatmul: quantizedMatmulDefinition,
+  quantizedGroupedMatmul: quantizedGroupedMatmulDefinition,
 }

@@ -2,6 +2,7 @@
 import type { Precision, RouterAttrs } from '../../backend.ts'
 import { type CaseInput, f32, given, i32, type OpCase, opCase, uniform } from '../case.ts'
 import { tolerances } from '../compare.ts'
+import { quantizedCases } from './quantized.ts'
 
 const inf = Number.POSITIVE_INFINITY
 const sum = { tolerance: tolerances.sum, gradientTolerance: tolerances.gradient }
@@ -328,6 +329,7 @@ export const fusedCases: readonly OpCase[] = [
     { ...adam, step: 1 },
     { ...sum, gradient: false },
   ),
+  ...quantizedCases,
   opCase('globalNorm', 'of several', [f32(5, 7), f32(130), f32()], {}, { ...sum, gradient: false }),
   opCase('quantize', 'whole blocks', [f32(8, 8)], { block: [4, 4] }, { ...sum, gradient: false }),
   opCase('quantize', 'cropped blocks', [f32(5, 9)], { block: [4, 4] }, { ...sum, gradient: false }),

@@ -1,0 +1,220 @@
+/** @file Products with weights stored in fewer bits: bf16, fp8, int8 or int4 with one scale per block. Activations stay f32. */
+import type { Precision, QuantizedAttrs, TensorSpec, WeightFormat } from '../backend.ts'
+import { context } from '../context.ts'
+import type { DType } from '../dtype.ts'
+import { attrError, needDtype, needShape, shapeError } from '../infer.ts'
+import { showShape, sizeOf } from '../shape.ts'
+import { concat, type FusedDefinition, full, runFused, type Tensor, where } from '../tensor.ts'
+import { groupedMatmulDefinition } from './grouped-matmul.ts'
+import { quantizeDefinition } from './quantize.ts'
+
+/** A weight `[N, K]` (or `[E, N, K]`, one per expert) in fewer bits. */
+export interface QuantizedWeight {
+  readonly format: WeightFormat
+  /** Rows and columns that share a scale. */
+  readonly block: readonly [rows: number, columns: number]
+  /** Shape of the weight that it stands for: an int4 row has half as many bytes. */
+  readonly shape: readonly number[]
+  readonly q: Tensor
+  /** Null for bf16. */
+  readonly scale: Tensor | null
+}
+
+const storedDtypes: Readonly<Record<WeightFormat, DType>> = { bf16: 'bf16', fp8: 'f8e4m3', int8: 'u8', int4: 'u8' }
+
+/** fp8 as released DeepSeek-V3 weights; integers by runs of one row. */
+const usualBlocks: Readonly<Record<WeightFormat, readonly [number, number]>> = {
+  bf16: [1, 1],
+  fp8: [128, 128],
+  int8: [1, 128],
+  int4: [1, 32],
+}
+
+const storedColumns = (format: WeightFormat, columns: number) => (format === 'int4' ? Math.ceil(columns / 2) : columns)
+
+function checkBlock(op: string, { format, block }: Pick<QuantizedAttrs, 'format' | 'block'>): void {
+  const whole = block.length === 2 && block.every(size => Number.isInteger(size) && size >= 1)
+  if (whole && (format !== 'int4' || block[1] % 2 === 0)) return
+  const fix = format === 'int4' ? 'pass two positive integers, the second even, such as [1, 32]' : undefined
+  throw attrError(op, `block = [${block}] is not a block of ${format}`, fix ?? 'pass two positive integers')
+}
+
+/** Checks the stored weight `lead + [N, K]`; gives N. */
+function checkWeight(
+  op: string,
+  x: Tensor,
+  q: Tensor,
+  scale: Tensor | undefined,
+  attrs: QuantizedAttrs,
+  lead: number[],
+) {
+  const { format, block } = attrs
+  checkBlock(op, attrs)
+  needDtype(op, 'input', x, 'f32')
+  needDtype(op, 'weight', q, storedDtypes[format])
+  needShape(op, 'input', x, [-1, -1])
+  const columns = x.shape[1]
+  needShape(op, 'weight', q, [...lead, -1, storedColumns(format, columns)])
+  const rows = q.shape[lead.length]
+  if ((scale === undefined) !== (format === 'bf16')) {
+    throw shapeError(op, `${format} ${scale ? 'has no' : 'needs a'} scale`, 'pass what quantizeWeight gave')
+  }
+  if (scale !== undefined) {
+    needDtype(op, 'scale', scale, 'f32')
+    const blocks = [Math.ceil(rows / block[0]), Math.ceil(columns / block[1])]
+    needShape(op, 'scale', scale, [...q.shape.slice(0, lead.length), ...blocks])
+  }
+  return rows
+}
+
+/** Bytes of two 4-bit numbers, `[n, m]`, to the numbers `[n, columns]` as f32, the low half first. */
+function unpackNibbles(bytes: Tensor, columns: number): Tensor {
+  const [rows, width] = bytes.shape
+  const both = bytes.cast('f32')
+  const high = both.mul(1 / 16).floor()
+  const low = both.sub(high.mul(16))
+  const pairs = concat([low.reshape([rows, width, 1]), high.reshape([rows, width, 1])], 2)
+  return pairs.reshape([rows, 2 * width]).narrow(1, 0, columns)
+}
+
+/** The weight as f32, `[..., N, K]`, from its stored form. */
+function dequantize(
+  q: Tensor,
+  scale: Tensor | null,
+  columns: number,
+  { format, block }: Pick<QuantizedAttrs, 'format' | 'block'>,
+): Tensor {
+  const rows = q.shape[q.rank - 2]
+  const matrices = sizeOf(q.shape.slice(0, -2))
+  const flat = q.reshape([matrices * rows, q.shape[q.rank - 1]])
+  const shape = [...q.shape.slice(0, -1), columns]
+  let values: Tensor
+  if (format === 'int4') values = unpackNibbles(flat, columns).sub(8)
+  else if (format === 'int8') values = flat.cast('f32').sub(128)
+  else values = flat.cast('f32')
+  if (scale === null) return values.reshape(shape)
+  const [down, across] = scale.shape.slice(-2)
+  const repeated = scale
+    .reshape([matrices * down, 1, across, 1])
+    .expand([matrices * down, block[0], across, block[1]])
+    .reshape([matrices, down * block[0], across * block[1]])
+    .slice([0, 0, 0], [matrices, rows, columns])
+  return values.mul(repeated.reshape([matrices * rows, columns])).reshape(shape)
+}
+
+export const quantizedMatmulDefinition: FusedDefinition<'quantizedMatmul'> = {
+  name: 'quantizedMatmul',
+  infer([x, q, scale], attrs): TensorSpec[] {
+    const rows = checkWeight('quantizedMatmul', x, q, scale, attrs, [])
+    return [{ shape: [x.shape[0], rows], dtype: 'f32' }]
+  },
+  decompose([x, q, scale], attrs) {
+    const weight = dequantize(q, scale ?? null, x.shape[1], attrs)
+    return [x.matmul(weight, { transposeB: true, precision: attrs.precision })]
+  },
+  vjp: null,
+}
+
+export const quantizedGroupedMatmulDefinition: FusedDefinition<'quantizedGroupedMatmul'> = {
+  name: 'quantizedGroupedMatmul',
+  infer([x, q, offsets, scale], attrs): TensorSpec[] {
+    const rows = checkWeight('quantizedGroupedMatmul', x, q, scale, attrs, [-1])
+    needDtype('quantizedGroupedMatmul', 'offsets', offsets, 'i32')
+    needShape('quantizedGroupedMatmul', 'offsets', offsets, [q.shape[0] + 1])
+    return [{ shape: [x.shape[0], rows], dtype: 'f32' }]
+  },
+  decompose([x, q, offsets, scale], attrs) {
+    const weight = dequantize(q, scale ?? null, x.shape[1], attrs)
+    return runFused(groupedMatmulDefinition, [x, weight, offsets], { transposeW: true, precision: attrs.precision })
+  },
+  vjp: null,
+}
+
+/** Rounds to whole numbers within the format's range: one scale per block, so that the block's largest magnitude is the largest number. */
+function quantizeIntegers(x: Tensor, format: 'int8' | 'int4', [blockRows, blockColumns]: readonly [number, number]) {
+  const [rows, columns] = x.shape
+  const down = Math.ceil(rows / blockRows)
+  const across = Math.ceil(columns / blockColumns)
+  const [largest, zero] = format === 'int8' ? [127, 128] : [7, 8]
+  const padded = x.pad([0, 0], [down * blockRows - rows, across * blockColumns - columns])
+  const blocks = padded.reshape([down, blockRows, across, blockColumns])
+  const peak = blocks.abs().max([1, 3], true)
+  const scale = where(peak.eq(0), full([], 1, peak), peak.mul(1 / largest))
+  const codes = blocks
+    .div(scale)
+    .add(zero + 0.5)
+    .floor()
+    .reshape(padded.shape)
+  return { codes, scale: scale.reshape([down, across]) }
+}
+
+/** A matrix `[N, K]` in fewer bits: codes and scales. */
+function quantizeMatrix(x: Tensor, format: WeightFormat, block: readonly [number, number]): Tensor[] {
+  const [rows, columns] = x.shape
+  if (format === 'bf16') return [x.cast('bf16')]
+  if (format === 'fp8') return runFused(quantizeDefinition, [x], { block })
+  const { codes, scale } = quantizeIntegers(x, format, block)
+  if (format === 'int8') return [codes.slice([0, 0], [rows, columns]).cast('u8'), scale]
+  const width = Math.ceil(columns / 2)
+  const pairs = codes.slice([0, 0], [rows, 2 * width]).reshape([rows, width, 2])
+  const [low, high] = [0, 1].map(i => pairs.narrow(2, i, i + 1))
+  return [low.add(high.mul(16)).reshape([rows, width]).cast('u8'), scale]
+}
+
+/**
+ * Stores a weight `[N, K]` or `[E, N, K]` in fewer bits, to the nearest code of its block. `block`: rows and columns of one scale, by default
+ * 128 x 128 for fp8 (as released), 1 x 128 for int8, 1 x 32 for int4.
+ */
+export function quantizeWeight(weight: Tensor, format: WeightFormat, block = usualBlocks[format]): QuantizedWeight {
+  const { shape } = weight
+  checkBlock('quantizeWeight', { format, block })
+  needDtype('quantizeWeight', 'weight', weight, 'f32')
+  if (shape.length !== 2 && shape.length !== 3) {
+    throw shapeError('quantizeWeight', `${showShape(shape)} is neither [N, K] nor [E, N, K]`)
+  }
+  const [rows, columns] = shape.slice(-2)
+  const lead = shape.slice(0, -2)
+  const matrices = sizeOf(lead)
+  // Blocks may not reach from one expert into the next.
+  const apart = matrices > 1 && format !== 'bf16' && rows % block[0] !== 0
+  const parts = apart
+    ? Array.from({ length: matrices }, (_, e) =>
+        quantizeMatrix(weight.narrow(0, e, e + 1).reshape([rows, columns]), format, block),
+      )
+    : [quantizeMatrix(weight.reshape([matrices * rows, columns]), format, block)]
+  const q = concat(parts.map(part => part[0])).reshape([...lead, rows, storedColumns(format, columns)])
+  if (format === 'bf16') return { format, block, shape, q, scale: null }
+  const scale = concat(parts.map(part => part[1])).reshape([
+    ...lead,
+    Math.ceil(rows / block[0]),
+    Math.ceil(columns / block[1]),
+  ])
+  return { format, block, shape, q, scale }
+}
+
+/** The stored weight as f32. */
+export function dequantizeWeight({ q, scale, shape, format, block }: QuantizedWeight): Tensor {
+  return dequantize(q, scale, shape[shape.length - 1], { format, block })
+}
+
+const attrsOf = ({ format, block }: QuantizedWeight, precision: Precision): QuantizedAttrs => ({
+  format,
+  block,
+  precision,
+})
+
+/** `x [..., K]` times a stored weight `[N, K]` transposed, to `[..., N]`. */
+export function quantizedMatmul(x: Tensor, weight: QuantizedWeight): Tensor {
+  const { q, scale } = weight
+  const flat = x.rank === 2 ? x : x.reshape([sizeOf(x.shape.slice(0, -1)), x.shape[x.rank - 1]])
+  const inputs = scale === null ? [flat, q] : [flat, q, scale]
+  const [y] = runFused(quantizedMatmulDefinition, inputs, attrsOf(weight, context.precision))
+  return x.rank === 2 ? y : y.reshape([...x.shape.slice(0, -1), y.shape[1]])
+}
+
+/** Rows `offsets[e] .. offsets[e+1]` of `x [M, K]` times expert e's stored weight transposed, `[E, N, K]`: as `groupedMatmul`. */
+export function quantizedGroupedMatmul(x: Tensor, weight: QuantizedWeight, offsets: Tensor): Tensor {
+  const { q, scale } = weight
+  const inputs = scale === null ? [x, q, offsets] : [x, q, offsets, scale]
+  return runFused(quantizedGroupedMatmulDefinition, inputs, attrsOf(weight, context.precision))[0]
+}
