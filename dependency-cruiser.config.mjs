@@ -16,7 +16,7 @@ const edges = {
   trainer: ['core', 'checkpoint'],
 }
 
-const notShipped = String.raw`\.(test|bench)\.ts$|/scripts/|/(tsup|vitest)\.config\.ts$`
+const notShipped = String.raw`\.(test|bench)\.ts$|/test-[^/]+\.ts$|/scripts/|/(tsup|vitest)\.config\.ts$`
 
 const edgeRules = Object.entries(edges).map(([name, allowed]) => ({
   name: `edges-of-${name}`,
@@ -51,7 +51,7 @@ export default {
       comment: 'what ships does not import tests or benchmarks',
       severity: 'error',
       from: { path: '^packages/[^/]+/src/', pathNot: notShipped },
-      to: { path: String.raw`\.(test|bench)\.ts$` },
+      to: { path: String.raw`\.(test|bench)\.ts$|/src/test-[^/]+\.ts$` },
     },
     {
       name: 'no-circles',

@@ -24,7 +24,11 @@ export default defineConfig({
       {
         // The tests of the model parts once more, on the CUDA backend in place of the f64 reference.
         extends: true,
-        resolve: { alias: { '@moe/core/reference': `${import.meta.dirname}/packages/kernels-cuda/src/test-in-place-of-reference.ts` } },
+        resolve: {
+          alias: {
+            '@moe/core/reference': `${import.meta.dirname}/packages/kernels-cuda/src/test-in-place-of-reference.ts`,
+          },
+        },
         test: {
           name: 'models-on-cuda',
           root: 'packages',

@@ -134,7 +134,7 @@ for (const name of ['q-lora', 'no-q-lora', 'yarn', 'yarn-mscale']) {
       const out = mla.forward(x, { positions })
       const output = await (await get('output')).values()
       // Rounding follows the size of what is added up; PyTorch's angles are f32, which shows at positions in the thousands.
-      const largest = output.reduce((most, x) => Math.max(most, Math.abs(x)), 0)
+      const largest = Math.max(...Array.from(output, Math.abs))
       assertClose('output', await out.values(), output, { relative: 1e-4, absolute: 2e-6 * largest })
       const named = namedParameters(mla)
       const found = gradients(out, [x, ...named.map(({ parameter }) => parameter)], {
