@@ -31,6 +31,8 @@ export default defineConfig({
         },
         test: {
           name: 'models-on-cuda',
+          // The emulator takes about a millisecond for a small op.
+          testTimeout: 240_000,
           root: 'packages',
           include: ['{attention-mla,router,mtp,deepseek}/src/**/*.test.ts'],
           // Statistics over hundreds of runs, about sampling rather than kernels.

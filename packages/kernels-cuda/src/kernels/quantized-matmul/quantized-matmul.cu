@@ -1,0 +1,202 @@
+// Products with stored weights, dense and per expert: for few rows straight from the stored weight, which is then all there is to read; for
+// more rows the weight is expanded for the matrix kernels of gemm.cuh.
+// Legend: M rows of x [M, K] and y [M, N]; weight [E, N, K] with E experts (1 when dense); scales [E, ceil(N / BN), ceil(K / BK)].
+// `offsets` is null when dense. `Whole`: K is a multiple of 8, and so is BK where there are scales.
+#include "few-rows.cuh"
+#include "stored.cuh"
+
+/// Rows row .. row + count - 1 are one expert's; expert = E stands for those behind the last one's; count = 0: nothing to do.
+struct Rows {
+  int expert, row, count;
+};
+
+/// Group `group` when every expert's rows, and those behind the last, begin a new group of mostFewRows. The same for all threads of a block.
+MOE_DEVICE Rows rowsOfGroup(const int* offsets, int E, int M, int group) {
+  if (offsets == nullptr) return {0, 0, M};
+  const int lane = threadIdx.x % 32;
+  for (int first = 0; first <= E; first += 32) {
+    const int e = first + lane;
+    const int from = e <= E ? offsets[e] : M, to = e < E ? offsets[e + 1] : M;
+    const int own = divUp(to - from, mostFewRows);
+    int end = own; // groups of experts first .. e
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(wholeWarp, end, step);
+      if (lane >= step) end += before;
+    }
+    const unsigned later = __ballot_sync(wholeWarp, group < end);
+    if (later != 0) {
+      const int row = from + (group - (end - own)) * mostFewRows, found = __ffs(later) - 1;
+      return {first + found, __shfl_sync(wholeWarp, row, found), __shfl_sync(wholeWarp, min(to - row, mostFewRows), found)};
+    }
+    group -= __shfl_sync(wholeWarp, end, 31);
+  }
+  return {E, M, 0};
+}
+
+struct Sizes {
+  int N, K, BN, BK;
+};
+
+/// y [rows, 4 columns from n on] for R rows of x at most. Every thread has 8 of K at a time, in as many places as make 16 bytes of each column.
+template <Format F, bool Whole, int R>
+MOE_DEVICE void fewRowsTimesStored(float (*parts)[32], float* y, const float* x, const unsigned char* weight, const float* scales, int rows, int n, Sizes z) {
+  constexpr bool scaled = F != Format::bf16;
+  constexpr int places = Whole ? 4 / Eight<F>::words : 1, step = 128 * 8;
+  const int columns = min(z.N - n, 4), across = scaled ? divUp(z.K, z.BK) : 0;
+  const int64_t bytes = rowBytes<F>(z.K);
+  weight += n * bytes;
+  int scaleRow[4] = {};
+#pragma unroll
+  for (int j = 0; j < 4 && scaled; j++) scaleRow[j] = min(n + j, z.N - 1) / z.BN * across;
+  ScaleBlock block = ScaleBlock::of(threadIdx.x * 8, z.BK);
+  const ScaleBlock stride = ScaleBlock::of(step, z.BK);
+
+  float sums[R][4] = {};
+  auto multiply = [&](const float (&w)[4][8], const float (&scale)[4], int at) {
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+      if (i >= rows) continue;
+      const float* const from = x + (int64_t)i * z.K + at;
+      alignas(16) float v[8];
+      if (Whole) {
+        *(float4*)v = *(const float4*)from;
+        *(float4*)(v + 4) = *(const float4*)(from + 4);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 8; e++) v[e] = at + e < z.K ? from[e] : 0.f;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        float sum = scaled && Whole ? 0.f : sums[i][j];
+#pragma unroll
+        for (int e = 0; e < 8; e++) sum = fmaf(v[e], w[j][e], sum);
+        sums[i][j] = scaled && Whole ? fmaf(sum, scale[j], sums[i][j]) : sum;
+      }
+    }
+  };
+#pragma unroll 1
+  for (int first = threadIdx.x * 8; first < z.K; first += places * step) {
+    float w[4][8], scale[places][4] = {};
+    if constexpr (Whole) {
+      Eight<F> raw[places][4] = {};
+#pragma unroll
+      for (int p = 0; p < places; p++) {
+        const int at = first + p * step;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          if (j >= columns || at >= z.K) continue;
+          raw[p][j] = Eight<F>::load(weight + j * bytes, at);
+          if (scaled) scale[p][j] = scales[scaleRow[j] + block.block];
+        }
+        if (scaled) block.advance(stride.block, stride.within);
+      }
+#pragma unroll
+      for (int p = 0; p < places; p++) {
+        if (first + p * step >= z.K) continue;
+#pragma unroll
+        for (int j = 0; j < 4; j++) raw[p][j].unpack(w[j]);
+        multiply(w, scale[p], first + p * step);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; j++) loadScaled<F>(w[j], weight + j * bytes, scales + scaleRow[j], block, first, j < columns ? z.K : 0);
+      multiply(w, scale[0], first);
+      block.advance(stride.block, stride.within);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < R; i++) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const float sum = warpSum(sums[i][j]);
+      if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32][i * 4 + j] = sum;
+    }
+  }
+  __syncthreads();
+  const int i = threadIdx.x / 4, j = threadIdx.x % 4;
+  if (i < rows && j < columns) {
+    y[(int64_t)i * z.N + n + j] = parts[0][threadIdx.x] + parts[1][threadIdx.x] + parts[2][threadIdx.x] + parts[3][threadIdx.x];
+  }
+}
+
+/// 4 columns (blockIdx.x) of a group of rows (blockIdx.y) to a block.
+template <Format F, bool Whole>
+MOE_DEVICE void fewRowsOfExperts(float* y, const float* x, const unsigned char* weight, const float* scales, const int* offsets, int M, int E, Sizes z) {
+  MOE_SHARED(float, parts, [4][32]);
+  const Rows group = rowsOfGroup(offsets, E, M, blockIdx.y);
+  const int n = blockIdx.x * 4;
+  y += (int64_t)group.row * z.N, x += (int64_t)group.row * z.K;
+  if (group.expert >= E) {
+    const int i = threadIdx.x / 4, j = n + threadIdx.x % 4;
+    if (i < group.count && j < z.N) y[(int64_t)i * z.N + j] = 0.f;
+    return;
+  }
+  weight += group.expert * (z.N * rowBytes<F>(z.K));
+  if (F != Format::bf16) scales += (int64_t)group.expert * divUp(z.N, z.BN) * divUp(z.K, z.BK);
+  if (group.count <= 1) fewRowsTimesStored<F, Whole, 1>(parts, y, x, weight, scales, group.count, n, z);
+  else if (group.count <= 4) fewRowsTimesStored<F, Whole, 4>(parts, y, x, weight, scales, group.count, n, z);
+  else fewRowsTimesStored<F, Whole, 8>(parts, y, x, weight, scales, group.count, n, z);
+}
+
+MOE_DEVICE void storeEight(float* to, const float (&v)[8]) {
+  *(float4*)to = make_float4(v[0], v[1], v[2], v[3]);
+  *(float4*)(to + 4) = make_float4(v[4], v[5], v[6], v[7]);
+}
+MOE_DEVICE void storeEight(bf16* to, const float (&v)[8]) {
+  *(uint4*)to = make_uint4(packBf16(v[0], v[1]), packBf16(v[2], v[3]), packBf16(v[4], v[5]), packBf16(v[6], v[7]));
+}
+
+/// Rows of weight to `to`, with ld elements (a multiple of 8) to a row, zeros behind K. `rows` rows follow each other, those of E = rows / n
+/// experts, whose own rows are numbers first .. first + n - 1 of the N that scales are for. An expert without rows of x is left out.
+template <Format F, class T>
+MOE_DEVICE void expand(T* to, const unsigned char* weight, const float* scales, const int* offsets, int rows, int n, int first, int ld, int whole, Sizes z) {
+  const int perRow = ld / 8, across = divUp(z.K, z.BK);
+  for (int64_t i = gridThread(); i < (int64_t)rows * perRow; i += gridThreads()) {
+    // 32 bits divide faster, and hold all numbers but those of a single huge matrix.
+    const int row = i >> 32 == 0 ? (uint32_t)i / (uint32_t)perRow : i / perRow;
+    const int expert = row / n, at = (int)(i - (int64_t)row * perRow) * 8;
+    if (offsets != nullptr && offsets[expert] >= offsets[expert + 1]) continue;
+    const unsigned char* const from = weight + row * rowBytes<F>(z.K);
+    const ScaleBlock block = ScaleBlock::of(at, z.BK);
+    const float* const scale = scales + ((int64_t)expert * divUp(z.N, z.BN) + (row - expert * n + first) / z.BN) * across;
+    float v[8];
+    if (whole) {
+      Eight<F>::load(from, at).unpack(v);
+      if (F != Format::bf16) {
+        const float factor = scale[block.block];
+#pragma unroll
+        for (int e = 0; e < 8; e++) v[e] *= factor;
+      }
+    } else {
+      loadScaled<F>(v, from, scale, block, at, z.K);
+    }
+    storeEight(to + (int64_t)row * ld + at, v);
+  }
+}
+
+#define FEW(format, name, Whole)                                                                                                                        \
+  MOE_KERNEL((128, 4), moe_quantized_matmul_few_##format##_##name, (float* y, const float* x, const unsigned char* weight, const float* scales, const int* offsets, int M, int E, int N, int K, int BN, int BK)) { \
+    fewRowsOfExperts<Format::format, Whole>(y, x, weight, scales, offsets, M, E, {N, K, BN, BK});                                                        \
+  }
+#define EXPAND(format, type, T)                                                                                                                         \
+  MOE_KERNEL((256), moe_quantized_matmul_expand_##format##_##type, (T* to, const unsigned char* weight, const float* scales, const int* offsets, int rows, int n, int first, int ld, int whole, int N, int K, int BN, int BK)) { \
+    expand<Format::format>(to, weight, scales, offsets, rows, n, first, ld, whole, {N, K, BN, BK});                                                      \
+  }
+#define FORMAT(format)          \
+  FEW(format, whole, true)      \
+  FEW(format, any, false)       \
+  EXPAND(format, f32, float)    \
+  EXPAND(format, bf16, bf16)
+FORMAT(bf16)
+FORMAT(fp8)
+FORMAT(int8)
+FORMAT(int4)
+
+/// Columns first .. first + columns - 1 of y [M, N] from a matrix of their own. blockIdx.y and beyond: rows.
+MOE_KERNEL((256), moe_quantized_matmul_place_f32, (float* y, const float* part, int M, int N, int first, int columns)) {
+  for (int row = blockIdx.y; row < M; row += gridDim.y) {
+    for (int column = gridThread(); column < columns; column += gridThreads()) {
+      y[(int64_t)row * N + first + column] = part[(int64_t)row * columns + column];
+    }
+  }
+}

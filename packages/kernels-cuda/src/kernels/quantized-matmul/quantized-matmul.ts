@@ -1,0 +1,233 @@
+/** @file Products with weights that are stored in fewer bits, dense and per expert. Weights come as `[N, K]`: legend in quantized-matmul.cu. */
+import type { Precision, QuantizedAttrs, Value, WeightFormat } from '@moe/core'
+import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
+import {
+  chooseTile,
+  gemm,
+  type Matrix,
+  mostFewRows,
+  operands,
+  paddedColumns,
+  roundToBf16,
+  type Tile,
+  tiles,
+} from '../matmul/gemm.ts'
+
+/** Working memory for the expanded weight, about: one expert at least. Tests make it small. */
+export const limits = { chunkBytes: 2 ** 27 }
+
+const bytesOf: Readonly<Record<WeightFormat, number>> = { bf16: 2, fp8: 1, int8: 1, int4: 0.5 }
+const formats = Object.keys(bytesOf) as WeightFormat[]
+const precisions: readonly Precision[] = ['f32', 'bf16']
+
+/** A stored weight `[E, N, K]`, E = 1 when dense, and what its kernels are told of it. */
+interface Weight {
+  readonly q: number
+  /** Null pointer for bf16. */
+  readonly scale: number
+  /** Null pointer when dense. */
+  readonly offsets: number
+  readonly experts: number
+  readonly rows: number
+  readonly columns: number
+  readonly attrs: QuantizedAttrs
+  /** Bytes of a row of q. */
+  readonly rowBytes: number
+  /** Scales of an expert. */
+  readonly scales: number
+  /** Rows of q, and blocks with one scale, are made of whole vectors of 8 values. */
+  readonly whole: boolean
+}
+
+function describe(q: Value, scale: Value | undefined, offsets: Value | undefined, columns: number, attrs: QuantizedAttrs) {
+  const rows = q.shape[q.shape.length - 2]
+  const {
+    format,
+    block: [blockRows, blockColumns],
+  } = attrs
+  const weight: Weight = {
+    q: pointerOf(q),
+    scale: scale === undefined ? 0 : pointerOf(scale),
+    offsets: offsets === undefined ? 0 : pointerOf(offsets),
+    experts: offsets === undefined ? 1 : q.shape[0],
+    rows,
+    columns,
+    attrs,
+    rowBytes: Math.ceil(columns * bytesOf[format]),
+    scales: Math.ceil(rows / blockRows) * Math.ceil(columns / blockColumns),
+    whole: columns % 8 === 0 && (format === 'bf16' || blockColumns % 8 === 0),
+  }
+  return weight
+}
+
+const sizesOf = ({ rows, columns, attrs }: Weight) => [rows, columns, ...attrs.block]
+
+/** y for at most mostFewRows rows of x, or as many to an expert, from the stored weight itself; in f32 whatever the precision. */
+function fewRows(cuda: Cuda) {
+  const kernels = new Map(
+    formats.flatMap(format =>
+      ['whole', 'any'].map(sizes => {
+        const variant = `${format}_${sizes}`
+        return [variant, cuda.kernel('quantized-matmul', `moe_quantized_matmul_few_${variant}`, 'p p p p p i i i i i i')]
+      }),
+    ),
+  )
+  return (y: number, x: number, weight: Weight, m: number, groups: number) =>
+    kernels.get(`${weight.attrs.format}_${weight.whole ? 'whole' : 'any'}`)?.(
+      { grid: [Math.ceil(weight.rows / 4), groups], block: 128 },
+      y,
+      x,
+      weight.q,
+      weight.scale,
+      weight.offsets,
+      m,
+      weight.experts,
+      ...sizesOf(weight),
+    )
+}
+
+/** Part of a weight: some experts, or some rows of the one there is. */
+interface Chunk {
+  readonly expert: number
+  readonly experts: number
+  readonly row: number
+  readonly rows: number
+  readonly matrix: Matrix
+}
+
+/** The weight as operands of a product, in chunks that lie in the same working memory, one after the other. */
+function chunksOf(cuda: Cuda) {
+  const kernels = new Map(
+    formats.flatMap(format =>
+      precisions.map(precision => {
+        const variant = `${format}_${precision}`
+        const signature = 'p p p p i i i i i i i i i'
+        return [variant, cuda.kernel('quantized-matmul', `moe_quantized_matmul_expand_${variant}`, signature)]
+      }),
+    ),
+  )
+  return function* (weight: Weight): Generator<Chunk> {
+    const { q, scale, offsets, experts, rows, columns, attrs, rowBytes, scales, whole } = weight
+    const { format, precision } = attrs
+    const ld = paddedColumns(columns)
+    if (format === 'bf16' && precision === 'bf16' && ld === columns) {
+      yield { expert: 0, experts, row: 0, rows, matrix: { pointer: q, ld } }
+      return
+    }
+    const bytes = ld * (precision === 'bf16' ? 2 : 4)
+    const most = Math.max(1, Math.floor(limits.chunkBytes / Math.max(1, bytes)))
+    // Chunks of rows begin at whole tiles of any size.
+    const mostRows = offsets === 0 ? Math.min(rows, Math.max(256, Math.floor(most / 256) * 256)) : rows
+    const mostExperts = Math.min(experts, Math.max(1, Math.floor(most / rows)))
+    const { pointer } = cuda.scratch(mostExperts * mostRows * bytes)
+    for (let expert = 0; expert < experts; expert += mostExperts) {
+      for (let row = 0; row < rows; row += mostRows) {
+        const chunk = {
+          expert,
+          experts: Math.min(mostExperts, experts - expert),
+          row,
+          rows: Math.min(mostRows, rows - row),
+          matrix: { pointer, ld },
+        }
+        const all = chunk.experts * chunk.rows
+        kernels.get(`${format}_${precision}`)?.(
+          { grid: Math.min(Math.ceil((all * ld) / 8 / 256), cuda.multiprocessors * 16), block: 256 },
+          pointer,
+          q + (expert * rows + row) * rowBytes,
+          scale === 0 ? 0 : scale + expert * scales * 4,
+          offsets === 0 ? 0 : offsets + expert * 4,
+          all,
+          chunk.rows,
+          row,
+          ld,
+          +whole,
+          ...sizesOf(weight),
+        )
+        yield chunk
+      }
+    }
+  }
+}
+
+export const quantizedMatmul: FusedFactory<'quantizedMatmul'> = cuda => {
+  const few = fewRows(cuda)
+  const chunks = chunksOf(cuda)
+  const round = roundToBf16(cuda)
+  const multiply = gemm(cuda)
+  const place = cuda.kernel('quantized-matmul', 'moe_quantized_matmul_place_f32', 'p p i i i i')
+  return ([x, q, scale], attrs, [spec]) => {
+    const y = cuda.output(spec)
+    const [m, n] = spec.shape
+    const k = x.shape[1]
+    if (m * n === 0) return [y]
+    const weight = describe(q, scale, undefined, k, attrs)
+    if (m <= mostFewRows) {
+      few(y.pointer, pointerOf(x), weight, m, 1)
+      return [y]
+    }
+    const { precision } = attrs
+    const [left] = operands(round, precision, [{ pointer: pointerOf(x), rows: m, columns: k }])
+    let part = 0
+    for (const { row, rows, matrix } of chunks(weight)) {
+      // The product has no gaps: columns that are not all of y go there from working memory.
+      if (rows < n && part === 0) part = cuda.scratch(m * rows * 4).pointer
+      const to = rows < n ? part : y.pointer
+      multiply(precision, to, left, matrix, { m, n: rows, k, transposeA: false, transposeB: true })
+      if (rows < n) {
+        const grid = [Math.min(Math.ceil(rows / 256), 16), Math.min(m, 65535)]
+        place({ grid, block: 256 }, y.pointer, part, m, n, row, rows)
+      }
+    }
+    return [y]
+  }
+}
+
+export const quantizedGroupedMatmul: FusedFactory<'quantizedGroupedMatmul'> = cuda => {
+  const few = fewRows(cuda)
+  const chunks = chunksOf(cuda)
+  const round = roundToBf16(cuda)
+  const kernels = new Map(
+    [...tiles.f32, ...tiles.bf16].map(({ name }) => [
+      name,
+      cuda.kernel('grouped-matmul', `moe_grouped_matmul_fwd_${name}_t`, 'p p p p i i i i i i'),
+    ]),
+  )
+  return ([x, q, offsets, scale], attrs, [spec]) => {
+    const y = cuda.output(spec)
+    const [m, n] = spec.shape
+    const k = x.shape[1]
+    if (m * n === 0) return [y]
+    const weight = describe(q, scale, offsets, k, attrs)
+    // Every expert can begin a group of rows, and so can the rows behind the last one; none is empty.
+    const mostGroups = (size: number, experts: number) => Math.min(m, Math.ceil(m / size) + experts)
+    if (m <= Math.min(mostFewRows * weight.experts, 4096)) {
+      few(y.pointer, pointerOf(x), weight, m, mostGroups(mostFewRows, weight.experts))
+      return [y]
+    }
+    if (weight.experts === 0) {
+      cuda.clear(y.pointer, m * n * 4)
+      return [y]
+    }
+    const { precision } = attrs
+    const [left] = operands(round, precision, [{ pointer: pointerOf(x), rows: m, columns: k }])
+    for (const { expert, experts, matrix } of chunks(weight)) {
+      // Rows behind the chunk's experts get zeros, and then what the next chunk makes of them.
+      const most = (tile: Tile) => mostGroups(tile.m, experts) * Math.ceil(n / tile.n)
+      const tile = chooseTile(cuda, precision, most)
+      kernels.get(tile.name)?.(
+        { grid: most(tile), block: tile.threads, shared: tile.shared },
+        y.pointer,
+        left.pointer,
+        matrix.pointer,
+        weight.offsets + expert * 4,
+        m,
+        n,
+        k,
+        experts,
+        left.ld,
+        matrix.ld,
+      )
+    }
+    return [y]
+  }
+}
