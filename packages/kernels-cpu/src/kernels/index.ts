@@ -19,6 +19,7 @@ import { matmul } from './matmul/matmul.ts'
 import { concat, expand, pad, permute, reshape, slice } from './movement/movement.ts'
 import { permuteTokens, permuteTokensBackward } from './permute-tokens/permute-tokens.ts'
 import { quantize } from './quantize/quantize.ts'
+import { quantizedGroupedMatmul, quantizedMatmul } from './quantized-matmul/quantized-matmul.ts'
 import { reduce } from './reduce/reduce.ts'
 import { rmsNorm, rmsNormBackward } from './rms-norm/rms-norm.ts'
 import { rope } from './rope/rope.ts'
@@ -70,6 +71,8 @@ export const fusedFactories: { readonly [F in FusedName]?: FusedFactory<F> } = {
   permuteTokens,
   permuteTokensBackward,
   quantize,
+  quantizedGroupedMatmul,
+  quantizedMatmul,
   rmsNorm,
   rmsNormBackward,
   rope,

@@ -4,28 +4,13 @@
 
 #include "gemm.h"
 #include "moe.h"
+#include "ranges.h"
 
 using namespace moe;
 
 namespace {
 
-// Row range of each expert; whatever the offsets say, ranges follow each other and lie within 0 .. rows.
-struct Ranges {
-  std::vector<int64_t> ends;
-  Ranges(const int32_t* offsets, int64_t experts, int64_t rows) : ends(static_cast<size_t>(experts + 1)) {
-    int64_t last = 0;
-    for (int64_t e = 0; e <= experts; ++e)
-      last = ends[static_cast<size_t>(e)] = std::max(last, std::min<int64_t>(offsets[e], rows));
-  }
-  int64_t begin(int64_t e) const { return ends[static_cast<size_t>(e)]; }
-  int64_t size(int64_t e) const { return ends[static_cast<size_t>(e) + 1] - ends[static_cast<size_t>(e)]; }
-};
-
 constexpr int64_t large_gradient = int64_t{4} << 20;  // elements
-
-void clear_rows(float* y, int64_t from, int64_t to, int64_t width) {
-  if (to > from) std::memset(y + from * width, 0, static_cast<size_t>((to - from) * width) * 4);
-}
 
 }  // namespace
 

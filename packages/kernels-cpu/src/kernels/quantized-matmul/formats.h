@@ -1,0 +1,106 @@
+// Stored weights as vectors of f32. A register of stored weights is taken as 32-bit lanes with `per` weights each; weight j of every lane
+// comes out with one to four operations and no shuffle. x is laid out to match: see pack_x in dots.h.
+#pragma once
+
+#include "convert.h"
+#include "moe.h"
+
+namespace moe {
+namespace {
+
+enum class Format : int { bf16, fp8, int8, int4 };
+
+MOE_INLINE i32v load_bytes(const uint8_t* from) {
+  i32v v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+struct Bf16Weights {
+  static constexpr int per = 2;
+  static constexpr bool scaled = false;
+  static constexpr float zero = 0;
+  // What x is multiplied with to make up for a weight that comes out too large.
+  static constexpr float x_factor(int) { return 1; }
+  template <int j>
+  MOE_INLINE f32v get(i32v v) {
+    return from_bits(j == 0 ? v << 16 : v & static_cast<int32_t>(0xffff0000));
+  }
+};
+
+// Bytes and half bytes stay where they are in their lane, which makes them larger by a power of two.
+struct Int8Weights {
+  static constexpr int per = 4;
+  static constexpr bool scaled = true;
+  static constexpr float zero = 128;
+  static constexpr float x_factor(int j) { return j == 3 ? 1.0f : 1.0f / static_cast<float>(1 << (8 * j)); }
+  template <int j>
+  MOE_INLINE f32v get(i32v v) {
+    if (j == 3) return to_f32((i32v)((u32v)v >> 24));
+    return to_f32(v & static_cast<int32_t>(0xffu << (8 * j)));
+  }
+};
+
+struct Int4Weights {
+  static constexpr int per = 8;
+  static constexpr bool scaled = true;
+  static constexpr float zero = 8;
+  static constexpr float x_factor(int j) { return j == 7 ? 1.0f : 1.0f / static_cast<float>(1 << (4 * j)); }
+  template <int j>
+  MOE_INLINE f32v get(i32v v) {
+    if (j == 7) return to_f32((i32v)((u32v)v >> 28));
+    return to_f32(v & static_cast<int32_t>(0xfu << (4 * j)));
+  }
+};
+
+struct Fp8Weights {
+  static constexpr int per = 4;
+  static constexpr bool scaled = true;
+  static constexpr float zero = 0;
+  static constexpr float x_factor(int) { return 1; }
+  // Sign and exponent of f32 are reached by an arithmetic shift; 2^120 mends the bias, and makes subnormals right as well.
+  template <int j>
+  MOE_INLINE f32v get(i32v v) {
+    const i32v top = j == 3 ? v : v << (24 - 8 * j);
+    return from_bits((top >> 4) & static_cast<int32_t>(0x87f00000)) * splat(1.329227995784916e36f);
+  }
+};
+
+// Bytes that are NaN in f8e4m3 as nonzero bytes.
+MOE_INLINE i32v fp8_nans(i32v v) {
+  typedef uint8_t bytes __attribute__((vector_size(MOE_LANES * 4)));
+  return (i32v)(((bytes)v & 0x7f) == 0x7f);
+}
+
+// Row `row` of a stored matrix [n, k] as f32.
+MOE_INLINE void decode_row(Format format, const uint8_t* q, const float* scales, int64_t k, int64_t block_columns, float* to) {
+  if (format == Format::bf16) {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(q);
+    int64_t i = 0;
+    for (; i + lanes <= k; i += lanes) store(to + i, from_bf16(load(from + i)));
+    for (; i < k; ++i) {
+      const uint32_t code = static_cast<uint32_t>(from[i]) << 16;
+      std::memcpy(to + i, &code, 4);
+    }
+    return;
+  }
+  for (int64_t begin = 0, block = 0; begin < k; begin += block_columns, ++block) {
+    const int64_t end = std::min(k, begin + block_columns);
+    const float scale = scales[block];
+    if (format == Format::int8) {
+      for (int64_t i = begin; i < end; ++i) to[i] = static_cast<float>(q[i] - 128) * scale;
+    } else if (format == Format::int4) {
+      for (int64_t i = begin; i < end; ++i) to[i] = static_cast<float>(((q[i >> 1] >> (4 * (i & 1))) & 15) - 8) * scale;
+    } else {
+      for (int64_t i = begin; i < end; i += lanes) {
+        const int count = static_cast<int>(std::min<int64_t>(lanes, end - i));
+        u8v codes{};
+        std::memcpy(&codes, q + i, static_cast<size_t>(count));
+        store_some(to + i, from_f8e4m3(codes) * splat(scale), count);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moe
