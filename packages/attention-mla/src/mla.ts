@@ -5,8 +5,11 @@
  */
 import {
   attention,
+  type Backend,
   concat,
+  denseWeight,
   forkInit,
+  fromHost,
   type Handle,
   type InitOptions,
   keep,
@@ -14,6 +17,10 @@ import {
   latentAttention,
   Module,
   noGrad,
+  QuantizedParameter,
+  type QuantizedWeight,
+  quantizedGroupedMatmul,
+  quantizeWeight,
   RmsNorm,
   rope,
   scope,
@@ -41,12 +48,14 @@ export interface MlaForwardOptions {
   readonly absorbUpTo?: number
 }
 
-/** W_UK `[H, N, C]` and W_UV `[H, V, C]` cut out of kv_b_proj for absorbed decoding, while that stays the same. */
-interface Absorbed {
-  readonly of: Handle
-  readonly keyUp_HNC: Tensor
-  readonly valueUp_HVC: Tensor
-}
+/**
+ * W_UK and W_UV cut out of kv_b_proj for absorbed decoding, while that stays the same: `[H, N, C]` and `[H, V, C]`, or where that is stored in fewer
+ * bits `[H, C, N]` and `[H, V, C]` in bf16 (quantizing W_UK anew along another axis would add a second error).
+ */
+type Absorbed = { readonly of: Handle } & (
+  | { readonly keyUp_HNC: Tensor; readonly valueUp_HVC: Tensor }
+  | { readonly keyUp_HCN: QuantizedWeight; readonly valueUp_HVC: QuantizedWeight }
+)
 
 /** Attention whose keys and values are expanded from one low-rank latent per token. `[B, T, hidden]` to the same shape, causal. */
 export class MultiHeadLatentAttention extends Module {
@@ -162,14 +171,43 @@ export class MultiHeadLatentAttention extends Module {
   #absorbedForward(q_BTHD: Tensor, rows_BSC: Tensor, lengths: Tensor): Tensor {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, kv_lora_rank: rank, v_head_dim: value } = this.#config
     const [batch, time, , features] = q_BTHD.shape
-    const { keyUp_HNC, valueUp_HVC } = this.#absorb()
-    const byHead = (t: Tensor) => t.permute([2, 0, 1, 3]).reshape([heads, batch * time, t.shape[3]])
-    const perToken = (t: Tensor) => t.reshape([heads, batch, time, t.shape[2]]).permute([1, 2, 0, 3])
-    const qLatent = perToken(byHead(q_BTHD.narrow(3, 0, nope)).matmul(keyUp_HNC))
+    const { up, down } = this.#perHead(batch * time, q_BTHD.backend)
+    // With one token the heads already lie in front.
+    const one = batch * time === 1
+    const byHead = (t: Tensor) => (one ? t : t.permute([2, 0, 1, 3])).reshape([heads, batch * time, t.shape[3]])
+    const perToken = (t: Tensor) =>
+      one ? t.reshape([1, 1, heads, t.shape[2]]) : t.reshape([heads, batch, time, t.shape[2]]).permute([1, 2, 0, 3])
+    const qLatent = perToken(up(byHead(q_BTHD.narrow(3, 0, nope))))
     const q = concat([qLatent, q_BTHD.narrow(3, nope, features)], 3)
     const context_BTHC = latentAttention(q, rows_BSC, lengths, { scale: this.#scale, valueDim: rank })
-    const out = perToken(byHead(context_BTHC).matmul(valueUp_HVC, { transposeB: true }))
+    const out = perToken(down(byHead(context_BTHC)))
     return this.o_proj.forward(out.reshape([batch, time, heads * value]))
+  }
+
+  /** The products with W_UK and W_UV of every head: `[H, M, N]` to `[H, M, C]`, and `[H, M, C]` to `[H, M, V]`. */
+  #perHead(rows: number, backend: Backend) {
+    const absorbed = this.#absorb()
+    if ('keyUp_HNC' in absorbed) {
+      const { keyUp_HNC, valueUp_HVC } = absorbed
+      return {
+        up: (x: Tensor) => x.matmul(keyUp_HNC),
+        down: (x: Tensor) => x.matmul(valueUp_HVC, { transposeB: true }),
+      }
+    }
+    const { num_attention_heads: heads } = this.#config
+    const offsets = fromHost(
+      Int32Array.from({ length: heads + 1 }, (_, head) => head * rows),
+      [heads + 1],
+      'i32',
+      backend,
+    )
+    const product = (weight: QuantizedWeight) => (x: Tensor) =>
+      quantizedGroupedMatmul(x.reshape([heads * rows, x.shape[2]]), weight, offsets).reshape([
+        heads,
+        rows,
+        weight.shape[1],
+      ])
+    return { up: product(absorbed.keyUp_HCN), down: product(absorbed.valueUp_HVC) }
   }
 
   #absorb(): Absorbed {
@@ -178,11 +216,20 @@ export class MultiHeadLatentAttention extends Module {
     if (before !== null && before.of === weight.handle) return before
     const { num_attention_heads: heads, qk_nope_head_dim: nope, kv_lora_rank: rank, v_head_dim: value } = this.#config
     this.releaseAbsorbed()
+    const stored = weight instanceof QuantizedParameter && weight.backend.dtypes.has('bf16')
     const absorbed = keep({
       of: weight.handle,
       ...scope(() => {
-        const perHead = weight.detach().reshape([heads, nope + value, rank])
-        return { keyUp_HNC: perHead.narrow(1, 0, nope), valueUp_HVC: perHead.narrow(1, nope, nope + value) }
+        const perHead = denseWeight(weight)
+          .detach()
+          .reshape([heads, nope + value, rank])
+        const keyUp_HNC = perHead.narrow(1, 0, nope)
+        const valueUp_HVC = perHead.narrow(1, nope, nope + value)
+        if (!stored) return { keyUp_HNC, valueUp_HVC }
+        return {
+          keyUp_HCN: quantizeWeight(keyUp_HNC.permute([0, 2, 1]), 'bf16'),
+          valueUp_HVC: quantizeWeight(valueUp_HVC, 'bf16'),
+        }
       }),
     })
     this.#absorbed = absorbed
@@ -191,8 +238,14 @@ export class MultiHeadLatentAttention extends Module {
 
   /** Frees the copies of kv_b_proj that absorbed decoding made. They come back when needed. */
   releaseAbsorbed(): void {
-    this.#absorbed?.keyUp_HNC.dispose()
-    this.#absorbed?.valueUp_HVC.dispose()
+    const absorbed = this.#absorbed
+    if (absorbed !== null) {
+      const held =
+        'keyUp_HNC' in absorbed
+          ? [absorbed.keyUp_HNC, absorbed.valueUp_HVC]
+          : [absorbed.keyUp_HCN.q, absorbed.valueUp_HVC.q]
+      for (const tensor of held) tensor.dispose()
+    }
     this.#absorbed = null
   }
 }

@@ -89,6 +89,7 @@ export {
   RmsNorm,
   SwigluMlp,
   seedDefaultRandom,
+  weightParameter,
 } from './nn/layers.ts'
 export {
   disposeModule,
@@ -100,6 +101,15 @@ export {
   zeroGrad,
 } from './nn/module.ts'
 export { Parameter } from './nn/parameter.ts'
+export {
+  denseWeight,
+  groupedLinear,
+  linear,
+  QuantizedParameter,
+  quantizeWeights,
+  type WeightBytes,
+  weightBytes,
+} from './nn/quantized.ts'
 export {
   entriesSource,
   type LoadOptions,

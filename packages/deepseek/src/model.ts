@@ -14,6 +14,7 @@ import {
 import {
   type Backend,
   defaultBackend,
+  denseWeight,
   disposeModule,
   Embedding,
   forkInit,
@@ -27,6 +28,7 @@ import {
   RmsNorm,
   scope,
   type Tensor,
+  type WeightFormat,
 } from '@moe/core'
 import { type MtpAcceptance, MtpModule, mtpAcceptance, mtpLoss, shiftTokens, type TokenRows } from '@moe/mtp'
 import {
@@ -63,6 +65,8 @@ export interface Objective {
 export interface DeepSeekOptions {
   readonly seed?: number
   readonly backend?: Backend
+  /** Store weights in fewer bits, for inference: see `quantizeWeights`. Checkpoints are quantized tensor by tensor as they are read. Default: f32. */
+  readonly weights?: WeightFormat
   readonly objective?: Partial<Objective>
   /** What keeps the experts evenly loaded, in place of `balanceWeight` and `biasSpeed`. */
   readonly balancer?: Balancer
@@ -132,7 +136,7 @@ export class DeepSeek extends Module {
    */
   constructor(config: DeepSeekConfigInput, options: DeepSeekOptions = {}) {
     super()
-    const { seed = 0, backend = defaultBackend(), objective, balancer, dropping, monitor = null } = options
+    const { seed = 0, backend = defaultBackend(), weights, objective, balancer, dropping, monitor = null } = options
     this.#config = parseConfig(config)
     this.#backend = backend
     const usual = { mtpWeight: 0.3, balanceWeight: 1e-4, biasSpeed: 0.001, mtpDetached: false, mtpAcceptance: false }
@@ -142,7 +146,7 @@ export class DeepSeek extends Module {
     const share = dropping?.undropped ?? 0.1
     const draw = (batch: number) => new Random(seed).fork(`undropped/${this.step}/${this.#batches++}`).uniform(batch)
     this.#undropped = dropping ? batch => draw(batch).map(x => (x < share ? 1 : 0)) : null
-    const init: InitOptions = { random: new Random(seed), deviation: this.#config.initializer_range, backend }
+    const init: InitOptions = { random: new Random(seed), deviation: this.#config.initializer_range, backend, weights }
     this.#rotary = new RotaryEmbedding(this.#config)
     this.model = new Trunk(this.#config, this.#rotary, { ...init, balancer, dropping })
     this.lm_head = new Linear(this.#config.hidden_size, this.#config.vocab_size, forkInit(init, 'lm_head'))
@@ -238,20 +242,21 @@ export class DeepSeek extends Module {
     const layerOptions = this.#layerOptions(rows, time, training, loss => balance.push(loss))
     const hidden = this.#states(rows, time, layerOptions(0))
     const { targets, count } = shiftTokens(rows, time, 1, { from })
+    const head = denseWeight(this.lm_head.weight)
     const nll = linearCrossEntropy(
       hidden.reshape([batch * time, this.#config.hidden_size]),
-      this.lm_head.weight,
+      head,
       fromHost(targets, [batch * time], 'i32', this.#backend),
     ).sum()
     let loss = nll.mul(1 / Math.max(1, count))
     const metrics: Record<string, Tensor> = {}
     const { mtpWeight, balanceWeight, mtpDetached: detached, mtpAcceptance: measured } = this.#objective
     if (training && this.mtp.length > 0) {
-      const mtp = mtpLoss(this.mtp, hidden, rows, this.lm_head.weight, layerOptions, { detached })
+      const mtp = mtpLoss(this.mtp, hidden, rows, head, layerOptions, { detached })
       metrics.mtp = mtp.loss.detach()
       loss = loss.add(mtp.loss.mul(scheduled(mtpWeight, this.step)))
       if (measured) {
-        const { chained } = mtpAcceptance(this.mtp, hidden, rows, this.lm_head.weight, {})
+        const { chained } = mtpAcceptance(this.mtp, hidden, rows, head, {})
         for (const [k, rate] of chained.entries()) metrics[`acceptance${k + 1}`] = rate
       }
     }
@@ -299,7 +304,7 @@ export class DeepSeek extends Module {
   mtpAcceptance(rows: TokenRows): MtpAcceptance {
     return this.infer(() => {
       const time = rows.length - this.lookahead
-      return mtpAcceptance(this.mtp, this.#states(rows, time, {}), rows, this.lm_head.weight, {})
+      return mtpAcceptance(this.mtp, this.#states(rows, time, {}), rows, denseWeight(this.lm_head.weight), {})
     })
   }
 

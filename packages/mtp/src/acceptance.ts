@@ -1,5 +1,5 @@
 /** @file How often a depth's draft is what the main model says itself, measured on given text instead of in decoding. */
-import { fromHost, full, noGrad, type Parameter, scope, type Tensor } from '@moe/core'
+import { fromHost, full, noGrad, scope, type Tensor } from '@moe/core'
 import { chain, type DepthOptions } from './loss.ts'
 import type { MtpModule } from './mtp.ts'
 import { shiftTokens, type TokenRows } from './targets.ts'
@@ -25,7 +25,7 @@ export function mtpAcceptance<Options>(
   modules: ReadonlyArray<MtpModule<Options>>,
   hidden: Tensor,
   rows: TokenRows,
-  headWeight: Parameter,
+  headWeight: Tensor,
   options: DepthOptions<Options>,
 ): MtpAcceptance {
   return noGrad(() =>

@@ -1,5 +1,5 @@
 /** @file The training loss over all depths (V3 report eq. 24-25). */
-import { type Backend, fromHost, linearCrossEntropy, type Parameter, type Tensor } from '@moe/core'
+import { type Backend, fromHost, linearCrossEntropy, type Tensor } from '@moe/core'
 import type { MtpModule } from './mtp.ts'
 import { shiftTokens, type TokenRows } from './targets.ts'
 
@@ -48,7 +48,7 @@ export function mtpLoss<Options>(
   modules: ReadonlyArray<MtpModule<Options>>,
   hidden_BTD: Tensor,
   rows: TokenRows,
-  headWeight: Parameter,
+  headWeight: Tensor,
   options: DepthOptions<Options>,
   { detached = false }: MtpLossOptions = {},
 ): MtpLoss {

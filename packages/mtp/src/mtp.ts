@@ -6,12 +6,12 @@
  */
 import {
   concat,
+  denseWeight,
   Embedding,
   forkInit,
   type InitOptions,
   Linear,
   Module,
-  type Parameter,
   RmsNorm,
   type Tensor,
 } from '@moe/core'
@@ -83,9 +83,10 @@ export class MtpModule<Options = Record<never, never>> extends Module {
     }
   }
 
-  /** Weight `[V, D]` of the module's own head, or null when it is shared. */
-  get ownHead(): Parameter | null {
-    return this.shared_head.head?.weight ?? null
+  /** Weight `[V, D]` of the module's own head in f32, or null when it is shared. */
+  get ownHead(): Tensor | null {
+    const { head } = this.shared_head
+    return head ? denseWeight(head.weight) : null
   }
 
   /**

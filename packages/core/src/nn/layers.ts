@@ -1,11 +1,12 @@
 /** @file The layers that every part of a model uses: linear, embedding, RMSNorm, SwiGLU MLP; and how they are initialized. */
-import type { Backend } from '../backend.ts'
+import type { Backend, WeightFormat } from '../backend.ts'
 import { rmsNorm } from '../fused/rms-norm.ts'
 import { swiglu } from '../fused/swiglu.ts'
 import { Random, randn } from '../random.ts'
 import { ones, type Tensor } from '../tensor.ts'
 import { Module } from './module.ts'
 import { Parameter } from './parameter.ts'
+import { embeddingRows, linear, quantizedParameter } from './quantized.ts'
 
 /** How a module's parameters start. */
 export interface InitOptions {
@@ -14,6 +15,8 @@ export interface InitOptions {
   /** Standard deviation of normal initial weights. Default 0.02 (`initializer_range`). */
   readonly deviation?: number
   readonly backend?: Backend
+  /** Store the weights of linear layers, embeddings and experts in fewer bits from the start, for inference. Default: f32. */
+  readonly weights?: WeightFormat
 }
 
 let defaultSeed = 0
@@ -33,6 +36,15 @@ export function normalParameter(shape: readonly number[], name: string, init: In
   return new Parameter(randn(shape, random, { deviation: init.deviation ?? 0.02, backend: init.backend }))
 }
 
+/** A normal parameter that may be stored in fewer bits, as `weights` says: what `linear`, `groupedLinear` and `embeddingRows` take. */
+export function weightParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
+  const dense = normalParameter(shape, name, init)
+  if (init.weights === undefined) return dense
+  const stored = quantizedParameter(dense, init.weights)
+  dense.dispose()
+  return stored
+}
+
 /** The same options for a child: an independent generator of its own. */
 export function forkInit(init: InitOptions, name: string): InitOptions {
   return { ...init, random: generator(init).fork(name) }
@@ -41,28 +53,30 @@ export function forkInit(init: InitOptions, name: string): InitOptions {
 /** y = x W^T without bias. `weight [out, in]`, x `[..., in]` to `[..., out]`. */
 export class Linear extends Module {
   weight: Parameter
+  override readonly quantizable = ['weight']
 
   constructor(inputs: number, outputs: number, init: InitOptions = {}) {
     super()
-    this.weight = normalParameter([outputs, inputs], 'weight', init)
+    this.weight = weightParameter([outputs, inputs], 'weight', init)
   }
 
   forward(x: Tensor): Tensor {
-    return x.matmul(this.weight, { transposeB: true })
+    return linear(x, this.weight)
   }
 }
 
 /** Rows of a table. `weight [rows, features]`, ids i32 `[...]` to `[..., features]`; an id outside the table gives zeros. */
 export class Embedding extends Module {
   weight: Parameter
+  override readonly quantizable = ['weight']
 
   constructor(rows: number, features: number, init: InitOptions = {}) {
     super()
-    this.weight = normalParameter([rows, features], 'weight', init)
+    this.weight = weightParameter([rows, features], 'weight', init)
   }
 
   forward(ids: Tensor): Tensor {
-    return this.weight.takeRows(ids)
+    return embeddingRows(this.weight, ids)
   }
 }
 

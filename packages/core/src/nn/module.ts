@@ -12,6 +12,8 @@ export abstract class Module {
   declare readonly transparent?: readonly string[]
   /** Parameters whose first axis is stored as separate tensors: field to the key (below this module) of each slice. */
   declare readonly stacked?: Readonly<Record<string, (index: number) => string>>
+  /** Parameters that `quantizeWeights` may store in fewer bits: this module uses them through `linear`, `groupedLinear` and `embeddingRows` alone. */
+  declare readonly quantizable?: readonly string[]
 }
 
 /** A parameter with its place in the model. */

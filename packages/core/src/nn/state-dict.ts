@@ -5,6 +5,8 @@ import { MoeError } from '../errors.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
 import { fromHost } from '../tensor.ts'
 import { type Module, type NamedParameter, namedParameters } from './module.ts'
+import type { Parameter } from './parameter.ts'
+import { QuantizedParameter, weightShape } from './quantized.ts'
 
 /** One stored tensor. `data` is raw bits for the 16- and 8-bit floats. */
 export interface StateEntry {
@@ -27,9 +29,24 @@ export function stateDict(module: Module): StateEntry[] {
   return namedParameters(module).flatMap(entriesOf)
 }
 
+/** Elements as checkpoints hold them: weights in 8 or 4 bits are written as the f32 numbers that they stand for. */
+function readable(parameter: Parameter): { dtype: DType; read(): Promise<HostArray> } {
+  if (!(parameter instanceof QuantizedParameter) || parameter.dtype === 'bf16') {
+    return { dtype: parameter.dtype, read: () => parameter.data() }
+  }
+  return {
+    dtype: 'f32',
+    async read() {
+      using dense = parameter.dequantize()
+      return dense.data()
+    },
+  }
+}
+
 function entriesOf({ name, parameter, slices }: NamedParameter): StateEntry[] {
-  const { dtype, shape } = parameter
-  if (slices === undefined) return [{ name, dtype, shape, data: () => parameter.data() }]
+  const { dtype, read } = readable(parameter)
+  const shape = weightShape(parameter)
+  if (slices === undefined) return [{ name, dtype, shape, data: read }]
   const sliceShape = shape.slice(1)
   const size = sizeOf(sliceShape)
   // All slices come from one download, which is dropped after the last was handed out.
@@ -40,7 +57,7 @@ function entriesOf({ name, parameter, slices }: NamedParameter): StateEntry[] {
     dtype,
     shape: sliceShape,
     async data() {
-      whole ??= parameter.data()
+      whole ??= read()
       const all = await whole
       if (--left === 0) {
         whole = null
@@ -59,7 +76,7 @@ export interface LoadOptions {
 }
 
 /**
- * Fills a module from stored tensors, converting float dtypes. Nothing is changed unless every key fits.
+ * Fills a module from stored tensors, converting float dtypes and, where the module holds weights in fewer bits, quantizing. Nothing is changed unless every key fits.
  * @throws MoeError E_STATE_DICT that lists every missing, unexpected and mis-shaped key at once.
  */
 export async function loadStateDict(module: Module, source: StateSource, options: LoadOptions = {}): Promise<void> {
@@ -70,7 +87,8 @@ export async function loadStateDict(module: Module, source: StateSource, options
   const misshaped: string[] = []
   const known = new Set<string>()
   for (const { name, parameter, slices } of parameters) {
-    const shape = slices === undefined ? parameter.shape : parameter.shape.slice(1)
+    const whole = weightShape(parameter)
+    const shape = slices === undefined ? whole : whole.slice(1)
     for (const key of slices ?? [name]) {
       known.add(key)
       if (!available.has(key)) {
@@ -87,6 +105,10 @@ export async function loadStateDict(module: Module, source: StateSource, options
   for (const { name, parameter, slices } of parameters) {
     const keys = slices ?? [name]
     if (!keys.every(key => available.has(key))) continue
+    if (parameter instanceof QuantizedParameter) {
+      await fillStored(parameter, keys, slices !== undefined, source)
+      continue
+    }
     const { dtype, shape, backend } = parameter
     const values = await Promise.all(
       keys.map(async key => convert(await source.read(key), source.info(key).dtype, dtype)),
@@ -95,6 +117,20 @@ export async function loadStateDict(module: Module, source: StateSource, options
       fromHost(values.length === 1 && slices === undefined ? values[0] : join(values), shape, dtype, backend),
     )
   }
+}
+
+/** Reads and stores one slice after another, so that a stacked weight is never there as a whole in f32. */
+async function fillStored(
+  parameter: QuantizedParameter,
+  keys: readonly string[],
+  stacked: boolean,
+  source: StateSource,
+) {
+  const { shape } = parameter.weight
+  await parameter.assignParts(keys.length, async i => {
+    const data = convert(await source.read(keys[i]), source.info(keys[i]).dtype, 'f32')
+    return fromHost(data, stacked ? [1, ...shape.slice(1)] : shape, 'f32', parameter.backend)
+  })
 }
 
 function convert(data: HostArray, from: DType, to: DType): HostArray {

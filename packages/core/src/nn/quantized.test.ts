@@ -1,0 +1,177 @@
+import { beforeEach, describe, expect, test } from 'vitest'
+import type { Backend, WeightFormat } from '../backend.ts'
+import { setDefaultBackend } from '../context.ts'
+import { isMoeError } from '../errors.ts'
+import { dequantizeWeight, quantizeWeight } from '../fused/quantized-matmul.ts'
+import { Random, randn } from '../random.ts'
+import { referenceBackend } from '../reference/index.ts'
+import { scope } from '../scope.ts'
+import { tensor, zeros } from '../tensor.ts'
+import { assertClose, tolerances } from '../testing/compare.ts'
+import { Embedding, Linear, RmsNorm, weightParameter } from './layers.ts'
+import { Module, namedParameters } from './module.ts'
+import type { Parameter } from './parameter.ts'
+import { groupedLinear, type QuantizedParameter, quantizeWeights, weightBytes } from './quantized.ts'
+import { entriesSource, loadStateDict, stateDict } from './state-dict.ts'
+
+const formats: readonly WeightFormat[] = ['bf16', 'fp8', 'int8', 'int4']
+let backend: Backend
+beforeEach(() => {
+  backend = referenceBackend()
+  setDefaultBackend(backend)
+})
+
+class Experts extends Module {
+  up_proj: Parameter
+  override readonly quantizable = ['up_proj']
+  override readonly stacked = { up_proj: (i: number) => `${i}.up_proj.weight` }
+  constructor(experts: number, weights?: WeightFormat) {
+    super()
+    this.up_proj = weightParameter([experts, 16, 24], 'up_proj', { random: new Random(3), weights })
+  }
+}
+
+class Model extends Module {
+  embed = new Embedding(20, 24, { random: new Random(1), deviation: 1 })
+  norm = new RmsNorm(24)
+  experts = new Experts(4)
+  head = new Linear(24, 20, { random: new Random(2) })
+}
+
+describe('quantizing a weight', () => {
+  /** Largest error by the format: half a unit in the last place, or half of a block's step. */
+  const bound = (format: WeightFormat, value: number, peak: number): number => {
+    if (format === 'bf16') return Math.abs(value) * 2 ** -8
+    if (format === 'fp8') return Math.max(Math.abs(value) * 2 ** -4, (peak / 448) * 2 ** -10)
+    return peak / (format === 'int8' ? 127 : 7) / 2
+  }
+
+  test.each(formats)('%s: no element is further off than rounding allows', async format => {
+    const [experts, rows, columns] = [3, 6, 45]
+    const block = format === 'fp8' ? ([4, 16] as const) : ([1, 16] as const)
+    const x = randn([experts, rows, columns], new Random(5))
+    const back = await scope(() => dequantizeWeight(quantizeWeight(x, format, block))).values()
+    const values = await x.values()
+    const peaks = new Map<string, number>()
+    const blockOf = (i: number) => {
+      const [e, row, column] = [Math.floor(i / (rows * columns)), Math.floor(i / columns) % rows, i % columns]
+      return `${e} ${Math.floor(row / block[0])} ${Math.floor(column / block[1])}`
+    }
+    for (const [i, value] of values.entries())
+      peaks.set(blockOf(i), Math.max(peaks.get(blockOf(i)) ?? 0, Math.abs(value)))
+    for (const [i, value] of values.entries()) {
+      const allowed = bound(format, value, peaks.get(blockOf(i)) as number) * (1 + 1e-5)
+      expect(Math.abs(back[i] - value), `${i}`).toBeLessThanOrEqual(allowed)
+    }
+  })
+
+  test.each(formats)('%s: zeros stay zeros', async format => {
+    const back = await scope(() => dequantizeWeight(quantizeWeight(zeros([3, 7]), format))).values()
+    expect([...back]).toEqual(new Array(21).fill(0))
+  })
+
+  test('int4 lies two to a byte, the even column in the low half', async () => {
+    const { q, scale } = quantizeWeight(tensor([7, -7, 1, 0, -3], [1, 5]), 'int4', [1, 2])
+    expect([...(await q.values())]).toEqual([15 + 16 * 1, 15 + 16 * 8, 1 + 16 * 8])
+    assertClose(
+      'scales',
+      await (scale as NonNullable<typeof scale>).values(),
+      [1, 1 / 7, 3 / 7],
+      tolerances.elementwise,
+    )
+  })
+})
+
+describe.each(formats)('a model with weights in %s', format => {
+  test('computes what the numbers of its weights would in f32', async () => {
+    const model = new Model()
+    quantizeWeights(model, format)
+    const dense = new Model()
+    await loadStateDict(dense, entriesSource(stateDict(model)))
+    const ids = tensor(Int32Array.of(3, 19, 0, 7, 25), [5])
+    const offsets = tensor(Int32Array.of(0, 2, 2, 4, 5), [5])
+    const run = (m: Model) =>
+      scope(() => {
+        const x = m.norm.forward(m.embed.forward(ids))
+        return [x, m.head.forward(x), groupedLinear(x, m.experts.up_proj, offsets)]
+      })
+    const [stored, plain] = [run(model), run(dense)]
+    for (const [i, output] of stored.entries())
+      assertClose(`output ${i}`, await output.values(), await plain[i].values(), tolerances.elementwise)
+  })
+
+  test('is the same whether quantized afterwards, from the start or while it is loaded', async () => {
+    const afterwards = new Experts(4)
+    const entries = stateDict(new Experts(4))
+    quantizeWeights(afterwards, format)
+    const start = new Experts(4, format)
+    const loaded = new Experts(4, format)
+    loaded.up_proj.assign(zeros([4, 16, 24]))
+    await loadStateDict(loaded, entriesSource(entries))
+    const expected = await (afterwards.up_proj as QuantizedParameter).dequantize().values()
+    for (const { up_proj } of [start, loaded])
+      expect(await (up_proj as QuantizedParameter).dequantize().values()).toEqual(expected)
+  })
+})
+
+test('norms stay f32, tied weights stay tied, nothing leaks', () => {
+  const before = backend.stats().handles
+  const model = new Model()
+  model.head.weight.dispose()
+  model.head.weight = model.embed.weight
+  quantizeWeights(model, 'int8')
+  expect(model.head.weight).toBe(model.embed.weight)
+  const kinds = namedParameters(model).map(({ name, parameter }) => `${name} ${parameter.dtype}`)
+  expect(kinds).toEqual(['embed.weight u8', 'norm.weight f32', 'experts.up_proj u8'])
+  // 20 x 24 and 4 x 16 x 24 bytes with a scale for each row, and 24 numbers of the norm.
+  expect(weightBytes(model)).toEqual({ elements: 480 + 24 + 1536, bytes: 480 + 1536 + 4 * (20 + 64 + 24) })
+  for (const { parameter } of namedParameters(model)) parameter.dispose()
+  expect(backend.stats().handles).toBe(before)
+})
+
+test('loading quantizes slice by slice', async () => {
+  const entries = stateDict(new Experts(32))
+  const model = new Experts(32, 'int8')
+  const whole = 32 * 16 * 24 * 8
+  const before = backend.stats().bytes
+  let most = 0
+  const watched = entries.map(entry => ({
+    ...entry,
+    data: () => {
+      most = Math.max(most, backend.stats().bytes - before)
+      return entry.data()
+    },
+  }))
+  await loadStateDict(model, entriesSource(watched))
+  expect(most).toBeLessThan(whole * 1.2)
+})
+
+test('is not trained, and takes only its own shape', () => {
+  const { up_proj } = new Experts(2, 'int4')
+  expect(up_proj.trainable).toBe(false)
+  const error = (fn: () => unknown) => {
+    try {
+      fn()
+    } catch (caught) {
+      return caught
+    }
+  }
+  expect(
+    isMoeError(
+      error(() => (up_proj.trainable = true)),
+      'E_NO_GRADIENT',
+    ),
+  ).toBe(true)
+  expect(
+    isMoeError(
+      error(() => up_proj.assign(zeros([2, 16, 23]))),
+      'E_SHAPE',
+    ),
+  ).toBe(true)
+  expect(
+    isMoeError(
+      error(() => up_proj.assign(zeros([3, 16, 24]))),
+      'E_SHAPE',
+    ),
+  ).toBe(true)
+})

@@ -1,0 +1,203 @@
+/** @file Parameters stored in fewer bits, for inference, and what layers do with a parameter of either kind. */
+import type { Shape, WeightFormat } from '../backend.ts'
+import { noGrad } from '../context.ts'
+import { dtypeBytes } from '../dtype.ts'
+import { MoeError } from '../errors.ts'
+import { groupedMatmul } from '../fused/grouped-matmul.ts'
+import {
+  dequantizeWeight,
+  type QuantizedWeight,
+  quantizedGroupedMatmul,
+  quantizedMatmul,
+  quantizeWeight,
+} from '../fused/quantized-matmul.ts'
+import { keep, scope } from '../scope.ts'
+import { sameShape, showShape, sizeOf } from '../shape.ts'
+import { concat, type Tensor } from '../tensor.ts'
+import { Module, namedParameters } from './module.ts'
+import { Parameter } from './parameter.ts'
+
+/**
+ * A weight in fewer bits. `shape` and `dtype` are those of the stored codes; `weight.shape` is the shape that it stands for. It is never trained. Checkpoints
+ * get its numbers: as bf16 for bf16, otherwise as f32.
+ */
+export class QuantizedParameter extends Parameter {
+  #weight: QuantizedWeight
+
+  /** Takes over the stored weight's memory. */
+  constructor(weight: QuantizedWeight) {
+    super(weight.q, { trainable: false })
+    this.#weight = { ...weight, q: this, scale: keep(weight.scale) }
+  }
+
+  /** What `quantizedMatmul` takes. */
+  get weight(): QuantizedWeight {
+    return this.#weight
+  }
+
+  override get trainable(): boolean {
+    return false
+  }
+
+  /** @throws MoeError E_NO_GRADIENT: rounding would undo every small step. */
+  override set trainable(value: boolean) {
+    if (!value) return
+    throw new MoeError({
+      code: 'E_NO_GRADIENT',
+      op: 'trainable',
+      problem: `a weight stored in ${this.#weight.format} cannot be trained`,
+      fix: 'train the model in f32 and quantize afterwards',
+    })
+  }
+
+  /** The numbers as f32. */
+  dequantize(): Tensor {
+    return noGrad(() => dequantizeWeight(this.#weight))
+  }
+
+  /** Stores the f32 numbers of `next`, which is used up. */
+  override assign(next: Tensor): void {
+    this.#store([this.#part(next)])
+  }
+
+  /** Stores f32 numbers that `read` gives as `count` parts of the first axis, so that only one of them is there in f32. The parts are used up. */
+  async assignParts(count: number, read: (part: number) => Promise<Tensor>): Promise<void> {
+    const parts: QuantizedWeight[] = []
+    try {
+      for (let i = 0; i < count; i++) parts.push(this.#part(await read(i)))
+      this.#store(parts)
+    } catch (error) {
+      parts.forEach(disposeStored)
+      throw error
+    }
+  }
+
+  #part(next: Tensor): QuantizedWeight {
+    const { shape, format, block } = this.#weight
+    if (!sameShape(next.shape.slice(1), shape.slice(1))) throw this.#misfit(next.shape)
+    const part = keep(scope(() => noGrad(() => quantizeWeight(next, format, block))))
+    next.dispose()
+    return part
+  }
+
+  #store(parts: readonly QuantizedWeight[]): void {
+    const { shape, scale: before } = this.#weight
+    const rows = parts.reduce((sum, part) => sum + part.shape[0], 0)
+    if (rows !== shape[0]) throw this.#misfit([rows, ...shape.slice(1)])
+    const join = (tensors: Tensor[]) => keep(scope(() => noGrad(() => concat(tensors))))
+    super.assign(join(parts.map(part => part.q)))
+    const scale = before === null ? null : join(parts.map(part => part.scale as Tensor))
+    before?.dispose()
+    this.#weight = { ...this.#weight, scale }
+    if (parts.length > 1) parts.forEach(disposeStored)
+  }
+
+  #misfit(shape: Shape): MoeError {
+    const wanted = showShape(this.#weight.shape)
+    const problem = `a weight ${wanted} cannot take ${showShape(shape)}`
+    return new MoeError({ code: 'E_SHAPE', op: 'assign', problem })
+  }
+
+  override dispose(): void {
+    this.#weight.scale?.dispose()
+    super.dispose()
+  }
+}
+
+function disposeStored({ q, scale }: QuantizedWeight): void {
+  q.dispose()
+  scale?.dispose()
+}
+
+/** A stored form of a parameter; the parameter itself is left alone. */
+export function quantizedParameter(parameter: Parameter, format: WeightFormat): QuantizedParameter {
+  return new QuantizedParameter(keep(scope(() => noGrad(() => quantizeWeight(parameter, format)))))
+}
+
+/** The shape that a parameter stands for. */
+export const weightShape = (parameter: Parameter): Shape =>
+  parameter instanceof QuantizedParameter ? parameter.weight.shape : parameter.shape
+
+/** The parameter itself, or the f32 numbers of a stored one. */
+export const denseWeight = (parameter: Parameter): Tensor =>
+  parameter instanceof QuantizedParameter ? parameter.dequantize() : parameter
+
+/** x W^T: `x [..., K]`, `weight [N, K]` in f32 or stored, to `[..., N]`. */
+export function linear(x: Tensor, weight: Parameter): Tensor {
+  if (weight instanceof QuantizedParameter) return quantizedMatmul(x, weight.weight)
+  return x.matmul(weight, { transposeB: true })
+}
+
+/** `groupedMatmul` of experts' weights `[E, N, K]` in f32 or stored. */
+export function groupedLinear(x: Tensor, weight: Parameter, offsets: Tensor): Tensor {
+  if (weight instanceof QuantizedParameter) return quantizedGroupedMatmul(x, weight.weight, offsets)
+  return groupedMatmul(x, weight, offsets)
+}
+
+/** Rows of a table `[N, K]` in f32 or stored, as f32: `ids i32 [...]` to `[..., K]`. */
+export function embeddingRows(weight: Parameter, ids: Tensor): Tensor {
+  if (!(weight instanceof QuantizedParameter)) return weight.takeRows(ids)
+  const { scale, shape, format, block } = weight.weight
+  return scope(() => {
+    const flat = ids.reshape([ids.size])
+    const q = weight.takeRows(flat)
+    const scales = scale?.takeRows(block[0] === 1 ? flat : flat.div(block[0])) ?? null
+    const rows = dequantizeWeight({ format, block: [1, block[1]], shape: [ids.size, shape[1]], q, scale: scales })
+    return rows.reshape([...ids.shape, shape[1]])
+  })
+}
+
+/** Every module of a tree, each once. */
+function modulesOf(module: Module, found = new Set<Module>()): Set<Module> {
+  if (found.has(module)) return found
+  found.add(module)
+  const visit = (value: unknown): void => {
+    if (value instanceof Module) modulesOf(value, found)
+    else if (Array.isArray(value)) value.forEach(visit)
+  }
+  Object.values(module).forEach(visit)
+  return found
+}
+
+/**
+ * Stores the weights of all linear layers, embeddings and experts of a module in fewer bits, one after another; norms, gates and biases stay f32. For
+ * inference: stored weights are not trained, and optimizers made before still hold the old ones, which are freed. Already stored ones stay as they are.
+ */
+export function quantizeWeights(module: Module, format: WeightFormat): void {
+  const stored = new Map<Parameter, QuantizedParameter>()
+  for (const part of modulesOf(module)) {
+    const fields = part as unknown as Record<string, Parameter>
+    for (const field of part.quantizable ?? []) {
+      const parameter = fields[field]
+      if (parameter instanceof QuantizedParameter) continue
+      const known = stored.get(parameter)
+      const quantized = known ?? quantizedParameter(parameter, format)
+      if (known === undefined) parameter.dispose()
+      stored.set(parameter, quantized)
+      fields[field] = quantized
+    }
+  }
+}
+
+/** What the weights of a module take. */
+export interface WeightBytes {
+  /** Numbers that the weights stand for, buffers included. */
+  readonly elements: number
+  /** Bytes of codes and scales. */
+  readonly bytes: number
+}
+
+/** Elements and bytes of all parameters and buffers of a module. */
+export function weightBytes(module: Module): WeightBytes {
+  let elements = 0
+  let bytes = 0
+  for (const { parameter } of namedParameters(module)) {
+    elements += sizeOf(weightShape(parameter))
+    bytes += bytesOf(parameter)
+    if (parameter instanceof QuantizedParameter && parameter.weight.scale !== null)
+      bytes += bytesOf(parameter.weight.scale)
+  }
+  return { elements, bytes }
+}
+
+const bytesOf = ({ size, dtype }: Tensor): number => size * dtypeBytes[dtype]

@@ -1,0 +1,122 @@
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { quantizeWeights, setDefaultBackend, type Tensor, tensor, type WeightFormat } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { afterAll, describe, expect, test } from 'vitest'
+import { DeepSeek, type DeepSeekConfigInput, presets } from './index.ts'
+
+setDefaultBackend(referenceBackend())
+
+const folder = await mkdtemp(join(tmpdir(), 'moe-quantized-'))
+afterAll(() => rm(folder, { recursive: true }))
+
+const config: DeepSeekConfigInput = {
+  ...presets.tiny,
+  vocab_size: 50,
+  hidden_size: 48,
+  intermediate_size: 64,
+  moe_intermediate_size: 32,
+  num_hidden_layers: 2,
+  num_attention_heads: 2,
+  n_routed_experts: 4,
+  num_experts_per_tok: 2,
+  q_lora_rank: 24,
+  kv_lora_rank: 16,
+  qk_nope_head_dim: 8,
+  qk_rope_head_dim: 4,
+  v_head_dim: 8,
+  initializer_range: 0.2,
+  eos_token_id: null,
+  bos_token_id: null,
+}
+const prompt = Int32Array.of(3, 7, 11, 2, 30, 41, 8)
+const formats: readonly WeightFormat[] = ['bf16', 'fp8', 'int8', 'int4']
+
+/** Logits of the prompt: in one pass, or token by token over the latent cache. */
+async function logits(model: DeepSeek, cached = false): Promise<Float32Array> {
+  if (!cached)
+    return (await model.infer(() => model.forward(tensor(prompt, [1, prompt.length]))).values()) as Float32Array
+  const cache = model.makeCache()
+  const steps: Tensor[] = []
+  for (const id of prompt) steps.push(model.infer(() => model.forward(tensor(Int32Array.of(id), [1, 1]), { cache })))
+  const parts = await Promise.all(steps.map(step => step.values()))
+  cache.dispose()
+  return Float32Array.from(parts.flatMap(part => [...part]))
+}
+
+/** Root of the mean squared difference, as a share of the expected numbers' own. */
+function difference(actual: Float32Array, expected: Float32Array): number {
+  let [error, power] = [0, 0]
+  for (const [i, e] of expected.entries()) {
+    error += (actual[i] - e) ** 2
+    power += e ** 2
+  }
+  return Math.sqrt(error / power)
+}
+
+/**
+ * Rounding moves a weight by, as a share of its size: bf16 2^-8 / sqrt(3), fp8 2^-4 / sqrt(3), an integer 2.5 standard deviations (about the largest of a
+ * block) over 127 or 7 steps, over sqrt(12). Errors of the weights are independent, so each product adds as much to its output, and the
+ * products on the longest way (seven in each of two layers, and the head) add by squares: times sqrt(15). Half as much again is left for chance.
+ */
+const bound: Readonly<Record<WeightFormat, number>> = {
+  bf16: (2 ** -8 / 3 ** 0.5) * 15 ** 0.5 * 1.5,
+  fp8: (2 ** -4 / 3 ** 0.5) * 15 ** 0.5 * 1.5,
+  int8: (2.5 / 127 / 12 ** 0.5) * 15 ** 0.5 * 1.5,
+  int4: (2.5 / 7 / 12 ** 0.5) * 15 ** 0.5 * 1.5,
+}
+
+describe.each(formats)('a model with weights in %s', format => {
+  test('has logits within what rounding its weights explains, cached or not', async () => {
+    const model = new DeepSeek(config, { seed: 1 })
+    const exact = await logits(model)
+    quantizeWeights(model, format)
+    const off = difference(await logits(model), exact)
+    expect(off).toBeGreaterThan(bound[format] / 100)
+    expect(off).toBeLessThan(bound[format])
+    expect(difference(await logits(model, true), exact)).toBeLessThan(bound[format])
+    model.dispose()
+  })
+
+  test('decodes over the cache as it does without', async () => {
+    const model = new DeepSeek(config, { seed: 2, weights: format })
+    // Absorbed W_UK and W_UV are rounded to bf16 (once, in two of the products of each layer).
+    expect(difference(await logits(model, true), await logits(model))).toBeLessThan(bound.bf16)
+    const made: number[] = []
+    for await (const id of model.generate(prompt, { maxTokens: 8 })) made.push(id)
+    expect(made).toHaveLength(8)
+    model.dispose()
+  })
+
+  test('is quantized while a checkpoint is read, and saved as its own numbers', async () => {
+    const model = new DeepSeek(config, { seed: 3 })
+    const path = join(folder, format)
+    await model.save(path)
+    quantizeWeights(model, format)
+    const loaded = await DeepSeek.fromPretrained(path, { weights: format })
+    const expected = await logits(model)
+    expect(await logits(loaded)).toEqual(expected)
+    await loaded.save(`${path}-again`)
+    const plain = await DeepSeek.fromPretrained(`${path}-again`)
+    expect(difference(await logits(plain), expected)).toBeLessThan(1e-6)
+    for (const made of [model, loaded, plain]) made.dispose()
+  })
+})
+
+test('a tied head and embedding share one stored weight', async () => {
+  const model = new DeepSeek({ ...config, tie_word_embeddings: true }, { seed: 4, weights: 'int8' })
+  expect(model.lm_head.weight).toBe(model.model.embed_tokens.weight)
+  const exact = await logits(new DeepSeek({ ...config, tie_word_embeddings: true }, { seed: 4 }))
+  expect(difference(await logits(model), exact)).toBeLessThan(bound.int8)
+})
+
+test('the loss of a stored model can be measured', async () => {
+  const model = new DeepSeek({ ...config, num_nextn_predict_layers: 0 }, { seed: 5 })
+  const rows = { rows: 1, length: prompt.length, tokens: prompt, documents: new Int32Array(prompt.length) }
+  const loss = () => model.infer(() => model.loss(rows, { training: false }).loss).item()
+  const exact = await loss()
+  quantizeWeights(model, 'int8')
+  expect(Math.abs((await loss()) - exact)).toBeLessThan(0.05)
+  expect(await loss()).not.toBe(exact)
+})
