@@ -155,6 +155,7 @@ test('is not trained, and takes only its own shape', () => {
     } catch (caught) {
       return caught
     }
+    return undefined
   }
   expect(
     isMoeError(

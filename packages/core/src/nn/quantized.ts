@@ -187,17 +187,15 @@ export interface WeightBytes {
   readonly bytes: number
 }
 
-/** Elements and bytes of all parameters and buffers of a module. */
-export function weightBytes(module: Module): WeightBytes {
-  let elements = 0
-  let bytes = 0
-  for (const { parameter } of namedParameters(module)) {
-    elements += sizeOf(weightShape(parameter))
-    bytes += bytesOf(parameter)
-    if (parameter instanceof QuantizedParameter && parameter.weight.scale !== null)
-      bytes += bytesOf(parameter.weight.scale)
+/** Elements and bytes of a parameter, or of all parameters and buffers of a module. */
+export function weightBytes(of: Module | Parameter): WeightBytes {
+  if (of instanceof Module) {
+    const all = namedParameters(of).map(({ parameter }) => weightBytes(parameter))
+    const total = (key: keyof WeightBytes) => all.reduce((sum, one) => sum + one[key], 0)
+    return { elements: total('elements'), bytes: total('bytes') }
   }
-  return { elements, bytes }
+  const scale = of instanceof QuantizedParameter ? of.weight.scale : null
+  return { elements: sizeOf(weightShape(of)), bytes: bytesOf(of) + (scale === null ? 0 : bytesOf(scale)) }
 }
 
 const bytesOf = ({ size, dtype }: Tensor): number => size * dtypeBytes[dtype]
