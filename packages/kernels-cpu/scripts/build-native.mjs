@@ -5,12 +5,10 @@
 // Every source is compiled once per variant named in its first lines (`// moe-isa: baseline avx2 avx512`, which is also the
 // default). The library of a level links, of each source, the best variant that the level can run. One library per level, rather
 // than one with all levels, because the linker would merge inline functions of different levels.
-import { spawn, spawnSync } from 'node:child_process'
-import { createHash } from 'node:crypto'
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs'
-import { availableParallelism } from 'node:os'
-import { basename, dirname, join, relative } from 'node:path'
+import { existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs'
+import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { findCompiler, hash, lock, objectBuilder } from './objects.mjs'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const options = parseArguments(process.argv.slice(2))
@@ -36,7 +34,7 @@ const levels = {
   arm64: { baseline: [] },
 }
 
-const fileHashes = new Map()
+const builder = objectBuilder(root, { ...options, say })
 
 await main()
 
@@ -56,8 +54,8 @@ async function main() {
       source.variants.filter(isa => ladder.includes(isa)).map(isa => describe(source, isa, compiler)),
     )
     const needed = objects.filter(object => wanted.some(isa => objectsOf(isa, ladder, objects).includes(object)))
-    const stale = needed.filter(object => options.force || !isFresh(object))
-    const failed = await compileAll(stale, compiler)
+    const stale = needed.filter(object => !builder.isFresh(object))
+    const failed = await builder.compileAll(stale, compiler)
     if (failed.length > 0 && !options.keepGoing) return fail(failed)
     let linked = 0
     for (const isa of wanted)
@@ -66,7 +64,7 @@ async function main() {
         objectsOf(isa, ladder, needed).filter(({ file }) => existsSync(file)),
         compiler,
       )
-    removeStrays(objects)
+    builder.removeStrays(objDir, objects)
     const seconds = ((Date.now() - started) / 1000).toFixed(1)
     const what =
       stale.length + linked === 0
@@ -102,14 +100,6 @@ function say(line) {
 function fail(failed) {
   for (const { label, output } of failed) console.error(`kernels-cpu: ${label} does not compile\n${output}`)
   process.exitCode = 1
-}
-
-/** The first compiler that runs: { command, version }. */
-function findCompiler() {
-  for (const command of [process.env.CXX, 'g++', 'c++', 'clang++'].filter(Boolean)) {
-    const found = spawnSync(command, ['--version'], { encoding: 'utf8' })
-    if (found.status === 0) return { command, version: found.stdout.split('\n')[0] }
-  }
 }
 
 function findSources() {
@@ -177,120 +167,11 @@ function objectsOf(isa, ladder, objects) {
   return [...best.values()]
 }
 
-function isFresh({ file, stamp, key }) {
-  if (!existsSync(file) || !existsSync(stamp)) return false
-  const known = JSON.parse(readFileSync(stamp, 'utf8'))
-  if (known.key !== key) return false
-  return Object.entries(known.inputs).every(([path, digest]) => fileHash(join(root, path)) === digest)
-}
-
-function fileHash(path) {
-  if (!fileHashes.has(path)) fileHashes.set(path, existsSync(path) ? hash(readFileSync(path)) : '')
-  return fileHashes.get(path)
-}
-
-function hash(data) {
-  return createHash('sha256').update(data).digest('hex').slice(0, 32)
-}
-
-async function compileAll(objects, compiler) {
-  const queue = objects.map(object => ({ object, size: statSync(object.source).size })).sort((a, b) => b.size - a.size)
-  const failed = []
-  const worker = async () => {
-    for (let next = queue.shift(); next; next = queue.shift()) {
-      const output = await compile(next.object, compiler)
-      if (output !== '') failed.push({ label: next.object.label, output })
-      if (failed.length > 0 && !options.keepGoing) queue.length = 0
-    }
-  }
-  await Promise.all(Array.from({ length: Math.min(2, availableParallelism()) }, worker))
-  return failed
-}
-
-/** Empty when it compiled, otherwise what the compiler said. The object of an earlier success stays until this one succeeds. */
-async function compile({ source, flags, file, stamp, key, label }, compiler) {
-  const started = Date.now()
-  const depFile = `${file}.d`
-  const temporary = `${file}.new`
-  const args = [...flags, '-MMD', '-MF', depFile, '-c', source, '-o', temporary]
-  if (options.verbose) say([compiler.command, ...args].join(' '))
-  const { code, output } = await run(compiler.command, args)
-  if (code !== 0) return output || `exit code ${code}`
-  if (output.trim() !== '') process.stderr.write(output)
-  const inputs = readFileSync(depFile, 'utf8')
-    .replace(/^[^:]*:/, '')
-    .replaceAll('\\\n', ' ')
-    .trim()
-    .split(/\s+/)
-  const own = inputs.map(path => relative(root, path)).filter(path => !path.startsWith('..'))
-  renameSync(temporary, file)
-  writeFileSync(
-    stamp,
-    JSON.stringify({ key, inputs: Object.fromEntries(own.map(path => [path, fileHash(join(root, path))])) }),
-  )
-  rmSync(depFile)
-  if (options.verbose) say(`${label} ${((Date.now() - started) / 1000).toFixed(1)} s`)
-  return ''
-}
-
-/** 1 when the library was linked, 0 when it was up to date. */
 function link(isa, objects, compiler) {
   const library = join(outDir, `moe-cpu-${isa}.${extension}`)
-  const stamp = join(objDir, `moe-cpu-${isa}.link`)
-  const key = hash(objects.map(({ file }) => `${basename(file)} ${hash(readFileSync(file))}`).join('\n'))
-  if (!options.force && existsSync(library) && existsSync(stamp) && readFileSync(stamp, 'utf8') === key) return 0
-  const args = ['-shared', '-o', `${library}.new`, ...objects.map(({ file }) => file)]
+  const flags = []
   // Helper threads run code of the library, so it may never be unmapped.
-  if (process.platform === 'linux') args.push('-pthread', '-Wl,-z,nodelete', '-Wl,-z,defs', '-static-libgcc')
-  if (options.sanitize) args.push(`-fsanitize=${options.sanitize}`, '-Wl,-z,undefs')
-  if (options.verbose) say([compiler.command, ...args].join(' '))
-  const { status, stderr } = spawnSync(compiler.command, args, { encoding: 'utf8' })
-  if (status !== 0) {
-    console.error(`kernels-cpu: ${basename(library)} does not link\n${stderr}`)
-    process.exitCode = 1
-    return 0
-  }
-  renameSync(`${library}.new`, library)
-  writeFileSync(stamp, key)
-  return 1
-}
-
-/** Objects of sources that are gone. */
-function removeStrays(objects) {
-  const known = new Set(objects.flatMap(({ file, stamp }) => [file, stamp].map(path => basename(path))))
-  for (const name of readdirSync(objDir)) if (!known.has(name) && !name.endsWith('.link')) rmSync(join(objDir, name))
-}
-
-/** One build at a time. A lock whose process is gone is taken over. */
-async function lock(path) {
-  for (;;) {
-    try {
-      writeFileSync(path, String(process.pid), { flag: 'wx' })
-      return () => rmSync(path, { force: true })
-    } catch (error) {
-      if (error.code !== 'EEXIST') throw error
-    }
-    const holder = existsSync(path) ? Number(readFileSync(path, 'utf8')) : 0
-    if (holder > 0 && !isAlive(holder)) rmSync(path, { force: true })
-    await new Promise(resolve => setTimeout(resolve, 100))
-  }
-}
-
-function isAlive(pid) {
-  try {
-    process.kill(pid, 0)
-    return true
-  } catch (error) {
-    return error.code === 'EPERM'
-  }
-}
-
-function run(command, args) {
-  return new Promise(resolve => {
-    const child = spawn(command, args, { stdio: ['ignore', 'ignore', 'pipe'] })
-    let output = ''
-    child.stderr.on('data', chunk => (output += chunk))
-    child.on('error', error => resolve({ code: 1, output: error.message }))
-    child.on('close', code => resolve({ code: code ?? 1, output }))
-  })
+  if (process.platform === 'linux') flags.push('-pthread', '-Wl,-z,nodelete', '-Wl,-z,defs', '-static-libgcc')
+  if (options.sanitize) flags.push(`-fsanitize=${options.sanitize}`, '-Wl,-z,undefs')
+  return builder.link(library, join(objDir, `moe-cpu-${isa}.link`), objects, compiler, flags)
 }

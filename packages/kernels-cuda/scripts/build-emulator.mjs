@@ -6,12 +6,10 @@
 // The runtime (emulator/*.cc) is compiled as it is. Kernels (src/kernels/*/*.cu, emulator/tests/*.cu) are compiled as C++ with the
 // hooks of the thread sanitizer, which the runtime answers itself. --keep-going links what compiles, with the last good object of what
 // does not; --only compiles these folders alone and links them with the objects that are there.
-import { spawn, spawnSync } from 'node:child_process'
-import { createHash } from 'node:crypto'
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs'
-import { availableParallelism } from 'node:os'
-import { basename, dirname, join, relative } from 'node:path'
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { findCompiler, hash, lock, objectBuilder } from '../../kernels-cpu/scripts/objects.mjs'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const options = parseArguments(process.argv.slice(2))
@@ -69,7 +67,7 @@ const kernelFlagsOf = {
   gcc: ['-fsanitize=bounds', '--param', 'tsan-instrument-func-entry-exit=0'],
 }
 
-const fileHashes = new Map()
+const builder = objectBuilder(root, { ...options, say })
 
 await main()
 
@@ -85,15 +83,15 @@ async function main() {
     const sources = findSources()
     const objects = sources.map(source => describe(source, compiler))
     const wanted = objects.filter(({ module }) => !options.only || !module || options.only.includes(module))
-    const stale = wanted.filter(object => options.force || !isFresh(object))
-    const failed = await compileAll(stale, compiler)
+    const stale = wanted.filter(object => !builder.isFresh(object))
+    const failed = await builder.compileAll(stale, compiler)
     if (failed.length > 0 && !options.keepGoing) return fail(failed)
     const linked = link(
       objects.filter(({ file }) => existsSync(file)),
       compiler,
     )
     writeModules(objects)
-    removeStrays(objects)
+    builder.removeStrays(objDir, objects)
     const seconds = ((Date.now() - started) / 1000).toFixed(1)
     const what =
       stale.length + linked === 0 ? 'up to date' : `${stale.length - failed.length} objects compiled in ${seconds} s`
@@ -132,16 +130,6 @@ function fail(failed) {
   process.exitCode = 1
 }
 
-/** The first compiler that runs: { command, version, flags }. */
-function findCompiler() {
-  for (const command of [process.env.CXX, 'g++', 'c++', 'clang++'].filter(Boolean)) {
-    const found = spawnSync(command, ['--version'], { encoding: 'utf8' })
-    if (found.status !== 0) continue
-    const version = found.stdout.split('\n')[0]
-    return { command, version, flags: kernelFlagsOf[version.includes('clang') ? 'clang' : 'gcc'] }
-  }
-}
-
 /** Sources with the module of each; those of the runtime have none. */
 function findSources() {
   const emulator = join(root, 'emulator')
@@ -165,7 +153,15 @@ function findSources() {
 
 function describe({ file: source, module }, compiler) {
   const name = relative(root, source).replaceAll(/[/\\]/g, '-')
-  const flags = module ? [...kernelFlags, ...compiler.flags, `-DMOE_MODULE="${module}"`, '-x', 'c++'] : runtimeFlags
+  const flags = module
+    ? [
+        ...kernelFlags,
+        ...kernelFlagsOf[compiler.version.includes('clang') ? 'clang' : 'gcc'],
+        `-DMOE_MODULE="${module}"`,
+        '-x',
+        'c++',
+      ]
+    : runtimeFlags
   return {
     source,
     module,
@@ -177,80 +173,10 @@ function describe({ file: source, module }, compiler) {
   }
 }
 
-function isFresh({ file, stamp, key }) {
-  if (!existsSync(file) || !existsSync(stamp)) return false
-  const known = JSON.parse(readFileSync(stamp, 'utf8'))
-  if (known.key !== key) return false
-  return Object.entries(known.inputs).every(([path, digest]) => fileHash(join(root, path)) === digest)
-}
-
-function fileHash(path) {
-  if (!fileHashes.has(path)) fileHashes.set(path, existsSync(path) ? hash(readFileSync(path)) : '')
-  return fileHashes.get(path)
-}
-
-function hash(data) {
-  return createHash('sha256').update(data).digest('hex').slice(0, 32)
-}
-
-async function compileAll(objects, compiler) {
-  const queue = objects.map(object => ({ object, size: statSync(object.source).size })).sort((a, b) => b.size - a.size)
-  const failed = []
-  const worker = async () => {
-    for (let next = queue.shift(); next; next = queue.shift()) {
-      const output = await compile(next.object, compiler)
-      if (output !== '') failed.push({ label: next.object.label, output })
-      if (failed.length > 0 && !options.keepGoing) queue.length = 0
-    }
-  }
-  await Promise.all(Array.from({ length: Math.min(2, availableParallelism()) }, worker))
-  return failed
-}
-
-/** Empty when it compiled, otherwise what the compiler said. The object of an earlier success stays until this one succeeds. */
-async function compile({ source, flags, file, stamp, key, label }, compiler) {
-  const started = Date.now()
-  const depFile = `${file}.d`
-  const temporary = `${file}.new`
-  const args = [...flags, '-MMD', '-MF', depFile, '-c', source, '-o', temporary]
-  if (options.verbose) say([compiler.command, ...args].join(' '))
-  const { code, output } = await run(compiler.command, args)
-  if (code !== 0) return output || `exit code ${code}`
-  if (output.trim() !== '') process.stderr.write(output)
-  const inputs = readFileSync(depFile, 'utf8')
-    .replace(/^[^:]*:/, '')
-    .replaceAll('\\\n', ' ')
-    .trim()
-    .split(/\s+/)
-  const own = inputs.map(path => relative(root, path)).filter(path => !path.startsWith('..'))
-  renameSync(temporary, file)
-  writeFileSync(
-    stamp,
-    JSON.stringify({ key, inputs: Object.fromEntries(own.map(path => [path, fileHash(join(root, path))])) }),
-  )
-  rmSync(depFile)
-  if (options.verbose) say(`${label} ${((Date.now() - started) / 1000).toFixed(1)} s`)
-  return ''
-}
-
-/** 1 when the library was linked, 0 when it was up to date. */
 function link(objects, compiler) {
-  const stamp = join(objDir, 'library.link')
-  const key = hash(objects.map(({ file }) => `${basename(file)} ${hash(readFileSync(file))}`).join('\n'))
-  if (!options.force && existsSync(library) && existsSync(stamp) && readFileSync(stamp, 'utf8') === key) return 0
   // No -fsanitize here: the runtime is what the hooks call. Signal handlers and faults point into it, so it may never be unmapped.
-  const args = ['-shared', '-o', `${library}.new`, ...objects.map(({ file }) => file)]
-  args.push('-pthread', '-ldl', '-lm', '-Wl,-z,nodelete', '-Wl,-z,defs', '-Wl,-Bsymbolic', '-static-libgcc')
-  if (options.verbose) say([compiler.command, ...args].join(' '))
-  const { status, stderr } = spawnSync(compiler.command, args, { encoding: 'utf8' })
-  if (status !== 0) {
-    console.error(`kernels-cuda: ${basename(library)} does not link\n${stderr}`)
-    process.exitCode = 1
-    return 0
-  }
-  renameSync(`${library}.new`, library)
-  writeFileSync(stamp, key)
-  return 1
+  const flags = ['-pthread', '-ldl', '-lm', '-Wl,-z,nodelete', '-Wl,-z,defs', '-Wl,-Bsymbolic', '-static-libgcc']
+  return builder.link(library, join(objDir, 'library.link'), objects, compiler, flags)
 }
 
 /** What cuModuleLoadData is given in place of a fatbin: one line that names the module. */
@@ -263,44 +189,4 @@ function writeModules(objects) {
   writeFileSync(join(outDir, 'manifest.json'), '{ "cuda": "13.0" }\n')
   for (const name of readdirSync(outDir))
     if (name.endsWith('.fatbin') && !modules.has(name.slice(0, -7))) rmSync(join(outDir, name))
-}
-
-/** Objects of sources that are gone. */
-function removeStrays(objects) {
-  const known = new Set(objects.flatMap(({ file, stamp }) => [file, stamp].map(path => basename(path))))
-  for (const name of readdirSync(objDir)) if (!known.has(name) && !name.endsWith('.link')) rmSync(join(objDir, name))
-}
-
-/** One build at a time. A lock whose process is gone is taken over. */
-async function lock(path) {
-  for (;;) {
-    try {
-      writeFileSync(path, String(process.pid), { flag: 'wx' })
-      return () => rmSync(path, { force: true })
-    } catch (error) {
-      if (error.code !== 'EEXIST') throw error
-    }
-    const holder = existsSync(path) ? Number(readFileSync(path, 'utf8')) : 0
-    if (holder > 0 && !isAlive(holder)) rmSync(path, { force: true })
-    await new Promise(resolve => setTimeout(resolve, 100))
-  }
-}
-
-function isAlive(pid) {
-  try {
-    process.kill(pid, 0)
-    return true
-  } catch (error) {
-    return error.code === 'EPERM'
-  }
-}
-
-function run(command, args) {
-  return new Promise(resolve => {
-    const child = spawn(command, args, { stdio: ['ignore', 'ignore', 'pipe'] })
-    let output = ''
-    child.stderr.on('data', chunk => (output += chunk))
-    child.on('error', error => resolve({ code: 1, output: error.message }))
-    child.on('close', code => resolve({ code: code ?? 1, output }))
-  })
 }

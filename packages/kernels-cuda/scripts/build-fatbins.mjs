@@ -3,13 +3,14 @@
 //   node scripts/build-fatbins.mjs [--arch=80,90a] [--force] [--verbose] [--check]
 //
 // All architectures together are what is published; their use of registers and shared memory is written to device/resources.txt.
-// --check compiles nothing: it fails when a fatbin is missing or older than its sources, when a hot kernel spills, or when all of them are too big.
-import { spawn, spawnSync } from 'node:child_process'
-import { createHash } from 'node:crypto'
+// --check compiles nothing: it fails when a fatbin is missing or older than its sources, when a kernel spills registers, or when all of them are
+// too big.
+import { spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { basename, dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { dependencies, hash, run } from '../../kernels-cpu/scripts/objects.mjs'
 
 /** Real architectures, and the one whose PTX the driver compiles on devices that are newer than all of them. */
 const published = ['80', '86', '89', '90a', '100', '120']
@@ -102,10 +103,6 @@ function isFresh({ file, stamp }, key) {
   )
 }
 
-function hash(data) {
-  return createHash('sha256').update(data).digest('hex').slice(0, 32)
-}
-
 async function compileAll(modules, key) {
   const queue = modules.map(module => ({ module, size: statSync(module.source).size })).sort((a, b) => b.size - a.size)
   const failed = []
@@ -139,15 +136,9 @@ async function compile({ source, file, stamp }, key) {
   ]
   const args = [...flags, ...targets, '-MD', '-MF', depFile, '-o', temporary, source]
   if (options.verbose) say(['nvcc', ...args].join(' '))
-  const { code, output } = await run('nvcc', args)
+  const { code, output } = await run('nvcc', args, 'pipe')
   if (code !== 0) return output || `exit code ${code}`
-  const inputs = readFileSync(depFile, 'utf8')
-    .replace(/^[^:]*:/, '')
-    .replaceAll('\\\n', ' ')
-    .trim()
-    .split(/\s+/)
-    .map(path => relative(root, path))
-    .filter(path => !path.startsWith('..'))
+  const inputs = dependencies(depFile, root)
   rmSync(depFile)
   renameSync(temporary, file)
   writeFileSync(
@@ -224,6 +215,9 @@ function check(modules) {
   const missing = modules.filter(module => !isFresh(module, undefined))
   if (missing.length > 0)
     fail(`not up to date: ${missing.map(({ name }) => name).join(', ')}; run node scripts/build-fatbins.mjs`)
+  const built = modules.filter(({ stamp }) => existsSync(stamp))
+  const spills = built.flatMap(resourcesOf).filter(({ spill }) => spill > 0)
+  for (const { name, arch, spill } of spills) fail(`${name} spills ${spill} bytes on sm_${arch}`)
   const bytes = modules.reduce((sum, { file }) => sum + (existsSync(file) ? statSync(file).size : 0), 0)
   if (bytes > mostBytes) fail(`${bytes} bytes of kernels; the package may have ${mostBytes}`)
   if (process.exitCode === undefined) say(`${modules.length} fatbins up to date, ${(bytes / 1e6).toFixed(1)} MB`)
@@ -232,15 +226,4 @@ function check(modules) {
 function removeStrays(modules) {
   const known = new Set(modules.flatMap(({ file, stamp }) => [basename(file), basename(stamp)]))
   for (const name of readdirSync(outDir)) if (!known.has(name) && name !== 'manifest.json') rmSync(join(outDir, name))
-}
-
-function run(command, args) {
-  return new Promise(resolve => {
-    const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe'] })
-    let output = ''
-    child.stdout.on('data', chunk => (output += chunk))
-    child.stderr.on('data', chunk => (output += chunk))
-    child.on('error', error => resolve({ code: 1, output: error.message }))
-    child.on('close', code => resolve({ code: code ?? 1, output }))
-  })
 }

@@ -1,0 +1,150 @@
+// What the builds of native code share: finding a compiler, compiling what changed, linking, one build at a time. Plain Node >= 20.
+import { spawn, spawnSync } from 'node:child_process'
+import { createHash } from 'node:crypto'
+import { existsSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { availableParallelism } from 'node:os'
+import { basename, relative } from 'node:path'
+
+/** The first compiler that runs: { command, version }. */
+export function findCompiler() {
+  for (const command of [process.env.CXX, 'g++', 'c++', 'clang++'].filter(Boolean)) {
+    const found = spawnSync(command, ['--version'], { encoding: 'utf8' })
+    if (found.status === 0) return { command, version: found.stdout.split('\n')[0] }
+  }
+}
+
+export function hash(data) {
+  return createHash('sha256').update(data).digest('hex').slice(0, 32)
+}
+
+/** Runs a program to its end: { code, output }, the output being what it wrote to standard error (and standard output, if asked). */
+export function run(command, args, stdout = 'ignore') {
+  return new Promise(resolve => {
+    const child = spawn(command, args, { stdio: ['ignore', stdout, 'pipe'] })
+    let output = ''
+    const collect = chunk => (output += chunk)
+    child.stdout?.on('data', collect)
+    child.stderr.on('data', collect)
+    child.on('error', error => resolve({ code: 1, output: error.message }))
+    child.on('close', code => resolve({ code: code ?? 1, output }))
+  })
+}
+
+/** The inputs of a make-style dependency file that lie in `root`, relative to it. */
+export function dependencies(depFile, root) {
+  return readFileSync(depFile, 'utf8')
+    .replace(/^[^:]*:/, '')
+    .replaceAll('\\\n', ' ')
+    .trim()
+    .split(/\s+/)
+    .map(path => relative(root, path))
+    .filter(path => !path.startsWith('..'))
+}
+
+/** One build at a time. A lock whose process is gone is taken over. Gives the function that unlocks. */
+export async function lock(path) {
+  for (;;) {
+    try {
+      writeFileSync(path, String(process.pid), { flag: 'wx' })
+      return () => rmSync(path, { force: true })
+    } catch (error) {
+      if (error.code !== 'EEXIST') throw error
+    }
+    const holder = existsSync(path) ? Number(readFileSync(path, 'utf8')) : 0
+    if (holder > 0 && !isAlive(holder)) rmSync(path, { force: true })
+    await new Promise(resolve => setTimeout(resolve, 100))
+  }
+}
+
+function isAlive(pid) {
+  try {
+    process.kill(pid, 0)
+    return true
+  } catch (error) {
+    return error.code === 'EPERM'
+  }
+}
+
+/**
+ * Compiles and links objects `{ source, label, flags, file, stamp, key }`: `file` is the object, `stamp` remembers its key and the contents of its
+ * inputs.
+ * @param {string} root folder of the package
+ * @param {{ force: boolean, verbose: boolean, keepGoing: boolean, say: (line: string) => void }} options
+ */
+export function objectBuilder(root, { force, verbose, keepGoing, say }) {
+  const hashes = new Map()
+
+  function fileHash(path) {
+    if (!hashes.has(path)) hashes.set(path, existsSync(path) ? hash(readFileSync(path)) : '')
+    return hashes.get(path)
+  }
+
+  function isFresh({ file, stamp, key }) {
+    if (force || !existsSync(file) || !existsSync(stamp)) return false
+    const known = JSON.parse(readFileSync(stamp, 'utf8'))
+    return (
+      known.key === key &&
+      Object.entries(known.inputs).every(([path, digest]) => fileHash(`${root}/${path}`) === digest)
+    )
+  }
+
+  /** Empty when it compiled, otherwise what the compiler said. The object of an earlier success stays until this one succeeds. */
+  async function compile({ source, flags, file, stamp, key, label }, compiler) {
+    const started = Date.now()
+    const depFile = `${file}.d`
+    const temporary = `${file}.new`
+    const args = [...flags, '-MMD', '-MF', depFile, '-c', source, '-o', temporary]
+    if (verbose) say([compiler.command, ...args].join(' '))
+    const { code, output } = await run(compiler.command, args)
+    if (code !== 0) return output || `exit code ${code}`
+    if (output.trim() !== '') process.stderr.write(output)
+    const inputs = Object.fromEntries(dependencies(depFile, root).map(path => [path, fileHash(`${root}/${path}`)]))
+    renameSync(temporary, file)
+    writeFileSync(stamp, JSON.stringify({ key, inputs }))
+    rmSync(depFile)
+    if (verbose) say(`${label} ${((Date.now() - started) / 1000).toFixed(1)} s`)
+    return ''
+  }
+
+  /** Compiles, largest first; gives what failed: { label, output }. */
+  async function compileAll(objects, compiler) {
+    const queue = objects
+      .map(object => ({ object, size: statSync(object.source).size }))
+      .sort((a, b) => b.size - a.size)
+    const failed = []
+    const worker = async () => {
+      for (let next = queue.shift(); next; next = queue.shift()) {
+        const output = await compile(next.object, compiler)
+        if (output !== '') failed.push({ label: next.object.label, output })
+        if (failed.length > 0 && !keepGoing) queue.length = 0
+      }
+    }
+    await Promise.all(Array.from({ length: Math.min(2, availableParallelism()) }, worker))
+    return failed
+  }
+
+  /** Links a shared library of the objects: 1 when it was linked, 0 when it was up to date or failed (the exit code tells). */
+  function link(library, stamp, objects, compiler, flags) {
+    const key = hash(objects.map(({ file }) => `${basename(file)} ${hash(readFileSync(file))}`).join('\n'))
+    if (!force && existsSync(library) && existsSync(stamp) && readFileSync(stamp, 'utf8') === key) return 0
+    const args = ['-shared', '-o', `${library}.new`, ...objects.map(({ file }) => file), ...flags]
+    if (verbose) say([compiler.command, ...args].join(' '))
+    const { status, stderr } = spawnSync(compiler.command, args, { encoding: 'utf8' })
+    if (status !== 0) {
+      say(`${basename(library)} does not link\n${stderr}`)
+      process.exitCode = 1
+      return 0
+    }
+    renameSync(`${library}.new`, library)
+    writeFileSync(stamp, key)
+    return 1
+  }
+
+  /** Objects of sources that are gone. */
+  function removeStrays(objDir, objects) {
+    const known = new Set(objects.flatMap(({ file, stamp }) => [file, stamp].map(path => basename(path))))
+    for (const name of readdirSync(objDir)) if (!known.has(name) && !name.endsWith('.link')) rmSync(`${objDir}/${name}`)
+  }
+
+  return { isFresh, compileAll, link, removeStrays }
+}
