@@ -50,8 +50,15 @@ MOE_DEVICE void grouped(float* y, const typename Tile::Element* x, const typenam
   storeTile<Tile>(y + (int64_t)found.row * n + column, n, found.end - found.row, n - column, sums, false);
 }
 
+/// Blocks that share a multiprocessor. For consumer Blackwell the compiler needs more registers for the same tiles, and spills rather than take them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define BLOCKS(most) (most > 1 ? most - 1 : 1)
+#else
+#define BLOCKS(most) most
+#endif
+
 #define GROUPED(blocks, name, Tile, TransposeW)                                                                                                     \
-  MOE_KERNEL((Tile::Threads, blocks), moe_grouped_matmul_fwd_##name, (float* y, const Tile::Element* x, const Tile::Element* weight, const int* offsets, int rows, int n, int k, int experts, int ldx, int ldw)) { \
+  MOE_KERNEL((Tile::Threads, BLOCKS(blocks)), moe_grouped_matmul_fwd_##name, (float* y, const Tile::Element* x, const Tile::Element* weight, const int* offsets, int rows, int n, int k, int experts, int ldx, int ldw)) { \
     grouped<Tile, TransposeW>(y, x, weight, offsets, rows, n, k, experts, ldx, ldw);                                                                \
   }
 GROUPED(2, f32_128x128_n, F32Large, false)
@@ -78,10 +85,10 @@ MOE_DEVICE void groupedFewRows(float* y, const float* x, const float* weight, co
     y[(int64_t)(threadIdx.x / 4) * n + threadIdx.x % 4] = 0.f;
   }
 }
-MOE_KERNEL((128), moe_grouped_matmul_few_f32, (float* y, const float* x, const float* weight, const int* offsets, int rows, int n, int k, int experts)) {
+MOE_KERNEL((128, 4), moe_grouped_matmul_few_f32, (float* y, const float* x, const float* weight, const int* offsets, int rows, int n, int k, int experts)) {
   groupedFewRows<false>(y, x, weight, offsets, rows, n, k, experts);
 }
-MOE_KERNEL((128), moe_grouped_matmul_few_bf16, (float* y, const float* x, const float* weight, const int* offsets, int rows, int n, int k, int experts)) {
+MOE_KERNEL((128, 4), moe_grouped_matmul_few_bf16, (float* y, const float* x, const float* weight, const int* offsets, int rows, int n, int k, int experts)) {
   groupedFewRows<true>(y, x, weight, offsets, rows, n, k, experts);
 }
 
@@ -99,7 +106,7 @@ MOE_DEVICE void weightGradient(float* dweight, const typename Tile::Element* dy,
 }
 
 #define WEIGHT_GRADIENT(blocks, name, Tile)                                                                                                         \
-  MOE_KERNEL((Tile::Threads, blocks), moe_grouped_matmul_bwd_##name, (float* dweight, const Tile::Element* dy, const Tile::Element* x, const int* offsets, int n, int k, int lddy, int ldx)) { \
+  MOE_KERNEL((Tile::Threads, BLOCKS(blocks)), moe_grouped_matmul_bwd_##name, (float* dweight, const Tile::Element* dy, const Tile::Element* x, const int* offsets, int n, int k, int lddy, int ldx)) { \
     weightGradient<Tile>(dweight, dy, x, offsets, n, k, lddy, ldx);                                                                                 \
   }
 WEIGHT_GRADIENT(2, f32_128x128, F32Large)

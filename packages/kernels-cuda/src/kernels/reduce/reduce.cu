@@ -89,7 +89,7 @@ MOE_DEVICE void reduceColumns(T* y, const T* x, int64_t outer, int64_t count, in
   MOE_KERNEL((threads), name##_rows, (T * y, const T* x, int64_t rows, int64_t count, int64_t chunk, int chunks, int lanes)) { \
     reduceRows<Op>(y, x, rows, count, chunk, chunks, lanes);                                                            \
   }                                                                                                                     \
-  MOE_KERNEL((threads), name##_columns,                                                                                 \
+  MOE_KERNEL((threads, 4), name##_columns,                                                                              \
              (T * y, const T* x, int64_t outer, int64_t count, int64_t inner, int64_t chunk, int chunks, int width)) {  \
     if (inner % 4 == 0) {                                                                                               \
       reduceColumns<4, Op>(y, x, outer, count, inner, chunk, chunks, width);                                            \
