@@ -4,6 +4,7 @@
 // `offsets` is null when dense. `Whole`: K is a multiple of 8, and so is BK where there are scales.
 #include "few-rows.cuh"
 #include "stored.cuh"
+#include "tensor-core.cuh"
 
 /// Rows row .. row + count - 1 are one expert's; expert = E stands for those behind the last one's; count = 0: nothing to do.
 struct Rows {
@@ -37,11 +38,27 @@ struct Sizes {
   int N, K, BN, BK;
 };
 
-/// y [rows, 4 columns from n on] for R rows of x at most. Every thread has 8 of K at a time, in as many places as make 16 bytes of each column.
+/// Where the weight and the scales of an expert begin.
+template <Format F>
+MOE_DEVICE void moveToExpert(const unsigned char*& weight, const float*& scales, int expert, Sizes z) {
+  weight += expert * (z.N * rowBytes<F>(z.K));
+  if (F != Format::bf16) scales += (int64_t)expert * divUp(z.N, z.BN) * divUp(z.K, z.BK);
+}
+
+/// Zeros for the columns n .. n + Columns - 1 of rows that are nobody's, mostFewRows at most.
+template <int Columns>
+MOE_DEVICE void storeZeros(float* y, int rows, int n, int N) {
+  const int i = threadIdx.x / Columns, j = n + threadIdx.x % Columns;
+  if (i < rows && j < N) y[(int64_t)i * N + j] = 0.f;
+}
+
+/// y [rows, 4 columns from n on] for R rows of x at most. Every thread has 8 of K at a time, in as many places as make 16 bytes of each column (fewer
+/// where many rows need the registers).
 template <Format F, bool Whole, int R>
 MOE_DEVICE void fewRowsTimesStored(float (*parts)[32], float* y, const float* x, const unsigned char* weight, const float* scales, int rows, int n, Sizes z) {
   constexpr bool scaled = F != Format::bf16;
-  constexpr int places = Whole ? 4 / Eight<F>::words : 1, step = 128 * 8;
+  constexpr int words = R > 1 && F == Format::int4 ? 2 : 4;
+  constexpr int places = Whole && R < 8 ? words / Eight<F>::words : 1, step = 128 * 8;
   const int columns = min(z.N - n, 4), across = scaled ? divUp(z.K, z.BK) : 0;
   const int64_t bytes = rowBytes<F>(z.K);
   weight += n * bytes;
@@ -126,16 +143,104 @@ MOE_DEVICE void fewRowsOfExperts(float* y, const float* x, const unsigned char* 
   const Rows group = rowsOfGroup(offsets, E, M, blockIdx.y);
   const int n = blockIdx.x * 4;
   y += (int64_t)group.row * z.N, x += (int64_t)group.row * z.K;
-  if (group.expert >= E) {
-    const int i = threadIdx.x / 4, j = n + threadIdx.x % 4;
-    if (i < group.count && j < z.N) y[(int64_t)i * z.N + j] = 0.f;
-    return;
-  }
-  weight += group.expert * (z.N * rowBytes<F>(z.K));
-  if (F != Format::bf16) scales += (int64_t)group.expert * divUp(z.N, z.BN) * divUp(z.K, z.BK);
+  if (group.expert >= E) return storeZeros<4>(y, group.count, n, z.N);
+  moveToExpert<F>(weight, scales, group.expert, z);
   if (group.count <= 1) fewRowsTimesStored<F, Whole, 1>(parts, y, x, weight, scales, group.count, n, z);
-  else if (group.count <= 4) fewRowsTimesStored<F, Whole, 4>(parts, y, x, weight, scales, group.count, n, z);
+  else if (Whole && group.count <= 4) fewRowsTimesStored<F, Whole, 4>(parts, y, x, weight, scales, group.count, n, z);
   else fewRowsTimesStored<F, Whole, 8>(parts, y, x, weight, scales, group.count, n, z);
+}
+
+/// Two values as bf16, cut off: their upper halves.
+MOE_DEVICE uint32_t packUpper(float low, float high) { return asBits(low) >> 16 | (asBits(high) & 0xffff0000u); }
+
+/// The same on tensor cores, for more than a row or so: 16 columns to a block, of which every warp has an eighth of K. The weight, exact in bf16 in every
+/// format, is the left operand, x the right one, whose columns are the rows; `Terms` = 3 of bf16 hold an f32 exactly. A lane has 8 neighbours
+/// of K, which are whichever of K the instruction takes them for, as both operands agree. K and BK are multiples of 32.
+template <Format F, int Terms>
+MOE_DEVICE void fewRowsOnTensorCores(float* y, const float* x, const unsigned char* weight, const float* scales, const int* offsets, int M, int E, Sizes z) {
+  constexpr bool scaled = F != Format::bf16;
+  constexpr int places = 4 / Eight<F>::words, span = places * 32;
+  MOE_SHARED(float, parts, [8][mostFewRows * 16]);
+  const Rows group = rowsOfGroup(offsets, E, M, blockIdx.y);
+  const int n = blockIdx.x * 16;
+  y += (int64_t)group.row * z.N;
+  if (group.expert >= E) return storeZeros<16>(y, group.count, n, z.N);
+  moveToExpert<F>(weight, scales, group.expert, z);
+
+  const int warp = threadIdx.x / 32, outer = threadIdx.x % 32 / 4, inner = threadIdx.x % 4;
+  x += (int64_t)(group.row + min(outer, group.count - 1)) * z.K + inner * 8; // a row or column twice rather than one that is not there
+  const unsigned char* row[2];
+  const float* scaleRow[2];
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    const int column = min(n + outer + j * 8, z.N - 1);
+    row[j] = weight + column * rowBytes<F>(z.K);
+    scaleRow[j] = scaled ? scales + (int64_t)(column / z.BN) * divUp(z.K, z.BK) : nullptr;
+  }
+  ScaleBlock block = ScaleBlock::of(warp * span, z.BK);
+  const ScaleBlock stride = ScaleBlock::of(7 * span, z.BK);
+  float sums[4] = {};
+#pragma unroll 1
+  for (int first = warp * span; first < z.K; first += 8 * span) {
+    Eight<F> raw[places][2] = {};
+    float scale[places][2] = {};
+#pragma unroll
+    for (int p = 0; p < places; p++) {
+      const int at = first + p * 32;
+      if (at >= z.K) continue;
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        raw[p][j] = Eight<F>::load(row[j], at + inner * 8);
+        if (scaled) scale[p][j] = scaleRow[j][block.block];
+      }
+      block.advance(0, 32);
+    }
+    block.advance(stride.block, stride.within);
+#pragma unroll
+    for (int p = 0; p < places; p++) {
+      const int at = first + p * 32;
+      if (at >= z.K) continue;
+      alignas(16) float v[8];
+      *(float4*)v = *(const float4*)(x + at);
+      *(float4*)(v + 4) = *(const float4*)(x + at + 4);
+      uint32_t left[2][4], right[Terms][4];
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        float w[8];
+        raw[p][j].unpack(w);
+#pragma unroll
+        for (int i = 0; i < 4; i++) left[i / 2][i % 2 * 2 + j] = packUpper(w[2 * i], w[2 * i + 1]);
+      }
+#pragma unroll
+      for (int term = 0; term < Terms; term++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) right[term][i] = Terms == 1 ? packBf16(v[2 * i], v[2 * i + 1]) : packUpper(v[2 * i], v[2 * i + 1]);
+#pragma unroll
+        for (int i = 0; i < 8 && term + 1 < Terms; i++) {
+          const float rest = v[i] - asFloat(asBits(v[i]) & 0xffff0000u);
+          v[i] = term == 0 && fabsf(v[i]) == infinity() ? 0.f : rest;
+        }
+      }
+      float product[4] = {};
+#pragma unroll
+      for (int term = Terms - 1; term >= 0; term--) { // the smallest first
+        multiplyBf16(scaled ? product : sums, left[0], right[term][0], right[term][1]);
+        multiplyBf16(scaled ? product : sums, left[1], right[term][2], right[term][3]);
+      }
+#pragma unroll
+      for (int i = 0; i < 4 && scaled; i++) sums[i] = fmaf(product[i], scale[p][i / 2], sums[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) parts[warp][(inner * 2 + i % 2) * 16 + outer + i / 2 * 8] = sums[i];
+  __syncthreads();
+  const int i = threadIdx.x / 16, j = n + threadIdx.x % 16;
+  if (i < group.count && j < z.N) {
+    float sum = 0.f;
+#pragma unroll
+    for (int part = 0; part < 8; part++) sum += parts[part][threadIdx.x];
+    y[(int64_t)i * z.N + j] = sum;
+  }
 }
 
 MOE_DEVICE void storeEight(float* to, const float (&v)[8]) {
@@ -178,6 +283,10 @@ MOE_DEVICE void expand(T* to, const unsigned char* weight, const float* scales, 
   MOE_KERNEL((128, 4), moe_quantized_matmul_few_##format##_##name, (float* y, const float* x, const unsigned char* weight, const float* scales, const int* offsets, int M, int E, int N, int K, int BN, int BK)) { \
     fewRowsOfExperts<Format::format, Whole>(y, x, weight, scales, offsets, M, E, {N, K, BN, BK});                                                        \
   }
+#define TENSOR(format, precision, Terms)                                                                                                                \
+  MOE_KERNEL((256, 3), moe_quantized_matmul_few_##format##_tensor_##precision, (float* y, const float* x, const unsigned char* weight, const float* scales, const int* offsets, int M, int E, int N, int K, int BN, int BK)) { \
+    fewRowsOnTensorCores<Format::format, Terms>(y, x, weight, scales, offsets, M, E, {N, K, BN, BK});                                                    \
+  }
 #define EXPAND(format, type, T)                                                                                                                         \
   MOE_KERNEL((256), moe_quantized_matmul_expand_##format##_##type, (T* to, const unsigned char* weight, const float* scales, const int* offsets, int rows, int n, int first, int ld, int whole, int N, int K, int BN, int BK)) { \
     expand<Format::format>(to, weight, scales, offsets, rows, n, first, ld, whole, {N, K, BN, BK});                                                      \
@@ -185,6 +294,8 @@ MOE_DEVICE void expand(T* to, const unsigned char* weight, const float* scales, 
 #define FORMAT(format)          \
   FEW(format, whole, true)      \
   FEW(format, any, false)       \
+  TENSOR(format, f32, 3)        \
+  TENSOR(format, bf16, 1)       \
   EXPAND(format, f32, float)    \
   EXPAND(format, bf16, bf16)
 FORMAT(bf16)

@@ -35,11 +35,17 @@ interface Weight {
   readonly rowBytes: number
   /** Scales of an expert. */
   readonly scales: number
-  /** Rows of q, and blocks with one scale, are made of whole vectors of 8 values. */
-  readonly whole: boolean
+  /** Rows of q, and blocks with one scale, are made of runs of so many values: 32, 8 or 1. */
+  readonly run: number
 }
 
-function describe(q: Value, scale: Value | undefined, offsets: Value | undefined, columns: number, attrs: QuantizedAttrs) {
+function describe(
+  q: Value,
+  scale: Value | undefined,
+  offsets: Value | undefined,
+  columns: number,
+  attrs: QuantizedAttrs,
+) {
   const rows = q.shape[q.shape.length - 2]
   const {
     format,
@@ -55,35 +61,41 @@ function describe(q: Value, scale: Value | undefined, offsets: Value | undefined
     attrs,
     rowBytes: Math.ceil(columns * bytesOf[format]),
     scales: Math.ceil(rows / blockRows) * Math.ceil(columns / blockColumns),
-    whole: columns % 8 === 0 && (format === 'bf16' || blockColumns % 8 === 0),
+    run: [32, 8, 1].find(run => columns % run === 0 && (format === 'bf16' || blockColumns % run === 0)) ?? 1,
   }
   return weight
 }
 
 const sizesOf = ({ rows, columns, attrs }: Weight) => [rows, columns, ...attrs.block]
 
-/** y for at most mostFewRows rows of x, or as many to an expert, from the stored weight itself; in f32 whatever the precision. */
+/** y for at most mostFewRows rows of x, or as many to an expert, from the stored weight itself. */
 function fewRows(cuda: Cuda) {
   const kernels = new Map(
     formats.flatMap(format =>
-      ['whole', 'any'].map(sizes => {
-        const variant = `${format}_${sizes}`
-        return [variant, cuda.kernel('quantized-matmul', `moe_quantized_matmul_few_${variant}`, 'p p p p p i i i i i i')]
+      ['whole', 'any', 'tensor_f32', 'tensor_bf16'].map(form => {
+        const variant = `${format}_${form}`
+        return [
+          variant,
+          cuda.kernel('quantized-matmul', `moe_quantized_matmul_few_${variant}`, 'p p p p p i i i i i i'),
+        ]
       }),
     ),
   )
-  return (y: number, x: number, weight: Weight, m: number, groups: number) =>
-    kernels.get(`${weight.attrs.format}_${weight.whole ? 'whole' : 'any'}`)?.(
-      { grid: [Math.ceil(weight.rows / 4), groups], block: 128 },
-      y,
-      x,
-      weight.q,
-      weight.scale,
-      weight.offsets,
+  return (y: number, x: number, weight: Weight, m: number, groups: number) => {
+    const { q, scale, offsets, experts, rows, run, attrs } = weight
+    // For a row or so to an expert the ordinary cores keep up with memory, in f32 whatever the precision.
+    const tensor = m > experts && run === 32
+    const form = tensor ? `tensor_${attrs.precision}` : run === 1 ? 'any' : 'whole'
+    const grid = [Math.ceil(rows / (tensor ? 16 : 4)), groups]
+    const pointers = [y, x, q, scale, offsets]
+    kernels.get(`${attrs.format}_${form}`)?.(
+      { grid, block: tensor ? 256 : 128 },
+      ...pointers,
       m,
-      weight.experts,
+      experts,
       ...sizesOf(weight),
     )
+  }
 }
 
 /** Part of a weight: some experts, or some rows of the one there is. */
@@ -107,7 +119,7 @@ function chunksOf(cuda: Cuda) {
     ),
   )
   return function* (weight: Weight): Generator<Chunk> {
-    const { q, scale, offsets, experts, rows, columns, attrs, rowBytes, scales, whole } = weight
+    const { q, scale, offsets, experts, rows, columns, attrs, rowBytes, scales, run } = weight
     const { format, precision } = attrs
     const ld = paddedColumns(columns)
     if (format === 'bf16' && precision === 'bf16' && ld === columns) {
@@ -140,7 +152,7 @@ function chunksOf(cuda: Cuda) {
           chunk.rows,
           row,
           ld,
-          +whole,
+          +(run > 1),
           ...sizesOf(weight),
         )
         yield chunk
