@@ -39,19 +39,30 @@ void pack_x(const float* x, int64_t k, int64_t run, float* packed, float* starts
   }
 }
 
+// Chains of additions for each row of x, so that there are about four at once.
+template <class W, int M>
+constexpr int chains = M == 1 ? (W::per < 4 ? W::per : 4) : M == 2 ? 2 : 1;
+
 template <class W, int j = 0>
 struct Decode {
-  // sums[m] += weight j.. of each lane times x; two chains of additions for a single row, one each for more.
-  template <int M, int chains>
-  MOE_INLINE void multiply(i32v v, const float* const* x, int64_t at, f32v (&sums)[M * chains]) {
+  // sums += weights j.. of each lane times x.
+  template <int M>
+  MOE_INLINE void multiply(i32v v, const float* const* x, int64_t at, f32v (&sums)[M][chains<W, M>]) {
     const f32v w = W::template get<j>(v);
     for (int m = 0; m < M; ++m) {
-      f32v& sum = sums[m * chains + j % chains];
+      f32v& sum = sums[m][j % chains<W, M>];
       sum = fma(w, load(x[m] + at + j * lanes), sum);
     }
-    if constexpr (j + 1 < W::per) Decode<W, j + 1>::template multiply<M, chains>(v, x, at, sums);
+    if constexpr (j + 1 < W::per) Decode<W, j + 1>::template multiply<M>(v, x, at, sums);
   }
 };
+
+template <int n>
+MOE_INLINE f32v joined(const f32v (&sums)[n]) {
+  if constexpr (n == 4) return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  if constexpr (n == 2) return sums[0] + sums[1];
+  return sums[0];
+}
 
 // The scale of each lane where lanes * 8 weights are runs of 32.
 MOE_INLINE f32v run_scales(const float* scale, int64_t left) {
@@ -79,76 +90,58 @@ struct Dots {
   int64_t run;  // groups with one scale
 };
 
-// R rows of the weight, from `row`, times M rows of x.
-template <class W, Scales kind, int R, int M>
-MOE_INLINE void dot_rows(const Dots& d, int64_t row) {
-  constexpr int chains = M == 1 ? 2 : 1;
+// How far ahead of the weights memory is asked for.
+constexpr int64_t ahead = 2048;
+
+// One row of the weight times M rows of x. Rows are taken one after another, because memory is fastest when it is read in order.
+template <class W, Scales kind, int M>
+MOE_INLINE void dot_row(const Dots& d, int64_t row) {
   constexpr bool scaled = kind != Scales::none;
   constexpr int64_t bytes = lanes * 4;
   const int64_t full = d.row_bytes / bytes;
-  const bool rest = d.row_bytes % bytes != 0;
-  const int64_t groups = full + rest;
-  const uint8_t* from[R];
-  const float* scale[R];
-  for (int r = 0; r < R; ++r) {
-    from[r] = d.q + (row + r) * d.row_bytes;
-    scale[r] = scaled ? d.scale + (row + r) / d.block_rows * d.scale_columns : nullptr;
-  }
-  f32v total[R * M] = {};
-  i32v nans[R] = {};
-  f32v sums[R][M * chains] = {};
+  const int64_t rest = d.row_bytes % bytes;
+  const int64_t groups = full + (rest != 0);
+  const uint8_t* from = d.q + row * d.row_bytes;
+  const float* scale = scaled ? d.scale + row / d.block_rows * d.scale_columns : nullptr;
+  f32v total[M] = {};
+  f32v sums[M][chains<W, M>] = {};
+  i32v nans{};
   const int64_t run = scaled ? d.run : groups;
   for (int64_t g = 0, block = 0; g < groups; ++block) {
-    const int64_t end = std::min(groups, g + run);
+    const int64_t end = std::min(groups, g + run), whole = std::min(full, end);
     if constexpr (scaled) {
-      for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) {
-          sums[r][m * chains] = W::zero == 0 ? zero() : load(d.starts[m] + block * lanes);
-          if (chains == 2) sums[r][m * chains + chains - 1] = zero();
-        }
-    }
-    const auto step = [&](const i32v(&v)[R]) {
-      for (int r = 0; r < R; ++r) {
-        if constexpr (std::is_same_v<W, Fp8Weights>) nans[r] |= fp8_nans(v[r]);
-        Decode<W>::template multiply<M, chains>(v[r], d.x, g * group_size<W>, sums[r]);
+      for (int m = 0; m < M; ++m) {
+        for (f32v& sum : sums[m]) sum = zero();
+        if (W::zero != 0) sums[m][0] = load(d.starts[m] + block * lanes);
       }
-      ++g;
-    };
-    for (const int64_t whole = std::min(full, end); g < whole;) {
-      i32v v[R];
-      for (int r = 0; r < R; ++r) v[r] = load_bytes(from[r] + g * bytes);
-      step(v);
+    }
+    for (; g < whole; ++g) {
+      __builtin_prefetch(from + g * bytes + ahead);
+      const i32v v = load_bytes(from + g * bytes);
+      if constexpr (std::is_same_v<W, Fp8Weights>) nans |= fp8_nans(v);
+      Decode<W>::template multiply<M>(v, d.x, g * group_size<W>, sums);
     }
     if (g < end) {
-      i32v v[R] = {};
-      for (int r = 0; r < R; ++r) std::memcpy(&v[r], from[r] + g * bytes, static_cast<size_t>(d.row_bytes - g * bytes));
-      step(v);
+      i32v v{};
+      std::memcpy(&v, from + g * bytes, static_cast<size_t>(rest));
+      if constexpr (std::is_same_v<W, Fp8Weights>) nans |= fp8_nans(v);
+      Decode<W>::template multiply<M>(v, d.x, g * group_size<W>, sums);
+      ++g;
     }
     if constexpr (scaled) {
-      for (int r = 0; r < R; ++r) {
-        const f32v s = kind == Scales::runs ? run_scales(scale[r] + block * (lanes / 4), d.scale_columns - block * (lanes / 4))
-                                            : splat(scale[r][block]);
-        for (int m = 0; m < M; ++m) {
-          const f32v sum = chains == 2 ? sums[r][m * chains] + sums[r][m * chains + chains - 1] : sums[r][m];
-          total[r * M + m] = fma(sum, s, total[r * M + m]);
-        }
-      }
+      const f32v s = kind == Scales::runs ? run_scales(scale + block * (lanes / 4), d.scale_columns - block * (lanes / 4)) : splat(scale[block]);
+      for (int m = 0; m < M; ++m) total[m] = fma(joined(sums[m]), s, total[m]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) {
-      if constexpr (!scaled) total[r * M + m] = chains == 2 ? sums[r][m * chains] + sums[r][m * chains + chains - 1] : sums[r][m];
-      const float y = sum(total[r * M + m]);
-      d.y[m][row + r] = std::is_same_v<W, Fp8Weights> && any(nans[r] != 0) ? __builtin_nanf("") : y;
-    }
+  for (int m = 0; m < M; ++m) {
+    const float y = sum(scaled ? total[m] : joined(sums[m]));
+    d.y[m][row] = std::is_same_v<W, Fp8Weights> && any(nans != 0) ? __builtin_nanf("") : y;
+  }
 }
 
 template <class W, Scales kind, int M>
 void dot_range(const Dots& d, int64_t begin, int64_t end) {
-  constexpr int R = M == 1 ? 4 : 2;
-  int64_t row = begin;
-  for (; row + R <= end; row += R) dot_rows<W, kind, R, M>(d, row);
-  for (; row < end; ++row) dot_rows<W, kind, 1, M>(d, row);
+  for (int64_t row = begin; row < end; ++row) dot_row<W, kind, M>(d, row);
 }
 
 // Rows begin .. end of the weight times `rows` (1 .. most_rows) rows of x.
