@@ -280,7 +280,7 @@ MOE_DEVICE void expand(T* to, const unsigned char* weight, const float* scales, 
 }
 
 #define FEW(format, name, Whole)                                                                                                                        \
-  MOE_KERNEL((128, 4), moe_quantized_matmul_few_##format##_##name, (float* y, const float* x, const unsigned char* weight, const float* scales, const int* offsets, int M, int E, int N, int K, int BN, int BK)) { \
+  MOE_KERNEL((128, 3), moe_quantized_matmul_few_##format##_##name, (float* y, const float* x, const unsigned char* weight, const float* scales, const int* offsets, int M, int E, int N, int K, int BN, int BK)) { \
     fewRowsOfExperts<Format::format, Whole>(y, x, weight, scales, offsets, M, E, {N, K, BN, BK});                                                        \
   }
 #define TENSOR(format, precision, Terms)                                                                                                                \
