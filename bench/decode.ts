@@ -6,8 +6,8 @@
  *
  * Every variant is a process with the model in memory; they take turns, one run of N tokens each per round. A run's time per token
  * is its median over the tokens, and the table shows the median over the rounds. Read bandwidth is measured between the
- * rounds by the faster of two ops that read 256 MiB with all threads (largest element, root of the sum of squares). `pnpm bench
- * memory` of the same variants is the last column.
+ * rounds by the faster of two ops that read 256 MiB with all threads (largest element, root of the sum of squares). The last columns are
+ * what the weights take, and the whole process.
  */
 import { type ChildProcess, spawn } from 'node:child_process'
 import { existsSync, writeFileSync } from 'node:fs'

@@ -1,7 +1,7 @@
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { quantizeWeights, setDefaultBackend, type Tensor, tensor, type WeightFormat } from '@moe/core'
+import { defaultBackend, quantizeWeights, setDefaultBackend, type Tensor, tensor, type WeightFormat } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { afterAll, describe, expect, test } from 'vitest'
 import { DeepSeek, type DeepSeekConfigInput, presets } from './index.ts'
@@ -35,12 +35,15 @@ const formats: readonly WeightFormat[] = ['bf16', 'fp8', 'int8', 'int4']
 
 /** Logits of the prompt: in one pass, or token by token over the latent cache. */
 async function logits(model: DeepSeek, cached = false): Promise<Float32Array> {
-  if (!cached)
-    return (await model.infer(() => model.forward(tensor(prompt, [1, prompt.length]))).values()) as Float32Array
+  if (!cached) {
+    using whole = model.infer(() => model.forward(tensor(prompt, [1, prompt.length])))
+    return (await whole.values()) as Float32Array
+  }
   const cache = model.makeCache()
   const steps: Tensor[] = []
   for (const id of prompt) steps.push(model.infer(() => model.forward(tensor(Int32Array.of(id), [1, 1]), { cache })))
   const parts = await Promise.all(steps.map(step => step.values()))
+  for (const step of steps) step.dispose()
   cache.dispose()
   return Float32Array.from(parts.flatMap(part => [...part]))
 }
@@ -79,7 +82,8 @@ describe.each(formats)('a model with weights in %s', format => {
     model.dispose()
   })
 
-  test('decodes over the cache as it does without', async () => {
+  test('decodes over the cache as it does without, and leaks nothing', async () => {
+    const before = defaultBackend().stats().handles
     const model = new DeepSeek(config, { seed: 2, weights: format })
     // Absorbed W_UK and W_UV are rounded to bf16 (once, in two of the products of each layer).
     expect(difference(await logits(model, true), await logits(model))).toBeLessThan(bound.bf16)
@@ -87,9 +91,11 @@ describe.each(formats)('a model with weights in %s', format => {
     for await (const id of model.generate(prompt, { maxTokens: 8 })) made.push(id)
     expect(made).toHaveLength(8)
     model.dispose()
+    expect(defaultBackend().stats().handles).toBe(before)
   })
 
   test('is quantized while a checkpoint is read, and saved as its own numbers', async () => {
+    const before = defaultBackend().stats().handles
     const model = new DeepSeek(config, { seed: 3 })
     const path = join(folder, format)
     await model.save(path)
@@ -101,6 +107,7 @@ describe.each(formats)('a model with weights in %s', format => {
     const plain = await DeepSeek.fromPretrained(`${path}-again`)
     expect(difference(await logits(plain), expected)).toBeLessThan(1e-6)
     for (const made of [model, loaded, plain]) made.dispose()
+    expect(defaultBackend().stats().handles).toBe(before)
   })
 })
 

@@ -52,7 +52,7 @@ export class QuantizedParameter extends Parameter {
 
   /** The numbers as f32. */
   dequantize(): Tensor {
-    return noGrad(() => dequantizeWeight(this.#weight))
+    return scope(() => noGrad(() => dequantizeWeight(this.#weight)))
   }
 
   /** Stores the f32 numbers of `next`, which is used up. */
