@@ -6,7 +6,7 @@
  * It holds Node, the packages, their kernels, tests and benchmarks. There: `gpu/run.sh`. Build the kernels first:
  * `node packages/kernels-cuda/scripts/build-fatbins.mjs`.
  */
-import { execFileSync } from 'node:child_process'
+import { execFileSync, spawnSync } from 'node:child_process'
 import {
   cpSync,
   existsSync,
@@ -22,7 +22,7 @@ import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { gzipSync } from 'node:zlib'
-import { build } from 'esbuild'
+import { type BuildOptions, build } from 'esbuild'
 
 const mostBytes = 60e6
 const root = join(import.meta.dirname, '..', '..')
@@ -40,7 +40,6 @@ const packages = [
   'checkpoint',
   'deepseek',
   'trainer',
-  'tokenizer-bpe',
 ]
 /** Plain JavaScript packages, bundled into one file each; whoever depends on them comes first. */
 const bundled = { zod: 'deepseek', tinyglobby: 'trainer' } as const
@@ -54,13 +53,22 @@ mkdirSync(join(out, 'node_modules', '@moe'), { recursive: true })
 copyPackages()
 await copyDependencies()
 copyTools()
-writeFileSync(join(out, 'node.gz'), gzipSync(readFileSync(join(root, 'node_modules/node/bin/node')), { level: 9 }))
+packNode()
 
 const bytes = sizeOf(out)
 console.log(`${out}: ${(bytes / 1e6).toFixed(1)} MB; copy it to the machine and start run.sh there`)
 if (bytes > mostBytes) {
-  console.error(`gpu:pack: the folder may have ${mostBytes / 1e6} MB`)
+  console.error(`gpu:pack: the folder may have ${mostBytes / 1e6} MB (binutils' strip makes Node smaller)`)
   process.exitCode = 1
+}
+
+/** Node without its symbols, which are a tenth of it. */
+function packNode(): void {
+  const node = join(out, 'node')
+  const { status } = spawnSync('strip', ['-o', node, join(root, 'node_modules/node/bin/node')])
+  if (status !== 0) cpSync(join(root, 'node_modules/node/bin/node'), node)
+  writeFileSync(join(out, 'node.gz'), gzipSync(readFileSync(node), { level: 9 }))
+  rmSync(node)
 }
 
 function copyPackages(): void {
@@ -77,7 +85,8 @@ function copyPackages(): void {
       if (!existsSync(join(from, part))) continue
       cpSync(join(from, part), join(to, part), {
         recursive: true,
-        filter: path => !/\/obj(\/|$)|\.(cc|cu|cuh|h|link)$/.test(path),
+        // Compiler output and sources of native code stay behind, and a CPU library that another one stands in for.
+        filter: path => !/\/obj(\/|$)|\.(cc|cu|cuh|h|link)$|-avx512\.so$/.test(path),
       })
     }
     symlinkSync(join('..', '..', 'packages', name), join(out, 'node_modules', '@moe', name))
@@ -86,31 +95,35 @@ function copyPackages(): void {
 
 async function copyDependencies(): Promise<void> {
   const modules = join(out, 'node_modules')
-  const koffi = dirname(createRequire(join(root, 'packages/kernels-cuda/package.json')).resolve('koffi/package.json'))
-  cpSync(koffi, join(modules, 'koffi'), {
-    recursive: true,
-    dereference: true,
-    filter: path => !/\/(src|doc|vendor)(\/|$)/.test(path),
-  })
-  const native = `koffi-linux-${process.arch}`
-  const binary = dirname(createRequire(join(koffi, 'package.json')).resolve(`@koromix/${native}/package.json`))
-  cpSync(binary, join(modules, '@koromix', native), { recursive: true, dereference: true })
+  const koffi = dirname(createRequire(join(root, 'packages/kernels-cuda/package.json')).resolve('koffi'))
+  const copy = (from: string, name: string) =>
+    cpSync(from, join(modules, name), {
+      recursive: true,
+      dereference: true,
+      filter: path => !/koffi\/(doc|vendor|lib)(\/|$)/.test(path),
+    })
+  copy(koffi, 'koffi')
+  // Installed beside it, as its optional dependency.
+  const native = join('@koromix', `koffi-linux-${process.arch}`)
+  copy(join(koffi, '..', native), native)
   for (const [name, user] of Object.entries(bundled)) {
-    const entry = createRequire(join(root, 'packages', user, 'package.json')).resolve(name)
-    await bundle(entry, name)
+    await bundle({ stdin: { contents: `export * from '${name}'`, resolveDir: join(root, 'packages', user) } }, name)
   }
-  await bundle(join(import.meta.dirname, 'vitest.ts'), 'vitest')
+  await bundle({ entryPoints: [join(import.meta.dirname, 'vitest.ts')] }, 'vitest')
 }
 
 /** One ES module under node_modules, with all that it imports inside. */
-async function bundle(entry: string, name: string): Promise<void> {
+async function bundle(entry: Pick<BuildOptions, 'entryPoints' | 'stdin'>, name: string): Promise<void> {
   const folder = join(out, 'node_modules', name)
-  // CommonJS inside asks for Node's own modules by `require`.
-  const banner = { js: "import { createRequire } from 'node:module'; const require = createRequire(import.meta.url);" }
+  // What CommonJS inside takes for granted.
+  const banner = {
+    js: "import { createRequire } from 'node:module'; const require = createRequire(import.meta.url), __dirname = import.meta.dirname;",
+  }
   await build({
-    entryPoints: [entry],
+    ...entry,
     outfile: join(folder, 'index.mjs'),
     bundle: true,
+    minify: true,
     platform: 'node',
     format: 'esm',
     banner,

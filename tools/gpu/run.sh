@@ -29,7 +29,7 @@ tests() {
   shift
   echo "== $name"
   ./node --no-warnings --import ./tools/gpu/"$name".mjs --test --test-concurrency=1 --test-reporter=./tools/gpu/reporter.mjs \
-    --test-reporter-destination="$out/$name.json" --test-reporter=dot --test-reporter-destination=/dev/null "$@" || status=1
+    --test-reporter-destination="$out/$name.json" --test-reporter=dot --test-reporter-destination=stdout "$@" || status=1
   ./node tools/gpu/summary.mjs "$out/$name.json"
 }
 
