@@ -44,7 +44,8 @@ MOE_INLINE f32v load(const float* from) { return *reinterpret_cast<const f32v_un
 MOE_INLINE void store(float* to, f32v x) { *reinterpret_cast<f32v_unaligned*>(to) = x; }
 MOE_INLINE i32v load(const int32_t* from) { return *reinterpret_cast<const i32v_unaligned*>(from); }
 MOE_INLINE void store(int32_t* to, i32v x) { *reinterpret_cast<i32v_unaligned*>(to) = x; }
-MOE_INLINE f32v splat(float x) { return f32v{} + x; }
+// By a subtraction, which the compiler drops: an addition of zero would turn -0 into 0, so that one stays in the code.
+MOE_INLINE f32v splat(float x) { return x - f32v{}; }
 MOE_INLINE i32v splat(int32_t x) { return i32v{} + x; }
 MOE_INLINE f32v zero() { return f32v{}; }
 
