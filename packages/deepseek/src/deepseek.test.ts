@@ -17,32 +17,13 @@ import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
 import { auxFree, expertLevel, LoadMonitor, together } from '@moe/router'
 import { afterAll, describe, expect, test } from 'vitest'
-import { countParameters, DeepSeek, type DeepSeekConfigInput, parseConfig, presets } from './index.ts'
+import { countParameters, DeepSeek, parseConfig, presets } from './index.ts'
+import { tiny } from './test-tiny.ts'
 
 setDefaultBackend(referenceBackend())
 
 const folder = await mkdtemp(join(tmpdir(), 'moe-deepseek-'))
 afterAll(() => rm(folder, { recursive: true }))
-
-const tiny: DeepSeekConfigInput = {
-  ...presets.tiny,
-  vocab_size: 40,
-  hidden_size: 24,
-  intermediate_size: 32,
-  moe_intermediate_size: 8,
-  num_hidden_layers: 2,
-  num_attention_heads: 2,
-  n_routed_experts: 8,
-  num_experts_per_tok: 2,
-  q_lora_rank: 12,
-  kv_lora_rank: 8,
-  qk_nope_head_dim: 8,
-  qk_rope_head_dim: 4,
-  v_head_dim: 8,
-  initializer_range: 0.3,
-  eos_token_id: null,
-  bos_token_id: null,
-}
 
 describe('generation', () => {
   const prompt = [3, 7, 11, 2, 30]

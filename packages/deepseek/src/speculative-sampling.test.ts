@@ -1,29 +1,11 @@
 /** @file Speculative sampling draws from the same distribution. Hundreds of short runs: on the fastest backend there is. */
 import { firstAvailable, setDefaultBackend } from '@moe/core'
 import { expect, test } from 'vitest'
-import { DeepSeek, type DeepSeekConfigInput, presets } from './index.ts'
+import { DeepSeek } from './index.ts'
+import { tiny } from './test-tiny.ts'
 
 setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu'), () => import('@moe/core/reference')]))
 
-const tiny: DeepSeekConfigInput = {
-  ...presets.tiny,
-  vocab_size: 40,
-  hidden_size: 24,
-  intermediate_size: 32,
-  moe_intermediate_size: 8,
-  num_hidden_layers: 2,
-  num_attention_heads: 2,
-  n_routed_experts: 8,
-  num_experts_per_tok: 2,
-  q_lora_rank: 12,
-  kv_lora_rank: 8,
-  qk_nope_head_dim: 8,
-  qk_rope_head_dim: 4,
-  v_head_dim: 8,
-  initializer_range: 0.3,
-  eos_token_id: null,
-  bos_token_id: null,
-}
 const prompt = [3, 7, 11, 2, 30]
 
 test('sampling is repeatable by seed, and speculative sampling has the same distribution', async () => {
