@@ -8,6 +8,7 @@ import {
   defaultBackend,
   dtypeBytes,
   fromHost,
+  type HostArray,
   keep,
   MoeError,
   scope,
@@ -16,6 +17,7 @@ import {
   zeros,
 } from '@moe/core'
 import type { MlaConfig } from './config.ts'
+import type { RotaryEmbedding, RotaryTables } from './rotary.ts'
 
 /** What one more token costs in all layers of a model: in the latent cache, and if keys and values were kept expanded. */
 export interface CacheCost {
@@ -47,6 +49,9 @@ export interface CacheOptions {
   readonly backend?: Backend
 }
 
+/** Steps of prompts come once, those of decoding again and again. */
+const longestKept = 16
+
 /**
  * What attention needs of earlier tokens: `[batch, capacity, features]` per layer. Sequences have their own lengths; `truncate` takes
  * tokens back, as speculative decoding needs.
@@ -60,6 +65,8 @@ export class KvCache {
   readonly lengths: Int32Array
   #capacity: number
   #layers: Tensor[]
+  /** By number of new tokens. */
+  readonly #steps = new Map<number, CacheStep>()
 
   constructor(features: number, options: CacheOptions) {
     const { layers, batch = 1, capacity = 256, dtype = 'f32', backend = defaultBackend() } = options
@@ -90,24 +97,20 @@ export class KvCache {
     return this.#layers[layer]
   }
 
-  /** Positions `[batch, time]` that the next `time` tokens of each sequence have. */
-  positions(time: number): Int32Array {
-    const out = new Int32Array(this.batch * time)
-    for (let b = 0; b < this.batch; b++) for (let t = 0; t < time; t++) out[b * time + t] = this.lengths[b] + t
-    return out
+  /** Where the next `time` tokens of each sequence go. It belongs to the cache and is the same object, brought up to date, as long as it fits. */
+  next(time: number): CacheStep {
+    let step = this.#steps.get(time)
+    if (step !== undefined && step.capacity === this.#capacity) {
+      step.update()
+      return step
+    }
+    step?.dispose()
+    step = new CacheStep(this, time)
+    this.#steps.set(time, step)
+    return step
   }
 
-  /** `i32 [batch]`: lengths once `time` more tokens are in. */
-  lengthsAfter(time: number, backend: Backend): Tensor {
-    return fromHost(
-      this.lengths.map(length => length + time),
-      [this.batch],
-      'i32',
-      backend,
-    )
-  }
-
-  /** Writes the next rows `[batch, time, features]`, rounded to the cache's dtype, of a layer behind each sequence. Call `advance` once all layers have written. */
+  /** Writes the rows `[batch, time, features]`, rounded to the cache's dtype, of a layer behind each sequence. Call `advance` once all layers have written. */
   write(layer: number, rows: Tensor): void {
     const [batch, time, features] = rows.shape
     if (batch !== this.batch || features !== this.features) {
@@ -117,27 +120,20 @@ export class KvCache {
         problem: `rows [${rows.shape}] do not fit a cache of ${this.batch} sequences with ${this.features} features`,
       })
     }
-    this.#reserve(Math.max(...this.lengths) + time)
+    this.reserve(time)
     const capacity = this.#capacity
-    const at = new Int32Array(batch * time)
-    for (let b = 0; b < batch; b++) for (let t = 0; t < time; t++) at[b * time + t] = b * capacity + this.lengths[b] + t
+    const { index } = this.next(time)
     const old = this.#layers[layer]
     this.#layers[layer] = keep(
       scope(() => {
         const flat = old.reshape([batch * capacity, features])
         // The reshape shares memory with `old`; once that is given up the rows are written in place.
         old.dispose()
-        const index = fromHost(at, [batch * time], 'i32', rows.backend)
-        const next = setRows(
-          flat,
-          index,
-          rows
-            .detach()
-            .cast(this.dtype)
-            .reshape([batch * time, features]),
-          { donate: true },
-        )
-        return next.reshape([batch, capacity, features])
+        const source = rows
+          .detach()
+          .cast(this.dtype)
+          .reshape([batch * time, features])
+        return setRows(flat, index, source, { donate: true }).reshape([batch, capacity, features])
       }),
     )
   }
@@ -145,6 +141,11 @@ export class KvCache {
   /** Counts `time` tokens, written in every layer, as part of each sequence (or of each its own number). */
   advance(time: number | ArrayLike<number>): void {
     for (let b = 0; b < this.batch; b++) this.lengths[b] += typeof time === 'number' ? time : time[b]
+    for (const [length, step] of this.#steps) {
+      if (length <= longestKept) continue
+      step.dispose()
+      this.#steps.delete(length)
+    }
   }
 
   /** Forgets the tokens past `length` of every sequence (or past each its own length). */
@@ -155,12 +156,17 @@ export class KvCache {
     }
   }
 
+  /** Makes room for `time` more tokens of each sequence; `write` does it by itself. */
+  reserve(time: number): void {
+    const tokens = Math.max(...this.lengths) + time
+    if (tokens > this.#capacity) this.#grow(tokens)
+  }
+
   #empty(tokens: number, backend: Backend): Tensor {
     return keep(scope(() => zeros([this.batch, tokens, this.features], { backend }).cast(this.dtype)))
   }
 
-  #reserve(tokens: number): void {
-    if (tokens <= this.#capacity) return
+  #grow(tokens: number): void {
     let capacity = this.#capacity
     while (capacity < tokens) capacity *= 2
     this.#layers = this.#layers.map(old =>
@@ -179,7 +185,97 @@ export class KvCache {
   dispose(): void {
     for (const layer of this.#layers) layer.dispose()
     this.#layers = []
+    for (const step of this.#steps.values()) step.dispose()
+    this.#steps.clear()
   }
+}
+
+/** Where `time` new tokens of each sequence go, on the device: uploaded once for all layers, and in place where the backend can, as recorded graphs need. */
+export class CacheStep {
+  /** Of the cache when this was made. */
+  readonly capacity: number
+  /** Rows of the flattened cache, `i32 [batch * time]`. */
+  readonly index: Tensor
+  /** Lengths once the tokens are in, `i32 [batch]`. */
+  readonly lengths: Tensor
+  readonly #cache: KvCache
+  readonly #time: number
+  readonly #rotary = new Map<RotaryEmbedding, RotaryTables>()
+  #before: Int32Array
+
+  /** Use `KvCache.next`. */
+  constructor(cache: KvCache, time: number) {
+    this.#cache = cache
+    this.#time = time
+    this.capacity = cache.capacity
+    this.#before = cache.lengths.slice()
+    const { backend } = cache.rows(0)
+    const { index, after } = this.#numbers()
+    this.index = keep(fromHost(index, [index.length], 'i32', backend))
+    this.lengths = keep(fromHost(after, [after.length], 'i32', backend))
+  }
+
+  /** Rotation tables `[batch, time, R/2]` of the tokens' positions. */
+  tables(rotary: RotaryEmbedding): RotaryTables {
+    let tables = this.#rotary.get(rotary)
+    if (tables === undefined) {
+      tables = keep(rotary.at(this.#positions(), this.#cache.batch, this.index.backend))
+      this.#rotary.set(rotary, tables)
+    }
+    return tables
+  }
+
+  /** Follows the cache's lengths. */
+  update(): void {
+    const { lengths } = this.#cache
+    if (this.#before.every((length, b) => length === lengths[b])) return
+    this.#before = lengths.slice()
+    const { index, after } = this.#numbers()
+    overwrite(this.index, index)
+    overwrite(this.lengths, after)
+    const positions = this.#positions()
+    for (const [rotary, { cos, sin }] of this.#rotary) {
+      const now = rotary.angles(positions)
+      overwrite(cos, now.cos)
+      overwrite(sin, now.sin)
+    }
+  }
+
+  /** Position of each token, row-major `[batch, time]`. */
+  #positions(): Int32Array {
+    const time = this.#time
+    return Int32Array.from(
+      { length: this.#before.length * time },
+      (_, i) => this.#before[Math.floor(i / time)] + (i % time),
+    )
+  }
+
+  #numbers() {
+    const time = this.#time
+    const index = this.#positions().map((position, i) => Math.floor(i / time) * this.capacity + position)
+    return { index, after: this.#before.map(length => length + time) }
+  }
+
+  dispose(): void {
+    this.index.dispose()
+    this.lengths.dispose()
+    for (const { cos, sin } of this.#rotary.values()) {
+      cos.dispose()
+      sin.dispose()
+    }
+  }
+}
+
+/** Other elements for a tensor that nobody records: in place where the backend can, otherwise in new memory. */
+function overwrite(tensor: Tensor, data: HostArray): void {
+  const { backend } = tensor
+  if (backend.write) {
+    backend.write(tensor, data)
+    return
+  }
+  const before = tensor.handle
+  tensor.handle = backend.upload(data, tensor.shape, tensor.dtype)
+  backend.free(before)
 }
 
 /** Keys and values in compressed form: kv_lora_rank + qk_rope_head_dim elements per token and layer. */

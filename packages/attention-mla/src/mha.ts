@@ -92,7 +92,9 @@ export class MultiHeadAttention extends Module {
   #cached(x: Tensor, cache: KvCache, { layer = 0, positions }: MhaForwardOptions): Tensor {
     const [batch, time] = x.shape
     const width = this.#groups * this.#features
-    const { cos, sin } = this.#rotary.at(positions ?? cache.positions(time), batch, x.backend)
+    cache.reserve(time)
+    const step = cache.next(time)
+    const { cos, sin } = positions ? this.#rotary.at(positions, batch, x.backend) : step.tables(this.#rotary)
     const turn = (y: Tensor) => rope(y, cos, sin, { interleaved: false })
     const k = turn(this.#heads_BTHD(this.k_proj.forward(x), this.#groups))
     cache.write(layer, concat([k.reshape([batch, time, width]), this.v_proj.forward(x)], 2))
@@ -100,7 +102,7 @@ export class MultiHeadAttention extends Module {
     const used = Math.max(...cache.lengths) + time
     const rows_BSF = cache.rows(layer).narrow(1, 0, used).cast('f32')
     const half = (at: number) => this.#heads_BTHD(rows_BSF.narrow(2, at * width, (at + 1) * width), this.#groups)
-    return this.#out(attention(q, half(0), half(1), { lengths: cache.lengthsAfter(time, x.backend) }))
+    return this.#out(attention(q, half(0), half(1), { lengths: step.lengths }))
   }
 
   #heads_BTHD(x: Tensor, heads: number): Tensor {

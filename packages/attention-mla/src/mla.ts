@@ -10,7 +10,6 @@ import {
   denseWeight,
   forkInit,
   fromHost,
-  type Handle,
   type InitOptions,
   keep,
   Linear,
@@ -52,7 +51,7 @@ export interface MlaForwardOptions {
  * W_UK and W_UV cut out of kv_b_proj for absorbed decoding, while that stays the same: `[H, N, C]` and `[H, V, C]`, or where that is stored in fewer
  * bits `[H, C, N]` and `[H, V, C]` in bf16 (quantizing W_UK anew along another axis would add a second error).
  */
-type Absorbed = { readonly of: Handle } & (
+type Absorbed = { readonly of: Tensor; readonly version: number } & (
   | { readonly keyUp_HNC: Tensor; readonly valueUp_HVC: Tensor }
   | { readonly keyUp_HCN: QuantizedWeight; readonly valueUp_HVC: QuantizedWeight }
 )
@@ -107,7 +106,8 @@ export class MultiHeadLatentAttention extends Module {
     }
     return noGrad(() =>
       scope(() => {
-        const tables = this.#rotary.at(positions ?? cache.positions(time), batch, backend)
+        cache.reserve(time)
+        const tables = positions ? this.#rotary.at(positions, batch, backend) : cache.next(time).tables(this.#rotary)
         return this.#cached(x_BTD, cache, tables, options)
       }),
     )
@@ -159,7 +159,7 @@ export class MultiHeadLatentAttention extends Module {
     const { latent_BTC, ropeKey_BT1R } = this.#compress(x, tables)
     cache.write(layer, concat([latent_BTC, ropeKey_BT1R.reshape([batch, time, ropeDim])], 2))
     const q = this.#queries(x, tables)
-    const lengths = cache.lengthsAfter(time, x.backend)
+    const { lengths } = cache.next(time)
     if (time <= absorbUpTo) return this.#absorbedForward(q, cache.rows(layer), lengths)
     const used = Math.max(...cache.lengths) + time
     const rows = cache.rows(layer).narrow(1, 0, used).cast('f32')
@@ -213,25 +213,28 @@ export class MultiHeadLatentAttention extends Module {
   #absorb(): Absorbed {
     const { weight } = this.kv_b_proj
     const before = this.#absorbed
-    if (before !== null && before.of === weight.handle) return before
+    if (before !== null && before.of === weight && before.version === weight.version) return before
     const { num_attention_heads: heads, qk_nope_head_dim: nope, kv_lora_rank: rank, v_head_dim: value } = this.#config
     this.releaseAbsorbed()
     const stored = weight instanceof QuantizedParameter && weight.backend.dtypes.has('bf16')
-    const absorbed = keep({
-      of: weight.handle,
-      ...scope(() => {
-        const perHead = denseWeight(weight)
-          .detach()
-          .reshape([heads, nope + value, rank])
-        const keyUp_HNC = perHead.narrow(1, 0, nope)
-        const valueUp_HVC = perHead.narrow(1, nope, nope + value)
-        if (!stored) return { keyUp_HNC, valueUp_HVC }
-        return {
-          keyUp_HCN: quantizeWeight(keyUp_HNC.permute([0, 2, 1]), 'bf16'),
-          valueUp_HVC: quantizeWeight(valueUp_HVC, 'bf16'),
-        }
-      }),
-    })
+    const absorbed = {
+      of: weight,
+      version: weight.version,
+      ...keep(
+        scope(() => {
+          const perHead = denseWeight(weight)
+            .detach()
+            .reshape([heads, nope + value, rank])
+          const keyUp_HNC = perHead.narrow(1, 0, nope)
+          const valueUp_HVC = perHead.narrow(1, nope, nope + value)
+          if (!stored) return { keyUp_HNC, valueUp_HVC }
+          return {
+            keyUp_HCN: quantizeWeight(keyUp_HNC.permute([0, 2, 1]), 'bf16'),
+            valueUp_HVC: quantizeWeight(valueUp_HVC, 'bf16'),
+          }
+        }),
+      ),
+    }
     this.#absorbed = absorbed
     return absorbed
   }

@@ -89,6 +89,13 @@ export class RotaryEmbedding {
   }
 
   #make(positions: Int32Array, lead: readonly number[], backend: Backend): RotaryTables {
+    const { cos, sin } = this.angles(positions)
+    const shape = [...lead, this.#frequencies.length]
+    return { cos: fromHost(cos, shape, 'f32', backend), sin: fromHost(sin, shape, 'f32', backend) }
+  }
+
+  /** The tables' elements on the host: cos and sin of every position and pair. */
+  angles(positions: Int32Array): { readonly cos: Float32Array<ArrayBuffer>; readonly sin: Float32Array<ArrayBuffer> } {
     const half = this.#frequencies.length
     const cos = new Float32Array(positions.length * half)
     const sin = new Float32Array(positions.length * half)
@@ -99,8 +106,7 @@ export class RotaryEmbedding {
         sin[p * half + i] = this.#amplitude * Math.sin(angle)
       }
     })
-    const shape = [...lead, half]
-    return { cos: fromHost(cos, shape, 'f32', backend), sin: fromHost(sin, shape, 'f32', backend) }
+    return { cos, sin }
   }
 
   /** Frees the cached tables. */

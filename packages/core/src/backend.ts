@@ -261,6 +261,32 @@ export interface BackendStats {
   readonly peakBytes: number
 }
 
+/** New attributes for the recorded calls of an op, from those of the last time. */
+export type AttrUpdates = { readonly [O in OpName]?: (attrs: OpAttrs[O]) => OpAttrs[O] }
+
+export interface CaptureOptions {
+  /**
+   * What one run leaves for the next: tensors (parameters, buffers, moments, a cache) that `fn` replaces by new values. At the end of the
+   * graph each new value is copied to where the old one was, and the tensor stays there.
+   */
+  readonly state?: ReadonlyArray<{ handle: Handle }>
+}
+
+/** A recorded run of ops. Its memory is its own until `dispose`. */
+export interface Graph<T> {
+  /** What `fn` returned. Its tensors hold the values of the latest replay. */
+  readonly result: T
+  /** Kernels and copies in the graph. */
+  readonly nodes: number
+  /**
+   * Runs it all again, on what its inputs hold now (`Backend.write` changes them).
+   * @param updates New attributes for ops that can take some: `{ adamwStep: attrs => ({ ...attrs, lr, step }) }`.
+   */
+  replay(updates?: AttrUpdates): void
+  /** Gives the graph and its memory back. Tensors of the result keep the values that they have. */
+  dispose(): void
+}
+
 export interface Backend {
   /** Short name: `kernels-cpu`, `kernels-cuda`, `tfjs-wasm`, `reference`. */
   readonly name: string
@@ -277,6 +303,14 @@ export interface Backend {
   /** Waits for all work so far; reports errors of asynchronous work. */
   sync(): Promise<void>
   stats(): BackendStats
+  /** Replaces the elements of a tensor in place: an input of a captured graph. Everybody who shares its memory sees them. Only with `capture`. */
+  write?(tensor: Value, data: HostArray): void
+  /**
+   * Records what `fn` launches instead of running it, as a graph that `replay` launches whole: a step without the host's part in it. Call `fn` once
+   * before: kernels are then loaded and tables that it keeps are made. It may not download; what it uploads is a constant of the graph. Backends that
+   * have nothing to gain leave it out.
+   */
+  capture?<T>(fn: () => T, options?: CaptureOptions): Graph<T>
   /** Gives everything back; the backend is unusable afterwards. */
   dispose(): void
   readonly primitives: PrimitiveKernels

@@ -1,7 +1,8 @@
 /** @file Continuing a text token by token over a cache, optionally with MTP modules drafting ahead. */
-import { type CacheDType, type CacheOptions, type KvCache, LatentCache } from '@moe/attention-mla'
+import { type CacheDType, type CacheOptions, LatentCache } from '@moe/attention-mla'
 import { concat, fromHost, keep, MoeError, Random, type Tensor } from '@moe/core'
 import { endTokens } from './config.ts'
+import { DecodeStep } from './decode-step.ts'
 import type { DeepSeek } from './model.ts'
 import { acceptOrDraw, argmax, checkSampling, distribution, draw, type SamplingOptions } from './sampling.ts'
 
@@ -154,6 +155,7 @@ async function* decode(
   const random = new Random(options.seed ?? 0)
   const capacity = 2 ** Math.ceil(Math.log2(Math.max(64, tokens.length + Math.min(maxTokens, 512) + depth + 1)))
   const cache = model.makeCache({ capacity, dtype })
+  const step = new DecodeStep(model, cache)
   const drafter = new Drafter(model, depth, { capacity, dtype })
   let pending = tokens.slice()
   let drafts: number[] = []
@@ -163,7 +165,7 @@ async function* decode(
       if (signal?.aborted)
         throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
       const before = cache.lengths[0]
-      const verified = await verify(model, cache, [...pending, ...drafts], drafts.length + 1)
+      const verified = await step.run([...pending, ...drafts], drafts.length + 1)
       const { rows } = verified
       hidden = verified.hidden
       stats.steps++
@@ -198,23 +200,10 @@ async function* decode(
   } finally {
     // Also when whoever reads the tokens stops early.
     hidden?.dispose()
+    step.dispose()
     cache.dispose()
     drafter.dispose()
   }
-}
-
-/** Runs new tokens through the main model; gives their hidden states and the logits of the last `wanted` of them. */
-async function verify(model: DeepSeek, cache: KvCache, ids: number[], wanted: number) {
-  const { hidden, logits } = model.infer(() => {
-    const hidden = model.hidden(fromHost(Int32Array.from(ids), [1, ids.length], 'i32', model.backend), { cache })
-    const logits = model.lm_head.forward(hidden.narrow(1, ids.length - wanted, ids.length))
-    return { hidden, logits }
-  })
-  keep({ hidden, logits })
-  const values = (await logits.values()) as Float32Array
-  logits.dispose()
-  const { vocab_size: size } = model.config
-  return { hidden, rows: Array.from({ length: wanted }, (_, i) => values.subarray(i * size, (i + 1) * size)) }
 }
 
 /**

@@ -68,7 +68,19 @@ int guarded(const double* slots, void (*body)(Args&)) noexcept {
 extern "C" {
 
 // Raised when the meaning of slots or of these functions changes.
-MOE_EXPORT int moe_abi_version() { return 1; }
+MOE_EXPORT int moe_abi_version() { return 2; }
+
+// Runs recorded kernels one after another: `calls` holds pairs of a kernel's address and that of its slots. 0, or
+// 4 * (1 + the number of the one that failed) + its status.
+MOE_EXPORT int64_t moe_replay(int64_t calls, int64_t count) {
+  const double* pairs = reinterpret_cast<const double*>(static_cast<uintptr_t>(calls));
+  for (int64_t i = 0; i < count; ++i) {
+    const auto kernel = reinterpret_cast<int (*)(const double*)>(static_cast<uintptr_t>(pairs[2 * i]));
+    const int status = kernel(reinterpret_cast<const double*>(static_cast<uintptr_t>(pairs[2 * i + 1])));
+    if (status != moe::status_ok) return 4 * (1 + i) + status;
+  }
+  return 0;
+}
 
 MOE_EXPORT const char* moe_last_error() { return moe::last_error; }
 

@@ -151,7 +151,7 @@ function describe({ file, variants }, isa, compiler) {
     label: `${relative(root, file)} [${isa}]`,
     file: join(objDir, `${name}-${isa}.o`),
     stamp: join(objDir, `${name}-${isa}.json`),
-    key: hash([compiler.command, compiler.version, ...flags].join('\n')),
+    key: hash([compiler.command, compiler.version, ...flags].join('\n').replaceAll(root, '.')),
   }
 }
 

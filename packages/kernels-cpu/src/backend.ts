@@ -1,7 +1,18 @@
 /** @file The backend: native memory, and a table of kernels. */
 import { cpus } from 'node:os'
-import type { Backend, FusedKernels, Handle, HostArray, PrimitiveKernels, TensorSpec, Value } from '@moe/core'
+import type {
+  Backend,
+  CaptureOptions,
+  FusedKernels,
+  Graph,
+  Handle,
+  HostArray,
+  PrimitiveKernels,
+  TensorSpec,
+  Value,
+} from '@moe/core'
 import { dtypes, hostArray, MoeError, sizeOf } from '@moe/core'
+import { capture, type Recording } from './graph.ts'
 import { fusedFactories, primitiveFactories } from './kernels/index.ts'
 import { type Isa, isas, loadLibrary, type NativeLibrary } from './load.ts'
 import { type CpuBuffer, Memory, type MemoryStats } from './memory.ts'
@@ -26,6 +37,8 @@ export interface CpuBackend extends Backend {
   stats(): MemoryStats
   /** Gives memory that no tensor uses back to the system. */
   trim(): void
+  write(tensor: Value, data: HostArray): void
+  capture<T>(fn: () => T, options?: CaptureOptions): Graph<T>
   /** With `guarded`: @throws Error when a kernel wrote beside a buffer. */
   checkGuards(): void
 }
@@ -40,7 +53,8 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
   const threads = options.threads ?? threadsFromEnvironment() ?? library.defaultThreads
   if (!Number.isInteger(threads) || threads < 1 || threads > 256) throw invalid('threads', threads, '1 to 256')
   const memory = new Memory(library, { limit: options.memoryLimit, guarded: options.guarded })
-  const native = createNative(library, memory, threads)
+  let recording: Recording | null = null
+  const native = createNative(library, memory, threads, () => recording)
   const primitives = tabulate(primitiveFactories, native, memory) as PrimitiveKernels
   const fused = tabulate(fusedFactories, native, memory) as FusedKernels
   return {
@@ -52,10 +66,25 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
     threads,
     primitives,
     fused,
-    upload: (data, shape, dtype) => upload(library, memory, data, { shape, dtype }),
-    download: async value => download(library, value),
+    upload: (data, shape, dtype) => upload(library, memory, recording, data, { shape, dtype }),
+    async download(value) {
+      if (recording !== null) throw whileRecording('download', 'read results after replay')
+      return download(library, value)
+    },
     free: (handle: Handle) => memory.release(handle as CpuBuffer),
     async sync() {},
+    write(tensor, data) {
+      if (recording !== null) throw whileRecording('write', 'write before replay')
+      const { pointer, bytes } = tensor.handle as CpuBuffer
+      if (data.byteLength !== bytes) throw wrongLength('write', data, tensor)
+      if (bytes > 0) library.upload(pointer, data, bytes)
+    },
+    capture(fn, captureOptions = {}) {
+      if (recording !== null) throw whileRecording('capture', 'record one graph after the other')
+      return capture(library, memory, native, fn, captureOptions, now => {
+        recording = now
+      })
+    },
     stats: () => memory.stats(),
     dispose: () => memory.dispose(),
     trim: () => memory.trim(),
@@ -122,16 +151,29 @@ function tabulate(factories: object, native: Native, memory: Memory): Record<str
   return table
 }
 
-function upload(library: NativeLibrary, memory: Memory, data: HostArray, spec: TensorSpec): CpuBuffer {
+function upload(
+  library: NativeLibrary,
+  memory: Memory,
+  recording: Recording | null,
+  data: HostArray,
+  spec: TensorSpec,
+): CpuBuffer {
+  if (data.length !== sizeOf(spec.shape)) throw wrongLength('upload', data, spec)
   memory.begin()
-  const buffer = memory.allocate(data.byteLength)
-  const length = sizeOf(spec.shape)
-  if (data.length !== length) {
-    memory.rollBack()
-    throw new MoeError({ code: 'E_SHAPE', op: 'upload', problem: `${data.length} elements for shape [${spec.shape}]` })
-  }
-  if (length > 0) library.upload(buffer.pointer, data, data.byteLength)
+  const buffer = recording === null ? memory.allocate(data.byteLength) : memory.allocateConstant(data.byteLength)
+  if (data.length > 0) library.upload(buffer.pointer, data, data.byteLength)
+  // A constant of the graph, whoever else gives it up.
+  recording?.buffers.push(memory.share(buffer))
   return buffer
+}
+
+function wrongLength(op: string, data: HostArray, { shape, dtype }: TensorSpec): MoeError {
+  const problem = `${data.length} elements of ${data.BYTES_PER_ELEMENT} bytes for ${dtype} [${shape}]`
+  return new MoeError({ code: 'E_SHAPE', op, problem })
+}
+
+function whileRecording(op: string, fix: string): MoeError {
+  return new MoeError({ code: 'E_ATTR', op, problem: `${op} while a graph is recorded`, fix })
 }
 
 function download(library: NativeLibrary, value: Value): HostArray {

@@ -9,7 +9,7 @@ import { MoeError } from '@moe/core'
 export const isas = ['baseline', 'avx2', 'avx512', 'avx512bf16'] as const
 export type Isa = (typeof isas)[number]
 
-const abiVersion = 1
+const abiVersion = 2
 
 /** The C functions of native/abi.h, with addresses and sizes as numbers. */
 export interface NativeLibrary {
@@ -18,6 +18,10 @@ export interface NativeLibrary {
   readonly defaultThreads: number
   /** The C function of an op: takes the address of its slots, gives a status. @throws MoeError E_BACKEND when it is not there. */
   entry(name: string): (slots: number) => number
+  /** Address of that function, for `replay`. */
+  entryAddress(name: string): number
+  /** Runs recorded calls: see native/runtime.cc. */
+  replay(calls: number, count: number): number
   lastError(): string
   /** 0 when there is no memory. */
   allocate(bytes: number): number
@@ -129,6 +133,8 @@ function open(koffi: Koffi, folder: string, isa: Isa): NativeLibrary & { readonl
         throw new MoeError({ code: 'E_BACKEND', op: name, problem: `${path} has no such kernel`, fix, cause })
       }
     },
+    entryAddress: name => Number(koffi.address(library.symbol(name))),
+    replay: library.func('int64_t moe_replay(int64_t calls, int64_t count)') as unknown as NativeLibrary['replay'],
     lastError: library.func('const char* moe_last_error()') as unknown as () => string,
     allocate: library.func('int64_t moe_allocate(int64_t bytes)') as unknown as (bytes: number) => number,
     release: library.func('void moe_release(int64_t pointer, int64_t bytes)') as unknown as NativeLibrary['release'],

@@ -7,9 +7,19 @@ export interface CpuBuffer {
   /** Address of the first element, a multiple of 64. */
   readonly pointer: number
   readonly bytes: number
+  readonly pool: Pool
   refs: number
   /** Position in the list of live buffers. */
   slot: number
+}
+
+/** Freed blocks by size class. A captured graph has a pool of its own, so that nobody else writes where it computes. */
+export interface Pool {
+  readonly free: number[][]
+  /** With `guarded`, where nothing is used again: what was freed. */
+  readonly dead: CpuBuffer[]
+  /** Whether its graph is gone: what still comes back is everybody's. */
+  dissolved: boolean
 }
 
 export interface MemoryOptions {
@@ -39,8 +49,12 @@ export class Memory {
   readonly #library: NativeLibrary
   readonly #limit: number
   readonly #guarded: boolean
-  readonly #free: number[][] = Array.from({ length: 256 }, () => [])
+  readonly #shared = newPool()
   readonly #live: CpuBuffer[] = []
+  readonly #pools = new Set<Pool>()
+  /** Buffers of other pools that were freed during `within`. */
+  readonly #held: CpuBuffer[] = []
+  #pool = this.#shared
   #handles = 0
   #bytes = 0
   #peakBytes = 0
@@ -62,13 +76,24 @@ export class Memory {
     if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
     const pointer = this.#guarded ? this.#allocateGuarded(bytes) : this.#take(sizeClass(bytes))
     if (pointer === 0) throw this.#exhausted(bytes)
-    const buffer: CpuBuffer = { pointer, bytes, refs: 1, slot: this.#live.length }
+    const buffer: CpuBuffer = { pointer, bytes, pool: this.#pool, refs: 1, slot: this.#live.length }
     this.#live.push(buffer)
     this.#fresh.push(buffer)
     this.#handles++
     this.#bytes += bytes
     if (this.#bytes > this.#peakBytes) this.#peakBytes = this.#bytes
     return buffer
+  }
+
+  /** Memory for a constant of a graph: of everybody's pool, as the graph writes to its own at every replay. */
+  allocateConstant(bytes: number): CpuBuffer {
+    const pool = this.#pool
+    this.#pool = this.#shared
+    try {
+      return this.allocate(bytes)
+    } finally {
+      this.#pool = pool
+    }
   }
 
   /** One more owner. */
@@ -91,7 +116,45 @@ export class Memory {
       last.slot = buffer.slot
     }
     this.#bytes -= buffer.bytes
-    this.#giveBack(buffer)
+    if (this.#pool !== this.#shared && buffer.pool !== this.#pool) this.#held.push(buffer)
+    else this.#giveBack(buffer)
+  }
+
+  /**
+   * What `fn` allocates comes from the pool and goes back to it. What it frees of other pools is held until it ends, so that
+   * `revive` can take it back.
+   */
+  within<T>(pool: Pool, fn: () => T): T {
+    this.#pools.add(pool)
+    this.#pool = pool
+    try {
+      return fn()
+    } finally {
+      this.#pool = this.#shared
+      for (const buffer of this.#held) this.#giveBack(buffer)
+      this.#held.length = 0
+    }
+  }
+
+  /** One owner for a buffer that may have been freed during `within`. */
+  revive(buffer: CpuBuffer): CpuBuffer {
+    const at = this.#held.indexOf(buffer)
+    if (at < 0) return this.share(buffer)
+    this.#held.splice(at, 1)
+    buffer.refs = 1
+    buffer.slot = this.#live.length
+    this.#live.push(buffer)
+    this.#handles++
+    this.#bytes += buffer.bytes
+    return buffer
+  }
+
+  /** What a pool holds goes to everybody. */
+  dissolve(pool: Pool): void {
+    this.#pools.delete(pool)
+    pool.dissolved = true
+    for (const [index, list] of pool.free.entries()) this.#shared.free[index].push(...list.splice(0))
+    for (const buffer of pool.dead.splice(0)) this.#giveBack(buffer)
   }
 
   /** An op begins: what it allocates from here on is its own. */
@@ -111,16 +174,17 @@ export class Memory {
 
   /** Gives what no tensor uses back to the system. */
   trim(): void {
-    for (let index = 0; index < this.#free.length; index++) {
-      for (const pointer of this.#free[index]) this.#library.release(pointer, classBytes(index))
-      this.#free[index].length = 0
+    for (const [index, list] of this.#shared.free.entries()) {
+      this.#cachedBytes -= list.length * classBytes(index)
+      for (const pointer of list) this.#library.release(pointer, classBytes(index))
+      list.length = 0
     }
-    this.#cachedBytes = 0
     this.#library.trim()
   }
 
   /** Gives everything back, living buffers too. */
   dispose(): void {
+    for (const pool of this.#pools) this.dissolve(pool)
     for (const buffer of this.#live) {
       buffer.refs = 0
       this.#giveBack(buffer)
@@ -137,7 +201,7 @@ export class Memory {
   }
 
   #take(index: number): number {
-    const pointer = this.#free[index].pop()
+    const pointer = this.#pool.free[index].pop()
     if (pointer !== undefined) {
       this.#cachedBytes -= classBytes(index)
       return pointer
@@ -149,18 +213,23 @@ export class Memory {
   }
 
   #giveBack(buffer: CpuBuffer): void {
+    const pool = buffer.pool.dissolved ? this.#shared : buffer.pool
     if (this.#guarded) {
+      if (pool !== this.#shared) {
+        pool.dead.push(buffer)
+        return
+      }
       this.#checkGuard(buffer)
       this.#library.release(buffer.pointer - guardBytes, buffer.bytes + 2 * guardBytes)
       return
     }
     const index = sizeClass(buffer.bytes)
     const size = classBytes(index)
-    if (this.#cachedBytes + size > Math.max(leastCache, this.#peakBytes)) {
+    if (pool === this.#shared && this.#cachedBytes + size > Math.max(leastCache, this.#peakBytes)) {
       this.#library.release(buffer.pointer, size)
       return
     }
-    this.#free[index].push(buffer.pointer)
+    pool.free[index].push(buffer.pointer)
     this.#cachedBytes += size
   }
 
@@ -195,6 +264,8 @@ export class Memory {
     })
   }
 }
+
+export const newPool = (): Pool => ({ free: Array.from({ length: 256 }, () => []), dead: [], dissolved: false })
 
 /** Classes: multiples of 64 up to 1 KiB, then four steps per doubling. */
 function sizeClass(bytes: number): number {

@@ -5,12 +5,15 @@ import type {
   FusedKernel,
   FusedName,
   Kernel,
+  OpAttrs,
+  OpName,
   PrimitiveAttrs,
   PrimitiveName,
   TensorSpec,
   Value,
 } from '@moe/core'
 import { dtypeBytes, MoeError, sizeOf } from '@moe/core'
+import type { RecordedAttrs, Recording } from './graph.ts'
 import type { NativeLibrary } from './load.ts'
 import type { CpuBuffer, Memory } from './memory.ts'
 
@@ -34,6 +37,11 @@ export interface Native {
   shared(value: Value): CpuBuffer
   /** Address of a `uint64_t[]` with the values' addresses; valid until the next call of this function. */
   pointerList(values: readonly Value[]): number
+  /**
+   * Attributes as the last values of the op's next kernel call: `encode` of them. Of a recorded call they can be replaced at every replay, so they may
+   * be used for nothing else.
+   */
+  attrs<O extends OpName>(op: O, attrs: OpAttrs[O], encode: (attrs: OpAttrs[O]) => readonly number[]): readonly number[]
   /** Address of an `int64_t[]` with the numbers; valid until 16 later calls of this function. */
   integers(values: readonly number[]): number
 }
@@ -56,7 +64,13 @@ const slotCount = 64
 
 const statusOutOfMemory = 2
 
-export function createNative(library: NativeLibrary, memory: Memory, threads: number): Native {
+/** @param recording the graph that is being recorded, if one is */
+export function createNative(
+  library: NativeLibrary,
+  memory: Memory,
+  threads: number,
+  recording: () => Recording | null,
+): Native {
   const slots = new Float64Array(new ArrayBuffer(slotCount * 8))
   const slotsAddress = library.address(slots.buffer)
   slots[0] = threads
@@ -72,9 +86,14 @@ export function createNative(library: NativeLibrary, memory: Memory, threads: nu
     let entry: ((slots: number) => number) | undefined
     return (...values) => {
       entry ??= library.entry(name)
+      const graph = recording()
+      if (graph !== null) {
+        graph.add(name, entry, [threads, ...values])
+        return
+      }
       for (let i = 0; i < values.length; i++) slots[i + 1] = values[i]
       const status = entry(slotsAddress)
-      if (status !== 0) throw failure(name, status)
+      if (status !== 0) throw failure(library, name, status)
     }
   }
 
@@ -82,13 +101,6 @@ export function createNative(library: NativeLibrary, memory: Memory, threads: nu
     const fresh = memory.allocate(buffer.bytes)
     copy(fresh.pointer, buffer.pointer, buffer.bytes)
     return fresh
-  }
-
-  function failure(name: string, status: number): MoeError {
-    const problem = library.lastError()
-    if (status !== statusOutOfMemory) return new MoeError({ code: 'E_BACKEND', op: name, problem })
-    const fix = 'make the batch smaller or free tensors that are no longer needed'
-    return new MoeError({ code: 'E_OUT_OF_MEMORY', op: name, problem, fix })
   }
 
   return {
@@ -102,15 +114,32 @@ export function createNative(library: NativeLibrary, memory: Memory, threads: nu
     copied: value => copyOf(value.handle as CpuBuffer),
     release: buffer => memory.release(buffer),
     shared: value => memory.share(value.handle as CpuBuffer),
+    attrs(op, attrs, encode) {
+      const values = encode(attrs)
+      recording()?.vary({ op, attrs, encode: encode as RecordedAttrs['encode'], count: values.length })
+      return values
+    },
     pointerList(values) {
+      const graph = recording()
+      if (graph !== null) return graph.array(BigUint64Array.from(values, value => BigInt(pointerOf(value))))
       if (values.length > pointers.length) pointers = new BigUint64Array(new ArrayBuffer(values.length * 16))
       for (let i = 0; i < values.length; i++) pointers[i] = BigInt(pointerOf(values[i]))
       return library.address(pointers.buffer)
     },
     integers(values) {
+      const graph = recording()
+      if (graph !== null) return graph.array(BigInt64Array.from(values, BigInt))
       const { data, address } = integerRing[integerTurn++ % integerRing.length]
       for (let i = 0; i < values.length; i++) data[i] = BigInt(values[i])
       return address
     },
   }
+}
+
+/** What a kernel's status and the library's last message mean. */
+export function failure(library: NativeLibrary, op: string, status: number): MoeError {
+  const problem = library.lastError()
+  if (status !== statusOutOfMemory) return new MoeError({ code: 'E_BACKEND', op, problem })
+  const fix = 'make the batch smaller or free tensors that are no longer needed'
+  return new MoeError({ code: 'E_OUT_OF_MEMORY', op, problem, fix })
 }

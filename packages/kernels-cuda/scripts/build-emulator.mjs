@@ -169,7 +169,7 @@ function describe({ file: source, module }, compiler) {
     label: relative(root, source),
     file: join(objDir, `${name}.o`),
     stamp: join(objDir, `${name}.json`),
-    key: hash([compiler.command, compiler.version, ...flags].join('\n')),
+    key: hash([compiler.command, compiler.version, ...flags].join('\n').replaceAll(root, '.')),
   }
 }
 

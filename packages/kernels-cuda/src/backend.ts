@@ -1,10 +1,21 @@
 /** @file The backend: a device, its memory, one stream, and a table of kernels. */
-import type { Backend, FusedKernels, Handle, HostArray, OpName, PrimitiveKernels, TensorSpec, Value } from '@moe/core'
+import type {
+  Backend,
+  CaptureOptions,
+  FusedKernels,
+  Graph,
+  Handle,
+  HostArray,
+  OpName,
+  PrimitiveKernels,
+  TensorSpec,
+  Value,
+} from '@moe/core'
 import { dtypes, hostArray, MoeError, sizeOf } from '@moe/core'
 import { type Device, findDevice } from './driver/device.ts'
 import { type Driver, openDriver } from './driver/driver.ts'
 import { status } from './driver/status.ts'
-import { type CaptureOptions, type CudaGraph, capture, type Recording } from './graph.ts'
+import { capture, type Recording } from './graph.ts'
 import { fusedFactories, primitiveFactories } from './kernels/index.ts'
 import { type CudaBuffer, Memory, type MemoryStats } from './memory.ts'
 import { Modules } from './modules.ts'
@@ -37,13 +48,8 @@ export interface CudaBackend extends Backend {
   trim(): Promise<void>
   /** Milliseconds that the device takes for what `fn` launches. */
   elapsed(fn: () => void): Promise<number>
-  /** Replaces the elements of a tensor in place: an input of a captured graph. Everybody who shares its memory sees them. */
   write(tensor: Value, data: HostArray): void
-  /**
-   * Records what `fn` launches instead of running it, as a graph that `replay` launches whole. Call `fn` once before: modules are then loaded
-   * and tables that it keeps are made. It may not download; what it uploads is a constant of the graph.
-   */
-  capture<T>(fn: () => T, options?: CaptureOptions): CudaGraph<T>
+  capture<T>(fn: () => T, options?: CaptureOptions): Graph<T>
 }
 
 /**

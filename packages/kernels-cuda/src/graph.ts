@@ -1,34 +1,8 @@
 /** @file Recording a run of ops once and launching it again as one CUDA graph. */
-import { MoeError, type OpAttrs, type OpName, type Tensor } from '@moe/core'
+import { type CaptureOptions, type Graph, MoeError, type OpAttrs, type OpName } from '@moe/core'
 import type { Driver } from './driver/driver.ts'
 import { type CudaBuffer, type Memory, newPool, type Pool } from './memory.ts'
 import type { Stream } from './stream.ts'
-
-/** New attributes for the recorded calls of an op, from those of the last time. */
-export type AttrUpdates = { readonly [O in OpName]?: (attrs: OpAttrs[O]) => OpAttrs[O] }
-
-export interface CaptureOptions {
-  /**
-   * What one run leaves for the next: tensors (parameters, buffers, moments, a cache) that `fn` replaces by new values. At the end of the
-   * graph each new value is copied to where the old one was, and the tensor stays there.
-   */
-  readonly state?: readonly Tensor[]
-}
-
-/** A recorded run. Its memory is its own until `dispose`. */
-export interface CudaGraph<T> {
-  /** What `fn` returned. Its tensors hold the values of the latest replay. */
-  readonly result: T
-  /** Kernels and copies in the graph. */
-  readonly nodes: number
-  /**
-   * Runs it all again, on what its inputs hold now (`CudaBackend.write` changes them).
-   * @param updates New attributes for ops that can take some: `{ adamwStep: attrs => ({ ...attrs, lr, step }) }`.
-   */
-  replay(updates?: AttrUpdates): void
-  /** Gives the graph and its memory back. Tensors of the result keep the values that they have. */
-  dispose(): void
-}
 
 /** Attributes that lie in device memory, so that a replay can have others. */
 interface DeviceAttrs {
@@ -60,7 +34,7 @@ export function capture<T>(
   fn: () => T,
   options: CaptureOptions,
   setRecording: (recording: Recording | null) => void,
-): CudaGraph<T> {
+): Graph<T> {
   const { call } = driver
   const recording: Recording = { pool: newPool(), uploads: [], attrs: [], buffers: [] }
   const state = options.state ?? []

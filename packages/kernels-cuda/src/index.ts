@@ -1,5 +1,5 @@
 /** @file Public interface of @moe/kernels-cuda. */
 export { type CudaBackend, type CudaOptions, type CudaStats, createBackend } from './backend.ts'
 export type { Device } from './driver/device.ts'
-export type { AttrUpdates, CaptureOptions, CudaGraph } from './graph.ts'
+
 export type { MemoryStats } from './memory.ts'

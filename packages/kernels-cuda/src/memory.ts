@@ -24,6 +24,8 @@ export interface CudaBuffer {
 /** Freed pieces, by size class. A captured graph has a pool of its own, so that nobody else writes where it computes. */
 export interface Pool {
   readonly free: number[][]
+  /** Whether its graph is gone: what still comes back is everybody's. */
+  dissolved: boolean
 }
 
 export interface MemoryStats extends BackendStats {
@@ -187,6 +189,7 @@ export class Memory {
 
   /** What a pool holds goes to everybody. */
   dissolve(pool: Pool): void {
+    pool.dissolved = true
     pool.free.forEach((list, index) => {
       this.#shared.free[index].push(...list)
       list.length = 0
@@ -284,7 +287,8 @@ export class Memory {
       return
     }
     const index = sizeClass(buffer.bytes)
-    buffer.pool.free[index].push(buffer.pointer)
+    const pool = buffer.pool.dissolved ? this.#shared : buffer.pool
+    pool.free[index].push(buffer.pointer)
     this.#cachedBytes += classBytes(index)
   }
 
@@ -309,7 +313,7 @@ const finest = 256
 const stepsPerDoubling = 8
 const classes = 8 + (44 - 11) * stepsPerDoubling
 
-export const newPool = (): Pool => ({ free: Array.from({ length: classes }, () => []) })
+export const newPool = (): Pool => ({ free: Array.from({ length: classes }, () => []), dissolved: false })
 
 /** Classes: multiples of 256 bytes up to 2 KiB, then eight steps per doubling, so at most an eighth is wasted. */
 export function sizeClass(bytes: number): number {

@@ -11,6 +11,8 @@ import { Tensor } from '../tensor.ts'
 export class Parameter extends Tensor {
   /** Sum of the gradients since the last `zeroGrad`, or null. */
   grad: Tensor | null = null
+  /** How often the elements were replaced: what was computed from them holds as long as this does. The memory may be the same as before. */
+  version = 0
 
   /** Takes over the tensor's memory; the tensor is used up. */
   constructor(initial: Tensor, options: { trainable?: boolean } = {}) {
@@ -40,6 +42,7 @@ export class Parameter extends Tensor {
     if (this.handle !== null) this.backend.free(this.handle)
     this.handle = next.handle
     next.handle = null
+    this.version++
   }
 
   zeroGrad(): void {

@@ -1,0 +1,197 @@
+/** @file The checks of a backend that records graphs (`Backend.capture`). */
+import { backward } from '../autograd/backward.ts'
+import type { Backend } from '../backend.ts'
+import { isMoeError } from '../errors.ts'
+import { adamwStep } from '../fused/adamw.ts'
+import { Linear } from '../nn/layers.ts'
+import { Parameter } from '../nn/parameter.ts'
+import { Random, randn } from '../random.ts'
+import { scope } from '../scope.ts'
+import { full, setRows, type Tensor, tensor } from '../tensor.ts'
+import type { SuiteCheck } from './suite.ts'
+
+type Recorder = Backend & Required<Pick<Backend, 'capture' | 'write'>>
+
+/** What every backend with `capture` must do. `make` is called once or twice per check; each backend is disposed. */
+export function graphSuite(make: () => Promise<Recorder>): SuiteCheck[] {
+  const checks: Record<string, (backend: Recorder) => Promise<void>> = {
+    'inputs are written in place, and what runs between replays disturbs nothing': checkInputs,
+    'rows set in a donated tensor, as a cache is': checkDonated,
+    'reading while recording is refused, and the backend works afterwards': checkRefusals,
+    'a disposed graph gives back what it took': checkMemory,
+    'what a graph made outlives it, and is freed once': checkResult,
+  }
+  return [
+    {
+      name: 'graphs: a replayed training step is the eager one, bit for bit, at learning rates of its own',
+      run: async () => same(await train(await make(), true), await train(await make(), false)),
+    },
+    ...Object.entries(checks).map(([name, check]) => ({
+      name: `graphs: ${name}`,
+      run: async () => {
+        const backend = await make()
+        try {
+          await check(backend)
+        } finally {
+          backend.dispose()
+        }
+      },
+    })),
+  ]
+}
+
+function same(actual: unknown, expected: unknown): void {
+  const [a, b] = [JSON.stringify(actual), JSON.stringify(expected)]
+  if (a !== b) throw new Error(`got ${a}, expected ${b}`)
+}
+
+const attrs = { lr: 0.05, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.01, step: 1 }
+
+/** A model, its optimizer and one step of them, as a user would write it. */
+function trainer(backend: Backend) {
+  const model = new Linear(8, 4, { random: new Random(3), backend })
+  const x = randn([16, 8], new Random(4), { backend })
+  const y = randn([16, 4], new Random(5), { backend })
+  const m = new Parameter(full([4, 8], 0, { backend }))
+  const v = new Parameter(full([4, 8], 0, { backend }))
+  /** A statistic that every step replaces: the state that is not donated. */
+  const average = new Parameter(full([], 0, { backend }))
+  const one = full([], 1, { backend })
+  const step = (now: typeof attrs) =>
+    scope(() => {
+      const error = model.forward(x).sub(y)
+      const loss = error.mul(error).mean()
+      backward(loss)
+      const next = adamwStep(model.weight, model.weight.grad as Tensor, m, v, one, now)
+      model.weight.assign(next.param)
+      m.assign(next.m)
+      v.assign(next.v)
+      model.weight.zeroGrad()
+      average.assign(average.mul(0.5).add(loss.detach().mul(0.5)))
+      return loss.detach()
+    })
+  return { model, average, step }
+}
+
+/** Losses and end state of four steps: the first eagerly, the others eagerly or from a graph. */
+async function train(backend: Recorder, graphed: boolean) {
+  const { model, average, step } = trainer(backend)
+  const losses = [await step(attrs).item()]
+  const graph = graphed
+    ? backend.capture(() => step({ ...attrs, step: 2 }), { state: [average, model.weight] })
+    : undefined
+  for (let t = 2; t <= 4; t++) {
+    const lr = attrs.lr / t
+    graph?.replay({ adamwStep: now => ({ ...now, lr, step: t }) })
+    losses.push(await (graph?.result ?? step({ ...attrs, lr, step: t })).item())
+  }
+  const state = { losses, weight: [...(await model.weight.values())], average: await average.item() }
+  backend.dispose()
+  return state
+}
+
+async function rounded(x: Tensor): Promise<number[]> {
+  return [...(await x.values())].map(Math.round)
+}
+
+async function checkInputs(backend: Recorder): Promise<void> {
+  const x = tensor([1, 2, 3, 4], [4], { backend })
+  const run = () =>
+    scope(() =>
+      x
+        .mul(2)
+        .add(tensor([10, 20, 30, 40], [4], { backend }))
+        .exp()
+        .log(),
+    )
+  run().dispose()
+  const graph = backend.capture(run)
+  const results: number[][] = []
+  for (const data of [
+    [1, 2, 3, 4],
+    [5, 6, 7, 8],
+  ]) {
+    backend.write(x, Float32Array.from(data))
+    const others = Array.from({ length: 8 }, (_, i) => full([4], i, { backend }))
+    graph.replay()
+    for (const other of others) other.dispose()
+    results.push(await rounded(graph.result))
+  }
+  same(results, [
+    [12, 24, 36, 48],
+    [20, 32, 44, 56],
+  ])
+  graph.dispose()
+  same(await rounded(graph.result), results[1])
+  await refused(() => graph.replay())
+  await refused(() => backend.write(x, Float32Array.of(1)))
+}
+
+async function checkDonated(backend: Recorder): Promise<void> {
+  let cache = full([4, 2], 0, { backend })
+  const index = tensor(Int32Array.of(1), [1], { backend })
+  const row = tensor([1, 2], [1, 2], { backend })
+  const put = () => {
+    cache = setRows(cache, index, row, { donate: true })
+  }
+  put()
+  const graph = backend.capture(put)
+  backend.write(index, Int32Array.of(3))
+  graph.replay()
+  same([...(await cache.values())], [0, 0, 1, 2, 0, 0, 1, 2])
+  graph.dispose()
+}
+
+async function checkRefusals(backend: Recorder): Promise<void> {
+  const x = tensor([1, 2], [2], { backend })
+  const reads: Array<Promise<unknown>> = []
+  const graph = backend.capture(() => {
+    reads.push(refused(() => x.values()))
+    return x.neg()
+  })
+  await reads[0]
+  await refused(() => backend.capture(async () => {}))
+  const mine = new Error('mine')
+  await refused(
+    () =>
+      backend.capture(() => {
+        throw mine
+      }),
+    error => error === mine,
+  )
+  same([...(await x.neg().values())], [-1, -2])
+  graph.dispose()
+}
+
+async function refused(fn: () => unknown, expected: (error: unknown) => boolean = isMoeError): Promise<void> {
+  try {
+    await fn()
+  } catch (error) {
+    if (expected(error)) return
+    throw error
+  }
+  throw new Error('it was not refused')
+}
+
+async function checkMemory(backend: Recorder): Promise<void> {
+  const x = tensor([1, 2], [2], { backend })
+  const { handles } = backend.stats()
+  const graph = backend.capture(() => scope(() => x.exp().add(tensor([1, 1], [2], { backend }))))
+  graph.replay()
+  same((await graph.result.values()).length, 2)
+  graph.result.dispose()
+  graph.dispose()
+  same(backend.stats().handles, handles)
+}
+
+async function checkResult(backend: Recorder): Promise<void> {
+  const x = tensor([1, 2], [2], { backend })
+  x.neg().dispose()
+  const graph = backend.capture(() => x.neg())
+  graph.replay()
+  graph.dispose()
+  const others = Array.from({ length: 8 }, (_, i) => full([2], i, { backend }))
+  same([...(await graph.result.values())], [-1, -2])
+  graph.result.dispose()
+  for (const other of others) other.dispose()
+}

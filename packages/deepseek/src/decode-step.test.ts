@@ -1,0 +1,116 @@
+/** @file Recorded decoding beside decoding op by op, on a backend that records. */
+import { adamwStep, type Backend, full, type Graph, namedParameters, Random, randn, scope, tensor } from '@moe/core'
+import { createBackend } from '@moe/kernels-cpu'
+import { afterAll, describe, expect, test } from 'vitest'
+import { DeepSeek, type DeepSeekOptions, type GenerateOptions } from './index.ts'
+import { tiny } from './test-tiny.ts'
+
+const native = await createBackend()
+afterAll(() => native.dispose())
+
+/** The backend with its replays counted, and as one that cannot record. */
+function pair() {
+  const counts = { captures: 0, replays: 0 }
+  const recording: Backend = {
+    ...native,
+    capture(fn, options) {
+      counts.captures++
+      const graph = native.capture(fn, options)
+      const counted: Graph<ReturnType<typeof fn>> = {
+        ...graph,
+        replay(updates) {
+          counts.replays++
+          graph.replay(updates)
+        },
+      }
+      return counted
+    },
+  }
+  const eager: Backend = { ...native, capture: undefined, write: undefined }
+  return { counts, recording, eager }
+}
+
+const prompt = [3, 7, 11, 2, 30]
+
+async function made(model: DeepSeek, options: GenerateOptions, onToken?: (n: number) => void): Promise<number[]> {
+  const ids: number[] = []
+  for await (const id of model.generate(prompt, options)) {
+    ids.push(id)
+    onToken?.(ids.length)
+  }
+  return ids
+}
+
+/** The same model, on both backends. */
+function models(config: object, options: DeepSeekOptions = {}) {
+  const { counts, recording, eager } = pair()
+  const make = (backend: Backend) => new DeepSeek({ ...tiny, ...config }, { seed: 1, ...options, backend })
+  return { counts, recorded: make(recording), plain: make(eager) }
+}
+
+describe('recorded decoding', () => {
+  test('gives the tokens of decoding op by op, also when the cache grows, and leaks nothing', async () => {
+    const { handles } = native.stats()
+    const { counts, recorded, plain } = models({})
+    // 64 positions at first: the cache grows once, and the graph is recorded anew.
+    const options = { maxTokens: 90, speculative: false }
+    expect(await made(recorded, options)).toEqual(await made(plain, options))
+    expect(counts.captures).toBeGreaterThan(0)
+    expect(counts.replays).toBeGreaterThan(80)
+    recorded.dispose()
+    plain.dispose()
+    expect(native.stats().handles).toBe(handles)
+  })
+
+  test.each(['bf16', 'fp8', 'int8', 'int4'] as const)('with weights in %s', async weights => {
+    const { counts, recorded, plain } = models({ hidden_size: 32 }, { weights })
+    const options = { maxTokens: 20, speculative: false }
+    expect(await made(recorded, options)).toEqual(await made(plain, options))
+    expect(counts.replays).toBe(18)
+    recorded.dispose()
+    plain.dispose()
+  })
+
+  test('with drafts, sampled or greedy', async () => {
+    const { counts, recorded, plain } = models({ num_nextn_predict_layers: 2 })
+    for (const options of [{ maxTokens: 40 }, { maxTokens: 40, temperature: 0.8, seed: 4 }]) {
+      expect(await made(recorded, options)).toEqual(await made(plain, options))
+    }
+    expect(counts.replays).toBeGreaterThan(20)
+    recorded.dispose()
+    plain.dispose()
+  })
+
+  test('follows weights that are trained or replaced meanwhile', async () => {
+    const { recorded, plain } = models({})
+    /** AdamW in place where it can be, so that most weights stay in their memory. */
+    const change = (model: DeepSeek) => {
+      const random = new Random(5)
+      scope(() => {
+        for (const { name, parameter } of namedParameters(model)) {
+          if (!parameter.trainable) continue
+          const { shape, backend } = parameter
+          const zeros = () => full([...shape], 0, { backend })
+          const grad = randn([...shape], random.fork(name), { backend })
+          const attrs = { lr: 0.05, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0, step: 1 }
+          parameter.assign(adamwStep(parameter, grad, zeros(), zeros(), full([], 1, { backend }), attrs).param)
+        }
+      })
+    }
+    const run = (model: DeepSeek) =>
+      made(model, { maxTokens: 24, speculative: false }, n => (n === 8 || n === 15) && change(model))
+    const ids = await run(recorded)
+    expect(ids).toEqual(await run(plain))
+    // What was absorbed from the weights of before is not used, although the new ones lie in the same memory.
+    const expected = prompt.slice()
+    for (let i = 0; i < 5; i++) {
+      const input = tensor(Int32Array.from(expected), [1, expected.length], { backend: recorded.backend })
+      const logits = await recorded.infer(() => recorded.forward(input)).values()
+      const last = logits.subarray(logits.length - tiny.vocab_size)
+      expected.push(last.indexOf(Math.max(...last)))
+    }
+    expect(await made(recorded, { maxTokens: 5, speculative: false })).toEqual(expected.slice(prompt.length))
+    recorded.dispose()
+    plain.dispose()
+  })
+})

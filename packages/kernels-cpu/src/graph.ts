@@ -1,0 +1,160 @@
+/** @file Recording a run of ops once and running it again as one call into native code. */
+import { type CaptureOptions, type Graph, MoeError, type OpName } from '@moe/core'
+import type { NativeLibrary } from './load.ts'
+import { type CpuBuffer, type Memory, newPool } from './memory.ts'
+import { failure, type Native } from './native.ts'
+import { counterOf, profiling } from './profile.ts'
+
+/** Attributes that a replay can replace: the last `count` slots of a call. */
+export interface RecordedAttrs {
+  readonly op: OpName
+  attrs: unknown
+  readonly encode: (attrs: never) => readonly number[]
+  readonly count: number
+}
+
+interface Call {
+  readonly name: string
+  readonly entry: (slots: number) => number
+  readonly slots: readonly number[]
+  readonly varying: RecordedAttrs | null
+}
+
+/** A capture on its way. */
+export class Recording {
+  readonly calls: Call[] = []
+  /** Owned by the graph until its end. */
+  readonly buffers: CpuBuffer[] = []
+  readonly #library: NativeLibrary
+  /** Argument arrays that calls point to: held, so that they stay where they are. */
+  readonly arrays: ArrayBufferView[] = []
+  #varying: RecordedAttrs | null = null
+
+  constructor(library: NativeLibrary) {
+    this.#library = library
+  }
+
+  add(name: string, entry: Call['entry'], slots: readonly number[]): void {
+    this.calls.push({ name, entry, slots, varying: this.#varying })
+    this.#varying = null
+  }
+
+  /** The next call has these attributes. */
+  vary(attrs: RecordedAttrs): void {
+    this.#varying = attrs
+  }
+
+  /** Keeps an argument array and gives its address. */
+  array(data: BigUint64Array<ArrayBuffer> | BigInt64Array<ArrayBuffer>): number {
+    this.arrays.push(data)
+    return this.#library.address(data.buffer)
+  }
+}
+
+export function capture<T>(
+  library: NativeLibrary,
+  memory: Memory,
+  native: Native,
+  fn: () => T,
+  options: CaptureOptions,
+  setRecording: (recording: Recording | null) => void,
+): Graph<T> {
+  const recording = new Recording(library)
+  const { calls, buffers } = recording
+  const pool = newPool()
+  const state = options.state ?? []
+  const before = state.map(tensor => tensor.handle as CpuBuffer)
+  const copy = native.kernel('moe_copy')
+  const giveUp = () => {
+    for (const buffer of buffers) if (buffer.refs > 0) memory.release(buffer)
+    recording.arrays.length = 0
+    memory.dissolve(pool)
+  }
+
+  setRecording(recording)
+  let result: T
+  try {
+    result = memory.within(pool, () => {
+      const value = fn()
+      if (value instanceof Promise) throw asynchronous()
+      memory.begin()
+      state.forEach((tensor, i) => {
+        const now = tensor.handle as CpuBuffer
+        if (now === before[i]) return
+        copy(before[i].pointer, now.pointer, now.bytes)
+        memory.release(now)
+        tensor.handle = memory.revive(before[i])
+      })
+      return value
+    })
+  } catch (cause) {
+    giveUp()
+    throw cause
+  } finally {
+    setRecording(null)
+  }
+
+  // All slots in one piece, and per call the addresses of its kernel and of its slots.
+  const slots = new Float64Array(calls.reduce((sum, call) => sum + call.slots.length, 0))
+  const pairs = new Float64Array(2 * calls.length)
+  const slotsAddress = library.address(slots.buffer)
+  const starts = new Uint32Array(calls.length)
+  let at = 0
+  calls.forEach((call, i) => {
+    starts[i] = at
+    slots.set(call.slots, at)
+    pairs[2 * i] = library.entryAddress(call.name)
+    pairs[2 * i + 1] = slotsAddress + at * 8
+    at += call.slots.length
+  })
+
+  const varying = calls.map((call, i) => ({ slot: call.varying, end: starts[i] + call.slots.length }))
+  const update = (updates: object) => {
+    for (const { slot, end } of varying) {
+      if (slot === null) continue
+      const change = (updates as Record<string, ((attrs: unknown) => unknown) | undefined>)[slot.op]
+      if (change === undefined) continue
+      slot.attrs = change(slot.attrs)
+      slots.set(slot.encode(slot.attrs as never), end - slot.count)
+    }
+  }
+
+  let alive = true
+  return {
+    result,
+    nodes: calls.length,
+    replay(updates) {
+      if (!alive) throw new MoeError({ code: 'E_DISPOSED', op: 'replay', problem: 'the graph is disposed' })
+      if (updates !== undefined) update(updates)
+      if (profiling.on) return replaySlowly(library, calls, starts, slotsAddress)
+      const status = library.replay(library.address(pairs.buffer), calls.length)
+      if (status !== 0) throw failure(library, calls[(status >> 2) - 1].name, status & 3)
+    },
+    dispose() {
+      if (!alive) return
+      alive = false
+      giveUp()
+    },
+  }
+}
+
+/** Call by call, with the time of each. */
+function replaySlowly(library: NativeLibrary, calls: readonly Call[], starts: Uint32Array, slots: number): void {
+  calls.forEach(({ name, entry }, i) => {
+    const counter = counterOf(name)
+    const started = performance.now()
+    const status = entry(slots + starts[i] * 8)
+    if (status !== 0) throw failure(library, name, status)
+    counter.milliseconds += performance.now() - started
+    counter.calls++
+  })
+}
+
+function asynchronous(): MoeError {
+  return new MoeError({
+    code: 'E_ATTR',
+    op: 'capture',
+    problem: 'the function returned a promise',
+    fix: 'record a function that waits for nothing: read results after replay',
+  })
+}
