@@ -1,4 +1,4 @@
-// Products of few rows with stored weights: every weight is read once, decoded in registers and multiplied with all rows. Memory sets
+// Products of few rows with bf16 and fp8 weights: every weight is read once, decoded in registers and multiplied with all rows. Memory sets
 // the pace, so decoding must take no more instructions than the memory's pace leaves: see formats.h.
 #pragma once
 
@@ -12,30 +12,20 @@ template <class W>
 constexpr int64_t group_size = W::per * lanes;
 constexpr int64_t most_rows = 4;
 
-// Scales lie one per group or coarser; or, for int4 in runs of 32, several to a group: then a lane's scale is that of its run.
-enum class Scales { none, groups, runs };
-
 // x of a row for weights W: groups of `per` vectors, vector j with what multiplies weight j of each lane, zeros behind k.
-// `starts`, one vector per run of `run` groups: what the zero point takes off.
 template <class W>
-void pack_x(const float* x, int64_t k, int64_t run, float* packed, float* starts) {
+void pack_x(const float* x, int64_t k, float* packed) {
   const int64_t group = group_size<W>, groups = (k + group - 1) / group;
   for (int64_t g = 0; g < groups; ++g) {
     float* to = packed + g * group;
     const int64_t most = std::min(group, k - g * group);
     const float* from = x + g * group;
-    float lane_sums[lanes] = {};
     for (int l = 0; l < lanes; ++l) {
       for (int j = 0; j < W::per; ++j) {
         const int64_t i = l * W::per + j;
-        const float value = i < most ? from[i] : 0.0f;
-        to[j * lanes + l] = value * W::x_factor(j);
-        lane_sums[l] += value;
+        to[j * lanes + l] = i < most ? from[i] : 0.0f;
       }
     }
-    if (W::zero == 0) continue;
-    float* start = starts + g / run * lanes;
-    for (int l = 0; l < lanes; ++l) start[l] = (g % run == 0 ? 0.0f : start[l]) - W::zero * lane_sums[l];
   }
 }
 
@@ -64,26 +54,11 @@ MOE_INLINE f32v joined(const f32v (&sums)[n]) {
   return sums[0];
 }
 
-// The scale of each lane where lanes * 8 weights are runs of 32.
-MOE_INLINE f32v run_scales(const float* scale, int64_t left) {
-#if defined(__AVX512F__)
-  const __m128 s = _mm_maskz_loadu_ps(static_cast<__mmask8>((1 << std::min<int64_t>(left, 4)) - 1), scale);
-  return (f32v)_mm512_permutexvar_ps(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), _mm512_castps128_ps512(s));
-#elif defined(__AVX2__)
-  return (f32v)_mm256_set_m128(_mm_broadcast_ss(scale + (left > 1)), _mm_broadcast_ss(scale));
-#else
-  static_cast<void>(left);
-  return splat(*scale);
-#endif
-}
-
 struct Dots {
-  const float* x[most_rows];       // packed
-  const float* starts[most_rows];  // where the zero point is not 0
+  const float* x[most_rows];  // packed
   float* y[most_rows];
   const uint8_t* q;
   const float* scale;
-  int64_t k;
   int64_t row_bytes;
   int64_t block_rows;
   int64_t scale_columns;
@@ -94,9 +69,9 @@ struct Dots {
 constexpr int64_t ahead = 2048;
 
 // One row of the weight times M rows of x. Rows are taken one after another, because memory is fastest when it is read in order.
-template <class W, Scales kind, int M>
+template <class W, int M>
 MOE_INLINE void dot_row(const Dots& d, int64_t row) {
-  constexpr bool scaled = kind != Scales::none;
+  constexpr bool scaled = W::scaled;
   constexpr int64_t bytes = lanes * 4;
   const int64_t full = d.row_bytes / bytes;
   const int64_t rest = d.row_bytes % bytes;
@@ -112,7 +87,6 @@ MOE_INLINE void dot_row(const Dots& d, int64_t row) {
     if constexpr (scaled) {
       for (int m = 0; m < M; ++m) {
         for (f32v& sum : sums[m]) sum = zero();
-        if (W::zero != 0) sums[m][0] = load(d.starts[m] + block * lanes);
       }
     }
     for (; g < whole; ++g) {
@@ -129,7 +103,7 @@ MOE_INLINE void dot_row(const Dots& d, int64_t row) {
       ++g;
     }
     if constexpr (scaled) {
-      const f32v s = kind == Scales::runs ? run_scales(scale + block * (lanes / 4), d.scale_columns - block * (lanes / 4)) : splat(scale[block]);
+      const f32v s = splat(scale[block]);
       for (int m = 0; m < M; ++m) total[m] = fma(joined(sums[m]), s, total[m]);
     }
   }
@@ -139,19 +113,19 @@ MOE_INLINE void dot_row(const Dots& d, int64_t row) {
   }
 }
 
-template <class W, Scales kind, int M>
+template <class W, int M>
 void dot_range(const Dots& d, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) dot_row<W, kind, M>(d, row);
+  for (int64_t row = begin; row < end; ++row) dot_row<W, M>(d, row);
 }
 
 // Rows begin .. end of the weight times `rows` (1 .. most_rows) rows of x.
-template <class W, Scales kind>
+template <class W>
 void dots(const Dots& d, int64_t rows, int64_t begin, int64_t end) {
   switch (rows) {
-    case 1: return dot_range<W, kind, 1>(d, begin, end);
-    case 2: return dot_range<W, kind, 2>(d, begin, end);
-    case 3: return dot_range<W, kind, 3>(d, begin, end);
-    default: return dot_range<W, kind, 4>(d, begin, end);
+    case 1: return dot_range<W, 1>(d, begin, end);
+    case 2: return dot_range<W, 2>(d, begin, end);
+    case 3: return dot_range<W, 3>(d, begin, end);
+    default: return dot_range<W, 4>(d, begin, end);
   }
 }
 

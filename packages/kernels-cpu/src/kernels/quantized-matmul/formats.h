@@ -1,5 +1,5 @@
-// Stored weights as vectors of f32. A register of stored weights is taken as 32-bit lanes with `per` weights each; weight j of every lane
-// comes out with one to four operations and no shuffle. x is laid out to match: see pack_x in dots.h.
+// Stored weights in registers. A register of stored weights is taken as 32-bit lanes with `per` weights each; weight j of every lane
+// comes out with one to four operations and no shuffle. x is laid out to match.
 #pragma once
 
 #include "convert.h"
@@ -19,51 +19,32 @@ MOE_INLINE i32v load_bytes(const uint8_t* from) {
 struct Bf16Weights {
   static constexpr int per = 2;
   static constexpr bool scaled = false;
-  static constexpr float zero = 0;
-  // What x is multiplied with to make up for a weight that comes out too large.
-  static constexpr float x_factor(int) { return 1; }
   template <int j>
   MOE_INLINE f32v get(i32v v) {
     return from_bits(j == 0 ? v << 16 : v & static_cast<int32_t>(0xffff0000));
   }
 };
 
-// Bytes and half bytes stay where they are in their lane, which makes them larger by a power of two.
-struct Int8Weights {
-  static constexpr int per = 4;
-  static constexpr bool scaled = true;
-  static constexpr float zero = 128;
-  static constexpr float x_factor(int j) { return j == 3 ? 1.0f : 1.0f / static_cast<float>(1 << (8 * j)); }
-  template <int j>
-  MOE_INLINE f32v get(i32v v) {
-    if (j == 3) return to_f32((i32v)((u32v)v >> 24));
-    return to_f32(v & static_cast<int32_t>(0xffu << (8 * j)));
-  }
-};
-
-struct Int4Weights {
-  static constexpr int per = 8;
-  static constexpr bool scaled = true;
-  static constexpr float zero = 8;
-  static constexpr float x_factor(int j) { return j == 7 ? 1.0f : 1.0f / static_cast<float>(1 << (4 * j)); }
-  template <int j>
-  MOE_INLINE f32v get(i32v v) {
-    if (j == 7) return to_f32((i32v)((u32v)v >> 28));
-    return to_f32(v & static_cast<int32_t>(0xfu << (4 * j)));
-  }
-};
-
 struct Fp8Weights {
   static constexpr int per = 4;
   static constexpr bool scaled = true;
-  static constexpr float zero = 0;
-  static constexpr float x_factor(int) { return 1; }
   // Sign and exponent of f32 are reached by an arithmetic shift; 2^120 mends the bias, and makes subnormals right as well.
   template <int j>
   MOE_INLINE f32v get(i32v v) {
     const i32v top = j == 3 ? v : v << (24 - 8 * j);
     return from_bits((top >> 4) & static_cast<int32_t>(0x87f00000)) * splat(1.329227995784916e36f);
   }
+};
+
+// Multiplied as whole numbers: see integer-dots.h.
+struct Int8Weights {
+  static constexpr int per = 4;
+  static constexpr int zero = 128;
+};
+
+struct Int4Weights {
+  static constexpr int per = 8;
+  static constexpr int zero = 8;
 };
 
 // Bytes that are NaN in f8e4m3 as nonzero bytes.

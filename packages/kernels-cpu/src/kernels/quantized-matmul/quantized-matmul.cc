@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "../grouped-matmul/ranges.h"
-#include "dots.h"
+#include "integer-dots.h"
 #include "gemm.h"
 
 using namespace moe;
@@ -31,61 +31,81 @@ struct Product {
   int64_t scale_rows() const { return (n + block_rows - 1) / block_rows; }
 };
 
-// x of all rows as the dot products want it.
-struct Packed {
-  const float* x;
-  const float* starts;
-  int64_t x_stride, starts_stride;
-};
-
 // A piece of the weight's rows and all that is multiplied with it.
 struct Piece {
   int64_t expert, begin, end;
 };
 
-template <class W>
-int64_t run_of(const Product& p) {
-  if (!W::scaled) return 1;
-  return std::max<int64_t>(1, p.block_columns / group_size<W>);
-}
-
-// Whether scales and vectors of the dot products fit each other.
-template <class W>
-bool fits(const Product& p) {
-  if (!W::scaled || p.block_columns % group_size<W> == 0) return true;
-  return std::is_same_v<W, Int4Weights> && p.block_columns == 32;
-}
-
-template <class W>
-void dot_piece(const Product& p, const Packed& packed, const Ranges& ranges, const Piece& piece) {
-  Dots d{};
-  d.k = p.k;
+// What both kinds of dot products need of a piece of the weight.
+template <class D>
+D dots_of(const Product& p, int64_t expert, int64_t run) {
+  D d{};
   d.row_bytes = p.row_bytes();
-  d.q = p.q + piece.expert * p.n * d.row_bytes;
+  d.q = p.q + expert * p.n * d.row_bytes;
   d.block_rows = p.block_rows;
   d.scale_columns = p.scale_columns();
-  if (W::scaled) d.scale = p.scale + piece.expert * p.scale_rows() * d.scale_columns;
-  d.run = run_of<W>(p);
-  const int64_t last = ranges.begin(piece.expert) + ranges.size(piece.expert);
-  for (int64_t row = ranges.begin(piece.expert); row < last; row += most_rows) {
-    const int64_t rows = std::min(most_rows, last - row);
-    for (int64_t m = 0; m < rows; ++m) {
-      d.x[m] = packed.x + (row + m) * packed.x_stride;
-      d.starts[m] = packed.starts + (row + m) * packed.starts_stride;
-      d.y[m] = p.y + (row + m) * p.n;
-    }
-    if constexpr (!W::scaled) {
-      dots<W, Scales::none>(d, rows, piece.begin, piece.end);
-    } else if constexpr (std::is_same_v<W, Int4Weights>) {
-      if (p.block_columns % group_size<W> != 0)
-        dots<W, Scales::runs>(d, rows, piece.begin, piece.end);
-      else
-        dots<W, Scales::groups>(d, rows, piece.begin, piece.end);
-    } else {
-      dots<W, Scales::groups>(d, rows, piece.begin, piece.end);
-    }
-  }
+  d.scale = p.scale ? p.scale + expert * p.scale_rows() * d.scale_columns : nullptr;
+  d.run = run;
+  return d;
 }
+
+// The dot products of one format: whether they fit the sizes, how x of a row is packed (into `words` of four bytes), and the products.
+template <class W>
+class Floats {
+ public:
+  explicit Floats(const Product& p) : p_(p), run_(W::scaled ? std::max<int64_t>(1, p.block_columns / group_size<W>) : 1) {}
+  bool fit() const { return !W::scaled || p_.block_columns % group_size<W> == 0; }
+  int64_t words() const { return (p_.k + group_size<W> - 1) / group_size<W> * group_size<W>; }
+  void pack(const float* x, int32_t* to) const { pack_x<W>(x, p_.k, reinterpret_cast<float*>(to)); }
+  void multiply(const int32_t* packed, int64_t row, int64_t rows, const Piece& piece) const {
+    Dots d = dots_of<Dots>(p_, piece.expert, run_);
+    for (int64_t m = 0; m < rows; ++m) {
+      d.x[m] = reinterpret_cast<const float*>(packed + (row + m) * words());
+      d.y[m] = p_.y + (row + m) * p_.n;
+    }
+    dots<W>(d, rows, piece.begin, piece.end);
+  }
+
+ private:
+  const Product& p_;
+  int64_t run_;
+};
+
+template <class W, int halves>
+class Integers {
+ public:
+  explicit Integers(const Product& p)
+      : p_(p),
+        run_(std::max<int64_t>(1, p.block_columns / group_size<W>)),
+        blocks_((p.k + run_ * group_size<W> - 1) / (run_ * group_size<W>)) {}
+  bool fit() const { return in_runs() || (p_.block_columns % group_size<W> == 0 && run_ <= most_run<W>); }
+  // Packed numbers, then the starts and the scale of every block.
+  int64_t words() const { return numbers() + blocks_ * (halves * lanes + 1); }
+  void pack(const float* x, int32_t* to) const {
+    int32_t* const starts = to + numbers();
+    pack_integer_x<W, halves>(x, p_.k, run_, to, reinterpret_cast<float*>(starts + blocks_ * halves * lanes), starts);
+  }
+  void multiply(const int32_t* packed, int64_t row, int64_t rows, const Piece& piece) const {
+    IntegerDots d = dots_of<IntegerDots>(p_, piece.expert, run_);
+    for (int64_t m = 0; m < rows; ++m) {
+      d.x[m] = packed + (row + m) * words();
+      d.starts[m] = d.x[m] + numbers();
+      d.x_scales[m] = reinterpret_cast<const float*>(d.starts[m] + blocks_ * halves * lanes);
+      d.y[m] = p_.y + (row + m) * p_.n;
+    }
+    if (p_.block_columns % group_size<W> != 0)
+      integer_dots<W, halves, Scales::runs>(d, rows, piece.begin, piece.end);
+    else
+      integer_dots<W, halves, Scales::blocks>(d, rows, piece.begin, piece.end);
+  }
+
+ private:
+  bool in_runs() const { return std::is_same_v<W, Int4Weights> && p_.block_columns == 32; }
+  int64_t numbers() const { return blocks_ * run_ * parts<W> * halves * lanes; }
+
+  const Product& p_;
+  int64_t run_, blocks_;
+};
 
 void multiply_piece(const Product& p, const Ranges& ranges, const Piece& piece, float* tile) {
   const int64_t bytes = p.row_bytes();
@@ -103,10 +123,11 @@ void multiply_piece(const Product& p, const Ranges& ranges, const Piece& piece, 
   gemm_here(job, p.bf16);
 }
 
-template <class W>
+template <class Engine>
 void run(const Product& p, const Ranges& ranges) {
-  const bool dots_fit = fits<W>(p);
-  const auto by_dots = [&](int64_t e) { return dots_fit && ranges.size(e) <= few_rows; };
+  const Engine engine(p);
+  const bool fit = engine.fit();
+  const auto by_dots = [&](int64_t e) { return fit && ranges.size(e) <= few_rows; };
   const int64_t dot_rows = std::max<int64_t>(8, task_bytes / std::max<int64_t>(1, p.row_bytes()) / 8 * 8);
   const int64_t tile_rows = std::max<int64_t>(16, std::min<int64_t>(512, tile_elements / std::max<int64_t>(1, p.k) / 16 * 16));
   std::vector<Piece> pieces;
@@ -119,29 +140,22 @@ void run(const Product& p, const Ranges& ranges) {
     for (int64_t i = 0; i < count; ++i)
       pieces.push_back({e, blocks * i / count * 8, std::min(p.n, blocks * (i + 1) / count * 8)});
   }
-  const int64_t groups = any_dots ? (p.k + group_size<W> - 1) / group_size<W> : 0;
-  const int64_t run = run_of<W>(p);
-  Packed packed{};
-  packed.x_stride = groups * group_size<W>;
-  packed.starts_stride = W::zero == 0 ? 0 : (groups + run - 1) / run * lanes;
-  const Scratch x_memory(static_cast<size_t>(p.rows * (packed.x_stride + packed.starts_stride)) * 4);
-  float* const packed_x = x_memory.as<float>();
-  float* const starts = packed_x + p.rows * packed.x_stride;
-  packed.x = packed_x, packed.starts = starts;
+  const int64_t words = any_dots ? engine.words() : 0;
+  const Scratch x_memory(static_cast<size_t>(p.rows * words) * 4);
+  int32_t* const packed = x_memory.as<int32_t>();
   if (any_dots) {
     parallel_for(p.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.k)), [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i)
-        pack_x<W>(p.x + i * p.k, p.k, run, packed_x + i * packed.x_stride, starts + i * packed.starts_stride);
+      for (int64_t i = begin; i < end; ++i) engine.pack(p.x + i * p.k, packed + i * words);
     });
   }
   const int64_t tile_size = any_tiles ? (tile_rows + 8) * p.k : 0;
   const Scratch tiles(static_cast<size_t>(tile_size * max_threads()) * 4);
   parallel_tasks(static_cast<int64_t>(pieces.size()), [&](int64_t task, int worker) {
     const Piece& piece = pieces[static_cast<size_t>(task)];
-    if (by_dots(piece.expert))
-      dot_piece<W>(p, packed, ranges, piece);
-    else
-      multiply_piece(p, ranges, piece, tiles.as<float>() + worker * tile_size);
+    if (!by_dots(piece.expert)) return multiply_piece(p, ranges, piece, tiles.as<float>() + worker * tile_size);
+    const int64_t last = ranges.begin(piece.expert) + ranges.size(piece.expert);
+    for (int64_t row = ranges.begin(piece.expert); row < last; row += most_rows)
+      engine.multiply(packed, row, std::min(most_rows, last - row), piece);
   });
 }
 
@@ -165,9 +179,9 @@ MOE_KERNEL(moe_quantized_matmul_f32) {
   clear_rows(p.y, ranges.begin(p.experts), p.rows, p.n);
   if (p.k == 0) return clear_rows(p.y, 0, p.rows, p.n);
   switch (p.format) {
-    case Format::bf16: return run<Bf16Weights>(p, ranges);
-    case Format::fp8: return run<Fp8Weights>(p, ranges);
-    case Format::int8: return run<Int8Weights>(p, ranges);
-    case Format::int4: return run<Int4Weights>(p, ranges);
+    case Format::bf16: return run<Floats<Bf16Weights>>(p, ranges);
+    case Format::fp8: return run<Floats<Fp8Weights>>(p, ranges);
+    case Format::int8: return p.bf16 ? run<Integers<Int8Weights, 1>>(p, ranges) : run<Integers<Int8Weights, 2>>(p, ranges);
+    case Format::int4: return p.bf16 ? run<Integers<Int4Weights, 1>>(p, ranges) : run<Integers<Int4Weights, 2>>(p, ranges);
   }
 }

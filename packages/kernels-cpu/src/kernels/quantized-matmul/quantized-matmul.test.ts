@@ -1,4 +1,4 @@
-import { fromBf16, fromF8e4m3, Random, toBf16, type WeightFormat } from '@moe/core'
+import { fromBf16, fromF8e4m3, type Precision, Random, toBf16, type WeightFormat } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { availableIsas, runOp, testBackend } from '../../test-backend.ts'
 
@@ -49,18 +49,22 @@ function stored(format: WeightFormat, { offsets, n, k, block }: Size) {
 function expected({ offsets, rows, n, k }: Size, x: Float32Array, value: ReturnType<typeof stored>['value']) {
   const y = new Float64Array(rows * n)
   const size = new Float64Array(rows * n)
+  /** Largest element of x times the sum of the weights' magnitudes. */
+  const reach = new Float64Array(rows * n)
   for (let e = 0; e + 1 < offsets.length; e++) {
     for (let i = offsets[e]; i < offsets[e + 1]; i++) {
+      const largest = Math.max(...x.subarray(i * k, (i + 1) * k).map(Math.abs))
       for (let j = 0; j < n; j++) {
         for (let t = 0; t < k; t++) {
           const term = x[i * k + t] * value(e, j, t)
           y[i * n + j] += term
           size[i * n + j] += Math.abs(term)
+          reach[i * n + j] += largest * Math.abs(value(e, j, t))
         }
       }
     }
   }
-  return { y, size }
+  return { y, size, reach }
 }
 
 async function product(
@@ -69,6 +73,7 @@ async function product(
   x: Float32Array,
   weight: ReturnType<typeof stored>,
   options: object,
+  precision: Precision = 'f32',
 ) {
   const backend = await testBackend(options)
   const { offsets, rows, n, k, block } = size
@@ -80,7 +85,7 @@ async function product(
     { data: offsets, shape: [offsets.length], dtype: 'i32' as const },
     ...(format === 'bf16' ? [] : [{ data: weight.scales, shape: weight.scaleShape }]),
   ]
-  const attrs = { format, block, precision: 'f32' } as const
+  const attrs = { format, block, precision } as const
   const [y] = await runOp(backend, 'quantizedGroupedMatmul', inputs, attrs, [{ shape: [rows, n], dtype: 'f32' }])
   backend.dispose()
   return y
@@ -88,7 +93,7 @@ async function product(
 
 describe.each(await availableIsas())('stored weights on %s', isa => {
   test.each(formats)(
-    '%s: every size within rounding of f32 sums, the same bits on one and two threads',
+    '%s: every size within rounding, the same bits on one and two threads',
     async format => {
       for (const size of sizes) {
         const x = Float32Array.from(new Random(size.k).normal(size.rows * size.k))
@@ -97,12 +102,51 @@ describe.each(await availableIsas())('stored weights on %s', isa => {
         const one = await product(format, size, x, weight, { isa, threads: 1 })
         const two = await product(format, size, x, weight, { isa, threads: 2 })
         expect(two, JSON.stringify(size)).toEqual(one)
-        // A chain of k additions of terms, of which those of the zero point (16/7 and 256/127 times as large) are taken off again.
+        // A chain of k additions; x as whole numbers is rounded to 2^-24 of the largest.
+        const rounding = format === 'int8' || format === 'int4' ? 2 ** -24 : 0
         for (let i = 0; i < one.length; i++) {
-          const bound = 2 ** -24 * 3 * (8 + size.k / 8) * exact.size[i]
+          const bound = 2 ** -24 * (8 + size.k / 8) * exact.size[i] + rounding * exact.reach[i]
           expect(Math.abs(one[i] - exact.y[i]), `${JSON.stringify(size)} ${i}`).toBeLessThanOrEqual(bound)
         }
       }
     },
   )
+})
+
+describe.each(await availableIsas())('x in whole numbers on %s', isa => {
+  const size: Size = { offsets: [0, 3], rows: 3, n: 5, k: 256, block: [1, 128] }
+
+  describe.each(['f32', 'bf16'] as const)('precision %s', precision => {
+    const rounding = precision === 'f32' ? 2 ** -22 : 2 ** -16
+
+    test.each(['int8', 'int4'] as const)('%s: NaN, infinities and tiny numbers stay in their row', async format => {
+      const weight = stored(format, size)
+      const x = Float32Array.from(new Random(1).normal(size.rows * size.k))
+      x[200] = Number.NaN
+      x[size.k + 3] = Number.POSITIVE_INFINITY
+      for (let i = 0; i < 128; i++) x[2 * size.k + i] *= 1e-20
+      const y = await product(format, size, x, weight, { isa }, precision)
+      expect([...y.subarray(0, 2 * size.n)].some(Number.isFinite)).toBe(false)
+      const exact = expected(size, x, weight.value)
+      for (let i = 2 * size.n; i < y.length; i++) {
+        expect(Math.abs(y[i] - exact.y[i])).toBeLessThan(rounding * exact.reach[i])
+      }
+      const zeros = await product(format, size, new Float32Array(x.length), weight, { isa }, precision)
+      expect([...zeros].every(value => value === 0)).toBe(true)
+    })
+  })
+
+  test('a block may have a scale of its own size in x: small ones are as exact as large ones', async () => {
+    const weight = stored('int8', size)
+    const x = new Float32Array(size.rows * size.k)
+    for (let i = 0; i < 128; i++) x[128 + i] = (1 + i) * 1e-6
+    const alone = await product('int8', size, x, weight, { isa })
+    x[0] = 1e6
+    const beside = await product('int8', size, x, weight, { isa })
+    for (let j = 0; j < size.n; j++) {
+      const large = x[0] * weight.value(0, j, 0)
+      expect(Math.abs(beside[j] - large - alone[j])).toBeLessThanOrEqual(2 ** -22 * Math.abs(large))
+      expect(alone[j]).not.toBe(0)
+    }
+  })
 })

@@ -1,0 +1,201 @@
+// Products of few rows with int8 and int4 weights in whole numbers: per block of the weight's columns x becomes numbers of 31 bits, multiplied as two
+// halves of 16, or of 16 bits where precision allows. Sums of a block are exact; one conversion and one multiplication with both scales
+// bring it to f32. That takes half or a third of the instructions that decoding each weight to f32 takes. An element of x is as exact as
+// in f32 with two halves; with one, to 2^-16 of the largest of its block, where bf16 has 2^-9 of its own size.
+#pragma once
+
+#include <cmath>
+
+#include "dots.h"
+
+namespace moe {
+namespace {
+
+// Sums of neighbouring products of 16-bit numbers, added to `sums`. Wraps around, so only the end of a chain of sums has to fit.
+MOE_INLINE i32v add_products16(i32v sums, i32v a, i32v b) {
+#if defined(__AVX512VNNI__)
+  return (i32v)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return sums + (i32v)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return sums + (i32v)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return sums + (i32v)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  return sums + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// A 32-bit lane holds `per` weights. Part j are weights j and j + parts as a pair of 16-bit numbers.
+template <class W>
+constexpr int parts = W::per / 2;
+
+template <class W, int j>
+MOE_INLINE i32v weight_pairs(i32v v) {
+  constexpr int bits = 32 / W::per;
+  constexpr uint32_t mask = (1u << bits) - 1;
+  return (i32v)((u32v)v >> (bits * j)) & static_cast<int32_t>(mask << 16 | mask);
+}
+
+// The longest block whose sums fit: (2^(bits-1)) * 2^15 a weight, `per` weights a lane and group.
+template <class W>
+constexpr int64_t most_run = (int64_t{1} << 31) / (static_cast<int64_t>(W::zero) << 15) / W::per;
+
+// x of one row for weights W: per group of 32-bit lanes, and per part of it, `halves` vectors of pairs, the upper one first; zeros behind k. Per block
+// of `run` groups the scale of the lowest half, and per half a vector with what the zero point takes off.
+template <class W, int halves>
+void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, float* scales, int32_t* starts) {
+  constexpr float range = halves == 2 ? 1073741824.0f : 32767.0f;
+  const int64_t block = run * group_size<W>;
+  for (int64_t b = 0; b * block < k; ++b) {
+    const float* from = x + b * block;
+    const int64_t size = std::min(block, k - b * block);
+    f32v most = zero();
+    i32v odd{};
+    for (int64_t i = 0; i < size; i += lanes) {
+      const f32v v = abs(load_partial(from + i, static_cast<int>(std::min<int64_t>(lanes, size - i))));
+      odd |= ~(v <= splat(3.4028235e38f));
+      most = fast_max(v, most);
+    }
+    const float largest = max(most);
+    // A block that is too small to divide by counts as zeros; NaN and infinities make its sums NaN.
+    const bool usable = largest > 1e-28f;
+    const float factor = usable ? range / largest : 0.0f;
+    scales[b] = any(odd) ? __builtin_nanf("") : usable ? largest / range : 0.0f;
+    int32_t* const start = starts + b * halves * lanes;
+    for (int l = 0; l < halves * lanes; ++l) start[l] = 0;
+    for (int64_t g = 0; g * group_size<W> < size; ++g) {
+      int32_t numbers[halves][group_size<W>];
+      const int64_t left = size - g * group_size<W>;
+      for (int64_t i = 0; i < group_size<W>; i += lanes) {
+        const int count = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(lanes, left - i)));
+        const f32v v = (count == 0 ? zero() : load_partial(from + g * group_size<W> + i, count)) * splat(factor);
+        if constexpr (halves == 2) {
+          const i32v whole = to_i32(v), upper = (whole + 0x8000) >> 16;
+          store(numbers[0] + i, upper);
+          store(numbers[1] + i, whole - (upper << 16));
+        } else {
+          store(numbers[0] + i, to_i32(round_small(v)));
+        }
+      }
+      int32_t* const to = packed + (b * run + g) * parts<W> * halves * lanes;
+      for (int h = 0; h < halves; ++h) {
+        for (int l = 0; l < lanes; ++l) {
+          const int32_t* own = numbers[h] + l * W::per;
+          int32_t sum = 0;
+          for (int j = 0; j < parts<W>; ++j) {
+            to[(j * halves + h) * lanes + l] = static_cast<int32_t>((static_cast<uint32_t>(own[j]) & 0xffff) | static_cast<uint32_t>(own[j + parts<W>]) << 16);
+            sum += own[j] + own[j + parts<W>];
+          }
+          start[h * lanes + l] -= W::zero * sum;
+        }
+      }
+    }
+  }
+}
+
+// Scales of the weight lie one per block of x; or, for int4 in runs of 32, several to a register: then a lane's scale is that of its run.
+enum class Scales { blocks, runs };
+
+// The scale of each lane where lanes * 8 weights are runs of 32.
+MOE_INLINE f32v run_scales(const float* scale, int64_t left) {
+#if defined(__AVX512F__)
+  const __m128 s = _mm_maskz_loadu_ps(static_cast<__mmask8>((1 << std::min<int64_t>(left, 4)) - 1), scale);
+  return (f32v)_mm512_permutexvar_ps(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), _mm512_castps128_ps512(s));
+#elif defined(__AVX2__)
+  return (f32v)_mm256_set_m128(_mm_broadcast_ss(scale + (left > 1)), _mm_broadcast_ss(scale));
+#else
+  static_cast<void>(left);
+  return splat(*scale);
+#endif
+}
+
+// Chains of additions for each row and half of x: with one row there are registers for two.
+template <int M>
+constexpr int integer_chains = M == 1 ? 2 : 1;
+
+template <class W, int halves, int j = 0>
+struct IntegerDecode {
+  template <int M>
+  MOE_INLINE void multiply(i32v v, const int32_t* const* x, int64_t at, i32v (&sums)[M][halves][integer_chains<M>]) {
+    const i32v w = weight_pairs<W, j>(v);
+    for (int m = 0; m < M; ++m) {
+      for (int h = 0; h < halves; ++h) {
+        i32v& sum = sums[m][h][j % integer_chains<M>];
+        sum = add_products16(sum, w, load(x[m] + at + (j * halves + h) * lanes));
+      }
+    }
+    if constexpr (j + 1 < parts<W>) IntegerDecode<W, halves, j + 1>::template multiply<M>(v, x, at, sums);
+  }
+};
+
+// Of up to most_rows rows: packed x, scales and starts as pack_integer_x makes them.
+struct IntegerDots {
+  const int32_t* x[most_rows];
+  const float* x_scales[most_rows];
+  const int32_t* starts[most_rows];
+  float* y[most_rows];
+  const uint8_t* q;
+  const float* scale;
+  int64_t row_bytes;
+  int64_t block_rows;
+  int64_t scale_columns;
+  int64_t run;  // groups of a block of x
+};
+
+template <class W, int halves, Scales kind, int M>
+MOE_INLINE void integer_dot_row(const IntegerDots& d, int64_t row) {
+  constexpr int64_t bytes = lanes * 4;
+  const int64_t full = d.row_bytes / bytes, rest = d.row_bytes % bytes;
+  const int64_t groups = full + (rest != 0);
+  const uint8_t* from = d.q + row * d.row_bytes;
+  const float* scale = d.scale + row / d.block_rows * d.scale_columns;
+  f32v total[M] = {};
+  for (int64_t g = 0, block = 0; g < groups; ++block) {
+    const int64_t end = std::min(groups, g + d.run), whole = std::min(full, end);
+    i32v sums[M][halves][integer_chains<M>] = {};
+    for (int m = 0; m < M; ++m) {
+      for (int h = 0; h < halves; ++h) sums[m][h][0] = load(d.starts[m] + (block * halves + h) * lanes);
+    }
+    for (; g < whole; ++g) {
+      __builtin_prefetch(from + g * bytes + ahead);
+      IntegerDecode<W, halves>::template multiply<M>(load_bytes(from + g * bytes), d.x, g * parts<W> * halves * lanes, sums);
+    }
+    if (g < end) {
+      i32v v{};
+      std::memcpy(&v, from + g * bytes, static_cast<size_t>(rest));
+      IntegerDecode<W, halves>::template multiply<M>(v, d.x, g * parts<W> * halves * lanes, sums);
+      ++g;
+    }
+    const int64_t first = block * (lanes / 4);
+    const f32v s = kind == Scales::runs ? run_scales(scale + first, d.scale_columns - first) : splat(scale[block]);
+    for (int m = 0; m < M; ++m) {
+      f32v sum = zero();
+      for (int h = 0; h < halves; ++h) {
+        const i32v own = M == 1 ? sums[m][h][0] + sums[m][h][integer_chains<M> - 1] : sums[m][h][0];
+        sum = fma(sum, splat(65536.0f), to_f32(own));
+      }
+      total[m] = fma(sum, s * splat(d.x_scales[m][block]), total[m]);
+    }
+  }
+  for (int m = 0; m < M; ++m) d.y[m][row] = sum(total[m]);
+}
+
+template <class W, int halves, Scales kind, int M>
+void integer_dot_range(const IntegerDots& d, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) integer_dot_row<W, halves, kind, M>(d, row);
+}
+
+// Rows begin .. end of the weight times `rows` (1 .. most_rows) rows of x.
+template <class W, int halves, Scales kind>
+void integer_dots(const IntegerDots& d, int64_t rows, int64_t begin, int64_t end) {
+  switch (rows) {
+    case 1: return integer_dot_range<W, halves, kind, 1>(d, begin, end);
+    case 2: return integer_dot_range<W, halves, kind, 2>(d, begin, end);
+    case 3: return integer_dot_range<W, halves, kind, 3>(d, begin, end);
+    default: return integer_dot_range<W, halves, kind, 4>(d, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace moe
