@@ -49,6 +49,21 @@ describe('Random', () => {
     expect(a.normal(11)).toEqual(b.normal(11))
   })
 
+  test('normal numbers are those of Box and Muller', () => {
+    const n = 100_000
+    const numbers = new Random(3, 4).normal(n, 0.5)
+    const out = new Uint32Array(4)
+    for (let i = 0; i < n; i += 4) {
+      philox4x32([i / 4, 0, 4, 0], [3, 0], out)
+      for (let j = 0; j < 4; j += 2) {
+        const radius = 0.5 * Math.sqrt(-2 * Math.log((out[j] + 1) / 4294967297))
+        const angle = (2 * Math.PI * out[j + 1]) / 4294967296
+        expect(Math.abs(numbers[i + j] - radius * Math.cos(angle))).toBeLessThan(2 ** -24 * radius)
+        expect(Math.abs(numbers[i + j + 1] - radius * Math.sin(angle))).toBeLessThan(2 ** -24 * radius)
+      }
+    }
+  })
+
   test('seeds, streams and forks are independent', () => {
     const n = 4096
     const sources = {

@@ -92,25 +92,22 @@ async function product(
 }
 
 describe.each(await availableIsas())('stored weights on %s', isa => {
-  test.each(formats)(
-    '%s: every size within rounding, the same bits on one and two threads',
-    async format => {
-      for (const size of sizes) {
-        const x = Float32Array.from(new Random(size.k).normal(size.rows * size.k))
-        const weight = stored(format, size)
-        const exact = expected(size, x, weight.value)
-        const one = await product(format, size, x, weight, { isa, threads: 1 })
-        const two = await product(format, size, x, weight, { isa, threads: 2 })
-        expect(two, JSON.stringify(size)).toEqual(one)
-        // A chain of k additions; x as whole numbers is rounded to 2^-24 of the largest.
-        const rounding = format === 'int8' || format === 'int4' ? 2 ** -24 : 0
-        for (let i = 0; i < one.length; i++) {
-          const bound = 2 ** -24 * (8 + size.k / 8) * exact.size[i] + rounding * exact.reach[i]
-          expect(Math.abs(one[i] - exact.y[i]), `${JSON.stringify(size)} ${i}`).toBeLessThanOrEqual(bound)
-        }
+  test.each(formats)('%s: every size within rounding, the same bits on one and two threads', async format => {
+    for (const size of sizes) {
+      const x = Float32Array.from(new Random(size.k).normal(size.rows * size.k))
+      const weight = stored(format, size)
+      const exact = expected(size, x, weight.value)
+      const one = await product(format, size, x, weight, { isa, threads: 1 })
+      const two = await product(format, size, x, weight, { isa, threads: 2 })
+      expect(two, JSON.stringify(size)).toEqual(one)
+      // A chain of k additions; x as whole numbers is rounded to 2^-24 of the largest.
+      const rounding = format === 'int8' || format === 'int4' ? 2 ** -24 : 0
+      for (let i = 0; i < one.length; i++) {
+        const bound = 2 ** -24 * (8 + size.k / 8) * exact.size[i] + rounding * exact.reach[i]
+        expect(Math.abs(one[i] - exact.y[i]), `${JSON.stringify(size)} ${i}`).toBeLessThanOrEqual(bound)
       }
-    },
-  )
+    }
+  })
 })
 
 describe.each(await availableIsas())('x in whole numbers on %s', isa => {
