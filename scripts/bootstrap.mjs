@@ -9,7 +9,13 @@ import { root, setUp } from './setup.mjs'
 
 const commands = {
   /** The quickstart: trains a small model on real text. A failed native build is no reason to stop, it falls back to wasm. */
-  start: args => ({ script: 'examples/quickstart.ts', args, ownGroup: true, nativeRequired: false }),
+  start: args => ({
+    script: 'examples/quickstart.ts',
+    args,
+    ownGroup: true,
+    nativeRequired: false,
+    allVariants: false,
+  }),
   test: args => ({
     script: 'node_modules/vitest/vitest.mjs',
     args: ['run', ...reporters(args), ...args],
@@ -18,7 +24,7 @@ const commands = {
   bench: ([name, ...args]) => {
     const script = `bench/${name}.ts`
     if (!name || !existsSync(script)) return { script: 'scripts/list-benches.ts', args: name ? [name] : [] }
-    return { script, args, nodeOptions: ['--expose-gc'], ownGroup: true }
+    return { script, args, nodeOptions: ['--expose-gc'], ownGroup: true, allVariants: false }
   },
   check: args => ({ script: 'scripts/check.ts', args }),
   setup: () => undefined,
@@ -41,7 +47,8 @@ if (rest[0] === '--') rest.shift()
 
 process.chdir(root)
 const plan = commands[command](rest)
-const node = await setUp({ nativeRequired: plan?.nativeRequired ?? true, emulator: plan?.emulator })
+const { nativeRequired = true, allVariants, emulator } = plan ?? {}
+const node = await setUp({ nativeRequired, allVariants, emulator })
 if (plan) {
   if (!existsSync(plan.script)) {
     console.error(`${command}: ${plan.script} does not exist in this checkout`)

@@ -15,17 +15,18 @@ const buildEmulator = join(root, 'packages', 'kernels-cuda', 'scripts', 'build-e
 
 /**
  * Makes the checkout ready to run and puts its tools first on PATH.
- * @param {{ nativeRequired: boolean, emulator?: boolean }} options whether a native build that fails (not: a missing compiler) ends the
- * process; whether the GPU emulator, which only tests need, is built too
+ * @param {{ nativeRequired: boolean, allVariants?: boolean, emulator?: boolean }} options whether a native build that fails (not: a missing
+ * compiler) ends the process; whether the kernels are built for more instruction sets than this machine's best; whether the GPU emulator is built.
+ * Tests need both.
  * @returns {Promise<string>} path of the Node that runs the workspace
  */
-export async function setUp({ nativeRequired, emulator = false }) {
+export async function setUp({ nativeRequired, allVariants = true, emulator = false }) {
   requireNode(20)
   process.env.PATH = `${join(root, 'node_modules', '.bin')}${delimiter}${process.env.PATH ?? ''}`
   await installDependencies()
   const node = workspaceNode()
-  await runBuild(node, buildNative, 'the native kernels', nativeRequired)
-  if (emulator) await runBuild(node, buildEmulator, 'the CUDA kernels for the emulator', nativeRequired)
+  await runBuild(node, [buildNative, ...(allVariants ? [] : ['--here'])], 'the native kernels', nativeRequired)
+  if (emulator) await runBuild(node, [buildEmulator], 'the CUDA kernels for the emulator', nativeRequired)
   return node
 }
 
@@ -92,11 +93,11 @@ function workspaceNode() {
 
 async function runBuild(node, script, what, required) {
   // Silence means that nothing had to be compiled.
-  const compiling = setTimeout(() => say(`compiling ${what}, up to two minutes the first time`), 1500)
-  const { code } = await run(node, [script], { stdio: ['ignore', 2, 2] })
+  const compiling = setTimeout(() => say(`compiling ${what} for the first time: a minute or two`), 1500)
+  const { code } = await run(node, script, { stdio: ['ignore', 2, 2] })
   clearTimeout(compiling)
   if (code === 0) return
-  if (required) fail(`building ${what} failed (exit code ${code}): node ${script} --verbose`)
+  if (required) fail(`building ${what} failed (exit code ${code}): node ${script.join(' ')} --verbose`)
   say(`building ${what} failed (exit code ${code}); going on without them`)
 }
 

@@ -1,4 +1,4 @@
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { copyFileSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { Worker } from 'node:worker_threads'
@@ -50,6 +50,20 @@ describe('finding the library', () => {
     const error = await failure()
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
     expect(error?.message).toContain('does not load')
+  })
+
+  test('a folder with the library of one instruction set, as built for one machine', async () => {
+    const { isa } = await createBackend()
+    if (isa === 'baseline') return
+    const build = join(import.meta.dirname, '..', 'build', `${process.platform}-${process.arch}`)
+    const file = `moe-cpu-${isa}.${process.platform === 'darwin' ? 'dylib' : 'so'}`
+    copyFileSync(join(build, file), join(folder, file))
+    process.env['MOE_CPU_LIBRARY'] = folder
+    expect((await createBackend()).isa).toBe(isa)
+    process.env['MOE_CPU_ISA'] = 'baseline'
+    const error = await failure()
+    expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
+    expect(error?.message).toMatch(/no library for baseline or less.*build all of them/s)
   })
 
   test('MOE_CPU_ISA and MOE_NUM_THREADS choose; nonsense is E_CONFIG', async () => {

@@ -40,12 +40,20 @@ export interface NativeLibrary {
 export async function loadLibrary(most: Isa): Promise<NativeLibrary> {
   const koffi = await importKoffi()
   const folder = findFolder()
-  const probe = open(koffi, folder, 'baseline')
-  const best = Math.min(isas.indexOf(probe.isaOfCpu), isas.indexOf(most))
-  for (let level = best; level > 0; level--) {
-    if (existsSync(join(folder, fileName(isas[level])))) return open(koffi, folder, isas[level])
+  const present = isas.filter(isa => existsSync(join(folder, fileName(isa))))
+  // The lowest one says what the CPU has. Where it is alone, it was built for this machine.
+  const probe = open(koffi, folder, present[0])
+  const limit = Math.min(isas.indexOf(probe.isaOfCpu), isas.indexOf(most))
+  const best = present.findLast(isa => isas.indexOf(isa) <= limit)
+  if (best === undefined) {
+    throw new MoeError({
+      code: 'E_NO_BACKEND',
+      op: 'kernels-cpu',
+      problem: `${folder} has no library for ${most} or less`,
+      fix: 'build all of them: node scripts/build-native.mjs',
+    })
   }
-  return probe
+  return best === probe.isa ? probe : open(koffi, folder, best)
 }
 
 type Koffi = typeof import('koffi')
@@ -86,7 +94,7 @@ function findFolder(): string {
       // Not installed: the message below says what to do.
     }
   }
-  const found = tried.find(folder => existsSync(join(folder, fileName('baseline'))))
+  const found = tried.find(folder => isas.some(isa => existsSync(join(folder, fileName(isa)))))
   if (found !== undefined) return found
   throw new MoeError({
     code: 'E_NO_BACKEND',
