@@ -93,7 +93,7 @@ function workspaceNode() {
 
 async function runBuild(node, script, what, required) {
   // Silence means that nothing had to be compiled.
-  const compiling = setTimeout(() => say(`compiling ${what} for the first time: a minute or two`), 1500)
+  const compiling = setTimeout(() => say(`compiling ${what}, a minute or two the first time`), 1500)
   const { code } = await run(node, script, { stdio: ['ignore', 2, 2] })
   clearTimeout(compiling)
   if (code === 0) return
