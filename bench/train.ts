@@ -4,7 +4,7 @@
  *     pnpm bench train [--config 12m,200m] [--precision f32,bf16] [--steps N] [--rounds N] [--json FILE] [--no-peers]
  * [--compiled-peer] [--profile]
  *
- * A step is forward, backward, clipping at norm 1 and AdamW on 2,048 random tokens. Every measurement is a process of
+ * A step is forward, backward, clipping at norm 1 and AdamW on 2,048 random tokens (--tokens), in sequences of 256 (--seq). Every measurement is a process of
  * its own; ours and PyTorch's take turns, and medians are over all timed steps of all rounds.
  */
 import { spawnSync } from 'node:child_process'
@@ -26,7 +26,6 @@ import {
 import { DeepSeek, presets } from '@moe/deepseek'
 import { AdamW, type TokenBatch, trainingStep } from '@moe/trainer'
 
-const tokensPerStep = 2048
 const root = fileURLToPath(new URL('..', import.meta.url))
 const python = `${root}.venv-reference/bin/python`
 
@@ -39,6 +38,7 @@ const { values: options } = parseArgs({
     warmup: { type: 'string', default: '2' },
     rounds: { type: 'string', default: '2' },
     seq: { type: 'string', default: '256' },
+    tokens: { type: 'string', default: '2048' },
     json: { type: 'string' },
     peers: { type: 'boolean', default: true },
     'compiled-peer': { type: 'boolean', default: false },
@@ -47,6 +47,7 @@ const { values: options } = parseArgs({
   },
   allowNegative: true,
 })
+const tokensPerStep = Number(options.tokens)
 
 /** What one process measured. */
 interface Measurement {
@@ -58,6 +59,8 @@ interface Measurement {
   readonly parameters: number
   readonly seconds: readonly number[]
   readonly peakMemoryBytes: number
+  /** With --profile: milliseconds per step of each op, and of everything outside of ops. */
+  readonly ops?: Readonly<Record<string, number>>
   readonly firstLoss: number
   readonly lastLoss: number
 }
@@ -106,7 +109,7 @@ async function work(): Promise<Measurement> {
     lastLoss = await step()
     seconds.push((performance.now() - started) / 1000)
   }
-  stopProfile?.(seconds)
+  const ops = stopProfile?.(seconds)
   const slow = fallbacks().filter(({ backend: name }) => name === backend.name)
   if (slow.length > 0) console.error(`without a kernel of their own: ${slow.map(({ op }) => op).join(', ')}`)
   return {
@@ -118,6 +121,7 @@ async function work(): Promise<Measurement> {
     parameters: parameterCount(model),
     seconds,
     peakMemoryBytes: process.resourceUsage().maxRSS * 1024,
+    ops,
     firstLoss,
     lastLoss,
   }
@@ -129,8 +133,8 @@ function randomBatch(rows: number, length: number, vocabulary: number): TokenBat
   return { tokens, documents: new Int32Array(rows * length), rows, length }
 }
 
-/** Times every op of kernels-cpu until the returned function prints them. */
-async function startProfile(): Promise<(seconds: readonly number[]) => void> {
+/** Times every op of kernels-cpu until the returned function prints them and gives them by name. */
+async function startProfile(): Promise<(seconds: readonly number[]) => Record<string, number>> {
   const { profile, startProfile, stopProfile } = await import('@moe/kernels-cpu')
   startProfile()
   return seconds => {
@@ -147,6 +151,8 @@ async function startProfile(): Promise<(seconds: readonly number[]) => void> {
     for (const { op, calls, milliseconds } of ops) line(op, String(Math.round(calls / steps)), milliseconds)
     line('engine, host and waiting', '', total - inOps)
     line('step', '', total)
+    const perStep = ops.map(({ op, milliseconds }) => [op, milliseconds / steps])
+    return { ...Object.fromEntries(perStep), engine: (total - inOps) / steps }
   }
 }
 
@@ -168,6 +174,7 @@ function ours(config: string, precision: string): Runner {
     steps: options.steps,
     warmup: options.warmup,
     seq: options.seq,
+    tokens: options.tokens,
   }
   const args = Object.entries(settings).flatMap(([name, value]) => [`--${name}`, value])
   if (options.profile) args.push('--profile')
@@ -180,8 +187,9 @@ function ours(config: string, precision: string): Runner {
 }
 
 function torch(config: string, precision: string, compiled: boolean): Runner {
-  const { steps, warmup, seq } = options
-  const args = ['--config', config, '--mode', precision, '--steps', steps, '--warmup', warmup, '--seq', seq, '--json']
+  const { steps, warmup, seq, tokens } = options
+  const sizes = ['--steps', steps, '--warmup', warmup, '--seq', seq, '--tokens', tokens]
+  const args = ['--config', config, '--mode', precision, ...sizes, '--json']
   return {
     label: `PyTorch ${precision} ${compiled ? 'compiled' : 'eager'}`,
     command: python,

@@ -2,7 +2,7 @@
 
     .venv-reference/bin/python bench/peers/train_torch.py --config 12m --mode bf16 --experts grouped_mm --json
 
-A step is forward, backward, clipping at norm 1 and fused AdamW, on 2,048 tokens (batch = 2048 / --seq). `bf16` is autocast.
+A step is forward, backward, clipping at norm 1 and fused AdamW, on --tokens tokens (batch = tokens / --seq). `bf16` is autocast.
 With --json the last line of output is one JSON object; secondsPerStep is the median of the timed steps.
 """
 
@@ -15,6 +15,8 @@ import statistics
 import sys
 import time
 
+from configs import CONFIGS, TOKENS_PER_STEP
+
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--config", choices=["12m", "200m"], default="12m")
 parser.add_argument("--mode", choices=["f32", "bf16"], default="f32")
@@ -23,6 +25,7 @@ parser.add_argument("--experts", choices=["eager", "grouped_mm"], default="group
 parser.add_argument("--steps", type=int, default=5, help="timed steps, after the warm-up")
 parser.add_argument("--warmup", type=int, default=2)
 parser.add_argument("--seq", type=int, default=256)
+parser.add_argument("--tokens", type=int, default=TOKENS_PER_STEP, help="tokens of a step")
 parser.add_argument("--threads", type=int, default=os.cpu_count())
 parser.add_argument("--json", action="store_true")
 args = parser.parse_args()
@@ -30,17 +33,16 @@ os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read when torch is imported
 
 import torch
 import transformers
-from configs import CONFIGS, TOKENS_PER_STEP
 
 transformers.logging.set_verbosity_error()
 
 
 def main():
-    if TOKENS_PER_STEP % args.seq:
-        parser.error(f"--seq {args.seq} does not divide {TOKENS_PER_STEP} tokens")
+    if args.tokens % args.seq:
+        parser.error(f"--seq {args.seq} does not divide {args.tokens} tokens")
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    batch = TOKENS_PER_STEP // args.seq
+    batch = args.tokens // args.seq
     config = transformers.DeepseekV3Config(**CONFIGS[args.config], max_position_embeddings=max(512, args.seq))
     config._experts_implementation = args.experts
     model = transformers.DeepseekV3ForCausalLM(config)
@@ -73,7 +75,7 @@ def main():
     result = {
         "config": args.config, "backend": "pytorch", "mode": args.mode, "compile": args.compile,
         "experts": config._experts_implementation, "attention": config._attn_implementation, "seq": args.seq,
-        "batch": batch, "threads": args.threads, "parameters": parameters, "tokensPerSecond": TOKENS_PER_STEP / median,
+        "batch": batch, "threads": args.threads, "parameters": parameters, "tokensPerSecond": args.tokens / median,
         "secondsPerStep": median, "seconds": seconds, "warmupSeconds": warmup_seconds, "peakMemoryBytes": peak,
         "firstLoss": first_loss, "lastLoss": loss,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},

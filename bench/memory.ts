@@ -1,0 +1,88 @@
+/**
+ * What a training step needs at longer and longer contexts: peak memory, beside PyTorch where `.venv-reference` exists, and time without attention.
+ *
+ *     pnpm bench memory [--config 12m] [--precision bf16] [--seq 256,1024,4096] [--tokens 4096] [--rounds N] [--json FILE] [--no-peers]
+ *
+ * The number of tokens of a step stays, only the sequences grow: everything but attention should take as long as before. Peak memory is what the
+ * process had resident at most, parameters, moments and the runtime itself included. `engine` is all time outside of ops: dispatch, autograd's
+ * walk, waiting.
+ */
+import { parseArgs } from 'node:util'
+import { findPython, lastJson, median, printTable, root, writeResults } from './shared/report.ts'
+
+const { values: options } = parseArgs({
+  options: {
+    config: { type: 'string', default: '12m' },
+    precision: { type: 'string', default: 'bf16' },
+    seq: { type: 'string', default: '256,1024,4096' },
+    tokens: { type: 'string', default: '4096' },
+    rounds: { type: 'string', default: '2' },
+    steps: { type: 'string', default: '3' },
+    json: { type: 'string' },
+    peers: { type: 'boolean', default: true },
+  },
+  allowNegative: true,
+})
+
+/** Of one process, as `bench train` measures it. */
+interface Measurement {
+  readonly seconds: readonly number[]
+  readonly peakMemoryBytes: number
+  readonly ops?: Readonly<Record<string, number>>
+}
+
+const common = ['--config', options.config, '--tokens', options.tokens, '--steps', options.steps]
+
+function ours(seq: string): Measurement {
+  const args = ['--worker', '--profile', '--precision', options.precision, '--seq', seq]
+  return lastJson(`@moe ${seq}`, process.execPath, [`${root}bench/train.ts`, ...args, ...common])
+}
+
+function torch(python: string, seq: string): Measurement {
+  const args = [`${root}bench/peers/train_torch.py`, '--mode', options.precision, '--seq', seq, '--json']
+  return lastJson(`PyTorch ${seq}`, python, [...args, ...common])
+}
+
+function summarize(who: string, seq: string, rounds: readonly Measurement[]) {
+  const sum = (test: (op: string) => boolean) =>
+    median(
+      rounds.map(({ ops = {} }) =>
+        Object.entries(ops).reduce((total, [op, milliseconds]) => total + (test(op) ? milliseconds : 0), 0),
+      ),
+    ) / 1000
+  const seconds = median(rounds.flatMap(round => round.seconds))
+  const peakMemoryBytes = Math.max(...rounds.map(round => round.peakMemoryBytes))
+  if (rounds[0].ops === undefined) return { who, seq, seconds, peakMemoryBytes }
+  const attention = sum(op => op.startsWith('attention'))
+  const engine = sum(op => op === 'engine')
+  return { who, seq, seconds, peakMemoryBytes, attention, rest: seconds - attention, engine }
+}
+
+const python = findPython(options.peers)
+const measured = new Map<string, Measurement[]>()
+const add = (key: string, value: Measurement) => measured.set(key, [...(measured.get(key) ?? []), value])
+const lengths = options.seq.split(',')
+for (let round = 0; round < Number(options.rounds); round++) {
+  for (const seq of lengths) {
+    add(`@moe ${seq}`, ours(seq))
+    if (python !== undefined) add(`PyTorch ${seq}`, torch(python, seq))
+  }
+}
+const results = [...measured].map(([key, rounds]) => summarize(key.split(' ')[0], key.split(' ')[1], rounds))
+const firstOf = (who: string) => results.find(result => result.who === who)
+console.log(`${options.config}, ${options.tokens} tokens a step, ${options.precision}`)
+printTable(
+  ['who', 'context', 'peak MiB', 's/step', 'attention', 'rest', 'rest grew', 'engine'],
+  results.map(({ who, seq, seconds, peakMemoryBytes, attention, rest, engine }) => [
+    who,
+    seq,
+    (peakMemoryBytes / 2 ** 20).toFixed(0),
+    seconds.toFixed(3),
+    attention?.toFixed(3) ?? '',
+    rest?.toFixed(3) ?? '',
+    rest === undefined ? '' : `${(rest / (firstOf(who)?.rest ?? rest)).toFixed(2)}x`,
+    engine === undefined ? '' : `${((100 * engine) / seconds).toFixed(1)}%`,
+  ]),
+  2,
+)
+writeResults(options.json, { config: options.config, tokens: options.tokens, precision: options.precision, results })
