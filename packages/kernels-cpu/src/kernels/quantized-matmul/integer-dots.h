@@ -37,9 +37,9 @@ MOE_INLINE i32v weight_pairs(i32v v) {
   return (i32v)((u32v)v >> (bits * j)) & static_cast<int32_t>(mask << 16 | mask);
 }
 
-// The longest block whose sums fit: (2^(bits-1)) * 2^15 a weight, `per` weights a lane and group.
+// The longest block whose sums stay below 2^30: 2^15 times the zero point a weight, `per` weights a lane and group.
 template <class W>
-constexpr int64_t most_run = (int64_t{1} << 31) / (static_cast<int64_t>(W::zero) << 15) / W::per;
+constexpr int64_t most_run = (int64_t{1} << 30) / (static_cast<int64_t>(W::zero) << 15) / W::per;
 
 // x of one row for weights W: per group of 32-bit lanes, and per part of it, `halves` vectors of pairs, the upper one first; zeros behind k. Per block
 // of `run` groups the scale of the lowest half, and per half a vector with what the zero point takes off.
