@@ -1,7 +1,17 @@
-/** @file `@moe/checkpoint`: safetensors in and out, single and sharded, in the Hugging Face layout. */
+/** @file `@moe/checkpoint`: safetensors in and out, single and sharded, in the Hugging Face layout; GGUF for llama.cpp. */
 
 export { type Conversion, type ConvertOptions, convertCheckpoint } from './convert-checkpoint.ts'
 export { DEFAULT_BLOCK, dequantizeFp8Blocks } from './fp8-blocks.ts'
+export { type GgufFile, type GgufTensorInfo, type ReadGgufOptions, readGguf } from './gguf/read-gguf.ts'
+export type { GgufEncoding, GgufTensorType } from './gguf/tensor-type.ts'
+export type { GgufArray, GgufNumberType, GgufValue } from './gguf/value.ts'
+export {
+  type GgufContents,
+  type GgufProgress,
+  type GgufTensor,
+  type WriteGgufOptions,
+  writeGguf,
+} from './gguf/write-gguf.ts'
 export { type OpenOptions, openCheckpoint } from './open-checkpoint.ts'
 export { isScaleKey, type ReadF32Options, readF32 } from './read-f32.ts'
 export {

@@ -1,0 +1,204 @@
+/** @file Reads GGUF files (versions 2 and 3, little-endian) without trusting them: the header when opened, tensors when asked for. */
+
+import type { FileHandle } from 'node:fs/promises'
+import { checkpointError, shown } from '../checkpoint-error.ts'
+import { missingTensor, openRegularFile, readRange } from '../read-safetensors.ts'
+import { decodeGguf } from './blocks.ts'
+import { ByteReader, NeedsMoreBytes } from './byte-reader.ts'
+import { padding } from './byte-writer.ts'
+import { type GgufTensorType, tensorBytes, tensorTypeOfId } from './tensor-type.ts'
+import type { GgufValue } from './value.ts'
+import { DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, MAX_NAME_BYTES, VERSION } from './write-gguf.ts'
+
+/** What is known of a tensor without reading it. */
+export interface GgufTensorInfo {
+  readonly type: GgufTensorType
+  /** Row-major: the reverse of what the file lists. */
+  readonly shape: readonly number[]
+  readonly bytes: number
+  /** First byte, counted from the start of the file. */
+  readonly begin: number
+}
+
+interface GgufHeader {
+  readonly version: number
+  readonly metadata: ReadonlyMap<string, GgufValue>
+  readonly tensors: ReadonlyMap<string, GgufTensorInfo>
+}
+
+export interface ReadGgufOptions {
+  /** Largest header to accept, in bytes. Default 256 MiB: vocabularies lie in it. */
+  readonly maxHeaderBytes?: number
+}
+
+/**
+ * Opens a GGUF file and checks all of its header; no tensor is read yet.
+ *
+ * @throws {MoeError} `E_CHECKPOINT`, naming the file and the fault: another format or version, big-endian numbers, counts and lengths
+ *   that the file is too short for, values and tensor types that are not known, keys or tensors that occur twice, and
+ *   tensors that are not aligned, overlap, or reach beyond the end
+ *
+ * @example
+ * ```ts
+ * await using file = await readGguf('tiny.gguf')
+ * console.log(file.metadata.get('general.architecture')?.value) // llama
+ * for (const [name, { type, shape }] of file.tensors) console.log(name, type, shape)
+ * ```
+ */
+export async function readGguf(path: string, options: ReadGgufOptions = {}): Promise<GgufFile> {
+  const { handle, fileBytes } = await openRegularFile(path)
+  try {
+    return new GgufFile(path, handle, await readHeader(path, handle, fileBytes, options.maxHeaderBytes ?? 2 ** 28))
+  } catch (error) {
+    await handle.close()
+    throw error
+  }
+}
+
+/** An open GGUF file. Made by {@link readGguf}; holds one file descriptor until it is closed. */
+export class GgufFile {
+  readonly path: string
+  /** Version of the format. */
+  readonly version: number
+  /** By key, in the order of the file. */
+  readonly metadata: ReadonlyMap<string, GgufValue>
+  /** By name, in the order of the file. */
+  readonly tensors: ReadonlyMap<string, GgufTensorInfo>
+  #handle: FileHandle | undefined
+
+  /** @internal */
+  constructor(path: string, handle: FileHandle, header: GgufHeader) {
+    this.path = path
+    this.version = header.version
+    this.metadata = header.metadata
+    this.tensors = header.tensors
+    this.#handle = handle
+  }
+
+  /** The bytes of a tensor as they are stored. @throws {MoeError} `E_CHECKPOINT` if there is none, or the file is closed or shorter than it was */
+  async read(name: string): Promise<Uint8Array<ArrayBuffer>> {
+    const info = this.tensors.get(name)
+    if (!info) throw missingTensor(this.path, name, this.tensors.keys())
+    if (!this.#handle) throw checkpointError(this.path, 'the file is closed', 'read before close()', { key: name })
+    return readRange(this.#handle, this.path, info.begin, info.bytes)
+  }
+
+  /** The elements of a tensor, row-major. @throws {MoeError} `E_CHECKPOINT` as `read`, and for types other than f32, f16, bf16, q8_0 and q4_0 */
+  async readF32(name: string): Promise<Float32Array> {
+    const bytes = await this.read(name)
+    const { type } = this.tensors.get(name) as GgufTensorInfo
+    const values = decodeGguf(type, bytes)
+    if (values) return values
+    throw checkpointError(this.path, `tensor ${shown(name)} is ${type}`, 'use read() and decode it', { key: name })
+  }
+
+  async close(): Promise<void> {
+    const handle = this.#handle
+    this.#handle = undefined
+    await handle?.close()
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close()
+  }
+}
+
+/** The header's length is not known beforehand: it is parsed from ever more bytes until they are enough. */
+async function readHeader(path: string, handle: FileHandle, fileBytes: number, limit: number): Promise<GgufHeader> {
+  for (let size = 2 ** 20; ; size *= 4) {
+    const bytes = await readRange(handle, path, 0, Math.min(size, limit, fileBytes))
+    try {
+      return parseHeader(path, bytes, fileBytes)
+    } catch (cause) {
+      if (cause instanceof NeedsMoreBytes) {
+        if (bytes.length < limit) continue
+        const fix = 'pass a larger maxHeaderBytes if you trust it'
+        throw checkpointError(path, `its header is longer than the ${limit} bytes allowed`, fix)
+      }
+      if (!(cause instanceof RangeError || cause instanceof TypeError)) throw cause
+      throw checkpointError(path, `the header ${cause.message}`, 'it is damaged or truncated', {}, cause)
+    }
+  }
+}
+
+/** Fewest bytes of a metadata entry (empty key, type, one byte) and of a tensor's record (empty name, no sizes). */
+const ENTRY_BYTES = 13
+const RECORD_BYTES = 24
+
+function parseHeader(path: string, bytes: Uint8Array, fileBytes: number): GgufHeader {
+  const reader = new ByteReader(bytes, fileBytes)
+  const version = checkedVersion(path, reader, fileBytes)
+  const tensorCount = reader.count('tensors', RECORD_BYTES)
+  const entryCount = reader.count('metadata entries', ENTRY_BYTES)
+  const metadata = new Map<string, GgufValue>()
+  for (let i = 0; i < entryCount; i++) {
+    const key = reader.string()
+    if (metadata.has(key)) throw checkpointError(path, `the metadata key ${shown(key)} occurs twice`)
+    metadata.set(key, reader.value())
+  }
+  const records = []
+  for (let i = 0; i < tensorCount; i++) records.push(readRecord(path, reader))
+  const alignment = alignmentOf(path, metadata)
+  const start = reader.at + padding(reader.at, alignment)
+  const tensors = new Map<string, GgufTensorInfo>()
+  for (const { name, offset, ...record } of records) {
+    if (tensors.has(name)) throw checkpointError(path, `tensor ${shown(name)} occurs twice`)
+    if (offset % alignment !== 0) {
+      throw checkpointError(path, `tensor ${shown(name)} is at ${offset}, which is no multiple of ${alignment}`)
+    }
+    const begin = start + offset
+    if (begin + record.bytes > fileBytes) {
+      const problem = `tensor ${shown(name)} ends at byte ${begin + record.bytes}, but the file has ${fileBytes}`
+      throw checkpointError(path, problem, 'it is truncated, or not what it claims to be')
+    }
+    tensors.set(name, { ...record, begin })
+  }
+  refuseOverlaps(path, tensors)
+  return { version, metadata, tensors }
+}
+
+function checkedVersion(path: string, reader: ByteReader, fileBytes: number): number {
+  if (fileBytes < 24) throw checkpointError(path, `${fileBytes} bytes are too few for a GGUF file`)
+  if (reader.u32() !== MAGIC) throw checkpointError(path, 'does not start with "GGUF"', 'it is another format')
+  const version = reader.u32()
+  if (version === 2 || version === VERSION) return version
+  if (version > 0xffff) throw checkpointError(path, 'its numbers are big-endian', 'only little-endian files are read')
+  throw checkpointError(path, `is GGUF of version ${version}`, `versions 2 and ${VERSION} are read`)
+}
+
+function alignmentOf(path: string, metadata: ReadonlyMap<string, GgufValue>): number {
+  const given = metadata.get('general.alignment')
+  if (given === undefined) return DEFAULT_ALIGNMENT
+  const { type, value } = given
+  if (type === 'u32' && Number(value) % 8 === 0 && Number(value) > 0) return Number(value)
+  throw checkpointError(path, `general.alignment is ${shown(String(value))}`, 'it must be a u32, a multiple of 8')
+}
+
+function readRecord(path: string, reader: ByteReader) {
+  const name = reader.string()
+  const refuse = (problem: string) =>
+    checkpointError(path, `tensor ${shown(name)} ${problem}`, undefined, { key: name })
+  if (new TextEncoder().encode(name).length > MAX_NAME_BYTES) throw refuse('has a name that is too long')
+  const dimensions = reader.u32()
+  if (dimensions > MAX_DIMENSIONS) throw refuse(`has ${dimensions} dimensions, more than ${MAX_DIMENSIONS}`)
+  const sizes = Array.from({ length: dimensions }, () => reader.number('u64') as bigint)
+  const id = reader.u32()
+  const type = tensorTypeOfId(id)
+  if (type === undefined) throw refuse(`has the element type ${id}, whose size is not known here`)
+  const offset = reader.number('u64') as bigint
+  const shape = sizes.map(Number).toReversed()
+  const bytes = tensorBytes(type, shape)
+  if (Number.isNaN(bytes)) throw refuse(`of ${type} has the impossible shape [${sizes.toReversed().join(', ')}]`)
+  if (offset > BigInt(Number.MAX_SAFE_INTEGER)) throw refuse(`is at ${offset}`)
+  return { name, type, shape, bytes, offset: Number(offset) }
+}
+
+function refuseOverlaps(path: string, tensors: ReadonlyMap<string, GgufTensorInfo>): void {
+  let end = 0
+  let last = ''
+  for (const [name, { begin, bytes }] of [...tensors].sort(([, a], [, b]) => a.begin - b.begin || a.bytes - b.bytes)) {
+    if (begin < end) throw checkpointError(path, `tensors ${shown(last)} and ${shown(name)} overlap`)
+    end = begin + bytes
+    last = name
+  }
+}
