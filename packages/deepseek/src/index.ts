@@ -10,6 +10,7 @@ export {
 export { countParameters, type ParameterCount } from './count-parameters.ts'
 export { DecoderLayer, type LayerOptions } from './decoder-layer.ts'
 export type { GenerateOptions, Generation, GenerationStats, TextOptions, TextTokenizer } from './generate.ts'
+export { type ExportedGguf, type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
 export { DeepSeek, type DeepSeekLoss, type DeepSeekOptions, type Objective } from './model.ts'
 export { presets } from './presets.ts'
 export { loadWeights } from './pretrained.ts'

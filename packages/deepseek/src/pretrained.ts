@@ -86,7 +86,8 @@ export async function loadWeights(model: DeepSeek, folder: string): Promise<void
   })
 }
 
-async function readConfig(folder: string): Promise<DeepSeekConfigInput> {
+/** Internal: the checked content of config.json. */
+export async function readConfig(folder: string): Promise<DeepSeekConfigInput> {
   const path = join(folder, 'config.json')
   try {
     const json = JSON.parse(await readFile(path, 'utf8')) as DeepSeekConfigInput

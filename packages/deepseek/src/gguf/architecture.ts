@@ -1,0 +1,172 @@
+/** @file Our configurations in the terms of llama.cpp: the architectures `deepseek2` (V2, V3, latent attention) and `llama` (DeepSeek LLM). */
+import type { GgufValue } from '@moe/checkpoint'
+import { MoeError } from '@moe/core'
+import type { DeepSeekConfig } from '../config.ts'
+
+/** Keys of a file, without `general.*` and `tokenizer.*`, and what llama.cpp computes otherwise than the model. */
+export interface Architecture {
+  readonly name: 'deepseek2' | 'llama'
+  readonly metadata: Readonly<Record<string, GgufValue>>
+  /** Differences that no key can express, as sentences. */
+  readonly notes: readonly string[]
+}
+
+const u32 = (value: number): GgufValue => ({ type: 'u32', value })
+const f32 = (value: number): GgufValue => ({ type: 'f32', value })
+const bool = (value: boolean): GgufValue => ({ type: 'bool', value })
+const string = (value: string): GgufValue => ({ type: 'string', value })
+
+/**
+ * The hyperparameters of a configuration (llama.cpp `src/llama-arch.cpp`, `src/models/deepseek2.cpp`, as of v0.5.0).
+ *
+ * @throws {MoeError} `E_CONFIG` for a configuration that llama.cpp cannot load
+ */
+export function architectureOf(config: DeepSeekConfig): Architecture {
+  const latent = config.model_type !== 'llama'
+  const name = latent ? 'deepseek2' : 'llama'
+  const keys = { ...commonKeys(config), ...(latent ? latentKeys(config) : headKeys(config)), ...ropeKeys(config) }
+  const metadata = Object.fromEntries(Object.entries(keys).map(([key, value]) => [`${name}.${key}`, value]))
+  return { name, metadata, notes: latent ? notesOf(config) : [] }
+}
+
+type Keys = Record<string, GgufValue>
+
+const commonKeys = (config: DeepSeekConfig): Keys => ({
+  block_count: u32(config.num_hidden_layers),
+  context_length: u32(config.max_position_embeddings),
+  embedding_length: u32(config.hidden_size),
+  feed_forward_length: u32(config.intermediate_size),
+  vocab_size: u32(config.vocab_size),
+  'attention.head_count': u32(config.num_attention_heads),
+  'attention.layer_norm_rms_epsilon': f32(config.rms_norm_eps),
+})
+
+const headKeys = (config: DeepSeekConfig): Keys => ({
+  'attention.head_count_kv': u32(config.num_key_value_heads),
+  'attention.key_length': u32(config.v_head_dim),
+  'attention.value_length': u32(config.v_head_dim),
+})
+
+/** llama.cpp computes latent attention in absorbed form: one head of keys and values, the latent itself. */
+function latentKeys(config: DeepSeekConfig): Keys {
+  const { kv_lora_rank: latent, qk_rope_head_dim: turned, qk_nope_head_dim: nope } = config
+  return {
+    'attention.head_count_kv': u32(1),
+    'attention.key_length': u32(latent + turned),
+    'attention.value_length': u32(latent),
+    'attention.key_length_mla': u32(nope + turned),
+    'attention.value_length_mla': u32(config.v_head_dim),
+    'attention.kv_lora_rank': u32(latent),
+    ...queryRank(config),
+    ...expertKeys(config),
+  }
+}
+
+/** llama.cpp tells V2-Lite, whose queries are not compressed, by its number of layers and asks all others for a rank; 0 means none. */
+function queryRank({ q_lora_rank: rank, num_hidden_layers: layers, vocab_size: vocabulary }: DeepSeekConfig): Keys {
+  const lite = layers === 26 || layers === 27 || (layers === 48 && vocabulary === 128256)
+  if (lite && rank !== null) {
+    throw unloadable(
+      `num_hidden_layers = ${layers} with q_lora_rank = ${rank}: llama.cpp takes ${layers} layers for V2-Lite, without q_lora_rank`,
+      'use another number of layers, or q_lora_rank null',
+    )
+  }
+  return lite ? {} : { 'attention.q_lora_rank': u32(rank ?? 0) }
+}
+
+function expertKeys(config: DeepSeekConfig): Keys {
+  const { n_routed_experts: experts, num_experts_per_tok: chosen } = config
+  if (experts === null || chosen === null) {
+    // Asked for although no layer has experts.
+    return {
+      leading_dense_block_count: u32(config.num_hidden_layers),
+      expert_feed_forward_length: u32(config.intermediate_size),
+      expert_shared_count: u32(0),
+    }
+  }
+  return {
+    leading_dense_block_count: u32(config.first_k_dense_replace),
+    expert_count: u32(experts),
+    expert_used_count: u32(chosen),
+    expert_shared_count: u32(sharedExperts(config)),
+    expert_feed_forward_length: u32(config.moe_intermediate_size),
+    expert_weights_scale: f32(config.routed_scaling_factor),
+    expert_weights_norm: bool(config.norm_topk_prob),
+    expert_gating_func: u32(config.scoring_func === 'sigmoid' ? 2 : 1),
+    ...groupKeys(config, experts),
+  }
+}
+
+/** llama.cpp wants a shared expert; where there is none, one of zeros is written. */
+export const sharedExperts = (config: DeepSeekConfig): number => Math.max(1, config.n_shared_experts)
+
+function groupKeys(config: DeepSeekConfig, experts: number): Keys {
+  const { groups, kept } = groupsOf(config)
+  if (kept === groups) return {}
+  if (experts === groups) {
+    throw unloadable(
+      `n_group = ${groups} of one expert each: llama.cpp scores a group by two experts`,
+      'use groups of at least two experts',
+    )
+  }
+  return { expert_group_count: u32(groups), expert_group_used_count: u32(kept) }
+}
+
+function groupsOf({ topk_method: method, n_group, topk_group }: DeepSeekConfig): { groups: number; kept: number } {
+  const groups = method === 'greedy' ? 1 : (n_group ?? 1)
+  return { groups, kept: Math.min(groups, topk_group ?? groups) }
+}
+
+/**
+ * Rotary positions. llama.cpp has two numbers for what YaRN does to amplitudes: `attn_factor` A multiplies cos and sin, and scores are
+ * multiplied by (A (1 + 0.1 m ln factor))², `yarn_log_multiplier` being 0.1 m. They are solved for what the model does: the amplitude
+ * and the factor on scores that modeling_deepseek.py has. For V2 and V3 that gives A = 1 and m = mscale_all_dim.
+ */
+function ropeKeys(config: DeepSeekConfig): Keys {
+  const keys: Keys = {
+    'rope.dimension_count': u32(config.qk_rope_head_dim),
+    'rope.freq_base': f32(config.rope_theta),
+  }
+  const { rope_scaling: scaling } = config
+  if (!scaling || scaling.factor === 1) return keys
+  const { factor, original_max_position_embeddings: context, beta_fast = 32, beta_slow = 1 } = scaling
+  if (factor < 1) throw unloadable(`rope_scaling.factor = ${factor}`, 'YaRN extends the context: use a factor above 1')
+  const temperature = (m: number) => 0.1 * m * Math.log(factor) + 1
+  const { mscale, mscale_all_dim: all } = scaling
+  const amplitude = mscale && all ? temperature(mscale) / temperature(all) : temperature(1)
+  Object.assign(keys, {
+    'rope.scaling.type': string('yarn'),
+    'rope.scaling.factor': f32(factor),
+    'rope.scaling.original_context_length': u32(context),
+    'rope.scaling.yarn_beta_fast': f32(beta_fast),
+    'rope.scaling.yarn_beta_slow': f32(beta_slow),
+  })
+  // Without a multiplier llama.cpp gives cos and sin temperature(1) by itself.
+  let attnFactor = amplitude / temperature(1)
+  if (config.model_type !== 'llama') {
+    const multiplier = ((all ? temperature(all) : 1) / amplitude - 1) / Math.log(factor)
+    if (multiplier !== 0) {
+      keys['rope.scaling.yarn_log_multiplier'] = f32(multiplier)
+      attnFactor = amplitude
+    }
+  }
+  if (Math.abs(attnFactor - 1) > 1e-7) keys['rope.scaling.attn_factor'] = f32(attnFactor)
+  return keys
+}
+
+function notesOf(config: DeepSeekConfig): string[] {
+  const notes: string[] = []
+  const { groups, kept } = groupsOf(config)
+  if (kept < groups && config.topk_method === 'group_limited_greedy') {
+    notes.push(
+      'V2 scores a group of experts by its best one, llama.cpp by its best two: some tokens take other experts',
+    )
+  }
+  if (Math.abs(config.rms_norm_eps / 1e-6 - 1) > 1e-6) {
+    notes.push(`the norms of the latents use an epsilon of 1e-6, in llama.cpp rms_norm_eps = ${config.rms_norm_eps}`)
+  }
+  if (config.num_nextn_predict_layers > 0) notes.push('the MTP modules are left out')
+  return notes
+}
+
+const unloadable = (problem: string, fix: string) => new MoeError({ code: 'E_CONFIG', op: 'exportGguf', problem, fix })

@@ -1,0 +1,167 @@
+/** @file Models as GGUF files for llama.cpp, Ollama and LM Studio. */
+import { access, readFile } from 'node:fs/promises'
+import { basename, join, resolve } from 'node:path'
+import {
+  type GgufEncoding,
+  type GgufValue,
+  openCheckpoint,
+  readF32,
+  type TensorSource,
+  toF32,
+  type WriteGgufOptions,
+  writeGguf,
+} from '@moe/checkpoint'
+import { MoeError, type StateEntry, stateDict } from '@moe/core'
+import { type DeepSeekConfig, parseConfig } from '../config.ts'
+import type { DeepSeek } from '../model.ts'
+import { readConfig } from '../pretrained.ts'
+import { architectureOf } from './architecture.ts'
+import { tensorsOf, type WeightSource } from './tensors.ts'
+import { noVocabulary, type TokenizerFiles, type Vocabulary, vocabularyOf } from './vocabulary.ts'
+
+export interface ExportGgufOptions extends WriteGgufOptions {
+  /**
+   * Format of the matrices: 32, 16, 16, 8.5 or 4.5 bits a weight. Norms and gates stay f32; matrices whose rows are no multiple of 32
+   * are f16 where blocks were asked for. Default `q8_0`.
+   */
+  readonly type?: GgufEncoding
+  /**
+   * A tokenizer (anything with `toJSON`, such as that of `@moe/tokenizer-bpe`), the path of a tokenizer.json, or `'none'` for a file that
+   * knows ids only. Default: tokenizer.json of the folder.
+   */
+  readonly tokenizer?: string | { toJSON(): unknown }
+  /** Jinja text that writes a conversation. Default: chat_template.jinja or that of tokenizer_config.json in the folder. */
+  readonly chatTemplate?: string
+  /** llama.cpp's name of the pre-tokenizer (`tokenizer.ggml.pre`), where it is not recognized. */
+  readonly preTokenizer?: string
+  /** Name shown to users. Default: that of the folder. */
+  readonly name?: string
+}
+
+export interface ExportedGguf {
+  readonly path: string
+  /** Size of the file. */
+  readonly bytes: number
+  readonly tensors: number
+  /** What llama.cpp computes otherwise than this package, or does not have, as sentences. Empty when it computes the same. */
+  readonly notes: readonly string[]
+}
+
+/** llama.cpp's `llama_ftype`: what the file mostly consists of. */
+const fileTypes: Readonly<Record<GgufEncoding, number>> = { f32: 0, f16: 1, q4_0: 2, q8_0: 7, bf16: 32 }
+
+/**
+ * Writes a model as one GGUF file: V2 and V3 as architecture `deepseek2` with latent attention, DeepSeek LLM as `llama`. From a folder
+ * tensors are read one at a time and no backend is needed. MTP modules are left out.
+ *
+ * @param model a folder with config.json, safetensors and tokenizer.json, or a model in memory
+ * @throws {MoeError} `E_CONFIG` for configurations that llama.cpp cannot load, `E_UNSUPPORTED` for tokenizers that it does not have,
+ *   `E_CHECKPOINT` for weights that do not fit and failures of the file system, `E_ABORTED` when stopped. What stood at `path`
+ *   is then unchanged.
+ *
+ * @example
+ * ```ts
+ * const { notes } = await exportGguf('runs/first/checkpoints/600/model', 'first.gguf', { type: 'q8_0' })
+ * ```
+ */
+export async function exportGguf(
+  model: string | DeepSeek,
+  path: string,
+  options: ExportGgufOptions = {},
+): Promise<ExportedGguf> {
+  if (typeof model !== 'string') {
+    return write(
+      model.config,
+      memorySource(stateDict(model)),
+      await vocabularyFrom(model.config, options),
+      path,
+      options,
+    )
+  }
+  const config = parseConfig(await readConfig(model))
+  await using checkpoint = await openCheckpoint(model)
+  const vocabulary = await vocabularyFrom(config, options, model)
+  return write(config, folderSource(checkpoint), vocabulary, path, { name: basename(resolve(model)), ...options })
+}
+
+async function write(
+  config: DeepSeekConfig,
+  source: WeightSource,
+  vocabulary: Vocabulary,
+  path: string,
+  { type = 'q8_0', name, signal, onProgress }: ExportGgufOptions,
+): Promise<ExportedGguf> {
+  const architecture = architectureOf(config)
+  const tensors = tensorsOf(config, source, type)
+  const metadata: Record<string, GgufValue> = {
+    'general.architecture': { type: 'string', value: architecture.name },
+    'general.type': { type: 'string', value: 'model' },
+    ...(name === undefined ? {} : { 'general.name': { type: 'string', value: name } }),
+    'general.file_type': { type: 'u32', value: fileTypes[type] },
+    'general.quantization_version': { type: 'u32', value: 2 },
+    ...architecture.metadata,
+    ...vocabulary.metadata,
+  }
+  const bytes = await writeGguf(path, { metadata, tensors }, { signal, onProgress })
+  return { path, bytes, tensors: tensors.length, notes: [...architecture.notes, ...vocabulary.notes] }
+}
+
+function folderSource(checkpoint: TensorSource): WeightSource {
+  return {
+    shape: key => (checkpoint.has(key) ? checkpoint.info(key).shape : undefined),
+    read: async key => (await readF32(checkpoint, key)).data,
+  }
+}
+
+function memorySource(entries: readonly StateEntry[]): WeightSource {
+  const byName = new Map(entries.map(entry => [entry.name, entry]))
+  return {
+    shape: key => byName.get(key)?.shape,
+    async read(key) {
+      const { dtype, data } = byName.get(key) as StateEntry
+      return toF32(dtype, await data()) as Float32Array
+    },
+  }
+}
+
+async function vocabularyFrom(
+  config: DeepSeekConfig,
+  { tokenizer, chatTemplate, preTokenizer }: ExportGgufOptions,
+  folder?: string,
+): Promise<Vocabulary> {
+  if (tokenizer === 'none') return noVocabulary
+  const inFolder = async (name: string) => {
+    const path = folder && join(folder, name)
+    return path !== undefined && (await exists(path)) ? readFile(path, 'utf8') : undefined
+  }
+  const settings = await inFolder('tokenizer_config.json')
+  const files: Omit<TokenizerFiles, 'tokenizer'> = {
+    tokenizerConfig: settings === undefined ? undefined : json('tokenizer_config.json', settings),
+    chatTemplate: chatTemplate ?? (await inFolder('chat_template.jinja')),
+    preTokenizer,
+  }
+  if (typeof tokenizer === 'object') return vocabularyOf(config, { ...files, tokenizer: tokenizer.toJSON() })
+  const text = tokenizer === undefined ? await inFolder('tokenizer.json') : await readFile(tokenizer, 'utf8')
+  if (text !== undefined) return vocabularyOf(config, { ...files, tokenizer: json('tokenizer.json', text) })
+  throw new MoeError({
+    code: 'E_UNSUPPORTED',
+    op: 'exportGguf',
+    problem: folder === undefined ? 'no tokenizer was given' : `${folder} has no tokenizer.json`,
+    fix: "pass { tokenizer }: a tokenizer, the path of a tokenizer.json, or 'none' for a file that knows ids only",
+  })
+}
+
+const exists = (path: string): Promise<boolean> =>
+  access(path).then(
+    () => true,
+    () => false,
+  )
+
+function json(name: string, text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch (cause) {
+    const problem = `${name} is no JSON: ${(cause as Error).message}`
+    throw new MoeError({ code: 'E_UNSUPPORTED', op: 'exportGguf', problem, cause })
+  }
+}
