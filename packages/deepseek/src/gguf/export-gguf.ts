@@ -81,7 +81,7 @@ export async function exportGguf(
   const config = parseConfig(await readConfig(model))
   await using checkpoint = await openCheckpoint(model)
   const vocabulary = await vocabularyFrom(config, options, model)
-  return write(config, folderSource(checkpoint), vocabulary, path, { name: basename(resolve(model)), ...options })
+  return await write(config, folderSource(checkpoint), vocabulary, path, { name: basename(resolve(model)), ...options })
 }
 
 async function write(

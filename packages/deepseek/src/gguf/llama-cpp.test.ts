@@ -1,0 +1,62 @@
+// llama.cpp itself as judge. Runs where it is installed: npm install --prefix bench/peers/llama-cpp
+import { execFile } from 'node:child_process'
+import { existsSync } from 'node:fs'
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join, resolve } from 'node:path'
+import { promisify } from 'node:util'
+import { setDefaultBackend, tensor } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import type { PreTokenizerName } from '@moe/tokenizer-bpe'
+import { afterAll, describe, expect, test } from 'vitest'
+import { exportGguf } from './export-gguf.ts'
+import { cases } from './test-cases.ts'
+import { modelOf, tokenizerWith } from './test-model.ts'
+
+setDefaultBackend(referenceBackend())
+
+const peer = resolve(import.meta.dirname, '../../../../bench/peers/llama-cpp')
+const folder = await mkdtemp(join(tmpdir(), 'moe-llama-cpp-'))
+afterAll(() => rm(folder, { recursive: true }))
+const ids = Array.from({ length: 48 }, (_, i) => (7 + 31 * i) % 280)
+
+/** What a script beside llama.cpp answers about a file. */
+async function ask<T>(script: string, path: string, question: unknown): Promise<T> {
+  const args = [join(peer, script), path, JSON.stringify(question)]
+  const { stdout } = await promisify(execFile)(process.execPath, args, { maxBuffer: 2 ** 28 })
+  return JSON.parse(stdout)
+}
+
+// Reason to skip: llama.cpp is not installed here.
+describe.skipIf(!existsSync(join(peer, 'node_modules/node-llama-cpp')))('llama.cpp', () => {
+  test.each(Object.entries(cases))('computes the same logits: %s', async (name, config) => {
+    const model = modelOf(config)
+    const path = join(folder, `${name}.gguf`)
+    await exportGguf(model, path, { type: 'f32', tokenizer: tokenizerWith('deepseek-v3') })
+    using ours = model.infer(() => model.forward(tensor(Int32Array.from(ids), [1, ids.length])))
+    const values = (await ours.values()) as Float32Array
+    const theirs = await ask<number[][]>('logits.mjs', path, ids)
+    model.dispose()
+    expect(theirs).toHaveLength(ids.length)
+    const largest = values.reduce((max, x) => Math.max(max, Math.abs(x)), 0)
+    const worst = theirs.flat().reduce((max, x, i) => Math.max(max, Math.abs(x - values[i])), 0)
+    expect(worst / largest).toBeLessThan(2e-5)
+  })
+  test.each<PreTokenizerName>(['deepseek-v3', 'deepseek-llm', 'gpt2', 'cl100k', 'o200k', 'qwen2'])(
+    'makes the same ids of texts: %s',
+    async name => {
+      const tokenizer = tokenizerWith(name)
+      const model = modelOf(cases.llama)
+      const path = join(folder, `${name}.gguf`)
+      await exportGguf(model, path, { type: 'f32', tokenizer })
+      model.dispose()
+      const texts = [
+        'The people of our nature<|end|>, 12345 times; 3.14!',
+        "  It's  the\n\n  better   angels'\tof...",
+        'Größe, naïve déjà-vu, Привет мир, 我们在这里 123 天, こんにちは🐳👩‍🚀',
+      ]
+      const answers = await ask<Array<{ ids: number[]; decoded: string }>>('tokenize.mjs', path, texts)
+      expect(answers).toEqual(texts.map(text => ({ ids: [...tokenizer.encode(text)], decoded: text })))
+    },
+  )
+})

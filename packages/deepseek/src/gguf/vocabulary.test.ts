@@ -1,0 +1,100 @@
+import type { PreTokenizerName } from '@moe/tokenizer-bpe'
+import { describe, expect, test } from 'vitest'
+import { parseConfig } from '../index.ts'
+import { cases } from './test-cases.ts'
+import { tokenizerWith } from './test-model.ts'
+import { vocabularyOf } from './vocabulary.ts'
+
+const config = parseConfig(cases.v3)
+const tokenizer = tokenizerWith('deepseek-v3')
+const json = tokenizer.toJSON() as Record<string, unknown>
+const values = (files: Parameters<typeof vocabularyOf>[1], of = config) =>
+  Object.fromEntries(
+    Object.entries(vocabularyOf(of, files).metadata).map(([key, { value }]) => [key.replace('tokenizer.', ''), value]),
+  )
+
+describe('a vocabulary', () => {
+  test('has every token, its kind, merges and special ids', () => {
+    const found = values({ tokenizer: json })
+    const tokens = found['ggml.tokens'] as string[]
+    const kinds = found['ggml.token_type'] as Int32Array
+    expect(tokens.length).toBe(320)
+    expect(tokens.slice(0, tokenizer.vocabSize)).toEqual(
+      Array.from({ length: tokenizer.vocabSize }, (_, id) => tokenizer.idToToken(id)),
+    )
+    expect(tokens[319]).toBe('[PAD319]')
+    expect([kinds[0], kinds[1], kinds[2], kinds[319]]).toEqual([3, 3, 1, 5])
+    expect(found['ggml.merges']).toHaveLength(tokenizer.mergeCount)
+    expect(found).toMatchObject({
+      'ggml.model': 'gpt2',
+      'ggml.bos_token_id': 1,
+      'ggml.eos_token_id': 0,
+      'ggml.add_bos_token': false,
+    })
+    for (const merge of found['ggml.merges'] as string[]) expect(merge).toMatch(/^[^ ]+ [^ ]+$/)
+  })
+
+  test('says which token ends a turn, when text starts with a special one, and how to chat', () => {
+    const template = {
+      type: 'TemplateProcessing',
+      single: [{ SpecialToken: { id: '<|begin|>', type_id: 0 } }],
+      pair: [],
+    }
+    const found = values(
+      {
+        tokenizer: { ...json, post_processor: { type: 'Sequence', processors: [{ type: 'ByteLevel' }, template] } },
+        tokenizerConfig: {
+          chat_template: [
+            { name: 'tools', template: 'b' },
+            { name: 'default', template: 'a' },
+          ],
+        },
+      },
+      parseConfig({ ...cases.v3, eos_token_id: [0, 7] }),
+    )
+    expect(found).toMatchObject({ 'ggml.eot_token_id': 7, 'ggml.add_bos_token': true, chat_template: 'a' })
+    const settings = { add_bos_token: false, add_eos_token: true, chat_template: 'a' }
+    expect(
+      values({ tokenizer: { ...json, post_processor: template }, tokenizerConfig: settings, chatTemplate: 'c' }),
+    ).toMatchObject({ 'ggml.add_bos_token': false, 'ggml.add_eos_token': true, chat_template: 'c' })
+  })
+
+  test.each<[PreTokenizerName, string]>([
+    ['deepseek-v3', 'deepseek-v3'],
+    ['deepseek-llm', 'deepseek-llm'],
+    ['gpt2', 'gpt-2'],
+    ['cl100k', 'dbrx'],
+    ['o200k', 'gpt-4o'],
+    ['qwen2', 'qwen2'],
+  ])('with the pre-tokenizer %s is %s to llama.cpp', (name, theirs) => {
+    expect(values({ tokenizer: tokenizerWith(name).toJSON() })['ggml.pre']).toBe(theirs)
+  })
+
+  test('with another pre-tokenizer needs its name', () => {
+    const other = { ...json, pre_tokenizer: { type: 'Whitespace' } }
+    expect(() => values({ tokenizer: other })).toThrow(/none that llama.cpp is known to have; pass \{ preTokenizer \}/)
+    expect(values({ tokenizer: other, preTokenizer: 'bloom' })['ggml.pre']).toBe('bloom')
+  })
+
+  test('notes what is lost', () => {
+    const notes = (tokenizer: unknown, of = config) => vocabularyOf(of, { tokenizer }).notes.join('\n')
+    expect(notes(json)).toBe('')
+    expect(notes({ ...json, normalizer: { type: 'Sequence', normalizers: [] } })).toBe('')
+    expect(notes({ ...json, normalizer: { type: 'NFC' } })).toMatch(/normalizer of the tokenizer is left out/)
+    expect(notes(json, parseConfig({ ...cases.v3, eos_token_id: null }))).toMatch(/takes token 11/)
+    expect(notes(json, parseConfig({ ...cases.v3, eos_token_id: [1, 2, 3] }))).toMatch(/the first two/)
+  })
+
+  test.each<[string, unknown, RegExp]>([
+    ['of another kind', { ...json, model: { type: 'Unigram', vocab: [], merges: [] } }, /model.type.*byte-level BPE/],
+    ['that is no object', 'tokens', /at the top/],
+    ['with merges of three', { ...json, model: { vocab: {}, merges: [['a', 'b', 'c']] } }, /model.merges.0/],
+    [
+      'larger than the model',
+      { ...json, model: { vocab: { a: 320 }, merges: [] } },
+      /the id 320, the model a vocab_size of 320/,
+    ],
+  ])('%s is refused', (_, tokenizer, message) => {
+    expect(() => values({ tokenizer })).toThrow(message)
+  })
+})
