@@ -1,17 +1,19 @@
 /**
  * Decoding at batch 1: tokens per second with weights in f32, bf16, int8 and int4, and what share of the machine's read bandwidth
- * that is, beside transformers' generate where `.venv-reference` exists.
+ * that is, beside llama.cpp with the same weights at the same bits (f32, bf16, q8_0, q4_0) where `npm install --prefix bench/peers/llama-cpp`
+ * was run, and transformers' generate where `.venv-reference` exists.
  *
  *     pnpm bench decode [--config 200m] [--weights f32,bf16,int8,int4] [--tokens N] [--rounds N] [--json FILE] [--no-peers] [--profile]
  *
  * Every variant is a process with the model in memory; they take turns, one run of N tokens each per round. A run's time per token
  * is its median over the tokens, and the table shows the median over the rounds. Read bandwidth is measured between the
  * rounds by the faster of two ops that read 256 MiB with all threads (largest element, root of the sum of squares). The last columns are
- * what the weights take, and the whole process.
+ * what the weights take, and the whole process. Ratios are medians over the rounds of two runs in the same round.
  */
 import { type ChildProcess, spawn } from 'node:child_process'
-import { existsSync, writeFileSync } from 'node:fs'
-import { cpus, loadavg, totalmem } from 'node:os'
+import { existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { cpus, loadavg, tmpdir, totalmem } from 'node:os'
+import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
@@ -26,11 +28,15 @@ import {
   type WeightFormat,
   weightBytes,
 } from '@moe/core'
-import { DeepSeek, presets } from '@moe/deepseek'
+import { DeepSeek, exportGguf, presets } from '@moe/deepseek'
 import { createBackend, profile, startProfile, stopProfile } from '@moe/kernels-cpu'
+import { trainBpe } from '@moe/tokenizer-bpe'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const python = `${root}.venv-reference/bin/python`
+const llamaCpp = `${root}bench/peers/llama-cpp`
+/** Formats of llama.cpp with as many bits as ours. */
+const sameBits = { f32: 'f32', bf16: 'bf16', int8: 'q8_0', int4: 'q4_0' } as const
 
 const { values: options } = parseArgs({
   options: {
@@ -125,13 +131,16 @@ function printProfile(weights: string): void {
 
 class Runner {
   readonly label: string
+  /** Our format of as many bits, for ratios. */
+  readonly weights: string
   readonly runs: number[][] = []
   ready: Partial<Ready> = {}
   readonly #child: ChildProcess
   readonly #lines: AsyncIterator<string>
 
-  constructor(label: string, command: string, args: readonly string[]) {
+  constructor(label: string, weights: string, command: string, args: readonly string[]) {
     this.label = label
+    this.weights = weights
     this.#child = spawn(command, args, { cwd: root, stdio: ['pipe', 'pipe', 'inherit'] })
     this.#lines = createInterface({ input: this.#child.stdout as NodeJS.ReadableStream })[Symbol.asyncIterator]()
   }
@@ -176,21 +185,55 @@ async function readBandwidth(): Promise<() => number> {
   }
 }
 
-async function compare() {
-  const own = options.weights.split(',')
-  const runners = own.map(weights => {
+/** The processes of our formats, one for each. */
+function ownRunners(formats: readonly string[]): Runner[] {
+  return formats.map(weights => {
     const flags = ['--worker', weights, '--config', options.config, '--tokens', options.tokens]
     if (options.profile) flags.push('--profile')
-    return new Runner(`@moe ${weights}`, process.execPath, [fileURLToPath(import.meta.url), ...flags])
+    return new Runner(`@moe ${weights}`, weights, process.execPath, [fileURLToPath(import.meta.url), ...flags])
   })
-  if (options.peers && existsSync(python)) {
-    for (const dtype of ['f32', 'bf16']) {
-      const flags = ['--config', options.config, '--dtype', dtype, '--tokens', options.tokens]
-      runners.push(new Runner(`transformers ${dtype}`, python, [`${root}bench/peers/decode_transformers.py`, ...flags]))
-    }
-  } else if (options.peers) {
-    console.error('no .venv-reference: transformers is left out (docs say how to make one)')
+}
+
+/** llama.cpp with the weights of our processes, which all have the same seed. Its files lie in `folder`. */
+async function llamaCppRunners(formats: readonly string[], folder: string): Promise<Runner[]> {
+  if (!existsSync(`${llamaCpp}/node_modules/node-llama-cpp`)) {
+    console.error('llama.cpp is left out; to have it: npm install --prefix bench/peers/llama-cpp')
+    return []
   }
+  const backend = await createBackend()
+  const model = new DeepSeek(presets[options.config as keyof typeof presets], { backend })
+  // Random weights know no language: any vocabulary will do.
+  const tokenizer = trainBpe(['any text'], { vocabSize: 260, minFrequency: 1 })
+  const runners: Runner[] = []
+  for (const weights of formats) {
+    const type = sameBits[weights as keyof typeof sameBits]
+    if (type === undefined) continue
+    const file = join(folder, `${options.config}.${type}.gguf`)
+    await exportGguf(model, file, { type, tokenizer })
+    const flags = [`${llamaCpp}/decode.mjs`, '--file', file, '--tokens', options.tokens]
+    runners.push(new Runner(`llama.cpp ${type}`, weights, process.execPath, flags))
+  }
+  model.dispose()
+  backend.trim()
+  return runners
+}
+
+function transformersRunners(): Runner[] {
+  if (!existsSync(python)) {
+    console.error('transformers is left out; to have it: tools/reference/setup.sh')
+    return []
+  }
+  return ['f32', 'bf16'].map(dtype => {
+    const flags = ['--config', options.config, '--dtype', dtype, '--tokens', options.tokens]
+    const script = `${root}bench/peers/decode_transformers.py`
+    return new Runner(`transformers ${dtype}`, dtype, python, [script, ...flags])
+  })
+}
+
+async function compare(folder: string) {
+  const formats = options.weights.split(',')
+  const peers = options.peers ? [...(await llamaCppRunners(formats, folder)), ...transformersRunners()] : []
+  const runners = [...ownRunners(formats), ...peers]
   for (const runner of runners) await runner.start()
   const bandwidth = await readBandwidth()
   const reads: number[] = [bandwidth()]
@@ -200,17 +243,37 @@ async function compare() {
   }
   for (const runner of runners) runner.stop()
   const readGBs = median(reads)
-  const results = runners.map(({ label, ready, runs }) => {
+  const results = runners.map(({ label, weights, ready, runs }) => {
     const secondsPerToken = median(runs.map(median)) / 1000
     const { weightBytes, bytesPerToken, residentBytes, device } = ready
     const readShare = bytesPerToken && bytesPerToken / secondsPerToken / 1e9 / readGBs
     const measured = { tokensPerSecond: 1 / secondsPerToken, readShare, weightBytes, bytesPerToken, residentBytes }
-    return { label, device, ...measured, milliseconds: runs.map(median) }
+    return { label, weights, device, ...measured, milliseconds: runs.map(median) }
   })
-  return { readGBs, readsGBs: reads, results }
+  return { readGBs, readsGBs: reads, results, ratios: ratiosOf(results) }
 }
 
-function print({ readGBs, results }: Awaited<ReturnType<typeof compare>>): void {
+interface Result {
+  readonly label: string
+  readonly weights: string
+  readonly milliseconds: readonly number[]
+}
+
+/** How many times as fast as each peer with as many bits: the median over the rounds. */
+function ratiosOf(results: readonly Result[]): Array<{ who: string; than: string; ratio: number }> {
+  const own = results.filter(({ label }) => label.startsWith('@moe'))
+  const peers = results.filter(({ label }) => !label.startsWith('@moe'))
+  return peers.flatMap(peer =>
+    own
+      .filter(({ weights }) => weights === peer.weights)
+      .map(({ label, milliseconds }) => {
+        const ratio = median(peer.milliseconds.map((theirs, round) => theirs / milliseconds[round]))
+        return { who: label, than: peer.label, ratio }
+      }),
+  )
+}
+
+function print({ readGBs, results, ratios }: Awaited<ReturnType<typeof compare>>): void {
   console.log(`${options.config}, batch 1, ${tokens} tokens; read bandwidth ${readGBs.toFixed(1)} GB/s (all threads)`)
   const mib = (bytes?: number) => (bytes === undefined ? '' : (bytes / 2 ** 20).toFixed(0))
   const heads = ['who', 'tokens/s', 'MiB/token', 'of read bandwidth', 'weights MiB', 'resident MiB']
@@ -226,11 +289,13 @@ function print({ readGBs, results }: Awaited<ReturnType<typeof compare>>): void 
   for (const row of [heads, ...rows]) {
     console.log(row.map((cell, i) => (i < 1 ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))).join('  '))
   }
+  for (const { who, than, ratio } of ratios) console.log(`${who}: ${ratio.toFixed(2)} times ${than}`)
 }
 
 if (options.worker !== undefined) await work(options.worker)
 else {
-  const found = await compare()
+  const folder = mkdtempSync(join(tmpdir(), 'moe-decode-'))
+  const found = await compare(folder).finally(() => rmSync(folder, { recursive: true }))
   print(found)
   if (options.json !== undefined) {
     const machine = {

@@ -61,7 +61,7 @@ const fileTypes: Readonly<Record<GgufEncoding, number>> = { f32: 0, f16: 1, q4_0
  *
  * @example
  * ```ts
- * const { notes } = await exportGguf('runs/first/checkpoints/600/model', 'first.gguf', { type: 'q8_0' })
+ * const { notes } = await exportGguf('runs/first/checkpoints/step-000600/model', 'first.gguf', { type: 'q8_0' })
  * ```
  */
 export async function exportGguf(
@@ -141,7 +141,7 @@ async function vocabularyFrom(
     preTokenizer,
   }
   if (typeof tokenizer === 'object') return vocabularyOf(config, { ...files, tokenizer: tokenizer.toJSON() })
-  const text = tokenizer === undefined ? await inFolder('tokenizer.json') : await readFile(tokenizer, 'utf8')
+  const text = tokenizer === undefined ? await inFolder('tokenizer.json') : await readText(tokenizer)
   if (text !== undefined) return vocabularyOf(config, { ...files, tokenizer: json('tokenizer.json', text) })
   throw new MoeError({
     code: 'E_UNSUPPORTED',
@@ -149,6 +149,15 @@ async function vocabularyFrom(
     problem: folder === undefined ? 'no tokenizer was given' : `${folder} has no tokenizer.json`,
     fix: "pass { tokenizer }: a tokenizer, the path of a tokenizer.json, or 'none' for a file that knows ids only",
   })
+}
+
+async function readText(path: string): Promise<string> {
+  try {
+    return await readFile(path, 'utf8')
+  } catch (cause) {
+    const problem = `cannot be read: ${(cause as Error).message}`
+    throw new MoeError({ code: 'E_CHECKPOINT', op: path, problem, fix: 'pass the path of a tokenizer.json', cause })
+  }
 }
 
 const exists = (path: string): Promise<boolean> =>

@@ -1,0 +1,55 @@
+import { spawnSync } from 'node:child_process'
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { readGguf } from '@moe/checkpoint'
+import { setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { afterAll, expect, test } from 'vitest'
+import { cases } from './gguf/test-cases.ts'
+import { modelOf, tokenizerWith } from './gguf/test-model.ts'
+
+setDefaultBackend(referenceBackend())
+
+const folder = mkdtempSync(join(tmpdir(), 'moe-deepseek-cli-'))
+afterAll(() => rmSync(folder, { recursive: true }))
+
+function run(...args: string[]) {
+  const cli = fileURLToPath(new URL('cli.ts', import.meta.url))
+  const { status, stdout, stderr } = spawnSync(process.execPath, [cli, ...args], { encoding: 'utf8', cwd: folder })
+  return { status, stdout, stderr }
+}
+
+test('exports a folder', async () => {
+  const model = modelOf(cases.v3)
+  await model.save(join(folder, 'model'))
+  model.dispose()
+  expect(run('export-gguf', 'model', '--json')).toMatchObject({
+    status: 1,
+    stdout: expect.stringContaining('model has no tokenizer.json'),
+  })
+  await tokenizerWith('deepseek-v3').save(join(folder, 'model', 'tokenizer.json'))
+  const { stdout, stderr, status } = run('export-gguf', 'model', '--type', 'q4_0')
+  expect({ stderr, status }).toEqual({ stderr: '', status: 0 })
+  expect(stdout).toMatch(/^model-q4_0.gguf: \d+ tensors, 0.\d MB\nnote: the MTP modules are left out\n$/)
+  await using file = await readGguf(join(folder, 'model-q4_0.gguf'))
+  expect(file.metadata.get('general.name')?.value).toBe('model')
+})
+
+test('exits with 1 for failures and 2 for wrong usage', () => {
+  expect(run('--help')).toMatchObject({ status: 0 })
+  expect(run()).toMatchObject({ status: 2 })
+  expect(run('bake')).toMatchObject({ status: 2, stderr: expect.stringContaining('there is no command bake') })
+  expect(run('export-gguf')).toMatchObject({ status: 2 })
+  expect(run('export-gguf', 'model', '--nope')).toMatchObject({ status: 2 })
+  expect(run('export-gguf', 'model', '--type', 'q5_k')).toMatchObject({
+    status: 2,
+    stderr: expect.stringContaining('--type q5_k is none of f32'),
+  })
+  expect(run('export-gguf', 'missing')).toMatchObject({ status: 1, stderr: expect.stringContaining('config.json') })
+  expect(run('export-gguf', 'model', '--tokenizer', 'missing.json')).toMatchObject({
+    status: 1,
+    stderr: expect.stringContaining('missing.json'),
+  })
+})

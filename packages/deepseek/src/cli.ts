@@ -1,0 +1,103 @@
+#!/usr/bin/env node
+/** @file The command `moe-deepseek`: exports models. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. */
+import { readFileSync } from 'node:fs'
+import { basename, resolve } from 'node:path'
+import { parseArgs } from 'node:util'
+import type { GgufProgress } from '@moe/checkpoint'
+import { isMoeError } from '@moe/core'
+import { type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
+
+const HELP = `moe-deepseek COMMAND [options]
+
+  export-gguf FOLDER [FILE]    write a model for llama.cpp, Ollama and LM Studio
+      FOLDER                 config.json, safetensors, tokenizer.json
+      FILE                   default FOLDER-TYPE.gguf in the current folder
+      --type TYPE            f32, f16, bf16, q8_0 (default) or q4_0
+      --tokenizer PATH       another tokenizer.json; none for a file that knows ids only
+      --chat-template PATH   a Jinja file that writes conversations
+      --pre-tokenizer NAME   llama.cpp's name of the pre-tokenizer, where it is not recognized
+      --name NAME            name shown to users (default: that of the folder)
+
+  --json     machine-readable output
+  --quiet    no progress
+  --help     this text
+`
+
+class UsageError extends Error {}
+
+const types = ['f32', 'f16', 'bf16', 'q8_0', 'q4_0'] as const
+const { values, positionals } = readArguments()
+
+try {
+  const [command, ...rest] = positionals
+  if (values.help || command === undefined) {
+    process.stdout.write(HELP)
+    if (!values.help) process.exitCode = 2
+  } else if (command === 'export-gguf') await exportModel(rest)
+  else throw new UsageError(`there is no command ${command}`)
+} catch (error) {
+  fail(error)
+}
+
+function readArguments() {
+  try {
+    return parseArgs({
+      allowPositionals: true,
+      options: {
+        type: { type: 'string', default: 'q8_0' },
+        tokenizer: { type: 'string' },
+        'chat-template': { type: 'string' },
+        'pre-tokenizer': { type: 'string' },
+        name: { type: 'string' },
+        json: { type: 'boolean', default: false },
+        quiet: { type: 'boolean', default: false },
+        help: { type: 'boolean', short: 'h', default: false },
+      },
+    })
+  } catch (error) {
+    process.stderr.write(`moe-deepseek: ${(error as Error).message}\n`)
+    process.exit(2)
+  }
+}
+
+function fail(error: unknown): void {
+  const usage = error instanceof UsageError
+  const code = isMoeError(error) ? error.code : (error as NodeJS.ErrnoException).code
+  const message = error instanceof Error ? error.message : String(error)
+  if (values.json) process.stdout.write(`${JSON.stringify({ error: { code: code ?? 'E_USAGE', message } })}\n`)
+  else process.stderr.write(`moe-deepseek: ${message}\n${usage ? 'See moe-deepseek --help.\n' : ''}`)
+  process.exitCode = usage ? 2 : code === 'E_ABORTED' ? 130 : 1
+}
+
+async function exportModel([folder, file, ...rest]: string[]): Promise<void> {
+  if (folder === undefined || rest.length > 0) throw new UsageError('export-gguf takes a folder and a file')
+  const type = types.find(known => known === values.type)
+  if (type === undefined) throw new UsageError(`--type ${values.type} is none of ${types.join(', ')}`)
+  const interrupt = new AbortController()
+  process.once('SIGINT', () => interrupt.abort())
+  const template = values['chat-template']
+  const options: ExportGgufOptions = {
+    type,
+    tokenizer: values.tokenizer,
+    chatTemplate: template === undefined ? undefined : readFileSync(template, 'utf8'),
+    preTokenizer: values['pre-tokenizer'],
+    name: values.name ?? basename(resolve(folder)),
+    signal: interrupt.signal,
+    onProgress: values.quiet || values.json ? undefined : showProgress,
+  }
+  const result = await exportGguf(folder, file ?? `${basename(resolve(folder))}-${type}.gguf`, options)
+  if (values.json) process.stdout.write(`${JSON.stringify(result)}\n`)
+  else {
+    if (process.stderr.isTTY && !values.quiet) process.stderr.write('\r\x1b[K')
+    const { path, bytes, tensors, notes } = result
+    process.stdout.write(`${path}: ${tensors} tensors, ${(bytes / 1e6).toFixed(1)} MB\n`)
+    for (const note of notes) process.stdout.write(`note: ${note}\n`)
+  }
+}
+
+let shown = 0
+function showProgress({ tensor, bytes, totalBytes }: GgufProgress): void {
+  if (!process.stderr.isTTY || performance.now() - shown < 100) return
+  shown = performance.now()
+  process.stderr.write(`\r\x1b[K${((100 * bytes) / totalBytes).toFixed(0)}%  ${tensor}`)
+}
