@@ -3,12 +3,14 @@
  * that is, beside llama.cpp with the same weights at the same bits (f32, bf16, q8_0, q4_0) where `npm install --prefix bench/peers/llama-cpp`
  * was run, and transformers' generate where `.venv-reference` exists.
  *
- *     pnpm bench decode [--config 200m] [--weights f32,bf16,int8,int4] [--tokens N] [--rounds N] [--json FILE] [--no-peers] [--profile]
+ *     pnpm bench decode [--config 200m] [--weights f32,bf16,int8,int4] [--tokens N] [--rounds N] [--threads N]
+ *                       [--json FILE] [--no-peers] [--profile]
  *
  * Every variant is a process with the model in memory; they take turns, one run of N tokens each per round. A run's time per token
  * is its median over the tokens, and the table shows the median over the rounds. Read bandwidth is measured between the
  * rounds by the faster of two ops that read 256 MiB with all threads (largest element, root of the sum of squares). The last columns are
- * what the weights take, and the whole process. Ratios are medians over the rounds of two runs in the same round.
+ * what the weights take, and the whole process. Ratios are medians over the rounds of two runs in the same round, in wall time and in
+ * processor time, which is what can be compared on a busy machine, with one thread.
  */
 import { type ChildProcess, spawn } from 'node:child_process'
 import { existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
@@ -44,6 +46,7 @@ const { values: options } = parseArgs({
     weights: { type: 'string', default: 'f32,bf16,int8,int4' },
     tokens: { type: 'string', default: '32' },
     rounds: { type: 'string', default: '5' },
+    threads: { type: 'string', default: String(cpus().length) },
     json: { type: 'string' },
     peers: { type: 'boolean', default: true },
     profile: { type: 'boolean', default: false },
@@ -52,7 +55,14 @@ const { values: options } = parseArgs({
   allowNegative: true,
 })
 const tokens = Number(options.tokens)
+const sameForAll = ['--tokens', options.tokens, '--threads', options.threads]
 const prompt = Array.from({ length: 16 }, (_, i) => 7 + 3 * i)
+
+/** What a process says of a run: the milliseconds of each token after the first, and the processor time of one on average. */
+interface Run {
+  readonly milliseconds: number[]
+  readonly processor: number
+}
 
 /** What a process says when its model is ready. */
 interface Ready {
@@ -80,22 +90,25 @@ function bytesPerToken(model: DeepSeek): number {
 }
 
 async function work(weights: string): Promise<void> {
-  const backend = await createBackend()
+  const backend = await createBackend({ threads: Number(options.threads) })
   setDefaultBackend(backend)
   const preset = presets[options.config as keyof typeof presets]
   const model = new DeepSeek(preset, { weights: weights === 'f32' ? undefined : (weights as WeightFormat) })
   backend.trim()
   const reply = (value: object) => process.stdout.write(`${JSON.stringify(value)}\n`)
-  /** Milliseconds of each token after the first, which includes the prompt. */
-  const run = async (): Promise<number[]> => {
+  /** The first token includes the prompt. */
+  const run = async (): Promise<Run> => {
     const times: number[] = []
+    let usage = process.cpuUsage()
     let before = performance.now()
     for await (const _ of model.generate(prompt, { maxTokens: tokens + 1, speculative: false })) {
       const now = performance.now()
       times.push(now - before)
+      if (times.length === 1) usage = process.cpuUsage()
       before = now
     }
-    return times.slice(1)
+    const { user, system } = process.cpuUsage(usage)
+    return { milliseconds: times.slice(1), processor: (user + system) / 1000 / (times.length - 1) }
   }
   await run()
   const ready: Ready = {
@@ -133,7 +146,7 @@ class Runner {
   readonly label: string
   /** Our format of as many bits, for ratios. */
   readonly weights: string
-  readonly runs: number[][] = []
+  readonly runs: Run[] = []
   ready: Partial<Ready> = {}
   readonly #child: ChildProcess
   readonly #lines: AsyncIterator<string>
@@ -173,7 +186,7 @@ const median = (values: readonly number[]) => {
 
 /** GB/s of one pass over 256 MiB, by the faster of two ops. */
 async function readBandwidth(): Promise<() => number> {
-  const backend = await createBackend()
+  const backend = await createBackend({ threads: Number(options.threads) })
   const big = ones([64 << 20], { backend })
   return () => {
     const timed = [() => globalNorm([big]), () => big.max()].map(op => {
@@ -188,7 +201,7 @@ async function readBandwidth(): Promise<() => number> {
 /** The processes of our formats, one for each. */
 function ownRunners(formats: readonly string[]): Runner[] {
   return formats.map(weights => {
-    const flags = ['--worker', weights, '--config', options.config, '--tokens', options.tokens]
+    const flags = ['--worker', weights, '--config', options.config, ...sameForAll]
     if (options.profile) flags.push('--profile')
     return new Runner(`@moe ${weights}`, weights, process.execPath, [fileURLToPath(import.meta.url), ...flags])
   })
@@ -210,7 +223,7 @@ async function llamaCppRunners(formats: readonly string[], folder: string): Prom
     if (type === undefined) continue
     const file = join(folder, `${options.config}.${type}.gguf`)
     await exportGguf(model, file, { type, tokenizer })
-    const flags = [`${llamaCpp}/decode.mjs`, '--file', file, '--tokens', options.tokens]
+    const flags = [`${llamaCpp}/decode.mjs`, '--file', file, ...sameForAll]
     runners.push(new Runner(`llama.cpp ${type}`, weights, process.execPath, flags))
   }
   model.dispose()
@@ -224,7 +237,7 @@ function transformersRunners(): Runner[] {
     return []
   }
   return ['f32', 'bf16'].map(dtype => {
-    const flags = ['--config', options.config, '--dtype', dtype, '--tokens', options.tokens]
+    const flags = ['--config', options.config, '--dtype', dtype, ...sameForAll]
     const script = `${root}bench/peers/decode_transformers.py`
     return new Runner(`transformers ${dtype}`, dtype, python, [script, ...flags])
   })
@@ -244,11 +257,13 @@ async function compare(folder: string) {
   for (const runner of runners) runner.stop()
   const readGBs = median(reads)
   const results = runners.map(({ label, weights, ready, runs }) => {
-    const secondsPerToken = median(runs.map(median)) / 1000
+    const milliseconds = runs.map(run => median(run.milliseconds))
+    const processorMilliseconds = runs.map(({ processor }) => processor)
+    const secondsPerToken = median(milliseconds) / 1000
     const { weightBytes, bytesPerToken, residentBytes, device } = ready
     const readShare = bytesPerToken && bytesPerToken / secondsPerToken / 1e9 / readGBs
     const measured = { tokensPerSecond: 1 / secondsPerToken, readShare, weightBytes, bytesPerToken, residentBytes }
-    return { label, weights, device, ...measured, milliseconds: runs.map(median) }
+    return { label, weights, device, ...measured, milliseconds, processorMilliseconds }
   })
   return { readGBs, readsGBs: reads, results, ratios: ratiosOf(results) }
 }
@@ -256,30 +271,36 @@ async function compare(folder: string) {
 interface Result {
   readonly label: string
   readonly weights: string
+  /** Of a token, by round. */
   readonly milliseconds: readonly number[]
+  readonly processorMilliseconds: readonly number[]
 }
 
 /** How many times as fast as each peer with as many bits: the median over the rounds. */
-function ratiosOf(results: readonly Result[]): Array<{ who: string; than: string; ratio: number }> {
+function ratiosOf(results: readonly Result[]) {
   const own = results.filter(({ label }) => label.startsWith('@moe'))
   const peers = results.filter(({ label }) => !label.startsWith('@moe'))
   return peers.flatMap(peer =>
     own
       .filter(({ weights }) => weights === peer.weights)
-      .map(({ label, milliseconds }) => {
-        const ratio = median(peer.milliseconds.map((theirs, round) => theirs / milliseconds[round]))
-        return { who: label, than: peer.label, ratio }
+      .map(mine => {
+        const ratio = (of: 'milliseconds' | 'processorMilliseconds') =>
+          median(peer[of].map((theirs, round) => theirs / mine[of][round]))
+        const processorRatio = ratio('processorMilliseconds')
+        return { who: mine.label, than: peer.label, ratio: ratio('milliseconds'), processorRatio }
       }),
   )
 }
 
 function print({ readGBs, results, ratios }: Awaited<ReturnType<typeof compare>>): void {
-  console.log(`${options.config}, batch 1, ${tokens} tokens; read bandwidth ${readGBs.toFixed(1)} GB/s (all threads)`)
+  const threads = options.threads === '1' ? '1 thread' : `${options.threads} threads`
+  console.log(`${options.config}, batch 1, ${tokens} tokens, ${threads}; read bandwidth ${readGBs.toFixed(1)} GB/s`)
   const mib = (bytes?: number) => (bytes === undefined ? '' : (bytes / 2 ** 20).toFixed(0))
-  const heads = ['who', 'tokens/s', 'MiB/token', 'of read bandwidth', 'weights MiB', 'resident MiB']
+  const heads = ['who', 'tokens/s', 'processor ms', 'MiB/token', 'of read bandwidth', 'weights MiB', 'resident MiB']
   const rows = results.map(r => [
     r.label,
     r.tokensPerSecond.toFixed(1),
+    median(r.processorMilliseconds).toFixed(1),
     mib(r.bytesPerToken),
     r.readShare === undefined ? '' : `${(100 * r.readShare).toFixed(0)}%`,
     mib(r.weightBytes),
@@ -289,7 +310,9 @@ function print({ readGBs, results, ratios }: Awaited<ReturnType<typeof compare>>
   for (const row of [heads, ...rows]) {
     console.log(row.map((cell, i) => (i < 1 ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))).join('  '))
   }
-  for (const { who, than, ratio } of ratios) console.log(`${who}: ${ratio.toFixed(2)} times ${than}`)
+  for (const { who, than, ratio, processorRatio } of ratios) {
+    console.log(`${who}: ${ratio.toFixed(2)} times ${than}, in processor time ${processorRatio.toFixed(2)}`)
+  }
 }
 
 if (options.worker !== undefined) await work(options.worker)
@@ -305,7 +328,10 @@ else {
       load: loadavg()[0],
       node: process.version,
     }
-    writeFileSync(options.json, `${JSON.stringify({ machine, config: options.config, tokens, ...found }, null, 2)}\n`)
+    writeFileSync(
+      options.json,
+      `${JSON.stringify({ machine, config: options.config, tokens, threads: Number(options.threads), ...found }, null, 2)}\n`,
+    )
   }
   process.exit(0)
 }

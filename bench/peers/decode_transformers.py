@@ -2,7 +2,8 @@
 
     .venv-reference/bin/python bench/peers/decode_transformers.py --config 200m --dtype f32 --tokens 32
 
-Says a line of JSON when the model is ready, then for each line `run` on its input one with the milliseconds of each token after the first.
+Says a line of JSON when the model is ready, then for each line `run` on its input one with the milliseconds of each token after the first
+and the processor time of one on average.
 """
 
 import argparse
@@ -36,6 +37,8 @@ class Clock(BaseStreamer):
 
     def put(self, value):
         self.times.append(time.perf_counter())
+        if len(self.times) == 2:
+            self.started = time.process_time()
 
     def end(self):
         pass
@@ -57,7 +60,8 @@ def main():
             settings = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
             model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **settings)
         stamps = clock.times[1:]
-        return [1000 * (b - a) for a, b in zip(stamps, stamps[1:])]
+        processor = 1000 * (time.process_time() - clock.started) / (len(stamps) - 1)
+        return {"milliseconds": [1000 * (b - a) for a, b in zip(stamps, stamps[1:])], "processor": processor}
 
     run()
     size = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -3,7 +3,7 @@
 //     node bench/peers/llama-cpp/decode.mjs --file 200m.q8_0.gguf --tokens 32
 //
 // Says a line of JSON when the model is ready, then for each line `run` on its input one with the milliseconds of each token after the
-// first.
+// first, and the processor time of one on average.
 import { cpus } from 'node:os'
 import { createInterface } from 'node:readline'
 import { parseArgs } from 'node:util'
@@ -23,14 +23,17 @@ const { model, sequence } = await open(options.file, { threads: Number(options.t
 async function run() {
   await sequence.clearHistory()
   const times = []
+  let usage = process.cpuUsage()
   let before = performance.now()
   for await (const _ of sequence.evaluate(prompt, { temperature: 0, yieldEogToken: true })) {
     const now = performance.now()
     times.push(now - before)
+    if (times.length === 1) usage = process.cpuUsage()
     before = now
     if (times.length > tokens) break
   }
-  return times.slice(1)
+  const { user, system } = process.cpuUsage(usage)
+  return { milliseconds: times.slice(1), processor: (user + system) / 1000 / (times.length - 1) }
 }
 
 const reply = value => process.stdout.write(`${JSON.stringify(value)}\n`)
