@@ -71,7 +71,8 @@ export default {
   ],
   options: {
     doNotFollow: { path: 'node_modules' },
-    exclude: { path: '(^|/)(dist|build|fixtures)/' },
+    // Peers have dependencies outside the workspace.
+    exclude: { path: '(^|/)(dist|build|fixtures|bench/peers)/' },
     tsConfig: { fileName: 'tsconfig.json' },
     tsPreCompilationDeps: true,
     enhancedResolveOptions: {
