@@ -49,11 +49,19 @@ export function toF32(dtype: StoredDType, data: StoredArray): Float32Array | und
 export function fromF32(dtype: 'f32' | 'bf16' | 'f16', data: Float32Array): Float32Array | Uint16Array {
   if (dtype === 'f32') return data
   const out = new Uint16Array(data.length)
+  const words = new Uint32Array(data.buffer, data.byteOffset, data.length)
   if (dtype === 'f16') {
-    for (let i = 0; i < data.length; i++) out[i] = toF16(data[i])
+    for (let i = 0; i < words.length; i++) {
+      const bits = words[i]
+      const magnitude = bits & 0x7fffffff
+      // From the smallest normal number of f16 to below 65536 there are just bits to drop.
+      if (magnitude >= 0x38800000 && magnitude < 0x47800000) {
+        const rounded = magnitude + 0xfff + ((magnitude >>> 13) & 1)
+        out[i] = ((bits >>> 16) & 0x8000) | ((rounded - 0x38000000) >>> 13)
+      } else out[i] = toF16(data[i])
+    }
     return out
   }
-  const words = new Uint32Array(data.buffer, data.byteOffset, data.length)
   for (let i = 0; i < words.length; i++) {
     const bits = words[i]
     // A NaN stays one: rounding could carry it into an infinity.

@@ -21,9 +21,7 @@ export function encodeGguf(type: GgufEncoding, values: Float32Array): Uint8Array
     case 'q4_0':
       return encodeBlocks(type, values, encodeQ4)
     case 'f16':
-      if (values.some(value => Math.abs(value) >= 65520 && Number.isFinite(value))) {
-        throw new RangeError('a value beyond 65504 does not fit into f16')
-      }
+      refuseBeyondF16(values)
       return bytesOf(fromF32(type, values))
     default:
       return bytesOf(fromF32(type, values))
@@ -56,16 +54,28 @@ export function decodeGguf(type: GgufTensorType, bytes: Uint8Array): Float32Arra
   }
 }
 
+/** Values from 65520 on would become infinite; those that are stay so. */
+function refuseBeyondF16(values: Float32Array): void {
+  for (let i = 0; i < values.length; i++) {
+    const magnitude = Math.abs(values[i])
+    if (magnitude >= 65520 && magnitude < Infinity) throw new RangeError(`${values[i]} does not fit into f16`)
+  }
+}
+
 /** Largest magnitude becomes 127: a scale of f16, then 32 signed bytes, halves rounded away from zero. */
 function encodeQ8(values: Float32Array, at: number, out: Uint8Array, to: number): void {
   let largest = 0
-  for (let i = 0; i < BLOCK; i++) largest = Math.max(largest, Math.abs(values[at + i]))
+  for (let i = 0; i < BLOCK; i++) {
+    const magnitude = Math.abs(values[at + i])
+    // A NaN must not pass unseen: it wins, stays, and ends up in the scale.
+    if (magnitude > largest || Number.isNaN(magnitude)) largest = magnitude
+  }
   const scale = Math.fround(largest / 127)
   const inverse = scale === 0 ? 0 : Math.fround(1 / scale)
   putScale(scale, out, to)
   for (let i = 0; i < BLOCK; i++) {
     const x = Math.fround(values[at + i] * inverse)
-    out[to + 2 + i] = x < 0 ? -Math.floor(0.5 - x) : Math.floor(0.5 + x)
+    out[to + 2 + i] = (x < 0 ? x - 0.5 : x + 0.5) | 0
   }
 }
 
@@ -76,7 +86,6 @@ function encodeQ4(values: Float32Array, at: number, out: Uint8Array, to: number)
   for (let i = 0; i < BLOCK; i++) {
     const value = values[at + i]
     const magnitude = Math.abs(value)
-    // A NaN must not pass unseen: it wins, stays, and ends up in the scale.
     if (magnitude > largest || Number.isNaN(magnitude)) {
       largest = magnitude
       extreme = value
@@ -85,7 +94,7 @@ function encodeQ4(values: Float32Array, at: number, out: Uint8Array, to: number)
   const scale = Math.fround(extreme / -8)
   const inverse = scale === 0 ? 0 : Math.fround(1 / scale)
   putScale(scale, out, to)
-  const code = (value: number) => Math.min(15, Math.trunc(Math.fround(Math.fround(value * inverse) + 8.5)))
+  const code = (value: number) => Math.min(15, Math.fround(Math.fround(value * inverse) + 8.5) | 0)
   for (let i = 0; i < BLOCK / 2; i++) {
     out[to + 2 + i] = code(values[at + i]) | (code(values[at + i + BLOCK / 2]) << 4)
   }
