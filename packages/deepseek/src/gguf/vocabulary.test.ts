@@ -70,6 +70,17 @@ describe('a vocabulary', () => {
     expect(values({ tokenizer: tokenizerWith(name).toJSON() })['ggml.pre']).toBe(theirs)
   })
 
+  test('of Llama 3 keeps pieces whole that are tokens', () => {
+    const llama3 = tokenizerWith('cl100k').toJSON() as { model: object }
+    const tokenizer = { ...llama3, model: { ...llama3.model, ignore_merges: true } }
+    expect(values({ tokenizer })['ggml.pre']).toBe('llama-bpe')
+  })
+
+  test('has tokens with any name', () => {
+    const tokenizer = { ...json, model: { vocab: JSON.parse('{"__proto__": 3, "constructor": 4}'), merges: [] } }
+    expect((values({ tokenizer })['ggml.tokens'] as string[]).slice(3, 5)).toEqual(['__proto__', 'constructor'])
+  })
+
   test('with another pre-tokenizer needs its name', () => {
     const other = { ...json, pre_tokenizer: { type: 'Whitespace' } }
     expect(() => values({ tokenizer: other })).toThrow(/none that llama.cpp is known to have; pass \{ preTokenizer \}/)
@@ -88,6 +99,11 @@ describe('a vocabulary', () => {
   test.each<[string, unknown, RegExp]>([
     ['of another kind', { ...json, model: { type: 'Unigram', vocab: [], merges: [] } }, /model.type.*byte-level BPE/],
     ['that is no object', 'tokens', /at the top/],
+    [
+      'with ids that are none',
+      { ...json, model: { vocab: { a: -1 }, merges: [] } },
+      /model.vocab: must give each token an id/,
+    ],
     ['with merges of three', { ...json, model: { vocab: {}, merges: [['a', 'b', 'c']] } }, /model.merges.0/],
     [
       'larger than the model',

@@ -25,7 +25,7 @@ export interface Vocabulary {
 /** A file without a vocabulary: llama.cpp takes and gives ids. */
 export const noVocabulary: Vocabulary = {
   metadata: { 'tokenizer.ggml.model': { type: 'string', value: 'none' } },
-  notes: ['there is no vocabulary: llama.cpp takes and gives ids only'],
+  notes: ['there is no vocabulary: only programs that give libllama ids can run the file'],
 }
 
 /** llama.cpp's `llama_token_type`. */
@@ -44,10 +44,17 @@ const tokenizerFile = z.object({
     .transform(tokens => tokens ?? []),
   model: z.object({
     type: z.literal('BPE').optional(),
-    vocab: z.record(z.string(), z.int().nonnegative()),
+    vocab: z.custom<Readonly<Record<string, number>>>(isVocabulary, 'must give each token an id'),
+    ignore_merges: z.boolean().nullish(),
     merges: z.array(z.union([z.string(), z.tuple([z.string(), z.string()])])),
   }),
 })
+
+/** Not a record of zod: that leaves out the token `__proto__`. */
+function isVocabulary(value: unknown): boolean {
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) return false
+  return Object.values(value).every(id => Number.isSafeInteger(id) && id >= 0)
+}
 
 const tokenizerConfigFile = z.object({
   add_bos_token: z.boolean().nullish(),
@@ -75,7 +82,7 @@ export function vocabularyOf(config: DeepSeekConfig, files: TokenizerFiles): Voc
   }
   const metadata: Record<string, GgufValue> = {
     'tokenizer.ggml.model': { type: 'string', value: 'gpt2' },
-    'tokenizer.ggml.pre': { type: 'string', value: files.preTokenizer ?? preTokenizerOf(file.pre_tokenizer) },
+    'tokenizer.ggml.pre': { type: 'string', value: files.preTokenizer ?? preTokenizerOf(file) },
     'tokenizer.ggml.tokens': { type: 'array', of: 'string', value: tokens },
     'tokenizer.ggml.token_type': { type: 'array', of: 'i32', value: kinds },
     'tokenizer.ggml.merges': {
@@ -180,9 +187,11 @@ export function preTokenizerDigest(preTokenizer: unknown): string | undefined {
   return createHash('sha256').update(JSON.stringify(steps)).digest('hex').slice(0, 16)
 }
 
-function preTokenizerOf(preTokenizer: unknown): string {
-  const digest = preTokenizerDigest(preTokenizer)
+function preTokenizerOf({ pre_tokenizer, model }: z.output<typeof tokenizerFile>): string {
+  const digest = preTokenizerDigest(pre_tokenizer)
   const name = digest === undefined ? undefined : knownPreTokenizers[digest]
+  // The same pieces, and whole pieces that are tokens stay whole.
+  if (name === 'dbrx' && model.ignore_merges) return 'llama-bpe'
   if (name !== undefined) return name
   throw unsupported(
     `the pre_tokenizer of tokenizer.json (digest ${digest}) is none that llama.cpp is known to have`,
