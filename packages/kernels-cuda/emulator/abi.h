@@ -62,6 +62,18 @@ Words4 loadMatrices(const void* row, bool transposed, const char* file, int line
 Floats4 multiplyBf16(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line);
 Floats4 multiplyTf32(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line);
 
+// Hopper: barriers in shared memory with the copy engine, and products of warpgroups.
+uint32_t sharedAddress(const void* shared);
+void initBarrier(void* barrier, int arrivals, const char* file, int line);
+void fenceBarriers();
+void arriveAtBarrier(void* barrier, int expectedBytes, const char* file, int line);
+void waitForBarrier(void* barrier, int parity, const char* file, int line);
+void copyBox(void* shared, const void* map, void* barrier, int x, int y, int z, const char* file, int line);
+void fenceProducts();
+void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, const char* file, int line);
+void commitProducts();
+void waitForProducts(int pending, const char* file, int line);
+
 [[noreturn]] void trap(const char* file, int line);
 
 }  // namespace emu

@@ -50,6 +50,7 @@ Status outcome;
 void startBlock() {
   run.blockClock = run.barrierClock = ++run.clock;
   returnedCount = atBarrier = 0;
+  resetBarriers();
   barrierSums[0] = barrierSums[1] = 0;
   for (int w = 0; w < warpCount; w++) {
     runnable[w] = lanes[w];
@@ -155,6 +156,7 @@ const char* baseName(const char* path) {
     snprintf(line, sizeof line, ", %d returned (the first is %d)", returnedCount, first);
     text += line;
   }
+  text += barrierStates();
   enter(shown);
   const Waiting w = threads[shown].waiting;
   stop(launchFailed, {w.file, w.line}, "threads wait for each other at different places: %s", text.c_str());
@@ -192,6 +194,7 @@ int firstThread() { return reversed ? threadCount - 1 : 0; }
 void finish() {
   const int me = run.thread;
   if (pendingCopies) landAllCopies(me);
+  checkProducts();
   returned[run.warp] |= 1u << run.lane;
   returnedCount++;
   cannotRun(me);
@@ -199,6 +202,7 @@ void finish() {
   int next = pickNext();
   if (next < 0) {
     if (returnedCount < threadCount) stuck();
+    checkBarriers();
     const int stack = threads[me].stack;
     if (!nextBlock()) switchContext(&discarded, scheduler);
     next = firstThread();
@@ -270,6 +274,8 @@ Status runKernel(Kernel* kernel, Dim3 grid, Dim3 block, uint32_t dynamicShared, 
 void abandonLaunch(Status status) {
   outcome = status;
   dropCopies();
+  dropProducts();
+  resetBarriers();
   forgetShared();
   void* discarded;
   switchContext(&discarded, scheduler);
@@ -292,6 +298,11 @@ void wakeWarp() {
   runnable[run.warp] = lanes[run.warp];
   runnableWarps |= 1u << run.warp;
 }
+void wakeThread(int thread) {
+  runnable[thread >> 5] |= 1u << (thread & 31);
+  runnableWarps |= 1u << (thread >> 5);
+}
+int threadsOfBlock() { return threadCount; }
 uint32_t lanesOfWarp() { return lanes[run.warp]; }
 
 /// True for the thread that completes the barrier, which goes straight on.

@@ -31,13 +31,14 @@ std::set<Function*> functions;
 std::set<Graph*> graphs;
 std::set<GraphExec*> execs;
 
+int capabilityNow;
 int capability() {
-  static const int value = [] {
+  if (capabilityNow == 0) {
     const char* text = getenv("MOE_EMULATOR_CAPABILITY");
     const int given = text ? atoi(text) : 0;
-    return given >= 50 ? given : 80;
-  }();
-  return value;
+    capabilityNow = given >= 50 ? given : 80;
+  }
+  return capabilityNow;
 }
 uint32_t maxShared() {
   switch (capability()) {
@@ -212,13 +213,14 @@ EMU_EXPORT void moe_emulator_fail(const char* call, int after, int status) {
     injected[call] = {after, (Status)status};
   }
 }
-/// "checks", "lazy" and "reversed" over the variables of the environment. Checks are switched on again after a reset only: what happened without
+/// "checks", "lazy", "reversed" and "capability" over the variables of the environment. Checks are switched on again after a reset only: what happened without
 /// them left no marks.
 EMU_EXPORT void moe_emulator_set(const char* name, int value) {
   std::lock_guard guard{lock};
   cuInit(0);
   if (strcmp(name, "lazy") == 0) context().lazy = value != 0;
   if (strcmp(name, "reversed") == 0) reversed = value != 0;
+  if (strcmp(name, "capability") == 0) capabilityNow = value;
   if (strcmp(name, "checks") == 0) {
     checksOn = value != 0;
     reserveMemory();

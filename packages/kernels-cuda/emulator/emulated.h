@@ -18,6 +18,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define MOE_DEVICE static inline __attribute__((always_inline, unused))
 
 template <class T, int N>
@@ -57,9 +58,10 @@ struct PackedReader {
   const char* start;
   size_t at = 0;
   template <class T>
-  __attribute__((always_inline)) const T& next() {
+  __attribute__((always_inline)) T next() {
     at = (at + alignof(T) - 1) / alignof(T) * alignof(T);
-    const T& value = *(const T*)(start + at);
+    T value;
+    __builtin_memcpy((void*)&value, start + at, sizeof(T)); // the arguments as a whole are aligned to nothing
     at += sizeof(T);
     return value;
   }

@@ -138,6 +138,12 @@ void atomicShared(uintptr_t address, bool reads, Where where);
 /// An asynchronous copy to it has begun; it has landed.
 void beginCopyShared(uintptr_t address, size_t bytes, Where where);
 void landCopyShared(uintptr_t address, size_t bytes);
+/// The copy engine's writes have landed, which whoever waits for the barrier will know.
+void landBoxShared(uintptr_t address, size_t bytes, int barrier);
+/// Whether a product may read what lies there: all of it there, known to this thread, and written by the copy engine.
+void checkOperand(uintptr_t address, size_t bytes, Where where);
+/// "byte 12 of shared array tile".
+std::string sharedPlace(uintptr_t address);
 
 // --- warps (warp.cc) ---
 
@@ -147,12 +153,50 @@ void dropCopies();
 void resetWarp(int warp);
 extern uint32_t pendingCopies;  // of all threads
 
-// --- meeting points, for warp.cc ---
+// --- barriers in shared memory and the copy engine (mbarrier.cc) ---
+
+constexpr int maxBarriers = 64;
+/// What each thread knows: by warp, the time of its latest arrival that this thread heard of; then by barrier, the time of the latest landing.
+extern uint32_t heard[maxThreads][maxWarps + maxBarriers];
+extern int barriersInUse;  // of the block
+/// Lanes of a warp tell each other what they know.
+void shareHeard(int warp);
+/// A new block, or an abandoned one.
+void resetBarriers();
+/// The block has ended.
+void checkBarriers();
+/// What each barrier waits for, in words.
+std::string barrierStates();
+
+// --- products of warpgroups (product.cc) ---
+
+/// A box is about to be written where products may still read.
+void checkOverwrite(uintptr_t address, size_t bytes, Where where);
+/// The current thread returns.
+void checkProducts();
+void dropProducts();
+
+// --- matrices as the copy engine knows them (tensor-map.cc) ---
+
+struct BoxMap {
+  uint32_t magic, rank;
+  uintptr_t address;
+  uint64_t sizes[5], strides[4];  // elements; bytes from one row (matrix, ...) to the next
+  uint16_t box[5];
+  uint8_t elementBytes, swizzle;
+};
+constexpr uint32_t boxMapMagic = 0x544d4150;
+constexpr uint8_t swizzle128 = 3;
+
+// --- meeting points, for warp.cc and its like ---
 
 /// The current thread waits; others go on. Returns when `wakeWarp` (or the block's barrier) has made it runnable.
 void waitInWarp(const char* what, const char* file, int line);
 /// All lanes of the current warp may go on.
 void wakeWarp();
+void wakeThread(int thread);
+/// All threads of the block.
+int threadsOfBlock();
 /// Lanes that the current warp has.
 uint32_t lanesOfWarp();
 

@@ -2,7 +2,7 @@
 //
 // Every access is stamped with the run's clock, which advances at barriers. An earlier access is ordered before the current one if it
 // is the same thread's, or older than the block's last barrier, or by a lane of the same warp and older than that warp's last
-// __syncwarp. A write must be ordered after all accesses before it, a read after the write before it.
+// __syncwarp, or older than its warp's arrival at a barrier in shared memory that this thread has heard of. A write must be ordered after all accesses before it, a read after the write before it.
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -19,12 +19,13 @@ namespace {
 
 constexpr size_t regionBytes = size_t(64) << 20;
 // The dynamic part begins at the first of these, static arrays follow after the second, each with a place of its own.
-constexpr size_t dynamicStart = 4096, dynamicEnd = dynamicStart + (256 << 10);
+// Its alignment is the declared one, and no better.
+constexpr size_t dynamicStart = 4096 + 128, dynamicEnd = 4096 + (256 << 10);
 constexpr size_t redZone = 256;
 
 // Who accessed: a thread, several lanes of a warp, or several warps.
 typedef uint16_t Who;
-constexpr Who lanesOf = 0x400, everyone = 0x800, atomically = 0x1000;
+constexpr Who lanesOf = 0x400, everyone = 0x800, atomically = 0x1000, engine = 0x2000;  // engine: with the number of a barrier
 constexpr uint32_t onItsWay = 0xffffffff;  // write clock of the target of an asynchronous copy until it lands
 
 /// State of a word, or of a byte of a word that was accessed in parts.
@@ -45,16 +46,28 @@ struct Array {
 };
 std::vector<Array> arrays;
 
-int warpOf(Who who) { return who & everyone ? 63 : who & lanesOf ? who & 31 : who >> 5 & 31; }
+int warpOf(Who who) { return who & (everyone | engine) ? 63 : who & lanesOf ? who & 31 : who >> 5 & 31; }
+
+/// By way of barriers in shared memory.
+[[gnu::noinline]] bool heardOf(uint32_t clock, Who who) {
+  const uint32_t* known = heard[run.thread];
+  if (who & engine) return known[maxWarps + (who & (maxBarriers - 1))] >= clock;
+  if (!(who & everyone)) return known[warpOf(who)] > clock;
+  for (int w = 0; w < (threadsOfBlock() + 31) / 32; w++)
+    if (w != run.warp && known[w] <= clock) return false;
+  return true;
+}
 
 inline bool ordered(uint32_t clock, Who who) {
   if (clock < run.barrierClock || who == run.thread) return true;
-  return warpOf(who) == run.warp && clock < run.warpClock[run.warp];
+  if (warpOf(who) == run.warp && clock < run.warpClock[run.warp]) return true;
+  return barriersInUse && heardOf(clock, who);
 }
 
 std::string nameOf(Who who) {
   char text[60];
-  if (who & everyone) snprintf(text, sizeof text, "threads of several warps");
+  if (who & engine) snprintf(text, sizeof text, "the copy engine");
+  else if (who & everyone) snprintf(text, sizeof text, "threads of several warps");
   else if (who & lanesOf) snprintf(text, sizeof text, "several lanes of warp %d", who & 31);
   else snprintf(text, sizeof text, "thread %d", who & 0x3ff);
   return text;
@@ -249,5 +262,21 @@ void beginCopyShared(uintptr_t address, size_t bytes, Where where) {
 void landCopyShared(uintptr_t address, size_t bytes) {
   visitCells(address, bytes, {nullptr, 0}, [&](Cell& cell, uintptr_t) { cell.writeClock = run.clock; });
 }
+
+void landBoxShared(uintptr_t address, size_t bytes, int barrier) {
+  visitCells(address, bytes, {nullptr, 0}, [&](Cell& cell, uintptr_t) {
+    cell.writeClock = run.clock;
+    cell.writer = (Who)(engine | barrier);
+  });
+}
+void checkOperand(uintptr_t address, size_t bytes, Where where) {
+  visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) {
+    checkRead(cell, at, where);
+    if (!(cell.writer & engine))
+      stop(launchFailed, where, "a product reads %s, which threads have written and not the copy engine", placeOf(at).c_str());
+  });
+}
+std::string sharedPlace(uintptr_t address) { return placeOf(address); }
+uint32_t sharedAddress(const void* shared) { return (uint32_t)((uintptr_t)shared - region); }
 
 }  // namespace emu

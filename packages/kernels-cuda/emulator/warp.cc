@@ -109,7 +109,10 @@ void resetWarp(int warp) {
 
 /// Orders the memory accesses of the lanes. A shuffle or a vote does not (CUDA's guide: they "do not imply a memory barrier").
 void warpBarrier(uint32_t mask, const char* file, int line) {
-  meet("__syncwarp", mask, file, line, nothing, [](Slot*) { run.warpClock[run.warp] = ++run.clock; });
+  meet("__syncwarp", mask, file, line, nothing, [](Slot*) {
+    run.warpClock[run.warp] = ++run.clock;
+    if (barriersInUse) shareHeard(run.warp);
+  });
 }
 
 uint64_t shuffle(ShuffleKind kind, uint32_t mask, uint64_t bits, int operand, int width, const char* file, int line) {

@@ -1,0 +1,126 @@
+// Hopper's copy engine, its barriers, and the matrix products of a warpgroup (sm_90a alone). In the emulator each has the same
+// meaning (emulator/hopper.h). Names in quotes are sections of the PTX ISA.
+#pragma once
+#include "moe.cuh"
+
+#ifdef MOE_EMULATOR
+#include "hopper.h"
+#else
+
+/// Kernels that use what is below are seen by this architecture's compiler only.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "hopper.cuh is for sm_90a: name the module <op>-sm90a"
+#endif
+
+/// CUtensorMap: what the copy engine knows of a matrix in memory. A kernel takes it as `const __grid_constant__ TensorMap` (signature `t`).
+struct __align__(64) TensorMap {
+  uint64_t words[16];
+};
+
+/// An mbarrier ("Parallel Synchronization and Communication Instructions: mbarrier"), in shared memory. A phase ends when all its
+/// arrivals have come and all bytes that it was told to expect have landed; then the next one begins.
+struct Barrier {
+  uint64_t state;
+};
+MOE_DEVICE uint32_t sharedAddress(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+
+/// By one thread, before anybody uses it: what follows is fenceBarriers() by the same thread, then __syncthreads().
+MOE_DEVICE void initBarrier(Barrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(sharedAddress(barrier)), "r"(arrivals) : "memory");
+}
+/// Makes barriers that this thread has initialized visible to the copy engine ("membar/fence": proxies).
+MOE_DEVICE void fenceBarriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+/// What this warp has done so far is done for whoever waits for the phase.
+MOE_DEVICE void arrive(Barrier* barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(sharedAddress(barrier)) : "memory"); }
+/// The same, and the phase lasts until `bytes` more have landed.
+MOE_DEVICE void arriveAndExpect(Barrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(sharedAddress(barrier)), "r"(bytes) : "memory");
+}
+/// Waits for the end of the latest phase of this parity: phases count from 0, and before the first one lies one of parity 1.
+MOE_DEVICE void wait(Barrier* barrier, int parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(sharedAddress(barrier)), "r"(parity)
+        : "memory");
+  } while (done == 0);
+}
+
+/// Starts the copy of a box of the matrix from element (x, y, z) on; outside of the matrix are zeros. It counts as the box's bytes at
+/// `barrier`. By one thread; `shared` is a multiple of 1024 ("cp.async.bulk.tensor").
+MOE_DEVICE void copyBox(void* shared, const TensorMap& map, Barrier* barrier, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(sharedAddress(shared)),
+               "l"(&map), "r"(sharedAddress(barrier)), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+MOE_DEVICE void prefetchMap(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
+/// A tile of rows of 64 bf16 (128 bytes), as copyBox leaves it with a swizzle of 128 bytes: an operand whose k runs along memory.
+/// Its first row is a multiple of 8 rows into a tile at a multiple of 1024; `k` is a multiple of 16 within the row.
+/// ("Matrix Descriptor Format": address / 16, at bit 32 the distance of 8 rows / 16, at bit 62 the swizzle.)
+MOE_DEVICE uint64_t operandAt(const void* firstRow, int k) {
+  const uint64_t start = (sharedAddress(firstRow) + k * 2) >> 4;
+  return start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+/// The compiler moves nothing that reads or writes the sums across this place: it does not know when they are the tensor cores'.
+template <int N>
+MOE_DEVICE void holdSums(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+/// Before the first product after other instructions have touched the sums, by all threads of the warpgroup ("wgmma.fence").
+template <int N>
+MOE_DEVICE void fenceProducts(float (&d)[N]) {
+  holdSums(d);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+/// Closes a group of products.
+MOE_DEVICE void commitProducts() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/// Waits until at most `Pending` of the latest groups are on their way. Until a product's group is waited for, its sums belong to the
+/// tensor cores, and so do its operands in shared memory.
+template <int Pending, int N>
+MOE_DEVICE void waitProducts(float (&d)[N]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+  if (Pending == 0) holdSums(d);
+}
+
+// "%<tens>0, ... %<tens>9" and eight or ten sums as operands of asm.
+#define MOE_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define MOE_0_TO_59 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " MOE_TEN(1) MOE_TEN(2) MOE_TEN(3) MOE_TEN(4) MOE_TEN(5)
+#define MOE_SUMS8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define MOE_SUMS64(i) MOE_SUMS8(i), MOE_SUMS8(i + 8), MOE_SUMS8(i + 16), MOE_SUMS8(i + 24), MOE_SUMS8(i + 32), MOE_SUMS8(i + 40), MOE_SUMS8(i + 48), MOE_SUMS8(i + 56)
+
+/// d += a b^T for 16 of k, by all 128 threads of a warpgroup: a has 64 rows, b has N (operandAt). Thread t of the warpgroup has, with w = t/32,
+/// g = t%32/4, c = t%4: d[4j], d[4j+1] = D[16w+g][8j+2c, +1], d[4j+2], d[4j+3] = D[16w+g+8][8j+2c, +1] ("wgmma.mma_async", "Register
+/// Fragments for wgmma.mma_async.m64nNk16").
+template <int N>
+MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b) {
+  static_assert(N == 128 || N == 256, "the widths that are used");
+  // Scales of d, a and b: 1, and neither operand transposed: k runs along memory.
+  if constexpr (N == 128) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MOE_0_TO_59 "%60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 0;"
+                 : MOE_SUMS64(0)
+                 : "l"(a), "l"(b));
+  } else {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MOE_0_TO_59 MOE_TEN(6) MOE_TEN(7) MOE_TEN(8) MOE_TEN(9) MOE_TEN(10)
+                     MOE_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, 1, 1, 1, 0, 0;"
+                 : MOE_SUMS64(0), MOE_SUMS64(64)
+                 : "l"(a), "l"(b));
+  }
+}
+#undef MOE_TEN
+#undef MOE_0_TO_59
+#undef MOE_SUMS8
+#undef MOE_SUMS64
+
+#endif

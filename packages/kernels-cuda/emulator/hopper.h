@@ -1,0 +1,46 @@
+// The copy engine, its barriers and the products of a warpgroup, as device/hopper.cuh describes them; the work is done in
+// emulator/mbarrier.cc and emulator/product.cc.
+#pragma once
+
+struct __align__(64) TensorMap {
+  uint64_t words[16];
+};
+struct Barrier {
+  uint64_t state;
+};
+
+namespace emu {
+template <>
+struct ParameterOf<TensorMap> {
+  static constexpr Parameter value{'t', 0, sizeof(TensorMap), alignof(TensorMap)};
+};
+}  // namespace emu
+
+MOE_DEVICE uint32_t sharedAddress(const void* shared) { return emu::sharedAddress(shared); }
+MOE_DEVICE void initBarrier(Barrier* barrier, int arrivals, EMU_PLACE) { emu::initBarrier(barrier, arrivals, file, line); }
+MOE_DEVICE void fenceBarriers() { emu::fenceBarriers(); }
+MOE_DEVICE void arrive(Barrier* barrier, EMU_PLACE) { emu::arriveAtBarrier(barrier, 0, file, line); }
+MOE_DEVICE void arriveAndExpect(Barrier* barrier, int bytes, EMU_PLACE) { emu::arriveAtBarrier(barrier, bytes, file, line); }
+MOE_DEVICE void wait(Barrier* barrier, int parity, EMU_PLACE) { emu::waitForBarrier(barrier, parity, file, line); }
+MOE_DEVICE void copyBox(void* shared, const TensorMap& map, Barrier* barrier, int x, int y, int z, EMU_PLACE) {
+  emu::copyBox(shared, &map, barrier, x, y, z, file, line);
+}
+MOE_DEVICE void prefetchMap(const TensorMap&) {}
+
+MOE_DEVICE uint64_t operandAt(const void* firstRow, int k) {
+  const uint64_t start = (sharedAddress(firstRow) + k * 2) >> 4;
+  return start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+template <int N>
+MOE_DEVICE void fenceProducts(float (&)[N]) {
+  emu::fenceProducts();
+}
+template <int N>
+MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b, EMU_PLACE) {
+  emu::multiplyGroup(d, N, a, b, file, line);
+}
+MOE_DEVICE void commitProducts() { emu::commitProducts(); }
+template <int Pending, int N>
+MOE_DEVICE void waitProducts(float (&)[N], EMU_PLACE) {
+  emu::waitForProducts(Pending, file, line);
+}

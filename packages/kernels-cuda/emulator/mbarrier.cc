@@ -1,0 +1,238 @@
+// Barriers in shared memory, and the copies of boxes that count at them. Copies land when somebody waits for their phase and no sooner,
+// so that whoever reads early finds them on their way.
+//
+// Who knows of whose accesses is kept by warp: an arrival tells all that its warp has done and heard of, and a wait hears what was told in the
+// phases that have ended. That a single lane arrives or waits for others without __syncwarp is not found.
+#include <stdio.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "runtime.h"
+
+namespace emu {
+
+uint32_t heard[maxThreads][maxWarps + maxBarriers];
+int barriersInUse;
+
+namespace {
+
+constexpr int known = maxWarps + maxBarriers;
+constexpr int mostBytes = (1 << 20) - 1;  // of the count of bytes
+
+struct Box {
+  BoxMap map;
+  uintptr_t to;
+  int at[3];
+  size_t bytes;
+};
+struct Mbarrier {
+  uintptr_t address;
+  uint32_t initialized;  // when
+  int by;                // which thread
+  bool fenced;
+  int arrivals, missing;  // of a phase, and still to come in this one
+  int64_t bytes;          // expected in this phase
+  size_t copied;          // of the boxes on their way
+  uint32_t phase;         // that have ended
+  uint32_t landed;        // when the latest boxes did
+  uint32_t telling[known], told[known];
+  std::vector<Box> boxes;
+  std::vector<int> waiting;
+};
+Mbarrier barriers[maxBarriers];
+
+Mbarrier& barrierAt(void* at, const char* what, Where where) {
+  for (int i = 0; i < barriersInUse; i++) {
+    Mbarrier& barrier = barriers[i];
+    if (barrier.address != (uintptr_t)at) continue;
+    if (barrier.by != run.thread && barrier.initialized >= run.barrierClock)
+      stop(launchFailed, where, "race: %s at a barrier that thread %d initialized, with no __syncthreads since", what, barrier.by);
+    return barrier;
+  }
+  stop(launchFailed, where, "%s at %s, which is no initialized barrier", what, sharedPlace((uintptr_t)at).c_str());
+}
+
+/// Copies a box, a row of its inner side at a time; what is outside of the matrix is zero.
+void land(const Box& box) {
+  const BoxMap& map = box.map;
+  const int width = map.box[0] * map.elementBytes;
+  uintptr_t to = box.to;
+  for (int z = 0; z < map.box[2]; z++) {
+    for (int y = 0; y < map.box[1]; y++, to += width) {
+      alignas(16) char row[1024] = {};
+      const int64_t line = (int64_t)box.at[1] + y, matrix = (int64_t)box.at[2] + z;
+      if (line >= 0 && line < (int64_t)map.sizes[1] && matrix >= 0 && matrix < (int64_t)map.sizes[2]) {
+        const int64_t first = std::max<int64_t>(box.at[0], 0), last = std::min<int64_t>((int64_t)box.at[0] + map.box[0], (int64_t)map.sizes[0]);
+        const uintptr_t from = map.address + matrix * map.strides[1] + line * map.strides[0];
+        if (first < last)
+          memcpy(row + (first - box.at[0]) * map.elementBytes, (const char*)from + first * map.elementBytes, (last - first) * map.elementBytes);
+      }
+      if (map.swizzle == 0) {
+        memcpy((void*)to, row, width);
+        continue;
+      }
+      // Chunks of 16 bytes change places by the bits of the address above the row's.
+      for (int at = 0; at < width; at += 16) {
+        const uintptr_t plain = sharedAddress((void*)(to + at)), mask = (1u << map.swizzle) - 1;
+        memcpy((char*)to + at + ((plain ^ (plain >> 7 & mask) << 4) - plain), row + at, 16);
+      }
+    }
+  }
+}
+
+/// Ends the phase if all has come, or would have if copies landed.
+void tryToEnd(Mbarrier& barrier) {
+  if (barrier.missing > 0 || barrier.bytes != (int64_t)barrier.copied) return;
+  if (!barrier.boxes.empty()) {
+    barrier.landed = ++run.clock;
+    for (const Box& box : barrier.boxes) {
+      land(box);
+      if (checksOn) landBoxShared(box.to, box.bytes, (int)(&barrier - barriers));
+    }
+    barrier.boxes.clear();
+  }
+  barrier.bytes = 0;
+  barrier.copied = 0;
+  barrier.missing = barrier.arrivals;
+  barrier.phase++;
+  memcpy(barrier.told, barrier.telling, sizeof barrier.told);
+  for (const int thread : barrier.waiting) wakeThread(thread);
+  barrier.waiting.clear();
+}
+
+void merge(uint32_t* into, const uint32_t* from) {
+  for (int i = 0; i < known; i++) into[i] = std::max(into[i], from[i]);
+}
+
+/// All that will be read is there and written.
+void checkSource(const Box& box, Where where) {
+  const BoxMap& map = box.map;
+  for (int z = 0; z < map.box[2]; z++)
+    for (int y = 0; y < map.box[1]; y++) {
+      const int64_t line = (int64_t)box.at[1] + y, matrix = (int64_t)box.at[2] + z;
+      if (line < 0 || line >= (int64_t)map.sizes[1] || matrix < 0 || matrix >= (int64_t)map.sizes[2]) continue;
+      const int64_t first = std::max<int64_t>(box.at[0], 0), last = std::min<int64_t>((int64_t)box.at[0] + map.box[0], (int64_t)map.sizes[0]);
+      if (first >= last) continue;
+      const uintptr_t from = map.address + matrix * map.strides[1] + line * map.strides[0] + first * map.elementBytes;
+      if (!inArena(from)) stop(illegalAddress, where, "a copy of a box from 0x%zx, which is not device memory", (size_t)from);
+      readGlobal(from, (last - first) * map.elementBytes, where);
+    }
+}
+
+}  // namespace
+
+void shareHeard(int warp) {
+  uint32_t all[known] = {};
+  for (int lane = 0; lane < 32; lane++) merge(all, heard[warp * 32 + lane]);
+  for (int lane = 0; lane < 32; lane++) memcpy(heard[warp * 32 + lane], all, sizeof all);
+}
+
+void resetBarriers() {
+  for (int i = 0; i < barriersInUse; i++) {
+    barriers[i].boxes.clear();
+    barriers[i].waiting.clear();
+  }
+  barriersInUse = 0;
+}
+
+void checkBarriers() {
+  for (int i = 0; i < barriersInUse; i++)
+    if (!barriers[i].boxes.empty())
+      stop(launchFailed, {nullptr, 0}, "the block ends while a box is on its way to %s", sharedPlace(barriers[i].boxes[0].to).c_str());
+}
+
+std::string barrierStates() {
+  std::string text;
+  for (int i = 0; i < barriersInUse; i++) {
+    const Mbarrier& barrier = barriers[i];
+    if (barrier.waiting.empty()) continue;
+    char line[200];
+    snprintf(line, sizeof line, "; %s, phase %u, misses %d of %d arrivals and %lld bytes", sharedPlace(barrier.address).c_str(), barrier.phase,
+             barrier.missing, barrier.arrivals, (long long)barrier.bytes - (long long)barrier.copied);
+    text += line;
+  }
+  return text;
+}
+
+void initBarrier(void* at, int arrivals, const char* file, int line) {
+  const uintptr_t address = (uintptr_t)at;
+  if (address % 8 != 0) stop(misalignedAddress, {file, line}, "misaligned: a barrier at 0x%zx", (size_t)address);
+  if (!inShared(address)) stop(illegalAddress, {file, line}, "a barrier at 0x%zx, which is not shared memory", (size_t)address);
+  if (arrivals < 1 || arrivals > mostBytes) stop(launchFailed, {file, line}, "a barrier of %d arrivals", arrivals);
+  for (int i = 0; i < barriersInUse; i++)
+    if (barriers[i].address == address) stop(launchFailed, {file, line}, "a barrier is initialized twice");
+  if (barriersInUse == maxBarriers) stop(outOfResources, {file, line}, "the emulator has room for %d barriers", maxBarriers);
+  Mbarrier& barrier = barriers[barriersInUse++];
+  barrier.address = address;
+  barrier.initialized = run.clock;
+  barrier.by = run.thread;
+  barrier.fenced = false;
+  barrier.arrivals = barrier.missing = arrivals;
+  barrier.bytes = 0;
+  barrier.copied = 0;
+  barrier.phase = barrier.landed = 0;
+  memset(barrier.telling, 0, sizeof barrier.telling);
+  memset(barrier.told, 0, sizeof barrier.told);
+}
+
+void fenceBarriers() {
+  for (int i = 0; i < barriersInUse; i++)
+    if (barriers[i].by == run.thread) barriers[i].fenced = true;
+}
+
+void arriveAtBarrier(void* at, int expectedBytes, const char* file, int line) {
+  Mbarrier& barrier = barrierAt(at, "an arrival", {file, line});
+  if (barrier.missing == 0)
+    stop(launchFailed, {file, line}, "an arrival at %s, whose phase has all its %d and waits for copies", sharedPlace(barrier.address).c_str(),
+         barrier.arrivals);
+  barrier.bytes += expectedBytes;
+  if (expectedBytes < 0 || barrier.bytes > mostBytes) stop(launchFailed, {file, line}, "a barrier expects %lld bytes", (long long)barrier.bytes);
+  barrier.missing--;
+  uint32_t* const mine = heard[run.thread];
+  merge(barrier.telling, mine);
+  barrier.telling[run.warp] = ++run.clock;
+  // With copies on their way somebody has to wait for them.
+  if (barrier.boxes.empty() || !barrier.waiting.empty()) tryToEnd(barrier);
+}
+
+void waitForBarrier(void* at, int parity, const char* file, int line) {
+  Mbarrier& barrier = barrierAt(at, "a wait", {file, line});
+  if (parity != 0 && parity != 1) stop(launchFailed, {file, line}, "a wait for parity %d", parity);
+  if ((int)(barrier.phase & 1) == parity) {
+    tryToEnd(barrier);
+    if ((int)(barrier.phase & 1) == parity) {
+      barrier.waiting.push_back(run.thread);
+      waitInWarp("a barrier in shared memory", file, line);
+    }
+  }
+  merge(heard[run.thread], barrier.told);
+  heard[run.thread][maxWarps + (&barrier - barriers)] = barrier.landed;
+}
+
+void copyBox(void* shared, const void* map, void* at, int x, int y, int z, const char* file, int line) {
+  const Where where{file, line};
+  if ((uintptr_t)map % 64 != 0) stop(misalignedAddress, where, "misaligned: a tensor map at 0x%zx", (size_t)map);
+  Box box{};
+  memcpy(&box.map, map, sizeof box.map);
+  if (box.map.magic != boxMapMagic || box.map.rank != 3) stop(launchFailed, where, "this is no tensor map of rank 3");
+  Mbarrier& barrier = barrierAt(at, "a copy", where);
+  if (!barrier.fenced) stop(launchFailed, where, "the copy engine is given a barrier without fenceBarriers() after initBarrier()");
+  box.to = (uintptr_t)shared;
+  box.at[0] = x, box.at[1] = y, box.at[2] = z;
+  box.bytes = (size_t)box.map.box[0] * box.map.box[1] * box.map.box[2] * box.map.elementBytes;
+  const uint32_t alignment = box.map.swizzle == swizzle128 ? 1024 : 128;
+  if (!inShared(box.to)) stop(illegalAddress, where, "a copy of a box to 0x%zx, which is not shared memory", (size_t)box.to);
+  if (sharedAddress(shared) % alignment != 0)
+    stop(misalignedAddress, where, "misaligned: a box goes to %s, not to a multiple of %u", sharedPlace(box.to).c_str(), alignment);
+  if (checksOn) {
+    checkSource(box, where);
+    checkOverwrite(box.to, box.bytes, where);
+    beginCopyShared(box.to, box.bytes, where);
+  }
+  barrier.copied += box.bytes;
+  barrier.boxes.push_back(box);
+  if (!barrier.waiting.empty()) tryToEnd(barrier);
+}
+
+}  // namespace emu

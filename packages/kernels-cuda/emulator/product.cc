@@ -1,0 +1,256 @@
+// Products of a warpgroup. Each thread puts them into a queue of its own; they are done when the warpgroup waits for their group, and until
+// then the sums hold a mark, so that whoever reads them early has not a number.
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "runtime.h"
+
+namespace emu {
+namespace {
+
+constexpr int groupThreads = 128, mostQueued = 64, mostSums = 4;
+constexpr uint32_t mark = 0xffc0dead;
+constexpr uint32_t inFlight = 0xffffffff;
+
+struct Product {
+  uint64_t a, b;
+  int n, sums;
+  uint32_t group;
+  const char* file;
+  int line;
+  bool operator==(const Product& o) const { return a == o.a && b == o.b && n == o.n && sums == o.sums && group == o.group && line == o.line; }
+};
+struct Queue {
+  Product products[mostQueued];
+  int count;
+  uint32_t groups;  // closed so far
+  bool fenced;      // since sums were last the thread's own
+};
+typedef float Row8 __attribute__((vector_size(32)));
+/// Sums that are with the tensor cores: their values, and where each thread has them.
+struct Sums {
+  float values[64][256];
+  float* at[groupThreads];
+  int n;
+};
+struct Warpgroup {
+  Queue queues[groupThreads];
+  Sums sums[mostSums];
+  int arrived;
+  const char* file;
+  int line, pending;
+};
+Warpgroup* warpgroups;  // as many as a block can have
+bool used;
+
+/// By 128 bytes of dynamic shared memory and warp: when products last read there.
+uint32_t readAt[2080][maxWarps];
+
+Warpgroup& warpgroup() {
+  if (!warpgroups) {
+    void* at = mmap(nullptr, sizeof(Warpgroup) * maxThreads / groupThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) abort();
+    warpgroups = (Warpgroup*)at;
+  }
+  return warpgroups[run.thread / groupThreads];
+}
+
+/// An operand as its descriptor says: rows of 16 bf16, eight of them 1024 bytes apart, in the swizzle of 128 bytes.
+struct Operand {
+  uint32_t start;
+  uintptr_t base;
+  explicit Operand(uint64_t descriptor) : start((uint32_t)(descriptor & 0x3fff) << 4), base((uintptr_t)dynamicShared() - sharedAddress(dynamicShared())) {}
+  /// Where half a row (8 bf16) begins.
+  uintptr_t chunk(int row, int half) const {
+    const uint32_t plain = start + row / 8 * 1024 + row % 8 * 128 + half * 16;
+    return base + (plain ^ (plain >> 7 & 7) << 4);
+  }
+  uint32_t line(int row) const { return (start + row / 8 * 1024 + row % 8 * 128) >> 7; }
+};
+
+void checkDescriptor(uint64_t descriptor, int rows, const char* name, Where where) {
+  const uint64_t swizzle = descriptor >> 62, offset = descriptor >> 49 & 7, stride = (descriptor >> 32 & 0x3fff) << 4;
+  if (swizzle != 1 || stride != 1024)
+    stop(launchFailed, where, "operand %s: swizzle %d and a stride of %d bytes; only 1 (128 bytes) and 1024 are emulated", name, (int)swizzle, (int)stride);
+  const uint32_t start = (uint32_t)(descriptor & 0x3fff) << 4;
+  if (offset != 0 || (start & 0x380) != 0)
+    stop(misalignedAddress, where, "misaligned: operand %s at 0x%x with base offset %d; its first row is no multiple of 1024", name, start, (int)offset);
+  if (!checksOn) return;
+  // One lane looks at every row, the others at whether they have waited at all.
+  const Operand operand(descriptor);
+  for (int row = 0; row < (run.lane == 0 ? rows : 1); row++)
+    for (int half = 0; half < 2; half++) checkOperand(operand.chunk(row, half), 16, where);
+}
+
+void setRead(const Product& product, int warp, uint32_t when) {
+  const Operand a(product.a), b(product.b);
+  for (int row = 0; row < 64; row++) readAt[a.line(row)][warp] = when;
+  for (int row = 0; row < product.n; row++) readAt[b.line(row)][warp] = when;
+}
+
+float fromBf16(uint16_t bits) {
+  const uint32_t wide = (uint32_t)bits << 16;
+  float x;
+  memcpy(&x, &wide, 4);
+  return x;
+}
+
+void multiply(Sums& sums, const Product& product) {
+  alignas(32) static float left[64][16], right[16][256];
+  const Operand a(product.a), b(product.b);
+  for (int row = 0; row < 64; row++)
+    for (int k = 0; k < 16; k++) left[row][k] = fromBf16(((const uint16_t*)a.chunk(row, k / 8))[k % 8]);
+  for (int row = 0; row < product.n; row++)
+    for (int k = 0; k < 16; k++) right[k][row] = fromBf16(((const uint16_t*)b.chunk(row, k / 8))[k % 8]);
+  for (int i = 0; i < 64; i++)
+    for (int j = 0; j < product.n; j += 8) {
+      Row8 sum;
+      memcpy(&sum, &sums.values[i][j], 32);
+      for (int k = 0; k < 16; k++) sum += left[i][k] * *(const Row8*)&right[k][j];
+      memcpy(&sums.values[i][j], &sum, 32);
+    }
+}
+
+/// Element `i` of a thread's sums, as a place in the matrix.
+int rowOf(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
+int columnOf(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
+
+void checkMarks(const float* d, int n, Where where) {
+  for (int i = 0; i < n / 2; i++)
+    if (memcmp(d + i, &mark, 4) != 0)
+      stop(launchFailed, where, "sum %d was written while products that add to it are on their way", i);
+}
+
+/// Which of the sums on their way these are; new ones are handed over.
+int sumsAt(Warpgroup& group, float* d, int n, Where where) {
+  const int me = run.thread % groupThreads;
+  for (int s = 0; s < mostSums; s++) {
+    if (group.sums[s].at[me] != d) continue;
+    checkMarks(d, n, where);
+    if (group.sums[s].n != n) stop(launchFailed, where, "products of widths %d and %d add to the same sums", group.sums[s].n, n);
+    return s;
+  }
+  Queue& queue = group.queues[me];
+  if (!queue.fenced) stop(launchFailed, where, "a product without fenceProducts() since the sums were this thread's");
+  for (int s = 0; s < mostSums; s++) {
+    Sums& sums = group.sums[s];
+    if (sums.at[me]) continue;
+    sums.at[me] = d;
+    sums.n = n;
+    for (int i = 0; i < n / 2; i++) {
+      sums.values[rowOf(me, i)][columnOf(me, i)] = d[i];
+      memcpy(d + i, &mark, 4);
+    }
+    return s;
+  }
+  stop(outOfResources, where, "the emulator has room for %d arrays of sums at once", mostSums);
+}
+
+/// Does the products whose groups are complete, and hands back sums to which no other product adds.
+void finish(Warpgroup& group, uint32_t groups, Where where) {
+  Queue& first = group.queues[0];
+  for (int t = 1; t < groupThreads; t++) {
+    const Queue& other = group.queues[t];
+    if (other.count != first.count || !std::equal(first.products, first.products + first.count, other.products))
+      stop(launchFailed, where, "thread %d of the warpgroup has asked for %d products and thread 0 for %d, or for others: all 128 must ask for the same", t,
+           other.count, first.count);
+  }
+  const int firstWarp = run.thread / groupThreads * 4;
+  int done = 0;
+  while (done < first.count && (int32_t)(first.products[done].group - groups) < 0) {
+    const Product& product = first.products[done++];
+    multiply(group.sums[product.sums], product);
+    for (int w = firstWarp; w < firstWarp + 4; w++) setRead(product, w, run.clock);
+  }
+  for (int t = 0; t < groupThreads; t++) {
+    Queue& queue = group.queues[t];
+    std::copy(queue.products + done, queue.products + queue.count, queue.products);
+    queue.count -= done;
+    queue.fenced = false;
+  }
+  bool busy[mostSums] = {};
+  for (int i = 0; i < first.count; i++) {
+    busy[first.products[i].sums] = true;
+    for (int w = firstWarp; w < firstWarp + 4; w++) setRead(first.products[i], w, inFlight);
+  }
+  for (int s = 0; s < mostSums; s++) {
+    Sums& sums = group.sums[s];
+    if (busy[s] || !sums.at[0]) continue;
+    for (int t = 0; t < groupThreads; t++) {
+      checkMarks(sums.at[t], sums.n, where);
+      for (int i = 0; i < sums.n / 2; i++) sums.at[t][i] = sums.values[rowOf(t, i)][columnOf(t, i)];
+      sums.at[t] = nullptr;
+    }
+  }
+}
+
+}  // namespace
+
+void fenceProducts() { warpgroup().queues[run.thread % groupThreads].fenced = true; }
+
+void commitProducts() { warpgroup().queues[run.thread % groupThreads].groups++; }
+
+void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, const char* file, int line) {
+  const Where where{file, line};
+  const int end = (run.thread / groupThreads + 1) * groupThreads;
+  if (end > threadsOfBlock()) stop(launchFailed, where, "a product of a warpgroup that has only %d threads", threadsOfBlock() % groupThreads);
+  checkDescriptor(a, 64, "a", where);
+  checkDescriptor(b, n, "b", where);
+  used = true;
+  Warpgroup& group = warpgroup();
+  Queue& queue = group.queues[run.thread % groupThreads];
+  if (queue.count == mostQueued) stop(outOfResources, where, "%d products that nobody waited for", mostQueued);
+  const Product product{a, b, n, sumsAt(group, d, n, where), queue.groups, file, line};
+  queue.products[queue.count++] = product;
+  if (run.lane == 0) setRead(product, run.warp, inFlight);
+}
+
+void waitForProducts(int pending, const char* file, int line) {
+  const Where where{file, line};
+  Warpgroup& group = warpgroup();
+  if (group.arrived == 0) {
+    group.file = file, group.line = line, group.pending = pending;
+  } else if (group.line != line || group.file != file || group.pending != pending) {
+    stop(launchFailed, where, "waitProducts without all threads: others of the warpgroup are at line %d", group.line);
+  }
+  if (++group.arrived < groupThreads) return waitInWarp("waitProducts", file, line);
+  group.arrived = 0;
+  const int first = run.thread / groupThreads * groupThreads;
+  if (used) finish(group, group.queues[0].groups - (uint32_t)pending, where);
+  for (int t = first; t < first + groupThreads; t++) wakeThread(t);
+}
+
+void checkOverwrite(uintptr_t address, size_t bytes, Where where) {
+  const uint32_t start = sharedAddress((void*)address);
+  for (uint32_t line = start >> 7; line < (start + bytes + 127) >> 7 && line < 2080; line++)
+    for (int w = 0; w < (threadsOfBlock() + 31) / 32; w++) {
+      const uint32_t when = readAt[line][w];
+      if (when < run.barrierClock) continue;
+      if (when == inFlight)
+        stop(launchFailed, where, "race: a box goes to %s, from which products of warp %d on their way read", sharedPlace(address).c_str(), w);
+      if (w != run.warp && heard[run.thread][w] <= when)
+        stop(launchFailed, where, "race: a box goes to %s, from which warp %d may still read: it has not arrived at a barrier that this thread waited for since",
+             sharedPlace(address).c_str(), w);
+    }
+}
+
+void checkProducts() {
+  if (used && warpgroup().queues[run.thread % groupThreads].count > 0)
+    stop(launchFailed, {nullptr, 0}, "a thread returns while products that it asked for are on their way");
+}
+
+void dropProducts() {
+  if (!used) return;
+  used = false;
+  memset(readAt, 0, sizeof readAt);
+  for (int g = 0; g < maxThreads / groupThreads; g++) {
+    Warpgroup& group = warpgroups[g];
+    group.arrived = 0;
+    for (Queue& queue : group.queues) queue = {};
+    for (Sums& sums : group.sums) std::fill(sums.at, sums.at + groupThreads, nullptr);
+  }
+}
+
+}  // namespace emu

@@ -1,0 +1,72 @@
+// The copy engine and products of a warpgroup, right and wrong, for src/emulator-hopper.test.ts.
+#include "hopper.cuh"
+
+enum Mode {
+  right,
+  noWait,            // products before the copies have landed
+  oneWarpWaits,      // and the other three do not
+  waitsForTheOther,  // parity: returns at once
+  tooFewBytes,       // expected
+  noSyncthreads,     // after initBarrier
+  noFenceBarriers,
+  arrivesTwice,      // the copying warp
+  arrivesForOthers,  // the multiplying warps, in place of the copying one
+  misalignedStage,
+  refillsTooEarly,   // without a wait for the readers, who miss a phase
+  refillsInFlight,   // readers arrive before they have waited for their products
+  leavesABox,        // nobody waits for the last copy
+  oneThreadLess,     // 127 ask for a product
+  noFenceProducts,
+  writesSums,        // while they are on their way
+  readsSums,         // likewise
+  oneWarpLess,       // waits for products
+  noWaitProducts,
+  threadsWrite,      // an operand that the copy engine did not
+};
+
+/// d [64, 128] = a b^T over `steps` of 64 k, one stage: warps 0 to 3 multiply, warp 4 copies.
+MOE_KERNEL((160), moe_test_hopper, (float* d, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, int steps, int x, int mode)) {
+  MOE_DYNAMIC_SHARED(dynamic);
+  MOE_SHARED(Barrier, barriers, [2]);
+  Barrier *const full = &barriers[0], *const empty = &barriers[1];
+  unsigned char* const stage = dynamic + (-sharedAddress(dynamic) & 1023) + (mode == misalignedStage ? 128 : 0);
+  constexpr int bytesA = 64 * 128, bytes = bytesA + 128 * 128;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    initBarrier(full, 1);
+    initBarrier(empty, 4);
+    if (mode != noFenceBarriers) fenceBarriers();
+  }
+  if (mode != noSyncthreads) __syncthreads();
+  if (warp == 4) {
+    for (int t = 0; t < steps && lane == 0; t++) {
+      if (mode != refillsTooEarly) wait(empty, (t & 1) ^ 1);
+      arriveAndExpect(full, mode == tooFewBytes ? bytes - 16 : bytes);
+      if (mode == arrivesTwice) arrive(full);
+      copyBox(stage, a, full, x + t * 64, 0, 0);
+      copyBox(stage + bytesA, b, full, x + t * 64, 0, 0);
+      if (mode == refillsTooEarly) wait(full, t & 1);
+    }
+    return;
+  }
+  float sums[64] = {};
+  for (int t = 0; t < (mode == leavesABox ? steps - 1 : steps); t++) {
+    if (mode != noWait && !(mode == oneWarpWaits && warp != 0)) wait(full, mode == waitsForTheOther ? 1 : t & 1);
+    if (mode == threadsWrite && t == 0) stage[0] = 0;
+    if (mode != noFenceProducts) fenceProducts(sums);
+    for (int k = 0; k < 64; k += 16)
+      if (!(mode == oneThreadLess && threadIdx.x == 5)) multiplyGroup<128>(sums, operandAt(stage, k), operandAt(stage + bytesA, k));
+    if (mode == writesSums) sums[3] = 1.f;
+    if (mode == readsSums) d[threadIdx.x] = sums[3];
+    commitProducts();
+    if (mode == refillsInFlight && lane == 0) arrive(empty);
+    if (mode == noWaitProducts || (mode == oneWarpLess && warp == 3)) return;
+    waitProducts<0>(sums);
+    if (mode != refillsInFlight && lane == 0) arrive(empty);
+    if (mode == arrivesForOthers && lane == 0) arrive(full);
+  }
+  if (mode == readsSums) return;
+  for (int i = 0; i < 64; i++) {
+    d[(warp * 16 + lane / 4 + i / 2 % 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];
+  }
+}

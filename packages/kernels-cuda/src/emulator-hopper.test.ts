@@ -1,0 +1,163 @@
+/** @file What the emulator makes of Hopper's copy engine, its barriers and the products of a warpgroup: right ones, and every kind of wrong one. */
+import koffi from 'koffi'
+import { afterEach, beforeEach, describe, expect, test } from 'vitest'
+import { openEmulator, unbuilt } from './test-emulator.ts'
+
+const misalignedAddress = 716
+const launchFailed = 719
+
+/** In the order of emulator/tests/hopper.cu. */
+const modes = [
+  'right',
+  'noWait',
+  'oneWarpWaits',
+  'waitsForTheOther',
+  'tooFewBytes',
+  'noSyncthreads',
+  'noFenceBarriers',
+  'arrivesTwice',
+  'arrivesForOthers',
+  'misalignedStage',
+  'refillsTooEarly',
+  'refillsInFlight',
+  'leavesABox',
+  'oneThreadLess',
+  'noFenceProducts',
+  'writesSums',
+  'readsSums',
+  'oneWarpLess',
+  'noWaitProducts',
+  'threadsWrite',
+] as const
+type Mode = (typeof modes)[number]
+
+describe.skipIf(unbuilt)('emulator of Hopper', () => {
+  const device = openEmulator()
+  beforeEach(() => device.reset())
+  afterEach(() => device.reset())
+
+  const address = (array: ArrayBufferView) => Number(koffi.address(array as never))
+  const room = new ArrayBuffer(256)
+  const start = Math.ceil(address(new Uint8Array(room)) / 64) * 64 - address(new Uint8Array(room))
+  const map = new Uint8Array(room, start, 128)
+
+  interface Encoded {
+    readonly sizes: readonly number[]
+    readonly strides: readonly number[]
+    readonly box: readonly number[]
+    readonly swizzle: number
+    readonly type: number
+    readonly at: number
+  }
+  const encode = (
+    pointer: number,
+    {
+      sizes = [128, 64, 1],
+      strides = [256, 16384],
+      box = [64, 64, 1],
+      swizzle = 3,
+      type = 9,
+      at = address(map),
+    }: Partial<Encoded> = {},
+  ) => {
+    const arrays = [BigUint64Array.from(sizes, BigInt), BigUint64Array.from(strides, BigInt)]
+    const sides = [Uint32Array.from(box), Uint32Array.of(1, 1, 1)]
+    const pointers = [...arrays, ...sides].map(address)
+    return device.call('cuTensorMapEncodeTiled', at, type, sizes.length, pointer, ...pointers, 0, swizzle, 0, 0)
+  }
+  const encoded = (pointer: number, options: Partial<Encoded> = {}) => {
+    expect(encode(pointer, options)).toBe(0)
+    return map.slice()
+  }
+
+  /** Small integers, which bf16 holds, two to a word. */
+  const matrix = (rows: number, columns: number, f: (row: number, column: number) => number) => {
+    const words = new Int32Array((rows * columns) / 2)
+    const halves = new Uint16Array(words.buffer)
+    const bits = new Uint32Array(
+      Float32Array.from({ length: rows * columns }, (_, i) => f(Math.floor(i / columns), i % columns)).buffer,
+    )
+    for (let i = 0; i < halves.length; i++) halves[i] = bits[i] >>> 16
+    return device.upload(words)
+  }
+  const a = (row: number, k: number) => ((row * 7 + k * 3) % 11) - 5
+  const b = (row: number, k: number) => ((row * 5 + k * 2) % 13) - 6
+
+  /** d = a b^T over two steps of 64 from `x` on; a has 60 rows, 126 columns in lines of 128. */
+  const run = (mode: Mode, x = 0) => {
+    const d = device.upload(new Float32Array(64 * 128))
+    const left = encoded(matrix(64, 128, a), { sizes: [126, 60, 1] })
+    const right = encoded(matrix(128, 128, b), { sizes: [126, 128, 1], strides: [256, 32768], box: [64, 128, 1] })
+    const shared = 64 * 128 + 128 * 128 + 1024
+    const args = [d, left, right, 2, x, modes.indexOf(mode)]
+    const launched = device.launch('moe_test_hopper', 1, 160, 'p t t i i i', args, { shared })
+    return { d, status: launched || device.synchronize(), report: device.report() }
+  }
+
+  test.each([0, -16, 40])('boxes from %i on, zeros outside of the matrix', x => {
+    const { d, status, report } = run('right', x)
+    expect({ status, report }).toEqual({ status: 0, report: '' })
+    const values = device.download(d, Float32Array, 64 * 128)
+    for (let i = 0; i < 64; i++)
+      for (let j = 0; j < 128; j++) {
+        let sum = 0
+        if (i < 60) for (let k = Math.max(x, 0); k < Math.min(x + 128, 126); k++) sum += a(i, k) * b(j, k)
+        expect(values[128 * i + j]).toBe(sum)
+      }
+  })
+
+  test.each<[Mode, number, string]>([
+    ['noWait', launchFailed, 'an asynchronous copy is on its way'],
+    ['oneWarpWaits', launchFailed, 'written by the copy engine'],
+    ['waitsForTheOther', launchFailed, 'an asynchronous copy is on its way'],
+    ['tooFewBytes', launchFailed, 'misses 0 of 1 arrivals and -16 bytes'],
+    ['noSyncthreads', launchFailed, 'initialized, with no __syncthreads since'],
+    ['noFenceBarriers', launchFailed, 'without fenceBarriers()'],
+    ['arrivesTwice', launchFailed, 'an arrival at byte 0 of shared array barriers'],
+    ['arrivesForOthers', launchFailed, 'products of warp 1 on their way read'],
+    ['misalignedStage', misalignedAddress, 'not to a multiple of 1024'],
+    ['refillsTooEarly', launchFailed, 'threads wait for each other'],
+    ['refillsInFlight', launchFailed, 'from which warp 0 may still read'],
+    ['leavesABox', launchFailed, 'the block ends while a box is on its way'],
+    ['oneThreadLess', launchFailed, 'all 128 must ask for the same'],
+    ['noFenceProducts', launchFailed, 'without fenceProducts()'],
+    ['writesSums', launchFailed, 'sum 3 was written while products'],
+    ['oneWarpLess', launchFailed, 'returns while products'],
+    ['noWaitProducts', launchFailed, 'returns while products'],
+    ['threadsWrite', launchFailed, 'which threads have written and not the copy engine'],
+  ])('%s is found', (mode, code, text) => {
+    const { status, report } = run(mode)
+    expect(report).toContain(text)
+    expect(status).toBe(code)
+  })
+
+  test('sums that are read while products are on their way are no numbers', () => {
+    const { d, status, report } = run('readsSums')
+    expect({ status, report }).toEqual({ status: 0, report: '' })
+    expect(device.download(d, Float32Array, 128).every(Number.isNaN)).toBe(true)
+  })
+
+  test('a parameter that is no tensor map', () => {
+    const d = device.allocate(4)
+    const args = [d, new Uint8Array(128), new Uint8Array(128), 1, 0, 0]
+    expect(device.launch('moe_test_hopper', 1, 160, 'p t t i i i', args, { shared: 32 << 10 })).toBe(0)
+    expect(device.synchronize()).toBe(launchFailed)
+    expect(device.report()).toContain('no tensor map')
+  })
+
+  test.each<[string, Partial<Encoded> & { readonly pointer?: number }]>([
+    ['multiple of 64', { at: address(map) + 32 }],
+    ['address of the matrix, to be a multiple of 16', { pointer: 8 }],
+    ['a size', { sizes: [64, 0, 1] }],
+    ['a stride, to be a multiple of 16', { strides: [264, 16384] }],
+    ['a side of the box', { box: [64, 257, 1] }],
+    ['to be a multiple of 16', { box: [60, 64, 1] }],
+    ["at most the swizzle's", { box: [128, 64, 1] }],
+    ["at most the swizzle's", { swizzle: 2 }],
+    ['the data type', { type: 40 }],
+    ['the swizzle', { swizzle: 9 }],
+  ])('maps that a driver refuses: %s', (text, { pointer = 0, ...options }) => {
+    expect(encode(device.allocate(16384) + pointer, options)).toBe(1)
+    expect(device.report()).toContain(text)
+  })
+})
