@@ -2,7 +2,7 @@
 //
 //   node scripts/build-fatbins.mjs [--arch=80,90a] [--force] [--verbose] [--check]
 //
-// All architectures together are what is published; their use of registers and shared memory is written to device/resources.txt.
+// A module `<op>-sm90a` is built for that architecture alone. All architectures together are what is published; their use of registers and shared memory is written to device/resources.txt.
 // --check compiles nothing: it fails when a fatbin is missing or older than its sources, when a kernel spills registers, or when all of them are
 // too big.
 import { spawnSync } from 'node:child_process'
@@ -91,7 +91,18 @@ function findModules() {
       source: join(kernels, name, `${name}.cu`),
       file: join(outDir, `${name}.fatbin`),
       stamp: join(outDir, `${name}.json`),
+      targets: targetsOf(name),
     }))
+    .filter(({ targets }) => targets.length > 0)
+}
+
+/** Options of nvcc: machine code for each architecture, and PTX; for the one that the module's name ends in, only its machine code. */
+function targetsOf(module) {
+  const only = module.match(/-sm(\w+)$/)?.[1]
+  const machine = architectures
+    .filter(arch => only === undefined || arch === only)
+    .flatMap(arch => ['-gencode', `arch=compute_${arch},code=sm_${arch}`])
+  return only === undefined ? [...machine, '-gencode', `arch=compute_${portable},code=compute_${portable}`] : machine
 }
 
 function isFresh({ file, stamp }, key) {
@@ -119,9 +130,7 @@ async function compileAll(modules, key) {
 }
 
 /** Empty when it compiled, otherwise what the compiler said. */
-async function compile({ source, file, stamp }, key) {
-  const targets = architectures.flatMap(arch => ['-gencode', `arch=compute_${arch},code=sm_${arch}`])
-  targets.push('-gencode', `arch=compute_${portable},code=compute_${portable}`)
+async function compile({ source, file, stamp, targets }, key) {
   const temporary = `${file}.new`
   const depFile = `${file}.d`
   const flags = [

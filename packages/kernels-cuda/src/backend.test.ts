@@ -18,23 +18,26 @@ function reverseEverySecondRun(): () => void {
   }
 }
 
-// A fault ends a backend for good, so each check has its own.
+// A fault ends a backend for good, so each check has its own. Products once more by Hopper's instructions.
 const names = backendSuite(testBackend).map(check => check.name)
 
-for (const [i, name] of names.entries()) {
-  test.skipIf(unavailable)(name, async () => {
-    let backend: Awaited<ReturnType<typeof testBackend>> | undefined
-    const make = async () => {
-      backend = await testBackend()
-      return backend
-    }
-    try {
-      await backendSuite(make, { guards: reverseEverySecondRun() })[i].run()
-      await backend?.sync()
-    } finally {
-      backend?.dispose()
-    }
-  })
+for (const wgmma of [false, true]) {
+  for (const [i, name] of names.entries()) {
+    if (wgmma && !/matmul|cross-?entropy/i.test(name)) continue
+    test.skipIf(unavailable)(wgmma ? `wgmma: ${name}` : name, async () => {
+      let backend: Awaited<ReturnType<typeof testBackend>> | undefined
+      const make = async () => {
+        backend = await testBackend({ wgmma })
+        return backend
+      }
+      try {
+        await backendSuite(make, { guards: reverseEverySecondRun() })[i].run()
+        await backend?.sync()
+      } finally {
+        backend?.dispose()
+      }
+    })
+  }
 }
 
 test.skipIf(unavailable)('no fused op of the suite fell back to its decomposition', () => {

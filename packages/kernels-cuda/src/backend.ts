@@ -21,6 +21,7 @@ import { type CudaBuffer, Memory, type MemoryStats } from './memory.ts'
 import { Modules } from './modules.ts'
 import { type Cuda, createCuda } from './native.ts'
 import { Stream } from './stream.ts'
+import { tensorMaps } from './tensor-map.ts'
 
 export interface CudaOptions {
   /** Which device, counted among those that CUDA_VISIBLE_DEVICES leaves. Default: MOE_CUDA_DEVICE, or the first that is new enough. */
@@ -29,6 +30,11 @@ export interface CudaOptions {
   readonly memoryLimit?: number
   /** For checkers such as compute-sanitizer: every tensor is an allocation of its own. Slow. */
   readonly guarded?: boolean
+  /**
+   * Matrix products by Hopper's warpgroup instructions, where the device is one (compute capability 9.0); they have not run on a device yet.
+   * Default: whether MOE_CUDA_WGMMA is 1.
+   */
+  readonly wgmma?: boolean
   /** Path of the driver's library. Default: MOE_CUDA_DRIVER, or the installed one. */
   readonly driver?: string
   /** Folder with the fatbins. Default: MOE_CUDA_KERNELS, or the package's own. */
@@ -52,6 +58,9 @@ export interface CudaBackend extends Backend {
   capture<T>(fn: () => T, options?: CaptureOptions): Graph<T>
 }
 
+/** The compute capability, times ten, that modules `<op>-sm90a` are for. */
+const hopper = 90
+
 /**
  * Opens the driver and a device, and makes a backend of them.
  * @throws MoeError E_NO_BACKEND without a driver, a device that is new enough, or kernels, with the reason; E_CONFIG for an impossible option.
@@ -65,7 +74,12 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
   const stream = new Stream(driver)
   const memory = new Memory(driver, stream.handle, { limit: options.memoryLimit, guarded: options.guarded })
   let recording: Recording | null = null
-  const cuda = createCuda(device, memory, modules, stream, () => recording)
+  const wgmma =
+    (options.wgmma ?? process.env['MOE_CUDA_WGMMA'] === '1') &&
+    device.capability === hopper &&
+    modules.has('matmul-sm90a') &&
+    driver.has('cuTensorMapEncodeTiled')
+  const cuda = createCuda(device, memory, modules, stream, () => recording, { wgmma, tensorMap: tensorMaps(driver) })
   const run: Runner = (op, fn) => {
     context.use()
     memory.begin(op)

@@ -1,11 +1,12 @@
 /** @file Kernels from files: fatbins are loaded when their first kernel is, and arguments are packed as the kernel's signature says. */
-import { readFileSync } from 'node:fs'
+import { existsSync, readFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { isMoeError, MoeError } from '@moe/core'
 import type { Device } from './driver/device.ts'
 import type { Driver } from './driver/driver.ts'
 import { status } from './driver/status.ts'
+import type { TensorMap } from './tensor-map.ts'
 
 /** How a kernel is launched. */
 export interface LaunchShape {
@@ -29,8 +30,11 @@ export interface Launch {
   readonly argumentBytes: number
 }
 
-/** Launches a kernel: its arguments in order, lists for array parameters (padded with zeros). */
-export type CudaKernel = (shape: LaunchShape, ...args: ReadonlyArray<number | readonly number[]>) => void
+/** A number, a list for an array parameter (padded with zeros), or a tensor map. */
+type Argument = number | readonly number[] | TensorMap
+
+/** Launches a kernel: its arguments in order. */
+export type CudaKernel = (shape: LaunchShape, ...args: ReadonlyArray<Argument>) => void
 
 /** Most that all parameters of a kernel may take. */
 const mostArgumentBytes = 4096
@@ -80,7 +84,7 @@ export class Modules {
 
   /**
    * The kernel `name` of `module` as a function; nothing is loaded before its first launch.
-   * @param signature Its parameters: `p` pointer, `i` int, `l` int64_t, `f` float, `i[24]` an array by value.
+   * @param signature Its parameters: `p` pointer, `i` int, `l` int64_t, `f` float, `i[24]` an array by value, `t` a tensor map.
    * @param launch Where launches go.
    */
   kernel(module: string, name: string, signature: string, launch: (launch: Launch) => void): CudaKernel {
@@ -115,6 +119,11 @@ export class Modules {
         argumentBytes,
       })
     }
+  }
+
+  /** Whether there is such a module: those for one architecture (`<op>-sm90a`) are built with it only. */
+  has(module: string): boolean {
+    return existsSync(join(this.#folder, `${module}.fatbin`))
   }
 
   #module(name: string): number {
@@ -191,6 +200,10 @@ function ownFolder(): string {
 
 type Code = 'p' | 'i' | 'l' | 'f'
 
+/** A tensor map is 32 words by value, at a multiple of 64 bytes. */
+const mapWords = 32
+const mapAlignment = 64
+
 interface Parameter {
   readonly code: Code
   readonly offset: number
@@ -211,6 +224,11 @@ function parseSignature(signature: string): Parameters {
     .split(' ')
     .filter(part => part !== '')
     .map(part => {
+      if (part === 't') {
+        const at = Math.ceil(offset / mapAlignment) * mapAlignment
+        offset = at + mapWords * 4
+        return { code: 'i' as const, offset: at, count: mapWords }
+      }
       const parsed = part.match(/^([pilf])(?:\[(\d+)\])?$/)
       if (parsed === null) throw new Error(`'${part}' in the signature '${signature}' is no parameter`)
       const code = parsed[1] as Code
@@ -224,7 +242,7 @@ function parseSignature(signature: string): Parameters {
   return { list, length: list.length, bytes: offset }
 }
 
-function pack(view: DataView, { list, bytes }: Parameters, args: ReadonlyArray<number | readonly number[]>): number {
+function pack(view: DataView, { list, bytes }: Parameters, args: ReadonlyArray<Argument>): number {
   for (let i = 0; i < list.length; i++) {
     const { code, offset, count } = list[i]
     const value = args[i]
@@ -232,7 +250,7 @@ function pack(view: DataView, { list, bytes }: Parameters, args: ReadonlyArray<n
       put(view, code, offset, value as number)
       continue
     }
-    const values = value as readonly number[]
+    const values = value as readonly number[] | TensorMap
     if (values.length > count) throw new Error(`${values.length} elements for an array parameter of ${count}`)
     const size = code === 'p' || code === 'l' ? 8 : 4
     for (let k = 0; k < count; k++) put(view, code, offset + k * size, k < values.length ? values[k] : 0)

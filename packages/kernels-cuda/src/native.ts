@@ -16,6 +16,7 @@ import { type Recording, recordedAttrs } from './graph.ts'
 import type { CudaBuffer, Memory } from './memory.ts'
 import type { CudaKernel, Modules } from './modules.ts'
 import type { Stream } from './stream.ts'
+import type { BoxedMatrices, TensorMap } from './tensor-map.ts'
 
 export interface Cuda {
   /** Compute capability times ten. */
@@ -23,6 +24,10 @@ export interface Cuda {
   readonly multiprocessors: number
   /** Most dynamic shared memory of a block, in bytes. */
   readonly sharedMemory: number
+  /** Whether to use Hopper's products of warpgroups and its copy engine (modules `<op>-sm90a`). */
+  readonly wgmma: boolean
+  /** Matrices as Hopper's copy engine takes them (signature `t`). */
+  tensorMap(matrices: BoxedMatrices): TensorMap
   /** The kernel of a module (the op's folder), loaded at its first launch. Signature: see device/README.md. */
   kernel(module: string, name: string, signature: string): CudaKernel
   /** Uninitialized memory for an output. */
@@ -70,6 +75,7 @@ export function createCuda(
   modules: Modules,
   stream: Stream,
   recording: () => Recording | null,
+  hopper: Pick<Cuda, 'wgmma' | 'tensorMap'>,
 ): Cuda {
   const constants = new Constants(memory, stream)
   function copied(value: Value): CudaBuffer {
@@ -79,6 +85,7 @@ export function createCuda(
     return fresh
   }
   return {
+    ...hopper,
     capability: device.capability,
     multiprocessors: device.multiprocessors,
     sharedMemory: device.sharedMemory,

@@ -2,6 +2,7 @@
 import type { FusedAttrs, HostArray, OpName, PrimitiveAttrs, Random, TensorSpec } from '@moe/core'
 import { type HostInput, runOp } from '@moe/core/testing'
 import { createBackend } from '@moe/kernels-cpu'
+import type { CudaOptions } from './backend.ts'
 import { testBackend } from './test-backend.ts'
 
 const bits = new Float32Array(1)
@@ -28,8 +29,9 @@ export async function onCuda<O extends OpName>(
   inputs: readonly HostInput[],
   attrs: Attrs<O>,
   outputs: readonly TensorSpec[],
+  options: CudaOptions = {},
 ) {
-  const backend = await testBackend()
+  const backend = await testBackend(options)
   const results = await runOp(backend, op, inputs, attrs, outputs)
   await backend.sync()
   backend.dispose()
@@ -69,8 +71,9 @@ export async function distanceToCpu<O extends OpName>(
   inputs: readonly HostInput[],
   attrs: Attrs<O>,
   outputs: readonly TensorSpec[],
+  options: CudaOptions = {},
 ) {
-  const here = await onCuda(op, inputs, attrs, outputs)
+  const here = await onCuda(op, inputs, attrs, outputs, options)
   const there = await onCpu(op, inputs, attrs, outputs)
   return Math.max(...here.map((x, i) => distance(x, there[i])))
 }

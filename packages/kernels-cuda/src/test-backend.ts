@@ -19,9 +19,12 @@ export const unavailable =
     ? undefined
     : 'the emulator is not built: node packages/kernels-cuda/scripts/build-emulator.mjs (needs a C++ compiler)'
 
-/** Every buffer is an allocation of its own, so that access beside one is found. */
+/** Every buffer is an allocation of its own, so that access beside one is found. With `wgmma` the emulator is a Hopper, otherwise an Ampere. */
 export function testBackend(options: CudaOptions = {}): Promise<CudaBackend> {
-  if (!onDevice) resetEmulator()
+  if (!onDevice) {
+    resetEmulator()
+    emulatorFunction('void moe_emulator_set(const char* name, int value)')('capability', options.wgmma ? 90 : 80)
+  }
   return createBackend({ ...(onDevice ? {} : emulator), guarded: true, ...options })
 }
 

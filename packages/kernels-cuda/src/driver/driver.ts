@@ -44,6 +44,8 @@ const prototypes = {
   cuFuncSetAttribute: 'int cuFuncSetAttribute(uint64_t function, int attribute, int value)',
   cuLaunchKernel:
     'int cuLaunchKernel(uint64_t function, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int bx, unsigned int by, unsigned int bz, unsigned int shared, uint64_t stream, uint64_t parameters, uint64_t extra)',
+  cuTensorMapEncodeTiled:
+    'int cuTensorMapEncodeTiled(void* map, int type, unsigned int rank, uint64_t address, const void* sizes, const void* strides, const void* box, const void* elementStrides, int interleave, int swizzle, int promotion, int fill)',
   cuGraphInstantiate: 'int cuGraphInstantiateWithFlags(void* exec, uint64_t graph, unsigned long long flags)',
   cuGraphGetNodes: 'int cuGraphGetNodes(uint64_t graph, void* nodes, void* count)',
   cuGraphExecKernelNodeSetParams:
@@ -61,6 +63,8 @@ type Functions = { readonly [Name in DriverCall]: (...args: Argument[]) => numbe
 export interface Driver {
   readonly path: string
   readonly call: Functions
+  /** Whether it has that function: drivers differ by age. */
+  has(name: DriverCall): boolean
   /** @throws MoeError unless the status is success. `op` and `context` (a launch shape, a size) name what was tried. */
   check(code: number, op: string, context?: string): void
   errorName(code: number): string
@@ -139,6 +143,7 @@ function bind(koffi: Koffi, library: ReturnType<Koffi['load']>, path: string): D
   const driver: Driver = {
     path,
     call,
+    has: name => optional(library, prototypes[name]) !== undefined,
     errorName,
     check(code, op, context = '') {
       if (code !== status.success) throw driverError(op, code, errorName(code), context, driver.report())

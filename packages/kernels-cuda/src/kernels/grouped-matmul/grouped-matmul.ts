@@ -45,7 +45,7 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
       { pointer: pointerOf(weight), rows: experts * weightRows, columns: weightColumns },
     ])
     const most = (tile: Tile) => mostRowTiles(tile.m) * Math.ceil(n / tile.n)
-    const tile = chooseTile(cuda, precision, most)
+    const tile = chooseTile(cuda, tiles[precision], most)
     kernels.get(`${tile.name}_${transposeW ? 't' : 'n'}`)?.(
       { grid: most(tile), block: tile.threads, shared: tile.shared },
       y.pointer,
@@ -77,7 +77,7 @@ export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = 
       { pointer: pointerOf(dy), rows, columns: n },
       { pointer: pointerOf(x), rows, columns: k },
     ])
-    const tile = chooseTile(cuda, precision, t => experts * countTiles(t, n, k))
+    const tile = chooseTile(cuda, tiles[precision], t => experts * countTiles(t, n, k))
     kernels.get(tile.name)?.(
       { grid: [countTiles(tile, n, k), experts], block: tile.threads, shared: tile.shared },
       dweight.pointer,

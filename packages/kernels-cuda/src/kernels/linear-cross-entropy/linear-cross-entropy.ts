@@ -40,7 +40,7 @@ function* chunks(cuda: Cuda, round: Round, precision: Precision, weight: Value, 
 }
 
 const tileFor = (cuda: Cuda, precision: Precision, rows: number, classes: number) =>
-  chooseTile(cuda, precision, t => countTiles(t, rows, classes))
+  chooseTile(cuda, tiles[precision], t => countTiles(t, rows, classes))
 
 export const linearCrossEntropy: FusedFactory<'linearCrossEntropy'> = cuda => {
   const round = roundToBf16(cuda)

@@ -1,6 +1,7 @@
 /** @file What the launchers of matrix products share: operands, sizes of tiles, and the dense product. */
 import type { Precision } from '@moe/core'
 import type { Cuda } from '../../native.ts'
+import { hopperProduct, hopperTiles } from '../matmul-sm90a/product.ts'
 
 /** A matrix in device memory, with `ld` elements from row to row: f32, or bf16 with `ld` a multiple of 8 and zeros behind each row. */
 export interface Matrix {
@@ -91,9 +92,9 @@ export const tiles: { readonly [P in Precision]: readonly Tile[] } = {
 }
 
 /** The variant that should be done first, given how many blocks it would have. Multiprocessors work off blocks wave by wave. */
-export function chooseTile(cuda: Cuda, precision: Precision, blocks: (tile: Tile) => number): Tile {
+export function chooseTile(cuda: Cuda, among: readonly Tile[], blocks: (tile: Tile) => number): Tile {
   const time = (tile: Tile) => (Math.ceil(blocks(tile) / cuda.multiprocessors) * tile.m * tile.n) / tile.speed
-  return tiles[precision].reduce((best, tile) => (time(tile) < time(best) ? tile : best))
+  return among.reduce((best, tile) => (time(tile) < time(best) ? tile : best))
 }
 
 export const countTiles = (tile: Tile, m: number, n: number) => Math.ceil(m / tile.m) * Math.ceil(n / tile.n)
@@ -130,27 +131,25 @@ export function gemm(cuda: Cuda): Multiply {
     ),
   )
   const sum = cuda.kernel('matmul', 'moe_matmul_sum_f32', 'p p l i i')
+  const onHopper = cuda.wgmma ? hopperProduct(cuda) : undefined
   return (precision, c, a, b, { m, n, k, transposeA, transposeB, batch = 1, add = false }) => {
-    const tile = chooseTile(cuda, precision, t => batch * countTiles(t, m, n))
+    const warpgroups = onHopper !== undefined && precision === 'bf16' && !transposeA && transposeB && k > 0
+    const among = warpgroups ? hopperTiles : tiles[precision]
+    const tile = chooseTile(cuda, among, t => batch * countTiles(t, m, n))
     const blocks = batch * countTiles(tile, m, n)
     // Few tiles and much to sum up: the parts of k go to blocks of their own, and a second kernel adds their results in order.
     const parts = Math.max(1, Math.min(Math.floor(cuda.multiprocessors / blocks), Math.floor(k / leastPart), mostParts))
     const size = batch * m * n
     const results = parts > 1 ? cuda.scratch(parts * size * 4).pointer : c
-    const form = (transposeA ? 't' : 'n') + (transposeB ? 't' : 'n')
-    const kernel = kernels.get(`${tile.name}_${form}`)
-    kernel?.(
-      { grid: [blocks, 1, parts], block: tile.threads, shared: tile.shared },
-      results,
-      a.pointer,
-      b.pointer,
-      m,
-      n,
-      k,
-      a.ld,
-      b.ld,
-      +(add && parts === 1),
-    )
+    const addAtOnce = +(add && parts === 1)
+    if (warpgroups) {
+      onHopper(tile, results, a, b, { m, n, k, batch, parts, add: addAtOnce })
+    } else {
+      const form = (transposeA ? 't' : 'n') + (transposeB ? 't' : 'n')
+      const kernel = kernels.get(`${tile.name}_${form}`)
+      const launch = { grid: [blocks, 1, parts], block: tile.threads, shared: tile.shared }
+      kernel?.(launch, results, a.pointer, b.pointer, m, n, k, a.ld, b.ld, addAtOnce)
+    }
     if (parts > 1)
       sum(
         { grid: Math.min(Math.ceil(size / 256), cuda.multiprocessors * 16), block: 256 },

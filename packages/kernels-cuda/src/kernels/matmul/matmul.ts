@@ -1,10 +1,12 @@
 /** @file Matrix products of rank 2 and batched ones of rank 3. */
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
+import { packForHopper } from '../matmul-sm90a/pack.ts'
 import { gemm, mostFewRows, operands, roundToBf16 } from './gemm.ts'
 
 export const matmul: PrimitiveFactory<'matmul'> = cuda => {
   const multiply = gemm(cuda)
   const round = roundToBf16(cuda)
+  const pack = cuda.wgmma ? packForHopper(cuda, round) : undefined
   const few = {
     f32: cuda.kernel('matmul', 'moe_matmul_few_f32', 'p p p i i i'),
     bf16: cuda.kernel('matmul', 'moe_matmul_few_bf16', 'p p p i i i'),
@@ -38,6 +40,12 @@ export const matmul: PrimitiveFactory<'matmul'> = cuda => {
         fewColumns[precision]({ grid: [blocks, 1, batch], block: 128 }, c.pointer, pointerOf(a), pointerOf(b), ...sizes)
         return [c]
       }
+    }
+    if (pack !== undefined && precision === 'bf16' && k > 0) {
+      const left = pack({ pointer: pointerOf(a), matrices: batch, outer: m, k, transposed: transposeA })
+      const right = pack({ pointer: pointerOf(b), matrices: batch, outer: n, k, transposed: !transposeB })
+      multiply(precision, c.pointer, left, right, { batch, m, n, k, transposeA: false, transposeB: true })
+      return [c]
     }
     const [left, right] = operands(
       round,

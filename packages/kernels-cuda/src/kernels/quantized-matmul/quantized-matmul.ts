@@ -225,7 +225,7 @@ export const quantizedGroupedMatmul: FusedFactory<'quantizedGroupedMatmul'> = cu
     for (const { expert, experts, matrix } of chunks(weight)) {
       // Rows behind the chunk's experts get zeros, and then what the next chunk makes of them.
       const most = (tile: Tile) => mostGroups(tile.m, experts) * Math.ceil(n / tile.n)
-      const tile = chooseTile(cuda, precision, most)
+      const tile = chooseTile(cuda, tiles[precision], most)
       kernels.get(tile.name)?.(
         { grid: most(tile), block: tile.threads, shared: tile.shared },
         y.pointer,

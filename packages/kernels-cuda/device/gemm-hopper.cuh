@@ -1,0 +1,92 @@
+// Matrix products c = a b^T in bf16 on Hopper: one warp feeds shared memory through the copy engine, two warpgroups multiply.
+// Both operands lie in memory as [outer][k] (TensorMap of boxes of 64 k, see operandMap in src/kernels/matmul/hopper.ts).
+#pragma once
+#include "gemm.cuh"
+#include "hopper.cuh"
+
+/// The tile of 128 x BN that two warpgroups of 64 rows each make, for storeTile; `Stages` steps of 64 k lie in shared memory.
+template <int BN_, int Stages_>
+struct TileHopper {
+  static constexpr int BM = 128, BN = BN_, BK = 64, Stages = Stages_, Producer = 8, Threads = (Producer + 1) * 32;
+  static constexpr int Rows = 2, Columns = BN / 4, Run = 2;
+  static constexpr int bytesA = BM * BK * 2, bytesB = BN * BK * 2, stageBytes = bytesA + bytesB;
+  /// Stages begin at a multiple of 1024, where the swizzle's pattern does.
+  static constexpr int sharedBytes = Stages * stageBytes + 1024;
+
+  struct Sums {
+    float v[BN / 2];
+  };
+  MOE_DEVICE float& at(Sums& sums, int i, int j) { return sums.v[j / 2 * 4 + i * 2 + j % 2]; }
+  MOE_DEVICE int row(int i) { return threadIdx.x / 32 * 16 + i * 8 + threadIdx.x % 32 / 4; }
+  MOE_DEVICE int column(int j) { return j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; }
+};
+using HopperLarge = TileHopper<256, 4>;
+using HopperSmall = TileHopper<128, 6>;
+
+/// One tile's work: where its operands begin, and how many steps of 64 k there are. No steps: the sums are zeros.
+struct HopperJob {
+  int rowA, matrixA, rowB, matrixB, k, steps;
+};
+
+/// Works off the jobs blockIdx.x, + gridDim.x, ... below `jobs`. `jobOf(j)` is called by whole warps; `store(j, job, sums)` by the
+/// warpgroups. Between the two sides lie `Stages` places in shared memory, each `full` (the copies have landed) or `empty` (both
+/// warpgroups have read it) by turns.
+template <class Tile, class JobOf, class Store>
+MOE_DEVICE void workOff(const TensorMap& a, const TensorMap& b, int jobs, JobOf jobOf, Store store) {
+  MOE_DYNAMIC_SHARED(dynamic);
+  MOE_SHARED(Barrier, full, [Tile::Stages]);
+  MOE_SHARED(Barrier, empty, [Tile::Stages]);
+  unsigned char* const stages = dynamic + (-sharedAddress(dynamic) & 1023);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < Tile::Stages; s++) {
+      initBarrier(&full[s], 1);
+      initBarrier(&empty[s], Tile::Producer); // one arrival of each multiplying warp
+    }
+    fenceBarriers();
+  }
+  __syncthreads();
+
+  const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  int stage = 0, parity = 0;
+  auto next = [&] {
+    if (++stage == Tile::Stages) stage = 0, parity ^= 1;
+  };
+  if (warp == Tile::Producer) {
+    if (lane == 0) prefetchMap(a), prefetchMap(b);
+    for (int j = blockIdx.x; j < jobs; j += gridDim.x) {
+      const HopperJob job = jobOf(j);
+      for (int t = 0; t < job.steps; t++, next()) {
+        if (lane == 0) {
+          unsigned char* const to = stages + stage * Tile::stageBytes;
+          wait(&empty[stage], parity ^ 1); // the first time round at once
+          arriveAndExpect(&full[stage], Tile::stageBytes);
+          copyBox(to, a, &full[stage], job.k + t * Tile::BK, job.rowA, job.matrixA);
+          copyBox(to + Tile::bytesA, b, &full[stage], job.k + t * Tile::BK, job.rowB, job.matrixB);
+        }
+        __syncwarp();
+      }
+    }
+    return;
+  }
+  for (int j = blockIdx.x; j < jobs; j += gridDim.x) {
+    const HopperJob job = jobOf(j);
+    typename Tile::Sums sums = {};
+    int last = 0;
+    for (int t = 0; t < job.steps; t++, next()) {
+      const unsigned char* const left = stages + stage * Tile::stageBytes + warp / 4 * (Tile::bytesA / 2);
+      const unsigned char* const right = stages + stage * Tile::stageBytes + Tile::bytesA;
+      wait(&full[stage], parity);
+      fenceProducts(sums.v);
+#pragma unroll
+      for (int k = 0; k < Tile::BK; k += 16) multiplyGroup<Tile::BN>(sums.v, operandAt(left, k), operandAt(right, k));
+      commitProducts();
+      // One group stays on its way, so that the tensor cores never wait for the next; the stage before is free.
+      waitProducts<1>(sums.v);
+      if (t > 0 && lane == 0) arrive(&empty[last]);
+      last = stage;
+    }
+    waitProducts<0>(sums.v);
+    if (job.steps > 0 && lane == 0) arrive(&empty[last]);
+    store(j, job, sums);
+  }
+}

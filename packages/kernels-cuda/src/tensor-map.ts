@@ -1,0 +1,64 @@
+/** @file Matrices as Hopper's copy engine takes them: tensor maps, which kernels have as parameters by value. */
+import type { Driver } from './driver/driver.ts'
+
+/** A CUtensorMap, which is opaque. */
+export type TensorMap = Uint32Array
+
+/** Matrices of bf16 `[matrices, rows, columns]`, of which the engine copies boxes of some rows and 64 columns, 128 bytes. */
+export interface BoxedMatrices {
+  readonly pointer: number
+  readonly columns: number
+  readonly rows: number
+  readonly matrices: number
+  /** Elements from row to row: a multiple of 8. */
+  readonly ld: number
+  /** Rows of a box, at most 256. */
+  readonly boxRows: number
+}
+
+/** Columns of a box: the width of the widest swizzle. */
+export const boxColumns = 64
+
+/** Values of the enumerations CUtensorMap*. */
+const bfloat16 = 9
+const noInterleave = 0
+const swizzle128Bytes = 3
+const promoteTo256Bytes = 3
+const fillWithZeros = 0
+
+/** Makes tensor maps. Each is a copy: a launch may come later. */
+export function tensorMaps(driver: Driver): (matrices: BoxedMatrices) => TensorMap {
+  // The driver writes to a multiple of 64.
+  const room = new ArrayBuffer(128 + 64)
+  const start = driver.address(room)
+  const map = Math.ceil(start / 64) * 64
+  const words = new Uint32Array(room, map - start, 32)
+  const sizes = new BigUint64Array(3)
+  const strides = new BigUint64Array(2)
+  const box = Uint32Array.of(boxColumns, 0, 1)
+  const elementStrides = Uint32Array.of(1, 1, 1)
+  return ({ pointer, columns, rows, matrices, ld, boxRows }) => {
+    sizes[0] = BigInt(columns)
+    sizes[1] = BigInt(rows)
+    sizes[2] = BigInt(matrices)
+    strides[0] = BigInt(ld * 2)
+    strides[1] = BigInt(rows * ld * 2)
+    box[1] = boxRows
+    const code = driver.call.cuTensorMapEncodeTiled(
+      map,
+      bfloat16,
+      3,
+      pointer,
+      sizes,
+      strides,
+      box,
+      elementStrides,
+      noInterleave,
+      swizzle128Bytes,
+      promoteTo256Bytes,
+      fillWithZeros,
+    )
+    driver.check(code, 'kernels-cuda', `describing matrices ${matrices} x ${rows} x ${columns} to the copy engine`)
+    return words.slice()
+  }
+}
