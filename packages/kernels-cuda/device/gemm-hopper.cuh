@@ -1,5 +1,5 @@
 // Matrix products c = a b^T in bf16 on Hopper: one warp feeds shared memory through the copy engine, two warpgroups multiply.
-// Both operands lie in memory as [outer][k] (TensorMap of boxes of 64 k, see operandMap in src/kernels/matmul/hopper.ts).
+// Both operands lie in memory as [outer][k], and are copied in boxes of 64 k (operandMap in src/kernels/matmul-sm90a/product.ts).
 #pragma once
 #include "gemm.cuh"
 #include "hopper.cuh"
@@ -23,9 +23,10 @@ struct TileHopper {
 using HopperLarge = TileHopper<256, 4>;
 using HopperSmall = TileHopper<128, 6>;
 
-/// One tile's work: where its operands begin, and how many steps of 64 k there are. No steps: the sums are zeros.
+/// One tile's work: where its operands begin, and how many steps of 64 k there are (none: the sums are zeros). `rows` of its rows are
+/// stored; all are read.
 struct HopperJob {
-  int rowA, matrixA, rowB, matrixB, k, steps;
+  int rowA, matrixA, rowB, matrixB, k, steps, rows;
 };
 
 /// Works off the jobs blockIdx.x, + gridDim.x, ... below `jobs`. `jobOf(j)` is called by whole warps; `store(j, job, sums)` by the

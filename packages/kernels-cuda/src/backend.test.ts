@@ -1,7 +1,8 @@
 import { fallbacks } from '@moe/core'
 import { backendSuite } from '@moe/core/testing'
 import { expect, test } from 'vitest'
-import { emulatorFunction, onDevice, testBackend, unavailable } from './test-backend.ts'
+import { createBackend } from './backend.ts'
+import { emulator, emulatorFunction, onDevice, testBackend, unavailable } from './test-backend.ts'
 
 /**
  * The suite runs every case twice and wants the same bits. The emulator runs the blocks and threads of the second run in reverse, so that a result
@@ -39,6 +40,21 @@ for (const wgmma of [false, true]) {
     })
   }
 }
+
+test.skipIf(unavailable || onDevice)(
+  "products are Hopper's where that is asked for and the device is one",
+  async () => {
+    for (const wgmma of [false, true]) {
+      const backend = await testBackend({ wgmma })
+      expect(backend.wgmma).toBe(wgmma)
+      backend.dispose()
+    }
+    emulatorFunction('void moe_emulator_set(const char* name, int value)')('capability', 100)
+    const newer = await createBackend({ ...emulator, wgmma: true })
+    expect(newer.wgmma).toBe(false)
+    newer.dispose()
+  },
+)
 
 test.skipIf(unavailable)('no fused op of the suite fell back to its decomposition', () => {
   expect(fallbacks().filter(({ backend }) => backend === 'kernels-cuda')).toEqual([])

@@ -49,6 +49,8 @@ export interface CudaStats extends MemoryStats {
 export interface CudaBackend extends Backend {
   /** What it runs on. */
   readonly properties: Device
+  /** Whether products are Hopper's. */
+  readonly wgmma: boolean
   stats(): CudaStats
   /** Gives memory that no tensor uses back to the device. */
   trim(): Promise<void>
@@ -97,6 +99,7 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
     name: 'kernels-cuda',
     device: `${device.name}, sm_${device.capability}, ${(device.totalMemory / 2 ** 30).toFixed(0)} GiB`,
     properties: device,
+    wgmma,
     dtypes: new Set(dtypes),
     bf16Matmul: true,
     primitives: tabulate(primitiveFactories, cuda, run) as PrimitiveKernels,

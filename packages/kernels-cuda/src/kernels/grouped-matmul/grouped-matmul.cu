@@ -1,37 +1,8 @@
 // One matrix product per expert. Which rows are an expert's is read from `offsets` on the device: the grid holds as many tiles as any
 // offsets could need, and every block finds its own.
+#include "expert-tile.cuh"
 #include "few-rows.cuh"
 #include "gemm.cuh"
-
-/// Rows row .. end - 1 of a tile belong to `expert`; expert = E stands for the rows behind the last one's; -1: nothing to do.
-struct ExpertTile {
-  int expert, row, end;
-};
-
-/// Tile `tile` of BM rows when every expert's rows, and those behind the last, begin a new tile. The same for all threads of a block.
-template <int BM>
-MOE_DEVICE ExpertTile expertTile(const int* offsets, int experts, int rows, int tile) {
-  const int lane = threadIdx.x % 32;
-  for (int first = 0; first <= experts; first += 32) {
-    const int e = first + lane;
-    const int from = e <= experts ? offsets[e] : rows;
-    const int to = e < experts ? offsets[e + 1] : rows;
-    const int own = divUp(to - from, BM);
-    int end = own; // tiles of experts first .. e
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(wholeWarp, end, step);
-      if (lane >= step) end += before;
-    }
-    const unsigned later = __ballot_sync(wholeWarp, tile < end);
-    if (later != 0) {
-      const int found = __ffs(later) - 1;
-      const int row = __shfl_sync(wholeWarp, from + (tile - (end - own)) * BM, found);
-      return {first + found, row, __shfl_sync(wholeWarp, to, found)};
-    }
-    tile -= __shfl_sync(wholeWarp, end, 31);
-  }
-  return {-1, 0, 0};
-}
 
 /// y [N, n] = x [N, k] times the weight of each row's expert, [n, k] when TransposeW, else [k, n].
 template <class Tile, bool TransposeW>

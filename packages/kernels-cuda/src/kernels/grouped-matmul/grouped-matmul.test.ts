@@ -19,7 +19,13 @@ const cases = [
   { name: 'nothing to sum up', offsets: [0, 2], rows: 2, k: 0, n: 3 },
 ]
 
-describe.skipIf(unavailable).each(['f32', 'bf16'] as const)('grouped matmul, %s', precision => {
+const variants = [
+  { precision: 'f32', wgmma: false },
+  { precision: 'bf16', wgmma: false },
+  { precision: 'bf16', wgmma: true },
+] as const
+
+describe.skipIf(unavailable).each(variants)('grouped matmul, $precision, wgmma $wgmma', ({ precision, wgmma }) => {
   test.each(cases)('$name', async ({ offsets, rows, k, n }) => {
     const random = new Random(rows)
     const experts = offsets.length - 1
@@ -28,11 +34,12 @@ describe.skipIf(unavailable).each(['f32', 'bf16'] as const)('grouped matmul, %s'
     for (const transposeW of [true, false]) {
       const weight = exact(random, experts, ...(transposeW ? [n, k] : [k, n]))
       const attrs = { transposeW, precision }
-      expect(await distanceToCpu('groupedMatmul', [x, weight, ends], attrs, [output(rows, n)])).toBeLessThan(2e-6)
+      const distance = await distanceToCpu('groupedMatmul', [x, weight, ends], attrs, [output(rows, n)], { wgmma })
+      expect(distance).toBeLessThan(2e-6)
     }
     const inputs = [x, exact(random, rows, n), ends]
-    expect(await distanceToCpu('groupedMatmulWeightGrad', inputs, { precision }, [output(experts, n, k)])).toBeLessThan(
-      2e-6,
-    )
+    const gradient = [output(experts, n, k)]
+    const distance = await distanceToCpu('groupedMatmulWeightGrad', inputs, { precision }, gradient, { wgmma })
+    expect(distance).toBeLessThan(2e-6)
   })
 })

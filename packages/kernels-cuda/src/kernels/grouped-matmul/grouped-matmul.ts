@@ -1,11 +1,14 @@
 /** @file One matrix product per expert over ragged row ranges, and the gradient of the experts' weights. */
 import { type FusedFactory, pointerOf } from '../../native.ts'
+import { hopperGrouped, hopperWeightGradient } from '../grouped-matmul-sm90a/product.ts'
 import { chooseTile, countTiles, mostFewRows, operands, roundToBf16, type Tile, tiles } from '../matmul/gemm.ts'
+import { packForHopper } from '../matmul-sm90a/pack.ts'
 
 const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 
 export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
   const round = roundToBf16(cuda)
+  const onHopper = cuda.wgmma ? { pack: packForHopper(cuda, round), multiply: hopperGrouped(cuda) } : undefined
   const kernels = new Map(
     variants.flatMap(tile =>
       ['n', 't'].map(form => {
@@ -40,6 +43,18 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
       )
       return [y]
     }
+    if (onHopper !== undefined && precision === 'bf16' && k * experts > 0) {
+      const left = onHopper.pack({ pointer: pointerOf(x), matrices: 1, outer: rows, k, transposed: false })
+      const right = onHopper.pack({
+        pointer: pointerOf(weight),
+        matrices: experts,
+        outer: n,
+        k,
+        transposed: !transposeW,
+      })
+      onHopper.multiply(y.pointer, left, right, pointerOf(offsets), { rows, n, k, experts })
+      return [y]
+    }
     const [left, right] = operands(round, precision, [
       { pointer: pointerOf(x), rows, columns: k },
       { pointer: pointerOf(weight), rows: experts * weightRows, columns: weightColumns },
@@ -65,6 +80,7 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
 
 export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = cuda => {
   const round = roundToBf16(cuda)
+  const onHopper = cuda.wgmma ? hopperWeightGradient(cuda) : undefined
   const kernels = new Map(
     variants.map(tile => [tile, cuda.kernel('grouped-matmul', `moe_grouped_matmul_bwd_${tile}`, 'p p p p i i i i')]),
   )
@@ -73,6 +89,10 @@ export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = 
     const [experts, n, k] = spec.shape
     if (experts * n * k === 0) return [dweight]
     const rows = x.shape[0]
+    if (onHopper !== undefined && precision === 'bf16') {
+      onHopper(dweight.pointer, pointerOf(dy), pointerOf(x), pointerOf(offsets), { rows, n, k, experts })
+      return [dweight]
+    }
     const [left, right] = operands(round, precision, [
       { pointer: pointerOf(dy), rows, columns: n },
       { pointer: pointerOf(x), rows, columns: k },

@@ -1,6 +1,7 @@
 /** @file Products with weights that are stored in fewer bits, dense and per expert. Weights come as `[N, K]`: legend in quantized-matmul.cu. */
 import type { Precision, QuantizedAttrs, Value, WeightFormat } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
+import { hopperGrouped } from '../grouped-matmul-sm90a/product.ts'
 import {
   chooseTile,
   gemm,
@@ -195,6 +196,7 @@ export const quantizedMatmul: FusedFactory<'quantizedMatmul'> = cuda => {
 }
 
 export const quantizedGroupedMatmul: FusedFactory<'quantizedGroupedMatmul'> = cuda => {
+  const onHopper = cuda.wgmma ? hopperGrouped(cuda) : undefined
   const few = fewRows(cuda)
   const chunks = chunksOf(cuda)
   const round = roundToBf16(cuda)
@@ -224,6 +226,10 @@ export const quantizedGroupedMatmul: FusedFactory<'quantizedGroupedMatmul'> = cu
     const [left] = operands(round, precision, [{ pointer: pointerOf(x), rows: m, columns: k }])
     for (const { expert, experts, matrix } of chunks(weight)) {
       // Rows behind the chunk's experts get zeros, and then what the next chunk makes of them.
+      if (onHopper !== undefined && precision === 'bf16' && k > 0) {
+        onHopper(y.pointer, left, matrix, weight.offsets + expert * 4, { rows: m, n, k, experts })
+        continue
+      }
       const most = (tile: Tile) => mostGroups(tile.m, experts) * Math.ceil(n / tile.n)
       const tile = chooseTile(cuda, tiles[precision], most)
       kernels.get(tile.name)?.(

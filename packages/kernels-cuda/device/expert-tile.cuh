@@ -1,0 +1,33 @@
+// Tiles of rows that belong to experts, found from `offsets` on the device.
+#pragma once
+#include "moe.cuh"
+
+/// Rows row .. end - 1 of a tile belong to `expert`; expert = E stands for the rows behind the last one's; -1: nothing to do.
+struct ExpertTile {
+  int expert, row, end;
+};
+
+/// Tile `tile` of BM rows when every expert's rows, and those behind the last, begin a new tile. The same for all threads of a block.
+template <int BM>
+MOE_DEVICE ExpertTile expertTile(const int* offsets, int experts, int rows, int tile) {
+  const int lane = threadIdx.x % 32;
+  for (int first = 0; first <= experts; first += 32) {
+    const int e = first + lane;
+    const int from = e <= experts ? offsets[e] : rows;
+    const int to = e < experts ? offsets[e + 1] : rows;
+    const int own = divUp(to - from, BM);
+    int end = own; // tiles of experts first .. e
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(wholeWarp, end, step);
+      if (lane >= step) end += before;
+    }
+    const unsigned later = __ballot_sync(wholeWarp, tile < end);
+    if (later != 0) {
+      const int found = __ffs(later) - 1;
+      const int row = __shfl_sync(wholeWarp, from + (tile - (end - own)) * BM, found);
+      return {first + found, row, __shfl_sync(wholeWarp, to, found)};
+    }
+    tile -= __shfl_sync(wholeWarp, end, 31);
+  }
+  return {-1, 0, 0};
+}

@@ -1,0 +1,73 @@
+// One bf16 product per expert on Hopper. As in grouped-matmul.cu the grid's jobs are as many tiles as any offsets could need.
+#include "expert-tile.cuh"
+#include "gemm-hopper.cuh"
+#include "pack-tile.cuh"
+
+/// y [N, n] = x [N, k] times the weight [n, k] of each row's expert, transposed. A tile's rows are read beyond its expert's last one.
+template <class Tile>
+MOE_DEVICE void grouped(float* y, const TensorMap& x, const TensorMap& weight, const int* offsets, int rows, int n, int k, int experts) {
+  const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(n, Tile::BN);
+  workOff<Tile>(
+      x, weight, rowTiles * columnTiles,
+      [&](int j) -> HopperJob {
+        const int2 tile = tileOf(j, rowTiles, columnTiles);
+        const ExpertTile found = expertTile<Tile::BM>(offsets, experts, rows, tile.x);
+        const bool product = found.expert >= 0 && found.expert < experts;
+        return {found.row, 0, tile.y * Tile::BN, product ? found.expert : 0, 0, product ? divUp(k, Tile::BK) : 0, found.end - found.row};
+      },
+      [&](int, const HopperJob& job, typename Tile::Sums& sums) {
+        storeTile<Tile>(y + (int64_t)job.rowA * n + job.rowB, n, job.rows, n - job.rowB, sums, false);
+      });
+}
+
+#define GROUPED(name, Tile)                                                                                                                     \
+  MOE_KERNEL((Tile::Threads, 1), moe_grouped_matmul_fwd_sm90a_##name, (float* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const int* offsets, int rows, int n, int k, int experts)) { \
+    grouped<Tile>(y, x, weight, offsets, rows, n, k, experts);                                                                                  \
+  }
+GROUPED(128x256, HopperLarge)
+GROUPED(128x128, HopperSmall)
+
+/// Where an expert's rows begin when they lie along k: each at a multiple of 64, with room for zeros up to the next one.
+MOE_DEVICE int packedStart(const int* offsets, int expert) { return offsets[expert] / 64 * 64 + expert * 64; }
+
+/// Rows [N, outer] of f32 to [outer, ld] of bf16, where row r of an expert lies at k = packedStart + r. blockIdx.x = tile along outer, 64 of k.
+MOE_KERNEL((256), moe_pack_groups_sm90a, (bf16* to, const float* from, const int* offsets, int experts, int outer, int ld)) {
+  MOE_SHARED(int, owner, [1]);
+  const int i = blockIdx.x % (ld / 64) * 64, o = blockIdx.x / (ld / 64) * 64;
+  if (threadIdx.x == 0) owner[0] = -1;
+  __syncthreads();
+  for (int e = threadIdx.x; e < experts; e += 256) {
+    const int within = i - packedStart(offsets, e);
+    if (within >= 0 && within < offsets[e + 1] - offsets[e]) owner[0] = e;
+  }
+  __syncthreads();
+  const int expert = owner[0];
+  if (expert < 0) return; // between two experts; nobody reads it
+  const int row = offsets[expert] + i - packedStart(offsets, expert);
+  packTile(to + (int64_t)o * ld + i, ld, from + (int64_t)row * outer + o, outer, offsets[expert + 1] - row, outer - o, 64);
+}
+
+/// dweight [E, n, k] = dy^T x over the rows of each expert; both packed as [n, ld] and [k, ld].
+template <class Tile>
+MOE_DEVICE void weightGradient(float* dweight, const TensorMap& dy, const TensorMap& x, const int* offsets, int n, int k, int experts) {
+  const int rowTiles = divUp(n, Tile::BM), columnTiles = divUp(k, Tile::BN), tiles = rowTiles * columnTiles;
+  workOff<Tile>(
+      dy, x, experts * tiles,
+      [&](int j) -> HopperJob {
+        const int expert = j / tiles;
+        const int2 tile = tileOf(j % tiles, rowTiles, columnTiles);
+        const int row = tile.x * Tile::BM, rows = offsets[expert + 1] - offsets[expert];
+        return {row, 0, tile.y * Tile::BN, 0, packedStart(offsets, expert), divUp(rows, Tile::BK), n - row};
+      },
+      [&](int j, const HopperJob& job, typename Tile::Sums& sums) {
+        float* const to = dweight + ((int64_t)(j / tiles) * n + job.rowA) * k + job.rowB;
+        storeTile<Tile>(to, k, job.rows, k - job.rowB, sums, false);
+      });
+}
+
+#define WEIGHT_GRADIENT(name, Tile)                                                                                                             \
+  MOE_KERNEL((Tile::Threads, 1), moe_grouped_matmul_bwd_sm90a_##name, (float* dweight, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap x, const int* offsets, int n, int k, int experts)) { \
+    weightGradient<Tile>(dweight, dy, x, offsets, n, k, experts);                                                                               \
+  }
+WEIGHT_GRADIENT(128x256, HopperLarge)
+WEIGHT_GRADIENT(128x128, HopperSmall)
