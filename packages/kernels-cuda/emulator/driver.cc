@@ -117,6 +117,18 @@ std::string signatureOf(const Kernel& kernel) {
   return text;
 }
 
+/// Arguments that come by their addresses, packed.
+std::vector<char> packArguments(const Kernel& kernel, void** addresses) {
+  std::vector<char> packed(packedBytes(kernel));
+  size_t at = 0;
+  for (const Parameter* p = kernel.parameters; p->letter; p++, addresses++) {
+    at = (at + p->align - 1) / p->align * p->align;
+    memcpy(packed.data() + at, *addresses, p->size);
+    at += p->size;
+  }
+  return packed;
+}
+
 Status unpackExtra(void** extra, const void** buffer, size_t* bytes) {
   *buffer = nullptr;
   *bytes = 0;
@@ -679,19 +691,21 @@ EMU_EXPORT int cuLaunchKernel(void* handle, unsigned gridX, unsigned gridY, unsi
   Function* function = functionOf(handle);
   Stream* stream = streamOf(streamHandle);
   if (!function || !stream) return invalidHandle;
-  const void* buffer;
-  size_t bytes;
-  if (parameters || unpackExtra(extra, &buffer, &bytes) != ok) {
-    recordRefusal("%s: arguments come packed, through `extra`", function->kernel->name);
+  Operation op = operation(Operation::launch, "cuLaunchKernel");
+  const void* buffer = nullptr;
+  size_t bytes = packedBytes(*function->kernel);
+  if (parameters) {
+    if (extra) return invalidValue;
+    op.data = packArguments(*function->kernel, parameters);
+  } else if (unpackExtra(extra, &buffer, &bytes) != ok) {
     return invalidValue;
   }
-  Operation op = operation(Operation::launch, "cuLaunchKernel");
   op.function = function;
   op.grid = {gridX, gridY, gridZ};
   op.block = {blockX, blockY, blockZ};
   op.dynamicShared = shared;
   if (const Status status = checkLaunch(*function, op.grid, op.block, shared, bytes); status != ok) return status;
-  op.data.assign((const char*)buffer, (const char*)buffer + bytes);
+  if (!parameters) op.data.assign((const char*)buffer, (const char*)buffer + bytes);
   return enqueue(*stream, std::move(op));
 }
 

@@ -25,9 +25,8 @@ export interface Launch {
   readonly grid: readonly [x: number, y: number, z: number]
   readonly block: number
   readonly shared: number
-  /** Address of the packed arguments, and their size. */
+  /** Address of the list of the arguments' addresses. Where they go on the device is the driver's business: compilers align large ones as they like. */
   readonly arguments: number
-  readonly argumentBytes: number
 }
 
 /** A number, a list for an array parameter (padded with zeros), or a tensor map. */
@@ -47,6 +46,8 @@ export class Modules {
   readonly #folder: string
   readonly #device: Device
   readonly #loaded = new Map<string, number>()
+  /** Of the addresses of each kernel's arguments: the driver reads them, so they must live. */
+  readonly #lists: BigUint64Array[] = []
   readonly #arguments = new DataView(new ArrayBuffer(mostArgumentBytes))
   readonly #address: number
 
@@ -90,6 +91,9 @@ export class Modules {
   kernel(module: string, name: string, signature: string, launch: (launch: Launch) => void): CudaKernel {
     const parameters = parseSignature(signature)
     const view = this.#arguments
+    const addresses = BigUint64Array.from(parameters, ({ offset }) => BigInt(this.#address + offset))
+    this.#lists.push(addresses)
+    const list = this.#driver.address(addresses.buffer)
     let entry = 0
     let shared = plainSharedBytes
     return (shape, ...args) => {
@@ -108,15 +112,14 @@ export class Modules {
       }
       if (args.length !== parameters.length)
         throw new Error(`${name} takes ${parameters.length} arguments, got ${args.length}`)
-      const argumentBytes = pack(view, parameters, args)
+      pack(view, parameters, args)
       launch({
         kernel: name,
         function: entry,
         grid: [x, y, z],
         block,
         shared: sharedBytes,
-        arguments: this.#address,
-        argumentBytes,
+        arguments: list,
       })
     }
   }
@@ -211,14 +214,8 @@ interface Parameter {
   readonly count: number
 }
 
-interface Parameters {
-  readonly list: readonly Parameter[]
-  readonly length: number
-  readonly bytes: number
-}
-
 /** Where each parameter lies: at a multiple of its element's size, one after another. */
-function parseSignature(signature: string): Parameters {
+function parseSignature(signature: string): Parameter[] {
   let offset = 0
   const list = signature
     .split(' ')
@@ -239,12 +236,12 @@ function parseSignature(signature: string): Parameters {
       return { code, offset: at, count }
     })
   if (offset > mostArgumentBytes) throw new Error(`the parameters '${signature}' take ${offset} bytes`)
-  return { list, length: list.length, bytes: offset }
+  return list
 }
 
-function pack(view: DataView, { list, bytes }: Parameters, args: ReadonlyArray<Argument>): number {
-  for (let i = 0; i < list.length; i++) {
-    const { code, offset, count } = list[i]
+function pack(view: DataView, parameters: readonly Parameter[], args: ReadonlyArray<Argument>): void {
+  for (let i = 0; i < parameters.length; i++) {
+    const { code, offset, count } = parameters[i]
     const value = args[i]
     if (count === 0) {
       put(view, code, offset, value as number)
@@ -255,7 +252,6 @@ function pack(view: DataView, { list, bytes }: Parameters, args: ReadonlyArray<A
     const size = code === 'p' || code === 'l' ? 8 : 4
     for (let k = 0; k < count; k++) put(view, code, offset + k * size, k < values.length ? values[k] : 0)
   }
-  return bytes
 }
 
 function put(view: DataView, code: Code, offset: number, value: number): void {

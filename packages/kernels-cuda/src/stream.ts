@@ -6,25 +6,17 @@ import type { Launch } from './modules.ts'
 
 const flags = { streamNonBlocking: 1, eventDisableTiming: 2 } as const
 
-/** Sizes of the words in front of a launch's packed arguments (CU_LAUNCH_PARAM_*). */
-const extra = { end: 0n, pointer: 1n, size: 2n } as const
-
 export class Stream {
   readonly handle: number
   readonly #driver: Driver
   readonly #pinned: PinnedPool
   readonly #events: number[] = []
-  readonly #extra = new BigUint64Array(6)
-  readonly #extraAddress: number
   #launches = 0
 
   constructor(driver: Driver) {
     this.#driver = driver
     this.handle = driver.out(word => driver.call.cuStreamCreate(word, flags.streamNonBlocking), 'kernels-cuda')
     this.#pinned = new PinnedPool(driver)
-    // extra = { POINTER, arguments, SIZE, &bytes, END }, and the bytes behind it.
-    this.#extraAddress = driver.address(this.#extra.buffer)
-    this.#extra.set([extra.pointer, 0n, extra.size, BigInt(this.#extraAddress + 40), extra.end, 0n])
   }
 
   /** Kernels launched so far. */
@@ -34,8 +26,6 @@ export class Stream {
 
   launch(launch: Launch): void {
     const { kernel, grid, block, shared } = launch
-    this.#extra[1] = BigInt(launch.arguments)
-    this.#extra[5] = BigInt(launch.argumentBytes)
     const code = this.#driver.call.cuLaunchKernel(
       launch.function,
       grid[0],
@@ -46,8 +36,8 @@ export class Stream {
       1,
       shared,
       this.handle,
+      launch.arguments,
       0,
-      this.#extraAddress,
     )
     if (code !== status.success) {
       this.#driver.check(
