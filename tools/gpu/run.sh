@@ -1,6 +1,7 @@
 #!/bin/sh
 # Everything that a GPU can say about this build: the backend suite, the tests of the model parts, compute-sanitizer and the
-# benchmarks, beside PyTorch's where there is one. Needs Linux and an NVIDIA driver, nothing else. Writes one JSON file.
+# benchmarks, beside PyTorch's where there is one. On a Hopper suite and benchmarks run once more with its own products
+# (MOE_CUDA_WGMMA=1). Needs Linux and an NVIDIA driver, nothing else. Writes one JSON file.
 #
 #   ./run.sh [--quick] [--out FOLDER]      --quick leaves the sanitizer and the benchmarks out
 set -u
@@ -12,7 +13,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --quick) quick=1 ;;
     --out) shift; out=$1 ;;
-    --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "run.sh: unknown option $1; see --help" >&2; exit 2 ;;
   esac
   shift
@@ -23,19 +24,24 @@ out=$(cd "$out" && pwd)
 export MOE_REQUIRE_CUDA=1 NO_COLOR=1
 status=0
 
-# tests NAME FILES...: runs test files, prints failures, leaves NAME.json
+# tests PRELOADED NAME FILES...: runs test files, prints failures, leaves NAME.json
 tests() {
-  name=$1
-  shift
+  preloaded=$1
+  name=$2
+  shift 2
   echo "== $name"
-  ./node --no-warnings --import ./tools/gpu/"$name".mjs --test --test-concurrency=1 --test-reporter=./tools/gpu/reporter.mjs \
-    --test-reporter-destination="$out/$name.json" --test-reporter=dot --test-reporter-destination=stdout "$@" || status=1
+  timeout 900 ./node --no-warnings --import ./tools/gpu/"$preloaded".mjs --test --test-concurrency=1 \
+    --test-reporter=./tools/gpu/reporter.mjs --test-reporter-destination="$out/$name.json" \
+    --test-reporter=dot --test-reporter-destination=stdout "$@" || status=1
   ./node tools/gpu/summary.mjs "$out/$name.json"
 }
 
 command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-tests suite $(find packages/kernels-cuda/src -name '*.test.ts')
-tests models $(find packages/attention-mla/src packages/router/src packages/mtp/src packages/deepseek/src -name '*.test.ts')
+hopper=0
+[ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -1)" = 9.0 ] && hopper=1
+tests suite suite $(find packages/kernels-cuda/src -name '*.test.ts')
+[ $hopper = 1 ] && MOE_CUDA_WGMMA=1 tests suite suite-wgmma $(find packages/kernels-cuda/src -name '*.test.ts')
+tests models models $(find packages/attention-mla/src packages/router/src packages/mtp/src packages/deepseek/src -name '*.test.ts')
 
 if [ $quick = 0 ]; then
   if command -v compute-sanitizer > /dev/null; then
@@ -55,6 +61,11 @@ if [ $quick = 0 ]; then
   fi
   echo "== benchmarks"
   ./node --no-warnings --expose-gc bench/cuda.ts --json "$out/bench.json" $peers || status=1
+  if [ $hopper = 1 ]; then
+    echo "== benchmarks, products of Hopper"
+    MOE_CUDA_WGMMA=1 timeout 600 ./node --no-warnings --expose-gc bench/cuda.ts --only gemm,train \
+      --json "$out/bench-wgmma.json" $peers || status=1
+  fi
 fi
 ./node tools/gpu/summary.mjs --merge "$out" > "$out/gpu.json" && echo "wrote $out/gpu.json"
 exit $status

@@ -21,9 +21,11 @@ if (first === '--merge') {
     date,
     machine,
     suite: read('suite.json'),
+    suiteWithWgmma: read('suite-wgmma.json'),
     models: read('models.json'),
     sanitizer,
     results,
+    resultsWithWgmma: read('bench-wgmma.json')?.results,
     peers: read('peers.json'),
   }
   console.log(JSON.stringify(merged, null, 2))

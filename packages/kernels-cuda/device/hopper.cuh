@@ -39,9 +39,11 @@ MOE_DEVICE void arrive(Barrier* barrier) { asm volatile("mbarrier.arrive.shared:
 MOE_DEVICE void arriveAndExpect(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(sharedAddress(barrier)), "r"(bytes) : "memory");
 }
-/// Waits for the end of the latest phase of this parity: phases count from 0, and before the first one lies one of parity 1.
+/// Waits for the end of the latest phase of this parity: phases count from 0, and before the first one lies one of parity 1. A phase
+/// that does not end is an error of the launch, rather than a launch that does not end.
 MOE_DEVICE void wait(Barrier* barrier, int parity) {
   uint32_t done;
+  int tries = 0;
   do {
     asm volatile(
         "{\n"
@@ -52,6 +54,7 @@ MOE_DEVICE void wait(Barrier* barrier, int parity) {
         : "=r"(done)
         : "r"(sharedAddress(barrier)), "r"(parity)
         : "memory");
+    if (done == 0 && ++tries == 1 << 26) __trap();
   } while (done == 0);
 }
 

@@ -2,7 +2,7 @@ import { fallbacks } from '@moe/core'
 import { backendSuite } from '@moe/core/testing'
 import { expect, test } from 'vitest'
 import { createBackend } from './backend.ts'
-import { emulator, emulatorFunction, onDevice, testBackend, unavailable } from './test-backend.ts'
+import { emulator, emulatorFunction, onDevice, testBackend, unavailable, wgmmaVariants } from './test-backend.ts'
 
 /**
  * The suite runs every case twice and wants the same bits. The emulator runs the blocks and threads of the second run in reverse, so that a result
@@ -22,9 +22,9 @@ function reverseEverySecondRun(): () => void {
 // A fault ends a backend for good, so each check has its own. Products once more by Hopper's instructions.
 const names = backendSuite(testBackend).map(check => check.name)
 
-for (const wgmma of [false, true]) {
+for (const wgmma of wgmmaVariants) {
   for (const [i, name] of names.entries()) {
-    if (wgmma && !/matmul|cross-?entropy/i.test(name)) continue
+    if (wgmma && !onDevice && !/matmul|cross-?entropy/i.test(name)) continue
     test.skipIf(unavailable)(wgmma ? `wgmma: ${name}` : name, async () => {
       let backend: Awaited<ReturnType<typeof testBackend>> | undefined
       const make = async () => {

@@ -7,6 +7,9 @@ import { type CudaBackend, type CudaOptions, createBackend } from './backend.ts'
 /** Whether tests run on a real device; without one they then fail. */
 export const onDevice = process.env['MOE_REQUIRE_CUDA'] === '1'
 
+/** Which ways of multiplying tests try: on a device the one that MOE_CUDA_WGMMA chooses, lest a fault of the new one take the old one's tests along. */
+export const wgmmaVariants = onDevice ? [process.env['MOE_CUDA_WGMMA'] === '1'] : [false, true]
+
 const folder = join(import.meta.dirname, '..', 'build', 'emulator')
 const library = join(folder, 'libmoe-cuda-emulator.so')
 

@@ -1,7 +1,7 @@
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { distanceToCpu, exact, integers, output } from '../../test-against-cpu.ts'
-import { unavailable } from '../../test-backend.ts'
+import { unavailable, wgmmaVariants } from '../../test-backend.ts'
 
 const cases = [
   { name: 'empty experts, first, last and between', offsets: [0, 0, 1, 1, 30, 130, 130], rows: 130, k: 33, n: 130 },
@@ -20,10 +20,9 @@ const cases = [
 ]
 
 const variants = [
-  { precision: 'f32', wgmma: false },
-  { precision: 'bf16', wgmma: false },
-  { precision: 'bf16', wgmma: true },
-] as const
+  { precision: 'f32', wgmma: false } as const,
+  ...wgmmaVariants.map(wgmma => ({ precision: 'bf16', wgmma }) as const),
+]
 
 describe.skipIf(unavailable).each(variants)('grouped matmul, $precision, wgmma $wgmma', ({ precision, wgmma }) => {
   test.each(cases)('$name', async ({ offsets, rows, k, n }) => {

@@ -2,7 +2,7 @@ import type { Precision } from '@moe/core'
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { distance, distanceToCpu, exact, onCuda, output } from '../../test-against-cpu.ts'
-import { unavailable } from '../../test-backend.ts'
+import { unavailable, wgmmaVariants } from '../../test-backend.ts'
 
 interface Size {
   readonly name: string
@@ -32,9 +32,10 @@ const fewRows = ['f32', 'bf16'].flatMap(precision =>
 )
 const forms = [false, true].flatMap(transposeA => [false, true].map(transposeB => ({ transposeA, transposeB })))
 
-describe.skipIf(unavailable).each([{ wgmma: false }, { wgmma: true }])('matmul, wgmma $wgmma', options => {
+describe.skipIf(unavailable).each(wgmmaVariants)('matmul, wgmma %s', wgmma => {
+  const options = { wgmma }
   // The same sizes have other tiles, and what is not bf16 or has few rows has nothing to do with it.
-  const affected = options.wgmma ? sizes.filter(({ precision }) => precision === 'bf16') : [...sizes, ...fewRows]
+  const affected = wgmma ? sizes.filter(({ precision }) => precision === 'bf16') : [...sizes, ...fewRows]
   test.each(affected)('$name, $precision', async ({ precision, batch, m, n, k }) => {
     const random = new Random(m)
     const lead = batch === undefined ? [] : [batch]
