@@ -1,7 +1,25 @@
+import { Random, randn, type Tensor } from '@moe/core'
 import { graphSuite } from '@moe/core/testing'
-import { test } from 'vitest'
-import { testBackend, unavailable } from './test-backend.ts'
+import { expect, test } from 'vitest'
+import { testBackend, unavailable, wgmmaVariants } from './test-backend.ts'
 
 for (const check of graphSuite(() => testBackend({ guarded: false }))) {
   test.skipIf(unavailable)(check.name, () => check.run())
 }
+
+test.skipIf(!wgmmaVariants.includes(true))(
+  'products of Hopper: the graph has its own copy of what the copy engine knows of a matrix',
+  async () => {
+    const backend = await testBackend({ guarded: false, wgmma: true })
+    const [a, b] = [randn([130, 96], new Random(1), { backend }), randn([140, 96], new Random(2), { backend })]
+    const other = randn([130, 96], new Random(3), { backend })
+    const product = (x: Tensor) => x.matmul(b, { transposeB: true, precision: 'bf16' })
+    product(a).dispose()
+    const graph = backend.capture(() => product(a))
+    const expected = await product(other).values()
+    backend.write(a, await other.values())
+    graph.replay()
+    expect(await graph.result.values()).toEqual(expected)
+    backend.dispose()
+  },
+)
