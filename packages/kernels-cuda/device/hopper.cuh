@@ -81,6 +81,17 @@ MOE_DEVICE void holdSums(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
+/// Registers of each thread of a warpgroup, given up by one and taken by the others: by all its threads ("setmaxnreg"). A block starts with as
+/// many for each as the launch bounds allow.
+template <int Count>
+MOE_DEVICE void fewerRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+}
+template <int Count>
+MOE_DEVICE void moreRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+}
+
 /// Before the first product after other instructions have touched the sums, by all threads of the warpgroup ("wgmma.fence").
 template <int N>
 MOE_DEVICE void fenceProducts(float (&d)[N]) {
@@ -97,11 +108,13 @@ MOE_DEVICE void waitProducts(float (&d)[N]) {
   if (Pending == 0) holdSums(d);
 }
 
-// "%<tens>0, ... %<tens>9" and eight or ten sums as operands of asm.
+// "%<tens>0, ... %<tens>9", and sums as operands of asm.
 #define MOE_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
-#define MOE_0_TO_59 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " MOE_TEN(1) MOE_TEN(2) MOE_TEN(3) MOE_TEN(4) MOE_TEN(5)
+#define MOE_0_TO_29 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " MOE_TEN(1) MOE_TEN(2)
+#define MOE_0_TO_59 MOE_0_TO_29 MOE_TEN(3) MOE_TEN(4) MOE_TEN(5)
 #define MOE_SUMS8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define MOE_SUMS64(i) MOE_SUMS8(i), MOE_SUMS8(i + 8), MOE_SUMS8(i + 16), MOE_SUMS8(i + 24), MOE_SUMS8(i + 32), MOE_SUMS8(i + 40), MOE_SUMS8(i + 48), MOE_SUMS8(i + 56)
+#define MOE_SUMS32(i) MOE_SUMS8(i), MOE_SUMS8(i + 8), MOE_SUMS8(i + 16), MOE_SUMS8(i + 24)
+#define MOE_SUMS64(i) MOE_SUMS32(i), MOE_SUMS32(i + 32)
 
 /// d += a b^T for 16 of k, by all 128 threads of a warpgroup: a has 64 rows, b has N (operandAt). Thread t of the warpgroup has, with w = t/32,
 /// g = t%32/4, c = t%4: d[4j], d[4j+1] = D[16w+g][8j+2c, +1], d[4j+2], d[4j+3] = D[16w+g+8][8j+2c, +1] ("wgmma.mma_async", "Register
@@ -121,9 +134,26 @@ MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b) {
                  : "l"(a), "l"(b));
   }
 }
+/// The same with 64 x 16 of a in registers, until the product's group is waited for: a[0], a[1] = A[16w+g][2c, +1], A[16w+g+8][2c, +1];
+/// a[2], a[3] the same eight columns on. Two neighbouring columns of sums are, rounded, such registers.
+template <int N>
+MOE_DEVICE void multiplyGroup(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(N == 64 || N == 128, "the widths that are used");
+  if constexpr (N == 64) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" MOE_0_TO_29 "%30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+                 : MOE_SUMS32(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MOE_0_TO_59 "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+                 : MOE_SUMS64(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+}
 #undef MOE_TEN
+#undef MOE_0_TO_29
 #undef MOE_0_TO_59
 #undef MOE_SUMS8
+#undef MOE_SUMS32
 #undef MOE_SUMS64
 
 #endif

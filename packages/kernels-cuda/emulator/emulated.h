@@ -58,12 +58,17 @@ struct PackedReader {
   const char* start;
   size_t at = 0;
   template <class T>
-  __attribute__((always_inline)) T next() {
-    at = (at + alignof(T) - 1) / alignof(T) * alignof(T);
-    T value;
-    __builtin_memcpy((void*)&value, start + at, sizeof(T)); // the arguments as a whole are aligned to nothing
-    at += sizeof(T);
-    return value;
+  __attribute__((always_inline)) decltype(auto) next() {
+    const size_t from = (at + alignof(T) - 1) / alignof(T) * alignof(T);
+    at = from + sizeof(T);
+    if constexpr (alignof(T) <= 8) {
+      return (*(const T*)(start + from));
+    } else {
+      // The arguments as a whole are not aligned to as much.
+      T value;
+      __builtin_memcpy((void*)&value, start + from, sizeof(T));
+      return value;
+    }
   }
 };
 template <class... P>

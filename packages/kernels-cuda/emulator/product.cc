@@ -15,12 +15,14 @@ constexpr uint32_t mark = 0xffc0dead;
 constexpr uint32_t inFlight = 0xffffffff;
 
 struct Product {
+  bool registers;    // a is in registers
   uint64_t a, b;
+  uint32_t left[4];  // the thread's own
   int n, sums;
   uint32_t group;
   const char* file;
   int line;
-  bool operator==(const Product& o) const { return a == o.a && b == o.b && n == o.n && sums == o.sums && group == o.group && line == o.line; }
+  bool operator==(const Product& o) const { return registers == o.registers && a == o.a && b == o.b && n == o.n && sums == o.sums && group == o.group && line == o.line; }
 };
 struct Queue {
   Product products[mostQueued];
@@ -86,7 +88,7 @@ void checkDescriptor(uint64_t descriptor, int rows, const char* name, Where wher
 
 void setRead(const Product& product, int warp, uint32_t when) {
   const Operand a(product.a), b(product.b);
-  for (int row = 0; row < 64; row++) readAt[a.line(row)][warp] = when;
+  for (int row = 0; row < 64 && !product.registers; row++) readAt[a.line(row)][warp] = when;
   for (int row = 0; row < product.n; row++) readAt[b.line(row)][warp] = when;
 }
 
@@ -97,11 +99,19 @@ float fromBf16(uint16_t bits) {
   return x;
 }
 
-void multiply(Sums& sums, const Product& product) {
+/// The product that every thread has in that place of its queue.
+void multiply(Warpgroup& group, int place) {
   alignas(32) static float left[64][16], right[16][256];
+  const Product& product = group.queues[0].products[place];
+  Sums& sums = group.sums[product.sums];
   const Operand a(product.a), b(product.b);
-  for (int row = 0; row < 64; row++)
+  for (int row = 0; row < 64 && !product.registers; row++)
     for (int k = 0; k < 16; k++) left[row][k] = fromBf16(((const uint16_t*)a.chunk(row, k / 8))[k % 8]);
+  for (int t = 0; t < groupThreads && product.registers; t++)
+    for (int i = 0; i < 8; i++) {
+      const uint32_t pair = group.queues[t].products[place].left[i / 2];
+      left[t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8][t % 4 * 2 + i % 2 + i / 4 * 8] = fromBf16((uint16_t)(pair >> i % 2 * 16));
+    }
   for (int row = 0; row < product.n; row++)
     for (int k = 0; k < 16; k++) right[k][row] = fromBf16(((const uint16_t*)b.chunk(row, k / 8))[k % 8]);
   for (int i = 0; i < 64; i++)
@@ -160,9 +170,9 @@ void finish(Warpgroup& group, uint32_t groups, Where where) {
   const int firstWarp = run.thread / groupThreads * 4;
   int done = 0;
   while (done < first.count && (int32_t)(first.products[done].group - groups) < 0) {
-    const Product& product = first.products[done++];
-    multiply(group.sums[product.sums], product);
-    for (int w = firstWarp; w < firstWarp + 4; w++) setRead(product, w, run.clock);
+    multiply(group, done);
+    for (int w = firstWarp; w < firstWarp + 4; w++) setRead(first.products[done], w, run.clock);
+    done++;
   }
   for (int t = 0; t < groupThreads; t++) {
     Queue& queue = group.queues[t];
@@ -192,19 +202,26 @@ void fenceProducts() { warpgroup().queues[run.thread % groupThreads].fenced = tr
 
 void commitProducts() { warpgroup().queues[run.thread % groupThreads].groups++; }
 
-void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, const char* file, int line) {
-  const Where where{file, line};
+static void ask(float* d, Product product) {
+  const Where where{product.file, product.line};
   const int end = (run.thread / groupThreads + 1) * groupThreads;
   if (end > threadsOfBlock()) stop(launchFailed, where, "a product of a warpgroup that has only %d threads", threadsOfBlock() % groupThreads);
-  checkDescriptor(a, 64, "a", where);
-  checkDescriptor(b, n, "b", where);
+  if (!product.registers) checkDescriptor(product.a, 64, "a", where);
+  checkDescriptor(product.b, product.n, "b", where);
   used = true;
   Warpgroup& group = warpgroup();
   Queue& queue = group.queues[run.thread % groupThreads];
   if (queue.count == mostQueued) stop(outOfResources, where, "%d products that nobody waited for", mostQueued);
-  const Product product{a, b, n, sumsAt(group, d, n, where), queue.groups, file, line};
+  product.sums = sumsAt(group, d, product.n, where);
+  product.group = queue.groups;
   queue.products[queue.count++] = product;
   if (run.lane == 0) setRead(product, run.warp, inFlight);
+}
+void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, const char* file, int line) {
+  ask(d, {false, a, b, {}, n, 0, 0, file, line});
+}
+void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, const char* file, int line) {
+  ask(d, {true, 0, b, {a[0], a[1], a[2], a[3]}, n, 0, 0, file, line});
 }
 
 void waitForProducts(int pending, const char* file, int line) {

@@ -24,7 +24,7 @@ const names = backendSuite(testBackend).map(check => check.name)
 
 for (const wgmma of wgmmaVariants) {
   for (const [i, name] of names.entries()) {
-    if (wgmma && !onDevice && !/matmul|cross-?entropy/i.test(name)) continue
+    if (wgmma && !onDevice && !/matmul|cross-?entropy|attention/i.test(name)) continue
     test.skipIf(unavailable)(wgmma ? `wgmma: ${name}` : name, async () => {
       let backend: Awaited<ReturnType<typeof testBackend>> | undefined
       const make = async () => {

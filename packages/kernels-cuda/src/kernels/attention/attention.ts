@@ -1,6 +1,7 @@
 /** @file Attention that never stores its scores, and its gradient. */
 import type { Precision, Value } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
+import { attentionOnHopper } from '../attention-sm90a/forward.ts'
 import { type DenseMatrix, roundToBf16 } from '../matmul/gemm.ts'
 
 /** Sizes of an engine of flash.cuh: rows and columns of a score tile, features of keys and of values. */
@@ -70,6 +71,7 @@ const sizes = 'i i i i i i i i i i f'
 
 export const attention: FusedFactory<'attention'> = cuda => {
   const round = roundToBf16(cuda)
+  const onHopper = cuda.wgmma ? attentionOnHopper(cuda, round) : undefined
   const kernels = new Map(
     engines.map(e => [e, cuda.kernel('attention', `moe_attention_fwd_${nameOf(e)}`, `p p p p p p ${sizes}`)]),
   )
@@ -81,6 +83,9 @@ export const attention: FusedFactory<'attention'> = cuda => {
     const out = cuda.output(outSpec)
     const lse = cuda.output(lseSpec)
     if (B * T * H === 0) return [out, lse]
+    if (onHopper !== undefined && precision === 'bf16' && S * G * Dk * Dv > 0) {
+      if (onHopper(out.pointer, lse.pointer, { q, k, v, lengths }, { causal, scale })) return [out, lse]
+    }
     const [ldk, ldv] = engine.precision === 'bf16' ? [engine.dk, engine.dv] : [Dk, Dv]
     kernels.get(engine)?.(
       { grid: [Math.ceil(T / engine.m), H, B], block: engine.threads, shared: forwardShared(engine) },

@@ -2,12 +2,14 @@
 #include "gemm-hopper.cuh"
 #include "pack-tile.cuh"
 
-/// Matrices [k, outer] of f32 to [outer, ld] of bf16. blockIdx.x = matrix, tile along outer, tile along k.
-MOE_KERNEL((256), moe_pack_transposed_sm90a, (bf16* to, const float* from, int outer, int k, int ld)) {
+/// Matrices [k, outer] of f32 to [outer, ld] of bf16; with `lengths` only the first so many k of each matrix count, and the rest is zeros.
+/// blockIdx.x = matrix, tile along outer, tile along k.
+MOE_KERNEL((256), moe_pack_transposed_sm90a, (bf16* to, const float* from, const int* lengths, int outer, int k, int ld)) {
   const int tilesK = divUp(k, 64), tilesO = divUp(outer, 64);
   const int i = blockIdx.x % tilesK * 64, o = blockIdx.x / tilesK % tilesO * 64;
   const int64_t matrix = blockIdx.x / tilesK / tilesO;
-  packTile(to + (matrix * outer + o) * ld + i, ld, from + (matrix * k + i) * outer + o, outer, k - i, outer - o, ld - i);
+  const int rows = lengths ? min(k, lengths[matrix]) : k;
+  packTile(to + (matrix * outer + o) * ld + i, ld, from + (matrix * k + i) * outer + o, outer, rows - i, outer - o, ld - i);
 }
 
 /// c (or c += a b^T), `batches` of it; with several parts of k, c holds one result for each. Grid: as many blocks as run at once.

@@ -10,18 +10,20 @@ export interface Unpacked {
   readonly outer: number
   readonly k: number
   readonly transposed: boolean
+  /** Of a transposed one: address of how many k of each matrix count; the others become zeros. */
+  readonly lengths?: number
 }
 
 export type Pack = (matrices: Unpacked) => Matrix
 
 export function packForHopper(cuda: Cuda, round: Round): Pack {
-  const transpose = cuda.kernel('matmul-sm90a', 'moe_pack_transposed_sm90a', 'p p i i i')
-  return ({ pointer, matrices, outer, k, transposed }) => {
+  const transpose = cuda.kernel('matmul-sm90a', 'moe_pack_transposed_sm90a', 'p p p i i i')
+  return ({ pointer, matrices, outer, k, transposed, lengths = 0 }) => {
     if (!transposed) return round([{ pointer, rows: matrices * outer, columns: k }])[0]
     const ld = paddedColumns(k)
     const to = cuda.scratch(matrices * outer * ld * 2).pointer
     const blocks = matrices * Math.ceil(outer / boxColumns) * Math.ceil(k / boxColumns)
-    transpose({ grid: blocks, block: 256 }, to, pointer, outer, k, ld)
+    transpose({ grid: blocks, block: 256 }, to, pointer, lengths, outer, k, ld)
     return { pointer: to, ld }
   }
 }

@@ -1,0 +1,65 @@
+/** @file Attention forward on Hopper. */
+import type { Value } from '@moe/core'
+import { type Cuda, pointerOf } from '../../native.ts'
+import type { Round } from '../matmul/gemm.ts'
+import { packForHopper } from '../matmul-sm90a/pack.ts'
+import { operandMap } from '../matmul-sm90a/product.ts'
+
+/** Rows and columns of a score tile (FlashHopper of attention-sm90a.cu), and the heads that there are kernels for. */
+const tile = 128
+const stages = 2
+const heads = [
+  [64, 64],
+  [128, 128],
+  [192, 128],
+] as const
+
+/** Dynamic shared memory: the queries, stages of keys and values, and room to begin at a multiple of 1024. */
+const sharedBytes = (dk: number, dv: number) => (tile * dk + stages * tile * (dk + dv)) * 2 + 1024
+
+/** As the op's inputs and outputs, of which none is empty. False when heads are too large. */
+export type AttentionForward = (
+  out: number,
+  lse: number,
+  inputs: { readonly q: Value; readonly k: Value; readonly v: Value; readonly lengths?: Value },
+  attrs: { readonly causal: boolean; readonly scale: number },
+) => boolean
+
+export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
+  const pack = packForHopper(cuda, round)
+  const kernels = heads.map(([dk, dv]) => ({
+    dk,
+    dv,
+    kernel: cuda.kernel('attention-sm90a', `moe_attention_fwd_sm90a_${dk}_${dv}`, 'p p t t t p i i i i i i f'),
+  }))
+  return (out, lse, { q, k, v, lengths }, { causal, scale }) => {
+    const [B, T, H, Dk] = q.shape
+    const [, S, G, Dv] = v.shape
+    const engine = kernels.find(({ dk, dv }) => Dk <= dk && Dv <= dv)
+    if (engine === undefined) return false
+    const { dk, dv, kernel } = engine
+    const ends = lengths ? pointerOf(lengths) : 0
+    const [queries, keys] = round([
+      { pointer: pointerOf(q), rows: B * T * H, columns: Dk, ld: dk },
+      { pointer: pointerOf(k), rows: B * S * G, columns: Dk, ld: dk },
+    ])
+    const values = pack({ pointer: pointerOf(v), matrices: B, outer: G * Dv, k: S, transposed: true, lengths: ends })
+    kernel(
+      { grid: [Math.ceil(T / tile), H, B], block: 384, shared: sharedBytes(dk, dv) },
+      out,
+      lse,
+      operandMap(cuda, { pointer: queries.pointer, ld: H * dk }, B, T, H * dk, tile),
+      operandMap(cuda, { pointer: keys.pointer, ld: G * dk }, B, S, G * dk, tile),
+      operandMap(cuda, values, B, G * Dv, S, dv),
+      ends,
+      T,
+      S,
+      H,
+      G,
+      Dv,
+      +causal,
+      scale,
+    )
+    return true
+  }
+}
