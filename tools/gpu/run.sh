@@ -63,7 +63,7 @@ if [ $quick = 0 ]; then
   ./node --no-warnings --expose-gc bench/cuda.ts --json "$out/bench.json" $peers || status=1
   if [ $hopper = 1 ]; then
     echo "== benchmarks, products of Hopper"
-    MOE_CUDA_WGMMA=1 timeout 600 ./node --no-warnings --expose-gc bench/cuda.ts --only gemm,train \
+    MOE_CUDA_WGMMA=1 timeout 600 ./node --no-warnings --expose-gc bench/cuda.ts --only gemm,attention,train \
       --json "$out/bench-wgmma.json" $peers || status=1
   fi
 fi

@@ -81,17 +81,6 @@ MOE_DEVICE void holdSums(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
-/// Registers of each thread of a warpgroup, given up by one and taken by the others: by all its threads ("setmaxnreg"). A block starts with as
-/// many for each as the launch bounds allow.
-template <int Count>
-MOE_DEVICE void fewerRegisters() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
-}
-template <int Count>
-MOE_DEVICE void moreRegisters() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
-}
-
 /// Before the first product after other instructions have touched the sums, by all threads of the warpgroup ("wgmma.fence").
 template <int N>
 MOE_DEVICE void fenceProducts(float (&d)[N]) {

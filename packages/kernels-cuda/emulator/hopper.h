@@ -43,10 +43,6 @@ template <int N>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, EMU_PLACE) {
   emu::multiplyGroup(d, N, a, b, file, line);
 }
-template <int Count>
-MOE_DEVICE void fewerRegisters() {}
-template <int Count>
-MOE_DEVICE void moreRegisters() {}
 MOE_DEVICE void commitProducts() { emu::commitProducts(); }
 template <int Pending, int N>
 MOE_DEVICE void waitProducts(float (&)[N], EMU_PLACE) {

@@ -31,7 +31,7 @@ export interface CudaOptions {
   /** For checkers such as compute-sanitizer: every tensor is an allocation of its own. Slow. */
   readonly guarded?: boolean
   /**
-   * Matrix products by Hopper's warpgroup instructions, where the device is one (compute capability 9.0); they have not run on a device yet.
+   * Products and attention forward in bf16 by Hopper's instructions, where the device is one (compute capability 9.0). They have not run on one yet.
    * Default: whether MOE_CUDA_WGMMA is 1.
    */
   readonly wgmma?: boolean

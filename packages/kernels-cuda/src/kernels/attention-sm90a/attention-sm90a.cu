@@ -3,10 +3,10 @@
 #include "flash.cuh"
 #include "hopper.cuh"
 
-/// Two warpgroups of 64 queries each, and one that copies; an engine for the softmax and the stores of flash.cuh.
+/// Two warpgroups of 64 queries each, and a warp that copies; an engine for the softmax and the stores of flash.cuh.
 template <int DK_, int DV_>
 struct FlashHopper {
-  static constexpr int BM = 128, BN = 128, DK = DK_, DV = DV_, Threads = 384, Copying = 8, Stages = 2;
+  static constexpr int BM = 128, BN = 128, DK = DK_, DV = DV_, Copying = 8, Threads = (Copying + 1) * 32, Stages = 2;
   static constexpr int Rows = 2, Columns = BN / 4, RowLanes = 4, Run = 2;
   static constexpr int bytesQ = BM * DK * 2, bytesK = BN * DK * 2, bytesV = DV * BN * 2, stageBytes = bytesK + bytesV;
   static constexpr float Unit = 1.4426950408889634f;
@@ -66,9 +66,8 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
   auto next = [&] {
     if (++stage == E::Stages) stage = 0, parity ^= 1;
   };
-  if (warp >= E::Copying) {
-    fewerRegisters<24>();
-    if (warp > E::Copying || lane > 0 || end == 0) return;
+  if (warp == E::Copying) {
+    if (lane > 0 || end == 0) return;
     arriveAndExpect(ready, E::bytesQ);
     for (int d = 0; d < E::DK; d += 64) copyBox(queries + d * E::BM * 2, q, ready, h * E::DK + d, first, b);
     for (int key = 0; key < end; key += E::BN, next()) {
@@ -80,7 +79,6 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
     }
     return;
   }
-  moreRegisters<240>();
 
   typename E::template Sums<E::DV> sums = {};
   OnlineSoftmax<E> softmax;
@@ -130,10 +128,13 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
   }
 }
 
-#define ATTENTION(DK, DV)                                                                                                                              \
-  MOE_KERNEL((384, 1), moe_attention_fwd_sm90a_##DK##_##DV, (float* out, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const int* lengths, int T, int S, int H, int G, int Dv, int causal, float scale)) { \
-    attention<FlashHopper<DK, DV>>(out, lse, q, k, v, lengths, {T, S, H, G, Dv, causal, scale});                                                      \
+#define ATTENTION(name, Engine)                                                                                                                              \
+  MOE_KERNEL((Engine::Threads, 1), moe_attention_fwd_sm90a_##name, (float* out, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const int* lengths, int T, int S, int H, int G, int Dv, int causal, float scale)) { \
+    attention<Engine>(out, lse, q, k, v, lengths, {T, S, H, G, Dv, causal, scale});                                                      \
   }
-ATTENTION(64, 64)
-ATTENTION(128, 128)
-ATTENTION(192, 128)
+using Small = FlashHopper<64, 64>;
+using Medium = FlashHopper<128, 128>;
+using Large = FlashHopper<192, 128>;
+ATTENTION(64_64, Small)
+ATTENTION(128_128, Medium)
+ATTENTION(192_128, Large)

@@ -8,6 +8,8 @@ import { operandMap } from '../matmul-sm90a/product.ts'
 /** Rows and columns of a score tile (FlashHopper of attention-sm90a.cu), and the heads that there are kernels for. */
 const tile = 128
 const stages = 2
+/** Two warpgroups and a warp. */
+const threads = 288
 const heads = [
   [64, 64],
   [128, 128],
@@ -45,7 +47,7 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
     ])
     const values = pack({ pointer: pointerOf(v), matrices: B, outer: G * Dv, k: S, transposed: true, lengths: ends })
     kernel(
-      { grid: [Math.ceil(T / tile), H, B], block: 384, shared: sharedBytes(dk, dv) },
+      { grid: [Math.ceil(T / tile), H, B], block: threads, shared: sharedBytes(dk, dv) },
       out,
       lse,
       operandMap(cuda, { pointer: queries.pointer, ld: H * dk }, B, T, H * dk, tile),
