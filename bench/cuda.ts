@@ -82,6 +82,12 @@ function random(shape: Shape): Value {
   return { handle: backend.upload(data, shape, 'f32'), shape, dtype: 'f32' }
 }
 
+/** Small numbers. */
+function bf16Matrix(shape: Shape): Value {
+  const data = new Uint16Array(new Random(seed++).uniform(sizeOf(shape)).map(x => 0x3f00 + 0x80 * x))
+  return { handle: backend.upload(data, shape, 'bf16'), shape, dtype: 'bf16' }
+}
+
 function integers(values: readonly number[]): Value {
   const data = Int32Array.from(values)
   return { handle: backend.upload(data, [data.length], 'i32'), shape: [data.length], dtype: 'i32' }
@@ -105,8 +111,9 @@ async function time(fn: () => void): Promise<number> {
   return median(times)
 }
 
-function report(name: string, rate: number, unit: Result['unit'], peak?: number): void {
-  const peer = peerRate(name)
+/** @param peerName What the peer calls it, if not the same. */
+function report(name: string, rate: number, unit: Result['unit'], peak?: number, peerName = name): void {
+  const peer = peerRate(peerName)
   const lower = unit === 'us'
   const ofPeer = peer === undefined ? undefined : lower ? peer / rate : rate / peer
   const result = { name, rate, unit, fractionOfPeak: peak === undefined ? undefined : rate / peak, ofPeer }
@@ -186,11 +193,17 @@ async function products(): Promise<void> {
     const bf16 = { transposeA: false, transposeB: true, precision: 'bf16' } as const
     const forward = await time(() => runOp('matmul', [x, w], bf16, [f32([tokens, n])]))
     report(`gemm bf16: ${name} forward`, flops / forward / 1e9, 'TFLOP/s', matmulPeak)
+    // The weight is read as it lies there: as close to the product alone as an op comes.
+    const stored = bf16Matrix([n, k])
+    const weight = { format: 'bf16', block: [1, 1], precision: 'bf16' } as const
+    const read = await time(() => runOp('quantizedMatmul', [x, stored], weight, [f32([tokens, n])]))
+    const peerName = `gemm bf16: ${name} forward`
+    report(`gemm bf16: ${name} forward, weight in bf16`, flops / read / 1e9, 'TFLOP/s', matmulPeak, peerName)
     const weights = await time(() =>
       runOp('matmul', [dy, x], { transposeA: true, transposeB: false, precision: 'bf16' }, [f32([n, k])]),
     )
     report(`gemm bf16: ${name} dW`, flops / weights / 1e9, 'TFLOP/s', matmulPeak)
-    free(x, w, dy)
+    free(x, w, dy, stored)
   }
   const size = 4096 / small
   const [a, b] = [random([size, size]), random([size, size])]

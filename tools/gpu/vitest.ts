@@ -41,8 +41,22 @@ function wrap(run: Runner) {
   return api
 }
 
+/** Of the test that runs: one at a time. */
+const finishing: Array<() => unknown> = []
+export function onTestFinished(fn: () => unknown): void {
+  finishing.push(fn)
+}
+
 // The runner's context is not handed on: vitest passes none that these tests use.
-const test = wrap((name, options, body) => node.test(name, options, () => (body as () => Promise<void>)()))
+const test = wrap((name, options, body) =>
+  node.test(name, options, async () => {
+    try {
+      await (body as () => Promise<void>)()
+    } finally {
+      for (const fn of finishing.splice(0)) await fn()
+    }
+  }),
+)
 const describe = wrap((name, options, body) => node.describe(name, options, () => (body as () => void)()))
 
 export { after as afterAll, afterEach, before as beforeAll, beforeEach } from 'node:test'
