@@ -137,6 +137,28 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     expect(device.download(d, Float32Array, 128).every(Number.isNaN)).toBe(true)
   })
 
+  const boxes = (mode: number) => {
+    const x = device.upload(Float32Array.from({ length: 64 }, (_, i) => i))
+    const options = { type: 7, swizzle: 0, sizes: [32, 2, 1], strides: [128, 256], box: [32, 1, 1] }
+    const y = device.upload(new Float32Array(64))
+    const launched = device.launch('moe_test_boxes', 1, 64, 'p t i', [y, encoded(x, options), mode])
+    return { y, status: launched || device.synchronize(), report: device.report() }
+  }
+  test.each([0, 1])('threads read boxes that they have waited for, or their warp has (%i)', mode => {
+    const { y, status, report } = boxes(mode)
+    expect({ status, report }).toEqual({ status: 0, report: '' })
+    expect(device.download(y, Float32Array, 64)).toEqual(Float32Array.from({ length: 64 }, (_, i) => i))
+  })
+  test.each([
+    [2, 'written by the copy engine'],
+    [3, 'read by thread 0'],
+    [4, 'threads wait for each other'],
+  ])('boxes that threads read too early, or that are written too early (%i)', (mode, text) => {
+    const { status, report } = boxes(mode)
+    expect(report).toContain(text)
+    expect(status).toBe(launchFailed)
+  })
+
   test('a parameter that is no tensor map', () => {
     const d = device.allocate(4)
     const args = [d, new Uint8Array(128), new Uint8Array(128), 1, 0, 0]

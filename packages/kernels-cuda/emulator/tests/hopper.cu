@@ -70,3 +70,34 @@ MOE_KERNEL((160), moe_test_hopper, (float* d, const __grid_constant__ TensorMap 
     d[(warp * 16 + lane / 4 + i / 2 % 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];
   }
 }
+
+/// y [2, 32] = two boxes of 32 floats, copied by warp 1 to the same place one after the other, and read by the threads of warp 0. `mode` 0: right,
+/// 1: lane 0 waits for its warp, 2: and without __syncwarp, 3: the warp arrives before it reads, 4: the copying warp waits for no arrival.
+MOE_KERNEL((64), moe_test_boxes, (float* y, const __grid_constant__ TensorMap map, int mode)) {
+  MOE_SHARED(__align__(128) float, box, [32]);
+  MOE_SHARED(Barrier, barriers, [2]);
+  Barrier *const full = &barriers[0], *const empty = &barriers[1];
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    initBarrier(full, 1);
+    initBarrier(empty, 1);
+    fenceBarriers();
+  }
+  __syncthreads();
+  for (int t = 0; t < 2; t++) {
+    if (threadIdx.x == 32) {
+      if (mode != 4) wait(empty, (t & 1) ^ 1);
+      arriveAndExpect(full, 128);
+      copyBox(box, map, full, 0, t, 0);
+      if (mode == 4) wait(full, t & 1);
+    } else if (threadIdx.x < 32) {
+      if (lane == 0 || (mode != 1 && mode != 2)) wait(full, t & 1);
+      if (mode == 1) __syncwarp();
+      if (mode == 3 && lane == 0) arrive(empty);
+      if (mode == 3) __syncwarp();
+      y[t * 32 + lane] = box[lane];
+      __syncwarp();
+      if (mode != 3 && lane == 0) arrive(empty);
+    }
+  }
+}
