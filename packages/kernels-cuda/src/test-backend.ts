@@ -1,6 +1,7 @@
 /** @file For tests: a backend on the emulator, or with MOE_REQUIRE_CUDA=1 on the GPU of this machine. */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
+import type { Precision } from '@moe/core'
 import koffi from 'koffi'
 import { type CudaBackend, type CudaOptions, createBackend } from './backend.ts'
 
@@ -9,6 +10,12 @@ export const onDevice = process.env['MOE_REQUIRE_CUDA'] === '1'
 
 /** Which ways of multiplying tests try: on a device the one that MOE_CUDA_WGMMA chooses, lest a fault of the new one take the old one's tests along. */
 export const wgmmaVariants = onDevice ? [process.env['MOE_CUDA_WGMMA'] === '1'] : [false, true]
+
+/** Precisions with the ways of multiplying in them. */
+export const productVariants: ReadonlyArray<{ readonly precision: Precision; readonly wgmma: boolean }> = [
+  { precision: 'f32', wgmma: false },
+  ...wgmmaVariants.map(wgmma => ({ precision: 'bf16', wgmma }) as const),
+]
 
 const folder = join(import.meta.dirname, '..', 'build', 'emulator')
 const library = join(folder, 'libmoe-cuda-emulator.so')

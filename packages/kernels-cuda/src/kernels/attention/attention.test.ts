@@ -1,7 +1,7 @@
 import { type Precision, Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
-import { unavailable, wgmmaVariants } from '../../test-backend.ts'
+import { productVariants, unavailable } from '../../test-backend.ts'
 
 interface Size {
   readonly name: string
@@ -29,12 +29,7 @@ const sizes: readonly Size[] = [
 
 const room: { readonly [P in Precision]: number } = { f32: 5e-6, bf16: 2e-2 }
 
-const variants = [
-  { precision: 'f32', wgmma: false } as const,
-  ...wgmmaVariants.map(wgmma => ({ precision: 'bf16', wgmma }) as const),
-]
-
-describe.skipIf(unavailable).each(variants)('attention, $precision, wgmma $wgmma', ({ precision, wgmma }) => {
+describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma $wgmma', ({ precision, wgmma }) => {
   test.each(sizes)('$name', async ({ B, T, S, H, G, Dk, Dv, causal, lengths }) => {
     const random = new Random(T)
     const [q, k, v] = [exact(random, B, T, H, Dk), exact(random, B, S, G, Dk), exact(random, B, S, G, Dv)]

@@ -1,7 +1,7 @@
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { distanceToCpu, exact, integers, output } from '../../test-against-cpu.ts'
-import { unavailable, wgmmaVariants } from '../../test-backend.ts'
+import { productVariants, unavailable } from '../../test-backend.ts'
 
 const cases = [
   { name: 'empty experts, first, last and between', offsets: [0, 0, 1, 1, 30, 130, 130], rows: 130, k: 33, n: 130 },
@@ -19,26 +19,24 @@ const cases = [
   { name: 'nothing to sum up', offsets: [0, 2], rows: 2, k: 0, n: 3 },
 ]
 
-const variants = [
-  { precision: 'f32', wgmma: false } as const,
-  ...wgmmaVariants.map(wgmma => ({ precision: 'bf16', wgmma }) as const),
-]
-
-describe.skipIf(unavailable).each(variants)('grouped matmul, $precision, wgmma $wgmma', ({ precision, wgmma }) => {
-  test.each(cases)('$name', async ({ offsets, rows, k, n }) => {
-    const random = new Random(rows)
-    const experts = offsets.length - 1
-    const x = exact(random, rows, k)
-    const ends = integers(...offsets)
-    for (const transposeW of [true, false]) {
-      const weight = exact(random, experts, ...(transposeW ? [n, k] : [k, n]))
-      const attrs = { transposeW, precision }
-      const distance = await distanceToCpu('groupedMatmul', [x, weight, ends], attrs, [output(rows, n)], { wgmma })
+describe.skipIf(unavailable).each(productVariants)(
+  'grouped matmul, $precision, wgmma $wgmma',
+  ({ precision, wgmma }) => {
+    test.each(cases)('$name', async ({ offsets, rows, k, n }) => {
+      const random = new Random(rows)
+      const experts = offsets.length - 1
+      const x = exact(random, rows, k)
+      const ends = integers(...offsets)
+      for (const transposeW of [true, false]) {
+        const weight = exact(random, experts, ...(transposeW ? [n, k] : [k, n]))
+        const attrs = { transposeW, precision }
+        const distance = await distanceToCpu('groupedMatmul', [x, weight, ends], attrs, [output(rows, n)], { wgmma })
+        expect(distance).toBeLessThan(2e-6)
+      }
+      const inputs = [x, exact(random, rows, n), ends]
+      const gradient = [output(experts, n, k)]
+      const distance = await distanceToCpu('groupedMatmulWeightGrad', inputs, { precision }, gradient, { wgmma })
       expect(distance).toBeLessThan(2e-6)
-    }
-    const inputs = [x, exact(random, rows, n), ends]
-    const gradient = [output(experts, n, k)]
-    const distance = await distanceToCpu('groupedMatmulWeightGrad', inputs, { precision }, gradient, { wgmma })
-    expect(distance).toBeLessThan(2e-6)
-  })
-})
+    })
+  },
+)

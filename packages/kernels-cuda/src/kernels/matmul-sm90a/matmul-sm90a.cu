@@ -2,14 +2,21 @@
 #include "gemm-hopper.cuh"
 #include "pack-tile.cuh"
 
-/// Matrices [k, outer] of f32 to [outer, ld] of bf16; with `lengths` only the first so many k of each matrix count, and the rest is zeros.
+/// Matrices [k, outer] in rows of `columns` to [outer, ld] of bf16; with `lengths` only the first so many k of each count, and the rest is zeros.
 /// blockIdx.x = matrix, tile along outer, tile along k.
-MOE_KERNEL((256), moe_pack_transposed_sm90a, (bf16* to, const float* from, const int* lengths, int outer, int k, int ld)) {
+template <class T>
+MOE_DEVICE void pack(bf16* to, const T* from, const int* lengths, int outer, int columns, int k, int ld) {
   const int tilesK = divUp(k, 64), tilesO = divUp(outer, 64);
   const int i = blockIdx.x % tilesK * 64, o = blockIdx.x / tilesK % tilesO * 64;
   const int64_t matrix = blockIdx.x / tilesK / tilesO;
   const int rows = lengths ? min(k, lengths[matrix]) : k;
-  packTile(to + (matrix * outer + o) * ld + i, ld, from + (matrix * k + i) * outer + o, outer, rows - i, outer - o, ld - i);
+  packTile(to + (matrix * outer + o) * ld + i, ld, from + (matrix * k + i) * columns + o, columns, rows - i, outer - o, ld - i);
+}
+MOE_KERNEL((256), moe_pack_sm90a_f32, (bf16* to, const float* from, const int* lengths, int outer, int columns, int k, int ld)) {
+  pack(to, from, lengths, outer, columns, k, ld);
+}
+MOE_KERNEL((256), moe_pack_sm90a_bf16, (bf16* to, const bf16* from, const int* lengths, int outer, int columns, int k, int ld)) {
+  pack(to, from, lengths, outer, columns, k, ld);
 }
 
 /// c (or c += a b^T), `batches` of it; with several parts of k, c holds one result for each. Grid: as many blocks as run at once.

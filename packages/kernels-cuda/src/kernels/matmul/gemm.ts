@@ -1,6 +1,7 @@
 /** @file What the launchers of matrix products share: operands, sizes of tiles, and the dense product. */
 import type { Precision } from '@moe/core'
 import type { Cuda } from '../../native.ts'
+import { transposeForHopper } from '../matmul-sm90a/pack.ts'
 import { hopperProduct, hopperTiles } from '../matmul-sm90a/product.ts'
 
 /** A matrix in device memory, with `ld` elements from row to row: f32, or bf16 with `ld` a multiple of 8 and zeros behind each row. */
@@ -131,10 +132,10 @@ export function gemm(cuda: Cuda): Multiply {
     ),
   )
   const sum = cuda.kernel('matmul', 'moe_matmul_sum_f32', 'p p l i i')
-  const onHopper = cuda.wgmma ? hopperProduct(cuda) : undefined
+  const hopper = cuda.wgmma ? { multiply: hopperProduct(cuda), transpose: transposeForHopper(cuda, 'bf16') } : undefined
   return (precision, c, a, b, { m, n, k, transposeA, transposeB, batch = 1, add = false }) => {
-    const warpgroups = onHopper !== undefined && precision === 'bf16' && !transposeA && transposeB && k > 0
-    const among = warpgroups ? hopperTiles : tiles[precision]
+    const onHopper = hopper !== undefined && precision === 'bf16' && k > 0
+    const among = onHopper ? hopperTiles : tiles[precision]
     const tile = chooseTile(cuda, among, t => batch * countTiles(t, m, n))
     const blocks = batch * countTiles(tile, m, n)
     // Few tiles and much to sum up: the parts of k go to blocks of their own, and a second kernel adds their results in order.
@@ -142,8 +143,10 @@ export function gemm(cuda: Cuda): Multiply {
     const size = batch * m * n
     const results = parts > 1 ? cuda.scratch(parts * size * 4).pointer : c
     const addAtOnce = +(add && parts === 1)
-    if (warpgroups) {
-      onHopper(tile, results, a, b, { m, n, k, batch, parts, add: addAtOnce })
+    if (onHopper) {
+      const left = transposeA ? hopper.transpose(a, { matrices: batch, outer: m, k }) : a
+      const right = transposeB ? b : hopper.transpose(b, { matrices: batch, outer: n, k })
+      hopper.multiply(tile, results, left, right, { m, n, k, batch, parts, add: addAtOnce })
     } else {
       const form = (transposeA ? 't' : 'n') + (transposeB ? 't' : 'n')
       const kernel = kernels.get(`${tile.name}_${form}`)
