@@ -71,8 +71,8 @@ MOE_DEVICE void prefetchMap(const TensorMap& map) { asm volatile("prefetch.tenso
 /// Its first row is a multiple of 8 rows into a tile at a multiple of 1024; `k` is a multiple of 16 within the row.
 /// ("Matrix Descriptor Format": address / 16, at bit 32 the distance of 8 rows / 16, at bit 62 the swizzle.)
 MOE_DEVICE uint64_t operandAt(const void* firstRow, int k) {
-  const uint64_t start = (sharedAddress(firstRow) + k * 2) >> 4;
-  return start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+  const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
+  return (start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62) + k / 8;
 }
 
 /// The compiler moves nothing that reads or writes the sums across this place: it does not know when they are the tensor cores'.

@@ -28,8 +28,8 @@ MOE_DEVICE void copyBox(void* shared, const TensorMap& map, Barrier* barrier, in
 MOE_DEVICE void prefetchMap(const TensorMap&) {}
 
 MOE_DEVICE uint64_t operandAt(const void* firstRow, int k) {
-  const uint64_t start = (sharedAddress(firstRow) + k * 2) >> 4;
-  return start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+  const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
+  return (start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62) + k / 8;
 }
 template <int N>
 MOE_DEVICE void fenceProducts(float (&)[N]) {
