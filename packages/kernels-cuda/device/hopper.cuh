@@ -54,7 +54,7 @@ MOE_DEVICE void wait(Barrier* barrier, int parity) {
         : "=r"(done)
         : "r"(sharedAddress(barrier)), "r"(parity)
         : "memory");
-    if (done == 0 && ++tries == 1 << 26) __trap();
+    if (done == 0 && ++tries == 1 << 24) __trap();
   } while (done == 0);
 }
 
