@@ -48,7 +48,8 @@ Warpgroup* warpgroups;  // as many as a block can have
 bool used;
 
 /// By 128 bytes of dynamic shared memory and warp: when products last read there.
-uint32_t readAt[2080][maxWarps];
+constexpr uint32_t lines = (1 << 18 >> 7) + 256;  // that descriptors reach
+uint32_t readAt[lines][maxWarps];
 
 Warpgroup& warpgroup() {
   if (!warpgroups) {
@@ -241,7 +242,7 @@ void waitForProducts(int pending, const char* file, int line) {
 
 void checkOverwrite(uintptr_t address, size_t bytes, Where where) {
   const uint32_t start = sharedAddress((void*)address);
-  for (uint32_t line = start >> 7; line < (start + bytes + 127) >> 7 && line < 2080; line++)
+  for (uint32_t line = start >> 7; line < (start + bytes + 127) >> 7 && line < lines; line++)
     for (int w = 0; w < (threadsOfBlock() + 31) / 32; w++) {
       const uint32_t when = readAt[line][w];
       if (when < run.barrierClock) continue;
