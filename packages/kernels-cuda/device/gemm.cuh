@@ -4,7 +4,7 @@
 //   row(i), column(j), at(sums, i, j)           where they lie; columns come in runs of Run neighbours
 //   RowLanes, RowWarps                          a row is shared by RowLanes lanes (differing in the lowest bits) of RowWarps warps
 //   multiply<TransposeA, TransposeB>(...)       the main loop
-// What becomes of the tile (stored, reduced to a softmax) is the kernel's business. A wgmma engine would be a third one.
+// What becomes of the tile (stored, reduced to a softmax) is the kernel's business. gemm-hopper.cuh has a third one, with another main loop.
 // Legend: o, k as in tile.cuh; a is [m, k] ([k, m] when transposed), b is [k, n] ([n, k] when transposed).
 #pragma once
 #include "tile.cuh"
