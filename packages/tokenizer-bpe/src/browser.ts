@@ -1,13 +1,13 @@
-/** @file The package in browsers: code for rare pre-tokenizers stays behind an import(). */
+/** @file The package in browsers: what only some tokenizers need stays behind an import() (parts.ts). */
 export type { AddedToken } from './added-tokens.ts'
 export type { DecodeStream } from './decode-stream.ts'
 export { TokenizerError, type TokenizerErrorCode } from './errors.ts'
 export type { PreTokenizerName } from './pre-tokenizers.ts'
+export type { TiktokenOptions } from './tiktoken.ts'
 export {
   BpeTokenizer,
   type DecodeOptions,
   type EncodeOptions,
   type EncodingWithOffsets,
-  type TiktokenOptions,
 } from './tokenizer.ts'
 export { type SpecialToken, type TrainOptions, type TrainProgress, trainBpe, trainBpeAsync } from './train/train.ts'

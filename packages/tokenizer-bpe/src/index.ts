@@ -1,7 +1,6 @@
-/** @file The package outside of browsers: `fromJSON` reads every file at once. */
-import { provideSteps } from './json/pre-tokenizer.ts'
-import { compileSteps } from './json/pre-tokenizer-steps.ts'
+/** @file The package outside of browsers: everything is there at once. */
+import { provideAll } from './all-parts.ts'
 
-provideSteps(compileSteps)
+provideAll()
 
 export * from './browser.ts'

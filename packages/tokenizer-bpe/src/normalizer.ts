@@ -1,5 +1,6 @@
 /** @file Normalizers of tokenizer.json: the four Unicode forms, and sequences of them. */
 import { asArray, asObject, describe, unsupported } from './json/check.ts'
+import type { Parts } from './parts.ts'
 
 export type Normalizer = (text: string) => string
 
@@ -51,3 +52,5 @@ export function readNormalizer(value: unknown, where = 'normalizer'): Normalizer
       throw unsupported(`${where}.type`, describe(json.type))
   }
 }
+
+export const parts: Partial<Parts> = { normalizer: readNormalizer }

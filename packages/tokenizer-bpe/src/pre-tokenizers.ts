@@ -1,9 +1,4 @@
-/** @file The pre-tokenizers by name: their scanners, and how tokenizer.json spells them. */
-import { CL100K_PATTERN, CL100K_TIKTOKEN_PATTERN, cl100kScanner, QWEN2_PATTERN } from './scan/cl100k.ts'
-import { DEEPSEEK_LLM_PATTERNS, scanDeepseekLlm } from './scan/deepseek-llm.ts'
-import { DEEPSEEK_V3_PATTERNS, scanDeepseekV3 } from './scan/deepseek-v3.ts'
-import { GPT2_PATTERN, scanGpt2 } from './scan/gpt2.ts'
-import { O200K_PATTERN, scanO200k } from './scan/o200k.ts'
+/** @file The pre-tokenizers with a scanner: how tokenizer.json spells them, and how they are told from others. */
 import type { Scanner } from './scan/scanner.ts'
 
 /** Pre-tokenizers that have a hand-written scanner. */
@@ -16,22 +11,33 @@ export type PreTokenizerName =
   | 'o200k'
   | 'qwen2'
 
-interface Known {
+export interface KnownPreTokenizer {
   readonly scanner: Scanner
   /** Regular expressions of the `Split` steps, each isolated; none for a ByteLevel that brings its own. */
   readonly patterns: readonly string[]
+  /** What ByteLevel brings, for files that spell it out. */
+  readonly spelled?: string
   /** Whether each digit becomes a piece of its own after the splits. */
   readonly digits?: boolean
 }
 
-export const KNOWN: Readonly<Record<PreTokenizerName, Known>> = {
-  'deepseek-v3': { scanner: scanDeepseekV3, patterns: DEEPSEEK_V3_PATTERNS },
-  'deepseek-llm': { scanner: scanDeepseekLlm, patterns: DEEPSEEK_LLM_PATTERNS, digits: true },
-  gpt2: { scanner: scanGpt2, patterns: [] },
-  cl100k: { scanner: cl100kScanner(3, false), patterns: [CL100K_PATTERN] },
-  'cl100k-tiktoken': { scanner: cl100kScanner(3, true), patterns: [CL100K_TIKTOKEN_PATTERN] },
-  o200k: { scanner: scanO200k, patterns: [O200K_PATTERN] },
-  qwen2: { scanner: cl100kScanner(1, false), patterns: [QWEN2_PATTERN] },
+/**
+ * Names by the length of their signature, which tells them apart before their patterns are there. That of another pre-tokenizer may be as long: `isKnown`
+ * has the last word.
+ */
+const NAMES: Record<number, PreTokenizerName> = {
+  11: 'gpt2',
+  104: 'gpt2',
+  140: 'qwen2',
+  145: 'cl100k',
+  151: 'cl100k-tiktoken',
+  214: 'deepseek-v3',
+  304: 'o200k',
+  390: 'deepseek-llm',
+}
+
+export function preTokenizerNames(): PreTokenizerName[] {
+  return [...new Set(Object.values(NAMES))]
 }
 
 /** The `pre_tokenizer` of tokenizer.json for splits by regular expression (none: ByteLevel's own) before ByteLevel. */
@@ -48,15 +54,18 @@ export function preTokenizerJson(patterns: readonly string[], digits = false): R
   return { type: 'Sequence', pretokenizers: [...splits, byteLevel] }
 }
 
-/** The name of the scanner that does what a `pre_tokenizer` of tokenizer.json says, if there is one. */
-export function recognize(json: unknown): PreTokenizerName | undefined {
+/** The only name that a `pre_tokenizer` of tokenizer.json may have. */
+export function guessName(json: unknown): PreTokenizerName | undefined {
+  return NAMES[signature(json)?.length ?? 0]
+}
+
+/** Whether a `pre_tokenizer` of tokenizer.json is this one. */
+export function isKnown(json: unknown, { patterns, spelled, digits }: KnownPreTokenizer): boolean {
   const key = signature(json)
-  if (key === undefined) return undefined
-  for (const name of Object.keys(KNOWN) as PreTokenizerName[]) {
-    const known = KNOWN[name]
-    if (signature(preTokenizerJson(known.patterns, known.digits)) === key) return name
-  }
-  return key === signature(preTokenizerJson([GPT2_PATTERN])) ? 'gpt2' : undefined
+  return (
+    key === signature(preTokenizerJson(patterns, digits)) ||
+    (spelled !== undefined && key === signature(preTokenizerJson([spelled])))
+  )
 }
 
 /** What matters of a `pre_tokenizer` to the pieces, as text: splits, digits and ByteLevel, or undefined where there is more to it. */

@@ -3,7 +3,17 @@ import { PieceMerger } from './bpe/merge-piece.ts'
 import { MergeTable } from './bpe/merge-table.ts'
 import { spellBytes } from './byte-alphabet.ts'
 import { TokenizerError } from './errors.ts'
+import { describe } from './json/check.ts'
 import { BpeModel, MAX_ID } from './model.ts'
+import type { Parts } from './parts.ts'
+import { type PreTokenizerName, preTokenizerJson } from './pre-tokenizers.ts'
+
+export interface TiktokenOptions {
+  readonly preTokenizer: 'gpt2' | 'cl100k' | 'o200k' | RegExp | { readonly pattern: string }
+  readonly specialTokens?: Readonly<Record<string, number>>
+}
+
+const NAMES = ['gpt2', 'cl100k', 'o200k']
 
 function bad(line: number, problem: string): TokenizerError {
   return new TokenizerError({
@@ -15,7 +25,7 @@ function bad(line: number, problem: string): TokenizerError {
 }
 
 /** Reads the text of a `.tiktoken` file. */
-export function parseRanks(text: string): Map<number, Uint8Array> {
+function parseRanks(text: string): Map<number, Uint8Array> {
   const ranks = new Map<number, Uint8Array>()
   let line = 0
   for (const entry of text.split('\n')) {
@@ -50,7 +60,7 @@ export function parseRanks(text: string): Map<number, Uint8Array> {
  * the two parts that its own bytes come down to under the ranks before it, so those are its merge. Tokens that come down to more parts are
  * reached only where a piece is the token as a whole, which tiktoken asks first (`ignore_merges`).
  */
-export function modelFromRanks(ranks: ReadonlyMap<number, Uint8Array>): BpeModel {
+function modelFromRanks(ranks: ReadonlyMap<number, Uint8Array>): BpeModel {
   const ids = [...ranks.keys()].sort((a, b) => a - b)
   const tokens: (string | undefined)[] = []
   const idOf = new Map<string, number>()
@@ -91,3 +101,37 @@ export function modelFromRanks(ranks: ReadonlyMap<number, Uint8Array>): BpeModel
   }
   return new BpeModel(tokens, idOf, Int32Array.from(merges), { unknown: -1, fuseUnknown: false, ignoreMerges: true })
 }
+
+/**
+ * What a tokenizer is made of: the model, `added_tokens` and `pre_tokenizer` as in tokenizer.json.
+ * @param patternsOf gives the patterns of a pre-tokenizer
+ */
+export function readTiktoken(
+  ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
+  options: TiktokenOptions,
+  patternsOf: (name: PreTokenizerName) => readonly string[],
+) {
+  const text = ranks instanceof Uint8Array ? new TextDecoder().decode(ranks) : ranks
+  const model = modelFromRanks(typeof text === 'string' ? parseRanks(text) : text)
+  const choice = options.preTokenizer
+  if (typeof choice === 'string' && !NAMES.includes(choice)) {
+    throw new TokenizerError({
+      code: 'E_CONFIG',
+      op: 'fromTiktoken',
+      problem: `preTokenizer ${describe(choice)} is not known`,
+      fix: `use one of ${NAMES.join(', ')}, or a RegExp`,
+    })
+  }
+  return {
+    model,
+    added: Object.entries(options.specialTokens ?? {}).map(([content, id]) => ({ id, content, special: true })),
+    // tiktoken's own pattern for cl100k differs from the one that tokenizer.json files carry.
+    preTokenizer: preTokenizerJson(
+      typeof choice === 'string'
+        ? patternsOf(choice === 'cl100k' ? 'cl100k-tiktoken' : choice)
+        : [choice instanceof RegExp ? choice.source : choice.pattern],
+    ),
+  }
+}
+
+export const parts: Partial<Parts> = { tiktoken: readTiktoken }

@@ -5,19 +5,19 @@ import { CutTable } from './bpe/cut-table.ts'
 import { Encoder, IdBuffer, PADDING, type PieceListener } from './bpe/encoder.ts'
 import { PieceMerger } from './bpe/merge-piece.ts'
 import { MergeTable } from './bpe/merge-table.ts'
-import { WholeTable } from './bpe/whole-table.ts'
 import { DecodeStream } from './decode-stream.ts'
 import { TokenizerError } from './errors.ts'
 import { readAddedTokens } from './json/added-tokens.ts'
-import { asObject, describe, unsupported, wrong } from './json/check.ts'
+import { asObject, describe, type JsonObject, unsupported, wrong } from './json/check.ts'
 import { readModel, writeModel } from './json/model.ts'
 import { type PostProcessor, readPostProcessor } from './json/post-processor.ts'
-import { compilePreTokenizer, fetchSteps, type PreTokenizer } from './json/pre-tokenizer.ts'
+import { compilePreTokenizer, fetchPreTokenizer, type PreTokenizer } from './json/pre-tokenizer.ts'
 import type { BpeModel } from './model.ts'
-import { type Normalizer, readNormalizer } from './normalizer.ts'
+import type { Normalizer } from './normalizer.ts'
 import { OffsetCollector } from './offsets.ts'
-import { KNOWN, preTokenizerJson } from './pre-tokenizers.ts'
-import { modelFromRanks, parseRanks } from './tiktoken.ts'
+import { fetchParts, type PartName, part } from './parts.ts'
+import { preTokenizerJson } from './pre-tokenizers.ts'
+import type { TiktokenOptions } from './tiktoken.ts'
 
 export interface EncodeOptions {
   /** Adds the special tokens of the post-processor, e.g. beginning of sentence. Default true, as in Hugging Face tokenizers. */
@@ -39,11 +39,6 @@ export interface EncodingWithOffsets {
   readonly ids: Uint32Array
   /** Start and end of token i at `2 * i` and `2 * i + 1`, in UTF-16 code units of the text; tokens that share a character all cover it. */
   readonly offsets: Uint32Array
-}
-
-export interface TiktokenOptions {
-  readonly preTokenizer: 'gpt2' | 'cl100k' | 'o200k' | RegExp | { readonly pattern: string }
-  readonly specialTokens?: Readonly<Record<string, number>>
 }
 
 /** The parts of tokenizer.json besides the model, kept as they were read. */
@@ -105,12 +100,14 @@ export class BpeTokenizer {
     this.vocabSize = size
     this.#post = readPostProcessor(parts.post_processor, added, size)
     checkDecoder(parts.decoder)
-    const normalizer = readNormalizer(parts.normalizer)
+    const normalizer = needsNormalizer(parts.normalizer) ? part('normalizer')(parts.normalizer) : undefined
     this.#normalizer = normalizer
     this.#preTokenizer = preTokenizer
     const table = MergeTable.of(model.merges, model.byteToken, model.tokens.length)
     const merger = new PieceMerger(table, model.byteToken, model.options.unknown, model.options.fuseUnknown)
-    const whole = model.options.ignoreMerges ? new WholeTable(model.bytes, model.starts, model.pieceLengths) : undefined
+    const whole = model.options.ignoreMerges
+      ? new (part('whole'))(model.bytes, model.starts, model.pieceLengths)
+      : undefined
     this.#encoder = new Encoder(
       merger,
       this.#preTokenizer.scanner,
@@ -134,11 +131,14 @@ export class BpeTokenizer {
     return BpeTokenizer.fromJSONAsync(await readFile(path, 'utf8'))
   }
 
-  /** `fromJSON` that in browsers first fetches the code for a pre-tokenizer without a scanner of its own. */
+  /** `fromJSON` that in browsers first fetches the code that the file needs. */
   static async fromJSONAsync(json: string | object): Promise<BpeTokenizer> {
-    const parsed = parse(json)
-    await fetchSteps((parsed as { pre_tokenizer?: unknown } | null)?.pre_tokenizer)
-    return BpeTokenizer.fromJSON(parsed as object)
+    const file = parse(json)
+    const names: PartName[] = []
+    if (needsNormalizer(file.normalizer)) names.push('normalizer')
+    if ((file.model as JsonObject | undefined)?.ignore_merges) names.push('whole')
+    await Promise.all([fetchPreTokenizer(file.pre_tokenizer), fetchParts(...names)])
+    return BpeTokenizer.fromJSON(file)
   }
 
   /**
@@ -147,7 +147,7 @@ export class BpeTokenizer {
    *   needs `fromJSONAsync` for
    */
   static fromJSON(json: string | object): BpeTokenizer {
-    const file = asObject(parse(json), '(top level)')
+    const file = parse(json)
     if (file.model === undefined) throw wrong('model', 'is missing')
     for (const part of ['truncation', 'padding']) {
       if (file[part] !== undefined && file[part] !== null) {
@@ -172,29 +172,26 @@ export class BpeTokenizer {
     ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
     options: TiktokenOptions,
   ): BpeTokenizer {
-    const map =
-      ranks instanceof Map
-        ? ranks
-        : parseRanks(typeof ranks === 'string' ? ranks : new TextDecoder().decode(ranks as Uint8Array))
-    const model = modelFromRanks(map)
-    const { preTokenizer } = options
-    const added = Object.entries(options.specialTokens ?? {}).map(([content, id]) => ({ id, content, special: true }))
-    // tiktoken's own pattern for cl100k differs from the one that tokenizer.json files carry.
-    const name = preTokenizer === 'cl100k' ? 'cl100k-tiktoken' : preTokenizer
-    const patterns =
-      typeof name === 'string' ? KNOWN[name]?.patterns : [name instanceof RegExp ? name.source : name.pattern]
-    if (patterns === undefined) {
-      throw new TokenizerError({
-        code: 'E_CONFIG',
-        op: 'fromTiktoken',
-        problem: `preTokenizer ${describe(preTokenizer)} is not known`,
-        fix: `use one of ${Object.keys(KNOWN).join(', ')}, or a RegExp`,
-      })
-    }
+    const { model, added, preTokenizer } = part('tiktoken')(ranks, options, name => part(name).patterns)
     return new BpeTokenizer(model, readAddedTokens(added, model), {
-      pre_tokenizer: preTokenizerJson(patterns),
+      pre_tokenizer: preTokenizer,
       decoder: { type: 'ByteLevel', add_prefix_space: true, trim_offsets: true, use_regex: true },
     })
+  }
+
+  /** `fromTiktoken` that in browsers first fetches the code that it needs. */
+  static async fromTiktokenAsync(
+    ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
+    options: TiktokenOptions,
+  ): Promise<BpeTokenizer> {
+    const choice = options.preTokenizer
+    await Promise.all([
+      fetchParts('tiktoken', 'whole'),
+      typeof choice === 'string'
+        ? fetchParts(choice)
+        : fetchPreTokenizer(preTokenizerJson([choice instanceof RegExp ? choice.source : choice.pattern])),
+    ])
+    return BpeTokenizer.fromTiktoken(ranks, options)
   }
 
   /**
@@ -318,24 +315,10 @@ export class BpeTokenizer {
     parts: AsyncIterable<string> | Iterable<string>,
     options: EncodeOptions = {},
   ): AsyncGenerator<Uint32Array> {
+    const { cutStream } = await import('./encode-stream.ts')
     const plain = { ...options, addSpecialTokens: false }
-    const cuttable =
-      this.#preTokenizer.prepare === undefined &&
-      this.#added.every(
-        token => !token.lstrip && !token.rstrip && !token.single_word && !/[A-Za-z] [A-Za-z]/.test(token.content),
-      )
-    const margin = this.#added.reduce((most, token) => Math.max(most, token.content.length), 0) + 2
-    let held = ''
-    for await (const part of parts) {
-      held += part
-      if (!cuttable) continue
-      let cut = held.length - margin
-      while (cut > 0 && !(held[cut] === ' ' && isAsciiLetter(held, cut - 1) && isAsciiLetter(held, cut + 1))) cut--
-      if (cut <= 0) continue
-      yield this.encode(held.slice(0, cut), plain)
-      held = held.slice(cut)
-    }
-    if (held !== '') yield this.encode(held, plain)
+    const added = this.#preTokenizer.prepare === undefined ? this.#added : undefined
+    for await (const text of cutStream(parts, added)) yield this.encode(text, plain)
   }
 
   /**
@@ -474,10 +457,10 @@ export class BpeTokenizer {
 
 const EMPTY = new Uint8Array(0)
 
-function parse(json: string | object): unknown {
-  if (typeof json !== 'string') return json
+function parse(json: string | object): JsonObject {
+  let parsed: unknown = json
   try {
-    return JSON.parse(json)
+    if (typeof json === 'string') parsed = JSON.parse(json)
   } catch (cause) {
     throw new TokenizerError({
       code: 'E_FORMAT',
@@ -486,11 +469,12 @@ function parse(json: string | object): unknown {
       cause,
     })
   }
+  return asObject(parsed, '(top level)')
 }
 
-function isAsciiLetter(text: string, at: number): boolean {
-  const lower = text.charCodeAt(at) | 0x20
-  return lower >= 0x61 && lower <= 0x7a
+/** An empty sequence is as good as none. */
+function needsNormalizer(json: unknown): boolean {
+  return json !== undefined && json !== null && (json as { normalizers?: unknown[] }).normalizers?.length !== 0
 }
 
 function checkDecoder(value: unknown): void {

@@ -1,4 +1,5 @@
 /** @file Which pieces are tokens as a whole, for vocabularies that ask this before merging. */
+import type { Parts } from '../parts.ts'
 import { hashBytes, SHORT_KEY } from './piece-cache.ts'
 
 export class WholeTable {
@@ -55,3 +56,5 @@ function outline(bytes: Uint8Array, from: number, to: number): number {
   const tail = (bytes[to - 1] << 16) | (bytes[to - 2] << 8) | bytes[to - 4]
   return (Math.imul(head, 0x9e3779b1) ^ Math.imul(tail ^ ((to - from) << 24), 0x85ebca6b)) >>> 16
 }
+
+export const parts: Partial<Parts> = { whole: WholeTable }

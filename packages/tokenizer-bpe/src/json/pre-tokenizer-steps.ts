@@ -1,8 +1,9 @@
 /** @file Any `pre_tokenizer` of tokenizer.json, step by step. */
+import type { Parts } from '../parts.ts'
 import { readSteps, runSteps } from '../split-steps.ts'
 import type { PreTokenizer } from './pre-tokenizer.ts'
 
-export function compileSteps(json: unknown): PreTokenizer {
+function compileSteps(json: unknown): PreTokenizer {
   const steps = readSteps(json)
   let prepared = new Int32Array(0)
   let next = 0
@@ -22,3 +23,5 @@ export function compileSteps(json: unknown): PreTokenizer {
     },
   }
 }
+
+export const parts: Partial<Parts> = { steps: compileSteps }

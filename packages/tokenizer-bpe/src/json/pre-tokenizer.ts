@@ -1,7 +1,7 @@
 /** @file `pre_tokenizer` of tokenizer.json: a hand-written scanner where there is one, its steps one by one where not. */
-import { KNOWN, recognize } from '../pre-tokenizers.ts'
+import { fetchParts, part } from '../parts.ts'
+import { guessName, isKnown } from '../pre-tokenizers.ts'
 import type { Scanner } from '../scan/scanner.ts'
-import { unsupported } from './check.ts'
 
 /** Bytes with PADDING after them, and how many there are. */
 export interface PreparedText {
@@ -22,31 +22,18 @@ export interface PreTokenizer {
   readonly prepare?: (bytes: Uint8Array, start: number, end: number, first: boolean) => PreparedText
 }
 
-type Compile = (json: unknown) => PreTokenizer
-
-/** Compiles what no scanner covers. Nearly a third of the code, so the build for browsers fetches it only for a file that needs it. */
-let compileSteps: Compile | undefined
-
-export function provideSteps(compile: Compile): void {
-  compileSteps = compile
+export function compilePreTokenizer(json: unknown): PreTokenizer {
+  const name = guessName(json)
+  if (name !== undefined) {
+    const known = part(name)
+    if (isKnown(json, known)) return { name, scanner: known.scanner }
+  }
+  return part('steps')(json)
 }
 
 /** Fetches what `compilePreTokenizer` needs for this `pre_tokenizer`. */
-export async function fetchSteps(json: unknown): Promise<void> {
-  if (compileSteps === undefined && recognize(json) === undefined) {
-    provideSteps((await import('./pre-tokenizer-steps.ts')).compileSteps)
-  }
-}
-
-export function compilePreTokenizer(json: unknown, compile: Compile | undefined = compileSteps): PreTokenizer {
-  const name = recognize(json)
-  if (name !== undefined) return { name, scanner: KNOWN[name].scanner }
-  if (compile === undefined) {
-    throw unsupported(
-      'pre_tokenizer',
-      'in a browser, one without a hand-written scanner before its code is fetched',
-      'use `await BpeTokenizer.fromJSONAsync(json)`',
-    )
-  }
-  return compile(json)
+export async function fetchPreTokenizer(json: unknown): Promise<void> {
+  const name = guessName(json)
+  if (name !== undefined) await fetchParts(name)
+  if (name === undefined || !isKnown(json, part(name))) await fetchParts('steps')
 }

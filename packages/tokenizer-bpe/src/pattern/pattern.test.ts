@@ -1,7 +1,10 @@
 import { describe, expect, test } from 'vitest'
 import { randomText } from '../../scripts/random-text.ts'
 import { randomNumbers } from '../data/random.ts'
+import { fillClasses } from '../unicode/pinned-classes.ts'
 import { Pattern } from './pattern.ts'
+
+fillClasses()
 
 function find(source: string, text: string): string[] {
   const bytes = new TextEncoder().encode(text)

@@ -2,7 +2,8 @@
  * @file The pre-tokenizer of DeepSeek-LLM and DeepSeek-V2: newlines, words of the cased scripts, punctuation, trailing white space, CJK runs and
  * single digits, each split off inside the pieces that the ones before made.
  */
-import { classOf, NEWLINE, NUMBER, SPACE } from '../unicode/classes.ts'
+import type { Parts } from '../parts.ts'
+import { kindTable, NEWLINE, NUMBER, SPACE } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 
 const LETTERS =
@@ -10,7 +11,7 @@ const LETTERS =
 const MARKS = '!-/:-~！-／：-～‘-‟\u3000-。'
 const CJK_RUN = '一-龥\u0800-一가-퟿'
 
-export const DEEPSEEK_LLM_PATTERNS = ['[\r\n]', `\\s?[${LETTERS}]+`, `\\s?[${MARKS}]+`, '\\s+$', `[${CJK_RUN}]+`]
+const PATTERNS = ['[\r\n]', `\\s?[${LETTERS}]+`, `\\s?[${MARKS}]+`, '\\s+$', `[${CJK_RUN}]+`]
 
 const WORD = 1
 const MARK = 2
@@ -20,11 +21,11 @@ const DIGIT = 16
 const BREAK = 32
 
 function build(): Uint8Array {
-  const table = new Uint8Array(classOf.length)
-  for (let code = 0; code < table.length; code++) {
-    const kind = classOf[code]
-    table[code] = kind === NUMBER ? DIGIT : kind === SPACE ? BLANK : kind === NEWLINE ? BREAK : 0
-  }
+  const kind = new Uint8Array(12)
+  kind[NUMBER] = DIGIT
+  kind[SPACE] = BLANK
+  kind[NEWLINE] = BREAK
+  const table = kindTable(kind)
   const mark = (ranges: string, flag: number) => {
     for (const [, first, last] of ranges.matchAll(/(.)(?:-(.))?/gu)) {
       const stop = (last ?? first).codePointAt(0)!
@@ -39,7 +40,7 @@ function build(): Uint8Array {
 
 let flags: Uint8Array | undefined
 
-export function scanDeepseekLlm(bytes: Uint8Array, pos: number, end: number, ends: Int32Array): number {
+function scanDeepseekLlm(bytes: Uint8Array, pos: number, end: number, ends: Int32Array): number {
   flags ??= build()
   const table = flags
   const capacity = ends.length
@@ -97,3 +98,5 @@ function trails(table: Uint8Array, bytes: Uint8Array, at: number, end: number): 
   }
   return false
 }
+
+export const parts: Partial<Parts> = { 'deepseek-llm': { scanner: scanDeepseekLlm, patterns: PATTERNS, digits: true } }

@@ -7,10 +7,11 @@
  * character stays whole, as at the end of a text, and a CJK run falls apart at its punctuation (゠ ・ ゛). Characters that no alternative
  * takes (controls, unassigned) join into pieces.
  */
-import { classOf, LETTER, MARK, NUMBER, OTHER, PUNCTUATION, SPACE, SYMBOL } from '../unicode/classes.ts'
+import type { Parts } from '../parts.ts'
+import { kindTable } from '../unicode/classes.ts'
 import { codePointAt, widthOf } from '../unicode/utf8.ts'
 
-export const DEEPSEEK_V3_PATTERNS = [
+const PATTERNS = [
   '\\p{N}{1,3}',
   '[一-龥\u3040-ゟ゠-ヿ]+',
   '[!"#$%&\'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+',
@@ -27,23 +28,11 @@ const BREAK = 6 // \r \n
 const CJK_MARKS = 7 // P, S of a CJK run
 const CJK_GAP = 8 // unassigned, in a CJK run
 
+/** Kind of each class of the Unicode table. */
+const KIND = [GAP, WORD, WORD, WORD, WORD, WORD, WORD, DIGIT, MARKS, MARKS, BLANK, BREAK]
+
 function build(): Uint8Array {
-  const table = new Uint8Array(classOf.length)
-  for (let code = 0; code < table.length; code++) {
-    const kind = classOf[code]
-    table[code] =
-      kind === OTHER
-        ? GAP
-        : kind <= LETTER || kind === MARK
-          ? WORD
-          : kind === NUMBER
-            ? DIGIT
-            : kind === PUNCTUATION || kind === SYMBOL
-              ? MARKS
-              : kind === SPACE
-                ? BLANK
-                : BREAK
-  }
+  const table = kindTable(KIND)
   const cjk = (first: number, last: number) => {
     for (let code = first; code <= last; code++) {
       table[code] = table[code] === WORD ? CJK_WORD : table[code] === MARKS ? CJK_MARKS : CJK_GAP
@@ -56,7 +45,7 @@ function build(): Uint8Array {
 
 let kinds: Uint8Array | undefined
 
-export function scanDeepseekV3(bytes: Uint8Array, pos: number, end: number, ends: Int32Array): number {
+function scanDeepseekV3(bytes: Uint8Array, pos: number, end: number, ends: Int32Array): number {
   kinds ??= build()
   const table = kinds
   const capacity = ends.length
@@ -152,3 +141,5 @@ function blankEnd(table: Uint8Array, bytes: Uint8Array, pos: number, end: number
   const textEnds = kind === -1 || kind === DIGIT || kind === CJK_WORD || kind >= CJK_MARKS
   return textEnds || last === pos ? at : last
 }
+
+export const parts: Partial<Parts> = { 'deepseek-v3': { scanner: scanDeepseekV3, patterns: PATTERNS } }

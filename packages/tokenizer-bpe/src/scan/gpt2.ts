@@ -1,5 +1,6 @@
 /** @file The pre-tokenizer of GPT-2, which is also what ByteLevel with `use_regex` does. */
-import { classOf, LETTER, NEWLINE, NUMBER, SPACE } from '../unicode/classes.ts'
+import type { Parts } from '../parts.ts'
+import { kindTable } from '../unicode/classes.ts'
 import { codePointAt, previous, widthOf } from '../unicode/utf8.ts'
 import { spaceEnd } from './scanner.ts'
 
@@ -10,24 +11,26 @@ const DIGIT = 1
 const BLANK = 2
 const REST = 3
 
-/** Class of each class of the Unicode table, for this scanner. */
-const KIND = Uint8Array.from({ length: 12 }, (_, kind) =>
-  kind >= 1 && kind <= LETTER ? WORD : kind === NUMBER ? DIGIT : kind === SPACE || kind === NEWLINE ? BLANK : REST,
-)
+/** Kind of each class of the Unicode table. */
+const KIND = [REST, WORD, WORD, WORD, WORD, WORD, REST, DIGIT, REST, REST, BLANK, BLANK]
+
+let kinds: Uint8Array | undefined
 
 export function scanGpt2(bytes: Uint8Array, pos: number, end: number, ends: Int32Array): number {
+  kinds ??= kindTable(KIND)
+  const table = kinds
   const capacity = ends.length
   let count = 0
   while (pos < end && count < capacity) {
     const lead = bytes[pos]
     let at = pos + widthOf(lead)
-    let kind = KIND[classOf[lead < 0x80 ? lead : codePointAt(bytes, pos)]]
+    let kind = table[lead < 0x80 ? lead : codePointAt(bytes, pos)]
     const contraction = lead === 0x27 ? contractionWidth(bytes, pos, end) : 0
     if (contraction > 0) {
       at = pos + contraction
     } else {
       if (lead === 0x20 && at < end) {
-        const following = KIND[classOf[codePointAt(bytes, at)]]
+        const following = table[codePointAt(bytes, at)]
         if (following !== BLANK) {
           kind = following
           at += widthOf(bytes[at])
@@ -42,7 +45,7 @@ export function scanGpt2(bytes: Uint8Array, pos: number, end: number, ends: Int3
       } else {
         while (at < end) {
           const c = bytes[at]
-          if (KIND[classOf[c < 0x80 ? c : codePointAt(bytes, at)]] !== kind) break
+          if (table[c < 0x80 ? c : codePointAt(bytes, at)] !== kind) break
           at += widthOf(c)
         }
       }
@@ -62,3 +65,5 @@ function contractionWidth(bytes: Uint8Array, pos: number, end: number): number {
   const b = bytes[pos + 2]
   return ((a === 0x72 || a === 0x76) && b === 0x65) || (a === 0x6c && b === 0x6c) ? 3 : 0
 }
+
+export const parts: Partial<Parts> = { gpt2: { scanner: scanGpt2, patterns: [], spelled: GPT2_PATTERN } }

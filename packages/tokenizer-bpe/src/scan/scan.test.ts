@@ -1,19 +1,29 @@
 /** @file The hand-written scanners against the regular expressions that they stand for, on texts that look for trouble. */
 import { describe, expect, test } from 'vitest'
 import { randomText } from '../../scripts/random-text.ts'
+import { provideAll } from '../all-parts.ts'
 import { randomNumbers } from '../data/random.ts'
-import { KNOWN, type PreTokenizerName, preTokenizerJson, recognize } from '../pre-tokenizers.ts'
+import { compilePreTokenizer } from '../json/pre-tokenizer.ts'
+import { part } from '../parts.ts'
+import { preTokenizerJson, preTokenizerNames } from '../pre-tokenizers.ts'
 import { readSteps, runSteps } from '../split-steps.ts'
 import { GPT2_PATTERN } from './gpt2.ts'
 
-const names = Object.keys(KNOWN) as PreTokenizerName[]
+provideAll()
 
-describe.each(names)('%s', name => {
-  const { scanner, patterns, digits } = KNOWN[name]
+describe.each(preTokenizerNames())('%s', name => {
+  const { scanner, patterns, digits } = part(name)
   const steps = readSteps(preTokenizerJson(patterns.length === 0 ? [GPT2_PATTERN] : patterns, digits))
 
   test('is recognized in a tokenizer.json', () => {
-    expect(recognize(preTokenizerJson(patterns, digits))).toBe(name)
+    expect(compilePreTokenizer(preTokenizerJson(patterns, digits)).name).toBe(name)
+  })
+
+  test('is not taken for another of the same length', () => {
+    const other = JSON.stringify(preTokenizerJson([patterns[0] ?? GPT2_PATTERN, ...patterns.slice(1)], digits))
+    expect(compilePreTokenizer(JSON.parse(other.replace('p{N}', 'p{P}').replace('[\\r\\n]', '[\\r\\t]'))).name).toBe(
+      'steps',
+    )
   })
 
   test('cuts 3,000 random texts as its patterns do', () => {

@@ -1,15 +1,16 @@
 /** @file Training a tokenizer: pieces counted, merges learned, a tokenizer made of them. */
 
 import type { AddedToken } from '../added-tokens.ts'
+import { provideAll } from '../all-parts.ts'
 import { PADDING } from '../bpe/encoder.ts'
 import { alphabetOrder, byteOfChar, charOfByte } from '../byte-alphabet.ts'
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
 import { compilePreTokenizer } from '../json/pre-tokenizer.ts'
-import { compileSteps } from '../json/pre-tokenizer-steps.ts'
 import { modelFromTokens } from '../model.ts'
 import { readNormalizer } from '../normalizer.ts'
-import { KNOWN, type PreTokenizerName, preTokenizerJson } from '../pre-tokenizers.ts'
+import { part } from '../parts.ts'
+import { type PreTokenizerName, preTokenizerJson, preTokenizerNames } from '../pre-tokenizers.ts'
 import { BpeTokenizer } from '../tokenizer.ts'
 import { MergeLearner } from './merge-learner.ts'
 import { PieceCounter } from './piece-counter.ts'
@@ -126,6 +127,7 @@ class Trainer {
   #learner: MergeLearner | undefined
 
   constructor(options: TrainOptions) {
+    provideAll()
     this.#options = options
     this.#special = specialTokens(options.specialTokens ?? [])
     const { vocabSize } = options
@@ -139,7 +141,7 @@ class Trainer {
     const minFrequency = options.minFrequency ?? 2
     if (!(minFrequency >= 0)) throw config(`minFrequency ${minFrequency} is not a number of occurrences`)
     this.#json = preTokenizerOf(options.preTokenizer ?? 'deepseek-v3')
-    this.#preTokenizer = compilePreTokenizer(this.#json, compileSteps)
+    this.#preTokenizer = compilePreTokenizer(this.#json)
     this.#normalizer = readNormalizer(options.normalizer && { type: options.normalizer })
   }
 
@@ -329,13 +331,14 @@ function config(problem: string, fix?: string): TokenizerError {
 
 function preTokenizerOf(choice: NonNullable<TrainOptions['preTokenizer']>): unknown {
   if (typeof choice === 'string') {
-    if (!Object.hasOwn(KNOWN, choice)) {
+    if (!preTokenizerNames().includes(choice)) {
       throw config(
         `preTokenizer ${describe(choice)} is not known`,
-        `use one of ${Object.keys(KNOWN).join(', ')}, or a RegExp`,
+        `use one of ${preTokenizerNames().join(', ')}, or a RegExp`,
       )
     }
-    return preTokenizerJson(KNOWN[choice].patterns, KNOWN[choice].digits)
+    const { patterns, digits } = part(choice)
+    return preTokenizerJson(patterns, digits)
   }
   return preTokenizerJson(choice instanceof RegExp ? [choice.source] : choice.patterns)
 }

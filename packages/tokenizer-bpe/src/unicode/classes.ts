@@ -2,9 +2,8 @@
  * @file Classes of code points, fixed at Unicode 16.0, so that the same text gives the same tokens in every runtime. It is the
  * version inside Hugging Face tokenizers 0.23 (Oniguruma 6.9.10) and tiktoken 0.14 (regex-syntax 0.8).
  */
-import { CATEGORY_RUNS } from './category-runs.ts'
 
-export const OTHER = 0
+// 0 is all the rest: controls, private use, what is not assigned.
 export const UPPER = 1
 export const TITLE = 2
 export const LOWER = 3
@@ -19,46 +18,24 @@ export const SPACE = 10
 /** Carriage return and line feed. */
 export const NEWLINE = 11
 
-const CLASS_OF_LETTER: Record<string, number> = {
-  o: OTHER,
-  u: UPPER,
-  t: TITLE,
-  l: LOWER,
-  m: MODIFIER,
-  x: LETTER,
-  k: MARK,
-  n: NUMBER,
-  p: PUNCTUATION,
-  s: SYMBOL,
-}
+/** Letters of the classes in tables of runs, in their order. */
+export const CLASS_LETTERS = 'outlmxknps'
 
 export const CODE_POINTS = 0x110000
 
-/** First and last code points of the ranges that are White_Space. */
-const SPACE_RANGES = [
-  9, 13, 32, 32, 133, 133, 160, 160, 5760, 5760, 8192, 8202, 8232, 8233, 8239, 8239, 8287, 8287, 12288, 12288,
-]
+/** Class of every code point, one byte each. Empty until pinned-classes.ts or engine-classes.ts has filled it. */
+export const classOf: Uint8Array = new Uint8Array(CODE_POINTS)
 
-function build(): Uint8Array {
-  const table = new Uint8Array(CODE_POINTS)
-  let at = 0
-  for (const [, letter, digits] of CATEGORY_RUNS.matchAll(/([a-z])([0-9A-Z]*)/g)) {
-    const length = digits === '' ? 1 : Number.parseInt(digits, 36)
-    if (letter === 'a') {
-      for (let i = 0; i < length; i++) {
-        table[at++] = UPPER
-        table[at++] = LOWER
-      }
-    } else {
-      table.fill(CLASS_OF_LETTER[letter], at, at + length)
-      at += length
-    }
-  }
-  for (let i = 0; i < SPACE_RANGES.length; i += 2) table.fill(SPACE, SPACE_RANGES[i], SPACE_RANGES[i + 1] + 1)
-  table[10] = NEWLINE
-  table[13] = NEWLINE
-  return table
+/** White_Space is the same in every version of Unicode since 6.3. */
+export function fillSpaces(): void {
+  for (const space of '\t\v\f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000') classOf[space.charCodeAt(0)] = SPACE
+  classOf.fill(SPACE, 0x2000, 0x200b)
+  classOf[10] = classOf[13] = NEWLINE
 }
 
-/** Class of every code point, one byte each. */
-export const classOf: Uint8Array = /* @__PURE__ */ build()
+/** A table from code points to what a scanner tells apart, from its kind for each class. Made when a scanner is first used: the classes are there then. */
+export function kindTable(kindOf: ArrayLike<number>): Uint8Array {
+  const table = new Uint8Array(classOf.length)
+  for (let code = 0; code < table.length; code++) table[code] = kindOf[classOf[code]]
+  return table
+}

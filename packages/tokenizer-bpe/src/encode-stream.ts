@@ -1,0 +1,32 @@
+/** @file A text that arrives in parts, cut where pieces end whatever follows. */
+import type { AddedToken } from './added-tokens.ts'
+
+/**
+ * Gives the text in parts that can be encoded by themselves: each ends before a space between two letters.
+ * @param added tokens that no part may end in; without, as where it is not known how pieces end, the text comes whole
+ */
+export async function* cutStream(
+  parts: AsyncIterable<string> | Iterable<string>,
+  added: readonly AddedToken[] | undefined,
+): AsyncGenerator<string> {
+  const cuttable = added?.every(
+    token => !token.lstrip && !token.rstrip && !token.single_word && !/[A-Za-z] [A-Za-z]/.test(token.content),
+  )
+  const margin = (added ?? []).reduce((most, token) => Math.max(most, token.content.length), 0) + 2
+  let held = ''
+  for await (const part of parts) {
+    held += part
+    if (!cuttable) continue
+    let cut = held.length - margin
+    while (cut > 0 && !(held[cut] === ' ' && isAsciiLetter(held, cut - 1) && isAsciiLetter(held, cut + 1))) cut--
+    if (cut <= 0) continue
+    yield held.slice(0, cut)
+    held = held.slice(cut)
+  }
+  if (held !== '') yield held
+}
+
+function isAsciiLetter(text: string, at: number): boolean {
+  const lower = text.charCodeAt(at) | 0x20
+  return lower >= 0x61 && lower <= 0x7a
+}

@@ -1,0 +1,60 @@
+/**
+ * @file Code that only some tokenizers need. A browser fetches a part when a file asks for it; outside of browsers, and where training is
+ * imported, all-parts.ts has put all of them in place. The module of a part exports `parts`: what it provides, by name.
+ */
+import type { WholeTable } from './bpe/whole-table.ts'
+import { unsupported } from './json/check.ts'
+import type { PreTokenizer } from './json/pre-tokenizer.ts'
+import type { Normalizer } from './normalizer.ts'
+import type { KnownPreTokenizer, PreTokenizerName } from './pre-tokenizers.ts'
+import type { readTiktoken } from './tiktoken.ts'
+import { classOf } from './unicode/classes.ts'
+import { askEngine } from './unicode/engine-classes.ts'
+
+export interface Parts extends Record<PreTokenizerName, KnownPreTokenizer> {
+  /** Pre-tokenizers without a scanner of their own. */
+  readonly steps: (json: unknown) => PreTokenizer
+  readonly normalizer: (json: unknown) => Normalizer | undefined
+  /** For `ignore_merges`. */
+  readonly whole: typeof WholeTable
+  readonly tiktoken: typeof readTiktoken
+}
+
+export type PartName = keyof Parts
+
+const cl100k = () => import('./scan/cl100k.ts')
+
+const FILES: Record<PartName, () => Promise<{ parts: Partial<Parts> }>> = {
+  'deepseek-v3': () => import('./scan/deepseek-v3.ts'),
+  'deepseek-llm': () => import('./scan/deepseek-llm.ts'),
+  gpt2: () => import('./scan/gpt2.ts'),
+  cl100k,
+  'cl100k-tiktoken': cl100k,
+  qwen2: cl100k,
+  o200k: () => import('./scan/o200k.ts'),
+  steps: () => import('./json/pre-tokenizer-steps.ts'),
+  normalizer: () => import('./normalizer.ts'),
+  whole: () => import('./bpe/whole-table.ts'),
+  tiktoken: () => import('./tiktoken.ts'),
+}
+
+const have: Partial<Parts> = {}
+
+export function provide(parts: Partial<Parts>): void {
+  Object.assign(have, parts)
+}
+
+/** @throws TokenizerError E_UNSUPPORTED where it is not there */
+export function part<Name extends PartName>(name: Name): Parts[Name] {
+  const found = have[name] as Parts[Name] | undefined
+  if (found === undefined) {
+    throw unsupported(name, 'in a browser, code that is not fetched yet', 'use fromJSONAsync or fromTiktokenAsync')
+  }
+  return found
+}
+
+/** Puts parts in place, and the classes of code points, which all of them use. */
+export async function fetchParts(...names: readonly PartName[]): Promise<void> {
+  if (classOf[0x41] === 0 && !askEngine()) (await import('./unicode/pinned-classes.ts')).fillClasses()
+  await Promise.all(names.map(async name => have[name] ?? provide((await FILES[name]()).parts)))
+}

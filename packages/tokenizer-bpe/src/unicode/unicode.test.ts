@@ -1,0 +1,15 @@
+/** @file The classes of code points from this runtime's regular expressions against the table. */
+import { expect, test } from 'vitest'
+import { classOf } from './classes.ts'
+import { askEngine } from './engine-classes.ts'
+import { fillClasses } from './pinned-classes.ts'
+
+test('the engine, put right, says what the table says, or knows that it does not', () => {
+  fillClasses()
+  const pinned = classOf.slice()
+  classOf.fill(0)
+  const known = askEngine()
+  // Node 20 to 24 are of Unicode 15.0 to 17.0.
+  expect(known).toBe(true)
+  expect(classOf).toEqual(pinned)
+})
