@@ -38,8 +38,8 @@ const page = `<!doctype html><meta charset="utf-8"><script type="module">
     report.late = code(() => BpeTokenizer.fromJSON(file))
     report.parts = performance
       .getEntriesByType('resource')
-      .flatMap(({ name }) => /([^/]+)-[A-Z0-9]{8}\\.js$/.exec(name)?.slice(1) ?? [])
-      .filter(name => name !== 'chunk')
+      .flatMap(({ name }) => /([^/]+)\\.js$/.exec(name)?.slice(1) ?? [])
+      .filter(name => !/^chunk-|^browser$/.test(name))
       .join()
     const { texts, ids } = await (await fetch('/fixtures/deepseek-v3.json')).json()
     report.texts = texts.length

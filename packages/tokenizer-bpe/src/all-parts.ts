@@ -1,6 +1,7 @@
 /** @file All parts at once. */
 import { parts as whole } from './bpe/whole-table.ts'
 import { parts as steps } from './json/pre-tokenizer-steps.ts'
+import { parts as template } from './json/template.ts'
 import { parts as normalizer } from './normalizer.ts'
 import { provide } from './parts.ts'
 import { parts as cl100k } from './scan/cl100k.ts'
@@ -22,6 +23,7 @@ export function provideAll(): void {
     ...steps,
     ...normalizer,
     ...whole,
+    ...template,
     ...tiktoken,
   })
 }

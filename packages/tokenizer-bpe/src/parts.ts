@@ -5,10 +5,11 @@
 import type { WholeTable } from './bpe/whole-table.ts'
 import { unsupported } from './json/check.ts'
 import type { PreTokenizer } from './json/pre-tokenizer.ts'
+import type { readTemplate } from './json/template.ts'
 import type { Normalizer } from './normalizer.ts'
 import type { KnownPreTokenizer, PreTokenizerName } from './pre-tokenizers.ts'
 import type { readTiktoken } from './tiktoken.ts'
-import { classOf } from './unicode/classes.ts'
+import { isFilled } from './unicode/classes.ts'
 import { askEngine } from './unicode/engine-classes.ts'
 
 export interface Parts extends Record<PreTokenizerName, KnownPreTokenizer> {
@@ -17,6 +18,8 @@ export interface Parts extends Record<PreTokenizerName, KnownPreTokenizer> {
   readonly normalizer: (json: unknown) => Normalizer | undefined
   /** For `ignore_merges`. */
   readonly whole: typeof WholeTable
+  /** The post-processor TemplateProcessing. */
+  readonly template: typeof readTemplate
   readonly tiktoken: typeof readTiktoken
 }
 
@@ -35,6 +38,7 @@ const FILES: Record<PartName, () => Promise<{ parts: Partial<Parts> }>> = {
   steps: () => import('./json/pre-tokenizer-steps.ts'),
   normalizer: () => import('./normalizer.ts'),
   whole: () => import('./bpe/whole-table.ts'),
+  template: () => import('./json/template.ts'),
   tiktoken: () => import('./tiktoken.ts'),
 }
 
@@ -55,6 +59,6 @@ export function part<Name extends PartName>(name: Name): Parts[Name] {
 
 /** Puts parts in place, and the classes of code points, which all of them use. */
 export async function fetchParts(...names: readonly PartName[]): Promise<void> {
-  if (classOf[0x41] === 0 && !askEngine()) (await import('./unicode/pinned-classes.ts')).fillClasses()
+  if (!isFilled() && !askEngine()) (await import('./unicode/pinned-classes.ts')).fillClasses()
   await Promise.all(names.map(async name => have[name] ?? provide((await FILES[name]()).parts)))
 }

@@ -137,6 +137,7 @@ export class BpeTokenizer {
     const names: PartName[] = []
     if (needsNormalizer(file.normalizer)) names.push('normalizer')
     if ((file.model as JsonObject | undefined)?.ignore_merges) names.push('whole')
+    if (JSON.stringify(file.post_processor)?.includes('TemplateProcessing')) names.push('template')
     await Promise.all([fetchPreTokenizer(file.pre_tokenizer), fetchParts(...names)])
     return BpeTokenizer.fromJSON(file)
   }

@@ -1,6 +1,7 @@
 /** @file `post_processor` of tokenizer.json: which special tokens go before and after a text. */
 import type { AddedToken } from '../added-tokens.ts'
-import { asArray, asFlag, asId, asObject, asString, describe, unsupported, wrong } from './check.ts'
+import { part } from '../parts.ts'
+import { asArray, asFlag, asObject, describe, unsupported } from './check.ts'
 
 export interface PostProcessor {
   readonly before: readonly number[]
@@ -30,26 +31,9 @@ export function readPostProcessor(value: unknown, tokens: readonly AddedToken[],
         prefixSpace = asFlag(json.add_prefix_space, `${where}.add_prefix_space`, true)
         return
       case 'TemplateProcessing': {
-        const special = asObject(json.special_tokens ?? {}, `${where}.special_tokens`)
-        let seenText = false
-        asArray(json.single, `${where}.single`).forEach((part, i) => {
-          const at = `${where}.single[${i}]`
-          const piece = asObject(part, at)
-          if (piece.Sequence !== undefined) {
-            if (seenText || asObject(piece.Sequence, at).id !== 'A')
-              throw unsupported(at, 'a template that does not hold the text once')
-            seenText = true
-            return
-          }
-          const name = asString(asObject(piece.SpecialToken, at).id, `${at}.id`)
-          const entry = Object.hasOwn(special, name) ? asObject(special[name], `${where}.special_tokens`) : undefined
-          const found = entry
-            ? asArray(entry.ids, `${where}.special_tokens.ids`).map(id => asId(id, `${where}.special_tokens.ids`, ids))
-            : tokens.filter(token => token.content === name).map(token => token.id)
-          if (found.length === 0) throw wrong(at, `the template names ${describe(name)}, which is no token`)
-          ;(seenText ? after : before).push(...found)
-        })
-        if (!seenText) throw wrong(`${where}.single`, 'the template does not hold the text')
+        const found = part('template')(json, where, tokens, ids)
+        before.push(...found.before)
+        after.push(...found.after)
         return
       }
       default:

@@ -1,6 +1,6 @@
 /** @file The pre-tokenizer of GPT-2, which is also what ByteLevel with `use_regex` does. */
 import type { Parts } from '../parts.ts'
-import { kindTable } from '../unicode/classes.ts'
+import { classOf } from '../unicode/classes.ts'
 import { codePointAt, previous, widthOf } from '../unicode/utf8.ts'
 import { spaceEnd } from './scanner.ts'
 
@@ -12,25 +12,21 @@ const BLANK = 2
 const REST = 3
 
 /** Kind of each class of the Unicode table. */
-const KIND = [REST, WORD, WORD, WORD, WORD, WORD, REST, DIGIT, REST, REST, BLANK, BLANK]
-
-let kinds: Uint8Array | undefined
+const KIND = Uint8Array.of(REST, WORD, WORD, WORD, WORD, WORD, REST, DIGIT, REST, REST, BLANK, BLANK)
 
 export function scanGpt2(bytes: Uint8Array, pos: number, end: number, ends: Int32Array): number {
-  kinds ??= kindTable(KIND)
-  const table = kinds
   const capacity = ends.length
   let count = 0
   while (pos < end && count < capacity) {
     const lead = bytes[pos]
     let at = pos + widthOf(lead)
-    let kind = table[lead < 0x80 ? lead : codePointAt(bytes, pos)]
+    let kind = KIND[classOf[lead < 0x80 ? lead : codePointAt(bytes, pos)]]
     const contraction = lead === 0x27 ? contractionWidth(bytes, pos, end) : 0
     if (contraction > 0) {
       at = pos + contraction
     } else {
       if (lead === 0x20 && at < end) {
-        const following = table[codePointAt(bytes, at)]
+        const following = KIND[classOf[codePointAt(bytes, at)]]
         if (following !== BLANK) {
           kind = following
           at += widthOf(bytes[at])
@@ -45,7 +41,7 @@ export function scanGpt2(bytes: Uint8Array, pos: number, end: number, ends: Int3
       } else {
         while (at < end) {
           const c = bytes[at]
-          if (table[c < 0x80 ? c : codePointAt(bytes, at)] !== kind) break
+          if (KIND[classOf[c < 0x80 ? c : codePointAt(bytes, at)]] !== kind) break
           at += widthOf(c)
         }
       }

@@ -8,11 +8,6 @@ import { codePointAt, previous, widthOf } from '../unicode/utf8.ts'
  */
 export type Scanner = (bytes: Uint8Array, pos: number, end: number, ends: Int32Array) => number
 
-export function kindAt(table: Uint8Array, bytes: Uint8Array, at: number): number {
-  const lead = bytes[at]
-  return table[lead < 0x80 ? lead : codePointAt(bytes, at)]
-}
-
 /** End of the run of White_Space that starts at `at`. */
 export function spaceEnd(bytes: Uint8Array, at: number, end: number): number {
   while (at < end) {

@@ -23,8 +23,31 @@ export const CLASS_LETTERS = 'outlmxknps'
 
 export const CODE_POINTS = 0x110000
 
-/** Class of every code point, one byte each. Empty until pinned-classes.ts or engine-classes.ts has filled it. */
+/** Class of every code point, one byte each. Those beyond ASCII are 0 until pinned-classes.ts or engine-classes.ts has filled them. */
 export const classOf: Uint8Array = new Uint8Array(CODE_POINTS)
+
+/** Whether all classes are there. */
+export function isFilled(): boolean {
+  return classOf[0xaa] !== 0
+}
+
+/** Fills classes from runs: a letter and the length in base 36, nothing for 1; `aN` is N pairs `ul`. */
+export function fillRuns(runs: string): void {
+  let at = 0
+  for (const [, letter, digits] of runs.matchAll(/([a-z])([0-9A-Z]*)/g)) {
+    const length = Number.parseInt(digits || '1', 36)
+    if (letter === 'a') {
+      for (let i = 0; i < length; i++) {
+        classOf[at++] = UPPER
+        classOf[at++] = LOWER
+      }
+    } else {
+      classOf.fill(CLASS_LETTERS.indexOf(letter), at, at + length)
+      at += length
+    }
+  }
+  fillSpaces()
+}
 
 /** White_Space is the same in every version of Unicode since 6.3. */
 export function fillSpaces(): void {
@@ -39,3 +62,6 @@ export function kindTable(kindOf: ArrayLike<number>): Uint8Array {
   for (let code = 0; code < table.length; code++) table[code] = kindOf[classOf[code]]
   return table
 }
+
+// Scanners make tables of ASCII when they load.
+fillRuns('oXp3sp6sp4nAp2s3p2uQp3spslQpspso')

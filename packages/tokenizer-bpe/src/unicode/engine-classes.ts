@@ -50,6 +50,6 @@ export function askEngine(): boolean {
   }
   fillSpaces()
   if (hashOfClasses() === HASH) return true
-  classOf.fill(0)
+  classOf.fill(0, 0x80)
   return false
 }
