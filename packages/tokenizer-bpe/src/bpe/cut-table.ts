@@ -34,17 +34,17 @@ export class CutTable {
       const start = starts[token]
       const end = start + lengths[token]
       if (end - start === 2 && bytes[start] < ASCII && bytes[start + 1] < ASCII) {
-        set(this.joined, (bytes[start] << 8) | bytes[start + 1])
+        setBit(this.joined, (bytes[start] << 8) | bytes[start + 1])
       } else if (isWhole(bytes, start, end)) {
         let x = NONE
         for (let at = start; at < end; at += widthOf(bytes[at])) {
           const y = codePointAt(bytes, at)
-          if (x >= ASCII || (x !== NONE && y >= ASCII)) set(this.pairs, hashPair(x, y))
+          if (x >= ASCII || (x !== NONE && y >= ASCII)) setBit(this.pairs, hashPair(x, y))
           x = y
         }
       } else {
         for (let at = start + 1; at < end; at++) {
-          if ((bytes[at] & 0xc0) !== 0x80) set(this.joined, (bytes[at - 1] << 8) | bytes[at])
+          if ((bytes[at] & 0xc0) !== 0x80) setBit(this.joined, (bytes[at - 1] << 8) | bytes[at])
         }
       }
     }
@@ -92,7 +92,7 @@ export class CutTable {
       let y = NONE
       for (let at = start; at < end || y !== NONE; ) {
         const z = at < end ? codePointAt(bytes, at) : NONE
-        if (x !== NONE && (x < WIDE || y < WIDE)) set(longer, hashFour(w, x, y, z))
+        if (x !== NONE && (x < WIDE || y < WIDE)) setBit(longer, hashFour(w, x, y, z))
         w = x
         x = y
         y = z
@@ -114,7 +114,7 @@ function isWhole(bytes: Uint8Array, start: number, end: number): boolean {
   return true
 }
 
-function set(bits: Uint8Array, index: number): void {
+export function setBit(bits: Uint8Array, index: number): void {
   bits[index >>> 3] |= 1 << (index & 7)
 }
 

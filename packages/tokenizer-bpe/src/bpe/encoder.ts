@@ -1,8 +1,9 @@
 /** @file The hot loop: bytes of a text between added tokens in, ids out, through the scanner, the cache and the merges. */
 import type { Scanner } from '../scan/scanner.ts'
 import type { CutTable } from './cut-table.ts'
+import { hashLong, LONG_KEY, LongPieceCache } from './long-piece-cache.ts'
 import type { PieceMerger } from './merge-piece.ts'
-import { hashBytes, hashKey, KEY_MASKS, LONG_KEY, PieceCache, PROBES, SHORT_KEY, SLOT } from './piece-cache.ts'
+import { hashKey, KEY_MASKS, PieceCache, PROBES, SHORT_KEY, SLOT } from './piece-cache.ts'
 import type { WholeTable } from './whole-table.ts'
 import { WideMerger } from './wide-merger.ts'
 
@@ -43,6 +44,7 @@ export class Encoder {
   #cuts: CutTable | undefined
   #wide: WideMerger | undefined
   readonly #cache = new PieceCache()
+  readonly #longCache = new LongPieceCache()
   readonly #ends = new Int32Array(4096)
 
   /**
@@ -105,7 +107,7 @@ export class Encoder {
             shift = 32 - cache.bits
           }
         } else {
-          length = this.#long(bytes, view, from, pos, ids, length)
+          length = this.#long(bytes, view, from, pos, 0, ids, length)
           slots = cache.slots
           shift = 32 - cache.bits
         }
@@ -165,8 +167,37 @@ export class Encoder {
     return length + tokens
   }
 
-  /** A longer piece, cut where no token can lie across. */
-  #long(bytes: Uint8Array, view: DataView, from: number, to: number, ids: Uint32Array, length: number): number {
+  /** A longer piece, or PART of one: from the cache, or merged and put there. */
+  #long(
+    bytes: Uint8Array,
+    view: DataView,
+    from: number,
+    to: number,
+    mark: number,
+    ids: Uint32Array,
+    length: number,
+  ): number {
+    const width = to - from
+    const cache = this.#longCache
+    const keep = width <= LONG_KEY
+    let hash = 0
+    if (keep) {
+      hash = hashLong(view, from, width, mark)
+      const place = cache.find(view, from, width, hash)
+      if (place >= 0) {
+        const { pool, found } = cache
+        for (let i = 0; i < found; i++) ids[length + i] = pool[place + i]
+        return length + found
+      }
+    }
+    const end =
+      mark === PART ? this.#merge(bytes, from, to, ids, length) : this.#cut(bytes, view, from, to, ids, length)
+    if (keep) cache.put(view, from, width, hash, ids, length, end)
+    return end
+  }
+
+  /** Merges a longer piece, cut where no token can lie across. */
+  #cut(bytes: Uint8Array, view: DataView, from: number, to: number, ids: Uint32Array, length: number): number {
     if (this.#whole !== undefined) {
       const whole = this.#whole.find(bytes, from, to)
       if (whole >= 0) {
@@ -175,7 +206,7 @@ export class Encoder {
       }
     }
     // Bytes without a token vanish and make neighbours of others: then nothing is known about borders.
-    if (!this.#merger.complete) return this.#part(bytes, from, to, ids, length)
+    if (!this.#merger.complete) return this.#merge(bytes, from, to, ids, length)
     this.#cuts ??= this.#makeCuts()
     const cuts = this.#cuts
     this.#wide ??= new WideMerger(this.#merger, cuts)
@@ -188,32 +219,19 @@ export class Encoder {
         if (at === to) break
       }
       const next = cuts.next(bytes, at, to)
-      if (next - at <= SHORT_KEY) length = this.#short(bytes, view, at, next, (next - at) | mark, ids, length)
-      else length = this.#part(bytes, at, next, ids, length)
+      const width = next - at
+      if (width <= SHORT_KEY) length = this.#short(bytes, view, at, next, width | mark, ids, length)
+      else if (width === to - from) length = this.#merge(bytes, at, next, ids, length)
+      else length = this.#long(bytes, view, at, next, PART, ids, length)
       at = next
     }
     return length
   }
 
-  #part(bytes: Uint8Array, from: number, to: number, ids: Uint32Array, length: number): number {
-    const width = to - from
-    const merger = this.#merger
-    if (width > LONG_KEY) {
-      const tokens = merger.merge(bytes, from, to)
-      ids.set(merger.out.subarray(0, tokens), length)
-      return length + tokens
-    }
-    const cache = this.#cache
-    const hash = hashBytes(bytes, from, width)
-    const place = cache.findLong(bytes, from, width, hash)
-    if (place >= 0) {
-      for (let t = 0; t < cache.found; t++) ids[length + t] = cache.longPool[place + t]
-      return length + cache.found
-    }
-    const tokens = merger.merge(bytes, from, to)
-    const made = merger.out
-    for (let t = 0; t < tokens; t++) ids[length + t] = made[t]
-    cache.putLong(bytes, from, width, hash, made, tokens)
+  #merge(bytes: Uint8Array, from: number, to: number, ids: Uint32Array, length: number): number {
+    const tokens = this.#merger.merge(bytes, from, to)
+    const { out } = this.#merger
+    for (let i = 0; i < tokens; i++) ids[length + i] = out[i]
     return length + tokens
   }
 }

@@ -142,7 +142,7 @@ class RankOrder {
   readonly #listBefore: Int32Array
   /** First position of each rank, or -1; all -1 again after a run that ended well. */
   readonly #head: Int32Array
-  readonly #queue = new RankQueue()
+  readonly #queue = new KeyHeap()
 
   constructor(table: MergeTable, symbol: Int32Array, next: Int32Array, before: Int32Array, head: Int32Array) {
     this.#table = table
@@ -249,47 +249,6 @@ class RankOrder {
 const WAITING = -2
 const MAX_DEPTH = 30
 
-/** A binary heap of distinct ranks. */
-class RankQueue {
-  readonly #items: number[] = []
-
-  get least(): number {
-    return this.#items.length === 0 ? NO_RANK : this.#items[0]
-  }
-
-  push(rank: number): void {
-    const items = this.#items
-    let at = items.length
-    items.push(rank)
-    while (at > 0) {
-      const parent = (at - 1) >> 1
-      if (items[parent] <= rank) break
-      items[at] = items[parent]
-      at = parent
-    }
-    items[at] = rank
-  }
-
-  pop(): number {
-    const items = this.#items
-    const top = items[0]
-    const last = items.pop()!
-    const size = items.length
-    if (size === 0) return top
-    let at = 0
-    while (true) {
-      let child = at * 2 + 1
-      if (child >= size) break
-      if (child + 1 < size && items[child + 1] < items[child]) child++
-      if (items[child] >= last) break
-      items[at] = items[child]
-      at = child
-    }
-    items[at] = last
-    return top
-  }
-}
-
 /** Any vocabulary: a heap of (rank, position) with lazy removal, n log n. */
 function mergeByHeap(table: MergeTable, symbol: Int32Array, next: Int32Array, before: Int32Array): void {
   const length = symbol.length
@@ -319,9 +278,14 @@ function mergeByHeap(table: MergeTable, symbol: Int32Array, next: Int32Array, be
   }
 }
 
+/** A binary heap of numbers. */
 class KeyHeap {
   #items = new Float64Array(256)
   size = 0
+
+  get least(): number {
+    return this.size === 0 ? NO_RANK : this.#items[0]
+  }
 
   push(key: number): void {
     if (this.size === this.#items.length) {

@@ -1,18 +1,15 @@
 /**
- * @file Tokens of pieces seen before, in two bounded tables. Pieces up to 16 bytes, nearly all of a text, lie in one half cache line each, key
- * and tokens together; pieces up to 64 bytes in a table with their bytes beside it. Probing is bounded, so no choice of pieces makes it slow.
+ * @file Tokens of pieces of up to 16 bytes that were seen before, nearly all of a text: a bounded table with one half cache line for each, key and
+ * tokens together. Probing is bounded, so no choice of pieces makes it slow.
  */
 
 /** Longest piece in the first table, in bytes. */
 export const SHORT_KEY = 16
-/** Longest piece that is kept at all, in bytes. */
-export const LONG_KEY = 64
 
 /** Slots looked at for a key. */
 export const PROBES = 8
 const MAX_BITS = 18
 const MAX_POOL = 1 << 18
-const LONG_BITS = 15
 
 /** Keeps the low `n` bytes of a little-endian word, at index n. */
 const LOW_BYTES = Int32Array.of(0, 0xff, 0xffff, 0xffffff, -1)
@@ -32,13 +29,6 @@ export class PieceCache {
   #used = 0
   pool: Int32Array = new Int32Array(1024)
   #poolUsed = 0
-  /** hash, place of the bytes, `tokens << 8 | length`, place of the tokens. */
-  #long = new Int32Array(0)
-  #longBytes = new Uint8Array(0)
-  #longUsed = 0
-  longPool: Int32Array = new Int32Array(0)
-  #longPoolUsed = 0
-  #longBytesUsed = 0
 
   /** Puts a piece that was not found in the first table. */
   put(
@@ -70,65 +60,6 @@ export class PieceCache {
     if (count <= 3) {
       for (let i = 0; i < count; i++) slots[slot + 5 + i] = tokens[i]
     } else slots[slot + 5] = this.#keep(tokens, count)
-  }
-
-  /** Place in `longPool` of the tokens of a longer piece, or -1; their number is then in `found`. */
-  findLong(bytes: Uint8Array, start: number, length: number, hash: number): number {
-    const long = this.#long
-    if (long.length === 0) return -1
-    const mask = (1 << LONG_BITS) - 1
-    const first = hash >>> (32 - LONG_BITS)
-    for (let probe = 0; probe < PROBES; probe++) {
-      const slot = ((first + probe) & mask) * 4
-      const meta = long[slot + 2]
-      if (meta === 0) return -1
-      if (long[slot] !== hash || (meta & 0xff) !== length) continue
-      const kept = this.#longBytes
-      const place = long[slot + 1]
-      let i = 0
-      while (i < length && kept[place + i] === bytes[start + i]) i++
-      if (i === length) {
-        this.found = meta >>> 8
-        return long[slot + 3]
-      }
-    }
-    return -1
-  }
-  found = 0
-
-  putLong(bytes: Uint8Array, start: number, length: number, hash: number, tokens: Int32Array, count: number): void {
-    if (this.#long.length === 0) {
-      this.#long = new Int32Array(4 << LONG_BITS)
-      this.#longBytes = new Uint8Array(LONG_KEY << (LONG_BITS - 1))
-      this.longPool = new Int32Array(MAX_POOL)
-    }
-    const full =
-      this.#longUsed * 2 > 1 << LONG_BITS ||
-      this.#longBytesUsed + length > this.#longBytes.length ||
-      this.#longPoolUsed + count > this.longPool.length
-    if (full) {
-      this.#long.fill(0)
-      this.#longUsed = 0
-      this.#longBytesUsed = 0
-      this.#longPoolUsed = 0
-    }
-    const long = this.#long
-    const mask = (1 << LONG_BITS) - 1
-    const first = hash >>> (32 - LONG_BITS)
-    for (let probe = 0; probe < PROBES; probe++) {
-      const slot = ((first + probe) & mask) * 4
-      if (long[slot + 2] !== 0) continue
-      for (let i = 0; i < length; i++) this.#longBytes[this.#longBytesUsed + i] = bytes[start + i]
-      for (let i = 0; i < count; i++) this.longPool[this.#longPoolUsed + i] = tokens[i]
-      long[slot] = hash
-      long[slot + 1] = this.#longBytesUsed
-      long[slot + 2] = (count << 8) | length
-      long[slot + 3] = this.#longPoolUsed
-      this.#longBytesUsed += length
-      this.#longPoolUsed += count
-      this.#longUsed++
-      return
-    }
   }
 
   #clear(): void {
@@ -182,12 +113,4 @@ export function hashKey(k0: number, k1: number, k2: number, k3: number, length: 
   h = Math.imul((h ^ (h >>> 13)) + k2, 0xc2b2ae35)
   h = Math.imul((h ^ (h >>> 16)) + k3, 0x27d4eb2f)
   return (h ^ (h >>> 15)) | 0
-}
-
-/** 32-bit hash of any bytes. */
-export function hashBytes(bytes: Uint8Array, start: number, length: number): number {
-  let h = Math.imul(length, 0x9e3779b1)
-  for (let i = 0; i < length; i++) h = Math.imul(h ^ bytes[start + i], 0x01000193) + (h >>> 15)
-  h = Math.imul(h ^ (h >>> 16), 0x85ebca6b)
-  return (h ^ (h >>> 13)) | 0
 }

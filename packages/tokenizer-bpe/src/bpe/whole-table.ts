@@ -1,6 +1,6 @@
 /** @file Which pieces are tokens as a whole, for vocabularies that ask this before merging. */
 import type { Parts } from '../parts.ts'
-import { hashBytes, SHORT_KEY } from './piece-cache.ts'
+import { SHORT_KEY } from './piece-cache.ts'
 
 export class WholeTable {
   readonly #bytes: Uint8Array
@@ -55,6 +55,13 @@ function outline(bytes: Uint8Array, from: number, to: number): number {
   const head = (bytes[from + 1] << 16) | (bytes[from + 2] << 8) | bytes[from + 5]
   const tail = (bytes[to - 1] << 16) | (bytes[to - 2] << 8) | bytes[to - 4]
   return (Math.imul(head, 0x9e3779b1) ^ Math.imul(tail ^ ((to - from) << 24), 0x85ebca6b)) >>> 16
+}
+
+function hashBytes(bytes: Uint8Array, start: number, length: number): number {
+  let h = Math.imul(length, 0x9e3779b1)
+  for (let i = 0; i < length; i++) h = Math.imul(h ^ bytes[start + i], 0x01000193) + (h >>> 15)
+  h = Math.imul(h ^ (h >>> 16), 0x85ebca6b)
+  return (h ^ (h >>> 13)) | 0
 }
 
 export const parts: Partial<Parts> = { whole: WholeTable }

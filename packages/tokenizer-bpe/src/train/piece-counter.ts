@@ -1,6 +1,7 @@
 /** @file Counts pieces: bytes to a number, in as little memory as the distinct pieces take. */
 import { PADDING } from '../bpe/encoder.ts'
-import { hashBytes, hashKey, KEY_MASKS, SHORT_KEY } from '../bpe/piece-cache.ts'
+import { hashLong } from '../bpe/long-piece-cache.ts'
+import { hashKey, KEY_MASKS, SHORT_KEY } from '../bpe/piece-cache.ts'
 
 export class PieceCounter {
   /** Bytes of all distinct pieces, end to end, in order of first appearance; piece i starts at `starts[i]`. */
@@ -32,7 +33,7 @@ export class PieceCounter {
         k2 = view.getInt32(from + 8, true) & KEY_MASKS[row + 2]
         k3 = view.getInt32(from + 12, true) & KEY_MASKS[row + 3]
         hash = hashKey(k0, k1, k2, k3, width)
-      } else hash = hashBytes(text, from, width)
+      } else hash = hashLong(view, from, width, 0)
       const slots = this.#slots
       const mask = slots.length - 1
       let slot = (hash >>> (32 - this.#bits)) * 2
