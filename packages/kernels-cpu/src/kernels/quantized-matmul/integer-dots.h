@@ -41,6 +41,26 @@ MOE_INLINE i32v weight_pairs(i32v v) {
 template <class W>
 constexpr int64_t most_run = (int64_t{1} << 30) / (static_cast<int64_t>(W::zero) << 15) / W::per;
 
+// Elements i .. i + lanes of `size`, zeros behind.
+MOE_INLINE f32v elements(const float* x, int64_t i, int64_t size) {
+  if (i + lanes <= size) return load(x + i);
+  return i < size ? load_partial(x + i, static_cast<int>(size - i)) : zero();
+}
+
+// One half of a group as pairs of 16-bit numbers, part after part `stride` words apart; what the zero point takes off is added to `starts`.
+template <class W>
+MOE_INLINE void pack_pairs(const int32_t* numbers, int32_t* to, int64_t stride, int32_t* starts) {
+  for (int l = 0; l < lanes; ++l) {
+    const int32_t* own = numbers + l * W::per;
+    int32_t sum = 0;
+    for (int j = 0; j < parts<W>; ++j) {
+      to[j * stride + l] = static_cast<int32_t>((static_cast<uint32_t>(own[j]) & 0xffff) | static_cast<uint32_t>(own[j + parts<W>]) << 16);
+      sum += own[j] + own[j + parts<W>];
+    }
+    starts[l] -= W::zero * sum;
+  }
+}
+
 // x of one row for weights W: per group of 32-bit lanes, and per part of it, `halves` vectors of pairs, the upper one first; zeros behind k. Per block
 // of `run` groups the scale of the lowest half, and per half a vector with what the zero point takes off.
 template <class W, int halves>
@@ -53,23 +73,21 @@ void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, flo
     f32v most = zero();
     i32v odd{};
     for (int64_t i = 0; i < size; i += lanes) {
-      const f32v v = abs(load_partial(from + i, static_cast<int>(std::min<int64_t>(lanes, size - i))));
+      const f32v v = abs(elements(from, i, size));
       odd |= ~(v <= splat(3.4028235e38f));
       most = fast_max(v, most);
     }
     const float largest = max(most);
     // A block that is too small to divide by counts as zeros; NaN and infinities make its sums NaN.
     const bool usable = largest > 1e-28f;
-    const float factor = usable ? range / largest : 0.0f;
+    const f32v factor = splat(usable ? range / largest : 0.0f);
     scales[b] = any(odd) ? __builtin_nanf("") : usable ? largest / range : 0.0f;
     int32_t* const start = starts + b * halves * lanes;
-    for (int l = 0; l < halves * lanes; ++l) start[l] = 0;
+    for (int h = 0; h < halves; ++h) store(start + h * lanes, i32v{});
     for (int64_t g = 0; g * group_size<W> < size; ++g) {
       int32_t numbers[halves][group_size<W>];
-      const int64_t left = size - g * group_size<W>;
       for (int64_t i = 0; i < group_size<W>; i += lanes) {
-        const int count = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(lanes, left - i)));
-        const f32v v = (count == 0 ? zero() : load_partial(from + g * group_size<W> + i, count)) * splat(factor);
+        const f32v v = elements(from, g * group_size<W> + i, size) * factor;
         if constexpr (halves == 2) {
           const i32v whole = to_i32(v), upper = (whole + 0x8000) >> 16;
           store(numbers[0] + i, upper);
@@ -79,17 +97,7 @@ void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, flo
         }
       }
       int32_t* const to = packed + (b * run + g) * parts<W> * halves * lanes;
-      for (int h = 0; h < halves; ++h) {
-        for (int l = 0; l < lanes; ++l) {
-          const int32_t* own = numbers[h] + l * W::per;
-          int32_t sum = 0;
-          for (int j = 0; j < parts<W>; ++j) {
-            to[(j * halves + h) * lanes + l] = static_cast<int32_t>((static_cast<uint32_t>(own[j]) & 0xffff) | static_cast<uint32_t>(own[j + parts<W>]) << 16);
-            sum += own[j] + own[j + parts<W>];
-          }
-          start[h * lanes + l] -= W::zero * sum;
-        }
-      }
+      for (int h = 0; h < halves; ++h) pack_pairs<W>(numbers[h], to + h * lanes, halves * lanes, start + h * lanes);
     }
   }
 }
