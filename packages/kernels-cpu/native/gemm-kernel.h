@@ -2,7 +2,7 @@
 //
 // Legend: a packed A panel is [depth][kAWidth], of which the first 1 .. kMr of each row are used, and a packed B panel is
 // [depth][kNr], where columns past the end are zeros. For bf16 every element of a panel is a pair of bf16 that are neighbours along k (low half first),
-// so the depth is ceil(k / 2).
+// so the depth is ceil(k / 2). A row is written in whole vectors, which may reach over its end: behind each A panel lie kSlack elements.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -22,13 +22,14 @@ namespace moe {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kMr = 14;
+constexpr int kMr = 14, kAWidth = 16, kSlack = 0;
 #elif defined(__aarch64__)
-constexpr int kMr = 12;
+constexpr int kMr = 12, kAWidth = kMr, kSlack = 0;
 #else
-constexpr int kMr = 6;
+// The slack also keeps the panels of a group from sharing sets of the cache.
+constexpr int kMr = 6, kAWidth = kMr, kSlack = 16;
 #endif
-constexpr int kAWidth = (kMr + lanes - 1) / lanes * lanes;
+static_assert(kAWidth % lanes == 0 || kSlack >= lanes, "whole vectors need room");
 constexpr int kNr = 2 * lanes;
 #if defined(__AVX512BF16__)
 constexpr bool kHasBf16 = true;
@@ -127,7 +128,11 @@ inline Micro micro_of(int height, int width) {
 }
 
 /** Neighbouring panels: lanes start[q] .. start[q + 1] go to the panel q * stride elements behind the first. */
+#if defined(__AVX512F__)
 constexpr int kMostPanels = 4;
+#else
+constexpr int kMostPanels = 16;
+#endif
 struct Panels {
   int count;
   std::ptrdiff_t start[kMostPanels + 1];
@@ -304,6 +309,7 @@ inline void transpose(f32v (&r)[8]) {
     t[i] = _mm256_permute2f128_ps((__m256)r[i], (__m256)r[i + 4], 0x20);
     t[i + 4] = _mm256_permute2f128_ps((__m256)r[i], (__m256)r[i + 4], 0x31);
   }
+#pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) r[i] = (f32v)t[i];
 }
 #else
@@ -315,44 +321,80 @@ inline void transpose(f32v (&r)[4]) {
 }
 #endif
 
+/** Which lanes are the first `count`, any number; and the loads of those lanes, with zeros in the others. */
+#if defined(__AVX2__)
+using First = __m256i;
+inline First first(std::ptrdiff_t count) {
+  alignas(32) static const std::int32_t ones[2 * lanes] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const std::ptrdiff_t others = count >= lanes ? 0 : count <= 0 ? lanes : lanes - count;
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ones + others));
+}
+inline f32v load_first(First lanes_there, const float* from) { return (f32v)_mm256_maskload_ps(from, lanes_there); }
+#else
+using First = int;
+inline First first(std::ptrdiff_t count) { return count >= lanes ? lanes : count <= 0 ? 0 : int(count); }
+inline f32v load_first(First count, const float* from) { return load_some(from, count); }
+#endif
+
+/** `kLanes` rows by `lanes` columns from `src`, of which `rows` and `columns` are there, become `columns` rows of the panel. */
+template <int kLanes, bool kWhole>
+inline void pack_block(const float* src, std::ptrdiff_t stride, int rows, int columns, int width, float* dst) {
+  f32v r[lanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < lanes; ++i) {
+    if (i >= kLanes || (!kWhole && i >= rows))
+      r[i] = zero();
+    else
+      r[i] = kWhole ? load(src + i * stride) : load_first(first(columns), src + i * stride);
+  }
+  transpose(r);
+#pragma GCC unroll 8
+  for (int i = 0; i < lanes; ++i)
+    if (kWhole || i < columns) store(dst + i * width, r[i]);
+}
+
+/** Rows that are contiguous along k become lanes of one panel. */
 template <bool kBf16, int kWidth>
 void pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, float* dst) {
-  // Full blocks of lanes go through registers; the rest, and the tail of k, one element at a time.
-  int lane = 0;
-  const std::ptrdiff_t whole = k - k % lanes;
-  for (; lane + lanes <= count; lane += lanes) {
-    const float* from = src + lane * stride;
-    for (std::ptrdiff_t p = 0; p < whole; p += lanes) {
-      f32v r[lanes];
-      for (int i = 0; i < lanes; ++i) r[i] = load(from + i * stride + p);
-      transpose(r);
-      for (int i = 0; i < lanes; ++i) store(dst + (p + i) * kWidth + lane, r[i]);
-    }
-    for (std::ptrdiff_t p = whole; p < k; ++p)
-      for (int i = 0; i < lanes; ++i) dst[p * kWidth + lane + i] = from[i * stride + p];
-  }
-  for (; lane < kWidth; ++lane) {
-    if (lane < count) {
-      for (std::ptrdiff_t p = 0; p < k; ++p) dst[p * kWidth + lane] = src[lane * stride + p];
+  constexpr int last = (kWidth - 1) / lanes * lanes, rest = kWidth - last;
+  for (std::ptrdiff_t p = 0; p < k; p += lanes, src += lanes, dst += lanes * kWidth) {
+    const int columns = k - p < lanes ? int(k - p) : lanes;
+    // Where the width is no multiple of a vector, the last vector of a row reaches into the next row: so it is written first.
+    if (count == kWidth && columns == lanes) {
+      pack_block<rest, true>(src + last * stride, stride, 0, 0, kWidth, dst + last);
+#pragma GCC unroll 4
+      for (int lane = last - lanes; lane >= 0; lane -= lanes) pack_block<lanes, true>(src + lane * stride, stride, 0, 0, kWidth, dst + lane);
     } else {
-      for (std::ptrdiff_t p = 0; p < k; ++p) dst[p * kWidth + lane] = 0;
+      for (int lane = last; lane >= 0; lane -= lanes)
+        pack_block<lanes, false>(src + lane * stride, stride, count - lane < lanes ? count - lane : lanes, columns, kWidth, dst + lane);
     }
   }
 }
 
+constexpr std::ptrdiff_t kRowsAhead = 8;
+
+/** Lanes that are contiguous in memory stay lanes. Goes through several panels side by side, so that runs of memory are long. */
 template <bool kBf16, int kWidth>
 void pack_straight(const float* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
+  constexpr int vectors = (kWidth + lanes - 1) / lanes;
+  First there[kMostPanels][vectors];
+  for (int q = 0; q < panels.count; ++q)
+    for (int v = 0; v < vectors; ++v) there[q][v] = first(panels.start[q + 1] - panels.start[q] - v * lanes);
+  const std::ptrdiff_t begin = panels.start[0], end = panels.start[panels.count];
+  const bool whole = kWidth % lanes == 0 && end - begin == panels.count * kWidth;
   for (std::ptrdiff_t p = 0; p < k; ++p, src += stride, dst += kWidth) {
-    for (int q = 0; q < panels.count; ++q) {
-      const float* from = src + panels.start[q];
-      float* to = dst + q * panels.stride;
-      const int count = int(panels.start[q + 1] - panels.start[q]);
-      if (count == kWidth) {
-        for (int i = 0; i < kWidth; i += lanes) store(to + i, load(from + i));
-      } else {
-        for (int i = 0; i < count; ++i) to[i] = from[i];
-        for (int i = count; i < kWidth; ++i) to[i] = 0;
-      }
+    // Rows that come soon: hardware does not follow runs of memory this short.
+    for (std::ptrdiff_t i = begin; i < end; i += 16) __builtin_prefetch(src + kRowsAhead * stride + i);
+    if (whole) {
+      const float* from = src + panels.start[0];
+      for (int q = 0; q < panels.count; ++q, from += kWidth)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) store(dst + q * panels.stride + v * lanes, load(from + v * lanes));
+    } else {
+      for (int q = 0; q < panels.count; ++q)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v)
+          store(dst + q * panels.stride + v * lanes, load_first(there[q][v], src + panels.start[q] + v * lanes));
     }
   }
 }

@@ -16,9 +16,22 @@
 namespace moe {
 namespace {
 
-// Passes over k: an A panel (kMr x depth) stays in L1, a B block (depth x tile width) in L2.
-constexpr int64_t kMaxK[2] = {384, 768};
-constexpr int64_t kMaxTileN[2] = {512, 512};
+// Passes over k. With AVX-512 a panel of A stays in L1 while the tile's columns of B, packed, come from L2 (1 MB); elsewhere
+// a panel of B stays in L1 (32 kB) while a group of panels of A comes from L2 (512 kB), which asks less of it.
+#if defined(__AVX512F__)
+constexpr bool kPanelOfBStays = false;
+constexpr int64_t kMaxK[2] = {384, 768}, kMaxTileN[2] = {512, 512};
+// Up to so many panels of A share a B that is packed panel by panel although its rows are not one piece of memory.
+constexpr int64_t kFewPanels = 4;
+#else
+constexpr bool kPanelOfBStays = true;
+#if defined(__AVX2__)
+constexpr int64_t kMaxK[2] = {256, 512}, kMaxTileN[2] = {256, 256};
+#else
+constexpr int64_t kMaxK[2] = {384, 768}, kMaxTileN[2] = {256, 256};
+#endif
+constexpr int64_t kFewPanels = 1;
+#endif
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -31,7 +44,7 @@ struct Tile {
   int64_t job, m0, m1, n0, n1;
 };
 
-constexpr size_t kBufferA = static_cast<size_t>(kMostPanels * kAWidth) * kMaxK[0];
+constexpr size_t kBufferA = static_cast<size_t>(kMostPanels) * (kAWidth * kMaxK[0] + kSlack);
 constexpr size_t kBufferB = static_cast<size_t>(kMaxTileN[0]) * kMaxK[0];
 constexpr size_t kBuffer = kBufferA + kBufferB;
 static_assert(kFewRows * kDotLength <= kBufferA + kBufferB, "packed rows need room");
@@ -115,7 +128,7 @@ inline Panels row_panels(int64_t rows, int64_t panels, int64_t first, int64_t co
   Panels result;
   result.count = int(count);
   for (int64_t q = 0; q <= count; ++q) result.start[q] = rows * (first + q) / panels;
-  result.stride = depth * kAWidth;
+  result.stride = depth * kAWidth + kSlack;
   return result;
 }
 
@@ -178,12 +191,13 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
     const bool stream = g.stream && passes.count == 1 && (g.ldc % lanes) == 0 && reinterpret_cast<uintptr_t>(g.c) % 64 == 0;
     const Output output = g.accumulate || pass > 0 ? Output::add : stream ? Output::stream : Output::set;
     const float* packed = b_buffer;
-    // With few rows B is used once or twice: then it goes through L1 panel by panel, or is read where it lies.
+    // With few rows B is used once or twice: then it goes through L1 panel by panel where a panel is one piece of memory, or is
+    // read where it lies.
     bool late = false, direct = false;
     if (g.packed_b) {
       const int64_t full_depth = kBf16 ? passes.length / 2 : passes.length;
       packed = g.packed_b + pass * full_depth * static_cast<int64_t>(round_up(g.packed_n, kNr)) + (g.packed_from + t.n0) * depth;
-    } else if (panels <= kMostPanels) {
+    } else if (panels <= kMostPanels && (g.b.k_stride == 1 || panels <= kFewPanels)) {
       late = true;
       direct = !kBf16 && panels == 1 && g.b.lane_stride == 1;
     } else {
@@ -192,27 +206,26 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
     for (int64_t i = 0; i < panels; i += kMostPanels) {
       const Panels group = row_panels(rows, panels, i, std::min<int64_t>(kMostPanels, panels - i), depth);
       pack<kBf16, kAWidth>(g.a, t.m0, group, k0, kc, a_buffer);
-      if (late) {
+      const auto block_at = [&](int q, int64_t j, const float* b, std::ptrdiff_t b_stride) {
+        block<kBf16>(depth, a_buffer + q * group.stride, b, b_stride, g.c + (t.m0 + group.start[q]) * g.ldc + t.n0 + j, g.ldc,
+                     int(group.start[q + 1] - group.start[q]), int(std::min<int64_t>(kNr, columns - j)), output, ahead);
+      };
+      if (late || kPanelOfBStays) {
         for (int64_t j = 0; j < columns; j += kNr) {
-          const int width = int(std::min<int64_t>(kNr, columns - j));
-          const float* b = b_buffer;
-          if (linear) ahead.skip_to(own.from + (j + kNr) * g.k);
+          const int64_t width = std::min<int64_t>(kNr, columns - j);
+          const float* b = late ? b_buffer : packed + j * depth;
           std::ptrdiff_t b_stride = kNr;
+          if (linear) ahead.skip_to(own.from + (j + kNr) * g.k);
           if (direct && width == kNr)
             b = g.b.data + k0 * g.b.k_stride + t.n0 + j, b_stride = g.b.k_stride;
-          else
+          else if (late)
             pack_columns<kBf16>(g.b, t.n0 + j, width, k0, kc, depth, b_buffer);
-          for (int q = 0; q < group.count; ++q)
-            block<kBf16>(depth, a_buffer + q * group.stride, b, b_stride, g.c + (t.m0 + group.start[q]) * g.ldc + t.n0 + j, g.ldc,
-                         int(group.start[q + 1] - group.start[q]), width, output, ahead);
+          for (int q = 0; q < group.count; ++q) block_at(q, j, b, b_stride);
         }
-        continue;
+      } else {
+        for (int q = 0; q < group.count; ++q)
+          for (int64_t j = 0; j < columns; j += kNr) block_at(q, j, packed + j * depth, kNr);
       }
-      for (int q = 0; q < group.count; ++q)
-        for (int64_t j = 0; j < columns; j += kNr)
-          block<kBf16>(depth, a_buffer + q * group.stride, packed + j * depth, kNr,
-                       g.c + (t.m0 + group.start[q]) * g.ldc + t.n0 + j, g.ldc, int(group.start[q + 1] - group.start[q]),
-                       int(std::min<int64_t>(kNr, columns - j)), output, ahead);
     }
   }
   if (g.stream) finish_stores_past_caches();
