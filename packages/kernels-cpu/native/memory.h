@@ -8,6 +8,7 @@ namespace moe {
 
 // nullptr when there is none.
 void* allocate(size_t bytes) noexcept;
+// `bytes` as they were asked for.
 void release(void* pointer, size_t bytes) noexcept;
 
 // Working memory for the length of a call. Contents are undefined. Throws std::bad_alloc.

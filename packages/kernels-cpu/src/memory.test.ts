@@ -1,4 +1,4 @@
-import { isMoeError, type TensorSpec, type Value } from '@moe/core'
+import { isMoeError, Random, type TensorSpec, type Value } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { createBackend } from './index.ts'
 import type { CpuBuffer } from './memory.ts'
@@ -31,6 +31,37 @@ describe('memory', () => {
     backend.free(second)
     backend.trim()
     expect(backend.stats()).toMatchObject({ handles: 0, cachedBytes: 0 })
+    backend.dispose()
+  })
+
+  test('blocks of every size keep what is written to them, whatever is allocated and freed beside them', async () => {
+    const backend = await createBackend()
+    const random = new Random(5)
+    const living: { buffer: CpuBuffer; mark: number }[] = []
+    const check = async ({ buffer, mark }: { buffer: CpuBuffer; mark: number }) => {
+      expect(buffer.pointer % 64).toBe(0)
+      const content = (await backend.download({ handle: buffer, shape: [buffer.bytes], dtype: 'u8' })) as Uint8Array
+      expect(content.every(byte => byte === mark)).toBe(true)
+    }
+    for (let i = 0; i < 150; i++) {
+      // From 4 KiB to 4 MiB, so below, within and above what shares huge pages.
+      const bytes = Math.round(4096 * 2 ** (10 * random.next()))
+      const buffer = backend.upload(new Uint8Array(bytes).fill(i % 251), [bytes], 'u8') as CpuBuffer
+      living.push({ buffer, mark: i % 251 })
+      while (living.length > 0 && (living.length > 40 || random.next() < 0.3)) {
+        const [gone] = living.splice(random.integer(living.length), 1)
+        await check(gone)
+        backend.free(gone.buffer)
+      }
+      // Nothing is kept, so that blocks go back to where they came from.
+      if (i % 3 === 0) backend.trim()
+    }
+    for (const one of living) {
+      await check(one)
+      backend.free(one.buffer)
+    }
+    backend.trim()
+    expect(backend.stats()).toMatchObject({ handles: 0, bytes: 0, cachedBytes: 0 })
     backend.dispose()
   })
 
