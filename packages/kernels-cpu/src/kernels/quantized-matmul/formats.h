@@ -36,7 +36,7 @@ struct Fp8Weights {
   }
 };
 
-// Multiplied as whole numbers: see integer-dots.h.
+// Multiplied as whole numbers: see integer-dots.h and nibble-dots.h.
 struct Int8Weights {
   static constexpr int per = 4;
   static constexpr int zero = 128;

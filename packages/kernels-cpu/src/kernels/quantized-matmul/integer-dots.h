@@ -1,6 +1,6 @@
-// Products of few rows with int8 and int4 weights in whole numbers: per block of the weight's columns x becomes numbers of 31 bits, multiplied as two
+// Products of few rows with int8 weights in whole numbers: per block of the weight's columns x becomes numbers of 31 bits, multiplied as two
 // halves of 16, or of 16 bits where precision allows. Sums of a block are exact; one conversion and one multiplication with both scales
-// bring it to f32. That takes half or a third of the instructions that decoding each weight to f32 takes. An element of x is as exact as
+// bring it to f32. That takes half of the instructions that decoding each weight to f32 takes. An element of x is as exact as
 // in f32 with two halves; with one, to 2^-16 of the largest of its block, where bf16 has 2^-9 of its own size.
 #pragma once
 
@@ -26,20 +26,14 @@ MOE_INLINE i32v add_products16(i32v sums, i32v a, i32v b) {
 #endif
 }
 
-// A 32-bit lane holds `per` weights. Part j are weights j and j + parts as a pair of 16-bit numbers.
-template <class W>
-constexpr int parts = W::per / 2;
+// A 32-bit lane holds four weights. Part j are weights j and j + 2 as a pair of 16-bit numbers.
+constexpr int parts = 2;
 
-template <class W, int j>
-MOE_INLINE i32v weight_pairs(i32v v) {
-  constexpr int bits = 32 / W::per;
-  constexpr uint32_t mask = (1u << bits) - 1;
-  return (i32v)((u32v)v >> (bits * j)) & static_cast<int32_t>(mask << 16 | mask);
-}
+MOE_INLINE i32v weight_pairs(i32v v, int part) { return (i32v)((u32v)v >> (8 * part)) & 0x00ff00ff; }
 
-// The longest block whose sums stay below 2^30: 2^15 times the zero point a weight, `per` weights a lane and group.
-template <class W>
-constexpr int64_t most_run = (int64_t{1} << 30) / (static_cast<int64_t>(W::zero) << 15) / W::per;
+constexpr int64_t byte_group = group_size<Int8Weights>;
+// The longest block, in groups, whose sums stay below 2^30: 2^15 times 2^7 a weight, four weights a lane and group.
+constexpr int64_t most_run = 64;
 
 // Elements i .. i + lanes of `size`, zeros behind.
 MOE_INLINE f32v elements(const float* x, int64_t i, int64_t size) {
@@ -48,25 +42,24 @@ MOE_INLINE f32v elements(const float* x, int64_t i, int64_t size) {
 }
 
 // One half of a group as pairs of 16-bit numbers, part after part `stride` words apart; what the zero point takes off is added to `starts`.
-template <class W>
 MOE_INLINE void pack_pairs(const int32_t* numbers, int32_t* to, int64_t stride, int32_t* starts) {
   for (int l = 0; l < lanes; ++l) {
-    const int32_t* own = numbers + l * W::per;
+    const int32_t* own = numbers + l * Int8Weights::per;
     int32_t sum = 0;
-    for (int j = 0; j < parts<W>; ++j) {
-      to[j * stride + l] = static_cast<int32_t>((static_cast<uint32_t>(own[j]) & 0xffff) | static_cast<uint32_t>(own[j + parts<W>]) << 16);
-      sum += own[j] + own[j + parts<W>];
+    for (int j = 0; j < parts; ++j) {
+      to[j * stride + l] = static_cast<int32_t>((static_cast<uint32_t>(own[j]) & 0xffff) | static_cast<uint32_t>(own[j + parts]) << 16);
+      sum += own[j] + own[j + parts];
     }
-    starts[l] -= W::zero * sum;
+    starts[l] -= Int8Weights::zero * sum;
   }
 }
 
-// x of one row for weights W: per group of 32-bit lanes, and per part of it, `halves` vectors of pairs, the upper one first; zeros behind k. Per block
+// x of one row: per group of 32-bit lanes, and per part of it, `halves` vectors of pairs, the upper one first; zeros behind k. Per block
 // of `run` groups the scale of the lowest half, and per half a vector with what the zero point takes off.
-template <class W, int halves>
+template <int halves>
 void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, float* scales, int32_t* starts) {
   constexpr float range = halves == 2 ? 1073741824.0f : 32767.0f;
-  const int64_t block = run * group_size<W>;
+  const int64_t block = run * byte_group;
   for (int64_t b = 0; b * block < k; ++b) {
     const float* from = x + b * block;
     const int64_t size = std::min(block, k - b * block);
@@ -84,10 +77,10 @@ void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, flo
     scales[b] = any(odd) ? __builtin_nanf("") : usable ? largest / range : 0.0f;
     int32_t* const start = starts + b * halves * lanes;
     for (int h = 0; h < halves; ++h) store(start + h * lanes, i32v{});
-    for (int64_t g = 0; g * group_size<W> < size; ++g) {
-      int32_t numbers[halves][group_size<W>];
-      for (int64_t i = 0; i < group_size<W>; i += lanes) {
-        const f32v v = elements(from, g * group_size<W> + i, size) * factor;
+    for (int64_t g = 0; g * byte_group < size; ++g) {
+      int32_t numbers[halves][byte_group];
+      for (int64_t i = 0; i < byte_group; i += lanes) {
+        const f32v v = elements(from, g * byte_group + i, size) * factor;
         if constexpr (halves == 2) {
           const i32v whole = to_i32(v), upper = (whole + 0x8000) >> 16;
           store(numbers[0] + i, upper);
@@ -96,46 +89,29 @@ void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, flo
           store(numbers[0] + i, to_i32(round_small(v)));
         }
       }
-      int32_t* const to = packed + (b * run + g) * parts<W> * halves * lanes;
-      for (int h = 0; h < halves; ++h) pack_pairs<W>(numbers[h], to + h * lanes, halves * lanes, start + h * lanes);
+      int32_t* const to = packed + (b * run + g) * parts * halves * lanes;
+      for (int h = 0; h < halves; ++h) pack_pairs(numbers[h], to + h * lanes, halves * lanes, start + h * lanes);
     }
   }
-}
-
-// Scales of the weight lie one per block of x; or, for int4 in runs of 32, several to a register: then a lane's scale is that of its run.
-enum class Scales { blocks, runs };
-
-// The scale of each lane where lanes * 8 weights are runs of 32.
-MOE_INLINE f32v run_scales(const float* scale, int64_t left) {
-#if defined(__AVX512F__)
-  const __m128 s = _mm_maskz_loadu_ps(static_cast<__mmask8>((1 << std::min<int64_t>(left, 4)) - 1), scale);
-  return (f32v)_mm512_permutexvar_ps(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), _mm512_castps128_ps512(s));
-#elif defined(__AVX2__)
-  return (f32v)_mm256_set_m128(_mm_broadcast_ss(scale + (left > 1)), _mm_broadcast_ss(scale));
-#else
-  static_cast<void>(left);
-  return splat(*scale);
-#endif
 }
 
 // Chains of additions for each row and half of x: with one row there are registers for two.
 template <int M>
 constexpr int integer_chains = M == 1 ? 2 : 1;
 
-template <class W, int halves, int j = 0>
-struct IntegerDecode {
-  template <int M>
-  MOE_INLINE void multiply(i32v v, const int32_t* const* x, int64_t at, i32v (&sums)[M][halves][integer_chains<M>]) {
-    const i32v w = weight_pairs<W, j>(v);
+template <int halves, int M>
+MOE_INLINE void integer_group_products(i32v v, const int32_t* const* x, int64_t at, i32v (&sums)[M][halves][integer_chains<M>]) {
+#pragma GCC unroll 2
+  for (int j = 0; j < parts; ++j) {
+    const i32v w = weight_pairs(v, j);
     for (int m = 0; m < M; ++m) {
       for (int h = 0; h < halves; ++h) {
         i32v& sum = sums[m][h][j % integer_chains<M>];
         sum = add_products16(sum, w, load(x[m] + at + (j * halves + h) * lanes));
       }
     }
-    if constexpr (j + 1 < parts<W>) IntegerDecode<W, halves, j + 1>::template multiply<M>(v, x, at, sums);
   }
-};
+}
 
 // Of up to most_rows rows: packed x, scales and starts as pack_integer_x makes them.
 struct IntegerDots {
@@ -151,7 +127,7 @@ struct IntegerDots {
   int64_t run;  // groups of a block of x
 };
 
-template <class W, int halves, Scales kind, int M>
+template <int halves, int M>
 MOE_INLINE void integer_dot_row(const IntegerDots& d, int64_t row) {
   constexpr int64_t bytes = lanes * 4;
   const int64_t full = d.row_bytes / bytes, rest = d.row_bytes % bytes;
@@ -167,16 +143,15 @@ MOE_INLINE void integer_dot_row(const IntegerDots& d, int64_t row) {
     }
     for (; g < whole; ++g) {
       __builtin_prefetch(from + g * bytes + ahead);
-      IntegerDecode<W, halves>::template multiply<M>(load_bytes(from + g * bytes), d.x, g * parts<W> * halves * lanes, sums);
+      integer_group_products<halves, M>(load_bytes(from + g * bytes), d.x, g * parts * halves * lanes, sums);
     }
     if (g < end) {
       i32v v{};
       std::memcpy(&v, from + g * bytes, static_cast<size_t>(rest));
-      IntegerDecode<W, halves>::template multiply<M>(v, d.x, g * parts<W> * halves * lanes, sums);
+      integer_group_products<halves, M>(v, d.x, g * parts * halves * lanes, sums);
       ++g;
     }
-    const int64_t first = block * (lanes / 4);
-    const f32v s = kind == Scales::runs ? run_scales(scale + first, d.scale_columns - first) : splat(scale[block]);
+    const f32v s = splat(scale[block]);
     for (int m = 0; m < M; ++m) {
       f32v sum = zero();
       for (int h = 0; h < halves; ++h) {
@@ -189,19 +164,19 @@ MOE_INLINE void integer_dot_row(const IntegerDots& d, int64_t row) {
   for (int m = 0; m < M; ++m) d.y[m][row] = sum(total[m]);
 }
 
-template <class W, int halves, Scales kind, int M>
+template <int halves, int M>
 void integer_dot_range(const IntegerDots& d, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) integer_dot_row<W, halves, kind, M>(d, row);
+  for (int64_t row = begin; row < end; ++row) integer_dot_row<halves, M>(d, row);
 }
 
 // Rows begin .. end of the weight times `rows` (1 .. most_rows) rows of x.
-template <class W, int halves, Scales kind>
+template <int halves>
 void integer_dots(const IntegerDots& d, int64_t rows, int64_t begin, int64_t end) {
   switch (rows) {
-    case 1: return integer_dot_range<W, halves, kind, 1>(d, begin, end);
-    case 2: return integer_dot_range<W, halves, kind, 2>(d, begin, end);
-    case 3: return integer_dot_range<W, halves, kind, 3>(d, begin, end);
-    default: return integer_dot_range<W, halves, kind, 4>(d, begin, end);
+    case 1: return integer_dot_range<halves, 1>(d, begin, end);
+    case 2: return integer_dot_range<halves, 2>(d, begin, end);
+    case 3: return integer_dot_range<halves, 3>(d, begin, end);
+    default: return integer_dot_range<halves, 4>(d, begin, end);
   }
 }
 

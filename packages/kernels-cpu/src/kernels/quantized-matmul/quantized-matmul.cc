@@ -3,8 +3,8 @@
 #include <vector>
 
 #include "../grouped-matmul/ranges.h"
-#include "integer-dots.h"
 #include "gemm.h"
+#include "nibble-dots.h"
 
 using namespace moe;
 
@@ -71,19 +71,17 @@ class Floats {
   int64_t run_;
 };
 
-template <class W, int halves>
+template <int halves>
 class Integers {
  public:
   explicit Integers(const Product& p)
-      : p_(p),
-        run_(std::max<int64_t>(1, p.block_columns / group_size<W>)),
-        blocks_((p.k + run_ * group_size<W> - 1) / (run_ * group_size<W>)) {}
-  bool fit() const { return in_runs() || (p_.block_columns % group_size<W> == 0 && run_ <= most_run<W>); }
+      : p_(p), run_(std::max<int64_t>(1, p.block_columns / byte_group)), blocks_((p.k + run_ * byte_group - 1) / (run_ * byte_group)) {}
+  bool fit() const { return p_.block_columns % byte_group == 0 && run_ <= most_run; }
   // Packed numbers, then the starts and the scale of every block.
   int64_t words() const { return numbers() + blocks_ * (halves * lanes + 1); }
   void pack(const float* x, int32_t* to) const {
     int32_t* const starts = to + numbers();
-    pack_integer_x<W, halves>(x, p_.k, run_, to, reinterpret_cast<float*>(starts + blocks_ * halves * lanes), starts);
+    pack_integer_x<halves>(x, p_.k, run_, to, reinterpret_cast<float*>(starts + blocks_ * halves * lanes), starts);
   }
   void multiply(const int32_t* packed, int64_t row, int64_t rows, const Piece& piece) const {
     IntegerDots d = dots_of<IntegerDots>(p_, piece.expert, run_);
@@ -93,18 +91,39 @@ class Integers {
       d.x_scales[m] = reinterpret_cast<const float*>(d.starts[m] + blocks_ * halves * lanes);
       d.y[m] = p_.y + (row + m) * p_.n;
     }
-    if (p_.block_columns % group_size<W> != 0)
-      integer_dots<W, halves, Scales::runs>(d, rows, piece.begin, piece.end);
-    else
-      integer_dots<W, halves, Scales::blocks>(d, rows, piece.begin, piece.end);
+    integer_dots<halves>(d, rows, piece.begin, piece.end);
   }
 
  private:
-  bool in_runs() const { return std::is_same_v<W, Int4Weights> && p_.block_columns == 32; }
-  int64_t numbers() const { return blocks_ * run_ * parts<W> * halves * lanes; }
+  int64_t numbers() const { return blocks_ * run_ * parts * halves * lanes; }
 
   const Product& p_;
   int64_t run_, blocks_;
+};
+
+template <int digits>
+class Nibbles {
+ public:
+  explicit Nibbles(const Product& p) : p_(p) {}
+  bool fit() const { return in_runs() || p_.block_columns % nibble_group == 0; }
+  int64_t words() const { return (p_.k + nibble_group - 1) / nibble_group * static_cast<int64_t>(sizeof(NibbleX<digits>) / 4); }
+  void pack(const float* x, int32_t* to) const { pack_nibble_x<digits>(x, p_.k, reinterpret_cast<NibbleX<digits>*>(to)); }
+  void multiply(const int32_t* packed, int64_t row, int64_t rows, const Piece& piece) const {
+    auto d = dots_of<NibbleDots<digits>>(p_, piece.expert, std::max<int64_t>(1, p_.block_columns / nibble_group));
+    for (int64_t m = 0; m < rows; ++m) {
+      d.x[m] = reinterpret_cast<const NibbleX<digits>*>(packed + (row + m) * words());
+      d.y[m] = p_.y + (row + m) * p_.n;
+    }
+    if (in_runs())
+      nibble_dots<digits, Scales::runs>(d, rows, piece.begin, piece.end);
+    else
+      nibble_dots<digits, Scales::blocks>(d, rows, piece.begin, piece.end);
+  }
+
+ private:
+  bool in_runs() const { return p_.block_columns == 32; }
+
+  const Product& p_;
 };
 
 void multiply_piece(const Product& p, const Ranges& ranges, const Piece& piece, float* tile) {
@@ -144,7 +163,7 @@ void run(const Product& p, const Ranges& ranges) {
   const Scratch x_memory(static_cast<size_t>(p.rows * words) * 4);
   int32_t* const packed = x_memory.as<int32_t>();
   if (any_dots) {
-    parallel_for(p.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.k)), [&](int64_t begin, int64_t end, int) {
+    parallel_for(p.rows, std::max<int64_t>(1, 2048 / std::max<int64_t>(1, p.k)), [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) engine.pack(p.x + i * p.k, packed + i * words);
     });
   }
@@ -181,7 +200,7 @@ MOE_KERNEL(moe_quantized_matmul_f32) {
   switch (p.format) {
     case Format::bf16: return run<Floats<Bf16Weights>>(p, ranges);
     case Format::fp8: return run<Floats<Fp8Weights>>(p, ranges);
-    case Format::int8: return p.bf16 ? run<Integers<Int8Weights, 1>>(p, ranges) : run<Integers<Int8Weights, 2>>(p, ranges);
-    case Format::int4: return p.bf16 ? run<Integers<Int4Weights, 1>>(p, ranges) : run<Integers<Int4Weights, 2>>(p, ranges);
+    case Format::int8: return p.bf16 ? run<Integers<1>>(p, ranges) : run<Integers<2>>(p, ranges);
+    case Format::int4: return p.bf16 ? run<Nibbles<2>>(p, ranges) : run<Nibbles<3>>(p, ranges);
   }
 }
