@@ -101,8 +101,9 @@ export class MultiHeadLatentAttention extends Module {
     const { backend } = x_BTD
     if (cache === undefined) {
       const tables = positions ? this.#rotary.at(positions, batch, backend) : this.#rotary.first(time, backend)
-      const { latent_BTC, ropeKey_BT1R } = this.#compress(x_BTD, tables)
-      return this.#expanded(this.#queries(x_BTD, tables), latent_BTC, ropeKey_BT1R)
+      const { down, both } = this.#project(x_BTD)
+      const { latent_BTC, ropeKey_BT1R } = this.#compress(both, tables)
+      return this.#expanded(this.#queries(down, tables), latent_BTC, ropeKey_BT1R)
     }
     return noGrad(() =>
       scope(() => {
@@ -113,13 +114,16 @@ export class MultiHeadLatentAttention extends Module {
     )
   }
 
+  /** The two products with `x`, right after each other, as a backend may make one of them: what queries and latents are made of. */
+  #project(x: Tensor): { down: Tensor; both: Tensor } {
+    return { down: (this.q_proj ?? (this.q_a_proj as Linear)).forward(x), both: this.kv_a_proj_with_mqa.forward(x) }
+  }
+
   /** Queries `[B, T, H, N + R]`, rope part turned. */
-  #queries(x: Tensor, { cos, sin }: RotaryTables): Tensor {
+  #queries(down: Tensor, { cos, sin }: RotaryTables): Tensor {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, qk_rope_head_dim: ropeDim } = this.#config
-    const flat = this.q_proj
-      ? this.q_proj.forward(x)
-      : (this.q_b_proj as Linear).forward((this.q_a_layernorm as RmsNorm).forward((this.q_a_proj as Linear).forward(x)))
-    return this.#turn(flat.reshape([x.shape[0], x.shape[1], heads, nope + ropeDim]), cos, sin)
+    const flat = this.q_proj ? down : (this.q_b_proj as Linear).forward((this.q_a_layernorm as RmsNorm).forward(down))
+    return this.#turn(flat.reshape([down.shape[0], down.shape[1], heads, nope + ropeDim]), cos, sin)
   }
 
   #turn(x: Tensor, cos: Tensor, sin: Tensor): Tensor {
@@ -127,10 +131,9 @@ export class MultiHeadLatentAttention extends Module {
   }
 
   /** What the cache holds: the normalized latent, and the rope key (one head for all, not normalized), turned. */
-  #compress(x: Tensor, { cos, sin }: RotaryTables): { latent_BTC: Tensor; ropeKey_BT1R: Tensor } {
+  #compress(both: Tensor, { cos, sin }: RotaryTables): { latent_BTC: Tensor; ropeKey_BT1R: Tensor } {
     const { kv_lora_rank: rank, qk_rope_head_dim: ropeDim } = this.#config
-    const [batch, time] = x.shape
-    const both = this.kv_a_proj_with_mqa.forward(x)
+    const [batch, time] = both.shape
     const latent_BTC = this.kv_a_layernorm.forward(both.narrow(2, 0, rank))
     const key = both.narrow(2, rank, rank + ropeDim).reshape([batch, time, 1, ropeDim])
     return { latent_BTC, ropeKey_BT1R: this.#turn(key, cos, sin) }
@@ -156,9 +159,10 @@ export class MultiHeadLatentAttention extends Module {
     const { layer = 0, absorbUpTo = 8 } = options
     const { kv_lora_rank: rank, qk_rope_head_dim: ropeDim } = this.#config
     const [batch, time] = x.shape
-    const { latent_BTC, ropeKey_BT1R } = this.#compress(x, tables)
+    const { down, both } = this.#project(x)
+    const { latent_BTC, ropeKey_BT1R } = this.#compress(both, tables)
     cache.write(layer, concat([latent_BTC, ropeKey_BT1R.reshape([batch, time, ropeDim])], 2))
-    const q = this.#queries(x, tables)
+    const q = this.#queries(down, tables)
     const { lengths } = cache.next(time)
     if (time <= absorbUpTo) return this.#absorbedForward(q, cache.rows(layer), lengths)
     const used = Math.max(...cache.lengths) + time

@@ -35,7 +35,10 @@ export class DecodeStep {
     this.#parameters = namedParameters(model).map(({ parameter }) => parameter)
   }
 
-  /** Adds tokens to the cache; gives their hidden states, which the caller frees, and the logits of the last `wanted` of them. */
+  /**
+   * Adds tokens to the cache; gives their hidden states, which the caller frees before the next run (it may overwrite them), and the logits of the last
+   * `wanted` of them.
+   */
   async run(ids: readonly number[], wanted: number): Promise<{ hidden: Tensor; rows: Float32Array[] }> {
     const { hidden, logits } = this.#launch(Int32Array.from(ids), wanted)
     const values = (await logits.values()) as Float32Array
@@ -72,9 +75,8 @@ export class DecodeStep {
     cache.next(ids.length)
     recorded.graph.replay()
     cache.advance(ids.length)
-    // The next replay overwrites the graph's own.
     const { hidden, logits } = recorded.graph.result
-    return keep(model.infer(() => ({ hidden: hidden.mul(1), logits: logits.detach() })))
+    return keep(model.infer(() => ({ hidden: hidden.detach(), logits: logits.detach() })))
   }
 
   #pass(ids: Tensor, wanted: number): States {

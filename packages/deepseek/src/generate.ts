@@ -229,6 +229,10 @@ class Drafter {
   async draft(hidden: Tensor, confirmed: number, tokens: readonly number[]): Promise<number[]> {
     const model = this.#model
     const drafts: number[] = []
+    if (this.#depth === 0) {
+      hidden.dispose()
+      return drafts
+    }
     let incoming = keep(model.infer(() => hidden.narrow(1, 0, confirmed).detach()))
     hidden.dispose()
     for (let k = 0; k < this.#depth; k++) {

@@ -68,7 +68,7 @@ int guarded(const double* slots, void (*body)(Args&)) noexcept {
 extern "C" {
 
 // Raised when the meaning of slots or of these functions changes.
-MOE_EXPORT int moe_abi_version() { return 2; }
+MOE_EXPORT int moe_abi_version() { return 3; }
 
 // Runs recorded kernels one after another: `calls` holds pairs of a kernel's address and that of its slots. 0, or
 // 4 * (1 + the number of the one that failed) + its status.

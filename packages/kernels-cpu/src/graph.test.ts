@@ -1,3 +1,12 @@
+import {
+  fromHost,
+  noGrad,
+  quantizedGroupedMatmul,
+  quantizedMatmul,
+  quantizeWeight,
+  Random,
+  setDefaultBackend,
+} from '@moe/core'
 import { graphSuite } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { createBackend } from './backend.ts'
@@ -22,3 +31,29 @@ test('a profiled replay counts its kernels', async () => {
   expect(profile().map(({ calls }) => calls)).toEqual([2])
   backend.dispose()
 })
+
+test.each(['bf16', 'fp8', 'int8', 'int4'] as const)(
+  'recorded products of one x with %s weights become one',
+  async format => {
+    const backend = await createBackend({ guarded: true })
+    setDefaultBackend(backend)
+    const random = new Random(3)
+    const normal = (...shape: number[]) => fromHost(random.normal(shape.reduce((a, b) => a * b)), shape, 'f32')
+    const weights = [70, 33, 128].map(rows => quantizeWeight(normal(rows, 160), format))
+    const experts = [40, 9].map(rows => quantizeWeight(normal(3, rows, 160), format))
+    const [x, other] = [normal(12, 160), normal(12, 160)]
+    const offsets = fromHost(Int32Array.of(1, 2, 2, 12), [4], 'i32')
+    const run = () =>
+      noGrad(() => [
+        ...weights.map(weight => quantizedMatmul(x, weight)),
+        quantizedMatmul(other, weights[0]),
+        ...experts.map(weight => quantizedGroupedMatmul(x, weight, offsets)),
+      ])
+    const eager = run()
+    const graph = backend.capture(run)
+    expect(graph.nodes).toBe(3)
+    graph.replay()
+    for (const [i, result] of graph.result.entries()) expect(await result.values()).toEqual(await eager[i].values())
+    backend.dispose()
+  },
+)

@@ -16,7 +16,7 @@ export interface RecordedAttrs {
 interface Call {
   readonly name: string
   readonly entry: (slots: number) => number
-  readonly slots: readonly number[]
+  readonly slots: number[]
   readonly varying: RecordedAttrs | null
 }
 
@@ -34,7 +34,19 @@ export class Recording {
     this.#library = library
   }
 
-  add(name: string, entry: Call['entry'], slots: readonly number[]): void {
+  /** With `common`, the call is joined to the one before if that has the same name and values up to there: see `Native.kernel`. */
+  add(name: string, entry: Call['entry'], slots: number[], common?: number): void {
+    const last = this.calls.at(-1)
+    if (
+      common !== undefined &&
+      last?.name === name &&
+      slots.every((value, i) => i > common || value === last.slots[i])
+    ) {
+      const count = common + 1
+      last.slots[count]++
+      last.slots.push(...slots.slice(count + 1))
+      return
+    }
     this.calls.push({ name, entry, slots, varying: this.#varying })
     this.#varying = null
   }

@@ -9,7 +9,7 @@ import { MoeError } from '@moe/core'
 export const isas = ['baseline', 'avx2', 'avx512', 'avx512bf16'] as const
 export type Isa = (typeof isas)[number]
 
-const abiVersion = 2
+const abiVersion = 3
 
 /** The C functions of native/abi.h, with addresses and sizes as numbers. */
 export interface NativeLibrary {

@@ -23,8 +23,13 @@ export type NativeKernel = (...values: number[]) => void
 export interface Native {
   /** Threads that kernels of this backend may use, the caller included. */
   readonly threads: number
-  /** The kernel of that C name, looked up at its first call. It throws MoeError E_BACKEND or E_OUT_OF_MEMORY. */
-  kernel(name: string): NativeKernel
+  /**
+   * The kernel of that C name, looked up at its first call. It throws MoeError E_BACKEND or E_OUT_OF_MEMORY.
+   *
+   * With `common`, the kernel does several calls at once: its first `common` values are those that they share, then comes their number,
+   * then each one's own. Such calls are made one by one, and those that follow each other in a recording become one.
+   */
+  kernel(name: string, common?: number): NativeKernel
   /** Uninitialized memory for an output. */
   output(spec: TensorSpec): CpuBuffer
   /** The value's own buffer with one more owner when nobody else holds it, otherwise a copy. For ops that donate an input. */
@@ -82,13 +87,13 @@ export function createNative(
   })
   let integerTurn = 0
 
-  function kernel(name: string): NativeKernel {
+  function kernel(name: string, common?: number): NativeKernel {
     let entry: ((slots: number) => number) | undefined
     return (...values) => {
       entry ??= library.entry(name)
       const graph = recording()
       if (graph !== null) {
-        graph.add(name, entry, [threads, ...values])
+        graph.add(name, entry, [threads, ...values], common)
         return
       }
       for (let i = 0; i < values.length; i++) slots[i + 1] = values[i]

@@ -31,8 +31,9 @@ struct Product {
   int64_t scale_rows() const { return (n + block_rows - 1) / block_rows; }
 };
 
-// A piece of the weight's rows and all that is multiplied with it.
+// A piece of a weight's rows and all that is multiplied with it.
 struct Piece {
+  const Product* product;
   int64_t expert, begin, end;
 };
 
@@ -126,7 +127,8 @@ class Nibbles {
   const Product& p_;
 };
 
-void multiply_piece(const Product& p, const Ranges& ranges, const Piece& piece, float* tile) {
+void multiply_piece(const Ranges& ranges, const Piece& piece, float* tile) {
+  const Product& p = *piece.product;
   const int64_t bytes = p.row_bytes();
   for (int64_t j = piece.begin; j < piece.end; ++j) {
     const float* scales =
@@ -142,8 +144,10 @@ void multiply_piece(const Product& p, const Ranges& ranges, const Piece& piece, 
   gemm_here(job, p.bf16);
 }
 
+// Products of the same x with weights that differ in their number of rows only.
 template <class Engine>
-void run(const Product& p, const Ranges& ranges) {
+void run(const std::vector<Product>& products, const Ranges& ranges) {
+  const Product& p = products[0];
   const Engine engine(p);
   const bool fit = engine.fit();
   const auto by_dots = [&](int64_t e) { return fit && ranges.size(e) <= few_rows; };
@@ -151,13 +155,15 @@ void run(const Product& p, const Ranges& ranges) {
   const int64_t tile_rows = std::max<int64_t>(16, std::min<int64_t>(512, tile_elements / std::max<int64_t>(1, p.k) / 16 * 16));
   std::vector<Piece> pieces;
   bool any_dots = false, any_tiles = false;
-  for (int64_t e = 0; e < p.experts; ++e) {
-    if (ranges.size(e) == 0) continue;
-    const int64_t most = by_dots(e) ? dot_rows : tile_rows;
-    (by_dots(e) ? any_dots : any_tiles) = true;
-    const int64_t count = (p.n + most - 1) / most, blocks = (p.n + 7) / 8;
-    for (int64_t i = 0; i < count; ++i)
-      pieces.push_back({e, blocks * i / count * 8, std::min(p.n, blocks * (i + 1) / count * 8)});
+  for (const Product& product : products) {
+    for (int64_t e = 0; e < p.experts; ++e) {
+      if (ranges.size(e) == 0) continue;
+      const int64_t most = by_dots(e) ? dot_rows : tile_rows;
+      (by_dots(e) ? any_dots : any_tiles) = true;
+      const int64_t count = (product.n + most - 1) / most, blocks = (product.n + 7) / 8;
+      for (int64_t i = 0; i < count; ++i)
+        pieces.push_back({&product, e, blocks * i / count * 8, std::min(product.n, blocks * (i + 1) / count * 8)});
+    }
   }
   const int64_t words = any_dots ? engine.words() : 0;
   const Scratch x_memory(static_cast<size_t>(p.rows * words) * 4);
@@ -171,36 +177,41 @@ void run(const Product& p, const Ranges& ranges) {
   const Scratch tiles(static_cast<size_t>(tile_size * max_threads()) * 4);
   parallel_tasks(static_cast<int64_t>(pieces.size()), [&](int64_t task, int worker) {
     const Piece& piece = pieces[static_cast<size_t>(task)];
-    if (!by_dots(piece.expert)) return multiply_piece(p, ranges, piece, tiles.as<float>() + worker * tile_size);
+    if (!by_dots(piece.expert)) return multiply_piece(ranges, piece, tiles.as<float>() + worker * tile_size);
+    const Engine own(*piece.product);
     const int64_t last = ranges.begin(piece.expert) + ranges.size(piece.expert);
     for (int64_t row = ranges.begin(piece.expert); row < last; row += most_rows)
-      engine.multiply(packed, row, std::min(most_rows, last - row), piece);
+      own.multiply(packed, row, std::min(most_rows, last - row), piece);
   });
 }
 
 }  // namespace
 
-// (y [rows, n], x [rows, k], q, scale or 0, offsets or 0, rows, experts, k, n, format, block rows, block columns, bf16)
+// (x [rows, k], offsets or 0, rows, experts, k, format, block rows, block columns, bf16, products, then of each: y [rows, n], q, scale or 0, n)
 MOE_KERNEL(moe_quantized_matmul_f32) {
   Product p{};
-  p.y = args.ptr<float>();
   p.x = args.ptr<const float>();
-  p.q = args.ptr<const uint8_t>();
-  p.scale = args.ptr<const float>();
   const int32_t* offsets = args.ptr<const int32_t>();
-  p.rows = args.size(), p.experts = args.size(), p.k = args.size(), p.n = args.size();
+  p.rows = args.size(), p.experts = args.size(), p.k = args.size();
   p.format = static_cast<Format>(args.i32());
   p.block_rows = args.size(), p.block_columns = args.size();
   p.bf16 = args.flag();
   const int32_t all[2] = {0, static_cast<int32_t>(p.rows)};
   const Ranges ranges(offsets ? offsets : all, p.experts, p.rows);
-  clear_rows(p.y, 0, ranges.begin(0), p.n);
-  clear_rows(p.y, ranges.begin(p.experts), p.rows, p.n);
-  if (p.k == 0) return clear_rows(p.y, 0, p.rows, p.n);
+  std::vector<Product> products(static_cast<size_t>(args.size()), p);
+  for (Product& product : products) {
+    product.y = args.ptr<float>();
+    product.q = args.ptr<const uint8_t>();
+    product.scale = args.ptr<const float>();
+    product.n = args.size();
+    clear_rows(product.y, 0, p.k == 0 ? p.rows : ranges.begin(0), product.n);
+    clear_rows(product.y, ranges.begin(p.experts), p.rows, product.n);
+  }
+  if (p.k == 0) return;
   switch (p.format) {
-    case Format::bf16: return run<Floats<Bf16Weights>>(p, ranges);
-    case Format::fp8: return run<Floats<Fp8Weights>>(p, ranges);
-    case Format::int8: return p.bf16 ? run<Integers<1>>(p, ranges) : run<Integers<2>>(p, ranges);
-    case Format::int4: return p.bf16 ? run<Nibbles<2>>(p, ranges) : run<Nibbles<3>>(p, ranges);
+    case Format::bf16: return run<Floats<Bf16Weights>>(products, ranges);
+    case Format::fp8: return run<Floats<Fp8Weights>>(products, ranges);
+    case Format::int8: return p.bf16 ? run<Integers<1>>(products, ranges) : run<Integers<2>>(products, ranges);
+    case Format::int4: return p.bf16 ? run<Nibbles<2>>(products, ranges) : run<Nibbles<3>>(products, ranges);
   }
 }

@@ -6,7 +6,8 @@ import { type FusedFactory, type Native, pointerOf } from '../../native.ts'
 const formats = { bf16: 0, fp8: 1, int8: 2, int4: 3 } as const
 
 function launcher(native: Native) {
-  const product = native.kernel('moe_quantized_matmul_f32')
+  // All but the last four values are common to products of the same x with several weights.
+  const product = native.kernel('moe_quantized_matmul_f32', 9)
   return (
     x: Value,
     q: Value,
@@ -18,19 +19,20 @@ function launcher(native: Native) {
     const y = native.output(spec)
     const experts = offsets === undefined ? 1 : q.shape[0]
     product(
-      y.pointer,
       pointerOf(x),
-      pointerOf(q),
-      scale === undefined ? 0 : pointerOf(scale),
       offsets === undefined ? 0 : pointerOf(offsets),
       x.shape[0],
       experts,
       x.shape[1],
-      spec.shape[1],
       formats[attrs.format],
       attrs.block[0],
       attrs.block[1],
       attrs.precision === 'bf16' ? 1 : 0,
+      1,
+      y.pointer,
+      pointerOf(q),
+      scale === undefined ? 0 : pointerOf(scale),
+      spec.shape[1],
     )
     return [y]
   }
