@@ -2,7 +2,7 @@
  * One training step of DeepSeek-V3 at fixed sizes: tokens per second, beside PyTorch where `.venv-reference` exists.
  *
  *     pnpm bench train [--config 12m,200m] [--precision f32,bf16] [--steps N] [--rounds N] [--json FILE] [--no-peers]
- * [--compiled-peer] [--profile]
+ * [--compiled-peer] [--profile] [--experts N]
  *
  * A step is forward, backward, clipping at norm 1 and AdamW on 2,048 random tokens (--tokens), in sequences of 256 (--seq). Every measurement is a process of
  * its own; ours and PyTorch's take turns, and medians are over all timed steps of all rounds.
@@ -39,6 +39,7 @@ const { values: options } = parseArgs({
     rounds: { type: 'string', default: '2' },
     seq: { type: 'string', default: '256' },
     tokens: { type: 'string', default: '2048' },
+    experts: { type: 'string' },
     json: { type: 'string' },
     peers: { type: 'boolean', default: true },
     'compiled-peer': { type: 'boolean', default: false },
@@ -89,7 +90,8 @@ async function work(): Promise<Measurement> {
   const { config, precision } = options
   const preset = presetOf(config)
   const sequenceLength = Number(options.seq)
-  const model = new DeepSeek({ ...preset, max_position_embeddings: Math.max(512, sequenceLength) })
+  const experts = options.experts === undefined ? {} : { n_routed_experts: Number(options.experts) }
+  const model = new DeepSeek({ ...preset, ...experts, max_position_embeddings: Math.max(512, sequenceLength) })
   const parameters = namedParameters(model)
   const optimizer = new AdamW(parameters)
   const batch = randomBatch(tokensPerStep / sequenceLength, sequenceLength + model.lookahead, model.vocabSize)

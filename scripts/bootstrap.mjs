@@ -23,7 +23,8 @@ const commands = {
   }),
   bench: ([name, ...args]) => {
     const script = `bench/${name}.ts`
-    if (!name || !existsSync(script)) return { script: 'scripts/list-benches.ts', args: name ? [name] : [] }
+    const asks = args.some(arg => arg === '--help' || arg === '-h')
+    if (!name || !existsSync(script) || asks) return { script: 'scripts/list-benches.ts', args: name ? [name] : [] }
     return { script, args, nodeOptions: ['--expose-gc'], ownGroup: true, allVariants: false }
   },
   check: args => ({ script: 'scripts/check.ts', args }),
