@@ -4,7 +4,7 @@ import { concat, fromHost, keep, MoeError, Random, type Tensor } from '@moe/core
 import { endTokens } from './config.ts'
 import { DecodeStep } from './decode-step.ts'
 import type { DeepSeek } from './model.ts'
-import { acceptOrDraw, argmax, checkSampling, distribution, draw, type SamplingOptions } from './sampling.ts'
+import { argmax, checkSampling, type SamplingOptions, sample, verifyDraft } from './sampling.ts'
 
 export interface GenerateOptions extends SamplingOptions {
   /** Most tokens to make. Default 128. */
@@ -171,13 +171,12 @@ async function* decode(
       stats.steps++
       const made: number[] = []
       for (let i = 0; i < rows.length; i++) {
-        const p = distribution(rows[i], options)
         if (i === drafts.length) {
-          made.push(draw(p, random))
+          made.push(sample(rows[i], options, random))
           break
         }
         stats.drafted[i]++
-        const { token, accepted } = acceptOrDraw(p, drafts[i], random)
+        const { token, accepted } = verifyDraft(rows[i], drafts[i], options, random)
         made.push(token)
         if (!accepted) break
         stats.accepted[i]++

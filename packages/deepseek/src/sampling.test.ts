@@ -2,7 +2,7 @@ import { Random, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
 import { DeepSeek, presets } from './index.ts'
-import { acceptOrDraw, distribution, draw, type SamplingOptions } from './sampling.ts'
+import { acceptOrDraw, distribution, draw, type SamplingOptions, sample, verifyDraft } from './sampling.ts'
 
 const backend = referenceBackend()
 setDefaultBackend(backend)
@@ -69,4 +69,16 @@ test('an abort between tokens ends generation and frees what it held', async () 
   expect(made).toHaveLength(3)
   model.dispose()
   expect(backend.stats().handles).toBe(handles)
+})
+
+test('greedy: the likeliest token, the lowest of equals, and drafts stand if they are it', () => {
+  const logits = Float32Array.of(-1, 3, 2, 3)
+  const random = new Random(1)
+  for (const temperature of [undefined, 0]) {
+    expect(sample(logits, { temperature }, random)).toBe(1)
+    expect(verifyDraft(logits, 1, { temperature }, random)).toEqual({ token: 1, accepted: true })
+    expect(verifyDraft(logits, 3, { temperature }, random)).toEqual({ token: 1, accepted: false })
+  }
+  // As the distribution with all mass on one token says.
+  expect(draw(distribution(logits, {}), random)).toBe(1)
 })

@@ -22,8 +22,34 @@ export function checkSampling({ temperature = 0, topP = 1, minP = 0 }: SamplingO
 /** Position of the largest value, the lowest of equals. */
 export function argmax(values: ArrayLike<number>): number {
   let best = 0
-  for (let i = 1; i < values.length; i++) if (values[i] > values[best]) best = i
+  let largest = values[0]
+  for (let i = 1; i < values.length; i++) {
+    const value = values[i]
+    if (value > largest) {
+      largest = value
+      best = i
+    }
+  }
   return best
+}
+
+/** The next token. */
+export function sample(logits: Float32Array, options: SamplingOptions, random: Random): number {
+  const { temperature = 0 } = options
+  return temperature === 0 ? argmax(logits) : draw(distribution(logits, options), random)
+}
+
+/** Whether a drafted token stands, and the one that does. */
+export function verifyDraft(
+  logits: Float32Array,
+  draft: number,
+  options: SamplingOptions,
+  random: Random,
+): { token: number; accepted: boolean } {
+  const { temperature = 0 } = options
+  if (temperature > 0) return acceptOrDraw(distribution(logits, options), draft, random)
+  const token = argmax(logits)
+  return { token, accepted: token === draft }
 }
 
 /** The distribution to draw from: all mass on the likeliest token at temperature 0. */
