@@ -2,11 +2,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include <mutex>
-
-#include "streams.h"
+#include "entry.h"
 
 namespace emu {
+std::recursive_mutex lock;
 Kernel* kernels;
 void registerKernel(Kernel* kernel) {
   kernel->next = kernels;
@@ -18,9 +17,8 @@ using namespace emu;
 
 namespace {
 
-std::recursive_mutex lock;
 bool initialized, retained;
-std::map<std::string, std::pair<int, Status>> injected;  // by call: which following one fails, and how
+std::map<std::string, std::pair<int, int>> injected;  // by call: which following one fails, and how
 
 struct Module {
   std::string name;
@@ -28,8 +26,6 @@ struct Module {
 };
 std::set<Module*> modules;
 std::set<Function*> functions;
-std::set<Graph*> graphs;
-std::set<GraphExec*> execs;
 
 int capabilityNow;
 int capability() {
@@ -48,30 +44,6 @@ uint32_t maxShared() {
   }
 }
 
-/// Every call: the lock, an injected failure, the sticky error.
-struct Entry {
-  std::lock_guard<std::recursive_mutex> guard{lock};
-  Status status = ok;
-  explicit Entry(const char* call, bool needsContext = true, const char* group = nullptr) {
-    if (!initialized) status = notInitialized;
-    else if (needsContext && !retained) status = invalidContext;
-    else if (needsContext) status = context().error;
-    if (status != ok) return;
-    fails(call);
-    if (group) fails(group);
-  }
-  void fails(const char* name) {
-    if (injected.empty() || status != ok) return;
-    const auto found = injected.find(name);
-    if (found == injected.end() || --found->second.first > 0) return;
-    status = found->second.second;
-    injected.erase(found);
-  }
-};
-#define ENTER(...)                \
-  Entry entry(__VA_ARGS__);       \
-  if (entry.status != ok) return entry.status
-
 bool isPinned(const void* pointer, size_t bytes) {
   const auto next = context().pinned.upper_bound((uintptr_t)pointer);
   if (next == context().pinned.begin()) return false;
@@ -84,19 +56,6 @@ bool captureForbids() {
   for (Stream* stream : context().streams)
     if (stream->capture && !stream->captureRelaxed) return true;
   return false;
-}
-
-/// A call that may not happen while its stream captures ends the capture.
-Status breakCapture(Stream& stream) {
-  stream.captureBroken = true;
-  return captureUnsupported;
-}
-
-Operation operation(Operation::Kind kind, const char* call) {
-  Operation op{};
-  op.kind = kind;
-  op.call = call;
-  return op;
 }
 
 // Kernels and their arguments.
@@ -127,6 +86,54 @@ std::vector<char> packArguments(const Kernel& kernel, void** addresses) {
     at += p->size;
   }
   return packed;
+}
+
+void startOver() {
+  clearFaults();
+  Context& all = context();
+  all.error = ok;
+  all.null.queue.clear();
+  for (Stream* stream : all.streams) {
+    stream->queue.clear();
+    stream->capture.reset();
+    stream->captureBroken = false;
+  }
+  all.failLaunchAfter = 0;
+  injected.clear();
+  freeEverything();
+}
+
+}  // namespace
+
+namespace emu {
+
+Entry::Entry(const char* call, bool needsContext, const char* group) {
+  if (!initialized) status = notInitialized;
+  else if (needsContext && !retained) status = invalidContext;
+  else if (needsContext) status = context().error;
+  if (status == ok) status = (Status)injectedFailure(call);
+  if (status == ok && group) status = (Status)injectedFailure(group);
+}
+
+int injectedFailure(const char* call) {
+  if (injected.empty()) return 0;
+  const auto found = injected.find(call);
+  if (found == injected.end() || --found->second.first > 0) return 0;
+  const int status = found->second.second;
+  injected.erase(found);
+  return status;
+}
+
+Status breakCapture(Stream& stream) {
+  stream.captureBroken = true;
+  return captureUnsupported;
+}
+
+Operation operation(Operation::Kind kind, const char* call) {
+  Operation op{};
+  op.kind = kind;
+  op.call = call;
+  return op;
 }
 
 Status unpackExtra(void** extra, const void** buffer, size_t* bytes) {
@@ -171,30 +178,7 @@ Status checkLaunch(const Function& function, Dim3 grid, Dim3 block, uint32_t sha
 
 Function* functionOf(void* handle) { return functions.count((Function*)handle) ? (Function*)handle : nullptr; }
 
-struct KernelNodeParams {
-  void* func;
-  uint32_t grid[3], block[3], shared;
-  void** kernelParams;
-  void** extra;
-  void *kern, *ctx;
-};
-
-void startOver() {
-  clearFaults();
-  Context& all = context();
-  all.error = ok;
-  all.null.queue.clear();
-  for (Stream* stream : all.streams) {
-    stream->queue.clear();
-    stream->capture.reset();
-    stream->captureBroken = false;
-  }
-  all.failLaunchAfter = 0;
-  injected.clear();
-  freeEverything();
-}
-
-}  // namespace
+}  // namespace emu
 
 EMU_EXPORT int cuInit(unsigned flags);
 
@@ -222,7 +206,7 @@ EMU_EXPORT void moe_emulator_fail(const char* call, int after, int status) {
     context().failLaunchAfter = after;
     context().failLaunch = (Status)status;
   } else {
-    injected[call] = {after, (Status)status};
+    injected[call] = {after, status};
   }
 }
 /// "checks", "lazy", "reversed" and "capability" over the variables of the environment. Checks are switched on again after a reset only: what happened without
@@ -707,136 +691,6 @@ EMU_EXPORT int cuLaunchKernel(void* handle, unsigned gridX, unsigned gridY, unsi
   if (const Status status = checkLaunch(*function, op.grid, op.block, shared, bytes); status != ok) return status;
   if (!parameters) op.data.assign((const char*)buffer, (const char*)buffer + bytes);
   return enqueue(*stream, std::move(op));
-}
-
-// --- graphs ---
-
-EMU_EXPORT int cuStreamBeginCapture_v2(void* handle, int mode) {
-  ENTER("cuStreamBeginCapture");
-  Stream* stream = streamOf(handle);
-  if (!stream) return invalidHandle;
-  if (stream == &context().null) return captureUnsupported;
-  if (stream->capture) return invalidValue;
-  stream->capture = std::make_unique<Graph>();
-  stream->captureBroken = false;
-  stream->captureRelaxed = mode == 2;
-  return ok;
-}
-EMU_EXPORT int cuStreamEndCapture(void* handle, void** graph) {
-  ENTER("cuStreamEndCapture");
-  Stream* stream = streamOf(handle);
-  if (!stream) return invalidHandle;
-  *graph = nullptr;
-  if (!stream->capture) return invalidValue;
-  std::unique_ptr<Graph> captured = std::move(stream->capture);
-  if (stream->captureBroken) return captureInvalidated;
-  graphs.insert(captured.get());
-  *graph = captured.release();
-  return ok;
-}
-EMU_EXPORT int cuStreamIsCapturing(void* handle, int* status) {
-  ENTER("cuStreamIsCapturing");
-  Stream* stream = streamOf(handle);
-  if (!stream) return invalidHandle;
-  *status = !stream->capture ? 0 : stream->captureBroken ? 2 : 1;
-  return ok;
-}
-EMU_EXPORT int cuGraphInstantiateWithFlags(void** handle, void* graph, unsigned long long) {
-  ENTER("cuGraphInstantiateWithFlags");
-  if (!graphs.count((Graph*)graph)) return invalidValue;
-  auto exec = std::make_unique<GraphExec>();
-  for (const auto& node : ((Graph*)graph)->nodes) {
-    exec->indexOf[node.get()] = exec->operations.size();
-    exec->operations.push_back(*node);
-  }
-  execs.insert(exec.get());
-  *handle = exec.release();
-  return ok;
-}
-EMU_EXPORT int cuGraphLaunch(void* handle, void* streamHandle) {
-  ENTER("cuGraphLaunch");
-  Stream* stream = streamOf(streamHandle);
-  if (!execs.count((GraphExec*)handle) || !stream) return invalidHandle;
-  for (const Operation& op : ((GraphExec*)handle)->operations)
-    if (const Status status = enqueue(*stream, op); status != ok) return status;
-  return ok;
-}
-EMU_EXPORT int cuGraphExecDestroy(void* handle) {
-  ENTER("cuGraphExecDestroy");
-  if (!execs.erase((GraphExec*)handle)) return invalidValue;
-  delete (GraphExec*)handle;
-  return ok;
-}
-EMU_EXPORT int cuGraphDestroy(void* handle) {
-  ENTER("cuGraphDestroy");
-  if (!graphs.erase((Graph*)handle)) return invalidValue;
-  delete (Graph*)handle;
-  return ok;
-}
-EMU_EXPORT int cuGraphGetNodes(void* handle, void** nodes, size_t* count) {
-  ENTER("cuGraphGetNodes");
-  if (!graphs.count((Graph*)handle)) return invalidValue;
-  size_t n = 0;
-  for (const auto& node : ((Graph*)handle)->nodes) {
-    if (node->kind == Operation::mark) continue;  // not something that a driver knows
-    if (nodes && n < *count) nodes[n] = node.get();
-    n++;
-  }
-  if (!nodes || n < *count) *count = n;
-  return ok;
-}
-static Operation* nodeOf(void* handle) {
-  for (Graph* graph : graphs)
-    for (const auto& node : graph->nodes)
-      if (node.get() == handle) return node.get();
-  return nullptr;
-}
-EMU_EXPORT int cuGraphNodeGetType(void* handle, int* type) {
-  ENTER("cuGraphNodeGetType");
-  const Operation* node = nodeOf(handle);
-  if (!node) return invalidValue;
-  *type = node->kind == Operation::launch ? 0 : node->kind == Operation::fill ? 2 : node->kind <= Operation::copyWithin ? 1 : 5;
-  return ok;
-}
-EMU_EXPORT int cuGraphKernelNodeGetParams_v2(void* handle, KernelNodeParams* params) {
-  ENTER("cuGraphKernelNodeGetParams_v2");
-  Operation* node = nodeOf(handle);
-  if (!node || node->kind != Operation::launch) return invalidValue;
-  node->extraBytes = node->data.size();
-  node->extra[0] = (void*)1;
-  node->extra[1] = node->data.data();
-  node->extra[2] = (void*)2;
-  node->extra[3] = &node->extraBytes;
-  node->extra[4] = nullptr;
-  *params = {node->function,
-             {node->grid.x, node->grid.y, node->grid.z},
-             {node->block.x, node->block.y, node->block.z},
-             node->dynamicShared,
-             nullptr,
-             node->extra,
-             nullptr,
-             nullptr};
-  return ok;
-}
-EMU_EXPORT int cuGraphExecKernelNodeSetParams_v2(void* handle, void* node, const KernelNodeParams* params) {
-  ENTER("cuGraphExecKernelNodeSetParams_v2");
-  if (!execs.count((GraphExec*)handle)) return invalidValue;
-  GraphExec& exec = *(GraphExec*)handle;
-  const auto found = exec.indexOf.find((Operation*)node);
-  Function* function = functionOf(params->func);
-  if (found == exec.indexOf.end() || !function || exec.operations[found->second].kind != Operation::launch) return invalidValue;
-  const void* buffer;
-  size_t bytes;
-  if (params->kernelParams || unpackExtra(params->extra, &buffer, &bytes) != ok) return invalidValue;
-  const Dim3 grid{params->grid[0], params->grid[1], params->grid[2]}, block{params->block[0], params->block[1], params->block[2]};
-  if (const Status status = checkLaunch(*function, grid, block, params->shared, bytes); status != ok) return status;
-  Operation& op = exec.operations[found->second];
-  op.function = function;
-  op.grid = grid;
-  op.block = block;
-  op.dynamicShared = params->shared;
-  op.data.assign((const char*)buffer, (const char*)buffer + bytes);
-  return ok;
 }
 
 // --- errors ---
