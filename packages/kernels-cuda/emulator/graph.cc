@@ -100,7 +100,7 @@ EMU_EXPORT int cuGraphNodeGetType(void* handle, int* type) {
   ENTER("cuGraphNodeGetType");
   const Operation* node = nodeOf(handle);
   if (!node) return invalidValue;
-  *type = node->kind == Operation::launch ? 0 : node->kind == Operation::fill ? 2 : node->kind <= Operation::copyWithin ? 1 : 5;
+  *type = node->kind == Operation::launch || node->kind == Operation::work ? 0 : node->kind == Operation::fill ? 2 : node->kind <= Operation::copyWithin ? 1 : 5;
   return ok;
 }
 EMU_EXPORT int cuGraphKernelNodeGetParams_v2(void* handle, KernelNodeParams* params) {

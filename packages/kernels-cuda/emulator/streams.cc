@@ -27,6 +27,9 @@ static Status perform(Operation& op) {
     case Operation::launch:
       if (all.failLaunchAfter > 0 && --all.failLaunchAfter == 0) return all.failLaunch;
       return runKernel(op.function->kernel, op.grid, op.block, op.dynamicShared, op.data.data());
+    case Operation::work:
+      if (all.failLaunchAfter > 0 && --all.failLaunchAfter == 0) return all.failLaunch;
+      return (Status)op.perform(op.data.data());
     case Operation::copyIn:
       if (!hostWrite(op.to, op.bytes, op.call)) return illegalAddress;
       memcpy((void*)op.to, op.from ? (const void*)op.from : op.data.data(), op.bytes);

@@ -25,13 +25,15 @@ struct Event {
 };
 
 struct Operation {
-  enum Kind { launch, copyIn, copyOut, copyWithin, fill, allocate, release, mark, record, wait } kind;
+  enum Kind { launch, copyIn, copyOut, copyWithin, fill, allocate, release, mark, record, wait, work } kind;
   const char* call;
   // launch
   Function* function = nullptr;
   Dim3 grid{}, block{};
   uint32_t dynamicShared = 0;
   std::vector<char> data;  // packed arguments, or what a pageable upload held when it was asked for
+  // work of another library, with a copy of its arguments in `data`
+  int (*perform)(const void* arguments) = nullptr;
   // copies, fills, allocations
   uintptr_t to = 0, from = 0;
   size_t bytes = 0, capacity = 0;

@@ -1,5 +1,5 @@
-// Builds build/emulator/: libmoe-cuda-emulator.so, which stands in for the CUDA driver, and one <module>.fatbin per kernel folder (a
-// line of text, which that driver takes for an image). Plain Node >= 20.
+// Builds build/emulator/: libmoe-cuda-emulator.so, which stands in for the CUDA driver, libmoe-cublas-lt-emulator.so for cuBLASLt, and one
+// <module>.fatbin per kernel folder (a line of text, which that driver takes for an image). Plain Node >= 20.
 //
 //   node scripts/build-emulator.mjs [--force] [--verbose] [--keep-going] [--only=op,op]
 //
@@ -15,7 +15,8 @@ const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const options = parseArguments(process.argv.slice(2))
 const outDir = join(root, 'build', 'emulator')
 const objDir = join(outDir, 'obj')
-const library = join(outDir, 'libmoe-cuda-emulator.so')
+const driver = join(outDir, 'libmoe-cuda-emulator.so')
+const cublasLt = join(outDir, 'libmoe-cublas-lt-emulator.so')
 
 const common = [
   '-std=c++17',
@@ -174,9 +175,14 @@ function describe({ file: source, module }, compiler) {
 }
 
 function link(objects, compiler) {
+  const isCublasLt = ({ source }) => source.endsWith('cublas-lt.cc')
   // No -fsanitize here: the runtime is what the hooks call. Signal handlers and faults point into it, so it may never be unmapped.
   const flags = ['-pthread', '-ldl', '-lm', '-Wl,-z,nodelete', '-Wl,-z,defs', '-Wl,-Bsymbolic', '-static-libgcc']
-  return builder.link(library, join(objDir, 'library.link'), objects, compiler, flags)
+  const runtime = objects.filter(object => !isCublasLt(object))
+  const linked = builder.link(driver, join(objDir, 'library.link'), runtime, compiler, flags)
+  // It needs the driver's library, the one that is loaded: both lie in one folder.
+  const beside = [`-L${outDir}`, '-l:libmoe-cuda-emulator.so', '-Wl,-rpath,$ORIGIN', ...flags]
+  return linked + builder.link(cublasLt, join(objDir, 'cublas-lt.link'), objects.filter(isCublasLt), compiler, beside)
 }
 
 /** What cuModuleLoadData is given in place of a fatbin: one line that names the module. */
