@@ -75,6 +75,11 @@ export class Memory {
     this.#guarded = options.guarded ?? false
   }
 
+  /** The op that runs, or ran last. */
+  get op(): string {
+    return this.#op
+  }
+
   /** Uninitialized memory with one owner. @throws MoeError E_OUT_OF_MEMORY */
   allocate(bytes: number): CudaBuffer {
     if (this.#disposed)

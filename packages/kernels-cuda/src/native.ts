@@ -11,6 +11,7 @@ import type {
   Value,
 } from '@moe/core'
 import { dtypeBytes, type OpAttrs, type OpName, sizeOf } from '@moe/core'
+import type { CublasLt } from './cublas-lt/products.ts'
 import type { Device } from './driver/device.ts'
 import { type Recording, recordedAttrs } from './graph.ts'
 import type { CudaBuffer, Memory } from './memory.ts'
@@ -26,6 +27,8 @@ export interface Cuda {
   readonly sharedMemory: number
   /** Whether to use Hopper's products of warpgroups and its copy engine (modules `<op>-sm90a`). */
   readonly wgmma: boolean
+  /** NVIDIA's dense products, where they are asked for and installed. */
+  readonly cublasLt: CublasLt | undefined
   /** Matrices as Hopper's copy engine takes them (signature `t`). */
   tensorMap(matrices: BoxedMatrices): TensorMap
   /** The kernel of a module (the op's folder), loaded at its first launch. Signature: see device/README.md. */
@@ -75,7 +78,7 @@ export function createCuda(
   modules: Modules,
   stream: Stream,
   recording: () => Recording | null,
-  hopper: Pick<Cuda, 'wgmma' | 'tensorMap'>,
+  products: Pick<Cuda, 'wgmma' | 'tensorMap' | 'cublasLt'>,
 ): Cuda {
   const constants = new Constants(memory, stream)
   function copied(value: Value): CudaBuffer {
@@ -85,7 +88,7 @@ export function createCuda(
     return fresh
   }
   return {
-    ...hopper,
+    ...products,
     capability: device.capability,
     multiprocessors: device.multiprocessors,
     sharedMemory: device.sharedMemory,

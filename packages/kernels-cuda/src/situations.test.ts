@@ -16,7 +16,8 @@ import {
 import { DeepSeek, presets } from '@moe/deepseek'
 import { TokenDataset, train } from '@moe/trainer'
 import { afterAll, afterEach, describe, expect, test } from 'vitest'
-import { type CudaOptions, createBackend } from './backend.ts'
+import { createBackend } from './backend.ts'
+import type { CudaOptions } from './open.ts'
 import { emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
 
 // Read when the emulator starts; every test of this file is content with it.

@@ -49,6 +49,11 @@ export class Stream {
     this.#launches++
   }
 
+  /** A library has launched something on this stream. */
+  countLaunch(): void {
+    this.#launches++
+  }
+
   /** Host to device. The array may change as soon as this returns. */
   upload(to: number, data: ArrayBufferView, op: string): void {
     if (data.byteLength === 0) return
@@ -95,6 +100,24 @@ export class Stream {
       await this.#settled('elapsed')
       const milliseconds = new Float32Array(1)
       this.#driver.check(call.cuEventElapsedTime(milliseconds, events[0], events[1]), 'elapsed')
+      return milliseconds[0]
+    } finally {
+      for (const event of events) call.cuEventDestroy(event)
+    }
+  }
+
+  /** The same, waiting for the device meanwhile. */
+  milliseconds(fn: () => void): number {
+    const { call } = this.#driver
+    const check = (code: number) => this.#driver.check(code, 'measuring')
+    const events = [0, 0].map(() => this.#driver.out(word => call.cuEventCreate(word, 0), 'measuring'))
+    try {
+      check(call.cuEventRecord(events[0], this.handle))
+      fn()
+      check(call.cuEventRecord(events[1], this.handle))
+      check(call.cuStreamSynchronize(this.handle))
+      const milliseconds = new Float32Array(1)
+      check(call.cuEventElapsedTime(milliseconds, events[0], events[1]))
       return milliseconds[0]
     } finally {
       for (const event of events) call.cuEventDestroy(event)

@@ -2,7 +2,7 @@
 import type { FusedAttrs, HostArray, OpName, PrimitiveAttrs, Random, TensorSpec } from '@moe/core'
 import { type HostInput, runOp } from '@moe/core/testing'
 import { createBackend } from '@moe/kernels-cpu'
-import type { CudaOptions } from './backend.ts'
+import type { CudaOptions } from './open.ts'
 import { testBackend } from './test-backend.ts'
 
 const bits = new Float32Array(1)

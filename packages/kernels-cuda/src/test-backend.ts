@@ -3,7 +3,8 @@ import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import type { Precision } from '@moe/core'
 import koffi from 'koffi'
-import { type CudaBackend, type CudaOptions, createBackend } from './backend.ts'
+import { type CudaBackend, createBackend } from './backend.ts'
+import type { CudaOptions } from './open.ts'
 
 /** Whether tests run on a real device; without one they then fail. */
 export const onDevice = process.env['MOE_REQUIRE_CUDA'] === '1'
@@ -19,6 +20,25 @@ export const productVariants: ReadonlyArray<{ readonly precision: Precision; rea
 
 const folder = join(import.meta.dirname, '..', 'build', 'emulator')
 const library = join(folder, 'libmoe-cuda-emulator.so')
+
+/** The emulated cuBLASLt. */
+export const emulatedCublasLt = join(folder, 'libmoe-cublas-lt-emulator.so')
+
+/** The options that choose cuBLASLt in tests: the emulated one, on a device what MOE_CUDA_CUBLASLT says; none where it says nothing. */
+export const cublasLtVariants: readonly CudaOptions[] = onDevice
+  ? process.env['MOE_CUDA_CUBLASLT']
+    ? [{}]
+    : []
+  : [{ cublasLt: emulatedCublasLt }]
+
+/** Precisions with the ways of multiplying dense matrices in them. */
+export const denseVariants: ReadonlyArray<{ readonly precision: Precision } & CudaOptions> = [
+  ...productVariants,
+  ...(onDevice ? [] : cublasLtVariants).flatMap(options => [
+    { precision: 'f32' as const, ...options },
+    { precision: 'bf16' as const, ...options },
+  ]),
+]
 
 /** The options that choose the emulator. */
 export const emulator = { driver: library, kernels: folder } as const

@@ -5,7 +5,7 @@ import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
 import { createBackend as createCpuBackend } from '@moe/kernels-cpu'
 import { TokenDataset, train } from '@moe/trainer'
 import { describe, expect, test } from 'vitest'
-import { productVariants, testBackend, unavailable } from './test-backend.ts'
+import { denseVariants, testBackend, unavailable } from './test-backend.ts'
 
 const config: DeepSeekConfigInput = {
   ...presets.tiny,
@@ -58,16 +58,16 @@ async function losses(backend: Backend, precision: Precision): Promise<number[]>
 }
 
 describe.skipIf(unavailable)('twenty steps', () => {
-  test.each(productVariants)(
-    'in $precision, wgmma $wgmma',
-    async ({ precision, wgmma }) => {
+  test.each(denseVariants)(
+    'in $precision, wgmma $wgmma, cuBLASLt $cublasLt',
+    async ({ precision, ...options }) => {
       // f32 rounding of 20 steps: a relative 2e-5 per step at most, growing with the steps. In bf16 the CPU may multiply in f32: operands differ
       // by 2^-9, and so do choices of experts that are nearly tied.
       const relative = precision === 'f32' ? 5e-4 : 2e-2
       const expected = await losses(await createCpuBackend(), precision)
       expect(expected).toHaveLength(20)
       expect(expected[19]).toBeLessThan(expected[0] - 0.2)
-      const backend = await testBackend({ guarded: false, wgmma })
+      const backend = await testBackend({ guarded: false, ...options })
       assertClose('losses', await losses(backend, precision), expected, { relative, absolute: 0 })
       backend.dispose()
       // The emulator takes its time.

@@ -78,7 +78,7 @@ export interface Driver {
   report(): string
 }
 
-type Koffi = typeof import('koffi')
+export type Koffi = typeof import('koffi')
 
 const libraryNames: Readonly<Partial<Record<NodeJS.Platform, readonly string[]>>> = {
   linux: ['libcuda.so.1', '/usr/lib/wsl/lib/libcuda.so.1', '/usr/local/nvidia/lib64/libcuda.so.1'],
@@ -106,7 +106,8 @@ export async function openDriver(path = process.env['MOE_CUDA_DRIVER']): Promise
   throw noDriver(`no NVIDIA driver (${reason})`)
 }
 
-async function importKoffi(): Promise<Koffi> {
+/** @throws MoeError E_NO_BACKEND where it does not load. */
+export async function importKoffi(): Promise<Koffi> {
   try {
     const module = await import('koffi')
     return (module as unknown as { default?: Koffi }).default ?? module

@@ -1,7 +1,7 @@
 import { Random } from '@moe/core'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
-import { productVariants, unavailable } from '../../test-backend.ts'
+import { denseVariants, unavailable } from '../../test-backend.ts'
 import { limits } from './linear-cross-entropy.ts'
 
 const ignoreIndex = -100
@@ -16,9 +16,9 @@ const cases = [
   { name: 'chunks of the vocabulary', rows: 70, classes: 650, features: 41, skip: 3, chunkBytes: 40_000 },
 ]
 
-describe.skipIf(unavailable).each(productVariants)(
-  'linear cross-entropy, $precision, wgmma $wgmma',
-  ({ precision, wgmma }) => {
+describe.skipIf(unavailable).each(denseVariants)(
+  'linear cross-entropy, $precision, wgmma $wgmma, cuBLASLt $cublasLt',
+  ({ precision, ...options }) => {
     test.each(cases)('$name', async ({ rows, classes, features, skip, chunkBytes = limits.chunkBytes }) => {
       const usual = limits.chunkBytes
       limits.chunkBytes = chunkBytes
@@ -38,13 +38,13 @@ describe.skipIf(unavailable).each(productVariants)(
       const inputs = [x, weight, targets]
       const outputs = [output(rows), output(rows)]
       const expected = await onCpu('linearCrossEntropy', inputs, attrs, outputs)
-      const got = await onCuda('linearCrossEntropy', inputs, attrs, outputs, { wgmma })
+      const got = await onCuda('linearCrossEntropy', inputs, attrs, outputs, options)
       expect(distance(got[0], expected[0])).toBeLessThan(1e-5)
       expect(distance(got[1], expected[1])).toBeLessThan(1e-5)
       const saved = [{ data: Float32Array.from(expected[1]), shape: [rows] }, exact(random, rows)]
       const gradients = [output(rows, features), output(classes, features)]
       const wanted = await onCpu('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients)
-      const backward = await onCuda('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients, { wgmma })
+      const backward = await onCuda('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients, options)
       backward.forEach((d, i) => {
         expect(distance(d, wanted[i])).toBeLessThan(room)
       })

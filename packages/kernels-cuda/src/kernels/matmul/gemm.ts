@@ -1,5 +1,6 @@
 /** @file What the launchers of matrix products share: operands, sizes of tiles, and the dense product. */
 import type { Precision } from '@moe/core'
+import type { OwnProduct } from '../../cublas-lt/products.ts'
 import type { Cuda } from '../../native.ts'
 import { transposeForHopper } from '../matmul-sm90a/pack.ts'
 import { hopperProduct, hopperTiles } from '../matmul-sm90a/product.ts'
@@ -121,8 +122,20 @@ export const mostFewRows = 8
 const leastPart = 512
 const mostParts = 16
 
-/** The dense product, c without gaps. */
+/** The dense product, c without gaps: by cuBLASLt where that is asked for, otherwise by our own kernels. */
 export function gemm(cuda: Cuda): Multiply {
+  const prepare = ownGemm(cuda)
+  const { cublasLt } = cuda
+  return (precision, c, a, b, product) => {
+    const { m, n, k, batch = 1, add = false } = product
+    const own = () => prepare(precision, a, b, product)
+    if (cublasLt === undefined || batch * m * n * k === 0) own()(c, add)
+    else cublasLt.multiply(precision, c, a, b, product, own)
+  }
+}
+
+/** The dense product by our own kernels: brings the operands into their form, and gives what computes c (or adds to it). */
+export function ownGemm(cuda: Cuda) {
   const kernels = new Map(
     [...tiles.f32, ...tiles.bf16].flatMap(({ name }) =>
       ['nn', 'nt', 'tn', 'tt'].map(form => {
@@ -133,34 +146,32 @@ export function gemm(cuda: Cuda): Multiply {
   )
   const sum = cuda.kernel('matmul', 'moe_matmul_sum_f32', 'p p l i i')
   const hopper = cuda.wgmma ? { multiply: hopperProduct(cuda), transpose: transposeForHopper(cuda, 'bf16') } : undefined
-  return (precision, c, a, b, { m, n, k, transposeA, transposeB, batch = 1, add = false }) => {
+  return (precision: Precision, a: Matrix, b: Matrix, product: Product): OwnProduct => {
+    const { m, n, k, transposeA, transposeB, batch = 1 } = product
     const onHopper = hopper !== undefined && precision === 'bf16' && k > 0
+    const left = onHopper && transposeA ? hopper.transpose(a, { matrices: batch, outer: m, k }) : a
+    const right = onHopper && !transposeB ? hopper.transpose(b, { matrices: batch, outer: n, k }) : b
     const among = onHopper ? hopperTiles : tiles[precision]
     const tile = chooseTile(cuda, among, t => batch * countTiles(t, m, n))
     const blocks = batch * countTiles(tile, m, n)
     // Few tiles and much to sum up: the parts of k go to blocks of their own, and a second kernel adds their results in order.
     const parts = Math.max(1, Math.min(Math.floor(cuda.multiprocessors / blocks), Math.floor(k / leastPart), mostParts))
     const size = batch * m * n
-    const results = parts > 1 ? cuda.scratch(parts * size * 4).pointer : c
-    const addAtOnce = +(add && parts === 1)
-    if (onHopper) {
-      const left = transposeA ? hopper.transpose(a, { matrices: batch, outer: m, k }) : a
-      const right = transposeB ? b : hopper.transpose(b, { matrices: batch, outer: n, k })
-      hopper.multiply(tile, results, left, right, { m, n, k, batch, parts, add: addAtOnce })
-    } else {
-      const form = (transposeA ? 't' : 'n') + (transposeB ? 't' : 'n')
-      const kernel = kernels.get(`${tile.name}_${form}`)
-      const launch = { grid: [blocks, 1, parts], block: tile.threads, shared: tile.shared }
-      kernel?.(launch, results, a.pointer, b.pointer, m, n, k, a.ld, b.ld, addAtOnce)
+    return (c, add) => {
+      const results = parts > 1 ? cuda.scratch(parts * size * 4).pointer : c
+      const addAtOnce = +(add && parts === 1)
+      if (onHopper) {
+        hopper.multiply(tile, results, left, right, { m, n, k, batch, parts, add: addAtOnce })
+      } else {
+        const form = (transposeA ? 't' : 'n') + (transposeB ? 't' : 'n')
+        const kernel = kernels.get(`${tile.name}_${form}`)
+        const launch = { grid: [blocks, 1, parts], block: tile.threads, shared: tile.shared }
+        kernel?.(launch, results, a.pointer, b.pointer, m, n, k, a.ld, b.ld, addAtOnce)
+      }
+      if (parts > 1) {
+        const grid = Math.min(Math.ceil(size / 256), cuda.multiprocessors * 16)
+        sum({ grid, block: 256 }, c, results, size, parts, +add)
+      }
     }
-    if (parts > 1)
-      sum(
-        { grid: Math.min(Math.ceil(size / 256), cuda.multiprocessors * 16), block: 256 },
-        c,
-        results,
-        size,
-        parts,
-        +add,
-      )
   }
 }

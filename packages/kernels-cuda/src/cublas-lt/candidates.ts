@@ -1,0 +1,37 @@
+/** @file Where a cuBLASLt may be installed. */
+import { existsSync, readdirSync } from 'node:fs'
+import { join } from 'node:path'
+
+/** Newest first. */
+const names: Readonly<Partial<Record<NodeJS.Platform, readonly string[]>>> = {
+  linux: ['libcublasLt.so.13', 'libcublasLt.so.12'],
+  win32: ['cublasLt64_13.dll', 'cublasLt64_12.dll'],
+}
+
+/**
+ * Libraries to try, in order: by name where the system's loader looks (LD_LIBRARY_PATH, ldconfig), then those that are in a CUDA toolkit (CUDA_HOME,
+ * CUDA_PATH, /usr/local/cuda) or came to an active Python environment with PyTorch (VIRTUAL_ENV, CONDA_PREFIX).
+ */
+export function candidates(env: NodeJS.ProcessEnv): string[] {
+  const files = names[process.platform] ?? []
+  const toolkits = [env['CUDA_HOME'], env['CUDA_PATH'], '/usr/local/cuda'].filter(isGiven)
+  const environments = [env['VIRTUAL_ENV'], env['CONDA_PREFIX']].filter(isGiven)
+  const folders = [
+    ...toolkits.map(root => join(root, 'lib64')),
+    ...environments.flatMap(root => [join(root, 'lib'), ...pythonFolders(root)]),
+  ]
+  const there = folders.flatMap(folder => files.map(file => join(folder, file))).filter(path => existsSync(path))
+  return [...files, ...new Set(there)]
+}
+
+const isGiven = (path: string | undefined): path is string => path !== undefined && path !== ''
+
+/** Where NVIDIA's packages for Python put it: one folder for CUDA 13, one for each library before. */
+function pythonFolders(root: string): string[] {
+  const lib = join(root, 'lib')
+  const versions = existsSync(lib) ? readdirSync(lib).filter(name => name.startsWith('python3')) : []
+  return versions.sort().flatMap(version => {
+    const nvidia = join(lib, version, 'site-packages', 'nvidia')
+    return [join(nvidia, 'cu13', 'lib'), join(nvidia, 'cublas', 'lib')]
+  })
+}
