@@ -31,12 +31,16 @@ export const cublasLtVariants: readonly CudaOptions[] = onDevice
     : []
   : [{ cublasLt: emulatedCublasLt }]
 
-/** Precisions with the ways of multiplying dense matrices in them. */
-export const denseVariants: ReadonlyArray<{ readonly precision: Precision } & CudaOptions> = [
-  ...productVariants,
+/** Ways of multiplying dense matrices. */
+export const denseVariants: ReadonlyArray<{
+  readonly precision: Precision
+  readonly by: string
+  readonly options: CudaOptions
+}> = [
+  ...productVariants.map(({ precision, wgmma }) => ({ precision, by: wgmma ? 'wgmma' : 'mma', options: { wgmma } })),
   ...(onDevice ? [] : cublasLtVariants).flatMap(options => [
-    { precision: 'f32' as const, ...options },
-    { precision: 'bf16' as const, ...options },
+    { precision: 'f32' as const, by: 'cuBLASLt', options },
+    { precision: 'bf16' as const, by: 'cuBLASLt', options },
   ]),
 ]
 

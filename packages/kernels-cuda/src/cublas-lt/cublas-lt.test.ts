@@ -7,7 +7,8 @@ import { backendSuite, graphSuite, runOp } from '@moe/core/testing'
 import koffi from 'koffi'
 import { afterAll, afterEach, describe, expect, onTestFinished, test } from 'vitest'
 import { createBackend } from '../backend.ts'
-import type { CudaOptions } from '../open.ts'
+import { gemm } from '../kernels/matmul/gemm.ts'
+import { type CudaOptions, openCuda } from '../open.ts'
 import { distance, exact, onCpu, onCuda, output } from '../test-against-cpu.ts'
 import {
   cublasLtVariants,
@@ -164,6 +165,56 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
     backend.dispose()
     backend.dispose()
     expect(living()).toBe(before)
+  })
+
+  test('products that differ in one thing only', async () => {
+    resetEmulator()
+    const { cuda, memory, stream } = await openCuda({ ...emulator, cublasLt: emulatedCublasLt })
+    const product = gemm(cuda)
+    const random = new Random(9)
+    /** Numbers with gaps of NaN behind each row, and where they lie. */
+    const matrix = (rows: number, ld: number, columns: number) => {
+      const host = random.normal(rows * ld).map((x, i) => (i % ld < columns ? x : Number.NaN))
+      const { pointer } = memory.allocate(host.byteLength)
+      stream.upload(pointer, host, 'test')
+      return { host, pointer, ld }
+    }
+    const size = 12
+    const base = { transposeA: false, transposeB: false, lda: size, ldb: size, batch: 1, add: false }
+    const variations: Array<Partial<typeof base>> = [
+      {},
+      { transposeA: true },
+      { transposeB: true },
+      { lda: 16 },
+      { ldb: 20 },
+      { batch: 3 },
+      { batch: 3, lda: 16 },
+      { add: true },
+    ]
+    // Twice: the second time they are known.
+    for (const variation of [...variations, ...variations]) {
+      const { transposeA, transposeB, lda, ldb, batch, add } = { ...base, ...variation }
+      const [a, b, c] = [lda, ldb, size].map(ld => matrix(batch * size, ld, size))
+      memory.begin('test')
+      product('f32', c.pointer, a, b, { m: size, n: size, k: size, transposeA, transposeB, batch, add })
+      memory.end()
+      const found = new Float32Array(c.host.length)
+      await stream.download(c.pointer, found)
+      const expected = c.host.map((before, at) => {
+        const [matrixOf, row, column] = [Math.floor(at / size ** 2) * size, Math.floor(at / size) % size, at % size]
+        let sum = add ? before : 0
+        for (let i = 0; i < size; i++) {
+          const left = transposeA ? (matrixOf + i) * lda + row : (matrixOf + row) * lda + i
+          const right = transposeB ? (matrixOf + column) * ldb + i : (matrixOf + i) * ldb + column
+          sum += a.host[left] * b.host[right]
+        }
+        return sum
+      })
+      expect(distance(found, expected)).toBeLessThan(2e-6)
+    }
+    memory.dispose()
+    cuda.cublasLt?.dispose()
+    stream.dispose()
   })
 
   test('descriptions of products are kept up to a number', async () => {
