@@ -5,7 +5,8 @@
  *
  * Times are the device's own (events), medians of repeats after a warm-up. `--peers` names what `bench/peers/cuda_torch.py --json FILE` wrote on
  * the same card; its large product and copy are then the peaks, otherwise our own copy is, and products have no peak. `--tiny` runs everything at
- * small sizes, to see that it works. MOE_CUDA_WGMMA=1 chooses Hopper's products where there are both.
+ * small sizes, to see that it works. MOE_CUDA_WGMMA=1 chooses Hopper's products where there are both, MOE_CUDA_CUBLASLT=1 cuBLASLt's; `bench
+ * cuda-gemm` has all three side by side, without the rounding of operands.
  */
 import { readFileSync, writeFileSync } from 'node:fs'
 import { loadavg } from 'node:os'
@@ -325,7 +326,14 @@ for (const name of options.only.split(',')) {
 if (options.json !== undefined) {
   const { name, capability, multiprocessors, totalMemory, driverVersion } = backend.properties
   const card = { name, capability, multiprocessors, totalMemory, driverVersion }
-  const machine = { card, wgmma: backend.wgmma, node: process.version, load: loadavg()[0], peers: peers?.versions }
+  const machine = {
+    card,
+    wgmma: backend.wgmma,
+    cublasLt: backend.cublasLt,
+    node: process.version,
+    load: loadavg()[0],
+    peers: peers?.versions,
+  }
   writeFileSync(options.json, `${JSON.stringify({ machine, date: new Date().toISOString(), results }, null, 2)}\n`)
 }
 backend.dispose()

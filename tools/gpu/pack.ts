@@ -139,7 +139,7 @@ function copyTools(): void {
   })
   const tools = join(out, 'tools', 'gpu')
   mkdirSync(tools, { recursive: true })
-  for (const file of ['suite.mjs', 'models.mjs', 'reporter.mjs', 'summary.mjs'])
+  for (const file of ['suite.mjs', 'models.mjs', 'reporter.mjs', 'summary.mjs', 'cublas-lt.mjs'])
     cpSync(join(import.meta.dirname, file), join(tools, file))
   cpSync(join(import.meta.dirname, 'run.sh'), join(out, 'run.sh'))
   writeFileSync(join(out, 'package.json'), '{ "name": "moe-gpu", "private": true, "type": "module" }\n')

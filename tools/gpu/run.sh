@@ -1,7 +1,8 @@
 #!/bin/sh
 # Everything that a GPU can say about this build: the backend suite, the tests of the model parts, compute-sanitizer and the
 # benchmarks, beside PyTorch's where there is one. On a Hopper suite and benchmarks run once more with its own products
-# (MOE_CUDA_WGMMA=1). Needs Linux and an NVIDIA driver, nothing else. Writes one JSON file.
+# (MOE_CUDA_WGMMA=1), and where a cuBLASLt is found (or named: MOE_CUDA_CUBLASLT=PATH) once more with it, and its products beside ours.
+# Needs Linux and an NVIDIA driver, nothing else. Writes one JSON file.
 #
 #   ./run.sh [--quick] [--out FOLDER]      --quick leaves the sanitizer and the benchmarks out
 set -u
@@ -13,7 +14,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --quick) quick=1 ;;
     --out) shift; out=$1 ;;
-    --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "run.sh: unknown option $1; see --help" >&2; exit 2 ;;
   esac
   shift
@@ -39,8 +40,23 @@ tests() {
 command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 hopper=0
 [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -1)" = 9.0 ] && hopper=1
+# A cuBLASLt: named, found by the package, or beside some Python's PyTorch.
+cublas_lt=
+named=${MOE_CUDA_CUBLASLT:-}
+unset MOE_CUDA_CUBLASLT
+for candidate in ${named:-1 $(python3 -c 'import glob, sys
+for folder in sys.path:
+    print(*sorted(glob.glob(folder + "/nvidia/c*/lib/libcublasLt.so.1[23]"), reverse=True))' 2> /dev/null)}; do
+  version=$(MOE_CUDA_CUBLASLT=$candidate ./node --no-warnings tools/gpu/cublas-lt.mjs) && [ -n "$version" ] || continue
+  cublas_lt=$candidate
+  echo "cuBLASLt $version ($candidate)"
+  break
+done
 tests suite suite $(find packages/kernels-cuda/src -name '*.test.ts')
 [ $hopper = 1 ] && MOE_CUDA_WGMMA=1 tests suite suite-wgmma $(find packages/kernels-cuda/src -name '*.test.ts')
+if [ -n "$cublas_lt" ]; then
+  MOE_CUDA_CUBLASLT=$cublas_lt tests suite suite-cublas-lt $(find packages/kernels-cuda/src -name '*.test.ts')
+fi
 tests models models $(find packages/attention-mla/src packages/router/src packages/mtp/src packages/deepseek/src -name '*.test.ts')
 
 if [ $quick = 0 ]; then
@@ -61,6 +77,13 @@ if [ $quick = 0 ]; then
   fi
   echo "== benchmarks"
   ./node --no-warnings --expose-gc bench/cuda.ts --json "$out/bench.json" $peers || status=1
+  echo "== products alone"
+  MOE_CUDA_CUBLASLT=$cublas_lt timeout 300 ./node --no-warnings bench/cuda-gemm.ts --json "$out/bench-gemm.json" || status=1
+  if [ -n "$cublas_lt" ]; then
+    echo "== benchmarks, products of cuBLASLt"
+    MOE_CUDA_CUBLASLT=$cublas_lt timeout 600 ./node --no-warnings --expose-gc bench/cuda.ts --only gemm,train \
+      --json "$out/bench-cublas-lt.json" $peers || status=1
+  fi
   if [ $hopper = 1 ]; then
     echo "== benchmarks, products of Hopper"
     MOE_CUDA_WGMMA=1 timeout 600 ./node --no-warnings --expose-gc bench/cuda.ts --only gemm,attention,train \

@@ -22,10 +22,13 @@ if (first === '--merge') {
     machine,
     suite: read('suite.json'),
     suiteWithWgmma: read('suite-wgmma.json'),
+    suiteWithCublasLt: read('suite-cublas-lt.json'),
     models: read('models.json'),
     sanitizer,
     results,
     resultsWithWgmma: read('bench-wgmma.json')?.results,
+    resultsWithCublasLt: read('bench-cublas-lt.json')?.results,
+    products: read('bench-gemm.json'),
     peers: read('peers.json'),
   }
   console.log(JSON.stringify(merged, null, 2))

@@ -1,0 +1,149 @@
+/**
+ * Dense products alone on the GPU, operands ready in memory: our kernels (mma, wgmma on a Hopper) beside cuBLASLt, at DeepSeek-V3's linear layers.
+ *
+ *     pnpm bench cuda-gemm [--tokens N] [--repeats N] [--json FILE] [--tiny]
+ *
+ * Times are the device's own (events), medians of runs that take turns. cuBLASLt is the one that MOE_CUDA_CUBLASLT names or the first that is found, with the
+ * algorithm that its heuristic puts first; without one, ours alone are printed. wgmma has k along memory only: where an operand lies otherwise, its time
+ * includes turning it. `--tiny` runs everything at small sizes, to see that it works.
+ */
+import { writeFileSync } from 'node:fs'
+import { parseArgs } from 'node:util'
+import { type Precision, Random } from '@moe/core'
+import { gemm, type Matrix, type Product } from '../packages/kernels-cuda/src/kernels/matmul/gemm.ts'
+import { type Opened, openCuda } from '../packages/kernels-cuda/src/open.ts'
+
+const { values: options } = parseArgs({
+  options: {
+    tokens: { type: 'string', default: '4096' },
+    repeats: { type: 'string', default: '20' },
+    json: { type: 'string' },
+    tiny: { type: 'boolean', default: false },
+  },
+})
+const small = options.tiny ? 64 : 1
+const tokens = Number(options.tokens) / small
+const repeats = options.tiny ? 2 : Number(options.repeats)
+/** Products in a row that are timed together, so that what the host does in between does not count. */
+const inRow = options.tiny ? 1 : 5
+
+/** DeepSeek-V3's linear layers, [in, out]. */
+const linears = {
+  q_a_proj: [7168, 1536],
+  q_b_proj: [1536, 24576],
+  kv_a_proj: [7168, 576],
+  kv_b_proj: [512, 32768],
+  o_proj: [16384, 7168],
+  'dense mlp up': [7168, 18432],
+} as const
+
+const named = process.env['MOE_CUDA_CUBLASLT']
+const path = named && !['0', '1', 'measured'].includes(named) ? named : true
+const devices: Record<string, Opened> = { mma: await openCuda({ wgmma: false, cublasLt: false }) }
+const hopper = await openCuda({ wgmma: true, cublasLt: false })
+if (hopper.cuda.wgmma) devices['wgmma'] = hopper
+const nvidia = await openCuda({ wgmma: false, cublasLt: path })
+const { cublasLt } = nvidia.cuda
+if (cublasLt !== undefined) devices['cuBLASLt'] = nvidia
+
+const { device, memory, stream } = devices['mma']
+const version = cublasLt === undefined ? 'no cuBLASLt found' : `cuBLASLt ${cublasLt.version}`
+console.log(`${device.name}, sm_${device.capability}, ${version}`)
+const ways = Object.entries(devices).map(([name, opened]) => ({ name, opened, multiply: gemm(opened.cuda) }))
+
+interface Result {
+  readonly name: string
+  /** TFLOP/s of each way. */
+  readonly rates: Record<string, number>
+  /** The better of ours over cuBLASLt's. */
+  readonly ofCublasLt?: number
+  /** Largest difference from the mma kernels' results over their largest, of those compared. */
+  readonly distance: number
+}
+const results: Result[] = []
+
+/** Numbers in bf16 or f32 from a small set, repeated: what they are does not matter, that they are not all zero does. */
+async function matrix(precision: Precision, rows: number, columns: number, seed: number): Promise<Matrix> {
+  const ld = precision === 'bf16' ? Math.ceil(columns / 8) * 8 : columns
+  const values = new Random(seed).uniform(4096)
+  const host =
+    precision === 'bf16' ? Uint16Array.from(values, x => 0x3f00 + 0x80 * x) : Float32Array.from(values, x => 2 * x - 1)
+  const buffer = memory.allocate(rows * ld * host.BYTES_PER_ELEMENT)
+  for (let at = 0; at < buffer.bytes; at += host.byteLength) {
+    const bytes = Math.min(host.byteLength, buffer.bytes - at)
+    stream.upload(buffer.pointer + at, new Uint8Array(host.buffer, 0, bytes), 'bench')
+  }
+  buffers.push(buffer)
+  return { pointer: buffer.pointer, ld }
+}
+const buffers: Array<ReturnType<typeof memory.allocate>> = []
+
+function median(values: readonly number[]): number {
+  const sorted = [...values].sort((a, b) => a - b)
+  return (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2
+}
+
+async function measure(name: string, precision: Precision, product: Product): Promise<void> {
+  const { m, n, k, transposeA, transposeB } = product
+  const a = transposeA ? await matrix(precision, k, m, 1) : await matrix(precision, m, k, 1)
+  const b = transposeB ? await matrix(precision, n, k, 2) : await matrix(precision, k, n, 2)
+  const c = memory.allocate(m * n * 4)
+  buffers.push(c)
+  await stream.sync()
+  const run = ({ opened, multiply }: (typeof ways)[number]) => {
+    opened.memory.begin('bench')
+    multiply(precision, c.pointer, a, b, product)
+    opened.memory.end()
+  }
+  const taking = ways.filter(way => precision === 'bf16' || way.name !== 'wgmma')
+  const times = new Map<string, number[]>(taking.map(way => [way.name, []]))
+  let reference: Float32Array | undefined
+  let distance = 0
+  for (const way of taking) {
+    for (let i = 0; i < 3; i++) run(way)
+    const found = new Float32Array(Math.min(m * n, 2 ** 20))
+    await way.opened.stream.download(c.pointer, found)
+    reference ??= found
+    const expected = reference
+    const largest = expected.reduce((most, x) => Math.max(most, Math.abs(x)), 0)
+    distance = found.reduce((most, x, i) => Math.max(most, Math.abs(x - expected[i]) / largest), distance)
+  }
+  for (let i = 0; i < repeats; i++) {
+    for (const way of taking) {
+      const milliseconds = await way.opened.stream.elapsed(() => {
+        for (let j = 0; j < inRow; j++) run(way)
+      })
+      times.get(way.name)?.push(milliseconds / inRow)
+    }
+  }
+  for (const buffer of buffers.splice(0)) memory.release(buffer)
+  const rates = Object.fromEntries([...times].map(([way, list]) => [way, (2 * m * n * k) / median(list) / 1e9]))
+  const best = Math.max(...Object.entries(rates).map(([way, rate]) => (way === 'cuBLASLt' ? 0 : rate)))
+  const ofCublasLt = cublasLt === undefined ? undefined : best / rates['cuBLASLt']
+  results.push({ name, rates, ofCublasLt, distance })
+  const columns = Object.entries(rates).map(([way, rate]) => `${way} ${rate.toPrecision(4).padStart(6)}`)
+  const ratio = ofCublasLt === undefined ? '' : `  ours ${ofCublasLt.toFixed(2)}x cuBLASLt`
+  console.log(`${name.padEnd(28)} TFLOP/s: ${columns.join('  ')}${ratio}  (apart by ${distance.toExponential(0)})`)
+}
+
+for (const [name, [full, wide]] of Object.entries(linears)) {
+  const [k, n] = [full / small, wide / small]
+  await measure(`bf16 ${name} forward`, 'bf16', { m: tokens, n, k, transposeA: false, transposeB: true })
+  await measure(`bf16 ${name} dX`, 'bf16', { m: tokens, n: k, k: n, transposeA: false, transposeB: false })
+  await measure(`bf16 ${name} dW`, 'bf16', { m: n, n: k, k: tokens, transposeA: true, transposeB: false })
+}
+const size = 4096 / small
+await measure('f32 4096 square', 'f32', { m: size, n: size, k: size, transposeA: false, transposeB: true })
+
+const forward = results.filter(({ name }) => name.endsWith('forward')).map(({ ofCublasLt }) => ofCublasLt ?? Number.NaN)
+if (cublasLt !== undefined) {
+  const [least, sum] = [Math.min(...forward), forward.reduce((a, b) => a + b, 0)]
+  console.log(
+    `forward, ours over cuBLASLt: ${least.toFixed(2)} at worst, ${(sum / forward.length).toFixed(2)} on average`,
+  )
+}
+if (options.json !== undefined) {
+  const { name, capability, multiprocessors, driverVersion } = device
+  const machine = { name, capability, multiprocessors, driverVersion, cublasLt: cublasLt?.version, tokens }
+  writeFileSync(options.json, `${JSON.stringify({ machine, date: new Date().toISOString(), results }, null, 2)}\n`)
+}
