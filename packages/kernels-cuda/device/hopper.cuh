@@ -75,6 +75,18 @@ MOE_DEVICE uint64_t operandAt(const void* firstRow, int k) {
   return (start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62) + k / 8;
 }
 
+/// Sixteen rows of such tiles as the right operand whose k runs across memory: row k, and of each 64 columns as they lie in one tile, the next
+/// 64 `next` bytes on. The first row is a multiple of 8 rows into a tile at a multiple of 1024. (The distance of 64 columns / 16 at bit 16, of
+/// 8 rows / 16 at bit 32.)
+MOE_DEVICE uint64_t operandAcross(const void* firstRow, int next) {
+  const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
+  return start | (uint64_t)(next >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+/// An operand that threads have written themselves: each, after it wrote and before it tells that it did ("fence.proxy.async").
+MOE_DEVICE void fenceOperands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/// All 128 threads of the warpgroup meet, and what each has done is done for the others ("bar"; barrier 0 is the block's).
+MOE_DEVICE void syncWarpgroup() { asm volatile("bar.sync %0, 128;" ::"r"(1 + (int)threadIdx.x / 128) : "memory"); }
+
 /// The compiler moves nothing that reads or writes the sums across this place: it does not know when they are the tensor cores'.
 template <int N>
 MOE_DEVICE void holdSums(float (&d)[N]) {
@@ -101,48 +113,65 @@ MOE_DEVICE void waitProducts(float (&d)[N]) {
 #define MOE_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define MOE_0_TO_29 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " MOE_TEN(1) MOE_TEN(2)
 #define MOE_0_TO_59 MOE_0_TO_29 MOE_TEN(3) MOE_TEN(4) MOE_TEN(5)
+#define MOE_0_TO_89 MOE_0_TO_59 MOE_TEN(6) MOE_TEN(7) MOE_TEN(8)
+#define MOE_0_TO_119 MOE_0_TO_89 MOE_TEN(9) MOE_TEN(10) MOE_TEN(11)
 #define MOE_SUMS8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define MOE_SUMS32(i) MOE_SUMS8(i), MOE_SUMS8(i + 8), MOE_SUMS8(i + 16), MOE_SUMS8(i + 24)
 #define MOE_SUMS64(i) MOE_SUMS32(i), MOE_SUMS32(i + 32)
+#define MOE_PRODUCT(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
 
-/// d += a b^T for 16 of k, by all 128 threads of a warpgroup: a has 64 rows, b has N (operandAt). Thread t of the warpgroup has, with w = t/32,
-/// g = t%32/4, c = t%4: d[4j], d[4j+1] = D[16w+g][8j+2c, +1], d[4j+2], d[4j+3] = D[16w+g+8][8j+2c, +1] ("wgmma.mma_async", "Register
-/// Fragments for wgmma.mma_async.m64nNk16").
-template <int N>
+/// d += a b^T for 16 of k, by all 128 threads of a warpgroup: a has 64 rows (operandAt), b has N (operandAt, or when Across operandAcross).
+/// Thread t of the warpgroup has, with w = t/32, g = t%32/4, c = t%4: d[4j], d[4j+1] = D[16w+g][8j+2c, +1], d[4j+2], d[4j+3] =
+/// D[16w+g+8][8j+2c, +1] ("wgmma.mma_async", "Register Fragments for wgmma.mma_async.m64nNk16").
+template <int N, bool Across = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b) {
-  static_assert(N == 128 || N == 256, "the widths that are used");
-  // Scales of d, a and b: 1, and neither operand transposed: k runs along memory.
-  if constexpr (N == 128) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MOE_0_TO_59 "%60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, 0;"
-                 : MOE_SUMS64(0)
-                 : "l"(a), "l"(b));
+  static_assert(N == 64 || N == 128 || N == 192 || N == 256, "the widths that are used");
+  // Scales of d, a and b: 1; a is not transposed: its k runs along memory.
+  if constexpr (N == 64) {
+    asm volatile(MOE_PRODUCT(64) "{" MOE_0_TO_29 "%30, %31}, %32, %33, 1, 1, 1, 0, %34;" : MOE_SUMS32(0) : "l"(a), "l"(b), "n"(Across));
+  } else if constexpr (N == 128) {
+    asm volatile(MOE_PRODUCT(128) "{" MOE_0_TO_59 "%60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, %66;" : MOE_SUMS64(0) : "l"(a), "l"(b), "n"(Across));
+  } else if constexpr (N == 192) {
+    asm volatile(MOE_PRODUCT(192) "{" MOE_0_TO_89 "%90, %91, %92, %93, %94, %95}, %96, %97, 1, 1, 1, 0, %98;"
+                 : MOE_SUMS64(0), MOE_SUMS32(64)
+                 : "l"(a), "l"(b), "n"(Across));
   } else {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MOE_0_TO_59 MOE_TEN(6) MOE_TEN(7) MOE_TEN(8) MOE_TEN(9) MOE_TEN(10)
-                     MOE_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, 1, 1, 1, 0, 0;"
+    asm volatile(MOE_PRODUCT(256) "{" MOE_0_TO_119 "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, 1, 1, 1, 0, %130;"
                  : MOE_SUMS64(0), MOE_SUMS64(64)
-                 : "l"(a), "l"(b));
+                 : "l"(a), "l"(b), "n"(Across));
   }
 }
 /// The same with 64 x 16 of a in registers, until the product's group is waited for: a[0], a[1] = A[16w+g][2c, +1], A[16w+g+8][2c, +1];
 /// a[2], a[3] the same eight columns on. Two neighbouring columns of sums are, rounded, such registers.
-template <int N>
+template <int N, bool Across = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
-  static_assert(N == 64 || N == 128, "the widths that are used");
+  static_assert(N == 64 || N == 128 || N == 192 || N == 256, "the widths that are used");
   if constexpr (N == 64) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" MOE_0_TO_29 "%30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+    asm volatile(MOE_PRODUCT(64) "{" MOE_0_TO_29 "%30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
                  : MOE_SUMS32(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MOE_0_TO_59 "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(Across));
+  } else if constexpr (N == 128) {
+    asm volatile(MOE_PRODUCT(128) "{" MOE_0_TO_59 "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, %69;"
                  : MOE_SUMS64(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(Across));
+  } else if constexpr (N == 192) {
+    asm volatile(MOE_PRODUCT(192) "{" MOE_0_TO_89 "%90, %91, %92, %93, %94, %95}, {%96, %97, %98, %99}, %100, 1, 1, 1, %101;"
+                 : MOE_SUMS64(0), MOE_SUMS32(64)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(Across));
+  } else {
+    asm volatile(MOE_PRODUCT(256) "{" MOE_0_TO_119 "%120, %121, %122, %123, %124, %125, %126, %127}, {%128, %129, %130, %131}, %132, 1, 1, 1, %133;"
+                 : MOE_SUMS64(0), MOE_SUMS64(64)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(Across));
   }
 }
 #undef MOE_TEN
 #undef MOE_0_TO_29
 #undef MOE_0_TO_59
+#undef MOE_0_TO_89
+#undef MOE_0_TO_119
 #undef MOE_SUMS8
 #undef MOE_SUMS32
 #undef MOE_SUMS64
+#undef MOE_PRODUCT
 
 #endif

@@ -69,9 +69,11 @@ void fenceBarriers();
 void arriveAtBarrier(void* barrier, int expectedBytes, const char* file, int line);
 void waitForBarrier(void* barrier, int parity, const char* file, int line);
 void copyBox(void* shared, const void* map, void* barrier, int x, int y, int z, const char* file, int line);
+void fenceOperands();
+void syncWarpgroup(const char* file, int line);
 void fenceProducts();
-void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, const char* file, int line);
-void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, const char* file, int line);
+void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool across, const char* file, int line);
+void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line);
 void commitProducts();
 void waitForProducts(int pending, const char* file, int line);
 

@@ -31,17 +31,25 @@ MOE_DEVICE uint64_t operandAt(const void* firstRow, int k) {
   const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
   return (start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62) + k / 8;
 }
+MOE_DEVICE uint64_t operandAcross(const void* firstRow, int next) {
+  const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
+  return start | (uint64_t)(next >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+MOE_DEVICE void fenceOperands() { emu::fenceOperands(); }
+MOE_DEVICE void syncWarpgroup(EMU_PLACE) { emu::syncWarpgroup(file, line); }
+template <int N>
+MOE_DEVICE void holdSums(float (&)[N]) {}
 template <int N>
 MOE_DEVICE void fenceProducts(float (&)[N]) {
   emu::fenceProducts();
 }
-template <int N>
+template <int N, bool Across = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b, EMU_PLACE) {
-  emu::multiplyGroup(d, N, a, b, file, line);
+  emu::multiplyGroup(d, N, a, b, Across, file, line);
 }
-template <int N>
+template <int N, bool Across = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, EMU_PLACE) {
-  emu::multiplyGroup(d, N, a, b, file, line);
+  emu::multiplyGroup(d, N, a, b, Across, file, line);
 }
 MOE_DEVICE void commitProducts() { emu::commitProducts(); }
 template <int Pending, int N>

@@ -13,7 +13,7 @@
 namespace emu {
 
 uint32_t heard[maxThreads][maxWarps + maxBarriers];
-int barriersInUse;
+bool othersHeard;
 
 namespace {
 
@@ -41,6 +41,15 @@ struct Mbarrier {
   std::vector<int> waiting;
 };
 Mbarrier barriers[maxBarriers];
+int barriersInUse;  // of the block
+
+/// A warpgroup that meets.
+struct Group {
+  int arrived;
+  const char* file;
+  int line;
+};
+Group groups[maxThreads / 128];
 
 Mbarrier& barrierAt(void* at, const char* what, Where where) {
   for (int i = 0; i < barriersInUse; i++) {
@@ -134,6 +143,8 @@ void resetBarriers() {
     barriers[i].waiting.clear();
   }
   barriersInUse = 0;
+  othersHeard = false;
+  for (Group& group : groups) group.arrived = 0;
 }
 
 void checkBarriers() {
@@ -164,6 +175,7 @@ void initBarrier(void* at, int arrivals, const char* file, int line) {
     if (barriers[i].address == address) stop(launchFailed, {file, line}, "a barrier is initialized twice");
   if (barriersInUse == maxBarriers) stop(outOfResources, {file, line}, "the emulator has room for %d barriers", maxBarriers);
   Mbarrier& barrier = barriers[barriersInUse++];
+  othersHeard = true;
   barrier.address = address;
   barrier.initialized = run.clock;
   barrier.by = run.thread;
@@ -210,6 +222,28 @@ void waitForBarrier(void* at, int parity, const char* file, int line) {
   heard[run.thread][maxWarps + (&barrier - barriers)] = barrier.landed;
 }
 
+void syncWarpgroup(const char* file, int line) {
+  const int number = run.thread / 128, first = number * 128;
+  Group& group = groups[number];
+  if (first + 128 > threadsOfBlock()) stop(launchFailed, {file, line}, "syncWarpgroup with only %d threads", threadsOfBlock() % 128);
+  if (group.arrived == 0) {
+    group.file = file, group.line = line;
+  } else if (group.line != line || group.file != file) {
+    stop(launchFailed, {file, line}, "syncWarpgroup without all threads: others of the warpgroup wait at line %d", group.line);
+  }
+  if (++group.arrived < 128) return waitInWarp("syncWarpgroup", file, line);
+  group.arrived = 0;
+  othersHeard = true;
+  uint32_t all[known] = {};
+  for (int t = first; t < first + 128; t++) merge(all, heard[t]);
+  run.clock++;
+  for (int w = first / 32; w < first / 32 + 4; w++) all[w] = run.warpClock[w] = run.clock;
+  for (int t = first; t < first + 128; t++) {
+    memcpy(heard[t], all, sizeof all);
+    wakeThread(t);
+  }
+}
+
 void copyBox(void* shared, const void* map, void* at, int x, int y, int z, const char* file, int line) {
   const Where where{file, line};
   if ((uintptr_t)map % 64 != 0) stop(misalignedAddress, where, "misaligned: a tensor map at 0x%zx", (size_t)map);
@@ -227,7 +261,7 @@ void copyBox(void* shared, const void* map, void* at, int x, int y, int z, const
     stop(misalignedAddress, where, "misaligned: a box goes to %s, not to a multiple of %u", sharedPlace(box.to).c_str(), alignment);
   if (checksOn) {
     checkSource(box, where);
-    checkOverwrite(box.to, box.bytes, where);
+    checkOverwrite("a box goes", box.to, box.bytes, where);
     beginCopyShared(box.to, box.bytes, where);
   }
   barrier.copied += box.bytes;

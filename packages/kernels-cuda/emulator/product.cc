@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "runtime.h"
 
@@ -16,13 +17,14 @@ constexpr uint32_t inFlight = 0xffffffff;
 
 struct Product {
   bool registers;    // a is in registers
+  bool across;       // k of b runs across memory
   uint64_t a, b;
   uint32_t left[4];  // the thread's own
   int n, sums;
   uint32_t group;
   const char* file;
   int line;
-  bool operator==(const Product& o) const { return registers == o.registers && a == o.a && b == o.b && n == o.n && sums == o.sums && group == o.group && line == o.line; }
+  bool operator==(const Product& o) const { return registers == o.registers && across == o.across && a == o.a && b == o.b && n == o.n && sums == o.sums && group == o.group && line == o.line; }
 };
 struct Queue {
   Product products[mostQueued];
@@ -51,6 +53,9 @@ bool used;
 constexpr uint32_t lines = (1 << 18 >> 7) + 256;  // that descriptors reach
 uint32_t readAt[lines][maxWarps];
 
+/// When each thread made what it had written visible to products.
+std::vector<uint32_t> fences[maxThreads];
+
 Warpgroup& warpgroup() {
   if (!warpgroups) {
     void* at = mmap(nullptr, sizeof(Warpgroup) * maxThreads / groupThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -60,37 +65,52 @@ Warpgroup& warpgroup() {
   return warpgroups[run.thread / groupThreads];
 }
 
-/// An operand as its descriptor says: rows of 16 bf16, eight of them 1024 bytes apart, in the swizzle of 128 bytes.
+/// An operand as its descriptor says, in the swizzle of 128 bytes: rows of 16 bf16, eight of them 1024 bytes apart. Across memory 16 rows of
+/// 64 bf16, eight of them 1024 bytes apart, and further columns as far on as the descriptor says.
 struct Operand {
-  uint32_t start;
+  uint32_t start, next;
+  bool across;
   uintptr_t base;
-  explicit Operand(uint64_t descriptor) : start((uint32_t)(descriptor & 0x3fff) << 4), base((uintptr_t)dynamicShared() - sharedAddress(dynamicShared())) {}
-  /// Where half a row (8 bf16) begins.
-  uintptr_t chunk(int row, int half) const {
-    const uint32_t plain = start + row / 8 * 1024 + row % 8 * 128 + half * 16;
-    return base + (plain ^ (plain >> 7 & 7) << 4);
+  Operand(uint64_t descriptor, bool across)
+      : start((uint32_t)(descriptor & 0x3fff) << 4),
+        next((uint32_t)(descriptor >> 16 & 0x3fff) << 4),
+        across(across),
+        base((uintptr_t)dynamicShared() - sharedAddress(dynamicShared())) {}
+  /// What lies in memory as a row of 64 bf16 at most: of an operand of `outer` rows this many, in one place after the other.
+  int lines(int outer) const { return across ? outer / 64 * 16 : outer; }
+  uint32_t plain(int line) const {
+    const int row = across ? line % 16 : line;
+    return start + (across ? line / 16 * next : 0) + row / 8 * 1024 + row % 8 * 128;
   }
-  uint32_t line(int row) const { return (start + row / 8 * 1024 + row % 8 * 128) >> 7; }
+  uintptr_t chunkOf(int line, int chunk) const {
+    const uint32_t at = plain(line) + chunk * 16;
+    return base + (at ^ (at >> 7 & 7) << 4);
+  }
+  int chunks() const { return across ? 8 : 2; }
+  uint32_t line(int line) const { return plain(line) >> 7; }
+  /// Element k of row `outer`.
+  uint16_t at(int outer, int k) const {
+    return across ? ((const uint16_t*)chunkOf(outer / 64 * 16 + k, outer % 64 / 8))[outer % 8] : ((const uint16_t*)chunkOf(outer, k / 8))[k % 8];
+  }
 };
 
-void checkDescriptor(uint64_t descriptor, int rows, const char* name, Where where) {
+void checkDescriptor(uint64_t descriptor, bool across, int rows, const char* name, Where where) {
   const uint64_t swizzle = descriptor >> 62, offset = descriptor >> 49 & 7, stride = (descriptor >> 32 & 0x3fff) << 4;
   if (swizzle != 1 || stride != 1024)
     stop(launchFailed, where, "operand %s: swizzle %d and a stride of %d bytes; only 1 (128 bytes) and 1024 are emulated", name, (int)swizzle, (int)stride);
-  const uint32_t start = (uint32_t)(descriptor & 0x3fff) << 4;
-  if (offset != 0 || (start & 0x380) != 0)
-    stop(misalignedAddress, where, "misaligned: operand %s at 0x%x with base offset %d; its first row is no multiple of 1024", name, start, (int)offset);
+  const Operand operand(descriptor, across);
+  if (offset != 0 || (operand.start & (across ? 0x3ff : 0x380)) != 0 || (across && operand.next % 1024 != 0))
+    stop(misalignedAddress, where, "misaligned: operand %s at 0x%x with base offset %d; its first row is no multiple of 1024", name, operand.start, (int)offset);
   if (!checksOn) return;
   // One lane looks at every row, the others at whether they have waited at all.
-  const Operand operand(descriptor);
-  for (int row = 0; row < (run.lane == 0 ? rows : 1); row++)
-    for (int half = 0; half < 2; half++) checkOperand(operand.chunk(row, half), 16, where);
+  for (int line = 0; line < (run.lane == 0 ? operand.lines(rows) : 1); line++)
+    for (int chunk = 0; chunk < operand.chunks(); chunk++) checkOperand(operand.chunkOf(line, chunk), 16, where);
 }
 
 void setRead(const Product& product, int warp, uint32_t when) {
-  const Operand a(product.a), b(product.b);
+  const Operand a(product.a, false), b(product.b, product.across);
   for (int row = 0; row < 64 && !product.registers; row++) readAt[a.line(row)][warp] = when;
-  for (int row = 0; row < product.n; row++) readAt[b.line(row)][warp] = when;
+  for (int line = 0; line < b.lines(product.n); line++) readAt[b.line(line)][warp] = when;
 }
 
 float fromBf16(uint16_t bits) {
@@ -105,16 +125,16 @@ void multiply(Warpgroup& group, int place) {
   alignas(32) static float left[64][16], right[16][256];
   const Product& product = group.queues[0].products[place];
   Sums& sums = group.sums[product.sums];
-  const Operand a(product.a), b(product.b);
+  const Operand a(product.a, false), b(product.b, product.across);
   for (int row = 0; row < 64 && !product.registers; row++)
-    for (int k = 0; k < 16; k++) left[row][k] = fromBf16(((const uint16_t*)a.chunk(row, k / 8))[k % 8]);
+    for (int k = 0; k < 16; k++) left[row][k] = fromBf16(a.at(row, k));
   for (int t = 0; t < groupThreads && product.registers; t++)
     for (int i = 0; i < 8; i++) {
       const uint32_t pair = group.queues[t].products[place].left[i / 2];
       left[t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8][t % 4 * 2 + i % 2 + i / 4 * 8] = fromBf16((uint16_t)(pair >> i % 2 * 16));
     }
   for (int row = 0; row < product.n; row++)
-    for (int k = 0; k < 16; k++) right[k][row] = fromBf16(((const uint16_t*)b.chunk(row, k / 8))[k % 8]);
+    for (int k = 0; k < 16; k++) right[k][row] = fromBf16(b.at(row, k));
   for (int i = 0; i < 64; i++)
     for (int j = 0; j < product.n; j += 8) {
       Row8 sum;
@@ -199,6 +219,13 @@ void finish(Warpgroup& group, uint32_t groups, Where where) {
 
 }  // namespace
 
+void fenceOperands() { fences[run.thread].push_back(run.clock++); }
+
+uint32_t fenceAfter(int thread, uint32_t clock) {
+  const auto found = std::lower_bound(fences[thread].begin(), fences[thread].end(), clock);
+  return found == fences[thread].end() ? 0 : *found;
+}
+
 void fenceProducts() { warpgroup().queues[run.thread % groupThreads].fenced = true; }
 
 void commitProducts() { warpgroup().queues[run.thread % groupThreads].groups++; }
@@ -207,8 +234,8 @@ static void ask(float* d, Product product) {
   const Where where{product.file, product.line};
   const int end = (run.thread / groupThreads + 1) * groupThreads;
   if (end > threadsOfBlock()) stop(launchFailed, where, "a product of a warpgroup that has only %d threads", threadsOfBlock() % groupThreads);
-  if (!product.registers) checkDescriptor(product.a, 64, "a", where);
-  checkDescriptor(product.b, product.n, "b", where);
+  if (!product.registers) checkDescriptor(product.a, false, 64, "a", where);
+  checkDescriptor(product.b, product.across, product.n, "b", where);
   used = true;
   Warpgroup& group = warpgroup();
   Queue& queue = group.queues[run.thread % groupThreads];
@@ -218,11 +245,11 @@ static void ask(float* d, Product product) {
   queue.products[queue.count++] = product;
   if (run.lane == 0) setRead(product, run.warp, inFlight);
 }
-void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, const char* file, int line) {
-  ask(d, {false, a, b, {}, n, 0, 0, file, line});
+void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool across, const char* file, int line) {
+  ask(d, {false, across, a, b, {}, n, 0, 0, file, line});
 }
-void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, const char* file, int line) {
-  ask(d, {true, 0, b, {a[0], a[1], a[2], a[3]}, n, 0, 0, file, line});
+void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line) {
+  ask(d, {true, across, 0, b, {a[0], a[1], a[2], a[3]}, n, 0, 0, file, line});
 }
 
 void waitForProducts(int pending, const char* file, int line) {
@@ -240,16 +267,17 @@ void waitForProducts(int pending, const char* file, int line) {
   for (int t = first; t < first + groupThreads; t++) wakeThread(t);
 }
 
-void checkOverwrite(uintptr_t address, size_t bytes, Where where) {
+void checkOverwrite(const char* what, uintptr_t address, size_t bytes, Where where) {
+  if (!used) return;
   const uint32_t start = sharedAddress((void*)address);
   for (uint32_t line = start >> 7; line < (start + bytes + 127) >> 7 && line < lines; line++)
     for (int w = 0; w < (threadsOfBlock() + 31) / 32; w++) {
       const uint32_t when = readAt[line][w];
       if (when < run.barrierClock) continue;
       if (when == inFlight)
-        stop(launchFailed, where, "race: a box goes to %s, from which products of warp %d on their way read", sharedPlace(address).c_str(), w);
+        stop(launchFailed, where, "race: %s to %s, from which products of warp %d on their way read", what, sharedPlace(address).c_str(), w);
       if (w != run.warp && heard[run.thread][w] <= when)
-        stop(launchFailed, where, "race: a box goes to %s, from which warp %d may still read: it has not arrived at a barrier that this thread waited for since",
+        stop(launchFailed, where, "race: %s to %s, from which warp %d may still read: it has not arrived at a barrier that this thread waited for since", what,
              sharedPlace(address).c_str(), w);
     }
 }
@@ -260,6 +288,7 @@ void checkProducts() {
 }
 
 void dropProducts() {
+  for (auto& times : fences) times.clear();
   if (!used) return;
   used = false;
   memset(readAt, 0, sizeof readAt);

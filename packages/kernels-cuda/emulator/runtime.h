@@ -140,7 +140,7 @@ void beginCopyShared(uintptr_t address, size_t bytes, Where where);
 void landCopyShared(uintptr_t address, size_t bytes);
 /// The copy engine's writes have landed, which whoever waits for the barrier will know.
 void landBoxShared(uintptr_t address, size_t bytes, int barrier);
-/// Whether a product may read what lies there: all of it there, known to this thread, and written by the copy engine.
+/// Whether a product may read what lies there: all of it there, known to this thread, and written by the copy engine or made visible to it.
 void checkOperand(uintptr_t address, size_t bytes, Where where);
 /// "byte 12 of shared array tile".
 std::string sharedPlace(uintptr_t address);
@@ -158,7 +158,7 @@ extern uint32_t pendingCopies;  // of all threads
 constexpr int maxBarriers = 64;
 /// What each thread knows: by warp, the time of its latest arrival that this thread heard of; then by barrier, the time of the latest landing.
 extern uint32_t heard[maxThreads][maxWarps + maxBarriers];
-extern int barriersInUse;  // of the block
+extern bool othersHeard;  // whether threads of this block can know of those of other warps but by its barrier
 /// Lanes of a warp tell each other what they know.
 void shareHeard(int warp);
 /// A new block, or an abandoned one.
@@ -170,8 +170,10 @@ std::string barrierStates();
 
 // --- products of warpgroups (product.cc) ---
 
-/// A box is about to be written where products may still read.
-void checkOverwrite(uintptr_t address, size_t bytes, Where where);
+/// Somebody is about to write where products may still read.
+void checkOverwrite(const char* what, uintptr_t address, size_t bytes, Where where);
+/// When this thread first made visible to products what it wrote at that time; 0 if it has not.
+uint32_t fenceAfter(int thread, uint32_t clock);
 /// The current thread returns.
 void checkProducts();
 void dropProducts();

@@ -61,7 +61,7 @@ int warpOf(Who who) { return who & (everyone | engine) ? 63 : who & lanesOf ? wh
 inline bool ordered(uint32_t clock, Who who) {
   if (clock < run.barrierClock || who == run.thread) return true;
   if (warpOf(who) == run.warp && clock < run.warpClock[run.warp]) return true;
-  return barriersInUse && heardOf(clock, who);
+  return othersHeard && heardOf(clock, who);
 }
 
 std::string nameOf(Who who) {
@@ -244,6 +244,7 @@ void readShared(uintptr_t address, size_t bytes, Where where) {
   for (size_t i = 0; i < bytes / 4; i++) readCell(cell[i], address + 4 * i, where);
 }
 void writeShared(uintptr_t address, size_t bytes, Where where) {
+  checkOverwrite("a thread writes", address, bytes, where);
   Cell* cell = cells + ((address - region) >> 2);
   if (!whole(cell, address - region, bytes)) return writeParts(address, bytes, where);
   for (size_t i = 0; i < bytes / 4; i++) writeCell(cell[i], address + 4 * i, where);
@@ -272,8 +273,12 @@ void landBoxShared(uintptr_t address, size_t bytes, int barrier) {
 void checkOperand(uintptr_t address, size_t bytes, Where where) {
   visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) {
     checkRead(cell, at, where);
-    if (!(cell.writer & engine))
-      stop(launchFailed, where, "a product reads %s, which threads have written and not the copy engine", placeOf(at).c_str());
+    if (cell.writer & engine) return;
+    // By a thread, which has made it visible since; and whoever knows of that may read it.
+    const int thread = cell.writer & 0x3ff;
+    const uint32_t fence = fenceAfter(thread, cell.writeClock);
+    if (fence == 0 || !ordered(fence, (Who)thread))
+      stop(launchFailed, where, "a product reads %s, which thread %d has written and not made visible by fenceOperands() before it told", placeOf(at).c_str(), thread);
   });
 }
 std::string sharedPlace(uintptr_t address) { return placeOf(address); }

@@ -111,7 +111,7 @@ void resetWarp(int warp) {
 void warpBarrier(uint32_t mask, const char* file, int line) {
   meet("__syncwarp", mask, file, line, nothing, [](Slot*) {
     run.warpClock[run.warp] = ++run.clock;
-    if (barriersInUse) shareHeard(run.warp);
+    if (othersHeard) shareHeard(run.warp);
   });
 }
 
@@ -254,6 +254,7 @@ void copyAsync(void* shared, const void* global, int bytes, bool valid) {
     if (valid && !inArena(from)) stop(illegalAddress, EMU_HERE, "an asynchronous copy from 0x%zx, which is not device memory", (size_t)from);
     if (!inShared(to)) stop(illegalAddress, EMU_HERE, "an asynchronous copy to 0x%zx, which is not shared memory", (size_t)to);
     if (valid) readGlobal(from, bytes, EMU_HERE);
+    checkOverwrite("a copy goes", to, bytes, EMU_HERE);
     beginCopyShared(to, bytes, EMU_HERE);
   }
   Queue& queue = queueOf(run.thread);

@@ -3,6 +3,7 @@ import koffi from 'koffi'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { openEmulator, unbuilt } from './test-emulator.ts'
 
+const illegalAddress = 700
 const misalignedAddress = 716
 const launchFailed = 719
 
@@ -30,6 +31,18 @@ const modes = [
   'threadsWrite',
 ] as const
 type Mode = (typeof modes)[number]
+
+const operandModes = [
+  'right',
+  'noFenceOperands',
+  'fencesTooLate',
+  'noSyncWarpgroup',
+  'oneWarpElsewhere',
+  'writesInFlight',
+  'writesTooEarly',
+  'misalignedAcross',
+] as const
+type OperandMode = (typeof operandModes)[number]
 
 describe.skipIf(unbuilt)('emulator of Hopper', () => {
   const device = openEmulator()
@@ -124,7 +137,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     ['writesSums', launchFailed, 'sum 3 was written while products'],
     ['oneWarpLess', launchFailed, 'returns while products'],
     ['noWaitProducts', launchFailed, 'returns while products'],
-    ['threadsWrite', launchFailed, 'which threads have written and not the copy engine'],
+    ['threadsWrite', launchFailed, 'has written and not made visible by fenceOperands()'],
   ])('%s is found', (mode, code, text) => {
     const { status, report } = run(mode)
     expect(report).toContain(text)
@@ -157,6 +170,40 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     const { status, report } = boxes(mode)
     expect(report).toContain(text)
     expect(status).toBe(launchFailed)
+  })
+
+  const operands = (mode: OperandMode) => {
+    const d = device.upload(new Float32Array(64 * 128))
+    const args = [d, matrix(64, 64, a), matrix(64, 128, b), operandModes.indexOf(mode)]
+    const shared = 64 * 128 * 3 + 1024 + 128
+    const launched = device.launch('moe_test_operands', 1, 128, 'p p p i', args, { shared })
+    return { d, status: launched || device.synchronize(), report: device.report() }
+  }
+  test.each([0, 1])('operands that threads have written, k across memory (reversed: %i)', reversed => {
+    device.set('reversed', reversed)
+    const { d, status, report } = operands('right')
+    device.set('reversed', 0)
+    expect({ status, report }).toEqual({ status: 0, report: '' })
+    const values = device.download(d, Float32Array, 64 * 128)
+    for (let i = 0; i < 64; i++)
+      for (let j = 0; j < 128; j++) {
+        let sum = 0
+        for (let k = 0; k < 64; k++) sum += a(i, k) * b(k, j)
+        expect(values[128 * i + j]).toBe(sum)
+      }
+  })
+  test.each<[OperandMode, number, string]>([
+    ['noFenceOperands', launchFailed, 'not made visible by fenceOperands()'],
+    ['fencesTooLate', launchFailed, 'not made visible by fenceOperands()'],
+    ['noSyncWarpgroup', illegalAddress, 'is a barrier missing?'],
+    ['oneWarpElsewhere', launchFailed, 'syncWarpgroup without all threads'],
+    ['writesInFlight', launchFailed, 'a thread writes to byte'],
+    ['writesTooEarly', launchFailed, 'from which warp 1 may still read'],
+    ['misalignedAcross', misalignedAddress, 'its first row is no multiple of 1024'],
+  ])('%s is found', (mode, code, text) => {
+    const { status, report } = operands(mode)
+    expect(report).toContain(text)
+    expect(status).toBe(code)
   })
 
   test('a parameter that is no tensor map', () => {

@@ -101,3 +101,41 @@ MOE_KERNEL((64), moe_test_boxes, (float* y, const __grid_constant__ TensorMap ma
     }
   }
 }
+
+enum OperandMode {
+  operandsRight,
+  noFenceOperands,
+  fencesTooLate,     // after it has told that it wrote
+  noSyncWarpgroup,   // between writing and products
+  oneWarpElsewhere,  // than syncWarpgroup
+  writesInFlight,    // over what products on their way read
+  writesTooEarly,    // when this warp has waited for its products, and others may not have
+  misalignedAcross,
+};
+
+/// d [64, 128] = a b with a [64, 64] and b [64, 128] in bf16, which the threads of a warpgroup write to shared memory: k of b runs across it.
+MOE_KERNEL((128), moe_test_operands, (float* d, const uint32_t* a, const uint32_t* b, int mode)) {
+  MOE_DYNAMIC_SHARED(dynamic);
+  unsigned char* const left = dynamic + (-sharedAddress(dynamic) & 1023);
+  unsigned char* const right = left + 64 * 128 + (mode == misalignedAcross ? 128 : 0);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int i = threadIdx.x; i < 64 * 32; i += 128) {
+    const int row = i / 32, pair = i % 32;
+    *(uint32_t*)(left + row * 128 + (pair / 4 ^ row % 8) * 16 + pair % 4 * 4) = a[i];
+    for (int box = 0; box < 2; box++) *(uint32_t*)(right + box * 64 * 128 + row * 128 + (pair / 4 ^ row % 8) * 16 + pair % 4 * 4) = b[row * 64 + box * 32 + pair];
+  }
+  if (mode != noFenceOperands && mode != fencesTooLate) fenceOperands();
+  if (mode == oneWarpElsewhere && warp == 2) syncWarpgroup();
+  else if (mode != noSyncWarpgroup) syncWarpgroup();
+  if (mode == fencesTooLate) fenceOperands();
+  float sums[64] = {};
+  fenceProducts(sums);
+  for (int k = 0; k < 64; k += 16) multiplyGroup<128, true>(sums, operandAt(left, k), operandAcross(right + k * 128, 64 * 128));
+  commitProducts();
+  if (mode == writesInFlight && threadIdx.x == 5) *(uint32_t*)left = 0;
+  waitProducts<0>(sums);
+  if (mode == writesTooEarly && warp == 0) *(uint32_t*)(left + lane * 4) = 0;
+  for (int i = 0; i < 64; i++) {
+    d[(warp * 16 + lane / 4 + i / 2 % 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sums[i];
+  }
+}
