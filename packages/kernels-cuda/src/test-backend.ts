@@ -62,6 +62,11 @@ export function testBackend(options: CudaOptions = {}): Promise<CudaBackend> {
   return createBackend({ ...(onDevice ? {} : emulator), guarded: true, ...options })
 }
 
+/** Blocks and threads run last to first from now on, or first to last: an order that a device does not promise. */
+export function reverseOrder(reversed: boolean): void {
+  if (!onDevice) emulatorFunction('void moe_emulator_set(const char* name, int value)')('reversed', +reversed)
+}
+
 /** Forgets faults and frees everything, so that a test does not fail for another's fault. */
 export function resetEmulator(): void {
   emulatorFunction('void moe_emulator_reset()')()

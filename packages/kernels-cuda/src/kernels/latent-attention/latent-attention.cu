@@ -1,30 +1,9 @@
 // Absorbed MLA decode (flash-decoding): keys are the rows of the latent cache, values their first `valueDim` features. A block takes a
 // tile of the T x H query rows of one sequence and one part of its keys; a second kernel combines the parts in order.
 // Legend: B batch, T queries, H heads, S rows of the cache, C features, V value features; row r of a sequence = query r / H, head r % H.
-#include "flash.cuh"
+#include "latent.cuh"
 
 constexpr int mostC = 576, mostV = 512;
-
-struct LatentSizes {
-  int T, S, H, C, V;
-  float scale;
-};
-
-/// The keys from .. to - 1 that part blockIdx.x of sequence blockIdx.z covers: whole tiles of BN, shared out evenly by its own length.
-struct Part {
-  int from, to;
-  Visible visible;
-  template <int BN>
-  MOE_DEVICE Part of(const int* lengths, LatentSizes z) {
-    const Visible visible = Visible::of(z.T, z.S, lengths, blockIdx.z, 1);
-    const int size = divUp(divUp(visible.limit, BN), (int)gridDim.x) * BN;
-    const int from = min((int)blockIdx.x * size, visible.limit);
-    return {from, min(from + size, visible.limit), visible};
-  }
-};
-
-/// Where the block puts row r of its results: the output itself, or one of the parts.
-MOE_DEVICE int64_t partRow(LatentSizes z, int r) { return ((int64_t)blockIdx.x * gridDim.z + blockIdx.z) * z.T * z.H + r; }
 
 /// Tiles of BN cache rows as bf16 in shared memory, zeros from C to a multiple of 16 and past the last key. A warp copies whole rows, and
 /// every thread lands what it fetched itself. Only where the cache is f32 is there anything to do in `land`.

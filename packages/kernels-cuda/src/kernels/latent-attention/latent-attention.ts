@@ -1,6 +1,7 @@
 /** @file Absorbed MLA decode over the latent cache. */
 import type { Precision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
+import { latentOnHopper, tile as tileOnHopper } from '../latent-attention-sm90a/decode.ts'
 
 /** Features that the kernels' tiles have room for: of the cache, and of values. */
 const mostC = 576
@@ -43,15 +44,26 @@ const f32: Variant[] = caches.map(cache => ({
 /** Best first. */
 const variants = [...bf16(64, 32), ...bf16(32, 16), ...f32]
 
-/** Each part of the keys is a block for every tile of rows: as many parts as keep the device busy, each of at least four tiles. */
+/** What a block costs besides its keys, in tiles of keys of about 72 KiB: its queries, and its results, written and read again. */
+const tilesPerBlock = 6
+
+/**
+ * Each part of the keys is a block for every tile of rows: as many parts as let the multiprocessors, which take a block at a time, be done first, each of at
+ * least four tiles.
+ */
 function partsOf(cuda: Cuda, blocks: number, tiles: number): number {
-  return Math.max(1, Math.min(Math.floor(cuda.multiprocessors / blocks), Math.floor(tiles / 4), mostParts))
+  const time = (parts: number) =>
+    Math.ceil((blocks * parts) / cuda.multiprocessors) * (Math.ceil(tiles / parts) + tilesPerBlock)
+  let best = 1
+  for (let parts = 2; parts <= Math.min(tiles / 4, mostParts); parts++) if (time(parts) < time(best)) best = parts
+  return best
 }
 
 export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
   const kernels = new Map(
     variants.map(v => [v, cuda.kernel('latent-attention', `moe_latent_attention_${v.name}`, 'p p p p p i i i i i f')]),
   )
+  const onHopper = cuda.wgmma ? latentOnHopper(cuda) : undefined
   const combine = cuda.kernel('latent-attention', 'moe_latent_attention_combine_f32', 'p p p i l i')
   return ([q, cache, lengths], { scale, valueDim, precision }, [spec]) => {
     const [B, T, H, C] = q.shape
@@ -65,24 +77,29 @@ export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
     const out = cuda.output(spec)
     const rows = B * T * H
     if (rows * valueDim === 0) return [out]
-    const tiles = Math.ceil((T * H) / variant.m)
-    const parts = partsOf(cuda, B * tiles, Math.ceil(S / variant.n))
+    const inputs = { q, cache, lengths }
+    const launch = precision === 'bf16' ? onHopper?.(inputs, valueDim) : undefined
+    const { m, n } = launch === undefined ? variant : { m: tileOnHopper, n: tileOnHopper }
+    const tiles = Math.ceil((T * H) / m)
+    const parts = partsOf(cuda, B * tiles, Math.ceil(S / n))
     const results = parts === 1 ? out.pointer : cuda.scratch(parts * rows * valueDim * 4).pointer
     const lse = parts === 1 ? 0 : cuda.scratch(parts * rows * 4).pointer
-    kernels.get(variant)?.(
-      { grid: [parts, tiles, B], block: variant.threads, shared: variant.shared },
-      results,
-      lse,
-      pointerOf(q),
-      pointerOf(cache),
-      pointerOf(lengths),
-      T,
-      S,
-      H,
-      C,
-      valueDim,
-      scale,
-    )
+    if (launch !== undefined) launch(results, lse, parts, inputs, { valueDim, scale })
+    else
+      kernels.get(variant)?.(
+        { grid: [parts, tiles, B], block: variant.threads, shared: variant.shared },
+        results,
+        lse,
+        pointerOf(q),
+        pointerOf(cache),
+        pointerOf(lengths),
+        T,
+        S,
+        H,
+        C,
+        valueDim,
+        scale,
+      )
     if (parts > 1)
       combine({ grid: Math.min(rows, 65535), block: 128 }, out.pointer, results, lse, parts, rows, valueDim)
     return [out]

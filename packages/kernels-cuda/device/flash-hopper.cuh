@@ -1,0 +1,43 @@
+// Attention on Hopper: how a warpgroup has the results of its products, for the softmax and the stores of flash.cuh, and tiles in shared memory.
+#pragma once
+#include "flash.cuh"
+#include "hopper.cuh"
+
+/// 64 rows to a warpgroup, scores of BN columns.
+template <int BN_>
+struct WarpgroupTile {
+  static constexpr int BN = BN_, Rows = 2, Columns = BN / 4, RowLanes = 4, Run = 2;
+  static constexpr float Unit = 1.4426950408889634f;
+  MOE_DEVICE float exponential(float x) { return exp2Fast(x); }
+
+  struct Scores {
+    float v[BN / 2];
+  };
+  template <int D>
+  struct Sums {
+    float v[D / 2];
+  };
+  MOE_DEVICE float& at(Scores& s, int i, int j) { return s.v[j / 2 * 4 + i * 2 + j % 2]; }
+  template <int D>
+  MOE_DEVICE float& at(Sums<D>& s, int i, int j) { return s.v[j / 2 * 4 + i * 2 + j % 2]; }
+  /// Of this thread's warpgroup.
+  MOE_DEVICE int groupRow(int i) { return threadIdx.x % 128 / 32 * 16 + i * 8 + threadIdx.x % 32 / 4; }
+  MOE_DEVICE int column(int j) { return j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; }
+  template <int D>
+  static constexpr int sumColumns = D / 4;
+  template <int D>
+  MOE_DEVICE int sumColumn(int j) { return column(j); }
+
+  /// Scores, rounded, as left operands: register i % 4 of 16 columns i / 4.
+  MOE_DEVICE void pack(uint32_t (&p)[BN / 16][4], const Scores& s) {
+#pragma unroll
+    for (int i = 0; i < BN / 4; i++) p[i / 4][i % 4] = packBf16(s.v[2 * i], s.v[2 * i + 1]);
+  }
+};
+
+/// Element (row, k) of a tile of `rows` rows, of which 64 k at a time lie together: k runs along memory.
+MOE_DEVICE uint64_t operandOf(const unsigned char* tile, int rows, int row, int k) { return operandAt(tile + (k / 64 * rows + row) * 128, k % 64); }
+/// Columns from `column`, a multiple of 64, on of such a tile as a right operand whose k is the rows from `row` on.
+MOE_DEVICE uint64_t operandAcrossOf(const unsigned char* tile, int rows, int row, int column) {
+  return operandAcross(tile + (column / 64 * rows + row) * 128, rows * 128);
+}

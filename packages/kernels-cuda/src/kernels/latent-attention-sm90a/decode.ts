@@ -1,0 +1,68 @@
+/** @file Absorbed MLA decode on Hopper, over a latent cache in bf16. */
+import { sizeOf, type Value } from '@moe/core'
+import { type Cuda, pointerOf } from '../../native.ts'
+import { operandMap } from '../matmul-sm90a/product.ts'
+
+/** Rows and keys of a tile (LatentHopper of latent-attention-sm90a.cu), and the features of keys and values that there are kernels for. */
+export const tile = 64
+/** Two warpgroups. */
+const threads = 256
+const kernels = [
+  { dk: 192, dv: 128, stages: 4 },
+  { dk: 320, dv: 256, stages: 4 },
+  { dk: 576, dv: 512, stages: 2 },
+] as const
+
+/** Dynamic shared memory: the queries, tiles of the cache, exponentials, and room to begin at a multiple of 1024. */
+const sharedBytes = (dk: number, stages: number) => tile * dk * 2 * (1 + stages) + tile * tile * 2 + 1024
+
+interface Inputs {
+  readonly q: Value
+  readonly cache: Value
+  readonly lengths: Value
+}
+
+/** As latent-attention.cu's kernels: the keys of each sequence in `parts`, each with results and log sum exp of its own. */
+export type LatentDecode = (
+  results: number,
+  lse: number,
+  parts: number,
+  inputs: Inputs,
+  attrs: { readonly valueDim: number; readonly scale: number },
+) => void
+
+/** The kernel for these sizes, if there is one. */
+export function latentOnHopper(cuda: Cuda): (inputs: Inputs, valueDim: number) => LatentDecode | undefined {
+  const launches = kernels.map(({ dk, dv, stages }) => {
+    const kernel = cuda.kernel(
+      'latent-attention-sm90a',
+      `moe_latent_attention_sm90a_${dk}_${dv}`,
+      'p p p t p i i i i i f',
+    )
+    const launch: LatentDecode = (results, lse, parts, { q, cache, lengths }, { valueDim, scale }) => {
+      const [B, T, H, C] = q.shape
+      const S = cache.shape[1]
+      kernel(
+        { grid: [parts, Math.ceil((T * H) / tile), B], block: threads, shared: sharedBytes(dk, stages) },
+        results,
+        lse,
+        pointerOf(q),
+        operandMap(cuda, { pointer: pointerOf(cache), ld: C }, B, S, C, tile),
+        pointerOf(lengths),
+        T,
+        S,
+        H,
+        C,
+        valueDim,
+        scale,
+      )
+    }
+    return { dk, dv, launch }
+  })
+  return ({ q, cache }, valueDim) => {
+    const C = q.shape[3]
+    // The copy engine takes rows of whole chunks of 16 bytes, and no empty matrix.
+    if (cache.dtype !== 'bf16' || C % 8 !== 0 || sizeOf(cache.shape) === 0) return undefined
+    return launches.find(({ dk, dv }) => C <= dk && valueDim <= dv)?.launch
+  }
+}

@@ -1,0 +1,249 @@
+// Absorbed MLA decode on Hopper: as latent-attention.cu, over a cache in bf16. A tile of the cache is copied once, and is keys (with its features along
+// memory) as well as values (across). The sums of 64 rows are too many for one warpgroup: each of two has all rows and half of the features.
+// They compute the scores of alternate tiles, and tell each other the exponentials (after FlashMLA's schedule, DeepSeek 2025).
+// Legend as in latent-attention.cu.
+#include "flash-hopper.cuh"
+#include "latent.cuh"
+
+/// `DK` features of keys, of which the first DV are values; `Stages` tiles lie in shared memory.
+template <int DK_, int DV_, int Stages_>
+struct LatentHopper : WarpgroupTile<64> {
+  static constexpr int BM = 64, DK = DK_, DV = DV_, Half = DV / 2, Stages = Stages_, Threads = 256;
+  /// Bytes of 64 features of a tile.
+  static constexpr int box = BN * 128;
+  static constexpr int stageBytes = DK / 64 * box, bytesQ = BM * DK * 2, bytesP = BM * BN * 2;
+  /// A tile comes in parts: the values of one warpgroup, those of the other, the rest. Each is replaced when it has been read.
+  static constexpr int Parts = 3, Rest = 2;
+  MOE_DEVICE int firstBox(int part) { return part * (Half / 64); }
+  MOE_DEVICE int boxes(int part) { return part == Rest ? (DK - DV) / 64 : Half / 64; }
+};
+
+/// What the warpgroups share.
+template <class E>
+struct LatentBlock {
+  unsigned char *queries, *stages, *exponentials;
+  Barrier *full;   // [Stages][Parts]: has been copied
+  Barrier *scored; // [2]: exponentials and maxima of an even or an odd tile are there
+  float *highs;    // [2][BM]: the highest scores up to that tile
+  float *totals;   // [2][BM]: of each warpgroup
+  int tiles, first;
+  Part part;
+};
+
+/// Starts the copy of a part of tile t. By one thread.
+template <class E>
+MOE_DEVICE void copyPart(const LatentBlock<E>& block, const TensorMap& cache, int t, int part) {
+  unsigned char* const to = block.stages + t % E::Stages * E::stageBytes;
+  Barrier* const full = &block.full[t % E::Stages * E::Parts + part];
+  arriveAndExpect(full, E::boxes(part) * E::box);
+  for (int i = E::firstBox(part); i < E::firstBox(part) + E::boxes(part); i++) {
+    copyBox(to + i * E::box, cache, full, i * 64, block.part.from + t * E::BN, blockIdx.z);
+  }
+}
+
+/// The work of one of the two warpgroups: scores of tiles Group, Group + 2, ..., and its half of the features of all.
+template <class E, int Group>
+MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const LatentBlock<E>& block, LatentSizes z) {
+  const int lane = threadIdx.x % 32, tiles = block.tiles;
+  const int firstSeen = block.part.visible.keys(block.first / z.H);
+  auto stageOf = [&](int t) { return block.stages + t % E::Stages * E::stageBytes; };
+  auto waitFull = [&](int t, int part) { wait(&block.full[t % E::Stages * E::Parts + part], t / E::Stages & 1); };
+
+  typename E::template Sums<E::Half> sums = {};
+  float high[E::Rows], total[E::Rows], shrink[E::Rows];
+#pragma unroll
+  for (int i = 0; i < E::Rows; i++) high[i] = -infinity(), total[i] = 0.f;
+
+  // The factor for what was summed so far, when `best` may be higher.
+  auto raise = [&](int i, float best) {
+    const float base = best == -infinity() ? 0.f : best;
+    shrink[i] = exp2Fast(high[i] - base);
+    high[i] = best;
+    total[i] *= shrink[i];
+    return base;
+  };
+  auto rescale = [&] {
+    if (!__any_sync(wholeWarp, shrink[0] != 1.f || shrink[1] != 1.f)) return;
+#pragma unroll
+    for (int i = 0; i < E::Half / 2; i++) sums.v[i] *= shrink[i / 2 % 2];
+  };
+  // Rows of the last tile behind the end hold anything: 0 times that need not be 0. Nobody computes scores of it any more.
+  auto clearBehind = [&](int t) {
+    const int keys = block.part.to - block.part.from - t * E::BN;
+    if (keys >= E::BN) return;
+    for (int i = threadIdx.x % 128; i < (E::BN - keys) * (E::Half / 8); i += 128) {
+      const int row = keys + i / (E::Half / 8), chunk = i % (E::Half / 8);
+      *(uint4*)(stageOf(t) + (E::firstBox(Group) + chunk / 8) * E::box + row * 128 + chunk % 8 * 16) = make_uint4(0, 0, 0, 0);
+    }
+    fenceOperands();
+    syncWarpgroup();
+  };
+  // All products with this tile's values are done: the next tile may come in their place.
+  auto replace = [&](int t, bool scoredHere) {
+    syncWarpgroup();
+    if (threadIdx.x % 128 == 0 && t + E::Stages < tiles) {
+      copyPart(block, cache, t + E::Stages, Group);
+      if (scoredHere) copyPart(block, cache, t + E::Stages, E::Rest);
+    }
+    __syncwarp();
+  };
+  // sums += the exponentials of a tile of the other warpgroup, times values.
+  auto addTheirs = [&](int t) {
+    wait(&block.scored[t % 2], t / 2 & 1);
+    waitFull(t, Group);
+    clearBehind(t);
+#pragma unroll
+    for (int i = 0; i < E::Rows; i++) raise(i, block.highs[t % 2 * E::BM + E::groupRow(i)]);
+    rescale();
+    fenceProducts(sums.v);
+#pragma unroll
+    for (int k = 0; k < E::BN; k += 16) {
+      multiplyGroup<E::Half, true>(sums.v, operandAt(block.exponentials, k), operandAcrossOf(stageOf(t), E::BN, k, Group * E::Half));
+    }
+    commitProducts();
+  };
+
+  for (int t = Group; t < tiles; t += 2) {
+    const unsigned char* const keys = stageOf(t);
+    typename E::Scores s = {};
+    for (int part = 0; part < E::Parts; part++) waitFull(t, part);
+    fenceProducts(s.v);
+#pragma unroll
+    for (int d = 0; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, operandOf(block.queries, E::BM, 0, d), operandOf(keys, E::BN, 0, d));
+    commitProducts();
+    waitProducts<0>(s.v);
+    if (Group == 1) addTheirs(t - 1); // while the exponentials are computed
+
+    const int key = block.part.from + t * E::BN;
+    const bool whole = key + E::BN <= firstSeen;
+#pragma unroll
+    for (int i = 0; i < E::Rows; i++) {
+      const int seen = whole ? z.S : block.part.visible.keys((block.first + E::groupRow(i)) / z.H);
+      float best = high[i];
+#pragma unroll
+      for (int j = 0; j < E::Columns; j++) {
+        float& x = E::at(s, i, j);
+        x = key + E::column(j) < seen ? x * (z.scale * E::Unit) : -infinity();
+        best = fmaxf(best, x);
+      }
+      const float base = raise(i, rowMax<E>(best));
+#pragma unroll
+      for (int j = 0; j < E::Columns; j++) {
+        float& x = E::at(s, i, j);
+        x = exp2Fast(x - base);
+        total[i] += x;
+      }
+    }
+    uint32_t p[E::BN / 16][4];
+    E::pack(p, s);
+    if (Group == 1) {
+      waitProducts<0>(sums.v);
+      replace(t - 1, false);
+    }
+    // The exponentials that lie here were read by this warpgroup, which has met since.
+#pragma unroll
+    for (int k = 0; k < E::BN / 16; k++) {
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        const int row = E::groupRow(r % 2), chunk = k * 2 + r / 2;
+        *(uint32_t*)(block.exponentials + row * 128 + (chunk ^ row % 8) * 16 + lane % 4 * 4) = p[k][r];
+      }
+    }
+    if (lane % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < E::Rows; i++) block.highs[Group * E::BM + E::groupRow(i)] = high[i];
+    }
+    fenceOperands();
+    __syncwarp();
+    if (lane == 0) arrive(&block.scored[Group]);
+    if (t == tiles - 1) {
+      syncWarpgroup(); // all have their scores
+      clearBehind(t);
+    }
+    rescale();
+    fenceProducts(sums.v);
+#pragma unroll
+    for (int k = 0; k < E::BN; k += 16) multiplyGroup<E::Half, true>(sums.v, p[k / 16], operandAcrossOf(stageOf(t), E::BN, k, Group * E::Half));
+    commitProducts();
+    waitProducts<0>(sums.v);
+    replace(t, true);
+    if (Group == 0 && t + 1 < tiles) {
+      addTheirs(t + 1);
+      waitProducts<0>(sums.v);
+      replace(t + 1, false);
+    }
+  }
+  if (Group == 1 && tiles % 2 > 0) {
+    addTheirs(tiles - 1);
+    waitProducts<0>(sums.v);
+  }
+
+#pragma unroll
+  for (int i = 0; i < E::Rows; i++) {
+    total[i] = rowSum<E>(total[i]);
+    if (lane % 4 == 0) block.totals[Group * E::BM + E::groupRow(i)] = total[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < E::Rows; i++) {
+    const int row = E::groupRow(i);
+    if (block.first + row >= z.T * z.H) continue;
+    const float sum = block.totals[row] + block.totals[E::BM + row];
+    const int64_t to = partRow(z, block.first + row);
+    if (Group == 0 && lane % 4 == 0 && gridDim.x > 1) lse[to] = sum == 0.f ? -infinity() : high[i] * (1.f / E::Unit) + logf(sum);
+    storeRow<E, E::Half>(out + to * z.V + Group * E::Half, sums, i, z.V - Group * E::Half, sum == 0.f ? 0.f : 1.f / sum);
+  }
+}
+
+/// A tile of the T x H rows of sequence blockIdx.z, and part blockIdx.x of its keys.
+template <class E>
+MOE_DEVICE void latentAttention(float* out, float* lse, const float* q, const TensorMap& cache, const int* lengths, LatentSizes z) {
+  MOE_DYNAMIC_SHARED(dynamic);
+  MOE_SHARED(Barrier, full, [E::Stages * E::Parts]);
+  MOE_SHARED(Barrier, scored, [2]);
+  MOE_SHARED(float, highs, [2 * E::BM]);
+  MOE_SHARED(float, totals, [2 * E::BM]);
+  LatentBlock<E> block;
+  block.queries = dynamic + (-sharedAddress(dynamic) & 1023);
+  block.stages = block.queries + E::bytesQ;
+  block.exponentials = block.stages + E::Stages * E::stageBytes;
+  block.full = full, block.scored = scored, block.highs = highs, block.totals = totals;
+  block.part = Part::of<E::BN>(lengths, z);
+  block.tiles = divUp(block.part.to - block.part.from, E::BN);
+  block.first = blockIdx.y * E::BM;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < E::Stages * E::Parts; i++) initBarrier(&full[i], 1);
+    for (int i = 0; i < 2; i++) initBarrier(&scored[i], 4); // one arrival of each warp
+    fenceBarriers();
+    for (int t = 0; t < min(E::Stages, block.tiles); t++) {
+      for (int part = 0; part < E::Parts; part++) copyPart(block, cache, t, part);
+    }
+  }
+  q += ((int64_t)blockIdx.z * z.T * z.H + block.first) * z.C;
+  for (int i = threadIdx.x; i < E::BM * (E::DK / 8); i += E::Threads) {
+    const int row = i / (E::DK / 8), chunk = i % (E::DK / 8);
+    float4 a = make_float4(0.f, 0.f, 0.f, 0.f), b = a;
+    if (block.first + row < z.T * z.H && chunk * 8 < z.C) {
+      a = *(const float4*)(q + (int64_t)row * z.C + chunk * 8);
+      b = *(const float4*)(q + (int64_t)row * z.C + chunk * 8 + 4);
+    }
+    const uint4 eight = make_uint4(packBf16(a.x, a.y), packBf16(a.z, a.w), packBf16(b.x, b.y), packBf16(b.z, b.w));
+    *(uint4*)(block.queries + (chunk / 8 * E::BM + row) * 128 + (chunk ^ row) % 8 * 16) = eight;
+  }
+  fenceOperands();
+  __syncthreads();
+  if (__shfl_sync(wholeWarp, (int)threadIdx.x / 128, 0) == 0) latentWork<E, 0>(out, lse, cache, block, z);
+  else latentWork<E, 1>(out, lse, cache, block, z);
+}
+
+#define LATENT_ATTENTION(name, Engine)                                                                                                                       \
+  MOE_KERNEL((Engine::Threads, 1), moe_latent_attention_sm90a_##name, (float* out, float* lse, const float* q, const __grid_constant__ TensorMap cache, const int* lengths, int T, int S, int H, int C, int V, float scale)) { \
+    latentAttention<Engine>(out, lse, q, cache, lengths, {T, S, H, C, V, scale});                                                                          \
+  }
+using Large = LatentHopper<576, 512, 2>;
+using Medium = LatentHopper<320, 256, 4>;
+using Small = LatentHopper<192, 128, 4>;
+LATENT_ATTENTION(576_512, Large)
+LATENT_ATTENTION(320_256, Medium)
+LATENT_ATTENTION(192_128, Small)
