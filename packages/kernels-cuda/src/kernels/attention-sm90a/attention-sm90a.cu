@@ -1,40 +1,17 @@
-// Flash attention forward on Hopper (after Shah et al. 2024, without their overlap within a warpgroup). Legend as in attention.cu; features lie
-// padded in q [B, T, H * DK] and k [B, S, G * DK]; v is transposed to [B, G * Dv, S], so that every operand is [outer][k].
-#include "flash.cuh"
-#include "hopper.cuh"
+// Flash attention on Hopper, forward (after Shah et al. 2024, without their overlap within a warpgroup) and backward. Legend as in attention.cu; features lie
+// padded in q [B, T, H * DK], k [B, S, G * DK], and backward in v and dout alike; forward, v is transposed to [B, G * Dv, S].
+#include "flash-hopper.cuh"
 
-/// Two warpgroups of 64 queries each, and a warp that copies; an engine for the softmax and the stores of flash.cuh.
+/// Two warpgroups of 64 queries each, and a warp that copies.
 template <int DK_, int DV_>
-struct FlashHopper {
-  static constexpr int BM = 128, BN = 128, DK = DK_, DV = DV_, Copying = 8, Threads = (Copying + 1) * 32, Stages = 2;
-  static constexpr int Rows = 2, Columns = BN / 4, RowLanes = 4, Run = 2;
+struct FlashHopper : WarpgroupTile<128> {
+  static constexpr int BM = 128, DK = DK_, DV = DV_, Copying = 8, Threads = (Copying + 1) * 32, Stages = 2;
   static constexpr int bytesQ = BM * DK * 2, bytesK = BN * DK * 2, bytesV = DV * BN * 2, stageBytes = bytesK + bytesV;
-  static constexpr float Unit = 1.4426950408889634f;
-  MOE_DEVICE float exponential(float x) { return exp2Fast(x); }
-
-  struct Scores {
-    float v[BN / 2];
-  };
-  template <int D>
-  struct Sums {
-    float v[D / 2];
-  };
-  MOE_DEVICE float& at(Scores& s, int i, int j) { return s.v[j / 2 * 4 + i * 2 + j % 2]; }
-  template <int D>
-  MOE_DEVICE float& at(Sums<D>& s, int i, int j) { return s.v[j / 2 * 4 + i * 2 + j % 2]; }
-  MOE_DEVICE int row(int i) { return threadIdx.x / 32 * 16 + i * 8 + threadIdx.x % 32 / 4; }
-  MOE_DEVICE int column(int j) { return j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; }
-  template <int D>
-  static constexpr int sumColumns = D / 4;
-  template <int D>
-  MOE_DEVICE int sumColumn(int j) { return column(j); }
-
-  /// Element (row, k) of a tile of `rows` rows, of which 64 k at a time lie together.
-  MOE_DEVICE uint64_t operand(const unsigned char* tile, int rows, int row, int k) { return operandAt(tile + (k / 64 * rows + row) * 128, k % 64); }
+  MOE_DEVICE int row(int i) { return threadIdx.x / 128 * 64 + groupRow(i); }
 };
 
 struct Sizes {
-  int T, S, H, G, Dv, causal;
+  int T, S, H, G, Dk, Dv, causal;
   float scale;
 };
 
@@ -91,7 +68,7 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
     wait(&full[stage], parity);
     fenceProducts(s.v);
 #pragma unroll
-    for (int d = 0; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, E::operand(queries, E::BM, warp / 4 * 64, d), E::operand(keys, E::BN, 0, d));
+    for (int d = 0; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, operandOf(queries, E::BM, warp / 4 * 64, d), operandOf(keys, E::BN, 0, d));
     commitProducts();
     waitProducts<0>(s.v);
 
@@ -107,11 +84,10 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
     }
     OnlineSoftmax<E>::template update<E::DV>(softmax, s, sums);
     uint32_t p[E::BN / 16][4];
-#pragma unroll
-    for (int i = 0; i < E::BN / 4; i++) p[i / 4][i % 4] = packBf16(s.v[2 * i], s.v[2 * i + 1]);
+    E::pack(p, s);
     fenceProducts(sums.v);
 #pragma unroll
-    for (int j = 0; j < E::BN; j += 16) multiplyGroup<E::DV>(sums.v, p[j / 16], E::operand(values, E::DV, 0, j));
+    for (int j = 0; j < E::BN; j += 16) multiplyGroup<E::DV>(sums.v, p[j / 16], operandOf(values, E::DV, 0, j));
     commitProducts();
     waitProducts<0>(sums.v);
     if (lane == 0) arrive(&empty[stage]);
@@ -128,13 +104,242 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
   }
 }
 
-#define ATTENTION(name, Engine)                                                                                                                              \
-  MOE_KERNEL((Engine::Threads, 1), moe_attention_fwd_sm90a_##name, (float* out, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const int* lengths, int T, int S, int H, int G, int Dv, int causal, float scale)) { \
-    attention<Engine>(out, lse, q, k, v, lengths, {T, S, H, G, Dv, causal, scale});                                                      \
+/// Of each query, a multiple of 64 of them: its log sum exp in Unit, and delta = sum(dout out). One warp each; zeros behind the last.
+MOE_KERNEL((256), moe_attention_delta_sm90a, (float* delta, float* shift, const float* lse, const float* out, const float* dout, int B, int T, int H, int D)) {
+  const int padded = divUp(T, 64) * 64, lane = threadIdx.x % 32;
+  const int64_t rows = (int64_t)B * H * padded;
+  for (int64_t row = gridThread() / 32; row < rows; row += gridThreads() / 32) {
+    const int t = (int)(row % padded);
+    const int64_t h = row / padded % H, b = row / padded / H, from = ((b * T + t) * H + h) * D;
+    float sum = 0.f;
+    for (int d = lane; d < D && t < T; d += 32) sum = fmaf(out[from + d], dout[from + d], sum);
+    sum = warpSum(sum);
+    if (lane > 0) continue;
+    delta[row] = sum;
+    shift[row] = t < T ? lse[(b * H + h) * T + t] * WarpgroupTile<64>::Unit : 0.f;
   }
-using Small = FlashHopper<64, 64>;
-using Medium = FlashHopper<128, 128>;
-using Large = FlashHopper<192, 128>;
-ATTENTION(64_64, Small)
-ATTENTION(128_128, Medium)
-ATTENTION(192_128, Large)
+}
+
+/// Backward, a block has 128 rows, 64 to a warpgroup, and sees all columns, 64 at a time: keys against queries for the gradients of keys and values,
+/// queries against keys for those of queries. Either way the products that give scores take DK and DV features of rows and columns.
+template <int DK_, int DV_>
+struct BackwardHopper : WarpgroupTile<64> {
+  static constexpr int BM = 128, DK = DK_, DV = DV_, Stages = 3, Threads = 256, Warps = 8;
+  static constexpr int rowBytes = BM * (DK + DV) * 2, stageBytes = BN * (DK + DV) * 2;
+  MOE_DEVICE int row(int i) { return threadIdx.x / 128 * 64 + groupRow(i); }
+};
+
+/// A row or a column of tiles in memory: its head, its first row, its batch.
+struct Place {
+  int head, row, batch;
+};
+
+/// Copies the block's rows and, three stages ahead, its tiles of columns, each `tileAt(t)`. `step(t, columns)` is called when they are there, and may return
+/// when all its products are done. Afterwards, `rows` of the shared memory is what it was.
+template <class E, class TileAt, class Step>
+MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const TensorMap& rowsV, Place place, const TensorMap& columnsK, const TensorMap& columnsV, int tiles, TileAt tileAt, Step step) {
+  MOE_SHARED(Barrier, ready, [1]);
+  MOE_SHARED(Barrier, full, [E::Stages]);
+  MOE_SHARED(Barrier, empty, [E::Stages]);
+  unsigned char* const stages = rows + E::rowBytes;
+  auto load = [&](int t) {
+    const Place from = tileAt(t);
+    unsigned char* const to = stages + t % E::Stages * E::stageBytes;
+    Barrier* const barrier = &full[t % E::Stages];
+    arriveAndExpect(barrier, E::stageBytes);
+    for (int d = 0; d < E::DK; d += 64) copyBox(to + d * E::BN * 2, columnsK, barrier, from.head * E::DK + d, from.row, from.batch);
+    for (int d = 0; d < E::DV; d += 64) copyBox(to + (E::DK + d) * E::BN * 2, columnsV, barrier, from.head * E::DV + d, from.row, from.batch);
+  };
+  if (threadIdx.x == 0) {
+    initBarrier(ready, 1);
+    for (int s = 0; s < E::Stages; s++) {
+      initBarrier(&full[s], 1);
+      initBarrier(&empty[s], E::Warps);
+    }
+    fenceBarriers();
+    if (tiles > 0) {
+      arriveAndExpect(ready, E::rowBytes);
+      for (int d = 0; d < E::DK; d += 64) copyBox(rows + d * E::BM * 2, rowsK, ready, place.head * E::DK + d, place.row, place.batch);
+      for (int d = 0; d < E::DV; d += 64) copyBox(rows + (E::DK + d) * E::BM * 2, rowsV, ready, place.head * E::DV + d, place.row, place.batch);
+    }
+    for (int t = 0; t < min(tiles, E::Stages); t++) load(t);
+  }
+  __syncthreads();
+  if (tiles > 0) wait(ready, 0);
+  for (int t = 0; t < tiles; t++) {
+    wait(&full[t % E::Stages], t / E::Stages & 1);
+    step(t, stages + t % E::Stages * E::stageBytes);
+    if (threadIdx.x % 32 == 0) arrive(&empty[t % E::Stages]);
+    // The other warpgroup is hardly more than a tile behind.
+    const int next = t - 1 + E::Stages;
+    if (threadIdx.x == 0 && t > 0 && next < tiles) {
+      wait(&empty[(t - 1) % E::Stages], (t - 1) / E::Stages & 1);
+      load(next);
+    }
+    __syncwarp();
+  }
+}
+
+/// Scores of this warpgroup's rows and a tile of columns, and with their features of values likewise the gradients of the probabilities, which are added.
+template <class E>
+MOE_DEVICE void multiplyTiles(typename E::Scores& s, typename E::Scores& gradients, const unsigned char* rows, const unsigned char* columns) {
+  const int first = __shfl_sync(wholeWarp, (int)threadIdx.x / 128, 0) * 64;
+  fenceProducts(s.v);
+  fenceProducts(gradients.v);
+#pragma unroll
+  for (int d = 0; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, operandOf(rows, E::BM, first, d), operandOf(columns, E::BN, 0, d));
+#pragma unroll
+  for (int d = 0; d < E::DV; d += 16) {
+    multiplyGroup<E::BN>(gradients.v, operandOf(rows + E::DK * E::BM * 2, E::BM, first, d), operandOf(columns + E::DK * E::BN * 2, E::BN, 0, d));
+  }
+  commitProducts();
+  waitProducts<0>(s.v);
+  holdSums(gradients.v);
+}
+
+/// Gradients of 128 keys and values of key head blockIdx.y. The heads that share the key head come one after the other.
+template <class E>
+MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, Sizes z) {
+  MOE_DYNAMIC_SHARED(dynamic);
+  unsigned char* const rows = dynamic + (-sharedAddress(dynamic) & 1023);
+  const int b = blockIdx.z, g = blockIdx.y, first = blockIdx.x * E::BM, shares = z.H / z.G;
+  const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
+  // Tiles of queries of each head, from the first query that sees a key of this block.
+  const int begin = visible.firstQuery(first) / E::BN * E::BN;
+  const int perHead = first < visible.limit ? max(0, divUp(z.T - begin, E::BN)) : 0;
+  auto tileAt = [&](int t) -> Place { return {g * shares + t / perHead, begin + t % perHead * E::BN, b}; };
+
+  typename E::template Sums<E::DK> sumsK = {};
+  typename E::template Sums<E::DV> sumsV = {};
+  forTiles<E>(rows, k, v, {g, first, b}, q, dout, perHead * shares, tileAt, [&](int tile, const unsigned char* columns) {
+    const Place place = tileAt(tile);
+    const int64_t at = ((int64_t)b * z.H + place.head) * (divUp(z.T, E::BN) * E::BN) + place.row;
+    typename E::Scores s = {}, gradients;
+#pragma unroll
+    for (int j = 0; j < E::Columns; j += 2) {
+      const float2 two = *(const float2*)(delta + at + E::column(j));
+#pragma unroll
+      for (int i = 0; i < E::Rows; i++) E::at(gradients, i, j) = -two.x, E::at(gradients, i, j + 1) = -two.y;
+    }
+    multiplyTiles<E>(s, gradients, rows, columns);
+
+    const bool whole = place.row + E::BN <= z.T && first + E::BM <= visible.keys(place.row);
+#pragma unroll
+    for (int j = 0; j < E::Columns; j += 2) {
+      const float2 two = *(const float2*)(shift + at + E::column(j));
+#pragma unroll
+      for (int c = j; c < j + 2; c++) {
+        const int query = place.row + E::column(c);
+        const int seen = whole ? z.S : query < z.T ? visible.keys(query) : 0;
+#pragma unroll
+        for (int i = 0; i < E::Rows; i++) {
+          const bool sees = first + E::row(i) < seen;
+          float &p = E::at(s, i, c), &ds = E::at(gradients, i, c);
+          p = sees ? exp2Fast(p * (z.scale * E::Unit) - (c == j ? two.x : two.y)) : 0.f;
+          ds = sees ? p * ds : 0.f;
+        }
+      }
+    }
+    uint32_t p[E::BN / 16][4], ds[E::BN / 16][4];
+    E::pack(p, s);
+    E::pack(ds, gradients);
+    fenceProducts(sumsV.v);
+    fenceProducts(sumsK.v);
+#pragma unroll
+    for (int t = 0; t < E::BN; t += 16) multiplyGroup<E::DV, true>(sumsV.v, p[t / 16], operandAcrossOf(columns + E::DK * E::BN * 2, E::BN, t, 0));
+#pragma unroll
+    for (int t = 0; t < E::BN; t += 16) multiplyGroup<E::DK, true>(sumsK.v, ds[t / 16], operandAcrossOf(columns, E::BN, t, 0));
+    commitProducts();
+    waitProducts<0>(sumsV.v);
+    holdSums(sumsK.v);
+  });
+
+#pragma unroll
+  for (int i = 0; i < E::Rows; i++) {
+    const int key = first + E::row(i);
+    if (key >= z.S) continue;
+    const int64_t at = ((int64_t)b * z.S + key) * z.G + g;
+    storeRow<E, E::DK>(dk + at * z.Dk, sumsK, i, z.Dk, z.scale);
+    storeRow<E, E::DV>(dv + at * z.Dv, sumsV, i, z.Dv, 1.f);
+  }
+}
+
+/// Gradient of 128 queries of head blockIdx.y.
+template <class E>
+MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, Sizes z) {
+  MOE_DYNAMIC_SHARED(dynamic);
+  unsigned char* const rows = dynamic + (-sharedAddress(dynamic) & 1023);
+  const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
+  const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
+  const int end = visible.keys(min(first + E::BM, z.T) - 1), seenByAll = visible.keys(first), tiles = divUp(end, E::BN);
+
+  float rowShift[E::Rows], rowDelta[E::Rows];
+  int seen[E::Rows];
+#pragma unroll
+  for (int i = 0; i < E::Rows; i++) {
+    const int t = first + E::row(i);
+    const int64_t at = ((int64_t)b * z.H + h) * (divUp(z.T, E::BN) * E::BN) + t;
+    rowShift[i] = t < z.T ? shift[at] : 0.f;
+    rowDelta[i] = t < z.T ? delta[at] : 0.f;
+    seen[i] = visible.keys(t);
+  }
+  typename E::template Sums<E::DK> sums = {};
+  auto tileAt = [&](int t) -> Place { return {g, t * E::BN, b}; };
+  forTiles<E>(rows, q, dout, {h, first, b}, k, v, tiles, tileAt, [&](int tile, unsigned char* columns) {
+    const int key = tile * E::BN;
+    if (key + E::BN > end) {
+      // Keys behind the end may be anything: 0 times that need not be 0.
+      for (int i = threadIdx.x; i < (key + E::BN - end) * (E::DK / 8); i += E::Threads) {
+        const int row = end - key + i / (E::DK / 8), chunk = i % (E::DK / 8);
+        *(uint4*)(columns + (chunk / 8 * E::BN + row) * 128 + chunk % 8 * 16) = make_uint4(0, 0, 0, 0);
+      }
+      fenceOperands();
+      __syncthreads();
+    }
+    typename E::Scores s = {}, gradients;
+#pragma unroll
+    for (int j = 0; j < E::Columns; j++) {
+#pragma unroll
+      for (int i = 0; i < E::Rows; i++) E::at(gradients, i, j) = -rowDelta[i];
+    }
+    multiplyTiles<E>(s, gradients, rows, columns);
+    const bool whole = key + E::BN <= seenByAll;
+#pragma unroll
+    for (int i = 0; i < E::Rows; i++) {
+#pragma unroll
+      for (int j = 0; j < E::Columns; j++) {
+        float& ds = E::at(gradients, i, j);
+        const float p = exp2Fast(E::at(s, i, j) * (z.scale * E::Unit) - rowShift[i]);
+        ds = whole || key + E::column(j) < seen[i] ? p * ds : 0.f;
+      }
+    }
+    uint32_t ds[E::BN / 16][4];
+    E::pack(ds, gradients);
+    fenceProducts(sums.v);
+#pragma unroll
+    for (int j = 0; j < E::BN; j += 16) multiplyGroup<E::DK, true>(sums.v, ds[j / 16], operandAcrossOf(columns, E::BN, j, 0));
+    commitProducts();
+    waitProducts<0>(sums.v);
+  });
+
+#pragma unroll
+  for (int i = 0; i < E::Rows; i++) {
+    const int t = first + E::row(i);
+    if (t >= z.T) continue;
+    storeRow<E, E::DK>(dq + (((int64_t)b * z.T + t) * z.H + h) * z.Dk, sums, i, z.Dk, z.scale);
+  }
+}
+
+#define ATTENTION(name, DK, DV)                                                                                                                              \
+  MOE_KERNEL((FlashHopper<DK, DV>::Threads, 1), moe_attention_fwd_sm90a_##name, (float* out, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const int* lengths, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
+    attention<FlashHopper<DK, DV>>(out, lse, q, k, v, lengths, {T, S, H, G, Dk, Dv, causal, scale});                                                      \
+  }                                                                                                                                                          \
+  MOE_KERNEL((BackwardHopper<DK, DV>::Threads, 1), moe_attention_bwd_keys_sm90a_##name, (float* dk, float* dv, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout, const float* shift, const float* delta, const int* lengths, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
+    keysBackward<BackwardHopper<DK, DV>>(dk, dv, q, k, v, dout, shift, delta, lengths, {T, S, H, G, Dk, Dv, causal, scale});                                \
+  }                                                                                                                                                          \
+  MOE_KERNEL((BackwardHopper<DK, DV>::Threads, 1), moe_attention_bwd_queries_sm90a_##name, (float* dq, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout, const float* shift, const float* delta, const int* lengths, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
+    queriesBackward<BackwardHopper<DK, DV>>(dq, q, k, v, dout, shift, delta, lengths, {T, S, H, G, Dk, Dv, causal, scale});                                 \
+  }
+ATTENTION(64_64, 64, 64)
+ATTENTION(128_128, 128, 128)
+ATTENTION(192_128, 192, 128)

@@ -4,17 +4,13 @@ import { type Cuda, pointerOf } from '../../native.ts'
 import type { Round } from '../matmul/gemm.ts'
 import { packForHopper } from '../matmul-sm90a/pack.ts'
 import { operandMap } from '../matmul-sm90a/product.ts'
+import { heads, sizes } from './heads.ts'
 
-/** Rows and columns of a score tile (FlashHopper of attention-sm90a.cu), and the heads that there are kernels for. */
+/** Rows and columns of a score tile (FlashHopper of attention-sm90a.cu). */
 const tile = 128
 const stages = 2
 /** Two warpgroups and a warp. */
 const threads = 288
-const heads = [
-  [64, 64],
-  [128, 128],
-  [192, 128],
-] as const
 
 /** Dynamic shared memory: the queries, stages of keys and values, and room to begin at a multiple of 1024. */
 const sharedBytes = (dk: number, dv: number) => (tile * dk + stages * tile * (dk + dv)) * 2 + 1024
@@ -29,10 +25,10 @@ export type AttentionForward = (
 
 export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
   const pack = packForHopper(cuda, round)
-  const kernels = heads.map(([dk, dv]) => ({
+  const kernels = heads.map(({ dk, dv }) => ({
     dk,
     dv,
-    kernel: cuda.kernel('attention-sm90a', `moe_attention_fwd_sm90a_${dk}_${dv}`, 'p p t t t p i i i i i i f'),
+    kernel: cuda.kernel('attention-sm90a', `moe_attention_fwd_sm90a_${dk}_${dv}`, `p p t t t p ${sizes}`),
   }))
   return (out, lse, { q, k, v, lengths }, { causal, scale }) => {
     const [B, T, H, Dk] = q.shape
@@ -58,6 +54,7 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
       S,
       H,
       G,
+      Dk,
       Dv,
       +causal,
       scale,

@@ -1,7 +1,7 @@
 import { type Precision, Random } from '@moe/core'
-import { describe, expect, test } from 'vitest'
+import { afterEach, describe, expect, test } from 'vitest'
 import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
-import { productVariants, unavailable } from '../../test-backend.ts'
+import { productVariants, reverseOrder, unavailable } from '../../test-backend.ts'
 
 interface Size {
   readonly name: string
@@ -19,6 +19,7 @@ interface Size {
 // Several tiles of queries and of keys in every engine, and heads that fill its tiles or only a part of them.
 const sizes: readonly Size[] = [
   { name: 'MLA heads', B: 1, T: 150, S: 150, H: 2, G: 2, Dk: 192, Dv: 128, causal: true },
+  { name: 'MLA heads, shared', B: 1, T: 70, S: 330, H: 2, G: 1, Dk: 192, Dv: 128, causal: true, lengths: [300] },
   { name: 'shared key heads', B: 1, T: 70, S: 150, H: 4, G: 2, Dk: 100, Dv: 128, causal: true },
   { name: 'lengths', B: 3, T: 70, S: 100, H: 1, G: 1, Dk: 64, Dv: 50, causal: true, lengths: [100, 33, 0] },
   { name: 'lengths, not causal', B: 2, T: 3, S: 100, H: 1, G: 1, Dk: 21, Dv: 64, causal: false, lengths: [64, 97] },
@@ -28,6 +29,10 @@ const sizes: readonly Size[] = [
 ]
 
 const room: { readonly [P in Precision]: number } = { f32: 5e-6, bf16: 2e-2 }
+
+afterEach(() => {
+  if (!unavailable) reverseOrder(false)
+})
 
 describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma $wgmma', ({ precision, wgmma }) => {
   test.each(sizes)('$name', async ({ B, T, S, H, G, Dk, Dv, causal, lengths }) => {
@@ -49,11 +54,16 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
       expect(distance(x, expected[i])).toBeLessThan(room[precision])
     })
 
-    if (wgmma) return // there is no other backward pass
     const dout = exact(random, B, T, H, Dv)
     const saved = expected.map((x, i) => ({ data: Float32Array.from(x), shape: outputs[i].shape }))
     const gradients = [q, k, v].map(x => output(...x.shape))
-    const backward = await onCuda('attentionBackward', [q, k, v, ...saved, dout, ...ends], attrs, gradients)
+    const run = () => onCuda('attentionBackward', [q, k, v, ...saved, dout, ...ends], attrs, gradients, { wgmma })
+    const backward = await run()
+    if (wgmma) {
+      reverseOrder(true)
+      expect(await run()).toEqual(backward)
+      reverseOrder(false)
+    }
     for (const x of [k, v])
       (x.data as Float32Array).forEach((value, i, all) => {
         if (Number.isNaN(value)) all[i] = 1

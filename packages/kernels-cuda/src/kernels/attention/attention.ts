@@ -1,6 +1,7 @@
 /** @file Attention that never stores its scores, and its gradient. */
 import type { Precision, Value } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
+import { attentionBackwardOnHopper } from '../attention-sm90a/backward.ts'
 import { attentionOnHopper } from '../attention-sm90a/forward.ts'
 import { type DenseMatrix, roundToBf16 } from '../matmul/gemm.ts'
 
@@ -111,6 +112,7 @@ export const attention: FusedFactory<'attention'> = cuda => {
 
 export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
   const round = roundToBf16(cuda)
+  const onHopper = cuda.wgmma ? attentionBackwardOnHopper(cuda, round) : undefined
   const delta = cuda.kernel('attention', 'moe_attention_delta_f32', 'p p p i i i i')
   const kernels = new Map(
     engines.map(e => [
@@ -130,6 +132,10 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
     const dk = cuda.output(dkSpec)
     const dv = cuda.output(dvSpec)
     if (B * H === 0) return [dq, dk, dv]
+    if (onHopper !== undefined && precision === 'bf16' && T * S * G * Dk * Dv > 0) {
+      const gradients = { dq: dq.pointer, dk: dk.pointer, dv: dv.pointer }
+      if (onHopper(gradients, { q, k, v, out, lse, dout, lengths }, { causal, scale })) return [dq, dk, dv]
+    }
     const deltas = cuda.scratch(B * H * T * 4).pointer
     const rows = Math.ceil((B * T * H) / 8)
     delta(

@@ -1,0 +1,92 @@
+/** @file The gradient of attention on Hopper: keys and values by one kernel, queries by another, so that no sum depends on timing. */
+import type { Value } from '@moe/core'
+import { type Cuda, pointerOf } from '../../native.ts'
+import type { Round } from '../matmul/gemm.ts'
+import { operandMap } from '../matmul-sm90a/product.ts'
+import { heads, sizes } from './heads.ts'
+
+/** Rows and columns of a score tile (BackwardHopper of attention-sm90a.cu). */
+const tile = { rows: 128, columns: 64 } as const
+const stages = 3
+/** Two warpgroups. */
+const threads = 256
+
+/** Dynamic shared memory: the block's rows, stages of columns, and room to begin at a multiple of 1024. */
+const sharedBytes = (dk: number, dv: number) => (tile.rows + stages * tile.columns) * (dk + dv) * 2 + 1024
+
+interface Inputs {
+  readonly q: Value
+  readonly k: Value
+  readonly v: Value
+  readonly out: Value
+  readonly lse: Value
+  readonly dout: Value
+  readonly lengths?: Value
+}
+
+/** As the op's outputs and inputs, of which none is empty. False when heads are too large. */
+export type AttentionBackward = (
+  gradients: { readonly dq: number; readonly dk: number; readonly dv: number },
+  inputs: Inputs,
+  attrs: { readonly causal: boolean; readonly scale: number },
+) => boolean
+
+export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBackward {
+  const perQuery = cuda.kernel('attention-sm90a', 'moe_attention_delta_sm90a', 'p p p p p i i i i')
+  const kernels = heads.map(({ dk, dv }) => ({
+    dk,
+    dv,
+    keys: cuda.kernel('attention-sm90a', `moe_attention_bwd_keys_sm90a_${dk}_${dv}`, `p p t t t t p p p ${sizes}`),
+    queries: cuda.kernel('attention-sm90a', `moe_attention_bwd_queries_sm90a_${dk}_${dv}`, `p t t t t p p p ${sizes}`),
+  }))
+  return (gradients, { q, k, v, out, lse, dout, lengths }, { causal, scale }) => {
+    const [B, T, H, Dk] = q.shape
+    const [, S, G, Dv] = v.shape
+    const engine = kernels.find(({ dk, dv }) => Dk <= dk && Dv <= dv)
+    if (engine === undefined) return false
+    const { dk, dv, keys, queries } = engine
+
+    const padded = Math.ceil(T / tile.columns) * tile.columns
+    const [delta, shift] = [1, 2].map(() => cuda.scratch(B * H * padded * 4).pointer)
+    const blocks = Math.min(Math.ceil((B * H * padded) / 8), cuda.multiprocessors * 16)
+    const saved = [lse, out, dout].map(pointerOf)
+    perQuery({ grid: blocks, block: 256 }, delta, shift, ...saved, B, T, H, Dv)
+
+    const matrix = (x: Value, features: number) => {
+      const [, rows, perRow, columns] = x.shape
+      const [rounded] = round([{ pointer: pointerOf(x), rows: B * rows * perRow, columns, ld: features }])
+      const width = perRow * features
+      return (boxRows: number) => operandMap(cuda, { pointer: rounded.pointer, ld: width }, B, rows, width, boxRows)
+    }
+    const [byQuery, byKey] = [
+      [matrix(q, dk), matrix(dout, dv)],
+      [matrix(k, dk), matrix(v, dv)],
+    ]
+    const [queriesAsRows, doutAsRows] = byQuery.map(map => map(tile.rows))
+    const [queriesAsColumns, doutAsColumns] = byQuery.map(map => map(tile.columns))
+    const [keysAsRows, valuesAsRows] = byKey.map(map => map(tile.rows))
+    const [keysAsColumns, valuesAsColumns] = byKey.map(map => map(tile.columns))
+    const rest = [shift, delta, lengths ? pointerOf(lengths) : 0, T, S, H, G, Dk, Dv, +causal, scale]
+    const launch = { block: threads, shared: sharedBytes(dk, dv) }
+    keys(
+      { grid: [Math.ceil(S / tile.rows), G, B], ...launch },
+      gradients.dk,
+      gradients.dv,
+      queriesAsColumns,
+      keysAsRows,
+      valuesAsRows,
+      doutAsColumns,
+      ...rest,
+    )
+    queries(
+      { grid: [Math.ceil(T / tile.rows), H, B], ...launch },
+      gradients.dq,
+      queriesAsRows,
+      keysAsColumns,
+      valuesAsColumns,
+      doutAsRows,
+      ...rest,
+    )
+    return true
+  }
+}
