@@ -35,9 +35,10 @@ struct WarpgroupTile {
   }
 };
 
-/// Element (row, k) of a tile of `rows` rows, of which 64 k at a time lie together: k runs along memory.
-MOE_DEVICE uint64_t operandOf(const unsigned char* tile, int rows, int row, int k) { return operandAt(tile + (k / 64 * rows + row) * 128, k % 64); }
+/// Element (row, k) of a tile of `rows` rows, of which 64 k at a time lie together: k runs along memory. (Distances are added to the descriptor of the tile's
+/// beginning, which serves many.)
+MOE_DEVICE uint64_t operandOf(const unsigned char* tile, int rows, int row, int k) { return operandAt(tile, 0) + ((k / 64 * rows + row) * 8 + k % 64 / 8); }
 /// Columns from `column`, a multiple of 64, on of such a tile as a right operand whose k is the rows from `row` on.
 MOE_DEVICE uint64_t operandAcrossOf(const unsigned char* tile, int rows, int row, int column) {
-  return operandAcross(tile + (column / 64 * rows + row) * 128, rows * 128);
+  return operandAcross(tile, rows * 128) + (column / 64 * rows + row) * 8;
 }

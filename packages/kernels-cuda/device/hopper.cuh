@@ -65,6 +65,12 @@ MOE_DEVICE void copyBox(void* shared, const TensorMap& map, Barrier* barrier, in
                "l"(&map), "r"(sharedAddress(barrier)), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
+/// Likewise `bytes` in a row; all are multiples of 16 ("cp.async.bulk").
+MOE_DEVICE void copyBytes(void* shared, const void* global, int bytes, Barrier* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(sharedAddress(shared)), "l"(global), "r"(bytes),
+               "r"(sharedAddress(barrier))
+               : "memory");
+}
 MOE_DEVICE void prefetchMap(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
 /// A tile of rows of 64 bf16 (128 bytes), as copyBox leaves it with a swizzle of 128 bytes: an operand whose k runs along memory.

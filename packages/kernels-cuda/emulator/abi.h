@@ -69,6 +69,7 @@ void fenceBarriers();
 void arriveAtBarrier(void* barrier, int expectedBytes, const char* file, int line);
 void waitForBarrier(void* barrier, int parity, const char* file, int line);
 void copyBox(void* shared, const void* map, void* barrier, int x, int y, int z, const char* file, int line);
+void copyBytes(void* shared, const void* global, int bytes, void* barrier, const char* file, int line);
 void fenceOperands();
 void syncWarpgroup(const char* file, int line);
 void fenceProducts();

@@ -25,6 +25,7 @@ MOE_DEVICE void wait(Barrier* barrier, int parity, EMU_PLACE) { emu::waitForBarr
 MOE_DEVICE void copyBox(void* shared, const TensorMap& map, Barrier* barrier, int x, int y, int z, EMU_PLACE) {
   emu::copyBox(shared, &map, barrier, x, y, z, file, line);
 }
+MOE_DEVICE void copyBytes(void* shared, const void* global, int bytes, Barrier* barrier, EMU_PLACE) { emu::copyBytes(shared, global, bytes, barrier, file, line); }
 MOE_DEVICE void prefetchMap(const TensorMap&) {}
 
 MOE_DEVICE uint64_t operandAt(const void* firstRow, int k) {

@@ -244,21 +244,11 @@ void syncWarpgroup(const char* file, int line) {
   }
 }
 
-void copyBox(void* shared, const void* map, void* at, int x, int y, int z, const char* file, int line) {
-  const Where where{file, line};
-  if ((uintptr_t)map % 64 != 0) stop(misalignedAddress, where, "misaligned: a tensor map at 0x%zx", (size_t)map);
-  Box box{};
-  memcpy(&box.map, map, sizeof box.map);
-  if (box.map.magic != boxMapMagic || box.map.rank != 3) stop(launchFailed, where, "this is no tensor map of rank 3");
-  Mbarrier& barrier = barrierAt(at, "a copy", where);
-  if (!barrier.fenced) stop(launchFailed, where, "the copy engine is given a barrier without fenceBarriers() after initBarrier()");
-  box.to = (uintptr_t)shared;
-  box.at[0] = x, box.at[1] = y, box.at[2] = z;
+/// Puts a box on its way.
+static void copy(Box box, Mbarrier& barrier, Where where) {
   box.bytes = (size_t)box.map.box[0] * box.map.box[1] * box.map.box[2] * box.map.elementBytes;
-  const uint32_t alignment = box.map.swizzle == swizzle128 ? 1024 : 128;
+  if (!barrier.fenced) stop(launchFailed, where, "the copy engine is given a barrier without fenceBarriers() after initBarrier()");
   if (!inShared(box.to)) stop(illegalAddress, where, "a copy of a box to 0x%zx, which is not shared memory", (size_t)box.to);
-  if (sharedAddress(shared) % alignment != 0)
-    stop(misalignedAddress, where, "misaligned: a box goes to %s, not to a multiple of %u", sharedPlace(box.to).c_str(), alignment);
   if (checksOn) {
     checkSource(box, where);
     checkOverwrite("a box goes", box.to, box.bytes, where);
@@ -267,6 +257,38 @@ void copyBox(void* shared, const void* map, void* at, int x, int y, int z, const
   barrier.copied += box.bytes;
   barrier.boxes.push_back(box);
   if (!barrier.waiting.empty()) tryToEnd(barrier);
+}
+
+void copyBox(void* shared, const void* map, void* at, int x, int y, int z, const char* file, int line) {
+  const Where where{file, line};
+  if ((uintptr_t)map % 64 != 0) stop(misalignedAddress, where, "misaligned: a tensor map at 0x%zx", (size_t)map);
+  Box box{};
+  memcpy(&box.map, map, sizeof box.map);
+  if (box.map.magic != boxMapMagic || box.map.rank != 3) stop(launchFailed, where, "this is no tensor map of rank 3");
+  box.to = (uintptr_t)shared;
+  box.at[0] = x, box.at[1] = y, box.at[2] = z;
+  const uint32_t alignment = box.map.swizzle == swizzle128 ? 1024 : 128;
+  if (inShared(box.to) && sharedAddress(shared) % alignment != 0)
+    stop(misalignedAddress, where, "misaligned: a box goes to %s, not to a multiple of %u", sharedPlace(box.to).c_str(), alignment);
+  copy(box, barrierAt(at, "a copy", where), where);
+}
+
+/// A box of one row.
+void copyBytes(void* shared, const void* global, int bytes, void* at, const char* file, int line) {
+  const Where where{file, line};
+  if (((uintptr_t)shared | (uintptr_t)global | (uintptr_t)bytes) % 16 != 0)
+    stop(misalignedAddress, where, "misaligned: a copy of %d bytes from 0x%zx to 0x%zx, which are to be multiples of 16", bytes, (size_t)global, (size_t)(uintptr_t)shared);
+  if (bytes < 16 || bytes > 1024) stop(launchFailed, where, "a copy of %d bytes; 16 to 1024 are emulated", bytes);
+  Box box{};
+  box.map.rank = 3;
+  box.map.address = (uintptr_t)global;
+  box.map.elementBytes = 4;
+  box.map.box[0] = (uint16_t)(bytes / 4);
+  box.map.box[1] = box.map.box[2] = 1;
+  box.map.sizes[0] = (uint64_t)bytes / 4;
+  box.map.sizes[1] = box.map.sizes[2] = 1;
+  box.to = (uintptr_t)shared;
+  copy(box, barrierAt(at, "a copy", where), where);
 }
 
 }  // namespace emu

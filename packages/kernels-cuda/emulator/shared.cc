@@ -37,6 +37,8 @@ struct Cell {
 };
 Cell* cells;
 Cell* byteCells;
+/// By 128 bytes and warp: when threads last read there, while it matters whose reads somebody has heard of.
+uint32_t (*readBy)[maxWarps];
 uintptr_t region;
 size_t staticEnd = dynamicEnd;
 
@@ -117,6 +119,17 @@ inline void readCell(Cell& cell, uintptr_t address, Where where) {
   if (cell.readClock < run.barrierClock) cell.reader = me;
   else if (cell.reader != me && !(cell.reader & everyone)) cell.reader = ordered(cell.readClock, cell.reader) ? me : merge(cell.reader);
   cell.readClock = run.clock;
+  if (othersHeard) readBy[(address - region) >> 7][run.warp] = run.clock;
+}
+
+/// Whether what was read is ordered before the current access.
+inline bool readsOrdered(const Cell& cell, uintptr_t address) {
+  if (cell.readClock < run.barrierClock || !(cell.reader & everyone) || !othersHeard) return ordered(cell.readClock, cell.reader);
+  for (int w = 0; w < (threadsOfBlock() + 31) / 32; w++) {
+    const uint32_t when = readBy[(address - region) >> 7][w];
+    if (w != run.warp && when >= run.barrierClock && heard[run.thread][w] <= when) return false;
+  }
+  return true;
 }
 
 inline void checkWrite(Cell& cell, uintptr_t address, Where where) {
@@ -124,7 +137,7 @@ inline void checkWrite(Cell& cell, uintptr_t address, Where where) {
     if (cell.writeClock == onItsWay) early(address, where);
     if (!ordered(cell.writeClock, cell.writer & ~atomically)) race("write", "written", cell.writer, address, where);
   }
-  if (!ordered(cell.readClock, cell.reader)) race("write", "read", cell.reader, address, where);
+  if (!readsOrdered(cell, address)) race("write", "read", cell.reader, address, where);
 }
 
 inline void writeCell(Cell& cell, uintptr_t address, Where where) {
@@ -142,7 +155,7 @@ inline void atomicCell(Cell& cell, bool reads, uintptr_t address, Where where) {
     if (!(cell.writer & atomically)) race("atomic", "written", cell.writer, address, where);
     who = merge(cell.writer & ~atomically);
   }
-  if (!ordered(cell.readClock, cell.reader)) race("atomic", "read", cell.reader, address, where);
+  if (!readsOrdered(cell, address)) race("atomic", "read", cell.reader, address, where);
   cell.writer = who | atomically;
   cell.writeClock = run.clock;
   cell.readClock = 0;
@@ -190,6 +203,7 @@ void reserveShared() {
     region = (uintptr_t)reserve(regionBytes);
     cells = (Cell*)reserve(regionBytes / 4 * sizeof(Cell));
     byteCells = (Cell*)reserve(regionBytes * sizeof(Cell));
+    readBy = (uint32_t(*)[maxWarps])reserve(regionBytes / 128 * sizeof *readBy);
   }
   sharedStart = region;
   sharedBytes = checksOn ? regionBytes : 0;
@@ -198,6 +212,7 @@ void reserveShared() {
 bool inShared(uintptr_t address) { return address - region < regionBytes; }
 
 void forgetShared() {
+  madvise(readBy, regionBytes / 128 * sizeof *readBy, MADV_DONTNEED);
   for (size_t i = 0; i < staticEnd / 4; i++) {
     Cell& cell = cells[i];
     cell.writeClock = cell.readClock = 0;

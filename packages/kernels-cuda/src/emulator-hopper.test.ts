@@ -154,10 +154,10 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     const x = device.upload(Float32Array.from({ length: 64 }, (_, i) => i))
     const options = { type: 7, swizzle: 0, sizes: [32, 2, 1], strides: [128, 256], box: [32, 1, 1] }
     const y = device.upload(new Float32Array(64))
-    const launched = device.launch('moe_test_boxes', 1, 64, 'p t i', [y, encoded(x, options), mode])
+    const launched = device.launch('moe_test_boxes', 1, 64, 'p p t i', [y, x, encoded(x, options), mode])
     return { y, status: launched || device.synchronize(), report: device.report() }
   }
-  test.each([0, 1])('threads read boxes that they have waited for, or their warp has (%i)', mode => {
+  test.each([0, 1, 5])('threads read boxes that they have waited for, or their warp has (%i)', mode => {
     const { y, status, report } = boxes(mode)
     expect({ status, report }).toEqual({ status: 0, report: '' })
     expect(device.download(y, Float32Array, 64)).toEqual(Float32Array.from({ length: 64 }, (_, i) => i))
@@ -166,10 +166,11 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     [2, 'written by the copy engine'],
     [3, 'read by thread 0'],
     [4, 'threads wait for each other'],
-  ])('boxes that threads read too early, or that are written too early (%i)', (mode, text) => {
+    [6, 'which are to be multiples of 16'],
+  ])('boxes that threads read too early, or that are written too early or to the wrong place (%i)', (mode, text) => {
     const { status, report } = boxes(mode)
     expect(report).toContain(text)
-    expect(status).toBe(launchFailed)
+    expect(status).toBe(mode === 6 ? misalignedAddress : launchFailed)
   })
 
   const operands = (mode: OperandMode) => {

@@ -134,10 +134,10 @@ struct Place {
   int head, row, batch;
 };
 
-/// Copies the block's rows and, three stages ahead, its tiles of columns, each `tileAt(t)`. `step(t, columns)` is called when they are there, and may return
-/// when all its products are done. Afterwards, `rows` of the shared memory is what it was.
-template <class E, class TileAt, class Step>
-MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const TensorMap& rowsV, Place place, const TensorMap& columnsK, const TensorMap& columnsV, int tiles, TileAt tileAt, Step step) {
+/// Copies the block's rows and, some stages ahead, its tiles of columns, each `tileAt(t)`, and `MoreBytes` that `copyMore(t, stage, barrier)` asks for.
+/// `step(t, stage, columns)` is called when they are there, and may return when all its products are done.
+template <class E, int MoreBytes, class TileAt, class CopyMore, class Step>
+MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const TensorMap& rowsV, Place place, const TensorMap& columnsK, const TensorMap& columnsV, int tiles, TileAt tileAt, CopyMore copyMore, Step step) {
   MOE_SHARED(Barrier, ready, [1]);
   MOE_SHARED(Barrier, full, [E::Stages]);
   MOE_SHARED(Barrier, empty, [E::Stages]);
@@ -146,7 +146,8 @@ MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const Tens
     const Place from = tileAt(t);
     unsigned char* const to = stages + t % E::Stages * E::stageBytes;
     Barrier* const barrier = &full[t % E::Stages];
-    arriveAndExpect(barrier, E::stageBytes);
+    arriveAndExpect(barrier, E::stageBytes + MoreBytes);
+    copyMore(t, t % E::Stages, barrier);
     for (int d = 0; d < E::DK; d += 64) copyBox(to + d * E::BN * 2, columnsK, barrier, from.head * E::DK + d, from.row, from.batch);
     for (int d = 0; d < E::DV; d += 64) copyBox(to + (E::DK + d) * E::BN * 2, columnsV, barrier, from.head * E::DV + d, from.row, from.batch);
   };
@@ -168,7 +169,8 @@ MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const Tens
   if (tiles > 0) wait(ready, 0);
   for (int t = 0; t < tiles; t++) {
     wait(&full[t % E::Stages], t / E::Stages & 1);
-    step(t, stages + t % E::Stages * E::stageBytes);
+    step(t, t % E::Stages, stages + t % E::Stages * E::stageBytes);
+    __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(&empty[t % E::Stages]);
     // The other warpgroup is hardly more than a tile behind.
     const int next = t - 1 + E::Stages;
@@ -201,6 +203,7 @@ MOE_DEVICE void multiplyTiles(typename E::Scores& s, typename E::Scores& gradien
 template <class E>
 MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, Sizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
+  MOE_SHARED(__align__(16) float, perQuery, [E::Stages][2][E::BN]); // log sum exp, delta
   unsigned char* const rows = dynamic + (-sharedAddress(dynamic) & 1023);
   const int b = blockIdx.z, g = blockIdx.y, first = blockIdx.x * E::BM, shares = z.H / z.G;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
@@ -209,15 +212,21 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
   const int perHead = first < visible.limit ? max(0, divUp(z.T - begin, E::BN)) : 0;
   auto tileAt = [&](int t) -> Place { return {g * shares + t / perHead, begin + t % perHead * E::BN, b}; };
 
+  auto copyQueries = [&](int t, int stage, Barrier* barrier) {
+    const Place from = tileAt(t);
+    const int64_t at = ((int64_t)b * z.H + from.head) * (divUp(z.T, E::BN) * E::BN) + from.row;
+    copyBytes(perQuery[stage][0], shift + at, E::BN * 4, barrier);
+    copyBytes(perQuery[stage][1], delta + at, E::BN * 4, barrier);
+  };
+
   typename E::template Sums<E::DK> sumsK = {};
   typename E::template Sums<E::DV> sumsV = {};
-  forTiles<E>(rows, k, v, {g, first, b}, q, dout, perHead * shares, tileAt, [&](int tile, const unsigned char* columns) {
+  forTiles<E, 2 * E::BN * 4>(rows, k, v, {g, first, b}, q, dout, perHead * shares, tileAt, copyQueries, [&](int tile, int stage, const unsigned char* columns) {
     const Place place = tileAt(tile);
-    const int64_t at = ((int64_t)b * z.H + place.head) * (divUp(z.T, E::BN) * E::BN) + place.row;
     typename E::Scores s = {}, gradients;
 #pragma unroll
     for (int j = 0; j < E::Columns; j += 2) {
-      const float2 two = *(const float2*)(delta + at + E::column(j));
+      const float2 two = *(const float2*)(perQuery[stage][1] + E::column(j));
 #pragma unroll
       for (int i = 0; i < E::Rows; i++) E::at(gradients, i, j) = -two.x, E::at(gradients, i, j + 1) = -two.y;
     }
@@ -226,7 +235,7 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
     const bool whole = place.row + E::BN <= z.T && first + E::BM <= visible.keys(place.row);
 #pragma unroll
     for (int j = 0; j < E::Columns; j += 2) {
-      const float2 two = *(const float2*)(shift + at + E::column(j));
+      const float2 two = *(const float2*)(perQuery[stage][0] + E::column(j));
 #pragma unroll
       for (int c = j; c < j + 2; c++) {
         const int query = place.row + E::column(c);
@@ -285,7 +294,8 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
   }
   typename E::template Sums<E::DK> sums = {};
   auto tileAt = [&](int t) -> Place { return {g, t * E::BN, b}; };
-  forTiles<E>(rows, q, dout, {h, first, b}, k, v, tiles, tileAt, [&](int tile, unsigned char* columns) {
+  auto nothing = [](int, int, Barrier*) {};
+  forTiles<E, 0>(rows, q, dout, {h, first, b}, k, v, tiles, tileAt, nothing, [&](int tile, int, unsigned char* columns) {
     const int key = tile * E::BN;
     if (key + E::BN > end) {
       // Keys behind the end may be anything: 0 times that need not be 0.

@@ -52,20 +52,23 @@ export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBa
     const saved = [lse, out, dout].map(pointerOf)
     perQuery({ grid: blocks, block: 256 }, delta, shift, ...saved, B, T, H, Dv)
 
-    const matrix = (x: Value, features: number) => {
+    const inputs = [
+      { x: q, features: dk },
+      { x: k, features: dk },
+      { x: v, features: dv },
+      { x: dout, features: dv },
+    ].map(({ x, features }) => {
       const [, rows, perRow, columns] = x.shape
-      const [rounded] = round([{ pointer: pointerOf(x), rows: B * rows * perRow, columns, ld: features }])
-      const width = perRow * features
-      return (boxRows: number) => operandMap(cuda, { pointer: rounded.pointer, ld: width }, B, rows, width, boxRows)
-    }
-    const [byQuery, byKey] = [
-      [matrix(q, dk), matrix(dout, dv)],
-      [matrix(k, dk), matrix(v, dv)],
-    ]
-    const [queriesAsRows, doutAsRows] = byQuery.map(map => map(tile.rows))
-    const [queriesAsColumns, doutAsColumns] = byQuery.map(map => map(tile.columns))
-    const [keysAsRows, valuesAsRows] = byKey.map(map => map(tile.rows))
-    const [keysAsColumns, valuesAsColumns] = byKey.map(map => map(tile.columns))
+      return { pointer: pointerOf(x), rows, perRow, columns, ld: features }
+    })
+    const rounded = round(inputs.map(({ rows, perRow, ...matrix }) => ({ ...matrix, rows: B * rows * perRow })))
+    const maps = (boxRows: number) =>
+      inputs.map(({ rows, perRow, ld }, i) => {
+        const width = perRow * ld
+        return operandMap(cuda, { pointer: rounded[i].pointer, ld: width }, B, rows, width, boxRows)
+      })
+    const [queriesAsRows, keysAsRows, valuesAsRows, doutAsRows] = maps(tile.rows)
+    const [queriesAsColumns, keysAsColumns, valuesAsColumns, doutAsColumns] = maps(tile.columns)
     const rest = [shift, delta, lengths ? pointerOf(lengths) : 0, T, S, H, G, Dk, Dv, +causal, scale]
     const launch = { block: threads, shared: sharedBytes(dk, dv) }
     keys(
