@@ -12,6 +12,7 @@ import { readFileSync, writeFileSync } from 'node:fs'
 import { loadavg } from 'node:os'
 import { parseArgs } from 'node:util'
 import {
+  dtypeBytes,
   fallbacks,
   namedParameters,
   type OpAttrs,
@@ -256,14 +257,22 @@ async function attention(): Promise<void> {
 }
 
 async function decode(): Promise<void> {
-  const [batch, heads, length] = options.tiny ? [2, 16, 64] : [64, 128, 4096]
-  const [q, cache] = [random([batch, 1, heads, 576]), random([batch, length, 576])]
+  const [batch, length] = options.tiny ? [2, 64] : [64, 4096]
   const lengths = integers(new Array(batch).fill(length))
   const attrs = { scale: 192 ** -0.5, valueDim: 512, precision: 'bf16' } as const
-  const ms = await time(() => runOp('latentAttention', [q, cache, lengths], attrs, [f32([batch, 1, heads, 512])]))
-  const bytes = 4 * (sizeOf(cache.shape) + sizeOf(q.shape) + batch * heads * 512)
-  report(`decode: absorbed, ${heads} heads, ${length} tokens, batch ${batch}`, bytes / ms / 1e6, 'GB/s', bandwidthPeak)
-  free(q, cache, lengths)
+  const shape = [batch, length, 576]
+  for (const cache of [random(shape), bf16Matrix(shape)]) {
+    for (const heads of options.tiny ? [16] : [16, 128]) {
+      const q = random([batch, 1, heads, 576])
+      const ms = await time(() => runOp('latentAttention', [q, cache, lengths], attrs, [f32([batch, 1, heads, 512])]))
+      const bytes = dtypeBytes[cache.dtype] * sizeOf(shape) + 4 * (sizeOf(q.shape) + batch * heads * 512)
+      const name = `decode: absorbed, ${cache.dtype} cache, ${heads} heads, ${length} tokens, batch ${batch}`
+      report(name, bytes / ms / 1e6, 'GB/s', bandwidthPeak)
+      free(q)
+    }
+    free(cache)
+  }
+  free(lengths)
 }
 
 // --- a training step ---
