@@ -23,7 +23,7 @@ namespace {
 
 thread_local char last_error[512];
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MOE_EMULATED_ISA)
 // AVX512_BF16 is newer than some compilers' __builtin_cpu_supports.
 bool has_avx512_bf16() {
   unsigned a, b, c, d;
@@ -86,13 +86,15 @@ MOE_EXPORT const char* moe_last_error() { return moe::last_error; }
 
 // The best variant that this CPU and operating system run.
 MOE_EXPORT const char* moe_cpu_isa() {
-#if defined(__x86_64__)
+#if defined(MOE_EMULATED_ISA)
+  return MOE_EMULATED_ISA;
+#elif defined(__x86_64__)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return "baseline";
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
       !__builtin_cpu_supports("avx512vl"))
     return "avx2";
-  return moe::has_avx512_bf16() ? "avx512bf16" : "avx512";
+  return moe::has_avx512_bf16() && __builtin_cpu_supports("avx512vnni") ? "avx512bf16" : "avx512";
 #else
   return "baseline";
 #endif

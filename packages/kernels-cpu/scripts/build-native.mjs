@@ -1,9 +1,11 @@
 // Builds the native library into build/<platform>-<arch>/, one file per instruction set, when sources changed. Plain Node >= 20.
 //
-//   node scripts/build-native.mjs [--force] [--verbose] [--keep-going] [--sanitize=address,undefined]
+//   node scripts/build-native.mjs [--force] [--verbose] [--keep-going] [--sanitize=address,undefined] [--emulated]
 //                                 [--isa=avx2,avx512 | --here]
 //
 // --here: only what this machine uses (or MOE_CPU_ISA allows), a quarter of the work.
+// --emulated: AVX-512 is computed with AVX2 (emulated/avx512.h), for tests on machines without it.
+// Libraries that are sanitized or emulated have a folder of their own.
 //
 // Every source is compiled once per variant named in its first lines (`// moe-isa: baseline avx2 avx512`, which is also the
 // default). The library of a level links, of each source, the best variant that the level can run. One library per level, rather
@@ -11,11 +13,11 @@
 import { existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { findCompiler, hash, lock, objectBuilder } from './objects.mjs'
+import { buildTarget, findCompiler, hash, lock, objectBuilder } from './objects.mjs'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const options = parseArguments(process.argv.slice(2))
-const target = `${process.platform}-${process.arch}${options.sanitize ? '-sanitize' : ''}`
+const target = buildTarget(options)
 const outDir = join(root, 'build', target)
 const objDir = join(outDir, 'obj')
 const extension = { darwin: 'dylib', win32: 'dll' }[process.platform] ?? 'so'
@@ -36,6 +38,9 @@ const levels = {
   },
   arm64: { baseline: [] },
 }
+
+// Instead of the flags of AVX-512. With -O2, because the compiler takes its time over vectors that no register holds.
+const emulated = [...levels.x64.avx2, '-O2', '-include', join(root, 'emulated', 'avx512.h')]
 
 const builder = objectBuilder(root, { ...options, say })
 
@@ -81,12 +86,21 @@ async function main() {
 }
 
 function parseArguments(args) {
-  const parsed = { force: false, verbose: false, keepGoing: false, sanitize: '', isa: undefined, here: false }
+  const parsed = {
+    force: false,
+    verbose: false,
+    keepGoing: false,
+    sanitize: '',
+    emulated: false,
+    isa: undefined,
+    here: false,
+  }
   for (const arg of args) {
     if (arg === '--force') parsed.force = true
     else if (arg === '--verbose') parsed.verbose = true
     else if (arg === '--keep-going') parsed.keepGoing = true
     else if (arg === '--here') parsed.here = true
+    else if (arg === '--emulated') parsed.emulated = true
     else if (arg.startsWith('--sanitize=')) parsed.sanitize = arg.slice(11)
     else if (arg.startsWith('--isa=')) parsed.isa = arg.slice(6).split(',')
     else {
@@ -161,7 +175,10 @@ function describe({ file, variants }, isa, compiler) {
     '-ffp-contract=fast',
     `-I${join(root, 'native')}`,
   )
-  flags.push(...levels[process.arch][isa], `-DMOE_ISA_${isa.toUpperCase()}=1`)
+  flags.push(...(options.emulated && isa.startsWith('avx512') ? emulated : levels[process.arch][isa]))
+  // The CPU does not say that it has it.
+  if (options.emulated) flags.push(`-DMOE_EMULATED_ISA="${Object.keys(levels[process.arch]).at(-1)}"`)
+  flags.push(`-DMOE_ISA_${isa.toUpperCase()}=1`)
   if (options.sanitize)
     flags.push(`-fsanitize=${options.sanitize}`, '-fno-omit-frame-pointer', '-fno-sanitize-recover=all', '-g', '-O1')
   return {

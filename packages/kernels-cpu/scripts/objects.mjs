@@ -13,6 +13,11 @@ export function findCompiler() {
   }
 }
 
+/** Name of the folder in build/ for libraries of a kind. */
+export function buildTarget({ sanitize, emulated }) {
+  return `${process.platform}-${process.arch}${emulated ? '-emulated' : ''}${sanitize ? '-sanitize' : ''}`
+}
+
 export function hash(data) {
   return createHash('sha256').update(data).digest('hex').slice(0, 32)
 }

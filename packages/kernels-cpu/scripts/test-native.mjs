@@ -1,0 +1,74 @@
+// Builds the library in another way and runs this package's tests on it (Linux, g++, minutes).
+//
+//   node scripts/test-native.mjs [--sanitize[=address,undefined]] [--emulated] [--isa=avx2,baseline] [files or options for vitest]
+//
+// --sanitize: with the address and undefined-behaviour sanitizers.
+// --emulated: AVX-512 computed with AVX2, for machines without it; all tests once for each of its levels.
+// --isa: the levels that tests run on, one after another. Tests of all levels always run on those below as well.
+// Tests of other packages: `--project=examples same-losses`.
+import { spawnSync } from 'node:child_process'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { buildTarget } from './objects.mjs'
+
+const root = dirname(dirname(fileURLToPath(import.meta.url)))
+const top = dirname(dirname(root))
+const compiler = process.env.CXX ?? 'g++'
+const { sanitize, emulated, levels, forVitest } = parseArguments(process.argv.slice(2))
+
+// Sanitizers: several copies of the library in one process do not work, nor does a C++ exception on koffi's own stack, which the
+// address sanitizer does not know and takes for an overflow.
+const exclude = sanitize
+  ? ['--exclude', '**/load.test.ts', '--testNamePattern', '^(?!.*an expert that does not exist)']
+  : []
+const project = forVitest.some(arg => arg.startsWith('--project')) ? [] : ['--project=kernels-cpu']
+
+run(process.execPath, [
+  join(root, 'scripts', 'build-native.mjs'),
+  ...(sanitize ? [`--sanitize=${sanitize}`] : []),
+  ...(emulated ? ['--emulated'] : []),
+])
+const vitest = join(top, 'node_modules', 'vitest', 'vitest.mjs')
+for (const isa of levels) {
+  console.log(`kernels-cpu: tests on ${buildTarget({ sanitize, emulated })}, ${isa || 'best level of this machine'}`)
+  run(process.execPath, [vitest, 'run', ...project, ...exclude, ...forVitest], {
+    MOE_CPU_LIBRARY: join(root, 'build', buildTarget({ sanitize, emulated })),
+    MOE_CPU_ISA: isa,
+    ...(sanitize ? sanitizerVariables() : {}),
+  })
+}
+
+function parseArguments(args) {
+  const parsed = { sanitize: '', emulated: false, levels: undefined, forVitest: [] }
+  for (const arg of args) {
+    if (arg === '--sanitize') parsed.sanitize = 'address,undefined'
+    else if (arg.startsWith('--sanitize=')) parsed.sanitize = arg.slice(11)
+    else if (arg === '--emulated') parsed.emulated = true
+    else if (arg.startsWith('--isa=')) parsed.levels = arg.slice(6).split(',')
+    else parsed.forVitest.push(arg)
+  }
+  if (!parsed.sanitize && !parsed.emulated) {
+    console.error('kernels-cpu: --sanitize or --emulated? See the head of scripts/test-native.mjs')
+    process.exit(2)
+  }
+  return { ...parsed, levels: parsed.levels ?? (parsed.emulated ? ['avx512', 'avx512bf16'] : ['']) }
+}
+
+/** The sanitizers' libraries come before all others, as Node does not know of them. */
+function sanitizerVariables() {
+  const libraries = ['libasan.so', 'libubsan.so'].map(name => output(compiler, [`-print-file-name=${name}`]))
+  return {
+    LD_PRELOAD: libraries.join(' '),
+    ASAN_OPTIONS: 'detect_leaks=0',
+    UBSAN_OPTIONS: 'print_stacktrace=1',
+  }
+}
+
+function run(command, args, variables = {}) {
+  const { status } = spawnSync(command, args, { cwd: top, stdio: 'inherit', env: { ...process.env, ...variables } })
+  if (status !== 0) process.exit(status ?? 1)
+}
+
+function output(command, args) {
+  return spawnSync(command, args, { encoding: 'utf8' }).stdout.trim()
+}
