@@ -147,6 +147,11 @@ static inline __m512i emulated_set1_epi32(int x) {
 }
 #define _mm512_set1_epi32 emulated_set1_epi32
 
+static inline __m512i emulated_set1_epi16(short x) {
+  return emulated::as<__m512i>(emulated::Integers{_mm256_set1_epi16(x), _mm256_set1_epi16(x)});
+}
+#define _mm512_set1_epi16 emulated_set1_epi16
+
 // Arguments come from the last lane to the first.
 template <class T, class... X>
 static inline __m512i emulated_set(X... x) {
@@ -179,6 +184,8 @@ MOE_EMULATED_BINARY(max_ps, __m512, Floats)
 MOE_EMULATED_BINARY(min_ps, __m512, Floats)
 MOE_EMULATED_BINARY(max_epi32, __m512i, Integers)
 MOE_EMULATED_BINARY(madd_epi16, __m512i, Integers)
+MOE_EMULATED_BINARY(maddubs_epi16, __m512i, Integers)
+MOE_EMULATED_BINARY(add_epi16, __m512i, Integers)
 MOE_EMULATED_BINARY(add_epi32, __m512i, Integers)
 MOE_EMULATED_BINARY(unpacklo_epi32, __m512i, Integers)
 MOE_EMULATED_BINARY(unpackhi_epi32, __m512i, Integers)
@@ -189,6 +196,8 @@ MOE_EMULATED_BINARY(unpackhi_epi64, __m512i, Integers)
 #define _mm512_min_ps emulated_min_ps
 #define _mm512_max_epi32 emulated_max_epi32
 #define _mm512_madd_epi16 emulated_madd_epi16
+#define _mm512_maddubs_epi16 emulated_maddubs_epi16
+#define _mm512_add_epi16 emulated_add_epi16
 #define _mm512_unpacklo_epi32 emulated_unpacklo_epi32
 #define _mm512_unpackhi_epi32 emulated_unpackhi_epi32
 #define _mm512_unpacklo_epi64 emulated_unpacklo_epi64
@@ -327,6 +336,19 @@ static inline __m512i emulated_dpwssd_epi32(__m512i sums, __m512i a, __m512i b) 
   return emulated_add_epi32(sums, emulated_madd_epi16(a, b));
 }
 #define _mm512_dpwssd_epi32 emulated_dpwssd_epi32
+
+// Unsigned bytes of a times signed bytes of b, four to a lane: below 2^15 each, so that only the last addition may wrap around.
+MOE_EMULATED_CALLED __m512i emulated_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
+  const auto x = emulated::as<emulated::Lanes<std::uint8_t>>(a);
+  const auto y = emulated::as<emulated::Lanes<std::int8_t>>(b);
+  emulated::Lanes<std::int32_t> products;
+  for (int i = 0; i < 16; ++i) {
+    products.at[i] = 0;
+    for (int j = 4 * i; j < 4 * i + 4; ++j) products.at[i] += x.at[j] * y.at[j];
+  }
+  return emulated_add_epi32(sums, emulated::as<__m512i>(products));
+}
+#define _mm512_dpbusd_epi32 emulated_dpbusd_epi32
 #endif
 
 // --- BF16 ---

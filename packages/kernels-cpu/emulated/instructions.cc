@@ -153,6 +153,9 @@ int main(int count, char** arguments) {
   check("min_ps", true, [](R a, R b, R, int) { return _mm512_min_ps(a.f(), b.f()); });
   check("max_epi32", false, [](R a, R b, R, int) { return _mm512_max_epi32(a.i(), b.i()); });
   check("madd_epi16", false, [](R a, R b, R, int) { return _mm512_madd_epi16(a.i(), b.i()); });
+  check("maddubs_epi16", false, [](R a, R b, R, int) { return _mm512_maddubs_epi16(a.i(), b.i()); });
+  check("add_epi16", false, [](R a, R b, R, int) { return _mm512_add_epi16(a.i(), b.i()); });
+  check("set1_epi16", false, [](R a, R, R, int) { return _mm512_set1_epi16(short(a.words[0])); });
   check("unpacklo_epi32", false, [](R a, R b, R, int) { return _mm512_unpacklo_epi32(a.i(), b.i()); });
   check("unpackhi_epi32", false, [](R a, R b, R, int) { return _mm512_unpackhi_epi32(a.i(), b.i()); });
   check("unpacklo_epi64", false, [](R a, R b, R, int) { return _mm512_unpacklo_epi64(a.i(), b.i()); });
@@ -167,6 +170,7 @@ int main(int count, char** arguments) {
   check("permutexvar_ps", false, [](R a, R b, R, int) { return _mm512_permutexvar_ps(a.i(), b.f()); });
   check("movepi32_mask", false, [](R a, R, R, int) { return std::uint32_t{_mm512_movepi32_mask(a.i())}; });
   check("dpwssd_epi32", false, [](R a, R b, R c, int) { return _mm512_dpwssd_epi32(a.i(), b.i(), c.i()); });
+  check("dpbusd_epi32", false, [](R a, R b, R c, int) { return _mm512_dpbusd_epi32(a.i(), b.i(), c.i()); });
 #if !defined(MOE_WITHOUT_MASKS)
   check("cvtne2ps_pbh", false, [](R a, R b, R, int) { return _mm512_cvtne2ps_pbh(a.f(), b.f()); });
   check("dpbf16_ps", true, [](R a, R b, R c, int) { return _mm512_dpbf16_ps(a.f(), b.bf16(), c.bf16()); });
