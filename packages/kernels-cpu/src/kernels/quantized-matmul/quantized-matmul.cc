@@ -1,3 +1,4 @@
+// moe-isa: baseline avx2 avx512 avx512bf16
 // Products with weights stored in bf16, fp8, int8 or int4, one weight or one per expert. Few rows: see dots.h. More: a tile of the
 // weight is decoded to f32 and multiplied like any other.
 #include <vector>
