@@ -45,12 +45,13 @@ MOE_INLINE f32v elements(const float* x, int64_t i, int64_t size) {
 MOE_INLINE void pack_pairs(const int32_t* numbers, int32_t* to, int64_t stride, int32_t* starts) {
   for (int l = 0; l < lanes; ++l) {
     const int32_t* own = numbers + l * Int8Weights::per;
-    int32_t sum = 0;
+    uint32_t sum = 0;  // wraps around where x has an infinity or NaN, whose scale is NaN
     for (int j = 0; j < parts; ++j) {
-      to[j * stride + l] = static_cast<int32_t>((static_cast<uint32_t>(own[j]) & 0xffff) | static_cast<uint32_t>(own[j + parts]) << 16);
-      sum += own[j] + own[j + parts];
+      const uint32_t low = static_cast<uint32_t>(own[j]), high = static_cast<uint32_t>(own[j + parts]);
+      to[j * stride + l] = static_cast<int32_t>((low & 0xffff) | high << 16);
+      sum += low + high;
     }
-    starts[l] -= Int8Weights::zero * sum;
+    starts[l] = static_cast<int32_t>(static_cast<uint32_t>(starts[l]) - Int8Weights::zero * sum);
   }
 }
 

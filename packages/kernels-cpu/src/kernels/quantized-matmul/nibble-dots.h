@@ -66,9 +66,9 @@ void pack_nibble_x(const float* x, int64_t k, NibbleX<digits>* to) {
     }
     for (int l = 0; l < lanes; ++l) {
       int32_t* const own = numbers + l * Int4Weights::per;
-      int32_t sum = 0;
-      for (int i = 0; i < Int4Weights::per; ++i) sum += own[i];
-      to->start[l] = -Int4Weights::zero * sum;
+      uint32_t sum = 0;  // wraps around where x has an infinity or NaN, whose scale is NaN
+      for (int i = 0; i < Int4Weights::per; ++i) sum += static_cast<uint32_t>(own[i]);
+      to->start[l] = static_cast<int32_t>(0u - Int4Weights::zero * sum);
       for (int digit = digits - 1; digit >= 0; --digit) {
         for (int half = 0; half < 2; ++half) {
           uint32_t bytes = 0;
@@ -76,7 +76,7 @@ void pack_nibble_x(const float* x, int64_t k, NibbleX<digits>* to) {
           to->x[digit][half][l] = static_cast<int32_t>(bytes);
         }
         // The last digit was read as a signed one.
-        for (int i = 0; i < Int4Weights::per; ++i) own[i] = (own[i] + 128) >> 8;
+        for (int i = 0; i < Int4Weights::per; ++i) own[i] = static_cast<int32_t>(static_cast<uint32_t>(own[i]) + 128) >> 8;
       }
     }
   }
