@@ -120,6 +120,27 @@ describe.each(await availableIsas())('grouped matmul on %s', isa => {
     }
   })
 
+  test.each(precisions)('large weight gradients, which are written past the caches, in %s', async precision => {
+    // More than 2^22 elements. Rows of 1,296 are whole vectors, half a panel at their end; rows of 1,297 are not.
+    for (const k of [1296, 1297]) {
+      const g: Groups = { offsets: [0, 3, 3, 5], rows: 6, k, n: 1081 }
+      const { x, dy } = data(g)
+      const [a, d] = [small(x), small(dy)]
+      const dweight = await weightGrad(g, a, d, precision, { isa })
+      let wrong = 0
+      for (let e = 0; e < 3; e++) {
+        for (let j = 0; j < g.n; j++) {
+          for (let t = 0; t < k; t++) {
+            let sum = 0
+            for (let i = g.offsets[e]; i < g.offsets[e + 1]; i++) sum += d[i * g.n + j] * a[i * k + t]
+            if (dweight[(e * g.n + j) * k + t] !== sum) wrong++
+          }
+        }
+      }
+      expect(wrong, `rows of ${k}`).toBe(0)
+    }
+  })
+
   test.each(precisions)('the same bits in every run and with 1, 2 and 3 threads in %s', async precision => {
     const ragged: readonly Groups[] = [
       { offsets: [0, 900, 905, 1000], rows: 1000, k: 200, n: 160 },
