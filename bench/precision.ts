@@ -44,7 +44,6 @@ interface Run {
   readonly device: string
   readonly parameters: number
   readonly losses: readonly number[]
-  readonly seconds: number
 }
 
 interface Address {
@@ -85,7 +84,6 @@ async function work(): Promise<Run> {
   }
   const model = new DeepSeek(config, { seed, objective: { biasSpeed: 0.01, mtpWeight: 0.1 } })
   const losses: number[] = []
-  const started = performance.now()
   await train(model, {
     data,
     tokenizer,
@@ -99,13 +97,12 @@ async function work(): Promise<Run> {
     progress: false,
     onEvent(event) {
       if (event.type !== 'step') return
-      losses.push(event.loss)
+      losses.push(Number(event.loss.toFixed(5)))
       if (losses.length % 50 === 0)
         console.error(`${options.runs}: step ${losses.length}, loss ${event.loss.toFixed(3)}`)
     },
   })
-  const seconds = (performance.now() - started) / 1000
-  return { run: options.runs, device: backend.device, parameters: parameterCount(model), losses, seconds }
+  return { run: options.runs, device: backend.device, parameters: parameterCount(model), losses }
 }
 
 /** Means of the last `window` losses, from the first step that has so many. */
@@ -142,7 +139,7 @@ if (options.worker) {
   if (library !== undefined) console.log(`library: ${basename(library)}`)
   const percent = (x: number) => `${(100 * x).toFixed(2)} %`
   printTable(
-    ['run', 'first loss', `last ${window}`, 'difference', 'mean', 'most', 'at step', 'tokens/s'],
+    ['run', 'first loss', `last ${window}`, 'difference', 'mean', 'most', 'at step'],
     results.map(r => [
       r.run,
       r.losses[0].toFixed(4),
@@ -151,7 +148,6 @@ if (options.worker) {
       percent(r.meanDifference),
       percent(r.mostDifference),
       String(r.mostAtStep),
-      ((r.losses.length * Number(settings.batch) * Number(settings.seq)) / r.seconds).toFixed(0),
     ]),
   )
   writeResults(json, { library: library && basename(library), ...settings, window, results })
