@@ -237,12 +237,15 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
 constexpr double kLeastWork[2] = {3e5, 6e5};
 // What packing an element costs, in multiply-adds.
 constexpr double kPackCost[2] = {5, 9};
+// Reading an element of B from memory takes as long as so many multiply-adds: with few rows that is the work.
+constexpr int64_t kReadCost = 16;
+
+double work_of(const Gemm& g) { return double(std::max(g.m, kReadCost)) * double(g.n) * double(g.k ? g.k : 1); }
 
 // Cuts a product into tiles for `ways` threads at once: into as many as its share of all work asks for, in the shape that packs least.
 void cut(std::vector<Tile>& tiles, int64_t job, const Gemm& g, bool bf16, double share, int ways) {
   if (g.m == 0 || g.n == 0) return;
-  const double work = double(g.m) * double(g.n) * double(g.k ? g.k : 1);
-  const int64_t wanted = std::max<int64_t>(1, int64_t(work / share + 0.5));
+  const int64_t wanted = std::max<int64_t>(1, int64_t(work_of(g) / share + 0.5));
   const int64_t panels = ceil_div(g.m, kMr), blocks = ceil_div(g.n, kNr);
   const int64_t least_across = ceil_div(g.n, kMaxTileN[bf16]);
   int64_t down = 1, across = least_across;
@@ -269,7 +272,7 @@ void cut(std::vector<Tile>& tiles, int64_t job, const Gemm& g, bool bf16, double
 template <bool kBf16>
 void run(const Gemm* jobs, int64_t count) {
   double total = 0;
-  for (int64_t i = 0; i < count; ++i) total += double(jobs[i].m) * double(jobs[i].n) * double(jobs[i].k);
+  for (int64_t i = 0; i < count; ++i) total += jobs[i].m == 0 ? 0 : work_of(jobs[i]);
   const int threads = max_threads();
   // A few tiles for each thread when they are long, so that it costs little when one of the threads is late.
   const double tiles_each = total > 3e8 * threads ? 4 : total > 3e7 * threads ? 2 : 1;
