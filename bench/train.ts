@@ -237,8 +237,10 @@ function compare(config: string) {
   const precisions = options.precision.split(',')
   const runners = precisions.map(precision => ours(config, precision))
   if (options.peers && existsSync(python)) {
-    for (const precision of precisions) runners.push(torch(config, precision, false))
-    if (options['compiled-peer']) runners.push(torch(config, 'bf16', true))
+    for (const precision of precisions) {
+      runners.push(torch(config, precision, false))
+      if (options['compiled-peer']) runners.push(torch(config, precision, true))
+    }
   } else if (options.peers) {
     console.error('no .venv-reference: PyTorch is left out (docs say how to make one)')
   }
