@@ -12,6 +12,7 @@ import { parseArgs } from 'node:util'
 import { type Precision, Random } from '@moe/core'
 import { gemm, type Matrix, type Product } from '../packages/kernels-cuda/src/kernels/matmul/gemm.ts'
 import { type Opened, openCuda } from '../packages/kernels-cuda/src/open.ts'
+import { linears } from './shared/linears.ts'
 
 const { values: options } = parseArgs({
   options: {
@@ -26,16 +27,6 @@ const tokens = Number(options.tokens) / small
 const repeats = options.tiny ? 2 : Number(options.repeats)
 /** Products in a row that are timed together, so that what the host does in between does not count. */
 const inRow = options.tiny ? 1 : 5
-
-/** DeepSeek-V3's linear layers, [in, out]. */
-const linears = {
-  q_a_proj: [7168, 1536],
-  q_b_proj: [1536, 24576],
-  kv_a_proj: [7168, 576],
-  kv_b_proj: [512, 32768],
-  o_proj: [16384, 7168],
-  'dense mlp up': [7168, 18432],
-} as const
 
 const named = process.env['MOE_CUDA_CUBLASLT']
 const path = named && !['0', '1', 'measured'].includes(named) ? named : true

@@ -28,6 +28,7 @@ import {
 import { DeepSeek, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cuda'
 import { AdamW, type TokenBatch, trainingStep } from '@moe/trainer'
+import { linears } from './shared/linears.ts'
 
 const { values: options } = parseArgs({
   options: {
@@ -175,16 +176,6 @@ async function launches(): Promise<void> {
 }
 
 // --- matrix products ---
-
-/** DeepSeek-V3's linear layers, [in, out]. */
-const linears = {
-  q_a_proj: [7168, 1536],
-  q_b_proj: [1536, 24576],
-  kv_a_proj: [7168, 576],
-  kv_b_proj: [512, 32768],
-  o_proj: [16384, 7168],
-  'dense mlp up': [7168, 18432],
-} as const
 
 async function products(): Promise<void> {
   const tokens = 4096 / small

@@ -1,7 +1,7 @@
 // moe-isa: baseline avx2 avx512 avx512bf16
 //
 // Products are cut into tiles of C, which threads take as they come free. A tile goes over k in passes; each packs the tile's
-// columns of B into panels (they stay in L2), then A a few panels at a time (L1), and lets a microkernel keep a kMr x kNr block of C
+// columns of B into panels (they stay in L2), then A a few panels at a time, and lets a microkernel keep a kMr x kNr block of C
 // in registers over the whole pass. Packing transposes, pads and rounds to bf16. It costs 2 to 8% of the time at the shapes of
 // experts, which is why tiles pack for themselves instead of waiting for each other. What comes next, the rest of B, the next
 // pass or the next tile, is asked for from inside the microkernels: with many small experts memory sets the pace.
