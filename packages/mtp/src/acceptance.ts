@@ -1,8 +1,8 @@
 /** @file How often a depth's draft is what the main model says itself, measured on given text instead of in decoding. */
 import { fromHost, full, noGrad, scope, type Tensor } from '@moe/core'
-import { chain, type DepthOptions } from './loss.ts'
+import { chain, type DepthOptions, onDevice } from './loss.ts'
 import type { MtpModule } from './mtp.ts'
-import { shiftTokens, type TokenRows } from './targets.ts'
+import { type DepthTensors, type TokenRows, targetsAt } from './targets.ts'
 
 /** Detached scalars per depth, shallowest first; 0 where a batch has no such position. */
 export interface MtpAcceptance {
@@ -24,7 +24,7 @@ const likeliest = (x: Tensor, weight: Tensor): Tensor =>
 export function mtpAcceptance<Options>(
   modules: ReadonlyArray<MtpModule<Options>>,
   hidden: Tensor,
-  rows: TokenRows,
+  rows: TokenRows | DepthTensors,
   headWeight: Tensor,
   options: DepthOptions<Options>,
 ): MtpAcceptance {
@@ -34,7 +34,8 @@ export function mtpAcceptance<Options>(
       const { backend } = hidden
       const flat = (x: Tensor) => x.reshape([batch * time, features])
       const main = likeliest(flat(hidden.detach()), headWeight.detach()).reshape([batch, time])
-      const states = chain(modules, hidden.detach(), rows, options)
+      const uploaded = onDevice(rows, hidden, modules.length)
+      const states = chain(modules, hidden.detach(), uploaded, options)
       const alone: Tensor[] = []
       const chained: Tensor[] = []
       let agreed = full([batch, time], 1, { backend })
@@ -44,17 +45,17 @@ export function mtpAcceptance<Options>(
         const draft = likeliest(flat(state), weight).reshape([batch, time])
         // The main model says the token `depth` places later; the last `depth` positions have nobody to ask.
         const says = main.narrow(1, Math.min(depth, time), time).pad([0, 0], [0, Math.min(depth, time)])
-        const { targets } = shiftTokens(rows, time, depth + 1)
-        const judged = Float32Array.from(targets, (target, i) => (target >= 0 && (i % time) + depth < time ? 1 : 0))
-        const count = judged.reduce((sum, x) => sum + x, 0)
-        const counts = fromHost(judged, [batch, time], 'f32', backend)
+        const asked = fromHost(
+          Float32Array.from({ length: batch * time }, (_, i) => ((i % time) + depth < time ? 1 : 0)),
+          [batch, time],
+          'f32',
+          backend,
+        )
+        const counts = asked.sub(asked.mul(targetsAt(uploaded, depth).lt(0).cast('f32').reshape([batch, time])))
+        const count = counts.sum().maximum(1)
         const same = draft.eq(says).cast('f32')
         agreed = agreed.mul(same)
-        const rate = (hits: Tensor) =>
-          hits
-            .mul(counts)
-            .sum()
-            .mul(1 / Math.max(1, count))
+        const rate = (hits: Tensor) => hits.mul(counts).sum().div(count)
         alone.push(rate(same))
         chained.push(rate(agreed))
       })

@@ -2,4 +2,16 @@
 export { type MtpAcceptance, mtpAcceptance } from './acceptance.ts'
 export { type DepthOptions, type MtpLoss, type MtpLossOptions, mtpLoss } from './loss.ts'
 export { type Block, type MtpConfig, MtpModule, type MtpModuleOptions } from './mtp.ts'
-export { type ShiftedTokens, shiftTokens, type TokenRows } from './targets.ts'
+export {
+  averageAt,
+  averagesOf,
+  type DepthTargets,
+  type DepthTensors,
+  depthTargets,
+  idsAhead,
+  type ShiftedTokens,
+  shiftTokens,
+  type TokenRows,
+  targetsAt,
+  uploadTargets,
+} from './targets.ts'

@@ -1,7 +1,15 @@
 /** @file The training loss over all depths (V3 report eq. 24-25). */
-import { type Backend, fromHost, linearCrossEntropy, type Tensor } from '@moe/core'
+import { linearCrossEntropy, type Tensor } from '@moe/core'
 import type { MtpModule } from './mtp.ts'
-import { shiftTokens, type TokenRows } from './targets.ts'
+import {
+  averageAt,
+  type DepthTensors,
+  depthTargets,
+  idsAhead,
+  type TokenRows,
+  targetsAt,
+  uploadTargets,
+} from './targets.ts'
 
 export interface MtpLoss {
   /** Mean over depths of the mean cross-entropy of each: multiply by λ and add it to the main loss. */
@@ -21,19 +29,24 @@ export interface MtpLossOptions {
 /** What blocks are run with: the same at every depth, or by depth (1 for the first), such as a mask of the tokens that lie that far ahead. */
 export type DepthOptions<Options> = Options | ((depth: number) => Options)
 
-/** Hidden states of every depth after its norm, `[B, T, D]` each: what its head is applied to. Rows need T + 1 + depth tokens. */
+/** Rows as the losses need them; they may have been uploaded before. */
+export function onDevice(rows: TokenRows | DepthTensors, hidden_BTD: Tensor, depths: number): DepthTensors {
+  if (!('documents' in rows)) return rows
+  return uploadTargets(depthTargets(rows, hidden_BTD.shape[1], depths), rows.rows, hidden_BTD.backend)
+}
+
+/** Hidden states of every depth after its norm, `[B, T, D]` each: what its head is applied to. */
 export function chain<Options>(
   modules: ReadonlyArray<MtpModule<Options>>,
   hidden_BTD: Tensor,
-  rows: TokenRows,
+  rows: DepthTensors,
   options: DepthOptions<Options>,
   { detached = false }: MtpLossOptions = {},
 ): Tensor[] {
-  const [batch, time] = hidden_BTD.shape
+  const time = hidden_BTD.shape[1]
   let hidden = detached ? hidden_BTD.detach() : hidden_BTD
   return modules.map((module, k) => {
-    const { ids } = shiftTokens(rows, time, k + 1)
-    const next = upload(ids, [batch, time], hidden_BTD.backend)
+    const next = idsAhead(rows, time, k + 1)
     const own = typeof options === 'function' ? (options as (depth: number) => Options)(k + 1) : options
     hidden = module.normalize(module.forward(hidden, next, own, { detached }))
     return hidden
@@ -41,29 +54,26 @@ export function chain<Options>(
 }
 
 /**
- * Runs every depth behind the main model's hidden states `[B, T, D]` (after its final norm). Rows need T + 1 + depth tokens.
- * A depth whose batch holds no target gives 0.
+ * Runs every depth behind the main model's hidden states `[B, T, D]` (after its final norm). Rows need T + 1 + depth tokens; `DepthTensors` are those of
+ * `depthTargets` for as many depths as there are modules. A depth whose batch holds no target gives 0.
  */
 export function mtpLoss<Options>(
   modules: ReadonlyArray<MtpModule<Options>>,
   hidden_BTD: Tensor,
-  rows: TokenRows,
+  rows: TokenRows | DepthTensors,
   headWeight: Tensor,
   options: DepthOptions<Options>,
   { detached = false }: MtpLossOptions = {},
 ): MtpLoss {
   const [batch, time, features] = hidden_BTD.shape
-  const { backend } = hidden_BTD
-  const losses = chain(modules, hidden_BTD, rows, options, { detached }).map((hidden, k) => {
-    const { targets, count } = shiftTokens(rows, time, k + 2)
+  const uploaded = onDevice(rows, hidden_BTD, modules.length)
+  const losses = chain(modules, hidden_BTD, uploaded, options, { detached }).map((hidden, k) => {
     const flat = hidden.reshape([batch * time, features])
     const shared = detached ? headWeight.detach() : headWeight
-    return linearCrossEntropy(flat, modules[k].ownHead ?? shared, upload(targets, [batch * time], backend))
+    return linearCrossEntropy(flat, modules[k].ownHead ?? shared, targetsAt(uploaded, k + 1))
       .sum()
-      .mul(1 / Math.max(1, count))
+      .mul(averageAt(uploaded, k + 1))
   })
   const total = losses.reduce((sum, loss) => sum.add(loss))
   return { loss: total.mul(1 / modules.length), perDepth: losses.map(loss => loss.detach()) }
 }
-
-const upload = (ids: Int32Array, shape: number[], backend: Backend) => fromHost(ids, shape, 'i32', backend)

@@ -1,5 +1,5 @@
 /** @file Which token each position has to predict, and which positions carry no loss. */
-import { defaultIgnoreIndex } from '@moe/core'
+import { type Backend, defaultIgnoreIndex, fromHost, type Tensor } from '@moe/core'
 
 /** Rows of consecutive tokens; `documents` numbers the document of every token. */
 export interface TokenRows {
@@ -48,3 +48,68 @@ export function shiftTokens(
   }
   return { ids, targets, count }
 }
+
+/** What the losses of all depths take of rows, on the host. Depth 0 is the main model, which predicts the next token. */
+export interface DepthTargets {
+  /** `[rows, length]`. */
+  readonly tokens: Int32Array
+  /** `[depths + 1, rows, time]`: the token that each depth has to predict, `ignoreIndex` where there is none. */
+  readonly targets: Int32Array
+  /** `[depths + 1]`: positions that carry loss. */
+  readonly counts: readonly number[]
+}
+
+/** The same on a device: `uploadTargets`. Rows of other texts in their place give other losses by the same ops. */
+export interface DepthTensors {
+  /** `i32 [B, length]`. */
+  readonly tokens: Tensor
+  /** `i32 [depths + 1, B T]`. */
+  readonly targets: Tensor
+  /** `f32 [depths + 1]`: 1 / positions that carry loss; 1 where there are none. */
+  readonly averages: Tensor
+}
+
+/** Targets of the main model and of `depths` modules, over the first `time` positions of every row. A row needs `time + depths + 1` tokens. */
+export function depthTargets(
+  rows: TokenRows,
+  time: number,
+  depths: number,
+  options: { from?: number } = {},
+): DepthTargets {
+  const size = rows.rows * time
+  const targets = new Int32Array((depths + 1) * size)
+  const counts = Array.from({ length: depths + 1 }, (_, depth) => {
+    const shifted = shiftTokens(rows, time, depth + 1, options)
+    targets.set(shifted.targets, depth * size)
+    return shifted.count
+  })
+  return { tokens: rows.tokens, targets, counts }
+}
+
+/** 1 / positions that carry loss, for every depth; 1 where there are none. */
+export function averagesOf({ counts }: DepthTargets): Float32Array<ArrayBuffer> {
+  return Float32Array.from(counts, count => 1 / Math.max(1, count))
+}
+
+/** Uploads what `depthTargets` made of `rows` rows. */
+export function uploadTargets(host: DepthTargets, rows: number, backend: Backend): DepthTensors {
+  const { tokens, targets, counts } = host
+  const depths = counts.length
+  return {
+    tokens: fromHost(tokens, [rows, tokens.length / rows], 'i32', backend),
+    targets: fromHost(targets, [depths, targets.length / depths], 'i32', backend),
+    averages: fromHost(averagesOf(host), [depths], 'f32', backend),
+  }
+}
+
+/** Token ids `i32 [B, time]` that lie `shift` places ahead. */
+export const idsAhead = ({ tokens }: DepthTensors, time: number, shift: number): Tensor =>
+  tokens.narrow(1, shift, shift + time)
+
+/** Targets `i32 [B T]` of a depth, 0 for the main model. */
+export const targetsAt = ({ targets }: DepthTensors, depth: number): Tensor =>
+  targets.narrow(0, depth, depth + 1).reshape([targets.shape[1]])
+
+/** 1 / positions that carry loss at a depth, a scalar. */
+export const averageAt = ({ averages }: DepthTensors, depth: number): Tensor =>
+  averages.narrow(0, depth, depth + 1).reshape([])
