@@ -145,7 +145,8 @@ describe('DeepSeek LLM', () => {
     expect(namedParameters(again).map(({ name }) => name)).toEqual(namedParameters(model).map(({ name }) => name))
     expect(namedParameters(again).map(({ name }) => name)).toContain('model.layers.1.self_attn.k_proj.weight')
     const loss = async (m: DeepSeek) => scope(() => m.loss(rows).loss).item()
-    expect(await loss(again)).toBe(await loss(model))
+    // The weights that were trained here have f64's digits, those of the file f32's.
+    expect(await loss(again)).toBeCloseTo(await loss(model), 7)
     again.dispose()
     model.dispose()
   })

@@ -13,6 +13,7 @@ import {
 } from '@moe/attention-mla'
 import {
   type Backend,
+  concat,
   defaultBackend,
   denseWeight,
   disposeModule,
@@ -30,20 +31,33 @@ import {
   type Tensor,
   type WeightFormat,
 } from '@moe/core'
-import { type MtpAcceptance, MtpModule, mtpAcceptance, mtpLoss, shiftTokens, type TokenRows } from '@moe/mtp'
+import {
+  averageAt,
+  idsAhead,
+  type MtpAcceptance,
+  MtpModule,
+  mtpAcceptance,
+  mtpLoss,
+  shiftTokens,
+  type TokenRows,
+  targetsAt,
+} from '@moe/mtp'
 import {
   type Balancer,
   type LoadMonitor,
+  type LoadSummary,
   MoELayer,
   type Schedule,
   scheduled,
   summarizeLoad,
   type TokenDropping,
+  updateBias,
 } from '@moe/router'
 import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './config.ts'
 import { DecoderLayer, type DecoderLayerInit, type LayerOptions } from './decoder-layer.ts'
 import { type GenerateOptions, type Generation, generate, type TextOptions } from './generate.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
+import { factorAt, type HostInputs, type LossTensors, lossInputs, maskAt, uploadInputs } from './training-loss.ts'
 
 /**
  * What the training loss adds to the next-token loss, and how fast the balance bias moves. Numbers, or functions of the optimizer steps done (`model.step`);
@@ -92,6 +106,17 @@ export interface DeepSeekLoss {
    * `acceptance1` and so on, the share of drafts accepted at each depth together with the shallower ones.
    */
   readonly metrics: Readonly<Record<string, Tensor>>
+}
+
+/** `loss` and `afterStep` of a model in parts: see `DeepSeek.staged`. Arrays of the same names and shapes go through the same ops. */
+export interface StagedDeepSeek {
+  inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
+  /** `carried` is summed over the micro-batches of a step, for `after`: the loads of all layers. */
+  loss(inputs: Readonly<Record<string, Tensor>>): Omit<DeepSeekLoss, 'count'> & { readonly carried: readonly Tensor[] }
+  afterInputs(): HostInputs
+  after(inputs: Readonly<Record<string, Tensor>>, carried: readonly Tensor[]): void
+  /** Ends the step; what `afterStep` resolves to. */
+  report(carried: ReadonlyArray<Float32Array | Int32Array>): Promise<Record<string, number>>
 }
 
 /** The part under the key `model`. */
@@ -235,67 +260,86 @@ export class DeepSeek extends Module {
    * counted. Positions below `from` carry no loss.
    */
   loss(rows: TokenRows, options: { training?: boolean; from?: number } = {}): DeepSeekLoss {
-    const { training = true, from = 0 } = options
-    const { rows: batch, length } = rows
+    const { training = true, from } = options
+    const { arrays, count } = this.#lossInputs(rows, training, from)
+    return { ...this.#lossOf(uploadInputs(arrays, this.#backend), { training }), count }
+  }
+
+  /**
+   * `loss` and `afterStep` in two parts each, what the host contributes and the ops on that: the ops can be recorded once and run again on other inputs.
+   * Undefined for models that draw or schedule within their ops: with a balancer or with dropping.
+   */
+  get staged(): StagedDeepSeek | undefined {
+    if (this.#balancer || this.#undropped) return undefined
+    return {
+      inputs: rows => this.#lossInputs(rows, true),
+      loss: inputs => {
+        const loads: Tensor[] = []
+        const parts = this.#lossOf(inputs as unknown as LossTensors, {
+          training: true,
+          onLoad: load => loads.push(load),
+        })
+        return { ...parts, carried: loads.length === 0 ? [] : [noGrad(() => concat(loads))] }
+      },
+      afterInputs: () => ({
+        speed: { data: Float32Array.of(scheduled(this.#objective.biasSpeed, this.step)), shape: [] },
+      }),
+      after: ({ speed }, [loads]) => {
+        this.moeLayers.forEach(({ gate: { e_score_correction_bias: bias } }, i) => {
+          if (bias) updateBias(bias, loads.narrow(0, i * bias.size, (i + 1) * bias.size), { speed })
+        })
+      },
+      report: ([loads]) => {
+        const layers = this.moeLayers
+        const size = layers.length === 0 ? 0 : loads.length / layers.length
+        return this.#report(layers.map((_, i) => Promise.resolve(loads.slice(i * size, (i + 1) * size))))
+      },
+    }
+  }
+
+  #lossInputs(rows: TokenRows, training: boolean, from = 0) {
+    const { mtpWeight, balanceWeight } = this.#objective
+    const depths = training ? this.mtp.length : 0
+    return lossInputs(rows, rows.length - this.lookahead, depths, {
+      from,
+      factors: training ? [scheduled(mtpWeight, this.step), scheduled(balanceWeight, this.step)] : [],
+      undropped: training ? this.#undropped?.(rows.rows) : undefined,
+    })
+  }
+
+  /** The ops of the loss. With `onLoad` the loads of the layers go there, in the order of `moeLayers`, and are not counted. */
+  #lossOf(inputs: LossTensors, options: Pick<LayerOptions, 'training' | 'onLoad'>): Omit<DeepSeekLoss, 'count'> {
+    const { training, onLoad } = options
+    const { tokens, undropped } = inputs
+    const [batch, length] = tokens.shape
     const time = length - this.lookahead
     const balance: Tensor[] = []
-    const layerOptions = this.#layerOptions(rows, time, training, loss => balance.push(loss))
-    const hidden = this.#states(rows, time, layerOptions(0))
-    const { targets, count } = shiftTokens(rows, time, 1, { from })
+    const gather = (loss: Tensor) => balance.push(loss)
+    const wanted = this.#balancer ? { onBalancerLoss: gather } : { onBalanceLoss: gather }
+    const watched = training ? { training: !onLoad, undropped, onLoad, ...wanted } : {}
+    const layerOptions = (depth: number): LayerOptions => ({ ...watched, mask: maskAt(inputs, depth) })
+    const hidden = this.hidden(idsAhead(inputs, time, 0), layerOptions(0))
     const head = denseWeight(this.lm_head.weight)
-    const nll = linearCrossEntropy(
-      hidden.reshape([batch * time, this.#config.hidden_size]),
-      head,
-      fromHost(targets, [batch * time], 'i32', this.#backend),
-    ).sum()
-    let loss = nll.mul(1 / Math.max(1, count))
+    const flat = hidden.reshape([batch * time, this.#config.hidden_size])
+    const nll = linearCrossEntropy(flat, head, targetsAt(inputs, 0)).sum()
+    let loss = nll.mul(averageAt(inputs, 0))
     const metrics: Record<string, Tensor> = {}
-    const { mtpWeight, balanceWeight, mtpDetached: detached, mtpAcceptance: measured } = this.#objective
+    const { mtpDetached: detached, mtpAcceptance: measured } = this.#objective
     if (training && this.mtp.length > 0) {
-      const mtp = mtpLoss(this.mtp, hidden, rows, head, layerOptions, { detached })
+      const mtp = mtpLoss(this.mtp, hidden, inputs, head, layerOptions, { detached })
       metrics.mtp = mtp.loss.detach()
-      loss = loss.add(mtp.loss.mul(scheduled(mtpWeight, this.step)))
+      loss = loss.add(mtp.loss.mul(factorAt(inputs, 'mtp')))
       if (measured) {
-        const { chained } = mtpAcceptance(this.mtp, hidden, rows, head, {})
+        const { chained } = mtpAcceptance(this.mtp, hidden, inputs, head, {})
         for (const [k, rate] of chained.entries()) metrics[`acceptance${k + 1}`] = rate
       }
     }
     if (balance.length > 0) {
       const total = balance.reduce((sum, part) => sum.add(part))
       metrics.balance = total.mul(1 / balance.length).detach()
-      loss = loss.add(this.#balancer ? total : total.mul(scheduled(balanceWeight, this.step)))
+      loss = loss.add(this.#balancer ? total : total.mul(factorAt(inputs, 'balance')))
     }
-    return { loss, nll: nll.detach(), count, metrics }
-  }
-
-  /** Hidden states `[B, T, D]` of the first T tokens of rows. */
-  #states(rows: TokenRows, time: number, options: LayerOptions): Tensor {
-    const { ids } = shiftTokens(rows, time, 0)
-    return this.hidden(fromHost(ids, [rows.rows, time], 'i32', this.#backend), options)
-  }
-
-  /**
-   * How layers run over the first T tokens of rows: padding (documents with negative numbers) masked, the losses of balancing gathered in training.
-   * MTP modules at depth k take the tokens k places ahead.
-   */
-  #layerOptions(rows: TokenRows, time: number, training: boolean, gather: (loss: Tensor) => void) {
-    const { rows: batch, length, documents } = rows
-    const padded = documents.some(document => document < 0)
-    const spared = training && this.#undropped?.(batch)
-    const undropped = spared ? fromHost(spared, [batch], 'f32', this.#backend) : undefined
-    return (depth: number): LayerOptions => {
-      let mask: Tensor | undefined
-      if (padded) {
-        const real = new Float32Array(batch * time)
-        for (let i = 0; i < real.length; i++) {
-          real[i] = documents[Math.floor(i / time) * length + (i % time) + depth] < 0 ? 0 : 1
-        }
-        mask = fromHost(real, [batch, time], 'f32', this.#backend)
-      }
-      if (!training) return { training, mask }
-      const common = { training, mask, undropped }
-      return this.#balancer ? { ...common, onBalancerLoss: gather } : { ...common, onBalanceLoss: gather }
-    }
+    return { loss, nll: nll.detach(), metrics }
   }
 
   /**
@@ -304,7 +348,8 @@ export class DeepSeek extends Module {
   mtpAcceptance(rows: TokenRows): MtpAcceptance {
     return this.infer(() => {
       const time = rows.length - this.lookahead
-      return mtpAcceptance(this.mtp, this.#states(rows, time, {}), rows, denseWeight(this.lm_head.weight), {})
+      const ids = fromHost(shiftTokens(rows, time, 0).ids, [rows.rows, time], 'i32', this.#backend)
+      return mtpAcceptance(this.mtp, this.hidden(ids), rows, denseWeight(this.lm_head.weight), {})
     })
   }
 
@@ -321,18 +366,27 @@ export class DeepSeek extends Module {
    */
   async afterStep(): Promise<Record<string, number>> {
     const speed = scheduled(this.#objective.biasSpeed, this.step)
-    const loads = this.moeLayers.map(async (layer, i) => {
+    const loads = this.moeLayers.map(layer => {
       const load = layer.load?.values()
       if (layer.balancer) layer.rebalance({ step: this.step })
       else layer.updateBias({ speed })
-      const bias = this.#monitor && layer.gate.e_score_correction_bias?.values()
-      const values = await load
-      if (values) this.#monitor?.record(`moe ${i}`, values, (await bias) ?? undefined)
-      return values
+      return load
     })
+    return this.#report(loads)
+  }
+
+  /** Loads of the layers, biases of now: to the monitor, and what is worth logging. Ends the step. */
+  async #report(loads: ReadonlyArray<Promise<ArrayLike<number>> | undefined>): Promise<Record<string, number>> {
+    const biases = this.moeLayers.map(({ gate }) => this.#monitor && gate.e_score_correction_bias?.values())
     this.step++
     this.#batches = 0
-    const summaries = (await Promise.all(loads)).filter(load => load !== undefined).map(summarizeLoad)
+    const summaries: LoadSummary[] = []
+    for (const [i, load] of loads.entries()) {
+      const [values, bias] = await Promise.all([load, biases[i]])
+      if (values === undefined) continue
+      this.#monitor?.record(`moe ${i}`, values, bias ?? undefined)
+      summaries.push(summarizeLoad(values))
+    }
     if (summaries.length === 0) return {}
     const vio = summaries.map(({ maxVio }) => maxVio)
     return {

@@ -7,8 +7,8 @@
 import { arange, full, noGrad, type Parameter, scatterAddRows, scope, type Tensor } from '@moe/core'
 
 export interface BiasUpdateOptions {
-  /** Update speed γ. V3: 0.001 for the first 14.3T tokens, then 0. */
-  readonly speed?: number
+  /** Update speed γ, or a scalar on the device. V3: 0.001 for the first 14.3T tokens, then 0. */
+  readonly speed?: number | Tensor
   /** Take the mean off the update, so that a common offset cannot drift (torchtitan's variant; not in the paper). Default false. */
   readonly recentre?: boolean
 }

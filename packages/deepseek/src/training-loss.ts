@@ -1,0 +1,62 @@
+/** @file What the training loss takes from the host for a batch, apart from the ops on it, which are the same for every batch of its shape. */
+import { type Backend, type Shape, type Tensor, tensor } from '@moe/core'
+import { averagesOf, type DepthTensors, depthTargets, type TokenRows } from '@moe/mtp'
+
+/** Arrays to upload, by name. */
+export type HostInputs = Readonly<Record<string, { readonly data: Float32Array | Int32Array; readonly shape: Shape }>>
+
+/** The same, uploaded. */
+export interface LossTensors extends DepthTensors {
+  /** λ of multi-token prediction and α of the balance loss, `f32 [2]`; in training only. */
+  readonly factors?: Tensor
+  /** 1 for tokens and 0 for padding, as each depth sees them, `f32 [depths + 1, B, T]`; only in batches with padding. */
+  readonly mask?: Tensor
+  /** Which sequences lose no token to dropping, `f32 [B]`. */
+  readonly undropped?: Tensor
+}
+
+export function lossInputs(
+  rows: TokenRows,
+  time: number,
+  depths: number,
+  options: { from: number; factors: readonly number[]; undropped?: Float32Array },
+): { arrays: HostInputs; count: number } {
+  const { factors, undropped } = options
+  const { rows: batch, length, documents } = rows
+  const host = depthTargets(rows, time, depths, options)
+  const arrays: Record<string, HostInputs[string]> = {
+    tokens: { data: host.tokens, shape: [batch, length] },
+    targets: { data: host.targets, shape: [depths + 1, batch * time] },
+    averages: { data: averagesOf(host), shape: [depths + 1] },
+  }
+  if (factors.length > 0) arrays.factors = { data: Float32Array.from(factors), shape: [factors.length] }
+  if (undropped) arrays.undropped = { data: undropped, shape: [batch] }
+  if (documents.some(document => document < 0)) {
+    const data = new Float32Array((depths + 1) * batch * time)
+    for (let i = 0; i < data.length; i++) {
+      const depth = Math.floor(i / (batch * time))
+      const row = Math.floor(i / time) % batch
+      data[i] = documents[row * length + (i % time) + depth] < 0 ? 0 : 1
+    }
+    arrays.mask = { data, shape: [depths + 1, batch, time] }
+  }
+  return { arrays, count: host.counts[0] }
+}
+
+export function uploadInputs(arrays: HostInputs, backend: Backend): LossTensors {
+  const upload = ({ data, shape }: HostInputs[string]) => tensor(data, shape, { backend })
+  return Object.fromEntries(
+    Object.entries(arrays).map(([name, array]) => [name, upload(array)]),
+  ) as unknown as LossTensors
+}
+
+/** The mask `[B, T]` of a depth. */
+export function maskAt({ mask }: LossTensors, depth: number): Tensor | undefined {
+  return mask?.narrow(0, depth, depth + 1).reshape(mask.shape.slice(1))
+}
+
+/** λ or α, a scalar. */
+export function factorAt({ factors }: LossTensors, of: 'mtp' | 'balance'): Tensor {
+  const at = of === 'mtp' ? 0 : 1
+  return (factors as Tensor).narrow(0, at, at + 1).reshape([])
+}
