@@ -311,6 +311,8 @@ export interface Backend {
    * have nothing to gain leave it out.
    */
   capture?<T>(fn: () => T, options?: CaptureOptions): Graph<T>
+  /** Gives memory that it keeps for later tensors back to the system. Backends that keep none leave it out. */
+  trim?(): void | Promise<void>
   /** Gives everything back; the backend is unusable afterwards. */
   dispose(): void
   readonly primitives: PrimitiveKernels

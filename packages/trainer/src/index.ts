@@ -16,11 +16,20 @@ export type {
   TrainEvent,
   TrainListener,
 } from './events.ts'
-export type { LossOptions, LossOutput, TextTokenizer, TokenBatch, TrainableModel } from './model.ts'
+export type {
+  DeviceInputs,
+  HostInputs,
+  LossOptions,
+  LossOutput,
+  StagedStep,
+  TextTokenizer,
+  TokenBatch,
+  TrainableModel,
+} from './model.ts'
 export { AdamW, type AdamWOptions, decaysMatrices } from './optim/adamw.ts'
 export { clipScale, gradientNorm } from './optim/clip.ts'
 export { hiddenMatrices, Muon, type MuonOptions, orthogonalize } from './optim/muon.ts'
-export type { Optimizer } from './optim/optimizer.ts'
+export type { Optimizer, OptimizerInputs, StagedOptimizer } from './optim/optimizer.ts'
 export {
   type CosineOptions,
   type Schedule,
@@ -34,5 +43,7 @@ export { type MetricsLine, readMetrics } from './report/metrics-log.ts'
 export { type ProgressOptions, type ProgressStream, progress } from './report/progress.ts'
 export { writeSummary } from './report/summary.ts'
 export type { TrainResult } from './result.ts'
+export type { StepNumbers } from './step-numbers.ts'
 export { train } from './train.ts'
-export { type StepNumbers, type StepOptions, trainingStep } from './training-step.ts'
+export { type StepOptions, trainingStep } from './training-step.ts'
+export { TrainingSteps, type TrainingStepsOptions } from './training-steps.ts'

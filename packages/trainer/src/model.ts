@@ -1,5 +1,5 @@
 /** @file What the trainer asks of a model. Any `Module` that has these few members can be trained. */
-import type { Module, Tensor } from '@moe/core'
+import type { Module, Shape, Tensor } from '@moe/core'
 
 /** Rows of consecutive tokens, on the host. */
 export interface TokenBatch {
@@ -34,6 +34,30 @@ export interface LossOutput {
   readonly metrics: Readonly<Record<string, Tensor>>
 }
 
+/** Arrays of a step that a model takes from the host, by name: floats as f32, whole numbers as i32. */
+export type HostInputs = Readonly<Record<string, { readonly data: Float32Array | Int32Array; readonly shape: Shape }>>
+
+/** The same, uploaded. */
+export type DeviceInputs = Readonly<Record<string, Tensor>>
+
+/**
+ * `loss` in training and `afterStep` in two parts each: what the host contributes, and the ops on that. On backends
+ * that record (`Backend.capture`) the ops run in JavaScript once; later steps replay them on other inputs. So they may
+ * depend on inputs, on parameters and on the shapes of both, and on nothing else that changes.
+ */
+export interface StagedStep {
+  /** For `loss`. Batches whose arrays have the same names and shapes go through the same ops. */
+  inputs(batch: TokenBatch): { readonly arrays: HostInputs; readonly count: number }
+  /** As `TrainableModel.loss`. `carried` is added up over the micro-batches of a step and handed to `after`. */
+  loss(inputs: DeviceInputs): Omit<LossOutput, 'count'> & { readonly carried: readonly Tensor[] }
+  /** For `after`. */
+  afterInputs(): HostInputs
+  /** What `afterStep` does on the device: it assigns to buffers of the model. */
+  after(inputs: DeviceInputs, carried: readonly Tensor[]): void
+  /** What `afterStep` does on the host, and the numbers that it resolves to. */
+  report(carried: ReadonlyArray<Float32Array | Int32Array>): Promise<Record<string, number>>
+}
+
 /** A model that `train` and `evaluate` can run. */
 export interface TrainableModel extends Module {
   /** Tokens that a row needs beyond the positions that are trained on: 1, and one more for every MTP module. */
@@ -47,6 +71,8 @@ export interface TrainableModel extends Module {
    * here). Returns numbers to log, `maxVio` among them for a model with experts.
    */
   afterStep?(): Promise<Record<string, number>>
+  /** The same in parts that can be recorded. Without it, every step runs op by op. */
+  readonly staged?: StagedStep | undefined
   /**
    * Writes `config.json` and `model.safetensors` into a folder that exists, every parameter and buffer in the dtype
    * that it has in memory, under its `stateDict` key. Without it, the trainer writes the state dict itself.

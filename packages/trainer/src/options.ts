@@ -42,6 +42,8 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly optimizer?: 'adamw' | 'muon' | ((parameters: readonly NamedParameter[]) => Optimizer)
   /** Arithmetic of matrix products. Default f32. */
   readonly precision?: Precision
+  /** Record a step and replay it where backend, model and optimizer can: see `TrainingSteps`. Default true. */
+  readonly record?: boolean
   /** Names the order of the data. Default 0. */
   readonly seed?: number
   /** This process among those that share the data. Default 0 of 1. */

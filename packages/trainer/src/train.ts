@@ -1,4 +1,4 @@
-/** @file `train`: a model, data, and the loop around `trainingStep`. */
+/** @file `train`: a model, data, and the loop around `TrainingSteps`. */
 import { existsSync, mkdirSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { globalNorm, MoeError, type NamedParameter, namedParameters, noGrad, parameterCount } from '@moe/core'
@@ -25,7 +25,7 @@ import { cutMetrics, type MetricsLine, MetricsLog, metricsLine } from './report/
 import { progress } from './report/progress.ts'
 import { writeSummary } from './report/summary.ts'
 import type { TrainResult } from './result.ts'
-import { trainingStep } from './training-step.ts'
+import { TrainingSteps } from './training-steps.ts'
 
 /**
  * Trains a model. With `out`, the folder gets `checkpoints/`, `metrics.jsonl` (a line per step) and, at the end,
@@ -59,6 +59,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
     throw error
   } finally {
     interrupts.dispose()
+    run?.steps.dispose()
     optimizer.dispose()
   }
 }
@@ -103,6 +104,7 @@ class Run {
   readonly data: TokenData
   readonly parameters: readonly NamedParameter[]
   readonly optimizer: Optimizer
+  readonly steps: TrainingSteps
   readonly interrupts: Interrupts
   readonly order: TrainingOrder
   readonly record: RunRecord
@@ -114,6 +116,7 @@ class Run {
   readonly tail: MetricsLine[] = []
   /** What the model's `afterStep` returns. */
   readonly balanceNames = new Set<string>()
+  /** Steps done. */
   step = 0
   tokens = 0
   trainSeconds = 0
@@ -133,6 +136,7 @@ class Run {
     this.data = data
     this.parameters = parameters
     this.optimizer = optimizer
+    this.steps = new TrainingSteps(model, parameters, optimizer, settings)
     this.interrupts = interrupts
     this.order = new TrainingOrder(data.training, { ...settings, lookahead: model.lookahead })
     this.record = recordRun(settings, data.training, parameters, optimizer)
@@ -225,12 +229,7 @@ class Run {
     const { settings, order } = this
     const started = performance.now()
     const lr = settings.lr * settings.schedule(this.step)
-    const numbers = await trainingStep(this.model, this.parameters, this.optimizer, order.step(this.step), {
-      lr,
-      clip: settings.clip,
-      precision: settings.precision,
-      step: this.step + 1,
-    })
+    const numbers = await this.steps.step(order.step(this.step), { lr, step: this.step + 1 })
     // A turn of the event loop, so that Ctrl-C is seen even where no download waits.
     await new Promise(setImmediate)
     const seconds = (performance.now() - started) / 1000

@@ -15,6 +15,7 @@ import type { TokenBatch, TrainableModel } from './model.ts'
 import { nonFiniteStep } from './non-finite.ts'
 import { clipScale, gradientNorm } from './optim/clip.ts'
 import type { Optimizer } from './optim/optimizer.ts'
+import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
 export interface StepOptions {
   /** Learning rate of this step. */
@@ -25,22 +26,6 @@ export interface StepOptions {
   readonly precision?: Precision
   /** Number of the step, for error messages. */
   readonly step?: number
-}
-
-/** What a step measured, on the host. */
-export interface StepNumbers {
-  /** Mean over counted positions, with auxiliary terms. */
-  readonly loss: number
-  /** Next-token negative log-likelihood in nats per counted position. */
-  readonly nll: number
-  /** Counted positions. */
-  readonly count: number
-  /** Norm of the gradient before clipping. */
-  readonly gradNorm: number
-  /** What the model logs beside its loss, weighted like the loss. */
-  readonly metrics: Readonly<Record<string, number>>
-  /** What its `afterStep` returned: `maxVio` and the like. */
-  readonly after: Readonly<Record<string, number>>
 }
 
 /**
@@ -63,10 +48,19 @@ export async function trainingStep(
   const trained = parameters.map(({ parameter }) => parameter).filter(parameter => parameter.trainable)
   const held: Tensor[] = []
   try {
-    const parts = batches.map(batch => pass(model, batch, batches.length > 1, precision))
-    const { factor, scalars, gradScale } = summarize(parts, trained, clip)
+    const several = batches.length > 1
+    const parts = batches.map(batch => pass(model, batch, several, precision))
+    const factor = factorOf(parts.map(({ weight }) => weight))
+    const { scalars, gradScale } = summarize(parts, trained, clip, factor)
     held.push(scalars, gradScale)
-    const numbers = average(parts, await scalars.values(), factor)
+    const values = await scalars.values()
+    let at = 0
+    const passes = parts.map(({ count, metrics }) => {
+      const own = values.subarray(at, at + 2 + metrics.length)
+      at += own.length
+      return { count, metrics: metrics.map(([name]) => name), values: own }
+    })
+    const numbers = average(passes, values[at], factor)
     const finite = Number.isFinite(numbers.loss) && Number.isFinite(numbers.gradNorm)
     if (!finite) throw await nonFiniteStep(model, step, numbers)
     optimizer.step(lr, gradScale)
@@ -92,8 +86,7 @@ function pass(model: TrainableModel, batch: TokenBatch, several: boolean, precis
   return scope(() =>
     withPrecision(precision, () => {
       const { loss, nll, count, metrics } = model.loss(batch, { training: true })
-      // One batch alone is averaged by its loss. Several add up sums, scaled to be of order 1.
-      const weight = several ? count / (batch.rows * batch.length) : 1
+      const weight = weightOf(count, batch, several)
       backward(loss, several ? { gradient: full([], weight, { backend: loss.backend }) } : {})
       return { loss, nll, count, weight, metrics: Object.entries(metrics) }
     }),
@@ -101,9 +94,7 @@ function pass(model: TrainableModel, batch: TokenBatch, several: boolean, precis
 }
 
 /** Everything that the host wants to know, in one vector: losses, likelihoods, metrics, gradient norm. */
-function summarize(parts: readonly Pass[], trained: readonly Parameter[], clip: number) {
-  const total = parts.reduce((sum, part) => sum + part.weight, 0)
-  const factor = parts.length === 1 || total === 0 ? 1 : 1 / total
+function summarize(parts: readonly Pass[], trained: readonly Parameter[], clip: number, factor: number) {
   return scope(() =>
     noGrad(() => {
       const norm = gradientNorm(trained)
@@ -111,24 +102,9 @@ function summarize(parts: readonly Pass[], trained: readonly Parameter[], clip: 
       const scalars = concat([...tensors, norm].map(tensor => tensor.reshape([1])))
       const gradScale = clipScale(norm, clip, factor)
       for (const tensor of tensors) tensor.dispose()
-      return { factor, scalars, gradScale }
+      return { scalars, gradScale }
     }),
   )
-}
-
-function average(parts: readonly Pass[], values: ArrayLike<number>, factor: number): Omit<StepNumbers, 'after'> {
-  const count = parts.reduce((sum, part) => sum + part.count, 0)
-  const metrics: Record<string, number> = {}
-  let loss = 0
-  let nll = 0
-  let at = 0
-  for (const part of parts) {
-    const share = count === 0 ? 1 / parts.length : part.count / count
-    loss += share * values[at++]
-    nll += values[at++]
-    for (const [name] of part.metrics) metrics[name] = (metrics[name] ?? 0) + share * values[at++]
-  }
-  return { loss, nll: nll / Math.max(1, count), count, gradNorm: factor * values[at], metrics }
 }
 
 function zeroGradients(parameters: readonly Parameter[]): void {

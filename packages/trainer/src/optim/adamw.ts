@@ -12,7 +12,7 @@ import {
   type Tensor,
   zeros,
 } from '@moe/core'
-import type { Optimizer } from './optimizer.ts'
+import type { OptimizerInputs, StagedOptimizer } from './optimizer.ts'
 
 export interface AdamWOptions {
   /** Decay rates of the two moments. Default [0.9, 0.95], as DeepSeek-V3. */
@@ -39,11 +39,13 @@ interface Slot {
 
 const moment = (like: Parameter) => new Parameter(zeros(like.shape, like), { trainable: false })
 
-export class AdamW implements Optimizer {
+export class AdamW implements StagedOptimizer {
   readonly name = 'adamw'
   readonly settings: Readonly<Record<string, unknown>>
   /** Steps done. */
   steps = 0
+  /** Of the step that has begun. */
+  #lr = 0
   readonly #slots: readonly Slot[]
   readonly #betas: readonly [number, number]
   readonly #eps: number
@@ -70,12 +72,26 @@ export class AdamW implements Optimizer {
   }
 
   step(lr: number, gradScale: Tensor): void {
-    this.steps++
+    this.begin(lr)
+    this.update(null, gradScale)
+  }
+
+  get state(): readonly Tensor[] {
+    return this.#slots.flatMap(({ m, v }) => [m, v])
+  }
+
+  begin(lr: number): OptimizerInputs {
+    const step = ++this.steps
+    this.#lr = lr
+    return { numbers: new Float32Array(), updates: { adamwStep: attrs => ({ ...attrs, lr, step }) } }
+  }
+
+  update(_numbers: Tensor | null, gradScale: Tensor): void {
     const [beta1, beta2] = this.#betas
     for (const { named, weightDecay, m, v } of this.#slots) {
       const { parameter } = named
       if (parameter.grad === null) continue
-      const attrs = { lr, beta1, beta2, eps: this.#eps, weightDecay, step: this.steps }
+      const attrs = { lr: this.#lr, beta1, beta2, eps: this.#eps, weightDecay, step: this.steps }
       const next = adamwStep(parameter, parameter.grad, m, v, gradScale, attrs)
       parameter.assign(next.param)
       m.assign(next.m)

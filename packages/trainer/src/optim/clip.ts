@@ -14,8 +14,13 @@ export function gradientNorm(parameters: readonly Parameter[]): Tensor {
  * @param limit no clipping when it is Infinity or 0
  * @param factor to apply in any case, e.g. the average over micro-batches
  */
-export function clipScale(norm: Tensor, limit: number, factor = 1): Tensor {
+export function clipScale(norm: Tensor, limit: number, factor: number | Tensor = 1): Tensor {
   const { backend } = norm
-  if (limit === 0 || limit === Number.POSITIVE_INFINITY) return full([], factor, { backend })
-  return scope(() => noGrad(() => full([], limit, { backend }).div(norm.mul(factor).add(1e-6)).minimum(1).mul(factor)))
+  const unlimited = limit === 0 || limit === Number.POSITIVE_INFINITY
+  return scope(() =>
+    noGrad(() => {
+      if (unlimited) return typeof factor === 'number' ? full([], factor, { backend }) : factor.detach()
+      return full([], limit, { backend }).div(norm.mul(factor).add(1e-6)).minimum(1).mul(factor)
+    }),
+  )
 }

@@ -15,10 +15,11 @@ import {
   scope,
   showShape,
   type Tensor,
+  tensor,
   zeros,
 } from '@moe/core'
 import { AdamW, type AdamWOptions } from './adamw.ts'
-import type { Optimizer } from './optimizer.ts'
+import type { OptimizerInputs, StagedOptimizer } from './optimizer.ts'
 
 export interface MuonOptions extends AdamWOptions {
   /** Default 0.95. */
@@ -64,7 +65,7 @@ interface Slot {
 }
 
 /** Muon for the hidden matrices, AdamW for everything else, with one learning rate and weight decay. */
-export class Muon implements Optimizer {
+export class Muon implements StagedOptimizer {
   readonly name = 'muon'
   readonly settings: Readonly<Record<string, unknown>>
   readonly #slots: readonly Slot[]
@@ -93,24 +94,42 @@ export class Muon implements Optimizer {
   }
 
   step(lr: number, gradScale: Tensor): void {
-    for (const { named, weightDecay, scale, momentum } of this.#slots) {
+    const { numbers } = this.begin(lr)
+    const uploaded = tensor(numbers, undefined, gradScale)
+    this.update(uploaded, gradScale)
+    uploaded.dispose()
+  }
+
+  get state(): readonly Tensor[] {
+    return [...this.#slots.map(({ momentum }) => momentum), ...this.#rest.state]
+  }
+
+  /** The numbers: what is left of a matrix after decay, and the length of its step, for each. */
+  begin(lr: number): OptimizerInputs {
+    const numbers = this.#slots.flatMap(({ weightDecay, scale }) => [1 - lr * weightDecay, lr * scale])
+    return { numbers: Float32Array.from(numbers), updates: this.#rest.begin(lr).updates }
+  }
+
+  update(numbers: Tensor, gradScale: Tensor): void {
+    for (const [i, { named, momentum }] of this.#slots.entries()) {
       const { parameter } = named
       const { grad } = parameter
       if (grad === null) continue
       const next = scope(() =>
         noGrad(() => {
+          const number = (at: number) => numbers.narrow(0, at, at + 1).reshape([])
           const g = grad.mul(gradScale).mul(1 - this.#momentum)
           const average = momentum.mul(this.#momentum).add(g)
           // Nesterov: one step ahead.
           const ahead = average.mul(this.#momentum).add(g)
-          const update = orthogonalize(ahead, this.#iterations, this.#precision).mul(lr * scale)
-          return { parameter: parameter.mul(1 - lr * weightDecay).sub(update), average }
+          const update = orthogonalize(ahead, this.#iterations, this.#precision).mul(number(2 * i + 1))
+          return { parameter: parameter.mul(number(2 * i)).sub(update), average }
         }),
       )
       parameter.assign(next.parameter)
       momentum.assign(next.average)
     }
-    this.#rest.step(lr, gradScale)
+    this.#rest.update(null, gradScale)
   }
 
   entries(): StateEntry[] {

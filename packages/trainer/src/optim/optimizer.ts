@@ -1,5 +1,5 @@
 /** @file What the trainer asks of an optimizer. */
-import type { StateEntry, StateSource, Tensor } from '@moe/core'
+import type { AttrUpdates, StateEntry, StateSource, Tensor } from '@moe/core'
 
 export interface Optimizer {
   /** Short name, stored in checkpoints so that the state of another one is not taken for its own. */
@@ -18,3 +18,23 @@ export interface Optimizer {
   /** Frees the state. */
   dispose(): void
 }
+
+/** What a step of a `StagedOptimizer` takes from the host. */
+export interface OptimizerInputs {
+  /** Uploaded as `f32`, in the same number at every step. */
+  readonly numbers: Float32Array
+  /** For the ops that a recorded step has. */
+  readonly updates: AttrUpdates
+}
+
+/** An optimizer whose ops can be recorded once and replayed: `step` is `begin` and `update`. */
+export interface StagedOptimizer extends Optimizer {
+  /** What a step replaces beside the parameters. */
+  readonly state: readonly Tensor[]
+  /** Counts a step. */
+  begin(lr: number): OptimizerInputs
+  /** The ops, of the parameters that have gradients. They depend on nothing of the host but on what `begin` gave. */
+  update(numbers: Tensor, gradScale: Tensor): void
+}
+
+export const isStaged = (optimizer: Optimizer): optimizer is StagedOptimizer => 'begin' in optimizer

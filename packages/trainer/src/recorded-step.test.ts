@@ -1,0 +1,223 @@
+/** @file Steps recorded and replayed give what steps op by op give, bit for bit, on a backend that records. */
+import {
+  type Backend,
+  type Graph,
+  MoeError,
+  namedParameters,
+  noGrad,
+  type Precision,
+  Random,
+  stateDict,
+} from '@moe/core'
+import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cpu'
+import { auxFree } from '@moe/router'
+import { afterAll, afterEach, describe, expect, test } from 'vitest'
+import { TokenDataset } from './data/token-dataset.ts'
+import { TrainingOrder } from './data/training-order.ts'
+import type { StepEvent } from './events.ts'
+import { AdamW } from './optim/adamw.ts'
+import type { TrainOptions } from './options.ts'
+import { train } from './train.ts'
+import { TrainingSteps } from './training-steps.ts'
+
+const native = await createBackend()
+afterAll(() => native.dispose())
+afterEach(() => expect(native.stats().handles).toBe(0))
+
+/** The backend with its graphs counted. */
+function counting() {
+  const counts = { captures: 0, replays: 0 }
+  const backend: Backend = {
+    ...native,
+    capture(fn, options) {
+      counts.captures++
+      const graph: Graph<ReturnType<typeof fn>> = native.capture(fn, options)
+      return {
+        ...graph,
+        replay(updates) {
+          counts.replays++
+          graph.replay(updates)
+        },
+      }
+    },
+  }
+  return { backend, counts }
+}
+
+const tiny: DeepSeekConfigInput = {
+  ...presets.tiny,
+  vocab_size: 40,
+  hidden_size: 24,
+  intermediate_size: 32,
+  moe_intermediate_size: 8,
+  num_hidden_layers: 3,
+  num_attention_heads: 2,
+  n_routed_experts: 8,
+  num_experts_per_tok: 2,
+  q_lora_rank: 12,
+  kv_lora_rank: 8,
+  qk_nope_head_dim: 8,
+  qk_rope_head_dim: 4,
+  v_head_dim: 8,
+  initializer_range: 0.3,
+  num_nextn_predict_layers: 2,
+}
+
+/** 23 windows of 8: with 2 rows of 8 in a step, the last step of an epoch reaches into the next, and holds padding. */
+function data(): TokenDataset {
+  const random = new Random(3)
+  return TokenDataset.fromTokens(
+    Array.from({ length: 3 }, () => Int32Array.from({ length: 60 }, () => 2 + random.integer(38))),
+  )
+}
+
+const settings = {
+  data: { training: data() },
+  batchSize: 2,
+  sequenceLength: 8,
+  lr: 5e-3,
+  progress: false,
+  handleSignals: false,
+} as const
+
+async function run(options: Partial<TrainOptions>, model: DeepSeekOptions & { config?: DeepSeekConfigInput } = {}) {
+  const { backend, counts } = counting()
+  const { config = tiny, ...rest } = model
+  const objective = {
+    biasSpeed: 0.01,
+    mtpWeight: (step: number) => 0.3 / (1 + step),
+    mtpAcceptance: true,
+    ...rest.objective,
+  }
+  const made = new DeepSeek(config, { seed: 1, backend, ...rest, ...(rest.balancer ? {} : { objective }) })
+  const steps: Array<Omit<StepEvent, 'tokensPerSecond'>> = []
+  try {
+    await train(made, {
+      ...settings,
+      steps: 10,
+      ...options,
+      onEvent(event) {
+        if (event.type !== 'step') return
+        const { tokensPerSecond: _, ...numbers } = event
+        steps.push(numbers)
+      },
+    })
+    const weights = await Promise.all(stateDict(made).map(async ({ name, data }) => [name, Array.from(await data())]))
+    return { counts, steps, weights }
+  } finally {
+    made.dispose()
+  }
+}
+
+async function both(options: Partial<TrainOptions>, model: DeepSeekOptions & { config?: DeepSeekConfigInput } = {}) {
+  const eager = await run({ ...options, record: false }, model)
+  const recorded = await run(options, model)
+  expect(eager.counts).toEqual({ captures: 0, replays: 0 })
+  expect(recorded.steps).toEqual(eager.steps)
+  expect(recorded.weights).toEqual(eager.weights)
+  return recorded
+}
+
+describe('recorded steps are those op by op', () => {
+  test.each([
+    { optimizer: 'adamw', accumulate: 1 },
+    { optimizer: 'adamw', accumulate: 3 },
+    { optimizer: 'muon', accumulate: 1 },
+    { optimizer: 'muon', accumulate: 2 },
+  ] as const)('$optimizer, $accumulate micro-batches', async options => {
+    const { counts } = await both(options)
+    // A pass for each micro-batch, the norm and the update, in most of the steps.
+    expect(counts.replays).toBeGreaterThan(4 * (options.accumulate + 2))
+    expect(counts.captures).toBeGreaterThanOrEqual(3)
+  })
+
+  test.each<[string, Partial<TrainOptions>]>([
+    ['bf16', { precision: 'bf16' satisfies Precision }],
+    ['no clipping', { clip: Number.POSITIVE_INFINITY }],
+    ['a norm that is clipped', { clip: 0.01 }],
+    ['evaluation in between', { evalEvery: 3, data: { training: data(), validation: data() } }],
+  ])('%s', async (_name, options) => {
+    expect((await both({ steps: 6, ...options })).counts.replays).toBeGreaterThan(6)
+  })
+
+  test('a dense model', async () => {
+    const dense = { ...tiny, num_nextn_predict_layers: 0, first_k_dense_replace: 3 }
+    expect((await both({ steps: 6 }, { config: dense })).counts.replays).toBeGreaterThan(6)
+  })
+})
+
+test('what draws or schedules within its ops goes op by op', async () => {
+  expect((await run({ steps: 4 }, { balancer: auxFree() })).counts.captures).toBe(0)
+  expect((await run({ steps: 4 }, { dropping: { devices: 2 } })).counts.captures).toBe(0)
+})
+
+test('without the memory for a graph, steps go on op by op', async () => {
+  const { backend } = counting()
+  let captures = 0
+  const full: Backend = {
+    ...backend,
+    capture() {
+      captures++
+      throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'capture', problem: 'no memory' })
+    },
+  }
+  const numbers = await run({ steps: 4 }, { backend: full })
+  expect(captures).toBe(1)
+  expect(numbers.steps).toEqual((await run({ steps: 4, record: false })).steps)
+})
+
+describe('TrainingSteps', () => {
+  function prepare(record = true) {
+    const { backend, counts } = counting()
+    const model = new DeepSeek(tiny, { seed: 1, backend })
+    const parameters = namedParameters(model)
+    const optimizer = new AdamW(parameters)
+    const steps = new TrainingSteps(model, parameters, optimizer, { record })
+    // An order in which the window with padding comes late.
+    const order = new TrainingOrder(data(), { ...settings, seed: 2, lookahead: model.lookahead })
+    const dispose = () => {
+      steps.dispose()
+      optimizer.dispose()
+      model.dispose()
+    }
+    return { counts, model, steps, order, dispose }
+  }
+
+  test('records anew when somebody has assigned to a parameter', async () => {
+    const [changed, beside] = [prepare(), prepare(false)]
+    const losses: number[][] = []
+    for (const { model, steps, order, dispose } of [changed, beside]) {
+      const own: number[] = []
+      for (let step = 0; step < 6; step++) {
+        if (step === 4) {
+          const { weight } = model.lm_head
+          weight.assign(noGrad(() => weight.mul(2)))
+        }
+        own.push((await steps.step(order.step(step), { lr: 1e-3 })).loss)
+        expect(steps.replaying).toBe(step > 0 && model === changed.model)
+      }
+      losses.push(own)
+      dispose()
+    }
+    expect(losses[0]).toEqual(losses[1])
+    expect(changed.counts.captures).toBe(6)
+  })
+
+  test('a loss that is not finite changes nothing, and the next step works', async () => {
+    const { model, steps, order, dispose } = prepare()
+    for (let step = 0; step < 3; step++) await steps.step(order.step(step), { lr: 1e-3 })
+    const { weight } = model.lm_head
+    const before = await weight.values()
+    model.backend.write?.(
+      weight,
+      Float32Array.from(before, () => Number.NaN),
+    )
+    await expect(steps.step(order.step(3), { lr: 1e-3, step: 4 })).rejects.toMatchObject({ code: 'E_NAN' })
+    expect((await weight.values()).every(Number.isNaN)).toBe(true)
+    model.backend.write?.(weight, before)
+    const again = await steps.step(order.step(3), { lr: 1e-3 })
+    expect(again.loss).toBeGreaterThan(0)
+    dispose()
+  })
+})

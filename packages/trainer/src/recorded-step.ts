@@ -1,0 +1,248 @@
+/** @file A step whose ops are recorded once and replayed: what remains of it in JavaScript is the upload of a batch and the download of a few numbers. */
+import {
+  type Backend,
+  backward,
+  concat,
+  full,
+  type Graph,
+  type Handle,
+  keep,
+  noGrad,
+  Parameter,
+  type Precision,
+  scope,
+  type Tensor,
+  tensor,
+  withPrecision,
+  zeros,
+} from '@moe/core'
+import type { DeviceInputs, HostInputs, StagedStep, TokenBatch } from './model.ts'
+import { clipScale, gradientNorm } from './optim/clip.ts'
+import type { StagedOptimizer } from './optim/optimizer.ts'
+import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
+
+/** A backend that records. */
+export type Recorder = Backend & Required<Pick<Backend, 'capture' | 'write'>>
+
+/** What all steps of a run are made of. */
+export interface StepParts {
+  readonly backend: Recorder
+  readonly staged: StagedStep
+  /** All of the model, buffers too. */
+  readonly parameters: readonly Parameter[]
+  readonly optimizer: StagedOptimizer
+  readonly clip: number
+  readonly precision: Precision
+}
+
+/** A micro-batch, ready for upload. */
+export type StagedBatch = ReturnType<StagedStep['inputs']> & Pick<TokenBatch, 'rows' | 'length'>
+
+type HostValues = ReadonlyArray<Float32Array | Int32Array>
+
+/** A step that has been measured and not yet applied. */
+export interface MeasuredStep {
+  readonly numbers: Omit<StepNumbers, 'after'>
+  /** Sums over the micro-batches. */
+  readonly carried: HostValues
+}
+
+interface PassResult {
+  readonly metrics: readonly string[]
+  /** Loss, likelihood, metrics. */
+  readonly scalars: Tensor
+  readonly carried: readonly Tensor[]
+  readonly gradients: ReadonlyArray<Tensor | null>
+}
+
+/** Steps of one kind have the same ops; null when the micro-batches differ. */
+export function kindOf(batches: readonly StagedBatch[]): string | null {
+  const [kind, ...others] = batches.map(({ arrays }) =>
+    Object.entries(arrays)
+      .map(([name, { shape }]) => `${name} ${shape.join('x')}`)
+      .join(),
+  )
+  return others.every(other => other === kind) ? `${batches.length === 1 ? 'one' : 'several'}: ${kind}` : null
+}
+
+/**
+ * Three graphs: forward and backward of a micro-batch; norm and clipping; the update. The host looks at the numbers of
+ * the first two before the third runs. Gradients of one micro-batch stay where the first graph leaves them; those of
+ * several are added up in memory of their own.
+ */
+export class RecordedStep {
+  readonly #parts: StepParts
+  readonly #trained: readonly Parameter[]
+  readonly #several: boolean
+  readonly #inputs: DeviceInputs
+  readonly #seed: Tensor
+  readonly #factor: Tensor
+  readonly #sums: readonly Parameter[]
+  readonly #pass: Graph<PassResult>
+  readonly #norm: Graph<{ norm: Tensor; gradScale: Tensor }>
+  #update: { graph: Graph<unknown>; numbers: Tensor; inputs: DeviceInputs; carried: readonly Tensor[] } | null = null
+  readonly #state: readonly Tensor[]
+  readonly #handles: readonly Handle[]
+
+  /** Records forward and backward of batches like `batch`; with `several`, steps have more than one. */
+  constructor(parts: StepParts, batch: StagedBatch, several: boolean) {
+    const { backend, parameters, optimizer } = parts
+    this.#parts = parts
+    this.#several = several
+    this.#trained = parameters.filter(parameter => parameter.trainable)
+    this.#state = [...parameters, ...optimizer.state]
+    this.#handles = this.#state.map(({ handle }) => handle)
+    this.#inputs = this.#upload(batch.arrays)
+    this.#seed = keep(full([], 1, { backend }))
+    this.#factor = keep(full([], 1, { backend }))
+    this.#sums = several ? this.#trained.map(like => new Parameter(zeros(like.shape, like), { trainable: false })) : []
+    try {
+      this.#pass = this.#recordPass()
+      this.#norm = this.#recordNorm()
+    } catch (error) {
+      this.dispose()
+      throw error
+    }
+  }
+
+  /** Whether everything still lies where the graphs expect it: other code may have assigned to it. */
+  get valid(): boolean {
+    return this.#state.every(({ handle }, i) => handle === this.#handles[i])
+  }
+
+  /** Forward and backward of all micro-batches. Changes no parameter. */
+  async measure(batches: readonly StagedBatch[]): Promise<MeasuredStep> {
+    const { backend } = this.#parts
+    const weights = batches.map(batch => weightOf(batch.count, batch, this.#several))
+    const factor = factorOf(weights)
+    const { metrics, scalars, carried } = this.#pass.result
+    const reads = batches.map(({ arrays }, i) => {
+      write(backend, this.#inputs, arrays)
+      backend.write(this.#seed, Float32Array.of(weights[i]))
+      this.#pass.replay()
+      // A read that has been asked for comes before what is launched next.
+      return Promise.all([scalars, ...carried].map(values))
+    })
+    backend.write(this.#factor, Float32Array.of(factor))
+    this.#norm.replay()
+    const [[norm], ...read] = await Promise.all([values(this.#norm.result.norm), ...reads])
+    const passes = read.map(([own], i) => ({ count: batches[i].count, metrics, values: own }))
+    const sums = carried.map((_, at) => sumOf(read.map(own => own[at + 1])))
+    return { numbers: average(passes, norm, factor), carried: sums }
+  }
+
+  /** Applies the gradients that `measure` left. */
+  apply({ carried }: MeasuredStep, lr: number): void {
+    const { backend, staged, optimizer, parameters } = this.#parts
+    const { numbers, updates } = optimizer.begin(lr)
+    const inputs = staged.afterInputs()
+    if (this.#update === null) {
+      this.#update = this.#recordUpdate(numbers, inputs, carried)
+    } else {
+      backend.write(this.#update.numbers, numbers)
+      write(backend, this.#update.inputs, inputs)
+      for (const [i, tensor] of this.#update.carried.entries()) backend.write(tensor, carried[i])
+    }
+    this.#update.graph.replay(updates)
+    for (const parameter of parameters) parameter.version++
+  }
+
+  #upload(inputs: HostInputs): DeviceInputs {
+    const { backend } = this.#parts
+    const upload = ({ data, shape }: HostInputs[string]) => keep(tensor(data, shape, { backend }))
+    return Object.fromEntries(Object.entries(inputs).map(([name, array]) => [name, upload(array)]))
+  }
+
+  #recordPass(): Graph<PassResult> {
+    const { backend, staged, precision } = this.#parts
+    const record = (): PassResult => {
+      for (const [i, sum] of this.#sums.entries()) this.#trained[i].grad = sum
+      const { loss, nll, metrics, carried } = staged.loss(this.#inputs)
+      backward(loss, { gradient: this.#seed })
+      const numbers = [loss, nll, ...Object.values(metrics)].map(number => number.detach().reshape([1]))
+      const scalars = noGrad(() => concat(numbers))
+      return { metrics: Object.keys(metrics), scalars, carried, gradients: this.#takeGradients() }
+    }
+    try {
+      return backend.capture(() => keep(scope(() => withPrecision(precision, record))), {
+        state: [...this.#state, ...this.#sums],
+      })
+    } finally {
+      for (const parameter of this.#trained) parameter.grad = null
+    }
+  }
+
+  /** What `backward` left, or the sums that it went into; null for a parameter that no loss depends on. */
+  #takeGradients(): Array<Tensor | null> {
+    return this.#trained.map((parameter, i) => {
+      const { grad } = parameter
+      parameter.grad = null
+      if (!this.#several || grad === null) return grad
+      const sum = this.#sums[i]
+      if (grad === sum) return null
+      sum.assign(grad)
+      return sum
+    })
+  }
+
+  /** Runs `fn` with the gradients in their places. */
+  #withGradients<T>(fn: () => T): T {
+    const { gradients } = this.#pass.result
+    for (const [i, parameter] of this.#trained.entries()) parameter.grad = gradients[i]
+    try {
+      return fn()
+    } finally {
+      for (const parameter of this.#trained) parameter.grad = null
+    }
+  }
+
+  #recordNorm() {
+    const { backend, clip } = this.#parts
+    const record = () => {
+      const norm = gradientNorm(this.#trained)
+      return { norm: norm.reshape([1]), gradScale: clipScale(norm, clip, this.#factor) }
+    }
+    return this.#withGradients(() => backend.capture(() => keep(scope(() => noGrad(record)))))
+  }
+
+  #recordUpdate(numbersNow: Float32Array, inputsNow: HostInputs, carriedNow: HostValues) {
+    const { backend, staged, optimizer } = this.#parts
+    const numbers = keep(tensor(numbersNow, undefined, { backend }))
+    const inputs = this.#upload(inputsNow)
+    const carried = this.#pass.result.carried.map(({ shape }, i) => keep(tensor(carriedNow[i], shape, { backend })))
+    const record = () => {
+      optimizer.update(numbers, this.#norm.result.gradScale)
+      staged.after(inputs, carried)
+      for (const sum of this.#sums) sum.assign(zeros(sum.shape, sum))
+    }
+    const graph = this.#withGradients(() =>
+      backend.capture(() => scope(() => noGrad(record)), { state: [...this.#state, ...this.#sums] }),
+    )
+    return { graph, numbers, inputs, carried }
+  }
+
+  dispose(): void {
+    // What recording did not come to is undefined.
+    const { scalars, carried = [], gradients = [] } = this.#pass?.result ?? {}
+    const { norm, gradScale } = this.#norm?.result ?? {}
+    const update = this.#update
+    const updating = update === null ? [] : [update.numbers, ...Object.values(update.inputs), ...update.carried]
+    const inputs = [...Object.values(this.#inputs), this.#seed, this.#factor, ...updating]
+    for (const tensor of [scalars, ...carried, ...gradients, norm, gradScale, ...inputs, ...this.#sums])
+      tensor?.dispose()
+    for (const graph of [this.#pass, this.#norm, update?.graph]) graph?.dispose()
+  }
+}
+
+const values = (tensor: Tensor) => tensor.values() as Promise<Float32Array | Int32Array>
+
+function write(backend: Recorder, tensors: DeviceInputs, inputs: HostInputs): void {
+  for (const name in tensors) backend.write(tensors[name], inputs[name].data)
+}
+
+function sumOf(arrays: HostValues): Float32Array | Int32Array {
+  const [first, ...others] = arrays
+  const sum = first.slice()
+  for (const other of others) for (let i = 0; i < sum.length; i++) sum[i] += other[i]
+  return sum
+}
