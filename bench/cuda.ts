@@ -27,7 +27,7 @@ import {
 } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cuda'
-import { AdamW, type TokenBatch, trainingStep } from '@moe/trainer'
+import { AdamW, type TokenBatch, TrainingSteps } from '@moe/trainer'
 import { linears } from './shared/linears.ts'
 
 const { values: options } = parseArgs({
@@ -277,29 +277,33 @@ async function train(): Promise<void> {
   const parameters = namedParameters(model)
   const optimizer = new AdamW(parameters)
   const batch = randomBatch(rows, length + model.lookahead, model.vocabSize)
-  const settings = { lr: 1e-4, clip: 1, precision: 'bf16' } as const
-  const step = async () => {
-    const { loss } = await trainingStep(model, parameters, optimizer, [batch], settings)
-    await backend.sync()
-    return loss
+  console.log(`  ${name}: ${(parameterCount(model) / 1e9).toFixed(2)}B parameters`)
+  for (const record of [false, true]) {
+    const steps = new TrainingSteps(model, parameters, optimizer, { clip: 1, precision: 'bf16', record })
+    const step = async () => {
+      const { loss } = await steps.step([batch], { lr: 1e-4 })
+      await backend.sync()
+      return loss
+    }
+    await step()
+    await step()
+    const seconds: number[] = []
+    const before = backend.stats().launches
+    let loss = 0
+    for (let i = 0; i < (options.tiny ? 1 : Number(options.steps)); i++) {
+      const started = performance.now()
+      loss = await step()
+      seconds.push((performance.now() - started) / 1000)
+    }
+    const kernels = (backend.stats().launches - before) / seconds.length
+    const { peakBytes, peakReservedBytes } = backend.stats()
+    const memory = `${(peakBytes / 2 ** 30).toFixed(1)} GiB of tensors at most, ${(peakReservedBytes / 2 ** 30).toFixed(1)} reserved`
+    console.log(`  ${kernels.toFixed(0)} launches a step, ${memory}, loss ${loss.toFixed(3)}`)
+    const title = `train: ${name}, ${rows} x ${length}`
+    const how = record ? 'recorded' : 'op by op'
+    report(`${title}, ${how}`, (rows * length) / median(seconds), 'tokens/s', undefined, title)
+    steps.dispose()
   }
-  await step()
-  await step()
-  const seconds: number[] = []
-  const before = backend.stats().launches
-  let loss = 0
-  for (let i = 0; i < (options.tiny ? 1 : Number(options.steps)); i++) {
-    const started = performance.now()
-    loss = await step()
-    seconds.push((performance.now() - started) / 1000)
-  }
-  const kernels = (backend.stats().launches - before) / seconds.length
-  const { peakBytes, peakReservedBytes } = backend.stats()
-  const memory = `${(peakBytes / 2 ** 30).toFixed(1)} GiB of tensors at most, ${(peakReservedBytes / 2 ** 30).toFixed(1)} reserved`
-  console.log(
-    `  ${name}: ${(parameterCount(model) / 1e9).toFixed(2)}B parameters, ${kernels.toFixed(0)} launches a step, ${memory}, loss ${loss.toFixed(3)}`,
-  )
-  report(`train: ${name}, ${rows} x ${length}`, (rows * length) / median(seconds), 'tokens/s')
   const slow = fallbacks().filter(({ backend: who }) => who === backend.name)
   if (slow.length > 0)
     console.log(`  without a kernel of their own: ${slow.map(({ op, count }) => `${op} ${count}`).join(', ')}`)

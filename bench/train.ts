@@ -2,10 +2,11 @@
  * One training step of DeepSeek-V3 at fixed sizes: tokens per second, beside PyTorch where `.venv-reference` exists.
  *
  *     pnpm bench train [--config 12m,200m] [--precision f32,bf16] [--steps N] [--rounds N] [--json FILE] [--no-peers]
- * [--compiled-peer] [--profile] [--experts N]
+ * [--compiled-peer] [--profile] [--experts N] [--no-record]
  *
  * A step is forward, backward, clipping at norm 1 and AdamW on 2,048 random tokens (--tokens), in sequences of 256 (--seq). Every measurement is a process of
- * its own; ours and PyTorch's take turns, and medians are over all timed steps of all rounds.
+ * its own; ours and PyTorch's take turns, and medians are over all timed steps of all rounds. The step is recorded and replayed, as `train` does it; with
+ * --no-record it runs op by op.
  */
 import { spawnSync } from 'node:child_process'
 import { existsSync, writeFileSync } from 'node:fs'
@@ -24,7 +25,7 @@ import {
   setDefaultBackend,
 } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
-import { AdamW, type TokenBatch, trainingStep } from '@moe/trainer'
+import { AdamW, type TokenBatch, TrainingSteps } from '@moe/trainer'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const python = `${root}.venv-reference/bin/python`
@@ -44,6 +45,7 @@ const { values: options } = parseArgs({
     peers: { type: 'boolean', default: true },
     'compiled-peer': { type: 'boolean', default: false },
     profile: { type: 'boolean', default: false },
+    record: { type: 'boolean', default: true },
     worker: { type: 'boolean', default: false },
   },
   allowNegative: true,
@@ -95,9 +97,10 @@ async function work(): Promise<Measurement> {
   const parameters = namedParameters(model)
   const optimizer = new AdamW(parameters)
   const batch = randomBatch(tokensPerStep / sequenceLength, sequenceLength + model.lookahead, model.vocabSize)
+  const settings = { clip: 1, precision: precision as Precision, record: options.record }
+  const steps = new TrainingSteps(model, parameters, optimizer, settings)
   const step = async () => {
-    const settings = { lr: 1e-3, clip: 1, precision: precision as Precision }
-    const { loss } = await trainingStep(model, parameters, optimizer, [batch], settings)
+    const { loss } = await steps.step([batch], { lr: 1e-3 })
     await backend.sync()
     return loss
   }
@@ -180,6 +183,7 @@ function ours(config: string, precision: string): Runner {
   }
   const args = Object.entries(settings).flatMap(([name, value]) => [`--${name}`, value])
   if (options.profile) args.push('--profile')
+  if (!options.record) args.push('--no-record')
   return {
     label: `@moe ${precision}`,
     command: process.execPath,

@@ -36,13 +36,18 @@ function data(): TokenDataset {
   return TokenDataset.fromTokens([document])
 }
 
-async function losses(backend: Backend, precision: Precision): Promise<number[]> {
+async function losses(
+  backend: Backend,
+  precision: Precision,
+  options: { steps?: number; accumulate?: number; record?: boolean } = {},
+): Promise<number[]> {
   setDefaultBackend(backend)
   const model = new DeepSeek(config, { seed: 1, objective: { biasSpeed: 0.01 } })
   const found: number[] = []
   await train(model, {
     data: { training: data() },
     steps: 20,
+    ...options,
     batchSize: 2,
     sequenceLength: 24,
     lr: 5e-3,
@@ -75,3 +80,32 @@ describe.skipIf(unavailable)('twenty steps', () => {
     180_000,
   )
 })
+
+test.skipIf(unavailable)(
+  'a recorded step, of one micro-batch or several, is the one op by op, bit for bit, and launches a handful of times',
+  async () => {
+    for (const accumulate of [1, 2]) {
+      const runs: number[][] = []
+      const launches: number[] = []
+      for (const record of [false, true]) {
+        const backend = await testBackend({ guarded: false })
+        let captures = 0
+        const counted: typeof backend = {
+          ...backend,
+          capture(fn, options) {
+            captures++
+            return backend.capture(fn, options)
+          },
+        }
+        runs.push(await losses(counted, 'bf16', { steps: 5, accumulate, record }))
+        launches.push(backend.stats().launches)
+        expect(captures).toBe(record ? 3 : 0)
+        backend.dispose()
+      }
+      expect(runs[1]).toEqual(runs[0])
+      // One step op by op and one that is recorded, of five.
+      expect(launches[1]).toBeLessThan(0.5 * launches[0])
+    }
+  },
+  180_000,
+)
