@@ -12,6 +12,8 @@ export class Stream {
   readonly #pinned: PinnedPool
   readonly #events: number[] = []
   #launches = 0
+  /** Milliseconds of the latest wait that was not short, by what it was for. */
+  readonly #waits = new Map<string, number>()
 
   constructor(driver: Driver) {
     this.#driver = driver
@@ -139,19 +141,27 @@ export class Stream {
     call.cuStreamDestroy(this.handle)
   }
 
-  /** Asks again and again, each time after other work of the event loop; after two milliseconds once a millisecond. */
+  /**
+   * Asks again and again, each time after other work of the event loop; after two milliseconds once a millisecond, but for the time at which the last such
+   * wait ended: training steps take the same time, and the device would be idle until the next look.
+   */
   async #settled(op: string): Promise<void> {
     const { call } = this.#driver
     const event = this.#events.pop() ?? this.#driver.out(word => call.cuEventCreate(word, flags.eventDisableTiming), op)
     try {
       this.#driver.check(call.cuEventRecord(event, this.handle), op)
       const started = performance.now()
+      const usual = this.#waits.get(op) ?? 0
       let code = call.cuEventQuery(event)
       while (code === status.notReady) {
-        if (performance.now() - started < 2) await new Promise(resolve => setImmediate(resolve))
+        const waited = performance.now() - started
+        const soon = waited > 0.95 * usual - 1 && waited < 1.05 * usual + 1
+        if (waited < 2 || soon) await new Promise(resolve => setImmediate(resolve))
         else await new Promise(resolve => setTimeout(resolve, 1))
         code = call.cuEventQuery(event)
       }
+      const waited = performance.now() - started
+      if (waited > 2) this.#waits.set(op, waited)
       this.#driver.check(code, op, 'waiting for earlier work')
     } finally {
       this.#events.push(event)
