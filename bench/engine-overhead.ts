@@ -66,6 +66,8 @@ const fusedNames: FusedName[] = [
   'swiglu',
   'swigluBackward',
   'rope',
+  'mlaKeyValue',
+  'mlaKeyValueBackward',
   'attention',
   'attentionBackward',
   'latentAttention',

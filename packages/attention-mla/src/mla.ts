@@ -15,6 +15,7 @@ import {
   Linear,
   latentAttention,
   Module,
+  mlaKeyValue,
   noGrad,
   QuantizedParameter,
   type QuantizedWeight,
@@ -141,16 +142,10 @@ export class MultiHeadLatentAttention extends Module {
 
   /** Multi-head form: every head's keys and values are expanded from the latents (training, and prefill). */
   #expanded(q_BTHD: Tensor, latent_BSC: Tensor, ropeKey_BS1R: Tensor, lengths?: Tensor): Tensor {
-    const {
-      num_attention_heads: heads,
-      qk_nope_head_dim: nope,
-      qk_rope_head_dim: ropeDim,
-      v_head_dim: value,
-    } = this.#config
+    const { num_attention_heads: heads, qk_nope_head_dim: nope, v_head_dim: value } = this.#config
     const [batch, keys] = latent_BSC.shape
     const kv = this.kv_b_proj.forward(latent_BSC).reshape([batch, keys, heads, nope + value])
-    const k = concat([kv.narrow(3, 0, nope), ropeKey_BS1R.expand([batch, keys, heads, ropeDim])], 3)
-    const v = kv.narrow(3, nope, nope + value)
+    const { k, v } = mlaKeyValue(kv, ropeKey_BS1R, nope)
     const out = attention(q_BTHD, k, v, { scale: this.#scale, lengths })
     return this.o_proj.forward(out.reshape([batch, q_BTHD.shape[1], heads * value]))
   }

@@ -175,6 +175,13 @@ export interface FusedAttrs {
    * `inverse` negates sin, which is the gradient.
    */
   rope: { readonly interleaved: boolean; readonly inverse: boolean }
+  /**
+   * `[kv [B, S, H, N + V], ropeKey [B, S, 1, R]] -> [k [B, S, H, N + R], v [B, S, H, V]]`, N = `nope`: the first N features and the rope key, the same for
+   * all heads, are keys; the last V are values.
+   */
+  mlaKeyValue: { readonly nope: number }
+  /** `[dk, dv] -> [dkv, dropeKey]`; dropeKey is summed over the heads. */
+  mlaKeyValueBackward: { readonly nope: number }
   /** `[q [B, T, H, Dk], k [B, S, G, Dk], v [B, S, G, Dv], lengths? i32 [B]] -> [out [B, T, H, Dv], lse [B, H, T]]`, lse = log sum exp of the scaled scores. */
   attention: AttentionAttrs
   /** `[q, k, v, out, lse, dout, lengths?] -> [dq, dk, dv]`. */

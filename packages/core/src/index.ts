@@ -70,6 +70,7 @@ export { type AttentionOptions, attention, latentAttention } from './fused/atten
 export { crossEntropy, defaultIgnoreIndex, linearCrossEntropy } from './fused/cross-entropy.ts'
 export { combineTokens, type DispatchPlan, dispatchPlan, permuteTokens } from './fused/dispatch.ts'
 export { groupedMatmul } from './fused/grouped-matmul.ts'
+export { mlaKeyValue } from './fused/mla-key-value.ts'
 export { quantize } from './fused/quantize.ts'
 export {
   dequantizeWeight,

@@ -17,6 +17,7 @@ import {
   permuteTokensDefinition,
 } from './dispatch.ts'
 import { groupedMatmulDefinition, groupedMatmulWeightGradDefinition } from './grouped-matmul.ts'
+import { mlaKeyValueBackwardDefinition, mlaKeyValueDefinition } from './mla-key-value.ts'
 import { quantizeDefinition } from './quantize.ts'
 import { quantizedGroupedMatmulDefinition, quantizedMatmulDefinition } from './quantized-matmul.ts'
 import { rmsNormBackwardDefinition, rmsNormDefinition } from './rms-norm.ts'
@@ -33,6 +34,8 @@ export const fusedDefinitions: { readonly [F in FusedName]: FusedDefinition<F> }
   swiglu: swigluDefinition,
   swigluBackward: swigluBackwardDefinition,
   rope: ropeDefinition,
+  mlaKeyValue: mlaKeyValueDefinition,
+  mlaKeyValueBackward: mlaKeyValueBackwardDefinition,
   attention: attentionDefinition,
   attentionBackward: attentionBackwardDefinition,
   latentAttention: latentAttentionDefinition,

@@ -16,6 +16,7 @@ import { groupedMatmul, groupedMatmulWeightGrad } from './grouped-matmul/grouped
 import { latentAttention } from './latent-attention/latent-attention.ts'
 import { linearCrossEntropy, linearCrossEntropyBackward } from './linear-cross-entropy/linear-cross-entropy.ts'
 import { matmul } from './matmul/matmul.ts'
+import { mlaKeyValue, mlaKeyValueBackward } from './mla-key-value/mla-key-value.ts'
 import { concat, expand, pad, permute, reshape, slice } from './movement/movement.ts'
 import { permuteTokens, permuteTokensBackward } from './permute-tokens/permute-tokens.ts'
 import { quantize } from './quantize/quantize.ts'
@@ -68,6 +69,8 @@ export const fusedFactories: { readonly [F in FusedName]?: FusedFactory<F> } = {
   latentAttention,
   linearCrossEntropy,
   linearCrossEntropyBackward,
+  mlaKeyValue,
+  mlaKeyValueBackward,
   permuteTokens,
   permuteTokensBackward,
   quantize,
