@@ -86,7 +86,7 @@ function copyPackages(): void {
       cpSync(join(from, part), join(to, part), {
         recursive: true,
         // Compiler output and sources of native code stay behind, and a CPU library that another one stands in for.
-        filter: path => !/\/obj(\/|$)|\.(cc|cu|cuh|h|link)$|-avx512\.so$/.test(path),
+        filter: path => !/\/obj(\/|$)|\.(cc|cu|cuh|h|link)$|-avx512\.so$|fatbins\/(?!manifest).*\.json$/.test(path),
       })
     }
     symlinkSync(join('..', '..', 'packages', name), join(out, 'node_modules', '@moe', name))
@@ -100,7 +100,8 @@ async function copyDependencies(): Promise<void> {
     cpSync(from, join(modules, name), {
       recursive: true,
       dereference: true,
-      filter: path => !/koffi\/(doc|vendor|lib)(\/|$)/.test(path),
+      // Node is glibc's; sources stay behind here, too.
+      filter: path => !/koffi\/(doc|vendor|lib)(\/|$)|\/musl_|\.(cc|hh|inc|def|asm|S|md)$/.test(path),
     })
   copy(koffi, 'koffi')
   // Installed beside it, as its optional dependency.
