@@ -1,5 +1,6 @@
-// Matrix products c = a b^T in bf16 on Hopper: one warp feeds shared memory through the copy engine, two warpgroups multiply.
-// Both operands lie in memory as [outer][k], and are copied in boxes of 64 k (operandMap in src/kernels/matmul-sm90a/product.ts).
+// Matrix products in bf16 on Hopper: one warp feeds shared memory through the copy engine, two warpgroups multiply.
+// Operands lie in memory as [outer][k], or as [k][outer] when Across. They are copied in boxes of 64 columns (operandMap in
+// src/kernels/matmul-sm90a/product.ts): 64 k of the whole tile, or 64 k of 64 of its outer indices, one box after the other.
 #pragma once
 #include "gemm.cuh"
 #include "hopper.cuh"
@@ -29,10 +30,24 @@ struct HopperJob {
   int rowA, matrixA, rowB, matrixB, k, steps, rows;
 };
 
+/// Starts the copies of one operand's part of a stage, `Outer` outer indices of 64 k.
+template <int Outer, bool Across>
+MOE_DEVICE void copyOperand(unsigned char* to, const TensorMap& x, Barrier* full, int k, int outer, int matrix) {
+  if (!Across) return copyBox(to, x, full, k, outer, matrix);
+#pragma unroll
+  for (int o = 0; o < Outer; o += 64) copyBox(to + o * 128, x, full, outer + o, k, matrix);
+}
+
+/// Sixteen of the 64 k that lie in a stage, from k on, as a product takes them.
+template <bool Across>
+MOE_DEVICE uint64_t operandIn(const unsigned char* stage, int k) {
+  return Across ? operandAcross(stage + k * 128, 64 * 128) : operandAt(stage, k);
+}
+
 /// Works off the jobs blockIdx.x, + gridDim.x, ... below `jobs`. `jobOf(j)` is called by whole warps; `store(j, job, sums)` by the
 /// warpgroups. Between the two sides lie `Stages` places in shared memory, each `full` (the copies have landed) or `empty` (both
 /// warpgroups have read it) by turns.
-template <class Tile, class JobOf, class Store>
+template <class Tile, bool AcrossA = false, bool AcrossB = false, class JobOf, class Store>
 MOE_DEVICE void workOff(const TensorMap& a, const TensorMap& b, int jobs, JobOf jobOf, Store store) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(Barrier, full, [Tile::Stages]);
@@ -61,8 +76,8 @@ MOE_DEVICE void workOff(const TensorMap& a, const TensorMap& b, int jobs, JobOf 
           unsigned char* const to = stages + stage * Tile::stageBytes;
           wait(&empty[stage], parity ^ 1); // the first time round at once
           arriveAndExpect(&full[stage], Tile::stageBytes);
-          copyBox(to, a, &full[stage], job.k + t * Tile::BK, job.rowA, job.matrixA);
-          copyBox(to + Tile::bytesA, b, &full[stage], job.k + t * Tile::BK, job.rowB, job.matrixB);
+          copyOperand<Tile::BM, AcrossA>(to, a, &full[stage], job.k + t * Tile::BK, job.rowA, job.matrixA);
+          copyOperand<Tile::BN, AcrossB>(to + Tile::bytesA, b, &full[stage], job.k + t * Tile::BK, job.rowB, job.matrixB);
         }
         __syncwarp();
       }
@@ -79,7 +94,7 @@ MOE_DEVICE void workOff(const TensorMap& a, const TensorMap& b, int jobs, JobOf 
       wait(&full[stage], parity);
       fenceProducts(sums.v);
 #pragma unroll
-      for (int k = 0; k < Tile::BK; k += 16) multiplyGroup<Tile::BN>(sums.v, operandAt(left, k), operandAt(right, k));
+      for (int k = 0; k < Tile::BK; k += 16) multiplyGroup<Tile::BN, AcrossB, AcrossA>(sums.v, operandIn<AcrossA>(left, k), operandIn<AcrossB>(right, k));
       commitProducts();
       // One group stays on its way, so that the tensor cores never wait for the next; the stage before is free.
       waitProducts<1>(sums.v);

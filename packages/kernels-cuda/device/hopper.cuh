@@ -81,9 +81,9 @@ MOE_DEVICE uint64_t operandAt(const void* firstRow, int k) {
   return (start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62) + k / 8;
 }
 
-/// Sixteen rows of such tiles as the right operand whose k runs across memory: row k, and of each 64 columns as they lie in one tile, the next
-/// 64 `next` bytes on. The first row is a multiple of 8 rows into a tile at a multiple of 1024. (The distance of 64 columns / 16 at bit 16, of
-/// 8 rows / 16 at bit 32.)
+/// Sixteen rows of such tiles as an operand whose k runs across memory: row k, and of each 64 columns as they lie in one tile, the next
+/// 64 `next` bytes on (a left operand has 64 alone). The first row is a multiple of 8 rows into a tile at a multiple of 1024. (The distance of
+/// 64 columns / 16 at bit 16, of 8 rows / 16 at bit 32.)
 MOE_DEVICE uint64_t operandAcross(const void* firstRow, int next) {
   const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
   return start | (uint64_t)(next >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
@@ -126,25 +126,25 @@ MOE_DEVICE void waitProducts(float (&d)[N]) {
 #define MOE_SUMS64(i) MOE_SUMS32(i), MOE_SUMS32(i + 32)
 #define MOE_PRODUCT(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
 
-/// d += a b^T for 16 of k, by all 128 threads of a warpgroup: a has 64 rows (operandAt), b has N (operandAt, or when Across operandAcross).
+/// d += a b^T for 16 of k, by all 128 threads of a warpgroup: a has 64 rows and b has N (each operandAt, or operandAcross when AcrossA, AcrossB).
 /// Thread t of the warpgroup has, with w = t/32, g = t%32/4, c = t%4: d[4j], d[4j+1] = D[16w+g][8j+2c, +1], d[4j+2], d[4j+3] =
 /// D[16w+g+8][8j+2c, +1] ("wgmma.mma_async", "Register Fragments for wgmma.mma_async.m64nNk16").
-template <int N, bool Across = false>
+template <int N, bool AcrossB = false, bool AcrossA = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b) {
   static_assert(N == 64 || N == 128 || N == 192 || N == 256, "the widths that are used");
-  // Scales of d, a and b: 1; a is not transposed: its k runs along memory.
+  // Scales of d, a and b: 1.
   if constexpr (N == 64) {
-    asm volatile(MOE_PRODUCT(64) "{" MOE_0_TO_29 "%30, %31}, %32, %33, 1, 1, 1, 0, %34;" : MOE_SUMS32(0) : "l"(a), "l"(b), "n"(Across));
+    asm volatile(MOE_PRODUCT(64) "{" MOE_0_TO_29 "%30, %31}, %32, %33, 1, 1, 1, %34, %35;" : MOE_SUMS32(0) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
   } else if constexpr (N == 128) {
-    asm volatile(MOE_PRODUCT(128) "{" MOE_0_TO_59 "%60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, %66;" : MOE_SUMS64(0) : "l"(a), "l"(b), "n"(Across));
+    asm volatile(MOE_PRODUCT(128) "{" MOE_0_TO_59 "%60, %61, %62, %63}, %64, %65, 1, 1, 1, %66, %67;" : MOE_SUMS64(0) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
   } else if constexpr (N == 192) {
-    asm volatile(MOE_PRODUCT(192) "{" MOE_0_TO_89 "%90, %91, %92, %93, %94, %95}, %96, %97, 1, 1, 1, 0, %98;"
+    asm volatile(MOE_PRODUCT(192) "{" MOE_0_TO_89 "%90, %91, %92, %93, %94, %95}, %96, %97, 1, 1, 1, %98, %99;"
                  : MOE_SUMS64(0), MOE_SUMS32(64)
-                 : "l"(a), "l"(b), "n"(Across));
+                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
   } else {
-    asm volatile(MOE_PRODUCT(256) "{" MOE_0_TO_119 "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, 1, 1, 1, 0, %130;"
+    asm volatile(MOE_PRODUCT(256) "{" MOE_0_TO_119 "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, 1, 1, 1, %130, %131;"
                  : MOE_SUMS64(0), MOE_SUMS64(64)
-                 : "l"(a), "l"(b), "n"(Across));
+                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
   }
 }
 /// The same with 64 x 16 of a in registers, until the product's group is waited for: a[0], a[1] = A[16w+g][2c, +1], A[16w+g+8][2c, +1];

@@ -3,13 +3,12 @@
 #include "moe.cuh"
 
 /// to[o][i] = from[i][o], rounded, for 64 x 64 elements of which `rows` x `outer` exist. Zeros from `rows` to `width`, a multiple of 8.
-template <class T>
-MOE_DEVICE void packTile(bf16* to, int64_t ld, const T* from, int64_t columns, int rows, int outer, int width) {
+MOE_DEVICE void packTile(bf16* to, int64_t ld, const float* from, int64_t columns, int rows, int outer, int width) {
   MOE_SHARED(float, tile, [64][65]);
 #pragma unroll
   for (int step = 0; step < 16; step++) {
     const int o = threadIdx.x % 64, i = threadIdx.x / 64 + step * 4;
-    tile[i][o] = i < rows && o < outer ? toFloat(from[i * columns + o]) : 0.f;
+    tile[i][o] = i < rows && o < outer ? from[i * columns + o] : 0.f;
   }
   __syncthreads();
 #pragma unroll

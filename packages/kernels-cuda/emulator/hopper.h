@@ -44,9 +44,9 @@ template <int N>
 MOE_DEVICE void fenceProducts(float (&)[N]) {
   emu::fenceProducts();
 }
-template <int N, bool Across = false>
+template <int N, bool AcrossB = false, bool AcrossA = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b, EMU_PLACE) {
-  emu::multiplyGroup(d, N, a, b, Across, file, line);
+  emu::multiplyGroup(d, N, a, b, AcrossA, AcrossB, file, line);
 }
 template <int N, bool Across = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, EMU_PLACE) {

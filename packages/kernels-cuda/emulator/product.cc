@@ -16,15 +16,15 @@ constexpr uint32_t mark = 0xffc0dead;
 constexpr uint32_t inFlight = 0xffffffff;
 
 struct Product {
-  bool registers;    // a is in registers
-  bool across;       // k of b runs across memory
+  bool registers;         // a is in registers
+  bool acrossA, acrossB;  // k runs across memory
   uint64_t a, b;
-  uint32_t left[4];  // the thread's own
+  uint32_t left[4];       // the thread's own
   int n, sums;
   uint32_t group;
   const char* file;
   int line;
-  bool operator==(const Product& o) const { return registers == o.registers && across == o.across && a == o.a && b == o.b && n == o.n && sums == o.sums && group == o.group && line == o.line; }
+  bool operator==(const Product& o) const { return registers == o.registers && acrossA == o.acrossA && acrossB == o.acrossB && a == o.a && b == o.b && n == o.n && sums == o.sums && group == o.group && line == o.line; }
 };
 struct Queue {
   Product products[mostQueued];
@@ -108,8 +108,8 @@ void checkDescriptor(uint64_t descriptor, bool across, int rows, const char* nam
 }
 
 void setRead(const Product& product, int warp, uint32_t when) {
-  const Operand a(product.a, false), b(product.b, product.across);
-  for (int row = 0; row < 64 && !product.registers; row++) readAt[a.line(row)][warp] = when;
+  const Operand a(product.a, product.acrossA), b(product.b, product.acrossB);
+  for (int line = 0; line < a.lines(64) && !product.registers; line++) readAt[a.line(line)][warp] = when;
   for (int line = 0; line < b.lines(product.n); line++) readAt[b.line(line)][warp] = when;
 }
 
@@ -125,7 +125,7 @@ void multiply(Warpgroup& group, int place) {
   alignas(32) static float left[64][16], right[16][256];
   const Product& product = group.queues[0].products[place];
   Sums& sums = group.sums[product.sums];
-  const Operand a(product.a, false), b(product.b, product.across);
+  const Operand a(product.a, product.acrossA), b(product.b, product.acrossB);
   for (int row = 0; row < 64 && !product.registers; row++)
     for (int k = 0; k < 16; k++) left[row][k] = fromBf16(a.at(row, k));
   for (int t = 0; t < groupThreads && product.registers; t++)
@@ -234,8 +234,8 @@ static void ask(float* d, Product product) {
   const Where where{product.file, product.line};
   const int end = (run.thread / groupThreads + 1) * groupThreads;
   if (end > threadsOfBlock()) stop(launchFailed, where, "a product of a warpgroup that has only %d threads", threadsOfBlock() % groupThreads);
-  if (!product.registers) checkDescriptor(product.a, false, 64, "a", where);
-  checkDescriptor(product.b, product.across, product.n, "b", where);
+  if (!product.registers) checkDescriptor(product.a, product.acrossA, 64, "a", where);
+  checkDescriptor(product.b, product.acrossB, product.n, "b", where);
   used = true;
   Warpgroup& group = warpgroup();
   Queue& queue = group.queues[run.thread % groupThreads];
@@ -245,11 +245,11 @@ static void ask(float* d, Product product) {
   queue.products[queue.count++] = product;
   if (run.lane == 0) setRead(product, run.warp, inFlight);
 }
-void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool across, const char* file, int line) {
-  ask(d, {false, across, a, b, {}, n, 0, 0, file, line});
+void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, const char* file, int line) {
+  ask(d, {false, acrossA, acrossB, a, b, {}, n, 0, 0, file, line});
 }
 void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line) {
-  ask(d, {true, across, 0, b, {a[0], a[1], a[2], a[3]}, n, 0, 0, file, line});
+  ask(d, {true, false, across, 0, b, {a[0], a[1], a[2], a[3]}, n, 0, 0, file, line});
 }
 
 void waitForProducts(int pending, const char* file, int line) {

@@ -41,6 +41,7 @@ const operandModes = [
   'writesInFlight',
   'writesTooEarly',
   'misalignedAcross',
+  'leftAcross',
 ] as const
 type OperandMode = (typeof operandModes)[number]
 
@@ -175,14 +176,19 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
 
   const operands = (mode: OperandMode) => {
     const d = device.upload(new Float32Array(64 * 128))
-    const args = [d, matrix(64, 64, a), matrix(64, 128, b), operandModes.indexOf(mode)]
+    const left = matrix(64, 64, mode === 'leftAcross' ? (k, row) => a(row, k) : a)
+    const args = [d, left, matrix(64, 128, b), operandModes.indexOf(mode)]
     const shared = 64 * 128 * 3 + 1024 + 128
     const launched = device.launch('moe_test_operands', 1, 128, 'p p p i', args, { shared })
     return { d, status: launched || device.synchronize(), report: device.report() }
   }
-  test.each([0, 1])('operands that threads have written, k across memory (reversed: %i)', reversed => {
+  test.each<[number, OperandMode]>([
+    [0, 'right'],
+    [1, 'right'],
+    [0, 'leftAcross'],
+  ])('operands that threads have written, k across memory (reversed: %i, %s)', (reversed, mode) => {
     device.set('reversed', reversed)
-    const { d, status, report } = operands('right')
+    const { d, status, report } = operands(mode)
     device.set('reversed', 0)
     expect({ status, report }).toEqual({ status: 0, report: '' })
     const values = device.download(d, Float32Array, 64 * 128)

@@ -113,9 +113,11 @@ enum OperandMode {
   writesInFlight,    // over what products on their way read
   writesTooEarly,    // when this warp has waited for its products, and others may not have
   misalignedAcross,
+  leftAcross,        // right, with a transposed
 };
 
-/// d [64, 128] = a b with a [64, 64] and b [64, 128] in bf16, which the threads of a warpgroup write to shared memory: k of b runs across it.
+/// d [64, 128] = a b with a [64, 64] and b [64, 128] in bf16, which the threads of a warpgroup write to shared memory: k of b runs across it, and in
+/// the last mode that of a.
 MOE_KERNEL((128), moe_test_operands, (float* d, const uint32_t* a, const uint32_t* b, int mode)) {
   MOE_DYNAMIC_SHARED(dynamic);
   unsigned char* const left = dynamic + (-sharedAddress(dynamic) & 1023);
@@ -132,7 +134,11 @@ MOE_KERNEL((128), moe_test_operands, (float* d, const uint32_t* a, const uint32_
   if (mode == fencesTooLate) fenceOperands();
   float sums[64] = {};
   fenceProducts(sums);
-  for (int k = 0; k < 64; k += 16) multiplyGroup<128, true>(sums, operandAt(left, k), operandAcross(right + k * 128, 64 * 128));
+  for (int k = 0; k < 64; k += 16) {
+    const uint64_t b = operandAcross(right + k * 128, 64 * 128);
+    if (mode == leftAcross) multiplyGroup<128, true, true>(sums, operandAcross(left + k * 128, 0), b);
+    else multiplyGroup<128, true>(sums, operandAt(left, k), b);
+  }
   commitProducts();
   if (mode == writesInFlight && threadIdx.x == 5) *(uint32_t*)left = 0;
   waitProducts<0>(sums);

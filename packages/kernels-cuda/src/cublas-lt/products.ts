@@ -67,7 +67,7 @@ interface Asked {
   readonly product: Product
 }
 
-/** The product by our own kernels, with operands ready. */
+/** The product by our own kernels. */
 export type OwnProduct = (c: number, add: boolean) => void
 
 export interface CublasLtOptions {
@@ -101,34 +101,19 @@ export class CublasLt {
     this.#zero = driver.address(this.#scalars.buffer)
   }
 
-  /** Whether operands `[rows, ld]` of such a product should come as they lie (rounded, in bf16) and not as our own kernels would have them. */
-  takes(precision: Precision, product: Product, lda: number, ldb: number): boolean {
-    const a = { pointer: 0, ld: lda }
-    const b = { pointer: 0, ld: ldb }
-    const { choice } = this.#plan({ precision, a, b, product }, 0)
-    return choice === undefined ? !this.#options.recording() : choice !== own
-  }
-
   /**
-   * c = a b (or c += a b), c without gaps and no size zero, by cuBLASLt or by what `prepareOwn` gives.
+   * c = a b (or c += a b), c without gaps and no size zero, by cuBLASLt or by `ownProduct`.
    * @throws MoeError E_BACKEND with the op, the shapes and cuBLASLt's status.
    */
-  multiply(
-    precision: Precision,
-    c: number,
-    a: Matrix,
-    b: Matrix,
-    product: Product,
-    prepareOwn: () => OwnProduct,
-  ): void {
+  multiply(precision: Precision, c: number, a: Matrix, b: Matrix, product: Product, ownProduct: OwnProduct): void {
     const asked = { precision, a, b, product }
     const { add = false } = product
     const plan = this.#plan(asked, c)
     if (plan.choice === undefined && !this.#options.recording()) {
-      plan.choice = this.#measure(plan, asked, c, prepareOwn())
+      plan.choice = this.#measure(plan, asked, c, ownProduct)
     }
     const algorithm = plan.algorithms[plan.choice ?? own]
-    if (algorithm === undefined) prepareOwn()(c, add)
+    if (algorithm === undefined) ownProduct(c, add)
     else this.#run(plan, algorithm, this.#workspace(algorithm.workspaceBytes), asked, c, add)
   }
 

@@ -1,6 +1,16 @@
 // Flash attention on Hopper, forward (after Shah et al. 2024, without their overlap within a warpgroup) and backward. Legend as in attention.cu; features lie
 // padded in q [B, T, H * DK], k [B, S, G * DK], and backward in v and dout alike; forward, v is transposed to [B, G * Dv, S].
 #include "flash-hopper.cuh"
+#include "pack-tile.cuh"
+
+/// Values [B, S, features] to [B, features, ld], rounded; zeros from the length of the batch to ld. blockIdx.x = batch, tile along features, tile along S.
+MOE_KERNEL((256), moe_attention_values_sm90a, (bf16* to, const float* v, const int* lengths, int features, int S, int ld)) {
+  const int tilesS = divUp(S, 64), tilesF = divUp(features, 64);
+  const int s = blockIdx.x % tilesS * 64, f = blockIdx.x / tilesS % tilesF * 64;
+  const int64_t batch = blockIdx.x / tilesS / tilesF;
+  const int rows = lengths ? min(S, lengths[batch]) : S;
+  packTile(to + (batch * features + f) * ld + s, ld, v + (batch * S + s) * features + f, features, rows - s, features - f, ld - s);
+}
 
 /// Two warpgroups of 64 queries each, and a warp that copies.
 template <int DK_, int DV_>

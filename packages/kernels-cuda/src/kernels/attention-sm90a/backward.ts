@@ -2,7 +2,6 @@
 import type { Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
 import type { Round } from '../matmul/gemm.ts'
-import { operandMap } from '../matmul-sm90a/product.ts'
 import { heads, sizes } from './heads.ts'
 
 /** Rows and columns of a score tile (BackwardHopper of attention-sm90a.cu). */
@@ -65,7 +64,7 @@ export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBa
     const maps = (boxRows: number) =>
       inputs.map(({ rows, perRow, ld }, i) => {
         const width = perRow * ld
-        return operandMap(cuda, { pointer: rounded[i].pointer, ld: width }, B, rows, width, boxRows)
+        return cuda.tensorMap({ pointer: rounded[i].pointer, ld: width, matrices: B, rows, columns: width, boxRows })
       })
     const [queriesAsRows, keysAsRows, valuesAsRows, doutAsRows] = maps(tile.rows)
     const [queriesAsColumns, keysAsColumns, valuesAsColumns, doutAsColumns] = maps(tile.columns)

@@ -1,9 +1,8 @@
 /** @file Attention forward on Hopper. */
 import type { Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
-import type { Round } from '../matmul/gemm.ts'
-import { packForHopper } from '../matmul-sm90a/pack.ts'
-import { operandMap } from '../matmul-sm90a/product.ts'
+import { boxColumns } from '../../tensor-map.ts'
+import { paddedColumns, type Round } from '../matmul/gemm.ts'
 import { heads, sizes } from './heads.ts'
 
 /** Rows and columns of a score tile (FlashHopper of attention-sm90a.cu). */
@@ -24,7 +23,7 @@ export type AttentionForward = (
 ) => boolean
 
 export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
-  const pack = packForHopper(cuda, round)
+  const transpose = cuda.kernel('attention-sm90a', 'moe_attention_values_sm90a', 'p p p i i i')
   const kernels = heads.map(({ dk, dv }) => ({
     dk,
     dv,
@@ -41,14 +40,18 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
       { pointer: pointerOf(q), rows: B * T * H, columns: Dk, ld: dk },
       { pointer: pointerOf(k), rows: B * S * G, columns: Dk, ld: dk },
     ])
-    const values = pack({ pointer: pointerOf(v), matrices: B, outer: G * Dv, k: S, transposed: true, lengths: ends })
+    const features = G * Dv
+    const ld = paddedColumns(S)
+    const values = cuda.scratch(B * features * ld * 2).pointer
+    const blocks = B * Math.ceil(features / boxColumns) * Math.ceil(S / boxColumns)
+    transpose({ grid: blocks, block: 256 }, values, pointerOf(v), ends, features, S, ld)
     kernel(
       { grid: [Math.ceil(T / tile), H, B], block: threads, shared: sharedBytes(dk, dv) },
       out,
       lse,
-      operandMap(cuda, { pointer: queries.pointer, ld: H * dk }, B, T, H * dk, tile),
-      operandMap(cuda, { pointer: keys.pointer, ld: G * dk }, B, S, G * dk, tile),
-      operandMap(cuda, values, B, G * Dv, S, dv),
+      cuda.tensorMap({ pointer: queries.pointer, ld: H * dk, matrices: B, rows: T, columns: H * dk, boxRows: tile }),
+      cuda.tensorMap({ pointer: keys.pointer, ld: G * dk, matrices: B, rows: S, columns: G * dk, boxRows: tile }),
+      cuda.tensorMap({ pointer: values, ld, matrices: B, rows: features, columns: S, boxRows: dv }),
       ends,
       T,
       S,

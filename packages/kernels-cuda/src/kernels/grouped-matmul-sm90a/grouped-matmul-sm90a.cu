@@ -3,11 +3,11 @@
 #include "gemm-hopper.cuh"
 #include "pack-tile.cuh"
 
-/// y [N, n] = x [N, k] times the weight [n, k] of each row's expert, transposed. A tile's rows are read beyond its expert's last one.
-template <class Tile>
+/// y [N, n] = x [N, k] times the weight [k, n] of each row's expert ([n, k] when Transpose). A tile's rows are read beyond its expert's last one.
+template <class Tile, bool Transpose>
 MOE_DEVICE void grouped(float* y, const TensorMap& x, const TensorMap& weight, const int* offsets, int rows, int n, int k, int experts) {
   const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(n, Tile::BN);
-  workOff<Tile>(
+  workOff<Tile, false, !Transpose>(
       x, weight, rowTiles * columnTiles,
       [&](int j) -> HopperJob {
         const int2 tile = tileOf(j, rowTiles, columnTiles);
@@ -20,12 +20,14 @@ MOE_DEVICE void grouped(float* y, const TensorMap& x, const TensorMap& weight, c
       });
 }
 
-#define GROUPED(name, Tile)                                                                                                                     \
+#define GROUPED(name, Tile, Transpose)                                                                                                          \
   MOE_KERNEL((Tile::Threads, 1), moe_grouped_matmul_fwd_sm90a_##name, (float* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const int* offsets, int rows, int n, int k, int experts)) { \
-    grouped<Tile>(y, x, weight, offsets, rows, n, k, experts);                                                                                  \
+    grouped<Tile, Transpose>(y, x, weight, offsets, rows, n, k, experts);                                                                       \
   }
-GROUPED(128x256, HopperLarge)
-GROUPED(128x128, HopperSmall)
+GROUPED(128x256_n, HopperLarge, false)
+GROUPED(128x256_t, HopperLarge, true)
+GROUPED(128x128_n, HopperSmall, false)
+GROUPED(128x128_t, HopperSmall, true)
 
 /// Where an expert's rows begin when they lie along k: each at a multiple of 64, with room for zeros up to the next one.
 MOE_DEVICE int packedStart(const int* offsets, int expert) { return offsets[expert] / 64 * 64 + expert * 64; }

@@ -11,14 +11,8 @@ interface Sizes {
   readonly experts: number
 }
 
-function kernelsOf(cuda: Cuda, direction: 'fwd' | 'bwd', signature: string) {
-  return new Map(
-    hopperTiles.map(({ name }) => [
-      name,
-      cuda.kernel('grouped-matmul-sm90a', `moe_grouped_matmul_${direction}_sm90a_${name}`, signature),
-    ]),
-  )
-}
+const kernelOf = (cuda: Cuda, variant: string, signature: string) =>
+  cuda.kernel('grouped-matmul-sm90a', `moe_grouped_matmul_${variant}`, signature)
 
 const launchOf = (cuda: Cuda, tile: Tile, jobs: number) => ({
   grid: Math.min(jobs, cuda.multiprocessors),
@@ -26,22 +20,31 @@ const launchOf = (cuda: Cuda, tile: Tile, jobs: number) => ({
   shared: tile.shared,
 })
 
-/** y `[rows, n]` = x `[rows, k]` times the weight of each row's expert, `[experts, n, k]`, both in bf16. */
+/** y `[rows, n]` = x `[rows, k]` times the weight of each row's expert, `[experts, k, n]` or transposed `[experts, n, k]`, both in bf16. */
 export function hopperGrouped(cuda: Cuda) {
-  const kernels = kernelsOf(cuda, 'fwd', 'p t t p i i i i')
-  return (y: number, x: Matrix, weight: Matrix, offsets: number, { rows, n, k, experts }: Sizes): void => {
+  const kernels = new Map(
+    hopperTiles.flatMap(({ name }) =>
+      ['n', 't'].map(form => {
+        const variant = `${name}_${form}`
+        return [variant, kernelOf(cuda, `fwd_sm90a_${variant}`, 'p t t p i i i i')]
+      }),
+    ),
+  )
+  return (y: number, x: Matrix, weight: Matrix, offsets: number, sizes: Sizes & { transposeW: boolean }): void => {
+    const { rows, n, k, experts, transposeW } = sizes
     // Every expert can begin a tile of rows, and so can the rows behind the last one; none is empty.
     const jobs = (tile: Tile) => Math.min(rows, Math.ceil(rows / tile.m) + experts) * Math.ceil(n / tile.n)
     const tile = chooseTile(cuda, hopperTiles, jobs)
-    const left = operandMap(cuda, x, 1, rows, k, tile.m)
-    const right = operandMap(cuda, weight, experts, n, k, tile.n)
-    kernels.get(tile.name)?.(launchOf(cuda, tile, jobs(tile)), y, left, right, offsets, rows, n, k, experts)
+    const left = operandMap(cuda, x, { matrices: 1, outer: rows, tile: tile.m, k, across: false })
+    const right = operandMap(cuda, weight, { matrices: experts, outer: n, tile: tile.n, k, across: !transposeW })
+    const kernel = kernels.get(`${tile.name}_${transposeW ? 't' : 'n'}`)
+    kernel?.(launchOf(cuda, tile, jobs(tile)), y, left, right, offsets, rows, n, k, experts)
   }
 }
 
 /** dweight `[experts, n, k]` = dy^T x over the rows of each expert, dy `[rows, n]` and x `[rows, k]` in f32. */
 export function hopperWeightGradient(cuda: Cuda) {
-  const kernels = kernelsOf(cuda, 'bwd', 'p t t p i i i')
+  const kernels = new Map(hopperTiles.map(({ name }) => [name, kernelOf(cuda, `bwd_sm90a_${name}`, 'p t t p i i i')]))
   const packKernel = cuda.kernel('grouped-matmul-sm90a', 'moe_pack_groups_sm90a', 'p p p i i i')
   return (dweight: number, dy: number, x: number, offsets: number, { rows, n, k, experts }: Sizes): void => {
     // Along k, every expert's rows begin at a multiple of 64 and are followed by zeros up to one.
@@ -54,8 +57,8 @@ export function hopperWeightGradient(cuda: Cuda) {
     }
     const jobs = (tile: Tile) => experts * countTiles(tile, n, k)
     const tile = chooseTile(cuda, hopperTiles, jobs)
-    const left = operandMap(cuda, pack(dy, n), 1, n, ld, tile.m)
-    const right = operandMap(cuda, pack(x, k), 1, k, ld, tile.n)
+    const left = operandMap(cuda, pack(dy, n), { matrices: 1, outer: n, tile: tile.m, k: ld, across: false })
+    const right = operandMap(cuda, pack(x, k), { matrices: 1, outer: k, tile: tile.n, k: ld, across: false })
     kernels.get(tile.name)?.(launchOf(cuda, tile, jobs(tile)), dweight, left, right, offsets, n, k, experts)
   }
 }

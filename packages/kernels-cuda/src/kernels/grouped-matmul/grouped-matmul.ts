@@ -2,13 +2,12 @@
 import { type FusedFactory, pointerOf } from '../../native.ts'
 import { hopperGrouped, hopperWeightGradient } from '../grouped-matmul-sm90a/product.ts'
 import { chooseTile, countTiles, mostFewRows, operands, roundToBf16, type Tile, tiles } from '../matmul/gemm.ts'
-import { packForHopper } from '../matmul-sm90a/pack.ts'
 
 const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 
 export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
   const round = roundToBf16(cuda)
-  const onHopper = cuda.wgmma ? { pack: packForHopper(cuda, round), multiply: hopperGrouped(cuda) } : undefined
+  const onHopper = cuda.wgmma ? hopperGrouped(cuda) : undefined
   const kernels = new Map(
     variants.flatMap(tile =>
       ['n', 't'].map(form => {
@@ -43,22 +42,14 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
       )
       return [y]
     }
-    if (onHopper !== undefined && precision === 'bf16' && k * experts > 0) {
-      const left = onHopper.pack({ pointer: pointerOf(x), matrices: 1, outer: rows, k, transposed: false })
-      const right = onHopper.pack({
-        pointer: pointerOf(weight),
-        matrices: experts,
-        outer: n,
-        k,
-        transposed: !transposeW,
-      })
-      onHopper.multiply(y.pointer, left, right, pointerOf(offsets), { rows, n, k, experts })
-      return [y]
-    }
     const [left, right] = operands(round, precision, [
       { pointer: pointerOf(x), rows, columns: k },
       { pointer: pointerOf(weight), rows: experts * weightRows, columns: weightColumns },
     ])
+    if (onHopper !== undefined && precision === 'bf16' && k * experts > 0) {
+      onHopper(y.pointer, left, right, pointerOf(offsets), { rows, n, k, experts, transposeW })
+      return [y]
+    }
     const most = (tile: Tile) => mostRowTiles(tile.m) * Math.ceil(n / tile.n)
     const tile = chooseTile(cuda, tiles[precision], most)
     kernels.get(`${tile.name}_${transposeW ? 't' : 'n'}`)?.(

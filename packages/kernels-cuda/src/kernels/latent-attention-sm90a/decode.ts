@@ -1,7 +1,6 @@
 /** @file Absorbed MLA decode on Hopper, over a latent cache in bf16. */
 import { sizeOf, type Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
-import { operandMap } from '../matmul-sm90a/product.ts'
 
 /** Rows and keys of a tile (LatentHopper of latent-attention-sm90a.cu), and the features of keys and values that there are kernels for. */
 export const tile = 64
@@ -47,7 +46,7 @@ export function latentOnHopper(cuda: Cuda): (inputs: Inputs, valueDim: number) =
         results,
         lse,
         pointerOf(q),
-        operandMap(cuda, { pointer: pointerOf(cache), ld: C }, B, S, C, tile),
+        cuda.tensorMap({ pointer: pointerOf(cache), ld: C, matrices: B, rows: S, columns: C, boxRows: tile }),
         pointerOf(lengths),
         T,
         S,

@@ -1,30 +1,13 @@
-// The dense bf16 product on Hopper: c = a b^T with both operands as [outer][k], and what makes such operands of others.
+// The dense bf16 product on Hopper.
 #include "gemm-hopper.cuh"
-#include "pack-tile.cuh"
 
-/// Matrices [k, outer] in rows of `columns` to [outer, ld] of bf16; with `lengths` only the first so many k of each count, and the rest is zeros.
-/// blockIdx.x = matrix, tile along outer, tile along k.
-template <class T>
-MOE_DEVICE void pack(bf16* to, const T* from, const int* lengths, int outer, int columns, int k, int ld) {
-  const int tilesK = divUp(k, 64), tilesO = divUp(outer, 64);
-  const int i = blockIdx.x % tilesK * 64, o = blockIdx.x / tilesK % tilesO * 64;
-  const int64_t matrix = blockIdx.x / tilesK / tilesO;
-  const int rows = lengths ? min(k, lengths[matrix]) : k;
-  packTile(to + (matrix * outer + o) * ld + i, ld, from + (matrix * k + i) * columns + o, columns, rows - i, outer - o, ld - i);
-}
-MOE_KERNEL((256), moe_pack_sm90a_f32, (bf16* to, const float* from, const int* lengths, int outer, int columns, int k, int ld)) {
-  pack(to, from, lengths, outer, columns, k, ld);
-}
-MOE_KERNEL((256), moe_pack_sm90a_bf16, (bf16* to, const bf16* from, const int* lengths, int outer, int columns, int k, int ld)) {
-  pack(to, from, lengths, outer, columns, k, ld);
-}
-
-/// c (or c += a b^T), `batches` of it; with several parts of k, c holds one result for each. Grid: as many blocks as run at once.
-template <class Tile>
+/// c = a b (or c += a b), `batches` of it; with several parts of k, c holds one result for each. a is [m, k], or [k, m] when TransposeA; b is
+/// [k, n], or [n, k] when TransposeB. Grid: as many blocks as run at once.
+template <class Tile, bool TransposeA, bool TransposeB>
 MOE_DEVICE void product(float* c, const TensorMap& a, const TensorMap& b, int m, int n, int k, int batches, int parts, int add) {
   const int tilesM = divUp(m, Tile::BM), tilesN = divUp(n, Tile::BN), tiles = tilesM * tilesN;
   const int part = divUp(divUp(k, parts), Tile::BK) * Tile::BK;
-  workOff<Tile>(
+  workOff<Tile, TransposeA, !TransposeB>(
       a, b, parts * batches * tiles,
       [&](int j) -> HopperJob {
         const int2 tile = tileOf(j % tiles, tilesM, tilesN);
@@ -38,9 +21,14 @@ MOE_DEVICE void product(float* c, const TensorMap& a, const TensorMap& b, int m,
       });
 }
 
-#define MATMUL(name, Tile)                                                                                                                           \
+#define MATMUL(name, Tile, TransposeA, TransposeB)                                                                                                   \
   MOE_KERNEL((Tile::Threads, 1), moe_matmul_sm90a_##name, (float* c, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, int m, int n, int k, int batches, int parts, int add)) { \
-    product<Tile>(c, a, b, m, n, k, batches, parts, add);                                                                                            \
+    product<Tile, TransposeA, TransposeB>(c, a, b, m, n, k, batches, parts, add);                                                                    \
   }
-MATMUL(128x256, HopperLarge)
-MATMUL(128x128, HopperSmall)
+#define MATMUL_FORMS(name, Tile)           \
+  MATMUL(name##_nn, Tile, false, false)    \
+  MATMUL(name##_nt, Tile, false, true)     \
+  MATMUL(name##_tn, Tile, true, false)     \
+  MATMUL(name##_tt, Tile, true, true)
+MATMUL_FORMS(128x256, HopperLarge)
+MATMUL_FORMS(128x128, HopperSmall)

@@ -15,16 +15,22 @@ const tileHopper = (n: number, stages: number, speed: number): Tile => ({
 
 export const hopperTiles: readonly Tile[] = [tileHopper(256, 4, 1), tileHopper(128, 6, 0.8)]
 
-/** Matrices `[matrices, outer, k]` as an operand, copied in boxes of `boxRows`. */
-export function operandMap(
-  cuda: Cuda,
-  { pointer, ld }: Matrix,
-  matrices: number,
-  outer: number,
-  k: number,
-  boxRows: number,
-): TensorMap {
-  return cuda.tensorMap({ pointer, columns: k, rows: outer, matrices, ld, boxRows })
+/** An operand of a product in tiles. */
+interface Operand {
+  readonly matrices: number
+  /** What is not summed over, and how much of it a tile has. */
+  readonly outer: number
+  readonly tile: number
+  readonly k: number
+  /** Whether matrices are `[k, outer]`, and not `[outer, k]`. */
+  readonly across: boolean
+}
+
+/** How gemm-hopper.cuh copies an operand. */
+export function operandMap(cuda: Cuda, matrix: Matrix, { matrices, outer, tile, k, across }: Operand): TensorMap {
+  return across
+    ? cuda.tensorMap({ ...matrix, matrices, rows: k, columns: outer, boxRows: boxColumns })
+    : cuda.tensorMap({ ...matrix, matrices, rows: outer, columns: k, boxRows: tile })
 }
 
 interface Sizes {
@@ -37,16 +43,22 @@ interface Sizes {
   readonly add: number
 }
 
-/** c = a b^T with a `[batch, m, k]` and b `[batch, n, k]` in bf16. */
+/** c = a b in bf16; `form` says whether a and b are transposed (`n`, `t`). */
 export function hopperProduct(cuda: Cuda) {
   const kernels = new Map(
-    hopperTiles.map(({ name }) => [name, cuda.kernel('matmul-sm90a', `moe_matmul_sm90a_${name}`, 'p t t i i i i i i')]),
+    hopperTiles.flatMap(({ name }) =>
+      ['nn', 'nt', 'tn', 'tt'].map(form => {
+        const variant = `${name}_${form}`
+        return [variant, cuda.kernel('matmul-sm90a', `moe_matmul_sm90a_${variant}`, 'p t t i i i i i i')]
+      }),
+    ),
   )
-  return (tile: Tile, c: number, a: Matrix, b: Matrix, { m, n, k, batch, parts, add }: Sizes): void => {
+  return (tile: Tile, form: string, c: number, a: Matrix, b: Matrix, sizes: Sizes): void => {
+    const { m, n, k, batch, parts, add } = sizes
     const jobs = parts * batch * Math.ceil(m / tile.m) * Math.ceil(n / tile.n)
-    const left = operandMap(cuda, a, batch, m, k, tile.m)
-    const right = operandMap(cuda, b, batch, n, k, tile.n)
+    const left = operandMap(cuda, a, { matrices: batch, outer: m, tile: tile.m, k, across: form[0] === 't' })
+    const right = operandMap(cuda, b, { matrices: batch, outer: n, tile: tile.n, k, across: form[1] === 'n' })
     const launch = { grid: Math.min(jobs, cuda.multiprocessors), block: tile.threads, shared: tile.shared }
-    kernels.get(tile.name)?.(launch, c, left, right, m, n, k, batch, parts, add)
+    kernels.get(`${tile.name}_${form}`)?.(launch, c, left, right, m, n, k, batch, parts, add)
   }
 }

@@ -1,8 +1,6 @@
 /** @file What the launchers of matrix products share: operands, sizes of tiles, and the dense product. */
 import type { Precision } from '@moe/core'
-import type { OwnProduct } from '../../cublas-lt/products.ts'
 import type { Cuda } from '../../native.ts'
-import { transposeForHopper } from '../matmul-sm90a/pack.ts'
 import { hopperProduct, hopperTiles } from '../matmul-sm90a/product.ts'
 
 /** A matrix in device memory, with `ld` elements from row to row: f32, or bf16 with `ld` a multiple of 8 and zeros behind each row. */
@@ -124,18 +122,17 @@ const mostParts = 16
 
 /** The dense product, c without gaps: by cuBLASLt where that is asked for, otherwise by our own kernels. */
 export function gemm(cuda: Cuda): Multiply {
-  const prepare = ownGemm(cuda)
+  const multiply = ownGemm(cuda)
   const { cublasLt } = cuda
   return (precision, c, a, b, product) => {
     const { m, n, k, batch = 1, add = false } = product
-    const own = () => prepare(precision, a, b, product)
-    if (cublasLt === undefined || batch * m * n * k === 0) own()(c, add)
+    const own = (to: number, adds: boolean) => multiply(precision, to, a, b, { ...product, add: adds })
+    if (cublasLt === undefined || batch * m * n * k === 0) own(c, add)
     else cublasLt.multiply(precision, c, a, b, product, own)
   }
 }
 
-/** The dense product by our own kernels: brings the operands into their form, and gives what computes c (or adds to it). */
-export function ownGemm(cuda: Cuda) {
+function ownGemm(cuda: Cuda): Multiply {
   const kernels = new Map(
     [...tiles.f32, ...tiles.bf16].flatMap(({ name }) =>
       ['nn', 'nt', 'tn', 'tt'].map(form => {
@@ -145,33 +142,28 @@ export function ownGemm(cuda: Cuda) {
     ),
   )
   const sum = cuda.kernel('matmul', 'moe_matmul_sum_f32', 'p p l i i')
-  const hopper = cuda.wgmma ? { multiply: hopperProduct(cuda), transpose: transposeForHopper(cuda, 'bf16') } : undefined
-  return (precision: Precision, a: Matrix, b: Matrix, product: Product): OwnProduct => {
-    const { m, n, k, transposeA, transposeB, batch = 1 } = product
+  const hopper = cuda.wgmma ? hopperProduct(cuda) : undefined
+  return (precision, c, a, b, { m, n, k, transposeA, transposeB, batch = 1, add = false }) => {
     const onHopper = hopper !== undefined && precision === 'bf16' && k > 0
-    const left = onHopper && transposeA ? hopper.transpose(a, { matrices: batch, outer: m, k }) : a
-    const right = onHopper && !transposeB ? hopper.transpose(b, { matrices: batch, outer: n, k }) : b
     const among = onHopper ? hopperTiles : tiles[precision]
     const tile = chooseTile(cuda, among, t => batch * countTiles(t, m, n))
     const blocks = batch * countTiles(tile, m, n)
     // Few tiles and much to sum up: the parts of k go to blocks of their own, and a second kernel adds their results in order.
     const parts = Math.max(1, Math.min(Math.floor(cuda.multiprocessors / blocks), Math.floor(k / leastPart), mostParts))
     const size = batch * m * n
-    return (c, add) => {
-      const results = parts > 1 ? cuda.scratch(parts * size * 4).pointer : c
-      const addAtOnce = +(add && parts === 1)
-      if (onHopper) {
-        hopper.multiply(tile, results, left, right, { m, n, k, batch, parts, add: addAtOnce })
-      } else {
-        const form = (transposeA ? 't' : 'n') + (transposeB ? 't' : 'n')
-        const kernel = kernels.get(`${tile.name}_${form}`)
-        const launch = { grid: [blocks, 1, parts], block: tile.threads, shared: tile.shared }
-        kernel?.(launch, results, a.pointer, b.pointer, m, n, k, a.ld, b.ld, addAtOnce)
-      }
-      if (parts > 1) {
-        const grid = Math.min(Math.ceil(size / 256), cuda.multiprocessors * 16)
-        sum({ grid, block: 256 }, c, results, size, parts, +add)
-      }
+    const results = parts > 1 ? cuda.scratch(parts * size * 4).pointer : c
+    const addAtOnce = +(add && parts === 1)
+    const form = (transposeA ? 't' : 'n') + (transposeB ? 't' : 'n')
+    if (onHopper) {
+      hopper(tile, form, results, a, b, { m, n, k, batch, parts, add: addAtOnce })
+    } else {
+      const launch = { grid: [blocks, 1, parts], block: tile.threads, shared: tile.shared }
+      const kernel = kernels.get(`${tile.name}_${form}`)
+      kernel?.(launch, results, a.pointer, b.pointer, m, n, k, a.ld, b.ld, addAtOnce)
+    }
+    if (parts > 1) {
+      const grid = Math.min(Math.ceil(size / 256), cuda.multiprocessors * 16)
+      sum({ grid, block: 256 }, c, results, size, parts, +add)
     }
   }
 }

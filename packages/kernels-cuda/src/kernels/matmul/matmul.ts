@@ -1,12 +1,10 @@
 /** @file Matrix products of rank 2 and batched ones of rank 3. */
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
-import { packForHopper } from '../matmul-sm90a/pack.ts'
-import { gemm, mostFewRows, operands, ownGemm, paddedColumns, roundToBf16 } from './gemm.ts'
+import { gemm, mostFewRows, operands, roundToBf16 } from './gemm.ts'
 
 export const matmul: PrimitiveFactory<'matmul'> = cuda => {
   const multiply = gemm(cuda)
   const round = roundToBf16(cuda)
-  const hopper = cuda.wgmma ? { pack: packForHopper(cuda, round), prepare: ownGemm(cuda) } : undefined
   const few = {
     f32: cuda.kernel('matmul', 'moe_matmul_few_f32', 'p p p i i i'),
     bf16: cuda.kernel('matmul', 'moe_matmul_few_bf16', 'p p p i i i'),
@@ -41,25 +39,12 @@ export const matmul: PrimitiveFactory<'matmul'> = cuda => {
         return [c]
       }
     }
-    const product = { batch, m, n, k, transposeA, transposeB }
-    if (hopper !== undefined && precision === 'bf16' && k > 0) {
-      const [lda, ldb] = [a, b].map(x => paddedColumns(x.shape[rank - 1]))
-      if (!cuda.cublasLt?.takes(precision, product, lda, ldb)) {
-        const left = hopper.pack({ pointer: pointerOf(a), matrices: batch, outer: m, k, transposed: transposeA })
-        const right = hopper.pack({ pointer: pointerOf(b), matrices: batch, outer: n, k, transposed: !transposeB })
-        hopper.prepare(precision, left, right, { batch, m, n, k, transposeA: false, transposeB: true })(
-          c.pointer,
-          false,
-        )
-        return [c]
-      }
-    }
     const [left, right] = operands(
       round,
       precision,
       [a, b].map(x => ({ pointer: pointerOf(x), rows: batch * x.shape[rank - 2], columns: x.shape[rank - 1] })),
     )
-    multiply(precision, c.pointer, left, right, product)
+    multiply(precision, c.pointer, left, right, { batch, m, n, k, transposeA, transposeB })
     return [c]
   }
 }

@@ -227,7 +227,7 @@ export const quantizedGroupedMatmul: FusedFactory<'quantizedGroupedMatmul'> = cu
     for (const { expert, experts, matrix } of chunks(weight)) {
       // Rows behind the chunk's experts get zeros, and then what the next chunk makes of them.
       if (onHopper !== undefined && precision === 'bf16' && k > 0) {
-        onHopper(y.pointer, left, matrix, weight.offsets + expert * 4, { rows: m, n, k, experts })
+        onHopper(y.pointer, left, matrix, weight.offsets + expert * 4, { rows: m, n, k, experts, transposeW: true })
         continue
       }
       const most = (tile: Tile) => mostGroups(tile.m, experts) * Math.ceil(n / tile.n)
