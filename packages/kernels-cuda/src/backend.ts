@@ -103,6 +103,7 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
       if (opened.recording !== null) throw whileRecording('write', 'write before replay')
       const buffer = tensor.handle as CudaBuffer
       if (data.byteLength !== buffer.bytes) throw wrongLength('write', data, tensor)
+      memory.changed(buffer)
       stream.upload(buffer.pointer, data, 'write')
     },
     capture(fn, captureOptions = {}) {

@@ -40,6 +40,7 @@ export function capture<T>(
   const state = options.state ?? []
   const before = state.map(tensor => tensor.handle as CudaBuffer)
 
+  memory.allChanged()
   driver.check(call.cuStreamBeginCapture(stream.handle, captureRelaxed), 'capture')
   setRecording(recording)
   let result: T
@@ -62,6 +63,7 @@ export function capture<T>(
     failure = { cause }
   } finally {
     setRecording(null)
+    memory.allChanged()
   }
   const word = new BigUint64Array(1)
   const ended = call.cuStreamEndCapture(stream.handle, word)
@@ -103,6 +105,7 @@ export function capture<T>(
         slot.attrs = update(slot.attrs)
         writeAttrs(stream, slot)
       }
+      memory.allChanged()
       driver.check(call.cuGraphLaunch(exec, stream.handle), 'replay', `of ${nodes} nodes`)
     },
     dispose() {

@@ -19,6 +19,20 @@ export interface CudaBuffer {
   refs: number
   /** Place among the living. */
   slot: number
+  /** Its elements in bf16, as long as they stay what they are. */
+  rounded: RoundedCopy | null
+}
+
+/** A matrix in bf16, `ld` elements from row to row, made of an f32 one. */
+export interface RoundedCopy {
+  readonly rows: number
+  readonly columns: number
+  readonly ld: number
+  readonly pointer: number
+  readonly bytes: number
+  readonly pool: Pool
+  /** The op that used it last. */
+  lastOp: number
 }
 
 /** Freed pieces, by size class. A captured graph has a pool of its own, so that nobody else writes where it computes. */
@@ -54,12 +68,16 @@ export class Memory {
   readonly #fresh: CudaBuffer[] = []
   readonly #scratch: CudaBuffer[] = []
   readonly #held: CudaBuffer[] = []
+  /** Buffers with a rounded copy. */
+  readonly #rounded = new Set<CudaBuffer>()
   readonly #reserved: Array<{ readonly pointer: number; readonly bytes: number }> = []
   readonly #shared: Pool = newPool()
   /** Slabs are cut up for good: they are given back at the end only. */
   readonly #slabs: number[] = []
   #pool = this.#shared
   #op = ''
+  /** Ops begun so far. */
+  #ops = 0
   #handles = 0
   #bytes = 0
   #peakBytes = 0
@@ -86,7 +104,8 @@ export class Memory {
       throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cuda', problem: 'the backend is disposed' })
     if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
     const pointer = this.#guarded ? this.#takeGuarded(bytes) : this.#take(bytes)
-    const buffer: CudaBuffer = { pointer, bytes, op: this.#op, pool: this.#pool, refs: 1, slot: this.#live.length }
+    const slot = this.#live.length
+    const buffer: CudaBuffer = { pointer, bytes, op: this.#op, pool: this.#pool, refs: 1, slot, rounded: null }
     this.#live.push(buffer)
     this.#fresh.push(buffer)
     this.#handles++
@@ -127,6 +146,7 @@ export class Memory {
       last.slot = buffer.slot
     }
     this.#bytes -= buffer.bytes
+    this.changed(buffer)
     if (this.#pool !== this.#shared && buffer.pool !== this.#pool) this.#held.push(buffer)
     else this.#giveBack(buffer)
   }
@@ -136,6 +156,37 @@ export class Memory {
     const buffer = this.allocate(bytes)
     this.#scratch.push(buffer)
     return buffer
+  }
+
+  /**
+   * Where the elements of `of` lie in bf16, until they change or go: products with the same operand, forward and backward, share it. It counts as no
+   * tensor's. Whoever finds it not filled fills it.
+   */
+  rounded(of: CudaBuffer, rows: number, columns: number, ld: number): { pointer: number; isFilled: boolean } {
+    const known = of.rounded
+    if (known !== null && known.rows === rows && known.columns === columns && known.ld === ld) {
+      known.lastOp = this.#ops
+      return { pointer: known.pointer, isFilled: true }
+    }
+    this.changed(of)
+    const bytes = rows * ld * 2
+    const pointer = this.#guarded ? this.#takeGuarded(bytes) : this.#take(bytes)
+    of.rounded = { rows, columns, ld, pointer, bytes, pool: this.#pool, lastOp: this.#ops }
+    this.#rounded.add(of)
+    return { pointer, isFilled: false }
+  }
+
+  /** The elements are, or will be, others: what was made of them is given back. */
+  changed(buffer: CudaBuffer): void {
+    if (buffer.rounded === null) return
+    this.#giveBack(buffer.rounded)
+    buffer.rounded = null
+    this.#rounded.delete(buffer)
+  }
+
+  /** The same for all: a graph runs, which does not say what it writes to, or is recorded, and has to make everything itself. */
+  allChanged(): void {
+    for (const buffer of this.#rounded) this.changed(buffer)
   }
 
   /** Memory of the backend itself, until its end. It counts as no tensor's. */
@@ -148,6 +199,7 @@ export class Memory {
   /** An op begins: what it allocates from here on is its own. */
   begin(op: string): void {
     this.#op = op
+    this.#ops++
     this.#fresh.length = 0
   }
 
@@ -162,6 +214,8 @@ export class Memory {
     for (const buffer of this.#fresh) if (buffer.refs > 0) this.release(buffer)
     this.#fresh.length = 0
     this.#scratch.length = 0
+    // What this op was to fill may be empty.
+    this.allChanged()
   }
 
   /**
@@ -230,6 +284,7 @@ export class Memory {
     if (this.#disposed) return
     const { call } = this.#driver
     call.cuStreamSynchronize(this.#stream)
+    this.allChanged()
     for (const buffer of this.#live) buffer.refs = 0
     for (const { pointer, bytes } of [...this.#live, ...this.#reserved]) {
       if (this.#guarded) call.cuMemFreeAsync(pointer, this.#stream)
@@ -266,7 +321,9 @@ export class Memory {
     const word = new BigUint64Array(1)
     const { call } = this.#driver
     let code = call.cuMemAlloc(word, size)
-    if (code === status.outOfMemory) {
+    // While a graph is recorded, the stream cannot be waited for.
+    if (code === status.outOfMemory && this.#pool === this.#shared) {
+      for (const buffer of this.#rounded) if (buffer.rounded?.lastOp !== this.#ops) this.changed(buffer)
       call.cuStreamSynchronize(this.#stream)
       this.trim()
       code = call.cuMemAlloc(word, size)
@@ -286,7 +343,7 @@ export class Memory {
     return Number(word[0])
   }
 
-  #giveBack(buffer: CudaBuffer): void {
+  #giveBack(buffer: Pick<CudaBuffer, 'pointer' | 'bytes' | 'pool'>): void {
     if (this.#guarded) {
       this.#driver.call.cuMemFreeAsync(buffer.pointer, this.#stream)
       return

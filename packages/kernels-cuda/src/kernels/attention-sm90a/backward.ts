@@ -1,7 +1,7 @@
 /** @file The gradient of attention on Hopper: keys and values by one kernel, queries by another, so that no sum depends on timing. */
 import type { Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
-import type { Round } from '../matmul/gemm.ts'
+import { type Round, wholeMatrix } from '../matmul/gemm.ts'
 import { heads, sizes } from './heads.ts'
 
 /** Rows and columns of a score tile (BackwardHopper of attention-sm90a.cu). */
@@ -58,9 +58,11 @@ export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBa
       { x: dout, features: dv },
     ].map(({ x, features }) => {
       const [, rows, perRow, columns] = x.shape
-      return { pointer: pointerOf(x), rows, perRow, columns, ld: features }
+      return { x, rows, perRow, columns, ld: features }
     })
-    const rounded = round(inputs.map(({ rows, perRow, ...matrix }) => ({ ...matrix, rows: B * rows * perRow })))
+    const rounded = round(
+      inputs.map(({ x, rows, perRow, columns, ld }) => wholeMatrix(x, B * rows * perRow, columns, ld)),
+    )
     const maps = (boxRows: number) =>
       inputs.map(({ rows, perRow, ld }, i) => {
         const width = perRow * ld

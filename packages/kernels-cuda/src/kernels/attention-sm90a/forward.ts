@@ -2,7 +2,7 @@
 import type { Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
 import { boxColumns } from '../../tensor-map.ts'
-import { paddedColumns, type Round } from '../matmul/gemm.ts'
+import { paddedColumns, type Round, wholeMatrix } from '../matmul/gemm.ts'
 import { heads, sizes } from './heads.ts'
 
 /** Rows and columns of a score tile (FlashHopper of attention-sm90a.cu). */
@@ -36,10 +36,7 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
     if (engine === undefined) return false
     const { dk, dv, kernel } = engine
     const ends = lengths ? pointerOf(lengths) : 0
-    const [queries, keys] = round([
-      { pointer: pointerOf(q), rows: B * T * H, columns: Dk, ld: dk },
-      { pointer: pointerOf(k), rows: B * S * G, columns: Dk, ld: dk },
-    ])
+    const [queries, keys] = round([wholeMatrix(q, B * T * H, Dk, dk), wholeMatrix(k, B * S * G, Dk, dk)])
     const features = G * Dv
     const ld = paddedColumns(S)
     const values = cuda.scratch(B * features * ld * 2).pointer

@@ -3,7 +3,7 @@ import type { Precision, Value } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { attentionBackwardOnHopper } from '../attention-sm90a/backward.ts'
 import { attentionOnHopper } from '../attention-sm90a/forward.ts'
-import { type DenseMatrix, roundToBf16 } from '../matmul/gemm.ts'
+import { type DenseMatrix, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
 
 /** Sizes of an engine of flash.cuh: rows and columns of a score tile, features of keys and of values. */
 interface Engine {
@@ -63,7 +63,7 @@ function prepare(
   if (engine.precision === 'f32') return [...keys, ...values].map(pointerOf)
   const matrix = (ld: number) => (x: Value) => {
     const [b, rows, heads, columns] = x.shape
-    return { pointer: pointerOf(x), rows: b * rows * heads, columns, ld }
+    return wholeMatrix(x, b * rows * heads, columns, ld)
   }
   return round([...keys.map(matrix(engine.dk)), ...values.map(matrix(engine.dv))]).map(m => m.pointer)
 }

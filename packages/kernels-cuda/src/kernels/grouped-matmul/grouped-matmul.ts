@@ -1,7 +1,16 @@
 /** @file One matrix product per expert over ragged row ranges, and the gradient of the experts' weights. */
 import { type FusedFactory, pointerOf } from '../../native.ts'
 import { hopperGrouped, hopperWeightGradient } from '../grouped-matmul-sm90a/product.ts'
-import { chooseTile, countTiles, mostFewRows, operands, roundToBf16, type Tile, tiles } from '../matmul/gemm.ts'
+import {
+  chooseTile,
+  countTiles,
+  mostFewRows,
+  operands,
+  roundToBf16,
+  type Tile,
+  tiles,
+  wholeMatrix,
+} from '../matmul/gemm.ts'
 
 const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 
@@ -43,8 +52,8 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
       return [y]
     }
     const [left, right] = operands(round, precision, [
-      { pointer: pointerOf(x), rows, columns: k },
-      { pointer: pointerOf(weight), rows: experts * weightRows, columns: weightColumns },
+      wholeMatrix(x, rows, k),
+      wholeMatrix(weight, experts * weightRows, weightColumns),
     ])
     if (onHopper !== undefined && precision === 'bf16' && k * experts > 0) {
       onHopper(y.pointer, left, right, pointerOf(offsets), { rows, n, k, experts, transposeW })
@@ -84,10 +93,7 @@ export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = 
       onHopper(dweight.pointer, pointerOf(dy), pointerOf(x), pointerOf(offsets), { rows, n, k, experts })
       return [dweight]
     }
-    const [left, right] = operands(round, precision, [
-      { pointer: pointerOf(dy), rows, columns: n },
-      { pointer: pointerOf(x), rows, columns: k },
-    ])
+    const [left, right] = operands(round, precision, [wholeMatrix(dy, rows, n), wholeMatrix(x, rows, k)])
     const tile = chooseTile(cuda, tiles[precision], t => experts * countTiles(t, n, k))
     kernels.get(tile.name)?.(
       { grid: [countTiles(tile, n, k), experts], block: tile.threads, shared: tile.shared },

@@ -1,6 +1,6 @@
 /** @file What the launchers of matrix products share: operands, sizes of tiles, and the dense product. */
-import type { Precision } from '@moe/core'
-import type { Cuda } from '../../native.ts'
+import type { Precision, Value } from '@moe/core'
+import { type Cuda, pointerOf } from '../../native.ts'
 import { hopperProduct, hopperTiles } from '../matmul-sm90a/product.ts'
 
 /** A matrix in device memory, with `ld` elements from row to row: f32, or bf16 with `ld` a multiple of 8 and zeros behind each row. */
@@ -18,7 +18,18 @@ export interface DenseMatrix {
   readonly ld?: number
   /** Where it goes in bf16; default: working memory of its own. */
   readonly to?: number
+  /** The tensor that it is the whole of: then it is rounded once for all products that it is in. */
+  readonly of?: Value
 }
+
+/** A tensor as a matrix of `rows`. */
+export const wholeMatrix = (of: Value, rows: number, columns: number, ld?: number): DenseMatrix => ({
+  pointer: pointerOf(of),
+  rows,
+  columns,
+  ld,
+  of,
+})
 
 /** Whole pieces of 16 bytes, as the kernels copy them. */
 export const paddedColumns = (columns: number) => Math.ceil(columns / 8) * 8
@@ -28,7 +39,7 @@ const mostRounded = 4
 
 export type Round = (matrices: readonly DenseMatrix[]) => Matrix[]
 
-/** Up to four matrices rounded to bf16 by one launch. */
+/** Up to four matrices rounded to bf16 by one launch; none where all have been. */
 export function roundToBf16(cuda: Cuda): Round {
   const kernel = cuda.kernel(
     'matmul',
@@ -36,21 +47,25 @@ export function roundToBf16(cuda: Cuda): Round {
     `p[${mostRounded}] p[${mostRounded}] l[${mostRounded}] i[${mostRounded}] i[${mostRounded}]`,
   )
   return matrices => {
-    const rounded = matrices.map(({ rows, columns, ld = paddedColumns(columns), to }) => ({
-      pointer: to ?? cuda.scratch(rows * ld * 2).pointer,
-      ld,
-      chunks: (rows * ld) / 8,
-    }))
-    const blocks = Math.min(Math.ceil(Math.max(...rounded.map(x => x.chunks)) / 256), cuda.multiprocessors * 16)
-    kernel(
-      { grid: [blocks, matrices.length], block: 256 },
-      rounded.map(x => x.pointer),
-      matrices.map(x => x.pointer),
-      matrices.map(x => x.rows),
-      matrices.map(x => x.columns),
-      rounded.map(x => x.ld),
-    )
-    return rounded
+    const placed = matrices.map(matrix => {
+      const { pointer: from, rows, columns, ld = paddedColumns(columns), to, of } = matrix
+      const known = of && rows * ld > 0 ? cuda.rounded(of, rows, columns, ld) : undefined
+      const pointer = known?.pointer ?? to ?? cuda.scratch(rows * ld * 2).pointer
+      return { from, rows, columns, ld, pointer, isFilled: known?.isFilled ?? false }
+    })
+    const wanted = placed.filter(({ isFilled }) => !isFilled)
+    if (wanted.length > 0) {
+      const most = Math.max(...wanted.map(({ rows, ld }) => (rows * ld) / 8))
+      kernel(
+        { grid: [Math.min(Math.ceil(most / 256), cuda.multiprocessors * 16), wanted.length], block: 256 },
+        wanted.map(x => x.pointer),
+        wanted.map(x => x.from),
+        wanted.map(x => x.rows),
+        wanted.map(x => x.columns),
+        wanted.map(x => x.ld),
+      )
+    }
+    return placed
   }
 }
 

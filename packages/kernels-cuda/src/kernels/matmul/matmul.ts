@@ -1,6 +1,6 @@
 /** @file Matrix products of rank 2 and batched ones of rank 3. */
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
-import { gemm, mostFewRows, operands, roundToBf16 } from './gemm.ts'
+import { gemm, mostFewRows, operands, roundToBf16, wholeMatrix } from './gemm.ts'
 
 export const matmul: PrimitiveFactory<'matmul'> = cuda => {
   const multiply = gemm(cuda)
@@ -42,7 +42,7 @@ export const matmul: PrimitiveFactory<'matmul'> = cuda => {
     const [left, right] = operands(
       round,
       precision,
-      [a, b].map(x => ({ pointer: pointerOf(x), rows: batch * x.shape[rank - 2], columns: x.shape[rank - 1] })),
+      [a, b].map(x => wholeMatrix(x, batch * x.shape[rank - 2], x.shape[rank - 1])),
     )
     multiply(precision, c.pointer, left, right, { batch, m, n, k, transposeA, transposeB })
     return [c]

@@ -12,6 +12,7 @@ import {
   roundToBf16,
   type Tile,
   tiles,
+  wholeMatrix,
 } from '../matmul/gemm.ts'
 
 /** Working memory for the expanded weight, about: one expert at least. Tests make it small. */
@@ -179,7 +180,7 @@ export const quantizedMatmul: FusedFactory<'quantizedMatmul'> = cuda => {
       return [y]
     }
     const { precision } = attrs
-    const [left] = operands(round, precision, [{ pointer: pointerOf(x), rows: m, columns: k }])
+    const [left] = operands(round, precision, [wholeMatrix(x, m, k)])
     let part = 0
     for (const { row, rows, matrix } of chunks(weight)) {
       // The product has no gaps: columns that are not all of y go there from working memory.
@@ -223,7 +224,7 @@ export const quantizedGroupedMatmul: FusedFactory<'quantizedGroupedMatmul'> = cu
       return [y]
     }
     const { precision } = attrs
-    const [left] = operands(round, precision, [{ pointer: pointerOf(x), rows: m, columns: k }])
+    const [left] = operands(round, precision, [wholeMatrix(x, m, k)])
     for (const { expert, experts, matrix } of chunks(weight)) {
       // Rows behind the chunk's experts get zeros, and then what the next chunk makes of them.
       if (onHopper !== undefined && precision === 'bf16' && k > 0) {
