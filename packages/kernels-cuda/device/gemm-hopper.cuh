@@ -8,8 +8,9 @@
 /// The tile of 128 x BN that two warpgroups of 64 rows each make, for storeTile; `Stages` steps of 64 k lie in shared memory.
 template <int BN_, int Stages_>
 struct TileHopper {
+  using Element = bf16;
   static constexpr int BM = 128, BN = BN_, BK = 64, Stages = Stages_, Producer = 8, Threads = (Producer + 1) * 32;
-  static constexpr int Rows = 2, Columns = BN / 4, Run = 2;
+  static constexpr int Rows = 2, Columns = BN / 4, Run = 2, RowLanes = 4;
   static constexpr int bytesA = BM * BK * 2, bytesB = BN * BK * 2, stageBytes = bytesA + bytesB;
   /// Stages begin at a multiple of 1024, where the swizzle's pattern does.
   static constexpr int sharedBytes = Stages * stageBytes + 1024;
@@ -33,9 +34,12 @@ struct HopperJob {
 /// Starts the copies of one operand's part of a stage, `Outer` outer indices of 64 k.
 template <int Outer, bool Across>
 MOE_DEVICE void copyOperand(unsigned char* to, const TensorMap& x, Barrier* full, int k, int outer, int matrix) {
-  if (!Across) return copyBox(to, x, full, k, outer, matrix);
+  if constexpr (Across) {
 #pragma unroll
-  for (int o = 0; o < Outer; o += 64) copyBox(to + o * 128, x, full, outer + o, k, matrix);
+    for (int o = 0; o < Outer; o += 64) copyBox(to + o * 128, x, full, outer + o, k, matrix);
+  } else {
+    copyBox(to, x, full, k, outer, matrix);
+  }
 }
 
 /// Sixteen of the 64 k that lie in a stage, from k on, as a product takes them.

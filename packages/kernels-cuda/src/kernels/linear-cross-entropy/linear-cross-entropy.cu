@@ -1,6 +1,5 @@
-// Cross-entropy of the logits x weight^T. A product tile of logits is reduced to what is needed of it and never stored.
-// Legend: N rows of x, V rows of weight (here: a chunk of them, `first` .. `first` + V - 1 of all), D features.
-#include "gemm.cuh"
+// Cross-entropy of the logits x weight^T, of which no more than a tile ever exists. Legend as in entropy-tile.cuh.
+#include "entropy-tile.cuh"
 
 /// Of each row of logits and each tile of columns: the largest, and the sum of exponentials over it; and the target's logit.
 /// highest and total [N, tilesTotal], this chunk's from tile firstTile on.
@@ -13,7 +12,7 @@ MOE_DEVICE void entropyTile(float* highest, float* total, float* targetLogit, co
   Tile::template multiply<false, true>(
       logits, shared, {x + (int64_t)row * ldx, ldx, N - row}, {weight + (int64_t)column * ldw, ldw, V - column}, D);
 
-  // Over this thread's columns, then over the lanes and warps that share the row.
+  // Over this warp's columns, then over the warps that share the row.
   float* const high = (float*)shared;
   float* const sums = high + Tile::BM * Tile::RowWarps;
   const int warp = threadIdx.x / 32 % Tile::RowWarps;
@@ -22,30 +21,15 @@ MOE_DEVICE void entropyTile(float* highest, float* total, float* targetLogit, co
   for (int i = 0; i < Tile::Rows; i++) {
     const int r = Tile::row(i);
     const int target = row + r < N ? targets[row + r] - first - column : -1;
-    float best = -infinity();
-#pragma unroll
-    for (int j = 0; j < Tile::Columns; j++) {
-      const float logit = Tile::at(logits, i, j);
-      if (column + Tile::column(j) >= V) continue;
-      best = maxOrNan(best, logit);
-      if (Tile::column(j) == target) targetLogit[row + r] = logit;
-    }
-    for (int step = Tile::RowLanes / 2; step > 0; step /= 2) best = maxOrNan(best, __shfl_xor_sync(wholeWarp, best, step));
-    const float base = best == -infinity() ? 0.f : best;
-    float sum = 0.f;
-#pragma unroll
-    for (int j = 0; j < Tile::Columns; j++) {
-      if (column + Tile::column(j) < V) sum += expf(Tile::at(logits, i, j) - base);
-    }
-    for (int step = Tile::RowLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(wholeWarp, sum, step);
-    if (threadIdx.x % Tile::RowLanes == 0) high[r * Tile::RowWarps + warp] = best, sums[r * Tile::RowWarps + warp] = sum;
+    const RowEntropy found = rowEntropy<Tile>(logits, i, column, V, target, targetLogit, row + r);
+    if (threadIdx.x % Tile::RowLanes == 0) high[r * Tile::RowWarps + warp] = found.highest, sums[r * Tile::RowWarps + warp] = found.total;
   }
   __syncthreads();
   const int r = threadIdx.x;
   if (r >= Tile::BM || row + r >= N) return;
   float best = high[r * Tile::RowWarps];
   for (int w = 1; w < Tile::RowWarps; w++) best = maxOrNan(best, high[r * Tile::RowWarps + w]);
-  const float base = best == -infinity() ? 0.f : best;
+  const float base = exponentialBase(best);
   float sum = 0.f;
   for (int w = 0; w < Tile::RowWarps; w++) sum += sums[r * Tile::RowWarps + w] * expf(high[r * Tile::RowWarps + w] - base);
   const int64_t to = (int64_t)(row + r) * tilesTotal + firstTile + tile.y;
@@ -60,7 +44,7 @@ MOE_KERNEL((256), moe_linear_cross_entropy_finish_f32, (float* loss, float* lse,
     float best = -infinity();
     for (int t = lane; t < tiles; t += 32) best = maxOrNan(best, highest[row * tiles + t]);
     best = warpMax(best);
-    const float base = best == -infinity() ? 0.f : best;
+    const float base = exponentialBase(best);
     float sum = 0.f;
     for (int t = lane; t < tiles; t += 32) sum += total[row * tiles + t] * expf(highest[row * tiles + t] - base);
     sum = warpSum(sum);
@@ -73,7 +57,7 @@ MOE_KERNEL((256), moe_linear_cross_entropy_finish_f32, (float* loss, float* lse,
   }
 }
 
-/// dlogits [N, ld] of the chunk, with zeros from V to ld: (softmax - onehot(target)) dloss, zeros where the target does not count.
+/// dlogits [N, ld] of the chunk.
 template <class Tile>
 MOE_DEVICE void entropyGradientTile(typename Tile::Element* dlogits, const typename Tile::Element* x, const typename Tile::Element* weight, const int* targets, const float* lse, const float* dloss, int N, int V, int D, int ldx, int ldw, int ld, int first, int classes, int ignoreIndex) {
   MOE_DYNAMIC_SHARED(shared);
@@ -82,32 +66,7 @@ MOE_DEVICE void entropyGradientTile(typename Tile::Element* dlogits, const typen
   typename Tile::Sums logits = {};
   Tile::template multiply<false, true>(
       logits, shared, {x + (int64_t)row * ldx, ldx, N - row}, {weight + (int64_t)column * ldw, ldw, V - column}, D);
-#pragma unroll
-  for (int i = 0; i < Tile::Rows; i++) {
-    const int r = row + Tile::row(i);
-    if (r >= N) continue;
-    const int target = targets[r];
-    const bool counts = target >= 0 && target < classes && target != ignoreIndex;
-    const float rowLse = lse[r], factor = dloss[r];
-    typename Tile::Element* const to = dlogits + (int64_t)r * ld;
-#pragma unroll
-    for (int j = 0; j < Tile::Columns; j += 2) {
-      const int c = column + Tile::column(j);
-      float d[2];
-#pragma unroll
-      for (int n = 0; n < 2; n++) {
-        const float p = expf(Tile::at(logits, i, j + n) - rowLse);
-        d[n] = counts && c + n < V ? (p - (first + c + n == target ? 1.f : 0.f)) * factor : 0.f;
-      }
-      if (c >= ld) continue;
-      if constexpr (sizeof(typename Tile::Element) == 2) {
-        *(uint32_t*)(to + c) = packBf16(d[0], d[1]);
-      } else {
-        to[c] = d[0];
-        if (c + 1 < ld) to[c + 1] = d[1];
-      }
-    }
-  }
+  storeLogitsGradient<Tile>(dlogits, logits, row, column, targets, lse, dloss, N, V, ld, first, classes, ignoreIndex);
 }
 
 #define ENTROPY(blocks, name, Tile)                                                                                                                        \

@@ -1,7 +1,7 @@
 import { Random } from '@moe/core'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
-import { denseVariants, unavailable } from '../../test-backend.ts'
+import { denseVariants, reverseOrder, unavailable } from '../../test-backend.ts'
 import { limits } from './linear-cross-entropy.ts'
 
 const ignoreIndex = -100
@@ -11,27 +11,44 @@ const unusual = [ignoreIndex, -1, 999_999]
 const cases = [
   { name: 'one of each', rows: 1, classes: 1, features: 1, skip: 0 },
   { name: 'large tiles', rows: 300, classes: 1100, features: 20, skip: 4 },
+  { name: 'large tiles, many steps', rows: 130, classes: 800, features: 330, skip: 5 },
+  { name: 'small tiles, many steps', rows: 140, classes: 121, features: 523, skip: 6 },
+  { name: 'one class more than a tile', rows: 129, classes: 257, features: 64, skip: 0 },
+  { name: 'no features', rows: 9, classes: 5, features: 0, skip: 2 },
   { name: 'no row counts', rows: 3, classes: 5, features: 4, skip: 1 },
   { name: 'no rows', rows: 0, classes: 5, features: 4, skip: 0 },
   { name: 'chunks of the vocabulary', rows: 70, classes: 650, features: 41, skip: 3, chunkBytes: 40_000 },
+  { name: 'chunks and many rows', rows: 1100, classes: 300, features: 24, skip: 7, chunkBytes: 1 },
 ]
+
+/** Some targets do not count where `skip` is not zero. */
+const targetsOf = (rows: number, classes: number, skip: number) =>
+  integers(
+    ...Array.from({ length: rows }, (_, i) =>
+      skip > 0 && i % skip === skip - 1 ? unusual[i % 3] : (i * 11) % classes,
+    ),
+  )
+
+/** Working memory for so much, until the test ends. */
+function limitChunks(bytes: number) {
+  const usual = limits.chunkBytes
+  limits.chunkBytes = bytes
+  onTestFinished(() => {
+    limits.chunkBytes = usual
+  })
+}
 
 describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precision, $by', ({ precision, options }) => {
   test.each(cases)('$name', async ({ rows, classes, features, skip, chunkBytes = limits.chunkBytes }) => {
-    const usual = limits.chunkBytes
-    limits.chunkBytes = chunkBytes
-    onTestFinished(() => {
-      limits.chunkBytes = usual
-    })
+    limitChunks(chunkBytes)
     const random = new Random(rows + classes)
     const x = exact(random, rows, features)
-    const weight = exact(random, classes, features)
+    // Logits of about one, however many features.
+    const scale = 2 ** -Math.round(Math.log2(features + 1) / 2)
+    const { data, shape } = exact(random, classes, features)
+    const weight = { data: Float32Array.from(data, w => w * scale), shape }
     const room = precision === 'bf16' ? 1e-2 : 1e-5
-    const targets = integers(
-      ...Array.from({ length: rows }, (_, i) =>
-        skip > 0 && i % skip === skip - 1 ? unusual[i % 3] : (i * 11) % classes,
-      ),
-    )
+    const targets = targetsOf(rows, classes, skip)
     const attrs = { ignoreIndex, precision }
     const inputs = [x, weight, targets]
     const outputs = [output(rows), output(rows)]
@@ -45,6 +62,56 @@ describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precisi
     const backward = await onCuda('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients, options)
     backward.forEach((d, i) => {
       expect(distance(d, wanted[i])).toBeLessThan(room)
+    })
+  })
+
+  test('the same bits in every run and order', async () => {
+    limitChunks(1)
+    const [rows, classes, features] = [150, 700, 130]
+    const random = new Random(5)
+    const inputs = [exact(random, rows, features), exact(random, classes, features), targetsOf(rows, classes, 4)]
+    const saved = [exact(random, rows), exact(random, rows)]
+    const attrs = { ignoreIndex, precision }
+    const run = async () => [
+      ...(await onCuda('linearCrossEntropy', inputs, attrs, [output(rows), output(rows)], options)),
+      ...(await onCuda(
+        'linearCrossEntropyBackward',
+        [...inputs, ...saved],
+        attrs,
+        [output(rows, features), output(classes, features)],
+        options,
+      )),
+    ]
+    const first = await run()
+    reverseOrder(true)
+    onTestFinished(() => reverseOrder(false))
+    expect(await run()).toEqual(first)
+  })
+
+  test('NaN stays in its row, and an infinity in its class', async () => {
+    const [rows, classes, features] = [5, 300, 70]
+    const random = new Random(6)
+    const x = Float32Array.from(exact(random, rows, features).data, (v, i) => (i % features === 0 ? 1 : v))
+    const weight = Float32Array.from(exact(random, classes, features).data)
+    x[2 * features - 1] = Number.NaN
+    weight[(classes - 1) * features] = Number.NEGATIVE_INFINITY
+    const inputs = [
+      { data: x, shape: [rows, features] },
+      { data: weight, shape: [classes, features] },
+      integers(0, 1, 2, 299, 7),
+    ]
+    const attrs = { ignoreIndex, precision }
+    const outputs = [output(rows), output(rows)]
+    const expected = await onCpu('linearCrossEntropy', inputs, attrs, outputs)
+    const got = await onCuda('linearCrossEntropy', inputs, attrs, outputs, options)
+    expect([...got[0], ...got[1]].map(Number.isFinite)).toEqual([...expected[0], ...expected[1]].map(Number.isFinite))
+    expect(distance(got[0], expected[0])).toBeLessThan(1e-5)
+    const saved = [{ data: Float32Array.from(expected[1]), shape: [rows] }, exact(random, rows)]
+    const gradients = [output(rows, features), output(classes, features)]
+    const wanted = await onCpu('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients)
+    const backward = await onCuda('linearCrossEntropyBackward', [...inputs, ...saved], attrs, gradients, options)
+    backward.forEach((d, i) => {
+      expect([...d].map(Number.isNaN)).toEqual([...wanted[i]].map(Number.isNaN))
     })
   })
 })

@@ -4,6 +4,7 @@
  */
 import type { Precision, Value } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
+import { type Logits, logitsOnHopper } from '../linear-cross-entropy-sm90a/logits.ts'
 import {
   chooseTile,
   countTiles,
@@ -15,6 +16,7 @@ import {
   type Tile,
   tiles,
 } from '../matmul/gemm.ts'
+import { hopperTiles } from '../matmul-sm90a/product.ts'
 
 /** Working memory of a chunk, about. Tests make it small. */
 export const limits = { chunkBytes: 2 ** 27 }
@@ -39,18 +41,46 @@ function* chunks(cuda: Cuda, round: Round, precision: Precision, weight: Value, 
   }
 }
 
-const tileFor = (cuda: Cuda, precision: Precision, rows: number, classes: number) =>
-  chooseTile(cuda, tiles[precision], t => countTiles(t, rows, classes))
-
-export const linearCrossEntropy: FusedFactory<'linearCrossEntropy'> = cuda => {
-  const round = roundToBf16(cuda)
-  const signature = 'p p p p p p i i i i i i i i'
+/** The kernels of forward or backward by warps' products (gemm.cuh). */
+function logitsByWarps(cuda: Cuda, direction: 'fwd' | 'bwd'): Logits {
+  const signature = direction === 'fwd' ? 'p p p p p p i i i i i i i i' : 'p p p p p p i i i i i i i i i'
   const kernels = new Map(
     variants.map(name => [
       name,
-      cuda.kernel('linear-cross-entropy', `moe_linear_cross_entropy_fwd_${name}`, signature),
+      cuda.kernel('linear-cross-entropy', `moe_linear_cross_entropy_${direction}_${name}`, signature),
     ]),
   )
+  return (tile, outputs, x, weight, inputs, { rows, classes, features }, rest) =>
+    kernels.get(tile.name)?.(
+      { grid: countTiles(tile, rows, classes), block: tile.threads, shared: tile.shared },
+      ...outputs,
+      x.pointer,
+      weight.pointer,
+      ...inputs,
+      rows,
+      classes,
+      features,
+      x.ld,
+      weight.ld,
+      ...rest,
+    )
+}
+
+/** The kernels and the tile for a product of that size. */
+function logitsOf(cuda: Cuda, direction: 'fwd' | 'bwd') {
+  const byWarps = logitsByWarps(cuda, direction)
+  const onHopper = cuda.wgmma ? logitsOnHopper(cuda, direction) : undefined
+  return (precision: Precision, rows: number, classes: number, features: number) => {
+    const hopper = precision === 'bf16' && features > 0 ? onHopper : undefined
+    const among = hopper ? hopperTiles : tiles[precision]
+    const tile = chooseTile(cuda, among, t => countTiles(t, rows, classes))
+    return { tile, logits: hopper ?? byWarps }
+  }
+}
+
+export const linearCrossEntropy: FusedFactory<'linearCrossEntropy'> = cuda => {
+  const round = roundToBf16(cuda)
+  const choose = logitsOf(cuda, 'fwd')
   const finish = cuda.kernel('linear-cross-entropy', 'moe_linear_cross_entropy_finish_f32', 'p p p p p p i i i i')
   return ([x, weight, targets], { ignoreIndex, precision }, [lossSpec, lseSpec]) => {
     const loss = cuda.output(lossSpec)
@@ -58,29 +88,21 @@ export const linearCrossEntropy: FusedFactory<'linearCrossEntropy'> = cuda => {
     const [rows, features] = x.shape
     const classes = weight.shape[0]
     if (rows === 0) return [loss, lse]
-    const tile = tileFor(cuda, precision, rows, classes)
+    const { tile, logits } = choose(precision, rows, classes, features)
     const tilesTotal = Math.ceil(classes / tile.n)
     const highest = cuda.scratch(rows * tilesTotal * 4).pointer
     const total = cuda.scratch(rows * tilesTotal * 4).pointer
     const targetLogit = cuda.scratch(rows * 4).pointer
     const [left] = operands(round, precision, [{ pointer: pointerOf(x), rows, columns: features }])
     for (const { first, size, right } of chunks(cuda, round, precision, weight, chunkSize(features * 2, tile))) {
-      kernels.get(tile.name)?.(
-        { grid: countTiles(tile, rows, size), block: tile.threads, shared: tile.shared },
-        highest,
-        total,
-        targetLogit,
-        left.pointer,
-        right.pointer,
-        pointerOf(targets),
-        rows,
-        size,
-        features,
-        left.ld,
-        right.ld,
-        first,
-        first / tile.n,
-        tilesTotal,
+      logits(
+        tile,
+        [highest, total, targetLogit],
+        left,
+        right,
+        [pointerOf(targets)],
+        { rows, classes: size, features },
+        [first, first / tile.n, tilesTotal],
       )
     }
     finish(
@@ -103,19 +125,13 @@ export const linearCrossEntropy: FusedFactory<'linearCrossEntropy'> = cuda => {
 export const linearCrossEntropyBackward: FusedFactory<'linearCrossEntropyBackward'> = cuda => {
   const round = roundToBf16(cuda)
   const multiply = gemm(cuda)
-  const signature = 'p p p p p p i i i i i i i i i'
-  const kernels = new Map(
-    variants.map(name => [
-      name,
-      cuda.kernel('linear-cross-entropy', `moe_linear_cross_entropy_bwd_${name}`, signature),
-    ]),
-  )
+  const choose = logitsOf(cuda, 'bwd')
   return ([x, weight, targets, lse, dloss], { ignoreIndex, precision }, [dxSpec, dweightSpec]) => {
     const dx = cuda.output(dxSpec)
     const dweight = cuda.output(dweightSpec)
     const [rows, features] = x.shape
     const classes = weight.shape[0]
-    const tile = tileFor(cuda, precision, rows, classes)
+    const { tile, logits } = choose(precision, rows, classes, features)
     const [left] =
       rows * features === 0 ? [] : operands(round, precision, [{ pointer: pointerOf(x), rows, columns: features }])
     if (left === undefined || classes === 0) {
@@ -128,23 +144,14 @@ export const linearCrossEntropyBackward: FusedFactory<'linearCrossEntropyBackwar
     const { pointer } = cuda.scratch(rows * paddedColumns(Math.min(most, classes)) * elementBytes)
     for (const { first, size, right } of chunks(cuda, round, precision, weight, most)) {
       const dlogits = { pointer, ld: paddedColumns(size) }
-      kernels.get(tile.name)?.(
-        { grid: countTiles(tile, rows, size), block: tile.threads, shared: tile.shared },
-        dlogits.pointer,
-        left.pointer,
-        right.pointer,
-        pointerOf(targets),
-        pointerOf(lse),
-        pointerOf(dloss),
-        rows,
-        size,
-        features,
-        left.ld,
-        right.ld,
-        dlogits.ld,
-        first,
-        classes,
-        ignoreIndex,
+      logits(
+        tile,
+        [dlogits.pointer],
+        left,
+        right,
+        [pointerOf(targets), pointerOf(lse), pointerOf(dloss)],
+        { rows, classes: size, features },
+        [dlogits.ld, first, classes, ignoreIndex],
       )
       multiply(precision, dx.pointer, dlogits, right, {
         m: rows,

@@ -1,0 +1,52 @@
+// Cross-entropy of the logits x weight^T on Hopper, beside linear-cross-entropy.cu. Legend as there.
+#include "entropy-tile.cuh"
+#include "gemm-hopper.cuh"
+
+/// Every tile of the chunk's logits, for `reduce(logits, row, column)`. Grid: as many blocks as run at once.
+template <class Tile, class Reduce>
+MOE_DEVICE void eachTile(const TensorMap& x, const TensorMap& weight, int N, int V, int D, Reduce reduce) {
+  const int rowTiles = divUp(N, Tile::BM), columnTiles = divUp(V, Tile::BN);
+  workOff<Tile>(
+      x, weight, rowTiles * columnTiles,
+      [&](int j) -> HopperJob {
+        const int2 tile = tileOf(j, rowTiles, columnTiles);
+        const int row = tile.x * Tile::BM;
+        return {row, 0, tile.y * Tile::BN, 0, 0, divUp(D, Tile::BK), N - row};
+      },
+      [&](int, const HopperJob& job, typename Tile::Sums& logits) { reduce(logits, job.rowA, job.rowB); });
+}
+
+/// highest and total [N, tilesTotal], this chunk's from tile firstTile on. A row of a tile is one warp's.
+template <class Tile>
+MOE_DEVICE void entropy(float* highest, float* total, float* targetLogit, const TensorMap& x, const TensorMap& weight, const int* targets, int N, int V, int D, int first, int firstTile, int tilesTotal) {
+  eachTile<Tile>(x, weight, N, V, D, [&](typename Tile::Sums& logits, int row, int column) {
+#pragma unroll
+    for (int i = 0; i < Tile::Rows; i++) {
+      const int r = row + Tile::row(i);
+      const int target = r < N ? targets[r] - first - column : -1;
+      // With columns counted from the tile's first one, nothing is spilled.
+      const RowEntropy found = rowEntropy<Tile>(logits, i, 0, V - column, target, targetLogit, r);
+      if (r >= N || threadIdx.x % Tile::RowLanes != 0) continue;
+      const int64_t to = (int64_t)r * tilesTotal + firstTile + column / Tile::BN;
+      highest[to] = found.highest;
+      total[to] = found.total;
+    }
+  });
+}
+
+template <class Tile>
+MOE_DEVICE void entropyGradient(bf16* dlogits, const TensorMap& x, const TensorMap& weight, const int* targets, const float* lse, const float* dloss, int N, int V, int D, int ld, int first, int classes, int ignoreIndex) {
+  eachTile<Tile>(x, weight, N, V, D, [&](typename Tile::Sums& logits, int row, int column) {
+    storeLogitsGradient<Tile>(dlogits, logits, row, column, targets, lse, dloss, N, V, ld, first, classes, ignoreIndex);
+  });
+}
+
+#define ENTROPY(name, Tile)                                                                                                                                \
+  MOE_KERNEL((Tile::Threads, 1), moe_linear_cross_entropy_fwd_sm90a_##name, (float* highest, float* total, float* targetLogit, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const int* targets, int N, int V, int D, int first, int firstTile, int tilesTotal)) { \
+    entropy<Tile>(highest, total, targetLogit, x, weight, targets, N, V, D, first, firstTile, tilesTotal);                                                \
+  }                                                                                                                                                        \
+  MOE_KERNEL((Tile::Threads, 1), moe_linear_cross_entropy_bwd_sm90a_##name, (bf16* dlogits, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const int* targets, const float* lse, const float* dloss, int N, int V, int D, int ld, int first, int classes, int ignoreIndex)) { \
+    entropyGradient<Tile>(dlogits, x, weight, targets, lse, dloss, N, V, D, ld, first, classes, ignoreIndex);                                            \
+  }
+ENTROPY(128x256, HopperLarge)
+ENTROPY(128x128, HopperSmall)
