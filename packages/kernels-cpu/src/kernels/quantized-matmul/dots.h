@@ -35,15 +35,22 @@ constexpr int chains = M == 1 ? (W::per < 4 ? W::per : 4) : M == 2 ? 2 : 1;
 
 template <class W, int j = 0>
 struct Decode {
-  // sums += weights j.. of each lane times x.
-  template <int M>
-  MOE_INLINE void multiply(i32v v, const float* const* x, int64_t at, f32v (&sums)[M][chains<W, M>]) {
-    const f32v w = W::template get<j>(v);
+  // sums += weights j.. of each lane of R rows times x.
+  template <int R, int M>
+  MOE_INLINE void multiply(const i32v (&v)[R], const float* const* x, int64_t at, f32v (&sums)[R][M][chains<W, M>]) {
+    f32v w[R];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) w[r] = W::template get<j>(v[r]);
+#pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      f32v& sum = sums[m][j % chains<W, M>];
-      sum = fma(w, load(x[m] + at + j * lanes), sum);
+      const f32v numbers = load(x[m] + at + j * lanes);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        f32v& sum = sums[r][m][j % chains<W, M>];
+        sum = fma(w[r], numbers, sum);
+      }
     }
-    if constexpr (j + 1 < W::per) Decode<W, j + 1>::template multiply<M>(v, x, at, sums);
+    if constexpr (j + 1 < W::per) Decode<W, j + 1>::template multiply<R, M>(v, x, at, sums);
   }
 };
 
@@ -68,54 +75,74 @@ struct Dots {
 // How far ahead of the weights memory is asked for.
 constexpr int64_t ahead = 2048;
 
-// One row of the weight times M rows of x. Rows are taken one after another, because memory is fastest when it is read in order.
-template <class W, int M>
-MOE_INLINE void dot_row(const Dots& d, int64_t row) {
+// R rows of the weight from `row` on times M rows of x. An element's bits do not depend on R. No more rows at once, because memory is
+// fastest when it is read in order.
+template <class W, int R, int M>
+MOE_INLINE void dot_rows(const Dots& d, int64_t row) {
   constexpr bool scaled = W::scaled;
   constexpr int64_t bytes = lanes * 4;
   const int64_t full = d.row_bytes / bytes;
   const int64_t rest = d.row_bytes % bytes;
   const int64_t groups = full + (rest != 0);
-  const uint8_t* from = d.q + row * d.row_bytes;
-  const float* scale = scaled ? d.scale + row / d.block_rows * d.scale_columns : nullptr;
-  f32v total[M] = {};
-  f32v sums[M][chains<W, M>] = {};
-  i32v nans{};
+  const uint8_t* const from = d.q + row * d.row_bytes;
+  const float* scales[R] = {};
+  if (scaled) {
+    for (int r = 0; r < R; ++r) scales[r] = d.scale + (row + r) / d.block_rows * d.scale_columns;
+  }
+  f32v total[R][M] = {};
+  f32v sums[R][M][chains<W, M>] = {};
+  i32v nans[R] = {};
+  const auto multiply = [&](int64_t g, int64_t there) {
+    i32v v[R] = {};
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      std::memcpy(&v[r], from + r * d.row_bytes + g * bytes, static_cast<size_t>(there));
+      if constexpr (std::is_same_v<W, Fp8Weights>) nans[r] |= fp8_nans(v[r]);
+    }
+    Decode<W>::template multiply<R, M>(v, d.x, g * group_size<W>, sums);
+  };
   const int64_t run = scaled ? d.run : groups;
   for (int64_t g = 0, block = 0; g < groups; ++block) {
     const int64_t end = std::min(groups, g + run), whole = std::min(full, end);
     if constexpr (scaled) {
-      for (int m = 0; m < M; ++m) {
-        for (f32v& sum : sums[m]) sum = zero();
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+          for (f32v& sum : sums[r][m]) sum = zero();
+        }
       }
     }
     for (; g < whole; ++g) {
-      __builtin_prefetch(from + g * bytes + ahead);
-      const i32v v = load_bytes(from + g * bytes);
-      if constexpr (std::is_same_v<W, Fp8Weights>) nans |= fp8_nans(v);
-      Decode<W>::template multiply<M>(v, d.x, g * group_size<W>, sums);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) __builtin_prefetch(from + (R * g + r) * bytes + ahead);
+      multiply(g, bytes);
     }
-    if (g < end) {
-      i32v v{};
-      std::memcpy(&v, from + g * bytes, static_cast<size_t>(rest));
-      if constexpr (std::is_same_v<W, Fp8Weights>) nans |= fp8_nans(v);
-      Decode<W>::template multiply<M>(v, d.x, g * group_size<W>, sums);
-      ++g;
-    }
+    if (g < end) multiply(g++, rest);
     if constexpr (scaled) {
-      const f32v s = splat(scale[block]);
-      for (int m = 0; m < M; ++m) total[m] = fma(joined(sums[m]), s, total[m]);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) total[r][m] = fma(joined(sums[r][m]), splat(scales[r][block]), total[r][m]);
+      }
     }
   }
-  for (int m = 0; m < M; ++m) {
-    const float y = sum(scaled ? total[m] : joined(sums[m]));
-    d.y[m][row] = std::is_same_v<W, Fp8Weights> && any(nans != 0) ? __builtin_nanf("") : y;
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < M; ++m) {
+      const float y = sum(scaled ? total[r][m] : joined(sums[r][m]));
+      d.y[m][row + r] = std::is_same_v<W, Fp8Weights> && any(nans[r] != 0) ? __builtin_nanf("") : y;
+    }
   }
 }
 
 template <class W, int M>
 void dot_range(const Dots& d, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) dot_row<W, M>(d, row);
+  // Two rows of the weight share what is loaded of x, as long as there are registers for it.
+  constexpr int R = M * chains<W, M> <= 4 ? 2 : 1;
+  int64_t row = begin;
+  for (; row + R <= end; row += R) dot_rows<W, R, M>(d, row);
+  for (; row < end; ++row) dot_rows<W, 1, M>(d, row);
 }
 
 // Rows begin .. end of the weight times `rows` (1 .. most_rows) rows of x.

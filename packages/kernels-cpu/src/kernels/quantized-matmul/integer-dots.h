@@ -29,7 +29,10 @@ MOE_INLINE i32v add_products16(i32v sums, i32v a, i32v b) {
 // A 32-bit lane holds four weights. Part j are weights j and j + 2 as a pair of 16-bit numbers.
 constexpr int parts = 2;
 
-MOE_INLINE i32v weight_pairs(i32v v, int part) { return (i32v)((u32v)v >> (8 * part)) & 0x00ff00ff; }
+MOE_INLINE i32v weight_pairs(i32v v, int part) {
+  typedef uint16_t halves_of_lanes __attribute__((vector_size(MOE_LANES * 4)));
+  return part == 0 ? v & 0x00ff00ff : (i32v)((halves_of_lanes)v >> 8);
+}
 
 constexpr int64_t byte_group = group_size<Int8Weights>;
 // The longest block, in groups, whose sums stay below 2^30: 2^15 times 2^7 a weight, four weights a lane and group.
@@ -41,18 +44,20 @@ MOE_INLINE f32v elements(const float* x, int64_t i, int64_t size) {
   return i < size ? load_partial(x + i, static_cast<int>(size - i)) : zero();
 }
 
-// One half of a group as pairs of 16-bit numbers, part after part `stride` words apart; what the zero point takes off is added to `starts`.
-MOE_INLINE void pack_pairs(const int32_t* numbers, int32_t* to, int64_t stride, int32_t* starts) {
-  for (int l = 0; l < lanes; ++l) {
-    const int32_t* own = numbers + l * Int8Weights::per;
-    uint32_t sum = 0;  // wraps around where x has an infinity or NaN, whose scale is NaN
-    for (int j = 0; j < parts; ++j) {
-      const uint32_t low = static_cast<uint32_t>(own[j]), high = static_cast<uint32_t>(own[j + parts]);
-      to[j * stride + l] = static_cast<int32_t>((low & 0xffff) | high << 16);
-      sum += low + high;
-    }
-    starts[l] = static_cast<int32_t>(static_cast<uint32_t>(starts[l]) - Int8Weights::zero * sum);
+MOE_INLINE u16v low_halves(i32v x) { return __builtin_convertvector((u32v)x, u16v); }
+
+// One half of a group as pairs of 16-bit numbers, part after part `stride` words apart. Returns what the zero point takes off.
+MOE_INLINE i32v pack_pairs(const uint16_t* numbers, int32_t* to, int64_t stride) {
+  typedef uint64_t quads __attribute__((vector_size(MOE_LANES * 8)));
+  quads q;
+  std::memcpy(&q, numbers, sizeof q);
+  i32v sum{};
+  for (int j = 0; j < parts; ++j, q >>= 16) {
+    const i32v pairs = (i32v)__builtin_convertvector((q & 0xffff) | (q >> 16 & 0xffff0000), u32v);
+    store(to + j * stride, pairs);
+    sum = add_products16(sum, pairs, splat(0x10001));
   }
+  return sum * -Int8Weights::zero;
 }
 
 // x of one row: per group of 32-bit lanes, and per part of it, `halves` vectors of pairs, the upper one first; zeros behind k. Per block
@@ -76,41 +81,23 @@ void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, flo
     const bool usable = largest > 1e-28f;
     const f32v factor = splat(usable ? range / largest : 0.0f);
     scales[b] = any(odd) ? __builtin_nanf("") : usable ? largest / range : 0.0f;
-    int32_t* const start = starts + b * halves * lanes;
-    for (int h = 0; h < halves; ++h) store(start + h * lanes, i32v{});
+    i32v start[halves] = {};
     for (int64_t g = 0; g * byte_group < size; ++g) {
-      int32_t numbers[halves][byte_group];
+      uint16_t numbers[halves][byte_group];
       for (int64_t i = 0; i < byte_group; i += lanes) {
         const f32v v = elements(from, g * byte_group + i, size) * factor;
         if constexpr (halves == 2) {
           const i32v whole = to_i32(v), upper = (whole + 0x8000) >> 16;
-          store(numbers[0] + i, upper);
-          store(numbers[1] + i, whole - (upper << 16));
+          store(numbers[0] + i, low_halves(upper));
+          store(numbers[1] + i, low_halves(whole));
         } else {
-          store(numbers[0] + i, to_i32(round_small(v)));
+          store(numbers[0] + i, low_halves(to_i32(round_small(v))));
         }
       }
       int32_t* const to = packed + (b * run + g) * parts * halves * lanes;
-      for (int h = 0; h < halves; ++h) pack_pairs(numbers[h], to + h * lanes, halves * lanes, start + h * lanes);
+      for (int h = 0; h < halves; ++h) start[h] += pack_pairs(numbers[h], to + h * lanes, halves * lanes);
     }
-  }
-}
-
-// Chains of additions for each row and half of x: with one row there are registers for two.
-template <int M>
-constexpr int integer_chains = M == 1 ? 2 : 1;
-
-template <int halves, int M>
-MOE_INLINE void integer_group_products(i32v v, const int32_t* const* x, int64_t at, i32v (&sums)[M][halves][integer_chains<M>]) {
-#pragma GCC unroll 2
-  for (int j = 0; j < parts; ++j) {
-    const i32v w = weight_pairs(v, j);
-    for (int m = 0; m < M; ++m) {
-      for (int h = 0; h < halves; ++h) {
-        i32v& sum = sums[m][h][j % integer_chains<M>];
-        sum = add_products16(sum, w, load(x[m] + at + (j * halves + h) * lanes));
-      }
-    }
+    for (int h = 0; h < halves; ++h) store(starts + (b * halves + h) * lanes, start[h]);
   }
 }
 
@@ -128,46 +115,100 @@ struct IntegerDots {
   int64_t run;  // groups of a block of x
 };
 
-template <int halves, int M>
-MOE_INLINE void integer_dot_row(const IntegerDots& d, int64_t row) {
+// Groups of a block of 128 columns, the usual one.
+constexpr int64_t usual_run = 128 / byte_group;
+
+// Group g of R rows of the weight, of which `there` bytes are there, times those of M rows of x.
+template <int halves, int R, int M>
+MOE_INLINE void integer_group_products(const IntegerDots& d, const uint8_t* from, int64_t g, int64_t there, i32v (&sums)[R][M][halves]) {
   constexpr int64_t bytes = lanes * 4;
-  const int64_t full = d.row_bytes / bytes, rest = d.row_bytes % bytes;
-  const int64_t groups = full + (rest != 0);
-  const uint8_t* from = d.q + row * d.row_bytes;
-  const float* scale = d.scale + row / d.block_rows * d.scale_columns;
-  f32v total[M] = {};
-  for (int64_t g = 0, block = 0; g < groups; ++block) {
-    const int64_t end = std::min(groups, g + d.run), whole = std::min(full, end);
-    i32v sums[M][halves][integer_chains<M>] = {};
+  i32v v[R] = {};
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) std::memcpy(&v[r], from + r * d.row_bytes + g * bytes, static_cast<size_t>(there));
+#pragma GCC unroll 2
+  for (int j = 0; j < parts; ++j) {
+    i32v w[R];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) w[r] = weight_pairs(v[r], j);
+#pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      for (int h = 0; h < halves; ++h) sums[m][h][0] = load(d.starts[m] + (block * halves + h) * lanes);
-    }
-    for (; g < whole; ++g) {
-      __builtin_prefetch(from + g * bytes + ahead);
-      integer_group_products<halves, M>(load_bytes(from + g * bytes), d.x, g * parts * halves * lanes, sums);
-    }
-    if (g < end) {
-      i32v v{};
-      std::memcpy(&v, from + g * bytes, static_cast<size_t>(rest));
-      integer_group_products<halves, M>(v, d.x, g * parts * halves * lanes, sums);
-      ++g;
-    }
-    const f32v s = splat(scale[block]);
-    for (int m = 0; m < M; ++m) {
-      f32v sum = zero();
+#pragma GCC unroll 2
       for (int h = 0; h < halves; ++h) {
-        const i32v own = M == 1 ? sums[m][h][0] + sums[m][h][integer_chains<M> - 1] : sums[m][h][0];
-        sum = fma(sum, splat(65536.0f), to_f32(own));
+        const i32v numbers = load(d.x[m] + ((g * parts + j) * halves + h) * lanes);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) sums[r][m][h] = add_products16(sums[r][m][h], w[r], numbers);
       }
-      total[m] = fma(sum, s * splat(d.x_scales[m][block]), total[m]);
     }
   }
-  for (int m = 0; m < M; ++m) d.y[m][row] = sum(total[m]);
+}
+
+// A block's sums before and after its groups.
+template <int halves, int R, int M>
+MOE_INLINE void begin_block(const IntegerDots& d, int64_t block, i32v (&sums)[R][M][halves]) {
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+    for (int h = 0; h < halves; ++h) {
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) sums[r][m][h] = load(d.starts[m] + (block * halves + h) * lanes);
+    }
+  }
+}
+template <int halves, int R, int M>
+MOE_INLINE void end_block(const IntegerDots& d, const float* const (&scales)[R], int64_t block, const i32v (&sums)[R][M][halves], f32v (&total)[R][M]) {
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      f32v sum = to_f32(sums[r][m][0]);
+      if (halves == 2) sum = fma(sum, splat(65536.0f), to_f32(sums[r][m][halves - 1]));
+      total[r][m] = fma(sum, splat(scales[r][block] * d.x_scales[m][block]), total[r][m]);
+    }
+  }
+}
+
+// R rows of the weight from `row` on times M rows of x. An element's bits do not depend on R.
+template <int halves, int R, int M>
+MOE_INLINE void integer_dot_rows(const IntegerDots& d, int64_t row) {
+  constexpr int64_t bytes = lanes * 4;
+  const int64_t full = d.row_bytes / bytes, rest = d.row_bytes % bytes, groups = full + (rest != 0);
+  const uint8_t* const from = d.q + row * d.row_bytes;
+  const float* scales[R];
+  for (int r = 0; r < R; ++r) scales[r] = d.scale + (row + r) / d.block_rows * d.scale_columns;
+  f32v total[R][M] = {};
+  int64_t g = 0, block = 0;
+  for (; d.run == usual_run && g + usual_run <= full; g += usual_run, ++block) {
+    i32v sums[R][M][halves];
+    begin_block<halves, R, M>(d, block, sums);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 128 * R; i += 64) __builtin_prefetch(from + R * g * bytes + ahead + i);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < usual_run; ++i) integer_group_products<halves, R, M>(d, from, g + i, bytes, sums);
+    end_block<halves, R, M>(d, scales, block, sums, total);
+  }
+  for (; g < groups; ++block) {
+    const int64_t end = std::min(groups, g + d.run), whole = std::min(full, end);
+    i32v sums[R][M][halves];
+    begin_block<halves, R, M>(d, block, sums);
+    for (; g < whole; ++g) {
+      for (int r = 0; r < R; ++r) __builtin_prefetch(from + (R * g + r) * bytes + ahead);
+      integer_group_products<halves, R, M>(d, from, g, bytes, sums);
+    }
+    if (g < end) integer_group_products<halves, R, M>(d, from, g++, rest, sums);
+    end_block<halves, R, M>(d, scales, block, sums, total);
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < M; ++m) d.y[m][row + r] = sum(total[r][m]);
+  }
 }
 
 template <int halves, int M>
 void integer_dot_range(const IntegerDots& d, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) integer_dot_row<halves, M>(d, row);
+  // Two rows of the weight share what is loaded of x, as long as there are registers for it.
+  constexpr int R = M <= 2 ? 2 : 1;
+  int64_t row = begin;
+  for (; row + R <= end; row += R) integer_dot_rows<halves, R, M>(d, row);
+  for (; row < end; ++row) integer_dot_rows<halves, 1, M>(d, row);
 }
 
 // Rows begin .. end of the weight times `rows` (1 .. most_rows) rows of x.

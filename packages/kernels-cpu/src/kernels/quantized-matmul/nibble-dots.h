@@ -91,7 +91,8 @@ MOE_INLINE f32v run_scales(const float* scale, int64_t left) {
   const __m128 s = _mm_maskz_loadu_ps(static_cast<__mmask8>((1 << std::min<int64_t>(left, 4)) - 1), scale);
   return (f32v)_mm512_permutexvar_ps(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), _mm512_castps128_ps512(s));
 #elif defined(__AVX2__)
-  return (f32v)_mm256_set_m128(_mm_broadcast_ss(scale + (left > 1)), _mm_broadcast_ss(scale));
+  if (left > 1) return (f32v)_mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(scale))), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  return splat(*scale);
 #else
   static_cast<void>(left);
   return splat(*scale);
@@ -111,45 +112,68 @@ struct NibbleDots {
   int64_t run;  // groups with one scale
 };
 
-template <int digits, int M>
-MOE_INLINE void nibble_group_products(i32v v, f32v scale, const NibbleDots<digits>& d, int64_t g, f32v (&total)[M]) {
-  const i32v low = v & 0x0f0f0f0f, high = (v >> 4) & 0x0f0f0f0f;
+template <int digits, int R, int M>
+MOE_INLINE void nibble_group_products(const i32v (&v)[R], const f32v (&scales)[R], const NibbleDots<digits>& d, int64_t g, f32v (&total)[R][M]) {
+  i32v low[R], high[R];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) low[r] = v[r] & 0x0f0f0f0f, high[r] = (v[r] >> 4) & 0x0f0f0f0f;
+#pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
     const NibbleX<digits>& x = d.x[m][g];
-    i32v sums = nibble_products(low, high, load(x.x[0][0]), load(x.x[0][1]));
+    i32v sums[R];
+#pragma GCC unroll 3
+    for (int digit = 0; digit < digits; ++digit) {
+      const i32v x_low = load(x.x[digit][0]), x_high = load(x.x[digit][1]);
 #pragma GCC unroll 2
-    for (int digit = 1; digit < digits; ++digit) sums = (sums << 8) + nibble_products(low, high, load(x.x[digit][0]), load(x.x[digit][1]));
-    total[m] = fma(to_f32(sums + load(x.start)), scale * load(x.scale), total[m]);
+      for (int r = 0; r < R; ++r) {
+        const i32v products = nibble_products(low[r], high[r], x_low, x_high);
+        sums[r] = digit == 0 ? products : (sums[r] << 8) + products;
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) total[r][m] = fma(to_f32(sums[r] + load(x.start)), scales[r] * load(x.scale), total[r][m]);
   }
 }
 
-template <int digits, Scales kind, int M>
-MOE_INLINE void nibble_dot_row(const NibbleDots<digits>& d, int64_t row) {
+// R rows of the weight from `row` on times M rows of x. An element's bits do not depend on R.
+template <int digits, Scales kind, int R, int M>
+MOE_INLINE void nibble_dot_rows(const NibbleDots<digits>& d, int64_t row) {
   constexpr int64_t bytes = lanes * 4, runs = nibble_group / 32;
   const int64_t full = d.row_bytes / bytes, rest = d.row_bytes % bytes;
-  const uint8_t* from = d.q + row * d.row_bytes;
-  const float* scale = d.scale + row / d.block_rows * d.scale_columns;
-  const auto scale_of = [&](int64_t g, int64_t block) {
-    return kind == Scales::runs ? run_scales(scale + g * runs, d.scale_columns - g * runs) : splat(scale[block]);
+  const uint8_t* const from = d.q + row * d.row_bytes;
+  const float* scale[R];
+  for (int r = 0; r < R; ++r) scale[r] = d.scale + (row + r) / d.block_rows * d.scale_columns;
+  f32v total[R][M] = {};
+  const auto multiply = [&](int64_t g, int64_t block, int64_t there) {
+    i32v v[R] = {};
+    f32v scales[R];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      std::memcpy(&v[r], from + r * d.row_bytes + g * bytes, static_cast<size_t>(there));
+      scales[r] = kind == Scales::runs ? run_scales(scale[r] + g * runs, there == bytes ? runs : d.scale_columns - g * runs) : splat(scale[r][block]);
+    }
+    nibble_group_products<digits, R, M>(v, scales, d, g, total);
   };
-  f32v total[M] = {};
   int64_t block = 0, left = d.run;
   for (int64_t g = 0; g < full; ++g) {
-    __builtin_prefetch(from + g * bytes + ahead);
-    nibble_group_products<digits, M>(load_bytes(from + g * bytes), scale_of(g, block), d, g, total);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) __builtin_prefetch(from + (R * g + r) * bytes + ahead);
+    multiply(g, block, bytes);
     if (kind == Scales::blocks && --left == 0) ++block, left = d.run;
   }
-  if (rest != 0) {
-    i32v v{};
-    std::memcpy(&v, from + full * bytes, static_cast<size_t>(rest));
-    nibble_group_products<digits, M>(v, scale_of(full, block), d, full, total);
+  if (rest != 0) multiply(full, block, rest);
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < M; ++m) d.y[m][row + r] = sum(total[r][m]);
   }
-  for (int m = 0; m < M; ++m) d.y[m][row] = sum(total[m]);
 }
 
 template <int digits, Scales kind, int M>
 void nibble_dot_range(const NibbleDots<digits>& d, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) nibble_dot_row<digits, kind, M>(d, row);
+  // Two rows of the weight share what is loaded of x, as long as there are registers for it.
+  constexpr int R = M <= 2 ? 2 : 1;
+  int64_t row = begin;
+  for (; row + R <= end; row += R) nibble_dot_rows<digits, kind, R, M>(d, row);
+  for (; row < end; ++row) nibble_dot_rows<digits, kind, 1, M>(d, row);
 }
 
 // Rows begin .. end of the weight times `rows` (1 .. most_rows) rows of x.

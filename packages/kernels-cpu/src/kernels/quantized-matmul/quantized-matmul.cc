@@ -13,8 +13,8 @@ namespace {
 
 // Up to here weights are read for the dot products of all rows; beyond, decoding them once and blocking pays.
 constexpr int64_t few_rows = 8;
-// Bytes of stored weights in a task, about 2 us of reading; and elements of a decoded tile, which stays in L2.
-constexpr int64_t task_bytes = 32 << 10;
+// Bytes of stored weights in a task, about 2 us of reading (int4: of calculating); and elements of a decoded tile, which stays in L2.
+constexpr int64_t task_bytes = 32 << 10, int4_task_bytes = 16 << 10;
 constexpr int64_t tile_elements = 96 << 10;
 
 struct Product {
@@ -152,7 +152,8 @@ void run(const std::vector<Product>& products, const Ranges& ranges) {
   const Engine engine(p);
   const bool fit = engine.fit();
   const auto by_dots = [&](int64_t e) { return fit && ranges.size(e) <= few_rows; };
-  const int64_t dot_rows = std::max<int64_t>(8, task_bytes / std::max<int64_t>(1, p.row_bytes()) / 8 * 8);
+  const int64_t most_bytes = p.format == Format::int4 ? int4_task_bytes : task_bytes;
+  const int64_t dot_rows = std::max<int64_t>(8, most_bytes / std::max<int64_t>(1, p.row_bytes()) / 8 * 8);
   const int64_t tile_rows = std::max<int64_t>(16, std::min<int64_t>(512, tile_elements / std::max<int64_t>(1, p.k) / 16 * 16));
   std::vector<Piece> pieces;
   bool any_dots = false, any_tiles = false;
