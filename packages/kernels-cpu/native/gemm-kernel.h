@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "gemm.h"
@@ -31,6 +32,11 @@ constexpr int kMr = 6, kAWidth = kMr, kSlack = 16;
 #endif
 static_assert(kAWidth % lanes == 0 || kSlack >= lanes, "whole vectors need room");
 constexpr int kNr = 2 * lanes;
+#if defined(__AVX512F__)
+constexpr int kStepsAtOnce = 2;
+#else
+constexpr int kStepsAtOnce = 4;
+#endif
 #if defined(__AVX512BF16__)
 constexpr bool kHasBf16 = true;
 #else
@@ -79,21 +85,36 @@ void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t 
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + kVecs * lanes - 1, 1);
   }
+  // `asks`: memory is asked for on the way. `packed`: b is a panel.
+  const auto along_k = [&](auto asks, auto packed) {
+#pragma GCC unroll kStepsAtOnce
+    for (std::ptrdiff_t p = 0; p < depth; ++p) {
+      f32v bv[kVecs];
+      if constexpr (asks) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_step;
+      }
 #pragma GCC unroll 2
-  for (std::ptrdiff_t p = 0; p < depth; ++p) {
-    f32v bv[kVecs];
-    __builtin_prefetch(ahead, 0, 2);
-    ahead += ahead_step;
-#pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) bv[j] = load(b + j * lanes);
+      for (int j = 0; j < kVecs; ++j) bv[j] = load(b + j * lanes);
 #pragma GCC unroll 14
-    for (int i = 0; i < kRows; ++i) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < kVecs; ++j) acc[i][j] = multiply_add<kBf16>(acc[i][j], a + i, bv[j]);
+        for (int j = 0; j < kVecs; ++j) acc[i][j] = multiply_add<kBf16>(acc[i][j], a + i, bv[j]);
+      }
+      a += kAWidth;
+      b += packed ? kNr : b_stride;
     }
-    a += kAWidth;
-    b += b_stride;
-  }
+  };
+  // Where a step has few products, what else is in it counts.
+  using std::bool_constant;
+  if constexpr (kStepsAtOnce == 2)
+    along_k(bool_constant<true>(), bool_constant<false>());
+  else if (b_stride != kNr)
+    along_k(bool_constant<true>(), bool_constant<false>());
+  else if (ahead_step)
+    along_k(bool_constant<true>(), bool_constant<true>());
+  else
+    along_k(bool_constant<false>(), bool_constant<true>());
   if (output == Output::add) {
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i)
