@@ -18,6 +18,14 @@ const cases = [
   { name: 'no row counts', rows: 3, classes: 5, features: 4, skip: 1 },
   { name: 'no rows', rows: 0, classes: 5, features: 4, skip: 0 },
   { name: 'chunks of the vocabulary', rows: 70, classes: 650, features: 41, skip: 3, chunkBytes: 40_000 },
+  {
+    name: 'chunks of a weight that is rounded as a whole',
+    rows: 1100,
+    classes: 300,
+    features: 24,
+    skip: 7,
+    chunkBytes: 20_000,
+  },
   { name: 'chunks and many rows', rows: 1100, classes: 300, features: 24, skip: 7, chunkBytes: 1 },
 ]
 

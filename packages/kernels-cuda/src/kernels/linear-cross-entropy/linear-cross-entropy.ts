@@ -15,6 +15,7 @@ import {
   roundToBf16,
   type Tile,
   tiles,
+  wholeMatrix,
 } from '../matmul/gemm.ts'
 import { hopperTiles } from '../matmul-sm90a/product.ts'
 
@@ -27,16 +28,22 @@ const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 const chunkSize = (bytes: number, tile: Tile) =>
   Math.max(1, Math.floor(limits.chunkBytes / Math.max(1, bytes) / tile.n)) * tile.n
 
-/** The weight in chunks, as operands of a product. In bf16 they lie in the same working memory, one after the other. */
+/**
+ * The weight in chunks, as operands of a product. In bf16 it is rounded as a whole where that takes no more than the working memory of a chunk;
+ * otherwise the chunks lie in the same working memory, one after the other.
+ */
 function* chunks(cuda: Cuda, round: Round, precision: Precision, weight: Value, most: number) {
   const [classes, columns] = weight.shape
-  const to =
-    precision === 'bf16' ? cuda.scratch(Math.min(most, classes) * paddedColumns(columns) * 2).pointer : undefined
+  const ld = paddedColumns(columns)
+  const isBf16 = precision === 'bf16'
+  const [whole] = isBf16 && classes * ld * 2 <= limits.chunkBytes ? round([wholeMatrix(weight, classes, columns)]) : []
+  const to = isBf16 && whole === undefined ? cuda.scratch(Math.min(most, classes) * ld * 2).pointer : undefined
   for (let first = 0; first < classes; first += most) {
     const rows = Math.min(most, classes - first)
-    const [right] = operands(round, precision, [
-      { pointer: pointerOf(weight) + first * columns * 4, rows, columns, to },
-    ])
+    const pointer = pointerOf(weight) + first * columns * 4
+    const [right] = whole
+      ? [{ pointer: whole.pointer + first * ld * 2, ld }]
+      : operands(round, precision, [{ pointer, rows, columns, to }])
     yield { first, size: rows, right }
   }
 }
@@ -93,7 +100,7 @@ export const linearCrossEntropy: FusedFactory<'linearCrossEntropy'> = cuda => {
     const highest = cuda.scratch(rows * tilesTotal * 4).pointer
     const total = cuda.scratch(rows * tilesTotal * 4).pointer
     const targetLogit = cuda.scratch(rows * 4).pointer
-    const [left] = operands(round, precision, [{ pointer: pointerOf(x), rows, columns: features }])
+    const [left] = operands(round, precision, [wholeMatrix(x, rows, features)])
     for (const { first, size, right } of chunks(cuda, round, precision, weight, chunkSize(features * 2, tile))) {
       logits(
         tile,
@@ -132,8 +139,7 @@ export const linearCrossEntropyBackward: FusedFactory<'linearCrossEntropyBackwar
     const [rows, features] = x.shape
     const classes = weight.shape[0]
     const { tile, logits } = choose(precision, rows, classes, features)
-    const [left] =
-      rows * features === 0 ? [] : operands(round, precision, [{ pointer: pointerOf(x), rows, columns: features }])
+    const [left] = rows * features === 0 ? [] : operands(round, precision, [wholeMatrix(x, rows, features)])
     if (left === undefined || classes === 0) {
       cuda.clear(dx.pointer, rows * features * 4)
       cuda.clear(dweight.pointer, classes * features * 4)
