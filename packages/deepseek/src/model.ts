@@ -108,9 +108,9 @@ export interface DeepSeekLoss {
   readonly metrics: Readonly<Record<string, Tensor>>
 }
 
-/** `loss` and `afterStep` of a model in parts: see `DeepSeek.staged`. Arrays of the same names and shapes go through the same ops. */
+/** `loss` and `afterStep` of a model in parts: see `DeepSeek.staged`. Arrays of the same names, shapes and `kind` go through the same ops. */
 export interface StagedDeepSeek {
-  inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
+  inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number; readonly kind: string }
   /** `carried` is summed over the micro-batches of a step, for `after`: the loads of all layers. */
   loss(inputs: Readonly<Record<string, Tensor>>): Omit<DeepSeekLoss, 'count'> & { readonly carried: readonly Tensor[] }
   afterInputs(): HostInputs
@@ -267,12 +267,16 @@ export class DeepSeek extends Module {
 
   /**
    * `loss` and `afterStep` in two parts each, what the host contributes and the ops on that: the ops can be recorded once and run again on other inputs.
-   * Undefined for models that draw or schedule within their ops: with a balancer or with dropping.
+   * Undefined for models that draw or schedule within their ops (with a balancer or with dropping), and for classes with a `loss` or `afterStep` of their own.
    */
   get staged(): StagedDeepSeek | undefined {
-    if (this.#balancer || this.#undropped) return undefined
+    const { loss, afterStep } = DeepSeek.prototype
+    if (this.#balancer || this.#undropped || this.loss !== loss || this.afterStep !== afterStep) return undefined
     return {
-      inputs: rows => this.#lossInputs(rows, true),
+      inputs: rows => {
+        const { mtpDetached, mtpAcceptance: measured } = this.#objective
+        return { ...this.#lossInputs(rows, true), kind: `${mtpDetached} ${measured}` }
+      },
       loss: inputs => {
         const loads: Tensor[] = []
         const parts = this.#lossOf(inputs as unknown as LossTensors, {

@@ -152,6 +152,21 @@ test('what draws or schedules within its ops goes op by op', async () => {
   expect((await run({ steps: 4 }, { dropping: { devices: 2 } })).counts.captures).toBe(0)
 })
 
+test('a class with a loss of its own goes op by op, and that loss is used', async () => {
+  let calls = 0
+  class Own extends DeepSeek {
+    override loss(...given: Parameters<DeepSeek['loss']>) {
+      calls++
+      return super.loss(...given)
+    }
+  }
+  const { backend, counts } = counting()
+  const model = new Own(tiny, { seed: 1, backend })
+  await train(model, { ...settings, steps: 4 })
+  model.dispose()
+  expect([calls, counts.captures]).toEqual([4, 0])
+})
+
 test('without the memory for a graph, steps go on op by op', async () => {
   const { backend } = counting()
   let captures = 0
@@ -202,6 +217,26 @@ describe('TrainingSteps', () => {
     }
     expect(losses[0]).toEqual(losses[1])
     expect(changed.counts.captures).toBe(6)
+  })
+
+  test('records anew when a parameter is frozen or the objective has changed', async () => {
+    const losses = []
+    for (const record of [true, false]) {
+      const { counts, model, steps, order, dispose } = prepare(record)
+      const own: unknown[] = []
+      for (let step = 0; step < 9; step++) {
+        if (step === 3) model.lm_head.weight.trainable = false
+        if (step === 5) model.objective.mtpAcceptance = true
+        if (step === 7) model.objective.mtpWeight = 0.05
+        const { loss, metrics } = await steps.step(order.step(step), { lr: 1e-3 })
+        own.push({ loss, metrics })
+      }
+      losses.push(own)
+      // At first, without the frozen one, and with acceptance measured; the factor is an input.
+      expect(counts.captures).toBe(record ? 9 : 0)
+      dispose()
+    }
+    expect(losses[0]).toEqual(losses[1])
   })
 
   test('a loss that is not finite changes nothing, and the next step works', async () => {

@@ -57,10 +57,8 @@ interface PassResult {
 
 /** Steps of one kind have the same ops; null when the micro-batches differ. */
 export function kindOf(batches: readonly StagedBatch[]): string | null {
-  const [kind, ...others] = batches.map(({ arrays }) =>
-    Object.entries(arrays)
-      .map(([name, { shape }]) => `${name} ${shape.join('x')}`)
-      .join(),
+  const [kind, ...others] = batches.map(({ arrays, kind = '' }) =>
+    [kind, ...Object.entries(arrays).map(([name, { shape }]) => `${name} ${shape.join('x')}`)].join(),
   )
   return others.every(other => other === kind) ? `${batches.length === 1 ? 'one' : 'several'}: ${kind}` : null
 }
@@ -105,9 +103,14 @@ export class RecordedStep {
     }
   }
 
-  /** Whether everything still lies where the graphs expect it: other code may have assigned to it. */
+  /** Whether everything still lies where the graphs expect it, and the same parameters are trained: other code may have assigned to them or frozen some. */
   get valid(): boolean {
-    return this.#state.every(({ handle }, i) => handle === this.#handles[i])
+    const trained = this.#parts.parameters.filter(({ trainable }) => trainable)
+    return (
+      this.#state.every(({ handle }, i) => handle === this.#handles[i]) &&
+      trained.length === this.#trained.length &&
+      trained.every((parameter, i) => parameter === this.#trained[i])
+    )
   }
 
   /** Forward and backward of all micro-batches. Changes no parameter. */
