@@ -1,7 +1,6 @@
 // One bf16 product per expert on Hopper. As in grouped-matmul.cu the grid's jobs are as many tiles as any offsets could need.
 #include "expert-tile.cuh"
 #include "gemm-hopper.cuh"
-#include "pack-tile.cuh"
 
 /// y [N, n] = x [N, k] times the weight [k, n] of each row's expert ([n, k] when Transpose). A tile's rows are read beyond its expert's last one.
 template <class Tile, bool Transpose>
@@ -29,31 +28,45 @@ GROUPED(128x256_t, HopperLarge, true)
 GROUPED(128x128_n, HopperSmall, false)
 GROUPED(128x128_t, HopperSmall, true)
 
-/// Where an expert's rows begin when they lie along k: each at a multiple of 64, with room for zeros up to the next one.
+/// Where an expert's rows begin when they are summed over: each at a multiple of 64, with room for zeros up to the next one.
 MOE_DEVICE int packedStart(const int* offsets, int expert) { return offsets[expert] / 64 * 64 + expert * 64; }
 
-/// Rows [N, outer] of f32 to [outer, ld] of bf16, where row r of an expert lies at k = packedStart + r. blockIdx.x = tile along outer, 64 of k.
-MOE_KERNEL((256), moe_pack_groups_sm90a, (bf16* to, const float* from, const int* offsets, int experts, int outer, int ld)) {
+/// Rows [N, columns] of f32 to rows of `ld` bf16, where row r of an expert is packedStart + r. blockIdx.x = 64 rows of the result.
+MOE_KERNEL((256), moe_pack_groups_sm90a, (bf16* to, const float* from, const int* offsets, int experts, int columns, int ld)) {
   MOE_SHARED(int, owner, [1]);
-  const int i = blockIdx.x % (ld / 64) * 64, o = blockIdx.x / (ld / 64) * 64;
+  const int first = blockIdx.x * 64;
   if (threadIdx.x == 0) owner[0] = -1;
   __syncthreads();
   for (int e = threadIdx.x; e < experts; e += 256) {
-    const int within = i - packedStart(offsets, e);
+    const int within = first - packedStart(offsets, e);
     if (within >= 0 && within < offsets[e + 1] - offsets[e]) owner[0] = e;
   }
   __syncthreads();
   const int expert = owner[0];
   if (expert < 0) return; // between two experts; nobody reads it
-  const int row = offsets[expert] + i - packedStart(offsets, expert);
-  packTile(to + (int64_t)o * ld + i, ld, from + (int64_t)row * outer + o, outer, offsets[expert + 1] - row, outer - o, 64);
+  const int begin = offsets[expert] + first - packedStart(offsets, expert), rows = offsets[expert + 1] - begin;
+  from += (int64_t)begin * columns;
+  to += (int64_t)first * ld;
+  const int perRow = ld / 8;
+  for (int i = threadIdx.x; i < 64 * perRow; i += 256) {
+    const int row = i / perRow, column = (i - row * perRow) * 8;
+    alignas(16) float v[8] = {};
+    if (row < rows && columns == ld) {
+      *(float4*)v = *(const float4*)(from + i * 8);
+      *(float4*)(v + 4) = *(const float4*)(from + i * 8 + 4);
+    } else if (row < rows) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) v[j] = column + j < columns ? from[row * columns + column + j] : 0.f;
+    }
+    *(uint4*)(to + i * 8) = make_uint4(packBf16(v[0], v[1]), packBf16(v[2], v[3]), packBf16(v[4], v[5]), packBf16(v[6], v[7]));
+  }
 }
 
-/// dweight [E, n, k] = dy^T x over the rows of each expert; both packed as [n, ld] and [k, ld].
+/// dweight [E, n, k] = dy^T x over the rows of each expert, both packed.
 template <class Tile>
 MOE_DEVICE void weightGradient(float* dweight, const TensorMap& dy, const TensorMap& x, const int* offsets, int n, int k, int experts) {
   const int rowTiles = divUp(n, Tile::BM), columnTiles = divUp(k, Tile::BN), tiles = rowTiles * columnTiles;
-  workOff<Tile>(
+  workOff<Tile, true, true>(
       dy, x, experts * tiles,
       [&](int j) -> HopperJob {
         const int expert = j / tiles;

@@ -1,7 +1,7 @@
 /** @file One product per expert on Hopper, and the gradient of the experts' weights. */
 import type { Cuda } from '../../native.ts'
 import { boxColumns } from '../../tensor-map.ts'
-import { chooseTile, countTiles, type Matrix, type Tile } from '../matmul/gemm.ts'
+import { chooseTile, countTiles, type Matrix, paddedColumns, type Tile } from '../matmul/gemm.ts'
 import { hopperTiles, operandMap } from '../matmul-sm90a/product.ts'
 
 interface Sizes {
@@ -47,18 +47,19 @@ export function hopperWeightGradient(cuda: Cuda) {
   const kernels = new Map(hopperTiles.map(({ name }) => [name, kernelOf(cuda, `bwd_sm90a_${name}`, 'p t t p i i i')]))
   const packKernel = cuda.kernel('grouped-matmul-sm90a', 'moe_pack_groups_sm90a', 'p p p i i i')
   return (dweight: number, dy: number, x: number, offsets: number, { rows, n, k, experts }: Sizes): void => {
-    // Along k, every expert's rows begin at a multiple of 64 and are followed by zeros up to one.
-    const ld = Math.floor(rows / boxColumns) * boxColumns + experts * boxColumns
-    const pack = (from: number, outer: number): Matrix => {
-      const { pointer } = cuda.scratch(outer * ld * 2)
-      const grid = (Math.ceil(outer / boxColumns) * ld) / boxColumns
-      packKernel({ grid, block: 256 }, pointer, from, offsets, experts, outer, ld)
+    // Every expert's rows begin at a multiple of 64 and are followed by zeros up to one.
+    const packed = Math.floor(rows / boxColumns) * boxColumns + experts * boxColumns
+    const pack = (from: number, columns: number): Matrix => {
+      const ld = paddedColumns(columns)
+      const { pointer } = cuda.scratch(packed * ld * 2)
+      packKernel({ grid: packed / boxColumns, block: 256 }, pointer, from, offsets, experts, columns, ld)
       return { pointer, ld }
     }
     const jobs = (tile: Tile) => experts * countTiles(tile, n, k)
     const tile = chooseTile(cuda, hopperTiles, jobs)
-    const left = operandMap(cuda, pack(dy, n), { matrices: 1, outer: n, tile: tile.m, k: ld, across: false })
-    const right = operandMap(cuda, pack(x, k), { matrices: 1, outer: k, tile: tile.n, k: ld, across: false })
+    const operand = { matrices: 1, k: packed, across: true }
+    const left = operandMap(cuda, pack(dy, n), { ...operand, outer: n, tile: tile.m })
+    const right = operandMap(cuda, pack(x, k), { ...operand, outer: k, tile: tile.n })
     kernels.get(tile.name)?.(launchOf(cuda, tile, jobs(tile)), dweight, left, right, offsets, n, k, experts)
   }
 }
