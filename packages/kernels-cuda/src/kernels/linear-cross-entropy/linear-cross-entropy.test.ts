@@ -2,7 +2,8 @@ import { Random } from '@moe/core'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
 import { denseVariants, reverseOrder, unavailable } from '../../test-backend.ts'
-import { limits } from './linear-cross-entropy.ts'
+import { hopperTiles } from '../matmul-sm90a/product.ts'
+import { evenChunk, limits } from './linear-cross-entropy.ts'
 
 const ignoreIndex = -100
 const unusual = [ignoreIndex, -1, 999_999]
@@ -96,6 +97,24 @@ describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precisi
     expect(await run()).toEqual(first)
   })
 
+  test.each([-1, 1])('logits far from zero (%i)', async sign => {
+    const [rows, classes, features] = [3, 5, 8]
+    const random = new Random(7)
+    const weight = Float32Array.from(exact(random, classes, features).data, w => sign * (w + 64))
+    const inputs = [
+      { data: new Float32Array(rows * features).fill(1), shape: [rows, features] },
+      { data: weight.map(w => Math.round(w * 4) / 4), shape: [classes, features] },
+      integers(0, 1, 4),
+    ]
+    const outputs = [output(rows), output(rows)]
+    const attrs = { ignoreIndex, precision }
+    const expected = await onCpu('linearCrossEntropy', inputs, attrs, outputs)
+    const got = await onCuda('linearCrossEntropy', inputs, attrs, outputs, options)
+    expect(Math.abs(expected[1][0])).toBeGreaterThan(400)
+    expect(distance(got[0], expected[0])).toBeLessThan(1e-4)
+    expect(distance(got[1], expected[1])).toBeLessThan(1e-6)
+  })
+
   test('NaN stays in its row, and an infinity in its class', async () => {
     const [rows, classes, features] = [5, 300, 70]
     const random = new Random(6)
@@ -122,4 +141,13 @@ describe.skipIf(unavailable).each(denseVariants)('linear cross-entropy, $precisi
       expect([...d].map(Number.isNaN)).toEqual([...wanted[i]].map(Number.isNaN))
     })
   })
+})
+
+test('chunks fill multiprocessors', () => {
+  const [large] = hopperTiles
+  const chunk = (most: number, rows: number, features: number) =>
+    evenChunk({ multiprocessors: 132 }, hopperTiles, large, most, { rows, features })
+  // 25 tiles would be 1,600 blocks of logits, which take 13 waves, and 400 of gradients, which take four.
+  expect(chunk(6400, 8192, 2048)).toBe(6144)
+  expect(chunk(256, 8192, 2048)).toBe(256)
 })

@@ -15,6 +15,7 @@ import {
   roundToBf16,
   type Tile,
   tiles,
+  timeOf,
   wholeMatrix,
 } from '../matmul/gemm.ts'
 import { hopperTiles } from '../matmul-sm90a/product.ts'
@@ -27,6 +28,27 @@ const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 /** Rows of the weight in a chunk that takes `bytes` of working memory for each: whole tiles. */
 const chunkSize = (bytes: number, tile: Tile) =>
   Math.max(1, Math.floor(limits.chunkBytes / Math.max(1, bytes) / tile.n)) * tile.n
+
+/**
+ * Classes of a chunk, at least half of `most`: whole tiles, as many as leave the least of the last waves of blocks idle, both when logits are made
+ * and when their gradient is multiplied with x.
+ */
+export function evenChunk(
+  cuda: Pick<Cuda, 'multiprocessors'>,
+  among: readonly Tile[],
+  tile: Tile,
+  most: number,
+  { rows, features }: { readonly rows: number; readonly features: number },
+): number {
+  const time = (size: number) => {
+    const logits = timeOf(cuda, tile, countTiles(tile, rows, size)) * features
+    const weights = Math.min(...among.map(t => timeOf(cuda, t, countTiles(t, size, features)))) * rows
+    return (logits + weights) / size
+  }
+  let best = most
+  for (let size = most - tile.n; size >= most / 2; size -= tile.n) if (time(size) < time(best)) best = size
+  return best
+}
 
 /**
  * The weight in chunks, as operands of a product. In bf16 it is rounded as a whole where that takes no more than the working memory of a chunk;
@@ -81,7 +103,7 @@ function logitsOf(cuda: Cuda, direction: 'fwd' | 'bwd') {
     const hopper = precision === 'bf16' && features > 0 ? onHopper : undefined
     const among = hopper ? hopperTiles : tiles[precision]
     const tile = chooseTile(cuda, among, t => countTiles(t, rows, classes))
-    return { tile, logits: hopper ?? byWarps }
+    return { among, tile, logits: hopper ?? byWarps }
   }
 }
 
@@ -138,7 +160,7 @@ export const linearCrossEntropyBackward: FusedFactory<'linearCrossEntropyBackwar
     const dweight = cuda.output(dweightSpec)
     const [rows, features] = x.shape
     const classes = weight.shape[0]
-    const { tile, logits } = choose(precision, rows, classes, features)
+    const { among, tile, logits } = choose(precision, rows, classes, features)
     const [left] = rows * features === 0 ? [] : operands(round, precision, [wholeMatrix(x, rows, features)])
     if (left === undefined || classes === 0) {
       cuda.clear(dx.pointer, rows * features * 4)
@@ -146,7 +168,8 @@ export const linearCrossEntropyBackward: FusedFactory<'linearCrossEntropyBackwar
       return [dx, dweight]
     }
     const elementBytes = precision === 'bf16' ? 2 : 4
-    const most = chunkSize((rows + features) * elementBytes, tile)
+    const fitting = chunkSize((rows + features) * elementBytes, tile)
+    const most = classes <= fitting ? classes : evenChunk(cuda, among, tile, fitting, { rows, features })
     const { pointer } = cuda.scratch(rows * paddedColumns(Math.min(most, classes)) * elementBytes)
     for (const { first, size, right } of chunks(cuda, round, precision, weight, most)) {
       const dlogits = { pointer, ld: paddedColumns(size) }

@@ -106,9 +106,13 @@ export const tiles: { readonly [P in Precision]: readonly Tile[] } = {
   bf16: [tileBf16(128, 256, 256, 1), tileBf16(128, 128, 128, 0.9), tileBf16(64, 64, 128, 0.5)],
 }
 
-/** The variant that should be done first, given how many blocks it would have. Multiprocessors work off blocks wave by wave. */
+/** How long so many blocks take, for each of k. Multiprocessors work off blocks wave by wave. */
+export const timeOf = (cuda: Pick<Cuda, 'multiprocessors'>, tile: Tile, blocks: number) =>
+  (Math.ceil(blocks / cuda.multiprocessors) * tile.m * tile.n) / tile.speed
+
+/** The variant that should be done first, given how many blocks it would have. */
 export function chooseTile(cuda: Cuda, among: readonly Tile[], blocks: (tile: Tile) => number): Tile {
-  const time = (tile: Tile) => (Math.ceil(blocks(tile) / cuda.multiprocessors) * tile.m * tile.n) / tile.speed
+  const time = (tile: Tile) => timeOf(cuda, tile, blocks(tile))
   return among.reduce((best, tile) => (time(tile) < time(best) ? tile : best))
 }
 
