@@ -20,7 +20,8 @@ export interface CudaOptions {
   /** For checkers such as compute-sanitizer: every tensor is an allocation of its own. Slow. */
   readonly guarded?: boolean
   /**
-   * Products and attention forward in bf16 by Hopper's instructions, where the device is one (compute capability 9.0). They have not run on one yet.
+   * Products, cross-entropy's logits included, and attention in bf16 by Hopper's instructions, where the device is one (compute capability 9.0).
+   * They have not run on one yet.
    * Default: whether MOE_CUDA_WGMMA is 1.
    */
   readonly wgmma?: boolean
