@@ -155,7 +155,8 @@ MOE_INLINE void begin_block(const IntegerDots& d, int64_t block, i32v (&sums)[R]
   }
 }
 template <int halves, int R, int M>
-MOE_INLINE void end_block(const IntegerDots& d, const float* const (&scales)[R], int64_t block, const i32v (&sums)[R][M][halves], f32v (&total)[R][M]) {
+MOE_INLINE void end_block(const IntegerDots& d, const float* const (&scales)[R], int64_t block, const i32v (&sums)[R][M][halves],
+                          f32v (&total)[R][M]) {
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4

@@ -91,7 +91,11 @@ MOE_INLINE f32v run_scales(const float* scale, int64_t left) {
   const __m128 s = _mm_maskz_loadu_ps(static_cast<__mmask8>((1 << std::min<int64_t>(left, 4)) - 1), scale);
   return (f32v)_mm512_permutexvar_ps(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), _mm512_castps128_ps512(s));
 #elif defined(__AVX2__)
-  if (left > 1) return (f32v)_mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(scale))), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  if (left > 1) {
+    double both;
+    std::memcpy(&both, scale, sizeof both);
+    return (f32v)_mm256_permutevar_ps((__m256)_mm256_set1_pd(both), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  }
   return splat(*scale);
 #else
   static_cast<void>(left);
