@@ -7,6 +7,7 @@
 // --isa: the levels that tests run on, one after another. Tests of all levels always run on those below as well.
 // Tests of other packages: `--project=examples same-losses`.
 import { spawnSync } from 'node:child_process'
+import { existsSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { buildTarget } from './objects.mjs'
@@ -29,9 +30,12 @@ run(process.execPath, [
   ...(emulated ? ['--emulated'] : []),
 ])
 const vitest = join(top, 'node_modules', 'vitest', 'vitest.mjs')
+// Tests run on the workspace's Node, which may be newer than the one that started this.
+const installed = join(top, 'node_modules', 'node', 'bin', 'node')
+const node = existsSync(installed) ? installed : process.execPath
 for (const isa of levels) {
   console.log(`kernels-cpu: tests on ${buildTarget({ sanitize, emulated })}, ${isa || 'best level of this machine'}`)
-  run(process.execPath, [vitest, 'run', ...project, ...exclude, ...forVitest], {
+  run(node, [vitest, 'run', ...project, ...exclude, ...forVitest], {
     MOE_CPU_LIBRARY: join(root, 'build', buildTarget({ sanitize, emulated })),
     MOE_CPU_ISA: isa,
     ...(sanitize ? sanitizerVariables() : {}),
