@@ -6,7 +6,7 @@
  *
  * A step is forward, backward, clipping at norm 1 and AdamW on 2,048 random tokens (--tokens), in sequences of 256 (--seq). Every measurement is a process of
  * its own; ours and PyTorch's take turns, and medians are over all timed steps of all rounds. The step is recorded and replayed, as `train` does it; with
- * --no-record it runs op by op.
+ * --no-record or --profile it runs op by op.
  */
 import { spawnSync } from 'node:child_process'
 import { existsSync, writeFileSync } from 'node:fs'
@@ -97,7 +97,7 @@ async function work(): Promise<Measurement> {
   const parameters = namedParameters(model)
   const optimizer = new AdamW(parameters)
   const batch = randomBatch(tokensPerStep / sequenceLength, sequenceLength + model.lookahead, model.vocabSize)
-  const settings = { clip: 1, precision: precision as Precision, record: options.record }
+  const settings = { clip: 1, precision: precision as Precision, record: options.record && !options.profile }
   const steps = new TrainingSteps(model, parameters, optimizer, settings)
   const step = async () => {
     const { loss } = await steps.step([batch], { lr: 1e-3 })
