@@ -385,8 +385,9 @@ export class DeepSeek extends Module {
     this.step++
     this.#batches = 0
     const summaries: LoadSummary[] = []
-    for (const [i, load] of loads.entries()) {
-      const [values, bias] = await Promise.all([load, biases[i]])
+    // All at once: where the device is lost, every read fails, and none may be left alone with that.
+    const reads = await Promise.all(loads.map((load, i) => Promise.all([load, biases[i]])))
+    for (const [i, [values, bias]] of reads.entries()) {
       if (values === undefined) continue
       this.#monitor?.record(`moe ${i}`, values, bias ?? undefined)
       summaries.push(summarizeLoad(values))

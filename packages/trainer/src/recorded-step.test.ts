@@ -182,6 +182,38 @@ test('without the memory for a graph, steps go on op by op', async () => {
   expect(numbers.steps).toEqual((await run({ steps: 4, record: false })).steps)
 })
 
+test('a device that is lost in a step is one error, and none that nobody handles', async () => {
+  let isLost = false
+  const failure = () => new MoeError({ code: 'E_BACKEND', op: 'test', problem: 'the device is lost' })
+  let replays = 0
+  const backend: Backend = {
+    ...native,
+    download: value => (isLost ? Promise.reject(failure()) : native.download(value)),
+    capture(fn, options) {
+      const graph = native.capture(fn, options)
+      return {
+        ...graph,
+        replay(updates) {
+          // The pass still goes out; the norm after it does not.
+          if (isLost && ++replays > 1) throw failure()
+          graph.replay(updates)
+        },
+      }
+    },
+  }
+  const model = new DeepSeek(tiny, { seed: 1, backend })
+  const lost = train(model, {
+    ...settings,
+    steps: 6,
+    onEvent: event => {
+      if (event.type === 'step' && event.step === 3) isLost = true
+    },
+  })
+  await expect(lost).rejects.toMatchObject({ code: 'E_BACKEND' })
+  isLost = false
+  model.dispose()
+})
+
 describe('TrainingSteps', () => {
   function prepare(record = true) {
     const { backend, counts } = counting()

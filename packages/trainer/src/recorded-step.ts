@@ -124,7 +124,10 @@ export class RecordedStep {
       backend.write(this.#seed, Float32Array.of(weights[i]))
       this.#pass.replay()
       // A read that has been asked for comes before what is launched next.
-      return Promise.all([scalars, ...carried].map(values))
+      const read = Promise.all([scalars, ...carried].map(values))
+      // If launching fails before anybody waits for it, that error is the one to tell.
+      read.catch(() => undefined)
+      return read
     })
     backend.write(this.#factor, Float32Array.of(factor))
     this.#norm.replay()
