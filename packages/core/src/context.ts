@@ -121,8 +121,17 @@ export function remember<T>(make: () => T): T {
 /**
  * Runs a synchronous `fn` with matrix products multiplied in the given precision (accumulation stays f32). Parameters, optimizer state and
  * everything else stay f32. A backend without bf16 arithmetic multiplies in f32.
+ * @throws MoeError E_ATTR when there is no such precision.
  */
 export function withPrecision<T>(precision: Precision, fn: () => T): T {
+  if (precision !== 'f32' && precision !== 'bf16') {
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'withPrecision',
+      problem: `no precision is called ${JSON.stringify(precision)}`,
+      fix: "pass 'f32' or 'bf16'",
+    })
+  }
   const before = context.precision
   context.precision = precision
   try {

@@ -1,10 +1,20 @@
 /** @file Continuing a text token by token over a cache, optionally with MTP modules drafting ahead. */
 import { type CacheDType, type CacheOptions, LatentCache } from '@moe/attention-mla'
-import { concat, fromHost, keep, MoeError, Random, type Tensor } from '@moe/core'
+import {
+  concat,
+  fromHost,
+  keep,
+  MoeError,
+  namedParameters,
+  type Precision,
+  QuantizedParameter,
+  Random,
+  type Tensor,
+} from '@moe/core'
 import { endTokens } from './config.ts'
-import { DecodeStep } from './decode-step.ts'
+import { DecodeStep, likeliest } from './decode-step.ts'
 import type { DeepSeek } from './model.ts'
-import { argmax, checkSampling, type SamplingOptions, sample, verifyDraft } from './sampling.ts'
+import { checkSampling, type SamplingOptions, sample, verifyDraft } from './sampling.ts'
 
 export interface GenerateOptions extends SamplingOptions {
   /** Most tokens to make. Default 128. */
@@ -20,6 +30,8 @@ export interface GenerateOptions extends SamplingOptions {
   readonly onToken?: (id: number) => void
   /** What the cache holds. Default f32; bf16 takes half the memory, at bf16's precision. */
   readonly cacheDtype?: CacheDType
+  /** Of matrix products. Default: bf16 where weights are stored in bf16 or fewer bits, else f32. */
+  readonly precision?: Precision
 }
 
 /** What `generate` needs of a tokenizer to yield text: a decoder that never emits half a character. */
@@ -143,6 +155,11 @@ function checkPrompt(model: DeepSeek, prompt: ArrayLike<number>): void {
   }
 }
 
+/** Stored weights are rounded more than bf16 rounds what they are multiplied with. */
+function usualPrecision(model: DeepSeek): Precision {
+  return namedParameters(model).some(({ parameter }) => parameter instanceof QuantizedParameter) ? 'bf16' : 'f32'
+}
+
 async function* decode(
   model: DeepSeek,
   tokens: number[],
@@ -150,13 +167,13 @@ async function* decode(
   depth: number,
   stats: GenerationStats,
 ): AsyncGenerator<number> {
-  const { maxTokens = 128, signal, onToken, cacheDtype: dtype } = options
+  const { maxTokens = 128, signal, onToken, cacheDtype: dtype, precision = usualPrecision(model) } = options
   const ends = new Set<number | string>([...endTokens(model.config), ...(options.stop ?? [])])
   const random = new Random(options.seed ?? 0)
   const capacity = 2 ** Math.ceil(Math.log2(Math.max(64, tokens.length + Math.min(maxTokens, 512) + depth + 1)))
   const cache = model.makeCache({ capacity, dtype })
-  const step = new DecodeStep(model, cache)
-  const drafter = new Drafter(model, depth, { capacity, dtype })
+  const step = new DecodeStep(model, cache, { precision, greedy: !options.temperature })
+  const drafter = new Drafter(model, depth, { capacity, dtype, precision })
   let pending = tokens.slice()
   let drafts: number[] = []
   let hidden: Tensor | null = null
@@ -212,13 +229,19 @@ async function* decode(
 class Drafter {
   readonly #model: DeepSeek
   readonly #depth: number
+  readonly #precision: Precision
   readonly #caches: LatentCache[]
   /** Per module, hidden states of the depth before at positions that its cache does not hold yet, `[1, n, D]`. */
   readonly #waiting: Array<Tensor | null>
 
-  constructor(model: DeepSeek, depth: number, options: Pick<CacheOptions, 'capacity' | 'dtype'>) {
+  constructor(
+    model: DeepSeek,
+    depth: number,
+    { precision, ...options }: Pick<CacheOptions, 'capacity' | 'dtype'> & { precision: Precision },
+  ) {
     this.#model = model
     this.#depth = depth
+    this.#precision = precision
     const { config, backend } = model
     this.#caches = Array.from({ length: depth }, () => new LatentCache(config, { layers: 1, backend, ...options }))
     this.#waiting = new Array<Tensor | null>(depth).fill(null)
@@ -232,33 +255,32 @@ class Drafter {
       hidden.dispose()
       return drafts
     }
-    let incoming = keep(model.infer(() => hidden.narrow(1, 0, confirmed).detach()))
+    const infer = <T>(fn: () => T) => keep(model.infer(fn, { precision: this.#precision }))
+    let incoming = infer(() => hidden.narrow(1, 0, confirmed).detach())
     hidden.dispose()
     for (let k = 0; k < this.#depth; k++) {
       const cache = this.#caches[k]
       const start = cache.lengths[0]
       const waiting = this.#waiting[k]
-      const { next, logits, inputs } = keep(
-        model.infer(() => {
-          const inputs = waiting === null ? incoming.detach() : concat([waiting, incoming], 1)
-          const length = inputs.shape[1]
-          // Position i is given token i + k + 1; the last ones of deeper modules are drafts of the shallower ones.
-          const ahead = Int32Array.from(
-            { length },
-            (_, i) => tokens[start + i + k + 1] ?? drafts[start + i + k + 1 - tokens.length],
-          )
-          const ids = fromHost(ahead, [1, length], 'i32', model.backend)
-          const next = model.mtp[k].normalize(model.mtp[k].forward(inputs, ids, { cache, layer: 0 }))
-          return { next, logits: model.mtp[k].score(next.narrow(1, length - 1, length)), inputs }
-        }),
-      )
-      drafts.push(argmax((await logits.values()) as Float32Array))
-      logits.dispose()
+      const { next, best, inputs } = infer(() => {
+        const inputs = waiting === null ? incoming.detach() : concat([waiting, incoming], 1)
+        const length = inputs.shape[1]
+        // Position i is given token i + k + 1; the last ones of deeper modules are drafts of the shallower ones.
+        const ahead = Int32Array.from(
+          { length },
+          (_, i) => tokens[start + i + k + 1] ?? drafts[start + i + k + 1 - tokens.length],
+        )
+        const ids = fromHost(ahead, [1, length], 'i32', model.backend)
+        const next = model.mtp[k].normalize(model.mtp[k].forward(inputs, ids, { cache, layer: 0 }))
+        return { next, best: likeliest(model.mtp[k].score(next.narrow(1, length - 1, length))), inputs }
+      })
+      drafts.push((await best.values())[0])
+      best.dispose()
       const certain = Math.max(0, Math.min(inputs.shape[1], tokens.length - (start + k + 1)))
       cache.advance(certain)
       waiting?.dispose()
       const length = inputs.shape[1]
-      this.#waiting[k] = certain === length ? null : keep(model.infer(() => inputs.narrow(1, certain, length).detach()))
+      this.#waiting[k] = certain === length ? null : infer(() => inputs.narrow(1, certain, length).detach())
       inputs.dispose()
       incoming.dispose()
       incoming = next

@@ -14,6 +14,7 @@ import {
 import {
   type Backend,
   concat,
+  currentPrecision,
   defaultBackend,
   denseWeight,
   disposeModule,
@@ -25,11 +26,13 @@ import {
   linearCrossEntropy,
   Module,
   noGrad,
+  type Precision,
   Random,
   RmsNorm,
   scope,
   type Tensor,
   type WeightFormat,
+  withPrecision,
 } from '@moe/core'
 import {
   averageAt,
@@ -424,8 +427,8 @@ export class DeepSeek extends Module {
     disposeModule(this)
   }
 
-  /** Runs inference code: nothing is recorded, everything but the result is freed. */
-  infer<T>(fn: () => T): T {
-    return noGrad(() => scope(fn))
+  /** Runs inference code: nothing is recorded, everything but the result is freed. Products in `precision`; default: that of the caller. */
+  infer<T>(fn: () => T, { precision = currentPrecision() }: { precision?: Precision } = {}): T {
+    return noGrad(() => withPrecision(precision, () => scope(fn)))
   }
 }

@@ -1,10 +1,19 @@
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { defaultBackend, quantizeWeights, setDefaultBackend, type Tensor, tensor, type WeightFormat } from '@moe/core'
+import {
+  type Backend,
+  defaultBackend,
+  type Precision,
+  quantizeWeights,
+  setDefaultBackend,
+  type Tensor,
+  tensor,
+  type WeightFormat,
+} from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { afterAll, describe, expect, test } from 'vitest'
-import { DeepSeek, type DeepSeekConfigInput, presets } from './index.ts'
+import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from './index.ts'
 
 setDefaultBackend(referenceBackend())
 
@@ -126,4 +135,38 @@ test('the loss of a stored model can be measured', async () => {
   quantizeWeights(model, 'int8')
   expect(Math.abs((await loss()) - exact)).toBeLessThan(0.05)
   expect(await loss()).not.toBe(exact)
+})
+
+test('stored weights are multiplied in bf16 where text is made, unless f32 is asked for', async () => {
+  const reference = referenceBackend()
+  const seen = new Set<string>()
+  const backend: Backend = {
+    ...reference,
+    fused: {
+      ...reference.fused,
+      quantizedMatmul(inputs, attrs, outputs) {
+        seen.add(attrs.precision)
+        return reference.fused.quantizedMatmul?.(inputs, attrs, outputs)
+      },
+    },
+    primitives: {
+      ...reference.primitives,
+      matmul(inputs, attrs, outputs) {
+        seen.add(`${attrs.precision} unstored`)
+        return reference.primitives.matmul(inputs, attrs, outputs)
+      },
+    },
+  }
+  const used = async (options: DeepSeekOptions, precision?: Precision) => {
+    const model = new DeepSeek({ ...config, num_nextn_predict_layers: 1 }, { seed: 6, backend, ...options })
+    seen.clear()
+    for await (const _ of model.generate(prompt, { maxTokens: 4, precision }));
+    model.dispose()
+    return [...seen].sort()
+  }
+  // The router's affinities are f32 always.
+  expect(await used({ weights: 'int8' })).toEqual(['bf16', 'bf16 unstored', 'f32 unstored'])
+  expect(await used({ weights: 'int8' }, 'f32')).toEqual(['f32', 'f32 unstored'])
+  expect(await used({})).toEqual(['f32 unstored'])
+  expect(await used({}, 'bf16')).toEqual(['bf16 unstored', 'f32 unstored'])
 })

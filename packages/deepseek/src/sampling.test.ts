@@ -1,8 +1,9 @@
-import { Random, setDefaultBackend } from '@moe/core'
+import { Random, setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
+import { likeliest } from './decode-step.ts'
 import { DeepSeek, presets } from './index.ts'
-import { acceptOrDraw, distribution, draw, type SamplingOptions, sample, verifyDraft } from './sampling.ts'
+import { acceptOrDraw, distribution, type SamplingOptions, sample, verifyDraft } from './sampling.ts'
 
 const backend = referenceBackend()
 setDefaultBackend(backend)
@@ -12,8 +13,7 @@ describe('the distribution of the next token', () => {
   const logits = Float32Array.of(Math.log(2), Math.log(4), Math.log(1), Math.log(3))
   const of = (options: SamplingOptions) => Array.from(distribution(logits, options), x => Math.round(1e6 * x) / 1e6)
 
-  test('follows the temperature; 0 takes the likeliest', () => {
-    expect(of({})).toEqual([0, 1, 0, 0])
+  test('follows the temperature', () => {
     expect(of({ temperature: 1 })).toEqual([0.2, 0.4, 0.1, 0.3])
     // Squared and normalized.
     expect(of({ temperature: 0.5 })).toEqual([4, 16, 1, 9].map(x => Math.round(1e6 * (x / 30)) / 1e6))
@@ -45,7 +45,24 @@ describe('the distribution of the next token', () => {
       }
       expect(accepted).toBe(counts[draft])
     }
-    expect(draw(distribution(logits, {}), new Random(1))).toBe(1)
+  })
+
+  test('topP of many tokens is the same set as by sorting all of them', () => {
+    for (const [seed, spread] of [0.1, 1, 3, 12].entries()) {
+      const random = new Random(seed)
+      const many = random.normal(1000).map(x => Math.round(spread * 8 * x) / 8)
+      const all = distribution(many, { temperature: 1 })
+      const order = Array.from(all.keys()).sort((a, b) => all[b] - all[a] || a - b)
+      for (const topP of [0.01, 0.3, 0.9, 0.999]) {
+        let mass = 0
+        const set = order.filter(i => {
+          mass += all[i]
+          return mass - all[i] < topP
+        })
+        const kept = Array.from(distribution(many, { temperature: 1, topP }), (p, i) => (p > 0 ? i : -1))
+        expect(kept.filter(i => i >= 0)).toEqual(set.sort((a, b) => a - b))
+      }
+    }
   })
 })
 
@@ -71,14 +88,13 @@ test('an abort between tokens ends generation and frees what it held', async () 
   expect(backend.stats().handles).toBe(handles)
 })
 
-test('greedy: the likeliest token, the lowest of equals, and drafts stand if they are it', () => {
-  const logits = Float32Array.of(-1, 3, 2, 3)
+test('greedy: the likeliest token, the lowest of equals, and drafts stand if they are it', async () => {
+  const best = likeliest(tensor([-1, 3, 2, 3, 5, 1, 0, 4], [2, 4]))
+  expect(best.shape).toEqual([2, 1])
+  const [first, second] = await best.values()
+  expect([first, second]).toEqual([1, 0])
   const random = new Random(1)
-  for (const temperature of [undefined, 0]) {
-    expect(sample(logits, { temperature }, random)).toBe(1)
-    expect(verifyDraft(logits, 1, { temperature }, random)).toEqual({ token: 1, accepted: true })
-    expect(verifyDraft(logits, 3, { temperature }, random)).toEqual({ token: 1, accepted: false })
-  }
-  // As the distribution with all mass on one token says.
-  expect(draw(distribution(logits, {}), random)).toBe(1)
+  expect(sample(first, {}, random)).toBe(1)
+  expect(verifyDraft(first, 1, {}, random)).toEqual({ token: 1, accepted: true })
+  expect(verifyDraft(first, 3, {}, random)).toEqual({ token: 1, accepted: false })
 })

@@ -10,6 +10,9 @@ export interface SamplingOptions {
   readonly minP?: number
 }
 
+/** What follows a token: logits to draw from, or, where nothing is drawn, the likeliest token. */
+export type Scores = Float32Array | number
+
 /** @throws MoeError E_ATTR for a value outside its range. */
 export function checkSampling({ temperature = 0, topP = 1, minP = 0 }: SamplingOptions): void {
   const problems: string[] = []
@@ -19,64 +22,54 @@ export function checkSampling({ temperature = 0, topP = 1, minP = 0 }: SamplingO
   if (problems.length > 0) throw new MoeError({ code: 'E_ATTR', op: 'generate', problem: problems.join('; ') })
 }
 
-/** Position of the largest value, the lowest of equals. */
-export function argmax(values: ArrayLike<number>): number {
-  let best = 0
-  let largest = values[0]
-  // Inlined, a loop that reads the array's length takes five times as long.
-  const { length } = values
-  for (let i = 1; i < length; i++) {
-    const value = values[i]
-    if (value > largest) {
-      largest = value
-      best = i
-    }
-  }
-  return best
-}
-
 /** The next token. */
-export function sample(logits: Float32Array, options: SamplingOptions, random: Random): number {
-  const { temperature = 0 } = options
-  return temperature === 0 ? argmax(logits) : draw(distribution(logits, options), random)
+export function sample(scores: Scores, options: SamplingOptions, random: Random): number {
+  return typeof scores === 'number' ? scores : draw(distribution(scores, options), random)
 }
 
 /** Whether a drafted token stands, and the one that does. */
 export function verifyDraft(
-  logits: Float32Array,
+  scores: Scores,
   draft: number,
   options: SamplingOptions,
   random: Random,
 ): { token: number; accepted: boolean } {
-  const { temperature = 0 } = options
-  if (temperature > 0) return acceptOrDraw(distribution(logits, options), draft, random)
-  const token = argmax(logits)
-  return { token, accepted: token === draft }
+  if (typeof scores !== 'number') return acceptOrDraw(distribution(scores, options), draft, random)
+  return { token: scores, accepted: scores === draft }
 }
 
-/** The distribution to draw from: all mass on the likeliest token at temperature 0. */
+/** The distribution to draw from, at a temperature above 0. */
 export function distribution(logits: Float32Array, options: SamplingOptions): Float64Array {
-  const { temperature = 0, topP = 1, minP = 0 } = options
-  const p = new Float64Array(logits.length)
-  const best = argmax(logits)
-  if (temperature === 0) {
-    p[best] = 1
-    return p
-  }
+  const { temperature = 1, topP = 1, minP = 0 } = options
+  // Inlined, a loop that reads the array's length takes five times as long.
+  const { length } = logits
+  let largest = Number.NEGATIVE_INFINITY
+  for (let i = 0; i < length; i++) if (logits[i] > largest) largest = logits[i]
+  const p = new Float64Array(length)
   let sum = 0
-  for (let i = 0; i < p.length; i++) sum += p[i] = Math.exp((logits[i] - logits[best]) / temperature)
-  for (let i = 0; i < p.length; i++) p[i] /= sum
-  const floor = minP * p[best]
-  if (topP < 1) {
-    const order = Array.from(p.keys()).sort((a, b) => p[b] - p[a] || a - b)
-    let mass = 0
-    for (const i of order) {
-      if (mass >= topP) p[i] = 0
-      mass += p[i]
-    }
-  }
-  for (let i = 0; i < p.length; i++) if (p[i] < floor) p[i] = 0
+  for (let i = 0; i < length; i++) sum += p[i] = Math.exp((logits[i] - largest) / temperature)
+  for (let i = 0; i < length; i++) p[i] /= sum
+  const floor = minP / sum
+  if (topP < 1) keepNucleus(p, topP)
+  for (let i = 0; i < length; i++) if (p[i] < floor) p[i] = 0
   return normalize(p)
+}
+
+/** Zeros but for the smallest set that reaches `topP`, the lowest of equals first. */
+function keepNucleus(p: Float64Array, topP: number): void {
+  // Those below the mean of the rest add up to less than the rest, so they are outside, and only the others need an order.
+  const least = (1 - topP) / p.length
+  const candidates: number[] = []
+  for (let i = 0; i < p.length; i++) {
+    if (p[i] < least) p[i] = 0
+    else candidates.push(i)
+  }
+  candidates.sort((a, b) => p[b] - p[a] || a - b)
+  let mass = 0
+  for (const i of candidates) {
+    if (mass >= topP) p[i] = 0
+    mass += p[i]
+  }
 }
 
 /** Draws from a distribution. */
