@@ -1,7 +1,7 @@
 /**
- * The GPU: launch cost, matrix products, attention, decoding and a training step, as fractions of what the card was measured to do.
+ * The GPU: launch cost, matrix products, attention, decoding, a training step and making text, as fractions of what the card was measured to do.
  *
- *     pnpm bench cuda [--only launch,gemm,attention,decode,train] [--config 1b] [--steps N] [--peers FILE] [--json FILE] [--tiny]
+ *     pnpm bench cuda [--only launch,gemm,attention,decode,train,generate] [--config 1b] [--steps N] [--peers FILE] [--json FILE] [--tiny]
  *
  * Times are the device's own (events), medians of repeats after a warm-up. `--peers` names what `bench/peers/cuda_torch.py --json FILE` wrote on
  * the same card; its large product and copy are then the peaks, otherwise our own copy is, and products have no peak. `--tiny` runs everything at
@@ -25,14 +25,15 @@ import {
   type TensorSpec,
   type Value,
 } from '@moe/core'
-import { DeepSeek, presets } from '@moe/deepseek'
+import { DeepSeek, type DeepSeekOptions, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cuda'
 import { AdamW, type TokenBatch, TrainingSteps } from '@moe/trainer'
+import { bytesPerToken } from './shared/bytes-per-token.ts'
 import { linears } from './shared/linears.ts'
 
 const { values: options } = parseArgs({
   options: {
-    only: { type: 'string', default: 'launch,gemm,attention,decode,train' },
+    only: { type: 'string', default: 'launch,gemm,attention,decode,train,generate' },
     config: { type: 'string', default: '1b' },
     steps: { type: 'string', default: '10' },
     peers: { type: 'string' },
@@ -266,18 +267,23 @@ async function decode(): Promise<void> {
   free(lengths)
 }
 
+const configuration = options.tiny ? 'tiny' : options.config
+
+function configured(made: DeepSeekOptions = {}): DeepSeek {
+  if (!Object.hasOwn(presets, configuration)) throw new Error(`--config is one of ${Object.keys(presets).join(', ')}`)
+  const preset = presets[configuration as keyof typeof presets]
+  return new DeepSeek({ ...preset, max_position_embeddings: 4096, eos_token_id: null }, made)
+}
+
 // --- a training step ---
 
 async function train(): Promise<void> {
-  const name = options.tiny ? 'tiny' : options.config
-  if (!Object.hasOwn(presets, name)) throw new Error(`--config is one of ${Object.keys(presets).join(', ')}`)
-  const preset = presets[name as keyof typeof presets]
   const [rows, length] = options.tiny ? [1, 16] : [8, 1024]
-  const model = new DeepSeek({ ...preset, max_position_embeddings: 4096 })
+  const model = configured()
   const parameters = namedParameters(model)
   const optimizer = new AdamW(parameters)
   const batch = randomBatch(rows, length + model.lookahead, model.vocabSize)
-  console.log(`  ${name}: ${(parameterCount(model) / 1e9).toFixed(2)}B parameters`)
+  console.log(`  ${configuration}: ${(parameterCount(model) / 1e9).toFixed(2)}B parameters`)
   for (const record of [false, true]) {
     const steps = new TrainingSteps(model, parameters, optimizer, { clip: 1, precision: 'bf16', record })
     const step = async () => {
@@ -299,14 +305,43 @@ async function train(): Promise<void> {
     const { peakBytes, peakReservedBytes } = backend.stats()
     const memory = `${(peakBytes / 2 ** 30).toFixed(1)} GiB of tensors at most, ${(peakReservedBytes / 2 ** 30).toFixed(1)} reserved`
     console.log(`  ${kernels.toFixed(0)} launches a step, ${memory}, loss ${loss.toFixed(3)}`)
-    const title = `train: ${name}, ${rows} x ${length}`
+    const title = `train: ${configuration}, ${rows} x ${length}`
     const how = record ? 'recorded' : 'op by op'
     report(`${title}, ${how}`, (rows * length) / median(seconds), 'tokens/s', undefined, title)
     steps.dispose()
   }
+  model.dispose()
   const slow = fallbacks().filter(({ backend: who }) => who === backend.name)
   if (slow.length > 0)
     console.log(`  without a kernel of their own: ${slow.map(({ op, count }) => `${op} ${count}`).join(', ')}`)
+}
+
+// --- text: a prompt at once, then token by token, weights in bf16 ---
+
+async function generate(): Promise<void> {
+  const model = configured({ weights: 'bf16' })
+  const [length, tokens] = options.tiny ? [16, 6] : [1024, 128]
+  const source = new Random(0)
+  const prompt = Array.from({ length }, () => source.integer(model.vocabSize))
+  const bytes = bytesPerToken(model)
+  const [first, each]: number[][] = [[], []]
+  for (let run = 0; run < 4; run++) {
+    let before = performance.now()
+    const times: number[] = []
+    for await (const _ of model.generate(prompt, { maxTokens: tokens, speculative: false, cacheDtype: 'bf16' })) {
+      const now = performance.now()
+      times.push(now - before)
+      before = now
+    }
+    // The first run loads kernels; the second and third token are not replayed yet.
+    if (run === 0) continue
+    first.push(times[0])
+    each.push(median(times.slice(3)))
+  }
+  report(`generate: ${configuration}, prompt of ${length}`, (1000 * length) / median(first), 'tokens/s')
+  report(`generate: ${configuration}, bf16 weights, batch 1`, 1000 / median(each), 'tokens/s')
+  report(`generate: ${configuration}, weights read`, bytes / median(each) / 1e6, 'GB/s', bandwidthPeak)
+  model.dispose()
 }
 
 function randomBatch(rows: number, length: number, vocabulary: number): TokenBatch {
@@ -315,19 +350,7 @@ function randomBatch(rows: number, length: number, vocabulary: number): TokenBat
   return { tokens, documents: new Int32Array(rows * length), rows, length }
 }
 
-const parts: Record<string, () => Promise<void>> = { launch: launches, gemm: products, attention, decode, train }
-for (const name of options.only.split(',')) {
-  const part = parts[name]
-  if (part === undefined) throw new Error(`--only takes ${Object.keys(parts).join(', ')}`)
-  // One part that cannot run here (memory, a kernel) is no reason to lose the others.
-  try {
-    await part()
-  } catch (error) {
-    console.log(`${name} failed: ${error instanceof Error ? error.message : error}`)
-    process.exitCode = 1
-  }
-}
-if (options.json !== undefined) {
+function save(path: string): void {
   const { name, capability, multiprocessors, totalMemory, driverVersion } = backend.properties
   const card = { name, capability, multiprocessors, totalMemory, driverVersion }
   const machine = {
@@ -338,6 +361,28 @@ if (options.json !== undefined) {
     load: loadavg()[0],
     peers: peers?.versions,
   }
-  writeFileSync(options.json, `${JSON.stringify({ machine, date: new Date().toISOString(), results }, null, 2)}\n`)
+  writeFileSync(path, `${JSON.stringify({ machine, date: new Date().toISOString(), results }, null, 2)}\n`)
+}
+
+const parts: Record<string, () => Promise<void>> = {
+  launch: launches,
+  gemm: products,
+  attention,
+  decode,
+  train,
+  generate,
+}
+for (const name of options.only.split(',')) {
+  const part = parts[name]
+  if (part === undefined) throw new Error(`--only takes ${Object.keys(parts).join(', ')}`)
+  // One part that cannot run here (memory, a kernel) is no reason to lose the others.
+  try {
+    await part()
+  } catch (error) {
+    console.log(`${name} failed: ${error instanceof Error ? error.message : error}`)
+    process.exitCode = 1
+  }
+  // Whoever stops it keeps what was measured.
+  if (options.json !== undefined) save(options.json)
 }
 backend.dispose()

@@ -19,20 +19,11 @@ import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
-import {
-  fallbacks,
-  globalNorm,
-  namedParameters,
-  noGrad,
-  ones,
-  QuantizedParameter,
-  setDefaultBackend,
-  type WeightFormat,
-  weightBytes,
-} from '@moe/core'
+import { fallbacks, globalNorm, noGrad, ones, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
 import { DeepSeek, exportGguf, presets } from '@moe/deepseek'
 import { createBackend, profile, startProfile, stopProfile } from '@moe/kernels-cpu'
 import { trainBpe } from '@moe/tokenizer-bpe'
+import { bytesPerToken } from './shared/bytes-per-token.ts'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const python = `${root}.venv-reference/bin/python`
@@ -74,20 +65,6 @@ interface Ready {
 }
 
 // --- the processes that measure: a line in, a line of JSON out ---
-
-/** Bytes of weights that a token reads: the chosen experts of each layer, one row of the embedding, everything else. */
-function bytesPerToken(model: DeepSeek): number {
-  const { num_experts_per_tok: chosen, n_routed_experts: experts } = model.config
-  let bytes = 0
-  for (const { name, parameter, slices } of namedParameters(model)) {
-    if (name.startsWith('model.embed_tokens') && model.lm_head.weight !== parameter) continue
-    const { bytes: all, elements } = weightBytes(parameter)
-    // Decoding uses a copy of kv_b_proj cut by head, in bf16 where weights are stored in fewer bits.
-    if (name.includes('kv_b_proj')) bytes += elements * (parameter instanceof QuantizedParameter ? 2 : 4)
-    else bytes += slices === undefined ? all : (all * (chosen as number)) / (experts as number)
-  }
-  return bytes
-}
 
 async function work(weights: string): Promise<void> {
   const backend = await createBackend({ threads: Number(options.threads) })

@@ -4,17 +4,29 @@
 # (MOE_CUDA_WGMMA=1), and where a cuBLASLt is found (or named: MOE_CUDA_CUBLASLT=PATH) once more with it, and its products beside ours.
 # Needs Linux and an NVIDIA driver, nothing else. Writes one JSON file.
 #
-#   ./run.sh [--quick] [--out FOLDER]      --quick leaves the sanitizer and the benchmarks out
+#   ./run.sh [--quick] [--only PART,PART] [--out FOLDER]
+#
+# Parts: suite, models, sanitizer, bench (with PyTorch's), and of a Hopper or with cuBLASLt suite-wgmma, suite-cublas-lt, bench-wgmma, bench-cublas-lt.
+# --quick leaves sanitizer and benchmarks out. With --only, where time at the card is short, the results of other parts in FOLDER stay.
 set -u
 cd "$(dirname "$0")"
 here=$(pwd)
 out=$here/results
-quick=0
+parts=suite,suite-wgmma,suite-cublas-lt,models
+benches=sanitizer,bench,bench-wgmma,bench-cublas-lt
+only=$parts,$benches
 while [ $# -gt 0 ]; do
   case $1 in
-    --quick) quick=1 ;;
+    --quick) only=$parts ;;
+    --only)
+      shift
+      only=${1-}
+      for part in $(echo "$only" | tr , ' '); do
+        case ,$parts,$benches, in *",$part,"*) ;; *) echo "run.sh: no part $part; there are $parts,$benches" >&2; exit 2 ;; esac
+      done
+      ;;
     --out) shift; out=$1 ;;
-    --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "run.sh: unknown option $1; see --help" >&2; exit 2 ;;
   esac
   shift
@@ -24,6 +36,8 @@ out=$(cd "$out" && pwd)
 [ -x node ] || { gunzip -c node.gz > node.new && chmod +x node.new && mv node.new node; } || exit 1
 export MOE_REQUIRE_CUDA=1 NO_COLOR=1
 status=0
+
+wants() { case ,$only, in *",$1,"*) return 0 ;; *) return 1 ;; esac; }
 
 # tests PRELOADED NAME FILES...: runs test files, prints failures, leaves NAME.json
 tests() {
@@ -52,43 +66,44 @@ for folder in sys.path:
   echo "cuBLASLt $version ($candidate)"
   break
 done
-tests suite suite $(find packages/kernels-cuda/src -name '*.test.ts')
-[ $hopper = 1 ] && MOE_CUDA_WGMMA=1 tests suite suite-wgmma $(find packages/kernels-cuda/src -name '*.test.ts')
-if [ -n "$cublas_lt" ]; then
+wants suite && tests suite suite $(find packages/kernels-cuda/src -name '*.test.ts')
+[ $hopper = 1 ] && wants suite-wgmma && MOE_CUDA_WGMMA=1 tests suite suite-wgmma $(find packages/kernels-cuda/src -name '*.test.ts')
+if [ -n "$cublas_lt" ] && wants suite-cublas-lt; then
   MOE_CUDA_CUBLASLT=$cublas_lt tests suite suite-cublas-lt $(find packages/kernels-cuda/src -name '*.test.ts')
 fi
-tests models models $(find packages/attention-mla/src packages/router/src packages/mtp/src packages/deepseek/src -name '*.test.ts')
+wants models && tests models models $(find packages/attention-mla/src packages/router/src packages/mtp/src packages/deepseek/src -name '*.test.ts')
 
-if [ $quick = 0 ]; then
-  if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck initcheck synccheck; do
-      echo "== compute-sanitizer $tool"
-      timeout 300 compute-sanitizer --tool $tool --error-exitcode 9 --log-file "$out/sanitizer-$tool.log" \
-        ./node --no-warnings --import ./tools/gpu/suite.mjs packages/kernels-cuda/src/backend.test.ts > "$out/sanitizer-$tool.tests.log" 2>&1
-      code=$?
-      echo "$code" > "$out/sanitizer-$tool.code"
-      [ $code = 0 ] || { status=1; tail -5 "$out/sanitizer-$tool.log"; }
-    done
-  fi
-  peers=
-  if python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
-    echo "== PyTorch"
-    python3 bench/peers/cuda_torch.py --json "$out/peers.json" && peers="--peers $out/peers.json"
-  fi
+if wants sanitizer && command -v compute-sanitizer > /dev/null; then
+  for tool in memcheck racecheck initcheck synccheck; do
+    echo "== compute-sanitizer $tool"
+    timeout 300 compute-sanitizer --tool $tool --error-exitcode 9 --log-file "$out/sanitizer-$tool.log" \
+      ./node --no-warnings --import ./tools/gpu/suite.mjs packages/kernels-cuda/src/backend.test.ts > "$out/sanitizer-$tool.tests.log" 2>&1
+    code=$?
+    echo "$code" > "$out/sanitizer-$tool.code"
+    [ $code = 0 ] || { status=1; tail -5 "$out/sanitizer-$tool.log"; }
+  done
+fi
+if wants bench && python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
+  echo "== PyTorch"
+  python3 bench/peers/cuda_torch.py --json "$out/peers.json" || rm -f "$out/peers.json"
+fi
+peers=
+[ -f "$out/peers.json" ] && peers="--peers $out/peers.json"
+if wants bench; then
   echo "== benchmarks"
   ./node --no-warnings --expose-gc bench/cuda.ts --json "$out/bench.json" $peers || status=1
   echo "== products alone"
   MOE_CUDA_CUBLASLT=$cublas_lt timeout 300 ./node --no-warnings bench/cuda-gemm.ts --json "$out/bench-gemm.json" || status=1
-  if [ -n "$cublas_lt" ]; then
-    echo "== benchmarks, products of cuBLASLt"
-    MOE_CUDA_CUBLASLT=$cublas_lt timeout 600 ./node --no-warnings --expose-gc bench/cuda.ts --only gemm,train \
-      --json "$out/bench-cublas-lt.json" $peers || status=1
-  fi
-  if [ $hopper = 1 ]; then
-    echo "== benchmarks, products of Hopper"
-    MOE_CUDA_WGMMA=1 timeout 600 ./node --no-warnings --expose-gc bench/cuda.ts --only gemm,attention,train \
-      --json "$out/bench-wgmma.json" $peers || status=1
-  fi
+fi
+if [ -n "$cublas_lt" ] && wants bench-cublas-lt; then
+  echo "== benchmarks, products of cuBLASLt"
+  MOE_CUDA_CUBLASLT=$cublas_lt timeout 600 ./node --no-warnings --expose-gc bench/cuda.ts --only gemm,train \
+    --json "$out/bench-cublas-lt.json" $peers || status=1
+fi
+if [ $hopper = 1 ] && wants bench-wgmma; then
+  echo "== benchmarks, products of Hopper"
+  MOE_CUDA_WGMMA=1 timeout 600 ./node --no-warnings --expose-gc bench/cuda.ts --only gemm,attention,decode,train,generate \
+    --json "$out/bench-wgmma.json" $peers || status=1
 fi
 ./node tools/gpu/summary.mjs --merge "$out" > "$out/gpu.json" && echo "wrote $out/gpu.json"
 exit $status
