@@ -53,6 +53,16 @@ MOE_INLINE i32v fp8_nans(i32v v) {
   return (i32v)(((bytes)v & 0x7f) == 0x7f);
 }
 
+// As many halves of bytes as there are lanes, in order: of eight lanes each has the same word and shifts it by its own place.
+MOE_INLINE i32v nibbles(const uint8_t* from) {
+  uint32_t words[(lanes + 7) / 8] = {};
+  std::memcpy(words, from, lanes / 2);
+  u32v v, places;
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) v[i] = words[i / 8], places[i] = static_cast<uint32_t>(4 * (i % 8));
+  return (i32v)(v >> places & 15);
+}
+
 // Row `row` of a stored matrix [n, k] as f32.
 MOE_INLINE void decode_row(Format format, const uint8_t* q, const float* scales, int64_t k, int64_t block_columns, float* to) {
   if (format == Format::bf16) {
@@ -71,7 +81,9 @@ MOE_INLINE void decode_row(Format format, const uint8_t* q, const float* scales,
     if (format == Format::int8) {
       for (int64_t i = begin; i < end; ++i) to[i] = static_cast<float>(q[i] - 128) * scale;
     } else if (format == Format::int4) {
-      for (int64_t i = begin; i < end; ++i) to[i] = static_cast<float>(((q[i >> 1] >> (4 * (i & 1))) & 15) - 8) * scale;
+      int64_t i = begin;
+      for (; i + lanes <= end; i += lanes) store(to + i, to_f32(nibbles(q + i / 2) - Int4Weights::zero) * splat(scale));
+      for (; i < end; ++i) to[i] = static_cast<float>(((q[i >> 1] >> (4 * (i & 1))) & 15) - Int4Weights::zero) * scale;
     } else {
       for (int64_t i = begin; i < end; i += lanes) {
         const int count = static_cast<int>(std::min<int64_t>(lanes, end - i));
