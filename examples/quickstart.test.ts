@@ -1,21 +1,28 @@
-/** @file The quickstart as a user runs it, on few addresses and steps: its files, and that Ctrl-C and --resume continue the run bit for bit. */
+/** @file Quickstart and generate as a user runs them, on few addresses and steps: files, Ctrl-C, that --resume continues the run bit for bit. */
 import { spawn } from 'node:child_process'
 import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { readMetrics } from '@moe/trainer'
-import { afterAll, expect, test } from 'vitest'
+import { afterAll, describe, expect, test } from 'vitest'
 
 const folder = mkdtempSync(join(tmpdir(), 'moe-quickstart-'))
 afterAll(() => rmSync(folder, { recursive: true }))
 
-const script = fileURLToPath(new URL('quickstart.ts', import.meta.url))
+type Watch = (text: string, interrupt: () => void) => void
+interface Ended {
+  readonly code: number | null
+  readonly stdout: string
+  readonly stderr: string
+}
 
-/** Runs it; `onOutput` sees all of standard error so far. */
-function run(args: readonly string[], onOutput: (text: string, interrupt: () => void) => void = () => {}) {
-  return new Promise<{ code: number | null; stdout: string; stderr: string }>((resolve, reject) => {
-    const child = spawn(process.execPath, [script, ...args], { stdio: ['ignore', 'pipe', 'pipe'] })
+/** Runs a script; `onOutput` sees all of standard error so far. */
+function runScript(name: string, args: readonly string[], onOutput: Watch = () => {}, input = ''): Promise<Ended> {
+  return new Promise((resolve, reject) => {
+    const script = fileURLToPath(new URL(name, import.meta.url))
+    const child = spawn(process.execPath, [script, ...args], { stdio: ['pipe', 'pipe', 'pipe'] })
+    child.stdin.end(input)
     let stdout = ''
     let stderr = ''
     child.stdout.on('data', chunk => {
@@ -29,6 +36,8 @@ function run(args: readonly string[], onOutput: (text: string, interrupt: () => 
     child.on('close', code => resolve({ code, stdout, stderr }))
   })
 }
+
+const run = (args: readonly string[], onOutput?: Watch) => runScript('quickstart.ts', args, onOutput)
 
 const small = (out: string) => ['--addresses', '4', '--steps', '12', '--batch', '2', '--out', join(folder, out)]
 const losses = (out: string) =>
@@ -83,4 +92,59 @@ test('--help', async () => {
   const { code, stdout } = await run(['--help'])
   expect(code).toBe(0)
   expect(stdout).toMatch(/--resume/)
+})
+
+describe('generate.ts', () => {
+  const generate = (args: readonly string[], input?: string, onOutput?: Watch) =>
+    runScript('generate.ts', args, onOutput, input)
+
+  test('continues a text with the run that was trained, repeatably by seed', async () => {
+    const args = [join(folder, 'whole'), 'We are', '--max-tokens', '12', '--seed', '3']
+    const { code, stdout, stderr } = await generate(args)
+    expect(code, stderr).toBe(0)
+    expect(stdout).toMatch(/^We are.+\n$/s)
+    expect(stderr).toMatch(/12 tokens after a prompt of \d+, \d+ tokens\/s, \d\.\d\d tokens a pass/)
+    expect((await generate(args)).stdout).toBe(stdout)
+  })
+
+  test('takes the prompt from standard input, stores weights in fewer bits, and answers in JSON', async () => {
+    const args = [
+      join(folder, 'whole'),
+      '--max-tokens',
+      '5',
+      '--weights',
+      'int8',
+      '--no-speculative',
+      '--json',
+      '--quiet',
+    ]
+    const { code, stdout, stderr } = await generate(args, 'We are\n')
+    expect(code).toBe(0)
+    expect(stderr).toBe('')
+    expect(JSON.parse(stdout)).toMatchObject({ prompt: 'We are', text: expect.any(String), tokens: 5, steps: 5 })
+  })
+
+  test('Ctrl-C ends the text where it is', async () => {
+    const args = [join(folder, 'whole'), 'We are', '--max-tokens', '1000000', '--temperature', '0']
+    const { code, stdout } = await generate(
+      args,
+      '',
+      (text, interrupt) => text.includes('parameters') && setTimeout(interrupt, 1000),
+    )
+    expect(code).toBe(130)
+    expect(stdout).toMatch(/^We are.*\n$/s)
+  })
+
+  test.each([
+    [[], /which model\? See --help/],
+    [['nowhere', 'x'], /nowhere has neither a config.json nor checkpoints.*npm start/],
+    [['nowhere', 'two', 'words'], /put the prompt in quotes/],
+    [['nowhere', '--weights', 'int2'], /--weights is "int2", needs one of bf16, fp8, int8, int4/],
+    [['nowhere', '--top-p', 'most'], /--top-p is "most", needs a number/],
+  ])('%j says what to do', async (args, message) => {
+    const { code, stderr } = await generate(args)
+    expect(code).toBe(1)
+    expect(stderr).toMatch(message)
+    expect(stderr).not.toMatch(/\n +at /)
+  })
 })

@@ -16,6 +16,14 @@ const commands = {
     nativeRequired: false,
     allVariants: false,
   }),
+  /** Lets a trained model write. */
+  generate: args => ({
+    script: 'examples/generate.ts',
+    args,
+    ownGroup: true,
+    nativeRequired: false,
+    allVariants: false,
+  }),
   test: args => ({
     script: 'node_modules/vitest/vitest.mjs',
     args: ['run', ...reporters(args), ...args],

@@ -68,6 +68,11 @@ export function generate(
 ): Generation<number | string> {
   checkSampling(options)
   checkPrompt(model, prompt)
+  const { maxTokens = 0 } = options
+  if (!(maxTokens >= 0)) {
+    const problem = `maxTokens = ${maxTokens} is no number of tokens`
+    throw new MoeError({ code: 'E_ATTR', op: 'generate', problem, fix: 'pass 0 or more' })
+  }
   const depth = options.speculative === false ? 0 : model.mtp.length
   const stats: GenerationStats = {
     tokens: 0,
@@ -181,6 +186,8 @@ async function* decode(
     while (stats.tokens < maxTokens) {
       if (signal?.aborted)
         throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
+      // A backend that computes on this thread never waits: signals, timers and whoever reads the tokens get their turn here.
+      await new Promise(setImmediate)
       const before = cache.lengths[0]
       const verified = await step.run([...pending, ...drafts], drafts.length + 1)
       const { rows } = verified

@@ -88,6 +88,24 @@ test('an abort between tokens ends generation and frees what it held', async () 
   expect(backend.stats().handles).toBe(handles)
 })
 
+test('timers run between tokens, also on a backend that never waits, and can end generation', async () => {
+  const model = new DeepSeek({
+    ...presets.tiny,
+    vocab_size: 32,
+    hidden_size: 16,
+    num_hidden_layers: 1,
+    eos_token_id: null,
+  })
+  const abort = new AbortController()
+  setTimeout(() => abort.abort())
+  const run = async () => {
+    for await (const _ of model.generate([1], { signal: abort.signal, maxTokens: 2000, temperature: 5 }));
+  }
+  await expect(run()).rejects.toMatchObject({ code: 'E_ABORTED' })
+  expect(() => model.generate([1], { maxTokens: -1 })).toThrow(/maxTokens = -1 is no number of tokens/)
+  model.dispose()
+})
+
 test('greedy: the likeliest token, the lowest of equals, and drafts stand if they are it', async () => {
   const best = likeliest(tensor([-1, 3, 2, 3, 5, 1, 0, 4], [2, 4]))
   expect(best.shape).toEqual([2, 1])

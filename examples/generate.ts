@@ -1,0 +1,175 @@
+/** @file Lets a trained model continue a text: what `npm start` left behind, or any checkpoint in the layout of Hugging Face. This is what `npm run generate` runs. */
+import { existsSync } from 'node:fs'
+import { join } from 'node:path'
+import { text as readAll } from 'node:stream/consumers'
+import { parseArgs } from 'node:util'
+import {
+  firstAvailable,
+  isMoeError,
+  parameterCount,
+  setDefaultBackend,
+  type WeightFormat,
+  weightBytes,
+} from '@moe/core'
+import { DeepSeek } from '@moe/deepseek'
+import { BpeTokenizer } from '@moe/tokenizer-bpe'
+import { latestCheckpoint } from '@moe/trainer'
+
+const help = `Continues a text. The text goes to standard output, everything else to standard error.
+
+  npm run generate -- FOLDER [PROMPT] [options]
+
+  FOLDER             a model (config.json, *.safetensors, tokenizer.json), or a run, whose latest checkpoint it takes
+  PROMPT             what is continued; default: standard input
+
+  --max-tokens N     default 160
+  --temperature X    0 takes the likeliest token (default 0.6)
+  --top-p X          smallest set of tokens whose probability reaches this (default 0.95)
+  --min-p X          only tokens at least this share of the likeliest one's probability (default 0)
+  --seed N           other choices (default 0)
+  --stop TEXT        where the text ends; may be repeated
+  --weights F        store weights as bf16, fp8, int8 or int4: faster, smaller, less exact
+  --precision P      f32 or bf16 arithmetic in matrix products (default: bf16 with --weights, else f32)
+  --no-speculative   one token a pass, also where the model can draft
+  --json             print prompt, text and figures as JSON on standard output
+  --quiet            no figures on standard error
+  --help
+`
+
+class UsageError extends Error {}
+
+/** @throws UsageError, or parseArgs' own error, that names an unknown option or a value that cannot be */
+function readArguments() {
+  const { values, positionals } = parseArgs({
+    allowPositionals: true,
+    allowNegative: true,
+    options: {
+      'max-tokens': { type: 'string', default: '160' },
+      temperature: { type: 'string', default: '0.6' },
+      'top-p': { type: 'string', default: '0.95' },
+      'min-p': { type: 'string', default: '0' },
+      seed: { type: 'string', default: '0' },
+      stop: { type: 'string', multiple: true },
+      weights: { type: 'string' },
+      precision: { type: 'string' },
+      speculative: { type: 'boolean', default: true },
+      json: { type: 'boolean', default: false },
+      quiet: { type: 'boolean', default: false },
+      help: { type: 'boolean', default: false },
+    },
+  })
+  const number = (name: 'max-tokens' | 'temperature' | 'top-p' | 'min-p' | 'seed') => {
+    const value = Number(values[name])
+    if (values[name] === '' || !Number.isFinite(value))
+      throw new UsageError(`--${name} is "${values[name]}", needs a number`)
+    return value
+  }
+  const oneOf = <T extends string>(name: 'weights' | 'precision', known: readonly T[]) => {
+    const value = known.find(choice => choice === values[name])
+    if (values[name] !== undefined && value === undefined)
+      throw new UsageError(`--${name} is "${values[name]}", needs one of ${known.join(', ')}`)
+    return value
+  }
+  const [folder, prompt, ...more] = positionals
+  if (more.length > 0) throw new UsageError('put the prompt in quotes: it is one argument')
+  return {
+    ...values,
+    folder,
+    prompt,
+    weights: oneOf<WeightFormat>('weights', ['bf16', 'fp8', 'int8', 'int4']),
+    sampling: {
+      maxTokens: number('max-tokens'),
+      temperature: number('temperature'),
+      topP: number('top-p'),
+      minP: number('min-p'),
+      seed: number('seed'),
+      stop: values.stop,
+      speculative: values.speculative ? undefined : false,
+      precision: oneOf('precision', ['f32', 'bf16']),
+    },
+  }
+}
+
+const say = (text: string) => process.stderr.write(`${text}\n`)
+
+/** The model's own folder: that of the latest checkpoint where `folder` is a run's. */
+function modelFolder(folder: string): string {
+  if (existsSync(join(folder, 'config.json'))) return folder
+  const checkpoint = latestCheckpoint(folder)
+  if (checkpoint === undefined) {
+    throw new UsageError(
+      `${folder} has neither a config.json nor checkpoints. \`npm start\` trains a model into runs/quickstart.`,
+    )
+  }
+  return join(checkpoint, 'model')
+}
+
+async function main(options: ReturnType<typeof readArguments>): Promise<void> {
+  if (options.folder === undefined) throw new UsageError('which model? See --help.')
+  const path = modelFolder(options.folder)
+  const backend = await firstAvailable([
+    () => import('@moe/kernels-cuda'),
+    () => import('@moe/kernels-cpu'),
+    () => import('@moe/backend-tfjs'),
+  ])
+  setDefaultBackend(backend)
+  const tokenizer = await BpeTokenizer.fromFile(join(path, 'tokenizer.json'))
+  const model = await DeepSeek.fromPretrained(path, { weights: options.weights })
+  const { quiet } = options
+  if (!quiet) {
+    const size = `${(parameterCount(model) / 1e6).toFixed(1)}M parameters, ${(weightBytes(model).bytes / 2 ** 20).toFixed(0)} MiB`
+    say(`${path}: ${size} on ${backend.name} (${backend.device})`)
+  }
+  const prompt = options.prompt ?? (await readAll(process.stdin)).trimEnd()
+  const ids = tokenizer.encode(prompt)
+
+  const abort = new AbortController()
+  process.once('SIGINT', () => abort.abort())
+  const generation = model.generate(ids, { ...options.sampling, tokenizer, signal: abort.signal })
+  const started = performance.now()
+  const parts: string[] = []
+  if (!options.json) process.stdout.write(prompt)
+  try {
+    for await (const part of generation) {
+      parts.push(part)
+      if (!options.json) process.stdout.write(part)
+    }
+  } catch (error) {
+    if (!isMoeError(error, 'E_ABORTED')) throw error
+    process.exitCode = 130
+  }
+  const seconds = (performance.now() - started) / 1000
+  const { tokens, steps, drafted, accepted, tokensPerStep } = generation.stats
+  const figures = {
+    promptTokens: ids.length,
+    tokens,
+    seconds,
+    tokensPerSecond: tokens / seconds,
+    steps,
+    drafted,
+    accepted,
+  }
+  if (options.json) process.stdout.write(`${JSON.stringify({ prompt, text: parts.join(''), ...figures })}\n`)
+  else process.stdout.write('\n')
+  if (quiet) return
+  const drafts = drafted.length > 0 && steps > 0 ? `, ${tokensPerStep.toFixed(2)} tokens a pass with drafts` : ''
+  say(`${tokens} tokens after a prompt of ${ids.length}, ${figures.tokensPerSecond.toFixed(0)} tokens/s${drafts}`)
+}
+
+/** Failures that say by themselves what to do; a stack would only hide it. */
+const isExpected = (error: unknown): error is Error =>
+  error instanceof Error &&
+  (isMoeError(error) ||
+    error instanceof UsageError ||
+    error.name === 'TokenizerError' ||
+    /^ERR_PARSE_ARGS/.test(`${(error as NodeJS.ErrnoException).code}`))
+
+try {
+  const options = readArguments()
+  if (options.help) process.stdout.write(help)
+  else await main(options)
+} catch (error) {
+  if (!isExpected(error)) throw error
+  say(error.message)
+  process.exitCode = 1
+}
