@@ -81,6 +81,21 @@ describe('recorded decoding', () => {
     plain.dispose()
   })
 
+  test('several texts at once are those of one after the other', async () => {
+    const { counts, recorded, plain } = models({ num_nextn_predict_layers: 1 })
+    const all: GenerateOptions[] = [
+      { maxTokens: 90 },
+      { maxTokens: 30, speculative: false, cacheDtype: 'bf16' },
+      { maxTokens: 40, temperature: 0.9, seed: 2 },
+      { maxTokens: 40, precision: 'bf16' },
+    ]
+    const together = await Promise.all(all.map(options => made(recorded, options)))
+    for (const [i, options] of all.entries()) expect(together[i]).toEqual(await made(plain, options))
+    expect(counts.captures).toBeGreaterThan(3)
+    recorded.dispose()
+    plain.dispose()
+  })
+
   test('follows weights that are trained or replaced meanwhile', async () => {
     const { recorded, plain } = models({})
     /** AdamW in place where it can be, so that most weights stay in their memory. */
