@@ -3,14 +3,7 @@ import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { text as readAll } from 'node:stream/consumers'
 import { parseArgs } from 'node:util'
-import {
-  firstAvailable,
-  isMoeError,
-  parameterCount,
-  setDefaultBackend,
-  type WeightFormat,
-  weightBytes,
-} from '@moe/core'
+import { firstAvailable, isMoeError, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { latestCheckpoint } from '@moe/trainer'
@@ -117,7 +110,8 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   const model = await DeepSeek.fromPretrained(path, { weights: options.weights })
   const { quiet } = options
   if (!quiet) {
-    const size = `${(parameterCount(model) / 1e6).toFixed(1)}M parameters, ${(weightBytes(model).bytes / 2 ** 20).toFixed(0)} MiB`
+    const { elements, bytes } = weightBytes(model)
+    const size = `${(elements / 1e6).toFixed(1)}M parameters, ${(bytes / 2 ** 20).toFixed(0)} MiB`
     say(`${path}: ${size} on ${backend.name} (${backend.device})`)
   }
   const prompt = options.prompt ?? (await readAll(process.stdin)).trimEnd()
