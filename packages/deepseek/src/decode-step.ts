@@ -2,7 +2,7 @@
 import { type KvCache, LatentCache } from '@moe/attention-mla'
 import { fromHost, type Graph, keep, namedParameters, type Parameter, type Precision, type Tensor } from '@moe/core'
 import type { DeepSeek } from './model.ts'
-import type { Scores } from './sampling.ts'
+import { type SamplingOptions, type Scores, scoresOf } from './sampling.ts'
 
 /** Longest run that is recorded. Attention over it is absorbed, so that no shape depends on how much the cache holds. */
 const longestRecorded = 8
@@ -10,14 +10,13 @@ const longestRecorded = 8
 interface States {
   /** Hidden states of the new tokens, `[1, n, D]`. */
   readonly hidden: Tensor
-  /** Of the last `wanted` of them: logits `[1, wanted, V]`, or the likeliest tokens `i32 [1, wanted, 1]`. */
+  /** Of the last `wanted` of them: `scoresOf` the logits. */
   readonly scores: Tensor
 }
 
 export interface DecodeOptions {
   readonly precision: Precision
-  /** Give the likeliest tokens only: they are found where the logits are. */
-  readonly greedy: boolean
+  readonly sampling: SamplingOptions
 }
 
 interface Recorded {
@@ -52,10 +51,9 @@ export class DecodeStep {
     const { hidden, scores } = this.#launch(Int32Array.from(ids), wanted)
     const values = await scores.values()
     scores.dispose()
-    if (this.#options.greedy) return { hidden, rows: Array.from(values) }
-    const { vocab_size: size } = this.#model.config
-    const logits = values as Float32Array
-    return { hidden, rows: Array.from({ length: wanted }, (_, i) => logits.subarray(i * size, (i + 1) * size)) }
+    if (!(values instanceof Float32Array)) return { hidden, rows: Array.from(values) }
+    const size = values.length / wanted
+    return { hidden, rows: Array.from({ length: wanted }, (_, i) => values.subarray(i * size, (i + 1) * size)) }
   }
 
   #launch(ids: Int32Array<ArrayBuffer>, wanted: number): States {
@@ -97,7 +95,7 @@ export class DecodeStep {
     const hidden = this.#model.hidden(ids, { cache: this.#cache })
     const length = ids.shape[1]
     const logits = this.#model.lm_head.forward(hidden.narrow(1, length - wanted, length))
-    return { hidden, scores: this.#options.greedy ? likeliest(logits) : logits }
+    return { hidden, scores: scoresOf(logits, this.#options.sampling) }
   }
 
   /** Forgets what was recorded over other memory than there is now. */
@@ -120,6 +118,3 @@ export class DecodeStep {
     this.#recorded.clear()
   }
 }
-
-/** The likeliest token of each row, the lowest of equals: `[..., V]` to `i32 [..., 1]`. */
-export const likeliest = (logits: Tensor): Tensor => logits.topk(1).indices

@@ -12,9 +12,9 @@ import {
   type Tensor,
 } from '@moe/core'
 import { endTokens } from './config.ts'
-import { DecodeStep, likeliest } from './decode-step.ts'
+import { DecodeStep } from './decode-step.ts'
 import type { DeepSeek } from './model.ts'
-import { checkSampling, type SamplingOptions, sample, verifyDraft } from './sampling.ts'
+import { checkSampling, type SamplingOptions, sample, scoresOf, verifyDraft } from './sampling.ts'
 
 export interface GenerateOptions extends SamplingOptions {
   /** Most tokens to make. Default 128. */
@@ -177,7 +177,7 @@ async function* decode(
   const random = new Random(options.seed ?? 0)
   const capacity = 2 ** Math.ceil(Math.log2(Math.max(64, tokens.length + Math.min(maxTokens, 512) + depth + 1)))
   const cache = model.makeCache({ capacity, dtype })
-  const step = new DecodeStep(model, cache, { precision, greedy: !options.temperature })
+  const step = new DecodeStep(model, cache, { precision, sampling: options })
   const drafter = new Drafter(model, depth, { capacity, dtype, precision })
   let pending = tokens.slice()
   let drafts: number[] = []
@@ -279,7 +279,7 @@ class Drafter {
         )
         const ids = fromHost(ahead, [1, length], 'i32', model.backend)
         const next = model.mtp[k].normalize(model.mtp[k].forward(inputs, ids, { cache, layer: 0 }))
-        return { next, best: likeliest(model.mtp[k].score(next.narrow(1, length - 1, length))), inputs }
+        return { next, best: scoresOf(model.mtp[k].score(next.narrow(1, length - 1, length)), {}), inputs }
       })
       drafts.push((await best.values())[0])
       best.dispose()

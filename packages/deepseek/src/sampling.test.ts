@@ -1,34 +1,54 @@
-import { Random, setDefaultBackend, tensor } from '@moe/core'
+import { Random, scope, setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
-import { likeliest } from './decode-step.ts'
 import { DeepSeek, presets } from './index.ts'
-import { acceptOrDraw, distribution, type SamplingOptions, sample, verifyDraft } from './sampling.ts'
+import { acceptOrDraw, restrict, type SamplingOptions, sample, scoresOf, verifyDraft } from './sampling.ts'
 
 const backend = referenceBackend()
 setDefaultBackend(backend)
 
+/** Probabilities of the logits at a temperature of more than 0. */
+async function probabilities(logits: Float32Array, temperature: number): Promise<Float32Array> {
+  using scores = scope(() => scoresOf(tensor(logits), { temperature }))
+  return (await scores.values()) as Float32Array
+}
+
+const total = (p: Float32Array) => p.reduce((sum, x) => sum + x, 0)
+const rounded = (p: Float32Array) => Array.from(p, x => Math.round(1e6 * x) / 1e6)
+
 describe('the distribution of the next token', () => {
   // Probabilities 0.4, 0.3, 0.2, 0.1, not in order.
   const logits = Float32Array.of(Math.log(2), Math.log(4), Math.log(1), Math.log(3))
-  const of = (options: SamplingOptions) => Array.from(distribution(logits, options), x => Math.round(1e6 * x) / 1e6)
+  const of = async ({ temperature = 1, ...options }: SamplingOptions) => {
+    const p = restrict(await probabilities(logits, temperature), options)
+    return rounded(p.map(x => x / total(p)))
+  }
 
-  test('follows the temperature', () => {
-    expect(of({ temperature: 1 })).toEqual([0.2, 0.4, 0.1, 0.3])
+  test('follows the temperature', async () => {
+    expect(await of({})).toEqual([0.2, 0.4, 0.1, 0.3])
     // Squared and normalized.
-    expect(of({ temperature: 0.5 })).toEqual([4, 16, 1, 9].map(x => Math.round(1e6 * (x / 30)) / 1e6))
+    expect(await of({ temperature: 0.5 })).toEqual([4, 16, 1, 9].map(x => Math.round(1e6 * (x / 30)) / 1e6))
+    // Logits over such a temperature are beyond f32, their differences at most -Infinity.
+    expect(
+      rounded(
+        await probabilities(
+          logits.map(x => 1e20 * x),
+          1e-25,
+        ),
+      ),
+    ).toEqual([0, 1, 0, 0])
   })
 
-  test('topP keeps the smallest set that reaches it, minP what has that share of the likeliest', () => {
-    expect(of({ temperature: 1, topP: 0.35 })).toEqual([0, 1, 0, 0])
-    expect(of({ temperature: 1, topP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
-    expect(of({ temperature: 1, topP: 0.85 })).toEqual([0.222222, 0.444444, 0, 0.333333])
-    expect(of({ temperature: 1, minP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
-    expect(of({ temperature: 1, minP: 0.6, topP: 0.3 })).toEqual([0, 1, 0, 0])
+  test('topP keeps the smallest set that reaches it, minP what has that share of the likeliest', async () => {
+    expect(await of({ topP: 0.35 })).toEqual([0, 1, 0, 0])
+    expect(await of({ topP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
+    expect(await of({ topP: 0.85 })).toEqual([0.222222, 0.444444, 0, 0.333333])
+    expect(await of({ minP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
+    expect(await of({ minP: 0.6, topP: 0.3 })).toEqual([0, 1, 0, 0])
   })
 
-  test('a drafted token is kept or replaced so that the result is distributed as without a draft', () => {
-    const p = distribution(logits, { temperature: 1 })
+  test('a drafted token is kept or replaced so that the result is distributed as without a draft', async () => {
+    const p = await probabilities(logits, 1)
     for (const draft of [0, 1, 2]) {
       const random = new Random(draft + 1)
       const counts = [0, 0, 0, 0]
@@ -47,20 +67,27 @@ describe('the distribution of the next token', () => {
     }
   })
 
-  test('topP of many tokens is the same set as by sorting all of them', () => {
+  test('topP of many tokens is the same set as by sorting all of them, the first of equals', async () => {
     for (const [seed, spread] of [0.1, 1, 3, 12].entries()) {
       const random = new Random(seed)
       const many = random.normal(1000).map(x => Math.round(spread * 8 * x) / 8)
-      const all = distribution(many, { temperature: 1 })
+      const all = await probabilities(many, 1)
+      const sum = total(all)
       const order = Array.from(all.keys()).sort((a, b) => all[b] - all[a] || a - b)
       for (const topP of [0.01, 0.3, 0.9, 0.999]) {
         let mass = 0
         const set = order.filter(i => {
           mass += all[i]
-          return mass - all[i] < topP
+          return mass - all[i] < topP * sum
         })
-        const kept = Array.from(distribution(many, { temperature: 1, topP }), (p, i) => (p > 0 ? i : -1))
-        expect(kept.filter(i => i >= 0)).toEqual(set.sort((a, b) => a - b))
+        const kept = Array.from(restrict(all.slice(), { topP }), (p, i) => (p > 0 ? i : -1))
+        expect(kept.filter(i => i >= 0)).toEqual(set.toSorted((a, b) => a - b))
+        for (const minP of [0.001, 0.1, 1]) {
+          const both = restrict(all.slice(), { topP, minP })
+          expect(Array.from(both, p => p > 0)).toEqual(
+            Array.from(all, (p, i) => set.includes(i) && p >= minP * all[order[0]]),
+          )
+        }
       }
     }
   })
@@ -107,7 +134,7 @@ test('timers run between tokens, also on a backend that never waits, and can end
 })
 
 test('greedy: the likeliest token, the lowest of equals, and drafts stand if they are it', async () => {
-  const best = likeliest(tensor([-1, 3, 2, 3, 5, 1, 0, 4], [2, 4]))
+  using best = scope(() => scoresOf(tensor([-1, 3, 2, 3, 5, 1, 0, 4], [2, 4]), {}))
   expect(best.shape).toEqual([2, 1])
   const [first, second] = await best.values()
   expect([first, second]).toEqual([1, 0])

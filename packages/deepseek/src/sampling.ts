@@ -1,5 +1,5 @@
-/** @file From logits to a token. */
-import { MoeError, type Random } from '@moe/core'
+/** @file From logits to a token: to probabilities on the device, and to one of them here. */
+import { MoeError, type Random, softmax, type Tensor } from '@moe/core'
 
 export interface SamplingOptions {
   /** 0 (default) takes the likeliest token. */
@@ -10,8 +10,17 @@ export interface SamplingOptions {
   readonly minP?: number
 }
 
-/** What follows a token: logits to draw from, or, where nothing is drawn, the likeliest token. */
+/** What follows a token: the probabilities of all, or, where nothing is drawn, the likeliest. */
 export type Scores = Float32Array | number
+
+/** Temperatures below this are 0: their reciprocal is about to leave f32. */
+const coldest = 1e-30
+
+/** Where the logits `[..., V]` are: probabilities at that temperature, or the likeliest tokens `i32 [..., 1]`, the lowest of equals, at 0. */
+export function scoresOf(logits: Tensor, { temperature = 0 }: SamplingOptions): Tensor {
+  if (temperature < coldest) return logits.topk(1).indices
+  return softmax(logits.sub(logits.max(-1, true)).mul(1 / temperature))
+}
 
 /** @throws MoeError E_ATTR for a value outside its range. */
 export function checkSampling({ temperature = 0, topP = 1, minP = 0 }: SamplingOptions): void {
@@ -22,9 +31,9 @@ export function checkSampling({ temperature = 0, topP = 1, minP = 0 }: SamplingO
   if (problems.length > 0) throw new MoeError({ code: 'E_ATTR', op: 'generate', problem: problems.join('; ') })
 }
 
-/** The next token. */
+/** The next token. Probabilities that are left out become 0. */
 export function sample(scores: Scores, options: SamplingOptions, random: Random): number {
-  return typeof scores === 'number' ? scores : draw(distribution(scores, options), random)
+  return typeof scores === 'number' ? scores : draw(restrict(scores, options), random)
 }
 
 /** Whether a drafted token stands, and the one that does. */
@@ -34,50 +43,58 @@ export function verifyDraft(
   options: SamplingOptions,
   random: Random,
 ): { token: number; accepted: boolean } {
-  if (typeof scores !== 'number') return acceptOrDraw(distribution(scores, options), draft, random)
+  if (typeof scores !== 'number') return acceptOrDraw(restrict(scores, options), draft, random)
   return { token: scores, accepted: scores === draft }
 }
 
-/** The distribution to draw from, at a temperature above 0. */
-export function distribution(logits: Float32Array, options: SamplingOptions): Float64Array {
-  const { temperature = 1, topP = 1, minP = 0 } = options
-  // Inlined, a loop that reads the array's length takes five times as long.
-  const { length } = logits
-  let largest = Number.NEGATIVE_INFINITY
-  for (let i = 0; i < length; i++) if (logits[i] > largest) largest = logits[i]
-  const p = new Float64Array(length)
-  let sum = 0
-  for (let i = 0; i < length; i++) sum += p[i] = Math.exp((logits[i] - largest) / temperature)
-  for (let i = 0; i < length; i++) p[i] /= sum
-  const floor = minP / sum
-  if (topP < 1) keepNucleus(p, topP)
-  for (let i = 0; i < length; i++) if (p[i] < floor) p[i] = 0
-  return normalize(p)
+// Vocabularies have 100,000 tokens and more, and this is done for each of a text: plain loops, whose length is a constant, as an inlined one that reads
+// the array's takes five times as long.
+
+/** Leaves `topP` and `minP` of the probabilities and makes the others 0. */
+export function restrict(p: Float32Array, { topP = 1, minP = 0 }: SamplingOptions): Float32Array {
+  const { length } = p
+  let [largest, sum] = [0, 0]
+  for (let i = 0; i < length; i++) {
+    if (p[i] > largest) largest = p[i]
+    sum += p[i]
+  }
+  let [floor, equals] = [minP * largest, length]
+  if (topP < 1) ({ least: floor, equals } = nucleusOf(p, sum, topP, floor))
+  if (floor === 0) return p
+  for (let i = 0; i < length; i++) if (p[i] < floor || (p[i] === floor && --equals < 0)) p[i] = 0
+  return p
 }
 
-/** Zeros but for the smallest set that reaches `topP`, the lowest of equals first. */
-function keepNucleus(p: Float64Array, topP: number): void {
-  // Those below the mean of the rest add up to less than the rest, so they are outside, and only the others need an order.
-  const least = (1 - topP) / p.length
-  const candidates: number[] = []
-  for (let i = 0; i < p.length; i++) {
-    if (p[i] < least) p[i] = 0
-    else candidates.push(i)
-  }
-  candidates.sort((a, b) => p[b] - p[a] || a - b)
-  let mass = 0
-  for (const i of candidates) {
-    if (mass >= topP) p[i] = 0
-    mass += p[i]
-  }
+/** The smallest set of numbers from `floor` up that reaches the share `topP` of the sum of all, or all of them: the least, and how many are as small as that. */
+function nucleusOf(p: Float32Array, sum: number, topP: number, floor: number): { least: number; equals: number } {
+  const { length } = p
+  const mass = topP * sum
+  // Those below the mean of what may be left out add up to less than that, so they are outside, and only the others need an order.
+  const bound = Math.max(floor, (sum - mass) / length)
+  let candidates = 0
+  for (let i = 0; i < length; i++) if (p[i] >= bound) candidates++
+  const sorted = new Float32Array(candidates)
+  candidates = 0
+  for (let i = 0; i < length; i++) if (p[i] >= bound) sorted[candidates++] = p[i]
+  sorted.sort()
+  let reached = 0
+  let at = sorted.length
+  while (at > 0 && reached < mass) reached += sorted[--at]
+  const least = sorted[at]
+  let end = at
+  while (end < sorted.length && sorted[end] === least) end++
+  return { least, equals: end - at }
 }
 
-/** Draws from a distribution. */
-export function draw(p: Float64Array, random: Random): number {
-  const at = random.next()
+/** Draws from what is left, in proportion. */
+export function draw(p: Float32Array, random: Random): number {
+  const { length } = p
+  let total = 0
+  for (let i = 0; i < length; i++) total += p[i]
+  const at = random.next() * total
   let sum = 0
   let last = 0
-  for (let i = 0; i < p.length; i++) {
+  for (let i = 0; i < length; i++) {
     if (p[i] === 0) continue
     sum += p[i]
     last = i
@@ -90,15 +107,12 @@ export function draw(p: Float64Array, random: Random): number {
  * Keeps a drafted token with its own probability, else draws from the rest: the result is distributed exactly as `p`
  * (speculative sampling with a deterministic draft; Leviathan et al. 2023).
  */
-export function acceptOrDraw(p: Float64Array, draft: number, random: Random): { token: number; accepted: boolean } {
-  if (p[draft] > 0 && random.next() < p[draft]) return { token: draft, accepted: true }
+export function acceptOrDraw(p: Float32Array, draft: number, random: Random): { token: number; accepted: boolean } {
+  const { length } = p
+  let total = 0
+  for (let i = 0; i < length; i++) total += p[i]
+  if (p[draft] > 0 && random.next() * total < p[draft]) return { token: draft, accepted: true }
   const rest = p.slice()
   rest[draft] = 0
-  return { token: draw(normalize(rest), random), accepted: false }
-}
-
-function normalize(p: Float64Array): Float64Array {
-  const sum = p.reduce((total, x) => total + x, 0)
-  for (let i = 0; i < p.length; i++) p[i] /= sum
-  return p
+  return { token: draw(rest, random), accepted: false }
 }
