@@ -1,6 +1,6 @@
 /** @file One transformer block: MLA (multi-head attention in a dense model), then experts (or a dense net in the leading layers), each behind a norm and added to its input. */
 import { type KvCache, MultiHeadAttention, MultiHeadLatentAttention, type RotaryEmbedding } from '@moe/attention-mla'
-import { forkInit, type InitOptions, Module, RmsNorm, SwigluMlp, type Tensor } from '@moe/core'
+import { forkInit, type InitOptions, isRecording, Module, RmsNorm, SwigluMlp, scope, type Tensor } from '@moe/core'
 import { type Balancer, type MoEForwardOptions, MoELayer, type TokenDropping } from '@moe/router'
 import { type DeepSeekConfig, isMoELayer } from './config.ts'
 
@@ -41,11 +41,18 @@ export class DecoderLayer extends Module {
 
   /** `[B, T, hidden]` to the same shape. */
   forward(x: Tensor, options: LayerOptions): Tensor {
-    const attended = x.add(this.self_attn.forward(this.input_layernorm.forward(x), options))
-    const normal = this.post_attention_layernorm.forward(attended)
-    return attended.add(this.mlp instanceof MoELayer ? this.mlp.forward(normal, options) : this.mlp.forward(normal))
+    const part = isTransient(options) ? scope : <T>(fn: () => T) => fn()
+    return part(() => {
+      const attended = part(() => x.add(this.self_attn.forward(this.input_layernorm.forward(x), options)))
+      const normal = this.post_attention_layernorm.forward(attended)
+      return attended.add(this.mlp instanceof MoELayer ? this.mlp.forward(normal, options) : this.mlp.forward(normal))
+    })
   }
 }
+
+/** Whether nobody needs what a layer makes on the way to its result: no gradient is wanted, and nobody watches. */
+export const isTransient = ({ onLoad, onBalanceLoss, onBalancerLoss }: LayerOptions): boolean =>
+  !isRecording() && !onLoad && !onBalanceLoss && !onBalancerLoss
 
 /** The two numbers that a configuration with experts is known to have. */
 function experts(config: DeepSeekConfig): { n_routed_experts: number; num_experts_per_tok: number } {

@@ -17,7 +17,9 @@ import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
 import { auxFree, expertLevel, LoadMonitor, together } from '@moe/router'
 import { afterAll, describe, expect, test } from 'vitest'
-import { countParameters, DeepSeek, parseConfig, presets } from './index.ts'
+import type { LayerOptions } from './decoder-layer.ts'
+import { limits } from './generate.ts'
+import { countParameters, DeepSeek, type GenerateOptions, parseConfig, presets } from './index.ts'
 import { tiny } from './test-tiny.ts'
 
 setDefaultBackend(referenceBackend())
@@ -60,6 +62,57 @@ describe('generation', () => {
       expect(defaultBackend().stats().handles).toBe(handles)
     })
   }
+
+  test('a long prompt goes through in pieces, which change neither text nor drafts and can be interrupted between', async () => {
+    const long = Array.from({ length: 30 }, (_, i) => (i * 7) % 40)
+    const handles = defaultBackend().stats().handles
+    const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 4 })
+    const text = async (options: GenerateOptions) => {
+      const generation = model.generate(long, { maxTokens: 30, ...options })
+      const made: number[] = []
+      for await (const id of generation) made.push(id)
+      return { made, drafted: generation.stats.drafted, steps: generation.stats.steps }
+    }
+    const whole = [await text({}), await text({ speculative: false }), await text({ cacheDtype: 'bf16' })]
+    const usual = limits.promptPiece
+    try {
+      for (limits.promptPiece of [1, 7, 29, 30]) {
+        expect([await text({}), await text({ speculative: false }), await text({ cacheDtype: 'bf16' })]).toEqual(whole)
+      }
+      limits.promptPiece = 5
+      const abort = new AbortController()
+      setImmediate(() => abort.abort())
+      await expect(text({ signal: abort.signal })).rejects.toMatchObject({ code: 'E_ABORTED' })
+    } finally {
+      limits.promptPiece = usual
+    }
+    model.dispose()
+    expect(defaultBackend().stats().handles).toBe(handles)
+  })
+
+  test('memory of a pass without gradients does not grow with the layers', async () => {
+    const peak = async (layers: number, options: LayerOptions = {}) => {
+      const backend = referenceBackend()
+      const model = new DeepSeek({ ...tiny, num_hidden_layers: layers, num_nextn_predict_layers: 0 }, { backend })
+      const ids = tensor(
+        Int32Array.from({ length: 64 }, (_, i) => i % 40),
+        [1, 64],
+        { backend },
+      )
+      const before = backend.stats().bytes
+      const logits = model.infer(() => model.forward(ids, options))
+      const { peakBytes } = backend.stats()
+      const values = await logits.values()
+      return { bytes: peakBytes - before, values }
+    }
+    const [few, many] = [await peak(2), await peak(6)]
+    expect(many.bytes).toBeLessThan(1.05 * few.bytes)
+    // Who watches the loads keeps what was made.
+    const loads: Tensor[] = []
+    const watched = await peak(6, { onLoad: load => loads.push(load) })
+    expect(watched.values).toEqual(many.values)
+    expect(loads.length).toBeGreaterThan(0)
+  })
 
   test('over a bf16 cache, speculative equals plain too', async () => {
     const handles = defaultBackend().stats().handles

@@ -160,6 +160,9 @@ function checkPrompt(model: DeepSeek, prompt: ArrayLike<number>): void {
   }
 }
 
+/** Most tokens of a prompt in one pass. Tests make it small. */
+export const limits = { promptPiece: 2048 }
+
 /** Stored weights are rounded more than bf16 rounds what they are multiplied with. */
 function usualPrecision(model: DeepSeek): Precision {
   return namedParameters(model).some(({ parameter }) => parameter instanceof QuantizedParameter) ? 'bf16' : 'f32'
@@ -182,12 +185,21 @@ async function* decode(
   let pending = tokens.slice()
   let drafts: number[] = []
   let hidden: Tensor | null = null
+  /** A backend that computes on this thread never waits: signals, timers and whoever reads the tokens get their turn here. */
+  const turn = async () => {
+    await new Promise(setImmediate)
+    if (!signal?.aborted) return
+    throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
+  }
   try {
+    // What a pass needs grows with its tokens: a long prompt goes through in pieces.
+    while (pending.length > limits.promptPiece && maxTokens > 0) {
+      await turn()
+      const piece = pending.splice(0, limits.promptPiece)
+      await drafter.draft((await step.run(piece, 1)).hidden, piece.length, tokens)
+    }
     while (stats.tokens < maxTokens) {
-      if (signal?.aborted)
-        throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
-      // A backend that computes on this thread never waits: signals, timers and whoever reads the tokens get their turn here.
-      await new Promise(setImmediate)
+      await turn()
       const before = cache.lengths[0]
       const verified = await step.run([...pending, ...drafts], drafts.length + 1)
       const { rows } = verified

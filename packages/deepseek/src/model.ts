@@ -57,7 +57,7 @@ import {
   updateBias,
 } from '@moe/router'
 import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './config.ts'
-import { DecoderLayer, type DecoderLayerInit, type LayerOptions } from './decoder-layer.ts'
+import { DecoderLayer, type DecoderLayerInit, isTransient, type LayerOptions } from './decoder-layer.ts'
 import { type GenerateOptions, type Generation, generate, type TextOptions } from './generate.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
 import { factorAt, type HostInputs, type LossTensors, lossInputs, maskAt, uploadInputs } from './training-loss.ts'
@@ -245,7 +245,9 @@ export class DeepSeek extends Module {
   hidden(ids: Tensor, options: LayerOptions = {}): Tensor {
     let x = this.model.embed_tokens.forward(ids)
     this.decoder.forEach((layer, i) => {
-      x = layer.forward(x, { ...options, layer: i })
+      const before = x
+      x = layer.forward(before, { ...options, layer: i })
+      if (isTransient(options)) before.dispose()
     })
     options.cache?.advance(ids.shape[1])
     return this.model.norm.forward(x)
