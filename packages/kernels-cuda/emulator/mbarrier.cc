@@ -252,6 +252,7 @@ static void copy(Box box, Mbarrier& barrier, Where where) {
   if (checksOn) {
     checkSource(box, where);
     checkOverwrite("a box goes", box.to, box.bytes, where);
+    checkReaders(box.to, box.bytes, where);
     beginCopyShared(box.to, box.bytes, where);
   }
   barrier.copied += box.bytes;

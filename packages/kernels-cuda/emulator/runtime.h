@@ -137,6 +137,7 @@ void writeShared(uintptr_t address, size_t bytes, Where where);
 void atomicShared(uintptr_t address, bool reads, Where where);
 /// An asynchronous copy to it has begun; it has landed.
 void beginCopyShared(uintptr_t address, size_t bytes, Where where);
+void checkReaders(uintptr_t address, size_t bytes, Where where);
 void landCopyShared(uintptr_t address, size_t bytes);
 /// The copy engine's writes have landed, which whoever waits for the barrier will know.
 void landBoxShared(uintptr_t address, size_t bytes, int barrier);

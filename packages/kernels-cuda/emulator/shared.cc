@@ -275,6 +275,27 @@ void beginCopyShared(uintptr_t address, size_t bytes, Where where) {
     cell.readClock = 0;
   });
 }
+/// Where the copy engine is to write, threads that have read there have made a fence since, and this thread knows of it. (That they may still read is found
+/// elsewhere.)
+void checkReaders(uintptr_t address, size_t bytes, Where where) {
+  uintptr_t checked = 0;
+  visitCells(address, bytes, where, [&](Cell& cell, uintptr_t at) {
+    const uintptr_t line = (at - region) >> 7;
+    if (cell.readClock < run.blockClock || line == checked || !readsOrdered(cell, at)) return;
+    checked = line;
+    for (int w = 0; w < (threadsOfBlock() + 31) / 32; w++) {
+      const uint32_t when = readBy[line][w];
+      if (when < run.blockClock) continue;
+      bool fenced = false;
+      for (int lane = 0; lane < 32 && !fenced; lane++) {
+        const uint32_t fence = fenceAfter(w * 32 + lane, when);
+        fenced = fence != 0 && (w == run.warp || fence < run.barrierClock || heard[run.thread][w] > fence);
+      }
+      if (!fenced)
+        stop(launchFailed, where, "race: a box goes to %s, which warp %d has read, with no fenceOperands() before it told", placeOf(at).c_str(), w);
+    }
+  });
+}
 void landCopyShared(uintptr_t address, size_t bytes) {
   visitCells(address, bytes, {nullptr, 0}, [&](Cell& cell, uintptr_t) { cell.writeClock = run.clock; });
 }

@@ -168,6 +168,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     [3, 'read by thread 0'],
     [4, 'threads wait for each other'],
     [6, 'which are to be multiples of 16'],
+    [7, 'with no fenceOperands() before it told'],
   ])('boxes that threads read too early, or that are written too early or to the wrong place (%i)', (mode, text) => {
     const { status, report } = boxes(mode)
     expect(report).toContain(text)

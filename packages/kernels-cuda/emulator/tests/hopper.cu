@@ -73,7 +73,7 @@ MOE_KERNEL((160), moe_test_hopper, (float* d, const __grid_constant__ TensorMap 
 
 /// y [2, 32] = two boxes of 32 floats, copied by warp 1 to the same place one after the other, and read by the threads of warp 0. `mode` 0: right,
 /// 1: lane 0 waits for its warp, 2: and without __syncwarp, 3: the warp arrives before it reads, 4: the copying warp waits for no arrival, 5: bytes of x in place of boxes,
-/// 6: from an address that is no multiple of 16.
+/// 6: from an address that is no multiple of 16, 7: no fence between reading and arriving.
 MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constant__ TensorMap map, int mode)) {
   MOE_SHARED(__align__(128) float, box, [32]);
   MOE_SHARED(Barrier, barriers, [2]);
@@ -89,7 +89,7 @@ MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constan
     if (threadIdx.x == 32) {
       if (mode != 4) wait(empty, (t & 1) ^ 1);
       arriveAndExpect(full, 128);
-      if (mode >= 5) copyBytes(box, x + t * 32 + mode - 5, 128, full);
+      if (mode == 5 || mode == 6) copyBytes(box, x + t * 32 + mode - 5, 128, full);
       else copyBox(box, map, full, 0, t, 0);
       if (mode == 4) wait(full, t & 1);
     } else if (threadIdx.x < 32) {
@@ -98,6 +98,7 @@ MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constan
       if (mode == 3 && lane == 0) arrive(empty);
       if (mode == 3) __syncwarp();
       y[t * 32 + lane] = box[lane];
+      if (mode != 7) fenceOperands();
       __syncwarp();
       if (mode != 3 && lane == 0) arrive(empty);
     }

@@ -180,6 +180,7 @@ MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const Tens
   for (int t = 0; t < tiles; t++) {
     wait(&full[t % E::Stages], t / E::Stages & 1);
     step(t, t % E::Stages, stages + t % E::Stages * E::stageBytes);
+    if (MoreBytes > 0) fenceOperands(); // threads have read them, and the copy engine writes there again
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(&empty[t % E::Stages]);
     // The other warpgroup is hardly more than a tile behind.
