@@ -3,6 +3,18 @@
 #pragma once
 #include "moe.cuh"
 
+/// CUtensorMap, aligned as in cuda.h since CUDA 13: what the copy engine knows of a matrix in memory. A kernel takes it as
+/// `const __grid_constant__ TensorMap` (signature `t`).
+struct __align__(128) TensorMap {
+  uint64_t words[16];
+};
+
+/// An mbarrier ("Parallel Synchronization and Communication Instructions: mbarrier"), in shared memory. A phase ends when all its
+/// arrivals have come and all bytes that it was told to expect have landed; then the next one begins.
+struct Barrier {
+  uint64_t state;
+};
+
 #ifdef MOE_EMULATOR
 #include "hopper.h"
 #else
@@ -12,16 +24,6 @@
 #error "hopper.cuh is for sm_90a: name the module <op>-sm90a"
 #endif
 
-/// CUtensorMap: what the copy engine knows of a matrix in memory. A kernel takes it as `const __grid_constant__ TensorMap` (signature `t`).
-struct __align__(64) TensorMap {
-  uint64_t words[16];
-};
-
-/// An mbarrier ("Parallel Synchronization and Communication Instructions: mbarrier"), in shared memory. A phase ends when all its
-/// arrivals have come and all bytes that it was told to expect have landed; then the next one begins.
-struct Barrier {
-  uint64_t state;
-};
 MOE_DEVICE uint32_t sharedAddress(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
 
 /// By one thread, before anybody uses it: what follows is fenceBarriers() by the same thread, then __syncthreads().
@@ -73,22 +75,8 @@ MOE_DEVICE void copyBytes(void* shared, const void* global, int bytes, Barrier* 
 }
 MOE_DEVICE void prefetchMap(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
-/// A tile of rows of 64 bf16 (128 bytes), as copyBox leaves it with a swizzle of 128 bytes: an operand whose k runs along memory.
-/// Its first row is a multiple of 8 rows into a tile at a multiple of 1024; `k` is a multiple of 16 within the row.
-/// ("Matrix Descriptor Format": address / 16, at bit 32 the distance of 8 rows / 16, at bit 62 the swizzle.)
-MOE_DEVICE uint64_t operandAt(const void* firstRow, int k) {
-  const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
-  return (start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62) + k / 8;
-}
-
-/// Sixteen rows of such tiles as an operand whose k runs across memory: row k, and of each 64 columns as they lie in one tile, the next
-/// 64 `next` bytes on (a left operand has 64 alone). The first row is a multiple of 8 rows into a tile at a multiple of 1024. (The distance of
-/// 64 columns / 16 at bit 16, of 8 rows / 16 at bit 32.)
-MOE_DEVICE uint64_t operandAcross(const void* firstRow, int next) {
-  const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
-  return start | (uint64_t)(next >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
-/// An operand that threads have written themselves: each, after it wrote and before it tells that it did ("fence.proxy.async").
+/// An operand that threads have written themselves: each, after it wrote and before it tells that it did. Likewise where threads have read what the copy
+/// engine will write over ("fence.proxy.async").
 MOE_DEVICE void fenceOperands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 /// All 128 threads of the warpgroup meet, and what each has done is done for the others ("bar"; barrier 0 is the block's).
 MOE_DEVICE void syncWarpgroup() { asm volatile("bar.sync %0, 128;" ::"r"(1 + (int)threadIdx.x / 128) : "memory"); }
@@ -181,3 +169,19 @@ MOE_DEVICE void multiplyGroup(float (&d)[N / 2], const uint32_t (&a)[4], uint64_
 #undef MOE_PRODUCT
 
 #endif
+
+/// A tile of rows of 64 bf16 (128 bytes), as copyBox leaves it with a swizzle of 128 bytes: an operand whose k runs along memory.
+/// Its first row is a multiple of 8 rows into a tile at a multiple of 1024; `k` is a multiple of 16 within the row.
+/// ("Matrix Descriptor Format": address / 16, at bit 32 the distance of 8 rows / 16, at bit 62 the swizzle.)
+MOE_DEVICE uint64_t operandAt(const void* firstRow, int k) {
+  const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
+  return (start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62) + k / 8;
+}
+
+/// Sixteen rows of such tiles as an operand whose k runs across memory: row k, and of each 64 columns as they lie in one tile, the next
+/// 64 `next` bytes on (a left operand has 64 alone). The first row is a multiple of 8 rows into a tile at a multiple of 1024. (The distance of
+/// 64 columns / 16 at bit 16, of 8 rows / 16 at bit 32.)
+MOE_DEVICE uint64_t operandAcross(const void* firstRow, int next) {
+  const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
+  return start | (uint64_t)(next >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}

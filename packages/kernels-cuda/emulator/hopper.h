@@ -2,13 +2,6 @@
 // emulator/mbarrier.cc and emulator/product.cc.
 #pragma once
 
-struct __align__(64) TensorMap {
-  uint64_t words[16];
-};
-struct Barrier {
-  uint64_t state;
-};
-
 namespace emu {
 template <>
 struct ParameterOf<TensorMap> {
@@ -28,14 +21,6 @@ MOE_DEVICE void copyBox(void* shared, const TensorMap& map, Barrier* barrier, in
 MOE_DEVICE void copyBytes(void* shared, const void* global, int bytes, Barrier* barrier, EMU_PLACE) { emu::copyBytes(shared, global, bytes, barrier, file, line); }
 MOE_DEVICE void prefetchMap(const TensorMap&) {}
 
-MOE_DEVICE uint64_t operandAt(const void* firstRow, int k) {
-  const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
-  return (start | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62) + k / 8;
-}
-MOE_DEVICE uint64_t operandAcross(const void* firstRow, int next) {
-  const uint64_t start = (sharedAddress(firstRow) & 0x3ffff) >> 4;
-  return start | (uint64_t)(next >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
 MOE_DEVICE void fenceOperands() { emu::fenceOperands(); }
 MOE_DEVICE void syncWarpgroup(EMU_PLACE) { emu::syncWarpgroup(file, line); }
 template <int N>

@@ -120,7 +120,7 @@ export function openEmulator() {
       signature.split(' ').forEach((letter, i) => {
         const value = args[i]
         if (typeof value !== 'number') {
-          bytes = Math.ceil(bytes / 64) * 64
+          bytes = Math.ceil(bytes / 128) * 128
           new Uint8Array(packed.buffer).set(value, bytes)
           bytes += value.length
           return
