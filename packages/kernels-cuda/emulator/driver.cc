@@ -163,9 +163,11 @@ Status checkLaunch(const Function& function, Dim3 grid, Dim3 block, uint32_t sha
     recordRefusal("%s: blocks of %u threads, its launch bounds allow %d", kernel.name, (unsigned)threads, kernel.maxThreads);
     return outOfResources;
   }
-  if (shared > function.maxDynamicShared || kernel.staticShared + shared > maxShared()) {
-    recordRefusal("%s: %u bytes of dynamic shared memory; its attribute allows %u, the device %u with %zu static ones", kernel.name, shared,
-                  function.maxDynamicShared, maxShared(), kernel.staticShared);
+  // Without an attribute 48 KiB are for static and dynamic shared memory together.
+  const size_t allowed = function.maxDynamicShared > 0 ? function.maxDynamicShared : (48 << 10) - kernel.staticShared;
+  if (shared > allowed || kernel.staticShared + shared > maxShared()) {
+    recordRefusal("%s: %u bytes of dynamic shared memory; its attribute allows %zu, the device %u with %zu static ones", kernel.name, shared, allowed, maxShared(),
+                  kernel.staticShared);
     return invalidValue;
   }
   if (bytes != packedBytes(kernel)) {
@@ -209,12 +211,13 @@ EMU_EXPORT void moe_emulator_fail(const char* call, int after, int status) {
     injected[call] = {after, status};
   }
 }
-/// "checks", "lazy", "reversed" and "capability" over the variables of the environment. Checks are switched on again after a reset only: what happened without
+/// "readsHost", and "checks", "lazy", "reversed" and "capability" over the variables of the environment. Checks are switched on again after a reset only: what happened without
 /// them left no marks.
 EMU_EXPORT void moe_emulator_set(const char* name, int value) {
   std::lock_guard guard{lock};
   cuInit(0);
   if (strcmp(name, "lazy") == 0) context().lazy = value != 0;
+  if (strcmp(name, "readsHost") == 0) context().readsHost = value != 0;
   if (strcmp(name, "reversed") == 0) reversed = value != 0;
   if (strcmp(name, "capability") == 0) capabilityNow = value;
   if (strcmp(name, "checks") == 0) {
@@ -304,6 +307,7 @@ EMU_EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
     case 76: *value = capability() % 10; break;
     case 81: *value = (int)maxShared() + 1024; break;
     case 97: *value = (int)maxShared(); break;
+    case 100: *value = context().readsHost; break;
     default: *value = 0;
   }
   return attribute > 0 && attribute < 200 ? ok : invalidValue;
@@ -535,7 +539,7 @@ static int copyIn(const char* call, uintptr_t to, const void* from, size_t bytes
   Operation op = operation(Operation::copyIn, call);
   op.to = to;
   op.bytes = bytes;
-  if (pinned) op.from = (uintptr_t)from;
+  if (pinned || (context().readsHost && !wait)) op.from = (uintptr_t)from;
   else op.data.assign((const char*)from, (const char*)from + bytes);
   const Status status = enqueue(*stream, std::move(op));
   return wait && status == ok ? runAll(*stream) : status;
@@ -618,7 +622,7 @@ EMU_EXPORT int cuModuleLoadData(void** handle, const void* image) {
   module->name.assign(text, length);
   for (Kernel* k = kernels; k; k = k->next) {
     if (module->name != k->module) continue;
-    auto function = std::make_unique<Function>(Function{k, 48 << 10});
+    auto function = std::make_unique<Function>(Function{k, 0});
     functions.insert(function.get());
     module->functions[k->name] = std::move(function);
   }
@@ -665,7 +669,7 @@ EMU_EXPORT int cuFuncGetAttribute(int* value, int attribute, void* handle) {
     case 1: *value = (int)function->kernel->staticShared; return ok;
     case 4: *value = 32; return ok;  // registers
     case 5: case 6: *value = capability(); return ok;
-    case 8: *value = (int)function->maxDynamicShared; return ok;
+    case 8: *value = function->maxDynamicShared ? (int)function->maxDynamicShared : (48 << 10) - (int)function->kernel->staticShared; return ok;
     default: *value = 0; return attribute > 0 && attribute < 16 ? ok : invalidValue;
   }
 }

@@ -12,7 +12,7 @@ namespace emu {
 
 struct Function {
   Kernel* kernel;
-  uint32_t maxDynamicShared;
+  uint32_t maxDynamicShared;  // as asked for, or 0
 };
 
 struct Event {
@@ -71,6 +71,7 @@ struct Stream {
 struct Context {
   Status error = ok;  // sticky
   bool lazy = true;
+  bool readsHost = false;  // ordinary memory of the host too, when a copy runs
   Stream null;
   std::set<Stream*> streams;
   std::map<Event*, std::shared_ptr<Event>> events;

@@ -295,6 +295,18 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.allowShared('moe_test_dynamic', 256 << 10)).toBe(1)
     })
 
+    test('static and dynamic shared memory are 48 KiB together where no attribute allows more', () => {
+      const async = (shared: number) => device.launch('moe_test_async', 1, 32, 'p p i', [y, y, 0], { shared })
+      const y = device.upload(new Float32Array(128))
+      expect(async(0)).toBe(0)
+      expect(device.synchronize()).toBe(0)
+      expect(async(48 << 10)).toBe(1)
+      expect(async(47 << 10)).toBe(0)
+      expect(device.allowShared('moe_test_async', 48 << 10)).toBe(0)
+      expect(async(48 << 10)).toBe(0)
+      expect(device.synchronize()).toBe(0)
+    })
+
     test('an error is sticky until the emulator is reset', () => {
       expect(run('moe_test_null', 256, 'p', [0]).status).toBe(illegalAddress)
       expect(device.synchronize()).toBe(illegalAddress)

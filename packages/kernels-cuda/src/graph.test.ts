@@ -7,6 +7,12 @@ for (const check of graphSuite(() => testBackend({ guarded: false }))) {
   test.skipIf(unavailable)(check.name, () => check.run())
 }
 
+test.skipIf(unavailable)('guarded memory is refused, as a graph would record it', async () => {
+  const backend = await testBackend()
+  expect(() => backend.capture(() => {})).toThrow(/^capture: with `guarded`/)
+  backend.dispose()
+})
+
 test.skipIf(!wgmmaVariants.includes(true))(
   'products of Hopper: the graph has its own copy of what the copy engine knows of a matrix',
   async () => {

@@ -25,7 +25,7 @@ export interface Recording {
 }
 
 /** Nothing else may use the stream meanwhile, but other threads may call the driver. */
-const captureRelaxed = 2
+export const captureRelaxed = 2
 
 export function capture<T>(
   driver: Driver,
@@ -35,6 +35,7 @@ export function capture<T>(
   options: CaptureOptions,
   setRecording: (recording: Recording | null) => void,
 ): Graph<T> {
+  if (memory.guarded) throw guarded()
   const { call } = driver
   const recording: Recording = { pool: newPool(), uploads: [], attrs: [], buffers: [] }
   const state = options.state ?? []
@@ -137,6 +138,16 @@ export function recordedAttrs<O extends OpName>(
 
 function writeAttrs(stream: Stream, { op, attrs, pointer, encode }: DeviceAttrs): void {
   stream.upload(pointer, Float32Array.from(encode(attrs as never)), op)
+}
+
+/** Allocations and frees of the stream would become part of the graph, which may free none but its own. */
+function guarded(): MoeError {
+  return new MoeError({
+    code: 'E_UNSUPPORTED',
+    op: 'capture',
+    problem: 'with `guarded` every buffer is an allocation on the stream, which a graph would record',
+    fix: 'open the backend without `guarded`',
+  })
 }
 
 function asynchronous(): MoeError {

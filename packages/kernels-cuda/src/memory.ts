@@ -93,6 +93,11 @@ export class Memory {
     this.#guarded = options.guarded ?? false
   }
 
+  /** Whether every buffer is an allocation of its own. */
+  get guarded(): boolean {
+    return this.#guarded
+  }
+
   /** The op that runs, or ran last. */
   get op(): string {
     return this.#op

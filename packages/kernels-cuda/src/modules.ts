@@ -6,7 +6,7 @@ import { isMoeError, MoeError } from '@moe/core'
 import type { Device } from './driver/device.ts'
 import type { Driver } from './driver/driver.ts'
 import { status } from './driver/status.ts'
-import type { TensorMap } from './tensor-map.ts'
+import { mapAlignment, mapWords, type TensorMap } from './tensor-map.ts'
 
 /** How a kernel is launched. */
 export interface LaunchShape {
@@ -37,9 +37,8 @@ export type CudaKernel = (shape: LaunchShape, ...args: ReadonlyArray<Argument>) 
 
 /** Most that all parameters of a kernel may take. */
 const mostArgumentBytes = 4096
-/** Dynamic shared memory beyond this has to be asked for. */
-const plainSharedBytes = 48 * 1024
-const attributeMaxDynamicShared = 8
+/** CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: without it static and dynamic shared memory are 48 KiB together. */
+export const attributeMaxDynamicShared = 8
 
 export class Modules {
   readonly #driver: Driver
@@ -95,7 +94,7 @@ export class Modules {
     this.#lists.push(addresses)
     const list = this.#driver.address(addresses.buffer)
     let entry = 0
-    let shared = plainSharedBytes
+    let shared = 0
     return (shape, ...args) => {
       const { grid, block, shared: sharedBytes = 0 } = shape
       const [x, y, z] = typeof grid === 'number' ? [grid, 1, 1] : [grid[0], grid[1] ?? 1, grid[2] ?? 1]
@@ -202,10 +201,6 @@ function ownFolder(): string {
 }
 
 type Code = 'p' | 'i' | 'l' | 'f'
-
-/** A tensor map is 32 words by value, at a multiple of 64 bytes. */
-const mapWords = 32
-const mapAlignment = 64
 
 interface Parameter {
   readonly code: Code

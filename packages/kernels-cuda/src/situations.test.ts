@@ -61,6 +61,7 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
   test.each([
     ['cuInit', 100, /finds no device.*nvidia-smi/],
     ['cuInit', 999, /does not start: CUDA_ERROR_UNKNOWN/],
+    ['cuInit', 802, /does not start.*802.*fabric manager/],
     ['cuDevicePrimaryCtxRetain', 46, /CUDA_ERROR_DEVICE_UNAVAILABLE.*nvidia-smi/],
   ])('%s gives %i', async (call, status, message) => {
     resetEmulator()
@@ -125,6 +126,20 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     const limited = await createBackend({ ...emulator, memoryLimit: 1000 })
     expect(() => full([1000], 1, { backend: limited })).toThrow(/no memory for 4000 bytes/)
     limited.dispose()
+  })
+
+  test('a device that reads memory of the host by itself, later than the call returns: what is uploaded may change at once', async () => {
+    emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', 1)
+    try {
+      const backend = await fresh()
+      const data = Float32Array.of(1, 2, 3)
+      const handle = backend.upload(data, [3], 'f32')
+      data.fill(0)
+      expect([...(await backend.download({ handle, shape: [3], dtype: 'f32' }))]).toEqual([1, 2, 3])
+      backend.dispose()
+    } finally {
+      emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', 0)
+    }
   })
 
   test('two processes on one device', async () => {

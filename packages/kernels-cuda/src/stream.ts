@@ -1,22 +1,25 @@
 /** @file The one stream on which everything runs: launches, copies, and waiting for them without holding up the event loop. */
 import type { HostArray } from '@moe/core'
+import type { Device } from './driver/device.ts'
 import type { Driver } from './driver/driver.ts'
 import { status } from './driver/status.ts'
 import type { Launch } from './modules.ts'
 
-const flags = { streamNonBlocking: 1, eventDisableTiming: 2 } as const
+export const flags = { streamNonBlocking: 1, eventDisableTiming: 2 } as const
 
 export class Stream {
   readonly handle: number
   readonly #driver: Driver
+  readonly #waitsForUploads: boolean
   readonly #pinned: PinnedPool
   readonly #events: number[] = []
   #launches = 0
   /** Milliseconds of the latest wait that was not short, by what it was for. */
   readonly #waits = new Map<string, number>()
 
-  constructor(driver: Driver) {
+  constructor(driver: Driver, { readsHostMemory }: Pick<Device, 'readsHostMemory'>) {
     this.#driver = driver
+    this.#waitsForUploads = readsHostMemory
     this.handle = driver.out(word => driver.call.cuStreamCreate(word, flags.streamNonBlocking), 'kernels-cuda')
     this.#pinned = new PinnedPool(driver)
   }
@@ -59,11 +62,11 @@ export class Stream {
   /** Host to device. The array may change as soon as this returns. */
   upload(to: number, data: ArrayBufferView, op: string): void {
     if (data.byteLength === 0) return
-    this.#driver.check(
-      this.#driver.call.cuMemcpyHtoDAsync(to, data, data.byteLength, this.handle),
-      op,
-      `copying ${data.byteLength} bytes to the device`,
-    )
+    const { call } = this.#driver
+    const context = `copying ${data.byteLength} bytes to the device`
+    // Where a driver has to put ordinary memory aside first, it does so within this call.
+    this.#driver.check(call.cuMemcpyHtoDAsync(to, data, data.byteLength, this.handle), op, context)
+    if (this.#waitsForUploads) this.#driver.check(call.cuStreamSynchronize(this.handle), op, context)
   }
 
   /** Device to host, into `data`, when all work so far is done. */

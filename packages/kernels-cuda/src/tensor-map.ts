@@ -1,8 +1,10 @@
 /** @file Matrices as Hopper's copy engine takes them: tensor maps, which kernels have as parameters by value. */
 import type { Driver } from './driver/driver.ts'
 
-/** A CUtensorMap, which is opaque. */
+/** A CUtensorMap, which is opaque: so many words, aligned as in cuda.h since CUDA 13. */
 export type TensorMap = Uint32Array
+export const mapWords = 32
+export const mapAlignment = 128
 
 /** Matrices of bf16 `[matrices, rows, columns]`, of which the engine copies boxes of some rows and 64 columns, 128 bytes. */
 export interface BoxedMatrices {
@@ -20,19 +22,20 @@ export interface BoxedMatrices {
 export const boxColumns = 64
 
 /** Values of the enumerations CUtensorMap*. */
-const bfloat16 = 9
-const noInterleave = 0
-const swizzle128Bytes = 3
-const promoteTo256Bytes = 3
-const fillWithZeros = 0
+export const encoding = {
+  bfloat16: 9,
+  noInterleave: 0,
+  swizzle128Bytes: 3,
+  promoteTo256Bytes: 3,
+  fillWithZeros: 0,
+} as const
 
 /** Makes tensor maps. Each is a copy: a launch may come later. */
 export function tensorMaps(driver: Driver): (matrices: BoxedMatrices) => TensorMap {
-  // The driver writes to a multiple of 64.
-  const room = new ArrayBuffer(128 + 64)
+  const room = new ArrayBuffer(mapWords * 4 + mapAlignment)
   const start = driver.address(room)
-  const map = Math.ceil(start / 64) * 64
-  const words = new Uint32Array(room, map - start, 32)
+  const map = Math.ceil(start / mapAlignment) * mapAlignment
+  const words = new Uint32Array(room, map - start, mapWords)
   const sizes = new BigUint64Array(3)
   const strides = new BigUint64Array(2)
   const box = Uint32Array.of(boxColumns, 0, 1)
@@ -46,17 +49,17 @@ export function tensorMaps(driver: Driver): (matrices: BoxedMatrices) => TensorM
     box[1] = boxRows
     const code = driver.call.cuTensorMapEncodeTiled(
       map,
-      bfloat16,
+      encoding.bfloat16,
       3,
       pointer,
       sizes,
       strides,
       box,
       elementStrides,
-      noInterleave,
-      swizzle128Bytes,
-      promoteTo256Bytes,
-      fillWithZeros,
+      encoding.noInterleave,
+      encoding.swizzle128Bytes,
+      encoding.promoteTo256Bytes,
+      encoding.fillWithZeros,
     )
     driver.check(code, 'kernels-cuda', `describing matrices ${matrices} x ${rows} x ${columns} to the copy engine`)
     return words.slice()

@@ -1,7 +1,7 @@
 /** @file Choosing a device, and what it is. */
 import { MoeError } from '@moe/core'
 import type { Driver } from './driver.ts'
-import { status } from './status.ts'
+import { fixes, status } from './status.ts'
 
 export interface Device {
   readonly ordinal: number
@@ -12,12 +12,20 @@ export interface Device {
   /** Most dynamic shared memory that a block may ask for, in bytes. */
   readonly sharedMemory: number
   readonly totalMemory: number
+  /** Whether it reads ordinary memory of the host by itself (GH200), perhaps later than a call returns. */
+  readonly readsHostMemory: boolean
   /** Of the driver: 13000 is CUDA 13.0. */
   readonly driverVersion: number
 }
 
 /** Values of CUdevice_attribute. */
-const attribute = { multiprocessors: 16, major: 75, minor: 76, sharedMemoryOptIn: 97 } as const
+export const attribute = {
+  multiprocessors: 16,
+  major: 75,
+  minor: 76,
+  sharedMemoryOptIn: 97,
+  usesHostPageTables: 100,
+} as const
 
 const leastCapability = 80
 
@@ -32,7 +40,8 @@ export function findDevice(driver: Driver, ordinal: number | undefined): Device 
   if (started === status.noDevice)
     throw none('the driver finds no device', 'check `nvidia-smi` and CUDA_VISIBLE_DEVICES')
   if (started !== status.success) {
-    throw none(`the driver does not start: ${driver.errorName(started)} (${started})`, 'check that `nvidia-smi` works')
+    const fix = fixes[started] ?? 'check that `nvidia-smi` works'
+    throw none(`the driver does not start: ${driver.errorName(started)} (${started})`, fix)
   }
   const driverVersion = driver.out(word => call.cuDriverGetVersion(word), 'kernels-cuda')
   const count = driver.out(word => call.cuDeviceGetCount(word), 'kernels-cuda')
@@ -69,6 +78,7 @@ function describe(driver: Driver, ordinal: number, driverVersion: number): Devic
     multiprocessors: get(attribute.multiprocessors),
     sharedMemory: get(attribute.sharedMemoryOptIn),
     totalMemory: driver.out(word => call.cuDeviceTotalMem(word, device), 'kernels-cuda'),
+    readsHostMemory: get(attribute.usesHostPageTables) !== 0,
     driverVersion,
   }
 }

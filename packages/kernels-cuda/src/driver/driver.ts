@@ -6,7 +6,7 @@ import { driverError, status } from './status.ts'
 export type HostMemory = ArrayBufferView | number
 
 /** Every function that is called, as C declares it. Handles and device addresses are 64-bit numbers (below 2^53 on all systems). */
-const prototypes = {
+export const prototypes = {
   cuInit: 'int cuInit(unsigned int flags)',
   cuDriverGetVersion: 'int cuDriverGetVersion(void* version)',
   cuDeviceGetCount: 'int cuDeviceGetCount(void* count)',

@@ -11,7 +11,7 @@ export const status = {
 } as const
 
 /** What to do, where that is known. */
-const fixes: Readonly<Record<number, string>> = {
+export const fixes: Readonly<Record<number, string>> = {
   2: 'make the batch smaller or free tensors that are no longer needed',
   3: 'install or restart the NVIDIA driver',
   34: 'the library found is a stub for linking: put the one of the installed driver first on LD_LIBRARY_PATH',
@@ -22,13 +22,16 @@ const fixes: Readonly<Record<number, string>> = {
   209: 'the kernels were not built for this device: run `node scripts/build-fatbins.mjs --arch=…` for its architecture',
   218: 'the kernels need a newer driver: update it',
   222: 'the kernels need a newer driver: update it',
+  802: "the devices are not ready: where NVSwitch joins them, start the fabric manager (nvidia-fabricmanager) of the driver's version",
   803: 'the driver and its kernel module differ in version: restart the machine',
-  804: 'the driver is too old for this CUDA version: update it',
+  804: 'the libraries of cuda-compat do not serve this device: take them off LD_LIBRARY_PATH, and update the driver',
   999: 'see `dmesg` for the reason; restarting the process or the driver may help',
 }
 
 /** After these the context is gone: nothing on the device can be used any more by this process. */
-const fatal = new Set([214, 220, 700, 702, 703, 709, 714, 715, 716, 717, 718, 719, 720, 721])
+export const fatal: ReadonlySet<number> = new Set([
+  214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911,
+])
 
 /** @param report What the emulator has seen, if it is one. */
 export function driverError(op: string, code: number, name: string, context: string, report: string): MoeError {

@@ -1,0 +1,109 @@
+/** @file Numbers and declarations of the driver API beside NVIDIA's own header: values from cuda.h 13.0, and the header itself where there is one. */
+import { existsSync, readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { describe, expect, test } from 'vitest'
+import { captureRelaxed } from '../graph.ts'
+import { attributeMaxDynamicShared } from '../modules.ts'
+import { flags } from '../stream.ts'
+import { encoding } from '../tensor-map.ts'
+import { attribute } from './device.ts'
+import { prototypes } from './driver.ts'
+import { fatal, fixes, status } from './status.ts'
+
+/** Ours, under the names of cuda.h, and its values. */
+const numbers: ReadonlyArray<[name: string, ours: number, header: number]> = [
+  ['CUDA_SUCCESS', status.success, 0],
+  ['CUDA_ERROR_OUT_OF_MEMORY', status.outOfMemory, 2],
+  ['CUDA_ERROR_NO_DEVICE', status.noDevice, 100],
+  ['CUDA_ERROR_NO_BINARY_FOR_GPU', status.noBinaryForGpu, 209],
+  ['CUDA_ERROR_NOT_READY', status.notReady, 600],
+  ['CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT', attribute.multiprocessors, 16],
+  ['CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR', attribute.major, 75],
+  ['CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR', attribute.minor, 76],
+  ['CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN', attribute.sharedMemoryOptIn, 97],
+  ['CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES', attribute.usesHostPageTables, 100],
+  ['CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES', attributeMaxDynamicShared, 8],
+  ['CU_STREAM_NON_BLOCKING', flags.streamNonBlocking, 1],
+  ['CU_EVENT_DISABLE_TIMING', flags.eventDisableTiming, 2],
+  ['CU_STREAM_CAPTURE_MODE_RELAXED', captureRelaxed, 2],
+  ['CU_TENSOR_MAP_DATA_TYPE_BFLOAT16', encoding.bfloat16, 9],
+  ['CU_TENSOR_MAP_INTERLEAVE_NONE', encoding.noInterleave, 0],
+  ['CU_TENSOR_MAP_SWIZZLE_128B', encoding.swizzle128Bytes, 3],
+  ['CU_TENSOR_MAP_L2_PROMOTION_L2_256B', encoding.promoteTo256Bytes, 3],
+  ['CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE', encoding.fillWithZeros, 0],
+]
+
+/** Statuses that have advice of their own, by the names that it is for. */
+const advice = {
+  2: 'OUT_OF_MEMORY',
+  3: 'NOT_INITIALIZED',
+  34: 'STUB_LIBRARY',
+  46: 'DEVICE_UNAVAILABLE',
+  100: 'NO_DEVICE',
+  101: 'INVALID_DEVICE',
+  200: 'INVALID_IMAGE',
+  209: 'NO_BINARY_FOR_GPU',
+  218: 'INVALID_PTX',
+  222: 'UNSUPPORTED_PTX_VERSION',
+  802: 'SYSTEM_NOT_READY',
+  803: 'SYSTEM_DRIVER_MISMATCH',
+  804: 'COMPAT_NOT_SUPPORTED_ON_DEVICE',
+  999: 'UNKNOWN',
+}
+
+test.each(numbers)('%s', (_, ours, header) => expect(ours).toBe(header))
+test('statuses with advice', () => expect(Object.keys(fixes)).toEqual(Object.keys(advice)))
+
+const headers = [process.env['CUDA_HOME'], process.env['CUDA_PATH'], '/usr/local/cuda']
+  .map(root => join(root ?? '', 'include', 'cuda.h'))
+  .filter(existsSync)
+  .map(file => readFileSync(file, 'utf8'))
+/** Other versions may have newer forms of a function. */
+const commented = headers.find(text => /#define CUDA_VERSION 13\d{3}\b/.test(text)) ?? ''
+
+describe.skipIf(commented === '')('cuda.h of this machine (skipped where no toolkit of CUDA 13 is installed)', () => {
+  const text = commented.replace(/\/\*[\s\S]*?\*\//g, '').replace(/\/\/.*/g, '')
+  const values = new Map<string, number>()
+  for (const [, body] of text.matchAll(/\benum\b\s*\w*\s*\{([^}]*)\}/g)) {
+    let next = 0
+    for (const [, name, given] of body.matchAll(/(\w+)(?:\s*=\s*(0x[\da-fA-F]+|\d+))?[^,]*(?:,|$)/g)) {
+      if (given !== undefined) next = Number(given)
+      values.set(name, next++)
+    }
+  }
+
+  test.each(numbers)('%s', (name, _, header) => expect(values.get(name)).toBe(header))
+  test('names of statuses with advice', () => {
+    for (const [code, name] of Object.entries(advice)) expect(values.get(`CUDA_ERROR_${name}`)).toBe(Number(code))
+  })
+  test('after what it calls the end of the process, the device is lost', () => {
+    const ends = [
+      ...commented.matchAll(/process must be terminated\s+\*?\s*and relaunched\.\s*\*\/\s*CUDA_\w+\s*=\s*(\d+)/g),
+    ]
+    expect(ends.length).toBeGreaterThan(8)
+    for (const [, code] of ends) expect(fatal).toContain(Number(code))
+  })
+
+  /** What a parameter takes in a call: 8 bytes, or those of an int or a char. */
+  const bytesOf = (parameter: string) => {
+    if (
+      /\*|\[|size_t|long long|64_t|CUdeviceptr|CU(context|stream|event|module|function|graph|graphExec|graphNode)\b/i.test(
+        parameter,
+      )
+    )
+      return 8
+    return /\bchar\b/.test(parameter) ? 1 : 4
+  }
+  const parameters = (list: string) => list.split(',').map(bytesOf)
+  test.each(Object.entries(prototypes))('%s', (name, prototype) => {
+    const [, symbol, ours] = prototype.match(/^int (\w+)\((.*)\)$/) as RegExpMatchArray
+    // The current version of a function is a macro, perhaps of the default stream's kind.
+    const versions = [...text.matchAll(new RegExp(`#\\s*define\\s+${name}\\s+(?:__CUDA_API_PT[SD]Z\\()?(\\w+)`, 'g'))]
+    const older = ['cuEventElapsedTime'] // which older drivers have alone
+    if (!older.includes(name)) expect([name, ...versions.map(([, version]) => version)].at(-1)).toBe(symbol)
+    const declared = [...text.matchAll(new RegExp(`CUresult CUDAAPI ${name}\\(([^)]*)\\)`, 'g'))].map(([, list]) =>
+      parameters(list),
+    )
+    expect(declared).toContainEqual(parameters(ours))
+  })
+})
