@@ -82,6 +82,8 @@ const fusedNames: FusedName[] = [
   'permuteTokensBackward',
   'combineTokens',
   'combineTokensBackward',
+  'routedExperts',
+  'routedExpertsBackward',
   'groupedMatmul',
   'groupedMatmulWeightGrad',
   'adamwStep',

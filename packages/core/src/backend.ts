@@ -125,6 +125,12 @@ export interface AttentionAttrs {
   readonly precision: Precision
 }
 
+export interface RoutedExpertsAttrs {
+  readonly precision: Precision
+  /** Whether `routedExpertsBackward` will be asked: then what it needs is an output, too. */
+  readonly saves: boolean
+}
+
 export interface AdamwAttrs {
   readonly lr: number
   readonly beta1: number
@@ -153,8 +159,8 @@ export interface QuantizedAttrs {
 /**
  * Attributes of each fused op. A backend may leave any of them out, and a kernel may return `undefined` to decline a size or
  * dtype: core then runs the decomposition in `fused/` and counts it. Legend: N rows, D features, B batch, T queries, S keys,
- * H heads, G key/value heads (H is a multiple of G), E experts, K experts per token, V vocabulary. All floats are f32, but for
- * `quantize`, the cache of `latentAttention` and stored weights.
+ * H heads, G key/value heads (H is a multiple of G), E experts, K experts per token, I inner features of an expert, V vocabulary. All floats are f32, but for
+ * `quantize`, the cache of `latentAttention`, stored weights and what `routedExperts` saves.
  */
 export interface FusedAttrs {
   /** `[x [..., D]] -> [y]` over the last axis. A row of only -Infinity gives zeros. */
@@ -224,6 +230,18 @@ export interface FusedAttrs {
   groupedMatmul: { readonly transposeW: boolean; readonly precision: Precision }
   /** `[x [N, k], dy [N, n], offsets i32 [E+1]] -> [dweight [E, n, k]]`: dy_e^T x_e; zeros for an expert without rows. */
   groupedMatmulWeightGrad: { readonly precision: Precision }
+  /**
+   * Tokens to their experts, through them, and back: `[x [N, D], gate [E, I, D], up [E, I, D], down [E, D, I], weights [N, K], order i32 [M], positions i32 [M],
+   * offsets i32 [E+1]] -> [out [N, D]]`, M = N*K and the last three as `dispatchPlan` gives them: permuteTokens, groupedMatmul by gate and up, swiglu, groupedMatmul
+   * by down, combineTokens. With `saves`, gate's and up's results `[M, I]` follow, in expert order, in bf16 when that is the precision: a kernel may keep all that lies
+   * between the products in bf16 then. The decomposition gives out alone.
+   */
+  routedExperts: RoutedExpertsAttrs
+  /**
+   * `[x, gate, up, down, weights, order, positions, offsets, gateRows [M, I], upRows [M, I], dout [N, D]] -> [dx, dgate, dup, ddown, dweights]`, of these the `wanted`
+   * ones. The experts' outputs are not needed: dweights is the product of down^T dout with what down was multiplied with.
+   */
+  routedExpertsBackward: { readonly precision: Precision; readonly wanted: readonly boolean[] }
   /** `[x [M, K], q [N, K], scale (not for bf16)] -> [y [M, N]]`: x times the stored weight transposed; see `WeightFormat`. */
   quantizedMatmul: QuantizedAttrs
   /**

@@ -24,6 +24,7 @@ export type {
   PrimitiveName,
   QuantizedAttrs,
   ReduceCode,
+  RoutedExpertsAttrs,
   RouterAttrs,
   Shape,
   TensorSpec,
@@ -81,6 +82,7 @@ export {
 } from './fused/quantized-matmul.ts'
 export { rmsNorm } from './fused/rms-norm.ts'
 export { rope } from './fused/rope.ts'
+export { type ExpertWeights, routedExperts } from './fused/routed-experts.ts'
 export { type Routing, routerTopk } from './fused/router-topk.ts'
 export { softmax } from './fused/softmax.ts'
 export { swiglu } from './fused/swiglu.ts'

@@ -5,7 +5,6 @@
  * Legend: N tokens, E experts, K chosen.
  */
 import {
-  combineTokens,
   concat,
   type DispatchPlan,
   dispatchPlan,
@@ -18,7 +17,6 @@ import {
   normalParameter,
   ones,
   type Parameter,
-  permuteTokens,
   Random,
   remember,
   routerTopk,
@@ -130,7 +128,7 @@ export class CapacityMoE extends Module {
     const mask = options.mask?.reshape([tokens])
     options.onBalanceLoss?.(expertBalanceLoss({ scores, indices: indices.narrow(1, 0, 1), sequences: 1, mask }))
     const gates = options.training ? weights.mul(this.#kept(weights, indices, plan, mask)) : weights
-    const out_ND = combineTokens(this.experts.forward(permuteTokens(x_ND, plan), plan.offsets), gates, plan)
+    const out_ND = this.experts.route(x_ND, gates, plan)
     return out_ND.reshape([batch, time, hidden])
   }
 

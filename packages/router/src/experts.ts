@@ -1,9 +1,14 @@
 /** @file The routed experts: E SwiGLU nets, stacked in memory, separate in checkpoints. */
 import {
+  combineTokens,
+  type DispatchPlan,
   groupedLinear,
   type InitOptions,
   Module,
   type Parameter,
+  permuteTokens,
+  QuantizedParameter,
+  routedExperts,
   swiglu,
   type Tensor,
   weightParameter,
@@ -35,5 +40,14 @@ export class Experts extends Module {
   forward(x_MD: Tensor, offsets: Tensor): Tensor {
     const inner_MI = swiglu(groupedLinear(x_MD, this.gate_proj, offsets), groupedLinear(x_MD, this.up_proj, offsets))
     return groupedLinear(inner_MI, this.down_proj, offsets)
+  }
+
+  /** What the experts that the plan chose make of tokens `[N, hidden]`, weighted by `weights [N, K]` and summed: `[N, hidden]`. */
+  route(x_ND: Tensor, weights_NK: Tensor, plan: DispatchPlan): Tensor {
+    const { gate_proj: gate, up_proj: up, down_proj: down } = this
+    if ([gate, up, down].some(weight => weight instanceof QuantizedParameter)) {
+      return combineTokens(this.forward(permuteTokens(x_ND, plan), plan.offsets), weights_NK, plan)
+    }
+    return routedExperts(x_ND, { gate, up, down }, weights_NK, plan)
   }
 }

@@ -1,13 +1,11 @@
 /** @file DeepSeekMoE: routed and shared experts in place of a feed-forward net (V3 report eq. 12-13). No token is dropped unless V2's dropping is asked for. */
 import {
-  combineTokens,
   type DispatchPlan,
   dispatchPlan,
   forkInit,
   type InitOptions,
   isRecomputing,
   Module,
-  permuteTokens,
   SwigluMlp,
   scope,
   type Tensor,
@@ -76,7 +74,7 @@ export class MoELayer extends Module {
     this.#watch(scores, indices, plan, batch, options)
     const gates =
       this.#dropping && options.training ? weights.mul(this.#budgeted(scores, indices, batch, options)) : weights
-    const routed_ND = combineTokens(this.experts.forward(permuteTokens(x_ND, plan), plan.offsets), gates, plan)
+    const routed_ND = this.experts.route(x_ND, gates, plan)
     const out_ND = this.shared_experts ? routed_ND.add(this.shared_experts.forward(x_ND)) : routed_ND
     return out_ND.reshape([batch, time, hidden])
   }

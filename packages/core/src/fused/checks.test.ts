@@ -12,6 +12,7 @@ import { quantize } from './quantize.ts'
 import { quantizedGroupedMatmul, quantizedMatmul, quantizeWeight } from './quantized-matmul.ts'
 import { rmsNorm } from './rms-norm.ts'
 import { rope } from './rope.ts'
+import { routedExperts } from './routed-experts.ts'
 import { routerTopk } from './router-topk.ts'
 import { softmax } from './softmax.ts'
 import { swiglu } from './swiglu.ts'
@@ -40,6 +41,11 @@ const plan = (slots: number) => {
   const index = i([slots], ...new Array<number>(slots).fill(0))
   return { topK: 2, order: index, positions: index, offsets: i([2], 0, slots), counts: i([1], slots) }
 }
+const nets = (features: number, inner: number, experts = 1) => ({
+  gate: f(experts, inner, features),
+  up: f(experts, inner, features),
+  down: f(experts, features, inner),
+})
 /** Stored weights on the backend of these tests, made by one that computes. */
 const int8 = (...shape: number[]) => ({
   ...quantizeWeight(ones(shape, { backend: plain }), 'int8'),
@@ -131,6 +137,21 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
       /offsets has shape \[2\], needs \[3\]/,
     ],
     ['weights of other features', () => groupedMatmul(f(4, 3), f(2, 5, 4), i([3], 0, 2, 4)), /weight has shape/],
+  ],
+  routedExperts: [
+    ['gates of other tokens', () => routedExperts(f(3, 4), nets(4, 6), f(2, 2), plan(4)), /weights has shape \[2,2\]/],
+    ['a plan of other tokens', () => routedExperts(f(3, 4), nets(4, 6), f(3, 2), plan(4)), /order has shape \[4\]/],
+    ['weights of other features', () => routedExperts(f(2, 4), nets(5, 6), f(2, 2), plan(4)), /gate has shape/],
+    [
+      'a down that does not fit',
+      () => routedExperts(f(2, 4), { ...nets(4, 6), down: f(1, 6, 4) }, f(2, 2), plan(4)),
+      /down has shape \[1,6,4\], needs \[1,4,6\]/,
+    ],
+    [
+      'offsets of other experts',
+      () => routedExperts(f(2, 4), nets(4, 6, 2), f(2, 2), plan(4)),
+      /offsets has shape \[2\], needs \[3\]/,
+    ],
   ],
   quantize: [
     ['an empty block', () => quantize(f(4, 4), [0, 2]), /block = \[0,2\]/],

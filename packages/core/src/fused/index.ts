@@ -22,6 +22,7 @@ import { quantizeDefinition } from './quantize.ts'
 import { quantizedGroupedMatmulDefinition, quantizedMatmulDefinition } from './quantized-matmul.ts'
 import { rmsNormBackwardDefinition, rmsNormDefinition } from './rms-norm.ts'
 import { ropeDefinition } from './rope.ts'
+import { routedExpertsBackwardDefinition, routedExpertsDefinition } from './routed-experts.ts'
 import { routerTopkBackwardDefinition, routerTopkDefinition } from './router-topk.ts'
 import { softmaxBackwardDefinition, softmaxDefinition } from './softmax.ts'
 import { swigluBackwardDefinition, swigluDefinition } from './swiglu.ts'
@@ -52,6 +53,8 @@ export const fusedDefinitions: { readonly [F in FusedName]: FusedDefinition<F> }
   combineTokensBackward: combineTokensBackwardDefinition,
   groupedMatmul: groupedMatmulDefinition,
   groupedMatmulWeightGrad: groupedMatmulWeightGradDefinition,
+  routedExperts: routedExpertsDefinition,
+  routedExpertsBackward: routedExpertsBackwardDefinition,
   adamwStep: adamwStepDefinition,
   globalNorm: globalNormDefinition,
   quantize: quantizeDefinition,

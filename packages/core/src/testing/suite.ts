@@ -187,11 +187,11 @@ async function gradientsOf(item: OpCase, inputs: readonly Tensor[], backend: Bac
   return values
 }
 
+const withStatistics = new Set<OpName>(['rmsNorm', 'attention', 'crossEntropy', 'linearCrossEntropy', 'routedExperts'])
+
 /** Statistics that fused ops hand to their own backward pass carry no gradient. */
 function differentiable(op: OpName, output: number): boolean {
-  if (op === 'rmsNorm' || op === 'attention' || op === 'crossEntropy' || op === 'linearCrossEntropy')
-    return output === 0
-  return true
+  return output === 0 || !withStatistics.has(op)
 }
 
 function hasGradient(item: OpCase): boolean {

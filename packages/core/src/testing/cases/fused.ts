@@ -187,6 +187,71 @@ const tokenCases = [
   ),
 ]
 
+/** Inputs of `routedExperts`: a plan whose experts begin at `offsets`. */
+function expertsInputs(tokens: number, topK: number, offsets: readonly number[], [features, inner]: [number, number]) {
+  const experts = offsets.length - 1
+  const plan = planInputs(tokens, topK)
+  const weights = [f32(experts, inner, features), f32(experts, inner, features), f32(experts, features, inner)]
+  const ends = given('i32', [experts + 1], offsets)
+  return [f32(tokens, features), ...weights, uniform(0.1, 1, tokens, topK), plan.order, plan.positions, ends]
+}
+const expertsCases = [
+  // Small, for finite differences.
+  opCase(
+    'routedExperts',
+    'few tokens, f32',
+    expertsInputs(5, 2, [0, 4, 4, 10], [4, 3]),
+    { precision: 'f32', saves: true },
+    { ...sum, compared: [0] },
+  ),
+  ...precisions.flatMap(precision => {
+    // More than a handful for each expert, none for one.
+    const inputs = expertsInputs(34, 3, [0, 20, 20, 43, 102], [12, 10])
+    const saved = [0, 1].map(() => ({ ...f32(102, 10), dtype: precision }))
+    const backward = [...inputs, ...saved, f32(34, 12)]
+    // In bf16 rows are rounded between the products as well, to 2^-9 of terms of size about 30, of which a few add up.
+    const tolerance = precision === 'bf16' ? rough(0.5) : sum
+    return [
+      opCase(
+        'routedExperts',
+        `for a gradient, ${precision}`,
+        inputs,
+        { precision, saves: true },
+        {
+          ...tolerance,
+          compared: [0],
+        },
+      ),
+      opCase(
+        'routedExperts',
+        `alone, ${precision}`,
+        inputs,
+        { precision, saves: false },
+        {
+          ...tolerance,
+          gradient: false,
+        },
+      ),
+      ...[
+        { name: 'all gradients', wanted: [true, true, true, true, true] },
+        { name: 'frozen experts', wanted: [true, false, false, false, true] },
+        { name: 'down alone', wanted: [false, false, false, true, false] },
+      ].map(({ name, wanted }) =>
+        opCase(
+          'routedExpertsBackward',
+          `${name}, ${precision}`,
+          backward,
+          { precision, wanted },
+          {
+            ...tolerance,
+            gradient: false,
+          },
+        ),
+      ),
+    ]
+  }),
+]
+
 const tables = (...shape: number[]) => [uniform(-1, 1, ...shape), uniform(-1, 1, ...shape)]
 const ropeCases = [true, false].flatMap(interleaved => [
   opCase(
@@ -326,6 +391,7 @@ export const fusedCases: readonly OpCase[] = [
     { ...sum, gradient: false },
   ),
   ...tokenCases,
+  ...expertsCases,
   ...groupedCases,
   opCase(
     'adamwStep',

@@ -1,0 +1,122 @@
+import { describe, expect, test } from 'vitest'
+import { gradients } from '../autograd/backward.ts'
+import type { Backend, FusedAttrs, Value } from '../backend.ts'
+import { fallbacks, noGrad, withPrecision } from '../context.ts'
+import { Random, randn } from '../random.ts'
+import { readF64, referenceBackend } from '../reference/index.ts'
+import { keep, scope } from '../scope.ts'
+import { runFused, Tensor, tensor } from '../tensor.ts'
+import { assertClose } from '../testing/index.ts'
+import { dispatchPlan, permuteTokens } from './dispatch.ts'
+import { groupedMatmul } from './grouped-matmul.ts'
+import { routedExperts, routedExpertsDefinition } from './routed-experts.ts'
+
+const [N, K, E, D, I] = [7, 2, 3, 5, 4]
+const plain = referenceBackend()
+const random = new Random(1)
+const leaves = [
+  [N, D],
+  [E, I, D],
+  [E, I, D],
+  [E, D, I],
+  [N, K],
+].map(shape => randn(shape, random, { backend: plain }))
+const indices = tensor(
+  Int32Array.from({ length: N * K }, (_, i) => (i * 5) % 2),
+  [N, K],
+  { backend: plain },
+)
+const plan = dispatchPlan(indices, E)
+const seed = randn([N, D], random, { backend: plain })
+
+/** A backend with a kernel that saves what its gradient needs, and what it was asked. */
+function saving() {
+  const asked: Array<FusedAttrs['routedExperts']> = []
+  const mine = (value: Value) => keep(new Tensor(plain, value.handle, value.shape, value.dtype))
+  const backend: Backend = {
+    ...plain,
+    name: 'saving',
+    fused: {
+      routedExperts(values, attrs) {
+        asked.push(attrs)
+        const inputs = values.map(mine)
+        const [x, gate, up, , , order, positions, offsets] = inputs
+        const results = noGrad(() => {
+          const rows = permuteTokens(x, { topK: K, order, positions, offsets, counts: offsets })
+          const saved = attrs.saves ? [gate, up].map(weight => groupedMatmul(rows, weight, offsets)) : []
+          return [...routedExpertsDefinition.decompose(inputs, attrs), ...saved]
+        })
+        return results.map(result => keep(result).handle)
+      },
+    },
+  }
+  const here = (x: Tensor) => keep(new Tensor(backend, plain.primitives.reshape([x], {}, [x])[0], x.shape, x.dtype))
+  return { backend, asked, here }
+}
+
+type Run = (inputs: Tensor[]) => Tensor
+/** Gradients of the inputs that are wanted. */
+function gradientsOf(run: Run, here: (x: Tensor) => Tensor, wanted: readonly boolean[]) {
+  return scope(() => {
+    const inputs = [...leaves, plan.order, plan.positions, plan.offsets].map(here)
+    const probes = inputs.map((input, i) => {
+      if (!wanted[i]) return input
+      input.tracked = true
+      return input.reshape([...input.shape, 1]).reshape(input.shape)
+    })
+    const found = gradients(run(probes).mul(here(seed)).sum(), probes)
+    return found.map(gradient => (gradient === null ? null : readF64(gradient)))
+  })
+}
+const fused: Run = inputs => runFused(routedExpertsDefinition, inputs, { precision: 'f32', saves: true })[0]
+const composed: Run = ([x, gate, up, down, weights]) => routedExperts(x, { gate, up, down }, weights, plan)
+
+describe('the gradient from what a kernel saved', () => {
+  test.each([
+    [true, true, true, true, true],
+    [true, false, false, false, true],
+    [false, true, false, false, false],
+    [false, false, true, false, false],
+    [false, false, false, true, false],
+    [true, false, false, false, false],
+  ])('is that of the ops one by one, of %s, %s, %s, %s, %s', (...wanted) => {
+    const { here } = saving()
+    const expected = gradientsOf(composed, x => keep(x.detach()), wanted)
+    const found = gradientsOf(fused, here, wanted)
+    expect(found.map(gradient => gradient !== null)).toEqual([...wanted, false, false, false])
+    found.forEach((gradient, i) => {
+      if (gradient === null) return
+      assertClose(`input ${i}`, gradient, expected[i] as Float64Array, { relative: 1e-12, absolute: 1e-12 })
+    })
+  })
+})
+
+describe('routedExperts', () => {
+  const call = (here: (x: Tensor) => Tensor, isTracked: boolean) => {
+    const [x, gate, up, down, weights] = leaves.map(here)
+    x.tracked = isTracked
+    const [order, positions, offsets, counts] = [plan.order, plan.positions, plan.offsets, plan.counts].map(here)
+    return routedExperts(x, { gate, up, down }, weights, { topK: K, order, positions, offsets, counts })
+  }
+
+  test('asks the kernel in bf16 alone, to save only where a gradient may be wanted', () => {
+    const { asked, here } = saving()
+    call(here, true)
+    expect(asked).toEqual([])
+    withPrecision('bf16', () => {
+      call(here, true)
+      call(here, false)
+      noGrad(() => call(here, true))
+    })
+    expect(asked.map(({ saves }) => saves)).toEqual([true, false, false])
+  })
+
+  test('without a kernel is no fallback', () => {
+    const before = fallbacks()
+    const out = withPrecision('bf16', () => call(x => keep(x.detach()), false))
+    expect(out.shape).toEqual([N, D])
+    expect(fallbacks().filter(({ op }) => op === 'routedExperts')).toEqual(
+      before.filter(({ op }) => op === 'routedExperts'),
+    )
+  })
+})

@@ -1,0 +1,118 @@
+/**
+ * @file The way of tokens to their experts, through them, and back, as one op: a kernel of it decides how the rows between the products are stored.
+ * N tokens, K choices each, M = N K rows in expert order, E experts, D features, I inner ones.
+ */
+import { context } from '../context.ts'
+import { needDtype, needShape } from '../infer.ts'
+import { scope } from '../scope.ts'
+import { type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+import {
+  combineTokensDefinition,
+  type DispatchPlan,
+  permuteTokensBackwardDefinition,
+  permuteTokensDefinition,
+} from './dispatch.ts'
+import { groupedMatmulDefinition, groupedMatmulWeightGradDefinition } from './grouped-matmul.ts'
+import { swigluBackwardDefinition, swigluDefinition } from './swiglu.ts'
+
+export const routedExpertsDefinition: FusedDefinition<'routedExperts'> = {
+  name: 'routedExperts',
+  infer([x, gate, up, down, weights, order, positions, offsets], { precision, saves }) {
+    for (const [name, value] of Object.entries({ input: x, gate, up, down, weights })) {
+      needDtype('routedExperts', name, value, 'f32')
+    }
+    needShape('routedExperts', 'input', x, [-1, -1])
+    const [tokens, features] = x.shape
+    needShape('routedExperts', 'gate', gate, [-1, -1, features])
+    const [experts, inner] = gate.shape
+    needShape('routedExperts', 'up', up, gate.shape)
+    needShape('routedExperts', 'down', down, [experts, features, inner])
+    needShape('routedExperts', 'weights', weights, [tokens, -1])
+    for (const [name, value] of Object.entries({ order, positions, offsets })) {
+      needDtype('routedExperts', name, value, 'i32')
+      needShape('routedExperts', name, value, [name === 'offsets' ? experts + 1 : weights.size])
+    }
+    const saved = { shape: [weights.size, inner], dtype: precision === 'bf16' ? 'bf16' : 'f32' } as const
+    return [{ shape: x.shape, dtype: 'f32' }, ...(saves ? [saved, saved] : [])]
+  },
+  decompose([x, gate, up, down, weights, order, positions, offsets], { precision }) {
+    const [rows_MD] = runFused(permuteTokensDefinition, [x, order, positions], { topK: weights.shape[1] })
+    const product = (a: Tensor, weight: Tensor) =>
+      runFused(groupedMatmulDefinition, [a, weight, offsets], { transposeW: true, precision })[0]
+    const [inner_MI] = runFused(swigluDefinition, [product(rows_MD, gate), product(rows_MD, up)], {})
+    return runFused(combineTokensDefinition, [product(inner_MI, down), weights, order, positions], {})
+  },
+  vjp({ inputs, outputs: [, ...saved], attrs: { precision }, needs }, [dout]) {
+    const none = inputs.map(() => null)
+    if (dout === null) return none
+    if (saved.length === 0) throw new Error('routedExperts saved nothing for its gradient')
+    const wanted = none.slice(0, 5).map((_, i) => needs(i))
+    const found = runFused(routedExpertsBackwardDefinition, [...inputs, ...saved, dout], { precision, wanted })
+    let next = 0
+    return none.map((_, i) => (wanted[i] ? found[next++] : null))
+  },
+}
+
+export const routedExpertsBackwardDefinition: FusedDefinition<'routedExpertsBackward'> = {
+  name: 'routedExpertsBackward',
+  infer: (inputs, { wanted }) =>
+    wanted.flatMap((isWanted, i) => (isWanted ? [{ shape: inputs[i].shape, dtype: 'f32' }] : [])),
+  decompose(inputs, { precision, wanted }) {
+    const [x, gate, up, down, weights, order, positions, offsets, gateSaved, upSaved, dout] = inputs
+    const [topK, rows] = [weights.shape[1], weights.size]
+    const toExperts = (of: Tensor) => runFused(permuteTokensDefinition, [of, order, positions], { topK })[0]
+    const back = (dy: Tensor, weight: Tensor) =>
+      runFused(groupedMatmulDefinition, [dy, weight, offsets], { transposeW: false, precision })[0]
+    const weightGradient = (of: Tensor, dy: Tensor) =>
+      runFused(groupedMatmulWeightGradDefinition, [of, dy, offsets], { precision })[0]
+    const [gate_MI, up_MI] = [gateSaved.cast('f32'), upSaved.cast('f32')]
+    const [inner_MI] = runFused(swigluDefinition, [gate_MI, up_MI], {})
+    const dout_MD = toExperts(dout)
+    // As if every choice had weight 1.
+    const dinner_MI = back(dout_MD, down)
+    const weights_M1 = weights.reshape([rows, 1]).takeRows(order)
+    const [dgate_MI, dup_MI] = runFused(swigluBackwardDefinition, [gate_MI, up_MI, dinner_MI.mul(weights_M1)], {})
+    const gradients = [
+      () => {
+        const dx_MD = back(dgate_MI, gate).add(back(dup_MI, up))
+        return runFused(permuteTokensBackwardDefinition, [dx_MD, positions], { topK })[0]
+      },
+      () => weightGradient(toExperts(x), dgate_MI),
+      () => weightGradient(toExperts(x), dup_MI),
+      () => weightGradient(inner_MI.mul(weights_M1), dout_MD),
+      () => dinner_MI.mul(inner_MI).sum(1).takeRows(positions).reshape(weights.shape),
+    ]
+    return gradients.filter((_, i) => wanted[i]).map(gradient => gradient())
+  },
+  vjp: null,
+}
+
+/** The weights of E nets down(silu(gate(x)) * up(x)). */
+export interface ExpertWeights {
+  /** `[E, I, D]`. */
+  readonly gate: Tensor
+  /** `[E, I, D]`. */
+  readonly up: Tensor
+  /** `[E, D, I]`. */
+  readonly down: Tensor
+}
+
+/**
+ * What the experts that the plan chose make of the tokens `x [N, D]`, weighted by `weights [N, K]` and summed: `[N, D]`. The same as permuteTokens, groupedMatmul by
+ * gate and up, swiglu, groupedMatmul by down and combineTokens, which it is in f32; in bf16 a backend may store rows between the products in bf16.
+ * @throws MoeError E_SHAPE, E_DTYPE
+ */
+export function routedExperts(x: Tensor, experts: ExpertWeights, weights: Tensor, plan: DispatchPlan): Tensor {
+  const { precision } = context
+  const { gate, up, down } = experts
+  const inputs = [x, gate, up, down, weights, plan.order, plan.positions, plan.offsets]
+  const saves = context.recording && inputs.some(input => input.tracked)
+  const attrs = { precision, saves }
+  if (precision === 'bf16' && x.backend.fused.routedExperts !== undefined) {
+    return runFused(routedExpertsDefinition, inputs, attrs)[0]
+  }
+  // There is nothing to gain, so this is no fallback.
+  routedExpertsDefinition.infer(inputs, attrs)
+  const compose = () => routedExpertsDefinition.decompose(inputs, attrs)[0]
+  return saves ? compose() : scope(compose)
+}
