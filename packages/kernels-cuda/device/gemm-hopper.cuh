@@ -48,11 +48,11 @@ MOE_DEVICE uint64_t operandIn(const unsigned char* stage, int k) {
   return Across ? operandAcross(stage + k * 128, 64 * 128) : operandAt(stage, k);
 }
 
-/// Works off the jobs blockIdx.x, + gridDim.x, ... below `jobs`. `jobOf(j)` is called by whole warps; `store(j, job, sums)` by the
-/// warpgroups. Between the two sides lie `Stages` places in shared memory, each `full` (the copies have landed) or `empty` (both
-/// warpgroups have read it) by turns.
-template <class Tile, bool AcrossA = false, bool AcrossB = false, class JobOf, class Store>
-MOE_DEVICE void workOff(const TensorMap& a, const TensorMap& b, int jobs, JobOf jobOf, Store store) {
+/// Works off the jobs blockIdx.x, + gridDim.x, ... below `jobs`. `jobOf(j)` is called by whole warps; `copy(to, full, job, t)` by one thread, starts
+/// the copies of step t, `stageBytes` in all; `store(j, job, sums)` by the warpgroups. Between the two sides lie `Stages` places in shared memory,
+/// each `full` (the copies have landed) or `empty` (both warpgroups have read it) by turns.
+template <class Tile, bool AcrossA, bool AcrossB, class JobOf, class Copy, class Store>
+MOE_DEVICE void workOffSteps(int jobs, JobOf jobOf, Copy copy, Store store) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(Barrier, full, [Tile::Stages]);
   MOE_SHARED(Barrier, empty, [Tile::Stages]);
@@ -72,7 +72,6 @@ MOE_DEVICE void workOff(const TensorMap& a, const TensorMap& b, int jobs, JobOf 
     if (++stage == Tile::Stages) stage = 0, parity ^= 1;
   };
   if (warp == Tile::Producer) {
-    if (lane == 0) prefetchMap(a), prefetchMap(b);
     for (int j = blockIdx.x; j < jobs; j += gridDim.x) {
       const HopperJob job = jobOf(j);
       for (int t = 0; t < job.steps; t++, next()) {
@@ -80,8 +79,7 @@ MOE_DEVICE void workOff(const TensorMap& a, const TensorMap& b, int jobs, JobOf 
           unsigned char* const to = stages + stage * Tile::stageBytes;
           wait(&empty[stage], parity ^ 1); // the first time round at once
           arriveAndExpect(&full[stage], Tile::stageBytes);
-          copyOperand<Tile::BM, AcrossA>(to, a, &full[stage], job.k + t * Tile::BK, job.rowA, job.matrixA);
-          copyOperand<Tile::BN, AcrossB>(to + Tile::bytesA, b, &full[stage], job.k + t * Tile::BK, job.rowB, job.matrixB);
+          copy(to, &full[stage], job, t);
         }
         __syncwarp();
       }
@@ -109,4 +107,17 @@ MOE_DEVICE void workOff(const TensorMap& a, const TensorMap& b, int jobs, JobOf 
     if (job.steps > 0 && lane == 0) arrive(&empty[last]);
     store(j, job, sums);
   }
+}
+
+/// The same, each step of 64 k of the operands.
+template <class Tile, bool AcrossA = false, bool AcrossB = false, class JobOf, class Store>
+MOE_DEVICE void workOff(const TensorMap& a, const TensorMap& b, int jobs, JobOf jobOf, Store store) {
+  if (threadIdx.x == Tile::Producer * 32) prefetchMap(a), prefetchMap(b);
+  workOffSteps<Tile, AcrossA, AcrossB>(
+      jobs, jobOf,
+      [&](unsigned char* to, Barrier* full, const HopperJob& job, int t) {
+        copyOperand<Tile::BM, AcrossA>(to, a, full, job.k + t * Tile::BK, job.rowA, job.matrixA);
+        copyOperand<Tile::BN, AcrossB>(to + Tile::bytesA, b, full, job.k + t * Tile::BK, job.rowB, job.matrixB);
+      },
+      store);
 }

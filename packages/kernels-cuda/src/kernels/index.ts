@@ -24,6 +24,7 @@ import { quantizedGroupedMatmul, quantizedMatmul } from './quantized-matmul/quan
 import { reduce } from './reduce/reduce.ts'
 import { rmsNorm, rmsNormBackward } from './rms-norm/rms-norm.ts'
 import { rope } from './rope/rope.ts'
+import { routedExperts, routedExpertsBackward } from './routed-experts/routed-experts.ts'
 import { routerTopk, routerTopkBackward } from './router-topk/router-topk.ts'
 import { scatterAddRows, setRows, takeRows } from './rows/rows.ts'
 import { softmax, softmaxBackward } from './softmax/softmax.ts'
@@ -79,6 +80,8 @@ export const fusedFactories: { readonly [F in FusedName]?: FusedFactory<F> } = {
   rmsNorm,
   rmsNormBackward,
   rope,
+  routedExperts,
+  routedExpertsBackward,
   routerTopk,
   routerTopkBackward,
   softmax,

@@ -209,7 +209,7 @@ const expertsCases = [
     const inputs = expertsInputs(34, 3, [0, 20, 20, 43, 102], [12, 10])
     const saved = [0, 1].map(() => ({ ...f32(102, 10), dtype: precision }))
     const backward = [...inputs, ...saved, f32(34, 12)]
-    // In bf16 rows are rounded between the products as well, to 2^-9 of terms of size about 30, of which a few add up.
+    // In bf16 rows are rounded between the products as well, to 2^-8 of terms of size about 30, of which a few add up.
     const tolerance = precision === 'bf16' ? rough(0.5) : sum
     return [
       opCase(

@@ -1,6 +1,7 @@
 // One bf16 product per expert on Hopper. As in grouped-matmul.cu the grid's jobs are as many tiles as any offsets could need.
 #include "expert-tile.cuh"
 #include "gemm-hopper.cuh"
+#include "packed-rows.cuh"
 
 /// y [N, n] = x [N, k] times the weight [k, n] of each row's expert ([n, k] when Transpose). A tile's rows are read beyond its expert's last one.
 template <class Tile, bool Transpose>
@@ -27,9 +28,6 @@ GROUPED(128x256_n, HopperLarge, false)
 GROUPED(128x256_t, HopperLarge, true)
 GROUPED(128x128_n, HopperSmall, false)
 GROUPED(128x128_t, HopperSmall, true)
-
-/// Where an expert's rows begin when they are summed over: each at a multiple of 64, with room for zeros up to the next one.
-MOE_DEVICE int packedStart(const int* offsets, int expert) { return offsets[expert] / 64 * 64 + expert * 64; }
 
 /// Rows [N, columns] of f32 to rows of `ld` bf16, where row r of an expert is packedStart + r. blockIdx.x = 64 rows of the result.
 MOE_KERNEL((256), moe_pack_groups_sm90a, (bf16* to, const float* from, const int* offsets, int experts, int columns, int ld)) {

@@ -4,7 +4,7 @@ import { boxColumns } from '../../tensor-map.ts'
 import { chooseTile, countTiles, type Matrix, paddedColumns, type Tile } from '../matmul/gemm.ts'
 import { hopperTiles, operandMap } from '../matmul-sm90a/product.ts'
 
-interface Sizes {
+export interface Sizes {
   readonly rows: number
   readonly n: number
   readonly k: number
@@ -42,24 +42,36 @@ export function hopperGrouped(cuda: Cuda) {
   }
 }
 
-/** dweight `[experts, n, k]` = dy^T x over the rows of each expert, dy `[rows, n]` and x `[rows, k]` in f32. */
-export function hopperWeightGradient(cuda: Cuda) {
+/** How many rows there are when every expert's begin at a multiple of 64 and are followed by zeros up to one (packed-rows.cuh). */
+export const packedRows = (rows: number, experts: number) =>
+  Math.floor(rows / boxColumns) * boxColumns + experts * boxColumns
+
+/** dweight `[experts, n, k]` = dy^T x over the rows of each expert, dy `[rows, n]` and x `[rows, k]` in bf16 and packed. */
+export function hopperPackedWeightGradient(cuda: Cuda) {
   const kernels = new Map(hopperTiles.map(({ name }) => [name, kernelOf(cuda, `bwd_sm90a_${name}`, 'p t t p i i i')]))
+  return (dweight: number, dy: Matrix, x: Matrix, offsets: number, { rows, n, k, experts }: Sizes): void => {
+    const jobs = (tile: Tile) => experts * countTiles(tile, n, k)
+    const tile = chooseTile(cuda, hopperTiles, jobs)
+    const operand = { matrices: 1, k: packedRows(rows, experts), across: true }
+    const left = operandMap(cuda, dy, { ...operand, outer: n, tile: tile.m })
+    const right = operandMap(cuda, x, { ...operand, outer: k, tile: tile.n })
+    kernels.get(tile.name)?.(launchOf(cuda, tile, jobs(tile)), dweight, left, right, offsets, n, k, experts)
+  }
+}
+
+/** The same of dy and x in f32, as they are. */
+export function hopperWeightGradient(cuda: Cuda) {
+  const multiply = hopperPackedWeightGradient(cuda)
   const packKernel = cuda.kernel('grouped-matmul-sm90a', 'moe_pack_groups_sm90a', 'p p p i i i')
-  return (dweight: number, dy: number, x: number, offsets: number, { rows, n, k, experts }: Sizes): void => {
-    // Every expert's rows begin at a multiple of 64 and are followed by zeros up to one.
-    const packed = Math.floor(rows / boxColumns) * boxColumns + experts * boxColumns
+  return (dweight: number, dy: number, x: number, offsets: number, sizes: Sizes): void => {
+    const { rows, n, k, experts } = sizes
+    const packed = packedRows(rows, experts)
     const pack = (from: number, columns: number): Matrix => {
       const ld = paddedColumns(columns)
       const { pointer } = cuda.scratch(packed * ld * 2)
       packKernel({ grid: packed / boxColumns, block: 256 }, pointer, from, offsets, experts, columns, ld)
       return { pointer, ld }
     }
-    const jobs = (tile: Tile) => experts * countTiles(tile, n, k)
-    const tile = chooseTile(cuda, hopperTiles, jobs)
-    const operand = { matrices: 1, k: packed, across: true }
-    const left = operandMap(cuda, pack(dy, n), { ...operand, outer: n, tile: tile.m })
-    const right = operandMap(cuda, pack(x, k), { ...operand, outer: k, tile: tile.n })
-    kernels.get(tile.name)?.(launchOf(cuda, tile, jobs(tile)), dweight, left, right, offsets, n, k, experts)
+    multiply(dweight, pack(dy, n), pack(x, k), offsets, sizes)
   }
 }

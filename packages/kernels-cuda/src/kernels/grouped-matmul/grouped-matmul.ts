@@ -1,9 +1,11 @@
 /** @file One matrix product per expert over ragged row ranges, and the gradient of the experts' weights. */
-import { type FusedFactory, pointerOf } from '../../native.ts'
+import type { Precision } from '@moe/core'
+import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { hopperGrouped, hopperWeightGradient } from '../grouped-matmul-sm90a/product.ts'
 import {
   chooseTile,
   countTiles,
+  type Matrix,
   mostFewRows,
   operands,
   roundToBf16,
@@ -11,6 +13,9 @@ import {
   tiles,
   wholeMatrix,
 } from '../matmul/gemm.ts'
+
+/** Rows for which weights are read in f32, by kernels for few rows: when k is a multiple of 4. */
+export const isFew = (rows: number, experts: number) => rows <= Math.min(mostFewRows * experts, 4096)
 
 const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 
@@ -37,7 +42,7 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
     if (rows * n === 0) return [y]
     // Every expert can begin a tile of rows, and so can the rows behind the last one; none is empty.
     const mostRowTiles = (size: number) => Math.min(rows, Math.ceil(rows / size) + experts)
-    if (transposeW && k % 4 === 0 && rows <= Math.min(mostFewRows * experts, 4096)) {
+    if (transposeW && k % 4 === 0 && isFew(rows, experts)) {
       few[precision](
         { grid: [Math.ceil(n / 4), mostRowTiles(mostFewRows)], block: 128 },
         y.pointer,
@@ -78,12 +83,33 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
   }
 }
 
-export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = cuda => {
-  const round = roundToBf16(cuda)
-  const onHopper = cuda.wgmma ? hopperWeightGradient(cuda) : undefined
+/** dweight `[experts, n, k]` = dy^T x over the rows of each expert. */
+export function weightGradient(cuda: Cuda) {
   const kernels = new Map(
     variants.map(tile => [tile, cuda.kernel('grouped-matmul', `moe_grouped_matmul_bwd_${tile}`, 'p p p p i i i i')]),
   )
+  type Sizes = { readonly n: number; readonly k: number; readonly experts: number }
+  return (precision: Precision, dweight: number, dy: Matrix, x: Matrix, offsets: number, sizes: Sizes): void => {
+    const { n, k, experts } = sizes
+    const tile = chooseTile(cuda, tiles[precision], t => experts * countTiles(t, n, k))
+    kernels.get(tile.name)?.(
+      { grid: [countTiles(tile, n, k), experts], block: tile.threads, shared: tile.shared },
+      dweight,
+      dy.pointer,
+      x.pointer,
+      offsets,
+      n,
+      k,
+      dy.ld,
+      x.ld,
+    )
+  }
+}
+
+export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = cuda => {
+  const round = roundToBf16(cuda)
+  const onHopper = cuda.wgmma ? hopperWeightGradient(cuda) : undefined
+  const multiply = weightGradient(cuda)
   return ([x, dy, offsets], { precision }, [spec]) => {
     const dweight = cuda.output(spec)
     const [experts, n, k] = spec.shape
@@ -94,18 +120,7 @@ export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = 
       return [dweight]
     }
     const [left, right] = operands(round, precision, [wholeMatrix(dy, rows, n), wholeMatrix(x, rows, k)])
-    const tile = chooseTile(cuda, tiles[precision], t => experts * countTiles(t, n, k))
-    kernels.get(tile.name)?.(
-      { grid: [countTiles(tile, n, k), experts], block: tile.threads, shared: tile.shared },
-      dweight.pointer,
-      left.pointer,
-      right.pointer,
-      pointerOf(offsets),
-      n,
-      k,
-      left.ld,
-      right.ld,
-    )
+    multiply(precision, dweight.pointer, left, right, pointerOf(offsets), { n, k, experts })
     return [dweight]
   }
 }

@@ -1,0 +1,71 @@
+// Products of the routed experts on Hopper, with results in bf16. Rows lie in expert order or, when `packed`, as packed-rows.cuh has them.
+#include "expert-tile.cuh"
+#include "gemm-hopper.cuh"
+#include "packed-rows.cuh"
+#include "rounded-tile.cuh"
+
+/// Where slots go when rows are packed: slots[r] is the slot of row r or -1, places[s] the row of slot s, which is none where the slot's position lies behind the
+/// last expert's; its dweights are zero then.
+MOE_KERNEL((256), moe_routed_experts_places_sm90a, (int* slots, int* places, float* dweights, const int* order, const int* offsets, int64_t rows, int M, int experts)) {
+  for (int64_t r = gridThread(); r < rows; r += gridThreads()) {
+    int expert = 0; // the last one that begins at r or before
+    for (int from = 1, to = experts; from < to;) {
+      const int middle = (from + to) / 2;
+      if (packedStart(offsets, middle) <= r) expert = middle, from = middle + 1;
+      else to = middle;
+    }
+    const int64_t p = offsets[expert] + (r - packedStart(offsets, expert));
+    const int slot = p < offsets[expert + 1] ? order[p] : -1;
+    const bool valid = slot >= 0 && slot < M;
+    slots[r] = valid ? slot : -1;
+    if (valid) places[slot] = (int)r;
+    if (r < offsets[experts] || r >= M) continue;
+    const int behind = order[r];
+    if (behind < 0 || behind >= M) continue;
+    places[behind] = -1;
+    if (dweights != nullptr) dweights[behind] = 0.f;
+  }
+}
+
+/// The tile's rows of a job, and the first of them in memory.
+template <class Tile>
+MOE_DEVICE HopperJob jobOfTile(int2 tile, const int* offsets, int rows, int experts, int steps, int packed) {
+  const ExpertTile found = expertTile<Tile::BM>(offsets, experts, rows, tile.x);
+  const bool product = found.expert >= 0 && found.expert < experts;
+  const int shift = packed && product ? packedStart(offsets, found.expert) - offsets[found.expert] : 0;
+  // Nobody has packed rows behind the last expert's.
+  const int stored = packed && !product ? 0 : found.end - found.row;
+  return {found.row + shift, 0, tile.y * Tile::BN, product ? found.expert : 0, 0, product ? steps : 0, stored};
+}
+
+/// y [rows, n] = x times the weight of each row's expert, [n, k] when Transpose, else [k, n] and with as many `pairs` of x and weight as there are, which add
+/// up. A tile's rows are read beyond its expert's last one.
+template <class Tile, bool Transpose>
+MOE_DEVICE void product(bf16* y, const TensorMap& x, const TensorMap& weight, const TensorMap& x2, const TensorMap& weight2, int pairs, const int* offsets, int rows, int n, int k, int experts,
+                        int ldy, int packed) {
+  const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(n, Tile::BN), steps = divUp(k, Tile::BK);
+  workOffSteps<Tile, false, !Transpose>(
+      rowTiles * columnTiles,
+      [&](int j) { return jobOfTile<Tile>(tileOf(j, rowTiles, columnTiles), offsets, rows, experts, steps * pairs, packed); },
+      [&](unsigned char* to, Barrier* full, const HopperJob& job, int t) {
+        const auto copy = [&](const TensorMap& a, const TensorMap& b, int at) {
+          copyOperand<Tile::BM, false>(to, a, full, at, job.rowA, 0);
+          copyOperand<Tile::BN, !Transpose>(to + Tile::bytesA, b, full, at, job.rowB, job.matrixB);
+        };
+        if (t < steps) copy(x, weight, t * Tile::BK);
+        else copy(x2, weight2, (t - steps) * Tile::BK);
+      },
+      [&](int, const HopperJob& job, typename Tile::Sums& sums) {
+        storeRounded<Tile>(y + (int64_t)job.rowA * ldy + job.rowB, ldy, job.rows, n - job.rowB, sums);
+      });
+}
+
+#define PRODUCT(name, Tile)                                                                                                                                    \
+  MOE_KERNEL((Tile::Threads, 1), moe_routed_experts_product_sm90a_##name##_t, (bf16* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const int* offsets, int rows, int n, int k, int experts, int ldy)) { \
+    product<Tile, true>(y, x, weight, x, weight, 1, offsets, rows, n, k, experts, ldy, 0);                                                                     \
+  }                                                                                                                                                            \
+  MOE_KERNEL((Tile::Threads, 1), moe_routed_experts_product_sm90a_##name##_n, (bf16* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x2, const __grid_constant__ TensorMap weight2, int pairs, const int* offsets, int rows, int n, int k, int experts, int ldy)) { \
+    product<Tile, false>(y, x, weight, x2, weight2, pairs, offsets, rows, n, k, experts, ldy, 1);                                                              \
+  }
+PRODUCT(128x256, HopperLarge)
+PRODUCT(128x128, HopperSmall)

@@ -1,0 +1,128 @@
+/** @file Products of the routed experts with results in bf16: of rows in expert order by `mma`, and of packed ones on Hopper. */
+import type { Cuda } from '../../native.ts'
+import { weightGradient } from '../grouped-matmul/grouped-matmul.ts'
+import { hopperPackedWeightGradient, packedRows, type Sizes } from '../grouped-matmul-sm90a/product.ts'
+import { chooseTile, type Matrix, type Tile, tiles } from '../matmul/gemm.ts'
+import { hopperTiles, operandMap } from '../matmul-sm90a/product.ts'
+
+/** An operand of rows, and the weights of all experts. */
+export type Pair = readonly [x: Matrix, weight: Matrix]
+
+/** Where rows lie that are summed over. */
+export interface Layout {
+  /** Rows in memory, some of them nobody's. */
+  readonly rows: number
+  /** Address of the slot of each row, and of the row of each slot. */
+  readonly slots: number
+  readonly places: number
+}
+
+export interface ExpertProducts {
+  /** y `[rows, n]` = x `[rows, k]` times the weight `[experts, n, k]` of each row's expert, in expert order. */
+  forward(y: Matrix, pair: Pair, offsets: number, sizes: Sizes): void
+  /** Where rows lie for what follows; zeros in dweights (null: 0) for slots that no expert has. */
+  layout(
+    order: number,
+    positions: number,
+    offsets: number,
+    dweights: number,
+    sizes: { rows: number; experts: number },
+  ): Layout
+  /** y `[rows, n]` = the sum of up to two x `[rows, k]` times the weight `[experts, k, n]` of each row's expert, laid out. */
+  backward(y: Matrix, pairs: readonly Pair[], offsets: number, sizes: Sizes): void
+  /** dweight `[experts, n, k]` = dy^T x over the rows of each expert, laid out, with zeros in rows that are nobody's. */
+  weightGradient(dweight: number, dy: Matrix, x: Matrix, offsets: number, sizes: Sizes): void
+}
+
+/** Every expert can begin a tile of rows, and so can the rows behind the last one; none is empty. */
+const countJobs = (tile: Tile, { rows, n, experts }: Sizes) =>
+  Math.min(rows, Math.ceil(rows / tile.m) + experts) * Math.ceil(n / tile.n)
+
+export function expertProducts(cuda: Cuda): ExpertProducts {
+  const load = (tile: Tile, form: string, signature: string) =>
+    cuda.kernel('routed-experts', `moe_routed_experts_product_${tile.name}_${form}`, signature)
+  const among = tiles.bf16
+  const kernels = new Map(
+    among.map(tile => [
+      tile,
+      { t: load(tile, 't', 'p p p p i i i i i i i'), n: load(tile, 'n', 'p p p p p i p i i i i i i i') },
+    ]),
+  )
+  const gradient = weightGradient(cuda)
+  const launchOf = (sizes: Sizes) => {
+    const tile = chooseTile(cuda, among, t => countJobs(t, sizes))
+    return {
+      kernel: kernels.get(tile),
+      launch: { grid: countJobs(tile, sizes), block: tile.threads, shared: tile.shared },
+    }
+  }
+  const numbers = ({ rows, n, k, experts }: Sizes, y: Matrix, [x, weight]: Pair) => [
+    rows,
+    n,
+    k,
+    experts,
+    y.ld,
+    x.ld,
+    weight.ld,
+  ]
+  return {
+    forward(y, pair, offsets, sizes) {
+      const { kernel, launch } = launchOf(sizes)
+      const [x, weight] = pair
+      kernel?.t(launch, y.pointer, x.pointer, weight.pointer, offsets, ...numbers(sizes, y, pair))
+    },
+    layout: (order, positions, _offsets, _dweights, { rows }) => ({ rows, slots: order, places: positions }),
+    backward(y, pairs, offsets, sizes) {
+      const { kernel, launch } = launchOf(sizes)
+      const [first, second = first] = pairs.map(pair => pair.map(({ pointer }) => pointer))
+      kernel?.n(launch, y.pointer, ...first, ...second, pairs.length, offsets, ...numbers(sizes, y, pairs[0]))
+    },
+    weightGradient: (dweight, dy, x, offsets, sizes) => gradient('bf16', dweight, dy, x, offsets, sizes),
+  }
+}
+
+export function hopperExpertProducts(cuda: Cuda): ExpertProducts {
+  const load = (name: string, signature: string) =>
+    cuda.kernel('routed-experts-sm90a', `moe_routed_experts_${name}`, signature)
+  const product = (tile: Tile, form: string, signature: string) => load(`product_sm90a_${tile.name}_${form}`, signature)
+  const kernels = new Map(
+    hopperTiles.map(tile => [
+      tile,
+      { t: product(tile, 't', 'p t t p i i i i i'), n: product(tile, 'n', 'p t t t t i p i i i i i') },
+    ]),
+  )
+  const places = load('places_sm90a', 'p p p p p l i i')
+  const weightGradient = hopperPackedWeightGradient(cuda)
+  const launchOf = (sizes: Sizes) => {
+    const tile = chooseTile(cuda, hopperTiles, t => countJobs(t, sizes))
+    const grid = Math.min(countJobs(tile, sizes), cuda.multiprocessors)
+    return { tile, kernel: kernels.get(tile), launch: { grid, block: tile.threads, shared: tile.shared } }
+  }
+  return {
+    forward(y, [x, weight], offsets, sizes) {
+      const { rows, n, k, experts } = sizes
+      const { tile, kernel, launch } = launchOf(sizes)
+      const left = operandMap(cuda, x, { matrices: 1, outer: rows, tile: tile.m, k, across: false })
+      const right = operandMap(cuda, weight, { matrices: experts, outer: n, tile: tile.n, k, across: false })
+      kernel?.t(launch, y.pointer, left, right, offsets, rows, n, k, experts, y.ld)
+    },
+    layout(order, _positions, offsets, dweights, { rows, experts }) {
+      const packed = packedRows(rows, experts)
+      const [slots, at] = [packed, rows].map(count => cuda.scratch(count * 4).pointer)
+      const grid = Math.min(Math.ceil(packed / 256), cuda.multiprocessors * 16)
+      places({ grid, block: 256 }, slots, at, dweights, order, offsets, packed, rows, experts)
+      return { rows: packed, slots, places: at }
+    },
+    backward(y, pairs, offsets, sizes) {
+      const { rows, n, k, experts } = sizes
+      const { tile, kernel, launch } = launchOf(sizes)
+      const outer = packedRows(rows, experts)
+      const [first, second = first] = pairs.map(([x, weight]) => [
+        operandMap(cuda, x, { matrices: 1, outer, tile: tile.m, k, across: false }),
+        operandMap(cuda, weight, { matrices: experts, outer: n, tile: tile.n, k, across: true }),
+      ])
+      kernel?.n(launch, y.pointer, ...first, ...second, pairs.length, offsets, rows, n, k, experts, y.ld)
+    },
+    weightGradient,
+  }
+}

@@ -1,0 +1,165 @@
+// What lies between the products of the routed experts, in bf16: rows of M = N K slots, in expert order, and products that give them.
+// `slots` says whose a row is (slot = token * K + choice; none of 0 .. M-1: nobody's), `places` where a slot's row is. A row has `ld` elements,
+// a multiple of 8; gate's and up's results, which are tensors, have I.
+#include "../permute-tokens/row-slices.cuh"
+#include "expert-tile.cuh"
+#include "rounded-tile.cuh"
+
+struct Eight {
+  float v[8];
+};
+template <class F>
+MOE_DEVICE Eight eight(F&& f) {
+  return {{f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)}};
+}
+/// Elements i .. i+7 of a row, of which n exist; n is a multiple of 8 when Whole.
+template <bool Whole>
+MOE_DEVICE Eight load8(const bf16* row, int i, int n) {
+  if constexpr (Whole) {
+    const uint4 x = *(const uint4*)(row + i);
+    return {{lowBf16(x.x), highBf16(x.x), lowBf16(x.y), highBf16(x.y), lowBf16(x.z), highBf16(x.z), lowBf16(x.w), highBf16(x.w)}};
+  } else {
+    return eight([&](int j) { return i + j < n ? toFloat(row[i + j]) : 0.f; });
+  }
+}
+MOE_DEVICE void store8(bf16* to, const Eight& x) {
+  *(uint4*)to = make_uint4(packBf16(x.v[0], x.v[1]), packBf16(x.v[2], x.v[3]), packBf16(x.v[4], x.v[5]), packBf16(x.v[6], x.v[7]));
+}
+
+/// f(i) for i = 0, 8, 16 .. below n that this lane has in its slice.
+template <class F>
+MOE_DEVICE void eachEightOfSlice(int n, F&& f) {
+  const int begin = (int)blockIdx.y * rowSlice, end = begin + rowSlice < n ? begin + rowSlice : n;
+  for (int i = begin + 8 * (int)(threadIdx.x % 32); i < end; i += 256) f(i);
+}
+
+/// to[r] = from[slots[r] / K]; zeros where a row is nobody's.
+MOE_KERNEL((256), moe_routed_experts_gather_bf16, (bf16* to, const bf16* __restrict__ from, const int* slots, int64_t rows, int K, int64_t tokens, int ld)) {
+  const int64_t r = rowOfWarp();
+  if (r >= rows) return;
+  const int slot = slots[r];
+  const int64_t token = slot < 0 ? tokens : slot / K;
+  eachEightOfSlice(ld, [&](int i) {
+    *(uint4*)(to + r * ld + i) = token < tokens ? *(const uint4*)(from + token * ld + i) : make_uint4(0, 0, 0, 0);
+  });
+}
+
+/// out[n] = sum over k of weights[n, k] * y[places[n K + k]], y one of `rows`; without weights they are 1.
+template <bool Whole>
+MOE_DEVICE void combine(float* out, const bf16* y, const float* weights, const int* places, int64_t tokens, int K, int64_t rows, int D, int ld) {
+  const int64_t n = rowOfWarp();
+  if (n >= tokens) return;
+  eachEightOfSlice(D, [&](int i) {
+    Eight total = {};
+#pragma unroll 4
+    for (int64_t s = n * K; s < (n + 1) * K; s++) {
+      const int r = places[s];
+      if (r < 0 || r >= rows) continue;
+      const Eight part = load8<Whole>(y + (int64_t)r * ld, i, D);
+      const float weight = weights != nullptr ? weights[s] : 1.f;
+      for (int j = 0; j < 8; j++) total.v[j] += weight * part.v[j];
+    }
+    float* const to = out + n * D;
+    if constexpr (Whole) {
+      store4(to, i, Four{{total.v[0], total.v[1], total.v[2], total.v[3]}});
+      store4(to, i + 4, Four{{total.v[4], total.v[5], total.v[6], total.v[7]}});
+    } else {
+      for (int j = 0; j < 8 && i + j < D; j++) to[i + j] = total.v[j];
+    }
+  });
+}
+MOE_KERNEL((256), moe_routed_experts_combine_bf16, (float* out, const bf16* y, const float* weights, const int* places, int64_t tokens, int K, int64_t rows, int D, int ld)) {
+  if (D % 8 == 0) combine<true>(out, y, weights, places, tokens, K, rows, D, ld);
+  else combine<false>(out, y, weights, places, tokens, K, rows, D, ld);
+}
+
+/// inner = silu(gate) * up, with zeros from I to ld.
+template <bool Whole>
+MOE_DEVICE void swiglu(bf16* inner, const bf16* gate, const bf16* up, int64_t rows, int I, int ld) {
+  const int perRow = ld / 8;
+  for (int64_t at = gridThread(); at < rows * perRow; at += gridThreads()) {
+    const int64_t row = at / perRow;
+    const int i = (int)(at - row * perRow) * 8;
+    const Eight g = load8<Whole>(gate + row * I, i, I), u = load8<Whole>(up + row * I, i, I);
+    store8(inner + at * 8, eight([&](int j) { return g.v[j] * sigmoid(g.v[j]) * u.v[j]; }));
+  }
+}
+MOE_KERNEL((256), moe_routed_experts_swiglu_fwd_bf16, (bf16* inner, const bf16* gate, const bf16* up, int64_t rows, int I, int ld)) {
+  if (I % 8 == 0) swiglu<true>(inner, gate, up, rows, I, ld);
+  else swiglu<false>(inner, gate, up, rows, I, ld);
+}
+
+/// From dinner, as if every slot had weight 1: dgate and dup with the slot's weight, inner times it, and dweights, the product of dinner and inner; null:
+/// not wanted. dgate may be dinner. gate and up lie at positions, in expert order; all else is in rows. A warp has a row.
+template <bool Whole>
+MOE_DEVICE void swigluGradient(bf16* dgate, bf16* dup, bf16* weighted, float* dweights, const bf16* dinner, const bf16* gate, const bf16* up, const float* weights,
+                               const int* slots, const int* positions, int64_t rows, int M, int I, int ld) {
+  const int64_t r = rowOfWarp();
+  if (r >= rows) return;
+  const int slot = slots[r];
+  const int64_t p = slot >= 0 && slot < M ? positions[slot] : -1;
+  const bool valid = p >= 0 && p < M;
+  const float weight = valid ? weights[slot] : 0.f;
+  float dot = 0.f;
+  for (int i = 8 * (int)(threadIdx.x % 32); i < ld; i += 256) {
+    Eight dg = {}, du = {}, in = {};
+    if (valid) {
+      const Eight d = load8<Whole>(dinner + r * ld, i, I), g = load8<Whole>(gate + p * I, i, I), u = load8<Whole>(up + p * I, i, I);
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const float s = sigmoid(g.v[j]), silu = g.v[j] * s, own = d.v[j] * weight;
+        dot += d.v[j] * (silu * u.v[j]);
+        in.v[j] = weight * (silu * u.v[j]);
+        // d silu(g) / dg = s (1 + g (1 - s))
+        dg.v[j] = own * u.v[j] * (s * (1.f + g.v[j] * (1.f - s)));
+        du.v[j] = own * silu;
+      }
+    }
+    if (dgate != nullptr) store8(dgate + r * ld + i, dg);
+    if (dup != nullptr) store8(dup + r * ld + i, du);
+    if (weighted != nullptr) store8(weighted + r * ld + i, in);
+  }
+  dot = warpSum(dot);
+  if (dweights != nullptr && valid && threadIdx.x % 32 == 0) dweights[slot] = dot;
+}
+MOE_KERNEL((256), moe_routed_experts_swiglu_bwd_bf16,
+           (bf16* dgate, bf16* dup, bf16* weighted, float* dweights, const bf16* dinner, const bf16* gate, const bf16* up, const float* weights, const int* slots,
+            const int* positions, int64_t rows, int M, int I, int ld)) {
+  if (I % 8 == 0) swigluGradient<true>(dgate, dup, weighted, dweights, dinner, gate, up, weights, slots, positions, rows, M, I, ld);
+  else swigluGradient<false>(dgate, dup, weighted, dweights, dinner, gate, up, weights, slots, positions, rows, M, I, ld);
+}
+
+/// y [rows, n] = x [rows, k] times the weight of each row's expert, [n, k] when TransposeW, else [k, n] and with as many `pairs` of x and weight as there are,
+/// which add up.
+template <class Tile, bool TransposeW>
+MOE_DEVICE void product(bf16* y, const bf16* x, const bf16* weight, const bf16* x2, const bf16* weight2, int pairs, const int* offsets, int rows, int n, int k, int experts, int ldy, int ldx,
+                        int ldw) {
+  MOE_DYNAMIC_SHARED(shared);
+  const int2 tile = tileOf(blockIdx.x, min(rows, divUp(rows, Tile::BM) + experts), divUp(n, Tile::BN));
+  const ExpertTile found = expertTile<Tile::BM>(offsets, experts, rows, tile.x);
+  if (found.expert < 0) return;
+  const int column = tile.y * Tile::BN;
+  typename Tile::Sums sums = {};
+  if (found.expert < experts) {
+    const int64_t at = (int64_t)found.expert * (TransposeW ? n : k) * ldw + (TransposeW ? (int64_t)column * ldw : column);
+#pragma unroll 1
+    for (int pair = 0; pair < (TransposeW ? 1 : pairs); pair++) {
+      if (pair > 0) __syncthreads(); // the first product's last step has been read
+      const bf16* const left = pair == 0 ? x : x2;
+      const bf16* const right = pair == 0 ? weight : weight2;
+      Tile::template multiply<false, TransposeW>(sums, shared, {left + (int64_t)found.row * ldx, ldx, found.end - found.row}, {right + at, ldw, n - column}, k);
+    }
+  }
+  storeRounded<Tile>(y + (int64_t)found.row * ldy + column, ldy, found.end - found.row, n - column, sums);
+}
+
+#define PRODUCT(blocks, name, Tile)                                                                                                                              \
+  MOE_KERNEL((Tile::Threads, blocks), moe_routed_experts_product_bf16_##name##_t, (bf16* y, const bf16* x, const bf16* weight, const int* offsets, int rows, int n, int k, int experts, int ldy, int ldx, int ldw)) { \
+    product<Tile, true>(y, x, weight, nullptr, nullptr, 1, offsets, rows, n, k, experts, ldy, ldx, ldw);                                                         \
+  }                                                                                                                                                              \
+  MOE_KERNEL((Tile::Threads, blocks), moe_routed_experts_product_bf16_##name##_n, (bf16* y, const bf16* x, const bf16* weight, const bf16* x2, const bf16* weight2, int pairs, const int* offsets, int rows, int n, int k, int experts, int ldy, int ldx, int ldw)) { \
+    product<Tile, false>(y, x, weight, x2, weight2, pairs, offsets, rows, n, k, experts, ldy, ldx, ldw);                                                         \
+  }
+PRODUCT(1, 128x256, Bf16Large)
+PRODUCT(1, 128x128, Bf16Medium)
+PRODUCT(1, 64x64, Bf16Small)

@@ -1,0 +1,286 @@
+import {
+  backward,
+  dispatchPlan,
+  fallbacks,
+  Parameter,
+  Random,
+  routedExperts,
+  scope,
+  type Tensor,
+  tensor,
+  withPrecision,
+} from '@moe/core'
+import { normalizedError } from '@moe/core/testing'
+import { describe, expect, test } from 'vitest'
+import type { CudaBackend } from '../../backend.ts'
+import { exact } from '../../test-against-cpu.ts'
+import { reverseOrder, testBackend, unavailable, wgmmaVariants } from '../../test-backend.ts'
+import { expectedOf, type Numbers, type Results, type Sizes } from './expected.ts'
+
+type Case = Sizes & { readonly name: string; readonly among?: readonly number[] }
+
+const cases: readonly Case[] = [
+  { name: 'empty experts, first, last and between', N: 70, K: 3, E: 6, D: 40, I: 24, among: [1, 2, 4] },
+  { name: 'sizes that are no multiples', N: 50, K: 2, E: 3, D: 33, I: 17 },
+  { name: 'even sizes that are no multiples of 8', N: 90, K: 2, E: 2, D: 30, I: 22 },
+  { name: 'more experts than a warp has lanes', N: 130, K: 4, E: 40, D: 24, I: 40 },
+  { name: 'several tiles of features', N: 150, K: 1, E: 2, D: 300, I: 9 },
+  { name: 'several tiles of inner features', N: 70, K: 2, E: 1, D: 12, I: 290 },
+  { name: 'rows that fill tiles', N: 256, K: 1, E: 2, D: 16, I: 16 },
+  { name: 'few rows of odd sizes', N: 3, K: 2, E: 4, D: 5, I: 7 },
+  { name: 'one of each', N: 1, K: 1, E: 1, D: 1, I: 1 },
+]
+
+function chosenOf({ N, K, E, among = Array.from({ length: E }, (_, e) => e) }: Case): Int32Array {
+  const random = new Random(5)
+  return Int32Array.from({ length: N * K }, () => among[random.integer(among.length)])
+}
+
+/** Normal numbers that bf16 has, weights of products so that results are of size 1. */
+function normalNumbers(sizes: Case): Numbers {
+  const { N, K, E, D, I } = sizes
+  const random = new Random(N)
+  const of = (...shape: number[]) => exact(random, ...shape).data as Float32Array
+  const scaled = (data: Float32Array, size: number) => data.map(value => value * 2 ** -Math.round(Math.log2(size) / 2))
+  return {
+    ...sizes,
+    x: of(N, D),
+    gate: scaled(of(E, I, D), D),
+    up: scaled(of(E, I, D), D),
+    down: scaled(of(E, D, I), I),
+    weights: of(N, K),
+    chosen: chosenOf(sizes),
+    dout: of(N, D),
+  }
+}
+
+/**
+ * Powers of two such that no rounding changes anything: tokens and gradients have one element each, down one a row; gate's results are so large that silu
+ * is the identity.
+ */
+function exactNumbers(sizes: Case): Numbers {
+  const { N, K, E, D, I } = sizes
+  const random = new Random(N + 1)
+  const any = (...values: number[]) => values[random.integer(values.length)]
+  const fill = (size: number, value: () => number) => Float32Array.from({ length: size }, value)
+  const oneOf = (rows: number, columns: number, at: (row: number) => number) => {
+    const data = new Float32Array(rows * columns)
+    for (let r = 0; r < rows; r++) data[r * columns + (at(r) % columns)] = any(1, 2)
+    return data
+  }
+  return {
+    ...sizes,
+    x: oneOf(N, D, n => n * 7 + 3),
+    gate: fill(E * I * D, () => any(32, 64)),
+    up: fill(E * I * D, () => any(-2, -1, 1, 2)),
+    down: oneOf(E * D, I, r => r * 5 + Math.floor(r / D)).map(value => value * any(-1, 1)),
+    weights: fill(N * K, () => any(0.5, 1, 2)),
+    chosen: chosenOf(sizes),
+    dout: oneOf(N, D, n => n * 3 + 1),
+  }
+}
+
+/** Parameters on a backend; those that are frozen get no gradient. */
+function parametersOf(numbers: Numbers, backend: CudaBackend, frozen: readonly string[] = []) {
+  const { N, K, E, D, I } = numbers
+  const shapes = { x: [N, D], gate: [E, I, D], up: [E, I, D], down: [E, D, I], weights: [N, K] }
+  const made = Object.entries(shapes).map(([name, shape]) => {
+    const data = tensor(numbers[name as keyof typeof shapes], shape, { backend })
+    return [name, new Parameter(data, { trainable: !frozen.includes(name) })] as const
+  })
+  return Object.fromEntries(made) as Record<keyof typeof shapes, Parameter>
+}
+
+function forward(numbers: Numbers, backend: CudaBackend, { x, weights, ...experts }: ReturnType<typeof parametersOf>) {
+  const indices = tensor(numbers.chosen, [numbers.N, numbers.K], { backend })
+  const plan = dispatchPlan(indices, numbers.E)
+  return withPrecision('bf16', () => routedExperts(x, experts, weights, plan))
+}
+
+/** Results here, and that the device did not decline. */
+async function resultsOf(numbers: Numbers, backend: CudaBackend, frozen: readonly string[] = []) {
+  const declined = JSON.stringify(fallbacks())
+  const parameters = parametersOf(numbers, backend, frozen)
+  const out = scope(() => {
+    const result = forward(numbers, backend, parameters)
+    backward(result, { gradient: tensor(numbers.dout, result.shape, { backend }) })
+    return result.detach()
+  })
+  expect(JSON.stringify(fallbacks())).toBe(declined)
+  const found: Record<string, Float32Array | null> = { out: (await out.values()) as Float32Array }
+  for (const [name, parameter] of Object.entries(parameters)) {
+    found[`d${name}`] = parameter.grad === null ? null : ((await parameter.grad.values()) as Float32Array)
+    parameter.zeroGrad()
+    parameter.dispose()
+  }
+  out.dispose()
+  expect(backend.stats().handles).toBe(0)
+  return found
+}
+
+async function onBackend<T>(wgmma: boolean, fn: (backend: CudaBackend) => Promise<T>): Promise<T> {
+  const backend = await testBackend({ wgmma })
+  try {
+    return await fn(backend)
+  } finally {
+    backend.dispose()
+  }
+}
+
+describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmma => {
+  test.each(cases)('$name: exact numbers', async sizes => {
+    const numbers = exactNumbers(sizes)
+    const found = await onBackend(wgmma, backend => resultsOf(numbers, backend))
+    for (const [name, { values }] of Object.entries(expectedOf(numbers))) {
+      // All are multiples of a half; silu is less than the identity by 1e-12.
+      const wrong = found[name]?.findIndex((value, i) => value !== Math.round(values[i] * 2) / 2) as number
+      expect(wrong, `${name}[${wrong}] is ${found[name]?.[wrong]}, not ${values[wrong]}`).toBe(-1)
+    }
+  })
+
+  test.each(cases)('$name: normal numbers', async sizes => {
+    const numbers = normalNumbers(sizes)
+    const found = await onBackend(wgmma, backend => resultsOf(numbers, backend))
+    for (const [name, { values, bounds }] of Object.entries(expectedOf(numbers)) as Array<[string, Results['out']]>) {
+      const actual = found[name] as Float32Array
+      const largest = values.reduce((most, value) => Math.max(most, Math.abs(value)), 0)
+      // Second orders, and sums in f32.
+      const beyond = actual.findIndex((value, i) => !(Math.abs(value - values[i]) <= bounds[i] * 1.05 + largest * 1e-5))
+      expect(beyond, `${name}[${beyond}] is ${actual[beyond]}, not ${values[beyond]} +- ${bounds[beyond]}`).toBe(-1)
+      // Half a dozen roundings, each with a variance of a sixth of 2^-16 at most.
+      if (sizes.N > 10) expect(normalizedError(actual, values), name).toBeLessThan(2 ** -15)
+    }
+  })
+
+  test('the same bits in every run, in any order of blocks', async () => {
+    const numbers = normalNumbers(cases[0])
+    const first = await onBackend(wgmma, backend => resultsOf(numbers, backend))
+    const second = await onBackend(wgmma, backend => {
+      reverseOrder(true)
+      return resultsOf(numbers, backend)
+    })
+    expect(second).toEqual(first)
+  })
+
+  test('frozen parameters change no other gradient, and cost nothing', async () => {
+    const numbers = normalNumbers(cases[0])
+    const names = ['x', 'gate', 'up', 'down', 'weights']
+    await onBackend(wgmma, async backend => {
+      const launched = async (frozen: readonly string[]) => {
+        const before = backend.stats().launches
+        return { found: await resultsOf(numbers, backend, frozen), launches: backend.stats().launches - before }
+      }
+      const all = await launched([])
+      const sets = [...names.map(name => [name]), ...names.map(name => names.filter(other => other !== name))]
+      for (const frozen of [...sets, ['gate', 'up', 'down']]) {
+        const { found, launches } = await launched(frozen)
+        for (const name of names) {
+          expect(found[`d${name}`], `${name} without ${frozen}`).toEqual(
+            frozen.includes(name) ? null : all.found[`d${name}`],
+          )
+        }
+        // The gradient of the gates comes with that of SwiGLU.
+        if (frozen.join() !== 'weights') expect(launches, `without ${frozen}`).toBeLessThan(all.launches)
+      }
+    })
+  })
+
+  test('NaN and infinity stay with their tokens and their experts', async () => {
+    const sizes = { ...cases[0], N: 60, K: 1 }
+    const numbers = { ...normalNumbers(sizes), chosen: Int32Array.from({ length: 60 }, (_, n) => [1, 2, 4][n % 3]) }
+    numbers.x[4 * sizes.D] = Number.NaN
+    numbers.dout[7 * sizes.D + 1] = Number.POSITIVE_INFINITY
+    const found = await onBackend(wgmma, backend => resultsOf(numbers, backend))
+    const finite = (data: Float32Array | null, size: number) =>
+      Array.from({ length: (data as Float32Array).length / size }, (_, i) => i).filter(i =>
+        data?.subarray(i * size, (i + 1) * size).every(Number.isFinite),
+      )
+    const others = (without: number[], count: number) =>
+      Array.from({ length: count }, (_, i) => i).filter(i => !without.includes(i))
+    const { D, I, E } = sizes
+    expect(finite(found.out, D)).toEqual(others([4], 60))
+    expect(finite(found.dx, D)).toEqual(others([4, 7], 60))
+    expect(finite(found.dweights, 1)).toEqual(others([4, 7], 60))
+    // Tokens 4 and 7 are expert 2's.
+    for (const name of ['dgate', 'dup', 'ddown']) expect(finite(found[name], D * I), name).toEqual(others([2], E))
+  })
+
+  test('keeps the results of gate and up in bf16 and nothing else, and only for a gradient', async () => {
+    const numbers = normalNumbers(cases[0])
+    const { N, K, I, D } = numbers
+    await onBackend(wgmma, async backend => {
+      for (const frozen of [[], ['x', 'gate', 'up', 'down', 'weights']]) {
+        const parameters = parametersOf(numbers, backend, frozen)
+        scope(() => {
+          const indices = tensor(numbers.chosen, [N, K], { backend })
+          const plan = dispatchPlan(indices, numbers.E)
+          const { x, weights, ...experts } = parameters
+          const before = backend.stats().bytes
+          const out = withPrecision('bf16', () => routedExperts(x, experts, weights, plan))
+          const saved = frozen.length === 0 ? 2 * N * K * I * 2 : 0
+          expect(backend.stats().bytes - before).toBe(N * D * 4 + saved)
+          out.dispose()
+        })
+        for (const parameter of Object.values(parameters)) parameter.dispose()
+      }
+    })
+  })
+
+  test('declines what the ops one by one do better, and nothing is no trouble', async () => {
+    await onBackend(wgmma, async backend => {
+      const declined = () =>
+        fallbacks().find(({ backend: name, op }) => name === backend.name && op === 'routedExperts')?.count ?? 0
+      for (const sizes of [
+        { name: 'few rows', N: 8, K: 2, E: 2, D: 8, I: 4 },
+        { name: 'no tokens', N: 0, K: 2, E: 2, D: 8, I: 4 },
+      ]) {
+        const numbers = normalNumbers(sizes)
+        const parameters = parametersOf(numbers, backend)
+        const before = declined()
+        const values = scope(() => {
+          const out = forward(numbers, backend, parameters)
+          backward(out, { gradient: tensor(numbers.dout, out.shape, { backend }) })
+          return out.detach()
+        })
+        expect(declined()).toBe(before + 1)
+        expect((await values.values()).length).toBe(sizes.N * sizes.D)
+        expect(parameters.down.grad?.shape).toEqual([2, 8, 4])
+      }
+    })
+  })
+
+  test('a graph replays it, with other tokens', async () => {
+    const numbers = normalNumbers(cases[0])
+    const backend = await testBackend({ wgmma, guarded: false })
+    const parameters = parametersOf(numbers, backend)
+    const gradient = tensor(numbers.dout, [numbers.N, numbers.D], { backend })
+    const step = (): Tensor[] =>
+      scope(() => {
+        const out = forward(numbers, backend, parameters)
+        backward(out, { gradient })
+        const results = [out.detach(), ...Object.values(parameters).map(({ grad }) => (grad as Tensor).detach())]
+        for (const parameter of Object.values(parameters)) parameter.zeroGrad()
+        return results
+      })
+    const values = async (tensors: Tensor[]) => Promise.all(tensors.map(t => t.values()))
+    step()
+    const graph = backend.capture(step)
+    for (const seed of [1, 2]) {
+      backend.write(parameters.x, exact(new Random(seed), numbers.N, numbers.D).data as Float32Array)
+      graph.replay()
+      expect(await values(graph.result)).toEqual(await values(step()))
+    }
+    graph.dispose()
+    backend.dispose()
+  })
+
+  test('without memory is an error that leaves nothing behind', async () => {
+    const numbers = normalNumbers(cases[0])
+    const backend = await testBackend({ wgmma, guarded: false, memoryLimit: 120_000 })
+    const parameters = parametersOf(numbers, backend)
+    const before = backend.stats().handles
+    expect(() => scope(() => forward(numbers, backend, parameters))).toThrow(/routedExperts: no memory/)
+    expect(backend.stats().handles).toBe(before)
+    backend.dispose()
+  })
+})

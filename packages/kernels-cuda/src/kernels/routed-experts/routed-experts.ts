@@ -1,0 +1,144 @@
+/** @file The way of tokens through the routed experts in precision bf16: all rows between the products are bf16, and no expert's output is kept. */
+import type { Value } from '@moe/core'
+import { type Cuda, elementwiseGrid, type FusedFactory, pointerOf } from '../../native.ts'
+import { isFew } from '../grouped-matmul/grouped-matmul.ts'
+import { type Matrix, paddedColumns, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
+import { rowSlices } from '../permute-tokens/row-slices.ts'
+import { expertProducts, hopperExpertProducts } from './products.ts'
+
+/** N tokens, K choices each, M rows, E experts, D features, I inner ones. */
+function sizesOf([x, gate, , , weights]: readonly Value[]) {
+  const [N, D] = x.shape
+  const [E, I] = gate.shape
+  const K = weights.shape[1]
+  return { N, D, E, I, K, M: N * K }
+}
+
+/** What is left to the ops one by one: f32, nothing, and rows so few that rounding the weights would take longer than the products. */
+function isDeclined({ M, D, I, E }: ReturnType<typeof sizesOf>, precision: string): boolean {
+  const few = D % 4 === 0 && I % 4 === 0 && isFew(M, E)
+  return precision !== 'bf16' || M * D * I * E === 0 || few
+}
+
+const productsOf = (cuda: Cuda) => (cuda.wgmma ? hopperExpertProducts(cuda) : expertProducts(cuda))
+const kernelOf = (cuda: Cuda, name: string, signature: string) =>
+  cuda.kernel('routed-experts', `moe_routed_experts_${name}_bf16`, signature)
+const gatherOf = (cuda: Cuda) => kernelOf(cuda, 'gather', 'p p p l i l i')
+const combineOf = (cuda: Cuda) => kernelOf(cuda, 'combine', 'p p p p l i l i i')
+
+/** Working memory for rows. */
+function scratchRows(cuda: Cuda, rows: number, columns: number): Matrix {
+  const ld = paddedColumns(columns)
+  return { pointer: cuda.scratch(rows * ld * 2).pointer, ld }
+}
+
+export const routedExperts: FusedFactory<'routedExperts'> = cuda => {
+  const round = roundToBf16(cuda)
+  const products = productsOf(cuda)
+  const gather = gatherOf(cuda)
+  const swiglu = kernelOf(cuda, 'swiglu_fwd', 'p p p l i i')
+  const combine = combineOf(cuda)
+  return (inputs, { precision, saves }, specs) => {
+    const sizes = sizesOf(inputs)
+    if (isDeclined(sizes, precision)) return undefined
+    const { N, D, E, I, K, M } = sizes
+    const [x, gate, up, down, weights, order, positions] = inputs
+    const offsets = pointerOf(inputs[7])
+    const outputs = specs.map(spec => cuda.output(spec))
+    const out = outputs[0].pointer
+    const [gateRows, upRows]: Matrix[] = saves
+      ? outputs.slice(1).map(({ pointer }) => ({ pointer, ld: I }))
+      : [0, 1].map(() => ({ pointer: cuda.scratch(M * I * 2).pointer, ld: I }))
+    const [tokens, gateWeight, upWeight, downWeight] = round([
+      wholeMatrix(x, N, D),
+      wholeMatrix(gate, E * I, D),
+      wholeMatrix(up, E * I, D),
+      wholeMatrix(down, E * D, I),
+    ])
+    // The experts' inputs, and then their outputs.
+    const rows = scratchRows(cuda, M, D)
+    const inner = scratchRows(cuda, M, I)
+    gather(rowSlices(M, rows.ld), rows.pointer, tokens.pointer, pointerOf(order), M, K, N, rows.ld)
+    const toInner = { rows: M, n: I, k: D, experts: E }
+    products.forward(gateRows, [rows, gateWeight], offsets, toInner)
+    products.forward(upRows, [rows, upWeight], offsets, toInner)
+    const elementwise = { grid: elementwiseGrid(cuda, (M * inner.ld) / 2), block: 256 }
+    swiglu(elementwise, inner.pointer, gateRows.pointer, upRows.pointer, M, I, inner.ld)
+    products.forward(rows, [inner, downWeight], offsets, { rows: M, n: D, k: I, experts: E })
+    const gates = [pointerOf(weights), pointerOf(positions)]
+    combine(rowSlices(N, D), out, rows.pointer, ...gates, N, K, M, D, rows.ld)
+    return outputs
+  }
+}
+
+export const routedExpertsBackward: FusedFactory<'routedExpertsBackward'> = cuda => {
+  const round = roundToBf16(cuda)
+  const products = productsOf(cuda)
+  const gather = gatherOf(cuda)
+  const swiglu = kernelOf(cuda, 'swiglu_bwd', 'p p p p p p p p p p l i i i')
+  const combine = combineOf(cuda)
+  return (inputs, { precision, wanted }, specs) => {
+    const sizes = sizesOf(inputs)
+    if (isDeclined(sizes, precision)) return undefined
+    const { N, D, E, I, K, M } = sizes
+    const [x, gate, up, down, weights, order, positions, , gateRows, upRows, dout] = inputs
+    const offsets = pointerOf(inputs[7])
+    const outputs = specs.map(spec => cuda.output(spec))
+    let next = 0
+    const [dx, dgate, dup, ddown, dweights] = wanted.map(isWanted => (isWanted ? outputs[next++].pointer : 0))
+    const back = { rows: M, n: I, k: D, experts: E }
+    const toFeatures = { rows: M, n: D, k: I, experts: E }
+
+    const layout = products.layout(pointerOf(order), pointerOf(positions), offsets, dweights, back)
+    const toExperts = (of: Matrix): Matrix => {
+      const to = scratchRows(cuda, layout.rows, D)
+      gather(rowSlices(layout.rows, to.ld), to.pointer, of.pointer, layout.slots, layout.rows, K, N, to.ld)
+      return to
+    }
+    const innerRows = (isNeeded: boolean | number): Matrix =>
+      isNeeded ? scratchRows(cuda, layout.rows, I) : { pointer: 0, ld: paddedColumns(I) }
+    const [doutTokens, downWeight] = round([wholeMatrix(dout, N, D), wholeMatrix(down, E * D, I)])
+    const doutRows = toExperts(doutTokens)
+    // Of gate what the product with down gives, until SwiGLU's gradient writes over it.
+    const dgateRows = innerRows(true)
+    const dupRows = innerRows(dx || dup)
+    const weighted = innerRows(ddown)
+    products.backward(dgateRows, [[doutRows, downWeight]], offsets, back)
+    swiglu(
+      { grid: Math.ceil(layout.rows / 8), block: 256 },
+      dx || dgate ? dgateRows.pointer : 0,
+      dupRows.pointer,
+      weighted.pointer,
+      dweights,
+      dgateRows.pointer,
+      ...[gateRows, upRows, weights].map(pointerOf),
+      layout.slots,
+      pointerOf(positions),
+      layout.rows,
+      M,
+      I,
+      dgateRows.ld,
+    )
+    if (ddown) products.weightGradient(ddown, doutRows, weighted, offsets, toFeatures)
+    if (dgate || dup) {
+      const xRows = toExperts(round([wholeMatrix(x, N, D)])[0])
+      if (dgate) products.weightGradient(dgate, dgateRows, xRows, offsets, back)
+      if (dup) products.weightGradient(dup, dupRows, xRows, offsets, back)
+    }
+    if (dx) {
+      const [gateWeight, upWeight] = round([wholeMatrix(gate, E * I, D), wholeMatrix(up, E * I, D)])
+      // Nobody needs the rows of dout any more.
+      products.backward(
+        doutRows,
+        [
+          [dgateRows, gateWeight],
+          [dupRows, upWeight],
+        ],
+        offsets,
+        toFeatures,
+      )
+      combine(rowSlices(N, D), dx, doutRows.pointer, 0, layout.places, N, K, layout.rows, D, doutRows.ld)
+    }
+    return outputs
+  }
+}
