@@ -60,6 +60,59 @@ MOE_DEVICE void product(bf16* y, const TensorMap& x, const TensorMap& weight, co
       });
 }
 
+/// inner [rows, I] = silu(gate) * up, where gate and up are x [rows, D] times those weights [I, D] of each row's expert, in tiles of which one half of the columns is gate's
+/// and the other up's for the same inner features. They are stored, too, unless gateRows is null.
+template <class Tile>
+MOE_DEVICE void gated(bf16* inner, bf16* gateRows, bf16* upRows, const TensorMap& x, const TensorMap& gate, const TensorMap& up, const int* offsets, int rows, int I, int D, int experts, int ld) {
+  constexpr int Half = Tile::BN / 2;
+  const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(I, Half), steps = divUp(D, Tile::BK);
+  workOffSteps<Tile, false, false>(
+      rowTiles * columnTiles,
+      [&](int j) {
+        HopperJob job = jobOfTile<Tile>(tileOf(j, rowTiles, columnTiles), offsets, rows, experts, steps, 0);
+        job.rowB /= 2;
+        return job;
+      },
+      [&](unsigned char* to, Barrier* full, const HopperJob& job, int t) {
+        copyOperand<Tile::BM, false>(to, x, full, t * Tile::BK, job.rowA, 0);
+        copyOperand<Half, false>(to + Tile::bytesA, gate, full, t * Tile::BK, job.rowB, job.matrixB);
+        copyOperand<Half, false>(to + Tile::bytesA + Tile::bytesB / 2, up, full, t * Tile::BK, job.rowB, job.matrixB);
+      },
+      [&](int, const HopperJob& job, typename Tile::Sums& sums) {
+        const int columns = I - job.rowB;
+        const bool pairs = I % 2 == 0; // then all are aligned; ld is even
+        const auto store = [&](bf16* to, int column, bool together, float a, float b) {
+          const uint32_t both = packBf16(a, b);
+          if (together) {
+            *(uint32_t*)(to + column) = both;
+          } else {
+            to[column] = bf16{(uint16_t)both};
+            if (column + 1 < columns) to[column + 1] = bf16{(uint16_t)(both >> 16)};
+          }
+        };
+#pragma unroll
+        for (int i = 0; i < Tile::Rows; i++) {
+          if (Tile::row(i) >= job.rows) continue;
+          const int64_t row = job.rowA + Tile::row(i);
+#pragma unroll
+          for (int j = 0; j < Tile::Columns / 2; j += 2) {
+            const int column = Tile::column(j);
+            if (column >= columns) continue;
+            float g[2], u[2], y[2];
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+              g[c] = Tile::at(sums, i, j + c), u[c] = Tile::at(sums, i, j + c + Tile::Columns / 2);
+              y[c] = g[c] / (1.f + __expf(-g[c])) * u[c];
+            }
+            store(inner + row * ld + job.rowB, column, true, y[0], y[1]);
+            if (gateRows == nullptr) continue;
+            store(gateRows + row * I + job.rowB, column, pairs, g[0], g[1]);
+            store(upRows + row * I + job.rowB, column, pairs, u[0], u[1]);
+          }
+        }
+      });
+}
+
 #define PRODUCT(name, Tile)                                                                                                                                    \
   MOE_KERNEL((Tile::Threads, 1), moe_routed_experts_product_sm90a_##name##_t, (bf16* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const int* offsets, int rows, int n, int k, int experts, int ldy)) { \
     product<Tile, true>(y, x, weight, x, weight, 1, offsets, rows, n, k, experts, ldy, 0);                                                                     \
@@ -67,5 +120,11 @@ MOE_DEVICE void product(bf16* y, const TensorMap& x, const TensorMap& weight, co
   MOE_KERNEL((Tile::Threads, 1), moe_routed_experts_product_sm90a_##name##_n, (bf16* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x2, const __grid_constant__ TensorMap weight2, int pairs, const int* offsets, int rows, int n, int k, int experts, int ldy)) { \
     product<Tile, false>(y, x, weight, x2, weight2, pairs, offsets, rows, n, k, experts, ldy, 1);                                                              \
   }
+#define GATED(name, Tile)                                                                                                                                      \
+  MOE_KERNEL((Tile::Threads, 1), moe_routed_experts_gated_sm90a_##name, (bf16* inner, bf16* gateRows, bf16* upRows, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up, const int* offsets, int rows, int I, int D, int experts, int ld)) { \
+    gated<Tile>(inner, gateRows, upRows, x, gate, up, offsets, rows, I, D, experts, ld);                                                                       \
+  }
 PRODUCT(128x256, HopperLarge)
 PRODUCT(128x128, HopperSmall)
+GATED(128x128, HopperLarge)
+GATED(128x64, HopperSmall)

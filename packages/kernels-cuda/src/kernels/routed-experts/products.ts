@@ -1,5 +1,5 @@
 /** @file Products of the routed experts with results in bf16: of rows in expert order by `mma`, and of packed ones on Hopper. */
-import type { Cuda } from '../../native.ts'
+import { type Cuda, elementwiseGrid } from '../../native.ts'
 import { weightGradient } from '../grouped-matmul/grouped-matmul.ts'
 import { hopperPackedWeightGradient, packedRows, type Sizes } from '../grouped-matmul-sm90a/product.ts'
 import { chooseTile, type Matrix, type Tile, tiles } from '../matmul/gemm.ts'
@@ -17,7 +17,22 @@ export interface Layout {
   readonly places: number
 }
 
+/** What SwiGLU makes of gate's and up's results. */
+export interface Gated {
+  /** `[rows, I]`. */
+  readonly inner: Matrix
+  /** Where gate's and up's results go, I elements a row: null where nobody wants them. */
+  readonly saved: readonly [gate: number, up: number] | null
+  /** `[rows, D]`. */
+  readonly x: Matrix
+  /** Weights `[E, I, D]`. */
+  readonly gate: Matrix
+  readonly up: Matrix
+}
+
 export interface ExpertProducts {
+  /** silu(gate x) * (up x) with the weights of each row's expert, in expert order. */
+  gated(rows: Gated, offsets: number, sizes: Sizes): void
   /** y `[rows, n]` = x `[rows, k]` times the weight `[experts, n, k]` of each row's expert, in expert order. */
   forward(y: Matrix, pair: Pair, offsets: number, sizes: Sizes): void
   /** Where rows lie for what follows; zeros in dweights (null: 0) for slots that no expert has. */
@@ -56,6 +71,7 @@ export function expertProducts(cuda: Cuda): ExpertProducts {
       launch: { grid: countJobs(tile, sizes), block: tile.threads, shared: tile.shared },
     }
   }
+  const swiglu = cuda.kernel('routed-experts', 'moe_routed_experts_swiglu_fwd_bf16', 'p p p l i i')
   const numbers = ({ rows, n, k, experts }: Sizes, y: Matrix, [x, weight]: Pair) => [
     rows,
     n,
@@ -65,12 +81,22 @@ export function expertProducts(cuda: Cuda): ExpertProducts {
     x.ld,
     weight.ld,
   ]
+  const forward: ExpertProducts['forward'] = (y, pair, offsets, sizes) => {
+    const { kernel, launch } = launchOf(sizes)
+    const [x, weight] = pair
+    kernel?.t(launch, y.pointer, x.pointer, weight.pointer, offsets, ...numbers(sizes, y, pair))
+  }
   return {
-    forward(y, pair, offsets, sizes) {
-      const { kernel, launch } = launchOf(sizes)
-      const [x, weight] = pair
-      kernel?.t(launch, y.pointer, x.pointer, weight.pointer, offsets, ...numbers(sizes, y, pair))
+    gated({ inner, saved, x, gate, up }, offsets, sizes) {
+      const { rows, n } = sizes
+      const results = saved ?? [0, 1].map(() => cuda.scratch(rows * n * 2).pointer)
+      ;[gate, up].forEach((weight, i) => {
+        forward({ pointer: results[i], ld: n }, [x, weight], offsets, sizes)
+      })
+      const launch = { grid: elementwiseGrid(cuda, (rows * inner.ld) / 2), block: 256 }
+      swiglu(launch, inner.pointer, ...results, rows, n, inner.ld)
     },
+    forward,
     layout: (order, positions, _offsets, _dweights, { rows }) => ({ rows, slots: order, places: positions }),
     backward(y, pairs, offsets, sizes) {
       const { kernel, launch } = launchOf(sizes)
@@ -80,6 +106,13 @@ export function expertProducts(cuda: Cuda): ExpertProducts {
     weightGradient: (dweight, dy, x, offsets, sizes) => gradient('bf16', dweight, dy, x, offsets, sizes),
   }
 }
+
+/** Half of a tile's columns are gate's, half up's. */
+const gatedTiles: readonly Tile[] = hopperTiles.map(tile => ({
+  ...tile,
+  name: `${tile.m}x${tile.n / 2}`,
+  n: tile.n / 2,
+}))
 
 export function hopperExpertProducts(cuda: Cuda): ExpertProducts {
   const load = (name: string, signature: string) =>
@@ -91,6 +124,9 @@ export function hopperExpertProducts(cuda: Cuda): ExpertProducts {
       { t: product(tile, 't', 'p t t p i i i i i'), n: product(tile, 'n', 'p t t t t i p i i i i i') },
     ]),
   )
+  const gatedKernels = new Map(
+    gatedTiles.map(tile => [tile, load(`gated_sm90a_${tile.name}`, 'p p p t t t p i i i i i')]),
+  )
   const places = load('places_sm90a', 'p p p p p l i i')
   const weightGradient = hopperPackedWeightGradient(cuda)
   const launchOf = (sizes: Sizes) => {
@@ -98,11 +134,39 @@ export function hopperExpertProducts(cuda: Cuda): ExpertProducts {
     const grid = Math.min(countJobs(tile, sizes), cuda.multiprocessors)
     return { tile, kernel: kernels.get(tile), launch: { grid, block: tile.threads, shared: tile.shared } }
   }
+  const rowsOf = (x: Matrix, outer: number, tile: Tile, k: number) =>
+    operandMap(cuda, x, { matrices: 1, outer, tile: tile.m, k, across: false })
   return {
+    gated({ inner, saved, x, gate, up }, offsets, sizes) {
+      const { rows, n, k, experts } = sizes
+      const tile = chooseTile(cuda, gatedTiles, t => countJobs(t, sizes))
+      const grid = Math.min(countJobs(tile, sizes), cuda.multiprocessors)
+      const operands = [
+        rowsOf(x, rows, tile, k),
+        ...[gate, up].map(weight =>
+          operandMap(cuda, weight, { matrices: experts, outer: n, tile: tile.n, k, across: false }),
+        ),
+      ]
+      const launch = { grid, block: tile.threads, shared: tile.shared }
+      const [gateRows, upRows] = saved ?? [0, 0]
+      gatedKernels.get(tile)?.(
+        launch,
+        inner.pointer,
+        gateRows,
+        upRows,
+        ...operands,
+        offsets,
+        rows,
+        n,
+        k,
+        experts,
+        inner.ld,
+      )
+    },
     forward(y, [x, weight], offsets, sizes) {
       const { rows, n, k, experts } = sizes
       const { tile, kernel, launch } = launchOf(sizes)
-      const left = operandMap(cuda, x, { matrices: 1, outer: rows, tile: tile.m, k, across: false })
+      const left = rowsOf(x, rows, tile, k)
       const right = operandMap(cuda, weight, { matrices: experts, outer: n, tile: tile.n, k, across: false })
       kernel?.t(launch, y.pointer, left, right, offsets, rows, n, k, experts, y.ld)
     },
@@ -118,7 +182,7 @@ export function hopperExpertProducts(cuda: Cuda): ExpertProducts {
       const { tile, kernel, launch } = launchOf(sizes)
       const outer = packedRows(rows, experts)
       const [first, second = first] = pairs.map(([x, weight]) => [
-        operandMap(cuda, x, { matrices: 1, outer, tile: tile.m, k, across: false }),
+        rowsOf(x, outer, tile, k),
         operandMap(cuda, weight, { matrices: experts, outer: n, tile: tile.n, k, across: true }),
       ])
       kernel?.n(launch, y.pointer, ...first, ...second, pairs.length, offsets, rows, n, k, experts, y.ld)

@@ -1,6 +1,6 @@
 /** @file The way of tokens through the routed experts in precision bf16: all rows between the products are bf16, and no expert's output is kept. */
 import type { Value } from '@moe/core'
-import { type Cuda, elementwiseGrid, type FusedFactory, pointerOf } from '../../native.ts'
+import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { isFew } from '../grouped-matmul/grouped-matmul.ts'
 import { type Matrix, paddedColumns, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
 import { rowSlices } from '../permute-tokens/row-slices.ts'
@@ -36,7 +36,6 @@ export const routedExperts: FusedFactory<'routedExperts'> = cuda => {
   const round = roundToBf16(cuda)
   const products = productsOf(cuda)
   const gather = gatherOf(cuda)
-  const swiglu = kernelOf(cuda, 'swiglu_fwd', 'p p p l i i')
   const combine = combineOf(cuda)
   return (inputs, { precision, saves }, specs) => {
     const sizes = sizesOf(inputs)
@@ -46,10 +45,8 @@ export const routedExperts: FusedFactory<'routedExperts'> = cuda => {
     const offsets = pointerOf(inputs[7])
     const outputs = specs.map(spec => cuda.output(spec))
     const out = outputs[0].pointer
-    const [gateRows, upRows]: Matrix[] = saves
-      ? outputs.slice(1).map(({ pointer }) => ({ pointer, ld: I }))
-      : [0, 1].map(() => ({ pointer: cuda.scratch(M * I * 2).pointer, ld: I }))
-    const [tokens, gateWeight, upWeight, downWeight] = round([
+    const saved = saves ? ([outputs[1].pointer, outputs[2].pointer] as const) : null
+    const [tokens, gateWeight, upWeight, downWeight]: Matrix[] = round([
       wholeMatrix(x, N, D),
       wholeMatrix(gate, E * I, D),
       wholeMatrix(up, E * I, D),
@@ -59,11 +56,8 @@ export const routedExperts: FusedFactory<'routedExperts'> = cuda => {
     const rows = scratchRows(cuda, M, D)
     const inner = scratchRows(cuda, M, I)
     gather(rowSlices(M, rows.ld), rows.pointer, tokens.pointer, pointerOf(order), M, K, N, rows.ld)
-    const toInner = { rows: M, n: I, k: D, experts: E }
-    products.forward(gateRows, [rows, gateWeight], offsets, toInner)
-    products.forward(upRows, [rows, upWeight], offsets, toInner)
-    const elementwise = { grid: elementwiseGrid(cuda, (M * inner.ld) / 2), block: 256 }
-    swiglu(elementwise, inner.pointer, gateRows.pointer, upRows.pointer, M, I, inner.ld)
+    const gated = { inner, saved, x: rows, gate: gateWeight, up: upWeight }
+    products.gated(gated, offsets, { rows: M, n: I, k: D, experts: E })
     products.forward(rows, [inner, downWeight], offsets, { rows: M, n: D, k: I, experts: E })
     const gates = [pointerOf(weights), pointerOf(positions)]
     combine(rowSlices(N, D), out, rows.pointer, ...gates, N, K, M, D, rows.ld)
