@@ -223,6 +223,39 @@ async function grouped(): Promise<void> {
   )
   report('grouped gemm bf16: 32 experts x 1024 dW', flops / weights / 1e9, 'TFLOP/s', matmulPeak)
   free(x, w, dy, offsets)
+  await routed()
+}
+
+/** The experts of a layer of `1b`, forward and back: three products each way and another three for their weights. */
+async function routed(): Promise<void> {
+  const [tokens, topK, experts, d, inner] = [8192 / small, 6, 64 / small, 1024 / small, 512 / small]
+  const rows = tokens * topK
+  const each = rows / experts
+  const plan = [
+    integers(Array.from({ length: rows }, (_, p) => (p % each) * experts + Math.floor(p / each))),
+    integers(Array.from({ length: rows }, (_, slot) => (slot % experts) * each + Math.floor(slot / experts))),
+    integers(Array.from({ length: experts + 1 }, (_, e) => e * each)),
+  ]
+  const shapes = [
+    [tokens, d],
+    [experts, inner, d],
+    [experts, inner, d],
+    [experts, d, inner],
+    [tokens, topK],
+  ]
+  const inputs = [...shapes.map(random), ...plan]
+  const dout = random([tokens, d])
+  const saved = [0, 1].map(() => bf16Matrix([rows, inner]))
+  const results = [f32([tokens, d]), ...saved.map(({ shape, dtype }) => ({ shape, dtype }))]
+  const flops = 6 * rows * d * inner
+  const forward = await time(() => runOp('routedExperts', inputs, { precision: 'bf16', saves: true }, results))
+  report('routed experts bf16: 64 x 768 forward', flops / forward / 1e9, 'TFLOP/s', matmulPeak)
+  const wanted = shapes.map(() => true)
+  const back = await time(() =>
+    runOp('routedExpertsBackward', [...inputs, ...saved, dout], { precision: 'bf16', wanted }, shapes.map(f32)),
+  )
+  report('routed experts bf16: 64 x 768 backward', (2 * flops) / back / 1e9, 'TFLOP/s', matmulPeak)
+  free(...inputs, ...saved, dout)
 }
 
 // --- attention ---

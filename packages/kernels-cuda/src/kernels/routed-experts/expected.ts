@@ -15,7 +15,7 @@ export interface Numbers extends Sizes {
   readonly up: Float32Array
   readonly down: Float32Array
   readonly weights: Float32Array
-  /** Expert of each slot. */
+  /** Expert of each slot; E: none. */
   readonly chosen: Int32Array
   readonly dout: Float32Array
 }
@@ -66,6 +66,7 @@ export function expectedOf({ N, K, E, D, I, x, gate, up, down, weights, chosen, 
   for (let slot = 0; slot < N * K; slot++) {
     const n = Math.floor(slot / K)
     const expert = chosen[slot]
+    if (expert === E) continue
     const weight = weights[slot]
     const [inner, dg, du] = [row(), row(), row()]
     for (let i = 0; i < I; i++) {

@@ -143,8 +143,7 @@ MOE_DEVICE void product(bf16* y, const bf16* x, const bf16* weight, const bf16* 
   if (found.expert < experts) {
     const int64_t at = (int64_t)found.expert * (TransposeW ? n : k) * ldw + (TransposeW ? (int64_t)column * ldw : column);
 #pragma unroll 1
-    for (int pair = 0; pair < (TransposeW ? 1 : pairs); pair++) {
-      if (pair > 0) __syncthreads(); // the first product's last step has been read
+    for (int pair = 0; pair < (TransposeW ? 1 : pairs); pair++) { // a product ends with a barrier behind its last read of shared memory
       const bf16* const left = pair == 0 ? x : x2;
       const bf16* const right = pair == 0 ? weight : weight2;
       Tile::template multiply<false, TransposeW>(sums, shared, {left + (int64_t)found.row * ldx, ldx, found.end - found.row}, {right + at, ldw, n - column}, k);
