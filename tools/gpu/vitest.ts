@@ -1,6 +1,6 @@
 /** @file What `vitest` is where there is none: its functions over Node's own test runner, with the `expect` package. */
 import * as node from 'node:test'
-import { expect } from 'expect'
+import { expect as expectOne } from 'expect'
 
 type Body = (...args: never[]) => unknown
 type Runner = (name: string, options: object, body: Body) => unknown
@@ -58,6 +58,9 @@ const test = wrap((name, options, body) =>
   }),
 )
 const describe = wrap((name, options, body) => node.describe(name, options, () => (body as () => void)()))
+
+/** Vitest's takes a message, too. */
+const expect = Object.assign((actual: unknown, _message?: string) => expectOne(actual), expectOne) as typeof expectOne
 
 export { after as afterAll, afterEach, before as beforeAll, beforeEach } from 'node:test'
 export { describe, expect, test }
