@@ -16,7 +16,7 @@ import {
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
 import { auxFree, expertLevel, LoadMonitor, together } from '@moe/router'
-import { afterAll, describe, expect, test } from 'vitest'
+import { afterAll, describe, expect, test, vi } from 'vitest'
 import type { LayerOptions } from './decoder-layer.ts'
 import { limits } from './generate.ts'
 import { countParameters, DeepSeek, type GenerateOptions, parseConfig, presets } from './index.ts'
@@ -26,6 +26,21 @@ setDefaultBackend(referenceBackend())
 
 const folder = await mkdtemp(join(tmpdir(), 'moe-deepseek-'))
 afterAll(() => rm(folder, { recursive: true }))
+
+test('a checkpoint is opened without drawing weights that it replaces', async () => {
+  const model = new DeepSeek(tiny, { seed: 1 })
+  const at = join(folder, 'undrawn')
+  await model.save(at)
+  const draws = vi.spyOn(Random.prototype, 'normal')
+  const again = await DeepSeek.fromPretrained(at)
+  expect(draws).not.toHaveBeenCalled()
+  draws.mockRestore()
+  for (const loaded of [again, await DeepSeek.fromPretrained(at, { weights: 'int8' })]) {
+    expect(loaded.config.initializer_range).toBe(model.config.initializer_range)
+    loaded.dispose()
+  }
+  model.dispose()
+})
 
 describe('generation', () => {
   const prompt = [3, 7, 11, 2, 30]

@@ -80,7 +80,8 @@ export interface Objective {
 }
 
 export interface DeepSeekOptions {
-  readonly seed?: number
+  /** Of the random weights. Null for a model of zeros, quickly made, that `loadWeights` will fill. Default 0. */
+  readonly seed?: number | null
   readonly backend?: Backend
   /** Store weights in fewer bits, for inference: see `quantizeWeights`. Checkpoints are quantized tensor by tensor as they are read. Default: f32. */
   readonly weights?: WeightFormat
@@ -172,9 +173,11 @@ export class DeepSeek extends Module {
     this.#balancer = balancer ?? null
     this.#monitor = monitor
     const share = dropping?.undropped ?? 0.1
-    const draw = (batch: number) => new Random(seed).fork(`undropped/${this.step}/${this.#batches++}`).uniform(batch)
+    const draw = (batch: number) =>
+      new Random(seed ?? 0).fork(`undropped/${this.step}/${this.#batches++}`).uniform(batch)
     this.#undropped = dropping ? batch => draw(batch).map(x => (x < share ? 1 : 0)) : null
-    const init: InitOptions = { random: new Random(seed), deviation: this.#config.initializer_range, backend, weights }
+    const deviation = seed === null ? 0 : this.#config.initializer_range
+    const init: InitOptions = { random: new Random(seed ?? 0), deviation, backend, weights }
     this.#rotary = new RotaryEmbedding(this.#config)
     this.model = new Trunk(this.#config, this.#rotary, { ...init, balancer, dropping })
     this.lm_head = new Linear(this.#config.hidden_size, this.#config.vocab_size, forkInit(init, 'lm_head'))
@@ -201,7 +204,7 @@ export class DeepSeek extends Module {
 
   /** Opens a checkpoint in the Hugging Face layout: a folder with config.json and safetensors. */
   static async fromPretrained(folder: string, options: Omit<DeepSeekOptions, 'seed'> = {}): Promise<DeepSeek> {
-    return loadPretrained(folder, config => new DeepSeek(config, options))
+    return loadPretrained(folder, config => new DeepSeek(config, { ...options, seed: null }))
   }
 
   get config(): DeepSeekConfig {

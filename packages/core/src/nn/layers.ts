@@ -3,7 +3,7 @@ import type { Backend, WeightFormat } from '../backend.ts'
 import { rmsNorm } from '../fused/rms-norm.ts'
 import { swiglu } from '../fused/swiglu.ts'
 import { Random, randn } from '../random.ts'
-import { ones, type Tensor } from '../tensor.ts'
+import { ones, type Tensor, zeros } from '../tensor.ts'
 import { Module } from './module.ts'
 import { Parameter } from './parameter.ts'
 import { embeddingRows, linear, quantizedParameter } from './quantized.ts'
@@ -12,7 +12,7 @@ import { embeddingRows, linear, quantizedParameter } from './quantized.ts'
 export interface InitOptions {
   /** Source of the initial weights; the same seed gives the same weights on every backend. Default: the next stream of `seedDefaultRandom`'s seed (0). */
   readonly random?: Random
-  /** Standard deviation of normal initial weights. Default 0.02 (`initializer_range`). */
+  /** Standard deviation of normal initial weights. Default 0.02 (`initializer_range`); 0 draws nothing. */
   readonly deviation?: number
   readonly backend?: Backend
   /** Store the weights of linear layers, embeddings and experts in fewer bits from the start, for inference. Default: f32. */
@@ -33,6 +33,8 @@ const generator = (init: InitOptions): Random => init.random ?? new Random(defau
 /** A parameter of normal numbers, drawn from the generator's own fork of that name. */
 export function normalParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
   const random = generator(init).fork(name)
+  // Nothing is drawn: weights that a checkpoint replaces are not worth 0.1 µs each.
+  if (init.deviation === 0) return new Parameter(zeros(shape, { backend: init.backend }))
   return new Parameter(randn(shape, random, { deviation: init.deviation ?? 0.02, backend: init.backend }))
 }
 
