@@ -14,12 +14,18 @@ export async function* cutStream(
   )
   const margin = (added ?? []).reduce((most, token) => Math.max(most, token.content.length), 0) + 2
   let held = ''
+  /** Text without a place to cut is looked through anew only once it is an eighth longer. */
+  let worthLooking = 0
   for await (const part of parts) {
     held += part
-    if (!cuttable) continue
+    if (!cuttable || held.length < worthLooking) continue
     let cut = held.length - margin
     while (cut > 0 && !(held[cut] === ' ' && isAsciiLetter(held, cut - 1) && isAsciiLetter(held, cut + 1))) cut--
-    if (cut <= 0) continue
+    if (cut <= 0) {
+      worthLooking = held.length + (held.length >> 3)
+      continue
+    }
+    worthLooking = 0
     yield held.slice(0, cut)
     held = held.slice(cut)
   }

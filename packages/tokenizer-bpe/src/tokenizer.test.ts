@@ -131,3 +131,12 @@ describe('training', () => {
     expect(trainBpe(['abab'], { vocabSize: 10, initialAlphabet: { characters: 'c' } }).tokenToId('c')).toBe(2)
   })
 })
+
+test('a stream of many small parts without a place to cut comes through', async () => {
+  const tokenizer = train()
+  const text = 'a'.repeat(100_000)
+  const found: number[] = []
+  // Looked through from end to end with every part, this would take a minute.
+  for await (const some of tokenizer.encodeStream(text)) found.push(...some)
+  expect(found).toEqual([...tokenizer.encode(text)])
+})
