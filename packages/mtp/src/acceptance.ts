@@ -1,5 +1,5 @@
 /** @file How often a depth's draft is what the main model says itself, measured on given text instead of in decoding. */
-import { fromHost, full, noGrad, scope, type Tensor } from '@moe/core'
+import { concat, fromHost, full, noGrad, scope, type Tensor } from '@moe/core'
 import { chain, type DepthOptions, onDevice } from './loss.ts'
 import type { MtpModule } from './mtp.ts'
 import { type DepthTensors, type TokenRows, targetsAt } from './targets.ts'
@@ -12,9 +12,19 @@ export interface MtpAcceptance {
   readonly chained: readonly Tensor[]
 }
 
-/** Likeliest token of every row: `x [N, D]`, `weight [V, D]` to `i32 [N]`. Holds all N * V logits for a moment. */
-const likeliest = (x: Tensor, weight: Tensor): Tensor =>
-  x.matmul(weight, { transposeB: true }).topk(1).indices.reshape([x.shape[0]])
+/** Rows whose logits are there at a time: a vocabulary's are many. */
+const PIECE = 256
+
+/** Likeliest token of every row: `x [N, D]`, `weight [V, D]` to `i32 [N]`. */
+function likeliest(x: Tensor, weight: Tensor): Tensor {
+  const [rows] = x.shape
+  const best = (from: number) =>
+    scope(() => {
+      const piece = x.narrow(0, from, Math.min(rows, from + PIECE))
+      return piece.matmul(weight, { transposeB: true }).topk(1).indices.reshape([piece.shape[0]])
+    })
+  return concat(Array.from({ length: Math.ceil(rows / PIECE) }, (_, i) => best(i * PIECE)))
+}
 
 /**
  * Greedy acceptance of every depth on rows of T + 1 + depth tokens, given the main model's hidden states `[B, T, D]` (after its final norm).

@@ -191,3 +191,14 @@ test('a module that repeats the main model is always accepted', async () => {
   const { alone } = mtpAcceptance(modules, randn([1, 4, 4], new Random(1)), rows([1, 2, 3, 4, 5, 6]), head.weight, {})
   expect(await alone[0].item()).toBe(1)
 })
+
+test('acceptance does not hold the logits of all positions at once', async () => {
+  const { modules, random } = make(1)
+  const [vocabulary, time] = [300, 1024]
+  const weight = randn([vocabulary, 4], random)
+  const hidden = randn([1, time, 4], random)
+  const tokens = rows(Array.from({ length: time + 2 }, (_, i) => i % 9))
+  const { alone } = mtpAcceptance(modules, hidden, tokens, weight, {})
+  expect(Number.isFinite(await alone[0].item())).toBe(true)
+  expect(weight.backend.stats().peakBytes).toBeLessThan(time * vocabulary * 8)
+})
