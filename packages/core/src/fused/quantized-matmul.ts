@@ -1,5 +1,5 @@
 /** @file Products with weights stored in fewer bits: bf16, fp8, int8 or int4 with one scale per block. Activations stay f32. */
-import type { Precision, QuantizedAttrs, TensorSpec, WeightFormat } from '../backend.ts'
+import type { Backend, Precision, QuantizedAttrs, Shape, TensorSpec, WeightFormat } from '../backend.ts'
 import { context } from '../context.ts'
 import type { DType } from '../dtype.ts'
 import { attrError, needDtype, needShape, shapeError } from '../infer.ts'
@@ -29,6 +29,9 @@ const usualBlocks: Readonly<Record<WeightFormat, readonly [number, number]>> = {
   int8: [1, 128],
   int4: [1, 32],
 }
+
+/** The code of zero, in int4 of two. */
+const zeroCodes: Readonly<Record<WeightFormat, number>> = { bf16: 0, fp8: 0, int8: 128, int4: 0x88 }
 
 const storedColumns = (format: WeightFormat, columns: number) => (format === 'int4' ? Math.ceil(columns / 2) : columns)
 
@@ -190,6 +193,24 @@ export function quantizeWeight(weight: Tensor, format: WeightFormat, block = usu
     Math.ceil(columns / block[1]),
   ])
   return { format, block, shape, q, scale }
+}
+
+/** What `quantizeWeight` makes of zeros, without them. */
+export function zeroWeight(shape: Shape, format: WeightFormat, backend?: Backend): QuantizedWeight {
+  const block = usualBlocks[format]
+  const [rows, columns] = shape.slice(-2)
+  const lead = shape.slice(0, -2)
+  const all = (value: number, dtype: DType, of: Shape) =>
+    full(
+      of.map(() => 1),
+      value,
+      { backend },
+    )
+      .cast(dtype)
+      .expand(of)
+  const q = all(zeroCodes[format], storedDtypes[format], [...lead, rows, storedColumns(format, columns)])
+  const scales = [...lead, Math.ceil(rows / block[0]), Math.ceil(columns / block[1])]
+  return { format, block, shape, q, scale: format === 'bf16' ? null : all(1, 'f32', scales) }
 }
 
 /** The stored weight as f32. */

@@ -1,12 +1,15 @@
 /** @file The layers that every part of a model uses: linear, embedding, RMSNorm, SwiGLU MLP; and how they are initialized. */
 import type { Backend, WeightFormat } from '../backend.ts'
+import { noGrad } from '../context.ts'
+import { zeroWeight } from '../fused/quantized-matmul.ts'
 import { rmsNorm } from '../fused/rms-norm.ts'
 import { swiglu } from '../fused/swiglu.ts'
 import { Random, randn } from '../random.ts'
+import { keep, scope } from '../scope.ts'
 import { ones, type Tensor, zeros } from '../tensor.ts'
 import { Module } from './module.ts'
 import { Parameter } from './parameter.ts'
-import { embeddingRows, linear, quantizedParameter } from './quantized.ts'
+import { embeddingRows, linear, QuantizedParameter, quantizedParameter } from './quantized.ts'
 
 /** How a module's parameters start. */
 export interface InitOptions {
@@ -40,9 +43,13 @@ export function normalParameter(shape: readonly number[], name: string, init: In
 
 /** A normal parameter that may be stored in fewer bits, as `weights` says: what `linear`, `groupedLinear` and `embeddingRows` take. */
 export function weightParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
+  const { weights, deviation, backend } = init
+  if (weights !== undefined && deviation === 0) {
+    return new QuantizedParameter(keep(scope(() => noGrad(() => zeroWeight(shape, weights, backend)))))
+  }
   const dense = normalParameter(shape, name, init)
-  if (init.weights === undefined) return dense
-  const stored = quantizedParameter(dense, init.weights)
+  if (weights === undefined) return dense
+  const stored = quantizedParameter(dense, weights)
   dense.dispose()
   return stored
 }

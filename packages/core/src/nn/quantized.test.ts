@@ -176,3 +176,18 @@ test('is not trained, and takes only its own shape', () => {
     ),
   ).toBe(true)
 })
+
+test.each(formats)('a weight in %s that is not drawn is that of zeros', async format => {
+  for (const shape of [
+    [5, 7],
+    [2, 3, 130],
+    [2, 128, 64],
+  ]) {
+    const made = weightParameter(shape, 'w', { deviation: 0, weights: format }) as QuantizedParameter
+    const expected = quantizeWeight(zeros(shape), format)
+    expect(made.weight).toMatchObject({ shape, format, block: expected.block })
+    expect(await made.data()).toEqual(await expected.q.data())
+    expect(made.weight.scale?.shape).toEqual(expected.scale?.shape)
+    expect(await made.weight.scale?.data()).toEqual(await expected.scale?.data())
+  }
+})
