@@ -48,17 +48,26 @@ export function capture<T>(
   let failure: { readonly cause: unknown } | null = null
   try {
     result = memory.within(recording.pool, () => {
-      const value = fn()
-      if (value instanceof Promise) throw asynchronous()
-      memory.begin('capture')
-      state.forEach((tensor, i) => {
-        const now = tensor.handle as CudaBuffer
-        if (now === before[i]) return
-        stream.copy(before[i].pointer, now.pointer, now.bytes)
-        memory.release(now)
-        tensor.handle = memory.revive(before[i])
-      })
-      return value
+      // Nothing has run: without its copies the state is what it was.
+      const putBack = (copy: boolean) => {
+        state.forEach((tensor, i) => {
+          const now = tensor.handle as CudaBuffer
+          if (now === before[i]) return
+          if (copy) stream.copy(before[i].pointer, now.pointer, now.bytes)
+          memory.release(now)
+          tensor.handle = memory.revive(before[i])
+        })
+      }
+      try {
+        const value = fn()
+        if (value instanceof Promise) throw asynchronous()
+        memory.begin('capture')
+        putBack(true)
+        return value
+      } catch (cause) {
+        putBack(false)
+        throw cause
+      }
     })
   } catch (cause) {
     failure = { cause }

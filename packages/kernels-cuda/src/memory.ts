@@ -35,7 +35,7 @@ export interface RoundedCopy {
   lastOp: number
 }
 
-/** Freed pieces, by size class. A captured graph has a pool of its own, so that nobody else writes where it computes. */
+/** Freed pieces, by size class. A captured graph keeps what it took in a pool of its own, so that nobody else writes where it computes. */
 export interface Pool {
   readonly free: number[][]
   /** Whether its graph is gone: what still comes back is everybody's. */
@@ -75,6 +75,7 @@ export class Memory {
   /** Slabs are cut up for good: they are given back at the end only. */
   readonly #slabs: number[] = []
   #pool = this.#shared
+  #recording = false
   #op = ''
   /** Ops begun so far. */
   #ops = 0
@@ -152,7 +153,7 @@ export class Memory {
     }
     this.#bytes -= buffer.bytes
     this.changed(buffer)
-    if (this.#pool !== this.#shared && buffer.pool !== this.#pool) this.#held.push(buffer)
+    if (this.#recording && buffer.pool !== this.#pool) this.#held.push(buffer)
     else this.#giveBack(buffer)
   }
 
@@ -229,10 +230,12 @@ export class Memory {
    */
   within<T>(pool: Pool, fn: () => T): T {
     this.#pool = pool
+    this.#recording = true
     try {
       return fn()
     } finally {
       this.#pool = this.#shared
+      this.#recording = false
       for (const buffer of this.#held) this.#giveBack(buffer)
       this.#held.length = 0
     }
@@ -304,9 +307,10 @@ export class Memory {
 
   #take(bytes: number): number {
     const index = sizeClass(bytes)
-    const list = this.#pool.free[index]
+    const list = this.#shared.free[index]
     const size = classBytes(index)
-    const kept = list.pop()
+    // What everybody has left serves a graph as well: whoever used it did so earlier on the stream than any replay.
+    const kept = this.#pool.free[index].pop() ?? list.pop()
     if (kept !== undefined) {
       this.#cachedBytes -= size
       return kept
@@ -326,8 +330,8 @@ export class Memory {
     const word = new BigUint64Array(1)
     const { call } = this.#driver
     let code = call.cuMemAlloc(word, size)
-    // While a graph is recorded, the stream cannot be waited for.
-    if (code === status.outOfMemory && this.#pool === this.#shared) {
+    // While a graph is recorded, its constants included, the stream cannot be waited for.
+    if (code === status.outOfMemory && !this.#recording) {
       for (const buffer of this.#rounded) if (buffer.rounded?.lastOp !== this.#ops) this.changed(buffer)
       call.cuStreamSynchronize(this.#stream)
       this.trim()
