@@ -17,7 +17,8 @@ using namespace emu;
 
 namespace {
 
-bool initialized, retained;
+bool initialized;
+int retained;  // owners of the primary context
 std::map<std::string, std::pair<int, int>> injected;  // by call: which following one fails, and how
 
 struct Module {
@@ -103,13 +104,31 @@ void startOver() {
   freeEverything();
 }
 
+/// With its last owner the context goes, and all that was made in it. Whoever uses a handle of it afterwards is told so, where a driver may crash.
+void closeContext() {
+  Context& all = context();
+  all.null.queue.clear();
+  for (Stream* stream : all.streams) delete stream;
+  all.streams.clear();
+  all.events.clear();
+  for (const auto& [address, _] : all.pinned) free((void*)address);
+  all.pinned.clear();
+  for (Module* module : modules) delete module;
+  modules.clear();
+  functions.clear();
+  freeEverything();
+}
+
 }  // namespace
 
 namespace emu {
 
 Entry::Entry(const char* call, bool needsContext, const char* group) {
   if (!initialized) status = notInitialized;
-  else if (needsContext && !retained) status = invalidContext;
+  else if (needsContext && retained == 0) {
+    status = invalidContext;
+    recordRefusal("%s without a context", call);
+  }
   else if (needsContext) status = context().error;
   if (status == ok) status = (Status)injectedFailure(call);
   if (status == ok && group) status = (Status)injectedFailure(group);
@@ -314,12 +333,14 @@ EMU_EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
 }
 EMU_EXPORT int cuDevicePrimaryCtxRetain(void** handle, int) {
   ENTER("cuDevicePrimaryCtxRetain", false);
-  retained = true;
+  retained++;
   *handle = &context();
   return ok;
 }
 EMU_EXPORT int cuDevicePrimaryCtxRelease_v2(int) {
   ENTER("cuDevicePrimaryCtxRelease_v2", false);
+  if (retained == 0) return invalidContext;
+  if (--retained == 0) closeContext();
   return ok;
 }
 EMU_EXPORT int cuCtxSetCurrent(void*) {

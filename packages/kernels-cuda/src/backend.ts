@@ -80,6 +80,7 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
       return data
     },
     free(handle: Handle) {
+      if (!context.open) return
       context.use()
       memory.release(handle as CudaBuffer)
     },
@@ -92,6 +93,8 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
     async trim() {
       context.use()
       await stream.sync()
+      // Another backend may have had its turn.
+      context.use()
       memory.trim()
     },
     elapsed(fn) {
@@ -109,11 +112,12 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
     capture(fn, captureOptions = {}) {
       context.use()
       if (opened.recording !== null) throw whileRecording('capture', 'record one graph after the other')
-      return capture(driver, memory, stream, fn, captureOptions, now => {
+      return capture(driver, context, memory, stream, fn, captureOptions, now => {
         opened.recording = now
       })
     },
     dispose() {
+      if (!context.open) return
       context.use()
       memory.dispose()
       cuda.cublasLt?.dispose()

@@ -1,5 +1,6 @@
 /** @file Recording a run of ops once and launching it again as one CUDA graph. */
 import { type CaptureOptions, type Graph, MoeError, type OpAttrs, type OpName } from '@moe/core'
+import type { Context } from './driver/context.ts'
 import type { Driver } from './driver/driver.ts'
 import { type CudaBuffer, type Memory, newPool, type Pool } from './memory.ts'
 import type { Stream } from './stream.ts'
@@ -29,6 +30,7 @@ export const captureRelaxed = 2
 
 export function capture<T>(
   driver: Driver,
+  context: Context,
   memory: Memory,
   stream: Stream,
   fn: () => T,
@@ -109,6 +111,7 @@ export function capture<T>(
     nodes,
     replay(updates = {}) {
       if (!alive) throw new MoeError({ code: 'E_DISPOSED', op: 'replay', problem: 'the graph is disposed' })
+      context.use()
       for (const slot of recording.attrs) {
         const update = updates[slot.op] as ((attrs: unknown) => unknown) | undefined
         if (update === undefined) continue
@@ -121,6 +124,9 @@ export function capture<T>(
     dispose() {
       if (!alive) return
       alive = false
+      // With the backend went its graphs.
+      if (!context.open) return
+      context.use()
       call.cuGraphExecDestroy(exec)
       giveUp()
     },

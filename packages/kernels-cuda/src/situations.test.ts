@@ -142,6 +142,32 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     }
   })
 
+  test('disposed with a read pending, and used afterwards: nothing reaches the driver', async () => {
+    const backend = await fresh()
+    const x = full([1000], 2, { backend })
+    const graph = backend.capture(() => x.mul(2))
+    graph.replay()
+    const reads = [x.values(), backend.sync(), backend.elapsed(() => graph.replay())]
+    backend.dispose()
+    for (const read of reads) await expect(read).rejects.toMatchObject({ code: 'E_DISPOSED' })
+    for (const use of [() => x.mul(2), () => graph.replay(), () => full([1], 0, { backend })])
+      expect(use).toThrow(/the backend is disposed/)
+    await expect(x.values()).rejects.toMatchObject({ code: 'E_DISPOSED' })
+    graph.result.dispose()
+    graph.dispose()
+    x.dispose()
+    backend.dispose()
+    expect(emulatorFunction('const char* moe_emulator_report()')()).toBe('')
+  })
+
+  test('two backends share the context until the last one goes', async () => {
+    const backend = await fresh()
+    const other = await createBackend(emulator)
+    backend.dispose()
+    expect([...(await tensor([3], [1], { backend: other }).neg().values())]).toEqual([-3])
+    other.dispose()
+  })
+
   test('two processes on one device', async () => {
     const backend = await fresh()
     const program = `

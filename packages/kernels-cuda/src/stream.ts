@@ -1,5 +1,5 @@
 /** @file The one stream on which everything runs: launches, copies, and waiting for them without holding up the event loop. */
-import type { HostArray } from '@moe/core'
+import { type HostArray, MoeError } from '@moe/core'
 import type { Device } from './driver/device.ts'
 import type { Driver } from './driver/driver.ts'
 import { status } from './driver/status.ts'
@@ -14,6 +14,7 @@ export class Stream {
   readonly #pinned: PinnedPool
   readonly #events: number[] = []
   #launches = 0
+  #disposed = false
   /** Milliseconds of the latest wait that was not short, by what it was for. */
   readonly #waits = new Map<string, number>()
 
@@ -80,7 +81,7 @@ export class Stream {
       await this.#settled('download')
       new Uint8Array(data.buffer, data.byteOffset, bytes).set(pinned.bytes.subarray(0, bytes))
     } finally {
-      this.#pinned.giveBack(pinned)
+      if (!this.#disposed) this.#pinned.giveBack(pinned)
     }
   }
 
@@ -107,7 +108,7 @@ export class Stream {
       this.#driver.check(call.cuEventElapsedTime(milliseconds, events[0], events[1]), 'elapsed')
       return milliseconds[0]
     } finally {
-      for (const event of events) call.cuEventDestroy(event)
+      if (!this.#disposed) for (const event of events) call.cuEventDestroy(event)
     }
   }
 
@@ -137,6 +138,7 @@ export class Stream {
   /** Never throws: the device may be lost. */
   dispose(): void {
     const { call } = this.#driver
+    this.#disposed = true
     call.cuStreamSynchronize(this.handle)
     for (const event of this.#events) call.cuEventDestroy(event)
     this.#events.length = 0
@@ -161,13 +163,16 @@ export class Stream {
         const soon = waited > 0.95 * usual - 1 && waited < 1.05 * usual + 1
         if (waited < 2 || soon) await new Promise(resolve => setImmediate(resolve))
         else await new Promise(resolve => setTimeout(resolve, 1))
+        // Event and pinned memory went with the context.
+        if (this.#disposed)
+          throw new MoeError({ code: 'E_DISPOSED', op, problem: 'the backend was disposed meanwhile' })
         code = call.cuEventQuery(event)
       }
       const waited = performance.now() - started
       if (waited > 2) this.#waits.set(op, waited)
       this.#driver.check(code, op, 'waiting for earlier work')
     } finally {
-      this.#events.push(event)
+      if (!this.#disposed) this.#events.push(event)
     }
   }
 }

@@ -25,7 +25,15 @@ export class Context {
     Context.#current = this.#handle
   }
 
+  /** Whether it is open: afterwards its handles may be those of nothing, which drivers do not always notice. */
+  get open(): boolean {
+    return this.#retained
+  }
+
+  /** @throws MoeError E_DISPOSED after `release` */
   use(): void {
+    if (!this.#retained)
+      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cuda', problem: 'the backend is disposed' })
     if (Context.#current === this.#handle) return
     this.#driver.check(this.#driver.call.cuCtxSetCurrent(this.#handle), 'kernels-cuda')
     Context.#current = this.#handle
