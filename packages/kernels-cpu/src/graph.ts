@@ -87,17 +87,26 @@ export function capture<T>(
   let result: T
   try {
     result = memory.within(pool, () => {
-      const value = fn()
-      if (value instanceof Promise) throw asynchronous()
-      memory.begin()
-      state.forEach((tensor, i) => {
-        const now = tensor.handle as CpuBuffer
-        if (now === before[i]) return
-        copy(before[i].pointer, now.pointer, now.bytes)
-        memory.release(now)
-        tensor.handle = memory.revive(before[i])
-      })
-      return value
+      // Nothing has run: without its copies the state is what it was.
+      const putBack = (copies: boolean) => {
+        state.forEach((tensor, i) => {
+          const now = tensor.handle as CpuBuffer
+          if (now === before[i]) return
+          if (copies) copy(before[i].pointer, now.pointer, now.bytes)
+          memory.release(now)
+          tensor.handle = memory.revive(before[i])
+        })
+      }
+      try {
+        const value = fn()
+        if (value instanceof Promise) throw asynchronous()
+        memory.begin()
+        putBack(true)
+        return value
+      } catch (cause) {
+        putBack(false)
+        throw cause
+      }
     })
   } catch (cause) {
     giveUp()

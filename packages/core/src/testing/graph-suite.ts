@@ -19,6 +19,7 @@ export function graphSuite(make: () => Promise<Recorder>): SuiteCheck[] {
     'rows set in a donated tensor, as a cache is': checkDonated,
     'reading while recording is refused, and the backend works afterwards': checkRefusals,
     'a disposed graph gives back what it took': checkMemory,
+    'a recording that fails leaves the state where and what it was': checkFailure,
     'what a graph made outlives it, and is freed once': checkResult,
   }
   return [
@@ -194,4 +195,23 @@ async function checkResult(backend: Recorder): Promise<void> {
   same([...(await graph.result.values())], [-1, -2])
   graph.result.dispose()
   for (const other of others) other.dispose()
+}
+
+async function checkFailure(backend: Recorder): Promise<void> {
+  const x = new Parameter(full([4], 3, { backend }))
+  const { handle } = x
+  const { handles } = backend.stats()
+  const fail = () =>
+    scope(() => {
+      x.assign(x.mul(2))
+      throw new Error('no')
+    })
+  await refused(
+    () => backend.capture(fail, { state: [x] }),
+    error => (error as Error).message === 'no',
+  )
+  same([x.handle === handle, backend.stats().handles], [true, handles])
+  const other = full([4], 7, { backend })
+  same([...(await x.values())], [3, 3, 3, 3])
+  for (const tensor of [x, other]) tensor.dispose()
 }
