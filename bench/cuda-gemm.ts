@@ -9,7 +9,7 @@
  */
 import { writeFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
-import { type Precision, Random } from '@moe/core'
+import { Random, type WidePrecision } from '@moe/core'
 import { gemm, type Matrix, type Product } from '../packages/kernels-cuda/src/kernels/matmul/gemm.ts'
 import { type Opened, openCuda } from '../packages/kernels-cuda/src/open.ts'
 import { linears } from './shared/linears.ts'
@@ -54,7 +54,7 @@ interface Result {
 const results: Result[] = []
 
 /** Numbers in bf16 or f32 from a small set, repeated: what they are does not matter, that they are not all zero does. */
-async function matrix(precision: Precision, rows: number, columns: number, seed: number): Promise<Matrix> {
+async function matrix(precision: WidePrecision, rows: number, columns: number, seed: number): Promise<Matrix> {
   const ld = precision === 'bf16' ? Math.ceil(columns / 8) * 8 : columns
   const values = new Random(seed).uniform(4096)
   const host =
@@ -74,7 +74,7 @@ function median(values: readonly number[]): number {
   return (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2
 }
 
-async function measure(name: string, precision: Precision, product: Product): Promise<void> {
+async function measure(name: string, precision: WidePrecision, product: Product): Promise<void> {
   const { m, n, k, transposeA, transposeB } = product
   const a = transposeA ? await matrix(precision, k, m, 1) : await matrix(precision, m, k, 1)
   const b = transposeB ? await matrix(precision, n, k, 2) : await matrix(precision, k, n, 2)

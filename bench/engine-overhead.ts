@@ -108,6 +108,7 @@ function nullBackend(): Backend {
     device: 'no kernels',
     dtypes: new Set(dtypes),
     bf16Matmul: true,
+    fp8Matmul: true,
     upload: () => handle,
     download: async ({ shape, dtype }) => hostArray(dtype, sizeOf(shape)),
     free() {},

@@ -3,7 +3,7 @@ import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { text as readAll } from 'node:stream/consumers'
 import { parseArgs } from 'node:util'
-import { firstAvailable, isMoeError, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
+import { firstAvailable, isMoeError, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { latestCheckpoint } from '@moe/trainer'
@@ -22,7 +22,7 @@ const help = `Continues a text. The text goes to standard output, everything els
   --seed N           other choices (default 0)
   --stop TEXT        where the text ends; may be repeated
   --weights F        store weights as bf16, fp8, int8 or int4: faster, smaller, less exact
-  --precision P      f32 or bf16 arithmetic in matrix products (default: bf16 with --weights, else f32)
+  --precision P      f32, bf16 or fp8 arithmetic in matrix products (default: bf16 with --weights, else f32)
   --no-speculative   one token a pass, also where the model can draft
   --json             print prompt, text and figures as JSON on standard output
   --quiet            no figures on standard error
@@ -78,7 +78,7 @@ function readArguments() {
       seed: number('seed'),
       stop: values.stop,
       speculative: values.speculative ? undefined : false,
-      precision: oneOf('precision', ['f32', 'bf16']),
+      precision: oneOf('precision', precisions),
     },
   }
 }

@@ -6,7 +6,7 @@ import { readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
-import { firstAvailable, isMoeError, parameterCount, setDefaultBackend } from '@moe/core'
+import { firstAvailable, isMoeError, parameterCount, precisions, setDefaultBackend } from '@moe/core'
 import { countParameters, DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
 import { BpeTokenizer, trainBpe } from '@moe/tokenizer-bpe'
 import { latestCheckpoint, texts, train, writeSummary } from '@moe/trainer'
@@ -21,7 +21,7 @@ const help = `Trains a small DeepSeek-V3 on State of the Union addresses and let
   --batch N       rows of 256 tokens per step (default 8)
   --optimizer O   muon (default; learns faster at this size) or adamw
   --lr X          peak learning rate (default 1e-2; for adamw take 3e-3)
-  --precision P   bf16 (default) or f32 arithmetic in matrix products
+  --precision P   arithmetic in matrix products: bf16 (default), f32, or fp8 as DeepSeek-V3 was trained
   --seed N        other weights and another order of the data
   --out DIR       folder of the run (default runs/quickstart)
   --resume        go on with the run in that folder
@@ -57,7 +57,11 @@ function readOptions() {
   if (values.optimizer !== 'muon' && values.optimizer !== 'adamw') {
     throw new TypeError(`--optimizer is ${JSON.stringify(values.optimizer)}, needs muon or adamw`)
   }
-  return values
+  const precision = precisions.find(name => name === values.precision)
+  if (precision === undefined) {
+    throw new TypeError(`--precision is ${JSON.stringify(values.precision)}, needs f32, bf16 or fp8`)
+  }
+  return { ...values, precision }
 }
 
 interface Address {
@@ -108,7 +112,7 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
   const size = countParameters(model.config)
   say(`model       ${millions(parameterCount(model))} parameters, ${millions(size.active)} active per token`)
 
-  const precision = options.precision === 'f32' ? 'f32' : 'bf16'
+  const { precision } = options
   const optimizer = options.optimizer as 'muon' | 'adamw'
   const batchSize = Number(options.batch)
   const steps = checkpoint

@@ -72,6 +72,7 @@ export function tfjsBackend(tf: TfNamespace, options: TfjsBackendOptions = {}): 
     device: options.device ?? `TensorFlow.js ${name}`,
     dtypes: supported,
     bf16Matmul: false,
+    fp8Matmul: false,
     primitives: { ...primitives, reshape: reshapeKernel(runner) },
     fused: kernels(tables.fused) as FusedKernels,
     upload: (data, shape, dtype) => upload(runner, host, data, shape, dtype),

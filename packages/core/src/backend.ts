@@ -32,8 +32,15 @@ export interface TensorSpec {
   readonly dtype: DType
 }
 
-/** Arithmetic of matrix products: operands rounded to bf16 or kept in f32; accumulation is always f32 or better. */
-export type Precision = 'f32' | 'bf16'
+/**
+ * Arithmetic of matrix products: operands kept in f32, rounded to bf16, or rounded to f8e4m3 in tiles of `fp8Tile` along the axis that is summed over, each with a power
+ * of two as its scale; accumulation is always f32 or better. The tile's scale 2^e has the least e >= -100 with max|x| <= 448 * 2^e; x becomes the nearest multiple that f8e4m3
+ * has (ties to even), and a tile with a NaN or an infinity becomes NaN. (DeepSeek-V3 report 3.3; scales as in V3.1.)
+ */
+export type Precision = 'f32' | 'bf16' | 'fp8'
+
+/** Of the products that are not done in fp8: attention, the head, batches of small ones. */
+export type WidePrecision = Exclude<Precision, 'fp8'>
 
 export type UnaryCode =
   | 'neg'
@@ -79,7 +86,7 @@ export interface PrimitiveAttrs {
   topk: { readonly k: number }
   /**
    * `[a, b] -> [c]`, both rank 2, or both rank 3 with the same leading size. a is `[m, k]` (`[k, m]` when transposeA),
-   * b is `[k, n]` (`[n, k]` when transposeB), f32.
+   * b is `[k, n]` (`[n, k]` when transposeB), f32. Only those of rank 2 come in fp8.
    */
   matmul: { readonly transposeA: boolean; readonly transposeB: boolean; readonly precision: Precision }
   /** `[x [n, ...rest], index i32 [...any]] -> [y [...any, ...rest]]`. */
@@ -122,7 +129,7 @@ export interface AttentionAttrs {
   /** Query i of T sees keys 0 ..= (limit - T + i), where limit is S, or lengths[b] when given. Not causal: keys below the limit. A query that sees nothing gives zeros (and lse -Infinity). */
   readonly causal: boolean
   readonly scale: number
-  readonly precision: Precision
+  readonly precision: WidePrecision
 }
 
 export interface RoutedExpertsAttrs {
@@ -153,7 +160,7 @@ export interface QuantizedAttrs {
   /** Rows and columns of the weight that share a scale. Means nothing for bf16. */
   readonly block: readonly [rows: number, columns: number]
   /** As in `matmul`: whether x and the weight's values may be rounded to bf16 before they are multiplied. */
-  readonly precision: Precision
+  readonly precision: WidePrecision
 }
 
 /**
@@ -197,15 +204,15 @@ export interface FusedAttrs {
    * `[q [B, T, H, C], cache [B, S, C], lengths i32 [B]] -> [out [B, T, H, valueDim]]`, causal against `lengths` as in `attention`. Rows of the cache at or after lengths[b] are never read.
    * The cache is f32, or bf16 where `Backend.dtypes` has it: a kernel without a bf16 form declines, and core casts the cache up.
    */
-  latentAttention: { readonly scale: number; readonly valueDim: number; readonly precision: Precision }
+  latentAttention: { readonly scale: number; readonly valueDim: number; readonly precision: WidePrecision }
   /** `[logits [N, V], targets i32 [N]] -> [loss [N], lse [N]]`; loss 0 where the target is `ignoreIndex` or out of range. */
   crossEntropy: { readonly ignoreIndex: number }
   /** `[logits, targets, lse, dloss [N]] -> [dlogits]`. */
   crossEntropyBackward: { readonly ignoreIndex: number }
   /** `[x [N, D], weight [V, D], targets i32 [N]] -> [loss [N], lse [N]]` of logits = x weight^T, without storing the logits. */
-  linearCrossEntropy: { readonly ignoreIndex: number; readonly precision: Precision }
+  linearCrossEntropy: { readonly ignoreIndex: number; readonly precision: WidePrecision }
   /** `[x, weight, targets, lse, dloss [N]] -> [dx, dweight]`. */
-  linearCrossEntropyBackward: { readonly ignoreIndex: number; readonly precision: Precision }
+  linearCrossEntropyBackward: { readonly ignoreIndex: number; readonly precision: WidePrecision }
   /**
    * `[logits [N, E], bias [E]] -> [weights [N, K], indices i32 [N, K], scores [N, E]]`. choice = scores + bias decides alone; experts
    * outside the kept groups can never be chosen, whatever the signs; weights come from the unbiased scores. Best choice first, ties to the lowest index (groups and experts alike).
@@ -320,6 +327,8 @@ export interface Backend {
   readonly dtypes: ReadonlySet<DType>
   /** Whether precision 'bf16' really multiplies in bf16 (otherwise it is done in f32). */
   readonly bf16Matmul: boolean
+  /** Whether precision 'fp8' really rounds operands to fp8 (otherwise it is done as 'bf16'). What then multiplies them may be wider. */
+  readonly fp8Matmul: boolean
   upload(data: HostArray, shape: Shape, dtype: DType): Handle
   /** A fresh host array with the tensor's elements; waits for the work that makes them. */
   download(value: Value): Promise<HostArray>

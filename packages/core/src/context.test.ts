@@ -124,7 +124,9 @@ test('settings of a promise would end before its work: it is refused', async () 
     expect.objectContaining({ code: 'E_ATTR', op, message: expect.stringMatching(/synchronous function/) })
   expect(() => noGrad(() => Promise.resolve(1))).toThrow(refused('noGrad'))
   expect(() => withPrecision('bf16', () => Promise.resolve(1))).toThrow(refused('withPrecision'))
-  expect(() => withPrecision('fp16' as 'f32', () => 1)).toThrow(/no precision is called "fp16".*'f32' or 'bf16'/s)
+  expect(() => withPrecision('fp16' as 'f32', () => 1)).toThrow(
+    /no precision is called "fp16".*'f32', 'bf16' or 'fp8'/s,
+  )
   expect([isRecording(), currentPrecision()]).toEqual([true, 'f32'])
 })
 

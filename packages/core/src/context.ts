@@ -1,5 +1,5 @@
 /** @file The few settings that are not arguments: default backend, recording, precision policy, and what fell back. */
-import type { Backend, FusedName, Precision } from './backend.ts'
+import type { Backend, FusedName, Precision, WidePrecision } from './backend.ts'
 import { isMoeError, MoeError } from './errors.ts'
 
 interface Context {
@@ -118,18 +118,22 @@ export function remember<T>(make: () => T): T {
   return value
 }
 
+/** What `withPrecision` takes. */
+export const precisions: readonly Precision[] = ['f32', 'bf16', 'fp8']
+
 /**
  * Runs a synchronous `fn` with matrix products multiplied in the given precision (accumulation stays f32). Parameters, optimizer state and
- * everything else stay f32. A backend without bf16 arithmetic multiplies in f32.
+ * everything else stay f32. A backend without bf16 arithmetic multiplies in f32. In 'fp8' that is linear layers, experts, and what goes back through them; attention, batched products
+ * and the loss of the head are in bf16 then (DeepSeek-V3 report 3.3).
  * @throws MoeError E_ATTR when there is no such precision.
  */
 export function withPrecision<T>(precision: Precision, fn: () => T): T {
-  if (precision !== 'f32' && precision !== 'bf16') {
+  if (!precisions.includes(precision)) {
     throw new MoeError({
       code: 'E_ATTR',
       op: 'withPrecision',
       problem: `no precision is called ${JSON.stringify(precision)}`,
-      fix: "pass 'f32' or 'bf16'",
+      fix: "pass 'f32', 'bf16' or 'fp8'",
     })
   }
   const before = context.precision
@@ -143,6 +147,10 @@ export function withPrecision<T>(precision: Precision, fn: () => T): T {
 
 /** The precision that matrix products are given now. */
 export const currentPrecision = (): Precision => context.precision
+
+/** The same for products that are never in fp8. */
+export const widePrecision = (precision: Precision = context.precision): WidePrecision =>
+  precision === 'fp8' ? 'bf16' : precision
 
 export interface Fallback {
   readonly backend: string

@@ -96,6 +96,9 @@ export function fromF16(bits: number): number {
 /** Largest finite value of `f8e4m3` (the `fn` variant: no infinities, 0x7f and 0xff are NaN). */
 export const f8e4m3Max = 448
 
+/** Neighbours along the summed axis that share a scale in precision 'fp8'; those of an expert's weight gradient count from its first row. */
+export const fp8Tile = 128
+
 /** f32 to float8_e4m3fn bits, round to nearest even, saturating at ±448 (as hardware conversions do); NaN stays NaN. */
 export function toF8e4m3(value: number): number {
   if (Number.isNaN(value)) return 0x7f

@@ -31,6 +31,7 @@ export type {
   UnaryCode,
   Value,
   WeightFormat,
+  WidePrecision,
 } from './backend.ts'
 export {
   type BackendModule,
@@ -42,8 +43,10 @@ export {
   isRecomputing,
   isRecording,
   noGrad,
+  precisions,
   remember,
   setDefaultBackend,
+  widePrecision,
   withPrecision,
 } from './context.ts'
 export {
@@ -54,6 +57,7 @@ export {
   dtypes,
   encodeHost,
   f8e4m3Max,
+  fp8Tile,
   fromBf16,
   fromF8e4m3,
   fromF16,
@@ -92,6 +96,7 @@ export {
   type InitOptions,
   Linear,
   normalParameter,
+  OutputHead,
   RmsNorm,
   SwigluMlp,
   seedDefaultRandom,

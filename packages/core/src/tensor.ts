@@ -19,7 +19,7 @@ import type {
   UnaryCode,
   Value,
 } from './backend.ts'
-import { context, defaultBackend } from './context.ts'
+import { context, defaultBackend, widePrecision } from './context.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, isFloat } from './dtype.ts'
 import { MoeError } from './errors.ts'
 import { infer, inferReshape, shapeError } from './infer.ts'
@@ -263,7 +263,7 @@ export class Tensor extends Scoped implements Value {
 
   /**
    * Matrix product. `[..., m, k] x [k, n]` folds the leading axes; equal leading axes multiply batchwise.
-   * transposeA and transposeB read the last two axes of that side swapped.
+   * transposeA and transposeB read the last two axes of that side swapped. Batches are multiplied in bf16 where fp8 is asked for.
    */
   matmul(other: Tensor, options: { transposeA?: boolean; transposeB?: boolean; precision?: Precision } = {}): Tensor {
     return composed([this, other], () => matmul(this, other, options))
@@ -542,7 +542,7 @@ function matmul(
   }
   const batch = sizeOf(lead)
   const fold = (x: Tensor) => x.reshape([batch, x.shape[x.rank - 2], x.shape[x.rank - 1]])
-  const out = run('matmul', [fold(a), fold(b)], attrs)
+  const out = run('matmul', [fold(a), fold(b)], { ...attrs, precision: widePrecision(precision) })
   return out.reshape([...lead, out.shape[1], out.shape[2]])
 }
 

@@ -22,10 +22,11 @@ import {
   forkInit,
   fromHost,
   type InitOptions,
-  Linear,
+  type Linear,
   linearCrossEntropy,
   Module,
   noGrad,
+  OutputHead,
   type Precision,
   Random,
   RmsNorm,
@@ -180,7 +181,7 @@ export class DeepSeek extends Module {
     const init: InitOptions = { random: new Random(seed ?? 0), deviation, backend, weights }
     this.#rotary = new RotaryEmbedding(this.#config)
     this.model = new Trunk(this.#config, this.#rotary, { ...init, balancer, dropping })
-    this.lm_head = new Linear(this.#config.hidden_size, this.#config.vocab_size, forkInit(init, 'lm_head'))
+    this.lm_head = new OutputHead(this.#config.hidden_size, this.#config.vocab_size, forkInit(init, 'lm_head'))
     if (this.#config.tie_word_embeddings) {
       this.lm_head.weight.dispose()
       this.lm_head.weight = this.model.embed_tokens.weight

@@ -62,6 +62,7 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
     device: `${cpus()[0]?.model.trim() ?? process.arch}, ${isaLabels[library.isa]}, ${threads} ${threads === 1 ? 'thread' : 'threads'}`,
     dtypes: new Set(dtypes),
     bf16Matmul: library.isa === 'avx512bf16',
+    fp8Matmul: true,
     isa: library.isa,
     threads,
     primitives,

@@ -69,6 +69,7 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
     cublasLt: cuda.cublasLt?.version,
     dtypes: new Set(dtypes),
     bf16Matmul: true,
+    fp8Matmul: true,
     primitives: tabulate(primitiveFactories, cuda, run) as PrimitiveKernels,
     fused: tabulate(fusedFactories, cuda, run) as FusedKernels,
     upload: (data, shape, dtype) => run('', () => upload(memory, stream, opened.recording, data, { shape, dtype })),

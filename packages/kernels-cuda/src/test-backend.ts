@@ -1,7 +1,7 @@
 /** @file For tests: a backend on the emulator, or with MOE_REQUIRE_CUDA=1 on the GPU of this machine. */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
-import type { Precision } from '@moe/core'
+import type { WidePrecision } from '@moe/core'
 import koffi from 'koffi'
 import { type CudaBackend, createBackend } from './backend.ts'
 import type { CudaOptions } from './open.ts'
@@ -13,7 +13,7 @@ export const onDevice = process.env['MOE_REQUIRE_CUDA'] === '1'
 export const wgmmaVariants = onDevice ? [process.env['MOE_CUDA_WGMMA'] === '1'] : [false, true]
 
 /** Precisions with the ways of multiplying in them. */
-export const productVariants: ReadonlyArray<{ readonly precision: Precision; readonly wgmma: boolean }> = [
+export const productVariants: ReadonlyArray<{ readonly precision: WidePrecision; readonly wgmma: boolean }> = [
   { precision: 'f32', wgmma: false },
   ...wgmmaVariants.map(wgmma => ({ precision: 'bf16', wgmma }) as const),
 ]
@@ -33,7 +33,7 @@ export const cublasLtVariants: readonly CudaOptions[] = onDevice
 
 /** Ways of multiplying dense matrices. */
 export const denseVariants: ReadonlyArray<{
-  readonly precision: Precision
+  readonly precision: WidePrecision
   readonly by: string
   readonly options: CudaOptions
 }> = [

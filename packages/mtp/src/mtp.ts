@@ -12,6 +12,7 @@ import {
   type InitOptions,
   Linear,
   Module,
+  OutputHead,
   RmsNorm,
   type Tensor,
 } from '@moe/core'
@@ -79,7 +80,7 @@ export class MtpModule<Options = Record<never, never>> extends Module {
     if (options.separate) {
       const [vocabulary] = options.embedding.weight.shape
       this.embed_tokens = new Embedding(vocabulary, hidden, forkInit(options, 'embed_tokens'))
-      this.shared_head.head = new Linear(hidden, vocabulary, forkInit(options, 'head'))
+      this.shared_head.head = new OutputHead(hidden, vocabulary, forkInit(options, 'head'))
     }
   }
 

@@ -1,6 +1,6 @@
 /** @file What `train` takes, what is assumed where nothing is said, and what of it a checkpoint must agree with. */
 import { createHash } from 'node:crypto'
-import { MoeError, type NamedParameter, type Precision } from '@moe/core'
+import { MoeError, type NamedParameter, type Precision, precisions } from '@moe/core'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import type { Corpus } from './data/corpus.ts'
 import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
@@ -40,7 +40,7 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
    * here; or a function that makes another one from the model's parameters.
    */
   readonly optimizer?: 'adamw' | 'muon' | ((parameters: readonly NamedParameter[]) => Optimizer)
-  /** Arithmetic of matrix products. Default f32. */
+  /** Arithmetic of matrix products; in `'fp8'` those of linear layers and experts, the others in bf16. Default f32. */
   readonly precision?: Precision
   /** Record a step and replay it where backend, model and optimizer can: see `TrainingSteps`. Default true. */
   readonly record?: boolean
@@ -123,7 +123,7 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   if (!(lr > 0 && Number.isFinite(lr))) problems.push(`lr is ${lr}, needs a positive number`)
   if (!(clip > 0)) problems.push(`clip is ${clip}, needs a positive number, or Infinity for none`)
   if (rank >= world) problems.push(`rank is ${rank} of ${world}; ranks count from 0`)
-  if (precision !== 'f32' && precision !== 'bf16') problems.push(`precision is ${precision}, needs 'f32' or 'bf16'`)
+  if (!precisions.includes(precision)) problems.push(`precision is ${precision}, needs 'f32', 'bf16' or 'fp8'`)
   if (typeof optimizer !== 'function' && optimizer !== 'adamw' && optimizer !== 'muon') {
     problems.push(`optimizer is ${optimizer}, needs 'adamw', 'muon' or a function`)
   }

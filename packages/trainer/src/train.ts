@@ -360,11 +360,15 @@ class Run {
       epochs: order.epochs(settings.steps),
       out: settings.out,
     })
-    if (settings.precision === 'bf16' && !backend.bf16Matmul) {
-      this.emit({
-        type: 'notice',
-        message: `${backend.name} has no bf16 arithmetic here: matrix products are multiplied in f32`,
-      })
+    const missing =
+      settings.precision === 'fp8' && !backend.fp8Matmul
+        ? 'does not round to fp8'
+        : settings.precision === 'bf16' && !backend.bf16Matmul
+          ? 'has no bf16 arithmetic here'
+          : undefined
+    if (missing !== undefined) {
+      const used = settings.precision === 'fp8' && backend.bf16Matmul ? 'bf16' : 'f32'
+      this.emit({ type: 'notice', message: `${backend.name} ${missing}: matrix products are multiplied in ${used}` })
     }
   }
 }

@@ -1,6 +1,6 @@
 /** @file Scaled dot-product attention, with grouped key/value heads, and its absorbed form over a latent cache. */
-import type { AttentionAttrs, Precision } from '../backend.ts'
-import { context } from '../context.ts'
+import type { AttentionAttrs, WidePrecision } from '../backend.ts'
+import { widePrecision } from '../context.ts'
 import { attrError, needDtype, needShape } from '../infer.ts'
 import { arange, type FusedDefinition, full, runFused, type Tensor, where } from '../tensor.ts'
 import { rowMax } from './softmax.ts'
@@ -143,7 +143,7 @@ export interface AttentionOptions {
   readonly scale?: number
   /** `i32 [B]`: keys in use of each sequence; default all. */
   readonly lengths?: Tensor
-  readonly precision?: Precision
+  readonly precision?: WidePrecision
 }
 
 /**
@@ -151,7 +151,7 @@ export interface AttentionOptions {
  * A query that may see no key gives zeros.
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
-  const { causal = true, scale = q.shape[3] ** -0.5, precision = context.precision, lengths } = options
+  const { causal = true, scale = q.shape[3] ** -0.5, precision = widePrecision(), lengths } = options
   return runFused(attentionDefinition, lengths === undefined ? [q, k, v] : [q, k, v, lengths], {
     causal,
     scale,
@@ -167,8 +167,8 @@ export function latentAttention(
   q: Tensor,
   cache: Tensor,
   lengths: Tensor,
-  options: { scale: number; valueDim: number; precision?: Precision },
+  options: { scale: number; valueDim: number; precision?: WidePrecision },
 ): Tensor {
-  const { scale, valueDim, precision = context.precision } = options
+  const { scale, valueDim, precision = widePrecision() } = options
   return runFused(latentAttentionDefinition, [q, cache, lengths], { scale, valueDim, precision })[0]
 }

@@ -1,6 +1,6 @@
 /** @file Cross-entropy with class indices, from logits or from the hidden states and the output matrix. */
 import type { FusedAttrs } from '../backend.ts'
-import { context } from '../context.ts'
+import { widePrecision } from '../context.ts'
 import { needDtype, needShape } from '../infer.ts'
 import { arange, type FusedDefinition, full, runFused, type Tensor, where } from '../tensor.ts'
 import { rowMax } from './softmax.ts'
@@ -113,6 +113,6 @@ export function linearCrossEntropy(
   targets: Tensor,
   options: { ignoreIndex?: number } = {},
 ): Tensor {
-  const attrs = { ignoreIndex: options.ignoreIndex ?? defaultIgnoreIndex, precision: context.precision }
+  const attrs = { ignoreIndex: options.ignoreIndex ?? defaultIgnoreIndex, precision: widePrecision() }
   return runFused(linearCrossEntropyDefinition, [x, weight, targets], attrs)[0]
 }

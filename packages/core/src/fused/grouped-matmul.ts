@@ -44,14 +44,19 @@ export const groupedMatmulDefinition: FusedDefinition<'groupedMatmul'> = {
 export const groupedMatmulWeightGradDefinition: FusedDefinition<'groupedMatmulWeightGrad'> = {
   name: 'groupedMatmulWeightGrad',
   infer: ([x, dy, offsets]) => [{ shape: [offsets.shape[0] - 1, dy.shape[1], x.shape[1]], dtype: 'f32' }],
+  // Each expert's rows come first in a matrix of all rows, as the tiles of 'fp8' count from the first of them.
   decompose([x, dy, offsets], { precision }) {
     const rows = arange(x.shape[0], offsets)
-    const parts = Array.from({ length: offsets.shape[0] - 1 }, (_, e) =>
-      dy
-        .mul(rowsOf(e, rows, offsets))
-        .matmul(x, { transposeA: true, precision })
-        .reshape([1, dy.shape[1], x.shape[1]]),
-    )
+    const parts = Array.from({ length: offsets.shape[0] - 1 }, (_, e) => {
+      const start = offsets.narrow(0, e, e + 1)
+      const isOwn = rows
+        .add(start)
+        .lt(offsets.narrow(0, e + 1, e + 2))
+        .cast('f32')
+        .reshape([x.shape[0], 1])
+      const own = (of: Tensor) => of.takeRows(rows.add(start).minimum(x.shape[0] - 1)).mul(isOwn)
+      return own(dy).matmul(own(x), { transposeA: true, precision }).reshape([1, dy.shape[1], x.shape[1]])
+    })
     return [concat(parts)]
   },
   vjp: null,

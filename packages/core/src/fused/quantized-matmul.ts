@@ -1,6 +1,6 @@
 /** @file Products with weights stored in fewer bits: bf16, fp8, int8 or int4 with one scale per block. Activations stay f32. */
-import type { Backend, Precision, QuantizedAttrs, Shape, TensorSpec, WeightFormat } from '../backend.ts'
-import { context } from '../context.ts'
+import type { Backend, QuantizedAttrs, Shape, TensorSpec, WeightFormat, WidePrecision } from '../backend.ts'
+import { widePrecision } from '../context.ts'
 import type { DType } from '../dtype.ts'
 import { attrError, needDtype, needShape, shapeError } from '../infer.ts'
 import { showShape, sizeOf } from '../shape.ts'
@@ -218,7 +218,7 @@ export function dequantizeWeight({ q, scale, shape, format, block }: QuantizedWe
   return dequantize(q, scale, shape[shape.length - 1], { format, block })
 }
 
-const attrsOf = ({ format, block }: QuantizedWeight, precision: Precision): QuantizedAttrs => ({
+const attrsOf = ({ format, block }: QuantizedWeight, precision: WidePrecision): QuantizedAttrs => ({
   format,
   block,
   precision,
@@ -229,7 +229,7 @@ export function quantizedMatmul(x: Tensor, weight: QuantizedWeight): Tensor {
   const { q, scale } = weight
   const flat = x.rank === 2 ? x : x.reshape([sizeOf(x.shape.slice(0, -1)), x.shape[x.rank - 1]])
   const inputs = scale === null ? [flat, q] : [flat, q, scale]
-  const [y] = runFused(quantizedMatmulDefinition, inputs, attrsOf(weight, context.precision))
+  const [y] = runFused(quantizedMatmulDefinition, inputs, attrsOf(weight, widePrecision()))
   return x.rank === 2 ? y : y.reshape([...x.shape.slice(0, -1), y.shape[1]])
 }
 
@@ -237,5 +237,5 @@ export function quantizedMatmul(x: Tensor, weight: QuantizedWeight): Tensor {
 export function quantizedGroupedMatmul(x: Tensor, weight: QuantizedWeight, offsets: Tensor): Tensor {
   const { q, scale } = weight
   const inputs = scale === null ? [x, q, offsets] : [x, q, offsets, scale]
-  return runFused(quantizedGroupedMatmulDefinition, inputs, attrsOf(weight, context.precision))[0]
+  return runFused(quantizedGroupedMatmulDefinition, inputs, attrsOf(weight, widePrecision()))[0]
 }

@@ -99,7 +99,7 @@ export interface ExpertWeights {
 
 /**
  * What the experts that the plan chose make of the tokens `x [N, D]`, weighted by `weights [N, K]` and summed: `[N, D]`. The same as permuteTokens, groupedMatmul by
- * gate and up, swiglu, groupedMatmul by down and combineTokens, which it is in f32; in bf16 a backend may store rows between the products in bf16.
+ * gate and up, swiglu, groupedMatmul by down and combineTokens, which it is in f32 and fp8; in bf16 a backend may store rows between the products in bf16.
  * @throws MoeError E_SHAPE, E_DTYPE
  */
 export function routedExperts(x: Tensor, experts: ExpertWeights, weights: Tensor, plan: DispatchPlan): Tensor {

@@ -1,6 +1,6 @@
 /** @file The layers that every part of a model uses: linear, embedding, RMSNorm, SwiGLU MLP; and how they are initialized. */
 import type { Backend, WeightFormat } from '../backend.ts'
-import { noGrad } from '../context.ts'
+import { noGrad, widePrecision, withPrecision } from '../context.ts'
 import { zeroWeight } from '../fused/quantized-matmul.ts'
 import { rmsNorm } from '../fused/rms-norm.ts'
 import { swiglu } from '../fused/swiglu.ts'
@@ -71,6 +71,13 @@ export class Linear extends Module {
 
   forward(x: Tensor): Tensor {
     return linear(x, this.weight)
+  }
+}
+
+/** The linear layer that makes logits: in bf16 where others are in fp8 (V3 report 3.3.1). */
+export class OutputHead extends Linear {
+  override forward(x: Tensor): Tensor {
+    return withPrecision(widePrecision(), () => super.forward(x))
   }
 }
 

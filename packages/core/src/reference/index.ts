@@ -3,6 +3,7 @@
  */
 import type { Backend, Handle, Kernel, PrimitiveAttrs, PrimitiveKernels, PrimitiveName, Value } from '../backend.ts'
 import { dtypes } from '../dtype.ts'
+import { roundOperand } from './fp8.ts'
 import { referencePrimitives } from './primitives.ts'
 import { fromHostArray, type Numbers, type ReferenceHandle, type Storage, toHostArray } from './storage.ts'
 
@@ -35,6 +36,7 @@ export function referenceBackend(): Backend {
     device: 'plain TypeScript, f64',
     dtypes: new Set(dtypes),
     bf16Matmul: false,
+    fp8Matmul: true,
     primitives: Object.fromEntries(names.map(name => [name, kernel(name)])) as unknown as PrimitiveKernels,
     fused: {},
     upload: (data, _shape, dtype) => own({ data: fromHostArray(data, dtype), dtype, refs: 0 }),
@@ -54,6 +56,8 @@ export function referenceBackend(): Backend {
     dispose() {},
   }
 }
+
+export { roundOperand }
 
 /** The unrounded elements of a tensor on a reference backend (the live array: do not change it). */
 export function readF64(value: Value): Numbers {

@@ -2,6 +2,7 @@
 import type { BinaryCode, PrimitiveAttrs, PrimitiveName, Shape, TensorSpec, UnaryCode, Value } from '../backend.ts'
 import { fromBf16, fromF8e4m3, fromF16, toBf16, toF8e4m3, toF16 } from '../dtype.ts'
 import { sizeOf, stridesOf } from '../shape.ts'
+import { roundOperand } from './fp8.ts'
 import { allocate, broadcastIndex, type Numbers, type ReferenceHandle, walk } from './storage.ts'
 
 export type ReferenceKernels = {
@@ -150,15 +151,19 @@ export const referencePrimitives: ReferenceKernels = {
     return [values, indices]
   },
 
-  matmul([a, b], { transposeA, transposeB }, [spec]) {
+  matmul([a, b], { transposeA, transposeB, precision }, [spec]) {
     const rank = spec.shape.length
     const [m, n] = spec.shape.slice(-2)
     const batch = rank === 3 ? spec.shape[0] : 1
     const k = a.shape[rank - (transposeA ? 2 : 1)]
     const out = allocate('f32', batch * m * n)
-    const [x, y] = [dataOf(a), dataOf(b)]
     const [stepI, stepP] = transposeA ? [1, m] : [k, 1]
     const [stepQ, stepJ] = transposeB ? [1, k] : [n, 1]
+    const operand = (value: Value, outer: number, stepOuter: number, stepK: number) =>
+      precision === 'fp8' && rank === 2
+        ? roundOperand(dataOf(value) as Float64Array, { outer, k, stepOuter, stepK })
+        : dataOf(value)
+    const [x, y] = [operand(a, m, stepI, stepP), operand(b, n, stepJ, stepQ)]
     for (let s = 0; s < batch; s++) {
       for (let i = 0; i < m; i++) {
         const row = (s * m + i) * n

@@ -2,7 +2,7 @@
 import { mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
-import { isMoeError, type MoeError, type Precision, Random, randn, scope, type Tensor } from '@moe/core'
+import { isMoeError, type MoeError, Random, randn, scope, type Tensor, type WidePrecision } from '@moe/core'
 import { backendSuite, graphSuite, runOp } from '@moe/core/testing'
 import koffi from 'koffi'
 import { afterAll, afterEach, describe, expect, onTestFinished, test } from 'vitest'
@@ -28,7 +28,7 @@ const folder = mkdtempSync(join(tmpdir(), 'moe-cublas-lt-'))
 afterAll(() => rmSync(folder, { recursive: true }))
 
 const forms = [false, true].flatMap(transposeA => [false, true].map(transposeB => ({ transposeA, transposeB })))
-const precisions: readonly Precision[] = ['f32', 'bf16']
+const precisions: readonly WidePrecision[] = ['f32', 'bf16']
 
 /** Odd sizes, one of each, k that the heuristic sums up in two parts. */
 const sizes = [
@@ -107,9 +107,9 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
   const [m, n, k] = [20, 24, 300]
   const inputs = [exact(new Random(1), m, k), exact(new Random(2), n, k)]
   const outputs = [output(m, n)]
-  const attrs = (precision: Precision) => ({ transposeA: false, transposeB: true, precision })
+  const attrs = (precision: WidePrecision) => ({ transposeA: false, transposeB: true, precision })
   type Backend = Awaited<ReturnType<typeof createBackend>>
-  const multiply = (backend: Backend, precision: Precision = 'bf16') =>
+  const multiply = (backend: Backend, precision: WidePrecision = 'bf16') =>
     runOp(backend, 'matmul', inputs, attrs(precision), outputs)
   /** Our kernels' result. */
   const own = async (options: CudaOptions = {}) => (await onCuda('matmul', inputs, attrs('bf16'), outputs, options))[0]

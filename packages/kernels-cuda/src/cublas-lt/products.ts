@@ -2,7 +2,7 @@
  * @file Dense products by cuBLASLt. It stores matrices by columns, ours lie in rows: what is c = a b here is c^T = b^T a^T there, so that b comes
  * first, and a matrix in rows is its transpose in columns.
  */
-import { MoeError, type Precision } from '@moe/core'
+import { MoeError, type WidePrecision } from '@moe/core'
 import type { Driver } from '../driver/driver.ts'
 import type { Matrix, Product } from '../kernels/matmul/gemm.ts'
 import type { Memory } from '../memory.ts'
@@ -14,7 +14,7 @@ import type { CublasLtLibrary } from './library.ts'
 const success = 0
 const notSupported = 15
 const compute32F = 68
-const types: { readonly [P in Precision]: number } = { f32: 0, bf16: 14 }
+const types: { readonly [P in WidePrecision]: number } = { f32: 0, bf16: 14 }
 const descriptionAttribute = { transA: 3, transB: 4 } as const
 const layoutAttribute = { batchCount: 5, batchStride: 6 } as const
 const preferenceAttribute = {
@@ -61,7 +61,7 @@ const own = -1
 
 /** A product, but for where it goes. */
 interface Asked {
-  readonly precision: Precision
+  readonly precision: WidePrecision
   readonly a: Matrix
   readonly b: Matrix
   readonly product: Product
@@ -105,7 +105,7 @@ export class CublasLt {
    * c = a b (or c += a b), c without gaps and no size zero, by cuBLASLt or by `ownProduct`.
    * @throws MoeError E_BACKEND with the op, the shapes and cuBLASLt's status.
    */
-  multiply(precision: Precision, c: number, a: Matrix, b: Matrix, product: Product, ownProduct: OwnProduct): void {
+  multiply(precision: WidePrecision, c: number, a: Matrix, b: Matrix, product: Product, ownProduct: OwnProduct): void {
     const asked = { precision, a, b, product }
     const { add = false } = product
     const plan = this.#plan(asked, c)
@@ -290,7 +290,7 @@ function alignmentOf(pointer: number): number {
 }
 
 /** "bf16 [2,64,128] x [2,32,128]^T". */
-function words(precision: Precision, { m, n, k, transposeA, transposeB, batch = 1 }: Product): string {
+function words(precision: WidePrecision, { m, n, k, transposeA, transposeB, batch = 1 }: Product): string {
   const lead = batch === 1 ? '' : `${batch},`
   const a = transposeA ? `[${lead}${k},${m}]^T` : `[${lead}${m},${k}]`
   const b = transposeB ? `[${lead}${n},${k}]^T` : `[${lead}${k},${n}]`

@@ -1,5 +1,5 @@
 /** @file Cases of the fused ops: each is compared with its decomposition on the reference backend, values and gradients. */
-import type { Precision, RouterAttrs } from '../../backend.ts'
+import type { Precision, RouterAttrs, WidePrecision } from '../../backend.ts'
 import { type CaseInput, f32, given, i32, type OpCase, opCase, uniform } from '../case.ts'
 import { tolerances } from '../compare.ts'
 import { quantizedCases } from './quantized.ts'
@@ -11,7 +11,7 @@ const rough = (absolute = 0.05) => ({
   tolerance: { relative: 2e-2, absolute },
   gradientTolerance: { relative: 3e-2, absolute: absolute * 2 },
 })
-const precisions: readonly Precision[] = ['f32', 'bf16']
+const precisions: readonly WidePrecision[] = ['f32', 'bf16']
 
 /** The inverse pair (order, positions) must agree, so both are written out. */
 function planInputs(tokens: number, topK: number): { order: CaseInput; positions: CaseInput } {
@@ -109,14 +109,23 @@ const routerCases = [
 ]
 
 const ragged = given('i32', [5], [0, 3, 3, 11, 17])
-const groupedCases = precisions.flatMap(precision => [
+/** Of a sum whose terms are rounded or not. */
+const close = (precision: Precision, absolute: number) =>
+  precision === 'bf16'
+    ? rough(absolute)
+    : precision === 'fp8'
+      ? { tolerance: tolerances.fp8, gradientTolerance: tolerances.fp8 }
+      : sum
+/** More than a tile of rows for one expert. */
+const long = given('i32', [4], [0, 160, 160, 299])
+const groupedCases = [...precisions, 'fp8' as const].flatMap(precision => [
   ...[true, false].map(transposeW =>
     opCase(
       'groupedMatmul',
       `ragged, ${transposeW ? 'transposed' : 'plain'}, ${precision}`,
       [f32(17, 24), transposeW ? f32(4, 10, 24) : f32(4, 24, 10), ragged],
       { transposeW, precision },
-      precision === 'bf16' ? rough(0.1) : sum,
+      close(precision, 0.1),
     ),
   ),
   opCase(
@@ -124,21 +133,28 @@ const groupedCases = precisions.flatMap(precision => [
     `rows past the last offset, ${precision}`,
     [f32(9, 16), f32(2, 5, 16), given('i32', [3], [0, 2, 6])],
     { transposeW: true, precision },
-    { ...(precision === 'bf16' ? rough(0.1) : sum), gradient: false },
+    { ...close(precision, 0.1), gradient: false },
   ),
   opCase(
     'groupedMatmul',
     `larger, ${precision}`,
     [f32(200, 64), f32(3, 96, 64), given('i32', [4], [0, 20, 120, 200])],
     { transposeW: true, precision },
-    precision === 'bf16' ? rough(0.2) : sum,
+    close(precision, 0.2),
   ),
   opCase(
     'groupedMatmulWeightGrad',
     `ragged, ${precision}`,
     [f32(17, 24), f32(17, 10), ragged],
     { precision },
-    { ...(precision === 'bf16' ? rough(0.1) : sum), gradient: false },
+    { ...close(precision, 0.1), gradient: false },
+  ),
+  opCase(
+    'groupedMatmul',
+    `many rows an expert, ${precision}`,
+    [f32(300, 130), f32(3, 20, 130), long],
+    { transposeW: true, precision },
+    close(precision, 0.3),
   ),
 ])
 

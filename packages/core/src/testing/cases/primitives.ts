@@ -228,6 +228,7 @@ const matmulCases = [
   [64, 128, 96],
   [1, 70, 130],
   [130, 40, 1],
+  [131, 300, 130],
 ].flatMap(([m, k, n]) =>
   [false, true].flatMap(transposeA =>
     [false, true].flatMap(transposeB => {
@@ -247,10 +248,63 @@ const matmulCases = [
             gradientTolerance: { relative: 2e-2, absolute: 0.2 },
           },
         ),
+        opCase(
+          'matmul',
+          `${name}, fp8`,
+          [a, b],
+          { transposeA, transposeB, precision: 'fp8' },
+          { tolerance: tolerances.fp8, gradientTolerance: tolerances.fp8 },
+        ),
       ]
     }),
   ),
 )
+
+const byNt = { transposeA: false, transposeB: true, precision: 'fp8' } as const
+const steps = Array.from({ length: 256 }, (_, i) => i)
+/** What becomes of tiles of numbers that are special to f8e4m3: with 1 beside each and zeros beside the others, a product is the rounded number itself. */
+const one = given('f32', [1, 129], [1, ...new Array(128).fill(0)])
+const alone = (name: string, largest: number, numbers: readonly number[]) =>
+  opCase(
+    'matmul',
+    `fp8, ${name}`,
+    [
+      given(
+        'f32',
+        [numbers.length, 129],
+        numbers.flatMap(x => [x, largest, ...new Array(127).fill(0)]),
+      ),
+      one,
+    ],
+    byNt,
+    { tolerance: tolerances.exact, gradient: false },
+  )
+const fp8Cases = [
+  alone(
+    'halfway between neighbours',
+    448,
+    steps.map(i => (i - 128) * 0.5),
+  ),
+  alone(
+    'below the smallest normal number',
+    448,
+    steps.map(i => (i - 128) * 2 ** -11),
+  ),
+  alone('largest just past a power of two', 448.00003, [1, 1.03125, 2.0625, -448]),
+  alone('small tiles', 1e-25, [1e-25, -3e-26, 1e-28, 0]),
+  alone('below the least scale', 2 ** -100, [2 ** -100, 2 ** -101, 2 ** -109, 2 ** -111]),
+  alone('large tiles', 3e38, [3e38, -1e38, 1e35]),
+  alone('all zeros', 0, [0, -0]),
+  alone('NaN', Number.NaN, [1, 2]),
+  alone('infinity', Number.POSITIVE_INFINITY, [1, 2]),
+  opCase(
+    'matmul',
+    'fp8, tiles of very different size',
+    [uniform(-1e-6, 1e-6, 5, 384), uniform(-1e5, 1e5, 4, 384)],
+    byNt,
+    { tolerance: { relative: 1e-3, absolute: 1e-3 }, gradientTolerance: { relative: 1e-3, absolute: 1 } },
+  ),
+]
 
 const batchedCases = [
   opCase(
@@ -304,5 +358,6 @@ export const primitiveCases: readonly OpCase[] = [
   ...movementCases,
   ...rowCases,
   ...matmulCases,
+  ...fp8Cases,
   ...batchedCases,
 ]

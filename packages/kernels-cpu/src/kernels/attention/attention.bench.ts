@@ -1,5 +1,5 @@
 /** Times attention on one layer of a few models: `node src/kernels/attention/attention.bench.ts [f32|bf16] [threads]`. */
-import { type AttentionAttrs, type Precision, Random, type Shape, sizeOf, type Value } from '@moe/core'
+import { type AttentionAttrs, Random, type Shape, sizeOf, type Value, type WidePrecision } from '@moe/core'
 import { createBackend } from '../../backend.ts'
 
 const shapes = [
@@ -8,7 +8,7 @@ const shapes = [
   { name: '64/64', B: 1, T: 1024, S: 1024, H: 16, Dk: 64, Dv: 64 },
   { name: 'decode 192/128', B: 1, T: 1, S: 4096, H: 16, Dk: 192, Dv: 128 },
 ]
-const precision = (process.argv[2] ?? 'f32') as Precision
+const precision = (process.argv[2] ?? 'f32') as WidePrecision
 const threads = process.argv[3] ? Number(process.argv[3]) : undefined
 const backend = await createBackend(threads ? { threads } : {})
 const random = new Random(1)

@@ -1,4 +1,4 @@
-import { type AttentionAttrs, type Precision, Random, type TensorSpec } from '@moe/core'
+import { type AttentionAttrs, Random, type TensorSpec, type WidePrecision } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import type { CpuOptions } from '../../backend.ts'
 import { availableIsas, type HostInput, runOp, testBackend } from '../../test-backend.ts'
@@ -30,7 +30,7 @@ const cases: readonly Case[] = [
 /** Plain loops are slow: once per case. */
 const known = new Map<Case, Float64Array[]>()
 
-async function run(c: Case, precision: Precision, options: CpuOptions) {
+async function run(c: Case, precision: WidePrecision, options: CpuOptions) {
   const random = new Random(7)
   const { B, T, S, H, G, Dk, Dv } = c
   const input = (...shape: number[]): HostInput => ({ data: random.normal(shape.reduce((a, b) => a * b, 1)), shape })

@@ -1,4 +1,4 @@
-import { decodeHost, encodeHost, type Precision, Random } from '@moe/core'
+import { decodeHost, encodeHost, Random, type WidePrecision } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import type { CpuOptions } from '../../backend.ts'
 import { availableIsas, runOp, testBackend } from '../../test-backend.ts'
@@ -18,7 +18,12 @@ const known: Record<CacheDType, Map<object, Float64Array>> = { f32: new Map(), b
 
 type CacheDType = 'f32' | 'bf16'
 
-async function run(c: (typeof cases)[number], precision: Precision, options: CpuOptions, dtype: CacheDType = 'f32') {
+async function run(
+  c: (typeof cases)[number],
+  precision: WidePrecision,
+  options: CpuOptions,
+  dtype: CacheDType = 'f32',
+) {
   const { B, T, S, H, C, valueDim, lengths } = c
   const random = new Random(3)
   const q = random.normal(B * T * H * C)

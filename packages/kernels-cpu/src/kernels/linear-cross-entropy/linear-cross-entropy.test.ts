@@ -1,9 +1,9 @@
-import type { Precision } from '@moe/core'
+import type { WidePrecision } from '@moe/core'
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { availableIsas, runOp, testBackend } from '../../test-backend.ts'
 
-const precisions: readonly Precision[] = ['f32', 'bf16']
+const precisions: readonly WidePrecision[] = ['f32', 'bf16']
 const ignoreIndex = -100
 
 interface Case {
@@ -47,7 +47,7 @@ function data({ rows, classes, dim, skip }: Case) {
 
 type Data = ReturnType<typeof data>
 
-async function run(c: Case, { x, weight, targets, dloss }: Data, precision: Precision, options: object) {
+async function run(c: Case, { x, weight, targets, dloss }: Data, precision: WidePrecision, options: object) {
   const backend = await testBackend(options)
   const attrs = { ignoreIndex, precision }
   const perRow = { shape: [c.rows], dtype: 'f32' as const }

@@ -1,8 +1,10 @@
 /** @file Matrix products of rank 2 and batched ones of rank 3. */
-import { type PrimitiveFactory, pointerOf } from '../../native.ts'
+import type { PrimitiveFactory } from '../../native.ts'
+import { withOperands } from '../fp8-operand/fp8-operand.ts'
 
 export const matmul: PrimitiveFactory<'matmul'> = native => {
   const product = native.kernel('moe_matmul_f32')
+  const operands = withOperands(native)
   return ([a, b], { transposeA, transposeB, precision }, [spec]) => {
     const c = native.output(spec)
     const rank = spec.shape.length
@@ -10,8 +12,13 @@ export const matmul: PrimitiveFactory<'matmul'> = native => {
     const n = spec.shape[rank - 1]
     const k = a.shape[transposeA ? rank - 2 : rank - 1]
     const batch = rank === 3 ? spec.shape[0] : 1
-    const bf16 = precision === 'bf16' ? 1 : 0
-    product(c.pointer, pointerOf(a), pointerOf(b), batch, m, n, k, +transposeA, +transposeB, bf16)
+    const both = [
+      { value: a, along: !transposeA },
+      { value: b, along: transposeB },
+    ]
+    operands(precision, both, (pointers, bf16) => {
+      product(c.pointer, ...pointers, batch, m, n, k, +transposeA, +transposeB, bf16)
+    })
     return [c]
   }
 }

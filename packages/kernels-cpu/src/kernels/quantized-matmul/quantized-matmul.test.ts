@@ -1,4 +1,4 @@
-import { fromBf16, fromF8e4m3, type Precision, Random, toBf16, type WeightFormat } from '@moe/core'
+import { fromBf16, fromF8e4m3, Random, toBf16, type WeightFormat, type WidePrecision } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { availableIsas, runOp, testBackend } from '../../test-backend.ts'
 
@@ -73,7 +73,7 @@ async function product(
   x: Float32Array,
   weight: ReturnType<typeof stored>,
   options: object,
-  precision: Precision = 'f32',
+  precision: WidePrecision = 'f32',
 ) {
   const backend = await testBackend(options)
   const { offsets, rows, n, k, block } = size

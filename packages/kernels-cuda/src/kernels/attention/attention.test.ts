@@ -1,4 +1,4 @@
-import { type Precision, Random } from '@moe/core'
+import { Random, type WidePrecision } from '@moe/core'
 import { afterEach, describe, expect, test } from 'vitest'
 import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
 import { productVariants, reverseOrder, unavailable } from '../../test-backend.ts'
@@ -28,7 +28,7 @@ const sizes: readonly Size[] = [
   { name: 'many more queries than keys', B: 1, T: 140, S: 6, H: 1, G: 1, Dk: 16, Dv: 16, causal: true },
 ]
 
-const room: { readonly [P in Precision]: number } = { f32: 5e-6, bf16: 2e-2 }
+const room: { readonly [P in WidePrecision]: number } = { f32: 5e-6, bf16: 2e-2 }
 
 afterEach(() => {
   if (!unavailable) reverseOrder(false)

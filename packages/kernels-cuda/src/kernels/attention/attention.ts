@@ -1,5 +1,5 @@
 /** @file Attention that never stores its scores, and its gradient. */
-import type { Precision, Value } from '@moe/core'
+import type { Value, WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { attentionBackwardOnHopper } from '../attention-sm90a/backward.ts'
 import { attentionOnHopper } from '../attention-sm90a/forward.ts'
@@ -7,7 +7,7 @@ import { type DenseMatrix, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
 
 /** Sizes of an engine of flash.cuh: rows and columns of a score tile, features of keys and of values. */
 interface Engine {
-  readonly precision: Precision
+  readonly precision: WidePrecision
   readonly dk: number
   readonly dv: number
   readonly threads: number
@@ -48,7 +48,7 @@ const backwardShared = (e: Engine) =>
   scratch(e) + rowBytes(e, e.mBackward, e.mBackward) + stages(e) * (rowBytes(e, e.n, e.n) + 2 * e.n * 4)
 
 /** The smallest engine for these heads. Heads beyond those of bf16 are computed in f32. */
-function findEngine(cuda: Cuda, precision: Precision, dk: number, dv: number, shared: (e: Engine) => number) {
+function findEngine(cuda: Cuda, precision: WidePrecision, dk: number, dv: number, shared: (e: Engine) => number) {
   const fitting = engines.filter(e => dk <= e.dk && dv <= e.dv && shared(e) <= cuda.sharedMemory)
   return fitting.find(e => e.precision === precision) ?? fitting.find(e => e.precision === 'f32')
 }

@@ -1,6 +1,7 @@
 /** @file One matrix product per expert over ragged row ranges, and the gradient of the experts' weights. */
-import type { Precision } from '@moe/core'
+import type { WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
+import { fp8AsBf16 } from '../fp8-operand/fp8-operand.ts'
 import { hopperGrouped, hopperWeightGradient } from '../grouped-matmul-sm90a/product.ts'
 import {
   chooseTile,
@@ -21,6 +22,7 @@ const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 
 export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
   const round = roundToBf16(cuda)
+  const roundToFp8 = fp8AsBf16(cuda)
   const onHopper = cuda.wgmma ? hopperGrouped(cuda) : undefined
   const kernels = new Map(
     variants.flatMap(tile =>
@@ -42,7 +44,7 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
     if (rows * n === 0) return [y]
     // Every expert can begin a tile of rows, and so can the rows behind the last one; none is empty.
     const mostRowTiles = (size: number) => Math.min(rows, Math.ceil(rows / size) + experts)
-    if (transposeW && k % 4 === 0 && isFew(rows, experts)) {
+    if (precision !== 'fp8' && transposeW && k % 4 === 0 && isFew(rows, experts)) {
       few[precision](
         { grid: [Math.ceil(n / 4), mostRowTiles(mostFewRows)], block: 128 },
         y.pointer,
@@ -56,16 +58,20 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
       )
       return [y]
     }
-    const [left, right] = operands(round, precision, [
-      wholeMatrix(x, rows, k),
-      wholeMatrix(weight, experts * weightRows, weightColumns),
-    ])
-    if (onHopper !== undefined && precision === 'bf16' && k * experts > 0) {
+    const [left, right] =
+      precision === 'fp8'
+        ? [roundToFp8({ value: x, along: true }), roundToFp8({ value: weight, along: transposeW, runs: experts })]
+        : operands(round, precision, [
+            wholeMatrix(x, rows, k),
+            wholeMatrix(weight, experts * weightRows, weightColumns),
+          ])
+    const stored = precision === 'fp8' ? 'bf16' : precision
+    if (onHopper !== undefined && stored === 'bf16' && k * experts > 0) {
       onHopper(y.pointer, left, right, pointerOf(offsets), { rows, n, k, experts, transposeW })
       return [y]
     }
     const most = (tile: Tile) => mostRowTiles(tile.m) * Math.ceil(n / tile.n)
-    const tile = chooseTile(cuda, tiles[precision], most)
+    const tile = chooseTile(cuda, tiles[stored], most)
     kernels.get(`${tile.name}_${transposeW ? 't' : 'n'}`)?.(
       { grid: most(tile), block: tile.threads, shared: tile.shared },
       y.pointer,
@@ -89,7 +95,7 @@ export function weightGradient(cuda: Cuda) {
     variants.map(tile => [tile, cuda.kernel('grouped-matmul', `moe_grouped_matmul_bwd_${tile}`, 'p p p p i i i i')]),
   )
   type Sizes = { readonly n: number; readonly k: number; readonly experts: number }
-  return (precision: Precision, dweight: number, dy: Matrix, x: Matrix, offsets: number, sizes: Sizes): void => {
+  return (precision: WidePrecision, dweight: number, dy: Matrix, x: Matrix, offsets: number, sizes: Sizes): void => {
     const { n, k, experts } = sizes
     const tile = chooseTile(cuda, tiles[precision], t => experts * countTiles(t, n, k))
     kernels.get(tile.name)?.(
@@ -108,6 +114,7 @@ export function weightGradient(cuda: Cuda) {
 
 export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = cuda => {
   const round = roundToBf16(cuda)
+  const roundToFp8 = fp8AsBf16(cuda)
   const onHopper = cuda.wgmma ? hopperWeightGradient(cuda) : undefined
   const multiply = weightGradient(cuda)
   return ([x, dy, offsets], { precision }, [spec]) => {
@@ -117,6 +124,11 @@ export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = 
     const rows = x.shape[0]
     if (onHopper !== undefined && precision === 'bf16') {
       onHopper(dweight.pointer, pointerOf(dy), pointerOf(x), pointerOf(offsets), { rows, n, k, experts })
+      return [dweight]
+    }
+    if (precision === 'fp8') {
+      const [left, right] = [dy, x].map(value => roundToFp8({ value, along: false, runs: experts, offsets }))
+      multiply('bf16', dweight.pointer, left, right, pointerOf(offsets), { n, k, experts })
       return [dweight]
     }
     const [left, right] = operands(round, precision, [wholeMatrix(dy, rows, n), wholeMatrix(x, rows, k)])

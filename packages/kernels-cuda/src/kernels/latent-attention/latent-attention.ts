@@ -1,5 +1,5 @@
 /** @file Absorbed MLA decode over the latent cache. */
-import type { Precision } from '@moe/core'
+import type { WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { latentOnHopper, tile as tileOnHopper } from '../latent-attention-sm90a/decode.ts'
 
@@ -10,7 +10,7 @@ const mostParts = 128
 
 interface Variant {
   readonly name: string
-  readonly precision: Precision
+  readonly precision: WidePrecision
   readonly cache: 'f32' | 'bf16'
   /** Rows and keys of a tile. */
   readonly m: number

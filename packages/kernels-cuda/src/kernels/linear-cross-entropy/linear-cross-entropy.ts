@@ -2,7 +2,7 @@
  * @file Cross-entropy of the logits x weight^T, which never exist as a whole: the vocabulary comes in chunks, whose weights are rounded
  * and whose logits' gradients are kept in bounded working memory. Each weight is rounded once and its gradient written once.
  */
-import type { Precision, Value } from '@moe/core'
+import type { Value, WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { type Logits, logitsOnHopper } from '../linear-cross-entropy-sm90a/logits.ts'
 import {
@@ -54,7 +54,7 @@ export function evenChunk(
  * The weight in chunks, as operands of a product. In bf16 it is rounded as a whole where that takes no more than the working memory of a chunk;
  * otherwise the chunks lie in the same working memory, one after the other.
  */
-function* chunks(cuda: Cuda, round: Round, precision: Precision, weight: Value, most: number) {
+function* chunks(cuda: Cuda, round: Round, precision: WidePrecision, weight: Value, most: number) {
   const [classes, columns] = weight.shape
   const ld = paddedColumns(columns)
   const isBf16 = precision === 'bf16'
@@ -99,7 +99,7 @@ function logitsByWarps(cuda: Cuda, direction: 'fwd' | 'bwd'): Logits {
 function logitsOf(cuda: Cuda, direction: 'fwd' | 'bwd') {
   const byWarps = logitsByWarps(cuda, direction)
   const onHopper = cuda.wgmma ? logitsOnHopper(cuda, direction) : undefined
-  return (precision: Precision, rows: number, classes: number, features: number) => {
+  return (precision: WidePrecision, rows: number, classes: number, features: number) => {
     const hopper = precision === 'bf16' && features > 0 ? onHopper : undefined
     const among = hopper ? hopperTiles : tiles[precision]
     const tile = chooseTile(cuda, among, t => countTiles(t, rows, classes))

@@ -1,5 +1,5 @@
 /** @file What the launchers of matrix products share: operands, sizes of tiles, and the dense product. */
-import type { Precision, Value } from '@moe/core'
+import type { Value, WidePrecision } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
 import { hopperProduct, hopperTiles } from '../matmul-sm90a/product.ts'
 
@@ -70,7 +70,7 @@ export function roundToBf16(cuda: Cuda): Round {
 }
 
 /** The matrices as operands of a product in that precision. */
-export function operands(round: Round, precision: Precision, matrices: readonly DenseMatrix[]): Matrix[] {
+export function operands(round: Round, precision: WidePrecision, matrices: readonly DenseMatrix[]): Matrix[] {
   return precision === 'bf16' ? round(matrices) : matrices.map(({ pointer, columns }) => ({ pointer, ld: columns }))
 }
 
@@ -101,7 +101,7 @@ const tileBf16 = (m: number, n: number, threads: number, speed: number): Tile =>
   speed,
 })
 
-export const tiles: { readonly [P in Precision]: readonly Tile[] } = {
+export const tiles: { readonly [P in WidePrecision]: readonly Tile[] } = {
   f32: [tileF32(128, 1), tileF32(64, 0.7)],
   bf16: [tileBf16(128, 256, 256, 1), tileBf16(128, 128, 128, 0.9), tileBf16(64, 64, 128, 0.5)],
 }
@@ -130,7 +130,7 @@ export interface Product {
   readonly add?: boolean
 }
 
-export type Multiply = (precision: Precision, c: number, a: Matrix, b: Matrix, product: Product) => void
+export type Multiply = (precision: WidePrecision, c: number, a: Matrix, b: Matrix, product: Product) => void
 
 /** Rows of a block of the kernels for few rows (few-rows.cuh), which read the weight once and as it is. */
 export const mostFewRows = 8

@@ -1,4 +1,4 @@
-import type { Precision } from '@moe/core'
+import type { WidePrecision } from '@moe/core'
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { distance, distanceToCpu, exact, onCuda, output } from '../../test-against-cpu.ts'
@@ -6,7 +6,7 @@ import { unavailable, wgmmaVariants } from '../../test-backend.ts'
 
 interface Size {
   readonly name: string
-  readonly precision: Precision
+  readonly precision: WidePrecision
   readonly batch?: number
   readonly m: number
   readonly n: number
@@ -26,8 +26,8 @@ const sizes: readonly Size[] = [
 ]
 const fewRows = ['f32', 'bf16'].flatMap(precision =>
   [1, 3, 8].flatMap(m => [
-    { name: `${m} rows of b^T`, precision: precision as Precision, batch: 2, m, n: 37, k: 1204 },
-    { name: `${m} rows of b`, precision: precision as Precision, batch: 2, m, n: 300, k: 130 },
+    { name: `${m} rows of b^T`, precision: precision as WidePrecision, batch: 2, m, n: 37, k: 1204 },
+    { name: `${m} rows of b`, precision: precision as WidePrecision, batch: 2, m, n: 300, k: 130 },
   ]),
 )
 const forms = [false, true].flatMap(transposeA => [false, true].map(transposeB => ({ transposeA, transposeB })))

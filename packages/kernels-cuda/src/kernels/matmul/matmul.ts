@@ -1,10 +1,12 @@
 /** @file Matrix products of rank 2 and batched ones of rank 3. */
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
+import { fp8AsBf16 } from '../fp8-operand/fp8-operand.ts'
 import { gemm, mostFewRows, operands, roundToBf16, wholeMatrix } from './gemm.ts'
 
 export const matmul: PrimitiveFactory<'matmul'> = cuda => {
   const multiply = gemm(cuda)
   const round = roundToBf16(cuda)
+  const roundToFp8 = fp8AsBf16(cuda)
   const few = {
     f32: cuda.kernel('matmul', 'moe_matmul_few_f32', 'p p p i i i'),
     bf16: cuda.kernel('matmul', 'moe_matmul_few_bf16', 'p p p i i i'),
@@ -20,6 +22,12 @@ export const matmul: PrimitiveFactory<'matmul'> = cuda => {
     const k = a.shape[transposeA ? rank - 2 : rank - 1]
     const batch = rank === 3 ? spec.shape[0] : 1
     if (batch * m * n === 0) return [c]
+    if (precision === 'fp8') {
+      const left = roundToFp8({ value: a, along: !transposeA })
+      const right = roundToFp8({ value: b, along: transposeB })
+      multiply('bf16', c.pointer, left, right, { m, n, k, transposeA, transposeB })
+      return [c]
+    }
     // Few rows: reading b is all the work.
     if (m <= mostFewRows && !transposeA && batch <= 65535) {
       const sizes = [m, n, k]

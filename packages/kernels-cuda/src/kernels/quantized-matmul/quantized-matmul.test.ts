@@ -1,11 +1,11 @@
 import {
   noGrad,
-  type Precision,
   quantizedGroupedMatmul,
   quantizedMatmul,
   Random,
   type Tensor,
   type WeightFormat,
+  type WidePrecision,
   withPrecision,
 } from '@moe/core'
 import { type HostInput, tolerances } from '@moe/core/testing'
@@ -117,7 +117,7 @@ function useChunks(bytes = limits.chunkBytes) {
   })
 }
 
-async function check(format: WeightFormat, precision: Precision, size: Size, x = normal([size.m, size.k], 0.1)) {
+async function check(format: WeightFormat, precision: WidePrecision, size: Size, x = normal([size.m, size.k], 0.1)) {
   const { offsets, n, k, block, chunkBytes } = size
   useChunks(chunkBytes)
   const shape = offsets === undefined ? [n, k] : [offsets.length - 1, n, k]

@@ -1,5 +1,5 @@
 /** @file Products with weights that are stored in fewer bits, dense and per expert. Weights come as `[N, K]`: legend in quantized-matmul.cu. */
-import type { Precision, QuantizedAttrs, Value, WeightFormat } from '@moe/core'
+import type { QuantizedAttrs, Value, WeightFormat, WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { hopperGrouped } from '../grouped-matmul-sm90a/product.ts'
 import {
@@ -20,7 +20,7 @@ export const limits = { chunkBytes: 2 ** 27 }
 
 const bytesOf: Readonly<Record<WeightFormat, number>> = { bf16: 2, fp8: 1, int8: 1, int4: 0.5 }
 const formats = Object.keys(bytesOf) as WeightFormat[]
-const precisions: readonly Precision[] = ['f32', 'bf16']
+const precisions: readonly WidePrecision[] = ['f32', 'bf16']
 
 /** A stored weight `[E, N, K]`, E = 1 when dense, and what its kernels are told of it. */
 interface Weight {

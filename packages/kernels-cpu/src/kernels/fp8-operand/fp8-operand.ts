@@ -1,0 +1,45 @@
+/** @file Operands of products: as they are, or in precision 'fp8' as copies whose numbers are those of fp8, which bf16 and f32 have, too. */
+import { type Precision, sizeOf, type Value } from '@moe/core'
+import { type Native, pointerOf } from '../../native.ts'
+
+/** An operand of rows. k lies along them, or across: in `runs` runs of as many rows (default 1), or in those that `offsets` say (`i32 [runs + 1]`). */
+export interface Operand {
+  readonly value: Value
+  readonly along: boolean
+  readonly runs?: number
+  readonly offsets?: Value
+}
+
+export type Multiply = (pointers: readonly number[], bf16: 0 | 1) => void
+
+/** Calls `multiply` with the operands for that precision. */
+export function withOperands(
+  native: Native,
+): (precision: Precision, operands: readonly Operand[], multiply: Multiply) => void {
+  const along = native.kernel('moe_fp8_operand_along')
+  const across = native.kernel('moe_fp8_operand_across')
+  const round = (operand: Operand) => {
+    const { value, runs = 1, offsets } = operand
+    const rounded = native.output(value)
+    const pointers = [rounded.pointer, pointerOf(value)]
+    const [rows, columns] = [sizeOf(value.shape.slice(0, -1)), value.shape[value.shape.length - 1]]
+    if (operand.along) along(...pointers, rows, columns)
+    else across(...pointers, offsets === undefined ? 0 : pointerOf(offsets), rows, columns, runs)
+    return rounded
+  }
+  return (precision, operands, multiply) => {
+    if (precision !== 'fp8') {
+      multiply(
+        operands.map(({ value }) => pointerOf(value)),
+        precision === 'bf16' ? 1 : 0,
+      )
+      return
+    }
+    const rounded = operands.map(round)
+    multiply(
+      rounded.map(({ pointer }) => pointer),
+      1,
+    )
+    for (const buffer of rounded) native.release(buffer)
+  }
+}

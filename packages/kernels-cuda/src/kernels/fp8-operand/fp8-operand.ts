@@ -1,0 +1,43 @@
+/** @file Operands of products in precision 'fp8': as bf16 numbers, which are the same, or as codes and scales for Hopper's products. */
+import { fp8Tile, sizeOf, type Value } from '@moe/core'
+import { type Cuda, pointerOf } from '../../native.ts'
+import { type Matrix, paddedColumns } from '../matmul/gemm.ts'
+
+/** A tensor of rows. k lies along them, or across: in `runs` runs of as many rows (default 1), or in those that `offsets` say (`i32 [runs + 1]`). */
+export interface Fp8Operand {
+  readonly value: Value
+  readonly along: boolean
+  readonly runs?: number
+  readonly offsets?: Value
+}
+
+/** Columns of a block that rounds across rows. */
+const stripe = 64
+
+function sizesOf({ value, along, runs = 1, offsets }: Fp8Operand) {
+  const rows = sizeOf(value.shape.slice(0, -1))
+  const columns = value.shape[value.shape.length - 1]
+  // As in expertTile: every expert can begin a tile, and so can the rows behind the last one.
+  const ofExperts = Math.min(rows, Math.ceil(rows / fp8Tile) + runs)
+  const tiles = along
+    ? Math.ceil(columns / fp8Tile)
+    : offsets === undefined
+      ? runs * Math.ceil(rows / runs / fp8Tile)
+      : ofExperts
+  return { rows, columns, tiles, runs, offsets: offsets === undefined ? 0 : pointerOf(offsets) }
+}
+
+/** The operand in bf16, lying as before. */
+export function fp8AsBf16(cuda: Cuda): (operand: Fp8Operand) => Matrix {
+  const along = cuda.kernel('fp8-operand', 'moe_fp8_operand_along_bf16', 'p p i i i')
+  const across = cuda.kernel('fp8-operand', 'moe_fp8_operand_across_bf16', 'p p p i i i i')
+  return operand => {
+    const { rows, columns, tiles, runs, offsets } = sizesOf(operand)
+    const ld = paddedColumns(columns)
+    const { pointer } = cuda.scratch(rows * ld * 2)
+    const from = pointerOf(operand.value)
+    if (operand.along) along({ grid: [Math.ceil(rows / 8), tiles], block: 256 }, pointer, from, rows, columns, ld)
+    else across({ grid: [Math.ceil(ld / stripe), tiles], block: 256 }, pointer, from, offsets, rows, columns, ld, runs)
+    return { pointer, ld }
+  }
+}
