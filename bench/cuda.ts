@@ -184,19 +184,20 @@ async function products(): Promise<void> {
     const [k, n] = [full / small, wide / small]
     const [x, w, dy] = [random([tokens, k]), random([n, k]), random([tokens, n])]
     const flops = 2 * tokens * k * n
-    const bf16 = { transposeA: false, transposeB: true, precision: 'bf16' } as const
-    const forward = await time(() => runOp('matmul', [x, w], bf16, [f32([tokens, n])]))
-    report(`gemm bf16: ${name} forward`, flops / forward / 1e9, 'TFLOP/s', matmulPeak)
+    for (const precision of ['bf16', 'fp8'] as const) {
+      const attrs = { transposeA: false, transposeB: true, precision }
+      const forward = await time(() => runOp('matmul', [x, w], attrs, [f32([tokens, n])]))
+      report(`gemm ${precision}: ${name} forward`, flops / forward / 1e9, 'TFLOP/s', matmulPeak)
+      const across = { transposeA: true, transposeB: false, precision }
+      const weights = await time(() => runOp('matmul', [dy, x], across, [f32([n, k])]))
+      report(`gemm ${precision}: ${name} dW`, flops / weights / 1e9, 'TFLOP/s', matmulPeak)
+    }
     // The weight is read as it lies there: as close to the product alone as an op comes.
     const stored = bf16Matrix([n, k])
     const weight = { format: 'bf16', block: [1, 1], precision: 'bf16' } as const
     const read = await time(() => runOp('quantizedMatmul', [x, stored], weight, [f32([tokens, n])]))
     const peerName = `gemm bf16: ${name} forward`
     report(`gemm bf16: ${name} forward, weight in bf16`, flops / read / 1e9, 'TFLOP/s', matmulPeak, peerName)
-    const weights = await time(() =>
-      runOp('matmul', [dy, x], { transposeA: true, transposeB: false, precision: 'bf16' }, [f32([n, k])]),
-    )
-    report(`gemm bf16: ${name} dW`, flops / weights / 1e9, 'TFLOP/s', matmulPeak)
     free(x, w, dy, stored)
   }
   const size = 4096 / small
@@ -214,14 +215,16 @@ async function grouped(): Promise<void> {
   const offsets = integers(Array.from({ length: experts + 1 }, (_, e) => e * rows))
   const [x, w, dy] = [random([experts * rows, k]), random([experts, n, k]), random([experts * rows, n])]
   const flops = 2 * experts * rows * k * n
-  const forward = await time(() =>
-    runOp('groupedMatmul', [x, w, offsets], { transposeW: true, precision: 'bf16' }, [f32([experts * rows, n])]),
-  )
-  report('grouped gemm bf16: 32 experts x 1024 forward', flops / forward / 1e9, 'TFLOP/s', matmulPeak)
-  const weights = await time(() =>
-    runOp('groupedMatmulWeightGrad', [x, dy, offsets], { precision: 'bf16' }, [f32([experts, n, k])]),
-  )
-  report('grouped gemm bf16: 32 experts x 1024 dW', flops / weights / 1e9, 'TFLOP/s', matmulPeak)
+  for (const precision of ['bf16', 'fp8'] as const) {
+    const forward = await time(() =>
+      runOp('groupedMatmul', [x, w, offsets], { transposeW: true, precision }, [f32([experts * rows, n])]),
+    )
+    report(`grouped gemm ${precision}: 32 experts x 1024 forward`, flops / forward / 1e9, 'TFLOP/s', matmulPeak)
+    const weights = await time(() =>
+      runOp('groupedMatmulWeightGrad', [x, dy, offsets], { precision }, [f32([experts, n, k])]),
+    )
+    report(`grouped gemm ${precision}: 32 experts x 1024 dW`, flops / weights / 1e9, 'TFLOP/s', matmulPeak)
+  }
   free(x, w, dy, offsets)
   await routed()
 }
@@ -317,8 +320,12 @@ async function train(): Promise<void> {
   const optimizer = new AdamW(parameters)
   const batch = randomBatch(rows, length + model.lookahead, model.vocabSize)
   console.log(`  ${configuration}: ${(parameterCount(model) / 1e9).toFixed(2)}B parameters`)
-  for (const record of [false, true]) {
-    const steps = new TrainingSteps(model, parameters, optimizer, { clip: 1, precision: 'bf16', record })
+  for (const [precision, record] of [
+    ['bf16', false],
+    ['bf16', true],
+    ['fp8', true],
+  ] as const) {
+    const steps = new TrainingSteps(model, parameters, optimizer, { clip: 1, precision, record })
     const step = async () => {
       const { loss } = await steps.step([batch], { lr: 1e-4 })
       await backend.sync()
@@ -339,7 +346,7 @@ async function train(): Promise<void> {
     const memory = `${(peakBytes / 2 ** 30).toFixed(1)} GiB of tensors at most, ${(peakReservedBytes / 2 ** 30).toFixed(1)} reserved`
     console.log(`  ${kernels.toFixed(0)} launches a step, ${memory}, loss ${loss.toFixed(3)}`)
     const title = `train: ${configuration}, ${rows} x ${length}`
-    const how = record ? 'recorded' : 'op by op'
+    const how = `${precision === 'bf16' ? '' : `${precision}, `}${record ? 'recorded' : 'op by op'}`
     report(`${title}, ${how}`, (rows * length) / median(seconds), 'tokens/s', undefined, title)
     steps.dispose()
   }

@@ -135,7 +135,19 @@ MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b) {
                  : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
   }
 }
-/// The same with 64 x 16 of a in registers, until the product's group is waited for: a[0], a[1] = A[16w+g][2c, +1], A[16w+g+8][2c, +1];
+/// The same of f8e4m3, 32 of k (each operandAt, 32 bytes of a row as ever), with 128 rows of b; Fresh: d = a b^T, whatever d was.
+template <bool Fresh>
+MOE_DEVICE void multiplyGroupFp8(float (&d)[64], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" MOE_0_TO_59 "%60, %61, %62, %63}, %64, %65, p, 1, 1;\n"
+      "}"
+      : MOE_SUMS64(0)
+      : "l"(a), "l"(b), "n"(!Fresh));
+}
+/// multiplyGroup with 64 x 16 of a in registers, until the product's group is waited for: a[0], a[1] = A[16w+g][2c, +1], A[16w+g+8][2c, +1];
 /// a[2], a[3] the same eight columns on. Two neighbouring columns of sums are, rounded, such registers.
 template <int N, bool Across = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {

@@ -75,6 +75,7 @@ void syncWarpgroup(const char* file, int line);
 void fenceProducts();
 void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, const char* file, int line);
 void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line);
+void multiplyGroupFp8(float* d, uint64_t a, uint64_t b, bool fresh, const char* file, int line);
 void commitProducts();
 void waitForProducts(int pending, const char* file, int line);
 

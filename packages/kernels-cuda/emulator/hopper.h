@@ -37,6 +37,10 @@ template <int N, bool Across = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, EMU_PLACE) {
   emu::multiplyGroup(d, N, a, b, Across, file, line);
 }
+template <bool Fresh>
+MOE_DEVICE void multiplyGroupFp8(float (&d)[64], uint64_t a, uint64_t b, EMU_PLACE) {
+  emu::multiplyGroupFp8(d, a, b, Fresh, file, line);
+}
 MOE_DEVICE void commitProducts() { emu::commitProducts(); }
 template <int Pending, int N>
 MOE_DEVICE void waitProducts(float (&)[N], EMU_PLACE) {

@@ -1,5 +1,6 @@
 // Products of a warpgroup. Each thread puts them into a queue of its own; they are done when the warpgroup waits for their group, and until
 // then the sums hold a mark, so that whoever reads them early has not a number.
+#include <math.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
@@ -17,6 +18,8 @@ constexpr uint32_t inFlight = 0xffffffff;
 
 struct Product {
   bool registers;         // a is in registers
+  bool fp8;               // f8e4m3, otherwise bf16
+  bool fresh;             // sums begin with it
   bool acrossA, acrossB;  // k runs across memory
   uint64_t a, b;
   uint32_t left[4];       // the thread's own
@@ -24,7 +27,7 @@ struct Product {
   uint32_t group;
   const char* file;
   int line;
-  bool operator==(const Product& o) const { return registers == o.registers && acrossA == o.acrossA && acrossB == o.acrossB && a == o.a && b == o.b && n == o.n && sums == o.sums && group == o.group && line == o.line; }
+  bool operator==(const Product& o) const { return registers == o.registers && fp8 == o.fp8 && fresh == o.fresh && acrossA == o.acrossA && acrossB == o.acrossB && a == o.a && b == o.b && n == o.n && sums == o.sums && group == o.group && line == o.line; }
 };
 struct Queue {
   Product products[mostQueued];
@@ -65,7 +68,7 @@ Warpgroup& warpgroup() {
   return warpgroups[run.thread / groupThreads];
 }
 
-/// An operand as its descriptor says, in the swizzle of 128 bytes: rows of 16 bf16, eight of them 1024 bytes apart. Across memory 16 rows of
+/// An operand as its descriptor says, in the swizzle of 128 bytes: rows of 16 bf16 or 32 f8e4m3, eight of them 1024 bytes apart. Across memory 16 rows of
 /// 64 bf16, eight of them 1024 bytes apart, and further columns as far on as the descriptor says.
 struct Operand {
   uint32_t start, next;
@@ -88,6 +91,7 @@ struct Operand {
   }
   int chunks() const { return across ? 8 : 2; }
   uint32_t line(int line) const { return plain(line) >> 7; }
+  uint8_t byteAt(int outer, int k) const { return ((const uint8_t*)chunkOf(outer, k / 16))[k % 16]; }
   /// Element k of row `outer`.
   uint16_t at(int outer, int k) const {
     return across ? ((const uint16_t*)chunkOf(outer / 64 * 16 + k, outer % 64 / 8))[outer % 8] : ((const uint16_t*)chunkOf(outer, k / 8))[k % 8];
@@ -120,26 +124,35 @@ float fromBf16(uint16_t bits) {
   return x;
 }
 
+float fromF8e4m3(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  const float size = exponent == 15 && fraction == 7 ? NAN : exponent == 0 ? ldexpf((float)fraction, -9) : ldexpf((float)(8 + fraction), exponent - 10);
+  return bits & 0x80 ? -size : size;
+}
+
 /// The product that every thread has in that place of its queue.
 void multiply(Warpgroup& group, int place) {
-  alignas(32) static float left[64][16], right[16][256];
+  alignas(32) static float left[64][32], right[32][256];
   const Product& product = group.queues[0].products[place];
   Sums& sums = group.sums[product.sums];
   const Operand a(product.a, product.acrossA), b(product.b, product.acrossB);
+  const int size = product.fp8 ? 32 : 16;
+  const auto element = [&](const Operand& x, int row, int k) { return product.fp8 ? fromF8e4m3(x.byteAt(row, k)) : fromBf16(x.at(row, k)); };
+  if (product.fresh) memset(sums.values, 0, sizeof sums.values);
   for (int row = 0; row < 64 && !product.registers; row++)
-    for (int k = 0; k < 16; k++) left[row][k] = fromBf16(a.at(row, k));
+    for (int k = 0; k < size; k++) left[row][k] = element(a, row, k);
   for (int t = 0; t < groupThreads && product.registers; t++)
     for (int i = 0; i < 8; i++) {
       const uint32_t pair = group.queues[t].products[place].left[i / 2];
       left[t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8][t % 4 * 2 + i % 2 + i / 4 * 8] = fromBf16((uint16_t)(pair >> i % 2 * 16));
     }
   for (int row = 0; row < product.n; row++)
-    for (int k = 0; k < 16; k++) right[k][row] = fromBf16(b.at(row, k));
+    for (int k = 0; k < size; k++) right[k][row] = element(b, row, k);
   for (int i = 0; i < 64; i++)
     for (int j = 0; j < product.n; j += 8) {
       Row8 sum;
       memcpy(&sum, &sums.values[i][j], 32);
-      for (int k = 0; k < 16; k++) sum += left[i][k] * *(const Row8*)&right[k][j];
+      for (int k = 0; k < size; k++) sum += left[i][k] * *(const Row8*)&right[k][j];
       memcpy(&sums.values[i][j], &sum, 32);
     }
 }
@@ -246,10 +259,13 @@ static void ask(float* d, Product product) {
   if (run.lane == 0) setRead(product, run.warp, inFlight);
 }
 void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, const char* file, int line) {
-  ask(d, {false, acrossA, acrossB, a, b, {}, n, 0, 0, file, line});
+  ask(d, {false, false, false, acrossA, acrossB, a, b, {}, n, 0, 0, file, line});
 }
 void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line) {
-  ask(d, {true, false, across, 0, b, {a[0], a[1], a[2], a[3]}, n, 0, 0, file, line});
+  ask(d, {true, false, false, false, across, 0, b, {a[0], a[1], a[2], a[3]}, n, 0, 0, file, line});
+}
+void multiplyGroupFp8(float* d, uint64_t a, uint64_t b, bool fresh, const char* file, int line) {
+  ask(d, {false, true, fresh, false, false, a, b, {}, 128, 0, 0, file, line});
 }
 
 void waitForProducts(int pending, const char* file, int line) {

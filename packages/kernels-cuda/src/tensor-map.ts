@@ -6,23 +6,29 @@ export type TensorMap = Uint32Array
 export const mapWords = 32
 export const mapAlignment = 128
 
-/** Matrices of bf16 `[matrices, rows, columns]`, of which the engine copies boxes of some rows and 64 columns, 128 bytes. */
+/** Matrices `[matrices, rows, columns]`, of which the engine copies boxes of some rows and 128 bytes of columns. */
 export interface BoxedMatrices {
   readonly pointer: number
   readonly columns: number
   readonly rows: number
   readonly matrices: number
-  /** Elements from row to row: a multiple of 8. */
+  /** Elements from row to row: a multiple of 16 bytes. */
   readonly ld: number
+  /** 1 for f8e4m3. Default: 2, bf16. */
+  readonly elementBytes?: 1 | 2
   /** Rows of a box, at most 256. */
   readonly boxRows: number
 }
 
-/** Columns of a box: the width of the widest swizzle. */
-export const boxColumns = 64
+/** Bytes of a box's row: the width of the widest swizzle. */
+const boxBytes = 128
+
+/** Columns of a box of bf16. */
+export const boxColumns = boxBytes / 2
 
 /** Values of the enumerations CUtensorMap*. */
 export const encoding = {
+  uint8: 0,
   bfloat16: 9,
   noInterleave: 0,
   swizzle128Bytes: 3,
@@ -38,18 +44,19 @@ export function tensorMaps(driver: Driver): (matrices: BoxedMatrices) => TensorM
   const words = new Uint32Array(room, map - start, mapWords)
   const sizes = new BigUint64Array(3)
   const strides = new BigUint64Array(2)
-  const box = Uint32Array.of(boxColumns, 0, 1)
+  const box = Uint32Array.of(0, 0, 1)
   const elementStrides = Uint32Array.of(1, 1, 1)
-  return ({ pointer, columns, rows, matrices, ld, boxRows }) => {
+  return ({ pointer, columns, rows, matrices, ld, elementBytes = 2, boxRows }) => {
     sizes[0] = BigInt(columns)
     sizes[1] = BigInt(rows)
     sizes[2] = BigInt(matrices)
-    strides[0] = BigInt(ld * 2)
-    strides[1] = BigInt(rows * ld * 2)
+    strides[0] = BigInt(ld * elementBytes)
+    strides[1] = BigInt(rows * ld * elementBytes)
+    box[0] = boxBytes / elementBytes
     box[1] = boxRows
     const code = driver.call.cuTensorMapEncodeTiled(
       map,
-      encoding.bfloat16,
+      elementBytes === 1 ? encoding.uint8 : encoding.bfloat16,
       3,
       pointer,
       sizes,

@@ -5,7 +5,7 @@ import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
 import { createBackend as createCpuBackend } from '@moe/kernels-cpu'
 import { TokenDataset, train } from '@moe/trainer'
 import { describe, expect, test } from 'vitest'
-import { denseVariants, testBackend, unavailable } from './test-backend.ts'
+import { denseVariants, testBackend, unavailable, wgmmaVariants } from './test-backend.ts'
 
 const config: DeepSeekConfigInput = {
   ...presets.tiny,
@@ -63,11 +63,16 @@ async function losses(
 }
 
 describe.skipIf(unavailable)('twenty steps', () => {
-  test.each(denseVariants)(
+  const inFp8 = wgmmaVariants.map(wgmma => ({
+    precision: 'fp8' as const,
+    by: wgmma ? 'wgmma' : 'mma',
+    options: { wgmma },
+  }))
+  test.each([...denseVariants, ...inFp8])(
     'in $precision, $by',
     async ({ precision, options }) => {
-      // f32 rounding of 20 steps: a relative 2e-5 per step at most, growing with the steps. In bf16 the CPU may multiply in f32: operands differ
-      // by 2^-9, and so do choices of experts that are nearly tied.
+      // f32 rounding of 20 steps: a relative 2e-5 per step at most, growing with the steps. In bf16, and in what fp8 leaves in bf16, the CPU may
+      // multiply in f32: operands differ by 2^-9, and so do choices of experts that are nearly tied.
       const relative = precision === 'f32' ? 5e-4 : 2e-2
       const expected = await losses(await createCpuBackend(), precision)
       expect(expected).toHaveLength(20)

@@ -26,6 +26,7 @@ const numbers: ReadonlyArray<[name: string, ours: number, header: number]> = [
   ['CU_STREAM_NON_BLOCKING', flags.streamNonBlocking, 1],
   ['CU_EVENT_DISABLE_TIMING', flags.eventDisableTiming, 2],
   ['CU_STREAM_CAPTURE_MODE_RELAXED', captureRelaxed, 2],
+  ['CU_TENSOR_MAP_DATA_TYPE_UINT8', encoding.uint8, 0],
   ['CU_TENSOR_MAP_DATA_TYPE_BFLOAT16', encoding.bfloat16, 9],
   ['CU_TENSOR_MAP_INTERLEAVE_NONE', encoding.noInterleave, 0],
   ['CU_TENSOR_MAP_SWIZZLE_128B', encoding.swizzle128Bytes, 3],

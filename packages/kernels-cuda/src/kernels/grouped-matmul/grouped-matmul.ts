@@ -1,7 +1,8 @@
 /** @file One matrix product per expert over ragged row ranges, and the gradient of the experts' weights. */
 import type { WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
-import { fp8AsBf16 } from '../fp8-operand/fp8-operand.ts'
+import { fp8Grouped, fp8WeightGradient } from '../fp8-matmul-sm90a/product.ts'
+import { fp8AsBf16, fp8AsCodes } from '../fp8-operand/fp8-operand.ts'
 import { hopperGrouped, hopperWeightGradient } from '../grouped-matmul-sm90a/product.ts'
 import {
   chooseTile,
@@ -22,7 +23,9 @@ const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 
 export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
   const round = roundToBf16(cuda)
-  const roundToFp8 = fp8AsBf16(cuda)
+  const inFp8 = fp8AsBf16(cuda)
+  const codesOf = fp8AsCodes(cuda)
+  const fp8OnHopper = cuda.wgmma ? fp8Grouped(cuda) : undefined
   const onHopper = cuda.wgmma ? hopperGrouped(cuda) : undefined
   const kernels = new Map(
     variants.flatMap(tile =>
@@ -58,9 +61,14 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
       )
       return [y]
     }
+    const weightInRuns = { value: weight, along: transposeW, runs: experts }
+    if (precision === 'fp8' && fp8OnHopper !== undefined && k * experts > 0) {
+      fp8OnHopper(y.pointer, codesOf({ value: x, along: true }), codesOf(weightInRuns), pointerOf(offsets))
+      return [y]
+    }
     const [left, right] =
       precision === 'fp8'
-        ? [roundToFp8({ value: x, along: true }), roundToFp8({ value: weight, along: transposeW, runs: experts })]
+        ? [inFp8({ value: x, along: true }), inFp8(weightInRuns)]
         : operands(round, precision, [
             wholeMatrix(x, rows, k),
             wholeMatrix(weight, experts * weightRows, weightColumns),
@@ -114,7 +122,9 @@ export function weightGradient(cuda: Cuda) {
 
 export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = cuda => {
   const round = roundToBf16(cuda)
-  const roundToFp8 = fp8AsBf16(cuda)
+  const inFp8 = fp8AsBf16(cuda)
+  const codesOf = fp8AsCodes(cuda)
+  const fp8OnHopper = cuda.wgmma ? fp8WeightGradient(cuda) : undefined
   const onHopper = cuda.wgmma ? hopperWeightGradient(cuda) : undefined
   const multiply = weightGradient(cuda)
   return ([x, dy, offsets], { precision }, [spec]) => {
@@ -127,7 +137,13 @@ export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = 
       return [dweight]
     }
     if (precision === 'fp8') {
-      const [left, right] = [dy, x].map(value => roundToFp8({ value, along: false, runs: experts, offsets }))
+      const both = [dy, x].map(value => ({ value, along: false, runs: experts, offsets }))
+      if (fp8OnHopper !== undefined) {
+        const [left, right] = both.map(codesOf)
+        fp8OnHopper(dweight.pointer, left, right, pointerOf(offsets), experts)
+        return [dweight]
+      }
+      const [left, right] = both.map(inFp8)
       multiply('bf16', dweight.pointer, left, right, pointerOf(offsets), { n, k, experts })
       return [dweight]
     }

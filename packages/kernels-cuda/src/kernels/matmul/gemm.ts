@@ -139,6 +139,19 @@ export const mostFewRows = 8
 const leastPart = 512
 const mostParts = 16
 
+/** How many parts of k go to blocks of their own where there are few tiles and much to sum up; `sumOfParts` then adds their results in order. */
+export const partsOfK = (cuda: Cuda, blocks: number, k: number) =>
+  Math.max(1, Math.min(Math.floor(cuda.multiprocessors / blocks), Math.floor(k / leastPart), mostParts))
+
+/** c (+)= the sum of `parts` results of `size` numbers, one after the other. */
+export function sumOfParts(cuda: Cuda) {
+  const sum = cuda.kernel('matmul', 'moe_matmul_sum_f32', 'p p l i i')
+  return (c: number, results: number, size: number, parts: number, add: boolean): void => {
+    const grid = Math.min(Math.ceil(size / 256), cuda.multiprocessors * 16)
+    sum({ grid, block: 256 }, c, results, size, parts, +add)
+  }
+}
+
 /** The dense product, c without gaps: by cuBLASLt where that is asked for, otherwise by our own kernels. */
 export function gemm(cuda: Cuda): Multiply {
   const multiply = ownGemm(cuda)
@@ -160,15 +173,14 @@ function ownGemm(cuda: Cuda): Multiply {
       }),
     ),
   )
-  const sum = cuda.kernel('matmul', 'moe_matmul_sum_f32', 'p p l i i')
+  const sum = sumOfParts(cuda)
   const hopper = cuda.wgmma ? hopperProduct(cuda) : undefined
   return (precision, c, a, b, { m, n, k, transposeA, transposeB, batch = 1, add = false }) => {
     const onHopper = hopper !== undefined && precision === 'bf16' && k > 0
     const among = onHopper ? hopperTiles : tiles[precision]
     const tile = chooseTile(cuda, among, t => batch * countTiles(t, m, n))
     const blocks = batch * countTiles(tile, m, n)
-    // Few tiles and much to sum up: the parts of k go to blocks of their own, and a second kernel adds their results in order.
-    const parts = Math.max(1, Math.min(Math.floor(cuda.multiprocessors / blocks), Math.floor(k / leastPart), mostParts))
+    const parts = partsOfK(cuda, blocks, k)
     const size = batch * m * n
     const results = parts > 1 ? cuda.scratch(parts * size * 4).pointer : c
     const addAtOnce = +(add && parts === 1)
@@ -180,9 +192,6 @@ function ownGemm(cuda: Cuda): Multiply {
       const kernel = kernels.get(`${tile.name}_${form}`)
       kernel?.(launch, results, a.pointer, b.pointer, m, n, k, a.ld, b.ld, addAtOnce)
     }
-    if (parts > 1) {
-      const grid = Math.min(Math.ceil(size / 256), cuda.multiprocessors * 16)
-      sum({ grid, block: 256 }, c, results, size, parts, +add)
-    }
+    if (parts > 1) sum(c, results, size, parts, add)
   }
 }

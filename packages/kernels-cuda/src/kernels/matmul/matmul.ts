@@ -1,12 +1,14 @@
 /** @file Matrix products of rank 2 and batched ones of rank 3. */
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
-import { fp8AsBf16 } from '../fp8-operand/fp8-operand.ts'
+import { fp8Product } from '../fp8-matmul-sm90a/product.ts'
+import { fp8AsBf16, fp8AsCodes } from '../fp8-operand/fp8-operand.ts'
 import { gemm, mostFewRows, operands, roundToBf16, wholeMatrix } from './gemm.ts'
 
 export const matmul: PrimitiveFactory<'matmul'> = cuda => {
   const multiply = gemm(cuda)
   const round = roundToBf16(cuda)
-  const roundToFp8 = fp8AsBf16(cuda)
+  const inFp8 = fp8AsBf16(cuda)
+  const onHopper = cuda.wgmma ? { codesOf: fp8AsCodes(cuda), multiply: fp8Product(cuda) } : undefined
   const few = {
     f32: cuda.kernel('matmul', 'moe_matmul_few_f32', 'p p p i i i'),
     bf16: cuda.kernel('matmul', 'moe_matmul_few_bf16', 'p p p i i i'),
@@ -23,9 +25,12 @@ export const matmul: PrimitiveFactory<'matmul'> = cuda => {
     const batch = rank === 3 ? spec.shape[0] : 1
     if (batch * m * n === 0) return [c]
     if (precision === 'fp8') {
-      const left = roundToFp8({ value: a, along: !transposeA })
-      const right = roundToFp8({ value: b, along: transposeB })
-      multiply('bf16', c.pointer, left, right, { m, n, k, transposeA, transposeB })
+      const [left, right] = [
+        { value: a, along: !transposeA },
+        { value: b, along: transposeB },
+      ]
+      if (onHopper !== undefined && k > 0) onHopper.multiply(c.pointer, onHopper.codesOf(left), onHopper.codesOf(right))
+      else multiply('bf16', c.pointer, inFp8(left), inFp8(right), { m, n, k, transposeA, transposeB })
       return [c]
     }
     // Few rows: reading b is all the work.

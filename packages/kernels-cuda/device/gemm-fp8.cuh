@@ -1,0 +1,95 @@
+// Matrix products in f8e4m3 on Hopper, with a scale for every 128 of k of each row of both operands. k runs along memory (there is no other form), rows
+// are whole boxes of 128 bytes. As gemm-hopper.cuh: one warp copies, two warpgroups multiply.
+#pragma once
+#include "fp8.cuh"
+#include "gemm-hopper.cuh"
+
+/// 128 x 128, a step of 128 k in the bytes of 64 of bf16. Behind the stages lie b's scales of each.
+struct TileFp8 : TileHopper<128, 6> {
+  static constexpr int BK = fp8Tile, scaleBytes = BN * 4, sharedBytes = TileHopper<128, 6>::sharedBytes + Stages * scaleBytes;
+};
+
+/// Scales [matrix][tiles][ld] of an operand; ld is a multiple of 128.
+struct Fp8Scales {
+  const float* data;
+  int tiles, ld;
+};
+MOE_DEVICE const float* scalesOf(const Fp8Scales& scales, int matrix, int tile) { return scales.data + ((int64_t)matrix * scales.tiles + tile) * scales.ld; }
+
+/// Works off the jobs, whose steps are of 128 k and begin at a multiple of it; rows of b at one of 128. Tensor cores keep no more than some 14 bits of what they add up
+/// (V3 report 3.3.2), so that every 128 of k are added to the sums by ordinary cores, which is also where their scales come in: a warpgroup's
+/// additions go on beside the other one's products. `rowsA`: rows of a that there are scales for.
+template <class JobOf, class Store>
+MOE_DEVICE void workOffFp8(const TensorMap& a, const TensorMap& b, Fp8Scales scalesA, Fp8Scales scalesB, int rowsA, int jobs, JobOf jobOf, Store store) {
+  using Tile = TileFp8;
+  MOE_DYNAMIC_SHARED(dynamic);
+  MOE_SHARED(Barrier, full, [Tile::Stages]);
+  MOE_SHARED(Barrier, empty, [Tile::Stages]);
+  unsigned char* const stages = dynamic + (-sharedAddress(dynamic) & 1023);
+  float* const stageScales = (float*)(stages + Tile::Stages * Tile::stageBytes);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < Tile::Stages; s++) {
+      initBarrier(&full[s], 1);
+      initBarrier(&empty[s], Tile::Producer);
+    }
+    fenceBarriers();
+  }
+  __syncthreads();
+
+  const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  int stage = 0, parity = 0;
+  auto next = [&] {
+    if (++stage == Tile::Stages) stage = 0, parity ^= 1;
+  };
+  if (warp == Tile::Producer) {
+    if (lane == 0) prefetchMap(a), prefetchMap(b);
+    for (int j = blockIdx.x; j < jobs; j += gridDim.x) {
+      const HopperJob job = jobOf(j);
+      for (int t = 0; t < job.steps; t++, next()) {
+        if (lane == 0) {
+          unsigned char* const to = stages + stage * Tile::stageBytes;
+          const int k = job.k + t * Tile::BK;
+          wait(&empty[stage], parity ^ 1);
+          arriveAndExpect(&full[stage], Tile::stageBytes + Tile::scaleBytes);
+          copyBox(to, a, &full[stage], k, job.rowA, job.matrixA);
+          copyBox(to + Tile::bytesA, b, &full[stage], k, job.rowB, job.matrixB);
+          copyBytes(stageScales + stage * Tile::BN, scalesOf(scalesB, job.matrixB, k / Tile::BK) + job.rowB, Tile::scaleBytes, &full[stage]);
+        }
+        __syncwarp();
+      }
+    }
+    return;
+  }
+  for (int j = blockIdx.x; j < jobs; j += gridDim.x) {
+    const HopperJob job = jobOf(j);
+    Tile::Sums sums = {}, part = {};
+    for (int t = 0; t < job.steps; t++, next()) {
+      const unsigned char* const left = stages + stage * Tile::stageBytes + warp / 4 * (Tile::bytesA / 2);
+      const unsigned char* const right = stages + stage * Tile::stageBytes + Tile::bytesA;
+      const float* const rowScales = scalesOf(scalesA, job.matrixA, job.k / Tile::BK + t);
+      float scaleA[Tile::Rows];
+#pragma unroll
+      for (int i = 0; i < Tile::Rows; i++) scaleA[i] = rowScales[min(job.rowA + Tile::row(i), rowsA - 1)];
+      wait(&full[stage], parity);
+      fenceProducts(part.v);
+      multiplyGroupFp8<true>(part.v, operandAt(left, 0), operandAt(right, 0));
+#pragma unroll
+      for (int k = 16; k < 64; k += 16) multiplyGroupFp8<false>(part.v, operandAt(left, k), operandAt(right, k));
+      commitProducts();
+      waitProducts<0>(part.v);
+#pragma unroll
+      for (int c = 0; c < Tile::Columns; c += 2) {
+        const float2 scaleB = *(const float2*)(stageScales + stage * Tile::BN + Tile::column(c));
+#pragma unroll
+        for (int i = 0; i < Tile::Rows; i++) {
+          Tile::at(sums, i, c) += Tile::at(part, i, c) * (scaleA[i] * scaleB.x);
+          Tile::at(sums, i, c + 1) += Tile::at(part, i, c + 1) * (scaleA[i] * scaleB.y);
+        }
+      }
+      fenceOperands(); // threads have read scales where the copy engine writes again
+      __syncwarp();
+      if (lane == 0) arrive(&empty[stage]);
+    }
+    store(j, job, sums);
+  }
+}

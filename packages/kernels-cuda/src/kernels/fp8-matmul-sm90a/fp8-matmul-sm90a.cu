@@ -1,0 +1,96 @@
+// Products in fp8 on Hopper: dense, one per expert, and the gradient of the experts' weights. Operands are made codes with k along memory first, with scales
+// [matrix][tile of k][outer index].
+#include "gemm-fp8.cuh"
+#include "packed-rows.cuh"
+
+MOE_DEVICE uint32_t codesOf(const float* x, Fp8Scale scale) {
+  uint32_t codes = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) codes |= (uint32_t)toF8e4m3(x[i] * scale.down).bits << 8 * i;
+  return codes;
+}
+
+// [rows, k] to codes [rows][ld], and to scales of matrices of `outer` rows; blockIdx.y is the tile of k.
+MOE_KERNEL((256), moe_fp8_codes_along_sm90a, (uint8_t* codes, float* scales, const float* from, int rows, int k, int outer, int ld, int ldScales)) {
+  const int row = blockIdx.x * 8 + threadIdx.x / 32, first = blockIdx.y * fp8Tile, at = first + threadIdx.x % 32 * 4;
+  if (row >= rows) return;
+  roundAlong(from + (int64_t)row * k + first, k - first, [&](const Four& x, Fp8Scale scale) {
+    if (at < ld) *(uint32_t*)(codes + (int64_t)row * ld + at) = codesOf(x.v, scale);
+    if (threadIdx.x % 32 == 0) scales[((int64_t)(row / outer) * gridDim.y + blockIdx.y) * ldScales + row % outer] = scale.up;
+  });
+}
+// [rows, columns] in `runs` runs to codes [run][column][ld] and scales [run][tile][ldScales]. Rows of experts become one run, in which each expert's
+// begin at packedStart. blockIdx.y is the tile of rows.
+MOE_KERNEL((256), moe_fp8_codes_across_sm90a,
+           (uint8_t* codes, float* scales, const float* from, const int* offsets, int rows, int columns, int ld, int ldScales, int runs)) {
+  const RunTile tile = runTile(offsets, rows, runs);
+  const bool packed = offsets != nullptr;
+  const int begin = (packed ? packedStart<fp8Tile>(offsets, max(tile.run, 0)) : 0) + tile.tile * fp8Tile;
+  const int64_t scaleRow = packed ? begin / fp8Tile : blockIdx.y;
+  roundAcross(from + (int64_t)tile.row * columns, tile.left, columns, [&](int column, int first, const float* x, Fp8Scale scale) {
+    if (column >= columns || tile.left <= 0) return;
+    uint8_t* const to = codes + ((int64_t)(packed ? 0 : tile.run) * columns + column) * ld + begin + first;
+#pragma unroll
+    for (int i = 0; i < rowsOfThread; i += 16) {
+      const uint4 sixteen = make_uint4(codesOf(x + i, scale), codesOf(x + i + 4, scale), codesOf(x + i + 8, scale), codesOf(x + i + 12, scale));
+      if (begin + first + i < ld) *(uint4*)(to + i) = sixteen;
+    }
+    if (first == 0) scales[scaleRow * ldScales + column] = scale.up;
+  });
+}
+
+/// c [m, n] = a b^T (or c += a b^T); with several parts of k, c holds one result for each.
+MOE_KERNEL((TileFp8::Threads, 1), moe_fp8_matmul_sm90a,
+           (float* c, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const float* scalesA, const float* scalesB, int ldA, int ldB, int m, int n, int k, int parts, int add)) {
+  using Tile = TileFp8;
+  const int tilesM = divUp(m, Tile::BM), tilesN = divUp(n, Tile::BN), tiles = tilesM * tilesN, steps = divUp(k, Tile::BK);
+  const int part = divUp(steps, parts);
+  workOffFp8(
+      a, b, {scalesA, steps, ldA}, {scalesB, steps, ldB}, m, parts * tiles,
+      [&](int j) -> HopperJob {
+        const int2 tile = tileOf(j % tiles, tilesM, tilesN);
+        const int from = j / tiles * part, row = tile.x * Tile::BM;
+        return {row, 0, tile.y * Tile::BN, 0, from * Tile::BK, max(min(steps - from, part), 0), m - row};
+      },
+      [&](int j, const HopperJob& job, Tile::Sums& sums) {
+        float* const to = c + ((int64_t)(j / tiles) * m + job.rowA) * n + job.rowB;
+        storeTile<Tile>(to, n, job.rows, n - job.rowB, sums, add != 0);
+      });
+}
+
+/// y [rows, n] = x times the weight [n, k] of each row's expert, transposed. A tile's rows are read beyond its expert's last one.
+MOE_KERNEL((TileFp8::Threads, 1), moe_fp8_grouped_matmul_sm90a,
+           (float* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const float* scalesX, const float* scalesW, int ldX, int ldW, const int* offsets, int rows, int n, int k, int experts)) {
+  using Tile = TileFp8;
+  const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(n, Tile::BN), steps = divUp(k, Tile::BK);
+  workOffFp8(
+      x, weight, {scalesX, steps, ldX}, {scalesW, steps, ldW}, rows, rowTiles * columnTiles,
+      [&](int j) -> HopperJob {
+        const int2 tile = tileOf(j, rowTiles, columnTiles);
+        const ExpertTile found = expertTile<Tile::BM>(offsets, experts, rows, tile.x);
+        const bool product = found.expert >= 0 && found.expert < experts;
+        return {found.row, 0, tile.y * Tile::BN, product ? found.expert : 0, 0, product ? steps : 0, found.end - found.row};
+      },
+      [&](int, const HopperJob& job, Tile::Sums& sums) {
+        storeTile<Tile>(y + (int64_t)job.rowA * n + job.rowB, n, job.rows, n - job.rowB, sums, false);
+      });
+}
+
+/// dweight [E, n, k] = dy^T x over the rows of each expert, both packed: codes [n][rows] and [k][rows], `tiles` of rows.
+MOE_KERNEL((TileFp8::Threads, 1), moe_fp8_grouped_matmul_bwd_sm90a,
+           (float* dweight, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap x, const float* scalesDy, const float* scalesX, int ldDy, int ldX, const int* offsets, int tiles, int n, int k, int experts)) {
+  using Tile = TileFp8;
+  const int rowTiles = divUp(n, Tile::BM), columnTiles = divUp(k, Tile::BN), perExpert = rowTiles * columnTiles;
+  workOffFp8(
+      dy, x, {scalesDy, tiles, ldDy}, {scalesX, tiles, ldX}, n, experts * perExpert,
+      [&](int j) -> HopperJob {
+        const int expert = j / perExpert, rows = offsets[expert + 1] - offsets[expert];
+        const int2 tile = tileOf(j % perExpert, rowTiles, columnTiles);
+        const int row = tile.x * Tile::BM;
+        return {row, 0, tile.y * Tile::BN, 0, packedStart<fp8Tile>(offsets, expert), divUp(rows, Tile::BK), n - row};
+      },
+      [&](int j, const HopperJob& job, Tile::Sums& sums) {
+        float* const to = dweight + ((int64_t)(j / perExpert) * n + job.rowA) * k + job.rowB;
+        storeTile<Tile>(to, k, job.rows, k - job.rowB, sums, false);
+      });
+}
