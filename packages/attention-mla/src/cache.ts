@@ -7,6 +7,7 @@ import {
   concat,
   defaultBackend,
   dtypeBytes,
+  type ErrorCode,
   fromHost,
   type HostArray,
   keep,
@@ -52,6 +53,9 @@ export interface CacheOptions {
 /** Steps of prompts come once, those of decoding again and again. */
 const longestKept = 16
 
+const refused = (code: ErrorCode, method: string, problem: string, fix?: string): MoeError =>
+  new MoeError({ code, op: `KvCache.${method}`, problem, fix })
+
 /**
  * What attention needs of earlier tokens: `[batch, capacity, features]` per layer. Sequences have their own lengths; `truncate` takes
  * tokens back, as speculative decoding needs.
@@ -70,6 +74,11 @@ export class KvCache {
 
   constructor(features: number, options: CacheOptions) {
     const { layers, batch = 1, capacity = 256, dtype = 'f32', backend = defaultBackend() } = options
+    for (const [name, size] of Object.entries({ layers, batch, capacity })) {
+      if (!Number.isInteger(size) || size < 1) {
+        throw refused('E_CONFIG', 'new', `${name} = ${size} is not a positive integer`)
+      }
+    }
     this.features = features
     this.batch = batch
     this.dtype = dtype
@@ -94,7 +103,15 @@ export class KvCache {
 
   /** All rows of a layer, `[batch, capacity, features]` in the cache's dtype; those at or past a sequence's length mean nothing. */
   rows(layer: number): Tensor {
-    return this.#layers[layer]
+    const rows = this.#layers[layer]
+    if (rows !== undefined) return rows
+    if (this.#layers.length === 0) throw refused('E_DISPOSED', 'rows', 'the cache was disposed')
+    throw refused(
+      'E_ATTR',
+      'rows',
+      `there is no layer ${layer} of ${this.#layers.length}`,
+      'make the cache with more layers',
+    )
   }
 
   /** Where the next `time` tokens of each sequence go. It belongs to the cache and is the same object, brought up to date, as long as it fits. */
@@ -114,33 +131,39 @@ export class KvCache {
   write(layer: number, rows: Tensor): void {
     const [batch, time, features] = rows.shape
     if (batch !== this.batch || features !== this.features) {
-      throw new MoeError({
-        code: 'E_SHAPE',
-        op: 'KvCache.write',
-        problem: `rows [${rows.shape}] do not fit a cache of ${this.batch} sequences with ${this.features} features`,
-      })
+      const room = `a cache of ${this.batch} sequences with ${this.features} features`
+      throw refused('E_SHAPE', 'write', `rows [${rows.shape}] do not fit ${room}`)
     }
     this.reserve(time)
     const capacity = this.#capacity
     const { index } = this.next(time)
-    const old = this.#layers[layer]
+    const old = this.rows(layer)
     this.#layers[layer] = keep(
       scope(() => {
-        const flat = old.reshape([batch * capacity, features])
-        // The reshape shares memory with `old`; once that is given up the rows are written in place.
-        old.dispose()
         const source = rows
           .detach()
           .cast(this.dtype)
           .reshape([batch * time, features])
+        const flat = old.reshape([batch * capacity, features])
+        // The reshape shares memory with `old`; once that is given up the rows are written in place.
+        old.dispose()
         return setRows(flat, index, source, { donate: true }).reshape([batch, capacity, features])
       }),
     )
   }
 
-  /** Counts `time` tokens, written in every layer, as part of each sequence (or of each its own number). */
+  /**
+   * Counts `time` tokens, written in every layer, as part of each sequence (or of each its own number, 0 where nothing of it counts).
+   * @throws MoeError E_ATTR for numbers that cannot have been written; no sequence is changed then.
+   */
   advance(time: number | ArrayLike<number>): void {
-    for (let b = 0; b < this.batch; b++) this.lengths[b] += typeof time === 'number' ? time : time[b]
+    const after = this.lengths.map((length, b) => {
+      const tokens = this.#perSequence('advance', time, b)
+      if (Number.isInteger(tokens) && tokens >= 0 && length + tokens <= this.#capacity) return length + tokens
+      const room = `${length} tokens in room for ${this.#capacity}`
+      throw refused('E_ATTR', 'advance', `sequence ${b} cannot go on by ${tokens}: it has ${room}`)
+    })
+    this.lengths.set(after)
     for (const [length, step] of this.#steps) {
       if (length <= longestKept) continue
       step.dispose()
@@ -150,10 +173,19 @@ export class KvCache {
 
   /** Forgets the tokens past `length` of every sequence (or past each its own length). */
   truncate(length: number | ArrayLike<number>): void {
-    for (let b = 0; b < this.batch; b++) {
-      const keepTokens = typeof length === 'number' ? length : length[b]
-      this.lengths[b] = Math.min(this.lengths[b], Math.max(0, keepTokens))
-    }
+    const after = this.lengths.map((before, b) =>
+      Math.min(before, Math.max(0, this.#perSequence('truncate', length, b))),
+    )
+    this.lengths.set(after)
+  }
+
+  /** The number that an argument has for a sequence. */
+  #perSequence(method: string, argument: number | ArrayLike<number>, sequence: number): number {
+    const all = typeof argument === 'number'
+    const value = all ? argument : argument[sequence]
+    if ((all || argument.length === this.batch) && !Number.isNaN(value)) return value
+    const given = all ? `${argument}` : `[${Array.from(argument)}]`
+    throw refused('E_ATTR', method, `${given} is no number, nor one for each of ${this.batch} sequences`)
   }
 
   /** Makes room for `time` more tokens of each sequence; `write` does it by itself. */
@@ -219,7 +251,7 @@ export class CacheStep {
   tables(rotary: RotaryEmbedding): RotaryTables {
     let tables = this.#rotary.get(rotary)
     if (tables === undefined) {
-      tables = keep(rotary.at(this.#positions(), this.#cache.batch, this.index.backend))
+      tables = keep(rotary.at(this.#positions(), [this.#cache.batch, this.#time], this.index.backend))
       this.#rotary.set(rotary, tables)
     }
     return tables

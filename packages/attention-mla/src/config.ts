@@ -30,6 +30,23 @@ export interface MlaConfig {
   readonly rope_interleave?: boolean
 }
 
+/** What is wrong with the numbers that rotation tables are made of. */
+export function ropeProblems({
+  rope_theta: theta = 10000,
+  rope_scaling: scaling,
+}: Pick<MlaConfig, 'rope_theta' | 'rope_scaling'>): string[] {
+  const problems: string[] = []
+  if (!(theta > 0 && theta < Infinity)) problems.push(`rope_theta = ${theta} is not a positive number`)
+  if (!scaling) return problems
+  const { type, factor, original_max_position_embeddings: context } = scaling
+  if (type !== 'yarn') problems.push(`rope_scaling.type = ${JSON.stringify(type)} is not "yarn"; null is no scaling`)
+  if (!(factor > 0 && factor < Infinity)) problems.push(`rope_scaling.factor = ${factor} is not a positive number`)
+  if (!(Number.isInteger(context) && context >= 1)) {
+    problems.push(`rope_scaling.original_max_position_embeddings = ${context} is not a positive integer`)
+  }
+  return problems
+}
+
 /** @throws MoeError E_CONFIG with every fault in one message. */
 export function checkMlaConfig(config: MlaConfig): void {
   const problems: string[] = []
@@ -49,6 +66,7 @@ export function checkMlaConfig(config: MlaConfig): void {
     problems.push(`q_lora_rank = ${config.q_lora_rank} is neither null nor a positive integer`)
   }
   if (config.qk_rope_head_dim % 2 !== 0) problems.push(`qk_rope_head_dim = ${config.qk_rope_head_dim} is odd`)
+  problems.push(...ropeProblems(config))
   if (problems.length > 0) {
     throw new MoeError({ code: 'E_CONFIG', op: 'MultiHeadLatentAttention', problem: problems.join('; ') })
   }

@@ -18,9 +18,9 @@ import {
   type Tensor,
 } from '@moe/core'
 import { type CacheOptions, KvCache } from './cache.ts'
-import type { RopeScaling } from './config.ts'
+import { type RopeScaling, ropeProblems } from './config.ts'
 import type { MlaForwardOptions } from './mla.ts'
-import { RotaryEmbedding } from './rotary.ts'
+import { type RotaryEmbedding, sharedRotary } from './rotary.ts'
 
 export interface MhaConfig {
   readonly hidden_size: number
@@ -62,10 +62,10 @@ export class MultiHeadAttention extends Module {
     }
     if (heads % groups !== 0) problems.push(`${heads} heads cannot share ${groups} heads of keys and values evenly`)
     if (features % 2 === 1) problems.push(`a head of ${features} features cannot be rotated in pairs`)
+    problems.push(...ropeProblems(config))
     if (problems.length > 0) {
       throw new MoeError({ code: 'E_CONFIG', op: 'MultiHeadAttention', problem: problems.join('; ') })
     }
-    const { rotary = new RotaryEmbedding({ qk_rope_head_dim: features, rope_theta, rope_scaling }) } = options
     this.q_proj = new Linear(hidden, heads * features, forkInit(options, 'q_proj'))
     this.k_proj = new Linear(hidden, groups * features, forkInit(options, 'k_proj'))
     this.v_proj = new Linear(hidden, groups * features, forkInit(options, 'v_proj'))
@@ -73,15 +73,15 @@ export class MultiHeadAttention extends Module {
     this.#heads = heads
     this.#groups = groups
     this.#features = features
-    this.#rotary = rotary
+    this.#rotary = sharedRotary(options.rotary, { qk_rope_head_dim: features, rope_theta, rope_scaling })
   }
 
   forward(x_BTD: Tensor, options: MhaForwardOptions = {}): Tensor {
     const { cache, positions } = options
     if (cache !== undefined) return noGrad(() => scope(() => this.#cached(x_BTD, cache, options)))
-    const [batch, time] = x_BTD.shape
+    const time = x_BTD.shape[1]
     const { backend } = x_BTD
-    const tables = positions ? this.#rotary.at(positions, batch, backend) : this.#rotary.first(time, backend)
+    const tables = positions ? this.#rotary.at(positions, x_BTD.shape, backend) : this.#rotary.first(time, backend)
     const turn = (x: Tensor) => rope(x, tables.cos, tables.sin, { interleaved: false })
     const q = turn(this.#heads_BTHD(this.q_proj.forward(x_BTD), this.#heads))
     const k = turn(this.#heads_BTHD(this.k_proj.forward(x_BTD), this.#groups))
@@ -94,7 +94,7 @@ export class MultiHeadAttention extends Module {
     const width = this.#groups * this.#features
     cache.reserve(time)
     const step = cache.next(time)
-    const { cos, sin } = positions ? this.#rotary.at(positions, batch, x.backend) : step.tables(this.#rotary)
+    const { cos, sin } = positions ? this.#rotary.at(positions, x.shape, x.backend) : step.tables(this.#rotary)
     const turn = (y: Tensor) => rope(y, cos, sin, { interleaved: false })
     const k = turn(this.#heads_BTHD(this.k_proj.forward(x), this.#groups))
     cache.write(layer, concat([k.reshape([batch, time, width]), this.v_proj.forward(x)], 2))

@@ -28,7 +28,7 @@ import {
 } from '@moe/core'
 import type { KvCache } from './cache.ts'
 import { checkMlaConfig, type MlaConfig } from './config.ts'
-import { RotaryEmbedding, type RotaryTables, softmaxScale } from './rotary.ts'
+import { type RotaryEmbedding, type RotaryTables, sharedRotary, softmaxScale } from './rotary.ts'
 
 export interface MlaOptions extends InitOptions {
   /** Rotation tables to share between layers; default own ones. */
@@ -78,7 +78,7 @@ export class MultiHeadLatentAttention extends Module {
     super()
     checkMlaConfig(config)
     const { hidden_size: hidden, num_attention_heads: heads, kv_lora_rank: latent, qk_rope_head_dim: ropeDim } = config
-    const { latentNormEps = 1e-6, rotary = new RotaryEmbedding(config) } = options
+    const { latentNormEps = 1e-6 } = options
     const queries = heads * (config.qk_nope_head_dim + ropeDim)
     const child = (name: string) => forkInit(options, name)
     if (config.q_lora_rank === null) this.q_proj = new Linear(hidden, queries, child('q_proj'))
@@ -93,15 +93,15 @@ export class MultiHeadLatentAttention extends Module {
     this.o_proj = new Linear(heads * config.v_head_dim, hidden, child('o_proj'))
     this.#config = config
     this.#scale = softmaxScale(config)
-    this.#rotary = rotary
+    this.#rotary = sharedRotary(options.rotary, config)
   }
 
   forward(x_BTD: Tensor, options: MlaForwardOptions = {}): Tensor {
     const { cache, positions } = options
-    const [batch, time] = x_BTD.shape
+    const time = x_BTD.shape[1]
     const { backend } = x_BTD
     if (cache === undefined) {
-      const tables = positions ? this.#rotary.at(positions, batch, backend) : this.#rotary.first(time, backend)
+      const tables = positions ? this.#rotary.at(positions, x_BTD.shape, backend) : this.#rotary.first(time, backend)
       const { down, both } = this.#project(x_BTD)
       const { latent_BTC, ropeKey_BT1R } = this.#compress(both, tables)
       return this.#expanded(this.#queries(down, tables), latent_BTC, ropeKey_BT1R)
@@ -109,7 +109,9 @@ export class MultiHeadLatentAttention extends Module {
     return noGrad(() =>
       scope(() => {
         cache.reserve(time)
-        const tables = positions ? this.#rotary.at(positions, batch, backend) : cache.next(time).tables(this.#rotary)
+        const tables = positions
+          ? this.#rotary.at(positions, x_BTD.shape, backend)
+          : cache.next(time).tables(this.#rotary)
         return this.#cached(x_BTD, cache, tables, options)
       }),
     )

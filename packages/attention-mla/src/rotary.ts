@@ -1,6 +1,6 @@
 /** @file Rotary angles with YaRN, and the softmax scale that belongs to them (V3 report 4.3; modeling_deepseek.py of the released weights). */
-import { type Backend, fromHost, keep, type Tensor } from '@moe/core'
-import type { MlaConfig, RopeScaling } from './config.ts'
+import { type Backend, fromHost, keep, MoeError, type Tensor } from '@moe/core'
+import { type MlaConfig, type RopeScaling, ropeProblems } from './config.ts'
 
 /** YaRN's attention temperature: 0.1 m ln(factor) + 1, and 1 without extension. */
 export function yarnMscale(factor: number, mscale: number): number {
@@ -52,40 +52,57 @@ export interface RotaryTables {
 
 /** Makes rotation tables; one serves all layers of a model. */
 export class RotaryEmbedding {
+  /** Features that are turned, R. */
+  readonly features: number
   readonly #frequencies: Float64Array
   readonly #amplitude: number
-  /** Tables of positions 0 .. T-1, by backend and T: training asks for the same ones at every step. */
+  /** Tables of positions 0 .. n-1, by backend and n, a power of two: texts of all lengths take no more than twice the memory of the longest. */
   readonly #cached = new Map<Backend, Map<number, RotaryTables>>()
 
+  /** @throws MoeError E_CONFIG with every fault in one message. */
   constructor(config: Pick<MlaConfig, 'qk_rope_head_dim' | 'rope_theta' | 'rope_scaling'>) {
-    this.#frequencies = rotaryFrequencies(config.qk_rope_head_dim, config.rope_theta ?? 10000, config.rope_scaling)
+    const { qk_rope_head_dim: features } = config
+    const problems = ropeProblems(config)
+    if (!(Number.isInteger(features / 2) && features > 0)) problems.unshift(`${features} features are not pairs`)
+    if (problems.length > 0)
+      throw new MoeError({ code: 'E_CONFIG', op: 'RotaryEmbedding', problem: problems.join('; ') })
+    this.features = features
+    this.#frequencies = rotaryFrequencies(features, config.rope_theta ?? 10000, config.rope_scaling)
     this.#amplitude = rotaryAmplitude(config.rope_scaling)
   }
 
-  /** Tables `[T, R/2]` of the first T positions; they belong to this object. */
+  /** Tables `[T, R/2]` of the first T positions; they belong to this object or to the current scope. */
   first(time: number, backend: Backend): RotaryTables {
-    let byTime = this.#cached.get(backend)
-    if (byTime === undefined) {
-      byTime = new Map()
-      this.#cached.set(backend, byTime)
+    const rows = 2 ** Math.ceil(Math.log2(Math.max(1, time)))
+    let byRows = this.#cached.get(backend)
+    if (byRows === undefined) {
+      byRows = new Map()
+      this.#cached.set(backend, byRows)
     }
-    let tables = byTime.get(time)
+    let tables = byRows.get(rows)
     if (tables === undefined) {
-      tables = keep(
-        this.#make(
-          Int32Array.from({ length: time }, (_, i) => i),
-          [time],
-          backend,
-        ),
-      )
-      byTime.set(time, tables)
+      const positions = Int32Array.from({ length: rows }, (_, i) => i)
+      tables = keep(this.#make(positions, [rows], backend))
+      byRows.set(rows, tables)
     }
-    return tables
+    if (rows === time) return tables
+    return { cos: tables.cos.narrow(0, 0, time), sin: tables.sin.narrow(0, 0, time) }
   }
 
-  /** Tables `[B, T, R/2]` of given positions (row-major `[B, T]`); they belong to the current scope. */
-  at(positions: Int32Array, batch: number, backend: Backend): RotaryTables {
-    return this.#make(positions, [batch, positions.length / batch], backend)
+  /**
+   * Tables `[B, T, R/2]` of given positions (row-major `[B, T]`); they belong to the current scope.
+   * @throws MoeError E_SHAPE unless there are B T of them.
+   */
+  at(positions: Int32Array, [batch, time]: readonly number[], backend: Backend): RotaryTables {
+    if (positions.length !== batch * time) {
+      throw new MoeError({
+        code: 'E_SHAPE',
+        op: 'RotaryEmbedding.at',
+        problem: `there are ${positions.length} positions for ${batch} x ${time} tokens`,
+        fix: 'pass one for each, those of the first sequence first',
+      })
+    }
+    return this.#make(positions, [batch, time], backend)
   }
 
   #make(positions: Int32Array, lead: readonly number[], backend: Backend): RotaryTables {
@@ -111,12 +128,29 @@ export class RotaryEmbedding {
 
   /** Frees the cached tables. */
   dispose(): void {
-    for (const byTime of this.#cached.values()) {
-      for (const { cos, sin } of byTime.values()) {
+    for (const byRows of this.#cached.values()) {
+      for (const { cos, sin } of byRows.values()) {
         cos.dispose()
         sin.dispose()
       }
     }
     this.#cached.clear()
   }
+}
+
+/**
+ * The tables that layers of a configuration share, or new ones.
+ * @throws MoeError E_CONFIG when the shared ones are for another number of features.
+ */
+export function sharedRotary(
+  shared: RotaryEmbedding | undefined,
+  config: Pick<MlaConfig, 'qk_rope_head_dim' | 'rope_theta' | 'rope_scaling'>,
+): RotaryEmbedding {
+  if (shared === undefined) return new RotaryEmbedding(config)
+  if (shared.features === config.qk_rope_head_dim) return shared
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'RotaryEmbedding',
+    problem: `the shared tables turn ${shared.features} features, the layer has ${config.qk_rope_head_dim}`,
+  })
 }

@@ -1,0 +1,111 @@
+import { backward, concat, noGrad, Random, randn, scope, setDefaultBackend, zeros } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { assertClose } from '@moe/core/testing'
+import { describe, expect, test } from 'vitest'
+import { LatentCache, type MlaConfig, MultiHeadLatentAttention } from './index.ts'
+
+setDefaultBackend(referenceBackend())
+
+const config: MlaConfig = {
+  hidden_size: 24,
+  num_attention_heads: 3,
+  q_lora_rank: null,
+  kv_lora_rank: 8,
+  qk_nope_head_dim: 6,
+  qk_rope_head_dim: 4,
+  v_head_dim: 5,
+}
+
+describe('sequences of a cache', () => {
+  test('start at any time, end, and give their place to others, each as if alone', async () => {
+    const random = new Random(1)
+    const mla = new MultiHeadLatentAttention(config, { random, deviation: 0.3 })
+    const texts = [randn([1, 9, 24], random), randn([1, 4, 24], random), randn([1, 6, 24], random)]
+    const alone = await Promise.all(texts.map(x => mla.forward(x).values()))
+    const cache = new LatentCache(config, { layers: 1, batch: 2, capacity: 2 })
+    /** Which text each place holds, and how much of it. */
+    const places = [
+      { text: 0, done: 0 },
+      { text: 1, done: 0 },
+    ]
+    const step = async (counts: readonly number[]) => {
+      const time = Math.max(...counts)
+      const rows = places.map(({ text, done }, i) => {
+        const filling = zeros([1, time - counts[i], 24]).add(9)
+        return concat([texts[text].narrow(1, done, done + counts[i]), filling], 1)
+      })
+      const out = await mla.forward(concat(rows, 0), { cache }).values()
+      cache.advance(counts)
+      places.forEach((place, i) => {
+        const got = out.subarray(i * time * 24, (i * time + counts[i]) * 24)
+        const expected = alone[place.text].subarray(place.done * 24, (place.done + counts[i]) * 24)
+        assertClose(`text ${place.text}`, got, expected, { relative: 1e-5, absolute: 1e-6 })
+        place.done += counts[i]
+      })
+    }
+    await step([5, 3])
+    await step([1, 1])
+    await step([1, 0]) // the second one is at its end
+    cache.truncate([Infinity, 0])
+    places[1] = { text: 2, done: 0 }
+    await step([0, 5])
+    await step([1, 1])
+    expect([...cache.lengths]).toEqual([8, 6])
+    cache.dispose()
+  })
+
+  test('cannot go on by what was not written, nor by what is no number', () => {
+    const cache = new LatentCache(config, { layers: 1, batch: 2, capacity: 4 })
+    cache.advance([1, 2])
+    for (const time of [-1, 1.5, 3, [0, 3], [1], [1, 1, 1]]) {
+      expect(() => cache.advance(time)).toThrow(expect.objectContaining({ code: 'E_ATTR' }))
+    }
+    expect(() => cache.advance(Number.NaN)).toThrow(/NaN is no number, nor one for each of 2 sequences/)
+    expect(() => cache.truncate([1])).toThrow(/\[1\] is no number/)
+    expect(() => cache.truncate(Number.NaN)).toThrow(/NaN is no number/)
+    expect([...cache.lengths]).toEqual([1, 2])
+    cache.dispose()
+  })
+})
+
+test('sizes of a cache are positive integers', () => {
+  expect(() => new LatentCache(config, { layers: 1, capacity: 0 })).toThrow(/capacity = 0 is not a positive integer/)
+  expect(() => new LatentCache(config, { layers: 0 })).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
+})
+
+test('a layer that a cache has not, and one that is gone, are told', () => {
+  const cache = new LatentCache(config, { layers: 2 })
+  expect(() => cache.rows(2)).toThrow(/there is no layer 2 of 2/)
+  expect(() => cache.write(-1, zeros([1, 1, 12]))).toThrow(/there is no layer -1/)
+  cache.dispose()
+  expect(() => cache.rows(0)).toThrow(expect.objectContaining({ code: 'E_DISPOSED' }))
+})
+
+test('a write that fails leaves the rows in place', () => {
+  const whole = referenceBackend()
+  let full = false
+  const cast: typeof whole.primitives.cast = (...of) => {
+    if (full) throw new Error('no memory')
+    return whole.primitives.cast(...of)
+  }
+  const backend = { ...whole, primitives: { ...whole.primitives, cast } }
+  const cache = new LatentCache(config, { layers: 1, backend, dtype: 'bf16', capacity: 2 })
+  const rows = zeros([1, 1, 12], { backend })
+  full = true
+  expect(() => cache.write(0, rows)).toThrow('no memory')
+  full = false
+  cache.write(0, rows)
+  cache.dispose()
+})
+
+test('passes of many lengths keep tables for the powers of two alone', () => {
+  const backend = referenceBackend()
+  const mla = new MultiHeadLatentAttention(config, { backend })
+  const pass = (time: number) => noGrad(() => scope(() => void mla.forward(zeros([1, time, 24], { backend }))))
+  pass(16)
+  const before = backend.stats()
+  for (let time = 9; time <= 16; time++) pass(time)
+  expect(backend.stats()).toMatchObject({ handles: before.handles, bytes: before.bytes })
+  // Rounded up: 5 positions of 8.
+  scope(() => backward(mla.forward(zeros([1, 5, 24], { backend })).mean()))
+})
