@@ -46,7 +46,7 @@ export interface RoutingPass {
 /** Tokens per sequence that are no padding: `[B, 1]`, or the common number. At least 1. */
 function tokensOf({ scores, sequences, mask }: RoutingPass): Tensor | number {
   const time = scores.shape[0] / sequences
-  return mask ? mask.reshape([sequences, time]).sum(1, true).maximum(1) : time
+  return mask ? mask.reshape([sequences, time]).sum(1, true).maximum(1) : Math.max(1, time)
 }
 
 /** f_i = E / (K T) #{t: i is chosen for t}, `[B, E]`, without gradient. 1 everywhere when balanced. */

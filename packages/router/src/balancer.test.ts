@@ -1,4 +1,4 @@
-import { gradients, Random, randn, setDefaultBackend, type Tensor, tensor } from '@moe/core'
+import { gradients, Random, randn, setDefaultBackend, type Tensor, tensor, zeros } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
@@ -165,6 +165,36 @@ describe('controllers', () => {
     expect(await lossOf(together(noBalance(), auxFree(), ...parts))).toBeCloseTo(sum, 5)
     expect(await lossOf(expertLevel({ alpha: 0.006 }))).toBeCloseTo(2 * (each[1] as number), 6)
     await expect(lossOf(deviceLevel({ devices: 3 }))).rejects.toThrow(/3 devices cannot share 8 experts/)
+  })
+
+  test('one that is a class keeps its fields, alone and together', async () => {
+    class Constant implements Balancer {
+      readonly value = tensor([3], [])
+      readonly updates: number[] = []
+      loss(): Tensor {
+        return this.value
+      }
+      update(_bias: unknown, _load: unknown, step: number): void {
+        this.updates.push(step)
+      }
+    }
+    const own = new Constant()
+    const layer = new MoELayer(config, { random: new Random(4), balancer: together(own, sequenceWise({ alpha: 0 })) })
+    const seen: Tensor[] = []
+    layer.forward(randn([1, 6, 8], new Random(5)), { training: true, onBalancerLoss: loss => seen.push(loss) })
+    layer.rebalance()
+    expect(await seen[0].item()).toBe(3)
+    expect(own.updates).toEqual([0])
+  })
+
+  test('no tokens are balanced: the losses are 0, not NaN', async () => {
+    const layer = new MoELayer(config, {
+      balancer: together(sequenceWise(), expertLevel(), deviceLevel({ devices: 2 })),
+    })
+    const seen: Tensor[] = []
+    const see = (loss: Tensor) => seen.push(loss)
+    layer.forward(zeros([1, 0, 8]), { training: true, onBalanceLoss: see, onBalancerLoss: see })
+    expect(await Promise.all(seen.map(loss => loss.item()))).toEqual([0, 0])
   })
 
   test('γ follows its schedule, plain and recentred', async () => {

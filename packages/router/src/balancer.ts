@@ -66,7 +66,7 @@ export const communication = (options: { devices: number; limit: number; alpha?:
 export function together(...balancers: readonly Balancer[]): Balancer {
   return {
     loss(pass, step) {
-      const losses = balancers.map(({ loss }) => loss?.(pass, step) ?? null).filter(loss => loss !== null)
+      const losses = balancers.map(balancer => balancer.loss?.(pass, step) ?? null).filter(loss => loss !== null)
       return losses.length === 0 ? null : losses.reduce((sum, loss) => sum.add(loss))
     },
     update(bias, load, step) {

@@ -8,6 +8,7 @@ import {
   setDefaultBackend,
   type Tensor,
   tensor,
+  zeros,
 } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
@@ -183,4 +184,18 @@ describe("GShard's random second experts", () => {
 test('sizes that cannot work are refused', () => {
   expect(() => make({ n_routed_experts: 1 })).toThrow(/gshard needs at least 2 experts/)
   expect(() => make({ capacity_factor: 0 })).toThrow(/capacity_factor = 0/)
+  expect(() => make({ n_routed_experts: 2.5, moe_intermediate_size: 0 })).toThrow(
+    /intermediate_size = 0.*experts = 2.5/,
+  )
+  expect(() => make({ router: 'hash' as 'switch' })).toThrow(/router = "hash" is not known \(switch, gshard\)/)
+})
+
+test.each(['switch', 'gshard'] as const)('%s: no tokens give no tokens, and a loss of 0', async router => {
+  const losses: Tensor[] = []
+  const out = make({ router }).forward(zeros([1, 0, config.hidden_size]), {
+    training: true,
+    onBalanceLoss: x => losses.push(x),
+  })
+  expect(out.shape).toEqual([1, 0, config.hidden_size])
+  expect(await losses[0].item()).toBe(0)
 })

@@ -61,7 +61,7 @@ export function withinCapacity(indices: Tensor, experts: number, capacity: numbe
   return noGrad(() =>
     scope(() => {
       // What is masked queues at an expert of its own.
-      const asking = mask?.reshape([tokens, mask.size / Math.max(1, tokens)])
+      const asking = mask?.reshape([tokens, mask.shape[1] ?? 1])
       const real = asking?.cast('i32')
       const queued = real ? indices.mul(real).add(real.neg().add(1).mul(experts)) : indices
       const byChoice = queued.permute([1, 0]).reshape([topK * tokens, 1])
@@ -93,13 +93,17 @@ export class CapacityMoE extends Module {
     super()
     const { n_routed_experts: experts, hidden_size: hidden, capacity_factor: factor = 1.25, router } = config
     const needed = router === 'gshard' ? 2 : 1
-    if (!(experts >= needed) || !(factor > 0)) {
-      throw new MoeError({
-        code: 'E_CONFIG',
-        op: 'CapacityMoE',
-        problem: `n_routed_experts = ${experts}, capacity_factor = ${factor}; ${router} needs at least ${needed} experts and a positive factor`,
-      })
+    const problems: string[] = []
+    for (const key of ['hidden_size', 'moe_intermediate_size', 'n_routed_experts'] as const) {
+      if (!Number.isInteger(config[key]) || config[key] < 1)
+        problems.push(`${key} = ${config[key]} is not a positive integer`)
     }
+    if (experts < needed) problems.push(`${router} needs at least ${needed} experts, n_routed_experts = ${experts}`)
+    if (!(factor > 0)) problems.push(`capacity_factor = ${factor} is not positive`)
+    if (router !== 'switch' && router !== 'gshard') {
+      problems.push(`router = ${JSON.stringify(router)} is not known (switch, gshard)`)
+    }
+    if (problems.length > 0) throw new MoeError({ code: 'E_CONFIG', op: 'CapacityMoE', problem: problems.join('; ') })
     this.#config = config
     this.weight = normalParameter([experts, hidden], 'weight', init)
     this.experts = new Experts(experts, hidden, config.moe_intermediate_size, forkInit(init, 'experts'))

@@ -20,6 +20,9 @@ export interface RouterConfig {
   readonly topk_method?: 'noaux_tc' | 'group_limited_greedy' | 'greedy'
 }
 
+const methods = ['noaux_tc', 'group_limited_greedy', 'greedy']
+const scorings = ['sigmoid', 'softmax']
+
 /**
  * The attributes of the routing op that a configuration means.
  * @throws MoeError E_CONFIG with every fault in one message.
@@ -43,14 +46,25 @@ export function routerAttrs(config: RouterConfig): RouterAttrs {
   const reachable = Math.floor(experts / groups) * topGroups
   if (topK > reachable)
     problems.push(`num_experts_per_tok = ${topK} exceeds the ${reachable} experts of the kept groups`)
+  const { n_shared_experts: shared, scoring_func: scoring, routed_scaling_factor: scale = 1 } = config
+  if (shared != null && !(Number.isInteger(shared) && shared >= 0)) {
+    problems.push(`n_shared_experts = ${shared} is not a whole number from 0`)
+  }
+  if (!methods.includes(method)) {
+    problems.push(`topk_method = ${JSON.stringify(method)} is not known (${methods.join(', ')})`)
+  }
+  if (scoring !== undefined && !scorings.includes(scoring)) {
+    problems.push(`scoring_func = ${JSON.stringify(scoring)} is not known (${scorings.join(', ')})`)
+  }
+  if (!Number.isFinite(scale)) problems.push(`routed_scaling_factor = ${scale} is not a number`)
   if (problems.length > 0) throw new MoeError({ code: 'E_CONFIG', op: 'MoELayer', problem: problems.join('; ') })
   return {
-    scoring: config.scoring_func ?? (method === 'noaux_tc' ? 'sigmoid' : 'softmax'),
+    scoring: scoring ?? (method === 'noaux_tc' ? 'sigmoid' : 'softmax'),
     groups,
     topGroups,
     groupScore: method === 'noaux_tc' ? 'top2' : 'max',
     topK,
     normalize: config.norm_topk_prob ?? true,
-    scale: config.routed_scaling_factor ?? 1,
+    scale,
   }
 }

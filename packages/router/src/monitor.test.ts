@@ -52,3 +52,13 @@ test('the worst layer decides, and steps outside the window are forgotten', () =
   monitor.reset()
   expect(monitor.report()).toEqual([])
 })
+
+test('windows, groups and numbers of experts that cannot be are refused', () => {
+  expect(() => new LoadMonitor({ topK: 2, window: 0 })).toThrow(/window = 0 is not a positive integer/)
+  expect(() => new LoadMonitor({ topK: 2, groups: 1.5 })).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
+  const monitor = new LoadMonitor({ topK: 2, groups: 2 })
+  monitor.record('1', [1, 2, 3, 4])
+  expect(() => monitor.record('1', [1, 2])).toThrow(/"1" had 4 experts and has 2 now/)
+  expect(() => monitor.record('2', [1, 2, 3])).toThrow(/2 groups cannot share the 3 experts of "2"/)
+  expect(monitor.report()).toMatchObject([{ layer: '1', steps: 1 }])
+})

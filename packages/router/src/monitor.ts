@@ -1,4 +1,5 @@
 /** @file Watching the loads of all layers over many steps: what is uneven, what is dead, and whether the routing has collapsed. */
+import { MoeError } from '@moe/core'
 import { type LoadSummary, summarizeLoad } from './load.ts'
 
 export interface LoadMonitorOptions {
@@ -46,12 +47,26 @@ export class LoadMonitor {
   readonly #options: Required<LoadMonitorOptions>
   readonly #layers = new Map<string, { entries: Entry[]; bias: LayerReport['bias'] }>()
 
+  /** @throws MoeError E_CONFIG for a window or groups that are no positive integers. */
   constructor(options: LoadMonitorOptions) {
     this.#options = { groups: 1, window: 100, ...options }
+    const { groups, window } = this.#options
+    for (const [name, size] of Object.entries({ groups, window })) {
+      if (Number.isInteger(size) && size >= 1) continue
+      throw new MoeError({
+        code: 'E_CONFIG',
+        op: 'LoadMonitor',
+        problem: `${name} = ${size} is not a positive integer`,
+      })
+    }
   }
 
-  /** Records the loads `[E]` of one step of one layer and, if there are any, its selection biases. */
+  /**
+   * Records the loads `[E]` of one step of one layer and, if there are any, its selection biases.
+   * @throws MoeError E_SHAPE for a number of experts that the groups cannot share, or other than that of the layer's steps before.
+   */
   record(layer: string, load: ArrayLike<number>, bias?: ArrayLike<number>): void {
+    this.#check(layer, load.length)
     let known = this.#layers.get(layer)
     if (known === undefined) {
       known = { entries: [], bias: null }
@@ -63,6 +78,17 @@ export class LoadMonitor {
       const values = Array.from(bias)
       known.bias = { min: Math.min(...values), max: Math.max(...values) }
     }
+  }
+
+  #check(layer: string, experts: number): void {
+    const { groups } = this.#options
+    const before = this.#layers.get(layer)?.entries[0].load.length ?? experts
+    if (experts === before && experts > 0 && experts % groups === 0) return
+    const problem =
+      experts === before
+        ? `${groups} groups cannot share the ${experts} experts of ${JSON.stringify(layer)} evenly`
+        : `${JSON.stringify(layer)} had ${before} experts and has ${experts} now`
+    throw new MoeError({ code: 'E_SHAPE', op: 'LoadMonitor.record', problem })
   }
 
   /** One report per layer, in the order in which they were first recorded. */

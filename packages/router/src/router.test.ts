@@ -240,5 +240,14 @@ describe('gates', () => {
     expect(() => new MoELayer({ ...config8, num_experts_per_tok: 5 })).toThrow(
       /exceeds the 4 experts of the kept groups/,
     )
+    const foreign = {
+      topk_method: 'hash',
+      scoring_func: 'tanh',
+      routed_scaling_factor: Number.NaN,
+      n_shared_experts: -1,
+    }
+    expect(() => new MoELayer({ ...config8, ...foreign } as unknown as RouterConfig)).toThrow(
+      /n_shared_experts = -1.*topk_method = "hash".*scoring_func = "tanh".*routed_scaling_factor = NaN/,
+    )
   })
 })
