@@ -1,5 +1,5 @@
 /** @file The training loss over all depths (V3 report eq. 24-25). */
-import { linearCrossEntropy, type Tensor } from '@moe/core'
+import { linearCrossEntropy, MoeError, type Tensor } from '@moe/core'
 import type { MtpModule } from './mtp.ts'
 import {
   averageAt,
@@ -65,6 +65,9 @@ export function mtpLoss<Options>(
   options: DepthOptions<Options>,
   { detached = false }: MtpLossOptions = {},
 ): MtpLoss {
+  if (modules.length === 0) {
+    throw new MoeError({ code: 'E_ATTR', op: 'mtpLoss', problem: 'there are no modules', fix: 'leave the loss out' })
+  }
   const [batch, time, features] = hidden_BTD.shape
   const uploaded = onDevice(rows, hidden_BTD, modules.length)
   const losses = chain(modules, hidden_BTD, uploaded, options, { detached }).map((hidden, k) => {

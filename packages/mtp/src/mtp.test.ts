@@ -65,6 +65,25 @@ test('targets: the last `shift` positions of every document carry no loss', () =
   expect(() => shiftTokens(batch, 6, 2)).toThrow(/cannot be shifted/)
 })
 
+test('padding carries no loss, whether its negative numbers repeat or not', () => {
+  for (const padding of [
+    [-1, -1, -1],
+    [-1, -2, -3],
+  ]) {
+    const { targets, count } = shiftTokens(rows([1, 2, 3, 4, 5, 6], [0, 0, 0, ...padding]), 5, 1)
+    expect([...targets]).toEqual([2, 3, -100, -100, -100])
+    expect(count).toBe(2)
+  }
+})
+
+test('rows that are not as long as they say, and losses of no module, are refused', () => {
+  const batch = { ...rows([1, 2, 3, 4]), rows: 2 }
+  expect(() => shiftTokens(batch, 3, 1)).toThrow(expect.objectContaining({ code: 'E_SHAPE' }))
+  expect(() => shiftTokens(rows([1, 2, 3, 4], [0, 0, 0]), 3, 1)).toThrow(/4 tokens and 3 documents/)
+  const { head } = make(0)
+  expect(() => mtpLoss([], randn([1, 3, 4], new Random(1)), rows([1, 2, 3, 4]), head.weight, {})).toThrow(/no modules/)
+})
+
 test('keys are those of the released layer, without the shared parts', () => {
   const { modules } = make(1)
   expect(stateDict(modules[0]).map(({ name }) => name)).toEqual([

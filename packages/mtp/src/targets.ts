@@ -1,7 +1,7 @@
 /** @file Which token each position has to predict, and which positions carry no loss. */
-import { type Backend, defaultIgnoreIndex, fromHost, type Tensor } from '@moe/core'
+import { type Backend, defaultIgnoreIndex, fromHost, MoeError, type Tensor } from '@moe/core'
 
-/** Rows of consecutive tokens; `documents` numbers the document of every token. */
+/** Rows of consecutive tokens; `documents` numbers the document of every token, from 0. Padding has negative numbers, and carries no loss. */
 export interface TokenRows {
   readonly tokens: Int32Array
   readonly documents: Int32Array
@@ -19,9 +19,23 @@ export interface ShiftedTokens {
   readonly count: number
 }
 
+/** @throws MoeError E_SHAPE */
+function checkRows({ tokens, documents, rows, length }: TokenRows, time: number, shift: number): void {
+  const refuse = (problem: string, fix: string) => new MoeError({ code: 'E_SHAPE', op: 'shiftTokens', problem, fix })
+  if (tokens.length !== rows * length || documents.length !== rows * length) {
+    const given = `${tokens.length} tokens and ${documents.length} documents`
+    throw refuse(`${rows} rows of ${length} have ${given}`, 'pass one of both for every place of every row')
+  }
+  if (time + shift > length) {
+    const problem = `rows of ${length} tokens cannot be shifted by ${shift} over ${time} positions`
+    throw refuse(problem, 'pass longer rows: a prediction k places ahead needs k tokens more')
+  }
+}
+
 /**
  * Shifts rows by `shift` places over the first `time` positions. A row needs `time + shift` tokens. A position whose target lies in another
  * document carries no loss: the last `shift` positions of every document.
+ * @throws MoeError E_SHAPE for rows that are shorter than that, or not as long as they say.
  */
 export function shiftTokens(
   rows: TokenRows,
@@ -31,8 +45,7 @@ export function shiftTokens(
 ): ShiftedTokens {
   const { from = 0 } = options
   const { tokens, documents, length } = rows
-  if (time + shift > length)
-    throw new RangeError(`rows of ${length} tokens cannot be shifted by ${shift} over ${time} positions`)
+  checkRows(rows, time, shift)
   const ids = new Int32Array(rows.rows * time)
   const targets = new Int32Array(rows.rows * time)
   let count = 0
@@ -41,7 +54,7 @@ export function shiftTokens(
       const here = row * length + t
       const at = row * time + t
       ids[at] = tokens[here + shift]
-      const counts = t >= from && documents[here] === documents[here + shift]
+      const counts = t >= from && documents[here] >= 0 && documents[here] === documents[here + shift]
       targets[at] = counts ? ids[at] : defaultIgnoreIndex
       if (counts) count++
     }
