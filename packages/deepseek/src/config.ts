@@ -49,7 +49,11 @@ const denseFields = z.object({
 })
 
 const latentFields = z.object({
-  model_type: z.enum(['deepseek_v3', 'deepseek_v2']).default('deepseek_v3'),
+  /** Kimi K2 is V3 under a name of its own. */
+  model_type: z
+    .enum(['deepseek_v3', 'deepseek_v2', 'kimi_k2'])
+    .default('deepseek_v3')
+    .transform(type => (type === 'kimi_k2' ? 'deepseek_v3' : type)),
   ...common,
   moe_intermediate_size: size,
   /** Leading layers with a dense feed-forward net. */
@@ -132,7 +136,7 @@ export function parseConfig(input: unknown): DeepSeekConfig {
     scoring_func: rest.scoring_func ?? (topk_method === 'noaux_tc' ? 'sigmoid' : 'softmax'),
     norm_topk_prob: rest.norm_topk_prob ?? v3,
     rope_theta: rope_theta ?? rope_parameters?.rope_theta ?? 10000,
-    rope_scaling: yarn(rope_scaling ?? rope_parameters),
+    rope_scaling: yarn(rope_scaling ?? rope_parameters, rest.max_position_embeddings),
   }
 }
 
@@ -212,6 +216,7 @@ function crossChecks(config: CheckedFields): string[] {
     type !== undefined && type !== 'default' && type !== 'yarn',
     `rope type ${JSON.stringify(type)} is not supported (default, yarn)`,
   )
+  add(type === undefined && scaling?.factor !== undefined, 'rope_scaling.type is missing')
   add(type === 'yarn' && scaling?.factor === undefined, 'rope_scaling.factor is missing')
   add(
     config.bos_token_id != null && config.bos_token_id >= config.vocab_size,
@@ -220,9 +225,17 @@ function crossChecks(config: CheckedFields): string[] {
   return problems
 }
 
-function yarn(scaling: Fields['rope_scaling']): RopeScaling | null {
+/** Where the original context is not told, it is that of the configuration, as in transformers. */
+function yarn(scaling: Fields['rope_scaling'], context: number): RopeScaling | null {
   if (!scaling || (scaling.rope_type ?? scaling.type) !== 'yarn') return null
-  const { factor = 1, original_max_position_embeddings = 4096, beta_fast, beta_slow, mscale, mscale_all_dim } = scaling
+  const {
+    factor = 1,
+    original_max_position_embeddings = context,
+    beta_fast,
+    beta_slow,
+    mscale,
+    mscale_all_dim,
+  } = scaling
   return { type: 'yarn', factor, original_max_position_embeddings, beta_fast, beta_slow, mscale, mscale_all_dim }
 }
 

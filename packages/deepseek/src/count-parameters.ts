@@ -1,5 +1,5 @@
 /** @file Parameter counts from the configuration alone. */
-import { type DeepSeekConfig, isMoELayer } from './config.ts'
+import type { DeepSeekConfig } from './config.ts'
 
 export interface ParameterCount {
   /** The main model: embedding, layers, final norm, head. Selection biases are counted, as published tables do. */
@@ -38,17 +38,14 @@ export function countParameters(config: DeepSeekConfig): ParameterCount {
   const idle = experts === 0 ? 0 : expert * (experts - (config.num_experts_per_tok ?? 0))
   const embedding = config.vocab_size * hidden
 
-  let total = hidden + embedding * (config.tie_word_embeddings ? 1 : 2)
-  let active = hidden + embedding * 2
-  for (let layer = 0; layer < config.num_hidden_layers; layer++) {
-    const feedForward = isMoELayer(config, layer) ? moe : dense
-    total += attention + feedForward + 2 * hidden
-    active += attention + feedForward - (isMoELayer(config, layer) ? idle : 0) + 2 * hidden
-  }
+  const layers = config.num_hidden_layers
+  const moeLayers = experts === 0 ? 0 : Math.max(0, layers - config.first_k_dense_replace)
+  const inLayers = layers * (attention + 2 * hidden) + moeLayers * moe + (layers - moeLayers) * dense
+  const active = hidden + embedding * 2 + inLayers - moeLayers * idle
   const mtpLayer = attention + (experts === 0 ? dense : moe) + 2 * hidden + 2 * hidden * hidden + 3 * hidden
   const separate = config.mtp_separate_embeddings ? 2 * embedding : 0
   return {
-    total,
+    total: hidden + embedding * (config.tie_word_embeddings ? 1 : 2) + inLayers,
     active,
     activeWithoutEmbedding: active - embedding,
     attention,

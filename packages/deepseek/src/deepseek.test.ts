@@ -1,4 +1,4 @@
-import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { cacheCost } from '@moe/attention-mla'
@@ -47,6 +47,19 @@ test('a checkpoint is opened without drawing weights that it replaces', async ()
 
 describe('generation', () => {
   const prompt = [3, 7, 11, 2, 30]
+
+  test('is read once: who stops early does not start it anew', async () => {
+    const model = new DeepSeek(tiny, { seed: 1 })
+    const generation = model.generate(prompt, { maxTokens: 8 })
+    const made: number[] = []
+    for await (const id of generation) {
+      made.push(id)
+      if (made.length === 3) break
+    }
+    for await (const id of generation) made.push(id)
+    expect(made).toHaveLength(3)
+    model.dispose()
+  })
 
   test('greedy equals taking the likeliest token of a full forward pass each time', async () => {
     const model = new DeepSeek(tiny, { seed: 1 })
@@ -404,6 +417,27 @@ describe('checkpoints', () => {
   })
 })
 
+test('sizes that a checkpoint cannot fill are refused before memory is taken', async () => {
+  const model = new DeepSeek(tiny)
+  const at = join(folder, 'absurd')
+  await model.save(at)
+  const { peakBytes } = defaultBackend().stats()
+  for (const absurd of [{ vocab_size: 2 ** 40 }, { num_hidden_layers: 2 ** 40 }, { n_routed_experts: 2 ** 20 }]) {
+    await writeFile(join(at, 'config.json'), JSON.stringify({ ...tiny, ...absurd }))
+    await expect(DeepSeek.fromPretrained(at)).rejects.toThrow(
+      expect.objectContaining({ code: 'E_STATE_DICT', message: expect.stringMatching(/describes a model of \d/) }),
+    )
+  }
+  expect(defaultBackend().stats().peakBytes).toBe(peakBytes)
+  model.dispose()
+})
+
+test('a config.json that is no file is refused', async () => {
+  const at = join(folder, 'no-file')
+  await mkdir(join(at, 'config.json'), { recursive: true })
+  await expect(DeepSeek.fromPretrained(at)).rejects.toThrow(/config\.json: cannot be read: it is no regular file/)
+})
+
 describe('configurations', () => {
   test('published parameter counts, to the unit', () => {
     const count = (name: keyof typeof presets) => countParameters(parseConfig(presets[name]))
@@ -473,6 +507,16 @@ describe('configurations', () => {
       expect(namedParameters(model).reduce((sum, { parameter }) => sum + parameter.size, 0)).toBe(total + mtp)
       model.dispose()
     }
+  })
+
+  test('Kimi K2 is V3 under a name of its own', () => {
+    expect(parseConfig({ ...tiny, model_type: 'kimi_k2' })).toEqual(parseConfig(tiny))
+  })
+
+  test('scaling without a type is a fault; without the original context, that is max_position_embeddings', () => {
+    const scaled = (rope_scaling: object) => parseConfig({ ...tiny, max_position_embeddings: 64, rope_scaling })
+    expect(() => scaled({ factor: 4 })).toThrow(/rope_scaling\.type is missing/)
+    expect(scaled({ type: 'yarn', factor: 4 }).rope_scaling).toMatchObject({ original_max_position_embeddings: 64 })
   })
 
   test('every fault is named in one message', () => {

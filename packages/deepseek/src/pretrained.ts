@@ -1,9 +1,17 @@
 /** @file Checkpoints in the Hugging Face layout. */
-import { mkdir, readFile, writeFile } from 'node:fs/promises'
+import { mkdir, readFile, stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { isScaleKey, openCheckpoint, readF32, saveCheckpoint, type TensorEntry } from '@moe/checkpoint'
+import {
+  isScaleKey,
+  openCheckpoint,
+  readF32,
+  saveCheckpoint,
+  type TensorEntry,
+  type TensorSource,
+} from '@moe/checkpoint'
 import { loadStateDict, MoeError, type StateSource, stateDict } from '@moe/core'
-import { configJson, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
+import { configJson, type DeepSeekConfig, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
+import { countParameters } from './count-parameters.ts'
 import type { DeepSeek } from './model.ts'
 
 /** Keys that repeat the shared embedding and head inside every MTP layer. */
@@ -53,9 +61,12 @@ export async function loadPretrained(
   folder: string,
   make: (config: DeepSeekConfigInput) => DeepSeek,
 ): Promise<DeepSeek> {
-  const model = make(await readConfig(folder))
+  const config = await readConfig(folder)
+  await using checkpoint = await openCheckpoint(folder)
+  checkSize(folder, parseConfig(config), checkpoint)
+  const model = make(config)
   try {
-    await loadWeights(model, folder)
+    await fill(model, checkpoint)
   } catch (error) {
     model.dispose()
     throw error
@@ -69,6 +80,26 @@ export async function loadPretrained(
  */
 export async function loadWeights(model: DeepSeek, folder: string): Promise<void> {
   await using checkpoint = await openCheckpoint(folder)
+  await fill(model, checkpoint)
+}
+
+/** Before memory is taken for a model: that the checkpoint can fill a good part of it. What exactly is missing is told once the model is there. */
+function checkSize(folder: string, config: DeepSeekConfig, checkpoint: TensorSource): void {
+  const { total, mtp } = countParameters(config)
+  const elements = checkpoint
+    .keys()
+    .filter(key => !isScaleKey(checkpoint, key))
+    .reduce((sum, key) => sum + checkpoint.info(key).shape.reduce((product, size) => product * size, 1), 0)
+  if (total + mtp <= 2 * elements) return
+  throw new MoeError({
+    code: 'E_STATE_DICT',
+    op: folder,
+    problem: `config.json describes a model of ${total + mtp} parameters, its tensors have ${elements} elements`,
+    fix: 'the two are not of one model, or tensors are missing',
+  })
+}
+
+async function fill(model: DeepSeek, checkpoint: TensorSource): Promise<void> {
   const source: StateSource = {
     keys: () => checkpoint.keys().filter(key => !isScaleKey(checkpoint, key)),
     info: key => ({ dtype: 'f32', shape: checkpoint.info(key).shape }),
@@ -90,6 +121,8 @@ export async function loadWeights(model: DeepSeek, folder: string): Promise<void
 export async function readConfig(folder: string): Promise<DeepSeekConfigInput> {
   const path = join(folder, 'config.json')
   try {
+    // A pipe would be waited for.
+    if (!(await stat(path)).isFile()) throw new Error('it is no regular file')
     const json = JSON.parse(await readFile(path, 'utf8')) as DeepSeekConfigInput
     parseConfig(json)
     return json
