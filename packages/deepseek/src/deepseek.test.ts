@@ -281,6 +281,21 @@ describe('training', () => {
     model.dispose()
   })
 
+  test('a step that is set is the step of its balancer and of its schedules', () => {
+    const seen: number[] = []
+    const loss = (_: unknown, step: number) => {
+      seen.push(step)
+      return null
+    }
+    const balancer = { loss }
+    const model = new DeepSeek(tiny, { seed: 1, balancer })
+    model.step = 7
+    scope(() => model.loss(rows()))
+    expect(seen).toEqual(model.moeLayers.map(() => 7))
+    expect(model.settings).toMatchObject({ vocab_size: tiny.vocab_size, num_experts_per_tok: 2, mtpWeight: 0.3 })
+    model.dispose()
+  })
+
   test('λ follows its schedule; detached modules leave the main model alone', async () => {
     const batch = rows()
     const parts = async (objective: object, step = 0) => {

@@ -157,8 +157,7 @@ export class DeepSeek extends Module {
   readonly #undropped: ((batch: number) => Float32Array) | null
   /** Batches of the current step so far. */
   #batches = 0
-  /** Optimizer steps done, for schedules: `afterStep` counts. Set it when a run is resumed. */
-  step = 0
+  #step = 0
 
   /**
    * A model with random weights; the same seed gives the same weights on every backend.
@@ -218,6 +217,21 @@ export class DeepSeek extends Module {
 
   get objective(): Objective {
     return this.#objective
+  }
+
+  /** Optimizer steps done, for schedules and draws: `afterStep` counts. Set it when a run is resumed; `train` does. */
+  get step(): number {
+    return this.#step
+  }
+
+  set step(step: number) {
+    this.#step = step
+    for (const layer of this.moeLayers) layer.step = step
+  }
+
+  /** What decides its numbers beside weights and step: `train` compares it when a run goes on. */
+  get settings(): Readonly<Record<string, unknown>> {
+    return { ...this.#config, ...this.#objective }
   }
 
   /** Layers of the main model. */
@@ -391,7 +405,7 @@ export class DeepSeek extends Module {
   /** Loads of the layers, biases of now: to the monitor, and what is worth logging. Ends the step. */
   async #report(loads: ReadonlyArray<Promise<ArrayLike<number>> | undefined>): Promise<Record<string, number>> {
     const biases = this.moeLayers.map(({ gate }) => this.#monitor && gate.e_score_correction_bias?.values())
-    this.step++
+    this.step += 1
     this.#batches = 0
     const summaries: LoadSummary[] = []
     // All at once: where the device is lost, every read fails, and none may be left alone with that.

@@ -51,7 +51,8 @@ export class MoELayer extends Module {
   readonly #load = new LoadCounter()
   readonly #dropping: TokenDropping | null
   readonly #kept = new LoadCounter()
-  #steps = 0
+  /** Optimizer steps done, for the balancer's schedules: `rebalance` counts. Set it when a run is resumed. */
+  step = 0
 
   /** @throws MoeError E_CONFIG with every fault in one message. */
   constructor(config: RouterConfig, options: MoELayerOptions = {}) {
@@ -98,7 +99,7 @@ export class MoELayer extends Module {
     }
     onBalanceLoss?.(sequenceBalanceLoss(scores, sequences, this.#config.num_experts_per_tok, mask))
     if (!training || !onBalancerLoss) return
-    const loss = this.#balancer?.loss?.({ scores, indices, sequences, mask }, this.#steps) ?? null
+    const loss = this.#balancer?.loss?.({ scores, indices, sequences, mask }, this.step) ?? null
     if (loss !== null) onBalancerLoss(loss)
   }
 
@@ -121,13 +122,13 @@ export class MoELayer extends Module {
    * `reduce` makes the loads of one rank those of all (an all-reduce); `step`, for the balancer's schedules, is by default the number of calls before.
    */
   rebalance(options: { reduce?: (load: Tensor) => Tensor; step?: number } = {}): void {
-    const { reduce, step = this.#steps } = options
+    const { reduce, step = this.step } = options
     const load = this.#load.total
     const bias = this.gate.e_score_correction_bias
     if (load !== null && bias) this.#balancer?.update?.(bias, reduce?.(load) ?? load, step)
     this.#load.reset()
     this.#kept.reset()
-    this.#steps = step + 1
+    this.step = step + 1
   }
 
   /**

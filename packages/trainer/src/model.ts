@@ -67,6 +67,13 @@ export interface TrainableModel extends Module {
   readonly lookahead: number
   /** Number of token ids that it has embeddings for. Given, the data is checked against it. */
   readonly vocabSize?: number
+  /**
+   * Optimizer steps done, in a model that has schedules or draws of its own: `afterStep` counts. It is kept in
+   * checkpoints and set by a run that goes on from one.
+   */
+  step?: number
+  /** What decides its numbers beside weights and step. A run goes on only with the same; functions are not compared. */
+  readonly settings?: Readonly<Record<string, unknown>>
   /** Synchronous: reads nothing back from the device. */
   loss(batch: TokenBatch, options?: LossOptions): LossOutput
   /**

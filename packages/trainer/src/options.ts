@@ -5,7 +5,7 @@ import type { RunRecord } from './checkpoints/trainer-state.ts'
 import type { Corpus } from './data/corpus.ts'
 import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
 import type { TrainListener } from './events.ts'
-import type { TextTokenizer } from './model.ts'
+import type { TextTokenizer, TrainableModel } from './model.ts'
 import { AdamW, type AdamWOptions } from './optim/adamw.ts'
 import { Muon } from './optim/muon.ts'
 import type { Optimizer } from './optim/optimizer.ts'
@@ -154,6 +154,7 @@ export function makeOptimizer(options: ResolvedOptions, parameters: readonly Nam
 export function recordRun(
   options: ResolvedOptions,
   data: TokenDataset,
+  model: TrainableModel,
   parameters: readonly NamedParameter[],
   optimizer: Optimizer,
 ): RunRecord {
@@ -171,9 +172,13 @@ export function recordRun(
     clip: options.clip === Number.POSITIVE_INFINITY ? null : options.clip,
     precision: options.precision,
     optimizer: `${optimizer.name} ${JSON.stringify(optimizer.settings)}`,
-    data: data.digest,
-    dataTokens: data.tokens.length,
-    model: digest(shapes.join()),
+    data: `${data.tokens.length} tokens (${data.digest})`,
+    parameters: `${shapes.length} of ${parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)} numbers (${digest(shapes.join())})`,
+    ...Object.fromEntries(
+      Object.entries(model.settings ?? {})
+        .filter(([, value]) => value !== undefined && typeof value !== 'function')
+        .map(([name, value]) => [`model.${name}`, typeof value === 'object' ? JSON.stringify(value) : value]),
+    ),
   }
 }
 

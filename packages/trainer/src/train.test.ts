@@ -4,6 +4,7 @@ import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import {
   disposeModule,
+  type MoeError,
   type NamedParameter,
   namedParameters,
   noGrad,
@@ -265,7 +266,26 @@ describe('resuming', () => {
     await run({ out: cut, optimizer, resume: true })
     expect(numbersOf(cut)).toEqual(numbersOf(whole))
     const other = await errorOf(run({ out: cut, resume: true, optimizer: 'adamw' }))
-    expect(other).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(/optimizer: saved with "muon/) })
+    expect(other).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(/optimizer: saved with muon/) })
+  })
+
+  test('holds for a model that counts its steps, also when it was trained before', async () => {
+    const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
+    class Scheduled extends BigramModel {
+      step = 3
+      override loss(...[batch, options]: Parameters<BigramModel['loss']>) {
+        const output = super.loss(batch, options)
+        return { ...output, loss: output.loss.mul(1 + this.step) }
+      }
+      override afterStep() {
+        this.step++
+        return super.afterStep()
+      }
+    }
+    await run({ out: whole, model: new Scheduled() })
+    await run({ out: cut, model: new Scheduled(), ...stopAfter(5) })
+    await run({ out: cut, model: new Scheduled(), resume: true })
+    expect(numbersOf(cut)).toEqual(numbersOf(whole))
   })
 
   test('from an earlier checkpoint drops what came after it', async () => {
@@ -378,6 +398,16 @@ describe('bad checkpoints are refused and change nothing', () => {
     }
     const { result } = await run({ out, resume: true, allowChanges: true, ...changed })
     expect(result.steps).toBe(12)
+  })
+
+  test('a model with other settings of the same shapes', async () => {
+    const out = await temporaryFolder()
+    const model = (chosen: number) =>
+      Object.assign(new BigramModel(), { settings: { chosen, scale: [1, 2], f: () => 0 } })
+    await run({ out, model: model(2), ...stopAfter(4) })
+    const error = await errorOf(run({ out, model: model(3), resume: true }))
+    expect(error).toMatchObject({ code: 'E_CHECKPOINT' })
+    expect((error as MoeError).details['differences']).toEqual(['model.chosen: saved with 2, now 3'])
   })
 
   test('nothing to resume from', async () => {

@@ -139,7 +139,7 @@ class Run {
     this.steps = new TrainingSteps(model, parameters, optimizer, settings)
     this.interrupts = interrupts
     this.order = new TrainingOrder(data.training, { ...settings, lookahead: model.lookahead })
-    this.record = recordRun(settings, data.training, parameters, optimizer)
+    this.record = recordRun(settings, data.training, model, parameters, optimizer)
     this.writesTo = settings.rank === 0 ? settings.out : undefined
     this.log = this.writesTo === undefined ? undefined : new MetricsLog(join(this.writesTo, 'metrics.jsonl'))
     const draw = settings.progress ?? true
@@ -200,6 +200,7 @@ class Run {
     }
     const state = await loadTraining(from, this, allowChanges ? null : this.record)
     this.step = state.step
+    if (this.model.step !== undefined) this.model.step = state.modelStep ?? state.step
     this.tokens = state.tokens
     this.trainSeconds = state.trainSeconds
     this.savedStep = state.step
@@ -276,7 +277,7 @@ class Run {
     const started = performance.now()
     this.log?.flush()
     await this.checkFinite()
-    const state = { step, tokens, trainSeconds, run: this.record }
+    const state = { step, tokens, trainSeconds, modelStep: this.model.step, run: this.record }
     const path = await saveTraining(writesTo, this, state, settings.keepCheckpoints)
     this.checkpoint = path
     this.savedStep = step

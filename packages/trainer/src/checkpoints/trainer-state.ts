@@ -17,6 +17,8 @@ export interface TrainerState {
   readonly tokens: number
   /** Seconds of training, without evaluation and saving. */
   readonly trainSeconds: number
+  /** `step` of the model, where it counts for itself. */
+  readonly modelStep?: number | undefined
   readonly run: RunRecord
 }
 
@@ -40,14 +42,14 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
     throw unreadable(path, `is not a state of this trainer (format ${JSON.stringify(state.format)})`)
   if (state.version !== version)
     throw unreadable(path, `has version ${JSON.stringify(state.version)}, this trainer reads ${version}`)
-  const { step, tokens, trainSeconds, run } = state
-  const counts = { step, tokens, trainSeconds }
+  const { step, tokens, trainSeconds, modelStep, run } = state
+  const counts = { step, tokens, trainSeconds, modelStep: modelStep ?? 0 }
   for (const [name, count] of Object.entries(counts)) {
     if (typeof count !== 'number' || !(count >= 0)) throw unreadable(path, `has ${name} ${JSON.stringify(count)}`)
   }
   if (!Number.isSafeInteger(step)) throw unreadable(path, `has step ${step}`)
   if (typeof run !== 'object' || run === null) throw unreadable(path, 'has no settings of the run')
-  return { step: step as number, tokens: tokens as number, trainSeconds: trainSeconds as number, run }
+  return { step: step as number, tokens: tokens as number, trainSeconds: trainSeconds as number, modelStep, run }
 }
 
 const unreadable = (path: string, problem: string, cause?: unknown) =>
@@ -62,7 +64,7 @@ const unreadable = (path: string, problem: string, cause?: unknown) =>
 /** @throws MoeError E_CHECKPOINT that lists every difference */
 export function checkSameRun(path: string, stored: RunRecord, own: RunRecord): void {
   const keys = [...new Set([...Object.keys(stored), ...Object.keys(own)])]
-  const show = (value: unknown) => (value === undefined ? 'nothing' : JSON.stringify(value))
+  const show = (value: unknown) => (value === undefined ? 'nothing' : String(value))
   const differences = keys
     .filter(key => stored[key] !== own[key])
     .map(key => `${key}: saved with ${show(stored[key])}, now ${show(own[key])}`)
