@@ -296,6 +296,28 @@ describe('resuming', () => {
     expect(numbersOf(again)).toEqual(numbersOf(whole))
   })
 
+  test('from the checkpoint of another folder begins a run of its own', async () => {
+    const [from, out] = [await temporaryFolder(), join(await temporaryFolder(), 'branch')]
+    const first = await run({ out: from, ...stopAfter(4) })
+    const before = numbersOf(from)
+    const { result } = await run({ out, resume: first.result.checkpoint, lr: 0.01, allowChanges: true })
+    expect(result.steps).toBe(12)
+    expect(numbersOf(out).map(({ step }) => step)).toEqual([5, 6, 7, 8, 9, 10, 11, 12])
+    expect(numbersOf(from)).toEqual(before)
+  })
+
+  test('of two trainings into one folder the second is refused, and the first goes on', async () => {
+    const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
+    await run({ out: whole })
+    let second: Promise<Error> | undefined
+    const onEvent: TrainOptions['onEvent'] = event => {
+      if (event.type === 'start') second = errorOf(run({ out, overwrite: true }))
+    }
+    await run({ out, onEvent })
+    expect(await second).toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/is training into/) })
+    expect(numbersOf(out)).toEqual(numbersOf(whole))
+  })
+
   test("'auto' begins where nothing is, and goes on where something is", async () => {
     const out = await temporaryFolder()
     const first = await run({ out, resume: 'auto', ...stopAfter(3) })

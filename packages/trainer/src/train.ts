@@ -1,8 +1,9 @@
 /** @file `train`: a model, data, and the loop around `TrainingSteps`. */
-import { existsSync, mkdirSync, rmSync } from 'node:fs'
+import { rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { globalNorm, MoeError, type NamedParameter, namedParameters, noGrad, parameterCount } from '@moe/core'
 import { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
+import { lockFolder } from './checkpoints/folder-lock.ts'
 import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import { TokenDataset } from './data/token-dataset.ts'
@@ -35,7 +36,7 @@ import { TrainingSteps } from './training-steps.ts'
  * Ctrl-C (or `signal`) finishes the step, saves, and returns a result with `interrupted`; what the process then does
  * is the caller's choice.
  *
- * @throws MoeError E_CONFIG (options), E_DATA (nothing to train on), E_NAN (loss or gradient not finite: the step is
+ * @throws MoeError E_CONFIG (options, a folder that another training writes to), E_DATA (nothing to train on), E_NAN (loss or gradient not finite: the step is
  *   not applied, the last checkpoint stays), E_CHECKPOINT (saving failed, or the checkpoint to resume from is damaged or
  *   another run's)
  */
@@ -60,6 +61,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   } finally {
     interrupts.dispose()
     run?.steps.dispose()
+    run?.unlock()
     optimizer.dispose()
   }
 }
@@ -122,6 +124,8 @@ class Run {
   trainSeconds = 0
   savedStep = -1
   checkpoint: string | undefined
+  /** Gives the folder back. */
+  unlock = () => {}
 
   constructor(
     model: TrainableModel,
@@ -195,7 +199,10 @@ class Run {
           fix: 'go on with resume: true, choose another out, or begin anew with overwrite: true',
         })
       }
-      if (this.writesTo !== undefined) this.prepareFolder(out)
+    }
+    if (this.writesTo !== undefined) this.unlock = lockFolder(this.writesTo)
+    if (from === undefined) {
+      if (this.writesTo !== undefined) this.emptyFolder(this.writesTo)
       return
     }
     const state = await loadTraining(from, this, allowChanges ? null : this.record)
@@ -209,17 +216,16 @@ class Run {
     for (const line of cutMetrics(this.log.path, state.step)) this.remember(line)
   }
 
-  prepareFolder(out: string): void {
+  /** Removes an earlier run. */
+  emptyFolder(out: string): void {
     try {
-      for (const name of ['checkpoints', 'metrics.jsonl', 'summary.json']) {
-        if (existsSync(join(out, name))) rmSync(join(out, name), { recursive: true })
-      }
-      mkdirSync(out, { recursive: true })
+      for (const name of ['checkpoints', 'metrics.jsonl', 'summary.json'])
+        rmSync(join(out, name), { recursive: true, force: true })
     } catch (cause) {
       throw new MoeError({
         code: 'E_CONFIG',
         op: 'train',
-        problem: `the folder ${out} cannot be used: ${(cause as Error).message}`,
+        problem: `the run in ${out} cannot be removed: ${(cause as Error).message}`,
         fix: 'choose another out',
         cause,
       })

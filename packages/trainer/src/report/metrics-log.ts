@@ -39,12 +39,14 @@ export function metricsLine({
 }
 
 const flushBytes = 1 << 16
+const flushMs = 1000
 
-/** Appends lines; they reach the file by `flush`, or when many wait. */
+/** Appends lines; they reach the file by `flush`, or when many wait or a second has passed. */
 export class MetricsLog {
   readonly path: string
   #waiting: string[] = []
   #waitingBytes = 0
+  #flushedAt = performance.now()
 
   constructor(path: string) {
     this.path = path
@@ -54,7 +56,7 @@ export class MetricsLog {
     const text = `${JSON.stringify(line)}\n`
     this.#waiting.push(text)
     this.#waitingBytes += text.length
-    if (this.#waitingBytes >= flushBytes) this.flush()
+    if (this.#waitingBytes >= flushBytes || performance.now() - this.#flushedAt >= flushMs) this.flush()
   }
 
   /**
@@ -77,6 +79,7 @@ export class MetricsLog {
     }
     this.#waiting = []
     this.#waitingBytes = 0
+    this.#flushedAt = performance.now()
   }
 }
 

@@ -1,7 +1,7 @@
 import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { stripVTControlCharacters } from 'node:util'
-import { afterEach, describe, expect, test } from 'vitest'
+import { afterEach, describe, expect, test, vi } from 'vitest'
 import type { StartEvent, StepEvent } from '../events.ts'
 import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
 import { cutMetrics, MetricsLog, metricsLine, readMetrics } from './metrics-log.ts'
@@ -123,6 +123,19 @@ describe('metrics.jsonl', () => {
     const log = new MetricsLog(path)
     for (let i = 1; i <= 2000; i++) log.append(metricsLine(step(i)))
     expect(readMetrics(path).length).toBeGreaterThan(1000)
+  })
+
+  test('flushes by itself after a second, so that whoever watches the file sees lines', async () => {
+    const path = join(await temporaryFolder(), 'metrics.jsonl')
+    const clock = vi.spyOn(performance, 'now').mockReturnValue(5000)
+    const log = new MetricsLog(path)
+    const written = [5500, 5999, 6000, 6900, 7100].map(now => {
+      clock.mockReturnValue(now)
+      log.append(metricsLine(step(now)))
+      return readMetrics(path).length
+    })
+    clock.mockRestore()
+    expect(written).toEqual([0, 0, 3, 3, 5])
   })
 
   test('is cut after a step, torn lines included', async () => {

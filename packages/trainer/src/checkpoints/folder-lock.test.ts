@@ -1,0 +1,44 @@
+import { spawnSync } from 'node:child_process'
+import { existsSync } from 'node:fs'
+import { writeFile } from 'node:fs/promises'
+import { hostname } from 'node:os'
+import { join } from 'node:path'
+import { afterEach, expect, test } from 'vitest'
+import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
+import { lockFolder } from './folder-lock.ts'
+
+afterEach(removeTemporaryFolders)
+
+test('a folder is taken once and given back', async () => {
+  const out = join(await temporaryFolder(), 'new', 'run')
+  const unlock = lockFolder(out)
+  expect(() => lockFolder(`${out}/../run`)).toThrow(new RegExp(`process ${process.pid} is training into`))
+  unlock()
+  expect(existsSync(join(out, 'training.lock'))).toBe(false)
+  lockFolder(out)()
+})
+
+test.each([
+  ['a process that was killed', `${spawnSync(process.execPath, ['-e', '']).pid} ${hostname()}`],
+  ['a process of the same number before this one', `${process.pid} ${hostname()}`],
+  ['another machine', `${process.ppid} elsewhere.example`],
+  ['a process killed while it wrote', ''],
+])('the lock of %s is not in the way', async (_, text) => {
+  const out = await temporaryFolder()
+  await writeFile(join(out, 'training.lock'), text)
+  lockFolder(out)()
+})
+
+test('the lock of a process that runs is', async () => {
+  const out = await temporaryFolder()
+  await writeFile(join(out, 'training.lock'), `${process.ppid} ${hostname()}\n`)
+  expect(() => lockFolder(out)).toThrow(new RegExp(`process ${process.ppid} is training into .*remove .*training.lock`))
+})
+
+test('a folder that cannot be is E_CONFIG', async () => {
+  const path = join(await temporaryFolder(), 'file')
+  await writeFile(path, '')
+  for (const out of [path, join(path, 'below')]) {
+    expect(() => lockFolder(out)).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
+  }
+})
