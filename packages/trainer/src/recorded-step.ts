@@ -78,7 +78,13 @@ export class RecordedStep {
   readonly #sums: readonly Parameter[]
   readonly #pass: Graph<PassResult>
   readonly #norm: Graph<{ norm: Tensor; gradScale: Tensor }>
-  #update: { graph: Graph<unknown>; numbers: Tensor; inputs: DeviceInputs; carried: readonly Tensor[] } | null = null
+  #update: {
+    graph: Graph<unknown>
+    numbers: Tensor
+    inputs: DeviceInputs
+    carried: readonly Tensor[]
+    uploaded: readonly Tensor[]
+  } | null = null
   readonly #state: readonly Tensor[]
   readonly #handles: readonly Handle[]
 
@@ -137,13 +143,22 @@ export class RecordedStep {
     return { numbers: average(passes, norm, factor), carried: sums }
   }
 
-  /** Applies the gradients that `measure` left. */
+  /**
+   * Applies the gradients that `measure` left. The first time it is recorded.
+   * @throws MoeError E_OUT_OF_MEMORY of recording; nothing has changed then
+   */
   apply({ carried }: MeasuredStep, lr: number): void {
     const { backend, staged, optimizer, parameters } = this.#parts
+    const { steps } = optimizer
     const { numbers, updates } = optimizer.begin(lr)
     const inputs = staged.afterInputs()
     if (this.#update === null) {
-      this.#update = this.#recordUpdate(numbers, inputs, carried)
+      try {
+        this.#update = this.#recordUpdate(numbers, inputs, carried)
+      } catch (error) {
+        optimizer.steps = steps
+        throw error
+      }
     } else {
       backend.write(this.#update.numbers, numbers)
       write(backend, this.#update.inputs, inputs)
@@ -216,15 +231,21 @@ export class RecordedStep {
     const numbers = keep(tensor(numbersNow, undefined, { backend }))
     const inputs = this.#upload(inputsNow)
     const carried = this.#pass.result.carried.map(({ shape }, i) => keep(tensor(carriedNow[i], shape, { backend })))
+    const uploaded = [numbers, ...Object.values(inputs), ...carried]
     const record = () => {
       optimizer.update(numbers, this.#norm.result.gradScale)
       staged.after(inputs, carried)
       for (const sum of this.#sums) sum.assign(zeros(sum.shape, sum))
     }
-    const graph = this.#withGradients(() =>
-      backend.capture(() => scope(() => noGrad(record)), { state: [...this.#state, ...this.#sums] }),
-    )
-    return { graph, numbers, inputs, carried }
+    try {
+      const graph = this.#withGradients(() =>
+        backend.capture(() => scope(() => noGrad(record)), { state: [...this.#state, ...this.#sums] }),
+      )
+      return { graph, numbers, inputs, carried, uploaded }
+    } catch (error) {
+      for (const tensor of uploaded) tensor.dispose()
+      throw error
+    }
   }
 
   dispose(): void {
@@ -232,8 +253,7 @@ export class RecordedStep {
     const { scalars, carried = [], gradients = [] } = this.#pass?.result ?? {}
     const { norm, gradScale } = this.#norm?.result ?? {}
     const update = this.#update
-    const updating = update === null ? [] : [update.numbers, ...Object.values(update.inputs), ...update.carried]
-    const inputs = [...Object.values(this.#inputs), this.#seed, this.#factor, ...updating]
+    const inputs = [...Object.values(this.#inputs), this.#seed, this.#factor, ...(update?.uploaded ?? [])]
     for (const tensor of [scalars, ...carried, ...gradients, norm, gradScale, ...inputs, ...this.#sums])
       tensor?.dispose()
     for (const graph of [this.#pass, this.#norm, update?.graph]) graph?.dispose()
