@@ -105,6 +105,18 @@ describe('loadStateDict', () => {
     expect(backend.stats().handles).toBe(handles)
   })
 
+  test('reads one tensor at a time, the slices of a stack too', async () => {
+    const stored = entriesSource(stateDict(new Model(1)))
+    let open = 0
+    const read = async (name: string) => {
+      expect(open++).toBe(0)
+      const data = await stored.read(name)
+      open--
+      return data
+    }
+    await loadStateDict(new Model(2), { ...stored, read })
+  })
+
   test('lists every missing, unexpected and mis-shaped key at once, and changes nothing', async () => {
     const model = new Model(1)
     const before = await snapshot(model)

@@ -1,6 +1,6 @@
 /** @file Models to named host arrays and back, strictly. */
 import type { Shape } from '../backend.ts'
-import { type DType, decodeHost, encodeHost, type HostArray } from '../dtype.ts'
+import { type DType, decodeHost, encodeHost, type HostArray, hostArray } from '../dtype.ts'
 import { MoeError } from '../errors.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
 import { fromHost } from '../tensor.ts'
@@ -110,12 +110,15 @@ export async function loadStateDict(module: Module, source: StateSource, options
       continue
     }
     const { dtype, shape, backend } = parameter
-    const values = await Promise.all(
-      keys.map(async key => convert(await source.read(key), source.info(key).dtype, dtype)),
-    )
-    parameter.assign(
-      fromHost(values.length === 1 && slices === undefined ? values[0] : join(values), shape, dtype, backend),
-    )
+    const read = async (key: string) => convert(await source.read(key), source.info(key).dtype, dtype)
+    let values: HostArray
+    if (slices === undefined) values = await read(name)
+    else {
+      values = hostArray(dtype, parameter.size)
+      // One after another, so that besides the whole only one slice is there.
+      for (const [i, key] of slices.entries()) values.set(await read(key), (i * values.length) / slices.length)
+    }
+    parameter.assign(fromHost(values, shape, dtype, backend))
   }
 }
 
@@ -135,17 +138,6 @@ async function fillStored(
 
 function convert(data: HostArray, from: DType, to: DType): HostArray {
   return from === to ? data : encodeHost(to, decodeHost(from, data))
-}
-
-function join(parts: readonly HostArray[]): HostArray {
-  const total = parts.reduce((sum, part) => sum + part.length, 0)
-  const out = new (parts[0].constructor as new (length: number) => HostArray)(total)
-  let at = 0
-  for (const part of parts) {
-    out.set(part, at)
-    at += part.length
-  }
-  return out
 }
 
 function mismatch(missing: string[], unexpected: string[], misshaped: string[]): MoeError {
