@@ -1,5 +1,5 @@
 /** @file Texts to train on and texts held out, from files or from memory. */
-import { isUtf8 } from 'node:buffer'
+import { constants, isUtf8 } from 'node:buffer'
 import { readFileSync, statSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import { MoeError, Random } from '@moe/core'
@@ -24,7 +24,10 @@ export interface TextOptions {
 export interface TextFilesOptions {
   /** As in `TextOptions`, or glob patterns of the files to hold out. */
   readonly validation?: number | { readonly files: string | readonly string[] }
-  /** Cuts each file into documents. Default: a file is a document. */
+  /**
+   * Cuts each file into documents. Default: a file is a document. A document must fit into a string (512 Mi
+   * characters); a file that does not can be cut by a string, not by an expression.
+   */
   readonly separator?: string | RegExp
   readonly seed?: number
   /** Folder that patterns and paths are relative to. Default: the current one. */
@@ -39,7 +42,7 @@ export interface TextFilesOptions {
 export function textFiles(patterns: string | readonly string[], options: TextFilesOptions = {}): Corpus {
   const { validation = 0, separator, seed } = options
   const cwd = resolve(options.cwd ?? '.')
-  const read = (paths: readonly string[]) => paths.flatMap(path => splitText(readText(path), separator))
+  const read = (paths: readonly string[]) => paths.flatMap(path => readDocuments(path, separator))
   const paths = findFiles(patterns, cwd)
   if (typeof validation === 'number') {
     return texts(read(paths), { validation, seed })
@@ -127,10 +130,6 @@ function checked(documents: Iterable<string>, what: string): string[] {
   return kept
 }
 
-function splitText(text: string, separator: string | RegExp | undefined): string[] {
-  return separator === undefined ? [text] : text.split(separator).filter(part => part.trim().length > 0)
-}
-
 function findFiles(patterns: string | readonly string[], cwd: string): string[] {
   const list = typeof patterns === 'string' ? [patterns] : patterns
   const found = new Set<string>()
@@ -159,12 +158,27 @@ function findFiles(patterns: string | readonly string[], cwd: string): string[] 
   return [...found].sort()
 }
 
-function readText(path: string): string {
+function readDocuments(path: string, separator: string | RegExp | undefined): string[] {
+  const bytes = readBytes(path)
+  if (separator === undefined) return [decode(path, bytes)]
+  // Cut before it is decoded, so that only its documents must fit into strings.
+  const parts =
+    typeof separator === 'string' && separator !== ''
+      ? cut(bytes, Buffer.from(separator)).map(part => decode(path, part))
+      : decode(path, bytes).split(separator)
+  return parts.filter(part => part.trim().length > 0)
+}
+
+/** The bytes of a UTF-8 file, without the mark that some begin with. */
+function readBytes(path: string): Buffer {
   let bytes: Buffer
   try {
     bytes = readFileSync(path)
   } catch (cause) {
-    throw new MoeError({ code: 'E_DATA', op: 'textFiles', problem: (cause as Error).message, cause, details: { path } })
+    const tooLarge = (cause as NodeJS.ErrnoException).code === 'ERR_FS_FILE_TOO_LARGE'
+    const fix = tooLarge ? 'cut it into smaller files' : undefined
+    const problem = `${path} cannot be read: ${(cause as Error).message}`
+    throw new MoeError({ code: 'E_DATA', op: 'textFiles', problem, fix, cause, details: { path } })
   }
   const nul = bytes.indexOf(0)
   if (nul >= 0 || !isUtf8(bytes)) {
@@ -176,6 +190,31 @@ function readText(path: string): string {
       details: { path },
     })
   }
-  const text = bytes.toString('utf8')
-  return text.startsWith('\uFEFF') ? text.slice(1) : text
+  return bytes.subarray(bytes.subarray(0, 3).toString() === '\uFEFF' ? 3 : 0)
+}
+
+function cut(bytes: Buffer, separator: Buffer): Buffer[] {
+  const parts: Buffer[] = []
+  let from = 0
+  for (let at = bytes.indexOf(separator); at >= 0; at = bytes.indexOf(separator, from)) {
+    parts.push(bytes.subarray(from, at))
+    from = at + separator.length
+  }
+  return [...parts, bytes.subarray(from)]
+}
+
+function decode(path: string, bytes: Buffer): string {
+  try {
+    return bytes.toString('utf8')
+  } catch (cause) {
+    const longest = `${constants.MAX_STRING_LENGTH} characters`
+    throw new MoeError({
+      code: 'E_DATA',
+      op: 'textFiles',
+      problem: `${path} has a document of ${bytes.length} bytes, and a string holds at most ${longest}`,
+      fix: 'cut it into smaller files, or pass the text that separates its documents as { separator }',
+      cause,
+      details: { path },
+    })
+  }
 }

@@ -1,7 +1,7 @@
 import { mkdir, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import fc from 'fast-check'
-import { afterEach, describe, expect, test } from 'vitest'
+import { afterEach, describe, expect, test, vi } from 'vitest'
 import { letters, letterTexts, nextTokens, removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
 import { textFiles, texts } from './corpus.ts'
 import { evaluationWindows } from './evaluation-windows.ts'
@@ -70,6 +70,32 @@ describe('textFiles', () => {
   test('cuts files into documents', async () => {
     const cwd = await folder({ 'a.txt': 'one\n---\ntwo\n---\n' })
     expect(textFiles('a.txt', { cwd, separator: '\n---\n' }).training).toEqual(['one', 'two'])
+  })
+
+  test('cuts by text as by an expression', async () => {
+    const content = '\uFEFFüne🙂🙂deux🙂🙂🙂trois🙂🙂 🙂🙂quatre\n'
+    const cwd = await folder({ 'a.txt': content })
+    const parts = ['üne', 'deux', '🙂trois', 'quatre\n']
+    expect(textFiles('a.txt', { cwd, separator: '🙂🙂' }).training).toEqual(parts)
+    expect(textFiles('a.txt', { cwd, separator: /🙂🙂/ }).training).toEqual(parts)
+  })
+
+  test('of files larger than a string only the documents must fit', async () => {
+    const cwd = await folder({ 'a.txt': 'first\nsecond\nthird' })
+    const toString = Buffer.prototype.toString
+    // As if strings held 8 characters.
+    const limited = vi.spyOn(Buffer.prototype, 'toString').mockImplementation(function (this: Buffer, encoding) {
+      if (this.length > 8) throw Object.assign(new Error('too long'), { code: 'ERR_STRING_TOO_LONG' })
+      return toString.call(this, encoding)
+    })
+    try {
+      expect(textFiles('a.txt', { cwd, separator: '\n' }).training).toEqual(['first', 'second', 'third'])
+      expect(() => textFiles('a.txt', { cwd })).toThrow(
+        expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(/document of 18 bytes.*separator/) }),
+      )
+    } finally {
+      limited.mockRestore()
+    }
   })
 
   test.each([
