@@ -9,6 +9,8 @@ export interface EvaluateOptions extends Omit<EvaluationOptions, 'lookahead'> {
   readonly precision?: Precision
   /** Stops between two batches; the promise then rejects with the signal's reason. */
   readonly signal?: AbortSignal
+  /** Is told after each batch which share of the measurement is done. */
+  readonly onProgress?: (done: number) => void
 }
 
 export interface Evaluation {
@@ -35,11 +37,11 @@ export async function evaluate(
   data: TokenDataset,
   options: EvaluateOptions,
 ): Promise<Evaluation> {
-  const { precision = 'f32', signal } = options
+  const { precision = 'f32', signal, onProgress } = options
   const started = performance.now()
   let nats = 0
   let tokens = 0
-  for (const { batch, from } of evaluationWindows(data, { ...options, lookahead: model.lookahead })) {
+  for (const { batch, from, done } of evaluationWindows(data, { ...options, lookahead: model.lookahead })) {
     signal?.throwIfAborted()
     const { nll, count } = scope(() =>
       noGrad(() =>
@@ -52,6 +54,7 @@ export async function evaluate(
     nats += await nll.item()
     nll.dispose()
     tokens += count
+    onProgress?.(done)
     await new Promise(setImmediate)
   }
   const share = data.predictable === 0 ? 0 : tokens / data.predictable

@@ -46,6 +46,14 @@ export interface StepEvent {
   readonly metrics: Readonly<Record<string, number>>
 }
 
+/** Held-out data is being measured. */
+export interface MeasuringEvent {
+  readonly type: 'measuring'
+  readonly step: number
+  /** Share that is done, up to 1. */
+  readonly done: number
+}
+
 /** Held-out data was measured. */
 export interface EvaluationEvent extends Evaluation {
   readonly type: 'evaluation'
@@ -84,6 +92,21 @@ export interface EndEvent {
   readonly result: TrainResult
 }
 
-export type TrainEvent = StartEvent | StepEvent | EvaluationEvent | CheckpointEvent | NoticeEvent | StopEvent | EndEvent
+/** The last event of a run that failed. `train` throws the error. */
+export interface FailEvent {
+  readonly type: 'fail'
+  readonly error: unknown
+}
+
+export type TrainEvent =
+  | StartEvent
+  | StepEvent
+  | MeasuringEvent
+  | EvaluationEvent
+  | CheckpointEvent
+  | NoticeEvent
+  | StopEvent
+  | EndEvent
+  | FailEvent
 
 export type TrainListener = (event: TrainEvent) => void

@@ -9,6 +9,8 @@ export type {
   CheckpointEvent,
   EndEvent,
   EvaluationEvent,
+  FailEvent,
+  MeasuringEvent,
   NoticeEvent,
   StartEvent,
   StepEvent,

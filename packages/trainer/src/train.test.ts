@@ -8,6 +8,7 @@ import {
   type NamedParameter,
   namedParameters,
   noGrad,
+  quantizeWeights,
   scope,
   setDefaultBackend,
   stateDict,
@@ -106,7 +107,9 @@ describe('a run', () => {
       backend: 'reference',
     })
     const others = events.flatMap(event =>
-      event.type === 'step' ? [] : `${event.type} ${'step' in event ? event.step : ''}`.trim(),
+      event.type === 'step' || event.type === 'measuring'
+        ? []
+        : `${event.type} ${'step' in event ? event.step : ''}`.trim(),
     )
     expect(others).toEqual([
       'start',
@@ -193,6 +196,31 @@ describe('a run', () => {
     })
     const batches = parts.events.flatMap(event => (event.type === 'step' ? [event.metrics['batches']] : []))
     expect(batches).toEqual([3, 3, 3, 3])
+  })
+
+  test('tells how far a measurement is', async () => {
+    const { events } = await run({ steps: 4, evalEvery: 3, evalTokens: 40 })
+    const shares = (at: number) =>
+      events.flatMap(event => (event.type === 'measuring' && event.step === at ? [event.done] : []))
+    for (const at of [3, 4]) {
+      expect(shares(at).length).toBeGreaterThan(2)
+      expect(shares(at)).toEqual([...shares(at)].sort((a, b) => a - b))
+      expect(shares(at).at(-1)).toBe(1)
+    }
+  })
+
+  test('says that stored weights stay as they are', async () => {
+    const model = new BigramModel()
+    quantizeWeights(model.embed_tokens, 'bf16')
+    const { events } = await run({ model, steps: 2 })
+    const notices = events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
+    expect(notices).toEqual([expect.stringMatching(/^46.2 % of the model's numbers are stored in fewer bits/)])
+    const all = new BigramModel()
+    quantizeWeights(all, 'bf16')
+    expect(await errorOf(run({ model: all }))).toMatchObject({
+      code: 'E_CONFIG',
+      message: expect.stringMatching(/nothing to train: of 3 parameters 2 are stored/),
+    })
   })
 
   test('stops when its time is up, with a checkpoint', async () => {
@@ -325,7 +353,7 @@ describe('resuming', () => {
     const second = await run({ out, resume: 'auto' })
     expect(second.events[0]).toMatchObject({ type: 'start', fromStep: 3 })
     const third = await run({ out, resume: 'auto' })
-    expect(third.events.map(({ type }) => type)).toEqual(['start', 'evaluation', 'end'])
+    expect([...new Set(third.events.map(({ type }) => type))]).toEqual(['start', 'measuring', 'evaluation', 'end'])
   })
 
   test('a finished folder is not written over by accident', async () => {
@@ -496,13 +524,16 @@ describe('failures lose nothing', () => {
   test('NaN in a weight stops the run, names step and parameter, and keeps the checkpoint', async () => {
     const out = await temporaryFolder()
     const model = new BigramModel()
+    const failures: unknown[] = []
     const poison: TrainOptions['onEvent'] = event => {
+      if (event.type === 'fail') failures.push(event.error)
       if (event.type !== 'step' || event.step !== 6) return
       const values = new Float32Array(72).fill(0.1)
       values[17] = Number.NaN
       model.lm_head.weight.assign(tensor(values, [12, 6]))
     }
     const error = await errorOf(run({ out, checkpointEvery: 4, model, onEvent: poison }))
+    expect(failures).toEqual([error])
     expect(error).toMatchObject({ code: 'E_NAN', details: { step: 7, parameter: 'lm_head.weight', kind: 'value' } })
     expect(error.message).toMatch(/step 7 .*lm_head\.weight: 1 of 72 elements/)
     expect(await checkpointsOf(out)).toEqual(['latest', 'step-000004'])

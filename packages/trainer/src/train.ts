@@ -1,7 +1,16 @@
 /** @file `train`: a model, data, and the loop around `TrainingSteps`. */
 import { rmSync } from 'node:fs'
 import { join } from 'node:path'
-import { globalNorm, MoeError, type NamedParameter, namedParameters, noGrad, parameterCount } from '@moe/core'
+import {
+  globalNorm,
+  MoeError,
+  type NamedParameter,
+  namedParameters,
+  noGrad,
+  parameterCount,
+  QuantizedParameter,
+  weightBytes,
+} from '@moe/core'
 import { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
 import { lockFolder } from './checkpoints/folder-lock.ts'
 import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
@@ -45,6 +54,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   const data = tokenData(settings)
   checkVocabulary(model, data)
   const parameters = namedParameters(model)
+  checkTrainable(parameters)
   const optimizer = makeOptimizer(settings, parameters)
   const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false)
   let run: Run | undefined
@@ -54,6 +64,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   } catch (error) {
     try {
       run?.log?.flush()
+      run?.emit({ type: 'fail', error })
     } catch {
       // The first error is the one to tell.
     }
@@ -95,6 +106,17 @@ function checkVocabulary(model: TrainableModel, data: TokenData): void {
       details: { vocabSize, modelVocabSize: model.vocabSize },
     })
   }
+}
+
+function checkTrainable(parameters: readonly NamedParameter[]): void {
+  if (parameters.some(({ parameter }) => parameter.trainable)) return
+  const stored = parameters.filter(({ parameter }) => parameter instanceof QuantizedParameter).length
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'train',
+    problem: `the model has nothing to train: of ${parameters.length} parameters ${stored} are stored in fewer bits and the others are frozen`,
+    fix: 'open the model in f32, or set trainable on what is to be trained',
+  })
 }
 
 const nothingMeasured: Evaluation = { loss: Number.NaN, bitsPerByte: Number.NaN, tokens: 0, seconds: 0 }
@@ -268,7 +290,9 @@ class Run {
     const { sequenceLength, batchSize, precision } = settings
     try {
       const { signal } = interrupts
-      const measured = await evaluate(model, data.validation, { sequenceLength, batchSize, precision, limit, signal })
+      const onProgress = (done: number) => this.emit({ type: 'measuring', step: this.step, done })
+      const settings = { sequenceLength, batchSize, precision, limit, signal, onProgress }
+      const measured = await evaluate(model, data.validation, settings)
       this.emit({ type: 'evaluation', step: this.step, final: limit === undefined, ...measured })
       return measured
     } catch (error) {
@@ -351,6 +375,14 @@ class Run {
     for (const listener of this.listeners) listener(event)
   }
 
+  /** Numbers that the model stands for, and those of them in weights that cannot be trained. */
+  storedNumbers() {
+    const sum = (of: readonly NamedParameter[]) =>
+      of.reduce((total, { parameter }) => total + weightBytes(parameter).elements, 0)
+    const stored = this.parameters.filter(({ parameter }) => parameter instanceof QuantizedParameter)
+    return { stored: sum(stored), all: sum(this.parameters) }
+  }
+
   emitStart(): void {
     const { settings, data, order, backend } = this
     this.emit({
@@ -367,6 +399,13 @@ class Run {
       epochs: order.epochs(settings.steps),
       out: settings.out,
     })
+    const { stored, all } = this.storedNumbers()
+    if (stored > 0) {
+      this.emit({
+        type: 'notice',
+        message: `${((100 * stored) / all).toFixed(1)} % of the model's numbers are stored in fewer bits and stay as they are: only the others are trained (to train all, open the model in f32)`,
+      })
+    }
     const missing =
       settings.precision === 'fp8' && !backend.fp8Matmul
         ? 'does not round to fp8'

@@ -16,6 +16,8 @@ export interface EvaluationBatch {
   readonly batch: TokenBatch
   /** Positions before this one are context. */
   readonly from: number
+  /** Share of all windows that are done with this batch. */
+  readonly done: number
 }
 
 /**
@@ -37,12 +39,12 @@ export function* evaluationWindows(data: TokenDataset, options: EvaluationOption
     })
     return { tokens, documents, rows: windows.length, length }
   }
-  yield { batch: batchOf([0]), from: 0 }
+  yield { batch: batchOf([0]), from: 0, done: 1 / count }
   let waiting: number[] = []
   for (let i = 1; i < count; i++) {
     waiting.push(Math.floor((i * all) / count))
     if (waiting.length === batchSize || i === count - 1) {
-      yield { batch: batchOf(waiting), from: sequenceLength - stride }
+      yield { batch: batchOf(waiting), from: sequenceLength - stride, done: (i + 1) / count }
       waiting = []
     }
   }

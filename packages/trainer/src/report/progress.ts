@@ -20,6 +20,8 @@ export interface ProgressOptions {
 }
 
 const redrawMs = 100
+/** Between two lines of a measurement where the stream is no terminal. */
+const patienceMs = 10_000
 const barWidth = 24
 
 /** A listener that shows progress. */
@@ -33,6 +35,7 @@ export function progress(options: ProgressOptions = {}): TrainListener {
   let speed = 0
   let drawn = false
   let drawnAt = Number.NEGATIVE_INFINITY
+  let saidAt = Number.NEGATIVE_INFINITY
   let last: StepEvent | undefined
 
   const clear = () => {
@@ -42,6 +45,7 @@ export function progress(options: ProgressOptions = {}): TrainListener {
   const say = (text: string) => {
     clear()
     stream.write(`${text}\n`)
+    saidAt = now()
   }
   const redraw = (steps: number, event: StepEvent) => {
     const width = stream.columns ?? 100
@@ -73,6 +77,16 @@ export function progress(options: ProgressOptions = {}): TrainListener {
         }
         break
       }
+      case 'measuring':
+        if (terminal ? now() - drawnAt >= redrawMs : now() - saidAt >= patienceMs) {
+          const text = `step ${event.step}: measuring held-out text, ${Math.floor(100 * event.done)} %`
+          clear()
+          stream.write(terminal ? text : `${text}\n`)
+          drawn = terminal
+          drawnAt = now()
+          saidAt = drawnAt
+        }
+        break
       case 'evaluation':
         say(evaluationLine(event, paint))
         if (terminal && last !== undefined && start !== undefined && !event.final) redraw(start.steps, last)
@@ -94,6 +108,11 @@ export function progress(options: ProgressOptions = {}): TrainListener {
       }
       case 'end':
         clear()
+        break
+      case 'fail':
+        // The line stays, and what is said about the error begins below.
+        if (drawn) stream.write('\n')
+        drawn = false
         break
     }
   }

@@ -73,6 +73,28 @@ describe('progress', () => {
     expect(all().endsWith('\r\x1b[2Knote hello\n')).toBe(true)
   })
 
+  test('shows how far a measurement is, elsewhere than on a terminal when it takes long', () => {
+    const measure = (isTTY: boolean) => {
+      let clock = 0
+      const { all, listen } = shown({ isTTY, columns: 120, color: false, now: () => clock }, [])
+      for (let i = 1; i <= 100; i++) {
+        clock += 250
+        listen({ type: 'measuring', step: 40, done: i / 100 })
+      }
+      return all()
+        .split(/\r\x1b\[2K|\n/)
+        .filter(line => line.includes('measuring'))
+    }
+    expect(measure(false)).toEqual([40, 80].map(share => `step 40: measuring held-out text, ${share} %`))
+    expect(measure(true)).toHaveLength(100)
+  })
+
+  test('leaves the line to stand when the run fails', () => {
+    const { all, listen } = shown({ isTTY: true, columns: 120, color: false }, [40])
+    listen({ type: 'fail', error: new Error('no') })
+    expect(all().endsWith('ETA 0:00\n')).toBe(true)
+  })
+
   test('never draws a line that wraps', () => {
     for (const columns of [1, 12, 30, 60, 80, 200]) {
       const last = shown({ isTTY: true, columns, color: true }, [40]).text.split('\r\x1b[2K').at(-1) ?? ''
