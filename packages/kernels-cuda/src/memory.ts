@@ -19,15 +19,13 @@ export interface CudaBuffer {
   refs: number
   /** Place among the living. */
   slot: number
-  /** Its elements in bf16, as long as they stay what they are. */
-  rounded: RoundedCopy | null
+  /** Its elements in fewer bits, as long as they stay what they are. */
+  rounded: RoundedCopy[] | null
 }
 
-/** A matrix in bf16, `ld` elements from row to row, made of an f32 one. */
-export interface RoundedCopy {
-  readonly rows: number
-  readonly columns: number
-  readonly ld: number
+/** A copy in fewer bits; `form` says what it is. */
+interface RoundedCopy {
+  readonly form: string
   readonly pointer: number
   readonly bytes: number
   readonly pool: Pool
@@ -165,19 +163,18 @@ export class Memory {
   }
 
   /**
-   * Where the elements of `of` lie in bf16, until they change or go: products with the same operand, forward and backward, share it. It counts as no
+   * Where the elements of `of` lie in that form, until they change or go: products with the same operand, forward and backward, share it. It counts as no
    * tensor's. Whoever finds it not filled fills it.
    */
-  rounded(of: CudaBuffer, rows: number, columns: number, ld: number): { pointer: number; isFilled: boolean } {
-    const known = of.rounded
-    if (known !== null && known.rows === rows && known.columns === columns && known.ld === ld) {
+  rounded(of: CudaBuffer, form: string, bytes: number): { pointer: number; isFilled: boolean } {
+    const known = of.rounded?.find(copy => copy.form === form)
+    if (known !== undefined) {
       known.lastOp = this.#ops
       return { pointer: known.pointer, isFilled: true }
     }
-    this.changed(of)
-    const bytes = rows * ld * 2
     const pointer = this.#guarded ? this.#takeGuarded(bytes) : this.#take(bytes)
-    of.rounded = { rows, columns, ld, pointer, bytes, pool: this.#pool, lastOp: this.#ops }
+    of.rounded ??= []
+    of.rounded.push({ form, pointer, bytes, pool: this.#pool, lastOp: this.#ops })
     this.#rounded.add(of)
     return { pointer, isFilled: false }
   }
@@ -185,7 +182,7 @@ export class Memory {
   /** The elements are, or will be, others: what was made of them is given back. */
   changed(buffer: CudaBuffer): void {
     if (buffer.rounded === null) return
-    this.#giveBack(buffer.rounded)
+    for (const copy of buffer.rounded) this.#giveBack(copy)
     buffer.rounded = null
     this.#rounded.delete(buffer)
   }
@@ -332,7 +329,9 @@ export class Memory {
     let code = call.cuMemAlloc(word, size)
     // While a graph is recorded, its constants included, the stream cannot be waited for.
     if (code === status.outOfMemory && !this.#recording) {
-      for (const buffer of this.#rounded) if (buffer.rounded?.lastOp !== this.#ops) this.changed(buffer)
+      for (const buffer of this.#rounded) {
+        if (buffer.rounded?.every(({ lastOp }) => lastOp !== this.#ops)) this.changed(buffer)
+      }
       call.cuStreamSynchronize(this.#stream)
       this.trim()
       code = call.cuMemAlloc(word, size)

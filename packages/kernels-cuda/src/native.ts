@@ -37,8 +37,8 @@ export interface Cuda {
   output(spec: TensorSpec): CudaBuffer
   /** Uninitialized memory that is given back when the op returns. */
   scratch(bytes: number): CudaBuffer
-  /** Where the value lies in bf16, as one matrix with `ld` elements from row to row, until it changes; whoever is first fills it. */
-  rounded(value: Value, rows: number, columns: number, ld: number): { pointer: number; isFilled: boolean }
+  /** Where a copy of the value in that form lies until the value changes; whoever is first fills it. */
+  rounded(value: Value, form: string, bytes: number): { pointer: number; isFilled: boolean }
   /** The value's own buffer with one more owner when nobody else holds it, otherwise a copy. For ops that donate an input. */
   donated(value: Value): CudaBuffer
   /** A copy of the value's elements. */
@@ -97,7 +97,7 @@ export function createCuda(
     kernel: (module, name, signature) => modules.kernel(module, name, signature, launch => stream.launch(launch)),
     output: spec => memory.allocate(sizeOf(spec.shape) * dtypeBytes[spec.dtype]),
     scratch: bytes => memory.scratch(bytes),
-    rounded: (value, rows, columns, ld) => memory.rounded(value.handle as CudaBuffer, rows, columns, ld),
+    rounded: (value, form, bytes) => memory.rounded(value.handle as CudaBuffer, form, bytes),
     donated(value) {
       const buffer = value.handle as CudaBuffer
       if (buffer.refs > 1) return copied(value)

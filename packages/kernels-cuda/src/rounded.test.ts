@@ -1,8 +1,8 @@
-/** @file Operands in bf16 are made once and shared by the products that need them, and never outlive the elements that they were made of. */
+/** @file Operands in fewer bits are made once and shared by the products that need them, and never outlive the elements that they were made of. */
 import { adamwStep, backward, full, Parameter, Random, randn, scope, setRows, type Tensor, tensor } from '@moe/core'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import type { CudaBackend } from './index.ts'
-import { testBackend, unavailable } from './test-backend.ts'
+import { testBackend, unavailable, wgmmaVariants } from './test-backend.ts'
 
 describe.skipIf(unavailable)('operands in bf16', () => {
   let backend: CudaBackend
@@ -112,5 +112,30 @@ describe.skipIf(unavailable)('operands in bf16', () => {
     filler.dispose()
     expect(await once()).toEqual(expected)
     limited.dispose()
+  })
+})
+
+describe.skipIf(unavailable).each(wgmmaVariants)('operands in fp8, wgmma %s', wgmma => {
+  test('are rounded once for each axis that is summed over, and follow the parameter', async () => {
+    const backend = await testBackend({ guarded: false, wgmma })
+    const random = new Random(7)
+    const normal = (...shape: number[]) => randn(shape, random, { backend })
+    const [x, w, u] = [normal(128, 128), normal(128, 128), normal(128, 128)].map(t => new Parameter(t))
+    const seed = normal(128, 128)
+    const product = (a: Tensor, b: Tensor) => a.matmul(b, { transposeB: true, precision: 'fp8' })
+    const launches = (fn: () => void) => {
+      const before = backend.stats().launches
+      scope(fn)
+      return backend.stats().launches - before
+    }
+    expect([launches(() => product(x, w)), launches(() => product(x, u)), launches(() => product(x, u))]).toEqual([
+      3, 2, 1,
+    ])
+    // Forward, the seed along and across, w and x across, dx and dw.
+    expect(launches(() => backward(product(x, w), { gradient: seed }))).toBe(7)
+    x.assign(normal(128, 128))
+    const copies = await Promise.all([x, w].map(async t => tensor(await t.values(), t.shape, { backend })))
+    expect(await product(x, w).values()).toEqual(await product(copies[0], copies[1]).values())
+    backend.dispose()
   })
 })

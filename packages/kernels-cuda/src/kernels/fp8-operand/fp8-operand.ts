@@ -30,6 +30,12 @@ function sizesOf({ value, along, runs = 1, offsets }: Fp8Operand) {
   return { rows, columns, tiles, runs, offsets: offsets === undefined ? 0 : pointerOf(offsets) }
 }
 
+/** Memory for a rounded operand: for as long as the tensor stays what it is, or for this op where offsets have a say in it. */
+function placeFor(cuda: Cuda, { value, offsets }: Fp8Operand, form: string, bytes: number) {
+  if (offsets === undefined && bytes > 0) return cuda.rounded(value, form, bytes)
+  return { pointer: cuda.scratch(bytes).pointer, isFilled: false }
+}
+
 /** The operand in bf16, lying as before. */
 export function fp8AsBf16(cuda: Cuda): (operand: Fp8Operand) => Matrix {
   const along = cuda.kernel('fp8-operand', 'moe_fp8_operand_along_bf16', 'p p i i i')
@@ -37,7 +43,9 @@ export function fp8AsBf16(cuda: Cuda): (operand: Fp8Operand) => Matrix {
   return operand => {
     const { rows, columns, tiles, runs, offsets } = sizesOf(operand)
     const ld = paddedColumns(columns)
-    const { pointer } = cuda.scratch(rows * ld * 2)
+    const form = `fp8 in bf16, ${operand.along} ${runs} ${columns}`
+    const { pointer, isFilled } = placeFor(cuda, operand, form, rows * ld * 2)
+    if (isFilled) return { pointer, ld }
     const from = pointerOf(operand.value)
     if (operand.along) along({ grid: [Math.ceil(rows / 8), tiles], block: 256 }, pointer, from, rows, columns, ld)
     else across({ grid: [Math.ceil(ld / stripe), tiles], block: 256 }, pointer, from, offsets, rows, columns, ld, runs)
@@ -67,9 +75,13 @@ export function fp8AsCodes(cuda: Cuda): (operand: Fp8Operand) => Fp8Codes {
     const k = operand.along ? columns : offsets === 0 ? rows / runs : packedRows(rows, runs)
     const ld = Math.ceil(k / 16) * 16
     const ldScales = Math.ceil(outer / fp8Tile) * fp8Tile
-    const { pointer } = cuda.scratch(matrices * outer * ld)
+    const codeBytes = Math.ceil((matrices * outer * ld) / 256) * 256
     const scaleBytes = matrices * Math.ceil(k / fp8Tile) * ldScales * 4
-    const { pointer: scales } = cuda.scratch(scaleBytes)
+    const form = `fp8, ${operand.along} ${matrices} ${outer}`
+    const { pointer, isFilled } = placeFor(cuda, operand, form, codeBytes + scaleBytes)
+    const scales = pointer + codeBytes
+    const codes = { pointer, matrices, outer, k, ld, scales, ldScales }
+    if (isFilled) return codes
     // They are copied by tiles of rows.
     if (ldScales > outer) cuda.clear(scales, scaleBytes)
     const from = pointerOf(operand.value)
@@ -79,6 +91,6 @@ export function fp8AsCodes(cuda: Cuda): (operand: Fp8Operand) => Fp8Codes {
       const launch = { grid: [Math.ceil(columns / stripe), tiles], block: 256 }
       across(launch, pointer, scales, from, offsets, rows, columns, ld, ldScales, runs)
     }
-    return { pointer, matrices, outer, k, ld, scales, ldScales }
+    return codes
   }
 }

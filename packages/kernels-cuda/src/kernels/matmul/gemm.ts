@@ -49,7 +49,7 @@ export function roundToBf16(cuda: Cuda): Round {
   return matrices => {
     const placed = matrices.map(matrix => {
       const { pointer: from, rows, columns, ld = paddedColumns(columns), to, of } = matrix
-      const known = of && rows * ld > 0 ? cuda.rounded(of, rows, columns, ld) : undefined
+      const known = of && rows * ld > 0 ? cuda.rounded(of, `bf16 ${columns} ${ld}`, rows * ld * 2) : undefined
       const pointer = known?.pointer ?? to ?? cuda.scratch(rows * ld * 2).pointer
       return { from, rows, columns, ld, pointer, isFilled: known?.isFilled ?? false }
     })
