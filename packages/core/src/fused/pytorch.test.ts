@@ -17,12 +17,14 @@ import { swiglu } from './swiglu.ts'
 
 setDefaultBackend(referenceBackend())
 
-/** What tools/reference/core_ops.py recorded: single operations of PyTorch in f32. */
+/** What tools/reference/core_ops.py recorded: single operations of PyTorch in f32; and fp8_linear.py: linear layers in fp8. */
 const folder = new URL('../../fixtures/', import.meta.url)
 const { cases } = JSON.parse(readFileSync(new URL('ops.json', folder), 'utf8')) as {
   cases: Record<string, Record<string, number>>
 }
-const stored = readTensors(readFileSync(new URL('ops.safetensors', folder)))
+const [stored, storedInFp8] = ['ops', 'fp8'].map(name =>
+  readTensors(readFileSync(new URL(`${name}.safetensors`, folder))),
+)
 
 /** The few lines of the safetensors format that this file needs: @moe/checkpoint depends on this package. */
 function readTensors(file: Buffer): Map<string, { shape: number[]; data: Float32Array | Int32Array }> {
@@ -50,7 +52,7 @@ function readTensors(file: Buffer): Map<string, { shape: number[]; data: Float32
 }
 
 function raw(key: string) {
-  const found = stored.get(key)
+  const found = stored.get(key) ?? storedInFp8.get(key)
   if (found === undefined) throw new Error(`the fixture has no ${key}`)
   return found
 }
@@ -58,8 +60,12 @@ function raw(key: string) {
 const get = (key: string) => tensor(raw(key).data, raw(key).shape)
 
 type Inputs = Record<string, Tensor>
+interface Op {
+  readonly inputs: string[]
+  readonly forward: (inputs: Inputs, attrs: Record<string, number>) => Tensor
+}
 /** Each case: the inputs that have gradients, and the op on them. */
-const ops: Record<string, { inputs: string[]; forward: (inputs: Inputs, attrs: Record<string, number>) => Tensor }> = {
+const ops: Record<string, Op> = {
   softmax: { inputs: ['x'], forward: ({ x }) => softmax(x) },
   softmax_large: { inputs: ['x'], forward: ({ x }) => softmax(x) },
   log_softmax: {
@@ -109,12 +115,19 @@ test('no case is left out', () => {
   expect(Object.keys(cases).toSorted()).toEqual([...Object.keys(ops), 'adamw', 'clip', 'clip_inactive'].toSorted())
 })
 
-for (const [name, { inputs, forward }] of Object.entries(ops)) {
+/** A layer with tiles along its inputs, its rows and its outputs. */
+const inFp8: Op = {
+  inputs: ['x', 'weight'],
+  forward: ({ x, weight }) => x.matmul(weight, { transposeB: true, precision: 'fp8' }),
+}
+
+for (const [name, { inputs, forward }] of Object.entries({ ...ops, long: inFp8, many: inFp8, wide: inFp8 })) {
   test(`${name}: output and gradients`, async () => {
     const leaves = inputs.map(key => new Parameter(get(`${name}.${key}`)))
     const out = forward(Object.fromEntries(inputs.map((key, i) => [key, leaves[i]])), cases[name])
     assertClose('output', await out.values(), raw(`${name}.output`).data, tolerance)
-    const gradient = stored.has(`${name}.grad_output`) ? get(`${name}.grad_output`) : undefined
+    const upstream = `${name}.grad_output`
+    const gradient = stored.has(upstream) || storedInFp8.has(upstream) ? get(upstream) : undefined
     const found = gradients(out, leaves, { gradient })
     for (const [i, key] of inputs.entries()) {
       const expected = raw(`${name}.grad.${key}`).data
