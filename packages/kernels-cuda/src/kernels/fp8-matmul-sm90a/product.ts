@@ -1,7 +1,8 @@
 /** @file Products in fp8 on Hopper: dense, one per expert, and the gradient of the experts' weights. */
 import type { Cuda } from '../../native.ts'
-import type { Fp8Codes } from '../fp8-operand/fp8-operand.ts'
+import type { Fp8Operand } from '../fp8-operand/fp8-operand.ts'
 import { countTiles, partsOfK, sumOfParts, type Tile } from '../matmul/gemm.ts'
+import { type Fp8Codes, fp8AsCodes } from './codes.ts'
 
 /** TileFp8 of gemm-fp8.cuh. */
 const tile: Tile = {
@@ -33,8 +34,10 @@ const kernelOf = (cuda: Cuda, name: string, signature: string) => {
 /** c `[m, n]` = a `[m, k]` times b `[n, k]` transposed, k > 0. */
 export function fp8Product(cuda: Cuda) {
   const product = kernelOf(cuda, 'moe_fp8_matmul_sm90a', 'p t t p p i i i i i i i')
+  const codesOf = fp8AsCodes(cuda)
   const sum = sumOfParts(cuda)
-  return (c: number, a: Fp8Codes, b: Fp8Codes): void => {
+  return (c: number, left: Fp8Operand, right: Fp8Operand): void => {
+    const [a, b] = [codesOf(left), codesOf(right)]
     const [m, n, k] = [a.outer, b.outer, a.k]
     const tiles = countTiles(tile, m, n)
     const parts = partsOfK(cuda, tiles, k)
@@ -47,17 +50,21 @@ export function fp8Product(cuda: Cuda) {
 /** y `[rows, n]` = x `[rows, k]` times the weight `[n, k]` of each row's expert, transposed, k > 0. */
 export function fp8Grouped(cuda: Cuda) {
   const product = kernelOf(cuda, 'moe_fp8_grouped_matmul_sm90a', 'p t t p p i i p i i i i')
-  return (y: number, x: Fp8Codes, weight: Fp8Codes, offsets: number): void => {
+  const codesOf = fp8AsCodes(cuda)
+  return (y: number, left: Fp8Operand, right: Fp8Operand, offsets: number): void => {
+    const [x, weight] = [codesOf(left), codesOf(right)]
     const [rows, n, experts] = [x.outer, weight.outer, weight.matrices]
     const jobs = Math.min(rows, Math.ceil(rows / tile.m) + experts) * Math.ceil(n / tile.n)
     product(jobs, y, x, weight, offsets, rows, n, x.k, experts)
   }
 }
 
-/** dweight `[experts, n, k]` = dy^T x over the rows of each expert, which both have packed along their k. */
+/** dweight `[experts, n, k]` = dy^T x over the rows of each expert: operands with offsets. */
 export function fp8WeightGradient(cuda: Cuda) {
   const product = kernelOf(cuda, 'moe_fp8_grouped_matmul_bwd_sm90a', 'p t t p p i i p i i i i')
-  return (dweight: number, dy: Fp8Codes, x: Fp8Codes, offsets: number, experts: number): void => {
+  const codesOf = fp8AsCodes(cuda)
+  return (dweight: number, left: Fp8Operand, right: Fp8Operand, offsets: number, experts: number): void => {
+    const [dy, x] = [codesOf(left), codesOf(right)]
     const jobs = experts * countTiles(tile, dy.outer, x.outer)
     product(jobs, dweight, dy, x, offsets, dy.k / tile.m, dy.outer, x.outer, experts)
   }

@@ -2,8 +2,8 @@
 import type { WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { fp8Grouped, fp8WeightGradient } from '../fp8-matmul-sm90a/product.ts'
-import { fp8AsBf16, fp8AsCodes } from '../fp8-operand/fp8-operand.ts'
-import { hopperGrouped, hopperWeightGradient } from '../grouped-matmul-sm90a/product.ts'
+import { fp8AsBf16 } from '../fp8-operand/fp8-operand.ts'
+import { hopperGrouped, hopperWeightGradient, type Sizes } from '../grouped-matmul-sm90a/product.ts'
 import {
   chooseTile,
   countTiles,
@@ -21,11 +21,11 @@ export const isFew = (rows: number, experts: number) => rows <= Math.min(mostFew
 
 const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 
-export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
-  const round = roundToBf16(cuda)
-  const inFp8 = fp8AsBf16(cuda)
-  const codesOf = fp8AsCodes(cuda)
-  const fp8OnHopper = cuda.wgmma ? fp8Grouped(cuda) : undefined
+/** Every expert can begin a tile of rows, and so can the rows behind the last one; none is empty. */
+const mostRowTiles = (rows: number, experts: number, size: number) => Math.min(rows, Math.ceil(rows / size) + experts)
+
+/** y `[rows, n]` = x `[rows, k]` times the weight of each row's expert, `[experts, k, n]` or transposed `[experts, n, k]`. */
+function multiplyGroups(cuda: Cuda) {
   const onHopper = cuda.wgmma ? hopperGrouped(cuda) : undefined
   const kernels = new Map(
     variants.flatMap(tile =>
@@ -35,6 +35,26 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
       }),
     ),
   )
+  type Product = Sizes & { readonly transposeW: boolean }
+  return (precision: WidePrecision, y: number, x: Matrix, weight: Matrix, offsets: number, product: Product): void => {
+    const { rows, n, k, experts, transposeW } = product
+    if (onHopper !== undefined && precision === 'bf16' && k * experts > 0) {
+      onHopper(y, x, weight, offsets, product)
+      return
+    }
+    const most = (tile: Tile) => mostRowTiles(rows, experts, tile.m) * Math.ceil(n / tile.n)
+    const tile = chooseTile(cuda, tiles[precision], most)
+    const launch = { grid: most(tile), block: tile.threads, shared: tile.shared }
+    const kernel = kernels.get(`${tile.name}_${transposeW ? 't' : 'n'}`)
+    kernel?.(launch, y, x.pointer, weight.pointer, offsets, rows, n, k, experts, x.ld, weight.ld)
+  }
+}
+
+export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
+  const multiply = multiplyGroups(cuda)
+  const round = roundToBf16(cuda)
+  const inFp8 = fp8AsBf16(cuda)
+  const inFp8OnHopper = cuda.wgmma ? fp8Grouped(cuda) : undefined
   const few = {
     f32: cuda.kernel('grouped-matmul', 'moe_grouped_matmul_few_f32', 'p p p p i i i i'),
     bf16: cuda.kernel('grouped-matmul', 'moe_grouped_matmul_few_bf16', 'p p p p i i i i'),
@@ -45,54 +65,27 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
     const k = x.shape[1]
     const [experts, weightRows, weightColumns] = weight.shape
     if (rows * n === 0) return [y]
-    // Every expert can begin a tile of rows, and so can the rows behind the last one; none is empty.
-    const mostRowTiles = (size: number) => Math.min(rows, Math.ceil(rows / size) + experts)
-    if (precision !== 'fp8' && transposeW && k % 4 === 0 && isFew(rows, experts)) {
-      few[precision](
-        { grid: [Math.ceil(n / 4), mostRowTiles(mostFewRows)], block: 128 },
-        y.pointer,
-        pointerOf(x),
-        pointerOf(weight),
-        pointerOf(offsets),
-        rows,
-        n,
-        k,
-        experts,
-      )
+    const at = pointerOf(offsets)
+    const product = { rows, n, k, experts, transposeW }
+    if (precision === 'fp8') {
+      const [left, right] = [
+        { value: x, along: true },
+        { value: weight, along: transposeW, runs: experts },
+      ]
+      if (inFp8OnHopper !== undefined && k * experts > 0) inFp8OnHopper(y.pointer, left, right, at)
+      else multiply('bf16', y.pointer, inFp8(left), inFp8(right), at, product)
       return [y]
     }
-    const weightInRuns = { value: weight, along: transposeW, runs: experts }
-    if (precision === 'fp8' && fp8OnHopper !== undefined && k * experts > 0) {
-      fp8OnHopper(y.pointer, codesOf({ value: x, along: true }), codesOf(weightInRuns), pointerOf(offsets))
+    if (transposeW && k % 4 === 0 && isFew(rows, experts)) {
+      const launch = { grid: [Math.ceil(n / 4), mostRowTiles(rows, experts, mostFewRows)], block: 128 }
+      few[precision](launch, y.pointer, pointerOf(x), pointerOf(weight), at, rows, n, k, experts)
       return [y]
     }
-    const [left, right] =
-      precision === 'fp8'
-        ? [inFp8({ value: x, along: true }), inFp8(weightInRuns)]
-        : operands(round, precision, [
-            wholeMatrix(x, rows, k),
-            wholeMatrix(weight, experts * weightRows, weightColumns),
-          ])
-    const stored = precision === 'fp8' ? 'bf16' : precision
-    if (onHopper !== undefined && stored === 'bf16' && k * experts > 0) {
-      onHopper(y.pointer, left, right, pointerOf(offsets), { rows, n, k, experts, transposeW })
-      return [y]
-    }
-    const most = (tile: Tile) => mostRowTiles(tile.m) * Math.ceil(n / tile.n)
-    const tile = chooseTile(cuda, tiles[stored], most)
-    kernels.get(`${tile.name}_${transposeW ? 't' : 'n'}`)?.(
-      { grid: most(tile), block: tile.threads, shared: tile.shared },
-      y.pointer,
-      left.pointer,
-      right.pointer,
-      pointerOf(offsets),
-      rows,
-      n,
-      k,
-      experts,
-      left.ld,
-      right.ld,
-    )
+    const [left, right] = operands(round, precision, [
+      wholeMatrix(x, rows, k),
+      wholeMatrix(weight, experts * weightRows, weightColumns),
+    ])
+    multiply(precision, y.pointer, left, right, at, product)
     return [y]
   }
 }
@@ -121,34 +114,29 @@ export function weightGradient(cuda: Cuda) {
 }
 
 export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = cuda => {
+  const multiply = weightGradient(cuda)
+  const onHopper = cuda.wgmma ? hopperWeightGradient(cuda) : undefined
   const round = roundToBf16(cuda)
   const inFp8 = fp8AsBf16(cuda)
-  const codesOf = fp8AsCodes(cuda)
-  const fp8OnHopper = cuda.wgmma ? fp8WeightGradient(cuda) : undefined
-  const onHopper = cuda.wgmma ? hopperWeightGradient(cuda) : undefined
-  const multiply = weightGradient(cuda)
+  const inFp8OnHopper = cuda.wgmma ? fp8WeightGradient(cuda) : undefined
   return ([x, dy, offsets], { precision }, [spec]) => {
     const dweight = cuda.output(spec)
     const [experts, n, k] = spec.shape
     if (experts * n * k === 0) return [dweight]
     const rows = x.shape[0]
-    if (onHopper !== undefined && precision === 'bf16') {
-      onHopper(dweight.pointer, pointerOf(dy), pointerOf(x), pointerOf(offsets), { rows, n, k, experts })
+    const at = pointerOf(offsets)
+    if (precision === 'fp8') {
+      const [left, right] = [dy, x].map(value => ({ value, along: false, runs: experts, offsets }))
+      if (inFp8OnHopper !== undefined) inFp8OnHopper(dweight.pointer, left, right, at, experts)
+      else multiply('bf16', dweight.pointer, inFp8(left), inFp8(right), at, { n, k, experts })
       return [dweight]
     }
-    if (precision === 'fp8') {
-      const both = [dy, x].map(value => ({ value, along: false, runs: experts, offsets }))
-      if (fp8OnHopper !== undefined) {
-        const [left, right] = both.map(codesOf)
-        fp8OnHopper(dweight.pointer, left, right, pointerOf(offsets), experts)
-        return [dweight]
-      }
-      const [left, right] = both.map(inFp8)
-      multiply('bf16', dweight.pointer, left, right, pointerOf(offsets), { n, k, experts })
+    if (onHopper !== undefined && precision === 'bf16') {
+      onHopper(dweight.pointer, pointerOf(dy), pointerOf(x), at, { rows, n, k, experts })
       return [dweight]
     }
     const [left, right] = operands(round, precision, [wholeMatrix(dy, rows, n), wholeMatrix(x, rows, k)])
-    multiply(precision, dweight.pointer, left, right, pointerOf(offsets), { n, k, experts })
+    multiply(precision, dweight.pointer, left, right, at, { n, k, experts })
     return [dweight]
   }
 }

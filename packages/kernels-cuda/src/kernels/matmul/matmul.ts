@@ -1,14 +1,14 @@
 /** @file Matrix products of rank 2 and batched ones of rank 3. */
 import { type PrimitiveFactory, pointerOf } from '../../native.ts'
 import { fp8Product } from '../fp8-matmul-sm90a/product.ts'
-import { fp8AsBf16, fp8AsCodes } from '../fp8-operand/fp8-operand.ts'
+import { fp8AsBf16 } from '../fp8-operand/fp8-operand.ts'
 import { gemm, mostFewRows, operands, roundToBf16, wholeMatrix } from './gemm.ts'
 
 export const matmul: PrimitiveFactory<'matmul'> = cuda => {
   const multiply = gemm(cuda)
   const round = roundToBf16(cuda)
   const inFp8 = fp8AsBf16(cuda)
-  const onHopper = cuda.wgmma ? { codesOf: fp8AsCodes(cuda), multiply: fp8Product(cuda) } : undefined
+  const inFp8OnHopper = cuda.wgmma ? fp8Product(cuda) : undefined
   const few = {
     f32: cuda.kernel('matmul', 'moe_matmul_few_f32', 'p p p i i i'),
     bf16: cuda.kernel('matmul', 'moe_matmul_few_bf16', 'p p p i i i'),
@@ -29,7 +29,7 @@ export const matmul: PrimitiveFactory<'matmul'> = cuda => {
         { value: a, along: !transposeA },
         { value: b, along: transposeB },
       ]
-      if (onHopper !== undefined && k > 0) onHopper.multiply(c.pointer, onHopper.codesOf(left), onHopper.codesOf(right))
+      if (inFp8OnHopper !== undefined && k > 0) inFp8OnHopper(c.pointer, left, right)
       else multiply('bf16', c.pointer, inFp8(left), inFp8(right), { m, n, k, transposeA, transposeB })
       return [c]
     }
