@@ -84,7 +84,7 @@ export class KvCache {
     this.dtype = dtype
     this.lengths = new Int32Array(batch)
     this.#capacity = capacity
-    this.#layers = keep(scope(() => Array.from({ length: layers }, () => this.#empty(capacity, backend))))
+    this.#layers = Array.from({ length: layers }, () => this.#empty(capacity, backend))
   }
 
   get capacity(): number {
@@ -188,32 +188,29 @@ export class KvCache {
     throw refused('E_ATTR', method, `${given} is no number, nor one for each of ${this.batch} sequences`)
   }
 
-  /**
-   * Makes room for `time` more tokens of each sequence; `write` does it by itself.
-   * @throws MoeError E_OUT_OF_MEMORY; the cache is then disposed.
-   */
+  /** Makes room for `time` more tokens of each sequence; `write` does it by itself. */
   reserve(time: number): void {
     const tokens = Math.max(...this.lengths) + time
     if (tokens > this.#capacity) this.#grow(tokens)
   }
 
   #empty(tokens: number, backend: Backend): Tensor {
-    return scope(() => zeros([this.batch, tokens, this.features], { backend }).cast(this.dtype))
+    return keep(scope(() => zeros([this.batch, tokens, this.features], { backend }).cast(this.dtype)))
   }
 
   #grow(tokens: number): void {
     let capacity = this.#capacity
     while (capacity < tokens) capacity *= 2
-    try {
-      for (const [i, old] of this.#layers.entries()) {
-        this.#layers[i] = keep(scope(() => concat([old, this.#empty(capacity - this.#capacity, old.backend)], 1)))
-        old.dispose()
-      }
-    } catch (error) {
-      // Some layers have grown and some have not.
-      this.dispose()
-      throw error
-    }
+    this.#layers = this.#layers.map(old =>
+      keep(
+        scope(() => {
+          using more = this.#empty(capacity - this.#capacity, old.backend)
+          const grown = concat([old, more], 1)
+          old.dispose()
+          return grown
+        }),
+      ),
+    )
     this.#capacity = capacity
   }
 

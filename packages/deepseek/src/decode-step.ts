@@ -1,16 +1,6 @@
 /** @file New tokens through the main model over a cache. Short runs are recorded once and replayed, where the backend can. */
 import { type KvCache, LatentCache } from '@moe/attention-mla'
-import {
-  type Backend,
-  fromHost,
-  type Graph,
-  isMoeError,
-  keep,
-  namedParameters,
-  type Parameter,
-  type Precision,
-  type Tensor,
-} from '@moe/core'
+import { fromHost, type Graph, keep, namedParameters, type Parameter, type Precision, type Tensor } from '@moe/core'
 import type { DeepSeek } from './model.ts'
 import { type SamplingOptions, type Scores, scoresOf } from './sampling.ts'
 
@@ -45,8 +35,6 @@ export class DecodeStep {
   /** What the graphs hold on to: with other weights or another memory of the cache they are void. */
   #versions: readonly number[] = []
   #capacity = 0
-  /** Until there is no memory for it. */
-  #records = true
 
   constructor(model: DeepSeek, cache: KvCache, options: DecodeOptions) {
     this.#model = model
@@ -61,15 +49,8 @@ export class DecodeStep {
    */
   async run(ids: readonly number[], wanted: number): Promise<{ hidden: Tensor; rows: Scores[] }> {
     const { hidden, scores } = this.#launch(Int32Array.from(ids), wanted)
-    let values: Awaited<ReturnType<Tensor['values']>>
-    try {
-      values = await scores.values()
-    } catch (error) {
-      hidden.dispose()
-      throw error
-    } finally {
-      scores.dispose()
-    }
+    const values = await scores.values()
+    scores.dispose()
     if (!(values instanceof Float32Array)) return { hidden, rows: Array.from(values) }
     const size = values.length / wanted
     return { hidden, rows: Array.from({ length: wanted }, (_, i) => values.subarray(i * size, (i + 1) * size)) }
@@ -79,28 +60,24 @@ export class DecodeStep {
     const { backend } = this.#model
     const cache = this.#cache
     const upload = () => fromHost(ids, [1, ids.length], 'i32', backend)
-    const opByOp = () => keep(this.#infer(() => this.#pass(upload(), wanted)))
     const recordable = ids.length <= longestRecorded && cache instanceof LatentCache
-    if (!backend.capture || !this.#records || !recordable) return opByOp()
+    if (!backend.capture || !recordable) return keep(this.#infer(() => this.#pass(upload(), wanted)))
     cache.reserve(ids.length)
     this.#check()
     const key = `${ids.length} ${wanted}`
     let recorded = this.#recorded.get(key)
     if (recorded === undefined) {
       this.#recorded.set(key, null)
-      return opByOp()
+      return keep(this.#infer(() => this.#pass(upload(), wanted)))
     }
+    const before = cache.lengths.slice()
     if (recorded === null) {
-      try {
-        recorded = this.#record(ids, wanted)
-      } catch (error) {
-        if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
-        // A graph keeps its memory; op by op, what one op leaves serves the next.
-        this.dispose()
-        this.#records = false
-        return opByOp()
-      }
+      const inputs = keep(upload())
+      cache.next(ids.length)
+      const graph = backend.capture(() => keep(this.#infer(() => this.#pass(inputs, wanted))))
+      recorded = { ids: inputs, graph }
       this.#recorded.set(key, recorded)
+      cache.truncate(before)
     }
     backend.write?.(recorded.ids, ids)
     cache.next(ids.length)
@@ -108,24 +85,6 @@ export class DecodeStep {
     cache.advance(ids.length)
     const { hidden, scores } = recorded.graph.result
     return keep(this.#infer(() => ({ hidden: hidden.detach(), scores: scores.detach() })))
-  }
-
-  /** The pass as a graph, on tokens of their own. The cache is as it was, whether that succeeds or not. */
-  #record(ids: Int32Array<ArrayBuffer>, wanted: number): Recorded {
-    const backend = this.#model.backend as Backend & Required<Pick<Backend, 'capture'>>
-    const cache = this.#cache
-    const before = cache.lengths.slice()
-    const inputs = keep(fromHost(ids, [1, ids.length], 'i32', backend))
-    try {
-      cache.next(ids.length)
-      const graph = backend.capture(() => keep(this.#infer(() => this.#pass(inputs, wanted))))
-      return { ids: inputs, graph }
-    } catch (error) {
-      inputs.dispose()
-      throw error
-    } finally {
-      cache.truncate(before)
-    }
   }
 
   #infer<T>(fn: () => T): T {

@@ -55,7 +55,7 @@ export interface GenerationStats {
   readonly tokensPerStep: number
 }
 
-/** Tokens (or texts) as they come, once; `stats` fills up meanwhile. */
+/** Tokens (or texts) as they come; `stats` fills up meanwhile. */
 export interface Generation<T> extends AsyncIterable<T> {
   readonly stats: GenerationStats
 }
@@ -83,7 +83,7 @@ export function generate(
       return this.steps === 0 ? 0 : this.tokens / this.steps
     },
   }
-  const ids = decode(model, Array.from(prompt), options, depth, stats)
+  const ids = () => decode(model, Array.from(prompt), options, depth, stats)
   const tokenizer = 'tokenizer' in options ? options.tokenizer : null
   const stops = (options.stop ?? []).filter(stop => typeof stop === 'string')
   if (stops.includes('') || (stops.length > 0 && !tokenizer)) {
@@ -96,8 +96,7 @@ export function generate(
       fix: tokenizer ? undefined : 'pass { tokenizer }, or token ids',
     })
   }
-  const once = tokenizer ? texts(ids, tokenizer, stops) : ids
-  return { stats, [Symbol.asyncIterator]: () => once }
+  return { stats, [Symbol.asyncIterator]: tokenizer ? () => texts(ids(), tokenizer, stops) : ids }
 }
 
 async function* texts(
@@ -250,9 +249,7 @@ class Drafter {
   readonly #model: DeepSeek
   readonly #depth: number
   readonly #precision: Precision
-  readonly #options: Pick<CacheOptions, 'capacity' | 'dtype'>
-  /** Of the modules that have run. */
-  readonly #caches: LatentCache[] = []
+  readonly #caches: LatentCache[]
   /** Per module, hidden states of the depth before at positions that its cache does not hold yet, `[1, n, D]`. */
   readonly #waiting: Array<Tensor | null>
 
@@ -264,67 +261,51 @@ class Drafter {
     this.#model = model
     this.#depth = depth
     this.#precision = precision
-    this.#options = options
+    const { config, backend } = model
+    this.#caches = Array.from({ length: depth }, () => new LatentCache(config, { layers: 1, backend, ...options }))
     this.#waiting = new Array<Tensor | null>(depth).fill(null)
   }
 
   /** Takes over `hidden [1, n, D]`, of which the first `confirmed` positions stand; `tokens` are all tokens that are certain. */
   async draft(hidden: Tensor, confirmed: number, tokens: readonly number[]): Promise<number[]> {
-    const drafts: number[] = []
-    let incoming = hidden
-    try {
-      for (let k = 0; k < this.#depth; k++) {
-        const { next, best } = this.#run(k, incoming, k === 0 ? confirmed : incoming.shape[1], { tokens, drafts })
-        incoming.dispose()
-        incoming = next
-        try {
-          drafts.push((await best.values())[0])
-        } finally {
-          best.dispose()
-        }
-      }
-    } finally {
-      incoming.dispose()
-    }
-    return drafts
-  }
-
-  /** Module k over the first `count` incoming hidden states of the depth before, behind those that wait: its own, and the likeliest token after the last. */
-  #run(
-    k: number,
-    incoming: Tensor,
-    count: number,
-    { tokens, drafts }: { tokens: readonly number[]; drafts: readonly number[] },
-  ): { next: Tensor; best: Tensor } {
     const model = this.#model
-    this.#caches[k] ??= new LatentCache(model.config, { layers: 1, backend: model.backend, ...this.#options })
-    const cache = this.#caches[k]
-    const start = cache.lengths[0]
-    const waiting = this.#waiting[k]
-    const length = (waiting?.shape[1] ?? 0) + count
-    const certain = Math.max(0, Math.min(length, tokens.length - (start + k + 1)))
-    const { next, best, rest } = keep(
-      model.infer(
-        () => {
-          const fresh = incoming.narrow(1, 0, count)
-          const inputs = waiting === null ? fresh : concat([waiting, fresh], 1)
-          // Position i is given token i + k + 1; the last ones of deeper modules are drafts of the shallower ones.
-          const ahead = Int32Array.from(
-            { length },
-            (_, i) => tokens[start + i + k + 1] ?? drafts[start + i + k + 1 - tokens.length],
-          )
-          const ids = fromHost(ahead, [1, length], 'i32', model.backend)
-          const next = model.mtp[k].normalize(model.mtp[k].forward(inputs, ids, { cache, layer: 0 }))
-          const best = scoresOf(model.mtp[k].score(next.narrow(1, length - 1, length)), {})
-          return { next, best, rest: certain === length ? null : inputs.narrow(1, certain, length).detach() }
-        },
-        { precision: this.#precision },
-      ),
-    )
-    waiting?.dispose()
-    this.#waiting[k] = rest
-    cache.advance(certain)
-    return { next, best }
+    const drafts: number[] = []
+    if (this.#depth === 0) {
+      hidden.dispose()
+      return drafts
+    }
+    const infer = <T>(fn: () => T) => keep(model.infer(fn, { precision: this.#precision }))
+    let incoming = infer(() => hidden.narrow(1, 0, confirmed).detach())
+    hidden.dispose()
+    for (let k = 0; k < this.#depth; k++) {
+      const cache = this.#caches[k]
+      const start = cache.lengths[0]
+      const waiting = this.#waiting[k]
+      const { next, best, inputs } = infer(() => {
+        const inputs = waiting === null ? incoming.detach() : concat([waiting, incoming], 1)
+        const length = inputs.shape[1]
+        // Position i is given token i + k + 1; the last ones of deeper modules are drafts of the shallower ones.
+        const ahead = Int32Array.from(
+          { length },
+          (_, i) => tokens[start + i + k + 1] ?? drafts[start + i + k + 1 - tokens.length],
+        )
+        const ids = fromHost(ahead, [1, length], 'i32', model.backend)
+        const next = model.mtp[k].normalize(model.mtp[k].forward(inputs, ids, { cache, layer: 0 }))
+        return { next, best: scoresOf(model.mtp[k].score(next.narrow(1, length - 1, length)), {}), inputs }
+      })
+      drafts.push((await best.values())[0])
+      best.dispose()
+      const certain = Math.max(0, Math.min(inputs.shape[1], tokens.length - (start + k + 1)))
+      cache.advance(certain)
+      waiting?.dispose()
+      const length = inputs.shape[1]
+      this.#waiting[k] = certain === length ? null : infer(() => inputs.narrow(1, certain, length).detach())
+      inputs.dispose()
+      incoming.dispose()
+      incoming = next
+    }
+    incoming.dispose()
+    return drafts
   }
 
   dispose(): void {
