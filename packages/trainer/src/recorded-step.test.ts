@@ -167,30 +167,20 @@ test('a class with a loss of its own goes op by op, and that loss is used', asyn
   expect([calls, counts.captures]).toEqual([4, 0])
 })
 
-test.each([
-  ['pass', 1, 'adamw', 1],
-  ['norm', 2, 'adamw', 1],
-  ['update', 3, 'adamw', 1],
-  ['update', 3, 'muon', 2],
-] as const)(
-  'without the memory for the graph of the %s, steps go on op by op',
-  async (_name, last, optimizer, accumulate) => {
-    const { backend } = counting()
-    let captures = 0
-    const full: Backend = {
-      ...backend,
-      capture(fn, options) {
-        if (++captures < last) return native.capture(fn, options)
-        throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'capture', problem: 'no memory' })
-      },
-    }
-    const numbers = await run({ steps: 4, optimizer, accumulate }, { backend: full })
-    expect(captures).toBe(last)
-    const eager = await run({ steps: 4, optimizer, accumulate, record: false })
-    expect(numbers.steps).toEqual(eager.steps)
-    expect(numbers.weights).toEqual(eager.weights)
-  },
-)
+test('without the memory for a graph, steps go on op by op', async () => {
+  const { backend } = counting()
+  let captures = 0
+  const full: Backend = {
+    ...backend,
+    capture() {
+      captures++
+      throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'capture', problem: 'no memory' })
+    },
+  }
+  const numbers = await run({ steps: 4 }, { backend: full })
+  expect(captures).toBe(1)
+  expect(numbers.steps).toEqual((await run({ steps: 4, record: false })).steps)
+})
 
 test('a device that is lost in a step is one error, and none that nobody handles', async () => {
   let isLost = false

@@ -78,13 +78,7 @@ export class RecordedStep {
   readonly #sums: readonly Parameter[]
   readonly #pass: Graph<PassResult>
   readonly #norm: Graph<{ norm: Tensor; gradScale: Tensor }>
-  #update: {
-    graph: Graph<unknown>
-    numbers: Tensor
-    inputs: DeviceInputs
-    carried: readonly Tensor[]
-    uploaded: readonly Tensor[]
-  } | null = null
+  #update: { graph: Graph<unknown>; numbers: Tensor; inputs: DeviceInputs; carried: readonly Tensor[] } | null = null
   readonly #state: readonly Tensor[]
   readonly #handles: readonly Handle[]
 
@@ -143,22 +137,13 @@ export class RecordedStep {
     return { numbers: average(passes, norm, factor), carried: sums }
   }
 
-  /**
-   * Applies the gradients that `measure` left. The first time it is recorded.
-   * @throws MoeError E_OUT_OF_MEMORY of recording; nothing has changed then
-   */
+  /** Applies the gradients that `measure` left. */
   apply({ carried }: MeasuredStep, lr: number): void {
     const { backend, staged, optimizer, parameters } = this.#parts
-    const { steps } = optimizer
     const { numbers, updates } = optimizer.begin(lr)
     const inputs = staged.afterInputs()
     if (this.#update === null) {
-      try {
-        this.#update = this.#recordUpdate(numbers, inputs, carried)
-      } catch (error) {
-        optimizer.steps = steps
-        throw error
-      }
+      this.#update = this.#recordUpdate(numbers, inputs, carried)
     } else {
       backend.write(this.#update.numbers, numbers)
       write(backend, this.#update.inputs, inputs)
@@ -231,21 +216,15 @@ export class RecordedStep {
     const numbers = keep(tensor(numbersNow, undefined, { backend }))
     const inputs = this.#upload(inputsNow)
     const carried = this.#pass.result.carried.map(({ shape }, i) => keep(tensor(carriedNow[i], shape, { backend })))
-    const uploaded = [numbers, ...Object.values(inputs), ...carried]
     const record = () => {
       optimizer.update(numbers, this.#norm.result.gradScale)
       staged.after(inputs, carried)
       for (const sum of this.#sums) sum.assign(zeros(sum.shape, sum))
     }
-    try {
-      const graph = this.#withGradients(() =>
-        backend.capture(() => scope(() => noGrad(record)), { state: [...this.#state, ...this.#sums] }),
-      )
-      return { graph, numbers, inputs, carried, uploaded }
-    } catch (error) {
-      for (const tensor of uploaded) tensor.dispose()
-      throw error
-    }
+    const graph = this.#withGradients(() =>
+      backend.capture(() => scope(() => noGrad(record)), { state: [...this.#state, ...this.#sums] }),
+    )
+    return { graph, numbers, inputs, carried }
   }
 
   dispose(): void {
@@ -253,7 +232,8 @@ export class RecordedStep {
     const { scalars, carried = [], gradients = [] } = this.#pass?.result ?? {}
     const { norm, gradScale } = this.#norm?.result ?? {}
     const update = this.#update
-    const inputs = [...Object.values(this.#inputs), this.#seed, this.#factor, ...(update?.uploaded ?? [])]
+    const updating = update === null ? [] : [update.numbers, ...Object.values(update.inputs), ...update.carried]
+    const inputs = [...Object.values(this.#inputs), this.#seed, this.#factor, ...updating]
     for (const tensor of [scalars, ...carried, ...gradients, norm, gradScale, ...inputs, ...this.#sums])
       tensor?.dispose()
     for (const graph of [this.#pass, this.#norm, update?.graph]) graph?.dispose()

@@ -3,14 +3,7 @@ import { type Backend, isMoeError, type NamedParameter, type Precision } from '@
 import type { TokenBatch, TrainableModel } from './model.ts'
 import { nonFiniteStep } from './non-finite.ts'
 import { isStaged, type Optimizer } from './optim/optimizer.ts'
-import {
-  kindOf,
-  type MeasuredStep,
-  RecordedStep,
-  type Recorder,
-  type StagedBatch,
-  type StepParts,
-} from './recorded-step.ts'
+import { kindOf, RecordedStep, type Recorder, type StagedBatch, type StepParts } from './recorded-step.ts'
 import type { StepNumbers } from './step-numbers.ts'
 import { trainingStep } from './training-step.ts'
 
@@ -75,10 +68,7 @@ export class TrainingSteps {
     const parts = this.#parts
     if (parts !== null) {
       const staged = batches.map(batch => ({ ...batch, ...parts.staged.inputs(batch) }))
-      if (await this.#ready(parts, staged)) {
-        const numbers = await this.#replay(parts, staged, lr, step)
-        if (numbers !== null) return numbers
-      }
+      if (await this.#ready(parts, staged)) return this.#replay(parts, staged, lr, step)
     }
     const settings = { lr, step, clip: this.#clip, precision: this.#precision }
     return trainingStep(this.#model, this.#parameters, this.#optimizer, batches, settings)
@@ -106,28 +96,19 @@ export class TrainingSteps {
     return true
   }
 
-  /** Null where there is no memory to record the rest of the step: nothing has changed then, and steps go op by op. */
-  async #replay(
-    parts: StepParts,
-    batches: readonly StagedBatch[],
-    lr: number,
-    step: number,
-  ): Promise<StepNumbers | null> {
+  async #replay(parts: StepParts, batches: readonly StagedBatch[], lr: number, step: number): Promise<StepNumbers> {
     const recorded = this.#recorded as RecordedStep
-    let measured: MeasuredStep
     try {
-      measured = await recorded.measure(batches)
-      const { numbers } = measured
+      const measured = await recorded.measure(batches)
+      const { numbers, carried } = measured
       if (!Number.isFinite(numbers.loss) || !Number.isFinite(numbers.gradNorm))
         throw await nonFiniteStep(this.#model, step, numbers)
       recorded.apply(measured, lr)
+      return { ...numbers, after: await parts.staged.report(carried) }
     } catch (error) {
       this.dispose()
-      if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
-      this.#parts = null
-      return null
+      throw error
     }
-    return { ...measured.numbers, after: await parts.staged.report(measured.carried) }
   }
 
   /** Gives the graphs back. Later steps begin anew. */

@@ -100,14 +100,6 @@ export class Muon implements StagedOptimizer {
     uploaded.dispose()
   }
 
-  get steps(): number {
-    return this.#rest.steps
-  }
-
-  set steps(steps: number) {
-    this.#rest.steps = steps
-  }
-
   get state(): readonly Tensor[] {
     return [...this.#slots.map(({ momentum }) => momentum), ...this.#rest.state]
   }

@@ -31,8 +31,6 @@ export interface OptimizerInputs {
 export interface StagedOptimizer extends Optimizer {
   /** What a step replaces beside the parameters. */
   readonly state: readonly Tensor[]
-  /** Steps done. A step that could not be recorded takes its count back. */
-  steps: number
   /** Counts a step. */
   begin(lr: number): OptimizerInputs
   /** The ops, of the parameters that have gradients. They depend on nothing of the host but on what `begin` gave. */
