@@ -1,5 +1,17 @@
 /** @file Recorded decoding beside decoding op by op, on a backend that records. */
-import { adamwStep, type Backend, full, type Graph, namedParameters, Random, randn, scope, tensor } from '@moe/core'
+import {
+  adamwStep,
+  type Backend,
+  full,
+  type Graph,
+  MoeError,
+  namedParameters,
+  Random,
+  randn,
+  scope,
+  type Tensor,
+  tensor,
+} from '@moe/core'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, describe, expect, test } from 'vitest'
 import { DeepSeek, type DeepSeekOptions, type GenerateOptions } from './index.ts'
@@ -73,12 +85,60 @@ describe('recorded decoding', () => {
 
   test('with drafts, sampled or greedy', async () => {
     const { counts, recorded, plain } = models({ num_nextn_predict_layers: 2 })
-    for (const options of [{ maxTokens: 40 }, { maxTokens: 40, temperature: 0.8, seed: 4 }]) {
-      expect(await made(recorded, options)).toEqual(await made(plain, options))
+    for (const options of [{ maxTokens: 60 }, { maxTokens: 60, temperature: 0.8, seed: 4 }]) {
+      const { replays } = counts
+      const text = recorded.generate(prompt, options)
+      const ids: number[] = []
+      for await (const id of text) ids.push(id)
+      expect(ids).toEqual(await made(plain, options))
+      // The main model and both modules: all but the prompt and the first two runs of each length.
+      const passes = 3 * text.stats.steps
+      expect(counts.replays - replays).toBeGreaterThan(passes - 3 * 6)
     }
-    expect(counts.replays).toBeGreaterThan(20)
     recorded.dispose()
     plain.dispose()
+  })
+
+  test('goes on op by op where there is no memory for a graph', async () => {
+    const { handles } = native.stats()
+    const { recording, eager } = pair()
+    let refused = 0
+    const full: Backend = {
+      ...recording,
+      capture(fn) {
+        return native.capture(() => {
+          for (const made of Object.values(fn() as Record<string, Tensor>)) made.dispose()
+          refused++
+          throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'matmul', problem: 'no memory' })
+        })
+      },
+    }
+    const [short, plain] = [full, eager].map(
+      backend => new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 1, backend }),
+    )
+    expect(await made(short, { maxTokens: 40 })).toEqual(await made(plain, { maxTokens: 40 }))
+    // Each cache gives up once.
+    expect(refused).toBe(3)
+    short.dispose()
+    plain.dispose()
+    expect(native.stats().handles).toBe(handles)
+  })
+
+  test.each([1, 2, 3, 9, 10, 11, 40, 41, 42])('a read that fails (%i) leaves nothing behind', async fails => {
+    const { recording } = pair()
+    let reads = 0
+    const losing: Backend = {
+      ...recording,
+      async download(value) {
+        if (++reads === fails) throw new MoeError({ code: 'E_BACKEND', op: 'download', problem: 'the device is lost' })
+        return native.download(value)
+      },
+    }
+    const { handles } = native.stats()
+    const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 1, backend: losing })
+    await expect(made(model, { maxTokens: 60 })).rejects.toThrow(/the device is lost/)
+    model.dispose()
+    expect(native.stats().handles).toBe(handles)
   })
 
   test('several texts at once are those of one after the other', async () => {

@@ -1,20 +1,11 @@
 /** @file Continuing a text token by token over a cache, optionally with MTP modules drafting ahead. */
-import { type CacheDType, type CacheOptions, LatentCache } from '@moe/attention-mla'
-import {
-  concat,
-  fromHost,
-  keep,
-  MoeError,
-  namedParameters,
-  type Precision,
-  QuantizedParameter,
-  Random,
-  type Tensor,
-} from '@moe/core'
+import type { CacheDType } from '@moe/attention-mla'
+import { MoeError, namedParameters, type Precision, QuantizedParameter, Random, type Tensor } from '@moe/core'
 import { endTokens } from './config.ts'
 import { DecodeStep } from './decode-step.ts'
+import { Drafter } from './drafter.ts'
 import type { DeepSeek } from './model.ts'
-import { checkSampling, type SamplingOptions, sample, scoresOf, verifyDraft } from './sampling.ts'
+import { checkSampling, type SamplingOptions, sample, verifyDraft } from './sampling.ts'
 
 export interface GenerateOptions extends SamplingOptions {
   /** Most tokens to make. Default 128. */
@@ -196,7 +187,9 @@ async function* decode(
     while (pending.length > limits.promptPiece && maxTokens > 0) {
       await turn()
       const piece = pending.splice(0, limits.promptPiece)
-      await drafter.draft((await step.run(piece, 1)).hidden, piece.length, tokens)
+      hidden = (await step.run(piece, 1)).hidden
+      await drafter.draft(hidden, piece.length, tokens)
+      hidden.dispose()
     }
     while (stats.tokens < maxTokens) {
       await turn()
@@ -228,9 +221,8 @@ async function* decode(
         if (stats.tokens >= maxTokens) return
       }
       pending = [made[made.length - 1]]
-      const states = hidden
-      hidden = null
-      drafts = await drafter.draft(states, confirmed, tokens)
+      drafts = await drafter.draft(hidden, confirmed, tokens)
+      hidden.dispose()
     }
   } finally {
     // Also when whoever reads the tokens stops early.
@@ -238,78 +230,5 @@ async function* decode(
     step.dispose()
     cache.dispose()
     drafter.dispose()
-  }
-}
-
-/**
- * Drafts one token per depth. Module k runs over position i with the hidden state of depth k - 1 there and token i + k; positions whose token
- * i + k is itself only drafted are run again once it is known, so each module keeps the hidden states it still needs.
- */
-class Drafter {
-  readonly #model: DeepSeek
-  readonly #depth: number
-  readonly #precision: Precision
-  readonly #caches: LatentCache[]
-  /** Per module, hidden states of the depth before at positions that its cache does not hold yet, `[1, n, D]`. */
-  readonly #waiting: Array<Tensor | null>
-
-  constructor(
-    model: DeepSeek,
-    depth: number,
-    { precision, ...options }: Pick<CacheOptions, 'capacity' | 'dtype'> & { precision: Precision },
-  ) {
-    this.#model = model
-    this.#depth = depth
-    this.#precision = precision
-    const { config, backend } = model
-    this.#caches = Array.from({ length: depth }, () => new LatentCache(config, { layers: 1, backend, ...options }))
-    this.#waiting = new Array<Tensor | null>(depth).fill(null)
-  }
-
-  /** Takes over `hidden [1, n, D]`, of which the first `confirmed` positions stand; `tokens` are all tokens that are certain. */
-  async draft(hidden: Tensor, confirmed: number, tokens: readonly number[]): Promise<number[]> {
-    const model = this.#model
-    const drafts: number[] = []
-    if (this.#depth === 0) {
-      hidden.dispose()
-      return drafts
-    }
-    const infer = <T>(fn: () => T) => keep(model.infer(fn, { precision: this.#precision }))
-    let incoming = infer(() => hidden.narrow(1, 0, confirmed).detach())
-    hidden.dispose()
-    for (let k = 0; k < this.#depth; k++) {
-      const cache = this.#caches[k]
-      const start = cache.lengths[0]
-      const waiting = this.#waiting[k]
-      const { next, best, inputs } = infer(() => {
-        const inputs = waiting === null ? incoming.detach() : concat([waiting, incoming], 1)
-        const length = inputs.shape[1]
-        // Position i is given token i + k + 1; the last ones of deeper modules are drafts of the shallower ones.
-        const ahead = Int32Array.from(
-          { length },
-          (_, i) => tokens[start + i + k + 1] ?? drafts[start + i + k + 1 - tokens.length],
-        )
-        const ids = fromHost(ahead, [1, length], 'i32', model.backend)
-        const next = model.mtp[k].normalize(model.mtp[k].forward(inputs, ids, { cache, layer: 0 }))
-        return { next, best: scoresOf(model.mtp[k].score(next.narrow(1, length - 1, length)), {}), inputs }
-      })
-      drafts.push((await best.values())[0])
-      best.dispose()
-      const certain = Math.max(0, Math.min(inputs.shape[1], tokens.length - (start + k + 1)))
-      cache.advance(certain)
-      waiting?.dispose()
-      const length = inputs.shape[1]
-      this.#waiting[k] = certain === length ? null : infer(() => inputs.narrow(1, certain, length).detach())
-      inputs.dispose()
-      incoming.dispose()
-      incoming = next
-    }
-    incoming.dispose()
-    return drafts
-  }
-
-  dispose(): void {
-    for (const cache of this.#caches) cache.dispose()
-    for (const waiting of this.#waiting) waiting?.dispose()
   }
 }
