@@ -115,7 +115,8 @@ export interface DeepSeekLoss {
 
 /** `loss` and `afterStep` of a model in parts: see `DeepSeek.staged`. Arrays of the same names, shapes and `kind` go through the same ops. */
 export interface StagedDeepSeek {
-  inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number; readonly kind: string }
+  inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
+  stepInputs(): { readonly arrays: HostInputs; readonly kind: string }
   /** `carried` is summed over the micro-batches of a step, for `after`: the loads of all layers. */
   loss(inputs: Readonly<Record<string, Tensor>>): Omit<DeepSeekLoss, 'count'> & { readonly carried: readonly Tensor[] }
   afterInputs(): HostInputs
@@ -285,7 +286,8 @@ export class DeepSeek extends Module {
   loss(rows: TokenRows, options: { training?: boolean; from?: number } = {}): DeepSeekLoss {
     const { training = true, from } = options
     const { arrays, count } = this.#lossInputs(rows, training, from)
-    return { ...this.#lossOf(uploadInputs(arrays, this.#backend), { training }), count }
+    const inputs = uploadInputs({ ...arrays, ...(training ? this.#factors() : {}) }, this.#backend)
+    return { ...this.#lossOf(inputs, { training }), count }
   }
 
   /**
@@ -296,9 +298,10 @@ export class DeepSeek extends Module {
     const { loss, afterStep } = DeepSeek.prototype
     if (this.#balancer || this.#undropped || this.loss !== loss || this.afterStep !== afterStep) return undefined
     return {
-      inputs: rows => {
+      inputs: rows => this.#lossInputs(rows, true),
+      stepInputs: () => {
         const { mtpDetached, mtpAcceptance: measured } = this.#objective
-        return { ...this.#lossInputs(rows, true), kind: `${mtpDetached} ${measured}` }
+        return { arrays: this.#factors(), kind: `${mtpDetached} ${measured}` }
       },
       loss: inputs => {
         const loads: Tensor[] = []
@@ -324,14 +327,19 @@ export class DeepSeek extends Module {
     }
   }
 
+  /** What a batch alone decides. */
   #lossInputs(rows: TokenRows, training: boolean, from = 0) {
-    const { mtpWeight, balanceWeight } = this.#objective
-    const depths = training ? this.mtp.length : 0
-    return lossInputs(rows, rows.length - this.lookahead, depths, {
+    return lossInputs(rows, rows.length - this.lookahead, training ? this.mtp.length : 0, {
       from,
-      factors: training ? [scheduled(mtpWeight, this.step), scheduled(balanceWeight, this.step)] : [],
       undropped: training ? this.#undropped?.(rows.rows) : undefined,
     })
+  }
+
+  /** What the step decides. */
+  #factors(): HostInputs {
+    const { mtpWeight, balanceWeight } = this.#objective
+    const data = Float32Array.of(scheduled(mtpWeight, this.step), scheduled(balanceWeight, this.step))
+    return { factors: { data, shape: [2] } }
   }
 
   /** The ops of the loss. With `onLoad` the loads of the layers go there, in the order of `moeLayers`, and are not counted. */

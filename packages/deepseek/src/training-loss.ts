@@ -1,4 +1,4 @@
-/** @file What the training loss takes from the host for a batch, apart from the ops on it, which are the same for every batch of its shape. */
+/** @file What the training loss takes from the host, apart from the ops on it, which are the same for every batch of its shape. */
 import { type Backend, type Shape, type Tensor, tensor } from '@moe/core'
 import { averagesOf, type DepthTensors, depthTargets, type TokenRows } from '@moe/mtp'
 
@@ -19,9 +19,9 @@ export function lossInputs(
   rows: TokenRows,
   time: number,
   depths: number,
-  options: { from: number; factors: readonly number[]; undropped?: Float32Array },
+  options: { from: number; undropped?: Float32Array },
 ): { arrays: HostInputs; count: number } {
-  const { factors, undropped } = options
+  const { undropped } = options
   const { rows: batch, length, documents } = rows
   const host = depthTargets(rows, time, depths, options)
   const arrays: Record<string, HostInputs[string]> = {
@@ -29,7 +29,6 @@ export function lossInputs(
     targets: { data: host.targets, shape: [depths + 1, batch * time] },
     averages: { data: averagesOf(host), shape: [depths + 1] },
   }
-  if (factors.length > 0) arrays.factors = { data: Float32Array.from(factors), shape: [factors.length] }
   if (undropped) arrays.undropped = { data: undropped, shape: [batch] }
   if (documents.some(document => document < 0)) {
     const data = new Float32Array((depths + 1) * batch * time)

@@ -15,7 +15,7 @@ import {
 } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { TokenDataset, train } from '@moe/trainer'
-import { afterAll, afterEach, describe, expect, test } from 'vitest'
+import { afterAll, afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { createBackend } from './backend.ts'
 import type { CudaOptions } from './open.ts'
 import { emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
@@ -128,18 +128,48 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     limited.dispose()
   })
 
-  test('a device that reads memory of the host by itself, later than the call returns: what is uploaded may change at once', async () => {
-    emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', 1)
-    try {
+  describe.each([0, 1])('a device that reads memory of the host by itself: %i', reads => {
+    const set = (value: number) =>
+      emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', value)
+    beforeEach(() => set(reads))
+    afterEach(() => set(0))
+
+    test.each([3, 40_000, 1_200_000])(
+      '%i numbers that are uploaded may change as soon as the call returns',
+      async n => {
+        const backend = await fresh()
+        const data = new Float32Array(n)
+        const handles = Array.from({ length: n > 1e6 ? 3 : 40 }, (_, i) => backend.upload(data.fill(i + 1), [n], 'f32'))
+        for (const [i, handle] of handles.entries()) {
+          const got = await backend.download({ handle, shape: [n], dtype: 'f32' })
+          expect([got[0], got[n - 1]]).toEqual([i + 1, i + 1])
+        }
+        backend.dispose()
+      },
+    )
+
+    test('uploads take no more memory of the host than the first ones', async () => {
       const backend = await fresh()
-      const data = Float32Array.of(1, 2, 3)
-      const handle = backend.upload(data, [3], 'f32')
-      data.fill(0)
-      expect([...(await backend.download({ handle, shape: [3], dtype: 'f32' }))]).toEqual([1, 2, 3])
+      const x = tensor(new Float32Array(40_000), undefined, { backend })
+      for (let i = 0; i < 50; i++) {
+        backend.write(x, new Float32Array(40_000).fill(i))
+        await backend.sync()
+        if (i === 2) fail('cuMemHostAlloc', 1, 2)
+      }
+      expect((await x.values())[7]).toBe(49)
       backend.dispose()
-    } finally {
-      emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', 0)
-    }
+    })
+  })
+
+  test('an upload does not wait for what was launched before it', async () => {
+    emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', 1)
+    const backend = await fresh()
+    fail('launch', 1, 719)
+    const x = full([40_000], 1, { backend })
+    backend.write(x, new Float32Array(40_000))
+    await expect(backend.sync()).rejects.toMatchObject({ code: 'E_BACKEND' })
+    backend.dispose()
+    emulatorFunction('void moe_emulator_set(const char* name, int value)')('readsHost', 0)
   })
 
   test('disposed with a read pending, and used afterwards: nothing reaches the driver', async () => {

@@ -5,14 +5,22 @@ import type { Driver } from './driver/driver.ts'
 import { status } from './driver/status.ts'
 import type { Launch } from './modules.ts'
 
+/**
+ * Bytes of uploads that go by pinned memory of ours, so that nobody waits: a batch of tokens. A driver puts up to 64 KiB aside by itself; before it does so
+ * with more, it may wait for the stream. What is larger still, or comes when many are on their way, is weights, which are in no hurry.
+ */
+const setAside = { least: 2 ** 16, most: 2 ** 22, atOnce: 16 }
+
 export const flags = { streamNonBlocking: 1, eventDisableTiming: 2 } as const
 
 export class Stream {
   readonly handle: number
   readonly #driver: Driver
-  readonly #waitsForUploads: boolean
+  readonly #readsHostMemory: boolean
   readonly #pinned: PinnedPool
   readonly #events: number[] = []
+  /** Uploads on their way, oldest first. */
+  readonly #staged: Array<{ readonly piece: Pinned; readonly event: number }> = []
   #launches = 0
   #disposed = false
   /** Milliseconds of the latest wait that was not short, by what it was for. */
@@ -20,7 +28,7 @@ export class Stream {
 
   constructor(driver: Driver, { readsHostMemory }: Pick<Device, 'readsHostMemory'>) {
     this.#driver = driver
-    this.#waitsForUploads = readsHostMemory
+    this.#readsHostMemory = readsHostMemory
     this.handle = driver.out(word => driver.call.cuStreamCreate(word, flags.streamNonBlocking), 'kernels-cuda')
     this.#pinned = new PinnedPool(driver)
   }
@@ -62,12 +70,37 @@ export class Stream {
 
   /** Host to device. The array may change as soon as this returns. */
   upload(to: number, data: ArrayBufferView, op: string): void {
-    if (data.byteLength === 0) return
+    const bytes = data.byteLength
+    if (bytes === 0) return
     const { call } = this.#driver
-    const context = `copying ${data.byteLength} bytes to the device`
-    // Where a driver has to put ordinary memory aside first, it does so within this call.
-    this.#driver.check(call.cuMemcpyHtoDAsync(to, data, data.byteLength, this.handle), op, context)
-    if (this.#waitsForUploads) this.#driver.check(call.cuStreamSynchronize(this.handle), op, context)
+    const context = `copying ${bytes} bytes to the device`
+    const copy = (from: ArrayBufferView | number) =>
+      this.#driver.check(call.cuMemcpyHtoDAsync(to, from, bytes, this.handle), op, context)
+    this.#reclaim()
+    const least = this.#readsHostMemory ? 0 : setAside.least
+    if (bytes <= least || bytes > setAside.most || this.#staged.length >= setAside.atOnce) {
+      // Where a driver has to put ordinary memory aside first, it does so within this call.
+      copy(data)
+      if (this.#readsHostMemory) this.#driver.check(call.cuStreamSynchronize(this.handle), op, context)
+      return
+    }
+    const piece = this.#pinned.take(bytes)
+    const event = this.#event(op)
+    this.#staged.push({ piece, event })
+    piece.bytes.set(new Uint8Array(data.buffer, data.byteOffset, bytes))
+    copy(piece.address)
+    this.#driver.check(call.cuEventRecord(event, this.handle), op)
+  }
+
+  /** Takes back what uploads no longer need. */
+  #reclaim(): void {
+    while (this.#staged.length > 0) {
+      const { piece, event } = this.#staged[0]
+      if (this.#driver.call.cuEventQuery(event) === status.notReady) return
+      this.#staged.shift()
+      this.#pinned.giveBack(piece)
+      this.#events.push(event)
+    }
   }
 
   /** Device to host, into `data`, when all work so far is done. */
@@ -130,6 +163,11 @@ export class Stream {
     }
   }
 
+  #event(op: string): number {
+    const create = (word: BigUint64Array) => this.#driver.call.cuEventCreate(word, flags.eventDisableTiming)
+    return this.#events.pop() ?? this.#driver.out(create, op)
+  }
+
   /** Waits for all work so far. */
   async sync(): Promise<void> {
     await this.#settled('sync')
@@ -142,6 +180,11 @@ export class Stream {
     call.cuStreamSynchronize(this.handle)
     for (const event of this.#events) call.cuEventDestroy(event)
     this.#events.length = 0
+    for (const { piece, event } of this.#staged) {
+      this.#pinned.giveBack(piece)
+      call.cuEventDestroy(event)
+    }
+    this.#staged.length = 0
     this.#pinned.dispose()
     call.cuStreamDestroy(this.handle)
   }
@@ -152,7 +195,7 @@ export class Stream {
    */
   async #settled(op: string): Promise<void> {
     const { call } = this.#driver
-    const event = this.#events.pop() ?? this.#driver.out(word => call.cuEventCreate(word, flags.eventDisableTiming), op)
+    const event = this.#event(op)
     try {
       this.#driver.check(call.cuEventRecord(event, this.handle), op)
       const started = performance.now()

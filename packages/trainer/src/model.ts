@@ -46,12 +46,14 @@ export type DeviceInputs = Readonly<Record<string, Tensor>>
  * depend on inputs, on parameters and on the shapes of both, and on nothing else that changes.
  */
 export interface StagedStep {
+  /** For `loss`, from the batch alone: it is made ready while the device computes the step before. */
+  inputs(batch: TokenBatch): { readonly arrays: HostInputs; readonly count: number }
   /**
-   * For `loss`. Batches whose arrays have the same names and shapes go through the same ops, if their `kind` is the same:
-   * it says whatever else the ops depend on, such as settings that may change during a run.
+   * For `loss`, from the step, the same for all of its micro-batches: schedules. Arrays of the same names and shapes go through the same ops, if their `kind` is
+   * the same: it says whatever else the ops depend on, such as settings that may change during a run.
    */
-  inputs(batch: TokenBatch): { readonly arrays: HostInputs; readonly count: number; readonly kind?: string }
-  /** As `TrainableModel.loss`. `carried` is added up over the micro-batches of a step and handed to `after`. */
+  stepInputs?(): { readonly arrays: HostInputs; readonly kind?: string }
+  /** As `TrainableModel.loss`. `inputs` are those of batch and step together. `carried` is added up over the micro-batches of a step and handed to `after`. */
   loss(inputs: DeviceInputs): Omit<LossOutput, 'count'> & { readonly carried: readonly Tensor[] }
   /** For `after`. */
   afterInputs(): HostInputs

@@ -147,6 +147,39 @@ describe('recorded steps are those op by op', () => {
   })
 })
 
+test('the next batch is made ready while the device computes', async () => {
+  const order: string[] = []
+  const { backend } = counting()
+  const logging: Backend = {
+    ...backend,
+    capture(fn, options) {
+      const graph = native.capture(fn, options)
+      return {
+        ...graph,
+        replay(updates) {
+          order.push('replay')
+          graph.replay(updates)
+        },
+      }
+    },
+  }
+  class Logging extends DeepSeek {
+    override get staged() {
+      const staged = super.staged as NonNullable<DeepSeek['staged']>
+      const inputs: typeof staged.inputs = rows => {
+        order.push('inputs')
+        return staged.inputs(rows)
+      }
+      return { ...staged, inputs }
+    }
+  }
+  const model = new Logging(tiny, { seed: 1, backend: logging })
+  await train(model, { ...settings, steps: 5 })
+  model.dispose()
+  // Pass and norm are on their way, the update is not.
+  expect(order.join(' ')).toContain('replay replay inputs replay')
+})
+
 test('what draws or schedules within its ops goes op by op', async () => {
   expect((await run({ steps: 4 }, { balancer: auxFree() })).counts.captures).toBe(0)
   expect((await run({ steps: 4 }, { dropping: { devices: 2 } })).counts.captures).toBe(0)
@@ -249,6 +282,23 @@ describe('TrainingSteps', () => {
     }
     expect(losses[0]).toEqual(losses[1])
     expect(changed.counts.captures).toBe(6)
+  })
+
+  test('a batch made ready is used once: afterwards it may hold other tokens', async () => {
+    const losses = []
+    for (const record of [true, false]) {
+      const { steps, order, dispose } = prepare(record)
+      const own: number[] = []
+      const [batch] = order.step(0)
+      for (let step = 0; step < 5; step++) {
+        batch.tokens.set(order.step(step)[0].tokens)
+        if (step % 2 === 1) steps.prepare([batch])
+        own.push((await steps.step([batch], { lr: 1e-3 })).loss)
+      }
+      losses.push(own)
+      dispose()
+    }
+    expect(losses[0]).toEqual(losses[1])
   })
 
   test('records anew when a parameter is frozen or the objective has changed', async () => {

@@ -35,8 +35,11 @@ export interface StepParts {
   readonly precision: Precision
 }
 
-/** A micro-batch, ready for upload. */
-export type StagedBatch = ReturnType<StagedStep['inputs']> & Pick<TokenBatch, 'rows' | 'length'>
+/** What a micro-batch alone decides, ready for upload. */
+export type PreparedBatch = ReturnType<StagedStep['inputs']> & Pick<TokenBatch, 'rows' | 'length'>
+
+/** The same with what its step decides. */
+export type StagedBatch = PreparedBatch & { readonly kind?: string }
 
 type HostValues = ReadonlyArray<Float32Array | Int32Array>
 
@@ -113,7 +116,7 @@ export class RecordedStep {
     )
   }
 
-  /** Forward and backward of all micro-batches. Changes no parameter. */
+  /** Forward and backward of all micro-batches, which are on their way to the device when this returns its promise. Changes no parameter. */
   async measure(batches: readonly StagedBatch[]): Promise<MeasuredStep> {
     const { backend } = this.#parts
     const weights = batches.map(batch => weightOf(batch.count, batch, this.#several))
@@ -147,7 +150,8 @@ export class RecordedStep {
     } else {
       backend.write(this.#update.numbers, numbers)
       write(backend, this.#update.inputs, inputs)
-      for (const [i, tensor] of this.#update.carried.entries()) backend.write(tensor, carried[i])
+      // Of one micro-batch it is where its pass has left it.
+      if (this.#several) for (const [i, tensor] of this.#update.carried.entries()) backend.write(tensor, carried[i])
     }
     this.#update.graph.replay(updates)
     for (const parameter of parameters) parameter.version++
@@ -215,7 +219,8 @@ export class RecordedStep {
     const { backend, staged, optimizer } = this.#parts
     const numbers = keep(tensor(numbersNow, undefined, { backend }))
     const inputs = this.#upload(inputsNow)
-    const carried = this.#pass.result.carried.map(({ shape }, i) => keep(tensor(carriedNow[i], shape, { backend })))
+    const left = this.#pass.result.carried
+    const carried = this.#several ? left.map(({ shape }, i) => keep(tensor(carriedNow[i], shape, { backend }))) : left
     const record = () => {
       optimizer.update(numbers, this.#norm.result.gradScale)
       staged.after(inputs, carried)

@@ -20,7 +20,7 @@ import { TrainingOrder } from './data/training-order.ts'
 import { type Evaluation, evaluate } from './evaluate.ts'
 import type { StepEvent, TrainEvent, TrainListener } from './events.ts'
 import { type Interrupts, watchInterrupts } from './interrupt.ts'
-import type { TrainableModel } from './model.ts'
+import type { TokenBatch, TrainableModel } from './model.ts'
 import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import {
@@ -140,6 +140,8 @@ class Run {
   readonly tail: MetricsLine[] = []
   /** What the model's `afterStep` returns. */
   readonly balanceNames = new Set<string>()
+  /** Batches of the next step, made ready. */
+  ahead: readonly TokenBatch[] | null = null
   /** Steps done. */
   step = 0
   tokens = 0
@@ -258,7 +260,16 @@ class Run {
     const { settings, order } = this
     const started = performance.now()
     const lr = settings.lr * settings.schedule(this.step)
-    const numbers = await this.steps.step(order.step(this.step), { lr, step: this.step + 1 })
+    const batches = this.ahead ?? order.step(this.step)
+    this.ahead = null
+    const done = this.steps.step(batches, { lr, step: this.step + 1 })
+    // While the device computes. What `step` failed with is told below.
+    done.catch(() => undefined)
+    if (this.step + 1 < settings.steps) {
+      this.ahead = order.step(this.step + 1)
+      this.steps.prepare(this.ahead)
+    }
+    const numbers = await done
     // A turn of the event loop, so that Ctrl-C is seen even where no download waits.
     await new Promise(setImmediate)
     const seconds = (performance.now() - started) / 1000

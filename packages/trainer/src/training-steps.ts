@@ -1,9 +1,16 @@
 /** @file The steps of a run: op by op, or recorded and replayed where backend, model and optimizer can. */
 import { type Backend, isMoeError, type NamedParameter, type Precision } from '@moe/core'
-import type { TokenBatch, TrainableModel } from './model.ts'
+import type { StagedStep, TokenBatch, TrainableModel } from './model.ts'
 import { nonFiniteStep } from './non-finite.ts'
 import { isStaged, type Optimizer } from './optim/optimizer.ts'
-import { kindOf, RecordedStep, type Recorder, type StagedBatch, type StepParts } from './recorded-step.ts'
+import {
+  kindOf,
+  type PreparedBatch,
+  RecordedStep,
+  type Recorder,
+  type StagedBatch,
+  type StepParts,
+} from './recorded-step.ts'
 import type { StepNumbers } from './step-numbers.ts'
 import { trainingStep } from './training-step.ts'
 
@@ -29,6 +36,7 @@ export class TrainingSteps {
   /** What a recording needs; null where steps go op by op. */
   #parts: StepParts | null
   #recorded: RecordedStep | null = null
+  readonly #prepared = new WeakMap<TokenBatch, PreparedBatch>()
   /** Of the latest step. The first one of a kind runs op by op: kernels are loaded, tables are made. */
   #kind: string | null = null
 
@@ -67,44 +75,66 @@ export class TrainingSteps {
     const { lr, step = 0 } = options
     const parts = this.#parts
     if (parts !== null) {
-      const staged = batches.map(batch => ({ ...batch, ...parts.staged.inputs(batch) }))
-      if (await this.#ready(parts, staged)) return this.#replay(parts, staged, lr, step)
+      const staged = this.#stage(parts.staged, batches)
+      const kind = kindOf(staged)
+      if (!this.#isRecorded(kind) && kind !== null && kind === this.#kind) await this.#record(parts, staged)
+      this.#kind = kind
+      // Nothing is waited for once there is a graph: the step is on its way when this returns its promise.
+      if (this.#recorded !== null) return this.#replay(parts.staged, this.#recorded, staged, lr, step)
     }
     const settings = { lr, step, clip: this.#clip, precision: this.#precision }
     return trainingStep(this.#model, this.#parameters, this.#optimizer, batches, settings)
   }
 
-  /** Sees to it that a graph for these batches is there, or says that they go op by op. */
-  async #ready(parts: StepParts, batches: readonly StagedBatch[]): Promise<boolean> {
-    const kind = kindOf(batches)
-    const same = kind !== null && kind === this.#kind
-    if (!same || !this.#recorded?.valid) this.dispose()
-    this.#kind = kind
-    if (!same) return false
-    if (this.#recorded === null) {
-      // A graph has memory of its own: what the steps before it used would only lie idle.
-      await parts.backend.trim?.()
-      try {
-        this.#recorded = new RecordedStep(parts, batches[0], batches.length > 1)
-      } catch (error) {
-        if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
-        // Its memory is cut into pieces by itself, so it may need a little more than a step op by op.
-        this.#parts = null
-        return false
-      }
-    }
-    return true
+  /** Makes the micro-batches of a later step ready, for while the device computes; nobody changes them until then. `step` does it otherwise. */
+  prepare(batches: readonly TokenBatch[]): void {
+    if (this.#parts === null) return
+    for (const batch of batches) this.#prepared.set(batch, prepared(this.#parts.staged, batch))
   }
 
-  async #replay(parts: StepParts, batches: readonly StagedBatch[], lr: number, step: number): Promise<StepNumbers> {
-    const recorded = this.#recorded as RecordedStep
+  #stage(staged: StagedStep, batches: readonly TokenBatch[]): StagedBatch[] {
+    const { arrays: ofStep, kind } = staged.stepInputs?.() ?? { arrays: {} }
+    return batches.map(batch => {
+      const ready = this.#prepared.get(batch) ?? prepared(staged, batch)
+      this.#prepared.delete(batch)
+      return { ...ready, kind, arrays: { ...ready.arrays, ...ofStep } }
+    })
+  }
+
+  /** Whether there is a graph for steps of this kind. One of another kind, or one that is void, is given back. */
+  #isRecorded(kind: string | null): boolean {
+    if (this.#recorded !== null && kind === this.#kind && this.#recorded.valid) return true
+    this.#recorded?.dispose()
+    this.#recorded = null
+    return false
+  }
+
+  async #record(parts: StepParts, batches: readonly StagedBatch[]): Promise<void> {
+    // A graph has memory of its own: what the steps before it used would only lie idle.
+    await parts.backend.trim?.()
+    try {
+      this.#recorded = new RecordedStep(parts, batches[0], batches.length > 1)
+    } catch (error) {
+      if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
+      // Its memory is cut into pieces by itself, so it may need a little more than a step op by op.
+      this.#parts = null
+    }
+  }
+
+  async #replay(
+    staged: StagedStep,
+    recorded: RecordedStep,
+    batches: readonly StagedBatch[],
+    lr: number,
+    step: number,
+  ): Promise<StepNumbers> {
     try {
       const measured = await recorded.measure(batches)
       const { numbers, carried } = measured
       if (!Number.isFinite(numbers.loss) || !Number.isFinite(numbers.gradNorm))
         throw await nonFiniteStep(this.#model, step, numbers)
       recorded.apply(measured, lr)
-      return { ...numbers, after: await parts.staged.report(carried) }
+      return { ...numbers, after: await staged.report(carried) }
     } catch (error) {
       this.dispose()
       throw error
@@ -117,6 +147,11 @@ export class TrainingSteps {
     this.#recorded = null
     this.#kind = null
   }
+}
+
+const prepared = (staged: StagedStep, batch: TokenBatch): PreparedBatch => {
+  const { rows, length } = batch
+  return { rows, length, ...staged.inputs(batch) }
 }
 
 const canRecord = (backend: Backend | undefined): backend is Recorder =>
