@@ -156,9 +156,15 @@ function drop(flowing: Array<Tensor | null>): void {
   }
 }
 
-/** Sum of two gradients, which are used up. */
+/** Sum of two gradients, which are used up; where it fails, `a` is still the caller's. */
 function sum(a: Tensor, b: Tensor): Tensor {
-  const total = a.add(b)
+  let total: Tensor
+  try {
+    total = a.add(b)
+  } catch (error) {
+    b.dispose()
+    throw error
+  }
   total.owner = null
   a.dispose()
   b.dispose()
