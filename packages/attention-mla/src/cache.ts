@@ -84,7 +84,7 @@ export class KvCache {
     this.dtype = dtype
     this.lengths = new Int32Array(batch)
     this.#capacity = capacity
-    this.#layers = Array.from({ length: layers }, () => this.#empty(capacity, backend))
+    this.#layers = keep(scope(() => Array.from({ length: layers }, () => this.#empty(capacity, backend))))
   }
 
   get capacity(): number {
@@ -195,22 +195,19 @@ export class KvCache {
   }
 
   #empty(tokens: number, backend: Backend): Tensor {
-    return keep(scope(() => zeros([this.batch, tokens, this.features], { backend }).cast(this.dtype)))
+    return scope(() => zeros([this.batch, tokens, this.features], { backend }).cast(this.dtype))
   }
 
   #grow(tokens: number): void {
     let capacity = this.#capacity
     while (capacity < tokens) capacity *= 2
-    this.#layers = this.#layers.map(old =>
-      keep(
-        scope(() => {
-          using more = this.#empty(capacity - this.#capacity, old.backend)
-          const grown = concat([old, more], 1)
-          old.dispose()
-          return grown
-        }),
-      ),
-    )
+    // One by one: where memory ends, those that have grown stay, and another try goes on with the others.
+    for (const [layer, old] of this.#layers.entries()) {
+      const more = capacity - old.shape[1]
+      if (more === 0) continue
+      this.#layers[layer] = keep(scope(() => concat([old, this.#empty(more, old.backend)], 1)))
+      old.dispose()
+    }
     this.#capacity = capacity
   }
 

@@ -124,6 +124,28 @@ describe('recorded decoding', () => {
     expect(native.stats().handles).toBe(handles)
   })
 
+  test('too little memory is an error that leaves nothing behind', async () => {
+    const config = { ...tiny, num_nextn_predict_layers: 2 }
+    const options = { maxTokens: 80, cacheDtype: 'bf16' } as const
+    const generated = async (memoryLimit?: number) => {
+      const backend = await createBackend({ memoryLimit })
+      const model = new DeepSeek(config, { seed: 1, backend })
+      const { bytes: weights } = backend.stats()
+      const ids = await made(model, options).catch(error => error as Error)
+      model.dispose()
+      const { handles, bytes, peakBytes } = backend.stats()
+      backend.dispose()
+      expect({ handles, bytes }).toEqual({ handles: 0, bytes: 0 })
+      return { ids, weights, peakBytes }
+    }
+    const { ids, weights, peakBytes } = await generated()
+    for (const share of [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99]) {
+      const short = await generated(weights + Math.floor(share * (peakBytes - weights)))
+      if (Array.isArray(short.ids)) expect(short.ids).toEqual(ids)
+      else expect(short.ids).toMatchObject({ code: 'E_OUT_OF_MEMORY' })
+    }
+  })
+
   test.each([1, 2, 3, 9, 10, 11, 40, 41, 42])('a read that fails (%i) leaves nothing behind', async fails => {
     const { recording } = pair()
     let reads = 0

@@ -37,10 +37,17 @@ export class Drafter {
     const { config, backend } = model
     this.#model = model
     this.#precision = precision
-    this.#depths = Array.from({ length: depth }, () => {
-      const cache = new LatentCache(config, { layers: 1, backend, ...options })
-      return { cache, passes: new CachedPasses<Draft>(model, cache, precision), waiting: null }
-    })
+    const depths: Depth[] = []
+    this.#depths = depths
+    try {
+      while (depths.length < depth) {
+        const cache = new LatentCache(config, { layers: 1, backend, ...options })
+        depths.push({ cache, passes: new CachedPasses<Draft>(model, cache, precision), waiting: null })
+      }
+    } catch (error) {
+      this.dispose()
+      throw error
+    }
   }
 
   /** From `hidden [1, n, D]`, of which the first `confirmed` positions stand; `tokens` are all tokens that are certain. */

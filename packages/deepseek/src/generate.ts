@@ -172,7 +172,7 @@ async function* decode(
   const capacity = 2 ** Math.ceil(Math.log2(Math.max(64, tokens.length + Math.min(maxTokens, 512) + depth + 1)))
   const cache = model.makeCache({ capacity, dtype })
   const step = new DecodeStep(model, cache, { precision, sampling: options })
-  const drafter = new Drafter(model, depth, { capacity, dtype, precision })
+  let drafter: Drafter | undefined
   let pending = tokens.slice()
   let drafts: number[] = []
   let hidden: Tensor | null = null
@@ -183,6 +183,7 @@ async function* decode(
     throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
   }
   try {
+    drafter = new Drafter(model, depth, { capacity, dtype, precision })
     // What a pass needs grows with its tokens: a long prompt goes through in pieces.
     while (pending.length > limits.promptPiece && maxTokens > 0) {
       await turn()
@@ -229,6 +230,6 @@ async function* decode(
     hidden?.dispose()
     step.dispose()
     cache.dispose()
-    drafter.dispose()
+    drafter?.dispose()
   }
 }

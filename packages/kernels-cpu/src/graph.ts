@@ -90,10 +90,11 @@ export function capture<T>(
       // Nothing has run: without its copies the state is what it was.
       const putBack = (copies: boolean) => {
         state.forEach((tensor, i) => {
-          const now = tensor.handle as CpuBuffer
+          const now = tensor.handle as CpuBuffer | null
           if (now === before[i]) return
-          if (copies) copy(before[i].pointer, now.pointer, now.bytes)
-          memory.release(now)
+          // Null: freed by `fn`, which failed before it put another value there.
+          if (copies && now) copy(before[i].pointer, now.pointer, now.bytes)
+          if (now) memory.release(now)
           tensor.handle = memory.revive(before[i])
         })
       }

@@ -53,10 +53,11 @@ export function capture<T>(
       // Nothing has run: without its copies the state is what it was.
       const putBack = (copy: boolean) => {
         state.forEach((tensor, i) => {
-          const now = tensor.handle as CudaBuffer
+          const now = tensor.handle as CudaBuffer | null
           if (now === before[i]) return
-          if (copy) stream.copy(before[i].pointer, now.pointer, now.bytes)
-          memory.release(now)
+          // Null: freed by `fn`, which failed before it put another value there.
+          if (copy && now) stream.copy(before[i].pointer, now.pointer, now.bytes)
+          if (now) memory.release(now)
           tensor.handle = memory.revive(before[i])
         })
       }

@@ -13,7 +13,7 @@ import {
   type Tensor,
   tensor,
 } from '@moe/core'
-import { DeepSeek, presets } from '@moe/deepseek'
+import { DeepSeek, type GenerateOptions, presets } from '@moe/deepseek'
 import { TokenDataset, train } from '@moe/trainer'
 import { afterAll, afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { createBackend } from './backend.ts'
@@ -212,6 +212,65 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     expect(stdout.trim()).toBe('-1 -2')
     expect([...(await tensor([3], [1], { backend }).neg().values())]).toEqual([-3])
     backend.dispose()
+  })
+
+  describe('two generations at once', () => {
+    const config = {
+      ...presets.tiny,
+      vocab_size: 64,
+      hidden_size: 32,
+      intermediate_size: 32,
+      moe_intermediate_size: 16,
+      num_hidden_layers: 1,
+      num_attention_heads: 2,
+      n_routed_experts: 8,
+      num_experts_per_tok: 2,
+      num_nextn_predict_layers: 1,
+      eos_token_id: null,
+    }
+    async function made(model: DeepSeek, options: GenerateOptions, onToken?: (n: number) => void): Promise<number[]> {
+      const ids: number[] = []
+      for await (const id of model.generate([1, 2, 3], options)) onToken?.(ids.push(id))
+      return ids
+    }
+
+    test('are those of one after the other, also when one is given up in the middle of a replay', async () => {
+      const backend = await fresh()
+      const model = new DeepSeek(config, { seed: 1, backend })
+      const alone = await made(model, { maxTokens: 10 })
+      const { handles } = backend.stats()
+      const abort = new AbortController()
+      const options = { maxTokens: 1000, signal: abort.signal, temperature: 0.9 }
+      const stopped = made(model, options, n => n === 6 && setImmediate(() => abort.abort()))
+      const [beside] = await Promise.all([
+        made(model, { maxTokens: 10 }),
+        expect(stopped).rejects.toMatchObject({ code: 'E_ABORTED' }),
+      ])
+      expect(beside).toEqual(alone)
+      expect(backend.stats().handles).toBe(handles)
+      model.dispose()
+      expect(backend.stats().handles).toBe(0)
+      backend.dispose()
+    })
+
+    test.each([10, 80, 400])(
+      'both end with the error of a device lost at launch %i, and nothing is left',
+      async after => {
+        const backend = await fresh()
+        const model = new DeepSeek(config, { seed: 1, backend })
+        fail('launch', after, 719)
+        const both = await Promise.allSettled([
+          made(model, { maxTokens: 40 }),
+          made(model, { maxTokens: 40, speculative: false }),
+        ])
+        for (const { status, reason } of both as PromiseRejectedResult[]) {
+          expect([status, reason.code, reason.details]).toMatchObject(['rejected', 'E_BACKEND', { lost: true }])
+        }
+        model.dispose()
+        expect(backend.stats().handles).toBe(0)
+        backend.dispose()
+      },
+    )
   })
 
   test('a device lost during training: the step fails, and the run goes on from the last checkpoint', async () => {

@@ -200,19 +200,63 @@ test('a class with a loss of its own goes op by op, and that loss is used', asyn
   expect([calls, counts.captures]).toEqual([4, 0])
 })
 
-test('without the memory for a graph, steps go on op by op', async () => {
-  const { backend } = counting()
-  let captures = 0
-  const full: Backend = {
-    ...backend,
-    capture() {
-      captures++
-      throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'capture', problem: 'no memory' })
-    },
+test.each([
+  { without: 'pass', nth: 1, accumulate: 1 },
+  { without: 'norm', nth: 2, accumulate: 1 },
+  { without: 'update', nth: 3, accumulate: 1 },
+  { without: 'update', nth: 3, accumulate: 2 },
+])(
+  'without the memory for a graph of the $without, $accumulate micro-batches, steps go on op by op',
+  async ({ nth, accumulate }) => {
+    const { backend } = counting()
+    let captures = 0
+    const full: Backend = {
+      ...backend,
+      capture(fn, options) {
+        if (++captures < nth) return backend.capture?.(fn, options) as Graph<ReturnType<typeof fn>>
+        throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'capture', problem: 'no memory' })
+      },
+    }
+    const numbers = await run({ steps: 4, accumulate }, { backend: full })
+    expect(captures).toBe(nth)
+    expect(numbers.steps).toEqual((await run({ steps: 4, accumulate, record: false })).steps)
+  },
+)
+
+describe('with too little memory', () => {
+  async function limited(memoryLimit: number | undefined, options: Partial<TrainOptions>) {
+    const backend = await createBackend({ memoryLimit })
+    const model = new DeepSeek(tiny, { seed: 1, backend })
+    const losses: number[] = []
+    const error = await train(model, {
+      ...settings,
+      steps: 4,
+      ...options,
+      onEvent: event => event.type === 'step' && losses.push(event.loss),
+    }).catch(caught => caught)
+    model.dispose()
+    const { handles, bytes, peakBytes } = backend.stats()
+    backend.dispose()
+    expect({ handles, bytes }).toEqual({ handles: 0, bytes: 0 })
+    return { losses, error, peakBytes }
   }
-  const numbers = await run({ steps: 4 }, { backend: full })
-  expect(captures).toBe(1)
-  expect(numbers.steps).toEqual((await run({ steps: 4, record: false })).steps)
+
+  test.each([
+    { optimizer: 'adamw', accumulate: 1 },
+    { optimizer: 'muon', accumulate: 2 },
+  ] as const)(
+    '$optimizer, $accumulate micro-batches: an error that leaves nothing behind, and none where steps op by op have enough',
+    async options => {
+      const free = await limited(undefined, { ...options, record: false })
+      for (const share of [0.35, 0.6, 0.8, 0.95, 0.999, 1, 1.02, 1.1]) {
+        for (const record of [false, true]) {
+          const { losses, error } = await limited(Math.floor(share * free.peakBytes), { ...options, record })
+          if (share >= 1) expect(losses).toEqual(free.losses)
+          else if (losses.length < 4) expect(error).toMatchObject({ code: 'E_OUT_OF_MEMORY' })
+        }
+      }
+    },
+  )
 })
 
 test('a device that is lost in a step is one error, and none that nobody handles', async () => {

@@ -6,9 +6,10 @@ import {
   full,
   type Graph,
   type Handle,
+  isMoeError,
   keep,
   noGrad,
-  Parameter,
+  type Parameter,
   type Precision,
   scope,
   type Tensor,
@@ -18,7 +19,7 @@ import {
 } from '@moe/core'
 import type { DeviceInputs, HostInputs, StagedStep, TokenBatch } from './model.ts'
 import { clipScale, gradientNorm } from './optim/clip.ts'
-import type { StagedOptimizer } from './optim/optimizer.ts'
+import { type StagedOptimizer, zeroState } from './optim/optimizer.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
 /** A backend that records. */
@@ -93,11 +94,11 @@ export class RecordedStep {
     this.#trained = parameters.filter(parameter => parameter.trainable)
     this.#state = [...parameters, ...optimizer.state]
     this.#handles = this.#state.map(({ handle }) => handle)
-    this.#inputs = this.#upload(batch.arrays)
-    this.#seed = keep(full([], 1, { backend }))
-    this.#factor = keep(full([], 1, { backend }))
-    this.#sums = several ? this.#trained.map(like => new Parameter(zeros(like.shape, like), { trainable: false })) : []
     try {
+      this.#inputs = keep(this.#upload(batch.arrays))
+      this.#seed = keep(full([], 1, { backend }))
+      this.#factor = keep(full([], 1, { backend }))
+      this.#sums = several ? zeroState(this.#trained) : []
       this.#pass = this.#recordPass()
       this.#norm = this.#recordNorm()
     } catch (error) {
@@ -140,13 +141,17 @@ export class RecordedStep {
     return { numbers: average(passes, norm, factor), carried: sums }
   }
 
-  /** Applies the gradients that `measure` left. */
-  apply({ carried }: MeasuredStep, lr: number): void {
+  /**
+   * Applies the gradients that `measure` left.
+   * @returns false where there is no memory to record that beside the other graphs: it has been done op by op, without them, and this step is of no more use
+   */
+  apply({ carried }: MeasuredStep, lr: number): boolean {
     const { backend, staged, optimizer, parameters } = this.#parts
     const { numbers, updates } = optimizer.begin(lr)
     const inputs = staged.afterInputs()
     if (this.#update === null) {
       this.#update = this.#recordUpdate(numbers, inputs, carried)
+      if (this.#update === null) return false
     } else {
       backend.write(this.#update.numbers, numbers)
       write(backend, this.#update.inputs, inputs)
@@ -155,12 +160,13 @@ export class RecordedStep {
     }
     this.#update.graph.replay(updates)
     for (const parameter of parameters) parameter.version++
+    return true
   }
 
   #upload(inputs: HostInputs): DeviceInputs {
     const { backend } = this.#parts
-    const upload = ({ data, shape }: HostInputs[string]) => keep(tensor(data, shape, { backend }))
-    return Object.fromEntries(Object.entries(inputs).map(([name, array]) => [name, upload(array)]))
+    const upload = ({ data, shape }: HostInputs[string]) => tensor(data, shape, { backend })
+    return scope(() => Object.fromEntries(Object.entries(inputs).map(([name, array]) => [name, upload(array)])))
   }
 
   #recordPass(): Graph<PassResult> {
@@ -178,7 +184,8 @@ export class RecordedStep {
         state: [...this.#state, ...this.#sums],
       })
     } finally {
-      for (const parameter of this.#trained) parameter.grad = null
+      // There are none unless it failed.
+      for (const parameter of this.#trained) parameter.zeroGrad()
     }
   }
 
@@ -217,19 +224,34 @@ export class RecordedStep {
 
   #recordUpdate(numbersNow: Float32Array, inputsNow: HostInputs, carriedNow: HostValues) {
     const { backend, staged, optimizer } = this.#parts
-    const numbers = keep(tensor(numbersNow, undefined, { backend }))
-    const inputs = this.#upload(inputsNow)
     const left = this.#pass.result.carried
-    const carried = this.#several ? left.map(({ shape }, i) => keep(tensor(carriedNow[i], shape, { backend }))) : left
-    const record = () => {
+    const { numbers, inputs, carried } = keep(
+      scope(() => ({
+        numbers: tensor(numbersNow, undefined, { backend }),
+        inputs: this.#upload(inputsNow),
+        carried: this.#several ? left.map(({ shape }, i) => tensor(carriedNow[i], shape, { backend })) : left,
+      })),
+    )
+    const update = () => {
       optimizer.update(numbers, this.#norm.result.gradScale)
       staged.after(inputs, carried)
       for (const sum of this.#sums) sum.assign(zeros(sum.shape, sum))
     }
-    const graph = this.#withGradients(() =>
-      backend.capture(() => scope(() => noGrad(record)), { state: [...this.#state, ...this.#sums] }),
-    )
-    return { graph, numbers, inputs, carried }
+    const run = () => scope(() => noGrad(update))
+    try {
+      const graph = this.#withGradients(() => backend.capture(run, { state: [...this.#state, ...this.#sums] }))
+      return { graph, numbers, inputs, carried }
+    } catch (error) {
+      try {
+        if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
+        // What the passes leave stays when their graphs and the memory that these computed in go.
+        for (const graph of [this.#pass, this.#norm]) graph.dispose()
+        this.#withGradients(run)
+        return null
+      } finally {
+        for (const tensor of [numbers, ...Object.values(inputs), ...carried]) tensor.dispose()
+      }
+    }
   }
 
   dispose(): void {
@@ -238,8 +260,8 @@ export class RecordedStep {
     const { norm, gradScale } = this.#norm?.result ?? {}
     const update = this.#update
     const updating = update === null ? [] : [update.numbers, ...Object.values(update.inputs), ...update.carried]
-    const inputs = [...Object.values(this.#inputs), this.#seed, this.#factor, ...updating]
-    for (const tensor of [scalars, ...carried, ...gradients, norm, gradScale, ...inputs, ...this.#sums])
+    const inputs = [...Object.values(this.#inputs ?? {}), this.#seed, this.#factor, ...updating]
+    for (const tensor of [scalars, ...carried, ...gradients, norm, gradScale, ...inputs, ...(this.#sums ?? [])])
       tensor?.dispose()
     for (const graph of [this.#pass, this.#norm, update?.graph]) graph?.dispose()
   }

@@ -49,7 +49,11 @@ export async function trainingStep(
   const held: Tensor[] = []
   try {
     const several = batches.length > 1
-    const parts = batches.map(batch => pass(model, batch, several, precision))
+    const parts = batches.map(batch => {
+      const part = pass(model, batch, several, precision)
+      held.push(...scalarsOf(part))
+      return part
+    })
     const factor = factorOf(parts.map(({ weight }) => weight))
     const { scalars, gradScale } = summarize(parts, trained, clip, factor)
     held.push(scalars, gradScale)
@@ -82,6 +86,8 @@ interface Pass {
   readonly weight: number
 }
 
+const scalarsOf = ({ loss, nll, metrics }: Pass): Tensor[] => [loss, nll, ...metrics.map(([, tensor]) => tensor)]
+
 function pass(model: TrainableModel, batch: TokenBatch, several: boolean, precision: Precision): Pass {
   return scope(() =>
     withPrecision(precision, () => {
@@ -98,11 +104,8 @@ function summarize(parts: readonly Pass[], trained: readonly Parameter[], clip: 
   return scope(() =>
     noGrad(() => {
       const norm = gradientNorm(trained)
-      const tensors = parts.flatMap(part => [part.loss, part.nll, ...part.metrics.map(([, tensor]) => tensor)])
-      const scalars = concat([...tensors, norm].map(tensor => tensor.reshape([1])))
-      const gradScale = clipScale(norm, clip, factor)
-      for (const tensor of tensors) tensor.dispose()
-      return { scalars, gradScale }
+      const scalars = concat([...parts.flatMap(scalarsOf), norm].map(tensor => tensor.reshape([1])))
+      return { scalars, gradScale: clipScale(norm, clip, factor) }
     }),
   )
 }

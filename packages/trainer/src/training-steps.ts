@@ -116,9 +116,14 @@ export class TrainingSteps {
       this.#recorded = new RecordedStep(parts, batches[0], batches.length > 1)
     } catch (error) {
       if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
-      // Its memory is cut into pieces by itself, so it may need a little more than a step op by op.
-      this.#parts = null
+      this.#goOnOpByOp()
     }
+  }
+
+  /** Graphs have memory of their own, which is cut into pieces by itself and stays taken: they may need more than steps op by op. */
+  #goOnOpByOp(): void {
+    this.dispose()
+    this.#parts = null
   }
 
   async #replay(
@@ -133,7 +138,7 @@ export class TrainingSteps {
       const { numbers, carried } = measured
       if (!Number.isFinite(numbers.loss) || !Number.isFinite(numbers.gradNorm))
         throw await nonFiniteStep(this.#model, step, numbers)
-      recorded.apply(measured, lr)
+      if (!recorded.apply(measured, lr)) this.#goOnOpByOp()
       return { ...numbers, after: await staged.report(carried) }
     } catch (error) {
       this.dispose()

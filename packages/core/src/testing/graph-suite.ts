@@ -201,16 +201,21 @@ async function checkFailure(backend: Recorder): Promise<void> {
   const x = new Parameter(full([4], 3, { backend }))
   const { handle } = x
   const { handles } = backend.stats()
-  const fail = () =>
-    scope(() => {
-      x.assign(x.mul(2))
-      throw new Error('no')
-    })
-  await refused(
-    () => backend.capture(fail, { state: [x] }),
-    error => (error as Error).message === 'no',
-  )
-  same([x.handle === handle, backend.stats().handles], [true, handles])
+  const assigns = () => x.assign(x.mul(2))
+  // As backward, which uses up what it adds to.
+  const frees = () => x.dispose()
+  for (const change of [assigns, frees]) {
+    const fail = () =>
+      scope(() => {
+        change()
+        throw new Error('no')
+      })
+    await refused(
+      () => backend.capture(fail, { state: [x] }),
+      error => (error as Error).message === 'no',
+    )
+    same([x.handle === handle, backend.stats().handles], [true, handles])
+  }
   const other = full([4], 7, { backend })
   same([...(await x.values())], [3, 3, 3, 3])
   for (const tensor of [x, other]) tensor.dispose()

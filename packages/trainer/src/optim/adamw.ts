@@ -4,15 +4,14 @@ import {
   fromHost,
   MoeError,
   type NamedParameter,
-  Parameter,
+  type Parameter,
   type StateEntry,
   type StateSource,
   sameShape,
   showShape,
   type Tensor,
-  zeros,
 } from '@moe/core'
-import type { OptimizerInputs, StagedOptimizer } from './optimizer.ts'
+import { type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
 
 export interface AdamWOptions {
   /** Decay rates of the two moments. Default [0.9, 0.95], as DeepSeek-V3. */
@@ -37,8 +36,6 @@ interface Slot {
   readonly v: Parameter
 }
 
-const moment = (like: Parameter) => new Parameter(zeros(like.shape, like), { trainable: false })
-
 export class AdamW implements StagedOptimizer {
   readonly name = 'adamw'
   readonly settings: Readonly<Record<string, unknown>>
@@ -55,14 +52,11 @@ export class AdamW implements StagedOptimizer {
     const { betas = [0.9, 0.95], eps = 1e-8, weightDecay = 0.1, decays = decaysMatrices } = options
     this.#betas = betas
     this.#eps = eps
-    this.#slots = parameters
-      .filter(({ parameter }) => parameter.trainable)
-      .map(named => ({
-        named,
-        weightDecay: decays(named) ? weightDecay : 0,
-        m: moment(named.parameter),
-        v: moment(named.parameter),
-      }))
+    const trained = parameters.filter(({ parameter }) => parameter.trainable)
+    const moments = zeroState(trained.flatMap(({ parameter }) => [parameter, parameter]))
+    this.#slots = trained.map((named, i) => {
+      return { named, weightDecay: decays(named) ? weightDecay : 0, m: moments[2 * i], v: moments[2 * i + 1] }
+    })
     this.settings = {
       betas: [...betas],
       eps,

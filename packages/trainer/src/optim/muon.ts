@@ -7,7 +7,7 @@ import {
   MoeError,
   type NamedParameter,
   noGrad,
-  Parameter,
+  type Parameter,
   type Precision,
   type StateEntry,
   type StateSource,
@@ -16,10 +16,9 @@ import {
   showShape,
   type Tensor,
   tensor,
-  zeros,
 } from '@moe/core'
 import { AdamW, type AdamWOptions } from './adamw.ts'
-import type { OptimizerInputs, StagedOptimizer } from './optimizer.ts'
+import { type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
 
 export interface MuonOptions extends AdamWOptions {
   /** Default 0.95. */
@@ -77,16 +76,22 @@ export class Muon implements StagedOptimizer {
   constructor(parameters: readonly NamedParameter[], options: MuonOptions = {}) {
     const { momentum = 0.95, iterations = 5, precision = 'bf16', takes = hiddenMatrices, weightDecay = 0.1 } = options
     const own = parameters.filter(named => named.parameter.trainable && takes(named))
-    this.#slots = own.map(named => ({
+    const momenta = zeroState(own.map(({ parameter }) => parameter))
+    this.#slots = own.map((named, i) => ({
       named,
       weightDecay,
       scale: 0.2 * Math.sqrt(Math.max(...named.parameter.shape.slice(-2))),
-      momentum: new Parameter(zeros(named.parameter.shape, named.parameter), { trainable: false }),
+      momentum: momenta[i],
     }))
-    this.#rest = new AdamW(
-      parameters.filter(named => !own.includes(named)),
-      options,
-    )
+    try {
+      this.#rest = new AdamW(
+        parameters.filter(named => !own.includes(named)),
+        options,
+      )
+    } catch (error) {
+      for (const momentum of momenta) momentum.dispose()
+      throw error
+    }
     this.#momentum = momentum
     this.#iterations = iterations
     this.#precision = precision

@@ -1,5 +1,5 @@
 /** @file What the trainer asks of an optimizer. */
-import type { AttrUpdates, StateEntry, StateSource, Tensor } from '@moe/core'
+import { type AttrUpdates, Parameter, type StateEntry, type StateSource, scope, type Tensor, zeros } from '@moe/core'
 
 export interface Optimizer {
   /** Short name, stored in checkpoints so that the state of another one is not taken for its own. */
@@ -38,3 +38,9 @@ export interface StagedOptimizer extends Optimizer {
 }
 
 export const isStaged = (optimizer: Optimizer): optimizer is StagedOptimizer => 'begin' in optimizer
+
+/** State for each of the tensors, zeros at first. Without the memory for all of it there is none. */
+export const zeroState = (like: readonly Tensor[]): Parameter[] =>
+  scope(() => like.map(tensor => zeros(tensor.shape, tensor))).map(
+    tensor => new Parameter(tensor, { trainable: false }),
+  )
