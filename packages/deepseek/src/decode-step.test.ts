@@ -4,6 +4,7 @@ import {
   type Backend,
   full,
   type Graph,
+  isMoeError,
   MoeError,
   namedParameters,
   Random,
@@ -176,6 +177,93 @@ describe('recorded decoding', () => {
     expect(counts.captures).toBeGreaterThan(3)
     recorded.dispose()
     plain.dispose()
+  })
+
+  test('goes on op by op where there is no memory to record, wherever that shows', async () => {
+    const config = { ...tiny, num_nextn_predict_layers: 1 }
+    const model = new DeepSeek(config, { seed: 1, backend: native })
+    const options = { maxTokens: 20 }
+    const expected = await made(model, options)
+    model.dispose()
+    const { handles } = native.stats()
+    /** Ops of a recording until one finds no memory. */
+    let left = Number.POSITIVE_INFINITY
+    let recording = false
+    const failing = <Kernels extends object>(kernels: Kernels): Kernels =>
+      Object.fromEntries(
+        Object.entries(kernels).map(([name, kernel]) => [
+          name,
+          (...of: unknown[]) => {
+            if (recording && --left === 0) throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: name, problem: 'full' })
+            return kernel(...of)
+          },
+        ]),
+      ) as Kernels
+    const backend: Backend = {
+      ...native,
+      primitives: failing(native.primitives),
+      fused: failing(native.fused),
+      capture(fn, captureOptions) {
+        recording = true
+        try {
+          return native.capture(fn, captureOptions)
+        } finally {
+          recording = false
+        }
+      },
+    }
+    const small = new DeepSeek(config, { seed: 1, backend })
+    let ops = 1
+    do {
+      left = ops
+      expect(await made(small, options)).toEqual(expected)
+      ops += 7
+    } while (left <= 0)
+    expect(ops).toBeGreaterThan(50)
+    small.dispose()
+    expect(native.stats().handles).toBe(handles)
+  })
+
+  test('where memory is too short, an error leaves nothing behind', async () => {
+    const config = { ...tiny, num_nextn_predict_layers: 2 }
+    const options = { maxTokens: 80 }
+    const roomy = await createBackend({ threads: 1 })
+    const model = new DeepSeek(config, { seed: 1, backend: roomy })
+    const { bytes } = roomy.stats()
+    const expected = await made(model, options)
+    roomy.dispose()
+    let refused = 0
+    for (let limit = bytes, done = false; !done; limit += 2048) {
+      const backend = await createBackend({ threads: 1, memoryLimit: limit })
+      const small = new DeepSeek(config, { seed: 1, backend })
+      try {
+        expect(await made(small, options)).toEqual(expected)
+        done = true
+      } catch (error) {
+        if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
+        refused++
+      }
+      small.dispose()
+      expect(backend.stats().handles).toBe(0)
+      backend.dispose()
+    }
+    expect(refused).toBeGreaterThan(10)
+  })
+
+  test('a read that fails leaves nothing behind', async () => {
+    for (const reads of [1, 2, 3, 6]) {
+      const memory = await createBackend()
+      let left = reads
+      const download: Backend['download'] = value => {
+        if (--left === 0) return Promise.reject(new Error('device lost'))
+        return memory.download(value)
+      }
+      const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { backend: { ...memory, download } })
+      await expect(made(model, { maxTokens: 20 })).rejects.toThrow('device lost')
+      model.dispose()
+      expect(memory.stats().handles).toBe(0)
+      memory.dispose()
+    }
   })
 
   test('follows weights that are trained or replaced meanwhile', async () => {

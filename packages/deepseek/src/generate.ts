@@ -46,7 +46,7 @@ export interface GenerationStats {
   readonly tokensPerStep: number
 }
 
-/** Tokens (or texts) as they come; `stats` fills up meanwhile. */
+/** Tokens (or texts) as they come, once; `stats` fills up meanwhile. */
 export interface Generation<T> extends AsyncIterable<T> {
   readonly stats: GenerationStats
 }
@@ -74,7 +74,7 @@ export function generate(
       return this.steps === 0 ? 0 : this.tokens / this.steps
     },
   }
-  const ids = () => decode(model, Array.from(prompt), options, depth, stats)
+  const ids = decode(model, Array.from(prompt), options, depth, stats)
   const tokenizer = 'tokenizer' in options ? options.tokenizer : null
   const stops = (options.stop ?? []).filter(stop => typeof stop === 'string')
   if (stops.includes('') || (stops.length > 0 && !tokenizer)) {
@@ -87,7 +87,8 @@ export function generate(
       fix: tokenizer ? undefined : 'pass { tokenizer }, or token ids',
     })
   }
-  return { stats, [Symbol.asyncIterator]: tokenizer ? () => texts(ids(), tokenizer, stops) : ids }
+  const once = tokenizer ? texts(ids, tokenizer, stops) : ids
+  return { stats, [Symbol.asyncIterator]: () => once }
 }
 
 async function* texts(
