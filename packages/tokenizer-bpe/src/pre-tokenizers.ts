@@ -40,6 +40,10 @@ export function preTokenizerNames(): PreTokenizerName[] {
   return [...new Set(Object.values(NAMES))]
 }
 
+/** A regular expression of JavaScript as tokenizer.json writes it (Ruby syntax, where the flag `m` is what `s` is here). */
+export const patternOf = ({ source, ignoreCase, dotAll }: RegExp): string =>
+  `${ignoreCase ? '(?i)' : ''}${dotAll ? '(?m)' : ''}${source}`
+
 /** The `pre_tokenizer` of tokenizer.json for splits by regular expression (none: ByteLevel's own) before ByteLevel. */
 export function preTokenizerJson(patterns: readonly string[], digits = false): Record<string, unknown> {
   const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: patterns.length === 0 }

@@ -51,3 +51,15 @@ test.each([
 ])('refuses %j', (text, problem) => {
   expect(() => BpeTokenizer.fromTiktoken(text, { preTokenizer: 'gpt2' })).toThrow(problem)
 })
+
+test('flags of a regular expression count', () => {
+  const pieces = (preTokenizer: RegExp, text: string) => {
+    const tokenizer = BpeTokenizer.fromTiktoken(ranks('ab', 'AB', 'a\n'), { preTokenizer })
+    return [...tokenizer.encode(text)]
+  }
+  // Where the letters are a piece of their own, they do not merge with what stands beside them.
+  expect(pieces(/a/, 'AB')).toEqual([257])
+  expect(pieces(/a/i, 'AB')).toEqual([65, 66])
+  expect(pieces(/a.?/, 'a\n')).toEqual([97, 10])
+  expect(pieces(/a.?/s, 'a\n')).toEqual([258])
+})

@@ -6,7 +6,7 @@ import { TokenizerError } from './errors.ts'
 import { describe } from './json/check.ts'
 import { BpeModel, MAX_ID } from './model.ts'
 import type { Parts } from './parts.ts'
-import { type PreTokenizerName, preTokenizerJson } from './pre-tokenizers.ts'
+import { type PreTokenizerName, patternOf, preTokenizerJson } from './pre-tokenizers.ts'
 
 export interface TiktokenOptions {
   readonly preTokenizer: 'gpt2' | 'cl100k' | 'o200k' | RegExp | { readonly pattern: string }
@@ -129,7 +129,7 @@ export function readTiktoken(
     preTokenizer: preTokenizerJson(
       typeof choice === 'string'
         ? patternsOf(choice === 'cl100k' ? 'cl100k-tiktoken' : choice)
-        : [choice instanceof RegExp ? choice.source : choice.pattern],
+        : [choice instanceof RegExp ? patternOf(choice) : choice.pattern],
     ),
   }
 }

@@ -120,6 +120,18 @@ describe('training', () => {
     expect((await trainBpeAsync(texts(), { vocabSize: 320, minFrequency: 1 })).toJSON()).toEqual(train().toJSON())
   })
 
+  test('gives way within one text', async () => {
+    const text = Array.from({ length: 400_000 }, (_, i) => `w${(i * 7919) % 1009}`).join(' ')
+    let phase = ''
+    let turns = 0
+    const timer = setInterval(() => {
+      if (phase !== 'merging') turns++
+    }, 1)
+    await trainBpeAsync([text], { vocabSize: 300, onProgress: progress => (phase = progress.phase) })
+    clearInterval(timer)
+    expect(turns).toBeGreaterThan(1)
+  })
+
   test('keeps to the minimum frequency and the longest token', () => {
     expect(train({ vocabSize: 2000, minFrequency: 1000 }).mergeCount).toBe(0)
     const short = train({ vocabSize: 500, maxTokenLength: 3 })

@@ -470,7 +470,20 @@ function parse(json: string | object): JsonObject {
       cause,
     })
   }
-  return asObject(parsed, '(top level)')
+  const file = asObject(parsed, '(top level)')
+  checkNesting(file)
+  return file
+}
+
+const MAX_NESTING = 64
+
+/** Before anything recurses into the parts that may nest. */
+function checkNesting({ normalizer, pre_tokenizer, post_processor, decoder }: JsonObject): void {
+  let level: unknown[] = [normalizer, pre_tokenizer, post_processor, decoder]
+  for (let depth = 0; level.length > 0; depth++) {
+    if (depth > MAX_NESTING) throw wrong('(top level)', `nests deeper than ${MAX_NESTING} levels`)
+    level = level.flatMap(value => (typeof value === 'object' && value !== null ? Object.values(value) : []))
+  }
 }
 
 /** An empty sequence is as good as none. */

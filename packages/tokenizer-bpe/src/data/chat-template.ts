@@ -33,7 +33,7 @@ export class ChatTemplate {
   /**
    * Reads the template of a parsed tokenizer_config.json.
    * @param name which one, where there are several
-   * @throws TokenizerError E_FORMAT without a template, E_UNSUPPORTED when @huggingface/jinja is not installed
+   * @throws TokenizerError E_FORMAT without a template that can be read, E_UNSUPPORTED when @huggingface/jinja is not installed
    */
   static async from(config: ChatConfig, name = 'default'): Promise<ChatTemplate> {
     const found = config.chat_template
@@ -58,7 +58,13 @@ export class ChatTemplate {
         cause,
       })
     }
-    const template = new jinja.Template(source)
+    let template: import('@huggingface/jinja').Template
+    try {
+      template = new jinja.Template(source)
+    } catch (cause) {
+      const problem = `chat_template cannot be read: ${(cause as Error).message}`
+      throw new TokenizerError({ code: 'E_FORMAT', op: 'ChatTemplate.from', problem, cause })
+    }
     const tokens: Record<string, string> = {}
     for (const key of ['bos_token', 'eos_token', 'pad_token', 'unk_token']) {
       const token = config[key]

@@ -61,4 +61,5 @@ test("ChatTemplate renders DeepSeek-V3's own template", async () => {
     0, 128_803, 128_804,
   ])
   await expect(ChatTemplate.from({})).rejects.toThrow('no chat_template')
+  await expect(ChatTemplate.from({ chat_template: '{% for %}' })).rejects.toMatchObject({ code: 'E_FORMAT' })
 })

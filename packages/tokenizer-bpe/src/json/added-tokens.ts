@@ -1,7 +1,10 @@
 /** @file `added_tokens` of tokenizer.json. */
 import type { AddedToken } from '../added-tokens.ts'
 import { type BpeModel, MAX_ID } from '../model.ts'
-import { asArray, asFlag, asId, asObject, asString, describe, wrong } from './check.ts'
+import { asArray, asFlag, asId, asObject, asString, describe, unsupported, wrong } from './check.ts'
+
+/** Looking for a token takes a step for each of its bytes, anywhere in a text. */
+const LONGEST = 1024
 
 export function readAddedTokens(value: unknown, model: BpeModel): AddedToken[] {
   if (value === undefined || value === null) return []
@@ -12,6 +15,7 @@ export function readAddedTokens(value: unknown, model: BpeModel): AddedToken[] {
     const json = asObject(item, where)
     const content = asString(json.content, `${where}.content`)
     if (content === '') throw wrong(`${where}.content`, 'is empty')
+    if (content.length > LONGEST) throw unsupported(`${where}.content`, `a token of ${content.length} characters`)
     const special = asFlag(json.special, `${where}.special`, false)
     const token: AddedToken = {
       id: asId(json.id, `${where}.id`, MAX_ID),

@@ -82,6 +82,22 @@ test('refuses what is no JSON', () => {
   expect(() => BpeTokenizer.fromJSON('[]')).toThrow('expected an object')
 })
 
+test.each(['normalizer', 'pre_tokenizer', 'post_processor', 'decoder'])(
+  'a %s that nests without end is refused',
+  name => {
+    let deep: unknown = null
+    for (let i = 0; i < 100_000; i++) deep = { type: 'Sequence', pretokenizers: [deep] }
+    expect(() => load(json => (json[name] = deep))).toThrow('nests deeper than 64 levels')
+  },
+)
+
+test('an added token of thousands of characters is refused', () => {
+  const huge = { id: 1000, content: 'x'.repeat(1025), special: true }
+  expect(() => load(json => json.added_tokens.push(huge))).toThrow(
+    'added_tokens[1].content: a token of 1025 characters is not supported',
+  )
+})
+
 test('a pattern without end stops with an error', () => {
   const tokenizer = load(json => {
     json.pre_tokenizer.pretokenizers[0].pattern.Regex = '(?=\\s*b)c'

@@ -21,6 +21,10 @@ interface Flags {
 }
 
 const MAX_DEPTH = 100
+/** Repetitions of a repetition. */
+const MAX_STACKED = 10
+/** Those of tokenizers have a few hundred characters. */
+const MAX_LENGTH = 1 << 15
 const CONTROL: Record<string, number> = { t: 9, n: 10, v: 11, f: 12, r: 13, a: 7, e: 27 }
 
 /** @throws TokenizerError E_PATTERN for what is malformed or not supported (backreferences, recursion, conditionals) */
@@ -40,6 +44,7 @@ class Parser {
   }
 
   parse(): Node {
+    if (this.#chars.length > MAX_LENGTH) throw this.#error('too long')
     const node = this.#choice({ ignoreCase: false, dotAll: false, extended: false })
     if (this.#at < this.#chars.length) throw this.#error('unmatched )')
     return node
@@ -122,7 +127,8 @@ class Parser {
   #repeated(flags: Flags): Node | undefined {
     let node = this.#atom(flags)
     if (node === undefined) return undefined
-    while (true) {
+    for (let stacked = 0; ; stacked++) {
+      if (stacked > MAX_STACKED) throw this.#error('repetitions are nested too deep')
       let min: number
       let max: number
       let braces = false

@@ -69,6 +69,8 @@ test.each([
   ['(?:a*)*', 'repeats without end what can match nothing'],
   ['(?:a{1000}){1000}{1000}', 'repeats too much'],
   ['('.repeat(5000), 'nested too deep'],
+  [`a${'{1,2}'.repeat(5000)}`, 'repetitions are nested too deep'],
+  ['a|'.repeat(100_000), 'too long'],
   ['(?<=a+)b', 'lookbehind of changing length'],
   ['\\', 'ends too early'],
 ])('refuses %s', (source, problem) => {

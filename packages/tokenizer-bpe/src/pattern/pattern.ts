@@ -29,6 +29,7 @@ export class Pattern {
   readonly source: string
   readonly #code: Int32Array
   readonly #sets: CharSet[] = []
+  readonly #indexOf = new Map<Ranges | string, number>()
   // The text of the search at hand.
   #bytes: Uint8Array = new Uint8Array(0)
   #start = 0
@@ -257,9 +258,12 @@ export class Pattern {
     }
   }
 
+  /** Repetitions and literals name the same set again and again. */
   #setIndex(ranges: Ranges): number {
-    this.#sets.push(new CharSet(ranges))
-    return this.#sets.length - 1
+    const key = ranges.length > 2 ? ranges : `${ranges}`
+    const index = this.#indexOf.get(key) ?? this.#sets.push(new CharSet(ranges)) - 1
+    this.#indexOf.set(key, index)
+    return index
   }
 
   #compile(node: Node, code: number[]): void {

@@ -10,7 +10,7 @@ import { compilePreTokenizer } from '../json/pre-tokenizer.ts'
 import { modelFromTokens } from '../model.ts'
 import { readNormalizer } from '../normalizer.ts'
 import { part } from '../parts.ts'
-import { type PreTokenizerName, preTokenizerJson, preTokenizerNames } from '../pre-tokenizers.ts'
+import { type PreTokenizerName, patternOf, preTokenizerJson, preTokenizerNames } from '../pre-tokenizers.ts'
 import { BpeTokenizer } from '../tokenizer.ts'
 import { MergeLearner } from './merge-learner.ts'
 import { PieceCounter } from './piece-counter.ts'
@@ -66,7 +66,7 @@ export interface TrainOptions {
 export function trainBpe(texts: Iterable<string>, options: TrainOptions): BpeTokenizer {
   const trainer = new Trainer(options)
   if (typeof texts === 'string') throw notTexts(texts)
-  for (const text of texts) trainer.add(text)
+  for (const text of texts) for (const _ of trainer.count(text));
   trainer.startMerging()
   while (trainer.merge(500)) trainer.report()
   return trainer.finish()
@@ -86,8 +86,7 @@ export async function trainBpeAsync(
     paused = performance.now()
   }
   for await (const text of texts) {
-    trainer.add(text)
-    await pause()
+    for (const _ of trainer.count(text)) await pause()
   }
   trainer.startMerging()
   while (trainer.merge(100)) {
@@ -145,7 +144,8 @@ class Trainer {
     this.#normalizer = readNormalizer(options.normalizer && { type: options.normalizer })
   }
 
-  add(text: string): void {
+  /** Counts the pieces of a text, some thousands between two yields. */
+  *count(text: string): Generator<void> {
     this.#checkSignal()
     if (typeof text !== 'string') {
       throw new TokenizerError({
@@ -177,6 +177,7 @@ class Trainer {
         this.report()
         this.#checkSignal()
       }
+      yield
     }
     this.#bytes += end
     if (this.#scratch.length > 1 << 26) {
@@ -340,7 +341,7 @@ function preTokenizerOf(choice: NonNullable<TrainOptions['preTokenizer']>): unkn
     const { patterns, digits } = part(choice)
     return preTokenizerJson(patterns, digits)
   }
-  return preTokenizerJson(choice instanceof RegExp ? [choice.source] : choice.patterns)
+  return preTokenizerJson(choice instanceof RegExp ? [patternOf(choice)] : choice.patterns)
 }
 
 function specialTokens(list: NonNullable<TrainOptions['specialTokens']>): AddedToken[] {
