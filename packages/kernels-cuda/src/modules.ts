@@ -47,7 +47,7 @@ export class Modules {
   readonly #loaded = new Map<string, number>()
   /** Of the addresses of each kernel's arguments: the driver reads them, so they must live. */
   readonly #lists: BigUint64Array[] = []
-  readonly #arguments = new DataView(new ArrayBuffer(mostArgumentBytes))
+  readonly #arguments: Packed
   readonly #address: number
 
   /** @param folder With `<module>.fatbin` files; default: MOE_CUDA_KERNELS, or the package's own. */
@@ -55,7 +55,9 @@ export class Modules {
     this.#driver = driver
     this.#device = device
     this.#folder = folder
-    this.#address = driver.address(this.#arguments.buffer)
+    const buffer = new ArrayBuffer(mostArgumentBytes)
+    this.#arguments = { floats: new Float32Array(buffer), ints: new Int32Array(buffer) }
+    this.#address = driver.address(buffer)
   }
 
   /** @throws MoeError E_NO_BACKEND when the kernels are not there, need another driver, or were not built for this device. */
@@ -89,7 +91,7 @@ export class Modules {
    */
   kernel(module: string, name: string, signature: string, launch: (launch: Launch) => void): CudaKernel {
     const parameters = parseSignature(signature)
-    const view = this.#arguments
+    const packed = this.#arguments
     const addresses = BigUint64Array.from(parameters, ({ offset }) => BigInt(this.#address + offset))
     this.#lists.push(addresses)
     const list = this.#driver.address(addresses.buffer)
@@ -111,7 +113,7 @@ export class Modules {
       }
       if (args.length !== parameters.length)
         throw new Error(`${name} takes ${parameters.length} arguments, got ${args.length}`)
-      pack(view, parameters, args)
+      pack(packed, parameters, args)
       launch({
         kernel: name,
         function: entry,
@@ -234,27 +236,35 @@ function parseSignature(signature: string): Parameter[] {
   return list
 }
 
-function pack(view: DataView, parameters: readonly Parameter[], args: ReadonlyArray<Argument>): void {
+/** The memory of the arguments, as what they are. */
+interface Packed {
+  readonly floats: Float32Array
+  readonly ints: Int32Array
+}
+
+function pack(to: Packed, parameters: readonly Parameter[], args: ReadonlyArray<Argument>): void {
   for (let i = 0; i < parameters.length; i++) {
     const { code, offset, count } = parameters[i]
     const value = args[i]
     if (count === 0) {
-      put(view, code, offset, value as number)
+      put(to, code, offset >> 2, value as number)
       continue
     }
     const values = value as readonly number[] | TensorMap
-    if (values.length > count) throw new Error(`${values.length} elements for an array parameter of ${count}`)
-    const size = code === 'p' || code === 'l' ? 8 : 4
-    for (let k = 0; k < count; k++) put(view, code, offset + k * size, k < values.length ? values[k] : 0)
+    const { length } = values
+    if (length > count) throw new Error(`${length} elements for an array parameter of ${count}`)
+    const words = code === 'p' || code === 'l' ? 2 : 1
+    const at = offset >> 2
+    for (let k = 0; k < length; k++) put(to, code, at + k * words, values[k])
+    to.ints.fill(0, at + length * words, at + count * words)
   }
 }
 
-function put(view: DataView, code: Code, offset: number, value: number): void {
-  if (code === 'f') view.setFloat32(offset, value, true)
-  else if (code === 'i') view.setInt32(offset, value, true)
+/** At a word of four bytes. Two halves are quicker than a BigInt; negative numbers come out as two's complement. */
+function put({ floats, ints }: Packed, code: Code, at: number, value: number): void {
+  if (code === 'f') floats[at] = value
   else {
-    // Two halves are quicker than a BigInt; negative numbers come out as two's complement.
-    view.setUint32(offset, value % 4294967296, true)
-    view.setInt32(offset + 4, Math.floor(value / 4294967296), true)
+    ints[at] = value
+    if (code !== 'i') ints[at + 1] = Math.floor(value / 4294967296)
   }
 }

@@ -6,7 +6,15 @@ import { broadcastNest as broadcastAxes, type Nest } from '@moe/core/strides'
 const maxAxes = 8
 
 /** Axes innermost first: of each its size, then the operands' strides. */
-export const nestList = ({ sizes, strides }: Nest): number[] => byAxis(sizes.length, [...sizes, ...strides.flat()])
+export function nestList({ sizes, strides }: Nest): number[] {
+  checkRank(sizes.length)
+  const nest: number[] = []
+  for (let axis = sizes.length - 1; axis >= 0; axis--) {
+    nest.push(sizes[axis])
+    for (let k = 0; k < strides.length; k++) nest.push(strides[k][axis])
+  }
+  return nest
+}
 
 /** The arguments rank and nest of an elementwise op with numpy broadcasting. */
 export function broadcastNest(out: Shape, ...operands: readonly Shape[]): [rank: number, nest: number[]] {
@@ -16,13 +24,16 @@ export function broadcastNest(out: Shape, ...operands: readonly Shape[]): [rank:
 
 /** `numbers` are lists of `rank`, outermost first. */
 function byAxis(rank: number, numbers: readonly number[]): number[] {
-  if (rank > maxAxes) {
-    const problem = `${rank} axes that cannot be merged; the kernels have loops for ${maxAxes}`
-    throw new MoeError({ code: 'E_BACKEND', op: 'kernels-cuda', problem })
-  }
+  checkRank(rank)
   const nest: number[] = []
   for (let axis = rank - 1; axis >= 0; axis--) {
     for (let i = axis; i < numbers.length; i += rank) nest.push(numbers[i])
   }
   return nest
+}
+
+function checkRank(rank: number): void {
+  if (rank <= maxAxes) return
+  const problem = `${rank} axes that cannot be merged; the kernels have loops for ${maxAxes}`
+  throw new MoeError({ code: 'E_BACKEND', op: 'kernels-cuda', problem })
 }

@@ -5,11 +5,15 @@ import type { Cuda } from '../../native.ts'
 const units = [1, 2, 4, 8, 16]
 
 /** The largest unit that divides all of these numbers of bytes. */
-export const unitOf = (...bytes: readonly number[]): number =>
-  units.findLast(unit => bytes.every(n => n % unit === 0)) as number
+export function unitOf(...bytes: readonly number[]): number {
+  let bits = 16
+  for (let i = 0; i < bytes.length; i++) bits |= bytes[i] % 16
+  // The lowest bit that is set in any of them.
+  return bits & -bits
+}
 
 /** The variants `<name>_b8` to `<name>_b128` of a kernel, by bytes of the unit. */
 export function byUnit(cuda: Cuda, module: string, name: string, signature: string): (unit: number) => CudaKernel {
   const kernels = units.map(unit => cuda.kernel(module, `${name}_b${unit * 8}`, signature))
-  return unit => kernels[units.indexOf(unit)]
+  return unit => kernels[31 - Math.clz32(unit)]
 }
