@@ -3,18 +3,25 @@ import type { Backend, WeightFormat } from '../backend.ts'
 import { setDefaultBackend } from '../context.ts'
 import { isMoeError } from '../errors.ts'
 import { dequantizeWeight, quantizeWeight } from '../fused/quantized-matmul.ts'
-import { Random, randn } from '../random.ts'
+import { Random, rand, randn } from '../random.ts'
 import { referenceBackend } from '../reference/index.ts'
 import { scope } from '../scope.ts'
-import { tensor, zeros } from '../tensor.ts'
+import { type Tensor, tensor, zeros } from '../tensor.ts'
 import { assertClose, tolerances } from '../testing/compare.ts'
 import { Embedding, Linear, RmsNorm, weightParameter } from './layers.ts'
 import { Module, namedParameters } from './module.ts'
-import type { Parameter } from './parameter.ts'
-import { groupedLinear, type QuantizedParameter, quantizeWeights, weightBytes } from './quantized.ts'
+import { Parameter } from './parameter.ts'
+import {
+  groupedLinear,
+  type QuantizedParameter,
+  quantizedParameter,
+  quantizeWeights,
+  weightBytes,
+} from './quantized.ts'
 import { entriesSource, loadStateDict, stateDict } from './state-dict.ts'
 
 const formats: readonly WeightFormat[] = ['bf16', 'fp8', 'int8', 'int4']
+const bytes = async (tensor: Tensor) => Buffer.from((await tensor.data()).buffer)
 let backend: Backend
 beforeEach(() => {
   backend = referenceBackend()
@@ -68,6 +75,23 @@ describe('quantizing a weight', () => {
   test.each(formats)('%s: zeros stay zeros', async format => {
     const back = await scope(() => dequantizeWeight(quantizeWeight(zeros([3, 7]), format))).values()
     expect([...back]).toEqual(new Array(21).fill(0))
+  })
+
+  test.each([
+    ['int8', [900, 16]],
+    ['fp8', [900, 16]],
+    ['fp8', [9, 100, 16]],
+  ] as const)('%s %j in parts: the codes of the whole, for less memory', async (format, shape) => {
+    const dense = new Parameter(rand(shape, new Random(4), { low: -1 }))
+    const live = backend.stats().bytes
+    const parts = quantizedParameter(dense, format, 4000)
+    const peak = backend.stats().peakBytes - live
+    const whole = scope(() => quantizeWeight(dense, format))
+    expect(backend.stats().peakBytes - live).toBeGreaterThan(1.8 * peak)
+    const { q, scale } = parts.weight
+    expect(Buffer.compare(await bytes(q), await bytes(whole.q))).toBe(0)
+    expect(Buffer.compare(await bytes(scale as Tensor), await bytes(whole.scale as Tensor))).toBe(0)
+    expect(parts.weight).toMatchObject({ shape: whole.shape, block: whole.block })
   })
 
   test('int4 lies two to a byte, the even column in the low half', async () => {

@@ -84,9 +84,8 @@ export class QuantizedParameter extends Parameter {
     const { shape, scale: before } = this.#weight
     const rows = parts.reduce((sum, part) => sum + part.shape[0], 0)
     if (rows !== shape[0]) throw this.#misfit([rows, ...shape.slice(1)])
-    const join = (tensors: Tensor[]) => keep(scope(() => noGrad(() => concat(tensors))))
-    super.assign(join(parts.map(part => part.q)))
-    const scale = before === null ? null : join(parts.map(part => part.scale as Tensor))
+    const { q, scale } = joined(parts)
+    super.assign(q)
     before?.dispose()
     this.#weight = { ...this.#weight, scale }
     if (parts.length > 1) parts.forEach(disposeStored)
@@ -109,9 +108,37 @@ function disposeStored({ q, scale }: QuantizedWeight): void {
   scale?.dispose()
 }
 
-/** A stored form of a parameter; the parameter itself is left alone. */
-export function quantizedParameter(parameter: Parameter, format: WeightFormat): QuantizedParameter {
-  return new QuantizedParameter(keep(scope(() => noGrad(() => quantizeWeight(parameter, format)))))
+/**
+ * A stored form of a parameter; the parameter itself is left alone.
+ * @param atOnce numbers that are quantized at once, about: meanwhile they are there several times, as f32 and as i32
+ */
+export function quantizedParameter(parameter: Parameter, format: WeightFormat, atOnce = 2 ** 20): QuantizedParameter {
+  const { shape } = parameter
+  const [count, ...inner] = shape
+  // Matrices are cut between blocks, of which the tallest have 128 rows; stacks between matrices.
+  const step = shape.length === 2 ? 128 : 1
+  const rows = step * Math.max(1, Math.floor(atOnce / (step * sizeOf(inner))))
+  const quantized = (from: number) =>
+    keep(scope(() => quantizeWeight(parameter.narrow(0, from, Math.min(count, from + rows)), format)))
+  return noGrad(() => {
+    // To bf16 it is one cast, with nothing in between.
+    if (format === 'bf16' || count <= rows)
+      return new QuantizedParameter(keep(scope(() => quantizeWeight(parameter, format))))
+    const parts: QuantizedWeight[] = []
+    try {
+      for (let from = 0; from < count; from += rows) parts.push(quantized(from))
+      return new QuantizedParameter({ ...parts[0], shape, ...joined(parts) })
+    } finally {
+      parts.forEach(disposeStored)
+    }
+  })
+}
+
+/** Codes and scales of parts of the first axis. */
+function joined(parts: readonly QuantizedWeight[]): Pick<QuantizedWeight, 'q' | 'scale'> {
+  const join = (tensors: Tensor[]) => keep(scope(() => noGrad(() => concat(tensors))))
+  const scale = parts[0].scale === null ? null : join(parts.map(part => part.scale as Tensor))
+  return { q: join(parts.map(part => part.q)), scale }
 }
 
 /** The shape that a parameter stands for. */

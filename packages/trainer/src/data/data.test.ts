@@ -82,11 +82,11 @@ describe('textFiles', () => {
 
   test('of files larger than a string only the documents must fit', async () => {
     const cwd = await folder({ 'a.txt': 'first\nsecond\nthird' })
-    const toString = Buffer.prototype.toString
+    const decode = Buffer.prototype.toString
     // As if strings held 8 characters.
     const limited = vi.spyOn(Buffer.prototype, 'toString').mockImplementation(function (this: Buffer, encoding) {
       if (this.length > 8) throw Object.assign(new Error('too long'), { code: 'ERR_STRING_TOO_LONG' })
-      return toString.call(this, encoding)
+      return decode.call(this, encoding)
     })
     try {
       expect(textFiles('a.txt', { cwd, separator: '\n' }).training).toEqual(['first', 'second', 'third'])

@@ -52,6 +52,16 @@ describe('orthogonalize', () => {
     }
   })
 
+  test('needs no more memory for more iterations', () => {
+    const peakOf = (iterations: number) => {
+      const own = referenceBackend()
+      const x = randn([4, 16, 16], new Random(1), { backend: own })
+      scope(() => orthogonalize(x, iterations, 'f32'))
+      return own.stats().peakBytes
+    }
+    expect(peakOf(6)).toBe(peakOf(2))
+  })
+
   test('keeps singular vectors and signs: a scaled rotation stays a rotation', () => {
     const [c, s] = [Math.cos(0.7), Math.sin(0.7)]
     using x = tensor([5 * c, -5 * s, 5 * s, 5 * c], [2, 2])

@@ -38,21 +38,28 @@ export function hiddenMatrices({ name, parameter }: NamedParameter): boolean {
 
 /**
  * Replaces matrices `[..., m, n]` by nearly orthogonal ones with the same singular vectors (singular values 0.7 to
- * 1.2): Newton-Schulz iteration with the quintic polynomial of Jordan et al.
+ * 1.2): Newton-Schulz iteration with the quintic polynomial of Jordan et al. No gradient goes through it.
  */
 export function orthogonalize(x: Tensor, iterations = 5, precision: Precision = 'bf16'): Tensor {
   const [a, b, c] = [3.4445, -4.775, 2.0315]
   const [rows, columns] = x.shape.slice(-2)
   // The smaller of the two Gram matrices; the factors act from its side.
   const left = rows <= columns
-  const norm = x.mul(x).sum([-2, -1], true).sqrt().add(1e-7)
-  let y = x.div(norm)
-  for (let i = 0; i < iterations; i++) {
+  const next = (y: Tensor) => {
     const gram = y.matmul(y, left ? { transposeB: true, precision } : { transposeA: true, precision })
     const factor = gram.mul(b).add(gram.matmul(gram, { precision }).mul(c))
-    y = y.mul(a).add(left ? factor.matmul(y, { precision }) : y.matmul(factor, { precision }))
+    return y.mul(a).add(left ? factor.matmul(y, { precision }) : y.matmul(factor, { precision }))
   }
-  return y
+  return noGrad(() => {
+    let y = scope(() => x.div(x.mul(x).sum([-2, -1], true).sqrt().add(1e-7)))
+    for (let i = 0; i < iterations; i++) {
+      // Each iteration leaves its result alone: a stack of experts is large.
+      const before = y
+      y = scope(() => next(before))
+      before.dispose()
+    }
+    return y
+  })
 }
 
 interface Slot {

@@ -82,8 +82,9 @@ describe('progress', () => {
         listen({ type: 'measuring', step: 40, done: i / 100 })
       }
       return all()
-        .split(/\r\x1b\[2K|\n/)
+        .split(/[\r\n]/)
         .filter(line => line.includes('measuring'))
+        .map(line => line.replace('\x1b[2K', ''))
     }
     expect(measure(false)).toEqual([40, 80].map(share => `step 40: measuring held-out text, ${share} %`))
     expect(measure(true)).toHaveLength(100)
