@@ -82,10 +82,21 @@ test('Ctrl-C saves and says how to go on; --resume continues the same run, bit f
 })
 
 test('bad requests say what to do', async () => {
-  const { code, stderr } = await run([...small('bad'), '--lr=-1'])
+  const { code, stderr } = await run([...small('bad').slice(0, -1), fileURLToPath(import.meta.url)])
   expect(code).toBe(1)
-  expect(stderr).toMatch(/lr is -1, needs a positive number/)
+  expect(stderr).toMatch(/the folder .* cannot be used: .*; choose another out/)
   expect(stderr).not.toMatch(/\n +at /)
+})
+
+test.each([
+  ['--precision', 'f8', 'needs bf16 or f32'],
+  ['--batch', '0', 'needs a whole number from 1'],
+  ['--steps', '2.5', 'needs a whole number from 1'],
+  ['--addresses', '1', 'needs a whole number from 2'],
+  ['--minutes', '0', 'needs a number above 0'],
+])('%s %s is refused before anything is made', async (option, value, what) => {
+  const { code, stderr } = await run([option, value])
+  expect([code, stderr]).toEqual([1, `\n${option} is "${value}", ${what}\n`])
 })
 
 test('--help', async () => {

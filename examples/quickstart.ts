@@ -6,7 +6,7 @@ import { readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
-import { firstAvailable, isMoeError, parameterCount, precisions, setDefaultBackend } from '@moe/core'
+import { firstAvailable, isMoeError, type Precision, parameterCount, precisions, setDefaultBackend } from '@moe/core'
 import { countParameters, DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
 import { BpeTokenizer, trainBpe } from '@moe/tokenizer-bpe'
 import { latestCheckpoint, texts, train, writeSummary } from '@moe/trainer'
@@ -50,18 +50,24 @@ function readOptions() {
       help: { type: 'boolean', default: false },
     },
   })
-  for (const name of ['minutes', 'steps', 'batch', 'lr', 'seed', 'addresses'] as const) {
-    if (values[name] === undefined || Number.isFinite(Number(values[name]))) continue
-    throw new TypeError(`--${name} is ${JSON.stringify(values[name])}, needs a number`)
+  const needs = (name: keyof typeof values, fits: boolean, what: string) => {
+    if (values[name] === undefined || fits) return
+    throw new TypeError(`--${name} is ${JSON.stringify(values[name])}, needs ${what}`)
   }
-  if (values.optimizer !== 'muon' && values.optimizer !== 'adamw') {
-    throw new TypeError(`--optimizer is ${JSON.stringify(values.optimizer)}, needs muon or adamw`)
+  const whole = (name: 'steps' | 'batch' | 'seed' | 'addresses', least: number) => {
+    const number = Number(values[name])
+    needs(name, values[name] !== '' && Number.isSafeInteger(number) && number >= least, `a whole number from ${least}`)
   }
+  whole('steps', 1)
+  whole('batch', 1)
+  whole('seed', 0)
+  whole('addresses', 2)
+  for (const name of ['minutes', 'lr'] as const)
+    needs(name, Number(values[name]) > 0 && Number.isFinite(Number(values[name])), 'a number above 0')
+  needs('optimizer', ['muon', 'adamw'].includes(values.optimizer), 'muon or adamw')
   const precision = precisions.find(name => name === values.precision)
-  if (precision === undefined) {
-    throw new TypeError(`--precision is ${JSON.stringify(values.precision)}, needs f32, bf16 or fp8`)
-  }
-  return { ...values, precision }
+  needs('precision', precision !== undefined, 'f32, bf16 or fp8')
+  return { ...values, precision: precision as Precision }
 }
 
 interface Address {
