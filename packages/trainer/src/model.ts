@@ -7,8 +7,7 @@ export interface TokenBatch {
   readonly tokens: Int32Array
   /**
    * `[rows, length]`: number of the document that each token belongs to. A position counts in the loss only if the
-   * token that it predicts is of the same document. Padding has negative numbers that never repeat in a row, so that
-   * it counts nowhere.
+   * token that it predicts is of the same document. Padding has negative numbers, and carries no loss.
    */
   readonly documents: Int32Array
   readonly rows: number
