@@ -1,7 +1,7 @@
 /**
- * Does bf16 train as well as f32? The loss curves of one model, seed and order of data, run after run.
+ * Do bf16 and fp8 train as well as f32? The loss curves of one model, seed and order of data, run after run.
  *
- *     pnpm bench precision [--runs f32,bf16] [--steps 300] [--batch 8] [--seq 256] [--optimizer muon] [--lr 1e-2]
+ *     pnpm bench precision [--runs f32,bf16,fp8] [--steps 300] [--batch 8] [--seq 256] [--optimizer muon] [--lr 1e-2]
  * [--window 20] [--seed 0] [--hidden 192] [--layers 4] [--vocab 4096] [--addresses N] [--json FILE]
  *
  * The model, text and optimizer of `npm start`; smaller ones by --hidden, --layers, --vocab, and the last N addresses. A run is a precision, `@` and the instruction set of kernels-cpu, where not the best: `f32@avx2,f32@baseline,bf16`
