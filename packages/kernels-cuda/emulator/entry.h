@@ -25,8 +25,17 @@ int injectedFailure(const char* call);
 Status breakCapture(Stream& stream);
 Operation operation(Operation::Kind kind, const char* call);
 
+/// Compute capability times ten.
+int capability();
+/// Most shared memory of a block, in bytes.
+uint32_t maxShared();
+/// Whether a capture forbids calls that may wait for the device (one in relaxed mode does not).
+bool captureForbids();
+
 // Kernels and their arguments.
 
+/// With the context all modules go.
+void unloadModules();
 Function* functionOf(void* handle);
 Status checkLaunch(const Function& function, Dim3 grid, Dim3 block, uint32_t shared, size_t bytes);
 Status unpackExtra(void** extra, const void** buffer, size_t* bytes);
