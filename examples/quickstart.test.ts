@@ -89,7 +89,7 @@ test('bad requests say what to do', async () => {
 })
 
 test.each([
-  ['--precision', 'f8', 'needs bf16 or f32'],
+  ['--precision', 'f8', 'needs f32, bf16 or fp8'],
   ['--batch', '0', 'needs a whole number from 1'],
   ['--steps', '2.5', 'needs a whole number from 1'],
   ['--addresses', '1', 'needs a whole number from 2'],

@@ -22,74 +22,47 @@ MOE_DEVICE const float* scalesOf(const Fp8Scales& scales, int matrix, int tile) 
 template <class JobOf, class Store>
 MOE_DEVICE void workOffFp8(const TensorMap& a, const TensorMap& b, Fp8Scales scalesA, Fp8Scales scalesB, int rowsA, int jobs, JobOf jobOf, Store store) {
   using Tile = TileFp8;
-  MOE_DYNAMIC_SHARED(dynamic);
-  MOE_SHARED(Barrier, full, [Tile::Stages]);
-  MOE_SHARED(Barrier, empty, [Tile::Stages]);
-  unsigned char* const stages = dynamic + (-sharedAddress(dynamic) & 1023);
-  float* const stageScales = (float*)(stages + Tile::Stages * Tile::stageBytes);
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < Tile::Stages; s++) {
-      initBarrier(&full[s], 1);
-      initBarrier(&empty[s], Tile::Producer);
-    }
-    fenceBarriers();
-  }
-  __syncthreads();
-
-  const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  int stage = 0, parity = 0;
-  auto next = [&] {
-    if (++stage == Tile::Stages) stage = 0, parity ^= 1;
-  };
-  if (warp == Tile::Producer) {
-    if (lane == 0) prefetchMap(a), prefetchMap(b);
-    for (int j = blockIdx.x; j < jobs; j += gridDim.x) {
-      const HopperJob job = jobOf(j);
-      for (int t = 0; t < job.steps; t++, next()) {
-        if (lane == 0) {
-          unsigned char* const to = stages + stage * Tile::stageBytes;
-          const int k = job.k + t * Tile::BK;
-          wait(&empty[stage], parity ^ 1);
-          arriveAndExpect(&full[stage], Tile::stageBytes + Tile::scaleBytes);
-          copyBox(to, a, &full[stage], k, job.rowA, job.matrixA);
-          copyBox(to + Tile::bytesA, b, &full[stage], k, job.rowB, job.matrixB);
-          copyBytes(stageScales + stage * Tile::BN, scalesOf(scalesB, job.matrixB, k / Tile::BK) + job.rowB, Tile::scaleBytes, &full[stage]);
+  if (threadIdx.x == Tile::Producer * 32) prefetchMap(a), prefetchMap(b);
+  const auto stageScales = [](const Stages<Tile>& stages) { return (float*)(stages.data + Tile::Stages * Tile::stageBytes) + stages.stage * Tile::BN; };
+  workOffStages<Tile>(
+      jobs, Tile::stageBytes + Tile::scaleBytes, jobOf,
+      [&](const Stages<Tile>& stages, const HopperJob& job, int t) {
+        Barrier* const full = &stages.full[stages.stage];
+        const int k = job.k + t * Tile::BK;
+        copyBox(stageOf(stages), a, full, k, job.rowA, job.matrixA);
+        copyBox(stageOf(stages) + Tile::bytesA, b, full, k, job.rowB, job.matrixB);
+        copyBytes(stageScales(stages), scalesOf(scalesB, job.matrixB, k / Tile::BK) + job.rowB, Tile::scaleBytes, full);
+      },
+      [&](int j, const HopperJob& job, Stages<Tile>& stages) {
+        const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+        Tile::Sums sums = {}, part = {};
+        for (int t = 0; t < job.steps; t++, nextStage(stages)) {
+          const unsigned char* const left = stageOf(stages) + warp / 4 * (Tile::bytesA / 2);
+          const unsigned char* const right = stageOf(stages) + Tile::bytesA;
+          const float* const rowScales = scalesOf(scalesA, job.matrixA, job.k / Tile::BK + t);
+          float scaleA[Tile::Rows];
+#pragma unroll
+          for (int i = 0; i < Tile::Rows; i++) scaleA[i] = rowScales[min(job.rowA + Tile::row(i), rowsA - 1)];
+          wait(&stages.full[stages.stage], stages.parity);
+          fenceProducts(part.v);
+          multiplyGroupFp8<true>(part.v, operandAt(left, 0), operandAt(right, 0));
+#pragma unroll
+          for (int k = 16; k < 64; k += 16) multiplyGroupFp8<false>(part.v, operandAt(left, k), operandAt(right, k));
+          commitProducts();
+          waitProducts<0>(part.v);
+#pragma unroll
+          for (int c = 0; c < Tile::Columns; c += 2) {
+            const float2 scaleB = *(const float2*)(stageScales(stages) + Tile::column(c));
+#pragma unroll
+            for (int i = 0; i < Tile::Rows; i++) {
+              Tile::at(sums, i, c) += Tile::at(part, i, c) * (scaleA[i] * scaleB.x);
+              Tile::at(sums, i, c + 1) += Tile::at(part, i, c + 1) * (scaleA[i] * scaleB.y);
+            }
+          }
+          fenceOperands(); // threads have read scales where the copy engine writes again
+          __syncwarp();
+          if (lane == 0) arrive(&stages.empty[stages.stage]);
         }
-        __syncwarp();
-      }
-    }
-    return;
-  }
-  for (int j = blockIdx.x; j < jobs; j += gridDim.x) {
-    const HopperJob job = jobOf(j);
-    Tile::Sums sums = {}, part = {};
-    for (int t = 0; t < job.steps; t++, next()) {
-      const unsigned char* const left = stages + stage * Tile::stageBytes + warp / 4 * (Tile::bytesA / 2);
-      const unsigned char* const right = stages + stage * Tile::stageBytes + Tile::bytesA;
-      const float* const rowScales = scalesOf(scalesA, job.matrixA, job.k / Tile::BK + t);
-      float scaleA[Tile::Rows];
-#pragma unroll
-      for (int i = 0; i < Tile::Rows; i++) scaleA[i] = rowScales[min(job.rowA + Tile::row(i), rowsA - 1)];
-      wait(&full[stage], parity);
-      fenceProducts(part.v);
-      multiplyGroupFp8<true>(part.v, operandAt(left, 0), operandAt(right, 0));
-#pragma unroll
-      for (int k = 16; k < 64; k += 16) multiplyGroupFp8<false>(part.v, operandAt(left, k), operandAt(right, k));
-      commitProducts();
-      waitProducts<0>(part.v);
-#pragma unroll
-      for (int c = 0; c < Tile::Columns; c += 2) {
-        const float2 scaleB = *(const float2*)(stageScales + stage * Tile::BN + Tile::column(c));
-#pragma unroll
-        for (int i = 0; i < Tile::Rows; i++) {
-          Tile::at(sums, i, c) += Tile::at(part, i, c) * (scaleA[i] * scaleB.x);
-          Tile::at(sums, i, c + 1) += Tile::at(part, i, c + 1) * (scaleA[i] * scaleB.y);
-        }
-      }
-      fenceOperands(); // threads have read scales where the copy engine writes again
-      __syncwarp();
-      if (lane == 0) arrive(&empty[stage]);
-    }
-    store(j, job, sums);
-  }
+        store(j, job, sums);
+      });
 }

@@ -48,15 +48,30 @@ MOE_DEVICE uint64_t operandIn(const unsigned char* stage, int k) {
   return Across ? operandAcross(stage + k * 128, 64 * 128) : operandAt(stage, k);
 }
 
-/// Works off the jobs blockIdx.x, + gridDim.x, ... below `jobs`. `jobOf(j)` is called by whole warps; `copy(to, full, job, t)` by one thread, starts
-/// the copies of step t, `stageBytes` in all; `store(j, job, sums)` by the warpgroups. Between the two sides lie `Stages` places in shared memory,
-/// each `full` (the copies have landed) or `empty` (both warpgroups have read it) by turns.
-template <class Tile, bool AcrossA, bool AcrossB, class JobOf, class Copy, class Store>
-MOE_DEVICE void workOffSteps(int jobs, JobOf jobOf, Copy copy, Store store) {
+/// Places in shared memory between the warp that copies and the warpgroups that multiply, each `full` (the copies have landed) or `empty` (all warps have read it)
+/// by turns; and where one side is.
+template <class Tile>
+struct Stages {
+  unsigned char* data;
+  Barrier *full, *empty;
+  int stage, parity;
+};
+template <class Tile>
+MOE_DEVICE unsigned char* stageOf(const Stages<Tile>& stages) {
+  return stages.data + stages.stage * Tile::stageBytes;
+}
+template <class Tile>
+MOE_DEVICE void nextStage(Stages<Tile>& stages) {
+  if (++stages.stage == Tile::Stages) stages.stage = 0, stages.parity ^= 1;
+}
+
+/// Works off the jobs blockIdx.x, + gridDim.x, ... below `jobs`. `jobOf(j)` is called by whole warps; `copy(stages, job, t)` by one thread, starts the copies of step t,
+/// `stepBytes` in all; `multiply(j, job, stages)` by the warpgroups, who wait for each step, arrive when they have read it and go to the next stage.
+template <class Tile, class JobOf, class Copy, class Multiply>
+MOE_DEVICE void workOffStages(int jobs, int stepBytes, JobOf jobOf, Copy copy, Multiply multiply) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(Barrier, full, [Tile::Stages]);
   MOE_SHARED(Barrier, empty, [Tile::Stages]);
-  unsigned char* const stages = dynamic + (-sharedAddress(dynamic) & 1023);
   if (threadIdx.x == 0) {
     for (int s = 0; s < Tile::Stages; s++) {
       initBarrier(&full[s], 1);
@@ -66,47 +81,52 @@ MOE_DEVICE void workOffSteps(int jobs, JobOf jobOf, Copy copy, Store store) {
   }
   __syncthreads();
 
+  Stages<Tile> stages = {dynamic + (-sharedAddress(dynamic) & 1023), full, empty, 0, 0};
   const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  int stage = 0, parity = 0;
-  auto next = [&] {
-    if (++stage == Tile::Stages) stage = 0, parity ^= 1;
-  };
   if (warp == Tile::Producer) {
     for (int j = blockIdx.x; j < jobs; j += gridDim.x) {
       const HopperJob job = jobOf(j);
-      for (int t = 0; t < job.steps; t++, next()) {
+      for (int t = 0; t < job.steps; t++, nextStage(stages)) {
         if (lane == 0) {
-          unsigned char* const to = stages + stage * Tile::stageBytes;
-          wait(&empty[stage], parity ^ 1); // the first time round at once
-          arriveAndExpect(&full[stage], Tile::stageBytes);
-          copy(to, &full[stage], job, t);
+          wait(&empty[stages.stage], stages.parity ^ 1); // the first time round at once
+          arriveAndExpect(&full[stages.stage], stepBytes);
+          copy(stages, job, t);
         }
         __syncwarp();
       }
     }
     return;
   }
-  for (int j = blockIdx.x; j < jobs; j += gridDim.x) {
-    const HopperJob job = jobOf(j);
-    typename Tile::Sums sums = {};
-    int last = 0;
-    for (int t = 0; t < job.steps; t++, next()) {
-      const unsigned char* const left = stages + stage * Tile::stageBytes + warp / 4 * (Tile::bytesA / 2);
-      const unsigned char* const right = stages + stage * Tile::stageBytes + Tile::bytesA;
-      wait(&full[stage], parity);
-      fenceProducts(sums.v);
+  for (int j = blockIdx.x; j < jobs; j += gridDim.x) multiply(j, jobOf(j), stages);
+}
+
+/// The same in bf16: `copy(to, full, job, t)` starts the copies of step t, `stageBytes` in all; `store(j, job, sums)` is called by the warpgroups.
+template <class Tile, bool AcrossA, bool AcrossB, class JobOf, class Copy, class Store>
+MOE_DEVICE void workOffSteps(int jobs, JobOf jobOf, Copy copy, Store store) {
+  workOffStages<Tile>(
+      jobs, Tile::stageBytes, jobOf,
+      [&](const Stages<Tile>& stages, const HopperJob& job, int t) { copy(stageOf(stages), &stages.full[stages.stage], job, t); },
+      [&](int j, const HopperJob& job, Stages<Tile>& stages) {
+        const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+        typename Tile::Sums sums = {};
+        int last = 0;
+        for (int t = 0; t < job.steps; t++, nextStage(stages)) {
+          const unsigned char* const left = stageOf(stages) + warp / 4 * (Tile::bytesA / 2);
+          const unsigned char* const right = stageOf(stages) + Tile::bytesA;
+          wait(&stages.full[stages.stage], stages.parity);
+          fenceProducts(sums.v);
 #pragma unroll
-      for (int k = 0; k < Tile::BK; k += 16) multiplyGroup<Tile::BN, AcrossB, AcrossA>(sums.v, operandIn<AcrossA>(left, k), operandIn<AcrossB>(right, k));
-      commitProducts();
-      // One group stays on its way, so that the tensor cores never wait for the next; the stage before is free.
-      waitProducts<1>(sums.v);
-      if (t > 0 && lane == 0) arrive(&empty[last]);
-      last = stage;
-    }
-    waitProducts<0>(sums.v);
-    if (job.steps > 0 && lane == 0) arrive(&empty[last]);
-    store(j, job, sums);
-  }
+          for (int k = 0; k < Tile::BK; k += 16) multiplyGroup<Tile::BN, AcrossB, AcrossA>(sums.v, operandIn<AcrossA>(left, k), operandIn<AcrossB>(right, k));
+          commitProducts();
+          // One group stays on its way, so that the tensor cores never wait for the next; the stage before is free.
+          waitProducts<1>(sums.v);
+          if (t > 0 && lane == 0) arrive(&stages.empty[last]);
+          last = stages.stage;
+        }
+        waitProducts<0>(sums.v);
+        if (job.steps > 0 && lane == 0) arrive(&stages.empty[last]);
+        store(j, job, sums);
+      });
 }
 
 /// The same, each step of 64 k of the operands.
