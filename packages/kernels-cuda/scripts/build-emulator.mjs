@@ -1,20 +1,24 @@
 // Builds build/emulator/: libmoe-cuda-emulator.so, which stands in for the CUDA driver, libmoe-cublas-lt-emulator.so for cuBLASLt, and one
 // <module>.fatbin per kernel folder (a line of text, which that driver takes for an image). Plain Node >= 20.
 //
-//   node scripts/build-emulator.mjs [--force] [--verbose] [--keep-going] [--only=op,op]
+//   node scripts/build-emulator.mjs [--ptx[=90a]] [--force] [--verbose] [--keep-going] [--only=op,op]
 //
 // The runtime (emulator/*.cc) is compiled as it is. Kernels (src/kernels/*/*.cu, emulator/tests/*.cu) are compiled as C++ with the
 // hooks of the thread sanitizer, which the runtime answers itself. --keep-going links what compiles, with the last good object of what
 // does not; --only compiles these folders alone and links them with the objects that are there.
+//
+// --ptx builds build/emulator-ptx/ instead: kernels as nvcc compiles them for that architecture, translated from PTX (ptx.mjs). Needs nvcc.
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
-import { dirname, join, relative } from 'node:path'
+import { basename, dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { findCompiler, hash, lock, objectBuilder } from '../../kernels-cpu/scripts/objects.mjs'
+import { translateSources } from './ptx-sources.mjs'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const options = parseArguments(process.argv.slice(2))
-const outDir = join(root, 'build', 'emulator')
+const outDir = join(root, 'build', options.ptx ? 'emulator-ptx' : 'emulator')
 const objDir = join(outDir, 'obj')
+const ptxDir = join(outDir, 'ptx')
 const driver = join(outDir, 'libmoe-cuda-emulator.so')
 const cublasLt = join(outDir, 'libmoe-cublas-lt-emulator.so')
 
@@ -57,6 +61,17 @@ const kernelFlags = [
   `-I${join(root, 'device')}`,
   `-I${join(root, 'emulator')}`,
 ]
+/** Of what was translated, which calls the hooks itself. A function may have thousands of variables: more optimization costs more than it brings. */
+const translatedFlags = [
+  ...common.map(flag => (flag === '-O2' ? '-O1' : flag)),
+  ...architecture,
+  '-ffp-contract=off',
+  '-fno-strict-aliasing',
+  '-fwrapv',
+  '-g1',
+  '-w',
+  `-I${join(root, 'emulator')}`,
+]
 /** By the kind of compiler: the check of indices, and no calls at the start and end of functions. */
 const kernelFlagsOf = {
   clang: [
@@ -81,7 +96,8 @@ async function main() {
   mkdirSync(objDir, { recursive: true })
   const unlock = await lock(join(outDir, 'lock'))
   try {
-    const sources = findSources()
+    const { sources, failed: untranslated } = await translateSources(findSources(), { root, ptxDir, ...options })
+    if (untranslated.length > 0) return fail(untranslated)
     const objects = sources.map(source => describe(source, compiler))
     const wanted = objects.filter(({ module }) => !options.only || !module || options.only.includes(module))
     const stale = wanted.filter(object => !builder.isFresh(object))
@@ -104,12 +120,14 @@ async function main() {
 }
 
 function parseArguments(args) {
-  const parsed = { force: false, verbose: false, keepGoing: false, only: undefined }
+  const parsed = { force: false, verbose: false, keepGoing: false, only: undefined, ptx: undefined }
   for (const arg of args) {
     if (arg === '--force') parsed.force = true
     else if (arg === '--verbose') parsed.verbose = true
     else if (arg === '--keep-going') parsed.keepGoing = true
     else if (arg.startsWith('--only=')) parsed.only = arg.slice(7).split(',')
+    else if (arg === '--ptx') parsed.ptx = '90a'
+    else if (/^--ptx=\d+a?$/.test(arg)) parsed.ptx = arg.slice(6)
     else {
       console.error(`kernels-cuda: unknown option ${arg}; see the head of scripts/build-emulator.mjs`)
       process.exit(2)
@@ -143,7 +161,8 @@ function findSources() {
           .map(name => join(folder, name))
       : []
   const sources = list(emulator, '.cc').map(file => ({ file }))
-  for (const file of list(join(emulator, 'tests'), '.cu')) sources.push({ file, module: 'emulator-tests' })
+  for (const ending of ['.cu', '.ptx'])
+    for (const file of list(join(emulator, 'tests'), ending)) sources.push({ file, module: 'emulator-tests' })
   if (existsSync(kernels)) {
     for (const entry of readdirSync(kernels, { withFileTypes: true }))
       if (entry.isDirectory())
@@ -152,17 +171,14 @@ function findSources() {
   return sources
 }
 
-function describe({ file: source, module }, compiler) {
-  const name = relative(root, source).replaceAll(/[/\\]/g, '-')
-  const flags = module
-    ? [
-        ...kernelFlags,
-        ...kernelFlagsOf[compiler.version.includes('clang') ? 'clang' : 'gcc'],
-        `-DMOE_MODULE="${module}"`,
-        '-x',
-        'c++',
-      ]
-    : runtimeFlags
+function describe({ file: source, module, translated }, compiler) {
+  const name = translated ? basename(source) : relative(root, source).replaceAll(/[/\\]/g, '-')
+  const ofKernel = [...kernelFlags, ...kernelFlagsOf[compiler.version.includes('clang') ? 'clang' : 'gcc']]
+  const flags = translated
+    ? translatedFlags
+    : module
+      ? [...ofKernel, `-DMOE_MODULE="${module}"`, '-x', 'c++']
+      : runtimeFlags
   return {
     source,
     module,

@@ -5,12 +5,12 @@
 // A module `<op>-sm90a` is built for that architecture alone. All architectures together are what is published; their use of registers and shared memory is written to device/resources.txt.
 // --check compiles nothing: it fails when a fatbin is missing or older than its sources, when a kernel spills registers, or when all of them are
 // too big.
-import { spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { basename, dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { dependencies, hash, run } from '../../kernels-cpu/scripts/objects.mjs'
+import { nvccVersion } from './nvcc.mjs'
 
 /** Real architectures, and the one whose PTX the driver compiles on devices that are newer than all of them. */
 const published = ['80', '86', '89', '90a', '100', '120']
@@ -75,11 +75,6 @@ function say(line) {
 function fail(line) {
   console.error(`kernels-cuda: ${line}`)
   process.exitCode = 1
-}
-
-function nvccVersion() {
-  const found = spawnSync('nvcc', ['--version'], { encoding: 'utf8' })
-  return found.status === 0 ? found.stdout.match(/release ([\d.]+)/)?.[1] : undefined
 }
 
 function findModules() {

@@ -2,13 +2,13 @@
 import { expect, test } from 'vitest'
 import { fusedFactories, primitiveFactories } from './kernels/index.ts'
 import type { Cuda } from './native.ts'
-import { emulatorFunction, onDevice, unavailable } from './test-backend.ts'
+import { emulatorFunction, onDevice, translated, unavailable } from './test-backend.ts'
 
 /** `module name signature` of every kernel that a launcher asks for. */
 function asked(): string[] {
   const found = new Set<string>()
   const kernel = (module: string, name: string, signature: string) => {
-    found.add(`${module} ${name} ${signature}`)
+    found.add(`${module} ${name} ${translated ? inPtx(signature) : signature}`)
     return () => {}
   }
   // Launchers differ by device.
@@ -19,6 +19,15 @@ function asked(): string[] {
       (factory as (cuda: Cuda) => unknown)(cuda)
   }
   return [...found].sort()
+}
+
+/** Parameters as PTX has them: pointers are integers, arrays and structures are bytes. */
+function inPtx(signature: string): string {
+  const bytes: Record<string, number> = { p: 8, l: 8, i: 4, f: 4 }
+  return signature
+    .replaceAll(/([plif])\[(\d+)\]/g, (_, letter: string, count: string) => `b[${bytes[letter]! * Number(count)}]`)
+    .replaceAll(/\bp\b/g, 'l')
+    .replaceAll(/\bt\b/g, 'b[128]')
 }
 
 /** The same of every kernel that was compiled: lines of `module name bounds signature`. */

@@ -18,7 +18,10 @@ export const productVariants: ReadonlyArray<{ readonly precision: WidePrecision;
   ...wgmmaVariants.map(wgmma => ({ precision: 'bf16', wgmma }) as const),
 ]
 
-const folder = join(import.meta.dirname, '..', 'build', 'emulator')
+/** The kernels as the host's compiler made them, or with `ptx` as nvcc did (`build-emulator.mjs --ptx`). */
+export const translated = process.env['MOE_EMULATOR_KERNELS'] === 'ptx'
+
+const folder = join(import.meta.dirname, '..', 'build', translated ? 'emulator-ptx' : 'emulator')
 const library = join(folder, 'libmoe-cuda-emulator.so')
 
 /** The emulated cuBLASLt. */

@@ -3,7 +3,9 @@ import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import koffi from 'koffi'
 
-const file = join(import.meta.dirname, '..', 'build', 'emulator', 'libmoe-cuda-emulator.so')
+/** With the kernels as the host's compiler made them, or as nvcc did: test-backend.ts. */
+const folder = process.env['MOE_EMULATOR_KERNELS'] === 'ptx' ? 'emulator-ptx' : 'emulator'
+const file = join(import.meta.dirname, '..', 'build', folder, 'libmoe-cuda-emulator.so')
 
 /** Whether there is no emulator to test. */
 export const unbuilt = !existsSync(file)
