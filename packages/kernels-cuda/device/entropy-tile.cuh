@@ -1,7 +1,7 @@
 // What becomes of a tile of logits x weight^T in cross-entropy: it is reduced to what is needed of it, or to its gradient.
 // Legend: N rows of x, V rows of weight (here: a chunk of them, `first` .. `first` + V - 1 of all), D features.
 #pragma once
-#include "gemm.cuh"
+#include "rounded-tile.cuh"
 
 /// Quicker where operands are rounded anyway.
 template <class Tile>
@@ -46,26 +46,30 @@ MOE_DEVICE void storeLogitsGradient(typename Tile::Element* dlogits, typename Ti
 #pragma unroll
   for (int i = 0; i < Tile::Rows; i++) {
     const int r = row + Tile::row(i);
-    if (r >= N) continue;
-    const int target = targets[r];
+    const bool exists = r < N;
+    const int target = exists ? targets[r] : ignoreIndex;
     const bool counts = target >= 0 && target < classes && target != ignoreIndex;
-    const float rowLse = lse[r], factor = dloss[r];
+    const float rowLse = exists ? lse[r] : 0.f, factor = exists ? dloss[r] : 0.f;
     typename Tile::Element* const to = dlogits + (int64_t)r * ld;
-#pragma unroll
-    for (int j = 0; j < Tile::Columns; j += 2) {
+    const auto gradient = [&](int j) {
       const int c = column + Tile::column(j);
-      float d[2];
+      const float p = exponential<Tile>(Tile::at(logits, i, j) - rowLse);
+      return counts && c < V ? (p - (first + c == target ? 1.f : 0.f)) * factor : 0.f;
+    };
+    if constexpr (sizeof(typename Tile::Element) == 2) {
 #pragma unroll
-      for (int n = 0; n < 2; n++) {
-        const float p = exponential<Tile>(Tile::at(logits, i, j + n) - rowLse);
-        d[n] = counts && c + n < V ? (p - (first + c + n == target ? 1.f : 0.f)) * factor : 0.f;
+      for (int j = 0; j < Tile::Columns; j += 4) {
+        uint32_t a = packBf16(gradient(j), gradient(j + 1)), b = packBf16(gradient(j + 2), gradient(j + 3));
+        pairColumns(a, b);
+        const int c = column + pairedColumn<Tile>(j);
+        if (exists && c < ld) storeWide(to + c, a, b);
       }
-      if (c >= ld) continue;
-      if constexpr (sizeof(typename Tile::Element) == 2) {
-        *(uint32_t*)(to + c) = packBf16(d[0], d[1]);
-      } else {
-        to[c] = d[0];
-        if (c + 1 < ld) to[c + 1] = d[1];
+    } else {
+      static_assert(Tile::Run == 4, "rows of memory are a multiple of 4");
+#pragma unroll
+      for (int j = 0; j < Tile::Columns; j += 4) {
+        const int c = column + Tile::column(j);
+        if (exists && c < ld) storeWide(to + c, gradient(j), gradient(j + 1), gradient(j + 2), gradient(j + 3));
       }
     }
   }

@@ -9,6 +9,7 @@
 // A row is shared by RowLanes lanes that differ in the lowest bits, and a warp needs no other warp's rows.
 #pragma once
 #include "tile.cuh"
+#include "wide.cuh"
 
 MOE_DEVICE float exp2Fast(float x) {
 #ifdef MOE_EMULATOR
@@ -209,8 +210,8 @@ MOE_DEVICE void storeRow(float* to, typename Engine::template Sums<D>& sums, int
     for (int r = 0; r < Engine::Run; r++) x[r] = Engine::template at<D>(sums, i, j + r) * factor;
     if (features % Engine::Run == 0) { // then rows are aligned and runs never cut
       if (d >= features) continue;
-      if constexpr (Engine::Run == 2) *(float2*)(to + d) = make_float2(x[0], x[1]);
-      else *(float4*)(to + d) = make_float4(x[0], x[1], x[2], x[3]);
+      if constexpr (Engine::Run == 2) storeWide(to + d, x[0], x[1]);
+      else storeWide(to + d, x[0], x[1], x[2], x[3]);
     } else {
 #pragma unroll
       for (int r = 0; r < Engine::Run; r++) {

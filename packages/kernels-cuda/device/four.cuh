@@ -1,6 +1,6 @@
 // Four neighbouring floats as one access of 16 bytes, and loops that deal them out.
 #pragma once
-#include "moe.cuh"
+#include "wide.cuh"
 
 struct Four {
   float v[4];
@@ -18,9 +18,14 @@ MOE_DEVICE Four load4(const float* from, I i) {
   const float4 x = *reinterpret_cast<const float4*>(from + i);
   return {{x.x, x.y, x.z, x.w}};
 }
+/// To global memory.
 template <class I>
 MOE_DEVICE void store4(float* to, I i, const Four& x) {
-  *reinterpret_cast<float4*>(to + i) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
+  storeWide(to + i, x.v[0], x.v[1], x.v[2], x.v[3]);
+}
+template <class I>
+MOE_DEVICE void storeShared4(float* to, I i, const Four& x) {
+  storeWideShared(to + i, x.v[0], x.v[1], x.v[2], x.v[3]);
 }
 
 /// True when elements i .. i+3 can be accessed at once and lie within 0 .. n-1.

@@ -8,6 +8,7 @@
 // Legend: o, k as in tile.cuh; a is [m, k] ([k, m] when transposed), b is [k, n] ([n, k] when transposed).
 #pragma once
 #include "tile.cuh"
+#include "wide.cuh"
 
 /// An operand from its first outer index and first k on. `outer` outer indices exist; ld elements lie between rows of memory.
 template <class T>
@@ -195,8 +196,8 @@ MOE_DEVICE void storeTile(float* c, int64_t ld, int rows, int columns, typename 
       const int column = Tile::column(j);
       if (whole && !add) {
         if (column >= columns) continue;
-        if (Tile::Run == 2) *(float2*)(to + column) = make_float2(Tile::at(sums, i, j), Tile::at(sums, i, j + 1));
-        else *(float4*)(to + column) = make_float4(Tile::at(sums, i, j), Tile::at(sums, i, j + 1), Tile::at(sums, i, j + 2), Tile::at(sums, i, j + 3));
+        if (Tile::Run == 2) storeWide(to + column, Tile::at(sums, i, j), Tile::at(sums, i, j + 1));
+        else storeWide(to + column, Tile::at(sums, i, j), Tile::at(sums, i, j + 1), Tile::at(sums, i, j + 2), Tile::at(sums, i, j + 3));
       } else {
 #pragma unroll
         for (int r = 0; r < Tile::Run; r++) {

@@ -2,10 +2,42 @@
 #pragma once
 #include "gemm.cuh"
 
-/// Writes the tile to c, rounded; `rows` rows and `columns` columns exist from here on. Where ld is even and `columns` odd, one more column is written.
+/// Of sixteen columns of a row, four lanes have words (pairs of columns) c and 4 + c each; afterwards words 2c and 2c + 1, which are stored at once: the row's
+/// whole sector, where a word of each lane is half of one. By whole warps.
+MOE_DEVICE void pairColumns(uint32_t& first, uint32_t& second) {
+  const int c = threadIdx.x % 4;
+  const uint32_t half = __shfl_xor_sync(wholeWarp, c < 2 ? second : first, 2);
+  if (c < 2) second = half;
+  else first = half;
+  const uint32_t next = __shfl_xor_sync(wholeWarp, c % 2 == 0 ? second : first, 1);
+  if (c % 2 == 0) second = next;
+  else first = next;
+}
+/// Where the four columns begin that a lane has then, of those that begin with the tile's column j.
+template <class Tile>
+MOE_DEVICE int pairedColumn(int j) {
+  static_assert(Tile::Run == 2 && Tile::Columns % 4 == 0, "pairs of neighbours, eight columns apart");
+  return Tile::column(j) + threadIdx.x % 4 * 2;
+}
+
+/// Writes the tile to c, rounded; `rows` rows and `columns` columns exist from here on. Where rows of memory (ld) are longer, up to the next multiple of 4, or
+/// of 2, so much more is written.
 template <class Tile>
 MOE_DEVICE void storeRounded(bf16* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums) {
   static_assert(Tile::Run == 2, "pairs of neighbours");
+  if (ld % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < Tile::Rows; i++) {
+#pragma unroll
+      for (int j = 0; j < Tile::Columns; j += 4) {
+        uint32_t a = packBf16(Tile::at(sums, i, j), Tile::at(sums, i, j + 1)), b = packBf16(Tile::at(sums, i, j + 2), Tile::at(sums, i, j + 3));
+        pairColumns(a, b);
+        const int column = pairedColumn<Tile>(j);
+        if (Tile::row(i) < rows && column < columns) storeWide(c + Tile::row(i) * ld + column, a, b);
+      }
+    }
+    return;
+  }
   const bool pairs = ld % 2 == 0; // then all are aligned
 #pragma unroll
   for (int i = 0; i < Tile::Rows; i++) {

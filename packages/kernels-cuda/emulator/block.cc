@@ -203,6 +203,7 @@ void finish() {
   if (next < 0) {
     if (returnedCount < threadCount) stuck();
     checkBarriers();
+    if (counting) closeAccesses();
     const int stack = threads[me].stack;
     if (!nextBlock()) switchContext(&discarded, scheduler);
     next = firstThread();

@@ -43,9 +43,15 @@ static void elsewhere(uintptr_t address, size_t bytes, const char* what, Where w
   stop(misalignedAddress, where, "misaligned: %s of %zu bytes at 0x%zx", what, bytes, (size_t)address);
 }
 
+[[gnu::noinline]] static void count(uintptr_t address, int bytes, bool write, Where where) {
+  const bool shared = inShared(address);
+  if (run.active && (shared || inArena(address))) countAccess(where.at, address, bytes, shared, write);
+}
+
 template <size_t Bytes>
 static inline __attribute__((always_inline)) void read(void* pointer) {
   const uintptr_t address = (uintptr_t)pointer, offset = address - globalStart;
+  if (__builtin_expect(counting, 0)) count(address, Bytes, false, EMU_HERE);
   if (__builtin_expect(offset < globalBytes, 1)) {
     if (__builtin_expect((address & (Bytes - 1)) != 0, 0)) misaligned(address, Bytes, "read", EMU_HERE);
     const uint8_t* shadow = globalShadow + (offset >> 2);
@@ -75,6 +81,7 @@ static inline __attribute__((always_inline)) void read(void* pointer) {
 template <size_t Bytes>
 static inline __attribute__((always_inline)) void write(void* pointer) {
   const uintptr_t address = (uintptr_t)pointer, offset = address - globalStart;
+  if (__builtin_expect(counting, 0)) count(address, Bytes, true, EMU_HERE);
   if (__builtin_expect(offset < globalBytes, 1)) {
     if (__builtin_expect((address & (Bytes - 1)) != 0, 0)) misaligned(address, Bytes, "write", EMU_HERE);
     uint8_t* shadow = globalShadow + (offset >> 2);

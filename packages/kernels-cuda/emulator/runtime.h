@@ -93,6 +93,14 @@ const char* faultReport();
 extern bool checksOn;
 void findImage();
 
+// --- counts (traffic.cc) ---
+
+extern bool counting;
+/// An access of the current thread, by the instruction at `code`.
+void countAccess(const void* code, uintptr_t address, int bytes, bool shared, bool write);
+/// The block has ended.
+void closeAccesses();
+
 // --- device memory (memory.cc). One shadow byte for 4 bytes: the low half says which of them lie in an allocation, the high half which
 // of those were written. ---
 

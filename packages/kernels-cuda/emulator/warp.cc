@@ -142,6 +142,7 @@ uint32_t ballot(uint32_t mask, bool value, const char* file, int line) {
 
 Words4 loadMatrices(const void* row, bool transposed, const char* file, int line) {
   const uintptr_t at = (uintptr_t)row;
+  if (counting) countAccess(__builtin_return_address(0), at, 16, true, false);
   if (at & 15) stop(misalignedAddress, {file, line}, "misaligned: a matrix row at 0x%zx is not at a multiple of 16", (size_t)at);
   if (checksOn) {
     if (!inShared(at)) stop(illegalAddress, {file, line}, "a matrix row at 0x%zx, which is not shared memory", (size_t)at);
@@ -256,6 +257,10 @@ void copyAsync(void* shared, const void* global, int bytes, bool valid) {
     if (valid) readGlobal(from, bytes, EMU_HERE);
     checkOverwrite("a copy goes", to, bytes, EMU_HERE);
     beginCopyShared(to, bytes, EMU_HERE);
+  }
+  if (counting) {
+    if (valid) countAccess(__builtin_return_address(0), from, bytes, false, false);
+    countAccess(__builtin_return_address(0), to, bytes, true, true);
   }
   Queue& queue = queueOf(run.thread);
   if (queue.tail - queue.head == queueLength) landFirst(queue);

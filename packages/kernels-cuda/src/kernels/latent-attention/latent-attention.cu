@@ -28,7 +28,7 @@ struct KeyTiles<float, BN, Threads> {
       const float* const from = raw(shared) + row * mostC;
       for (int c = threadIdx.x % 32 * 4; c < divUp(C, 16) * 16; c += 128) {
         const float4 x = c < C ? *(const float4*)(from + c) : make_float4(0.f, 0.f, 0.f, 0.f);
-        *(uint2*)(tile(shared, 0) + chunkAt<mostC>(row, c / 8) + c % 8) = make_uint2(packBf16(x.x, x.y), packBf16(x.z, x.w));
+        storeWideShared(tile(shared, 0) + chunkAt<mostC>(row, c / 8) + c % 8, packBf16(x.x, x.y), packBf16(x.z, x.w));
       }
     }
   }

@@ -51,7 +51,7 @@ MOE_DEVICE void rmsNormGradient(float* dx, float* sums, const float* x, const fl
   eachVector<Threads, Held>(first, n, [&](int i, int j) {
     const Four normal = four([&](int k) { return xRow.at(i, j).v[k] * r; });
     const Four d = dyRow.at(i, j), w = load4<Whole>(weight, i, n), sum = load4(sums, i);
-    store4(sums, i, four([&](int k) { return sum.v[k] + d.v[k] * normal.v[k]; }));
+    storeShared4(sums, i, four([&](int k) { return sum.v[k] + d.v[k] * normal.v[k]; }));
     store4<Whole>(dx, i, n, four([&](int k) { return (d.v[k] * w.v[k] - normal.v[k] * mean) * r; }));
   });
 }
@@ -65,7 +65,7 @@ MOE_DEVICE void rmsNormGradients(float* dx, float* partial, const float* x, cons
   float* sums = reinterpret_cast<float*>(memory);
   const int stride = divUp(n, 4) * 4, groups = (int)blockDim.x / Threads;
   float* own = sums + (int)threadIdx.x / Threads * stride;
-  for (int i = 4 * (int)(threadIdx.x % Threads); i < n; i += 4 * Threads) store4(own, i, Four{});
+  for (int i = 4 * (int)(threadIdx.x % Threads); i < n; i += 4 * Threads) storeShared4(own, i, Four{});
   for (int64_t row = rowOfGroup<Threads>(); row < rows; row += (int64_t)gridDim.x * groups) {
     const int64_t at = row * n;
     if (n % 4 == 0) {

@@ -80,34 +80,38 @@ MOE_DEVICE void gated(bf16* inner, bf16* gateRows, bf16* upRows, const TensorMap
       },
       [&](int, const HopperJob& job, typename Tile::Sums& sums) {
         const int columns = I - job.rowB;
-        const bool pairs = I % 2 == 0; // then all are aligned; ld is even
-        const auto store = [&](bf16* to, int column, bool together, float a, float b) {
-          const uint32_t both = packBf16(a, b);
-          if (together) {
-            *(uint32_t*)(to + column) = both;
-          } else {
-            to[column] = bf16{(uint16_t)both};
-            if (column + 1 < columns) to[column + 1] = bf16{(uint16_t)(both >> 16)};
-          }
-        };
+        // Rows of inner are longer in memory, so that four neighbours are always aligned and there.
+        const bool whole = I % 4 == 0;
 #pragma unroll
         for (int i = 0; i < Tile::Rows; i++) {
-          if (Tile::row(i) >= job.rows) continue;
+          const bool exists = Tile::row(i) < job.rows;
           const int64_t row = job.rowA + Tile::row(i);
 #pragma unroll
-          for (int j = 0; j < Tile::Columns / 2; j += 2) {
-            const int column = Tile::column(j);
-            if (column >= columns) continue;
-            float g[2], u[2], y[2];
+          for (int j = 0; j < Tile::Columns / 2; j += 4) {
+            float g[4], u[4], y[4];
 #pragma unroll
-            for (int c = 0; c < 2; c++) {
+            for (int c = 0; c < 4; c++) {
               g[c] = Tile::at(sums, i, j + c), u[c] = Tile::at(sums, i, j + c + Tile::Columns / 2);
               y[c] = g[c] / (1.f + __expf(-g[c])) * u[c];
             }
-            store(inner + row * ld + job.rowB, column, true, y[0], y[1]);
+            const auto store = [&](bf16* to, const float(&x)[4], bool together) {
+              uint32_t a = packBf16(x[0], x[1]), b = packBf16(x[2], x[3]);
+              if (together) {
+                pairColumns(a, b);
+                const int column = pairedColumn<Tile>(j);
+                if (exists && column < columns) storeWide(to + column, a, b);
+                return;
+              }
+#pragma unroll
+              for (int c = 0; c < 4; c++) {
+                const int column = Tile::column(j + c);
+                if (exists && column < columns) to[column] = toBf16(x[c]);
+              }
+            };
+            store(inner + row * ld + job.rowB, y, true);
             if (gateRows == nullptr) continue;
-            store(gateRows + row * I + job.rowB, column, pairs, g[0], g[1]);
-            store(upRows + row * I + job.rowB, column, pairs, u[0], u[1]);
+            store(gateRows + row * I + job.rowB, g, whole);
+            store(upRows + row * I + job.rowB, u, whole);
           }
         }
       });

@@ -1,0 +1,44 @@
+// Stores of neighbours that stay one access. nvcc stores a float4 as four floats and joins them again where it can; of an unrolled loop it
+// leaves the first apart (seen in PTX), which takes as many sectors each as all together.
+#pragma once
+#include "moe.cuh"
+
+/// To global memory; `to` is a multiple of 16 bytes.
+MOE_DEVICE void storeWide(float* to, float a, float b, float c, float d) {
+#ifdef MOE_EMULATOR
+  *(float4*)to = make_float4(a, b, c, d);
+#else
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+#endif
+}
+/// To global memory; `to` is a multiple of 8 bytes.
+MOE_DEVICE void storeWide(float* to, float a, float b) {
+#ifdef MOE_EMULATOR
+  *(float2*)to = make_float2(a, b);
+#else
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "f"(a), "f"(b) : "memory");
+#endif
+}
+MOE_DEVICE void storeWide(bf16* to, uint32_t a, uint32_t b) {
+#ifdef MOE_EMULATOR
+  *(uint2*)to = make_uint2(a, b);
+#else
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(a), "r"(b) : "memory");
+#endif
+}
+/// To shared memory; `to` is a multiple of 16 bytes.
+MOE_DEVICE void storeWideShared(float* to, float a, float b, float c, float d) {
+#ifdef MOE_EMULATOR
+  *(float4*)to = make_float4(a, b, c, d);
+#else
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+#endif
+}
+/// To shared memory; `to` is a multiple of 8 bytes.
+MOE_DEVICE void storeWideShared(bf16* to, uint32_t a, uint32_t b) {
+#ifdef MOE_EMULATOR
+  *(uint2*)to = make_uint2(a, b);
+#else
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "r"(a), "r"(b) : "memory");
+#endif
+}
