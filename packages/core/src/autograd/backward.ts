@@ -44,7 +44,8 @@ export function gradients(loss: Tensor, of: readonly Tensor[], options: Backward
   return of.map(tensor => found.get(tensor) ?? null)
 }
 
-function checkSeed(loss: Tensor, given?: Tensor): void {
+/** Internal. @throws MoeError E_SHAPE */
+export function checkSeed(loss: Tensor, given?: Tensor): void {
   if (given !== undefined) {
     if (sameShape(given.shape, loss.shape)) return
     throw new MoeError({
@@ -64,13 +65,14 @@ function checkSeed(loss: Tensor, given?: Tensor): void {
   }
 }
 
-function add(map: Map<Tensor, Tensor>, to: Tensor, gradient: Tensor): void {
+/** Internal. */
+export function add(map: Map<Tensor, Tensor>, to: Tensor, gradient: Tensor): void {
   const before = map.get(to)
   map.set(to, before === undefined ? gradient : sum(before, gradient))
 }
 
-/** Leaves of `backward`: parameters gather their gradient, other tracked leaves drop it. */
-function accumulate(leaf: Tensor, gradient: Tensor): void {
+/** Internal. Leaves of `backward`: parameters gather their gradient, other tracked leaves drop it. */
+export function accumulate(leaf: Tensor, gradient: Tensor): void {
   if (!(leaf instanceof Parameter)) {
     gradient.dispose()
     return
@@ -86,52 +88,19 @@ function walk(
   outputs: readonly Tensor[],
   seeds: ReadonlyArray<Tensor | null>,
   retain: boolean,
-  onLeaf: (leaf: Tensor, gradient: Tensor) => void,
+  onLeaf: OnLeaf,
   stops?: ReadonlySet<Tensor>,
 ): void {
   const nodes = reachable(outputs)
-  if (nodes.length === 0 && !outputs.some(output => output instanceof Parameter && output.tracked)) {
-    throw new MoeError({
-      code: 'E_NO_GRADIENT',
-      op: 'backward',
-      problem: 'the loss depends on no trainable parameter that was recorded',
-      fix: 'run the forward pass outside noGrad(), do not detach() what leads to the loss, and pass { retain: true } to go back twice',
-    })
-  }
-  const send = (to: Tensor, gradient: Tensor) => {
-    gradient.owner = null
-    const { node } = to
-    if (node === null) {
-      onLeaf(to, gradient)
-      return
-    }
-    const before = node.flowing[to.outputIndex]
-    node.flowing[to.outputIndex] = before === null ? gradient : sum(before, gradient)
-  }
   noGrad(() => {
     let n = 0
     try {
-      outputs.forEach((output, i) => {
-        send(output, seeds[i]?.detach() ?? full(output.shape, 1, output))
-      })
+      sendSeeds(outputs, seeds, onLeaf)
       for (; n < nodes.length; n++) {
         const node = nodes[n]
         const { inputs, flowing } = node
-        let arrived = false
-        for (let i = 0; i < flowing.length; i++) if (flowing[i] !== null) arrived = true
-        if (arrived) {
-          const outer = currentScope()
-          const own = enterScope()
-          try {
-            const toInputs = rule(node)(vjpContext(node), flowing)
-            for (let i = 0; i < toInputs.length; i++) {
-              const gradient = toInputs[i]
-              if (gradient !== null && inputs[i].tracked)
-                send(inputs[i], gradient.owner === own ? gradient : gradient.detach())
-            }
-          } finally {
-            leaveScope(own, outer)
-          }
+        if (hasArrived(flowing)) {
+          sendOn(node, i => inputs[i].tracked, onLeaf)
           for (let i = 0; i < flowing.length; i++) {
             const gradient = flowing[i]
             if (gradient === null) continue
@@ -149,7 +118,51 @@ function walk(
   })
 }
 
-function drop(flowing: Array<Tensor | null>): void {
+/** What becomes of the gradient of a tensor that no recorded op has made. It is taken over. */
+export type OnLeaf = (leaf: Tensor, gradient: Tensor) => void
+
+/** Internal. */
+export function sendSeeds(outputs: readonly Tensor[], seeds: ReadonlyArray<Tensor | null>, onLeaf: OnLeaf): void {
+  outputs.forEach((output, i) => {
+    send(output, seeds[i]?.detach() ?? full(output.shape, 1, output), onLeaf)
+  })
+}
+
+function send(to: Tensor, gradient: Tensor, onLeaf: OnLeaf): void {
+  gradient.owner = null
+  const { node } = to
+  if (node === null) {
+    onLeaf(to, gradient)
+    return
+  }
+  const before = node.flowing[to.outputIndex]
+  node.flowing[to.outputIndex] = before === null ? gradient : sum(before, gradient)
+}
+
+/** Internal. */
+export function hasArrived(flowing: TapeNode['flowing']): boolean {
+  for (let i = 0; i < flowing.length; i++) if (flowing[i] !== null) return true
+  return false
+}
+
+/** Internal. Sends what has arrived at a node to those of its inputs that are needed; it stays at the node as well. */
+export function sendOn(node: TapeNode, needs: (input: number) => boolean, onLeaf: OnLeaf): void {
+  const { inputs, outputs, attrs, flowing } = node
+  const outer = currentScope()
+  const own = enterScope()
+  try {
+    const toInputs = rule(node)({ inputs, outputs, attrs: attrs as never, needs }, flowing)
+    for (let i = 0; i < toInputs.length; i++) {
+      const gradient = toInputs[i]
+      if (gradient !== null && needs(i)) send(inputs[i], gradient.owner === own ? gradient : gradient.detach(), onLeaf)
+    }
+  } finally {
+    leaveScope(own, outer)
+  }
+}
+
+/** Internal. */
+export function drop(flowing: TapeNode['flowing']): void {
   for (let i = 0; i < flowing.length; i++) {
     flowing[i]?.dispose()
     flowing[i] = null
@@ -173,8 +186,11 @@ function sum(a: Tensor, b: Tensor): Tensor {
 
 let walks = 0
 
-/** Nodes behind the outputs, newest first: an order in which every consumer comes before what it consumes. */
-function reachable(outputs: readonly Tensor[]): TapeNode[] {
+/**
+ * Internal. Nodes behind the outputs, newest first: an order in which every consumer comes before what it consumes.
+ * @throws MoeError E_NO_GRADIENT, E_DISPOSED
+ */
+export function reachable(outputs: readonly Tensor[]): TapeNode[] {
   const walk = ++walks
   const found: TapeNode[] = []
   const visit = (tensor: Tensor) => {
@@ -190,6 +206,14 @@ function reachable(outputs: readonly Tensor[]): TapeNode[] {
     const { inputs } = found[i]
     for (let j = 0; j < inputs.length; j++) visit(inputs[j])
   }
+  if (found.length === 0 && !outputs.some(output => output instanceof Parameter && output.tracked)) {
+    throw new MoeError({
+      code: 'E_NO_GRADIENT',
+      op: 'backward',
+      problem: 'the loss depends on no trainable parameter that was recorded',
+      fix: 'run the forward pass outside noGrad(), do not detach() what leads to the loss, and pass { retain: true } to go back twice',
+    })
+  }
   return found.sort((a, b) => b.id - a.id)
 }
 
@@ -203,11 +227,6 @@ function freed(tensor: Tensor): MoeError {
   })
 }
 
-function vjpContext(node: TapeNode) {
-  const { inputs, outputs, attrs } = node
-  return { inputs, outputs, attrs: attrs as never, needs: (i: number) => inputs[i].tracked }
-}
-
 function rule(node: TapeNode): Vjp<never> {
   const { gradient } = node
   if (gradient === null) return rules[node.op as PrimitiveName] as Vjp<never>
@@ -217,7 +236,8 @@ function rule(node: TapeNode): Vjp<never> {
   )
 }
 
-function release(node: TapeNode, roots: readonly Tensor[]): void {
+/** Internal. Frees what was recorded at a node, but for the roots. */
+export function release(node: TapeNode, roots: readonly Tensor[]): void {
   for (const output of node.outputs) {
     if (roots.includes(output)) output.node = null
     else output.dispose()

@@ -1,0 +1,139 @@
+import { beforeEach, describe, expect, test } from 'vitest'
+import type { Backend } from '../backend.ts'
+import { setDefaultBackend } from '../context.ts'
+import { Linear, RmsNorm, SwigluMlp } from '../nn/layers.ts'
+import { Module, namedParameters } from '../nn/module.ts'
+import { Parameter } from '../nn/parameter.ts'
+import { Random, randn } from '../random.ts'
+import { readF64, referenceBackend } from '../reference/index.ts'
+import { scope } from '../scope.ts'
+import type { Tensor } from '../tensor.ts'
+import { backward, checkpoint } from './backward.ts'
+import { backwardInput } from './split.ts'
+
+let backend: Backend
+beforeEach(() => {
+  backend = referenceBackend()
+  setDefaultBackend(backend)
+})
+const alive = () => backend.stats().handles
+
+/** A stage: h = x + mlp(norm(x)), and a loss of its own beside. The weight of `scaled` goes through an op before it is multiplied. */
+class Stage extends Module {
+  norm: RmsNorm
+  mlp: SwigluMlp
+  scaled: Linear
+  constructor() {
+    super()
+    const random = new Random(1)
+    this.norm = new RmsNorm(6)
+    this.mlp = new SwigluMlp(6, 10, { random })
+    this.scaled = new Linear(6, 6, { random })
+  }
+  forward(x: Tensor): [Tensor, Tensor] {
+    const h = x.add(this.mlp.forward(this.norm.forward(x)))
+    const y = h.matmul(this.scaled.weight.mul(2), { transposeB: true })
+    return [y, y.mul(y).mean()]
+  }
+}
+
+const input = () => {
+  const x = randn([5, 6], new Random(2))
+  x.tracked = true
+  return x
+}
+const gradientsOf = (module: Module) =>
+  Object.fromEntries(
+    namedParameters(module).map(({ name, parameter: { grad } }) => [name, grad && Array.from(readF64(grad))]),
+  )
+
+/** Gradients of input and weights as `backward` has them. */
+function whole(stage: Stage, dy: Tensor) {
+  const x = new Parameter(randn([5, 6], new Random(2)))
+  const [y, loss] = stage.forward(x)
+  backward(y.mul(dy).sum().add(loss))
+  return { dx: readF64(x.grad as Tensor), weights: gradientsOf(stage) }
+}
+
+describe('a backward pass in two parts', () => {
+  test('is the whole one: the same numbers, nothing left behind', () => {
+    const dy = randn([5, 6], new Random(3))
+    const expected = whole(new Stage(), dy)
+    const stage = new Stage()
+    const before = alive()
+    scope(() => {
+      const x = input()
+      const outputs = stage.forward(x)
+      const recorded = alive()
+      const { gradients, weights } = backwardInput(outputs, [x], [dy, null])
+      expect(readF64(gradients[0] as Tensor)).toEqual(expected.dx)
+      // Weights of products have none yet; the norm's comes with its input's.
+      const early = gradientsOf(stage)
+      expect(early['norm.weight']).toEqual(expected.weights['norm.weight'])
+      for (const name of ['mlp.gate_proj.weight', 'mlp.up_proj.weight', 'mlp.down_proj.weight', 'scaled.weight'])
+        expect(early[name], name).toBeNull()
+      // There are two gradients now, four put off, and some intermediate results less.
+      expect(alive()).toBeLessThan(recorded + 2 + 4 - 2)
+      weights()
+      expect(gradientsOf(stage)).toEqual(expected.weights)
+      gradients[0]?.dispose()
+    })
+    for (const { parameter } of namedParameters(stage)) parameter.zeroGrad()
+    expect(alive()).toBe(before)
+  })
+
+  test('gradients of several micro-batches add up, whatever the order of the second parts', () => {
+    const dy = randn([5, 6], new Random(3))
+    const { weights } = whole(new Stage(), dy)
+    const stage = new Stage()
+    const splits = [0, 1].map(() => {
+      const x = input()
+      return backwardInput(stage.forward(x), [x], [dy, null])
+    })
+    for (const split of splits.reverse()) split.weights()
+    const found = gradientsOf(stage)
+    for (const [name, values] of Object.entries(weights))
+      expect(found[name], name).toEqual(values?.map(value => expect.closeTo(2 * value, 10)))
+  })
+
+  test('through a checkpoint, whose parameters have their gradients at once', () => {
+    const stage = new Stage()
+    const x = input()
+    const split = backwardInput([checkpoint(t => stage.forward(t)[0], x).sum()], [x])
+    expect(gradientsOf(stage)['mlp.up_proj.weight']).not.toBeNull()
+    split.weights()
+    const plain = new Stage()
+    backward(plain.forward(input())[0].sum())
+    expect(gradientsOf(stage)).toEqual(gradientsOf(plain))
+  })
+
+  test('given up, it leaves nothing behind', () => {
+    const stage = new Stage()
+    const before = alive()
+    scope(() => {
+      const x = input()
+      const outputs = stage.forward(x)
+      const made = alive()
+      const split = backwardInput(outputs, [x], [outputs[0].detach(), null])
+      split.dispose()
+      split.dispose()
+      expect(() => split.weights()).toThrow(/given up/)
+      expect(alive()).toBeLessThan(made)
+      split.gradients[0]?.dispose()
+    })
+    for (const { parameter } of namedParameters(stage)) parameter.zeroGrad()
+    expect(alive()).toBe(before)
+  })
+
+  test('an input that nothing depends on has no gradient; wrong ones are named', () => {
+    const stage = new Stage()
+    const x = input()
+    const other = input()
+    expect(backwardInput([stage.forward(x)[1]], [x, other]).gradients[1]).toBeNull()
+    expect(() => backwardInput([stage.forward(x)[1]], [x.add(1)])).toThrow(/intermediate result/)
+    const loose = randn([5, 6], new Random(2))
+    expect(() => backwardInput([stage.forward(x)[1]], [loose])).toThrow(/not tracked/)
+    expect(() => backwardInput([stage.forward(x)[0]], [x])).toThrow(/shape \[5,6\]/)
+    expect(() => backwardInput([loose.sum()], [x])).toThrow(/no trainable parameter/)
+  })
+})
