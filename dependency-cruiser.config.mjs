@@ -14,6 +14,7 @@ const edges = {
   'tokenizer-bpe': [],
   deepseek: ['core', 'checkpoint', 'attention-mla', 'router', 'mtp'],
   trainer: ['core', 'checkpoint'],
+  parallel: ['core'],
 }
 
 const notShipped = String.raw`\.(test|bench)\.ts$|/test-[^/]+\.ts$|/scripts/|/(tsup|vitest)\.config\.ts$`

@@ -1,0 +1,21 @@
+/** @file Public interface of @moe/parallel. */
+export { drawSchedule } from './schedule/draw.ts'
+export { dualPipe, dualPipeV } from './schedule/dual-pipe.ts'
+export { interleaved, oneForwardOneBackward } from './schedule/one-f-one-b.ts'
+export {
+  type Action,
+  checkSchedule,
+  partsOf,
+  type Schedule,
+  type StagePass,
+  showAction,
+  stagesOf,
+} from './schedule/schedule.ts'
+export {
+  type Durations,
+  type RankSimulation,
+  type Simulation,
+  simulate,
+  type TimedAction,
+} from './schedule/simulate.ts'
+export { zeroBubbleH1, zeroBubbleH2, zeroBubbleV } from './schedule/zero-bubble.ts'

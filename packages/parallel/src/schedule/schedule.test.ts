@@ -1,0 +1,262 @@
+import type { MoeError } from '@moe/core'
+import fc from 'fast-check'
+import { expect, test } from 'vitest'
+import {
+  type Action,
+  checkSchedule,
+  drawSchedule,
+  dualPipe,
+  dualPipeV,
+  interleaved,
+  oneForwardOneBackward,
+  partsOf,
+  type Schedule,
+  simulate,
+  stagesOf,
+  zeroBubbleH1,
+  zeroBubbleH2,
+  zeroBubbleV,
+} from '../index.ts'
+import { dualPipePhases } from './dual-pipe.ts'
+
+const bubbles = (schedule: Schedule, durations = {}) => simulate(schedule, durations).ranks.map(rank => rank.bubble)
+const largest = (values: readonly number[]) => Math.max(...values)
+const ranksOf = fc.integer({ min: 1, max: 10 })
+const halves = fc.integer({ min: 1, max: 6 })
+const extra = fc.integer({ min: 0, max: 12 })
+/** Multiples of 1/4, so that sums are exact. */
+const quarters = (min: number, max: number) => fc.integer({ min: 4 * min, max: 4 * max }).map(n => n / 4)
+
+/** Every schedule there is, of sizes that it takes. */
+const anySchedule = fc.oneof(
+  fc.tuple(ranksOf, extra).map(([p, m]) => oneForwardOneBackward(p, m + 1)),
+  fc.tuple(halves, halves, fc.integer({ min: 1, max: 4 })).map(([p, k, v]) => interleaved(p, p * k, v)),
+  fc.tuple(ranksOf, extra).map(([p, m]) => zeroBubbleH1(p, m + 1)),
+  fc.tuple(ranksOf, extra).map(([p, m]) => zeroBubbleH2(p, 2 * p - 1 + m)),
+  fc.tuple(ranksOf, extra).map(([p, m]) => zeroBubbleV(p, 2 * p - 1 + m)),
+  fc.tuple(halves, extra).map(([h, m]) => dualPipe(2 * h, 4 * h + 2 * m)),
+  fc.tuple(ranksOf, extra).map(([p, m]) => dualPipeV(p, 2 * p + m)),
+)
+
+test('the worked example: F = 1, B = 2, W = 1, F&B = 3', () => {
+  const rows = [4, 8, 16].map(p =>
+    [oneForwardOneBackward(p, 4 * p), zeroBubbleH1(p, 4 * p), dualPipe(p, 4 * p)].map(s => new Set(bubbles(s))),
+  )
+  expect(rows.map(row => row.map(ranks => [...ranks]))).toEqual([
+    [[9], [3], [2]],
+    [[21], [7], [6]],
+    [[45], [15], [14]],
+  ])
+})
+
+test('columns of the table in the README of DualPipe: parameters and activations per rank', () => {
+  const column = (schedule: Schedule, name: 'stages' | 'held') => largest(simulate(schedule).ranks.map(r => r[name]))
+  for (const p of [2, 4, 8, 16]) {
+    const schedules = [
+      oneForwardOneBackward(p, 4 * p),
+      zeroBubbleH1(p, 4 * p),
+      dualPipe(p, 4 * p),
+      dualPipeV(p / 2, 2 * p),
+    ]
+    expect(schedules.map(schedule => column(schedule, 'stages'))).toEqual([1, 1, 2, 2])
+    expect(schedules.map(schedule => column(schedule, 'held'))).toEqual([p, p, p + 1, p + 1])
+    expect(schedules.map(({ stages, ranks }) => [stages, ranks.length])).toEqual([
+      [p, p],
+      [p, p],
+      [p, p],
+      [p, p / 2],
+    ])
+  }
+})
+
+test('1F1B: (p - 1)(F + B) for any durations, and p - r micro-batches alive', () => {
+  fc.assert(
+    fc.property(ranksOf, extra, quarters(0, 5), quarters(0, 5), (p, m, forward, backward) => {
+      const { ranks } = simulate(oneForwardOneBackward(p, p + m), { forward, backward })
+      expect(ranks.map(({ bubble }) => bubble)).toEqual(ranks.map(() => (p - 1) * (forward + backward)))
+      expect(ranks.map(({ activations }) => activations)).toEqual(ranks.map((_, r) => p - r))
+    }),
+  )
+})
+
+test('interleaved: the bubble of 1F1B with passes of the smaller stages', () => {
+  fc.assert(
+    fc.property(halves, halves, fc.integer({ min: 1, max: 4 }), (p, k, v) => {
+      const schedule = interleaved(p, p * k, v)
+      expect(largest(bubbles(schedule))).toBe(3 * (p - 1))
+      expect(stagesOf(schedule, p - 1)).toEqual(Array.from({ length: v }, (_, i) => i * p + p - 1))
+    }),
+  )
+})
+
+test('ZB-H1: (p - 1)(F + B - 2W) where W is at most F and I, in the memory of 1F1B', () => {
+  const durations = fc.record({ weight: quarters(0, 2), f: quarters(0, 2), i: quarters(0, 2) })
+  fc.assert(
+    fc.property(ranksOf, extra, durations, (p, m, { weight, f, i }) => {
+      const times = { forward: weight + f, backward: 2 * weight + i, backwardWeight: weight }
+      const { ranks } = simulate(zeroBubbleH1(p, 2 * p + m), times)
+      const bubble = (p - 1) * (times.forward + times.backward - 2 * weight)
+      expect(largest(ranks.map(rank => rank.bubble))).toBe(bubble)
+      expect(ranks.map(({ held }) => held)).toEqual(ranks.map(() => p))
+    }),
+  )
+})
+
+test('ZB-H2 and ZB-V: no rank waits between its first and its last action where F = I = W', () => {
+  fc.assert(
+    fc.property(ranksOf, extra, (p, m) => {
+      const h2 = simulate(zeroBubbleH2(p, 2 * p - 1 + m)).ranks
+      expect(h2.map(({ idle, held }) => [idle, held])).toEqual(h2.map(() => [0, 2 * p - 1]))
+      // Two stages a rank, of half the size: 2p of them are the p of 1F1B.
+      const v = simulate(zeroBubbleV(p, 2 * p + m)).ranks
+      expect(v.map(({ idle, held, stages }) => [idle, held, stages])).toEqual(v.map(() => [0, 2 * p, 2]))
+    }),
+  )
+})
+
+test('DualPipe and DualPipeV: (p/2 - 1)(F&B + B - 3W) where F = I = W, for any gain by overlapping', () => {
+  fc.assert(
+    fc.property(halves, extra, quarters(2, 3), (h, m, overlapped) => {
+      const bubble = (h - 1) * (overlapped + 2 - 3)
+      const [both, half] = [dualPipe(2 * h, 4 * h + 2 * m), dualPipeV(h, 2 * h + m)].map(s =>
+        simulate(s, { overlapped }),
+      )
+      expect(largest(both.ranks.map(rank => rank.bubble))).toBe(bubble)
+      expect(half.makespan).toBe(both.makespan)
+      expect(both.ranks.map(({ held }) => held)).toEqual(both.ranks.map(() => 2 * h + 1))
+    }),
+  )
+})
+
+test('the eight phases of DualPipe have the counts of dualpipe.py', () => {
+  fc.assert(
+    fc.property(halves, extra, fc.nat(), (h, m, at) => {
+      const r = at % h
+      const n = 4 * h + 2 * m
+      const phases = dualPipePhases(r, h, n / 2, (stage, microBatch) => ({ stage, microBatch }))
+      const shape = (actions: Action[]) =>
+        actions.map(action => {
+          const [first, second] = partsOf(action)
+          const letter = { forward: 'F', backward: 'B', backwardInput: 'I', backwardWeight: 'W' }[first.kind]
+          if (first.kind === 'backwardWeight') return 'W'
+          return second ? `F${first.stage}B${second.stage}` : `${letter}${first.stage}`
+        })
+      const times = (count: number, text: string) => Array.from({ length: count }, () => text.split(' ')).flat()
+      const [first, second, third, fourth, fifth, sixth, seventh, eighth] = phases.map(shape)
+      expect(first).toEqual(times(2 * (h - r - 1), 'F0'))
+      expect(second).toEqual(times(r + 1, 'F0 F1'))
+      expect(third).toEqual(times(h - r - 1, 'I1 W F1'))
+      const main = times(n / 2 - 2 * h + r + 1, 'F0B1 F1B0')
+      expect(fourth).toEqual(r === h - 1 ? ['F0', 'B1', ...main.slice(1)] : main)
+      expect(fifth).toEqual(times(h - r - 1, 'B1 F1B0'))
+      expect(sixth.map(name => name.slice(1))).toEqual(times(r + 1, '1 0'))
+      expect(sixth.map(name => name[0])).toEqual([...times(r + 1, 'B'), ...times(r + 1, 'I')])
+      expect(seventh).toEqual(times(h - r - 1, 'W I0'))
+      expect(eighth).toEqual(times(r + 1, 'W'))
+    }),
+  )
+})
+
+test('every schedule: all passes once, in an order without waiting in a circle, weights first in first out, busy time without loss', () => {
+  fc.assert(
+    fc.property(anySchedule, quarters(0, 3), quarters(1, 3), (schedule, communication, forward) => {
+      checkSchedule(schedule)
+      const passes = schedule.ranks.flat().flatMap(partsOf)
+      expect(passes.filter(({ kind }) => kind === 'forward').length).toBe(schedule.stages * schedule.microBatches)
+      for (const [rank, actions] of schedule.ranks.entries()) {
+        for (const stage of stagesOf(schedule, rank)) {
+          const of = (kinds: string[]) =>
+            actions
+              .flatMap(partsOf)
+              .filter(part => part.stage === stage && kinds.includes(part.kind))
+              .map(({ microBatch }) => microBatch)
+          expect(of(['backward', 'backwardInput'])).toEqual(of(['forward']))
+          expect(of(['backwardWeight'])).toEqual(of(['backwardInput']))
+        }
+      }
+      const { ranks, makespan } = simulate(schedule, { forward, backward: 2, communication })
+      const load = (rank: number) => stagesOf(schedule, rank).length * schedule.microBatches * (forward + 2)
+      const shared = schedule.name === 'DualPipe' ? 0.5 : 1
+      for (const [rank, { busy, bubble, idle, timeline }] of ranks.entries()) {
+        expect(busy).toBe(load(rank) * shared)
+        expect(busy + bubble).toBe(makespan)
+        expect(idle).toBeGreaterThanOrEqual(0)
+        expect(timeline.slice(1).every(({ start }, i) => start >= timeline[i].end)).toBe(true)
+      }
+      // Later is never earlier.
+      expect(makespan).toBeGreaterThanOrEqual(simulate(schedule, { forward, backward: 2 }).makespan)
+    }),
+  )
+})
+
+test('communication takes time between ranks, and none where the V turns round on the last one', () => {
+  const { ranks } = simulate(dualPipeV(2, 4), { communication: 10 })
+  const timed = ranks.flatMap(({ timeline }) => timeline)
+  const starts = [0, 1, 2, 3].map(stage => {
+    const first = timed.find(({ action }) => action.kind === 'forward' && action.stage === stage)
+    return first?.start
+  })
+  expect(starts).toEqual([0, 11, 12, 23])
+})
+
+const pass = (kind: Action['kind'], stage: number, microBatch = 0) => ({ kind, stage, microBatch }) as Action
+const made = (...ranks: Action[][]): Schedule => ({ name: 'mine', stages: 2, microBatches: 1, ranks })
+const faultOf = (schedule: Schedule) => {
+  try {
+    checkSchedule(schedule)
+  } catch (error) {
+    return (error as MoeError).message
+  }
+  return 'none'
+}
+
+test('a schedule of your own is checked: what is missing, twice, misplaced, left over', () => {
+  const down = [pass('forward', 0), pass('backward', 0)]
+  const up = [pass('forward', 1), pass('backward', 1)]
+  expect(faultOf(made(down, up))).toBe('none')
+  expect(faultOf(made(down, []))).toMatch(/no forward of stage 1, micro-batch 0/)
+  expect(faultOf(made(down, [pass('forward', 1)]))).toMatch(/no backward of stage 1, micro-batch 0/)
+  expect(faultOf(made([...down, ...down], up))).toMatch(/rank 0: forward of stage 0, micro-batch 0 comes twice/)
+  expect(faultOf(made(down, [...up, pass('backwardInput', 1)]))).toMatch(/backwardInput of stage 1.* comes twice/)
+  expect(faultOf(made([pass('backward', 0), pass('forward', 0)], up))).toMatch(/backward of stage 0.* without forward/)
+  expect(faultOf(made([pass('forward', 0)], [...up, pass('backward', 0)]))).toMatch(
+    /rank 1: backward of stage 0.* on this rank/,
+  )
+  expect(faultOf(made([pass('forward', 0), pass('backwardInput', 0)], up))).toMatch(
+    /gradient of stage 0, micro-batch 0 is left/,
+  )
+  expect(faultOf(made([pass('forward', 0), pass('backwardWeight', 0)], up))).toMatch(/without backwardInput/)
+  expect(faultOf(made(down, [...up, pass('forward', 2)]))).toMatch(/there is no stage 2, micro-batch 0, of 2 stages/)
+})
+
+test('ranks that wait for each other are named with what they wait for', () => {
+  const twice = { ...made(), microBatches: 2 }
+  const first = [pass('forward', 0, 0), pass('backward', 0, 0), pass('forward', 0, 1), pass('backward', 0, 1)]
+  const second = [pass('forward', 1, 1), pass('backward', 1, 1), pass('forward', 1, 0), pass('backward', 1, 0)]
+  const fault = faultOf({ ...twice, ranks: [first, second] })
+  expect(fault).toMatch(/rank 0 waits at B0\.0 for the gradient of stage 1, micro-batch 0/)
+  expect(fault).toMatch(/rank 1 waits at F1\.1 for the forward of stage 0, micro-batch 1/)
+})
+
+test('sizes that a schedule cannot have, and durations that cannot be', () => {
+  expect(() => dualPipe(5, 9)).toThrow(/ranks = 5 is odd; microBatches = 9 is odd; .*needs at least 2 ranks = 10/)
+  expect(() => dualPipeV(4, 7)).toThrow(/microBatches = 7, needs at least 2 ranks = 8/)
+  expect(() => zeroBubbleV(4, 6)).toThrow(/needs at least 2 ranks - 1 = 7/)
+  expect(() => zeroBubbleH2(4, 6)).toThrow(/needs at least 2 ranks - 1 = 7/)
+  expect(() => interleaved(4, 6, 2)).toThrow(/microBatches = 6 is no multiple of ranks = 4/)
+  expect(() => oneForwardOneBackward(0, 1.5)).toThrow(/ranks is 0, .*microBatches is 1\.5/)
+  expect(() => simulate(oneForwardOneBackward(2, 2), { forward: -1, communication: Number.NaN })).toThrow(
+    /forward is -1, communication is NaN/,
+  )
+  expect(() => simulate(oneForwardOneBackward(2, 2), { backwardWeight: 3 })).toThrow(/longer than backward = 2/)
+})
+
+test('a picture', () => {
+  expect(drawSchedule(simulate(zeroBubbleH1(2, 3)))).toBe(
+    ['0 F0|F1|...I0|W0|F2|I1|W1|I2|W2|', '1 ...F0|I0|F1|I1|W0|F2|I2|W1|W2|'].join('\n'),
+  )
+  expect(drawSchedule(simulate(dualPipeV(1, 2), { overlapped: 2 }), { columns: 4 })).toBe(
+    "0 F0-|F0'|F1-|B0'----|F1'B0--|B1'----|I1-|W1-|",
+  )
+  expect(drawSchedule(simulate(oneForwardOneBackward(1, 1)), { columns: 1 })).toBe('0 FB|')
+})

@@ -1,0 +1,97 @@
+/**
+ * @file Zero bubble (Qi et al. 2024, "Zero Bubble Pipeline Parallelism"; "Pipeline Parallelism with Controllable Memory" for ZB-V): the gradient of the weights is
+ * put off to where a rank would wait.
+ */
+import type { Action, Schedule } from './schedule.ts'
+import { checkSizes } from './sizes.ts'
+
+/**
+ * ZB-H1, or ZB1P: 1F1B with as many weight gradients put off as the rank's number, so that the activations are those of 1F1B's first rank on every rank. Bubble
+ * (p - 1)(F + B - 2W), where B is the whole backward pass.
+ * @throws MoeError E_CONFIG
+ */
+export function zeroBubbleH1(ranks: number, microBatches: number): Schedule {
+  checkSizes('ZB-H1', { ranks, microBatches })
+  return splitBackward('ZB-H1', ranks, microBatches, rank => ({ ahead: ranks - 1 - rank, putOff: rank }))
+}
+
+/**
+ * ZB-H2: twice as many forward passes ahead, 2p - 1 on the first rank. No rank waits between its first and its last action where F = I = W; ranks begin and end
+ * one after the other, so that the next step's first passes fit beside this one's last if the optimizer does not wait for all.
+ * @throws MoeError E_CONFIG
+ */
+export function zeroBubbleH2(ranks: number, microBatches: number): Schedule {
+  checkSizes('ZB-H2', { ranks, microBatches }, [
+    [`microBatches = ${microBatches}, needs at least 2 ranks - 1 = ${2 * ranks - 1}`, microBatches < 2 * ranks - 1],
+  ])
+  return splitBackward('ZB-H2', ranks, microBatches, rank => ({ ahead: 2 * (ranks - 1 - rank), putOff: 2 * rank }))
+}
+
+/** `ahead` forward passes, then F, I and W in turn, with W `putOff` micro-batches behind I. */
+function splitBackward(
+  name: string,
+  ranks: number,
+  microBatches: number,
+  amounts: (rank: number) => { ahead: number; putOff: number },
+): Schedule {
+  const actionsOf = (rank: number) => {
+    const { ahead, putOff } = amounts(rank)
+    const pass = (kind: 'forward' | 'backwardInput' | 'backwardWeight', microBatch: number): Action[] =>
+      microBatch >= 0 && microBatch < microBatches ? [{ kind, stage: rank, microBatch }] : []
+    const actions = Array.from({ length: ahead }, (_, k) => pass('forward', k)).flat()
+    for (let k = 0; k < microBatches + putOff; k++) {
+      actions.push(...pass('forward', ahead + k), ...pass('backwardInput', k), ...pass('backwardWeight', k - putOff))
+    }
+    return actions
+  }
+  return { name, stages: ranks, microBatches, ranks: Array.from({ length: ranks }, (_, r) => actionsOf(r)) }
+}
+
+/**
+ * ZB-V: rank r holds stages r and 2p - 1 - r, so that micro-batches go down the ranks and up again, and the loss is where they came in. Where F = I = W no rank
+ * waits between its first and its last action, with the activations of 1F1B.
+ * @throws MoeError E_CONFIG
+ */
+export function zeroBubbleV(ranks: number, microBatches: number): Schedule {
+  checkSizes('ZB-V', { ranks, microBatches }, [
+    [`microBatches = ${microBatches}, needs at least 2 ranks - 1 = ${2 * ranks - 1}`, microBatches < 2 * ranks - 1],
+  ])
+  const actionsOf = (rank: number) => {
+    const actions: Action[] = []
+    const counts = { forward: [0, 0], backwardInput: [0, 0], backwardWeight: [0, 0] }
+    const run = (kind: keyof typeof counts, leg: 0 | 1) => {
+      actions.push({ kind, stage: leg === 0 ? rank : 2 * ranks - 1 - rank, microBatch: counts[kind][leg]++ })
+    }
+    const backward = (leg: 0 | 1) => {
+      run('backwardInput', leg)
+      run('backwardWeight', leg)
+    }
+    for (let i = 0; i < 2 * (ranks - rank) - 1; i++) run('forward', 0)
+    for (let i = 0; i < rank; i++) {
+      run('forward', 1)
+      run('forward', 0)
+    }
+    for (let i = 0; i < ranks - rank; i++) {
+      run('forward', 1)
+      backward(1)
+    }
+    const { forward, backwardInput, backwardWeight } = counts
+    while (forward[1] < forward[0] || forward[0] < microBatches) {
+      if (forward[0] < microBatches) run('forward', 0)
+      backward(0)
+      run('forward', 1)
+      backward(1)
+    }
+    for (let i = 0; i < rank; i++) {
+      run('backwardInput', 0)
+      run('backwardInput', 1)
+    }
+    for (let i = 0; i < ranks - rank; i++) {
+      run('backwardInput', 0)
+      run('backwardWeight', 0)
+    }
+    for (const leg of [1, 0] as const) while (backwardWeight[leg] < backwardInput[leg]) run('backwardWeight', leg)
+    return actions
+  }
+  return { name: 'ZB-V', stages: 2 * ranks, microBatches, ranks: Array.from({ length: ranks }, (_, r) => actionsOf(r)) }
+}
