@@ -1,3 +1,4 @@
+import { Random } from '@moe/core'
 import { expect, test } from 'vitest'
 import { gpuImbalance, placeExperts } from './index.ts'
 
@@ -39,4 +40,41 @@ test('numbers that do not divide are all named', () => {
   expect(() => placeExperts(loads[0], { replicas: 10, groups: 5, gpus: 4 })).toThrow(
     /replicas = 10 are fewer than 12 experts; gpus = 4 does not divide replicas = 10; groups = 5 does not divide 12/,
   )
+})
+
+test('any loads on any cluster: every expert has a place, every GPU is full, groups stay on their node, no copy is given to the wrong expert', () => {
+  const random = new Random(7)
+  const from = <T>(values: readonly T[]) => values[random.integer(values.length)]
+  for (let trial = 0; trial < 60; trial++) {
+    const nodes = from([1, 2, 3, 4])
+    const gpus = nodes * from([1, 2, 4])
+    const groups = from([1, nodes, 2 * nodes])
+    const experts = groups * gpus * from([1, 2, 3])
+    const replicas = experts + gpus * random.integer(4)
+    const load = Array.from({ length: experts }, () => random.integer(200))
+    const { physicalToLogical, logicalToPhysical, copies } = placeExperts(load, { replicas, groups, nodes, gpus })
+    expect(physicalToLogical.length).toBe(replicas)
+    expect(logicalToPhysical.flat().sort((a, b) => a - b)).toEqual([...physicalToLogical.keys()])
+    expect(copies.reduce((sum, n) => sum + n)).toBe(replicas)
+    for (const [expert, places] of logicalToPhysical.entries()) {
+      expect(places.length).toBe(copies[expert])
+      expect(places.length).toBeGreaterThanOrEqual(1)
+      expect(places.every(place => physicalToLogical[place] === expert)).toBe(true)
+    }
+    if (groups % nodes !== 0) continue
+    const nodesOf = new Map<number, Set<number>>()
+    for (const [place, expert] of physicalToLogical.entries()) {
+      const group = Math.floor(expert / (experts / groups))
+      nodesOf.set(group, (nodesOf.get(group) ?? new Set()).add(Math.floor(place / (replicas / nodes))))
+    }
+    expect([...nodesOf.values()].every(own => own.size === 1)).toBe(true)
+    // A copy was made of the busiest expert of its node: with one copy less it would be the busiest of all there.
+    const perCopy = load.map((x, i) => x / copies[i])
+    for (let node = 0; node < nodes; node++) {
+      const own = physicalToLogical.slice((node * replicas) / nodes, ((node + 1) * replicas) / nodes)
+      const most = Math.max(...own.map(expert => perCopy[expert]))
+      const copied = own.filter(expert => copies[expert] > 1)
+      expect(copied.every(expert => load[expert] / (copies[expert] - 1) >= most)).toBe(true)
+    }
+  }
 })
