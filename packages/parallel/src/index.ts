@@ -1,4 +1,7 @@
 /** @file Public interface of @moe/parallel. */
+export type { Communicator, Reduction, RowExchange, TensorLike } from './communicator/communicator.ts'
+export { local } from './communicator/local.ts'
+export { mpi } from './mpi/mpi.ts'
 export { drawSchedule } from './schedule/draw.ts'
 export { dualPipe, dualPipeV } from './schedule/dual-pipe.ts'
 export { interleaved, oneForwardOneBackward } from './schedule/one-f-one-b.ts'

@@ -1,0 +1,55 @@
+/** @file What ranks say to each other: the one interface that everything here is built on. */
+import type { Backend, DType, Shape, Tensor } from '@moe/core'
+
+/** How the tensors of several ranks become one. */
+export type Reduction = 'sum' | 'mean' | 'max'
+
+export interface RowExchange {
+  /** `[sum of counts, ...]`: what came from rank 0, then from rank 1, and so on. */
+  readonly rows: Tensor
+  /** Rows that came from each rank. */
+  readonly counts: readonly number[]
+}
+
+/**
+ * One of `size` ranks. All of them make the same calls of everything but `send` and `receive` in the same order, with tensors of the same shapes and dtypes; calls need not be awaited
+ * one by one. Tensors that are given stay the caller's, who neither changes nor frees them before the promise resolves; tensors that are resolved to are new, of the backend that the given
+ * one has, in no scope: the caller disposes of them.
+ *
+ * Sums are deterministic: the same bits on every rank and in every run.
+ *
+ * Nothing here says that the numbers pass through the host: an implementation on devices resolves when its work is in the queue.
+ */
+export interface Communicator {
+  /** Number of this rank, from 0. */
+  readonly rank: number
+  readonly size: number
+  /**
+   * Tensors `f32`, `bf16` or `i32`, each reduced over the ranks. Sums are taken in the order of ranks and rounded once. Many small ones in one call travel together.
+   * @throws MoeError E_DTYPE
+   */
+  allReduce(tensors: readonly Tensor[], reduction?: Reduction): Promise<Tensor[]>
+  /** `[size n, ...]` to this rank's n rows of the reduction. @throws MoeError E_DTYPE, E_SHAPE */
+  reduceScatter(tensor: Tensor, reduction?: Reduction): Promise<Tensor>
+  /** `[n, ...]` of every rank, one below the other: `[size n, ...]`. */
+  allGather(tensor: Tensor): Promise<Tensor>
+  /** Sends the first `counts[0]` rows to rank 0, the next `counts[1]` to rank 1 and so on; `counts` has a number for each rank and may differ between ranks. @throws MoeError E_SHAPE */
+  allToAll(rows: Tensor, counts: readonly number[]): Promise<RowExchange>
+  /** The tensors of rank `root` (default 0), on every rank. */
+  broadcast(tensors: readonly Tensor[], root?: number): Promise<Tensor[]>
+  /** To one rank, which receives in the order of sending. @throws MoeError E_CONFIG for a rank that there is not */
+  send(tensor: Tensor, to: number): Promise<void>
+  /** What rank `from` sends next, which must be of this shape and dtype. */
+  receive(like: TensorLike, from: number): Promise<Tensor>
+  /** Resolves when every rank has called it. */
+  barrier(): Promise<void>
+  /** The end, on every rank; nothing may be under way. Not for after a failure: other ranks may still wait, and are ended by their launcher when this process ends. */
+  close(): Promise<void>
+}
+
+export interface TensorLike {
+  readonly shape: Shape
+  readonly dtype: DType
+  /** Default: the default backend. */
+  readonly backend?: Backend
+}

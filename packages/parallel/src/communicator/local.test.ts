@@ -1,0 +1,89 @@
+import { type MoeError, tensor } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { expect, test } from 'vitest'
+import { local } from '../index.ts'
+import { exercise, expected } from './test-exercise.ts'
+
+const backend = referenceBackend()
+const vector = (...values: number[]) => tensor(Float32Array.from(values), undefined, { backend })
+
+test.each([1, 2, 3, 4, 5, 8])(
+  'all calls between %i ranks give what they say, sums rounded once in the order of ranks',
+  async size => {
+    const results = await local(size, exercise)
+    for (const [rank, result] of results.entries()) expect(result).toEqual(expected(rank, size))
+  },
+)
+
+test('large tensors go in several parts, with the same numbers', async () => {
+  const length = (1 << 22) + 3
+  const sums = await local(2, async ranks => {
+    const [large, small] = [length, 5].map(n => tensor(new Float32Array(n).fill(ranks.rank + 1), [n], { backend }))
+    return Promise.all((await ranks.allReduce([small, large, small])).map(sum => sum.values()))
+  })
+  for (const [first, large, last] of sums) {
+    expect([...first, ...last]).toEqual(new Array(10).fill(3))
+    expect(large.length).toBe(length)
+    expect(large.every(value => value === 3)).toBe(true)
+  }
+})
+
+test('calls need not be awaited one by one: they are told apart by their order', async () => {
+  const results = await local(3, async ranks => {
+    const sums = [1, 10, 100].map(scale => ranks.allReduce([vector(scale * (ranks.rank + 1))]))
+    const gathered = ranks.allGather(vector(ranks.rank))
+    return Promise.all([...sums.map(async sum => (await sum)[0].item()), gathered.then(all => all.values())])
+  })
+  for (const result of results) expect(result).toEqual([6, 60, 600, Float32Array.of(0, 1, 2)])
+})
+
+test('what cannot be is an error before anything is sent', async () => {
+  await local(2, async ranks => {
+    const faults: unknown[] = [
+      ranks.allReduce([tensor(new Int32Array(2), [2], { backend })], 'mean'),
+      ranks.allReduce([tensor(new Uint8Array(2), [2], { backend })]),
+      ranks.reduceScatter(vector(1, 2, 3)),
+      ranks.allToAll(vector(1, 2, 3), [1, 1]),
+      ranks.allToAll(vector(1, 2, 3), [4, -1]),
+      ranks.broadcast([vector(1)], 2),
+      ranks.send(vector(1), ranks.rank),
+      ranks.receive(vector(1), -1),
+    ]
+    const messages = await Promise.all(
+      faults.map(fault => (fault as Promise<unknown>).catch((e: MoeError) => `${e.code} ${e.message}`)),
+    )
+    expect(messages).toEqual([
+      expect.stringMatching(/^E_DTYPE allReduce: there is no mean of i32/),
+      expect.stringMatching(/^E_DTYPE allReduce: there is no sum of u8/),
+      expect.stringMatching(/^E_SHAPE reduceScatter: \[3\] cannot be shared by 2 ranks/),
+      expect.stringMatching(/^E_SHAPE allToAll: counts \[1,1\] do not deal the rows of \[3\] out to 2 ranks/),
+      expect.stringMatching(/^E_SHAPE allToAll: counts \[4,-1\]/),
+      expect.stringMatching(/^E_CONFIG broadcast: there is no rank 2 of 2/),
+      expect.stringMatching(/^E_CONFIG send: rank \d is this rank itself/),
+      expect.stringMatching(/^E_CONFIG receive: there is no rank -1 of 2/),
+    ])
+    expect(await (await ranks.allReduce([vector(1)]))[0].item()).toBe(2)
+  })
+  await expect(local(0, async () => {})).rejects.toThrow(/E_CONFIG|there cannot be 0 ranks/)
+})
+
+test('ranks that do not do the same are told', async () => {
+  const shapes = local(2, async ranks => ranks.allGather(vector(...new Array(ranks.rank + 1).fill(1))))
+  await expect(shapes).rejects.toThrow(/8 bytes came from rank 1 where 4 were expected/)
+  const missing = local(2, async ranks => (ranks.rank === 0 ? ranks.barrier() : undefined))
+  await expect(missing).rejects.toThrow(/a message will not come: rank 1 has ended/)
+})
+
+test('a rank that fails ends what the others wait for, and its error is the one that is told', async () => {
+  const ended: string[] = []
+  const run = local(3, async ranks => {
+    if (ranks.rank === 1) throw new Error('the disk is full')
+    await ranks.barrier().catch((error: MoeError) => {
+      ended.push(`${ranks.rank}: ${error.code} ${error.message}`)
+      throw error
+    })
+  })
+  await expect(run).rejects.toThrow('the disk is full')
+  expect(ended.length).toBe(2)
+  expect(ended.every(line => /E_ABORTED .*rank \d has failed/.test(line))).toBe(true)
+})

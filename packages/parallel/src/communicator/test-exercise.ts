@@ -1,0 +1,107 @@
+/** @file For tests only: every call of a communicator, and what must come of it, computed without one. */
+import { type DType, fromBf16, fromHost, Random, type Tensor, tensor, toBf16 } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import type { Communicator } from './communicator.ts'
+
+const backend = referenceBackend()
+
+/** Numbers that a rank contributes; sums of these depend on their order and rounding. */
+const numbersOf = (rank: number, length: number) =>
+  new Random(11)
+    .fork(`rank ${rank}`)
+    .uniform(length)
+    .map((x, i) => (x - 0.5) * 10 ** (i % 7))
+
+/** Rows that rank `from` has for rank `to`: some pairs have none. */
+const rowsFor = (from: number, to: number) => (from * 5 + to * 3) % 4
+
+const f32 = (numbers: Float32Array, shape = [numbers.length]) => tensor(numbers, shape, { backend })
+const bits = (numbers: Float32Array, dtype: 'bf16' | 'f32' | 'i32') => {
+  if (dtype === 'f32') return fromHost(numbers, [numbers.length], 'f32', backend)
+  if (dtype === 'i32') return fromHost(Int32Array.from(numbers), [numbers.length], 'i32', backend)
+  return fromHost(Uint16Array.from(numbers, toBf16), [numbers.length], 'bf16', backend)
+}
+/** As an Int32Array has it: without -0. */
+const whole = (x: number) => Math.trunc(x) + 0
+const plain = async (tensors: readonly Tensor[]) =>
+  Promise.all(tensors.map(async t => ({ shape: t.shape, dtype: t.dtype, data: [...(await t.data())] })))
+
+/** What this rank gets from every call, as plain data. */
+export async function exercise(ranks: Communicator): Promise<Record<string, unknown>> {
+  const { rank, size } = ranks
+  const own = (length: number) => numbersOf(rank, length)
+  const results: Record<string, unknown> = {}
+  for (const reduction of ['sum', 'max', 'mean'] as const) {
+    const dtypes = reduction === 'mean' ? (['f32', 'bf16'] as const) : (['f32', 'bf16', 'i32'] as const)
+    // Lengths below, at and above the number of ranks, and a scalar.
+    const tensors = dtypes.flatMap(dtype => [1, size, 23].map(length => bits(own(length), dtype)))
+    results[reduction] = await plain(await ranks.allReduce([...tensors, f32(own(1), [])], reduction))
+  }
+  results.reduceScatter = await plain([await ranks.reduceScatter(f32(own(3 * size * 2), [3 * size, 2]))])
+  results.allGather = await plain([await ranks.allGather(f32(own(6), [2, 3])), await ranks.allGather(f32(own(1), []))])
+  const counts = Array.from({ length: size }, (_, to) => rowsFor(rank, to))
+  const total = counts.reduce((sum, count) => sum + count)
+  const exchanged = await ranks.allToAll(f32(own(total * 3), [total, 3]), counts)
+  results.allToAll = [exchanged.counts, await plain([exchanged.rows])]
+  const roots = Array.from({ length: size }, (_, root) => ranks.broadcast([f32(own(5)), bits(own(4), 'i32')], root))
+  results.broadcast = await Promise.all(roots.map(async tensors => plain(await tensors)))
+  // Round a ring, two messages under way at once, received in the order of sending.
+  const [next, previous] = [(rank + 1) % size, (rank - 1 + size) % size]
+  if (size > 1) {
+    const like = { shape: [4], dtype: 'f32' as DType, backend }
+    const received = [ranks.receive(like, previous), ranks.receive({ ...like, shape: [2, 2] }, previous)]
+    await Promise.all([ranks.send(f32(own(4)), next), ranks.send(f32(own(8).subarray(4)), next)])
+    results.ring = await plain(await Promise.all(received))
+  }
+  await ranks.barrier()
+  return results
+}
+
+/** The same, from all ranks' numbers at once. */
+export function expected(rank: number, size: number): Record<string, unknown> {
+  const all = Array.from({ length: size }, (_, r) => r)
+  const of = (length: number) => all.map(r => numbersOf(r, length))
+  const encode = { f32: Math.fround, i32: whole, bf16: (x: number) => fromBf16(toBf16(x)) }
+  const code = { f32: Math.fround, i32: (x: number) => x, bf16: toBf16 }
+  const reduced = (dtype: keyof typeof code, length: number, reduction: 'sum' | 'max' | 'mean', shape = [length]) => {
+    const data = Array.from({ length }, (_, i) => {
+      const column = of(length).map(numbers => encode[dtype](numbers[i]))
+      const sum = column.reduce((a, b) => a + b)
+      return code[dtype](reduction === 'max' ? Math.max(...column) : reduction === 'mean' ? sum / size : sum)
+    })
+    return { shape, dtype, data }
+  }
+  const results: Record<string, unknown> = {}
+  for (const reduction of ['sum', 'max', 'mean'] as const) {
+    const dtypes = reduction === 'mean' ? (['f32', 'bf16'] as const) : (['f32', 'bf16', 'i32'] as const)
+    const vectors = dtypes.flatMap(dtype => [1, size, 23].map(length => reduced(dtype, length, reduction)))
+    results[reduction] = [...vectors, reduced('f32', 1, reduction, [])]
+  }
+  const reducedRows = reduced('f32', 3 * size * 2, 'sum').data
+  results.reduceScatter = [{ shape: [3, 2], dtype: 'f32', data: reducedRows.slice(6 * rank, 6 * rank + 6) }]
+  const joined = (length: number) => of(length).flatMap(numbers => [...numbers])
+  results.allGather = [
+    { shape: [2 * size, 3], dtype: 'f32', data: joined(6) },
+    { shape: [size], dtype: 'f32', data: joined(1) },
+  ]
+  const counts = all.map(from => rowsFor(from, rank))
+  const rows = all.flatMap(from => {
+    const given = all.map(to => rowsFor(from, to))
+    const before = given.slice(0, rank).reduce((sum, count) => sum + count, 0)
+    const total = given.reduce((sum, count) => sum + count)
+    return [...numbersOf(from, total * 3).subarray(3 * before, 3 * (before + given[rank]))]
+  })
+  results.allToAll = [counts, [{ shape: [rows.length / 3, 3], dtype: 'f32', data: rows }]]
+  results.broadcast = all.map(root => [
+    { shape: [5], dtype: 'f32', data: [...numbersOf(root, 5)] },
+    { shape: [4], dtype: 'i32', data: [...numbersOf(root, 4)].map(whole) },
+  ])
+  const previous = numbersOf((rank - 1 + size) % size, 8)
+  if (size > 1) {
+    results.ring = [
+      { shape: [4], dtype: 'f32', data: [...previous.subarray(0, 4)] },
+      { shape: [2, 2], dtype: 'f32', data: [...previous.subarray(4)] },
+    ]
+  }
+  return results
+}

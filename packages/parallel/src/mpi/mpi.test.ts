@@ -1,0 +1,63 @@
+import { spawnSync } from 'node:child_process'
+import { fileURLToPath } from 'node:url'
+import { describe, expect, test } from 'vitest'
+import { mpi } from '../index.ts'
+import { launch, launchers } from './test-launch.ts'
+
+const script = fileURLToPath(new URL('./test-ranks.ts', import.meta.url))
+const installed = launchers()
+
+test('without a library it says what was tried and what to do', async () => {
+  await expect(mpi({ library: '/nowhere/libmpi.so' })).rejects.toThrow(
+    /mpi: no MPI library \(.*nowhere.*\); install Open MPI or MPICH, or name the library in MOE_MPI_LIBRARY; without MPI, local/,
+  )
+})
+
+// Reason to skip: no MPI is installed here (Debian: apt-get install openmpi-bin, or mpich).
+describe.skipIf(installed.length === 0)('MPI', () => {
+  describe.each(installed)('$name', launcher => {
+    test.each([1, 2, 3])('all calls between %i processes give the bits of the local communicator', async size => {
+      const { code, lines, errors } = await launch(launcher, size, [script, 'exercise'])
+      expect(errors).toBe('')
+      expect(lines).toEqual(Array.from({ length: size }, (_, rank) => ({ rank, size, same: true })))
+      expect(code).toBe(0)
+    })
+
+    test('the event loop goes on while a rank waits for another', async () => {
+      const { lines } = await launch(launcher, 2, [script, 'wait'])
+      expect(lines).toEqual([0, 1].map(rank => ({ rank, alive: true })))
+    })
+
+    test('ranks that do not do the same are told, and nothing aborts', async () => {
+      const { lines } = await launch(launcher, 2, [script, 'differ'])
+      expect(lines.map(({ error }) => error)).toEqual([
+        expect.stringMatching(/^E_SHAPE receive: 8000 bytes came from rank 1 where 4000 were expected/),
+        expect.stringMatching(/^E_SHAPE receive: 4000 bytes came from rank 0 where 8000 were expected/),
+      ])
+    })
+
+    test('a rank that fails ends all', async () => {
+      const { code, errors } = await launch(launcher, 2, [script, 'fail'])
+      expect(code).not.toBe(0)
+      expect(errors).toMatch(/rank 1 has had enough/)
+    })
+  })
+
+  test.skipIf(installed.length < 2 /* it takes two kinds of MPI */)(
+    'a library of another kind than the launcher',
+    async () => {
+      const other = { 'Open MPI': 'libmpich.so.12', MPICH: 'libmpi.so.40' }
+      for (const launcher of installed) {
+        const library = other[launcher.name as keyof typeof other]
+        const { code, errors } = await launch(launcher, 2, [script, 'exercise'], { MOE_MPI_LIBRARY: library })
+        expect(code).not.toBe(0)
+        expect(errors).toMatch(/the launcher has started 2 processes, and .* knows of this one alone/)
+      }
+    },
+  )
+
+  test('without a launcher it is the only rank', () => {
+    const { stdout } = spawnSync(process.execPath, [script, 'exercise'], { encoding: 'utf8' })
+    expect(JSON.parse(stdout)).toEqual({ rank: 0, size: 1, same: true })
+  })
+})

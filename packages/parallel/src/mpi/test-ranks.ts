@@ -1,0 +1,51 @@
+/** @file For tests only: one of several ranks that an MPI launcher starts. Argument: what to do. Prints one line of JSON. */
+import { isDeepStrictEqual } from 'node:util'
+import { tensor } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { exercise, expected } from '../communicator/test-exercise.ts'
+import { mpi } from '../index.ts'
+
+const print = (value: unknown) => process.stdout.write(`${JSON.stringify(value)}\n`)
+const filled = (length: number, value: number) =>
+  tensor(new Float32Array(length).fill(value), [length], { backend: referenceBackend() })
+
+const ranks = await mpi()
+switch (process.argv[2]) {
+  case 'exercise': {
+    const result = await exercise(ranks)
+    const same = isDeepStrictEqual(
+      JSON.parse(JSON.stringify(result)),
+      JSON.parse(JSON.stringify(expected(ranks.rank, ranks.size))),
+    )
+    print({ rank: ranks.rank, size: ranks.size, same })
+    break
+  }
+  case 'wait': {
+    // Rank 0 comes late: the other one's timers go on meanwhile.
+    let turns = 0
+    const timer = setInterval(() => turns++, 10)
+    if (ranks.rank === 0) await new Promise(resolve => setTimeout(resolve, 500))
+    await ranks.barrier()
+    clearInterval(timer)
+    print({ rank: ranks.rank, alive: turns >= 10 })
+    break
+  }
+  case 'differ': {
+    const error = await ranks.allGather(filled(ranks.rank === 0 ? 1000 : 2000, 1)).then(
+      () => null,
+      ({ code, message }) => `${code} ${message}`,
+    )
+    print({ rank: ranks.rank, error })
+    // The launcher ends all ranks when the first of them ends so: only when both have printed.
+    const printed = ranks.receive(filled(1, 1), 1 - ranks.rank)
+    await ranks.send(filled(1, 1), 1 - ranks.rank)
+    await printed
+    process.exit(1)
+  }
+  case 'fail': {
+    if (ranks.rank === 1) throw new Error('rank 1 has had enough')
+    await ranks.barrier()
+    break
+  }
+}
+await ranks.close()
