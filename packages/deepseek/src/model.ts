@@ -399,15 +399,24 @@ export class DeepSeek extends Module {
    * Once per optimizer step: moves the selection biases by the loads of the whole batch. Resolves to what is worth logging: mean and largest MaxVio over the
    * layers, dead experts.
    */
-  async afterStep(): Promise<Record<string, number>> {
+  async afterStep(sum?: (loads: readonly Tensor[]) => Promise<Tensor[]>): Promise<Record<string, number>> {
     const speed = scheduled(this.#objective.biasSpeed, this.step)
-    const loads = this.moeLayers.map(layer => {
-      const load = layer.load?.values()
-      if (layer.balancer) layer.rebalance({ step: this.step })
-      else layer.updateBias({ speed })
+    const layers = this.moeLayers
+    const own = layers.flatMap(layer => layer.load ?? [])
+    // Without a training pass no layer has counted.
+    const sums = sum && own.length > 0 ? await sum(own) : null
+    const loads = layers.map((layer, i) => {
+      const load = (sums?.[i] ?? layer.load)?.values()
+      const reduce = (counted: Tensor) => sums?.[i] ?? counted
+      if (layer.balancer) layer.rebalance({ step: this.step, reduce })
+      else layer.updateBias({ speed, reduce })
       return load
     })
-    return this.#report(loads)
+    try {
+      return await this.#report(loads)
+    } finally {
+      for (const load of sums ?? []) load.dispose()
+    }
   }
 
   /** Loads of the layers, biases of now: to the monitor, and what is worth logging. Ends the step. */

@@ -41,6 +41,7 @@ export {
   warmupStableDecay,
 } from './optim/schedule.ts'
 export type { TokenData, TrainOptions } from './options.ts'
+export type { Ranks } from './ranks.ts'
 export { type MetricsLine, readMetrics } from './report/metrics-log.ts'
 export { type ProgressOptions, type ProgressStream, progress } from './report/progress.ts'
 export { writeSummary } from './report/summary.ts'

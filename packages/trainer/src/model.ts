@@ -80,8 +80,9 @@ export interface TrainableModel extends Module {
   /**
    * Called once per optimizer step, after it and after all micro-batches (the bias update of load balancing belongs
    * here). Returns numbers to log, `maxVio` among them for a model with experts.
+   * @param sum makes counts of this rank (loads of experts) those of all; given where several ranks train the model
    */
-  afterStep?(): Promise<Record<string, number>>
+  afterStep?(sum?: (counts: readonly Tensor[]) => Promise<Tensor[]>): Promise<Record<string, number>>
   /** The same in parts that can be recorded. Without it, every step runs op by op. */
   readonly staged?: StagedStep | undefined
   /**

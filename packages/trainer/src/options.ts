@@ -10,6 +10,7 @@ import { AdamW, type AdamWOptions } from './optim/adamw.ts'
 import { Muon } from './optim/muon.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { type Schedule, warmupCosine } from './optim/schedule.ts'
+import type { Ranks } from './ranks.ts'
 
 /** Token data that was made beforehand. */
 export interface TokenData {
@@ -46,7 +47,12 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly record?: boolean
   /** Names the order of the data. Default 0. */
   readonly seed?: number
-  /** This process among those that share the data. Default 0 of 1. */
+  /**
+   * This process among those that train the model together, each with its share of every step's rows: a `Communicator` of `@moe/parallel`. In place of `rank` and
+   * `world`. Rank 0 alone writes to `out`, which all must see to resume. Steps go op by op.
+   */
+  readonly ranks?: Ranks
+  /** This process among those that share the data, without anything else in common. Default 0 of 1. */
   readonly rank?: number
   readonly world?: number
   /** Folder of the run: checkpoints, `metrics.jsonl`, `summary.json`. Default: nothing is written. */
@@ -106,7 +112,8 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   const given = Object.fromEntries(
     Object.entries(options).filter(([, value]) => value !== undefined),
   ) as unknown as TrainOptions
-  const merged = { ...defaults, ...given }
+  const { ranks } = given
+  const merged = { ...defaults, ...given, ...(ranks && { rank: ranks.rank, world: ranks.size }) }
   const problems: string[] = []
   const whole = (name: keyof typeof merged, least: number) => {
     const value = merged[name]
@@ -127,6 +134,8 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   if (typeof optimizer !== 'function' && optimizer !== 'adamw' && optimizer !== 'muon') {
     problems.push(`optimizer is ${optimizer}, needs 'adamw', 'muon' or a function`)
   }
+  if (ranks && (given.rank ?? given.world) !== undefined)
+    problems.push('rank or world is given beside ranks, which has both')
   if (resume && out === undefined) problems.push('resume is given without out, the folder of the run')
   if (problems.length > 0) {
     throw new MoeError({

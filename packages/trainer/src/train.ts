@@ -31,6 +31,7 @@ import {
   type TokenData,
   type TrainOptions,
 } from './options.ts'
+import { checkSameStart, gatherNumbers } from './ranks.ts'
 import { cutMetrics, type MetricsLine, MetricsLog, metricsLine } from './report/metrics-log.ts'
 import { progress } from './report/progress.ts'
 import { writeSummary } from './report/summary.ts'
@@ -170,7 +171,7 @@ class Run {
     this.record = recordRun(settings, data.training, model, parameters, optimizer)
     this.writesTo = settings.rank === 0 ? settings.out : undefined
     this.log = this.writesTo === undefined ? undefined : new MetricsLog(join(this.writesTo, 'metrics.jsonl'))
-    const draw = settings.progress ?? true
+    const draw = settings.progress ?? (settings.ranks === undefined || settings.rank === 0)
     this.listeners = [
       ...(draw === false ? [] : [draw === true ? progress() : draw]),
       ...(settings.onEvent === undefined ? [] : [settings.onEvent]),
@@ -181,23 +182,40 @@ class Run {
     return this.parameters[0].parameter.backend
   }
 
+  /** Positions of one step, of all ranks that train together. */
+  get tokensPerStep(): number {
+    return this.order.tokensPerStep * (this.settings.ranks?.size ?? 1)
+  }
+
   async all(): Promise<TrainResult> {
     const { settings, interrupts } = this
     await this.begin()
+    const { ranks } = settings
+    if (ranks !== undefined) await checkSameStart(ranks, this.step, await this.norm(), this.parameters[0].parameter)
     this.emitStart()
     const limit = this.trainSeconds + (settings.timeLimitSeconds ?? Number.POSITIVE_INFINITY)
-    while (this.step < settings.steps && !interrupts.signal.aborted && this.trainSeconds < limit) {
+    let stop = await this.reasonToStop(limit)
+    while (this.step < settings.steps && stop === null) {
       await this.oneStep()
       if (this.step === settings.steps) break
       if (this.step % settings.checkpointEvery === 0) await this.save()
       if (settings.evalEvery > 0 && this.step % settings.evalEvery === 0) await this.measure(settings.evalTokens)
+      stop = await this.reasonToStop(limit)
     }
     await this.save()
-    const unfinished = this.step < settings.steps
-    if (unfinished) return this.stopped(interrupts.signal.aborted ? 'interrupted' : 'time')
+    if (stop !== null && this.step < settings.steps) return this.stopped(stop)
     const validation = await this.measure(undefined)
     if (validation === null) return this.stopped('interrupted')
     return this.finish('finished', validation)
+  }
+
+  /** Why no further step is taken, the same on all ranks. */
+  async reasonToStop(limit: number): Promise<'interrupted' | 'time' | null> {
+    const { ranks } = this.settings
+    const own = [Number(this.interrupts.signal.aborted), Number(this.trainSeconds >= limit)]
+    const all = ranks === undefined ? [own] : await gatherNumbers(ranks, own, this.parameters[0].parameter)
+    if (all.some(([interrupted]) => interrupted === 1)) return 'interrupted'
+    return all.some(([, late]) => late === 1) ? 'time' : null
   }
 
   /** Makes the folder ready, and goes back to the checkpoint if there is one to go on from. */
@@ -275,7 +293,7 @@ class Run {
     const seconds = (performance.now() - started) / 1000
     this.step++
     this.trainSeconds += seconds
-    this.tokens += order.tokensPerStep
+    this.tokens += this.tokensPerStep
     const event: StepEvent = {
       type: 'step',
       step: this.step,
@@ -284,7 +302,7 @@ class Run {
       lr,
       gradNorm: numbers.gradNorm,
       tokens: this.tokens,
-      tokensPerSecond: order.tokensPerStep / seconds,
+      tokensPerSecond: this.tokensPerStep / seconds,
       metrics: { ...numbers.metrics, ...numbers.after },
     }
     for (const name in numbers.after) this.balanceNames.add(name)
@@ -334,12 +352,17 @@ class Run {
    * checkpoint.
    */
   async checkFinite(): Promise<void> {
+    if (Number.isFinite(await this.norm())) return
+    throw await nonFiniteModel(this.model, this.step)
+  }
+
+  /** Norm of all weights. */
+  async norm(): Promise<number> {
     const weights = this.parameters.flatMap(({ parameter }) => (parameter.dtype === 'f32' ? [parameter] : []))
     const norm = noGrad(() => globalNorm(weights))
     const value = await norm.item()
     norm.dispose()
-    if (Number.isFinite(value)) return
-    throw await nonFiniteModel(this.model, this.step)
+    return value
   }
 
   stopped(reason: 'interrupted' | 'time'): TrainResult {
@@ -404,7 +427,7 @@ class Run {
       parameters: parameterCount(this.model),
       steps: settings.steps,
       fromStep: this.step,
-      tokensPerStep: order.tokensPerStep,
+      tokensPerStep: this.tokensPerStep,
       trainingTokens: data.training.tokens.length,
       validationTokens: data.validation?.tokens.length ?? 0,
       epochs: order.epochs(settings.steps),

@@ -15,6 +15,7 @@ import type { TokenBatch, TrainableModel } from './model.ts'
 import { nonFiniteStep } from './non-finite.ts'
 import { clipScale, gradientNorm } from './optim/clip.ts'
 import type { Optimizer } from './optim/optimizer.ts'
+import { gatherPasses, type Ranks, sumGradients } from './ranks.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
 export interface StepOptions {
@@ -26,13 +27,15 @@ export interface StepOptions {
   readonly precision?: Precision
   /** Number of the step, for error messages. */
   readonly step?: number
+  /** Those that take this step together: it is that of one batch that holds the rows of all. Each calls this with as many micro-batches, of the same size. */
+  readonly ranks?: Ranks
 }
 
 /**
  * Runs one step on one or more micro-batches, which weigh as much as they have counted positions: the gradient is that
  * of one batch that holds all their rows.
  *
- * The device is read once, between the backward pass and the update: a step whose loss or gradient is not finite
+ * The device is read once, between the backward pass and the update (with ranks: also before their gradients are summed): a step whose loss or gradient is not finite
  * changes nothing.
  * @param parameters of the model, as `namedParameters` gives them
  * @throws MoeError E_NAN
@@ -44,32 +47,33 @@ export async function trainingStep(
   batches: readonly TokenBatch[],
   options: StepOptions,
 ): Promise<StepNumbers> {
-  const { lr, clip = 1, precision = 'f32', step = 0 } = options
+  const { lr, clip = 1, precision = 'f32', step = 0, ranks } = options
   const trained = parameters.map(({ parameter }) => parameter).filter(parameter => parameter.trainable)
   const held: Tensor[] = []
   try {
-    const several = batches.length > 1
+    const several = batches.length > 1 || (ranks !== undefined && ranks.size > 1)
     const parts = batches.map(batch => {
       const part = pass(model, batch, several, precision)
       held.push(...scalarsOf(part))
       return part
     })
-    const factor = factorOf(parts.map(({ weight }) => weight))
+    const all = ranks === undefined ? null : await together(ranks, parts, batches, trained)
+    const factor = factorOf((all ?? parts).map(({ weight }) => weight))
     const { scalars, gradScale } = summarize(parts, trained, clip, factor)
     held.push(scalars, gradScale)
     const values = await scalars.values()
     let at = 0
-    const passes = parts.map(({ count, metrics }) => {
+    const ownPasses = parts.map(({ count, metrics }) => {
       const own = values.subarray(at, at + 2 + metrics.length)
       at += own.length
       return { count, metrics: metrics.map(([name]) => name), values: own }
     })
-    const numbers = average(passes, values[at], factor)
+    const numbers = average(all ?? ownPasses, values[at], factor)
     const finite = Number.isFinite(numbers.loss) && Number.isFinite(numbers.gradNorm)
     if (!finite) throw await nonFiniteStep(model, step, numbers)
     optimizer.step(lr, gradScale)
     zeroGradients(trained)
-    return { ...numbers, after: (await model.afterStep?.()) ?? {} }
+    return { ...numbers, after: (await model.afterStep?.(ranks && (counts => ranks.allReduce(counts)))) ?? {} }
   } finally {
     for (const tensor of held) tensor.dispose()
     zeroGradients(trained)
@@ -87,6 +91,28 @@ interface Pass {
 }
 
 const scalarsOf = ({ loss, nll, metrics }: Pass): Tensor[] => [loss, nll, ...metrics.map(([, tensor]) => tensor)]
+
+/** Sums the gradients over the ranks. The micro-batches of all. */
+async function together(
+  ranks: Ranks,
+  parts: readonly Pass[],
+  batches: readonly TokenBatch[],
+  trained: readonly Parameter[],
+) {
+  const own = parts.map((part, i) => ({
+    count: part.count,
+    batch: batches[i],
+    metrics: part.metrics.map(([name]) => name),
+    values: noGrad(() => scope(() => concat(scalarsOf(part).map(scalar => scalar.reshape([1]))))),
+  }))
+  try {
+    const all = await gatherPasses(ranks, own)
+    await sumGradients(ranks, trained)
+    return all
+  } finally {
+    for (const { values } of own) values.dispose()
+  }
+}
 
 function pass(model: TrainableModel, batch: TokenBatch, several: boolean, precision: Precision): Pass {
   return scope(() =>

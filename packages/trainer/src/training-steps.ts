@@ -3,6 +3,7 @@ import { type Backend, isMoeError, type NamedParameter, type Precision } from '@
 import type { StagedStep, TokenBatch, TrainableModel } from './model.ts'
 import { nonFiniteStep } from './non-finite.ts'
 import { isStaged, type Optimizer } from './optim/optimizer.ts'
+import type { Ranks } from './ranks.ts'
 import {
   kindOf,
   type PreparedBatch,
@@ -24,6 +25,8 @@ export interface TrainingStepsOptions {
    * its ops are short; memory that it needs stays taken between steps. Default true.
    */
   readonly record?: boolean
+  /** Those that take every step together: see `trainingStep`. Their steps go op by op. */
+  readonly ranks?: Ranks
 }
 
 /** Steps of one model with one optimizer. */
@@ -33,6 +36,7 @@ export class TrainingSteps {
   readonly #optimizer: Optimizer
   readonly #clip: number
   readonly #precision: Precision
+  readonly #ranks: Ranks | undefined
   /** What a recording needs; null where steps go op by op. */
   #parts: StepParts | null
   #recorded: RecordedStep | null = null
@@ -47,16 +51,17 @@ export class TrainingSteps {
     optimizer: Optimizer,
     options: TrainingStepsOptions = {},
   ) {
-    const { clip = 1, precision = 'f32', record = true } = options
+    const { clip = 1, precision = 'f32', record = true, ranks } = options
     this.#model = model
     this.#parameters = parameters
     this.#optimizer = optimizer
     this.#clip = clip
     this.#precision = precision
+    this.#ranks = ranks
     const { staged } = model
     const backend = parameters.at(0)?.parameter.backend
     this.#parts =
-      record && staged && isStaged(optimizer) && canRecord(backend)
+      record && !ranks && staged && isStaged(optimizer) && canRecord(backend)
         ? { staged, optimizer, backend, clip, precision, parameters: parameters.map(({ parameter }) => parameter) }
         : null
   }
@@ -82,7 +87,7 @@ export class TrainingSteps {
       // Nothing is waited for once there is a graph: the step is on its way when this returns its promise.
       if (this.#recorded !== null) return this.#replay(parts.staged, this.#recorded, staged, lr, step)
     }
-    const settings = { lr, step, clip: this.#clip, precision: this.#precision }
+    const settings = { lr, step, clip: this.#clip, precision: this.#precision, ranks: this.#ranks }
     return trainingStep(this.#model, this.#parameters, this.#optimizer, batches, settings)
   }
 

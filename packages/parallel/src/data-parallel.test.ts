@@ -1,0 +1,190 @@
+/** @file Two ranks of `@moe/trainer` are one with twice the rows. */
+import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { createBackend } from '@moe/kernels-cpu'
+import { auxFree, sequenceWise, together } from '@moe/router'
+import type { TrainOptions } from '@moe/trainer'
+import { afterAll, afterEach, describe, expect, test } from 'vitest'
+import { local } from './index.ts'
+import { launch, launchers } from './mpi/test-launch.ts'
+import { digestOf, type Trained, trainSmall } from './test-training.ts'
+
+const backend = await createBackend()
+const made: string[] = []
+afterAll(async () => {
+  backend.dispose()
+  for (const folder of made) await rm(folder, { recursive: true })
+})
+afterEach(() => expect(backend.stats().handles).toBe(0))
+const temporaryFolder = async () => {
+  made.push(await mkdtemp(join(tmpdir(), 'moe-parallel-')))
+  return made.at(-1) as string
+}
+
+type Options = Partial<TrainOptions>
+type Model = Parameters<typeof trainSmall>[2]
+const alone = (options: Options, model?: Model) => trainSmall(backend, options, model)
+const onRanks = (size: number, options: Options, model?: Model) =>
+  local(size, ranks => trainSmall(backend, { ...options, ranks }, model))
+
+/** Largest difference of any weight, relative to the largest weight of its tensor. */
+function difference(a: Trained, b: Trained): number {
+  const of = (name: string) => {
+    const largest = Math.max(...a.weights[name].map(Math.abs))
+    return Math.max(...a.weights[name].map((x, i) => Math.abs(x - b.weights[name][i]))) / Math.max(largest, 1e-9)
+  }
+  return Math.max(...Object.keys(a.weights).map(of))
+}
+
+const biases = ({ weights }: Trained) =>
+  Object.entries(weights).filter(([name]) => name.endsWith('e_score_correction_bias'))
+
+describe('ranks of B rows', () => {
+  test.each<{ name: string; options?: Options; model?: Model }>([
+    { name: 'AdamW' },
+    { name: 'Muon', options: { optimizer: 'muon' } },
+    { name: 'clipped hard', options: { clip: 0.01 } },
+    { name: 'a balancer', model: { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) } },
+  ])('are one of as many micro-batches of B, and all have the same bits: $name', async ({ options = {}, model }) => {
+    const one = await alone({ ...options, accumulate: 3 }, model)
+    const [first, ...others] = await onRanks(3, options, model)
+    for (const other of others) {
+      expect(other.weights).toEqual(first.weights)
+      expect(other.steps).toEqual(first.steps)
+    }
+    // Embedding and head have gradients of the main model and of MTP: they are added up in another order. A last bit of a gradient moves a weight by a last bit,
+    // save where AdamW divides a gradient of 0 but for rounding by its own size.
+    expect(difference(first, one)).toBeLessThan(1e-6)
+    expect(biases(first)).toEqual(biases(one))
+    expect(first.steps[0]).toEqual({ ...one.steps[0], gradNorm: expect.closeTo(one.steps[0].gradNorm, 5) })
+    for (const [i, { loss, metrics, tokens }] of first.steps.entries()) {
+      expect(loss).toBeCloseTo(one.steps[i].loss, 4)
+      expect(metrics.maxVio).toBe(one.steps[i].metrics.maxVio)
+      expect(tokens).toBe(one.steps[i].tokens)
+    }
+  })
+
+  test('are one with two micro-batches bit for bit where every parameter is used once', async () => {
+    const one = await alone({ accumulate: 2 }, { mtp: 0 })
+    const [first, second] = await onRanks(2, {}, { mtp: 0 })
+    expect(first.steps).toEqual(one.steps)
+    expect(first.weights).toEqual(one.weights)
+    expect(second.weights).toEqual(one.weights)
+  })
+
+  test('are one of a single batch of 2B but for rounding', async () => {
+    // Of MTP and balance, means over rows are not means over micro-batches that count different numbers of positions: so it is with micro-batches of one rank.
+    const model = { mtp: 0, objective: { balanceWeight: 0 } }
+    const one = await alone({ batchSize: 4 }, model)
+    const [first] = await onRanks(2, { batchSize: 2 }, model)
+    expect(difference(first, one)).toBeLessThan(1e-5)
+    expect(biases(first)).toEqual(biases(one))
+    expect(first.steps.map(({ nll }) => nll)).toEqual(one.steps.map(({ nll }) => expect.closeTo(nll, 5)))
+  })
+
+  test('several micro-batches on each', async () => {
+    // Rank r has rows 2r and 2r + 1 of each four.
+    const one = await alone({ batchSize: 4, accumulate: 2 }, { mtp: 0, objective: { balanceWeight: 0 } })
+    const [first] = await onRanks(2, { batchSize: 2, accumulate: 2 }, { mtp: 0, objective: { balanceWeight: 0 } })
+    expect(difference(first, one)).toBeLessThan(1e-5)
+  })
+
+  test('one rank is as without', async () => {
+    const one = await alone({})
+    const [first] = await onRanks(1, {})
+    expect(first.steps).toEqual(one.steps)
+    expect(first.weights).toEqual(one.weights)
+  })
+})
+
+describe('a run of two ranks', () => {
+  test('is written by rank 0 alone, and goes on bit for bit', async () => {
+    const out = await temporaryFolder()
+    const whole = await onRanks(2, {})
+    const schedule = () => 1
+    const [straight] = await onRanks(2, { schedule })
+    await onRanks(2, { out, schedule, checkpointEvery: 3, keepCheckpoints: 5 })
+    const checkpoint = join(out, 'checkpoints', 'step-000003')
+    expect(await readdir(join(out, 'checkpoints'))).toEqual(['latest', 'step-000003', 'step-000006', 'step-000008'])
+    const lines = (await readFile(join(out, 'metrics.jsonl'), 'utf8')).trim().split('\n')
+    expect(lines.map(line => JSON.parse(line).step)).toEqual([1, 2, 3, 4, 5, 6, 7, 8])
+    const [first, second] = await onRanks(2, { out, schedule, resume: checkpoint, keepCheckpoints: 5 })
+    expect(first.steps).toEqual(straight.steps.slice(3))
+    expect(first.weights).toEqual(straight.weights)
+    expect(second.weights).toEqual(straight.weights)
+    expect(whole[0].weights).not.toEqual(straight.weights)
+    // Nothing in a checkpoint has the shape of a rank; its data does.
+    await expect(alone({ out, schedule, resume: checkpoint })).rejects.toThrow(/world: saved with 2, now 1/)
+  })
+
+  test('stops at the same step on all, whoever is told to', async () => {
+    const stop = new AbortController()
+    const runs = await local(2, ranks =>
+      trainSmall(backend, {
+        ranks,
+        ...(ranks.rank === 1 && { signal: stop.signal }),
+        onEvent: event => {
+          if (ranks.rank === 1 && event.type === 'step' && event.step === 3) stop.abort()
+        },
+      }),
+    )
+    expect(runs.map(({ result }) => [result.steps, result.stopped])).toEqual([
+      [3, 'interrupted'],
+      [3, 'interrupted'],
+    ])
+    const late = await local(2, ranks =>
+      trainSmall(backend, { ranks, ...(ranks.rank === 0 && { timeLimitSeconds: 1e-9 }) }),
+    )
+    expect(late.map(({ result }) => [result.steps, result.stopped])).toEqual([
+      [1, 'time'],
+      [1, 'time'],
+    ])
+  })
+
+  test('does not begin with different weights, or at different steps', async () => {
+    const seeds = local(2, ranks => trainSmall(backend, { ranks }, { seed: ranks.rank }))
+    await expect(seeds).rejects.toThrow(/rank 0 begins at step 0 with weights of norm .*, rank 1 at step 0 .*same seed/)
+    const out = await temporaryFolder()
+    await onRanks(2, { out, steps: 2, schedule: () => 1 })
+    const folders = [out, await temporaryFolder()]
+    const other = local(2, ranks =>
+      trainSmall(backend, { ranks, out: folders[ranks.rank], resume: 'auto', steps: 2, schedule: () => 1 }),
+    )
+    await expect(other).rejects.toThrow(/rank 0 begins at step 2 .*, rank 1 at step 0 .*let all see the same folder/)
+  })
+
+  test('applies no step that is not finite on one of them', async () => {
+    const codes = await local(2, ranks => {
+      const lr = (step: number) => (step === 1 ? Number.NaN : 1)
+      const run = trainSmall(backend, { ranks, ...(ranks.rank === 1 && { schedule: lr }) })
+      return run.then(
+        () => 'none',
+        error => `${error.code} ${error.message}`,
+      )
+    })
+    for (const code of codes) expect(code).toMatch(/^E_NAN .*step 3/)
+  })
+
+  test('takes its place among the ranks from them alone', async () => {
+    await expect(onRanks(2, { world: 2 })).rejects.toThrow(/rank or world is given beside ranks/)
+  })
+})
+
+// Reason to skip: no MPI is installed here (Debian: apt-get install openmpi-bin, or mpich).
+const installed = launchers()
+test.skipIf(installed.length === 0)(
+  'processes of mpirun have the bits of the local communicator',
+  async () => {
+    const script = fileURLToPath(new URL('./test-training.ts', import.meta.url))
+    const [first] = await onRanks(2, {})
+    for (const launcher of installed) {
+      const { lines, errors } = await launch(launcher, 2, [script])
+      expect(errors).toBe('')
+      const printed = { digest: digestOf(first), losses: first.steps.map(({ loss }) => loss) }
+      expect(lines).toEqual([0, 1].map(rank => ({ rank, ...printed })))
+    }
+  },
+  240_000,
+)

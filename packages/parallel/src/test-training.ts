@@ -1,0 +1,87 @@
+/** @file For tests only: a small DeepSeek in training, by one rank or several; and, as a program, one rank that `mpirun` has started (prints its losses and a digest of its weights). */
+import { createHash } from 'node:crypto'
+import { fileURLToPath } from 'node:url'
+import { type Backend, Random, stateDict } from '@moe/core'
+import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cpu'
+import { type StepEvent, TokenDataset, type TrainOptions, type TrainResult, train } from '@moe/trainer'
+import { mpi } from './index.ts'
+
+const config: DeepSeekConfigInput = {
+  ...presets.tiny,
+  vocab_size: 40,
+  hidden_size: 24,
+  intermediate_size: 32,
+  moe_intermediate_size: 8,
+  num_hidden_layers: 3,
+  num_attention_heads: 2,
+  n_routed_experts: 8,
+  num_experts_per_tok: 2,
+  q_lora_rank: 12,
+  kv_lora_rank: 8,
+  qk_nope_head_dim: 8,
+  qk_rope_head_dim: 4,
+  v_head_dim: 8,
+  initializer_range: 0.3,
+  num_nextn_predict_layers: 1,
+}
+
+/** 23 windows of 8: of four rows a step, the last of an epoch reach into the next, and some hold padding, so that ranks count different numbers of positions. */
+const training = () => {
+  const random = new Random(3)
+  const document = () => Int32Array.from({ length: 60 }, () => 2 + random.integer(38))
+  return TokenDataset.fromTokens(Array.from({ length: 3 }, document))
+}
+
+export interface Trained {
+  readonly result: TrainResult
+  readonly steps: Array<Omit<StepEvent, 'tokensPerSecond'>>
+  readonly weights: Readonly<Record<string, readonly number[]>>
+}
+
+/** Rows of a step: 4, as `batchSize` 4, or 2 of 2 micro-batches, or 2 of 2 ranks. */
+export async function trainSmall(
+  backend: Backend,
+  options: Partial<TrainOptions>,
+  { mtp = 1, ...model }: DeepSeekOptions & { mtp?: number } = {},
+): Promise<Trained> {
+  const objective = { biasSpeed: 0.01, ...model.objective }
+  const own = { ...config, num_nextn_predict_layers: mtp }
+  const made = new DeepSeek(own, { seed: 1, backend, ...model, ...(model.balancer ? {} : { objective }) })
+  const steps: Trained['steps'] = []
+  try {
+    const result = await train(made, {
+      data: { training: training() },
+      steps: 8,
+      batchSize: 2,
+      sequenceLength: 8,
+      lr: 5e-3,
+      progress: false,
+      handleSignals: false,
+      record: false,
+      ...options,
+      onEvent(event) {
+        if (event.type === 'step') {
+          const { tokensPerSecond: _, ...numbers } = event
+          steps.push(numbers)
+        }
+        options.onEvent?.(event)
+      },
+    })
+    const entries = stateDict(made).map(async ({ name, data }) => [name, Array.from(await data())] as const)
+    return { result, steps, weights: Object.fromEntries(await Promise.all(entries)) }
+  } finally {
+    made.dispose()
+  }
+}
+
+/** Equal for equal bits. */
+export const digestOf = ({ weights }: Trained) => createHash('sha256').update(JSON.stringify(weights)).digest('hex')
+
+if (process.argv[1] === fileURLToPath(import.meta.url)) {
+  const ranks = await mpi()
+  const trained = await trainSmall(await createBackend({ threads: 1 }), { ranks })
+  const losses = trained.steps.map(({ loss }) => loss)
+  process.stdout.write(`${JSON.stringify({ rank: ranks.rank, digest: digestOf(trained), losses })}\n`)
+  await ranks.close()
+}
