@@ -398,6 +398,7 @@ export class DeepSeek extends Module {
   /**
    * Once per optimizer step: moves the selection biases by the loads of the whole batch. Resolves to what is worth logging: mean and largest MaxVio over the
    * layers, dead experts.
+   * @param sum makes the loads `i32 [E]` of this rank those of all, where several train the model
    */
   async afterStep(sum?: (loads: readonly Tensor[]) => Promise<Tensor[]>): Promise<Record<string, number>> {
     const speed = scheduled(this.#objective.biasSpeed, this.step)

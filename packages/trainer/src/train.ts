@@ -188,7 +188,7 @@ class Run {
   }
 
   async all(): Promise<TrainResult> {
-    const { settings, interrupts } = this
+    const { settings } = this
     await this.begin()
     const { ranks } = settings
     if (ranks !== undefined) await checkSameStart(ranks, this.step, await this.norm(), this.parameters[0].parameter)

@@ -13,33 +13,30 @@ export function checkReduction(op: string, dtype: DType, reduction: Reduction): 
   })
 }
 
+/** Numbers that are added up at a time: they stay in the cache. */
+const block = 4096
+
 /** Element by element over `parts`, in f64, rounded once. */
 export function reduce(dtype: DType, parts: readonly HostArray[], reduction: Reduction): HostArray {
   const decoded = dtype === 'bf16' ? parts.map(part => Float32Array.from(part, fromBf16)) : parts
-  const result = reduction === 'max' ? largest(decoded) : sum(decoded, reduction === 'mean' ? decoded.length : 1)
+  const [first] = decoded
+  const result = first.slice()
+  const totals = new Float64Array(block)
+  for (let from = 0; from < first.length; from += block) {
+    const part = (of: HostArray) => of.subarray(from, from + block)
+    totals.set(part(first))
+    for (const other of decoded.slice(1)) (reduction === 'max' ? largest : add)(totals, part(other))
+    if (reduction === 'mean') for (let i = 0; i < block; i++) totals[i] /= decoded.length
+    result.set(totals.subarray(0, first.length - from), from)
+  }
   return dtype === 'bf16' ? Uint16Array.from(result, toBf16) : result
 }
 
-/** An array of the kind and length of the parts. */
-const like = (parts: readonly HostArray[]) => new (parts[0].constructor as Float32ArrayConstructor)(parts[0].length)
-
-function sum(parts: readonly HostArray[], divisor: number): HostArray {
-  const result = like(parts)
-  for (let i = 0; i < result.length; i++) {
-    let total = 0
-    for (const part of parts) total += part[i]
-    result[i] = total / divisor
-  }
-  return result
+function add(totals: Float64Array, part: HostArray): void {
+  for (let i = 0; i < part.length; i++) totals[i] += part[i]
 }
 
-function largest(parts: readonly HostArray[]): HostArray {
-  const result = like(parts)
-  for (let i = 0; i < result.length; i++) {
-    let most = parts[0][i]
-    // Of a NaN and a number, the NaN.
-    for (const part of parts) most = Math.max(most, part[i])
-    result[i] = most
-  }
-  return result
+/** Of a NaN and a number, the NaN. */
+function largest(totals: Float64Array, part: HostArray): void {
+  for (let i = 0; i < part.length; i++) totals[i] = Math.max(totals[i], part[i])
 }

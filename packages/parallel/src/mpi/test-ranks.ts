@@ -41,6 +41,7 @@ switch (process.argv[2]) {
     await ranks.send(filled(1, 1), 1 - ranks.rank)
     await printed
     process.exit(1)
+    break
   }
   case 'fail': {
     if (ranks.rank === 1) throw new Error('rank 1 has had enough')
