@@ -131,7 +131,7 @@ export {
   stateDict,
 } from './nn/state-dict.ts'
 export { philox4x32, Random, rand, randn } from './random.ts'
-export { keep, scope } from './scope.ts'
+export { keep, Lifetime, scope } from './scope.ts'
 export { broadcastShapes, sameShape, showShape, sizeOf, stridesOf } from './shape.ts'
 export {
   arange,

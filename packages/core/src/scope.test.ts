@@ -2,7 +2,7 @@ import { beforeEach, describe, expect, test } from 'vitest'
 import type { Backend } from './backend.ts'
 import { Parameter } from './nn/parameter.ts'
 import { referenceBackend } from './reference/index.ts'
-import { keep, scope } from './scope.ts'
+import { keep, Lifetime, scope } from './scope.ts'
 import { type Tensor, tensor } from './tensor.ts'
 
 let backend: Backend
@@ -141,5 +141,39 @@ describe('single tensors', () => {
     })()
     expect(parameter.disposed).toBe(false)
     expect(alive()).toBe(2)
+  })
+})
+
+describe('a lifetime', () => {
+  test('holds what is made in it over several calls, until it is disposed; what is kept goes on', () => {
+    const life = new Lifetime()
+    const [y, kept] = scope(() => life.run(() => [x.mul(2), keep(x.mul(3))]))
+    const z = life.run(() => scope(() => y.add(1).add(1)))
+    expect([y, z].map(t => t.disposed)).toEqual([false, false])
+    expect(alive()).toBe(4)
+    life.dispose()
+    life.dispose()
+    expect([y, z, kept].map(t => t.disposed)).toEqual([true, true, false])
+    const again = life.run(() => x.mul(4))
+    life.dispose()
+    expect(again.disposed).toBe(true)
+    kept.dispose()
+    expect(alive()).toBe(1)
+  })
+
+  test('a function that fails leaves what it made to the lifetime, and the scope outside open', () => {
+    const life = new Lifetime()
+    scope(() => {
+      expect(() =>
+        life.run(() => {
+          x.mul(2)
+          throw new RangeError('no')
+        }),
+      ).toThrow('no')
+      x.mul(3)
+    })
+    expect(alive()).toBe(2)
+    life.dispose()
+    expect(alive()).toBe(1)
   })
 })

@@ -51,6 +51,35 @@ export function scope<T>(fn: () => T): T {
   return result
 }
 
+/**
+ * A scope that is entered as often as one likes and freed by hand, for what lives longer than one call: a micro-batch on its way through a pipeline, from
+ * its forward to its backward pass.
+ */
+export class Lifetime {
+  readonly #scope: Scope = { items: [] }
+
+  /** Runs a synchronous function; the tensors that it makes live until `dispose()`, its result included. */
+  run<T>(fn: () => T): T {
+    const outer = current
+    current = this.#scope
+    try {
+      return fn()
+    } finally {
+      current = outer
+    }
+  }
+
+  /** Frees what was made in it and not kept. It can be entered again. */
+  dispose(): void {
+    const items = this.#scope.items.splice(0)
+    for (const item of items) if (item.owner === this.#scope) item.dispose()
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+}
+
 /** Internal: opens a scope by hand, for the inner loop of `backward`. Close it with `leaveScope` whatever happens. */
 export function enterScope(): Scope {
   current = { items: [] }

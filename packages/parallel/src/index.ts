@@ -2,6 +2,8 @@
 export type { Communicator, Reduction, RowExchange, TensorLike } from './communicator/communicator.ts'
 export { local } from './communicator/local.ts'
 export { mpi } from './mpi/mpi.ts'
+export { sumReplicas } from './pipeline/replicas.ts'
+export { type PipelineOptions, type PipelineStage, runSchedule, type StageOutput } from './pipeline/run-schedule.ts'
 export { drawSchedule } from './schedule/draw.ts'
 export { dualPipe, dualPipeV } from './schedule/dual-pipe.ts'
 export { interleaved, oneForwardOneBackward } from './schedule/one-f-one-b.ts'

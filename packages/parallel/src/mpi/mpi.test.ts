@@ -1,7 +1,10 @@
 import { spawnSync } from 'node:child_process'
 import { fileURLToPath } from 'node:url'
+import { setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
-import { mpi } from '../index.ts'
+import { local, mpi } from '../index.ts'
+import { pipelineSteps } from '../pipeline/test-stages.ts'
 import { launch, launchers } from './test-launch.ts'
 
 const script = fileURLToPath(new URL('./test-ranks.ts', import.meta.url))
@@ -20,6 +23,15 @@ describe.skipIf(installed.length === 0)('MPI', () => {
       const { code, lines, errors } = await launch(launcher, size, [script, 'exercise'])
       expect(errors).toBe('')
       expect(lines).toEqual(Array.from({ length: size }, (_, rank) => ({ rank, size, same: true })))
+      expect(code).toBe(0)
+    })
+
+    test('a pipeline between processes gives the bits of the local communicator', async () => {
+      setDefaultBackend(referenceBackend())
+      const expected = await local(2, async ranks => ({ rank: ranks.rank, ...(await pipelineSteps(ranks)) }))
+      const { code, lines, errors } = await launch(launcher, 2, [script, 'pipeline'])
+      expect(errors).toBe('')
+      expect(lines).toEqual(expected)
       expect(code).toBe(0)
     })
 

@@ -1,9 +1,10 @@
 /** @file For tests only: one of several ranks that an MPI launcher starts. Argument: what to do. Prints one line of JSON. */
 import { isDeepStrictEqual } from 'node:util'
-import { tensor } from '@moe/core'
+import { setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { exercise, expected } from '../communicator/test-exercise.ts'
 import { mpi } from '../index.ts'
+import { pipelineSteps } from '../pipeline/test-stages.ts'
 
 const print = (value: unknown) => process.stdout.write(`${JSON.stringify(value)}\n`)
 const filled = (length: number, value: number) =>
@@ -18,6 +19,12 @@ switch (process.argv[2]) {
       JSON.parse(JSON.stringify(expected(ranks.rank, ranks.size))),
     )
     print({ rank: ranks.rank, size: ranks.size, same })
+    break
+  }
+  case 'pipeline': {
+    setDefaultBackend(referenceBackend())
+    const { loss, gradients } = await pipelineSteps(ranks)
+    print({ rank: ranks.rank, loss, gradients })
     break
   }
   case 'wait': {
