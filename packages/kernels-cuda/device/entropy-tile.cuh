@@ -50,26 +50,28 @@ MOE_DEVICE void storeLogitsGradient(typename Tile::Element* dlogits, typename Ti
     const int target = exists ? targets[r] : ignoreIndex;
     const bool counts = target >= 0 && target < classes && target != ignoreIndex;
     const float rowLse = exists ? lse[r] : 0.f, factor = exists ? dloss[r] : 0.f;
-    typename Tile::Element* const to = dlogits + (int64_t)r * ld;
+    // From here on columns are the tile's.
+    const int own = target - first - column, classesEnd = counts ? V - column : 0, end = exists ? ld - column : 0;
+    typename Tile::Element* const to = dlogits + (int64_t)r * ld + column;
     const auto gradient = [&](int j) {
-      const int c = column + Tile::column(j);
+      const int c = Tile::column(j);
       const float p = exponential<Tile>(Tile::at(logits, i, j) - rowLse);
-      return counts && c < V ? (p - (first + c == target ? 1.f : 0.f)) * factor : 0.f;
+      return c < classesEnd ? (p - (c == own ? 1.f : 0.f)) * factor : 0.f;
     };
     if constexpr (sizeof(typename Tile::Element) == 2) {
 #pragma unroll
       for (int j = 0; j < Tile::Columns; j += 4) {
         uint32_t a = packBf16(gradient(j), gradient(j + 1)), b = packBf16(gradient(j + 2), gradient(j + 3));
         pairColumns(a, b);
-        const int c = column + pairedColumn<Tile>(j);
-        if (exists && c < ld) storeWide(to + c, a, b);
+        const int c = pairedColumn<Tile>(j);
+        if (c < end) storeWide(to + c, a, b);
       }
     } else {
       static_assert(Tile::Run == 4, "rows of memory are a multiple of 4");
 #pragma unroll
       for (int j = 0; j < Tile::Columns; j += 4) {
-        const int c = column + Tile::column(j);
-        if (exists && c < ld) storeWide(to + c, gradient(j), gradient(j + 1), gradient(j + 2), gradient(j + 3));
+        const int c = Tile::column(j);
+        if (c < end) storeWide(to + c, gradient(j), gradient(j + 1), gradient(j + 2), gradient(j + 3));
       }
     }
   }

@@ -51,8 +51,8 @@ MOE_DEVICE void rmsNormGradient(float* dx, float* sums, const float* x, const fl
   eachVector<Threads, Held>(first, n, [&](int i, int j) {
     const Four normal = four([&](int k) { return xRow.at(i, j).v[k] * r; });
     const Four d = dyRow.at(i, j), w = load4<Whole>(weight, i, n), sum = load4(sums, i);
-    storeShared4(sums, i, four([&](int k) { return sum.v[k] + d.v[k] * normal.v[k]; }));
     store4<Whole>(dx, i, n, four([&](int k) { return (d.v[k] * w.v[k] - normal.v[k] * mean) * r; }));
+    storeShared4(sums, i, four([&](int k) { return sum.v[k] + d.v[k] * normal.v[k]; }));
   });
 }
 
