@@ -91,6 +91,7 @@ export { type ExpertWeights, routedExperts } from './fused/routed-experts.ts'
 export { type Routing, routerTopk } from './fused/router-topk.ts'
 export { softmax } from './fused/softmax.ts'
 export { swiglu } from './fused/swiglu.ts'
+export { createModule } from './nn/create-module.ts'
 export {
   Embedding,
   forkInit,
@@ -131,7 +132,7 @@ export {
   stateDict,
 } from './nn/state-dict.ts'
 export { philox4x32, Random, rand, randn } from './random.ts'
-export { keep, Lifetime, scope } from './scope.ts'
+export { allOrNothing, keep, Lifetime, scope } from './scope.ts'
 export { broadcastShapes, sameShape, showShape, sizeOf, stridesOf } from './shape.ts'
 export {
   arange,

@@ -2,7 +2,7 @@ import { beforeEach, describe, expect, test } from 'vitest'
 import type { Backend } from './backend.ts'
 import { Parameter } from './nn/parameter.ts'
 import { referenceBackend } from './reference/index.ts'
-import { keep, Lifetime, scope } from './scope.ts'
+import { allOrNothing, keep, Lifetime, scope } from './scope.ts'
 import { type Tensor, tensor } from './tensor.ts'
 
 let backend: Backend
@@ -175,5 +175,37 @@ describe('a lifetime', () => {
     expect(alive()).toBe(2)
     life.dispose()
     expect(alive()).toBe(1)
+  })
+})
+
+describe('allOrNothing', () => {
+  test('frees what a failed function made, kept or not, and nothing else', () => {
+    const failure = new Error('no')
+    let before!: Tensor
+    expect(() =>
+      allOrNothing(() => {
+        before = allOrNothing(() => x.mul(2))
+        new Parameter(x.mul(3))
+        scope(() => keep(x.mul(4)))
+        throw failure
+      }),
+    ).toThrow(failure)
+    expect(before.disposed).toBe(true)
+    expect(alive()).toBe(1)
+  })
+
+  test('a part that failed does not take the rest along', () => {
+    const made = allOrNothing(() => {
+      const first = x.mul(2)
+      expect(() =>
+        allOrNothing(() => {
+          x.mul(3)
+          throw new Error('no')
+        }),
+      ).toThrow('no')
+      return [first, x.mul(4)]
+    })
+    expect(made.every(t => !t.disposed)).toBe(true)
+    expect(alive()).toBe(3)
   })
 })

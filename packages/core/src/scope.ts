@@ -9,6 +9,7 @@ export abstract class Scoped {
   constructor() {
     this.owner = current
     if (current !== null) current.items.push(this)
+    if (made !== null) made.push(this)
   }
 
   abstract dispose(): void
@@ -23,6 +24,8 @@ export interface Scope {
 }
 
 let current: Scope | null = null
+/** What the running `allOrNothing` has made so far. */
+let made: Scoped[] | null = null
 
 /**
  * Runs a synchronous function and frees every tensor made inside that is not part of its result (a tensor, or arrays and plain
@@ -101,6 +104,25 @@ export function leaveScope(own: Scope, outer: Scope | null): void {
   current = outer
   const { items } = own
   for (let i = 0; i < items.length; i++) if (items[i].owner === own) items[i].dispose()
+}
+
+/**
+ * Runs a synchronous function that makes what persists, a constructor say. When it throws, for want of memory or whatever else, all that it made is
+ * freed: parameters and kept tensors, too.
+ */
+export function allOrNothing<T>(fn: () => T): T {
+  const outer = made
+  const own = outer ?? []
+  const before = own.length
+  made = own
+  try {
+    return fn()
+  } catch (error) {
+    for (const item of own.splice(before)) item.dispose()
+    throw error
+  } finally {
+    made = outer
+  }
 }
 
 /** Takes tensors out of their scopes: they live until they are disposed. Returns its argument. */

@@ -2,6 +2,7 @@
 import {
   adamwStep,
   type Backend,
+  createModule,
   full,
   type Graph,
   isMoeError,
@@ -248,6 +249,29 @@ describe('recorded decoding', () => {
       backend.dispose()
     }
     expect(refused).toBeGreaterThan(10)
+  })
+
+  test('a model for which memory is too short leaves nothing of itself', async () => {
+    const config = { ...tiny, num_nextn_predict_layers: 2, mtp_separate_embeddings: true }
+    const backend = await createBackend()
+    const whole = new DeepSeek(config, { seed: 1, backend })
+    const { bytes } = backend.stats()
+    whole.dispose()
+    for (let limit = 2048; limit < bytes; limit += 4096) {
+      const small = await createBackend({ threads: 1, memoryLimit: limit })
+      for (const weights of [undefined, 'int8'] as const) {
+        const make = () => new DeepSeek(config, { seed: 1, backend: small, weights })
+        if (weights === undefined) expect(make).toThrow(expect.objectContaining({ code: 'E_OUT_OF_MEMORY' }))
+        else
+          await createModule(make).then(
+            model => model.dispose(),
+            error => expect(error.code).toBe('E_OUT_OF_MEMORY'),
+          )
+        expect(small.stats().handles).toBe(0)
+      }
+      small.dispose()
+    }
+    backend.dispose()
   })
 
   test('a read that fails leaves nothing behind', async () => {

@@ -12,6 +12,7 @@ import {
   RotaryEmbedding,
 } from '@moe/attention-mla'
 import {
+  allOrNothing,
   type Backend,
   concat,
   currentPrecision,
@@ -161,8 +162,9 @@ export class DeepSeek extends Module {
   #step = 0
 
   /**
-   * A model with random weights; the same seed gives the same weights on every backend.
-   * @throws MoeError E_CONFIG with every fault of the configuration in one message.
+   * A model with random weights; the same seed gives the same weights on every backend. Large ones are made by `createModule(() => new DeepSeek(config))`,
+   * which does not hold up the event loop while weights are drawn.
+   * @throws MoeError E_CONFIG with every fault of the configuration in one message; E_OUT_OF_MEMORY, and nothing is left on the device.
    */
   constructor(config: DeepSeekConfigInput, options: DeepSeekOptions = {}) {
     super()
@@ -180,27 +182,30 @@ export class DeepSeek extends Module {
     const deviation = seed === null ? 0 : this.#config.initializer_range
     const init: InitOptions = { random: new Random(seed ?? 0), deviation, backend, weights }
     this.#rotary = new RotaryEmbedding(this.#config)
-    this.model = new Trunk(this.#config, this.#rotary, { ...init, balancer, dropping })
-    this.lm_head = new OutputHead(this.#config.hidden_size, this.#config.vocab_size, forkInit(init, 'lm_head'))
-    if (this.#config.tie_word_embeddings) {
-      this.lm_head.weight.dispose()
-      this.lm_head.weight = this.model.embed_tokens.weight
-    }
-    this.#addMtp({ ...init, balancer, dropping })
+    const { model, head } = allOrNothing(() => this.#parts({ ...init, balancer, dropping }))
+    this.model = model
+    this.lm_head = head
   }
 
-  /** MTP modules stand behind the decoder layers and share embedding and head. */
-  #addMtp({ balancer, dropping, ...init }: DecoderLayerInit): void {
+  /** Layers and head; MTP modules stand behind the decoder layers and share embedding and head. */
+  #parts({ balancer, dropping, ...init }: DecoderLayerInit): { model: Trunk; head: Linear } {
     const config = this.#config
-    const { layers, embed_tokens: embedding } = this.model
+    const model = new Trunk(config, this.#rotary, { ...init, balancer, dropping })
+    const { layers, embed_tokens: embedding } = model
+    const head = new OutputHead(config.hidden_size, config.vocab_size, forkInit(init, 'lm_head'))
+    if (config.tie_word_embeddings) {
+      head.weight.dispose()
+      head.weight = embedding.weight
+    }
     for (let depth = 0; depth < config.num_nextn_predict_layers; depth++) {
       const index = config.num_hidden_layers + depth
       const makeBlock = (own: InitOptions) =>
         new DecoderLayer(config, index, this.#rotary, { ...own, balancer, dropping })
       const own = forkInit(init, `layers.${index}`)
       const separate = config.mtp_separate_embeddings
-      layers.push(new MtpModule<LayerOptions>(config, { ...own, embedding, head: this.lm_head, makeBlock, separate }))
+      layers.push(new MtpModule<LayerOptions>(config, { ...own, embedding, head, makeBlock, separate }))
     }
+    return { model, head }
   }
 
   /** Opens a checkpoint in the Hugging Face layout: a folder with config.json and safetensors. */

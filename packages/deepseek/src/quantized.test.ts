@@ -83,7 +83,7 @@ describe.each(formats)('a model with weights in %s', format => {
   test('has logits within what rounding its weights explains, cached or not', async () => {
     const model = new DeepSeek(config, { seed: 1 })
     const exact = await logits(model)
-    quantizeWeights(model, format)
+    await quantizeWeights(model, format)
     const off = difference(await logits(model), exact)
     expect(off).toBeGreaterThan(bound[format] / 100)
     expect(off).toBeLessThan(bound[format])
@@ -108,7 +108,7 @@ describe.each(formats)('a model with weights in %s', format => {
     const model = new DeepSeek(config, { seed: 3 })
     const path = join(folder, format)
     await model.save(path)
-    quantizeWeights(model, format)
+    await quantizeWeights(model, format)
     const loaded = await DeepSeek.fromPretrained(path, { weights: format })
     const expected = await logits(model)
     expect(await logits(loaded)).toEqual(expected)
@@ -132,7 +132,7 @@ test('the loss of a stored model can be measured', async () => {
   const rows = { rows: 1, length: prompt.length, tokens: prompt, documents: new Int32Array(prompt.length) }
   const loss = () => model.infer(() => model.loss(rows, { training: false }).loss).item()
   const exact = await loss()
-  quantizeWeights(model, 'int8')
+  await quantizeWeights(model, 'int8')
   expect(Math.abs((await loss()) - exact)).toBeLessThan(0.05)
   expect(await loss()).not.toBe(exact)
 })

@@ -211,12 +211,12 @@ describe('a run', () => {
 
   test('says that stored weights stay as they are', async () => {
     const model = new BigramModel()
-    quantizeWeights(model.embed_tokens, 'bf16')
+    await quantizeWeights(model.embed_tokens, 'bf16')
     const { events } = await run({ model, steps: 2 })
     const notices = events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
     expect(notices).toEqual([expect.stringMatching(/^46.2 % of the model's numbers are stored in fewer bits/)])
     const all = new BigramModel()
-    quantizeWeights(all, 'bf16')
+    await quantizeWeights(all, 'bf16')
     expect(await errorOf(run({ model: all }))).toMatchObject({
       code: 'E_CONFIG',
       message: expect.stringMatching(/nothing to train: of 3 parameters 2 are stored/),

@@ -7,6 +7,7 @@ import { swiglu } from '../fused/swiglu.ts'
 import { Random, randn } from '../random.ts'
 import { keep, scope } from '../scope.ts'
 import { ones, type Tensor, zeros } from '../tensor.ts'
+import { pendingDraws } from './create-module.ts'
 import { Module } from './module.ts'
 import { Parameter } from './parameter.ts'
 import { embeddingRows, linear, QuantizedParameter, quantizedParameter } from './quantized.ts'
@@ -35,23 +36,30 @@ const generator = (init: InitOptions): Random => init.random ?? new Random(defau
 
 /** A parameter of normal numbers, drawn from the generator's own fork of that name. */
 export function normalParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
-  const random = generator(init).fork(name)
-  // Nothing is drawn: weights that a checkpoint replaces are not worth 0.1 µs each.
-  if (init.deviation === 0) return new Parameter(zeros(shape, { backend: init.backend }))
-  return new Parameter(randn(shape, random, { deviation: init.deviation ?? 0.02, backend: init.backend }))
+  return weightParameter(shape, name, { ...init, weights: undefined })
 }
 
 /** A normal parameter that may be stored in fewer bits, as `weights` says: what `linear`, `groupedLinear` and `embeddingRows` take. */
 export function weightParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
-  const { weights, deviation, backend } = init
-  if (weights !== undefined && deviation === 0) {
-    return new QuantizedParameter(keep(scope(() => noGrad(() => zeroWeight(shape, weights, backend)))))
+  const { weights, deviation = 0.02, backend } = init
+  const random = generator(init).fork(name)
+  const draws = pendingDraws()
+  // Weights that a checkpoint replaces are not worth 0.1 µs each.
+  if (deviation === 0 || draws !== null) {
+    const parameter =
+      weights === undefined
+        ? new Parameter(zeros(shape, { backend }))
+        : new QuantizedParameter(keep(scope(() => noGrad(() => zeroWeight(shape, weights, backend)))))
+    if (deviation !== 0) draws?.push({ parameter, random, deviation })
+    return parameter
   }
-  const dense = normalParameter(shape, name, init)
+  const dense = new Parameter(randn(shape, random, { deviation, backend }))
   if (weights === undefined) return dense
-  const stored = quantizedParameter(dense, weights)
-  dense.dispose()
-  return stored
+  try {
+    return quantizedParameter(dense, weights)
+  } finally {
+    dense.dispose()
+  }
 }
 
 /** The same options for a child: an independent generator of its own. */

@@ -109,7 +109,7 @@ describe('quantizing a weight', () => {
 describe.each(formats)('a model with weights in %s', format => {
   test('computes what the numbers of its weights would in f32', async () => {
     const model = new Model()
-    quantizeWeights(model, format)
+    await quantizeWeights(model, format)
     const dense = new Model()
     await loadStateDict(dense, entriesSource(stateDict(model)))
     const ids = tensor(Int32Array.of(3, 19, 0, 7, 25), [5])
@@ -127,7 +127,7 @@ describe.each(formats)('a model with weights in %s', format => {
   test('is the same whether quantized afterwards, from the start or while it is loaded', async () => {
     const afterwards = new Experts(4)
     const entries = stateDict(new Experts(4))
-    quantizeWeights(afterwards, format)
+    await quantizeWeights(afterwards, format)
     const start = new Experts(4, format)
     const loaded = new Experts(4, format)
     loaded.up_proj.assign(zeros([4, 16, 24]))
@@ -138,12 +138,12 @@ describe.each(formats)('a model with weights in %s', format => {
   })
 })
 
-test('norms stay f32, tied weights stay tied, nothing leaks', () => {
+test('norms stay f32, tied weights stay tied, nothing leaks', async () => {
   const before = backend.stats().handles
   const model = new Model()
   model.head.weight.dispose()
   model.head.weight = model.embed.weight
-  quantizeWeights(model, 'int8')
+  await quantizeWeights(model, 'int8')
   expect(model.head.weight).toBe(model.embed.weight)
   const kinds = namedParameters(model).map(({ name, parameter }) => `${name} ${parameter.dtype}`)
   expect(kinds).toEqual(['embed.weight u8', 'norm.weight f32', 'experts.up_proj u8'])

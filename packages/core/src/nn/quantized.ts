@@ -13,7 +13,8 @@ import {
 } from '../fused/quantized-matmul.ts'
 import { keep, scope } from '../scope.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
-import { concat, type Tensor } from '../tensor.ts'
+import { concat, fromHost, type Tensor } from '../tensor.ts'
+import { atOnce, inTurns, pacer } from '../turns.ts'
 import { Module, namedParameters } from './module.ts'
 import { Parameter } from './parameter.ts'
 
@@ -61,10 +62,14 @@ export class QuantizedParameter extends Parameter {
   }
 
   /** Stores f32 numbers that `read` gives as `count` parts of the first axis, so that only one of them is there in f32. The parts are used up. */
-  async assignParts(count: number, read: (part: number) => Promise<Tensor>): Promise<void> {
+  async assignParts(count: number, read: (part: number) => Promise<Tensor> | Tensor): Promise<void> {
     const parts: QuantizedWeight[] = []
+    const paced = pacer()
     try {
-      for (let i = 0; i < count; i++) parts.push(this.#part(await read(i)))
+      for (let i = 0; i < count; i++) {
+        parts.push(this.#part(await read(i)))
+        await paced()
+      }
       this.#store(parts)
     } catch (error) {
       parts.forEach(disposeStored)
@@ -72,12 +77,26 @@ export class QuantizedParameter extends Parameter {
     }
   }
 
+  /** Stores f32 numbers of the host, some rows of the first axis at a time. */
+  async assignValues(values: Float32Array): Promise<void> {
+    const { shape } = this.#weight
+    const [count, ...inner] = shape
+    const rows = rowsAtOnce(shape)
+    const width = sizeOf(inner)
+    await this.assignParts(Math.max(1, Math.ceil(count / rows)), part => {
+      const [from, to] = [part * rows, Math.min(count, (part + 1) * rows)]
+      return fromHost(values.subarray(from * width, to * width), [to - from, ...inner], 'f32', this.backend)
+    })
+  }
+
   #part(next: Tensor): QuantizedWeight {
     const { shape, format, block } = this.#weight
     if (!sameShape(next.shape.slice(1), shape.slice(1))) throw this.#misfit(next.shape)
-    const part = keep(scope(() => noGrad(() => quantizeWeight(next, format, block))))
-    next.dispose()
-    return part
+    try {
+      return keep(scope(() => noGrad(() => quantizeWeight(next, format, block))))
+    } finally {
+      next.dispose()
+    }
   }
 
   #store(parts: readonly QuantizedWeight[]): void {
@@ -109,36 +128,50 @@ function disposeStored({ q, scale }: QuantizedWeight): void {
 }
 
 /**
- * A stored form of a parameter; the parameter itself is left alone.
- * @param atOnce numbers that are quantized at once, about: meanwhile they are there several times, as f32 and as i32
+ * Rows of the first axis that are quantized together, about `numbers` of them: meanwhile they are there several times, as f32 and as i32. Matrices are cut
+ * between blocks, of which the tallest have 128 rows; stacks between matrices.
  */
-export function quantizedParameter(parameter: Parameter, format: WeightFormat, atOnce = 2 ** 20): QuantizedParameter {
+function rowsAtOnce([, ...inner]: Shape, numbers = 2 ** 20): number {
+  const step = inner.length === 1 ? 128 : 1
+  return step * Math.max(1, Math.floor(numbers / (step * sizeOf(inner))))
+}
+
+/** A stored form of a parameter; the parameter itself is left alone. `numbers`: how many are quantized together, about. */
+export const quantizedParameter = (parameter: Parameter, format: WeightFormat, numbers?: number): QuantizedParameter =>
+  atOnce(quantizing(parameter, format, numbers))
+
+/** The same in steps. */
+function* quantizing(
+  parameter: Parameter,
+  format: WeightFormat,
+  numbers?: number,
+): Generator<void, QuantizedParameter> {
   const { shape } = parameter
-  const [count, ...inner] = shape
-  // Matrices are cut between blocks, of which the tallest have 128 rows; stacks between matrices.
-  const step = shape.length === 2 ? 128 : 1
-  const rows = step * Math.max(1, Math.floor(atOnce / (step * sizeOf(inner))))
-  const quantized = (from: number) =>
-    keep(scope(() => quantizeWeight(parameter.narrow(0, from, Math.min(count, from + rows)), format)))
-  return noGrad(() => {
-    // To bf16 it is one cast, with nothing in between.
-    if (format === 'bf16' || count <= rows)
-      return new QuantizedParameter(keep(scope(() => quantizeWeight(parameter, format))))
-    const parts: QuantizedWeight[] = []
-    try {
-      for (let from = 0; from < count; from += rows) parts.push(quantized(from))
-      return new QuantizedParameter({ ...parts[0], shape, ...joined(parts) })
-    } finally {
-      parts.forEach(disposeStored)
+  const [count] = shape
+  // To bf16 it is one cast, with nothing in between.
+  const rows = format === 'bf16' ? count : rowsAtOnce(shape, numbers)
+  const quantized = (from: number, to: number) =>
+    keep(scope(() => noGrad(() => quantizeWeight(parameter.narrow(0, from, to), format))))
+  if (count <= rows) return new QuantizedParameter(quantized(0, count))
+  const parts: QuantizedWeight[] = []
+  try {
+    for (let from = 0; from < count; from += rows) {
+      parts.push(quantized(from, Math.min(count, from + rows)))
+      yield
     }
-  })
+    return new QuantizedParameter({ ...parts[0], shape, ...joined(parts) })
+  } finally {
+    parts.forEach(disposeStored)
+  }
 }
 
 /** Codes and scales of parts of the first axis. */
 function joined(parts: readonly QuantizedWeight[]): Pick<QuantizedWeight, 'q' | 'scale'> {
-  const join = (tensors: Tensor[]) => keep(scope(() => noGrad(() => concat(tensors))))
-  const scale = parts[0].scale === null ? null : join(parts.map(part => part.scale as Tensor))
-  return { q: join(parts.map(part => part.q)), scale }
+  const whole = () => ({
+    q: concat(parts.map(part => part.q)),
+    scale: parts[0].scale === null ? null : concat(parts.map(part => part.scale as Tensor)),
+  })
+  return keep(scope(() => noGrad(whole)))
 }
 
 /** The shape that a parameter stands for. */
@@ -188,9 +221,11 @@ function modulesOf(module: Module, found = new Set<Module>()): Set<Module> {
 
 /**
  * Stores the weights of all linear layers, embeddings and experts of a module in fewer bits, one after another; norms, gates and biases stay f32. For
- * inference: stored weights are not trained, and optimizers made before still hold the old ones, which are freed. Already stored ones stay as they are.
+ * inference: stored weights are not trained, and optimizers made before still hold the old ones, which are freed. Already stored ones stay as they are. The
+ * event loop goes on meanwhile; leave the module alone until it is done.
  */
-export function quantizeWeights(module: Module, format: WeightFormat): void {
+export async function quantizeWeights(module: Module, format: WeightFormat): Promise<void> {
+  const paced = pacer()
   const stored = new Map<Parameter, QuantizedParameter>()
   for (const part of modulesOf(module)) {
     const fields = part as unknown as Record<string, Parameter>
@@ -198,10 +233,11 @@ export function quantizeWeights(module: Module, format: WeightFormat): void {
       const parameter = fields[field]
       if (parameter instanceof QuantizedParameter) continue
       const known = stored.get(parameter)
-      const quantized = known ?? quantizedParameter(parameter, format)
+      const quantized = known ?? (await inTurns(quantizing(parameter, format)))
       if (known === undefined) parameter.dispose()
       stored.set(parameter, quantized)
       fields[field] = quantized
+      await paced()
     }
   }
 }

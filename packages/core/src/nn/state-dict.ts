@@ -122,18 +122,17 @@ export async function loadStateDict(module: Module, source: StateSource, options
   }
 }
 
-/** Reads and stores one slice after another, so that a stacked weight is never there as a whole in f32. */
+/** Stores one slice after another, so that a stacked weight is never there as a whole in f32. */
 async function fillStored(
   parameter: QuantizedParameter,
   keys: readonly string[],
   stacked: boolean,
   source: StateSource,
 ) {
-  const { shape } = parameter.weight
-  await parameter.assignParts(keys.length, async i => {
-    const data = convert(await source.read(keys[i]), source.info(keys[i]).dtype, 'f32')
-    return fromHost(data, stacked ? [1, ...shape.slice(1)] : shape, 'f32', parameter.backend)
-  })
+  const read = async (key: string) => convert(await source.read(key), source.info(key).dtype, 'f32') as Float32Array
+  if (!stacked) return parameter.assignValues(await read(keys[0]))
+  const slice = [1, ...parameter.weight.shape.slice(1)]
+  return parameter.assignParts(keys.length, async i => fromHost(await read(keys[i]), slice, 'f32', parameter.backend))
 }
 
 function convert(data: HostArray, from: DType, to: DType): HostArray {
