@@ -1,5 +1,6 @@
 /** @file Chat templates of Hugging Face (`tokenizer_config.json`), rendered by @huggingface/jinja, an optional peer. */
 import { TokenizerError } from '../errors.ts'
+import { boundedRender, type Jinja, TooManySteps } from './bounded-render.ts'
 
 export interface ChatMessage {
   readonly role: string
@@ -46,9 +47,9 @@ export class ChatTemplate {
         fix: 'pass the config of a chat model',
       })
     }
-    let jinja: typeof import('@huggingface/jinja')
+    let jinja: Jinja
     try {
-      jinja = await import('@huggingface/jinja')
+      jinja = (await import('@huggingface/jinja')) as unknown as Jinja
     } catch (cause) {
       throw new TokenizerError({
         code: 'E_UNSUPPORTED',
@@ -58,9 +59,9 @@ export class ChatTemplate {
         cause,
       })
     }
-    let template: import('@huggingface/jinja').Template
+    let render: (variables: Record<string, unknown>) => string
     try {
-      template = new jinja.Template(source)
+      render = boundedRender(jinja, source)
     } catch (cause) {
       const problem = `chat_template cannot be read: ${(cause as Error).message}`
       throw new TokenizerError({ code: 'E_FORMAT', op: 'ChatTemplate.from', problem, cause })
@@ -71,10 +72,13 @@ export class ChatTemplate {
       if (typeof token === 'string') tokens[key] = token
       else if (typeof token === 'object' && token !== null && 'content' in token) tokens[key] = String(token.content)
     }
-    return new ChatTemplate(variables => template.render(variables), tokens)
+    return new ChatTemplate(render, tokens)
   }
 
-  /** @throws TokenizerError E_DATA with the template's own words when it refuses the conversation */
+  /**
+   * @throws TokenizerError E_DATA with the template's own words when it refuses the conversation; when it takes far more steps than a template does,
+   *   as one may that was made to loop for ever
+   */
   render(messages: readonly ChatMessage[], options: ChatOptions = {}): string {
     try {
       return this.#render({
@@ -84,7 +88,16 @@ export class ChatTemplate {
         ...options.variables,
       })
     } catch (cause) {
-      throw new TokenizerError({ code: 'E_DATA', op: 'ChatTemplate.render', problem: (cause as Error).message, cause })
+      const endless = cause instanceof TooManySteps
+      throw new TokenizerError({
+        code: 'E_DATA',
+        op: 'ChatTemplate.render',
+        problem: endless
+          ? 'the template takes far more steps than a conversation of this length needs'
+          : (cause as Error).message,
+        ...(endless ? { fix: 'do not trust it, or the files that it came with' } : {}),
+        cause,
+      })
     }
   }
 }

@@ -1,4 +1,5 @@
 import { readFileSync } from 'node:fs'
+import { Template } from '@huggingface/jinja'
 import { expect, test } from 'vitest'
 import { BpeTokenizer } from '../index.ts'
 import { ChatTemplate, fillInTheMiddle, MergedTokenSplitter, packDocuments, randomNumbers } from './index.ts'
@@ -62,4 +63,61 @@ test("ChatTemplate renders DeepSeek-V3's own template", async () => {
   ])
   await expect(ChatTemplate.from({})).rejects.toThrow('no chat_template')
   await expect(ChatTemplate.from({ chat_template: '{% for %}' })).rejects.toMatchObject({ code: 'E_FORMAT' })
+})
+
+const conversation = [
+  { role: 'system', content: 'Be brief.' },
+  { role: 'user', content: 'Hi' },
+]
+
+test('ChatTemplate gives a template what jinja gives it', async () => {
+  const chat_template = `{%- macro call(tool, wide=true) -%}{{ tool.name | upper }}({{ tool | tojson }}){%- endmacro -%}
+{%- for message in messages if message.role != 'system' -%}
+{{ loop.index }}/{{ messages | length }} {{ messages[0].content[3:].split('r')[1] }} {{ message.content.strip() ~ bos_token }}
+{%- endfor -%}
+{% for i in range(5, 0, -2) %}{{ i }},{% endfor %}{% for i in range(3) %}{{ i }}{% endfor %}
+{% if tools is defined and 'x' in tools[0].name and none == None %}{{ call(tools[0]) }}{% endif %} {{ strftime_now('%Y') }}`
+  const template = await ChatTemplate.from({ chat_template, bos_token: { content: '<s>' } })
+  const tools = [{ name: 'xyz', parameters: [1, 2.5, { deep: null }] }]
+  const text = template.render(conversation, { variables: { tools } })
+  const variables = { bos_token: '<s>', messages: conversation, add_generation_prompt: true, tools }
+  expect(text).toBe(new Template(chat_template).render(variables))
+  expect(text).toContain('1/2 ief. Hi<s>')
+  const refuses = await ChatTemplate.from({ chat_template: "{{ raise_exception('no system prompt') }}" })
+  expect(() => refuses.render(conversation)).toThrow(/: no system prompt$/)
+})
+
+test('ChatTemplate renders a long conversation', async () => {
+  const template = await ChatTemplate.from(JSON.parse(readFileSync(new URL('tokenizer_config.json', models), 'utf8')))
+  const turns = (count: number, content: string) =>
+    Array.from({ length: count }, (_, i) => ({ role: i % 2 === 0 ? 'user' : 'assistant', content }))
+  expect(template.render(turns(2000, 'Yes.')).length).toBeGreaterThan(20_000)
+  expect(template.render(turns(4, 'x'.repeat(1 << 20))).length).toBeGreaterThan(4 << 20)
+})
+
+const doubled = (what: string, times: number, then: string) =>
+  `{% set n = namespace(x=${what}) %}{% for i in range(${times}) %}{% set n.x = n.x + n.x %}{% endfor %}${then}`
+
+test.each([
+  ['a long range', '{% for i in range(1000000000) %}{{ i }}{% endfor %}'],
+  [
+    'nested ranges',
+    '{% for i in range(999) %}{% for j in range(999) %}{% for k in range(999) %}{% endfor %}{% endfor %}{% endfor %}',
+  ],
+  ['an empty loop in a loop', '{% set r = range(9999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}'],
+  ['loops over the conversation', `${'{% for m in messages %}'.repeat(30)}.${'{% endfor %}'.repeat(30)}`],
+  [
+    'calls that double',
+    '{% macro f(n) %}{% if n > 0 %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}',
+  ],
+  ['a text that doubles', doubled("'aaaa'", 60, '{{ n.x }}')],
+  ['a list that doubles', doubled('[1]', 60, '{{ n.x | length }}')],
+  ['a search', doubled("'aaaa'", 15, "{% set y = n.x ~ 'b' ~ n.x %}{{ y in (n.x ~ n.x ~ n.x) }}")],
+  ['texts in place of letters', doubled("'aaaa'", 12, "{{ n.x.replace('a', n.x) }}")],
+  ['the same by a filter', doubled("'aaaa'", 12, "{{ n.x | replace('a', n.x) }}")],
+])('ChatTemplate ends where a template would not: %s', async (_, chat_template) => {
+  const template = await ChatTemplate.from({ chat_template })
+  expect(() => template.render(conversation)).toThrow(
+    expect.objectContaining({ code: 'E_DATA', message: expect.stringContaining('far more steps') }),
+  )
 })
