@@ -1,4 +1,4 @@
-import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises'
+import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
@@ -413,6 +413,24 @@ describe('bad checkpoints are refused and change nothing', () => {
       message: expect.stringContaining(file.split('/').at(-1) ?? ''),
     })
   })
+
+  test.each(['model/model.safetensors', 'optimizer.safetensors', 'trainer.json', 'model'])(
+    'damaged at %s, the error names the latest that is whole',
+    async file => {
+      const out = await temporaryFolder()
+      await run({ out, checkpointEvery: 2, keepCheckpoints: 9, ...stopAfter(8) })
+      const at = (step: number) => join(out, 'checkpoints', `step-00000${step}`)
+      const cut = async (path: string) => writeFile(path, (await readFile(path)).subarray(0, 100))
+      for (const step of [6, 8]) {
+        if (file === 'model') await rm(join(at(step), file), { recursive: true })
+        else await cut(join(at(step), file))
+      }
+      const error = await refused(out)
+      expect(error).toMatchObject({ code: 'E_CHECKPOINT', details: { whole: at(4) } })
+      expect(error.message).toContain(`${at(4)} is whole`)
+      await run({ out, resume: at(4), checkpointEvery: 99 })
+    },
+  )
 
   test.each(['model/model.safetensors', 'optimizer.safetensors'])('missing %s', async file => {
     const { out, path } = await stopped()

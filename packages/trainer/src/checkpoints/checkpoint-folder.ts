@@ -5,7 +5,7 @@
 import { randomBytes } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { mkdir, open, readdir, rename, rm, writeFile } from 'node:fs/promises'
-import { join } from 'node:path'
+import { dirname, join, resolve } from 'node:path'
 import { MoeError } from '@moe/core'
 
 const statePattern = /^step-(\d{6,})$/
@@ -38,6 +38,15 @@ export function latestCheckpoint(out: string): string | undefined {
   const name = existsSync(pointer) ? readFileSync(pointer, 'utf8').trim() : ''
   const known = steps.some(step => checkpointName(step) === name)
   return join(folder, known ? name : checkpointName(steps[steps.length - 1]))
+}
+
+/** Paths of the run's other checkpoints, the latest first. @param path of a checkpoint */
+export function otherCheckpoints(path: string): string[] {
+  const folder = dirname(resolve(path))
+  return checkpointSteps(folder)
+    .map(step => join(folder, checkpointName(step)))
+    .filter(other => other !== resolve(path))
+    .reverse()
 }
 
 /**

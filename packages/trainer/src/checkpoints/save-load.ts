@@ -12,7 +12,7 @@ import {
 import { isMoeError, loadStateDict, MoeError, stateDict } from '@moe/core'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
 import type { Optimizer } from '../optim/optimizer.ts'
-import { publishCheckpoint, STATE_FILE } from './checkpoint-folder.ts'
+import { otherCheckpoints, publishCheckpoint, STATE_FILE } from './checkpoint-folder.ts'
 import {
   checkSameRun,
   decodeTrainerState,
@@ -64,14 +64,15 @@ async function writeFlushed(path: string, text: string): Promise<void> {
   }
 }
 
-/**
- * Fills model and optimizer from a checkpoint. Everything is opened and compared first: on an error nothing was
- * changed.
- * @param run that goes on; null takes the checkpoint whatever its settings were
- * @throws MoeError E_CHECKPOINT for a truncated or foreign checkpoint or other settings, E_STATE_DICT for another model
- */
-export async function loadTraining(path: string, parts: CheckpointParts, run: RunRecord | null): Promise<TrainerState> {
-  const { model, optimizer } = parts
+/** A checkpoint whose files are there and whole: headers account for every byte. */
+interface OpenedTraining {
+  readonly state: TrainerState
+  readonly model: TensorSource
+  readonly optimizer: TensorSource
+  close(): Promise<void>
+}
+
+async function openTraining(path: string): Promise<OpenedTraining> {
   const statePath = join(path, STATE_FILE)
   const text = await readFile(statePath, 'utf8').catch(cause => {
     throw new MoeError({
@@ -83,27 +84,53 @@ export async function loadTraining(path: string, parts: CheckpointParts, run: Ru
     })
   })
   const state = decodeTrainerState(statePath, text)
-  if (run !== null) checkSameRun(path, state.run, run)
-  const sources: TensorSource[] = []
+  const model = await openCheckpoint(join(path, MODEL_FOLDER))
   try {
-    const stored = await openCheckpoint(join(path, MODEL_FOLDER))
-    sources.push(stored)
-    const moments = await readSafetensors(join(path, OPTIMIZER_FILE))
-    sources.push(moments)
-    if (moments.metadata['optimizer'] !== optimizer.name) {
-      throw new MoeError({
-        code: 'E_CHECKPOINT',
-        op: moments.path,
-        problem: `it is the state of ${moments.metadata['optimizer'] ?? 'an unnamed optimizer'}, not of ${optimizer.name}`,
-        fix: 'resume with the optimizer that the run was started with; nothing was changed',
-      })
+    const optimizer = await readSafetensors(join(path, OPTIMIZER_FILE))
+    const close = async () => {
+      await model.close()
+      await optimizer.close()
     }
-    // Headers account for every byte of their files by now. Both loads compare all names and shapes before they change
-    // anything; the model comes last, because a failed run throws its optimizer away.
-    await optimizer.load(stateSource(moments), state.step)
-    // A model's own `save` may store more than its parameters: copies of shared ones under the keys that other
-    // programs look for.
-    await loadStateDict(model, stateSource(stored), { ignore: () => true })
+    return { state, model, optimizer, close }
+  } catch (error) {
+    await model.close()
+    throw error
+  }
+}
+
+/** The same error, and which other checkpoint of the run is whole. */
+async function damaged(path: string, cause: unknown): Promise<unknown> {
+  for (const other of otherCheckpoints(path)) {
+    const opened = await openTraining(other).catch(() => undefined)
+    if (opened === undefined) continue
+    await opened.close()
+    return new MoeError({
+      code: 'E_CHECKPOINT',
+      op: path,
+      problem: `it cannot be resumed from: ${cause instanceof Error ? cause.message : String(cause)}`,
+      fix: `${other} is whole, pass it as resume`,
+      details: { whole: other },
+      cause,
+    })
+  }
+  return cause
+}
+
+/**
+ * Fills model and optimizer from a checkpoint. Everything is opened and compared first: on an error nothing was
+ * changed.
+ * @param run that goes on; null takes the checkpoint whatever its settings were
+ * @throws MoeError E_CHECKPOINT for a damaged or foreign checkpoint (naming a whole one of the same run, if there is one) or other settings, E_STATE_DICT
+ *   for another model
+ */
+export async function loadTraining(path: string, parts: CheckpointParts, run: RunRecord | null): Promise<TrainerState> {
+  const stored = await openTraining(path).catch(async cause => {
+    throw await damaged(path, cause)
+  })
+  try {
+    if (run !== null) checkSameRun(path, stored.state.run, run)
+    await fill(stored, parts)
+    return stored.state
   } catch (error) {
     if (isMoeError(error)) throw error
     throw new MoeError({
@@ -114,7 +141,25 @@ export async function loadTraining(path: string, parts: CheckpointParts, run: Ru
       cause: error,
     })
   } finally {
-    for (const source of sources) await source.close()
+    await stored.close()
   }
-  return state
+}
+
+async function fill(stored: OpenedTraining, { model, optimizer }: CheckpointParts): Promise<void> {
+  const { optimizer: moments, state } = stored
+  const name = moments.metadata['optimizer']
+  if (name !== optimizer.name) {
+    throw new MoeError({
+      code: 'E_CHECKPOINT',
+      op: moments.path,
+      problem: `it is the state of ${name ?? 'an unnamed optimizer'}, not of ${optimizer.name}`,
+      fix: 'resume with the optimizer that the run was started with; nothing was changed',
+    })
+  }
+  // Both compare all names and shapes before they change anything; the model comes last, because a failed run throws its
+  // optimizer away.
+  await optimizer.load(stateSource(moments), state.step)
+  // A model's own `save` may store more than its parameters: copies of shared ones under the keys that other
+  // programs look for.
+  await loadStateDict(model, stateSource(stored.model), { ignore: () => true })
 }
