@@ -56,6 +56,41 @@ describe('block scales', () => {
     expect(dequantizeFp8Blocks(q, scale, [1, 2])).toEqual(Float32Array.of(1, 1, 2, 3, 3, 4))
   })
 
+  it('are those of any block, in f64', () => {
+    const e4m3 = (code: number) => {
+      const [exponent, mantissa] = [(code >> 3) & 15, code & 7]
+      const size = exponent === 0 ? mantissa * 2 ** -9 : (1 + mantissa / 8) * 2 ** (exponent - 7)
+      return code & 128 ? -size : size
+    }
+    let state = 1
+    const below = (n: number) => {
+      state = (Math.imul(state, 1664525) + 1013904223) >>> 0
+      return Math.floor((state / 2 ** 32) * n)
+    }
+    for (let i = 0; i < 200; i++) {
+      const [rows, columns] = [1 + below(20), 1 + below(20)]
+      const block = [1 + below(24), 1 + below(24)] as const
+      const across = Math.ceil(columns / block[1])
+      const shape = [Math.ceil(rows / block[0]), across]
+      const data = Uint8Array.from({ length: rows * columns }, () => below(127) + 128 * below(2))
+      const scale = Float32Array.from(
+        { length: shape[0] * across },
+        () => 2 ** (below(20) - 10) * (1 + below(1000) / 1000),
+      )
+      const expected = Float32Array.from(data, (code, at) => {
+        const [row, column] = [Math.floor(at / columns), at % columns]
+        return e4m3(code) * scale[Math.floor(row / block[0]) * across + Math.floor(column / block[1])]
+      })
+      expect(dequantizeFp8Blocks({ shape: [rows, columns], data }, { shape, data: scale }, block)).toEqual(expected)
+    }
+  })
+
+  it.each([[[0, 128]], [[128, 1.5]], [[-1, 1]]] as [[number, number]][])('of blocks of %j are refused', block => {
+    const one = { shape: [1, 1], data: new Uint8Array(1) }
+    const scale = { shape: [1, 1], data: new Float32Array(1) }
+    expect(() => dequantizeFp8Blocks(one, scale, block)).toThrow(/cannot be; pass the weight_block_size/)
+  })
+
   it.each([
     [[2, 2], [1, 2], /needs scales \[1, 1\], these are \[1, 2\]; pass the weight_block_size/],
     [[129, 1], [1, 1], /needs scales \[2, 1\]/],

@@ -1,6 +1,6 @@
 /** @file Weights stored as float8 with one scale for each block, as the released DeepSeek-V3 checkpoints are. */
 
-import { checkpointError } from './checkpoint-error.ts'
+import { checkpointError, shown } from './checkpoint-error.ts'
 import { f8e4m3Table } from './to-f32.ts'
 
 /** Rows and columns of a block in the released checkpoints (`quantization_config.weight_block_size`). */
@@ -25,6 +25,13 @@ export function dequantizeFp8Blocks(
   const [rows, columns] = q.shape
   if (q.shape.length !== 2) {
     throw checkpointError(where, `a weight with block scales has two axes, this has the shape [${q.shape.join(', ')}]`)
+  }
+  if (!block.every(size => Number.isSafeInteger(size) && size > 0)) {
+    throw checkpointError(
+      where,
+      `a block of ${shown(block)} cannot be`,
+      'pass the weight_block_size of the config.json',
+    )
   }
   const wanted = [Math.ceil(rows / block[0]), Math.ceil(columns / block[1])]
   if (scale.shape.length !== 2 || scale.shape[0] !== wanted[0] || scale.shape[1] !== wanted[1]) {

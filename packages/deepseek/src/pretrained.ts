@@ -1,5 +1,5 @@
 /** @file Checkpoints in the Hugging Face layout. */
-import { mkdir, readFile, stat, writeFile } from 'node:fs/promises'
+import { mkdir, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import {
   isScaleKey,
@@ -11,6 +11,7 @@ import {
 } from '@moe/checkpoint'
 import { loadStateDict, MoeError, type StateSource, stateDict } from '@moe/core'
 import { configJson, type DeepSeekConfig, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
+import { readConfig, readScaleBlock } from './config-file.ts'
 import { countParameters } from './count-parameters.ts'
 import type { DeepSeek } from './model.ts'
 
@@ -62,11 +63,12 @@ export async function loadPretrained(
   make: (config: DeepSeekConfigInput) => DeepSeek,
 ): Promise<DeepSeek> {
   const config = await readConfig(folder)
+  const block = await readScaleBlock(folder)
   await using checkpoint = await openCheckpoint(folder)
   checkSize(folder, parseConfig(config), checkpoint)
   const model = make(config)
   try {
-    await fill(model, checkpoint)
+    await fill(model, checkpoint, block)
   } catch (error) {
     model.dispose()
     throw error
@@ -75,12 +77,13 @@ export async function loadPretrained(
 }
 
 /**
- * Fills a model from a checkpoint folder. fp8, bf16 and f16 weights are converted to f32.
+ * Fills a model from a checkpoint folder. bf16 and f16 weights become f32, and fp8 ones, whose blocks are as its config.json says.
  * @throws MoeError E_STATE_DICT when keys or shapes do not fit; the model is then unchanged.
  */
 export async function loadWeights(model: DeepSeek, folder: string): Promise<void> {
+  const block = await readScaleBlock(folder)
   await using checkpoint = await openCheckpoint(folder)
-  await fill(model, checkpoint)
+  await fill(model, checkpoint, block)
 }
 
 /** Before memory is taken for a model: that the checkpoint can fill a good part of it. What exactly is missing is told once the model is there. */
@@ -99,11 +102,11 @@ function checkSize(folder: string, config: DeepSeekConfig, checkpoint: TensorSou
   })
 }
 
-async function fill(model: DeepSeek, checkpoint: TensorSource): Promise<void> {
+async function fill(model: DeepSeek, checkpoint: TensorSource, block: readonly [number, number]): Promise<void> {
   const source: StateSource = {
     keys: () => checkpoint.keys().filter(key => !isScaleKey(checkpoint, key)),
     info: key => ({ dtype: 'f32', shape: checkpoint.info(key).shape }),
-    read: async key => (await readF32(checkpoint, key)).data,
+    read: async key => (await readF32(checkpoint, key, { block })).data,
   }
   const copies = new Set([
     ...sharedCopies(model).map(([copy]) => copy),
@@ -115,20 +118,4 @@ async function fill(model: DeepSeek, checkpoint: TensorSource): Promise<void> {
   await loadStateDict(model, source, {
     ignore: key => copies.has(key) || beyond(key) || tied(key) || key.endsWith('rotary_emb.inv_freq'),
   })
-}
-
-/** Internal: the checked content of config.json. */
-export async function readConfig(folder: string): Promise<DeepSeekConfigInput> {
-  const path = join(folder, 'config.json')
-  try {
-    // A pipe would be waited for.
-    if (!(await stat(path)).isFile()) throw new Error('it is no regular file')
-    const json = JSON.parse(await readFile(path, 'utf8')) as DeepSeekConfigInput
-    parseConfig(json)
-    return json
-  } catch (cause) {
-    if (cause instanceof MoeError) throw cause
-    const reason = cause instanceof Error ? cause.message : String(cause)
-    throw new MoeError({ code: 'E_CHECKPOINT', op: path, problem: `cannot be read: ${reason}`, cause })
-  }
 }

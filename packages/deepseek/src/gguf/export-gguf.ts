@@ -13,8 +13,8 @@ import {
 } from '@moe/checkpoint'
 import { MoeError, type StateEntry, stateDict } from '@moe/core'
 import { type DeepSeekConfig, parseConfig } from '../config.ts'
+import { readConfig, readScaleBlock } from '../config-file.ts'
 import type { DeepSeek } from '../model.ts'
-import { readConfig } from '../pretrained.ts'
 import { architectureOf } from './architecture.ts'
 import { tensorsOf, type WeightSource } from './tensors.ts'
 import { noVocabulary, type TokenizerFiles, type Vocabulary, vocabularyOf } from './vocabulary.ts'
@@ -79,9 +79,13 @@ export async function exportGguf(
     )
   }
   const config = parseConfig(await readConfig(model))
+  const block = await readScaleBlock(model)
   await using checkpoint = await openCheckpoint(model)
   const vocabulary = await vocabularyFrom(config, options, model)
-  return await write(config, folderSource(checkpoint), vocabulary, path, { name: basename(resolve(model)), ...options })
+  return await write(config, folderSource(checkpoint, block), vocabulary, path, {
+    name: basename(resolve(model)),
+    ...options,
+  })
 }
 
 async function write(
@@ -106,10 +110,10 @@ async function write(
   return { path, bytes, tensors: tensors.length, notes: [...architecture.notes, ...vocabulary.notes] }
 }
 
-function folderSource(checkpoint: TensorSource): WeightSource {
+function folderSource(checkpoint: TensorSource, block: readonly [number, number]): WeightSource {
   return {
     shape: key => (checkpoint.has(key) ? checkpoint.info(key).shape : undefined),
-    read: async key => (await readF32(checkpoint, key)).data,
+    read: async key => (await readF32(checkpoint, key, { block })).data,
   }
 }
 
