@@ -18,41 +18,43 @@ export interface AddedToken {
   readonly single_word: boolean
 }
 
+/** Tells the number of the longest token that starts at a place of `bytes[..end)`, or -1. Places are asked for in rising order. */
+export type TokenStarts = (bytes: Uint8Array, end: number) => (place: number) => number
+
+/** What looks for long tokens in place of the trie, which at worst takes a step for each byte of a token at every place: long-tokens.ts, which browsers do without. */
+export const longTokens: { find?: (contents: readonly Uint8Array[]) => TokenStarts | undefined } = {}
+
 /** Finds added tokens in bytes: leftmost, of those the longest. */
 export class AddedTokenFinder {
+  readonly #contents: Uint8Array[] = []
+  readonly #tokens: AddedToken[] = []
+  readonly #starts: TokenStarts | undefined
   /** Edges of the trie: `node * 256 + byte` to node. */
   readonly #edges = new Map<number, number>()
-  readonly #tokenAt: (AddedToken | undefined)[] = [undefined]
+  readonly #tokenAt = [-1]
   readonly #firstBytes = new Uint8Array(256)
   /** The first byte of every token when they share one, as `<` of most; else -1. */
   #onlyFirst = -1
-  readonly size: number
 
   /** @param contentOf bytes to look for, for each token */
   constructor(tokens: readonly AddedToken[], contentOf: (token: AddedToken) => Uint8Array) {
     const first = new Set<number>()
-    let size = 0
     for (const token of tokens) {
       const content = contentOf(token)
       if (content.length === 0) continue
-      size++
+      this.#contents.push(content)
       let node = 0
       for (const byte of content) {
         const key = node * 256 + byte
-        let next = this.#edges.get(key)
-        if (next === undefined) {
-          next = this.#tokenAt.length
-          this.#tokenAt.push(undefined)
-          this.#edges.set(key, next)
-        }
-        node = next
+        if (!this.#edges.has(key)) this.#edges.set(key, this.#tokenAt.push(-1) - 1)
+        node = this.#edges.get(key)!
       }
-      this.#tokenAt[node] = token
+      this.#tokenAt[node] = this.#tokens.push(token) - 1
       this.#firstBytes[content[0]] = 1
       first.add(content[0])
     }
-    this.size = size
-    if (first.size === 1) this.#onlyFirst = [...first][0]
+    this.#starts = longTokens.find?.(this.#contents)
+    if (first.size === 1) [this.#onlyFirst] = first
   }
 
   /**
@@ -67,22 +69,20 @@ export class AddedTokenFinder {
     text: (start: number, end: number) => void,
     token: (token: AddedToken, start: number, end: number) => void,
   ): void {
-    if (this.size === 0) {
-      if (start < end) text(start, end)
-      return
-    }
+    const starts = this.#starts?.(bytes, end)
     let done = start
-    let at = start
+    let at = this.#tokens.length === 0 ? end : start
     while (at < end) {
       at = this.#candidate(bytes, at, end)
       if (at >= end) break
-      const match = this.#longest(bytes, at, end)
-      if (match === undefined) {
+      const found = starts ? starts(at) : this.#longest(bytes, at, end)
+      if (found < 0) {
         at++
         continue
       }
+      const match = this.#tokens[found]
       let from = at
-      let to = this.#matchEnd
+      let to = at + this.#contents[found].length
       at = to
       if (skipSpecial && match.special) continue
       if (match.single_word) {
@@ -115,20 +115,13 @@ export class AddedTokenFinder {
     return at
   }
 
-  #matchEnd = 0
-
-  #longest(bytes: Uint8Array, at: number, end: number): AddedToken | undefined {
-    let node = 0
-    let found: AddedToken | undefined
+  #longest(bytes: Uint8Array, at: number, end: number): number {
+    let node: number | undefined = 0
+    let found = -1
     for (let i = at; i < end; i++) {
-      const next = this.#edges.get(node * 256 + bytes[i])
-      if (next === undefined) break
-      node = next
-      const token = this.#tokenAt[node]
-      if (token !== undefined) {
-        found = token
-        this.#matchEnd = i + 1
-      }
+      node = this.#edges.get(node * 256 + bytes[i])
+      if (node === undefined) break
+      if (this.#tokenAt[node] >= 0) found = this.#tokenAt[node]
     }
     return found
   }

@@ -3,7 +3,7 @@ import type { AddedToken } from '../added-tokens.ts'
 import { type BpeModel, MAX_ID } from '../model.ts'
 import { asArray, asFlag, asId, asObject, asString, describe, unsupported, wrong } from './check.ts'
 
-/** Looking for a token takes a step for each of its bytes, anywhere in a text. */
+/** A file with a longer one is damaged or hostile. */
 const LONGEST = 1024
 
 export function readAddedTokens(value: unknown, model: BpeModel): AddedToken[] {

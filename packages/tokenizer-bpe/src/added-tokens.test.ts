@@ -1,0 +1,91 @@
+import { describe, expect, test } from 'vitest'
+import { type AddedToken, AddedTokenFinder } from './added-tokens.ts'
+import './index.ts'
+
+const utf8 = new TextEncoder()
+const tokensOf = (contents: readonly string[]): AddedToken[] =>
+  contents.map((content, id) => ({
+    id,
+    content,
+    special: false,
+    normalized: false,
+    lstrip: false,
+    rstrip: false,
+    single_word: false,
+  }))
+
+/** Cuts a text into texts and numbers of tokens. */
+function cut(contents: readonly string[], text: string): (string | number)[] {
+  const bytes = utf8.encode(text)
+  const found: (string | number)[] = []
+  const piece = (from: number, to: number) => found.push(new TextDecoder().decode(bytes.subarray(from, to)))
+  new AddedTokenFinder(tokensOf(contents), token => utf8.encode(token.content)).split(
+    bytes,
+    0,
+    bytes.length,
+    false,
+    piece,
+    token => found.push(token.id),
+  )
+  return found
+}
+
+/** The same, by trying all tokens at all places. */
+function slowly(contents: readonly string[], text: string): (string | number)[] {
+  const found: (string | number)[] = []
+  let held = ''
+  for (let at = 0; at < text.length; ) {
+    const here = contents.filter(content => text.startsWith(content, at))
+    if (here.length === 0) held += text[at++]
+    else {
+      const longest = here.reduce((a, b) => (b.length > a.length ? b : a))
+      if (held !== '') found.push(held)
+      held = ''
+      found.push(contents.indexOf(longest))
+      at += longest.length
+    }
+  }
+  return held === '' ? found : [...found, held]
+}
+
+let state = 5
+const below = (n: number) => {
+  state = (Math.imul(state, 1664525) + 1013904223) >>> 0
+  return Math.floor((state / 2 ** 32) * n)
+}
+const word = (letters: string, length: number) => {
+  const all = [...letters]
+  return Array.from({ length }, () => all[below(all.length)]).join('')
+}
+
+describe('added tokens are found leftmost, and of those the longest', () => {
+  test.each([
+    ['by the trie', 12],
+    ['by the automaton', 240],
+  ])('%s', (_, longest) => {
+    for (let i = 0; i < 300; i++) {
+      const letters = ['a', 'ab', 'aé🙂'][below(3)]
+      const contents = [...new Set(Array.from({ length: 1 + below(6) }, () => word(letters, 1 + below(8))))]
+      contents.push(`${word(letters, longest - 1)}c`)
+      const text = Array.from({ length: 20 }, () =>
+        below(3) === 0 ? contents[below(contents.length)] : word(`${letters}c`, below(10)),
+      ).join('')
+      expect(cut(contents, text)).toEqual(slowly(contents, text))
+    }
+  })
+
+  test('across places that are looked at together', () => {
+    const long = `${'ab'.repeat(200)}c`
+    const contents = ['ba', 'abab', long]
+    for (const before of [65_300, 65_400, 65_535, 65_536, 131_000]) {
+      const text = `${'x'.repeat(before)}${long}x${long}ba${'ab'.repeat(300)}`
+      expect(cut(contents, text)).toEqual(slowly(contents, text))
+    }
+  })
+
+  test('of a text that nearly is one, at every place', () => {
+    const contents = [`${'a'.repeat(1000)}b`, 'aa']
+    const text = 'a'.repeat(400_000)
+    expect(cut(contents, text)).toHaveLength(200_000)
+  })
+})
