@@ -73,7 +73,10 @@ export interface TrainableModel extends Module {
    * checkpoints and set by a run that goes on from one.
    */
   step?: number
-  /** What decides its numbers beside weights and step. A run goes on only with the same; functions are not compared. */
+  /**
+   * What decides its numbers beside weights and step. A run goes on only with the same. Functions are schedules, of the step to a number: the same are those that
+   * give the same numbers over the run.
+   */
   readonly settings?: Readonly<Record<string, unknown>>
   /** Synchronous: reads nothing back from the device. */
   loss(batch: TokenBatch, options?: LossOptions): LossOutput

@@ -176,7 +176,7 @@ export function recordRun(
     world: options.world,
     seed: options.seed,
     lr: options.lr,
-    schedule: digest(Array.from({ length: options.steps }, (_, step) => options.schedule(step)).join()),
+    schedule: valuesOf(options.schedule, options.steps),
     // JSON has no Infinity.
     clip: options.clip === Number.POSITIVE_INFINITY ? null : options.clip,
     precision: options.precision,
@@ -185,10 +185,29 @@ export function recordRun(
     parameters: `${shapes.length} of ${parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)} numbers (${digest(shapes.join())})`,
     ...Object.fromEntries(
       Object.entries(model.settings ?? {})
-        .filter(([, value]) => value !== undefined && typeof value !== 'function')
-        .map(([name, value]) => [`model.${name}`, typeof value === 'object' ? JSON.stringify(value) : value]),
+        .map(([name, value]) => [`model.${name}`, recorded(value, options.steps)])
+        .filter(([, value]) => value !== undefined),
     ),
   }
+}
+
+/** A setting of the model as the record has it; undefined for what cannot be compared. */
+function recorded(value: unknown, steps: number): RunRecord[string] | undefined {
+  if (typeof value === 'function') {
+    try {
+      return valuesOf(value as Schedule, steps)
+    } catch {
+      // It takes something else than a step.
+      return undefined
+    }
+  }
+  return typeof value === 'object' ? JSON.stringify(value) : (value as RunRecord[string] | undefined)
+}
+
+/** What a function of the step gives over a run; undefined where it gives no numbers. */
+function valuesOf(schedule: Schedule, steps: number): string | undefined {
+  const values = Array.from({ length: steps }, (_, step) => schedule(step))
+  return values.every(value => typeof value === 'number') ? `a schedule (${digest(values.join())})` : undefined
 }
 
 const digest = (text: string) => createHash('sha256').update(text).digest('hex').slice(0, 16)

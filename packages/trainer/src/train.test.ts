@@ -470,12 +470,20 @@ describe('bad checkpoints are refused and change nothing', () => {
 
   test('a model with other settings of the same shapes', async () => {
     const out = await temporaryFolder()
-    const model = (chosen: number) =>
-      Object.assign(new BigramModel(), { settings: { chosen, scale: [1, 2], f: () => 0 } })
-    await run({ out, model: model(2), ...stopAfter(4) })
-    const error = await errorOf(run({ out, model: model(3), resume: true }))
+    const model = (chosen: number, last: number) => {
+      const weight = (step: number) => (step < 11 ? 1 : last)
+      return Object.assign(new BigramModel(), {
+        settings: { chosen, scale: [1, 2], weight, other: () => ({}), of: (x: string) => x.at(0) },
+      })
+    }
+    await run({ out, model: model(2, 3), ...stopAfter(4) })
+    const error = await errorOf(run({ out, model: model(3, 4), resume: true }))
     expect(error).toMatchObject({ code: 'E_CHECKPOINT' })
-    expect((error as MoeError).details['differences']).toEqual(['model.chosen: saved with 2, now 3'])
+    expect((error as MoeError).details['differences']).toEqual([
+      'model.chosen: saved with 2, now 3',
+      expect.stringMatching(/^model\.weight: saved with a schedule \(\w+\), now a schedule \(\w+\)$/),
+    ])
+    await run({ out, model: model(2, 3), resume: true })
   })
 
   test('nothing to resume from', async () => {
