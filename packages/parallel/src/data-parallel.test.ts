@@ -91,6 +91,11 @@ describe('ranks of B rows', () => {
     expect(difference(first, one)).toBeLessThan(1e-5)
   })
 
+  test('steps are not recorded, whatever is asked for', async () => {
+    const [op, asked] = [await onRanks(2, {}), await onRanks(2, { record: true })]
+    expect(asked[0].weights).toEqual(op[0].weights)
+  })
+
   test('one rank is as without', async () => {
     const one = await alone({})
     const [first] = await onRanks(1, {})

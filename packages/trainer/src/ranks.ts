@@ -42,13 +42,21 @@ export async function gatherPasses(
   })
 }
 
+/** Gradients travel together up to so many elements: more would be in memory twice. */
+const groupElements = 1 << 22
+
 /** Replaces the gradients of this rank by their sums over all. */
 export async function sumGradients(ranks: Ranks, trained: readonly Parameter[]): Promise<void> {
-  const having = trained.filter(({ grad }) => grad !== null)
-  const sums = await ranks.allReduce(having.map(({ grad }) => grad as Tensor))
-  for (const [i, parameter] of having.entries()) {
-    parameter.zeroGrad()
-    parameter.grad = sums[i]
+  const left = trained.filter(({ grad }) => grad !== null)
+  while (left.length > 0) {
+    const group: Parameter[] = []
+    for (let elements = 0; left.length > 0 && elements < groupElements; elements += (group.at(-1) as Parameter).size)
+      group.push(left.shift() as Parameter)
+    const sums = await ranks.allReduce(group.map(({ grad }) => grad as Tensor))
+    for (const [i, parameter] of group.entries()) {
+      parameter.zeroGrad()
+      parameter.grad = sums[i]
+    }
   }
 }
 

@@ -28,8 +28,7 @@ export class HostCommunicator implements Communicator {
 
   async allReduce(tensors: readonly Tensor[], reduction: Reduction = 'sum'): Promise<Tensor[]> {
     for (const { dtype } of tensors) checkReduction('allReduce', dtype, reduction)
-    return this.#inTurn(async () => {
-      const results: Tensor[] = []
+    return this.#makeInTurn(async results => {
       for (const bucket of bucketsOf(tensors)) {
         const { dtype } = bucket[0]
         const flat = joined(dtype, await Promise.all(bucket.map(tensor => tensor.data())))
@@ -43,7 +42,6 @@ export class HostCommunicator implements Communicator {
           at += size
         }
       }
-      return results
     })
   }
 
@@ -105,15 +103,13 @@ export class HostCommunicator implements Communicator {
 
   async broadcast(tensors: readonly Tensor[], root = 0): Promise<Tensor[]> {
     this.#checkRank('broadcast', root)
-    return this.#inTurn(async () => {
-      const results: Tensor[] = []
+    return this.#makeInTurn(async results => {
       for (const tensor of tensors) {
         const { dtype, shape, size, backend } = tensor
         const data = this.rank === root ? await tensor.data() : hostArray(dtype, size)
         await this.#passOn(data, root)
         results.push(fromHost(data, shape, dtype, backend))
       }
-      return results
     })
   }
 
@@ -157,6 +153,20 @@ export class HostCommunicator implements Communicator {
     const done = this.#turn.then(call)
     this.#turn = done.catch(() => undefined)
     return done
+  }
+
+  /** A call that makes several tensors, and leaves none behind when it fails. */
+  #makeInTurn(call: (results: Tensor[]) => Promise<void>): Promise<Tensor[]> {
+    return this.#inTurn(async () => {
+      const results: Tensor[] = []
+      try {
+        await call(results)
+      } catch (error) {
+        for (const tensor of results) tensor.dispose()
+        throw error
+      }
+      return results
+    })
   }
 
   /** This rank's share, reduced over all ranks. */

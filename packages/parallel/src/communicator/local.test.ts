@@ -74,6 +74,22 @@ test('ranks that do not do the same are told', async () => {
   await expect(missing).rejects.toThrow(/a message will not come: rank 1 has ended/)
 })
 
+test('a call that fails leaves no tensor behind', async () => {
+  const handles = backend.stats().handles
+  const run = local(2, async ranks => {
+    // Two go well (large ones go by themselves); of the third the ranks have different lengths.
+    const [large, other] = [1 << 22, 3 + ranks.rank].map(n => tensor(new Float32Array(n), [n], { backend }))
+    try {
+      await ranks.allReduce([large, large, other])
+    } finally {
+      large.dispose()
+      other.dispose()
+    }
+  })
+  await expect(run).rejects.toThrow(/bytes came from rank/)
+  expect(backend.stats().handles).toBe(handles)
+})
+
 test('a rank that fails ends what the others wait for, and its error is the one that is told', async () => {
   const ended: string[] = []
   const run = local(3, async ranks => {

@@ -1,4 +1,4 @@
-/** @file Ranks as processes that an MPI launcher has started (mpirun, mpiexec, srun): messages through the MPI library. */
+/** @file Ranks as processes that an MPI launcher has started (mpirun, mpiexec): messages through the MPI library. */
 import { MoeError } from '@moe/core'
 import type { Communicator } from '../communicator/communicator.ts'
 import { HostCommunicator } from '../communicator/host-communicator.ts'
