@@ -2,7 +2,7 @@
 import { MoeError } from '@moe/core'
 import type { Communicator } from './communicator.ts'
 import { HostCommunicator } from './host-communicator.ts'
-import type { Transport } from './transport.ts'
+import { type Transport, wrongLength } from './transport.ts'
 
 /**
  * Runs `work` once for each of `size` ranks in this process, and resolves to what each returned. Messages are handed over in memory.
@@ -87,16 +87,6 @@ function hand(message: Uint8Array, { bytes, done, fail }: Waiting, from: number)
     bytes.set(message)
     done()
   } else fail(wrongLength(message.length, bytes.length, from))
-}
-
-/** What came is not what was asked for. */
-export function wrongLength(came: number, wanted: number, from: number): MoeError {
-  return new MoeError({
-    code: 'E_SHAPE',
-    op: 'receive',
-    problem: `${came} bytes came from rank ${from} where ${wanted} were expected`,
-    fix: 'all ranks make the same calls, with tensors of the same shapes and dtypes',
-  })
 }
 
 class LocalTransport implements Transport {

@@ -2,8 +2,7 @@
 import { MoeError } from '@moe/core'
 import type { Communicator } from '../communicator/communicator.ts'
 import { HostCommunicator } from '../communicator/host-communicator.ts'
-import { wrongLength } from '../communicator/local.ts'
-import type { Transport } from '../communicator/transport.ts'
+import { type Transport, wrongLength } from '../communicator/transport.ts'
 import { type MpiLibrary, openMpi } from './library.ts'
 
 /** MPI counts in 32-bit integers. */
