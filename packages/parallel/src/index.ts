@@ -1,6 +1,8 @@
 /** @file Public interface of @moe/parallel. */
 export type { Communicator, Reduction, RowExchange, TensorLike } from './communicator/communicator.ts'
 export { local } from './communicator/local.ts'
+export { PiecewisePass } from './experts/piecewise-pass.ts'
+export { type ExpertsShare, type RoutedTokens, routeOverRanks } from './experts/route-over-ranks.ts'
 export { mpi } from './mpi/mpi.ts'
 export { sumReplicas } from './pipeline/replicas.ts'
 export { type PipelineOptions, type PipelineStage, runSchedule, type StageOutput } from './pipeline/run-schedule.ts'

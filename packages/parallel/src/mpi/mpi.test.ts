@@ -3,6 +3,7 @@ import { fileURLToPath } from 'node:url'
 import { setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
+import { split } from '../experts/test-layer.ts'
 import { local, mpi } from '../index.ts'
 import { pipelineSteps } from '../pipeline/test-stages.ts'
 import { launch, launchers } from './test-launch.ts'
@@ -26,10 +27,14 @@ describe.skipIf(installed.length === 0)('MPI', () => {
       expect(code).toBe(0)
     })
 
-    test('a pipeline between processes gives the bits of the local communicator', async () => {
+    test.each([
+      ['a pipeline', 'pipeline', pipelineSteps],
+      ['experts', 'experts', split],
+    ] as const)('%s on two processes: the bits of the local communicator', async (_, what, work) => {
       setDefaultBackend(referenceBackend())
-      const expected = await local(2, async ranks => ({ rank: ranks.rank, ...(await pipelineSteps(ranks)) }))
-      const { code, lines, errors } = await launch(launcher, 2, [script, 'pipeline'])
+      const found = await local(2, async ranks => ({ rank: ranks.rank, ...(await work(ranks)) }))
+      const expected = found.map(({ rank, ...rest }) => ({ rank, ...JSON.parse(JSON.stringify(rest)) }))
+      const { code, lines, errors } = await launch(launcher, 2, [script, what])
       expect(errors).toBe('')
       expect(lines).toEqual(expected)
       expect(code).toBe(0)

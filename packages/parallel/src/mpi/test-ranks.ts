@@ -3,6 +3,7 @@ import { isDeepStrictEqual } from 'node:util'
 import { setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { exercise, expected } from '../communicator/test-exercise.ts'
+import { split } from '../experts/test-layer.ts'
 import { mpi } from '../index.ts'
 import { pipelineSteps } from '../pipeline/test-stages.ts'
 
@@ -25,6 +26,11 @@ switch (process.argv[2]) {
     setDefaultBackend(referenceBackend())
     const { loss, gradients } = await pipelineSteps(ranks)
     print({ rank: ranks.rank, loss, gradients })
+    break
+  }
+  case 'experts': {
+    setDefaultBackend(referenceBackend())
+    print({ rank: ranks.rank, ...(await split(ranks)) })
     break
   }
   case 'wait': {

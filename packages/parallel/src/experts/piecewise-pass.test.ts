@@ -1,0 +1,60 @@
+import { backward, Linear, Parameter, Random, randn, scope, setDefaultBackend, type Tensor, zeroGrad } from '@moe/core'
+import { readF64, referenceBackend } from '@moe/core/reference'
+import { beforeEach, expect, test } from 'vitest'
+import { PiecewisePass } from './piecewise-pass.ts'
+
+beforeEach(() => setDefaultBackend(referenceBackend()))
+
+const numbers = (t: Tensor | null | undefined) => (t ? Array.from(readF64(t)) : null)
+const doubled = async (x: Tensor) => x.mul(2)
+
+test('a pass in pieces has the gradients of the whole one: residuals, exchanges, leaves that go to several pieces', async () => {
+  const [first, second] = [1, 2].map(seed => new Linear(4, 4, { random: new Random(seed) }))
+  const dy = randn([3, 4], new Random(4))
+  const x = new Parameter(randn([3, 4], new Random(3)))
+  // y = x + 2 second(h) * h, h = first(x)
+  const expected = scope(() => {
+    const h = first.forward(x)
+    const y = x.add(second.forward(h).mul(2).mul(h))
+    backward(y, { gradient: dy })
+    return [y, x.grad, first.weight.grad, second.weight.grad].map(numbers)
+  })
+  for (const layer of [first, second]) zeroGrad(layer)
+
+  const pass = new PiecewisePass()
+  const leaf = pass.input(x)
+  const [h] = pass.piece([leaf], t => [first.forward(t)])
+  const [inner] = pass.piece([h], t => [second.forward(t)])
+  // While the gradient is on its way, those of weights behind it are computed.
+  let early: boolean | undefined
+  const sent = await pass.exchange(inner, doubled, async gradient => {
+    early = second.weight.grad !== null
+    await Promise.resolve()
+    return doubled(gradient)
+  })
+  const [y] = pass.piece([leaf, sent, h], (a, b, c) => [a.add(b.mul(c))])
+  await pass.backward(y, dy)
+  expect([y, pass.gradient(leaf), first.weight.grad, second.weight.grad].map(numbers)).toEqual(
+    expected.map(values => values?.map(value => expect.closeTo(value, 12))),
+  )
+  expect(early).toBe(false)
+  pass.dispose()
+})
+
+test('a rank whose result nothing depends on exchanges zeros; a result of another shape is refused', async () => {
+  const pass = new PiecewisePass()
+  const x = pass.input(randn([2, 2], new Random(1)))
+  const back: unknown[] = []
+  await pass.exchange(x, doubled, async gradient => {
+    back.push(numbers(gradient))
+    return gradient.mul(1)
+  })
+  const [y] = pass.piece([x], t => [t.mul(3)])
+  await expect(pass.backward(y, randn([2], new Random(1)))).rejects.toThrow(
+    /gradient has shape \[2\], the result \[2,2\]/,
+  )
+  await pass.backward(y, randn([2, 2], new Random(2)))
+  expect(back).toEqual([[0, 0, 0, 0]])
+  expect(numbers(pass.gradient(x))).toEqual(numbers(randn([2, 2], new Random(2)).mul(3)))
+  pass.dispose()
+})
