@@ -76,6 +76,14 @@ export function generate(
   }
   const ids = decode(model, Array.from(prompt), options, depth, stats)
   const tokenizer = 'tokenizer' in options ? options.tokenizer : null
+  if (options.stop !== undefined && !Array.isArray(options.stop)) {
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'generate',
+      problem: `stop is ${JSON.stringify(options.stop)}`,
+      fix: 'pass a list of token ids and texts',
+    })
+  }
   const stops = (options.stop ?? []).filter(stop => typeof stop === 'string')
   if (stops.includes('') || (stops.length > 0 && !tokenizer)) {
     throw new MoeError({

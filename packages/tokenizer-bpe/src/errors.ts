@@ -31,7 +31,7 @@ export class TokenizerError extends Error {
 
   constructor(info: TokenizerErrorInfo) {
     super(
-      info.fix ? `${info.op}: ${info.problem}; ${info.fix}` : `${info.op}: ${info.problem}`,
+      `${info.op}: ${info.problem}${info.fix ? `; ${info.fix}` : ''}`,
       info.cause === undefined ? undefined : { cause: info.cause },
     )
     this.name = 'TokenizerError'

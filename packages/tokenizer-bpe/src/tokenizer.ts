@@ -342,6 +342,8 @@ export class BpeTokenizer {
 
   /** Puts the UTF-8 of a text into the scratch buffer and returns its length. */
   #load(text: string): number {
+    if (typeof text !== 'string')
+      throw new TokenizerError({ code: 'E_DATA', op: 'encode', problem: `${text} is no text` })
     const need = text.length * 3 + PADDING
     if (need > this.#scratch.length) this.#resize(need < KEPT_SCRATCH ? Math.max(need, this.#scratch.length * 2) : need)
     return utf8.encodeInto(text, this.#scratch).written

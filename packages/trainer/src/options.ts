@@ -136,6 +136,11 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   }
   if (ranks && (given.rank ?? given.world) !== undefined)
     problems.push('rank or world is given beside ranks, which has both')
+  for (const name of ['schedule', 'onEvent', 'decays'] as const) {
+    const value: unknown = merged[name]
+    if (value !== undefined && typeof value !== 'function') problems.push(`${name} is ${value}, needs a function`)
+  }
+  if (merged.data?.training === undefined) problems.push('data is missing, needs training texts or tokens')
   if (resume && out === undefined) problems.push('resume is given without out, the folder of the run')
   if (problems.length > 0) {
     throw new MoeError({

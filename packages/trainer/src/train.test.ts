@@ -604,6 +604,9 @@ describe('failures lose nothing', () => {
     expect(error).toMatchObject({ code: 'E_CONFIG' })
     for (const text of ['steps is 0', 'batchSize is 1.5', 'lr is NaN', 'resume is given without out'])
       expect(error.message).toContain(text)
+    const wrong = { ...settings, schedule: 5, data: undefined } as unknown as TrainOptions
+    const more = await errorOf(train(model, wrong))
+    for (const text of ['schedule is 5, needs a function', 'data is missing']) expect(more.message).toContain(text)
     disposeModule(model)
   })
 

@@ -36,6 +36,10 @@ const zeroCodes: Readonly<Record<WeightFormat, number>> = { bf16: 0, fp8: 0, int
 const storedColumns = (format: WeightFormat, columns: number) => (format === 'int4' ? Math.ceil(columns / 2) : columns)
 
 function checkBlock(op: string, { format, block }: Pick<QuantizedAttrs, 'format' | 'block'>): void {
+  if (!Object.hasOwn(usualBlocks, format)) {
+    const formats = Object.keys(usualBlocks).join(', ')
+    throw attrError(op, `no format of weights is called ${JSON.stringify(format)}`, `choose one of ${formats}`)
+  }
   const whole = block.length === 2 && block.every(size => Number.isInteger(size) && size >= 1)
   if (whole && (format !== 'int4' || block[1] % 2 === 0)) return
   const fix = format === 'int4' ? 'pass two positive integers, the second even, such as [1, 32]' : undefined
@@ -198,6 +202,7 @@ export function quantizeWeight(weight: Tensor, format: WeightFormat, block = usu
 /** What `quantizeWeight` makes of zeros, without them. */
 export function zeroWeight(shape: Shape, format: WeightFormat, backend?: Backend): QuantizedWeight {
   const block = usualBlocks[format]
+  checkBlock('zeroWeight', { format, block })
   const [rows, columns] = shape.slice(-2)
   const lead = shape.slice(0, -2)
   const all = (value: number, dtype: DType, of: Shape) =>

@@ -153,6 +153,17 @@ test('norms stay f32, tied weights stay tied, nothing leaks', async () => {
   expect(backend.stats().handles).toBe(before)
 })
 
+test('a format that is none is told with those that are', async () => {
+  const wrong = 'int6' as WeightFormat
+  const refused = expect.objectContaining({
+    code: 'E_ATTR',
+    message: expect.stringMatching(/no format of weights is called "int6"; choose one of .*int8/),
+  })
+  expect(() => new Linear(4, 4, { weights: wrong })).toThrow(refused)
+  expect(() => new Linear(4, 4, { weights: wrong, deviation: 0 })).toThrow(refused)
+  await expect(quantizeWeights(new Linear(4, 4), wrong)).rejects.toThrow(refused)
+})
+
 test('loading quantizes slice by slice', async () => {
   const entries = stateDict(new Experts(32))
   const model = new Experts(32, 'int8')

@@ -21,11 +21,7 @@ export function wrong(where: string, problem: string, details?: Record<string, u
   })
 }
 
-export function unsupported(
-  where: string,
-  what: string,
-  fix = 'convert the file or open an issue with it',
-): TokenizerError {
+export function unsupported(where: string, what: string, fix = 'convert the file'): TokenizerError {
   return new TokenizerError({
     code: 'E_UNSUPPORTED',
     op: `tokenizer.json ${where}`,

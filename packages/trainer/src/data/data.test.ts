@@ -114,6 +114,8 @@ describe('textFiles', () => {
 
 describe('TokenDataset', () => {
   test('puts begin and end tokens around documents and counts bytes', () => {
+    const none = [undefined] as unknown as string[]
+    expect(() => TokenDataset.fromTexts(none, letters)).toThrow(expect.objectContaining({ code: 'E_DATA' }))
     const data = TokenDataset.fromTexts(['ab', 'c'], letters)
     expect([...data.tokens]).toEqual([10, 0, 1, 11, 10, 2, 11])
     expect([...data.starts]).toEqual([0, 4])

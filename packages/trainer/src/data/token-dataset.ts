@@ -54,7 +54,7 @@ export class TokenDataset {
 
   /**
    * Tokenizes documents. Text that spells a special token stays text.
-   * @throws MoeError E_DATA when there are no tokens, or ids outside the vocabulary
+   * @throws MoeError E_DATA when a document is no text, when there are no tokens, or ids outside the vocabulary
    */
   static fromTexts(documents: Iterable<string>, tokenizer: TextTokenizer, options: DocumentTokens = {}): TokenDataset {
     const named = (names: readonly string[]) => {
@@ -70,6 +70,7 @@ export class TokenDataset {
     const starts: number[] = []
     let textBytes = 0
     for (const text of documents) {
+      if (typeof text !== 'string') throw noText(text)
       const ids = tokenizer.encode(text, { addSpecialTokens: false, parseSpecialTokens: false })
       if (ids.length === 0) continue
       starts.push(stream.length)
@@ -188,6 +189,15 @@ export class TokenDataset {
       documents[at + i] = present - i - 1
     }
   }
+}
+
+function noText(document: unknown): MoeError {
+  return new MoeError({
+    code: 'E_DATA',
+    op: 'TokenDataset',
+    problem: `a document is ${document === null ? 'null' : typeof document}, no text`,
+    fix: 'pass texts, or tokens to TokenDataset.fromTokens',
+  })
 }
 
 function badId(id: number, position: number, vocabSize: number | undefined): MoeError {
