@@ -8,7 +8,8 @@ import { MergeTable } from './bpe/merge-table.ts'
 import { DecodeStream } from './decode-stream.ts'
 import { TokenizerError } from './errors.ts'
 import { readAddedTokens } from './json/added-tokens.ts'
-import { asObject, describe, type JsonObject, unsupported, wrong } from './json/check.ts'
+import { type JsonObject, unsupported, wrong } from './json/check.ts'
+import { checkDecoder, needsNormalizer, parseFile } from './json/file.ts'
 import { readModel, writeModel } from './json/model.ts'
 import { type PostProcessor, readPostProcessor } from './json/post-processor.ts'
 import { compilePreTokenizer, fetchPreTokenizer, type PreTokenizer } from './json/pre-tokenizer.ts'
@@ -133,7 +134,7 @@ export class BpeTokenizer {
 
   /** `fromJSON` that in browsers first fetches the code that the file needs. */
   static async fromJSONAsync(json: string | object): Promise<BpeTokenizer> {
-    const file = parse(json)
+    const file = parseFile(json)
     const names: PartName[] = []
     if (needsNormalizer(file.normalizer)) names.push('normalizer')
     if ((file.model as JsonObject | undefined)?.ignore_merges) names.push('whole')
@@ -148,7 +149,7 @@ export class BpeTokenizer {
    *   needs `fromJSONAsync` for
    */
   static fromJSON(json: string | object): BpeTokenizer {
-    const file = parse(json)
+    const file = parseFile(json)
     if (file.model === undefined) throw wrong('model', 'is missing')
     for (const part of ['truncation', 'padding']) {
       if (file[part] !== undefined && file[part] !== null) {
@@ -459,47 +460,6 @@ export class BpeTokenizer {
 }
 
 const EMPTY = new Uint8Array(0)
-
-function parse(json: string | object): JsonObject {
-  let parsed: unknown = json
-  try {
-    if (typeof json === 'string') parsed = JSON.parse(json)
-  } catch (cause) {
-    throw new TokenizerError({
-      code: 'E_FORMAT',
-      op: 'tokenizer.json',
-      problem: `not JSON: ${(cause as Error).message}`,
-      cause,
-    })
-  }
-  const file = asObject(parsed, '(top level)')
-  checkNesting(file)
-  return file
-}
-
-const MAX_NESTING = 64
-
-/** Before anything recurses into the parts that may nest. */
-function checkNesting({ normalizer, pre_tokenizer, post_processor, decoder }: JsonObject): void {
-  let level: unknown[] = [normalizer, pre_tokenizer, post_processor, decoder]
-  for (let depth = 0; level.length > 0; depth++) {
-    if (depth > MAX_NESTING) throw wrong('(top level)', `nests deeper than ${MAX_NESTING} levels`)
-    level = level.flatMap(value => (typeof value === 'object' && value !== null ? Object.values(value) : []))
-  }
-}
-
-/** An empty sequence is as good as none. */
-function needsNormalizer(json: unknown): boolean {
-  return json !== undefined && json !== null && (json as { normalizers?: unknown[] }).normalizers?.length !== 0
-}
-
-function checkDecoder(value: unknown): void {
-  if (value === undefined || value === null) return
-  const json = asObject(value, 'decoder')
-  if (json.type === 'Sequence' && Array.isArray(json.decoders)) json.decoders.forEach(checkDecoder)
-  else if (json.type !== 'ByteLevel')
-    throw unsupported('decoder.type', describe(json.type), 'only byte-level vocabularies can be read')
-}
 
 /** The name is a variable so that bundlers for browsers leave it alone. */
 function fileSystem(): Promise<typeof import('node:fs/promises')> {
