@@ -101,7 +101,7 @@ async function decoding(): Promise<void> {
   const model = new DeepSeek(config, { seed: 1 })
   const random = new Random(3)
   const prompt = Array.from({ length: 256 }, () => random.integer(config.vocab_size!))
-  if (options.weights) quantizeWeights(model, options.weights as 'int8')
+  if (options.weights) await quantizeWeights(model, options.weights as 'int8')
   // The prompt is not counted.
   let tokens = 0
   for await (const _ of model.generate(prompt, { maxTokens: 5, precision, temperature: 0 })) {
