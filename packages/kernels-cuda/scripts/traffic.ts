@@ -9,7 +9,7 @@
  * higher. Copies of boxes and products of warpgroups (TMA, wgmma) are the hardware's own and not counted. Runs kernels as nvcc made them.
  */
 import { spawnSync } from 'node:child_process'
-import { writeFileSync } from 'node:fs'
+import { existsSync, writeFileSync } from 'node:fs'
 import { basename, join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { type Precision, precisions, quantizeWeights, Random, setDefaultBackend } from '@moe/core'
@@ -64,6 +64,10 @@ interface Line {
   readonly fewest: number
 }
 
+if (!existsSync(library)) {
+  console.error(`${library} is not built; run node packages/kernels-cuda/scripts/build-emulator.mjs --ptx (needs nvcc)`)
+  process.exit(1)
+}
 const emulator = koffi.load(library)
 const set = emulator.func('void moe_emulator_set(const char* name, int value)')
 const count = emulator.func('void moe_emulator_count(int on)')
@@ -74,11 +78,15 @@ set('checks', 0)
 const backend = await createBackend({ driver: library, kernels: folder, wgmma: options.wgmma })
 setDefaultBackend(backend)
 const parts: Record<string, () => Promise<void>> = { train: trainingStep, decode: decoding }
+/** Of each part, by its title. */
+const found: Record<string, Line[]> = {}
 for (const name of options.only.split(',')) {
   const part = parts[name]
   if (part === undefined) throw new Error(`--only ${name}: there are ${Object.keys(parts).join(', ')}`)
   await part()
 }
+
+if (options.json) writeFileSync(options.json, `${JSON.stringify(found, null, 2)}\n`)
 
 async function trainingStep(): Promise<void> {
   const model = new DeepSeek(config, { seed: 1 })
@@ -116,7 +124,7 @@ async function finish(title: string): Promise<void> {
   count(0)
   const lines = readLines(text)
   print(title, lines)
-  if (options.json) writeFileSync(options.json, `${JSON.stringify(lines, null, 2)}\n`)
+  found[title] = lines
 }
 
 function readLines(text: string): Line[] {
