@@ -20,6 +20,7 @@ export class Mail {
   readonly #ranks: Communicator
   readonly #homes: ReadonlyMap<string, number>
   readonly #slots = new Map<string, Slot>()
+  #discarded = false
   readonly #receiving: Array<Promise<void>> = []
 
   /** @param between what goes from a stage to the next */
@@ -50,6 +51,17 @@ export class Mail {
     await Promise.all(this.#receiving)
   }
 
+  /** Frees what has come and nobody took, and what is still to come. */
+  discard(): void {
+    this.#discarded = true
+    for (const { promise } of this.#slots.values()) {
+      promise.then(
+        tensor => tensor.dispose(),
+        () => {},
+      )
+    }
+  }
+
   #slot(message: Message): Slot {
     const key = keyOf(message)
     const slot = this.#slots.get(key) ?? new Slot()
@@ -72,7 +84,9 @@ export class Mail {
   async #receive(from: number, messages: readonly Message[], between: TensorLike): Promise<void> {
     for (const [i, message] of messages.entries()) {
       try {
-        this.#slot(message).resolve(keep(await this.#ranks.receive(between, from)))
+        const tensor = keep(await this.#ranks.receive(between, from))
+        if (this.#discarded) tensor.dispose()
+        else this.#slot(message).resolve(tensor)
       } catch (error) {
         for (const other of messages.slice(i)) this.#slot(other).reject(error)
         throw error

@@ -97,6 +97,7 @@ describe('a step in stages', () => {
         throw new RangeError('the last straw')
       },
     }
+    const before = backend.stats().handles
     const passing: PipelineStage = { forward: () => ({ output: tensor([1]) }) }
     const step = local(2, ranks =>
       runSchedule(schedule, ranks, new Map([[ranks.rank, ranks.rank === 0 ? passing : failing]]), {
@@ -104,5 +105,7 @@ describe('a step in stages', () => {
       }),
     )
     await expect(step).rejects.toThrow('the last straw')
+    // What was under way goes when its messages have.
+    await expect.poll(() => backend.stats().handles).toBe(before)
   })
 })

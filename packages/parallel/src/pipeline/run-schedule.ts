@@ -31,7 +31,7 @@ export interface PipelineOptions {
 interface UnderWay {
   readonly life: Lifetime
   readonly input: Tensor | null
-  readonly outputs: readonly Tensor[]
+  outputs: readonly Tensor[]
   /** Messages that still need its tensors. */
   readonly sending: Array<Promise<void>>
   split?: SplitBackward
@@ -68,19 +68,20 @@ export async function runSchedule(
   const forward = async ({ stage, microBatch }: StagePass) => {
     const life = new Lifetime()
     const input = stage === 0 ? null : await mail.take({ kind: 'activation', stage, microBatch })
+    const sending: Array<Promise<void>> = []
+    const own: UnderWay = { life, input, outputs: [], sending }
+    underWay.set(keyOf({ stage, microBatch }), own)
     const part = life.run(() => {
       if (input !== null) input.tracked = true
       return (stages.get(stage) as PipelineStage).forward(input, microBatch)
     })
     const { output, losses = [] } = part
-    const sending: Array<Promise<void>> = []
     if (stage < last) {
       if (output === undefined) throw noOutput(schedule, stage)
       sending.push(mail.send(output, { kind: 'activation', stage: stage + 1, microBatch }))
     }
     for (const loss of losses) total = replaced(total, loss)
-    const outputs = stage < last ? [output as Tensor, ...losses] : losses
-    underWay.set(keyOf({ stage, microBatch }), { life, input, outputs, sending })
+    own.outputs = stage < last ? [output as Tensor, ...losses] : losses
   }
 
   const backwardToInput = async (pass: StagePass) => {
@@ -109,18 +110,31 @@ export async function runSchedule(
     )
   }
 
-  for (const action of schedule.ranks[ranks.rank]) {
-    for (const part of partsOf(action)) {
-      if (part.kind === 'forward') await forward(part)
-      if (part.kind === 'backward' || part.kind === 'backwardInput') await backwardToInput(part)
-      if (part.kind === 'backward' || part.kind === 'backwardWeight') backwardToWeights(part)
+  try {
+    for (const action of schedule.ranks[ranks.rank]) {
+      for (const part of partsOf(action)) {
+        if (part.kind === 'forward') await forward(part)
+        if (part.kind === 'backward' || part.kind === 'backwardInput') await backwardToInput(part)
+        if (part.kind === 'backward' || part.kind === 'backwardWeight') backwardToWeights(part)
+      }
+      onAction?.(action)
     }
-    onAction?.(action)
+    await Promise.all([received, ...freeing])
+    const [sum] = await ranks.allReduce([total])
+    return sum
+  } finally {
+    total.dispose()
+    // After a failure: what is under way goes, when no message needs it any more.
+    for (const { sending, split, input, life } of underWay.values()) {
+      void Promise.allSettled(sending).then(() => {
+        split?.dispose()
+        input?.dispose()
+        life.dispose()
+      })
+    }
+    void Promise.allSettled(freeing)
+    mail.discard()
   }
-  await Promise.all([received, ...freeing])
-  const [sum] = await ranks.allReduce([total])
-  total.dispose()
-  return sum
 }
 
 /** The sum of both, which lives until it is disposed; the first is used up. */
