@@ -49,9 +49,7 @@ template <bool kBf16>
 inline f32v multiply_add(f32v acc, const float* a, f32v b) {
 #if defined(__AVX512BF16__)
   if constexpr (kBf16) {
-    int pair;
-    std::memcpy(&pair, a, 4);
-    return (f32v)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+    return (f32v)_mm512_dpbf16_ps((__m512)acc, (__m512bh)splat_pair(*a), (__m512bh)b);
   }
 #endif
   return fma(splat(*a), b, acc);

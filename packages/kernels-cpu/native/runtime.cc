@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <thread>
 
 #include "abi.h"
@@ -24,10 +25,27 @@ namespace {
 thread_local char last_error[512];
 
 #if defined(__x86_64__) && !defined(MOE_EMULATED_ISA)
-// AVX512_BF16 is newer than some compilers' __builtin_cpu_supports.
-bool has_avx512_bf16() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+// Asked of the CPU itself: not every compiler's run-time library has __builtin_cpu_supports, or knows AVX512_BF16.
+const char* isa_of_cpu() {
+  struct {
+    unsigned a, b, c, d;
+  } basic = {}, extended = {}, newer = {};
+  const auto all = [](unsigned word, std::initializer_list<int> bits) {
+    return std::all_of(bits.begin(), bits.end(), [&](int bit) { return word >> bit & 1; });
+  };
+  // OSXSAVE, AVX, FMA, MOVBE, POPCNT, F16C
+  if (!__get_cpuid(1, &basic.a, &basic.b, &basic.c, &basic.d) || !all(basic.c, {27, 28, 12, 22, 23, 29})) return "baseline";
+  // BMI1, AVX2, BMI2
+  if (!__get_cpuid_count(7, 0, &extended.a, &extended.b, &extended.c, &extended.d) || !all(extended.b, {3, 5, 8})) return "baseline";
+  // The registers that the system keeps for a thread: xmm and ymm; masks and both halves of zmm.
+  unsigned kept, unused;
+  asm("xgetbv" : "=a"(kept), "=d"(unused) : "c"(0));
+  if (!all(kept, {1, 2})) return "baseline";
+  // AVX-512 F, DQ, CD, BW, VL
+  if (!all(kept, {5, 6, 7}) || !all(extended.b, {16, 17, 28, 30, 31})) return "avx2";
+  // AVX512_VNNI, AVX512_BF16
+  const bool has_newer = extended.a >= 1 && __get_cpuid_count(7, 1, &newer.a, &newer.b, &newer.c, &newer.d);
+  return has_newer && all(extended.c, {11}) && all(newer.a, {5}) ? "avx512bf16" : "avx512";
 }
 #endif
 
@@ -89,12 +107,7 @@ MOE_EXPORT const char* moe_cpu_isa() {
 #if defined(MOE_EMULATED_ISA)
   return MOE_EMULATED_ISA;
 #elif defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return "baseline";
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
-      !__builtin_cpu_supports("avx512vl"))
-    return "avx2";
-  return moe::has_avx512_bf16() && __builtin_cpu_supports("avx512vnni") ? "avx512bf16" : "avx512";
+  return moe::isa_of_cpu();
 #else
   return "baseline";
 #endif

@@ -110,6 +110,29 @@ MOE_INLINE f32v tanh(f32v x) {
 
 namespace detail {
 
+// sin(x + quarter_turns * pi/2) where |x| is 8192 or more, or no number. Not every C library takes such an x to its place in the period,
+// which needs as many digits of 2/pi as x is large (M. Payne and R. Hanek, 1983).
+static inline float sine_of_large(float x, int quarter_turns) {
+  using uint128 = unsigned __int128;
+  if (!(__builtin_fabsf(x) <= std::numeric_limits<float>::max())) return x - x;
+  static constexpr uint32_t two_over_pi[] = {0, 0xA2F9836E, 0x4E441529, 0xFC2757D1, 0xF534DDC0, 0xDB629599, 0x3C439041, 0xFE5163AB};
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  const uint32_t mantissa = (word & 0x7fffff) | 0x800000;
+  // |x| = mantissa * 2^shift. Of 2/pi count the 96 bits from the one on that makes no multiple of four turns by a quarter.
+  const int shift = static_cast<int>(word >> 23 & 0xff) - 150;
+  const int first = 32 + shift - 2;
+  const uint32_t* words = two_over_pi + first / 32;
+  const uint128 some = uint128{words[0]} << 96 | uint128{words[1]} << 64 | uint128{words[2]} << 32 | words[3];
+  const uint128 turns = (some << (first % 32) >> 32) * mantissa << 32;  // in quarters, the point behind the two highest bits
+  int quarter = static_cast<int>((turns + (uint128{1} << 125)) >> 126);
+  double r = static_cast<double>(static_cast<__int128>(turns - (static_cast<uint128>(quarter) << 126))) * 0x1p-126 * 1.5707963267948966;
+  if (x < 0) r = -r, quarter = -quarter;
+  quarter += quarter_turns;
+  const double y = quarter & 1 ? std::cos(r) : std::sin(r);
+  return static_cast<float>(quarter & 2 ? -y : y);
+}
+
 // sin(x + quarter_turns * pi/2)
 MOE_INLINE f32v sine(f32v x, int quarter_turns) {
   const f32v n = round_small(x * splat(0.636619772367581343f));
@@ -133,7 +156,7 @@ MOE_INLINE f32v sine(f32v x, int quarter_turns) {
   const i32v large = ~(abs(x) < splat(8192.0f));
   if (__builtin_expect(any(large), 0)) {
     for (int i = 0; i < lanes; i++) {
-      if (large[i]) y[i] = quarter_turns ? std::cos(x[i]) : std::sin(x[i]);
+      if (large[i]) y[i] = sine_of_large(x[i], quarter_turns);
     }
   }
   return y;

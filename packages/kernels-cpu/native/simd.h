@@ -48,6 +48,16 @@ MOE_INLINE void store(int32_t* to, i32v x) { *reinterpret_cast<i32v_unaligned*>(
 MOE_INLINE f32v splat(float x) { return x - f32v{}; }
 MOE_INLINE i32v splat(int32_t x) { return i32v{} + x; }
 MOE_INLINE f32v zero() { return f32v{}; }
+#if defined(__AVX512BF16__)
+// Two bf16 that lie together, in all lanes.
+MOE_INLINE f32v splat_pair(float pair) {
+  f32v x = (f32v)_mm512_set1_ps(pair);
+#if defined(__clang__) && __clang_major__ < 18
+  asm("" : "+v"(x));  // It stops at a product of bf16 with a broadcast in it.
+#endif
+  return x;
+}
+#endif
 
 // The first `count` (0 .. lanes) elements; the other lanes get `fill`. Never touches memory behind them.
 MOE_INLINE f32v load_partial(const float* from, int count, float fill = 0) {

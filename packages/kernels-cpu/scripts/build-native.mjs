@@ -1,9 +1,11 @@
-// Builds the native library into build/<platform>-<arch>/, one file per instruction set, when sources changed. Plain Node >= 20.
+// Builds the native library, one file per instruction set, when sources changed. Plain Node >= 20.
 //
 //   node scripts/build-native.mjs [--force] [--verbose] [--keep-going] [--sanitize=address,undefined] [--emulated]
-//                                 [--isa=avx2,avx512 | --here]
+//                                 [--isa=avx2,avx512 | --here] [--platforms[=linux-arm64,win32-x64]]
 //
-// --here: only what this machine uses (or MOE_CPU_ISA allows), a quarter of the work.
+// For this machine, into build/<platform>-<arch>/, by its own compiler; --here: only what it uses (or MOE_CPU_ISA allows), a quarter of
+// the work.
+// --platforms: what is published, into npm/<platform>/ (all of them, or those named), by Zig, which compiles for all systems on any.
 // --emulated: AVX-512 is computed with AVX2 (emulated/avx512.h), for tests on machines without it.
 // Libraries that are sanitized or emulated have a folder of their own.
 //
@@ -14,64 +16,95 @@ import { existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { buildTarget, findCompiler, hash, lock, objectBuilder } from './objects.mjs'
+import { levels, libraryName, platforms } from './platforms.mjs'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const options = parseArguments(process.argv.slice(2))
-const target = buildTarget(options)
-const outDir = join(root, 'build', target)
-const objDir = join(outDir, 'obj')
-const extension = { darwin: 'dylib', win32: 'dll' }[process.platform] ?? 'so'
-
-/** Instruction sets by architecture, lowest first, with the compiler flags of each. */
-const levels = {
-  x64: {
-    baseline: ['-march=x86-64'],
-    avx2: ['-march=x86-64', '-mavx2', '-mfma', '-mf16c', '-mbmi', '-mbmi2', '-mlzcnt', '-mpopcnt', '-mmovbe'],
-    avx512: ['-march=skylake-avx512', '-mtune=icelake-server', '-mprefer-vector-width=512'],
-    avx512bf16: [
-      '-march=skylake-avx512',
-      '-mtune=icelake-server',
-      '-mprefer-vector-width=512',
-      '-mavx512vnni',
-      '-mavx512bf16',
-    ],
-  },
-  arm64: { baseline: [] },
-}
-
-// Instead of the flags of AVX-512. With -O2, because the compiler takes its time over vectors that no register holds.
-const emulated = [...levels.x64.avx2, '-O2', '-include', join(root, 'emulated', 'avx512.h')]
-
+/** Helper threads run code of the library, so it may never be unmapped. */
+const linuxFlags = ['-Wl,-z,nodelete', '-Wl,-z,defs']
 const builder = objectBuilder(root, { ...options, say })
 
 await main()
 
 async function main() {
-  const started = Date.now()
+  if (!options.platforms) return build(forThisMachine())
+  for (const name of options.platforms) {
+    await build(forPlatform(name))
+    if (process.exitCode) return
+  }
+}
+
+/**
+ * What to build: `ladder`, its instruction sets, lowest first; `wanted`, those that get a library; flags for each; the libraries' folder and
+ * the objects'; and how to compile.
+ */
+function forThisMachine() {
+  const target = buildTarget(options)
   const ladder = Object.keys(levels[process.arch] ?? {})
-  if (process.platform === 'win32' || ladder.length === 0) return say(`not built: no build for ${target} yet`)
-  const compiler = findCompiler()
-  if (!compiler)
-    return say('not built: no C++ compiler (looked for $CXX, g++, c++, clang++); install one and run this again')
+  const outDir = join(root, 'build', target)
+  const linux = [...linuxFlags, '-pthread', '-static-libgcc']
+  // A DLL finds none of the libraries of MinGW where it is used.
+  const linkFlags = { linux, win32: ['-static'] }[process.platform] ?? []
+  return {
+    target,
+    os: process.platform,
+    ladder,
+    wanted: options.isa ?? (options.here ? [ofThisMachine(ladder)] : ladder),
+    flagsOf: isa => flagsHere(levels[process.arch][isa].flags, isa, ladder.at(-1)),
+    linkFlags: options.sanitize ? [...linkFlags, `-fsanitize=${options.sanitize}`, '-Wl,-z,undefs'] : linkFlags,
+    outDir,
+    objDir: join(outDir, 'obj'),
+    compiler: findCompiler(),
+    missing: 'no C++ compiler (looked for $CXX, g++, c++, clang++); install one and run this again',
+  }
+}
+
+function forPlatform(name) {
+  const { target, os, cpu, isas, zig } = platforms[name]
+  const ladder = isas ?? Object.keys(levels[cpu])
+  const objDir = join(root, 'build', 'platforms', name)
+  // An import library, which nobody needs, would come to lie beside the DLL.
+  const platformFlags = { linux: linuxFlags, win32: [`-Wl,--out-implib,${join(objDir, 'import.link')}`] }
+  return {
+    target: name,
+    os,
+    ladder,
+    wanted: options.isa ?? ladder,
+    flagsOf: isa => ['-target', target, `-mcpu=${zig ?? levels[cpu][isa].zig}`],
+    linkFlags: ['-target', target, '-s', ...(platformFlags[os] ?? [])],
+    outDir: join(root, 'npm', name),
+    objDir,
+    compiler: findCompiler([[process.env.ZIG ?? 'zig', 'c++']]),
+    missing: 'no Zig (looked for $ZIG and zig); get it from https://ziglang.org/download and run this again',
+  }
+}
+
+async function build({ target, os, ladder, wanted, flagsOf, linkFlags, outDir, objDir, compiler, missing }) {
+  const started = Date.now()
+  if (ladder.length === 0) return say(`not built: no build for ${target} yet`)
+  if (!compiler) {
+    // The backend has substitutes where it is used, a release has none.
+    if (options.platforms) process.exitCode = 1
+    return say(`not built: ${missing}`)
+  }
   mkdirSync(objDir, { recursive: true })
-  const unlock = await lock(join(outDir, 'lock'))
+  const unlock = await lock(`${objDir}.lock`)
   try {
-    const wanted = options.isa ?? (options.here ? [ofThisMachine(ladder)] : ladder)
-    const sources = findSources()
-    const objects = sources.flatMap(source =>
-      source.variants.filter(isa => ladder.includes(isa)).map(isa => describe(source, isa, compiler)),
+    const objects = findSources().flatMap(source =>
+      source.variants
+        .filter(isa => ladder.includes(isa))
+        .map(isa => describe(source, isa, flagsOf(isa), objDir, compiler)),
     )
     const needed = objects.filter(object => wanted.some(isa => objectsOf(isa, ladder, objects).includes(object)))
     const stale = needed.filter(object => !builder.isFresh(object))
     const failed = await builder.compileAll(stale, compiler)
     if (failed.length > 0 && !options.keepGoing) return fail(failed)
     let linked = 0
-    for (const isa of wanted)
-      linked += link(
-        isa,
-        objectsOf(isa, ladder, needed).filter(({ file }) => existsSync(file)),
-        compiler,
-      )
+    for (const isa of wanted) {
+      const parts = objectsOf(isa, ladder, needed).filter(({ file }) => existsSync(file))
+      const stamp = join(objDir, `moe-cpu-${isa}.link`)
+      linked += builder.link(join(outDir, libraryName(isa, os)), stamp, parts, compiler, linkFlags)
+    }
     builder.removeStrays(objDir, objects)
     const seconds = ((Date.now() - started) / 1000).toFixed(1)
     const what =
@@ -94,6 +127,7 @@ function parseArguments(args) {
     emulated: false,
     isa: undefined,
     here: false,
+    platforms: undefined,
   }
   for (const arg of args) {
     if (arg === '--force') parsed.force = true
@@ -103,12 +137,20 @@ function parseArguments(args) {
     else if (arg === '--emulated') parsed.emulated = true
     else if (arg.startsWith('--sanitize=')) parsed.sanitize = arg.slice(11)
     else if (arg.startsWith('--isa=')) parsed.isa = arg.slice(6).split(',')
+    else if (arg === '--platforms') parsed.platforms = Object.keys(platforms)
+    else if (arg.startsWith('--platforms=')) parsed.platforms = arg.slice(12).split(',').map(platformNamed)
     else {
       console.error(`kernels-cpu: unknown option ${arg}; see the head of scripts/build-native.mjs`)
       process.exit(2)
     }
   }
   return parsed
+}
+
+function platformNamed(name) {
+  if (name in platforms) return name
+  console.error(`kernels-cpu: no platform ${name}; there are ${Object.keys(platforms).join(', ')}`)
+  process.exit(2)
 }
 
 /** The highest level that this machine runs, as moe_cpu_isa() finds it; the lowest where the system does not tell. */
@@ -154,7 +196,21 @@ function findSources() {
     })
 }
 
-function describe({ file, variants }, isa, compiler) {
+function flagsHere(flags, isa, highest) {
+  const own = options.emulated && isa.startsWith('avx512') ? emulated() : [...flags]
+  // The CPU does not say that it has it.
+  if (options.emulated) own.push(`-DMOE_EMULATED_ISA="${highest}"`)
+  if (options.sanitize)
+    own.push(`-fsanitize=${options.sanitize}`, '-fno-omit-frame-pointer', '-fno-sanitize-recover=all', '-g', '-O1')
+  return own
+}
+
+/** Instead of the flags of AVX-512. With -O2, because the compiler takes its time over vectors that no register holds. */
+function emulated() {
+  return [...levels.x64.avx2.flags, '-O2', '-include', join(root, 'emulated', 'avx512.h')]
+}
+
+function describe({ file, variants }, isa, own, objDir, compiler) {
   const name = relative(root, file).replaceAll(/[/\\]/g, '-').replace(/\.cc$/, '')
   const flags = [
     '-std=c++17',
@@ -165,8 +221,6 @@ function describe({ file, variants }, isa, compiler) {
     '-Wall',
     '-Wextra',
     '-Wno-psabi',
-  ]
-  flags.push(
     '-Wno-ignored-attributes',
     '-Wno-uninitialized',
     '-Wno-maybe-uninitialized',
@@ -174,13 +228,11 @@ function describe({ file, variants }, isa, compiler) {
     '-fno-trapping-math',
     '-ffp-contract=fast',
     `-I${join(root, 'native')}`,
-  )
-  flags.push(...(options.emulated && isa.startsWith('avx512') ? emulated : levels[process.arch][isa]))
-  // The CPU does not say that it has it.
-  if (options.emulated) flags.push(`-DMOE_EMULATED_ISA="${Object.keys(levels[process.arch]).at(-1)}"`)
-  flags.push(`-DMOE_ISA_${isa.toUpperCase()}=1`)
-  if (options.sanitize)
-    flags.push(`-fsanitize=${options.sanitize}`, '-fno-omit-frame-pointer', '-fno-sanitize-recover=all', '-g', '-O1')
+    ...own,
+    `-DMOE_ISA_${isa.toUpperCase()}=1`,
+  ]
+  // A warning that g++ alone has.
+  if (compiler.version.includes('clang')) flags.push('-Wno-unknown-warning-option')
   return {
     source: file,
     variants,
@@ -203,13 +255,4 @@ function objectsOf(isa, ladder, objects) {
     if (rank <= reach && (!known || rank > ladder.indexOf(known.isa))) best.set(object.source, object)
   }
   return [...best.values()]
-}
-
-function link(isa, objects, compiler) {
-  const library = join(outDir, `moe-cpu-${isa}.${extension}`)
-  const flags = []
-  // Helper threads run code of the library, so it may never be unmapped.
-  if (process.platform === 'linux') flags.push('-pthread', '-Wl,-z,nodelete', '-Wl,-z,defs', '-static-libgcc')
-  if (options.sanitize) flags.push(`-fsanitize=${options.sanitize}`, '-Wl,-z,undefs')
-  return builder.link(library, join(objDir, `moe-cpu-${isa}.link`), objects, compiler, flags)
 }

@@ -5,11 +5,13 @@ import { existsSync, readdirSync, readFileSync, renameSync, rmSync, statSync, wr
 import { availableParallelism } from 'node:os'
 import { basename, relative } from 'node:path'
 
-/** The first compiler that runs: { command, version }. */
-export function findCompiler() {
-  for (const command of [process.env.CXX, 'g++', 'c++', 'clang++'].filter(Boolean)) {
-    const found = spawnSync(command, ['--version'], { encoding: 'utf8' })
-    if (found.status === 0) return { command, version: found.stdout.split('\n')[0] }
+const compilers = [process.env.CXX, 'g++', 'c++', 'clang++'].filter(Boolean).map(command => [command])
+
+/** The first compiler that runs: { command, first, version }, `first` being its arguments before all others. */
+export function findCompiler(candidates = compilers) {
+  for (const [command, ...first] of candidates) {
+    const found = spawnSync(command, [...first, '--version'], { encoding: 'utf8' })
+    if (found.status === 0) return { command, first, version: found.stdout.split('\n')[0] }
   }
 }
 
@@ -98,7 +100,7 @@ export function objectBuilder(root, { force, verbose, keepGoing, say }) {
     const started = Date.now()
     const depFile = `${file}.d`
     const temporary = `${file}.new`
-    const args = [...flags, '-MMD', '-MF', depFile, '-c', source, '-o', temporary]
+    const args = [...compiler.first, ...flags, '-MMD', '-MF', depFile, '-c', source, '-o', temporary]
     if (verbose) say([compiler.command, ...args].join(' '))
     const { code, output } = await run(compiler.command, args)
     if (code !== 0) return output || `exit code ${code}`
@@ -132,7 +134,7 @@ export function objectBuilder(root, { force, verbose, keepGoing, say }) {
   function link(library, stamp, objects, compiler, flags) {
     const key = hash(objects.map(({ file }) => `${basename(file)} ${hash(readFileSync(file))}`).join('\n'))
     if (!force && existsSync(library) && existsSync(stamp) && readFileSync(stamp, 'utf8') === key) return 0
-    const args = ['-shared', '-o', `${library}.new`, ...objects.map(({ file }) => file), ...flags]
+    const args = [...compiler.first, '-shared', '-o', `${library}.new`, ...objects.map(({ file }) => file), ...flags]
     if (verbose) say([compiler.command, ...args].join(' '))
     const { status, stderr } = spawnSync(compiler.command, args, { encoding: 'utf8' })
     if (status !== 0) {

@@ -4,6 +4,7 @@ import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { MoeError } from '@moe/core'
+import { familySync, MUSL } from 'detect-libc'
 
 /** Instruction sets, lowest first. Each has a library of its own. On arm64 the baseline is NEON. */
 export const isas = ['baseline', 'avx2', 'avx512', 'avx512bf16'] as const
@@ -73,36 +74,46 @@ async function importKoffi(): Promise<Koffi> {
   }
 }
 
-const target = `${process.platform}-${process.arch}`
-
 function fileName(isa: Isa): string {
   const extension = process.platform === 'darwin' ? 'dylib' : process.platform === 'win32' ? 'dll' : 'so'
   return `moe-cpu-${isa}.${extension}`
 }
 
-/** The folder with the libraries: MOE_CPU_LIBRARY, this checkout's build, or the platform package. */
+/** The folder with the libraries: MOE_CPU_LIBRARY, what was built here, or the platform's package. */
 function findFolder(): string {
-  const tried: string[] = []
   const chosen = process.env['MOE_CPU_LIBRARY']
-  if (chosen) {
-    tried.push(chosen)
-  } else {
-    tried.push(join(dirname(dirname(fileURLToPath(import.meta.url))), 'build', target))
-    try {
-      tried.push(dirname(createRequire(import.meta.url).resolve(`@moe/kernels-cpu-${target}/package.json`)))
-    } catch {
-      // Not installed: the message below says what to do.
-    }
+  const folders = chosen ? [() => chosen] : [builtHere, fromPackage]
+  const tried: string[] = []
+  for (const find of folders) {
+    const folder = find()
+    if (isas.some(isa => existsSync(join(folder, fileName(isa))))) return folder
+    tried.push(folder)
   }
-  const found = tried.find(folder => isas.some(isa => existsSync(join(folder, fileName(isa)))))
-  if (found !== undefined) return found
   throw new MoeError({
     code: 'E_NO_BACKEND',
     op: 'kernels-cpu',
-    problem: `no native library for ${target} in ${tried.join(' or ')}`,
-    fix: `install a C++ compiler and run \`node scripts/build-native.mjs\` in the package's folder, or install @moe/kernels-cpu-${target}`,
-    details: { target, tried },
+    problem: `no native library in ${tried.join(' or ')}`,
+    fix:
+      'install with optional dependencies, which bring it for Linux, macOS and Windows; ' +
+      'elsewhere install a C++ compiler and run `node scripts/build-native.mjs` in the folder of @moe/kernels-cpu',
+    details: { platform: `${process.platform}-${process.arch}`, tried },
   })
+}
+
+function builtHere(): string {
+  const root = dirname(dirname(fileURLToPath(import.meta.url)))
+  return join(root, 'build', `${process.platform}-${process.arch}`)
+}
+
+/** The folder of the platform's package, its name where there is none. */
+function fromPackage(): string {
+  const system = process.platform === 'linux' && familySync() === MUSL ? 'linuxmusl' : process.platform
+  const name = `@moe/kernels-cpu-${system}-${process.arch}`
+  try {
+    return dirname(createRequire(import.meta.url).resolve(`${name}/package.json`))
+  } catch {
+    return name
+  }
 }
 
 function open(koffi: Koffi, folder: string, isa: Isa): NativeLibrary & { readonly isaOfCpu: Isa } {

@@ -24,7 +24,7 @@ struct F32Product {
 #if defined(__AVX512BF16__)
 struct Bf16Product {
   static constexpr int pack = 2;
-  MOE_INLINE f32v splat_of(float a) { return (f32v)_mm512_set1_ps(a); }
+  MOE_INLINE f32v splat_of(float a) { return splat_pair(a); }
   MOE_INLINE f32v multiply_add(f32v a, f32v b, f32v c) {
     return (f32v)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
   }

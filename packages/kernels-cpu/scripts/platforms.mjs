@@ -1,0 +1,47 @@
+// What the native library is built for: instruction sets, and the platforms that have a package of their own (npm/<platform>/).
+
+/** Instruction sets by architecture, lowest first: flags for g++ and clang++, and Zig's name of the CPU. */
+export const levels = {
+  x64: {
+    baseline: { flags: ['-march=x86-64'], zig: 'x86_64' },
+    avx2: {
+      flags: ['-march=x86-64', '-mavx2', '-mfma', '-mf16c', '-mbmi', '-mbmi2', '-mlzcnt', '-mpopcnt', '-mmovbe'],
+      zig: 'x86_64_v3',
+    },
+    avx512: {
+      flags: ['-march=skylake-avx512', '-mtune=icelake-server', '-mprefer-vector-width=512'],
+      zig: 'skylake_avx512-prefer_256_bit',
+    },
+    avx512bf16: {
+      flags: [
+        '-march=skylake-avx512',
+        '-mtune=icelake-server',
+        '-mprefer-vector-width=512',
+        '-mavx512vnni',
+        '-mavx512bf16',
+      ],
+      zig: 'skylake_avx512+avx512vnni+avx512bf16-prefer_256_bit',
+    },
+  },
+  arm64: { baseline: { flags: [], zig: 'generic' } },
+}
+
+/**
+ * Platforms of the published packages, by what Node calls them (`linuxmusl`: Alpine and others without glibc). `target` is Zig's name, with the
+ * oldest system that will do: glibc 2.28 is what Node 20 itself needs. `isas`: fewer than all.
+ */
+export const platforms = {
+  'linux-x64': { target: 'x86_64-linux-gnu.2.28', os: 'linux', cpu: 'x64', libc: 'glibc' },
+  'linux-arm64': { target: 'aarch64-linux-gnu.2.28', os: 'linux', cpu: 'arm64', libc: 'glibc' },
+  'linuxmusl-x64': { target: 'x86_64-linux-musl', os: 'linux', cpu: 'x64', libc: 'musl' },
+  'linuxmusl-arm64': { target: 'aarch64-linux-musl', os: 'linux', cpu: 'arm64', libc: 'musl' },
+  // Macs with an Intel processor have no AVX-512, but for a few.
+  'darwin-x64': { target: 'x86_64-macos.11.0', os: 'darwin', cpu: 'x64', isas: ['baseline', 'avx2'] },
+  'darwin-arm64': { target: 'aarch64-macos.11.0', os: 'darwin', cpu: 'arm64', zig: 'apple_m1' },
+  'win32-x64': { target: 'x86_64-windows-gnu', os: 'win32', cpu: 'x64' },
+}
+
+/** Name of the library of an instruction set. */
+export function libraryName(isa, os) {
+  return `moe-cpu-${isa}.${{ darwin: 'dylib', win32: 'dll' }[os] ?? 'so'}`
+}
