@@ -20,7 +20,8 @@ export function lockFolder(out: string): () => void {
     new MoeError({ code: 'E_CONFIG', op: 'train', problem, fix, cause })
   try {
     mkdirSync(out, { recursive: true })
-    const path = join(realpathSync(out), LOCK_FILE)
+    // The native one also knows how names are spelled where case makes no difference.
+    const path = join(realpathSync.native(out), LOCK_FILE)
     // Taken a second time where it was left behind by a process that was killed.
     if (!created(path)) {
       const owner = ownerOf(path)

@@ -1,7 +1,7 @@
 /** @file Texts to train on and texts held out, from files or from memory. */
 import { constants, isUtf8 } from 'node:buffer'
-import { readFileSync, statSync } from 'node:fs'
-import { join, resolve } from 'node:path'
+import { readFileSync, realpathSync, statSync } from 'node:fs'
+import { join, resolve, sep } from 'node:path'
 import { MoeError, Random } from '@moe/core'
 import { globSync } from 'tinyglobby'
 
@@ -36,7 +36,7 @@ export interface TextFilesOptions {
 
 /**
  * A corpus from UTF-8 files: paths, or glob patterns such as `corpus/**` + `/*.txt`, in alphabetical order. All text
- * is read at once.
+ * is read at once. On Windows, patterns may have either slash.
  * @throws MoeError E_DATA when nothing matches, a file is not text, or all are empty
  */
 export function textFiles(patterns: string | readonly string[], options: TextFilesOptions = {}): Corpus {
@@ -48,7 +48,9 @@ export function textFiles(patterns: string | readonly string[], options: TextFil
     return texts(read(paths), { validation, seed })
   }
   const heldOut = findFiles(validation.files, cwd)
-  const without = paths.filter(path => !heldOut.includes(path))
+  // A file may have several paths: links, and where case makes no difference.
+  const known = new Set(heldOut.map(path => realpathSync.native(path)))
+  const without = paths.filter(path => !known.has(realpathSync.native(path)))
   return texts(read(without), { validation: read(heldOut), seed })
 }
 
@@ -140,11 +142,11 @@ function findFiles(patterns: string | readonly string[], cwd: string): string[] 
         code: 'E_DATA',
         op: 'textFiles',
         problem: `${pattern} is a folder`,
-        fix: `say which of its files: '${join(pattern, '**', '*.txt')}'`,
+        fix: `say which of its files: '${slashed(join(pattern, '**', '*.txt'))}'`,
       })
     }
     const matches =
-      kind === undefined ? globSync(pattern, { cwd, absolute: true, dot: false }) : [resolve(cwd, pattern)]
+      kind === undefined ? globSync(slashed(pattern), { cwd, absolute: true, dot: false }) : [resolve(cwd, pattern)]
     if (matches.length === 0) {
       throw new MoeError({
         code: 'E_DATA',
@@ -153,10 +155,13 @@ function findFiles(patterns: string | readonly string[], cwd: string): string[] 
         fix: 'check the pattern and the current folder, or pass { cwd }',
       })
     }
-    for (const path of matches) found.add(path)
+    for (const path of matches) found.add(slashed(path))
   }
   return [...found].sort()
 }
+
+/** As globs are written and found everywhere, so that the order is the same everywhere; elsewhere than on Windows `\` is no separator. */
+const slashed = (path: string): string => (sep === '\\' ? path.replaceAll(sep, '/') : path)
 
 function readDocuments(path: string, separator: string | RegExp | undefined): string[] {
   const bytes = readBytes(path)

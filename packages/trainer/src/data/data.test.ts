@@ -1,4 +1,4 @@
-import { mkdir, writeFile } from 'node:fs/promises'
+import { mkdir, symlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import { afterEach, describe, expect, test, vi } from 'vitest'
@@ -65,6 +65,27 @@ describe('textFiles', () => {
     expect(textFiles(['b.txt', join(cwd, 'd.md')], { cwd }).training).toEqual(['second', 'other'])
     const split = textFiles('**/*.txt', { cwd, validation: { files: 'sub/*' } })
     expect(split).toEqual({ training: ['first', 'second'], validation: ['third'] })
+  })
+
+  test('holds out a file by whichever of its paths', async () => {
+    const cwd = await folder({ 'a.txt': 'first', 'b.txt': 'second' })
+    await symlink(join(cwd, 'a.txt'), join(cwd, 'held-out.md'))
+    const split = textFiles('*.txt', { cwd, validation: { files: 'held-out.md' } })
+    expect(split).toEqual({ training: ['second'], validation: ['first'] })
+  })
+
+  test('takes patterns with the separators of Windows', async () => {
+    vi.doMock('node:path', async original => ({ ...(await original<object>()), sep: '\\' }))
+    vi.resetModules()
+    try {
+      const windows = await import('./corpus.ts')
+      const cwd = await folder({ 'a.txt': 'first', 'sub/c.txt': 'third' })
+      expect(windows.textFiles('**\\*.txt', { cwd }).training).toEqual(['first', 'third'])
+      expect(() => windows.textFiles('sub\\*.md', { cwd })).toThrow(/no file matches sub\\\*\.md/)
+    } finally {
+      vi.doUnmock('node:path')
+      vi.resetModules()
+    }
   })
 
   test('cuts files into documents', async () => {
