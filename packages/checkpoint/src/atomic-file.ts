@@ -1,9 +1,10 @@
 /** @file Files that appear complete or not at all. */
 
 import { randomBytes } from 'node:crypto'
-import { type FileHandle, open, rename, rm } from 'node:fs/promises'
+import { type FileHandle, open, rm } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { fileError } from './checkpoint-error.ts'
+import { renamePatiently } from './rename-patiently.ts'
 
 /** Appends bytes to the file being written. */
 export type Append = (bytes: Uint8Array) => Promise<void>
@@ -28,7 +29,7 @@ export async function writeAtomically(path: string, produce: (append: Append) =>
       await handle.sync()
       await handle.close()
       handle = undefined
-      await rename(temporary, path)
+      await renamePatiently(temporary, path)
     } catch (cause) {
       throw writeError(path, cause)
     }
@@ -60,7 +61,7 @@ const writeError = (path: string, cause: unknown) =>
     path,
     'writing',
     cause,
-    'what was there before is unchanged; free some space or choose another folder, then save again',
+    'what was there before is unchanged; free some space, close what has the file open, or choose another folder, then save again',
   )
 
 /** Makes a rename survive a power failure. Some systems cannot open or flush a folder; there the rename itself must do. */

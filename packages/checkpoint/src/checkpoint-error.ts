@@ -32,6 +32,7 @@ const systemFaults: Readonly<Record<string, string>> = {
   EISDIR: 'is a folder, expected a file',
   EACCES: 'permission denied',
   EPERM: 'operation not permitted',
+  EBUSY: 'another program has it open',
   EROFS: 'the file system is read-only',
   ELOOP: 'too many symbolic links',
   EMFILE: 'too many open files',

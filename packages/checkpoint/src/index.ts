@@ -22,6 +22,7 @@ export {
   type TensorInfo,
   type TensorSource,
 } from './read-safetensors.ts'
+export { renamePatiently } from './rename-patiently.ts'
 export { type SavedCheckpoint, type SaveOptions, saveCheckpoint } from './save-checkpoint.ts'
 export { stateSource } from './state-source.ts'
 export type { StoredArray, StoredDType } from './stored-dtype.ts'

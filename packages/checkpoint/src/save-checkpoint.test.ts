@@ -1,4 +1,4 @@
-import { access, readdir, readFile, writeFile } from 'node:fs/promises'
+import { access, mkdir, readdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
 import { openCheckpoint } from './open-checkpoint.ts'
@@ -91,6 +91,26 @@ describe('saveCheckpoint', () => {
       expect((await readdir(folder)).sort()).toEqual(before)
     },
   )
+
+  // A folder, because it cannot be removed as a file, like one that is open on Windows.
+  it('an old shard that cannot be removed stays, and the save is done', async () => {
+    const folder = await temporaryFolder()
+    await mkdir(join(folder, 'old.safetensors'))
+    await writeFile(join(folder, INDEX), JSON.stringify({ weight_map: { a: 'old.safetensors' } }))
+    const { files } = await saveCheckpoint(folder, entries(4, 1), { maxShardBytes: 40 })
+    expect(await valueIn(folder)).toBe(1)
+    expect((await readdir(folder)).sort()).toEqual([...files, 'old.safetensors'].sort())
+  })
+
+  it('a single file that shards cannot replace stays alone, and the save fails', async () => {
+    const folder = await temporaryFolder()
+    await mkdir(join(folder, 'model.safetensors'))
+    await expect(saveCheckpoint(folder, entries(4, 1), { maxShardBytes: 40 })).rejects.toMatchObject({
+      code: 'E_CHECKPOINT',
+      message: expect.stringMatching(/model.safetensors: removing failed.*still the checkpoint/),
+    })
+    expect(await readdir(folder)).toEqual(['model.safetensors'])
+  })
 
   it('does not remove files that a damaged or hostile index names', async () => {
     const root = await temporaryFolder()

@@ -32,7 +32,7 @@ export interface SavedCheckpoint {
  *
  * A checkpoint that is already there stays readable until the new one is complete, and is then removed: new shards never
  * take the names of old ones, and the switch is a single rename (or, from one file to shards, a single removal). Other files in
- * the folder are left alone.
+ * the folder are left alone. Windows does not replace a file that is open: close the source before saving into its folder.
  *
  * @throws {MoeError} `E_CHECKPOINT` as {@link writeSafetensors}; the previous checkpoint is then whole and nothing new is left
  */
@@ -56,7 +56,8 @@ export async function saveCheckpoint(
   // From here on the new checkpoint is the one that opens.
   const files = new Set(written)
   const stale = [...previous, INDEX_FILE].filter(name => present.has(name) && !files.has(name))
-  for (const name of stale) await rm(join(folder, name), { force: true })
+  // Where somebody has one open, Windows does not remove it: a stray file does no harm.
+  for (const name of stale) await rm(join(folder, name), { force: true }).catch(() => {})
   if (stale.length > 0) await syncFolder(folder)
   return { files: written, dataBytes }
 }
@@ -105,13 +106,25 @@ async function saveShards(
     await writeAtomically(join(folder, INDEX_FILE), append =>
       append(new TextEncoder().encode(`${JSON.stringify(index, null, 2)}\n`)),
     )
+    written.push(INDEX_FILE)
+    // A folder with both is read as the single file, so its removal is what switches over.
+    await removeSingle(join(folder, SINGLE_FILE))
   } catch (error) {
     for (const name of written) await rm(join(folder, name), { force: true }).catch(() => {})
     throw error
   }
-  // A folder with both is read as the single file, so its removal is what switches over.
-  await rm(join(folder, SINGLE_FILE), { force: true })
-  return [...names, INDEX_FILE]
+  return written
+}
+
+async function removeSingle(path: string): Promise<void> {
+  await rm(path, { force: true }).catch(cause => {
+    throw fileError(
+      path,
+      'removing',
+      cause,
+      'it is still the checkpoint of this folder: close what has it open, then save again',
+    )
+  })
 }
 
 /** `model-00001-of-00003.safetensors`, as transformers names them; with a random part where such a file is already there. */

@@ -1,0 +1,45 @@
+import { readFile, rename, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { afterEach, describe, expect, it, vi } from 'vitest'
+import { renamePatiently } from './rename-patiently.ts'
+import { readSafetensors } from './read-safetensors.ts'
+import { temporaryFolder } from './test-files.ts'
+import { writeSafetensors } from './write-safetensors.ts'
+
+vi.mock('node:fs/promises', { spy: true })
+afterEach(() => vi.mocked(rename).mockReset())
+
+/** The next renames fail as on Windows while somebody has a file open. */
+function refuse(times: number, code: string): void {
+  const error = Object.assign(new Error(`${code}: rename`), { code })
+  for (let i = 0; i < times; i++) vi.mocked(rename).mockRejectedValueOnce(error)
+}
+
+describe('renamePatiently', () => {
+  it.each(['EPERM', 'EACCES', 'EBUSY'])('tries again after %s', async code => {
+    const folder = await temporaryFolder()
+    await writeFile(join(folder, 'new'), 'new')
+    await writeFile(join(folder, 'old'), 'old')
+    refuse(3, code)
+    await renamePatiently(join(folder, 'new'), join(folder, 'old'))
+    expect(await readFile(join(folder, 'old'), 'utf8')).toBe('new')
+  })
+
+  it('gives up after a second, and at once on other errors', async () => {
+    const started = performance.now()
+    refuse(9, 'EPERM')
+    await expect(renamePatiently('a', 'b')).rejects.toThrow('EPERM')
+    expect(performance.now() - started).toBeGreaterThan(1000)
+    vi.mocked(rename).mockReset()
+    await expect(renamePatiently('missing', 'b')).rejects.toThrow('ENOENT')
+    expect(rename).toHaveBeenCalledTimes(1)
+  })
+
+  it('is how files are put in place', async () => {
+    const path = join(await temporaryFolder(), 'one.safetensors')
+    refuse(2, 'EBUSY')
+    await writeSafetensors(path, [{ name: 'a', dtype: 'u8', shape: [1], data: Uint8Array.of(7) }])
+    await using file = await readSafetensors(path)
+    expect((await file.read('a')).data).toEqual(Uint8Array.of(7))
+  })
+})
