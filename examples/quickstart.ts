@@ -173,7 +173,7 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
     activeParameters: size.active,
     mtp: { acceptance },
   }
-  writeSummary(options.out, summary)
+  await writeSummary(options.out, summary)
   say(`held-out    ${run.validation.bitsPerByte.toFixed(3)} bits per byte (bzip2 -9 needs 1.99)`)
   say(
     `balance     MaxVio ${(run.balance.maxVio ?? Number.NaN).toFixed(2)} at the end, ${run.balance.deadExperts ?? 0} dead experts`,

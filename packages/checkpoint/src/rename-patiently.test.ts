@@ -1,8 +1,8 @@
 import { readFile, rename, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterEach, describe, expect, it, vi } from 'vitest'
-import { renamePatiently } from './rename-patiently.ts'
 import { readSafetensors } from './read-safetensors.ts'
+import { renamePatiently } from './rename-patiently.ts'
 import { temporaryFolder } from './test-files.ts'
 import { writeSafetensors } from './write-safetensors.ts'
 

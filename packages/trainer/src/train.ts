@@ -255,7 +255,7 @@ class Run {
     this.savedStep = state.step
     this.checkpoint = from
     if (this.log === undefined) return
-    for (const line of cutMetrics(this.log.path, state.step)) this.remember(line)
+    for (const line of await cutMetrics(this.log.path, state.step)) this.remember(line)
   }
 
   /** Removes an earlier run. */
@@ -365,13 +365,13 @@ class Run {
     return value
   }
 
-  stopped(reason: 'interrupted' | 'time'): TrainResult {
+  async stopped(reason: 'interrupted' | 'time'): Promise<TrainResult> {
     const { step, checkpoint } = this
     this.emit({ type: 'stop', reason, step, steps: this.settings.steps, checkpoint })
     return this.finish(reason, nothingMeasured)
   }
 
-  finish(stopped: TrainResult['stopped'], validation: Evaluation): TrainResult {
+  async finish(stopped: TrainResult['stopped'], validation: Evaluation): Promise<TrainResult> {
     const { settings, backend, tail } = this
     const stats = backend.stats()
     const result: TrainResult = {
@@ -396,7 +396,7 @@ class Run {
       checkpoint: this.checkpoint,
     }
     this.log?.flush()
-    if (this.writesTo !== undefined) writeSummary(this.writesTo, result)
+    if (this.writesTo !== undefined) await writeSummary(this.writesTo, result)
     this.emit({ type: 'end', result })
     return result
   }

@@ -6,6 +6,7 @@ import { randomBytes } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { mkdir, open, readdir, rename, rm, writeFile } from 'node:fs/promises'
 import { dirname, join, resolve } from 'node:path'
+import { renamePatiently } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 
 const statePattern = /^step-(\d{6,})$/
@@ -65,7 +66,7 @@ export async function publishCheckpoint(
   const folder = checkpointsOf(out)
   const name = checkpointName(step)
   const path = join(folder, name)
-  const temporary = join(folder, `${temporaryPrefix}${name}-${process.pid}-${randomBytes(4).toString('hex')}`)
+  const temporary = hidden(folder, name)
   const replaced = `${temporary}-replaced`
   try {
     await mkdir(folder, { recursive: true })
@@ -73,33 +74,49 @@ export async function publishCheckpoint(
     await mkdir(temporary)
     await write(temporary)
     await syncPath(temporary)
-    if (existsSync(path)) await rename(path, replaced)
-    await rename(temporary, path)
+    if (existsSync(path)) await renamePatiently(path, replaced)
+    await renamePatiently(temporary, path)
     await pointLatest(folder, name)
-    await rm(replaced, { recursive: true, force: true })
   } catch (cause) {
-    await rm(temporary, { recursive: true, force: true }).catch(() => {})
-    if (existsSync(replaced) && !existsSync(path)) await rename(replaced, path).catch(() => {})
+    await removeIfPossible(temporary)
+    if (existsSync(replaced) && !existsSync(path)) await renamePatiently(replaced, path).catch(() => {})
     throw saveError(out, path, step, cause)
   }
+  await removeIfPossible(replaced)
   const earlier = checkpointSteps(folder).filter(other => other < step)
   for (const old of earlier.slice(0, Math.max(0, earlier.length - (keep - 1)))) {
-    await rm(join(folder, checkpointName(old)), { recursive: true, force: true })
+    await discard(folder, checkpointName(old))
   }
   return path
+}
+
+/** Path of something in the folder that is no checkpoint yet, or no longer. */
+const hidden = (folder: string, name: string): string =>
+  join(folder, `${temporaryPrefix}${name}-${process.pid}-${randomBytes(4).toString('hex')}`)
+
+/** Removes a checkpoint, which is whole or none at every moment. Where a file of it is open (Windows), it may stay until a later save. */
+async function discard(folder: string, name: string): Promise<void> {
+  const discarded = hidden(folder, name)
+  await rename(join(folder, name), discarded).catch(() => {})
+  await removeIfPossible(discarded)
+}
+
+/** What cannot be removed, not even after a second, is a leftover for the next save. */
+async function removeIfPossible(path: string): Promise<void> {
+  await rm(path, { recursive: true, force: true, maxRetries: 4 }).catch(() => {})
 }
 
 async function pointLatest(folder: string, name: string): Promise<void> {
   const temporary = join(folder, `.${latestFile}.tmp`)
   await writeFile(temporary, `${name}\n`)
-  await rename(temporary, join(folder, latestFile))
+  await renamePatiently(temporary, join(folder, latestFile))
   await syncPath(folder)
 }
 
-/** What a killed process left half written. */
+/** What a killed process left half written, and what could not be removed before. */
 async function removeLeftovers(folder: string): Promise<void> {
   for (const name of await readdir(folder)) {
-    if (name.startsWith(temporaryPrefix)) await rm(join(folder, name), { recursive: true, force: true })
+    if (name.startsWith(temporaryPrefix)) await removeIfPossible(join(folder, name))
   }
 }
 
@@ -119,8 +136,8 @@ function saveError(out: string, path: string, step: number, cause: unknown): Moe
     problem: `saving step ${step} failed: ${reason}`,
     fix:
       previous === undefined
-        ? 'the run has no earlier checkpoint; free some space or choose another folder'
-        : `${previous} is whole: free some space and resume from it`,
+        ? 'the run has no earlier checkpoint; free some space, close what has its files open, or choose another folder'
+        : `${previous} is whole: free some space or close what has files of the run open, and resume from it`,
     details: { step, previous },
     cause,
   })

@@ -1,15 +1,7 @@
 /** @file `metrics.jsonl`: one JSON object a step, in a file that never ends in half a line. */
-import {
-  closeSync,
-  existsSync,
-  fstatSync,
-  ftruncateSync,
-  openSync,
-  readFileSync,
-  renameSync,
-  writeFileSync,
-  writeSync,
-} from 'node:fs'
+import { closeSync, existsSync, fstatSync, openSync, readFileSync, truncateSync, writeSync } from 'node:fs'
+import { writeFile } from 'node:fs/promises'
+import { renamePatiently } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import type { StepEvent } from '../events.ts'
 
@@ -90,7 +82,8 @@ function appendWhole(path: string, bytes: Buffer): void {
     try {
       for (let at = 0; at < bytes.length; ) at += writeSync(file, bytes, at)
     } catch (error) {
-      ftruncateSync(file, before)
+      // By path, because on Windows what is open for appending cannot be cut.
+      truncateSync(path, before)
       throw error
     }
   } finally {
@@ -118,12 +111,12 @@ export function readMetrics(path: string, upToStep = Number.POSITIVE_INFINITY): 
 }
 
 /** Drops the lines after a step, which a resumed run will write again. */
-export function cutMetrics(path: string, upToStep: number): MetricsLine[] {
+export async function cutMetrics(path: string, upToStep: number): Promise<MetricsLine[]> {
   const lines = readMetrics(path, upToStep)
   if (existsSync(path)) {
     const temporary = `${path}.tmp`
-    writeFileSync(temporary, lines.map(line => `${JSON.stringify(line)}\n`).join(''))
-    renameSync(temporary, path)
+    await writeFile(temporary, lines.map(line => `${JSON.stringify(line)}\n`).join(''))
+    await renamePatiently(temporary, path)
   }
   return lines
 }

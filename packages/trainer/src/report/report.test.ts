@@ -1,3 +1,4 @@
+import { ftruncateSync, openSync, writeSync } from 'node:fs'
 import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { stripVTControlCharacters } from 'node:util'
@@ -8,6 +9,7 @@ import { cutMetrics, MetricsLog, metricsLine, readMetrics } from './metrics-log.
 import { type ProgressOptions, progress } from './progress.ts'
 import { writeSummary } from './summary.ts'
 
+vi.mock('node:fs', { spy: true })
 afterEach(removeTemporaryFolders)
 
 const start: StartEvent = {
@@ -165,8 +167,35 @@ describe('metrics.jsonl', () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
     const lines = [1, 2, 3].map(i => JSON.stringify(metricsLine(step(i))))
     await writeFile(path, `${lines.join('\n')}\n{"step":4,"lo`)
-    expect(cutMetrics(path, 2).map(line => line.step)).toEqual([1, 2])
+    expect((await cutMetrics(path, 2)).map(line => line.step)).toEqual([1, 2])
     expect(await readFile(path, 'utf8')).toBe(`${lines[0]}\n${lines[1]}\n`)
+  })
+
+  test('is cut back to whole lines when the disk is full, and the lines wait', async () => {
+    vi.mocked(openSync).mockClear()
+    const path = join(await temporaryFolder(), 'metrics.jsonl')
+    const log = new MetricsLog(path)
+    log.append(metricsLine(step(1)))
+    log.flush()
+    const before = await readFile(path, 'utf8')
+    log.append(metricsLine(step(2)))
+    const fs = await vi.importActual<typeof import('node:fs')>('node:fs')
+    vi.mocked(writeSync)
+      .mockImplementationOnce((file, bytes) => fs.writeSync(file, bytes.slice(0, 9)))
+      .mockImplementationOnce(() => {
+        throw new Error('ENOSPC: no space left on device')
+      })
+    // As on Windows, where what is open for appending cannot be cut.
+    vi.mocked(ftruncateSync).mockImplementation((file, length) => {
+      const { calls, results } = vi.mocked(openSync).mock
+      const appending = calls.some(([, flags], i) => flags === 'a' && results[i].value === file)
+      if (appending) throw new Error('EPERM: operation not permitted')
+      fs.ftruncateSync(file, length)
+    })
+    expect(() => log.flush()).toThrow(/ENOSPC/)
+    expect(await readFile(path, 'utf8')).toBe(before)
+    log.flush()
+    expect(readMetrics(path).map(line => line.step)).toEqual([1, 2])
   })
 
   test('says what to do when it cannot be written', async () => {
@@ -180,10 +209,10 @@ describe('metrics.jsonl', () => {
 
 test('summary.json gathers values, and survives a failure', async () => {
   const out = join(await temporaryFolder(), 'deep', 'run')
-  writeSummary(out, { steps: 3, loss: Number.NaN })
-  writeSummary(out, { mtp: { acceptance: 0.5 } })
+  await writeSummary(out, { steps: 3, loss: Number.NaN })
+  await writeSummary(out, { mtp: { acceptance: 0.5 } })
   const read = async () => JSON.parse(await readFile(join(out, 'summary.json'), 'utf8'))
   expect(await read()).toEqual({ steps: 3, loss: null, mtp: { acceptance: 0.5 } })
-  expect(() => writeSummary(out, { big: 1n })).toThrow(expect.objectContaining({ code: 'E_CHECKPOINT' }))
+  await expect(writeSummary(out, { big: 1n })).rejects.toMatchObject({ code: 'E_CHECKPOINT' })
   expect(await read()).toEqual({ steps: 3, loss: null, mtp: { acceptance: 0.5 } })
 })

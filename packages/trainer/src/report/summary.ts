@@ -1,6 +1,8 @@
 /** @file `summary.json`: what a run came to, for programs. */
-import { existsSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync } from 'node:fs'
+import { mkdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { renamePatiently } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 
 /**
@@ -8,16 +10,16 @@ import { MoeError } from '@moe/core'
  * (`mtp.acceptance`) to the trainer's. Numbers that are not finite become null. The file is replaced as a whole or not
  * at all.
  */
-export function writeSummary(out: string, values: object): void {
+export async function writeSummary(out: string, values: object): Promise<void> {
   const path = join(out, 'summary.json')
   const temporary = `${path}.tmp`
   try {
-    mkdirSync(out, { recursive: true })
-    const before: unknown = existsSync(path) ? JSON.parse(readFileSync(path, 'utf8')) : {}
-    writeFileSync(temporary, `${JSON.stringify({ ...(before as object), ...values }, null, 2)}\n`)
-    renameSync(temporary, path)
+    await mkdir(out, { recursive: true })
+    const before: unknown = existsSync(path) ? JSON.parse(await readFile(path, 'utf8')) : {}
+    await writeFile(temporary, `${JSON.stringify({ ...(before as object), ...values }, null, 2)}\n`)
+    await renamePatiently(temporary, path)
   } catch (cause) {
-    rmSync(temporary, { force: true })
+    await rm(temporary, { force: true })
     throw new MoeError({
       code: 'E_CHECKPOINT',
       op: path,

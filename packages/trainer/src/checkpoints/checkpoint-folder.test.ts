@@ -1,0 +1,62 @@
+import { readdir, rename, rm, writeFile } from 'node:fs/promises'
+import { basename, join } from 'node:path'
+import { afterEach, expect, test, vi } from 'vitest'
+import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
+import { latestCheckpoint, publishCheckpoint, STATE_FILE } from './checkpoint-folder.ts'
+
+vi.mock('node:fs/promises', { spy: true })
+afterEach(async () => {
+  vi.mocked(rename).mockReset()
+  vi.mocked(rm).mockReset()
+  await removeTemporaryFolders()
+})
+
+const refused = (code: string) => Object.assign(new Error(`${code}: as on Windows, where a file is open`), { code })
+
+async function folderOfRun() {
+  const out = await temporaryFolder()
+  const save = (step: number) =>
+    publishCheckpoint(out, step, 1, temporary => writeFile(join(temporary, STATE_FILE), `${step}`))
+  return { out, save, names: async () => (await readdir(join(out, 'checkpoints'))).sort() }
+}
+
+test('a checkpoint appears and `latest` moves although files are open for a moment', async () => {
+  const { out, save, names } = await folderOfRun()
+  await save(1)
+  vi.mocked(rename).mockRejectedValueOnce(refused('EPERM')).mockRejectedValueOnce(refused('EBUSY'))
+  await save(2)
+  expect(await names()).toEqual(['latest', 'step-000002'])
+  expect(basename(latestCheckpoint(out)!)).toBe('step-000002')
+})
+
+test('an old checkpoint that is open stays whole until a later save', async () => {
+  const { save, names } = await folderOfRun()
+  const old = await save(1)
+  const { rename: renameFile } = await vi.importActual<typeof import('node:fs/promises')>('node:fs/promises')
+  vi.mocked(rename).mockImplementation((from, to) =>
+    from === old ? Promise.reject(refused('EPERM')) : renameFile(from, to),
+  )
+  await save(2)
+  expect(await names()).toEqual(['latest', 'step-000001', 'step-000002'])
+  vi.mocked(rename).mockReset()
+  await save(3)
+  expect(await names()).toEqual(['latest', 'step-000003'])
+})
+
+test('one that cannot be removed is none any more, and goes with a later save', async () => {
+  const { out, save, names } = await folderOfRun()
+  await save(1)
+  vi.mocked(rm).mockImplementation(async () => {
+    throw refused('ENOTEMPTY')
+  })
+  await save(2)
+  expect((await names()).map(name => name.replace(/-\d+-\w+$/, ''))).toEqual([
+    '.writing-step-000001',
+    'latest',
+    'step-000002',
+  ])
+  expect(basename(latestCheckpoint(out)!)).toBe('step-000002')
+  vi.mocked(rm).mockReset()
+  await save(3)
+  expect(await names()).toEqual(['latest', 'step-000003'])
+})
