@@ -1,6 +1,7 @@
-import { mkdtemp, readFile, rm, stat } from 'node:fs/promises'
+import { mkdtemp, readdir, readFile, rm, stat } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { pathToFileURL } from 'node:url'
 import { describe, expect, test } from 'vitest'
 import { BpeTokenizer, type TrainOptions, trainBpe, trainBpeAsync } from './index.ts'
 
@@ -42,6 +43,21 @@ describe('a trained tokenizer', () => {
   test('does not depend on the order of the texts', () => {
     const backwards = trainBpe([...CORPUS].reverse(), { vocabSize: 320, minFrequency: 1 })
     expect(backwards.toJSON()).toEqual(train().toJSON())
+  })
+
+  test('is saved to file URLs and to no others', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'moe-tokenizer-'))
+    try {
+      const tokenizer = train()
+      const url = pathToFileURL(join(folder, 'a ü#%.json'))
+      await tokenizer.save(url)
+      expect(await readdir(folder)).toEqual(['a ü#%.json'])
+      expect((await BpeTokenizer.fromFile(url)).toJSON()).toEqual(tokenizer.toJSON())
+      // The path of a URL alone is no path on Windows, and nowhere one of another scheme's.
+      await expect(tokenizer.save(new URL('https://example.com/a.json'))).rejects.toThrow(/scheme file/)
+    } finally {
+      await rm(folder, { recursive: true })
+    }
   })
 
   test('survives saving and loading', async () => {

@@ -452,10 +452,9 @@ export class BpeTokenizer {
   /** Writes tokenizer.json, whole or not at all. Needs a file system. */
   async save(path: string | URL): Promise<void> {
     const { writeFile, rename } = await fileSystem()
-    const target = typeof path === 'string' ? path : decodeURIComponent(path.pathname)
-    const partial = `${target}.partial`
+    const partial = typeof path === 'string' ? `${path}.partial` : new URL(`${path.pathname}.partial`, path)
     await writeFile(partial, `${JSON.stringify(this.toJSON())}\n`)
-    await rename(partial, target)
+    await rename(partial, path)
   }
 }
 
