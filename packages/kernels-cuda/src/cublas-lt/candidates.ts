@@ -9,17 +9,20 @@ const names: Readonly<Partial<Record<NodeJS.Platform, readonly string[]>>> = {
 }
 
 /**
- * Libraries to try, in order: by name where the system's loader looks (LD_LIBRARY_PATH, ldconfig), then those that are in a CUDA toolkit (CUDA_HOME,
- * CUDA_PATH, /usr/local/cuda) or came to an active Python environment with PyTorch (VIRTUAL_ENV, CONDA_PREFIX).
+ * Libraries to try, in order: by name where the system's loader looks (LD_LIBRARY_PATH, ldconfig; PATH on Windows), then those that are in a CUDA toolkit
+ * (CUDA_HOME, CUDA_PATH, /usr/local/cuda) or came to an active Python environment with PyTorch (VIRTUAL_ENV, CONDA_PREFIX).
  */
-export function candidates(env: NodeJS.ProcessEnv): string[] {
-  const files = names[process.platform] ?? []
+export function candidates(env: NodeJS.ProcessEnv, platform: NodeJS.Platform = process.platform): string[] {
+  const files = names[platform] ?? []
   const toolkits = [env['CUDA_HOME'], env['CUDA_PATH'], '/usr/local/cuda'].filter(isGiven)
   const environments = [env['VIRTUAL_ENV'], env['CONDA_PREFIX']].filter(isGiven)
-  const folders = [
-    ...toolkits.map(root => join(root, 'lib64')),
-    ...environments.flatMap(root => [join(root, 'lib'), ...pythonFolders(root)]),
-  ]
+  const folders =
+    platform === 'win32'
+      ? [...toolkits.flatMap(windowsToolkitFolders), ...environments.flatMap(windowsPythonFolders)]
+      : [
+          ...toolkits.map(root => join(root, 'lib64')),
+          ...environments.flatMap(root => [join(root, 'lib'), ...pythonFolders(root)]),
+        ]
   const there = folders.flatMap(folder => files.map(file => join(folder, file))).filter(path => existsSync(path))
   return [...files, ...new Set(there)]
 }
@@ -35,3 +38,12 @@ function pythonFolders(root: string): string[] {
     return [join(nvidia, 'cu13', 'lib'), join(nvidia, 'cublas', 'lib')]
   })
 }
+
+/** `bin/x64` since CUDA 13. */
+const windowsToolkitFolders = (root: string): string[] => [join(root, 'bin', 'x64'), join(root, 'bin')]
+
+/** Conda's own folder, and PyTorch's, which brings the library on Windows. */
+const windowsPythonFolders = (root: string): string[] => [
+  join(root, 'Library', 'bin'),
+  join(root, 'Lib', 'site-packages', 'torch', 'lib'),
+]

@@ -399,30 +399,49 @@ describe.skipIf(unavailable || onDevice)('cuBLASLt, emulated', () => {
   })
 })
 
-test.skipIf(process.platform !== 'linux')('places, in order: the loader, toolkits, Python environments', () => {
-  const put = (...path: string[]) => {
-    const file = join(folder, ...path)
-    mkdirSync(dirname(file), { recursive: true })
-    writeFileSync(file, '')
-    return file
-  }
+/** An empty file where a library may be. */
+function put(...path: string[]): string {
+  const file = join(folder, ...path)
+  mkdirSync(dirname(file), { recursive: true })
+  writeFileSync(file, '')
+  return file
+}
+
+test('places, in order: the loader, toolkits, Python environments', () => {
   const expected = [
     put('cuda', 'lib64', 'libcublasLt.so.12'),
     put('venv', 'lib', 'python3.12', 'site-packages', 'nvidia', 'cu13', 'lib', 'libcublasLt.so.13'),
     put('venv', 'lib', 'python3.12', 'site-packages', 'nvidia', 'cublas', 'lib', 'libcublasLt.so.12'),
     put('conda', 'lib', 'libcublasLt.so.13'),
   ]
-  const found = candidates({
+  const environment = {
     CUDA_HOME: join(folder, 'cuda'),
     CUDA_PATH: join(folder, 'cuda'),
     VIRTUAL_ENV: join(folder, 'venv'),
     CONDA_PREFIX: join(folder, 'conda'),
-  })
+  }
+  const found = candidates(environment, 'linux')
   expect(found.filter(path => !path.startsWith('/usr/local/cuda'))).toEqual([
     'libcublasLt.so.13',
     'libcublasLt.so.12',
     ...expected,
   ])
+})
+
+test('places on Windows', () => {
+  const expected = [
+    put('v13.0', 'bin', 'x64', 'cublasLt64_13.dll'),
+    put('v12.8', 'bin', 'cublasLt64_12.dll'),
+    put('venv', 'Lib', 'site-packages', 'torch', 'lib', 'cublasLt64_12.dll'),
+    put('conda', 'Library', 'bin', 'cublasLt64_13.dll'),
+  ]
+  const environment = {
+    CUDA_HOME: join(folder, 'v13.0'),
+    CUDA_PATH: join(folder, 'v12.8'),
+    VIRTUAL_ENV: join(folder, 'venv'),
+    CONDA_PREFIX: join(folder, 'conda'),
+  }
+  expect(candidates(environment, 'win32')).toEqual(['cublasLt64_13.dll', 'cublasLt64_12.dll', ...expected])
 })
 
 test('the fastest way is the one with the shortest run, the first of equals', () => {
