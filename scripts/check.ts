@@ -68,7 +68,9 @@ if (failed.length > 0) {
 function run(step: Step): Promise<{ code: number; output: string }> {
   return new Promise((resolve, reject) => {
     const [program, ...rest] = step.command
-    const child = spawn(program, rest, { stdio: ['ignore', 'pipe', 'pipe'], shell: process.platform === 'win32' })
+    // On Windows, commands of packages are .cmd files, which only a shell runs; the path of Node may hold spaces, which a shell would part.
+    const shell = process.platform === 'win32' && program !== node
+    const child = spawn(program, rest, { stdio: ['ignore', 'pipe', 'pipe'], shell })
     let output = ''
     const collect = (chunk: Buffer) => {
       output += chunk

@@ -9,6 +9,7 @@ import { spawn } from 'node:child_process'
 import { existsSync, globSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { dirname, join, resolve } from 'node:path'
+import { pathToFileURL } from 'node:url'
 
 interface Snippet {
   markdown: string
@@ -21,6 +22,7 @@ mkdirSync('docs/.snippets', { recursive: true })
 const folder = mkdtempSync('docs/.snippets/')
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }))
 const timeoutMs = 120_000
+const tsc = 'node_modules/typescript/bin/tsc'
 
 const asked = process.argv.slice(2)
 const files =
@@ -66,7 +68,7 @@ async function typecheck(): Promise<string[]> {
   if (snippets.length === 0) return []
   const config = { extends: '../../../tsconfig.base.json', include: ['*.ts'] }
   writeFileSync(join(folder, 'tsconfig.json'), JSON.stringify(config))
-  const { code, output } = await execute('tsc', ['-p', folder, '--pretty', 'false'], '.')
+  const { code, output } = await execute(process.execPath, [tsc, '-p', folder, '--pretty', 'false'], '.')
   if (code === 0) return []
   return [inMarkdownTerms(output).replaceAll(/^(\S+\.md)\((\d+),(\d+)\)/gm, '$1:$2:$3')]
 }
@@ -93,7 +95,7 @@ function inMarkdownTerms(output: string): string {
   let text = output.trim()
   for (const { module, markdown } of snippets) {
     text = text
-      .replaceAll(`file://${resolve(module)}`, markdown)
+      .replaceAll(pathToFileURL(module).href, markdown)
       .replaceAll(resolve(module), markdown)
       .replaceAll(module, markdown)
   }

@@ -91,7 +91,11 @@ function installAndImport(packages: Packed[]): void {
   for (const { manifest } of packages) {
     for (const name of Object.keys(manifest.bin ?? {})) {
       try {
-        execFileSync(join(app, 'node_modules', '.bin', name), ['--help'], { stdio: ['ignore', 'ignore', 'pipe'] })
+        execFileSync('npm', ['exec', '--', name, '--help'], {
+          cwd: app,
+          stdio: ['ignore', 'ignore', 'pipe'],
+          shell: process.platform === 'win32',
+        })
       } catch (error) {
         problems.push(`${manifest.name}: \`${name} --help\` failed: ${error instanceof Error ? error.message : error}`)
       }
