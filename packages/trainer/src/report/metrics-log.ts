@@ -61,19 +61,22 @@ export class MetricsLog {
     try {
       appendWhole(this.path, bytes)
     } catch (cause) {
-      throw new MoeError({
-        code: 'E_CHECKPOINT',
-        op: this.path,
-        problem: `writing failed: ${(cause as Error).message}`,
-        fix: 'free some space and resume; checkpoints and earlier lines are whole',
-        cause,
-      })
+      throw writingFailed(this.path, cause)
     }
     this.#waiting = []
     this.#waitingBytes = 0
     this.#flushedAt = performance.now()
   }
 }
+
+const writingFailed = (path: string, cause: unknown) =>
+  new MoeError({
+    code: 'E_CHECKPOINT',
+    op: path,
+    problem: `writing failed: ${(cause as Error).message}`,
+    fix: 'free some space or close what has the file open, then resume; checkpoints and earlier lines are whole',
+    cause,
+  })
 
 function appendWhole(path: string, bytes: Buffer): void {
   const file = openSync(path, 'a')
@@ -110,13 +113,17 @@ export function readMetrics(path: string, upToStep = Number.POSITIVE_INFINITY): 
   return lines
 }
 
-/** Drops the lines after a step, which a resumed run will write again. */
+/** Drops the lines after a step, which a resumed run will write again. @throws MoeError E_CHECKPOINT */
 export async function cutMetrics(path: string, upToStep: number): Promise<MetricsLine[]> {
   const lines = readMetrics(path, upToStep)
   if (existsSync(path)) {
     const temporary = `${path}.tmp`
-    await writeFile(temporary, lines.map(line => `${JSON.stringify(line)}\n`).join(''))
-    await renamePatiently(temporary, path)
+    try {
+      await writeFile(temporary, lines.map(line => `${JSON.stringify(line)}\n`).join(''))
+      await renamePatiently(temporary, path)
+    } catch (cause) {
+      throw writingFailed(path, cause)
+    }
   }
   return lines
 }

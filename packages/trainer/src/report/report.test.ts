@@ -204,6 +204,10 @@ describe('metrics.jsonl', () => {
     const log = new MetricsLog(path)
     log.append(metricsLine(step(1)))
     expect(() => log.flush()).toThrow(expect.objectContaining({ code: 'E_CHECKPOINT', op: path }))
+    const other = `${path}.other`
+    await writeFile(other, '')
+    await mkdir(`${other}.tmp`)
+    await expect(cutMetrics(other, 1)).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: other })
   })
 })
 
