@@ -1,7 +1,8 @@
 // Matrix products: one block computes one tile of c = a b with one of the two engines below, which have the same interface:
 //   Element, BM, BN, BK, Threads, sharedBytes   operand type, sizes of the tile, of a step along k, of the block, of its dynamic shared memory
 //   Sums                                        this thread's part of the tile: Rows x Columns elements
-//   row(i), column(j), at(sums, i, j)           where they lie; columns come in runs of Run neighbours
+//   row(i), column(j), at(sums, i, j)           where they lie; columns come in runs of Run neighbours; of tiles in bf16 column(j + Columns / 2) is
+//                                               column(j) + BN / 2, so that a thread has both where two operands have half of the columns each
 //   RowLanes, RowWarps                          a row is shared by RowLanes lanes (differing in the lowest bits) of RowWarps warps
 //   multiply<TransposeA, TransposeB>(...)       the main loop
 // What becomes of the tile (stored, reduced to a softmax) is the kernel's business. gemm-hopper.cuh has a third one, with another main loop.
@@ -14,6 +15,14 @@
 template <class T>
 struct Operand {
   const T* data;
+  int64_t ld;
+  int outer;
+};
+
+/// Two right operands alike: the first has one half of a tile's columns, the second the other.
+template <class T>
+struct Halves {
+  const T *first, *second;
   int64_t ld;
   int outer;
 };
@@ -89,7 +98,7 @@ struct TileF32 {
   }
 };
 
-/// bf16 on tensor cores. Each warp has WM x WN elements of the tile. ld of both operands is a multiple of 8, and where k runs along
+/// bf16 on tensor cores. Each warp has WM x WN elements of the tile, half of the columns in each half of it. ld of both operands is a multiple of 8, and where k runs along
 /// memory, rows are padded with zeros to one.
 template <int BM_, int BN_, int WM, int WN>
 struct TileBf16 {
@@ -104,9 +113,13 @@ struct TileBf16 {
   };
   MOE_DEVICE float& at(Sums& sums, int i, int j) { return sums.v[i / 2][j / 2][i % 2 * 2 + j % 2]; }
   MOE_DEVICE int warpRow() { return threadIdx.x / 32 / RowWarps * WM; }
-  MOE_DEVICE int warpColumn() { return threadIdx.x / 32 % RowWarps * WN; }
+  /// Of both halves.
+  MOE_DEVICE int warpColumn() { return threadIdx.x / 32 % RowWarps * (WN / 2); }
   MOE_DEVICE int row(int i) { return warpRow() + i * 8 + threadIdx.x % 32 / 4; }
-  MOE_DEVICE int column(int j) { return warpColumn() + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; }
+  MOE_DEVICE int column(int j) {
+    constexpr int Half = Columns / 2;
+    return j / Half * (BN / 2) + warpColumn() + j % Half / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
+  }
 
   /// The tile is [o][k], or [k][o] when Strided.
   template <int B, bool Strided>
@@ -114,10 +127,16 @@ struct TileBf16 {
     if (Strided) copyTile<BK, B, Threads>(tile, x.data + k0 * x.ld, x.ld, k - k0, x.outer);
     else copyTile<B, BK, Threads>(tile, x.data + k0, x.ld, x.outer, k - k0);
   }
+  template <int B, bool Strided>
+  MOE_DEVICE void copy(bf16* tile, Halves<bf16> x, int k0, int k) {
+    static_assert(!Strided, "k runs along memory");
+    copy<B / 2, false>(tile, Operand<bf16>{x.first, x.ld, x.outer}, k0, k);
+    copy<B / 2, false>(tile + B / 2 * BK, Operand<bf16>{x.second, x.ld, x.outer}, k0, k);
+  }
 
   /// sums += a b over k.
-  template <bool TransposeA, bool TransposeB>
-  MOE_DEVICE void multiply(Sums& sums, unsigned char* shared, Operand<bf16> a, Operand<bf16> b, int k) {
+  template <bool TransposeA, bool TransposeB, class Right = Operand<bf16>>
+  MOE_DEVICE void multiply(Sums& sums, unsigned char* shared, Operand<bf16> a, Right b, int k) {
     constexpr int WA = TransposeA ? BM : BK, WB = TransposeB ? BK : BN;
     bf16* const stages = (bf16*)shared;
     const int steps = divUp(k, BK);
@@ -138,7 +157,8 @@ struct TileBf16 {
       for (int i = 0; i < MT; i++) loadLeft<WA, TransposeA>(left[buffer][i], stage, warpRow() + i * 16, k16);
 #pragma unroll
       for (int j = 0; j < NT / 2; j++) {
-        loadRight<WB, !TransposeB>(right[buffer][j], stage + BM * BK, warpColumn() + j * 16, k16);
+        const int o = j / (NT / 4) * (BN / 2) + warpColumn() + j % (NT / 4) * 16;
+        loadRight<WB, !TransposeB>(right[buffer][j], stage + BM * BK, o, k16);
       }
     };
     auto product = [&](int buffer) {

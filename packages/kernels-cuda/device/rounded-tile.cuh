@@ -21,16 +21,17 @@ MOE_DEVICE int pairedColumn(int j) {
 }
 
 /// Writes the tile to c, rounded; `rows` rows and `columns` columns exist from here on. Where rows of memory (ld) are longer, up to the next multiple of 4, or
-/// of 2, so much more is written.
-template <class Tile>
+/// of 2, so much more is written. First and Count choose one half of a thread's columns: that half of the tile is written, as if it were the first.
+template <class Tile, int First = 0, int Count = Tile::Columns>
 MOE_DEVICE void storeRounded(bf16* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums) {
   static_assert(Tile::Run == 2, "pairs of neighbours");
   if (ld % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < Tile::Rows; i++) {
 #pragma unroll
-      for (int j = 0; j < Tile::Columns; j += 4) {
-        uint32_t a = packBf16(Tile::at(sums, i, j), Tile::at(sums, i, j + 1)), b = packBf16(Tile::at(sums, i, j + 2), Tile::at(sums, i, j + 3));
+      for (int j = 0; j < Count; j += 4) {
+        const auto pair = [&](int c) { return packBf16(Tile::at(sums, i, First + c), Tile::at(sums, i, First + c + 1)); };
+        uint32_t a = pair(j), b = pair(j + 2);
         pairColumns(a, b);
         const int column = pairedColumn<Tile>(j);
         if (Tile::row(i) < rows && column < columns) storeWide(c + Tile::row(i) * ld + column, a, b);
@@ -44,10 +45,10 @@ MOE_DEVICE void storeRounded(bf16* c, int64_t ld, int rows, int columns, typenam
     if (Tile::row(i) >= rows) continue;
     bf16* const to = c + Tile::row(i) * ld;
 #pragma unroll
-    for (int j = 0; j < Tile::Columns; j += 2) {
+    for (int j = 0; j < Count; j += 2) {
       const int column = Tile::column(j);
       if (column >= columns) continue;
-      const uint32_t both = packBf16(Tile::at(sums, i, j), Tile::at(sums, i, j + 1));
+      const uint32_t both = packBf16(Tile::at(sums, i, First + j), Tile::at(sums, i, First + j + 1));
       if (pairs) {
         *(uint32_t*)(to + column) = both;
       } else {

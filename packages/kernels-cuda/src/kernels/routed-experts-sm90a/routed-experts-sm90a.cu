@@ -1,8 +1,8 @@
 // Products of the routed experts on Hopper, with results in bf16. Rows lie in expert order or, when `packed`, as packed-rows.cuh has them.
 #include "expert-tile.cuh"
+#include "gated-tile.cuh"
 #include "gemm-hopper.cuh"
 #include "packed-rows.cuh"
-#include "rounded-tile.cuh"
 
 /// Where slots go when rows are packed: slots[r] is the slot of row r or -1, places[s] the row of slot s, which is none where the slot's position lies behind the
 /// last expert's; its dweights are zero then.
@@ -78,43 +78,7 @@ MOE_DEVICE void gated(bf16* inner, bf16* gateRows, bf16* upRows, const TensorMap
         copyOperand<Half, false>(to + Tile::bytesA, gate, full, t * Tile::BK, job.rowB, job.matrixB);
         copyOperand<Half, false>(to + Tile::bytesA + Tile::bytesB / 2, up, full, t * Tile::BK, job.rowB, job.matrixB);
       },
-      [&](int, const HopperJob& job, typename Tile::Sums& sums) {
-        const int columns = I - job.rowB;
-        // Rows of inner are longer in memory, so that four neighbours are always aligned and there.
-        const bool whole = I % 4 == 0;
-#pragma unroll
-        for (int i = 0; i < Tile::Rows; i++) {
-          const bool exists = Tile::row(i) < job.rows;
-          const int64_t row = job.rowA + Tile::row(i);
-#pragma unroll
-          for (int j = 0; j < Tile::Columns / 2; j += 4) {
-            float g[4], u[4], y[4];
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-              g[c] = Tile::at(sums, i, j + c), u[c] = Tile::at(sums, i, j + c + Tile::Columns / 2);
-              y[c] = g[c] / (1.f + __expf(-g[c])) * u[c];
-            }
-            const auto store = [&](bf16* to, const float(&x)[4], bool together) {
-              uint32_t a = packBf16(x[0], x[1]), b = packBf16(x[2], x[3]);
-              if (together) {
-                pairColumns(a, b);
-                const int column = pairedColumn<Tile>(j);
-                if (exists && column < columns) storeWide(to + column, a, b);
-                return;
-              }
-#pragma unroll
-              for (int c = 0; c < 4; c++) {
-                const int column = Tile::column(j + c);
-                if (exists && column < columns) to[column] = toBf16(x[c]);
-              }
-            };
-            store(inner + row * ld + job.rowB, y, true);
-            if (gateRows == nullptr) continue;
-            store(gateRows + row * I + job.rowB, g, whole);
-            store(upRows + row * I + job.rowB, u, whole);
-          }
-        }
-      });
+      [&](int, const HopperJob& job, typename Tile::Sums& sums) { storeGated<Tile>(inner, gateRows, upRows, job.rowA, job.rowB, job.rows, I, ld, sums); });
 }
 
 #define PRODUCT(name, Tile)                                                                                                                                    \

@@ -1,5 +1,5 @@
 /** @file Products of the routed experts with results in bf16: of rows in expert order by `mma`, and of packed ones on Hopper. */
-import { type Cuda, elementwiseGrid } from '../../native.ts'
+import type { Cuda } from '../../native.ts'
 import { weightGradient } from '../grouped-matmul/grouped-matmul.ts'
 import { hopperPackedWeightGradient, packedRows, type Sizes } from '../grouped-matmul-sm90a/product.ts'
 import { chooseTile, type Matrix, type Tile, tiles } from '../matmul/gemm.ts'
@@ -53,15 +53,24 @@ export interface ExpertProducts {
 const countJobs = (tile: Tile, { rows, n, experts }: Sizes) =>
   Math.min(rows, Math.ceil(rows / tile.m) + experts) * Math.ceil(n / tile.n)
 
+/** Half of a tile's columns are gate's, half up's. */
+const gatedOf = (among: readonly Tile[]): readonly Tile[] =>
+  among.map(tile => ({ ...tile, name: `${tile.m}x${tile.n / 2}`, n: tile.n / 2 }))
+
 export function expertProducts(cuda: Cuda): ExpertProducts {
-  const load = (tile: Tile, form: string, signature: string) =>
-    cuda.kernel('routed-experts', `moe_routed_experts_product_${tile.name}_${form}`, signature)
+  const load = (name: string, signature: string) =>
+    cuda.kernel('routed-experts', `moe_routed_experts_${name}`, signature)
+  const product = (tile: Tile, form: string, signature: string) => load(`product_${tile.name}_${form}`, signature)
   const among = tiles.bf16
   const kernels = new Map(
     among.map(tile => [
       tile,
-      { t: load(tile, 't', 'p p p p i i i i i i i'), n: load(tile, 'n', 'p p p p p i p i i i i i i i') },
+      { t: product(tile, 't', 'p p p p i i i i i i i'), n: product(tile, 'n', 'p p p p p i p i i i i i i i') },
     ]),
+  )
+  const gatedTiles = gatedOf(among)
+  const gatedKernels = new Map(
+    gatedTiles.map(tile => [tile, load(`gated_bf16_${tile.name}`, 'p p p p p p p i i i i i i i')]),
   )
   const gradient = weightGradient(cuda)
   const launchOf = (sizes: Sizes) => {
@@ -71,7 +80,6 @@ export function expertProducts(cuda: Cuda): ExpertProducts {
       launch: { grid: countJobs(tile, sizes), block: tile.threads, shared: tile.shared },
     }
   }
-  const swiglu = cuda.kernel('routed-experts', 'moe_routed_experts_swiglu_fwd_bf16', 'p p p l i i')
   const numbers = ({ rows, n, k, experts }: Sizes, y: Matrix, [x, weight]: Pair) => [
     rows,
     n,
@@ -81,22 +89,20 @@ export function expertProducts(cuda: Cuda): ExpertProducts {
     x.ld,
     weight.ld,
   ]
-  const forward: ExpertProducts['forward'] = (y, pair, offsets, sizes) => {
-    const { kernel, launch } = launchOf(sizes)
-    const [x, weight] = pair
-    kernel?.t(launch, y.pointer, x.pointer, weight.pointer, offsets, ...numbers(sizes, y, pair))
-  }
   return {
     gated({ inner, saved, x, gate, up }, offsets, sizes) {
-      const { rows, n } = sizes
-      const results = saved ?? [0, 1].map(() => cuda.scratch(rows * n * 2).pointer)
-      ;[gate, up].forEach((weight, i) => {
-        forward({ pointer: results[i], ld: n }, [x, weight], offsets, sizes)
-      })
-      const launch = { grid: elementwiseGrid(cuda, (rows * inner.ld) / 2), block: 256 }
-      swiglu(launch, inner.pointer, ...results, rows, n, inner.ld)
+      const tile = chooseTile(cuda, gatedTiles, t => countJobs(t, sizes))
+      const launch = { grid: countJobs(tile, sizes), block: tile.threads, shared: tile.shared }
+      const [gateRows, upRows] = saved ?? [0, 0]
+      const results = [inner.pointer, gateRows, upRows]
+      const operands = [x.pointer, gate.pointer, up.pointer]
+      gatedKernels.get(tile)?.(launch, ...results, ...operands, offsets, ...numbers(sizes, inner, [x, gate]))
     },
-    forward,
+    forward(y, pair, offsets, sizes) {
+      const { kernel, launch } = launchOf(sizes)
+      const [x, weight] = pair
+      kernel?.t(launch, y.pointer, x.pointer, weight.pointer, offsets, ...numbers(sizes, y, pair))
+    },
     layout: (order, positions, _offsets, _dweights, { rows }) => ({ rows, slots: order, places: positions }),
     backward(y, pairs, offsets, sizes) {
       const { kernel, launch } = launchOf(sizes)
@@ -107,14 +113,8 @@ export function expertProducts(cuda: Cuda): ExpertProducts {
   }
 }
 
-/** Half of a tile's columns are gate's, half up's. */
-const gatedTiles: readonly Tile[] = hopperTiles.map(tile => ({
-  ...tile,
-  name: `${tile.m}x${tile.n / 2}`,
-  n: tile.n / 2,
-}))
-
 export function hopperExpertProducts(cuda: Cuda): ExpertProducts {
+  const gatedTiles = gatedOf(hopperTiles)
   const load = (name: string, signature: string) =>
     cuda.kernel('routed-experts-sm90a', `moe_routed_experts_${name}`, signature)
   const product = (tile: Tile, form: string, signature: string) => load(`product_sm90a_${tile.name}_${form}`, signature)

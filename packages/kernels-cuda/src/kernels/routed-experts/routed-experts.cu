@@ -3,7 +3,7 @@
 // a multiple of 8; gate's and up's results, which are tensors, have I.
 #include "../permute-tokens/row-slices.cuh"
 #include "expert-tile.cuh"
-#include "rounded-tile.cuh"
+#include "gated-tile.cuh"
 
 struct Eight {
   float v[8];
@@ -73,22 +73,6 @@ MOE_KERNEL((256), moe_routed_experts_combine_bf16, (float* out, const bf16* y, c
   else combine<false>(out, y, weights, places, tokens, K, rows, D, ld);
 }
 
-/// inner = silu(gate) * up, with zeros from I to ld.
-template <bool Whole>
-MOE_DEVICE void swiglu(bf16* inner, const bf16* gate, const bf16* up, int64_t rows, int I, int ld) {
-  const int perRow = ld / 8;
-  for (int64_t at = gridThread(); at < rows * perRow; at += gridThreads()) {
-    const int64_t row = at / perRow;
-    const int i = (int)(at - row * perRow) * 8;
-    const Eight g = load8<Whole>(gate + row * I, i, I), u = load8<Whole>(up + row * I, i, I);
-    store8(inner + at * 8, eight([&](int j) { return g.v[j] * sigmoid(g.v[j]) * u.v[j]; }));
-  }
-}
-MOE_KERNEL((256), moe_routed_experts_swiglu_fwd_bf16, (bf16* inner, const bf16* gate, const bf16* up, int64_t rows, int I, int ld)) {
-  if (I % 8 == 0) swiglu<true>(inner, gate, up, rows, I, ld);
-  else swiglu<false>(inner, gate, up, rows, I, ld);
-}
-
 /// From dinner, as if every slot had weight 1: dgate and dup with the slot's weight, inner times it, and dweights, the product of dinner and inner; null:
 /// not wanted. dgate may be dinner. gate and up lie at positions, in expert order; all else is in rows. A warp has a row.
 template <bool Whole>
@@ -152,6 +136,25 @@ MOE_DEVICE void product(bf16* y, const bf16* x, const bf16* weight, const bf16* 
   storeRounded<Tile>(y + (int64_t)found.row * ldy + column, ldy, found.end - found.row, n - column, sums);
 }
 
+/// inner [rows, I] = silu(gate) * up, where gate and up are x [rows, D] times those weights [I, D] of each row's expert. They are stored, too, unless gateRows is null.
+template <class Tile>
+MOE_DEVICE void gated(bf16* inner, bf16* gateRows, bf16* upRows, const bf16* x, const bf16* gate, const bf16* up, const int* offsets, int rows, int I, int D, int experts, int ld, int ldx,
+                      int ldw) {
+  MOE_DYNAMIC_SHARED(shared);
+  constexpr int Half = Tile::BN / 2;
+  const int2 tile = tileOf(blockIdx.x, min(rows, divUp(rows, Tile::BM) + experts), divUp(I, Half));
+  const ExpertTile found = expertTile<Tile::BM>(offsets, experts, rows, tile.x);
+  if (found.expert < 0) return;
+  const int column = tile.y * Half;
+  typename Tile::Sums sums = {};
+  if (found.expert < experts) {
+    const int64_t at = ((int64_t)found.expert * I + column) * ldw;
+    const Halves<bf16> weights = {gate + at, up + at, ldw, I - column};
+    Tile::template multiply<false, true>(sums, shared, {x + (int64_t)found.row * ldx, ldx, found.end - found.row}, weights, D);
+  }
+  storeGated<Tile>(inner, gateRows, upRows, found.row, column, found.end - found.row, I, ld, sums);
+}
+
 #define PRODUCT(blocks, name, Tile)                                                                                                                              \
   MOE_KERNEL((Tile::Threads, blocks), moe_routed_experts_product_bf16_##name##_t, (bf16* y, const bf16* x, const bf16* weight, const int* offsets, int rows, int n, int k, int experts, int ldy, int ldx, int ldw)) { \
     product<Tile, true>(y, x, weight, nullptr, nullptr, 1, offsets, rows, n, k, experts, ldy, ldx, ldw);                                                         \
@@ -159,6 +162,13 @@ MOE_DEVICE void product(bf16* y, const bf16* x, const bf16* weight, const bf16* 
   MOE_KERNEL((Tile::Threads, blocks), moe_routed_experts_product_bf16_##name##_n, (bf16* y, const bf16* x, const bf16* weight, const bf16* x2, const bf16* weight2, int pairs, const int* offsets, int rows, int n, int k, int experts, int ldy, int ldx, int ldw)) { \
     product<Tile, false>(y, x, weight, x2, weight2, pairs, offsets, rows, n, k, experts, ldy, ldx, ldw);                                                         \
   }
+#define GATED(blocks, name, Tile)                                                                                                                                \
+  MOE_KERNEL((Tile::Threads, blocks), moe_routed_experts_gated_bf16_##name, (bf16* inner, bf16* gateRows, bf16* upRows, const bf16* x, const bf16* gate, const bf16* up, const int* offsets, int rows, int I, int D, int experts, int ld, int ldx, int ldw)) { \
+    gated<Tile>(inner, gateRows, upRows, x, gate, up, offsets, rows, I, D, experts, ld, ldx, ldw);                                                               \
+  }
 PRODUCT(1, 128x256, Bf16Large)
 PRODUCT(1, 128x128, Bf16Medium)
 PRODUCT(1, 64x64, Bf16Small)
+GATED(1, 128x128, Bf16Large)
+GATED(1, 128x64, Bf16Medium)
+GATED(1, 64x32, Bf16Small)

@@ -27,6 +27,7 @@ const cases: readonly Case[] = [
   { name: 'several tiles of features', N: 150, K: 1, E: 2, D: 300, I: 9 },
   { name: 'several tiles of inner features', N: 70, K: 2, E: 1, D: 12, I: 290 },
   { name: 'rows that fill tiles', N: 256, K: 1, E: 2, D: 16, I: 16 },
+  { name: 'large tiles of gate and up', N: 250, K: 1, E: 1, D: 20, I: 102 },
   { name: 'few rows of odd sizes', N: 3, K: 2, E: 4, D: 5, I: 7 },
   { name: 'slots behind the last expert', N: 80, K: 2, E: 3, D: 24, I: 16, among: [0, 2, 3] },
   { name: 'one of each', N: 1, K: 1, E: 1, D: 1, I: 1 },
@@ -228,6 +229,25 @@ describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmm
         for (const one of [out, ...Object.values(parameters)]) one.dispose()
       }
       expect(results[1]).toEqual(results[0])
+    })
+  })
+
+  test('gate, up and SwiGLU are one kernel', async () => {
+    await onBackend(wgmma, async backend => {
+      const numbers = normalNumbers(cases[0])
+      const names = ['x', 'gate', 'up', 'down', 'weights']
+      for (const frozen of [[], names]) {
+        const parameters = parametersOf(numbers, backend, frozen)
+        const { x, weights, ...experts } = parameters
+        scope(() => {
+          const plan = dispatchPlan(tensor(numbers.chosen, [numbers.N, numbers.K], { backend }), numbers.E)
+          const before = backend.stats().launches
+          withPrecision('bf16', () => routedExperts(x, experts, weights, plan))
+          // Beside it: rounding, gathering, the product with down, combining.
+          expect(backend.stats().launches - before).toBe(5)
+        })
+        for (const one of Object.values(parameters)) one.dispose()
+      }
     })
   })
 
