@@ -14,5 +14,15 @@ export function library(entry: Record<string, string>): ReturnType<typeof define
     sourcemap: true,
     clean: true,
     silent: true,
+    plugins: [{ name: 'class-names', renderChunk: (code, { map }) => ({ code: ownNames(code), map }) }],
   })
+}
+
+/**
+ * esbuild turns a class that names itself into `var Tensor = class _Tensor`, which is then what `console.log` prints. A space in place of the
+ * underscore leaves the source map right.
+ */
+function ownNames(code: string): string {
+  const renamed = [...code.matchAll(/\b(?:var|let) (\w+) = class _\1\b/g)].map(([, name]) => name)
+  return renamed.reduce((text, name) => text.replace(new RegExp(`(?<![\\w$.#'"])_${name}\\b`, 'g'), ` ${name}`), code)
 }
