@@ -19,6 +19,16 @@ describe('MoeError', () => {
     expect(error.stack).toContain('errors.test.ts')
   })
 
+  test('what to do follows a list on a line of its own', () => {
+    const { message } = new MoeError({
+      code: 'E_CONFIG',
+      op: 'train',
+      problem: 'two faults:\n  one\n  two\n',
+      fix: 'mend',
+    })
+    expect(message).toBe('train: two faults:\n  one\n  two\nmend')
+  })
+
   test('fix, details and cause may be missing', () => {
     const plain = new MoeError({ code: 'E_NAN', op: 'step 3', problem: 'the loss is NaN' })
     expect(plain.message).toBe('step 3: the loss is NaN')

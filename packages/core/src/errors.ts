@@ -39,8 +39,10 @@ export class MoeError extends Error {
   readonly details: Readonly<Record<string, unknown>>
 
   constructor(info: ErrorInfo) {
+    // A problem that is a list ends its last line itself.
+    const separator = info.problem.endsWith('\n') ? '' : '; '
     super(
-      info.fix ? `${info.op}: ${info.problem}; ${info.fix}` : `${info.op}: ${info.problem}`,
+      info.fix ? `${info.op}: ${info.problem}${separator}${info.fix}` : `${info.op}: ${info.problem}`,
       info.cause === undefined ? undefined : { cause: info.cause },
     )
     this.name = 'MoeError'

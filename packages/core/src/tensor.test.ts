@@ -1,3 +1,4 @@
+import { inspect } from 'node:util'
 import fc from 'fast-check'
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Backend } from './backend.ts'
@@ -16,6 +17,13 @@ beforeEach(() => {
 const list = async (t: Tensor) => Array.from(await t.values())
 const code = (wanted: string, message = /./) =>
   expect.objectContaining({ code: wanted, message: expect.stringMatching(message) })
+
+test('Node prints what a tensor is, in a model, too', () => {
+  const x = tensor([1, 2])
+  expect(inspect({ x, weight: new Parameter(ones([2, 3])) })).toBe('{ x: Tensor f32 [2], weight: Parameter f32 [2,3] }')
+  x.dispose()
+  expect(inspect(x)).toBe('Tensor f32 [2] (freed)')
+})
 
 describe('creation', () => {
   test('shape and dtype follow from the values', async () => {

@@ -124,6 +124,11 @@ export class Tensor extends Scoped implements Value {
     this.node = null
   }
 
+  /** What Node prints: `Tensor f32 [2,3]`. The elements may still be in the making: see `values`. */
+  [Symbol.for('nodejs.util.inspect.custom')](): string {
+    return `${this.constructor.name} ${this.dtype} ${showShape(this.shape)}${this.disposed ? ' (freed)' : ''}`
+  }
+
   /** The elements as a fresh host array (raw bits for the 16- and 8-bit floats). Waits for the work that makes them. */
   async data(): Promise<HostArray> {
     alive('data', this)

@@ -138,8 +138,20 @@ describe('loadStateDict', () => {
     for (const key of ['counts', 'experts.1.down_proj.weight', 'experts.3.up_proj.weight', 'bias', 'head.weight']) {
       expect(error.message).toContain(key)
     }
-    expect(error.message).toMatch(/2 missing[\s\S]*2 unexpected[\s\S]*1 of another shape[\s\S]*; build the model with/)
+    expect(error.message).toMatch(/2 missing[\s\S]*2 unexpected[\s\S]*1 of another shape[\s\S]*\nbuild the model with/)
     expect(await snapshot(model)).toEqual(before)
+  })
+
+  test('shows some of many keys, and has all in details', async () => {
+    class Many extends Module {
+      readonly layers = Array.from({ length: 50 }, () => new RmsNorm(2))
+    }
+    const error = await loadStateDict(new Many(), entriesSource([])).catch((e: unknown) => e)
+    if (!isMoeError(error, 'E_STATE_DICT')) throw error
+    expect(error.message).toMatch(
+      /50 missing:[\s\S]*layers\.19\.weight\n +and 30 more: all are in the error's details\n/,
+    )
+    expect(error.details['missing']).toHaveLength(50)
   })
 
   test('a slice of another shape is named by its own key', async () => {

@@ -139,9 +139,16 @@ function convert(data: HostArray, from: DType, to: DType): HostArray {
   return from === to ? data : encodeHost(to, decodeHost(from, data))
 }
 
+/** Keys of a kind that a message shows: of a large model there may be 50,000. */
+const shownKeys = 20
+
 function mismatch(missing: string[], unexpected: string[], misshaped: string[]): MoeError {
-  const list = (title: string, keys: string[]) =>
-    keys.length === 0 ? '' : `\n  ${keys.length} ${title}:\n${keys.map(key => `    ${key}`).join('\n')}`
+  const list = (title: string, keys: string[]) => {
+    if (keys.length === 0) return ''
+    const lines = keys.slice(0, shownKeys)
+    if (keys.length > shownKeys) lines.push(`and ${keys.length - shownKeys} more: all are in the error's details`)
+    return `\n  ${keys.length} ${title}:\n${lines.map(line => `    ${line}`).join('\n')}`
+  }
   return new MoeError({
     code: 'E_STATE_DICT',
     op: 'loadStateDict',
