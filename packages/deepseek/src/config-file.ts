@@ -58,6 +58,12 @@ async function readJson(folder: string): Promise<Record<string, unknown>> {
     return json as Record<string, unknown>
   } catch (cause) {
     const reason = cause instanceof Error ? cause.message : String(cause)
-    throw new MoeError({ code: 'E_CHECKPOINT', op: path, problem: `cannot be read: ${reason}`, cause })
+    throw new MoeError({
+      code: 'E_CHECKPOINT',
+      op: path,
+      problem: `cannot be read: ${reason}`,
+      fix: 'pass a local folder with config.json and safetensors files, such as checkpoints/step-…/model of a training run; nothing is downloaded',
+      cause,
+    })
   }
 }

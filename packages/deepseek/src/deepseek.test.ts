@@ -230,6 +230,8 @@ describe('generation', () => {
     expect(() => model.generate([])).toThrow(/prompt is empty/)
     expect(() => model.generate([40])).toThrow(/token 0 is 40, outside the vocabulary of 40/)
     expect(() => model.generate([1], { temperature: -1, topP: 2 })).toThrow(/temperature = -1 is negative; topP = 2/)
+    expect(() => model.generate([1], { topP: 0.9 })).toThrow(/topP mean nothing: pass temperature: 1/)
+    expect(() => model.generate('hello' as unknown as number[])).toThrow(/prompt is a text; pass its ids/)
     const stop = '.' as unknown as string[]
     expect(() => model.generate([1], { stop })).toThrow(/stop is "\."; pass a list of token ids and texts/)
     const aborted = model.generate([1], { signal: AbortSignal.abort() })

@@ -142,6 +142,14 @@ function unfinished(text: string, stops: readonly string[]): number {
 
 function checkPrompt(model: DeepSeek, prompt: ArrayLike<number>): void {
   const { vocab_size: vocabulary } = model.config
+  if (typeof prompt === 'string') {
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'generate',
+      problem: 'the prompt is a text',
+      fix: 'pass its ids: tokenizer.encode(text)',
+    })
+  }
   if (prompt.length === 0) {
     throw new MoeError({
       code: 'E_ATTR',

@@ -2,7 +2,7 @@
 import { MoeError, type Random, softmax, type Tensor } from '@moe/core'
 
 export interface SamplingOptions {
-  /** 0 (default) takes the likeliest token. */
+  /** 0 takes the likeliest token, always the same; 1 draws as the model says. Default 0. */
   readonly temperature?: number
   /** Smallest set of tokens whose probability reaches this. */
   readonly topP?: number
@@ -23,8 +23,13 @@ export function scoresOf(logits: Tensor, { temperature = 0 }: SamplingOptions): 
 }
 
 /** @throws MoeError E_ATTR for a value outside its range. */
-export function checkSampling({ temperature = 0, topP = 1, minP = 0 }: SamplingOptions): void {
+export function checkSampling(options: SamplingOptions): void {
+  const { temperature = 0, topP = 1, minP = 0 } = options
   const problems: string[] = []
+  const idle = (['topP', 'minP'] as const).filter(name => options[name] !== undefined)
+  if (options.temperature === undefined && idle.length > 0) {
+    problems.push(`without a temperature nothing is drawn, and ${idle.join(', ')} mean nothing: pass temperature: 1`)
+  }
   if (!(temperature >= 0)) problems.push(`temperature = ${temperature} is negative`)
   if (!(topP > 0 && topP <= 1)) problems.push(`topP = ${topP} is not in (0, 1]`)
   if (!(minP >= 0 && minP <= 1)) problems.push(`minP = ${minP} is not in [0, 1]`)
