@@ -109,6 +109,10 @@ export type ResolvedOptions = Required<Pick<TrainOptions, keyof typeof defaults 
 
 /** @throws MoeError E_CONFIG that lists every setting that cannot be */
 export function resolveOptions(options: TrainOptions): ResolvedOptions {
+  if (typeof options !== 'object' || options === null) {
+    const problem = `options are ${options}`
+    throw new MoeError({ code: 'E_CONFIG', op: 'train', problem, fix: 'pass { data, tokenizer, steps }' })
+  }
   const given = Object.fromEntries(
     Object.entries(options).filter(([, value]) => value !== undefined),
   ) as unknown as TrainOptions
@@ -140,7 +144,21 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
     const value: unknown = merged[name]
     if (value !== undefined && typeof value !== 'function') problems.push(`${name} is ${value}, needs a function`)
   }
-  if (merged.data?.training === undefined) problems.push('data is missing, needs training texts or tokens')
+  const { data, signal, betas = [], progress } = merged
+  if (data === undefined) problems.push('data is missing, needs training texts or tokens')
+  else if (data?.training === undefined) {
+    problems.push('data has no training part: make it with texts(documents) or textFiles(patterns)')
+  }
+  if (out !== undefined && typeof out !== 'string') problems.push(`out is ${out}, needs the path of a folder`)
+  if (signal !== undefined && typeof signal?.addEventListener !== 'function') {
+    problems.push('signal is no AbortSignal (of an AbortController, pass .signal)')
+  }
+  if (progress !== undefined && typeof progress !== 'boolean' && typeof progress !== 'function') {
+    problems.push(`progress is ${progress}, needs true, false or a function`)
+  }
+  if (!Array.isArray(betas) || !betas.every(beta => beta >= 0 && beta < 1) || ![0, 2].includes(betas.length)) {
+    problems.push(`betas is ${JSON.stringify(betas)}, needs two numbers of at least 0 and below 1`)
+  }
   if (resume && out === undefined) problems.push('resume is given without out, the folder of the run')
   if (problems.length > 0) {
     throw new MoeError({

@@ -295,6 +295,8 @@ describe('resuming', () => {
     expect(numbersOf(cut)).toEqual(numbersOf(whole))
     const other = await errorOf(run({ out: cut, resume: true, optimizer: 'adamw' }))
     expect(other).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(/optimizer: saved with muon/) })
+    const changed = await errorOf(run({ out: cut, resume: true, optimizer: 'adamw', allowChanges: true }))
+    expect(changed.message).toMatch(/begin another run with the model in .*step-000012.model; nothing was changed/)
   })
 
   test('holds for a model that counts its steps, also when it was trained before', async () => {
@@ -464,6 +466,8 @@ describe('bad checkpoints are refused and change nothing', () => {
     for (const text of ['seed: saved with 7, now 8', 'lr: saved with 0.05, now 0.01', 'data: ', 'allowChanges']) {
       expect(error.message).toContain(text)
     }
+    const longer = await refused(out, { steps: 20 })
+    expect((longer as MoeError).details['differences']).toEqual(['steps: saved with 12, now 20'])
     const { result } = await run({ out, resume: true, allowChanges: true, ...changed })
     expect(result.steps).toBe(12)
   })
@@ -607,6 +611,14 @@ describe('failures lose nothing', () => {
     const wrong = { ...settings, schedule: 5, data: undefined } as unknown as TrainOptions
     const more = await errorOf(train(model, wrong))
     for (const text of ['schedule is 5, needs a function', 'data is missing']) expect(more.message).toContain(text)
+    const others = { ...settings, data: ['text'], betas: 0.9, out: 3, signal: new AbortController(), progress: 'yes' }
+    const { message } = await errorOf(train(model, others as unknown as TrainOptions))
+    for (const name of ['data has no training part', 'betas is 0.9', 'out is 3', 'pass .signal', 'progress is yes']) {
+      expect(message).toContain(name)
+    }
+    expect(await errorOf(train(model, undefined as unknown as TrainOptions))).toMatchObject({
+      code: 'E_CONFIG',
+    })
     disposeModule(model)
   })
 

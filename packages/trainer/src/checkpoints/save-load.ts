@@ -1,6 +1,6 @@
 /** @file What a checkpoint holds: the model in the Hugging Face layout, the optimizer's state, the trainer's state. */
 import { mkdir, open, readFile } from 'node:fs/promises'
-import { basename, join } from 'node:path'
+import { basename, dirname, join } from 'node:path'
 import {
   openCheckpoint,
   readSafetensors,
@@ -153,7 +153,7 @@ async function fill(stored: OpenedTraining, { model, optimizer }: CheckpointPart
       code: 'E_CHECKPOINT',
       op: moments.path,
       problem: `it is the state of ${name ?? 'an unnamed optimizer'}, not of ${optimizer.name}`,
-      fix: 'resume with the optimizer that the run was started with; nothing was changed',
+      fix: `resume with the optimizer that the run was started with, or begin another run with the model in ${join(dirname(moments.path), MODEL_FOLDER)}; nothing was changed`,
     })
   }
   // Both compare all names and shapes before they change anything; the model comes last, because a failed run throws its
