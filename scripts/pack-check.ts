@@ -1,9 +1,11 @@
 // Proves the packages as users get them: packs each one (after `pnpm build`), lets publint look at the tarball, installs all tarballs
-// with npm into an empty folder and imports every entry there, without sources and without TypeScript.
+// with npm into an empty folder and imports every entry there, without sources and without TypeScript. Native kernels that were built for
+// publishing (`node packages/kernels-cpu/scripts/build-native.mjs --platforms`) must then come with this machine's platform package;
+// `--release`: they must be there.
 import { execFileSync, spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { join, resolve } from 'node:path'
+import { basename, join, resolve } from 'node:path'
 import { publint } from 'publint'
 import { formatMessage } from 'publint/utils'
 
@@ -12,12 +14,12 @@ interface Manifest {
   version: string
   private?: boolean
   bin?: Record<string, string>
-  exports: Record<string, unknown>
+  exports?: Record<string, unknown>
   dependencies?: Record<string, string>
   peerDependencies?: Record<string, string>
   peerDependenciesMeta?: Record<string, { optional?: boolean }>
   optionalDependencies?: Record<string, string>
-  publishConfig?: { exports: Record<string, unknown>; bin?: Record<string, string> }
+  publishConfig?: { exports?: Record<string, unknown>; bin?: Record<string, string>; os?: string[] }
 }
 
 interface Packed {
@@ -28,7 +30,7 @@ interface Packed {
 const work = mkdtempSync(join(tmpdir(), 'moe-pack-'))
 const problems: string[] = []
 try {
-  const packages = readdirSync('packages').flatMap(pack)
+  const packages = [...foldersIn('packages'), ...foldersIn(join('packages', 'kernels-cpu', 'npm'))].flatMap(pack)
   for (const { manifest, tarball } of packages) await lint(manifest, tarball)
   installAndImport(packages)
   const bytes = packages.reduce((sum, { tarball }) => sum + statSync(tarball).size, 0)
@@ -39,15 +41,27 @@ try {
 for (const problem of problems) console.error(problem)
 process.exitCode = problems.length > 0 ? 1 : 0
 
-function pack(name: string): Packed[] {
-  const folder = join('packages', name)
+function foldersIn(folder: string): string[] {
+  return readdirSync(folder).map(name => join(folder, name))
+}
+
+function pack(folder: string): Packed[] {
   if (!existsSync(join(folder, 'package.json'))) return []
   const manifest: Manifest = JSON.parse(readFileSync(join(folder, 'package.json'), 'utf8'))
   if (manifest.private) return []
-  if (!existsSync(join(folder, 'dist'))) throw new Error(`${folder}/dist is missing: run \`pnpm build\` first`)
-  const tarball = join(work, `${name}.tgz`)
+  if (manifest.exports && !existsSync(join(folder, 'dist')))
+    throw new Error(`${folder}/dist is missing: run \`pnpm build\` first`)
+  if (manifest.publishConfig?.os && !hasLibrary(folder) && process.argv.includes('--release'))
+    problems.push(
+      `${manifest.name}: no library; run \`node packages/kernels-cpu/scripts/build-native.mjs --platforms\``,
+    )
+  const tarball = join(work, `${basename(folder)}.tgz`)
   pnpm(['pack', '--out', tarball], folder)
   return [{ manifest, tarball }]
+}
+
+function hasLibrary(folder: string): boolean {
+  return readdirSync(folder).some(name => name.startsWith('moe-cpu-'))
 }
 
 async function lint(manifest: Manifest, tarball: string): Promise<void> {
@@ -70,7 +84,11 @@ function installAndImport(packages: Packed[]): void {
       ),
     ),
   )
-  const dependencies = { ...peers, ...tarballs }
+  // What is for a system comes through the package that wants it, or not at all.
+  const forAnySystem = packages
+    .filter(({ manifest }) => !manifest.publishConfig?.os)
+    .map(({ manifest }) => manifest.name)
+  const dependencies = { ...peers, ...Object.fromEntries(forAnySystem.map(name => [name, tarballs[name]])) }
   writeFileSync(join(app, 'package.json'), JSON.stringify({ type: 'module', dependencies, overrides: tarballs }))
   execFileSync('npm', ['install', '--ignore-scripts', '--no-audit', '--no-fund', '--loglevel=error'], {
     cwd: app,
@@ -78,11 +96,14 @@ function installAndImport(packages: Packed[]): void {
     shell: process.platform === 'win32',
   })
   const entries = packages.flatMap(({ manifest }) =>
-    Object.keys(manifest.publishConfig?.exports ?? manifest.exports)
+    Object.keys(manifest.publishConfig?.exports ?? manifest.exports ?? {})
       .filter(entry => !entry.endsWith('.json') && !entry.includes('*'))
       .map(entry => `${manifest.name}${entry.slice(1)}`),
   )
-  writeFileSync(join(app, 'import-all.js'), importAll(entries))
+  const native = foldersIn(join(app, 'node_modules', '@moe')).some(
+    folder => /kernels-cpu-/.test(folder) && hasLibrary(folder),
+  )
+  writeFileSync(join(app, 'import-all.js'), importAll(entries) + (native ? useNativeKernels() : ''))
   for (const node of nodes()) {
     const output = execFileSync(node, ['import-all.js'], { cwd: app, encoding: 'utf8' })
     for (const line of output.split('\n').filter(Boolean)) problems.push(line)
@@ -113,6 +134,17 @@ function importAll(entries: string[]): string {
     console.log(entry + ': ' + (error?.stack ?? error))
   }
 }
+`
+}
+
+/** A program that prints a line when the kernels that were installed do not compute. */
+function useNativeKernels(): string {
+  return `const { createBackend } = await import('@moe/kernels-cpu')
+const { setDefaultBackend, tensor } = await import('@moe/core')
+setDefaultBackend(await createBackend())
+const x = tensor([1, 2, 3, 4], [2, 2])
+const product = await x.matmul(x).values()
+if (String(product) !== '7,10,15,22') console.log('@moe/kernels-cpu: [1 2; 3 4] squared is ' + product)
 `
 }
 
