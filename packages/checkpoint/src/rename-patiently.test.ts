@@ -26,10 +26,9 @@ describe('renamePatiently', () => {
   })
 
   it('gives up after a second, and at once on other errors', async () => {
-    const started = performance.now()
     refuse(9, 'EPERM')
     await expect(renamePatiently('a', 'b')).rejects.toThrow('EPERM')
-    expect(performance.now() - started).toBeGreaterThan(1000)
+    expect(rename).toHaveBeenCalledTimes(6)
     vi.mocked(rename).mockReset()
     await expect(renamePatiently('missing', 'b')).rejects.toThrow('ENOENT')
     expect(rename).toHaveBeenCalledTimes(1)

@@ -1,5 +1,13 @@
 /** @file Where NaN and infinity came from: looked for only after they were seen. */
-import { type HostArray, type Module, MoeError, type NamedParameter, namedParameters, type Tensor } from '@moe/core'
+import {
+  type HostArray,
+  type Module,
+  MoeError,
+  type NamedParameter,
+  namedParameters,
+  type Parameter,
+  type Tensor,
+} from '@moe/core'
 
 export interface NonFinite {
   /** Key of the parameter (of its slice, when it is stacked). */
@@ -10,14 +18,17 @@ export interface NonFinite {
   readonly size: number
 }
 
-/**
- * The first parameter, in the order of the model, whose values are not finite; else the first whose gradient is not.
- */
-export async function findNonFinite(model: Module): Promise<NonFinite | null> {
+type GradientOf = (parameter: Parameter) => Tensor | null
+
+/** The first parameter, in the order of the model, whose values are not finite; else the first whose gradient is not. */
+export async function findNonFinite(
+  model: Module,
+  gradientOf: GradientOf = parameter => parameter.grad,
+): Promise<NonFinite | null> {
   const parameters = namedParameters(model)
   for (const kind of ['value', 'gradient'] as const) {
     for (const named of parameters) {
-      const tensor: Tensor | null = kind === 'value' ? named.parameter : named.parameter.grad
+      const tensor: Tensor | null = kind === 'value' ? named.parameter : gradientOf(named.parameter)
       if (tensor === null || tensor.dtype !== 'f32') continue
       const found = inspect(named, kind, await tensor.data())
       if (found !== null) return found
@@ -42,13 +53,14 @@ function inspect(named: NamedParameter, kind: NonFinite['kind'], data: HostArray
 const place = (where: NonFinite) =>
   `the ${where.kind === 'value' ? 'values' : 'gradient'} of ${where.name}: ${where.count} of ${where.size} elements`
 
-/** The error for a step whose loss or gradient norm is not a number; looks for the cause in the model as it is. */
+/** The error for a step whose loss or gradient norm is not a number; looks for the cause in the model as it is, and its gradients. */
 export async function nonFiniteStep(
   model: Module,
   step: number,
   seen: { readonly loss: number; readonly gradNorm: number },
+  gradientOf?: GradientOf,
 ): Promise<MoeError> {
-  const where = await findNonFinite(model)
+  const where = await findNonFinite(model, gradientOf)
   const first = where === null ? 'each value and gradient is finite by itself' : `not finite first in ${place(where)}`
   return new MoeError({
     code: 'E_NAN',

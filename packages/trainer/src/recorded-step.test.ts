@@ -381,4 +381,21 @@ describe('TrainingSteps', () => {
     expect(again.loss).toBeGreaterThan(0)
     dispose()
   })
+
+  test('a gradient that is not finite is told by its parameter, recorded as well as op by op', async () => {
+    const told: unknown[] = []
+    for (const record of [true, false]) {
+      const { model, steps, order, dispose } = prepare(record)
+      for (let step = 0; step < 3; step++) await steps.step(order.step(step), { lr: 1e-3 })
+      const { weight } = model.lm_head
+      // Finite, but no product with them is.
+      model.backend.write?.(weight, new Float32Array(weight.size).fill(3e38))
+      const error = await steps.step(order.step(3), { lr: 1e-3 }).catch((thrown: MoeError) => thrown)
+      expect(error).toMatchObject({ code: 'E_NAN', details: { kind: 'gradient' } })
+      told.push((error as MoeError).details?.['parameter'])
+      dispose()
+    }
+    expect(told[0]).toBeTypeOf('string')
+    expect(told[0]).toBe(told[1])
+  })
 })

@@ -141,6 +141,11 @@ export class RecordedStep {
     return { numbers: average(passes, norm, factor), carried: sums }
   }
 
+  /** What `measure` left, which is not in the parameter's `grad`. */
+  gradientOf(parameter: Parameter): Tensor | null {
+    return this.#pass.result.gradients[this.#trained.indexOf(parameter)] ?? null
+  }
+
   /**
    * Applies the gradients that `measure` left.
    * @returns false where there is no memory to record that beside the other graphs: it has been done op by op, without them, and this step is of no more use

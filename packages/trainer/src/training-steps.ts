@@ -142,7 +142,7 @@ export class TrainingSteps {
       const measured = await recorded.measure(batches)
       const { numbers, carried } = measured
       if (!Number.isFinite(numbers.loss) || !Number.isFinite(numbers.gradNorm))
-        throw await nonFiniteStep(this.#model, step, numbers)
+        throw await nonFiniteStep(this.#model, step, numbers, parameter => recorded.gradientOf(parameter))
       if (!recorded.apply(measured, lr)) this.#goOnOpByOp()
       return { ...numbers, after: await staged.report(carried) }
     } catch (error) {
