@@ -107,6 +107,8 @@ async function copyDependencies(): Promise<void> {
   // Installed beside it, as its optional dependency.
   const native = join('@koromix', `koffi-linux-${process.arch}`)
   copy(join(koffi, '..', native), native)
+  const ofCpu = createRequire(join(root, 'packages/kernels-cpu/package.json'))
+  copy(dirname(ofCpu.resolve('detect-libc/package.json')), 'detect-libc')
   for (const [name, user] of Object.entries(bundled)) {
     await bundle({ stdin: { contents: `export * from '${name}'`, resolveDir: join(root, 'packages', user) } }, name)
   }
