@@ -95,7 +95,7 @@ function findFolder(): string {
     problem: `no native library in ${tried.join(' or ')}`,
     fix:
       'install with optional dependencies, which bring it for Linux, macOS and Windows; ' +
-      'elsewhere install a C++ compiler and run `node scripts/build-native.mjs` in the folder of @moe/kernels-cpu',
+      'in a checkout or on another system install a C++ compiler and run `node scripts/build-native.mjs` in the folder of @moe/kernels-cpu',
     details: { platform: `${process.platform}-${process.arch}`, tried },
   })
 }
