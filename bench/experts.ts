@@ -7,7 +7,7 @@
  * step with the first number of experts.
  */
 import { parseArgs } from 'node:util'
-import { lastJson, median, printTable, root, writeResults } from './shared/report.ts'
+import { lastJson, median, millisecondsOf, printTable, root, writeResults } from './shared/report.ts'
 
 const { values: options } = parseArgs({
   options: {
@@ -45,11 +45,10 @@ for (let round = 0; round < Number(options.rounds); round++) {
 
 const results = counts.map(count => {
   const rounds = measured.get(count) ?? []
-  const of = (...ops: string[]) =>
-    median(rounds.map(round => ops.reduce((sum, op) => sum + (round.ops[op] ?? 0), 0) / 1000))
+  const of = (pattern: RegExp) => median(rounds.map(round => millisecondsOf(round.ops, pattern) / 1000))
   const seconds = median(rounds.flatMap(round => round.seconds))
-  const optimizer = of('adamwStep', 'globalNorm')
-  const experts = of('groupedMatmul', 'groupedMatmulWeightGrad')
+  const optimizer = of(/adamw|global_norm/)
+  const experts = of(/grouped_matmul/)
   const peakMemoryBytes = Math.max(...rounds.map(round => round.peakMemoryBytes))
   return {
     experts: Number(count),

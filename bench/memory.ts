@@ -4,11 +4,11 @@
  *     pnpm bench memory [--config 12m] [--precision bf16] [--seq 256,1024,4096] [--tokens 4096] [--rounds N] [--json FILE] [--no-peers]
  *
  * The number of tokens of a step stays, only the sequences grow: everything but attention should take as long as before. Peak memory is what the
- * process had resident at most, parameters, moments and the runtime itself included. `engine` is all time outside of ops: dispatch, autograd's
- * walk, waiting.
+ * process had resident at most, parameters, moments and the runtime itself included. `engine` is all time outside of kernels: replaying
+ * the step, the host's part of it, waiting.
  */
 import { parseArgs } from 'node:util'
-import { findPython, lastJson, median, printTable, root, writeResults } from './shared/report.ts'
+import { findPython, lastJson, median, millisecondsOf, printTable, root, writeResults } from './shared/report.ts'
 
 const { values: options } = parseArgs({
   options: {
@@ -44,17 +44,12 @@ function torch(python: string, seq: string): Measurement {
 }
 
 function summarize(who: string, seq: string, rounds: readonly Measurement[]) {
-  const sum = (test: (op: string) => boolean) =>
-    median(
-      rounds.map(({ ops = {} }) =>
-        Object.entries(ops).reduce((total, [op, milliseconds]) => total + (test(op) ? milliseconds : 0), 0),
-      ),
-    ) / 1000
+  const sum = (pattern: RegExp) => median(rounds.map(({ ops = {} }) => millisecondsOf(ops, pattern))) / 1000
   const seconds = median(rounds.flatMap(round => round.seconds))
   const peakMemoryBytes = Math.max(...rounds.map(round => round.peakMemoryBytes))
   if (rounds[0].ops === undefined) return { who, seq, seconds, peakMemoryBytes }
-  const attention = sum(op => op.startsWith('attention'))
-  const engine = sum(op => op === 'engine')
+  const attention = sum(/attention/)
+  const engine = sum(/^engine$/)
   return { who, seq, seconds, peakMemoryBytes, attention, rest: seconds - attention, engine }
 }
 

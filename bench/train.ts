@@ -5,8 +5,8 @@
  * [--compiled-peer] [--profile] [--experts N] [--no-record]
  *
  * A step is forward, backward, clipping at norm 1 and AdamW on 2,048 random tokens (--tokens), in sequences of 256 (--seq). Every measurement is a process of
- * its own; ours and PyTorch's take turns, and medians are over all timed steps of all rounds. The step is recorded and replayed, as `train` does it; with
- * --no-record or --profile it runs op by op.
+ * its own; ours and PyTorch's take turns, and medians are over all timed steps of all rounds. The step is recorded and replayed, as `train` does it, and a profile has
+ * the time of each kernel; with --no-record it runs op by op, and a profile has the time of each op.
  */
 import { spawnSync } from 'node:child_process'
 import { existsSync, writeFileSync } from 'node:fs'
@@ -62,7 +62,7 @@ interface Measurement {
   readonly parameters: number
   readonly seconds: readonly number[]
   readonly peakMemoryBytes: number
-  /** With --profile: milliseconds per step of each op, and of everything outside of ops. */
+  /** With --profile: milliseconds per step of each kernel or op, and of everything outside of them. */
   readonly ops?: Readonly<Record<string, number>>
   readonly firstLoss: number
   readonly lastLoss: number
@@ -97,7 +97,7 @@ async function work(): Promise<Measurement> {
   const parameters = namedParameters(model)
   const optimizer = new AdamW(parameters)
   const batch = randomBatch(tokensPerStep / sequenceLength, sequenceLength + model.lookahead, model.vocabSize)
-  const settings = { clip: 1, precision: precision as Precision, record: options.record && !options.profile }
+  const settings = { clip: 1, precision: precision as Precision, record: options.record }
   const steps = new TrainingSteps(model, parameters, optimizer, settings)
   const step = async () => {
     const { loss } = await steps.step([batch], { lr: 1e-3 })
@@ -138,7 +138,7 @@ function randomBatch(rows: number, length: number, vocabulary: number): TokenBat
   return { tokens, documents: new Int32Array(rows * length), rows, length }
 }
 
-/** Times every op of kernels-cpu until the returned function prints them and gives them by name. */
+/** Times every kernel, or op, of kernels-cpu until the returned function prints them and gives them by name. */
 async function startProfile(): Promise<(seconds: readonly number[]) => Record<string, number>> {
   const { profile, startProfile, stopProfile } = await import('@moe/kernels-cpu')
   startProfile()

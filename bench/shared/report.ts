@@ -35,6 +35,11 @@ export function median(values: readonly number[]): number {
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2
 }
 
+/** Milliseconds of all ops, or kernels, whose name the pattern finds. */
+export function millisecondsOf(ops: Readonly<Record<string, number>>, pattern: RegExp): number {
+  return Object.entries(ops).reduce((sum, [op, milliseconds]) => sum + (pattern.test(op) ? milliseconds : 0), 0)
+}
+
 /** Prints rows under their heads, the first `left` columns flush left. */
 export function printTable(heads: readonly string[], rows: readonly (readonly string[])[], left = 1): void {
   const widths = heads.map((head, i) => Math.max(head.length, ...rows.map(row => row[i].length)))

@@ -94,19 +94,26 @@ MOE_INLINE f32v to_f32(i32v x) { return __builtin_convertvector(x, f32v); }
 // Truncates; the values must fit.
 MOE_INLINE i32v to_i32(f32v x) { return __builtin_convertvector(x, i32v); }
 
-MOE_INLINE bool any(i32v mask) {
+// Bit i tells whether lane i of a mask is set.
+MOE_INLINE uint32_t set_lanes(i32v mask) {
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask) != 0;
+  return _mm512_movepi32_mask((__m512i)mask);
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)mask) != 0;
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
 #elif defined(__x86_64__)
-  return _mm_movemask_ps((__m128)mask) != 0;
-#elif defined(__aarch64__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+#else
+  uint32_t found = 0;
+  for (int i = 0; i < lanes; i++) found |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return found;
+#endif
+}
+
+MOE_INLINE bool any(i32v mask) {
+#if defined(__aarch64__)
   return vmaxvq_u32((uint32x4_t)mask) != 0;
 #else
-  int32_t found = 0;
-  for (int i = 0; i < lanes; i++) found |= mask[i];
-  return found != 0;
+  return set_lanes(mask) != 0;
 #endif
 }
 

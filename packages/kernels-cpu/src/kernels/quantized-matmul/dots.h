@@ -72,8 +72,8 @@ struct Dots {
   int64_t run;  // groups with one scale
 };
 
-// How far ahead of the weights memory is asked for.
-constexpr int64_t ahead = 2048;
+// How far ahead of the weights memory is asked for; and for floats, which AVX-512 multiplies faster than memory brings them.
+constexpr int64_t ahead = 2048, floats_ahead = lanes == 16 ? 8192 : ahead;
 
 // R rows of the weight from `row` on times M rows of x. An element's bits do not depend on R. No more rows at once, because memory is
 // fastest when it is read in order.
@@ -116,7 +116,7 @@ MOE_INLINE void dot_rows(const Dots& d, int64_t row) {
     }
     for (; g < whole; ++g) {
 #pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) __builtin_prefetch(from + (R * g + r) * bytes + ahead);
+      for (int r = 0; r < R; ++r) __builtin_prefetch(from + (R * g + r) * bytes + floats_ahead);
       multiply(g, bytes);
     }
     if (g < end) multiply(g++, rest);

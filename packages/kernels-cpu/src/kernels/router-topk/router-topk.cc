@@ -47,17 +47,7 @@ MOE_INLINE int32_t largest(i32v x) {
 #endif
 }
 // Index of the first lane whose mask is set; there is one.
-MOE_INLINE int first_lane(i32v mask) {
-#if defined(__AVX512F__)
-  return __builtin_ctz(_mm512_movepi32_mask((__m512i)mask));
-#elif defined(__AVX2__)
-  return __builtin_ctz(static_cast<unsigned>(_mm256_movemask_ps((__m256)mask)));
-#else
-  int i = 0;
-  while (!mask[i]) i++;
-  return i;
-#endif
-}
+MOE_INLINE int first_lane(i32v mask) { return __builtin_ctz(set_lanes(mask)); }
 
 // `x` with one lane excluded.
 MOE_INLINE i32v without(i32v x, int lane) {

@@ -10,7 +10,7 @@ constexpr int64_t most_inserted = 32;
 
 float key_of(float x) { return x != x ? -std::numeric_limits<float>::infinity() : x; }
 
-// Keeps the best so far sorted; vectors without a better element are passed over.
+// Keeps the best so far sorted; elements that are no better are passed over a vector at a time.
 void by_insertion(int32_t* best, const float* x, int64_t n, int64_t k) {
   float keys[most_inserted];
   int64_t filled = 0;
@@ -28,8 +28,7 @@ void by_insertion(int32_t* best, const float* x, int64_t n, int64_t k) {
   int64_t i = 0;
   for (; i < k; i++) offer(i);
   for (; i + lanes <= n; i += lanes) {
-    if (!any(load(x + i) > splat(keys[k - 1]))) continue;
-    for (int lane = 0; lane < lanes; lane++) offer(i + lane);
+    for (uint32_t better = set_lanes(load(x + i) > splat(keys[k - 1])); better != 0; better &= better - 1) offer(i + __builtin_ctz(better));
   }
   for (; i < n; i++) offer(i);
 }
