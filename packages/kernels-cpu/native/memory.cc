@@ -165,6 +165,14 @@ void release(void* pointer, [[maybe_unused]] size_t bytes) noexcept {
   release_alone(pointer);
 }
 
+void discard([[maybe_unused]] void* pointer, [[maybe_unused]] size_t bytes) noexcept {
+#if defined(__linux__)
+  const uintptr_t from = round_up(reinterpret_cast<uintptr_t>(pointer), huge_page);
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(pointer) + bytes) / huge_page * huge_page;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
+#endif
+}
+
 #if defined(__SANITIZE_ADDRESS__)
 // Exact blocks that start as huge numbers, so that a read outside or before a write shows.
 Scratch::Scratch(size_t bytes) : pointer_(allocate(bytes)), size_class_(0) {

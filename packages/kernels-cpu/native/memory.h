@@ -10,6 +10,8 @@ namespace moe {
 void* allocate(size_t bytes) noexcept;
 // `bytes` as they were asked for.
 void release(void* pointer, size_t bytes) noexcept;
+// Gives the pages of a part of a block back to the system until they are written again: whole huge pages, on Linux; elsewhere nothing.
+void discard(void* pointer, size_t bytes) noexcept;
 
 // Working memory for the length of a call. Contents are undefined. Throws std::bad_alloc.
 // For memory per worker ask once for max_threads() times as much, before the parallel part.

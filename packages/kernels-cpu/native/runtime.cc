@@ -86,7 +86,7 @@ int guarded(const double* slots, void (*body)(Args&)) noexcept {
 extern "C" {
 
 // Raised when the meaning of slots or of these functions changes.
-MOE_EXPORT int moe_abi_version() { return 3; }
+MOE_EXPORT int moe_abi_version() { return 4; }
 
 // Runs recorded kernels one after another: `calls` holds pairs of a kernel's address and that of its slots. 0, or
 // 4 * (1 + the number of the one that failed) + its status.
@@ -131,6 +131,10 @@ MOE_EXPORT int64_t moe_allocate(int64_t bytes) {
 
 MOE_EXPORT void moe_release(int64_t pointer, int64_t bytes) {
   moe::release(reinterpret_cast<void*>(static_cast<uintptr_t>(pointer)), static_cast<size_t>(bytes));
+}
+
+MOE_EXPORT void moe_discard(int64_t pointer, int64_t bytes) {
+  moe::discard(reinterpret_cast<void*>(static_cast<uintptr_t>(pointer)), static_cast<size_t>(bytes));
 }
 
 MOE_EXPORT void moe_trim() { moe::trim_scratch(); }

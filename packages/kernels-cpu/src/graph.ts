@@ -1,7 +1,7 @@
 /** @file Recording a run of ops once and running it again as one call into native code. */
 import { type CaptureOptions, type Graph, MoeError, type OpName } from '@moe/core'
 import type { NativeLibrary } from './load.ts'
-import { type CpuBuffer, type Memory, newPool } from './memory.ts'
+import type { CpuBuffer, Memory } from './memory.ts'
 import { failure, type Native } from './native.ts'
 import { counterOf, profiling } from './profile.ts'
 
@@ -73,7 +73,7 @@ export function capture<T>(
 ): Graph<T> {
   const recording = new Recording(library)
   const { calls, buffers } = recording
-  const pool = newPool()
+  const pool = memory.newPool()
   const state = options.state ?? []
   const before = state.map(tensor => tensor.handle as CpuBuffer)
   const copy = native.kernel('moe_copy')

@@ -10,7 +10,7 @@ import { familySync, MUSL } from 'detect-libc'
 export const isas = ['baseline', 'avx2', 'avx512', 'avx512bf16'] as const
 export type Isa = (typeof isas)[number]
 
-const abiVersion = 3
+const abiVersion = 4
 
 /** The C functions of native/abi.h, with addresses and sizes as numbers. */
 export interface NativeLibrary {
@@ -27,6 +27,8 @@ export interface NativeLibrary {
   /** 0 when there is no memory. */
   allocate(bytes: number): number
   release(pointer: number, bytes: number): void
+  /** Pages of it whose content is no longer needed may go. */
+  discard(pointer: number, bytes: number): void
   trim(): void
   upload(to: number, from: ArrayBufferView, bytes: number): void
   download(to: ArrayBufferView, from: number, bytes: number): void
@@ -157,6 +159,7 @@ function open(koffi: Koffi, folder: string, isa: Isa): NativeLibrary & { readonl
     lastError: library.func('const char* moe_last_error()') as unknown as () => string,
     allocate: library.func('int64_t moe_allocate(int64_t bytes)') as unknown as (bytes: number) => number,
     release: library.func('void moe_release(int64_t pointer, int64_t bytes)') as unknown as NativeLibrary['release'],
+    discard: library.func('void moe_discard(int64_t pointer, int64_t bytes)') as unknown as NativeLibrary['discard'],
     trim: library.func('void moe_trim()') as unknown as () => void,
     upload: library.func(
       'void moe_upload(int64_t to, const void* from, int64_t bytes)',

@@ -1,5 +1,6 @@
-/** @file Memory of tensors: buffers with owners, kept in size classes for the next tensor of about that size. */
+/** @file Memory of tensors: buffers with owners. Small ones are kept in size classes for the next tensor of about that size, large ones are ranges of an arena. */
 import { MoeError } from '@moe/core'
+import { Arena } from './arena.ts'
 import type { NativeLibrary } from './load.ts'
 
 /** One piece of native memory. What @moe/core holds as a handle; each handle is one of `refs`. */
@@ -13,9 +14,11 @@ export interface CpuBuffer {
   slot: number
 }
 
-/** Freed blocks by size class. A captured graph has a pool of its own, so that nobody else writes where it computes. */
+/** Memory that was freed. A captured graph has a pool of its own, so that nobody else writes where it computes. */
 export interface Pool {
+  /** Small blocks by size class. */
   readonly free: number[][]
+  readonly large: Arena
   /** With `guarded`, where nothing is used again: what was freed. */
   readonly dead: CpuBuffer[]
   /** Whether its graph is gone: what still comes back is everybody's. */
@@ -37,8 +40,10 @@ export interface MemoryStats {
   readonly cachedBytes: number
 }
 
-/** Freed blocks below this many bytes are kept in any case; above it, as many as were ever live at once. */
+/** Freed memory below this many bytes is kept in any case; above it, as much as was ever live at once. */
 const leastCache = 256 * 2 ** 20
+/** From so many bytes on buffers are in arenas; the classes of smaller ones. */
+const [large, classes] = [2 ** 20, 57]
 const guardBytes = 64
 /** -1.7e38 as f32: a result that read it cannot pass for right. */
 const guardPattern = 0xfe
@@ -49,12 +54,12 @@ export class Memory {
   readonly #library: NativeLibrary
   readonly #limit: number
   readonly #guarded: boolean
-  readonly #shared = newPool()
+  readonly #shared: Pool
   readonly #live: CpuBuffer[] = []
   readonly #pools = new Set<Pool>()
   /** Buffers of other pools that were freed during `within`. */
   readonly #held: CpuBuffer[] = []
-  #pool = this.#shared
+  #pool: Pool
   #handles = 0
   #bytes = 0
   #peakBytes = 0
@@ -65,6 +70,7 @@ export class Memory {
 
   constructor(library: NativeLibrary, options: MemoryOptions = {}) {
     this.#library = library
+    this.#shared = this.#pool = this.newPool()
     this.#limit = options.limit ?? Number.POSITIVE_INFINITY
     this.#guarded = options.guarded ?? false
   }
@@ -74,7 +80,7 @@ export class Memory {
     if (this.#disposed)
       throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'the backend was disposed' })
     if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
-    const pointer = this.#guarded ? this.#allocateGuarded(bytes) : this.#take(sizeClass(bytes))
+    const pointer = this.#guarded ? this.#allocateGuarded(bytes) : this.#take(bytes)
     if (pointer === 0) throw this.#exhausted(bytes)
     const buffer: CpuBuffer = { pointer, bytes, pool: this.#pool, refs: 1, slot: this.#live.length }
     this.#live.push(buffer)
@@ -83,6 +89,12 @@ export class Memory {
     this.#bytes += bytes
     if (this.#bytes > this.#peakBytes) this.#peakBytes = this.#bytes
     return buffer
+  }
+
+  /** For `within`. */
+  newPool(): Pool {
+    const free = Array.from({ length: classes }, () => [])
+    return { free, large: new Arena(this.#library), dead: [], dissolved: false }
   }
 
   /** Memory for a constant of a graph: of everybody's pool, as the graph writes to its own at every replay. */
@@ -154,6 +166,7 @@ export class Memory {
     this.#pools.delete(pool)
     pool.dissolved = true
     for (const [index, list] of pool.free.entries()) this.#shared.free[index].push(...list.splice(0))
+    this.#shared.large.absorb(pool.large)
     for (const buffer of pool.dead.splice(0)) this.#giveBack(buffer)
   }
 
@@ -179,6 +192,8 @@ export class Memory {
       for (const pointer of list) this.#library.release(pointer, classBytes(index))
       list.length = 0
     }
+    this.#cachedBytes -= this.#shared.large.keptBytes
+    this.#shared.large.trim()
     this.#library.trim()
   }
 
@@ -200,16 +215,30 @@ export class Memory {
     if (this.#guarded) for (const buffer of this.#live) this.#checkGuard(buffer)
   }
 
-  #take(index: number): number {
-    const pointer = this.#pool.free[index].pop()
-    if (pointer !== undefined) {
-      this.#cachedBytes -= classBytes(index)
-      return pointer
-    }
-    const fresh = this.#library.allocate(classBytes(index))
-    if (fresh !== 0) return fresh
+  #take(bytes: number): number {
+    const pointer = this.#find(bytes)
+    if (pointer !== 0) return pointer
     this.trim()
-    return this.#library.allocate(classBytes(index))
+    return this.#find(bytes)
+  }
+
+  #find(bytes: number): number {
+    return bytes < large ? this.#findSmall(sizeClass(bytes)) : this.#findLarge(bytes)
+  }
+
+  #findSmall(index: number): number {
+    const pointer = this.#pool.free[index].pop()
+    if (pointer === undefined) return this.#library.allocate(classBytes(index))
+    this.#cachedBytes -= classBytes(index)
+    return pointer
+  }
+
+  #findLarge(bytes: number): number {
+    const arena = this.#pool.large
+    this.#cachedBytes -= arena.keptBytes
+    const pointer = arena.take(bytes)
+    this.#cachedBytes += arena.keptBytes
+    return pointer
   }
 
   #giveBack(buffer: CpuBuffer): void {
@@ -223,12 +252,17 @@ export class Memory {
       this.#library.release(buffer.pointer - guardBytes, buffer.bytes + 2 * guardBytes)
       return
     }
-    const index = sizeClass(buffer.bytes)
-    const size = classBytes(index)
-    if (pool === this.#shared && this.#cachedBytes + size > Math.max(leastCache, this.#peakBytes)) {
-      this.#library.release(buffer.pointer, size)
+    const keeps = (size: number) =>
+      pool !== this.#shared || this.#cachedBytes + size <= Math.max(leastCache, this.#peakBytes)
+    if (buffer.bytes >= large) {
+      const kept = pool.large.keptBytes
+      pool.large.give(buffer.pointer, buffer.bytes, keeps(buffer.bytes))
+      this.#cachedBytes += pool.large.keptBytes - kept
       return
     }
+    const index = sizeClass(buffer.bytes)
+    const size = classBytes(index)
+    if (!keeps(size)) return this.#library.release(buffer.pointer, size)
     pool.free[index].push(buffer.pointer)
     this.#cachedBytes += size
   }
@@ -265,15 +299,11 @@ export class Memory {
   }
 }
 
-export const newPool = (): Pool => ({ free: Array.from({ length: 256 }, () => []), dead: [], dissolved: false })
-
 /** Classes: multiples of 64 up to 1 KiB, then four steps per doubling. */
 function sizeClass(bytes: number): number {
   if (bytes <= 1024) return bytes <= 64 ? 1 : (bytes + 63) >>> 6
-  const large = bytes > 2 ** 31
-  const top = large ? Math.floor((bytes - 1) / 2 ** 20) : bytes - 1
-  const exponent = 31 - Math.clz32(top)
-  return 17 + (exponent + (large ? 20 : 0) - 10) * 4 + ((top >>> (exponent - 2)) & 3)
+  const exponent = 31 - Math.clz32(bytes - 1)
+  return 17 + (exponent - 10) * 4 + (((bytes - 1) >>> (exponent - 2)) & 3)
 }
 
 function classBytes(index: number): number {
