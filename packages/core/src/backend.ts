@@ -240,8 +240,8 @@ export interface FusedAttrs {
   /**
    * Tokens to their experts, through them, and back: `[x [N, D], gate [E, I, D], up [E, I, D], down [E, D, I], weights [N, K], order i32 [M], positions i32 [M],
    * offsets i32 [E+1]] -> [out [N, D]]`, M = N*K and the last three as `dispatchPlan` gives them: permuteTokens, groupedMatmul by gate and up, swiglu, groupedMatmul
-   * by down, combineTokens. With `saves`, gate's and up's results `[M, I]` follow, in expert order, in bf16 when that is the precision: a kernel may keep all that lies
-   * between the products in bf16 then. The decomposition gives out alone.
+   * by down, combineTokens. With `saves`, gate's and up's results `[M, I]` follow, in expert order, in bf16 unless the precision is f32: a kernel may keep all that
+   * products give, but for out and gradients, in bf16 then. The decomposition gives out alone.
    */
   routedExperts: RoutedExpertsAttrs
   /**

@@ -18,34 +18,42 @@ MOE_DEVICE Fp8Scale fp8Scale(uint32_t largest) {
 }
 MOE_DEVICE uint32_t magnitude(float x) { return asBits(x) & 0x7fffffffu; }
 
-/// A warp has 128 neighbours of a row, of which `left` exist, four a lane: `write(four, scale)`.
-template <class Write>
-MOE_DEVICE void roundAlong(const float* from, int left, Write write) {
-  const Four x = load4<false>(from, (int)threadIdx.x % 32 * 4, left);
+/// Of 128 neighbours of a row, four a lane. By whole warps.
+MOE_DEVICE Fp8Scale scaleAlong(const Four& x) {
   uint32_t largest = 0;
   for (int i = 0; i < 4; i++) largest = max(largest, magnitude(x.v[i]));
   for (int step = 16; step > 0; step >>= 1) largest = max(largest, __shfl_xor_sync(wholeWarp, largest, step));
-  write(x, fp8Scale(largest));
+  return fp8Scale(largest);
 }
 
-/// A block of 256 has a tile of 128 rows, of which `left` exist, and 64 columns; each thread 32 rows of a column: `write(column, first row, numbers, scale)`.
+/// A block of 256 has a tile of 128 rows, of which `left` exist, and 64 columns, of `Count` matrices; each thread 32 rows of a column. `load(row, column, exists, x)` gives
+/// the numbers of all matrices there, zeros where none exists; then `write(matrix, column, first row, numbers, scale)`.
 constexpr int stripe = 64, rowsOfThread = 32;
-template <class Write>
-MOE_DEVICE void roundAcross(const float* from, int left, int columns, Write write) {
-  MOE_SHARED(uint32_t, found, [fp8Tile / rowsOfThread][stripe]);
+template <int Count, class Load, class Write>
+MOE_DEVICE void roundAcross(int left, int columns, Load load, Write write) {
+  MOE_SHARED(uint32_t, found, [Count][fp8Tile / rowsOfThread][stripe]);
   const int own = threadIdx.x % stripe, column = blockIdx.x * stripe + own, first = threadIdx.x / stripe * rowsOfThread;
-  float x[rowsOfThread];
-  uint32_t largest = 0;
+  float x[Count][rowsOfThread];
+  uint32_t largest[Count] = {};
 #pragma unroll
   for (int i = 0; i < rowsOfThread; i++) {
-    x[i] = column < columns && first + i < left ? from[(int64_t)(first + i) * columns + column] : 0.f;
-    largest = max(largest, magnitude(x[i]));
+    float all[Count];
+    load(first + i, column, column < columns && first + i < left, all);
+#pragma unroll
+    for (int m = 0; m < Count; m++) {
+      x[m][i] = all[m];
+      largest[m] = max(largest[m], magnitude(all[m]));
+    }
   }
-  found[threadIdx.x / stripe][own] = largest;
+#pragma unroll
+  for (int m = 0; m < Count; m++) found[m][threadIdx.x / stripe][own] = largest[m];
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < fp8Tile / rowsOfThread; i++) largest = max(largest, found[i][own]);
-  write(column, first, x, fp8Scale(largest));
+  for (int m = 0; m < Count; m++) {
+#pragma unroll
+    for (int i = 0; i < fp8Tile / rowsOfThread; i++) largest[m] = max(largest[m], found[m][i][own]);
+    write(m, column, first, x[m], fp8Scale(largest[m]));
+  }
 }
 
 /// The tile of rows that this block has: of which run, from where on, how many rows of the run are left; expert by expert when there are offsets.
@@ -61,4 +69,23 @@ MOE_DEVICE RunTile runTile(const int* offsets, int rows, int runs) {
   // Rows behind the last expert's are nobody's.
   const bool none = found.expert < 0 || found.expert == runs;
   return {found.expert, none ? 0 : (found.row - offsets[found.expert]) / fp8Tile, found.row, none ? 0 : found.end - found.row};
+}
+
+/// An operand as its numbers in bf16, lying as before. Null: not wanted.
+struct Fp8InBf16 {
+  bf16* data;
+  int ld;
+};
+MOE_DEVICE bool isWanted(const Fp8InBf16& to) { return to.data != nullptr; }
+MOE_DEVICE float inFp8(float x, Fp8Scale scale) { return toFloat(toF8e4m3(x * scale.down)) * scale.up; }
+MOE_DEVICE void writeAlong(const Fp8InBf16& to, int64_t row, int at, const Four& x, Fp8Scale scale) {
+  const uint2 pairs = make_uint2(packBf16(inFp8(x.v[0], scale), inFp8(x.v[1], scale)), packBf16(inFp8(x.v[2], scale), inFp8(x.v[3], scale)));
+  if (at < to.ld) *(uint2*)(to.data + row * to.ld + at) = pairs;
+}
+MOE_DEVICE void writeAcross(const Fp8InBf16& to, const RunTile& tile, const int*, int, int column, int first, const float* x, Fp8Scale scale) {
+  if (column >= to.ld) return;
+#pragma unroll
+  for (int i = 0; i < rowsOfThread; i++) {
+    if (first + i < tile.left) to.data[(int64_t)(tile.row + first + i) * to.ld + column] = toBf16(inFp8(x[i], scale));
+  }
 }

@@ -16,22 +16,24 @@ struct Fp8Scales {
 };
 MOE_DEVICE const float* scalesOf(const Fp8Scales& scales, int matrix, int tile) { return scales.data + ((int64_t)matrix * scales.tiles + tile) * scales.ld; }
 
-/// Works off the jobs, whose steps are of 128 k and begin at a multiple of it; rows of b at one of 128. Tensor cores keep no more than some 14 bits of what they add up
+/// Works off the jobs, whose steps are of 128 k and begin at a multiple of it; rows of b at one of 128. `operandsAt(t, use)` calls use(a, b, scalesA, scalesB, t) with
+/// the operands that step t of a job is of, and which of theirs it is. Tensor cores keep no more than some 14 bits of what they add up
 /// (V3 report 3.3.2), so that every 128 of k are added to the sums by ordinary cores, which is also where their scales come in: a warpgroup's
 /// additions go on beside the other one's products. `rowsA`: rows of a that there are scales for.
-template <class JobOf, class Store>
-MOE_DEVICE void workOffFp8(const TensorMap& a, const TensorMap& b, Fp8Scales scalesA, Fp8Scales scalesB, int rowsA, int jobs, JobOf jobOf, Store store) {
+template <class OperandsAt, class JobOf, class Store>
+MOE_DEVICE void workOffFp8Steps(OperandsAt operandsAt, int rowsA, int jobs, JobOf jobOf, Store store) {
   using Tile = TileFp8;
-  if (threadIdx.x == Tile::Producer * 32) prefetchMap(a), prefetchMap(b);
   const auto stageScales = [](const Stages<Tile>& stages) { return (float*)(stages.data + Tile::Stages * Tile::stageBytes) + stages.stage * Tile::BN; };
   workOffStages<Tile>(
       jobs, Tile::stageBytes + Tile::scaleBytes, jobOf,
       [&](const Stages<Tile>& stages, const HopperJob& job, int t) {
         Barrier* const full = &stages.full[stages.stage];
-        const int k = job.k + t * Tile::BK;
-        copyBox(stageOf(stages), a, full, k, job.rowA, job.matrixA);
-        copyBox(stageOf(stages) + Tile::bytesA, b, full, k, job.rowB, job.matrixB);
-        copyBytes(stageScales(stages), scalesOf(scalesB, job.matrixB, k / Tile::BK) + job.rowB, Tile::scaleBytes, full);
+        operandsAt(t, [&](const TensorMap& a, const TensorMap& b, const Fp8Scales&, const Fp8Scales& scalesB, int step) {
+          const int k = job.k + step * Tile::BK;
+          copyBox(stageOf(stages), a, full, k, job.rowA, job.matrixA);
+          copyBox(stageOf(stages) + Tile::bytesA, b, full, k, job.rowB, job.matrixB);
+          copyBytes(stageScales(stages), scalesOf(scalesB, job.matrixB, k / Tile::BK) + job.rowB, Tile::scaleBytes, full);
+        });
       },
       [&](int j, const HopperJob& job, Stages<Tile>& stages) {
         const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -39,7 +41,10 @@ MOE_DEVICE void workOffFp8(const TensorMap& a, const TensorMap& b, Fp8Scales sca
         for (int t = 0; t < job.steps; t++, nextStage(stages)) {
           const unsigned char* const left = stageOf(stages) + warp / 4 * (Tile::bytesA / 2);
           const unsigned char* const right = stageOf(stages) + Tile::bytesA;
-          const float* const rowScales = scalesOf(scalesA, job.matrixA, job.k / Tile::BK + t);
+          const float* rowScales = nullptr;
+          operandsAt(t, [&](const TensorMap&, const TensorMap&, const Fp8Scales& scalesA, const Fp8Scales&, int step) {
+            rowScales = scalesOf(scalesA, job.matrixA, job.k / Tile::BK + step);
+          });
           float scaleA[Tile::Rows];
 #pragma unroll
           for (int i = 0; i < Tile::Rows; i++) scaleA[i] = rowScales[min(job.rowA + Tile::row(i), rowsA - 1)];
@@ -65,4 +70,11 @@ MOE_DEVICE void workOffFp8(const TensorMap& a, const TensorMap& b, Fp8Scales sca
         }
         store(j, job, sums);
       });
+}
+
+/// The same of one a and one b.
+template <class JobOf, class Store>
+MOE_DEVICE void workOffFp8(const TensorMap& a, const TensorMap& b, Fp8Scales scalesA, Fp8Scales scalesB, int rowsA, int jobs, JobOf jobOf, Store store) {
+  if (threadIdx.x == TileFp8::Producer * 32) prefetchMap(a), prefetchMap(b);
+  workOffFp8Steps([&](int t, auto use) { use(a, b, scalesA, scalesB, t); }, rowsA, jobs, jobOf, store);
 }

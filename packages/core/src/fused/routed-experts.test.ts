@@ -99,16 +99,20 @@ describe('routedExperts', () => {
     return routedExperts(x, { gate, up, down }, weights, { topK: K, order, positions, offsets, counts })
   }
 
-  test('asks the kernel in bf16 alone, to save only where a gradient may be wanted', () => {
+  test('asks the kernel in bf16 and fp8, to save only where a gradient may be wanted', () => {
     const { asked, here } = saving()
     call(here, true)
     expect(asked).toEqual([])
-    withPrecision('bf16', () => {
-      call(here, true)
-      call(here, false)
-      noGrad(() => call(here, true))
-    })
-    expect(asked.map(({ saves }) => saves)).toEqual([true, false, false])
+    for (const precision of ['bf16', 'fp8'] as const) {
+      withPrecision(precision, () => {
+        call(here, true)
+        call(here, false)
+        noGrad(() => call(here, true))
+      })
+    }
+    expect(asked.map(({ saves, precision }) => `${precision} ${saves}`)).toEqual(
+      ['bf16', 'fp8'].flatMap(precision => [true, false, false].map(saves => `${precision} ${saves}`)),
+    )
   })
 
   test('without a kernel is no fallback', () => {

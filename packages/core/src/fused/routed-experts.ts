@@ -32,7 +32,7 @@ export const routedExpertsDefinition: FusedDefinition<'routedExperts'> = {
       needDtype('routedExperts', name, value, 'i32')
       needShape('routedExperts', name, value, [name === 'offsets' ? experts + 1 : weights.size])
     }
-    const saved = { shape: [weights.size, inner], dtype: precision === 'bf16' ? 'bf16' : 'f32' } as const
+    const saved = { shape: [weights.size, inner], dtype: precision === 'f32' ? 'f32' : 'bf16' } as const
     return [{ shape: x.shape, dtype: 'f32' }, ...(saves ? [saved, saved] : [])]
   },
   decompose([x, gate, up, down, weights, order, positions, offsets], { precision }) {
@@ -99,7 +99,7 @@ export interface ExpertWeights {
 
 /**
  * What the experts that the plan chose make of the tokens `x [N, D]`, weighted by `weights [N, K]` and summed: `[N, D]`. The same as permuteTokens, groupedMatmul by
- * gate and up, swiglu, groupedMatmul by down and combineTokens, which it is in f32 and fp8; in bf16 a backend may store rows between the products in bf16.
+ * gate and up, swiglu, groupedMatmul by down and combineTokens, which it is in f32; in bf16 and fp8 a backend may store what products give in bf16.
  * @throws MoeError E_SHAPE, E_DTYPE
  */
 export function routedExperts(x: Tensor, experts: ExpertWeights, weights: Tensor, plan: DispatchPlan): Tensor {
@@ -108,7 +108,7 @@ export function routedExperts(x: Tensor, experts: ExpertWeights, weights: Tensor
   const inputs = [x, gate, up, down, weights, plan.order, plan.positions, plan.offsets]
   const saves = context.recording && inputs.some(input => input.tracked)
   const attrs = { precision, saves }
-  if (precision === 'bf16' && x.backend.fused.routedExperts !== undefined) {
+  if (precision !== 'f32' && x.backend.fused.routedExperts !== undefined) {
     return runFused(routedExpertsDefinition, inputs, attrs)[0]
   }
   // There is nothing to gain, so this is no fallback.

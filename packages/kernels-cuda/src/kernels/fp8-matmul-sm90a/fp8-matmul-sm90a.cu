@@ -1,42 +1,29 @@
 // Products in fp8 on Hopper: dense, one per expert, and the gradient of the experts' weights. Operands are made codes with k along memory first, with scales
 // [matrix][tile of k][outer index].
+#include "fp8-codes.cuh"
 #include "gemm-fp8.cuh"
-#include "packed-rows.cuh"
-
-MOE_DEVICE uint32_t codesOf(const float* x, Fp8Scale scale) {
-  uint32_t codes = 0;
-#pragma unroll
-  for (int i = 0; i < 4; i++) codes |= (uint32_t)toF8e4m3(x[i] * scale.down).bits << 8 * i;
-  return codes;
-}
 
 // [rows, k] to codes [rows][ld], and to scales of matrices of `outer` rows; blockIdx.y is the tile of k.
 MOE_KERNEL((256), moe_fp8_codes_along_sm90a, (uint8_t* codes, float* scales, const float* from, int rows, int k, int outer, int ld, int ldScales)) {
-  const int row = blockIdx.x * 8 + threadIdx.x / 32, first = blockIdx.y * fp8Tile, at = first + threadIdx.x % 32 * 4;
+  const int row = blockIdx.x * 8 + threadIdx.x / 32, first = blockIdx.y * fp8Tile, lane = threadIdx.x % 32;
   if (row >= rows) return;
-  roundAlong(from + (int64_t)row * k + first, k - first, [&](const Four& x, Fp8Scale scale) {
-    if (at < ld) *(uint32_t*)(codes + (int64_t)row * ld + at) = codesOf(x.v, scale);
-    if (threadIdx.x % 32 == 0) scales[((int64_t)(row / outer) * gridDim.y + blockIdx.y) * ldScales + row % outer] = scale.up;
-  });
+  const Four x = load4<false>(from + (int64_t)row * k + first, lane * 4, k - first);
+  const int matrix = row / outer, tiles = gridDim.y;
+  // Of its matrix alone, whose scales lie behind each other.
+  const Fp8Codes own = {codes + (int64_t)matrix * outer * ld, scales + (int64_t)matrix * tiles * ldScales, ld, ldScales};
+  writeAlong(own, row % outer, first + lane * 4, x, scaleAlong(x));
 }
 // [rows, columns] in `runs` runs to codes [run][column][ld] and scales [run][tile][ldScales]. Rows of experts become one run, in which each expert's
 // begin at packedStart. blockIdx.y is the tile of rows.
 MOE_KERNEL((256), moe_fp8_codes_across_sm90a,
            (uint8_t* codes, float* scales, const float* from, const int* offsets, int rows, int columns, int ld, int ldScales, int runs)) {
   const RunTile tile = runTile(offsets, rows, runs);
-  const bool packed = offsets != nullptr;
-  const int begin = (packed ? packedStart<fp8Tile>(offsets, max(tile.run, 0)) : 0) + tile.tile * fp8Tile;
-  const int64_t scaleRow = packed ? begin / fp8Tile : blockIdx.y;
-  roundAcross(from + (int64_t)tile.row * columns, tile.left, columns, [&](int column, int first, const float* x, Fp8Scale scale) {
-    if (column >= columns || tile.left <= 0) return;
-    uint8_t* const to = codes + ((int64_t)(packed ? 0 : tile.run) * columns + column) * ld + begin + first;
-#pragma unroll
-    for (int i = 0; i < rowsOfThread; i += 16) {
-      const uint4 sixteen = make_uint4(codesOf(x + i, scale), codesOf(x + i + 4, scale), codesOf(x + i + 8, scale), codesOf(x + i + 12, scale));
-      if (begin + first + i < ld) *(uint4*)(to + i) = sixteen;
-    }
-    if (first == 0) scales[scaleRow * ldScales + column] = scale.up;
-  });
+  roundAcross<1>(
+      tile.left, columns,
+      [&](int row, int column, bool exists, float* x) { *x = exists ? from[(int64_t)(tile.row + row) * columns + column] : 0.f; },
+      [&](int, int column, int first, const float* x, Fp8Scale scale) {
+        writeAcross(Fp8Codes{codes, scales, ld, ldScales}, tile, offsets, columns, column, first, x, scale);
+      });
 }
 
 /// c [m, n] = a b^T (or c += a b^T); with several parts of k, c holds one result for each.

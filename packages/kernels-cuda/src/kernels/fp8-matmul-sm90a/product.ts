@@ -1,7 +1,7 @@
 /** @file Products in fp8 on Hopper: dense, one per expert, and the gradient of the experts' weights. */
 import type { Cuda } from '../../native.ts'
-import type { Fp8Operand } from '../fp8-operand/fp8-operand.ts'
-import { countTiles, partsOfK, sumOfParts, type Tile } from '../matmul/gemm.ts'
+import { type Fp8Operand, tilesOfExperts } from '../fp8-operand/fp8-operand.ts'
+import { countTiles, type Matrix, partsOfK, sumOfParts, type Tile } from '../matmul/gemm.ts'
 import { type Fp8Codes, fp8AsCodes } from './codes.ts'
 
 /** TileFp8 of gemm-fp8.cuh. */
@@ -47,6 +47,10 @@ export function fp8Product(cuda: Cuda) {
   }
 }
 
+/** Tiles of a product per expert: every expert can begin one of rows, and so can the rows behind the last one. */
+const countRowTiles = (rows: number, n: number, experts: number) =>
+  tilesOfExperts(rows, experts) * Math.ceil(n / tile.n)
+
 /** y `[rows, n]` = x `[rows, k]` times the weight `[n, k]` of each row's expert, transposed, k > 0. */
 export function fp8Grouped(cuda: Cuda) {
   const product = kernelOf(cuda, 'moe_fp8_grouped_matmul_sm90a', 'p t t p p i i p i i i i')
@@ -54,18 +58,40 @@ export function fp8Grouped(cuda: Cuda) {
   return (y: number, left: Fp8Operand, right: Fp8Operand, offsets: number): void => {
     const [x, weight] = [codesOf(left), codesOf(right)]
     const [rows, n, experts] = [x.outer, weight.outer, weight.matrices]
-    const jobs = Math.min(rows, Math.ceil(rows / tile.m) + experts) * Math.ceil(n / tile.n)
-    product(jobs, y, x, weight, offsets, rows, n, x.k, experts)
+    product(countRowTiles(rows, n, experts), y, x, weight, offsets, rows, n, x.k, experts)
   }
 }
 
-/** dweight `[experts, n, k]` = dy^T x over the rows of each expert: operands with offsets. */
-export function fp8WeightGradient(cuda: Cuda) {
+/** y `[rows, n]` in bf16 = the sum of up to two x `[rows, k]` times the weight `[n, k]` of each row's expert, transposed. */
+export function fp8GroupedRounded(cuda: Cuda) {
+  const signature = 'p t t t t p p p p i i i p i i i i i'
+  const product = cuda.kernel('routed-experts-sm90a', 'moe_routed_experts_fp8_product_sm90a', signature)
+  return (y: Matrix, pairs: ReadonlyArray<readonly [x: Fp8Codes, weight: Fp8Codes]>, offsets: number): void => {
+    const [first, second = first] = pairs
+    const [x, weight] = first
+    const [rows, n, experts] = [x.outer, weight.outer, weight.matrices]
+    const operands = [...first, ...second]
+    const maps = operands.map(codes => mapOf(cuda, codes))
+    const scales = operands.map(codes => codes.scales)
+    const strides = [x.ldScales, weight.ldScales]
+    const launch = launchOf(cuda, countRowTiles(rows, n, experts))
+    product(launch, y.pointer, ...maps, ...scales, ...strides, pairs.length, offsets, rows, n, x.k, experts, y.ld)
+  }
+}
+
+/** dweight `[experts, n, k]` = dy^T x over the rows of each expert, dy `[rows, n]` and x `[rows, k]` as codes across, packed. */
+export function fp8PackedWeightGradient(cuda: Cuda) {
   const product = kernelOf(cuda, 'moe_fp8_grouped_matmul_bwd_sm90a', 'p t t p p i i p i i i i')
-  const codesOf = fp8AsCodes(cuda)
-  return (dweight: number, left: Fp8Operand, right: Fp8Operand, offsets: number, experts: number): void => {
-    const [dy, x] = [codesOf(left), codesOf(right)]
+  return (dweight: number, dy: Fp8Codes, x: Fp8Codes, offsets: number, experts: number): void => {
     const jobs = experts * countTiles(tile, dy.outer, x.outer)
     product(jobs, dweight, dy, x, offsets, dy.k / tile.m, dy.outer, x.outer, experts)
   }
+}
+
+/** The same of operands with offsets. */
+export function fp8WeightGradient(cuda: Cuda) {
+  const multiply = fp8PackedWeightGradient(cuda)
+  const codesOf = fp8AsCodes(cuda)
+  return (dweight: number, dy: Fp8Operand, x: Fp8Operand, offsets: number, experts: number): void =>
+    multiply(dweight, codesOf(dy), codesOf(x), offsets, experts)
 }

@@ -1,5 +1,6 @@
 /** @file Operands of products in precision 'fp8', and their numbers in bf16, which has all of them. */
 import { fp8Tile, sizeOf, type Value } from '@moe/core'
+import type { LaunchShape } from '../../modules.ts'
 import { type Cuda, pointerOf } from '../../native.ts'
 import { type Matrix, paddedColumns } from '../matmul/gemm.ts'
 
@@ -12,19 +13,26 @@ export interface Fp8Operand {
 }
 
 /** Columns of a block that rounds across rows. */
-export const stripe = 64
+const stripe = 64
+
+/** Blocks of the kernels that round across rows, of which every 128 of a run, or of an expert, are a tile. */
+export const stripes = (columns: number, tiles: number): LaunchShape => ({
+  grid: [Math.ceil(columns / stripe), tiles],
+  block: 256,
+})
+
+/** As in expertTile: every expert can begin a tile, and so can the rows behind the last one. */
+export const tilesOfExperts = (rows: number, experts: number) => Math.min(rows, Math.ceil(rows / fp8Tile) + experts)
 
 /** Rows and columns, and the tiles of 128 that the kernels have blocks for. */
 export function sizesOf({ value, along, runs = 1, offsets }: Fp8Operand) {
   const rows = sizeOf(value.shape.slice(0, -1))
   const columns = value.shape[value.shape.length - 1]
-  // As in expertTile: every expert can begin a tile, and so can the rows behind the last one.
-  const ofExperts = Math.min(rows, Math.ceil(rows / fp8Tile) + runs)
   const tiles = along
     ? Math.ceil(columns / fp8Tile)
     : offsets === undefined
       ? runs * Math.ceil(rows / runs / fp8Tile)
-      : ofExperts
+      : tilesOfExperts(rows, runs)
   return { rows, columns, tiles, runs, offsets: offsets === undefined ? 0 : pointerOf(offsets) }
 }
 
@@ -46,7 +54,7 @@ export function fp8AsBf16(cuda: Cuda): (operand: Fp8Operand) => Matrix {
     if (isFilled) return { pointer, ld }
     const from = pointerOf(operand.value)
     if (operand.along) along({ grid: [Math.ceil(rows / 8), tiles], block: 256 }, pointer, from, rows, columns, ld)
-    else across({ grid: [Math.ceil(ld / stripe), tiles], block: 256 }, pointer, from, offsets, rows, columns, ld, runs)
+    else across(stripes(ld, tiles), pointer, from, offsets, rows, columns, ld, runs)
     return { pointer, ld }
   }
 }

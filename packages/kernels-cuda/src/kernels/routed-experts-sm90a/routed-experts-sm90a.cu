@@ -1,7 +1,9 @@
 // Products of the routed experts on Hopper, with results in bf16. Rows lie in expert order or, when `packed`, as packed-rows.cuh has them.
+#include "../routed-experts/fp8-rows.cuh"
 #include "expert-tile.cuh"
+#include "fp8-codes.cuh"
 #include "gated-tile.cuh"
-#include "gemm-hopper.cuh"
+#include "gemm-fp8.cuh"
 #include "packed-rows.cuh"
 
 /// Where slots go when rows are packed: slots[r] is the slot of row r or -1, places[s] the row of slot s, which is none where the slot's position lies behind the
@@ -96,3 +98,62 @@ PRODUCT(128x256, HopperLarge)
 PRODUCT(128x128, HopperSmall)
 GATED(128x128, HopperLarge)
 GATED(128x64, HopperSmall)
+
+// In precision 'fp8'; rows lie in expert order, and so do slots in `order`.
+
+/// Codes of the tokens of rows [rows][ld], with their scales [tiles][ldScales].
+MOE_KERNEL((256), moe_routed_experts_fp8_gather_sm90a,
+           (uint8_t* to, float* toScales, const uint8_t* from, const float* fromScales, const int* order, int rows, int K, int tokens, int ld, int ldScales, int ldFromScales, int tiles)) {
+  const auto tokenOf = [&](int row) {
+    const int slot = order[row], token = slot / K;
+    return slot >= 0 && token < tokens ? token : -1;
+  };
+  const int64_t row = rowOfWarp();
+  if (row < rows) {
+    const int64_t token = tokenOf((int)row);
+    for (int i = (int)threadIdx.x % 32 * 16; i < ld; i += 512)
+      *(uint4*)(to + row * ld + i) = token >= 0 ? *(const uint4*)(from + token * ld + i) : make_uint4(0, 0, 0, 0);
+  }
+  // Eight rows have a tile's scales in one sector.
+  for (int i = threadIdx.x; i < 8 * tiles; i += 256) {
+    const int own = blockIdx.x * 8 + i % 8, tile = i / 8;
+    if (own >= rows) continue;
+    const int token = tokenOf(own);
+    toScales[(int64_t)tile * ldScales + own] = token >= 0 ? fromScales[(int64_t)tile * ldFromScales + token] : 0.f;
+  }
+}
+MOE_KERNEL((256), moe_routed_experts_fp8_swiglu_sm90a, (uint8_t* inner, float* scales, int ld, int ldScales, const bf16* gate, const bf16* up, int rows, int I)) {
+  swigluAlong(Fp8Codes{inner, scales, ld, ldScales}, gate, up, rows, I);
+}
+MOE_KERNEL((256), moe_routed_experts_fp8_swiglu_bwd_along_sm90a,
+           (uint8_t* dgate, float* dgateScales, uint8_t* dup, float* dupScales, int ld, int ldScales, float* dweights, const bf16* dinner, const bf16* gate, const bf16* up, const float* weights,
+            const int* order, int rows, int I, int ldDinner)) {
+  swigluGradientAlong(Fp8Codes{dgate, dgateScales, ld, ldScales}, Fp8Codes{dup, dupScales, ld, ldScales}, dweights, {dinner, gate, up, weights, order, rows, I, ldDinner});
+}
+MOE_KERNEL((256), moe_routed_experts_fp8_swiglu_bwd_across_sm90a,
+           (uint8_t* dgate, float* dgateScales, uint8_t* dup, float* dupScales, uint8_t* weighted, float* weightedScales, int ld, int ldScales, const bf16* dinner, const bf16* gate, const bf16* up,
+            const float* weights, const int* order, const int* offsets, int rows, int I, int ldDinner, int experts)) {
+  swigluGradientAcross(Fp8Codes{dgate, dgateScales, ld, ldScales}, Fp8Codes{dup, dupScales, ld, ldScales}, Fp8Codes{weighted, weightedScales, ld, ldScales},
+                       {dinner, gate, up, weights, order, rows, I, ldDinner}, offsets, experts);
+}
+MOE_KERNEL((256), moe_routed_experts_fp8_tokens_across_sm90a,
+           (uint8_t* to, float* scales, int ld, int ldScales, const float* from, const int* order, const int* offsets, int rows, int columns, int experts, int K)) {
+  tokensAcross(Fp8Codes{to, scales, ld, ldScales}, from, offsets, order, rows, columns, experts, K);
+}
+
+/// y [rows, n] = x [rows, k] times the weight of each row's expert, codes [n][k], with as many `pairs` of x and weight as there are, which add up.
+MOE_KERNEL((TileFp8::Threads, 1), moe_routed_experts_fp8_product_sm90a,
+           (bf16* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x2, const __grid_constant__ TensorMap weight2, const float* scalesX,
+            const float* scalesW, const float* scalesX2, const float* scalesW2, int ldX, int ldW, int pairs, const int* offsets, int rows, int n, int k, int experts, int ldy)) {
+  using Tile = TileFp8;
+  const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(n, Tile::BN), steps = divUp(k, Tile::BK);
+  workOffFp8Steps(
+      [&](int t, auto use) {
+        if (t < steps) use(x, weight, Fp8Scales{scalesX, steps, ldX}, Fp8Scales{scalesW, steps, ldW}, t);
+        else use(x2, weight2, Fp8Scales{scalesX2, steps, ldX}, Fp8Scales{scalesW2, steps, ldW}, t - steps);
+      },
+      rows, rowTiles * columnTiles, [&](int j) { return jobOfTile<Tile>(tileOf(j, rowTiles, columnTiles), offsets, rows, experts, steps * pairs, 0); },
+      [&](int, const HopperJob& job, Tile::Sums& sums) {
+        storeRounded<Tile>(y + (int64_t)job.rowA * ldy + job.rowB, ldy, job.rows, n - job.rowB, sums);
+      });
+}

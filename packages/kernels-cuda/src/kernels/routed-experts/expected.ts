@@ -1,4 +1,23 @@
-/** @file For tests: what routedExperts gives, and its gradients, in f64 by loops, with how far rounding to bf16 between the products can move each. */
+/**
+ * @file For tests: what routedExperts gives, and its gradients, in f64: by loops, with how far rounding to bf16 between the products can move each; and in precision fp8
+ * with all roundings.
+ */
+import {
+  backward,
+  combineTokens,
+  dispatchPlan,
+  groupedMatmul,
+  ones,
+  Parameter,
+  permuteTokens,
+  scope,
+  swiglu,
+  type Tensor,
+  tensor,
+  withPrecision,
+  zeros,
+} from '@moe/core'
+import { readF64, referenceBackend } from '@moe/core/reference'
 
 /** N tokens, K choices each, E experts, D features, I inner ones. */
 export interface Sizes {
@@ -138,4 +157,51 @@ export function expectedOf({ N, K, E, D, I, x, gate, up, down, weights, chosen, 
     }
   }
   return results
+}
+
+/** What products of rows give: rounded to bf16, or as it is, which is what the ops one by one do. */
+export type Rounding = 'bf16' | 'f32'
+
+/** In precision fp8: operands are rounded to fp8 by the reference. Gradients of weights and of SwiGLU are core's. */
+export function fp8ResultsOf(numbers: Numbers, rounding: Rounding): Record<keyof Results, Float64Array> {
+  const { N, K, E, D, I } = numbers
+  const backend = referenceBackend()
+  const of = (name: 'x' | 'gate' | 'up' | 'down' | 'weights' | 'dout', ...shape: number[]) =>
+    tensor(numbers[name], shape, { backend })
+  const inFp8 = () => {
+    const [x, dout, weights] = [of('x', N, D), of('dout', N, D), of('weights', N, K)]
+    const [gate, up, down] = [of('gate', E, I, D), of('up', E, I, D), of('down', E, D, I)]
+    const plan = dispatchPlan(tensor(numbers.chosen, [N, K], { backend }), E + 1)
+    const offsets = plan.offsets.narrow(0, 0, E + 1)
+    const result = (rows: Tensor) => (rounding === 'bf16' ? rows.cast('bf16').cast('f32') : rows)
+    const forward = (rows: Tensor, weight: Tensor) => groupedMatmul(rows, weight, offsets)
+    const back = (rows: Tensor, weight: Tensor) => forward(rows, weight.permute([0, 2, 1]))
+    const gradientOf = (rows: Tensor, like: Tensor, dy: Tensor) => {
+      const weight = new Parameter(zeros(like.shape, { backend }))
+      backward(forward(rows, weight), { gradient: dy })
+      return weight.grad as Tensor
+    }
+    const rows = permuteTokens(x, plan)
+    const [gateRows, upRows] = [gate, up].map(weight => new Parameter(result(forward(rows, weight))))
+    const inner = swiglu(gateRows, upRows)
+    const y = result(forward(inner.detach(), down))
+    const doutRows = permuteTokens(dout, plan)
+    const dinner = result(back(doutRows, down))
+    const weightRows = weights.reshape([N * K, 1]).takeRows(plan.order)
+    backward(inner, { gradient: dinner.mul(weightRows) })
+    const [dgateRows, dupRows] = [gateRows, upRows].map(({ grad }) => grad as Tensor)
+    const dx = result(back(dgateRows, gate).add(back(dupRows, up)))
+    return {
+      out: combineTokens(y, weights, plan),
+      dx: combineTokens(dx, ones([N, K], { backend }), plan),
+      dgate: gradientOf(rows, gate, dgateRows),
+      dup: gradientOf(rows, up, dupRows),
+      ddown: gradientOf(inner.detach().mul(weightRows), down, doutRows),
+      dweights: dinner.mul(inner.detach()).sum(1).takeRows(plan.positions),
+    }
+  }
+  return scope(() => {
+    const found = Object.entries(withPrecision('fp8', inFp8)).map(([name, value]) => [name, readF64(value)])
+    return Object.fromEntries(found) as Record<keyof Results, Float64Array>
+  })
 }

@@ -1,8 +1,8 @@
 // What lies between the products of the routed experts, in bf16: rows of M = N K slots, in expert order, and products that give them.
 // `slots` says whose a row is (slot = token * K + choice; none of 0 .. M-1: nobody's), `places` where a slot's row is. A row has `ld` elements,
 // a multiple of 8; gate's and up's results, which are tensors, have I.
-#include "../permute-tokens/row-slices.cuh"
 #include "expert-tile.cuh"
+#include "fp8-rows.cuh"
 #include "gated-tile.cuh"
 
 struct Eight {
@@ -91,12 +91,11 @@ MOE_DEVICE void swigluGradient(bf16* dgate, bf16* dup, bf16* weighted, float* dw
       const Eight d = load8<Whole>(dinner + r * ld, i, I), g = load8<Whole>(gate + p * I, i, I), u = load8<Whole>(up + p * I, i, I);
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        const float s = sigmoid(g.v[j]), silu = g.v[j] * s, own = d.v[j] * weight;
-        dot += d.v[j] * (silu * u.v[j]);
-        in.v[j] = weight * (silu * u.v[j]);
-        // d silu(g) / dg = s (1 + g (1 - s))
-        dg.v[j] = own * u.v[j] * (s * (1.f + g.v[j] * (1.f - s)));
-        du.v[j] = own * silu;
+        const SwigluSlopes own = swigluSlopes(d.v[j], g.v[j], u.v[j], weight);
+        dg.v[j] = own.dgate;
+        du.v[j] = own.dup;
+        in.v[j] = own.weighted;
+        dot += own.dweight;
       }
     }
     if (dgate != nullptr) store8(dgate + r * ld + i, dg);
@@ -172,3 +171,20 @@ PRODUCT(1, 64x64, Bf16Small)
 GATED(1, 128x128, Bf16Large)
 GATED(1, 128x64, Bf16Medium)
 GATED(1, 64x32, Bf16Small)
+
+// In precision 'fp8'; rows lie in expert order, and so do slots in `order`.
+MOE_KERNEL((256), moe_routed_experts_fp8_swiglu_bf16, (bf16* inner, int ld, const bf16* gate, const bf16* up, int rows, int I)) {
+  swigluAlong(Fp8InBf16{inner, ld}, gate, up, rows, I);
+}
+MOE_KERNEL((256), moe_routed_experts_fp8_swiglu_bwd_along_bf16,
+           (bf16* dgate, bf16* dup, int ld, float* dweights, const bf16* dinner, const bf16* gate, const bf16* up, const float* weights, const int* order, int rows, int I, int ldDinner)) {
+  swigluGradientAlong(Fp8InBf16{dgate, ld}, Fp8InBf16{dup, ld}, dweights, {dinner, gate, up, weights, order, rows, I, ldDinner});
+}
+MOE_KERNEL((256), moe_routed_experts_fp8_swiglu_bwd_across_bf16,
+           (bf16* dgate, bf16* dup, bf16* weighted, int ld, const bf16* dinner, const bf16* gate, const bf16* up, const float* weights, const int* order, const int* offsets, int rows, int I,
+            int ldDinner, int experts)) {
+  swigluGradientAcross(Fp8InBf16{dgate, ld}, Fp8InBf16{dup, ld}, Fp8InBf16{weighted, ld}, {dinner, gate, up, weights, order, rows, I, ldDinner}, offsets, experts);
+}
+MOE_KERNEL((256), moe_routed_experts_fp8_tokens_across_bf16, (bf16* to, int ld, const float* from, const int* order, const int* offsets, int rows, int columns, int experts, int K)) {
+  tokensAcross(Fp8InBf16{to, ld}, from, offsets, order, rows, columns, experts, K);
+}

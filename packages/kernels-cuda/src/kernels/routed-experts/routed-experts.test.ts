@@ -15,7 +15,7 @@ import { describe, expect, test } from 'vitest'
 import type { CudaBackend } from '../../backend.ts'
 import { exact } from '../../test-against-cpu.ts'
 import { reverseOrder, testBackend, unavailable, wgmmaVariants } from '../../test-backend.ts'
-import { expectedOf, type Numbers, type Results, type Sizes } from './expected.ts'
+import { expectedOf, fp8ResultsOf, type Numbers, type Results, type Rounding, type Sizes } from './expected.ts'
 
 type Case = Sizes & { readonly name: string; readonly among?: readonly number[] }
 
@@ -32,6 +32,10 @@ const cases: readonly Case[] = [
   { name: 'slots behind the last expert', N: 80, K: 2, E: 3, D: 24, I: 16, among: [0, 2, 3] },
   { name: 'one of each', N: 1, K: 1, E: 1, D: 1, I: 1 },
 ]
+
+/** Precisions in which rows between the products are in fewer bits, with the ways of multiplying in them. */
+const variants = wgmmaVariants.flatMap(wgmma => (['bf16', 'fp8'] as const).map(precision => ({ precision, wgmma })))
+type Variant = (typeof variants)[number]
 
 function chosenOf({ N, K, E, among = Array.from({ length: E }, (_, e) => e) }: Case): Int32Array {
   const random = new Random(5)
@@ -54,6 +58,13 @@ function normalNumbers(sizes: Case): Numbers {
     chosen: chosenOf(sizes),
     dout: of(N, D),
   }
+}
+
+/** With more bits than bf16 has: those of the operands in fp8 are rounded once. */
+function finer(numbers: Numbers): Numbers {
+  const { x, gate, up, down, dout } = numbers
+  const [a, b, c, d, e] = [x, gate, up, down, dout].map(data => data.map(value => value * (1 + 2 ** -9 / 3)))
+  return { ...numbers, x: a, gate: b, up: c, down: d, dout: e }
 }
 
 /**
@@ -82,6 +93,12 @@ function exactNumbers(sizes: Case): Numbers {
   }
 }
 
+/** Where and how to compute. */
+interface On {
+  readonly backend: CudaBackend
+  readonly precision: Variant['precision']
+}
+
 /** Parameters on a backend; those that are frozen get no gradient. */
 function parametersOf(numbers: Numbers, backend: CudaBackend, frozen: readonly string[] = []) {
   const { N, K, E, D, I } = numbers
@@ -93,20 +110,27 @@ function parametersOf(numbers: Numbers, backend: CudaBackend, frozen: readonly s
   return Object.fromEntries(made) as Record<keyof typeof shapes, Parameter>
 }
 
-function forward(numbers: Numbers, backend: CudaBackend, { x, weights, ...experts }: ReturnType<typeof parametersOf>) {
+function forward(
+  numbers: Numbers,
+  { backend, precision }: On,
+  { x, weights, ...experts }: ReturnType<typeof parametersOf>,
+): Tensor {
   const indices = tensor(numbers.chosen, [numbers.N, numbers.K], { backend })
   // What is chosen beyond the experts is nobody's.
   const { offsets, ...plan } = dispatchPlan(indices, numbers.E + 1)
   const own = { ...plan, offsets: offsets.narrow(0, 0, numbers.E + 1) }
-  return withPrecision('bf16', () => routedExperts(x, experts, weights, own))
+  return withPrecision(precision, () => routedExperts(x, experts, weights, own))
 }
 
+type Found = Readonly<Record<string, Float32Array | null>>
+
 /** Results here, and that the device did not decline. */
-async function resultsOf(numbers: Numbers, backend: CudaBackend, frozen: readonly string[] = []) {
+async function resultsOf(numbers: Numbers, on: On, frozen: readonly string[] = []): Promise<Found> {
+  const { backend } = on
   const declined = JSON.stringify(fallbacks())
   const parameters = parametersOf(numbers, backend, frozen)
   const out = scope(() => {
-    const result = forward(numbers, backend, parameters)
+    const result = forward(numbers, on, parameters)
     backward(result, { gradient: tensor(numbers.dout, result.shape, { backend }) })
     return result.detach()
   })
@@ -122,19 +146,41 @@ async function resultsOf(numbers: Numbers, backend: CudaBackend, frozen: readonl
   return found
 }
 
-async function onBackend<T>(wgmma: boolean, fn: (backend: CudaBackend) => Promise<T>): Promise<T> {
+async function onBackend<T>({ wgmma, precision }: Variant, fn: (on: On) => Promise<T>): Promise<T> {
   const backend = await testBackend({ wgmma })
   try {
-    return await fn(backend)
+    return await fn({ backend, precision })
   } finally {
     backend.dispose()
   }
 }
 
-describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmma => {
+/** In bf16. */
+function expectWithinBounds(found: Found, numbers: Numbers): void {
+  for (const [name, { values, bounds }] of Object.entries(expectedOf(numbers)) as Array<[string, Results['out']]>) {
+    const actual = found[name] as Float32Array
+    const largest = values.reduce((most, value) => Math.max(most, Math.abs(value)), 0)
+    // Second orders, and sums in f32.
+    const beyond = actual.findIndex((value, i) => !(Math.abs(value - values[i]) <= bounds[i] * 1.05 + largest * 1e-5))
+    expect(beyond, `${name}[${beyond}] is ${actual[beyond]}, not ${values[beyond]} +- ${bounds[beyond]}`).toBe(-1)
+    // Half a dozen roundings, each with a variance of a sixth of 2^-16 at most.
+    if (numbers.N > 10) expect(normalizedError(actual, values), name).toBeLessThan(2 ** -15)
+  }
+}
+
+/** In fp8, with what products of rows give rounded to that: mean square errors. */
+function expectRounded(found: Found, numbers: Numbers, rounding: Rounding, most: number): void {
+  for (const [name, values] of Object.entries(fp8ResultsOf(numbers, rounding))) {
+    expect(normalizedError(found[name] as Float32Array, values), name).toBeLessThan(most)
+  }
+}
+
+describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $wgmma', variant => {
+  const { precision, wgmma } = variant
+
   test.each(cases)('$name: exact numbers', async sizes => {
     const numbers = exactNumbers(sizes)
-    const found = await onBackend(wgmma, backend => resultsOf(numbers, backend))
+    const found = await onBackend(variant, on => resultsOf(numbers, on))
     for (const [name, { values }] of Object.entries(expectedOf(numbers))) {
       // All are multiples of a half; silu is less than the identity by 1e-12.
       const wrong = found[name]?.findIndex((value, i) => value !== Math.round(values[i] * 2) / 2) as number
@@ -143,25 +189,19 @@ describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmm
   })
 
   test.each(cases)('$name: normal numbers', async sizes => {
-    const numbers = normalNumbers(sizes)
-    const found = await onBackend(wgmma, backend => resultsOf(numbers, backend))
-    for (const [name, { values, bounds }] of Object.entries(expectedOf(numbers)) as Array<[string, Results['out']]>) {
-      const actual = found[name] as Float32Array
-      const largest = values.reduce((most, value) => Math.max(most, Math.abs(value)), 0)
-      // Second orders, and sums in f32.
-      const beyond = actual.findIndex((value, i) => !(Math.abs(value - values[i]) <= bounds[i] * 1.05 + largest * 1e-5))
-      expect(beyond, `${name}[${beyond}] is ${actual[beyond]}, not ${values[beyond]} +- ${bounds[beyond]}`).toBe(-1)
-      // Half a dozen roundings, each with a variance of a sixth of 2^-16 at most.
-      if (sizes.N > 10) expect(normalizedError(actual, values), name).toBeLessThan(2 ** -15)
-    }
+    const numbers = precision === 'fp8' ? finer(normalNumbers(sizes)) : normalNumbers(sizes)
+    const found = await onBackend(variant, on => resultsOf(numbers, on))
+    // But for sums in f32 that lie on another side of a step than those in f64.
+    if (precision === 'fp8') expectRounded(found, numbers, 'bf16', 2 ** -26)
+    else expectWithinBounds(found, numbers)
   })
 
   test('the same bits in every run, in any order of blocks', async () => {
     const numbers = normalNumbers(cases[0])
-    const first = await onBackend(wgmma, backend => resultsOf(numbers, backend))
-    const second = await onBackend(wgmma, backend => {
+    const first = await onBackend(variant, on => resultsOf(numbers, on))
+    const second = await onBackend(variant, on => {
       reverseOrder(true)
-      return resultsOf(numbers, backend)
+      return resultsOf(numbers, on)
     })
     expect(second).toEqual(first)
   })
@@ -169,10 +209,11 @@ describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmm
   test('frozen parameters change no other gradient, and cost nothing', async () => {
     const numbers = normalNumbers(cases[0])
     const names = ['x', 'gate', 'up', 'down', 'weights']
-    await onBackend(wgmma, async backend => {
+    await onBackend(variant, async on => {
+      const { backend } = on
       const launched = async (frozen: readonly string[]) => {
         const before = backend.stats().launches
-        return { found: await resultsOf(numbers, backend, frozen), launches: backend.stats().launches - before }
+        return { found: await resultsOf(numbers, on, frozen), launches: backend.stats().launches - before }
       }
       const all = await launched([])
       const sets = [...names.map(name => [name]), ...names.map(name => names.filter(other => other !== name))]
@@ -194,7 +235,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmm
     const numbers = { ...normalNumbers(sizes), chosen: Int32Array.from({ length: 60 }, (_, n) => [1, 2, 4][n % 3]) }
     numbers.x[4 * sizes.D] = Number.NaN
     numbers.dout[7 * sizes.D + 1] = Number.POSITIVE_INFINITY
-    const found = await onBackend(wgmma, backend => resultsOf(numbers, backend))
+    const found = await onBackend(variant, on => resultsOf(numbers, on))
     const finite = (data: Float32Array | null, size: number) =>
       Array.from({ length: (data as Float32Array).length / size }, (_, i) => i).filter(i =>
         data?.subarray(i * size, (i + 1) * size).every(Number.isFinite),
@@ -212,7 +253,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmm
   test('keeps the results of gate and up in bf16 and nothing else, and only for a gradient', async () => {
     const numbers = normalNumbers(cases[0])
     const { N, K, I, D } = numbers
-    await onBackend(wgmma, async backend => {
+    await onBackend(variant, async ({ backend }) => {
       const results: unknown[] = []
       for (const frozen of [[], ['x', 'gate', 'up', 'down', 'weights']]) {
         const parameters = parametersOf(numbers, backend, frozen)
@@ -220,7 +261,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmm
           const plan = dispatchPlan(tensor(numbers.chosen, [N, K], { backend }), numbers.E)
           const { x, weights, ...experts } = parameters
           const before = backend.stats().bytes
-          const result = withPrecision('bf16', () => routedExperts(x, experts, weights, plan))
+          const result = withPrecision(precision, () => routedExperts(x, experts, weights, plan))
           const saved = frozen.length === 0 ? 2 * N * K * I * 2 : 0
           expect(backend.stats().bytes - before).toBe(N * D * 4 + saved)
           return result.detach()
@@ -232,8 +273,8 @@ describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmm
     })
   })
 
-  test('gate, up and SwiGLU are one kernel', async () => {
-    await onBackend(wgmma, async backend => {
+  test('launches what it has to, whether or not something is kept', async () => {
+    await onBackend(variant, async ({ backend }) => {
       const numbers = normalNumbers(cases[0])
       const names = ['x', 'gate', 'up', 'down', 'weights']
       for (const frozen of [[], names]) {
@@ -242,9 +283,9 @@ describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmm
         scope(() => {
           const plan = dispatchPlan(tensor(numbers.chosen, [numbers.N, numbers.K], { backend }), numbers.E)
           const before = backend.stats().launches
-          withPrecision('bf16', () => routedExperts(x, experts, weights, plan))
-          // Beside it: rounding, gathering, the product with down, combining.
-          expect(backend.stats().launches - before).toBe(5)
+          withPrecision(precision, () => routedExperts(x, experts, weights, plan))
+          // In bf16 rounding, gathering, gate and up with SwiGLU, down, combining; in fp8 each operand is rounded by itself, and gate, up and SwiGLU are three.
+          expect(backend.stats().launches - before).toBe(precision === 'bf16' ? 5 : 10)
         })
         for (const one of Object.values(parameters)) one.dispose()
       }
@@ -252,18 +293,18 @@ describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmm
   })
 
   test('declines what the ops one by one do better, and nothing is no trouble', async () => {
-    await onBackend(wgmma, async backend => {
+    await onBackend(variant, async ({ backend }) => {
       const declined = () =>
         fallbacks().find(({ backend: name, op }) => name === backend.name && op === 'routedExperts')?.count ?? 0
       for (const sizes of [
-        { name: 'few rows', N: 8, K: 2, E: 2, D: 8, I: 4 },
+        ...(precision === 'bf16' ? [{ name: 'few rows', N: 8, K: 2, E: 2, D: 8, I: 4 }] : []),
         { name: 'no tokens', N: 0, K: 2, E: 2, D: 8, I: 4 },
       ]) {
         const numbers = normalNumbers(sizes)
         const parameters = parametersOf(numbers, backend)
         const before = declined()
         const values = scope(() => {
-          const out = forward(numbers, backend, parameters)
+          const out = forward(numbers, { backend, precision }, parameters)
           backward(out, { gradient: tensor(numbers.dout, out.shape, { backend }) })
           return out.detach()
         })
@@ -281,7 +322,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmm
     const gradient = tensor(numbers.dout, [numbers.N, numbers.D], { backend })
     const step = (): Tensor[] =>
       scope(() => {
-        const out = forward(numbers, backend, parameters)
+        const out = forward(numbers, { backend, precision }, parameters)
         backward(out, { gradient })
         const results = [out.detach(), ...Object.values(parameters).map(({ grad }) => (grad as Tensor).detach())]
         for (const parameter of Object.values(parameters)) parameter.zeroGrad()
@@ -304,8 +345,15 @@ describe.skipIf(unavailable).each(wgmmaVariants)('routedExperts, wgmma %s', wgmm
     const backend = await testBackend({ wgmma, guarded: false, memoryLimit: 120_000 })
     const parameters = parametersOf(numbers, backend)
     const before = backend.stats().handles
-    expect(() => scope(() => forward(numbers, backend, parameters))).toThrow(/routedExperts: no memory/)
+    expect(() => scope(() => forward(numbers, { backend, precision }, parameters))).toThrow(/routedExperts: no memory/)
     expect(backend.stats().handles).toBe(before)
     backend.dispose()
   })
+})
+
+test.skipIf(unavailable).each(wgmmaVariants)('in fp8 the ops one by one agree, wgmma %s', async wgmma => {
+  const numbers = normalNumbers(cases[0])
+  const found = await onBackend({ precision: 'fp8', wgmma }, on => resultsOf(numbers, on))
+  // Rounding to bf16 first moves one number in 32 or so to the next one of fp8, of which neighbours are 2^-4 apart.
+  expectRounded(found, numbers, 'f32', 2 ** -11)
 })

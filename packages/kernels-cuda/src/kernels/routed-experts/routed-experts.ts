@@ -1,42 +1,27 @@
-/** @file The way of tokens through the routed experts in precision bf16: all rows between the products are bf16, and no expert's output is kept. */
-import type { Value } from '@moe/core'
+/** @file The way of tokens through the routed experts, in precision bf16 here: all rows between the products are bf16, and no expert's output is kept. */
+import type { Precision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { isFew } from '../grouped-matmul/grouped-matmul.ts'
 import { type Matrix, paddedColumns, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
 import { rowSlices } from '../permute-tokens/row-slices.ts'
+import { fp8Experts } from './fp8.ts'
 import { expertProducts, hopperExpertProducts } from './products.ts'
+import { combineOf, type ExpertSizes, gatherOf, rowKernel, scratchRows, sizesOf } from './rows.ts'
 
-/** N tokens, K choices each, M rows, E experts, D features, I inner ones. */
-function sizesOf([x, gate, , , weights]: readonly Value[]) {
-  const [N, D] = x.shape
-  const [E, I] = gate.shape
-  const K = weights.shape[1]
-  return { N, D, E, I, K, M: N * K }
-}
-
-/** What is left to the ops one by one: f32, nothing, and rows so few that rounding the weights would take longer than the products. */
-function isDeclined({ M, D, I, E }: ReturnType<typeof sizesOf>, precision: string): boolean {
+/** What is left to the ops one by one: f32, nothing, and in bf16 rows so few that rounding the weights would take longer than the products. */
+function isDeclined({ M, D, I, E }: ExpertSizes, precision: Precision): boolean {
   const few = D % 4 === 0 && I % 4 === 0 && isFew(M, E)
-  return precision !== 'bf16' || M * D * I * E === 0 || few
+  return precision === 'f32' || M * D * I * E === 0 || (precision === 'bf16' && few)
 }
 
 const productsOf = (cuda: Cuda) => (cuda.wgmma ? hopperExpertProducts(cuda) : expertProducts(cuda))
-const kernelOf = (cuda: Cuda, name: string, signature: string) =>
-  cuda.kernel('routed-experts', `moe_routed_experts_${name}_bf16`, signature)
-const gatherOf = (cuda: Cuda) => kernelOf(cuda, 'gather', 'p p p l i l i')
-const combineOf = (cuda: Cuda) => kernelOf(cuda, 'combine', 'p p p p l i l i i')
-
-/** Working memory for rows. */
-function scratchRows(cuda: Cuda, rows: number, columns: number): Matrix {
-  const ld = paddedColumns(columns)
-  return { pointer: cuda.scratch(rows * ld * 2).pointer, ld }
-}
 
 export const routedExperts: FusedFactory<'routedExperts'> = cuda => {
   const round = roundToBf16(cuda)
   const products = productsOf(cuda)
   const gather = gatherOf(cuda)
   const combine = combineOf(cuda)
+  const inFp8 = fp8Experts(cuda)
   return (inputs, { precision, saves }, specs) => {
     const sizes = sizesOf(inputs)
     if (isDeclined(sizes, precision)) return undefined
@@ -44,6 +29,13 @@ export const routedExperts: FusedFactory<'routedExperts'> = cuda => {
     const [x, gate, up, down, weights, order, positions] = inputs
     const offsets = pointerOf(inputs[7])
     const outputs = specs.map(spec => cuda.output(spec))
+    if (precision === 'fp8') {
+      inFp8.forward(
+        inputs,
+        outputs.map(({ pointer }) => pointer),
+      )
+      return outputs
+    }
     const out = outputs[0].pointer
     const saved = saves ? ([outputs[1].pointer, outputs[2].pointer] as const) : null
     const [tokens, gateWeight, upWeight, downWeight]: Matrix[] = round([
@@ -69,8 +61,9 @@ export const routedExpertsBackward: FusedFactory<'routedExpertsBackward'> = cuda
   const round = roundToBf16(cuda)
   const products = productsOf(cuda)
   const gather = gatherOf(cuda)
-  const swiglu = kernelOf(cuda, 'swiglu_bwd', 'p p p p p p p p p p l i i i')
+  const swiglu = rowKernel(cuda, 'swiglu_bwd', 'p p p p p p p p p p l i i i')
   const combine = combineOf(cuda)
+  const inFp8 = fp8Experts(cuda)
   return (inputs, { precision, wanted }, specs) => {
     const sizes = sizesOf(inputs)
     if (isDeclined(sizes, precision)) return undefined
@@ -79,7 +72,12 @@ export const routedExpertsBackward: FusedFactory<'routedExpertsBackward'> = cuda
     const offsets = pointerOf(inputs[7])
     const outputs = specs.map(spec => cuda.output(spec))
     let next = 0
-    const [dx, dgate, dup, ddown, dweights] = wanted.map(isWanted => (isWanted ? outputs[next++].pointer : 0))
+    const gradients = wanted.map(isWanted => (isWanted ? outputs[next++].pointer : 0))
+    if (precision === 'fp8') {
+      inFp8.backward(inputs, gradients)
+      return outputs
+    }
+    const [dx, dgate, dup, ddown, dweights] = gradients
     const back = { rows: M, n: I, k: D, experts: E }
     const toFeatures = { rows: M, n: D, k: I, experts: E }
 
