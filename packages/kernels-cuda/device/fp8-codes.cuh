@@ -22,17 +22,32 @@ MOE_DEVICE void writeAlong(const Fp8Codes& to, int64_t row, int at, const Four& 
   if (at < to.ld) *(uint32_t*)(to.data + row * to.ld + at) = codesOf(x.v, scale);
   if (threadIdx.x % 32 == 0) to.scales[(int64_t)(at / fp8Tile) * to.ldScales + row] = scale.up;
 }
-/// To a column of a run's matrix [columns][ld]. Rows of experts are one matrix, in which each expert's begin at packedStart.
+/// To a column of a run's matrix [columns][ld]. Rows of experts are one matrix, in which each expert's begin at packedStart. By whole warps.
 MOE_DEVICE void writeAcross(const Fp8Codes& to, const RunTile& tile, const int* offsets, int columns, int column, int first, const float* x, Fp8Scale scale) {
-  if (column >= columns || tile.left <= 0) return;
+  if (tile.left <= 0) return;
   const bool packed = offsets != nullptr;
   const int begin = (packed ? packedStart<fp8Tile>(offsets, tile.run) : 0) + tile.tile * fp8Tile;
-  uint8_t* const codes = to.data + ((int64_t)(packed ? 0 : tile.run) * columns + column) * to.ld + begin + first;
+  static_assert(rowsOfThread == 32, "two pieces of 16 bytes");
+  const auto sixteen = [&](int i) { return make_uint4(codesOf(x + i, scale), codesOf(x + i + 4, scale), codesOf(x + i + 8, scale), codesOf(x + i + 12, scale)); };
+  // A piece is half a sector. Two lanes store both pieces of one column at once, then of the other's.
+  const int half = threadIdx.x % 2;
+  uint4 pieces[2] = {sixteen(0), sixteen(16)};
+  const auto swap = [&](uint32_t& a, uint32_t& b) {
+    const uint32_t other = __shfl_xor_sync(wholeWarp, half == 0 ? b : a, 1);
+    if (half == 0) b = other;
+    else a = other;
+  };
+  swap(pieces[0].x, pieces[1].x);
+  swap(pieces[0].y, pieces[1].y);
+  swap(pieces[0].z, pieces[1].z);
+  swap(pieces[0].w, pieces[1].w);
+  const int at = begin + first + half * 16;
+  const int64_t firstColumn = (int64_t)(packed ? 0 : tile.run) * columns;
 #pragma unroll
-  for (int i = 0; i < rowsOfThread; i += 16) {
-    const uint4 sixteen = make_uint4(codesOf(x + i, scale), codesOf(x + i + 4, scale), codesOf(x + i + 8, scale), codesOf(x + i + 12, scale));
-    if (begin + first + i < to.ld) *(uint4*)(codes + i) = sixteen;
+  for (int i = 0; i < 2; i++) {
+    const int own = column - half + i;
+    if (own < columns && at < to.ld) *(uint4*)(to.data + (firstColumn + own) * to.ld + at) = pieces[i];
   }
   const int64_t scaleRow = packed ? begin / fp8Tile : blockIdx.y;
-  if (first == 0) to.scales[scaleRow * to.ldScales + column] = scale.up;
+  if (column < columns && first == 0) to.scales[scaleRow * to.ldScales + column] = scale.up;
 }
