@@ -358,6 +358,18 @@ describe('resuming', () => {
     expect([...new Set(third.events.map(({ type }) => type))]).toEqual(['start', 'measuring', 'evaluation', 'end'])
   })
 
+  test('of a finished run measures again, and its summary stays whole', async () => {
+    const out = await temporaryFolder()
+    const read = async () => JSON.parse(await readFile(join(out, 'summary.json'), 'utf8'))
+    await run({ out })
+    const before = await read()
+    expect(Object.keys(before.balance)).toEqual(['maxVio', 'batches'])
+    await run({ out, resume: true })
+    const measured = { validation: expect.objectContaining({ loss: before.validation.loss }) }
+    const ofThisProcess = { peakMemoryBytes: expect.any(Number), peakDeviceBytes: expect.any(Number) }
+    expect(await read()).toEqual({ ...before, ...measured, ...ofThisProcess })
+  })
+
   test('a finished folder is not written over by accident', async () => {
     const out = await temporaryFolder()
     await run({ out })

@@ -254,6 +254,7 @@ class Run {
     this.trainSeconds = state.trainSeconds
     this.savedStep = state.step
     this.checkpoint = from
+    for (const name of state.balance ?? []) this.balanceNames.add(name)
     if (this.log === undefined) return
     for (const line of await cutMetrics(this.log.path, state.step)) this.remember(line)
   }
@@ -336,7 +337,8 @@ class Run {
     const started = performance.now()
     this.log?.flush()
     await this.checkFinite()
-    const state = { step, tokens, trainSeconds, modelStep: this.model.step, run: this.record }
+    const balance = [...this.balanceNames]
+    const state = { step, tokens, trainSeconds, modelStep: this.model.step, balance, run: this.record }
     const path = await saveTraining(writesTo, this, state, settings.keepCheckpoints)
     this.checkpoint = path
     this.savedStep = step

@@ -19,6 +19,8 @@ export interface TrainerState {
   readonly trainSeconds: number
   /** `step` of the model, where it counts for itself. */
   readonly modelStep?: number | undefined
+  /** Names of what the model's `afterStep` returned: the other numbers of its log are those of the loss. */
+  readonly balance?: readonly string[]
   readonly run: RunRecord
 }
 
@@ -42,14 +44,22 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
     throw unreadable(path, `is not a state of this trainer (format ${JSON.stringify(state.format)})`)
   if (state.version !== version)
     throw unreadable(path, `has version ${JSON.stringify(state.version)}, this trainer reads ${version}`)
-  const { step, tokens, trainSeconds, modelStep, run } = state
+  const { step, tokens, trainSeconds, modelStep, balance = [], run } = state
   const counts = { step, tokens, trainSeconds, modelStep: modelStep ?? 0 }
   for (const [name, count] of Object.entries(counts)) {
     if (typeof count !== 'number' || !(count >= 0)) throw unreadable(path, `has ${name} ${JSON.stringify(count)}`)
   }
   if (!Number.isSafeInteger(step)) throw unreadable(path, `has step ${step}`)
+  if (!Array.isArray(balance)) throw unreadable(path, `has balance ${JSON.stringify(balance)}`)
   if (typeof run !== 'object' || run === null) throw unreadable(path, 'has no settings of the run')
-  return { step: step as number, tokens: tokens as number, trainSeconds: trainSeconds as number, modelStep, run }
+  return {
+    step: step as number,
+    tokens: tokens as number,
+    trainSeconds: trainSeconds as number,
+    modelStep,
+    balance,
+    run,
+  }
 }
 
 const unreadable = (path: string, problem: string, cause?: unknown) =>
