@@ -36,6 +36,12 @@ export function needShape(op: string, name: string, value: Value, expected: Shap
   throw shapeError(op, `${name} has shape ${showShape(shape)}, needs ${wanted}`, undefined, { shape, expected })
 }
 
+/** Refuses sizes or axes that are given one by one. */
+export function needList(op: string, name: string, value: unknown): void {
+  if (Array.isArray(value)) return
+  throw shapeError(op, `${name} is ${value}, no array`, 'pass them together, as in [2, 3]')
+}
+
 function sameDtype(op: string, a: Value, b: Value): DType {
   if (a.dtype !== b.dtype) {
     throw new MoeError({
@@ -182,6 +188,7 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
   },
 
   permute([x], { axes }) {
+    needList('permute', 'axes', axes)
     const seen = new Set(axes)
     const valid = axes.length === x.shape.length && seen.size === axes.length
     if (!valid || axes.some(axis => !(Number.isInteger(axis) && axis >= 0 && axis < x.shape.length))) {
@@ -226,6 +233,7 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
 
 /** Checks a requested shape against the number of elements; one size may be -1. */
 export function inferReshape(x: Value, shape: Shape): Shape {
+  needList('reshape', 'the shape', shape)
   const total = sizeOf(x.shape)
   let known = 1
   let free = -1

@@ -1,10 +1,14 @@
 import { inspect } from 'node:util'
 import fc from 'fast-check'
 import { beforeEach, describe, expect, test } from 'vitest'
+import { backward } from './autograd/backward.ts'
 import type { Backend } from './backend.ts'
 import { setDefaultBackend } from './context.ts'
 import { type DType, dtypes, encodeHost, toBf16 } from './dtype.ts'
 import { globalNorm } from './fused/adamw.ts'
+import { softmax } from './fused/softmax.ts'
+import { Linear } from './nn/layers.ts'
+import { disposeModule } from './nn/module.ts'
 import { Parameter } from './nn/parameter.ts'
 import { referenceBackend } from './reference/index.ts'
 import { arange, concat, fromHost, full, ones, setRows, type Tensor, tensor, where, zeros } from './tensor.ts'
@@ -23,6 +27,67 @@ test('Node prints what a tensor is, in a model, too', () => {
   expect(inspect({ x, weight: new Parameter(ones([2, 3])) })).toBe('{ x: Tensor f32 [2], weight: Parameter f32 [2,3] }')
   x.dispose()
   expect(inspect(x)).toBe('Tensor f32 [2] (freed)')
+})
+
+describe('what is no tensor is refused by name', () => {
+  const x = () => ones([2, 3])
+  const wrong = (value: unknown) => value as Tensor
+  test.each<[string, () => unknown, string]>([
+    [
+      'an array',
+      () => x().add(wrong([1, 2])),
+      'add: rhs is an array, no tensor; pass a tensor: tensor(numbers, shape)',
+    ],
+    ['nothing', () => x().mul(wrong(undefined)), 'mul: rhs is undefined'],
+    ['a text', () => x().sub(wrong('3')), 'sub: rhs is the string 3'],
+    ['a number', () => where(x().lt(1), wrong(1), x()), 'where: input 1 is the number 1'],
+    ['a module', () => x().add(wrong(new Linear(2, 2))), 'add: rhs is a Linear'],
+    ['a right side', () => x().matmul(wrong([[1]])), 'matmul: rhs is an array'],
+    ['an input of a fused op', () => softmax(wrong(null)), 'softmax: input 0 is null'],
+    ['a part', () => concat([wrong(undefined), x()], 1), 'concat: input 0 is undefined'],
+    [
+      'parts one by one',
+      () => concat(x() as unknown as Tensor[]),
+      'concat: the parts are a Tensor, no array; pass [a, b]',
+    ],
+    ['an input of a layer', () => new Linear(2, 2).forward(wrong([1, 2])), 'linear: x is an array'],
+    ['a loss', () => backward(wrong(Promise.resolve(1))), 'backward: the loss is a promise'],
+    [
+      'values',
+      () => tensor(undefined as unknown as number[]),
+      'tensor: the values are undefined; pass numbers in one array',
+    ],
+    ['one value', () => tensor(5 as unknown as number[]), 'tensor: the values are the number 5'],
+    [
+      'nested values',
+      () =>
+        tensor([
+          [1, 2],
+          [3, 4],
+        ] as unknown as number[]),
+      'tensor: value 0 is an array; pass numbers in one',
+    ],
+    [
+      'sizes one by one',
+      () => x().reshape(3 as unknown as number[]),
+      'reshape: the shape is 3, no array; pass them together',
+    ],
+    ['a size', () => zeros(3 as unknown as number[]), 'full: the shape is 3, no array'],
+    ['axes one by one', () => x().permute(1 as unknown as number[]), 'permute: axes is 1, no array'],
+  ])('%s', (_, run, message) => {
+    expect(run).toThrow(expect.objectContaining({ name: 'MoeError', message: expect.stringContaining(message) }))
+  })
+})
+
+test('a parameter that was freed says that its model was', () => {
+  const layer = new Linear(2, 3)
+  disposeModule(layer)
+  expect(() => layer.forward(ones([1, 2]))).toThrow(
+    code('E_DISPOSED', /freed with its model: make or open the model again/),
+  )
+  const freed = ones([2])
+  freed.dispose()
+  expect(() => freed.add(1)).toThrow(code('E_DISPOSED', /return it from its scope/))
 })
 
 describe('creation', () => {

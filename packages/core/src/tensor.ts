@@ -22,7 +22,7 @@ import type {
 import { context, defaultBackend, widePrecision } from './context.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, isFloat } from './dtype.ts'
 import { MoeError } from './errors.ts'
-import { infer, inferReshape, shapeError } from './infer.ts'
+import { attrError, infer, inferReshape, needList, shapeError } from './infer.ts'
 import { Scoped, scope } from './scope.ts'
 import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf } from './shape.ts'
 
@@ -122,6 +122,11 @@ export class Tensor extends Scoped implements Value {
     this.backend.free(this.handle)
     this.handle = null
     this.node = null
+  }
+
+  /** Internal: what to do where it is used after that. */
+  get whenFreed(): string {
+    return 'return it from its scope, keep() it, or detach() it before backward'
   }
 
   /** What Node prints: `Tensor f32 [2,3]`. The elements may still be in the making: see `values`. */
@@ -271,6 +276,7 @@ export class Tensor extends Scoped implements Value {
    * transposeA and transposeB read the last two axes of that side swapped. Batches are multiplied in bf16 where fp8 is asked for.
    */
   matmul(other: Tensor, options: { transposeA?: boolean; transposeB?: boolean; precision?: Precision } = {}): Tensor {
+    needTensor('matmul', 'rhs', other)
     return composed([this, other], () => matmul(this, other, options))
   }
 
@@ -346,15 +352,33 @@ function alive(op: string, tensor: Tensor): void {
     code: 'E_DISPOSED',
     op,
     problem: `an input ${showShape(tensor.shape)} was already freed`,
-    fix: 'return it from its scope, keep() it, or detach() it before backward',
+    fix: tensor.whenFreed,
   })
+}
+
+/** Internal: refuses what is no tensor. @throws MoeError E_ATTR */
+export function needTensor(op: string, name: string, value: Tensor | null | undefined): void {
+  // Whatever has a backend is taken for one: this is asked for every op.
+  if (value?.backend !== undefined) return
+  const fix = 'pass a tensor: tensor(numbers, shape) makes one'
+  throw attrError(op, `${name} is ${describe(value)}, no tensor`, fix)
+}
+
+/** What a caller passed by mistake, in a few words. */
+function describe(value: unknown): string {
+  if (value === null || value === undefined) return `${value}`
+  if (value instanceof Promise) return 'a promise'
+  if (Array.isArray(value)) return 'an array'
+  if (typeof value === 'object') return `a ${value.constructor?.name ?? 'bare object'}`
+  return `the ${typeof value} ${String(value).slice(0, 40)}`
 }
 
 function check(op: string, inputs: readonly Tensor[]): Backend {
   if (inputs.length === 0) throw shapeError(op, 'there are no tensors', 'pass at least one')
-  const { backend } = inputs[0]
+  const backend = inputs[0]?.backend
   for (let i = 0; i < inputs.length; i++) {
     const input = inputs[i]
+    if (input?.backend === undefined) needTensor(op, `input ${i}`, input)
     if (input.handle === null) alive(op, input)
     if (input.backend !== backend) {
       throw new MoeError({
@@ -493,11 +517,13 @@ function withNumber(x: Tensor, value: number, op: (scalar: Tensor) => Tensor): T
 
 function binary(code: BinaryCode, a: Tensor, b: Tensor | number): Tensor {
   if (typeof b === 'number') return withNumber(a, b, scalar => run('binary', [a, scalar], binaryAttrs[code]))
+  needTensor(code, 'rhs', b)
   return run('binary', [a, b], binaryAttrs[code])
 }
 
 function compare(code: CompareCode, a: Tensor, b: Tensor | number): Tensor {
   if (typeof b === 'number') return withNumber(a, b, scalar => run('compare', [a, scalar], { code }))
+  needTensor(code, 'rhs', b)
   return run('compare', [a, b], { code })
 }
 
@@ -558,7 +584,9 @@ export function where(condition: Tensor, a: Tensor, b: Tensor): Tensor {
 
 /** Joins tensors along an axis. */
 export function concat(parts: readonly Tensor[], axis = 0): Tensor {
+  if (!Array.isArray(parts)) throw attrError('concat', `the parts are ${describe(parts)}, no array`, 'pass [a, b]')
   if (parts.length === 1) return parts[0]
+  if (parts.length > 0) needTensor('concat', 'input 0', parts[0])
   return run('concat', parts, { axis: parts.length === 0 ? 0 : normalizeAxis('concat', axis, parts[0].rank) })
 }
 
@@ -586,6 +614,7 @@ export interface CreateOptions {
 const isSize = (n: number): boolean => Number.isInteger(n) && n >= 0
 
 function checkShape(op: string, shape: Shape): void {
+  needList(op, 'the shape', shape)
   for (let i = 0; i < shape.length; i++) {
     if (!isSize(shape[i])) throw shapeError(op, `${shape[i]} in ${showShape(shape)} is not a size`)
   }
@@ -616,9 +645,18 @@ export function ones(shape: Shape, options?: CreateOptions): Tensor {
  * @throws MoeError E_SHAPE when the shape does not fit the number of values.
  */
 export function tensor(values: ArrayLike<number>, shape?: Shape, options: CreateOptions = {}): Tensor {
+  needNumbers(values)
   const natural = values instanceof Int32Array ? 'i32' : values instanceof Uint8Array ? 'u8' : 'f32'
   const dtype = options.dtype ?? natural
   return fromHost(encodeHost(dtype, values), shape ?? [values.length], dtype, options.backend)
+}
+
+/** Refuses what would silently become NaN. */
+function needNumbers(values: ArrayLike<number> | undefined): void {
+  const first: unknown = values?.[0]
+  if (values?.length === 0 || typeof first === 'number' || typeof first === 'boolean') return
+  const problem = first === undefined ? `the values are ${describe(values)}` : `value 0 is ${describe(first)}`
+  throw attrError('tensor', problem, 'pass numbers in one array, and the shape: tensor([1, 2, 3, 4], [2, 2])')
 }
 
 /** A tensor from a host array that already holds the dtype's bits. The array is copied. */

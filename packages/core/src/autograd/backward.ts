@@ -5,7 +5,7 @@ import { MoeError } from '../errors.ts'
 import { Parameter } from '../nn/parameter.ts'
 import { adopt, currentScope, enterScope, leaveScope, scope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
-import { full, record, type TapeNode, type Tensor, type Vjp } from '../tensor.ts'
+import { full, needTensor, record, type TapeNode, type Tensor, type Vjp } from '../tensor.ts'
 import { rules } from './rules.ts'
 
 export interface BackwardOptions {
@@ -46,6 +46,7 @@ export function gradients(loss: Tensor, of: readonly Tensor[], options: Backward
 
 /** Internal. @throws MoeError E_SHAPE */
 export function checkSeed(loss: Tensor, given?: Tensor): void {
+  needTensor('backward', 'the loss', loss)
   if (given !== undefined) {
     if (sameShape(given.shape, loss.shape)) return
     throw new MoeError({

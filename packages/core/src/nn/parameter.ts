@@ -50,6 +50,10 @@ export class Parameter extends Tensor {
     this.grad = null
   }
 
+  override get whenFreed(): string {
+    return 'it is a parameter, freed with its model: make or open the model again, or dispose of it later'
+  }
+
   override dispose(): void {
     this.zeroGrad()
     super.dispose()

@@ -13,7 +13,7 @@ import {
 } from '../fused/quantized-matmul.ts'
 import { keep, scope } from '../scope.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
-import { concat, fromHost, type Tensor } from '../tensor.ts'
+import { concat, fromHost, needTensor, type Tensor } from '../tensor.ts'
 import { atOnce, inTurns, pacer } from '../turns.ts'
 import { Module, namedParameters } from './module.ts'
 import { Parameter } from './parameter.ts'
@@ -184,6 +184,7 @@ export const denseWeight = (parameter: Parameter): Tensor =>
 
 /** x W^T: `x [..., K]`, `weight [N, K]` in f32 or stored, to `[..., N]`. */
 export function linear(x: Tensor, weight: Parameter): Tensor {
+  needTensor('linear', 'x', x)
   if (weight instanceof QuantizedParameter) return quantizedMatmul(x, weight.weight)
   return x.matmul(weight, { transposeB: true })
 }
