@@ -49,7 +49,7 @@ const floats: ReadonlySet<StoredDType> = new Set(['f64', 'f32', 'bf16', 'f16', '
  */
 export async function convertCheckpoint(
   source: TensorSource,
-  folder: string,
+  folder: string | URL,
   options: ConvertOptions = {},
 ): Promise<Conversion> {
   const { rename = key => key, dtype, keepF32 = key => key.endsWith('.e_score_correction_bias') } = options

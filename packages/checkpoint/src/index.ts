@@ -13,6 +13,7 @@ export {
   writeGguf,
 } from './gguf/write-gguf.ts'
 export { type OpenOptions, openCheckpoint } from './open-checkpoint.ts'
+export { pathOf } from './path-of.ts'
 export { isScaleKey, type ReadF32Options, readF32 } from './read-f32.ts'
 export {
   type ReadOptions,
@@ -22,7 +23,7 @@ export {
   type TensorInfo,
   type TensorSource,
 } from './read-safetensors.ts'
-export { renamePatiently } from './rename-patiently.ts'
+export { patiently, renamePatiently } from './rename-patiently.ts'
 export { type SavedCheckpoint, type SaveOptions, saveCheckpoint } from './save-checkpoint.ts'
 export { stateSource } from './state-source.ts'
 export type { StoredArray, StoredDType } from './stored-dtype.ts'

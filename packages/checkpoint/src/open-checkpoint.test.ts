@@ -53,6 +53,13 @@ describe('a sharded checkpoint', () => {
     expect(checkpoint.metadata).toEqual({ total_size: '272', nested: '{"a":[1]}' })
   })
 
+  it('opens by an index that an editor has begun with a byte order mark', async () => {
+    const folder = await sharded()
+    await writeFile(join(folder, INDEX), `\uFEFF${await readFile(join(folder, INDEX), 'utf8')}`)
+    await using checkpoint = await openCheckpoint(folder)
+    expect(checkpoint.has('lm_head.weight')).toBe(true)
+  })
+
   it('gives way to model.safetensors beside it', async () => {
     const folder = await sharded()
     await copyFile(fixture('dtypes.safetensors'), join(folder, 'model.safetensors'))

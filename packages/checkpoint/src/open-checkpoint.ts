@@ -3,6 +3,7 @@
 import { realpath, stat } from 'node:fs/promises'
 import { basename, dirname, isAbsolute, join, relative, resolve, sep } from 'node:path'
 import { checkpointError, fileError, shown } from './checkpoint-error.ts'
+import { pathOf } from './path-of.ts'
 import {
   missingTensor,
   openRegularFile,
@@ -40,7 +41,11 @@ export interface OpenOptions extends ReadOptions {
  *   names files outside the folder, a shard that is a link out of it, a tensor that is missing, or in two shards, or in none
  *   of the index
  */
-export async function openCheckpoint(path: string, options: OpenOptions = {}): Promise<TensorSource> {
+export async function openCheckpoint(path: string | URL, options: OpenOptions = {}): Promise<TensorSource> {
+  return openAt(pathOf('openCheckpoint', path), options)
+}
+
+async function openAt(path: string, options: OpenOptions): Promise<TensorSource> {
   const stats = await stat(path).catch(cause => {
     throw fileError(path, 'opening', cause)
   })
@@ -95,7 +100,7 @@ export async function readIndex(path: string): Promise<CheckpointIndex> {
     if (fileBytes > MAX_INDEX_BYTES) {
       throw checkpointError(path, `the index has ${fileBytes} bytes, more than the ${MAX_INDEX_BYTES} allowed`)
     }
-    document = parseStrictJson(await readRange(handle, path, 0, fileBytes), 8)
+    document = parseStrictJson(withoutMark(await readRange(handle, path, 0, fileBytes)), 8)
   } catch (cause) {
     if (!(cause instanceof SyntaxError)) throw cause
     throw checkpointError(path, `the index cannot be read: ${cause.message}`, undefined, {}, cause)
@@ -124,6 +129,10 @@ export async function readIndex(path: string): Promise<CheckpointIndex> {
     ),
   }
 }
+
+/** Some editors begin UTF-8 with a byte order mark. */
+const withoutMark = (bytes: Uint8Array): Uint8Array =>
+  bytes[0] === 0xef && bytes[1] === 0xbb && bytes[2] === 0xbf ? bytes.subarray(3) : bytes
 
 function isPlainFileName(name: string): boolean {
   return name !== '' && name !== '.' && name !== '..' && !/[/\\\0]/.test(name) && basename(name) === name

@@ -4,6 +4,7 @@ import { constants, type Stats } from 'node:fs'
 import { type FileHandle, open, stat } from 'node:fs/promises'
 import { checkpointError, fileError, shown } from './checkpoint-error.ts'
 import { DEFAULT_MAX_HEADER_BYTES, type Header, headerLength, PREFIX_BYTES, parseHeader } from './header.ts'
+import { pathOf } from './path-of.ts'
 import { type StoredArray, type StoredDType, viewStored } from './stored-dtype.ts'
 
 /** What is known of a tensor without reading it. */
@@ -59,7 +60,11 @@ export interface ReadOptions {
  * const { shape, data } = await file.read('model.norm.weight')
  * ```
  */
-export async function readSafetensors(path: string, options: ReadOptions = {}): Promise<SafetensorsFile> {
+export async function readSafetensors(path: string | URL, options: ReadOptions = {}): Promise<SafetensorsFile> {
+  return readFrom(pathOf('readSafetensors', path), options)
+}
+
+async function readFrom(path: string, options: ReadOptions): Promise<SafetensorsFile> {
   const { handle, fileBytes } = await openRegularFile(path)
   try {
     const prefix = await readRange(handle, path, 0, Math.min(PREFIX_BYTES, fileBytes))
@@ -72,15 +77,21 @@ export async function readSafetensors(path: string, options: ReadOptions = {}): 
   }
 }
 
+/** What is used of a `FileHandle` of Node, so that declarations do without Node's. */
+export interface OpenFile {
+  read(buffer: Uint8Array, offset: number, length: number, position: number): Promise<{ bytesRead: number }>
+  close(): Promise<void>
+}
+
 /** An open safetensors file. Made by {@link readSafetensors}; holds one file descriptor until it is closed. */
 export class SafetensorsFile implements TensorSource {
   readonly path: string
   readonly metadata: Readonly<Record<string, string>>
   readonly #entries: Header['entries']
-  #handle: FileHandle | undefined
+  #handle: OpenFile | undefined
 
   /** @internal */
-  constructor(path: string, handle: FileHandle, header: Header) {
+  constructor(path: string, handle: OpenFile, header: Header) {
     this.path = path
     this.metadata = header.metadata
     this.#handle = handle
@@ -158,7 +169,7 @@ const MAX_READ_BYTES = 2 ** 30
 
 /** Reads exactly `bytes` bytes from `position` into memory of their own. */
 export async function readRange(
-  handle: Pick<FileHandle, 'read'>,
+  handle: Pick<OpenFile, 'read'>,
   path: string,
   position: number,
   bytes: number,

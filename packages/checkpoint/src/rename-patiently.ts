@@ -1,4 +1,4 @@
-/** @file A rename that waits until others have let go of the files. */
+/** @file Work on files that waits until others have let go of them. */
 
 import { rename } from 'node:fs/promises'
 import { setTimeout } from 'node:timers/promises'
@@ -16,13 +16,21 @@ const pauses = [10, 30, 100, 300, 600]
  * @throws the error of the last attempt, as `rename` of `node:fs`
  */
 export async function renamePatiently(from: string, to: string): Promise<void> {
+  await patiently(() => rename(from, to))
+}
+
+/**
+ * Does what Windows refuses while somebody has one of the files open, and again until it works or about a second has passed.
+ * @throws the error of the last attempt, and at once any other
+ */
+export async function patiently<T>(attempt: () => T | Promise<T>): Promise<T> {
   for (const pause of pauses) {
     try {
-      return await rename(from, to)
+      return await attempt()
     } catch (error) {
       if (!busy.has((error as NodeJS.ErrnoException).code)) throw error
     }
     await setTimeout(pause)
   }
-  return rename(from, to)
+  return attempt()
 }

@@ -6,6 +6,7 @@ import { join } from 'node:path'
 import { syncFolder, writeAtomically } from './atomic-file.ts'
 import { checkpointError, fileError } from './checkpoint-error.ts'
 import { INDEX_FILE, readIndex, SINGLE_FILE } from './open-checkpoint.ts'
+import { pathOf } from './path-of.ts'
 import {
   type PlannedTensor,
   planEntries,
@@ -37,9 +38,17 @@ export interface SavedCheckpoint {
  * @throws {MoeError} `E_CHECKPOINT` as {@link writeSafetensors}; the previous checkpoint is then whole and nothing new is left
  */
 export async function saveCheckpoint(
-  folder: string,
+  folder: string | URL,
   entries: Iterable<TensorEntry>,
   options: SaveOptions = {},
+): Promise<SavedCheckpoint> {
+  return saveInto(pathOf('saveCheckpoint', folder), entries, options)
+}
+
+async function saveInto(
+  folder: string,
+  entries: Iterable<TensorEntry>,
+  options: SaveOptions,
 ): Promise<SavedCheckpoint> {
   const maxShardBytes = options.maxShardBytes ?? 5e9
   if (!(maxShardBytes > 0)) {

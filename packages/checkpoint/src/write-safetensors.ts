@@ -3,6 +3,7 @@
 import { type Append, writeAtomically } from './atomic-file.ts'
 import { checkpointError } from './checkpoint-error.ts'
 import { encodeHeader } from './header.ts'
+import { pathOf } from './path-of.ts'
 import {
   arrayName,
   bytesOf,
@@ -46,11 +47,12 @@ export interface WriteOptions {
  * ```
  */
 export async function writeSafetensors(
-  path: string,
+  path: string | URL,
   entries: Iterable<TensorEntry>,
   options: WriteOptions = {},
 ): Promise<number> {
-  return writePlanned(path, planEntries(path, entries), options)
+  const file = pathOf('writeSafetensors', path)
+  return writePlanned(file, planEntries(file, entries), options)
 }
 
 /** An entry that was checked, with its size. */

@@ -48,12 +48,15 @@ export async function readScaleBlock(folder: string): Promise<readonly [number, 
   })
 }
 
+/** JSON, also behind the byte order mark that some editors begin files with. */
+export const parseJson = (text: string): unknown => JSON.parse(text.replace(/^\uFEFF/, ''))
+
 async function readJson(folder: string): Promise<Record<string, unknown>> {
   const path = join(folder, FILE)
   try {
     // A pipe would be waited for.
     if (!(await stat(path)).isFile()) throw new Error('it is no regular file')
-    const json: unknown = JSON.parse(await readFile(path, 'utf8'))
+    const json = parseJson(await readFile(path, 'utf8'))
     if (typeof json !== 'object' || json === null) throw new Error('it holds no object')
     return json as Record<string, unknown>
   } catch (cause) {

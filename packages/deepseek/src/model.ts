@@ -168,7 +168,15 @@ export class DeepSeek extends Module {
    */
   constructor(config: DeepSeekConfigInput, options: DeepSeekOptions = {}) {
     super()
-    const { seed = 0, backend = defaultBackend(), weights, objective, balancer, dropping, monitor = null } = options
+    const {
+      seed = 0,
+      backend = defaultBackend(),
+      weights,
+      objective,
+      balancer,
+      dropping,
+      monitor = null,
+    } = options ?? {}
     this.#config = parseConfig(config)
     this.#backend = backend
     const usual = { mtpWeight: 0.3, balanceWeight: 1e-4, biasSpeed: 0.001, mtpDetached: false, mtpAcceptance: false }
@@ -209,7 +217,7 @@ export class DeepSeek extends Module {
   }
 
   /** Opens a checkpoint in the Hugging Face layout: a folder with config.json and safetensors. */
-  static async fromPretrained(folder: string, options: Omit<DeepSeekOptions, 'seed'> = {}): Promise<DeepSeek> {
+  static async fromPretrained(folder: string | URL, options: Omit<DeepSeekOptions, 'seed'> = {}): Promise<DeepSeek> {
     return loadPretrained(folder, config => new DeepSeek(config, { ...options, seed: null }))
   }
 
@@ -451,11 +459,11 @@ export class DeepSeek extends Module {
   generate(ids: ArrayLike<number>, options: TextOptions): Generation<string>
   generate(ids: ArrayLike<number>, options?: GenerateOptions): Generation<number>
   generate(ids: ArrayLike<number>, options: GenerateOptions | TextOptions = {}): Generation<number | string> {
-    return generate(this, ids, options)
+    return generate(this, ids, options ?? {})
   }
 
   /** Writes config.json and model.safetensors in the Hugging Face layout. */
-  async save(folder: string): Promise<void> {
+  async save(folder: string | URL): Promise<void> {
     await savePretrained(this, folder)
   }
 

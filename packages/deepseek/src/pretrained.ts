@@ -4,6 +4,7 @@ import { join } from 'node:path'
 import {
   isScaleKey,
   openCheckpoint,
+  pathOf,
   readF32,
   saveCheckpoint,
   type TensorEntry,
@@ -47,7 +48,8 @@ const emptySharedExperts = (model: DeepSeek): TensorEntry[] => {
 }
 
 /** Internal: see `DeepSeek.save`. */
-export async function savePretrained(model: DeepSeek, folder: string): Promise<void> {
+export async function savePretrained(model: DeepSeek, path: string | URL): Promise<void> {
+  const folder = pathOf('save', path)
   await mkdir(folder, { recursive: true })
   const entries: TensorEntry[] = stateDict(model).map(({ name, dtype, shape, data }) => ({ name, dtype, shape, data }))
   const byName = new Map(entries.map(entry => [entry.name, entry]))
@@ -59,9 +61,10 @@ export async function savePretrained(model: DeepSeek, folder: string): Promise<v
 
 /** Internal: see `DeepSeek.fromPretrained`. */
 export async function loadPretrained(
-  folder: string,
+  path: string | URL,
   make: (config: DeepSeekConfigInput) => DeepSeek,
 ): Promise<DeepSeek> {
+  const folder = pathOf('fromPretrained', path)
   const config = await readConfig(folder)
   const block = await readScaleBlock(folder)
   await using checkpoint = await openCheckpoint(folder)
@@ -80,7 +83,8 @@ export async function loadPretrained(
  * Fills a model from a checkpoint folder. bf16 and f16 weights become f32, and fp8 ones, whose blocks are as its config.json says.
  * @throws MoeError E_STATE_DICT when keys or shapes do not fit; the model is then unchanged.
  */
-export async function loadWeights(model: DeepSeek, folder: string): Promise<void> {
+export async function loadWeights(model: DeepSeek, path: string | URL): Promise<void> {
+  const folder = pathOf('loadWeights', path)
   const block = await readScaleBlock(folder)
   await using checkpoint = await openCheckpoint(folder)
   await fill(model, checkpoint, block)

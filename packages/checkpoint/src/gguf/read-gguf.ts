@@ -1,8 +1,8 @@
 /** @file Reads GGUF files (versions 2 and 3, little-endian) without trusting them: the header when opened, tensors when asked for. */
 
-import type { FileHandle } from 'node:fs/promises'
 import { checkpointError, shown } from '../checkpoint-error.ts'
-import { missingTensor, openRegularFile, readRange } from '../read-safetensors.ts'
+import { pathOf } from '../path-of.ts'
+import { missingTensor, type OpenFile, openRegularFile, readRange } from '../read-safetensors.ts'
 import { decodeGguf } from './blocks.ts'
 import { ByteReader, NeedsMoreBytes } from './byte-reader.ts'
 import { padding } from './byte-writer.ts'
@@ -45,10 +45,11 @@ export interface ReadGgufOptions {
  * for (const [name, { type, shape }] of file.tensors) console.log(name, type, shape)
  * ```
  */
-export async function readGguf(path: string, options: ReadGgufOptions = {}): Promise<GgufFile> {
-  const { handle, fileBytes } = await openRegularFile(path)
+export async function readGguf(path: string | URL, options: ReadGgufOptions = {}): Promise<GgufFile> {
+  const file = pathOf('readGguf', path)
+  const { handle, fileBytes } = await openRegularFile(file)
   try {
-    return new GgufFile(path, handle, await readHeader(path, handle, fileBytes, options.maxHeaderBytes ?? 2 ** 28))
+    return new GgufFile(file, handle, await readHeader(file, handle, fileBytes, options.maxHeaderBytes ?? 2 ** 28))
   } catch (error) {
     await handle.close()
     throw error
@@ -64,10 +65,10 @@ export class GgufFile {
   readonly metadata: ReadonlyMap<string, GgufValue>
   /** By name, in the order of the file. */
   readonly tensors: ReadonlyMap<string, GgufTensorInfo>
-  #handle: FileHandle | undefined
+  #handle: OpenFile | undefined
 
   /** @internal */
-  constructor(path: string, handle: FileHandle, header: GgufHeader) {
+  constructor(path: string, handle: OpenFile, header: GgufHeader) {
     this.path = path
     this.version = header.version
     this.metadata = header.metadata
@@ -104,7 +105,7 @@ export class GgufFile {
 }
 
 /** The header's length is not known beforehand: it is parsed from ever more bytes until they are enough. */
-async function readHeader(path: string, handle: FileHandle, fileBytes: number, limit: number): Promise<GgufHeader> {
+async function readHeader(path: string, handle: OpenFile, fileBytes: number, limit: number): Promise<GgufHeader> {
   for (let size = 2 ** 20; ; size *= 4) {
     const bytes = await readRange(handle, path, 0, Math.min(size, limit, fileBytes))
     try {

@@ -8,6 +8,7 @@
 import { MoeError } from '@moe/core'
 import { type Append, writeAtomically } from '../atomic-file.ts'
 import { checkpointError } from '../checkpoint-error.ts'
+import { pathOf } from '../path-of.ts'
 import { encodeGguf } from './blocks.ts'
 import { ByteWriter, padding } from './byte-writer.ts'
 import { type GgufEncoding, layoutOf, tensorBytes } from './tensor-type.ts'
@@ -70,7 +71,15 @@ export interface WriteGgufOptions {
  * })
  * ```
  */
-export async function writeGguf(path: string, contents: GgufContents, options: WriteGgufOptions = {}): Promise<number> {
+export async function writeGguf(
+  path: string | URL,
+  contents: GgufContents,
+  options: WriteGgufOptions = {},
+): Promise<number> {
+  return writeTo(pathOf('writeGguf', path), contents, options)
+}
+
+async function writeTo(path: string, contents: GgufContents, options: WriteGgufOptions): Promise<number> {
   const sizes = contents.tensors.map(tensor => checkedSize(path, tensor))
   refuseDuplicates(path, contents.tensors)
   const header = encodeHeader(path, contents, sizes)

@@ -5,15 +5,16 @@ import {
   type GgufEncoding,
   type GgufValue,
   openCheckpoint,
+  pathOf,
   readF32,
   type TensorSource,
   toF32,
   type WriteGgufOptions,
   writeGguf,
 } from '@moe/checkpoint'
-import { MoeError, type StateEntry, stateDict } from '@moe/core'
+import { Module, MoeError, type StateEntry, stateDict } from '@moe/core'
 import { type DeepSeekConfig, parseConfig } from '../config.ts'
-import { readConfig, readScaleBlock } from '../config-file.ts'
+import { parseJson, readConfig, readScaleBlock } from '../config-file.ts'
 import type { DeepSeek } from '../model.ts'
 import { architectureOf } from './architecture.ts'
 import { tensorsOf, type WeightSource } from './tensors.ts'
@@ -65,25 +66,27 @@ const fileTypes: Readonly<Record<GgufEncoding, number>> = { f32: 0, f16: 1, q4_0
  * ```
  */
 export async function exportGguf(
-  model: string | DeepSeek,
-  path: string,
+  model: string | URL | DeepSeek,
+  path: string | URL,
   options: ExportGgufOptions = {},
 ): Promise<ExportedGguf> {
-  if (typeof model !== 'string') {
+  const file = pathOf('exportGguf', path)
+  if (model instanceof Module) {
     return write(
       model.config,
       memorySource(stateDict(model)),
       await vocabularyFrom(model.config, options),
-      path,
+      file,
       options,
     )
   }
-  const config = parseConfig(await readConfig(model))
-  const block = await readScaleBlock(model)
-  await using checkpoint = await openCheckpoint(model)
-  const vocabulary = await vocabularyFrom(config, options, model)
-  return await write(config, folderSource(checkpoint, block), vocabulary, path, {
-    name: basename(resolve(model)),
+  const folder = pathOf('exportGguf', model)
+  const config = parseConfig(await readConfig(folder))
+  const block = await readScaleBlock(folder)
+  await using checkpoint = await openCheckpoint(folder)
+  const vocabulary = await vocabularyFrom(config, options, folder)
+  return await write(config, folderSource(checkpoint, block), vocabulary, file, {
+    name: basename(resolve(folder)),
     ...options,
   })
 }
@@ -172,7 +175,7 @@ const exists = (path: string): Promise<boolean> =>
 
 function json(name: string, text: string): unknown {
   try {
-    return JSON.parse(text)
+    return parseJson(text)
   } catch (cause) {
     const problem = `${name} is no JSON: ${(cause as Error).message}`
     throw new MoeError({ code: 'E_UNSUPPORTED', op: 'exportGguf', problem, cause })

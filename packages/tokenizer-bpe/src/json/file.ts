@@ -6,7 +6,8 @@ import { asObject, describe, type JsonObject, unsupported, wrong } from './check
 export function parseFile(json: string | object): JsonObject {
   let parsed: unknown = json
   try {
-    if (typeof json === 'string') parsed = JSON.parse(json)
+    // Some editors begin UTF-8 with a byte order mark.
+    if (typeof json === 'string') parsed = JSON.parse(json.replace(/^\uFEFF/, ''))
   } catch (cause) {
     throw new TokenizerError({
       code: 'E_FORMAT',

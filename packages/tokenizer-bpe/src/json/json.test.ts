@@ -79,6 +79,8 @@ test.each<[string, (json: Json) => void, string]>([
 
 test('refuses what is no JSON', () => {
   expect(() => BpeTokenizer.fromJSON(good.slice(0, -20))).toThrow('not JSON')
+  // Some editors begin files with a byte order mark.
+  expect(BpeTokenizer.fromJSON(`\uFEFF${good}`).toJSON()).toEqual(BpeTokenizer.fromJSON(good).toJSON())
   expect(() => BpeTokenizer.fromJSON('[]')).toThrow('expected an object')
 })
 
