@@ -36,6 +36,8 @@ export interface ErrorInfo {
 export class MoeError extends Error {
   readonly code: ErrorCode
   readonly op: string
+  /** What is wrong, without op and fix: for an error that has this one as its cause. */
+  readonly problem: string
   readonly details: Readonly<Record<string, unknown>>
 
   constructor(info: ErrorInfo) {
@@ -48,6 +50,7 @@ export class MoeError extends Error {
     this.name = 'MoeError'
     this.code = info.code
     this.op = info.op
+    this.problem = info.problem
     this.details = info.details ?? {}
   }
 }

@@ -5,9 +5,9 @@
 import { randomBytes } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { mkdir, open, readdir, rename, rm, writeFile } from 'node:fs/promises'
-import { dirname, join, resolve } from 'node:path'
-import { renamePatiently } from '@moe/checkpoint'
-import { MoeError } from '@moe/core'
+import { basename, dirname, join, resolve } from 'node:path'
+import { pathOf, renamePatiently } from '@moe/checkpoint'
+import { isMoeError, MoeError } from '@moe/core'
 
 const statePattern = /^step-(\d{6,})$/
 const temporaryPrefix = '.writing-'
@@ -31,8 +31,8 @@ function checkpointSteps(folder: string): number[] {
 }
 
 /** Path of the checkpoint that a run saved last, or undefined when it has none. @param out folder of the run */
-export function latestCheckpoint(out: string): string | undefined {
-  const folder = checkpointsOf(out)
+export function latestCheckpoint(out: string | URL): string | undefined {
+  const folder = checkpointsOf(pathOf('latestCheckpoint', out))
   const steps = checkpointSteps(folder)
   if (steps.length === 0) return undefined
   const pointer = join(folder, latestFile)
@@ -127,13 +127,18 @@ async function syncPath(path: string): Promise<void> {
   await handle?.close()
 }
 
+/** What an error says is wrong, without what it says to do: that is for whoever has it as a cause. */
+export function reasonOf(cause: unknown): string {
+  if (isMoeError(cause)) return `${basename(cause.op)}: ${cause.problem.trimEnd()}`
+  return cause instanceof Error ? cause.message : String(cause)
+}
+
 function saveError(out: string, path: string, step: number, cause: unknown): MoeError {
   const previous = latestCheckpoint(out)
-  const reason = cause instanceof Error ? cause.message : String(cause)
   return new MoeError({
     code: 'E_CHECKPOINT',
     op: path,
-    problem: `saving step ${step} failed: ${reason}`,
+    problem: `saving step ${step} failed: ${reasonOf(cause)}`,
     fix:
       previous === undefined
         ? 'the run has no earlier checkpoint; free some space, close what has its files open, or choose another folder'

@@ -12,7 +12,7 @@ import {
 import { isMoeError, loadStateDict, MoeError, stateDict } from '@moe/core'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
 import type { Optimizer } from '../optim/optimizer.ts'
-import { otherCheckpoints, publishCheckpoint, STATE_FILE } from './checkpoint-folder.ts'
+import { otherCheckpoints, publishCheckpoint, reasonOf, STATE_FILE } from './checkpoint-folder.ts'
 import {
   checkSameRun,
   decodeTrainerState,
@@ -107,7 +107,7 @@ async function damaged(path: string, cause: unknown): Promise<unknown> {
     return new MoeError({
       code: 'E_CHECKPOINT',
       op: path,
-      problem: `it cannot be resumed from: ${cause instanceof Error ? cause.message : String(cause)}`,
+      problem: `it cannot be resumed from: ${reasonOf(cause)}`,
       fix: `${other} is whole, pass it as resume`,
       details: { whole: other },
       cause,

@@ -1,7 +1,7 @@
 /** @file `metrics.jsonl`: one JSON object a step, in a file that never ends in half a line. */
 import { closeSync, existsSync, fstatSync, openSync, readFileSync, truncateSync, writeSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'
-import { renamePatiently } from '@moe/checkpoint'
+import { pathOf, patiently, renamePatiently } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import type { StepEvent } from '../events.ts'
 
@@ -52,20 +52,33 @@ export class MetricsLog {
   }
 
   /**
-   * Writes what waits. If that fails, the file is cut back to its last whole line and the lines keep waiting.
+   * Writes what waits. While another program has the file to itself, as a spreadsheet on Windows, the lines wait on. If it fails otherwise, the file is
+   * cut back to its last whole line and they wait, too.
    * @throws MoeError E_CHECKPOINT
    */
   flush(): void {
-    if (this.#waiting.length === 0) return
-    const bytes = Buffer.from(this.#waiting.join(''))
+    this.#flushedAt = performance.now()
     try {
-      appendWhole(this.path, bytes)
+      this.#write()
+    } catch (cause) {
+      if ((cause as NodeJS.ErrnoException).code !== 'EBUSY') throw writingFailed(this.path, cause)
+    }
+  }
+
+  /** Writes what waits, at the end: it must go now, or in about a second. @throws MoeError E_CHECKPOINT */
+  async close(): Promise<void> {
+    try {
+      await patiently(() => this.#write())
     } catch (cause) {
       throw writingFailed(this.path, cause)
     }
+  }
+
+  #write(): void {
+    if (this.#waiting.length === 0) return
+    appendWhole(this.path, Buffer.from(this.#waiting.join('')))
     this.#waiting = []
     this.#waitingBytes = 0
-    this.#flushedAt = performance.now()
   }
 }
 
@@ -98,10 +111,11 @@ function appendWhole(path: string, bytes: Buffer): void {
  * Lines of a log up to a step. Lines that cannot be read (a crash may leave half of one) and everything after them are
  * left out.
  */
-export function readMetrics(path: string, upToStep = Number.POSITIVE_INFINITY): MetricsLine[] {
-  if (!existsSync(path)) return []
+export function readMetrics(path: string | URL, upToStep = Number.POSITIVE_INFINITY): MetricsLine[] {
+  const file = pathOf('readMetrics', path)
+  if (!existsSync(file)) return []
   const lines: MetricsLine[] = []
-  for (const text of readFileSync(path, 'utf8').split('\n')) {
+  for (const text of readLog(file).split('\n')) {
     if (text === '') continue
     try {
       const line = JSON.parse(text) as MetricsLine
@@ -111,6 +125,21 @@ export function readMetrics(path: string, upToStep = Number.POSITIVE_INFINITY): 
     }
   }
   return lines
+}
+
+function readLog(path: string): string {
+  try {
+    return readFileSync(path, 'utf8')
+  } catch (cause) {
+    const folder = (cause as NodeJS.ErrnoException).code === 'EISDIR'
+    throw new MoeError({
+      code: 'E_CHECKPOINT',
+      op: path,
+      problem: folder ? 'it is a folder' : `cannot be read: ${(cause as Error).message}`,
+      fix: folder ? 'pass the metrics.jsonl of a run' : undefined,
+      cause,
+    })
+  }
 }
 
 /** Drops the lines after a step, which a resumed run will write again. @throws MoeError E_CHECKPOINT */

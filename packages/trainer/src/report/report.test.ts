@@ -198,6 +198,35 @@ describe('metrics.jsonl', () => {
     expect(readMetrics(path).map(line => line.step)).toEqual([1, 2])
   })
 
+  test('waits while another program has the file to itself, and longer than a moment only at the end', async () => {
+    const path = join(await temporaryFolder(), 'metrics.jsonl')
+    const log = new MetricsLog(path)
+    const busy = () => {
+      throw Object.assign(new Error('EBUSY: resource busy or locked, open'), { code: 'EBUSY' })
+    }
+    log.append(metricsLine(step(1)))
+    vi.mocked(openSync).mockImplementationOnce(busy)
+    log.flush()
+    expect(readMetrics(path)).toEqual([])
+    log.append(metricsLine(step(2)))
+    vi.mocked(openSync).mockImplementationOnce(busy).mockImplementationOnce(busy)
+    await log.close()
+    expect(readMetrics(path).map(line => line.step)).toEqual([1, 2])
+    log.append(metricsLine(step(3)))
+    vi.mocked(openSync).mockImplementation(busy)
+    await expect(log.close()).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: path })
+    vi.mocked(openSync).mockReset()
+  })
+
+  test('says what to do when it cannot be read', async () => {
+    const folder = await temporaryFolder()
+    const error = (read: () => unknown, message: RegExp) =>
+      expect(read).toThrow(expect.objectContaining({ name: 'MoeError', message: expect.stringMatching(message) }))
+    error(() => readMetrics(folder), /it is a folder; pass the metrics.jsonl of a run/)
+    error(() => readMetrics(undefined as unknown as string), /readMetrics: the path is undefined/)
+    expect(readMetrics(join(folder, 'nothing.jsonl'))).toEqual([])
+  })
+
   test('says what to do when it cannot be written', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
     await mkdir(path)
