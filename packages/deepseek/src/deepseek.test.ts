@@ -1,6 +1,7 @@
 import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { pathToFileURL } from 'node:url'
 import { cacheCost } from '@moe/attention-mla'
 import { readSafetensors } from '@moe/checkpoint'
 import {
@@ -19,7 +20,15 @@ import { auxFree, expertLevel, LoadMonitor, together } from '@moe/router'
 import { afterAll, describe, expect, test } from 'vitest'
 import type { LayerOptions } from './decoder-layer.ts'
 import { limits } from './generate.ts'
-import { countParameters, DeepSeek, type GenerateOptions, parseConfig, presets } from './index.ts'
+import {
+  countParameters,
+  DeepSeek,
+  type GenerateOptions,
+  loadWeights,
+  parseConfig,
+  presets,
+  type TextTokenizer,
+} from './index.ts'
 import { tiny } from './test-tiny.ts'
 
 setDefaultBackend(referenceBackend())
@@ -230,13 +239,27 @@ describe('generation', () => {
     expect(() => model.generate([])).toThrow(/prompt is empty/)
     expect(() => model.generate([40])).toThrow(/token 0 is 40, outside the vocabulary of 40/)
     expect(() => model.generate([1], { temperature: -1, topP: 2 })).toThrow(/temperature = -1 is negative; topP = 2/)
-    expect(() => model.generate([1], { topP: 0.9 })).toThrow(/topP mean nothing: pass temperature: 1/)
+    expect(() => model.generate([1], { topP: 0.9 })).toThrow(/topP would do nothing.*: pass temperature: 1/)
+    // Other seeds would give the same text.
+    expect(() => model.generate([1], { seed: 3 })).toThrow(/seed would do nothing.*: pass temperature: 1/)
+    model.generate([1], { seed: 3, temperature: 0 })
     expect(() => model.generate('hello' as unknown as number[])).toThrow(/prompt is a text; pass its ids/)
+    for (const none of [undefined, null, 5, tensor([1])] as unknown[])
+      expect(() => model.generate(none as number[])).toThrow(/prompt is no list of ids; pass its ids/)
+    const several = [[1, 2], [3]] as unknown as number[]
+    expect(() => model.generate(several)).toThrow(/prompt is a list of prompts; call generate for each/)
+    expect(() => model.generate([1], { tokenizer: {} as TextTokenizer })).toThrow(/no createDecodeStream; pass one of/)
+    model.generate([1], null as unknown as GenerateOptions)
     const stop = '.' as unknown as string[]
     expect(() => model.generate([1], { stop })).toThrow(/stop is "\."; pass a list of token ids and texts/)
     const aborted = model.generate([1], { signal: AbortSignal.abort() })
     await expect(aborted[Symbol.asyncIterator]().next()).rejects.toMatchObject({ code: 'E_ABORTED' })
     model.dispose()
+    const message = expect.stringMatching(/it is a parameter, freed with its model/)
+    await expect(model.generate([1])[Symbol.asyncIterator]().next()).rejects.toMatchObject({
+      code: 'E_DISPOSED',
+      message,
+    })
   })
 })
 
@@ -449,6 +472,24 @@ test('sizes that a checkpoint cannot fill are refused before memory is taken', a
   }
   expect(defaultBackend().stats().peakBytes).toBe(peakBytes)
   model.dispose()
+})
+
+test('a folder may be a file URL, and config.json begin with a byte order mark', async () => {
+  const at = pathToFileURL(join(folder, 'by URL'))
+  const model = new DeepSeek(tiny, { seed: 1 })
+  await model.save(at)
+  const config = new URL(`${at}/config.json`)
+  await writeFile(config, `\uFEFF${await readFile(config, 'utf8')}`)
+  const again = await DeepSeek.fromPretrained(at)
+  await loadWeights(again, at)
+  expect(await again.lm_head.weight.values()).toEqual(await model.lm_head.weight.values())
+  for (const opened of [model, again]) opened.dispose()
+  const none = undefined as unknown as string
+  for (const call of [() => DeepSeek.fromPretrained(none), () => model.save(none), () => loadWeights(model, none)])
+    await expect(call()).rejects.toMatchObject({
+      code: 'E_ATTR',
+      message: expect.stringContaining('path is undefined'),
+    })
 })
 
 test('a config.json that is no file is refused', async () => {

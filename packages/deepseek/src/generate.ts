@@ -10,6 +10,7 @@ import { checkSampling, type SamplingOptions, sample, verifyDraft } from './samp
 export interface GenerateOptions extends SamplingOptions {
   /** Most tokens to make. Default 128. */
   readonly maxTokens?: number
+  /** Of what is drawn; the same seed draws the same. Default 0. */
   readonly seed?: number
   /**
    * What ends the text besides the configuration's eos: token ids, and with a tokenizer also strings, wherever their tokens break. It is not yielded.
@@ -76,6 +77,14 @@ export function generate(
   }
   const ids = decode(model, Array.from(prompt), options, depth, stats)
   const tokenizer = 'tokenizer' in options ? options.tokenizer : null
+  if (tokenizer && typeof tokenizer.createDecodeStream !== 'function') {
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'generate',
+      problem: 'the tokenizer has no createDecodeStream',
+      fix: 'pass one of @moe/tokenizer-bpe: await BpeTokenizer.fromFile(path)',
+    })
+  }
   if (options.stop !== undefined && !Array.isArray(options.stop)) {
     throw new MoeError({
       code: 'E_ATTR',
@@ -142,12 +151,14 @@ function unfinished(text: string, stops: readonly string[]): number {
 
 function checkPrompt(model: DeepSeek, prompt: ArrayLike<number>): void {
   const { vocab_size: vocabulary } = model.config
-  if (typeof prompt === 'string') {
+  const given: unknown = prompt
+  const several = Array.isArray(prompt?.[0]) || ArrayBuffer.isView(prompt?.[0])
+  if (typeof given === 'string' || several || typeof prompt?.length !== 'number') {
     throw new MoeError({
       code: 'E_ATTR',
       op: 'generate',
-      problem: 'the prompt is a text',
-      fix: 'pass its ids: tokenizer.encode(text)',
+      problem: `the prompt is ${typeof given === 'string' ? 'a text' : several ? 'a list of prompts' : 'no list of ids'}`,
+      fix: several ? 'call generate for each of them' : 'pass its ids: tokenizer.encode(text)',
     })
   }
   if (prompt.length === 0) {

@@ -23,12 +23,12 @@ export function scoresOf(logits: Tensor, { temperature = 0 }: SamplingOptions): 
 }
 
 /** @throws MoeError E_ATTR for a value outside its range. */
-export function checkSampling(options: SamplingOptions): void {
+export function checkSampling(options: SamplingOptions & { readonly seed?: number }): void {
   const { temperature = 0, topP = 1, minP = 0 } = options
   const problems: string[] = []
-  const idle = (['topP', 'minP'] as const).filter(name => options[name] !== undefined)
+  const idle = (['topP', 'minP', 'seed'] as const).filter(name => options[name] !== undefined)
   if (options.temperature === undefined && idle.length > 0) {
-    problems.push(`without a temperature nothing is drawn, and ${idle.join(', ')} mean nothing: pass temperature: 1`)
+    problems.push(`${idle.join(', ')} would do nothing, as nothing is drawn without a temperature: pass temperature: 1`)
   }
   if (!(temperature >= 0)) problems.push(`temperature = ${temperature} is negative`)
   if (!(topP > 0 && topP <= 1)) problems.push(`topP = ${topP} is not in (0, 1]`)

@@ -117,6 +117,10 @@ describe('training', () => {
     expect(() => trainBpe([binary], { vocabSize: 300 })).toThrow('looks like binary data')
     expect(trainBpe([binary], { vocabSize: 300, allowBinary: true }).vocabSize).toBeGreaterThan(255)
     expect(() => trainBpe('one text' as never, { vocabSize: 300 })).toThrow('expected an iterable of strings')
+    expect(() => trainBpe(undefined as never, { vocabSize: 300 })).toThrow(
+      'expected an iterable of strings, got undefined',
+    )
+    expect(() => trainBpe(CORPUS, undefined as never)).toThrow('vocabSize undefined is smaller than 256 bytes')
     expect(() => trainBpe([1 as never], { vocabSize: 300 })).toThrow('text 0 is 1, not a string')
   })
 

@@ -1,5 +1,6 @@
 /** @file Loss and bits per byte on held-out text. */
-import { noGrad, type Precision, scope, withPrecision } from '@moe/core'
+import { MoeError, noGrad, type Precision, scope, withPrecision } from '@moe/core'
+import { checkedLoss, checkModel } from './check-model.ts'
 import { type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
 import type { TokenDataset } from './data/token-dataset.ts'
 import type { TrainableModel } from './model.ts'
@@ -37,7 +38,16 @@ export async function evaluate(
   data: TokenDataset,
   options: EvaluateOptions,
 ): Promise<Evaluation> {
-  const { precision = 'f32', signal, onProgress } = options
+  checkModel('evaluate', model)
+  if (data?.tokens === undefined) {
+    throw new MoeError({
+      code: 'E_DATA',
+      op: 'evaluate',
+      problem: 'the data is no TokenDataset',
+      fix: 'pass TokenDataset.fromTexts(texts, tokenizer)',
+    })
+  }
+  const { precision = 'f32', signal, onProgress } = options ?? {}
   const started = performance.now()
   let nats = 0
   let tokens = 0
@@ -46,7 +56,7 @@ export async function evaluate(
     const { nll, count } = scope(() =>
       noGrad(() =>
         withPrecision(precision, () => {
-          const output = model.loss(batch, { training: false, from })
+          const output = checkedLoss(model.loss(batch, { training: false, from }))
           return { nll: output.nll, count: output.count }
         }),
       ),

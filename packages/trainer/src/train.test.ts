@@ -4,6 +4,7 @@ import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import {
   disposeModule,
+  Module,
   type MoeError,
   type NamedParameter,
   namedParameters,
@@ -18,6 +19,7 @@ import { afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { TrainingOrder } from './data/training-order.ts'
 import { evaluate } from './evaluate.ts'
 import type { TrainEvent } from './events.ts'
+import type { LossOutput, TrainableModel } from './model.ts'
 import { AdamW } from './optim/adamw.ts'
 import { Muon } from './optim/muon.ts'
 import type { TrainOptions } from './options.ts'
@@ -556,6 +558,21 @@ describe('failures lose nothing', () => {
     expect(numbersOf(out)).toEqual(numbersOf(whole))
   })
 
+  test('an error that says itself what to do is not told to do two things', async () => {
+    const out = await temporaryFolder()
+    class Refused extends BigramModel {
+      async save(folder: string): Promise<void> {
+        await mkdir(join(folder, 'model.safetensors'))
+        const { saveCheckpoint } = await import('@moe/checkpoint')
+        await saveCheckpoint(folder, stateDict(this))
+      }
+    }
+    const { message, cause } = await errorOf(run({ out, checkpointEvery: 4, model: new Refused() }))
+    expect((cause as Error).message).toMatch(/model\.safetensors: writing failed: .*free some space/)
+    expect(message).toMatch(/step-000004: saving step 4 failed: model\.safetensors: writing failed: /)
+    expect(message.match(/free some space/g)).toHaveLength(1)
+  })
+
   test('a full disk at the first checkpoint leaves an empty list', async () => {
     const out = await temporaryFolder()
     const error = await errorOf(run({ out, checkpointEvery: 4, model: new FullDisk(1) }))
@@ -631,6 +648,61 @@ describe('failures lose nothing', () => {
     expect(await errorOf(train(model, undefined as unknown as TrainOptions))).toMatchObject({
       code: 'E_CONFIG',
     })
+    disposeModule(model)
+  })
+
+  test('a model that is none, and one with a loss that is none, are told what a model needs', async () => {
+    for (const [none, message] of [
+      [null, /train: the model is null; pass a Module with lookahead and loss/],
+      [{}, /the model has no method loss/],
+      [
+        new (class extends Module {
+          lookahead = 1
+          loss() {}
+        })(),
+        /the model has no parameters; give it some in fields/,
+      ],
+    ] as const) {
+      expect((await errorOf(train(none as unknown as TrainableModel, settings))).message).toMatch(message)
+    }
+    const returning = (change: (output: LossOutput) => unknown) => {
+      const model = new BigramModel()
+      return Object.assign(model, {
+        loss: (...input: Parameters<BigramModel['loss']>) => change(BigramModel.prototype.loss.apply(model, input)),
+      }) as TrainableModel
+    }
+    for (const [change, message] of [
+      [async output => output, /^loss: the model returned a promise; make it synchronous/],
+      [({ loss }) => loss, /returned a tensor alone; return \{ loss, nll, count, metrics \}/],
+      [() => undefined, /returned undefined/],
+      [({ nll, ...others }) => others, /returned nll = undefined, no tensor/],
+      [output => ({ ...output, nll: output.nll.expand([2]) }), /returned nll of shape \[2\]/],
+      [({ count, ...others }) => others, /returned count = undefined/],
+      [({ metrics, ...others }) => others, /returned metrics = undefined/],
+      [output => ({ ...output, metrics: { half: 0.5 } }), /returned half = 0.5, no tensor/],
+    ] as ReadonlyArray<[(output: LossOutput) => unknown, RegExp]>) {
+      const model = returning(change)
+      const wrong = [
+        await errorOf(train(model, settings)),
+        await errorOf(evaluate(model, data.validation, { sequenceLength: 8, batchSize: 1 })),
+      ]
+      for (const error of wrong)
+        expect(error).toMatchObject({ code: 'E_ATTR', message: expect.stringMatching(message) })
+      disposeModule(model)
+    }
+  })
+
+  test('a measurement without sizes, data or model is refused', async () => {
+    const model = new BigramModel()
+    const measure = evaluate as (...input: unknown[]) => Promise<unknown>
+    const sizes = { sequenceLength: 8, batchSize: 1 }
+    expect((await errorOf(measure(model, data.validation))).message).toMatch(
+      /sequenceLength is undefined, batchSize is/,
+    )
+    expect((await errorOf(measure(model, ['text'], sizes))).message).toMatch(
+      /no TokenDataset; pass TokenDataset.fromTexts/,
+    )
+    expect((await errorOf(measure(null, data.validation, sizes))).message).toMatch(/evaluate: the model is null/)
     disposeModule(model)
   })
 

@@ -11,6 +11,7 @@ import {
   QuantizedParameter,
   weightBytes,
 } from '@moe/core'
+import { checkModel } from './check-model.ts'
 import { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
 import { lockFolder } from './checkpoints/folder-lock.ts'
 import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
@@ -51,6 +52,7 @@ import { TrainingSteps } from './training-steps.ts'
  *   another run's)
  */
 export async function train(model: TrainableModel, options: TrainOptions): Promise<TrainResult> {
+  checkModel('train', model)
   const settings = resolveOptions(options)
   const data = tokenData(settings)
   checkVocabulary(model, data)
@@ -115,8 +117,14 @@ function checkTrainable(parameters: readonly NamedParameter[]): void {
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'train',
-    problem: `the model has nothing to train: of ${parameters.length} parameters ${stored} are stored in fewer bits and the others are frozen`,
-    fix: 'open the model in f32, or set trainable on what is to be trained',
+    problem:
+      parameters.length === 0
+        ? 'the model has no parameters'
+        : `the model has nothing to train: of ${parameters.length} parameters ${stored} are stored in fewer bits and the others are frozen`,
+    fix:
+      parameters.length === 0
+        ? 'give it some in fields (not #private ones) that are Parameters, Modules or arrays of them'
+        : 'open the model in f32, or set trainable on what is to be trained',
   })
 }
 
@@ -397,7 +405,7 @@ class Run {
       peakDeviceBytes: stats.peakBytes,
       checkpoint: this.checkpoint,
     }
-    this.log?.flush()
+    await this.log?.close()
     if (this.writesTo !== undefined) await writeSummary(this.writesTo, result)
     this.emit({ type: 'end', result })
     return result

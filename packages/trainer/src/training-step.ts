@@ -11,6 +11,7 @@ import {
   type Tensor,
   withPrecision,
 } from '@moe/core'
+import { checkedLoss } from './check-model.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
 import { nonFiniteStep } from './non-finite.ts'
 import { clipScale, gradientNorm } from './optim/clip.ts'
@@ -117,7 +118,7 @@ async function together(
 function pass(model: TrainableModel, batch: TokenBatch, several: boolean, precision: Precision): Pass {
   return scope(() =>
     withPrecision(precision, () => {
-      const { loss, nll, count, metrics } = model.loss(batch, { training: true })
+      const { loss, nll, count, metrics } = checkedLoss(model.loss(batch, { training: true }))
       const weight = weightOf(count, batch, several)
       backward(loss, several ? { gradient: full([], weight, { backend: loss.backend }) } : {})
       return { loss, nll, count, weight, metrics: Object.entries(metrics) }

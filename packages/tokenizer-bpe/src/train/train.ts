@@ -65,7 +65,7 @@ export interface TrainOptions {
  */
 export function trainBpe(texts: Iterable<string>, options: TrainOptions): BpeTokenizer {
   const trainer = new Trainer(options)
-  if (typeof texts === 'string') throw notTexts(texts)
+  if (typeof texts !== 'object' || !texts) throw notTexts(texts)
   for (const text of texts) for (const _ of trainer.count(text));
   trainer.startMerging()
   while (trainer.merge(500)) trainer.report()
@@ -78,7 +78,7 @@ export async function trainBpeAsync(
   options: TrainOptions,
 ): Promise<BpeTokenizer> {
   const trainer = new Trainer(options)
-  if (typeof texts === 'string') throw notTexts(texts)
+  if (typeof texts !== 'object' || !texts) throw notTexts(texts)
   let paused = performance.now()
   const pause = async () => {
     if (performance.now() - paused < 20) return
@@ -125,7 +125,8 @@ class Trainer {
   #tokens: string[] = []
   #learner: MergeLearner | undefined
 
-  constructor(options: TrainOptions) {
+  /** In JavaScript the options may be missing; then it is vocabSize that is missed. */
+  constructor(options = {} as TrainOptions) {
     provideAll()
     this.#options = options
     this.#special = specialTokens(options.specialTokens ?? [])

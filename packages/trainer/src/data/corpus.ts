@@ -2,8 +2,10 @@
 import { constants, isUtf8 } from 'node:buffer'
 import { readFileSync, realpathSync, statSync } from 'node:fs'
 import { join, resolve, sep } from 'node:path'
+import { pathOf } from '@moe/checkpoint'
 import { MoeError, Random } from '@moe/core'
 import { globSync } from 'tinyglobby'
+import { checkDocuments } from './documents.ts'
 
 /** Documents to train on, and documents that are only measured on. */
 export interface Corpus {
@@ -31,7 +33,7 @@ export interface TextFilesOptions {
   readonly separator?: string | RegExp
   readonly seed?: number
   /** Folder that patterns and paths are relative to. Default: the current one. */
-  readonly cwd?: string
+  readonly cwd?: string | URL
 }
 
 /**
@@ -40,14 +42,14 @@ export interface TextFilesOptions {
  * @throws MoeError E_DATA when nothing matches, a file is not text, or all are empty
  */
 export function textFiles(patterns: string | readonly string[], options: TextFilesOptions = {}): Corpus {
-  const { validation = 0, separator, seed } = options
-  const cwd = resolve(options.cwd ?? '.')
+  const { validation = 0, separator, seed, cwd: relativeTo = '.' } = options ?? {}
+  const cwd = resolve(pathOf('textFiles', relativeTo))
   const read = (paths: readonly string[]) => paths.flatMap(path => readDocuments(path, separator))
   const paths = findFiles(patterns, cwd)
   if (typeof validation === 'number') {
     return texts(read(paths), { validation, seed })
   }
-  const heldOut = findFiles(validation.files, cwd)
+  const heldOut = findFiles(validation?.files, cwd)
   // A file may have several paths: links, and where case makes no difference.
   const known = new Set(heldOut.map(path => realpathSync.native(path)))
   const without = paths.filter(path => !known.has(realpathSync.native(path)))
@@ -59,7 +61,7 @@ export function textFiles(patterns: string | readonly string[], options: TextFil
  * @throws MoeError E_DATA when there are none, or when one is not text
  */
 export function texts(documents: Iterable<string>, options: TextOptions = {}): Corpus {
-  const { validation = 0, seed = 0 } = options
+  const { validation = 0, seed = 0 } = options ?? {}
   const all = checked(documents, 'the corpus')
   if (typeof validation !== 'number') return { training: all, validation: checked(validation, 'the held-out part') }
   if (!(validation >= 0 && validation < 1)) {
@@ -98,6 +100,7 @@ const tooSmall = (characters: number) =>
   })
 
 function checked(documents: Iterable<string>, what: string): string[] {
+  checkDocuments('texts', documents)
   const kept: string[] = []
   let number = 0
   for (const text of documents) {
@@ -132,8 +135,16 @@ function checked(documents: Iterable<string>, what: string): string[] {
   return kept
 }
 
-function findFiles(patterns: string | readonly string[], cwd: string): string[] {
+function findFiles(patterns: string | readonly string[] | undefined, cwd: string): string[] {
   const list = typeof patterns === 'string' ? [patterns] : patterns
+  if (!Array.isArray(list) || list.some(pattern => typeof pattern !== 'string')) {
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'textFiles',
+      problem: `${patterns} is no path or pattern, and no list of them`,
+      fix: "pass texts such as 'corpus/**/*.txt'; { validation: { files } } takes the same",
+    })
+  }
   const found = new Set<string>()
   for (const pattern of list) {
     const kind = statSync(resolve(cwd, pattern), { throwIfNoEntry: false })

@@ -1,5 +1,6 @@
 import { mkdir, symlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { pathToFileURL } from 'node:url'
 import fc from 'fast-check'
 import { afterEach, describe, expect, test, vi } from 'vitest'
 import { letters, letterTexts, nextTokens, removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
@@ -44,6 +45,8 @@ describe('texts', () => {
     ['empty texts', ['', ''], /all 2 documents .* are empty/],
     ['binary content', ['fine', 'bad\0'], /document 1 .* NUL/],
     ['no strings', [3 as unknown as string], /document 0 .* number/],
+    ['one text, whose characters would be documents', 'one text', /the documents are one text; pass a list/],
+    ['what is missing', undefined as unknown as string[], /the documents are undefined/],
   ])('refuses %s', (_, documents, message) => {
     expect(() => texts(documents)).toThrow(
       expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
@@ -133,7 +136,27 @@ describe('textFiles', () => {
   })
 })
 
+test('paths that are none are refused, and no options are as good as none given', async () => {
+  const cwd = await temporaryFolder()
+  await writeFile(join(cwd, 'a.txt'), 'first')
+  const read = textFiles as (...input: unknown[]) => unknown
+  const url = pathToFileURL(cwd)
+  for (const given of [[], [[3]], [url], ['a.txt', { cwd, validation: 'b.txt' }], ['a.txt', { cwd: 3 }]]) {
+    expect(() => read(...given)).toThrow(expect.objectContaining({ code: 'E_ATTR', op: 'textFiles' }))
+  }
+  expect(textFiles('a.txt', { cwd: url }).training).toEqual(['first'])
+  expect(read(join(cwd, 'a.txt'), null)).toEqual({ training: ['first'], validation: [] })
+  expect((texts as typeof read)(['first'], null)).toEqual({ training: ['first'], validation: [] })
+})
+
 describe('TokenDataset', () => {
+  test('needs texts and a tokenizer', () => {
+    const make = TokenDataset.fromTexts as (...input: unknown[]) => unknown
+    expect(() => make('abc', letters)).toThrow(/the documents are one text; pass a list of texts/)
+    expect(() => make(['abc'], 'tokenizer.json')).toThrow(/the tokenizer is tokenizer.json; pass one that encodes/)
+    expect(() => make(['abc'], {})).toThrow(/an object without encode/)
+  })
+
   test('puts begin and end tokens around documents and counts bytes', () => {
     const none = [undefined] as unknown as string[]
     expect(() => TokenDataset.fromTexts(none, letters)).toThrow(expect.objectContaining({ code: 'E_DATA' }))

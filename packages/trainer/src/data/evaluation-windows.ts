@@ -1,4 +1,5 @@
 /** @file Strided evaluation: overlapping windows in which every token is predicted once, with context before it. */
+import { MoeError } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
 import type { TokenDataset } from './token-dataset.ts'
 
@@ -27,6 +28,17 @@ export interface EvaluationBatch {
  */
 export function* evaluationWindows(data: TokenDataset, options: EvaluationOptions): Generator<EvaluationBatch> {
   const { sequenceLength, lookahead, batchSize, limit } = options
+  const wrong = Object.entries({ sequenceLength, lookahead, batchSize }).filter(
+    ([, size]) => !Number.isSafeInteger(size) || size < 1,
+  )
+  if (wrong.length > 0) {
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'evaluate',
+      problem: wrong.map(([name, size]) => `${name} is ${size}`).join(', '),
+      fix: 'sizes are whole numbers from 1',
+    })
+  }
   const stride = Math.max(1, sequenceLength >> 1)
   const all = 1 + Math.ceil(Math.max(0, data.tokens.length - 1 - sequenceLength) / stride)
   const count = limit === undefined ? all : Math.min(all, Math.max(1, Math.floor(limit / stride)))

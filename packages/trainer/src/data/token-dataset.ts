@@ -2,6 +2,7 @@
 import { createHash } from 'node:crypto'
 import { MoeError } from '@moe/core'
 import type { TextTokenizer } from '../model.ts'
+import { checkDocuments } from './documents.ts'
 
 /** Names that the usual tokenizers have for the tokens that begin and end a document. */
 const BEGIN_NAMES = ['<｜begin▁of▁sentence｜>', '<|bos|>', '<|begin_of_text|>', '<s>', '<bos>']
@@ -57,6 +58,8 @@ export class TokenDataset {
    * @throws MoeError E_DATA when a document is no text, when there are no tokens, or ids outside the vocabulary
    */
   static fromTexts(documents: Iterable<string>, tokenizer: TextTokenizer, options: DocumentTokens = {}): TokenDataset {
+    checkDocuments('TokenDataset', documents)
+    if (typeof tokenizer?.encode !== 'function') throw noTokenizer(tokenizer)
     const named = (names: readonly string[]) => {
       for (const name of names) {
         const id = tokenizer.tokenToId?.(name)
@@ -197,6 +200,15 @@ function noText(document: unknown): MoeError {
     op: 'TokenDataset',
     problem: `a document is ${document === null ? 'null' : typeof document}, no text`,
     fix: 'pass texts, or tokens to TokenDataset.fromTokens',
+  })
+}
+
+function noTokenizer(value: unknown): MoeError {
+  return new MoeError({
+    code: 'E_CONFIG',
+    op: 'TokenDataset',
+    problem: `the tokenizer is ${typeof value === 'object' && value !== null ? 'an object without encode' : value}`,
+    fix: 'pass one that encodes: trainBpe(texts, options), await BpeTokenizer.fromFile(path)',
   })
 }
 
