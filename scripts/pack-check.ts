@@ -5,7 +5,7 @@
 import { execFileSync, spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { basename, join, resolve } from 'node:path'
+import { basename, join } from 'node:path'
 import { publint } from 'publint'
 import { formatMessage } from 'publint/utils'
 
@@ -124,12 +124,16 @@ function installAndImport(packages: Packed[]): void {
   }
 }
 
-/** A program that imports each entry and prints a line for each that fails or exports nothing. */
+/** A program that imports each entry and prints a line for each that fails or exports nothing, and for each class under another name. */
 function importAll(entries: string[]): string {
   return `for (const entry of ${JSON.stringify(entries)}) {
   try {
     const module = await import(entry)
     if (Object.keys(module).length === 0) console.log(entry + ': exports nothing')
+    for (const [name, value] of Object.entries(module)) {
+      if (typeof value === 'function' && /^class\\b/.test(value) && value.name !== name)
+        console.log(entry + ': ' + name + ' calls itself ' + value.name)
+    }
   } catch (error) {
     console.log(entry + ': ' + (error?.stack ?? error))
   }
@@ -154,17 +158,16 @@ function nodes(): string[] {
   return outer && outer !== process.execPath ? [process.execPath, outer] : [process.execPath]
 }
 
-/** The declarations as a consumer's compiler sees them, without skipping the library check; what other libraries declare is theirs. */
+/** The declarations as the compiler of a consumer without Node's types sees them, without skipping the library check; what other libraries declare is theirs. */
 function checkDeclarations(app: string, entries: string[]): void {
   writeFileSync(join(app, 'import-all.ts'), `${entries.map(entry => `import '${entry}'`).join('\n')}\n`)
   const compilerOptions = {
     target: 'ES2022',
-    lib: ['ES2023', 'ESNext.Disposable'],
+    lib: ['ES2023', 'ESNext.Disposable', 'DOM'],
     module: 'NodeNext',
     strict: true,
     noEmit: true,
-    types: ['node'],
-    typeRoots: [resolve('node_modules/@types')],
+    types: [],
   }
   writeFileSync(join(app, 'tsconfig.json'), JSON.stringify({ compilerOptions, files: ['import-all.ts'] }))
   const { stdout } = spawnSync('tsc', ['-p', app, '--pretty', 'false'], {
