@@ -18,11 +18,11 @@ export interface TrainResult {
   readonly tokensPerSecond: number
   /** Seconds of training, without evaluation and saving, earlier parts of the run included. */
   readonly trainSeconds: number
-  /** Nats per predicted training token, mean over the last tenth of the run. NaN if no step of it was done. */
+  /** Nats per predicted training token, mean over the last tenth of the steps done. NaN if there was none. */
   readonly trainingLoss: number
   /** On all held-out data, after the last step; the numbers are NaN where there is none or the run was interrupted. */
   readonly validation: Evaluation
-  /** Numbers of the model's `afterStep` (`maxVio`), mean over the last tenth of the run. */
+  /** Numbers of the model's `afterStep` (`maxVio`), mean over the last tenth of the steps done. */
   readonly balance: Readonly<Record<string, number>>
   /** Largest resident memory of the process so far. */
   readonly peakMemoryBytes: number

@@ -277,6 +277,11 @@ describe('resuming', () => {
       checkpoint: join(cut, 'checkpoints', `step-${String(step).padStart(6, '0')}`),
     })
     expect(first.events.at(-2)).toMatchObject({ type: 'stop', reason: 'interrupted', step })
+    // Of what was done.
+    const last = numbersOf(cut).slice(Math.floor(0.9 * step))
+    const mean = (values: number[]) => values.reduce((sum, value) => sum + value, 0) / values.length
+    expect(first.result.trainingLoss).toBeCloseTo(mean(last.map(({ nll }) => nll)), 10)
+    expect(first.result.balance.maxVio).toBeCloseTo(mean(last.map(({ maxVio }) => maxVio)), 10)
     // Other initial weights: all must come from the checkpoint.
     const model = new BigramModel({ deviation: 0.1 })
     const second = await run({ out: cut, accumulate: 2, resume: true, model })

@@ -145,7 +145,7 @@ class Run {
   /** Folder of the run on the rank that writes it. */
   readonly writesTo: string | undefined
   readonly log: MetricsLog | undefined
-  /** Lines of the last tenth of the run, for the result. */
+  /** Lines of the last tenth of the steps done, for the result. */
   readonly tail: MetricsLine[] = []
   /** What the model's `afterStep` returns. */
   readonly balanceNames = new Set<string>()
@@ -412,7 +412,9 @@ class Run {
   }
 
   remember(line: MetricsLine): void {
-    if (line.step > this.settings.steps * 0.9) this.tail.push(line)
+    const { tail } = this
+    tail.push(line)
+    while (tail[0].step <= line.step * 0.9) tail.shift()
   }
 
   emit(event: TrainEvent): void {
