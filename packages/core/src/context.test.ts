@@ -79,7 +79,7 @@ describe('firstAvailable', () => {
   test('keeps every reason when none works', async () => {
     const promise = firstAvailable([missing, failing('E_NO_BACKEND', 'no driver')])
     await expect(promise).rejects.toMatchObject({ code: 'E_NO_BACKEND' })
-    await expect(promise).rejects.toThrow(/- .*@moe\/not-installed[\s\S]*\n {2}- createBackend: no driver; install one/)
+    await expect(promise).rejects.toThrow(/- .*@moe\/not-installed[\s\S]*\n {2}- createBackend: no driver\ninstall one/)
   })
 
   test('an empty list is an error too', async () => {

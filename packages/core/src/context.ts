@@ -74,7 +74,7 @@ export async function firstAvailable(
   throw new MoeError({
     code: 'E_NO_BACKEND',
     op: 'firstAvailable',
-    problem: `no backend could be used:\n${reasons.map(reason => `  - ${reason}`).join('\n')}`,
+    problem: `no backend could be used:\n${reasons.map(reason => `  - ${reason}`).join('\n')}\n`,
     fix: 'install one of them or mend the first reason',
   })
 }

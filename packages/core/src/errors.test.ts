@@ -1,3 +1,4 @@
+import { inspect } from 'node:util'
 import { describe, expect, test } from 'vitest'
 import { isMoeError, MoeError } from './errors.ts'
 
@@ -17,6 +18,9 @@ describe('MoeError', () => {
     expect(error).toMatchObject({ name: 'MoeError', code: 'E_SHAPE', op: 'matmul', details: { lhs: [2] }, cause })
     expect(error).toBeInstanceOf(Error)
     expect(error.stack).toContain('errors.test.ts')
+    expect(error.problem).toBe('inner sizes differ')
+    // What Node prints has it once.
+    expect(inspect(error).match(/inner sizes differ/g)).toHaveLength(1)
   })
 
   test('what to do follows a list on a line of its own', () => {

@@ -34,10 +34,9 @@ export interface ErrorInfo {
 
 /** Every failure of the @moe packages: `op: problem; fix`. */
 export class MoeError extends Error {
+  readonly #problem: string
   readonly code: ErrorCode
   readonly op: string
-  /** What is wrong, without op and fix: for an error that has this one as its cause. */
-  readonly problem: string
   readonly details: Readonly<Record<string, unknown>>
 
   constructor(info: ErrorInfo) {
@@ -50,8 +49,13 @@ export class MoeError extends Error {
     this.name = 'MoeError'
     this.code = info.code
     this.op = info.op
-    this.problem = info.problem
+    this.#problem = info.problem
     this.details = info.details ?? {}
+  }
+
+  /** What is wrong, without op and fix: for an error that has this one as its cause. Not a field, which Node would print once more. */
+  get problem(): string {
+    return this.#problem
   }
 }
 
