@@ -1,5 +1,6 @@
 /** @file Chat templates of Hugging Face (`tokenizer_config.json`), rendered by @huggingface/jinja, an optional peer. */
 import { TokenizerError } from '../errors.ts'
+import { describe } from '../json/check.ts'
 import { boundedRender, type Jinja, TooManySteps } from './bounded-render.ts'
 
 export interface ChatMessage {
@@ -37,14 +38,17 @@ export class ChatTemplate {
    * @throws TokenizerError E_FORMAT without a template that can be read, E_UNSUPPORTED when @huggingface/jinja is not installed
    */
   static async from(config: ChatConfig, name = 'default'): Promise<ChatTemplate> {
-    const found = config.chat_template
-    const source = typeof found === 'string' ? found : found?.find(item => item.name === name)?.template
+    const found = config?.chat_template
+    const several = Array.isArray(found) ? (found as ReadonlyArray<{ name: string; template: string }>) : undefined
+    const source = several ? several.find(item => item.name === name)?.template : found
     if (typeof source !== 'string') {
       throw new TokenizerError({
         code: 'E_FORMAT',
         op: 'ChatTemplate.from',
-        problem: 'tokenizer_config.json has no chat_template',
-        fix: 'pass the config of a chat model',
+        problem: `tokenizer_config.json has no chat_template${several ? ` called ${name}` : ''}`,
+        fix: several
+          ? `it has ${several.map(item => item.name).join(', ')}: pass the name of one`
+          : 'pass the parsed config of a chat model (newer ones have the template in chat_template.jinja: { ...config, chat_template: text })',
       })
     }
     let jinja: Jinja
@@ -80,6 +84,14 @@ export class ChatTemplate {
    *   as one may that was made to loop for ever
    */
   render(messages: readonly ChatMessage[], options: ChatOptions = {}): string {
+    if (!Array.isArray(messages)) {
+      throw new TokenizerError({
+        code: 'E_DATA',
+        op: 'ChatTemplate.render',
+        problem: `the messages are ${describe(messages)}`,
+        fix: "pass a list of them: [{ role: 'user', content: 'Hi' }]",
+      })
+    }
     try {
       return this.#render({
         ...this.#tokens,

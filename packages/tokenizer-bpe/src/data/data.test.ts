@@ -62,6 +62,16 @@ test("ChatTemplate renders DeepSeek-V3's own template", async () => {
     0, 128_803, 128_804,
   ])
   await expect(ChatTemplate.from({})).rejects.toThrow('no chat_template')
+  await expect(ChatTemplate.from(undefined as never)).rejects.toThrow('no chat_template')
+  const several = ['tool_use', 'rag'].map(name => ({ name, template: name }))
+  await expect(ChatTemplate.from({ chat_template: several })).rejects.toThrow('called default; it has tool_use, rag')
+  expect((await ChatTemplate.from({ chat_template: several }, 'rag')).render(conversation)).toBe('rag')
+  for (const [none, what] of [
+    [undefined, 'undefined'],
+    ['Hi', '"Hi"'],
+    [conversation[1], 'an object'],
+  ])
+    expect(() => template.render(none as never)).toThrow(`the messages are ${what}; pass a list`)
   await expect(ChatTemplate.from({ chat_template: '{% for %}' })).rejects.toMatchObject({ code: 'E_FORMAT' })
 })
 
