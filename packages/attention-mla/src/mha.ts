@@ -12,6 +12,7 @@ import {
   Linear,
   Module,
   MoeError,
+  needAxes,
   noGrad,
   rope,
   scope,
@@ -77,6 +78,7 @@ export class MultiHeadAttention extends Module {
   }
 
   forward(x_BTD: Tensor, options: MhaForwardOptions = {}): Tensor {
+    needAxes('MultiHeadAttention', x_BTD, ['batch', 'time', 'hidden'])
     const { cache, positions } = options
     if (cache !== undefined) return noGrad(() => scope(() => this.#cached(x_BTD, cache, options)))
     const time = x_BTD.shape[1]

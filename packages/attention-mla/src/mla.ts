@@ -16,6 +16,7 @@ import {
   latentAttention,
   Module,
   mlaKeyValue,
+  needAxes,
   noGrad,
   QuantizedParameter,
   type QuantizedWeight,
@@ -97,6 +98,7 @@ export class MultiHeadLatentAttention extends Module {
   }
 
   forward(x_BTD: Tensor, options: MlaForwardOptions = {}): Tensor {
+    needAxes('MultiHeadLatentAttention', x_BTD, ['batch', 'time', 'hidden'])
     const { cache, positions } = options
     const time = x_BTD.shape[1]
     const { backend } = x_BTD

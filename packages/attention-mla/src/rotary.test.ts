@@ -47,6 +47,15 @@ describe('settings that would turn everything into NaN are refused', () => {
   })
 })
 
+test('states without a batch are refused', () => {
+  const layers = [
+    new MultiHeadLatentAttention(config),
+    new MultiHeadAttention({ hidden_size: 24, num_attention_heads: 3 }),
+  ]
+  for (const layer of layers)
+    expect(() => layer.forward(zeros([2, 24]))).toThrow(/has shape \[2,24\], needs \[batch, time, hidden\]/)
+})
+
 test('shared tables have to be those of the layer', () => {
   const rotary = new RotaryEmbedding({ qk_rope_head_dim: 2 })
   expect(() => new MultiHeadLatentAttention(config, { rotary })).toThrow(/turn 2 features, the layer has 4/)

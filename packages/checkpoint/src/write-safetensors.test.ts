@@ -132,6 +132,7 @@ describe('what is written', () => {
 describe('an entry that cannot be written', () => {
   const bad = (entry: object): TensorEntry => ({ ...f32('a', 1), ...entry }) as TensorEntry
   it.each<[string, TensorEntry[], RegExp]>([
+    ['what is no list', {} as TensorEntry[], /no list of tensors to write; pass entries: .*stateDict\(module\)/],
     ['two of one name', [f32('a', 1), f32('a', 2)], /tensor "a" occurs twice/],
     ['an empty name', [bad({ name: '' })], /name that safetensors cannot hold/],
     ['the name of the metadata', [bad({ name: '__metadata__' })], /name that safetensors cannot hold/],

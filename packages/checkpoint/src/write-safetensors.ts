@@ -62,6 +62,12 @@ export interface PlannedTensor extends TensorEntry {
 
 /** Checks every entry, before anything is written. */
 export function planEntries(path: string, entries: Iterable<TensorEntry>): PlannedTensor[] {
+  if (typeof entries?.[Symbol.iterator] !== 'function')
+    throw checkpointError(
+      path,
+      'there is no list of tensors to write',
+      'pass entries: those of a module are stateDict(module)',
+    )
   const names = new Set<string>()
   const planned: PlannedTensor[] = []
   for (const { name, dtype, shape, data } of entries) {

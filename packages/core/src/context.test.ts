@@ -33,6 +33,19 @@ describe('default backend', () => {
     )
   })
 
+  test('is one that was awaited', () => {
+    for (const [none, what] of [
+      [Promise.resolve(referenceBackend()), 'a promise'],
+      ['kernels-cpu', 'the string kernels-cpu'],
+      [undefined, 'undefined'],
+    ] as const) {
+      const message = expect.stringContaining(`the backend is ${what}; pass what was awaited`)
+      expect(() => setDefaultBackend(none as unknown as Backend)).toThrow(
+        expect.objectContaining({ code: 'E_ATTR', message }),
+      )
+    }
+  })
+
   test('is where tensors are made unless told otherwise', () => {
     const [a, b] = [referenceBackend(), referenceBackend()]
     setDefaultBackend(a)

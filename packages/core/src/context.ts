@@ -1,6 +1,6 @@
 /** @file The few settings that are not arguments: default backend, recording, precision policy, and what fell back. */
 import type { Backend, FusedName, Precision, WidePrecision } from './backend.ts'
-import { isMoeError, MoeError } from './errors.ts'
+import { describe, isMoeError, MoeError } from './errors.ts'
 
 interface Context {
   backend: Backend | null
@@ -26,8 +26,16 @@ export const context: Context = {
   fallbacks: new Map(),
 }
 
-/** The backend on which creation functions put their tensors. */
+/** The backend on which creation functions put their tensors. @throws MoeError E_ATTR for what is none, such as a promise of one. */
 export function setDefaultBackend(backend: Backend): void {
+  if (backend?.primitives === undefined) {
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'setDefaultBackend',
+      problem: `the backend is ${describe(backend)}`,
+      fix: "pass what was awaited: setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu')]))",
+    })
+  }
   context.backend = backend
 }
 

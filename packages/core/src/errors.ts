@@ -65,3 +65,12 @@ export function isMoeError(value: unknown, code?: ErrorCode): value is MoeError 
     value instanceof Error && value.name === 'MoeError' && (code === undefined || (value as MoeError).code === code)
   )
 }
+
+/** Internal: what a caller passed by mistake, in a few words. */
+export function describe(value: unknown): string {
+  if (value === null || value === undefined) return `${value}`
+  if (value instanceof Promise) return 'a promise'
+  if (Array.isArray(value)) return 'an array'
+  if (typeof value === 'object') return `a ${value.constructor?.name ?? 'bare object'}`
+  return `the ${typeof value} ${String(value).slice(0, 40)}`
+}

@@ -140,6 +140,7 @@ export {
   concat,
   fromHost,
   full,
+  needAxes,
   ones,
   scatterAddRows,
   setRows,

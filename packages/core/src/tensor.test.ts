@@ -11,7 +11,7 @@ import { Linear } from './nn/layers.ts'
 import { disposeModule } from './nn/module.ts'
 import { Parameter } from './nn/parameter.ts'
 import { referenceBackend } from './reference/index.ts'
-import { arange, concat, fromHost, full, ones, setRows, type Tensor, tensor, where, zeros } from './tensor.ts'
+import { arange, concat, fromHost, full, needAxes, ones, setRows, type Tensor, tensor, where, zeros } from './tensor.ts'
 
 let backend: Backend
 beforeEach(() => {
@@ -71,6 +71,11 @@ describe('what is no tensor is refused by name', () => {
       'sizes one by one',
       () => x().reshape(3 as unknown as number[]),
       'reshape: the shape is 3, no array; pass them together',
+    ],
+    [
+      'another number of axes',
+      () => needAxes('Layer', x(), ['batch', 'time', 'hidden']),
+      'Layer: the input has shape [2,3], needs [batch, time, hidden]; reshape it',
     ],
     ['a size', () => zeros(3 as unknown as number[]), 'full: the shape is 3, no array'],
     ['axes one by one', () => x().permute(1 as unknown as number[]), 'permute: axes is 1, no array'],

@@ -21,7 +21,7 @@ import type {
 } from './backend.ts'
 import { context, defaultBackend, widePrecision } from './context.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, isFloat } from './dtype.ts'
-import { MoeError } from './errors.ts'
+import { describe, MoeError } from './errors.ts'
 import { attrError, infer, inferReshape, needList, shapeError } from './infer.ts'
 import { Scoped, scope } from './scope.ts'
 import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf } from './shape.ts'
@@ -364,13 +364,15 @@ export function needTensor(op: string, name: string, value: Tensor | null | unde
   throw attrError(op, `${name} is ${describe(value)}, no tensor`, fix)
 }
 
-/** What a caller passed by mistake, in a few words. */
-function describe(value: unknown): string {
-  if (value === null || value === undefined) return `${value}`
-  if (value instanceof Promise) return 'a promise'
-  if (Array.isArray(value)) return 'an array'
-  if (typeof value === 'object') return `a ${value.constructor?.name ?? 'bare object'}`
-  return `the ${typeof value} ${String(value).slice(0, 40)}`
+/**
+ * What a module with an input of several axes asks first.
+ * @param axes their names, for the message
+ * @throws MoeError E_ATTR for what is no tensor, E_SHAPE for one of more or fewer axes
+ */
+export function needAxes(op: string, x: Tensor, axes: readonly string[]): void {
+  needTensor(op, 'the input', x)
+  if (x.rank !== axes.length)
+    throw shapeError(op, `the input has shape ${showShape(x.shape)}, needs [${axes.join(', ')}]`, 'reshape it')
 }
 
 function check(op: string, inputs: readonly Tensor[]): Backend {

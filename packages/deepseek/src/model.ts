@@ -26,6 +26,7 @@ import {
   type Linear,
   linearCrossEntropy,
   Module,
+  needAxes,
   noGrad,
   OutputHead,
   type Precision,
@@ -275,6 +276,7 @@ export class DeepSeek extends Module {
 
   /** Hidden states after the final norm, `i32 [B, T]` to `[B, T, D]`. With a cache, the new tokens are added to it. */
   hidden(ids: Tensor, options: LayerOptions = {}): Tensor {
+    needAxes('DeepSeek', ids, ['batch', 'time'])
     let x = this.model.embed_tokens.forward(ids)
     this.decoder.forEach((layer, i) => {
       const before = x

@@ -80,7 +80,9 @@ test('rows that are not as long as they say, and losses of no module, are refuse
   const batch = { ...rows([1, 2, 3, 4]), rows: 2 }
   expect(() => shiftTokens(batch, 3, 1)).toThrow(expect.objectContaining({ code: 'E_SHAPE' }))
   expect(() => shiftTokens(rows([1, 2, 3, 4], [0, 0, 0]), 3, 1)).toThrow(/4 tokens and 3 documents/)
-  const { head } = make(0)
+  const { head, modules } = make(1)
+  const flat = randn([3, 4], new Random(1))
+  expect(() => modules[0].forward(flat, flat, {})).toThrow(/has shape \[3,4\], needs \[batch, time, hidden\]/)
   expect(() => mtpLoss([], randn([1, 3, 4], new Random(1)), rows([1, 2, 3, 4]), head.weight, {})).toThrow(/no modules/)
 })
 

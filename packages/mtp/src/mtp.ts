@@ -12,6 +12,7 @@ import {
   type InitOptions,
   Linear,
   Module,
+  needAxes,
   OutputHead,
   RmsNorm,
   type Tensor,
@@ -96,6 +97,7 @@ export class MtpModule<Options = Record<never, never>> extends Module {
    * the shared embedding gets no gradient.
    */
   forward(hidden_BTD: Tensor, nextIds_BT: Tensor, options: Options, { detached = false } = {}): Tensor {
+    needAxes('MtpModule', hidden_BTD, ['batch', 'time', 'hidden'])
     const shared = () => {
       const rows = this.#embedding.forward(nextIds_BT)
       return detached ? rows.detach() : rows

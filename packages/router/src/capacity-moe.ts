@@ -13,6 +13,7 @@ import {
   type InitOptions,
   Module,
   MoeError,
+  needAxes,
   noGrad,
   normalParameter,
   ones,
@@ -111,6 +112,7 @@ export class CapacityMoE extends Module {
   }
 
   forward(x_BTD: Tensor, options: CapacityForwardOptions = {}): Tensor {
+    needAxes('CapacityMoE', x_BTD, ['batch', 'time', 'hidden'])
     const { n_routed_experts: experts, router } = this.#config
     const [batch, time, hidden] = x_BTD.shape
     const tokens = batch * time

@@ -1,5 +1,5 @@
 /** @file Expert loads: counted on the device during training, read once per step, judged on the host. */
-import { isRecomputing, keep, noGrad, scatterAddRows, scope, type Tensor } from '@moe/core'
+import { isRecomputing, keep, MoeError, noGrad, scatterAddRows, scope, type Tensor } from '@moe/core'
 
 /**
  * Sums the loads of all micro-batches of a step. Counts exactly once: not in a recomputed forward pass, and only when the layer is told
@@ -52,8 +52,16 @@ export interface LoadSummary {
   readonly hot: readonly number[]
 }
 
-/** Judges the loads of one layer. */
+/** Loads are on the device until they are read. @throws MoeError E_ATTR */
+export function needNumbers(op: string, load: ArrayLike<number>): void {
+  if (typeof load?.length === 'number') return
+  const problem = `the loads are ${load === undefined || load === null ? load : 'no list of numbers'}`
+  throw new MoeError({ code: 'E_ATTR', op, problem, fix: 'pass what was read: await layer.load.values()' })
+}
+
+/** Judges the loads of one layer. @throws MoeError E_ATTR for loads that have not been read */
 export function summarizeLoad(load: ArrayLike<number>): LoadSummary {
+  needNumbers('summarizeLoad', load)
   const loads = Array.from(load)
   const total = loads.reduce((sum, n) => sum + n, 0)
   const mean = total / loads.length

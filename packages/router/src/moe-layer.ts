@@ -6,6 +6,7 @@ import {
   type InitOptions,
   isRecomputing,
   Module,
+  needAxes,
   SwigluMlp,
   scope,
   type Tensor,
@@ -68,6 +69,7 @@ export class MoELayer extends Module {
   }
 
   forward(x_BTD: Tensor, options: MoEForwardOptions = {}): Tensor {
+    needAxes('MoELayer', x_BTD, ['batch', 'time', 'hidden'])
     const [batch, time, hidden] = x_BTD.shape
     const x_ND = x_BTD.reshape([batch * time, hidden])
     const { weights, indices, scores } = this.gate.forward(x_ND)

@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest'
-import { LoadMonitor } from './index.ts'
+import { LoadMonitor, summarizeLoad } from './index.ts'
 
 test('one step leans, the sum does not: batch MaxVio is high, global MaxVio is 0', () => {
   const monitor = new LoadMonitor({ topK: 1, groups: 2 })
@@ -51,6 +51,13 @@ test('the worst layer decides, and steps outside the window are forgotten', () =
   ])
   monitor.reset()
   expect(monitor.report()).toEqual([])
+})
+
+test('loads that have not been read are refused', () => {
+  const unread = { shape: [4] } as unknown as number[]
+  expect(() => summarizeLoad(unread)).toThrow(/summarizeLoad: the loads are no list of numbers; pass what was read/)
+  expect(() => summarizeLoad(undefined as unknown as number[])).toThrow(/the loads are undefined/)
+  expect(() => new LoadMonitor({ topK: 2 }).record('1', unread)).toThrow(/LoadMonitor.record: the loads are no list/)
 })
 
 test('windows, groups and numbers of experts that cannot be are refused', () => {

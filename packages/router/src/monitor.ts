@@ -1,6 +1,6 @@
 /** @file Watching the loads of all layers over many steps: what is uneven, what is dead, and whether the routing has collapsed. */
 import { MoeError } from '@moe/core'
-import { type LoadSummary, summarizeLoad } from './load.ts'
+import { type LoadSummary, needNumbers, summarizeLoad } from './load.ts'
 
 export interface LoadMonitorOptions {
   /** K: tells how many experts a collapsed layer may still use. */
@@ -66,6 +66,7 @@ export class LoadMonitor {
    * @throws MoeError E_SHAPE for a number of experts that the groups cannot share, or other than that of the layer's steps before.
    */
   record(layer: string, load: ArrayLike<number>, bias?: ArrayLike<number>): void {
+    needNumbers('LoadMonitor.record', load)
     this.#check(layer, load.length)
     let known = this.#layers.get(layer)
     if (known === undefined) {

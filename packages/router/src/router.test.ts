@@ -20,7 +20,15 @@ import {
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
-import { MoELayer, type RouterConfig, routerAttrs, sequenceBalanceLoss, summarizeLoad, updateBias } from './index.ts'
+import {
+  CapacityMoE,
+  MoELayer,
+  type RouterConfig,
+  routerAttrs,
+  sequenceBalanceLoss,
+  summarizeLoad,
+  updateBias,
+} from './index.ts'
 
 setDefaultBackend(referenceBackend())
 
@@ -212,6 +220,15 @@ describe('counters', () => {
     )
     assertClose('gate', await (layer.gate.weight.grad as Tensor).values(), plain, tolerances.elementwise)
   })
+})
+
+test('tokens without a sequence are refused', () => {
+  const sizes = { hidden_size: 8, moe_intermediate_size: 8, n_routed_experts: 4 }
+  const layers = [new MoELayer({ ...sizes, num_experts_per_tok: 2 }), new CapacityMoE({ ...sizes, router: 'switch' })]
+  for (const layer of layers)
+    expect(() => layer.forward(randn([3, 8], new Random(1)))).toThrow(
+      /has shape \[3,8\], needs \[batch, time, hidden\]/,
+    )
 })
 
 describe('gates', () => {

@@ -59,6 +59,13 @@ class Model extends Module {
 }
 
 describe('namedParameters', () => {
+  test('of what is no module there are none, which is told', () => {
+    for (const none of [undefined, Promise.resolve(new Linear(1, 1)), { weight: 1 }] as unknown[])
+      expect(() => namedParameters(none as Module)).toThrow(
+        expect.objectContaining({ code: 'E_ATTR', message: expect.stringMatching(/the module is .*awaited/) }),
+      )
+  })
+
   test('the path of fields is the key, in field order; shared parameters once, transparent names left out, private fields not visited', () => {
     const model = new Model()
     const names = (layer: string) => ['gate_proj', 'up_proj', 'down_proj'].map(name => `${layer}mlp.${name}.weight`)

@@ -1,6 +1,8 @@
 /**
  * @file Modules: plain classes whose fields are parameters, other modules, or arrays of them. Field names are checkpoint keys.
  */
+import { describe } from '../errors.ts'
+import { attrError } from '../infer.ts'
 import { Parameter } from './parameter.ts'
 
 /**
@@ -25,8 +27,12 @@ export interface NamedParameter {
   readonly slices?: readonly string[]
 }
 
-/** Every parameter and buffer of a module in field order. One that is shared appears once, under its first name. */
+/** Every parameter and buffer of a module in field order. One that is shared appears once, under its first name. @throws MoeError E_ATTR for what is no Module */
 export function namedParameters(module: Module, prefix = ''): NamedParameter[] {
+  if (!(module instanceof Module)) {
+    const fix = 'pass one that was awaited, of a class that extends Module of this copy of @moe/core'
+    throw attrError('namedParameters', `the module is ${describe(module)}`, fix)
+  }
   const found: NamedParameter[] = []
   visit(module, prefix, found, new Set())
   return found

@@ -11,7 +11,7 @@ import {
   showShape,
   type Tensor,
 } from '@moe/core'
-import { type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
+import { needNamed, needRate, type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
 
 export interface AdamWOptions {
   /** Decay rates of the two moments. Default [0.9, 0.95], as DeepSeek-V3. */
@@ -49,7 +49,8 @@ export class AdamW implements StagedOptimizer {
 
   /** Two moments, zeros, for each trainable parameter; others are left out. */
   constructor(parameters: readonly NamedParameter[], options: AdamWOptions = {}) {
-    const { betas = [0.9, 0.95], eps = 1e-8, weightDecay = 0.1, decays = decaysMatrices } = options
+    needNamed('AdamW', parameters)
+    const { betas = [0.9, 0.95], eps = 1e-8, weightDecay = 0.1, decays = decaysMatrices } = options ?? {}
     this.#betas = betas
     this.#eps = eps
     const trained = parameters.filter(({ parameter }) => parameter.trainable)
@@ -75,6 +76,7 @@ export class AdamW implements StagedOptimizer {
   }
 
   begin(lr: number): OptimizerInputs {
+    needRate('AdamW', lr)
     const step = ++this.steps
     this.#lr = lr
     return { numbers: new Float32Array(), updates: { adamwStep: attrs => ({ ...attrs, lr, step }) } }

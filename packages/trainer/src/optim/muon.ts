@@ -18,7 +18,7 @@ import {
   tensor,
 } from '@moe/core'
 import { AdamW, type AdamWOptions } from './adamw.ts'
-import { type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
+import { needNamed, type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
 
 export interface MuonOptions extends AdamWOptions {
   /** Default 0.95. */
@@ -81,7 +81,14 @@ export class Muon implements StagedOptimizer {
   readonly #precision: Precision
 
   constructor(parameters: readonly NamedParameter[], options: MuonOptions = {}) {
-    const { momentum = 0.95, iterations = 5, precision = 'bf16', takes = hiddenMatrices, weightDecay = 0.1 } = options
+    needNamed('Muon', parameters)
+    const {
+      momentum = 0.95,
+      iterations = 5,
+      precision = 'bf16',
+      takes = hiddenMatrices,
+      weightDecay = 0.1,
+    } = options ?? {}
     const own = parameters.filter(named => named.parameter.trainable && takes(named))
     const momenta = zeroState(own.map(({ parameter }) => parameter))
     this.#slots = own.map((named, i) => ({

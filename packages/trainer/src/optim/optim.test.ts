@@ -1,12 +1,13 @@
 import { readFile } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { readSafetensors } from '@moe/checkpoint'
-import { fromHost, full, Parameter, setDefaultBackend, tensor } from '@moe/core'
+import { fromHost, full, type NamedParameter, Parameter, setDefaultBackend, tensor } from '@moe/core'
 import { readF64, referenceBackend } from '@moe/core/reference'
 import fc from 'fast-check'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { AdamW, decaysMatrices } from './adamw.ts'
 import { clipScale, gradientNorm } from './clip.ts'
+import { Muon } from './muon.ts'
 import { warmupConstant, warmupCosine, warmupStableDecay } from './schedule.ts'
 
 const backend = referenceBackend()
@@ -20,6 +21,22 @@ function parameterOf(values: ArrayLike<number>, grad: ArrayLike<number>, shape =
   parameter.grad = tensor(Float32Array.from(grad), shape)
   return parameter
 }
+
+test('optimizers refuse what is no list of named parameters, and steps without a rate', async () => {
+  const parameter = parameterOf([1, 2], [1, 1])
+  for (const Made of [AdamW, Muon]) {
+    for (const none of [undefined, { weight: parameter }, [parameter]] as unknown as NamedParameter[][])
+      expect(() => new Made(none)).toThrow(/not a list of \{ name, parameter \}; pass namedParameters\(model\)/)
+    const optimizer = new Made([{ name: 'weight', parameter }], null as unknown as undefined)
+    using one = full([], 1)
+    expect(() => optimizer.step(undefined as unknown as number, one)).toThrow(
+      /rate is undefined; pass it to every step/,
+    )
+    expect(await parameter.values()).toEqual(Float32Array.of(1, 2))
+    optimizer.dispose()
+  }
+  parameter.dispose()
+})
 
 describe('AdamW', () => {
   test('gives the numbers of torch.optim.AdamW over four steps', async () => {

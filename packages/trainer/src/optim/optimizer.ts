@@ -1,5 +1,15 @@
 /** @file What the trainer asks of an optimizer. */
-import { type AttrUpdates, Parameter, type StateEntry, type StateSource, scope, type Tensor, zeros } from '@moe/core'
+import {
+  type AttrUpdates,
+  MoeError,
+  type NamedParameter,
+  Parameter,
+  type StateEntry,
+  type StateSource,
+  scope,
+  type Tensor,
+  zeros,
+} from '@moe/core'
 
 export interface Optimizer {
   /** Short name, stored in checkpoints so that the state of another one is not taken for its own. */
@@ -35,6 +45,24 @@ export interface StagedOptimizer extends Optimizer {
   begin(lr: number): OptimizerInputs
   /** The ops, of the parameters that have gradients. They depend on nothing of the host but on what `begin` gave. */
   update(numbers: Tensor, gradScale: Tensor): void
+}
+
+/** What an optimizer is made from. @throws MoeError E_ATTR */
+export function needNamed(op: string, parameters: readonly NamedParameter[]): void {
+  if (Array.isArray(parameters) && parameters.every(named => named?.parameter instanceof Parameter)) return
+  const problem = 'the parameters are not a list of { name, parameter }'
+  throw new MoeError({ code: 'E_ATTR', op, problem, fix: 'pass namedParameters(model)' })
+}
+
+/** What a step is taken with: anything else would leave no number in the model. @throws MoeError E_ATTR */
+export function needRate(op: string, lr: number): void {
+  if (Number.isFinite(lr)) return
+  throw new MoeError({
+    code: 'E_ATTR',
+    op,
+    problem: `the learning rate is ${lr}`,
+    fix: 'pass it to every step: step(lr, gradScale)',
+  })
 }
 
 export const isStaged = (optimizer: Optimizer): optimizer is StagedOptimizer => 'begin' in optimizer
