@@ -66,6 +66,10 @@ describe('a trained tokenizer', () => {
       const tokenizer = train({ specialTokens: ['<|eos|>'] })
       const path = join(folder, 'tokenizer.json')
       await tokenizer.save(path)
+      for (const none of ['nothing.json', undefined as unknown as string, folder]) {
+        const error = await BpeTokenizer.fromFile(none).catch(error => error)
+        expect(error).toMatchObject({ name: 'TokenizerError', code: 'E_FORMAT', op: `${none}` })
+      }
       const loaded = await BpeTokenizer.fromFile(path)
       expect(loaded.toJSON()).toEqual(tokenizer.toJSON())
       expect(loaded.encode(CORPUS[2])).toEqual(tokenizer.encode(CORPUS[2]))

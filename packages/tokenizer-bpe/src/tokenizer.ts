@@ -126,10 +126,16 @@ export class BpeTokenizer {
     )
   }
 
-  /** Reads a tokenizer.json. Needs a file system (Node, Deno, Bun); in a browser fetch it and use `fromJSONAsync`. */
+  /**
+   * Reads a tokenizer.json. Needs a file system (Node, Deno, Bun); in a browser fetch it and use `fromJSONAsync`.
+   * @throws TokenizerError as `fromJSON`, and E_FORMAT for a file that cannot be read
+   */
   static async fromFile(path: string | URL): Promise<BpeTokenizer> {
     const { readFile } = await fileSystem()
-    return BpeTokenizer.fromJSONAsync(await readFile(path, 'utf8'))
+    const text = await readFile(path, 'utf8').catch(cause => {
+      throw new TokenizerError({ code: 'E_FORMAT', op: `${path}`, problem: cause.message, cause })
+    })
+    return BpeTokenizer.fromJSONAsync(text)
   }
 
   /** `fromJSON` that in browsers first fetches the code that the file needs. */
