@@ -54,9 +54,9 @@ export function needNamed(op: string, parameters: readonly NamedParameter[]): vo
   throw new MoeError({ code: 'E_ATTR', op, problem, fix: 'pass namedParameters(model)' })
 }
 
-/** What a step is taken with: anything else would leave no number in the model. @throws MoeError E_ATTR */
+/** What a step is taken with: without it no number would be left in the model. @throws MoeError E_ATTR */
 export function needRate(op: string, lr: number): void {
-  if (Number.isFinite(lr)) return
+  if (typeof lr === 'number') return
   throw new MoeError({
     code: 'E_ATTR',
     op,
