@@ -165,6 +165,17 @@ describe('recorded decoding', () => {
     expect(native.stats().handles).toBe(handles)
   })
 
+  test('a model that is disposed in the middle ends the text: nothing is replayed over memory that is no longer its own', async () => {
+    for (const after of [1, 2, 3, 9, 20]) {
+      const { recording } = pair()
+      const { handles } = native.stats()
+      const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: after % 2 }, { seed: 1, backend: recording })
+      const text = made(model, { maxTokens: 60 }, n => n === after && model.dispose())
+      await expect(text).rejects.toMatchObject({ code: 'E_DISPOSED' })
+      expect(native.stats().handles).toBe(handles)
+    }
+  })
+
   test('several texts at once are those of one after the other', async () => {
     const { counts, recorded, plain } = models({ num_nextn_predict_layers: 1 })
     const all: GenerateOptions[] = [

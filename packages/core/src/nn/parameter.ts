@@ -11,7 +11,7 @@ import { Tensor } from '../tensor.ts'
 export class Parameter extends Tensor {
   /** Sum of the gradients since the last `zeroGrad`, or null. */
   grad: Tensor | null = null
-  /** How often the elements were replaced: what was computed from them holds as long as this does. The memory may be the same as before. */
+  /** How often the elements were replaced or freed: what was computed from them, or recorded over them, holds as long as this does. The memory may be the same as before. */
   version = 0
 
   /** Takes over the tensor's memory; the tensor is used up. */
@@ -55,6 +55,7 @@ export class Parameter extends Tensor {
   }
 
   override dispose(): void {
+    this.version++
     this.zeroGrad()
     super.dispose()
   }
