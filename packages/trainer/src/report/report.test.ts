@@ -1,6 +1,7 @@
 import { ftruncateSync, openSync, writeSync } from 'node:fs'
 import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { pathToFileURL } from 'node:url'
 import { stripVTControlCharacters } from 'node:util'
 import { afterEach, describe, expect, test, vi } from 'vitest'
 import type { StartEvent, StepEvent } from '../events.ts'
@@ -243,9 +244,10 @@ describe('metrics.jsonl', () => {
 test('summary.json gathers values, and survives a failure', async () => {
   const out = join(await temporaryFolder(), 'deep', 'run')
   await writeSummary(out, { steps: 3, loss: Number.NaN })
-  await writeSummary(out, { mtp: { acceptance: 0.5 } })
+  await writeSummary(pathToFileURL(out), { mtp: { acceptance: 0.5 } })
   const read = async () => JSON.parse(await readFile(join(out, 'summary.json'), 'utf8'))
   expect(await read()).toEqual({ steps: 3, loss: null, mtp: { acceptance: 0.5 } })
+  await expect(writeSummary(undefined as unknown as string, {})).rejects.toMatchObject({ code: 'E_ATTR' })
   await expect(writeSummary(out, { big: 1n })).rejects.toMatchObject({ code: 'E_CHECKPOINT' })
   expect(await read()).toEqual({ steps: 3, loss: null, mtp: { acceptance: 0.5 } })
 })

@@ -2,7 +2,7 @@
 import { existsSync } from 'node:fs'
 import { mkdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { renamePatiently } from '@moe/checkpoint'
+import { pathOf, renamePatiently } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 
 /**
@@ -10,11 +10,12 @@ import { MoeError } from '@moe/core'
  * (`mtp.acceptance`) to the trainer's. Numbers that are not finite become null. The file is replaced as a whole or not
  * at all.
  */
-export async function writeSummary(out: string, values: object): Promise<void> {
-  const path = join(out, 'summary.json')
+export async function writeSummary(out: string | URL, values: object): Promise<void> {
+  const folder = pathOf('writeSummary', out)
+  const path = join(folder, 'summary.json')
   const temporary = `${path}.tmp`
   try {
-    await mkdir(out, { recursive: true })
+    await mkdir(folder, { recursive: true })
     const before: unknown = existsSync(path) ? JSON.parse(await readFile(path, 'utf8')) : {}
     await writeFile(temporary, `${JSON.stringify({ ...(before as object), ...values }, null, 2)}\n`)
     await renamePatiently(temporary, path)
