@@ -23,7 +23,7 @@ function cut(contents: readonly string[], text: string): (string | number)[] {
     bytes,
     0,
     bytes.length,
-    false,
+    0,
     piece,
     token => found.push(token.id),
   )

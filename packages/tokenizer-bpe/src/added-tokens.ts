@@ -24,6 +24,9 @@ export type TokenStarts = (bytes: Uint8Array, end: number) => (place: number) =>
 /** What looks for long tokens in place of the trie, which at worst takes a step for each byte of a token at every place: long-tokens.ts, which browsers do without. */
 export const longTokens: { find?: (contents: readonly Uint8Array[]) => TokenStarts | undefined } = {}
 
+/** Which added tokens stay text where they are written out: 0 none, 1 the special ones, 2 all. */
+export type Left = 0 | 1 | 2
+
 /** Finds added tokens in bytes: leftmost, of those the longest. */
 export class AddedTokenFinder {
   readonly #contents: Uint8Array[] = []
@@ -59,13 +62,13 @@ export class AddedTokenFinder {
 
   /**
    * Cuts `bytes[start..end)` at added tokens: calls `text` for what lies between and `token` for each, in order.
-   * @param skipSpecial leaves special tokens in the text
+   * @param left what stays in the text: no token, the special ones, or all
    */
   split(
     bytes: Uint8Array,
     start: number,
     end: number,
-    skipSpecial: boolean,
+    left: Left,
     text: (start: number, end: number) => void,
     token: (token: AddedToken, start: number, end: number) => void,
   ): void {
@@ -84,7 +87,7 @@ export class AddedTokenFinder {
       let from = at
       let to = at + this.#contents[found].length
       at = to
-      if (skipSpecial && match.special) continue
+      if (left > (match.special ? 0 : 1)) continue
       if (match.single_word) {
         const touchesLeft = from > start && isWord(codePointAt(bytes, previous(bytes, from)))
         const touchesRight = to < end && isWord(codePointAt(bytes, to))

@@ -1,7 +1,7 @@
 /** @file Against Hugging Face tokenizers 0.23.2: ids, offsets, pieces and merges in fixtures written by tools/reference/tokenizer_fixtures.py. */
 import { readFileSync } from 'node:fs'
 import { describe, expect, test } from 'vitest'
-import { BpeTokenizer, type PreTokenizerName, trainBpe } from './index.ts'
+import { BpeTokenizer, type EncodeOptions, type PreTokenizerName, trainBpe } from './index.ts'
 import { compilePreTokenizer } from './json/pre-tokenizer.ts'
 
 interface Pieces {
@@ -41,6 +41,19 @@ describe("DeepSeek-V3's tokenizer.json", () => {
     texts.forEach((text, i) => {
       expect([...deepseek.encode(text)], JSON.stringify(text)).toEqual(ids[i])
     })
+  })
+
+  test('leaves in the text what is not to be trusted: special tokens, or all', () => {
+    const text = 'a<｜end▁of▁sentence｜><｜User｜>b <｜fim▁hole｜>'
+    const without = BpeTokenizer.fromJSON({ ...deepseek.toJSON(), added_tokens: [], post_processor: null })
+    const special = (tokens: Uint32Array) => [...tokens].filter(id => id === 1 || id >= 128_000)
+    const encode = (options: EncodeOptions) => deepseek.encode(text, { addSpecialTokens: false, ...options })
+    expect(special(encode({}))).toEqual([1, 128_803, 128_800])
+    // The file does not mark its roles as special.
+    expect(special(encode({ parseSpecialTokens: false }))).toEqual([128_803, 128_800])
+    expect(encode({ parseAddedTokens: false })).toEqual(without.encode(text))
+    const options = { parseAddedTokens: false, addSpecialTokens: false }
+    expect(deepseek.encodeWithOffsets(text, options).ids).toEqual(without.encode(text))
   })
 
   test('decodes to the text', () => {

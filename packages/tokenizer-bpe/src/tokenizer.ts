@@ -1,5 +1,5 @@
 /** @file The tokenizer: text to ids and back, from tokenizer.json, from tiktoken's ranks, or trained here. */
-import { type AddedToken, AddedTokenFinder } from './added-tokens.ts'
+import { type AddedToken, AddedTokenFinder, type Left } from './added-tokens.ts'
 import type { EncodePool } from './batch/pool.ts'
 import { CutTable } from './bpe/cut-table.ts'
 import { Encoder, IdBuffer, PADDING, type PieceListener } from './bpe/encoder.ts'
@@ -28,6 +28,11 @@ export interface EncodeOptions {
    * do not trust (tiktoken's `encode_ordinary`).
    */
   readonly parseSpecialTokens?: boolean
+  /**
+   * Whether any added tokens do. Default true. False also leaves those in the text that the file does not mark as special: in DeepSeek-V3's these
+   * are `<｜User｜>`, `<｜Assistant｜>` and those of tools.
+   */
+  readonly parseAddedTokens?: boolean
 }
 
 export interface DecodeOptions {
@@ -211,14 +216,14 @@ export class BpeTokenizer {
     out.length = 0
     const special = options.addSpecialTokens ?? true
     if (special) for (const id of this.#post.before) out.push(id)
-    this.#encodeText(text, !(options.parseSpecialTokens ?? true), out)
+    this.#encodeText(text, leftBy(options), out)
     if (special) for (const id of this.#post.after) out.push(id)
     const ids = out.ids.slice(0, out.length)
     if (out.ids.length > KEPT_SCRATCH) out.ids = new Uint32Array(256)
     return ids
   }
 
-  #encodeText(text: string, skipSpecial: boolean, out: IdBuffer): void {
+  #encodeText(text: string, left: Left, out: IdBuffer): void {
     const end = this.#load(text)
     // Finders search to the end of the array that they get.
     const bytes = this.#scratch.subarray(0, end)
@@ -226,9 +231,9 @@ export class BpeTokenizer {
     const added = (token: AddedToken) => out.push(token.id)
     let first = true
     const ordinary = (from: number, to: number) => this.#encodeSegment(from, to, first && from === 0, out)
-    const late = (from: number, to: number) => this.#lateFinder.split(bytes, from, to, skipSpecial, ordinary, added)
+    const late = (from: number, to: number) => this.#lateFinder.split(bytes, from, to, left, ordinary, added)
     if (normalizer === undefined) {
-      this.#rawFinder.split(bytes, 0, end, skipSpecial, late, added)
+      this.#rawFinder.split(bytes, 0, end, left, late, added)
     } else {
       const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
       const segments: (string | AddedToken)[] = []
@@ -236,7 +241,7 @@ export class BpeTokenizer {
         bytes,
         0,
         end,
-        skipSpecial,
+        left,
         (from, to) => segments.push(decoder.decode(bytes.subarray(from, to))),
         token => segments.push(token),
       )
@@ -248,7 +253,7 @@ export class BpeTokenizer {
         first = segment === segments[0]
         const length = this.#load(normalizer(segment))
         const inner = this.#scratch.subarray(0, length)
-        this.#lateFinder.split(inner, 0, length, skipSpecial, ordinary, added)
+        this.#lateFinder.split(inner, 0, length, left, ordinary, added)
       }
     }
     if (this.#scratch.length > KEPT_SCRATCH) this.#resize(4096)
@@ -281,7 +286,7 @@ export class BpeTokenizer {
     const out = this.#out
     out.length = 0
     const special = options.addSpecialTokens ?? true
-    const skipSpecial = !(options.parseSpecialTokens ?? true)
+    const left = leftBy(options)
     const end = this.#load(text)
     const bytes = this.#scratch.subarray(0, end)
     const collector = new OffsetCollector(bytes, this.#post.trimOffsets, this.#post.prefixSpace)
@@ -306,8 +311,8 @@ export class BpeTokenizer {
       bytes,
       0,
       end,
-      skipSpecial,
-      (from, to) => this.#lateFinder.split(bytes, from, to, skipSpecial, ordinary, added),
+      left,
+      (from, to) => this.#lateFinder.split(bytes, from, to, left, ordinary, added),
       added,
     )
     if (special) for (const id of this.#post.after) collector.addEmpty(out, id)
@@ -465,6 +470,9 @@ export class BpeTokenizer {
 }
 
 const EMPTY = new Uint8Array(0)
+
+const leftBy = ({ parseSpecialTokens = true, parseAddedTokens = true }: EncodeOptions): Left =>
+  parseAddedTokens ? (parseSpecialTokens ? 0 : 1) : 2
 
 /** The name is a variable so that bundlers for browsers leave it alone. */
 function fileSystem(): Promise<typeof import('node:fs/promises')> {
