@@ -249,6 +249,8 @@ describe('generation', () => {
     const several = [[1, 2], [3]] as unknown as number[]
     expect(() => model.generate(several)).toThrow(/prompt is a list of prompts; call generate for each/)
     expect(() => model.generate([1], { tokenizer: {} as TextTokenizer })).toThrow(/no createDecodeStream; pass one of/)
+    const signal = new AbortController() as unknown as AbortSignal
+    expect(() => model.generate([1], { signal })).toThrow(/no AbortSignal; of an AbortController pass .signal/)
     model.generate([1], null as unknown as GenerateOptions)
     const stop = '.' as unknown as string[]
     expect(() => model.generate([1], { stop })).toThrow(/stop is "\."; pass a list of token ids and texts/)

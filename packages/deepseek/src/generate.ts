@@ -65,6 +65,14 @@ export function generate(
     const problem = `maxTokens = ${maxTokens} is no number of tokens`
     throw new MoeError({ code: 'E_ATTR', op: 'generate', problem, fix: 'pass 0 or more' })
   }
+  if (options.signal !== undefined && typeof options.signal?.addEventListener !== 'function') {
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'generate',
+      problem: 'signal is no AbortSignal',
+      fix: 'of an AbortController pass .signal',
+    })
+  }
   const depth = options.speculative === false ? 0 : model.mtp.length
   const stats: GenerationStats = {
     tokens: 0,

@@ -9,7 +9,7 @@ import { tensor, zeros } from '../tensor.ts'
 import { Linear, RmsNorm } from './layers.ts'
 import { Module, namedParameters } from './module.ts'
 import { Parameter } from './parameter.ts'
-import { entriesSource, loadStateDict, type StateEntry, stateDict } from './state-dict.ts'
+import { entriesSource, loadStateDict, type StateEntry, type StateSource, stateDict } from './state-dict.ts'
 
 let backend: Backend
 beforeEach(() => {
@@ -202,4 +202,26 @@ describe('loadStateDict', () => {
     await expect(loadStateDict(model, entriesSource([short]))).rejects.toMatchObject({ code: 'E_SHAPE' })
     expect(Array.from(await model.weight.values())).toEqual([0, 0, 0])
   })
+})
+
+test('what is no source is told how to become one', async () => {
+  const model = new Model(1)
+  const checkpoint = {
+    keys: () => ['weight'],
+    info: () => ({ dtype: 'f32', shape: [1, 1] }),
+    read: async () => ({ data: [1] }),
+  }
+  for (const [none, what] of [
+    [undefined, 'undefined'],
+    ['model', 'the string model'],
+    [stateDict(model), 'an array'],
+    [checkpoint, 'one that reads more than arrays'],
+  ]) {
+    const message = expect.stringContaining(`the source is ${what}`)
+    const loading = loadStateDict(new Linear(1, 1), none as unknown as StateSource)
+    await expect(loading).rejects.toMatchObject({ code: 'E_ATTR', message })
+    await expect(loading).rejects.toThrow(
+      /pass entriesSource\(stateDict\(other\)\), or stateSource\(await openCheckpoint/,
+    )
+  }
 })

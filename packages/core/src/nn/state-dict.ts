@@ -1,7 +1,8 @@
 /** @file Models to named host arrays and back, strictly. */
 import type { Shape } from '../backend.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, hostArray } from '../dtype.ts'
-import { MoeError } from '../errors.ts'
+import { describe, MoeError } from '../errors.ts'
+import { attrError } from '../infer.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
 import { fromHost } from '../tensor.ts'
 import { type Module, type NamedParameter, namedParameters } from './module.ts'
@@ -81,6 +82,7 @@ export interface LoadOptions {
  */
 export async function loadStateDict(module: Module, source: StateSource, options: LoadOptions = {}): Promise<void> {
   const { ignore = () => false, optional = () => false } = options
+  if (Array.isArray(source) || typeof source?.info !== 'function') throw noSource(describe(source))
   const available = new Set(source.keys())
   const parameters = namedParameters(module)
   const missing: string[] = []
@@ -135,7 +137,13 @@ async function fillStored(
   return parameter.assignParts(keys.length, async i => fromHost(await read(keys[i]), slice, 'f32', parameter.backend))
 }
 
+function noSource(what: string): MoeError {
+  const fix = 'pass entriesSource(stateDict(other)), or stateSource(await openCheckpoint(path)) of @moe/checkpoint'
+  return attrError('loadStateDict', `the source is ${what}`, fix)
+}
+
 function convert(data: HostArray, from: DType, to: DType): HostArray {
+  if (!ArrayBuffer.isView(data)) throw noSource('one that reads more than arrays, such as an open checkpoint')
   return from === to ? data : encodeHost(to, decodeHost(from, data))
 }
 
