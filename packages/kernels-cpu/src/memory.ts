@@ -262,9 +262,12 @@ export class Memory {
     }
     const index = sizeClass(buffer.bytes)
     const size = classBytes(index)
-    if (!keeps(size)) return this.#library.release(buffer.pointer, size)
-    pool.free[index].push(buffer.pointer)
-    this.#cachedBytes += size
+    if (keeps(size)) {
+      pool.free[index].push(buffer.pointer)
+      this.#cachedBytes += size
+    } else {
+      this.#library.release(buffer.pointer, size)
+    }
   }
 
   #allocateGuarded(bytes: number): number {
