@@ -186,10 +186,10 @@ test.skipIf(installed.length === 0)(
     const script = fileURLToPath(new URL('./test-training.ts', import.meta.url))
     const [first] = await onRanks(2, {})
     for (const launcher of installed) {
-      const { lines, errors } = await launch(launcher, 2, [script])
+      const { reports, errors } = await launch(launcher, 2, [script])
       expect(errors).toBe('')
       const printed = { digest: digestOf(first), losses: first.steps.map(({ loss }) => loss) }
-      expect(lines).toEqual([0, 1].map(rank => ({ rank, ...printed })))
+      expect(reports).toEqual([0, 1].map(rank => ({ rank, ...printed })))
     }
   },
   240_000,

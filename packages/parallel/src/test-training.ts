@@ -1,4 +1,4 @@
-/** @file For tests only: a small DeepSeek in training, by one rank or several; and, as a program, one rank that `mpirun` has started (prints its losses and a digest of its weights). */
+/** @file For tests only: a small DeepSeek in training, by one rank or several; and, as a program, one rank that `mpirun` has started (reports its losses and a digest of its weights). */
 import { createHash } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
 import { type Backend, Random, stateDict } from '@moe/core'
@@ -6,6 +6,7 @@ import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } fro
 import { createBackend } from '@moe/kernels-cpu'
 import { type StepEvent, TokenDataset, type TrainOptions, type TrainResult, train } from '@moe/trainer'
 import { mpi } from './index.ts'
+import { report } from './mpi/test-launch.ts'
 
 const config: DeepSeekConfigInput = {
   ...presets.tiny,
@@ -82,6 +83,6 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const ranks = await mpi()
   const trained = await trainSmall(await createBackend({ threads: 1 }), { ranks })
   const losses = trained.steps.map(({ loss }) => loss)
-  process.stdout.write(`${JSON.stringify({ rank: ranks.rank, digest: digestOf(trained), losses })}\n`)
+  report({ rank: ranks.rank, digest: digestOf(trained), losses })
   await ranks.close()
 }

@@ -21,9 +21,9 @@ test('without a library it says what was tried and what to do', async () => {
 describe.skipIf(installed.length === 0)('MPI', () => {
   describe.each(installed)('$name', launcher => {
     test.each([1, 2, 3])('all calls between %i processes give the bits of the local communicator', async size => {
-      const { code, lines, errors } = await launch(launcher, size, [script, 'exercise'])
+      const { code, reports, errors } = await launch(launcher, size, [script, 'exercise'])
       expect(errors).toBe('')
-      expect(lines).toEqual(Array.from({ length: size }, (_, rank) => ({ rank, size, same: true })))
+      expect(reports).toEqual(Array.from({ length: size }, (_, rank) => ({ rank, size, same: true })))
       expect(code).toBe(0)
     })
 
@@ -34,20 +34,20 @@ describe.skipIf(installed.length === 0)('MPI', () => {
       setDefaultBackend(referenceBackend())
       const found = await local(2, async ranks => ({ rank: ranks.rank, ...(await work(ranks)) }))
       const expected = found.map(({ rank, ...rest }) => ({ rank, ...JSON.parse(JSON.stringify(rest)) }))
-      const { code, lines, errors } = await launch(launcher, 2, [script, what])
+      const { code, reports, errors } = await launch(launcher, 2, [script, what])
       expect(errors).toBe('')
-      expect(lines).toEqual(expected)
+      expect(reports).toEqual(expected)
       expect(code).toBe(0)
     })
 
     test('the event loop goes on while a rank waits for another', async () => {
-      const { lines } = await launch(launcher, 2, [script, 'wait'])
-      expect(lines).toEqual([0, 1].map(rank => ({ rank, alive: true })))
+      const { reports } = await launch(launcher, 2, [script, 'wait'])
+      expect(reports).toEqual([0, 1].map(rank => ({ rank, alive: true })))
     })
 
     test('ranks that do not do the same are told, and nothing aborts', async () => {
-      const { lines } = await launch(launcher, 2, [script, 'differ'])
-      expect(lines.map(({ error }) => error)).toEqual([
+      const { reports } = await launch(launcher, 2, [script, 'differ'])
+      expect(reports.map(({ error }) => error)).toEqual([
         expect.stringMatching(/^E_SHAPE receive: 8000 bytes came from rank 1 where 4000 were expected/),
         expect.stringMatching(/^E_SHAPE receive: 4000 bytes came from rank 0 where 8000 were expected/),
       ])

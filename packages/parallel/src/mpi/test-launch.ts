@@ -1,5 +1,8 @@
 /** @file For tests only: the MPI launchers that are installed here. */
 import { spawn, spawnSync } from 'node:child_process'
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 
 export interface Launcher {
   readonly command: string
@@ -21,26 +24,35 @@ export function launchers(): Launcher[] {
   return [...found.values()]
 }
 
-/** What a rank prints: a line of JSON. */
-export type Printed = { readonly rank: number } & Readonly<Record<string, unknown>>
+/** What a rank has to say. */
+export type Report = { readonly rank: number } & Readonly<Record<string, unknown>>
 
-/** Runs a script as `size` ranks; the lines of JSON that they printed. */
+/** Says it: in a file where `launch` started the rank, as launchers mix the lines of ranks when they are long; else on standard output. */
+export function report(value: Report): void {
+  const folder = process.env['MOE_TEST_REPORTS']
+  if (folder === undefined) process.stdout.write(`${JSON.stringify(value)}\n`)
+  else writeFileSync(join(folder, `${value.rank}.json`), JSON.stringify(value))
+}
+
+/** Runs a script as `size` ranks; what they reported, in order. */
 export async function launch(
   { command, flags }: Launcher,
   size: number,
   script: readonly string[],
   environment: NodeJS.ProcessEnv = {},
-): Promise<{ code: number | null; lines: Printed[]; errors: string }> {
-  const child = spawn(command, [...flags, '-np', String(size), process.execPath, ...script], {
-    env: { ...process.env, ...environment },
-  })
-  let [output, errors] = ['', '']
-  child.stdout.on('data', chunk => (output += chunk))
-  child.stderr.on('data', chunk => (errors += chunk))
-  const code = await new Promise<number | null>(resolve => child.on('close', resolve))
-  const lines = output
-    .split('\n')
-    .filter(line => line.startsWith('{'))
-    .map(line => JSON.parse(line) as Printed)
-  return { code, lines: lines.sort((a, b) => a.rank - b.rank), errors }
+): Promise<{ code: number | null; reports: Report[]; errors: string }> {
+  const folder = mkdtempSync(join(tmpdir(), 'moe-ranks-'))
+  try {
+    const child = spawn(command, [...flags, '-np', String(size), process.execPath, ...script], {
+      env: { ...process.env, ...environment, MOE_TEST_REPORTS: folder },
+      stdio: ['ignore', 'ignore', 'pipe'],
+    })
+    let errors = ''
+    child.stderr.on('data', chunk => (errors += chunk))
+    const code = await new Promise<number | null>(resolve => child.on('close', resolve))
+    const reports = readdirSync(folder).map(name => JSON.parse(readFileSync(join(folder, name), 'utf8')) as Report)
+    return { code, reports: reports.sort((a, b) => a.rank - b.rank), errors }
+  } finally {
+    rmSync(folder, { recursive: true })
+  }
 }

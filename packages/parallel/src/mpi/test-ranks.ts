@@ -1,4 +1,4 @@
-/** @file For tests only: one of several ranks that an MPI launcher starts. Argument: what to do. Prints one line of JSON. */
+/** @file For tests only: one of several ranks that an MPI launcher starts. Argument: what to do. Reports once. */
 import { isDeepStrictEqual } from 'node:util'
 import { setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
@@ -6,8 +6,8 @@ import { exercise, expected } from '../communicator/test-exercise.ts'
 import { split } from '../experts/test-layer.ts'
 import { mpi } from '../index.ts'
 import { pipelineSteps } from '../pipeline/test-stages.ts'
+import { report } from './test-launch.ts'
 
-const print = (value: unknown) => process.stdout.write(`${JSON.stringify(value)}\n`)
 const filled = (length: number, value: number) =>
   tensor(new Float32Array(length).fill(value), [length], { backend: referenceBackend() })
 
@@ -19,18 +19,18 @@ switch (process.argv[2]) {
       JSON.parse(JSON.stringify(result)),
       JSON.parse(JSON.stringify(expected(ranks.rank, ranks.size))),
     )
-    print({ rank: ranks.rank, size: ranks.size, same })
+    report({ rank: ranks.rank, size: ranks.size, same })
     break
   }
   case 'pipeline': {
     setDefaultBackend(referenceBackend())
     const { loss, gradients } = await pipelineSteps(ranks)
-    print({ rank: ranks.rank, loss, gradients })
+    report({ rank: ranks.rank, loss, gradients })
     break
   }
   case 'experts': {
     setDefaultBackend(referenceBackend())
-    print({ rank: ranks.rank, ...(await split(ranks)) })
+    report({ rank: ranks.rank, ...(await split(ranks)) })
     break
   }
   case 'wait': {
@@ -40,7 +40,7 @@ switch (process.argv[2]) {
     if (ranks.rank === 0) await new Promise(resolve => setTimeout(resolve, 500))
     await ranks.barrier()
     clearInterval(timer)
-    print({ rank: ranks.rank, alive: turns >= 10 })
+    report({ rank: ranks.rank, alive: turns >= 10 })
     break
   }
   case 'differ': {
@@ -48,11 +48,11 @@ switch (process.argv[2]) {
       () => null,
       ({ code, message }) => `${code} ${message}`,
     )
-    print({ rank: ranks.rank, error })
-    // The launcher ends all ranks when the first of them ends so: only when both have printed.
-    const printed = ranks.receive(filled(1, 1), 1 - ranks.rank)
+    report({ rank: ranks.rank, error })
+    // The launcher ends all ranks when the first of them ends so: only when both have reported.
+    const reported = ranks.receive(filled(1, 1), 1 - ranks.rank)
     await ranks.send(filled(1, 1), 1 - ranks.rank)
-    await printed
+    await reported
     process.exit(1)
     break
   }
