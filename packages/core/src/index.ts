@@ -91,6 +91,7 @@ export { type ExpertWeights, routedExperts } from './fused/routed-experts.ts'
 export { type Routing, routerTopk } from './fused/router-topk.ts'
 export { softmax } from './fused/softmax.ts'
 export { swiglu } from './fused/swiglu.ts'
+export { needAxes } from './need-tensor.ts'
 export { createModule } from './nn/create-module.ts'
 export {
   Embedding,
@@ -140,7 +141,6 @@ export {
   concat,
   fromHost,
   full,
-  needAxes,
   ones,
   scatterAddRows,
   setRows,

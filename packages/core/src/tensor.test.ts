@@ -7,11 +7,12 @@ import { setDefaultBackend } from './context.ts'
 import { type DType, dtypes, encodeHost, toBf16 } from './dtype.ts'
 import { globalNorm } from './fused/adamw.ts'
 import { softmax } from './fused/softmax.ts'
+import { needAxes } from './need-tensor.ts'
 import { Linear } from './nn/layers.ts'
 import { disposeModule } from './nn/module.ts'
 import { Parameter } from './nn/parameter.ts'
 import { referenceBackend } from './reference/index.ts'
-import { arange, concat, fromHost, full, needAxes, ones, setRows, type Tensor, tensor, where, zeros } from './tensor.ts'
+import { arange, concat, fromHost, full, ones, setRows, type Tensor, tensor, where, zeros } from './tensor.ts'
 
 let backend: Backend
 beforeEach(() => {

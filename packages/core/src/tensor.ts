@@ -23,6 +23,7 @@ import { context, defaultBackend, widePrecision } from './context.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, isFloat } from './dtype.ts'
 import { describe, MoeError } from './errors.ts'
 import { attrError, infer, inferReshape, needList, shapeError } from './infer.ts'
+import { needTensor } from './need-tensor.ts'
 import { Scoped, scope } from './scope.ts'
 import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf } from './shape.ts'
 
@@ -354,25 +355,6 @@ function alive(op: string, tensor: Tensor): void {
     problem: `an input ${showShape(tensor.shape)} was already freed`,
     fix: tensor.whenFreed,
   })
-}
-
-/** Internal: refuses what is no tensor. @throws MoeError E_ATTR */
-export function needTensor(op: string, name: string, value: Tensor | null | undefined): void {
-  // Whatever has a backend is taken for one: this is asked for every op.
-  if (value?.backend !== undefined) return
-  const fix = 'pass a tensor: tensor(numbers, shape) makes one'
-  throw attrError(op, `${name} is ${describe(value)}, no tensor`, fix)
-}
-
-/**
- * What a module with an input of several axes asks first.
- * @param axes their names, for the message
- * @throws MoeError E_ATTR for what is no tensor, E_SHAPE for one of more or fewer axes
- */
-export function needAxes(op: string, x: Tensor, axes: readonly string[]): void {
-  needTensor(op, 'the input', x)
-  if (x.rank !== axes.length)
-    throw shapeError(op, `the input has shape ${showShape(x.shape)}, needs [${axes.join(', ')}]`, 'reshape it')
 }
 
 function check(op: string, inputs: readonly Tensor[]): Backend {

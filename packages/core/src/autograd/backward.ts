@@ -2,10 +2,11 @@
 import type { PrimitiveName } from '../backend.ts'
 import { context, noGrad, withPrecision } from '../context.ts'
 import { MoeError } from '../errors.ts'
+import { needTensor } from '../need-tensor.ts'
 import { Parameter } from '../nn/parameter.ts'
 import { adopt, currentScope, enterScope, leaveScope, scope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
-import { full, needTensor, record, type TapeNode, type Tensor, type Vjp } from '../tensor.ts'
+import { full, record, type TapeNode, type Tensor, type Vjp } from '../tensor.ts'
 import { rules } from './rules.ts'
 
 export interface BackwardOptions {

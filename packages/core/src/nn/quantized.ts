@@ -11,9 +11,10 @@ import {
   quantizedMatmul,
   quantizeWeight,
 } from '../fused/quantized-matmul.ts'
+import { needTensor } from '../need-tensor.ts'
 import { keep, scope } from '../scope.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
-import { concat, fromHost, needTensor, type Tensor } from '../tensor.ts'
+import { concat, fromHost, type Tensor } from '../tensor.ts'
 import { atOnce, inTurns, pacer } from '../turns.ts'
 import { Module, namedParameters } from './module.ts'
 import { Parameter } from './parameter.ts'
