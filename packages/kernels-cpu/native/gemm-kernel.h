@@ -1,8 +1,9 @@
 // Register-blocked microkernels and the packing that feeds them. Included once per instruction set, inside its namespace.
 //
-// Legend: a packed A panel is [depth][kAWidth], of which the first 1 .. kMr of each row are used, and a packed B panel is
-// [depth][kNr], where columns past the end are zeros. For bf16 every element of a panel is a pair of bf16 that are neighbours along k (low half first),
-// so the depth is ceil(k / 2). A row is written in whole vectors, which may reach over its end: behind each A panel lie kSlack elements.
+// Legend: a packed A panel is [depth][kAWidth], of which the first 1 .. kMr of each row are used, or where rows are kept
+// [kMr][kPitch], of which the first depth of each row are used; a packed B panel is [depth][kNr], where columns past the end are zeros. For bf16 every
+// element of a panel is a pair of bf16 that are neighbours along k (low half first), so the depth is ceil(k / 2). A row is written in whole vectors,
+// which may reach over its end: behind each A panel lie kSlack elements.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -30,6 +31,14 @@ constexpr int kMr = 12, kAWidth = kMr, kSlack = 0;
 // The slack also keeps the panels of a group from sharing sets of the cache.
 constexpr int kMr = 6, kAWidth = kMr, kSlack = 16;
 #endif
+// With AVX-512 a panel of A keeps rows that are contiguous along k, which saves transposing them. Elsewhere panels of A are read from L2, in one piece.
+#if defined(__AVX512F__)
+constexpr bool kKeepsRows = true;
+#else
+constexpr bool kKeepsRows = false;
+#endif
+// An odd number of lines, so that rows do not share sets of the cache.
+constexpr int kPitch = 400;
 static_assert(kAWidth % lanes == 0 || kSlack >= lanes, "whole vectors need room");
 constexpr int kNr = 2 * lanes;
 #if defined(__AVX512F__)
@@ -75,7 +84,8 @@ inline void finish_stores_past_caches() {
 #endif
 }
 
-template <bool kBf16, int kRows, int kVecs>
+/** `kKept`: the panel of A keeps its rows. */
+template <bool kBf16, bool kKept, int kRows, int kVecs>
 void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t b_stride, float* c,
            std::ptrdiff_t ldc, Output output, const char* ahead, std::ptrdiff_t ahead_step) {
   f32v acc[kRows][kVecs] = {};
@@ -97,9 +107,9 @@ void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t 
 #pragma GCC unroll 14
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-        for (int j = 0; j < kVecs; ++j) acc[i][j] = multiply_add<kBf16>(acc[i][j], a + i, bv[j]);
+        for (int j = 0; j < kVecs; ++j) acc[i][j] = multiply_add<kBf16>(acc[i][j], a + i * (kKept ? kPitch : 1), bv[j]);
       }
-      a += kAWidth;
+      a += kKept ? 1 : kAWidth;
       b += packed ? kNr : b_stride;
     }
   };
@@ -134,16 +144,16 @@ void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t 
 using Micro = void (*)(std::ptrdiff_t, const float*, const float*, std::ptrdiff_t, float*, std::ptrdiff_t, Output,
                        const char*, std::ptrdiff_t);
 
-template <bool kBf16, int kVecs, std::size_t... kHeights>
+template <bool kBf16, bool kKept, int kVecs, std::size_t... kHeights>
 inline Micro pick(int height, std::index_sequence<kHeights...>) {
-  static constexpr Micro table[] = {micro<kBf16, int(kHeights) + 1, kVecs>...};
+  static constexpr Micro table[] = {micro<kBf16, kKept, int(kHeights) + 1, kVecs>...};
   return table[height - 1];
 }
 
-template <bool kBf16>
+template <bool kBf16, bool kKept>
 inline Micro micro_of(int height, int width) {
   constexpr auto heights = std::make_index_sequence<kMr>();
-  return width > lanes ? pick<kBf16, 2>(height, heights) : pick<kBf16, 1>(height, heights);
+  return width > lanes ? pick<kBf16, kKept, 2>(height, heights) : pick<kBf16, kKept, 1>(height, heights);
 }
 
 /** Neighbouring panels: lanes start[q] .. start[q + 1] go to the panel q * stride elements behind the first. */
@@ -243,6 +253,23 @@ void pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::pt
     std::ptrdiff_t p = 0;
     for (; p + step <= k; p += step, to += 16 * kWidth) pack_block<kBf16, false>(from + p, stride, rows, 0, 16, kWidth, to);
     if (p < k) pack_block<kBf16, true>(from + p, stride, rows, k - p, int(kBf16 ? (k - p + 1) / 2 : k - p), kWidth, to);
+  }
+}
+
+/** Rows that are contiguous along k stay rows, kPitch apart. */
+template <bool kBf16>
+void pack_rows(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, float* dst) {
+  constexpr int step = kBf16 ? 32 : 16, rows_ahead = 4;
+  for (int i = 0; i < count; ++i, src += stride, dst += kPitch) {
+    const float* ahead = src + rows_ahead * stride;
+    std::ptrdiff_t p = 0;
+    float* to = dst;
+    for (; p + step <= k; p += step, to += 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + p), _MM_HINT_T1);
+      if (kBf16) _mm_prefetch(reinterpret_cast<const char*>(ahead + p + 16), _MM_HINT_T1);
+      _mm512_storeu_si512(to, load_row<kBf16, false>(src + p, 0));
+    }
+    if (p < k) _mm512_storeu_si512(to, load_row<kBf16, true>(src + p, k - p));
   }
 }
 
@@ -428,6 +455,21 @@ inline void pack(const GemmOperand& from, std::ptrdiff_t lane0, const Panels& pa
     const int count = int(panels.start[q + 1] - panels.start[q]);
     pack_transposed<kBf16, kWidth>(src + panels.start[q] * from.lane_stride, from.lane_stride, count, k, dst + q * panels.stride);
   }
+}
+
+/** Packs panels of A, from lane0 on; `kKept`: as rows. */
+template <bool kBf16, bool kKept>
+inline void pack_a(const GemmOperand& a, std::ptrdiff_t lane0, const Panels& panels, std::ptrdiff_t k0, std::ptrdiff_t k, float* dst) {
+#if defined(__AVX512F__)
+  if constexpr (kKept) {
+    for (int q = 0; q < panels.count; ++q) {
+      const std::ptrdiff_t from = lane0 + panels.start[q];
+      pack_rows<kBf16>(a.data + from * a.lane_stride + k0, a.lane_stride, int(panels.start[q + 1] - panels.start[q]), k, dst + q * panels.stride);
+    }
+    return;
+  }
+#endif
+  pack<kBf16, kAWidth>(a, lane0, panels, k0, k, dst);
 }
 
 // ---- few rows: dot products along k, B read where it lies ----------------------------------------------------------------------

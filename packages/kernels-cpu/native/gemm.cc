@@ -45,6 +45,7 @@ struct Tile {
 };
 
 constexpr size_t kBufferA = static_cast<size_t>(kMostPanels) * (kAWidth * kMaxK[0] + kSlack);
+static_assert(!kKeepsRows || (kMr * kPitch <= kAWidth * kMaxK[0] && kMaxK[0] <= kPitch && kMaxK[1] <= 2 * kPitch), "rows need room");
 constexpr size_t kBufferB = static_cast<size_t>(kMaxTileN[0]) * kMaxK[0];
 constexpr size_t kBuffer = kBufferA + kBufferB;
 static_assert(kFewRows * kDotLength <= kBufferA + kBufferB, "packed rows need room");
@@ -86,34 +87,54 @@ Region region_of_b(const Gemm& g, const Tile& t, const Passes& passes, int64_t p
 class Ahead {
  public:
   void add(const Region& region) {
-    if (region.from >= region.to) return;
-    at_[count_] = reinterpret_cast<const char*>(region.from);
-    end_[count_++] = reinterpret_cast<const char*>(region.to);
+    if (region.from < region.to) pieces_[count_++] = Piece(region);
   }
+  // Asked for before all others, in place of what was to be soon.
+  void soon(const Region& region) { soon_ = Piece(region); }
+  // Asks for nothing but what is needed soon in the next `blocks` blocks.
+  void wait(int64_t blocks) { wait_ = blocks; }
   // Nothing before `from` is worth asking for any more.
   void skip_to(const float* from) {
     const char* p = reinterpret_cast<const char*>(from);
-    if (current_ < count_ && p > at_[current_] && p <= end_[current_]) at_[current_] = p;
+    if (current_ < count_ && p > pieces_[current_].at && p <= pieces_[current_].end) pieces_[current_].at = p;
+  }
+  int64_t lines() const {
+    int64_t sum = 0;
+    for (int i = 0; i < count_; ++i) sum += (pieces_[i].end - pieces_[i].at) / 64;
+    return sum;
   }
   const char* take(int64_t lines) {
-    if (current_ < count_ && at_[current_] >= end_[current_]) ++current_;
-    if (current_ >= count_) return nullptr;
-    const char* p = at_[current_];
-    at_[current_] += lines * 64;
-    return p;
+    --wait_;
+    if (soon_.at < soon_.end) return soon_.take(lines);
+    if (wait_ >= 0) return nullptr;
+    if (current_ < count_ && pieces_[current_].at >= pieces_[current_].end) ++current_;
+    return current_ < count_ ? pieces_[current_].take(lines) : nullptr;
   }
 
  private:
-  const char* at_[3];
-  const char* end_[3];
+  struct Piece {
+    const char* at = nullptr;
+    const char* end = nullptr;
+
+    Piece() = default;
+    explicit Piece(const Region& region) : at(reinterpret_cast<const char*>(region.from)), end(reinterpret_cast<const char*>(region.to)) {}
+    const char* take(int64_t lines) {
+      const char* p = at;
+      at += lines * 64;
+      return p;
+    }
+  };
+
+  Piece soon_, pieces_[3];
   int count_ = 0, current_ = 0;
+  int64_t wait_ = 0;
 };
 
 /** One register tile, with a detour for columns that do not fill vectors. */
-template <bool kBf16>
+template <bool kBf16, bool kKept>
 inline void block(int64_t depth, const float* a, const float* b, std::ptrdiff_t b_stride, float* c, std::ptrdiff_t ldc, int rows,
                   int columns, Output output, Ahead& ahead) {
-  const Micro micro = micro_of<kBf16>(rows, columns);
+  const Micro micro = micro_of<kBf16, kKept>(rows, columns);
   const char* line = ahead.take(depth);
   const std::ptrdiff_t step = line ? 64 : 0;
   if (!line) line = reinterpret_cast<const char*>(c);
@@ -124,11 +145,12 @@ inline void block(int64_t depth, const float* a, const float* b, std::ptrdiff_t 
 }
 
 /** Panels `first` .. `first` + count of `panels` equal ones that cover `rows` rows of A. */
+template <bool kKept>
 inline Panels row_panels(int64_t rows, int64_t panels, int64_t first, int64_t count, int64_t depth) {
   Panels result;
   result.count = int(count);
   for (int64_t q = 0; q <= count; ++q) result.start[q] = rows * (first + q) / panels;
-  result.stride = depth * kAWidth + kSlack;
+  result.stride = kKept ? kMr * kPitch : depth * kAWidth + kSlack;
   return result;
 }
 
@@ -166,7 +188,7 @@ void run_dots(const Gemm& g, const Tile& t, float* a_buffer) {
   }
 }
 
-template <bool kBf16>
+template <bool kBf16, bool kKept>
 void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, const Gemm* next_job, const Tile* next_tile) {
   const int64_t rows = t.m1 - t.m0, columns = t.n1 - t.n0;
   if (g.m <= kFewRows && g.b.k_stride == 1 && !g.packed_b && g.k > 0) return run_dots<kBf16>(g, t, a_buffer);
@@ -188,6 +210,8 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
       ahead.add(region_of_b(*next_job, *next_tile, next_passes, 0));
       ahead.add(region_of_a(*next_job, *next_tile, next_passes, 0));
     }
+    // In time for the end, and not so early that it takes the place of what this pass reads again and again.
+    if (!linear) ahead.wait(panels * ceil_div(columns, kNr) - ceil_div(ahead.lines() * 5 / 4, depth));
     const bool stream = g.stream && passes.count == 1 && (g.ldc % lanes) == 0 && reinterpret_cast<uintptr_t>(g.c) % 64 == 0;
     const Output output = g.accumulate || pass > 0 ? Output::add : stream ? Output::stream : Output::set;
     const float* packed = b_buffer;
@@ -204,10 +228,14 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
       pack_columns<kBf16>(g.b, t.n0, columns, k0, kc, depth, b_buffer);
     }
     for (int64_t i = 0; i < panels; i += kMostPanels) {
-      const Panels group = row_panels(rows, panels, i, std::min<int64_t>(kMostPanels, panels - i), depth);
-      pack<kBf16, kAWidth>(g.a, t.m0, group, k0, kc, a_buffer);
+      const Panels group = row_panels<kKept>(rows, panels, i, std::min<int64_t>(kMostPanels, panels - i), depth);
+      pack_a<kBf16, kKept>(g.a, t.m0, group, k0, kc, a_buffer);
+      if (const int64_t next = i + kMostPanels; next < panels) {
+        const Tile rows_after = {0, t.m0 + rows * next / panels, t.m0 + rows * std::min(next + kMostPanels, panels) / panels, 0, 0};
+        ahead.soon(region_of_a(g, rows_after, passes, pass));
+      }
       const auto block_at = [&](int q, int64_t j, const float* b, std::ptrdiff_t b_stride) {
-        block<kBf16>(depth, a_buffer + q * group.stride, b, b_stride, g.c + (t.m0 + group.start[q]) * g.ldc + t.n0 + j, g.ldc,
+        block<kBf16, kKept>(depth, a_buffer + q * group.stride, b, b_stride, g.c + (t.m0 + group.start[q]) * g.ldc + t.n0 + j, g.ldc,
                      int(group.start[q + 1] - group.start[q]), int(std::min<int64_t>(kNr, columns - j)), output, ahead);
       };
       if (late || kPanelOfBStays) {
@@ -231,6 +259,11 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
   if (g.stream) finish_stores_past_caches();
   if (g.k == 0 && !g.accumulate)
     for (int64_t i = t.m0; i < t.m1; ++i) std::memset(g.c + i * g.ldc + t.n0, 0, static_cast<size_t>(columns) * 4);
+}
+
+template <bool kBf16>
+auto tile_runner(const Gemm& g) {
+  return kKeepsRows && g.a.k_stride == 1 ? run_tile<kBf16, kKeepsRows> : run_tile<kBf16, false>;
 }
 
 // Least work worth a task, in multiply-adds (about 10 us on one core).
@@ -293,7 +326,8 @@ void run(const Gemm* jobs, int64_t count) {
       const size_t next = i + 1 < last ? i + 1 : tiles.size() * size_t(task + threads) / size_t(tasks);
       const Tile* next_tile = next < tiles.size() && tiles[next].job != tiles[i].job ? &tiles[next] : nullptr;
       const Gemm* next_job = next_tile ? &jobs[next_tile->job] : nullptr;
-      run_tile<kBf16>(jobs[tiles[i].job], tiles[i], buffer, buffer + kBufferA, next_job, next_tile);
+      const Gemm& job = jobs[tiles[i].job];
+      tile_runner<kBf16>(job)(job, tiles[i], buffer, buffer + kBufferA, next_job, next_tile);
     }
   });
 }
@@ -307,7 +341,7 @@ static void run_here(const Gemm& job) {
   float* buffer = scratch.as<float>();
   for (int64_t n0 = 0; n0 < job.n; n0 += kMaxTileN[kBf16]) {
     const Tile tile = {0, 0, job.m, n0, std::min(job.n, n0 + kMaxTileN[kBf16])};
-    run_tile<kBf16>(job, tile, buffer, buffer + kBufferA, nullptr, nullptr);
+    tile_runner<kBf16>(job)(job, tile, buffer, buffer + kBufferA, nullptr, nullptr);
   }
 }
 
