@@ -64,6 +64,14 @@ describe('Random', () => {
     }
   })
 
+  test('one that is given the fields of another goes on as that one', () => {
+    const random = new Random(2 ** 40 + 5, 9)
+    random.normal(7)
+    const other = Object.assign(new Random(1), JSON.parse(JSON.stringify(random)))
+    expect(other.uniform(9)).toEqual(random.uniform(9))
+    expect(other.fork('a').next()).toBe(random.fork('a').next())
+  })
+
   test('seeds, streams and forks are independent', () => {
     const n = 4096
     const sources = {

@@ -51,12 +51,12 @@ function block(
 const batch = 512
 
 /**
- * A stream of random numbers named by a seed and a stream number. Its position is data (`position`), so that a run resumes
- * exactly; streams never overlap.
+ * A stream of random numbers named by a seed and a stream number; streams never overlap. Its three fields are all that it is: one that is
+ * given those of another goes on as that one would.
  */
 export class Random {
-  readonly seed: number
-  readonly stream: number
+  seed: number
+  stream: number
   /** Blocks of four words drawn so far. */
   position: number
   readonly #words = new Uint32Array(batch)

@@ -42,7 +42,7 @@ export type DeviceInputs = Readonly<Record<string, Tensor>>
 /**
  * `loss` in training and `afterStep` in two parts each: what the host contributes, and the ops on that. On backends
  * that record (`Backend.capture`) the ops run in JavaScript once; later steps replay them on other inputs. So they may
- * depend on inputs, on parameters and on the shapes of both, and on nothing else that changes.
+ * depend on inputs, on parameters and on the shapes of both, and on nothing else that changes: random numbers are inputs, too.
  */
 export interface StagedStep {
   /** For `loss`, from the batch alone: it is made ready while the device computes the step before. */

@@ -1,6 +1,6 @@
 /** @file What `train` takes, what is assumed where nothing is said, and what of it a checkpoint must agree with. */
 import { createHash } from 'node:crypto'
-import { MoeError, type NamedParameter, type Precision, precisions } from '@moe/core'
+import { MoeError, type NamedParameter, namedStreams, type Precision, precisions } from '@moe/core'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import type { Corpus } from './data/corpus.ts'
 import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
@@ -190,6 +190,7 @@ export function recordRun(
   parameters: readonly NamedParameter[],
   optimizer: Optimizer,
 ): RunRecord {
+  const streams = namedStreams(model).map(({ name }) => name)
   const shapes = parameters.map(({ name, parameter }) => `${name} ${parameter.dtype} ${parameter.shape.join('x')}`)
   return {
     steps: options.steps,
@@ -206,6 +207,7 @@ export function recordRun(
     optimizer: `${optimizer.name} ${JSON.stringify(optimizer.settings)}`,
     data: `${data.tokens.length} tokens (${data.digest})`,
     parameters: `${shapes.length} of ${parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)} numbers (${digest(shapes.join())})`,
+    ...(streams.length > 0 && { streams: streams.join(' ') }),
     ...Object.fromEntries(
       Object.entries(model.settings ?? {})
         .map(([name, value]) => [`model.${name}`, recorded(value, options.steps)])

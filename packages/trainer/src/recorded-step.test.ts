@@ -185,6 +185,27 @@ test('what draws or schedules within its ops goes op by op', async () => {
   expect((await run({ steps: 4 }, { dropping: { devices: 2 } })).counts.captures).toBe(0)
 })
 
+test('a model that draws where it would be recorded is told, as every replay would have the same numbers', async () => {
+  class Drawing extends DeepSeek {
+    readonly noise = [new Random(2)]
+    override get staged() {
+      const staged = super.staged as NonNullable<DeepSeek['staged']>
+      const loss: typeof staged.loss = inputs => {
+        this.noise[0].next()
+        return staged.loss(inputs)
+      }
+      return { ...staged, loss }
+    }
+  }
+  const model = new Drawing(tiny, { seed: 1, backend: native })
+  const error = await train(model, { ...settings, steps: 4 }).catch((thrown: MoeError) => thrown)
+  model.dispose()
+  expect(error).toMatchObject({
+    code: 'E_CONFIG',
+    message: expect.stringMatching(/draws from noise\.0 in staged\.loss/),
+  })
+})
+
 test('a class with a loss of its own goes op by op, and that loss is used', async () => {
   let calls = 0
   class Own extends DeepSeek {

@@ -14,6 +14,7 @@ import {
   Module,
   Parameter,
   Random,
+  type Tensor,
   tensor,
   zeros,
 } from '@moe/core'
@@ -67,8 +68,8 @@ export class BigramModel extends Module implements TrainableModel {
   loss(batch: TokenBatch, { training = true, from = 0 }: LossOptions = {}): LossOutput {
     const { backend } = this.offset
     const { inputs, targets, count } = nextTokens(batch, from)
-    const hidden = this.embed_tokens.forward(tensor(inputs, [inputs.length], { backend }))
-    const logits = this.lm_head.forward(hidden).add(this.offset)
+    const embedded = this.embed_tokens.forward(tensor(inputs, [inputs.length], { backend }))
+    const logits = this.lm_head.forward(this.hidden(embedded, training)).add(this.offset)
     const sum = crossEntropy(logits, tensor(targets, [targets.length], { backend })).sum()
     if (training && isRecording()) this.#batches++
     return {
@@ -77,6 +78,11 @@ export class BigramModel extends Module implements TrainableModel {
       count,
       metrics: { half: sum.detach().mul(0.5 / Math.max(1, count)) },
     }
+  }
+
+  /** What the head is given: `[N, 6]` to the same. */
+  protected hidden(embedded: Tensor, _training: boolean): Tensor {
+    return embedded
   }
 
   async afterStep(): Promise<Record<string, number>> {

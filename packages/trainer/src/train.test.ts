@@ -4,17 +4,21 @@ import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import {
   disposeModule,
+  type InitOptions,
   Module,
   type MoeError,
   type NamedParameter,
   namedParameters,
   noGrad,
   quantizeWeights,
+  Random,
   scope,
   setDefaultBackend,
   stateDict,
+  type Tensor,
   tensor,
 } from '@moe/core'
+import { CapacityMoE } from '@moe/router'
 import { afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { TrainingOrder } from './data/training-order.ts'
 import { evaluate } from './evaluate.ts'
@@ -45,6 +49,28 @@ afterEach(async () => {
 
 const data = letterData()
 const settings = { data, steps: 12, batchSize: 3, sequenceLength: 8, lr: 0.05, seed: 7, progress: false } as const
+
+/** With a layer that draws which second choices it uses. */
+class Gshard extends BigramModel {
+  moe: CapacityMoE
+
+  constructor(init: InitOptions = {}) {
+    super(init)
+    const config = { hidden_size: 6, moe_intermediate_size: 4, n_routed_experts: 4, router: 'gshard' } as const
+    this.moe = new CapacityMoE({ ...config, capacity_factor: 4 }, { random: new Random(5), deviation: 1, ...init })
+  }
+
+  protected override hidden(embedded: Tensor, training: boolean): Tensor {
+    const [tokens, features] = embedded.shape
+    return this.moe.forward(embedded.reshape([1, tokens, features]), { training }).reshape([tokens, features])
+  }
+
+  override async afterStep(): Promise<Record<string, number>> {
+    const [kept, load] = await Promise.all([this.moe.kept!.item(), this.moe.load!.values()])
+    this.moe.reset()
+    return { ...(await super.afterStep()), kept: kept / Array.from(load).reduce((sum, n) => sum + n, 0) }
+  }
+}
 
 /** Trains a new model and gives back what is left of it. */
 async function run(options: Partial<TrainOptions> & { model?: BigramModel } = {}) {
@@ -325,6 +351,23 @@ describe('resuming', () => {
     expect(numbersOf(cut)).toEqual(numbersOf(whole))
   })
 
+  test('holds for a model that draws, whatever the stream of the one that goes on was', async () => {
+    const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
+    const options = { accumulate: 2, evalEvery: 2 }
+    const straight = await run({ ...options, out: whole, model: new Gshard() })
+    await run({ ...options, out: cut, model: new Gshard(), ...stopAfter(5) })
+    const model = new Gshard({ random: new Random(9, 4, 7) })
+    const second = await run({ ...options, out: cut, resume: true, model })
+    expect(numbersOf(cut)).toEqual(numbersOf(whole))
+    expect(second.weights).toEqual(straight.weights)
+    const dropped = numbersOf(whole).map(({ kept }) => 1 - kept)
+    expect(Math.min(...dropped)).toBeGreaterThan(0)
+
+    const other = Object.assign(new Gshard(), { other: new Random(1) })
+    const error = await errorOf(run({ ...options, out: cut, resume: true, model: other }))
+    expect((error as MoeError).details['differences']).toEqual(['streams: saved with moe.random, now moe.random other'])
+  })
+
   test('from an earlier checkpoint drops what came after it', async () => {
     const [whole, again] = [await temporaryFolder(), await temporaryFolder()]
     await run({ out: whole, checkpointEvery: 4 })
@@ -474,6 +517,20 @@ describe('bad checkpoints are refused and change nothing', () => {
     expect(await refused(out)).toMatchObject({
       code: 'E_CHECKPOINT',
       message: expect.stringMatching(/not a state of this trainer/),
+    })
+  })
+
+  test.each([
+    ['balance', { a: 1 }],
+    ['streams', null],
+    ['streams', { 'moe.random': { seed: 1, stream: 2 } }],
+  ])('a state whose %s is %j', async (field, value) => {
+    const { out, path } = await stopped()
+    const file = join(path, 'trainer.json')
+    await writeFile(file, JSON.stringify({ ...JSON.parse(await readFile(file, 'utf8')), [field]: value }))
+    expect(await refused(out)).toMatchObject({
+      code: 'E_CHECKPOINT',
+      message: expect.stringContaining(`has ${field} ${JSON.stringify(value)}`),
     })
   })
 

@@ -6,6 +6,7 @@ import {
   MoeError,
   type NamedParameter,
   namedParameters,
+  namedStreams,
   noGrad,
   parameterCount,
   QuantizedParameter,
@@ -263,6 +264,7 @@ class Run {
     this.savedStep = state.step
     this.checkpoint = from
     for (const name of state.balance ?? []) this.balanceNames.add(name)
+    for (const { name, random } of namedStreams(this.model)) Object.assign(random, state.streams?.[name])
     if (this.log === undefined) return
     for (const line of await cutMetrics(this.log.path, state.step)) this.remember(line)
   }
@@ -346,7 +348,8 @@ class Run {
     this.log?.flush()
     await this.checkFinite()
     const balance = [...this.balanceNames]
-    const state = { step, tokens, trainSeconds, modelStep: this.model.step, balance, run: this.record }
+    const streams = Object.fromEntries(namedStreams(this.model).map(({ name, random }) => [name, { ...random }]))
+    const state = { step, tokens, trainSeconds, modelStep: this.model.step, balance, streams, run: this.record }
     const path = await saveTraining(writesTo, this, state, settings.keepCheckpoints)
     this.checkpoint = path
     this.savedStep = step

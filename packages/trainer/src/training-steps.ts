@@ -1,5 +1,5 @@
 /** @file The steps of a run: op by op, or recorded and replayed where backend, model and optimizer can. */
-import { type Backend, isMoeError, type NamedParameter, type Precision } from '@moe/core'
+import { type Backend, isMoeError, MoeError, type NamedParameter, namedStreams, type Precision } from '@moe/core'
 import type { StagedStep, TokenBatch, TrainableModel } from './model.ts'
 import { nonFiniteStep } from './non-finite.ts'
 import { isStaged, type Optimizer } from './optim/optimizer.ts'
@@ -117,8 +117,11 @@ export class TrainingSteps {
   async #record(parts: StepParts, batches: readonly StagedBatch[]): Promise<void> {
     // A graph has memory of its own: what the steps before it used would only lie idle.
     await parts.backend.trim?.()
+    const streams = namedStreams(this.#model).map(({ name, random }) => ({ name, random, before: random.position }))
     try {
       this.#recorded = new RecordedStep(parts, batches[0], batches.length > 1)
+      const drawn = streams.find(({ random, before }) => random.position !== before)
+      if (drawn) throw drawsWithin(drawn.name)
     } catch (error) {
       if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
       this.#goOnOpByOp()
@@ -158,6 +161,15 @@ export class TrainingSteps {
     this.#kind = null
   }
 }
+
+/** Every replay would have the numbers that were drawn while it was recorded. */
+const drawsWithin = (name: string) =>
+  new MoeError({
+    code: 'E_CONFIG',
+    op: 'train',
+    problem: `the model draws from ${name} in staged.loss`,
+    fix: 'draw in staged.stepInputs and take the numbers as an input, or leave staged undefined: steps then go op by op',
+  })
 
 const prepared = (staged: StagedStep, batch: TokenBatch): PreparedBatch => {
   const { rows, length } = batch

@@ -7,7 +7,7 @@ import { referenceBackend } from '../reference/index.ts'
 import { scope } from '../scope.ts'
 import { ones, type Tensor, tensor } from '../tensor.ts'
 import { Embedding, forkInit, type InitOptions, Linear, RmsNorm, SwigluMlp, seedDefaultRandom } from './layers.ts'
-import { disposeModule, Module, namedParameters, parameterCount, trainable, zeroGrad } from './module.ts'
+import { disposeModule, Module, namedParameters, namedStreams, parameterCount, trainable, zeroGrad } from './module.ts'
 import { Parameter } from './parameter.ts'
 
 let backend: Backend
@@ -64,6 +64,22 @@ describe('namedParameters', () => {
       expect(() => namedParameters(none as Module)).toThrow(
         expect.objectContaining({ code: 'E_ATTR', message: expect.stringMatching(/the module is .*awaited/) }),
       )
+  })
+
+  test('streams have names in the same way', () => {
+    class Drawing extends Module {
+      first = new Random(1)
+      inner = [new Block({}), Object.assign(new Block({}), { noise: new Random(2), again: this.first })]
+      override readonly transparent = ['inner']
+    }
+    const model = new Drawing()
+    expect(namedStreams(model, 'model').map(({ name, random }) => [name, random.seed])).toEqual([
+      ['model.first', 1],
+      ['model.1.noise', 2],
+    ])
+    expect(namedStreams(new Block({}))).toEqual([])
+    expect(() => namedStreams({} as Module)).toThrow(expect.objectContaining({ code: 'E_ATTR' }))
+    disposeModule(model)
   })
 
   test('the path of fields is the key, in field order; shared parameters once, transparent names left out, private fields not visited', () => {

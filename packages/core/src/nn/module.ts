@@ -3,11 +3,13 @@
  */
 import { describe } from '../errors.ts'
 import { attrError } from '../infer.ts'
+import { Random } from '../random.ts'
 import { Parameter } from './parameter.ts'
 
 /**
  * A part of a model. Extend it and assign parameters and modules to fields: the path of fields is the checkpoint key
- * (`model.layers.3.self_attn.o_proj.weight`), so name fields as the checkpoint does. Private `#fields` are not visited.
+ * (`model.layers.3.self_attn.o_proj.weight`), so name fields as the checkpoint does. A field may also be a `Random` that the
+ * module draws from: `train` keeps where it is. Private `#fields` are not visited.
  */
 export abstract class Module {
   /** Children whose own name is left out of the keys below them. */
@@ -27,15 +29,26 @@ export interface NamedParameter {
   readonly slices?: readonly string[]
 }
 
+/** A stream of random numbers with its place in the model. */
+export interface NamedStream {
+  readonly name: string
+  readonly random: Random
+}
+
 /** Every parameter and buffer of a module in field order. One that is shared appears once, under its first name. @throws MoeError E_ATTR for what is no Module */
 export function namedParameters(module: Module, prefix = ''): NamedParameter[] {
-  if (!(module instanceof Module)) {
-    const fix = 'pass one that was awaited, of a class that extends Module of this copy of @moe/core'
-    throw attrError('namedParameters', `the module is ${describe(module)}`, fix)
-  }
-  const found: NamedParameter[] = []
-  visit(module, prefix, found, new Set())
-  return found
+  return Array.from(leaves('namedParameters', module, prefix)).flatMap(({ name, value, slice }) => {
+    if (!(value instanceof Parameter)) return []
+    if (slice === undefined) return [{ name, parameter: value }]
+    return [{ name, parameter: value, slices: Array.from({ length: value.shape[0] }, (_, i) => slice(i)) }]
+  })
+}
+
+/** The same for the random streams that a module draws from: with them, and its parameters, it goes on exactly. @throws MoeError E_ATTR for what is no Module */
+export function namedStreams(module: Module, prefix = ''): NamedStream[] {
+  return Array.from(leaves('namedStreams', module, prefix)).flatMap(({ name, value }) =>
+    value instanceof Random ? [{ name, random: value }] : [],
+  )
 }
 
 /** The trainable parameters of a module. */
@@ -60,38 +73,36 @@ export function disposeModule(module: Module): void {
   for (const { parameter } of namedParameters(module)) parameter.dispose()
 }
 
-function visit(module: Module, prefix: string, found: NamedParameter[], seen: Set<object>): void {
-  if (seen.has(module)) return
-  seen.add(module)
-  for (const [field, value] of Object.entries(module)) {
-    const inner = module.transparent?.includes(field) ? prefix : join(prefix, field)
-    visitValue(module, field, value, inner, prefix, found, seen)
-  }
+/** What a field holds, or an item of an array in one. */
+interface Leaf {
+  readonly name: string
+  readonly value: object
+  /** Key of each slice, when it is stacked. */
+  readonly slice: ((index: number) => string) | undefined
 }
 
-function visitValue(
-  module: Module,
-  field: string,
-  value: unknown,
-  name: string,
-  prefix: string,
-  found: NamedParameter[],
-  seen: Set<object>,
-): void {
-  if (value instanceof Parameter) {
-    if (seen.has(value)) return
-    seen.add(value)
-    const key = module.stacked?.[field]
-    if (key === undefined) found.push({ name, parameter: value })
-    else {
-      const slices = Array.from({ length: value.shape[0] }, (_, i) => join(prefix, key(i)))
-      found.push({ name, parameter: value, slices })
-    }
-  } else if (value instanceof Module) {
-    visit(value, name, found, seen)
-  } else if (Array.isArray(value)) {
-    for (const [i, item] of value.entries()) visitValue(module, field, item, join(name, String(i)), prefix, found, seen)
+/** All objects in a module and in those below it, each once; modules and arrays are gone into. */
+function* leaves(op: string, module: Module, prefix: string): Generator<Leaf> {
+  if (!(module instanceof Module)) {
+    const fix = 'pass one that was awaited, of a class that extends Module of this copy of @moe/core'
+    throw attrError(op, `the module is ${describe(module)}`, fix)
   }
+  yield* visit({ name: prefix, value: module, slice: undefined }, new Set())
+}
+
+function* visit(leaf: Leaf, seen: Set<object>): Generator<Leaf> {
+  const { name, value, slice } = leaf
+  if (typeof value !== 'object' || value === null || seen.has(value)) return
+  seen.add(value)
+  if (Array.isArray(value)) {
+    for (const [i, item] of value.entries()) yield* visit({ name: join(name, String(i)), value: item, slice }, seen)
+  } else if (value instanceof Module) {
+    for (const [field, held] of Object.entries(value)) {
+      const key = value.stacked?.[field]
+      const inner = value.transparent?.includes(field) ? name : join(name, field)
+      yield* visit({ name: inner, value: held, slice: key && (i => join(name, key(i))) }, seen)
+    }
+  } else yield leaf
 }
 
 const join = (prefix: string, name: string) => (prefix === '' ? name : `${prefix}.${name}`)

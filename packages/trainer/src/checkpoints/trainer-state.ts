@@ -2,7 +2,7 @@
  * @file `trainer.json`: what a checkpoint holds beside tensors, and how it is compared with the run that wants to go
  * on from it.
  */
-import { MoeError } from '@moe/core'
+import { MoeError, type Random } from '@moe/core'
 
 /**
  * Everything that decides which numbers a run gives. Two runs with the same record, model and backend give the same
@@ -10,8 +10,11 @@ import { MoeError } from '@moe/core'
  */
 export type RunRecord = Readonly<Record<string, string | number | boolean | null>>
 
+/** Where a stream of random numbers is. */
+export type StreamState = Pick<Random, 'seed' | 'stream' | 'position'>
+
 export interface TrainerState {
-  /** Steps done. The place in the data, the random numbers and the schedule follow from it. */
+  /** Steps done. The place in the data and the schedule follow from it. */
   readonly step: number
   /** Positions trained on. */
   readonly tokens: number
@@ -21,6 +24,8 @@ export interface TrainerState {
   readonly modelStep?: number | undefined
   /** Names of what the model's `afterStep` returned: the other numbers of its log are those of the loss. */
   readonly balance?: readonly string[]
+  /** Streams that the model draws from, by name. */
+  readonly streams?: Readonly<Record<string, StreamState>>
   readonly run: RunRecord
 }
 
@@ -44,13 +49,15 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
     throw unreadable(path, `is not a state of this trainer (format ${JSON.stringify(state.format)})`)
   if (state.version !== version)
     throw unreadable(path, `has version ${JSON.stringify(state.version)}, this trainer reads ${version}`)
-  const { step, tokens, trainSeconds, modelStep, balance = [], run } = state
+  const { step, tokens, trainSeconds, modelStep, balance = [], streams = {}, run } = state
   const counts = { step, tokens, trainSeconds, modelStep: modelStep ?? 0 }
   for (const [name, count] of Object.entries(counts)) {
     if (typeof count !== 'number' || !(count >= 0)) throw unreadable(path, `has ${name} ${JSON.stringify(count)}`)
   }
   if (!Number.isSafeInteger(step)) throw unreadable(path, `has step ${step}`)
   if (!Array.isArray(balance)) throw unreadable(path, `has balance ${JSON.stringify(balance)}`)
+  if (typeof streams !== 'object' || streams === null || !Object.values(streams).every(isStream))
+    throw unreadable(path, `has streams ${JSON.stringify(streams)}`)
   if (typeof run !== 'object' || run === null) throw unreadable(path, 'has no settings of the run')
   return {
     step: step as number,
@@ -58,9 +65,13 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
     trainSeconds: trainSeconds as number,
     modelStep,
     balance,
+    streams,
     run,
   }
 }
+
+const isStream = (value: Partial<StreamState> | null) =>
+  [value?.seed, value?.stream, value?.position].every(Number.isSafeInteger)
 
 const unreadable = (path: string, problem: string, cause?: unknown) =>
   new MoeError({
