@@ -24,9 +24,9 @@ export interface TrainResult {
   readonly validation: Evaluation
   /** Numbers of the model's `afterStep` (`maxVio`), mean over the last tenth of the steps done. */
   readonly balance: Readonly<Record<string, number>>
-  /** Largest resident memory of the process so far. */
+  /** Largest resident memory of a process so far, of those that took part in the run one after another. */
   readonly peakMemoryBytes: number
-  /** Largest total of live tensors on the backend so far. */
+  /** Largest total of live tensors on the backend so far, of the same processes. */
   readonly peakDeviceBytes: number
   /** Folder of the last checkpoint. */
   readonly checkpoint: string | undefined

@@ -416,8 +416,26 @@ describe('resuming', () => {
     expect(Object.keys(before.balance)).toEqual(['maxVio', 'batches'])
     await run({ out, resume: true })
     const measured = { validation: expect.objectContaining({ loss: before.validation.loss }) }
-    const ofThisProcess = { peakMemoryBytes: expect.any(Number), peakDeviceBytes: expect.any(Number) }
-    expect(await read()).toEqual({ ...before, ...measured, ...ofThisProcess })
+    const peaks = { peakMemoryBytes: expect.any(Number), peakDeviceBytes: expect.any(Number) }
+    expect(await read()).toEqual({ ...before, ...measured, ...peaks })
+  })
+
+  test('its most memory is that of the process that took most', async () => {
+    const out = await temporaryFolder()
+    const first = await run({ out, ...stopAfter(3) })
+    const file = join(first.result.checkpoint ?? '', 'trainer.json')
+    const state = JSON.parse(await readFile(file, 'utf8'))
+    const { peakMemoryBytes, peakDeviceBytes } = first.result
+    expect(state.peakDeviceBytes).toBe(peakDeviceBytes)
+    expect(state.peakMemoryBytes).toBeLessThanOrEqual(peakMemoryBytes)
+    expect(state.peakMemoryBytes).toBeGreaterThan(1e7)
+    // A process before this one, with another backend.
+    await writeFile(file, JSON.stringify({ ...state, peakMemoryBytes: 2 ** 50, peakDeviceBytes: 1 }))
+    const second = await run({ out, checkpointEvery: 5, ...stopAfter(6), resume: true })
+    expect(second.result).toMatchObject({ peakMemoryBytes: 2 ** 50, peakDeviceBytes })
+    const third = await run({ out, resume: true })
+    expect(third.result).toMatchObject({ peakMemoryBytes: 2 ** 50, peakDeviceBytes })
+    expect(JSON.parse(await readFile(join(out, 'summary.json'), 'utf8')).peakMemoryBytes).toBe(2 ** 50)
   })
 
   test('a finished folder is not written over by accident', async () => {
@@ -522,6 +540,7 @@ describe('bad checkpoints are refused and change nothing', () => {
 
   test.each([
     ['balance', { a: 1 }],
+    ['peakMemoryBytes', -1],
     ['streams', null],
     ['streams', { 'moe.random': { seed: 1, stream: 2 } }],
   ])('a state whose %s is %j', async (field, value) => {

@@ -131,6 +131,8 @@ function checkTrainable(parameters: readonly NamedParameter[]): void {
 
 const nothingMeasured: Evaluation = { loss: Number.NaN, bitsPerByte: Number.NaN, tokens: 0, seconds: 0 }
 
+type Peaks = Pick<TrainResult, 'peakMemoryBytes' | 'peakDeviceBytes'>
+
 /** One call of `train`. */
 class Run {
   readonly model: TrainableModel
@@ -156,6 +158,8 @@ class Run {
   step = 0
   tokens = 0
   trainSeconds = 0
+  /** In earlier processes. */
+  peaksBefore: Peaks = { peakMemoryBytes: 0, peakDeviceBytes: 0 }
   savedStep = -1
   checkpoint: string | undefined
   /** Gives the folder back. */
@@ -189,6 +193,15 @@ class Run {
 
   get backend() {
     return this.parameters[0].parameter.backend
+  }
+
+  get peaks(): Peaks {
+    const { peakMemoryBytes, peakDeviceBytes } = this.peaksBefore
+    return {
+      // maxRSS counts kilobytes.
+      peakMemoryBytes: Math.max(peakMemoryBytes, process.resourceUsage().maxRSS * 1024),
+      peakDeviceBytes: Math.max(peakDeviceBytes, this.backend.stats().peakBytes),
+    }
   }
 
   /** Positions of one step, of all ranks that train together. */
@@ -261,6 +274,7 @@ class Run {
     if (this.model.step !== undefined) this.model.step = state.modelStep ?? state.step
     this.tokens = state.tokens
     this.trainSeconds = state.trainSeconds
+    this.peaksBefore = state
     this.savedStep = state.step
     this.checkpoint = from
     for (const name of state.balance ?? []) this.balanceNames.add(name)
@@ -349,7 +363,8 @@ class Run {
     await this.checkFinite()
     const balance = [...this.balanceNames]
     const streams = Object.fromEntries(namedStreams(this.model).map(({ name, random }) => [name, { ...random }]))
-    const state = { step, tokens, trainSeconds, modelStep: this.model.step, balance, streams, run: this.record }
+    const ofModel = { modelStep: this.model.step, balance, streams }
+    const state = { step, tokens, trainSeconds, ...this.peaks, ...ofModel, run: this.record }
     const path = await saveTraining(writesTo, this, state, settings.keepCheckpoints)
     this.checkpoint = path
     this.savedStep = step
@@ -386,7 +401,6 @@ class Run {
 
   async finish(stopped: TrainResult['stopped'], validation: Evaluation): Promise<TrainResult> {
     const { settings, backend, tail } = this
-    const stats = backend.stats()
     const result: TrainResult = {
       steps: this.step,
       interrupted: stopped === 'interrupted',
@@ -403,9 +417,7 @@ class Run {
       balance: Object.fromEntries(
         [...this.balanceNames].map(name => [name, mean(tail.flatMap(line => line[name] ?? []))]),
       ),
-      // maxRSS counts kilobytes.
-      peakMemoryBytes: process.resourceUsage().maxRSS * 1024,
-      peakDeviceBytes: stats.peakBytes,
+      ...this.peaks,
       checkpoint: this.checkpoint,
     }
     await this.log?.close()

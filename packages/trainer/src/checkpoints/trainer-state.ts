@@ -20,6 +20,9 @@ export interface TrainerState {
   readonly tokens: number
   /** Seconds of training, without evaluation and saving. */
   readonly trainSeconds: number
+  /** Most memory so far, of all processes of the run: see `TrainResult`. */
+  readonly peakMemoryBytes: number
+  readonly peakDeviceBytes: number
   /** `step` of the model, where it counts for itself. */
   readonly modelStep?: number | undefined
   /** Names of what the model's `afterStep` returned: the other numbers of its log are those of the loss. */
@@ -50,7 +53,8 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
   if (state.version !== version)
     throw unreadable(path, `has version ${JSON.stringify(state.version)}, this trainer reads ${version}`)
   const { step, tokens, trainSeconds, modelStep, balance = [], streams = {}, run } = state
-  const counts = { step, tokens, trainSeconds, modelStep: modelStep ?? 0 }
+  const { peakMemoryBytes = 0, peakDeviceBytes = 0 } = state
+  const counts = { step, tokens, trainSeconds, peakMemoryBytes, peakDeviceBytes, modelStep: modelStep ?? 0 }
   for (const [name, count] of Object.entries(counts)) {
     if (typeof count !== 'number' || !(count >= 0)) throw unreadable(path, `has ${name} ${JSON.stringify(count)}`)
   }
@@ -63,6 +67,8 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
     step: step as number,
     tokens: tokens as number,
     trainSeconds: trainSeconds as number,
+    peakMemoryBytes,
+    peakDeviceBytes,
     modelStep,
     balance,
     streams,
