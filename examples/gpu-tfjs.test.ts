@@ -3,6 +3,7 @@ import { mkdtempSync, rmSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import { expect, test } from 'vitest'
 
 function installed(name: string): boolean {
@@ -16,7 +17,7 @@ function installed(name: string): boolean {
 
 test('says what to install where tfjs-node-gpu is missing, and trains where it works', () => {
   const out = mkdtempSync(join(tmpdir(), 'gpu-tfjs-'))
-  const script = new URL('gpu-tfjs.ts', import.meta.url).pathname
+  const script = fileURLToPath(new URL('gpu-tfjs.ts', import.meta.url))
   const args = [script, '--steps', '2', '--addresses', '4', '--out', join(out, 'run')]
   const { status, stdout, stderr } = spawnSync(process.execPath, args, { encoding: 'utf8' })
   rmSync(out, { recursive: true })

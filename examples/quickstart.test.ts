@@ -1,11 +1,11 @@
 /** @file Quickstart and generate as a user runs them, on few addresses and steps: files, Ctrl-C, that --resume continues the run bit for bit. */
-import { spawn } from 'node:child_process'
 import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { readMetrics } from '@moe/trainer'
 import { afterAll, describe, expect, test } from 'vitest'
+import { sendSignal, startProgram } from '../scripts/test-program.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'moe-quickstart-'))
 afterAll(() => rmSync(folder, { recursive: true }))
@@ -21,7 +21,7 @@ interface Ended {
 function runScript(name: string, args: readonly string[], onOutput: Watch = () => {}, input = ''): Promise<Ended> {
   return new Promise((resolve, reject) => {
     const script = fileURLToPath(new URL(name, import.meta.url))
-    const child = spawn(process.execPath, [script, ...args], { stdio: ['pipe', 'pipe', 'pipe'] })
+    const child = startProgram([script, ...args])
     child.stdin.end(input)
     let stdout = ''
     let stderr = ''
@@ -30,7 +30,7 @@ function runScript(name: string, args: readonly string[], onOutput: Watch = () =
     })
     child.stderr.on('data', chunk => {
       stderr += chunk
-      onOutput(stderr, () => child.kill('SIGINT'))
+      onOutput(stderr, () => sendSignal(child, 'SIGINT'))
     })
     child.on('error', reject)
     child.on('close', code => resolve({ code, stdout, stderr }))

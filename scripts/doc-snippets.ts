@@ -8,7 +8,7 @@
 import { spawn } from 'node:child_process'
 import { existsSync, globSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
-import { dirname, join, resolve } from 'node:path'
+import { dirname, join, resolve, sep } from 'node:path'
 import { pathToFileURL } from 'node:url'
 
 interface Snippet {
@@ -97,7 +97,8 @@ function inMarkdownTerms(output: string): string {
     text = text
       .replaceAll(pathToFileURL(module).href, markdown)
       .replaceAll(resolve(module), markdown)
-      .replaceAll(module, markdown)
+      // As tsc writes it, also on Windows.
+      .replaceAll(module.replaceAll(sep, '/'), markdown)
   }
   return text
 }

@@ -229,11 +229,11 @@ describe('a released checkpoint', () => {
   })
 
   test.each([
-    [{ quant_method: 'awq', bits: 4 }, /config\.json: the weights are quantized by "awq"/],
-    [{ quant_method: 'fp8', weight_block_size: [0, 128] }, /weight_block_size \[0,128\]/],
-    [{ quant_method: 'fp8', weight_block_size: [128] }, /weight_block_size \[128\]/],
-  ])('quantized as %j is refused', async (quantization, message) => {
-    const { folder } = await release(JSON.stringify(quantization), { block: [128, 128], quantization })
+    ['awq', { quant_method: 'awq', bits: 4 }, /config\.json: the weights are quantized by "awq"/],
+    ['no rows', { quant_method: 'fp8', weight_block_size: [0, 128] }, /weight_block_size \[0,128\]/],
+    ['one size', { quant_method: 'fp8', weight_block_size: [128] }, /weight_block_size \[128\]/],
+  ])('%s: quantized as %j is refused', async (name, quantization, message) => {
+    const { folder } = await release(name, { block: [128, 128], quantization })
     await expect(DeepSeek.fromPretrained(folder)).rejects.toThrow(
       expect.objectContaining({ code: 'E_UNSUPPORTED', message: expect.stringMatching(message) }),
     )

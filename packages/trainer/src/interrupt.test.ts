@@ -1,7 +1,8 @@
-import { type ChildProcess, spawn } from 'node:child_process'
+import type { ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
 import { fileURLToPath } from 'node:url'
 import { afterEach, expect, test } from 'vitest'
+import { sendSignal, startProgram } from '../../../scripts/test-program.ts'
 import { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
 import { watchInterrupts } from './interrupt.ts'
 import { readMetrics } from './report/metrics-log.ts'
@@ -10,7 +11,7 @@ import { removeTemporaryFolders, temporaryFolder } from './test-model.ts'
 afterEach(removeTemporaryFolders)
 
 function start(...args: string[]) {
-  const child = spawn(process.execPath, [fileURLToPath(new URL('./test-process.ts', import.meta.url)), ...args])
+  const child = startProgram([fileURLToPath(new URL('./test-process.ts', import.meta.url)), ...args])
   const output = { text: '', errors: '' }
   child.stdout.on('data', data => {
     output.text += data
@@ -32,7 +33,7 @@ test('Ctrl-C finishes the step, saves, says how to resume, and the next run goes
   const out = await temporaryFolder()
   const first = start(out)
   await printed(first.child, first.output, 'step 20\n')
-  first.child.kill('SIGINT')
+  sendSignal(first.child, 'SIGINT')
   expect(await once(first.child, 'exit')).toEqual([130, null])
   const steps = readMetrics(`${out}/metrics.jsonl`).length
   expect(steps).toBeGreaterThanOrEqual(20)
@@ -43,7 +44,7 @@ test('Ctrl-C finishes the step, saves, says how to resume, and the next run goes
   )
   const second = start(out)
   await printed(second.child, second.output, 'step ')
-  second.child.kill('SIGTERM')
+  sendSignal(second.child, 'SIGTERM')
   await once(second.child, 'exit')
   const lines = readMetrics(`${out}/metrics.jsonl`)
   expect(lines.length).toBeGreaterThan(steps)
@@ -53,9 +54,9 @@ test('Ctrl-C finishes the step, saves, says how to resume, and the next run goes
 test('a second Ctrl-C stops at once', async () => {
   const { child, output } = start(await temporaryFolder(), 'hang')
   await printed(child, output, 'step 20\n')
-  child.kill('SIGINT')
+  sendSignal(child, 'SIGINT')
   await printed(child, output, 'saving')
-  child.kill('SIGINT')
+  sendSignal(child, 'SIGINT')
   expect(await once(child, 'exit')).toEqual([130, null])
 })
 

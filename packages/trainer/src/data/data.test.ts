@@ -71,9 +71,10 @@ describe('textFiles', () => {
   })
 
   test('holds out a file by whichever of its paths', async () => {
-    const cwd = await folder({ 'a.txt': 'first', 'b.txt': 'second' })
-    await symlink(join(cwd, 'a.txt'), join(cwd, 'held-out.md'))
-    const split = textFiles('*.txt', { cwd, validation: { files: 'held-out.md' } })
+    const cwd = await folder({ 'sub/a.txt': 'first', 'b.txt': 'second' })
+    // A link to a folder, as one to a file needs a privilege on Windows.
+    await symlink(join(cwd, 'sub'), join(cwd, 'held-out'), 'junction')
+    const split = textFiles(['sub/*.txt', 'b.txt'], { cwd, validation: { files: 'held-out/a.txt' } })
     expect(split).toEqual({ training: ['second'], validation: ['first'] })
   })
 
