@@ -15,8 +15,8 @@
 import { existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { levels, libraryName, platforms } from '../src/platforms.mjs'
 import { buildTarget, findCompiler, hash, lock, objectBuilder } from './objects.mjs'
-import { levels, libraryName, platforms } from './platforms.mjs'
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const options = parseArguments(process.argv.slice(2))

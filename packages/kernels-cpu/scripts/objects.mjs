@@ -4,6 +4,7 @@ import { createHash } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { basename, relative } from 'node:path'
+import { platformName } from '../src/platforms.mjs'
 
 const compilers = [process.env.CXX, 'g++', 'c++', 'clang++'].filter(Boolean).map(command => [command])
 
@@ -17,7 +18,7 @@ export function findCompiler(candidates = compilers) {
 
 /** Name of the folder in build/ for libraries of a kind. */
 export function buildTarget({ sanitize, emulated }) {
-  return `${process.platform}-${process.arch}${emulated ? '-emulated' : ''}${sanitize ? '-sanitize' : ''}`
+  return `${platformName(process.platform, process.arch)}${emulated ? '-emulated' : ''}${sanitize ? '-sanitize' : ''}`
 }
 
 export function hash(data) {

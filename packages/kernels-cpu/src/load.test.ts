@@ -5,6 +5,7 @@ import { Worker } from 'node:worker_threads'
 import { firstAvailable, isMoeError, type MoeError } from '@moe/core'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { createBackend, profile, startProfile, stopProfile } from './index.ts'
+import { libraryName, platformName } from './platforms.mjs'
 
 const variables = ['MOE_CPU_LIBRARY', 'MOE_CPU_ISA', 'MOE_NUM_THREADS'] as const
 const saved = new Map(variables.map(name => [name, process.env[name]]))
@@ -16,7 +17,12 @@ beforeEach(() => {
 })
 
 afterEach(() => {
-  rmSync(folder, { recursive: true })
+  try {
+    rmSync(folder, { recursive: true })
+  } catch (error) {
+    // There a library that is loaded stays.
+    if (process.platform !== 'win32') throw error
+  }
   for (const [name, value] of saved) {
     if (value === undefined) delete process.env[name]
     else process.env[name] = value
@@ -44,8 +50,7 @@ describe('finding the library', () => {
   })
 
   test('a file that is no library: E_NO_BACKEND, not a crash', async () => {
-    for (const ending of ['so', 'dylib', 'dll'])
-      writeFileSync(join(folder, `moe-cpu-baseline.${ending}`), 'not a library')
+    writeFileSync(join(folder, libraryName('baseline', process.platform)), 'not a library')
     process.env['MOE_CPU_LIBRARY'] = folder
     const error = await failure()
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
@@ -55,8 +60,8 @@ describe('finding the library', () => {
   test('a folder with the library of one instruction set, as built for one machine', async () => {
     const { isa } = await createBackend()
     if (isa === 'baseline') return
-    const build = join(import.meta.dirname, '..', 'build', `${process.platform}-${process.arch}`)
-    const file = `moe-cpu-${isa}.${process.platform === 'darwin' ? 'dylib' : 'so'}`
+    const build = join(import.meta.dirname, '..', 'build', platformName(process.platform, process.arch))
+    const file = libraryName(isa, process.platform)
     copyFileSync(join(build, file), join(folder, file))
     process.env['MOE_CPU_LIBRARY'] = folder
     expect((await createBackend()).isa).toBe(isa)

@@ -4,7 +4,8 @@ import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { MoeError } from '@moe/core'
-import { familySync, MUSL } from 'detect-libc'
+import { familySync } from 'detect-libc'
+import { libraryName, platformName } from './platforms.mjs'
 
 /** Instruction sets, lowest first. Each has a library of its own. On arm64 the baseline is NEON. */
 export const isas = ['baseline', 'avx2', 'avx512', 'avx512bf16'] as const
@@ -76,10 +77,7 @@ async function importKoffi(): Promise<Koffi> {
   }
 }
 
-function fileName(isa: Isa): string {
-  const extension = process.platform === 'darwin' ? 'dylib' : process.platform === 'win32' ? 'dll' : 'so'
-  return `moe-cpu-${isa}.${extension}`
-}
+const fileName = (isa: Isa): string => libraryName(isa, process.platform)
 
 /** The folder with the libraries: MOE_CPU_LIBRARY, what was built here, or the platform's package. */
 function findFolder(): string {
@@ -104,13 +102,12 @@ function findFolder(): string {
 
 function builtHere(): string {
   const root = dirname(dirname(fileURLToPath(import.meta.url)))
-  return join(root, 'build', `${process.platform}-${process.arch}`)
+  return join(root, 'build', platformName(process.platform, process.arch))
 }
 
 /** The folder of the platform's package, its name where there is none. */
 function fromPackage(): string {
-  const system = process.platform === 'linux' && familySync() === MUSL ? 'linuxmusl' : process.platform
-  const name = `@moe/kernels-cpu-${system}-${process.arch}`
+  const name = `@moe/kernels-cpu-${platformName(process.platform, process.arch, familySync())}`
   try {
     return dirname(createRequire(import.meta.url).resolve(`${name}/package.json`))
   } catch {

@@ -1,6 +1,8 @@
 import { readdirSync, readFileSync } from 'node:fs'
 import { extname, join } from 'node:path'
 import { expect, test } from 'vitest'
+import { isas } from './load.ts'
+import { levels, libraryName, platformName, platforms } from './platforms.mjs'
 
 interface Manifest {
   name: string
@@ -10,12 +12,15 @@ interface Manifest {
   optionalDependencies?: Record<string, string>
 }
 
-const root = join(import.meta.dirname, '..')
-const script = join(root, 'scripts', 'platforms.mjs')
-const { platforms, libraryName } = (await import(script)) as {
-  platforms: Record<string, { os: string; cpu: string; libc?: string }>
-  libraryName: (isa: string, os: string) => string
+interface Platform {
+  os: string
+  cpu: string
+  libc?: string
+  isas?: readonly string[]
 }
+
+const root = join(import.meta.dirname, '..')
+const known: ReadonlyArray<[name: string, platform: Platform]> = Object.entries(platforms)
 const manifestIn = (folder: string): Manifest => JSON.parse(readFileSync(join(folder, 'package.json'), 'utf8'))
 
 test('every platform has a package, which this one brings', () => {
@@ -25,12 +30,20 @@ test('every platform has a package, which this one brings', () => {
   expect(wanted).toEqual(Object.fromEntries(names.map(name => [`@moe/kernels-cpu-${name}`, 'workspace:*'])))
 })
 
-test.each(Object.keys(platforms))('%s is installed where it runs, with its libraries, in the same version', name => {
-  const { os, cpu, libc } = platforms[name] as { os: string; cpu: string; libc?: string }
+test.each(known)('%s is installed where it runs, with its libraries, in the same version', (name, platform) => {
+  const { os, cpu, libc } = platform
+  // As it is looked for there.
+  expect(name).toBe(platformName(os, cpu, libc))
   const manifest = manifestIn(join(root, 'npm', name))
   expect(manifest.name).toBe(`@moe/kernels-cpu-${name}`)
   expect(manifest.version).toBe(manifestIn(root).version)
   const { os: systems, cpu: cpus, libc: libraries } = manifest.publishConfig
   expect([systems, cpus, libraries]).toEqual([[os], [cpu], libc && [libc]])
   expect(manifest.files).toEqual([`*${extname(libraryName('', os))}`])
+})
+
+test('instruction sets are looked for as they are built, lowest first', () => {
+  const ladders = Object.values(levels).map(level => Object.keys(level))
+  for (const [, { isas: fewer }] of known) if (fewer) ladders.push([...fewer])
+  for (const ladder of ladders) expect(ladder).toEqual(isas.filter(isa => ladder.includes(isa)))
 })

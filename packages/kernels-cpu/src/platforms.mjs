@@ -1,4 +1,5 @@
-// What the native library is built for: instruction sets, and the platforms that have a package of their own (npm/<platform>/).
+// What the native library is built for, and where it is then found: instruction sets, and the platforms that have a package of their own
+// (npm/<platform>/).
 
 /** Instruction sets by architecture, lowest first: flags for g++ and clang++, and Zig's name of the CPU. */
 export const levels = {
@@ -27,7 +28,7 @@ export const levels = {
 }
 
 /**
- * Platforms of the published packages, by what Node calls them (`linuxmusl`: Alpine and others without glibc). `target` is Zig's name, with the
+ * Platforms of the published packages, by `platformName`. `target` is Zig's name, with the
  * oldest system that will do: glibc 2.28 is what Node 20 itself needs. `isas`: fewer than all.
  */
 export const platforms = {
@@ -41,7 +42,21 @@ export const platforms = {
   'win32-x64': { target: 'x86_64-windows-gnu', os: 'win32', cpu: 'x64' },
 }
 
-/** Name of the library of an instruction set. */
+/**
+ * Name of a platform, whose package is `@moe/kernels-cpu-<name>`: what Node calls it, or `linuxmusl` (Alpine and others without glibc).
+ * @param {string} os
+ * @param {string} cpu
+ * @param {string | null} [libc]
+ */
+export function platformName(os, cpu, libc) {
+  return `${os}${libc === 'musl' ? 'musl' : ''}-${cpu}`
+}
+
+/**
+ * Name of the library of an instruction set.
+ * @param {string} isa
+ * @param {string} os
+ */
 export function libraryName(isa, os) {
   return `moe-cpu-${isa}.${{ darwin: 'dylib', win32: 'dll' }[os] ?? 'so'}`
 }
