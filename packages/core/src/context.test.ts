@@ -12,15 +12,16 @@ import {
   setDefaultBackend,
   withPrecision,
 } from './context.ts'
+import { ones, randn, tensor } from './create.ts'
 import { MoeError } from './errors.ts'
 import { attention } from './fused/attention.ts'
 import { groupedMatmul } from './fused/grouped-matmul.ts'
 import { softmax } from './fused/softmax.ts'
 import { swiglu } from './fused/swiglu.ts'
 import { Linear } from './nn/layers.ts'
-import { Random, randn } from './random.ts'
+import { Random } from './random.ts'
 import { referenceBackend } from './reference/index.ts'
-import { ones, type Tensor, tensor } from './tensor.ts'
+import type { Tensor } from './tensor.ts'
 
 afterEach(() => {
   context.backend = null

@@ -50,6 +50,7 @@ export {
   widePrecision,
   withPrecision,
 } from './context.ts'
+export { arange, type CreateOptions, fromHost, full, ones, rand, randn, tensor, zeros } from './create.ts'
 export {
   bitsOf,
   type DType,
@@ -134,20 +135,7 @@ export {
   type StateSource,
   stateDict,
 } from './nn/state-dict.ts'
-export { philox4x32, Random, rand, randn } from './random.ts'
+export { philox4x32, Random } from './random.ts'
 export { allOrNothing, keep, Lifetime, scope } from './scope.ts'
 export { broadcastShapes, sameShape, showShape, sizeOf, stridesOf } from './shape.ts'
-export {
-  arange,
-  type CreateOptions,
-  concat,
-  fromHost,
-  full,
-  ones,
-  scatterAddRows,
-  setRows,
-  Tensor,
-  tensor,
-  where,
-  zeros,
-} from './tensor.ts'
+export { concat, scatterAddRows, setRows, Tensor, where } from './tensor.ts'

@@ -42,6 +42,16 @@ export function needList(op: string, name: string, value: unknown): void {
   throw shapeError(op, `${name} is ${value}, no array`, 'pass them together, as in [2, 3]')
 }
 
+export const isSize = (n: number): boolean => Number.isInteger(n) && n >= 0
+
+/** Checks a shape that a caller gave. */
+export function needSizes(op: string, shape: Shape): void {
+  needList(op, 'the shape', shape)
+  for (let i = 0; i < shape.length; i++) {
+    if (!isSize(shape[i])) throw shapeError(op, `${shape[i]} in ${showShape(shape)} is not a size`)
+  }
+}
+
 function sameDtype(op: string, a: Value, b: Value): DType {
   if (a.dtype !== b.dtype) {
     throw new MoeError({

@@ -1,7 +1,4 @@
 /** @file Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The same bits on every backend. */
-import type { Shape } from './backend.ts'
-import { sizeOf } from './shape.ts'
-import { type CreateOptions, fromHost, type Tensor } from './tensor.ts'
 
 /** High 32 bits of the product of an unsigned word and the multiplier `high * 65536 + low`, as an i32. */
 function mulHigh(high: number, low: number, word: number): number {
@@ -178,25 +175,4 @@ function turn(word: number, out: Float64Array): void {
   const y = swapped ? c : s
   out[0] = quarter === 1 || quarter === 2 ? -x : x
   out[1] = quarter >= 2 ? -y : y
-}
-
-/** A tensor of normal numbers. */
-export function randn(
-  shape: Shape,
-  random: Random,
-  options: { deviation?: number; backend?: CreateOptions['backend'] } = {},
-): Tensor {
-  return fromHost(random.normal(sizeOf(shape), options.deviation), shape, 'f32', options.backend)
-}
-
-/** A tensor of uniform numbers in [low, high). */
-export function rand(
-  shape: Shape,
-  random: Random,
-  options: { low?: number; high?: number; backend?: CreateOptions['backend'] } = {},
-): Tensor {
-  const { low = 0, high = 1, backend } = options
-  const values = random.uniform(sizeOf(shape))
-  for (let i = 0; i < values.length; i++) values[i] = low + (high - low) * values[i]
-  return fromHost(values, shape, 'f32', backend)
 }

@@ -1,9 +1,10 @@
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Backend } from './backend.ts'
+import { tensor } from './create.ts'
 import { Parameter } from './nn/parameter.ts'
 import { referenceBackend } from './reference/index.ts'
 import { allOrNothing, keep, Lifetime, scope } from './scope.ts'
-import { type Tensor, tensor } from './tensor.ts'
+import type { Tensor } from './tensor.ts'
 
 let backend: Backend
 let x: Tensor

@@ -1,11 +1,12 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { unbroadcast } from './autograd/rules.ts'
+import { tensor } from './create.ts'
 import { isMoeError } from './errors.ts'
 import { Random } from './random.ts'
 import { readF64, referenceBackend } from './reference/index.ts'
 import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf, stridesOf } from './shape.ts'
-import { concat, tensor } from './tensor.ts'
+import { concat } from './tensor.ts'
 
 const backend = referenceBackend()
 const shapes = fc.array(fc.integer({ min: 0, max: 4 }), { maxLength: 4 })

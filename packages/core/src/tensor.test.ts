@@ -4,7 +4,8 @@ import { beforeEach, describe, expect, test } from 'vitest'
 import { backward } from './autograd/backward.ts'
 import type { Backend } from './backend.ts'
 import { setDefaultBackend } from './context.ts'
-import { type DType, dtypes, encodeHost, toBf16 } from './dtype.ts'
+import { fromHost, ones, tensor, zeros } from './create.ts'
+import { type DType, dtypes, encodeHost } from './dtype.ts'
 import { globalNorm } from './fused/adamw.ts'
 import { softmax } from './fused/softmax.ts'
 import { needAxes } from './need-tensor.ts'
@@ -12,7 +13,7 @@ import { Linear } from './nn/layers.ts'
 import { disposeModule } from './nn/module.ts'
 import { Parameter } from './nn/parameter.ts'
 import { referenceBackend } from './reference/index.ts'
-import { arange, concat, fromHost, full, ones, setRows, type Tensor, tensor, where, zeros } from './tensor.ts'
+import { concat, setRows, type Tensor, where } from './tensor.ts'
 
 let backend: Backend
 beforeEach(() => {
@@ -94,47 +95,6 @@ test('a parameter that was freed says that its model was', () => {
   const freed = ones([2])
   freed.dispose()
   expect(() => freed.add(1)).toThrow(code('E_DISPOSED', /return it from its scope/))
-})
-
-describe('creation', () => {
-  test('shape and dtype follow from the values', async () => {
-    expect(tensor([1, 2])).toMatchObject({ shape: [2], dtype: 'f32' })
-    expect(tensor(Int32Array.of(1, 2, 3), [3, 1])).toMatchObject({ shape: [3, 1], dtype: 'i32' })
-    expect(tensor(Uint8Array.of(1))).toMatchObject({ dtype: 'u8' })
-    expect(tensor([1.5], [], { dtype: 'bf16' })).toMatchObject({ shape: [], dtype: 'bf16', rank: 0, size: 1 })
-    expect(await list(zeros([2, 1]))).toEqual([0, 0])
-    expect(await list(ones([2], { dtype: 'u8' }))).toEqual([1, 1])
-    expect(await list(full([2], -3, { dtype: 'i32' }))).toEqual([-3, -3])
-    expect(await list(arange(4))).toEqual([0, 1, 2, 3])
-    expect(await list(zeros([3, 0]))).toEqual([])
-  })
-
-  test('copies the array it is given, and hands out fresh ones', async () => {
-    const data = Float32Array.of(1, 2)
-    const x = tensor(data)
-    data[0] = 9
-    const first = await x.values()
-    first[1] = 9
-    expect(await list(x)).toEqual([1, 2])
-  })
-
-  test('16- and 8-bit floats: numbers are encoded, host arrays are bits', async () => {
-    const rounded = tensor([1.01], [1], { dtype: 'bf16' })
-    expect(await rounded.data()).toEqual(Uint16Array.of(toBf16(1.01)))
-    expect(await list(rounded)).toEqual([1.0078125])
-    expect(await list(fromHost(Uint16Array.of(0x3c00), [1], 'f16'))).toEqual([1])
-    expect(await list(fromHost(Uint8Array.of(0x7e), [1], 'f8e4m3'))).toEqual([448])
-  })
-
-  test('impossible shapes are refused before a backend sees them', () => {
-    for (const shape of [[-1], [2.5], [Number.NaN], [-2, -3]]) {
-      expect(() => zeros(shape), `zeros ${shape}`).toThrow(code('E_SHAPE', /is not a size/))
-      expect(() => tensor([1, 2, 3, 4, 5, 6], shape), `tensor ${shape}`).toThrow(code('E_SHAPE'))
-    }
-    expect(() => tensor([1, 2, 3], [2])).toThrow(code('E_SHAPE', /3 values do not fill \[2\] \(2\)/))
-    expect(() => arange(-1)).toThrow(code('E_SHAPE'))
-    expect(() => arange(2.5)).toThrow(code('E_SHAPE'))
-  })
 })
 
 describe('reading', () => {

@@ -19,10 +19,10 @@ import type {
   UnaryCode,
   Value,
 } from './backend.ts'
-import { context, defaultBackend, widePrecision } from './context.ts'
-import { type DType, decodeHost, encodeHost, type HostArray, isFloat } from './dtype.ts'
+import { context, widePrecision } from './context.ts'
+import { type DType, decodeHost, type HostArray, isFloat } from './dtype.ts'
 import { describe, MoeError } from './errors.ts'
-import { attrError, infer, inferReshape, needList, shapeError } from './infer.ts'
+import { attrError, infer, inferReshape, isSize, needSizes, shapeError } from './infer.ts'
 import { needTensor } from './need-tensor.ts'
 import { Scoped, scope } from './scope.ts'
 import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf } from './shape.ts'
@@ -302,7 +302,7 @@ export class Tensor extends Scoped implements Value {
   /** Repeats axes of size 1 (and adds leading ones) to reach `shape`. */
   expand(shape: Shape): Tensor {
     if (sameShape(this.shape, shape)) return this
-    checkShape('expand', shape)
+    needSizes('expand', shape)
     if (shape.length < this.rank || !sameShape(broadcastShapes('expand', this.shape, shape), shape)) {
       throw shapeError('expand', `${showShape(this.shape)} does not expand to ${showShape(shape)}`)
     }
@@ -492,7 +492,8 @@ function withNumber(x: Tensor, value: number, op: (scalar: Tensor) => Tensor): T
       fix: "cast the tensor with .cast('f32') first",
     })
   }
-  const scalar = full([], value, { dtype: x.dtype, backend: x.backend })
+  const { backend, dtype } = x
+  const scalar = new Tensor(backend, backend.primitives.fill([], { value }, [{ shape: [], dtype }])[0], [], dtype)
   const out = op(scalar)
   if (out.node === null) scalar.dispose()
   else scalar.temporary = true
@@ -585,79 +586,4 @@ export function setRows(x: Tensor, index: Tensor, source: Tensor, options: { don
   const out = run('setRows', [x, index, source], { donate })
   if (donate) x.dispose()
   return out
-}
-
-// --- creation ---
-
-/** Where and as what a new tensor is made. */
-export interface CreateOptions {
-  readonly dtype?: DType
-  readonly backend?: Backend
-}
-
-const isSize = (n: number): boolean => Number.isInteger(n) && n >= 0
-
-function checkShape(op: string, shape: Shape): void {
-  needList(op, 'the shape', shape)
-  for (let i = 0; i < shape.length; i++) {
-    if (!isSize(shape[i])) throw shapeError(op, `${shape[i]} in ${showShape(shape)} is not a size`)
-  }
-}
-
-/**
- * Every element the same value.
- * @throws MoeError E_SHAPE when a size is negative or no integer.
- */
-export function full(shape: Shape, value: number, options: CreateOptions = {}): Tensor {
-  const { dtype = 'f32', backend = defaultBackend() } = options
-  checkShape('full', shape)
-  const specs: TensorSpec[] = [{ shape, dtype }]
-  return new Tensor(backend, backend.primitives.fill([], { value }, specs)[0], shape, dtype)
-}
-
-export function zeros(shape: Shape, options?: CreateOptions): Tensor {
-  return full(shape, 0, options)
-}
-
-export function ones(shape: Shape, options?: CreateOptions): Tensor {
-  return full(shape, 1, options)
-}
-
-/**
- * A tensor from numbers. The shape defaults to a vector; the dtype to i32 for an Int32Array, u8 for a Uint8Array, else f32.
- * Numbers are encoded to the dtype; pass raw bits of 16- and 8-bit floats to `fromHost` instead.
- * @throws MoeError E_SHAPE when the shape does not fit the number of values.
- */
-export function tensor(values: ArrayLike<number>, shape?: Shape, options: CreateOptions = {}): Tensor {
-  needNumbers(values)
-  const natural = values instanceof Int32Array ? 'i32' : values instanceof Uint8Array ? 'u8' : 'f32'
-  const dtype = options.dtype ?? natural
-  return fromHost(encodeHost(dtype, values), shape ?? [values.length], dtype, options.backend)
-}
-
-/** Refuses what would silently become NaN. */
-function needNumbers(values: ArrayLike<number> | undefined): void {
-  const first: unknown = values?.[0]
-  if (values?.length === 0 || typeof first === 'number' || typeof first === 'boolean') return
-  const problem = first === undefined ? `the values are ${describe(values)}` : `value 0 is ${describe(first)}`
-  throw attrError('tensor', problem, 'pass numbers in one array, and the shape: tensor([1, 2, 3, 4], [2, 2])')
-}
-
-/** A tensor from a host array that already holds the dtype's bits. The array is copied. */
-export function fromHost(data: HostArray, shape: Shape, dtype: DType, backend = defaultBackend()): Tensor {
-  checkShape('fromHost', shape)
-  if (sizeOf(shape) !== data.length) {
-    throw shapeError('fromHost', `${data.length} values do not fill ${showShape(shape)} (${sizeOf(shape)})`)
-  }
-  return new Tensor(backend, backend.upload(data, shape, dtype), shape, dtype)
-}
-
-/** 0, 1, ..., n-1 as i32. */
-export function arange(n: number, options: { backend?: Backend } = {}): Tensor {
-  return fromHost(
-    Int32Array.from({ length: n }, (_, i) => i),
-    [n],
-    'i32',
-    options.backend,
-  )
 }

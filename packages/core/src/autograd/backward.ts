@@ -1,12 +1,13 @@
 /** @file Reverse-mode differentiation: one walk over the recorded ops, newest first. */
 import type { PrimitiveName } from '../backend.ts'
 import { context, noGrad, withPrecision } from '../context.ts'
+import { full } from '../create.ts'
 import { MoeError } from '../errors.ts'
 import { needTensor } from '../need-tensor.ts'
 import { Parameter } from '../nn/parameter.ts'
 import { adopt, currentScope, enterScope, leaveScope, scope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
-import { full, record, type TapeNode, type Tensor, type Vjp } from '../tensor.ts'
+import { record, type TapeNode, type Tensor, type Vjp } from '../tensor.ts'
 import { rules } from './rules.ts'
 
 export interface BackwardOptions {

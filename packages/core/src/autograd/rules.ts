@@ -1,8 +1,9 @@
 /** @file The gradient of every primitive: one table that does not compile while a rule is missing. */
 import type { OpAttrs, PrimitiveName, Shape } from '../backend.ts'
+import { full } from '../create.ts'
 import { MoeError } from '../errors.ts'
 import { sameShape, sizeOf } from '../shape.ts'
-import { full, run, scatterAddRows, type Tensor, type Vjp, where } from '../tensor.ts'
+import { run, scatterAddRows, type Tensor, type Vjp, where } from '../tensor.ts'
 
 /** Sums a gradient over the axes along which its input was broadcast. */
 export function unbroadcast(gradient: Tensor, shape: Shape): Tensor {

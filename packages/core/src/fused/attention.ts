@@ -1,8 +1,9 @@
 /** @file Scaled dot-product attention, with grouped key/value heads, and its absorbed form over a latent cache. */
 import type { AttentionAttrs, WidePrecision } from '../backend.ts'
 import { widePrecision } from '../context.ts'
+import { arange, full } from '../create.ts'
 import { attrError, needDtype, needShape } from '../infer.ts'
-import { arange, type FusedDefinition, full, runFused, type Tensor, where } from '../tensor.ts'
+import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
 import { rowMax } from './softmax.ts'
 
 /** `[B, T, H, D]` to `[B, H, T, D]`. */

@@ -1,7 +1,7 @@
 import { describe, expect, test } from 'vitest'
 import type { Backend, RouterAttrs } from '../backend.ts'
+import { ones, tensor } from '../create.ts'
 import { referenceBackend } from '../reference/index.ts'
-import { ones, tensor } from '../tensor.ts'
 import { adamwStep } from './adamw.ts'
 import { attention, latentAttention } from './attention.ts'
 import { crossEntropy, linearCrossEntropy } from './cross-entropy.ts'

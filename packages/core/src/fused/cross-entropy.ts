@@ -1,8 +1,9 @@
 /** @file Cross-entropy with class indices, from logits or from the hidden states and the output matrix. */
 import type { FusedAttrs } from '../backend.ts'
 import { widePrecision } from '../context.ts'
+import { arange, full } from '../create.ts'
 import { needDtype, needShape } from '../infer.ts'
-import { arange, type FusedDefinition, full, runFused, type Tensor, where } from '../tensor.ts'
+import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
 import { rowMax } from './softmax.ts'
 
 /** 1 where the target counts: not `ignoreIndex` and a class that exists. `u8 [N]`. */

@@ -1,6 +1,8 @@
 /** @file Moving tokens to their experts and back without dropping any and without asking the host. N tokens, K choices each, E experts, D features. */
+
+import { arange, full } from '../create.ts'
 import { attrError, needDtype, needShape, shapeError } from '../infer.ts'
-import { arange, concat, type FusedDefinition, full, runFused, setRows, type Tensor } from '../tensor.ts'
+import { concat, type FusedDefinition, runFused, setRows, type Tensor } from '../tensor.ts'
 
 export const dispatchPlanDefinition: FusedDefinition<'dispatchPlan'> = {
   name: 'dispatchPlan',

@@ -1,7 +1,8 @@
 /** @file One matrix product per expert over ragged row ranges that only the device knows. */
 import { context } from '../context.ts'
+import { arange } from '../create.ts'
 import { needDtype, needShape } from '../infer.ts'
-import { arange, concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
+import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 
 /** 1 for the rows of expert e: `f32 [N, 1]`. */
 function rowsOf(expert: number, rows: Tensor, offsets: Tensor): Tensor {

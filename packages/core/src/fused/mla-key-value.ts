@@ -1,7 +1,9 @@
 /** @file Keys and values of multi-head latent attention, from what its up-projection gives and the rope key that all heads share. */
+
+import { zeros } from '../create.ts'
 import { needDtype, shapeError } from '../infer.ts'
 import { showShape } from '../shape.ts'
-import { concat, type FusedDefinition, runFused, type Tensor, zeros } from '../tensor.ts'
+import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 
 export const mlaKeyValueDefinition: FusedDefinition<'mlaKeyValue'> = {
   name: 'mlaKeyValue',

@@ -1,10 +1,11 @@
 /** @file Products with weights stored in fewer bits: bf16, fp8, int8 or int4 with one scale per block. Activations stay f32. */
 import type { Backend, QuantizedAttrs, Shape, TensorSpec, WeightFormat, WidePrecision } from '../backend.ts'
 import { widePrecision } from '../context.ts'
+import { full } from '../create.ts'
 import type { DType } from '../dtype.ts'
 import { attrError, needDtype, needShape, shapeError } from '../infer.ts'
 import { showShape, sizeOf } from '../shape.ts'
-import { concat, type FusedDefinition, full, runFused, type Tensor, where } from '../tensor.ts'
+import { concat, type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
 import { groupedMatmulDefinition } from './grouped-matmul.ts'
 import { quantizeDefinition } from './quantize.ts'
 

@@ -1,8 +1,9 @@
 /** @file The choice of experts: affinities, bias for selection only, group limit, top-k, gates (DeepSeek-V3 report eq. 12-16, 2.1.2; V2 report 2.2). */
 import type { RouterAttrs } from '../backend.ts'
+import { arange, full } from '../create.ts'
 import { MoeError } from '../errors.ts'
 import { needDtype, needShape } from '../infer.ts'
-import { arange, type FusedDefinition, full, runFused, scatterAddRows, type Tensor, where } from '../tensor.ts'
+import { type FusedDefinition, runFused, scatterAddRows, type Tensor, where } from '../tensor.ts'
 import { softmax } from './softmax.ts'
 
 function checkAttrs(experts: number, attrs: RouterAttrs): void {

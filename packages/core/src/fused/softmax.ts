@@ -1,7 +1,9 @@
 /** @file Softmax over the last axis. */
+
+import { full } from '../create.ts'
 import { needDtype, shapeError } from '../infer.ts'
 import { showShape } from '../shape.ts'
-import { type FusedDefinition, full, runFused, type Tensor, where } from '../tensor.ts'
+import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
 
 /** Largest value of each row as a constant, 0 for rows of only -Infinity, so that subtracting it never makes NaN. */
 export function rowMax(x: Tensor): Tensor {

@@ -1,9 +1,10 @@
 /** @file Modules whose weights are drawn after they were constructed, while the event loop goes on. */
+
+import { fromHost } from '../create.ts'
 import { MoeError } from '../errors.ts'
 import type { Random } from '../random.ts'
 import { allOrNothing } from '../scope.ts'
 import { sizeOf } from '../shape.ts'
-import { fromHost } from '../tensor.ts'
 import { pacer } from '../turns.ts'
 import { disposeModule, type Module } from './module.ts'
 import type { Parameter } from './parameter.ts'

@@ -1,6 +1,7 @@
 /** @file Parameters stored in fewer bits, for inference, and what layers do with a parameter of either kind. */
 import type { Shape, WeightFormat } from '../backend.ts'
 import { noGrad } from '../context.ts'
+import { fromHost } from '../create.ts'
 import { dtypeBytes } from '../dtype.ts'
 import { MoeError } from '../errors.ts'
 import { groupedMatmul } from '../fused/grouped-matmul.ts'
@@ -14,7 +15,7 @@ import {
 import { needTensor } from '../need-tensor.ts'
 import { keep, scope } from '../scope.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
-import { concat, fromHost, type Tensor } from '../tensor.ts'
+import { concat, type Tensor } from '../tensor.ts'
 import { atOnce, inTurns, pacer } from '../turns.ts'
 import { Module, namedParameters } from './module.ts'
 import { Parameter } from './parameter.ts'

@@ -1,10 +1,10 @@
 /** @file Models to named host arrays and back, strictly. */
 import type { Shape } from '../backend.ts'
+import { fromHost } from '../create.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, hostArray } from '../dtype.ts'
 import { describe, MoeError } from '../errors.ts'
 import { attrError } from '../infer.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
-import { fromHost } from '../tensor.ts'
 import { type Module, type NamedParameter, namedParameters } from './module.ts'
 import type { Parameter } from './parameter.ts'
 import { QuantizedParameter, weightShape } from './quantized.ts'

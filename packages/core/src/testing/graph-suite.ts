@@ -1,13 +1,14 @@
 /** @file The checks of a backend that records graphs (`Backend.capture`). */
 import { backward } from '../autograd/backward.ts'
 import type { Backend } from '../backend.ts'
+import { full, randn, tensor } from '../create.ts'
 import { isMoeError } from '../errors.ts'
 import { adamwStep } from '../fused/adamw.ts'
 import { Linear } from '../nn/layers.ts'
 import { Parameter } from '../nn/parameter.ts'
-import { Random, randn } from '../random.ts'
+import { Random } from '../random.ts'
 import { scope } from '../scope.ts'
-import { full, setRows, type Tensor, tensor } from '../tensor.ts'
+import { setRows, type Tensor } from '../tensor.ts'
 import type { SuiteCheck } from './suite.ts'
 
 type Recorder = Backend & Required<Pick<Backend, 'capture' | 'write'>>

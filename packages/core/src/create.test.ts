@@ -1,0 +1,59 @@
+import { beforeEach, expect, test } from 'vitest'
+import { setDefaultBackend } from './context.ts'
+import { arange, fromHost, full, ones, rand, randn, tensor, zeros } from './create.ts'
+import { toBf16 } from './dtype.ts'
+import { Random } from './random.ts'
+import { referenceBackend } from './reference/index.ts'
+import type { Tensor } from './tensor.ts'
+
+beforeEach(() => setDefaultBackend(referenceBackend()))
+const list = async (t: Tensor) => Array.from(await t.values())
+const refusal = (message = /./) => expect.objectContaining({ code: 'E_SHAPE', message: expect.stringMatching(message) })
+
+test('shape and dtype follow from the values', async () => {
+  expect(tensor([1, 2])).toMatchObject({ shape: [2], dtype: 'f32' })
+  expect(tensor(Int32Array.of(1, 2, 3), [3, 1])).toMatchObject({ shape: [3, 1], dtype: 'i32' })
+  expect(tensor(Uint8Array.of(1))).toMatchObject({ dtype: 'u8' })
+  expect(tensor([1.5], [], { dtype: 'bf16' })).toMatchObject({ shape: [], dtype: 'bf16', rank: 0, size: 1 })
+  expect(await list(zeros([2, 1]))).toEqual([0, 0])
+  expect(await list(ones([2], { dtype: 'u8' }))).toEqual([1, 1])
+  expect(await list(full([2], -3, { dtype: 'i32' }))).toEqual([-3, -3])
+  expect(await list(arange(4))).toEqual([0, 1, 2, 3])
+  expect(await list(zeros([3, 0]))).toEqual([])
+})
+
+test('copies the array it is given, and hands out fresh ones', async () => {
+  const data = Float32Array.of(1, 2)
+  const x = tensor(data)
+  data[0] = 9
+  const first = await x.values()
+  first[1] = 9
+  expect(await list(x)).toEqual([1, 2])
+})
+
+test('16- and 8-bit floats: numbers are encoded, host arrays are bits', async () => {
+  const rounded = tensor([1.01], [1], { dtype: 'bf16' })
+  expect(await rounded.data()).toEqual(Uint16Array.of(toBf16(1.01)))
+  expect(await list(rounded)).toEqual([1.0078125])
+  expect(await list(fromHost(Uint16Array.of(0x3c00), [1], 'f16'))).toEqual([1])
+  expect(await list(fromHost(Uint8Array.of(0x7e), [1], 'f8e4m3'))).toEqual([448])
+})
+
+test('impossible shapes are refused before a backend sees them', () => {
+  for (const shape of [[-1], [2.5], [Number.NaN], [-2, -3]]) {
+    expect(() => zeros(shape), `zeros ${shape}`).toThrow(refusal(/is not a size/))
+    expect(() => tensor([1, 2, 3, 4, 5, 6], shape), `tensor ${shape}`).toThrow(refusal())
+  }
+  expect(() => tensor([1, 2, 3], [2])).toThrow(refusal(/3 values do not fill \[2\] \(2\)/))
+  expect(() => arange(-1)).toThrow(refusal())
+  expect(() => arange(2.5)).toThrow(refusal())
+})
+
+test('tensors of random numbers hold what the stream gives', async () => {
+  const normal = randn([2, 3], new Random(8), { deviation: 0.5 })
+  expect(await normal.values()).toEqual(new Random(8).normal(6, 0.5))
+  const uniform = await rand([50], new Random(9), { low: -2, high: 3 }).values()
+  expect(Math.min(...uniform)).toBeLessThan(-1)
+  expect(Math.max(...uniform)).toBeGreaterThan(2)
+  expect(uniform.every(x => x >= -2 && x < 3)).toBe(true)
+})
