@@ -113,8 +113,8 @@ const calls: { readonly [op: string]: (random: Random) => Call } = {
     }
   },
   topk(random) {
-    const n = pick(random, [1, 5, 31, 64, 200])
-    const k = 1 + random.integer(n)
+    const n = pick(random, [1, 5, 31, 64, 200, 1500])
+    const k = 1 + random.integer(pick(random, [n, Math.min(n, 100)]))
     const rows = random.integer(5)
     const x = input(random, [rows, n])
     // Few distinct values, so that ties are common.

@@ -1,21 +1,34 @@
 // The k largest of each row, largest first, ties to the lowest index, NaN as -infinity:
 // (values [rows, k], indices [rows, k], x [rows, n], rows, n, k).
+#include "largest.h"
 #include "moe.h"
 
 using namespace moe;
 
 namespace {
 
-constexpr int64_t most_inserted = 32;
+constexpr int64_t most_selected = 4 * lanes * lanes, most_inserted = 128;
 
-float key_of(float x) { return x != x ? -std::numeric_limits<float>::infinity() : x; }
+// Of rows that stay in L1, the largest is looked for k times: few vectors are sooner gone through than a branch is foretold wrong.
+void by_selection(int32_t* best, const float* x, int64_t n, int64_t k) {
+  alignas(64) int32_t keys[most_selected];
+  const int64_t whole = n / lanes * lanes, padded = whole < n ? whole + lanes : whole;
+  for (int64_t i = 0; i < whole; i += lanes) store(keys + i, key_of(load(x + i)));
+  if (whole < n) {
+    store(keys + whole, splat(excluded));
+    for (int64_t i = whole; i < n; i++) keys[i] = key_of(x[i]);
+  }
+  for (int64_t i = 0; i < k; i++) best[i] = static_cast<int32_t>(take_largest(keys, padded));
+}
+
+float without_nan(float x) { return x != x ? lowest : x; }
 
 // Keeps the best so far sorted; elements that are no better are passed over a vector at a time.
 void by_insertion(int32_t* best, const float* x, int64_t n, int64_t k) {
   float keys[most_inserted];
   int64_t filled = 0;
   const auto offer = [&](int64_t i) {
-    const float key = key_of(x[i]);
+    const float key = without_nan(x[i]);
     if (filled == k && !(key > keys[k - 1])) return;
     int64_t at = filled < k ? filled++ : k - 1;
     for (; at > 0 && key > keys[at - 1]; at--) {
@@ -38,7 +51,7 @@ void by_sorting(int32_t* best, const float* x, int64_t n, int64_t k) {
   int32_t* order = memory.as<int32_t>();
   for (int64_t i = 0; i < n; i++) order[i] = static_cast<int32_t>(i);
   const auto before = [&](int32_t a, int32_t b) {
-    const float p = key_of(x[a]), q = key_of(x[b]);
+    const float p = without_nan(x[a]), q = without_nan(x[b]);
     return p != q ? p > q : a < b;
   };
   if (k < n) std::nth_element(order, order + k, order + n, before);
@@ -57,7 +70,8 @@ MOE_KERNEL(moe_topk_f32) {
     for (int64_t row = begin; row < end; row++) {
       const float* from = x + row * n;
       int32_t* best = indices + row * k;
-      k <= most_inserted ? by_insertion(best, from, n, k) : by_sorting(best, from, n, k);
+      const auto choose = k > most_inserted ? by_sorting : n <= most_selected ? by_selection : by_insertion;
+      choose(best, from, n, k);
       for (int64_t i = 0; i < k; i++) values[row * k + i] = from[best[i]];
     }
   });
