@@ -29,10 +29,27 @@ export interface MtpLossOptions {
 /** What blocks are run with: the same at every depth, or by depth (1 for the first), such as a mask of the tokens that lie that far ahead. */
 export type DepthOptions<Options> = Options | ((depth: number) => Options)
 
+const optionsAt = <Options>(options: DepthOptions<Options>, depth: number): Options =>
+  typeof options === 'function' ? (options as (depth: number) => Options)(depth) : options
+
 /** Rows as the losses need them; they may have been uploaded before. */
 export function onDevice(rows: TokenRows | DepthTensors, hidden_BTD: Tensor, depths: number): DepthTensors {
   if (!('documents' in rows)) return rows
   return uploadTargets(depthTargets(rows, hidden_BTD.shape[1], depths), rows.rows, hidden_BTD.backend)
+}
+
+/** Hidden states of a depth after its norm, from those of the depth before. */
+function deepen<Options>(
+  module: MtpModule<Options>,
+  depth: number,
+  before_BTD: Tensor,
+  rows: DepthTensors,
+  options: Options,
+  detached: boolean,
+): Tensor {
+  const next = idsAhead(rows, before_BTD.shape[1], depth)
+  const from = detached && depth === 1 ? before_BTD.detach() : before_BTD
+  return module.normalize(module.forward(from, next, options, { detached }))
 }
 
 /** Hidden states of every depth after its norm, `[B, T, D]` each: what its head is applied to. */
@@ -41,16 +58,34 @@ export function chain<Options>(
   hidden_BTD: Tensor,
   rows: DepthTensors,
   options: DepthOptions<Options>,
-  { detached = false }: MtpLossOptions = {},
 ): Tensor[] {
-  const time = hidden_BTD.shape[1]
-  let hidden = detached ? hidden_BTD.detach() : hidden_BTD
+  let hidden = hidden_BTD
   return modules.map((module, k) => {
-    const next = idsAhead(rows, time, k + 1)
-    const own = typeof options === 'function' ? (options as (depth: number) => Options)(k + 1) : options
-    hidden = module.normalize(module.forward(hidden, next, own, { detached }))
+    hidden = deepen(module, k + 1, hidden, rows, optionsAt(options, k + 1), false)
     return hidden
   })
+}
+
+/**
+ * One depth of `mtpLoss`, for models whose depths lie apart (stages of a pipeline).
+ * @param depth 1 for the first module
+ * @param before_BTD what the head saw at the depth before: the main model's hidden states after its final norm, or `hidden` of a module
+ * @returns `hidden [B, T, D]` for the next depth, and the mean cross-entropy of this one
+ */
+export function mtpDepth<Options>(
+  module: MtpModule<Options>,
+  depth: number,
+  before_BTD: Tensor,
+  rows: DepthTensors,
+  headWeight: Tensor,
+  options: Options,
+  { detached = false }: MtpLossOptions = {},
+): { hidden: Tensor; loss: Tensor } {
+  const hidden = deepen(module, depth, before_BTD, rows, options, detached)
+  const [batch, time, features] = hidden.shape
+  const weight = module.ownHead ?? (detached ? headWeight.detach() : headWeight)
+  const losses = linearCrossEntropy(hidden.reshape([batch * time, features]), weight, targetsAt(rows, depth))
+  return { hidden, loss: losses.sum().mul(averageAt(rows, depth)) }
 }
 
 /**
@@ -68,14 +103,14 @@ export function mtpLoss<Options>(
   if (modules.length === 0) {
     throw new MoeError({ code: 'E_ATTR', op: 'mtpLoss', problem: 'there are no modules', fix: 'leave the loss out' })
   }
-  const [batch, time, features] = hidden_BTD.shape
   const uploaded = onDevice(rows, hidden_BTD, modules.length)
-  const losses = chain(modules, hidden_BTD, uploaded, options, { detached }).map((hidden, k) => {
-    const flat = hidden.reshape([batch * time, features])
-    const shared = detached ? headWeight.detach() : headWeight
-    return linearCrossEntropy(flat, modules[k].ownHead ?? shared, targetsAt(uploaded, k + 1))
-      .sum()
-      .mul(averageAt(uploaded, k + 1))
+  let before = hidden_BTD
+  const losses = modules.map((module, k) => {
+    const { hidden, loss } = mtpDepth(module, k + 1, before, uploaded, headWeight, optionsAt(options, k + 1), {
+      detached,
+    })
+    before = hidden
+    return loss
   })
   const total = losses.reduce((sum, loss) => sum.add(loss))
   return { loss: total.mul(1 / modules.length), perDepth: losses.map(loss => loss.detach()) }

@@ -16,7 +16,7 @@ import {
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { expect, test } from 'vitest'
-import { MtpModule, mtpAcceptance, mtpLoss, shiftTokens } from './index.ts'
+import { depthTargets, MtpModule, mtpAcceptance, mtpDepth, mtpLoss, shiftTokens, uploadTargets } from './index.ts'
 
 setDefaultBackend(referenceBackend())
 
@@ -150,6 +150,29 @@ test('detached training reaches the modules alone', async () => {
   const some = gradients(alone.loss, [hidden, head.weight, embedding.weight, modules[0].eh_proj.weight])
   expect(some.map(gradient => gradient !== null)).toEqual([false, false, false, true])
 })
+
+test.each([false, true])(
+  'depths one by one are the losses and gradients of all together, detached %s',
+  async detached => {
+    const { modules, head, embedding, random } = make(2)
+    const hidden = randn([2, 4, 4], random)
+    hidden.tracked = true
+    const tokens = Int32Array.from({ length: 14 }, (_, i) => (i * 5) % 9)
+    const host = depthTargets({ tokens, documents: new Int32Array(14), rows: 2, length: 7 }, 4, 2)
+    const rows = uploadTargets(host, 2, hidden.backend)
+    const all = mtpLoss(modules, hidden, rows, head.weight, {}, { detached })
+    const first = mtpDepth(modules[0], 1, hidden, rows, head.weight, {}, { detached })
+    const second = mtpDepth(modules[1], 2, first.hidden, rows, head.weight, {}, { detached })
+    for (const [k, { loss }] of [first, second].entries())
+      expect(await loss.detach().item()).toBe(await all.perDepth[k].item())
+    const of = [hidden, head.weight, embedding.weight, ...modules.map(({ eh_proj }) => eh_proj.weight)]
+    const values = (gradients: ReadonlyArray<Tensor | null>) =>
+      Promise.all(gradients.map(gradient => gradient?.values()))
+    const apart = await values(gradients(first.loss.add(second.loss).mul(0.5), of))
+    expect(apart).toEqual(await values(gradients(all.loss, of)))
+    expect(apart.map(gradient => gradient !== undefined)).toEqual([!detached, !detached, !detached, true, true])
+  },
+)
 
 test('own embedding and head: released keys, and no gradient for the main ones', async () => {
   const { modules, head, embedding, random } = make(1, true)
