@@ -15,3 +15,4 @@ export { DeepSeek, type DeepSeekLoss, type DeepSeekOptions, type Objective } fro
 export { presets } from './presets.ts'
 export { loadWeights } from './pretrained.ts'
 export type { SamplingOptions } from './sampling.ts'
+export type { DeepSeekStage, DeepSeekStages } from './stages.ts'

@@ -23,6 +23,7 @@ import {
   forkInit,
   fromHost,
   type InitOptions,
+  keep,
   type Linear,
   linearCrossEntropy,
   Module,
@@ -36,6 +37,7 @@ import {
   type Tensor,
   type WeightFormat,
   withPrecision,
+  zeros,
 } from '@moe/core'
 import {
   averageAt,
@@ -63,6 +65,7 @@ import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './co
 import { DecoderLayer, type DecoderLayerInit, isTransient, type LayerOptions } from './decoder-layer.ts'
 import { type GenerateOptions, type Generation, generate, type TextOptions } from './generate.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
+import { DeepSeekStages } from './stages.ts'
 import { factorAt, type HostInputs, type LossTensors, lossInputs, maskAt, uploadInputs } from './training-loss.ts'
 
 /**
@@ -342,6 +345,23 @@ export class DeepSeek extends Module {
     }
   }
 
+  /**
+   * Cuts the training loss into stages for a pipeline, so that all take about the same time: between layers, before the head, and between MTP modules. `Pipeline` of `@moe/parallel`
+   * runs them. The shares of drafts that `mtpAcceptance` asks for are not measured.
+   * @param stages 1 to layers + 1 + MTP modules
+   * @param options.sequenceLength positions of a row, for the cost of attention. Default 1024.
+   * @throws MoeError E_CONFIG
+   */
+  inStages(stages: number, { sequenceLength = 1024 }: { sequenceLength?: number } = {}): DeepSeekStages {
+    return new DeepSeekStages(this, stages, sequenceLength, {
+      inputs: rows => {
+        const { arrays, count } = this.#lossInputs(rows, true)
+        return { arrays: { ...arrays, ...this.#factors() }, count }
+      },
+      balancer: this.#balancer !== null,
+    })
+  }
+
   /** What a batch alone decides. */
   #lossInputs(rows: TokenRows, training: boolean, from = 0) {
     return lossInputs(rows, rows.length - this.lookahead, training ? this.mtp.length : 0, {
@@ -413,14 +433,12 @@ export class DeepSeek extends Module {
   /**
    * Once per optimizer step: moves the selection biases by the loads of the whole batch. Resolves to what is worth logging: mean and largest MaxVio over the
    * layers, dead experts.
-   * @param sum makes the loads `i32 [E]` of this rank those of all, where several train the model
+   * @param sum makes the loads `i32 [E]` of this rank those of all, where several train the model; of layers that this rank has not run, they are reported only
    */
   async afterStep(sum?: (loads: readonly Tensor[]) => Promise<Tensor[]>): Promise<Record<string, number>> {
     const speed = scheduled(this.#objective.biasSpeed, this.step)
     const layers = this.moeLayers
-    const own = layers.flatMap(layer => layer.load ?? [])
-    // Without a training pass no layer has counted.
-    const sums = sum && own.length > 0 ? await sum(own) : null
+    const sums = sum && layers.length > 0 ? await this.#summed(layers, sum) : null
     const loads = layers.map((layer, i) => {
       const load = (sums?.[i] ?? layer.load)?.values()
       const reduce = (counted: Tensor) => sums?.[i] ?? counted
@@ -435,6 +453,13 @@ export class DeepSeek extends Module {
     }
   }
 
+  /** Loads of the layers over all ranks. A layer that has not counted, as in a stage of another rank, has zeros to add. */
+  async #summed(layers: readonly MoELayer[], sum: (loads: readonly Tensor[]) => Promise<Tensor[]>): Promise<Tensor[]> {
+    const experts = this.#config.n_routed_experts as number
+    const nothing = keep(zeros([experts], { dtype: 'i32', backend: this.#backend }))
+    return sum(layers.map(({ load }) => load ?? nothing)).finally(() => nothing.dispose())
+  }
+
   /** Loads of the layers, biases of now: to the monitor, and what is worth logging. Ends the step. */
   async #report(loads: ReadonlyArray<Promise<ArrayLike<number>> | undefined>): Promise<Record<string, number>> {
     const biases = this.moeLayers.map(({ gate }) => this.#monitor && gate.e_score_correction_bias?.values())
@@ -444,7 +469,8 @@ export class DeepSeek extends Module {
     // All at once: where the device is lost, every read fails, and none may be left alone with that.
     const reads = await Promise.all(loads.map((load, i) => Promise.all([load, biases[i]])))
     for (const [i, [values, bias]] of reads.entries()) {
-      if (values === undefined) continue
+      // Nothing has passed through it.
+      if (values === undefined || !Array.prototype.some.call(values, load => load > 0)) continue
       this.#monitor?.record(`moe ${i}`, values, bias ?? undefined)
       summaries.push(summarizeLoad(values))
     }

@@ -1,0 +1,117 @@
+/** @file Where a model is cut, and that its stages together are its loss. By schedules and on several ranks: `@moe/parallel`. */
+import { backward, namedParameters, Random, setDefaultBackend, type Tensor } from '@moe/core'
+import { readF64, referenceBackend } from '@moe/core/reference'
+import { beforeEach, expect, test } from 'vitest'
+import { evenRuns } from './even-runs.ts'
+import { countParameters, DeepSeek, type DeepSeekLoss, parseConfig, presets } from './index.ts'
+import { tiny } from './test-tiny.ts'
+
+beforeEach(() => setDefaultBackend(referenceBackend()))
+
+const newModel = () =>
+  new DeepSeek({ ...tiny, num_hidden_layers: 3, first_k_dense_replace: 1, num_nextn_predict_layers: 2 })
+const rows = {
+  tokens: Int32Array.from({ length: 16 }, (_, i) => (5 * i + i * i) % 40),
+  documents: Int32Array.from({ length: 16 }, (_, i) => (i > 12 ? -1 : i >> 3)),
+  rows: 2,
+  length: 8,
+}
+
+/** All ways to cut a row of so many costs. */
+function* cuts(costs: number, runs: number, from = 0): Generator<number[]> {
+  if (runs === 1) yield [from]
+  else
+    for (let next = from + 1; next <= costs - runs + 1; next++)
+      for (const rest of cuts(costs, runs - 1, next)) yield [from, ...rest]
+}
+
+test('runs are as even as any cut makes them', () => {
+  const random = new Random(1)
+  for (let trial = 0; trial < 300; trial++) {
+    const costs = Array.from({ length: 1 + random.integer(8) }, () => random.integer(20))
+    const runs = 1 + random.integer(costs.length)
+    const judge = (starts: readonly number[]) => {
+      const sums = starts.map((start, n) => costs.slice(start, starts[n + 1]).reduce((sum, cost) => sum + cost, 0))
+      return [Math.max(...sums), sums.reduce((total, sum) => total + sum * sum, 0)]
+    }
+    const [best] = [...cuts(costs.length, runs)].map(judge).sort(([a, b], [c, d]) => a - c || b - d)
+    const found = evenRuns(costs, runs)
+    expect(new Set(found).size).toBe(runs)
+    expect(judge(found)).toEqual(best)
+  }
+})
+
+test.each([1, 2, 4, 6])(
+  '%i stages one behind the other have the loss, the metrics and the gradients of the model',
+  stages => {
+    const [whole, model] = [newModel(), newModel()]
+    const expected = whole.loss(rows)
+    const {
+      nll,
+      metrics: { mtp, balance },
+    } = expected as DeepSeekLoss & { metrics: Record<'mtp' | 'balance', Tensor> }
+    const cut = model.inStages(stages)
+    let x: Tensor | null = null
+    const losses: Tensor[] = []
+    const metrics: Record<string, number> = {}
+    for (const [n, stage] of cut.step([rows]).stages.entries()) {
+      const part = stage.forward(x, 0)
+      expect(part.output === undefined).toBe(n === stages - 1)
+      x = part.output ?? null
+      losses.push(...part.losses)
+      for (const [name, value] of Object.entries(part.metrics)) metrics[name] = (metrics[name] ?? 0) + readF64(value)[0]
+    }
+    const loss = losses.reduce((sum, part) => sum.add(part))
+    expect(readF64(loss)[0]).toBeCloseTo(readF64(expected.loss)[0], 12)
+    expect(metrics).toEqual({
+      nll: expect.closeTo(readF64(nll)[0] * Math.fround(1 / expected.count), 12),
+      mtp: expect.closeTo(readF64(mtp)[0], 12),
+      balance: expect.closeTo(readF64(balance)[0], 12),
+    })
+    backward(loss)
+    backward(expected.loss)
+    const numbers = (of: DeepSeek) =>
+      namedParameters(of).map(({ name, parameter: { grad } }) => [name, grad && Array.from(readF64(grad))] as const)
+    expect(numbers(model)).toEqual(
+      numbers(whole).map(([name, values]) => [name, values?.map(value => expect.closeTo(value, 10)) ?? null]),
+    )
+  },
+)
+
+test('all parameters are in a stage, shared ones in all that use them', () => {
+  const model = newModel()
+  const { parameters } = model.inStages(6)
+  const stagesOf = (name: string) =>
+    parameters.flatMap((stage, n) => (stage.some(named => named.name === name) ? [n] : []))
+  const all = namedParameters(model).map(({ name }) => [name, stagesOf(name)] as const)
+  expect(Object.fromEntries(all.filter(([, stages]) => stages.length !== 1))).toEqual({
+    'model.embed_tokens.weight': [0, 4, 5],
+    'lm_head.weight': [3, 4, 5],
+  })
+  expect(stagesOf('model.norm.weight')).toEqual([3])
+  expect(stagesOf('model.layers.2.mlp.gate.weight')).toEqual([2])
+  expect(stagesOf('model.layers.4.eh_proj.weight')).toEqual([5])
+})
+
+test('costs: what a token multiplies with, and the scores of attention', () => {
+  const config = parseConfig({ ...presets.tiny, num_hidden_layers: 4, num_nextn_predict_layers: 0 })
+  const model = new DeepSeek(config, { seed: null })
+  const sum = (costs: readonly number[]) => costs.reduce((total, cost) => total + cost, 0)
+  const short = sum(model.inStages(3, { sequenceLength: 0 }).costs)
+  const { activeWithoutEmbedding, moe } = countParameters(config)
+  // But for norms and selection biases.
+  expect(Math.abs(short / activeWithoutEmbedding - 1)).toBeLessThan(0.01)
+  expect(moe).toBeGreaterThan(0)
+  const features = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+  expect(sum(model.inStages(3, { sequenceLength: 1000 }).costs) - short).toBe(
+    4 * 500 * config.num_attention_heads * features,
+  )
+})
+
+test('a model cannot be cut into more parts than it has', () => {
+  const model = newModel()
+  for (const stages of [0, 1.5, 7])
+    expect(() => model.inStages(stages)).toThrow(
+      /cannot be cut into .* stages; pass 1 to 6: it has 3 layers, a head and 2 MTP/,
+    )
+})

@@ -1,0 +1,204 @@
+/**
+ * @file A model in stages, one behind the other, for a pipeline. What is cut is a row of parts, `[B, T, D]` to the same: decoder layers (the embedding before the first), the final norm with the
+ * head, MTP modules.
+ *
+ * Legend: B batch, T time, D hidden size, V vocabulary.
+ */
+import {
+  type Backend,
+  type DType,
+  denseWeight,
+  linearCrossEntropy,
+  MoeError,
+  type NamedParameter,
+  namedParameters,
+  type Shape,
+  type Tensor,
+} from '@moe/core'
+import { averageAt, idsAhead, mtpDepth, type TokenRows, targetsAt } from '@moe/mtp'
+import { type DeepSeekConfig, isMoELayer } from './config.ts'
+import { countParameters } from './count-parameters.ts'
+import type { LayerOptions } from './decoder-layer.ts'
+import { evenRuns } from './even-runs.ts'
+import type { DeepSeek } from './model.ts'
+import { factorAt, type HostInputs, maskAt, uploadInputs } from './training-loss.ts'
+
+/** One stage in one step. A `PipelineStage` of `@moe/parallel` is what it is. */
+export interface DeepSeekStage {
+  /**
+   * @param input `[B, T, D]` of the stage before; null in the first one
+   * @returns `output [B, T, D]` for the next stage, none of the last; `losses`, scalars whose sum over all stages and micro-batches is the loss of the step; and detached
+   * `metrics`, which sum up likewise
+   */
+  forward(
+    input: Tensor | null,
+    microBatch: number,
+  ): {
+    readonly output?: Tensor
+    readonly losses: readonly Tensor[]
+    readonly metrics: Readonly<Record<string, Tensor>>
+  }
+}
+
+/** What the model has to say beside the stages: inputs of a micro-batch, and whether a balancer has factors of its own. */
+export interface StageSource {
+  inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
+  readonly balancer: boolean
+}
+
+/** A micro-batch on the host. */
+interface MicroBatch {
+  readonly arrays: HostInputs
+  /** Of all positions of the step that carry loss. */
+  readonly share: number
+}
+
+/** A model that was cut: `DeepSeek.inStages`. The stages share its parameters. */
+export class DeepSeekStages {
+  /** For each stage what it is made of, under its name in the model. Embedding and head are in every stage that uses them: MTP modules do. */
+  readonly parameters: ReadonlyArray<readonly NamedParameter[]>
+  /** For each stage the multiplications of a token's forward pass. */
+  readonly costs: readonly number[]
+  /** What `step` measures beside the loss: means over its positions. */
+  readonly metrics: readonly string[]
+  readonly #model: DeepSeek
+  readonly #source: StageSource
+  /** First part of each stage, and the end. */
+  readonly #starts: readonly number[]
+
+  constructor(model: DeepSeek, stages: number, sequenceLength: number, source: StageSource) {
+    const { config } = model
+    const costs = partCosts(config, sequenceLength)
+    if (!Number.isInteger(stages) || stages < 1 || stages > costs.length) {
+      throw new MoeError({
+        code: 'E_CONFIG',
+        op: 'inStages',
+        problem: `the model cannot be cut into ${stages} stages`,
+        fix: `pass 1 to ${costs.length}: it has ${config.num_hidden_layers} layers, a head and ${config.num_nextn_predict_layers} MTP modules`,
+      })
+    }
+    this.#model = model
+    this.#source = source
+    this.#starts = [...evenRuns(costs, stages), costs.length]
+    const perStage = <T>(of: (from: number, to: number) => T) =>
+      Array.from({ length: stages }, (_, n) => of(this.#starts[n], this.#starts[n + 1]))
+    this.costs = perStage((from, to) => costs.slice(from, to).reduce((sum, cost) => sum + cost, 0))
+    const named = namedParameters(model)
+    const parts = costs.map((_, part) => new Set(this.#parametersOf(part)))
+    this.parameters = perStage((from, to) =>
+      named.filter(({ parameter }) => parts.slice(from, to).some(part => part.has(parameter))),
+    )
+    this.metrics = [
+      'nll',
+      ...(config.num_nextn_predict_layers > 0 ? ['mtp'] : []),
+      ...(model.moeLayers.length > 0 ? ['balance'] : []),
+    ]
+  }
+
+  /**
+   * The stages with the micro-batches of one step, all of the same size. A micro-batch weighs as much as it has positions that carry loss: the sum of all losses is the loss of
+   * one batch with all their rows (MTP and balance apart, which are means over micro-batches).
+   * @returns `between`, what goes from a stage to the next
+   * @throws MoeError E_SHAPE
+   */
+  step(batches: readonly TokenRows[]): {
+    readonly stages: readonly DeepSeekStage[]
+    readonly between: { readonly shape: Shape; readonly dtype: DType; readonly backend: Backend }
+  } {
+    const { backend, config, lookahead } = this.#model
+    const [{ rows, length }] = batches
+    if (batches.some(batch => batch.rows !== rows || batch.length !== length)) {
+      throw new MoeError({
+        code: 'E_SHAPE',
+        op: 'inStages',
+        problem: `the micro-batches are ${batches.map(batch => `[${batch.rows},${batch.length}]`).join(' ')}`,
+        fix: 'give all the same rows and length',
+      })
+    }
+    const inputs = batches.map(batch => this.#source.inputs(batch))
+    const total = inputs.reduce((sum, { count }) => sum + count, 0)
+    const micro = inputs.map(({ arrays, count }) => ({ arrays, share: count / Math.max(1, total) }))
+    return {
+      stages: this.parameters.map((_, n) => ({ forward: (input, m) => this.#forward(n, input, micro[m]) })),
+      between: { shape: [rows, length - lookahead, config.hidden_size], dtype: 'f32', backend },
+    }
+  }
+
+  #forward(stage: number, input: Tensor | null, { arrays, share }: MicroBatch): ReturnType<DeepSeekStage['forward']> {
+    const { config, backend, lookahead, decoder, mtp, model, lm_head, moeLayers, objective } = this.#model
+    const inputs = uploadInputs(arrays, backend)
+    const [batch, length] = inputs.tokens.shape
+    const time = length - lookahead
+    const losses: Tensor[] = []
+    const metrics: Record<string, Tensor> = {}
+    const measure = (name: string, value: Tensor) => {
+      const own = value.detach().mul(share)
+      metrics[name] = metrics[name]?.add(own) ?? own
+    }
+    const balance = (loss: Tensor) => {
+      losses.push((this.#source.balancer ? loss : loss.mul(factorAt(inputs, 'balance'))).mul(share))
+      measure('balance', loss.detach().mul(1 / moeLayers.length))
+    }
+    const optionsAt = (depth: number): LayerOptions => ({
+      training: true,
+      undropped: inputs.undropped,
+      mask: maskAt(inputs, depth),
+      ...(this.#source.balancer ? { onBalancerLoss: balance } : { onBalanceLoss: balance }),
+    })
+    const predictNext = (x: Tensor) => {
+      const hidden = model.norm.forward(x)
+      const flat = hidden.reshape([batch * time, config.hidden_size])
+      const nll = linearCrossEntropy(flat, denseWeight(lm_head.weight), targetsAt(inputs, 0)).sum()
+      const loss = nll.mul(averageAt(inputs, 0))
+      losses.push(loss.mul(share))
+      measure('nll', loss)
+      return hidden
+    }
+    const predictFurther = (before: Tensor, depth: number) => {
+      const detached = objective.mtpDetached
+      const head = denseWeight(lm_head.weight)
+      const { hidden, loss } = mtpDepth(mtp[depth - 1], depth, before, inputs, head, optionsAt(depth), { detached })
+      losses.push(loss.mul(factorAt(inputs, 'mtp')).mul(share / mtp.length))
+      measure('mtp', loss.detach().mul(1 / mtp.length))
+      return hidden
+    }
+    let x = input ?? model.embed_tokens.forward(idsAhead(inputs, time, 0))
+    for (let part = this.#starts[stage]; part < this.#starts[stage + 1]; part++) {
+      if (part < decoder.length) x = decoder[part].forward(x, { ...optionsAt(0), layer: part })
+      else x = part === decoder.length ? predictNext(x) : predictFurther(x, part - decoder.length)
+    }
+    const isLast = stage === this.parameters.length - 1
+    return { ...(isLast ? {} : { output: x }), losses, metrics }
+  }
+
+  #parametersOf(part: number): Tensor[] {
+    const { decoder, mtp, model, lm_head } = this.#model
+    const depth = part - decoder.length
+    const { embed_tokens: embedding, norm } = model
+    const modules =
+      depth < 0
+        ? [...(part === 0 ? [embedding] : []), decoder[part]]
+        : depth === 0
+          ? [norm, lm_head]
+          : [mtp[depth - 1], ...(this.#model.config.mtp_separate_embeddings ? [] : [embedding, lm_head])]
+    return modules.flatMap(module => namedParameters(module).map(({ parameter }) => parameter))
+  }
+}
+
+/** Multiplications of a token's forward pass in each part: decoder layers, head, MTP modules. The embedding is a lookup, norms and routing are left out. */
+function partCosts(config: DeepSeekConfig, sequenceLength: number): number[] {
+  const { hidden_size: hidden, n_routed_experts: experts, num_experts_per_tok: perToken } = config
+  const { attention, moe, dense } = countParameters(config)
+  const idle = 3 * hidden * config.moe_intermediate_size * ((experts ?? 0) - (perToken ?? 0))
+  const features = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+  // A position looks at half of the sequence on average.
+  const scores = (config.num_attention_heads * features * sequenceLength) / 2
+  const layer = (i: number) => attention + scores + (isMoELayer(config, i) ? moe - idle : dense)
+  const head = config.vocab_size * hidden
+  const layers = config.num_hidden_layers
+  return [
+    ...Array.from({ length: layers }, (_, i) => layer(i)),
+    head,
+    ...Array.from({ length: config.num_nextn_predict_layers }, (_, k) => layer(layers + k) + 2 * hidden ** 2 + head),
+  ]
+}
