@@ -75,3 +75,15 @@ test('several-ranks: two ranks of one process learn together, and end with the s
   const [, first, second] = output.match(/^norms of the weights on 2 ranks: (\S+) (\S+)$/m) ?? []
   expect(first).toBe(second)
 })
+
+test('pipeline: stages on two ranks have the losses of one rank', async () => {
+  const output = await succeeds('pipeline.ts', '10')
+  const rows = [...output.matchAll(/^step (\d+): loss ([\d.]+) in stages, ([\d.]+) on one rank$/gm)].map(row =>
+    row.slice(1).map(Number),
+  )
+  expect(rows.map(([step]) => step)).toEqual([1, 5, 10])
+  for (const [, inStages, alone] of rows) expect(inStages).toBeCloseTo(alone, 2)
+  expect(rows[2][1]).toBeLessThan(rows[0][1] - 0.3)
+  expect(output).toMatch(/^rank 0 trains stages 0 and 3, \d+ parameters$/m)
+  expect(output).toMatch(/^Fellow citizens.+$/m)
+})

@@ -4,8 +4,15 @@ export { local } from './communicator/local.ts'
 export { PiecewisePass } from './experts/piecewise-pass.ts'
 export { type ExpertsShare, type RoutedTokens, routeOverRanks } from './experts/route-over-ranks.ts'
 export { mpi } from './mpi/mpi.ts'
+export {
+  type ModelInStages,
+  Pipeline,
+  type PipelineOptions,
+  type PipelineStep,
+  type StageableModel,
+} from './pipeline/pipeline.ts'
 export { sumReplicas } from './pipeline/replicas.ts'
-export { type PipelineOptions, type PipelineStage, runSchedule, type StageOutput } from './pipeline/run-schedule.ts'
+export { type PipelineStage, type RunOptions, runSchedule, type StageOutput } from './pipeline/run-schedule.ts'
 export { drawSchedule } from './schedule/draw.ts'
 export { dualPipe, dualPipeV } from './schedule/dual-pipe.ts'
 export { interleaved, oneForwardOneBackward } from './schedule/one-f-one-b.ts'

@@ -1,24 +1,31 @@
-/** @file Stages that a schedule has on two ranks, whose gradients are one sum. */
+/** @file Parameters that several ranks have: their gradients are one sum. */
 import { Lifetime, type Parameter, zeros } from '@moe/core'
 import type { Communicator } from '../communicator/communicator.ts'
 import { type Schedule, stagesOf } from '../schedule/schedule.ts'
 
+/** For each parameter the ranks that have it, lowest first: one, but for those of a stage that lies on two ranks (DualPipe) or that several stages use (an embedding that MTP shares). */
+export function holdersOf(
+  schedule: Schedule,
+  parametersOf: (stage: number) => readonly Parameter[],
+): Map<Parameter, number[]> {
+  const holders = new Map<Parameter, number[]>()
+  for (const rank of schedule.ranks.keys())
+    for (const parameter of new Set(stagesOf(schedule, rank).flatMap(parametersOf)))
+      holders.set(parameter, [...(holders.get(parameter) ?? []), rank])
+  return holders
+}
+
 /**
- * Makes the gradients of every stage that lies on several ranks (DualPipe's lie on two) the sum over them, the same bits on each. Of schedules that have every stage
- * once it does nothing. All ranks call it, after `runSchedule` and before the norm.
- * @param parametersOf the parameters of a stage of this rank, in the same order on every rank that has it
+ * Makes the gradient of every parameter that several ranks have the sum over them, the same bits on each. All ranks call it, after `runSchedule` and before the norm.
+ * @param parametersOf the parameters of a stage, of any rank, in the same order on all
  */
 export async function sumReplicas(
   schedule: Schedule,
   ranks: Communicator,
   parametersOf: (stage: number) => readonly Parameter[],
 ): Promise<void> {
-  const holders = schedule.ranks.map((_, rank) => new Set(stagesOf(schedule, rank)))
-  for (const stage of stagesOf(schedule, ranks.rank)) {
-    const group = [...holders.keys()].filter(rank => holders[rank].has(stage))
-    if (group.length === 1) continue
-    for (const parameter of parametersOf(stage)) await sumOver(group, ranks, parameter)
-  }
+  for (const [parameter, group] of holdersOf(schedule, parametersOf))
+    if (parameter.trainable && group.length > 1 && group.includes(ranks.rank)) await sumOver(group, ranks, parameter)
 }
 
 async function sumOver(group: readonly number[], ranks: Communicator, parameter: Parameter): Promise<void> {

@@ -1,5 +1,15 @@
 /** @file One step of a model in stages, as a schedule says: every rank does its part, and gradients gather in the parameters. */
-import { backwardInput, Lifetime, MoeError, type SplitBackward, type Tensor, zeros } from '@moe/core'
+import {
+  backwardInput,
+  keep,
+  Lifetime,
+  MoeError,
+  type Precision,
+  type SplitBackward,
+  type Tensor,
+  withPrecision,
+  zeros,
+} from '@moe/core'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import { type Action, checkSchedule, partsOf, type Schedule, type StagePass, stagesOf } from '../schedule/schedule.ts'
 import { Mail } from './mail.ts'
@@ -18,11 +28,17 @@ export interface PipelineStage {
 export interface StageOutput {
   readonly output?: Tensor
   readonly losses?: readonly Tensor[]
+  /** Scalars to sum up over all stages and micro-batches, detached, by name: those that `RunOptions.metrics` lists. */
+  readonly metrics?: Readonly<Record<string, Tensor>>
 }
 
-export interface PipelineOptions {
+export interface RunOptions {
   /** Shape and dtype of what goes from a stage to the next. */
   readonly between: TensorLike
+  /** Names of all metrics that any stage gives. */
+  readonly metrics?: readonly string[]
+  /** Arithmetic of matrix products. Default f32. */
+  readonly precision?: Precision
   /** After each action of this rank. */
   readonly onAction?: (action: Action) => void
 }
@@ -44,15 +60,15 @@ interface UnderWay {
  * Sending and receiving go on while this rank computes. The two passes of an overlapped pair are done one after the other: overlapping their insides is a matter of the
  * device's queues and of the stage.
  * @param stages the stages that the schedule gives this rank, by number
- * @returns the sum of all losses, `f32 []`, the same on every rank
+ * @returns the sums of all losses and of each metric, `f32 []`, the same on every rank
  * @throws MoeError E_CONFIG for a schedule that is none, another number of ranks, a stage that is missing or gives nothing to the next
  */
 export async function runSchedule(
   schedule: Schedule,
   ranks: Communicator,
   stages: ReadonlyMap<number, PipelineStage>,
-  { between, onAction }: PipelineOptions,
-): Promise<Tensor> {
+  { between, metrics = [], precision = 'f32', onAction }: RunOptions,
+): Promise<{ loss: Tensor; metrics: Record<string, Tensor> }> {
   checkSchedule(schedule)
   checkRank(schedule, ranks, stages)
   const mail = new Mail(schedule, ranks, between)
@@ -63,7 +79,9 @@ export async function runSchedule(
   const underWay = new Map<string, UnderWay>()
   const freeing: Array<Promise<void>> = []
   const keyOf = ({ stage, microBatch }: StagePass) => `${stage} ${microBatch}`
-  let total = zeros([], { backend: between.backend })
+  const zero = () => keep(zeros([], { backend: between.backend }))
+  let total = zero()
+  const totals = new Map(metrics.map(name => [name, zero()]))
 
   const forward = async ({ stage, microBatch }: StagePass) => {
     const life = new Lifetime()
@@ -73,14 +91,19 @@ export async function runSchedule(
     underWay.set(keyOf({ stage, microBatch }), own)
     const part = life.run(() => {
       if (input !== null) input.tracked = true
-      return (stages.get(stage) as PipelineStage).forward(input, microBatch)
+      return withPrecision(precision, () => (stages.get(stage) as PipelineStage).forward(input, microBatch))
     })
-    const { output, losses = [] } = part
+    const { output, losses = [], metrics: measured = {} } = part
     if (stage < last) {
       if (output === undefined) throw noOutput(schedule, stage)
       sending.push(mail.send(output, { kind: 'activation', stage: stage + 1, microBatch }))
     }
     for (const loss of losses) total = replaced(total, loss)
+    for (const [name, value] of Object.entries(measured)) {
+      const before = totals.get(name)
+      if (before === undefined) throw unknownMetric(schedule, stage, name)
+      totals.set(name, replaced(before, value))
+    }
     own.outputs = stage < last ? [output as Tensor, ...losses] : losses
   }
 
@@ -120,10 +143,10 @@ export async function runSchedule(
       onAction?.(action)
     }
     await Promise.all([received, ...freeing])
-    const [sum] = await ranks.allReduce([total])
-    return sum
+    const [loss, ...sums] = await ranks.allReduce([total, ...totals.values()])
+    return { loss, metrics: Object.fromEntries(metrics.map((name, i) => [name, sums[i]])) }
   } finally {
-    total.dispose()
+    for (const sum of [total, ...totals.values()]) sum.dispose()
     // After a failure: what is under way goes, when no message needs it any more.
     for (const { sending, split, input, life } of underWay.values()) {
       void Promise.allSettled(sending).then(() => {
@@ -161,6 +184,15 @@ function checkRank(schedule: Schedule, ranks: Communicator, stages: ReadonlyMap<
       `rank ${ranks.rank} has no stage ${missing.join(', ')}`,
       `pass those of stagesOf(schedule, rank): ${stagesOf(schedule, ranks.rank).join(', ')}`,
     )
+}
+
+function unknownMetric(schedule: Schedule, stage: number, name: string): MoeError {
+  return new MoeError({
+    code: 'E_CONFIG',
+    op: schedule.name,
+    problem: `stage ${stage} measures ${name}, which is not among the metrics`,
+    fix: 'name the metrics of all stages in { metrics }, the same on every rank',
+  })
 }
 
 function noOutput(schedule: Schedule, stage: number): MoeError {

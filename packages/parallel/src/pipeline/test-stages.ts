@@ -1,24 +1,23 @@
-/** @file For tests only: a small DeepSeek, cut between its layers, and a step of it by a schedule. */
+/** @file For tests only: a small DeepSeek, micro-batches for it, and steps of it in stages and as a whole. */
 import { createHash } from 'node:crypto'
-import { linearCrossEntropy, type Parameter, type Tensor, tensor, trainable } from '@moe/core'
+import { backward, type NamedParameter, namedParameters, scope } from '@moe/core'
 import { readF64 } from '@moe/core/reference'
-import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
+import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
 import type { Communicator } from '../communicator/communicator.ts'
 import { dualPipe } from '../schedule/dual-pipe.ts'
-import { type Schedule, stagesOf } from '../schedule/schedule.ts'
 import { zeroBubbleH1 } from '../schedule/zero-bubble.ts'
-import { sumReplicas } from './replicas.ts'
-import { type PipelineStage, runSchedule } from './run-schedule.ts'
+import { Pipeline } from './pipeline.ts'
 
-const layers = 8
+/** Two dense layers, six with experts, two MTP modules that share embedding and head. */
 const config: DeepSeekConfigInput = {
   ...presets.tiny,
   vocab_size: 20,
   hidden_size: 8,
   intermediate_size: 12,
   moe_intermediate_size: 4,
-  num_hidden_layers: layers,
+  num_hidden_layers: 8,
   num_attention_heads: 2,
+  first_k_dense_replace: 2,
   n_routed_experts: 4,
   num_experts_per_tok: 2,
   n_group: 2,
@@ -28,76 +27,64 @@ const config: DeepSeekConfigInput = {
   qk_nope_head_dim: 4,
   qk_rope_head_dim: 2,
   v_head_dim: 4,
-  num_nextn_predict_layers: 0,
+  num_nextn_predict_layers: 2,
   initializer_range: 0.3,
 }
-const [batch, time] = [1, 3]
-const alpha = 0.01
 
-const ids = (microBatch: number, ahead: number) =>
-  Array.from({ length: batch * time }, (_, i) => (7 * microBatch + 3 * (i + ahead) + i * i) % 20)
+export type Changes = Partial<DeepSeekConfigInput>
 
-/** Part `stage` of `stages` of a model: so many of its layers, the embedding before the first, norm, head and loss behind the last. */
-export class Stage implements PipelineStage {
-  readonly parameters: readonly Parameter[]
-  readonly #model: DeepSeek
-  readonly #from: number
-  readonly #to: number
-  readonly #microBatches: number
+export const newModel = (changes: Changes = {}, { objective, ...options }: DeepSeekOptions = {}) =>
+  new DeepSeek({ ...config, ...changes } as DeepSeekConfigInput, {
+    seed: 1,
+    objective: { balanceWeight: 0.01, biasSpeed: 0.01, ...objective },
+    ...options,
+  })
 
-  constructor(model: DeepSeek, stage: number, stages: number, microBatches: number) {
-    this.#model = model
-    this.#from = (stage * layers) / stages
-    this.#to = ((stage + 1) * layers) / stages
-    this.#microBatches = microBatches
-    const { embed_tokens, norm } = model.model
-    this.parameters = [
-      ...(stage === 0 ? trainable(embed_tokens) : []),
-      ...model.decoder.slice(this.#from, this.#to).flatMap(layer => trainable(layer)),
-      ...(stage === stages - 1 ? [...trainable(norm), model.lm_head.weight] : []),
-    ]
-  }
-
-  forward(input: Tensor | null, microBatch: number) {
-    const { embed_tokens, norm } = this.#model.model
-    let x = input ?? embed_tokens.forward(tensor(ids(microBatch, 0), [batch, time], { dtype: 'i32' }))
-    const losses: Tensor[] = []
-    for (let i = this.#from; i < this.#to; i++) {
-      const onBalanceLoss = (loss: Tensor) => losses.push(loss.mul(alpha / this.#microBatches))
-      x = this.#model.decoder[i].forward(x, { layer: i, training: true, onBalanceLoss })
-    }
-    if (this.#to < layers) return { output: x, losses }
-    const hidden = norm.forward(x).reshape([batch * time, 8])
-    const targets = tensor(ids(microBatch, 1), [batch * time], { dtype: 'i32' })
-    losses.push(
-      linearCrossEntropy(hidden, this.#model.lm_head.weight, targets)
-        .mean()
-        .mul(1 / this.#microBatches),
-    )
-    return { losses }
-  }
+/** Two rows of four positions each, in documents and with padding, so that micro-batches count different numbers of positions. */
+export const batchesOf = (microBatches: number, { lookahead }: DeepSeek) => {
+  const [rows, length] = [2, 4 + lookahead]
+  return Array.from({ length: microBatches }, (_, m) => ({
+    tokens: Int32Array.from({ length: rows * length }, (_, i) => (7 * m + 3 * i + i * i) % 20),
+    documents: Int32Array.from({ length: rows * length }, (_, i) =>
+      m % 2 === 1 && i > length + 4 ? -1 : (i + m) >> 3,
+    ),
+    rows,
+    length,
+  }))
 }
 
-export const gradientsOf = (parameters: readonly Parameter[]) =>
-  parameters.map(p => (p.grad ? Array.from(readF64(p.grad)) : null))
+const numbersOf = (named: readonly NamedParameter[], of: (named: NamedParameter) => number[] | null) =>
+  Object.fromEntries(named.map(each => [each.name, of(each)]))
 
-export const newModel = () => new DeepSeek(config, { seed: 1 })
+export const gradientsOf = (named: readonly NamedParameter[]) =>
+  numbersOf(named, ({ parameter: { grad } }) => (grad ? Array.from(readF64(grad)) : null))
 
-/** The stages of this rank, of a model of its own. */
-export function stagesOfRank(schedule: Schedule, ranks: Communicator): { model: DeepSeek; own: Map<number, Stage> } {
-  const model = newModel()
-  const { stages, microBatches } = schedule
-  const own = stagesOf(schedule, ranks.rank).map(n => [n, new Stage(model, n, stages, microBatches)] as const)
-  return { model, own: new Map(own) }
-}
+export const weightsOf = (named: readonly NamedParameter[]) =>
+  numbersOf(named, ({ parameter }) => Array.from(readF64(parameter)))
 
-/** The loss of a step; gradients are with the parameters. */
-export async function step(schedule: Schedule, ranks: Communicator, own: ReadonlyMap<number, Stage>): Promise<number> {
-  const loss = await runSchedule(schedule, ranks, own, { between: { shape: [batch, time, 8], dtype: 'f32' } })
-  await sumReplicas(schedule, ranks, n => (own.get(n) as Stage).parameters)
-  const value = await loss.item()
-  loss.dispose()
-  return value
+/** Loss, metrics, gradients and their norm of the whole model: all micro-batches one after the other, each as heavy as it has positions that count. */
+export function wholeStep(model: DeepSeek, microBatches: number) {
+  const batches = batchesOf(microBatches, model)
+  const named = namedParameters(model)
+  const counts = scope(() => batches.map(batch => model.loss(batch, { training: false }).count))
+  const total = counts.reduce((sum, count) => sum + count, 0)
+  let loss = 0
+  const metrics: Record<string, number> = {}
+  for (const [m, batch] of batches.entries())
+    scope(() => {
+      const share = counts[m] / total
+      const part = model.loss(batch)
+      loss += share * readF64(part.loss)[0]
+      metrics['nll'] = (metrics['nll'] ?? 0) + readF64(part.nll)[0] / total
+      for (const [name, value] of Object.entries(part.metrics))
+        metrics[name] = (metrics[name] ?? 0) + share * readF64(value)[0]
+      backward(part.loss.mul(share))
+    })
+  const gradients = gradientsOf(named)
+  const squares = Object.values(gradients)
+    .flatMap(values => values ?? [])
+    .map(x => x * x)
+  return { loss, metrics, gradients, gradNorm: Math.sqrt(squares.reduce((sum, x) => sum + x, 0)) }
 }
 
 /** Steps by two schedules on two ranks: losses, and a digest of this rank's gradients. */
@@ -105,9 +92,10 @@ export async function pipelineSteps(ranks: Communicator): Promise<{ loss: number
   const loss: number[] = []
   const digest = createHash('sha256')
   for (const schedule of [zeroBubbleH1(2, 3), dualPipe(2, 4)]) {
-    const { own } = stagesOfRank(schedule, ranks)
-    loss.push(await step(schedule, ranks, own))
-    for (const { parameters } of own.values()) digest.update(JSON.stringify(gradientsOf(parameters)))
+    const model = newModel()
+    const pipeline = new Pipeline(model, schedule, ranks)
+    loss.push((await pipeline.step(batchesOf(schedule.microBatches, model))).loss)
+    digest.update(JSON.stringify(gradientsOf(pipeline.parameters)))
   }
   return { loss, gradients: digest.digest('hex') }
 }

@@ -1,0 +1,117 @@
+/** @file A DeepSeek model in stages, by every schedule, beside the whole model on one rank. */
+import { type Backend, namedParameters, setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import type { DeepSeek, DeepSeekOptions } from '@moe/deepseek'
+import { auxFree, sequenceWise, together } from '@moe/router'
+import { beforeEach, describe, expect, test } from 'vitest'
+import { local } from '../communicator/local.ts'
+import { dualPipe, dualPipeV } from '../schedule/dual-pipe.ts'
+import { interleaved, oneForwardOneBackward } from '../schedule/one-f-one-b.ts'
+import type { Schedule } from '../schedule/schedule.ts'
+import { zeroBubbleH1, zeroBubbleH2, zeroBubbleV } from '../schedule/zero-bubble.ts'
+import { Pipeline } from './pipeline.ts'
+import { batchesOf, type Changes, gradientsOf, newModel, weightsOf, wholeStep } from './test-stages.ts'
+
+let backend: Backend
+beforeEach(() => {
+  backend = referenceBackend()
+  setDefaultBackend(backend)
+})
+
+const schedules: Schedule[] = [
+  oneForwardOneBackward(1, 2),
+  oneForwardOneBackward(4, 6),
+  // A stage for every layer, the head and every MTP module.
+  oneForwardOneBackward(11, 3),
+  interleaved(2, 4, 2),
+  zeroBubbleH1(4, 6),
+  zeroBubbleH2(2, 4),
+  zeroBubbleV(2, 4),
+  dualPipe(4, 8),
+  dualPipeV(2, 5),
+]
+const named = schedules.map(schedule => [`${schedule.name}, ${schedule.ranks.length} ranks`, schedule] as const)
+
+// The order of sums differs, and what goes between ranks is rounded to f32.
+const near = (numbers: readonly number[] | null) => numbers?.map(x => expect.closeTo(x, 5)) ?? null
+const allNear = (numbers: Readonly<Record<string, number[] | null>>) =>
+  Object.fromEntries(Object.entries(numbers).map(([name, values]) => [name, near(values)]))
+
+/** Steps on all ranks, each beside the whole model's. */
+async function expectWhole(schedule: Schedule, make: () => DeepSeek, rounds = 1): Promise<void> {
+  const { microBatches } = schedule
+  const { loss, metrics, gradients, gradNorm } = wholeStep(make(), microBatches)
+  const trained = new Set<string>()
+  /** Handles that all ranks together hold after each step. */
+  const held: number[] = []
+  await local(schedule.ranks.length, async ranks => {
+    const model = make()
+    const pipeline = new Pipeline(model, schedule, ranks)
+    for (let round = 0; round < rounds; round++) {
+      const found = await pipeline.step(batchesOf(microBatches, model))
+      expect(found.loss).toBeCloseTo(loss, 5)
+      expect(found.gradNorm).toBeCloseTo(gradNorm, 5)
+      expect(found.metrics).toEqual(
+        Object.fromEntries(Object.entries(metrics).map(([name, value]) => [name, expect.closeTo(value, 5)])),
+      )
+      const own = gradientsOf(pipeline.parameters)
+      expect(own).toEqual(allNear(Object.fromEntries(Object.keys(own).map(name => [name, gradients[name]]))))
+      for (const name of Object.keys(own)) trained.add(name)
+      // The others are of other ranks.
+      const others = Object.entries(gradientsOf(namedParameters(model))).filter(([name]) => !(name in own))
+      expect(others.filter(([, values]) => values !== null)).toEqual([])
+      await ranks.barrier()
+      held.push(backend.stats().handles)
+      await ranks.barrier()
+    }
+  })
+  expect([...trained].sort()).toEqual(Object.keys(gradients).sort())
+  expect(new Set(held).size).toBe(1)
+}
+
+describe('a step in stages has loss, metrics, gradients and norm of the whole model, and leaves nothing behind', () => {
+  test.each(named)('%s', (_, schedule) => expectWhole(schedule, newModel, 2))
+
+  test.each<[string, Changes, DeepSeekOptions]>([
+    ['embedding and head are one', { tie_word_embeddings: true }, {}],
+    ['MTP with embeddings and heads of its own', { mtp_separate_embeddings: true }, {}],
+    ['MTP trained alone', {}, { objective: { mtpDetached: true } }],
+    ['no MTP', { num_nextn_predict_layers: 0 }, {}],
+    ['dense', { n_routed_experts: null, num_experts_per_tok: null, n_group: null, topk_group: null }, {}],
+    ['a balancer', {}, { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
+    ['tokens are dropped', {}, { dropping: { devices: 2, undropped: 0.5 } }],
+  ])('%s', async (_, changes, options) => {
+    for (const schedule of [oneForwardOneBackward(3, 4), dualPipe(2, 4), dualPipeV(2, 4)])
+      await expectWhole(schedule, () => newModel(changes, options))
+  })
+})
+
+test('loads of all stages move the selection biases, and every rank is told', async () => {
+  const schedule = dualPipe(4, 8)
+  const whole = newModel()
+  wholeStep(whole, 8)
+  const told = await whole.afterStep()
+  await local(4, async ranks => {
+    const model = newModel()
+    const pipeline = new Pipeline(model, schedule, ranks)
+    await pipeline.step(batchesOf(8, model))
+    expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(told)
+    const expected = weightsOf(namedParameters(whole))
+    const own = weightsOf(pipeline.parameters)
+    for (const [name, values] of Object.entries(own)) expect(values).toEqual(near(expected[name]))
+    await pipeline.gather()
+    expect(weightsOf(namedParameters(model))).toEqual(allNear(expected))
+  })
+  expect(told['maxVio']).toBeGreaterThan(0)
+})
+
+test('a step of another number of micro-batches, or of micro-batches of several sizes, is refused', async () => {
+  await local(1, async ranks => {
+    const model = newModel()
+    const pipeline = new Pipeline(model, oneForwardOneBackward(1, 2), ranks)
+    await expect(pipeline.step(batchesOf(3, model))).rejects.toThrow(/has 2 micro-batches, the step 3/)
+    const [batch] = batchesOf(1, model)
+    const half = { ...batch, rows: 1, tokens: batch.tokens.slice(0, 7), documents: batch.documents.slice(0, 7) }
+    await expect(pipeline.step([batch, half])).rejects.toThrow(/micro-batches are \[2,7\] \[1,7\]/)
+  })
+})

@@ -1,0 +1,132 @@
+/** @file Training steps of a model that is cut into stages, on this rank. */
+import { fromHost, globalNorm, Lifetime, MoeError, type NamedParameter, noGrad, type Precision } from '@moe/core'
+import type { Communicator, TensorLike } from '../communicator/communicator.ts'
+import { type Schedule, stagesOf } from '../schedule/schedule.ts'
+import { holdersOf, sumReplicas } from './replicas.ts'
+import { type PipelineStage, runSchedule } from './run-schedule.ts'
+
+/** A model that can be cut; a `DeepSeek` of `@moe/deepseek` is one. `Batch` is what it takes as a micro-batch. */
+export interface StageableModel<Batch> {
+  inStages(stages: number): ModelInStages<Batch>
+}
+
+export interface ModelInStages<Batch> {
+  /** Of each stage. A parameter that several stages use is in each of them. The same in the same order on every rank. */
+  readonly parameters: ReadonlyArray<readonly NamedParameter[]>
+  /** Names of what stages measure. */
+  readonly metrics?: readonly string[]
+  /** All stages with the micro-batches of one step, and what goes from one to the next. The losses are those of the mean over the micro-batches. */
+  step(batches: readonly Batch[]): { readonly stages: readonly PipelineStage[]; readonly between: TensorLike }
+}
+
+export interface PipelineOptions {
+  /** Arithmetic of matrix products. Default f32. */
+  readonly precision?: Precision
+}
+
+/** The same on every rank. */
+export interface PipelineStep {
+  /** Over all micro-batches. */
+  readonly loss: number
+  /** Norm of the whole model's gradient. */
+  readonly gradNorm: number
+  readonly metrics: Readonly<Record<string, number>>
+}
+
+/**
+ * A model in stages on several ranks. Every rank makes the whole model, with the same weights, and trains its own stages of it: gradients, optimizer state and activations
+ * are there for these alone, and the weights of the others are out of date until `gather`.
+ */
+export class Pipeline<Batch> {
+  /** Of this rank's stages: what its optimizer is made from. */
+  readonly parameters: readonly NamedParameter[]
+  readonly #schedule: Schedule
+  readonly #ranks: Communicator
+  readonly #model: ModelInStages<Batch>
+  readonly #precision: Precision | undefined
+
+  /** @throws MoeError E_CONFIG when the model cannot be cut into the schedule's stages */
+  constructor(
+    model: StageableModel<Batch>,
+    schedule: Schedule,
+    ranks: Communicator,
+    { precision }: PipelineOptions = {},
+  ) {
+    this.#schedule = schedule
+    this.#ranks = ranks
+    this.#model = model.inStages(schedule.stages)
+    this.#precision = precision
+    const own = stagesOf(schedule, ranks.rank).flatMap(stage => this.#model.parameters[stage])
+    this.parameters = [...new Map(own.map(named => [named.parameter, named])).values()]
+  }
+
+  /**
+   * Forward and backward passes of a step. Afterwards the parameters of this rank have the gradients of the step, those of before are dropped: clip them by `gradNorm`, and let the
+   * optimizer step. All ranks are given the same micro-batches.
+   * @param batches as many as the schedule has
+   * @throws MoeError E_CONFIG
+   */
+  async step(batches: readonly Batch[]): Promise<PipelineStep> {
+    const { microBatches, name } = this.#schedule
+    if (batches.length !== microBatches) {
+      throw new MoeError({
+        code: 'E_CONFIG',
+        op: name,
+        problem: `the schedule has ${microBatches} micro-batches, the step ${batches.length}`,
+        fix: 'make a schedule for as many',
+      })
+    }
+    for (const { parameter } of this.parameters) parameter.zeroGrad()
+    const { stages, between } = this.#model.step(batches)
+    const options = { between, metrics: this.#model.metrics, precision: this.#precision }
+    const sums = await runSchedule(this.#schedule, this.#ranks, new Map(stages.entries()), options)
+    const tensors = [sums.loss, ...Object.values(sums.metrics)]
+    try {
+      await sumReplicas(this.#schedule, this.#ranks, this.#parametersOf)
+      const gradNorm = await this.#gradientNorm()
+      const [loss, ...metrics] = await Promise.all(tensors.map(tensor => tensor.item()))
+      const names = Object.keys(sums.metrics)
+      return { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) }
+    } finally {
+      for (const tensor of tensors) tensor.dispose()
+    }
+  }
+
+  /** Gives every rank the weights of all stages, from the ranks that train them: for measuring, saving and generating. All ranks call it. */
+  async gather(): Promise<void> {
+    for (const [parameter, holders] of this.#holders()) {
+      const [weights] = await this.#ranks.broadcast([parameter], holders[0])
+      if (holders.includes(this.#ranks.rank)) weights.dispose()
+      else parameter.assign(weights)
+    }
+  }
+
+  readonly #parametersOf = (stage: number) => this.#model.parameters[stage].map(({ parameter }) => parameter)
+
+  #holders() {
+    return holdersOf(this.#schedule, this.#parametersOf)
+  }
+
+  /** Of all stages, what several ranks have counted once. */
+  async #gradientNorm(): Promise<number> {
+    const counted = [...this.#holders()].filter(([, [first]]) => first === this.#ranks.rank)
+    const gradients = counted.flatMap(([{ grad }]) => grad ?? [])
+    const { backend } = this.parameters[0].parameter
+    const life = new Lifetime()
+    const own = life.run(() =>
+      noGrad(() => {
+        if (gradients.length === 0) return fromHost(Float32Array.of(0), [], 'f32', backend)
+        const norm = globalNorm(gradients)
+        return norm.mul(norm)
+      }),
+    )
+    try {
+      const [squares] = await this.#ranks.allReduce([own])
+      const value = await squares.item()
+      squares.dispose()
+      return Math.sqrt(value)
+    } finally {
+      life.dispose()
+    }
+  }
+}
