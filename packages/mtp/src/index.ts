@@ -1,6 +1,6 @@
 /** @file Public interface of @moe/mtp. */
 export { type MtpAcceptance, mtpAcceptance } from './acceptance.ts'
-export { type DepthOptions, type MtpLoss, type MtpLossOptions, mtpDepth, mtpLoss } from './loss.ts'
+export { type DepthOptions, type MtpLoss, type MtpLossOptions, mtpDepthLoss, mtpLoss } from './loss.ts'
 export { type Block, type MtpConfig, MtpModule, type MtpModuleOptions } from './mtp.ts'
 export {
   averageAt,

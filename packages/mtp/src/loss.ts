@@ -29,27 +29,10 @@ export interface MtpLossOptions {
 /** What blocks are run with: the same at every depth, or by depth (1 for the first), such as a mask of the tokens that lie that far ahead. */
 export type DepthOptions<Options> = Options | ((depth: number) => Options)
 
-const optionsAt = <Options>(options: DepthOptions<Options>, depth: number): Options =>
-  typeof options === 'function' ? (options as (depth: number) => Options)(depth) : options
-
 /** Rows as the losses need them; they may have been uploaded before. */
 export function onDevice(rows: TokenRows | DepthTensors, hidden_BTD: Tensor, depths: number): DepthTensors {
   if (!('documents' in rows)) return rows
   return uploadTargets(depthTargets(rows, hidden_BTD.shape[1], depths), rows.rows, hidden_BTD.backend)
-}
-
-/** Hidden states of a depth after its norm, from those of the depth before. */
-function deepen<Options>(
-  module: MtpModule<Options>,
-  depth: number,
-  before_BTD: Tensor,
-  rows: DepthTensors,
-  options: Options,
-  detached: boolean,
-): Tensor {
-  const next = idsAhead(rows, before_BTD.shape[1], depth)
-  const from = detached && depth === 1 ? before_BTD.detach() : before_BTD
-  return module.normalize(module.forward(from, next, options, { detached }))
 }
 
 /** Hidden states of every depth after its norm, `[B, T, D]` each: what its head is applied to. */
@@ -58,34 +41,34 @@ export function chain<Options>(
   hidden_BTD: Tensor,
   rows: DepthTensors,
   options: DepthOptions<Options>,
+  { detached = false }: MtpLossOptions = {},
 ): Tensor[] {
-  let hidden = hidden_BTD
+  const time = hidden_BTD.shape[1]
+  let hidden = detached ? hidden_BTD.detach() : hidden_BTD
   return modules.map((module, k) => {
-    hidden = deepen(module, k + 1, hidden, rows, optionsAt(options, k + 1), false)
+    const next = idsAhead(rows, time, k + 1)
+    const own = typeof options === 'function' ? (options as (depth: number) => Options)(k + 1) : options
+    hidden = module.normalize(module.forward(hidden, next, own, { detached }))
     return hidden
   })
 }
 
 /**
- * One depth of `mtpLoss`, for models whose depths lie apart (stages of a pipeline).
- * @param depth 1 for the first module
- * @param before_BTD what the head saw at the depth before: the main model's hidden states after its final norm, or `hidden` of a module
- * @returns `hidden [B, T, D]` for the next depth, and the mean cross-entropy of this one
+ * What one depth predicts (1 for the first module): mean cross-entropy over its positions that carry loss, 0 where there are none.
+ * @param hidden_BTD its hidden states after its norm
  */
-export function mtpDepth<Options>(
+export function mtpDepthLoss<Options>(
   module: MtpModule<Options>,
   depth: number,
-  before_BTD: Tensor,
+  hidden_BTD: Tensor,
   rows: DepthTensors,
   headWeight: Tensor,
-  options: Options,
   { detached = false }: MtpLossOptions = {},
-): { hidden: Tensor; loss: Tensor } {
-  const hidden = deepen(module, depth, before_BTD, rows, options, detached)
-  const [batch, time, features] = hidden.shape
+): Tensor {
+  const [batch, time, features] = hidden_BTD.shape
   const weight = module.ownHead ?? (detached ? headWeight.detach() : headWeight)
-  const losses = linearCrossEntropy(hidden.reshape([batch * time, features]), weight, targetsAt(rows, depth))
-  return { hidden, loss: losses.sum().mul(averageAt(rows, depth)) }
+  const losses = linearCrossEntropy(hidden_BTD.reshape([batch * time, features]), weight, targetsAt(rows, depth))
+  return losses.sum().mul(averageAt(rows, depth))
 }
 
 /**
@@ -104,14 +87,9 @@ export function mtpLoss<Options>(
     throw new MoeError({ code: 'E_ATTR', op: 'mtpLoss', problem: 'there are no modules', fix: 'leave the loss out' })
   }
   const uploaded = onDevice(rows, hidden_BTD, modules.length)
-  let before = hidden_BTD
-  const losses = modules.map((module, k) => {
-    const { hidden, loss } = mtpDepth(module, k + 1, before, uploaded, headWeight, optionsAt(options, k + 1), {
-      detached,
-    })
-    before = hidden
-    return loss
-  })
+  const losses = chain(modules, hidden_BTD, uploaded, options, { detached }).map((hidden, k) =>
+    mtpDepthLoss(modules[k], k + 1, hidden, uploaded, headWeight, { detached }),
+  )
   const total = losses.reduce((sum, loss) => sum.add(loss))
   return { loss: total.mul(1 / modules.length), perDepth: losses.map(loss => loss.detach()) }
 }

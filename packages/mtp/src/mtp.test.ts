@@ -16,7 +16,16 @@ import {
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { expect, test } from 'vitest'
-import { depthTargets, MtpModule, mtpAcceptance, mtpDepth, mtpLoss, shiftTokens, uploadTargets } from './index.ts'
+import {
+  depthTargets,
+  idsAhead,
+  MtpModule,
+  mtpAcceptance,
+  mtpDepthLoss,
+  mtpLoss,
+  shiftTokens,
+  uploadTargets,
+} from './index.ts'
 
 setDefaultBackend(referenceBackend())
 
@@ -161,14 +170,18 @@ test.each([false, true])(
     const host = depthTargets({ tokens, documents: new Int32Array(14), rows: 2, length: 7 }, 4, 2)
     const rows = uploadTargets(host, 2, hidden.backend)
     const all = mtpLoss(modules, hidden, rows, head.weight, {}, { detached })
-    const first = mtpDepth(modules[0], 1, hidden, rows, head.weight, {}, { detached })
-    const second = mtpDepth(modules[1], 2, first.hidden, rows, head.weight, {}, { detached })
-    for (const [k, { loss }] of [first, second].entries())
+    let state = detached ? hidden.detach() : hidden
+    const [first, second] = modules.map((module, k) => {
+      const combined = module.combine(state, idsAhead(rows, 4, k + 1), { detached })
+      state = module.normalize(module.block.forward(combined, {}))
+      return mtpDepthLoss(module, k + 1, state, rows, head.weight, { detached })
+    })
+    for (const [k, loss] of [first, second].entries())
       expect(await loss.detach().item()).toBe(await all.perDepth[k].item())
     const of = [hidden, head.weight, embedding.weight, ...modules.map(({ eh_proj }) => eh_proj.weight)]
     const values = (gradients: ReadonlyArray<Tensor | null>) =>
       Promise.all(gradients.map(gradient => gradient?.values()))
-    const apart = await values(gradients(first.loss.add(second.loss).mul(0.5), of))
+    const apart = await values(gradients(first.add(second).mul(0.5), of))
     expect(apart).toEqual(await values(gradients(all.loss, of)))
     expect(apart.map(gradient => gradient !== undefined)).toEqual([!detached, !detached, !detached, true, true])
   },

@@ -97,14 +97,18 @@ export class MtpModule<Options = Record<never, never>> extends Module {
    * the shared embedding gets no gradient.
    */
   forward(hidden_BTD: Tensor, nextIds_BT: Tensor, options: Options, { detached = false } = {}): Tensor {
+    return this.block.forward(this.combine(hidden_BTD, nextIds_BT, { detached }), options)
+  }
+
+  /** `forward` up to the block: what this is run on, `[B, T, D]`. */
+  combine(hidden_BTD: Tensor, nextIds_BT: Tensor, { detached = false } = {}): Tensor {
     needAxes('MtpModule', hidden_BTD, ['batch', 'time', 'hidden'])
     const shared = () => {
       const rows = this.#embedding.forward(nextIds_BT)
       return detached ? rows.detach() : rows
     }
     const embedded = this.embed_tokens?.forward(nextIds_BT) ?? shared()
-    const both = concat([this.enorm.forward(embedded), this.hnorm.forward(hidden_BTD)], 2)
-    return this.block.forward(this.eh_proj.forward(both), options)
+    return this.eh_proj.forward(concat([this.enorm.forward(embedded), this.hnorm.forward(hidden_BTD)], 2))
   }
 
   /** What the shared head is applied to, and what the next depth continues from. */

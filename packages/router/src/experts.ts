@@ -5,6 +5,7 @@ import {
   groupedLinear,
   type InitOptions,
   Module,
+  noGrad,
   type Parameter,
   permuteTokens,
   QuantizedParameter,
@@ -34,6 +35,17 @@ export class Experts extends Module {
     this.gate_proj = weightParameter([experts, inner, hidden], 'gate_proj', init)
     this.up_proj = weightParameter([experts, inner, hidden], 'up_proj', init)
     this.down_proj = weightParameter([experts, hidden, inner], 'down_proj', init)
+  }
+
+  /** A copy of some of them, from `from` to before `to`: the share of a rank. Trains apart. */
+  copyOf(from: number, to: number): Experts {
+    const [, inner, hidden] = this.gate_proj.shape
+    const copy = new Experts(to - from, hidden, inner, { deviation: 0, backend: this.gate_proj.backend })
+    for (const name of ['gate_proj', 'up_proj', 'down_proj'] as const) {
+      copy[name].assign(noGrad(() => this[name].narrow(0, from, to)))
+      copy[name].trainable = this[name].trainable
+    }
+    return copy
   }
 
   /** Rows `[M, hidden]` in expert order, of which expert e owns `offsets[e] .. offsets[e+1]` (`i32 [E+1]`), to `[M, hidden]`. */

@@ -26,6 +26,6 @@ export { type ClusterShape, type ExpertPlacement, gpuImbalance, placeExperts } f
 export { Experts } from './experts.ts'
 export { Gate } from './gate.ts'
 export { LoadCounter, type LoadSummary, maskedCounts, summarizeLoad } from './load.ts'
-export { type MoEForwardOptions, MoELayer, type MoELayerOptions } from './moe-layer.ts'
+export { type Choice, type MoEForwardOptions, MoELayer, type MoELayerOptions } from './moe-layer.ts'
 export { type LayerReport, LoadMonitor, type LoadMonitorOptions, type Verdict } from './monitor.ts'
 export { type DroppingPass, type TokenDropping, withinDeviceBudget } from './token-dropping.ts'

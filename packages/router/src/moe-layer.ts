@@ -41,6 +41,17 @@ export interface MoEForwardOptions {
   readonly onLoad?: (load: Tensor) => void
 }
 
+/** Where the tokens of a pass go. */
+export interface Choice {
+  /** Tokens `[N, hidden]`. */
+  readonly x: Tensor
+  /** Gates `[N, K]`, 0 for what is dropped. */
+  readonly weights: Tensor
+  /** Experts `i32 [N, K]`. */
+  readonly indices: Tensor
+  readonly plan: DispatchPlan
+}
+
 /** y = sum over the K chosen experts of gate * FFN_e(x), plus the shared experts' FFN(x). `[B, T, hidden]` to the same shape. */
 export class MoELayer extends Module {
   gate: Gate
@@ -69,17 +80,23 @@ export class MoELayer extends Module {
   }
 
   forward(x_BTD: Tensor, options: MoEForwardOptions = {}): Tensor {
+    const { x, weights, plan } = this.choose(x_BTD, options)
+    const routed_ND = this.experts.route(x, weights, plan)
+    const out_ND = this.shared_experts ? routed_ND.add(this.shared_experts.forward(x)) : routed_ND
+    return out_ND.reshape(x_BTD.shape)
+  }
+
+  /** `forward` up to the experts: which of them each token goes to. Loads are counted and losses handed out here. */
+  choose(x_BTD: Tensor, options: MoEForwardOptions = {}): Choice {
     needAxes('MoELayer', x_BTD, ['batch', 'time', 'hidden'])
     const [batch, time, hidden] = x_BTD.shape
-    const x_ND = x_BTD.reshape([batch * time, hidden])
-    const { weights, indices, scores } = this.gate.forward(x_ND)
+    const x = x_BTD.reshape([batch * time, hidden])
+    const { weights, indices, scores } = this.gate.forward(x)
     const plan = dispatchPlan(indices, this.#config.n_routed_experts)
     this.#watch(scores, indices, plan, batch, options)
     const gates =
       this.#dropping && options.training ? weights.mul(this.#budgeted(scores, indices, batch, options)) : weights
-    const routed_ND = this.experts.route(x_ND, gates, plan)
-    const out_ND = this.shared_experts ? routed_ND.add(this.shared_experts.forward(x_ND)) : routed_ND
-    return out_ND.reshape([batch, time, hidden])
+    return { x, weights: gates, indices, plan }
   }
 
   /** Which choices V2's dropping keeps, counted. Dropped ones are still computed, and weighted with 0. */

@@ -268,3 +268,20 @@ describe('gates', () => {
     )
   })
 })
+
+test('a copy of some experts has their weights, and trains apart', async () => {
+  const { experts } = new MoELayer(
+    { hidden_size: 4, moe_intermediate_size: 3, n_routed_experts: 4, num_experts_per_tok: 2 },
+    { random: new Random(1) },
+  )
+  const copy = experts.copyOf(1, 3)
+  for (const name of ['gate_proj', 'up_proj', 'down_proj'] as const) {
+    const all = await experts[name].values()
+    expect(copy[name].shape).toEqual([2, ...experts[name].shape.slice(1)])
+    expect(await copy[name].values()).toEqual(all.slice(12, 36))
+  }
+  copy.up_proj.assign(tensor(new Float32Array(24), [2, 3, 4]))
+  expect(Math.max(...(await experts.up_proj.values()))).toBeGreaterThan(0)
+  experts.down_proj.trainable = false
+  expect(experts.copyOf(0, 4).down_proj.trainable).toBe(false)
+})
