@@ -87,3 +87,16 @@ test('pipeline: stages on two ranks have the losses of one rank', async () => {
   expect(output).toMatch(/^rank 0 trains stages 0 and 3, \d+ parameters$/m)
   expect(output).toMatch(/^Fellow citizens.+$/m)
 })
+
+test('experts-on-ranks: two ranks that share the experts have the losses of one', async () => {
+  const output = await succeeds('experts-on-ranks.ts', '10')
+  const rows = [...output.matchAll(/^step (\d+): loss ([\d.]+) on 2 ranks, ([\d.]+) on one$/gm)].map(row =>
+    row.slice(1).map(Number),
+  )
+  expect(rows.map(([step]) => step)).toEqual([1, 5, 10])
+  for (const [, spread, alone] of rows) expect(spread).toBeCloseTo(alone, 2)
+  expect(rows[2][1]).toBeLessThan(rows[0][1] - 0.3)
+  const [, own, all] = output.match(/^rank 1 trains (\d+) of (\d+) parameters$/m) ?? []
+  expect(Number(own)).toBeLessThan(0.8 * Number(all))
+  expect(output).toMatch(/^Fellow citizens.+$/m)
+})

@@ -43,10 +43,15 @@ export class DecoderLayer extends Module {
   forward(x: Tensor, options: LayerOptions): Tensor {
     const part = isTransient(options) ? scope : <T>(fn: () => T) => fn()
     return part(() => {
-      const attended = part(() => x.add(this.self_attn.forward(this.input_layernorm.forward(x), options)))
+      const attended = part(() => this.attend(x, options))
       const normal = this.post_attention_layernorm.forward(attended)
       return attended.add(this.mlp instanceof MoELayer ? this.mlp.forward(normal, options) : this.mlp.forward(normal))
     })
+  }
+
+  /** The first half of `forward`: attention, added to its input. The other half is `mlp` behind `post_attention_layernorm`, added likewise. */
+  attend(x: Tensor, options: LayerOptions): Tensor {
+    return x.add(this.self_attn.forward(this.input_layernorm.forward(x), options))
   }
 }
 

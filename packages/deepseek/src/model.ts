@@ -64,6 +64,8 @@ import {
 import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './config.ts'
 import { DecoderLayer, type DecoderLayerInit, isTransient, type LayerOptions } from './decoder-layer.ts'
 import { type GenerateOptions, type Generation, generate, type TextOptions } from './generate.ts'
+import type { LossSource } from './loss-parts.ts'
+import { DeepSeekPieces } from './pieces.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
 import { DeepSeekStages } from './stages.ts'
 import { factorAt, type HostInputs, type LossTensors, lossInputs, maskAt, uploadInputs } from './training-loss.ts'
@@ -353,13 +355,25 @@ export class DeepSeek extends Module {
    * @throws MoeError E_CONFIG
    */
   inStages(stages: number, { sequenceLength = 1024 }: { sequenceLength?: number } = {}): DeepSeekStages {
-    return new DeepSeekStages(this, stages, sequenceLength, {
+    return new DeepSeekStages(this, stages, sequenceLength, this.#lossSource())
+  }
+
+  /**
+   * The training loss of rows as `loss` has it, in pieces between which a rank may wait for others: for routed experts that lie on several ranks. `ExpertParallel` of `@moe/parallel` runs it.
+   * The shares of drafts that `mtpAcceptance` asks for are not measured.
+   */
+  inPieces(rows: TokenRows): DeepSeekPieces {
+    return new DeepSeekPieces(this, rows, this.#lossSource())
+  }
+
+  #lossSource(): LossSource {
+    return {
       inputs: rows => {
         const { arrays, count } = this.#lossInputs(rows, true)
         return { arrays: { ...arrays, ...this.#factors() }, count }
       },
       balancer: this.#balancer !== null,
-    })
+    }
   }
 
   /** What a batch alone decides. */

@@ -7,21 +7,19 @@
 import {
   type Backend,
   type DType,
-  denseWeight,
-  linearCrossEntropy,
   MoeError,
   type NamedParameter,
   namedParameters,
   type Shape,
   type Tensor,
 } from '@moe/core'
-import { averageAt, idsAhead, mtpDepth, type TokenRows, targetsAt } from '@moe/mtp'
+import type { TokenRows } from '@moe/mtp'
 import { type DeepSeekConfig, isMoELayer } from './config.ts'
 import { countParameters } from './count-parameters.ts'
-import type { LayerOptions } from './decoder-layer.ts'
 import { evenRuns } from './even-runs.ts'
+import { blockOf, LossParts, type LossSource } from './loss-parts.ts'
 import type { DeepSeek } from './model.ts'
-import { factorAt, type HostInputs, maskAt, uploadInputs } from './training-loss.ts'
+import { type HostInputs, uploadInputs } from './training-loss.ts'
 
 /** One stage in one step. A `PipelineStage` of `@moe/parallel` is what it is. */
 export interface DeepSeekStage {
@@ -40,12 +38,6 @@ export interface DeepSeekStage {
   }
 }
 
-/** What the model has to say beside the stages: inputs of a micro-batch, and whether a balancer has factors of its own. */
-export interface StageSource {
-  inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
-  readonly balancer: boolean
-}
-
 /** A micro-batch on the host. */
 interface MicroBatch {
   readonly arrays: HostInputs
@@ -62,11 +54,11 @@ export class DeepSeekStages {
   /** What `step` measures beside the loss: means over its positions. */
   readonly metrics: readonly string[]
   readonly #model: DeepSeek
-  readonly #source: StageSource
+  readonly #source: LossSource
   /** First part of each stage, and the end. */
   readonly #starts: readonly number[]
 
-  constructor(model: DeepSeek, stages: number, sequenceLength: number, source: StageSource) {
+  constructor(model: DeepSeek, stages: number, sequenceLength: number, source: LossSource) {
     const { config } = model
     const costs = partCosts(config, sequenceLength)
     if (!Number.isInteger(stages) || stages < 1 || stages > costs.length) {
@@ -125,48 +117,19 @@ export class DeepSeekStages {
   }
 
   #forward(stage: number, input: Tensor | null, { arrays, share }: MicroBatch): ReturnType<DeepSeekStage['forward']> {
-    const { config, backend, lookahead, decoder, mtp, model, lm_head, moeLayers, objective } = this.#model
-    const inputs = uploadInputs(arrays, backend)
-    const [batch, length] = inputs.tokens.shape
-    const time = length - lookahead
-    const losses: Tensor[] = []
-    const metrics: Record<string, Tensor> = {}
-    const measure = (name: string, value: Tensor) => {
-      const own = value.detach().mul(share)
-      metrics[name] = metrics[name]?.add(own) ?? own
-    }
-    const balance = (loss: Tensor) => {
-      losses.push((this.#source.balancer ? loss : loss.mul(factorAt(inputs, 'balance'))).mul(share))
-      measure('balance', loss.detach().mul(1 / moeLayers.length))
-    }
-    const optionsAt = (depth: number): LayerOptions => ({
-      training: true,
-      undropped: inputs.undropped,
-      mask: maskAt(inputs, depth),
-      ...(this.#source.balancer ? { onBalancerLoss: balance } : { onBalanceLoss: balance }),
-    })
-    const predictNext = (x: Tensor) => {
-      const hidden = model.norm.forward(x)
-      const flat = hidden.reshape([batch * time, config.hidden_size])
-      const nll = linearCrossEntropy(flat, denseWeight(lm_head.weight), targetsAt(inputs, 0)).sum()
-      const loss = nll.mul(averageAt(inputs, 0))
-      losses.push(loss.mul(share))
-      measure('nll', loss)
-      return hidden
-    }
-    const predictFurther = (before: Tensor, depth: number) => {
-      const detached = objective.mtpDetached
-      const head = denseWeight(lm_head.weight)
-      const { hidden, loss } = mtpDepth(mtp[depth - 1], depth, before, inputs, head, optionsAt(depth), { detached })
-      losses.push(loss.mul(factorAt(inputs, 'mtp')).mul(share / mtp.length))
-      measure('mtp', loss.detach().mul(1 / mtp.length))
-      return hidden
-    }
-    let x = input ?? model.embed_tokens.forward(idsAhead(inputs, time, 0))
+    const { backend, decoder, mtp } = this.#model
+    const parts = new LossParts(this.#model, uploadInputs(arrays, backend), this.#source, share)
+    let x = input ?? parts.embed()
     for (let part = this.#starts[stage]; part < this.#starts[stage + 1]; part++) {
-      if (part < decoder.length) x = decoder[part].forward(x, { ...optionsAt(0), layer: part })
-      else x = part === decoder.length ? predictNext(x) : predictFurther(x, part - decoder.length)
+      const depth = part - decoder.length
+      if (depth < 0) x = decoder[part].forward(x, parts.optionsAt(0))
+      else if (depth === 0) x = parts.next(x)
+      else {
+        const block = blockOf(mtp[depth - 1])
+        x = parts.further(depth, block.forward(parts.combine(depth, x), parts.optionsAt(depth)))
+      }
     }
+    const { losses, metrics } = parts
     const isLast = stage === this.parameters.length - 1
     return { ...(isLast ? {} : { output: x }), losses, metrics }
   }

@@ -1,14 +1,15 @@
 /** @file Public interface of @moe/parallel. */
 export type { Communicator, Reduction, RowExchange, TensorLike } from './communicator/communicator.ts'
 export { local } from './communicator/local.ts'
+export { ExpertParallel, type ExpertParallelOptions, type SpreadableModel } from './experts/expert-parallel.ts'
 export { PiecewisePass } from './experts/piecewise-pass.ts'
 export { type ExpertsShare, type RoutedTokens, routeOverRanks } from './experts/route-over-ranks.ts'
+export type { StepResult } from './gradients.ts'
 export { mpi } from './mpi/mpi.ts'
 export {
   type ModelInStages,
   Pipeline,
   type PipelineOptions,
-  type PipelineStep,
   type StageableModel,
 } from './pipeline/pipeline.ts'
 export { sumReplicas } from './pipeline/replicas.ts'

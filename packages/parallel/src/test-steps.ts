@@ -1,12 +1,14 @@
-/** @file For tests only: a small DeepSeek, micro-batches for it, and steps of it in stages and as a whole. */
+/** @file For tests only: a small DeepSeek, micro-batches for it, and steps of it as a whole, in stages, and with its experts spread. */
 import { createHash } from 'node:crypto'
 import { backward, type NamedParameter, namedParameters, scope } from '@moe/core'
 import { readF64 } from '@moe/core/reference'
 import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
-import type { Communicator } from '../communicator/communicator.ts'
-import { dualPipe } from '../schedule/dual-pipe.ts'
-import { zeroBubbleH1 } from '../schedule/zero-bubble.ts'
-import { Pipeline } from './pipeline.ts'
+import type { Communicator } from './communicator/communicator.ts'
+import { ExpertParallel } from './experts/expert-parallel.ts'
+import type { StepResult } from './gradients.ts'
+import { Pipeline } from './pipeline/pipeline.ts'
+import { dualPipe } from './schedule/dual-pipe.ts'
+import { zeroBubbleH1 } from './schedule/zero-bubble.ts'
 
 /** Two dense layers, six with experts, two MTP modules that share embedding and head. */
 const config: DeepSeekConfigInput = {
@@ -98,4 +100,15 @@ export async function pipelineSteps(ranks: Communicator): Promise<{ loss: number
     digest.update(JSON.stringify(gradientsOf(pipeline.parameters)))
   }
   return { loss, gradients: digest.digest('hex') }
+}
+
+/** A step with the experts spread over the ranks: its numbers, and a digest of this rank's gradients. */
+export async function spreadStep(ranks: Communicator): Promise<StepResult & { gradients: string }> {
+  const model = newModel()
+  const spread = new ExpertParallel(model, ranks)
+  const numbers = await spread.step(batchesOf(2 * ranks.size, model).slice(2 * ranks.rank, 2 * ranks.rank + 2))
+  const gradients = createHash('sha256')
+    .update(JSON.stringify(gradientsOf(spread.parameters)))
+    .digest('hex')
+  return { ...numbers, gradients }
 }

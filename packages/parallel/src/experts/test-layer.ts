@@ -1,7 +1,7 @@
 /** @file For tests only: a layer whose experts lie on several ranks. */
-import { type Module, noGrad, Random, randn, type SwigluMlp, type Tensor, tensor, trainable } from '@moe/core'
+import { type Module, Random, randn, type SwigluMlp, type Tensor, tensor, trainable } from '@moe/core'
 import { readF64 } from '@moe/core/reference'
-import { Experts, MoELayer, type RouterConfig } from '@moe/router'
+import { type Experts, MoELayer, type RouterConfig } from '@moe/router'
 import type { Communicator } from '../communicator/communicator.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
 import { routeOverRanks } from './route-over-ranks.ts'
@@ -31,10 +31,7 @@ export function newLayer(bias?: readonly number[]): MoELayer {
 /** The rows of this rank: its experts alone, of a whole layer. */
 export function shareOf(layer: MoELayer, { rank, size }: Communicator): Experts {
   const own = experts / size
-  const share = new Experts(own, features, config.moe_intermediate_size, { deviation: 0 })
-  for (const name of ['gate_proj', 'up_proj', 'down_proj'] as const)
-    share[name].assign(noGrad(() => layer.experts[name].narrow(0, rank * own, (rank + 1) * own)))
-  return share
+  return layer.experts.copyOf(rank * own, (rank + 1) * own)
 }
 
 const rowsOf = (rank: number) => (rank === 1 ? 1 : 4 + 3 * rank)

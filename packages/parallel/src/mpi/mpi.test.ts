@@ -5,7 +5,7 @@ import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
 import { split } from '../experts/test-layer.ts'
 import { local, mpi } from '../index.ts'
-import { pipelineSteps } from '../pipeline/test-stages.ts'
+import { pipelineSteps, spreadStep } from '../test-steps.ts'
 import { launch, launchers } from './test-launch.ts'
 
 const script = fileURLToPath(new URL('./test-ranks.ts', import.meta.url))
@@ -30,6 +30,7 @@ describe.skipIf(installed.length === 0)('MPI', () => {
     test.each([
       ['a pipeline', 'pipeline', pipelineSteps],
       ['experts', 'experts', split],
+      ['a model with its experts spread', 'spread', spreadStep],
     ] as const)('%s on two processes: the bits of the local communicator', async (_, what, work) => {
       setDefaultBackend(referenceBackend())
       const found = await local(2, async ranks => ({ rank: ranks.rank, ...(await work(ranks)) }))

@@ -5,7 +5,7 @@ import { referenceBackend } from '@moe/core/reference'
 import { exercise, expected } from '../communicator/test-exercise.ts'
 import { split } from '../experts/test-layer.ts'
 import { mpi } from '../index.ts'
-import { pipelineSteps } from '../pipeline/test-stages.ts'
+import { pipelineSteps, spreadStep } from '../test-steps.ts'
 import { report } from './test-launch.ts'
 
 const filled = (length: number, value: number) =>
@@ -31,6 +31,11 @@ switch (process.argv[2]) {
   case 'experts': {
     setDefaultBackend(referenceBackend())
     report({ rank: ranks.rank, ...(await split(ranks)) })
+    break
+  }
+  case 'spread': {
+    setDefaultBackend(referenceBackend())
+    report({ rank: ranks.rank, ...(await spreadStep(ranks)) })
     break
   }
   case 'wait': {

@@ -9,8 +9,8 @@ import { dualPipe, dualPipeV } from '../schedule/dual-pipe.ts'
 import { interleaved, oneForwardOneBackward } from '../schedule/one-f-one-b.ts'
 import type { Schedule } from '../schedule/schedule.ts'
 import { zeroBubbleH1, zeroBubbleH2, zeroBubbleV } from '../schedule/zero-bubble.ts'
+import { batchesOf, type Changes, gradientsOf, newModel, weightsOf, wholeStep } from '../test-steps.ts'
 import { Pipeline } from './pipeline.ts'
-import { batchesOf, type Changes, gradientsOf, newModel, weightsOf, wholeStep } from './test-stages.ts'
 
 let backend: Backend
 beforeEach(() => {

@@ -1,6 +1,7 @@
 /** @file Training steps of a model that is cut into stages, on this rank. */
-import { fromHost, globalNorm, Lifetime, MoeError, type NamedParameter, noGrad, type Precision } from '@moe/core'
+import { defaultBackend, MoeError, type NamedParameter, type Precision } from '@moe/core'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
+import { gradientNorm, type StepResult } from '../gradients.ts'
 import { type Schedule, stagesOf } from '../schedule/schedule.ts'
 import { holdersOf, sumReplicas } from './replicas.ts'
 import { type PipelineStage, runSchedule } from './run-schedule.ts'
@@ -22,15 +23,6 @@ export interface ModelInStages<Batch> {
 export interface PipelineOptions {
   /** Arithmetic of matrix products. Default f32. */
   readonly precision?: Precision
-}
-
-/** The same on every rank. */
-export interface PipelineStep {
-  /** Over all micro-batches. */
-  readonly loss: number
-  /** Norm of the whole model's gradient. */
-  readonly gradNorm: number
-  readonly metrics: Readonly<Record<string, number>>
 }
 
 /**
@@ -66,7 +58,7 @@ export class Pipeline<Batch> {
    * @param batches as many as the schedule has
    * @throws MoeError E_CONFIG
    */
-  async step(batches: readonly Batch[]): Promise<PipelineStep> {
+  async step(batches: readonly Batch[]): Promise<StepResult> {
     const { microBatches, name } = this.#schedule
     if (batches.length !== microBatches) {
       throw new MoeError({
@@ -83,7 +75,11 @@ export class Pipeline<Batch> {
     const tensors = [sums.loss, ...Object.values(sums.metrics)]
     try {
       await sumReplicas(this.#schedule, this.#ranks, this.#parametersOf)
-      const gradNorm = await this.#gradientNorm()
+      // What several ranks have is counted once.
+      const counted = [...this.#holders()].flatMap(([parameter, [first]]) =>
+        first === this.#ranks.rank ? [parameter] : [],
+      )
+      const gradNorm = await gradientNorm(this.#ranks, counted, between.backend ?? defaultBackend())
       const [loss, ...metrics] = await Promise.all(tensors.map(tensor => tensor.item()))
       const names = Object.keys(sums.metrics)
       return { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) }
@@ -105,28 +101,5 @@ export class Pipeline<Batch> {
 
   #holders() {
     return holdersOf(this.#schedule, this.#parametersOf)
-  }
-
-  /** Of all stages, what several ranks have counted once. */
-  async #gradientNorm(): Promise<number> {
-    const counted = [...this.#holders()].filter(([, [first]]) => first === this.#ranks.rank)
-    const gradients = counted.flatMap(([{ grad }]) => grad ?? [])
-    const { backend } = this.parameters[0].parameter
-    const life = new Lifetime()
-    const own = life.run(() =>
-      noGrad(() => {
-        if (gradients.length === 0) return fromHost(Float32Array.of(0), [], 'f32', backend)
-        const norm = globalNorm(gradients)
-        return norm.mul(norm)
-      }),
-    )
-    try {
-      const [squares] = await this.#ranks.allReduce([own])
-      const value = await squares.item()
-      squares.dispose()
-      return Math.sqrt(value)
-    } finally {
-      life.dispose()
-    }
   }
 }

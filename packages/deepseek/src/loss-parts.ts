@@ -1,0 +1,104 @@
+/**
+ * @file The training loss of one micro-batch, part by part: for models whose parts are run apart, in the stages of a pipeline or with experts elsewhere. Each part gives `[B, T, D]` to the next and
+ * leaves its losses here.
+ *
+ * Legend: B batch, T time, D hidden size.
+ */
+import { denseWeight, linearCrossEntropy, type Tensor } from '@moe/core'
+import { averageAt, idsAhead, type MtpModule, mtpDepthLoss, type TokenRows, targetsAt } from '@moe/mtp'
+import type { DecoderLayer, LayerOptions } from './decoder-layer.ts'
+import type { DeepSeek } from './model.ts'
+import { factorAt, type HostInputs, type LossTensors, maskAt } from './training-loss.ts'
+
+/** What the model has to say beside its parts. */
+export interface LossSource {
+  /** What a micro-batch takes from the host, and its positions that carry loss. */
+  inputs(rows: TokenRows): { readonly arrays: HostInputs; readonly count: number }
+  /** Whether balance losses are those of a balancer, factors included. */
+  readonly balancer: boolean
+}
+
+export class LossParts {
+  /** Scalars whose sum is the loss. */
+  readonly losses: Tensor[] = []
+  /** Detached scalars: `nll` (mean over the positions that carry loss), `mtp` (mean over depths), `balance` (mean over layers, as `DeepSeekLoss` has it), each as far as the parts have been run. */
+  readonly metrics: Record<string, Tensor> = {}
+  readonly #model: DeepSeek
+  readonly #inputs: LossTensors
+  readonly #balancer: boolean
+  readonly #share: number
+  readonly #layers: number
+
+  /** @param share what losses and metrics are multiplied by */
+  constructor(model: DeepSeek, inputs: LossTensors, { balancer }: Pick<LossSource, 'balancer'>, share = 1) {
+    this.#model = model
+    this.#inputs = inputs
+    this.#balancer = balancer
+    this.#share = share
+    this.#layers = model.moeLayers.length
+  }
+
+  get #time(): number {
+    return this.#inputs.tokens.shape[1] - this.#model.lookahead
+  }
+
+  embed(): Tensor {
+    return this.#model.model.embed_tokens.forward(idsAhead(this.#inputs, this.#time, 0))
+  }
+
+  /** For decoder layers (depth 0) and the blocks of MTP modules. */
+  optionsAt(depth: number): LayerOptions {
+    const balance = (loss: Tensor) => {
+      this.#add('balance', this.#balancer ? loss : loss.mul(factorAt(this.#inputs, 'balance')), loss, 1 / this.#layers)
+    }
+    return {
+      training: true,
+      undropped: this.#inputs.undropped,
+      mask: maskAt(this.#inputs, depth),
+      ...(this.#balancer ? { onBalancerLoss: balance } : { onBalanceLoss: balance }),
+    }
+  }
+
+  /** Behind the last layer: norm, head and next-token loss. */
+  next(x: Tensor): Tensor {
+    const { model, lm_head, config } = this.#model
+    const hidden = model.norm.forward(x)
+    const flat = hidden.reshape([hidden.size / config.hidden_size, config.hidden_size])
+    const nll = linearCrossEntropy(flat, denseWeight(lm_head.weight), targetsAt(this.#inputs, 0)).sum()
+    const loss = nll.mul(averageAt(this.#inputs, 0))
+    this.#add('nll', loss, loss, 1)
+    return hidden
+  }
+
+  /** What the block of an MTP module is run on. `before` is what `next` or the module before gave. */
+  combine(depth: number, before: Tensor): Tensor {
+    const detached = this.#model.objective.mtpDetached
+    const from = detached && depth === 1 ? before.detach() : before
+    return this.#moduleAt(depth).combine(from, idsAhead(this.#inputs, this.#time, depth), { detached })
+  }
+
+  /** Behind the block of an MTP module: norm, head and its loss. */
+  further(depth: number, x: Tensor): Tensor {
+    const { lm_head, objective, mtp } = this.#model
+    const module = this.#moduleAt(depth)
+    const hidden = module.normalize(x)
+    const loss = mtpDepthLoss(module, depth, hidden, this.#inputs, denseWeight(lm_head.weight), {
+      detached: objective.mtpDetached,
+    })
+    const part = 1 / mtp.length
+    this.#add('mtp', loss.mul(factorAt(this.#inputs, 'mtp')).mul(part), loss, part)
+    return hidden
+  }
+
+  #moduleAt(depth: number): MtpModule<LayerOptions> {
+    return this.#model.mtp[depth - 1]
+  }
+
+  #add(name: string, loss: Tensor, measured: Tensor, part: number): void {
+    this.losses.push(loss.mul(this.#share))
+    const own = measured.detach().mul(part * this.#share)
+    this.metrics[name] = this.metrics[name]?.add(own) ?? own
+  }
+}
+
+export const blockOf = (module: MtpModule<LayerOptions>): DecoderLayer => module.block as DecoderLayer

@@ -1,0 +1,122 @@
+/** @file A DeepSeek model whose experts are spread over ranks, beside the whole model on one rank. */
+import { type Backend, full, namedParameters, scope, setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import type { DeepSeekOptions } from '@moe/deepseek'
+import { auxFree, sequenceWise, together } from '@moe/router'
+import { AdamW, Muon, type Optimizer } from '@moe/trainer'
+import { beforeEach, describe, expect, test } from 'vitest'
+import { local } from '../communicator/local.ts'
+import { batchesOf, type Changes, gradientsOf, newModel, weightsOf, wholeStep } from '../test-steps.ts'
+import { ExpertParallel } from './expert-parallel.ts'
+
+let backend: Backend
+beforeEach(() => {
+  backend = referenceBackend()
+  setDefaultBackend(backend)
+})
+
+// The order of sums differs, and what goes between ranks is rounded to f32.
+const near = (numbers: readonly number[] | null) => numbers?.map(x => expect.closeTo(x, 5)) ?? null
+
+/** The rows of a rank, of a parameter of the whole model. */
+const rowsOf = (name: string, values: number[] | null, rank: number, size: number) => {
+  if (values === null || !name.includes('.experts.')) return values
+  return values.slice((rank * values.length) / size, ((rank + 1) * values.length) / size)
+}
+
+describe('a step has loss, metrics, gradients and norm of one rank with all micro-batches, and leaves nothing behind', () => {
+  test.each<[string, number, number, Changes, DeepSeekOptions]>([
+    ['one rank', 1, 2, {}, {}],
+    ['two ranks', 2, 2, {}, {}],
+    ['a rank for each expert', 4, 1, {}, {}],
+    ['shared experts, and eight ranks', 8, 1, { n_routed_experts: 8, n_shared_experts: 2 }, {}],
+    ['no shared experts, no groups', 2, 1, { n_shared_experts: 0, n_group: null, topk_group: null }, {}],
+    ['embedding and head are one', 2, 1, { tie_word_embeddings: true }, {}],
+    ['MTP with embeddings and heads of its own', 2, 1, { mtp_separate_embeddings: true }, {}],
+    ['MTP trained alone', 2, 1, {}, { objective: { mtpDetached: true } }],
+    ['no MTP', 2, 1, { num_nextn_predict_layers: 0 }, {}],
+    ['dense', 2, 1, { n_routed_experts: null, num_experts_per_tok: null, n_group: null, topk_group: null }, {}],
+    ['a balancer', 2, 1, {}, { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
+    // Draws are those of a batch of each rank, so all or none.
+    ['tokens are dropped', 2, 1, {}, { dropping: { devices: 2, undropped: 0 } }],
+  ])('%s', async (_, size, each, changes, options) => {
+    const make = () => newModel(changes, options)
+    const { loss, metrics, gradients, gradNorm } = wholeStep(make(), size * each)
+    const held: number[] = []
+    await local(size, async ranks => {
+      const model = make()
+      const spread = new ExpertParallel(model, ranks)
+      const batches = batchesOf(size * each, model).slice(ranks.rank * each, (ranks.rank + 1) * each)
+      for (let round = 0; round < 2; round++) {
+        const found = await spread.step(batches)
+        expect(found.loss).toBeCloseTo(loss, 5)
+        expect(found.gradNorm).toBeCloseTo(gradNorm, 5)
+        expect(found.metrics).toEqual(
+          Object.fromEntries(Object.entries(metrics).map(([name, value]) => [name, expect.closeTo(value, 5)])),
+        )
+        const wanted = Object.entries(gradients).map(([name, values]) => [
+          name,
+          near(rowsOf(name, values, ranks.rank, size)),
+        ])
+        expect(gradientsOf(spread.parameters)).toEqual(Object.fromEntries(wanted))
+        await ranks.barrier()
+        held.push(backend.stats().handles)
+        await ranks.barrier()
+      }
+    })
+    expect(new Set(held).size).toBe(1)
+  })
+})
+
+test.each<[string, (parameters: ConstructorParameters<typeof AdamW>[0]) => Optimizer]>([
+  ['AdamW', parameters => new AdamW(parameters)],
+  ['Muon', parameters => new Muon(parameters, { precision: 'f32' })],
+])('steps of %s, with biases that move: after gather all ranks have the weights of one', async (_, optimizerOf) => {
+  const steps = 4
+  const take = (optimizer: Optimizer, gradNorm: number) =>
+    scope(() => optimizer.step(1e-3, full([], Math.min(1, 1 / gradNorm))))
+  const whole = newModel()
+  const named = namedParameters(whole)
+  const optimizer = optimizerOf(named)
+  const told: unknown[] = []
+  for (let step = 0; step < steps; step++) {
+    const { gradNorm } = wholeStep(whole, 2)
+    take(optimizer, gradNorm)
+    for (const { parameter } of named) parameter.zeroGrad()
+    told.push(await whole.afterStep())
+  }
+  const expected = weightsOf(named)
+  const begun = weightsOf(namedParameters(newModel()))
+  await local(2, async ranks => {
+    const model = newModel()
+    const spread = new ExpertParallel(model, ranks)
+    const own = optimizerOf(spread.parameters)
+    const [batch] = batchesOf(2, model).slice(ranks.rank)
+    for (let step = 0; step < steps; step++) {
+      take(own, (await spread.step([batch])).gradNorm)
+      expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(told[step])
+    }
+    const experts = Object.keys(expected).filter(name => name.includes('.experts.'))
+    for (const name of experts) expect(weightsOf(namedParameters(model))[name]).toEqual(begun[name])
+    await spread.gather()
+    const wanted = Object.entries(expected).map(([name, values]) => [name, near(values)])
+    expect(weightsOf(namedParameters(model))).toEqual(Object.fromEntries(wanted))
+    spread.dispose()
+  })
+})
+
+test('experts keep their names, and must be divided by the ranks', async () => {
+  await local(2, async ranks => {
+    const model = newModel()
+    const { parameters } = new ExpertParallel(model, ranks)
+    expect(parameters.map(({ name }) => name)).toEqual(namedParameters(model).map(({ name }) => name))
+    const stack = parameters.find(({ slices }) => slices !== undefined)
+    expect([stack?.parameter.shape[0], stack?.slices?.map(name => Number(name.match(/experts\.(\d+)/)?.[1]))]).toEqual([
+      2,
+      ranks.rank === 0 ? [0, 1] : [2, 3],
+    ])
+  })
+  await expect(local(3, async ranks => new ExpertParallel(newModel(), ranks))).rejects.toThrow(
+    /4 experts cannot be shared by 3 ranks/,
+  )
+})

@@ -1,0 +1,54 @@
+/** @file Gradients of a step that several ranks take together. */
+import { type Backend, full, globalNorm, Lifetime, noGrad, type Parameter, type Tensor } from '@moe/core'
+import type { Communicator } from './communicator/communicator.ts'
+
+/** What a step tells, the same on every rank. */
+export interface StepResult {
+  /** Over all micro-batches, each as heavy as it has positions that count. */
+  readonly loss: number
+  /** Norm of the whole model's gradient. */
+  readonly gradNorm: number
+  readonly metrics: Readonly<Record<string, number>>
+}
+
+/** Norm over all ranks. @param counted parameters of this rank that no other rank counts */
+export async function gradientNorm(
+  ranks: Communicator,
+  counted: readonly Parameter[],
+  backend: Backend,
+): Promise<number> {
+  const gradients = counted.flatMap(({ grad }) => grad ?? [])
+  const life = new Lifetime()
+  try {
+    const own = life.run(() =>
+      noGrad(() => {
+        const norm = gradients.length === 0 ? full([], 0, { backend }) : globalNorm(gradients)
+        return norm.mul(norm)
+      }),
+    )
+    const [squares] = await ranks.allReduce([own])
+    const value = await squares.item()
+    squares.dispose()
+    return Math.sqrt(value)
+  } finally {
+    life.dispose()
+  }
+}
+
+/** Gradients travel together up to so many elements: more would be in memory twice. */
+const groupElements = 1 << 22
+
+/** Replaces the gradients of this rank by their sums over all. */
+export async function sumGradients(ranks: Communicator, parameters: readonly Parameter[]): Promise<void> {
+  const left = parameters.filter(({ grad }) => grad !== null)
+  while (left.length > 0) {
+    const group: Parameter[] = []
+    for (let elements = 0; left.length > 0 && elements < groupElements; elements += (group.at(-1) as Parameter).size)
+      group.push(left.shift() as Parameter)
+    const sums = await ranks.allReduce(group.map(({ grad }) => grad as Tensor))
+    for (const [i, parameter] of group.entries()) {
+      parameter.zeroGrad()
+      parameter.grad = sums[i]
+    }
+  }
+}
