@@ -1,5 +1,5 @@
 /** @file Gradients of a step that several ranks take together. */
-import { type Backend, full, globalNorm, Lifetime, noGrad, type Parameter, type Tensor } from '@moe/core'
+import { type Backend, full, globalNorm, Lifetime, MoeError, noGrad, type Parameter, type Tensor } from '@moe/core'
 import type { Communicator } from './communicator/communicator.ts'
 
 /** What a step tells, the same on every rank. */
@@ -9,6 +9,19 @@ export interface StepResult {
   /** Norm of the whole model's gradient. */
   readonly gradNorm: number
   readonly metrics: Readonly<Record<string, number>>
+}
+
+/** The same, if it can be applied. All ranks see the same numbers, so that all refuse. @throws MoeError E_NAN */
+export function finite(op: string, result: StepResult): StepResult {
+  const { loss, gradNorm } = result
+  if (Number.isFinite(loss) && Number.isFinite(gradNorm)) return result
+  throw new MoeError({
+    code: 'E_NAN',
+    op,
+    problem: `the step has loss ${loss} and gradient norm ${gradNorm}`,
+    fix: 'do not let the optimizer step; go on from earlier weights with a lower learning rate or clip',
+    details: { loss, gradNorm },
+  })
 }
 
 /** Norm over all ranks. @param counted parameters of this rank that no other rank counts */

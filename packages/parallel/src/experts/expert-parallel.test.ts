@@ -105,6 +105,21 @@ test.each<[string, (parameters: ConstructorParameters<typeof AdamW>[0]) => Optim
   })
 })
 
+test('a step is refused on all ranks: as many micro-batches on each, and numbers that are finite', async () => {
+  const codes = await local(3, async ranks => {
+    const model = newModel({ n_routed_experts: 6, n_group: null, topk_group: null })
+    const spread = new ExpertParallel(model, ranks)
+    const refusal = (step: Promise<unknown>) => step.then(String, error => `${error.code} ${error.message}`)
+    const uneven = await refusal(spread.step(batchesOf(1 + ranks.rank, model)))
+    if (ranks.rank === 1) model.model.norm.weight.assign(full([8], Number.NaN))
+    return [uneven, await refusal(spread.step(batchesOf(1, model)))]
+  })
+  for (const [rank, [uneven, notFinite]] of codes.entries()) {
+    expect(uneven).toMatch(new RegExp(`^E_CONFIG .*this rank has ${rank + 1} micro-batches, all 3 have 6 together`))
+    expect(notFinite).toMatch(/^E_NAN .*the step has loss NaN/)
+  }
+})
+
 test('experts keep their names, and must be divided by the ranks', async () => {
   await local(2, async ranks => {
     const model = newModel()

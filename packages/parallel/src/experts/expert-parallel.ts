@@ -13,7 +13,7 @@ import {
   zeros,
 } from '@moe/core'
 import type { Communicator } from '../communicator/communicator.ts'
-import { gradientNorm, type StepResult, sumGradients } from '../gradients.ts'
+import { finite, gradientNorm, type StepResult, sumGradients } from '../gradients.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
 import { type ExpertsShare, type RoutedTokens, routeOverRanks } from './route-over-ranks.ts'
 
@@ -78,12 +78,13 @@ export class ExpertParallel<Batch> {
    * Forward and backward passes of a step. Afterwards the parameters have the gradients of the step, those of before are dropped: clip them by `gradNorm`, and let the optimizer step.
    * Micro-batches weigh as much as they have positions that count: the step is that of one rank with the micro-batches of all.
    * @param batches of this rank; every rank has as many
+   * @throws MoeError E_CONFIG when it has not; E_NAN when loss or norm is not finite; both on all ranks
    */
   async step(batches: readonly Batch[]): Promise<StepResult> {
     for (const { parameter } of this.parameters) parameter.zeroGrad()
     const { backend } = this.parameters[0].parameter
     const passes = batches.map(batch => this.#model.inPieces(batch))
-    const [positions] = await this.#sum([passes.reduce((sum, { count }) => sum + count, 0)])
+    const positions = await this.#positions(passes.map(({ count }) => count))
     const sums: Record<string, number> = {}
     for (const part of passes) {
       const share = part.count / Math.max(1, positions)
@@ -113,7 +114,8 @@ export class ExpertParallel<Batch> {
     const gradNorm = await gradientNorm(this.#ranks, this.#ranks.rank === 0 ? [...own, ...common] : own, backend)
     const [loss, ...metrics] = await this.#sum(Object.values(sums))
     const names = Object.keys(sums).slice(1)
-    return { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) }
+    const result = { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) }
+    return finite('ExpertParallel', result)
   }
 
   /** Gives the model on every rank the weights of all experts, for measuring, saving and generating. All ranks call it. */
@@ -145,6 +147,24 @@ export class ExpertParallel<Batch> {
       own: trained.filter(parameter => shares.has(parameter)),
       common: trained.filter(parameter => !shares.has(parameter)),
     }
+  }
+
+  /** Those that carry loss, of all ranks. */
+  async #positions(counts: readonly number[]): Promise<number> {
+    const { size } = this.#ranks
+    const [positions, batches, squares] = await this.#sum([
+      counts.reduce((sum, count) => sum + count, 0),
+      counts.length,
+      counts.length ** 2,
+    ])
+    // Equal numbers, and no others, have a mean of squares that is the square of their mean.
+    if (squares * size === batches ** 2) return positions
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'ExpertParallel',
+      problem: `this rank has ${counts.length} micro-batches, all ${size} have ${batches} together`,
+      fix: 'give every rank as many',
+    })
   }
 
   async #sum(numbers: readonly number[]): Promise<number[]> {

@@ -1,8 +1,10 @@
 /** @file A DeepSeek model in stages, by every schedule, beside the whole model on one rank. */
-import { type Backend, namedParameters, setDefaultBackend } from '@moe/core'
+import { type Backend, full, namedParameters, scope, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import type { DeepSeek, DeepSeekOptions } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cpu'
 import { auxFree, sequenceWise, together } from '@moe/router'
+import { AdamW } from '@moe/trainer'
 import { beforeEach, describe, expect, test } from 'vitest'
 import { local } from '../communicator/local.ts'
 import { dualPipe, dualPipeV } from '../schedule/dual-pipe.ts'
@@ -103,6 +105,71 @@ test('loads of all stages move the selection biases, and every rank is told', as
     expect(weightsOf(namedParameters(model))).toEqual(allNear(expected))
   })
   expect(told['maxVio']).toBeGreaterThan(0)
+})
+
+test.each([
+  ['1F1B', oneForwardOneBackward(3, 4)],
+  ['DualPipe', dualPipe(2, 4)],
+] as const)('steps of AdamW by %s: after gather all ranks have the weights of one', async (_, schedule) => {
+  const steps = 4
+  const take = (optimizer: AdamW, gradNorm: number) =>
+    scope(() => optimizer.step(1e-3, full([], Math.min(1, 1 / gradNorm))))
+  const whole = newModel()
+  const all = namedParameters(whole)
+  const alone = new AdamW(all)
+  const told: unknown[] = []
+  for (let step = 0; step < steps; step++) {
+    take(alone, wholeStep(whole, 4).gradNorm)
+    for (const { parameter } of all) parameter.zeroGrad()
+    told.push(await whole.afterStep())
+  }
+  const expected = allNear(weightsOf(all))
+  await local(schedule.ranks.length, async ranks => {
+    const model = newModel()
+    const pipeline = new Pipeline(model, schedule, ranks)
+    const optimizer = new AdamW(pipeline.parameters)
+    for (let step = 0; step < steps; step++) {
+      take(optimizer, (await pipeline.step(batchesOf(4, model))).gradNorm)
+      expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(told[step])
+    }
+    await pipeline.gather()
+    expect(weightsOf(namedParameters(model))).toEqual(expected)
+  })
+})
+
+test.each([
+  ['1F1B', oneForwardOneBackward(3, 4)],
+  ['DualPipe', dualPipe(2, 4)],
+] as const)('%s: what several ranks have keeps the same bits', async (_, schedule) => {
+  const cpu = await createBackend()
+  setDefaultBackend(cpu)
+  const ranks = await local(schedule.ranks.length, async ranks => {
+    const model = newModel()
+    const pipeline = new Pipeline(model, schedule, ranks)
+    const optimizer = new AdamW(pipeline.parameters)
+    for (let step = 0; step < 3; step++) {
+      const { gradNorm } = await pipeline.step(batchesOf(4, model))
+      scope(() => optimizer.step(1e-2, full([], Math.min(1, 1 / gradNorm))))
+    }
+    const values = pipeline.parameters.map(async ({ name, parameter }) => [name, await parameter.values()] as const)
+    return new Map(await Promise.all(values))
+  })
+  const embeddings = ranks.flatMap(own => own.get('model.embed_tokens.weight') ?? [])
+  expect(embeddings).toHaveLength(2)
+  for (const own of ranks)
+    for (const [name, values] of own)
+      for (const other of ranks) if (other.has(name)) expect(other.get(name)).toEqual(values)
+  cpu.dispose()
+})
+
+test('a step that is not finite is refused on all ranks', async () => {
+  const refusals = await local(2, async ranks => {
+    const model = newModel()
+    const pipeline = new Pipeline(model, zeroBubbleH1(2, 2), ranks)
+    if (ranks.rank === 0) model.model.embed_tokens.weight.assign(full([20, 8], Number.NaN))
+    return pipeline.step(batchesOf(2, model)).then(String, error => `${error.code} ${error.message}`)
+  })
+  for (const refusal of refusals) expect(refusal).toMatch(/^E_NAN .*the step has loss NaN/)
 })
 
 test('a step of another number of micro-batches, or of micro-batches of several sizes, is refused', async () => {

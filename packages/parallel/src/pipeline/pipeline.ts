@@ -1,7 +1,7 @@
 /** @file Training steps of a model that is cut into stages, on this rank. */
 import { defaultBackend, MoeError, type NamedParameter, type Precision } from '@moe/core'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
-import { gradientNorm, type StepResult } from '../gradients.ts'
+import { finite, gradientNorm, type StepResult } from '../gradients.ts'
 import { type Schedule, stagesOf } from '../schedule/schedule.ts'
 import { holdersOf, sumReplicas } from './replicas.ts'
 import { type PipelineStage, runSchedule } from './run-schedule.ts'
@@ -56,7 +56,7 @@ export class Pipeline<Batch> {
    * Forward and backward passes of a step. Afterwards the parameters of this rank have the gradients of the step, those of before are dropped: clip them by `gradNorm`, and let the
    * optimizer step. All ranks are given the same micro-batches.
    * @param batches as many as the schedule has
-   * @throws MoeError E_CONFIG
+   * @throws MoeError E_CONFIG; E_NAN, on all ranks, when loss or norm is not finite
    */
   async step(batches: readonly Batch[]): Promise<StepResult> {
     const { microBatches, name } = this.#schedule
@@ -82,7 +82,7 @@ export class Pipeline<Batch> {
       const gradNorm = await gradientNorm(this.#ranks, counted, between.backend ?? defaultBackend())
       const [loss, ...metrics] = await Promise.all(tensors.map(tensor => tensor.item()))
       const names = Object.keys(sums.metrics)
-      return { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) }
+      return finite(name, { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) })
     } finally {
       for (const tensor of tensors) tensor.dispose()
     }
