@@ -447,7 +447,7 @@ export class DeepSeek extends Module {
   /**
    * Once per optimizer step: moves the selection biases by the loads of the whole batch. Resolves to what is worth logging: mean and largest MaxVio over the
    * layers, dead experts.
-   * @param sum makes the loads `i32 [E]` of this rank those of all, where several train the model; of layers that this rank has not run, they are reported only
+   * @param sum makes the loads `i32 [E]` of this rank those of all, where several train the model
    */
   async afterStep(sum?: (loads: readonly Tensor[]) => Promise<Tensor[]>): Promise<Record<string, number>> {
     const speed = scheduled(this.#objective.biasSpeed, this.step)
@@ -456,6 +456,12 @@ export class DeepSeek extends Module {
     const loads = layers.map((layer, i) => {
       const load = (sums?.[i] ?? layer.load)?.values()
       const reduce = (counted: Tensor) => sums?.[i] ?? counted
+      const bias = layer.gate.e_score_correction_bias
+      if (sums && bias && layer.load === null) {
+        // Other ranks have run it.
+        if (layer.balancer) layer.balancer.update?.(bias, sums[i], this.step)
+        else updateBias(bias, sums[i], { speed })
+      }
       if (layer.balancer) layer.rebalance({ step: this.step, reduce })
       else layer.updateBias({ speed, reduce })
       return load

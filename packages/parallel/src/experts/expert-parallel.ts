@@ -49,7 +49,7 @@ interface Spread {
 
 /**
  * A model whose routed experts are spread over ranks: rank r trains the experts from r E/R to before (r + 1) E/R of every layer, on the tokens of all ranks, and everything else together with the others, on rows of
- * its own. Every rank makes the whole model, with the same weights; those of its experts are copied, and those in the model are out of date until `gather`.
+ * its own. Every rank makes the whole model, with the same weights; those of its experts are copied, and the model's are freed, until `gather` brings all.
  */
 export class ExpertParallel<Batch> {
   /** Of this rank: what its optimizer is made from. Experts have the names that they have in the model. */
@@ -65,6 +65,7 @@ export class ExpertParallel<Batch> {
     this.#ranks = ranks
     this.#precision = precision
     this.#layers = model.moeLayers.map(({ experts }) => spread(experts, ranks))
+    this.#freeWhole()
     const own = new Map(this.#layers.flatMap(({ rows }) => rows.map(([whole, share]) => [whole.parameter, share])))
     this.parameters = namedParameters(model).map(named => {
       const parameter = own.get(named.parameter)
@@ -81,6 +82,7 @@ export class ExpertParallel<Batch> {
    * @throws MoeError E_CONFIG when it has not; E_NAN when loss or norm is not finite; both on all ranks
    */
   async step(batches: readonly Batch[]): Promise<StepResult> {
+    this.#freeWhole()
     for (const { parameter } of this.parameters) parameter.zeroGrad()
     const { backend } = this.parameters[0].parameter
     const passes = batches.map(batch => this.#model.inPieces(batch))
@@ -118,10 +120,14 @@ export class ExpertParallel<Batch> {
     return finite('ExpertParallel', result)
   }
 
-  /** Gives the model on every rank the weights of all experts, for measuring, saving and generating. All ranks call it. */
+  /** Gives the model on every rank the weights of all experts, until the next step: for measuring, saving and generating. All ranks call it. */
   async gather(): Promise<void> {
     for (const { rows } of this.#layers)
       for (const [{ parameter }, own] of rows) parameter.assign(await this.#ranks.allGather(own))
+  }
+
+  #freeWhole(): void {
+    for (const { rows } of this.#layers) for (const [{ parameter }] of rows) parameter.dispose()
   }
 
   /** Frees this rank's experts; the model stays. */

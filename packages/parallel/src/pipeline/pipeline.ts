@@ -26,8 +26,8 @@ export interface PipelineOptions {
 }
 
 /**
- * A model in stages on several ranks. Every rank makes the whole model, with the same weights, and trains its own stages of it: gradients, optimizer state and activations
- * are there for these alone, and the weights of the others are out of date until `gather`.
+ * A model in stages on several ranks. Every rank makes the whole model, with the same weights, and trains its own stages of it: weights, gradients, optimizer state and activations are there for these
+ * alone. The others' weights are freed, until `gather` brings them; frozen ones stay.
  */
 export class Pipeline<Batch> {
   /** Of this rank's stages: what its optimizer is made from. */
@@ -50,6 +50,7 @@ export class Pipeline<Batch> {
     this.#precision = precision
     const own = stagesOf(schedule, ranks.rank).flatMap(stage => this.#model.parameters[stage])
     this.parameters = [...new Map(own.map(named => [named.parameter, named])).values()]
+    this.#freeOthers()
   }
 
   /**
@@ -68,6 +69,7 @@ export class Pipeline<Batch> {
         fix: 'make a schedule for as many',
       })
     }
+    this.#freeOthers()
     for (const { parameter } of this.parameters) parameter.zeroGrad()
     const { stages, between } = this.#model.step(batches)
     const options = { between, metrics: this.#model.metrics, precision: this.#precision }
@@ -88,13 +90,20 @@ export class Pipeline<Batch> {
     }
   }
 
-  /** Gives every rank the weights of all stages, from the ranks that train them: for measuring, saving and generating. All ranks call it. */
+  /** Gives every rank the weights of all stages, from the ranks that train them, until the next step: for measuring, saving and generating. All ranks call it. */
   async gather(): Promise<void> {
     for (const [parameter, holders] of this.#holders()) {
+      if (!parameter.trainable) continue
+      // Of a freed parameter the shape is known, which is all that is asked of those who receive.
       const [weights] = await this.#ranks.broadcast([parameter], holders[0])
       if (holders.includes(this.#ranks.rank)) weights.dispose()
       else parameter.assign(weights)
     }
+  }
+
+  #freeOthers(): void {
+    for (const [parameter, holders] of this.#holders())
+      if (parameter.trainable && !holders.includes(this.#ranks.rank)) parameter.dispose()
   }
 
   readonly #parametersOf = (stage: number) => this.#model.parameters[stage].map(({ parameter }) => parameter)
