@@ -5,6 +5,7 @@ import {
   groupedLinear,
   type InitOptions,
   Module,
+  MoeError,
   noGrad,
   type Parameter,
   permuteTokens,
@@ -37,8 +38,13 @@ export class Experts extends Module {
     this.down_proj = weightParameter([experts, hidden, inner], 'down_proj', init)
   }
 
-  /** A copy of some of them, from `from` to before `to`: the share of a rank. Trains apart. */
+  /** A copy of some of them, from `from` to before `to`: the share of a rank. Trains apart. @throws MoeError E_UNSUPPORTED when they are stored in fewer bits */
   copyOf(from: number, to: number): Experts {
+    for (const weight of [this.gate_proj, this.up_proj, this.down_proj]) {
+      if (!(weight instanceof QuantizedParameter)) continue
+      const problem = `experts stored in ${weight.weight.format} cannot be taken apart`
+      throw new MoeError({ code: 'E_UNSUPPORTED', op: 'copyOf', problem, fix: 'open the model in f32' })
+    }
     const [, inner, hidden] = this.gate_proj.shape
     const copy = new Experts(to - from, hidden, inner, { deviation: 0, backend: this.gate_proj.backend })
     for (const name of ['gate_proj', 'up_proj', 'down_proj'] as const) {

@@ -22,6 +22,7 @@ import { assertClose, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import {
   CapacityMoE,
+  Experts,
   MoELayer,
   type RouterConfig,
   routerAttrs,
@@ -284,4 +285,6 @@ test('a copy of some experts has their weights, and trains apart', async () => {
   expect(Math.max(...(await experts.up_proj.values()))).toBeGreaterThan(0)
   experts.down_proj.trainable = false
   expect(experts.copyOf(0, 4).down_proj.trainable).toBe(false)
+  const stored = new Experts(4, 32, 32, { weights: 'int8' })
+  expect(() => stored.copyOf(0, 2)).toThrow(/experts stored in int8 cannot be taken apart; open the model in f32/)
 })
