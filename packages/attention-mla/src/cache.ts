@@ -4,6 +4,7 @@
  */
 import {
   type Backend,
+  checkOptions,
   concat,
   defaultBackend,
   dtypeBytes,
@@ -12,6 +13,7 @@ import {
   type HostArray,
   keep,
   MoeError,
+  type OptionNames,
   scope,
   setRows,
   type Tensor,
@@ -50,6 +52,8 @@ export interface CacheOptions {
   readonly backend?: Backend
 }
 
+const names: OptionNames<CacheOptions> = { layers: true, batch: true, capacity: true, dtype: true, backend: true }
+
 /** Steps of prompts come once, those of decoding again and again. */
 const longestKept = 16
 
@@ -73,6 +77,7 @@ export class KvCache {
   readonly #steps = new Map<number, CacheStep>()
 
   constructor(features: number, options: CacheOptions) {
+    checkOptions('KvCache', options, names)
     const { layers, batch = 1, capacity = 256, dtype = 'f32', backend = defaultBackend() } = options
     for (const [name, size] of Object.entries({ layers, batch, capacity })) {
       if (!Number.isInteger(size) || size < 1) {

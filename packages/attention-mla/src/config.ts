@@ -1,5 +1,5 @@
 /** @file What an MLA layer is made of, in the terms of Hugging Face's config.json. */
-import { MoeError } from '@moe/core'
+import { checkShared, MoeError, type OptionNames } from '@moe/core'
 
 /** YaRN context extension (Peng et al. 2023) as DeepSeek configures it. */
 export interface RopeScaling {
@@ -30,6 +30,29 @@ export interface MlaConfig {
   readonly rope_interleave?: boolean
 }
 
+export const mlaNames: OptionNames<MlaConfig> = {
+  hidden_size: true,
+  num_attention_heads: true,
+  q_lora_rank: true,
+  kv_lora_rank: true,
+  qk_nope_head_dim: true,
+  qk_rope_head_dim: true,
+  v_head_dim: true,
+  rope_theta: true,
+  rope_scaling: true,
+  rope_interleave: true,
+}
+
+const scalingNames: OptionNames<RopeScaling> = {
+  type: true,
+  factor: true,
+  original_max_position_embeddings: true,
+  beta_fast: true,
+  beta_slow: true,
+  mscale: true,
+  mscale_all_dim: true,
+}
+
 /** What is wrong with the numbers that rotation tables are made of. */
 export function ropeProblems({
   rope_theta: theta = 10000,
@@ -38,6 +61,7 @@ export function ropeProblems({
   const problems: string[] = []
   if (!(theta > 0 && theta < Infinity)) problems.push(`rope_theta = ${theta} is not a positive number`)
   if (!scaling) return problems
+  checkShared('rope_scaling', scaling, scalingNames)
   const { type, factor, original_max_position_embeddings: context } = scaling
   if (type !== 'yarn') problems.push(`rope_scaling.type = ${JSON.stringify(type)} is not "yarn"; null is no scaling`)
   if (!(factor > 0 && factor < Infinity)) problems.push(`rope_scaling.factor = ${factor} is not a positive number`)
@@ -49,6 +73,7 @@ export function ropeProblems({
 
 /** @throws MoeError E_CONFIG with every fault in one message. */
 export function checkMlaConfig(config: MlaConfig): void {
+  checkShared('MultiHeadLatentAttention', config, mlaNames)
   const problems: string[] = []
   const sizes = [
     'hidden_size',

@@ -6,14 +6,18 @@
  */
 import {
   attention,
+  checkOptions,
+  checkShared,
   concat,
   forkInit,
   type InitOptions,
+  initNames,
   Linear,
   Module,
   MoeError,
   needAxes,
   noGrad,
+  type OptionNames,
   rope,
   scope,
   type Tensor,
@@ -34,12 +38,23 @@ export interface MhaConfig {
   readonly rope_scaling?: RopeScaling | null
 }
 
+const configNames: OptionNames<MhaConfig> = {
+  hidden_size: true,
+  num_attention_heads: true,
+  num_key_value_heads: true,
+  head_dim: true,
+  rope_theta: true,
+  rope_scaling: true,
+}
+
 export interface MhaOptions extends InitOptions {
   /** Rotation tables of head_dim features to share between layers; default own ones. */
   readonly rotary?: RotaryEmbedding
 }
 
 export type MhaForwardOptions = Omit<MlaForwardOptions, 'absorbUpTo'>
+
+const forwardNames: OptionNames<MhaForwardOptions> = { positions: true, cache: true, layer: true }
 
 /** Causal attention on full keys and values; all features of a head are rotated, in halves. `[B, T, hidden]` to the same shape. */
 export class MultiHeadAttention extends Module {
@@ -55,6 +70,9 @@ export class MultiHeadAttention extends Module {
   /** @throws MoeError E_CONFIG when sizes are impossible. */
   constructor(config: MhaConfig, options: MhaOptions = {}) {
     super()
+    checkShared('MultiHeadAttention', config, configNames)
+    checkOptions('MultiHeadAttention', options, { ...initNames, rotary: true })
+    const { rotary, ...init } = options
     const { hidden_size: hidden, num_attention_heads: heads, num_key_value_heads: groups = heads } = config
     const { head_dim: features = hidden / heads, rope_theta, rope_scaling } = config
     const problems: string[] = []
@@ -67,18 +85,19 @@ export class MultiHeadAttention extends Module {
     if (problems.length > 0) {
       throw new MoeError({ code: 'E_CONFIG', op: 'MultiHeadAttention', problem: problems.join('; ') })
     }
-    this.q_proj = new Linear(hidden, heads * features, forkInit(options, 'q_proj'))
-    this.k_proj = new Linear(hidden, groups * features, forkInit(options, 'k_proj'))
-    this.v_proj = new Linear(hidden, groups * features, forkInit(options, 'v_proj'))
-    this.o_proj = new Linear(heads * features, hidden, forkInit(options, 'o_proj'))
+    this.q_proj = new Linear(hidden, heads * features, forkInit(init, 'q_proj'))
+    this.k_proj = new Linear(hidden, groups * features, forkInit(init, 'k_proj'))
+    this.v_proj = new Linear(hidden, groups * features, forkInit(init, 'v_proj'))
+    this.o_proj = new Linear(heads * features, hidden, forkInit(init, 'o_proj'))
     this.#heads = heads
     this.#groups = groups
     this.#features = features
-    this.#rotary = sharedRotary(options.rotary, { qk_rope_head_dim: features, rope_theta, rope_scaling })
+    this.#rotary = sharedRotary(rotary, { qk_rope_head_dim: features, rope_theta, rope_scaling })
   }
 
   forward(x_BTD: Tensor, options: MhaForwardOptions = {}): Tensor {
     needAxes('MultiHeadAttention', x_BTD, ['batch', 'time', 'hidden'])
+    checkShared('MultiHeadAttention.forward', options, forwardNames)
     const { cache, positions } = options
     if (cache !== undefined) return noGrad(() => scope(() => this.#cached(x_BTD, cache, options)))
     const time = x_BTD.shape[1]

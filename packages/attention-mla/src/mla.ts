@@ -6,11 +6,14 @@
 import {
   attention,
   type Backend,
+  checkOptions,
+  checkShared,
   concat,
   denseWeight,
   forkInit,
   fromHost,
   type InitOptions,
+  initNames,
   keep,
   Linear,
   latentAttention,
@@ -18,6 +21,7 @@ import {
   mlaKeyValue,
   needAxes,
   noGrad,
+  type OptionNames,
   QuantizedParameter,
   type QuantizedWeight,
   quantizedGroupedMatmul,
@@ -38,6 +42,8 @@ export interface MlaOptions extends InitOptions {
   readonly latentNormEps?: number
 }
 
+const optionNames: OptionNames<MlaOptions> = { ...initNames, rotary: true, latentNormEps: true }
+
 export interface MlaForwardOptions {
   /** Positions of the tokens, row-major `[B, T]`. Default 0 .. T-1, or what follows the cache. */
   readonly positions?: Int32Array
@@ -48,6 +54,8 @@ export interface MlaForwardOptions {
   /** Longest run of new tokens that is computed in absorbed form; longer ones expand keys and values. Default 8. */
   readonly absorbUpTo?: number
 }
+
+const forwardNames: OptionNames<MlaForwardOptions> = { positions: true, cache: true, layer: true, absorbUpTo: true }
 
 /**
  * W_UK and W_UV cut out of kv_b_proj for absorbed decoding, while that stays the same: `[H, N, C]` and `[H, V, C]`, or where that is stored in fewer
@@ -78,27 +86,29 @@ export class MultiHeadLatentAttention extends Module {
   constructor(config: MlaConfig, options: MlaOptions = {}) {
     super()
     checkMlaConfig(config)
+    checkOptions('MultiHeadLatentAttention', options, optionNames)
     const { hidden_size: hidden, num_attention_heads: heads, kv_lora_rank: latent, qk_rope_head_dim: ropeDim } = config
-    const { latentNormEps = 1e-6 } = options
+    const { latentNormEps = 1e-6, rotary, ...init } = options
     const queries = heads * (config.qk_nope_head_dim + ropeDim)
-    const child = (name: string) => forkInit(options, name)
+    const child = (name: string) => forkInit(init, name)
     if (config.q_lora_rank === null) this.q_proj = new Linear(hidden, queries, child('q_proj'))
     else {
       this.q_a_proj = new Linear(hidden, config.q_lora_rank, child('q_a_proj'))
-      this.q_a_layernorm = new RmsNorm(config.q_lora_rank, latentNormEps, options)
+      this.q_a_layernorm = new RmsNorm(config.q_lora_rank, latentNormEps, init)
       this.q_b_proj = new Linear(config.q_lora_rank, queries, child('q_b_proj'))
     }
     this.kv_a_proj_with_mqa = new Linear(hidden, latent + ropeDim, child('kv_a_proj_with_mqa'))
-    this.kv_a_layernorm = new RmsNorm(latent, latentNormEps, options)
+    this.kv_a_layernorm = new RmsNorm(latent, latentNormEps, init)
     this.kv_b_proj = new Linear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), child('kv_b_proj'))
     this.o_proj = new Linear(heads * config.v_head_dim, hidden, child('o_proj'))
     this.#config = config
     this.#scale = softmaxScale(config)
-    this.#rotary = sharedRotary(options.rotary, config)
+    this.#rotary = sharedRotary(rotary, config)
   }
 
   forward(x_BTD: Tensor, options: MlaForwardOptions = {}): Tensor {
     needAxes('MultiHeadLatentAttention', x_BTD, ['batch', 'time', 'hidden'])
+    checkShared('MultiHeadLatentAttention.forward', options, forwardNames)
     const { cache, positions } = options
     const time = x_BTD.shape[1]
     const { backend } = x_BTD

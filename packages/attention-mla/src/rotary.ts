@@ -1,6 +1,6 @@
 /** @file Rotary angles with YaRN, and the softmax scale that belongs to them (V3 report 4.3; modeling_deepseek.py of the released weights). */
-import { type Backend, fromHost, keep, MoeError, type Tensor } from '@moe/core'
-import { type MlaConfig, type RopeScaling, ropeProblems } from './config.ts'
+import { type Backend, checkShared, fromHost, keep, MoeError, type Tensor } from '@moe/core'
+import { type MlaConfig, mlaNames, type RopeScaling, ropeProblems } from './config.ts'
 
 /** YaRN's attention temperature: 0.1 m ln(factor) + 1, and 1 without extension. */
 export function yarnMscale(factor: number, mscale: number): number {
@@ -61,6 +61,7 @@ export class RotaryEmbedding {
 
   /** @throws MoeError E_CONFIG with every fault in one message. */
   constructor(config: Pick<MlaConfig, 'qk_rope_head_dim' | 'rope_theta' | 'rope_scaling'>) {
+    checkShared<Partial<MlaConfig>>('RotaryEmbedding', config, mlaNames)
     const { qk_rope_head_dim: features } = config
     const problems = ropeProblems(config)
     if (!(Number.isInteger(features / 2) && features > 0)) problems.unshift(`${features} features are not pairs`)

@@ -1,5 +1,5 @@
 /** @file The backend that needs nothing but npm packages: wasm, or plain JavaScript where wasm does not start. */
-import { type Backend, MoeError } from '@moe/core'
+import { type Backend, checkOptions, MoeError } from '@moe/core'
 import { loadPackage, namespaceOf } from './load-package.ts'
 import type { TfNamespace } from './namespace.ts'
 import { tfjsBackend } from './tfjs-backend.ts'
@@ -19,6 +19,7 @@ type Settable = TfNamespace & { setBackend(name: string): Promise<boolean> }
  * @throws MoeError E_NO_BACKEND when neither is installed.
  */
 export async function createBackend(options: CreateBackendOptions = {}): Promise<Backend> {
+  checkOptions('createBackend', options, { wasmPaths: true, onFallback: true })
   const install = 'npm install @tensorflow/tfjs-core @tensorflow/tfjs-backend-wasm'
   const core = await loadPackage('@tensorflow/tfjs-core', install, () => import('@tensorflow/tfjs-core'))
   const tf = namespaceOf(core) as Settable

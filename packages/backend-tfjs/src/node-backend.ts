@@ -1,5 +1,5 @@
 /** @file The tfjs-node and tfjs-node-gpu packages: their shim for new versions of Node, and the truth about the device. */
-import { type Backend, MoeError } from '@moe/core'
+import { type Backend, checkOptions, MoeError } from '@moe/core'
 import { loadPackage, namespaceOf } from './load-package.ts'
 import { tfjsBackend } from './tfjs-backend.ts'
 
@@ -26,6 +26,7 @@ interface NodeKernelBackend {
  * TensorFlow runs without one, which the library itself does not tell.
  */
 export async function createNodeBackend(options: NodeBackendOptions = {}): Promise<Backend> {
+  checkOptions('createNodeBackend', options, { gpu: true, load: true, tf32: true })
   const { gpu = false, tf32 = false } = options
   const name = gpu ? '@tensorflow/tfjs-node-gpu' : '@tensorflow/tfjs-node'
   await restoreNodeUtil()

@@ -1,6 +1,7 @@
 /** @file `tfjsBackend`: core's Backend on whichever TensorFlow.js backend a namespace has. */
 import {
   type Backend,
+  checkOptions,
   type DType,
   type FusedKernels,
   type FusedName,
@@ -45,6 +46,7 @@ type Compute = (inputs: readonly Value[], attrs: never, outputs: readonly Tensor
  * @throws MoeError E_NO_BACKEND when the namespace has no initialized backend of that name.
  */
 export function tfjsBackend(tf: TfNamespace, options: TfjsBackendOptions = {}): Backend {
+  checkOptions('tfjsBackend', options, { backend: true, device: true, reads: true })
   const name = options.backend ?? tf.getBackend()
   const engineBackend = name ? (tf.findBackend(name) as TfKernelBackend | null) : null
   if (engineBackend === null || engineBackend === undefined) {

@@ -1,5 +1,6 @@
 /** @file Rewrites a checkpoint tensor by tensor: other names, another float dtype, fp8 blocks undone. */
 
+import { checkOptions, type OptionNames } from '@moe/core'
 import { isScaleKey, type ReadF32Options, readF32, scaleKey } from './read-f32.ts'
 import type { TensorSource } from './read-safetensors.ts'
 import { type SavedCheckpoint, type SaveOptions, saveCheckpoint } from './save-checkpoint.ts'
@@ -20,6 +21,15 @@ export interface ConvertOptions extends SaveOptions, ReadF32Options {
    * bf16 changes the routing (NVIDIA/Megatron-LM#1482).
    */
   readonly keepF32?: (key: string) => boolean
+}
+
+const names: OptionNames<ConvertOptions> = {
+  rename: true,
+  dtype: true,
+  keepF32: true,
+  block: true,
+  metadata: true,
+  maxShardBytes: true,
 }
 
 export interface Conversion extends SavedCheckpoint {
@@ -52,7 +62,9 @@ export async function convertCheckpoint(
   folder: string | URL,
   options: ConvertOptions = {},
 ): Promise<Conversion> {
+  checkOptions('convertCheckpoint', options, names)
   const { rename = key => key, dtype, keepF32 = key => key.endsWith('.e_score_correction_bias') } = options
+  const { block, metadata, maxShardBytes } = options
   const entries: TensorEntry[] = []
   const unmapped: string[] = []
   const dequantized: string[] = []
@@ -72,14 +84,14 @@ export async function convertCheckpoint(
     if (info.dtype === 'f8e4m3' && source.has(scaleKey(key))) dequantized.push(key)
     const target = keepF32(key) ? 'f32' : dtype
     const convert = async () => {
-      const { data } = await readF32(source, key, options)
+      const { data } = await readF32(source, key, { block })
       const converted = fromF32(target, data)
       if (target === 'f16' && overflows(data)) overflowed.push(key)
       return converted
     }
     entries.push({ name, dtype: target, shape: info.shape, data: convert })
   }
-  const saved = await saveCheckpoint(folder, entries, options)
+  const saved = await saveCheckpoint(folder, entries, { metadata, maxShardBytes })
   return { ...saved, written: entries.map(({ name }) => name), unmapped, dequantized, overflowed }
 }
 

@@ -2,6 +2,7 @@
 
 import { realpath, stat } from 'node:fs/promises'
 import { basename, dirname, isAbsolute, join, relative, resolve, sep } from 'node:path'
+import { checkOptions } from '@moe/core'
 import { checkpointError, fileError, shown } from './checkpoint-error.ts'
 import { pathOf } from './path-of.ts'
 import {
@@ -42,20 +43,22 @@ export interface OpenOptions extends ReadOptions {
  *   of the index
  */
 export async function openCheckpoint(path: string | URL, options: OpenOptions = {}): Promise<TensorSource> {
+  checkOptions('openCheckpoint', options, { root: true, maxHeaderBytes: true })
   return openAt(pathOf('openCheckpoint', path), options)
 }
 
 async function openAt(path: string, options: OpenOptions): Promise<TensorSource> {
+  const { root, ...reading } = options
   const stats = await stat(path).catch(cause => {
     throw fileError(path, 'opening', cause)
   })
   if (!stats.isDirectory()) {
-    return path.endsWith('.json') ? openSharded(path, options) : readSafetensors(path, options)
+    return path.endsWith('.json') ? openSharded(path, options) : readSafetensors(path, reading)
   }
   const single = join(path, SINGLE_FILE)
   if (await exists(single)) {
-    await refuseOutside(single, options.root ?? path)
-    return readSafetensors(single, options)
+    await refuseOutside(single, root ?? path)
+    return readSafetensors(single, reading)
   }
   const index = join(path, INDEX_FILE)
   if (await exists(index)) return openSharded(index, options)
@@ -74,7 +77,7 @@ interface CheckpointIndex {
 
 async function openSharded(indexPath: string, options: OpenOptions): Promise<ShardedCheckpoint> {
   const folder = dirname(resolve(indexPath))
-  const root = options.root ?? folder
+  const { root = folder, ...reading } = options
   await refuseOutside(indexPath, root)
   const index = await readIndex(indexPath)
   const shards = new Map<string, SafetensorsFile>()
@@ -82,7 +85,7 @@ async function openSharded(indexPath: string, options: OpenOptions): Promise<Sha
     for (const name of new Set(index.weightMap.values())) {
       const path = join(folder, name)
       await refuseOutside(path, root)
-      shards.set(name, await readSafetensors(path, options))
+      shards.set(name, await readSafetensors(path, reading))
     }
     checkShards(indexPath, index, shards)
     return new ShardedCheckpoint(dirname(indexPath), index, shards)

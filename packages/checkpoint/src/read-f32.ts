@@ -1,5 +1,6 @@
 /** @file A tensor of any stored dtype as f32, block scales included. */
 
+import { checkOptions } from '@moe/core'
 import { checkpointError, shown } from './checkpoint-error.ts'
 import { DEFAULT_BLOCK, dequantizeFp8Blocks } from './fp8-blocks.ts'
 import type { TensorSource } from './read-safetensors.ts'
@@ -28,6 +29,7 @@ export async function readF32(
   key: string,
   options: ReadF32Options = {},
 ): Promise<{ shape: readonly number[]; data: Float32Array }> {
+  checkOptions('readF32', options, { block: true })
   const { dtype, shape, data } = await source.read(key)
   if (dtype === 'f8e4m3' && source.has(scaleKey(key))) {
     const scale = await readF32(source, scaleKey(key))

@@ -2,6 +2,7 @@
 
 import { constants, type Stats } from 'node:fs'
 import { type FileHandle, open, stat } from 'node:fs/promises'
+import { checkOptions } from '@moe/core'
 import { checkpointError, fileError, shown } from './checkpoint-error.ts'
 import { DEFAULT_MAX_HEADER_BYTES, type Header, headerLength, PREFIX_BYTES, parseHeader } from './header.ts'
 import { pathOf } from './path-of.ts'
@@ -61,6 +62,7 @@ export interface ReadOptions {
  * ```
  */
 export async function readSafetensors(path: string | URL, options: ReadOptions = {}): Promise<SafetensorsFile> {
+  checkOptions('readSafetensors', options, { maxHeaderBytes: true })
   return readFrom(pathOf('readSafetensors', path), options)
 }
 

@@ -3,6 +3,7 @@
 import { randomBytes } from 'node:crypto'
 import { mkdir, readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
+import { checkOptions } from '@moe/core'
 import { syncFolder, writeAtomically } from './atomic-file.ts'
 import { checkpointError, fileError } from './checkpoint-error.ts'
 import { INDEX_FILE, readIndex, SINGLE_FILE } from './open-checkpoint.ts'
@@ -42,6 +43,7 @@ export async function saveCheckpoint(
   entries: Iterable<TensorEntry>,
   options: SaveOptions = {},
 ): Promise<SavedCheckpoint> {
+  checkOptions('saveCheckpoint', options, { metadata: true, maxShardBytes: true })
   return saveInto(pathOf('saveCheckpoint', folder), entries, options)
 }
 

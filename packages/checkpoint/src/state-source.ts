@@ -1,6 +1,6 @@
 /** @file A checkpoint as `loadStateDict` of `@moe/core` reads it. */
 
-import { type DType, dtypes, type HostArray, type StateSource } from '@moe/core'
+import { checkOptions, type DType, dtypes, type HostArray, type StateSource } from '@moe/core'
 import { isScaleKey, type ReadF32Options, readF32, scaleKey } from './read-f32.ts'
 import type { TensorSource } from './read-safetensors.ts'
 
@@ -12,6 +12,7 @@ import type { TensorSource } from './read-safetensors.ts'
  * @throws {MoeError} `E_CHECKPOINT` from `info` and `read`, as those of the checkpoint
  */
 export function stateSource(source: TensorSource, options: ReadF32Options = {}): StateSource {
+  checkOptions('stateSource', options, { block: true })
   const dtypeOf = (key: string): DType => {
     const { dtype } = source.info(key)
     if (dtype === 'f8e4m3' && source.has(scaleKey(key))) return 'f32'

@@ -1,5 +1,6 @@
 /** @file Writes one safetensors file, a tensor at a time. */
 
+import { checkOptions } from '@moe/core'
 import { type Append, writeAtomically } from './atomic-file.ts'
 import { checkpointError } from './checkpoint-error.ts'
 import { encodeHeader } from './header.ts'
@@ -52,6 +53,7 @@ export async function writeSafetensors(
   options: WriteOptions = {},
 ): Promise<number> {
   const file = pathOf('writeSafetensors', path)
+  checkOptions('writeSafetensors', options, { metadata: true })
   return writePlanned(file, planEntries(file, entries), options)
 }
 

@@ -1,6 +1,7 @@
 /** @file The few settings that are not arguments: default backend, recording, precision policy, and what fell back. */
 import type { Backend, FusedName, Precision, WidePrecision } from './backend.ts'
 import { describe, isMoeError, MoeError } from './errors.ts'
+import { checkOptions } from './options.ts'
 
 interface Context {
   backend: Backend | null
@@ -66,6 +67,7 @@ export async function firstAvailable(
   loaders: ReadonlyArray<() => Promise<BackendModule>>,
   options: { onSkip?: (reason: string) => void } = {},
 ): Promise<Backend> {
+  checkOptions('firstAvailable', options, { onSkip: true })
   const reasons: string[] = []
   for (const load of loaders) {
     try {

@@ -4,6 +4,7 @@ import { defaultBackend } from './context.ts'
 import { type DType, encodeHost, type HostArray } from './dtype.ts'
 import { describe } from './errors.ts'
 import { attrError, needSizes, shapeError } from './infer.ts'
+import { checkOptions, type OptionNames } from './options.ts'
 import type { Random } from './random.ts'
 import { showShape, sizeOf } from './shape.ts'
 import { Tensor } from './tensor.ts'
@@ -14,11 +15,19 @@ export interface CreateOptions {
   readonly backend?: Backend
 }
 
+const createNames: OptionNames<CreateOptions> = { dtype: true, backend: true }
+
+/** A tensor says both, too: `zeros(shape, x)`. */
+function checkCreate(op: string, options: CreateOptions): void {
+  if (!(options instanceof Tensor)) checkOptions(op, options, createNames)
+}
+
 /**
  * Every element the same value.
  * @throws MoeError E_SHAPE when a size is negative or no integer.
  */
 export function full(shape: Shape, value: number, options: CreateOptions = {}): Tensor {
+  checkCreate('full', options)
   const { dtype = 'f32', backend = defaultBackend() } = options
   needSizes('full', shape)
   const specs: TensorSpec[] = [{ shape, dtype }]
@@ -40,6 +49,7 @@ export function ones(shape: Shape, options?: CreateOptions): Tensor {
  */
 export function tensor(values: ArrayLike<number>, shape?: Shape, options: CreateOptions = {}): Tensor {
   needNumbers(values)
+  checkCreate('tensor', options)
   const natural = values instanceof Int32Array ? 'i32' : values instanceof Uint8Array ? 'u8' : 'f32'
   const dtype = options.dtype ?? natural
   return fromHost(encodeHost(dtype, values), shape ?? [values.length], dtype, options.backend)
@@ -64,6 +74,7 @@ export function fromHost(data: HostArray, shape: Shape, dtype: DType, backend = 
 
 /** 0, 1, ..., n-1 as i32. */
 export function arange(n: number, options: { backend?: Backend } = {}): Tensor {
+  checkCreate('arange', options)
   return fromHost(
     Int32Array.from({ length: n }, (_, i) => i),
     [n],
@@ -74,6 +85,7 @@ export function arange(n: number, options: { backend?: Backend } = {}): Tensor {
 
 /** A tensor of normal numbers. */
 export function randn(shape: Shape, random: Random, options: { deviation?: number; backend?: Backend } = {}): Tensor {
+  checkOptions('randn', options, { deviation: true, backend: true })
   return fromHost(random.normal(sizeOf(shape), options.deviation), shape, 'f32', options.backend)
 }
 
@@ -83,6 +95,7 @@ export function rand(
   random: Random,
   options: { low?: number; high?: number; backend?: Backend } = {},
 ): Tensor {
+  checkOptions('rand', options, { low: true, high: true, backend: true })
   const { low = 0, high = 1, backend } = options
   const values = random.uniform(sizeOf(shape))
   for (let i = 0; i < values.length; i++) values[i] = low + (high - low) * values[i]

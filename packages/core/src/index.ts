@@ -98,6 +98,7 @@ export {
   Embedding,
   forkInit,
   type InitOptions,
+  initNames,
   Linear,
   normalParameter,
   OutputHead,
@@ -135,6 +136,7 @@ export {
   type StateSource,
   stateDict,
 } from './nn/state-dict.ts'
+export { checkOptions, checkShared, type OptionNames } from './options.ts'
 export { philox4x32, Random } from './random.ts'
 export { allOrNothing, keep, Lifetime, scope } from './scope.ts'
 export { broadcastShapes, sameShape, showShape, sizeOf, stridesOf } from './shape.ts'

@@ -24,6 +24,7 @@ import { type DType, decodeHost, type HostArray, isFloat } from './dtype.ts'
 import { describe, MoeError } from './errors.ts'
 import { attrError, infer, inferReshape, isSize, needSizes, shapeError } from './infer.ts'
 import { needTensor } from './need-tensor.ts'
+import { checkOptions } from './options.ts'
 import { Scoped, scope } from './scope.ts'
 import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf } from './shape.ts'
 
@@ -278,6 +279,7 @@ export class Tensor extends Scoped implements Value {
    */
   matmul(other: Tensor, options: { transposeA?: boolean; transposeB?: boolean; precision?: Precision } = {}): Tensor {
     needTensor('matmul', 'rhs', other)
+    checkOptions('matmul', options, matmulNames)
     return composed([this, other], () => matmul(this, other, options))
   }
 
@@ -528,6 +530,8 @@ function reduce(
   return out
 }
 
+const matmulNames = { transposeA: true, transposeB: true, precision: true }
+
 function matmul(
   a: Tensor,
   b: Tensor,
@@ -580,8 +584,11 @@ export function scatterAddRows(index: Tensor, source: Tensor, rows: number): Ten
   return run('scatterAddRows', [index, source], { rows })
 }
 
+const setRowsNames = { donate: true }
+
 /** `x` with the rows at `index` replaced by those of `source`. With `donate`, x is used up (its memory may become the result's). */
 export function setRows(x: Tensor, index: Tensor, source: Tensor, options: { donate?: boolean } = {}): Tensor {
+  checkOptions('setRows', options, setRowsNames)
   const donate = options.donate === true && !(context.recording && (x.tracked || source.tracked))
   const out = run('setRows', [x, index, source], { donate })
   if (donate) x.dispose()

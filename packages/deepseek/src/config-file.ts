@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { DEFAULT_BLOCK } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import { z } from 'zod'
-import { type DeepSeekConfigInput, parseConfig } from './config.ts'
+import { type DeepSeekConfigInput, ownKeys, parseConfig } from './config.ts'
 
 const FILE = 'config.json'
 
@@ -13,7 +13,7 @@ const FILE = 'config.json'
  * @throws MoeError E_CHECKPOINT when it cannot be read, E_CONFIG for faults of the configuration
  */
 export async function readConfig(folder: string): Promise<DeepSeekConfigInput> {
-  const config = await readJson(folder)
+  const config = ownKeys(await readJson(folder))
   parseConfig(config)
   return config as DeepSeekConfigInput
 }

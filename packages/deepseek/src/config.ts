@@ -1,6 +1,6 @@
 /** @file Model configurations in Hugging Face's terms (config.json of DeepSeek V2, V3 and LLM), checked as a whole. */
 import type { RopeScaling } from '@moe/attention-mla'
-import { MoeError } from '@moe/core'
+import { checkShared, MoeError } from '@moe/core'
 import { z } from 'zod'
 
 const size = z.int().positive()
@@ -112,6 +112,11 @@ export interface DeepSeekConfig extends Omit<Fields, 'model_type' | 'rope_scalin
  */
 export function parseConfig(input: unknown): DeepSeekConfig {
   const dense = (input as { model_type?: unknown } | null)?.model_type === 'llama'
+  checkShared('DeepSeek', input as object, dense ? denseFields.shape : latentFields.shape)
+  for (const key of ropeKeys) {
+    const scaling = (input as LatentConfigInput)[key]
+    if (isObject(scaling)) checkShared(`DeepSeek ${key}`, scaling, ropeFields.shape)
+  }
   const result = dense
     ? denseFields.transform(withoutLatents).safeParse(input)
     : latentFields.transform(withLatents).safeParse(input)
@@ -139,6 +144,19 @@ export function parseConfig(input: unknown): DeepSeekConfig {
     rope_scaling: yarn(rope_scaling ?? rope_parameters, rest.max_position_embeddings),
   }
 }
+
+/** What of a config.json is ours: files have the names of all programs that read them. */
+export function ownKeys(json: Readonly<Record<string, unknown>>): Record<string, unknown> {
+  const of = (given: object, names: object) =>
+    Object.fromEntries(Object.entries(given).filter(([name]) => Object.hasOwn(names, name)))
+  const own = of(json, json['model_type'] === 'llama' ? denseFields.shape : latentFields.shape)
+  for (const scaling of ropeKeys) if (isObject(own[scaling])) own[scaling] = of(own[scaling], ropeFields.shape)
+  return own
+}
+
+const ropeKeys = ['rope_scaling', 'rope_parameters'] as const
+
+const isObject = (value: unknown): value is object => typeof value === 'object' && value !== null
 
 type Fields = z.output<typeof latentFields>
 type CheckedFields = ReturnType<typeof withLatents>

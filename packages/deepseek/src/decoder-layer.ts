@@ -1,6 +1,17 @@
 /** @file One transformer block: MLA (multi-head attention in a dense model), then experts (or a dense net in the leading layers), each behind a norm and added to its input. */
 import { type KvCache, MultiHeadAttention, MultiHeadLatentAttention, type RotaryEmbedding } from '@moe/attention-mla'
-import { forkInit, type InitOptions, isRecording, Module, RmsNorm, SwigluMlp, scope, type Tensor } from '@moe/core'
+import {
+  checkShared,
+  forkInit,
+  type InitOptions,
+  isRecording,
+  Module,
+  type OptionNames,
+  RmsNorm,
+  SwigluMlp,
+  scope,
+  type Tensor,
+} from '@moe/core'
 import { type Balancer, type MoEForwardOptions, MoELayer, type TokenDropping } from '@moe/router'
 import { type DeepSeekConfig, isMoELayer } from './config.ts'
 
@@ -9,6 +20,17 @@ export interface LayerOptions extends MoEForwardOptions {
   readonly cache?: KvCache
   /** Layer of the cache. */
   readonly layer?: number
+}
+
+export const layerNames: OptionNames<LayerOptions> = {
+  cache: true,
+  layer: true,
+  training: true,
+  mask: true,
+  undropped: true,
+  onBalanceLoss: true,
+  onBalancerLoss: true,
+  onLoad: true,
 }
 
 export interface DecoderLayerInit extends InitOptions {
@@ -41,11 +63,13 @@ export class DecoderLayer extends Module {
 
   /** `[B, T, hidden]` to the same shape. */
   forward(x: Tensor, options: LayerOptions): Tensor {
+    checkShared('DecoderLayer.forward', options, layerNames)
+    const { cache, layer, ...watched } = options
     const part = isTransient(options) ? scope : <T>(fn: () => T) => fn()
     return part(() => {
-      const attended = part(() => this.attend(x, options))
+      const attended = part(() => this.attend(x, { cache, layer }))
       const normal = this.post_attention_layernorm.forward(attended)
-      return attended.add(this.mlp instanceof MoELayer ? this.mlp.forward(normal, options) : this.mlp.forward(normal))
+      return attended.add(this.mlp instanceof MoELayer ? this.mlp.forward(normal, watched) : this.mlp.forward(normal))
     })
   }
 

@@ -140,7 +140,7 @@ describe('generation', () => {
         { backend },
       )
       const before = backend.stats().bytes
-      const logits = model.infer(() => model.forward(ids, options))
+      const logits = model.infer(() => model.lm_head.forward(model.hidden(ids, options)))
       const { peakBytes } = backend.stats()
       const values = await logits.values()
       return { bytes: peakBytes - before, values }
@@ -251,7 +251,7 @@ describe('generation', () => {
     expect(() => model.generate([1], { tokenizer: {} as TextTokenizer })).toThrow(/no createDecodeStream; pass one of/)
     const signal = new AbortController() as unknown as AbortSignal
     expect(() => model.generate([1], { signal })).toThrow(/no AbortSignal; of an AbortController pass .signal/)
-    model.generate([1], null as unknown as GenerateOptions)
+    expect(() => model.generate([1], null as unknown as GenerateOptions)).toThrow(/null is given in place of options/)
     const stop = '.' as unknown as string[]
     expect(() => model.generate([1], { stop })).toThrow(/stop is "\."; pass a list of token ids and texts/)
     const aborted = model.generate([1], { signal: AbortSignal.abort() })

@@ -1,6 +1,15 @@
 /** @file Continuing a text token by token over a cache, optionally with MTP modules drafting ahead. */
 import type { CacheDType } from '@moe/attention-mla'
-import { MoeError, namedParameters, type Precision, QuantizedParameter, Random, type Tensor } from '@moe/core'
+import {
+  checkOptions,
+  MoeError,
+  namedParameters,
+  type OptionNames,
+  type Precision,
+  QuantizedParameter,
+  Random,
+  type Tensor,
+} from '@moe/core'
 import { endTokens } from './config.ts'
 import { DecodeStep } from './decode-step.ts'
 import { Drafter } from './drafter.ts'
@@ -35,6 +44,21 @@ export interface TextOptions extends GenerateOptions {
   readonly tokenizer: TextTokenizer
 }
 
+const names: OptionNames<TextOptions> = {
+  maxTokens: true,
+  temperature: true,
+  topP: true,
+  minP: true,
+  seed: true,
+  stop: true,
+  signal: true,
+  speculative: true,
+  onToken: true,
+  cacheDtype: true,
+  precision: true,
+  tokenizer: true,
+}
+
 export interface GenerationStats {
   /** Tokens made. */
   tokens: number
@@ -58,6 +82,7 @@ export function generate(
   prompt: ArrayLike<number>,
   options: GenerateOptions | TextOptions,
 ): Generation<number | string> {
+  checkOptions<Partial<TextOptions>>('generate', options, names)
   checkSampling(options)
   checkPrompt(model, prompt)
   const { maxTokens = 0 } = options

@@ -14,6 +14,8 @@ import {
 import {
   allOrNothing,
   type Backend,
+  checkOptions,
+  checkShared,
   concat,
   currentPrecision,
   defaultBackend,
@@ -29,6 +31,7 @@ import {
   Module,
   needAxes,
   noGrad,
+  type OptionNames,
   OutputHead,
   type Precision,
   Random,
@@ -62,7 +65,7 @@ import {
   updateBias,
 } from '@moe/router'
 import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './config.ts'
-import { DecoderLayer, type DecoderLayerInit, isTransient, type LayerOptions } from './decoder-layer.ts'
+import { DecoderLayer, type DecoderLayerInit, isTransient, type LayerOptions, layerNames } from './decoder-layer.ts'
 import { type GenerateOptions, type Generation, generate, type TextOptions } from './generate.ts'
 import type { LossSource } from './loss-parts.ts'
 import { DeepSeekPieces } from './pieces.ts'
@@ -103,6 +106,30 @@ export interface DeepSeekOptions {
   }
   /** Is given the loads and selection biases of every layer after each step. */
   readonly monitor?: LoadMonitor
+}
+
+const optionNames: OptionNames<DeepSeekOptions> = {
+  seed: true,
+  backend: true,
+  weights: true,
+  objective: true,
+  balancer: true,
+  dropping: true,
+  monitor: true,
+}
+
+const droppingNames: OptionNames<DeepSeekOptions['dropping'] & object> = {
+  devices: true,
+  capacity_factor: true,
+  undropped: true,
+}
+
+const usualObjective: Objective = {
+  mtpWeight: 0.3,
+  balanceWeight: 1e-4,
+  biasSpeed: 0.001,
+  mtpDetached: false,
+  mtpAcceptance: false,
 }
 
 /** The loss of a batch and what to log beside it. */
@@ -174,22 +201,17 @@ export class DeepSeek extends Module {
    */
   constructor(config: DeepSeekConfigInput, options: DeepSeekOptions = {}) {
     super()
-    const {
-      seed = 0,
-      backend = defaultBackend(),
-      weights,
-      objective,
-      balancer,
-      dropping,
-      monitor = null,
-    } = options ?? {}
+    checkOptions('DeepSeek', options, optionNames)
+    const { seed = 0, backend = defaultBackend(), weights, objective = {}, balancer, monitor = null } = options
+    checkOptions('DeepSeek objective', objective, usualObjective)
+    const { undropped: share = 0.1, ...budget } = options.dropping ?? {}
+    if (options.dropping) checkOptions('DeepSeek dropping', options.dropping, droppingNames)
+    const dropping = options.dropping && (budget as TokenDropping)
     this.#config = parseConfig(config)
     this.#backend = backend
-    const usual = { mtpWeight: 0.3, balanceWeight: 1e-4, biasSpeed: 0.001, mtpDetached: false, mtpAcceptance: false }
-    this.#objective = { ...usual, ...objective }
+    this.#objective = { ...usualObjective, ...objective }
     this.#balancer = balancer ?? null
     this.#monitor = monitor
-    const share = dropping?.undropped ?? 0.1
     const draw = (batch: number) =>
       new Random(seed ?? 0).fork(`undropped/${this.step}/${this.#batches++}`).uniform(batch)
     this.#undropped = dropping ? batch => draw(batch).map(x => (x < share ? 1 : 0)) : null
@@ -224,6 +246,8 @@ export class DeepSeek extends Module {
 
   /** Opens a checkpoint in the Hugging Face layout: a folder with config.json and safetensors. */
   static async fromPretrained(folder: string | URL, options: Omit<DeepSeekOptions, 'seed'> = {}): Promise<DeepSeek> {
+    const { seed, ...names } = optionNames
+    checkOptions('DeepSeek.fromPretrained', options, names)
     return loadPretrained(folder, config => new DeepSeek(config, { ...options, seed: null }))
   }
 
@@ -276,12 +300,14 @@ export class DeepSeek extends Module {
 
   /** Logits of every position: `i32 [B, T]` to `[B, T, V]`. */
   forward(ids: Tensor, options: Pick<LayerOptions, 'cache'> = {}): Tensor {
+    checkOptions('DeepSeek.forward', options, { cache: true })
     return this.lm_head.forward(this.hidden(ids, options))
   }
 
   /** Hidden states after the final norm, `i32 [B, T]` to `[B, T, D]`. With a cache, the new tokens are added to it. */
   hidden(ids: Tensor, options: LayerOptions = {}): Tensor {
     needAxes('DeepSeek', ids, ['batch', 'time'])
+    checkShared('DeepSeek.hidden', options, layerNames)
     let x = this.model.embed_tokens.forward(ids)
     this.decoder.forEach((layer, i) => {
       const before = x
@@ -294,6 +320,7 @@ export class DeepSeek extends Module {
 
   /** A cache for this model's decoder layers: latent, or keys and values in a dense model. */
   makeCache(options: Pick<CacheOptions, 'batch' | 'capacity' | 'dtype'> = {}): KvCache {
+    checkOptions('DeepSeek.makeCache', options, { batch: true, capacity: true, dtype: true })
     const all = { ...options, layers: this.#config.num_hidden_layers, backend: this.#backend }
     const { self_attn: attention } = this.decoder[0]
     return attention instanceof MultiHeadAttention ? attention.makeCache(all) : new LatentCache(this.#config, all)
@@ -304,6 +331,7 @@ export class DeepSeek extends Module {
    * counted. Positions below `from` carry no loss.
    */
   loss(rows: TokenRows, options: { training?: boolean; from?: number } = {}): DeepSeekLoss {
+    checkOptions('DeepSeek.loss', options, { training: true, from: true })
     const { training = true, from } = options
     const { arrays, count } = this.#lossInputs(rows, training, from)
     const inputs = uploadInputs({ ...arrays, ...(training ? this.#factors() : {}) }, this.#backend)
@@ -507,7 +535,7 @@ export class DeepSeek extends Module {
   generate(ids: ArrayLike<number>, options: TextOptions): Generation<string>
   generate(ids: ArrayLike<number>, options?: GenerateOptions): Generation<number>
   generate(ids: ArrayLike<number>, options: GenerateOptions | TextOptions = {}): Generation<number | string> {
-    return generate(this, ids, options ?? {})
+    return generate(this, ids, options)
   }
 
   /** Writes config.json and model.safetensors in the Hugging Face layout. */
@@ -527,7 +555,9 @@ export class DeepSeek extends Module {
   }
 
   /** Runs inference code: nothing is recorded, everything but the result is freed. Products in `precision`; default: that of the caller. */
-  infer<T>(fn: () => T, { precision = currentPrecision() }: { precision?: Precision } = {}): T {
+  infer<T>(fn: () => T, options: { precision?: Precision } = {}): T {
+    checkOptions('DeepSeek.infer', options, { precision: true })
+    const { precision = currentPrecision() } = options
     return noGrad(() => withPrecision(precision, () => scope(fn)))
   }
 }

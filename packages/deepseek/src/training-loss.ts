@@ -21,9 +21,9 @@ export function lossInputs(
   depths: number,
   options: { from: number; undropped?: Float32Array },
 ): { arrays: HostInputs; count: number } {
-  const { undropped } = options
+  const { from, undropped } = options
   const { rows: batch, length, documents } = rows
-  const host = depthTargets(rows, time, depths, options)
+  const host = depthTargets(rows, time, depths, { from })
   const arrays: Record<string, HostInputs[string]> = {
     tokens: { data: host.tokens, shape: [batch, length] },
     targets: { data: host.targets, shape: [depths + 1, batch * time] },

@@ -11,7 +11,7 @@ import type {
   TensorSpec,
   Value,
 } from '@moe/core'
-import { dtypes, hostArray, MoeError, sizeOf } from '@moe/core'
+import { checkOptions, dtypes, hostArray, MoeError, sizeOf } from '@moe/core'
 import { capture, type Recording } from './graph.ts'
 import { fusedFactories, primitiveFactories } from './kernels/index.ts'
 import { type Isa, isas, loadLibrary, type NativeLibrary } from './load.ts'
@@ -48,6 +48,7 @@ export interface CpuBackend extends Backend {
  * @throws MoeError E_NO_BACKEND without a library for this machine, E_CONFIG for an impossible option.
  */
 export async function createBackend(options: CpuOptions = {}): Promise<CpuBackend> {
+  checkOptions('createBackend', options, { threads: true, isa: true, memoryLimit: true, guarded: true })
   const isa = options.isa ?? isaFromEnvironment()
   const library = await loadLibrary(isa)
   const threads = options.threads ?? threadsFromEnvironment() ?? library.defaultThreads

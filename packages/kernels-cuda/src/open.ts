@@ -1,5 +1,5 @@
 /** @file Opening a device: driver, context, memory, one stream, kernels, and what launchers see of them. */
-import { MoeError } from '@moe/core'
+import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import { openCublasLt } from './cublas-lt/library.ts'
 import { CublasLt } from './cublas-lt/products.ts'
 import { Context } from './driver/context.ts'
@@ -37,6 +37,16 @@ export interface CudaOptions {
   readonly kernels?: string
 }
 
+const names: OptionNames<CudaOptions> = {
+  device: true,
+  memoryLimit: true,
+  guarded: true,
+  wgmma: true,
+  cublasLt: true,
+  driver: true,
+  kernels: true,
+}
+
 /** A device that is open. */
 export interface Opened {
   readonly driver: Driver
@@ -55,6 +65,7 @@ const hopper = 90
 
 /** @throws MoeError as `createBackend` does. */
 export async function openCuda(options: CudaOptions): Promise<Opened> {
+  checkOptions('createBackend', options, names)
   const driver = await openDriver(options.driver)
   const device = findDevice(driver, options.device ?? deviceFromEnvironment())
   const context = new Context(driver, device.ordinal)

@@ -1,5 +1,5 @@
 /** @file The training loss over all depths (V3 report eq. 24-25). */
-import { linearCrossEntropy, MoeError, type Tensor } from '@moe/core'
+import { checkOptions, linearCrossEntropy, MoeError, type Tensor } from '@moe/core'
 import type { MtpModule } from './mtp.ts'
 import {
   averageAt,
@@ -81,8 +81,10 @@ export function mtpLoss<Options>(
   rows: TokenRows | DepthTensors,
   headWeight: Tensor,
   options: DepthOptions<Options>,
-  { detached = false }: MtpLossOptions = {},
+  settings: MtpLossOptions = {},
 ): MtpLoss {
+  checkOptions('mtpLoss', settings, { detached: true })
+  const { detached = false } = settings
   if (modules.length === 0) {
     throw new MoeError({ code: 'E_ATTR', op: 'mtpLoss', problem: 'there are no modules', fix: 'leave the loss out' })
   }

@@ -5,14 +5,18 @@
  * Legend: B batch, T time, D hidden size.
  */
 import {
+  checkOptions,
+  checkShared,
   concat,
   denseWeight,
   Embedding,
   forkInit,
   type InitOptions,
+  initNames,
   Linear,
   Module,
   needAxes,
+  type OptionNames,
   OutputHead,
   RmsNorm,
   type Tensor,
@@ -39,6 +43,14 @@ export interface MtpModuleOptions<Options> extends InitOptions {
   readonly separate?: boolean
   /** Makes the module's own transformer block. */
   readonly makeBlock: (init: InitOptions) => Block<Options>
+}
+
+const optionNames: OptionNames<MtpModuleOptions<never>> = {
+  ...initNames,
+  embedding: true,
+  head: true,
+  separate: true,
+  makeBlock: true,
 }
 
 /** The norm before the head, and the head if it is the module's own, under their checkpoint names. */
@@ -70,18 +82,21 @@ export class MtpModule<Options = Record<never, never>> extends Module {
 
   constructor(config: MtpConfig, options: MtpModuleOptions<Options>) {
     super()
+    checkShared('MtpModule', config, { hidden_size: true, rms_norm_eps: true })
+    checkOptions<MtpModuleOptions<Options>>('MtpModule', options, optionNames)
+    const { embedding, head, separate, makeBlock, ...init } = options
     const { hidden_size: hidden, rms_norm_eps: eps } = config
-    this.enorm = new RmsNorm(hidden, eps, options)
-    this.hnorm = new RmsNorm(hidden, eps, options)
-    this.eh_proj = new Linear(2 * hidden, hidden, forkInit(options, 'eh_proj'))
-    this.shared_head = new SharedHead(hidden, eps, options)
-    this.block = options.makeBlock(forkInit(options, 'block'))
-    this.#embedding = options.embedding
-    this.#head = options.head
-    if (options.separate) {
-      const [vocabulary] = options.embedding.weight.shape
-      this.embed_tokens = new Embedding(vocabulary, hidden, forkInit(options, 'embed_tokens'))
-      this.shared_head.head = new OutputHead(hidden, vocabulary, forkInit(options, 'head'))
+    this.enorm = new RmsNorm(hidden, eps, init)
+    this.hnorm = new RmsNorm(hidden, eps, init)
+    this.eh_proj = new Linear(2 * hidden, hidden, forkInit(init, 'eh_proj'))
+    this.shared_head = new SharedHead(hidden, eps, init)
+    this.block = makeBlock(forkInit(init, 'block'))
+    this.#embedding = embedding
+    this.#head = head
+    if (separate) {
+      const [vocabulary] = embedding.weight.shape
+      this.embed_tokens = new Embedding(vocabulary, hidden, forkInit(init, 'embed_tokens'))
+      this.shared_head.head = new OutputHead(hidden, vocabulary, forkInit(init, 'head'))
     }
   }
 

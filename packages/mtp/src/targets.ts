@@ -1,5 +1,5 @@
 /** @file Which token each position has to predict, and which positions carry no loss. */
-import { type Backend, defaultIgnoreIndex, fromHost, MoeError, type Tensor } from '@moe/core'
+import { type Backend, checkOptions, defaultIgnoreIndex, fromHost, MoeError, type Tensor } from '@moe/core'
 
 /** Rows of consecutive tokens; `documents` numbers the document of every token, from 0. Padding has negative numbers, and carries no loss. */
 export interface TokenRows {
@@ -43,6 +43,7 @@ export function shiftTokens(
   shift: number,
   options: { from?: number } = {},
 ): ShiftedTokens {
+  checkOptions('shiftTokens', options, { from: true })
   const { from = 0 } = options
   const { tokens, documents, length } = rows
   checkRows(rows, time, shift)
@@ -89,6 +90,7 @@ export function depthTargets(
   depths: number,
   options: { from?: number } = {},
 ): DepthTargets {
+  checkOptions('depthTargets', options, { from: true })
   const size = rows.rows * time
   const targets = new Int32Array((depths + 1) * size)
   const counts = Array.from({ length: depths + 1 }, (_, depth) => {

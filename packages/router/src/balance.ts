@@ -4,7 +4,17 @@
  *
  * Legend: B sequences, T time, N = B T tokens, E experts, K chosen, D devices.
  */
-import { arange, full, noGrad, type Parameter, scatterAddRows, scope, type Tensor } from '@moe/core'
+import {
+  arange,
+  checkOptions,
+  full,
+  noGrad,
+  type OptionNames,
+  type Parameter,
+  scatterAddRows,
+  scope,
+  type Tensor,
+} from '@moe/core'
 
 export interface BiasUpdateOptions {
   /** Update speed γ, or a scalar on the device. V3: 0.001 for the first 14.3T tokens, then 0. */
@@ -13,11 +23,14 @@ export interface BiasUpdateOptions {
   readonly recentre?: boolean
 }
 
+export const biasUpdateNames: OptionNames<BiasUpdateOptions> = { speed: true, recentre: true }
+
 /**
  * One step of auxiliary-loss-free balancing: bias += γ sign(mean load - load). Call it once per optimizer step with the loads
  * `[E]` of the whole global batch (all micro-batches, all ranks).
  */
 export function updateBias(bias: Parameter, load: Tensor, options: BiasUpdateOptions = {}): void {
+  checkOptions('updateBias', options, biasUpdateNames)
   const { speed = 0.001, recentre = false } = options
   if (speed === 0) return
   const next = scope(() =>

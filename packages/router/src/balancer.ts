@@ -1,5 +1,5 @@
 /** @file Balance controllers: small objects, one per model, that an MoE layer asks for a loss and for a step of its bias. */
-import { MoeError, type Parameter, type Tensor } from '@moe/core'
+import { checkOptions, MoeError, type Parameter, type Tensor } from '@moe/core'
 import {
   communicationBalanceLoss,
   deviceBalanceLoss,
@@ -28,6 +28,7 @@ export const noBalance = (): Balancer => ({})
 
 /** V3's auxiliary-loss-free balancing. γ may follow a schedule (V3: 0.001, and 0 for the last 3% of training). */
 export function auxFree(options: { speed?: Schedule; recentre?: boolean } = {}): Balancer {
+  checkOptions('auxFree', options, { speed: true, recentre: true })
   const { speed = 0.001, recentre } = options
   return { update: (bias, load, step) => updateBias(bias, load, { speed: scheduled(speed, step), recentre }) }
 }
@@ -43,24 +44,32 @@ function lossBalancer(alpha: Schedule, loss: (pass: RoutingPass) => Tensor): Bal
 }
 
 /** V3's sequence-wise loss (α 1e-4 there). */
-export const sequenceWise = ({ alpha = 1e-4 }: { alpha?: Schedule } = {}): Balancer =>
-  lossBalancer(alpha, ({ scores, sequences, indices, mask }) =>
+export function sequenceWise(options: { alpha?: Schedule } = {}): Balancer {
+  checkOptions('sequenceWise', options, { alpha: true })
+  return lossBalancer(options.alpha ?? 1e-4, ({ scores, sequences, indices, mask }) =>
     sequenceBalanceLoss(scores, sequences, indices.shape[1], mask),
   )
+}
 
 /** V2's expert-level loss (α1 0.003 there). */
-export const expertLevel = ({ alpha = 0.003 }: { alpha?: Schedule } = {}): Balancer =>
-  lossBalancer(alpha, expertBalanceLoss)
+export function expertLevel(options: { alpha?: Schedule } = {}): Balancer {
+  checkOptions('expertLevel', options, { alpha: true })
+  return lossBalancer(options.alpha ?? 0.003, expertBalanceLoss)
+}
 
 /** V2's device-level loss (α2 0.05 there). Devices hold neighbouring experts, as the groups of the gate do. */
-export const deviceLevel = (options: { devices: number; alpha?: Schedule }): Balancer =>
-  lossBalancer(options.alpha ?? 0.05, pass => deviceBalanceLoss(pass, devicesOf(pass, options.devices)))
+export function deviceLevel(options: { devices: number; alpha?: Schedule }): Balancer {
+  checkOptions('deviceLevel', options, { devices: true, alpha: true })
+  return lossBalancer(options.alpha ?? 0.05, pass => deviceBalanceLoss(pass, devicesOf(pass, options.devices)))
+}
 
 /** V2's communication loss (α3 0.02 there). `limit`: the devices that a token may be sent to. */
-export const communication = (options: { devices: number; limit: number; alpha?: Schedule }): Balancer =>
-  lossBalancer(options.alpha ?? 0.02, pass =>
+export function communication(options: { devices: number; limit: number; alpha?: Schedule }): Balancer {
+  checkOptions('communication', options, { devices: true, limit: true, alpha: true })
+  return lossBalancer(options.alpha ?? 0.02, pass =>
     communicationBalanceLoss(pass, devicesOf(pass, options.devices), options.limit),
   )
+}
 
 /** Several controllers as one: losses add up, biases are moved by each in turn. */
 export function together(...balancers: readonly Balancer[]): Balancer {

@@ -5,17 +5,21 @@
  * Legend: N tokens, E experts, K chosen.
  */
 import {
+  checkOptions,
+  checkShared,
   concat,
   type DispatchPlan,
   dispatchPlan,
   forkInit,
   fromHost,
   type InitOptions,
+  initNames,
   Module,
   MoeError,
   needAxes,
   noGrad,
   normalParameter,
+  type OptionNames,
   ones,
   type Parameter,
   Random,
@@ -44,6 +48,15 @@ export interface CapacityMoEConfig {
   readonly second_expert?: 'random' | 'always'
 }
 
+const configNames: OptionNames<CapacityMoEConfig> = {
+  hidden_size: true,
+  moe_intermediate_size: true,
+  n_routed_experts: true,
+  router: true,
+  capacity_factor: true,
+  second_expert: true,
+}
+
 export interface CapacityForwardOptions {
   /** Count loads and drop what exceeds the capacity. Default false: nothing is dropped in evaluation. */
   readonly training?: boolean
@@ -52,6 +65,8 @@ export interface CapacityForwardOptions {
   /** Is given the auxiliary loss without its factor (Switch: 0.01): E sum_i f_i P_i, f_i the share of first choices; 1 when balanced. */
   readonly onBalanceLoss?: (loss: Tensor) => void
 }
+
+const forwardNames: OptionNames<CapacityForwardOptions> = { training: true, mask: true, onBalanceLoss: true }
 
 /**
  * Which choices `[N, K]` fit: 1 or 0. First choices go before second ones, earlier tokens before later. `mask`, `f32 [N]` or `[N, K]`, is 0 for
@@ -92,6 +107,8 @@ export class CapacityMoE extends Module {
   /** @throws MoeError E_CONFIG when sizes are impossible. */
   constructor(config: CapacityMoEConfig, init: InitOptions = {}) {
     super()
+    checkShared('CapacityMoE', config, configNames)
+    checkOptions('CapacityMoE', init, initNames)
     const { n_routed_experts: experts, hidden_size: hidden, capacity_factor: factor = 1.25, router } = config
     const needed = router === 'gshard' ? 2 : 1
     const problems: string[] = []
@@ -113,6 +130,7 @@ export class CapacityMoE extends Module {
 
   forward(x_BTD: Tensor, options: CapacityForwardOptions = {}): Tensor {
     needAxes('CapacityMoE', x_BTD, ['batch', 'time', 'hidden'])
+    checkShared('CapacityMoE.forward', options, forwardNames)
     const { n_routed_experts: experts, router } = this.#config
     const [batch, time, hidden] = x_BTD.shape
     const tokens = batch * time

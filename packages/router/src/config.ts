@@ -1,5 +1,5 @@
 /** @file What an MoE layer is made of, in the terms of Hugging Face's config.json. */
-import { MoeError, type RouterAttrs } from '@moe/core'
+import { checkShared, MoeError, type OptionNames, type RouterAttrs } from '@moe/core'
 
 export interface RouterConfig {
   readonly hidden_size: number
@@ -20,6 +20,20 @@ export interface RouterConfig {
   readonly topk_method?: 'noaux_tc' | 'group_limited_greedy' | 'greedy'
 }
 
+const names: OptionNames<RouterConfig> = {
+  hidden_size: true,
+  moe_intermediate_size: true,
+  n_routed_experts: true,
+  num_experts_per_tok: true,
+  n_shared_experts: true,
+  n_group: true,
+  topk_group: true,
+  norm_topk_prob: true,
+  routed_scaling_factor: true,
+  scoring_func: true,
+  topk_method: true,
+}
+
 const methods = ['noaux_tc', 'group_limited_greedy', 'greedy']
 const scorings = ['sigmoid', 'softmax']
 
@@ -28,6 +42,7 @@ const scorings = ['sigmoid', 'softmax']
  * @throws MoeError E_CONFIG with every fault in one message.
  */
 export function routerAttrs(config: RouterConfig): RouterAttrs {
+  checkShared('MoELayer', config, names)
   const { topk_method: method = 'noaux_tc', n_routed_experts: experts, num_experts_per_tok: topK } = config
   const grouped = method !== 'greedy'
   const groups = grouped ? (config.n_group ?? 1) : 1

@@ -2,7 +2,7 @@
  * @file Placing experts on GPUs with copies of the busy ones: EPLB, "expert parallelism load balancer" (deepseek-ai/EPLB; V3 report 3.4).
  * Plain numbers; ties go to the lowest index.
  */
-import { MoeError } from '@moe/core'
+import { checkOptions, MoeError } from '@moe/core'
 
 export interface ExpertPlacement {
   /** Expert of every place. Place p is on GPU floor(p / (replicas / gpus)). */
@@ -61,6 +61,7 @@ function replicate(weights: readonly number[], places: number): { experts: numbe
  * @throws MoeError E_ATTR when the numbers do not divide, or there are fewer places than experts.
  */
 export function placeExperts(load: ArrayLike<number>, cluster: ClusterShape): ExpertPlacement {
+  checkOptions('placeExperts', cluster, { replicas: true, groups: true, nodes: true, gpus: true })
   const loads = Array.from(load)
   const { replicas, gpus } = cluster
   const even = (cluster.groups ?? 1) % (cluster.nodes ?? 1) === 0

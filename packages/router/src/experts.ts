@@ -1,9 +1,11 @@
 /** @file The routed experts: E SwiGLU nets, stacked in memory, separate in checkpoints. */
 import {
+  checkOptions,
   combineTokens,
   type DispatchPlan,
   groupedLinear,
   type InitOptions,
+  initNames,
   Module,
   MoeError,
   noGrad,
@@ -33,6 +35,7 @@ export class Experts extends Module {
 
   constructor(experts: number, hidden: number, inner: number, init: InitOptions = {}) {
     super()
+    checkOptions('Experts', init, initNames)
     this.gate_proj = weightParameter([experts, inner, hidden], 'gate_proj', init)
     this.up_proj = weightParameter([experts, inner, hidden], 'up_proj', init)
     this.down_proj = weightParameter([experts, hidden, inner], 'down_proj', init)

@@ -1,6 +1,8 @@
 /** @file The gate: affinities of tokens to experts and the choice among them (V3 report eq. 12-16). */
 import {
+  checkOptions,
   type InitOptions,
+  initNames,
   Module,
   normalParameter,
   Parameter,
@@ -24,6 +26,7 @@ export class Gate extends Module {
   constructor(config: RouterConfig, init: InitOptions = {}) {
     super()
     this.#attrs = routerAttrs(config)
+    checkOptions('Gate', init, initNames)
     const experts = config.n_routed_experts
     this.weight = normalParameter([experts, config.hidden_size], 'weight', init)
     const bias = new Parameter(zeros([experts], { backend: init.backend }), { trainable: false })

@@ -1,23 +1,27 @@
 /** @file DeepSeekMoE: routed and shared experts in place of a feed-forward net (V3 report eq. 12-13). No token is dropped unless V2's dropping is asked for. */
 import {
+  checkOptions,
+  checkShared,
   type DispatchPlan,
   dispatchPlan,
   forkInit,
   type InitOptions,
+  initNames,
   isRecomputing,
   Module,
   needAxes,
+  type OptionNames,
   SwigluMlp,
   scope,
   type Tensor,
 } from '@moe/core'
-import { type BiasUpdateOptions, sequenceBalanceLoss, updateBias } from './balance.ts'
+import { type BiasUpdateOptions, biasUpdateNames, sequenceBalanceLoss, updateBias } from './balance.ts'
 import type { Balancer } from './balancer.ts'
 import type { RouterConfig } from './config.ts'
 import { Experts } from './experts.ts'
 import { Gate } from './gate.ts'
 import { LoadCounter, maskedCounts } from './load.ts'
-import { type TokenDropping, withinDeviceBudget } from './token-dropping.ts'
+import { droppingNames, type TokenDropping, withinDeviceBudget } from './token-dropping.ts'
 
 export interface MoELayerOptions extends InitOptions {
   /** What keeps the experts evenly loaded; one for all layers. Without one, call `updateBias` yourself. */
@@ -25,6 +29,8 @@ export interface MoELayerOptions extends InitOptions {
   /** Drop in training what exceeds the budget of a device, as V2 did. Default: no token is dropped (V3). */
   readonly dropping?: TokenDropping
 }
+
+const optionNames: OptionNames<MoELayerOptions> = { ...initNames, balancer: true, dropping: true }
 
 export interface MoEForwardOptions {
   /** Count the load, for the balancer and for monitoring. Default false: evaluation and decoding leave no trace. */
@@ -52,6 +58,15 @@ export interface Choice {
   readonly plan: DispatchPlan
 }
 
+const forwardNames: OptionNames<MoEForwardOptions> = {
+  training: true,
+  mask: true,
+  undropped: true,
+  onBalanceLoss: true,
+  onBalancerLoss: true,
+  onLoad: true,
+}
+
 /** y = sum over the K chosen experts of gate * FFN_e(x), plus the shared experts' FFN(x). `[B, T, hidden]` to the same shape. */
 export class MoELayer extends Module {
   gate: Gate
@@ -69,12 +84,14 @@ export class MoELayer extends Module {
   /** @throws MoeError E_CONFIG with every fault in one message. */
   constructor(config: RouterConfig, options: MoELayerOptions = {}) {
     super()
+    checkOptions('MoELayer', options, optionNames)
     const { balancer = null, dropping = null, ...init } = options
+    if (dropping !== null) checkOptions('MoELayer dropping', dropping, droppingNames)
     this.#config = config
     this.#balancer = balancer
     this.#dropping = dropping
-    const { hidden_size: hidden, moe_intermediate_size: inner, n_shared_experts: shared } = config
     this.gate = new Gate(config, forkInit(init, 'gate'))
+    const { hidden_size: hidden, moe_intermediate_size: inner, n_shared_experts: shared } = config
     this.experts = new Experts(config.n_routed_experts, hidden, inner, forkInit(init, 'experts'))
     if (shared) this.shared_experts = new SwigluMlp(hidden, shared * inner, forkInit(init, 'shared_experts'))
   }
@@ -89,6 +106,7 @@ export class MoELayer extends Module {
   /** `forward` up to the experts: which of them each token goes to. Loads are counted and losses handed out here. */
   choose(x_BTD: Tensor, options: MoEForwardOptions = {}): Choice {
     needAxes('MoELayer', x_BTD, ['batch', 'time', 'hidden'])
+    checkShared('MoELayer.forward', options, forwardNames)
     const [batch, time, hidden] = x_BTD.shape
     const x = x_BTD.reshape([batch * time, hidden])
     const { weights, indices, scores } = this.gate.forward(x)
@@ -141,6 +159,7 @@ export class MoELayer extends Module {
    * `reduce` makes the loads of one rank those of all (an all-reduce); `step`, for the balancer's schedules, is by default the number of calls before.
    */
   rebalance(options: { reduce?: (load: Tensor) => Tensor; step?: number } = {}): void {
+    checkOptions('MoELayer.rebalance', options, { reduce: true, step: true })
     const { reduce, step = this.step } = options
     const load = this.#load.total
     const bias = this.gate.e_score_correction_bias
@@ -155,9 +174,11 @@ export class MoELayer extends Module {
    * Once per optimizer step. `reduce` makes the loads of one rank those of all (an all-reduce); default: there is one rank.
    */
   updateBias(options: BiasUpdateOptions & { reduce?: (load: Tensor) => Tensor } = {}): void {
+    const { reduce, ...update } = options
+    checkOptions('MoELayer.updateBias', update, biasUpdateNames)
     const load = this.#load.total
     if (load !== null && this.gate.e_score_correction_bias) {
-      updateBias(this.gate.e_score_correction_bias, options.reduce?.(load) ?? load, options)
+      updateBias(this.gate.e_score_correction_bias, reduce?.(load) ?? load, update)
     }
     this.#load.reset()
     this.#kept.reset()

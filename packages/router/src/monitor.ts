@@ -1,5 +1,5 @@
 /** @file Watching the loads of all layers over many steps: what is uneven, what is dead, and whether the routing has collapsed. */
-import { MoeError } from '@moe/core'
+import { checkOptions, MoeError } from '@moe/core'
 import { type LoadSummary, needNumbers, summarizeLoad } from './load.ts'
 
 export interface LoadMonitorOptions {
@@ -49,6 +49,7 @@ export class LoadMonitor {
 
   /** @throws MoeError E_CONFIG for a window or groups that are no positive integers. */
   constructor(options: LoadMonitorOptions) {
+    checkOptions('LoadMonitor', options, { topK: true, groups: true, window: true })
     this.#options = { groups: 1, window: 100, ...options }
     const { groups, window } = this.#options
     for (const [name, size] of Object.entries({ groups, window })) {

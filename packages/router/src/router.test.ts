@@ -4,6 +4,7 @@ import { readSafetensors } from '@moe/checkpoint'
 import {
   backward,
   checkpoint,
+  disposeModule,
   fromHost,
   gradients,
   loadStateDict,
@@ -16,14 +17,17 @@ import {
   stateDict,
   type Tensor,
   tensor,
+  zeros,
 } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import {
+  auxFree,
   CapacityMoE,
   Experts,
   MoELayer,
+  noBalance,
   type RouterConfig,
   routerAttrs,
   sequenceBalanceLoss,
@@ -287,4 +291,22 @@ test('a copy of some experts has their weights, and trains apart', async () => {
   expect(experts.copyOf(0, 4).down_proj.trainable).toBe(false)
   const stored = new Experts(4, 32, 32, { weights: 'int8' })
   expect(() => stored.copyOf(0, 2)).toThrow(/experts stored in int8 cannot be taken apart; open the model in f32/)
+})
+
+test('configurations and options that are none, or have names that nobody reads, are refused', () => {
+  const config = { hidden_size: 4, moe_intermediate_size: 4, n_routed_experts: 4, num_experts_per_tok: 2 }
+  const make = (...given: unknown[]) => expect(() => new (MoELayer as new (...given: unknown[]) => MoELayer)(...given))
+  make().toThrow('MoELayer: undefined is given in place of options; pass an object: { hidden_size,')
+  make({ ...config, n_shared_expert: 1 }).toThrow(
+    'MoELayer: there is no option n_shared_expert; did you mean n_shared_experts?',
+  )
+  make(config, { balancr: noBalance() }).toThrow('MoELayer: there is no option balancr; did you mean balancer?')
+  make(config, { dropping: { device: 2 } }).toThrow(
+    'MoELayer dropping: there is no option device; did you mean devices?',
+  )
+  make(config, null).toThrow('MoELayer: null is given in place of options')
+  expect(() => auxFree({ sped: 1 } as never)).toThrow('did you mean speed?')
+  const layer = new MoELayer({ ...config, num_key_value_heads: 3 } as RouterConfig, { deviation: 0 })
+  expect(() => layer.forward(zeros([1, 1, 4]), { trainig: true } as never)).toThrow('did you mean training?')
+  disposeModule(layer)
 })

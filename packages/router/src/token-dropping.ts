@@ -3,7 +3,17 @@
  *
  * Legend: B sequences, T time, N = B T tokens, E experts, K chosen, D devices, S = N K choices.
  */
-import { arange, full, noGrad, scatterAddRows, scope, type Tensor, where } from '@moe/core'
+import {
+  arange,
+  checkOptions,
+  full,
+  noGrad,
+  type OptionNames,
+  scatterAddRows,
+  scope,
+  type Tensor,
+  where,
+} from '@moe/core'
 import type { RoutingPass } from './balance.ts'
 import { devicesOf } from './balancer.ts'
 
@@ -13,6 +23,8 @@ export interface TokenDropping {
   /** Choices that a device takes are this times the mean over devices. Default 1, as V2. */
   readonly capacity_factor?: number
 }
+
+export const droppingNames: OptionNames<TokenDropping> = { devices: true, capacity_factor: true }
 
 export interface DroppingPass extends RoutingPass {
   /** `f32 [B]`, 1 for sequences that lose no token. Their choices take room before all others, and beyond it. Default: none. */
@@ -24,6 +36,7 @@ export interface DroppingPass extends RoutingPass {
  * equal affinities go in the order of tokens. Padding is kept nowhere and is no part of the budget.
  */
 export function withinDeviceBudget(pass: DroppingPass, dropping: TokenDropping): Tensor {
+  checkOptions('withinDeviceBudget', dropping, droppingNames)
   const { scores, indices, sequences, mask, undropped } = pass
   const { capacity_factor: factor = 1 } = dropping
   const devices = devicesOf(pass, dropping.devices)

@@ -2,7 +2,7 @@
 /** @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. */
 import { createReadStream, readFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
-import { BpeTokenizer, TokenizerError, type TrainOptions, type TrainProgress, trainBpeAsync } from './browser.ts'
+import { BpeTokenizer, TokenizerError, type TrainOptions, type TrainProgress, trainBpeAsync } from './index.ts'
 
 const HELP = `moe-tokenizer COMMAND [options]
 

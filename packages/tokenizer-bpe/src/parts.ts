@@ -3,6 +3,7 @@
  * imported, all-parts.ts has put all of them in place. The module of a part exports `parts`: what it provides, by name.
  */
 import type { WholeTable } from './bpe/whole-table.ts'
+import type { readText, writeText } from './files.ts'
 import { unsupported } from './json/check.ts'
 import type { PreTokenizer } from './json/pre-tokenizer.ts'
 import type { readTemplate } from './json/template.ts'
@@ -21,9 +22,12 @@ export interface Parts extends Record<PreTokenizerName, KnownPreTokenizer> {
   /** The post-processor TemplateProcessing. */
   readonly template: typeof readTemplate
   readonly tiktoken: typeof readTiktoken
+  /** Not in browsers. */
+  readonly files: { readonly readText: typeof readText; readonly writeText: typeof writeText }
 }
 
-export type PartName = keyof Parts
+/** What can be fetched. */
+export type PartName = Exclude<keyof Parts, 'files'>
 
 const cl100k = () => import('./scan/cl100k.ts')
 
@@ -49,7 +53,7 @@ export function provide(parts: Partial<Parts>): void {
 }
 
 /** @throws TokenizerError E_UNSUPPORTED where it is not there */
-export function part<Name extends PartName>(name: Name): Parts[Name] {
+export function part<Name extends keyof Parts>(name: Name): Parts[Name] {
   const found = have[name] as Parts[Name] | undefined
   if (found === undefined) {
     throw unsupported(name, 'in a browser, code that is not fetched yet', 'use fromJSONAsync or fromTiktokenAsync')

@@ -2,6 +2,7 @@
 import { PieceMerger } from './bpe/merge-piece.ts'
 import { MergeTable } from './bpe/merge-table.ts'
 import { spellBytes } from './byte-alphabet.ts'
+import { callCheck } from './call-check.ts'
 import { TokenizerError } from './errors.ts'
 import { describe } from './json/check.ts'
 import { BpeModel, MAX_ID } from './model.ts'
@@ -111,6 +112,7 @@ export function readTiktoken(
   options: TiktokenOptions,
   patternsOf: (name: PreTokenizerName) => readonly string[],
 ) {
+  callCheck.of?.('fromTiktoken', options)
   const text = ranks instanceof Uint8Array ? new TextDecoder().decode(ranks) : ranks
   const model = modelFromRanks(typeof text === 'string' ? parseRanks(text) : text)
   const choice = options.preTokenizer

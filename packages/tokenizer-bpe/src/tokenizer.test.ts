@@ -124,7 +124,8 @@ describe('training', () => {
     expect(() => trainBpe(undefined as never, { vocabSize: 300 })).toThrow(
       'expected an iterable of strings, got undefined',
     )
-    expect(() => trainBpe(CORPUS, undefined as never)).toThrow('vocabSize undefined is smaller than 256 bytes')
+    expect(() => trainBpe(CORPUS, undefined as never)).toThrow('the options are undefined; there are vocabSize,')
+    expect(() => trainBpe(CORPUS, {} as never)).toThrow('vocabSize undefined is smaller than 256 bytes')
     expect(() => trainBpe([1 as never], { vocabSize: 300 })).toThrow('text 0 is 1, not a string')
   })
 
@@ -186,4 +187,48 @@ test('what is no text is refused', () => {
       )
     }
   }
+})
+
+describe('calls that cannot be meant', () => {
+  const tokenizer = trainBpe(CORPUS, { vocabSize: 300 })
+  const call = (method: 'encode' | 'decode' | 'encodeWithOffsets' | 'createDecodeStream', ...given: unknown[]) =>
+    expect(() => (tokenizer[method] as (...given: unknown[]) => unknown)(...given))
+
+  test('options are refused that nobody reads, or that are none', async () => {
+    expect(() => trainBpe(CORPUS, { vocabSize: 300, minfrequency: 3 } as never)).toThrow(
+      expect.objectContaining({
+        code: 'E_CONFIG',
+        message: expect.stringMatching(/no option minfrequency; there are/),
+      }),
+    )
+    await expect(trainBpeAsync(CORPUS, null as never)).rejects.toThrow('trainBpe: the options are null')
+    call('encode', 'a', { addSpecialTokns: false }).toThrow('encode: there is no option addSpecialTokns')
+    call('encode', 'a', null).toThrow('the options are null')
+    call('encode', 'a', 'b').toThrow('the options are "b"')
+    call('encodeWithOffsets', 'a', { special: false }).toThrow('no option special')
+    call('decode', [1], { skipSpecial: true }).toThrow(
+      'decode: there is no option skipSpecial; there are skipSpecialTokens',
+    )
+    call('createDecodeStream', { skip: true }).toThrow('no option skip')
+    call('encode', 'a', { special: undefined }).not.toThrow()
+    const batch = (...given: unknown[]) =>
+      (tokenizer.encodeBatch as (...given: unknown[]) => Promise<unknown>)(...given)
+    await expect(batch(['a'], { thread: 2 })).rejects.toThrow('no option thread;')
+    for (const texts of [undefined, 'text', [1], Promise.resolve(['a'])]) {
+      await expect(batch(texts)).rejects.toMatchObject({
+        code: 'E_DATA',
+        message: expect.stringMatching(/no list of texts;/),
+      })
+    }
+    expect(() => BpeTokenizer.fromTiktoken('', { pretokenizer: 'gpt2' } as never)).toThrow('no option pretokenizer')
+  })
+
+  test('ids and paths that are none are refused', async () => {
+    for (const ids of [undefined, null, 5, 'a', Promise.resolve([1])])
+      call('decode', ids).toThrow(/no list of ids; pass them/)
+    for (const ids of [[70], Int32Array.of(70), new Set([70]), { length: 1, 0: 70 }]) {
+      expect(tokenizer.decode(ids as Iterable<number>)).toBe(tokenizer.decode([70]))
+    }
+    await expect(tokenizer.save(undefined as never)).rejects.toMatchObject({ code: 'E_FORMAT', op: 'save' })
+  })
 })

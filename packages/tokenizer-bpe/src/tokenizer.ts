@@ -5,6 +5,7 @@ import { CutTable } from './bpe/cut-table.ts'
 import { Encoder, IdBuffer, PADDING, type PieceListener } from './bpe/encoder.ts'
 import { PieceMerger } from './bpe/merge-piece.ts'
 import { MergeTable } from './bpe/merge-table.ts'
+import { callCheck } from './call-check.ts'
 import { DecodeStream } from './decode-stream.ts'
 import { TokenizerError } from './errors.ts'
 import { readAddedTokens } from './json/added-tokens.ts'
@@ -136,11 +137,7 @@ export class BpeTokenizer {
    * @throws TokenizerError as `fromJSON`, and E_FORMAT for a file that cannot be read
    */
   static async fromFile(path: string | URL): Promise<BpeTokenizer> {
-    const { readFile } = await fileSystem()
-    const text = await readFile(path, 'utf8').catch(cause => {
-      throw new TokenizerError({ code: 'E_FORMAT', op: `${path}`, problem: cause.message, cause })
-    })
-    return BpeTokenizer.fromJSONAsync(text)
+    return BpeTokenizer.fromJSONAsync(await part('files').readText(path))
   }
 
   /** `fromJSON` that in browsers first fetches the code that the file needs. */
@@ -186,10 +183,7 @@ export class BpeTokenizer {
     options: TiktokenOptions,
   ): BpeTokenizer {
     const { model, added, preTokenizer } = part('tiktoken')(ranks, options, name => part(name).patterns)
-    return new BpeTokenizer(model, readAddedTokens(added, model), {
-      pre_tokenizer: preTokenizer,
-      decoder: { type: 'ByteLevel', add_prefix_space: true, trim_offsets: true, use_regex: true },
-    })
+    return new BpeTokenizer(model, readAddedTokens(added, model), { pre_tokenizer: preTokenizer })
   }
 
   /** `fromTiktoken` that in browsers first fetches the code that it needs. */
@@ -212,6 +206,7 @@ export class BpeTokenizer {
    * @returns a new array of its own
    */
   encode(text: string, options: EncodeOptions = {}): Uint32Array {
+    callCheck.of?.('encode', options)
     const out = this.#out
     out.length = 0
     const special = options.addSpecialTokens ?? true
@@ -275,6 +270,7 @@ export class BpeTokenizer {
    * @throws TokenizerError E_UNSUPPORTED when the normalizer changes the text, whose places are then lost
    */
   encodeWithOffsets(text: string, options: EncodeOptions = {}): EncodingWithOffsets {
+    callCheck.of?.('encode', options)
     if (this.#normalizer !== undefined && this.#normalizer(text) !== text) {
       throw new TokenizerError({
         code: 'E_UNSUPPORTED',
@@ -342,6 +338,7 @@ export class BpeTokenizer {
     texts: readonly string[],
     options: EncodeOptions & { readonly threads?: number } = {},
   ): Promise<Uint32Array[]> {
+    callCheck.of?.('encodeBatch', options, texts)
     const { threads, ...encodeOptions } = options
     const size = texts.reduce((sum, text) => sum + text.length, 0)
     if (threads === undefined ? size < WORTH_THREADS : threads < 2)
@@ -371,8 +368,9 @@ export class BpeTokenizer {
    * @throws TokenizerError E_UNKNOWN_TOKEN for an id outside the vocabulary
    */
   decode(ids: Iterable<number>, options: DecodeOptions = {}): string {
+    callCheck.of?.('decode', options, ids)
     const skip = options.skipSpecialTokens ?? false
-    const list = Array.isArray(ids) || ArrayBuffer.isView(ids) ? (ids as ArrayLike<number>) : Array.from(ids)
+    const list = 'length' in ids ? (ids as unknown as ArrayLike<number>) : Array.from(ids)
     let bytes = new Uint8Array(list.length * 6 + 64)
     let at = 0
     for (let i = 0; i < list.length; i++) {
@@ -392,6 +390,7 @@ export class BpeTokenizer {
 
   /** A decoder for ids that arrive one by one; it never gives half a character. */
   createDecodeStream(options: DecodeOptions = {}): DecodeStream {
+    callCheck.of?.('decode', options, [])
     const skip = options.skipSpecialTokens ?? false
     return new DecodeStream(id => this.#bytesOf(id, skip))
   }
@@ -462,10 +461,7 @@ export class BpeTokenizer {
 
   /** Writes tokenizer.json, whole or not at all. Needs a file system. */
   async save(path: string | URL): Promise<void> {
-    const { writeFile, rename } = await fileSystem()
-    const partial = typeof path === 'string' ? `${path}.partial` : new URL(`${path.pathname}.partial`, path)
-    await writeFile(partial, `${JSON.stringify(this.toJSON())}\n`)
-    await rename(partial, path)
+    await part('files').writeText(path, `${JSON.stringify(this.toJSON())}\n`)
   }
 }
 
@@ -473,9 +469,3 @@ const EMPTY = new Uint8Array(0)
 
 const leftBy = ({ parseSpecialTokens = true, parseAddedTokens = true }: EncodeOptions): Left =>
   parseAddedTokens ? (parseSpecialTokens ? 0 : 1) : 2
-
-/** The name is a variable so that bundlers for browsers leave it alone. */
-function fileSystem(): Promise<typeof import('node:fs/promises')> {
-  const name = 'node:fs/promises'
-  return import(/* @vite-ignore */ /* webpackIgnore: true */ name)
-}

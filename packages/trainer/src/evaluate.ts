@@ -1,5 +1,5 @@
 /** @file Loss and bits per byte on held-out text. */
-import { MoeError, noGrad, type Precision, scope, withPrecision } from '@moe/core'
+import { checkOptions, MoeError, noGrad, type OptionNames, type Precision, scope, withPrecision } from '@moe/core'
 import { checkedLoss, checkModel } from './check-model.ts'
 import { type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
 import type { TokenDataset } from './data/token-dataset.ts'
@@ -12,6 +12,15 @@ export interface EvaluateOptions extends Omit<EvaluationOptions, 'lookahead'> {
   readonly signal?: AbortSignal
   /** Is told after each batch which share of the measurement is done. */
   readonly onProgress?: (done: number) => void
+}
+
+const names: OptionNames<EvaluateOptions> = {
+  sequenceLength: true,
+  batchSize: true,
+  limit: true,
+  precision: true,
+  signal: true,
+  onProgress: true,
 }
 
 export interface Evaluation {
@@ -47,11 +56,12 @@ export async function evaluate(
       fix: 'pass TokenDataset.fromTexts(texts, tokenizer)',
     })
   }
-  const { precision = 'f32', signal, onProgress } = options ?? {}
+  checkOptions('evaluate', options, names)
+  const { precision = 'f32', signal, onProgress, ...windows } = options
   const started = performance.now()
   let nats = 0
   let tokens = 0
-  for (const { batch, from, done } of evaluationWindows(data, { ...options, lookahead: model.lookahead })) {
+  for (const { batch, from, done } of evaluationWindows(data, { ...windows, lookahead: model.lookahead })) {
     signal?.throwIfAborted()
     const { nll, count } = scope(() =>
       noGrad(() =>

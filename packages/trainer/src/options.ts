@@ -1,12 +1,20 @@
 /** @file What `train` takes, what is assumed where nothing is said, and what of it a checkpoint must agree with. */
 import { createHash } from 'node:crypto'
-import { MoeError, type NamedParameter, namedStreams, type Precision, precisions } from '@moe/core'
+import {
+  checkOptions,
+  MoeError,
+  type NamedParameter,
+  namedStreams,
+  type OptionNames,
+  type Precision,
+  precisions,
+} from '@moe/core'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import type { Corpus } from './data/corpus.ts'
 import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
 import type { TrainListener } from './events.ts'
 import type { TextTokenizer, TrainableModel } from './model.ts'
-import { AdamW, type AdamWOptions } from './optim/adamw.ts'
+import { AdamW, type AdamWOptions, adamWNames } from './optim/adamw.ts'
 import { Muon } from './optim/muon.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { type Schedule, warmupCosine } from './optim/schedule.ts'
@@ -89,6 +97,41 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly progress?: boolean | TrainListener
 }
 
+const names: OptionNames<TrainOptions> = {
+  ...adamWNames,
+  data: true,
+  tokenizer: true,
+  bos: true,
+  eos: true,
+  steps: true,
+  batchSize: true,
+  sequenceLength: true,
+  accumulate: true,
+  lr: true,
+  schedule: true,
+  clip: true,
+  optimizer: true,
+  precision: true,
+  record: true,
+  seed: true,
+  ranks: true,
+  rank: true,
+  world: true,
+  out: true,
+  evalEvery: true,
+  evalTokens: true,
+  checkpointEvery: true,
+  keepCheckpoints: true,
+  resume: true,
+  allowChanges: true,
+  overwrite: true,
+  timeLimitSeconds: true,
+  signal: true,
+  handleSignals: true,
+  onEvent: true,
+  progress: true,
+}
+
 export const defaults = {
   batchSize: 8,
   sequenceLength: 256,
@@ -109,10 +152,7 @@ export type ResolvedOptions = Required<Pick<TrainOptions, keyof typeof defaults 
 
 /** @throws MoeError E_CONFIG that lists every setting that cannot be */
 export function resolveOptions(options: TrainOptions): ResolvedOptions {
-  if (typeof options !== 'object' || options === null) {
-    const problem = `options are ${options}`
-    throw new MoeError({ code: 'E_CONFIG', op: 'train', problem, fix: 'pass { data, tokenizer, steps }' })
-  }
+  checkOptions('train', options, names)
   const given = Object.fromEntries(
     Object.entries(options).filter(([, value]) => value !== undefined),
   ) as unknown as TrainOptions

@@ -320,7 +320,8 @@ describe('TrainingSteps', () => {
     const optimizer = new AdamW(parameters)
     const steps = new TrainingSteps(model, parameters, optimizer, { record })
     // An order in which the window with padding comes late.
-    const order = new TrainingOrder(data(), { ...settings, seed: 2, lookahead: model.lookahead })
+    const { batchSize, sequenceLength } = settings
+    const order = new TrainingOrder(data(), { batchSize, sequenceLength, seed: 2, lookahead: model.lookahead })
     const dispose = () => {
       steps.dispose()
       optimizer.dispose()

@@ -777,7 +777,7 @@ describe('failures lose nothing', () => {
     const model = new BigramModel()
     const measure = evaluate as (...input: unknown[]) => Promise<unknown>
     const sizes = { sequenceLength: 8, batchSize: 1 }
-    expect((await errorOf(measure(model, data.validation))).message).toMatch(
+    expect((await errorOf(measure(model, data.validation, {}))).message).toMatch(
       /sequenceLength is undefined, batchSize is/,
     )
     expect((await errorOf(measure(model, ['text'], sizes))).message).toMatch(

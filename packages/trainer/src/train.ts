@@ -82,7 +82,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
 }
 
 function tokenData(settings: ResolvedOptions): TokenData {
-  const { data, tokenizer } = settings
+  const { data, tokenizer, bos, eos } = settings
   if (data.training instanceof TokenDataset) return data as TokenData
   const { training, validation } = data as { training: readonly string[]; validation: readonly string[] }
   if (tokenizer === undefined) {
@@ -94,8 +94,8 @@ function tokenData(settings: ResolvedOptions): TokenData {
     })
   }
   return {
-    training: TokenDataset.fromTexts(training, tokenizer, settings),
-    ...(validation.length > 0 ? { validation: TokenDataset.fromTexts(validation, tokenizer, settings) } : {}),
+    training: TokenDataset.fromTexts(training, tokenizer, { bos, eos }),
+    ...(validation.length > 0 ? { validation: TokenDataset.fromTexts(validation, tokenizer, { bos, eos }) } : {}),
   }
 }
 
@@ -178,9 +178,18 @@ class Run {
     this.data = data
     this.parameters = parameters
     this.optimizer = optimizer
-    this.steps = new TrainingSteps(model, parameters, optimizer, settings)
+    const { clip, precision, record, ranks, sequenceLength, batchSize, accumulate, seed, rank, world } = settings
+    this.steps = new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks })
     this.interrupts = interrupts
-    this.order = new TrainingOrder(data.training, { ...settings, lookahead: model.lookahead })
+    this.order = new TrainingOrder(data.training, {
+      sequenceLength,
+      lookahead: model.lookahead,
+      batchSize,
+      accumulate,
+      seed,
+      rank,
+      world,
+    })
     this.record = recordRun(settings, data.training, model, parameters, optimizer)
     this.writesTo = settings.rank === 0 ? settings.out : undefined
     this.log = this.writesTo === undefined ? undefined : new MetricsLog(join(this.writesTo, 'metrics.jsonl'))

@@ -1,10 +1,12 @@
 /** @file One optimizer step: forward and backward of its micro-batches, clipping, the update. */
 import {
   backward,
+  checkOptions,
   concat,
   full,
   type NamedParameter,
   noGrad,
+  type OptionNames,
   type Parameter,
   type Precision,
   scope,
@@ -32,6 +34,8 @@ export interface StepOptions {
   readonly ranks?: Ranks
 }
 
+const names: OptionNames<StepOptions> = { lr: true, clip: true, precision: true, step: true, ranks: true }
+
 /**
  * Runs one step on one or more micro-batches, which weigh as much as they have counted positions: the gradient is that
  * of one batch that holds all their rows.
@@ -48,6 +52,7 @@ export async function trainingStep(
   batches: readonly TokenBatch[],
   options: StepOptions,
 ): Promise<StepNumbers> {
+  checkOptions('trainingStep', options, names)
   const { lr, clip = 1, precision = 'f32', step = 0, ranks } = options
   const trained = parameters.map(({ parameter }) => parameter).filter(parameter => parameter.trainable)
   const held: Tensor[] = []

@@ -1,5 +1,13 @@
 /** @file The steps of a run: op by op, or recorded and replayed where backend, model and optimizer can. */
-import { type Backend, isMoeError, MoeError, type NamedParameter, namedStreams, type Precision } from '@moe/core'
+import {
+  type Backend,
+  checkOptions,
+  isMoeError,
+  MoeError,
+  type NamedParameter,
+  namedStreams,
+  type Precision,
+} from '@moe/core'
 import type { StagedStep, TokenBatch, TrainableModel } from './model.ts'
 import { nonFiniteStep } from './non-finite.ts'
 import { isStaged, type Optimizer } from './optim/optimizer.ts'
@@ -51,6 +59,7 @@ export class TrainingSteps {
     optimizer: Optimizer,
     options: TrainingStepsOptions = {},
   ) {
+    checkOptions('TrainingSteps', options, { clip: true, precision: true, record: true, ranks: true })
     const { clip = 1, precision = 'f32', record = true, ranks } = options
     this.#model = model
     this.#parameters = parameters
@@ -77,6 +86,7 @@ export class TrainingSteps {
    * @throws MoeError E_NAN; nothing has changed then
    */
   async step(batches: readonly TokenBatch[], options: { lr: number; step?: number }): Promise<StepNumbers> {
+    checkOptions('TrainingSteps.step', options, { lr: true, step: true })
     const { lr, step = 0 } = options
     const parts = this.#parts
     if (parts !== null) {

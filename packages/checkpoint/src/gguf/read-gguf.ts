@@ -1,5 +1,6 @@
 /** @file Reads GGUF files (versions 2 and 3, little-endian) without trusting them: the header when opened, tensors when asked for. */
 
+import { checkOptions } from '@moe/core'
 import { checkpointError, shown } from '../checkpoint-error.ts'
 import { pathOf } from '../path-of.ts'
 import { missingTensor, type OpenFile, openRegularFile, readRange } from '../read-safetensors.ts'
@@ -47,6 +48,7 @@ export interface ReadGgufOptions {
  */
 export async function readGguf(path: string | URL, options: ReadGgufOptions = {}): Promise<GgufFile> {
   const file = pathOf('readGguf', path)
+  checkOptions('readGguf', options, { maxHeaderBytes: true })
   const { handle, fileBytes } = await openRegularFile(file)
   try {
     return new GgufFile(file, handle, await readHeader(file, handle, fileBytes, options.maxHeaderBytes ?? 2 ** 28))

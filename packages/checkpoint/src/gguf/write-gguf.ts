@@ -5,7 +5,7 @@
  * of 32 bytes (ggml-org/ggml docs/gguf.md).
  */
 
-import { MoeError } from '@moe/core'
+import { checkOptions, MoeError } from '@moe/core'
 import { type Append, writeAtomically } from '../atomic-file.ts'
 import { checkpointError } from '../checkpoint-error.ts'
 import { pathOf } from '../path-of.ts'
@@ -76,6 +76,7 @@ export async function writeGguf(
   contents: GgufContents,
   options: WriteGgufOptions = {},
 ): Promise<number> {
+  checkOptions('writeGguf', options, { signal: true, onProgress: true })
   return writeTo(pathOf('writeGguf', path), contents, options)
 }
 

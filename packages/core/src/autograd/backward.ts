@@ -5,6 +5,7 @@ import { full } from '../create.ts'
 import { MoeError } from '../errors.ts'
 import { needTensor } from '../need-tensor.ts'
 import { Parameter } from '../nn/parameter.ts'
+import { checkOptions, type OptionNames } from '../options.ts'
 import { adopt, currentScope, enterScope, leaveScope, scope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
 import { record, type TapeNode, type Tensor, type Vjp } from '../tensor.ts'
@@ -17,6 +18,8 @@ export interface BackwardOptions {
   readonly retain?: boolean
 }
 
+const names: OptionNames<BackwardOptions> = { gradient: true, retain: true }
+
 /**
  * Adds d loss / d p to `p.grad` of every trainable parameter p that the loss depends on.
  *
@@ -26,6 +29,7 @@ export interface BackwardOptions {
  * scalar and no gradient is given. No `.grad` has changed then.
  */
 export function backward(loss: Tensor, options: BackwardOptions = {}): void {
+  checkOptions('backward', options, names)
   checkSeed(loss, options.gradient)
   walk([loss], [options.gradient ?? null], options.retain === true, accumulate)
 }
@@ -35,6 +39,7 @@ export function backward(loss: Tensor, options: BackwardOptions = {}): void {
  * `.grad`. A tensor on which the loss does not depend gets null. The results belong to no scope: dispose of them.
  */
 export function gradients(loss: Tensor, of: readonly Tensor[], options: BackwardOptions = {}): Array<Tensor | null> {
+  checkOptions('gradients', options, names)
   const found = new Map<Tensor, Tensor>()
   const wanted = new Set(of)
   const collect = (leaf: Tensor, gradient: Tensor) => {

@@ -3,6 +3,7 @@ import type { AttentionAttrs, WidePrecision } from '../backend.ts'
 import { widePrecision } from '../context.ts'
 import { arange, full } from '../create.ts'
 import { attrError, needDtype, needShape } from '../infer.ts'
+import { checkOptions, type OptionNames } from '../options.ts'
 import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
 import { rowMax } from './softmax.ts'
 
@@ -147,11 +148,14 @@ export interface AttentionOptions {
   readonly precision?: WidePrecision
 }
 
+const attentionNames: OptionNames<AttentionOptions> = { causal: true, scale: true, lengths: true, precision: true }
+
 /**
  * softmax(q k^T * scale) v. `q [B, T, H, Dk]`, `k [B, S, G, Dk]`, `v [B, S, G, Dv]` with H a multiple of G, to `[B, T, H, Dv]`.
  * A query that may see no key gives zeros.
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
+  checkOptions('attention', options, attentionNames)
   const { causal = true, scale = q.shape[3] ** -0.5, precision = widePrecision(), lengths } = options
   return runFused(attentionDefinition, lengths === undefined ? [q, k, v] : [q, k, v, lengths], {
     causal,
@@ -159,6 +163,8 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
     precision,
   })[0]
 }
+
+const latentAttentionNames = { scale: true, valueDim: true, precision: true }
 
 /**
  * Absorbed MLA decode: `q [B, T, H, C]` against the latent cache `[B, S, C]` in f32 or bf16, of which sequence b uses `lengths[b]` rows; the values are the
@@ -170,6 +176,7 @@ export function latentAttention(
   lengths: Tensor,
   options: { scale: number; valueDim: number; precision?: WidePrecision },
 ): Tensor {
+  checkOptions('latentAttention', options, latentAttentionNames)
   const { scale, valueDim, precision = widePrecision() } = options
   return runFused(latentAttentionDefinition, [q, cache, lengths], { scale, valueDim, precision })[0]
 }

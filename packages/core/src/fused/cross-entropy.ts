@@ -3,6 +3,7 @@ import type { FusedAttrs } from '../backend.ts'
 import { widePrecision } from '../context.ts'
 import { arange, full } from '../create.ts'
 import { needDtype, needShape } from '../infer.ts'
+import { checkOptions } from '../options.ts'
 import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
 import { rowMax } from './softmax.ts'
 
@@ -100,8 +101,11 @@ export const linearCrossEntropyBackwardDefinition: FusedDefinition<'linearCrossE
 /** Target value that marks a position without loss, as in PyTorch. */
 export const defaultIgnoreIndex = -100
 
+const names = { ignoreIndex: true }
+
 /** -log softmax(logits)[target] of every row: `logits [N, V]`, `targets i32 [N]` to `[N]`; 0 where the target is `ignoreIndex`. */
 export function crossEntropy(logits: Tensor, targets: Tensor, options: { ignoreIndex?: number } = {}): Tensor {
+  checkOptions('crossEntropy', options, names)
   return runFused(crossEntropyDefinition, [logits, targets], {
     ignoreIndex: options.ignoreIndex ?? defaultIgnoreIndex,
   })[0]
@@ -114,6 +118,7 @@ export function linearCrossEntropy(
   targets: Tensor,
   options: { ignoreIndex?: number } = {},
 ): Tensor {
+  checkOptions('linearCrossEntropy', options, names)
   const attrs = { ignoreIndex: options.ignoreIndex ?? defaultIgnoreIndex, precision: widePrecision() }
   return runFused(linearCrossEntropyDefinition, [x, weight, targets], attrs)[0]
 }

@@ -2,6 +2,7 @@
 import { context } from '../context.ts'
 import { arange } from '../create.ts'
 import { needDtype, needShape } from '../infer.ts'
+import { checkOptions } from '../options.ts'
 import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 
 /** 1 for the rows of expert e: `f32 [N, 1]`. */
@@ -63,6 +64,8 @@ export const groupedMatmulWeightGradDefinition: FusedDefinition<'groupedMatmulWe
   vjp: null,
 }
 
+const names = { transposeW: true }
+
 /**
  * Rows `offsets[e] .. offsets[e+1]` of `x [N, k]` times expert e's weight transposed: `weight [E, n, k]` to `[N, n]`; with
  * `transposeW: false`, `weight [E, k, n]` is used as it lies. Rows past the last offset give zeros.
@@ -73,6 +76,7 @@ export function groupedMatmul(
   offsets: Tensor,
   options: { transposeW?: boolean } = {},
 ): Tensor {
+  checkOptions('groupedMatmul', options, names)
   const attrs = { transposeW: options.transposeW ?? true, precision: context.precision }
   return runFused(groupedMatmulDefinition, [x, weight, offsets], attrs)[0]
 }

@@ -1,5 +1,6 @@
 /** @file Rotary position embedding (Su et al. 2021) of the last features of every head. */
 import { needDtype, shapeError } from '../infer.ts'
+import { checkOptions } from '../options.ts'
 import { showShape } from '../shape.ts'
 import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 
@@ -51,10 +52,13 @@ export const ropeDefinition: FusedDefinition<'rope'> = {
   ],
 }
 
+const names = { interleaved: true }
+
 /**
  * Rotates the last R of D features of `x [B, T, H, D]` by the angles whose `cos` and `sin` are `[T, R/2]` or `[B, T, R/2]`.
  * interleaved (DeepSeek's released layout) pairs features 2i and 2i+1, otherwise i and i + R/2. The tables get no gradient.
  */
 export function rope(x: Tensor, cos: Tensor, sin: Tensor, options: { interleaved?: boolean } = {}): Tensor {
+  checkOptions('rope', options, names)
   return runFused(ropeDefinition, [x, cos, sin], { interleaved: options.interleaved ?? true, inverse: false })[0]
 }

@@ -5,6 +5,7 @@ import { ones, randn, zeros } from '../create.ts'
 import { zeroWeight } from '../fused/quantized-matmul.ts'
 import { rmsNorm } from '../fused/rms-norm.ts'
 import { swiglu } from '../fused/swiglu.ts'
+import { checkOptions, type OptionNames } from '../options.ts'
 import { Random } from '../random.ts'
 import { keep, scope } from '../scope.ts'
 import type { Tensor } from '../tensor.ts'
@@ -24,6 +25,9 @@ export interface InitOptions {
   readonly weights?: WeightFormat
 }
 
+/** The names of `InitOptions`, for those that extend them. */
+export const initNames: OptionNames<InitOptions> = { random: true, deviation: true, backend: true, weights: true }
+
 let defaultSeed = 0
 let defaultStreams = 0
 
@@ -37,11 +41,13 @@ const generator = (init: InitOptions): Random => init.random ?? new Random(defau
 
 /** A parameter of normal numbers, drawn from the generator's own fork of that name. */
 export function normalParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
+  checkOptions('normalParameter', init, initNames)
   return weightParameter(shape, name, { ...init, weights: undefined })
 }
 
 /** A normal parameter that may be stored in fewer bits, as `weights` says: what `linear`, `groupedLinear` and `embeddingRows` take. */
 export function weightParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
+  checkOptions('weightParameter', init, initNames)
   const { weights, deviation = 0.02, backend } = init
   const random = generator(init).fork(name)
   const draws = pendingDraws()
@@ -75,6 +81,7 @@ export class Linear extends Module {
 
   constructor(inputs: number, outputs: number, init: InitOptions = {}) {
     super()
+    checkOptions('Linear', init, initNames)
     this.weight = weightParameter([outputs, inputs], 'weight', init)
   }
 
@@ -97,6 +104,7 @@ export class Embedding extends Module {
 
   constructor(rows: number, features: number, init: InitOptions = {}) {
     super()
+    checkOptions('Embedding', init, initNames)
     this.weight = weightParameter([rows, features], 'weight', init)
   }
 
@@ -112,6 +120,7 @@ export class RmsNorm extends Module {
 
   constructor(features: number, eps = 1e-6, init: InitOptions = {}) {
     super()
+    checkOptions('RmsNorm', init, initNames)
     this.weight = new Parameter(ones([features], { backend: init.backend }))
     this.eps = eps
   }
@@ -129,6 +138,7 @@ export class SwigluMlp extends Module {
 
   constructor(features: number, hidden: number, init: InitOptions = {}) {
     super()
+    checkOptions('SwigluMlp', init, initNames)
     this.gate_proj = new Linear(features, hidden, forkInit(init, 'gate_proj'))
     this.up_proj = new Linear(features, hidden, forkInit(init, 'up_proj'))
     this.down_proj = new Linear(hidden, features, forkInit(init, 'down_proj'))

@@ -1,5 +1,6 @@
 /** @file Tensors that persist: what modules hold, optimizers change and checkpoints store. */
 import { MoeError } from '../errors.ts'
+import { checkOptions } from '../options.ts'
 import { keep } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
 import { Tensor } from '../tensor.ts'
@@ -16,6 +17,7 @@ export class Parameter extends Tensor {
 
   /** Takes over the tensor's memory; the tensor is used up. */
   constructor(initial: Tensor, options: { trainable?: boolean } = {}) {
+    checkOptions('Parameter', options, { trainable: true })
     super(initial.backend, initial.handle, initial.shape, initial.dtype)
     keep<Tensor>(this)
     initial.handle = null

@@ -4,6 +4,7 @@ import { fromHost } from '../create.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, hostArray } from '../dtype.ts'
 import { describe, MoeError } from '../errors.ts'
 import { attrError } from '../infer.ts'
+import { checkOptions } from '../options.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
 import { type Module, type NamedParameter, namedParameters } from './module.ts'
 import type { Parameter } from './parameter.ts'
@@ -81,6 +82,7 @@ export interface LoadOptions {
  * @throws MoeError E_STATE_DICT that lists every missing, unexpected and mis-shaped key at once.
  */
 export async function loadStateDict(module: Module, source: StateSource, options: LoadOptions = {}): Promise<void> {
+  checkOptions('loadStateDict', options, { ignore: true, optional: true })
   const { ignore = () => false, optional = () => false } = options
   if (Array.isArray(source) || typeof source?.info !== 'function') throw noSource(describe(source))
   const available = new Set(source.keys())

@@ -9,6 +9,7 @@ import { isMoeError } from '../errors.ts'
 import { adamwStep } from '../fused/adamw.ts'
 import { fusedDefinitions } from '../fused/index.ts'
 import { Linear } from '../nn/layers.ts'
+import { checkOptions } from '../options.ts'
 import { Random } from '../random.ts'
 import { referenceBackend } from '../reference/index.ts'
 import { scope } from '../scope.ts'
@@ -44,6 +45,7 @@ export const caseName = (item: OpCase): string => `${item.op}: ${item.name}`
  * inputs and leaked handles. Then follow checks of storage, errors, lifetimes and a small training loop.
  */
 export function backendSuite(make: () => Promise<Backend>, options: SuiteOptions = {}): SuiteCheck[] {
+  checkOptions('backendSuite', options, { skip: true, guards: true })
   let backend: Promise<Backend> | null = null
   const get = () => (backend ??= make())
   const checks: SuiteCheck[] = [

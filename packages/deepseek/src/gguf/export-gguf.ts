@@ -12,7 +12,7 @@ import {
   type WriteGgufOptions,
   writeGguf,
 } from '@moe/checkpoint'
-import { Module, MoeError, type StateEntry, stateDict } from '@moe/core'
+import { checkOptions, Module, MoeError, type OptionNames, type StateEntry, stateDict } from '@moe/core'
 import { type DeepSeekConfig, parseConfig } from '../config.ts'
 import { parseJson, readConfig, readScaleBlock } from '../config-file.ts'
 import type { DeepSeek } from '../model.ts'
@@ -37,6 +37,16 @@ export interface ExportGgufOptions extends WriteGgufOptions {
   readonly preTokenizer?: string
   /** Name shown to users. Default: that of the folder. */
   readonly name?: string
+}
+
+const names: OptionNames<ExportGgufOptions> = {
+  type: true,
+  tokenizer: true,
+  chatTemplate: true,
+  preTokenizer: true,
+  name: true,
+  signal: true,
+  onProgress: true,
 }
 
 export interface ExportedGguf {
@@ -71,6 +81,7 @@ export async function exportGguf(
   options: ExportGgufOptions = {},
 ): Promise<ExportedGguf> {
   const file = pathOf('exportGguf', path)
+  checkOptions('exportGguf', options, names)
   if (model instanceof Module) {
     return write(
       model.config,

@@ -1,5 +1,5 @@
 /** @file Ranks as processes that an MPI launcher has started (mpirun, mpiexec): messages through the MPI library. */
-import { MoeError } from '@moe/core'
+import { checkOptions, MoeError } from '@moe/core'
 import type { Communicator } from '../communicator/communicator.ts'
 import { HostCommunicator } from '../communicator/host-communicator.ts'
 import { type Transport, wrongLength } from '../communicator/transport.ts'
@@ -20,6 +20,7 @@ let opened: Promise<Communicator> | undefined
  * @throws MoeError E_NO_BACKEND without MPI, E_CONFIG when launcher and library are of different kinds
  */
 export function mpi(options: { library?: string } = {}): Promise<Communicator> {
+  checkOptions('mpi', options, { library: true })
   opened ??= openMpi(options.library).then(
     library => new HostCommunicator(new MpiTransport(library)),
     error => {

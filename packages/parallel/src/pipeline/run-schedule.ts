@@ -1,6 +1,7 @@
 /** @file One step of a model in stages, as a schedule says: every rank does its part, and gradients gather in the parameters. */
 import {
   backwardInput,
+  checkOptions,
   keep,
   Lifetime,
   MoeError,
@@ -67,8 +68,10 @@ export async function runSchedule(
   schedule: Schedule,
   ranks: Communicator,
   stages: ReadonlyMap<number, PipelineStage>,
-  { between, metrics = [], precision = 'f32', onAction }: RunOptions,
+  options: RunOptions,
 ): Promise<{ loss: Tensor; metrics: Record<string, Tensor> }> {
+  checkOptions('runSchedule', options, { between: true, metrics: true, precision: true, onAction: true })
+  const { between, metrics = [], precision = 'f32', onAction } = options
   checkSchedule(schedule)
   checkRank(schedule, ranks, stages)
   const mail = new Mail(schedule, ranks, between)

@@ -1,4 +1,5 @@
 /** @file A simulated schedule as text: a line per rank, time from left to right. */
+import { checkOptions } from '@moe/core'
 import { type Action, partsOf } from './schedule.ts'
 import type { Simulation } from './simulate.ts'
 
@@ -8,6 +9,7 @@ import type { Simulation } from './simulate.ts'
  * @param options.columns characters a unit of time; default: as many as the shortest action needs for its name
  */
 export function drawSchedule(simulation: Simulation, options: { columns?: number } = {}): string {
+  checkOptions('drawSchedule', options, { columns: true })
   const { ranks, makespan } = simulation
   const lines = ranks.map(({ timeline }) => {
     const lowest = Math.min(...timeline.flatMap(({ action }) => partsOf(action)).map(({ stage }) => stage))

@@ -1,5 +1,5 @@
 /** @file How long a schedule takes, where its ranks wait, and what they hold, for given durations. */
-import { MoeError } from '@moe/core'
+import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import { type Action, checkSchedule, inOrder, partsOf, type Schedule, stagesOf } from './schedule.ts'
 
 /** Any unit of time, of one micro-batch in one stage. */
@@ -14,6 +14,14 @@ export interface Durations {
   readonly overlapped?: number
   /** From the end of a pass on one rank to when another has what it needs of it. Default 0. */
   readonly communication?: number
+}
+
+const names: OptionNames<Durations> = {
+  forward: true,
+  backward: true,
+  backwardWeight: true,
+  overlapped: true,
+  communication: true,
 }
 
 export interface TimedAction {
@@ -50,6 +58,7 @@ export interface Simulation {
  * @throws MoeError E_CONFIG for what `checkSchedule` finds, and for durations that cannot be
  */
 export function simulate(schedule: Schedule, durations: Durations = {}): Simulation {
+  checkOptions('simulate', durations, names)
   const lasts = durationOf(durations)
   checkSchedule(schedule)
   const { communication = 0 } = durations

@@ -1,4 +1,5 @@
 /** @file Chat templates of Hugging Face (`tokenizer_config.json`), rendered by @huggingface/jinja, an optional peer. */
+import { checkCall } from '../check-call.ts'
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
 import { boundedRender, type Jinja, TooManySteps } from './bounded-render.ts'
@@ -84,6 +85,7 @@ export class ChatTemplate {
    *   as one may that was made to loop for ever
    */
   render(messages: readonly ChatMessage[], options: ChatOptions = {}): string {
+    checkCall('ChatTemplate.render', options)
     if (!Array.isArray(messages)) {
       throw new TokenizerError({
         code: 'E_DATA',

@@ -1,4 +1,5 @@
 /** @file Fill-in-the-middle in the order prefix, suffix, middle (PSM), as DeepSeek-V3 pre-trains with it (report, section 4.1). */
+import { checkCall } from '../check-call.ts'
 import { TokenizerError } from '../errors.ts'
 
 export interface FillInTheMiddleOptions {
@@ -19,6 +20,7 @@ export const DEEPSEEK_FIM_TOKENS = { begin: '<｜fim▁begin｜>', hole: '<｜fi
  * @throws TokenizerError E_CONFIG for a rate outside 0..1, E_DATA for a document that already holds a sentinel
  */
 export function fillInTheMiddle(document: string, options: FillInTheMiddleOptions): string {
+  checkCall('fillInTheMiddle', options)
   const { rate = 0.1, random, tokens = DEEPSEEK_FIM_TOKENS } = options
   if (!(rate >= 0 && rate <= 1)) {
     throw new TokenizerError({ code: 'E_CONFIG', op: 'fillInTheMiddle', problem: `rate ${rate} is not from 0 to 1` })

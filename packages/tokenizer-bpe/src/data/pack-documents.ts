@@ -1,4 +1,5 @@
 /** @file Packing documents into sequences of one length. */
+import { checkCall } from '../check-call.ts'
 import { TokenizerError } from '../errors.ts'
 
 export interface PackOptions {
@@ -24,6 +25,7 @@ export function* packDocuments(
   documents: Iterable<ArrayLike<number>>,
   options: PackOptions,
 ): Generator<PackedSequence> {
+  checkCall('packDocuments', options)
   const { length, endOfText } = options
   if (!Number.isInteger(length) || length < 1) {
     throw new TokenizerError({

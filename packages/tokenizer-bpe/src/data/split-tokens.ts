@@ -3,6 +3,7 @@
  * that end right at such a border then meet a token the model never saw there. Its training data has a part of these tokens split (report,
  * section 4.1), so that both ways are learned.
  */
+import { checkCall } from '../check-call.ts'
 import { TokenizerError } from '../errors.ts'
 import type { BpeTokenizer } from '../tokenizer.ts'
 
@@ -21,6 +22,7 @@ export class MergedTokenSplitter {
   readonly #options: SplitTokensOptions
 
   constructor(tokenizer: BpeTokenizer, options: SplitTokensOptions) {
+    checkCall('MergedTokenSplitter', options)
     if (!(options.rate >= 0 && options.rate <= 1)) {
       throw new TokenizerError({
         code: 'E_CONFIG',

@@ -4,6 +4,7 @@ import type { AddedToken } from '../added-tokens.ts'
 import { provideAll } from '../all-parts.ts'
 import { PADDING } from '../bpe/encoder.ts'
 import { alphabetOrder, byteOfChar, charOfByte } from '../byte-alphabet.ts'
+import { callCheck } from '../call-check.ts'
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
 import { compilePreTokenizer } from '../json/pre-tokenizer.ts'
@@ -65,7 +66,7 @@ export interface TrainOptions {
  */
 export function trainBpe(texts: Iterable<string>, options: TrainOptions): BpeTokenizer {
   const trainer = new Trainer(options)
-  if (typeof texts !== 'object' || !texts) throw notTexts(texts)
+  checkTexts(texts)
   for (const text of texts) for (const _ of trainer.count(text));
   trainer.startMerging()
   while (trainer.merge(500)) trainer.report()
@@ -78,7 +79,7 @@ export async function trainBpeAsync(
   options: TrainOptions,
 ): Promise<BpeTokenizer> {
   const trainer = new Trainer(options)
-  if (typeof texts !== 'object' || !texts) throw notTexts(texts)
+  checkTexts(texts)
   let paused = performance.now()
   const pause = async () => {
     if (performance.now() - paused < 20) return
@@ -96,11 +97,12 @@ export async function trainBpeAsync(
   return trainer.finish()
 }
 
-function notTexts(value: unknown): TokenizerError {
-  return new TokenizerError({
+function checkTexts(texts: unknown): void {
+  if (typeof texts === 'object' && texts) return
+  throw new TokenizerError({
     code: 'E_DATA',
     op: 'trainBpe',
-    problem: `expected an iterable of strings, got ${describe(value)}`,
+    problem: `expected an iterable of strings, got ${describe(texts)}`,
     fix: 'pass [text] or a generator of texts',
   })
 }
@@ -125,8 +127,8 @@ class Trainer {
   #tokens: string[] = []
   #learner: MergeLearner | undefined
 
-  /** In JavaScript the options may be missing; then it is vocabSize that is missed. */
-  constructor(options = {} as TrainOptions) {
+  constructor(options: TrainOptions) {
+    callCheck.of?.('trainBpe', options)
     provideAll()
     this.#options = options
     this.#special = specialTokens(options.specialTokens ?? [])

@@ -3,7 +3,7 @@ import { constants, isUtf8 } from 'node:buffer'
 import { readFileSync, realpathSync, statSync } from 'node:fs'
 import { join, resolve, sep } from 'node:path'
 import { pathOf } from '@moe/checkpoint'
-import { MoeError, Random } from '@moe/core'
+import { checkOptions, MoeError, Random } from '@moe/core'
 import { globSync } from 'tinyglobby'
 import { checkDocuments } from './documents.ts'
 
@@ -42,7 +42,8 @@ export interface TextFilesOptions {
  * @throws MoeError E_DATA when nothing matches, a file is not text, or all are empty
  */
 export function textFiles(patterns: string | readonly string[], options: TextFilesOptions = {}): Corpus {
-  const { validation = 0, separator, seed, cwd: relativeTo = '.' } = options ?? {}
+  checkOptions('textFiles', options, { validation: true, separator: true, seed: true, cwd: true })
+  const { validation = 0, separator, seed, cwd: relativeTo = '.' } = options
   const cwd = resolve(pathOf('textFiles', relativeTo))
   const read = (paths: readonly string[]) => paths.flatMap(path => readDocuments(path, separator))
   const paths = findFiles(patterns, cwd)
@@ -61,7 +62,8 @@ export function textFiles(patterns: string | readonly string[], options: TextFil
  * @throws MoeError E_DATA when there are none, or when one is not text
  */
 export function texts(documents: Iterable<string>, options: TextOptions = {}): Corpus {
-  const { validation = 0, seed = 0 } = options ?? {}
+  checkOptions('texts', options, { validation: true, seed: true })
+  const { validation = 0, seed = 0 } = options
   const all = checked(documents, 'the corpus')
   if (typeof validation !== 'number') return { training: all, validation: checked(validation, 'the held-out part') }
   if (!(validation >= 0 && validation < 1)) {

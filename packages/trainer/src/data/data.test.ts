@@ -137,7 +137,7 @@ describe('textFiles', () => {
   })
 })
 
-test('paths that are none are refused, and no options are as good as none given', async () => {
+test('paths and options that are none are refused', async () => {
   const cwd = await temporaryFolder()
   await writeFile(join(cwd, 'a.txt'), 'first')
   const read = textFiles as (...input: unknown[]) => unknown
@@ -146,8 +146,10 @@ test('paths that are none are refused, and no options are as good as none given'
     expect(() => read(...given)).toThrow(expect.objectContaining({ code: 'E_ATTR', op: 'textFiles' }))
   }
   expect(textFiles('a.txt', { cwd: url }).training).toEqual(['first'])
-  expect(read(join(cwd, 'a.txt'), null)).toEqual({ training: ['first'], validation: [] })
-  expect((texts as typeof read)(['first'], null)).toEqual({ training: ['first'], validation: [] })
+  for (const make of [read, texts as typeof read]) {
+    expect(() => make(['a.txt'], null)).toThrow('null is given in place of options')
+    expect(() => make(['a.txt'], { cwd, sed: 1 })).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
+  }
 })
 
 describe('TokenDataset', () => {

@@ -1,5 +1,5 @@
 /** @file Strided evaluation: overlapping windows in which every token is predicted once, with context before it. */
-import { MoeError } from '@moe/core'
+import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
 import type { TokenDataset } from './token-dataset.ts'
 
@@ -12,6 +12,8 @@ export interface EvaluationOptions {
   /** Measure on about so many tokens, spread evenly over the data. Default: on all. */
   readonly limit?: number
 }
+
+const names: OptionNames<EvaluationOptions> = { sequenceLength: true, lookahead: true, batchSize: true, limit: true }
 
 export interface EvaluationBatch {
   readonly batch: TokenBatch
@@ -27,6 +29,7 @@ export interface EvaluationBatch {
  * half a window of context.
  */
 export function* evaluationWindows(data: TokenDataset, options: EvaluationOptions): Generator<EvaluationBatch> {
+  checkOptions('evaluationWindows', options, names)
   const { sequenceLength, lookahead, batchSize, limit } = options
   const wrong = Object.entries({ sequenceLength, lookahead, batchSize }).filter(
     ([, size]) => !Number.isSafeInteger(size) || size < 1,

@@ -1,6 +1,6 @@
 /** @file A corpus as one stream of tokens with document boundaries. */
 import { createHash } from 'node:crypto'
-import { MoeError } from '@moe/core'
+import { checkOptions, MoeError } from '@moe/core'
 import type { TextTokenizer } from '../model.ts'
 import { checkDocuments } from './documents.ts'
 
@@ -60,6 +60,7 @@ export class TokenDataset {
   static fromTexts(documents: Iterable<string>, tokenizer: TextTokenizer, options: DocumentTokens = {}): TokenDataset {
     checkDocuments('TokenDataset', documents)
     if (typeof tokenizer?.encode !== 'function') throw noTokenizer(tokenizer)
+    checkOptions('TokenDataset.fromTexts', options, { bos: true, eos: true })
     const named = (names: readonly string[]) => {
       for (const name of names) {
         const id = tokenizer.tokenToId?.(name)
@@ -90,6 +91,7 @@ export class TokenDataset {
     documents: Iterable<ArrayLike<number>>,
     options: { vocabSize?: number; textBytes?: number; padding?: number } = {},
   ): TokenDataset {
+    checkOptions('TokenDataset.fromTokens', options, { vocabSize: true, textBytes: true, padding: true })
     const stream = new GrowingStream()
     const starts: number[] = []
     for (const ids of documents) {

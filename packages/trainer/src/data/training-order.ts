@@ -2,7 +2,7 @@
  * @file Which rows a training step sees: a function of the step number alone, so that nothing but that number need be
  * saved.
  */
-import { MoeError, Random } from '@moe/core'
+import { checkOptions, MoeError, type OptionNames, Random } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
 import type { TokenDataset } from './token-dataset.ts'
 
@@ -25,6 +25,16 @@ export interface OrderOptions {
   readonly world?: number
 }
 
+const names: OptionNames<OrderOptions> = {
+  sequenceLength: true,
+  lookahead: true,
+  batchSize: true,
+  accumulate: true,
+  seed: true,
+  rank: true,
+  world: true,
+}
+
 /**
  * Windows of `sequenceLength` positions, each once an epoch, in an order drawn anew for every epoch. Window w starts
  * at token `w * sequenceLength`, so that every token of the stream but the first is predicted once an epoch. The last
@@ -45,6 +55,7 @@ export class TrainingOrder {
 
   /** @throws MoeError E_CONFIG for sizes that are not whole numbers from 1, or a rank outside the world */
   constructor(data: TokenDataset, options: OrderOptions) {
+    checkOptions('TrainingOrder', options, names)
     const { sequenceLength, lookahead, batchSize, accumulate = 1, seed = 0, rank = 0, world = 1 } = options
     const sizes = { sequenceLength, lookahead, batchSize, accumulate, world }
     const wrong = Object.entries(sizes).filter(([, size]) => !Number.isSafeInteger(size) || size < 1)

@@ -1,9 +1,11 @@
 /** @file AdamW (Loshchilov & Hutter 2019) over the parameters of a model. */
 import {
   adamwStep,
+  checkOptions,
   fromHost,
   MoeError,
   type NamedParameter,
+  type OptionNames,
   type Parameter,
   type StateEntry,
   type StateSource,
@@ -23,6 +25,8 @@ export interface AdamWOptions {
   /** Whether a parameter's weights decay. Default `decaysMatrices`. */
   readonly decays?: (named: NamedParameter) => boolean
 }
+
+export const adamWNames: OptionNames<AdamWOptions> = { betas: true, eps: true, weightDecay: true, decays: true }
 
 /** Matrices decay; norms, biases and embedding tables do not. */
 export function decaysMatrices({ name, parameter }: NamedParameter): boolean {
@@ -50,7 +54,8 @@ export class AdamW implements StagedOptimizer {
   /** Two moments, zeros, for each trainable parameter; others are left out. */
   constructor(parameters: readonly NamedParameter[], options: AdamWOptions = {}) {
     needNamed('AdamW', parameters)
-    const { betas = [0.9, 0.95], eps = 1e-8, weightDecay = 0.1, decays = decaysMatrices } = options ?? {}
+    checkOptions('AdamW', options, adamWNames)
+    const { betas = [0.9, 0.95], eps = 1e-8, weightDecay = 0.1, decays = decaysMatrices } = options
     this.#betas = betas
     this.#eps = eps
     const trained = parameters.filter(({ parameter }) => parameter.trainable)

@@ -3,10 +3,12 @@
  * 2025, arXiv 2502.16982).
  */
 import {
+  checkOptions,
   fromHost,
   MoeError,
   type NamedParameter,
   noGrad,
+  type OptionNames,
   type Parameter,
   type Precision,
   type StateEntry,
@@ -17,7 +19,7 @@ import {
   type Tensor,
   tensor,
 } from '@moe/core'
-import { AdamW, type AdamWOptions } from './adamw.ts'
+import { AdamW, type AdamWOptions, adamWNames } from './adamw.ts'
 import { needNamed, type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
 
 export interface MuonOptions extends AdamWOptions {
@@ -29,6 +31,14 @@ export interface MuonOptions extends AdamWOptions {
   readonly precision?: Precision
   /** Which parameters it takes; AdamW takes the others. Default `hiddenMatrices`. */
   readonly takes?: (named: NamedParameter) => boolean
+}
+
+const names: OptionNames<MuonOptions> = {
+  ...adamWNames,
+  momentum: true,
+  iterations: true,
+  precision: true,
+  takes: true,
 }
 
 /** Matrices and stacks of them, but for embedding table and head. */
@@ -82,13 +92,9 @@ export class Muon implements StagedOptimizer {
 
   constructor(parameters: readonly NamedParameter[], options: MuonOptions = {}) {
     needNamed('Muon', parameters)
-    const {
-      momentum = 0.95,
-      iterations = 5,
-      precision = 'bf16',
-      takes = hiddenMatrices,
-      weightDecay = 0.1,
-    } = options ?? {}
+    checkOptions('Muon', options, names)
+    const { momentum = 0.95, iterations = 5, precision = 'bf16', takes = hiddenMatrices, ...others } = options
+    const { weightDecay = 0.1 } = others
     const own = parameters.filter(named => named.parameter.trainable && takes(named))
     const momenta = zeroState(own.map(({ parameter }) => parameter))
     this.#slots = own.map((named, i) => ({
@@ -100,7 +106,7 @@ export class Muon implements StagedOptimizer {
     try {
       this.#rest = new AdamW(
         parameters.filter(named => !own.includes(named)),
-        options,
+        others,
       )
     } catch (error) {
       for (const momentum of momenta) momentum.dispose()

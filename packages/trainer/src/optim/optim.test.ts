@@ -1,10 +1,13 @@
 import { readFile } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { readSafetensors } from '@moe/checkpoint'
-import { fromHost, full, type NamedParameter, Parameter, setDefaultBackend, tensor } from '@moe/core'
+import { disposeModule, fromHost, full, type NamedParameter, Parameter, setDefaultBackend, tensor } from '@moe/core'
 import { readF64, referenceBackend } from '@moe/core/reference'
 import fc from 'fast-check'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import type { TrainOptions } from '../options.ts'
+import { BigramModel } from '../test-model.ts'
+import { train } from '../train.ts'
 import { AdamW, decaysMatrices } from './adamw.ts'
 import { clipScale, gradientNorm } from './clip.ts'
 import { Muon } from './muon.ts'
@@ -27,7 +30,7 @@ test('optimizers refuse what is no list of named parameters, and steps without a
   for (const Made of [AdamW, Muon]) {
     for (const none of [undefined, { weight: parameter }, [parameter]] as unknown as NamedParameter[][])
       expect(() => new Made(none)).toThrow(/not a list of \{ name, parameter \}; pass namedParameters\(model\)/)
-    const optimizer = new Made([{ name: 'weight', parameter }], null as unknown as undefined)
+    const optimizer = new Made([{ name: 'weight', parameter }])
     using one = full([], 1)
     expect(() => optimizer.step(undefined as unknown as number, one)).toThrow(
       /rate is undefined; pass it to every step/,
@@ -175,7 +178,12 @@ describe('schedules', () => {
       .filter(({ steps, warmup, decay }) => warmup + decay <= steps)
     fc.assert(
       fc.property(sizes, options => {
-        for (const schedule of [warmupCosine(options), warmupStableDecay(options), warmupConstant(options)]) {
+        const { decay, ...rest } = options
+        for (const schedule of [
+          warmupCosine(rest),
+          warmupStableDecay(options),
+          warmupConstant({ warmup: rest.warmup }),
+        ]) {
           for (let step = 0; step < options.steps + 3; step++) {
             const value = schedule(step)
             expect(value).toBeGreaterThanOrEqual(0)
@@ -193,4 +201,29 @@ describe('schedules', () => {
       expect.objectContaining({ code: 'E_CONFIG' }),
     )
   })
+})
+
+test('options that nobody reads are refused, by train as well', async () => {
+  const parameter = parameterOf([1, 2], [1, 1])
+  for (const Made of [AdamW, Muon]) {
+    const make = (options: unknown) => () => new Made([{ name: 'weight', parameter }], options as object)
+    expect(make({ weight_decay: 1 })).toThrow(
+      `${Made.name}: there is no option weight_decay; did you mean weightDecay?`,
+    )
+    expect(make(null)).toThrow(`${Made.name}: null is given in place of options`)
+  }
+  parameter.dispose()
+  expect(() => warmupCosine({ steps: 9, warmpu: 1 } as never)).toThrow('did you mean warmup?')
+  expect(() => warmupConstant(undefined as never)).toThrow(
+    'warmupConstant: undefined is given in place of options; pass an object: { warmup }',
+  )
+  const model = new BigramModel()
+  const training = (options: object | null) =>
+    train(model, options as TrainOptions).catch((error: Error) => error.message)
+  expect(await training({ learnigRate: 1e-3 })).toMatch(
+    /^train: there is no option learnigRate; there are .*batchSize.*lr/,
+  )
+  expect(await training({ batch_size: 1 })).toMatch(/did you mean batchSize/)
+  expect(await training(null)).toMatch(/^train: null is given in place of options; pass an object: \{.*data, tokenizer/)
+  disposeModule(model)
 })

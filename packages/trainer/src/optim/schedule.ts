@@ -1,5 +1,5 @@
 /** @file Learning-rate schedules: pure functions of the step, so that a resumed run needs no state for them. */
-import { MoeError } from '@moe/core'
+import { checkOptions, MoeError } from '@moe/core'
 
 /** What the peak learning rate is multiplied by at a step (counted from 0). */
 export type Schedule = (step: number) => number
@@ -15,6 +15,7 @@ export interface CosineOptions {
 
 /** Linear warm-up, then half a cosine down to `floor` (Loshchilov & Hutter 2017). */
 export function warmupCosine(options: CosineOptions): Schedule {
+  checkOptions('warmupCosine', options, { steps: true, warmup: true, floor: true })
   const { steps, warmup = defaultWarmup(steps), floor = 0.1 } = options
   checkSchedule('warmupCosine', { steps, warmup }, floor)
   const down = Math.max(1, steps - warmup)
@@ -35,6 +36,7 @@ export interface StableDecayOptions extends CosineOptions {
  * - sqrt).
  */
 export function warmupStableDecay(options: StableDecayOptions): Schedule {
+  checkOptions('warmupStableDecay', options, { steps: true, warmup: true, decay: true, floor: true })
   const { steps, warmup = defaultWarmup(steps), decay = Math.round(steps / 5), floor = 0 } = options
   checkSchedule('warmupStableDecay', { steps, warmup, decay }, floor)
   return step => {
@@ -45,7 +47,9 @@ export function warmupStableDecay(options: StableDecayOptions): Schedule {
 }
 
 /** Linear warm-up, then no change. */
-export function warmupConstant({ warmup }: { readonly warmup: number }): Schedule {
+export function warmupConstant(options: { readonly warmup: number }): Schedule {
+  checkOptions('warmupConstant', options, { warmup: true })
+  const { warmup } = options
   checkSchedule('warmupConstant', { warmup }, 0)
   return step => (step < warmup ? (step + 1) / warmup : 1)
 }

@@ -1,4 +1,5 @@
 /** @file Draws a run: one redrawn line on a terminal, a plain line now and then elsewhere. */
+import { checkOptions } from '@moe/core'
 import type { EvaluationEvent, StartEvent, StepEvent, TrainEvent, TrainListener } from '../events.ts'
 
 /** The part of a stream that is needed: `process.stderr` is one. */
@@ -26,6 +27,7 @@ const barWidth = 24
 
 /** A listener that shows progress. */
 export function progress(options: ProgressOptions = {}): TrainListener {
+  checkOptions('progress', options, { stream: true, every: true, color: true, now: true })
   const { stream = process.stderr, now = () => performance.now() } = options
   const terminal = stream.isTTY === true
   const color = options.color ?? (terminal && !process.env['NO_COLOR'])

@@ -1,0 +1,87 @@
+import { describe, expect, test } from 'vitest'
+import { checkOptions, checkShared, type OptionNames } from './options.ts'
+
+interface Options {
+  readonly steps: number
+  readonly warmup?: number
+  readonly lr?: number
+}
+const names: OptionNames<Options> = { steps: true, warmup: true, lr: true }
+const check = (options: unknown) => checkOptions('train', options as Options, names)
+const config = (given: object) => checkShared('Layer', given, { hidden_size: true, v_head_dim: true, n_group: true })
+
+describe('checkOptions', () => {
+  test('takes known names and what is undefined', () => {
+    check({})
+    check({ steps: 1, warmup: undefined, lr: 0 })
+    check({ steps: 1, typo: undefined })
+  })
+
+  test.each([
+    ['step', 'steps'],
+    ['setps', 'steps'],
+    ['Warmup', 'warmup'],
+    ['warm_up', 'warmup'],
+    ['wormop', 'warmup'],
+    ['l', 'lr'],
+  ])('%s is told to be %s', (name, near) => {
+    expect(() => check({ steps: 1, [name]: null })).toThrow(`train: there is no option ${name}; did you mean ${near}?`)
+  })
+
+  test('lists all names where none is near', () => {
+    expect(() => check({ learningRate: 1 })).toThrow(
+      expect.objectContaining({
+        code: 'E_CONFIG',
+        message: 'train: there is no option learningRate; there are steps, warmup, lr',
+        details: { name: 'learningRate', known: ['steps', 'warmup', 'lr'] },
+      }),
+    )
+  })
+
+  test('knows only the names of the list, not what every object has, and sees inherited ones', () => {
+    expect(() => check({ toString: () => '' })).toThrow('no option toString')
+    expect(() => check(Object.create({ stepz: 1 }))).toThrow('did you mean steps?')
+  })
+
+  test.each([
+    [null, 'null'],
+    [undefined, 'undefined'],
+    ['fast', 'the string fast'],
+    [() => {}, 'the function () => {}'],
+  ])('refuses %s', (value, words) => {
+    expect(() => check(value)).toThrow(`train: ${words} is given in place of options`)
+    expect(() => check(value)).toThrow('pass an object: { steps, warmup, lr }')
+  })
+
+  test('lists are those of the type', () => {
+    // @ts-expect-error lr is forgotten
+    checkOptions<Options>('train', { steps: 1 }, { steps: true, warmup: true })
+    // @ts-expect-error there is no rate
+    checkOptions<Options>('train', { steps: 1 }, { steps: true, warmup: true, lr: true, rate: true })
+  })
+})
+
+describe('checkShared', () => {
+  test("lets through other programs' names, even near ones", () => {
+    config({ hidden_size: 8, torch_dtype: 'float32', head_dim: 64, sliding_window: null })
+  })
+
+  test.each([
+    ['hidden_sise', 'hidden_size'],
+    ['hiddensize', 'hidden_size'],
+    ['hiddenSize', 'hidden_size'],
+    ['hiden_size', 'hidden_size'],
+    ['hidden_sizes', 'hidden_size'],
+    ['n_gruop', 'n_group'],
+  ])('refuses %s for %s', (name, near) => {
+    expect(() => config({ hidden_size: 8, [name]: 9 })).toThrow(
+      `Layer: there is no option ${name}; did you mean ${near}?`,
+    )
+  })
+
+  test('refuses what is no object', () => {
+    expect(() => config(undefined as never)).toThrow(
+      'Layer: undefined is given in place of options; pass an object: { hidden_size, v_head_dim, n_group }',
+    )
+  })
+})

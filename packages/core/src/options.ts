@@ -1,0 +1,93 @@
+/** @file What a user's options are asked: whether anybody reads their names. Who writes JavaScript, or spreads objects, learns it from no compiler. */
+import { describe, MoeError } from './errors.ts'
+
+/** All names of some options: an object that lacks one, or has another, does not compile. Its values mean nothing. */
+export type OptionNames<Options> = { readonly [Name in keyof Options]-?: unknown }
+
+/**
+ * Refuses options that are no object, and names that are not among `names`; what is undefined is not given.
+ * @param names type-checked against the options: `{ lr: true, steps: true }`
+ * @throws MoeError E_CONFIG with the nearest known name, or all of them
+ */
+export function checkOptions<Options extends object>(
+  op: string,
+  options: Options,
+  names: OptionNames<NoInfer<Options>>,
+): void {
+  needObject(op, options, names)
+  // Also those that it inherits: they are read like its own.
+  for (const name in options) {
+    if (!Object.hasOwn(names, name) && options[name] !== undefined) throw unknownName(op, name, names)
+  }
+}
+
+/**
+ * The same for what others read as well: a configuration in the terms of config.json, options that are handed on to all parts of a model. Names that are not among
+ * `names` are let through, unless they are a slip away from one: a letter more, less, another or swapped, or written in other case or without underscores.
+ * @throws MoeError E_CONFIG
+ */
+export function checkShared<Options extends object>(
+  op: string,
+  options: Options,
+  names: OptionNames<NoInfer<Options>>,
+): void {
+  needObject(op, options, names)
+  for (const name in options) {
+    if (Object.hasOwn(names, name) || options[name] === undefined) continue
+    if (nearest(name, names, 1) !== undefined) throw unknownName(op, name, names)
+  }
+}
+
+function needObject(op: string, value: unknown, names: object): void {
+  if (typeof value === 'object' && value !== null) return
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op,
+    problem: `${describe(value)} is given in place of options`,
+    fix: `pass an object: { ${Object.keys(names).join(', ')} }`,
+  })
+}
+
+function unknownName(op: string, name: string, names: object): MoeError {
+  const near = nearest(name, names, name.length > 4 ? 2 : 1)
+  const known = Object.keys(names)
+  return new MoeError({
+    code: 'E_CONFIG',
+    op,
+    problem: `there is no option ${name}`,
+    fix: near === undefined ? `there are ${known.join(', ')}` : `did you mean ${near}?`,
+    details: { name, known },
+  })
+}
+
+/** The known name that is the fewest slips away, at most `limit`. */
+function nearest(name: string, names: object, limit: number): string | undefined {
+  let best: string | undefined
+  let fewest = limit + 1
+  for (const known of Object.keys(names)) {
+    if (Math.abs(known.length - name.length) >= fewest && bare(known) !== bare(name)) continue
+    const slips = slipsBetween(name, known)
+    if (slips < fewest) {
+      best = known
+      fewest = slips
+    }
+  }
+  return best
+}
+
+const bare = (name: string): string => name.replaceAll('_', '').toLowerCase()
+
+/** Letters to insert, to leave out, to replace or to swap with the next; 0 where only case and underscores differ. */
+function slipsBetween(a: string, b: string): number {
+  if (bare(a) === bare(b)) return 0
+  let [before, last]: number[][] = [[], []]
+  let row = Array.from({ length: b.length + 1 }, (_, j) => j)
+  for (let i = 1; i <= a.length; i++) {
+    ;[before, last, row] = [last, row, [i]]
+    for (let j = 1; j <= b.length; j++) {
+      row[j] = Math.min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (a[i - 1] === b[j - 1] ? 0 : 1))
+      if (i > 1 && j > 1 && a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1]) row[j] = Math.min(row[j], before[j - 2] + 1)
+    }
+  }
+  return row[b.length]
+}

@@ -1,0 +1,85 @@
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { afterEach, describe, expect, test } from 'vitest'
+import { DeepSeek, type DeepSeekConfigInput, parseConfig, presets } from './index.ts'
+
+const backend = referenceBackend()
+setDefaultBackend(backend)
+afterEach(() => expect(backend.stats().handles).toBe(0))
+
+const tiny = { ...presets.tiny, vocab_size: 16, num_hidden_layers: 1, num_nextn_predict_layers: 0 }
+const make =
+  (changes: object, options: object = {}) =>
+  () =>
+    new DeepSeek({ ...tiny, ...changes } as DeepSeekConfigInput, options).dispose()
+
+/** What else stands in the config.json of V3, V3.2, V2, Moonlight, Kimi K2 and DeepSeek LLM, and what transformers 5.18 writes of these. */
+const others =
+  `architectures attention_dropout auto_map ep_size num_key_value_heads pretraining_tp quantization_config torch_dtype
+  transformers_version use_cache aux_loss_alpha seq_aux pad_token_id index_head_dim index_n_heads index_topk head_dim qk_head_dim mlp_bias
+  _name_or_path chunk_size_feed_forward dtype id2label is_encoder_decoder label2id output_attentions output_hidden_states problem_type
+  return_dict use_return_dict num_local_experts sliding_window layer_types unk_token_id`.split(/\s+/)
+
+describe('names in a configuration', () => {
+  test("that other programs' files have are let through", () => {
+    expect(others.length).toBeGreaterThan(30)
+    make(Object.fromEntries(others.map(name => [name, 1])))()
+    const { num_hidden_layers, ...rest } = parseConfig(presets['deepseek-v3'])
+    expect(
+      parseConfig({ ...rest, num_hidden_layers, rope_scaling: { ...rest.rope_scaling, attention_factor: 1 } }),
+    ).toEqual({
+      ...rest,
+      num_hidden_layers,
+    })
+  })
+
+  test.each([
+    ['num_hidden_layer', 'num_hidden_layers'],
+    ['hiddenSize', 'hidden_size'],
+    ['n_shared_expert', 'n_shared_experts'],
+    ['topk_gruop', 'topk_group'],
+  ])('%s is told to be %s, also beside it', (name, known) => {
+    expect(make({ [name]: 2 })).toThrow(`DeepSeek: there is no option ${name}; did you mean ${known}?`)
+  })
+
+  test('of rope_scaling are asked, too', () => {
+    expect(make({ rope_scaling: { type: 'yarn', factor: 4, beta_fats: 8 } })).toThrow('did you mean beta_fast?')
+  })
+
+  test('of a file are its own', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'moe-names-'))
+    const model = new DeepSeek(tiny)
+    await model.save(folder)
+    model.dispose()
+    const path = join(folder, 'config.json')
+    const json = JSON.parse(await readFile(path, 'utf8'))
+    await writeFile(
+      path,
+      JSON.stringify({ ...json, n_groups: 7, hidden_sizes: [1], rope_parameters: { rope_theta: 5e3, factors: 1 } }),
+    )
+    const read = await DeepSeek.fromPretrained(folder)
+    expect(read.config.rope_theta).toBe(json.rope_theta)
+    read.dispose()
+    await rm(folder, { recursive: true })
+  })
+})
+
+test('options that nobody reads are refused', async () => {
+  expect(make({}, { sed: 1 })).toThrow('DeepSeek: there is no option sed; did you mean seed?')
+  expect(make({}, { objective: { biasspeed: 0 } })).toThrow(
+    'DeepSeek objective: there is no option biasspeed; did you mean biasSpeed?',
+  )
+  expect(make({}, { dropping: { devices: 1, undroped: 0 } })).toThrow('did you mean undropped?')
+  expect(make({}, null as never)).toThrow('DeepSeek: null is given in place of options')
+  expect(() => new DeepSeek(undefined as never)).toThrow(
+    'DeepSeek: undefined is given in place of options; pass an object: { model_type,',
+  )
+  await expect(DeepSeek.fromPretrained('nowhere', { seed: 1 } as never)).rejects.toThrow('no option seed')
+  const model = new DeepSeek(tiny)
+  expect(() => model.generate([1], { maxToken: 3 } as never)).toThrow('did you mean maxTokens?')
+  expect(() => model.makeCache({ capcity: 3 } as never)).toThrow('did you mean capacity?')
+  model.dispose()
+})
