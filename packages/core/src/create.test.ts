@@ -57,3 +57,13 @@ test('tensors of random numbers hold what the stream gives', async () => {
   expect(Math.max(...uniform)).toBeGreaterThan(2)
   expect(uniform.every(x => x >= -2 && x < 3)).toBe(true)
 })
+
+test('rand and randn without a generator, or with a seed in its place, say so', () => {
+  for (const draw of [rand, randn]) {
+    for (const none of [undefined, null, 1]) {
+      expect(() => draw([2], none as never)).toThrow(`${draw.name}: the generator is`)
+      expect(() => draw([2], none as never)).toThrow(`pass one: ${draw.name}(shape, new Random(seed))`)
+    }
+    expect(() => draw([2], new Random(1), { hihg: 1 } as never)).toThrow('there is no option hihg')
+  }
+})

@@ -83,8 +83,14 @@ export function arange(n: number, options: { backend?: Backend } = {}): Tensor {
   )
 }
 
+function needRandom(op: string, random: Random | undefined): void {
+  if (typeof random?.normal === 'function') return
+  throw attrError(op, `the generator is ${describe(random)}`, `pass one: ${op}(shape, new Random(seed))`)
+}
+
 /** A tensor of normal numbers. */
 export function randn(shape: Shape, random: Random, options: { deviation?: number; backend?: Backend } = {}): Tensor {
+  needRandom('randn', random)
   checkOptions('randn', options, { deviation: true, backend: true })
   return fromHost(random.normal(sizeOf(shape), options.deviation), shape, 'f32', options.backend)
 }
@@ -95,6 +101,7 @@ export function rand(
   random: Random,
   options: { low?: number; high?: number; backend?: Backend } = {},
 ): Tensor {
+  needRandom('rand', random)
   checkOptions('rand', options, { low: true, high: true, backend: true })
   const { low = 0, high = 1, backend } = options
   const values = random.uniform(sizeOf(shape))
