@@ -27,7 +27,7 @@ interface Recorded<Out> {
   readonly graph: Graph<Out>
 }
 
-/** Passes of one generation over one cache. */
+/** Passes of one session over one cache. */
 export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
   readonly #model: DeepSeek
   readonly #cache: KvCache

@@ -3,7 +3,7 @@ import type { KvCache } from '@moe/attention-mla'
 import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
 import type { DeepSeek } from './model.ts'
-import { type SamplingOptions, type Scores, scoresOf } from './sampling.ts'
+import { type Scores, scoresOf } from './sampling.ts'
 
 type States = {
   /** Hidden states of the new tokens, `[1, n, D]`. */
@@ -12,23 +12,23 @@ type States = {
   readonly scores: Tensor
 }
 
-export interface DecodeOptions {
-  readonly precision: Precision
-  readonly sampling: SamplingOptions
-}
-
-/** The passes of one generation. */
+/** The passes of the main model in one session. */
 export class DecodeStep {
   readonly #model: DeepSeek
   readonly #cache: KvCache
-  readonly #sampling: SamplingOptions
+  #temperature: number | undefined
   readonly #passes: CachedPasses<States>
 
-  constructor(model: DeepSeek, cache: KvCache, { precision, sampling }: DecodeOptions) {
+  constructor(model: DeepSeek, cache: KvCache, precision: Precision) {
     this.#model = model
     this.#cache = cache
-    this.#sampling = sampling
     this.#passes = new CachedPasses(model, cache, precision)
+  }
+
+  /** Of the passes that follow. What was recorded of those before has theirs in it. */
+  set temperature(temperature: number | undefined) {
+    if (temperature !== this.#temperature) this.#passes.dispose()
+    this.#temperature = temperature
   }
 
   /**
@@ -56,7 +56,7 @@ export class DecodeStep {
     const hidden = this.#model.hidden(ids, { cache: this.#cache })
     const length = ids.shape[1]
     const logits = this.#model.lm_head.forward(hidden.narrow(1, length - wanted, length))
-    return { hidden, scores: scoresOf(logits, this.#sampling) }
+    return { hidden, scores: scoresOf(logits, { temperature: this.#temperature }) }
   }
 
   dispose(): void {

@@ -19,7 +19,6 @@ import { assertClose } from '@moe/core/testing'
 import { auxFree, expertLevel, LoadMonitor, together } from '@moe/router'
 import { afterAll, describe, expect, test } from 'vitest'
 import type { LayerOptions } from './decoder-layer.ts'
-import { limits } from './generate.ts'
 import {
   countParameters,
   DeepSeek,
@@ -29,6 +28,7 @@ import {
   presets,
   type TextTokenizer,
 } from './index.ts'
+import { limits } from './session.ts'
 import { tiny } from './test-tiny.ts'
 
 setDefaultBackend(referenceBackend())

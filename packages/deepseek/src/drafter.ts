@@ -50,6 +50,20 @@ export class Drafter {
     }
   }
 
+  /** Positions that all modules have seen. */
+  get length(): number {
+    return Math.min(...this.#depths.map(({ cache }) => cache.lengths[0]))
+  }
+
+  /** Forgets what lies past `length` positions, of which all tokens up to `length + depth` stand: the hidden states of those that follow come next. */
+  truncate(length: number): void {
+    for (const depth of this.#depths) {
+      depth.cache.truncate(length)
+      depth.waiting?.dispose()
+      depth.waiting = null
+    }
+  }
+
   /** From `hidden [1, n, D]`, of which the first `confirmed` positions stand; `tokens` are all tokens that are certain. */
   async draft(hidden: Tensor, confirmed: number, tokens: readonly number[]): Promise<number[]> {
     const drafts: number[] = []

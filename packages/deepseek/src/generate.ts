@@ -1,22 +1,11 @@
-/** @file Continuing a text token by token over a cache, optionally with MTP modules drafting ahead. */
+/** @file What making a text takes and gives; session.ts makes it. */
 import type { CacheDType } from '@moe/attention-mla'
-import {
-  checkOptions,
-  MoeError,
-  namedParameters,
-  type OptionNames,
-  type Precision,
-  QuantizedParameter,
-  Random,
-  type Tensor,
-} from '@moe/core'
-import { endTokens } from './config.ts'
-import { DecodeStep } from './decode-step.ts'
-import { Drafter } from './drafter.ts'
+import { MoeError, type OptionNames, type Precision } from '@moe/core'
 import type { DeepSeek } from './model.ts'
-import { checkSampling, type SamplingOptions, sample, verifyDraft } from './sampling.ts'
+import { checkSampling, type SamplingOptions } from './sampling.ts'
 
-export interface GenerateOptions extends SamplingOptions {
+/** How one text is made. */
+export interface TurnOptions extends SamplingOptions {
   /** Most tokens to make. Default 128. */
   readonly maxTokens?: number
   /** Of what is drawn; the same seed draws the same. Default 0. */
@@ -26,25 +15,37 @@ export interface GenerateOptions extends SamplingOptions {
    */
   readonly stop?: ReadonlyArray<number | string>
   readonly signal?: AbortSignal
+  readonly onToken?: (id: number) => void
+}
+
+/** How all texts of a session are made. */
+export interface SessionOptions {
   /** Let the MTP modules draft; the text is the same (greedy) or equally distributed (sampling). Default: when there are any. */
   readonly speculative?: boolean
-  readonly onToken?: (id: number) => void
   /** What the cache holds. Default f32; bf16 takes half the memory, at bf16's precision. */
   readonly cacheDtype?: CacheDType
   /** Of matrix products. Default: bf16 where weights are stored in bf16 or fewer bits, else f32. */
   readonly precision?: Precision
 }
 
+export interface GenerateOptions extends TurnOptions, SessionOptions {}
+
 /** What `generate` needs of a tokenizer to yield text: a decoder that never emits half a character. */
 export interface TextTokenizer {
   createDecodeStream(options?: { skipSpecialTokens?: boolean }): { push(id: number): string; end(): string }
+}
+
+export interface TextTurnOptions extends TurnOptions {
+  readonly tokenizer: TextTokenizer
 }
 
 export interface TextOptions extends GenerateOptions {
   readonly tokenizer: TextTokenizer
 }
 
-const names: OptionNames<TextOptions> = {
+export const sessionNames: OptionNames<SessionOptions> = { speculative: true, cacheDtype: true, precision: true }
+
+export const turnNames: OptionNames<TextTurnOptions> = {
   maxTokens: true,
   temperature: true,
   topP: true,
@@ -52,14 +53,13 @@ const names: OptionNames<TextOptions> = {
   seed: true,
   stop: true,
   signal: true,
-  speculative: true,
   onToken: true,
-  cacheDtype: true,
-  precision: true,
   tokenizer: true,
 }
 
 export interface GenerationStats {
+  /** Tokens of the prompt that the session had read before. */
+  reused: number
   /** Tokens made. */
   tokens: number
   /** Passes through the main model, that over the prompt included. */
@@ -71,35 +71,23 @@ export interface GenerationStats {
   readonly tokensPerStep: number
 }
 
-/** Tokens (or texts) as they come, once; `stats` fills up meanwhile. */
+/** Tokens (or texts) as they come, once, for `for await`: it is no promise. `stats` fills up meanwhile. */
 export interface Generation<T> extends AsyncIterable<T> {
   readonly stats: GenerationStats
 }
 
-/** Internal: see `DeepSeek.generate`. */
-export function generate(
+/** What `generate` of a model and of a session give: `decode` is called for the ids, once all is checked. */
+export function generation(
   model: DeepSeek,
+  depth: number,
   prompt: ArrayLike<number>,
-  options: GenerateOptions | TextOptions,
+  options: TurnOptions & Partial<TextTurnOptions>,
+  decode: (tokens: number[], stats: GenerationStats) => AsyncGenerator<number>,
 ): Generation<number | string> {
-  checkOptions<Partial<TextOptions>>('generate', options, names)
-  checkSampling(options)
-  checkPrompt(model, prompt)
-  const { maxTokens = 0 } = options
-  if (!(maxTokens >= 0)) {
-    const problem = `maxTokens = ${maxTokens} is no number of tokens`
-    throw new MoeError({ code: 'E_ATTR', op: 'generate', problem, fix: 'pass 0 or more' })
-  }
-  if (options.signal !== undefined && typeof options.signal?.addEventListener !== 'function') {
-    throw new MoeError({
-      code: 'E_ATTR',
-      op: 'generate',
-      problem: 'signal is no AbortSignal',
-      fix: 'of an AbortController pass .signal',
-    })
-  }
-  const depth = options.speculative === false ? 0 : model.mtp.length
+  const { tokenizer } = options
+  const stops = checkTurn(model, prompt, options)
   const stats: GenerationStats = {
+    reused: 0,
     tokens: 0,
     steps: 0,
     drafted: new Array<number>(depth).fill(0),
@@ -108,37 +96,39 @@ export function generate(
       return this.steps === 0 ? 0 : this.tokens / this.steps
     },
   }
-  const ids = decode(model, Array.from(prompt), options, depth, stats)
-  const tokenizer = 'tokenizer' in options ? options.tokenizer : null
-  if (tokenizer && typeof tokenizer.createDecodeStream !== 'function') {
-    throw new MoeError({
-      code: 'E_ATTR',
-      op: 'generate',
-      problem: 'the tokenizer has no createDecodeStream',
-      fix: 'pass one of @moe/tokenizer-bpe: await BpeTokenizer.fromFile(path)',
-    })
-  }
-  if (options.stop !== undefined && !Array.isArray(options.stop)) {
-    throw new MoeError({
-      code: 'E_ATTR',
-      op: 'generate',
-      problem: `stop is ${JSON.stringify(options.stop)}`,
-      fix: 'pass a list of token ids and texts',
-    })
-  }
-  const stops = (options.stop ?? []).filter(stop => typeof stop === 'string')
-  if (stops.includes('') || (stops.length > 0 && !tokenizer)) {
-    throw new MoeError({
-      code: 'E_ATTR',
-      op: 'generate',
-      problem: tokenizer
-        ? 'a stop string is empty'
-        : `stop has a string, ${JSON.stringify(stops[0])}, but there is no tokenizer`,
-      fix: tokenizer ? undefined : 'pass { tokenizer }, or token ids',
-    })
-  }
+  const ids = decode(Array.from(prompt), stats)
   const once = tokenizer ? texts(ids, tokenizer, stops) : ids
   return { stats, [Symbol.asyncIterator]: () => once }
+}
+
+/** The strings that end the text. @throws MoeError E_ATTR for a prompt or options that cannot be */
+function checkTurn(
+  model: DeepSeek,
+  prompt: ArrayLike<number>,
+  options: TurnOptions & Partial<TextTurnOptions>,
+): string[] {
+  const { maxTokens = 0, signal, tokenizer, stop } = options
+  const refused = (problem: string, fix?: string) => new MoeError({ code: 'E_ATTR', op: 'generate', problem, fix })
+  checkSampling(options)
+  checkPrompt(model, prompt)
+  if (!(maxTokens >= 0)) throw refused(`maxTokens = ${maxTokens} is no number of tokens`, 'pass 0 or more')
+  if (signal !== undefined && typeof signal?.addEventListener !== 'function') {
+    throw refused('signal is no AbortSignal', 'of an AbortController pass .signal')
+  }
+  if (tokenizer && typeof tokenizer.createDecodeStream !== 'function') {
+    const fix = 'pass one of @moe/tokenizer-bpe: await BpeTokenizer.fromFile(path)'
+    throw refused('the tokenizer has no createDecodeStream', fix)
+  }
+  if (stop !== undefined && !Array.isArray(stop)) {
+    throw refused(`stop is ${JSON.stringify(stop)}`, 'pass a list of token ids and texts')
+  }
+  const stops = (stop ?? []).filter(stop => typeof stop === 'string')
+  if (stops.length > 0 && !tokenizer) {
+    const problem = `stop has a string, ${JSON.stringify(stops[0])}, but there is no tokenizer`
+    throw refused(problem, 'pass { tokenizer }, or token ids')
+  }
+  if (stops.includes('')) throw refused('a stop string is empty')
+  return stops
 }
 
 async function* texts(
@@ -209,88 +199,5 @@ function checkPrompt(model: DeepSeek, prompt: ArrayLike<number>): void {
       op: 'generate',
       problem: `token ${i} is ${prompt[i]}, outside the vocabulary of ${vocabulary}`,
     })
-  }
-}
-
-/** Most tokens of a prompt in one pass. Tests make it small. */
-export const limits = { promptPiece: 2048 }
-
-/** Stored weights are rounded more than bf16 rounds what they are multiplied with. */
-function usualPrecision(model: DeepSeek): Precision {
-  return namedParameters(model).some(({ parameter }) => parameter instanceof QuantizedParameter) ? 'bf16' : 'f32'
-}
-
-async function* decode(
-  model: DeepSeek,
-  tokens: number[],
-  options: GenerateOptions,
-  depth: number,
-  stats: GenerationStats,
-): AsyncGenerator<number> {
-  const { maxTokens = 128, signal, onToken, cacheDtype: dtype, precision = usualPrecision(model) } = options
-  const ends = new Set<number | string>([...endTokens(model.config), ...(options.stop ?? [])])
-  const random = new Random(options.seed ?? 0)
-  const capacity = 2 ** Math.ceil(Math.log2(Math.max(64, tokens.length + Math.min(maxTokens, 512) + depth + 1)))
-  const cache = model.makeCache({ capacity, dtype })
-  const step = new DecodeStep(model, cache, { precision, sampling: options })
-  let drafter: Drafter | undefined
-  let pending = tokens.slice()
-  let drafts: number[] = []
-  let hidden: Tensor | null = null
-  /** A backend that computes on this thread never waits: signals, timers and whoever reads the tokens get their turn here. */
-  const turn = async () => {
-    await new Promise(setImmediate)
-    if (!signal?.aborted) return
-    throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
-  }
-  try {
-    drafter = new Drafter(model, depth, { capacity, dtype, precision })
-    // What a pass needs grows with its tokens: a long prompt goes through in pieces.
-    while (pending.length > limits.promptPiece && maxTokens > 0) {
-      await turn()
-      const piece = pending.splice(0, limits.promptPiece)
-      hidden = (await step.run(piece, 1)).hidden
-      await drafter.draft(hidden, piece.length, tokens)
-      hidden.dispose()
-    }
-    while (stats.tokens < maxTokens) {
-      await turn()
-      const before = cache.lengths[0]
-      const verified = await step.run([...pending, ...drafts], drafts.length + 1)
-      const { rows } = verified
-      hidden = verified.hidden
-      stats.steps++
-      const made: number[] = []
-      for (let i = 0; i < rows.length; i++) {
-        if (i === drafts.length) {
-          made.push(sample(rows[i], options, random))
-          break
-        }
-        stats.drafted[i]++
-        const { token, accepted } = verifyDraft(rows[i], drafts[i], options, random)
-        made.push(token)
-        if (!accepted) break
-        stats.accepted[i]++
-      }
-      const confirmed = pending.length + made.length - 1
-      cache.truncate(before + confirmed)
-      tokens.push(...made)
-      for (const token of made) {
-        if (ends.has(token)) return
-        stats.tokens++
-        onToken?.(token)
-        yield token
-        if (stats.tokens >= maxTokens) return
-      }
-      pending = [made[made.length - 1]]
-      drafts = await drafter.draft(hidden, confirmed, tokens)
-      hidden.dispose()
-    }
-  } finally {
-    // Also when whoever reads the tokens stops early.
-    hidden?.dispose()
-    step.dispose()
-    cache.dispose()
-    drafter?.dispose()
   }
 }

@@ -9,11 +9,21 @@ export {
 } from './config.ts'
 export { countParameters, type ParameterCount } from './count-parameters.ts'
 export { DecoderLayer, type LayerOptions } from './decoder-layer.ts'
-export type { GenerateOptions, Generation, GenerationStats, TextOptions, TextTokenizer } from './generate.ts'
+export type {
+  GenerateOptions,
+  Generation,
+  GenerationStats,
+  SessionOptions,
+  TextOptions,
+  TextTokenizer,
+  TextTurnOptions,
+  TurnOptions,
+} from './generate.ts'
 export { type ExportedGguf, type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
 export { DeepSeek, type DeepSeekLoss, type DeepSeekOptions, type Objective } from './model.ts'
 export type { DeepSeekPieces, PieceRunner, RouteElsewhere } from './pieces.ts'
 export { presets } from './presets.ts'
 export { loadWeights } from './pretrained.ts'
 export type { SamplingOptions } from './sampling.ts'
+export type { Session } from './session.ts'
 export type { DeepSeekStage, DeepSeekStages } from './stages.ts'

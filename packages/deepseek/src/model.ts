@@ -66,10 +66,11 @@ import {
 } from '@moe/router'
 import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './config.ts'
 import { DecoderLayer, type DecoderLayerInit, isTransient, type LayerOptions, layerNames } from './decoder-layer.ts'
-import { type GenerateOptions, type Generation, generate, type TextOptions } from './generate.ts'
+import type { GenerateOptions, Generation, SessionOptions, TextOptions } from './generate.ts'
 import type { LossSource } from './loss-parts.ts'
 import { DeepSeekPieces } from './pieces.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
+import { generate, Session } from './session.ts'
 import { DeepSeekStages } from './stages.ts'
 import { factorAt, type HostInputs, type LossTensors, lossInputs, maskAt, uploadInputs } from './training-loss.ts'
 
@@ -536,6 +537,14 @@ export class DeepSeek extends Module {
   generate(ids: ArrayLike<number>, options?: GenerateOptions): Generation<number>
   generate(ids: ArrayLike<number>, options: GenerateOptions | TextOptions = {}): Generation<number | string> {
     return generate(this, ids, options)
+  }
+
+  /**
+   * For several texts, such as the turns of a conversation: keeps what it has read, so that of a prompt that goes on where the last text ended only the rest is read.
+   * Dispose it before the model.
+   */
+  session(options: SessionOptions = {}): Session {
+    return new Session(this, options)
   }
 
   /** Writes config.json and model.safetensors in the Hugging Face layout. */

@@ -1,0 +1,220 @@
+import { type Backend, namedParameters, setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { createBackend } from '@moe/kernels-cpu'
+import { afterAll, beforeEach, describe, expect, test } from 'vitest'
+import { DeepSeek, type Generation, type Session, type SessionOptions, type TurnOptions } from './index.ts'
+import { limits } from './session.ts'
+import { tiny } from './test-tiny.ts'
+
+const reference = referenceBackend()
+const native = await createBackend()
+beforeEach(() => setDefaultBackend(reference))
+afterAll(() => native.dispose())
+
+async function read(text: Generation<number>): Promise<number[]> {
+  const ids: number[] = []
+  for await (const id of text) ids.push(id)
+  return ids
+}
+
+/** Turns of a conversation: what is added to all before, and how the answer is made. */
+const turns: ReadonlyArray<readonly [added: number[], options: TurnOptions]> = [
+  [[3, 7, 11, 2, 30], { maxTokens: 12 }],
+  [[8], { maxTokens: 9, temperature: 0.9, seed: 4 }],
+  [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], { maxTokens: 1 }],
+  [[20, 21], { maxTokens: 40, temperature: 0.9, topP: 0.8, seed: 5 }],
+  [[22], { maxTokens: 7 }],
+]
+
+/** The answers of a session beside those of reading everything anew, and how many tokens were reused. */
+async function converse(model: DeepSeek, options: SessionOptions = {}) {
+  const session = model.session(options)
+  const reused: number[] = []
+  const prompts: number[] = []
+  const ids: number[] = []
+  for (const [added, turn] of turns) {
+    ids.push(...added)
+    prompts.push(ids.length)
+    const text = session.generate(ids, turn)
+    const answer = await read(text)
+    expect(answer).toEqual(await read(model.generate(ids, { ...options, ...turn })))
+    reused.push(text.stats.reused)
+    ids.push(...answer)
+  }
+  session.dispose()
+  return { reused, prompts }
+}
+
+const arms: ReadonlyArray<readonly [name: string, config: object, options: SessionOptions]> = [
+  ['one token at a time', { num_nextn_predict_layers: 0 }, {}],
+  ['drafts of one module', { num_nextn_predict_layers: 1 }, {}],
+  ['drafts of three modules', { num_nextn_predict_layers: 3 }, {}],
+  ['modules that do not draft', { num_nextn_predict_layers: 2 }, { speculative: false }],
+]
+
+describe.each([
+  ['the reference backend', () => reference as Backend],
+  ['a backend that records', () => native as Backend],
+])('a conversation on %s', (_, of) => {
+  test.each(arms)(
+    '%s: says what it says when all is read anew, and reads what is new',
+    async (_name, config, options) => {
+      const backend = of()
+      const { handles } = backend.stats()
+      const model = new DeepSeek({ ...tiny, ...config }, { seed: 3, backend })
+      const { reused, prompts } = await converse(model, options)
+      const depth = options.speculative === false ? 0 : model.mtp.length
+      expect(reused[0]).toBe(0)
+      for (const [i, [added]] of turns.slice(1).entries()) {
+        // The last token was made and never read; modules see tokens ahead.
+        const before = prompts[i + 1] - added.length
+        expect(reused[i + 1]).toBe(before - 1 - depth)
+      }
+      model.dispose()
+      expect(backend.stats().handles).toBe(handles)
+    },
+  )
+})
+
+describe('a session', () => {
+  const config = { ...tiny, num_nextn_predict_layers: 2 }
+  const prompt = [3, 7, 11, 2, 30, 4, 9]
+
+  /** Whether a text is that of a model that has read nothing before, with drafts that are as good. */
+  async function expectAsAnew(model: DeepSeek, session: Session, ids: readonly number[]) {
+    const text = session.generate(ids, { maxTokens: 10 })
+    const anew = model.generate(ids, { maxTokens: 10 })
+    expect(await read(text)).toEqual(await read(anew))
+    expect(text.stats.accepted).toEqual(anew.stats.accepted)
+    expect(text.stats.drafted).toEqual(anew.stats.drafted)
+    return text.stats.reused
+  }
+
+  test('keeps what two prompts share, whatever lies behind it', async () => {
+    const model = new DeepSeek(config, { seed: 5 })
+    const session = model.session()
+    expect(await expectAsAnew(model, session, prompt)).toBe(0)
+    // The same again, one that is shorter, one that goes another way, and another altogether.
+    expect(await expectAsAnew(model, session, prompt)).toBe(prompt.length - 2)
+    expect(await expectAsAnew(model, session, prompt.slice(0, 4))).toBe(2)
+    expect(await expectAsAnew(model, session, [...prompt.slice(0, 4), 33, 34])).toBe(2)
+    expect(await expectAsAnew(model, session, [39, 1])).toBe(0)
+    session.dispose()
+    model.dispose()
+    expect(reference.stats().handles).toBe(0)
+  })
+
+  test('goes on behind a stop, a reader that leaves, and an abort', async () => {
+    const model = new DeepSeek(config, { seed: 5 })
+    const session = model.session()
+    const whole = await read(model.generate(prompt, { maxTokens: 30 }))
+    const next = (n: number) => [...prompt, ...whole.slice(0, n), 13]
+    for await (const _ of session.generate(prompt, { maxTokens: 30 })) break
+    expect(await expectAsAnew(model, session, next(1))).toBe(prompt.length - 2)
+    await read(session.generate(prompt, { maxTokens: 30, stop: [whole[5]] }))
+    expect(await expectAsAnew(model, session, next(5))).toBeGreaterThanOrEqual(prompt.length + 2)
+    const abort = new AbortController()
+    const seen: number[] = []
+    const onToken = (id: number) => seen.push(id) === 6 && abort.abort()
+    const aborted = session.generate(prompt, { maxTokens: 30, signal: abort.signal, onToken })
+    await expect(read(aborted)).rejects.toMatchObject({ code: 'E_ABORTED' })
+    expect(await expectAsAnew(model, session, next(seen.length))).toBeGreaterThanOrEqual(prompt.length + 3)
+    session.dispose()
+    model.dispose()
+    expect(reference.stats().handles).toBe(0)
+  })
+
+  test('reads a long prompt in pieces, and all anew after a failure and under other weights', async () => {
+    const model = new DeepSeek(config, { seed: 5 })
+    const session = model.session()
+    const long = Array.from({ length: 45 }, (_, i) => (i * 7) % 40)
+    limits.promptPiece = 10
+    try {
+      expect(await expectAsAnew(model, session, long)).toBe(0)
+      expect(await expectAsAnew(model, session, [...long, ...long])).toBe(43)
+    } finally {
+      limits.promptPiece = 2048
+    }
+    const onToken = () => {
+      throw new Error('the reader fails')
+    }
+    await expect(read(session.generate(long, { onToken }))).rejects.toThrow('the reader fails')
+    expect(await expectAsAnew(model, session, long)).toBe(0)
+    expect(await expectAsAnew(model, session, long)).toBe(43)
+    const { parameter } = namedParameters(model)[0]
+    parameter.assign(model.infer(() => parameter.mul(-1)))
+    expect(await expectAsAnew(model, session, long)).toBe(0)
+    session.dispose()
+    model.dispose()
+    expect(reference.stats().handles).toBe(0)
+  })
+
+  test('makes one text at a time', async () => {
+    const model = new DeepSeek(config, { seed: 5 })
+    const session = model.session()
+    const first = session.generate(prompt, { maxTokens: 4 })[Symbol.asyncIterator]()
+    await first.next()
+    await expect(read(session.generate(prompt))).rejects.toThrow('another text of this session is being made; read it')
+    // The first one has not noticed.
+    expect((await first.next()).done).toBe(false)
+    await first.return?.()
+    expect(await expectAsAnew(model, session, prompt)).toBe(prompt.length - 2)
+    session.dispose()
+    model.dispose()
+  })
+
+  test('refuses options of a text or of its own in the wrong place', () => {
+    const model = new DeepSeek(tiny)
+    expect(() => model.session({ maxTokens: 3 } as object)).toThrow('session: there is no option maxTokens')
+    expect(() => model.session(null as never)).toThrow('session: null is given in place of options')
+    const session = model.session()
+    expect(() => session.generate([1], { precision: 'bf16' } as object)).toThrow('there is no option precision')
+    expect(() => session.generate([99])).toThrow('token 0 is 99, outside the vocabulary')
+    model.dispose()
+  })
+
+  test.each([
+    ['the reference backend', () => reference as Backend],
+    ['a backend that records', () => native as Backend],
+  ])('disposed at any moment it frees everything, on %s', async (_, of) => {
+    const backend = of()
+    const { handles } = backend.stats()
+    const model = new DeepSeek(config, { seed: 5, backend })
+    // Absorbed weights are the model's.
+    await read(model.generate(prompt, { maxTokens: 30 }))
+    const mine = backend.stats().handles
+    const failure = expect.objectContaining({
+      code: 'E_DISPOSED',
+      message: expect.stringContaining('the session was disposed'),
+    })
+    for (let turns = 0; turns < 14; turns++) {
+      const session = model.session()
+      await read(session.generate(prompt, { maxTokens: 3 }))
+      const text = session.generate([...prompt, 1], { maxTokens: 40 })[Symbol.asyncIterator]()
+      for (let i = 0; i < 3; i++) await text.next()
+      const rest = async () => {
+        while (!(await text.next()).done);
+      }
+      // Between two tokens, or so many turns of the event loop after the next was asked for.
+      const reading = turns === 0 ? null : expect(rest()).rejects.toEqual(failure)
+      for (let i = 1; i < turns; i++) await new Promise(setImmediate)
+      session.dispose()
+      session.dispose()
+      await (reading ?? expect(rest()).rejects.toEqual(failure))
+      expect(() => session.generate(prompt)).toThrow('the session was disposed; make another one')
+      expect(backend.stats().handles).toBe(mine)
+    }
+    model.dispose()
+    expect(backend.stats().handles).toBe(handles)
+  })
+
+  test('of a model that was disposed says so, and frees the rest', async () => {
+    const model = new DeepSeek(config, { seed: 5 })
+    const session = model.session()
+    await read(session.generate(prompt, { maxTokens: 3 }))
+    model.dispose()
+    await expect(read(session.generate(prompt))).rejects.toMatchObject({ code: 'E_DISPOSED' })
+    session.dispose()
+    expect(reference.stats().handles).toBe(0)
+  })
+})

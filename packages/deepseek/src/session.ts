@@ -1,0 +1,264 @@
+/** @file Texts token by token over one cache, optionally with MTP modules drafting ahead. Each reads only what it does not share with the one before. */
+import type { KvCache } from '@moe/attention-mla'
+import {
+  checkOptions,
+  isMoeError,
+  MoeError,
+  namedParameters,
+  type Parameter,
+  type Precision,
+  QuantizedParameter,
+  Random,
+  type Tensor,
+} from '@moe/core'
+import { endTokens } from './config.ts'
+import { DecodeStep } from './decode-step.ts'
+import { Drafter } from './drafter.ts'
+import {
+  type Generation,
+  type GenerationStats,
+  generation,
+  type SessionOptions,
+  sessionNames,
+  type TextTurnOptions,
+  type TurnOptions,
+  turnNames,
+} from './generate.ts'
+import type { DeepSeek } from './model.ts'
+import { sample, verifyDraft } from './sampling.ts'
+
+/** Most tokens of a prompt in one pass. Tests make it small. */
+export const limits = { promptPiece: 2048 }
+
+/** Stored weights are rounded more than bf16 rounds what they are multiplied with. */
+function usualPrecision(model: DeepSeek): Precision {
+  return namedParameters(model).some(({ parameter }) => parameter instanceof QuantizedParameter) ? 'bf16' : 'f32'
+}
+
+/** What holds memory. */
+interface Parts {
+  readonly cache: KvCache
+  readonly step: DecodeStep
+  readonly drafter: Drafter
+}
+
+/**
+ * Makes texts, one after the other, over one cache: of a prompt that begins as the last text went (its prompt and what was made of it), only the rest is read. A
+ * conversation is passed whole at every turn. Made by `DeepSeek.session`.
+ */
+export class Session {
+  readonly #model: DeepSeek
+  readonly #options: SessionOptions
+  readonly #once: boolean
+  readonly #depth: number
+  #parts: Parts | null = null
+  /** What the cache holds, and the weights that it is of. */
+  #tokens: readonly number[] = []
+  #weights: ReadonlyArray<readonly [Parameter, number]> = []
+  /** Whether a text is being made; then whether a pass may be under way, or all wait for whoever reads the text. */
+  #state: 'idle' | 'working' | 'waiting' = 'idle'
+  #disposed = false
+
+  /** Internal: see `DeepSeek.session`. `once`: for a single text, after which nothing is kept. */
+  constructor(model: DeepSeek, options: SessionOptions, once = false) {
+    checkOptions('session', options, sessionNames)
+    this.#model = model
+    this.#options = options
+    this.#once = once
+    this.#depth = options.speculative === false ? 0 : model.mtp.length
+  }
+
+  /**
+   * Continues a sequence of token ids as `DeepSeek.generate` does; `stats.reused` of them were in the cache. The numbers are those of reading all anew up to
+   * rounding: sums of passes of other lengths may be taken in another order. One text at a time, which ends when it does or when its reader stops.
+   * @throws MoeError E_ATTR for what cannot be, and while another text is being made; E_DISPOSED
+   */
+  generate(ids: ArrayLike<number>, options: TextTurnOptions): Generation<string>
+  generate(ids: ArrayLike<number>, options?: TurnOptions): Generation<number>
+  generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
+    checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
+    this.#needAlive()
+    return generation(this.#model, this.#depth, ids, options, (tokens, stats) => this.#decode(tokens, options, stats))
+  }
+
+  /** Frees the cache. A text that is being made ends with E_DISPOSED. */
+  dispose(): void {
+    this.#disposed = true
+    // A pass that is under way needs its memory: it is freed behind it.
+    if (this.#state !== 'working') this.#forget()
+  }
+
+  #needAlive(): void {
+    if (!this.#disposed) return
+    const fix = 'make another one: model.session()'
+    throw new MoeError({ code: 'E_DISPOSED', op: 'generate', problem: 'the session was disposed', fix })
+  }
+
+  async *#decode(tokens: number[], options: TurnOptions, stats: GenerationStats): AsyncGenerator<number> {
+    const { maxTokens = 128, signal, onToken } = options
+    const ends = new Set<number | string>([...endTokens(this.#model.config), ...(options.stop ?? [])])
+    const random = new Random(options.seed ?? 0)
+    let hidden: Tensor | null = null
+    /** Positions of `hidden` that stand and that no module has seen. */
+    let unseen = 0
+    /** A backend that computes on this thread never waits: signals, timers and whoever reads the tokens get their turn here. */
+    const turn = async () => {
+      await new Promise(setImmediate)
+      this.#needAlive()
+      if (!signal?.aborted) return
+      throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
+    }
+    this.#begin()
+    try {
+      const { cache, step, drafter } = this.#ready(tokens, maxTokens)
+      step.temperature = options.temperature
+      stats.reused = cache.lengths[0]
+      let pending = tokens.slice(stats.reused)
+      let drafts: number[] = []
+      // What a pass needs grows with its tokens: a long prompt goes through in pieces.
+      while (pending.length > limits.promptPiece && maxTokens > 0) {
+        await turn()
+        const piece = pending.splice(0, limits.promptPiece)
+        hidden = (await step.run(piece, 1)).hidden
+        await drafter.draft(hidden, piece.length, tokens)
+        hidden.dispose()
+      }
+      while (stats.tokens < maxTokens) {
+        await turn()
+        const before = cache.lengths[0]
+        const verified = await step.run([...pending, ...drafts], drafts.length + 1)
+        const { rows } = verified
+        hidden = verified.hidden
+        stats.steps++
+        const made: number[] = []
+        for (let i = 0; i < rows.length; i++) {
+          if (i === drafts.length) {
+            made.push(sample(rows[i], options, random))
+            break
+          }
+          stats.drafted[i]++
+          const { token, accepted } = verifyDraft(rows[i], drafts[i], options, random)
+          made.push(token)
+          if (!accepted) break
+          stats.accepted[i]++
+        }
+        const confirmed = pending.length + made.length - 1
+        cache.truncate(before + confirmed)
+        tokens.push(...made)
+        unseen = confirmed
+        for (const token of made) {
+          if (ends.has(token)) return
+          stats.tokens++
+          onToken?.(token)
+          this.#state = 'waiting'
+          yield token
+          this.#state = 'working'
+          this.#needAlive()
+          if (stats.tokens >= maxTokens) return
+        }
+        pending = [made[made.length - 1]]
+        unseen = 0
+        drafts = await drafter.draft(hidden, confirmed, tokens)
+        hidden.dispose()
+      }
+    } catch (error) {
+      // After an abort all is as it was between two passes; after other failures nobody knows.
+      if (!isMoeError(error, 'E_ABORTED')) this.#forget()
+      throw error
+    } finally {
+      // Also when whoever reads the tokens stops early.
+      this.#state = 'working'
+      if (hidden !== null && unseen > 0 && !this.#once) await this.#catchUp(hidden, unseen, tokens)
+      hidden?.dispose()
+      if (this.#disposed || this.#once) this.#forget()
+      this.#tokens = tokens.slice(0, this.#parts?.cache.lengths[0] ?? 0)
+      this.#state = 'idle'
+    }
+  }
+
+  #begin(): void {
+    if (this.#state !== 'idle') {
+      throw new MoeError({
+        code: 'E_ATTR',
+        op: 'generate',
+        problem: 'another text of this session is being made',
+        fix: 'read it to its end, or leave the loop that reads it; several at once need a session each',
+      })
+    }
+    this.#needAlive()
+    this.#state = 'working'
+  }
+
+  /** The parts, with as many of the tokens in their caches as stand, and room for the others and for what is made of them. */
+  #ready(tokens: readonly number[], maxTokens: number): Parts {
+    const weights = namedParameters(this.#model).map(({ parameter }) => [parameter, parameter.version] as const)
+    const same = weights.every(([parameter, version], i) => {
+      const [known, before] = this.#weights[i] ?? []
+      return parameter === known && version === before
+    })
+    if (!same) this.#forget()
+    this.#weights = weights
+    const room = tokens.length + Math.min(maxTokens, 512) + this.#depth + 1
+    const parts = this.#parts ?? this.#make(2 ** Math.ceil(Math.log2(Math.max(64, room))))
+    const { cache, drafter } = parts
+    const start = this.#shared(tokens, drafter)
+    cache.truncate(start)
+    drafter.truncate(start)
+    cache.reserve(room - start)
+    return parts
+  }
+
+  /**
+   * Where reading begins: behind what both texts share, but for the last token, whose logits are wanted, and as many as there are modules: a module of depth k
+   * has seen the token k places ahead.
+   */
+  #shared(tokens: readonly number[], drafter: Drafter): number {
+    const known = this.#tokens
+    let shared = 0
+    while (shared < known.length && known[shared] === tokens[shared]) shared++
+    return Math.max(0, Math.min(shared - this.#depth, tokens.length - 1, drafter.length))
+  }
+
+  #make(capacity: number): Parts {
+    const model = this.#model
+    const { cacheDtype: dtype, precision = usualPrecision(model) } = this.#options
+    const cache = model.makeCache({ capacity, dtype })
+    try {
+      const drafter = new Drafter(model, this.#depth, { capacity, dtype, precision })
+      this.#parts = { cache, drafter, step: new DecodeStep(model, cache, precision) }
+      return this.#parts
+    } catch (error) {
+      cache.dispose()
+      throw error
+    }
+  }
+
+  /** Shows the modules what the last pass added, which nothing is drafted from any more: without it the next text would be read from before that pass. */
+  async #catchUp(hidden: Tensor, confirmed: number, tokens: readonly number[]): Promise<void> {
+    try {
+      if (!this.#disposed) await this.#parts?.drafter.draft(hidden, confirmed, tokens)
+    } catch {
+      this.#forget()
+    }
+  }
+
+  #forget(): void {
+    const { step, cache, drafter } = this.#parts ?? {}
+    step?.dispose()
+    cache?.dispose()
+    drafter?.dispose()
+    this.#parts = null
+    this.#tokens = []
+  }
+}
+
+/** Internal: see `DeepSeek.generate`. */
+export function generate(
+  model: DeepSeek,
+  prompt: ArrayLike<number>,
+  options: TurnOptions & SessionOptions,
+): Generation<number | string> {
+  checkOptions<Partial<TextTurnOptions & SessionOptions>>('generate', options, { ...turnNames, ...sessionNames })
+  const { speculative, cacheDtype, precision, ...turn } = options
+  return new Session(model, { speculative, cacheDtype, precision }, true).generate(prompt, turn)
+}
