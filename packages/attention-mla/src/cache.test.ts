@@ -2,7 +2,7 @@ import { backward, concat, noGrad, Random, randn, scope, setDefaultBackend, zero
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
-import { LatentCache, type MlaConfig, MultiHeadLatentAttention } from './index.ts'
+import { cacheCost, LatentCache, type MlaConfig, MultiHeadLatentAttention } from './index.ts'
 
 setDefaultBackend(referenceBackend())
 
@@ -108,4 +108,14 @@ test('passes of many lengths keep tables for the powers of two alone', () => {
   expect(backend.stats()).toMatchObject({ handles: before.handles, bytes: before.bytes })
   // Rounded up: 5 positions of 8.
   scope(() => backward(mla.forward(zeros([1, 5, 24], { backend })).mean()))
+})
+
+test('caches of no configuration, or of misspelt ones, are refused', () => {
+  for (const make of [
+    (config: never) => new LatentCache(config, { layers: 1 }),
+    (config: never) => cacheCost(config, 1),
+  ]) {
+    expect(() => make(undefined as never)).toThrow('undefined is given in place of options')
+    expect(() => make({ kv_lora_rnak: 8, qk_rope_head_dim: 4 } as never)).toThrow('did you mean kv_lora_rank?')
+  }
 })

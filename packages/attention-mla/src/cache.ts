@@ -5,6 +5,7 @@
 import {
   type Backend,
   checkOptions,
+  checkShared,
   concat,
   defaultBackend,
   dtypeBytes,
@@ -19,7 +20,7 @@ import {
   type Tensor,
   zeros,
 } from '@moe/core'
-import type { MlaConfig } from './config.ts'
+import { type MlaConfig, mlaNames } from './config.ts'
 import type { RotaryEmbedding, RotaryTables } from './rotary.ts'
 
 /** What one more token costs in all layers of a model: in the latent cache, and if keys and values were kept expanded. */
@@ -33,10 +34,18 @@ export interface CacheCost {
 /** What a cache holds. bf16 takes half the memory, as published figures do; attention over it is computed as ever. */
 export type CacheDType = 'f32' | 'bf16'
 
+type LatentSizes = Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim'>
+
+/** Elements per token and layer of a latent cache. */
+function latentFeatures(op: string, config: LatentSizes): number {
+  checkShared<Partial<MlaConfig>>(op, config, mlaNames)
+  return config.kv_lora_rank + config.qk_rope_head_dim
+}
+
 /** The cost of a token by configuration alone. */
 export function cacheCost(config: MlaConfig, layers: number, dtype: CacheDType = 'f32'): CacheCost {
-  const { kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim, num_attention_heads: heads } = config
-  const elements = layers * (kv_lora_rank + qk_rope_head_dim)
+  const elements = layers * latentFeatures('cacheCost', config)
+  const { qk_rope_head_dim, qk_nope_head_dim, v_head_dim, num_attention_heads: heads } = config
   const expanded = layers * heads * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim)
   return { elements, bytes: elements * dtypeBytes[dtype], expandedBytes: expanded * dtypeBytes[dtype] }
 }
@@ -314,7 +323,7 @@ function overwrite(tensor: Tensor, data: HostArray): void {
 
 /** Keys and values in compressed form: kv_lora_rank + qk_rope_head_dim elements per token and layer. */
 export class LatentCache extends KvCache {
-  constructor(config: Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim'>, options: CacheOptions) {
-    super(config.kv_lora_rank + config.qk_rope_head_dim, options)
+  constructor(config: LatentSizes, options: CacheOptions) {
+    super(latentFeatures('LatentCache', config), options)
   }
 }

@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { afterEach, describe, expect, test } from 'vitest'
-import { DeepSeek, type DeepSeekConfigInput, parseConfig, presets } from './index.ts'
+import { countParameters, DeepSeek, type DeepSeekConfigInput, parseConfig, presets } from './index.ts'
 
 const backend = referenceBackend()
 setDefaultBackend(backend)
@@ -78,6 +78,9 @@ test('options that nobody reads are refused', async () => {
     'DeepSeek: undefined is given in place of options; pass an object: { model_type,',
   )
   await expect(DeepSeek.fromPretrained('nowhere', { seed: 1 } as never)).rejects.toThrow('no option seed')
+  for (const config of [presets['deepseek-v3'], undefined] as never[]) {
+    expect(() => countParameters(config)).toThrow('not been given its defaults; pass parseConfig(config)')
+  }
   const model = new DeepSeek(tiny)
   expect(() => model.generate([1], { maxToken: 3 } as never)).toThrow('did you mean maxTokens?')
   expect(() => model.makeCache({ capcity: 3 } as never)).toThrow('did you mean capacity?')

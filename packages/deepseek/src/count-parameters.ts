@@ -1,4 +1,5 @@
 /** @file Parameter counts from the configuration alone. */
+import { MoeError } from '@moe/core'
 import type { DeepSeekConfig } from './config.ts'
 
 export interface ParameterCount {
@@ -18,8 +19,20 @@ export interface ParameterCount {
   readonly mtp: number
 }
 
-/** Counts the parameters of a model to the unit without making it. */
+/**
+ * Counts the parameters of a model to the unit without making it.
+ * @throws MoeError E_CONFIG for a configuration without its defaults
+ */
 export function countParameters(config: DeepSeekConfig): ParameterCount {
+  if (config?.num_key_value_heads === undefined) {
+    const problem = 'the configuration has not been given its defaults'
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'countParameters',
+      problem,
+      fix: 'pass parseConfig(config), or model.config',
+    })
+  }
   const { hidden_size: hidden, num_attention_heads: heads, kv_lora_rank: rank, qk_rope_head_dim: rope } = config
   const perHead = config.qk_nope_head_dim + rope
   const queries =

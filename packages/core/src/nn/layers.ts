@@ -71,6 +71,7 @@ export function weightParameter(shape: readonly number[], name: string, init: In
 
 /** The same options for a child: an independent generator of its own. */
 export function forkInit(init: InitOptions, name: string): InitOptions {
+  checkOptions('forkInit', init, initNames)
   return { ...init, random: generator(init).fork(name) }
 }
 
