@@ -22,7 +22,8 @@ struct WarpgroupTile {
   MOE_DEVICE float& at(Sums<D>& s, int i, int j) { return s.v[j / 2 * 4 + i * 2 + j % 2]; }
   /// Of this thread's warpgroup.
   MOE_DEVICE int groupRow(int i) { return threadIdx.x % 128 / 32 * 16 + i * 8 + threadIdx.x % 32 / 4; }
-  MOE_DEVICE int column(int j) { return j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; }
+  MOE_DEVICE int sumStep(int j) { return j / 2 * 8 + j % 2; }
+  MOE_DEVICE int column(int j) { return threadIdx.x % 4 * 2 + sumStep(j); }
   template <int D>
   static constexpr int sumColumns = D / 4;
   template <int D>

@@ -1,7 +1,8 @@
 // Attention in tiles: two engines with one interface, on which attention.cu is written once.
 //   BM rows against BN rows, DK features of queries and keys, DV of values; Threads, sharedBytes of scratch; Element in global memory
 //   Scores                            a BM x BN tile; this thread has Rows x Columns of it, at row(i), column(j)
-//   Sums<D>                           a BM x D tile; this thread has the same rows, and columns sumColumn<D>(j), j < sumColumns<D>, in runs of Run
+//   Sums<D>                           a BM x D tile; this thread has the same rows, and columns sumColumn<D>(j), j < sumColumns<D>, in runs of Run;
+//                                     sumColumn<D>(j) is sumColumn<D>(0) + sumStep(j), which is the same for all threads
 //   copyRows<Count, D>(...)           starts the copy of Count rows of D features to shared memory (tileSize<Count, D> elements)
 //   dot<D>(scores, x, y)              scores += x y^T, x of BM rows, y of BN rows
 //   add<D>(sums, scores, y, scratch)  sums += scores y, y of BN rows; scores are rounded to Element
@@ -10,16 +11,6 @@
 #pragma once
 #include "tile.cuh"
 #include "wide.cuh"
-
-MOE_DEVICE float exp2Fast(float x) {
-#ifdef MOE_EMULATOR
-  return exp2f(x);
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
 
 /// bf16 on tensor cores: `Warps` warps of MT x 16 rows. Features are padded with zeros to DK and DV (multiples of 64) in global memory.
 template <int Warps, int MT, int BN_, int DK_, int DV_>
@@ -42,7 +33,8 @@ struct FlashBf16 {
   template <int D>
   MOE_DEVICE float& at(Sums<D>& s, int i, int j) { return s.v[i / 2][j / 2][i % 2 * 2 + j % 2]; }
   MOE_DEVICE int row(int i) { return threadIdx.x / 32 * (MT * 16) + i * 8 + threadIdx.x % 32 / 4; }
-  MOE_DEVICE int column(int j) { return j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; }
+  MOE_DEVICE int sumStep(int j) { return j / 2 * 8 + j % 2; }
+  MOE_DEVICE int column(int j) { return threadIdx.x % 4 * 2 + sumStep(j); }
   template <int D>
   static constexpr int sumColumns = D / 4;
   template <int D>
@@ -126,7 +118,8 @@ struct FlashF32 {
   template <int D>
   static constexpr int sumColumns = D / 16;
   template <int D>
-  MOE_DEVICE int sumColumn(int j) { return j / 4 * 64 + threadIdx.x % 16 * 4 + j % 4; }
+  MOE_DEVICE int sumColumn(int j) { return threadIdx.x % 16 * 4 + sumStep(j); }
+  MOE_DEVICE int sumStep(int j) { return j / 4 * 64 + j % 4; }
 
   /// Four more elements a row: the same feature of eight rows lies in different banks.
   template <int Count, int D>
@@ -199,26 +192,32 @@ struct FlashF32 {
   }
 };
 
+/// storeRow where `left` features exist from this thread's first one on (Whole: all), and runs are aligned and never cut if Runs.
+template <class Engine, int D, bool Runs, bool Whole>
+MOE_DEVICE void storeRuns(float* to, typename Engine::template Sums<D>& sums, int i, int left, float factor) {
+  constexpr int Run = Engine::Run;
+#pragma unroll
+  for (int j = 0; j < Engine::template sumColumns<D>; j += Run) {
+    const int step = Engine::sumStep(j);
+    const auto x = [&](int r) { return Engine::template at<D>(sums, i, j + r) * factor; };
+    if constexpr (!Runs) {
+#pragma unroll
+      for (int r = 0; r < Run; r++) {
+        if (step + r < left) to[step + r] = x(r);
+      }
+    } else if (Whole || step < left) {
+      if constexpr (Run == 2) storeWide(to + step, x(0), x(1));
+      else storeWide(to + step, x(0), x(1), x(2), x(3));
+    }
+  }
+}
 /// Row i of `sums` times a factor, to `features` features from `to` on.
 template <class Engine, int D>
 MOE_DEVICE void storeRow(float* to, typename Engine::template Sums<D>& sums, int i, int features, float factor) {
-#pragma unroll
-  for (int j = 0; j < Engine::template sumColumns<D>; j += Engine::Run) {
-    const int d = Engine::template sumColumn<D>(j);
-    float x[Engine::Run];
-#pragma unroll
-    for (int r = 0; r < Engine::Run; r++) x[r] = Engine::template at<D>(sums, i, j + r) * factor;
-    if (features % Engine::Run == 0) { // then rows are aligned and runs never cut
-      if (d >= features) continue;
-      if constexpr (Engine::Run == 2) storeWide(to + d, x[0], x[1]);
-      else storeWide(to + d, x[0], x[1], x[2], x[3]);
-    } else {
-#pragma unroll
-      for (int r = 0; r < Engine::Run; r++) {
-        if (d + r < features) to[d + r] = x[r];
-      }
-    }
-  }
+  const int first = Engine::template sumColumn<D>(0);
+  if (features >= D) storeRuns<Engine, D, true, true>(to + first, sums, i, D, factor);
+  else if (features % Engine::Run == 0) storeRuns<Engine, D, true, false>(to + first, sums, i, features - first, factor);
+  else storeRuns<Engine, D, false, false>(to + first, sums, i, features - first, factor);
 }
 
 /// Over the lanes that share a row.

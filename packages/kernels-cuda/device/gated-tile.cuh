@@ -16,7 +16,7 @@ MOE_DEVICE void storeGated(bf16* inner, bf16* gate, bf16* up, int64_t row, int c
 #pragma unroll
     for (int j = 0; j < Half; j++) {
       const float g = Tile::at(sums, i, j);
-      Tile::at(sums, i, j) = g / (1.f + __expf(-g)) * Tile::at(sums, i, j + Half);
+      Tile::at(sums, i, j) = g * sigmoidFast(g) * Tile::at(sums, i, j + Half);
     }
   }
   storeRounded<Tile, 0, Half>(inner + row * ld + column, ld, rows, ld - column, sums);

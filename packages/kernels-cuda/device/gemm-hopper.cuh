@@ -20,7 +20,8 @@ struct TileHopper {
   };
   MOE_DEVICE float& at(Sums& sums, int i, int j) { return sums.v[j / 2 * 4 + i * 2 + j % 2]; }
   MOE_DEVICE int row(int i) { return threadIdx.x / 32 * 16 + i * 8 + threadIdx.x % 32 / 4; }
-  MOE_DEVICE int column(int j) { return j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; }
+  MOE_DEVICE int step(int j) { return j / 2 * 8 + j % 2; }
+  MOE_DEVICE int column(int j) { return threadIdx.x % 4 * 2 + step(j); }
 };
 using HopperLarge = TileHopper<256, 4>;
 using HopperSmall = TileHopper<128, 6>;

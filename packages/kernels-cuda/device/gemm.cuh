@@ -3,6 +3,7 @@
 //   Sums                                        this thread's part of the tile: Rows x Columns elements
 //   row(i), column(j), at(sums, i, j)           where they lie; columns come in runs of Run neighbours; of tiles in bf16 column(j + Columns / 2) is
 //                                               column(j) + BN / 2, so that a thread has both where two operands have half of the columns each
+//   step(j)                                     column(j) - column(0), the same for all threads
 //   RowLanes, RowWarps                          a row is shared by RowLanes lanes (differing in the lowest bits) of RowWarps warps
 //   multiply<TransposeA, TransposeB>(...)       the main loop
 // What becomes of the tile (stored, reduced to a softmax) is the kernel's business. gemm-hopper.cuh has a third one, with another main loop.
@@ -42,7 +43,8 @@ struct TileF32 {
   };
   MOE_DEVICE float& at(Sums& sums, int i, int j) { return sums.v[i][j]; }
   MOE_DEVICE int row(int i) { return i / 4 * 64 + threadIdx.x / 16 * 4 + i % 4; }
-  MOE_DEVICE int column(int j) { return j / 4 * 64 + threadIdx.x % 16 * 4 + j % 4; }
+  MOE_DEVICE int step(int j) { return j / 4 * 64 + j % 4; }
+  MOE_DEVICE int column(int j) { return threadIdx.x % 16 * 4 + step(j); }
 
   /// k runs along memory unless Strided.
   template <int B, bool Strided>
@@ -116,10 +118,11 @@ struct TileBf16 {
   /// Of both halves.
   MOE_DEVICE int warpColumn() { return threadIdx.x / 32 % RowWarps * (WN / 2); }
   MOE_DEVICE int row(int i) { return warpRow() + i * 8 + threadIdx.x % 32 / 4; }
-  MOE_DEVICE int column(int j) {
+  MOE_DEVICE int step(int j) {
     constexpr int Half = Columns / 2;
-    return j / Half * (BN / 2) + warpColumn() + j % Half / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
+    return j / Half * (BN / 2) + j % Half / 2 * 8 + j % 2;
   }
+  MOE_DEVICE int column(int j) { return warpColumn() + threadIdx.x % 4 * 2 + step(j); }
 
   /// The tile is [o][k], or [k][o] when Strided.
   template <int B, bool Strided>
@@ -203,27 +206,59 @@ MOE_DEVICE int2 tileOf(int block, int rows, int columns) {
   return make_int2(band + within % height, within / height);
 }
 
-/// Writes (or adds) the tile to c, of which `rows` rows and `columns` columns exist from here on.
-template <class Tile>
-MOE_DEVICE void storeTile(float* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums, bool add) {
-  const bool whole = ld % Tile::Run == 0; // then runs are aligned and never cut
+/// f(at, i, j, left) for this thread's runs of neighbours, from column j of row i on: `at` is their place in c, `left` how many columns exist from there on (Whole: all).
+template <class Tile, bool Whole, class F>
+MOE_DEVICE void eachRun(float* c, int64_t ld, int rows, int columns, F f) {
+  const int left = columns - Tile::column(0);
 #pragma unroll
   for (int i = 0; i < Tile::Rows; i++) {
     if (Tile::row(i) >= rows) continue;
-    float* const to = c + Tile::row(i) * ld;
+    float* const first = c + Tile::row(i) * ld + Tile::column(0);
 #pragma unroll
     for (int j = 0; j < Tile::Columns; j += Tile::Run) {
-      const int column = Tile::column(j);
-      if (whole && !add) {
-        if (column >= columns) continue;
-        if (Tile::Run == 2) storeWide(to + column, Tile::at(sums, i, j), Tile::at(sums, i, j + 1));
-        else storeWide(to + column, Tile::at(sums, i, j), Tile::at(sums, i, j + 1), Tile::at(sums, i, j + 2), Tile::at(sums, i, j + 3));
-      } else {
-#pragma unroll
-        for (int r = 0; r < Tile::Run; r++) {
-          if (column + r < columns) to[column + r] = Tile::at(sums, i, j + r) + (add ? to[column + r] : 0.f);
-        }
-      }
+      if (Whole || Tile::step(j) < left) f(first + Tile::step(j), i, j, left - Tile::step(j));
     }
   }
+}
+
+/// storeTile where runs are aligned and never cut.
+template <class Tile, bool Whole>
+MOE_DEVICE void storeRuns(float* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums, bool add) {
+  const auto at = [&](int i, int j) -> float& { return Tile::at(sums, i, j); };
+  if (add) {
+    eachRun<Tile, Whole>(c, ld, rows, columns, [&](const float* from, int i, int j, int) {
+      if constexpr (Tile::Run == 2) {
+        const float2 x = *(const float2*)from;
+        at(i, j) += x.x, at(i, j + 1) += x.y;
+      } else {
+        const float4 x = *(const float4*)from;
+        at(i, j) += x.x, at(i, j + 1) += x.y, at(i, j + 2) += x.z, at(i, j + 3) += x.w;
+      }
+    });
+  }
+  eachRun<Tile, Whole>(c, ld, rows, columns, [&](float* to, int i, int j, int) {
+    if constexpr (Tile::Run == 2) storeWide(to, at(i, j), at(i, j + 1));
+    else storeWide(to, at(i, j), at(i, j + 1), at(i, j + 2), at(i, j + 3));
+  });
+}
+
+/// Writes (or adds) the tile to c, of which `rows` rows and `columns` columns exist from here on. What is the same for all is asked first: in the loops it would be a
+/// branch at every store, and a tile that is added is read whole before, or each load would wait for the store before it.
+template <class Tile>
+MOE_DEVICE void storeTile(float* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums, bool add) {
+  if (ld % Tile::Run == 0) {
+    if (columns >= Tile::BN) storeRuns<Tile, true>(c, ld, rows, columns, sums, add);
+    else storeRuns<Tile, false>(c, ld, rows, columns, sums, add);
+    return;
+  }
+  const auto eachElement = [&](auto f) {
+    eachRun<Tile, false>(c, ld, rows, columns, [&](float* run, int i, int j, int left) {
+#pragma unroll
+      for (int r = 0; r < Tile::Run; r++) {
+        if (r < left) f(run[r], Tile::at(sums, i, j + r));
+      }
+    });
+  };
+  if (add) eachElement([](const float& from, float& x) { x += from; });
+  eachElement([](float& to, float x) { to = x; });
 }

@@ -13,11 +13,29 @@ MOE_DEVICE void pairColumns(uint32_t& first, uint32_t& second) {
   if (c % 2 == 0) second = next;
   else first = next;
 }
-/// Where the four columns begin that a lane has then, of those that begin with the tile's column j.
+/// Where the four columns begin that a lane has then, of those that begin with the tile's column 0; of those that begin with column j it is step(j) further.
 template <class Tile>
-MOE_DEVICE int pairedColumn(int j) {
+MOE_DEVICE int firstPairedColumn() {
   static_assert(Tile::Run == 2 && Tile::Columns % 4 == 0, "pairs of neighbours, eight columns apart");
-  return Tile::column(j) + threadIdx.x % 4 * 2;
+  return Tile::column(0) + threadIdx.x % 4 * 2;
+}
+
+/// storeRounded where four columns are aligned and, when Whole, all columns exist.
+template <class Tile, int First, int Count, bool Whole>
+MOE_DEVICE void storePairs(bf16* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums) {
+  const int left = columns - firstPairedColumn<Tile>();
+#pragma unroll
+  for (int i = 0; i < Tile::Rows; i++) {
+    const bool exists = Tile::row(i) < rows;
+    bf16* const to = c + Tile::row(i) * ld + firstPairedColumn<Tile>();
+#pragma unroll
+    for (int j = 0; j < Count; j += 4) {
+      const auto pair = [&](int column) { return packBf16(Tile::at(sums, i, First + column), Tile::at(sums, i, First + column + 1)); };
+      uint32_t a = pair(j), b = pair(j + 2);
+      pairColumns(a, b);
+      if (exists && (Whole || Tile::step(j) < left)) storeWide(to + Tile::step(j), a, b);
+    }
+  }
 }
 
 /// Writes the tile to c, rounded; `rows` rows and `columns` columns exist from here on. Where rows of memory (ld) are longer, up to the next multiple of 4, or
@@ -26,17 +44,8 @@ template <class Tile, int First = 0, int Count = Tile::Columns>
 MOE_DEVICE void storeRounded(bf16* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums) {
   static_assert(Tile::Run == 2, "pairs of neighbours");
   if (ld % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < Tile::Rows; i++) {
-#pragma unroll
-      for (int j = 0; j < Count; j += 4) {
-        const auto pair = [&](int c) { return packBf16(Tile::at(sums, i, First + c), Tile::at(sums, i, First + c + 1)); };
-        uint32_t a = pair(j), b = pair(j + 2);
-        pairColumns(a, b);
-        const int column = pairedColumn<Tile>(j);
-        if (Tile::row(i) < rows && column < columns) storeWide(c + Tile::row(i) * ld + column, a, b);
-      }
-    }
+    if (columns >= Tile::BN * Count / Tile::Columns) storePairs<Tile, First, Count, true>(c, ld, rows, columns, sums);
+    else storePairs<Tile, First, Count, false>(c, ld, rows, columns, sums);
     return;
   }
   const bool pairs = ld % 2 == 0; // then all are aligned

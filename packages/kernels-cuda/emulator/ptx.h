@@ -155,6 +155,7 @@ template <class T>
 PTX_OP T minimum(T a, T b) { return a != a ? b : b != b ? a : a < b || (a == b && __builtin_signbit(a)) ? a : b; }
 template <class T>
 PTX_OP T maximum(T a, T b) { return a != a ? b : b != b ? a : a > b || (a == b && !__builtin_signbit(a)) ? a : b; }
+PTX_OP float maximumOrNan(float a, float b) { return a != a || b != b ? __builtin_nanf("") : maximum<float>(a, b); }
 PTX_OP float saturate(float x) { return x > 0.f ? (x < 1.f ? x : 1.f) : 0.f; }
 PTX_OP float flush(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.f, x) : x; }
 /// a * b + c rounded towards minus infinity. The product is exact in double, and so is what the sum loses.

@@ -326,7 +326,7 @@ function binary(expression, allowed = () => true) {
   return (kernel, modifiers, [d, a, b]) => {
     const type = types[modifiers.at(-1)]
     if (!type || !modifiers.slice(0, -1).every(allowed)) return
-    return kernel.write(d, type, expression(kernel.read(a, type), kernel.read(b, type), type))
+    return kernel.write(d, type, expression(kernel.read(a, type), kernel.read(b, type), type, modifiers))
   }
 }
 function unary(expression, allowed = () => true) {
@@ -464,7 +464,13 @@ const instructions = {
     none,
   ),
   min: binary((a, b, type) => `${isFloat(type) ? 'minimum' : 'smaller'}<${type}>(${a}, ${b})`, none),
-  max: binary((a, b, type) => `${isFloat(type) ? 'maximum' : 'larger'}<${type}>(${a}, ${b})`, none),
+  max: binary(
+    (a, b, type, modifiers) =>
+      modifiers.includes('NaN')
+        ? `maximumOrNan(${a}, ${b})`
+        : `${isFloat(type) ? 'maximum' : 'larger'}<${type}>(${a}, ${b})`,
+    modifier => modifier === 'NaN',
+  ),
   sqrt: unary((a, type) => `__builtin_sqrt${type === 'float' ? 'f' : ''}(${a})`, nearest),
   rcp: unary(
     (a, _, modifiers) => (modifiers.includes('ftz') ? `flush(1 / flush(${a}))` : `1 / ${a}`),

@@ -132,6 +132,7 @@ describe.skipIf(unbuilt)('PTX', () => {
       expect(word[10], label).toBe(
         (differ && isNan ? 1 : 0) | (differ || isNan ? 2 : 0) | (differ !== isNan ? 4 : 0) | (differ ? 0 : 8),
       )
+      expect(floatOf(word[11]!), label).toBe(Math.max(a, b))
       // The first operand is the upper half.
       const pair = bf16(b) | (bf16(a) << 16)
       expect(word[12], label).toBe(pair)

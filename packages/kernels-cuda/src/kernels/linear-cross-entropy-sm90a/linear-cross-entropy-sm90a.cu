@@ -20,24 +20,27 @@ MOE_DEVICE void eachTile(const TensorMap& x, const TensorMap& weight, int N, int
 template <class Tile>
 MOE_DEVICE void entropy(float* highest, float* total, float* targetLogit, const TensorMap& x, const TensorMap& weight, const int* targets, int N, int V, int D, int first, int firstTile, int tilesTotal) {
   eachTile<Tile>(x, weight, N, V, D, [&](typename Tile::Sums& logits, int row, int column) {
+    const auto reduce = [&](auto whole) {
 #pragma unroll
-    for (int i = 0; i < Tile::Rows; i++) {
-      const int r = row + Tile::row(i);
-      const int target = r < N ? targets[r] - first - column : -1;
-      // With columns counted from the tile's first one, nothing is spilled.
-      const RowEntropy found = rowEntropy<Tile>(logits, i, 0, V - column, target, targetLogit, r);
-      if (r >= N || threadIdx.x % Tile::RowLanes != 0) continue;
-      const int64_t to = (int64_t)r * tilesTotal + firstTile + column / Tile::BN;
-      highest[to] = found.highest;
-      total[to] = found.total;
-    }
+      for (int i = 0; i < Tile::Rows; i++) {
+        const int r = row + Tile::row(i);
+        const int target = r < N ? targets[r] - first - column : -1;
+        const RowEntropy found = rowEntropy<Tile, whole.value>(logits, i, V - column, target, targetLogit + r);
+        if (r >= N || threadIdx.x % Tile::RowLanes != 0) continue;
+        const int64_t to = (int64_t)r * tilesTotal + firstTile + column / Tile::BN;
+        highest[to] = found.highest;
+        total[to] = found.total;
+      }
+    };
+    if (V - column >= Tile::BN) reduce(Always<true>{});
+    else reduce(Always<false>{});
   });
 }
 
 template <class Tile>
 MOE_DEVICE void entropyGradient(bf16* dlogits, const TensorMap& x, const TensorMap& weight, const int* targets, const float* lse, const float* dloss, int N, int V, int D, int ld, int first, int classes, int ignoreIndex) {
   eachTile<Tile>(x, weight, N, V, D, [&](typename Tile::Sums& logits, int row, int column) {
-    storeLogitsGradient<Tile>(dlogits, logits, row, column, targets, lse, dloss, N, V, ld, first, classes, ignoreIndex);
+    storeLogitsGradient<Tile>(dlogits, logits, row, column, {targets, lse, dloss, first, classes, ignoreIndex}, N, V, ld);
   });
 }
 

@@ -21,7 +21,7 @@ MOE_DEVICE void entropyTile(float* highest, float* total, float* targetLogit, co
   for (int i = 0; i < Tile::Rows; i++) {
     const int r = Tile::row(i);
     const int target = row + r < N ? targets[row + r] - first - column : -1;
-    const RowEntropy found = rowEntropy<Tile>(logits, i, column, V, target, targetLogit, row + r);
+    const RowEntropy found = rowEntropy<Tile, false>(logits, i, V - column, target, targetLogit + row + r);
     if (threadIdx.x % Tile::RowLanes == 0) high[r * Tile::RowWarps + warp] = found.highest, sums[r * Tile::RowWarps + warp] = found.total;
   }
   __syncthreads();
@@ -66,7 +66,7 @@ MOE_DEVICE void entropyGradientTile(typename Tile::Element* dlogits, const typen
   typename Tile::Sums logits = {};
   Tile::template multiply<false, true>(
       logits, shared, {x + (int64_t)row * ldx, ldx, N - row}, {weight + (int64_t)column * ldw, ldw, V - column}, D);
-  storeLogitsGradient<Tile>(dlogits, logits, row, column, targets, lse, dloss, N, V, ld, first, classes, ignoreIndex);
+  storeLogitsGradient<Tile>(dlogits, logits, row, column, {targets, lse, dloss, first, classes, ignoreIndex}, N, V, ld);
 }
 
 #define ENTROPY(blocks, name, Tile)                                                                                                                        \
