@@ -82,14 +82,14 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
     commitProducts();
     waitProducts<0>(s.v);
 
-    const bool whole = key + E::BN <= seenByAll;
 #pragma unroll
-    for (int i = 0; i < E::Rows; i++) {
-      const int seen = whole ? z.S : visible.keys(first + E::row(i));
+    for (float& x : s.v) x *= z.scale * E::Unit;
+    if (key + E::BN > seenByAll) {
 #pragma unroll
-      for (int j = 0; j < E::Columns; j++) {
-        float& x = E::at(s, i, j);
-        x = key + E::column(j) < seen ? x * (z.scale * E::Unit) : -infinity();
+      for (int i = 0; i < E::Rows; i++) {
+        const int left = visible.keys(first + E::row(i)) - key - E::column(0);
+#pragma unroll
+        for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::sumStep(j) < left ? E::at(s, i, j) : -infinity();
       }
     }
     OnlineSoftmax<E>::template update<E::DV>(softmax, s, sums);
@@ -243,23 +243,29 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
     }
     multiplyTiles<E>(s, gradients, rows, columns);
 
-    const bool whole = place.row + E::BN <= z.T && first + E::BM <= visible.keys(place.row);
 #pragma unroll
     for (int j = 0; j < E::Columns; j += 2) {
       const float2 two = *(const float2*)(perQuery[stage][0] + E::column(j));
 #pragma unroll
-      for (int c = j; c < j + 2; c++) {
-        const int query = place.row + E::column(c);
-        const int seen = whole ? z.S : query < z.T ? visible.keys(query) : 0;
+      for (int i = 0; i < E::Rows; i++) {
+        E::at(s, i, j) = exp2Fast(E::at(s, i, j) * (z.scale * E::Unit) - two.x);
+        E::at(s, i, j + 1) = exp2Fast(E::at(s, i, j + 1) * (z.scale * E::Unit) - two.y);
+      }
+    }
+    if (place.row + E::BN > z.T || first + E::BM > visible.keys(place.row)) {
+#pragma unroll
+      for (int j = 0; j < E::Columns; j++) {
+        const int query = place.row + E::column(j), seen = query < z.T ? visible.keys(query) : 0;
 #pragma unroll
         for (int i = 0; i < E::Rows; i++) {
           const bool sees = first + E::row(i) < seen;
-          float &p = E::at(s, i, c), &ds = E::at(gradients, i, c);
-          p = sees ? exp2Fast(p * (z.scale * E::Unit) - (c == j ? two.x : two.y)) : 0.f;
-          ds = sees ? p * ds : 0.f;
+          E::at(s, i, j) = sees ? E::at(s, i, j) : 0.f;
+          E::at(gradients, i, j) = sees ? E::at(gradients, i, j) : 0.f;
         }
       }
     }
+#pragma unroll
+    for (int i = 0; i < E::BN / 2; i++) gradients.v[i] *= s.v[i];
     uint32_t p[E::BN / 16][4], ds[E::BN / 16][4];
     E::pack(p, s);
     E::pack(ds, gradients);
@@ -324,14 +330,16 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
       for (int i = 0; i < E::Rows; i++) E::at(gradients, i, j) = -rowDelta[i];
     }
     multiplyTiles<E>(s, gradients, rows, columns);
-    const bool whole = key + E::BN <= seenByAll;
 #pragma unroll
     for (int i = 0; i < E::Rows; i++) {
 #pragma unroll
-      for (int j = 0; j < E::Columns; j++) {
-        float& ds = E::at(gradients, i, j);
-        const float p = exp2Fast(E::at(s, i, j) * (z.scale * E::Unit) - rowShift[i]);
-        ds = whole || key + E::column(j) < seen[i] ? p * ds : 0.f;
+      for (int j = 0; j < E::Columns; j++) E::at(gradients, i, j) *= exp2Fast(E::at(s, i, j) * (z.scale * E::Unit) - rowShift[i]);
+    }
+    if (key + E::BN > seenByAll) {
+#pragma unroll
+      for (int i = 0; i < E::Rows; i++) {
+#pragma unroll
+        for (int j = 0; j < E::Columns; j++) E::at(gradients, i, j) = key + E::column(j) < seen[i] ? E::at(gradients, i, j) : 0.f;
       }
     }
     uint32_t ds[E::BN / 16][4];

@@ -115,17 +115,21 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
     if (Group == 1) addTheirs(t - 1); // while the exponentials are computed
 
     const int key = block.part.from + t * E::BN;
-    const bool whole = key + E::BN <= firstSeen;
+#pragma unroll
+    for (float& x : s.v) x *= z.scale * E::Unit;
+    if (key + E::BN > firstSeen) {
+#pragma unroll
+      for (int i = 0; i < E::Rows; i++) {
+        const int left = block.part.visible.keys((block.first + E::groupRow(i)) / z.H) - key - E::column(0);
+#pragma unroll
+        for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::sumStep(j) < left ? E::at(s, i, j) : -infinity();
+      }
+    }
 #pragma unroll
     for (int i = 0; i < E::Rows; i++) {
-      const int seen = whole ? z.S : block.part.visible.keys((block.first + E::groupRow(i)) / z.H);
       float best = high[i];
 #pragma unroll
-      for (int j = 0; j < E::Columns; j++) {
-        float& x = E::at(s, i, j);
-        x = key + E::column(j) < seen ? x * (z.scale * E::Unit) : -infinity();
-        best = fmaxf(best, x);
-      }
+      for (int j = 0; j < E::Columns; j++) best = fmaxf(best, E::at(s, i, j));
       const float base = raise(i, rowMax<E>(best));
 #pragma unroll
       for (int j = 0; j < E::Columns; j++) {
