@@ -7,16 +7,9 @@ MOE_DEVICE void combine(float* out, const float* y, const float* weights, const 
   const int64_t n = rowOfWarp();
   if (n >= N) return;
   eachOfSlice(D, [&](int i) {
-    Four total = {};
-#pragma unroll 4
-    for (int64_t s = n * K; s < (n + 1) * K; s++) {
-      const int p = positions[s];
-      if (p < 0 || p >= N * K) continue;
-      const Four part = load4<Whole>(y + (int64_t)p * D, i, D);
-      const float weight = weights[s];
-      for (int j = 0; j < 4; j++) total.v[j] += weight * part.v[j];
-    }
-    store4<Whole>(out + n * D, i, D, total);
+    Four total[1] = {};
+    addSlots(total, weights, positions, n, K, N * K, [&](int64_t row, Four (&part)[1], bool exists) { part[0] = exists ? load4<Whole>(y + row * D, i, D) : Four{}; });
+    store4<Whole>(out + n * D, i, D, total[0]);
   });
 }
 MOE_KERNEL((256), moe_combine_tokens_fwd_f32,

@@ -13,3 +13,35 @@ MOE_DEVICE void eachOfSlice(int D, F&& f) {
   const int begin = (int)blockIdx.y * rowSlice, end = begin + rowSlice < D ? begin + rowSlice : D;
   for (int i = begin + 4 * (int)(threadIdx.x % 32); i < end; i += 128) f(i);
 }
+
+/// total += the sum over the K choices of token n of weights[s] * load(rows[s], part), s its slots; without weights they are 1. Of rows that are not 0 .. end - 1 nothing
+/// is loaded. `load(row, part, exists)` sets parts to 0 where none exists. Four rows are on their way at a time: one after the other, each would wait for its index, its weight and itself.
+template <int Count, class Load>
+MOE_DEVICE void addSlots(Four (&total)[Count], const float* weights, const int* rows, int64_t n, int K, int64_t end, Load load) {
+  constexpr int together = 4;
+  for (int first = 0; first < K; first += together) {
+    int row[together];
+    float weight[together];
+    Four part[together][Count];
+#pragma unroll
+    for (int k = 0; k < together; k++) {
+      const int64_t s = n * K + first + k;
+      const bool exists = first + k < K;
+      row[k] = exists ? rows[s] : -1;
+      weight[k] = weights == nullptr ? 1.f : exists ? weights[s] : 0.f;
+    }
+#pragma unroll
+    for (int k = 0; k < together; k++) {
+      const bool exists = row[k] >= 0 && row[k] < end;
+      if (!exists) weight[k] = 0.f;
+      load((int64_t)row[k], part[k], exists);
+    }
+#pragma unroll
+    for (int k = 0; k < together; k++) {
+#pragma unroll
+      for (int c = 0; c < Count; c++) {
+        for (int j = 0; j < 4; j++) total[c].v[j] += weight[k] * part[k][c].v[j];
+      }
+    }
+  }
+}

@@ -4,9 +4,10 @@
 #include "../permute-tokens/row-slices.cuh"
 #include "fp8.cuh"
 
-/// Elements i .. i+3 of a row, of which n exist.
+/// Elements i .. i+3 of a row, of which n exist. `Whole` promises that these do, and are aligned.
+template <bool Whole = false>
 MOE_DEVICE Four load4(const bf16* row, int i, int n) {
-  if (i + 4 <= n && (uintptr_t)(row + i) % 8 == 0) {
+  if (Whole || (i + 4 <= n && (uintptr_t)(row + i) % 8 == 0)) {
     const uint2 x = *(const uint2*)(row + i);
     return {{lowBf16(x.x), highBf16(x.x), lowBf16(x.y), highBf16(x.y)}};
   }

@@ -44,32 +44,27 @@ MOE_KERNEL((256), moe_routed_experts_gather_bf16, (bf16* to, const bf16* __restr
   });
 }
 
-/// out[n] = sum over k of weights[n, k] * y[places[n K + k]], y one of `rows`; without weights they are 1.
+/// out[n] = sum over k of weights[n, k] * y[places[n K + k]], y one of `rows`; without weights they are 1. Of 256 features a lane has four and, 128 on, four more, so that
+/// neighbours store neighbours: eight in a row would be two stores, each of half of every sector.
 template <bool Whole>
 MOE_DEVICE void combine(float* out, const bf16* y, const float* weights, const int* places, int64_t tokens, int K, int64_t rows, int D, int ld) {
   const int64_t n = rowOfWarp();
   if (n >= tokens) return;
-  eachEightOfSlice(D, [&](int i) {
-    Eight total = {};
-#pragma unroll 4
-    for (int64_t s = n * K; s < (n + 1) * K; s++) {
-      const int r = places[s];
-      if (r < 0 || r >= rows) continue;
-      const Eight part = load8<Whole>(y + (int64_t)r * ld, i, D);
-      const float weight = weights != nullptr ? weights[s] : 1.f;
-      for (int j = 0; j < 8; j++) total.v[j] += weight * part.v[j];
+  const int begin = (int)blockIdx.y * rowSlice, end = begin + rowSlice < D ? begin + rowSlice : D;
+  for (int i = begin + 4 * (int)(threadIdx.x % 32); i < end; i += 256) {
+    Four total[2] = {};
+    addSlots(total, weights, places, n, K, rows, [&](int64_t row, Four (&part)[2], bool exists) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) part[half] = exists && i + 128 * half < end ? load4<Whole>(y + row * ld, i + 128 * half, D) : Four{};
+    });
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      if (i + 128 * half < end) store4<Whole>(out + n * D, i + 128 * half, D, total[half]);
     }
-    float* const to = out + n * D;
-    if constexpr (Whole) {
-      store4(to, i, Four{{total.v[0], total.v[1], total.v[2], total.v[3]}});
-      store4(to, i + 4, Four{{total.v[4], total.v[5], total.v[6], total.v[7]}});
-    } else {
-      for (int j = 0; j < 8 && i + j < D; j++) to[i + j] = total.v[j];
-    }
-  });
+  }
 }
 MOE_KERNEL((256), moe_routed_experts_combine_bf16, (float* out, const bf16* y, const float* weights, const int* places, int64_t tokens, int K, int64_t rows, int D, int ld)) {
-  if (D % 8 == 0) combine<true>(out, y, weights, places, tokens, K, rows, D, ld);
+  if (D % 4 == 0) combine<true>(out, y, weights, places, tokens, K, rows, D, ld);
   else combine<false>(out, y, weights, places, tokens, K, rows, D, ld);
 }
 
