@@ -129,6 +129,9 @@ EMU_EXPORT int cuModuleLoadData(void** handle, const void* image) {
   while (length < 100 && text[length] != '\n' && text[length] != 0) length++;
   auto module = std::make_unique<Module>();
   module->name.assign(text, length);
+  // Machine code for one architecture alone.
+  const std::string only = "-sm90a";
+  if (module->name.size() > only.size() && module->name.compare(module->name.size() - only.size(), only.size(), only) == 0 && capability() != 90) return noBinary;
   for (Kernel* k = kernels; k; k = k->next) {
     if (module->name != k->module) continue;
     auto function = std::make_unique<Function>(Function{k, 0});

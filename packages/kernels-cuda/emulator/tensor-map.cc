@@ -1,6 +1,6 @@
 // Matrices as the copy engine knows them: what cuTensorMapEncodeTiled takes, as its documentation says. What it makes is opaque, ours
 // is a BoxMap.
-#include "runtime.h"
+#include "entry.h"
 
 using namespace emu;
 
@@ -18,6 +18,7 @@ EMU_EXPORT int cuTensorMapEncodeTiled(void* map, int dataType, uint32_t rank, vo
     recordRefusal("cuTensorMapEncodeTiled: %s is %zu", what, value);
     return invalidValue;
   };
+  if (capability() < 90) return refuse("the compute capability, to be 9.0 or more,", (size_t)capability());
   if ((uintptr_t)map % 64 != 0) return refuse("the address of the map, to be a multiple of 64,", (uintptr_t)map);
   const int elementBytes = bytesOf(dataType);
   if (elementBytes == 0) return refuse("the data type", (size_t)dataType);
@@ -41,6 +42,8 @@ EMU_EXPORT int cuTensorMapEncodeTiled(void* map, int dataType, uint32_t rank, vo
     encoded.box[i] = (uint16_t)box[i];
     if (i + 1 == rank) continue;
     if (strides[i] % 16 != 0 || strides[i] >= uint64_t(1) << 40) return refuse("a stride, to be a multiple of 16 below 2^40,", strides[i]);
+    const uint64_t covered = i == 0 ? sizes[0] * elementBytes : strides[i - 1] * sizes[i];
+    if (strides[i] < covered || (i > 0 && strides[i] % strides[i - 1] != 0)) return refuse("a stride, to cover a whole number of what lies within,", strides[i]);
     encoded.strides[i] = strides[i];
   }
   const size_t inner = box[0] * (size_t)elementBytes;

@@ -47,7 +47,10 @@ type OperandMode = (typeof operandModes)[number]
 
 describe.skipIf(unbuilt)('emulator of Hopper', () => {
   const device = openEmulator()
-  beforeEach(() => device.reset())
+  beforeEach(() => {
+    device.reset()
+    device.set('capability', 90)
+  })
   afterEach(() => device.reset())
 
   const address = (array: ArrayBufferView) => Number(koffi.address(array as never))
@@ -227,6 +230,9 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     ['address of the matrix, to be a multiple of 16', { pointer: 8 }],
     ['a size', { sizes: [64, 0, 1] }],
     ['a stride, to be a multiple of 16', { strides: [264, 16384] }],
+    ['a stride, to cover', { strides: [240, 16384] }],
+    ['a stride, to cover', { strides: [256, 16128] }],
+    ['a stride, to cover', { strides: [256, 16400] }],
     ['a side of the box', { box: [64, 257, 1] }],
     ['to be a multiple of 16', { box: [60, 64, 1] }],
     ["at most the swizzle's", { box: [128, 64, 1] }],
@@ -236,5 +242,15 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
   ])('maps that a driver refuses: %s', (text, { pointer = 0, ...options }) => {
     expect(encode(device.allocate(16384) + pointer, options)).toBe(1)
     expect(device.report()).toContain(text)
+  })
+
+  test.each([80, 89, 100, 120])('capability %i takes no machine code of Hopper', capability => {
+    const image = Buffer.from('moe-emulated-module matmul-sm90a\n\0')
+    expect(device.loadModule(image)).toBe(0)
+    device.set('capability', capability)
+    expect(device.loadModule(image)).toBe(209)
+    if (capability > 90) return
+    expect(encode(device.allocate(16384))).toBe(1)
+    expect(device.report()).toContain('the compute capability')
   })
 })

@@ -100,6 +100,7 @@ const bf16 = (x: number) => float32(x) >>> 16
 
 describe.skipIf(unbuilt)('layouts as CuTe has them', () => {
   const device = openEmulator()
+  device.set('capability', 90)
   afterEach(() => device.reset())
 
   const launch = (
