@@ -86,14 +86,19 @@ function findModules() {
       source: join(kernels, name, `${name}.cu`),
       file: join(outDir, `${name}.fatbin`),
       stamp: join(outDir, `${name}.json`),
-      targets: targetsOf(name),
+      only: onlyOf(name),
+      targets: targetsOf(onlyOf(name)),
     }))
     .filter(({ targets }) => targets.length > 0)
 }
 
-/** Options of nvcc: machine code for each architecture, and PTX; for the one that the module's name ends in, only its machine code. */
-function targetsOf(module) {
-  const only = module.match(/-sm(\w+)$/)?.[1]
+/** The architecture that the module is for, if it is for one alone. */
+function onlyOf(module) {
+  return module.match(/-sm(\w+)$/)?.[1]
+}
+
+/** Options of nvcc: machine code for each architecture, and PTX; for a module of one, only its machine code. */
+function targetsOf(only) {
   const machine = architectures
     .filter(arch => only === undefined || arch === only)
     .flatMap(arch => ['-gencode', `arch=compute_${arch},code=sm_${arch}`])
@@ -125,7 +130,7 @@ async function compileAll(modules, key) {
 }
 
 /** Empty when it compiled, otherwise what the compiler said. */
-async function compile({ source, file, stamp, targets }, key) {
+async function compile({ source, file, stamp, only, targets }, key) {
   const temporary = `${file}.new`
   const depFile = `${file}.d`
   const flags = [
@@ -145,6 +150,10 @@ async function compile({ source, file, stamp, targets }, key) {
   // Products of a warpgroup that the compiler makes wait for each other: something touches their sums between them.
   const held = output.match(/.*(wgmma.*serialized|warpgroup\.\w+ is injected).*/)
   if (held) return held[0]
+  const resources = parseResources(output)
+  // The copy engine takes tensor maps from parameters: a copy that the compiler makes of one lies in the thread's own memory.
+  const framed = only && resources.find(({ stack }) => stack > 0)
+  if (framed) return `${framed.name} keeps ${framed.stack} bytes in local memory, perhaps a tensor map`
   const inputs = dependencies(depFile, root)
   rmSync(depFile)
   renameSync(temporary, file)
@@ -153,7 +162,7 @@ async function compile({ source, file, stamp, targets }, key) {
     JSON.stringify({
       key,
       inputs: Object.fromEntries(inputs.map(path => [path, hash(readFileSync(join(root, path)))])),
-      resources: parseResources(output),
+      resources,
     }),
   )
   return ''
