@@ -23,6 +23,7 @@ const sizes: readonly Size[] = [
   { name: 'shared key heads', B: 1, T: 70, S: 150, H: 4, G: 2, Dk: 100, Dv: 128, causal: true },
   { name: 'lengths', B: 3, T: 70, S: 100, H: 1, G: 1, Dk: 64, Dv: 50, causal: true, lengths: [100, 33, 0] },
   { name: 'lengths, not causal', B: 2, T: 3, S: 100, H: 1, G: 1, Dk: 21, Dv: 64, causal: false, lengths: [64, 97] },
+  { name: 'heads that nearly fill a tile', B: 1, T: 70, S: 70, H: 2, G: 2, Dk: 60, Dv: 60, causal: true },
   { name: 'heads too large for bf16', B: 1, T: 40, S: 40, H: 1, G: 1, Dk: 200, Dv: 250, causal: true },
   { name: 'several tiles of keys', B: 1, T: 200, S: 400, H: 2, G: 1, Dk: 64, Dv: 64, causal: true, lengths: [390] },
   { name: 'many more queries than keys', B: 1, T: 140, S: 6, H: 1, G: 1, Dk: 16, Dv: 16, causal: true },

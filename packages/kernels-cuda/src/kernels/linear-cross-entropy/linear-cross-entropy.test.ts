@@ -14,6 +14,8 @@ const cases = [
   { name: 'large tiles', rows: 300, classes: 1100, features: 20, skip: 4 },
   { name: 'large tiles, many steps', rows: 130, classes: 800, features: 330, skip: 5 },
   { name: 'small tiles, many steps', rows: 140, classes: 121, features: 523, skip: 6 },
+  { name: 'whole tiles and most of one', rows: 300, classes: 504, features: 24, skip: 3 },
+  { name: 'chunks of whole tiles', rows: 300, classes: 1024, features: 24, skip: 3, chunkBytes: 320_000 },
   { name: 'one class more than a tile', rows: 129, classes: 257, features: 64, skip: 0 },
   { name: 'no features', rows: 9, classes: 5, features: 0, skip: 2 },
   { name: 'no row counts', rows: 3, classes: 5, features: 4, skip: 1 },

@@ -21,6 +21,9 @@ const sizes: readonly Size[] = [
   { name: 'tiles of 128 x 256', precision: 'bf16', batch: 8, m: 125, n: 251, k: 70 },
   { name: 'tiles of 128 x 128', precision: 'bf16', batch: 8, m: 125, n: 127, k: 161 },
   { name: 'tiles of 64 x 64', precision: 'bf16', m: 130, n: 70, k: 200 },
+  { name: 'whole tiles of 128 x 128 and most of one', precision: 'f32', batch: 4, m: 125, n: 252, k: 20 },
+  { name: 'whole tiles of 128 x 256 and most of one', precision: 'bf16', batch: 4, m: 125, n: 506, k: 40 },
+  { name: 'most of a tile of 128 x 128', precision: 'bf16', batch: 8, m: 125, n: 122, k: 40 },
   { name: 'k in parts', precision: 'bf16', m: 30, n: 41, k: 2101 },
   { name: 'k in parts', precision: 'f32', m: 30, n: 41, k: 2101 },
 ]

@@ -28,6 +28,7 @@ const cases: readonly Case[] = [
   { name: 'several tiles of inner features', N: 70, K: 2, E: 1, D: 12, I: 290 },
   { name: 'rows that fill tiles', N: 256, K: 1, E: 2, D: 16, I: 16 },
   { name: 'large tiles of gate and up', N: 250, K: 1, E: 1, D: 20, I: 102 },
+  { name: 'whole tiles and most of one', N: 130, K: 1, E: 1, D: 504, I: 120 },
   { name: 'few rows of odd sizes', N: 3, K: 2, E: 4, D: 5, I: 7 },
   { name: 'slots behind the last expert', N: 80, K: 2, E: 3, D: 24, I: 16, among: [0, 2, 3] },
   { name: 'one of each', N: 1, K: 1, E: 1, D: 1, I: 1 },
