@@ -17,17 +17,17 @@ struct RowEntropy {
 /// What is taken off logits before their exponentials: -inf - -inf would be no number.
 MOE_DEVICE float exponentialBase(float highest) { return highest == -infinity() ? 0.f : highest; }
 
-/// Row i of this warp's part of a tile of which `columns` columns exist (Whole: all). The logit of the tile's own column `target`, where it is among this thread's, goes to
-/// *targetLogit.
-template <class Tile, bool Whole>
-MOE_DEVICE RowEntropy rowEntropy(typename Tile::Sums& logits, int i, int columns, int target, float* targetLogit) {
-  const int left = columns - Tile::column(0), own = target - Tile::column(0);
+/// Row i of this warp's part of a tile, of whose columns those count for which exists(j), j as in column(j). The logit of the tile's own column `target`, which exists or
+/// lies outside of the tile, goes to *targetLogit where this thread has it.
+template <class Tile, class Exists>
+MOE_DEVICE RowEntropy rowEntropy(typename Tile::Sums& logits, int i, Exists exists, int target, float* targetLogit) {
+  const int own = target - Tile::column(0);
   float highest = -infinity();
 #pragma unroll
   for (int j = 0; j < Tile::Columns; j++) {
-    if (Whole || Tile::step(j) < left) highest = maxOrNan(highest, Tile::at(logits, i, j));
+    if (exists(j)) highest = maxOrNan(highest, Tile::at(logits, i, j));
   }
-  if (target >= 0 && target < columns && target < Tile::BN) {
+  if (target >= 0 && target < Tile::BN) {
 #pragma unroll
     for (int j = 0; j < Tile::Columns; j++) {
       if (Tile::step(j) == own) *targetLogit = Tile::at(logits, i, j);
@@ -39,7 +39,7 @@ MOE_DEVICE RowEntropy rowEntropy(typename Tile::Sums& logits, int i, int columns
 #pragma unroll
   for (int j = 0; j < Tile::Columns; j++) {
     const float x = exponential<Tile>(Tile::at(logits, i, j), base);
-    total += Whole || Tile::step(j) < left ? x : 0.f;
+    total += exists(j) ? x : 0.f;
   }
   for (int step = Tile::RowLanes / 2; step > 0; step /= 2) total += __shfl_xor_sync(wholeWarp, total, step);
   return {highest, total};

@@ -24,8 +24,10 @@ MOE_DEVICE void entropy(float* highest, float* total, float* targetLogit, const 
 #pragma unroll
       for (int i = 0; i < Tile::Rows; i++) {
         const int r = row + Tile::row(i);
-        const int target = r < N ? targets[r] - first - column : -1;
-        const RowEntropy found = rowEntropy<Tile, whole.value>(logits, i, V - column, target, targetLogit + r);
+        const int target = r < N && targets[r] - first < V ? targets[r] - first - column : -1;
+        // With columns counted from this thread's first one, nothing is spilled.
+        const auto exists = [&](int j) { return whole.value || Tile::step(j) < V - column - Tile::column(0); };
+        const RowEntropy found = rowEntropy<Tile>(logits, i, exists, target, targetLogit + r);
         if (r >= N || threadIdx.x % Tile::RowLanes != 0) continue;
         const int64_t to = (int64_t)r * tilesTotal + firstTile + column / Tile::BN;
         highest[to] = found.highest;

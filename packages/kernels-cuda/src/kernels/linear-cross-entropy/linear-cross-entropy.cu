@@ -20,8 +20,8 @@ MOE_DEVICE void entropyTile(float* highest, float* total, float* targetLogit, co
 #pragma unroll
   for (int i = 0; i < Tile::Rows; i++) {
     const int r = Tile::row(i);
-    const int target = row + r < N ? targets[row + r] - first - column : -1;
-    const RowEntropy found = rowEntropy<Tile, false>(logits, i, V - column, target, targetLogit + row + r);
+    const int target = row + r < N && targets[row + r] - first < V ? targets[row + r] - first - column : -1;
+    const RowEntropy found = rowEntropy<Tile>(logits, i, [&](int j) { return column + Tile::column(j) < V; }, target, targetLogit + row + r);
     if (threadIdx.x % Tile::RowLanes == 0) high[r * Tile::RowWarps + warp] = found.highest, sums[r * Tile::RowWarps + warp] = found.total;
   }
   __syncthreads();

@@ -45,21 +45,22 @@ MOE_KERNEL((256), moe_routed_experts_gather_bf16, (bf16* to, const bf16* __restr
 }
 
 /// out[n] = sum over k of weights[n, k] * y[places[n K + k]], y one of `rows`; without weights they are 1. Of 256 features a lane has four and, 128 on, four more, so that
-/// neighbours store neighbours: eight in a row would be two stores, each of half of every sector.
+/// neighbours store neighbours: eight in a row would be two stores, each of half of every sector. (Where rows are not whole, four have to do, or registers would not.)
 template <bool Whole>
 MOE_DEVICE void combine(float* out, const bf16* y, const float* weights, const int* places, int64_t tokens, int K, int64_t rows, int D, int ld) {
   const int64_t n = rowOfWarp();
   if (n >= tokens) return;
+  constexpr int Parts = Whole ? 2 : 1;
   const int begin = (int)blockIdx.y * rowSlice, end = begin + rowSlice < D ? begin + rowSlice : D;
-  for (int i = begin + 4 * (int)(threadIdx.x % 32); i < end; i += 256) {
-    Four total[2] = {};
-    addSlots(total, weights, places, n, K, rows, [&](int64_t row, Four (&part)[2], bool exists) {
+  for (int i = begin + 4 * (int)(threadIdx.x % 32); i < end; i += 128 * Parts) {
+    Four total[Parts] = {};
+    addSlots(total, weights, places, n, K, rows, [&](int64_t row, Four (&part)[Parts], bool exists) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) part[half] = exists && i + 128 * half < end ? load4<Whole>(y + row * ld, i + 128 * half, D) : Four{};
+      for (int p = 0; p < Parts; p++) part[p] = exists && i + 128 * p < end ? load4<Whole>(y + row * ld, i + 128 * p, D) : Four{};
     });
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      if (i + 128 * half < end) store4<Whole>(out + n * D, i + 128 * half, D, total[half]);
+    for (int p = 0; p < Parts; p++) {
+      if (i + 128 * p < end) store4<Whole>(out + n * D, i + 128 * p, D, total[p]);
     }
   }
 }
