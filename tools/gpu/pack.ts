@@ -41,6 +41,8 @@ const packages = [
   'deepseek',
   'trainer',
 ]
+/** Of the CPU's libraries those that machines with such a card run best. */
+const unusedLibrary = process.arch === 'x64' ? /-(baseline|avx512)\.so$/ : /(?!)/
 /** Plain JavaScript packages, bundled into one file each; whoever depends on them comes first. */
 const bundled = { zod: 'deepseek', tinyglobby: 'trainer' } as const
 
@@ -85,8 +87,9 @@ function copyPackages(): void {
       if (!existsSync(join(from, part))) continue
       cpSync(join(from, part), join(to, part), {
         recursive: true,
-        // Compiler output and sources of native code stay behind, and a CPU library that another one stands in for.
-        filter: path => !/\/obj(\/|$)|\.(cc|cu|cuh|h|link)$|-avx512\.so$|fatbins\/(?!manifest).*\.json$/.test(path),
+        // Compiler output and sources of native code stay behind.
+        filter: path =>
+          !/\/obj(\/|$)|\.(cc|cu|cuh|h|link)$|fatbins\/(?!manifest).*\.json$/.test(path) && !unusedLibrary.test(path),
       })
     }
     symlinkSync(join('..', '..', 'packages', name), join(out, 'node_modules', '@moe', name))
