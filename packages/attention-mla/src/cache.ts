@@ -152,18 +152,21 @@ export class KvCache {
     const capacity = this.#capacity
     const { index } = this.next(time)
     const old = this.rows(layer)
-    this.#layers[layer] = keep(
-      scope(() => {
-        const source = rows
-          .detach()
-          .cast(this.dtype)
-          .reshape([batch * time, features])
-        const flat = old.reshape([batch * capacity, features])
-        // The reshape shares memory with `old`; once that is given up the rows are written in place.
-        old.dispose()
-        return setRows(flat, index, source, { donate: true }).reshape([batch, capacity, features])
-      }),
-    )
+    scope(() => {
+      const source = rows
+        .detach()
+        .cast(this.dtype)
+        .reshape([batch * time, features])
+      // The reshape shares memory with `old`; once that is given up the rows are written in place.
+      let flat = old.reshape([batch * capacity, features])
+      old.dispose()
+      try {
+        flat = setRows(flat, index, source, { donate: true })
+      } finally {
+        // Where there was no memory for it, what was there stays.
+        this.#layers[layer] = keep(flat.reshape([batch, capacity, features]))
+      }
+    })
   }
 
   /**
