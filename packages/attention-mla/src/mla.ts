@@ -8,7 +8,6 @@ import {
   type Backend,
   checkOptions,
   checkShared,
-  concat,
   denseWeight,
   forkInit,
   fromHost,
@@ -115,8 +114,9 @@ export class MultiHeadLatentAttention extends Module {
     if (cache === undefined) {
       const tables = positions ? this.#rotary.at(positions, x_BTD.shape, backend) : this.#rotary.first(time, backend)
       const { down, both } = this.#project(x_BTD)
-      const { latent_BTC, ropeKey_BT1R } = this.#compress(both, tables)
-      return this.#expanded(this.#queries(down, tables), latent_BTC, ropeKey_BT1R)
+      const latent_BTC = this.#latent(both)
+      const ropeKey_BT1R = this.#turn(this.#ropeKey(both), tables)
+      return this.#expanded(this.#turn(this.#queries(down), tables), latent_BTC, ropeKey_BT1R)
     }
     return noGrad(() =>
       scope(() => {
@@ -134,24 +134,28 @@ export class MultiHeadLatentAttention extends Module {
     return { down: (this.q_proj ?? (this.q_a_proj as Linear)).forward(x), both: this.kv_a_proj_with_mqa.forward(x) }
   }
 
-  /** Queries `[B, T, H, N + R]`, rope part turned. */
-  #queries(down: Tensor, { cos, sin }: RotaryTables): Tensor {
+  /** Queries `[B, T, H, N + R]`, rope part not turned. */
+  #queries(down: Tensor): Tensor {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, qk_rope_head_dim: ropeDim } = this.#config
     const flat = this.q_proj ? down : (this.q_b_proj as Linear).forward((this.q_a_layernorm as RmsNorm).forward(down))
-    return this.#turn(flat.reshape([down.shape[0], down.shape[1], heads, nope + ropeDim]), cos, sin)
+    return flat.reshape([down.shape[0], down.shape[1], heads, nope + ropeDim])
   }
 
-  #turn(x: Tensor, cos: Tensor, sin: Tensor): Tensor {
-    return rope(x, cos, sin, { interleaved: this.#config.rope_interleave ?? true })
+  /** The last R features of each head turned, behind its others or behind those of `plain`. */
+  #turn(x: Tensor, { cos, sin }: RotaryTables, plain?: Tensor): Tensor {
+    return rope(x, cos, sin, { interleaved: this.#config.rope_interleave ?? true, plain })
   }
 
-  /** What the cache holds: the normalized latent, and the rope key (one head for all, not normalized), turned. */
-  #compress(both: Tensor, { cos, sin }: RotaryTables): { latent_BTC: Tensor; ropeKey_BT1R: Tensor } {
-    const { kv_lora_rank: rank, qk_rope_head_dim: ropeDim } = this.#config
-    const [batch, time] = both.shape
-    const latent_BTC = this.kv_a_layernorm.forward(both.narrow(2, 0, rank))
-    const key = both.narrow(2, rank, rank + ropeDim).reshape([batch, time, 1, ropeDim])
-    return { latent_BTC, ropeKey_BT1R: this.#turn(key, cos, sin) }
+  /** The normalized latents `[B, T, C]` in what `kv_a_proj_with_mqa` gives. */
+  #latent(both: Tensor): Tensor {
+    return this.kv_a_layernorm.forward(both.narrow(2, 0, this.#config.kv_lora_rank))
+  }
+
+  /** The rope keys behind latents, one head for all: of `[B, T, C + R]` the last as `[B, T, 1, R]`. */
+  #ropeKey(both: Tensor): Tensor {
+    const [batch, time, features] = both.shape
+    const ropeDim = this.#config.qk_rope_head_dim
+    return both.narrow(2, features - ropeDim, features).reshape([batch, time, 1, ropeDim])
   }
 
   /** Multi-head form: every head's keys and values are expanded from the latents (training, and prefill). */
@@ -166,24 +170,24 @@ export class MultiHeadLatentAttention extends Module {
 
   #cached(x: Tensor, cache: KvCache, tables: RotaryTables, options: MlaForwardOptions): Tensor {
     const { layer = 0, absorbUpTo = 8 } = options
-    const { kv_lora_rank: rank, qk_rope_head_dim: ropeDim } = this.#config
     const [batch, time] = x.shape
     const { down, both } = this.#project(x)
-    const { latent_BTC, ropeKey_BT1R } = this.#compress(both, tables)
-    cache.write(layer, concat([latent_BTC, ropeKey_BT1R.reshape([batch, time, ropeDim])], 2))
-    const q = this.#queries(down, tables)
+    const oneHead = (t: Tensor) => t.reshape([batch, time, 1, t.shape[2]])
+    const row = this.#turn(oneHead(both), tables, oneHead(this.#latent(both)))
+    cache.write(layer, row.reshape(both.shape))
+    const q = this.#queries(down)
     const { lengths } = cache.next(time)
-    if (time <= absorbUpTo) return this.#absorbedForward(q, cache.rows(layer), lengths)
+    if (time <= absorbUpTo) return this.#absorbedForward(q, tables, cache.rows(layer), lengths)
     const used = Math.max(...cache.lengths) + time
     const rows = cache.rows(layer).narrow(1, 0, used).cast('f32')
-    const ropeKeys = rows.narrow(2, rank, rank + ropeDim).reshape([batch, used, 1, ropeDim])
-    return this.#expanded(q, rows.narrow(2, 0, rank), ropeKeys, lengths)
+    const latents = rows.narrow(2, 0, this.#config.kv_lora_rank)
+    return this.#expanded(this.#turn(q, tables), latents, this.#ropeKey(rows), lengths)
   }
 
   /** Multi-query form in latent space: score = (W_UK^T q_nope) . c + q_rope . k_rope, out = W_UV (sum p c). */
-  #absorbedForward(q_BTHD: Tensor, rows_BSC: Tensor, lengths: Tensor): Tensor {
+  #absorbedForward(q_BTHD: Tensor, tables: RotaryTables, rows_BSC: Tensor, lengths: Tensor): Tensor {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, kv_lora_rank: rank, v_head_dim: value } = this.#config
-    const [batch, time, , features] = q_BTHD.shape
+    const [batch, time] = q_BTHD.shape
     const { up, down } = this.#perHead(batch * time, q_BTHD.backend)
     // With one token the heads already lie in front.
     const one = batch * time === 1
@@ -191,7 +195,7 @@ export class MultiHeadLatentAttention extends Module {
     const perToken = (t: Tensor) =>
       one ? t.reshape([1, 1, heads, t.shape[2]]) : t.reshape([heads, batch, time, t.shape[2]]).permute([1, 2, 0, 3])
     const qLatent = perToken(up(byHead(q_BTHD.narrow(3, 0, nope))))
-    const q = concat([qLatent, q_BTHD.narrow(3, nope, features)], 3)
+    const q = this.#turn(q_BTHD, tables, qLatent)
     const context_BTHC = latentAttention(q, rows_BSC, lengths, { scale: this.#scale, valueDim: rank })
     const out = perToken(down(byHead(context_BTHC)))
     return this.o_proj.forward(out.reshape([batch, time, heads * value]))

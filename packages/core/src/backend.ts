@@ -183,7 +183,8 @@ export interface FusedAttrs {
   /** `[gate, up, dy] -> [dgate, dup]`. */
   swigluBackward: Record<never, never>
   /**
-   * `[x [B, T, H, D], cos [T, R/2] | [B, T, R/2], sin (like cos)] -> [y]`: rotates the last R features, copies the first D - R.
+   * `[x [B, T, H, D], cos [T, R/2] | [B, T, R/2], sin (like cos), plain? [B, T, H, F]] -> [y [B, T, H, F + R]]`: rotates the last R features of x; in front of
+   * them stand those of `plain`, or copies of x's first F = D - R.
    * Pair i is (x[2i], x[2i+1]) when interleaved, else (x[i], x[i + R/2]); (a, b) -> (a cos - b sin, b cos + a sin).
    * `inverse` negates sin, which is the gradient.
    */

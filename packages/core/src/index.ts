@@ -87,7 +87,7 @@ export {
   quantizeWeight,
 } from './fused/quantized-matmul.ts'
 export { rmsNorm } from './fused/rms-norm.ts'
-export { rope } from './fused/rope.ts'
+export { type RopeOptions, rope } from './fused/rope.ts'
 export { type ExpertWeights, routedExperts } from './fused/routed-experts.ts'
 export { type Routing, routerTopk } from './fused/router-topk.ts'
 export { softmax } from './fused/softmax.ts'

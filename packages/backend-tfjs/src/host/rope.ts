@@ -4,31 +4,34 @@ import { f32Of, type Host } from './memory.ts'
 
 export function rope(
   host: Host,
-  [x, cosTable, sinTable]: readonly Value[],
+  [x, cosTable, sinTable, plainOf]: readonly Value[],
   { interleaved, inverse }: FusedAttrs['rope'],
   [spec]: readonly TensorSpec[],
 ) {
   const out = host.output(spec.shape, 'float32')
   const to = host.view(out) as Float32Array
-  const [from, cos, sin] = [x, cosTable, sinTable].map(value => f32Of(host, value))
+  const [from, cos, sin, plain] = [x, cosTable, sinTable, plainOf ?? x].map(value => f32Of(host, value))
   const [batch, time, heads, features] = x.shape
   const rank = cosTable.shape.length
   const half = cosTable.shape[rank - 1]
-  const plain = features - 2 * half
+  const all = spec.shape[3]
+  const first = all - 2 * half
+  const perPlain = plainOf ? first : features
   const sign = inverse ? -1 : 1
   const [step, other] = interleaved ? [2, 1] : [1, half]
   for (let token = 0; token < batch * time; token++) {
     const table = (rank === 3 ? token : token % time) * half
     for (let h = 0; h < heads; h++) {
-      const row = (token * heads + h) * features
-      for (let j = 0; j < plain; j++) to[row + j] = from[row + j]
-      for (let i = 0, at = row + plain; i < half; i++, at += step) {
+      const head = token * heads + h
+      for (let j = 0; j < first; j++) to[head * all + j] = plain[head * perPlain + j]
+      const [turned, given] = [head * all + first, (head + 1) * features - 2 * half]
+      for (let i = 0, at = 0; i < half; i++, at += step) {
         const c = cos[table + i]
         const s = sin[table + i] * sign
-        const a = from[at]
-        const b = from[at + other]
-        to[at] = a * c - b * s
-        to[at + other] = b * c + a * s
+        const a = from[given + at]
+        const b = from[given + at + other]
+        to[turned + at] = a * c - b * s
+        to[turned + at + other] = b * c + a * s
       }
     }
   }

@@ -67,6 +67,16 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     ['tables of another length', () => rope(f(1, 3, 1, 4), f(2, 2), f(2, 2)), /cos \[2,2\]/],
     ['tables of two shapes', () => rope(f(1, 3, 1, 4), f(3, 2), f(3, 1)), /sin \[3,1\]/],
     ['more angles than pairs', () => rope(f(1, 3, 1, 4), f(3, 3), f(3, 3)), /R <= D/],
+    [
+      'other heads in front',
+      () => rope(f(1, 3, 2, 4), f(3, 2), f(3, 2), { plain: f(1, 3, 1, 4) }),
+      /plain has shape \[1,3,1,4\], needs \[1,3,2,\*\]/,
+    ],
+    [
+      'integers in front',
+      () => rope(f(1, 1, 1, 4), f(1, 2), f(1, 2), { plain: i([1, 1, 1, 1], 1) }),
+      /plain has dtype i32, needs f32/,
+    ],
   ],
   attention: [
     ['three axes', () => attention(f(2, 3, 4), f(2, 3, 4), f(2, 3, 4)), /q has shape \[2,3,4\], needs \[\*,\*,\*,\*\]/],

@@ -1,14 +1,15 @@
 /** @file Rotary position embedding (Su et al. 2021) of the last features of every head. */
-import { needDtype, shapeError } from '../infer.ts'
-import { checkOptions } from '../options.ts'
+import { zeros } from '../create.ts'
+import { needDtype, needShape, shapeError } from '../infer.ts'
+import { checkOptions, type OptionNames } from '../options.ts'
 import { showShape } from '../shape.ts'
 import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 
 export const ropeDefinition: FusedDefinition<'rope'> = {
   name: 'rope',
-  infer([x, cos, sin]) {
+  infer([x, cos, sin, plain]) {
     for (const [name, value] of Object.entries({ input: x, cos, sin })) needDtype('rope', name, value, 'f32')
-    const [batch, time, , features] = x.shape
+    const [batch, time, heads, features] = x.shape
     const half = cos.shape[cos.rank - 1]
     const fits =
       x.rank === 4 &&
@@ -23,16 +24,19 @@ export const ropeDefinition: FusedDefinition<'rope'> = {
         'pass x [B,T,H,D] and tables [T,R/2] or [B,T,R/2] with R <= D',
       )
     }
-    return [x]
+    if (plain === undefined) return [x]
+    needDtype('rope', 'plain', plain, 'f32')
+    needShape('rope', 'plain', plain, [batch, time, heads, -1])
+    return [{ shape: [batch, time, heads, plain.shape[3] + 2 * half], dtype: 'f32' }]
   },
-  decompose([x, cosTable, sinTable], { interleaved, inverse }) {
+  decompose([x, cosTable, sinTable, given], { interleaved, inverse }) {
     const [batch, time, heads, features] = x.shape
     const half = cosTable.shape[cosTable.rank - 1]
-    const plain = features - 2 * half
+    const first = features - 2 * half
     const table = (t: Tensor) => t.detach().reshape([cosTable.rank === 3 ? batch : 1, time, 1, half])
     const cos = table(cosTable)
     const sin = inverse ? table(sinTable).neg() : table(sinTable)
-    const turned = x.narrow(3, plain, features)
+    const turned = x.narrow(3, first, features)
     const pairs = interleaved
       ? turned.reshape([batch, time, heads, half, 2])
       : turned.reshape([batch, time, heads, 2, half])
@@ -43,22 +47,37 @@ export const ropeDefinition: FusedDefinition<'rope'> = {
     const whole = (t: Tensor) => t.reshape(interleaved ? [batch, time, heads, half, 1] : [batch, time, heads, 1, half])
     const out = concat([whole(a.mul(cos).sub(b.mul(sin))), whole(b.mul(cos).add(a.mul(sin)))], axis)
     const rotated = out.reshape([batch, time, heads, 2 * half])
-    return [plain === 0 ? rotated : concat([x.narrow(3, 0, plain), rotated], 3)]
+    const plain = given ?? (first === 0 ? undefined : x.narrow(3, 0, first))
+    return [plain === undefined ? rotated : concat([plain, rotated], 3)]
   },
-  vjp: ({ inputs: [, cos, sin], attrs }, [dy]) => [
-    dy === null ? null : runFused(ropeDefinition, [dy, cos, sin], { ...attrs, inverse: !attrs.inverse })[0],
-    null,
-    null,
-  ],
+  vjp({ inputs: [x, cos, sin, plain], attrs }, [dy]) {
+    if (dy === null) return [null, null, null, null]
+    const back = { ...attrs, inverse: !attrs.inverse }
+    if (plain === undefined) return [runFused(ropeDefinition, [dy, cos, sin], back)[0], null, null]
+    // The first features of x are nowhere in y.
+    const none = zeros([...x.shape.slice(0, 3), x.shape[3] - 2 * cos.shape[cos.rank - 1]], x)
+    const dx = runFused(ropeDefinition, [dy, cos, sin, none], back)[0]
+    return [dx, null, null, dy.narrow(3, 0, plain.shape[3])]
+  },
 }
 
-const names = { interleaved: true }
+export interface RopeOptions {
+  /** Pairs features 2i and 2i + 1, as DeepSeek's released layout does, otherwise i and i + R/2. Default true. */
+  readonly interleaved?: boolean
+  /** `[B, T, H, F]`: stands in front of the turned features, in place of the first D - R of `x`. */
+  readonly plain?: Tensor
+}
+
+const names: OptionNames<RopeOptions> = { interleaved: true, plain: true }
 
 /**
- * Rotates the last R of D features of `x [B, T, H, D]` by the angles whose `cos` and `sin` are `[T, R/2]` or `[B, T, R/2]`.
- * interleaved (DeepSeek's released layout) pairs features 2i and 2i+1, otherwise i and i + R/2. The tables get no gradient.
+ * Rotates the last R of D features of `x [B, T, H, D]` by the angles whose `cos` and `sin` are `[T, R/2]` or `[B, T, R/2]`. To `[B, T, H, D]`, or with
+ * `plain` to `[B, T, H, F + R]`. The tables get no gradient.
+ * @throws MoeError E_SHAPE
  */
-export function rope(x: Tensor, cos: Tensor, sin: Tensor, options: { interleaved?: boolean } = {}): Tensor {
+export function rope(x: Tensor, cos: Tensor, sin: Tensor, options: RopeOptions = {}): Tensor {
   checkOptions('rope', options, names)
-  return runFused(ropeDefinition, [x, cos, sin], { interleaved: options.interleaved ?? true, inverse: false })[0]
+  const { interleaved = true, plain } = options
+  const inputs = plain === undefined ? [x, cos, sin] : [x, cos, sin, plain]
+  return runFused(ropeDefinition, inputs, { interleaved, inverse: false })[0]
 }

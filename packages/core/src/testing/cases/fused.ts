@@ -287,6 +287,19 @@ const ropeCases = [true, false].flatMap(interleaved => [
     interleaved,
     inverse: true,
   }),
+  opCase(
+    'rope',
+    `behind other features, ${interleaved ? 'interleaved' : 'halves'}`,
+    [f32(2, 3, 2, 10), ...tables(2, 3, 4), f32(2, 3, 2, 5)],
+    { interleaved, inverse: false },
+    { gradient: true },
+  ),
+  opCase(
+    'rope',
+    `nothing in front, ${interleaved ? 'interleaved' : 'halves'}`,
+    [f32(1, 3, 2, 12), ...tables(3, 4), f32(1, 3, 2, 0)],
+    { interleaved, inverse: false },
+  ),
 ])
 
 const adam = { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 3 }

@@ -3,7 +3,8 @@ import { describe, expect, test } from 'vitest'
 import { availableIsas, runOp, testBackend } from '../../test-backend.ts'
 import { worstError } from '../worst-error.ts'
 
-const shapes = [
+// F features are put in front.
+const shapes: ReadonlyArray<Record<'B' | 'T' | 'H' | 'D' | 'R', number> & { readonly F?: number }> = [
   { B: 2, T: 5, H: 3, D: 16, R: 16 },
   { B: 1, T: 33, H: 8, D: 48, R: 16 },
   { B: 3, T: 2, H: 1, D: 7, R: 2 },
@@ -12,36 +13,47 @@ const shapes = [
   { B: 1, T: 0, H: 4, D: 8, R: 8 },
   { B: 1, T: 4, H: 2, D: 5, R: 0 },
   { B: 1, T: 9, H: 2, D: 40, R: 38 },
+  { B: 1, T: 1, H: 16, D: 192, R: 64, F: 512 },
+  { B: 2, T: 3, H: 1, D: 576, R: 64, F: 512 },
+  { B: 2, T: 5, H: 3, D: 22, R: 8, F: 7 },
+  { B: 1, T: 2, H: 2, D: 700, R: 600, F: 0 },
+  { B: 1, T: 4, H: 2, D: 5, R: 0, F: 3 },
 ]
 const kinds = [true, false].flatMap(interleaved => [true, false].map(perBatch => ({ interleaved, perBatch })))
 
 describe.each(await availableIsas())('%s', isa => {
-  test.each(shapes)('$B x $T x $H of $D, $R turned', async ({ B, T, H, D, R }) => {
+  test.each(shapes)('%j', async ({ B, T, H, D, R, F }) => {
     const random = new Random(1)
     const x = random.normal(B * T * H * D)
-    const shape = [B, T, H, D]
+    const front = F === undefined ? undefined : { data: random.normal(B * T * H * F), shape: [B, T, H, F] }
+    const first = F ?? D - R
+    const shape = [B, T, H, first + R]
     const half = R / 2
     for (const { interleaved, perBatch } of kinds) {
       const tableShape = perBatch ? [B, T, half] : [T, half]
       const angles = random.normal((perBatch ? B : 1) * T * half)
       const [cos, sin] = [angles.map(Math.cos), angles.map(Math.sin)]
       for (const inverse of [false, true]) {
-        const y = Float64Array.from(x)
+        const y = new Float64Array(B * T * H * (first + R))
         for (let position = 0; position < B * T * H; position++) {
           const row = Math.floor(position / H) % (perBatch ? B * T : T)
+          const to = position * (first + R)
+          for (let i = 0; i < first; i++) y[to + i] = front ? front.data[position * first + i] : x[position * D + i]
+          const from = position * D + D - R
           for (let i = 0; i < half; i++) {
-            const at = position * D + D - R
-            const [p, q] = interleaved ? [at + 2 * i, at + 2 * i + 1] : [at + i, at + i + half]
+            const [a, b] = interleaved ? [2 * i, 2 * i + 1] : [i, i + half]
+            const [p, q] = [x[from + a], x[from + b]]
             const c = cos[row * half + i]
             const s = inverse ? -sin[row * half + i] : sin[row * half + i]
-            y[p] = x[p] * c - x[q] * s
-            y[q] = x[q] * c + x[p] * s
+            y[to + first + a] = p * c - q * s
+            y[to + first + b] = q * c + p * s
           }
         }
         const inputs = [
-          { data: x, shape },
+          { data: x, shape: [B, T, H, D] },
           { data: cos, shape: tableShape },
           { data: sin, shape: tableShape },
+          ...(front ? [front] : []),
         ]
         const bits: unknown[] = []
         for (const threads of [1, 2]) {

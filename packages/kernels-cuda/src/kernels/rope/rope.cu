@@ -25,36 +25,38 @@ MOE_DEVICE float turned(const float* x, const float* c, const float* s, int i, i
   return x[i] * c[pair] + x[isFirst ? i + step : i - step] * (s[pair] * (isFirst ? -sign : sign));
 }
 
-// x, y [B, T, H, D], tables cos, sin [T, half] or [B, T, half]. A vector is Width features of one head. Each block has one of
-// the B * T positions, or several if they are small; along y, the blocks share the vectors of a position.
+// x [B, T, H, D], y [B, T, H, F + 2 half], tables cos, sin [T, half] or [B, T, half]. The first F features of a head of y are those of
+// `plain`, where heads lie P apart. A vector is Width features of one head of y. Each block has one of the B * T positions, or several
+// if they are small; along y, the blocks share the vectors of a position.
 template <int Width>
-MOE_DEVICE void rope(float* y, const float* x, const float* cos, const float* sin, int positions, int T, int H, int D,
-                     int half, bool perBatch, bool interleaved, float sign) {
-  const int perHead = D / Width, vectors = H * perHead, plain = D - 2 * half, threads = (int)blockDim.x;
+MOE_DEVICE void rope(float* y, const float* x, const float* cos, const float* sin, const float* plain, int positions, int T,
+                     int H, int D, int F, int P, int half, bool perBatch, bool interleaved, float sign) {
+  const int perHead = (F + 2 * half) / Width, vectors = H * perHead, threads = (int)blockDim.x;
   const int together = vectors < threads ? threads / vectors : 1, share = threads / together;
   const int position = (int)blockIdx.x * together + (int)threadIdx.x / share;
   if ((int)threadIdx.x >= together * share || position >= positions) return;
   const int64_t row = (int64_t)(perBatch ? position : position % T) * half;
   const float *c = cos + row, *s = sin + row;
   for (int v = (int)blockIdx.y * share + (int)threadIdx.x % share; v < vectors; v += (int)gridDim.y * share) {
-    const int i = v % perHead * Width - plain;
-    const int64_t at = (int64_t)position * H * D + (int64_t)v * Width;
-    const float* head = x + at - i;  // its rotated part
+    const int i = v % perHead * Width - F;
+    const int64_t head = (int64_t)position * H + v / perHead, at = ((int64_t)position * vectors + v) * Width;
+    const float *given = plain + head * P + F, *rotated = x + (head + 1) * D - 2 * half;
     if constexpr (Width == 4) {
-      store4(y, at, i < 0 ? load4(x, at) : turned4(head, c, s, i, half, interleaved, sign));
+      store4(y, at, i < 0 ? load4(given, i) : turned4(rotated, c, s, i, half, interleaved, sign));
     } else {
-      y[at] = i < 0 ? x[at] : turned(head, c, s, i, half, interleaved, sign);
+      y[at] = i < 0 ? given[i] : turned(rotated, c, s, i, half, interleaved, sign);
     }
   }
 }
 
 #define ROPE(name, Width)                                                                                              \
   MOE_KERNEL((256), name,                                                                                              \
-             (float* y, const float* x, const float* cos, const float* sin, int positions, int T, int H, int D,        \
-              int half, int perBatch, int interleaved, int inverse)) {                                                 \
-    rope<Width>(y, x, cos, sin, positions, T, H, D, half, perBatch != 0, interleaved != 0, inverse ? -1.f : 1.f);      \
+             (float* y, const float* x, const float* cos, const float* sin, const float* plain, int positions, int T,  \
+              int H, int D, int F, int P, int half, int perBatch, int interleaved, int inverse)) {                     \
+    rope<Width>(y, x, cos, sin, plain, positions, T, H, D, F, P, half, perBatch != 0, interleaved != 0,                \
+                inverse ? -1.f : 1.f);                                                                                 \
   }
 
 ROPE(moe_rope_f32, 1)
-// D, half * 2 and, unless interleaved, half are multiples of 4.
+// D, F, P, half * 2 and, unless interleaved, half are multiples of 4.
 ROPE(moe_rope_f32_by4, 4)
