@@ -383,7 +383,9 @@ export class DeepSeek extends Module {
    * @param options.sequenceLength positions of a row, for the cost of attention. Default 1024.
    * @throws MoeError E_CONFIG
    */
-  inStages(stages: number, { sequenceLength = 1024 }: { sequenceLength?: number } = {}): DeepSeekStages {
+  inStages(stages: number, options: { sequenceLength?: number } = {}): DeepSeekStages {
+    checkOptions('DeepSeek.inStages', options, { sequenceLength: true })
+    const { sequenceLength = 1024 } = options
     return new DeepSeekStages(this, stages, sequenceLength, this.#lossSource())
   }
 

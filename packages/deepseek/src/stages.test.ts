@@ -122,3 +122,17 @@ test('a model cannot be cut into more parts than it has', () => {
       /cannot be cut into .* stages; pass 1 to 6: it has 3 layers, a head and 2 MTP/,
     )
 })
+
+test('options that cannot be are refused, and a digest is that of its micro-batches', () => {
+  const model = newModel()
+  expect(() => model.inStages(2, { seqenceLength: 8 } as object)).toThrow('did you mean sequenceLength?')
+  for (const sequenceLength of [-8, Number.NaN, Number.POSITIVE_INFINITY])
+    expect(() => model.inStages(2, { sequenceLength })).toThrow(`sequenceLength = ${sequenceLength} is no number`)
+  const cut = model.inStages(2)
+  const changed = (key: 'tokens' | 'documents', at: number) => ({ ...rows, [key]: rows[key].with(at, 30) })
+  const steps = [[rows], [rows, rows], [changed('tokens', 0)], [changed('documents', 15)], [changed('tokens', 1), rows]]
+  const digests = [...steps, [rows, changed('tokens', 1)]].map(step => cut.step(step).digest)
+  expect(new Set(digests).size).toBe(digests.length)
+  expect(newModel().inStages(3).step([rows]).digest).toBe(digests[0])
+  for (const digest of digests) expect(digest | 0).toBe(digest)
+})

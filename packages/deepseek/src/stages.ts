@@ -60,6 +60,10 @@ export class DeepSeekStages {
 
   constructor(model: DeepSeek, stages: number, sequenceLength: number, source: LossSource) {
     const { config } = model
+    if (!(sequenceLength >= 0 && Number.isFinite(sequenceLength))) {
+      const problem = `sequenceLength = ${sequenceLength} is no number of positions`
+      throw new MoeError({ code: 'E_CONFIG', op: 'inStages', problem, fix: 'pass those of a row' })
+    }
     const costs = partCosts(config, sequenceLength)
     if (!Number.isInteger(stages) || stages < 1 || stages > costs.length) {
       throw new MoeError({
@@ -90,12 +94,13 @@ export class DeepSeekStages {
   /**
    * The stages with the micro-batches of one step, all of the same size. A micro-batch weighs as much as it has positions that carry loss: the sum of all losses is the loss of
    * one batch with all their rows (MTP and balance apart, which are means over micro-batches).
-   * @returns `between`, what goes from a stage to the next
+   * @returns `between`, what goes from a stage to the next; `digest`, 32 bits by which ranks see that all have the same micro-batches
    * @throws MoeError E_SHAPE
    */
   step(batches: readonly TokenRows[]): {
     readonly stages: readonly DeepSeekStage[]
     readonly between: { readonly shape: Shape; readonly dtype: DType; readonly backend: Backend }
+    readonly digest: number
   } {
     const { backend, config, lookahead } = this.#model
     const [{ rows, length }] = batches
@@ -113,6 +118,7 @@ export class DeepSeekStages {
     return {
       stages: this.parameters.map((_, n) => ({ forward: (input, m) => this.#forward(n, input, micro[m]) })),
       between: { shape: [rows, length - lookahead, config.hidden_size], dtype: 'f32', backend },
+      digest: digestOf(batches.flatMap(({ tokens, documents }) => [tokens, documents])),
     }
   }
 
@@ -146,6 +152,14 @@ export class DeepSeekStages {
           : [mtp[depth - 1], ...(this.#model.config.mtp_separate_embeddings ? [] : [embedding, lm_head])]
     return modules.flatMap(module => namedParameters(module).map(({ parameter }) => parameter))
   }
+}
+
+/** FNV-1a, by numbers in place of bytes. */
+function digestOf(arrays: ReadonlyArray<ArrayLike<number>>): number {
+  let digest = 0x811c9dc5 | 0
+  for (const numbers of arrays)
+    for (let i = 0; i < numbers.length; i++) digest = Math.imul(digest ^ numbers[i], 0x01000193)
+  return digest
 }
 
 /** Multiplications of a token's forward pass in each part: decoder layers, head, MTP modules. The embedding is a lookup, norms and routing are left out. */

@@ -63,8 +63,10 @@ export function mtpDepthLoss<Options>(
   hidden_BTD: Tensor,
   rows: DepthTensors,
   headWeight: Tensor,
-  { detached = false }: MtpLossOptions = {},
+  settings: MtpLossOptions = {},
 ): Tensor {
+  checkOptions('mtpDepthLoss', settings, { detached: true })
+  const { detached = false } = settings
   const [batch, time, features] = hidden_BTD.shape
   const weight = module.ownHead ?? (detached ? headWeight.detach() : headWeight)
   const losses = linearCrossEntropy(hidden_BTD.reshape([batch * time, features]), weight, targetsAt(rows, depth))

@@ -160,6 +160,23 @@ test('detached training reaches the modules alone', async () => {
   expect(some.map(gradient => gradient !== null)).toEqual([false, false, false, true])
 })
 
+test('settings that nobody reads are refused', () => {
+  const { modules, head, random } = make(1)
+  const [module] = modules
+  const hidden = randn([1, 2, 4], random)
+  const ids = fromHost(Int32Array.of(1, 2), [1, 2], 'i32')
+  const typo = { detach: true } as object
+  const rows = { tokens: Int32Array.of(1, 2, 3, 4), documents: new Int32Array(4), rows: 1, length: 4 }
+  const uploaded = uploadTargets(depthTargets(rows, 2, 1), 1, hidden.backend)
+  for (const call of [
+    () => module.forward(hidden, ids, {}, typo),
+    () => module.combine(hidden, ids, typo),
+    () => mtpDepthLoss(module, 1, hidden, uploaded, head.weight, typo),
+    () => mtpLoss(modules, hidden, rows, head.weight, {}, typo),
+  ])
+    expect(call).toThrow('no option detach; did you mean detached?')
+})
+
 test.each([false, true])(
   'depths one by one are the losses and gradients of all together, detached %s',
   async detached => {

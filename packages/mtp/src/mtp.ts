@@ -111,13 +111,15 @@ export class MtpModule<Options = Record<never, never>> extends Module {
    * after `normalize`. `nextIds i32 [B, T]` are the tokens k places ahead of each position. Positions stay those of the main model. With `detached`
    * the shared embedding gets no gradient.
    */
-  forward(hidden_BTD: Tensor, nextIds_BT: Tensor, options: Options, { detached = false } = {}): Tensor {
-    return this.block.forward(this.combine(hidden_BTD, nextIds_BT, { detached }), options)
+  forward(hidden_BTD: Tensor, nextIds_BT: Tensor, options: Options, settings: { detached?: boolean } = {}): Tensor {
+    return this.block.forward(this.combine(hidden_BTD, nextIds_BT, settings), options)
   }
 
   /** `forward` up to the block: what this is run on, `[B, T, D]`. */
-  combine(hidden_BTD: Tensor, nextIds_BT: Tensor, { detached = false } = {}): Tensor {
+  combine(hidden_BTD: Tensor, nextIds_BT: Tensor, settings: { detached?: boolean } = {}): Tensor {
     needAxes('MtpModule', hidden_BTD, ['batch', 'time', 'hidden'])
+    checkOptions('MtpModule', settings, { detached: true })
+    const { detached = false } = settings
     const shared = () => {
       const rows = this.#embedding.forward(nextIds_BT)
       return detached ? rows.detach() : rows

@@ -174,8 +174,8 @@ export class MoELayer extends Module {
    * Once per optimizer step. `reduce` makes the loads of one rank those of all (an all-reduce); default: there is one rank.
    */
   updateBias(options: BiasUpdateOptions & { reduce?: (load: Tensor) => Tensor } = {}): void {
+    checkOptions('MoELayer.updateBias', options, { ...biasUpdateNames, reduce: true })
     const { reduce, ...update } = options
-    checkOptions('MoELayer.updateBias', update, biasUpdateNames)
     const load = this.#load.total
     if (load !== null && this.gate.e_score_correction_bias) {
       updateBias(this.gate.e_score_correction_bias, reduce?.(load) ?? load, update)
