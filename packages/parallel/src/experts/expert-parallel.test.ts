@@ -1,10 +1,11 @@
 /** @file A DeepSeek model whose experts are spread over ranks, beside the whole model on one rank. */
 import { type Backend, fromHost, full, namedParameters, scope, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
-import type { DeepSeekOptions } from '@moe/deepseek'
+import type { DeepSeek, DeepSeekOptions } from '@moe/deepseek'
 import { auxFree, sequenceWise, together } from '@moe/router'
 import { AdamW, Muon, type Optimizer } from '@moe/trainer'
 import { beforeEach, describe, expect, test } from 'vitest'
+import type { Communicator } from '../communicator/communicator.ts'
 import { local } from '../communicator/local.ts'
 import { batchesOf, type Changes, gradientsOf, newModel, weightsOf, wholeStep } from '../test-steps.ts'
 import { ExpertParallel } from './expert-parallel.ts'
@@ -111,11 +112,15 @@ test('a step is refused on all ranks: as many micro-batches on each, and numbers
     const model = newModel({ n_routed_experts: 6, n_group: null, topk_group: null })
     const spread = new ExpertParallel(model, ranks)
     const refusal = (step: Promise<unknown>) => step.then(String, error => `${error.code} ${error.message}`)
+    const none = await refusal(spread.step([]))
     const uneven = await refusal(spread.step(batchesOf(1 + ranks.rank, model)))
     if (ranks.rank === 1) model.model.norm.weight.assign(full([8], Number.NaN))
-    return [uneven, await refusal(spread.step(batchesOf(1, model)))]
+    return [uneven, await refusal(spread.step(batchesOf(1, model))), none]
   })
-  for (const [rank, [uneven, notFinite]] of codes.entries()) {
+  for (const [rank, [uneven, notFinite, none]] of codes.entries()) {
+    expect(none).toMatch(
+      /^E_CONFIG .*this rank has 0 micro-batches, all 3 have 0 together; give every rank as many, one or more/,
+    )
     expect(uneven).toMatch(new RegExp(`^E_CONFIG .*this rank has ${rank + 1} micro-batches, all 3 have 6 together`))
     expect(notFinite).toMatch(/^E_NAN .*the step has loss NaN/)
   }
@@ -135,4 +140,21 @@ test('experts keep their names, and must be divided by the ranks', async () => {
   await expect(local(3, async ranks => new ExpertParallel(newModel(), ranks))).rejects.toThrow(
     /4 experts cannot be shared by 3 ranks/,
   )
+})
+
+test('what is no model, communicator, option or list of micro-batches is refused in words', async () => {
+  await local(1, async ranks => {
+    const make = (model: unknown, communicator: unknown, options = {}) => {
+      return () => new ExpertParallel(model as DeepSeek, communicator as Communicator, options)
+    }
+    expect(make({}, ranks)).toThrow('ExpertParallel: the model has no inPieces')
+    expect(make(newModel(), Promise.resolve(ranks))).toThrow('ExpertParallel: ranks is a promise')
+    expect(make(newModel(), undefined)).toThrow('ExpertParallel: there are no ranks; pass what await mpi() gives')
+    expect(make(newModel(), ranks, { precison: 'bf16' })).toThrow('no option precison; did you mean precision?')
+    const model = newModel()
+    const [batch] = batchesOf(1, model)
+    await expect(make(model, ranks)().step(batch as never)).rejects.toThrow(
+      'the micro-batches are no list; pass [batch]',
+    )
+  })
 })

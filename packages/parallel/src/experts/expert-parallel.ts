@@ -1,9 +1,9 @@
 /** @file Training steps of a model whose routed experts are spread over ranks, on this rank. */
 import {
+  checkOptions,
   fromHost,
   full,
   type Module,
-  MoeError,
   type NamedParameter,
   namedParameters,
   type Parameter,
@@ -12,6 +12,7 @@ import {
   withPrecision,
   zeros,
 } from '@moe/core'
+import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
 import { finite, gradientNorm, type StepResult, sumGradients } from '../gradients.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
@@ -60,10 +61,18 @@ export class ExpertParallel<Batch> {
   readonly #layers: readonly Spread[]
 
   /** @throws MoeError E_CONFIG when the ranks do not divide the experts */
-  constructor(model: SpreadableModel<Batch>, ranks: Communicator, { precision = 'f32' }: ExpertParallelOptions = {}) {
+  constructor(model: SpreadableModel<Batch>, ranks: Communicator, options: ExpertParallelOptions = {}) {
+    checkOptions('ExpertParallel', options, { precision: true })
+    if (typeof model?.inPieces !== 'function')
+      throw refusal(
+        'ExpertParallel',
+        'the model has no inPieces',
+        'pass a DeepSeek, or a model whose experts can be spread',
+      )
+    checkRanks('ExpertParallel', ranks)
     this.#model = model
     this.#ranks = ranks
-    this.#precision = precision
+    this.#precision = options.precision ?? 'f32'
     this.#layers = model.moeLayers.map(({ experts }) => spread(experts, ranks))
     this.#freeWhole()
     const own = new Map(this.#layers.flatMap(({ rows }) => rows.map(([whole, share]) => [whole.parameter, share])))
@@ -79,9 +88,10 @@ export class ExpertParallel<Batch> {
    * Forward and backward passes of a step. Afterwards the parameters have the gradients of the step, those of before are dropped: clip them by `gradNorm`, and let the optimizer step.
    * Micro-batches weigh as much as they have positions that count: the step is that of one rank with the micro-batches of all.
    * @param batches of this rank; every rank has as many
-   * @throws MoeError E_CONFIG when it has not; E_NAN when loss or norm is not finite; both on all ranks
+   * @throws MoeError E_CONFIG when it has not, or none; E_NAN when loss or norm is not finite; both on all ranks
    */
   async step(batches: readonly Batch[]): Promise<StepResult> {
+    checkBatches('ExpertParallel', batches)
     this.#freeWhole()
     for (const { parameter } of this.parameters) parameter.zeroGrad()
     const { backend } = this.parameters[0].parameter
@@ -164,13 +174,9 @@ export class ExpertParallel<Batch> {
       counts.length ** 2,
     ])
     // Equal numbers, and no others, have a mean of squares that is the square of their mean.
-    if (squares * size === batches ** 2) return positions
-    throw new MoeError({
-      code: 'E_CONFIG',
-      op: 'ExpertParallel',
-      problem: `this rank has ${counts.length} micro-batches, all ${size} have ${batches} together`,
-      fix: 'give every rank as many',
-    })
+    if (squares * size === batches ** 2 && batches > 0) return positions
+    const problem = `this rank has ${counts.length} micro-batches, all ${size} have ${batches} together`
+    throw refusal('ExpertParallel', problem, 'give every rank as many, one or more')
   }
 
   async #sum(numbers: readonly number[]): Promise<number[]> {
@@ -193,12 +199,8 @@ function spread(whole: SpreadableModel<never>['moeLayers'][number]['experts'], r
   const stacked = namedParameters(whole)
   const [experts] = stacked[0].parameter.shape
   if (experts % ranks.size !== 0) {
-    throw new MoeError({
-      code: 'E_CONFIG',
-      op: 'ExpertParallel',
-      problem: `${experts} experts cannot be shared by ${ranks.size} ranks`,
-      fix: 'use a number of ranks that divides them',
-    })
+    const problem = `${experts} experts cannot be shared by ${ranks.size} ranks`
+    throw refusal('ExpertParallel', problem, 'use a number of ranks that divides them')
   }
   const share = whole.copyOf(...runOf(experts, ranks))
   const own = namedParameters(share)

@@ -6,6 +6,7 @@ import { createBackend } from '@moe/kernels-cpu'
 import { auxFree, sequenceWise, together } from '@moe/router'
 import { AdamW } from '@moe/trainer'
 import { beforeEach, describe, expect, test } from 'vitest'
+import type { Communicator } from '../communicator/communicator.ts'
 import { local } from '../communicator/local.ts'
 import { dualPipe, dualPipeV } from '../schedule/dual-pipe.ts'
 import { interleaved, oneForwardOneBackward } from '../schedule/one-f-one-b.ts'
@@ -186,4 +187,54 @@ test('a step of another number of micro-batches, or of micro-batches of several 
     const half = { ...batch, rows: 1, tokens: batch.tokens.slice(0, 7), documents: batch.documents.slice(0, 7) }
     await expect(pipeline.step([batch, half])).rejects.toThrow(/micro-batches are \[2,7\] \[1,7\]/)
   })
+})
+
+test('ranks that have different micro-batches refuse the step, and go on', async () => {
+  const schedule = zeroBubbleH1(2, 4)
+  const found = await local(2, async ranks => {
+    const model = newModel()
+    const pipeline = new Pipeline(model, schedule, ranks)
+    const own = batchesOf(8, model)
+    const refusal = await pipeline.step(own.slice(4 * ranks.rank, 4 * ranks.rank + 4)).then(String, String)
+    const { loss } = await pipeline.step(own.slice(0, 4))
+    return [refusal, loss] as const
+  })
+  for (const [refusal, loss] of found) {
+    expect(refusal).toMatch(/ZB-H1: the ranks have different micro-batches; make them with the same seed/)
+    expect(loss).toBeCloseTo(wholeStep(newModel(), 4).loss, 5)
+  }
+})
+
+test('what is no model, schedule, communicator, option or list of micro-batches is refused in words', async () => {
+  const schedule = oneForwardOneBackward(1, 2)
+  await local(1, async ranks => {
+    const make = (...given: unknown[]) => {
+      const [model, plan, communicator, options] = given.map(
+        (value, i) => value ?? [newModel(), schedule, ranks, {}][i],
+      )
+      return () => new Pipeline(model as DeepSeek, plan as Schedule, communicator as Communicator, options as object)
+    }
+    const all = [null, null, null, null]
+    expect(make(...all.with(0, {} as never))).toThrow('Pipeline: the model has no inStages')
+    for (const wrong of ['1F1B', oneForwardOneBackward]) {
+      expect(make(...all.with(1, wrong as never))).toThrow('checkSchedule: this is no schedule')
+    }
+    expect(make(...all.with(1, zeroBubbleH1(2, 2) as never))).toThrow('ZB-H1: the schedule is for 2 ranks, there are 1')
+    expect(make(...all.with(2, Promise.resolve(ranks) as never))).toThrow('Pipeline: ranks is a promise')
+    expect(make(...all.with(2, {} as never))).toThrow('Pipeline: there are no ranks; pass what await mpi() gives')
+    expect(make(...all.with(3, { precison: 'bf16' } as never))).toThrow('no option precison; did you mean precision?')
+    const pipeline = make(...all)()
+    await expect(pipeline.step(undefined as never)).rejects.toThrow('1F1B: the micro-batches are no list')
+    const [batch] = batchesOf(1, newModel())
+    await expect(pipeline.step(batch as never)).rejects.toThrow('1F1B: the micro-batches are no list')
+  })
+  // The rank that a schedule has no place for says so, too.
+  const refusals = await local(3, async ranks => {
+    try {
+      return String(new Pipeline(newModel(), zeroBubbleH1(2, 2), ranks))
+    } catch (error) {
+      return String(error)
+    }
+  })
+  for (const refusal of refusals) expect(refusal).toContain('the schedule is for 2 ranks, there are 3')
 })

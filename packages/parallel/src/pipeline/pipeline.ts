@@ -1,10 +1,11 @@
 /** @file Training steps of a model that is cut into stages, on this rank. */
-import { defaultBackend, MoeError, type NamedParameter, type Precision } from '@moe/core'
+import { type Backend, checkOptions, defaultBackend, fromHost, type NamedParameter, type Precision } from '@moe/core'
+import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import { finite, gradientNorm, type StepResult } from '../gradients.ts'
-import { type Schedule, stagesOf } from '../schedule/schedule.ts'
+import { checkSchedule, type Schedule, stagesOf } from '../schedule/schedule.ts'
 import { holdersOf, sumReplicas } from './replicas.ts'
-import { type PipelineStage, runSchedule } from './run-schedule.ts'
+import { checkSize, type PipelineStage, runSchedule } from './run-schedule.ts'
 
 /** A model that can be cut; a `DeepSeek` of `@moe/deepseek` is one. `Batch` is what it takes as a micro-batch. */
 export interface StageableModel<Batch> {
@@ -17,7 +18,12 @@ export interface ModelInStages<Batch> {
   /** Names of what stages measure. */
   readonly metrics?: readonly string[]
   /** All stages with the micro-batches of one step, and what goes from one to the next. The losses are those of the mean over the micro-batches. */
-  step(batches: readonly Batch[]): { readonly stages: readonly PipelineStage[]; readonly between: TensorLike }
+  step(batches: readonly Batch[]): {
+    readonly stages: readonly PipelineStage[]
+    readonly between: TensorLike
+    /** A whole number of 32 bits, made of the micro-batches: where ranks have different ones, the step is refused. */
+    readonly digest?: number
+  }
 }
 
 export interface PipelineOptions {
@@ -37,17 +43,18 @@ export class Pipeline<Batch> {
   readonly #model: ModelInStages<Batch>
   readonly #precision: Precision | undefined
 
-  /** @throws MoeError E_CONFIG when the model cannot be cut into the schedule's stages */
-  constructor(
-    model: StageableModel<Batch>,
-    schedule: Schedule,
-    ranks: Communicator,
-    { precision }: PipelineOptions = {},
-  ) {
+  /** @throws MoeError E_CONFIG when the model cannot be cut into the schedule's stages, and for a schedule of another number of ranks */
+  constructor(model: StageableModel<Batch>, schedule: Schedule, ranks: Communicator, options: PipelineOptions = {}) {
+    checkOptions('Pipeline', options, { precision: true })
+    if (typeof model?.inStages !== 'function')
+      throw refusal('Pipeline', 'the model has no inStages', 'pass a DeepSeek, or a model that can be cut into stages')
+    checkRanks('Pipeline', ranks)
+    checkSchedule(schedule)
+    checkSize(schedule, ranks)
     this.#schedule = schedule
     this.#ranks = ranks
     this.#model = model.inStages(schedule.stages)
-    this.#precision = precision
+    this.#precision = options.precision
     const own = stagesOf(schedule, ranks.rank).flatMap(stage => this.#model.parameters[stage])
     this.parameters = [...new Map(own.map(named => [named.parameter, named])).values()]
     this.#freeOthers()
@@ -57,21 +64,19 @@ export class Pipeline<Batch> {
    * Forward and backward passes of a step. Afterwards the parameters of this rank have the gradients of the step, those of before are dropped: clip them by `gradNorm`, and let the
    * optimizer step. All ranks are given the same micro-batches.
    * @param batches as many as the schedule has
-   * @throws MoeError E_CONFIG; E_NAN, on all ranks, when loss or norm is not finite
+   * @throws MoeError E_CONFIG, also when ranks have different ones; E_NAN, on all ranks, when loss or norm is not finite
    */
   async step(batches: readonly Batch[]): Promise<StepResult> {
     const { microBatches, name } = this.#schedule
+    checkBatches(name, batches)
     if (batches.length !== microBatches) {
-      throw new MoeError({
-        code: 'E_CONFIG',
-        op: name,
-        problem: `the schedule has ${microBatches} micro-batches, the step ${batches.length}`,
-        fix: 'make a schedule for as many',
-      })
+      const problem = `the schedule has ${microBatches} micro-batches, the step ${batches.length}`
+      throw refusal(name, problem, 'make a schedule for as many')
     }
     this.#freeOthers()
     for (const { parameter } of this.parameters) parameter.zeroGrad()
-    const { stages, between } = this.#model.step(batches)
+    const { stages, between, digest } = this.#model.step(batches)
+    if (digest !== undefined) await this.#needSame(digest, between.backend)
     const options = { between, metrics: this.#model.metrics, precision: this.#precision }
     const sums = await runSchedule(this.#schedule, this.#ranks, new Map(stages.entries()), options)
     const tensors = [sums.loss, ...Object.values(sums.metrics)]
@@ -99,6 +104,17 @@ export class Pipeline<Batch> {
       if (holders.includes(this.#ranks.rank)) weights.dispose()
       else parameter.assign(weights)
     }
+  }
+
+  /** Stages lie on other ranks than the embedding: with other tokens there, the loss would be that of nothing. */
+  async #needSame(digest: number, backend: Backend | undefined): Promise<void> {
+    const own = fromHost(Int32Array.of(digest, ~digest), [2], 'i32', backend)
+    const [largest] = await this.#ranks.allReduce([own], 'max').finally(() => own.dispose())
+    const [most, complement] = await largest.values()
+    largest.dispose()
+    if (most === ~complement) return
+    const fix = 'make them with the same seed on every rank, without rank and world'
+    throw refusal(this.#schedule.name, 'the ranks have different micro-batches', fix)
   }
 
   #freeOthers(): void {

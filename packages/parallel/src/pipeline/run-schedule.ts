@@ -11,6 +11,7 @@ import {
   withPrecision,
   zeros,
 } from '@moe/core'
+import { refusal } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import { type Action, checkSchedule, partsOf, type Schedule, type StagePass, stagesOf } from '../schedule/schedule.ts'
 import { Mail } from './mail.ts'
@@ -173,17 +174,19 @@ function replaced(total: Tensor, loss: Tensor): Tensor {
   return sum
 }
 
+/** @throws MoeError E_CONFIG for a schedule of another number of ranks */
+export function checkSize(schedule: Schedule, ranks: Communicator): void {
+  if (schedule.ranks.length === ranks.size) return
+  const problem = `the schedule is for ${schedule.ranks.length} ranks, there are ${ranks.size}`
+  throw refusal(schedule.name, problem, 'make a schedule for as many')
+}
+
 function checkRank(schedule: Schedule, ranks: Communicator, stages: ReadonlyMap<number, PipelineStage>): void {
-  const problem = (text: string, fix: string) =>
-    new MoeError({ code: 'E_CONFIG', op: schedule.name, problem: text, fix })
-  if (schedule.ranks.length !== ranks.size)
-    throw problem(
-      `the schedule is for ${schedule.ranks.length} ranks, there are ${ranks.size}`,
-      'make a schedule for as many',
-    )
+  checkSize(schedule, ranks)
   const missing = stagesOf(schedule, ranks.rank).filter(stage => !stages.has(stage))
   if (missing.length > 0)
-    throw problem(
+    throw refusal(
+      schedule.name,
       `rank ${ranks.rank} has no stage ${missing.join(', ')}`,
       `pass those of stagesOf(schedule, rank): ${stagesOf(schedule, ranks.rank).join(', ')}`,
     )

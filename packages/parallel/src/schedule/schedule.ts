@@ -56,6 +56,10 @@ export function showAction(action: Action): string {
  * @throws MoeError E_CONFIG with every fault, or with who waits for what
  */
 export function checkSchedule(schedule: Schedule): void {
+  if (!Array.isArray(schedule?.ranks)) {
+    const fix = 'pass one that was made: zeroBubbleH1(ranks, microBatches)'
+    throw new MoeError({ code: 'E_CONFIG', op: 'checkSchedule', problem: 'this is no schedule', fix })
+  }
   const problems = faultsOf(schedule)
   if (problems.length > 0) {
     throw new MoeError({
