@@ -53,7 +53,7 @@ export class Parameter extends Tensor {
   }
 
   override get whenFreed(): string {
-    return 'it is a parameter, freed with its model: make or open the model again, or dispose of it later'
+    return 'it is a parameter, freed with its model: make or open the model again, or dispose of it later; one that another rank trains comes with gather()'
   }
 
   override dispose(): void {
