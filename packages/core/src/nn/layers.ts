@@ -16,7 +16,10 @@ import { embeddingRows, linear, QuantizedParameter, quantizedParameter } from '.
 
 /** How a module's parameters start. */
 export interface InitOptions {
-  /** Source of the initial weights; the same seed gives the same weights on every backend. Default: the next stream of `seedDefaultRandom`'s seed (0). */
+  /**
+   * Source of the initial weights; the same seed gives the same weights on every backend. It is forked by names and not drawn from, so that two modules of a kind that are given the same one
+   * start with the same weights: pass each a fork of its own (`forkInit`). Default: the next stream of `seedDefaultRandom`'s seed (0).
+   */
   readonly random?: Random
   /** Standard deviation of normal initial weights. Default 0.02 (`initializer_range`); 0 draws nothing. */
   readonly deviation?: number
