@@ -163,6 +163,18 @@ describe('a session', () => {
     model.dispose()
   })
 
+  test('disposed under a reader who never comes back it frees everything', async () => {
+    const model = new DeepSeek(config, { seed: 5 })
+    for (const taken of [1, 2, 5]) {
+      const session = model.session()
+      const text = session.generate(prompt, { maxTokens: 30 })[Symbol.asyncIterator]()
+      for (let i = 0; i < taken; i++) await text.next()
+      session.dispose()
+    }
+    model.dispose()
+    expect(reference.stats().handles).toBe(0)
+  })
+
   test('refuses options of a text or of its own in the wrong place', () => {
     const model = new DeepSeek(tiny)
     expect(() => model.session({ maxTokens: 3 } as object)).toThrow('session: there is no option maxTokens')

@@ -55,6 +55,8 @@ export class Session {
   /** What the cache holds, and the weights that it is of. */
   #tokens: readonly number[] = []
   #weights: ReadonlyArray<readonly [Parameter, number]> = []
+  /** Of the latest pass, which modules draft from. Not the text's: whoever reads that may leave it for good. */
+  #hidden: Tensor | null = null
   /** Whether a text is being made; then whether a pass may be under way, or all wait for whoever reads the text. */
   #state: 'idle' | 'working' | 'waiting' = 'idle'
   #disposed = false
@@ -98,8 +100,7 @@ export class Session {
     const { maxTokens = 128, signal, onToken } = options
     const ends = new Set<number | string>([...endTokens(this.#model.config), ...(options.stop ?? [])])
     const random = new Random(options.seed ?? 0)
-    let hidden: Tensor | null = null
-    /** Positions of `hidden` that stand and that no module has seen. */
+    /** Positions of the latest hidden states that stand and that no module has seen. */
     let unseen = 0
     /** A backend that computes on this thread never waits: signals, timers and whoever reads the tokens get their turn here. */
     const turn = async () => {
@@ -119,16 +120,16 @@ export class Session {
       while (pending.length > limits.promptPiece && maxTokens > 0) {
         await turn()
         const piece = pending.splice(0, limits.promptPiece)
-        hidden = (await step.run(piece, 1)).hidden
-        await drafter.draft(hidden, piece.length, tokens)
-        hidden.dispose()
+        this.#hidden = (await step.run(piece, 1)).hidden
+        await drafter.draft(this.#hidden, piece.length, tokens)
+        this.#hidden.dispose()
       }
       while (stats.tokens < maxTokens) {
         await turn()
         const before = cache.lengths[0]
         const verified = await step.run([...pending, ...drafts], drafts.length + 1)
-        const { rows } = verified
-        hidden = verified.hidden
+        const { rows, hidden } = verified
+        this.#hidden = hidden
         stats.steps++
         const made: number[] = []
         for (let i = 0; i < rows.length; i++) {
@@ -168,8 +169,9 @@ export class Session {
     } finally {
       // Also when whoever reads the tokens stops early.
       this.#state = 'working'
-      if (hidden !== null && unseen > 0 && !this.#once) await this.#catchUp(hidden, unseen, tokens)
-      hidden?.dispose()
+      if (this.#hidden !== null && unseen > 0 && !this.#once) await this.#catchUp(this.#hidden, unseen, tokens)
+      this.#hidden?.dispose()
+      this.#hidden = null
       if (this.#disposed || this.#once) this.#forget()
       this.#tokens = tokens.slice(0, this.#parts?.cache.lengths[0] ?? 0)
       this.#state = 'idle'
@@ -247,6 +249,8 @@ export class Session {
     step?.dispose()
     cache?.dispose()
     drafter?.dispose()
+    this.#hidden?.dispose()
+    this.#hidden = null
     this.#parts = null
     this.#tokens = []
   }
