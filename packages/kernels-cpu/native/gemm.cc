@@ -10,7 +10,9 @@
 
 #include <vector>
 
+#include "gemm-dots.h"
 #include "gemm-kernel.h"
+#include "gemm-packing.h"
 #include "moe.h"
 
 namespace moe {
