@@ -41,7 +41,7 @@ const packages = [
   'deepseek',
   'trainer',
 ]
-/** Of the CPU's libraries those that machines with such a card run best. */
+/** CPU libraries that stay behind: machines with such a card have AVX2 at least, and AVX2 stands in for AVX-512 without bf16. */
 const unusedLibrary = process.arch === 'x64' ? /-(baseline|avx512)\.so$/ : /(?!)/
 /** Plain JavaScript packages, bundled into one file each; whoever depends on them comes first. */
 const bundled = { zod: 'deepseek', tinyglobby: 'trainer' } as const
