@@ -16,8 +16,8 @@ constexpr std::ptrdiff_t kDotLength = 4096;
 template <bool kBf16>
 constexpr std::ptrdiff_t kDotStep = kBf16 ? 2 * lanes : lanes;
 
-template <bool kBf16>
-inline f32v load_dot(const float* p, std::ptrdiff_t left) {
+template <bool kBf16, class T>
+inline f32v load_dot(const T* p, std::ptrdiff_t left) {
 #if defined(__AVX512F__)
   return left >= kDotStep<kBf16> ? (f32v)load_row<kBf16, false>(p, left) : (f32v)load_row<kBf16, true>(p, left);
 #else
@@ -49,8 +49,8 @@ inline f32v dot_step(f32v acc, f32v a, f32v b) {
 }
 
 /** C[kRows, kColumns] (+)= rows of A (packed, a_stride apart) times columns of B that are contiguous along k. */
-template <bool kBf16, int kRows, int kColumns>
-void dot(std::ptrdiff_t k, const float* a, std::ptrdiff_t a_stride, const float* b, std::ptrdiff_t b_stride, float* c, std::ptrdiff_t ldc,
+template <bool kBf16, int kRows, int kColumns, class T>
+void dot(std::ptrdiff_t k, const float* a, std::ptrdiff_t a_stride, const T* b, std::ptrdiff_t b_stride, float* c, std::ptrdiff_t ldc,
          bool accumulate) {
   f32v acc[kRows][kColumns] = {};
   for (std::ptrdiff_t p = 0; p < k; p += kDotStep<kBf16>, a += lanes) {
@@ -59,7 +59,7 @@ void dot(std::ptrdiff_t k, const float* a, std::ptrdiff_t a_stride, const float*
     for (int i = 0; i < kRows; ++i) av[i] = load(a + i * a_stride);
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) {
-      const float* from = b + j * b_stride + p;
+      const T* from = b + j * b_stride + p;
       __builtin_prefetch(from + kColumns * b_stride);
       const f32v bv = load_dot<kBf16>(from, k - p);
 #pragma GCC unroll 4
@@ -70,8 +70,8 @@ void dot(std::ptrdiff_t k, const float* a, std::ptrdiff_t a_stride, const float*
     for (int j = 0; j < kColumns; ++j) c[i * ldc + j] = sum(acc[i][j]) + (accumulate ? c[i * ldc + j] : 0.0f);
 }
 
-template <bool kBf16, int kRows>
-void dot_columns(std::ptrdiff_t k, const float* a, std::ptrdiff_t a_stride, const float* b, std::ptrdiff_t b_stride, float* c,
+template <bool kBf16, int kRows, class T>
+void dot_columns(std::ptrdiff_t k, const float* a, std::ptrdiff_t a_stride, const T* b, std::ptrdiff_t b_stride, float* c,
                  std::ptrdiff_t ldc, std::ptrdiff_t columns, bool accumulate) {
   constexpr int wide = kRows == 1 ? 8 : 4;
   std::ptrdiff_t j = 0;

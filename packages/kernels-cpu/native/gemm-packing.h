@@ -55,7 +55,7 @@ inline void transpose(__m512i (&r)[16]) {
 
 inline __mmask16 first(std::ptrdiff_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
 
-/** 16 panel elements of one row from k on: 16 floats, or 16 pairs of bf16 rounded to nearest even; zeros past `left`. */
+/** 16 panel elements of one row from k on: 16 floats, or 16 pairs of bf16, rounded to nearest even if they are not yet; zeros past `left`. */
 template <bool kBf16, bool kMasked>
 inline __m512i load_row(const float* p, std::ptrdiff_t left) {
 #if defined(__AVX512BF16__)
@@ -68,17 +68,29 @@ inline __m512i load_row(const float* p, std::ptrdiff_t left) {
   return kMasked ? _mm512_maskz_loadu_epi32(first(left), p) : _mm512_loadu_si512(p);
 }
 
+#if defined(__AVX512BF16__)
 template <bool kBf16, bool kMasked>
-inline void pack_block(const float* src, std::ptrdiff_t stride, int rows, std::ptrdiff_t left, int depth, int width, float* dst) {
+inline __m512i load_row(const Bf16* p, std::ptrdiff_t left) {
+  static_assert(kBf16, "numbers in bf16 are multiplied as such");
+  if (!kMasked || left >= 32) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi16(left <= 0 ? 0 : (__mmask32(1) << left) - 1, p);
+}
+#endif
+
+/** The lines with the `elements` numbers from `p` on. */
+template <class T>
+inline void ask_for(const T* p, int elements) {
+  for (int i = 0; i < elements; i += int(64 / sizeof(T))) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+}
+
+template <bool kBf16, bool kMasked, class T>
+inline void pack_block(const T* src, std::ptrdiff_t stride, int rows, std::ptrdiff_t left, int depth, int width, float* dst) {
   __m512i r[16];
   if (!kMasked) {
     // The rows that come next: hardware does not follow that many streams.
-    const float* ahead = src + rows * stride;
+    const T* ahead = src + rows * stride;
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + i * stride), _MM_HINT_T1);
-      if (kBf16) _mm_prefetch(reinterpret_cast<const char*>(ahead + i * stride + 16), _MM_HINT_T1);
-    }
+    for (int i = 0; i < 16; ++i) ask_for(ahead + i * stride, kBf16 ? 32 : 16);
   }
   if (rows == 16) {
 #pragma GCC unroll 16
@@ -94,12 +106,12 @@ inline void pack_block(const float* src, std::ptrdiff_t stride, int rows, std::p
 }
 
 /** Rows that are contiguous along k become lanes of one panel. */
-template <bool kBf16, int kWidth>
-void pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, float* dst) {
+template <bool kBf16, int kWidth, class T>
+void pack_transposed(const T* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, float* dst) {
   constexpr int step = kBf16 ? 32 : 16;
   for (int lane = 0; lane < kWidth; lane += 16) {
     const int rows = count - lane < 16 ? count - lane : 16;
-    const float* from = src + lane * stride;
+    const T* from = src + lane * stride;
     float* to = dst + lane;
     std::ptrdiff_t p = 0;
     for (; p + step <= k; p += step, to += 16 * kWidth) pack_block<kBf16, false>(from + p, stride, rows, 0, 16, kWidth, to);
@@ -116,8 +128,7 @@ void pack_rows(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_
     std::ptrdiff_t p = 0;
     float* to = dst;
     for (; p + step <= k; p += step, to += 16) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + p), _MM_HINT_T1);
-      if (kBf16) _mm_prefetch(reinterpret_cast<const char*>(ahead + p + 16), _MM_HINT_T1);
+      ask_for(ahead + p, step);
       _mm512_storeu_si512(to, load_row<kBf16, false>(src + p, 0));
     }
     if (p < k) _mm512_storeu_si512(to, load_row<kBf16, true>(src + p, k - p));
@@ -125,28 +136,38 @@ void pack_rows(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_
 }
 
 #if defined(__AVX512BF16__)
-inline __m512i interleave_bf16(__m512 even, __m512 odd) {
+/** Pairs of neighbours in one column. */
+inline __m512i interleave(__m512i even_then_odd) {
   alignas(64) static const std::uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), even_then_odd);
+}
+inline __m512i interleave_bf16(__m512 even, __m512 odd) { return interleave((__m512i)_mm512_cvtne2ps_pbh(odd, even)); }
+inline __m512i interleave_bf16(__m256i even, __m256i odd) { return interleave(_mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1)); }
+#endif
+
+template <bool kFull>
+inline __m512 load_lanes(const float* p, __mmask16 mask) {
+  return kFull ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(mask, p);
+}
+#if defined(__AVX512BF16__)
+template <bool kFull>
+inline __m256i load_lanes(const Bf16* p, __mmask16 mask) {
+  return kFull ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(mask, p);
 }
 #endif
 
 /** Lanes that are contiguous in memory stay lanes. Goes through several panels side by side, so that runs of memory are long. */
-template <bool kBf16, int kWidth, int kCount, bool kFull>
-void pack_side_by_side(const float* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
+template <bool kBf16, int kWidth, int kCount, bool kFull, class T>
+void pack_side_by_side(const T* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
   constexpr int vectors = kWidth / 16;
   __mmask16 mask[kCount][vectors];
-  const float* from[kCount];
+  const T* from[kCount];
   for (int q = 0; q < kCount; ++q) {
     from[q] = src + panels.start[q];
     for (int v = 0; v < vectors; ++v) mask[q][v] = first(panels.start[q + 1] - panels.start[q] - 16 * v);
   }
-  const auto load_lanes = [&](int q, int v, std::ptrdiff_t row) {
-    const float* p = from[q] + row * stride + 16 * v;
-    return kFull ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(mask[q][v], p);
-  };
-#if defined(__AVX512BF16__)
+  const auto row_at = [&](int q, int v, std::ptrdiff_t row) { return load_lanes<kFull>(from[q] + row * stride + 16 * v, mask[q][v]); };
   if constexpr (kBf16) {
     std::ptrdiff_t p = 0;
     for (; p + 2 <= k; p += 2, dst += kWidth) {
@@ -154,25 +175,24 @@ void pack_side_by_side(const float* src, std::ptrdiff_t stride, const Panels& pa
       for (int q = 0; q < kCount; ++q)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v)
-          _mm512_storeu_si512(dst + q * panels.stride + 16 * v, interleave_bf16(load_lanes(q, v, p), load_lanes(q, v, p + 1)));
+          _mm512_storeu_si512(dst + q * panels.stride + 16 * v, interleave_bf16(row_at(q, v, p), row_at(q, v, p + 1)));
     }
     if (p < k) {
       for (int q = 0; q < kCount; ++q)
         for (int v = 0; v < vectors; ++v)
-          _mm512_storeu_si512(dst + q * panels.stride + 16 * v, interleave_bf16(load_lanes(q, v, p), _mm512_setzero_ps()));
+          _mm512_storeu_si512(dst + q * panels.stride + 16 * v, interleave_bf16(row_at(q, v, p), decltype(row_at(q, v, p)){}));
     }
-    return;
-  }
-#endif
-  for (std::ptrdiff_t p = 0; p < k; ++p, dst += kWidth)
+  } else {
+    for (std::ptrdiff_t p = 0; p < k; ++p, dst += kWidth)
 #pragma GCC unroll 4
-    for (int q = 0; q < kCount; ++q)
+      for (int q = 0; q < kCount; ++q)
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(dst + q * panels.stride + 16 * v, load_lanes(q, v, p));
+        for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(dst + q * panels.stride + 16 * v, row_at(q, v, p));
+  }
 }
 
-template <bool kBf16, int kWidth>
-void pack_straight(const float* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
+template <bool kBf16, int kWidth, class T>
+void pack_straight(const T* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
   switch (panels.count) {
     case 1: return pack_side_by_side<kBf16, kWidth, 1, false>(src, stride, panels, k, dst);
     case 2: return pack_side_by_side<kBf16, kWidth, 2, false>(src, stride, panels, k, dst);
@@ -298,9 +318,9 @@ void pack_straight(const float* src, std::ptrdiff_t stride, const Panels& panels
 #endif
 
 /** Packs neighbouring panels, whose lanes are counted from lane0 on, and k columns from k0 on. */
-template <bool kBf16, int kWidth>
-inline void pack(const GemmOperand& from, std::ptrdiff_t lane0, const Panels& panels, std::ptrdiff_t k0, std::ptrdiff_t k, float* dst) {
-  const float* src = from.data + lane0 * from.lane_stride + k0 * from.k_stride;
+template <bool kBf16, int kWidth, class T>
+inline void pack(const Operand<T>& from, std::ptrdiff_t lane0, const Panels& panels, std::ptrdiff_t k0, std::ptrdiff_t k, float* dst) {
+  const T* src = from.data + lane0 * from.lane_stride + k0 * from.k_stride;
   if (from.k_stride != 1) return pack_straight<kBf16, kWidth>(src, from.k_stride, panels, k, dst);
   for (int q = 0; q < panels.count; ++q) {
     const int count = int(panels.start[q + 1] - panels.start[q]);

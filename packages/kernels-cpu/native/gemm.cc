@@ -60,12 +60,29 @@ void tail_copy(const float* from, float* to, std::ptrdiff_t ldc, int rows, int c
 
 // A piece of memory.
 struct Region {
-  const float* from = nullptr;
-  const float* to = nullptr;
+  const char* from = nullptr;
+  const char* to = nullptr;
+
+  Region() = default;
+  template <class T>
+  Region(const T* begin, const T* end) : from(reinterpret_cast<const char*>(begin)), to(reinterpret_cast<const char*>(end)) {}
 };
 
+// B as it is read: in f32 or, where there is such a copy and products are in bf16, in bf16.
+template <class T>
+Operand<T> b_of(const Gemm& g);
+template <>
+Operand<float> b_of(const Gemm& g) {
+  return g.b;
+}
+template <>
+Operand<Bf16> b_of(const Gemm& g) {
+  return {g.rounded_b, g.b.lane_stride, g.b.k_stride};
+}
+
 // What a pass reads of an operand, `lanes0` .. `lanes1` of `all` lanes, where that is one piece.
-Region region_of(const GemmOperand& operand, int64_t lanes0, int64_t lanes1, int64_t all, int64_t k, const Passes& passes, int64_t pass) {
+template <class T>
+Region region_of(const Operand<T>& operand, int64_t lanes0, int64_t lanes1, int64_t all, int64_t k, const Passes& passes, int64_t pass) {
   if (pass >= passes.count) return {};
   if (operand.k_stride == 1) {
     if (passes.count > 1 || operand.lane_stride != k) return {};
@@ -80,8 +97,9 @@ Region region_of_a(const Gemm& g, const Tile& t, const Passes& passes, int64_t p
   return region_of(g.a, t.m0, t.m1, g.m, g.k, passes, pass);
 }
 
-Region region_of_b(const Gemm& g, const Tile& t, const Passes& passes, int64_t pass) {
+Region region_of_b(const Gemm& g, const Tile& t, const Passes& passes, int64_t pass, bool bf16) {
   if (g.packed_b) return {};
+  if (bf16 && g.rounded_b) return region_of(b_of<Bf16>(g), t.n0, t.n1, g.n, g.k, passes, pass);
   return region_of(g.b, t.n0, t.n1, g.n, g.k, passes, pass);
 }
 
@@ -95,9 +113,8 @@ class Ahead {
   void soon(const Region& region) { soon_ = Piece(region); }
   // Asks for nothing but what is needed soon in the next `blocks` blocks.
   void wait(int64_t blocks) { wait_ = blocks; }
-  // Nothing before `from` is worth asking for any more.
-  void skip_to(const float* from) {
-    const char* p = reinterpret_cast<const char*>(from);
+  // Nothing before `p` is worth asking for any more.
+  void skip_to(const char* p) {
     if (current_ < count_ && p > pieces_[current_].at && p <= pieces_[current_].end) pieces_[current_].at = p;
   }
   int64_t lines() const {
@@ -119,7 +136,7 @@ class Ahead {
     const char* end = nullptr;
 
     Piece() = default;
-    explicit Piece(const Region& region) : at(reinterpret_cast<const char*>(region.from)), end(reinterpret_cast<const char*>(region.to)) {}
+    explicit Piece(const Region& region) : at(region.from), end(region.to) {}
     const char* take(int64_t lines) {
       const char* p = at;
       at += lines * 64;
@@ -164,20 +181,20 @@ inline Panels column_panels(int64_t columns, int64_t from, int64_t depth) {
   return result;
 }
 
-template <bool kBf16>
-void pack_columns(const GemmOperand& b, int64_t n0, int64_t columns, int64_t k0, int64_t kc, int64_t depth, float* to) {
+template <bool kBf16, class T>
+void pack_columns(const Operand<T>& b, int64_t n0, int64_t columns, int64_t k0, int64_t kc, int64_t depth, float* to) {
   for (int64_t j = 0; j < columns; j += kMostPanels * kNr)
     pack<kBf16, kNr>(b, n0, column_panels(columns, j, depth), k0, kc, to + j * depth);
 }
 
 // C of few rows: every piece of k as dot products.
-template <bool kBf16>
+template <bool kBf16, class T>
 void run_dots(const Gemm& g, const Tile& t, float* a_buffer) {
   for (int64_t k0 = 0; k0 < g.k; k0 += kDotLength) {
     const int64_t kc = std::min<int64_t>(kDotLength, g.k - k0);
     const int64_t stride = ceil_div(kc, kDotStep<kBf16>) * lanes;
     for (int64_t i = 0; i < g.m; ++i) pack_dot_row<kBf16>(g.a, i, k0, kc, a_buffer + i * stride);
-    const float* b = g.b.data + t.n0 * g.b.lane_stride + k0;
+    const T* b = b_of<T>(g).data + t.n0 * g.b.lane_stride + k0;
     float* c = g.c + t.n0;
     const int64_t columns = t.n1 - t.n0;
     const bool accumulate = g.accumulate || k0 > 0;
@@ -190,26 +207,29 @@ void run_dots(const Gemm& g, const Tile& t, float* a_buffer) {
   }
 }
 
-template <bool kBf16, bool kKept>
+// `T`: what B is read in.
+template <bool kBf16, bool kKept, class T>
 void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, const Gemm* next_job, const Tile* next_tile) {
   const int64_t rows = t.m1 - t.m0, columns = t.n1 - t.n0;
-  if (g.m <= kFewRows && g.b.k_stride == 1 && !g.packed_b && g.k > 0) return run_dots<kBf16>(g, t, a_buffer);
+  if (g.m <= kFewRows && g.b.k_stride == 1 && !g.packed_b && g.k > 0) return run_dots<kBf16, T>(g, t, a_buffer);
   const int64_t panels = ceil_div(rows, kMr);
+  const Operand<T> b_operand = b_of<T>(g);
   const Passes passes(g.k, kBf16);
   for (int64_t pass = 0; pass < passes.count; ++pass) {
     const int64_t k0 = pass * passes.length, kc = std::min(passes.length, g.k - k0);
     const int64_t depth = kBf16 ? (kc + 1) / 2 : kc;
     // Meanwhile asked for: the rest of B where it is packed panel by panel, then the operands of the next pass or tile.
     Ahead ahead;
-    const Region own = region_of_b(g, t, passes, pass);
+    const Region own = region_of_b(g, t, passes, pass, kBf16);
     const bool linear = own.from && g.b.k_stride == 1 && panels <= kMostPanels;
-    if (linear) ahead.add({own.from + kNr * g.k, own.to});
+    const int64_t panel_bytes = kNr * g.k * int64_t(sizeof(T));
+    if (linear) ahead.add({own.from + panel_bytes, own.to});
     if (pass + 1 < passes.count) {
-      ahead.add(region_of_b(g, t, passes, pass + 1));
+      ahead.add(region_of_b(g, t, passes, pass + 1, kBf16));
       ahead.add(region_of_a(g, t, passes, pass + 1));
     } else if (next_tile) {
       const Passes next_passes(next_job->k, kBf16);
-      ahead.add(region_of_b(*next_job, *next_tile, next_passes, 0));
+      ahead.add(region_of_b(*next_job, *next_tile, next_passes, 0, kBf16));
       ahead.add(region_of_a(*next_job, *next_tile, next_passes, 0));
     }
     // In time for the end, and not so early that it takes the place of what this pass reads again and again.
@@ -227,7 +247,7 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
       late = true;
       direct = !kBf16 && panels == 1 && g.b.lane_stride == 1;
     } else {
-      pack_columns<kBf16>(g.b, t.n0, columns, k0, kc, depth, b_buffer);
+      pack_columns<kBf16>(b_operand, t.n0, columns, k0, kc, depth, b_buffer);
     }
     for (int64_t i = 0; i < panels; i += kMostPanels) {
       const Panels group = row_panels<kKept>(rows, panels, i, std::min<int64_t>(kMostPanels, panels - i), depth);
@@ -245,11 +265,11 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
           const int64_t width = std::min<int64_t>(kNr, columns - j);
           const float* b = late ? b_buffer : packed + j * depth;
           std::ptrdiff_t b_stride = kNr;
-          if (linear) ahead.skip_to(own.from + (j + kNr) * g.k);
+          if (linear) ahead.skip_to(own.from + j / kNr * panel_bytes + panel_bytes);
           if (direct && width == kNr)
             b = g.b.data + k0 * g.b.k_stride + t.n0 + j, b_stride = g.b.k_stride;
           else if (late)
-            pack_columns<kBf16>(g.b, t.n0 + j, width, k0, kc, depth, b_buffer);
+            pack_columns<kBf16>(b_operand, t.n0 + j, width, k0, kc, depth, b_buffer);
           for (int q = 0; q < group.count; ++q) block_at(q, j, b, b_stride);
         }
       } else {
@@ -263,9 +283,16 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
     for (int64_t i = t.m0; i < t.m1; ++i) std::memset(g.c + i * g.ldc + t.n0, 0, static_cast<size_t>(columns) * 4);
 }
 
+template <bool kBf16, class T>
+auto tile_runner_of(const Gemm& g) {
+  return kKeepsRows && g.a.k_stride == 1 ? run_tile<kBf16, kKeepsRows, T> : run_tile<kBf16, false, T>;
+}
+
 template <bool kBf16>
 auto tile_runner(const Gemm& g) {
-  return kKeepsRows && g.a.k_stride == 1 ? run_tile<kBf16, kKeepsRows> : run_tile<kBf16, false>;
+  if constexpr (kBf16)
+    if (g.rounded_b) return tile_runner_of<kBf16, Bf16>(g);
+  return tile_runner_of<kBf16, float>(g);
 }
 
 // Least work worth a task, in multiply-adds (about 10 us on one core).
@@ -370,8 +397,8 @@ size_t gemm_packed_b_size(int64_t n, int64_t k, bool bf16) {
   return round_up(size_t(n), kNr) * depth;
 }
 
-template <bool kBf16>
-static void pack_b(const GemmOperand& b, int64_t n, int64_t k, float* to) {
+template <bool kBf16, class T>
+static void pack_b(const Operand<T>& b, int64_t n, int64_t k, float* to) {
   const Passes passes(k, kBf16);
   const int64_t full_depth = kBf16 ? passes.length / 2 : passes.length, blocks = ceil_div(n, kNr);
   parallel_for(
@@ -385,11 +412,12 @@ static void pack_b(const GemmOperand& b, int64_t n, int64_t k, float* to) {
       });
 }
 
-void gemm_pack_b(const GemmOperand& b, int64_t n, int64_t k, bool bf16, float* to) {
-  if (kHasBf16 && bf16)
-    pack_b<kHasBf16>(b, n, k, to);
-  else
-    pack_b<false>(b, n, k, to);
+void gemm_pack_b(const GemmOperand& b, const Bf16* rounded, int64_t n, int64_t k, bool bf16, float* to) {
+  if constexpr (kHasBf16) {
+    if (bf16 && rounded) return pack_b<true>(Operand<Bf16>{rounded, b.lane_stride, b.k_stride}, n, k, to);
+    if (bf16) return pack_b<true>(b, n, k, to);
+  }
+  pack_b<false>(b, n, k, to);
 }
 
 }  // namespace moe

@@ -9,13 +9,18 @@
 
 namespace moe {
 
+// Bits of a bf16.
+using Bf16 = std::uint16_t;
+
 // Element (lane, k) lies at data[lane * lane_stride + k * k_stride]; at least one of the strides is 1. The lanes of A are the rows of C, those
 // of B its columns.
-struct GemmOperand {
-  const float* data;
+template <class T>
+struct Operand {
+  const T* data;
   std::ptrdiff_t lane_stride;
   std::ptrdiff_t k_stride;
 };
+using GemmOperand = Operand<float>;
 
 struct Gemm {
   GemmOperand a;
@@ -26,6 +31,8 @@ struct Gemm {
   bool accumulate = false;
   // C will not be read soon: write it past the caches where that is possible.
   bool stream = false;
+  // The numbers of B in bf16, which lie as those of `b` do, or nullptr. Products in bf16 read these, and `b` only for its strides.
+  const Bf16* rounded_b = nullptr;
   // All columns of a larger B as gemm_pack_b leaves them, or nullptr. Then `b` is not read; this product uses n columns from
   // `packed_from` (a multiple of gemm_column_block()) of the `packed_n` packed ones.
   const float* packed_b = nullptr;
@@ -34,7 +41,8 @@ struct Gemm {
 };
 
 // a [m, k] row-major, or its transpose [k, m].
-static inline GemmOperand gemm_operand(const float* data, int64_t lanes, int64_t k, bool k_major) {
+template <class T>
+static inline Operand<T> gemm_operand(const T* data, int64_t lanes, int64_t k, bool k_major) {
   if (k_major) return {data, 1, static_cast<std::ptrdiff_t>(lanes)};
   return {data, static_cast<std::ptrdiff_t>(k), 1};
 }
@@ -48,9 +56,9 @@ void gemm_here(const Gemm& job, bool bf16);
 // Whether `bf16` makes a difference in this variant.
 bool gemm_has_bf16();
 
-// Floats that a packed B takes, and the packing.
+// Floats that a packed B takes, and the packing; `rounded` as in Gemm.
 int64_t gemm_column_block();
 size_t gemm_packed_b_size(int64_t n, int64_t k, bool bf16);
-void gemm_pack_b(const GemmOperand& b, int64_t n, int64_t k, bool bf16, float* to);
+void gemm_pack_b(const GemmOperand& b, const Bf16* rounded, int64_t n, int64_t k, bool bf16, float* to);
 
 }  // namespace moe

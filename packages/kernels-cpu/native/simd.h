@@ -261,5 +261,9 @@ MOE_INLINE i32v load_some(const int32_t* from, int count, int32_t fill = 0) {
   return count == lanes ? load(from) : load_partial(from, count, fill);
 }
 MOE_INLINE void store_some(int32_t* to, i32v x, int count) { count == lanes ? store(to, x) : store_partial(to, x, count); }
+MOE_INLINE void store_some(uint16_t* to, u16v x, int count) {
+  if (count == lanes) return store(to, x);
+  std::memcpy(to, &x, static_cast<size_t>(count) * 2);
+}
 
 }  // namespace moe

@@ -77,9 +77,10 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
     async sync() {},
     write(tensor, data) {
       if (recording !== null) throw whileRecording('write', 'write before replay')
-      const { pointer, bytes } = tensor.handle as CpuBuffer
-      if (data.byteLength !== bytes) throw wrongLength('write', data, tensor)
-      if (bytes > 0) library.upload(pointer, data, bytes)
+      const buffer = tensor.handle as CpuBuffer
+      if (data.byteLength !== buffer.bytes) throw wrongLength('write', data, tensor)
+      if (buffer.bytes > 0) library.upload(buffer.pointer, data, buffer.bytes)
+      native.roundAgain(buffer)
     },
     capture(fn, captureOptions = {}) {
       if (recording !== null) throw whileRecording('capture', 'record one graph after the other')

@@ -93,7 +93,10 @@ export function capture<T>(
           const now = tensor.handle as CpuBuffer | null
           if (now === before[i]) return
           // Null: freed by `fn`, which failed before it put another value there.
-          if (copies && now) copy(before[i].pointer, now.pointer, now.bytes)
+          if (copies && now) {
+            copy(before[i].pointer, now.pointer, now.bytes)
+            native.roundAgain(before[i])
+          }
           if (now) memory.release(now)
           tensor.handle = memory.revive(before[i])
         })

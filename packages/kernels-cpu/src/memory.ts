@@ -12,6 +12,10 @@ export interface CpuBuffer {
   refs: number
   /** Position in the list of live buffers. */
   slot: number
+  /** The same f32 elements in bf16, for products. It lives as long as the buffer, and whoever writes to that writes both. */
+  rounded: CpuBuffer | null
+  /** Whether a product has looked for them. */
+  roundedWanted: boolean
 }
 
 /** Memory that was freed. A captured graph has a pool of its own, so that nobody else writes where it computes. */
@@ -82,7 +86,15 @@ export class Memory {
     if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
     const pointer = this.#guarded ? this.#allocateGuarded(bytes) : this.#take(bytes)
     if (pointer === 0) throw this.#exhausted(bytes)
-    const buffer: CpuBuffer = { pointer, bytes, pool: this.#pool, refs: 1, slot: this.#live.length }
+    const buffer: CpuBuffer = {
+      pointer,
+      bytes,
+      pool: this.#pool,
+      refs: 1,
+      slot: this.#live.length,
+      rounded: null,
+      roundedWanted: false,
+    }
     this.#live.push(buffer)
     this.#fresh.push(buffer)
     this.#handles++
@@ -114,6 +126,17 @@ export class Memory {
     this.#handles++
     this.#fresh.push(buffer)
     return buffer
+  }
+
+  /** Whether a graph that is still there may write to the buffer at any replay. */
+  isOfGraph({ pool }: CpuBuffer): boolean {
+    return pool !== this.#shared && !pool.dissolved
+  }
+
+  /** Gives a buffer its copy in bf16, which is no handle of anybody's from here on. */
+  attachRounded(buffer: CpuBuffer, rounded: CpuBuffer): void {
+    buffer.rounded = rounded
+    this.#handles--
   }
 
   /** One owner less. */
@@ -202,6 +225,7 @@ export class Memory {
     for (const pool of this.#pools) this.dissolve(pool)
     for (const buffer of this.#live) {
       buffer.refs = 0
+      buffer.rounded = null // Alive itself.
       this.#giveBack(buffer)
     }
     this.#live.length = 0
@@ -242,6 +266,11 @@ export class Memory {
   }
 
   #giveBack(buffer: CpuBuffer): void {
+    if (buffer.rounded !== null) {
+      this.#handles++
+      this.release(buffer.rounded)
+      buffer.rounded = null
+    }
     const pool = buffer.pool.dissolved ? this.#shared : buffer.pool
     if (this.#guarded) {
       if (pool !== this.#shared) {

@@ -32,8 +32,17 @@ export interface Native {
   kernel(name: string, common?: number): NativeKernel
   /** Uninitialized memory for an output. */
   output(spec: TensorSpec): CpuBuffer
-  /** The value's own buffer with one more owner when nobody else holds it, otherwise a copy. For ops that donate an input. */
-  donated(value: Value): CpuBuffer
+  /**
+   * The value's own buffer with one more owner when nobody else holds it, otherwise a copy. For ops that donate an input. Only who `writesRounded` gets a buffer that has a copy
+   * in bf16.
+   */
+  donated(value: Value, writesRounded?: boolean): CpuBuffer
+  /** Address of the value's elements in bf16, for a product that multiplies them so, or 0 where nobody keeps them. */
+  rounded(value: Value): number
+  /** For who writes to a buffer: calls `write` with the address of its copy in bf16, which it gets here if products look for one, or with 0. */
+  withRounded(buffer: CpuBuffer, write: (rounded: number) => void): void
+  /** Writes a buffer's copy in bf16 anew, if it has one. */
+  roundAgain(buffer: CpuBuffer): void
   /** A copy of the value's elements. */
   copied(value: Value): CpuBuffer
   /** Gives back an output that was only needed on the way. */
@@ -81,6 +90,8 @@ export function createNative(
   slots[0] = threads
   let pointers = new BigUint64Array(new ArrayBuffer(512))
   const copy = kernel('moe_copy')
+  const round = kernel('moe_cast_f32_bf16')
+  const multipliesBf16 = library.isa === 'avx512bf16'
   const integerRing = Array.from({ length: 16 }, () => {
     const data = new BigInt64Array(new ArrayBuffer(512))
     return { data, address: library.address(data.buffer) }
@@ -112,9 +123,26 @@ export function createNative(
     threads,
     kernel,
     output: spec => memory.allocate(sizeOf(spec.shape) * dtypeBytes[spec.dtype]),
-    donated(value) {
+    donated(value, writesRounded = false) {
       const buffer = value.handle as CpuBuffer
-      return buffer.refs === 1 ? memory.share(buffer) : copyOf(buffer)
+      return buffer.refs === 1 && (writesRounded || buffer.rounded === null) ? memory.share(buffer) : copyOf(buffer)
+    },
+    rounded(value) {
+      if (!multipliesBf16) return 0
+      const buffer = value.handle as CpuBuffer
+      buffer.roundedWanted = true
+      return buffer.rounded?.pointer ?? 0
+    },
+    withRounded(buffer, write) {
+      // Not while a graph is recorded: until its first replay nothing would be there, and products that are not part of it would read that.
+      const begins = buffer.rounded === null && buffer.roundedWanted
+      if (!begins || recording() !== null || memory.isOfGraph(buffer)) return write(buffer.rounded?.pointer ?? 0)
+      const fresh = memory.allocate(buffer.bytes / 2)
+      write(fresh.pointer)
+      memory.attachRounded(buffer, fresh)
+    },
+    roundAgain(buffer) {
+      if (buffer.rounded !== null) round(buffer.rounded.pointer, buffer.pointer, buffer.bytes / 4)
     },
     copied: value => copyOf(value.handle as CpuBuffer),
     release: buffer => memory.release(buffer),

@@ -3,9 +3,10 @@
 
 using namespace moe;
 
-// param, m, v, grad, gradScale, n, lr, beta1, beta2, eps, weightDecay, step
+// param, its copy in bf16 or 0, m, v, grad, gradScale, n, lr, beta1, beta2, eps, weightDecay, step
 MOE_KERNEL(moe_adamw_step_f32) {
   float* param = args.ptr<float>();
+  uint16_t* rounded = args.ptr<uint16_t>();
   float* m = args.ptr<float>();
   float* v = args.ptr<float>();
   const float* grad = args.ptr<const float>();
@@ -26,7 +27,9 @@ MOE_KERNEL(moe_adamw_step_f32) {
           const f32v update = first * rate / (sqrt(second * correction) + least);
           store_some(m + i, first, count);
           store_some(v + i, second, count);
-          store_some(param + i, fma(load_some(param + i, count), keep, -update), count);
+          const f32v next = fma(load_some(param + i, count), keep, -update);
+          store_some(param + i, next, count);
+          if (rounded) store_some(rounded + i, to_bf16(next), count);
         });
       },
       64);

@@ -7,12 +7,15 @@ const encode = ({ lr, beta1, beta2, eps, weightDecay, step }: AdamwAttrs) => [lr
 export const adamwStep: FusedFactory<'adamwStep'> = native => {
   const kernel = native.kernel('moe_adamw_step_f32')
   return ([param, grad, m, v, gradScale], attrs) => {
-    const p = native.donated(param)
+    const p = native.donated(param, true)
     const first = native.donated(m)
     const second = native.donated(v)
     const [pg, ps] = [pointerOf(grad), pointerOf(gradScale)]
     const size = sizeOf(param.shape)
-    kernel(p.pointer, first.pointer, second.pointer, pg, ps, size, ...native.attrs('adamwStep', attrs, encode))
+    native.withRounded(p, rounded => {
+      const values = native.attrs('adamwStep', attrs, encode)
+      kernel(p.pointer, rounded, first.pointer, second.pointer, pg, ps, size, ...values)
+    })
     return [p, first, second]
   }
 }

@@ -14,11 +14,12 @@ constexpr int64_t large_gradient = int64_t{4} << 20;  // elements
 
 }  // namespace
 
-// (y [rows, n], x [rows, k], weight [experts, n, k] or [experts, k, n], offsets, rows, experts, k, n, transpose_w, bf16)
+// (y [rows, n], x [rows, k], weight [experts, n, k] or [experts, k, n], weight in bf16 or 0, offsets, rows, experts, k, n, transpose_w, bf16)
 MOE_KERNEL(moe_grouped_matmul_fwd_f32) {
   float* y = args.ptr<float>();
   const float* x = args.ptr<const float>();
   const float* weight = args.ptr<const float>();
+  const Bf16* rounded_weight = args.ptr<const Bf16>();
   const int32_t* offsets = args.ptr<const int32_t>();
   const int64_t rows = args.size(), experts = args.size(), k = args.size(), n = args.size();
   const bool transpose_w = args.flag(), bf16 = args.flag();
@@ -30,6 +31,7 @@ MOE_KERNEL(moe_grouped_matmul_fwd_f32) {
     Gemm& job = jobs[static_cast<size_t>(e)];
     job.a = gemm_operand(x + ranges.begin(e) * k, ranges.size(e), k, false);
     job.b = gemm_operand(weight + e * n * k, n, k, !transpose_w);
+    if (rounded_weight) job.rounded_b = rounded_weight + e * n * k;
     job.c = y + ranges.begin(e) * n;
     job.ldc = n;
     job.m = ranges.size(e), job.n = n, job.k = k;

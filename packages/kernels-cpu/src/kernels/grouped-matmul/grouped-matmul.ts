@@ -14,7 +14,8 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = native => {
       { value: weight, along: transposeW, runs: experts },
     ]
     operands(precision, both, (pointers, bf16) => {
-      product(y.pointer, ...pointers, pointerOf(offsets), rows, experts, k, spec.shape[1], +transposeW, bf16)
+      const rounded = precision === 'bf16' ? native.rounded(weight) : 0
+      product(y.pointer, ...pointers, rounded, pointerOf(offsets), rows, experts, k, spec.shape[1], +transposeW, bf16)
     })
     return [y]
   }

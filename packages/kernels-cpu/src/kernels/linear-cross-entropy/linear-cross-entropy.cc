@@ -29,18 +29,19 @@ Gemm logits_of(const float* x, int64_t rows, int64_t dim, const float* packed, i
 
 }  // namespace
 
-// (loss [rows], lse [rows], x [rows, dim], weight [classes, dim], targets, rows, classes, dim, ignore_index, bf16)
+// (loss [rows], lse [rows], x [rows, dim], weight [classes, dim], weight in bf16 or 0, targets, rows, classes, dim, ignore_index, bf16)
 MOE_KERNEL(moe_linear_cross_entropy_fwd_f32) {
   float* loss = args.ptr<float>();
   float* lse = args.ptr<float>();
   const float* x = args.ptr<const float>();
   const float* weight = args.ptr<const float>();
+  const Bf16* rounded = args.ptr<const Bf16>();
   const int32_t* targets = args.ptr<const int32_t>();
   const int64_t rows = args.size(), classes = args.size(), dim = args.size();
   const int32_t ignore_index = args.i32();
   const bool bf16 = args.flag();
   const Scratch packed(gemm_packed_b_size(classes, dim, bf16) * 4 + 64);
-  gemm_pack_b(gemm_operand(weight, classes, dim, false), classes, dim, bf16, packed.as<float>());
+  gemm_pack_b(gemm_operand(weight, classes, dim, false), rounded, classes, dim, bf16, packed.as<float>());
   const int64_t tasks = (rows + block_rows - 1) / block_rows;
   parallel_tasks(tasks, [&](int64_t task, int) {
     const int64_t begin = rows * task / tasks, count = rows * (task + 1) / tasks - begin;
@@ -64,7 +65,7 @@ MOE_KERNEL(moe_linear_cross_entropy_fwd_f32) {
   });
 }
 
-// (dx [rows, dim], dweight [classes, dim], x, weight, targets, lse, dloss, rows, classes, dim, ignore_index, bf16)
+// (dx [rows, dim], dweight [classes, dim], x, weight, weight in bf16 or 0, targets, lse, dloss, rows, classes, dim, ignore_index, bf16)
 //
 // Rows whose target does not count are left out from the start. Blocks go over classes outside and rows inside: dweight of a block is
 // finished when it is left, dx collects over the blocks.
@@ -73,6 +74,7 @@ MOE_KERNEL(moe_linear_cross_entropy_bwd_f32) {
   float* dweight = args.ptr<float>();
   const float* all_x = args.ptr<const float>();
   const float* weight = args.ptr<const float>();
+  const Bf16* rounded = args.ptr<const Bf16>();
   const int32_t* targets = args.ptr<const int32_t>();
   const float* lse = args.ptr<const float>();
   const float* dloss = args.ptr<const float>();
@@ -111,7 +113,8 @@ MOE_KERNEL(moe_linear_cross_entropy_bwd_f32) {
   float* dlogits = gradients.as<float>();
   for (int64_t from = 0; from < classes; from += most_classes) {
     const int64_t width = std::min(most_classes, classes - from);
-    gemm_pack_b(gemm_operand(weight + from * dim, width, dim, false), width, dim, bf16, packed.as<float>());
+    const Bf16* rounded_block = rounded ? rounded + from * dim : nullptr;
+    gemm_pack_b(gemm_operand(weight + from * dim, width, dim, false), rounded_block, width, dim, bf16, packed.as<float>());
     for (int64_t first = 0; first < rows; first += most_rows) {
       const int64_t size = std::min(most_rows, rows - first);
       const int64_t tasks = (size + block_rows - 1) / block_rows;
@@ -127,6 +130,7 @@ MOE_KERNEL(moe_linear_cross_entropy_bwd_f32) {
       Gemm jobs[2];
       jobs[0].a = gemm_operand(dlogits, size, width, false);
       jobs[0].b = gemm_operand(weight + from * dim, dim, width, true);
+      jobs[0].rounded_b = rounded_block;
       jobs[0].c = dx_rows + first * dim;
       jobs[0].m = size, jobs[0].n = dim, jobs[0].k = width;
       jobs[0].accumulate = from > 0;

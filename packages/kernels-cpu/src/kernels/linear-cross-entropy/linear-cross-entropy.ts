@@ -7,8 +7,10 @@ export const linearCrossEntropy: FusedFactory<'linearCrossEntropy'> = native => 
     const loss = native.output(lossSpec)
     const lse = native.output(lseSpec)
     const [rows, dim] = x.shape
-    const addresses = [loss.pointer, lse.pointer, pointerOf(x), pointerOf(weight), pointerOf(targets)]
-    forward(...addresses, rows, weight.shape[0], dim, ignoreIndex, precision === 'bf16' ? 1 : 0)
+    const bf16 = precision === 'bf16'
+    const weights = [pointerOf(weight), bf16 ? native.rounded(weight) : 0]
+    const addresses = [loss.pointer, lse.pointer, pointerOf(x), ...weights, pointerOf(targets)]
+    forward(...addresses, rows, weight.shape[0], dim, ignoreIndex, +bf16)
     return [loss, lse]
   }
 }
@@ -19,17 +21,10 @@ export const linearCrossEntropyBackward: FusedFactory<'linearCrossEntropyBackwar
     const dx = native.output(dxSpec)
     const dweight = native.output(dweightSpec)
     const [rows, dim] = x.shape
-    const inputs = [pointerOf(x), pointerOf(weight), pointerOf(targets), pointerOf(lse), pointerOf(dloss)]
-    backward(
-      dx.pointer,
-      dweight.pointer,
-      ...inputs,
-      rows,
-      weight.shape[0],
-      dim,
-      ignoreIndex,
-      precision === 'bf16' ? 1 : 0,
-    )
+    const bf16 = precision === 'bf16'
+    const weights = [pointerOf(weight), bf16 ? native.rounded(weight) : 0]
+    const inputs = [pointerOf(x), ...weights, pointerOf(targets), pointerOf(lse), pointerOf(dloss)]
+    backward(dx.pointer, dweight.pointer, ...inputs, rows, weight.shape[0], dim, ignoreIndex, +bf16)
     return [dx, dweight]
   }
 }

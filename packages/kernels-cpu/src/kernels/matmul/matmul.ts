@@ -17,7 +17,8 @@ export const matmul: PrimitiveFactory<'matmul'> = native => {
       { value: b, along: transposeB },
     ]
     operands(precision, both, (pointers, bf16) => {
-      product(c.pointer, ...pointers, batch, m, n, k, +transposeA, +transposeB, bf16)
+      const rounded = precision === 'bf16' ? native.rounded(b) : 0
+      product(c.pointer, ...pointers, rounded, batch, m, n, k, +transposeA, +transposeB, bf16)
     })
     return [c]
   }

@@ -1,6 +1,6 @@
 // moe-isa: baseline avx2 avx512 avx512bf16
 // Products with weights stored in bf16, fp8, int8 or int4, one weight or one per expert. Few rows: see dots.h. More: a tile of the
-// weight is decoded to f32 and multiplied like any other.
+// weight is decoded to f32, unless it is multiplied as it is stored, and multiplied like any other.
 #include <vector>
 
 #include "../grouped-matmul/ranges.h"
@@ -128,6 +128,18 @@ class Nibbles {
   const Product& p_;
 };
 
+// The rows of an expert times those `begin` .. `end` of its weight, which `tile` holds in f32.
+Gemm product_of(const Ranges& ranges, const Piece& piece, const float* tile) {
+  const Product& p = *piece.product;
+  Gemm job{};
+  job.m = ranges.size(piece.expert), job.n = piece.end - piece.begin, job.k = p.k;
+  job.a = gemm_operand(p.x + ranges.begin(piece.expert) * p.k, job.m, p.k, false);
+  job.b = gemm_operand(tile, job.n, p.k, false);
+  job.c = p.y + ranges.begin(piece.expert) * p.n + piece.begin;
+  job.ldc = p.n;
+  return job;
+}
+
 void multiply_piece(const Ranges& ranges, const Piece& piece, float* tile) {
   const Product& p = *piece.product;
   const int64_t bytes = p.row_bytes();
@@ -136,13 +148,7 @@ void multiply_piece(const Ranges& ranges, const Piece& piece, float* tile) {
         p.scale ? p.scale + (piece.expert * p.scale_rows() + j / p.block_rows) * p.scale_columns() : nullptr;
     decode_row(p.format, p.q + (piece.expert * p.n + j) * bytes, scales, p.k, p.block_columns, tile + (j - piece.begin) * p.k);
   }
-  Gemm job{};
-  job.m = ranges.size(piece.expert), job.n = piece.end - piece.begin, job.k = p.k;
-  job.a = gemm_operand(p.x + ranges.begin(piece.expert) * p.k, job.m, p.k, false);
-  job.b = gemm_operand(tile, job.n, p.k, false);
-  job.c = p.y + ranges.begin(piece.expert) * p.n + piece.begin;
-  job.ldc = p.n;
-  gemm_here(job, p.bf16);
+  gemm_here(product_of(ranges, piece, tile), p.bf16);
 }
 
 // Products of the same x with weights that differ in their number of rows only.
@@ -155,11 +161,19 @@ void run(const std::vector<Product>& products, const Ranges& ranges) {
   const int64_t most_bytes = p.format == Format::int4 ? int4_task_bytes : task_bytes;
   const int64_t dot_rows = std::max<int64_t>(8, most_bytes / std::max<int64_t>(1, p.row_bytes()) / 8 * 8);
   const int64_t tile_rows = std::max<int64_t>(16, std::min<int64_t>(512, tile_elements / std::max<int64_t>(1, p.k) / 16 * 16));
+  // bf16 is multiplied as it is stored.
+  const bool as_stored = p.format == Format::bf16 && p.bf16 && gemm_has_bf16();
+  std::vector<Gemm> whole;
   std::vector<Piece> pieces;
   bool any_dots = false, any_tiles = false;
   for (const Product& product : products) {
     for (int64_t e = 0; e < p.experts; ++e) {
       if (ranges.size(e) == 0) continue;
+      if (as_stored && !by_dots(e)) {
+        whole.push_back(product_of(ranges, {&product, e, 0, product.n}, nullptr));
+        whole.back().rounded_b = reinterpret_cast<const Bf16*>(product.q) + e * product.n * p.k;
+        continue;
+      }
       const int64_t most = by_dots(e) ? dot_rows : tile_rows;
       (by_dots(e) ? any_dots : any_tiles) = true;
       const int64_t count = (product.n + most - 1) / most, blocks = (product.n + 7) / 8;
@@ -185,6 +199,7 @@ void run(const std::vector<Product>& products, const Ranges& ranges) {
     for (int64_t row = ranges.begin(piece.expert); row < last; row += most_rows)
       own.multiply(packed, row, std::min(most_rows, last - row), piece);
   });
+  gemm(whole.data(), static_cast<int64_t>(whole.size()), p.bf16);
 }
 
 }  // namespace
