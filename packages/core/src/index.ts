@@ -128,6 +128,7 @@ export {
   type WeightBytes,
   weightBytes,
 } from './nn/quantized.ts'
+export { reduceGradients } from './nn/reduce-gradients.ts'
 export {
   entriesSource,
   type LoadOptions,

@@ -1,6 +1,11 @@
 /** @file Gradients of a step that several ranks take together. */
-import { type Backend, full, globalNorm, Lifetime, MoeError, noGrad, type Parameter, type Tensor } from '@moe/core'
+import { type Backend, full, globalNorm, Lifetime, MoeError, noGrad, type Parameter, type Precision } from '@moe/core'
 import type { Communicator } from './communicator/communicator.ts'
+
+export interface StepOptions {
+  /** Arithmetic of matrix products. Default f32. */
+  readonly precision?: Precision
+}
 
 /** What a step tells, the same on every rank. */
 export interface StepResult {
@@ -45,23 +50,5 @@ export async function gradientNorm(
     return Math.sqrt(value)
   } finally {
     life.dispose()
-  }
-}
-
-/** Gradients travel together up to so many elements: more would be in memory twice. */
-const groupElements = 1 << 22
-
-/** Replaces the gradients of this rank by their sums over all. */
-export async function sumGradients(ranks: Communicator, parameters: readonly Parameter[]): Promise<void> {
-  const left = parameters.filter(({ grad }) => grad !== null)
-  while (left.length > 0) {
-    const group: Parameter[] = []
-    for (let elements = 0; left.length > 0 && elements < groupElements; elements += (group.at(-1) as Parameter).size)
-      group.push(left.shift() as Parameter)
-    const sums = await ranks.allReduce(group.map(({ grad }) => grad as Tensor))
-    for (const [i, parameter] of group.entries()) {
-      parameter.zeroGrad()
-      parameter.grad = sums[i]
-    }
   }
 }

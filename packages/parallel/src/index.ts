@@ -1,17 +1,12 @@
 /** @file Public interface of @moe/parallel. */
 export type { Communicator, Reduction, RowExchange, TensorLike } from './communicator/communicator.ts'
 export { local } from './communicator/local.ts'
-export { ExpertParallel, type ExpertParallelOptions, type SpreadableModel } from './experts/expert-parallel.ts'
+export { ExpertParallel, type SpreadableModel } from './experts/expert-parallel.ts'
 export { PiecewisePass } from './experts/piecewise-pass.ts'
 export { type ExpertsShare, type RoutedTokens, routeOverRanks } from './experts/route-over-ranks.ts'
-export type { StepResult } from './gradients.ts'
+export type { StepOptions, StepResult } from './gradients.ts'
 export { mpi } from './mpi/mpi.ts'
-export {
-  type ModelInStages,
-  Pipeline,
-  type PipelineOptions,
-  type StageableModel,
-} from './pipeline/pipeline.ts'
+export { type ModelInStages, Pipeline, type StageableModel } from './pipeline/pipeline.ts'
 export { sumReplicas } from './pipeline/replicas.ts'
 export { type PipelineStage, type RunOptions, runSchedule, type StageOutput } from './pipeline/run-schedule.ts'
 export { drawSchedule } from './schedule/draw.ts'

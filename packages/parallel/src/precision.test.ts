@@ -33,11 +33,11 @@ test.skipIf(!backend.bf16Matmul)('stages, and experts on several ranks', async (
   await local(2, async ranks => {
     const model = newModel()
     const [batch] = batchesOf(1, model)
-    const staged = await new Pipeline(model, zeroBubbleH1(2, 1), ranks, { precision: 'bf16' }).step([batch])
+    const staged = await new Pipeline(model, zeroBubbleH1(2, 1), ranks).step([batch], { precision: 'bf16' })
     near(staged.loss, 'loss')
     near(staged.gradNorm, 'gradNorm')
     // The same micro-batch on both ranks.
-    const spread = await new ExpertParallel(newModel(), ranks, { precision: 'bf16' }).step([batch])
+    const spread = await new ExpertParallel(newModel(), ranks).step([batch], { precision: 'bf16' })
     near(spread.loss, 'loss')
     near(spread.gradNorm, 'gradNorm')
   })

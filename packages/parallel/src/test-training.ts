@@ -1,11 +1,12 @@
-/** @file For tests only: a small DeepSeek in training, by one rank or several; and, as a program, one rank that `mpirun` has started (reports its losses and a digest of its weights). */
+/** @file For tests only: a small DeepSeek in training, by one rank or several; and, as a program, one rank that `mpirun` has started (reports its losses and a digest of its weights). Its argument says what ranks share: rows (if there is none), stages or experts. */
 import { createHash } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
 import { type Backend, Random, stateDict } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { type StepEvent, TokenDataset, type TrainOptions, type TrainResult, train } from '@moe/trainer'
-import { mpi } from './index.ts'
+import type { Communicator } from './communicator/communicator.ts'
+import { ExpertParallel, mpi, Pipeline, zeroBubbleH1 } from './index.ts'
 import { report } from './mpi/test-launch.ts'
 
 const config: DeepSeekConfigInput = {
@@ -27,12 +28,24 @@ const config: DeepSeekConfigInput = {
   num_nextn_predict_layers: 1,
 }
 
+/** What each of two ranks is given, of four micro-batches a step. */
+export const arrangements = {
+  rows: { accumulate: 2, onRanks: (_: DeepSeek, ranks: Communicator) => ranks },
+  stages: {
+    accumulate: 4,
+    onRanks: (model: DeepSeek, ranks: Communicator) => new Pipeline(model, zeroBubbleH1(ranks.size, 4), ranks),
+  },
+  experts: { accumulate: 2, onRanks: (model: DeepSeek, ranks: Communicator) => new ExpertParallel(model, ranks) },
+}
+
 /** 23 windows of 8: of four rows a step, the last of an epoch reach into the next, and some hold padding, so that ranks count different numbers of positions. */
-const training = () => {
+const tokens = (documents: number) => {
   const random = new Random(3)
   const document = () => Int32Array.from({ length: 60 }, () => 2 + random.integer(38))
-  return TokenDataset.fromTokens(Array.from({ length: 3 }, document))
+  return TokenDataset.fromTokens(Array.from({ length: documents }, document))
 }
+
+type Ranks = TrainOptions['ranks']
 
 export interface Trained {
   readonly result: TrainResult
@@ -44,15 +57,16 @@ export interface Trained {
 export async function trainSmall(
   backend: Backend,
   options: Partial<TrainOptions>,
-  { mtp = 1, ...model }: DeepSeekOptions & { mtp?: number } = {},
+  { mtp = 1, onRanks, ...model }: DeepSeekOptions & { mtp?: number; onRanks?: (model: DeepSeek) => Ranks } = {},
 ): Promise<Trained> {
   const objective = { biasSpeed: 0.01, ...model.objective }
   const own = { ...config, num_nextn_predict_layers: mtp }
   const made = new DeepSeek(own, { seed: 1, backend, ...model, ...(model.balancer ? {} : { objective }) })
   const steps: Trained['steps'] = []
+  const ranks = onRanks?.(made)
   try {
     const result = await train(made, {
-      data: { training: training() },
+      data: { training: tokens(3) },
       steps: 8,
       batchSize: 2,
       sequenceLength: 8,
@@ -60,6 +74,7 @@ export async function trainSmall(
       progress: false,
       handleSignals: false,
       record: false,
+      ...(ranks && { ranks }),
       ...options,
       onEvent(event) {
         if (event.type === 'step') {
@@ -72,6 +87,7 @@ export async function trainSmall(
     const entries = stateDict(made).map(async ({ name, data }) => [name, Array.from(await data())] as const)
     return { result, steps, weights: Object.fromEntries(await Promise.all(entries)) }
   } finally {
+    if (ranks instanceof ExpertParallel) ranks.dispose()
     made.dispose()
   }
 }
@@ -81,7 +97,9 @@ export const digestOf = ({ weights }: Trained) => createHash('sha256').update(JS
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const ranks = await mpi()
-  const trained = await trainSmall(await createBackend({ threads: 1 }), { ranks })
+  const { accumulate, onRanks } = arrangements[(process.argv[2] ?? 'rows') as keyof typeof arrangements]
+  const model = { onRanks: (made: DeepSeek) => onRanks(made, ranks) }
+  const trained = await trainSmall(await createBackend({ threads: 1 }), { accumulate }, model)
   const losses = trained.steps.map(({ loss }) => loss)
   report({ rank: ranks.rank, digest: digestOf(trained), losses })
   await ranks.close()

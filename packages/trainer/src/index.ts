@@ -28,10 +28,11 @@ export type {
   TokenBatch,
   TrainableModel,
 } from './model.ts'
+export type { ModelOnRanks, OwnParameter } from './model-on-ranks.ts'
 export { AdamW, type AdamWOptions, decaysMatrices } from './optim/adamw.ts'
 export { clipScale, gradientNorm } from './optim/clip.ts'
 export { hiddenMatrices, Muon, type MuonOptions, orthogonalize } from './optim/muon.ts'
-export type { Optimizer, OptimizerInputs, StagedOptimizer } from './optim/optimizer.ts'
+export type { Optimizer, OptimizerEntry, OptimizerInputs, StagedOptimizer } from './optim/optimizer.ts'
 export {
   type CosineOptions,
   type Schedule,

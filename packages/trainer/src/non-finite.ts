@@ -20,12 +20,11 @@ export interface NonFinite {
 
 type GradientOf = (parameter: Parameter) => Tensor | null
 
-/** The first parameter, in the order of the model, whose values are not finite; else the first whose gradient is not. */
+/** The first parameter whose values are not finite; else the first whose gradient is not. */
 export async function findNonFinite(
-  model: Module,
+  parameters: readonly NamedParameter[],
   gradientOf: GradientOf = parameter => parameter.grad,
 ): Promise<NonFinite | null> {
-  const parameters = namedParameters(model)
   for (const kind of ['value', 'gradient'] as const) {
     for (const named of parameters) {
       const tensor: Tensor | null = kind === 'value' ? named.parameter : gradientOf(named.parameter)
@@ -60,7 +59,15 @@ export async function nonFiniteStep(
   seen: { readonly loss: number; readonly gradNorm: number },
   gradientOf?: GradientOf,
 ): Promise<MoeError> {
-  const where = await findNonFinite(model, gradientOf)
+  return stepError(await findNonFinite(namedParameters(model), gradientOf), step, seen)
+}
+
+/** The same, where the cause is known. */
+export function stepError(
+  where: NonFinite | null,
+  step: number,
+  seen: { readonly loss: number; readonly gradNorm: number },
+): MoeError {
   const first = where === null ? 'each value and gradient is finite by itself' : `not finite first in ${place(where)}`
   return new MoeError({
     code: 'E_NAN',
@@ -73,7 +80,7 @@ export async function nonFiniteStep(
 
 /** The error for a model that an update has made unusable. */
 export async function nonFiniteModel(model: Module, step: number): Promise<MoeError> {
-  const where = await findNonFinite(model)
+  const where = await findNonFinite(namedParameters(model))
   return new MoeError({
     code: 'E_NAN',
     op: 'train',

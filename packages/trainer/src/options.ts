@@ -14,6 +14,7 @@ import type { Corpus } from './data/corpus.ts'
 import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
 import type { TrainListener } from './events.ts'
 import type { TextTokenizer, TrainableModel } from './model.ts'
+import type { ModelOnRanks } from './model-on-ranks.ts'
 import { AdamW, type AdamWOptions, adamWNames } from './optim/adamw.ts'
 import { Muon } from './optim/muon.ts'
 import type { Optimizer } from './optim/optimizer.ts'
@@ -36,7 +37,7 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly batchSize?: number
   /** Positions of a row. Default 256. */
   readonly sequenceLength?: number
-  /** Micro-batches of a step. Default 1. */
+  /** Micro-batches of a step on this rank. Default 1, or as many as `ranks` need. */
   readonly accumulate?: number
   /** Peak learning rate. Default 1e-3. */
   readonly lr?: number
@@ -56,10 +57,10 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   /** Names the order of the data. Default 0. */
   readonly seed?: number
   /**
-   * This process among those that train the model together, each with its share of every step's rows: a `Communicator` of `@moe/parallel`. In place of `rank` and
-   * `world`. Rank 0 alone writes to `out`, which all must see to resume. Steps go op by op.
+   * This process among those that train the model together, each with its share of every step's rows: a `Communicator` of `@moe/parallel`. Or with its part of the model: a `Pipeline` or an `ExpertParallel` of
+   * this model. In place of `rank` and `world`. Rank 0 alone writes to `out`, which all must see to resume. Steps go op by op.
    */
-  readonly ranks?: Ranks
+  readonly ranks?: Ranks | ModelOnRanks
   /** This process among those that share the data, without anything else in common. Default 0 of 1. */
   readonly rank?: number
   readonly world?: number
@@ -148,7 +149,12 @@ export const defaults = {
   keepCheckpoints: 2,
 } as const
 
-export type ResolvedOptions = Required<Pick<TrainOptions, keyof typeof defaults | 'schedule'>> & TrainOptions
+export type ResolvedOptions = Required<Pick<TrainOptions, keyof typeof defaults | 'schedule'>> &
+  Omit<TrainOptions, 'ranks'> & {
+    readonly ranks?: Ranks | undefined
+    /** Where each rank has a part of the model. */
+    readonly onRanks?: ModelOnRanks | undefined
+  }
 
 /** @throws MoeError E_CONFIG that lists every setting that cannot be */
 export function resolveOptions(options: TrainOptions): ResolvedOptions {
@@ -156,9 +162,11 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   const given = Object.fromEntries(
     Object.entries(options).filter(([, value]) => value !== undefined),
   ) as unknown as TrainOptions
-  const { ranks } = given
-  const merged = { ...defaults, ...given, ...(ranks && { rank: ranks.rank, world: ranks.size }) }
   const problems: string[] = []
+  const { ranks, onRanks, ...ofRanks } = resolveRanks(given.ranks, problems)
+  const merged = { ...defaults, ...given, ...ofRanks, ranks, onRanks }
+  if (onRanks?.microBatches !== undefined && (given.accumulate ?? onRanks.microBatches) !== onRanks.microBatches)
+    problems.push(`accumulate is ${given.accumulate}, ranks take ${onRanks.microBatches} micro-batches a step`)
   const whole = (name: keyof typeof merged, least: number) => {
     const value = merged[name]
     if (!Number.isSafeInteger(value) || (value as number) < least) {
@@ -212,6 +220,26 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   return { ...merged, schedule: merged.schedule ?? warmupCosine({ steps: merged.steps }) }
 }
 
+/** What `ranks` says about this process and its data. */
+function resolveRanks(given: TrainOptions['ranks'], problems: string[]): Partial<ResolvedOptions> {
+  if (given === undefined) return {}
+  const onRanks = 'gather' in given ? given : undefined
+  const ranks = 'gather' in given ? given.ranks : given
+  if (typeof ranks?.allReduce !== 'function') {
+    problems.push(
+      `ranks is ${(given as unknown) instanceof Promise ? 'a promise' : 'no communicator'}, needs what await mpi() or local(size, work) gives, a Pipeline or an ExpertParallel`,
+    )
+    return {}
+  }
+  const { microBatches } = onRanks ?? {}
+  return {
+    ranks,
+    onRanks,
+    ...(onRanks?.dataShare ?? { rank: ranks.rank, world: ranks.size }),
+    ...(microBatches !== undefined && { accumulate: microBatches }),
+  }
+}
+
 /** The optimizer that the options ask for. */
 export function makeOptimizer(options: ResolvedOptions, parameters: readonly NamedParameter[]): Optimizer {
   const { optimizer = 'adamw' } = options
@@ -236,15 +264,16 @@ export function recordRun(
     steps: options.steps,
     batchSize: options.batchSize,
     sequenceLength: options.sequenceLength,
-    accumulate: options.accumulate,
-    world: options.world,
+    // Ranks that train together are as many more micro-batches.
+    accumulate: options.ranks === undefined ? options.accumulate : options.accumulate * options.world,
+    world: options.ranks === undefined ? options.world : 1,
     seed: options.seed,
     lr: options.lr,
     schedule: valuesOf(options.schedule, options.steps),
     // JSON has no Infinity.
     clip: options.clip === Number.POSITIVE_INFINITY ? null : options.clip,
     precision: options.precision,
-    optimizer: `${optimizer.name} ${JSON.stringify(optimizer.settings)}`,
+    optimizer: `${optimizer.name} ${JSON.stringify(optimizer.settings(parameters))}`,
     data: `${data.tokens.length} tokens (${data.digest})`,
     parameters: `${shapes.length} of ${parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)} numbers (${digest(shapes.join())})`,
     ...(streams.length > 0 && { streams: streams.join(' ') }),

@@ -1,5 +1,5 @@
 /** @file Several processes that train one model together: what the trainer asks of them, and what a step does with it. */
-import { concat, MoeError, type Parameter, scope, type Tensor, tensor } from '@moe/core'
+import { concat, MoeError, scope, type Tensor, tensor } from '@moe/core'
 import type { TokenBatch } from './model.ts'
 import { type Pass, weightOf } from './step-numbers.ts'
 
@@ -33,7 +33,7 @@ export async function gatherPasses(
   const rows = scope(() =>
     concat(own.flatMap(({ count, batch, values }) => [tensor([count, batch.rows, batch.length], [3], values), values])),
   )
-  const numbers = await valuesOf(ranks.allGather(rows).finally(() => rows.dispose()))
+  const numbers = await gathered(ranks, rows)
   const width = 3 + values.size
   const passes = numbers.length / width
   return Array.from({ length: passes }, (_, i) => {
@@ -42,51 +42,60 @@ export async function gatherPasses(
   })
 }
 
-/** Gradients travel together up to so many elements: more would be in memory twice. */
-const groupElements = 1 << 22
+/** Numbers of every rank, `[size][numbers.length]`, rounded to f32. */
+export async function gatherNumbers(ranks: Ranks, numbers: readonly number[], like: Tensor): Promise<number[][]> {
+  const all = await gathered(ranks, tensor(numbers, [numbers.length], { backend: like.backend }))
+  return Array.from({ length: ranks.size }, (_, r) => [...all.subarray(r * numbers.length, (r + 1) * numbers.length)])
+}
 
-/** Replaces the gradients of this rank by their sums over all. */
-export async function sumGradients(ranks: Ranks, trained: readonly Parameter[]): Promise<void> {
-  const left = trained.filter(({ grad }) => grad !== null)
-  while (left.length > 0) {
-    const group: Parameter[] = []
-    for (let elements = 0; left.length > 0 && elements < groupElements; elements += (group.at(-1) as Parameter).size)
-      group.push(left.shift() as Parameter)
-    const sums = await ranks.allReduce(group.map(({ grad }) => grad as Tensor))
-    for (const [i, parameter] of group.entries()) {
-      parameter.zeroGrad()
-      parameter.grad = sums[i]
+/** A value of every rank that JSON can hold. */
+export async function gatherValues<T>(ranks: Ranks, value: T, { backend }: Tensor): Promise<T[]> {
+  const text = new TextEncoder().encode(JSON.stringify(value))
+  const lengths = await gathered(ranks, tensor(Int32Array.of(text.length), [1], { backend }))
+  const width = Math.max(...lengths)
+  const padded = new Uint8Array(width)
+  padded.set(text)
+  const all = Uint8Array.from(await gathered(ranks, tensor(padded, [width], { backend })))
+  return Array.from(lengths, (length, rank) =>
+    JSON.parse(new TextDecoder().decode(all.subarray(rank * width, rank * width + length))),
+  )
+}
+
+/** What all ranks have to agree on before the first step. */
+export interface Start {
+  readonly step: number
+  /** What they wait for each other for. */
+  readonly plan: Readonly<Record<string, number | boolean>>
+  /** Norms of the weights that other ranks may have as well, by name. */
+  readonly norms: Readonly<Record<string, number>>
+}
+
+/** @throws MoeError E_CONFIG unless all ranks begin at the same step with the same plan, and with the same weights where they have the same parameters */
+export function checkSameStart(starts: readonly Start[]): void {
+  for (const [rank, { step, plan, norms }] of starts.entries()) {
+    const planned = Object.keys(plan).find(name => plan[name] !== starts[0].plan[name])
+    if (planned !== undefined) {
+      const [first, other] = [starts[0].plan[planned], plan[planned]]
+      const problem = `rank 0 has ${planned} ${first}, rank ${rank} ${other}`
+      throw differing(problem, 'give train the same options on every rank')
+    }
+    for (const [before, other] of starts.slice(0, rank).entries()) {
+      const unlike = Object.keys(norms).find(name => name in other.norms && other.norms[name] !== norms[name])
+      if (step === other.step && unlike === undefined) continue
+      const show = ({ step, norms }: Start) =>
+        `step ${step}${unlike === undefined ? '' : ` with weights of norm ${norms[unlike]} in ${unlike}`}`
+      throw differing(
+        `rank ${before} begins at ${show(other)}, rank ${rank} at ${show(starts[rank])}`,
+        'make the same model on every rank (the same seed), and let all see the same folder when they resume',
+      )
     }
   }
 }
 
-/** Numbers of every rank, `[size][numbers.length]`, rounded to f32. */
-export async function gatherNumbers(ranks: Ranks, numbers: readonly number[], like: Tensor): Promise<number[][]> {
-  const own = tensor(numbers, [numbers.length], { backend: like.backend })
-  const all = await valuesOf(ranks.allGather(own).finally(() => own.dispose()))
-  return Array.from({ length: ranks.size }, (_, r) => [...all.subarray(r * numbers.length, (r + 1) * numbers.length)])
-}
+const differing = (problem: string, fix: string) => new MoeError({ code: 'E_CONFIG', op: 'train', problem, fix })
 
-/** @throws MoeError E_CONFIG unless all ranks begin at the same step with the same weights */
-export async function checkSameStart(ranks: Ranks, step: number, norm: number, like: Tensor): Promise<void> {
-  const starts = await gatherNumbers(ranks, [step, norm], like)
-  const other = starts.findIndex(([at, weights]) => at !== starts[0][0] || !Object.is(weights, starts[0][1]))
-  if (other < 0) return
-  const show = ([at, weights]: readonly number[]) => `step ${at} with weights of norm ${weights}`
-  throw new MoeError({
-    code: 'E_CONFIG',
-    op: 'train',
-    problem: `rank 0 begins at ${show(starts[0])}, rank ${other} at ${show(starts[other])}`,
-    fix: 'make the same model on every rank (the same seed), and let all see the same folder when they resume',
-    details: { starts },
-  })
-}
-
-async function valuesOf(gathered: Promise<Tensor>): Promise<Float32Array> {
-  const all = await gathered
-  try {
-    return (await all.values()) as Float32Array
-  } finally {
-    all.dispose()
-  }
+/** The elements of all ranks. The tensor is freed. */
+async function gathered(ranks: Ranks, own: Tensor): ReturnType<Tensor['values']> {
+  using all = await ranks.allGather(own).finally(() => own.dispose())
+  return await all.values()
 }

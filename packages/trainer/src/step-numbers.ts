@@ -17,6 +17,14 @@ export interface StepNumbers {
   readonly after: Readonly<Record<string, number>>
 }
 
+/** Takes steps, one after the other. */
+export interface Steps {
+  step(batches: readonly TokenBatch[], options: { lr: number; step: number }): Promise<Omit<StepNumbers, 'count'>>
+  /** Makes the micro-batches of a later step ready, for while the device computes. */
+  prepare(batches: readonly TokenBatch[]): void
+  dispose(): void
+}
+
 /** A micro-batch that went forward and backward. */
 export interface Pass {
   /** Counted positions. */

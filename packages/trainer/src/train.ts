@@ -2,6 +2,7 @@
 import { rmSync } from 'node:fs'
 import { join } from 'node:path'
 import {
+  concat,
   globalNorm,
   MoeError,
   type NamedParameter,
@@ -10,12 +11,14 @@ import {
   noGrad,
   parameterCount,
   QuantizedParameter,
+  scope,
   weightBytes,
 } from '@moe/core'
 import { checkModel } from './check-model.ts'
 import { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
 import { lockFolder } from './checkpoints/folder-lock.ts'
-import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
+import { OptimizerOnRanks } from './checkpoints/optimizer-on-ranks.ts'
+import { loadTraining, type StoredOptimizer, saveTraining } from './checkpoints/save-load.ts'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import { TokenDataset } from './data/token-dataset.ts'
 import { TrainingOrder } from './data/training-order.ts'
@@ -23,6 +26,7 @@ import { type Evaluation, evaluate } from './evaluate.ts'
 import type { StepEvent, TrainEvent, TrainListener } from './events.ts'
 import { type Interrupts, watchInterrupts } from './interrupt.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
+import { checkOnRanks, type OwnParameter, StepsOnRanks } from './model-on-ranks.ts'
 import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import {
@@ -33,11 +37,12 @@ import {
   type TokenData,
   type TrainOptions,
 } from './options.ts'
-import { checkSameStart, gatherNumbers } from './ranks.ts'
+import { checkSameStart, gatherNumbers, gatherValues, type Ranks, type Start } from './ranks.ts'
 import { cutMetrics, type MetricsLine, MetricsLog, metricsLine } from './report/metrics-log.ts'
 import { progress } from './report/progress.ts'
 import { writeSummary } from './report/summary.ts'
 import type { TrainResult } from './result.ts'
+import type { Steps } from './step-numbers.ts'
 import { TrainingSteps } from './training-steps.ts'
 
 /**
@@ -59,7 +64,9 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   checkVocabulary(model, data)
   const parameters = namedParameters(model)
   checkTrainable(parameters)
-  const optimizer = makeOptimizer(settings, parameters)
+  const { onRanks } = settings
+  if (onRanks !== undefined) checkOnRanks(onRanks, model)
+  const optimizer = makeOptimizer(settings, onRanks?.parameters ?? parameters)
   const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false)
   let run: Run | undefined
   try {
@@ -140,13 +147,19 @@ class Run {
   readonly data: TokenData
   readonly parameters: readonly NamedParameter[]
   readonly optimizer: Optimizer
-  readonly steps: TrainingSteps
+  readonly steps: Steps
   readonly interrupts: Interrupts
   readonly order: TrainingOrder
   readonly record: RunRecord
   readonly listeners: readonly TrainListener[]
   /** Folder of the run on the rank that writes it. */
   readonly writesTo: string | undefined
+  /** The optimizer as checkpoints have it. */
+  stored: StoredOptimizer | OptimizerOnRanks
+  /** Whether there are checkpoints, be it of another rank. */
+  saves: boolean
+  /** Steps done when the model was last made whole. */
+  gatheredStep = -1
   readonly log: MetricsLog | undefined
   /** Lines of the last tenth of the steps done, for the result. */
   readonly tail: MetricsLine[] = []
@@ -178,8 +191,13 @@ class Run {
     this.data = data
     this.parameters = parameters
     this.optimizer = optimizer
-    const { clip, precision, record, ranks, sequenceLength, batchSize, accumulate, seed, rank, world } = settings
-    this.steps = new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks })
+    this.stored = optimizer
+    const { clip, precision, record, ranks, onRanks, sequenceLength, batchSize, accumulate, seed, rank, world } =
+      settings
+    this.steps =
+      onRanks === undefined
+        ? new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks })
+        : new StepsOnRanks(model, onRanks, optimizer, { clip, precision })
     this.interrupts = interrupts
     this.order = new TrainingOrder(data.training, {
       sequenceLength,
@@ -191,9 +209,10 @@ class Run {
       world,
     })
     this.record = recordRun(settings, data.training, model, parameters, optimizer)
-    this.writesTo = settings.rank === 0 ? settings.out : undefined
+    this.writesTo = (ranks?.rank ?? rank) === 0 ? settings.out : undefined
+    this.saves = this.writesTo !== undefined
     this.log = this.writesTo === undefined ? undefined : new MetricsLog(join(this.writesTo, 'metrics.jsonl'))
-    const draw = settings.progress ?? (settings.ranks === undefined || settings.rank === 0)
+    const draw = settings.progress ?? (ranks === undefined || ranks.rank === 0)
     this.listeners = [
       ...(draw === false ? [] : [draw === true ? progress() : draw]),
       ...(settings.onEvent === undefined ? [] : [settings.onEvent]),
@@ -215,14 +234,15 @@ class Run {
 
   /** Positions of one step, of all ranks that train together. */
   get tokensPerStep(): number {
-    return this.order.tokensPerStep * (this.settings.ranks?.size ?? 1)
+    return this.order.tokensPerStep * (this.settings.ranks === undefined ? 1 : this.settings.world)
   }
 
   async all(): Promise<TrainResult> {
     const { settings } = this
+    const { ranks, onRanks } = settings
+    if (onRanks !== undefined) this.stored = await OptimizerOnRanks.of(onRanks, this.optimizer)
     await this.begin()
-    const { ranks } = settings
-    if (ranks !== undefined) await checkSameStart(ranks, this.step, await this.norm(), this.parameters[0].parameter)
+    if (ranks !== undefined) await this.agree(ranks)
     this.emitStart()
     const limit = this.trainSeconds + (settings.timeLimitSeconds ?? Number.POSITIVE_INFINITY)
     let stop = await this.reasonToStop(limit)
@@ -247,6 +267,19 @@ class Run {
     const all = ranks === undefined ? [own] : await gatherNumbers(ranks, own, this.parameters[0].parameter)
     if (all.some(([interrupted]) => interrupted === 1)) return 'interrupted'
     return all.some(([, late]) => late === 1) ? 'time' : null
+  }
+
+  /** What the ranks have to know of each other. */
+  async agree(ranks: Ranks): Promise<void> {
+    const { settings, step, data, parameters } = this
+    const { steps, checkpointEvery, evalEvery } = settings
+    const plan = { steps, checkpointEvery, evalEvery, validation: data.validation !== undefined }
+    const comparable: readonly OwnParameter[] = settings.onRanks?.parameters ?? parameters
+    const norms = await normsOf(comparable.filter(({ firstRow }) => firstRow === undefined))
+    const own = { step, plan, norms, saves: this.saves }
+    const starts = await gatherValues<Start & { saves: boolean }>(ranks, own, parameters[0].parameter)
+    checkSameStart(starts)
+    this.saves = starts[0].saves
   }
 
   /** Makes the folder ready, and goes back to the checkpoint if there is one to go on from. */
@@ -278,7 +311,7 @@ class Run {
       if (this.writesTo !== undefined) this.emptyFolder(this.writesTo)
       return
     }
-    const state = await loadTraining(from, this, allowChanges ? null : this.record)
+    const state = await loadTraining(from, this.parts, allowChanges ? null : this.record)
     this.step = state.step
     if (this.model.step !== undefined) this.model.step = state.modelStep ?? state.step
     this.tokens = state.tokens
@@ -350,6 +383,7 @@ class Run {
   async measure(limit: number | undefined): Promise<Evaluation | null> {
     const { settings, data, model, interrupts } = this
     if (data.validation === undefined) return nothingMeasured
+    await this.gather()
     const { sequenceLength, batchSize, precision } = settings
     try {
       const { signal } = interrupts
@@ -365,23 +399,35 @@ class Run {
   }
 
   async save(): Promise<void> {
-    const { settings, step, tokens, trainSeconds, writesTo } = this
-    if (writesTo === undefined || this.savedStep === step) return
+    const { settings, step, tokens, trainSeconds, writesTo, stored } = this
+    if (!this.saves || this.savedStep === step) return
     const started = performance.now()
     this.log?.flush()
+    await this.gather()
     await this.checkFinite()
+    this.savedStep = step
+    if (writesTo === undefined) {
+      if (stored instanceof OptimizerOnRanks) await stored.send()
+      return
+    }
     const balance = [...this.balanceNames]
     const streams = Object.fromEntries(namedStreams(this.model).map(({ name, random }) => [name, { ...random }]))
     const ofModel = { modelStep: this.model.step, balance, streams }
     const state = { step, tokens, trainSeconds, ...this.peaks, ...ofModel, run: this.record }
-    const path = await saveTraining(writesTo, this, state, settings.keepCheckpoints)
+    const path = await saveTraining(writesTo, this.parts, state, settings.keepCheckpoints)
     this.checkpoint = path
-    this.savedStep = step
     this.emit({ type: 'checkpoint', step, path, seconds: (performance.now() - started) / 1000 })
   }
 
-  get tokenizer() {
-    return this.settings.tokenizer
+  get parts() {
+    return { model: this.model, optimizer: this.stored, tokenizer: this.settings.tokenizer }
+  }
+
+  /** Makes the model whole where ranks have parts of it. */
+  async gather(): Promise<void> {
+    if (this.gatheredStep === this.step) return
+    await this.settings.onRanks?.gather()
+    this.gatheredStep = this.step
   }
 
   /**
@@ -410,6 +456,7 @@ class Run {
 
   async finish(stopped: TrainResult['stopped'], validation: Evaluation): Promise<TrainResult> {
     const { settings, backend, tail } = this
+    await this.gather()
     const result: TrainResult = {
       steps: this.step,
       interrupted: stopped === 'interrupted',
@@ -487,6 +534,15 @@ class Run {
       this.emit({ type: 'notice', message: `${backend.name} ${missing}: matrix products are multiplied in ${used}` })
     }
   }
+}
+
+/** Norm of each parameter. */
+async function normsOf(named: readonly NamedParameter[]): Promise<Record<string, number>> {
+  const weights = named.filter(({ parameter }) => parameter.dtype === 'f32')
+  if (weights.length === 0) return {}
+  using norms = scope(() => noGrad(() => concat(weights.map(({ parameter }) => globalNorm([parameter]).reshape([1])))))
+  const values = await norms.values()
+  return Object.fromEntries(weights.map(({ name }, i) => [name, values[i]]))
 }
 
 const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length

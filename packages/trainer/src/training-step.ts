@@ -9,6 +9,7 @@ import {
   type OptionNames,
   type Parameter,
   type Precision,
+  reduceGradients,
   scope,
   type Tensor,
   withPrecision,
@@ -18,7 +19,7 @@ import type { TokenBatch, TrainableModel } from './model.ts'
 import { nonFiniteStep } from './non-finite.ts'
 import { clipScale, gradientNorm } from './optim/clip.ts'
 import type { Optimizer } from './optim/optimizer.ts'
-import { gatherPasses, type Ranks, sumGradients } from './ranks.ts'
+import { gatherPasses, type Ranks } from './ranks.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
 export interface StepOptions {
@@ -113,7 +114,7 @@ async function together(
   }))
   try {
     const all = await gatherPasses(ranks, own)
-    await sumGradients(ranks, trained)
+    await reduceGradients(trained, gradients => ranks.allReduce(gradients))
     return all
   } finally {
     for (const { values } of own) values.dispose()

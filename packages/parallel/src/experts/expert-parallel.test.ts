@@ -144,17 +144,19 @@ test('experts keep their names, and must be divided by the ranks', async () => {
 
 test('what is no model, communicator, option or list of micro-batches is refused in words', async () => {
   await local(1, async ranks => {
-    const make = (model: unknown, communicator: unknown, options = {}) => {
-      return () => new ExpertParallel(model as DeepSeek, communicator as Communicator, options)
+    const make = (model: unknown, communicator: unknown) => {
+      return () => new ExpertParallel(model as DeepSeek, communicator as Communicator)
     }
     expect(make({}, ranks)).toThrow('ExpertParallel: the model has no inPieces')
     expect(make(newModel(), Promise.resolve(ranks))).toThrow('ExpertParallel: ranks is a promise')
     expect(make(newModel(), undefined)).toThrow('ExpertParallel: there are no ranks; pass what await mpi() gives')
-    expect(make(newModel(), ranks, { precison: 'bf16' })).toThrow('no option precison; did you mean precision?')
     const model = newModel()
     const [batch] = batchesOf(1, model)
     await expect(make(model, ranks)().step(batch as never)).rejects.toThrow(
       'the micro-batches are no list; pass [batch]',
+    )
+    await expect(make(model, ranks)().step([batch], { precison: 'bf16' } as object)).rejects.toThrow(
+      'no option precison; did you mean precision?',
     )
   })
 })

@@ -6,15 +6,17 @@ import {
   type Module,
   type NamedParameter,
   namedParameters,
+  noGrad,
   type Parameter,
   type Precision,
+  reduceGradients,
   type Tensor,
   withPrecision,
   zeros,
 } from '@moe/core'
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
-import { finite, gradientNorm, type StepResult, sumGradients } from '../gradients.ts'
+import { finite, gradientNorm, type StepOptions, type StepResult } from '../gradients.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
 import { type ExpertsShare, type RoutedTokens, routeOverRanks } from './route-over-ranks.ts'
 
@@ -36,11 +38,6 @@ export interface SpreadableModel<Batch> extends Module {
   }
 }
 
-export interface ExpertParallelOptions {
-  /** Arithmetic of matrix products. Default f32. */
-  readonly precision?: Precision
-}
-
 /** The share of a rank in the experts of a layer, and whose rows its parameters are. */
 interface Spread {
   readonly share: Module & ExpertsShare
@@ -51,18 +48,22 @@ interface Spread {
 /**
  * A model whose routed experts are spread over ranks: rank r trains the experts from r E/R to before (r + 1) E/R of every layer, on the tokens of all ranks, and everything else together with the others, on rows of
  * its own. Every rank makes the whole model, with the same weights; those of its experts are copied, and the model's are freed, until `gather` brings all.
+ *
+ * `train` of `@moe/trainer` takes one as its `ranks`.
  */
 export class ExpertParallel<Batch> {
-  /** Of this rank: what its optimizer is made from. Experts have the names that they have in the model. */
-  readonly parameters: readonly NamedParameter[]
+  /** Of this rank: what its optimizer is made from. Experts have the names that they have in the model, whose rows they are from `firstRow` on. */
+  readonly parameters: ReadonlyArray<NamedParameter & { readonly firstRow?: number }>
+  readonly ranks: Communicator
+  /** The rows of a step that this rank is given, as data orders have it. */
+  readonly dataShare: { readonly rank: number; readonly world: number }
   readonly #model: SpreadableModel<Batch>
-  readonly #ranks: Communicator
-  readonly #precision: Precision
   readonly #layers: readonly Spread[]
+  /** Of the step under way. */
+  #precision: Precision = 'f32'
 
   /** @throws MoeError E_CONFIG when the ranks do not divide the experts */
-  constructor(model: SpreadableModel<Batch>, ranks: Communicator, options: ExpertParallelOptions = {}) {
-    checkOptions('ExpertParallel', options, { precision: true })
+  constructor(model: SpreadableModel<Batch>, ranks: Communicator) {
     if (typeof model?.inPieces !== 'function')
       throw refusal(
         'ExpertParallel',
@@ -71,16 +72,16 @@ export class ExpertParallel<Batch> {
       )
     checkRanks('ExpertParallel', ranks)
     this.#model = model
-    this.#ranks = ranks
-    this.#precision = options.precision ?? 'f32'
+    this.ranks = ranks
+    this.dataShare = { rank: ranks.rank, world: ranks.size }
     this.#layers = model.moeLayers.map(({ experts }) => spread(experts, ranks))
-    this.#freeWhole()
+    this.#takeOwn()
     const own = new Map(this.#layers.flatMap(({ rows }) => rows.map(([whole, share]) => [whole.parameter, share])))
     this.parameters = namedParameters(model).map(named => {
       const parameter = own.get(named.parameter)
       if (parameter === undefined) return named
       const [from, to] = runOf(named.parameter.shape[0], ranks)
-      return { ...named, parameter, ...(named.slices && { slices: named.slices.slice(from, to) }) }
+      return { ...named, parameter, firstRow: from, ...(named.slices && { slices: named.slices.slice(from, to) }) }
     })
   }
 
@@ -90,9 +91,11 @@ export class ExpertParallel<Batch> {
    * @param batches of this rank; every rank has as many
    * @throws MoeError E_CONFIG when it has not, or none; E_NAN when loss or norm is not finite; both on all ranks
    */
-  async step(batches: readonly Batch[]): Promise<StepResult> {
+  async step(batches: readonly Batch[], options: StepOptions = {}): Promise<StepResult> {
+    checkOptions('ExpertParallel.step', options, { precision: true })
     checkBatches('ExpertParallel', batches)
-    this.#freeWhole()
+    this.#precision = options.precision ?? 'f32'
+    this.#takeOwn()
     for (const { parameter } of this.parameters) parameter.zeroGrad()
     const { backend } = this.parameters[0].parameter
     const passes = batches.map(batch => this.#model.inPieces(batch))
@@ -120,24 +123,39 @@ export class ExpertParallel<Batch> {
       }
     }
     const { own, common } = this.#trained()
-    await sumGradients(this.#ranks, common)
+    await reduceGradients(common, gradients => this.ranks.allReduce(gradients))
     // No rank has chosen them: a gradient all the same, as on one rank.
     for (const parameter of own) parameter.grad ??= zeros(parameter.shape, { backend })
-    const gradNorm = await gradientNorm(this.#ranks, this.#ranks.rank === 0 ? [...own, ...common] : own, backend)
+    const gradNorm = await gradientNorm(this.ranks, this.ranks.rank === 0 ? [...own, ...common] : own, backend)
     const [loss, ...metrics] = await this.#sum(Object.values(sums))
     const names = Object.keys(sums).slice(1)
     const result = { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) }
     return finite('ExpertParallel', result)
   }
 
-  /** Gives the model on every rank the weights of all experts, until the next step: for measuring, saving and generating. All ranks call it. */
+  /**
+   * Gives the model on every rank the weights of all experts: for measuring, saving and generating. All ranks call it. They are moved: `parameters` of experts are freed until the next step, which takes
+   * this rank's back from the model as it is then.
+   */
   async gather(): Promise<void> {
-    for (const { rows } of this.#layers)
-      for (const [{ parameter }, own] of rows) parameter.assign(await this.#ranks.allGather(own))
+    this.#takeOwn()
+    for (const { rows } of this.#layers) {
+      for (const [{ parameter }, own] of rows) {
+        parameter.assign(await this.ranks.allGather(own))
+        own.dispose()
+      }
+    }
   }
 
-  #freeWhole(): void {
-    for (const { rows } of this.#layers) for (const [{ parameter }] of rows) parameter.dispose()
+  /** This rank's experts from the model, which loses all, where it has them: it was gathered, or loaded. */
+  #takeOwn(): void {
+    for (const { rows } of this.#layers) {
+      for (const [{ parameter }, own] of rows) {
+        if (parameter.handle === null) continue
+        own.assign(noGrad(() => parameter.narrow(0, ...runOf(parameter.shape[0], this.ranks))))
+        parameter.dispose()
+      }
+    }
   }
 
   /** Frees this rank's experts; the model stays. */
@@ -148,7 +166,7 @@ export class ExpertParallel<Batch> {
   #route(pass: PiecewisePass, layer: number, tokens: RoutedTokens): Promise<Tensor> {
     const { share, experts } = this.#layers[layer]
     const precise: ExpertsShare = { route: (...of) => this.#precisely(() => share.route(...of)) }
-    return routeOverRanks(pass, this.#ranks, precise, tokens, experts)
+    return routeOverRanks(pass, this.ranks, precise, tokens, experts)
   }
 
   #precisely<T>(fn: () => T): T {
@@ -167,7 +185,7 @@ export class ExpertParallel<Batch> {
 
   /** Those that carry loss, of all ranks. */
   async #positions(counts: readonly number[]): Promise<number> {
-    const { size } = this.#ranks
+    const { size } = this.ranks
     const [positions, batches, squares] = await this.#sum([
       counts.reduce((sum, count) => sum + count, 0),
       counts.length,
@@ -182,7 +200,7 @@ export class ExpertParallel<Batch> {
   async #sum(numbers: readonly number[]): Promise<number[]> {
     const { backend } = this.parameters[0].parameter
     const own = fromHost(Float32Array.from(numbers), [numbers.length], 'f32', backend)
-    const [sum] = await this.#ranks.allReduce([own]).finally(() => own.dispose())
+    const [sum] = await this.ranks.allReduce([own]).finally(() => own.dispose())
     const values = Array.from(await sum.values())
     sum.dispose()
     return values

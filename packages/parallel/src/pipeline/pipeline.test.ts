@@ -209,12 +209,10 @@ test('what is no model, schedule, communicator, option or list of micro-batches 
   const schedule = oneForwardOneBackward(1, 2)
   await local(1, async ranks => {
     const make = (...given: unknown[]) => {
-      const [model, plan, communicator, options] = given.map(
-        (value, i) => value ?? [newModel(), schedule, ranks, {}][i],
-      )
-      return () => new Pipeline(model as DeepSeek, plan as Schedule, communicator as Communicator, options as object)
+      const [model, plan, communicator] = given.map((value, i) => value ?? [newModel(), schedule, ranks][i])
+      return () => new Pipeline(model as DeepSeek, plan as Schedule, communicator as Communicator)
     }
-    const all = [null, null, null, null]
+    const all = [null, null, null]
     expect(make(...all.with(0, {} as never))).toThrow('Pipeline: the model has no inStages')
     for (const wrong of ['1F1B', oneForwardOneBackward]) {
       expect(make(...all.with(1, wrong as never))).toThrow('checkSchedule: this is no schedule')
@@ -222,11 +220,12 @@ test('what is no model, schedule, communicator, option or list of micro-batches 
     expect(make(...all.with(1, zeroBubbleH1(2, 2) as never))).toThrow('ZB-H1: the schedule is for 2 ranks, there are 1')
     expect(make(...all.with(2, Promise.resolve(ranks) as never))).toThrow('Pipeline: ranks is a promise')
     expect(make(...all.with(2, {} as never))).toThrow('Pipeline: there are no ranks; pass what await mpi() gives')
-    expect(make(...all.with(3, { precison: 'bf16' } as never))).toThrow('no option precison; did you mean precision?')
     const pipeline = make(...all)()
     await expect(pipeline.step(undefined as never)).rejects.toThrow('1F1B: the micro-batches are no list')
     const [batch] = batchesOf(1, newModel())
     await expect(pipeline.step(batch as never)).rejects.toThrow('1F1B: the micro-batches are no list')
+    const misspelt = pipeline.step([batch, batch], { precison: 'bf16' } as object)
+    await expect(misspelt).rejects.toThrow('no option precison; did you mean precision?')
   })
   // The rank that a schedule has no place for says so, too.
   const refusals = await local(3, async ranks => {

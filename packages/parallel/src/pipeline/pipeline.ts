@@ -1,8 +1,8 @@
 /** @file Training steps of a model that is cut into stages, on this rank. */
-import { type Backend, checkOptions, defaultBackend, fromHost, type NamedParameter, type Precision } from '@moe/core'
+import { type Backend, checkOptions, defaultBackend, fromHost, type NamedParameter } from '@moe/core'
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
-import { finite, gradientNorm, type StepResult } from '../gradients.ts'
+import { finite, gradientNorm, type StepOptions, type StepResult } from '../gradients.ts'
 import { checkSchedule, type Schedule, stagesOf } from '../schedule/schedule.ts'
 import { holdersOf, sumReplicas } from './replicas.ts'
 import { checkSize, type PipelineStage, runSchedule } from './run-schedule.ts'
@@ -26,35 +26,34 @@ export interface ModelInStages<Batch> {
   }
 }
 
-export interface PipelineOptions {
-  /** Arithmetic of matrix products. Default f32. */
-  readonly precision?: Precision
-}
-
 /**
  * A model in stages on several ranks. Every rank makes the whole model, with the same weights, and trains its own stages of it: weights, gradients, optimizer state and activations are there for these
  * alone. The others' weights are freed, until `gather` brings them; frozen ones stay.
+ *
+ * `train` of `@moe/trainer` takes one as its `ranks`.
  */
 export class Pipeline<Batch> {
   /** Of this rank's stages: what its optimizer is made from. */
   readonly parameters: readonly NamedParameter[]
+  readonly ranks: Communicator
+  /** Micro-batches of a step. */
+  readonly microBatches: number
+  /** The rows of a step that this rank is given, as data orders have it: all. */
+  readonly dataShare = { rank: 0, world: 1 } as const
   readonly #schedule: Schedule
-  readonly #ranks: Communicator
   readonly #model: ModelInStages<Batch>
-  readonly #precision: Precision | undefined
 
   /** @throws MoeError E_CONFIG when the model cannot be cut into the schedule's stages, and for a schedule of another number of ranks */
-  constructor(model: StageableModel<Batch>, schedule: Schedule, ranks: Communicator, options: PipelineOptions = {}) {
-    checkOptions('Pipeline', options, { precision: true })
+  constructor(model: StageableModel<Batch>, schedule: Schedule, ranks: Communicator) {
     if (typeof model?.inStages !== 'function')
       throw refusal('Pipeline', 'the model has no inStages', 'pass a DeepSeek, or a model that can be cut into stages')
     checkRanks('Pipeline', ranks)
     checkSchedule(schedule)
     checkSize(schedule, ranks)
+    this.ranks = ranks
+    this.microBatches = schedule.microBatches
     this.#schedule = schedule
-    this.#ranks = ranks
     this.#model = model.inStages(schedule.stages)
-    this.#precision = options.precision
     const own = stagesOf(schedule, ranks.rank).flatMap(stage => this.#model.parameters[stage])
     this.parameters = [...new Map(own.map(named => [named.parameter, named])).values()]
     this.#freeOthers()
@@ -66,8 +65,9 @@ export class Pipeline<Batch> {
    * @param batches as many as the schedule has
    * @throws MoeError E_CONFIG, also when ranks have different ones; E_NAN, on all ranks, when loss or norm is not finite
    */
-  async step(batches: readonly Batch[]): Promise<StepResult> {
+  async step(batches: readonly Batch[], options: StepOptions = {}): Promise<StepResult> {
     const { microBatches, name } = this.#schedule
+    checkOptions('Pipeline.step', options, { precision: true })
     checkBatches(name, batches)
     if (batches.length !== microBatches) {
       const problem = `the schedule has ${microBatches} micro-batches, the step ${batches.length}`
@@ -77,16 +77,19 @@ export class Pipeline<Batch> {
     for (const { parameter } of this.parameters) parameter.zeroGrad()
     const { stages, between, digest } = this.#model.step(batches)
     if (digest !== undefined) await this.#needSame(digest, between.backend)
-    const options = { between, metrics: this.#model.metrics, precision: this.#precision }
-    const sums = await runSchedule(this.#schedule, this.#ranks, new Map(stages.entries()), options)
+    const sums = await runSchedule(this.#schedule, this.ranks, new Map(stages.entries()), {
+      between,
+      metrics: this.#model.metrics,
+      precision: options.precision,
+    })
     const tensors = [sums.loss, ...Object.values(sums.metrics)]
     try {
-      await sumReplicas(this.#schedule, this.#ranks, this.#parametersOf)
+      await sumReplicas(this.#schedule, this.ranks, this.#parametersOf)
       // What several ranks have is counted once.
       const counted = [...this.#holders()].flatMap(([parameter, [first]]) =>
-        first === this.#ranks.rank ? [parameter] : [],
+        first === this.ranks.rank ? [parameter] : [],
       )
-      const gradNorm = await gradientNorm(this.#ranks, counted, between.backend ?? defaultBackend())
+      const gradNorm = await gradientNorm(this.ranks, counted, between.backend ?? defaultBackend())
       const [loss, ...metrics] = await Promise.all(tensors.map(tensor => tensor.item()))
       const names = Object.keys(sums.metrics)
       return finite(name, { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) })
@@ -100,8 +103,8 @@ export class Pipeline<Batch> {
     for (const [parameter, holders] of this.#holders()) {
       if (!parameter.trainable) continue
       // Of a freed parameter the shape is known, which is all that is asked of those who receive.
-      const [weights] = await this.#ranks.broadcast([parameter], holders[0])
-      if (holders.includes(this.#ranks.rank)) weights.dispose()
+      const [weights] = await this.ranks.broadcast([parameter], holders[0])
+      if (holders.includes(this.ranks.rank)) weights.dispose()
       else parameter.assign(weights)
     }
   }
@@ -109,7 +112,7 @@ export class Pipeline<Batch> {
   /** Stages lie on other ranks than the embedding: with other tokens there, the loss would be that of nothing. */
   async #needSame(digest: number, backend: Backend | undefined): Promise<void> {
     const own = fromHost(Int32Array.of(digest, ~digest), [2], 'i32', backend)
-    const [largest] = await this.#ranks.allReduce([own], 'max').finally(() => own.dispose())
+    const [largest] = await this.ranks.allReduce([own], 'max').finally(() => own.dispose())
     const [most, complement] = await largest.values()
     largest.dispose()
     if (most === ~complement) return
@@ -119,7 +122,7 @@ export class Pipeline<Batch> {
 
   #freeOthers(): void {
     for (const [parameter, holders] of this.#holders())
-      if (parameter.trainable && !holders.includes(this.#ranks.rank)) parameter.dispose()
+      if (parameter.trainable && !holders.includes(this.ranks.rank)) parameter.dispose()
   }
 
   readonly #parametersOf = (stage: number) => this.#model.parameters[stage].map(({ parameter }) => parameter)

@@ -9,7 +9,7 @@ import {
   type TensorSource,
   writeSafetensors,
 } from '@moe/checkpoint'
-import { isMoeError, loadStateDict, MoeError, stateDict } from '@moe/core'
+import { isMoeError, loadStateDict, MoeError, type StateEntry, stateDict } from '@moe/core'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
 import type { Optimizer } from '../optim/optimizer.ts'
 import { otherCheckpoints, publishCheckpoint, reasonOf, STATE_FILE } from './checkpoint-folder.ts'
@@ -24,9 +24,14 @@ import {
 const MODEL_FOLDER = 'model'
 const OPTIMIZER_FILE = 'optimizer.safetensors'
 
+/** What checkpoints have to do with of an optimizer. */
+export interface StoredOptimizer extends Pick<Optimizer, 'name' | 'load'> {
+  entries(): StateEntry[]
+}
+
 export interface CheckpointParts {
   readonly model: TrainableModel
-  readonly optimizer: Optimizer
+  readonly optimizer: StoredOptimizer
   readonly tokenizer?: TextTokenizer
 }
 

@@ -6,7 +6,7 @@ import { MoeError, type Random } from '@moe/core'
 
 /**
  * Everything that decides which numbers a run gives. Two runs with the same record, model and backend give the same
- * bits.
+ * bits, and on other ranks the same but for rounding.
  */
 export type RunRecord = Readonly<Record<string, string | number | boolean | null>>
 
@@ -88,6 +88,9 @@ const unreadable = (path: string, problem: string, cause?: unknown) =>
     cause,
   })
 
+/** How differences are told, where the name alone says too little. */
+const labels: Readonly<Record<string, string>> = { accumulate: 'accumulate (micro-batches of a step, of all ranks)' }
+
 /** @throws MoeError E_CHECKPOINT that lists every difference */
 export function checkSameRun(path: string, stored: RunRecord, own: RunRecord): void {
   // Schedules are recorded by their values over all steps: over another number of steps they differ in any case.
@@ -96,7 +99,7 @@ export function checkSameRun(path: string, stored: RunRecord, own: RunRecord): v
   const show = (value: unknown) => (value === undefined ? 'nothing' : String(value))
   const differences = keys
     .filter(key => stored[key] !== own[key])
-    .map(key => `${key}: saved with ${show(stored[key])}, now ${show(own[key])}`)
+    .map(key => `${labels[key] ?? key}: saved with ${show(stored[key])}, now ${show(own[key])}`)
   if (differences.length === 0) return
   throw new MoeError({
     code: 'E_CHECKPOINT',

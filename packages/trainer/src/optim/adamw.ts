@@ -7,13 +7,19 @@ import {
   type NamedParameter,
   type OptionNames,
   type Parameter,
-  type StateEntry,
   type StateSource,
   sameShape,
   showShape,
   type Tensor,
 } from '@moe/core'
-import { needNamed, needRate, type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
+import {
+  needNamed,
+  needRate,
+  type OptimizerEntry,
+  type OptimizerInputs,
+  type StagedOptimizer,
+  zeroState,
+} from './optimizer.ts'
 
 export interface AdamWOptions {
   /** Decay rates of the two moments. Default [0.9, 0.95], as DeepSeek-V3. */
@@ -42,7 +48,6 @@ interface Slot {
 
 export class AdamW implements StagedOptimizer {
   readonly name = 'adamw'
-  readonly settings: Readonly<Record<string, unknown>>
   /** Steps done. */
   steps = 0
   /** Of the step that has begun. */
@@ -50,6 +55,8 @@ export class AdamW implements StagedOptimizer {
   readonly #slots: readonly Slot[]
   readonly #betas: readonly [number, number]
   readonly #eps: number
+  readonly #weightDecay: number
+  readonly #decays: (named: NamedParameter) => boolean
 
   /** Two moments, zeros, for each trainable parameter; others are left out. */
   constructor(parameters: readonly NamedParameter[], options: AdamWOptions = {}) {
@@ -58,17 +65,19 @@ export class AdamW implements StagedOptimizer {
     const { betas = [0.9, 0.95], eps = 1e-8, weightDecay = 0.1, decays = decaysMatrices } = options
     this.#betas = betas
     this.#eps = eps
+    this.#weightDecay = weightDecay
+    this.#decays = decays
     const trained = parameters.filter(({ parameter }) => parameter.trainable)
     const moments = zeroState(trained.flatMap(({ parameter }) => [parameter, parameter]))
     this.#slots = trained.map((named, i) => {
       return { named, weightDecay: decays(named) ? weightDecay : 0, m: moments[2 * i], v: moments[2 * i + 1] }
     })
-    this.settings = {
-      betas: [...betas],
-      eps,
-      weightDecay,
-      decaying: this.#slots.filter(slot => slot.weightDecay !== 0).length,
-    }
+  }
+
+  settings(parameters: readonly NamedParameter[]): Readonly<Record<string, unknown>> {
+    const decaying = parameters.filter(named => named.parameter.trainable && this.#decays(named)).length
+    const [betas, eps, weightDecay] = [[...this.#betas], this.#eps, this.#weightDecay]
+    return { betas, eps, weightDecay, decaying: weightDecay === 0 ? 0 : decaying }
   }
 
   step(lr: number, gradScale: Tensor): void {
@@ -100,9 +109,10 @@ export class AdamW implements StagedOptimizer {
     }
   }
 
-  entries(): StateEntry[] {
-    return this.#tensors().map(([name, tensor]) => ({
+  entries(): OptimizerEntry[] {
+    return this.#tensors().map(([name, tensor, parameter]) => ({
       name,
+      parameter,
       dtype: tensor.dtype,
       shape: tensor.shape,
       data: () => tensor.data(),
@@ -142,11 +152,11 @@ export class AdamW implements StagedOptimizer {
     }
   }
 
-  #tensors(): Array<[string, Parameter]> {
+  #tensors(): Array<[name: string, state: Parameter, of: Parameter]> {
     return this.#slots.flatMap(
-      ({ named, m, v }): Array<[string, Parameter]> => [
-        [`m.${named.name}`, m],
-        [`v.${named.name}`, v],
+      ({ named: { name, parameter }, m, v }): Array<[string, Parameter, Parameter]> => [
+        [`m.${name}`, m, parameter],
+        [`v.${name}`, v, parameter],
       ],
     )
   }

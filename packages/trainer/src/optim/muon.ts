@@ -11,7 +11,6 @@ import {
   type OptionNames,
   type Parameter,
   type Precision,
-  type StateEntry,
   type StateSource,
   sameShape,
   scope,
@@ -20,7 +19,7 @@ import {
   tensor,
 } from '@moe/core'
 import { AdamW, type AdamWOptions, adamWNames } from './adamw.ts'
-import { needNamed, type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
+import { needNamed, type OptimizerEntry, type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
 
 export interface MuonOptions extends AdamWOptions {
   /** Default 0.95. */
@@ -83,19 +82,20 @@ interface Slot {
 /** Muon for the hidden matrices, AdamW for everything else, with one learning rate and weight decay. */
 export class Muon implements StagedOptimizer {
   readonly name = 'muon'
-  readonly settings: Readonly<Record<string, unknown>>
   readonly #slots: readonly Slot[]
   readonly #rest: AdamW
   readonly #momentum: number
   readonly #iterations: number
   readonly #precision: Precision
+  readonly #takes: (named: NamedParameter) => boolean
 
   constructor(parameters: readonly NamedParameter[], options: MuonOptions = {}) {
     needNamed('Muon', parameters)
     checkOptions('Muon', options, names)
     const { momentum = 0.95, iterations = 5, precision = 'bf16', takes = hiddenMatrices, ...others } = options
     const { weightDecay = 0.1 } = others
-    const own = parameters.filter(named => named.parameter.trainable && takes(named))
+    this.#takes = named => named.parameter.trainable && takes(named)
+    const own = parameters.filter(this.#takes)
     const momenta = zeroState(own.map(({ parameter }) => parameter))
     this.#slots = own.map((named, i) => ({
       named,
@@ -115,7 +115,13 @@ export class Muon implements StagedOptimizer {
     this.#momentum = momentum
     this.#iterations = iterations
     this.#precision = precision
-    this.settings = { momentum, iterations, precision, matrices: own.length, adamw: this.#rest.settings }
+  }
+
+  settings(parameters: readonly NamedParameter[]): Readonly<Record<string, unknown>> {
+    const own = parameters.filter(this.#takes)
+    const rest = parameters.filter(named => !own.includes(named))
+    const [momentum, iterations, precision] = [this.#momentum, this.#iterations, this.#precision]
+    return { momentum, iterations, precision, matrices: own.length, adamw: this.#rest.settings(rest) }
   }
 
   step(lr: number, gradScale: Tensor): void {
@@ -157,9 +163,10 @@ export class Muon implements StagedOptimizer {
     this.#rest.update(null, gradScale)
   }
 
-  entries(): StateEntry[] {
+  entries(): OptimizerEntry[] {
     const own = this.#slots.map(({ named, momentum }) => ({
       name: `momentum.${named.name}`,
+      parameter: named.parameter,
       dtype: momentum.dtype,
       shape: momentum.shape,
       data: () => momentum.data(),

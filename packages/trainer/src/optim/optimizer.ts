@@ -11,15 +11,21 @@ import {
   zeros,
 } from '@moe/core'
 
+/** State of an optimizer. */
+export interface OptimizerEntry extends StateEntry {
+  /** Whose state it is, element by element. An optimizer that says so can be used where ranks have parts of the model. */
+  readonly parameter?: Parameter
+}
+
 export interface Optimizer {
   /** Short name, stored in checkpoints so that the state of another one is not taken for its own. */
   readonly name: string
-  /** The numbers that it was made with, stored in checkpoints. */
-  readonly settings: Readonly<Record<string, unknown>>
+  /** The numbers that it was made with, and how it treats these parameters, stored in checkpoints. They are those of the whole model, of which it may have a part. */
+  settings(parameters: readonly NamedParameter[]): Readonly<Record<string, unknown>>
   /** Changes every parameter that has a gradient. `gradScale []` multiplies the gradients. */
   step(lr: number, gradScale: Tensor): void
   /** State beside the parameters, under names of its own. */
-  entries(): StateEntry[]
+  entries(): OptimizerEntry[]
   /**
    * Takes over stored state after `steps` steps. Nothing is changed unless every entry fits.
    * @throws MoeError E_STATE_DICT

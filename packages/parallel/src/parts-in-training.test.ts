@@ -1,0 +1,358 @@
+/** @file `train` of `@moe/trainer` in stages and with experts on several ranks: the run of one rank, and checkpoints of any arrangement that go on in any other. */
+import { mkdtemp, readFile, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { stateDict } from '@moe/core'
+import { DeepSeek, type DeepSeekOptions, presets } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cpu'
+import { auxFree, together as both, sequenceWise } from '@moe/router'
+import { AdamW, Muon, type Optimizer, readMetrics, TokenDataset, type TrainOptions } from '@moe/trainer'
+import { afterAll, afterEach, describe, expect, test } from 'vitest'
+import { dualPipe, dualPipeV, ExpertParallel, local, oneForwardOneBackward, Pipeline } from './index.ts'
+import { launch, launchers } from './mpi/test-launch.ts'
+import { arrangements, digestOf, type Trained, trainSmall } from './test-training.ts'
+
+const backend = await createBackend()
+const made: string[] = []
+afterAll(async () => {
+  backend.dispose()
+  for (const folder of made) await rm(folder, { recursive: true })
+})
+afterEach(() => expect(backend.stats().handles).toBe(0))
+const temporaryFolder = async () => {
+  made.push(await mkdtemp(join(tmpdir(), 'moe-parallel-')))
+  return made.at(-1) as string
+}
+
+/** With the usual one AdamW moves a weight whose gradients are 0 but for rounding as far as any other. */
+const eps = 1e-5
+
+type Options = Partial<TrainOptions>
+type Arrangement = (typeof arrangements)[keyof typeof arrangements]
+const alone = (options: Options, model: DeepSeekOptions = {}) =>
+  trainSmall(backend, { accumulate: 4, eps, ...options }, model)
+/** @param options or what each rank has of its own */
+const onRanks = (
+  { accumulate, onRanks }: Arrangement,
+  options: Options | ((rank: number) => Options),
+  model: DeepSeekOptions = {},
+  size = 2,
+) =>
+  local(size, ranks => {
+    const own = typeof options === 'function' ? options(ranks.rank) : options
+    return trainSmall(backend, { accumulate, eps, ...own }, { ...model, onRanks: made => onRanks(made, ranks) })
+  })
+const muon = (parameters: ConstructorParameters<typeof Muon>[0]) => new Muon(parameters, { precision: 'f32', eps })
+const { rows, stages, experts } = arrangements
+const pipelined = (scheduleOf: typeof dualPipe) => ({
+  ...stages,
+  onRanks: (model: DeepSeek, ranks: Parameters<typeof stages.onRanks>[1]) =>
+    new Pipeline(model, scheduleOf(ranks.size, 4), ranks),
+})
+
+/** Largest difference of any weight, relative to the largest weight of its tensor. */
+function difference(a: Trained, b: Trained): number {
+  const of = (name: string) => {
+    const largest = Math.max(...a.weights[name].map(Math.abs))
+    return Math.max(...a.weights[name].map((x, i) => Math.abs(x - b.weights[name][i]))) / Math.max(largest, 1e-9)
+  }
+  return Math.max(...Object.keys(a.weights).map(of))
+}
+
+const biases = ({ weights }: Trained) =>
+  Object.entries(weights).filter(([name]) => name.endsWith('e_score_correction_bias'))
+
+/** Names and shapes in a safetensors file. */
+async function tensorsIn(path: string): Promise<Record<string, unknown>> {
+  const bytes = await readFile(path)
+  const header = JSON.parse(bytes.subarray(8, 8 + Number(bytes.readBigUInt64LE(0))).toString())
+  return Object.fromEntries(Object.entries<{ shape: number[] }>(header).map(([name, { shape }]) => [name, shape]))
+}
+
+const each = [
+  ['stages by ZB-H1', stages],
+  ['stages by DualPipeV', pipelined(dualPipeV)],
+  ['stages by DualPipe, which lie on two ranks each', pipelined(dualPipe)],
+  ['experts', experts],
+] as const
+
+describe.each(each)('a run with %s on two ranks is that of one rank', (_, arrangement) => {
+  test.each<[string, Options, DeepSeekOptions]>([
+    ['AdamW', { steps: 24 }, {}],
+    ['Muon', { optimizer: muon }, {}],
+    ['clipped hard', { clip: 0.01 }, {}],
+    ['not clipped', { clip: Number.POSITIVE_INFINITY }, {}],
+    ['a balancer', {}, { balancer: both(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
+  ])('%s', async (_, options, model) => {
+    const one = await alone(options, model)
+    const [first, second] = await onRanks(arrangement, options, model)
+    // Both have the whole model in the end.
+    expect(second.weights).toEqual(first.weights)
+    expect(second.steps).toEqual(first.steps)
+    // As with rows on several ranks.
+    expect(difference(first, one)).toBeLessThan(1e-5)
+    expect(biases(first)).toEqual(biases(one))
+    expect(first.steps).toHaveLength(options.steps ?? 8)
+    for (const [i, { loss, nll, gradNorm, metrics, ...others }] of first.steps.entries()) {
+      const { loss: _, nll: __, gradNorm: ___, metrics: ____, ...expected } = one.steps[i]
+      expect(others).toEqual(expected)
+      expect(loss).toBeCloseTo(one.steps[i].loss, 4)
+      expect(nll).toBeCloseTo(one.steps[i].nll, 4)
+      expect(gradNorm).toBeCloseTo(one.steps[i].gradNorm, 4)
+      const near = Object.entries(one.steps[i].metrics).map(([name, value]) => [name, expect.closeTo(value, 4)])
+      expect(metrics).toEqual(Object.fromEntries(near))
+      expect(metrics.maxVio).toBe(one.steps[i].metrics.maxVio)
+    }
+  })
+
+  test('goes on bit for bit, and leaves what one rank leaves', async () => {
+    const [straight] = await onRanks(arrangement, { schedule: () => 1 })
+    const [out, ofOne] = [await temporaryFolder(), await temporaryFolder()]
+    const shared = { schedule: () => 1, checkpointEvery: 3, keepCheckpoints: 5 }
+    // Rank 0 alone has a folder to write to.
+    const written = await onRanks(arrangement, { ...shared, out })
+    const one = await alone({ ...shared, out: ofOne })
+    expect(written.map(({ result }) => result.checkpoint)).toEqual([join(out, 'checkpoints', 'step-000008'), undefined])
+    const checkpoint = join(out, 'checkpoints', 'step-000003')
+    for (const file of ['optimizer.safetensors', join('model', 'model.safetensors')]) {
+      const like = join(ofOne, 'checkpoints', 'step-000003')
+      expect(await tensorsIn(join(checkpoint, file))).toEqual(await tensorsIn(join(like, file)))
+    }
+    const [lines, like] = [
+      await readMetrics(join(out, 'metrics.jsonl')),
+      await readMetrics(join(ofOne, 'metrics.jsonl')),
+    ]
+    expect(lines.map(line => [line.step, Object.keys(line).sort()])).toEqual(
+      like.map(line => [line.step, Object.keys(line).sort()]),
+    )
+    expect(written[0].result).toMatchObject({ steps: 8, parameters: one.result.parameters, tokens: one.result.tokens })
+    const [first, second] = await onRanks(arrangement, { ...shared, out, resume: checkpoint })
+    expect(first.steps).toEqual(straight.steps.slice(3))
+    expect(first.weights).toEqual(straight.weights)
+    expect(second.weights).toEqual(straight.weights)
+    const opened = await DeepSeek.fromPretrained(join(first.result.checkpoint as string, 'model'), { backend })
+    const entries = stateDict(opened).map(async ({ name, data }) => [name, Array.from(await data())] as const)
+    expect(Object.fromEntries(await Promise.all(entries))).toEqual(first.weights)
+    opened.dispose()
+  })
+})
+
+describe('a checkpoint goes on in any arrangement of as many micro-batches', () => {
+  const all: Record<string, (options: Options) => Promise<Trained>> = {
+    'one rank': options => alone(options),
+    'two ranks': async options => (await onRanks(rows, options))[0],
+    stages: async options => (await onRanks(stages, options))[0],
+    'a rank for every layer': async options => (await onRanks(pipelined(oneForwardOneBackward), options, {}, 5))[0],
+    experts: async options => (await onRanks(experts, options))[0],
+    'experts on four ranks': async options => (await onRanks({ ...experts, accumulate: 1 }, options, {}, 4))[0],
+  }
+
+  test.each(
+    Object.keys(all).flatMap(from =>
+      Object.keys(all).flatMap(to =>
+        from === to || (from !== 'one rank' && to !== 'one rank' && from > to) ? [] : [[from, to]],
+      ),
+    ),
+  )('%s, then %s', async (from, to) => {
+    const options = { schedule: () => 1, ...(to === 'experts' && { optimizer: muon }) }
+    const straight = await all['one rank'](options)
+    const out = await temporaryFolder()
+    await all[from]({ ...options, out, checkpointEvery: 3, keepCheckpoints: 5 })
+    const resumed = await all[to]({ ...options, out, resume: join(out, 'checkpoints', 'step-000003') })
+    expect(resumed.steps.map(({ step }) => step)).toEqual([4, 5, 6, 7, 8])
+    expect(difference(resumed, straight)).toBeLessThan(1e-5)
+    expect(biases(resumed)).toEqual(biases(straight))
+    for (const [i, { loss }] of resumed.steps.entries()) expect(loss).toBeCloseTo(straight.steps[3 + i].loss, 4)
+  })
+
+  test('not with other settings of its optimizer', async () => {
+    const out = await temporaryFolder()
+    await onRanks(stages, { out, steps: 2, schedule: () => 1 })
+    const other = alone({ out, steps: 2, schedule: () => 1, resume: true, decays: () => false })
+    await expect(other).rejects.toThrow(/optimizer: saved with adamw .*"decaying":[1-9]\d*}, now adamw .*"decaying":0}/)
+  })
+})
+
+test('held-out text is measured on the whole model, and training goes on from its parts', async () => {
+  const data = () => {
+    const document = (n: number) => Int32Array.from({ length: 60 }, (_, i) => 2 + ((i * i * n + 3 * i) % 38))
+    return {
+      training: TokenDataset.fromTokens([1, 2, 3].map(document)),
+      validation: TokenDataset.fromTokens([document(5)]),
+    }
+  }
+  const losses: number[][] = []
+  const measured = (rank: number): Options => ({
+    data: data(),
+    steps: 6,
+    evalEvery: 2,
+    onEvent: event => {
+      if (event.type === 'evaluation') losses[rank] = [...(losses[rank] ?? []), event.loss]
+    },
+  })
+  await alone(measured(2))
+  expect(losses[2]).toHaveLength(3)
+  for (const arrangement of [stages, experts]) {
+    await onRanks(arrangement, measured)
+    for (const rank of [0, 1]) {
+      expect(losses[rank]).toEqual(losses[2].map(loss => expect.closeTo(loss, 4)))
+      losses[rank] = []
+    }
+  }
+})
+
+describe.each([
+  ['stages', stages],
+  ['experts', experts],
+] as const)('%s', (_, arrangement) => {
+  const together = (options: (rank: number) => Options) => onRanks(arrangement, options)
+
+  test('stop after the same step, whoever is told to, and go on', async () => {
+    const out = await temporaryFolder()
+    const stop = new AbortController()
+    const schedule = () => 1
+    const runs = await together(rank => ({
+      schedule,
+      // The others have no folder, and take part all the same.
+      ...(rank === 0 && { out }),
+      ...(rank === 1 && { signal: stop.signal }),
+      onEvent: event => {
+        if (rank === 1 && event.type === 'step' && event.step === 3) stop.abort()
+      },
+    }))
+    for (const { result } of runs) expect(result).toMatchObject({ steps: 3, stopped: 'interrupted' })
+    expect(runs[1].weights).toEqual(runs[0].weights)
+    const late = await together(rank => ({
+      schedule,
+      out,
+      resume: true,
+      ...(rank === 0 && { timeLimitSeconds: 1e-9 }),
+    }))
+    for (const { result } of late) expect(result).toMatchObject({ steps: 4, stopped: 'time' })
+    const [rest] = await together(() => ({ schedule, out, resume: true }))
+    expect(rest.weights).toEqual((await together(() => ({ schedule })))[0].weights)
+  })
+
+  test('a step that is not finite is applied nowhere, and all ranks say where it came from', async () => {
+    const errors: unknown[] = []
+    const out = await temporaryFolder()
+    const schedule = (rank: number) => (step: number) => (step === 1 && rank === 1 ? Number.NaN : 1)
+    const run = together(rank => ({
+      schedule: schedule(rank),
+      out,
+      checkpointEvery: 1,
+      onEvent: event => {
+        if (event.type === 'fail') errors.push(event.error)
+      },
+    }))
+    // The second step has made weights of rank 1 useless: they are not saved either.
+    await expect(run).rejects.toThrow(
+      /^train: after step 2 the model holds numbers that are not finite, first in the values of /,
+    )
+    expect(errors.map(String)).toEqual([1, 2].map(() => expect.stringMatching(/after step 2 the model holds numbers/)))
+    const unsaved = together(rank => ({
+      schedule: schedule(rank),
+      onEvent: event => void (event.type === 'fail' && errors.push(event.error)),
+    }))
+    await expect(unsaved).rejects.toThrow(
+      /^train: step 3 has loss NaN and gradient norm NaN, not finite first in the values of \S+: /,
+    )
+    expect(String(errors[3])).toBe(String(errors[2]))
+  })
+
+  test('one that fails ends the others, with its reason', async () => {
+    const errors: unknown[] = []
+    const run = together(rank => ({
+      onEvent: event => {
+        if (event.type === 'fail') errors[rank] = event.error
+        if (rank === 1 && event.type === 'step' && event.step === 3) throw new Error('rank 1 has had enough')
+      },
+    }))
+    await expect(run).rejects.toThrow('rank 1 has had enough')
+    expect(errors.map(String)).toEqual([
+      expect.stringMatching(/a message will not come: rank 1 has failed: rank 1 has had enough/),
+      'Error: rank 1 has had enough',
+    ])
+  })
+})
+
+describe('what does not fit is refused in words', () => {
+  const refused = (options: Options, onRanks: Parameters<typeof trainSmall>[2] = {}) =>
+    local(1, ranks => trainSmall(backend, { ...options }, { onRanks: made => stages.onRanks(made, ranks), ...onRanks }))
+
+  test('micro-batches that the schedule does not have', async () => {
+    await expect(refused({ accumulate: 3 })).rejects.toThrow(/accumulate is 3, ranks take 4 micro-batches a step/)
+    const [{ steps }] = await refused({ steps: 1 })
+    expect(steps[0].tokens).toBe(64)
+  })
+
+  test('stages of another model', async () => {
+    await local(1, async ranks => {
+      const model = new DeepSeek(
+        { ...presets.tiny, vocab_size: 40, hidden_size: 16, num_hidden_layers: 1 },
+        { backend },
+      )
+      const pipeline = new Pipeline(model, oneForwardOneBackward(1, 1), ranks)
+      const spread = new ExpertParallel(model, ranks)
+      for (const onRanks of [() => pipeline, () => spread])
+        await expect(trainSmall(backend, {}, { onRanks })).rejects.toThrow(
+          /ranks train model\.embed_tokens\.weight, which is no parameter of the model; make the Pipeline/,
+        )
+      spread.dispose()
+      model.dispose()
+    })
+  })
+
+  test('an optimizer that does not say whose state it has', async () => {
+    const optimizer = (parameters: ConstructorParameters<typeof AdamW>[0]): Optimizer => {
+      const adamw = new AdamW(parameters)
+      const entries = () => adamw.entries().map(({ parameter: _, ...entry }) => entry)
+      return {
+        name: 'mine',
+        settings: of => adamw.settings(of),
+        step: (lr, gradScale) => adamw.step(lr, gradScale),
+        load: (source, steps) => adamw.load(source, steps),
+        dispose: () => adamw.dispose(),
+        entries,
+      }
+    }
+    await expect(refused({ optimizer })).rejects.toThrow(
+      /mine does not say which parameter m\.model\.embed_tokens\.weight is the state of/,
+    )
+  })
+
+  test('ranks that are none, and ranks with other plans', async () => {
+    const none = (ranks: unknown) => trainSmall(backend, { ranks } as Options)
+    await expect(none(Promise.resolve())).rejects.toThrow(/ranks is a promise, needs what await mpi\(\)/)
+    await expect(none({})).rejects.toThrow(/ranks is no communicator/)
+    const plans = local(2, ranks => trainSmall(backend, { ranks, evalEvery: ranks.rank }))
+    await expect(plans).rejects.toThrow(/rank 0 has evalEvery 0, rank 1 1; give train the same options on every rank/)
+  })
+
+  test('experts beside other weights', async () => {
+    const seeds = local(2, ranks =>
+      trainSmall(backend, {}, { seed: ranks.rank, onRanks: made => experts.onRanks(made, ranks) }),
+    )
+    await expect(seeds).rejects.toThrow(
+      /rank 0 begins at step 0 with weights of norm \S+ in \S+, rank 1 at step 0 .*same seed/,
+    )
+  })
+})
+
+// Reason to skip: no MPI is installed here (Debian: apt-get install openmpi-bin, or mpich).
+const installed = launchers()
+const script = fileURLToPath(new URL('./test-training.ts', import.meta.url))
+test.skipIf(installed.length === 0).each(['stages', 'experts'] as const)(
+  'processes of mpirun with %s have the bits of the local communicator',
+  async what => {
+    const [first] = await onRanks(arrangements[what], { eps: 1e-8 })
+    for (const launcher of installed) {
+      const { reports, errors } = await launch(launcher, 2, [script, what])
+      expect(errors).toBe('')
+      const printed = { digest: digestOf(first), losses: first.steps.map(({ loss }) => loss) }
+      expect(reports).toEqual([0, 1].map(rank => ({ rank, ...printed })))
+    }
+  },
+  240_000,
+)

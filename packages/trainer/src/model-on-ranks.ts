@@ -1,0 +1,141 @@
+/** @file A model that lies on several ranks, each training a part of it: what the trainer asks of it, and its steps. */
+import {
+  full,
+  isMoeError,
+  MoeError,
+  type NamedParameter,
+  namedParameters,
+  type Precision,
+  type Shape,
+  scope,
+  type Tensor,
+} from '@moe/core'
+import type { TokenBatch, TrainableModel } from './model.ts'
+import { findNonFinite, stepError } from './non-finite.ts'
+import { clipScale } from './optim/clip.ts'
+import type { Optimizer } from './optim/optimizer.ts'
+import { gatherValues, type Ranks } from './ranks.ts'
+import type { StepNumbers, Steps } from './step-numbers.ts'
+
+/** A parameter of a rank, under its name in the model. */
+export interface OwnParameter extends NamedParameter {
+  /** Where it is a run of rows of the model's parameter, as of a stack of experts: the first of them. Together the ranks have all rows. */
+  readonly firstRow?: number
+}
+
+/**
+ * A model of which every rank trains a part, in place of the same model on each: a `Pipeline` or an `ExpertParallel` of `@moe/parallel` is one. All ranks make the same calls in the same order.
+ */
+export interface ModelOnRanks {
+  readonly ranks: Ranks & {
+    /** To one rank, which receives in the order of sending. */
+    send(tensor: Tensor, to: number): Promise<void>
+    /** What rank `from` sends next, which must be of this shape and dtype; it belongs to the caller. */
+    receive(like: Pick<Tensor, 'shape' | 'dtype' | 'backend'>, from: number): Promise<Tensor>
+  }
+  /** What this rank trains. Of the model's own parameters, those that it lacks are freed. */
+  readonly parameters: readonly OwnParameter[]
+  /** The rows of every step that this rank is given, as `TrainingOrder` has it: ranks with the same number have the same micro-batches. */
+  readonly dataShare: { readonly rank: number; readonly world: number }
+  /** Micro-batches that a step must have. Undefined for any number. */
+  readonly microBatches?: number
+  /**
+   * Forward and backward passes of a step, which leave its gradients in `parameters`. It is the step of one rank with the micro-batches of all. The weights of this rank are taken from the model where it has them:
+   * after `gather`, or when a checkpoint was loaded.
+   * @returns numbers of the whole model, the same on every rank; `nll` among the metrics is the next-token negative log-likelihood per counted position
+   * @throws MoeError E_NAN on all ranks (details: `loss`, `gradNorm`), when one of these is not finite
+   */
+  step(
+    batches: readonly TokenBatch[],
+    options: { readonly precision?: Precision },
+  ): Promise<{
+    readonly loss: number
+    /** Over all gradients of all ranks. */
+    readonly gradNorm: number
+    readonly metrics: Readonly<Record<string, number>>
+  }>
+  /** Gives the model on every rank all weights, until the next step. */
+  gather(): Promise<void>
+}
+
+/** @throws MoeError E_CONFIG when it was made of another model */
+export function checkOnRanks({ parameters }: ModelOnRanks, model: TrainableModel): void {
+  const whole = new Map(namedParameters(model).map(({ name, parameter }) => [name, parameter]))
+  const fits = ({ name, parameter, firstRow }: OwnParameter) => {
+    const of = whole.get(name)
+    return firstRow === undefined ? of === parameter : of !== undefined && isRows(parameter.shape, of.shape)
+  }
+  const other = parameters.find(own => !fits(own))
+  if (other === undefined) return
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'train',
+    problem: `ranks train ${other.name}, which is no parameter of the model`,
+    fix: 'make the Pipeline or ExpertParallel of the model that is trained',
+  })
+}
+
+const isRows = ([, ...own]: Shape, [, ...whole]: Shape) => own.join() === whole.join()
+
+/** Steps that all ranks take together: the passes are the model's, each rank updates its part. */
+export class StepsOnRanks implements Steps {
+  readonly #model: TrainableModel
+  readonly #onRanks: ModelOnRanks
+  readonly #optimizer: Optimizer
+  readonly #options: { readonly clip: number; readonly precision: Precision }
+
+  constructor(
+    model: TrainableModel,
+    onRanks: ModelOnRanks,
+    optimizer: Optimizer,
+    options: { readonly clip: number; readonly precision: Precision },
+  ) {
+    this.#model = model
+    this.#onRanks = onRanks
+    this.#optimizer = optimizer
+    this.#options = options
+  }
+
+  async step(
+    batches: readonly TokenBatch[],
+    { lr, step }: { lr: number; step: number },
+  ): Promise<Omit<StepNumbers, 'count'>> {
+    const { ranks } = this.#onRanks
+    try {
+      const { loss, gradNorm, metrics } = await this.#passes(batches, step)
+      this.#update(lr, gradNorm)
+      const after = (await this.#model.afterStep?.(counts => ranks.allReduce(counts))) ?? {}
+      const { nll = loss, ...others } = metrics
+      return { loss, nll, gradNorm, metrics: others, after }
+    } finally {
+      this.#zeroGradients()
+    }
+  }
+
+  prepare(): void {}
+
+  dispose(): void {}
+
+  async #passes(batches: readonly TokenBatch[], step: number): ReturnType<ModelOnRanks['step']> {
+    const { parameters, ranks } = this.#onRanks
+    try {
+      return await this.#onRanks.step(batches, { precision: this.#options.precision })
+    } catch (error) {
+      if (!isMoeError(error, 'E_NAN')) throw error
+      // All ranks are here, and tell the same.
+      const found = await gatherValues(ranks, await findNonFinite(parameters), parameters[0].parameter)
+      const first = found.find(where => where?.kind === 'value') ?? found.find(where => where !== null) ?? null
+      throw stepError(first, step, error.details as { loss: number; gradNorm: number })
+    }
+  }
+
+  #update(lr: number, gradNorm: number): void {
+    const { backend } = this.#onRanks.parameters[0].parameter
+    scope(() => this.#optimizer.step(lr, clipScale(full([], gradNorm, { backend }), this.#options.clip)))
+    this.#zeroGradients()
+  }
+
+  #zeroGradients(): void {
+    for (const { parameter } of this.#onRanks.parameters) parameter.zeroGrad()
+  }
+}
