@@ -6,15 +6,14 @@
  *   node examples/experts-on-ranks.ts [steps]
  */
 import { createRequire } from 'node:module'
-import { full, type NamedParameter, namedParameters, scope, setDefaultBackend } from '@moe/core'
+import { type NamedParameter, namedParameters, setDefaultBackend } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { type Communicator, ExpertParallel, local, mpi } from '@moe/parallel'
 import { trainBpe } from '@moe/tokenizer-bpe'
-import { AdamW, TokenDataset, TrainingOrder, trainingStep } from '@moe/trainer'
+import { TokenDataset, type TrainOptions, train } from '@moe/trainer'
 
 const steps = Number(process.argv[2] ?? 30)
-const lr = 2e-3
 const isLaunched = ['OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS'].some(name => name in process.env)
 
 // The cores of a machine are shared by its ranks.
@@ -32,43 +31,41 @@ const newModel = () =>
     { ...presets.tiny, vocab_size: tokenizer.vocabSize, hidden_size: 64, num_hidden_layers: 3 },
     { seed: 1, objective: { biasSpeed: 0.01 } },
   )
-const { lookahead } = newModel()
-/** Micro-batches of two rows of 64 positions. */
-const rows = { batchSize: 2, sequenceLength: 64, lookahead }
 const numbersIn = (parameters: readonly NamedParameter[]) =>
   parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)
 
-/** One rank with the micro-batches of all. */
-async function alone(size: number): Promise<number[]> {
-  const model = newModel()
-  const parameters = namedParameters(model)
-  const optimizer = new AdamW(parameters)
-  const order = new TrainingOrder(training, { ...rows, accumulate: size })
-  const losses: number[] = []
-  for (let step = 0; step < steps; step++)
-    losses.push((await trainingStep(model, parameters, optimizer, order.step(step), { lr })).loss)
-  return losses
+/** Losses of a training. */
+async function losses(model: DeepSeek, options: Partial<TrainOptions>): Promise<number[]> {
+  const found: number[] = []
+  await train(model, {
+    data: { training },
+    steps,
+    batchSize: 2,
+    sequenceLength: 64,
+    lr: 2e-3,
+    progress: false,
+    onEvent: event => {
+      if (event.type === 'step') found.push(event.loss)
+    },
+    ...options,
+  })
+  return found
 }
 
 async function spreadOver(ranks: Communicator): Promise<void> {
-  const expected = ranks.rank === 0 ? await alone(ranks.size) : []
   const model = newModel()
   const spread = new ExpertParallel(model, ranks)
-  const optimizer = new AdamW(spread.parameters)
-  const order = new TrainingOrder(training, { ...rows, rank: ranks.rank, world: ranks.size })
   const [own, all] = [numbersIn(spread.parameters), numbersIn(namedParameters(model))]
   console.log(`rank ${ranks.rank} trains ${own} of ${all} parameters`)
-  for (let step = 0; step < steps; step++) {
-    const { loss, gradNorm } = await spread.step(order.step(step))
-    scope(() => optimizer.step(lr, full([], Math.min(1, 1 / gradNorm))))
-    await model.afterStep(loads => ranks.allReduce(loads))
-    if (ranks.rank === 0 && ((step + 1) % 5 === 0 || step === 0))
-      console.log(
-        `step ${step + 1}: loss ${loss.toFixed(4)} on ${ranks.size} ranks, ${expected[step].toFixed(4)} on one`,
-      )
-  }
-  await spread.gather()
+  const found = await losses(model, { ranks: spread })
   if (ranks.rank !== 0) return
+  // One rank with the micro-batches of all.
+  const alone = await losses(newModel(), { accumulate: ranks.size })
+  for (let step = 0; step < steps; step += step === 0 ? 4 : 5)
+    console.log(
+      `step ${step + 1}: loss ${found[step].toFixed(4)} on ${ranks.size} ranks, ${alone[step].toFixed(4)} on one`,
+    )
+  // Every rank has the whole trained model.
   let text = ''
   for await (const piece of model.generate(tokenizer.encode('Fellow citizens'), { tokenizer, maxTokens: 20 }))
     text += piece

@@ -6,15 +6,15 @@
  *   node examples/pipeline.ts [steps]
  */
 import { createRequire } from 'node:module'
-import { full, namedParameters, scope, setDefaultBackend } from '@moe/core'
+import { setDefaultBackend } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { type Communicator, dualPipeV, local, mpi, Pipeline, stagesOf } from '@moe/parallel'
 import { trainBpe } from '@moe/tokenizer-bpe'
-import { AdamW, TokenDataset, TrainingOrder, trainingStep } from '@moe/trainer'
+import { TokenDataset, type TrainOptions, train } from '@moe/trainer'
 
 const steps = Number(process.argv[2] ?? 30)
-const [microBatches, lr] = [8, 2e-3]
+const microBatches = 8
 const isLaunched = ['OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS'].some(name => name in process.env)
 
 // The cores of a machine are shared by its ranks.
@@ -32,41 +32,37 @@ const newModel = () =>
     { ...presets.tiny, vocab_size: tokenizer.vocabSize, hidden_size: 64, num_hidden_layers: 6 },
     { seed: 1, objective: { biasSpeed: 0.01 } },
   )
-/** The same micro-batches of two rows of 64 positions everywhere. */
-const order = new TrainingOrder(training, {
-  batchSize: 2,
-  accumulate: microBatches,
-  sequenceLength: 64,
-  lookahead: newModel().lookahead,
-})
 
-async function alone(): Promise<number[]> {
-  const model = newModel()
-  const parameters = namedParameters(model)
-  const optimizer = new AdamW(parameters)
-  const losses: number[] = []
-  for (let step = 0; step < steps; step++)
-    losses.push((await trainingStep(model, parameters, optimizer, order.step(step), { lr })).loss)
-  return losses
+/** Losses of a training. */
+async function losses(model: DeepSeek, options: Partial<TrainOptions>): Promise<number[]> {
+  const found: number[] = []
+  await train(model, {
+    data: { training },
+    steps,
+    batchSize: 2,
+    sequenceLength: 64,
+    lr: 2e-3,
+    progress: false,
+    onEvent: event => {
+      if (event.type === 'step') found.push(event.loss)
+    },
+    ...options,
+  })
+  return found
 }
 
 async function inStages(ranks: Communicator): Promise<void> {
-  const expected = ranks.rank === 0 ? await alone() : []
   const model = newModel()
   const schedule = dualPipeV(ranks.size, microBatches)
   const pipeline = new Pipeline(model, schedule, ranks)
-  const optimizer = new AdamW(pipeline.parameters)
   const count = pipeline.parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)
   console.log(`rank ${ranks.rank} trains stages ${stagesOf(schedule, ranks.rank).join(' and ')}, ${count} parameters`)
-  for (let step = 0; step < steps; step++) {
-    const { loss, gradNorm } = await pipeline.step(order.step(step))
-    scope(() => optimizer.step(lr, full([], Math.min(1, 1 / gradNorm))))
-    await model.afterStep(loads => ranks.allReduce(loads))
-    if (ranks.rank === 0 && ((step + 1) % 5 === 0 || step === 0))
-      console.log(`step ${step + 1}: loss ${loss.toFixed(4)} in stages, ${expected[step].toFixed(4)} on one rank`)
-  }
-  await pipeline.gather()
+  const found = await losses(model, { ranks: pipeline })
   if (ranks.rank !== 0) return
+  const alone = await losses(newModel(), { accumulate: microBatches })
+  for (let step = 0; step < steps; step += step === 0 ? 4 : 5)
+    console.log(`step ${step + 1}: loss ${found[step].toFixed(4)} in stages, ${alone[step].toFixed(4)} on one rank`)
+  // Every rank has the whole trained model.
   let text = ''
   for await (const piece of model.generate(tokenizer.encode('Fellow citizens'), { tokenizer, maxTokens: 20 }))
     text += piece

@@ -190,7 +190,7 @@ test.skipIf(installed.length === 0)(
     for (const launcher of installed) {
       const { reports, errors } = await launch(launcher, 2, [script])
       expect(errors).toBe('')
-      const printed = { digest: digestOf(first), losses: first.steps.map(({ loss }) => loss) }
+      const printed = { digest: digestOf(first), losses: first.steps.map(({ loss }) => loss), stopped: 'finished' }
       expect(reports).toEqual([0, 1].map(rank => ({ rank, ...printed })))
     }
   },

@@ -1,4 +1,4 @@
-/** @file For tests only: a small DeepSeek in training, by one rank or several; and, as a program, one rank that `mpirun` has started (reports its losses and a digest of its weights). Its argument says what ranks share: rows (if there is none), stages or experts. */
+/** @file For tests only: a small DeepSeek in training, by one rank or several; and, as a program, one rank that `mpirun` has started (reports its losses and a digest of its weights). Its arguments say what ranks share (rows if there are none, stages or experts), and what happens to rank 1 after its third step. */
 import { createHash } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
 import { type Backend, Random, stateDict } from '@moe/core'
@@ -97,10 +97,20 @@ export const digestOf = ({ weights }: Trained) => createHash('sha256').update(JS
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const ranks = await mpi()
-  const { accumulate, onRanks } = arrangements[(process.argv[2] ?? 'rows') as keyof typeof arrangements]
+  const [what = 'rows', happens] = process.argv.slice(2)
+  const { accumulate, onRanks } = arrangements[what as keyof typeof arrangements]
+  const options: Partial<TrainOptions> = {
+    accumulate,
+    handleSignals: true,
+    onEvent: event => {
+      if (ranks.rank !== 1 || event.type !== 'step' || event.step !== 3) return
+      if (happens === 'fail') throw new Error('rank 1 has had enough')
+      if (happens === 'terminate') process.kill(process.pid, 'SIGTERM')
+    },
+  }
   const model = { onRanks: (made: DeepSeek) => onRanks(made, ranks) }
-  const trained = await trainSmall(await createBackend({ threads: 1 }), { accumulate }, model)
+  const trained = await trainSmall(await createBackend({ threads: 1 }), options, model)
   const losses = trained.steps.map(({ loss }) => loss)
-  report({ rank: ranks.rank, digest: digestOf(trained), losses })
+  report({ rank: ranks.rank, digest: digestOf(trained), losses, stopped: trained.result.stopped })
   await ranks.close()
 }

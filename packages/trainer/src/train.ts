@@ -18,7 +18,7 @@ import { checkModel } from './check-model.ts'
 import { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
 import { lockFolder } from './checkpoints/folder-lock.ts'
 import { OptimizerOnRanks } from './checkpoints/optimizer-on-ranks.ts'
-import { loadTraining, type StoredOptimizer, saveTraining } from './checkpoints/save-load.ts'
+import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import { TokenDataset } from './data/token-dataset.ts'
 import { TrainingOrder } from './data/training-order.ts'
@@ -154,8 +154,8 @@ class Run {
   readonly listeners: readonly TrainListener[]
   /** Folder of the run on the rank that writes it. */
   readonly writesTo: string | undefined
-  /** The optimizer as checkpoints have it. */
-  stored: StoredOptimizer | OptimizerOnRanks
+  /** The optimizer as checkpoints have it, where ranks have parts of it. */
+  optimizerOnRanks: OptimizerOnRanks | undefined
   /** Whether there are checkpoints, be it of another rank. */
   saves: boolean
   /** Steps done when the model was last made whole. */
@@ -191,7 +191,6 @@ class Run {
     this.data = data
     this.parameters = parameters
     this.optimizer = optimizer
-    this.stored = optimizer
     const { clip, precision, record, ranks, onRanks, sequenceLength, batchSize, accumulate, seed, rank, world } =
       settings
     this.steps =
@@ -240,7 +239,7 @@ class Run {
   async all(): Promise<TrainResult> {
     const { settings } = this
     const { ranks, onRanks } = settings
-    if (onRanks !== undefined) this.stored = await OptimizerOnRanks.of(onRanks, this.optimizer)
+    if (onRanks !== undefined) this.optimizerOnRanks = await OptimizerOnRanks.of(onRanks, this.optimizer)
     await this.begin()
     if (ranks !== undefined) await this.agree(ranks)
     this.emitStart()
@@ -399,7 +398,7 @@ class Run {
   }
 
   async save(): Promise<void> {
-    const { settings, step, tokens, trainSeconds, writesTo, stored } = this
+    const { settings, step, tokens, trainSeconds, writesTo } = this
     if (!this.saves || this.savedStep === step) return
     const started = performance.now()
     this.log?.flush()
@@ -407,7 +406,7 @@ class Run {
     await this.checkFinite()
     this.savedStep = step
     if (writesTo === undefined) {
-      if (stored instanceof OptimizerOnRanks) await stored.send()
+      await this.optimizerOnRanks?.send()
       return
     }
     const balance = [...this.balanceNames]
@@ -420,7 +419,7 @@ class Run {
   }
 
   get parts() {
-    return { model: this.model, optimizer: this.stored, tokenizer: this.settings.tokenizer }
+    return { model: this.model, optimizer: this.optimizerOnRanks ?? this.optimizer, tokenizer: this.settings.tokenizer }
   }
 
   /** Makes the model whole where ranks have parts of it. */
