@@ -94,12 +94,13 @@ export class DeepSeekStages {
   /**
    * The stages with the micro-batches of one step, all of the same size. A micro-batch weighs as much as it has positions that carry loss: the sum of all losses is the loss of
    * one batch with all their rows (MTP and balance apart, which are means over micro-batches).
-   * @returns `between`, what goes from a stage to the next; `digest`, 32 bits by which ranks see that all have the same micro-batches
+   * @returns `between`, what goes from a stage to the next; `count`, the positions that carry loss; `digest`, 32 bits by which ranks see that all have the same micro-batches
    * @throws MoeError E_SHAPE
    */
   step(batches: readonly TokenRows[]): {
     readonly stages: readonly DeepSeekStage[]
     readonly between: { readonly shape: Shape; readonly dtype: DType; readonly backend: Backend }
+    readonly count: number
     readonly digest: number
   } {
     const { backend, config, lookahead } = this.#model
@@ -118,6 +119,7 @@ export class DeepSeekStages {
     return {
       stages: this.parameters.map((_, n) => ({ forward: (input, m) => this.#forward(n, input, micro[m]) })),
       between: { shape: [rows, length - lookahead, config.hidden_size], dtype: 'f32', backend },
+      count: total,
       digest: digestOf(batches.flatMap(({ tokens, documents }) => [tokens, documents])),
     }
   }

@@ -9,7 +9,7 @@ import { createBackend } from '@moe/kernels-cpu'
 import { auxFree, together as both, sequenceWise } from '@moe/router'
 import { AdamW, Muon, type Optimizer, readMetrics, TokenDataset, type TrainOptions } from '@moe/trainer'
 import { afterAll, afterEach, describe, expect, test } from 'vitest'
-import { dualPipe, dualPipeV, ExpertParallel, local, oneForwardOneBackward, Pipeline } from './index.ts'
+import { dualPipe, dualPipeV, ExpertParallel, local, oneForwardOneBackward, Pipeline, zeroBubbleH1 } from './index.ts'
 import { launch, launchers } from './mpi/test-launch.ts'
 import { arrangements, digestOf, type Trained, trainSmall } from './test-training.ts'
 
@@ -51,6 +51,13 @@ const pipelined = (scheduleOf: typeof dualPipe) => ({
     new Pipeline(model, scheduleOf(ranks.size, 4), ranks),
 })
 
+/** Two pipelines of two ranks. */
+const replicated = {
+  accumulate: 2,
+  onRanks: (model: DeepSeek, ranks: Parameters<typeof stages.onRanks>[1]) =>
+    new Pipeline(model, zeroBubbleH1(2, 2), ranks),
+}
+
 /** Largest difference of any weight, relative to the largest weight of its tensor. */
 function difference(a: Trained, b: Trained): number {
   const of = (name: string) => {
@@ -71,13 +78,14 @@ async function tensorsIn(path: string): Promise<Record<string, unknown>> {
 }
 
 const each = [
-  ['stages by ZB-H1', stages],
-  ['stages by DualPipeV', pipelined(dualPipeV)],
-  ['stages by DualPipe, which lie on two ranks each', pipelined(dualPipe)],
-  ['experts', experts],
+  ['stages by ZB-H1', stages, 2],
+  ['stages by DualPipeV', pipelined(dualPipeV), 2],
+  ['stages by DualPipe, which lie on two ranks each', pipelined(dualPipe), 2],
+  ['two pipelines', replicated, 4],
+  ['experts', experts, 2],
 ] as const
 
-describe.each(each)('a run with %s on two ranks is that of one rank', (_, arrangement) => {
+describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) => {
   test.each<[string, Options, DeepSeekOptions]>([
     ['AdamW', { steps: 24 }, {}],
     ['Muon', { optimizer: muon }, {}],
@@ -86,10 +94,12 @@ describe.each(each)('a run with %s on two ranks is that of one rank', (_, arrang
     ['a balancer', {}, { balancer: both(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
   ])('%s', async (_, options, model) => {
     const one = await alone(options, model)
-    const [first, second] = await onRanks(arrangement, options, model)
-    // Both have the whole model in the end.
-    expect(second.weights).toEqual(first.weights)
-    expect(second.steps).toEqual(first.steps)
+    const [first, ...others] = await onRanks(arrangement, options, model, size)
+    // All have the whole model in the end.
+    for (const other of others) {
+      expect(other.weights).toEqual(first.weights)
+      expect(other.steps).toEqual(first.steps)
+    }
     // As with rows on several ranks.
     expect(difference(first, one)).toBeLessThan(1e-5)
     expect(biases(first)).toEqual(biases(one))
@@ -107,13 +117,14 @@ describe.each(each)('a run with %s on two ranks is that of one rank', (_, arrang
   })
 
   test('goes on bit for bit, and leaves what one rank leaves', async () => {
-    const [straight] = await onRanks(arrangement, { schedule: () => 1 })
+    const [straight] = await onRanks(arrangement, { schedule: () => 1 }, {}, size)
     const [out, ofOne] = [await temporaryFolder(), await temporaryFolder()]
     const shared = { schedule: () => 1, checkpointEvery: 3, keepCheckpoints: 5 }
-    // Rank 0 alone has a folder to write to.
-    const written = await onRanks(arrangement, { ...shared, out })
+    const written = await onRanks(arrangement, { ...shared, out }, {}, size)
     const one = await alone({ ...shared, out: ofOne })
-    expect(written.map(({ result }) => result.checkpoint)).toEqual([join(out, 'checkpoints', 'step-000008'), undefined])
+    // Rank 0 alone writes.
+    const [last, ...none] = written.map(({ result }) => result.checkpoint)
+    expect([last, new Set(none)]).toEqual([join(out, 'checkpoints', 'step-000008'), new Set([undefined])])
     const checkpoint = join(out, 'checkpoints', 'step-000003')
     for (const file of ['optimizer.safetensors', join('model', 'model.safetensors')]) {
       const like = join(ofOne, 'checkpoints', 'step-000003')
@@ -127,10 +138,9 @@ describe.each(each)('a run with %s on two ranks is that of one rank', (_, arrang
       like.map(line => [line.step, Object.keys(line).sort()]),
     )
     expect(written[0].result).toMatchObject({ steps: 8, parameters: one.result.parameters, tokens: one.result.tokens })
-    const [first, second] = await onRanks(arrangement, { ...shared, out, resume: checkpoint })
+    const [first, ...others] = await onRanks(arrangement, { ...shared, out, resume: checkpoint }, {}, size)
     expect(first.steps).toEqual(straight.steps.slice(3))
-    expect(first.weights).toEqual(straight.weights)
-    expect(second.weights).toEqual(straight.weights)
+    for (const { weights } of [first, ...others]) expect(weights).toEqual(straight.weights)
     const opened = await DeepSeek.fromPretrained(join(first.result.checkpoint as string, 'model'), { backend })
     const entries = stateDict(opened).map(async ({ name, data }) => [name, Array.from(await data())] as const)
     expect(Object.fromEntries(await Promise.all(entries))).toEqual(first.weights)
@@ -144,6 +154,7 @@ describe('a checkpoint goes on in any arrangement of as many micro-batches', () 
     'two ranks': async options => (await onRanks(rows, options))[0],
     stages: async options => (await onRanks(stages, options))[0],
     'a rank for every layer': async options => (await onRanks(pipelined(oneForwardOneBackward), options, {}, 5))[0],
+    'two pipelines': async options => (await onRanks(replicated, options, {}, 4))[0],
     experts: async options => (await onRanks(experts, options))[0],
     'experts on four ranks': async options => (await onRanks({ ...experts, accumulate: 1 }, options, {}, 4))[0],
   }

@@ -41,6 +41,11 @@ export interface Communicator {
   send(tensor: Tensor, to: number): Promise<void>
   /** What rank `from` sends next, which must be of this shape and dtype. */
   receive(like: TensorLike, from: number): Promise<Tensor>
+  /**
+   * Some of the ranks, this one among them, as ranks of their own, numbered in this order. All ranks call it, each with its group, before their next calls. A group is not taken apart further, and need not be closed.
+   * @throws MoeError E_CONFIG
+   */
+  group(members: readonly number[]): Communicator
   /** Resolves when every rank has called it. */
   barrier(): Promise<void>
   /** The end, on every rank; nothing may be under way. Not for after a failure: other ranks may still wait, and are ended by their launcher when this process ends. */

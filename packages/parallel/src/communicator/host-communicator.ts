@@ -1,6 +1,7 @@
 /** @file A communicator of host memory, from messages between two ranks. */
 import { type DType, fromHost, type HostArray, hostArray, MoeError, sizeOf, type Tensor } from '@moe/core'
 import type { Communicator, Reduction, RowExchange, TensorLike } from './communicator.ts'
+import { GroupTransport } from './group-transport.ts'
 import { checkReduction, reduce } from './reduce.ts'
 import type { Transport } from './transport.ts'
 
@@ -19,6 +20,10 @@ export class HostCommunicator implements Communicator {
   #turn: Promise<unknown> = Promise.resolve()
   /** The latest `send`: the next one leaves after it. */
   #left: Promise<unknown> = Promise.resolve()
+  /** Each once, so that calls within it take turns whoever makes them. */
+  readonly #groups = new Map<string, HostCommunicator>()
+  /** Calls of `group`, as many on every rank: they tell whose lanes are whose. */
+  #grouped = 0
 
   constructor(transport: Transport) {
     this.rank = transport.rank
@@ -131,6 +136,17 @@ export class HostCommunicator implements Communicator {
     return fromHost(data, shape, dtype, backend)
   }
 
+  group(members: readonly number[]): Communicator {
+    this.#checkMembers(members)
+    const firstLane = ++this.#grouped * Object.keys(lanes).length
+    const key = members.join()
+    const known = this.#groups.get(key)
+    if (known !== undefined) return known
+    const group = new HostCommunicator(new GroupTransport(this.#transport, [...members], firstLane))
+    this.#groups.set(key, group)
+    return group
+  }
+
   async barrier(): Promise<void> {
     return this.#inTurn(async () => {
       // After each round a rank knows that twice as many have come.
@@ -213,6 +229,15 @@ export class HostCommunicator implements Communicator {
 
   #evenStarts(length: number): number[] {
     return Array.from({ length: this.size + 1 }, (_, rank) => Math.floor((rank * length) / this.size))
+  }
+
+  #checkMembers(members: readonly number[]): void {
+    const refuse = (problem: string, fix: string) => new MoeError({ code: 'E_CONFIG', op: 'group', problem, fix })
+    if (this.#transport instanceof GroupTransport)
+      throw refuse('this is a group already', 'make groups of the ranks that it is of')
+    for (const member of members) this.#checkRank('group', member)
+    if (new Set(members).size === members.length && members.includes(this.rank)) return
+    throw refuse(`[${members}] is no group of rank ${this.rank}`, 'name it once, and every other member once')
   }
 
   #checkRank(op: string, rank: number, not?: number): void {

@@ -48,6 +48,8 @@ test('what cannot be is an error before anything is sent', async () => {
       ranks.broadcast([vector(1)], 2),
       ranks.send(vector(1), ranks.rank),
       ranks.receive(vector(1), -1),
+      ...[[1 - ranks.rank], [0, 1, 1], [0, 1, 2]].map(async members => ranks.group(members)),
+      (async () => ranks.group([0, 1]).group([ranks.rank]))(),
     ]
     const messages = await Promise.all(
       faults.map(fault => (fault as Promise<unknown>).catch((e: MoeError) => `${e.code} ${e.message}`)),
@@ -61,6 +63,10 @@ test('what cannot be is an error before anything is sent', async () => {
       expect.stringMatching(/^E_CONFIG broadcast: there is no rank 2 of 2/),
       expect.stringMatching(/^E_CONFIG send: rank \d is this rank itself/),
       expect.stringMatching(/^E_CONFIG receive: there is no rank -1 of 2/),
+      expect.stringMatching(/^E_CONFIG group: \[\d\] is no group of rank \d; name it once/),
+      expect.stringMatching(/^E_CONFIG group: \[0,1,1\] is no group of rank \d/),
+      expect.stringMatching(/^E_CONFIG group: there is no rank 2 of 2/),
+      expect.stringMatching(/^E_CONFIG group: this is a group already/),
     ])
     expect(await (await ranks.allReduce([vector(1)]))[0].item()).toBe(2)
   })

@@ -26,8 +26,14 @@ const whole = (x: number) => Math.trunc(x) + 0
 const plain = async (tensors: readonly Tensor[]) =>
   Promise.all(tensors.map(async t => ({ shape: t.shape, dtype: t.dtype, data: [...(await t.data())] })))
 
-/** What this rank gets from every call, as plain data. */
+/** What this rank gets from every call, as plain data; and from those within its group, that of the other odd or even ranks, while all have calls under way. */
 export async function exercise(ranks: Communicator): Promise<Record<string, unknown>> {
+  const members = Array.from({ length: ranks.size }, (_, r) => r).filter(r => r % 2 === ranks.rank % 2)
+  const [whole, inGroup] = await Promise.all([exerciseAll(ranks), exerciseAll(ranks.group(members.reverse()))])
+  return { ...whole, inGroup }
+}
+
+async function exerciseAll(ranks: Communicator): Promise<Record<string, unknown>> {
   const { rank, size } = ranks
   const own = (length: number) => numbersOf(rank, length)
   const results: Record<string, unknown> = {}
@@ -59,6 +65,11 @@ export async function exercise(ranks: Communicator): Promise<Record<string, unkn
 
 /** The same, from all ranks' numbers at once. */
 export function expected(rank: number, size: number): Record<string, unknown> {
+  const members = Math.ceil((size - (rank % 2)) / 2)
+  return { ...expectedOfAll(rank, size), inGroup: expectedOfAll(members - 1 - Math.floor(rank / 2), members) }
+}
+
+function expectedOfAll(rank: number, size: number): Record<string, unknown> {
   const all = Array.from({ length: size }, (_, r) => r)
   const of = (length: number) => all.map(r => numbersOf(r, length))
   const encode = { f32: Math.fround, i32: whole, bf16: (x: number) => fromBf16(toBf16(x)) }

@@ -41,17 +41,20 @@ const allNear = (numbers: Readonly<Record<string, number[] | null>>) =>
   Object.fromEntries(Object.entries(numbers).map(([name, values]) => [name, near(values)]))
 
 /** Steps on all ranks, each beside the whole model's. */
-async function expectWhole(schedule: Schedule, make: () => DeepSeek, rounds = 1): Promise<void> {
-  const { microBatches } = schedule
+async function expectWhole(schedule: Schedule, make: () => DeepSeek, rounds = 1, replicas = 1): Promise<void> {
+  const microBatches = replicas * schedule.microBatches
   const { loss, metrics, gradients, gradNorm } = wholeStep(make(), microBatches)
   const trained = new Set<string>()
   /** Handles that all ranks together hold after each step. */
   const held: number[] = []
-  await local(schedule.ranks.length, async ranks => {
+  await local(replicas * schedule.ranks.length, async ranks => {
     const model = make()
     const pipeline = new Pipeline(model, schedule, ranks)
+    const { rank, world } = pipeline.dataShare
+    expect(world).toBe(replicas)
+    const batches = batchesOf(microBatches, model).filter((_, m) => m % world === rank)
     for (let round = 0; round < rounds; round++) {
-      const found = await pipeline.step(batchesOf(microBatches, model))
+      const found = await pipeline.step(batches)
       expect(found.loss).toBeCloseTo(loss, 5)
       expect(found.gradNorm).toBeCloseTo(gradNorm, 5)
       expect(found.metrics).toEqual(
@@ -74,6 +77,14 @@ async function expectWhole(schedule: Schedule, make: () => DeepSeek, rounds = 1)
 
 describe('a step in stages has loss, metrics, gradients and norm of the whole model, and leaves nothing behind', () => {
   test.each(named)('%s', (_, schedule) => expectWhole(schedule, newModel, 2))
+
+  // Micro-batches count different numbers of positions, and so do the pipelines.
+  test.each([
+    ['two of 1F1B', oneForwardOneBackward(2, 3), 2],
+    ['three of one rank', oneForwardOneBackward(1, 1), 3],
+    ['two of DualPipe', dualPipe(2, 4), 2],
+    ['two of DualPipeV', dualPipeV(2, 4), 2],
+  ] as const)('several pipelines: %s', (_, schedule, replicas) => expectWhole(schedule, newModel, 2, replicas))
 
   test.each<[string, Changes, DeepSeekOptions]>([
     ['embedding and head are one', { tie_word_embeddings: true }, {}],
@@ -189,13 +200,15 @@ test('a step of another number of micro-batches, or of micro-batches of several 
   })
 })
 
-test('ranks that have different micro-batches refuse the step, and go on', async () => {
+test.each([2, 4])('of %i, ranks that have different micro-batches refuse the step, and go on', async size => {
   const schedule = zeroBubbleH1(2, 4)
-  const found = await local(2, async ranks => {
+  const found = await local(size, async ranks => {
     const model = newModel()
     const pipeline = new Pipeline(model, schedule, ranks)
     const own = batchesOf(8, model)
-    const refusal = await pipeline.step(own.slice(4 * ranks.rank, 4 * ranks.rank + 4)).then(String, String)
+    // Those of the last two.
+    const first = ranks.rank === size - 1 ? 4 : 0
+    const refusal = await pipeline.step(own.slice(first, first + 4)).then(String, String)
     const { loss } = await pipeline.step(own.slice(0, 4))
     return [refusal, loss] as const
   })

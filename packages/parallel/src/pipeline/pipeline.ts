@@ -1,5 +1,13 @@
 /** @file Training steps of a model that is cut into stages, on this rank. */
-import { type Backend, checkOptions, defaultBackend, fromHost, type NamedParameter } from '@moe/core'
+import {
+  type Backend,
+  checkOptions,
+  defaultBackend,
+  fromHost,
+  type NamedParameter,
+  reduceGradients,
+  type Tensor,
+} from '@moe/core'
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import { finite, gradientNorm, type StepOptions, type StepResult } from '../gradients.ts'
@@ -21,6 +29,8 @@ export interface ModelInStages<Batch> {
   step(batches: readonly Batch[]): {
     readonly stages: readonly PipelineStage[]
     readonly between: TensorLike
+    /** Positions of all micro-batches that carry loss: replicas weigh as much as they have. Default: all weigh the same. */
+    readonly count?: number
     /** A whole number of 32 bits, made of the micro-batches: where ranks have different ones, the step is refused. */
     readonly digest?: number
   }
@@ -30,40 +40,57 @@ export interface ModelInStages<Batch> {
  * A model in stages on several ranks. Every rank makes the whole model, with the same weights, and trains its own stages of it: weights, gradients, optimizer state and activations are there for these
  * alone. The others' weights are freed, until `gather` brings them; frozen ones stay.
  *
+ * Where there are several times as many ranks as the schedule has, each so many in a row are a pipeline, and all pipelines take every step together, each with rows of its own.
+ *
  * `train` of `@moe/trainer` takes one as its `ranks`.
  */
 export class Pipeline<Batch> {
   /** Of this rank's stages: what its optimizer is made from. */
   readonly parameters: readonly NamedParameter[]
   readonly ranks: Communicator
-  /** Micro-batches of a step. */
+  /** Micro-batches of a step in a pipeline. */
   readonly microBatches: number
-  /** The rows of a step that this rank is given, as data orders have it: all. */
-  readonly dataShare = { rank: 0, world: 1 } as const
+  /** The rows of a step that this rank is given, as data orders have it: all, or those of its pipeline. */
+  readonly dataShare: { readonly rank: number; readonly world: number }
+  /** The ranks of this pipeline. */
+  readonly #line: Communicator
+  /** Those that have the same stages, in all pipelines; null where there is one. */
+  readonly #replicas: Communicator | null
   readonly #schedule: Schedule
   readonly #model: ModelInStages<Batch>
 
-  /** @throws MoeError E_CONFIG when the model cannot be cut into the schedule's stages, and for a schedule of another number of ranks */
+  /** @throws MoeError E_CONFIG when the model cannot be cut into the schedule's stages, and for a schedule whose ranks do not divide these */
   constructor(model: StageableModel<Batch>, schedule: Schedule, ranks: Communicator) {
     if (typeof model?.inStages !== 'function')
       throw refusal('Pipeline', 'the model has no inStages', 'pass a DeepSeek, or a model that can be cut into stages')
     checkRanks('Pipeline', ranks)
     checkSchedule(schedule)
-    checkSize(schedule, ranks)
     this.ranks = ranks
     this.microBatches = schedule.microBatches
+    const { length } = schedule.ranks
+    const world = ranks.size / length
+    if (world < 2 || !Number.isInteger(world)) {
+      checkSize(schedule, ranks)
+      this.#line = ranks
+      this.#replicas = null
+    } else {
+      const place = ranks.rank % length
+      this.#line = ranks.group(Array.from({ length }, (_, at) => ranks.rank - place + at))
+      this.#replicas = ranks.group(Array.from({ length: world }, (_, replica) => replica * length + place))
+    }
+    this.dataShare = { rank: Math.floor(ranks.rank / length), world }
     this.#schedule = schedule
     this.#model = model.inStages(schedule.stages)
-    const own = stagesOf(schedule, ranks.rank).flatMap(stage => this.#model.parameters[stage])
+    const own = stagesOf(schedule, this.#line.rank).flatMap(stage => this.#model.parameters[stage])
     this.parameters = [...new Map(own.map(named => [named.parameter, named])).values()]
     this.#freeOthers()
   }
 
   /**
    * Forward and backward passes of a step. Afterwards the parameters of this rank have the gradients of the step, those of before are dropped: clip them by `gradNorm`, and let the
-   * optimizer step. All ranks are given the same micro-batches.
+   * optimizer step. All ranks of a pipeline are given the same micro-batches.
    * @param batches as many as the schedule has
-   * @throws MoeError E_CONFIG, also when ranks have different ones; E_NAN, on all ranks, when loss or norm is not finite
+   * @throws MoeError E_CONFIG, also when ranks of a pipeline have different ones; E_NAN, on all ranks, when loss or norm is not finite
    */
   async step(batches: readonly Batch[], options: StepOptions = {}): Promise<StepResult> {
     const { microBatches, name } = this.#schedule
@@ -75,27 +102,31 @@ export class Pipeline<Batch> {
     }
     this.#freeOthers()
     for (const { parameter } of this.parameters) parameter.zeroGrad()
-    const { stages, between, digest } = this.#model.step(batches)
+    const { stages, between, count, digest } = this.#model.step(batches)
     if (digest !== undefined) await this.#needSame(digest, between.backend)
-    const sums = await runSchedule(this.#schedule, this.ranks, new Map(stages.entries()), {
+    const share = await this.#share(count ?? 1, between.backend)
+    const weighted = stages.map(stage => (share === 1 ? stage : weigh(stage, share)))
+    const sums = await runSchedule(this.#schedule, this.#line, new Map(weighted.entries()), {
       between,
       metrics: this.#model.metrics,
       precision: options.precision,
     })
-    const tensors = [sums.loss, ...Object.values(sums.metrics)]
-    try {
-      await sumReplicas(this.#schedule, this.ranks, this.#parametersOf)
-      // What several ranks have is counted once.
-      const counted = [...this.#holders()].flatMap(([parameter, [first]]) =>
-        first === this.ranks.rank ? [parameter] : [],
+    const numbers = await this.#overReplicas([sums.loss, ...Object.values(sums.metrics)])
+    await sumReplicas(this.#schedule, this.#line, this.#parametersOf)
+    const replicas = this.#replicas
+    if (replicas !== null)
+      await reduceGradients(
+        this.parameters.map(({ parameter }) => parameter),
+        gradients => replicas.allReduce(gradients),
       )
-      const gradNorm = await gradientNorm(this.ranks, counted, between.backend ?? defaultBackend())
-      const [loss, ...metrics] = await Promise.all(tensors.map(tensor => tensor.item()))
-      const names = Object.keys(sums.metrics)
-      return finite(name, { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) })
-    } finally {
-      for (const tensor of tensors) tensor.dispose()
-    }
+    // What several ranks have is counted once.
+    const counted = [...this.#holders()].flatMap(([parameter, [first]]) =>
+      first === this.#line.rank ? [parameter] : [],
+    )
+    const gradNorm = await gradientNorm(this.#line, counted, between.backend ?? defaultBackend())
+    const [loss, ...metrics] = numbers
+    const names = Object.keys(sums.metrics)
+    return finite(name, { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) })
   }
 
   /** Gives every rank the weights of all stages, from the ranks that train them, until the next step: for measuring, saving and generating. All ranks call it. */
@@ -103,8 +134,8 @@ export class Pipeline<Batch> {
     for (const [parameter, holders] of this.#holders()) {
       if (!parameter.trainable) continue
       // Of a freed parameter the shape is known, which is all that is asked of those who receive.
-      const [weights] = await this.ranks.broadcast([parameter], holders[0])
-      if (holders.includes(this.ranks.rank)) weights.dispose()
+      const [weights] = await this.#line.broadcast([parameter], holders[0])
+      if (holders.includes(this.#line.rank)) weights.dispose()
       else parameter.assign(weights)
     }
   }
@@ -112,22 +143,52 @@ export class Pipeline<Batch> {
   /** Stages lie on other ranks than the embedding: with other tokens there, the loss would be that of nothing. */
   async #needSame(digest: number, backend: Backend | undefined): Promise<void> {
     const own = fromHost(Int32Array.of(digest, ~digest), [2], 'i32', backend)
-    const [largest] = await this.ranks.allReduce([own], 'max').finally(() => own.dispose())
+    const [largest] = await this.#line.allReduce([own], 'max').finally(() => own.dispose())
     const [most, complement] = await largest.values()
     largest.dispose()
-    if (most === ~complement) return
-    const fix = 'make them with the same seed on every rank, without rank and world'
+    const different = fromHost(Float32Array.of(Number(most !== ~complement)), [], 'f32', backend)
+    const [pipelines] = await this.#overReplicas([different])
+    if (pipelines === 0) return
+    const fix = 'make them with the same seed on every rank, with { ...pipeline.dataShare }'
     throw refusal(this.#schedule.name, 'the ranks have different micro-batches', fix)
+  }
+
+  /** What the losses of this pipeline are multiplied by. */
+  async #share(count: number, backend: Backend | undefined): Promise<number> {
+    if (this.#replicas === null) return 1
+    const [all] = await this.#overReplicas([fromHost(Float32Array.of(count), [], 'f32', backend)])
+    return count / Math.max(1, all)
+  }
+
+  /** Sums of scalars over all pipelines. The tensors are freed. */
+  async #overReplicas(own: readonly Tensor[]): Promise<number[]> {
+    const sums = this.#replicas === null ? [] : await this.#replicas.allReduce(own)
+    try {
+      return await Promise.all((this.#replicas === null ? own : sums).map(tensor => tensor.item()))
+    } finally {
+      for (const tensor of [...own, ...sums]) tensor.dispose()
+    }
   }
 
   #freeOthers(): void {
     for (const [parameter, holders] of this.#holders())
-      if (parameter.trainable && !holders.includes(this.ranks.rank)) parameter.dispose()
+      if (parameter.trainable && !holders.includes(this.#line.rank)) parameter.dispose()
   }
 
   readonly #parametersOf = (stage: number) => this.#model.parameters[stage].map(({ parameter }) => parameter)
 
   #holders() {
     return holdersOf(this.#schedule, this.#parametersOf)
+  }
+}
+
+/** The same stage, of which all losses and metrics are multiplied by `share`. */
+function weigh(stage: PipelineStage, share: number): PipelineStage {
+  return {
+    forward(input, microBatch) {
+      const { losses = [], metrics = {}, ...output } = stage.forward(input, microBatch)
+      const own = Object.entries(metrics).map(([name, value]) => [name, value.mul(share)])
+      return { ...output, losses: losses.map(loss => loss.mul(share)), metrics: Object.fromEntries(own) }
+    },
   }
 }
