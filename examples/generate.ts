@@ -17,8 +17,10 @@ const help = `Continues a text. The text goes to standard output, everything els
 
   --max-tokens N     default 160
   --temperature X    0 takes the likeliest token (default 0.6)
-  --top-p X          smallest set of tokens whose probability reaches this (default 0.95)
+  --top-k N          only so many tokens, the likeliest (default: all)
+  --top-p X          smallest set of these whose share of their probability reaches this (default 0.95)
   --min-p X          only tokens at least this share of the likeliest one's probability (default 0)
+  --repetition-penalty X   above 1 the text repeats itself less (default 1)
   --seed N           other choices (default 0)
   --stop TEXT        where the text ends; may be repeated
   --weights F        store weights as bf16, fp8, int8 or int4: faster, smaller, less exact
@@ -41,6 +43,8 @@ function readArguments() {
       temperature: { type: 'string', default: '0.6' },
       'top-p': { type: 'string', default: '0.95' },
       'min-p': { type: 'string', default: '0' },
+      'top-k': { type: 'string' },
+      'repetition-penalty': { type: 'string', default: '1' },
       seed: { type: 'string', default: '0' },
       stop: { type: 'string', multiple: true },
       weights: { type: 'string' },
@@ -51,7 +55,8 @@ function readArguments() {
       help: { type: 'boolean', default: false },
     },
   })
-  const number = (name: 'max-tokens' | 'temperature' | 'top-p' | 'min-p' | 'seed') => {
+  type Numeric = 'max-tokens' | 'temperature' | 'top-k' | 'top-p' | 'min-p' | 'repetition-penalty' | 'seed'
+  const number = (name: Numeric) => {
     const value = Number(values[name])
     if (values[name] === '' || !Number.isFinite(value))
       throw new UsageError(`--${name} is "${values[name]}", needs a number`)
@@ -73,8 +78,10 @@ function readArguments() {
     sampling: {
       maxTokens: number('max-tokens'),
       temperature: number('temperature'),
+      topK: values['top-k'] === undefined ? undefined : number('top-k'),
       topP: number('top-p'),
       minP: number('min-p'),
+      repetitionPenalty: number('repetition-penalty'),
       seed: number('seed'),
       stop: values.stop,
       speculative: values.speculative ? undefined : false,

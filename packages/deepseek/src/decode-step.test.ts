@@ -87,7 +87,13 @@ describe('recorded decoding', () => {
 
   test('with drafts, sampled or greedy', async () => {
     const { counts, recorded, plain } = models({ num_nextn_predict_layers: 2 })
-    for (const options of [{ maxTokens: 60 }, { maxTokens: 60, temperature: 0.8, seed: 4 }]) {
+    for (const options of [
+      { maxTokens: 60 },
+      { maxTokens: 60, temperature: 0.8, seed: 4 },
+      { maxTokens: 60, temperature: 0.8, topK: 3, topP: 0.9, seed: 4 },
+      { maxTokens: 60, repetitionPenalty: 1.2 },
+      { maxTokens: 60, temperature: 0.8, topK: 3, repetitionPenalty: 1.2, seed: 4 },
+    ]) {
       const { replays } = counts
       const text = recorded.generate(prompt, options)
       const ids: number[] = []

@@ -3,7 +3,7 @@ import type { KvCache } from '@moe/attention-mla'
 import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
 import type { DeepSeek } from './model.ts'
-import { type Scores, scoresOf } from './sampling.ts'
+import { type SamplingOptions, type Scores, scoresOf } from './sampling.ts'
 
 type States = {
   /** Hidden states of the new tokens, `[1, n, D]`. */
@@ -16,7 +16,7 @@ type States = {
 export class DecodeStep {
   readonly #model: DeepSeek
   readonly #cache: KvCache
-  #temperature: number | undefined
+  #sampling: SamplingOptions = {}
   readonly #passes: CachedPasses<States>
 
   constructor(model: DeepSeek, cache: KvCache, precision: Precision) {
@@ -26,9 +26,11 @@ export class DecodeStep {
   }
 
   /** Of the passes that follow. What was recorded of those before has theirs in it. */
-  set temperature(temperature: number | undefined) {
-    if (temperature !== this.#temperature) this.#passes.dispose()
-    this.#temperature = temperature
+  set sampling({ temperature, repetitionPenalty }: SamplingOptions) {
+    const before = this.#sampling
+    const same = temperature === before.temperature && repetitionPenalty === before.repetitionPenalty
+    if (!same) this.#passes.dispose()
+    this.#sampling = { temperature, repetitionPenalty }
   }
 
   /**
@@ -56,7 +58,7 @@ export class DecodeStep {
     const hidden = this.#model.hidden(ids, { cache: this.#cache })
     const length = ids.shape[1]
     const logits = this.#model.lm_head.forward(hidden.narrow(1, length - wanted, length))
-    return { hidden, scores: scoresOf(logits, { temperature: this.#temperature }) }
+    return { hidden, scores: scoresOf(logits, this.#sampling) }
   }
 
   dispose(): void {

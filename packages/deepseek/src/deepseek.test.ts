@@ -240,6 +240,11 @@ describe('generation', () => {
     expect(() => model.generate([40])).toThrow(/token 0 is 40, outside the vocabulary of 40/)
     expect(() => model.generate([1], { temperature: -1, topP: 2 })).toThrow(/temperature = -1 is negative; topP = 2/)
     expect(() => model.generate([1], { topP: 0.9 })).toThrow(/topP would do nothing.*: pass temperature: 1/)
+    expect(() => model.generate([1], { topK: 5 })).toThrow(/topK would do nothing.*: pass temperature: 1/)
+    for (const topK of [0, -1, 2.5, Number.NaN])
+      expect(() => model.generate([1], { temperature: 1, topK })).toThrow(`topK = ${topK} is no number of tokens`)
+    for (const repetitionPenalty of [0, -1, Number.NaN, Infinity])
+      expect(() => model.generate([1], { repetitionPenalty })).toThrow(/repetitionPenalty = .* is not above 0/)
     // Other seeds would give the same text.
     expect(() => model.generate([1], { seed: 3 })).toThrow(/seed would do nothing.*: pass temperature: 1/)
     model.generate([1], { seed: 3, temperature: 0 })

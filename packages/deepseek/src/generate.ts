@@ -48,8 +48,10 @@ export const sessionNames: OptionNames<SessionOptions> = { speculative: true, ca
 export const turnNames: OptionNames<TextTurnOptions> = {
   maxTokens: true,
   temperature: true,
+  topK: true,
   topP: true,
   minP: true,
+  repetitionPenalty: true,
   seed: true,
   stop: true,
   signal: true,

@@ -1,8 +1,11 @@
+import { readFile } from 'node:fs/promises'
+import { fileURLToPath } from 'node:url'
 import { Random, scope, setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
 import { DeepSeek, presets } from './index.ts'
-import { acceptOrDraw, restrict, type SamplingOptions, sample, scoresOf, verifyDraft } from './sampling.ts'
+import { loadWeights } from './pretrained.ts'
+import { penalize, restrict, type SamplingOptions, sample, scoresOf, verifyDraft } from './sampling.ts'
 
 const backend = referenceBackend()
 setDefaultBackend(backend)
@@ -47,24 +50,44 @@ describe('the distribution of the next token', () => {
     expect(await of({ minP: 0.6, topP: 0.3 })).toEqual([0, 1, 0, 0])
   })
 
-  test('a drafted token is kept or replaced so that the result is distributed as without a draft', async () => {
-    const p = await probabilities(logits, 1)
-    for (const draft of [0, 1, 2]) {
-      const random = new Random(draft + 1)
-      const counts = [0, 0, 0, 0]
-      let accepted = 0
-      for (let i = 0; i < 20_000; i++) {
-        const made = acceptOrDraw(p, draft, random)
-        counts[made.token]++
-        if (made.accepted) accepted++
-        expect(made.accepted).toBe(made.token === draft)
+  const restrictions: SamplingOptions[] = [{}, { topK: 3, topP: 0.6 }, { topK: 3, minP: 0.3 }]
+  test.each(restrictions)(
+    'a drafted token is kept or replaced so that the result is distributed as without a draft: %o',
+    async options => {
+      const all = await probabilities(logits, 1)
+      const p = restrict(all.slice(), options)
+      const sum = total(p)
+      for (const draft of [0, 1, 2]) {
+        const random = new Random(draft + 1)
+        const counts = [0, 0, 0, 0]
+        let accepted = 0
+        for (let i = 0; i < 20_000; i++) {
+          const made = verifyDraft(all.slice(), draft, options, random)
+          counts[made.token]++
+          if (made.accepted) accepted++
+          if (made.accepted !== (made.token === draft)) throw new Error(`${made.token} in place of ${draft}`)
+        }
+        // Four deviations of a share among 20,000 draws.
+        for (const [i, n] of counts.entries()) {
+          const share = p[i] / sum
+          expect(Math.abs(n / 20_000 - share)).toBeLessThanOrEqual(4 * Math.sqrt((share * (1 - share)) / 20_000))
+        }
+        expect(accepted).toBe(counts[draft])
       }
-      // Four deviations of a share among 20,000 draws.
-      for (const [i, n] of counts.entries()) {
-        expect(Math.abs(n / 20_000 - p[i])).toBeLessThan(4 * Math.sqrt((p[i] * (1 - p[i])) / 20_000))
-      }
-      expect(accepted).toBe(counts[draft])
-    }
+    },
+  )
+
+  test('topK keeps the likeliest, of equals the first; topP is a share of what it leaves', async () => {
+    expect(await of({ topK: 1 })).toEqual([0, 1, 0, 0])
+    expect(await of({ topK: 3 })).toEqual([0.222222, 0.444444, 0, 0.333333])
+    expect(await of({ topK: 50 })).toEqual([0.2, 0.4, 0.1, 0.3])
+    // 0.4 is less than half of all, and more than half of 0.4 and 0.3.
+    expect(await of({ topP: 0.5 })).toEqual([0, 0.571429, 0, 0.428571])
+    expect(await of({ topK: 2, topP: 0.5 })).toEqual([0, 1, 0, 0])
+    expect(await of({ topK: 3, minP: 0.6 })).toEqual([0, 0.571429, 0, 0.428571])
+    expect(rounded(restrict(Float32Array.of(1, 2, 2, 2, 1), { topK: 2 }))).toEqual([0, 2, 2, 0, 0])
+    expect(rounded(restrict(Float32Array.of(1, 2, 2, 2, 1), { topK: 2, minP: 1 }))).toEqual([0, 2, 2, 0, 0])
+    expect(rounded(restrict(Float32Array.of(1, 2, 0, 0, 0), { topK: 4 }))).toEqual([1, 2, 0, 0, 0])
   })
 
   test('topP of many tokens is the same set as by sorting all of them, the first of equals', async () => {
@@ -89,8 +112,60 @@ describe('the distribution of the next token', () => {
           )
         }
       }
+      for (const topK of [1, 2, 30, 999, 1000, 5000]) {
+        const largest = order.slice(0, topK)
+        const share = 0.7 * largest.reduce((sum, i) => sum + all[i], 0)
+        let mass = 0
+        const set = largest.filter(i => {
+          mass += all[i]
+          return mass - all[i] < share
+        })
+        const positive = (p: Float32Array) => Array.from(p.keys()).filter(i => p[i] > 0)
+        const sorted = (tokens: number[]) => tokens.filter(i => all[i] > 0).toSorted((a, b) => a - b)
+        expect(positive(restrict(all.slice(), { topK }))).toEqual(sorted(largest))
+        expect(positive(restrict(all.slice(), { topK, topP: 0.7 }))).toEqual(sorted(set))
+        expect(positive(restrict(all.slice(), { topK, topP: 0.7, minP: 0.1 }))).toEqual(
+          sorted(set.filter(i => all[i] >= 0.1 * all[order[0]])),
+        )
+      }
     }
   })
+})
+
+describe('beside transformers (tools/reference/sampling.py)', async () => {
+  interface Fixture {
+    prompt: number[]
+    logits: number[]
+    cases: { options: SamplingOptions; probabilities: number[] }[]
+    texts: { repetitionPenalty: number; made: number[] }[]
+  }
+  const path = (name: string) => fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url))
+  const { prompt, logits, cases, texts }: Fixture = JSON.parse(await readFile(path('sampling.json'), 'utf8'))
+
+  test.each(cases)('draws from the same probabilities: $options', async ({ options, probabilities: expected }) => {
+    using scores = scope(() => scoresOf(tensor(logits), options))
+    const penalized = penalize((await scores.values()) as Float32Array, new Set(prompt), options)
+    const p = restrict(penalized as Float32Array, options)
+    const sum = total(p)
+    for (const [i, x] of p.entries()) expect(Math.abs(x / sum - expected[i])).toBeLessThan(1e-6)
+    expect(Array.from(p, x => x > 0)).toEqual(expected.map(x => x > 0))
+  })
+
+  test.each(texts)(
+    'writes the same text under a penalty of $repetitionPenalty, with and without drafts',
+    async ({ made, repetitionPenalty }) => {
+      const config = JSON.parse(await readFile(path('v3-mtp/config.json'), 'utf8'))
+      const model = new DeepSeek({ ...config, eos_token_id: null }, { seed: null })
+      await loadWeights(model, path('v3-mtp'))
+      for (const speculative of [true, false]) {
+        const own: number[] = []
+        const options = { maxTokens: made.length, repetitionPenalty, speculative }
+        for await (const id of model.generate(prompt, options)) own.push(id)
+        expect(own).toEqual(made)
+      }
+      model.dispose()
+    },
+  )
 })
 
 test('an abort between tokens ends generation and frees what it held', async () => {

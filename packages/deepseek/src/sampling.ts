@@ -4,10 +4,17 @@ import { MoeError, type Random, softmax, type Tensor } from '@moe/core'
 export interface SamplingOptions {
   /** 0 takes the likeliest token, always the same; 1 draws as the model says. Default 0. */
   readonly temperature?: number
-  /** Smallest set of tokens whose probability reaches this. */
+  /** Only so many tokens, the likeliest. */
+  readonly topK?: number
+  /** Of these the smallest set whose share of their probability reaches this. */
   readonly topP?: number
   /** Only tokens at least this share of the likeliest one's probability. */
   readonly minP?: number
+  /**
+   * By this the logits of all tokens that stand before, in the prompt or behind it, are divided, or multiplied where they are negative: above 1 a text repeats
+   * itself less, also at temperature 0 (Keskar et al. 2019, "CTRL"). 1.2 is usual. Default 1.
+   */
+  readonly repetitionPenalty?: number
 }
 
 /** What follows a token: the probabilities of all, or, where nothing is drawn, the likeliest. */
@@ -16,23 +23,31 @@ export type Scores = Float32Array | number
 /** Temperatures below this are 0: their reciprocal is about to leave f32. */
 const coldest = 1e-30
 
-/** Where the logits `[..., V]` are: probabilities at that temperature, or the likeliest tokens `i32 [..., 1]`, the lowest of equals, at 0. */
-export function scoresOf(logits: Tensor, { temperature = 0 }: SamplingOptions): Tensor {
+/**
+ * Where the logits `[..., V]` are: probabilities at that temperature, or the likeliest tokens `i32 [..., 1]`, the lowest of equals, at 0. The logits themselves
+ * where `penalize` is still to come.
+ */
+export function scoresOf(logits: Tensor, { temperature = 0, repetitionPenalty = 1 }: SamplingOptions): Tensor {
+  if (repetitionPenalty !== 1) return logits
   if (temperature < coldest) return logits.topk(1).indices
   return softmax(logits.sub(logits.max(-1, true)).mul(1 / temperature))
 }
 
 /** @throws MoeError E_ATTR for a value outside its range. */
 export function checkSampling(options: SamplingOptions & { readonly seed?: number }): void {
-  const { temperature = 0, topP = 1, minP = 0 } = options
+  const { temperature = 0, topK = 1, topP = 1, minP = 0, repetitionPenalty = 1 } = options
   const problems: string[] = []
-  const idle = (['topP', 'minP', 'seed'] as const).filter(name => options[name] !== undefined)
+  const idle = (['topK', 'topP', 'minP', 'seed'] as const).filter(name => options[name] !== undefined)
   if (options.temperature === undefined && idle.length > 0) {
     problems.push(`${idle.join(', ')} would do nothing, as nothing is drawn without a temperature: pass temperature: 1`)
   }
   if (!(temperature >= 0)) problems.push(`temperature = ${temperature} is negative`)
+  if (!(Number.isInteger(topK) && topK > 0)) problems.push(`topK = ${topK} is no number of tokens, which is 1 or more`)
   if (!(topP > 0 && topP <= 1)) problems.push(`topP = ${topP} is not in (0, 1]`)
   if (!(minP >= 0 && minP <= 1)) problems.push(`minP = ${minP} is not in [0, 1]`)
+  if (!(repetitionPenalty > 0 && repetitionPenalty < Infinity)) {
+    problems.push(`repetitionPenalty = ${repetitionPenalty} is not above 0`)
+  }
   if (problems.length > 0) throw new MoeError({ code: 'E_ATTR', op: 'generate', problem: problems.join('; ') })
 }
 
@@ -55,8 +70,27 @@ export function verifyDraft(
 // Vocabularies have 100,000 tokens and more, and this is done for each of a text: plain loops, whose length is a constant, as an inlined one that reads
 // the array's takes five times as long.
 
-/** Leaves `topP` and `minP` of the probabilities and makes the others 0. */
-export function restrict(p: Float32Array, { topP = 1, minP = 0 }: SamplingOptions): Float32Array {
+/** From logits, of which those of `before` are penalized, to scores. Without a penalty they are that by now. */
+export function penalize(
+  scores: Scores,
+  before: Iterable<number>,
+  { temperature = 0, repetitionPenalty = 1 }: SamplingOptions,
+): Scores {
+  if (typeof scores === 'number' || repetitionPenalty === 1) return scores
+  for (const token of before) {
+    scores[token] = scores[token] < 0 ? scores[token] * repetitionPenalty : scores[token] / repetitionPenalty
+  }
+  const { length } = scores
+  let best = 0
+  for (let i = 1; i < length; i++) if (scores[i] > scores[best]) best = i
+  if (temperature < coldest) return best
+  const largest = scores[best]
+  for (let i = 0; i < length; i++) scores[i] = Math.exp((scores[i] - largest) / temperature)
+  return scores
+}
+
+/** Leaves `topK` of the probabilities, of these `topP` and `minP`, and makes the others 0. */
+export function restrict(p: Float32Array, { topK = Infinity, topP = 1, minP = 0 }: SamplingOptions): Float32Array {
   const { length } = p
   let [largest, sum] = [0, 0]
   for (let i = 0; i < length; i++) {
@@ -64,31 +98,61 @@ export function restrict(p: Float32Array, { topP = 1, minP = 0 }: SamplingOption
     sum += p[i]
   }
   let [floor, equals] = [minP * largest, length]
-  if (topP < 1) ({ least: floor, equals } = nucleusOf(p, sum, topP, floor))
+  if (topK < length || topP < 1) {
+    const front = frontOf(p, sum, floor, topK, topP)
+    if (front.least >= floor) ({ least: floor, equals } = front)
+  }
   if (floor === 0) return p
   for (let i = 0; i < length; i++) if (p[i] < floor || (p[i] === floor && --equals < 0)) p[i] = 0
   return p
 }
 
-/** The smallest set of numbers from `floor` up that reaches the share `topP` of the sum of all, or all of them: the least, and how many are as small as that. */
-function nucleusOf(p: Float32Array, sum: number, topP: number, floor: number): { least: number; equals: number } {
+/**
+ * Of the `topK` largest, or all, the fewest that reach the share `topP` of their sum, or those of them from `floor` up: the least, and how many are as small as
+ * that. `sum` is that of all.
+ */
+function frontOf(
+  p: Float32Array,
+  sum: number,
+  floor: number,
+  topK: number,
+  topP: number,
+): { least: number; equals: number } {
   const { length } = p
-  const mass = topP * sum
-  // Those below the mean of what may be left out add up to less than that, so they are outside, and only the others need an order.
-  const bound = Math.max(floor, (sum - mass) / length)
+  const limited = topK < length
+  // Only what may be among them needs an order. Numbers below the mean of what may be left out add up to less than that.
+  const bound = limited ? leastOfParts(p, topK) : Math.max(floor, (sum - topP * sum) / length)
   let candidates = 0
   for (let i = 0; i < length; i++) if (p[i] >= bound) candidates++
   const sorted = new Float32Array(candidates)
   candidates = 0
   for (let i = 0; i < length; i++) if (p[i] >= bound) sorted[candidates++] = p[i]
   sorted.sort()
+  const end = sorted.length
+  const start = limited ? end - topK : 0
+  let all = limited ? 0 : sum
+  if (limited) for (let i = end - 1; i >= start; i--) all += sorted[i]
+  // Sums of f64 reach that of all before the last of small ones.
+  const mass = topP < 1 ? topP * all : Infinity
   let reached = 0
-  let at = sorted.length
-  while (at > 0 && reached < mass) reached += sorted[--at]
+  let at = end
+  while (at > start && reached < mass) reached += sorted[--at]
   const least = sorted[at]
-  let end = at
-  while (end < sorted.length && sorted[end] === least) end++
-  return { least, equals: end - at }
+  let above = at
+  while (above < end && sorted[above] === least) above++
+  return { least, equals: above - at }
+}
+
+/** Each of `parts` parts has its largest number: as many are no smaller than the least of these. */
+function leastOfParts(p: Float32Array, parts: number): number {
+  const { length } = p
+  const largest = new Float32Array(parts)
+  let part = 0
+  for (let i = 0; i < length; i++) {
+    if (p[i] > largest[part]) largest[part] = p[i]
+    if (++part === parts) part = 0
+  }
+  return largest.reduce((least, x) => Math.min(least, x))
 }
 
 /** Draws from what is left, in proportion. */
@@ -112,7 +176,7 @@ export function draw(p: Float32Array, random: Random): number {
  * Keeps a drafted token with its own probability, else draws from the rest: the result is distributed exactly as `p`
  * (speculative sampling with a deterministic draft; Leviathan et al. 2023).
  */
-export function acceptOrDraw(p: Float32Array, draft: number, random: Random): { token: number; accepted: boolean } {
+function acceptOrDraw(p: Float32Array, draft: number, random: Random): { token: number; accepted: boolean } {
   const { length } = p
   let total = 0
   for (let i = 0; i < length; i++) total += p[i]

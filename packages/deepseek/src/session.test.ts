@@ -24,6 +24,8 @@ const turns: ReadonlyArray<readonly [added: number[], options: TurnOptions]> = [
   [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], { maxTokens: 1 }],
   [[20, 21], { maxTokens: 40, temperature: 0.9, topP: 0.8, seed: 5 }],
   [[22], { maxTokens: 7 }],
+  [[5], { maxTokens: 12, repetitionPenalty: 1.3 }],
+  [[6, 2], { maxTokens: 12, temperature: 0.9, topK: 4, repetitionPenalty: 1.1, seed: 6 }],
 ]
 
 /** The answers of a session beside those of reading everything anew, and how many tokens were reused. */

@@ -25,7 +25,7 @@ import {
   turnNames,
 } from './generate.ts'
 import type { DeepSeek } from './model.ts'
-import { sample, verifyDraft } from './sampling.ts'
+import { penalize, sample, verifyDraft } from './sampling.ts'
 
 /** Most tokens of a prompt in one pass. Tests make it small. */
 export const limits = { promptPiece: 2048 }
@@ -100,6 +100,7 @@ export class Session {
     const { maxTokens = 128, signal, onToken } = options
     const ends = new Set<number | string>([...endTokens(this.#model.config), ...(options.stop ?? [])])
     const random = new Random(options.seed ?? 0)
+    const known = new Set(tokens)
     /** Positions of the latest hidden states that stand and that no module has seen. */
     let unseen = 0
     /** A backend that computes on this thread never waits: signals, timers and whoever reads the tokens get their turn here. */
@@ -112,7 +113,7 @@ export class Session {
     this.#begin()
     try {
       const { cache, step, drafter } = this.#ready(tokens, maxTokens)
-      step.temperature = options.temperature
+      step.sampling = options
       stats.reused = cache.lengths[0]
       let pending = tokens.slice(stats.reused)
       let drafts: number[] = []
@@ -133,13 +134,14 @@ export class Session {
         stats.steps++
         const made: number[] = []
         for (let i = 0; i < rows.length; i++) {
-          if (i === drafts.length) {
-            made.push(sample(rows[i], options, random))
-            break
-          }
-          stats.drafted[i]++
-          const { token, accepted } = verifyDraft(rows[i], drafts[i], options, random)
+          const scores = penalize(rows[i], known, options)
+          const last = i === drafts.length
+          const { token, accepted } = last
+            ? { token: sample(scores, options, random), accepted: false }
+            : verifyDraft(scores, drafts[i], options, random)
           made.push(token)
+          known.add(token)
+          if (!last) stats.drafted[i]++
           if (!accepted) break
           stats.accepted[i]++
         }

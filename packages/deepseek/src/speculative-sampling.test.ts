@@ -1,18 +1,24 @@
 /** @file Speculative sampling draws from the same distribution. Hundreds of short runs: on the fastest backend there is. */
 import { firstAvailable, setDefaultBackend } from '@moe/core'
 import { expect, test } from 'vitest'
-import { DeepSeek } from './index.ts'
+import { DeepSeek, type GenerateOptions } from './index.ts'
 import { tiny } from './test-tiny.ts'
 
 setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu'), () => import('@moe/core/reference')]))
 
 const prompt = [3, 7, 11, 2, 30]
 
-test('sampling is repeatable by seed, and speculative sampling has the same distribution', async () => {
+test.each<GenerateOptions>([
+  { temperature: 1.3 },
+  { temperature: 1.3, topK: 12, topP: 0.9, minP: 0.02, repetitionPenalty: 1.4 },
+])('sampling is repeatable by seed, and speculative sampling has the same distribution: %o', async sampling => {
   const model = new DeepSeek(tiny, { seed: 2 })
-  const first = async (options: object) => {
+  let accepted = 0
+  const first = async (options: GenerateOptions) => {
     const made: number[] = []
-    for await (const id of model.generate(prompt, { maxTokens: 3, temperature: 1.3, ...options })) made.push(id)
+    const text = model.generate(prompt, { maxTokens: 3, ...sampling, ...options })
+    for await (const id of text) made.push(id)
+    for (const n of text.stats.accepted) accepted += n
     return made
   }
   expect(await first({ seed: 5 })).toEqual(await first({ seed: 5 }))
@@ -30,5 +36,6 @@ test('sampling is repeatable by seed, and speculative sampling has the same dist
   )
   // Chi-squared with at most 39 degrees of freedom: above 72.1 once in a thousand.
   expect(chi).toBeLessThan(72.1)
+  expect(accepted).toBeGreaterThan(0)
   model.dispose()
 })
