@@ -17,8 +17,9 @@ import { embeddingRows, linear, QuantizedParameter, quantizedParameter } from '.
 /** How a module's parameters start. */
 export interface InitOptions {
   /**
-   * Source of the initial weights; the same seed gives the same weights on every backend. It is forked by names and not drawn from, so that two modules of a kind that are given the same one
-   * start with the same weights: pass each a fork of its own (`forkInit`). Default: the next stream of `seedDefaultRandom`'s seed (0).
+   * Source of the initial weights; the same seed gives the same weights on every backend. It is not drawn from: each parameter has a stream of its own, by its name, so that weights do not
+   * depend on what else is made. Of modules of a kind that are given the same one, each starts otherwise than those before it; `forkInit` names them. Default: the next stream of
+   * `seedDefaultRandom`'s seed (0).
    */
   readonly random?: Random
   /** Standard deviation of normal initial weights. Default 0.02 (`initializer_range`); 0 draws nothing. */
@@ -42,7 +43,19 @@ export function seedDefaultRandom(seed: number): void {
 
 const generator = (init: InitOptions): Random => init.random ?? new Random(defaultSeed, ++defaultStreams)
 
-/** A parameter of normal numbers, drawn from the generator's own fork of that name. */
+/** How often each name was taken of a generator. */
+const taken = new WeakMap<Random, Map<string, number>>()
+
+/** The generator's fork of that name, and another one each time that the name comes again. */
+function nextFork(init: InitOptions, name: string): Random {
+  const random = generator(init)
+  const counts = taken.get(random) ?? new Map<string, number>()
+  const before = counts.get(name) ?? 0
+  taken.set(random, counts.set(name, before + 1))
+  return random.fork(before === 0 ? name : `${name}#${before}`)
+}
+
+/** A parameter of normal numbers, drawn from the generator's next fork of that name. */
 export function normalParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
   checkOptions('normalParameter', init, initNames)
   return weightParameter(shape, name, { ...init, weights: undefined })
@@ -52,7 +65,7 @@ export function normalParameter(shape: readonly number[], name: string, init: In
 export function weightParameter(shape: readonly number[], name: string, init: InitOptions = {}): Parameter {
   checkOptions('weightParameter', init, initNames)
   const { weights, deviation = 0.02, backend } = init
-  const random = generator(init).fork(name)
+  const random = nextFork(init, name)
   const draws = pendingDraws()
   // Weights that a checkpoint replaces are not worth 0.1 µs each.
   if (deviation === 0 || draws !== null) {
@@ -72,10 +85,10 @@ export function weightParameter(shape: readonly number[], name: string, init: In
   }
 }
 
-/** The same options for a child: an independent generator of its own. */
+/** The same options for a child: an independent generator of its own, another one each time, also for the same name. */
 export function forkInit(init: InitOptions, name: string): InitOptions {
   checkOptions('forkInit', init, initNames)
-  return { ...init, random: generator(init).fork(name) }
+  return { ...init, random: nextFork(init, name) }
 }
 
 /** y = x W^T without bias. `weight [out, in]`, x `[..., in]` to `[..., out]`. */

@@ -137,6 +137,29 @@ describe('initialization', () => {
     expect(await values(make('q'))).not.toEqual(await values(make('k')))
   })
 
+  test('modules that share a generator start differently, and the first as if it were alone', async () => {
+    const all = async (modules: Module[]) => {
+      const weights = modules.flatMap(module => namedParameters(module).map(({ parameter }) => parameter.values()))
+      return (await Promise.all(weights)).map(values => Array.from(values).join())
+    }
+    const make = (init: InitOptions, n: number) => [
+      ...Array.from({ length: n }, () => new Linear(3, 3, init)),
+      ...Array.from({ length: n }, () => new SwigluMlp(3, 3, forkInit(init, 'mlp'))),
+      ...Array.from({ length: n }, () => new SwigluMlp(3, 3, init)),
+    ]
+    const three = await all(make({ random: new Random(3) }, 3))
+    expect(new Set(three).size).toBe(3 * (1 + 3 + 3))
+    expect(await all(make({ random: new Random(3) }, 3))).toEqual(three)
+    const first = [three[0], ...three.slice(3, 6), ...three.slice(12, 15)]
+    expect(await all(make({ random: new Random(3) }, 1))).toEqual(first)
+    // A name stands for its stream, whatever is drawn or made beside it.
+    const random = new Random(3)
+    random.normal(5)
+    new Linear(2, 2, forkInit({ random }, 'other'))
+    expect(await all([new Linear(3, 3, { random })])).toEqual([three[0]])
+    expect(three[0]).toBe(Array.from(new Random(3).fork('weight').normal(9, 0.02)).join())
+  })
+
   test('modules without a generator each take the next stream, which a seed starts anew', async () => {
     seedDefaultRandom(5)
     const [a, b] = [new Linear(3, 3), new Linear(3, 3)]
