@@ -70,6 +70,8 @@ describe('sequences of a cache', () => {
 
 test('sizes of a cache are positive integers', () => {
   expect(() => new LatentCache(config, { layers: 1, capacity: 0 })).toThrow(/capacity = 0 is not a positive integer/)
+  const dtype = 'fp8' as 'bf16'
+  expect(() => new LatentCache(config, { layers: 1, dtype })).toThrow(/dtype = "fp8" is none .*; pass 'f32' or 'bf16'/)
   expect(() => new LatentCache(config, { layers: 0 })).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
 })
 

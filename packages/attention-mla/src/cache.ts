@@ -34,6 +34,8 @@ export interface CacheCost {
 /** What a cache holds. bf16 takes half the memory, as published figures do; attention over it is computed as ever. */
 export type CacheDType = 'f32' | 'bf16'
 
+const cacheDTypes: readonly CacheDType[] = ['f32', 'bf16']
+
 type LatentSizes = Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim'>
 
 /** Elements per token and layer of a latent cache. */
@@ -92,6 +94,14 @@ export class KvCache {
       if (!Number.isInteger(size) || size < 1) {
         throw refused('E_CONFIG', 'new', `${name} = ${size} is not a positive integer`)
       }
+    }
+    if (!cacheDTypes.includes(dtype)) {
+      throw refused(
+        'E_CONFIG',
+        'new',
+        `dtype = ${JSON.stringify(dtype)} is none that a cache has`,
+        "pass 'f32' or 'bf16'",
+      )
     }
     this.features = features
     this.batch = batch

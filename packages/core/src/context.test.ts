@@ -141,6 +141,8 @@ test('settings of a promise would end before its work: it is refused', async () 
   expect(() => withPrecision('fp16' as 'f32', () => 1)).toThrow(
     /no precision is called "fp16".*'f32', 'bf16' or 'fp8'/s,
   )
+  using x = tensor([1, 2], [1, 2], { backend: referenceBackend() })
+  expect(() => x.matmul(x, { transposeB: true, precision: 'fp16' as 'f32' })).toThrow('matmul: no precision is called')
   expect([isRecording(), currentPrecision()]).toEqual([true, 'f32'])
 })
 

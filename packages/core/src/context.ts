@@ -132,20 +132,27 @@ export function remember<T>(make: () => T): T {
 export const precisions: readonly Precision[] = ['f32', 'bf16', 'fp8']
 
 /**
+ * For who keeps a precision till it is needed.
+ * @throws MoeError E_ATTR when there is no such precision
+ */
+export function checkPrecision(op: string, precision: Precision): void {
+  if (precisions.includes(precision)) return
+  throw new MoeError({
+    code: 'E_ATTR',
+    op,
+    problem: `no precision is called ${JSON.stringify(precision)}`,
+    fix: "pass 'f32', 'bf16' or 'fp8'",
+  })
+}
+
+/**
  * Runs a synchronous `fn` with matrix products multiplied in the given precision (accumulation stays f32). Parameters, optimizer state and
  * everything else stay f32. A backend without bf16 arithmetic multiplies in f32. In 'fp8' that is linear layers, experts, and what goes back through them; attention, batched products
  * and the loss of the head are in bf16 then (DeepSeek-V3 report 3.3).
  * @throws MoeError E_ATTR when there is no such precision.
  */
 export function withPrecision<T>(precision: Precision, fn: () => T): T {
-  if (!precisions.includes(precision)) {
-    throw new MoeError({
-      code: 'E_ATTR',
-      op: 'withPrecision',
-      problem: `no precision is called ${JSON.stringify(precision)}`,
-      fix: "pass 'f32', 'bf16' or 'fp8'",
-    })
-  }
+  checkPrecision('withPrecision', precision)
   const before = context.precision
   context.precision = precision
   try {

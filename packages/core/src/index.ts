@@ -36,6 +36,7 @@ export type {
 } from './backend.ts'
 export {
   type BackendModule,
+  checkPrecision,
   currentPrecision,
   defaultBackend,
   type Fallback,

@@ -19,7 +19,7 @@ import type {
   UnaryCode,
   Value,
 } from './backend.ts'
-import { context, widePrecision } from './context.ts'
+import { checkPrecision, context, widePrecision } from './context.ts'
 import { type DType, decodeHost, type HostArray, isFloat } from './dtype.ts'
 import { describe, MoeError } from './errors.ts'
 import { attrError, infer, inferReshape, isSize, needSizes, shapeError } from './infer.ts'
@@ -537,6 +537,7 @@ function matmul(
   b: Tensor,
   { transposeA = false, transposeB = false, precision = context.precision }: Parameters<Tensor['matmul']>[1] & object,
 ): Tensor {
+  checkPrecision('matmul', precision)
   const attrs = { transposeA, transposeB, precision }
   if (a.rank < 2 || b.rank < 2) {
     throw shapeError(

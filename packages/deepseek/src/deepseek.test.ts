@@ -245,6 +245,9 @@ describe('generation', () => {
       expect(() => model.generate([1], { temperature: 1, topK })).toThrow(`topK = ${topK} is no number of tokens`)
     for (const repetitionPenalty of [0, -1, Number.NaN, Infinity])
       expect(() => model.generate([1], { repetitionPenalty })).toThrow(/repetitionPenalty = .* is not above 0/)
+    const precision = 'half' as 'bf16'
+    for (const call of [() => model.generate([1], { precision }), () => model.session({ precision })])
+      expect(call).toThrow(`session: no precision is called "half"; pass 'f32', 'bf16' or 'fp8'`)
     // Other seeds would give the same text.
     expect(() => model.generate([1], { seed: 3 })).toThrow(/seed would do nothing.*: pass temperature: 1/)
     model.generate([1], { seed: 3, temperature: 0 })

@@ -2,6 +2,7 @@
 import type { KvCache } from '@moe/attention-mla'
 import {
   checkOptions,
+  checkPrecision,
   isMoeError,
   MoeError,
   namedParameters,
@@ -64,6 +65,7 @@ export class Session {
   /** Internal: see `DeepSeek.session`. `once`: for a single text, after which nothing is kept. */
   constructor(model: DeepSeek, options: SessionOptions, once = false) {
     checkOptions('session', options, sessionNames)
+    if (options.precision !== undefined) checkPrecision('session', options.precision)
     this.#model = model
     this.#options = options
     this.#once = once

@@ -17,6 +17,7 @@ import { TokenDataset } from './data/token-dataset.ts'
 import { TrainingOrder } from './data/training-order.ts'
 import type { StepEvent } from './events.ts'
 import { AdamW } from './optim/adamw.ts'
+import { Muon } from './optim/muon.ts'
 import type { TrainOptions } from './options.ts'
 import { train } from './train.ts'
 import { TrainingSteps } from './training-steps.ts'
@@ -313,6 +314,18 @@ test('a device that is lost in a step is one error, and none that nobody handles
 })
 
 describe('TrainingSteps', () => {
+  test('a precision that there is none of is refused at once, by optimizers, too', () => {
+    const model = new DeepSeek(tiny, { seed: 1, backend: counting().backend })
+    const parameters = namedParameters(model)
+    const precision = 'half' as 'bf16'
+    expect(() => new Muon(parameters, { precision })).toThrow('Muon: no precision is called "half"')
+    const optimizer = new AdamW(parameters)
+    const make = () => new TrainingSteps(model, parameters, optimizer, { precision })
+    expect(make).toThrow(`TrainingSteps: no precision is called "half"; pass 'f32', 'bf16' or 'fp8'`)
+    optimizer.dispose()
+    model.dispose()
+  })
+
   function prepare(record = true) {
     const { backend, counts } = counting()
     const model = new DeepSeek(tiny, { seed: 1, backend })

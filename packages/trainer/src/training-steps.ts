@@ -2,6 +2,7 @@
 import {
   type Backend,
   checkOptions,
+  checkPrecision,
   isMoeError,
   MoeError,
   type NamedParameter,
@@ -61,6 +62,7 @@ export class TrainingSteps {
   ) {
     checkOptions('TrainingSteps', options, { clip: true, precision: true, record: true, ranks: true })
     const { clip = 1, precision = 'f32', record = true, ranks } = options
+    checkPrecision('TrainingSteps', precision)
     this.#model = model
     this.#parameters = parameters
     this.#optimizer = optimizer

@@ -4,6 +4,7 @@
  */
 import {
   checkOptions,
+  checkPrecision,
   fromHost,
   MoeError,
   type NamedParameter,
@@ -93,6 +94,7 @@ export class Muon implements StagedOptimizer {
     needNamed('Muon', parameters)
     checkOptions('Muon', options, names)
     const { momentum = 0.95, iterations = 5, precision = 'bf16', takes = hiddenMatrices, ...others } = options
+    checkPrecision('Muon', precision)
     const { weightDecay = 0.1 } = others
     this.#takes = named => named.parameter.trainable && takes(named)
     const own = parameters.filter(this.#takes)
