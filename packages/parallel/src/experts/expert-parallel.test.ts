@@ -1,5 +1,5 @@
 /** @file A DeepSeek model whose experts are spread over ranks, beside the whole model on one rank. */
-import { type Backend, fromHost, full, namedParameters, scope, setDefaultBackend } from '@moe/core'
+import { type Backend, fromHost, full, namedParameters, scope, setDefaultBackend, trainable } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import type { DeepSeek, DeepSeekOptions } from '@moe/deepseek'
 import { auxFree, sequenceWise, together } from '@moe/router'
@@ -158,5 +158,8 @@ test('what is no model, communicator, option or list of micro-batches is refused
     await expect(make(model, ranks)().step([batch], { precison: 'bf16' } as object)).rejects.toThrow(
       'no option precison; did you mean precision?',
     )
+    const frozen = newModel()
+    for (const parameter of trainable(frozen)) parameter.trainable = false
+    await expect(make(frozen, ranks)().step([batch])).rejects.toThrow('all parameters are frozen; set trainable')
   })
 })

@@ -89,11 +89,13 @@ export class ExpertParallel<Batch> {
    * Forward and backward passes of a step. Afterwards the parameters have the gradients of the step, those of before are dropped: clip them by `gradNorm`, and let the optimizer step.
    * Micro-batches weigh as much as they have positions that count: the step is that of one rank with the micro-batches of all.
    * @param batches of this rank; every rank has as many
-   * @throws MoeError E_CONFIG when it has not, or none; E_NAN when loss or norm is not finite; both on all ranks
+   * @throws MoeError E_CONFIG when it has not, or none, and when nothing is to be trained; E_NAN when loss or norm is not finite; both on all ranks
    */
   async step(batches: readonly Batch[], options: StepOptions = {}): Promise<StepResult> {
     checkOptions('ExpertParallel.step', options, { precision: true })
     checkBatches('ExpertParallel', batches)
+    if (!this.parameters.some(({ parameter }) => parameter.trainable))
+      throw refusal('ExpertParallel', 'all parameters are frozen', 'set trainable on what is to be trained')
     this.#precision = options.precision ?? 'f32'
     this.#takeOwn()
     for (const { parameter } of this.parameters) parameter.zeroGrad()

@@ -88,6 +88,7 @@ describe('a step in stages has loss, metrics, gradients and norm of the whole mo
 
   test.each<[string, Changes, DeepSeekOptions]>([
     ['embedding and head are one', { tie_word_embeddings: true }, {}],
+    ['weights in int8, beside which the others are trained', {}, { weights: 'int8' }],
     ['MTP with embeddings and heads of its own', { mtp_separate_embeddings: true }, {}],
     ['MTP trained alone', {}, { objective: { mtpDetached: true } }],
     ['no MTP', { num_nextn_predict_layers: 0 }, {}],

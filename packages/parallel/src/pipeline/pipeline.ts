@@ -45,7 +45,7 @@ export interface ModelInStages<Batch> {
  * `train` of `@moe/trainer` takes one as its `ranks`.
  */
 export class Pipeline<Batch> {
-  /** Of this rank's stages: what its optimizer is made from. */
+  /** Of this rank's stages: what its optimizer is made from. Weights that are frozen or stored in fewer bits stay as they are. */
   readonly parameters: readonly NamedParameter[]
   readonly ranks: Communicator
   /** Micro-batches of a step in a pipeline. */
