@@ -62,6 +62,15 @@ describe('checkOptions', () => {
 })
 
 describe('checkShared', () => {
+  test("refuses other families' names of what there is", () => {
+    for (const name of ['d_model', 'n_embd', 'dim'])
+      expect(() => config({ hidden_size: 8, [name]: 9 })).toThrow(
+        `Layer: there is no option ${name}; did you mean hidden_size?`,
+      )
+    expect(() => config({ n_expert_groups: 2 })).toThrow('did you mean n_group?')
+    config({ hidden_size: 8, d_model: undefined, num_layers: 4, top_k: 50 })
+  })
+
   test("lets through other programs' names, even near ones", () => {
     config({ hidden_size: 8, torch_dtype: 'float32', head_dim: 64, sliding_window: null })
   })

@@ -21,9 +21,32 @@ export function checkOptions<Options extends object>(
   }
 }
 
+/** What a configuration of other model families has for these names of ours: in a preset with changes it would change nothing. */
+const elsewhere: Readonly<Record<string, string>> = {
+  vocab_size: 'n_vocab vocabulary_size',
+  hidden_size: 'd_model n_embd dim embed_dim model_dim hidden_dim',
+  intermediate_size: 'd_ff ffn_dim inter_dim n_inner ffn_hidden_size',
+  moe_intermediate_size: 'moe_inter_dim moe_ffn_hidden_size',
+  num_hidden_layers: 'num_layers n_layers n_layer',
+  num_attention_heads: 'num_heads n_heads n_head',
+  num_key_value_heads: 'num_kv_heads n_kv_heads',
+  max_position_embeddings: 'n_positions n_ctx block_size max_seq_len context_length',
+  first_k_dense_replace: 'n_dense_layers',
+  n_routed_experts: 'num_experts n_experts num_routed_experts',
+  n_shared_experts: 'num_shared_experts',
+  num_experts_per_tok: 'top_k moe_topk n_activated_experts num_selected_experts num_experts_per_token',
+  n_group: 'n_expert_groups',
+  topk_group: 'n_limited_groups',
+  scoring_func: 'score_func',
+  routed_scaling_factor: 'route_scale',
+  num_nextn_predict_layers: 'num_mtp_layers num_mtp_modules',
+  rms_norm_eps: 'norm_eps layer_norm_eps layer_norm_epsilon',
+}
+
 /**
  * The same for what others read as well: a configuration in the terms of config.json, options that are handed on to all parts of a model. Names that are not among
- * `names` are let through, unless they are a slip away from one: a letter more, less, another or swapped, or written in other case or without underscores.
+ * `names` are let through, unless they are a slip away from one (a letter more, less, another or swapped, or written in other case or without underscores), or what other model
+ * families call one (`num_layers`, `d_model`).
  * @throws MoeError E_CONFIG
  */
 export function checkShared<Options extends object>(
@@ -34,7 +57,8 @@ export function checkShared<Options extends object>(
   needObject(op, options, names)
   for (const name in options) {
     if (Object.hasOwn(names, name) || options[name] === undefined) continue
-    if (nearest(name, names, 1) !== undefined) throw unknownName(op, name, names)
+    const meant = nearest(name, names, 1) ?? ours(name, names)
+    if (meant !== undefined) throw unknownName(op, name, names, meant)
   }
 }
 
@@ -48,8 +72,15 @@ function needObject(op: string, value: unknown, names: object): void {
   })
 }
 
-function unknownName(op: string, name: string, names: object): MoeError {
-  const near = nearest(name, names, name.length > 4 ? 2 : 1)
+const ours = (name: string, names: object): string | undefined =>
+  Object.keys(elsewhere).find(known => Object.hasOwn(names, known) && elsewhere[known].split(' ').includes(name))
+
+function unknownName(
+  op: string,
+  name: string,
+  names: object,
+  near = nearest(name, names, name.length > 4 ? 2 : 1),
+): MoeError {
   const known = Object.keys(names)
   return new MoeError({
     code: 'E_CONFIG',

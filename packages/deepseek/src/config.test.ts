@@ -41,6 +41,12 @@ describe('names in a configuration', () => {
     ['hiddenSize', 'hidden_size'],
     ['n_shared_expert', 'n_shared_experts'],
     ['topk_gruop', 'topk_group'],
+    ['num_layers', 'num_hidden_layers'],
+    ['n_embd', 'hidden_size'],
+    ['num_heads', 'num_attention_heads'],
+    ['num_experts', 'n_routed_experts'],
+    ['top_k', 'num_experts_per_tok'],
+    ['n_dense_layers', 'first_k_dense_replace'],
   ])('%s is told to be %s, also beside it', (name, known) => {
     expect(make({ [name]: 2 })).toThrow(`DeepSeek: there is no option ${name}; did you mean ${known}?`)
   })
@@ -58,7 +64,14 @@ describe('names in a configuration', () => {
     const json = JSON.parse(await readFile(path, 'utf8'))
     await writeFile(
       path,
-      JSON.stringify({ ...json, n_groups: 7, hidden_sizes: [1], rope_parameters: { rope_theta: 5e3, factors: 1 } }),
+      JSON.stringify({
+        ...json,
+        n_groups: 7,
+        num_layers: 9,
+        top_k: 50,
+        hidden_sizes: [1],
+        rope_parameters: { rope_theta: 5e3, factors: 1 },
+      }),
     )
     const read = await DeepSeek.fromPretrained(folder)
     expect(read.config.rope_theta).toBe(json.rope_theta)
