@@ -72,7 +72,15 @@ import { DeepSeekPieces } from './pieces.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
 import { generate, Session } from './session.ts'
 import { DeepSeekStages } from './stages.ts'
-import { factorAt, type HostInputs, type LossTensors, lossInputs, maskAt, uploadInputs } from './training-loss.ts'
+import {
+  digestOf,
+  factorAt,
+  type HostInputs,
+  type LossTensors,
+  lossInputs,
+  maskAt,
+  uploadInputs,
+} from './training-loss.ts'
 
 /**
  * What the training loss adds to the next-token loss, and how fast the balance bias moves. Numbers, or functions of the optimizer steps done (`model.step`);
@@ -102,7 +110,7 @@ export interface DeepSeekOptions {
   readonly balancer?: Balancer
   /** Drop in training what exceeds the budget of a device, as V2 did. Default: no token is dropped. */
   readonly dropping?: TokenDropping & {
-    /** Share of the sequences that lose no token in any layer, drawn anew for every batch from the seed and the step. Default 0.1. */
+    /** Share of the sequences that lose no token in any layer, drawn anew for every batch from the seed, the step and its tokens. Default 0.1. */
     readonly undropped?: number
   }
   /** Is given the loads and selection biases of every layer after each step. */
@@ -190,9 +198,7 @@ export class DeepSeek extends Module {
   readonly #balancer: Balancer | null
   readonly #monitor: LoadMonitor | null
   /** Which sequences of a batch lose no token, `[B]`: 1 or 0. Null without dropping. */
-  readonly #undropped: ((batch: number) => Float32Array) | null
-  /** Batches of the current step so far. */
-  #batches = 0
+  readonly #undropped: ((rows: TokenRows) => Float32Array) | null
   #step = 0
 
   /**
@@ -213,9 +219,10 @@ export class DeepSeek extends Module {
     this.#objective = { ...usualObjective, ...objective }
     this.#balancer = balancer ?? null
     this.#monitor = monitor
-    const draw = (batch: number) =>
-      new Random(seed ?? 0).fork(`undropped/${this.step}/${this.#batches++}`).uniform(batch)
-    this.#undropped = dropping ? batch => draw(batch).map(x => (x < share ? 1 : 0)) : null
+    // By what is in them: all ranks that work on the same rows draw alike, others do not.
+    const draw = ({ tokens, rows }: TokenRows) =>
+      new Random(seed ?? 0).fork(`undropped/${this.step}/${digestOf([tokens])}`).uniform(rows)
+    this.#undropped = dropping ? rows => draw(rows).map(x => (x < share ? 1 : 0)) : null
     const deviation = seed === null ? 0 : this.#config.initializer_range
     const init: InitOptions = { random: new Random(seed ?? 0), deviation, backend, weights }
     this.#rotary = new RotaryEmbedding(this.#config)
@@ -411,7 +418,7 @@ export class DeepSeek extends Module {
   #lossInputs(rows: TokenRows, training: boolean, from = 0) {
     return lossInputs(rows, rows.length - this.lookahead, training ? this.mtp.length : 0, {
       from,
-      undropped: training ? this.#undropped?.(rows.rows) : undefined,
+      undropped: training ? this.#undropped?.(rows) : undefined,
     })
   }
 
@@ -515,7 +522,6 @@ export class DeepSeek extends Module {
   async #report(loads: ReadonlyArray<Promise<ArrayLike<number>> | undefined>): Promise<Record<string, number>> {
     const biases = this.moeLayers.map(({ gate }) => this.#monitor && gate.e_score_correction_bias?.values())
     this.step += 1
-    this.#batches = 0
     const summaries: LoadSummary[] = []
     // All at once: where the device is lost, every read fails, and none may be left alone with that.
     const reads = await Promise.all(loads.map((load, i) => Promise.all([load, biases[i]])))

@@ -19,7 +19,7 @@ import { countParameters } from './count-parameters.ts'
 import { evenRuns } from './even-runs.ts'
 import { blockOf, LossParts, type LossSource } from './loss-parts.ts'
 import type { DeepSeek } from './model.ts'
-import { type HostInputs, uploadInputs } from './training-loss.ts'
+import { digestOf, type HostInputs, uploadInputs } from './training-loss.ts'
 
 /** One stage in one step. A `PipelineStage` of `@moe/parallel` is what it is. */
 export interface DeepSeekStage {
@@ -154,14 +154,6 @@ export class DeepSeekStages {
           : [mtp[depth - 1], ...(this.#model.config.mtp_separate_embeddings ? [] : [embedding, lm_head])]
     return modules.flatMap(module => namedParameters(module).map(({ parameter }) => parameter))
   }
-}
-
-/** FNV-1a, by numbers in place of bytes. */
-function digestOf(arrays: ReadonlyArray<ArrayLike<number>>): number {
-  let digest = 0x811c9dc5 | 0
-  for (const numbers of arrays)
-    for (let i = 0; i < numbers.length; i++) digest = Math.imul(digest ^ numbers[i], 0x01000193)
-  return digest
 }
 
 /** Multiplications of a token's forward pass in each part: decoder layers, head, MTP modules. The embedding is a lookup, norms and routing are left out. */

@@ -59,3 +59,11 @@ export function factorAt({ factors }: LossTensors, of: 'mtp' | 'balance'): Tenso
   const at = of === 'mtp' ? 0 : 1
   return (factors as Tensor).narrow(0, at, at + 1).reshape([])
 }
+
+/** FNV-1a, by numbers in place of bytes. */
+export function digestOf(arrays: ReadonlyArray<ArrayLike<number>>): number {
+  let digest = 0x811c9dc5 | 0
+  for (const numbers of arrays)
+    for (let i = 0; i < numbers.length; i++) digest = Math.imul(digest ^ numbers[i], 0x01000193)
+  return digest
+}

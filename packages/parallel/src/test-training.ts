@@ -57,11 +57,16 @@ export interface Trained {
 export async function trainSmall(
   backend: Backend,
   options: Partial<TrainOptions>,
-  { mtp = 1, onRanks, ...model }: DeepSeekOptions & { mtp?: number; onRanks?: (model: DeepSeek) => Ranks } = {},
+  {
+    mtp = 1,
+    kind = DeepSeek,
+    onRanks,
+    ...model
+  }: DeepSeekOptions & { mtp?: number; kind?: typeof DeepSeek; onRanks?: (model: DeepSeek) => Ranks } = {},
 ): Promise<Trained> {
   const objective = { biasSpeed: 0.01, ...model.objective }
   const own = { ...config, num_nextn_predict_layers: mtp }
-  const made = new DeepSeek(own, { seed: 1, backend, ...model, ...(model.balancer ? {} : { objective }) })
+  const made = new kind(own, { seed: 1, backend, ...model, ...(model.balancer ? {} : { objective }) })
   const steps: Trained['steps'] = []
   const ranks = onRanks?.(made)
   try {

@@ -37,7 +37,7 @@ import {
   type TokenData,
   type TrainOptions,
 } from './options.ts'
-import { checkSameStart, gatherNumbers, gatherValues, type Ranks, type Start } from './ranks.ts'
+import { checkSameStart, drawApart, gatherNumbers, gatherValues, type Ranks, type Start } from './ranks.ts'
 import { cutMetrics, type MetricsLine, MetricsLog, metricsLine } from './report/metrics-log.ts'
 import { progress } from './report/progress.ts'
 import { writeSummary } from './report/summary.ts'
@@ -83,6 +83,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   } finally {
     interrupts.dispose()
     run?.steps.dispose()
+    run?.drawTogether()
     run?.unlock()
     optimizer.dispose()
   }
@@ -177,6 +178,7 @@ class Run {
   checkpoint: string | undefined
   /** Gives the folder back. */
   unlock = () => {}
+  drawTogether = () => {}
 
   constructor(
     model: TrainableModel,
@@ -243,6 +245,7 @@ class Run {
     await this.begin()
     if (ranks !== undefined) await this.agree(ranks)
     this.emitStart()
+    if (ranks !== undefined && onRanks === undefined) this.drawTogether = drawApart(ranks, this.model)
     const limit = this.trainSeconds + (settings.timeLimitSeconds ?? Number.POSITIVE_INFINITY)
     let stop = await this.reasonToStop(limit)
     while (this.step < settings.steps && stop === null) {
