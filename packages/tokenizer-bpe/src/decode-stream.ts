@@ -1,4 +1,5 @@
 /** @file Decoding ids as they arrive, a whole character at a time. */
+import { callCheck } from './call-check.ts'
 
 /** Gives the bytes of a token; empty for one that is left out. */
 export type TokenBytes = (id: number) => Uint8Array
@@ -15,6 +16,7 @@ export class DecodeStream {
   /** The text that these ids complete; empty when they end inside a character. */
   push(ids: number | Iterable<number>): string {
     if (typeof ids === 'number') return this.#decoder.decode(this.#bytesOf(ids), { stream: true })
+    callCheck.of?.('decode', {}, ids)
     let text = ''
     for (const id of ids) text += this.#decoder.decode(this.#bytesOf(id), { stream: true })
     return text

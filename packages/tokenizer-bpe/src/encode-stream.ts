@@ -1,14 +1,25 @@
 /** @file A text that arrives in parts, cut where pieces end whatever follows. */
 import type { AddedToken } from './added-tokens.ts'
+import { TokenizerError } from './errors.ts'
+
+const refused = (given: unknown, wanted: string, fix: string) =>
+  new TokenizerError({ code: 'E_DATA', op: 'encodeStream', problem: `got ${typeof given}, no ${wanted}`, fix })
+
+const isSource = (given: unknown) =>
+  typeof given === 'string' ||
+  (typeof given === 'object' && given !== null && (Symbol.asyncIterator in given || Symbol.iterator in given))
 
 /**
  * Gives the text in parts that can be encoded by themselves: each ends before a space between two letters.
  * @param added tokens that no part may end in; without, as where it is not known how pieces end, the text comes whole
+ * @throws TokenizerError E_DATA for what gives no texts: bytes would be cut within characters
  */
 export async function* cutStream(
   parts: AsyncIterable<string> | Iterable<string>,
   added: readonly AddedToken[] | undefined,
 ): AsyncGenerator<string> {
+  if (!isSource(parts))
+    throw refused(parts, 'texts one after the other', 'pass a list, a generator or a stream of texts')
   const cuttable = added?.every(
     token => !token.lstrip && !token.rstrip && !token.single_word && !/[A-Za-z] [A-Za-z]/.test(token.content),
   )
@@ -17,6 +28,9 @@ export async function* cutStream(
   /** Text without a place to cut is looked through anew only once it is an eighth longer. */
   let worthLooking = 0
   for await (const part of parts) {
+    if (typeof part !== 'string') {
+      throw refused(part, 'text', "read files with { encoding: 'utf8' }, and other bytes through a TextDecoderStream")
+    }
     held += part
     if (!cuttable || held.length < worthLooking) continue
     let cut = held.length - margin

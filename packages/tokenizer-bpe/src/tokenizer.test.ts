@@ -189,6 +189,28 @@ test('what is no text is refused', () => {
   }
 })
 
+test('streams refuse what gives no texts, and no ids', async () => {
+  const tokenizer = train()
+  const read = async (parts: unknown) => {
+    const found: number[] = []
+    for await (const some of tokenizer.encodeStream(parts as string[])) found.push(...some)
+    return found
+  }
+  for (const wrong of [undefined, null, 5, {}, ['a', undefined], [new TextEncoder().encode('ä')]]) {
+    await expect(read(wrong)).rejects.toMatchObject({ code: 'E_DATA', op: 'encodeStream' })
+  }
+  await expect(read([Uint8Array.of(97)])).rejects.toThrow(
+    "got object, no text; read files with { encoding: 'utf8' }, and other bytes through a TextDecoderStream",
+  )
+  expect(await read(['ab', 'ab'].values())).toEqual([...tokenizer.encode('abab')])
+  const stream = tokenizer.createDecodeStream()
+  for (const wrong of [undefined, null, 'a', Promise.resolve([1])] as unknown as number[]) {
+    expect(() => stream.push(wrong)).toThrow(/^decode: got .*, no list of ids; pass them in an array/)
+  }
+  expect(() => stream.push([undefined] as unknown as number[])).toThrow('undefined is not an id')
+  expect(stream.push(new Set(tokenizer.encode('a')))).toBe('a')
+})
+
 describe('calls that cannot be meant', () => {
   const tokenizer = trainBpe(CORPUS, { vocabSize: 300 })
   const call = (method: 'encode' | 'decode' | 'encodeWithOffsets' | 'createDecodeStream', ...given: unknown[]) =>
