@@ -3,7 +3,7 @@ import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { stateDict } from '@moe/core'
+import { Random, stateDict } from '@moe/core'
 import { DeepSeek, type DeepSeekOptions, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { auxFree, together as both, sequenceWise } from '@moe/router'
@@ -293,6 +293,18 @@ describe('what does not fit is refused in words', () => {
     await expect(refused({ accumulate: 3 })).rejects.toThrow(/accumulate is 3, ranks take 4 micro-batches a step/)
     const [{ steps }] = await refused({ steps: 1 })
     expect(steps[0].tokens).toBe(64)
+  })
+
+  test('a model that draws', async () => {
+    class Drawing extends DeepSeek {
+      drawn = new Random(1)
+    }
+    await local(1, async ranks => {
+      const onRanks = (model: DeepSeek) => new Pipeline(model, oneForwardOneBackward(1, 1), ranks)
+      await expect(trainSmall(backend, {}, { kind: Drawing, onRanks })).rejects.toThrow(
+        'drawn is drawn from in training, and a model in parts cannot keep where it is; train the whole model',
+      )
+    })
   })
 
   test('stages of another model', async () => {

@@ -5,6 +5,7 @@ import {
   MoeError,
   type NamedParameter,
   namedParameters,
+  namedStreams,
   type Precision,
   type Shape,
   scope,
@@ -65,14 +66,19 @@ export function checkOnRanks({ parameters }: ModelOnRanks, model: TrainableModel
     const of = whole.get(name)
     return firstRow === undefined ? of === parameter : of !== undefined && isRows(parameter.shape, of.shape)
   }
+  const refuse = (problem: string, fix: string) => {
+    throw new MoeError({ code: 'E_CONFIG', op: 'train', problem, fix })
+  }
   const other = parameters.find(own => !fits(own))
-  if (other === undefined) return
-  throw new MoeError({
-    code: 'E_CONFIG',
-    op: 'train',
-    problem: `ranks train ${other.name}, which is no parameter of the model`,
-    fix: 'make the Pipeline or ExpertParallel of the model that is trained',
-  })
+  if (other !== undefined) {
+    const fix = 'make the Pipeline or ExpertParallel of the model that is trained'
+    refuse(`ranks train ${other.name}, which is no parameter of the model`, fix)
+  }
+  // How far on a layer's stream is, only the rank that computes the layer knows: nothing gathers that.
+  for (const { name } of namedStreams(model)) {
+    const fix = 'train the whole model on every rank: pass the communicator itself as ranks'
+    refuse(`${name} is drawn from in training, and a model in parts cannot keep where it is`, fix)
+  }
 }
 
 const isRows = ([, ...own]: Shape, [, ...whole]: Shape) => own.join() === whole.join()
