@@ -3,10 +3,8 @@ import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { Random, type Tensor } from '@moe/core'
-import { DeepSeek } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
-import { auxFree, CapacityMoE, sequenceWise, together } from '@moe/router'
+import { auxFree, sequenceWise, together } from '@moe/router'
 import { Muon, type TrainOptions } from '@moe/trainer'
 import { afterAll, afterEach, describe, expect, test } from 'vitest'
 import { local } from './index.ts'
@@ -128,54 +126,6 @@ describe('a run of two ranks', () => {
     await expect(alone({ out, schedule, resume: checkpoint })).rejects.toThrow(
       /accumulate \(micro-batches of a step, of all ranks\): saved with 2, now 1/,
     )
-  })
-
-  test('draws other numbers on each, and goes on bit for bit', async () => {
-    const drawn: Array<{ rank: number; stream: number; position: number }> = []
-    const own = new Random(5).fork('second expert')
-    /** With a layer that draws which second choices it uses. */
-    const gshard = (rank: number) =>
-      class extends DeepSeek {
-        moe = new CapacityMoE(
-          { hidden_size: 24, moe_intermediate_size: 8, n_routed_experts: 4, router: 'gshard' },
-          { random: new Random(5), deviation: 1, backend },
-        )
-
-        override hidden(...[ids, options = {}]: Parameters<DeepSeek['hidden']>): Tensor {
-          const hidden = super.hidden(ids, options)
-          return hidden.add(this.moe.forward(hidden, { training: options.training }))
-        }
-
-        override afterStep(...of: Parameters<DeepSeek['afterStep']>): Promise<Record<string, number>> {
-          const { stream, position } = this.moe.random
-          drawn.push({ rank, stream, position })
-          this.moe.reset()
-          return super.afterStep(...of)
-        }
-
-        override dispose(): void {
-          // A run leaves the same model on all ranks.
-          expect(this.moe.random.stream).toBe(own.stream)
-          super.dispose()
-        }
-      }
-    const two = (options: Options) =>
-      local(2, ranks => trainSmall(backend, { ...options, ranks }, { mtp: 0, kind: gshard(ranks.rank) }))
-    const out = await temporaryFolder()
-    const [first, second] = await two({})
-    expect(second.weights).toEqual(first.weights)
-    const of = (rank: number) => drawn.filter(step => step.rank === rank)
-    expect(new Set(of(0).map(({ stream }) => stream))).toEqual(new Set([own.stream]))
-    expect(new Set(of(1).map(({ stream }) => stream))).toEqual(new Set([own.fork('rank 1').stream]))
-    expect(of(1).map(({ position }) => position)).toEqual(of(0).map(({ position }) => position))
-    expect(of(1).at(-1)?.position).toBeGreaterThan(of(1)[0].position)
-
-    const schedule = () => 1
-    const [straight] = await two({ schedule })
-    await two({ out, schedule, checkpointEvery: 3, keepCheckpoints: 5 })
-    const resume = join(out, 'checkpoints', 'step-000003')
-    const again = await two({ out, schedule, resume, keepCheckpoints: 5 })
-    for (const { weights } of again) expect(weights).toEqual(straight.weights)
   })
 
   test('stops at the same step on all, whoever is told to', async () => {

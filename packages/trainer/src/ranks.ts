@@ -1,5 +1,5 @@
 /** @file Several processes that train one model together: what the trainer asks of them, and what a step does with it. */
-import { concat, type Module, MoeError, namedStreams, scope, type Tensor, tensor } from '@moe/core'
+import { concat, MoeError, scope, type Tensor, tensor } from '@moe/core'
 import type { TokenBatch } from './model.ts'
 import { type Pass, weightOf } from './step-numbers.ts'
 
@@ -89,18 +89,6 @@ export function checkSameStart(starts: readonly Start[]): void {
         'make the same model on every rank (the same seed), and let all see the same folder when they resume',
       )
     }
-  }
-}
-
-/**
- * Lets each rank draw numbers of its own from the streams of a model. The model's own streams are those of rank 0, which checkpoints have: those of the others follow from them.
- * @returns puts the model's own in their place again, as far on as they are: ranks have as many tokens, and draw as often
- */
-export function drawApart({ rank }: Ranks, model: Module): () => void {
-  const streams = rank === 0 ? [] : namedStreams(model).map(({ random }) => ({ random, own: random.stream }))
-  for (const { random } of streams) random.stream = random.fork(`rank ${rank}`).stream
-  return () => {
-    for (const { random, own } of streams) random.stream = own
   }
 }
 

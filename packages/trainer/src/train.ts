@@ -22,6 +22,7 @@ import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import { TokenDataset } from './data/token-dataset.ts'
 import { TrainingOrder } from './data/training-order.ts'
+import { drawApart } from './draw-apart.ts'
 import { type Evaluation, evaluate } from './evaluate.ts'
 import type { StepEvent, TrainEvent, TrainListener } from './events.ts'
 import { type Interrupts, watchInterrupts } from './interrupt.ts'
@@ -37,7 +38,7 @@ import {
   type TokenData,
   type TrainOptions,
 } from './options.ts'
-import { checkSameStart, drawApart, gatherNumbers, gatherValues, type Ranks, type Start } from './ranks.ts'
+import { checkSameStart, gatherNumbers, gatherValues, type Ranks, type Start } from './ranks.ts'
 import { cutMetrics, type MetricsLine, MetricsLog, metricsLine } from './report/metrics-log.ts'
 import { progress } from './report/progress.ts'
 import { writeSummary } from './report/summary.ts'
