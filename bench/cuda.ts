@@ -1,7 +1,7 @@
 /**
  * The GPU: launch cost, matrix products, attention, decoding, a training step and making text, as fractions of what the card was measured to do.
  *
- *     pnpm bench cuda [--only launch,gemm,attention,decode,train,generate] [--config 1b] [--steps N] [--peers FILE] [--json FILE] [--tiny]
+ *     pnpm bench cuda [--only launch,gemm,attention,decode,train,generate] [--config 1b] [--steps N] [--peers FILE,FILE] [--json FILE] [--tiny]
  *
  * Times are the device's own (events), medians of repeats after a warm-up. `--peers` names what `bench/peers/cuda_torch.py --json FILE` wrote on
  * the same card; its large product and copy are then the peaks, otherwise our own copy is, and products have no peak. `--tiny` runs everything at
@@ -18,11 +18,13 @@ import {
   type OpAttrs,
   type OpName,
   parameterCount,
+  QuantizedParameter,
   Random,
   type Shape,
   setDefaultBackend,
   sizeOf,
   type TensorSpec,
+  tensor,
   type Value,
 } from '@moe/core'
 import { DeepSeek, type DeepSeekOptions, presets } from '@moe/deepseek'
@@ -58,8 +60,9 @@ interface Peers {
 
 const backend = await createBackend()
 setDefaultBackend(backend)
-const peers = options.peers ? (JSON.parse(readFileSync(options.peers, 'utf8')) as Peers) : undefined
-const peerRate = (name: string) => peers?.results.find(result => result.name === name)?.rate
+const peers = (options.peers?.split(',') ?? []).map(file => JSON.parse(readFileSync(file, 'utf8')) as Partial<Peers>)
+const peerResults = peers.flatMap(peer => peer.results ?? [])
+const peerRate = (name: string) => peerResults.find(result => result.name === name)?.rate
 const results: Result[] = []
 const repeats = options.tiny ? 2 : 20
 
@@ -81,14 +84,22 @@ function runOp<O extends OpName>(
 const f32 = (shape: Shape): TensorSpec => ({ shape, dtype: 'f32' })
 
 let seed = 1
+/** Random numbers, the same ones again and again: a period that divides no row, and drawing all of them would take longer than what is timed. */
+function repeated<A extends Float32Array | Uint16Array>(data: A, draw: (x: number) => number): A {
+  const period = Math.min(data.length, 2 ** 20 + 7)
+  data.set(new Random(seed++).uniform(period).map(draw))
+  for (let done = period; done < data.length; done *= 2) data.copyWithin(done, 0, done)
+  return data
+}
+
 function random(shape: Shape): Value {
-  const data = new Random(seed++).uniform(sizeOf(shape)).map(x => 2 * x - 1)
+  const data = repeated(new Float32Array(sizeOf(shape)), x => 2 * x - 1)
   return { handle: backend.upload(data, shape, 'f32'), shape, dtype: 'f32' }
 }
 
 /** Small numbers. */
 function bf16Matrix(shape: Shape): Value {
-  const data = new Uint16Array(new Random(seed++).uniform(sizeOf(shape)).map(x => 0x3f00 + 0x80 * x))
+  const data = repeated(new Uint16Array(sizeOf(shape)), x => 0x3f00 + 0x80 * x)
   return { handle: backend.upload(data, shape, 'bf16'), shape, dtype: 'bf16' }
 }
 
@@ -127,6 +138,8 @@ function report(name: string, rate: number, unit: Result['unit'], peak?: number,
   console.log(
     `${name.padEnd(44)} ${rate.toPrecision(4).padStart(9)} ${unit.padEnd(8)} ${share.padStart(16)} ${ratio.padStart(14)}`,
   )
+  // Whoever stops it keeps what was measured.
+  if (options.json !== undefined) save(options.json)
 }
 
 // --- peaks ---
@@ -307,17 +320,28 @@ async function decode(): Promise<void> {
 
 const configuration = options.tiny ? 'tiny' : options.config
 
-function configured(made: DeepSeekOptions = {}): DeepSeek {
+/** A model of numbers like those that it would draw itself, which would take half a minute. */
+async function configured(made: DeepSeekOptions = {}): Promise<DeepSeek> {
   if (!Object.hasOwn(presets, configuration)) throw new Error(`--config is one of ${Object.keys(presets).join(', ')}`)
   const preset = presets[configuration as keyof typeof presets]
-  return new DeepSeek({ ...preset, max_position_embeddings: 4096, eos_token_id: null }, made)
+  const config = { ...preset, max_position_embeddings: 4096, eos_token_id: null }
+  const model = new DeepSeek(config, { ...made, seed: null })
+  for (const { parameter } of namedParameters(model)) {
+    const shape = parameter instanceof QuantizedParameter ? parameter.weight.shape : parameter.shape
+    // Norms and biases are as they begin.
+    if (shape.length < 2) continue
+    const values = repeated(new Float32Array(sizeOf(shape)), x => 0.07 * (x - 0.5))
+    if (parameter instanceof QuantizedParameter) await parameter.assignValues(values)
+    else parameter.assign(tensor(values, parameter.shape))
+  }
+  return model
 }
 
 // --- a training step ---
 
 async function train(): Promise<void> {
   const [rows, length] = options.tiny ? [1, 16] : [8, 1024]
-  const model = configured()
+  const model = await configured()
   const parameters = namedParameters(model)
   const optimizer = new AdamW(parameters)
   const batch = randomBatch(rows, length + model.lookahead, model.vocabSize)
@@ -361,7 +385,7 @@ async function train(): Promise<void> {
 // --- text: a prompt at once, then token by token, weights in bf16 ---
 
 async function generate(): Promise<void> {
-  const model = configured({ weights: 'bf16' })
+  const model = await configured({ weights: 'bf16' })
   const [length, tokens] = options.tiny ? [16, 6] : [1024, 128]
   const source = new Random(0)
   const prompt = Array.from({ length }, () => source.integer(model.vocabSize))
@@ -401,7 +425,7 @@ function save(path: string): void {
     cublasLt: backend.cublasLt,
     node: process.version,
     load: loadavg()[0],
-    peers: peers?.versions,
+    peers: peers[0]?.versions,
   }
   writeFileSync(path, `${JSON.stringify({ machine, date: new Date().toISOString(), results }, null, 2)}\n`)
 }
@@ -424,7 +448,5 @@ for (const name of options.only.split(',')) {
     console.log(`${name} failed: ${error instanceof Error ? error.message : error}`)
     process.exitCode = 1
   }
-  // Whoever stops it keeps what was measured.
-  if (options.json !== undefined) save(options.json)
 }
 backend.dispose()

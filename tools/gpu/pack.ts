@@ -3,31 +3,22 @@
  *
  *     pnpm gpu:pack [--out gpu]
  *
- * It holds Node, the packages, their kernels, tests and benchmarks. There: `gpu/run.sh`. Build the kernels first:
+ * It holds an archive of Node, the packages, their kernels, tests and benchmarks, and what unpacks and starts it: `gpu/run.sh`. Build the kernels first:
  * `node packages/kernels-cuda/scripts/build-fatbins.mjs`.
  */
 import { execFileSync, spawnSync } from 'node:child_process'
-import {
-  cpSync,
-  existsSync,
-  mkdirSync,
-  readdirSync,
-  readFileSync,
-  rmSync,
-  statSync,
-  symlinkSync,
-  writeFileSync,
-} from 'node:fs'
+import { cpSync, existsSync, mkdirSync, readFileSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { gzipSync } from 'node:zlib'
 import { type BuildOptions, build } from 'esbuild'
 
-const mostBytes = 60e6
+/** Some places take 64 MiB of files with a checkout, whose own are 10 MB. */
+const mostBytes = 55e6
 const root = join(import.meta.dirname, '..', '..')
 const { values: options } = parseArgs({ options: { out: { type: 'string', default: join(root, 'gpu') } } })
-const out = options.out
+const out = join(options.out, 'pack')
 
 /** What the tests and benchmarks need of the workspace. */
 const packages = [
@@ -55,22 +46,26 @@ mkdirSync(join(out, 'node_modules', '@moe'), { recursive: true })
 copyPackages()
 await copyDependencies()
 copyTools()
-packNode()
+copyNode()
+const archive = join(options.out, 'pack.tar.gz')
+execFileSync('tar', ['-C', out, '-c', '-f', `${archive}.tar`, '.'])
+writeFileSync(archive, gzipSync(readFileSync(`${archive}.tar`), { level: 9 }))
+rmSync(`${archive}.tar`)
+rmSync(out, { recursive: true })
+cpSync(join(import.meta.dirname, 'run.sh'), join(options.out, 'run.sh'))
 
-const bytes = sizeOf(out)
-console.log(`${out}: ${(bytes / 1e6).toFixed(1)} MB; copy it to the machine and start run.sh there`)
+const bytes = statSync(archive).size
+console.log(`${options.out}: ${(bytes / 1e6).toFixed(1)} MB; copy it to the machine and start run.sh there`)
 if (bytes > mostBytes) {
   console.error(`gpu:pack: the folder may have ${mostBytes / 1e6} MB (binutils' strip makes Node smaller)`)
   process.exitCode = 1
 }
 
 /** Node without its symbols, which are a tenth of it. */
-function packNode(): void {
+function copyNode(): void {
+  const from = join(root, 'node_modules/node/bin/node')
   const node = join(out, 'node')
-  const { status } = spawnSync('strip', ['-o', node, join(root, 'node_modules/node/bin/node')])
-  if (status !== 0) cpSync(join(root, 'node_modules/node/bin/node'), node)
-  writeFileSync(join(out, 'node.gz'), gzipSync(readFileSync(node), { level: 9 }))
-  rmSync(node)
+  if (spawnSync('strip', ['-o', node, from]).status !== 0) cpSync(from, node)
 }
 
 function copyPackages(): void {
@@ -145,18 +140,7 @@ function copyTools(): void {
   })
   const tools = join(out, 'tools', 'gpu')
   mkdirSync(tools, { recursive: true })
-  for (const file of ['suite.mjs', 'models.mjs', 'reporter.mjs', 'summary.mjs', 'cublas-lt.mjs'])
+  for (const file of ['run.mjs', 'file.mjs', 'models.mjs', 'probe.mjs'])
     cpSync(join(import.meta.dirname, file), join(tools, file))
-  cpSync(join(import.meta.dirname, 'run.sh'), join(out, 'run.sh'))
   writeFileSync(join(out, 'package.json'), '{ "name": "moe-gpu", "private": true, "type": "module" }\n')
-}
-
-function sizeOf(path: string): number {
-  let bytes = 0
-  for (const entry of readdirSync(path, { withFileTypes: true })) {
-    const inside = join(path, entry.name)
-    if (entry.isDirectory()) bytes += sizeOf(inside)
-    else if (entry.isFile()) bytes += statSync(inside).size
-  }
-  return bytes
 }

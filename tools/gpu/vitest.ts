@@ -1,9 +1,57 @@
-/** @file What `vitest` is where there is none: its functions over Node's own test runner, with the `expect` package. */
-import * as node from 'node:test'
+/**
+ * @file What `vitest` is where there is none: its functions, with the `expect` package, and `runTests`, which runs what they were told of. One test after
+ * the other, and each line of the report is written before anything else happens: a kernel that never ends takes the process along, and what came
+ * before it, and its name, must be known.
+ */
 import { expect as expectOne } from 'expect'
 
 type Body = (...args: never[]) => unknown
-type Runner = (name: string, options: object, body: Body) => unknown
+type Hook = () => unknown
+type Kind = 'beforeAll' | 'beforeEach' | 'afterEach' | 'afterAll'
+
+interface Suite {
+  readonly name: string
+  readonly parent: Suite | undefined
+  readonly skipped: boolean
+  readonly hooks: Record<Kind, Hook[]>
+}
+interface Test {
+  readonly suite: Suite
+  readonly name: string
+  readonly skipped: boolean
+  readonly body: Body
+}
+
+/** A line of the report. `lost`: the process cannot use the device any more. */
+export type Line =
+  | { readonly tests: number }
+  | { readonly start: number; readonly name: string }
+  | { readonly end: 'passed' | 'skipped' }
+  | { readonly end: 'failed'; readonly error: string; readonly lost: boolean }
+
+const tests: Test[] = []
+const finishing: Hook[] = []
+let current = suiteOf('', undefined, false)
+
+function suiteOf(name: string, parent: Suite | undefined, skipped: boolean): Suite {
+  return { name, parent, skipped, hooks: { beforeAll: [], beforeEach: [], afterEach: [], afterAll: [] } }
+}
+
+function addSuite(name: string, body: Body, skipped: boolean): void {
+  // What it is skipped for want of, its body may ask for.
+  if (skipped) {
+    addTest(name, body, true)
+    return
+  }
+  const outer = current
+  current = suiteOf(name, outer, outer.skipped)
+  ;(body as () => void)()
+  current = outer
+}
+
+function addTest(name: string, body: Body, skipped: boolean): void {
+  tests.push({ suite: current, name, body, skipped: skipped || current.skipped })
+}
 
 /** `name` and arguments of one row: `%s` and the like in order, `$key` from an object. */
 function label(name: string, row: unknown, args: readonly unknown[]): string {
@@ -15,52 +63,137 @@ function label(name: string, row: unknown, args: readonly unknown[]): string {
   })
 }
 
-function wrap(run: Runner) {
+type Add = (name: string, body: Body, skipped: boolean) => void
+
+function wrap(add: Add, skipped = false) {
   // Vitest takes options in front of the body, or a time limit behind it.
-  const plain = (name: string, first: Body | object, second?: Body | number) => {
-    const body = typeof first === 'function' ? (first as Body) : (second as Body)
-    return run(name, {}, body)
+  const plain = (name: string, first: Body | object, second?: Body | number) =>
+    add(name, (typeof first === 'function' ? first : second) as Body, skipped)
+  const each =
+    (rows: readonly unknown[]) =>
+    (name: string, first: Body | object, second?: Body | number): void => {
+      for (const row of rows) {
+        const args = Array.isArray(row) ? row : [row]
+        const body = (typeof first === 'function' ? first : second) as (...args: unknown[]) => unknown
+        add(label(name, row, args), (() => body(...args)) as Body, skipped)
+      }
+    }
+  const skip = (name: string, body: Body) => add(name, body, true)
+  return Object.assign(plain, { each, skip, skipIf: (condition: unknown) => wrapped(add, skipped || !!condition) })
+}
+// Its type would refer to itself.
+const wrapped: (add: Add, skipped: boolean) => Wrapped = wrap
+interface Wrapped {
+  (name: string, first: Body | object, second?: Body | number): void
+  each(rows: readonly unknown[]): (name: string, first: Body | object, second?: Body | number) => void
+  skip(name: string, body: Body): void
+  skipIf(condition: unknown): Wrapped
+}
+
+const hook = (kind: Kind) => (fn: Hook) => {
+  current.hooks[kind].push(fn)
+}
+/** Outermost first. */
+const suitesOf = (suite: Suite | undefined): Suite[] => (suite === undefined ? [] : [...suitesOf(suite.parent), suite])
+
+async function call(hooks: readonly Hook[]): Promise<void> {
+  for (const fn of hooks) await fn()
+}
+
+async function runOne({ suite, body }: Test): Promise<void> {
+  const suites = suitesOf(suite)
+  try {
+    await call(suites.flatMap(({ hooks }) => hooks.beforeEach))
+    await (body as Hook)()
+  } finally {
+    await call(finishing.splice(0))
+    await call(suites.reverse().flatMap(({ hooks }) => hooks.afterEach))
   }
-  const skipIf = (condition: unknown) =>
-    condition
-      ? Object.assign((name: string, body: Body) => run(name, { skip: String(condition) }, body), {
-          each: () => (name: string, body: Body) => run(name, { skip: String(condition) }, body),
-        })
-      : api
-  const each = (rows: readonly unknown[]) => (name: string, body: Body) => {
-    for (const row of rows) {
-      const args = Array.isArray(row) ? row : [row]
-      run(label(name, row, args), {}, (() => (body as (...args: unknown[]) => unknown)(...args)) as Body)
+}
+
+function failure(error: unknown): Line {
+  const text =
+    error instanceof Error ? `${error.message}\n${error.stack?.match(/\S+\.test\.ts:\d+/)?.[0] ?? ''}` : String(error)
+  const cause =
+    error instanceof Error && error.cause instanceof Error && !error.message.includes(error.cause.message)
+      ? `\n${error.cause.message}`
+      : ''
+  const lost = /the device is lost to this process/.test(text + cause)
+  return { end: 'failed', error: (text + cause).slice(0, 4000), lost }
+}
+
+/**
+ * Runs the tests that were told of, from number `from` on, those whose name fits. Returns whether all passed.
+ * @param report Is given each line as it comes; what it does must be done when it returns.
+ */
+export async function runTests(from: number, fits: RegExp, report: (line: Line) => void): Promise<boolean> {
+  report({ tests: tests.length })
+  const opened: Suite[] = []
+  let good = true
+  const attempt = async (fn: () => Promise<void>): Promise<boolean> => {
+    try {
+      await fn()
+      return true
+    } catch (error) {
+      const line = failure(error)
+      report(line)
+      good = false
+      // Nothing that follows would say anything about itself.
+      if ('lost' in line && line.lost) process.exit(1)
+      return false
     }
   }
-  const api = Object.assign(plain, {
-    skipIf,
-    each,
-    skip: (name: string, body: Body) => run(name, { skip: true }, body),
-  })
-  return api
+  for (const [i, test] of tests.entries()) {
+    if (i < from) continue
+    const name = [...suitesOf(test.suite), test]
+      .map(({ name }) => name)
+      .filter(Boolean)
+      .join(' > ')
+    if (!fits.test(name)) continue
+    report({ start: i, name })
+    if (test.skipped) {
+      report({ end: 'skipped' })
+      continue
+    }
+    const passed = await attempt(async () => {
+      for (const suite of suitesOf(test.suite)) {
+        if (opened.includes(suite)) continue
+        opened.push(suite)
+        await call(suite.hooks.beforeAll)
+      }
+      await runOne(test)
+    })
+    if (passed) report({ end: 'passed' })
+  }
+  for (const suite of opened.reverse()) await attempt(() => call(suite.hooks.afterAll))
+  return good
 }
 
 /** Of the test that runs: one at a time. */
-const finishing: Array<() => unknown> = []
-export function onTestFinished(fn: () => unknown): void {
+export function onTestFinished(fn: Hook): void {
   finishing.push(fn)
 }
-
-// The runner's context is not handed on: vitest passes none that these tests use.
-const test = wrap((name, options, body) =>
-  node.test(name, options, async () => {
-    try {
-      await (body as () => Promise<void>)()
-    } finally {
-      for (const fn of finishing.splice(0)) await fn()
-    }
-  }),
-)
-const describe = wrap((name, options, body) => node.describe(name, options, () => (body as () => void)()))
-
-/** Vitest's takes a message, too. */
-const expect = Object.assign((actual: unknown, _message?: string) => expectOne(actual), expectOne) as typeof expectOne
-
-export { after as afterAll, afterEach, before as beforeAll, beforeEach } from 'node:test'
-export { describe, expect, test }
+export const afterAll = hook('afterAll')
+export const afterEach = hook('afterEach')
+export const beforeAll = hook('beforeAll')
+export const beforeEach = hook('beforeEach')
+export const test = wrap(addTest)
+export const describe = wrap(addSuite)
+/** Vitest's takes a message, too: what it says is often all that tells where. */
+export const expect = Object.assign((actual: unknown, message?: string) => {
+  const matchers = expectOne(actual)
+  if (message === undefined) return matchers
+  return new Proxy(matchers, {
+    get(target, name) {
+      const matcher = Reflect.get(target, name)
+      if (typeof matcher !== 'function') return matcher
+      return (...args: unknown[]) => {
+        try {
+          return matcher(...args)
+        } catch (error) {
+          throw new Error(`${message}\n${error instanceof Error ? error.message : error}`, { cause: error })
+        }
+      }
+    },
+  })
+}, expectOne) as typeof expectOne

@@ -1,5 +1,5 @@
 /** @file For tests: the same op here and on the CPU kernels, at sizes that the backend suite does not reach. */
-import type { FusedAttrs, HostArray, OpName, PrimitiveAttrs, Random, TensorSpec } from '@moe/core'
+import type { FusedAttrs, HostArray, OpName, PrimitiveAttrs, Random, Shape, TensorSpec } from '@moe/core'
 import { type HostInput, runOp } from '@moe/core/testing'
 import { createBackend } from '@moe/kernels-cpu'
 import type { CudaOptions } from './open.ts'
@@ -65,15 +65,55 @@ export function distance(a: HostArray, b: HostArray): number {
   return worst / largest
 }
 
-/** The largest distance of all outputs between here and the CPU. */
-export async function distanceToCpu<O extends OpName>(
+/** Throws unless every element is within `room` times the largest expected one, and says where those lie that are not, as kernels deal elements out by tile, warp and lane. */
+export function assertNear(label: string, actual: HostArray, expected: HostArray, room: number, shape: Shape): void {
+  // Also where there are no numbers at all.
+  if (distance(actual, expected) < room) return
+  let largest = 1e-6
+  for (let i = 0; i < expected.length; i++) largest = Math.max(largest, Math.abs(Number(expected[i])) || 0)
+  const allowed = room * largest
+  const columns = shape.at(-1) ?? 1
+  const [rowsOf, columnsOf]: Set<number>[] = [new Set(), new Set()]
+  const first: string[] = []
+  let count = 0
+  for (let i = 0; i < expected.length; i++) {
+    const [a, e] = [Number(actual[i]), Number(expected[i])]
+    if (Object.is(a, e) || Math.abs(a - e) < allowed) continue
+    const [row, column] = [Math.floor(i / columns), i % columns]
+    count++
+    rowsOf.add(row)
+    columnsOf.add(column)
+    if (first.length < 6) first.push(`  row ${row}, column ${column}: ${a}, expected ${e}`)
+  }
+  throw new Error(
+    `${label}: ${count} of ${expected.length} elements of [${shape}] are further off than ${allowed.toPrecision(3)}\n${first.join('\n')}
+  rows ${places(rowsOf)}\n  columns ${places(columnsOf)}`,
+  )
+}
+
+/** Where a set of indices begins and ends, and which lanes and pieces of a tile they are. */
+function places(found: ReadonlySet<number>): string {
+  const all = [...found].sort((a, b) => a - b)
+  const modulo = (n: number) => {
+    const rest = new Set(all.map(x => x % n))
+    return rest.size === n || rest.size > 8 ? `${rest.size} of ${n}` : [...rest].sort((a, b) => a - b).join(' ')
+  }
+  const ends = `${all[0]} to ${all.at(-1)}, ${all.length} of them`
+  return `${ends}; modulo 8: ${modulo(8)}; modulo 64: ${modulo(64)}; tiles of 64: ${new Set(all.map(x => x >> 6)).size}`
+}
+
+/** All outputs of the op here beside those of the CPU. @throws as `assertNear` */
+export async function assertNearCpu<O extends OpName>(
   op: O,
   inputs: readonly HostInput[],
   attrs: Attrs<O>,
   outputs: readonly TensorSpec[],
+  room: number,
   options: CudaOptions = {},
-) {
+): Promise<void> {
   const here = await onCuda(op, inputs, attrs, outputs, options)
   const there = await onCpu(op, inputs, attrs, outputs)
-  return Math.max(...here.map((x, i) => distance(x, there[i])))
+  here.forEach((x, i) => {
+    assertNear(`${op} ${JSON.stringify(attrs)}, output ${i}`, x, there[i], room, outputs[i].shape)
+  })
 }

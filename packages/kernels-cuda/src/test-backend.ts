@@ -9,6 +9,13 @@ import type { CudaOptions } from './open.ts'
 /** Whether tests run on a real device; without one they then fail. */
 export const onDevice = process.env['MOE_REQUIRE_CUDA'] === '1'
 
+if (onDevice) {
+  // Sizes of tests are made for the emulator's four: with more of them, large tiles would never be chosen.
+  process.env['MOE_CUDA_MULTIPROCESSORS'] ??= '4'
+  // Keeps the device's context, which takes longer to make than most tests run.
+  await createBackend()
+}
+
 /** Which ways of multiplying tests try: on a device the one that MOE_CUDA_WGMMA chooses, lest a fault of the new one take the old one's tests along. */
 export const wgmmaVariants = onDevice ? [process.env['MOE_CUDA_WGMMA'] === '1'] : [false, true]
 

@@ -75,7 +75,8 @@ function describe(driver: Driver, ordinal: number, driverVersion: number): Devic
     ordinal,
     name: new TextDecoder().decode(name.subarray(0, name.indexOf(0))),
     capability: get(attribute.major) * 10 + get(attribute.minor),
-    multiprocessors: get(attribute.multiprocessors),
+    // For tests: sizes of tiles depend on it, and small problems on a device that is said to be small have those of large ones.
+    multiprocessors: Number(process.env['MOE_CUDA_MULTIPROCESSORS']) || get(attribute.multiprocessors),
     sharedMemory: get(attribute.sharedMemoryOptIn),
     totalMemory: driver.out(word => call.cuDeviceTotalMem(word, device), 'kernels-cuda'),
     readsHostMemory: get(attribute.usesHostPageTables) !== 0,

@@ -1,6 +1,6 @@
 import { Random, type WidePrecision } from '@moe/core'
 import { afterEach, describe, expect, test } from 'vitest'
-import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
+import { assertNear, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
 import { productVariants, reverseOrder, unavailable } from '../../test-backend.ts'
 
 interface Size {
@@ -52,7 +52,7 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
     })
     const got = await onCuda('attention', [q, k, v, ...ends], attrs, outputs, { wgmma })
     got.forEach((x, i) => {
-      expect(distance(x, expected[i])).toBeLessThan(room[precision])
+      assertNear(['out', 'lse'][i], x, expected[i], room[precision], outputs[i].shape)
     })
 
     const dout = exact(random, B, T, H, Dv)
@@ -71,7 +71,7 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
       })
     const wanted = await onCpu('attentionBackward', [q, k, v, ...saved, dout, ...ends], attrs, gradients)
     backward.forEach((x, i) => {
-      expect(distance(x, wanted[i])).toBeLessThan(room[precision])
+      assertNear(['dq', 'dk', 'dv'][i], x, wanted[i], room[precision], gradients[i].shape)
     })
   })
 })

@@ -1,6 +1,6 @@
 import { Random } from '@moe/core'
-import { describe, expect, test } from 'vitest'
-import { distanceToCpu, exact, integers, output } from '../../test-against-cpu.ts'
+import { describe, test } from 'vitest'
+import { assertNearCpu, exact, integers, output } from '../../test-against-cpu.ts'
 import { productVariants, unavailable } from '../../test-backend.ts'
 
 const cases = [
@@ -30,13 +30,11 @@ describe.skipIf(unavailable).each(productVariants)(
       for (const transposeW of [true, false]) {
         const weight = exact(random, experts, ...(transposeW ? [n, k] : [k, n]))
         const attrs = { transposeW, precision }
-        const distance = await distanceToCpu('groupedMatmul', [x, weight, ends], attrs, [output(rows, n)], { wgmma })
-        expect(distance).toBeLessThan(2e-6)
+        await assertNearCpu('groupedMatmul', [x, weight, ends], attrs, [output(rows, n)], 2e-6, { wgmma })
       }
       const inputs = [x, exact(random, rows, n), ends]
       const gradient = [output(experts, n, k)]
-      const distance = await distanceToCpu('groupedMatmulWeightGrad', inputs, { precision }, gradient, { wgmma })
-      expect(distance).toBeLessThan(2e-6)
+      await assertNearCpu('groupedMatmulWeightGrad', inputs, { precision }, gradient, 2e-6, { wgmma })
     })
   },
 )

@@ -1,6 +1,6 @@
 import { Random } from '@moe/core'
 import { afterEach, describe, expect, test } from 'vitest'
-import { distance, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
+import { assertNear, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
 import { productVariants, reverseOrder, unavailable } from '../../test-backend.ts'
 
 const cases = [
@@ -40,7 +40,7 @@ describe.skipIf(unavailable).each(productVariants)(
           expect(await run()).toEqual([got])
           reverseOrder(false)
         }
-        expect(distance(got, expected)).toBeLessThan(precision === 'bf16' ? 1e-2 : 5e-6)
+        assertNear(`cache in ${dtype}`, got, expected, precision === 'bf16' ? 1e-2 : 5e-6, [B, T, H, V])
       }
     })
   },

@@ -1,7 +1,7 @@
 import type { WidePrecision } from '@moe/core'
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
-import { distance, distanceToCpu, exact, onCuda, output } from '../../test-against-cpu.ts'
+import { assertNearCpu, distance, exact, onCuda, output } from '../../test-against-cpu.ts'
 import { unavailable, wgmmaVariants } from '../../test-backend.ts'
 
 interface Size {
@@ -46,7 +46,7 @@ describe.skipIf(unavailable).each(wgmmaVariants)('matmul, wgmma %s', wgmma => {
       const a = exact(random, ...lead, ...(transposeA ? [k, m] : [m, k]))
       const b = exact(random, ...lead, ...(transposeB ? [n, k] : [k, n]))
       const attrs = { transposeA, transposeB, precision }
-      expect(await distanceToCpu('matmul', [a, b], attrs, [output(...lead, m, n)], options)).toBeLessThan(2e-6)
+      await assertNearCpu('matmul', [a, b], attrs, [output(...lead, m, n)], 2e-6, options)
     }
   })
 

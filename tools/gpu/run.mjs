@@ -1,0 +1,359 @@
+// Runs the parts of `run.sh`, each in processes of its own with a time limit, and writes what is known after each of them.
+import { spawn, spawnSync } from 'node:child_process'
+import { existsSync, globSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
+import { dirname, join, resolve } from 'node:path'
+import { parseArgs } from 'node:util'
+
+const help = `./run.sh [--only PART,PART] [--minutes N] [--json FILE] [--list] [--silence SECONDS]
+
+Runs the parts in the order of --list. A part that has a result in results/ is not run again unless it is named.
+--minutes N: ends within N minutes; parts that have not begun by then are left for the next call.
+--json FILE: everything that is known, written anew after each part (default: results/gpu.json).
+--silence N: a test that says nothing for N seconds hangs (default: 20). It is told by name, and those after it go on in a new process.`
+
+const started = Date.now()
+const { values: options } = parseArgs({
+  options: {
+    only: { type: 'string' },
+    minutes: { type: 'string' },
+    json: { type: 'string' },
+    list: { type: 'boolean', default: false },
+    silence: { type: 'string', default: '20' },
+    help: { type: 'boolean', default: false },
+  },
+})
+const pack = resolve(import.meta.dirname, '..', '..')
+const results = join(dirname(pack), 'results')
+const json = resolve(options.json ?? join(results, 'gpu.json'))
+const node = join(pack, 'node')
+const end = options.minutes === undefined ? Number.POSITIVE_INFINITY : started + 60_000 * Number(options.minutes)
+const left = () => (end - Date.now()) / 1000
+/** So many hanging or dying tests are enough, of one file and of a part. */
+const mostDied = { file: 3, part: 8 }
+
+/** The ways of multiplying: environments. cuBLASLt's is completed when one has been found. */
+const ways = { '': {}, ':wgmma': { MOE_CUDA_WGMMA: '1' }, ':cublas-lt': { MOE_CUDA_CUBLASLT: '' } }
+const ofSuite = globSync('packages/kernels-cuda/src/**/*.test.ts', { cwd: pack })
+  .filter(file => !/\/emulator/.test(file))
+  .sort()
+// Without those of files and commands, which need more than the pack has.
+const ofModels = globSync('packages/{attention-mla,router,mtp,deepseek}/src/**/*.test.ts', { cwd: pack })
+  .filter(file => !/\/gguf\/|cli\.test\.ts$/.test(file))
+  .sort()
+
+const suite = (way, seconds) => ({ name: `suite${way}`, way, seconds, files: ofSuite })
+const bench = (section, way, seconds) => ({
+  name: `${section}${way}`,
+  way,
+  seconds,
+  command: (file, peers) => [
+    node,
+    '--no-warnings',
+    '--expose-gc',
+    'bench/cuda.ts',
+    '--only',
+    section,
+    '--json',
+    file,
+    ...peers,
+  ],
+})
+const peers = (name, sections, seconds) => ({
+  name,
+  way: '',
+  seconds,
+  torch: true,
+  command: file => ['python3', '-u', 'bench/peers/cuda_torch.py', '--only', sections, '--json', file],
+})
+const sanitizer = (tool, way) => ({
+  name: `${tool}${way}`,
+  way,
+  seconds: 150,
+  sanitizer: true,
+  command: () => {
+    const tests = [node, '--no-warnings', 'tools/gpu/file.mjs', 'packages/kernels-cuda/src/backend.test.ts', '0']
+    return [
+      'compute-sanitizer',
+      '--tool',
+      tool,
+      '--error-exitcode',
+      '9',
+      ...tests,
+      way && 'matmul|experts|entropy|attention',
+    ]
+  },
+})
+/** What decides most comes first. */
+const parts = [
+  peers('peers', 'peak,gemm,attention', 90),
+  suite('', 240),
+  suite(':wgmma', 240),
+  bench('launch', '', 40),
+  {
+    name: 'products',
+    way: ':cublas-lt',
+    seconds: 90,
+    // With ours alone, too.
+    always: true,
+    command: file => [node, '--no-warnings', 'bench/cuda-gemm.ts', '--json', file],
+  },
+  ...['attention', 'decode', 'gemm'].map(section => bench(section, ':wgmma', 90)),
+  peers('peers-train', 'train', 200),
+  ...['train', 'generate'].map(section => bench(section, ':wgmma', 150)),
+  ...['attention', 'decode', 'gemm', 'train', 'generate'].map(section => bench(section, '', 150)),
+  { name: 'models', way: '', seconds: 240, files: ofModels, preload: './tools/gpu/models.mjs' },
+  suite(':cublas-lt', 180),
+  ...['gemm', 'train'].map(section => bench(section, ':cublas-lt', 150)),
+  ...['', ':wgmma'].flatMap(way =>
+    ['memcheck', 'synccheck', 'racecheck', 'initcheck'].map(tool => sanitizer(tool, way)),
+  ),
+]
+
+if (options.help) console.log(help)
+else if (options.list) for (const { name, seconds } of parts) console.log(`${name.padEnd(20)} ${seconds} s at most`)
+else await main()
+
+async function main() {
+  const wanted = options.only?.split(',')
+  const unknown = wanted?.filter(name => !parts.some(part => part.name === name)) ?? []
+  if (unknown.length > 0) {
+    console.error(`run.sh: no part ${unknown.join(', ')}; see --list`)
+    process.exitCode = 2
+    return
+  }
+  mkdirSync(results, { recursive: true })
+  const card = probe()
+  if (card === undefined) {
+    process.exitCode = 1
+    return
+  }
+  const has = {
+    torch: succeeds('python3', [
+      '-c',
+      'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)',
+    ]),
+    sanitizer: succeeds('compute-sanitizer', ['--version']),
+  }
+  const notRun = []
+  for (const part of parts) {
+    if (wanted ? !wanted.includes(part.name) : existsSync(fileOf(part.name))) continue
+    const missing = whyNot(part, card, has)
+    if (missing !== undefined) continue
+    // Started with less, most parts would only be killed.
+    if (left() < 20) {
+      notRun.push(part.name)
+      continue
+    }
+    const seconds = Math.min(part.seconds, left() - 5)
+    console.log(`== ${part.name} (at ${((Date.now() - started) / 1000).toFixed(0)} s)`)
+    const began = Date.now()
+    const result = part.files ? await runTests(part, seconds) : await runCommand(part, seconds)
+    writeJson(fileOf(part.name), { ...result, seconds: (Date.now() - began) / 1000 })
+    if (result.status !== 'passed') process.exitCode = 1
+    console.log(`== ${part.name}: ${result.status}, ${((Date.now() - began) / 1000).toFixed(0)} s`)
+    merge(card, notRun)
+  }
+  merge(card, notRun)
+  if (notRun.length > 0) console.log(`no time was left for ${notRun.join(', ')}`)
+  console.log(`wrote ${json}`)
+}
+
+function fileOf(part) {
+  return join(results, `${part.replace(':', '-')}.json`)
+}
+
+function whyNot({ way, torch, sanitizer, always }, { capability, cublasLt }, has) {
+  if (way === ':wgmma' && capability !== 90) return 'no Hopper'
+  if (way === ':cublas-lt' && cublasLt === undefined && !always) return 'no cuBLASLt'
+  if (torch && !has.torch) return 'no PyTorch'
+  if (sanitizer && !has.sanitizer) return 'no compute-sanitizer'
+}
+
+function succeeds(command, args) {
+  return spawnSync(command, args, { stdio: 'ignore', timeout: 30_000 }).status === 0
+}
+
+/** The card, and a cuBLASLt for it: named, found by the package, or beside some Python's PyTorch. */
+function probe() {
+  const named = process.env.MOE_CUDA_CUBLASLT
+  delete process.env.MOE_CUDA_CUBLASLT
+  const python = `import glob, sys
+for folder in sys.path: print(*sorted(glob.glob(folder + "/nvidia/c*/lib/libcublasLt.so.1[23]"), reverse=True), sep="\\n")`
+  const ofPython = () =>
+    spawnSync('python3', ['-c', python], { encoding: 'utf8' }).stdout?.split('\n').filter(Boolean) ?? []
+  let card
+  for (const candidate of named ? [named] : ['1', ...ofPython()]) {
+    const env = { ...process.env, MOE_CUDA_CUBLASLT: candidate }
+    const { status, stdout, stderr } = spawnSync(node, ['--no-warnings', 'tools/gpu/probe.mjs'], {
+      cwd: pack,
+      env,
+      encoding: 'utf8',
+      timeout: 60_000,
+      killSignal: 'SIGKILL',
+    })
+    if (status !== 0) console.error(`probe: ${status === null ? 'no answer within 60 s' : stderr.slice(-3000)}`)
+    else card = { ...JSON.parse(stdout), cublasLtPath: candidate }
+    if (card?.cublasLt !== undefined) break
+  }
+  if (card?.cublasLt !== undefined) ways[':cublas-lt'] = { MOE_CUDA_CUBLASLT: card.cublasLtPath }
+  if (card !== undefined) console.log(JSON.stringify(card))
+  return card
+}
+
+function environment(way) {
+  return { ...process.env, MOE_REQUIRE_CUDA: '1', NO_COLOR: '1', ...ways[way] }
+}
+
+/** A program in a process group of its own, so that all of it can be ended. */
+function start(command, way, stdio) {
+  const child = spawn(command[0], command.slice(1), { cwd: pack, env: environment(way), stdio, detached: true })
+  child.kill = () => {
+    try {
+      process.kill(-child.pid, 'SIGKILL')
+    } catch {
+      // It ended by itself.
+    }
+  }
+  return child
+}
+
+function runCommand(part, seconds) {
+  const file = join(results, 'part.json')
+  rmSync(file, { force: true })
+  const known = ['peers', 'peers-train'].map(fileOf).filter(path => existsSync(path))
+  const command = part.command(file, known.length > 0 ? ['--peers', known.join()] : [])
+  return new Promise(done => {
+    let output = ''
+    let late = false
+    const child = start(command, part.way, ['ignore', 'pipe', 'pipe'])
+    const timer = setTimeout(() => {
+      late = true
+      child.kill()
+    }, 1000 * seconds)
+    for (const stream of [child.stdout, child.stderr]) {
+      stream.setEncoding('utf8').on('data', text => {
+        output = (output + text).slice(-20_000)
+        if (!part.sanitizer) process.stdout.write(text)
+      })
+    }
+    child.on('error', error => {
+      output += error.message
+    })
+    child.on('close', (code, signal) => {
+      clearTimeout(timer)
+      const status = late
+        ? `killed after ${seconds.toFixed(0)} s`
+        : code === 0
+          ? 'passed'
+          : `ended with ${code ?? signal}`
+      const measured = existsSync(file) ? JSON.parse(readFileSync(file, 'utf8')) : {}
+      if (part.sanitizer) console.log(output.trim().split('\n').slice(-3).join('\n'))
+      done({ status, ...measured, ...(status !== 'passed' || part.sanitizer ? { output } : {}) })
+    })
+  })
+}
+
+async function runTests({ files, way, preload }, seconds) {
+  const until = Date.now() + 1000 * seconds
+  const result = { status: 'passed', passed: 0, failed: 0, skipped: 0, failures: [], slowest: [], notRun: [] }
+  let died = 0
+  for (const file of files) {
+    if (Date.now() > until || died >= mostDied.part) result.notRun.push(file)
+    else died += await runFile(file, way, preload, until, result)
+  }
+  const { passed, failed, skipped, notRun, slowest } = result
+  result.slowest = slowest.sort((a, b) => b.seconds - a.seconds).slice(0, 10)
+  console.log(`${passed} passed, ${failed} failed, ${skipped} skipped, ${notRun.length} files not finished`)
+  if (failed > 0 || notRun.length > 0) result.status = 'failed'
+  return result
+}
+
+/** All tests of a file. Where one hangs, or takes the process or the device along, those behind it go on in a new process. Returns how many did. */
+async function runFile(file, way, preload, until, result) {
+  let from = 0
+  const fail = (name, error) => {
+    result.failed++
+    result.failures.push({ name, file, error })
+    console.log(`FAIL ${name} (${file})\n  ${error.replaceAll('\n', '\n  ')}`)
+  }
+  for (let deaths = 0; ; ) {
+    const { count, last, name, open, died, output } = await oneProcess(file, from, way, preload, until, result, fail)
+    if (died === undefined) return deaths
+    if (open) fail(name, `${died}\n${output}`)
+    else if (count === undefined) fail('(before its first test)', `${died}\n${output}`)
+    from = last + 1
+    deaths++
+    if (count === undefined || from >= count) return deaths
+    if (deaths >= mostDied.file || Date.now() > until) {
+      result.notRun.push(`${file}, from test ${from} of ${count}`)
+      return deaths
+    }
+  }
+}
+
+function oneProcess(file, from, way, preload, until, result, fail) {
+  return new Promise(done => {
+    const preloads = preload === undefined ? [] : ['--import', preload]
+    const command = [node, '--no-warnings', ...preloads, 'tools/gpu/file.mjs', file, String(from)]
+    const child = start(command, way, ['ignore', 'pipe', 'pipe', 'pipe'])
+    const seen = { count: undefined, last: from - 1, name: '', open: false, died: undefined, output: '' }
+    let began = 0
+    let failedHere = false
+    let timer
+    const watch = () => {
+      clearTimeout(timer)
+      const silence = Math.min(1000 * Number(options.silence), Math.max(until - Date.now(), 0))
+      timer = setTimeout(() => {
+        seen.died = `no answer within ${(silence / 1000).toFixed(0)} s: killed`
+        child.kill()
+      }, silence)
+    }
+    const take = line => {
+      if ('tests' in line) seen.count = line.tests
+      else if ('start' in line) {
+        Object.assign(seen, { last: line.start, name: line.name, open: true })
+        began = Date.now()
+      } else if (line.end === 'failed') {
+        seen.open = false
+        failedHere = true
+        if (line.lost) seen.died = 'the device was lost'
+        fail(seen.name, line.error)
+      } else {
+        seen.open = false
+        result[line.end]++
+      }
+      if ('end' in line && Date.now() - began > 1000)
+        result.slowest.push({ name: seen.name, seconds: (Date.now() - began) / 1000 })
+    }
+    let rest = ''
+    child.stdio[3].setEncoding('utf8').on('data', text => {
+      watch()
+      const lines = (rest + text).split('\n')
+      rest = lines.pop()
+      for (const line of lines) take(JSON.parse(line))
+    })
+    for (const stream of [child.stdout, child.stderr])
+      stream.setEncoding('utf8').on('data', text => {
+        seen.output = (seen.output + text).slice(-2000)
+      })
+    watch()
+    child.on('close', (code, signal) => {
+      clearTimeout(timer)
+      // A file whose tests failed ends with 1, and so does one that does not load.
+      if (code !== 0 && !(code === 1 && failedHere)) seen.died ??= `the process ended with ${code ?? signal}`
+      done(seen)
+    })
+  })
+}
+
+function merge(card, notRun) {
+  const known = parts.filter(({ name }) => existsSync(fileOf(name)))
+  const found = Object.fromEntries(known.map(({ name }) => [name, JSON.parse(readFileSync(fileOf(name), 'utf8'))]))
+  writeJson(json, { card, date: new Date().toISOString(), parts: found, notRun })
+}
+
+/** Whole, or not at all. */
+function writeJson(file, value) {
+  writeFileSync(`${file}.new`, `${JSON.stringify(value, null, 2)}\n`)
+  renameSync(`${file}.new`, file)
+}

@@ -1,1 +1,0 @@
-// Preloaded by the tests of the backend: nothing to prepare.
