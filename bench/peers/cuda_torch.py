@@ -140,12 +140,12 @@ def train():
         report(f"train: {args.config}, {rows} x {length}", best, "tokens/s")
 
 
+versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
 for part in args.only.split(","):
     try:
         {"peak": peak, "gemm": gemm, "attention": attention, "train": train}[part]()
     except Exception as error:  # the other figures are worth having
         print(f"{part} failed: {error}", file=sys.stderr)
-if args.json:
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
-    with open(args.json, "w") as file:
-        json.dump({"card": torch.cuda.get_device_name(), "versions": versions, "results": results}, file, indent=2)
+    if args.json:  # whoever stops it keeps what was measured
+        with open(args.json, "w") as file:
+            json.dump({"card": torch.cuda.get_device_name(), "versions": versions, "results": results}, file, indent=2)
