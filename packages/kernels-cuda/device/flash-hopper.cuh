@@ -29,6 +29,10 @@ struct WarpgroupTile {
   template <int D>
   MOE_DEVICE int sumColumn(int j) { return column(j); }
 
+  MOE_DEVICE void clear(Scores& s) {
+#pragma unroll
+    for (float& x : s.v) x = 0.f;
+  }
   /// Scores, rounded, as left operands: register i % 4 of 16 columns i / 4.
   MOE_DEVICE void pack(uint32_t (&p)[BN / 16][4], const Scores& s) {
 #pragma unroll

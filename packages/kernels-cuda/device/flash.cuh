@@ -255,11 +255,16 @@ struct OnlineSoftmax {
     for (int i = 0; i < Engine::Rows; i++) m.highest[i] = -infinity(), m.total[i] = 0.f;
   }
 
-  /// Scores (scaled, -infinity where not seen) become exponentials over the highest so far, to which `sums` is brought.
-  template <int D>
-  MOE_DEVICE void update(OnlineSoftmax& m, typename Engine::Scores& s, typename Engine::template Sums<D>& sums) {
-    float shrink[Engine::Rows];
-    bool grown = false;
+  /// What sums of before are multiplied with, and whether that changes any.
+  struct Shrink {
+    float factor[Engine::Rows];
+    bool grown;
+  };
+
+  /// Scores (scaled, -infinity where not seen) become exponentials over the highest so far.
+  MOE_DEVICE Shrink exponentials(OnlineSoftmax& m, typename Engine::Scores& s) {
+    Shrink shrink;
+    shrink.grown = false;
 #pragma unroll
     for (int i = 0; i < Engine::Rows; i++) {
       float high = m.highest[i];
@@ -267,8 +272,8 @@ struct OnlineSoftmax {
       for (int j = 0; j < Engine::Columns; j++) high = fmaxf(high, Engine::at(s, i, j));
       high = rowMax<Engine>(high);
       const float base = high == -infinity() ? 0.f : high;
-      shrink[i] = Engine::exponential(m.highest[i] - base);
-      grown = grown || high != m.highest[i];
+      shrink.factor[i] = Engine::exponential(m.highest[i] - base);
+      shrink.grown = shrink.grown || high != m.highest[i];
       m.highest[i] = high;
       float sum = 0.f;
 #pragma unroll
@@ -277,13 +282,19 @@ struct OnlineSoftmax {
         p = Engine::exponential(p - base);
         sum += p;
       }
-      m.total[i] = m.total[i] * shrink[i] + sum;
+      m.total[i] = m.total[i] * shrink.factor[i] + sum;
     }
-    if (!__any_sync(wholeWarp, grown)) return;
+    return shrink;
+  }
+
+  /// Brings sums to the highest so far.
+  template <int D>
+  MOE_DEVICE void apply(const Shrink& shrink, typename Engine::template Sums<D>& sums) {
+    if (!__any_sync(wholeWarp, shrink.grown)) return;
 #pragma unroll
     for (int i = 0; i < Engine::Rows; i++) {
 #pragma unroll
-      for (int j = 0; j < Engine::template sumColumns<D>; j++) Engine::template at<D>(sums, i, j) *= shrink[i];
+      for (int j = 0; j < Engine::template sumColumns<D>; j++) Engine::template at<D>(sums, i, j) *= shrink.factor[i];
     }
   }
 

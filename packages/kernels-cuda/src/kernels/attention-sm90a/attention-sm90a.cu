@@ -1,4 +1,4 @@
-// Flash attention on Hopper, forward (after Shah et al. 2024, without their overlap within a warpgroup) and backward. Legend as in attention.cu; features lie
+// Flash attention on Hopper, forward (after Shah et al. 2024) and backward. Legend as in attention.cu; features lie
 // padded in q [B, T, H * DK], k [B, S, G * DK], and backward in v and dout alike; forward, v is transposed to [B, G * Dv, S].
 #include "flash-hopper.cuh"
 #include "pack-tile.cuh"
@@ -12,11 +12,11 @@ MOE_KERNEL((256), moe_attention_values_sm90a, (bf16* to, const float* v, const i
   packTile(to + (batch * features + f) * ld + s, ld, v + (batch * S + s) * features + f, features, rows - s, features - f, ld - s);
 }
 
-/// Two warpgroups of 64 queries each, and a warp that copies.
+/// Two warpgroups of 64 queries each.
 template <int DK_, int DV_>
 struct FlashHopper : WarpgroupTile<128> {
-  static constexpr int BM = 128, DK = DK_, DV = DV_, Copying = 8, Threads = (Copying + 1) * 32, Stages = 2;
-  static constexpr int bytesQ = BM * DK * 2, bytesK = BN * DK * 2, bytesV = DV * BN * 2, stageBytes = bytesK + bytesV;
+  static constexpr int BM = 128, DK = DK_, DV = DV_, Threads = 256, Warps = 8, Stages = 2;
+  static constexpr int bytesQ = BM * DK * 2, bytesK = BN * DK * 2, bytesV = DV * BN * 2;
   MOE_DEVICE int row(int i) { return threadIdx.x / 128 * 64 + groupRow(i); }
 };
 
@@ -25,65 +25,82 @@ struct Sizes {
   float scale;
 };
 
-/// One block: BM queries of head blockIdx.y of batch blockIdx.z, all keys that they see, BN at a time.
+/// One block: BM queries of head blockIdx.y of batch blockIdx.z, all keys that they see, BN at a time. Products with values are one tile behind those with keys,
+/// so that the tensor cores multiply while exponentials are computed.
 template <class E>
 MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const TensorMap& k, const TensorMap& v, const int* lengths, Sizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(Barrier, ready, [1]);
-  MOE_SHARED(Barrier, full, [E::Stages]);
-  MOE_SHARED(Barrier, empty, [E::Stages]);
+  MOE_SHARED(Barrier, fullKeys, [E::Stages]);
+  MOE_SHARED(Barrier, emptyKeys, [E::Stages]);
+  MOE_SHARED(Barrier, fullValues, [E::Stages]);
+  MOE_SHARED(Barrier, emptyValues, [E::Stages]);
   unsigned char* const queries = dynamic + (-sharedAddress(dynamic) & 1023);
-  unsigned char* const stages = queries + E::bytesQ;
-  if (threadIdx.x == 0) {
-    initBarrier(ready, 1);
-    for (int s = 0; s < E::Stages; s++) {
-      initBarrier(&full[s], 1);
-      initBarrier(&empty[s], E::Copying); // one arrival of each multiplying warp
-    }
-    fenceBarriers();
-  }
-  __syncthreads();
+  unsigned char* const keys = queries + E::bytesQ;
+  unsigned char* const values = keys + E::Stages * E::bytesK;
 
   // The last queries see the most keys: they begin first.
   const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
-  const int end = visible.keys(min(first + E::BM, z.T) - 1), seenByAll = visible.keys(first);
-  const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  int stage = 0, parity = 0;
-  auto next = [&] {
-    if (++stage == E::Stages) stage = 0, parity ^= 1;
+  const int tiles = divUp(visible.keys(min(first + E::BM, z.T) - 1), E::BN), seenByAll = visible.keys(first);
+  const int group = __shfl_sync(wholeWarp, (int)threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+  auto stage = [](int t) { return t % E::Stages; };
+  auto parity = [](int t) { return t / E::Stages & 1; };
+  // By one thread: nobody needs the tile that lay there.
+  auto loadKeys = [&](int t) {
+    if (t >= tiles) return;
+    Barrier* const full = &fullKeys[stage(t)];
+    wait(&emptyKeys[stage(t)], parity(t) ^ 1);
+    arriveAndExpect(full, E::bytesK);
+    for (int d = 0; d < E::DK; d += 64) copyBox(keys + stage(t) * E::bytesK + d * E::BN * 2, k, full, g * E::DK + d, t * E::BN, b);
   };
-  if (warp == E::Copying) {
-    if (lane > 0 || end == 0) return;
-    arriveAndExpect(ready, E::bytesQ);
-    for (int d = 0; d < E::DK; d += 64) copyBox(queries + d * E::BM * 2, q, ready, h * E::DK + d, first, b);
-    for (int key = 0; key < end; key += E::BN, next()) {
-      unsigned char* const to = stages + stage * E::stageBytes;
-      wait(&empty[stage], parity ^ 1);
-      arriveAndExpect(&full[stage], E::stageBytes);
-      for (int d = 0; d < E::DK; d += 64) copyBox(to + d * E::BN * 2, k, &full[stage], g * E::DK + d, key, b);
-      for (int s = 0; s < E::BN; s += 64) copyBox(to + E::bytesK + s * E::DV * 2, v, &full[stage], key + s, g * z.Dv, b);
+  auto loadValues = [&](int t) {
+    if (t >= tiles) return;
+    Barrier* const full = &fullValues[stage(t)];
+    wait(&emptyValues[stage(t)], parity(t) ^ 1);
+    arriveAndExpect(full, E::bytesV);
+    for (int s = 0; s < E::BN; s += 64) copyBox(values + stage(t) * E::bytesV + s * E::DV * 2, v, full, t * E::BN + s, g * z.Dv, b);
+  };
+  if (threadIdx.x == 0) {
+    initBarrier(ready, 1);
+    for (int s = 0; s < E::Stages; s++) {
+      initBarrier(&fullKeys[s], 1);
+      initBarrier(&fullValues[s], 1);
+      initBarrier(&emptyKeys[s], E::Warps); // one arrival of each warp
+      initBarrier(&emptyValues[s], E::Warps);
     }
-    return;
+    fenceBarriers();
+    if (tiles > 0) {
+      arriveAndExpect(ready, E::bytesQ);
+      for (int d = 0; d < E::DK; d += 64) copyBox(queries + d * E::BM * 2, q, ready, h * E::DK + d, first, b);
+    }
+    loadKeys(0);
+    loadValues(0);
+    loadKeys(1);
   }
+  __syncthreads();
 
+  typename E::Scores s;
   typename E::template Sums<E::DV> sums = {};
+  uint32_t p[E::BN / 16][4];
   OnlineSoftmax<E> softmax;
   OnlineSoftmax<E>::begin(softmax);
-  if (end > 0) wait(ready, 0);
-  for (int key = 0; key < end; key += E::BN, next()) {
-    const unsigned char* const keys = stages + stage * E::stageBytes;
-    const unsigned char* const values = keys + E::bytesK;
-    typename E::Scores s = {};
-    wait(&full[stage], parity);
-    fenceProducts(s.v);
+  auto multiplyKeys = [&](int t) {
+    const unsigned char* const tile = keys + stage(t) * E::bytesK;
 #pragma unroll
-    for (int d = 0; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, operandOf(queries, E::BM, warp / 4 * 64, d), operandOf(keys, E::BN, 0, d));
+    for (int d = 0; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, operandOf(queries, E::BM, group * 64, d), operandOf(tile, E::BN, 0, d));
     commitProducts();
-    waitProducts<0>(s.v);
-
+  };
+  auto multiplyValues = [&](int t) {
+    const unsigned char* const tile = values + stage(t) * E::bytesV;
+#pragma unroll
+    for (int j = 0; j < E::BN; j += 16) multiplyGroup<E::DV>(sums.v, p[j / 16], operandOf(tile, E::DV, 0, j));
+    commitProducts();
+  };
+  auto exponentials = [&](int t) {
 #pragma unroll
     for (float& x : s.v) x *= z.scale * E::Unit;
+    const int key = t * E::BN;
     if (key + E::BN > seenByAll) {
 #pragma unroll
       for (int i = 0; i < E::Rows; i++) {
@@ -92,15 +109,44 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
         for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::sumStep(j) < left ? E::at(s, i, j) : -infinity();
       }
     }
-    OnlineSoftmax<E>::template update<E::DV>(softmax, s, sums);
-    uint32_t p[E::BN / 16][4];
+    return OnlineSoftmax<E>::exponentials(softmax, s);
+  };
+
+  if (tiles > 0) {
+    wait(ready, 0);
+    wait(&fullKeys[0], 0);
+    E::clear(s);
+    fenceProducts(s.v);
+    multiplyKeys(0);
+    waitProducts<0>(s.v);
+    if (lane == 0) arrive(&emptyKeys[0]);
+    exponentials(0);
     E::pack(p, s);
+    for (int t = 1; t < tiles; t++) {
+      wait(&fullValues[stage(t - 1)], parity(t - 1));
+      wait(&fullKeys[stage(t)], parity(t));
+      E::clear(s);
+      fenceProducts(s.v);
+      holdSums(sums.v);
+      multiplyKeys(t);
+      multiplyValues(t - 1);
+      if (threadIdx.x == 0) {
+        loadKeys(t + 1);
+        loadValues(t);
+      }
+      waitProducts<1>(s.v);
+      holdSums(s.v);
+      if (lane == 0) arrive(&emptyKeys[stage(t)]);
+      const auto shrink = exponentials(t);
+      waitProducts<0>(sums.v);
+      if (lane == 0) arrive(&emptyValues[stage(t - 1)]);
+      OnlineSoftmax<E>::template apply<E::DV>(shrink, sums);
+      E::pack(p, s);
+    }
+    wait(&fullValues[stage(tiles - 1)], parity(tiles - 1));
     fenceProducts(sums.v);
-#pragma unroll
-    for (int j = 0; j < E::BN; j += 16) multiplyGroup<E::DV>(sums.v, p[j / 16], operandOf(values, E::DV, 0, j));
-    commitProducts();
+    multiplyValues(tiles - 1);
     waitProducts<0>(sums.v);
-    if (lane == 0) arrive(&empty[stage]);
   }
 
 #pragma unroll

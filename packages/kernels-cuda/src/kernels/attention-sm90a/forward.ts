@@ -8,8 +8,8 @@ import { heads, sizes } from './heads.ts'
 /** Rows and columns of a score tile (FlashHopper of attention-sm90a.cu). */
 const tile = 128
 const stages = 2
-/** Two warpgroups and a warp. */
-const threads = 288
+/** Two warpgroups. */
+const threads = 256
 
 /** Dynamic shared memory: the queries, stages of keys and values, and room to begin at a multiple of 1024. */
 const sharedBytes = (dk: number, dv: number) => (tile * dk + stages * tile * (dk + dv)) * 2 + 1024

@@ -61,7 +61,7 @@ MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, 
         x = key + E::column(j) < keys ? x * (z.scale * E::Unit) : -infinity();
       }
     }
-    OnlineSoftmax<E>::template update<DV>(softmax, s, sums);
+    OnlineSoftmax<E>::template apply<DV>(OnlineSoftmax<E>::exponentials(softmax, s), sums);
     E::template add<DV>(sums, s, stage + sizeK, shared);
   }
   waitCopies<0>();
