@@ -41,11 +41,15 @@ MOE_DEVICE void arrive(Barrier* barrier) { asm volatile("mbarrier.arrive.shared:
 MOE_DEVICE void arriveAndExpect(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(sharedAddress(barrier)), "r"(bytes) : "memory");
 }
+MOE_DEVICE uint32_t nanoseconds() {
+  uint32_t now;
+  asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
+  return now;
+}
 /// Waits for the end of the latest phase of this parity: phases count from 0, and before the first one lies one of parity 1. A phase
-/// that does not end is an error of the launch, rather than a launch that does not end.
+/// that does not end within two seconds is an error of the launch, rather than a launch that does not end.
 MOE_DEVICE void wait(Barrier* barrier, int parity) {
-  uint32_t done;
-  int tries = 0;
+  uint32_t done, since = 0;
   do {
     asm volatile(
         "{\n"
@@ -56,8 +60,10 @@ MOE_DEVICE void wait(Barrier* barrier, int parity) {
         : "=r"(done)
         : "r"(sharedAddress(barrier)), "r"(parity)
         : "memory");
-    if (done == 0 && ++tries == 1 << 24) __trap();
-  } while (done == 0);
+    if (done != 0) break;
+    if (since == 0) since = nanoseconds() | 1;
+    else if (nanoseconds() - since > 2000000000u) __trap();
+  } while (true);
 }
 
 /// Starts the copy of a box of the matrix from element (x, y, z) on; outside of the matrix are zeros. It counts as the box's bytes at

@@ -22,7 +22,8 @@ struct Product {
   bool fresh;             // sums begin with it
   bool acrossA, acrossB;  // k runs across memory
   uint64_t a, b;
-  uint32_t left[4];       // the thread's own
+  uint32_t left[4];       // the thread's own,
+  const uint32_t* leftAt; // and where it has them
   int n, sums;
   uint32_t group;
   const char* file;
@@ -167,6 +168,11 @@ void checkMarks(const float* d, int n, Where where) {
       stop(launchFailed, where, "sum %d was written while products that add to it are on their way", i);
 }
 
+void checkLeft(const Product& product, Where where) {
+  if (product.registers && memcmp(product.left, product.leftAt, sizeof product.left) != 0)
+    stop(launchFailed, where, "a left operand in registers was written while products that read it are on their way");
+}
+
 /// Which of the sums on their way these are; new ones are handed over.
 int sumsAt(Warpgroup& group, float* d, int n, Where where) {
   const int me = run.thread % groupThreads;
@@ -204,6 +210,7 @@ void finish(Warpgroup& group, uint32_t groups, Where where) {
   const int firstWarp = run.thread / groupThreads * 4;
   int done = 0;
   while (done < first.count && (int32_t)(first.products[done].group - groups) < 0) {
+    for (const Queue& queue : group.queues) checkLeft(queue.products[done], where);
     multiply(group, done);
     for (int w = firstWarp; w < firstWarp + 4; w++) setRead(first.products[done], w, run.clock);
     done++;
@@ -259,13 +266,13 @@ static void ask(float* d, Product product) {
   if (run.lane == 0) setRead(product, run.warp, inFlight);
 }
 void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, const char* file, int line) {
-  ask(d, {false, false, false, acrossA, acrossB, a, b, {}, n, 0, 0, file, line});
+  ask(d, {false, false, false, acrossA, acrossB, a, b, {}, nullptr, n, 0, 0, file, line});
 }
 void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line) {
-  ask(d, {true, false, false, false, across, 0, b, {a[0], a[1], a[2], a[3]}, n, 0, 0, file, line});
+  ask(d, {true, false, false, false, across, 0, b, {a[0], a[1], a[2], a[3]}, a, n, 0, 0, file, line});
 }
 void multiplyGroupFp8(float* d, uint64_t a, uint64_t b, bool fresh, const char* file, int line) {
-  ask(d, {false, true, fresh, false, false, a, b, {}, 128, 0, 0, file, line});
+  ask(d, {false, true, fresh, false, false, a, b, {}, nullptr, 128, 0, 0, file, line});
 }
 
 void waitForProducts(int pending, const char* file, int line) {

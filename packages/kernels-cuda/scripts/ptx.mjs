@@ -180,6 +180,8 @@ class Kernel {
     const special = operand.match(/^%(tid|ntid|ctaid|nctaid)\.([xyz])$/)
     if (special)
       return `(${type})${{ tid: 'threadIdx', ntid: 'blockDim', ctaid: 'blockIdx', nctaid: 'gridDim' }[special[1]]}.${special[2]}`
+    // Time stands still.
+    if (operand === '%globaltimer_lo') return `(${type})0`
     if (/^0f[0-9A-F]{8}$/i.test(operand))
       return convert(`0x${operand.slice(2)}u`, 'uint32_t', type === 'float' ? type : this.fail(operand))
     if (/^0d[0-9A-F]{16}$/i.test(operand))

@@ -42,6 +42,8 @@ const operandModes = [
   'writesTooEarly',
   'misalignedAcross',
   'leftAcross',
+  'leftRegisters',
+  'registersInFlight',
 ] as const
 type OperandMode = (typeof operandModes)[number]
 
@@ -190,6 +192,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     [0, 'right'],
     [1, 'right'],
     [0, 'leftAcross'],
+    [0, 'leftRegisters'],
   ])('operands that threads have written, k across memory (reversed: %i, %s)', (reversed, mode) => {
     device.set('reversed', reversed)
     const { d, status, report } = operands(mode)
@@ -210,6 +213,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     ['oneWarpElsewhere', launchFailed, 'syncWarpgroup without all threads'],
     ['writesInFlight', launchFailed, 'a thread writes to byte'],
     ['writesTooEarly', launchFailed, 'from which warp 1 may still read'],
+    ['registersInFlight', launchFailed, 'a left operand in registers was written'],
     ['misalignedAcross', misalignedAddress, 'its first row is no multiple of 1024'],
   ])('%s is found', (mode, code, text) => {
     const { status, report } = operands(mode)

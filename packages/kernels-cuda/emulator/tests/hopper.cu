@@ -115,10 +115,12 @@ enum OperandMode {
   writesTooEarly,    // when this warp has waited for its products, and others may not have
   misalignedAcross,
   leftAcross,        // right, with a transposed
+  leftRegisters,     // right, with a in registers
+  registersInFlight, // over those
 };
 
-/// d [64, 128] = a b with a [64, 64] and b [64, 128] in bf16, which the threads of a warpgroup write to shared memory: k of b runs across it, and in
-/// the last mode that of a.
+/// d [64, 128] = a b with a [64, 64] and b [64, 128] in bf16, which the threads of a warpgroup write to shared memory: k of b runs across it, and
+/// where the mode says so that of a.
 MOE_KERNEL((128), moe_test_operands, (float* d, const uint32_t* a, const uint32_t* b, int mode)) {
   MOE_DYNAMIC_SHARED(dynamic);
   unsigned char* const left = dynamic + (-sharedAddress(dynamic) & 1023);
@@ -133,15 +135,20 @@ MOE_KERNEL((128), moe_test_operands, (float* d, const uint32_t* a, const uint32_
   if (mode == oneWarpElsewhere && warp == 2) syncWarpgroup();
   else if (mode != noSyncWarpgroup) syncWarpgroup();
   if (mode == fencesTooLate) fenceOperands();
+  uint32_t own[4][4];
+  for (int i = 0; i < 16; i++) own[i / 4][i % 4] = a[(warp * 16 + lane / 4 + i % 2 * 8) * 32 + i / 4 * 8 + i % 4 / 2 * 4 + lane % 4];
   float sums[64] = {};
   fenceProducts(sums);
+#pragma unroll
   for (int k = 0; k < 64; k += 16) {
     const uint64_t b = operandAcross(right + k * 128, 64 * 128);
-    if (mode == leftAcross) multiplyGroup<128, true, true>(sums, operandAcross(left + k * 128, 0), b);
+    if (mode == leftRegisters || mode == registersInFlight) multiplyGroup<128, true>(sums, own[k / 16], b);
+    else if (mode == leftAcross) multiplyGroup<128, true, true>(sums, operandAcross(left + k * 128, 0), b);
     else multiplyGroup<128, true>(sums, operandAt(left, k), b);
   }
   commitProducts();
   if (mode == writesInFlight && threadIdx.x == 5) *(uint32_t*)left = 0;
+  if (mode == registersInFlight) own[2][1] = 0;
   waitProducts<0>(sums);
   if (mode == writesTooEarly && warp == 0) *(uint32_t*)(left + lane * 4) = 0;
   for (int i = 0; i < 64; i++) {

@@ -51,14 +51,17 @@ MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, 
 
     typename E::Scores s = {};
     E::template dot<DK>(s, queries, stage);
-    const bool whole = key + E::BN <= seenByAll;
 #pragma unroll
     for (int i = 0; i < E::Rows; i++) {
-      const int keys = whole ? z.S : visible.keys(first + E::row(i));
 #pragma unroll
-      for (int j = 0; j < E::Columns; j++) {
-        float& x = E::at(s, i, j);
-        x = key + E::column(j) < keys ? x * (z.scale * E::Unit) : -infinity();
+      for (int j = 0; j < E::Columns; j++) E::at(s, i, j) *= z.scale * E::Unit;
+    }
+    if (key + E::BN > seenByAll) {
+#pragma unroll
+      for (int i = 0; i < E::Rows; i++) {
+        const int left = visible.keys(first + E::row(i)) - key;
+#pragma unroll
+        for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::column(j) < left ? E::at(s, i, j) : -infinity();
       }
     }
     OnlineSoftmax<E>::template apply<DV>(OnlineSoftmax<E>::exponentials(softmax, s), sums);

@@ -20,6 +20,7 @@ interface Size {
 const sizes: readonly Size[] = [
   { name: 'MLA heads', B: 1, T: 150, S: 150, H: 2, G: 2, Dk: 192, Dv: 128, causal: true },
   { name: 'MLA heads, shared', B: 1, T: 70, S: 330, H: 2, G: 1, Dk: 192, Dv: 128, causal: true, lengths: [300] },
+  { name: 'MLA heads, tiles in all stages again', B: 1, T: 140, S: 660, H: 1, G: 1, Dk: 192, Dv: 128, causal: true },
   { name: 'shared key heads', B: 1, T: 70, S: 150, H: 4, G: 2, Dk: 100, Dv: 128, causal: true },
   { name: 'lengths', B: 3, T: 70, S: 100, H: 1, G: 1, Dk: 64, Dv: 50, causal: true, lengths: [100, 33, 0] },
   { name: 'lengths, not causal', B: 2, T: 3, S: 100, H: 1, G: 1, Dk: 21, Dv: 64, causal: false, lengths: [64, 97] },
