@@ -205,8 +205,9 @@ function environment(way) {
 }
 
 /** A program in a process group of its own, so that all of it can be ended. */
-function start(command, way, stdio) {
-  const child = spawn(command[0], command.slice(1), { cwd: pack, env: environment(way), stdio, detached: true })
+function start(command, way, stdio, more = {}) {
+  const env = { ...environment(way), ...more }
+  const child = spawn(command[0], command.slice(1), { cwd: pack, env, stdio, detached: true })
   child.kill = () => {
     try {
       process.kill(-child.pid, 'SIGKILL')
@@ -224,6 +225,7 @@ function runCommand(part, seconds) {
   const command = part.command(file, known.length > 0 ? ['--peers', known.join()] : [])
   return new Promise(done => {
     let output = ''
+    let last = ''
     let late = false
     const child = start(command, part.way, ['ignore', 'pipe', 'pipe'])
     const timer = setTimeout(() => {
@@ -232,8 +234,11 @@ function runCommand(part, seconds) {
     }, 1000 * seconds)
     for (const stream of [child.stdout, child.stderr]) {
       stream.setEncoding('utf8').on('data', text => {
-        output = (output + text).slice(-20_000)
-        if (!part.sanitizer) process.stdout.write(text)
+        // The first errors of a sanitizer, and where it stood; the end of all others.
+        if (part.sanitizer) last = text
+        else process.stdout.write(text)
+        const kept = part.sanitizer ? linesOfSanitizer(text) : text
+        output = part.sanitizer ? (output + kept).slice(0, 20_000) : (output + kept).slice(-20_000)
       })
     }
     child.on('error', error => {
@@ -247,10 +252,17 @@ function runCommand(part, seconds) {
           ? 'passed'
           : `ended with ${code ?? signal}`
       const measured = existsSync(file) ? JSON.parse(readFileSync(file, 'utf8')) : {}
-      if (part.sanitizer) console.log(output.trim().split('\n').slice(-3).join('\n'))
+      if (part.sanitizer) {
+        output += `\nended with: ${last.slice(-500)}`
+        console.log(output.slice(0, 2000))
+      }
       done({ status, ...measured, ...(status !== 'passed' || part.sanitizer ? { output } : {}) })
     })
   })
+}
+
+function linesOfSanitizer(text) {
+  return text.replace(/^(?!=====).*\n?/gm, '')
 }
 
 async function runTests({ files, way, preload }, seconds) {
@@ -295,7 +307,7 @@ function oneProcess(file, from, way, preload, until, result, fail) {
   return new Promise(done => {
     const preloads = preload === undefined ? [] : ['--import', preload]
     const command = [node, '--no-warnings', ...preloads, 'tools/gpu/file.mjs', file, String(from)]
-    const child = start(command, way, ['ignore', 'pipe', 'pipe', 'pipe'])
+    const child = start(command, way, ['ignore', 'pipe', 'pipe', 'pipe'], { MOE_TEST_REPORT: '3' })
     const seen = { count: undefined, last: from - 1, name: '', open: false, died: undefined, output: '' }
     let began = 0
     let failedHere = false
