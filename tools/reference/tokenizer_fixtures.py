@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import tokenizers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 FOLDER = "packages/tokenizer-bpe/fixtures"
 SEED = 20240501
@@ -43,6 +43,73 @@ def with_pre_tokenizer(config, model=None):
     return Tokenizer.from_str(json.dumps(shell))
 
 
+# What a class means outside of brackets, in them, and where case is ignored.
+PATTERNS = [r"\w", r"[\w]", r"[^\w\s]", r"[^\W\d_]", r"\W", r"\b.", r"\p{Word}", r"[[:word:]]", r"\p{Punct}", r"[[:punct:]]", r"[[:^punct:]]", r"[[:alnum:]]", r"\d", r"\h", r"\s", r"(?i)\p{Lu}", r"(?i)\P{Lu}", r"(?i)[\p{Lu}]", r"(?i)[^\p{Lu}]", r"(?i)[a-z]", r"(?i)[^a-z]", r"(?i)[à-þ]", r"(?i)k", r"(?i)ſ", r"(?i)ı", r"(?i)ß", r"(?i)ẞ", r"(?i)ᾀ", r"(?i)ᾼ", r"(?i)ΐ", r"(?i)µ", r"(?i)ς", r"(?i)ﬅ"]
+CHARACTERS = [*range(0x250), *range(0x370, 0x3d0), *range(0x1e90, 0x1ea0), *range(0x1f80, 0x2000), 0x2028, 0x203f, 0x20ac, 0x212a, 0x212b, 0x2602, *range(0xfb00, 0xfb07)]
+
+
+def matched(pattern):
+    step = pre_tokenizers.Split(Regex(pattern), "removed")
+    return [code for code in CHARACTERS if not step.pre_tokenize_str(chr(code))]
+
+
+ADDED = ["tag", "ta", " a", "é", "a b", "\u200d", "\n", " ", "  ", "<a>", "<a", "Å", "x", ".", "\u0301", "__proto__", "１"]
+
+
+def files(count):
+    """Tokenizers with everything that a file may hold, and what they make of texts."""
+    random.seed(SEED)
+    chance = lambda p: random.random() < p
+    pick = random.choice
+    learned = []
+    for alphabet in (pre_tokenizers.ByteLevel.alphabet(), []):
+        learner = Tokenizer(models.BPE())
+        learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        learner.train_from_iterator(["   the tag a b  xé", "   at the <a> tag, x  \n"] * 2, trainers.BpeTrainer(vocab_size=len(alphabet) + 40, min_frequency=1, initial_alphabet=alphabet, show_progress=False))
+        learned.append(json.loads(learner.to_str())["model"])
+    long = max((token for token in learned[1]["vocab"] if "Ġ" not in token), key=len)
+    result = []
+    while len(result) < count:
+        which = 0 if chance(0.6) else 1
+        # The unknown token is a long one or that of a letter, to be told from the bytes that it stands for.
+        changed = {"unk_token": pick([long, "x"]) if which else None, "fuse_unk": chance(0.5), "ignore_merges": chance(0.3)}
+        shell = json.loads(Tokenizer(models.BPE()).to_str())
+        tokenizer = Tokenizer.from_str(json.dumps({**shell, "model": {**learned[which], **changed}}))
+        if chance(0.3):
+            tokenizer.normalizer = getattr(normalizers, pick(["NFC", "NFD", "NFKC", "NFKD"]))()
+        steps = [
+            lambda: pre_tokenizers.Split(Regex(pick([r"\p{L}+|\s+", r"[^\w\s]+|a", r"\s+(?!\S)|\S+", r"[[:punct:]]", r"(?i)[a-z]+", r"x*"])), pick(["removed", "isolated", "merged_with_previous", "merged_with_next", "contiguous"]), invert=chance(0.3)),
+            lambda: pre_tokenizers.Digits(chance(0.5)),
+            lambda: pre_tokenizers.Whitespace(),
+            lambda: pre_tokenizers.Metaspace("_", pick(["always", "never", "first", "first"]), chance(0.5)),
+        ]
+        before = [] if chance(0.5) else [pick(steps)() for _ in range(random.randint(1, 2))]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, pre_tokenizers.ByteLevel(chance(0.5), use_regex=chance(0.5))])
+        tokenizer.decoder = decoders.ByteLevel()
+        for content in random.sample(ADDED, random.randint(0, 6)):
+            token = AddedToken(content, lstrip=chance(0.4), rstrip=chance(0.4), single_word=chance(0.3), normalized=chance(0.5))
+            (tokenizer.add_special_tokens if chance(0.5) else tokenizer.add_tokens)([token])
+        if chance(0.6):
+            tokenizer.post_processor = processors.ByteLevel(add_prefix_space=chance(0.5), trim_offsets=chance(0.7))
+        cases = []
+        for _ in range(9):
+            parts = [*ADDED, *random.sample(PARTS, 10), "  ", "   ", "\t", "²", "a", "the", "xx", "!", "zz"]
+            text = pick(["", "  ", "   ", " ", "!"]) + "".join(pick(parts) for _ in range(random.randint(0, 14)))
+            encodings = []
+            for special in (False, True):
+                tokenizer.encode_special_tokens = special
+                try:
+                    encodings.append(tokenizer.encode(text))
+                except BaseException:
+                    # It panics where an added token lies in white space that another one took.
+                    break
+            if len(encodings) == 2:
+                cases.append({"text": text, "ids": encodings[0].ids, "offsets": [n for o in encodings[0].offsets for n in o], "untrusted": encodings[1].ids})
+        file = json.loads(tokenizer.to_str())
+        result.append({"model": which, "changed": changed, "rest": {name: file[name] for name in ["normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens"]}, "cases": cases})
+    return {"models": learned, "files": result}
+
+
 def main():
     tokenizer = Tokenizer.from_file(sys.argv[1])
     cases = texts(250)
@@ -57,6 +124,9 @@ def main():
         # Pieces come in the byte alphabet, a character a byte, so their lengths are in bytes.
         result[name] = {"config": config, "lengths": [[len(piece) for piece, _ in pre.pre_tokenize_str(text)] for text in few]}
     write("pre-tokenizers", {"texts": few, "configs": result})
+
+    write("patterns", {"characters": "".join(map(chr, CHARACTERS)), "matches": {pattern: "".join(map(chr, matched(pattern))) for pattern in PATTERNS}})
+    write("files", files(66))
 
     corpus = [text for text in texts(400)] + ["the cat sat on the mat, the cat ate the rat. " * 3, "abcabcabc bcabca aaaa aaaaa aaaaaa", "low lower lowest newer newest wider widest"]
     runs = []

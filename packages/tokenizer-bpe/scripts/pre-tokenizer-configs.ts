@@ -13,6 +13,7 @@ for (const name of preTokenizerNames()) configs[name] = preTokenizerJson(part(na
 for (const behavior of ['Removed', 'Isolated', 'MergedWithPrevious', 'MergedWithNext', 'Contiguous']) {
   configs[`split ${behavior}`] = steps(split({ Regex: '[aeiou\\s]' }, behavior))
   configs[`split ${behavior} inverted`] = steps(split({ Regex: '\\p{L}+' }, behavior, true))
+  configs[`split ${behavior} nothing inverted`] = steps(split({ Regex: 'a*' }, behavior, true))
   configs[`split ${behavior} literal`] = steps(split({ String: ' ' }, behavior))
   configs[`punctuation ${behavior}`] = steps({ type: 'Punctuation', behavior })
 }
@@ -29,6 +30,12 @@ configs['whitespace'] = steps({ type: 'Whitespace' })
 configs['whitespace split'] = steps({ type: 'WhitespaceSplit' })
 configs['metaspace'] = steps({ type: 'Metaspace', replacement: '▁', prepend_scheme: 'always', split: true })
 configs['metaspace first'] = steps({ type: 'Metaspace', replacement: '▁', prepend_scheme: 'first', split: true })
+configs['metaspace first, its start removed'] = steps(split({ Regex: '^\\W+' }, 'Removed'), {
+  type: 'Metaspace',
+  replacement: '▁',
+  prepend_scheme: 'first',
+  split: true,
+})
 configs['metaspace never'] = steps({ type: 'Metaspace', replacement: '▁', prepend_scheme: 'never', split: false })
 configs['prefix space'] = { type: 'ByteLevel', add_prefix_space: true, trim_offsets: true, use_regex: true }
 configs['digits in gpt2'] = {

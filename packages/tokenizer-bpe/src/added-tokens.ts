@@ -1,5 +1,5 @@
 /** @file Added tokens: the strings that are cut out of a text before it is pre-tokenized, with the flags of tokenizer.json. */
-import { classOf, LETTER, MARK, NEWLINE, SPACE } from './unicode/classes.ts'
+import { classOf, isSpace, LETTER, MARK } from './unicode/classes.ts'
 import { codePointAt, previous, widthOf } from './unicode/utf8.ts'
 
 /** One added token, in the spelling of tokenizer.json. */
@@ -99,6 +99,9 @@ export class AddedTokenFinder {
           if (!isSpace(codePointAt(bytes, before))) break
           from = before
         }
+        // Of what the token before took by `rstrip`, nothing is left to take.
+        from = Math.max(from, done)
+        if (from >= to) continue
       }
       if (match.rstrip) while (to < end && isSpace(codePointAt(bytes, to))) to += widthOf(bytes[to])
       if (done < from) text(done, from)
@@ -128,11 +131,6 @@ export class AddedTokenFinder {
     }
     return found
   }
-}
-
-function isSpace(code: number): boolean {
-  const kind = classOf[code]
-  return kind === SPACE || kind === NEWLINE
 }
 
 /** `\w`: letters, marks, decimal digits, connectors, joiners (Unicode TR18; letters and marks stand for Alphabetic). */

@@ -1,66 +1,98 @@
 /** @file Places of tokens in a text: from bytes to UTF-16 code units. */
-import type { IdBuffer } from './bpe/encoder.ts'
+import type { IdBuffer, PieceListener } from './bpe/encoder.ts'
+import type { BpeModel } from './model.ts'
+import { previous } from './unicode/utf8.ts'
+
+/** White space, spelled in the byte alphabet or not. */
+const GAP = /[Ġ\p{White_Space}]/u
+
+const isInside = (byte: number) => (byte & 0xc0) === 0x80
 
 export class OffsetCollector {
+  readonly #text: string
+  readonly #bytes: Uint8Array
   /** Index in UTF-16 code units of the character that each byte belongs to, and of the end. */
   readonly #unitOf: Uint32Array
   readonly #offsets: number[] = []
   readonly #trim: boolean
   readonly #prefixSpace: boolean
 
-  constructor(bytes: Uint8Array, trim: boolean, prefixSpace: boolean) {
+  constructor(text: string, trim: boolean, prefixSpace: boolean) {
+    this.#text = text
     this.#trim = trim
     this.#prefixSpace = prefixSpace
+    const bytes = new TextEncoder().encode(text)
     const unitOf = new Uint32Array(bytes.length + 1)
-    let unit = -1
-    let width = 1
+    let unit = 0
+    let width = 0
     for (let i = 0; i < bytes.length; i++) {
-      if ((bytes[i] & 0xc0) !== 0x80) {
+      if (!isInside(bytes[i])) {
         unit += width
         width = bytes[i] >= 0xf0 ? 2 : 1
-        if (unit < 0) unit = 0
       }
       unitOf[i] = unit
     }
-    unitOf[bytes.length] = bytes.length === 0 ? 0 : unit + width
+    unitOf[bytes.length] = unit + width
+    this.#bytes = bytes
     this.#unitOf = unitOf
   }
 
-  /** A token that stands for no part of the text. */
-  addEmpty(out: IdBuffer, id: number): void {
-    out.push(id)
-    this.#offsets.push(0, 0)
-  }
-
-  /** A token of the model over the bytes from `start` to `end`. */
-  addToken(start: number, end: number, token: Uint8Array): void {
-    let leading = 0
-    let trailing = 0
-    if (this.#trim) {
-      while (leading < token.length && token[leading] === 0x20) leading++
-      while (trailing < token.length && token[token.length - 1 - trailing] === 0x20) trailing++
-    }
-    this.#push(start, end, leading, trailing)
-  }
-
-  add(start: number, end: number): void {
-    this.#push(start, end, 0, 0)
-  }
-
-  /** Leaves out spaces as Hugging Face does: not the one that `add_prefix_space` may have put at the start. */
-  #push(start: number, end: number, leading: number, trailing: number): void {
+  /**
+   * A token over the bytes from `start` to `end` of the text; 0 and 0 when it stands for no part of it. White space at its ends is left out as
+   * Hugging Face does: not the one space that `add_prefix_space` may have put at the start.
+   * @param token its spelling; an added token's is the text itself, with the white space that it took
+   */
+  add(start: number, end: number, token?: string): void {
+    const bytes = this.#bytes
     const unitOf = this.#unitOf
-    let from = unitOf[start]
-    // Up to the first byte of the next character.
-    let stop = end
-    while (stop < unitOf.length - 1 && stop > 0 && unitOf[stop] === unitOf[stop - 1]) stop++
-    let to = unitOf[stop]
-    if (leading > 0) {
-      const kept = this.#prefixSpace && (this.#offsets.length === 0 || from === 0) ? 1 : 0
-      from = Math.min(from + leading - kept, to)
+    let from = start
+    let to = end
+    // To the borders of characters.
+    while (isInside(bytes[from])) from--
+    while (isInside(bytes[to])) to++
+    if (this.#trim) {
+      const name = token ?? this.#text.slice(unitOf[from], unitOf[to])
+      let leading = 0
+      let trailing = 0
+      while (leading < name.length && GAP.test(name[leading])) leading++
+      while (trailing < name.length && GAP.test(name[name.length - 1 - trailing])) trailing++
+      if (leading === 1 && this.#prefixSpace && (this.#offsets.length === 0 || from === 0)) leading = 0
+      for (; leading > 0 && from < to; leading--) {
+        from++
+        while (isInside(bytes[from])) from++
+      }
+      if (trailing <= unitOf[to]) for (; trailing > 0 && from < to; trailing--) to = previous(bytes, to)
     }
-    if (trailing > 0 && to >= trailing) to = Math.max(to - trailing, from)
-    this.#offsets.push(from, to)
+    this.#offsets.push(unitOf[from], unitOf[to])
+  }
+
+  /**
+   * Adds the tokens of pieces, which are the last in `out`.
+   * @param bytes what the pieces are cut from
+   * @param origin place in the text of each of them, where they differ
+   */
+  pieces(
+    { tokens, lengths, byteToken, options }: BpeModel,
+    out: IdBuffer,
+    bytes: Uint8Array,
+    origin?: Int32Array,
+  ): PieceListener {
+    return (start, stop, count) => {
+      let at = start
+      for (let i = out.length - count; i < out.length; i++) {
+        const id = out.ids[i]
+        let next = at
+        for (let rest = lengths[id]; rest > 0; ) {
+          const isUnknown = byteToken[bytes[next++]] < 0 && options.unknown >= 0
+          // The unknown token, or that part of a merged one, stands for bytes without a token, however long it is itself.
+          while (isUnknown && options.fuseUnknown && byteToken[bytes[next]] < 0) next++
+          rest -= isUnknown ? lengths[options.unknown] : 1
+        }
+        next = Math.min(stop, next)
+        this.add(origin ? origin[at] : at, origin ? origin[next - 1] + 1 : next, tokens[id])
+        at = next
+      }
+    }
   }
 
   finish(): Uint32Array {

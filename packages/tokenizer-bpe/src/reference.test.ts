@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs'
 import { describe, expect, test } from 'vitest'
 import { BpeTokenizer, type EncodeOptions, type PreTokenizerName, trainBpe } from './index.ts'
 import { compilePreTokenizer } from './json/pre-tokenizer.ts'
+import { Pattern } from './pattern/pattern.ts'
 
 interface Pieces {
   texts: string[]
@@ -12,6 +13,19 @@ interface Ids {
   texts: string[]
   ids: number[][]
   offsets: number[][]
+}
+interface Patterns {
+  characters: string
+  matches: Record<string, string>
+}
+interface Files {
+  models: object[]
+  files: {
+    model: number
+    changed: object
+    rest: object
+    cases: { text: string; ids: number[]; offsets: number[]; untrusted: number[] }[]
+  }[]
 }
 interface Training {
   corpus: string[]
@@ -130,6 +144,57 @@ function pieceLengths(preTokenizer: ReturnType<typeof compilePreTokenizer>, text
   }
   return lengths
 }
+
+describe('which characters match', () => {
+  const { characters, matches } = fixture<Patterns>('patterns')
+
+  test.each(Object.entries(matches))('%s', (source, expected) => {
+    const pattern = new Pattern(source)
+    const isMatch = (char: string) => {
+      const bytes = new TextEncoder().encode(char)
+      const found = pattern.matches(bytes, 0, bytes.length)
+      return found[0] === 0 && found[1] === bytes.length
+    }
+    expect([...characters].filter(isMatch).join('')).toBe(expected)
+  })
+})
+
+describe('files that hold anything', () => {
+  const { models, files } = fixture<Files>('files')
+  const opened = files.map(({ model, changed, rest, cases }) => ({
+    tokenizer: BpeTokenizer.fromJSON({ ...rest, model: { ...models[model], ...changed } }),
+    cases,
+    normalizes: (rest as { normalizer: unknown }).normalizer !== null,
+  }))
+
+  test('give the same ids', () => {
+    for (const { tokenizer, cases } of opened) {
+      for (const { text, ids, untrusted } of cases) {
+        const name = JSON.stringify([text, tokenizer.toJSON().added_tokens, tokenizer.toJSON().pre_tokenizer])
+        expect([...tokenizer.encode(text)], name).toEqual(ids)
+        expect([...tokenizer.encode(text, { parseSpecialTokens: false })], name).toEqual(untrusted)
+      }
+    }
+  })
+
+  test('give the same offsets', () => {
+    let compared = 0
+    for (const { tokenizer, cases, normalizes } of opened) {
+      for (const { text, ids, offsets } of cases) {
+        // Places are lost where the normalizer changes the text.
+        if (normalizes) continue
+        const units = [0]
+        for (const char of text) units.push(units[units.length - 1] + char.length)
+        const found = tokenizer.encodeWithOffsets(text)
+        const name = JSON.stringify([text, tokenizer.toJSON().added_tokens, tokenizer.toJSON().pre_tokenizer])
+        expect([...found.ids], name).toEqual(ids)
+        expect([...found.offsets], name).toEqual(offsets.map(n => units[n]))
+        compared++
+      }
+    }
+    expect(compared).toBeGreaterThan(250)
+  })
+})
 
 describe('training finds the same merges, in order', () => {
   const { corpus, runs } = fixture<Training>('train')

@@ -6,7 +6,7 @@ import { PADDING } from './bpe/encoder.ts'
 import { asArray, asFlag, asObject, asString, describe, type JsonObject, unsupported, wrong } from './json/check.ts'
 import { Pattern } from './pattern/pattern.ts'
 import { scanGpt2 } from './scan/gpt2.ts'
-import { classOf, NEWLINE, NUMBER, PUNCTUATION, SPACE } from './unicode/classes.ts'
+import { classOf, isSpace, NUMBER, PUNCTUATION } from './unicode/classes.ts'
 import { codePointAt, widthOf } from './unicode/utf8.ts'
 
 /** Pieces of a text: piece i is `bytes[ends[2i]..ends[2i+1])`. */
@@ -79,7 +79,8 @@ function readStep(step: JsonObject, where: string): Step[] {
       return [splitBy(classMatcher(isPunctuation), behavior, false)]
     }
     case 'Whitespace':
-      return [splitBy(patternMatcher('\\p{rust_word}+|[^\\p{rust_word}\\s]+'), 'Removed', true)]
+      // The word characters of Rust's regex crate have the joiners.
+      return [splitBy(patternMatcher('[\\w\\u200c\\u200d]+|[^\\w\\u200c\\u200d\\s]+'), 'Removed', true)]
     case 'WhitespaceSplit':
       return [splitBy(classMatcher(isSpace), 'Removed', false)]
     case 'Metaspace': {
@@ -153,34 +154,29 @@ function splitBy(matcher: Matcher, behavior: Behavior, invert: boolean): Step {
   }
 }
 
+/** What is empty is merged with as all else, and left out in the end. */
 function combine(parts: readonly number[], behavior: Behavior, out: number[]): void {
-  const first = out.length
+  const spans: number[] = []
+  let wasMatch = 0
   if (behavior === 'MergedWithNext') {
     // From the right: text goes with the match before it.
-    const ends: number[] = []
-    let wasMatch = 0
     for (let i = parts.length - 3; i >= 0; i -= 3) {
-      if (parts[i + 2] && !wasMatch && ends.length > 0) ends[ends.length - 2] = parts[i]
-      else ends.push(parts[i], parts[i + 1])
+      if (parts[i + 2] && !wasMatch && spans.length > 0) spans[spans.length - 2] = parts[i]
+      else spans.push(parts[i], parts[i + 1])
       wasMatch = parts[i + 2]
     }
-    for (let i = ends.length - 2; i >= 0; i -= 2) if (ends[i] < ends[i + 1]) out.push(ends[i], ends[i + 1])
+    for (let i = spans.length - 2; i >= 0; i -= 2) if (spans[i] < spans[i + 1]) out.push(spans[i], spans[i + 1])
     return
   }
-  let wasMatch = 0
   for (let i = 0; i < parts.length; i += 3) {
     const isMatch = parts[i + 2]
-    if (behavior === 'Removed') {
-      if (!isMatch && parts[i] < parts[i + 1]) out.push(parts[i], parts[i + 1])
-      continue
-    }
     const joins =
-      out.length > first &&
-      (behavior === 'MergedWithPrevious' ? isMatch && !wasMatch : behavior === 'Contiguous' && isMatch === wasMatch)
-    if (joins) out[out.length - 1] = parts[i + 1]
-    else if (parts[i] < parts[i + 1]) out.push(parts[i], parts[i + 1])
+      behavior === 'MergedWithPrevious' ? isMatch && !wasMatch : behavior === 'Contiguous' && isMatch === wasMatch
+    if (joins && spans.length > 0) spans[spans.length - 1] = parts[i + 1]
+    else if (!isMatch || behavior !== 'Removed') spans.push(parts[i], parts[i + 1])
     wasMatch = isMatch
   }
+  for (let i = 0; i < spans.length; i += 2) if (spans[i] < spans[i + 1]) out.push(spans[i], spans[i + 1])
 }
 
 function patternMatcher(source: string): Matcher {
@@ -217,19 +213,14 @@ function classMatcher(test: (code: number) => boolean): Matcher {
   }
 }
 
-function isSpace(code: number): boolean {
-  return classOf[code] === SPACE || classOf[code] === NEWLINE
-}
-
 function isPunctuation(code: number): boolean {
-  const asciiSymbol = code < 0x80 && '$+<=>^`|~'.includes(String.fromCharCode(code))
-  return classOf[code] === PUNCTUATION || asciiSymbol
+  return classOf[code] === PUNCTUATION || '$+<=>^`|~'.includes(String.fromCodePoint(code))
 }
 
 /** Copies all pieces into new bytes, through a function that writes one piece. */
 function rewrite(
   pieces: Pieces,
-  write: (start: number, end: number, index: number, put: (byte: number, from: number) => void) => void,
+  write: (start: number, end: number, put: (byte: number, from: number) => void) => void,
 ): void {
   let bytes = new Uint8Array(pieces.bytes.length + 64)
   let origin = new Int32Array(bytes.length)
@@ -249,7 +240,7 @@ function rewrite(
   const spans: number[] = []
   for (let i = 0; i < pieces.spans.length; i += 2) {
     const start = at
-    write(pieces.spans[i], pieces.spans[i + 1], i >> 1, put)
+    write(pieces.spans[i], pieces.spans[i + 1], put)
     spans.push(start, at)
   }
   pieces.bytes = bytes
@@ -259,7 +250,7 @@ function rewrite(
 
 function prefixSpace(pieces: Pieces): void {
   const old = pieces.bytes
-  rewrite(pieces, (start, end, _, put) => {
+  rewrite(pieces, (start, end, put) => {
     if (old[start] !== 0x20) put(0x20, start)
     for (let i = start; i < end; i++) put(old[i], i)
   })
@@ -267,11 +258,12 @@ function prefixSpace(pieces: Pieces): void {
 
 function replaceSpaces(mark: Uint8Array, scheme: 'always' | 'first' | 'never'): Step {
   return pieces => {
-    const old = pieces.bytes
+    const { bytes: old, origin } = pieces
     const isMark = (at: number) => mark.every((byte, i) => old[at + i] === byte)
-    rewrite(pieces, (start, end, index, put) => {
-      const wanted = scheme === 'always' || (scheme === 'first' && index === 0 && pieces.first)
-      if (wanted && old[start] !== 0x20 && !isMark(start)) for (const byte of mark) put(byte, start)
+    rewrite(pieces, (start, end, put) => {
+      const first = pieces.first && (origin ? origin[start] : start) === 0
+      if ((first ? scheme !== 'never' : scheme === 'always') && old[start] !== 0x20 && !isMark(start))
+        for (const byte of mark) put(byte, start)
       for (let i = start; i < end; i++) {
         if (old[i] === 0x20) for (const byte of mark) put(byte, i)
         else put(old[i], i)

@@ -180,7 +180,7 @@ test('a stream of many small parts without a place to cut comes through', async 
 
 test('what is no text is refused', () => {
   const tokenizer = train()
-  for (const wrong of [undefined, null, 5, [1], {}] as unknown as string[]) {
+  for (const wrong of [undefined, null, 5, [1], {}, Symbol('a'), Object.create(null)] as unknown as string[]) {
     for (const encode of [() => tokenizer.encode(wrong), () => tokenizer.encodeWithOffsets(wrong)]) {
       expect(encode).toThrow(
         expect.objectContaining({ code: 'E_DATA', message: expect.stringContaining('is no text') }),

@@ -2,7 +2,7 @@
 import { type AddedToken, AddedTokenFinder, type Left } from './added-tokens.ts'
 import type { EncodePool } from './batch/pool.ts'
 import { CutTable } from './bpe/cut-table.ts'
-import { Encoder, IdBuffer, PADDING, type PieceListener } from './bpe/encoder.ts'
+import { Encoder, IdBuffer, PADDING } from './bpe/encoder.ts'
 import { PieceMerger } from './bpe/merge-piece.ts'
 import { MergeTable } from './bpe/merge-table.ts'
 import { callCheck } from './call-check.ts'
@@ -60,8 +60,6 @@ const utf8 = new TextEncoder()
 
 /** Characters from which a batch is spread over threads, which first have to read the tokenizer. */
 const WORTH_THREADS = 1 << 23
-
-type SegmentListener = (origin: Int32Array | undefined) => PieceListener
 
 /** Largest scratch buffer that a tokenizer keeps between calls, in bytes. */
 const KEPT_SCRATCH = 1 << 20
@@ -207,27 +205,41 @@ export class BpeTokenizer {
    */
   encode(text: string, options: EncodeOptions = {}): Uint32Array {
     callCheck.of?.('encode', options)
+    return this.#encode(text, options)
+  }
+
+  #encode(text: string, options: EncodeOptions, offsets?: OffsetCollector): Uint32Array {
     const out = this.#out
     out.length = 0
-    const special = options.addSpecialTokens ?? true
-    if (special) for (const id of this.#post.before) out.push(id)
-    this.#encodeText(text, leftBy(options), out)
-    if (special) for (const id of this.#post.after) out.push(id)
+    const special = (ids: readonly number[]) => {
+      if (options.addSpecialTokens === false) return
+      for (const id of ids) {
+        out.push(id)
+        offsets?.add(0, 0)
+      }
+    }
+    special(this.#post.before)
+    this.#encodeText(text, leftBy(options), out, offsets)
+    special(this.#post.after)
     const ids = out.ids.slice(0, out.length)
     if (out.ids.length > KEPT_SCRATCH) out.ids = new Uint32Array(256)
     return ids
   }
 
-  #encodeText(text: string, left: Left, out: IdBuffer): void {
+  /** @param offsets only for a text that the normalizer leaves as it is */
+  #encodeText(text: string, left: Left, out: IdBuffer, offsets?: OffsetCollector): void {
     const end = this.#load(text)
     // Finders search to the end of the array that they get.
     const bytes = this.#scratch.subarray(0, end)
     const normalizer = this.#normalizer
-    const added = (token: AddedToken) => out.push(token.id)
+    const added = (token: AddedToken, from: number, to: number) => {
+      out.push(token.id)
+      offsets?.add(from, to)
+    }
     let first = true
-    const ordinary = (from: number, to: number) => this.#encodeSegment(from, to, first && from === 0, out)
-    const late = (from: number, to: number) => this.#lateFinder.split(bytes, from, to, left, ordinary, added)
-    if (normalizer === undefined) {
+    const ordinary = (from: number, to: number) => this.#encodeSegment(from, to, first && from === 0, out, offsets)
+    if (normalizer === undefined || offsets) {
+      const late = (from: number, to: number) => this.#lateFinder.split(bytes, from, to, left, ordinary, added)
       this.#rawFinder.split(bytes, 0, end, left, late, added)
     } else {
       const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
@@ -240,29 +252,33 @@ export class BpeTokenizer {
         (from, to) => segments.push(decoder.decode(bytes.subarray(from, to))),
         token => segments.push(token),
       )
-      for (const segment of segments) {
+      segments.forEach((segment, i) => {
         if (typeof segment !== 'string') {
           out.push(segment.id)
-          continue
+          return
         }
-        first = segment === segments[0]
+        first = i === 0
         const length = this.#load(normalizer(segment))
         const inner = this.#scratch.subarray(0, length)
         this.#lateFinder.split(inner, 0, length, left, ordinary, added)
-      }
+      })
     }
     if (this.#scratch.length > KEPT_SCRATCH) this.#resize(4096)
   }
 
   /** Encodes a part of the scratch buffer that holds no added token. */
-  #encodeSegment(from: number, to: number, first: boolean, out: IdBuffer, listener?: SegmentListener): void {
-    const prepare = this.#preTokenizer.prepare
-    if (prepare === undefined) {
-      this.#encoder.encode(this.#scratch, this.#view, from, to, out, listener?.(undefined))
-      return
-    }
-    const text = prepare(this.#scratch, from, to, first)
-    this.#encoder.encode(text.bytes, new DataView(text.bytes.buffer), 0, text.length, out, listener?.(text.origin))
+  #encodeSegment(from: number, to: number, first: boolean, out: IdBuffer, offsets?: OffsetCollector): void {
+    const prepared = this.#preTokenizer.prepare?.(this.#scratch, from, to, first)
+    const { bytes, length, origin } = prepared ?? { bytes: this.#scratch, length: to }
+    const view = prepared ? new DataView(bytes.buffer) : this.#view
+    this.#encoder.encode(
+      bytes,
+      view,
+      prepared ? 0 : from,
+      length,
+      out,
+      offsets?.pieces(this.#model, out, bytes, origin),
+    )
   }
 
   /**
@@ -271,6 +287,7 @@ export class BpeTokenizer {
    */
   encodeWithOffsets(text: string, options: EncodeOptions = {}): EncodingWithOffsets {
     callCheck.of?.('encode', options)
+    checkText(text)
     if (this.#normalizer !== undefined && this.#normalizer(text) !== text) {
       throw new TokenizerError({
         code: 'E_UNSUPPORTED',
@@ -279,40 +296,8 @@ export class BpeTokenizer {
         fix: 'normalize it first and take offsets into that',
       })
     }
-    const out = this.#out
-    out.length = 0
-    const special = options.addSpecialTokens ?? true
-    const left = leftBy(options)
-    const end = this.#load(text)
-    const bytes = this.#scratch.subarray(0, end)
-    const collector = new OffsetCollector(bytes, this.#post.trimOffsets, this.#post.prefixSpace)
-    if (special) for (const id of this.#post.before) collector.addEmpty(out, id)
-    const added = (token: AddedToken, from: number, to: number) => {
-      out.push(token.id)
-      collector.add(from, to)
-    }
-    const ordinary = (from: number, to: number) =>
-      this.#encodeSegment(from, to, from === 0, out, origin => (start, stop, count) => {
-        let at = start
-        for (let i = out.length - count; i < out.length; i++) {
-          const token = this.#model.bytesOf(out.ids[i])
-          const next = Math.min(stop, at + token.length)
-          const a = origin ? origin[at] : at
-          const b = origin ? origin[next - 1] + 1 : next
-          collector.addToken(a, b, token)
-          at = next
-        }
-      })
-    this.#rawFinder.split(
-      bytes,
-      0,
-      end,
-      left,
-      (from, to) => this.#lateFinder.split(bytes, from, to, left, ordinary, added),
-      added,
-    )
-    if (special) for (const id of this.#post.after) collector.addEmpty(out, id)
-    return { ids: out.ids.slice(0, out.length), offsets: collector.finish() }
+    const offsets = new OffsetCollector(text, this.#post.trimOffsets, this.#post.prefixSpace)
+    return { ids: this.#encode(text, options, offsets), offsets: offsets.finish() }
   }
 
   /**
@@ -351,8 +336,7 @@ export class BpeTokenizer {
 
   /** Puts the UTF-8 of a text into the scratch buffer and returns its length. */
   #load(text: string): number {
-    if (typeof text !== 'string')
-      throw new TokenizerError({ code: 'E_DATA', op: 'encode', problem: `${text} is no text` })
+    checkText(text)
     const need = text.length * 3 + PADDING
     if (need > this.#scratch.length) this.#resize(need < KEPT_SCRATCH ? Math.max(need, this.#scratch.length * 2) : need)
     return utf8.encodeInto(text, this.#scratch).written
@@ -466,6 +450,11 @@ export class BpeTokenizer {
 }
 
 const EMPTY = new Uint8Array(0)
+
+function checkText(text: unknown): void {
+  if (typeof text !== 'string')
+    throw new TokenizerError({ code: 'E_DATA', op: 'encode', problem: `${typeof text} is no text` })
+}
 
 const leftBy = ({ parseSpecialTokens = true, parseAddedTokens = true }: EncodeOptions): Left =>
   parseAddedTokens ? (parseSpecialTokens ? 0 : 1) : 2

@@ -91,12 +91,13 @@ export class PieceMerger {
   #symbols(bytes: Uint8Array, start: number, end: number): Int32Array {
     const symbols = new Int32Array(end - start)
     let length = 0
+    let fuses = false
     for (let i = start; i < end; i++) {
       const token = this.#byteToken[bytes[i]]
-      if (token >= 0) symbols[length++] = token
-      else if (this.#unknown >= 0 && !(this.#fuseUnknown && length > 0 && symbols[length - 1] === this.#unknown)) {
-        symbols[length++] = this.#unknown
-      }
+      const isUnknown = token < 0
+      if (!isUnknown) symbols[length++] = token
+      else if (this.#unknown >= 0 && !fuses) symbols[length++] = this.#unknown
+      fuses = isUnknown && this.#fuseUnknown
     }
     return symbols.subarray(0, length)
   }

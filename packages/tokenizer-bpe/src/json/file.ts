@@ -27,7 +27,8 @@ const MAX_NESTING = 64
 function checkNesting({ normalizer, pre_tokenizer, post_processor, decoder }: JsonObject): void {
   let level: unknown[] = [normalizer, pre_tokenizer, post_processor, decoder]
   for (let depth = 0; level.length > 0; depth++) {
-    if (depth > MAX_NESTING) throw wrong('(top level)', `nests deeper than ${MAX_NESTING} levels`)
+    // What holds itself twice doubles with every level.
+    if (depth > MAX_NESTING || level.length > 1e6) throw wrong('(top level)', `nests deeper than ${MAX_NESTING} levels`)
     level = level.flatMap(value => (typeof value === 'object' && value !== null ? Object.values(value) : []))
   }
 }

@@ -90,6 +90,9 @@ test.each(['normalizer', 'pre_tokenizer', 'post_processor', 'decoder'])(
     let deep: unknown = null
     for (let i = 0; i < 100_000; i++) deep = { type: 'Sequence', pretokenizers: [deep] }
     expect(() => load(json => (json[name] = deep))).toThrow('nests deeper than 64 levels')
+    const round: unknown[] = []
+    round.push(round, round)
+    expect(() => load(json => (json[name] = round))).toThrow('nests deeper than 64 levels')
   },
 )
 
@@ -118,6 +121,14 @@ test('puts the special tokens of a template round the text', () => {
   })
   expect([...tokenizer.encode('a')]).toEqual([0, tokenizer.tokenToId('a'), 0])
   expect([...tokenizer.encode('a', { addSpecialTokens: false })]).toEqual([tokenizer.tokenToId('a')])
+})
+
+test('a text begins once, also where what an added token cuts off of it is the same again', () => {
+  const tokenizer = load(json => {
+    json.normalizer = { type: 'NFC' }
+    json.pre_tokenizer.pretokenizers[0] = { type: 'Metaspace', replacement: '_', prepend_scheme: 'first', split: false }
+  })
+  expect(tokenizer.decode(tokenizer.encode('cat<s>cat<s>cat'))).toBe('_cat<s>cat<s>cat')
 })
 
 test('keeps to the flags of added tokens', () => {

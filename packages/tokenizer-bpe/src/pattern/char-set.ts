@@ -70,7 +70,7 @@ const PINNED: Record<string, () => Ranges> = {
   punctuation: () => property('p'),
   symbol: () => property('s'),
   lc: () => byClass(UPPER, TITLE, LOWER),
-  'l&': () => byClass(UPPER, TITLE, LOWER),
+  'l&': () => property('lc'),
   any: () => [0, LAST],
   space: () => byClass(unicode.SPACE, unicode.NEWLINE),
   alpha: () => property('alphabetic'),
@@ -81,35 +81,13 @@ const PINNED: Record<string, () => Ranges> = {
   punct: () => property('p'),
   cntrl: () => property('cc'),
   xdigit: () => HEX,
-  // Oniguruma's word characters, with the fractions and superscripts of Latin-1.
-  word: () =>
-    normalize([
-      ...property('alphabetic'),
-      ...property('m'),
-      ...property('nd'),
-      ...property('pc'),
-      0xb2,
-      0xb3,
-      0xb9,
-      0xb9,
-      0xbc,
-      0xbe,
-    ]),
-  // Those of Rust's regex crate, which the Whitespace pre-tokenizer is made with.
-  rust_word: () =>
-    normalize([...property('alphabetic'), ...property('m'), ...property('nd'), ...property('pc'), 0x200c, 0x200d]),
+  // Oniguruma's `\w`: out of brackets also fractions and superscripts of Latin-1.
+  word: () => normalize([...property('inner_word'), 0xb2, 0xb3, 0xb9, 0xb9, 0xbc, 0xbe]),
+  inner_word: () => normalize([...property('alnum'), ...property('m'), ...property('pc')]),
+  inner_punct: () => normalize([...property('p'), ...property('s')]),
 }
 
 export const HEX: Ranges = [0x30, 0x39, 0x41, 0x46, 0x61, 0x66]
-
-/** Names that JavaScript spells with capitals, of those that need it. */
-const SPELLING: Record<string, string> = {
-  alphabetic: 'Alphabetic',
-  uppercase: 'Uppercase',
-  lowercase: 'Lowercase',
-  emoji: 'Emoji',
-  extended_pictographic: 'Extended_Pictographic',
-}
 
 const cache = new Map<string, Ranges>()
 
@@ -120,7 +98,7 @@ export function property(name: string): Ranges {
   const key = name.toLowerCase().replace(/[ -]/g, '_')
   let ranges = cache.get(key)
   if (ranges === undefined) {
-    ranges = PINNED[key]?.() ?? fromRuntime(key, name)
+    ranges = Object.hasOwn(PINNED, key) ? PINNED[key]() : fromRuntime(key, name)
     cache.set(key, ranges)
   }
   return ranges
@@ -128,15 +106,14 @@ export function property(name: string): Ranges {
 
 function fromRuntime(key: string, name: string): Ranges {
   const capital = key.replace(/(^|_)[a-z]/g, letter => letter.toUpperCase())
-  for (const spelled of [SPELLING[key], capital, `Script=${capital}`, capital.replace(/^In_/, 'Script=')]) {
-    if (spelled === undefined) continue
+  for (const spelled of [capital, `Script=${capital}`, capital.replace(/^In_/, 'Script=')]) {
     let test: RegExp
     try {
       test = new RegExp(`\\p{${spelled}}`, 'u')
     } catch {
       continue
     }
-    return collect(code => !(code >= 0xd800 && code < 0xe000) && test.test(String.fromCodePoint(code)))
+    return collect(code => test.test(String.fromCodePoint(code)))
   }
   throw new TokenizerError({ code: 'E_PATTERN', op: 'pattern', problem: `unknown property \\p{${name}}` })
 }
@@ -172,7 +149,9 @@ export class CharSet {
 
 let foldings: Map<string, number[]> | undefined
 
-const foldKey = (code: number) => String.fromCodePoint(code).toUpperCase().toLowerCase()
+/** The same for characters that differ in case alone, as `ß` and `ẞ`; `ı` has an `I` of its own. */
+const foldKey = (code: number) =>
+  code === 0x131 ? 'ı' : String.fromCodePoint(code).toUpperCase().toLowerCase().toUpperCase()
 
 /** Adds what matches when case is ignored (simple folding: a character for a character). */
 export function foldCase(ranges: Ranges): Ranges {
@@ -182,7 +161,6 @@ export function foldCase(ranges: Ranges): Ranges {
       if (code === 0x3400) code = 0xa000
       if (code === 0xac00) code = 0xe000
       const key = foldKey(code)
-      if ([...key].length !== 1) continue
       const group = foldings.get(key)
       if (group) group.push(code)
       else foldings.set(key, [code])

@@ -249,11 +249,13 @@ class Parser {
       return { type: 'atomic', node: { type: 'choice', nodes: [crlf, newline] } }
     }
     if (char !== undefined && /[1-9kgGKXyYN]/.test(char)) throw this.#error(`\\${char} is not supported`)
-    return this.#set(this.#escapedSet(), flags)
+    const ranges = this.#escapedSet('word')
+    // `(?i)` leaves classes outside of brackets as they are.
+    return ranges[0] === ranges[ranges.length - 1] ? this.#set(ranges, flags) : { type: 'set', ranges }
   }
 
   /** The set of an escape after its backslash, inside brackets or out. */
-  #escapedSet(): Ranges {
+  #escapedSet(word: string): Ranges {
     const char = this.#next()
     switch (char) {
       case 'p':
@@ -280,9 +282,9 @@ class Parser {
       case 'D':
         return negate(property('nd'))
       case 'w':
-        return property('word')
+        return property(word)
       case 'W':
-        return negate(property('word'))
+        return negate(property(word))
       case 'h':
         return HEX
       case 'H':
@@ -336,7 +338,8 @@ class Parser {
         const posix = /^\[:(\^?)(\w+):\]/.exec(this.#chars.slice(this.#at, this.#at + 20).join(''))
         if (posix) {
           this.#at += posix[0].length
-          ranges.push(...(posix[1] ? negate(property(posix[2])) : property(posix[2])))
+          const named = property(posix[2].replace(/^(word|punct)$/, 'inner_$1'))
+          ranges.push(...(posix[1] ? negate(named) : named))
           continue
         }
       }
@@ -363,7 +366,7 @@ class Parser {
     const char = this.#next()
     if (char === '\\') {
       if (this.#take('b')) return [8, 8]
-      return this.#escapedSet()
+      return this.#escapedSet('inner_word')
     }
     const code = char.codePointAt(0)!
     return [code, code]

@@ -66,6 +66,8 @@ test.each([
   ['a{3,2}', 'repeats 3 to 2 times'],
   ['(a)\\1', '\\1 is not supported'],
   ['\\p{Nope}', 'unknown property'],
+  ['\\p{__proto__}', 'unknown property'],
+  ['[[:constructor:]]', 'unknown property'],
   ['(?:a*)*', 'repeats without end what can match nothing'],
   ['(?:a{1000}){1000}{1000}', 'repeats too much'],
   ['('.repeat(5000), 'nested too deep'],

@@ -1,5 +1,5 @@
 /** @file What a pre-tokenizer is here, and the loops that several of them share. */
-import { classOf, NEWLINE, SPACE } from '../unicode/classes.ts'
+import { isSpace } from '../unicode/classes.ts'
 import { codePointAt, previous, widthOf } from '../unicode/utf8.ts'
 
 /**
@@ -10,11 +10,7 @@ export type Scanner = (bytes: Uint8Array, pos: number, end: number, ends: Int32A
 
 /** End of the run of White_Space that starts at `at`. */
 export function spaceEnd(bytes: Uint8Array, at: number, end: number): number {
-  while (at < end) {
-    const kind = classOf[codePointAt(bytes, at)]
-    if (kind !== SPACE && kind !== NEWLINE) break
-    at += widthOf(bytes[at])
-  }
+  while (at < end && isSpace(codePointAt(bytes, at))) at += widthOf(bytes[at])
   return at
 }
 

@@ -26,6 +26,11 @@ export const CODE_POINTS = 0x110000
 /** Class of every code point, one byte each. Those beyond ASCII are 0 until pinned-classes.ts or engine-classes.ts has filled them. */
 export const classOf: Uint8Array = new Uint8Array(CODE_POINTS)
 
+/** White_Space: the last two classes. */
+export function isSpace(code: number): boolean {
+  return classOf[code] >= SPACE
+}
+
 /** Whether all classes are there. */
 export function isFilled(): boolean {
   return classOf[0xaa] !== 0
