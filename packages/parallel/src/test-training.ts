@@ -98,7 +98,8 @@ export async function trainSmall(
 }
 
 /** Equal for equal bits. */
-export const digestOf = ({ weights }: Trained) => createHash('sha256').update(JSON.stringify(weights)).digest('hex')
+export const digestOf = ({ weights }: Pick<Trained, 'weights'>) =>
+  createHash('sha256').update(JSON.stringify(weights)).digest('hex')
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   const ranks = await mpi()
