@@ -1,5 +1,5 @@
 /** @file The training loss over all depths (V3 report eq. 24-25). */
-import { checkOptions, linearCrossEntropy, MoeError, type Tensor } from '@moe/core'
+import { checkOptions, linearCrossEntropy, MoeError, needAxes, type Tensor } from '@moe/core'
 import type { MtpModule } from './mtp.ts'
 import {
   averageAt,
@@ -90,6 +90,7 @@ export function mtpLoss<Options>(
   if (modules.length === 0) {
     throw new MoeError({ code: 'E_ATTR', op: 'mtpLoss', problem: 'there are no modules', fix: 'leave the loss out' })
   }
+  needAxes('mtpLoss', hidden_BTD, ['batch', 'time', 'hidden'])
   const uploaded = onDevice(rows, hidden_BTD, modules.length)
   const losses = chain(modules, hidden_BTD, uploaded, options, { detached }).map((hidden, k) =>
     mtpDepthLoss(modules[k], k + 1, hidden, uploaded, headWeight, { detached }),

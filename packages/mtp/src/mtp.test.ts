@@ -9,6 +9,7 @@ import {
   Random,
   RmsNorm,
   randn,
+  SwigluMlp,
   setDefaultBackend,
   stateDict,
   type Tensor,
@@ -93,6 +94,29 @@ test('rows that are not as long as they say, and losses of no module, are refuse
   const flat = randn([3, 4], new Random(1))
   expect(() => modules[0].forward(flat, flat, {})).toThrow(/has shape \[3,4\], needs \[batch, time, hidden\]/)
   expect(() => mtpLoss([], randn([1, 3, 4], new Random(1)), rows([1, 2, 3, 4]), head.weight, {})).toThrow(/no modules/)
+  expect(() => mtpLoss(modules, null as never, rows([1, 2, 3, 4]), head.weight, {})).toThrow(/the input is null/)
+  for (const [wrong, problem] of [
+    [{ tokens: undefined }, 'the rows have no tokens'],
+    [{ documents: null }, 'the rows have no documents'],
+    [{ rows: -1 }, 'rows = -1 is no whole number from 0'],
+    [{ length: Number.NaN }, 'length = NaN is no whole number from 0'],
+  ] as const) {
+    const changed = { ...rows([1, 2, 3, 4, 5, 6]), ...wrong } as ReturnType<typeof rows>
+    expect(() => mtpLoss(modules, randn([1, 3, 4], new Random(1)), changed, head.weight, {})).toThrow(problem)
+  }
+  expect(() => shiftTokens(rows([1, 2, 3]), 1.5, 1)).toThrow('time = 1.5')
+  expect(() => shiftTokens(rows([1, 2, 3]), 1, -1)).toThrow('shift = -1')
+})
+
+test('a module without what it shares, or with an epsilon that is none, is refused', () => {
+  const { embedding, head } = make(1)
+  const all = { embedding, head, makeBlock: () => new SwigluMlp(4, 8) }
+  for (const name of ['embedding', 'head', 'makeBlock'] as const) {
+    expect(() => new MtpModule({ hidden_size: 4 }, { ...all, [name]: undefined })).toThrow(
+      `the option ${name} is missing`,
+    )
+  }
+  expect(() => new MtpModule({ hidden_size: 4, rms_norm_eps: -1 }, all)).toThrow(/eps = -1 is no number from 0/)
 })
 
 test('keys are those of the released layer, without the shared parts', () => {

@@ -15,6 +15,7 @@ import {
   initNames,
   Linear,
   Module,
+  MoeError,
   needAxes,
   type OptionNames,
   OutputHead,
@@ -85,6 +86,15 @@ export class MtpModule<Options = Record<never, never>> extends Module {
     checkShared('MtpModule', config, { hidden_size: true, rms_norm_eps: true })
     checkOptions<MtpModuleOptions<Options>>('MtpModule', options, optionNames)
     const { embedding, head, separate, makeBlock, ...init } = options
+    for (const [name, isThere] of Object.entries({
+      embedding: embedding?.weight,
+      head: head?.forward,
+      makeBlock: typeof makeBlock === 'function',
+    })) {
+      if (isThere) continue
+      const fix = 'pass the embedding and the head of the main model, and a function that makes a block'
+      throw new MoeError({ code: 'E_ATTR', op: 'MtpModule', problem: `the option ${name} is missing`, fix })
+    }
     const { hidden_size: hidden, rms_norm_eps: eps } = config
     this.enorm = new RmsNorm(hidden, eps, init)
     this.hnorm = new RmsNorm(hidden, eps, init)

@@ -22,6 +22,12 @@ export interface ShiftedTokens {
 /** @throws MoeError E_SHAPE */
 function checkRows({ tokens, documents, rows, length }: TokenRows, time: number, shift: number): void {
   const refuse = (problem: string, fix: string) => new MoeError({ code: 'E_SHAPE', op: 'shiftTokens', problem, fix })
+  if (!tokens || !documents) {
+    throw refuse(`the rows have no ${tokens ? 'documents' : 'tokens'}`, 'pass { tokens, documents, rows, length }')
+  }
+  for (const [name, count] of Object.entries({ rows, length, time, shift })) {
+    if (!Number.isInteger(count) || count < 0) throw refuse(`${name} = ${count} is no whole number from 0`, 'pass one')
+  }
   if (tokens.length !== rows * length || documents.length !== rows * length) {
     const given = `${tokens.length} tokens and ${documents.length} documents`
     throw refuse(`${rows} rows of ${length} have ${given}`, 'pass one of both for every place of every row')
@@ -91,6 +97,7 @@ export function depthTargets(
   options: { from?: number } = {},
 ): DepthTargets {
   checkOptions('depthTargets', options, { from: true })
+  checkRows(rows, time, 1)
   const size = rows.rows * time
   const targets = new Int32Array((depths + 1) * size)
   const counts = Array.from({ length: depths + 1 }, (_, depth) => {

@@ -8,6 +8,7 @@ import {
   arange,
   checkOptions,
   full,
+  MoeError,
   noGrad,
   type OptionNames,
   type Parameter,
@@ -33,6 +34,10 @@ export function updateBias(bias: Parameter, load: Tensor, options: BiasUpdateOpt
   checkOptions('updateBias', options, biasUpdateNames)
   const { speed = 0.001, recentre = false } = options
   if (speed === 0) return
+  if (typeof speed === 'number' && !Number.isFinite(speed)) {
+    const problem = `speed = ${speed} would leave no bias that is a number`
+    throw new MoeError({ code: 'E_ATTR', op: 'updateBias', problem, fix: 'V3 takes 0.001' })
+  }
   const next = scope(() =>
     noGrad(() => {
       const loads = load.cast('f32')

@@ -167,6 +167,21 @@ describe('controllers', () => {
     await expect(lossOf(deviceLevel({ devices: 3 }))).rejects.toThrow(/3 devices cannot share 8 experts/)
   })
 
+  test('factors that are no numbers are refused before they reach a loss or a bias', async () => {
+    for (const wrong of [Number.NaN, Number.POSITIVE_INFINITY, '1e-4', () => Number.NaN, () => undefined] as number[]) {
+      await expect(lossOf(sequenceWise({ alpha: wrong }))).rejects.toThrow(/the factor at step \d+ is /)
+      const layer = new MoELayer(config, { balancer: auxFree({ speed: wrong }) })
+      layer.forward(zeros([1, 2, config.hidden_size]), { training: true })
+      expect(() => layer.rebalance({ step: 0 })).toThrow(/the factor at step 0 is /)
+    }
+    const layer = new MoELayer(config)
+    layer.forward(zeros([1, 2, config.hidden_size]), { training: true })
+    expect(() => layer.updateBias({ speed: Number.NaN })).toThrow(/speed = NaN/)
+    expect(Array.from(await layer.gate.e_score_correction_bias!.values()).every(Number.isFinite)).toBe(true)
+    for (const limit of [undefined, 0, 1.5, 5] as number[])
+      expect(() => communication({ devices: 4, limit })).toThrow(/limit = .* is not in 1..devices = 4/)
+  })
+
   test('one that is a class keeps its fields, alone and together', async () => {
     class Constant implements Balancer {
       readonly value = tensor([3], [])

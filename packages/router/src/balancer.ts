@@ -12,8 +12,17 @@ import {
 /** A constant, or a function of the number of optimizer steps done. */
 export type Schedule = number | ((step: number) => number)
 
-/** The value of a schedule at a step. */
-export const scheduled = (value: Schedule, step: number): number => (typeof value === 'number' ? value : value(step))
+/** The value of a schedule at a step. @throws MoeError E_ATTR for one that is no number */
+export function scheduled(value: Schedule, step: number): number {
+  const factor = typeof value === 'function' ? value(step) : value
+  if (Number.isFinite(factor)) return factor
+  throw new MoeError({
+    code: 'E_ATTR',
+    op: 'balance',
+    problem: `the factor at step ${step} is ${factor}`,
+    fix: 'pass a number, or a function of the step that gives one',
+  })
+}
 
 /** Decides what keeps the experts of a layer evenly loaded. It holds no state, so one serves all layers. */
 export interface Balancer {
@@ -63,12 +72,16 @@ export function deviceLevel(options: { devices: number; alpha?: Schedule }): Bal
   return lossBalancer(options.alpha ?? 0.05, pass => deviceBalanceLoss(pass, devicesOf(pass, options.devices)))
 }
 
-/** V2's communication loss (α3 0.02 there). `limit`: the devices that a token may be sent to. */
+/** V2's communication loss (α3 0.02 there). `limit`: the devices that a token may be sent to. @throws MoeError E_ATTR */
 export function communication(options: { devices: number; limit: number; alpha?: Schedule }): Balancer {
   checkOptions('communication', options, { devices: true, limit: true, alpha: true })
-  return lossBalancer(options.alpha ?? 0.02, pass =>
-    communicationBalanceLoss(pass, devicesOf(pass, options.devices), options.limit),
-  )
+  const { devices, limit, alpha = 0.02 } = options
+  if (!Number.isInteger(limit) || limit < 1 || limit > devices) {
+    const problem = `limit = ${limit} is not in 1..devices = ${devices}`
+    const fix = 'pass the devices that a token may be sent to (topk_group)'
+    throw new MoeError({ code: 'E_ATTR', op: 'communication', problem, fix })
+  }
+  return lossBalancer(alpha, pass => communicationBalanceLoss(pass, devicesOf(pass, devices), limit))
 }
 
 /** Several controllers as one: losses add up, biases are moved by each in turn. */

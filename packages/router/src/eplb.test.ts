@@ -40,6 +40,10 @@ test('numbers that do not divide are all named', () => {
   expect(() => placeExperts(loads[0], { replicas: 10, groups: 5, gpus: 4 })).toThrow(
     /replicas = 10 are fewer than 12 experts; gpus = 4 does not divide replicas = 10; groups = 5 does not divide 12/,
   )
+  expect(() => placeExperts([], { replicas: 4, nodes: Number.NaN, gpus: 1.5 })).toThrow(
+    /experts = 0 is not a positive integer; gpus = 1.5 is not a positive integer; nodes = NaN is not/,
+  )
+  expect(() => placeExperts([1, Number.NaN], { replicas: 2, gpus: 1 })).toThrow('the load of expert 1 is null')
 })
 
 test('any loads on any cluster: every expert has a place, every GPU is full, groups stay on their node, no copy is given to the wrong expert', () => {

@@ -3,6 +3,7 @@
  * Plain numbers; ties go to the lowest index.
  */
 import { checkOptions, MoeError } from '@moe/core'
+import { needNumbers } from './load.ts'
 
 export interface ExpertPlacement {
   /** Expert of every place. Place p is on GPU floor(p / (replicas / gpus)). */
@@ -62,12 +63,14 @@ function replicate(weights: readonly number[], places: number): { experts: numbe
  */
 export function placeExperts(load: ArrayLike<number>, cluster: ClusterShape): ExpertPlacement {
   checkOptions('placeExperts', cluster, { replicas: true, groups: true, nodes: true, gpus: true })
+  needNumbers('placeExperts', load)
   const loads = Array.from(load)
-  const { replicas, gpus } = cluster
-  const even = (cluster.groups ?? 1) % (cluster.nodes ?? 1) === 0
-  const groups = even ? (cluster.groups ?? 1) : 1
-  const nodes = even ? (cluster.nodes ?? 1) : 1
-  check(loads.length, replicas, groups, nodes, gpus)
+  const { replicas, gpus, groups: wanted = 1, nodes: all = 1 } = cluster
+  checkSizes({ experts: loads.length, replicas, gpus, groups: wanted, nodes: all })
+  const even = wanted % all === 0
+  const groups = even ? wanted : 1
+  const nodes = even ? all : 1
+  checkShares(loads.length, replicas, groups, nodes, gpus)
   const size = loads.length / groups
   const groupLoads = Array.from({ length: groups }, (_, g) =>
     loads.slice(g * size, (g + 1) * size).reduce((sum, x) => sum + x, 0),
@@ -110,11 +113,20 @@ export function gpuImbalance(load: ArrayLike<number>, placement: ExpertPlacement
   return Math.max(...sums) / (sums.reduce((sum, x) => sum + x, 0) / gpus)
 }
 
-function check(experts: number, replicas: number, groups: number, nodes: number, gpus: number): void {
+function checkSizes(sizes: Readonly<Record<string, number>>): void {
+  const wrong = Object.entries(sizes).filter(([, size]) => !Number.isInteger(size) || size < 1)
+  refuse(wrong.map(([name, size]) => `${name} = ${size} is not a positive integer`))
+}
+
+function checkShares(experts: number, replicas: number, groups: number, nodes: number, gpus: number): void {
   const problems: string[] = []
-  if (!(replicas >= experts)) problems.push(`replicas = ${replicas} are fewer than ${experts} experts`)
-  if (!(gpus >= 1 && replicas % gpus === 0)) problems.push(`gpus = ${gpus} does not divide replicas = ${replicas}`)
-  if (!(groups >= 1 && experts % groups === 0)) problems.push(`groups = ${groups} does not divide ${experts} experts`)
-  if (!(nodes >= 1 && gpus % nodes === 0)) problems.push(`nodes = ${nodes} does not divide gpus = ${gpus}`)
+  if (replicas < experts) problems.push(`replicas = ${replicas} are fewer than ${experts} experts`)
+  if (replicas % gpus !== 0) problems.push(`gpus = ${gpus} does not divide replicas = ${replicas}`)
+  if (experts % groups !== 0) problems.push(`groups = ${groups} does not divide ${experts} experts`)
+  if (gpus % nodes !== 0) problems.push(`nodes = ${nodes} does not divide gpus = ${gpus}`)
+  refuse(problems)
+}
+
+function refuse(problems: readonly string[]): void {
   if (problems.length > 0) throw new MoeError({ code: 'E_ATTR', op: 'placeExperts', problem: problems.join('; ') })
 }

@@ -54,12 +54,18 @@ export interface LoadSummary {
 
 /** Loads are on the device until they are read. @throws MoeError E_ATTR */
 export function needNumbers(op: string, load: ArrayLike<number>): void {
-  if (typeof load?.length === 'number') return
-  const problem = `the loads are ${load === undefined || load === null ? load : 'no list of numbers'}`
-  throw new MoeError({ code: 'E_ATTR', op, problem, fix: 'pass what was read: await layer.load.values()' })
+  const fix = 'pass what was read: await layer.load.values()'
+  if (typeof load?.length !== 'number' || typeof load === 'string') {
+    const problem = `the loads are ${load === undefined || load === null ? load : 'no list of numbers'}`
+    throw new MoeError({ code: 'E_ATTR', op, problem, fix })
+  }
+  for (let i = 0; i < load.length; i++) {
+    if (Number.isFinite(load[i]) && load[i] >= 0) continue
+    throw new MoeError({ code: 'E_ATTR', op, problem: `the load of expert ${i} is ${JSON.stringify(load[i])}`, fix })
+  }
 }
 
-/** Judges the loads of one layer. @throws MoeError E_ATTR for loads that have not been read */
+/** Judges the loads of one layer. @throws MoeError E_ATTR for loads that have not been read, or are no numbers from 0 */
 export function summarizeLoad(load: ArrayLike<number>): LoadSummary {
   needNumbers('summarizeLoad', load)
   const loads = Array.from(load)

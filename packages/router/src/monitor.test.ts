@@ -57,11 +57,20 @@ test('loads that have not been read are refused', () => {
   const unread = { shape: [4] } as unknown as number[]
   expect(() => summarizeLoad(unread)).toThrow(/summarizeLoad: the loads are no list of numbers; pass what was read/)
   expect(() => summarizeLoad(undefined as unknown as number[])).toThrow(/the loads are undefined/)
+  for (const wrong of [
+    [1, Number.NaN],
+    [1, -1],
+    [1, '2'],
+    [1, undefined],
+  ] as number[][])
+    expect(() => summarizeLoad(wrong)).toThrow(/the load of expert 1 is/)
+  expect(() => summarizeLoad('12' as never)).toThrow(/the loads are no list/)
   expect(() => new LoadMonitor({ topK: 2 }).record('1', unread)).toThrow(/LoadMonitor.record: the loads are no list/)
 })
 
 test('windows, groups and numbers of experts that cannot be are refused', () => {
   expect(() => new LoadMonitor({ topK: 2, window: 0 })).toThrow(/window = 0 is not a positive integer/)
+  expect(() => new LoadMonitor({ topK: 0 })).toThrow(/topK = 0 is not a positive integer/)
   expect(() => new LoadMonitor({ topK: 2, groups: 1.5 })).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
   const monitor = new LoadMonitor({ topK: 2, groups: 2 })
   monitor.record('1', [1, 2, 3, 4])

@@ -47,12 +47,12 @@ export class LoadMonitor {
   readonly #options: Required<LoadMonitorOptions>
   readonly #layers = new Map<string, { entries: Entry[]; bias: LayerReport['bias'] }>()
 
-  /** @throws MoeError E_CONFIG for a window or groups that are no positive integers. */
+  /** @throws MoeError E_CONFIG for a topK, groups or a window that are no positive integers. */
   constructor(options: LoadMonitorOptions) {
     checkOptions('LoadMonitor', options, { topK: true, groups: true, window: true })
     this.#options = { groups: 1, window: 100, ...options }
-    const { groups, window } = this.#options
-    for (const [name, size] of Object.entries({ groups, window })) {
+    const { topK, groups, window } = this.#options
+    for (const [name, size] of Object.entries({ topK, groups, window })) {
       if (Number.isInteger(size) && size >= 1) continue
       throw new MoeError({
         code: 'E_CONFIG',

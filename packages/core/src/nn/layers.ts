@@ -2,6 +2,7 @@
 import type { Backend, WeightFormat } from '../backend.ts'
 import { noGrad, widePrecision, withPrecision } from '../context.ts'
 import { ones, randn, zeros } from '../create.ts'
+import { MoeError } from '../errors.ts'
 import { zeroWeight } from '../fused/quantized-matmul.ts'
 import { rmsNorm } from '../fused/rms-norm.ts'
 import { swiglu } from '../fused/swiglu.ts'
@@ -130,7 +131,7 @@ export class Embedding extends Module {
   }
 }
 
-/** RMSNorm over the last axis with a learned scale `weight [features]`. */
+/** RMSNorm over the last axis with a learned scale `weight [features]`. @throws MoeError E_CONFIG */
 export class RmsNorm extends Module {
   weight: Parameter
   readonly eps: number
@@ -138,6 +139,10 @@ export class RmsNorm extends Module {
   constructor(features: number, eps = 1e-6, init: InitOptions = {}) {
     super()
     checkOptions('RmsNorm', init, initNames)
+    if (!Number.isFinite(eps) || eps < 0) {
+      const fix = 'pass a small number, such as 1e-6'
+      throw new MoeError({ code: 'E_CONFIG', op: 'RmsNorm', problem: `eps = ${eps} is no number from 0`, fix })
+    }
     this.weight = new Parameter(ones([features], { backend: init.backend }))
     this.eps = eps
   }
