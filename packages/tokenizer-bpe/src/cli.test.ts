@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, expect, test } from 'vitest'
+import { trainBpe } from './index.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'moe-tokenizer-cli-'))
 afterAll(() => rmSync(folder, { recursive: true }))
@@ -49,4 +50,20 @@ test('exits with 1 for failures and 2 for wrong usage', () => {
     status: 1,
     stderr: expect.stringContaining('ENOENT'),
   })
+  for (const args of [
+    ['train', folder, '--vocab-size', '300'],
+    ['encode', folder],
+  ]) {
+    expect(run(args)).toMatchObject({ status: 1, stderr: expect.stringMatching(/moe-tokenizer-cli-\S+: EISDIR/) })
+  }
+})
+
+test('inspects a vocabulary whose ids do not begin at 0', () => {
+  const file = trainBpe(['the cat sat on the mat'], { vocabSize: 260, minFrequency: 1 }).toJSON()
+  const model = file.model as { vocab: Record<string, number> }
+  for (const token of Object.keys(model.vocab)) model.vocab[token] += 5
+  writeFileSync(join(folder, 'late.json'), JSON.stringify(file))
+  const { stdout, stderr } = run(['inspect', '--tokenizer', 'late.json', '--json'])
+  expect(stderr).toBe('')
+  expect(JSON.parse(stdout)).toMatchObject({ vocabSize: 265, longestToken: { bytes: 3 } })
 })

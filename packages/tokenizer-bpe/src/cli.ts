@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 /** @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. */
-import { createReadStream, readFileSync } from 'node:fs'
+import { createReadStream } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { BpeTokenizer, TokenizerError, type TrainOptions, type TrainProgress, trainBpeAsync } from './index.ts'
 
@@ -132,8 +132,8 @@ async function* textsOf(files: readonly string[]): AsyncGenerator<string> {
   for (const file of files) {
     const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
     let held = ''
-    for await (const chunk of file === '-' ? process.stdin : createReadStream(file, { highWaterMark: 1 << 22 })) {
-      held += decoder.decode(chunk as Buffer, { stream: true })
+    for await (const chunk of bytesOf(file)) {
+      held += decoder.decode(chunk, { stream: true })
       if (held.length < 1 << 24) continue
       let cut = held.length - 1
       while (cut > 0 && !(held[cut - 1] === '\n' && /\S/.test(held[cut]))) cut--
@@ -146,11 +146,19 @@ async function* textsOf(files: readonly string[]): AsyncGenerator<string> {
 }
 
 async function readInput(file: string | undefined): Promise<string> {
-  if (file !== undefined && file !== '-') return readFileSync(file, 'utf8')
   const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
   let text = ''
-  for await (const chunk of process.stdin) text += decoder.decode(chunk as Buffer, { stream: true })
+  for await (const chunk of bytesOf(file ?? '-')) text += decoder.decode(chunk, { stream: true })
   return text + decoder.decode()
+}
+
+/** A file in parts; `-` is the standard input. Node tells of a folder without its name. */
+async function* bytesOf(file: string): AsyncGenerator<Buffer> {
+  try {
+    yield* file === '-' ? process.stdin : createReadStream(file, { highWaterMark: 1 << 22 })
+  } catch (cause) {
+    throw new TokenizerError({ code: 'E_FORMAT', op: file, problem: (cause as Error).message, cause })
+  }
 }
 
 async function encode(files: string[]): Promise<void> {
@@ -173,10 +181,11 @@ async function decode(args: string[]): Promise<void> {
 
 async function inspect(args: string[]): Promise<void> {
   const tokenizer = await BpeTokenizer.fromFile(values.tokenizer)
-  let longest = 0
+  const longest = { id: 0, bytes: 0 }
   for (let id = 0; id < tokenizer.vocabSize; id++) {
     if (tokenizer.idToToken(id) === undefined) continue
-    if (tokenizer.tokenBytes(id).length > tokenizer.tokenBytes(longest).length) longest = id
+    const bytes = tokenizer.tokenBytes(id).length
+    if (bytes > longest.bytes) Object.assign(longest, { id, bytes })
   }
   const report = {
     vocabSize: tokenizer.vocabSize,
@@ -184,7 +193,7 @@ async function inspect(args: string[]): Promise<void> {
     preTokenizer: tokenizer.preTokenizer,
     addedTokens: tokenizer.addedTokens.length,
     specialTokens: tokenizer.addedTokens.filter(token => token.special).length,
-    longestToken: { id: longest, bytes: tokenizer.tokenBytes(longest).length },
+    longestToken: longest,
     tokens:
       args.length === 0
         ? undefined
@@ -197,7 +206,7 @@ async function inspect(args: string[]): Promise<void> {
   const how = report.preTokenizer === 'steps' ? 'step by step (no scanner of its own)' : report.preTokenizer
   process.stdout.write(
     `ids             ${report.vocabSize}\nmerges          ${report.merges}\npre-tokenizer   ${how}\n` +
-      `added tokens    ${report.addedTokens}, ${report.specialTokens} of them special\nlongest token   id ${longest}, ${report.longestToken.bytes} bytes\n`,
+      `added tokens    ${report.addedTokens}, ${report.specialTokens} of them special\nlongest token   id ${longest.id}, ${longest.bytes} bytes\n`,
   )
   for (const { id, token } of report.tokens ?? []) process.stdout.write(`${String(id).padStart(8)}  ${token}\n`)
 }
