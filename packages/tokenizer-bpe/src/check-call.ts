@@ -5,6 +5,7 @@ import type { PackOptions } from './data/pack-documents.ts'
 import type { SplitTokensOptions } from './data/split-tokens.ts'
 import { TokenizerError } from './errors.ts'
 import { describe } from './json/check.ts'
+import { MAX_ID } from './model.ts'
 import type { TiktokenOptions } from './tiktoken.ts'
 import type { DecodeOptions, EncodeOptions } from './tokenizer.ts'
 import type { TrainOptions } from './train/train.ts'
@@ -48,10 +49,66 @@ const names: { readonly [Op in keyof OptionsByOp]: { readonly [Name in keyof Opt
   MergedTokenSplitter: { rate: true, random: true },
 }
 
-/** What is no input of an op: what it is called, and whether something is one. */
-const inputs: { readonly [Op in keyof OptionsByOp]?: readonly [name: string, is: (input: unknown) => boolean] } = {
-  encodeBatch: ['list of texts', input => Array.isArray(input) && input.every(text => typeof text === 'string')],
-  decode: ['list of ids', isList],
+type Is = (value: unknown) => boolean
+type Rule = readonly [wanted: string, is: Is, needed?: true]
+
+/** What is no input of an op: what it is called, whether something is one, and what to do. */
+const inputs: { readonly [Op in keyof OptionsByOp]?: readonly [name: string, is: Is, fix: string] } = {
+  trainBpe: [
+    'iterable of texts',
+    input => input === undefined || Symbol.iterator in Object(input),
+    'pass [text] or a generator of texts, and what comes asynchronously to trainBpeAsync',
+  ],
+  encodeBatch: ['list of texts', isTexts, 'pass them in an array, and await what is a promise'],
+  decode: ['list of ids', isList, 'pass them in an array, and await what is a promise'],
+  fromTiktoken: ['ranks', isRanks, 'pass the text or the bytes of a file, or a Map of ids and bytes'],
+}
+
+/** Values that would be taken for others, or fail far from here: what an option has to be. */
+const values: { readonly [Op in keyof OptionsByOp]?: Readonly<Record<string, Rule>> } = {
+  trainBpe: {
+    preTokenizer: [
+      'a name, a RegExp or { patterns: [text, ...] }',
+      value => isChoice(value, 'patterns', patterns => isTexts(patterns) && (patterns as string[]).length > 0),
+    ],
+    normalizer: ['NFC, NFD, NFKC or NFKD', value => /^NFK?[CD]$/.test(String(value))],
+    specialTokens: ['a list of texts, or of { content: text, ... }', isSpecialTokens],
+    minFrequency: ['a number from 0', value => typeof value === 'number' && value >= 0],
+    initialAlphabet: [
+      "'bytes', 'seen' or { characters: text }",
+      value => value === 'bytes' || value === 'seen' || typeof Object(value).characters === 'string',
+    ],
+    maxTokenLength: ['a number from 1', value => typeof value === 'number' && value >= 1],
+    onProgress: ['a function', value => typeof value === 'function'],
+    signal: ['an AbortSignal', value => typeof Object(value).aborted === 'boolean'],
+  },
+  fromTiktoken: {
+    preTokenizer: [
+      'a name, a RegExp or { pattern: text }',
+      value => isChoice(value, 'pattern', pattern => typeof pattern === 'string'),
+      true,
+    ],
+    specialTokens: ['an object of ids by text', value => typeof value === 'object'],
+  },
+}
+
+function isChoice(value: unknown, name: string, is: Is): boolean {
+  return typeof value === 'string' || value instanceof RegExp || is(Object(value)[name])
+}
+
+function isTexts(value: unknown): boolean {
+  return Array.isArray(value) && value.every(text => typeof text === 'string')
+}
+
+function isSpecialTokens(value: unknown): boolean {
+  return Array.isArray(value) && value.every(token => typeof (Object(token).content ?? token) === 'string')
+}
+
+function isRanks(value: unknown): boolean {
+  if (typeof value === 'string' || value instanceof Uint8Array) return true
+  if (!(value instanceof Map)) return false
+  const isId = (id: unknown) => Number.isInteger(id) && (id as number) >= 0 && (id as number) < MAX_ID
+  return Array.from(value).every(([id, bytes]) => isId(id) && bytes instanceof Uint8Array)
 }
 
 function isList(input: unknown): boolean {
@@ -60,7 +117,7 @@ function isList(input: unknown): boolean {
 }
 
 /**
- * Refuses options that are no object, and names that nobody reads; what is undefined is not given.
+ * Refuses options that are no object, names that nobody reads, and values of another kind; what is undefined is not given.
  * @throws TokenizerError E_CONFIG, and E_DATA for an input of another kind
  */
 export function checkCall<Op extends keyof OptionsByOp>(op: Op, options: OptionsByOp[Op], input?: unknown): void {
@@ -71,9 +128,15 @@ export function checkCall<Op extends keyof OptionsByOp>(op: Op, options: Options
   for (const name in options) {
     if (!Object.hasOwn(known, name) && options[name] !== undefined) throw refused(`there is no option ${name}`)
   }
-  const [wanted, is] = inputs[op] ?? []
+  for (const [name, [wanted, is, needed = false]] of Object.entries<Rule>(values[op] ?? {})) {
+    const value = options[name as keyof typeof options]
+    if (value === undefined ? !needed : is(value)) continue
+    const problem = `${name} is ${describe(value)}`
+    throw new TokenizerError({ code: 'E_CONFIG', op, problem, fix: `pass ${wanted}` })
+  }
+  const [wanted, is, fix] = inputs[op] ?? []
   if (is?.(input) === false) {
     const problem = `got ${describe(input)}, no ${wanted}`
-    throw new TokenizerError({ code: 'E_DATA', op, problem, fix: 'pass them in an array, and await what is a promise' })
+    throw new TokenizerError({ code: 'E_DATA', op, problem, fix })
   }
 }

@@ -112,7 +112,7 @@ export function readTiktoken(
   options: TiktokenOptions,
   patternsOf: (name: PreTokenizerName) => readonly string[],
 ) {
-  callCheck.of?.('fromTiktoken', options)
+  callCheck.of?.('fromTiktoken', options, ranks)
   const text = ranks instanceof Uint8Array ? new TextDecoder().decode(ranks) : ranks
   const model = modelFromRanks(typeof text === 'string' ? parseRanks(text) : text)
   const choice = options.preTokenizer

@@ -245,6 +245,40 @@ describe('calls that cannot be meant', () => {
     expect(() => BpeTokenizer.fromTiktoken('', { pretokenizer: 'gpt2' } as never)).toThrow('no option pretokenizer')
   })
 
+  test.each([
+    ['preTokenizer', 5, 'a name, a RegExp or'],
+    ['preTokenizer', { patterns: 'a' }, 'a name, a RegExp or'],
+    ['normalizer', 'nfc', 'NFC, NFD'],
+    ['specialTokens', '<s>', 'a list of texts'],
+    ['specialTokens', [null], 'a list of texts'],
+    ['minFrequency', '2', 'a number from 0'],
+    ['initialAlphabet', 'all', "'bytes', 'seen' or"],
+    ['maxTokenLength', Number.NaN, 'a number from 1'],
+    ['onProgress', true, 'a function'],
+    ['signal', new AbortController(), 'an AbortSignal'],
+  ])('the option %s is not %s', (name, value, wanted) => {
+    const call = () => trainBpe(CORPUS, { vocabSize: 300, [name]: value })
+    expect(call).toThrow(expect.objectContaining({ code: 'E_CONFIG', message: expect.stringContaining(wanted) }))
+  })
+
+  test('ranks and texts of another kind are refused', async () => {
+    for (const ranks of [null, 5, {}, new Map([[-1, Uint8Array.of(1)]]), new Map([[1, 'a']])] as never[])
+      expect(() => BpeTokenizer.fromTiktoken(ranks, { preTokenizer: 'gpt2' })).toThrow(
+        /no ranks; pass the text or the bytes/,
+      )
+    const ranks = 'YQ== 0'
+    for (const options of [{}, { preTokenizer: 5 }, { preTokenizer: {} }] as never[]) {
+      expect(() => BpeTokenizer.fromTiktoken(ranks, options)).toThrow('pass a name, a RegExp or { pattern')
+      await expect(BpeTokenizer.fromTiktokenAsync(ranks, options)).rejects.toMatchObject({ code: 'E_CONFIG' })
+    }
+    await expect(BpeTokenizer.fromTiktokenAsync(ranks, undefined as never)).rejects.toThrow('the options are undefined')
+    async function* texts() {
+      yield* CORPUS
+    }
+    expect(() => trainBpe(texts() as never, { vocabSize: 300 })).toThrow(/comes asynchronously to trainBpeAsync/)
+    expect((await trainBpeAsync(texts(), { vocabSize: 270 })).vocabSize).toBe(270)
+  })
+
   test('ids and paths that are none are refused', async () => {
     for (const ids of [undefined, null, 5, 'a', Promise.resolve([1])])
       call('decode', ids).toThrow(/no list of ids; pass them/)

@@ -189,6 +189,7 @@ export class BpeTokenizer {
     ranks: string | Uint8Array | ReadonlyMap<number, Uint8Array>,
     options: TiktokenOptions,
   ): Promise<BpeTokenizer> {
+    callCheck.of?.('fromTiktoken', options, ranks)
     const choice = options.preTokenizer
     await Promise.all([
       fetchParts('tiktoken', 'whole'),

@@ -65,7 +65,7 @@ export interface TrainOptions {
  * @throws TokenizerError E_CONFIG for impossible options, E_DATA for an empty or binary corpus, E_ABORTED
  */
 export function trainBpe(texts: Iterable<string>, options: TrainOptions): BpeTokenizer {
-  const trainer = new Trainer(options)
+  const trainer = new Trainer(options, texts)
   checkTexts(texts)
   for (const text of texts) for (const _ of trainer.count(text));
   trainer.startMerging()
@@ -127,8 +127,8 @@ class Trainer {
   #tokens: string[] = []
   #learner: MergeLearner | undefined
 
-  constructor(options: TrainOptions) {
-    callCheck.of?.('trainBpe', options)
+  constructor(options: TrainOptions, texts?: Iterable<string>) {
+    callCheck.of?.('trainBpe', options, texts)
     provideAll()
     this.#options = options
     this.#special = specialTokens(options.specialTokens ?? [])
