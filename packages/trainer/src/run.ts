@@ -1,0 +1,449 @@
+/** @file One call of `train`: the loop around its steps, with checkpoints, measurements, events and the result. */
+import { rmSync } from 'node:fs'
+import { join } from 'node:path'
+import {
+  concat,
+  globalNorm,
+  MoeError,
+  type NamedParameter,
+  namedStreams,
+  noGrad,
+  parameterCount,
+  QuantizedParameter,
+  scope,
+  weightBytes,
+} from '@moe/core'
+import { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
+import { lockFolder } from './checkpoints/folder-lock.ts'
+import { OptimizerOnRanks } from './checkpoints/optimizer-on-ranks.ts'
+import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
+import type { RunRecord } from './checkpoints/trainer-state.ts'
+import { TrainingOrder } from './data/training-order.ts'
+import { drawApart } from './draw-apart.ts'
+import { type Evaluation, evaluate } from './evaluate.ts'
+import type { StepEvent, TrainEvent, TrainListener } from './events.ts'
+import type { Interrupts } from './interrupt.ts'
+import type { TokenBatch, TrainableModel } from './model.ts'
+import { type OwnParameter, StepsOnRanks } from './model-on-ranks.ts'
+import { nonFiniteModel } from './non-finite.ts'
+import type { Optimizer } from './optim/optimizer.ts'
+import { type ResolvedOptions, recordRun, type TokenData } from './options.ts'
+import { checkSameStart, gatherNumbers, gatherValues, type Ranks, type Start } from './ranks.ts'
+import { cutMetrics, type MetricsLine, MetricsLog, metricsLine } from './report/metrics-log.ts'
+import { progress } from './report/progress.ts'
+import { writeSummary } from './report/summary.ts'
+import type { TrainResult } from './result.ts'
+import type { Steps } from './step-numbers.ts'
+import { TrainingSteps } from './training-steps.ts'
+
+const nothingMeasured: Evaluation = { loss: Number.NaN, bitsPerByte: Number.NaN, tokens: 0, seconds: 0 }
+
+type Peaks = Pick<TrainResult, 'peakMemoryBytes' | 'peakDeviceBytes'>
+
+/** One call of `train`. */
+export class Run {
+  readonly model: TrainableModel
+  readonly settings: ResolvedOptions
+  readonly data: TokenData
+  readonly parameters: readonly NamedParameter[]
+  readonly optimizer: Optimizer
+  readonly steps: Steps
+  readonly interrupts: Interrupts
+  readonly order: TrainingOrder
+  readonly record: RunRecord
+  readonly listeners: readonly TrainListener[]
+  /** Folder of the run on the rank that writes it. */
+  readonly writesTo: string | undefined
+  /** The optimizer as checkpoints have it, where ranks have parts of it. */
+  optimizerOnRanks: OptimizerOnRanks | undefined
+  /** Whether there are checkpoints, be it of another rank. */
+  saves: boolean
+  /** Steps done when the model was last made whole. */
+  gatheredStep = -1
+  readonly log: MetricsLog | undefined
+  /** Lines of the last tenth of the steps done, for the result. */
+  readonly tail: MetricsLine[] = []
+  /** What the model's `afterStep` returns. */
+  readonly balanceNames = new Set<string>()
+  /** Batches of the next step, made ready. */
+  ahead: readonly TokenBatch[] | null = null
+  /** Steps done. */
+  step = 0
+  tokens = 0
+  trainSeconds = 0
+  /** In earlier processes. */
+  peaksBefore: Peaks = { peakMemoryBytes: 0, peakDeviceBytes: 0 }
+  savedStep = -1
+  checkpoint: string | undefined
+  /** Gives the folder back. */
+  unlock = () => {}
+  drawTogether = () => {}
+
+  constructor(
+    model: TrainableModel,
+    settings: ResolvedOptions,
+    data: TokenData,
+    parameters: readonly NamedParameter[],
+    optimizer: Optimizer,
+    interrupts: Interrupts,
+  ) {
+    this.model = model
+    this.settings = settings
+    this.data = data
+    this.parameters = parameters
+    this.optimizer = optimizer
+    const { clip, precision, record, ranks, onRanks, sequenceLength, batchSize, accumulate, seed, rank, world } =
+      settings
+    this.steps =
+      onRanks === undefined
+        ? new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks })
+        : new StepsOnRanks(model, onRanks, optimizer, { clip, precision })
+    this.interrupts = interrupts
+    this.order = new TrainingOrder(data.training, {
+      sequenceLength,
+      lookahead: model.lookahead,
+      batchSize,
+      accumulate,
+      seed,
+      rank,
+      world,
+    })
+    this.record = recordRun(settings, data.training, model, parameters, optimizer)
+    this.writesTo = (ranks?.rank ?? rank) === 0 ? settings.out : undefined
+    this.saves = this.writesTo !== undefined
+    this.log = this.writesTo === undefined ? undefined : new MetricsLog(join(this.writesTo, 'metrics.jsonl'))
+    const draw = settings.progress ?? (ranks === undefined || ranks.rank === 0)
+    this.listeners = [
+      ...(draw === false ? [] : [draw === true ? progress() : draw]),
+      ...(settings.onEvent === undefined ? [] : [settings.onEvent]),
+    ]
+  }
+
+  get backend() {
+    return this.parameters[0].parameter.backend
+  }
+
+  get peaks(): Peaks {
+    const { peakMemoryBytes, peakDeviceBytes } = this.peaksBefore
+    return {
+      // maxRSS counts kilobytes.
+      peakMemoryBytes: Math.max(peakMemoryBytes, process.resourceUsage().maxRSS * 1024),
+      peakDeviceBytes: Math.max(peakDeviceBytes, this.backend.stats().peakBytes),
+    }
+  }
+
+  /** Positions of one step, of all ranks that train together. */
+  get tokensPerStep(): number {
+    return this.order.tokensPerStep * (this.settings.ranks === undefined ? 1 : this.settings.world)
+  }
+
+  async all(): Promise<TrainResult> {
+    const { settings } = this
+    const { ranks, onRanks } = settings
+    if (onRanks !== undefined) this.optimizerOnRanks = await OptimizerOnRanks.of(onRanks, this.optimizer)
+    await this.begin()
+    if (ranks !== undefined) await this.agree(ranks)
+    this.emitStart()
+    if (ranks !== undefined && onRanks === undefined) this.drawTogether = drawApart(ranks, this.model)
+    const limit = this.trainSeconds + (settings.timeLimitSeconds ?? Number.POSITIVE_INFINITY)
+    let stop = await this.reasonToStop(limit)
+    while (this.step < settings.steps && stop === null) {
+      await this.oneStep()
+      if (this.step === settings.steps) break
+      if (this.step % settings.checkpointEvery === 0) await this.save()
+      if (settings.evalEvery > 0 && this.step % settings.evalEvery === 0) await this.measure(settings.evalTokens)
+      stop = await this.reasonToStop(limit)
+    }
+    await this.save()
+    if (stop !== null && this.step < settings.steps) return this.stopped(stop)
+    const validation = await this.measure(undefined)
+    if (validation === null) return this.stopped('interrupted')
+    return this.finish('finished', validation)
+  }
+
+  /** Why no further step is taken, the same on all ranks. */
+  async reasonToStop(limit: number): Promise<'interrupted' | 'time' | null> {
+    const { ranks } = this.settings
+    const own = [Number(this.interrupts.signal.aborted), Number(this.trainSeconds >= limit)]
+    const all = ranks === undefined ? [own] : await gatherNumbers(ranks, own, this.parameters[0].parameter)
+    if (all.some(([interrupted]) => interrupted === 1)) return 'interrupted'
+    return all.some(([, late]) => late === 1) ? 'time' : null
+  }
+
+  /** What the ranks have to know of each other. */
+  async agree(ranks: Ranks): Promise<void> {
+    const { settings, step, data, parameters } = this
+    const { steps, checkpointEvery, evalEvery } = settings
+    const plan = { steps, checkpointEvery, evalEvery, validation: data.validation !== undefined }
+    const comparable: readonly OwnParameter[] = settings.onRanks?.parameters ?? parameters
+    const norms = await normsOf(comparable.filter(({ firstRow }) => firstRow === undefined))
+    const own = { step, plan, norms, saves: this.saves }
+    const starts = await gatherValues<Start & { saves: boolean }>(ranks, own, parameters[0].parameter)
+    checkSameStart(starts)
+    this.saves = starts[0].saves
+  }
+
+  /** Makes the folder ready, and goes back to the checkpoint if there is one to go on from. */
+  async begin(): Promise<void> {
+    const { out, resume = false, allowChanges = false, overwrite = false } = this.settings
+    if (out === undefined) return
+    const latest = latestCheckpoint(out)
+    const from = typeof resume === 'string' && resume !== 'auto' ? resume : resume ? latest : undefined
+    if (resume === true && from === undefined) {
+      throw new MoeError({
+        code: 'E_CHECKPOINT',
+        op: 'train',
+        problem: `there is no checkpoint to resume from in ${out}`,
+        fix: "begin without resume, or pass resume: 'auto'",
+      })
+    }
+    if (from === undefined) {
+      if (latest !== undefined && !overwrite) {
+        throw new MoeError({
+          code: 'E_CONFIG',
+          op: 'train',
+          problem: `${out} already holds a run (${latest})`,
+          fix: 'go on with resume: true, choose another out, or begin anew with overwrite: true',
+        })
+      }
+    }
+    if (this.writesTo !== undefined) this.unlock = lockFolder(this.writesTo)
+    if (from === undefined) {
+      if (this.writesTo !== undefined) this.emptyFolder(this.writesTo)
+      return
+    }
+    const state = await loadTraining(from, this.parts, allowChanges ? null : this.record)
+    this.step = state.step
+    if (this.model.step !== undefined) this.model.step = state.modelStep ?? state.step
+    this.tokens = state.tokens
+    this.trainSeconds = state.trainSeconds
+    this.peaksBefore = state
+    this.savedStep = state.step
+    this.checkpoint = from
+    for (const name of state.balance ?? []) this.balanceNames.add(name)
+    for (const { name, random } of namedStreams(this.model)) Object.assign(random, state.streams?.[name])
+    if (this.log === undefined) return
+    for (const line of await cutMetrics(this.log.path, state.step)) this.remember(line)
+  }
+
+  /** Removes an earlier run. */
+  emptyFolder(out: string): void {
+    try {
+      for (const name of ['checkpoints', 'metrics.jsonl', 'summary.json'])
+        rmSync(join(out, name), { recursive: true, force: true })
+    } catch (cause) {
+      throw new MoeError({
+        code: 'E_CONFIG',
+        op: 'train',
+        problem: `the run in ${out} cannot be removed: ${(cause as Error).message}`,
+        fix: 'choose another out',
+        cause,
+      })
+    }
+  }
+
+  async oneStep(): Promise<void> {
+    const { settings, order } = this
+    const started = performance.now()
+    const lr = settings.lr * settings.schedule(this.step)
+    const batches = this.ahead ?? order.step(this.step)
+    this.ahead = null
+    const done = this.steps.step(batches, { lr, step: this.step + 1 })
+    // While the device computes. What `step` failed with is told below.
+    done.catch(() => undefined)
+    if (this.step + 1 < settings.steps) {
+      this.ahead = order.step(this.step + 1)
+      this.steps.prepare(this.ahead)
+    }
+    const numbers = await done
+    // A turn of the event loop, so that Ctrl-C is seen even where no download waits.
+    await new Promise(setImmediate)
+    const seconds = (performance.now() - started) / 1000
+    this.step++
+    this.trainSeconds += seconds
+    this.tokens += this.tokensPerStep
+    const event: StepEvent = {
+      type: 'step',
+      step: this.step,
+      loss: numbers.loss,
+      nll: numbers.nll,
+      lr,
+      gradNorm: numbers.gradNorm,
+      tokens: this.tokens,
+      tokensPerSecond: this.tokensPerStep / seconds,
+      metrics: { ...numbers.metrics, ...numbers.after },
+    }
+    for (const name in numbers.after) this.balanceNames.add(name)
+    const line = metricsLine(event)
+    this.log?.append(line)
+    this.remember(line)
+    this.emit(event)
+  }
+
+  /** @returns null when it was interrupted */
+  async measure(limit: number | undefined): Promise<Evaluation | null> {
+    const { settings, data, model, interrupts } = this
+    if (data.validation === undefined) return nothingMeasured
+    await this.gather()
+    const { sequenceLength, batchSize, precision } = settings
+    try {
+      const { signal } = interrupts
+      const onProgress = (done: number) => this.emit({ type: 'measuring', step: this.step, done })
+      const settings = { sequenceLength, batchSize, precision, limit, signal, onProgress }
+      const measured = await evaluate(model, data.validation, settings)
+      this.emit({ type: 'evaluation', step: this.step, final: limit === undefined, ...measured })
+      return measured
+    } catch (error) {
+      if (interrupts.signal.aborted && error === interrupts.signal.reason) return null
+      throw error
+    }
+  }
+
+  async save(): Promise<void> {
+    const { settings, step, tokens, trainSeconds, writesTo } = this
+    if (!this.saves || this.savedStep === step) return
+    const started = performance.now()
+    this.log?.flush()
+    await this.gather()
+    await this.checkFinite()
+    this.savedStep = step
+    if (writesTo === undefined) {
+      await this.optimizerOnRanks?.send()
+      return
+    }
+    const balance = [...this.balanceNames]
+    const streams = Object.fromEntries(namedStreams(this.model).map(({ name, random }) => [name, { ...random }]))
+    const ofModel = { modelStep: this.model.step, balance, streams }
+    const state = { step, tokens, trainSeconds, ...this.peaks, ...ofModel, run: this.record }
+    const path = await saveTraining(writesTo, this.parts, state, settings.keepCheckpoints)
+    this.checkpoint = path
+    this.emit({ type: 'checkpoint', step, path, seconds: (performance.now() - started) / 1000 })
+  }
+
+  get parts() {
+    return { model: this.model, optimizer: this.optimizerOnRanks ?? this.optimizer, tokenizer: this.settings.tokenizer }
+  }
+
+  /** Makes the model whole where ranks have parts of it. */
+  async gather(): Promise<void> {
+    if (this.gatheredStep === this.step) return
+    await this.settings.onRanks?.gather()
+    this.gatheredStep = this.step
+  }
+
+  /**
+   * An update can make a weight infinite although its gradient was finite: such a model must not replace a good
+   * checkpoint.
+   */
+  async checkFinite(): Promise<void> {
+    if (Number.isFinite(await this.norm())) return
+    throw await nonFiniteModel(this.model, this.step)
+  }
+
+  /** Norm of all weights. */
+  async norm(): Promise<number> {
+    const weights = this.parameters.flatMap(({ parameter }) => (parameter.dtype === 'f32' ? [parameter] : []))
+    const norm = noGrad(() => globalNorm(weights))
+    const value = await norm.item()
+    norm.dispose()
+    return value
+  }
+
+  async stopped(reason: 'interrupted' | 'time'): Promise<TrainResult> {
+    const { step, checkpoint } = this
+    this.emit({ type: 'stop', reason, step, steps: this.settings.steps, checkpoint })
+    return this.finish(reason, nothingMeasured)
+  }
+
+  async finish(stopped: TrainResult['stopped'], validation: Evaluation): Promise<TrainResult> {
+    const { settings, backend, tail } = this
+    await this.gather()
+    const result: TrainResult = {
+      steps: this.step,
+      interrupted: stopped === 'interrupted',
+      stopped,
+      backend: backend.name,
+      device: backend.device,
+      precision: settings.precision,
+      parameters: parameterCount(this.model),
+      tokens: this.tokens,
+      tokensPerSecond: this.trainSeconds > 0 ? this.tokens / this.trainSeconds : Number.NaN,
+      trainSeconds: this.trainSeconds,
+      trainingLoss: mean(tail.map(({ nll }) => nll)),
+      validation,
+      balance: Object.fromEntries(
+        [...this.balanceNames].map(name => [name, mean(tail.flatMap(line => line[name] ?? []))]),
+      ),
+      ...this.peaks,
+      checkpoint: this.checkpoint,
+    }
+    await this.log?.close()
+    if (this.writesTo !== undefined) await writeSummary(this.writesTo, result)
+    this.emit({ type: 'end', result })
+    return result
+  }
+
+  remember(line: MetricsLine): void {
+    const { tail } = this
+    tail.push(line)
+    while (tail[0].step <= line.step * 0.9) tail.shift()
+  }
+
+  emit(event: TrainEvent): void {
+    for (const listener of this.listeners) listener(event)
+  }
+
+  /** Numbers that the model stands for, and those of them in weights that cannot be trained. */
+  storedNumbers() {
+    const sum = (of: readonly NamedParameter[]) =>
+      of.reduce((total, { parameter }) => total + weightBytes(parameter).elements, 0)
+    const stored = this.parameters.filter(({ parameter }) => parameter instanceof QuantizedParameter)
+    return { stored: sum(stored), all: sum(this.parameters) }
+  }
+
+  emitStart(): void {
+    const { settings, data, order, backend } = this
+    this.emit({
+      type: 'start',
+      backend: backend.name,
+      device: backend.device,
+      precision: settings.precision,
+      parameters: parameterCount(this.model),
+      steps: settings.steps,
+      fromStep: this.step,
+      tokensPerStep: this.tokensPerStep,
+      trainingTokens: data.training.tokens.length,
+      validationTokens: data.validation?.tokens.length ?? 0,
+      epochs: order.epochs(settings.steps),
+      out: settings.out,
+    })
+    const { stored, all } = this.storedNumbers()
+    if (stored > 0) {
+      this.emit({
+        type: 'notice',
+        message: `${((100 * stored) / all).toFixed(1)} % of the model's numbers are stored in fewer bits and stay as they are: only the others are trained (to train all, open the model in f32)`,
+      })
+    }
+    const missing =
+      settings.precision === 'fp8' && !backend.fp8Matmul
+        ? 'does not round to fp8'
+        : settings.precision === 'bf16' && !backend.bf16Matmul
+          ? 'has no bf16 arithmetic here'
+          : undefined
+    if (missing !== undefined) {
+      const used = settings.precision === 'fp8' && backend.bf16Matmul ? 'bf16' : 'f32'
+      this.emit({ type: 'notice', message: `${backend.name} ${missing}: matrix products are multiplied in ${used}` })
+    }
+  }
+}
+
+/** Norm of each parameter. */
+async function normsOf(named: readonly NamedParameter[]): Promise<Record<string, number>> {
+  const weights = named.filter(({ parameter }) => parameter.dtype === 'f32')
+  if (weights.length === 0) return {}
+  using norms = scope(() => noGrad(() => concat(weights.map(({ parameter }) => globalNorm([parameter]).reshape([1])))))
+  const values = await norms.values()
+  return Object.fromEntries(weights.map(({ name }, i) => [name, values[i]]))
+}
+
+const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length
