@@ -61,8 +61,15 @@ const inputs: { readonly [Op in keyof OptionsByOp]?: readonly [name: string, is:
   ],
   encodeBatch: ['list of texts', isTexts, 'pass them in an array, and await what is a promise'],
   decode: ['list of ids', isList, 'pass them in an array, and await what is a promise'],
+  packDocuments: [
+    'iterable of documents',
+    input => typeof input === 'object' && Symbol.iterator in Object(input),
+    'pass a list of the ids of each: texts.map(text => tokenizer.encode(text))',
+  ],
   fromTiktoken: ['ranks', isRanks, 'pass the text or the bytes of a file, or a Map of ids and bytes'],
 }
+
+const random: Rule = ['numbers from 0 to below 1: randomNumbers(seed)', value => typeof value === 'function', true]
 
 /** Values that would be taken for others, or fail far from here: what an option has to be. */
 const values: { readonly [Op in keyof OptionsByOp]?: Readonly<Record<string, Rule>> } = {
@@ -90,6 +97,15 @@ const values: { readonly [Op in keyof OptionsByOp]?: Readonly<Record<string, Rul
     ],
     specialTokens: ['an object of ids by text', value => typeof value === 'object'],
   },
+  fillInTheMiddle: {
+    random,
+    tokens: [
+      'three texts: { begin, hole, end }',
+      value => isTexts(['begin', 'hole', 'end'].map(name => Object(value)[name])),
+    ],
+  },
+  packDocuments: { endOfText: ['the id of a token', isId, true] },
+  MergedTokenSplitter: { random },
 }
 
 function isChoice(value: unknown, name: string, is: Is): boolean {
@@ -107,8 +123,11 @@ function isSpecialTokens(value: unknown): boolean {
 function isRanks(value: unknown): boolean {
   if (typeof value === 'string' || value instanceof Uint8Array) return true
   if (!(value instanceof Map)) return false
-  const isId = (id: unknown) => Number.isInteger(id) && (id as number) >= 0 && (id as number) < MAX_ID
   return Array.from(value).every(([id, bytes]) => isId(id) && bytes instanceof Uint8Array)
+}
+
+function isId(value: unknown): boolean {
+  return Number.isInteger(value) && (value as number) >= 0 && (value as number) < MAX_ID
 }
 
 function isList(input: unknown): boolean {

@@ -29,6 +29,11 @@ export class ChatTemplate {
   readonly #tokens: Record<string, string>
 
   constructor(render: (variables: Record<string, unknown>) => string, tokens: Record<string, string>) {
+    if (typeof render !== 'function') {
+      const problem = `${describe(render)} is no function that renders`
+      const fix = 'await ChatTemplate.from({ chat_template: text }) reads a template'
+      throw new TokenizerError({ code: 'E_CONFIG', op: 'ChatTemplate', problem, fix })
+    }
     this.#render = render
     this.#tokens = tokens
   }

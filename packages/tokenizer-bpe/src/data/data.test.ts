@@ -131,3 +131,23 @@ test.each([
     expect.objectContaining({ code: 'E_DATA', message: expect.stringContaining('far more steps') }),
   )
 })
+
+test('what is left out or of another kind is refused, not made up', () => {
+  const random = randomNumbers(1)
+  const pack = (documents: unknown, options: unknown) => [...packDocuments(documents as number[][], options as never)]
+  expect(() => pack([[1]], { length: 4 })).toThrow('endOfText is undefined; pass the id of a token')
+  expect(() => pack([[1]], { length: 4, endOfText: -1 })).toThrow('endOfText is -1')
+  for (const documents of [null, 5, 'text'])
+    expect(() => pack(documents, { length: 4, endOfText: 0 })).toThrow(/no iterable/)
+  for (const [wrong, problem] of [
+    [['text'], 'document 0 has "t" at 0, which is no id'],
+    [[[1], [2.5]], 'document 1 has 2.5 at 0'],
+    [[[-1]], 'has -1 at 0'],
+    [[null], 'document 0 is null, no list of ids'],
+  ] as const)
+    expect(() => pack(wrong, { length: 4, endOfText: 0 })).toThrow(problem)
+  expect(() => fillInTheMiddle('text', {} as never)).toThrow('random is undefined; pass numbers from 0 to below 1')
+  expect(() => fillInTheMiddle('text', { random, tokens: { begin: 'a' } as never })).toThrow('pass three texts')
+  expect(() => new MergedTokenSplitter({} as never, { rate: 1, random: 5 } as never)).toThrow('random is 5')
+  expect(() => new ChatTemplate('{{ messages }}' as never, {})).toThrow('await ChatTemplate.from(')
+})
