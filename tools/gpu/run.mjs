@@ -9,7 +9,7 @@ const help = `./run.sh [--only PART,PART] [--minutes N] [--json FILE] [--list] [
 Runs the parts in the order of --list. A part that has a result in results/ is not run again unless it is named.
 --minutes N: ends within N minutes; parts that have not begun by then are left for the next call.
 --json FILE: everything that is known, written anew after each part (default: results/gpu.json).
---silence N: a test that says nothing for N seconds hangs (default: 20). It is told by name, and those after it go on in a new process.`
+--silence N: a test that says nothing for N seconds hangs (default: 30). It is told by name, and those after it go on in a new process.`
 
 const started = Date.now()
 const { values: options } = parseArgs({
@@ -18,7 +18,7 @@ const { values: options } = parseArgs({
     minutes: { type: 'string' },
     json: { type: 'string' },
     list: { type: 'boolean', default: false },
-    silence: { type: 'string', default: '20' },
+    silence: { type: 'string', default: '30' },
     help: { type: 'boolean', default: false },
   },
 })

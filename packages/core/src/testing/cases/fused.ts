@@ -161,6 +161,7 @@ const groupedCases = [...precisions, 'fp8' as const].flatMap(precision => [
 const targets = given('i32', [6], [3, -100, 0, 12, 5, 99])
 const entropyCases = [
   opCase('crossEntropy', 'with ignored and impossible targets', [f32(6, 13), targets], { ignoreIndex: -100 }, sum),
+  opCase('crossEntropy', 'with a class that is ignored', [f32(6, 13), targets], { ignoreIndex: 3 }, sum),
   opCase(
     'crossEntropy',
     'large logits',
@@ -174,6 +175,13 @@ const entropyCases = [
       `with ignored targets, ${precision}`,
       [f32(6, 16), f32(13, 16), targets],
       { ignoreIndex: -100, precision },
+      precision === 'bf16' ? rough(0.1) : sum,
+    ),
+    opCase(
+      'linearCrossEntropy',
+      `with a class that is ignored, ${precision}`,
+      [f32(6, 16), f32(13, 16), targets],
+      { ignoreIndex: 3, precision },
       precision === 'bf16' ? rough(0.1) : sum,
     ),
     opCase(
