@@ -5,10 +5,6 @@ import { TokenizerError } from './errors.ts'
 const refused = (given: unknown, wanted: string, fix: string) =>
   new TokenizerError({ code: 'E_DATA', op: 'encodeStream', problem: `got ${typeof given}, no ${wanted}`, fix })
 
-const isSource = (given: unknown) =>
-  typeof given === 'string' ||
-  (typeof given === 'object' && given !== null && (Symbol.asyncIterator in given || Symbol.iterator in given))
-
 /**
  * Gives the text in parts that can be encoded by themselves: each ends before a space between two letters.
  * @param added tokens that no part may end in; without, as where it is not known how pieces end, the text comes whole
@@ -18,8 +14,9 @@ export async function* cutStream(
   parts: AsyncIterable<string> | Iterable<string>,
   added: readonly AddedToken[] | undefined,
 ): AsyncGenerator<string> {
-  if (!isSource(parts))
-    throw refused(parts, 'texts one after the other', 'pass a list, a generator or a stream of texts')
+  const source = Object(parts)
+  if (!(Symbol.asyncIterator in source || Symbol.iterator in source))
+    throw refused(parts, 'texts', 'pass a list or a stream of texts')
   const cuttable = added?.every(
     token => !token.lstrip && !token.rstrip && !token.single_word && !/[A-Za-z] [A-Za-z]/.test(token.content),
   )

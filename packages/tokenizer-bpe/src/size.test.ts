@@ -88,11 +88,11 @@ test('encoding and decoding in a browser loads what the file needs', async () =>
   // DeepSeek-V3's tokenizer.json.
   expect(first + added('deepseek-v3')).toBeLessThan(15_000)
   // Llama 3's and Qwen 3's.
-  expect(first + added('cl100k', 'whole-table', 'template')).toBeLessThan(16_000)
-  expect(first + added('cl100k', 'normalizer')).toBeLessThan(16_000)
+  expect(first + added('cl100k', 'whole-table', 'template')).toBeLessThan(16_050)
+  expect(first + added('cl100k', 'normalizer')).toBeLessThan(16_050)
 }, 60_000)
 
 test('everything, training included', async () => {
   const { first } = await bundle(`import * as all from './dist/browser.js'\nglobalThis.all = all`)
-  expect(first).toBeLessThan(33_200)
+  expect(first).toBeLessThan(33_250)
 }, 60_000)
