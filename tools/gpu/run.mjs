@@ -316,7 +316,8 @@ function oneProcess(file, from, way, preload, until, result, fail) {
       clearTimeout(timer)
       const silence = Math.min(1000 * Number(options.silence), Math.max(until - Date.now(), 0))
       timer = setTimeout(() => {
-        seen.died = `no answer within ${(silence / 1000).toFixed(0)} s: killed`
+        seen.died =
+          Date.now() < until ? `no answer within ${options.silence} s: killed` : 'the time of this part was over'
         child.kill()
       }, silence)
     }
