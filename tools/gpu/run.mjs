@@ -290,6 +290,7 @@ async function runFile(file, way, preload, until, result) {
   }
   for (let deaths = 0; ; ) {
     const { count, last, name, open, died, output } = await oneProcess(file, from, way, preload, until, result, fail)
+    if (count === 0) fail('(none)', 'the file tells of no test')
     if (died === undefined) return deaths
     if (open) fail(name, `${died}\n${output}`)
     else if (count === undefined) fail('(before its first test)', `${died}\n${output}`)

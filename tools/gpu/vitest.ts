@@ -12,8 +12,10 @@ type Kind = 'beforeAll' | 'beforeEach' | 'afterEach' | 'afterAll'
 interface Suite {
   readonly name: string
   readonly parent: Suite | undefined
-  readonly skipped: boolean
   readonly hooks: Record<Kind, Hook[]>
+  /** Tells of its children, once it is its turn: it may wait for files. */
+  readonly body: Body
+  readonly children: Array<Suite | Test>
 }
 interface Test {
   readonly suite: Suite
@@ -29,12 +31,13 @@ export type Line =
   | { readonly end: 'passed' | 'skipped' }
   | { readonly end: 'failed'; readonly error: string; readonly lost: boolean }
 
-const tests: Test[] = []
 const finishing: Hook[] = []
-let current = suiteOf('', undefined, false)
+const file = suiteOf('', undefined, () => {})
+let current = file
 
-function suiteOf(name: string, parent: Suite | undefined, skipped: boolean): Suite {
-  return { name, parent, skipped, hooks: { beforeAll: [], beforeEach: [], afterEach: [], afterAll: [] } }
+function suiteOf(name: string, parent: Suite | undefined, body: Body): Suite {
+  const hooks = { beforeAll: [], beforeEach: [], afterEach: [], afterAll: [] }
+  return { name, parent, hooks, body, children: [] }
 }
 
 function addSuite(name: string, body: Body, skipped: boolean): void {
@@ -43,14 +46,20 @@ function addSuite(name: string, body: Body, skipped: boolean): void {
     addTest(name, body, true)
     return
   }
-  const outer = current
-  current = suiteOf(name, outer, outer.skipped)
-  ;(body as () => void)()
-  current = outer
+  current.children.push(suiteOf(name, current, body))
 }
 
 function addTest(name: string, body: Body, skipped: boolean): void {
-  tests.push({ suite: current, name, body, skipped: skipped || current.skipped })
+  current.children.push({ suite: current, name, body, skipped })
+}
+
+/** All tests of a suite, in the order in which they were told of. */
+async function testsOf(suite: Suite): Promise<Test[]> {
+  current = suite
+  await (suite.body as Hook)()
+  const tests: Test[] = []
+  for (const child of suite.children) tests.push(...('children' in child ? await testsOf(child) : [child]))
+  return tests
 }
 
 /** `name` and arguments of one row: `%s` and the like in order, `$key` from an object. */
@@ -127,6 +136,7 @@ function failure(error: unknown): Line {
  * @param report Is given each line as it comes; what it does must be done when it returns.
  */
 export async function runTests(from: number, fits: RegExp, report: (line: Line) => void): Promise<boolean> {
+  const tests = await testsOf(file)
   report({ tests: tests.length })
   const opened: Suite[] = []
   let good = true

@@ -1,6 +1,6 @@
 /**
- * @file Ops at the sizes of real models, where tiles are many and large and offsets are beyond 2^31 bytes: a few elements of each result beside sums in f64. On a device at full size;
- * the emulator has the same cases, smaller.
+ * @file Ops at the sizes of real models, where tiles are many and large and offsets are beyond 2^31 bytes: a few elements of each result beside sums in f64. The
+ * emulator has the same cases, smaller.
  */
 import { type HostArray, Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
