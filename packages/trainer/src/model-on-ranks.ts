@@ -59,7 +59,7 @@ export interface ModelOnRanks {
   gather(): Promise<void>
 }
 
-/** @throws MoeError E_CONFIG when it was made of another model */
+/** @throws MoeError E_CONFIG when it was made of another model, or of one that draws */
 export function checkOnRanks({ parameters }: ModelOnRanks, model: TrainableModel): void {
   const whole = new Map(namedParameters(model).map(({ name, parameter }) => [name, parameter]))
   const fits = ({ name, parameter, firstRow }: OwnParameter) => {
