@@ -122,6 +122,31 @@ static inline __m128 emulated_maskz_loadu_ps_128(__mmask8 mask, const void* from
 }
 #define _mm_maskz_loadu_ps emulated_maskz_loadu_ps_128
 
+static inline __m256i emulated_maskz_loadu_epi16_256(__mmask16 mask, const void* from) {
+  std::uint16_t x[16] = {};
+  for (int i = 0; i < 16; ++i)
+    if (emulated::has(mask, i)) std::memcpy(&x[i], static_cast<const char*>(from) + 2 * i, 2);
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+}
+#define _mm256_maskz_loadu_epi16 emulated_maskz_loadu_epi16_256
+
+MOE_EMULATED_CALLED __m512i emulated_maskz_loadu_epi16(__mmask32 mask, const void* from) {
+  emulated::Lanes<std::uint16_t> x{};
+  for (int i = 0; i < 32; ++i)
+    if (emulated::has(mask, i)) std::memcpy(&x.at[i], static_cast<const char*>(from) + 2 * i, 2);
+  return emulated::as<__m512i>(x);
+}
+#define _mm512_maskz_loadu_epi16 emulated_maskz_loadu_epi16
+
+static inline __m512i emulated_inserti64x4(__m512i x, __m256i half, int which) {
+  std::memcpy(reinterpret_cast<char*>(&x) + 32 * which, &half, 32);
+  return x;
+}
+#define _mm512_inserti64x4 emulated_inserti64x4
+
+static inline __m512i emulated_castsi256_si512(__m256i low) { return emulated_inserti64x4(__m512i{}, low, 0); }
+#define _mm512_castsi256_si512 emulated_castsi256_si512
+
 MOE_EMULATED_CALLED void emulated_mask_storeu_ps(void* to, __mmask16 mask, __m512 x) {
   const auto lanes = emulated::as<emulated::Lanes<float>>(x);
   for (int i = 0; i < 16; ++i)
