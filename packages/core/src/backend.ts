@@ -202,7 +202,9 @@ export interface FusedAttrs {
   attentionBackward: AttentionAttrs
   /**
    * Absorbed MLA decode: attention whose keys are the latent cache rows and whose values are their first `valueDim` features.
-   * `[q [B, T, H, C], cache [B, S, C], lengths i32 [B]] -> [out [B, T, H, valueDim]]`, causal against `lengths` as in `attention`. Rows of the cache at or after lengths[b] are never read.
+   * `[q [B, T, H, C], cache [N, P, C], lengths i32 [B], pages? i32 [B, M]] -> [out [B, T, H, valueDim]]`, causal against `lengths` as in `attention`. Row s of
+   * sequence b is cache[b, s], with N = B, or cache[pages[b, floor(s / P)], s % P] when there are pages, which sequences may share. Rows at or after lengths[b] are
+   * never read, nor are pages that only such rows need; their numbers are in 0..N-1, too.
    * The cache is f32, or bf16 where `Backend.dtypes` has it: a kernel without a bf16 form declines, and core casts the cache up.
    */
   latentAttention: { readonly scale: number; readonly valueDim: number; readonly precision: WidePrecision }

@@ -74,7 +74,7 @@ export {
 } from './dtype.ts'
 export { type ErrorCode, type ErrorInfo, isMoeError, MoeError } from './errors.ts'
 export { adamwStep, globalNorm } from './fused/adamw.ts'
-export { type AttentionOptions, attention, latentAttention } from './fused/attention.ts'
+export { type AttentionOptions, attention, type LatentAttentionOptions, latentAttention } from './fused/attention.ts'
 export { crossEntropy, defaultIgnoreIndex, linearCrossEntropy } from './fused/cross-entropy.ts'
 export { combineTokens, type DispatchPlan, dispatchPlan, permuteTokens } from './fused/dispatch.ts'
 export { groupedMatmul } from './fused/grouped-matmul.ts'

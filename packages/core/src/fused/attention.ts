@@ -112,15 +112,35 @@ export const attentionBackwardDefinition: FusedDefinition<'attentionBackward'> =
   vjp: null,
 }
 
+/** The rows of each sequence one after the other, `[N, P, C]` to `[B, M * P, C]`; those that are not in use are zeros. */
+function pagedRows(cache: Tensor, lengths: Tensor, pages: Tensor): Tensor {
+  const { backend } = cache
+  const [numbers, size, features] = cache.shape
+  const [batch, count] = pages.shape
+  const room = count * size
+  const row = arange(room, { backend }).reshape([1, room])
+  const index = pages
+    .reshape([batch, count, 1])
+    .mul(size)
+    .add(arange(size, { backend }).reshape([1, 1, size]))
+    .reshape([batch, room])
+  const inUse = where(row.lt(lengths.reshape([batch, 1])), index, full([], -1, index))
+  return cache.reshape([numbers * size, features]).takeRows(inUse)
+}
+
 export const latentAttentionDefinition: FusedDefinition<'latentAttention'> = {
   name: 'latentAttention',
-  infer([q, cache, lengths], { valueDim }) {
+  infer([q, cache, lengths, pages], { valueDim }) {
     needDtype('latentAttention', 'q', q, 'f32')
     needDtype('latentAttention', 'cache', cache, 'f32', 'bf16')
     needShape('latentAttention', 'q', q, [-1, -1, -1, -1])
-    needShape('latentAttention', 'cache', cache, [q.shape[0], -1, q.shape[3]])
+    needShape('latentAttention', 'cache', cache, [pages === undefined ? q.shape[0] : -1, -1, q.shape[3]])
     needDtype('latentAttention', 'lengths', lengths, 'i32')
     needShape('latentAttention', 'lengths', lengths, [q.shape[0]])
+    if (pages !== undefined) {
+      needDtype('latentAttention', 'pages', pages, 'i32')
+      needShape('latentAttention', 'pages', pages, [q.shape[0], -1])
+    }
     if (!Number.isInteger(valueDim) || valueDim < 1 || valueDim > q.shape[3]) {
       throw attrError(
         'latentAttention',
@@ -130,8 +150,9 @@ export const latentAttentionDefinition: FusedDefinition<'latentAttention'> = {
     }
     return [{ shape: [...q.shape.slice(0, 3), valueDim], dtype: 'f32' }]
   },
-  decompose([q, cache, lengths], { scale, valueDim, precision }) {
-    const keys = cache.cast('f32').reshape([cache.shape[0], cache.shape[1], 1, cache.shape[2]])
+  decompose([q, cache, lengths, pages], { scale, valueDim, precision }) {
+    const rows = pages === undefined ? cache : pagedRows(cache, lengths, pages)
+    const keys = rows.cast('f32').reshape([rows.shape[0], rows.shape[1], 1, rows.shape[2]])
     const values = keys.narrow(3, 0, valueDim)
     return [runFused(attentionDefinition, [q, keys, values, lengths], { causal: true, scale, precision })[0]]
   },
@@ -164,19 +185,36 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
   })[0]
 }
 
-const latentAttentionNames = { scale: true, valueDim: true, precision: true }
+export interface LatentAttentionOptions {
+  readonly scale: number
+  /** Features of a value: the first of a row of the cache. */
+  readonly valueDim: number
+  readonly precision?: WidePrecision
+  /**
+   * `i32 [B, M]`: where the rows of each sequence are in a cache of N pages of P rows each. Row s of sequence b is `cache[pages[b, floor(s / P)], s % P]`, so
+   * there is room for M * P. Sequences may share pages. All entries are page numbers, 0..N-1; pages that no row in use needs are not read.
+   */
+  readonly pages?: Tensor
+}
+
+const latentAttentionNames: OptionNames<LatentAttentionOptions> = {
+  scale: true,
+  valueDim: true,
+  precision: true,
+  pages: true,
+}
 
 /**
- * Absorbed MLA decode: `q [B, T, H, C]` against the latent cache `[B, S, C]` in f32 or bf16, of which sequence b uses `lengths[b]` rows; the values are the
- * first `valueDim` features of the same rows. Causal. To `[B, T, H, valueDim]`. V3 report eq. 1-11 with W_UK and W_UV absorbed.
+ * Absorbed MLA decode: `q [B, T, H, C]` against the latent cache `[B, S, C]` in f32 or bf16, of which sequence b uses `lengths[b]` rows (`i32 [B]`); the values
+ * are the first `valueDim` features of the same rows. With `pages` the cache is `[N, P, C]`. Causal: the last query sees all rows in use. To
+ * `[B, T, H, valueDim]`. V3 report eq. 1-11 with W_UK and W_UV absorbed.
  */
-export function latentAttention(
-  q: Tensor,
-  cache: Tensor,
-  lengths: Tensor,
-  options: { scale: number; valueDim: number; precision?: WidePrecision },
-): Tensor {
+export function latentAttention(q: Tensor, cache: Tensor, lengths: Tensor, options: LatentAttentionOptions): Tensor {
   checkOptions('latentAttention', options, latentAttentionNames)
-  const { scale, valueDim, precision = widePrecision() } = options
-  return runFused(latentAttentionDefinition, [q, cache, lengths], { scale, valueDim, precision })[0]
+  const { scale, valueDim, precision = widePrecision(), pages } = options
+  return runFused(latentAttentionDefinition, pages === undefined ? [q, cache, lengths] : [q, cache, lengths, pages], {
+    scale,
+    valueDim,
+    precision,
+  })[0]
 }

@@ -106,6 +106,31 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
       () => latentAttention(f(1, 1, 2, 8), f(1, 4, 7), i([1], 4), { scale: 1, valueDim: 4 }),
       /cache has shape \[1,4,7\], needs \[1,\*,8\]/,
     ],
+    [
+      'a cache of other sequences',
+      () => latentAttention(f(2, 1, 2, 8), f(3, 4, 8), i([2], 4, 4), { scale: 1, valueDim: 4 }),
+      /cache has shape \[3,4,8\], needs \[2,\*,8\]/,
+    ],
+    [
+      'pages of other features',
+      () => latentAttention(f(1, 1, 2, 8), f(3, 4, 7), i([1], 4), { scale: 1, valueDim: 4, pages: i([1, 1], 2) }),
+      /cache has shape \[3,4,7\], needs \[\*,\*,8\]/,
+    ],
+    [
+      'pages of other sequences',
+      () => latentAttention(f(1, 1, 2, 8), f(3, 4, 8), i([1], 4), { scale: 1, valueDim: 4, pages: i([2, 1], 2, 1) }),
+      /pages has shape \[2,1\], needs \[1,\*\]/,
+    ],
+    [
+      'pages in one row',
+      () => latentAttention(f(1, 1, 2, 8), f(3, 4, 8), i([1], 4), { scale: 1, valueDim: 4, pages: i([2], 2, 1) }),
+      /pages has shape \[2\], needs \[1,\*\]/,
+    ],
+    [
+      'floats as pages',
+      () => latentAttention(f(1, 1, 2, 8), f(3, 4, 8), i([1], 4), { scale: 1, valueDim: 4, pages: f(1, 1) }),
+      /pages has dtype f32, needs i32; cast it with .cast\('i32'\)/,
+    ],
   ],
   crossEntropy: [
     ['targets of another size', () => crossEntropy(f(2, 3), i([3], 0, 0, 0)), /targets has shape \[3\], needs \[2\]/],

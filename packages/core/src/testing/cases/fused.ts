@@ -1,5 +1,6 @@
 /** @file Cases of the fused ops: each is compared with its decomposition on the reference backend, values and gradients. */
 import type { Precision, RouterAttrs, WidePrecision } from '../../backend.ts'
+import { Random } from '../../random.ts'
 import { type CaseInput, f32, given, i32, type OpCase, opCase, uniform } from '../case.ts'
 import { tolerances } from '../compare.ts'
 import { quantizedCases } from './quantized.ts'
@@ -46,6 +47,52 @@ const attentionCases = attentionSizes.flatMap(([name, [b, t, s, h, g, dk, dv], c
       [f32(b, t, h, dk), f32(b, s, g, dk), f32(b, s, g, dv)],
       { causal, scale: dk ** -0.5, precision },
       { ...(precision === 'bf16' ? rough() : sum), compared: [0, 1] },
+    ),
+  ),
+)
+
+/** Three sequences over pages in no order, of which two begin with the same; all rows that are not in use are NaN. */
+function pagedInputs(size: number, time: number, dtype: 'f32' | 'bf16'): CaseInput[] {
+  const [numbers, features] = [7, 80]
+  const lengths = [2 * size + 5, 0, size + size / 2]
+  const pages = [
+    [4, 2, 6],
+    [3, 3, 3],
+    [4, 0, 5],
+  ]
+  const values = new Array<number>(numbers * size * features).fill(Number.NaN)
+  const random = new Random(5)
+  pages.forEach((row, b) => {
+    for (let s = 0; s < lengths[b]; s++) {
+      const first = (row[Math.floor(s / size)] * size + (s % size)) * features
+      random.normal(features).forEach((x, c) => {
+        values[first + c] = x
+      })
+    }
+  })
+  return [
+    f32(3, time, 8, features),
+    given(dtype, [numbers, size, features], values),
+    given('i32', [3], lengths),
+    given('i32', [3, 3], pages.flat()),
+  ]
+}
+
+const pagedSizes = [
+  { size: 16, time: 1 },
+  { size: 64, time: 3 },
+]
+
+const pagedCases = pagedSizes.flatMap(({ size, time }) =>
+  (['f32', 'bf16'] as const).flatMap(dtype =>
+    precisions.map(precision =>
+      opCase(
+        'latentAttention',
+        `pages of ${size}, ${time} at a time, ${dtype === 'f32' ? 'an f32' : 'a bf16'} cache, ${precision}`,
+        pagedInputs(size, time, dtype),
+        { scale: 0.1, valueDim: 64, precision },
+        { ...(precision === 'bf16' ? rough() : sum), gradient: false },
+      ),
     ),
   ),
 )
@@ -406,6 +453,7 @@ export const fusedCases: readonly OpCase[] = [
       { ...(precision === 'bf16' ? rough() : sum), gradient: false },
     ),
   ),
+  ...pagedCases,
   ...entropyCases,
   opCase(
     'crossEntropyBackward',

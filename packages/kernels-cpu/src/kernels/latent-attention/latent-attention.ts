@@ -3,7 +3,8 @@ import { type FusedFactory, pointerOf } from '../../native.ts'
 
 export const latentAttention: FusedFactory<'latentAttention'> = native => {
   const kernels = { f32: native.kernel('moe_latent_attention_f32'), bf16: native.kernel('moe_latent_attention_bf16') }
-  return ([q, cache, lengths], { scale, valueDim, precision }, [spec]) => {
+  return ([q, cache, lengths, pages], { scale, valueDim, precision }, [spec]) => {
+    if (pages !== undefined) return undefined
     const [B, T, H, C] = q.shape
     const out = native.output(spec)
     const S = cache.shape[1]

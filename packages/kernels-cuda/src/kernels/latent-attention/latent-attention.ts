@@ -65,7 +65,8 @@ export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
   )
   const onHopper = cuda.wgmma ? latentOnHopper(cuda) : undefined
   const combine = cuda.kernel('latent-attention', 'moe_latent_attention_combine_f32', 'p p p i l i')
-  return ([q, cache, lengths], { scale, valueDim, precision }, [spec]) => {
+  return ([q, cache, lengths, pages], { scale, valueDim, precision }, [spec]) => {
+    if (pages !== undefined) return undefined
     const [B, T, H, C] = q.shape
     const S = cache.shape[1]
     // The bf16 kernels copy the cache 16 bytes at a time.
