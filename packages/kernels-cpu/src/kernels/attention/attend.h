@@ -18,20 +18,32 @@ struct Attention {
   const float *q, *k, *v;
   const uint16_t* rows16;  // in place of k and v: keys of one head as bf16 rows of Dk, whose first Dv features are the values; else nullptr
   const int32_t* lengths;  // nullptr: all keys
+  const int32_t* pages;    // [B][S / page_keys], numbers of pages: key s of batch b is s % page_keys of page pages[b][s / page_keys]; else nullptr
+  int64_t page_keys;
   float *out, *lse;        // lse: nullptr when nobody wants it
   int64_t B, T, S, H, G, Dk, Dv;
   int64_t k_stride, v_stride;  // floats from key to key of one head
-  int64_t k_batch, v_batch;    // floats from batch to batch
+  int64_t k_batch, v_batch;    // floats from batch to batch, 0 in pages
   int64_t k_head, v_head;      // floats from head to head
   bool causal;
+  bool each_tile;  // a block makes its tiles of keys as it goes; else they are made before, for all blocks of a head
   float scale;
 
   int64_t rows() const { return T * (H / G); }
   int64_t blocks() const { return (rows() + block_rows - 1) / block_rows; }
   int64_t limit(int64_t b) const { return lengths ? std::min<int64_t>(S, std::max(0, lengths[b])) : S; }
+  int64_t longest() const {
+    int64_t most = 0;
+    for (int64_t b = 0; b < B; b++) most = std::max(most, limit(b));
+    return most;
+  }
   // Keys that query t sees.
   int64_t visible(int64_t limit, int64_t t) const {
     return causal ? std::min(limit, std::max<int64_t>(0, limit - T + t + 1)) : limit;
+  }
+  template <class Op>
+  bool in_place() const {
+    return Op::pack == 1 && !rows16;
   }
   // Tiles of keys and what goes with them must fit into the first two caches.
   int64_t tile_keys() const { return Dk > 128 ? 48 : 96; }
@@ -43,11 +55,14 @@ struct Block {
   alignas(64) float max[block_rows], sum[block_rows], factor[block_rows];
   int64_t row[block_rows];       // offset in units of heads in [B, T, H, ...]
   int64_t lse_index[block_rows];  // in [B, H, T]
+  int64_t b, g;                  // batch, key head
   int rows;                      // the others repeat the last
   int64_t keys;                  // most keys that any row sees
 
   void place(const Attention& a, int64_t b, int64_t g, int64_t block, int64_t limit) {
     const int64_t group = a.H / a.G, first = block * block_rows;
+    this->b = b;
+    this->g = g;
     rows = static_cast<int>(std::min<int64_t>(block_rows, a.rows() - first));
     int64_t t = first / group, h = g * group + first % group;
     for (int i = 0; i < block_rows; i++) {
@@ -140,11 +155,33 @@ static inline void unpack_columns(const Block& block, float* base, int64_t D, co
   }
 }
 
+// Keys, or values, in the order of their positions.
+template <class T>
+struct KeyRows {
+  const T* from;
+  int64_t stride;
+  const int32_t* pages = nullptr;  // as in Attention, of one batch
+  int64_t page_keys = 1, begin = 0;
+
+  const T* operator[](int64_t i) const {
+    if (!pages) return from + i * stride;
+    const int64_t s = begin + i;
+    return from + (pages[s / page_keys] * page_keys + s % page_keys) * stride;
+  }
+};
+
+template <class T>
+static KeyRows<T> rows_from(const Attention& a, int64_t b, int64_t begin, const T* from, int64_t stride) {
+  if (!a.pages) return {from + begin * stride, stride};
+  return {from, stride, a.pages + b * (a.S / a.page_keys), a.page_keys, begin};
+}
+
 #if defined(__AVX512BF16__)
 // [n][D] f32 -> [n][ceil(D / 2)] pairs along D.
-static inline void pack_neighbours(const float* from, int64_t stride, int64_t n, int64_t D, float* to) {
+static inline void pack_neighbours(const KeyRows<float>& rows, int64_t n, int64_t D, float* to) {
   const int64_t pairs = (D + 1) / 2, whole = D / 32 * 32;
-  for (int64_t s = 0; s < n; s++, from += stride, to += pairs) {
+  for (int64_t s = 0; s < n; s++, to += pairs) {
+    const float* from = rows[s];
     for (int64_t d = 0; d < whole; d += 32) store(to + d / 2, pair_neighbours(load(from + d), load(from + d + 16)));
     if (whole == D) continue;
     const int left = static_cast<int>(D - whole);
@@ -153,18 +190,19 @@ static inline void pack_neighbours(const float* from, int64_t stride, int64_t n,
   }
 }
 // [n][D] f32 -> [ceil(n / 2)][ld] pairs along n; D <= ld, written up to a multiple of `lanes` at most ld.
-static inline void pack_pairs(const float* from, int64_t stride, int64_t n, int64_t D, float* to, int64_t ld) {
-  for (int64_t s = 0; s < n; s += 2, from += 2 * stride, to += ld) {
+static inline void pack_pairs(const KeyRows<float>& rows, int64_t n, int64_t D, float* to, int64_t ld) {
+  for (int64_t s = 0; s < n; s += 2, to += ld) {
+    const float *first = rows[s], *second = s + 1 < n ? rows[s + 1] : nullptr;
     for (int64_t d = 0; d < D; d += lanes) {
       const int count = static_cast<int>(std::min<int64_t>(lanes, D - d));
-      const f32v low = load_some(from + d, count), high = s + 1 < n ? load_some(from + stride + d, count) : zero();
+      const f32v low = load_some(first + d, count), high = second ? load_some(second + d, count) : zero();
       store_some(to + d, pair_lanes(low, high), static_cast<int>(std::min<int64_t>(lanes, ld - d)));
     }
   }
 }
 #endif
 
-// Keys and values as the products read them. In f32 they are used in place, as are bf16 keys by the product of pairs.
+// Keys and values as the products read them. In f32 they are used in place, as are bf16 keys by the product of pairs, unless they lie in pages.
 struct KeyTiles {
   const float *k, *v;
   int64_t k_stride, v_stride;  // per key; v of bf16: per pair of keys
@@ -174,41 +212,45 @@ template <class Op>
 struct ForwardMemory {
   float *q, *scores, *weights, *out, *k, *v;
   ForwardMemory(Carver& carver, const Attention& a, int64_t keys) {
+    if (a.each_tile) keys = a.tile_keys();
     q = carver.floats(a.Dk * block_rows);
     scores = carver.floats(most_keys * block_rows);
     weights = carver.floats(Op::pack == 2 ? most_keys / 2 * block_rows : 0);
     out = carver.floats(a.Dv * block_rows);
-    const bool in_place = Op::pack == 1 ? !a.rows16 : a.rows16 && a.Dk % 2 == 0;
-    k = carver.floats(in_place ? 0 : keys * ((a.Dk + Op::pack - 1) / Op::pack));
+    const bool pairs_in_place = Op::pack == 2 && a.rows16 && a.Dk % 2 == 0 && !a.pages;
+    k = carver.floats(a.in_place<Op>() || pairs_in_place ? 0 : keys * ((a.Dk + Op::pack - 1) / Op::pack));
     v = carver.floats(Op::pack == 2 ? (keys + 1) / 2 * a.Dv : 0);
   }
 };
 
 // Tiles of n bf16 rows.
 template <class Op>
-static KeyTiles stored_tiles(const Attention& a, const uint16_t* rows, int64_t n, ForwardMemory<Op>& memory) {
+static KeyTiles stored_tiles(const Attention& a, const KeyRows<uint16_t>& rows, int64_t n, ForwardMemory<Op>& memory) {
   if constexpr (Op::pack == 1) {
-    const int64_t size = n * a.Dk;
-    int64_t i = 0;
-    for (; i + lanes <= size; i += lanes) store(memory.k + i, from_bf16(load(rows + i)));
-    for (; i < size; i++) memory.k[i] = from_bits(splat(static_cast<int32_t>(rows[i]) << 16))[0];
+    for (int64_t s = 0; s < n; s++) {
+      const uint16_t* row = rows[s];
+      float* to = memory.k + s * a.Dk;
+      int64_t d = 0;
+      for (; d + lanes <= a.Dk; d += lanes) store(to + d, from_bf16(load(row + d)));
+      for (; d < a.Dk; d++) to[d] = from_bits(splat(static_cast<int32_t>(row[d]) << 16))[0];
+    }
     return {memory.k, memory.k, a.Dk, a.Dk};
   } else {
     const int64_t pairs = (a.Dk + 1) / 2;
-    const float* keys = reinterpret_cast<const float*>(rows);
-    if (a.Dk % 2 == 1) {
+    const float* keys = reinterpret_cast<const float*>(rows.from);
+    if (a.pages || a.Dk % 2 == 1) {
       auto* to = reinterpret_cast<uint16_t*>(memory.k);
       for (int64_t s = 0; s < n; s++) {
-        std::memcpy(to + s * pairs * 2, rows + s * a.Dk, static_cast<size_t>(a.Dk) * 2);
-        to[s * pairs * 2 + a.Dk] = 0;
+        std::memcpy(to + s * pairs * 2, rows[s], static_cast<size_t>(a.Dk) * 2);
+        if (a.Dk % 2 == 1) to[s * pairs * 2 + a.Dk] = 0;
       }
       keys = memory.k;
     }
     // Values as pairs of neighbouring keys.
     auto* values = reinterpret_cast<uint32_t*>(memory.v);
     for (int64_t s = 0; s < n; s += 2, values += a.Dv) {
-      const uint16_t *low = rows + s * a.Dk, *high = low + a.Dk;
       const bool both = s + 1 < n;
+      const uint16_t *low = rows[s], *high = both ? rows[s + 1] : low;
       int64_t d = 0;
       for (; d + lanes <= a.Dv; d += lanes) {
         const u32v first = __builtin_convertvector(load(low + d), u32v);
@@ -221,25 +263,24 @@ static KeyTiles stored_tiles(const Attention& a, const uint16_t* rows, int64_t n
   }
 }
 
-// Keys begin .. end - 1 of head g.
+// Keys begin .. end - 1 of head g. Those that are used in place are of one page.
 template <class Op>
-static KeyTiles key_tiles(const Attention& a, int64_t b, int64_t g, int64_t begin, [[maybe_unused]] int64_t end,
-                           [[maybe_unused]] ForwardMemory<Op>& memory) {
-  if (a.rows16) return stored_tiles<Op>(a, a.rows16 + b * a.k_batch + begin * a.k_stride, end - begin, memory);
-  const float* k = a.k + b * a.k_batch + g * a.k_head + begin * a.k_stride;
-  const float* v = a.v + b * a.v_batch + g * a.v_head + begin * a.v_stride;
+static KeyTiles key_tiles(const Attention& a, int64_t b, int64_t g, int64_t begin, int64_t end, ForwardMemory<Op>& memory) {
+  const int64_t n = end - begin, k_at = b * a.k_batch + g * a.k_head, v_at = b * a.v_batch + g * a.v_head;
+  if (a.rows16) return stored_tiles<Op>(a, rows_from(a, b, begin, a.rows16 + k_at, a.k_stride), n, memory);
+  const KeyRows<float> k = rows_from(a, b, begin, a.k + k_at, a.k_stride), v = rows_from(a, b, begin, a.v + v_at, a.v_stride);
   if constexpr (Op::pack == 1) {
-    return {k, v, a.k_stride, a.v_stride};
+    return {k[0], v[0], a.k_stride, a.v_stride};
   } else {
 #if defined(__AVX512BF16__)
-    pack_neighbours(k, a.k_stride, end - begin, a.Dk, memory.k);
-    pack_pairs(v, a.v_stride, end - begin, a.Dv, memory.v, a.Dv);
+    pack_neighbours(k, n, a.Dk, memory.k);
+    pack_pairs(v, n, a.Dv, memory.v, a.Dv);
 #endif
     return {memory.k, memory.v, (a.Dk + 1) / 2, a.Dv};
   }
 }
 
-// The block's rows against keys begin .. end - 1 (`tiles` starts at begin). Leaves out = sum of exp(score - max) * v as [Dv][block_rows],
+// The block's rows against keys begin .. end - 1 (`tiles`, if they are made before, starts at begin). Leaves out = sum of exp(score - max) * v as [Dv][block_rows],
 // and max and sum of the block; max is in units of q . k, `unit` turns those into log2.
 template <class Op, int Vectors>
 static void attend(const Attention& a, Block& block, int64_t begin, int64_t end, float unit, const KeyTiles& tiles, ForwardMemory<Op>& memory) {
@@ -252,10 +293,27 @@ static void attend(const Attention& a, Block& block, int64_t begin, int64_t end,
   std::memset(memory.out, 0, static_cast<size_t>(a.Dv) * block_rows * 4);
   const int64_t step = a.tile_keys(), depth = (a.Dk + Op::pack - 1) / Op::pack;
   float* scores = memory.scores;
+  const bool by_page = a.pages && a.in_place<Op>();
   for (int64_t at = begin; at < end; at += step) {
     const int64_t n = std::min(step, end - at);
-    small_product<Op, false, false>(n, Vectors, tiles.k + (at - begin) * tiles.k_stride, tiles.k_stride, memory.q, block_rows, depth, scores,
-                                    block_rows);
+    KeyTiles tile = tiles;
+    if (!a.each_tile) {
+      tile.k += (at - begin) * tiles.k_stride;
+      tile.v += (at - begin) / Op::pack * tiles.v_stride;
+    } else if (!by_page) {
+      tile = key_tiles<Op>(a, block.b, block.g, at, at + n, memory);
+    }
+    // Keys that lie one behind another: how many come before them, how many they are.
+    const auto each_run = [&](auto product) __attribute__((always_inline)) {
+      if (!by_page) return product(0, n, tile);
+      for (int64_t i = 0, count; i < n; i += count) {
+        count = std::min(n - i, a.page_keys - (at + i) % a.page_keys);
+        product(i, count, key_tiles<Op>(a, block.b, block.g, at + i, at + i + count, memory));
+      }
+    };
+    each_run([&](int64_t i, int64_t count, const KeyTiles& run) {
+      small_product<Op, false, false>(count, Vectors, run.k, run.k_stride, memory.q, block_rows, depth, scores + i * block_rows, block_rows);
+    });
     for (int64_t i = std::max<int64_t>(0, block.visible[0] - at); i < n; i++) {
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; j++) {
@@ -298,8 +356,9 @@ static void attend(const Attention& a, Block& block, int64_t begin, int64_t end,
           store(p, weight);
         }
       }
-      small_product<Op, true, true>(a.Dv, Vectors, tiles.v + (at - begin) * tiles.v_stride, tiles.v_stride, scores, block_rows, n, memory.out,
-                                    block_rows);
+      each_run([&](int64_t i, int64_t count, const KeyTiles& run) {
+        small_product<Op, true, true>(a.Dv, Vectors, run.v, run.v_stride, scores + i * block_rows, block_rows, count, memory.out, block_rows);
+      });
     } else {
 #if defined(__AVX512BF16__)
       if (n % 2 == 1) {
@@ -315,8 +374,7 @@ static void attend(const Attention& a, Block& block, int64_t begin, int64_t end,
           store(memory.weights + i / 2 * block_rows + j * lanes, pair_lanes(first, second));
         }
       }
-      small_product<Op, true, true>(a.Dv, Vectors, tiles.v + (at - begin) / 2 * tiles.v_stride, tiles.v_stride, memory.weights, block_rows,
-                                    (n + 1) / 2, memory.out, block_rows);
+      small_product<Op, true, true>(a.Dv, Vectors, tile.v, tile.v_stride, memory.weights, block_rows, (n + 1) / 2, memory.out, block_rows);
 #endif
     }
   }
@@ -348,7 +406,7 @@ static inline void finish_block(const Attention& a, Block& block, float magnitud
 }
 
 template <class Op>
-static void attention_forward(const Attention& a) {
+static void attention_forward(Attention a) {
   if (a.B * a.T * a.H == 0) return;
   // The sign of the scale goes into q, so that the largest product is the largest score.
   const float magnitude = a.scale == 0 ? 1 : std::fabs(a.scale), sign = a.scale == 0 ? 0 : a.scale < 0 ? -1 : 1;
@@ -356,8 +414,10 @@ static void attention_forward(const Attention& a) {
   const int64_t heads = a.B * a.G, blocks = a.blocks();
   // Few rows and many keys: the keys are cut into chunks of fixed size, whose results are combined in order.
   constexpr int64_t chunk = 384;
+  // Pairs that one block needs stay in its caches. Where bf16 is only widened, reading f32 from memory is hidden better than making it.
+  a.each_tile = a.in_place<Op>() || (Op::pack == 2 && blocks == 1);
   if (heads * blocks < 8 && a.S >= 2 * chunk) {
-    const int64_t chunks = (a.S + chunk - 1) / chunk, units = heads * blocks;
+    const int64_t chunks = std::max<int64_t>(1, (a.longest() + chunk - 1) / chunk), units = heads * blocks;
     Carver sizes(nullptr);
     ForwardMemory<Op>(sizes, a, chunk);
     const size_t each = round_up(sizes.used(), 64), part = static_cast<size_t>(a.Dv + 2) * block_rows;
@@ -369,7 +429,7 @@ static void attention_forward(const Attention& a) {
       if (begin >= limit) return;
       Carver carver(scratch.as<char>(each * static_cast<size_t>(worker)));
       ForwardMemory<Op> memory(carver, a, chunk);
-      const KeyTiles tiles = key_tiles<Op>(a, b, g, begin, std::min(limit, begin + chunk), memory);
+      const KeyTiles tiles = a.each_tile ? KeyTiles{} : key_tiles<Op>(a, b, g, begin, std::min(limit, begin + chunk), memory);
       Block block;
       for (int64_t i = 0; i < blocks; i++) {
         block.place(a, b, g, i, limit);
@@ -410,6 +470,8 @@ static void attention_forward(const Attention& a) {
     });
     return;
   }
+  // Tiles of all pages at once would take memory for all that there is room for.
+  if (a.pages) a.each_tile = true;
   // Rows do not depend on each other, so the cut may follow the number of threads.
   const int64_t wanted = 4 * int64_t{max_threads()};
   const int64_t parts = max_threads() == 1 || heads >= wanted ? 1 : std::min(blocks, (wanted + heads - 1) / heads);
@@ -422,7 +484,7 @@ static void attention_forward(const Attention& a) {
     Carver carver(scratch.as<char>(each * static_cast<size_t>(worker)));
     ForwardMemory<Op> memory(carver, a, a.S);
     Block block;
-    const KeyTiles tiles = key_tiles<Op>(a, b, g, 0, a.limit(b), memory);
+    const KeyTiles tiles = a.each_tile ? KeyTiles{} : key_tiles<Op>(a, b, g, 0, a.limit(b), memory);
     for (int64_t index = task % parts; index < blocks; index += parts) {
       block.place(a, b, g, index, a.limit(b));
       pack_columns<Op>(block, a.q, a.Dk, sign, memory.q);

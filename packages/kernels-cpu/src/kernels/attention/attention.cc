@@ -62,9 +62,9 @@ void backward_head(const Attention& a, const Gradient& gradient, int64_t b, int6
   int64_t k_stride = a.k_stride, v_stride = a.v_stride, k_deep_stride = a.k_stride;
 #if defined(__AVX512BF16__)
   if constexpr (Op::pack == 2) {
-    pack_neighbours(k, k_stride, limit, a.Dk, memory.k_neighbours);
-    pack_neighbours(v, v_stride, limit, a.Dv, memory.v_neighbours);
-    pack_pairs(k, k_stride, limit, a.Dk, memory.k_pairs, a.Dk);
+    pack_neighbours({k, k_stride}, limit, a.Dk, memory.k_neighbours);
+    pack_neighbours({v, v_stride}, limit, a.Dv, memory.v_neighbours);
+    pack_pairs({k, k_stride}, limit, a.Dk, memory.k_pairs, a.Dk);
     k = memory.k_neighbours;
     v = memory.v_neighbours;
     k_deep = memory.k_pairs;

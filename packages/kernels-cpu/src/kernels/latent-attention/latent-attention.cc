@@ -7,7 +7,7 @@ using namespace moe;
 
 namespace {
 
-// out, q, cache, lengths, B, T, S, H, C, valueDim, scale, 1 for a bf16 cache
+// out, q, cache, lengths, B, T, S, H, C, valueDim, scale, 1 for a bf16 cache, pages [B][S / page] or nullptr, keys of a page
 template <class Op>
 void latent(Args& args) {
   Attention a{};
@@ -27,9 +27,11 @@ void latent(Args& args) {
   } else {
     a.k = a.v = static_cast<const float*>(cache);
   }
+  a.pages = args.ptr<const int32_t>();
+  a.page_keys = args.size();
   a.G = 1;
   a.k_stride = a.v_stride = a.Dk;
-  a.k_batch = a.v_batch = a.S * a.Dk;
+  a.k_batch = a.v_batch = a.pages ? 0 : a.S * a.Dk;
   a.causal = true;
   attention_forward<Op>(a);
 }

@@ -1,4 +1,13 @@
-import { decodeHost, encodeHost, Random, type WidePrecision } from '@moe/core'
+import {
+  decodeHost,
+  encodeHost,
+  fromHost,
+  type HostArray,
+  latentAttention,
+  noGrad,
+  Random,
+  type WidePrecision,
+} from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import type { CpuOptions } from '../../backend.ts'
 import { availableIsas, runOp, testBackend } from '../../test-backend.ts'
@@ -75,4 +84,93 @@ describe.each(await availableIsas())('%s', isa => {
       }
     }
   })
+})
+
+interface PagedCase {
+  readonly B: number
+  readonly T: number
+  readonly H: number
+  readonly C: number
+  readonly valueDim: number
+  readonly page: number
+  readonly lengths: readonly number[]
+}
+
+const pagedCases: PagedCase[] = [
+  { B: 1, T: 1, H: 4, C: 576, valueDim: 512, page: 16, lengths: [1111] },
+  { B: 2, T: 3, H: 65, C: 96, valueDim: 80, page: 64, lengths: [130, 1000] },
+  { B: 9, T: 1, H: 16, C: 160, valueDim: 128, page: 64, lengths: [300, 1, 0, 64, 65, 200, 128, 30, 300] },
+  { B: 8, T: 2, H: 33, C: 48, valueDim: 32, page: 16, lengths: [100, 3, 0, 48, 96, 47, 49, 16] },
+  { B: 3, T: 2, H: 5, C: 21, valueDim: 13, page: 5, lengths: [2, 0, 803] },
+]
+
+/** Rows in pages in no order, of which all sequences share the first, and the same rows one behind another. What is not in use is NaN. */
+function pagedRows({ B, C, page, lengths }: PagedCase, random: Random) {
+  const count = Math.ceil(Math.max(...lengths) / page) + 1
+  const numbers = B * count + 3
+  const free = Array.from({ length: numbers }, (_, i) => (i * 7 + 2) % numbers).filter(
+    (n, i, all) => all.indexOf(n) === i,
+  )
+  const shared = free[0]
+  const pages = Int32Array.from({ length: B * count }, (_, i) => (i % count === 0 ? shared : free[1 + i]))
+  const cache = new Float32Array(numbers * page * C).fill(Number.NaN)
+  const plain = new Float32Array(B * count * page * C).fill(Number.NaN)
+  lengths.forEach((length, b) => {
+    for (let s = 0; s < length; s++) {
+      const at = (pages[b * count + Math.floor(s / page)] * page + (s % page)) * C
+      if (Number.isNaN(cache[at])) cache.set(random.normal(C), at)
+      plain.set(cache.subarray(at, at + C), (b * count * page + s) * C)
+    }
+  })
+  return { pages, cache, plain, count, numbers }
+}
+
+describe.each(await availableIsas())('%s, in pages', isa => {
+  test.each(pagedCases)('$B x $T x $H, $C in pages of $page: the bits of the same rows without pages', async c => {
+    const { B, T, H, C, valueDim, page, lengths } = c
+    const random = new Random(4)
+    const { pages, cache, plain, count, numbers } = pagedRows(c, random)
+    const q = { data: random.normal(B * T * H * C), shape: [B, T, H, C] }
+    const used = { data: lengths, shape: [B], dtype: 'i32' as const }
+    const table = { data: pages, shape: [B, count], dtype: 'i32' as const }
+    for (const dtype of ['f32', 'bf16'] as const) {
+      for (const precision of ['f32', 'bf16'] as const) {
+        const results: HostArray[] = []
+        for (const threads of [1, 2]) {
+          const backend = await testBackend({ isa, threads })
+          const run = async (...inputs: Parameters<typeof runOp>[2]) => {
+            const attrs = { scale: C ** -0.5, valueDim, precision }
+            const [out] = await runOp(backend, 'latentAttention', inputs, attrs, [
+              { shape: [B, T, H, valueDim], dtype: 'f32' },
+            ])
+            results.push(out)
+          }
+          await run(q, { data: cache, shape: [numbers, page, C], dtype }, used, table)
+          await run(q, { data: plain, shape: [B, count * page, C], dtype }, used)
+          backend.dispose()
+        }
+        expect(Array.from(results[0]).some(Number.isNaN)).toBe(false)
+        for (const result of results) expect(result).toEqual(results[0])
+      }
+    }
+  })
+})
+
+test('a recorded graph follows pages and lengths that are overwritten', async () => {
+  const backend = await testBackend()
+  const random = new Random(5)
+  const q = fromHost(random.normal(2 * 4 * 48), [2, 1, 4, 48], 'f32', backend)
+  const cache = fromHost(random.normal(6 * 16 * 48), [6, 16, 48], 'f32', backend)
+  const lengths = fromHost(Int32Array.of(20, 3), [2], 'i32', backend)
+  const pages = fromHost(Int32Array.of(4, 2, 1, 1), [2, 2], 'i32', backend)
+  const run = () => noGrad(() => latentAttention(q, cache, lengths, { scale: 0.2, valueDim: 32, pages }))
+  const first = await run().values()
+  const graph = backend.capture(run)
+  backend.write(pages, Int32Array.of(0, 3, 5, 2))
+  backend.write(lengths, Int32Array.of(32, 17))
+  graph.replay()
+  const replayed = await graph.result.values()
+  expect(replayed).toEqual(await run().values())
+  expect(replayed).not.toEqual(first)
+  backend.dispose()
 })
