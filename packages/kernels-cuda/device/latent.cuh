@@ -5,6 +5,22 @@
 struct LatentSizes {
   int T, S, H, C, V;
   float scale;
+  const int* pages; // [B, S / P], or null and P = S
+  int P;
+
+  /// Where row s of sequence blockIdx.z is: the number of its page, and the row in there.
+  struct Place {
+    int page, row;
+  };
+  __device__ __forceinline__ Place place(int s) const {
+    if (pages == nullptr) return {(int)blockIdx.z, s};
+    return {pages[(int64_t)blockIdx.z * (S / P) + s / P], s % P};
+  }
+  /// The same in rows of the whole cache.
+  __device__ __forceinline__ int64_t rowOf(int s) const {
+    const Place at = place(s);
+    return (int64_t)at.page * P + at.row;
+  }
 };
 
 /// The keys from .. to - 1 that part blockIdx.x of sequence blockIdx.z covers: whole tiles of BN, shared out evenly by its own length.

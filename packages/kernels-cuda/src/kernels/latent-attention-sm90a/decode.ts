@@ -19,7 +19,11 @@ interface Inputs {
   readonly q: Value
   readonly cache: Value
   readonly lengths: Value
+  readonly pages: Value | undefined
 }
+
+/** The rows of a tile come as one box from a page, or as one from each of several small pages, which begins where the pattern of a swizzle does (8 rows). */
+const fitsTile = (page: number) => page % tile === 0 || (tile % page === 0 && page % 8 === 0)
 
 /** As latent-attention.cu's kernels: the keys of each sequence in `parts`, each with results and log sum exp of its own. */
 export type LatentDecode = (
@@ -36,17 +40,19 @@ export function latentOnHopper(cuda: Cuda): (inputs: Inputs, valueDim: number) =
     const kernel = cuda.kernel(
       'latent-attention-sm90a',
       `moe_latent_attention_sm90a_${dk}_${dv}`,
-      'p p p t p i i i i i f',
+      'p p p t p i i i i i f p i',
     )
-    const launch: LatentDecode = (results, lse, parts, { q, cache, lengths }, { valueDim, scale }) => {
+    const launch: LatentDecode = (results, lse, parts, { q, cache, lengths, pages }, { valueDim, scale }) => {
       const [B, T, H, C] = q.shape
-      const S = cache.shape[1]
+      const [matrices, P] = cache.shape
+      const S = pages === undefined ? P : pages.shape[1] * P
+      const boxRows = pages === undefined ? tile : Math.min(tile, P)
       kernel(
         { grid: [parts, Math.ceil((T * H) / tile), B], block: threads, shared: sharedBytes(dk, stages) },
         results,
         lse,
         pointerOf(q),
-        cuda.tensorMap({ pointer: pointerOf(cache), ld: C, matrices: B, rows: S, columns: C, boxRows: tile }),
+        cuda.tensorMap({ pointer: pointerOf(cache), ld: C, matrices, rows: P, columns: C, boxRows }),
         pointerOf(lengths),
         T,
         S,
@@ -54,14 +60,17 @@ export function latentOnHopper(cuda: Cuda): (inputs: Inputs, valueDim: number) =
         C,
         valueDim,
         scale,
+        pages === undefined ? 0 : pointerOf(pages),
+        P,
       )
     }
     return { dk, dv, launch }
   })
-  return ({ q, cache }, valueDim) => {
+  return ({ q, cache, pages }, valueDim) => {
     const C = q.shape[3]
     // The copy engine takes rows of whole chunks of 16 bytes, and no empty matrix.
     if (cache.dtype !== 'bf16' || C % 8 !== 0 || sizeOf(cache.shape) === 0) return undefined
+    if (pages !== undefined && !fitsTile(cache.shape[1])) return undefined
     return launches.find(({ dk, dv }) => C <= dk && valueDim <= dv)?.launch
   }
 }

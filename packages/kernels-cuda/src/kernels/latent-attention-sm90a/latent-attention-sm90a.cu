@@ -30,14 +30,18 @@ struct LatentBlock {
   Part part;
 };
 
-/// Starts the copy of a part of tile t. By one thread.
+/// Starts the copy of a part of tile t, of which a small page is but some rows. By one thread.
 template <class E>
-MOE_DEVICE void copyPart(const LatentBlock<E>& block, const TensorMap& cache, int t, int part) {
+MOE_DEVICE void copyPart(const LatentBlock<E>& block, const TensorMap& cache, int t, int part, const LatentSizes& z) {
   unsigned char* const to = block.stages + t % E::Stages * E::stageBytes;
   Barrier* const full = &block.full[t % E::Stages * E::Parts + part];
   arriveAndExpect(full, E::boxes(part) * E::box);
-  for (int i = E::firstBox(part); i < E::firstBox(part) + E::boxes(part); i++) {
-    copyBox(to + i * E::box, cache, full, i * 64, block.part.from + t * E::BN, blockIdx.z);
+  const int rows = z.pages == nullptr ? E::BN : min(E::BN, z.P);
+  for (int row = 0; row < E::BN; row += rows) {
+    const int s = block.part.from + t * E::BN + row;
+    // Behind the last row that is in use there may be no page: zeros, from outside of any.
+    const LatentSizes::Place at = s < block.part.to ? z.place(s) : LatentSizes::Place{0, z.P};
+    for (int i = E::firstBox(part); i < E::firstBox(part) + E::boxes(part); i++) copyBox(to + i * E::box + row * 128, cache, full, i * 64, at.row, at.page);
   }
 }
 
@@ -82,8 +86,8 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
   auto replace = [&](int t, bool scoredHere) {
     syncWarpgroup();
     if (threadIdx.x % 128 == 0 && t + E::Stages < tiles) {
-      copyPart(block, cache, t + E::Stages, Group);
-      if (scoredHere) copyPart(block, cache, t + E::Stages, E::Rest);
+      copyPart(block, cache, t + E::Stages, Group, z);
+      if (scoredHere) copyPart(block, cache, t + E::Stages, E::Rest, z);
     }
     __syncwarp();
   };
@@ -221,7 +225,7 @@ MOE_DEVICE void latentAttention(float* out, float* lse, const float* q, const Te
     for (int i = 0; i < 2; i++) initBarrier(&scored[i], 4); // one arrival of each warp
     fenceBarriers();
     for (int t = 0; t < min(E::Stages, block.tiles); t++) {
-      for (int part = 0; part < E::Parts; part++) copyPart(block, cache, t, part);
+      for (int part = 0; part < E::Parts; part++) copyPart(block, cache, t, part, z);
     }
   }
   q += ((int64_t)blockIdx.z * z.T * z.H + block.first) * z.C;
@@ -242,8 +246,8 @@ MOE_DEVICE void latentAttention(float* out, float* lse, const float* q, const Te
 }
 
 #define LATENT_ATTENTION(name, Engine)                                                                                                                       \
-  MOE_KERNEL((Engine::Threads, 1), moe_latent_attention_sm90a_##name, (float* out, float* lse, const float* q, const __grid_constant__ TensorMap cache, const int* lengths, int T, int S, int H, int C, int V, float scale)) { \
-    latentAttention<Engine>(out, lse, q, cache, lengths, {T, S, H, C, V, scale});                                                                          \
+  MOE_KERNEL((Engine::Threads, 1), moe_latent_attention_sm90a_##name, (float* out, float* lse, const float* q, const __grid_constant__ TensorMap cache, const int* lengths, int T, int S, int H, int C, int V, float scale, const int* pages, int P)) { \
+    latentAttention<Engine>(out, lse, q, cache, lengths, {T, S, H, C, V, scale, pages, P});                                                                \
   }
 using Large = LatentHopper<576, 512, 2>;
 using Medium = LatentHopper<320, 256, 4>;

@@ -1,6 +1,7 @@
 // Absorbed MLA decode (flash-decoding): keys are the rows of the latent cache, values their first `valueDim` features. A block takes a
 // tile of the T x H query rows of one sequence and one part of its keys; a second kernel combines the parts in order.
-// Legend: B batch, T queries, H heads, S rows of the cache, C features, V value features; row r of a sequence = query r / H, head r % H.
+// Legend: B batch, T queries, H heads, S rows of the cache that a sequence has room for, C features, V value features, P rows of a page; row r of a
+// sequence = query r / H, head r % H.
 #include "latent.cuh"
 
 constexpr int mostC = 576, mostV = 512;
@@ -16,10 +17,12 @@ struct KeyTiles<float, BN, Threads> {
   MOE_DEVICE bf16* tile(unsigned char* shared, int) { return (bf16*)shared; }
   MOE_DEVICE float* raw(unsigned char* shared) { return (float*)(shared + BN * mostC * 2); }
 
-  MOE_DEVICE void fetch(unsigned char* shared, int, const float* keys, int C, int rows) {
+  MOE_DEVICE void fetch(unsigned char* shared, int t, const float* cache, Part part, const LatentSizes& z) {
     for (int row = threadIdx.x / 32; row < BN; row += Threads / 32) {
+      const int s = part.from + t * BN + row;
+      const float* const keys = cache + (s < part.to ? z.rowOf(s) : 0) * z.C;
       float* const to = raw(shared) + row * mostC;
-      for (int c = threadIdx.x % 32 * 4; c < C; c += 128) copyAsync16(to + c, keys + (int64_t)row * C + c, row < rows);
+      for (int c = threadIdx.x % 32 * 4; c < z.C; c += 128) copyAsync16(to + c, keys + c, s < part.to);
     }
     commitCopies();
   }
@@ -39,10 +42,12 @@ struct KeyTiles<bf16, BN, Threads> {
   static constexpr int sharedBytes = 2 * BN * mostC * 2;
   MOE_DEVICE bf16* tile(unsigned char* shared, int t) { return (bf16*)shared + t % 2 * (BN * mostC); }
 
-  MOE_DEVICE void fetch(unsigned char* shared, int t, const bf16* keys, int C, int rows) {
+  MOE_DEVICE void fetch(unsigned char* shared, int t, const bf16* cache, Part part, const LatentSizes& z) {
     for (int row = threadIdx.x / 32; row < BN; row += Threads / 32) {
-      for (int c = threadIdx.x % 32 * 8; c < divUp(C, 16) * 16; c += 256) {
-        copyAsync16(tile(shared, t) + chunkAt<mostC>(row, c / 8), keys + (int64_t)row * C + c, row < rows && c < C);
+      const int s = part.from + t * BN + row;
+      const bf16* const keys = cache + (s < part.to ? z.rowOf(s) : 0) * z.C;
+      for (int c = threadIdx.x % 32 * 8; c < divUp(z.C, 16) * 16; c += 256) {
+        copyAsync16(tile(shared, t) + chunkAt<mostC>(row, c / 8), keys + c, s < part.to && c < z.C);
       }
     }
     commitCopies();
@@ -66,9 +71,8 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
   const Part part = Part::of<BN>(lengths, z);
   const int tiles = divUp(part.to - part.from, BN);
   q += ((int64_t)blockIdx.z * rows + first) * z.C;
-  cache += ((int64_t)blockIdx.z * z.S + part.from) * z.C;
   auto fetch = [&](int t) {
-    if (t < tiles) Keys::fetch(keys, t, cache + (int64_t)t * BN * z.C, z.C, part.to - part.from - t * BN);
+    if (t < tiles) Keys::fetch(keys, t, cache, part, z);
   };
   fetch(0);
 
@@ -216,20 +220,18 @@ MOE_DEVICE void latentBf16(float* out, float* lse, const float* q, const Cache* 
   }
 }
 
-/// 16 rows of C features as f32 in shared memory, zeros behind them and past `exist` rows: this thread's part of row threadIdx.x / 16.
-MOE_DEVICE void copyRowsF32(float* to, const float* from, int C, int exist) {
-  const int row = threadIdx.x / 16;
+/// A row of C features as f32 in shared memory by 16 threads, zeros behind them, or all zeros where it does not exist.
+MOE_DEVICE void copyRowF32(float* to, const float* from, int C, bool exists) {
   for (int c = threadIdx.x % 16 * 4; c < divUp(C, 4) * 4; c += 64) {
-    if (C % 4 == 0) copyAsync16(to + c, from + (int64_t)row * C + c, row < exist);
+    if (C % 4 == 0) copyAsync16(to + c, from + c, exists);
     else {
-      for (int i = c; i < c + 4; i++) copyAsync4(to + i, from + (int64_t)row * C + i, row < exist && i < C);
+      for (int i = c; i < c + 4; i++) copyAsync4(to + i, from + i, exists && i < C);
     }
   }
   commitCopies();
 }
-MOE_DEVICE void copyRowsF32(float* to, const bf16* from, int C, int exist) {
-  const int row = threadIdx.x / 16;
-  for (int c = threadIdx.x % 16; c < divUp(C, 4) * 4; c += 16) to[c] = row < exist && c < C ? toFloat(from[(int64_t)row * C + c]) : 0.f;
+MOE_DEVICE void copyRowF32(float* to, const bf16* from, int C, bool exists) {
+  for (int c = threadIdx.x % 16; c < divUp(C, 4) * 4; c += 16) to[c] = exists && c < C ? toFloat(from[c]) : 0.f;
 }
 
 /// f32 on the ordinary cores: 16 rows against 16 keys, 16 threads to a row, each with one score and mostV / 16 values.
@@ -244,15 +246,14 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* c
   const int rows = z.T * z.H, first = blockIdx.y * BM, C4 = divUp(z.C, 4) * 4;
   const int row = threadIdx.x / 16, lane = threadIdx.x % 16, r = first + row;
   const Part part = Part::of<BN>(lengths, z);
-  q += ((int64_t)blockIdx.z * rows + first) * z.C;
-  cache += (int64_t)blockIdx.z * z.S * z.C;
-  copyRowsF32(queries + row * L, q, z.C, rows - first);
+  copyRowF32(queries + row * L, q + ((int64_t)blockIdx.z * rows + r) * z.C, z.C, r < rows);
 
   const int seen = part.visible.keys(r / z.H);
   float high = -infinity(), total = 0.f, sums[mostV / 16] = {};
   for (int key = part.from; key < part.to; key += BN) {
     __syncthreads();
-    copyRowsF32(tile + row * L, cache + (int64_t)key * z.C, z.C, part.to - key);
+    const bool exists = key + row < part.to;
+    copyRowF32(tile + row * L, cache + (exists ? z.rowOf(key + row) : 0) * z.C, z.C, exists);
     waitCopies<0>();
     __syncthreads();
     float s = 0.f;
@@ -298,8 +299,8 @@ MOE_DEVICE void latentF32(float* out, float* lse, const float* q, const Cache* c
 }
 
 #define LATENT_ATTENTION(bounds, name, Cache, body)                                                                                                          \
-  MOE_KERNEL(bounds, moe_latent_attention_##name, (float* out, float* lse, const float* q, const Cache* cache, const int* lengths, int T, int S, int H, int C, int V, float scale)) { \
-    body(out, lse, q, cache, lengths, {T, S, H, C, V, scale});                                                                                             \
+  MOE_KERNEL(bounds, moe_latent_attention_##name, (float* out, float* lse, const float* q, const Cache* cache, const int* lengths, int T, int S, int H, int C, int V, float scale, const int* pages, int P)) { \
+    body(out, lse, q, cache, lengths, {T, S, H, C, V, scale, pages, P});                                                                                   \
   }
 // Arithmetic, tile, type of the cache.
 LATENT_ATTENTION((256, 1), bf16_64x32_f32, float, (latentBf16<float, 64, 32>))

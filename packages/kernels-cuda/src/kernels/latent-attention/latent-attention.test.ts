@@ -13,6 +13,39 @@ const cases = [
   { name: 'odd sizes', B: 1, T: 70, S: 100, H: 2, C: 21, V: 13, lengths: [100] },
 ]
 
+const pagedCases = [
+  { name: 'V3, pages of a tile', B: 1, T: 1, H: 16, C: 576, V: 512, P: 64, lengths: [650] },
+  { name: 'small pages', B: 2, T: 2, H: 40, C: 160, V: 128, P: 16, lengths: [301, 97] },
+  { name: 'pages of two tiles', B: 3, T: 1, H: 5, C: 288, V: 256, P: 128, lengths: [256, 0, 130] },
+  { name: 'pages of three quarters of a tile', B: 2, T: 3, H: 8, C: 48, V: 32, P: 48, lengths: [200, 48] },
+  { name: 'odd sizes', B: 2, T: 1, H: 3, C: 21, V: 13, P: 5, lengths: [33, 50] },
+]
+
+/** Rows in pages in no order, of which all sequences share the first, and the same rows one behind another; zeros where none is in use. */
+function inPages(random: Random, { B, C, P, lengths }: (typeof pagedCases)[number]) {
+  const count = Math.ceil(Math.max(...lengths) / P)
+  const numbers = B * count + 2
+  const inOrder = Array.from({ length: numbers }, (_, n) => n)
+  const order = [...inOrder.filter(n => n % 2 === 1), ...inOrder.filter(n => n % 2 === 0)]
+  const pages = Array.from({ length: B * count }, (_, i) => order[i % count === 0 ? 0 : i + 1])
+  const filled = exact(random, numbers, P, C).data
+  const cache = new Float32Array(filled.length)
+  const inUse = new Uint8Array(numbers * P)
+  const plain = new Float32Array(B * count * P * C)
+  lengths.forEach((length, b) => {
+    for (let s = 0; s < length; s++) {
+      const row = pages[b * count + Math.floor(s / P)] * P + (s % P)
+      const values = Float32Array.from({ length: C }, (_, c) => filled[row * C + c])
+      inUse[row] = 1
+      cache.set(values, row * C)
+      plain.set(values, (b * count * P + s) * C)
+    }
+  })
+  const forgotten = cache.map((x, i) => (inUse[Math.floor(i / C)] === 1 ? x : Number.NaN))
+  const table = { data: Int32Array.from(pages), shape: [B, count], dtype: 'i32' as const }
+  return { table, plain: { data: plain, shape: [B, count * P, C] }, cache: { data: forgotten, shape: [numbers, P, C] } }
+}
+
 afterEach(() => {
   if (!unavailable) reverseOrder(false)
 })
@@ -33,6 +66,27 @@ describe.skipIf(unavailable).each(productVariants)(
       })
       for (const dtype of ['f32', 'bf16'] as const) {
         const stored = [q, { ...cache, dtype }, integers(...lengths)]
+        const run = () => onCuda('latentAttention', stored, attrs, [output(B, T, H, V)], { wgmma })
+        const [got] = await run()
+        if (wgmma) {
+          reverseOrder(true)
+          expect(await run()).toEqual([got])
+          reverseOrder(false)
+        }
+        assertNear(`cache in ${dtype}`, got, expected, precision === 'bf16' ? 1e-2 : 5e-6, [B, T, H, V])
+      }
+    })
+
+    test.each(pagedCases)('in pages: $name', async c => {
+      const { B, T, H, C, V, lengths } = c
+      const random = new Random(C)
+      const q = exact(random, B, T, H, C)
+      const { table, plain, cache } = inPages(random, c)
+      const attrs = { scale: C ** -0.5, valueDim: V, precision }
+      const used = integers(...lengths)
+      const [expected] = await onCpu('latentAttention', [q, plain, used], attrs, [output(B, T, H, V)])
+      for (const dtype of ['f32', 'bf16'] as const) {
+        const stored = [q, { ...cache, dtype }, used, table]
         const run = () => onCuda('latentAttention', stored, attrs, [output(B, T, H, V)], { wgmma })
         const [got] = await run()
         if (wgmma) {

@@ -61,14 +61,17 @@ function partsOf(cuda: Cuda, blocks: number, tiles: number): number {
 
 export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
   const kernels = new Map(
-    variants.map(v => [v, cuda.kernel('latent-attention', `moe_latent_attention_${v.name}`, 'p p p p p i i i i i f')]),
+    variants.map(v => [
+      v,
+      cuda.kernel('latent-attention', `moe_latent_attention_${v.name}`, 'p p p p p i i i i i f p i'),
+    ]),
   )
   const onHopper = cuda.wgmma ? latentOnHopper(cuda) : undefined
   const combine = cuda.kernel('latent-attention', 'moe_latent_attention_combine_f32', 'p p p i l i')
   return ([q, cache, lengths, pages], { scale, valueDim, precision }, [spec]) => {
-    if (pages !== undefined) return undefined
     const [B, T, H, C] = q.shape
-    const S = cache.shape[1]
+    const P = cache.shape[1]
+    const S = pages === undefined ? P : pages.shape[1] * P
     // The bf16 kernels copy the cache 16 bytes at a time.
     const usable = C % (cache.dtype === 'bf16' ? 8 : 4) === 0 ? precision : 'f32'
     const variant = variants.find(
@@ -78,7 +81,7 @@ export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
     const out = cuda.output(spec)
     const rows = B * T * H
     if (rows * valueDim === 0) return [out]
-    const inputs = { q, cache, lengths }
+    const inputs = { q, cache, lengths, pages }
     const launch = precision === 'bf16' ? onHopper?.(inputs, valueDim) : undefined
     const { m, n } = launch === undefined ? variant : { m: tileOnHopper, n: tileOnHopper }
     const tiles = Math.ceil((T * H) / m)
@@ -100,6 +103,8 @@ export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
         C,
         valueDim,
         scale,
+        pages === undefined ? 0 : pointerOf(pages),
+        P,
       )
     if (parts > 1)
       combine({ grid: Math.min(rows, 65535), block: 128 }, out.pointer, results, lse, parts, rows, valueDim)
