@@ -307,10 +307,19 @@ async function decode(): Promise<void> {
   for (const cache of [random(shape), bf16Matrix(shape)]) {
     for (const heads of options.tiny ? [16] : [16, 128]) {
       const q = random([batch, 1, heads, 576])
-      const ms = await time(() => runOp('latentAttention', [q, cache, lengths], attrs, [f32([batch, 1, heads, 512])]))
       const bytes = dtypeBytes[cache.dtype] * sizeOf(shape) + 4 * (sizeOf(q.shape) + batch * heads * 512)
       const name = `decode: absorbed, ${cache.dtype} cache, ${heads} heads, ${length} tokens, batch ${batch}`
-      report(name, bytes / ms / 1e6, 'GB/s', bandwidthPeak)
+      for (const page of [0, 64, 16]) {
+        const pages = (batch * length) / page
+        // Pages of powers of two: any odd step reaches all.
+        const table = page === 0 ? [] : [integers(Array.from({ length: pages }, (_, i) => (i * 1237) % pages))]
+        const inPages = table.map(t => ({ ...t, shape: [batch, length / page] }))
+        const rows = page === 0 ? cache : { ...cache, shape: [pages, page, 576] }
+        const inputs = [q, rows, lengths, ...inPages]
+        const ms = await time(() => runOp('latentAttention', inputs, attrs, [f32([batch, 1, heads, 512])]))
+        report(page === 0 ? name : `${name}, pages of ${page}`, bytes / ms / 1e6, 'GB/s', bandwidthPeak)
+        free(...table)
+      }
       free(q)
     }
     free(cache)

@@ -1,7 +1,7 @@
-import { Random, randn, scope, type Tensor } from '@moe/core'
+import { fromHost, latentAttention, Random, randn, scope, type Tensor } from '@moe/core'
 import { graphSuite } from '@moe/core/testing'
-import { expect, test } from 'vitest'
-import { testBackend, unavailable, wgmmaVariants } from './test-backend.ts'
+import { describe, expect, test } from 'vitest'
+import { productVariants, testBackend, unavailable, wgmmaVariants } from './test-backend.ts'
 
 for (const check of graphSuite(() => testBackend({ guarded: false }))) {
   test.skipIf(unavailable)(check.name, () => check.run())
@@ -29,6 +29,27 @@ test.skipIf(!wgmmaVariants.includes(true))(
     backend.dispose()
   },
 )
+
+describe.skipIf(unavailable).each(productVariants)('$precision, wgmma $wgmma', ({ precision, wgmma }) => {
+  test('attention over a cache in pages follows the pages and lengths that are written', async () => {
+    const backend = await testBackend({ guarded: false, wgmma })
+    const i32 = (values: number[], ...shape: number[]) => fromHost(Int32Array.from(values), shape, 'i32', backend)
+    const q = randn([2, 1, 4, 48], new Random(1), { backend })
+    const cache = randn([6, 16, 48], new Random(2), { backend }).cast('bf16')
+    const lengths = i32([20, 3], 2)
+    const pages = i32([4, 2, 1, 1], 2, 2)
+    const run = () => latentAttention(q, cache, lengths, { scale: 0.2, valueDim: 32, precision, pages })
+    const first = await run().values()
+    const graph = backend.capture(run)
+    backend.write(pages, Int32Array.of(0, 3, 5, 2))
+    backend.write(lengths, Int32Array.of(32, 17))
+    graph.replay()
+    const replayed = await graph.result.values()
+    expect(replayed).toEqual(await run().values())
+    expect(replayed).not.toEqual(first)
+    backend.dispose()
+  })
+})
 
 test.skipIf(unavailable)('graphs one after the other take no more memory than the first', async () => {
   const backend = await testBackend({ guarded: false })

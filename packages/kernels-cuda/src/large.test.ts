@@ -189,27 +189,47 @@ describe.skipIf(unavailable).each(productVariants)('large, $precision, wgmma $wg
     seconds,
   )
 
-  test.each(['f32', 'bf16'] as const)(
-    'absorbed decode, cache in %s',
-    async dtype => {
-      const [B, S, H, C, V] = [full(64, 2), full(4096, 150), full(128, 16), 576, 512]
+  test.each([
+    { dtype: 'f32', page: 0 },
+    { dtype: 'bf16', page: 0 },
+    { dtype: 'f32', page: 64 },
+    { dtype: 'bf16', page: 64 },
+    { dtype: 'bf16', page: 16 },
+  ] as const)(
+    'absorbed decode, cache in $dtype, pages of $page',
+    async ({ dtype, page }) => {
+      const [B, S, H, C, V] = [full(64, 2), full(4096, 192), full(128, 16), 576, 512]
       const lengths = Array.from({ length: B }, (_, b) => S - ((b * 61) % (S >> 1)))
       const [q, cache] = [numbers(1, B, 1, H, C), numbers(2, B, S, C)]
       const attrs = { scale: 0.4, valueDim: V, precision }
-      const inputs = [q, { ...cache, dtype }, integers(...lengths)]
+      const pages = B * (page === 0 ? 1 : S / page)
+      // The number of pages has no other factors than 2 and 3.
+      const table = Array.from({ length: pages }, (_, i) => (i * 5 + 1) % pages)
+      const rowOf = (b: number, j: number) =>
+        page === 0 ? b * S + j : table[b * (S / page) + Math.floor(j / page)] * page + (j % page)
+      const stored = { ...cache, dtype }
+      const inputs =
+        page === 0
+          ? [q, stored, integers(...lengths)]
+          : [
+              q,
+              { ...stored, shape: [pages, page, C] },
+              integers(...lengths),
+              { ...integers(...table), shape: [B, S / page] },
+            ]
       const [out] = await onCuda('latentAttention', inputs, attrs, [output(B, 1, H, V)], options)
       const samples = new Samples()
       for (const b of some(B, 3)) {
         for (const h of some(H, 2)) {
           const scores = Array.from(
             { length: lengths[b] },
-            (_, j) => attrs.scale * sum(C, c => q.data[(b * H + h) * C + c] * cache.data[(b * S + j) * C + c]),
+            (_, j) => attrs.scale * sum(C, c => q.data[(b * H + h) * C + c] * cache.data[rowOf(b, j) * C + c]),
           )
           const most = Math.max(...scores)
           const weights = scores.map(s => Math.exp(s - most))
           const total = weights.reduce((a, w) => a + w, 0)
           for (const c of [0, 1, 255, 256, V - 1]) {
-            const want = sum(lengths[b], j => weights[j] * cache.data[(b * S + j) * C + c]) / total
+            const want = sum(lengths[b], j => weights[j] * cache.data[rowOf(b, j) * C + c]) / total
             samples.add(
               `[${b}, ${h}, ${c}]`,
               Number(out[(b * H + h) * V + c]),
