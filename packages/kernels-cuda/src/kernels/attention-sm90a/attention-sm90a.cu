@@ -1,22 +1,24 @@
 // Flash attention on Hopper, forward (after Shah et al. 2024) and backward. Legend as in attention.cu; features lie
-// padded in q [B, T, H * DK], k [B, S, G * DK], and backward in v and dout alike; forward, v is transposed to [B, G * Dv, S].
+// padded in q [B, T, H * DK], k [B, S, G * DK], v [B, S, G * DV] and dout [B, T, H * DV].
 #include "flash-hopper.cuh"
-#include "pack-tile.cuh"
 
-/// Values [B, S, features] to [B, features, ld], rounded; zeros from the length of the batch to ld. blockIdx.x = batch, tile along features, tile along S.
-MOE_KERNEL((256), moe_attention_values_sm90a, (bf16* to, const float* v, const int* lengths, int features, int S, int ld)) {
-  const int tilesS = divUp(S, 64), tilesF = divUp(features, 64);
-  const int s = blockIdx.x % tilesS * 64, f = blockIdx.x / tilesS % tilesF * 64;
-  const int64_t batch = blockIdx.x / tilesS / tilesF;
-  const int rows = lengths ? min(S, lengths[batch]) : S;
-  packTile(to + (batch * features + f) * ld + s, ld, v + (batch * S + s) * features + f, features, rows - s, features - f, ld - s);
+/// Zeros for the rows from `first` on of a tile of BN rows, by all threads of the block: they are behind the end of the sequence and may be anything, and 0
+/// times that need not be 0.
+template <class E, int D>
+MOE_DEVICE void clearRows(unsigned char* tile, int first) {
+  for (int i = threadIdx.x; i < (E::BN - first) * (D / 8); i += E::Threads) {
+    const int row = first + i / (D / 8), chunk = i % (D / 8);
+    *(uint4*)(tile + (chunk / 8 * E::BN + row) * 128 + chunk % 8 * 16) = make_uint4(0, 0, 0, 0);
+  }
+  fenceOperands();
+  __syncthreads();
 }
 
 /// Two warpgroups of 64 queries each.
 template <int DK_, int DV_>
 struct FlashHopper : WarpgroupTile<128> {
   static constexpr int BM = 128, DK = DK_, DV = DV_, Threads = 256, Warps = 8, Stages = 2;
-  static constexpr int bytesQ = BM * DK * 2, bytesK = BN * DK * 2, bytesV = DV * BN * 2;
+  static constexpr int bytesQ = BM * DK * 2, bytesK = BN * DK * 2, bytesV = BN * DV * 2;
   MOE_DEVICE int row(int i) { return threadIdx.x / 128 * 64 + groupRow(i); }
 };
 
@@ -59,7 +61,7 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
     Barrier* const full = &fullValues[stage(t)];
     wait(&emptyValues[stage(t)], parity(t) ^ 1);
     arriveAndExpect(full, E::bytesV);
-    for (int s = 0; s < E::BN; s += 64) copyBox(values + stage(t) * E::bytesV + s * E::DV * 2, v, full, t * E::BN + s, g * z.Dv, b);
+    for (int d = 0; d < E::DV; d += 64) copyBox(values + stage(t) * E::bytesV + d * E::BN * 2, v, full, g * E::DV + d, t * E::BN, b);
   };
   if (threadIdx.x == 0) {
     initBarrier(ready, 1);
@@ -94,7 +96,7 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
   auto multiplyValues = [&](int t) {
     const unsigned char* const tile = values + stage(t) * E::bytesV;
 #pragma unroll
-    for (int j = 0; j < E::BN; j += 16) multiplyGroup<E::DV>(sums.v, p[j / 16], operandOf(tile, E::DV, 0, j));
+    for (int j = 0; j < E::BN; j += 16) multiplyGroup<E::DV, true>(sums.v, p[j / 16], operandAcrossOf(tile, E::BN, j, 0));
     commitProducts();
   };
   auto exponentials = [&](int t) {
@@ -143,9 +145,11 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
       OnlineSoftmax<E>::template apply<E::DV>(shrink, sums);
       E::pack(p, s);
     }
-    wait(&fullValues[stage(tiles - 1)], parity(tiles - 1));
+    const int last = tiles - 1, left = visible.limit - last * E::BN;
+    wait(&fullValues[stage(last)], parity(last));
+    if (left < E::BN && visible.limit < z.S) clearRows<E, E::DV>(values + stage(last) * E::bytesV, left);
     fenceProducts(sums.v);
-    multiplyValues(tiles - 1);
+    multiplyValues(last);
     waitProducts<0>(sums.v);
   }
 
@@ -360,15 +364,7 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
   auto nothing = [](int, int, Barrier*) {};
   forTiles<E, 0>(rows, q, dout, {h, first, b}, k, v, tiles, tileAt, nothing, [&](int tile, int, unsigned char* columns) {
     const int key = tile * E::BN;
-    if (key + E::BN > end) {
-      // Keys behind the end may be anything: 0 times that need not be 0.
-      for (int i = threadIdx.x; i < (key + E::BN - end) * (E::DK / 8); i += E::Threads) {
-        const int row = end - key + i / (E::DK / 8), chunk = i % (E::DK / 8);
-        *(uint4*)(columns + (chunk / 8 * E::BN + row) * 128 + chunk % 8 * 16) = make_uint4(0, 0, 0, 0);
-      }
-      fenceOperands();
-      __syncthreads();
-    }
+    if (key + E::BN > end) clearRows<E, E::DK>(columns, end - key);
     typename E::Scores s = {}, gradients;
 #pragma unroll
     for (int j = 0; j < E::Columns; j++) {

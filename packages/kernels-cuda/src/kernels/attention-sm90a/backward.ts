@@ -1,8 +1,8 @@
 /** @file The gradient of attention on Hopper: keys and values by one kernel, queries by another, so that no sum depends on timing. */
 import type { Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
-import { type Round, wholeMatrix } from '../matmul/gemm.ts'
-import { heads, sizes } from './heads.ts'
+import type { Round } from '../matmul/gemm.ts'
+import { boxedHeads, heads, sizes } from './heads.ts'
 
 /** Rows and columns of a score tile (BackwardHopper of attention-sm90a.cu). */
 const tile = { rows: 128, columns: 64 } as const
@@ -51,25 +51,14 @@ export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBa
     const saved = [lse, out, dout].map(pointerOf)
     perQuery({ grid: blocks, block: 256 }, delta, shift, ...saved, B, T, H, Dv)
 
-    const inputs = [
-      { x: q, features: dk },
-      { x: k, features: dk },
-      { x: v, features: dv },
-      { x: dout, features: dv },
-    ].map(({ x, features }) => {
-      const [, rows, perRow, columns] = x.shape
-      return { x, rows, perRow, columns, ld: features }
-    })
-    const rounded = round(
-      inputs.map(({ x, rows, perRow, columns, ld }) => wholeMatrix(x, B * rows * perRow, columns, ld)),
-    )
-    const maps = (boxRows: number) =>
-      inputs.map(({ rows, perRow, ld }, i) => {
-        const width = perRow * ld
-        return cuda.tensorMap({ pointer: rounded[i].pointer, ld: width, matrices: B, rows, columns: width, boxRows })
-      })
-    const [queriesAsRows, keysAsRows, valuesAsRows, doutAsRows] = maps(tile.rows)
-    const [queriesAsColumns, keysAsColumns, valuesAsColumns, doutAsColumns] = maps(tile.columns)
+    const boxed = boxedHeads(cuda, round, [
+      { of: q, features: dk },
+      { of: k, features: dk },
+      { of: v, features: dv },
+      { of: dout, features: dv },
+    ])
+    const [queriesAsRows, keysAsRows, valuesAsRows, doutAsRows] = boxed(tile.rows)
+    const [queriesAsColumns, keysAsColumns, valuesAsColumns, doutAsColumns] = boxed(tile.columns)
     const rest = [shift, delta, lengths ? pointerOf(lengths) : 0, T, S, H, G, Dk, Dv, +causal, scale]
     const launch = { block: threads, shared: sharedBytes(dk, dv) }
     keys(

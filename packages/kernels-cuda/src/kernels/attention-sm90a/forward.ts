@@ -1,9 +1,8 @@
 /** @file Attention forward on Hopper. */
 import type { Value } from '@moe/core'
 import { type Cuda, pointerOf } from '../../native.ts'
-import { boxColumns } from '../../tensor-map.ts'
-import { paddedColumns, type Round, wholeMatrix } from '../matmul/gemm.ts'
-import { heads, sizes } from './heads.ts'
+import type { Round } from '../matmul/gemm.ts'
+import { boxedHeads, heads, sizes } from './heads.ts'
 
 /** Rows and columns of a score tile (FlashHopper of attention-sm90a.cu). */
 const tile = 128
@@ -23,7 +22,6 @@ export type AttentionForward = (
 ) => boolean
 
 export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
-  const transpose = cuda.kernel('attention-sm90a', 'moe_attention_values_sm90a', 'p p p i i i')
   const kernels = heads.map(({ dk, dv }) => ({
     dk,
     dv,
@@ -35,21 +33,17 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
     const engine = kernels.find(({ dk, dv }) => Dk <= dk && Dv <= dv)
     if (engine === undefined) return false
     const { dk, dv, kernel } = engine
-    const ends = lengths ? pointerOf(lengths) : 0
-    const [queries, keys] = round([wholeMatrix(q, B * T * H, Dk, dk), wholeMatrix(k, B * S * G, Dk, dk)])
-    const features = G * Dv
-    const ld = paddedColumns(S)
-    const values = cuda.scratch(B * features * ld * 2).pointer
-    const blocks = B * Math.ceil(features / boxColumns) * Math.ceil(S / boxColumns)
-    transpose({ grid: blocks, block: 256 }, values, pointerOf(v), ends, features, S, ld)
+    const boxed = boxedHeads(cuda, round, [
+      { of: q, features: dk },
+      { of: k, features: dk },
+      { of: v, features: dv },
+    ])
     kernel(
       { grid: [Math.ceil(T / tile), H, B], block: threads, shared: sharedBytes(dk, dv) },
       out,
       lse,
-      cuda.tensorMap({ pointer: queries.pointer, ld: H * dk, matrices: B, rows: T, columns: H * dk, boxRows: tile }),
-      cuda.tensorMap({ pointer: keys.pointer, ld: G * dk, matrices: B, rows: S, columns: G * dk, boxRows: tile }),
-      cuda.tensorMap({ pointer: values, ld, matrices: B, rows: features, columns: S, boxRows: dv }),
-      ends,
+      ...boxed(tile),
+      lengths ? pointerOf(lengths) : 0,
       T,
       S,
       H,
