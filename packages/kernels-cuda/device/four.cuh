@@ -23,6 +23,12 @@ template <class I>
 MOE_DEVICE void store4(float* to, I i, const Four& x) {
   storeWide(to + i, x.v[0], x.v[1], x.v[2], x.v[3]);
 }
+/// The same, and rounded to `rounded` unless that is null.
+template <class I>
+MOE_DEVICE void store4(float* to, bf16* rounded, I i, const Four& x) {
+  store4(to, i, x);
+  if (rounded) storeWide(rounded + i, packBf16(x.v[0], x.v[1]), packBf16(x.v[2], x.v[3]));
+}
 template <class I>
 MOE_DEVICE void storeShared4(float* to, I i, const Four& x) {
   storeWideShared(to + i, x.v[0], x.v[1], x.v[2], x.v[3]);

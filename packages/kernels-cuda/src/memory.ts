@@ -21,6 +21,8 @@ export interface CudaBuffer {
   slot: number
   /** Its elements in fewer bits, as long as they stay what they are. */
   rounded: RoundedCopy[] | null
+  /** What `roundedBy` was told, or ''. */
+  kind: string
 }
 
 /** A copy in fewer bits; `form` says what it is. */
@@ -31,7 +33,12 @@ interface RoundedCopy {
   readonly pool: Pool
   /** The op that used it last. */
   lastOp: number
+  /** Whether its tensor's op wrote it, and nobody has read it. */
+  isUnread: boolean
 }
+
+/** The form of a copy in bf16 without gaps, element by element as the tensor is. */
+export const asItLies = 'bf16'
 
 /** Freed pieces, by size class. A captured graph keeps what it took in a pool of its own, so that nobody else writes where it computes. */
 export interface Pool {
@@ -68,6 +75,8 @@ export class Memory {
   readonly #held: CudaBuffer[] = []
   /** Buffers with a rounded copy. */
   readonly #rounded = new Set<CudaBuffer>()
+  /** Kinds of outputs that somebody reads in bf16. */
+  readonly #kindsRounded = new Set<string>()
   readonly #reserved: Array<{ readonly pointer: number; readonly bytes: number }> = []
   readonly #shared: Pool = newPool()
   /** Slabs are cut up for good: they are given back at the end only. */
@@ -109,7 +118,16 @@ export class Memory {
     if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
     const pointer = this.#guarded ? this.#takeGuarded(bytes) : this.#take(bytes)
     const slot = this.#live.length
-    const buffer: CudaBuffer = { pointer, bytes, op: this.#op, pool: this.#pool, refs: 1, slot, rounded: null }
+    const buffer: CudaBuffer = {
+      pointer,
+      bytes,
+      op: this.#op,
+      pool: this.#pool,
+      refs: 1,
+      slot,
+      rounded: null,
+      kind: '',
+    }
     this.#live.push(buffer)
     this.#fresh.push(buffer)
     this.#handles++
@@ -170,19 +188,37 @@ export class Memory {
     const known = of.rounded?.find(copy => copy.form === form)
     if (known !== undefined) {
       known.lastOp = this.#ops
+      known.isUnread = false
       return { pointer: known.pointer, isFilled: true }
     }
+    if (form === asItLies && of.kind !== '') this.#kindsRounded.add(of.kind)
+    return { pointer: this.#addRounded(of, form, bytes, false), isFilled: false }
+  }
+
+  /**
+   * Where the op that makes `output` is to write its elements in bf16, too, or 0: once another of its kind was read so, until one is not. It costs a third of reading
+   * all of them again to round them. A kind is what such outputs have in common but for their number of positions, so kinds are few.
+   */
+  roundedBy(output: CudaBuffer, kind: string): number {
+    output.kind = `${this.#op} ${kind}`
+    return this.#kindsRounded.has(output.kind) ? this.#addRounded(output, asItLies, output.bytes / 2, true) : 0
+  }
+
+  #addRounded(of: CudaBuffer, form: string, bytes: number, isUnread: boolean): number {
     const pointer = this.#guarded ? this.#takeGuarded(bytes) : this.#take(bytes)
     of.rounded ??= []
-    of.rounded.push({ form, pointer, bytes, pool: this.#pool, lastOp: this.#ops })
+    of.rounded.push({ form, pointer, bytes, pool: this.#pool, lastOp: this.#ops, isUnread })
     this.#rounded.add(of)
-    return { pointer, isFilled: false }
+    return pointer
   }
 
   /** The elements are, or will be, others: what was made of them is given back. */
   changed(buffer: CudaBuffer): void {
     if (buffer.rounded === null) return
-    for (const copy of buffer.rounded) this.#giveBack(copy)
+    for (const copy of buffer.rounded) {
+      if (copy.isUnread) this.#kindsRounded.delete(buffer.kind)
+      this.#giveBack(copy)
+    }
     buffer.rounded = null
     this.#rounded.delete(buffer)
   }

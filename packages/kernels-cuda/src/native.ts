@@ -39,6 +39,8 @@ export interface Cuda {
   scratch(bytes: number): CudaBuffer
   /** Where a copy of the value in that form lies until the value changes; whoever is first fills it. */
   rounded(value: Value, form: string, bytes: number): { pointer: number; isFilled: boolean }
+  /** Where the f32 output of the op that runs is to be written in bf16, too, element by element, or 0: Memory.roundedBy. */
+  roundedBy(output: CudaBuffer, kind: string): number
   /** The value's own buffer with one more owner when nobody else holds it, otherwise a copy. For ops that donate an input. */
   donated(value: Value): CudaBuffer
   /** A copy of the value's elements. */
@@ -98,6 +100,7 @@ export function createCuda(
     output: spec => memory.allocate(sizeOf(spec.shape) * dtypeBytes[spec.dtype]),
     scratch: bytes => memory.scratch(bytes),
     rounded: (value, form, bytes) => memory.rounded(value.handle as CudaBuffer, form, bytes),
+    roundedBy: (output, kind) => memory.roundedBy(output, kind),
     donated(value) {
       const buffer = value.handle as CudaBuffer
       if (buffer.refs > 1) return copied(value)

@@ -1,5 +1,20 @@
 /** @file Operands in fewer bits are made once and shared by the products that need them, and never outlive the elements that they were made of. */
-import { adamwStep, backward, full, Parameter, Random, randn, scope, setRows, type Tensor, tensor } from '@moe/core'
+import {
+  adamwStep,
+  attention,
+  backward,
+  full,
+  mlaKeyValue,
+  Parameter,
+  Random,
+  randn,
+  rope,
+  scope,
+  setRows,
+  type Tensor,
+  tensor,
+  type WidePrecision,
+} from '@moe/core'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import type { CudaBackend } from './index.ts'
 import { testBackend, unavailable, wgmmaVariants } from './test-backend.ts'
@@ -112,6 +127,109 @@ describe.skipIf(unavailable)('operands in bf16', () => {
     filler.dispose()
     expect(await once()).toEqual(expected)
     limited.dispose()
+  })
+})
+
+describe.skipIf(unavailable).each(wgmmaVariants)('outputs, wgmma %s', wgmma => {
+  const [B, T, H, N, R, V, hidden] = [2, 20, 2, 48, 16, 64, 24]
+  const random = new Random(7)
+  let backend: CudaBackend
+  let make: (...shape: number[]) => Parameter
+  let latent: Parameter
+  let weights: readonly Parameter[]
+  let ropeKey: Tensor
+  let angles: readonly Tensor[]
+  beforeEach(async () => {
+    backend = await testBackend({ wgmma })
+    make = (...shape) => new Parameter(randn(shape, random, { backend }))
+    latent = make(B, T, hidden)
+    weights = [make(H * (N + R), hidden), make(H * (N + V), hidden)]
+    ropeKey = make(B, T, 1, R).detach()
+    angles = [make(T, R / 2).detach(), make(T, R / 2).detach()]
+    // What does not change is rounded once.
+    scope(() => weights.map(w => latent.matmul(w, { transposeB: true, precision: 'bf16' })))
+  })
+  afterEach(() => backend.dispose())
+
+  /** Attention and gradients, or with \`apart\` from copies of what it takes, which no op has made. */
+  async function pass(precision: WidePrecision, apart = false) {
+    const before = backend.stats().launches
+    const [q, kv] = weights.map((w, i) =>
+      latent.matmul(w, { transposeB: true, precision }).reshape([B, T, H, i === 0 ? N + R : N + V]),
+    )
+    const turned = rope(q, angles[0], angles[1])
+    const { k, v } = mlaKeyValue(kv, ropeKey, N)
+    const read = apart
+      ? await Promise.all([turned, k, v].map(async x => tensor(await x.values(), x.shape, { backend })))
+      : [turned, k, v]
+    const out = attention(read[0], read[1], read[2], { precision })
+    const values = [await out.values()]
+    if (!apart) {
+      backward(out.mul(out).mean())
+      for (const x of [latent, ...weights]) {
+        values.push(await (x.grad as Tensor).values())
+        x.zeroGrad()
+      }
+    }
+    const launches = backend.stats().launches - before
+    for (const x of [q, kv, turned, k, v, out, ...(apart ? read : [])]) x.dispose()
+    return { values, launches }
+  }
+
+  test('are rounded by the op that makes them, once the latest of their kind were read so', async () => {
+    const first = await pass('bf16')
+    const second = await pass('bf16')
+    // Queries, keys and values at once; the gradients of queries, and of keys and values.
+    expect(second.launches).toBe(first.launches - 3)
+    const third = await pass('bf16')
+    expect(third.launches).toBe(second.launches)
+    for (const { values } of [second, third]) expect(values).toEqual(first.values)
+    expect((await pass('bf16', true)).values[0]).toEqual(first.values[0])
+  })
+
+  test('are so no longer once nobody has read one', async () => {
+    const [first, second] = [await pass('bf16'), await pass('bf16')]
+    const wide = await pass('f32')
+    const [third, fourth] = [await pass('bf16'), await pass('bf16')]
+    expect([third.launches, fourth.launches]).toEqual([first.launches, second.launches])
+    expect(third.values).toEqual(first.values)
+    expect((await pass('f32')).values).toEqual(wide.values)
+  })
+
+  test('follow what is written to them', async () => {
+    await pass('bf16')
+    const x = make(B, T, H, N + R)
+    const q = rope(x, angles[0], angles[1])
+    const other = random.normal(q.size)
+    backend.write(q, other)
+    const { k, v } = mlaKeyValue(make(B, T, H, N + V), ropeKey, N)
+    const [out, expected] = [q, tensor(other, q.shape, { backend })].map(x => attention(x, k, v, { precision: 'bf16' }))
+    expect(await out.values()).toEqual(await expected.values())
+  })
+
+  test('are in a recorded step as outside', async () => {
+    const backend = await testBackend({ wgmma, guarded: false })
+    const [x, kv, key] = [
+      [B, T, H, N + R],
+      [B, T, H, N + V],
+      [B, T, 1, R],
+    ].map(shape => randn(shape, random, { backend }))
+    const tables = angles.map(() => randn([T, R / 2], random, { backend }))
+    const step = () =>
+      scope(() => {
+        const { k, v } = mlaKeyValue(kv, key, N)
+        return attention(rope(x, tables[0], tables[1]), k, v, { precision: 'bf16' })
+      })
+    step()
+    const graph = backend.capture(step)
+    for (let i = 0; i < 3; i++) {
+      backend.write(x, random.normal(x.size))
+      backend.write(kv, random.normal(kv.size))
+      graph.replay()
+      expect(await graph.result.values()).toEqual(await step().values())
+    }
+    graph.dispose()
+    backend.dispose()
   })
 })
 

@@ -1,5 +1,6 @@
 /** @file What the launchers of matrix products share: operands, sizes of tiles, and the dense product. */
 import type { Value, WidePrecision } from '@moe/core'
+import { asItLies } from '../../memory.ts'
 import { type Cuda, pointerOf } from '../../native.ts'
 import { hopperProduct, hopperTiles } from '../matmul-sm90a/product.ts'
 
@@ -49,7 +50,8 @@ export function roundToBf16(cuda: Cuda): Round {
   return matrices => {
     const placed = matrices.map(matrix => {
       const { pointer: from, rows, columns, ld = paddedColumns(columns), to, of } = matrix
-      const known = of && rows * ld > 0 ? cuda.rounded(of, `bf16 ${columns} ${ld}`, rows * ld * 2) : undefined
+      const form = ld === columns ? asItLies : `bf16 ${columns} ${ld}`
+      const known = of && rows * ld > 0 ? cuda.rounded(of, form, rows * ld * 2) : undefined
       const pointer = known?.pointer ?? to ?? cuda.scratch(rows * ld * 2).pointer
       return { from, rows, columns, ld, pointer, isFilled: known?.isFilled ?? false }
     })

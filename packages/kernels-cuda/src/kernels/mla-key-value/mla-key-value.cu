@@ -2,42 +2,43 @@
 // Legend: P positions, H heads, N plain features, R turned ones (one key for all heads), V features of a value.
 #include "four.cuh"
 
+// To to[at], and by four rounded to `rounded`, unless that is null.
 template <int Width>
-MOE_DEVICE void copyFeatures(float* to, const float* from) {
+MOE_DEVICE void copyFeatures(float* to, bf16* rounded, int64_t at, const float* from) {
   if constexpr (Width == 4) {
-    store4(to, 0, load4(from, 0));
+    store4(to, rounded, at, load4(from, 0));
   } else {
-    *to = *from;
+    to[at] = *from;
   }
 }
 
 // A thread has `Width` features of k or v at a time; neighbours have neighbouring ones of a head.
 template <int Width>
-MOE_DEVICE void keyValue(float* k, float* v, const float* kv, const float* ropeKey, int64_t rows, int H, int N, int R, int V) {
+MOE_DEVICE void keyValue(float* k, float* v, bf16* roundedK, bf16* roundedV, const float* kv, const float* ropeKey, int64_t rows, int H, int N, int R, int V) {
   const int perHead = (N + R + V) / Width;
   for (int64_t at = gridThread(); at < rows * perHead; at += gridThreads()) {
     const int64_t row = at / perHead;
     const int i = (int)(at % perHead) * Width;
     if (i < N) {
-      copyFeatures<Width>(k + row * (N + R) + i, kv + row * (N + V) + i);
+      copyFeatures<Width>(k, roundedK, row * (N + R) + i, kv + row * (N + V) + i);
     } else if (i < N + R) {
-      copyFeatures<Width>(k + row * (N + R) + i, ropeKey + row / H * R + (i - N));
+      copyFeatures<Width>(k, roundedK, row * (N + R) + i, ropeKey + row / H * R + (i - N));
     } else {
-      copyFeatures<Width>(v + row * V + (i - N - R), kv + row * (N + V) + (i - R));
+      copyFeatures<Width>(v, roundedV, row * V + (i - N - R), kv + row * (N + V) + (i - R));
     }
   }
 }
 
 // First the features of dkv, then the sums over heads.
 template <int Width>
-MOE_DEVICE void keyValueGradient(float* dkv, float* dropeKey, const float* dk, const float* dv, int64_t rows, int H, int N, int R, int V) {
+MOE_DEVICE void keyValueGradient(float* dkv, float* dropeKey, bf16* rounded, const float* dk, const float* dv, int64_t rows, int H, int N, int R, int V) {
   const int perHead = (N + V) / Width, perSum = R / Width;
   const int64_t plain = rows * perHead;
   for (int64_t at = gridThread(); at < plain + rows / H * perSum; at += gridThreads()) {
     if (at < plain) {
       const int64_t row = at / perHead;
       const int i = (int)(at % perHead) * Width;
-      copyFeatures<Width>(dkv + row * (N + V) + i, i < N ? dk + row * (N + R) + i : dv + row * V + (i - N));
+      copyFeatures<Width>(dkv, rounded, row * (N + V) + i, i < N ? dk + row * (N + R) + i : dv + row * V + (i - N));
       continue;
     }
     const int64_t position = (at - plain) / perSum;
@@ -59,13 +60,13 @@ MOE_DEVICE void keyValueGradient(float* dkv, float* dropeKey, const float* dk, c
   }
 }
 
-// rows = P H.
+// rows = P H. What is rounded, too, is k, v and dkv.
 #define KEY_VALUE(name, Width)                                                                                                                                    \
-  MOE_KERNEL((256), moe_mla_key_value_fwd_##name, (float* k, float* v, const float* kv, const float* ropeKey, int64_t rows, int H, int N, int R, int V)) {        \
-    keyValue<Width>(k, v, kv, ropeKey, rows, H, N, R, V);                                                                                                         \
+  MOE_KERNEL((256), moe_mla_key_value_fwd_##name, (float* k, float* v, bf16* roundedK, bf16* roundedV, const float* kv, const float* ropeKey, int64_t rows, int H, int N, int R, int V)) { \
+    keyValue<Width>(k, v, roundedK, roundedV, kv, ropeKey, rows, H, N, R, V);                                                                                     \
   }                                                                                                                                                               \
-  MOE_KERNEL((256), moe_mla_key_value_bwd_##name, (float* dkv, float* dropeKey, const float* dk, const float* dv, int64_t rows, int H, int N, int R, int V)) {    \
-    keyValueGradient<Width>(dkv, dropeKey, dk, dv, rows, H, N, R, V);                                                                                             \
+  MOE_KERNEL((256), moe_mla_key_value_bwd_##name, (float* dkv, float* dropeKey, bf16* rounded, const float* dk, const float* dv, int64_t rows, int H, int N, int R, int V)) { \
+    keyValueGradient<Width>(dkv, dropeKey, rounded, dk, dv, rows, H, N, R, V);                                                                                    \
   }
 KEY_VALUE(f32, 1)
 // N, R and V are multiples of 4.

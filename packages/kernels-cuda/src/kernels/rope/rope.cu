@@ -26,11 +26,11 @@ MOE_DEVICE float turned(const float* x, const float* c, const float* s, int i, i
 }
 
 // x [B, T, H, D], y [B, T, H, F + 2 half], tables cos, sin [T, half] or [B, T, half]. The first F features of a head of y are those of
-// `plain`, where heads lie P apart. A vector is Width features of one head of y. Each block has one of the B * T positions, or several
-// if they are small; along y, the blocks share the vectors of a position.
+// `plain`, where heads lie P apart. By four, y goes to `rounded` in bf16, too, unless that is null. A vector is Width features of one head
+// of y. Each block has one of the B * T positions, or several if they are small; along y, the blocks share the vectors of a position.
 template <int Width>
-MOE_DEVICE void rope(float* y, const float* x, const float* cos, const float* sin, const float* plain, int positions, int T,
-                     int H, int D, int F, int P, int half, bool perBatch, bool interleaved, float sign) {
+MOE_DEVICE void rope(float* y, bf16* rounded, const float* x, const float* cos, const float* sin, const float* plain,
+                     int positions, int T, int H, int D, int F, int P, int half, bool perBatch, bool interleaved, float sign) {
   const int perHead = (F + 2 * half) / Width, vectors = H * perHead, threads = (int)blockDim.x;
   const int together = vectors < threads ? threads / vectors : 1, share = threads / together;
   const int position = (int)blockIdx.x * together + (int)threadIdx.x / share;
@@ -40,20 +40,20 @@ MOE_DEVICE void rope(float* y, const float* x, const float* cos, const float* si
   for (int v = (int)blockIdx.y * share + (int)threadIdx.x % share; v < vectors; v += (int)gridDim.y * share) {
     const int i = v % perHead * Width - F;
     const int64_t head = (int64_t)position * H + v / perHead, at = ((int64_t)position * vectors + v) * Width;
-    const float *given = plain + head * P + F, *rotated = x + (head + 1) * D - 2 * half;
+    const float *given = plain + head * P + F, *own = x + (head + 1) * D - 2 * half;
     if constexpr (Width == 4) {
-      store4(y, at, i < 0 ? load4(given, i) : turned4(rotated, c, s, i, half, interleaved, sign));
+      store4(y, rounded, at, i < 0 ? load4(given, i) : turned4(own, c, s, i, half, interleaved, sign));
     } else {
-      y[at] = i < 0 ? given[i] : turned(rotated, c, s, i, half, interleaved, sign);
+      y[at] = i < 0 ? given[i] : turned(own, c, s, i, half, interleaved, sign);
     }
   }
 }
 
 #define ROPE(name, Width)                                                                                              \
   MOE_KERNEL((256), name,                                                                                              \
-             (float* y, const float* x, const float* cos, const float* sin, const float* plain, int positions, int T,  \
-              int H, int D, int F, int P, int half, int perBatch, int interleaved, int inverse)) {                     \
-    rope<Width>(y, x, cos, sin, plain, positions, T, H, D, F, P, half, perBatch != 0, interleaved != 0,                \
+             (float* y, bf16* rounded, const float* x, const float* cos, const float* sin, const float* plain,         \
+              int positions, int T, int H, int D, int F, int P, int half, int perBatch, int interleaved, int inverse)) { \
+    rope<Width>(y, rounded, x, cos, sin, plain, positions, T, H, D, F, P, half, perBatch != 0, interleaved != 0,       \
                 inverse ? -1.f : 1.f);                                                                                 \
   }
 

@@ -4,7 +4,7 @@ import { type FusedFactory, pointerOf } from '../../native.ts'
 const block = 256
 
 export const rope: FusedFactory<'rope'> = cuda => {
-  const signature = 'p p p p p i i i i i i i i i i'
+  const signature = 'p p p p p p i i i i i i i i i i'
   const kernel = cuda.kernel('rope', 'moe_rope_f32', signature)
   const by4 = cuda.kernel('rope', 'moe_rope_f32_by4', signature)
   return ([x, cos, sin, plain], { interleaved, inverse }, [spec]) => {
@@ -22,7 +22,8 @@ export const rope: FusedFactory<'rope'> = cuda => {
     const pointers = [x, cos, sin, plain ?? x].map(pointerOf)
     const sizes = [B * T, T, H, D, first, plain ? first : D, half]
     const flags = [+(rank === 3), +interleaved, +inverse]
-    ;(isFours ? by4 : kernel)({ grid, block }, y.pointer, ...pointers, ...sizes, ...flags)
+    const rounded = isFours ? cuda.roundedBy(y, `${H} ${all}${inverse ? ' back' : ''}`) : 0
+    ;(isFours ? by4 : kernel)({ grid, block }, y.pointer, rounded, ...pointers, ...sizes, ...flags)
     return [y]
   }
 }
