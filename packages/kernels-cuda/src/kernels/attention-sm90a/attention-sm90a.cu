@@ -136,6 +136,7 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
         loadKeys(t + 1);
         loadValues(t);
       }
+      __syncwarp(); // the wait below is the whole warp's
       waitProducts<1>(s.v);
       holdSums(s.v);
       if (lane == 0) arrive(&emptyKeys[stage(t)]);
