@@ -2,6 +2,7 @@
  * @file What a run tells while it goes. Everything that draws, logs or reacts listens to these; nothing else leaves
  * the loop.
  */
+import type { RunRecord } from './checkpoints/trainer-state.ts'
 import type { Evaluation } from './evaluate.ts'
 import type { TrainResult } from './result.ts'
 
@@ -24,6 +25,10 @@ export interface StartEvent {
   readonly epochs: number
   /** Folder of the run, if it has one. */
   readonly out: string | undefined
+  /** This process among those that train together or share the data. */
+  readonly rank: number
+  /** What decides which numbers the run gives: steps, batch, learning rate, optimizer, data, the model's own. */
+  readonly settings: RunRecord
 }
 
 /** After each step. Also a line of `metrics.jsonl`. */
@@ -109,4 +114,5 @@ export type TrainEvent =
   | EndEvent
   | FailEvent
 
-export type TrainListener = (event: TrainEvent) => void
+/** @param notify tells all listeners something that the user should know, as a `notice` */
+export type TrainListener = (event: TrainEvent, notify?: (message: string) => void) => void

@@ -29,7 +29,9 @@ import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { type ResolvedOptions, recordRun, type TokenData } from './options.ts'
 import { checkSameStart, gatherNumbers, gatherValues, type Ranks, type Start } from './ranks.ts'
-import { cutMetrics, type MetricsLine, MetricsLog, metricsLine } from './report/metrics-log.ts'
+import { eventsLog } from './report/events-log.ts'
+import { LogFile } from './report/log-file.ts'
+import { cutMetrics, type MetricsLine, metricsLine } from './report/metrics-log.ts'
 import { progress } from './report/progress.ts'
 import { writeSummary } from './report/summary.ts'
 import type { TrainResult } from './result.ts'
@@ -60,7 +62,7 @@ export class Run {
   saves: boolean
   /** Steps done when the model was last made whole. */
   gatheredStep = -1
-  readonly log: MetricsLog | undefined
+  readonly log: LogFile | undefined
   /** Lines of the last tenth of the steps done, for the result. */
   readonly tail: MetricsLine[] = []
   /** What the model's `afterStep` returns. */
@@ -111,10 +113,11 @@ export class Run {
     this.record = recordRun(settings, data.training, model, parameters, optimizer)
     this.writesTo = (ranks?.rank ?? rank) === 0 ? settings.out : undefined
     this.saves = this.writesTo !== undefined
-    this.log = this.writesTo === undefined ? undefined : new MetricsLog(join(this.writesTo, 'metrics.jsonl'))
+    this.log = this.writesTo === undefined ? undefined : new LogFile(join(this.writesTo, 'metrics.jsonl'))
     const draw = settings.progress ?? (ranks === undefined || ranks.rank === 0)
     this.listeners = [
       ...(draw === false ? [] : [draw === true ? progress() : draw]),
+      ...(this.writesTo === undefined ? [] : [eventsLog(join(this.writesTo, 'events.jsonl'))]),
       ...(settings.onEvent === undefined ? [] : [settings.onEvent]),
     ]
   }
@@ -229,7 +232,7 @@ export class Run {
   /** Removes an earlier run. */
   emptyFolder(out: string): void {
     try {
-      for (const name of ['checkpoints', 'metrics.jsonl', 'summary.json'])
+      for (const name of ['checkpoints', 'metrics.jsonl', 'events.jsonl', 'summary.json'])
         rmSync(join(out, name), { recursive: true, force: true })
     } catch (cause) {
       throw new MoeError({
@@ -275,7 +278,7 @@ export class Run {
     }
     for (const name in numbers.after) this.balanceNames.add(name)
     const line = metricsLine(event)
-    this.log?.append(line)
+    this.log?.line(line)
     this.remember(line)
     this.emit(event)
   }
@@ -284,6 +287,7 @@ export class Run {
   async measure(limit: number | undefined): Promise<Evaluation | null> {
     const { settings, data, model, interrupts } = this
     if (data.validation === undefined) return nothingMeasured
+    this.log?.flush()
     await this.gather()
     const { sequenceLength, batchSize, precision } = settings
     try {
@@ -390,7 +394,8 @@ export class Run {
   }
 
   emit(event: TrainEvent): void {
-    for (const listener of this.listeners) listener(event)
+    const notify = (message: string) => this.emit({ type: 'notice', message })
+    for (const listener of this.listeners) listener(event, notify)
   }
 
   /** Numbers that the model stands for, and those of them in weights that cannot be trained. */
@@ -416,6 +421,8 @@ export class Run {
       validationTokens: data.validation?.tokens.length ?? 0,
       epochs: order.epochs(settings.steps),
       out: settings.out,
+      rank: settings.rank,
+      settings: this.record,
     })
     const { stored, all } = this.storedNumbers()
     if (stored > 0) {

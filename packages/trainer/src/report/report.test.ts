@@ -1,4 +1,4 @@
-import { ftruncateSync, openSync, writeSync } from 'node:fs'
+import { existsSync, ftruncateSync, openSync, writeSync } from 'node:fs'
 import { mkdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
@@ -6,7 +6,9 @@ import { stripVTControlCharacters } from 'node:util'
 import { afterEach, describe, expect, test, vi } from 'vitest'
 import type { StartEvent, StepEvent } from '../events.ts'
 import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
-import { cutMetrics, MetricsLog, metricsLine, readMetrics } from './metrics-log.ts'
+import { eventsLog } from './events-log.ts'
+import { LogFile } from './log-file.ts'
+import { cutMetrics, metricsLine, readMetrics } from './metrics-log.ts'
 import { type ProgressOptions, progress } from './progress.ts'
 import { writeSummary } from './summary.ts'
 
@@ -26,6 +28,8 @@ const start: StartEvent = {
   validationTokens: 9000,
   epochs: 0.04,
   out: undefined,
+  rank: 0,
+  settings: { lr: 1e-3, optimizer: 'muon' },
 }
 
 const step = (number: number): StepEvent => ({
@@ -132,9 +136,9 @@ describe('progress', () => {
 describe('metrics.jsonl', () => {
   test('holds a line per step once it was flushed', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
-    const log = new MetricsLog(path)
-    log.append(metricsLine(step(1)))
-    log.append(metricsLine(step(2)))
+    const log = new LogFile(path)
+    log.line(metricsLine(step(1)))
+    log.line(metricsLine(step(2)))
     expect(readMetrics(path)).toEqual([])
     log.flush()
     log.flush()
@@ -146,18 +150,18 @@ describe('metrics.jsonl', () => {
 
   test('flushes by itself when many lines wait', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
-    const log = new MetricsLog(path)
-    for (let i = 1; i <= 2000; i++) log.append(metricsLine(step(i)))
+    const log = new LogFile(path)
+    for (let i = 1; i <= 2000; i++) log.line(metricsLine(step(i)))
     expect(readMetrics(path).length).toBeGreaterThan(1000)
   })
 
   test('flushes by itself after a second, so that whoever watches the file sees lines', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
     const clock = vi.spyOn(performance, 'now').mockReturnValue(5000)
-    const log = new MetricsLog(path)
+    const log = new LogFile(path)
     const written = [5500, 5999, 6000, 6900, 7100].map(now => {
       clock.mockReturnValue(now)
-      log.append(metricsLine(step(now)))
+      log.line(metricsLine(step(now)))
       return readMetrics(path).length
     })
     clock.mockRestore()
@@ -175,11 +179,11 @@ describe('metrics.jsonl', () => {
   test('is cut back to whole lines when the disk is full, and the lines wait', async () => {
     vi.mocked(openSync).mockClear()
     const path = join(await temporaryFolder(), 'metrics.jsonl')
-    const log = new MetricsLog(path)
-    log.append(metricsLine(step(1)))
+    const log = new LogFile(path)
+    log.line(metricsLine(step(1)))
     log.flush()
     const before = await readFile(path, 'utf8')
-    log.append(metricsLine(step(2)))
+    log.line(metricsLine(step(2)))
     const fs = await vi.importActual<typeof import('node:fs')>('node:fs')
     vi.mocked(writeSync)
       .mockImplementationOnce((file, bytes) => fs.writeSync(file, bytes.slice(0, 9)))
@@ -201,19 +205,19 @@ describe('metrics.jsonl', () => {
 
   test('waits while another program has the file to itself, and longer than a moment only at the end', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
-    const log = new MetricsLog(path)
+    const log = new LogFile(path)
     const busy = () => {
       throw Object.assign(new Error('EBUSY: resource busy or locked, open'), { code: 'EBUSY' })
     }
-    log.append(metricsLine(step(1)))
+    log.line(metricsLine(step(1)))
     vi.mocked(openSync).mockImplementationOnce(busy)
     log.flush()
     expect(readMetrics(path)).toEqual([])
-    log.append(metricsLine(step(2)))
+    log.line(metricsLine(step(2)))
     vi.mocked(openSync).mockImplementationOnce(busy).mockImplementationOnce(busy)
     await log.close()
     expect(readMetrics(path).map(line => line.step)).toEqual([1, 2])
-    log.append(metricsLine(step(3)))
+    log.line(metricsLine(step(3)))
     vi.mocked(openSync).mockImplementation(busy)
     await expect(log.close()).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: path })
     vi.mocked(openSync).mockReset()
@@ -231,8 +235,8 @@ describe('metrics.jsonl', () => {
   test('says what to do when it cannot be written', async () => {
     const path = join(await temporaryFolder(), 'metrics.jsonl')
     await mkdir(path)
-    const log = new MetricsLog(path)
-    log.append(metricsLine(step(1)))
+    const log = new LogFile(path)
+    log.line(metricsLine(step(1)))
     expect(() => log.flush()).toThrow(expect.objectContaining({ code: 'E_CHECKPOINT', op: path }))
     const other = `${path}.other`
     await writeFile(other, '')
@@ -250,4 +254,39 @@ test('summary.json gathers values, and survives a failure', async () => {
   await expect(writeSummary(undefined as unknown as string, {})).rejects.toMatchObject({ code: 'E_ATTR' })
   await expect(writeSummary(out, { big: 1n })).rejects.toMatchObject({ code: 'E_CHECKPOINT' })
   expect(await read()).toEqual({ steps: 3, loss: null, mtp: { acceptance: 0.5 } })
+})
+
+describe('events.jsonl', () => {
+  const lines = async (path: string) =>
+    (await readFile(path, 'utf8'))
+      .trimEnd()
+      .split('\n')
+      .map(line => JSON.parse(line))
+
+  test('has what happened beside steps, of all parts of a run, each line as soon as it happens', async () => {
+    const path = join(await temporaryFolder(), 'events.jsonl')
+    const listen = eventsLog(path)
+    listen(start)
+    listen(step(1))
+    listen({ type: 'measuring', step: 1, done: 0.5 })
+    const evaluation = { type: 'evaluation', step: 1, final: false, loss: 4, bitsPerByte: Number.NaN } as const
+    listen({ ...evaluation, tokens: 9, seconds: 1 })
+    expect((await lines(path)).map(({ type }) => type)).toEqual(['start', 'evaluation'])
+    const again = eventsLog(path)
+    again({ ...start, fromStep: 1 })
+    again({ type: 'fail', error: new TypeError('no') })
+    const all = await lines(path)
+    expect(all[0]).toEqual({ time: expect.stringMatching(/^\d{4}-.*Z$/), ...start, out: undefined })
+    expect(all.slice(1)).toMatchObject([
+      { type: 'evaluation', loss: 4, bitsPerByte: null },
+      { type: 'start', fromStep: 1 },
+      { type: 'fail', error: { name: 'TypeError', message: 'no' } },
+    ])
+  })
+
+  test('says nothing of a run that never had the folder', async () => {
+    const path = join(await temporaryFolder(), 'events.jsonl')
+    eventsLog(path)({ type: 'fail', error: new Error('another training writes there') })
+    expect(existsSync(path)).toBe(false)
+  })
 })

@@ -1,0 +1,182 @@
+import { writeSync } from 'node:fs'
+import { readdir, readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { afterEach, describe, expect, test, vi } from 'vitest'
+import type { StartEvent, StepEvent } from '../events.ts'
+import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
+import { tensorBoard } from './tensor-board.ts'
+import { crc32c, eventRecord, hyperparameters, scalar, text } from './tensor-board-records.ts'
+
+vi.mock('node:fs', { spy: true })
+afterEach(removeTemporaryFolders)
+
+const start: StartEvent = {
+  type: 'start',
+  backend: 'reference',
+  device: 'cpu',
+  precision: 'f32',
+  parameters: 12,
+  steps: 4,
+  fromStep: 0,
+  tokensPerStep: 8,
+  trainingTokens: 100,
+  validationTokens: 10,
+  epochs: 1,
+  out: undefined,
+  rank: 0,
+  settings: { lr: 1e-3 },
+}
+
+const step = (number: number): StepEvent => ({
+  type: 'step',
+  step: number,
+  loss: 3,
+  nll: 2.5,
+  lr: 1e-3,
+  gradNorm: 1,
+  tokens: 8 * number,
+  tokensPerSecond: 100,
+  metrics: { maxVio: 0.25 },
+})
+
+/** Texts of printable characters in a file: tags and settings stand in it as they are. */
+const printable = (bytes: Buffer) => bytes.toString('latin1').match(/[ -~]{3,}/g) ?? []
+
+async function eventFiles(folder: string) {
+  const names = (await readdir(folder)).filter(name => name.startsWith('events.out.tfevents.')).sort()
+  return Promise.all(names.map(name => readFile(join(folder, name))))
+}
+
+/** Data of the records of a file; throws where lengths do not add up. */
+function recordsOf(bytes: Buffer): Buffer[] {
+  const records: Buffer[] = []
+  for (let at = 0; at < bytes.length; ) {
+    const length = Number(bytes.readBigUInt64LE(at))
+    if (at + length + 16 > bytes.length) throw new RangeError('a torn record')
+    records.push(bytes.subarray(at + 12, at + 12 + length))
+    at += length + 16
+  }
+  return records
+}
+
+describe('records', () => {
+  test('have the checksum of RFC 3720, B.4', () => {
+    expect(crc32c(Buffer.alloc(32))).toBe(0x8a9136aa)
+    expect(crc32c(Buffer.alloc(32, 0xff))).toBe(0x62a8ab43)
+    expect(crc32c(Uint8Array.from({ length: 32 }, (_, i) => i))).toBe(0x46dd794e)
+    expect(crc32c(Uint8Array.from({ length: 32 }, (_, i) => 31 - i))).toBe(0x113fdb5c)
+  })
+
+  test("are those of TensorBoard's writer, byte for byte", async () => {
+    const startSeconds = 1764230400.25
+    const parts = [
+      { fileVersion: 'brain.Event:2' },
+      { step: 201, sessionStart: true },
+      {
+        step: 200,
+        values: [text('settings', '| lr | 0.01 |\n| Größe | 2 |'), hyperparameters({ lr: 0.01 }, startSeconds)],
+      },
+      { step: 300, values: [scalar('train/nll', 2.5), scalar('model/maxVio', 0.1)] },
+      { step: 2 ** 40 + 1, values: [scalar('train/lr', -1e-38)] },
+      {
+        values: [{ optimizer: 'muon' }, { clipped: true }, { seed: 0 }].map(one => hyperparameters(one, startSeconds)),
+      },
+    ]
+    const written = parts.map((part, i) => eventRecord({ wallTime: startSeconds + i, ...part }))
+    const theirs = await readFile(new URL('../../fixtures/events.tfevents', import.meta.url))
+    expect(Buffer.concat(written).toString('hex')).toBe(theirs.toString('hex'))
+  })
+})
+
+describe('the listener', () => {
+  test('writes settings, steps and measurements into the folder of the run', async () => {
+    const out = join(await temporaryFolder(), 'run')
+    const listen = tensorBoard()
+    listen({ ...start, out })
+    listen(step(1))
+    listen({ type: 'evaluation', step: 1, final: true, loss: 2, bitsPerByte: Number.NaN, tokens: 9, seconds: 1 })
+    const [bytes] = await eventFiles(out)
+    const records = recordsOf(bytes)
+    expect(records).toHaveLength(5)
+    expect(printable(records[0]).join()).toContain('brain.Event:2')
+    expect(records[2].toString()).toContain('| lr | 0.001 |')
+    expect(records[3].toString('latin1').match(/(train|model)\/\w+/g)).toEqual([
+      'train/loss',
+      'train/nll',
+      'train/lr',
+      'train/gradNorm',
+      'train/tokensPerSecond',
+      'model/maxVio',
+    ])
+    expect(records[4].toString('latin1').match(/validation\/\w+/g)).toEqual(['validation/loss'])
+  })
+
+  test('begins a file for each part of a run, at the step from which it is told again', async () => {
+    const folder = await temporaryFolder()
+    for (const fromStep of [0, 2]) {
+      const listen = tensorBoard(folder)
+      listen({ ...start, fromStep })
+      listen(step(fromStep + 1))
+      listen({ type: 'fail', error: new Error('no') })
+    }
+    const sessions = (await eventFiles(folder)).map(bytes => recordsOf(bytes)[1].subarray(9).toString('hex'))
+    // Field 7 with START; in the second file after field 2, the step 3.
+    expect(sessions).toEqual(['3a020801', '10033a020801'])
+  })
+
+  test('writes on the first rank alone', async () => {
+    const folder = await temporaryFolder()
+    const listen = tensorBoard(folder)
+    listen({ ...start, rank: 1 })
+    listen(step(1))
+    listen({ type: 'stop', reason: 'time', step: 1, steps: 4, checkpoint: undefined })
+    expect(await readdir(folder)).toEqual([])
+  })
+
+  test('needs a folder', () => {
+    expect(() => tensorBoard()(start)).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
+  })
+
+  test('tells once that a full disk keeps it waiting, and writes all when it can', async () => {
+    const folder = await temporaryFolder()
+    const told: string[] = []
+    const listen = tensorBoard(folder)
+    listen(start, message => told.push(message))
+    vi.mocked(writeSync).mockImplementation(() => {
+      throw new Error('ENOSPC: no space left on device')
+    })
+    for (let i = 1; i <= 1000; i++) listen(step(i), message => told.push(message))
+    listen({ type: 'measuring', step: 1, done: 0 }, message => told.push(message))
+    vi.mocked(writeSync).mockReset()
+    expect(told).toEqual([
+      'what is for TensorBoard waits and training goes on: writing failed: ENOSPC: no space left on device',
+    ])
+    listen({ type: 'measuring', step: 1, done: 1 }, message => told.push(message))
+    expect(recordsOf((await eventFiles(folder))[0])).toHaveLength(1003)
+    expect(told).toHaveLength(1)
+  })
+
+  test('gives up where too much waits, and where there is no folder', async () => {
+    const folder = await temporaryFolder()
+    const told: string[] = []
+    const tell = (message: string) => told.push(message)
+    const listen = tensorBoard(folder)
+    listen(start)
+    vi.mocked(writeSync).mockImplementation(() => {
+      throw new Error('ENOSPC')
+    })
+    const metrics = Object.fromEntries(Array.from({ length: 10_000 }, (_, i) => [`metric-${i}-${'m'.repeat(500)}`, i]))
+    for (let i = 1; i <= 5; i++) listen({ ...step(i), metrics }, tell)
+    vi.mocked(writeSync).mockReset()
+    expect(told).toHaveLength(2)
+    expect(told[1]).toMatch(/^nothing is written for TensorBoard from here on/)
+
+    const path = join(folder, 'file')
+    await writeFile(path, '')
+    const other = tensorBoard(join(path, 'below'))
+    other(start, tell)
+    other(step(1), tell)
+    expect(told[2]).toMatch(/^nothing is written for TensorBoard: /)
+    expect(told).toHaveLength(3)
+  })
+})
