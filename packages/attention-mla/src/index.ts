@@ -1,5 +1,8 @@
 /** @file Public interface of @moe/attention-mla. */
-export { type CacheCost, type CacheDType, type CacheOptions, cacheCost, KvCache, LatentCache } from './cache.ts'
+export type { CacheDType, CacheMemoryOptions } from './cache/cache-rows.ts'
+export { type CacheCost, type CacheOptions, cacheCost, KvCache, LatentCache } from './cache/kv-cache.ts'
+export { PagedBatch, PagedCache, type PagedCacheOptions, PagedSequence } from './cache/paged-cache.ts'
+export type { CacheStep, SequenceCache } from './cache/sequence-cache.ts'
 export type { MlaConfig, RopeScaling } from './config.ts'
 export { type MhaConfig, type MhaForwardOptions, type MhaOptions, MultiHeadAttention } from './mha.ts'
 export { type MlaForwardOptions, type MlaOptions, MultiHeadLatentAttention } from './mla.ts'

@@ -22,7 +22,8 @@ import {
   scope,
   type Tensor,
 } from '@moe/core'
-import { type CacheOptions, KvCache } from './cache.ts'
+import { type CacheOptions, KvCache } from './cache/kv-cache.ts'
+import type { SequenceCache } from './cache/sequence-cache.ts'
 import { type RopeScaling, ropeProblems } from './config.ts'
 import type { MlaForwardOptions } from './mla.ts'
 import { type RotaryEmbedding, sharedRotary } from './rotary.ts'
@@ -110,7 +111,7 @@ export class MultiHeadAttention extends Module {
   }
 
   /** Rows of the cache are the turned keys of all G heads, then the values. */
-  #cached(x: Tensor, cache: KvCache, { layer = 0, positions }: MhaForwardOptions): Tensor {
+  #cached(x: Tensor, cache: SequenceCache, { layer = 0, positions }: MhaForwardOptions): Tensor {
     const [batch, time] = x.shape
     const width = this.#groups * this.#features
     cache.reserve(time)
@@ -120,8 +121,7 @@ export class MultiHeadAttention extends Module {
     const k = turn(this.#heads_BTHD(this.k_proj.forward(x), this.#groups))
     cache.write(layer, concat([k.reshape([batch, time, width]), this.v_proj.forward(x)], 2))
     const q = turn(this.#heads_BTHD(this.q_proj.forward(x), this.#heads))
-    const used = Math.max(...cache.lengths) + time
-    const rows_BSF = cache.rows(layer).narrow(1, 0, used).cast('f32')
+    const rows_BSF = cache.first(layer, Math.max(...cache.lengths) + time).cast('f32')
     const half = (at: number) => this.#heads_BTHD(rows_BSF.narrow(2, at * width, (at + 1) * width), this.#groups)
     return this.#out(attention(q, half(0), half(1), { lengths: step.lengths }))
   }
@@ -135,8 +135,13 @@ export class MultiHeadAttention extends Module {
     return this.o_proj.forward(x_BTHD.reshape([batch, time, this.#heads * this.#features]))
   }
 
-  /** A cache for layers like this one: 2 G D elements per token and layer. */
+  /** Elements per token that a cache of this layer holds: keys and values of all G heads, 2 G D. */
+  get cacheFeatures(): number {
+    return 2 * this.#groups * this.#features
+  }
+
+  /** A cache for layers like this one. */
   makeCache(options: CacheOptions): KvCache {
-    return new KvCache(2 * this.#groups * this.#features, options)
+    return new KvCache(this.cacheFeatures, options)
   }
 }

@@ -30,7 +30,8 @@ import {
   scope,
   type Tensor,
 } from '@moe/core'
-import type { KvCache } from './cache.ts'
+import { latentFeatures } from './cache/kv-cache.ts'
+import type { CacheStep, SequenceCache } from './cache/sequence-cache.ts'
 import { checkMlaConfig, type MlaConfig } from './config.ts'
 import { type RotaryEmbedding, type RotaryTables, sharedRotary, softmaxScale } from './rotary.ts'
 
@@ -47,7 +48,7 @@ export interface MlaForwardOptions {
   /** Positions of the tokens, row-major `[B, T]`. Default 0 .. T-1, or what follows the cache. */
   readonly positions?: Int32Array
   /** Earlier tokens; the new ones are written to it (the caller advances it once for all layers). Inference only. */
-  readonly cache?: KvCache
+  readonly cache?: SequenceCache
   /** Which layer of the cache is this one's. Default 0. */
   readonly layer?: number
   /** Longest run of new tokens that is computed in absorbed form; longer ones expand keys and values. Default 8. */
@@ -103,6 +104,11 @@ export class MultiHeadLatentAttention extends Module {
     this.#config = config
     this.#scale = softmaxScale(config)
     this.#rotary = sharedRotary(rotary, config)
+  }
+
+  /** Elements per token that a cache of this layer holds: the latent, and the key that is turned. */
+  get cacheFeatures(): number {
+    return latentFeatures('MultiHeadLatentAttention', this.#config)
   }
 
   forward(x_BTD: Tensor, options: MlaForwardOptions = {}): Tensor {
@@ -168,7 +174,7 @@ export class MultiHeadLatentAttention extends Module {
     return this.o_proj.forward(out.reshape([batch, q_BTHD.shape[1], heads * value]))
   }
 
-  #cached(x: Tensor, cache: KvCache, tables: RotaryTables, options: MlaForwardOptions): Tensor {
+  #cached(x: Tensor, cache: SequenceCache, tables: RotaryTables, options: MlaForwardOptions): Tensor {
     const { layer = 0, absorbUpTo = 8 } = options
     const [batch, time] = x.shape
     const { down, both } = this.#project(x)
@@ -176,18 +182,18 @@ export class MultiHeadLatentAttention extends Module {
     const row = this.#turn(oneHead(both), tables, oneHead(this.#latent(both)))
     cache.write(layer, row.reshape(both.shape))
     const q = this.#queries(down)
-    const { lengths } = cache.next(time)
-    if (time <= absorbUpTo) return this.#absorbedForward(q, tables, cache.rows(layer), lengths)
-    const used = Math.max(...cache.lengths) + time
-    const rows = cache.rows(layer).narrow(1, 0, used).cast('f32')
+    const step = cache.next(time)
+    if (time <= absorbUpTo) return this.#absorbedForward(q, tables, cache.rows(layer), step)
+    const rows = cache.first(layer, Math.max(...cache.lengths) + time).cast('f32')
     const latents = rows.narrow(2, 0, this.#config.kv_lora_rank)
-    return this.#expanded(this.#turn(q, tables), latents, this.#ropeKey(rows), lengths)
+    return this.#expanded(this.#turn(q, tables), latents, this.#ropeKey(rows), step.lengths)
   }
 
   /** Multi-query form in latent space: score = (W_UK^T q_nope) . c + q_rope . k_rope, out = W_UV (sum p c). */
-  #absorbedForward(q_BTHD: Tensor, tables: RotaryTables, rows_BSC: Tensor, lengths: Tensor): Tensor {
+  #absorbedForward(q_BTHD: Tensor, tables: RotaryTables, rows: Tensor, step: CacheStep): Tensor {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, kv_lora_rank: rank, v_head_dim: value } = this.#config
     const [batch, time] = q_BTHD.shape
+    const { lengths, pages } = step
     const { up, down } = this.#perHead(batch * time, q_BTHD.backend)
     // With one token the heads already lie in front.
     const one = batch * time === 1
@@ -196,7 +202,7 @@ export class MultiHeadLatentAttention extends Module {
       one ? t.reshape([1, 1, heads, t.shape[2]]) : t.reshape([heads, batch, time, t.shape[2]]).permute([1, 2, 0, 3])
     const qLatent = perToken(up(byHead(q_BTHD.narrow(3, 0, nope))))
     const q = this.#turn(q_BTHD, tables, qLatent)
-    const context_BTHC = latentAttention(q, rows_BSC, lengths, { scale: this.#scale, valueDim: rank })
+    const context_BTHC = latentAttention(q, rows, lengths, { scale: this.#scale, valueDim: rank, pages })
     const out = perToken(down(byHead(context_BTHC)))
     return this.o_proj.forward(out.reshape([batch, time, heads * value]))
   }

@@ -1,5 +1,5 @@
 /** @file Passes that add tokens to a cache. Short ones are recorded once and replayed, where the backend can. */
-import { type KvCache, LatentCache } from '@moe/attention-mla'
+import { MultiHeadLatentAttention, type SequenceCache } from '@moe/attention-mla'
 import {
   fromHost,
   type Graph,
@@ -16,12 +16,24 @@ import type { DeepSeek } from './model.ts'
 /** Longest run that is recorded. Attention over it is absorbed, so that no shape depends on how much the cache holds. */
 const longestRecorded = 8
 
-/** Adds the tokens `ids [1, n]` to the cache. It depends on them, on `states [1, n, D]` if there are any, on weights and cache, and on nothing else that changes. */
-export type CachedPass<Out> = (ids: Tensor, states: Tensor | undefined) => Out
+/** What a pass is given besides tokens. */
+export interface PassInputs {
+  /** `[B, n, D]`. */
+  readonly states?: Tensor
+  /** A number for each sequence, `[B]`. */
+  readonly numbers?: Float32Array<ArrayBuffer>
+}
+
+/**
+ * Adds the tokens `ids [B, n]` to the cache. It depends on them, on `states [B, n, D]` and `numbers [B]` if there are any, on weights and cache, and on
+ * nothing else that changes.
+ */
+export type CachedPass<Out> = (ids: Tensor, states: Tensor | undefined, numbers: Tensor | undefined) => Out
 
 interface Recorded<Out> {
   readonly ids: Tensor
   states: Tensor | undefined
+  readonly numbers: Tensor | undefined
   /** The number 0, `i32 [1]`. */
   readonly first: Tensor
   readonly graph: Graph<Out>
@@ -30,7 +42,7 @@ interface Recorded<Out> {
 /** Passes of one session over one cache. */
 export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
   readonly #model: DeepSeek
-  readonly #cache: KvCache
+  readonly #cache: SequenceCache
   readonly #precision: Precision
   #records: boolean
   /** By kind and number of tokens; null after the first such run, which makes the tables that a recording needs. */
@@ -38,44 +50,50 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
   readonly #parameters: readonly Parameter[]
   /** What the graphs hold on to: with other weights or another memory of the cache they are void. */
   #versions: readonly number[] = []
-  #capacity = 0
+  #layout = ''
 
-  constructor(model: DeepSeek, cache: KvCache, precision: Precision) {
+  constructor(model: DeepSeek, cache: SequenceCache, precision: Precision) {
     this.#model = model
     this.#cache = cache
     this.#precision = precision
-    this.#records = model.backend.capture !== undefined && cache instanceof LatentCache
+    this.#records =
+      model.backend.capture !== undefined && model.decoder[0].self_attn instanceof MultiHeadLatentAttention
     this.#parameters = namedParameters(model).map(({ parameter }) => parameter)
   }
 
   /** The result is the caller's, who frees it before the next run: that may overwrite it. Runs of one kind and length have the same ops. */
-  run(kind: string, pass: CachedPass<Out>, ids: Int32Array<ArrayBuffer>, states?: Tensor): Out {
-    const { backend } = this.#model
-    const opByOp = () => keep(this.#infer(() => pass(fromHost(ids, [1, ids.length], 'i32', backend), states)))
-    if (!this.#records || ids.length > longestRecorded) return opByOp()
+  run(kind: string, pass: CachedPass<Out>, ids: Int32Array<ArrayBuffer>, inputs: PassInputs = {}): Out {
     const cache = this.#cache
-    cache.reserve(ids.length)
+    const time = ids.length / cache.batch
+    const opByOp = () =>
+      keep(this.#infer(() => pass(this.#upload(ids), inputs.states, this.#uploadNumbers(inputs.numbers))))
+    if (!this.#records || time > longestRecorded) return opByOp()
+    cache.reserve(time)
     this.#check()
-    const key = `${kind} ${ids.length}`
+    const key = `${kind} ${time}`
     const known = this.#recorded.get(key)
     if (known === undefined) {
       this.#recorded.set(key, null)
       return opByOp()
     }
-    const recorded = known ?? this.#record(pass, ids, states)
+    const recorded = known ?? this.#record(pass, ids, inputs)
     if (recorded === null) return opByOp()
     this.#recorded.set(key, recorded)
+    const { backend } = this.#model
     backend.write?.(recorded.ids, ids)
-    if (states) recorded.states = this.#copyInto(recorded.states as Tensor, states, recorded.first)
-    cache.next(ids.length)
+    if (recorded.numbers && inputs.numbers) backend.write?.(recorded.numbers, inputs.numbers)
+    if (inputs.states) {
+      recorded.states = this.#copyInto(recorded.states as Tensor, inputs.states, recorded.first)
+    }
+    cache.next(time)
     recorded.graph.replay()
-    cache.advance(ids.length)
+    cache.advance(time)
     const results = Object.entries(recorded.graph.result)
     return keep(this.#infer(() => Object.fromEntries(results.map(([name, x]) => [name, x.detach()])) as unknown as Out))
   }
 
   /** Null where there is no memory for a graph: it cannot wait for what others are about to free. */
-  #record(pass: CachedPass<Out>, ids: Int32Array<ArrayBuffer>, like: Tensor | undefined): Recorded<Out> | null {
+  #record(pass: CachedPass<Out>, ids: Int32Array<ArrayBuffer>, like: PassInputs): Recorded<Out> | null {
     const { backend } = this.#model
     const cache = this.#cache
     const before = cache.lengths.slice()
@@ -85,12 +103,15 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
       return tensor
     }
     try {
-      const device = own(fromHost(ids, [1, ids.length], 'i32', backend))
+      const device = own(this.#upload(ids))
       const first = own(fromHost(Int32Array.of(0), [1], 'i32', backend))
-      const states = like && own(this.#infer(() => like.mul(1)))
-      cache.next(ids.length)
-      const graph = (backend as Required<typeof backend>).capture(() => keep(this.#infer(() => pass(device, states))))
-      return { ids: device, states, first, graph }
+      const { states: given } = like
+      const states = given && own(this.#infer(() => given.mul(1)))
+      const numbers = like.numbers && own(this.#uploadNumbers(like.numbers) as Tensor)
+      cache.next(ids.length / cache.batch)
+      const capture = () => keep(this.#infer(() => pass(device, states, numbers)))
+      const graph = (backend as Required<typeof backend>).capture(capture)
+      return { ids: device, states, numbers, first, graph }
     } catch (error) {
       for (const tensor of inputs) tensor.dispose()
       if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
@@ -113,24 +134,33 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
     )
   }
 
+  #upload(ids: Int32Array<ArrayBuffer>): Tensor {
+    const { batch } = this.#cache
+    return fromHost(ids, [batch, ids.length / batch], 'i32', this.#model.backend)
+  }
+
+  #uploadNumbers(numbers: Float32Array<ArrayBuffer> | undefined): Tensor | undefined {
+    return numbers && fromHost(numbers, [numbers.length], 'f32', this.#model.backend)
+  }
+
   #infer<T>(fn: () => T): T {
     return this.#model.infer(fn, { precision: this.#precision })
   }
 
   /** Forgets what was recorded over other memory than there is now. */
   #check(): void {
-    const { capacity } = this.#cache
-    if (capacity === this.#capacity && this.#parameters.every(({ version }, i) => version === this.#versions[i])) return
+    const { layout } = this.#cache
+    if (layout === this.#layout && this.#parameters.every(({ version }, i) => version === this.#versions[i])) return
     this.dispose()
     this.#versions = this.#parameters.map(({ version }) => version)
-    this.#capacity = capacity
+    this.#layout = layout
   }
 
   dispose(): void {
     for (const recorded of this.#recorded.values()) {
       if (recorded === null) continue
-      const { ids, states, first, graph } = recorded
-      for (const tensor of [ids, states, first, ...Object.values(graph.result)]) tensor?.dispose()
+      const { ids, states, numbers, first, graph } = recorded
+      for (const tensor of [ids, states, numbers, first, ...Object.values(graph.result)]) tensor?.dispose()
       graph.dispose()
     }
     this.#recorded.clear()

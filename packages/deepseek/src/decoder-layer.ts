@@ -1,5 +1,10 @@
 /** @file One transformer block: MLA (multi-head attention in a dense model), then experts (or a dense net in the leading layers), each behind a norm and added to its input. */
-import { type KvCache, MultiHeadAttention, MultiHeadLatentAttention, type RotaryEmbedding } from '@moe/attention-mla'
+import {
+  MultiHeadAttention,
+  MultiHeadLatentAttention,
+  type RotaryEmbedding,
+  type SequenceCache,
+} from '@moe/attention-mla'
 import {
   checkShared,
   forkInit,
@@ -17,7 +22,7 @@ import { type DeepSeekConfig, isMoELayer } from './config.ts'
 
 /** Options of the attention (cache) and of the experts (training, mask, losses and loads to watch). */
 export interface LayerOptions extends MoEForwardOptions {
-  readonly cache?: KvCache
+  readonly cache?: SequenceCache
   /** Layer of the cache. */
   readonly layer?: number
 }

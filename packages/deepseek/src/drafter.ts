@@ -83,7 +83,7 @@ export class Drafter {
           { length },
           (_, i) => tokens[start + i + k + 1] ?? drafts[start + i + k + 1 - tokens.length],
         )
-        const { next, best } = passes.run('', this.#pass(k), ahead, inputs)
+        const { next, best } = passes.run('', this.#pass(k), ahead, { states: inputs })
         held.push(next, best)
         drafts.push((await best.values())[0])
         const certain = Math.max(0, Math.min(length, tokens.length - (start + k + 1)))

@@ -69,6 +69,8 @@ export interface GenerationStats {
   /** Tokens drafted and accepted at each depth. */
   drafted: number[]
   accepted: number[]
+  /** Why it ended: at an end token or a stop, or at `maxTokens`. Null before, and where it was left or failed. */
+  finishReason: 'stop' | 'length' | null
   /** Tokens per pass so far: 1 without drafts, 1 + depth at most. */
   readonly tokensPerStep: number
 }
@@ -94,12 +96,13 @@ export function generation(
     steps: 0,
     drafted: new Array<number>(depth).fill(0),
     accepted: new Array<number>(depth).fill(0),
+    finishReason: null,
     get tokensPerStep() {
       return this.steps === 0 ? 0 : this.tokens / this.steps
     },
   }
   const ids = decode(Array.from(prompt), stats)
-  const once = tokenizer ? texts(ids, tokenizer, stops) : ids
+  const once = tokenizer ? texts(ids, tokenizer, stops, stats) : ids
   return { stats, [Symbol.asyncIterator]: () => once }
 }
 
@@ -137,6 +140,7 @@ async function* texts(
   ids: AsyncIterable<number>,
   tokenizer: TextTokenizer,
   stops: readonly string[],
+  stats: GenerationStats,
 ): AsyncGenerator<string> {
   const stream = tokenizer.createDecodeStream({ skipSpecialTokens: true })
   let held = ''
@@ -144,6 +148,7 @@ async function* texts(
     held += stream.push(id)
     const end = firstStop(held, stops)
     if (end >= 0) {
+      stats.finishReason = 'stop'
       if (end > 0) yield held.slice(0, end)
       return
     }
@@ -153,6 +158,7 @@ async function* texts(
   }
   held += stream.end()
   const end = firstStop(held, stops)
+  if (end >= 0) stats.finishReason = 'stop'
   const rest = end < 0 ? held : held.slice(0, end)
   if (rest !== '') yield rest
 }

@@ -7,6 +7,7 @@ export {
   type LatentConfigInput,
   parseConfig,
 } from './config.ts'
+export type { ContinuousBatch, ContinuousBatchOptions } from './continuous-batch.ts'
 export { countParameters, type ParameterCount } from './count-parameters.ts'
 export { DecoderLayer, type LayerOptions } from './decoder-layer.ts'
 export type {

@@ -5,10 +5,10 @@
  */
 import {
   type CacheOptions,
-  type KvCache,
-  LatentCache,
-  MultiHeadAttention,
+  KvCache,
   MultiHeadLatentAttention,
+  PagedCache,
+  type PagedCacheOptions,
   RotaryEmbedding,
 } from '@moe/attention-mla'
 import {
@@ -65,6 +65,7 @@ import {
   updateBias,
 } from '@moe/router'
 import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './config.ts'
+import { ContinuousBatch, type ContinuousBatchOptions } from './continuous-batch.ts'
 import { DecoderLayer, type DecoderLayerInit, isTransient, type LayerOptions, layerNames } from './decoder-layer.ts'
 import type { GenerateOptions, Generation, SessionOptions, TextOptions } from './generate.ts'
 import type { LossSource } from './loss-parts.ts'
@@ -329,9 +330,17 @@ export class DeepSeek extends Module {
   /** A cache for this model's decoder layers: latent, or keys and values in a dense model. */
   makeCache(options: Pick<CacheOptions, 'batch' | 'capacity' | 'dtype'> = {}): KvCache {
     checkOptions('DeepSeek.makeCache', options, { batch: true, capacity: true, dtype: true })
-    const all = { ...options, layers: this.#config.num_hidden_layers, backend: this.#backend }
-    const { self_attn: attention } = this.decoder[0]
-    return attention instanceof MultiHeadAttention ? attention.makeCache(all) : new LatentCache(this.#config, all)
+    return new KvCache(this.decoder[0].self_attn.cacheFeatures, { ...options, ...this.#cacheOptions })
+  }
+
+  /** The same for sequences that come and go. */
+  makePagedCache(options: Pick<PagedCacheOptions, 'tokens' | 'pageSize' | 'dtype'>): PagedCache {
+    checkOptions('DeepSeek.makePagedCache', options, { tokens: true, pageSize: true, dtype: true })
+    return new PagedCache(this.decoder[0].self_attn.cacheFeatures, { ...options, ...this.#cacheOptions })
+  }
+
+  get #cacheOptions() {
+    return { layers: this.#config.num_hidden_layers, backend: this.#backend }
   }
 
   /**
@@ -553,6 +562,11 @@ export class DeepSeek extends Module {
    */
   session(options: SessionOptions = {}): Session {
     return new Session(this, options)
+  }
+
+  /** For many texts at once, as a server makes them: each pass has a token of every text. Dispose it before the model. */
+  continuousBatch(options: ContinuousBatchOptions = {}): ContinuousBatch {
+    return new ContinuousBatch(this, options)
   }
 
   /** Writes config.json and model.safetensors in the Hugging Face layout. */

@@ -23,13 +23,16 @@ export type Scores = Float32Array | number
 /** Temperatures below this are 0: their reciprocal is about to leave f32. */
 const coldest = 1e-30
 
+/** Whether a token is drawn, and not the likeliest one taken. */
+export const isDrawn = ({ temperature = 0 }: SamplingOptions): boolean => temperature >= coldest
+
 /**
  * Where the logits `[..., V]` are: probabilities at that temperature, or the likeliest tokens `i32 [..., 1]`, the lowest of equals, at 0. The logits themselves
  * where `penalize` is still to come.
  */
 export function scoresOf(logits: Tensor, { temperature = 0, repetitionPenalty = 1 }: SamplingOptions): Tensor {
   if (repetitionPenalty !== 1) return logits
-  if (temperature < coldest) return logits.topk(1).indices
+  if (!isDrawn({ temperature })) return logits.topk(1).indices
   return softmax(logits.sub(logits.max(-1, true)).mul(1 / temperature))
 }
 
@@ -83,7 +86,7 @@ export function penalize(
   const { length } = scores
   let best = 0
   for (let i = 1; i < length; i++) if (scores[i] > scores[best]) best = i
-  if (temperature < coldest) return best
+  if (!isDrawn({ temperature })) return best
   const largest = scores[best]
   for (let i = 0; i < length; i++) scores[i] = Math.exp((scores[i] - largest) / temperature)
   return scores

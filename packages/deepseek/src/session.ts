@@ -7,8 +7,6 @@ import {
   MoeError,
   namedParameters,
   type Parameter,
-  type Precision,
-  QuantizedParameter,
   Random,
   type Tensor,
 } from '@moe/core'
@@ -27,14 +25,10 @@ import {
 } from './generate.ts'
 import type { DeepSeek } from './model.ts'
 import { penalize, sample, verifyDraft } from './sampling.ts'
+import { usualPrecision } from './usual-precision.ts'
 
 /** Most tokens of a prompt in one pass. Tests make it small. */
 export const limits = { promptPiece: 2048 }
-
-/** Stored weights are rounded more than bf16 rounds what they are multiplied with. */
-function usualPrecision(model: DeepSeek): Precision {
-  return namedParameters(model).some(({ parameter }) => parameter instanceof QuantizedParameter) ? 'bf16' : 'f32'
-}
 
 /** What holds memory. */
 interface Parts {
@@ -127,6 +121,7 @@ export class Session {
         await drafter.draft(this.#hidden, piece.length, tokens)
         this.#hidden.dispose()
       }
+      if (maxTokens === 0) stats.finishReason = 'length'
       while (stats.tokens < maxTokens) {
         await turn()
         const before = cache.lengths[0]
@@ -152,8 +147,12 @@ export class Session {
         tokens.push(...made)
         unseen = confirmed
         for (const token of made) {
-          if (ends.has(token)) return
+          if (ends.has(token)) {
+            stats.finishReason = 'stop'
+            return
+          }
           stats.tokens++
+          if (stats.tokens >= maxTokens) stats.finishReason = 'length'
           onToken?.(token)
           this.#state = 'waiting'
           yield token

@@ -2,7 +2,7 @@ import { backward, concat, noGrad, Random, randn, scope, setDefaultBackend, zero
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
-import { cacheCost, LatentCache, type MlaConfig, MultiHeadLatentAttention } from './index.ts'
+import { cacheCost, LatentCache, type MlaConfig, MultiHeadLatentAttention } from '../index.ts'
 
 setDefaultBackend(referenceBackend())
 

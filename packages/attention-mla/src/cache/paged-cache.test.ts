@@ -1,0 +1,108 @@
+import { concat, Random, randn, scope, setDefaultBackend, type Tensor } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { assertClose } from '@moe/core/testing'
+import { expect, test } from 'vitest'
+import { type MlaConfig, MultiHeadLatentAttention, PagedCache, type PagedSequence } from '../index.ts'
+
+setDefaultBackend(referenceBackend())
+
+const config: MlaConfig = {
+  hidden_size: 24,
+  num_attention_heads: 3,
+  q_lora_rank: null,
+  kv_lora_rank: 8,
+  qk_nope_head_dim: 6,
+  qk_rope_head_dim: 4,
+  v_head_dim: 5,
+}
+
+/** Whole numbers below n. */
+const dice = (seed: number) => {
+  const random = new Random(seed)
+  return (n: number) => Math.floor(random.uniform(1)[0] * n)
+}
+
+test.each([1, 2, 3])('sequences that come, share, grow and go see what they see alone (%i)', async seed => {
+  const below = dice(seed)
+  const random = new Random(seed + 10)
+  const mla = new MultiHeadLatentAttention(config, { random, deviation: 0.3 })
+  // Few tokens, so that sequences begin alike by chance; what a token is decides its input.
+  const vocabulary = Array.from({ length: 2 }, () => randn([1, 1, 24], random))
+  const inputs = (tokens: readonly number[]): Tensor =>
+    concat(
+      tokens.map(token => vocabulary[token]),
+      1,
+    )
+  const cache = new PagedCache(mla.cacheFeatures, { layers: 1, tokens: 60, pageSize: 4 })
+  const open: { tokens: number[]; sequence: PagedSequence }[] = []
+  let shared = 0
+  let turnedAway = 0
+  for (let round = 0; round < 60; round++) {
+    if (open.length < 4 && below(2) === 0) {
+      const tokens = Array.from({ length: 1 + below(12) }, () => below(2))
+      const sequence = cache.start(tokens)
+      shared += sequence.length
+      expect(sequence.length).toBeLessThan(tokens.length)
+      open.push({ tokens, sequence })
+    }
+    if (open.length > 0 && below(6) === 0) cache.release(open.splice(below(open.length), 1)[0].sequence)
+    // As many tokens of each as the one with the fewest has left; those without room leave.
+    for (const each of open.slice()) {
+      if (each.sequence.length === each.tokens.length) each.tokens.push(below(2))
+      if (cache.reserve(each.sequence, each.tokens.length)) continue
+      turnedAway++
+      cache.release(each.sequence)
+      open.splice(open.indexOf(each), 1)
+    }
+    if (open.length === 0) continue
+    const time = Math.min(...open.map(({ tokens, sequence }) => tokens.length - sequence.length))
+    const batch = cache.batch(open.map(({ sequence }) => sequence))
+    const next = open.map(({ tokens, sequence }) => inputs(tokens.slice(sequence.length, sequence.length + time)))
+    const got = await scope(() => mla.forward(concat(next, 0), { cache: batch })).values()
+    batch.advance(time)
+    for (const [i, { tokens, sequence }] of open.entries()) {
+      const whole = await scope(() => mla.forward(inputs(tokens.slice(0, sequence.length)))).values()
+      const expected = whole.subarray((sequence.length - time) * 24)
+      const own = got.subarray(i * time * 24, (i + 1) * time * 24)
+      assertClose(`round ${round}, sequence ${i}`, own, expected, { relative: 1e-5, absolute: 1e-6 })
+      cache.share(sequence, tokens)
+    }
+  }
+  expect(shared).toBeGreaterThan(0)
+  expect(turnedAway).toBeGreaterThan(0)
+  for (const { sequence } of open) cache.release(sequence)
+  expect(cache.available).toBe(60)
+  cache.dispose()
+})
+
+test('pages that others share outlive the sequence that made them, until they are needed or forgotten', () => {
+  const cache = new PagedCache(12, { layers: 1, tokens: 16, pageSize: 4 })
+  const tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+  const made = cache.start(tokens)
+  expect(cache.reserve(made, 9)).toBe(true)
+  cache.batch([made]).advance(9)
+  cache.share(made, tokens)
+  const pages = made.pages.slice(0, 2)
+  cache.release(made)
+  const other = cache.start([...tokens, 10])
+  expect(other.pages).toEqual(pages)
+  // The last token is never known: what follows it is wanted.
+  expect(cache.start(tokens.slice(0, 8)).pages).toEqual(pages.slice(0, 1))
+  expect(cache.start([0, ...tokens]).pages).toEqual([])
+  const large = cache.start([9])
+  expect(cache.reserve(large, 12)).toBe(false)
+  expect(large.pages).toEqual([])
+  expect(cache.reserve(large, 8)).toBe(true)
+  cache.forget()
+  cache.share(other, [...tokens, 10])
+  expect(cache.start(tokens).pages).toEqual([])
+  cache.dispose()
+})
+
+test('a batch without pages for its tokens is told so', () => {
+  const cache = new PagedCache(12, { layers: 1, tokens: 16, pageSize: 4 })
+  const sequence = cache.start([1])
+  expect(() => cache.batch([sequence]).reserve(1)).toThrow('call PagedCache.reserve for it before')
+  expect(() => new PagedCache(12, { layers: 1, tokens: 0 })).toThrow('tokens = 0 is not a positive integer')
+  cache.dispose()
+})

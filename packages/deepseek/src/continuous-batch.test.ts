@@ -1,0 +1,177 @@
+import { type Backend, MoeError, type Parameter, Random, setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { createBackend } from '@moe/kernels-cpu'
+import { afterAll, beforeEach, describe, expect, test } from 'vitest'
+import { type ContinuousBatchOptions, DeepSeek, type Generation, type TurnOptions } from './index.ts'
+import { tiny } from './test-tiny.ts'
+
+const reference = referenceBackend()
+const native = await createBackend()
+beforeEach(() => setDefaultBackend(reference))
+afterAll(() => native.dispose())
+
+async function read(text: Generation<number>): Promise<number[]> {
+  const ids: number[] = []
+  for await (const id of text) ids.push(id)
+  return ids
+}
+
+/** Prompts of many lengths, some of which begin alike, made in every way there is. */
+function requests(count: number): ReadonlyArray<readonly [ids: number[], options: TurnOptions]> {
+  const random = new Random(11)
+  const below = (n: number) => Math.floor(random.uniform(1)[0] * n)
+  const start = Array.from({ length: 140 }, () => below(40))
+  const ways: TurnOptions[] = [
+    {},
+    { temperature: 0.9, topP: 0.8 },
+    { repetitionPenalty: 1.3 },
+    { temperature: 1.2, topK: 5, repetitionPenalty: 1.1 },
+    { temperature: 0.5, minP: 0.1 },
+    { stop: [3, 17] },
+  ]
+  return Array.from({ length: count }, (_, i) => {
+    const own = Array.from({ length: 1 + below(20) }, () => below(40))
+    const ids = [...start.slice(0, i % 3 === 0 ? 0 : below(140)), ...own]
+    const way = ways[i % ways.length]
+    return [ids, { ...way, ...(way.temperature && { seed: i }), maxTokens: 1 + below(40) }]
+  })
+}
+
+const arms: ReadonlyArray<readonly [name: string, options: ContinuousBatchOptions]> = [
+  ['all at once', { maxTexts: 32 }],
+  ['three at a time, prompts in small pieces', { maxTexts: 3, promptPiece: 7 }],
+  ['one at a time', { maxTexts: 1 }],
+  ['with hardly any room, so that texts are sent back', { maxTexts: 8, cacheTokens: 320 }],
+]
+
+describe.each([
+  ['the reference backend', () => reference as Backend, 10],
+  ['a backend that records', () => native as Backend, 24],
+])('texts on %s', (_, of, count) => {
+  test.each(arms)('%s: each is what it is alone', async (_name, options) => {
+    const backend = of()
+    const { handles } = backend.stats()
+    const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend })
+    const batch = model.continuousBatch(options)
+    const asked = requests(count)
+    const alone: number[][] = []
+    for (const [ids, turn] of asked) alone.push(await read(model.generate(ids, { ...turn, speculative: false })))
+    // In two waves: the second comes while the first is being made.
+    const half = Math.ceil(count / 2)
+    const texts = asked.slice(0, half).map(([ids, turn]) => batch.generate(ids, turn))
+    const first = texts.map(read)
+    await first[0]
+    texts.push(...asked.slice(half).map(([ids, turn]) => batch.generate(ids, turn)))
+    const made = await Promise.all([...first, ...texts.slice(half).map(read)])
+    expect(made).toEqual(alone)
+    for (const [i, { stats }] of texts.entries()) {
+      expect(stats.tokens).toBe(alone[i].length)
+      expect(stats.finishReason).toBe(alone[i].length === asked[i][1].maxTokens ? 'length' : 'stop')
+    }
+    expect(batch.running + batch.waiting).toBe(0)
+    batch.dispose()
+    model.dispose()
+    expect(backend.stats().handles).toBe(handles)
+  })
+})
+
+test('texts of dense models, whose caches hold keys and values', async () => {
+  const { num_nextn_predict_layers: _, ...rest } = tiny
+  const dense = { ...rest, model_type: 'llama', num_key_value_heads: 1, head_dim: 12, max_position_embeddings: 256 }
+  const model = new DeepSeek(dense as never, { seed: 3, backend: native })
+  const batch = model.continuousBatch({ maxTexts: 4, promptPiece: 9, cacheDtype: 'bf16' })
+  const asked = requests(8)
+  const made = await Promise.all(asked.map(([ids, turn]) => read(batch.generate(ids, turn))))
+  for (const [i, [ids, turn]] of asked.entries()) {
+    expect(made[i]).toEqual(await read(model.generate(ids, { ...turn, cacheDtype: 'bf16' })))
+  }
+  batch.dispose()
+  model.dispose()
+})
+
+test('what texts begin with is read once, as long as weights stay', async () => {
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 512 }, { seed: 3, backend: reference })
+  const batch = model.continuousBatch()
+  const prompt = Array.from({ length: 150 }, (_, i) => (i * 7) % 40)
+  const turn = async (ids: number[]) => {
+    const text = batch.generate(ids, { maxTokens: 50 })
+    return { answer: await read(text), reused: text.stats.reused }
+  }
+  const first = await turn(prompt)
+  expect(first.reused).toBe(0)
+  // Whole pages of 64: the last token is read for what follows it.
+  expect((await turn(prompt)).reused).toBe(128)
+  expect((await turn(prompt.slice(0, 128))).reused).toBe(64)
+  expect((await turn([...prompt, ...first.answer, 5])).reused).toBe(192)
+  expect((await turn([1, ...prompt])).reused).toBe(0)
+  const { weight } = model.lm_head
+  ;(weight as Parameter).assign(weight.detach().mul(-1))
+  const changed = await turn(prompt)
+  expect(changed.reused).toBe(0)
+  expect(changed.answer).toEqual(await read(model.generate(prompt, { maxTokens: 50, speculative: false })))
+  batch.dispose()
+  model.dispose()
+})
+
+test('readers leave, abort, or never come back, and the others go on', async () => {
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: native })
+  const batch = model.continuousBatch({ maxTexts: 3 })
+  const expected = await read(model.generate([5, 6, 7], { maxTokens: 60, speculative: false }))
+  const stays = read(batch.generate([5, 6, 7], { maxTokens: 60 }))
+  const abort = new AbortController()
+  const endless = batch.generate([8, 9], { maxTokens: 1000, signal: abort.signal, onToken: () => abort.abort() })
+  const aborted = expect(read(endless)).rejects.toMatchObject({ code: 'E_ABORTED' })
+  const forgotten = batch.generate([1, 2], { maxTokens: 30 })[Symbol.asyncIterator]()
+  await forgotten.next()
+  for await (const _ of batch.generate([3], { maxTokens: 1000 })) break
+  await aborted
+  await expect(read(batch.generate([3], { signal: AbortSignal.abort() }))).rejects.toMatchObject({ code: 'E_ABORTED' })
+  expect(await stays).toEqual(expected)
+  batch.dispose()
+  model.dispose()
+})
+
+test('disposed while texts are being made', async () => {
+  const { handles } = native.stats()
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: native })
+  const batch = model.continuousBatch({ maxTexts: 1 })
+  const texts = [read(batch.generate([1, 2], { maxTokens: 1000 })), read(batch.generate([1], { maxTokens: 1000 }))]
+  const ends = texts.map(text => expect(text).rejects.toMatchObject({ code: 'E_DISPOSED' }))
+  await new Promise(resolve => setTimeout(resolve, 20))
+  batch.dispose()
+  batch.dispose()
+  await Promise.all(ends)
+  expect(() => batch.generate([1])).toThrow(expect.objectContaining({ code: 'E_DISPOSED' }))
+  await new Promise(setImmediate)
+  await new Promise(setImmediate)
+  model.dispose()
+  expect(native.stats().handles).toBe(handles)
+})
+
+test('a pass that fails ends its texts, and later ones go on', async () => {
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: reference })
+  const batch = model.continuousBatch()
+  const { hidden } = model
+  model.hidden = () => {
+    throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'test', problem: 'no memory' })
+  }
+  const fails = [read(batch.generate([1, 2])), read(batch.generate([3]))]
+  for (const text of fails) await expect(text).rejects.toMatchObject({ code: 'E_OUT_OF_MEMORY' })
+  model.hidden = hidden
+  expect(await read(batch.generate([1, 2], { maxTokens: 5 }))).toHaveLength(5)
+  batch.dispose()
+  model.dispose()
+})
+
+test('what cannot be is refused', async () => {
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: reference })
+  expect(() => model.continuousBatch({ maxTexts: 0 })).toThrow('maxTexts = 0 is not 1 or more')
+  expect(() => model.continuousBatch({ maxText: 2 } as never)).toThrow('did you mean maxTexts?')
+  const batch = model.continuousBatch({ cacheTokens: 64 })
+  expect(() => batch.generate(new Array(65).fill(1))).toThrow('the prompt has 65 tokens, and the cache has room for 64')
+  expect(() => batch.generate([])).toThrow('the prompt is empty')
+  const grows = read(batch.generate([1, 2], { maxTokens: 100 }))
+  await expect(grows).rejects.toMatchObject({ code: 'E_OUT_OF_MEMORY' })
+  batch.dispose()
+  model.dispose()
+})

@@ -1,0 +1,379 @@
+/**
+ * @file Many texts at once over one paged cache: each pass has a token of every text that is being made, so that weights are read once for all of them (Yu et al.
+ * 2022, "Orca"). Texts come and go between two passes.
+ */
+import type { PagedCache, PagedSequence } from '@moe/attention-mla'
+import {
+  checkOptions,
+  checkPrecision,
+  MoeError,
+  namedParameters,
+  type OptionNames,
+  type Parameter,
+  Random,
+} from '@moe/core'
+import { BatchStep } from './batch-step.ts'
+import { endTokens } from './config.ts'
+import {
+  type Generation,
+  type GenerationStats,
+  generation,
+  type SessionOptions,
+  type TextTurnOptions,
+  type TurnOptions,
+  turnNames,
+} from './generate.ts'
+import type { DeepSeek } from './model.ts'
+import { penalize, type Scores, sample } from './sampling.ts'
+import { usualPrecision } from './usual-precision.ts'
+
+export interface ContinuousBatchOptions extends Pick<SessionOptions, 'cacheDtype' | 'precision'> {
+  /** Most texts at once; further ones wait for their turn. Default 8. */
+  readonly maxTexts?: number
+  /**
+   * Most tokens that the cache holds for all texts, prompts included; memory is taken as they need it. Default: a whole context, or 2048 for each text where that
+   * is more.
+   */
+  readonly cacheTokens?: number
+  /** Most tokens of a prompt in one pass; between two of them the other texts get their tokens. Default 512. */
+  readonly promptPiece?: number
+}
+
+const names: OptionNames<ContinuousBatchOptions> = {
+  cacheDtype: true,
+  precision: true,
+  maxTexts: true,
+  cacheTokens: true,
+  promptPiece: true,
+}
+
+const refused = (code: 'E_ATTR' | 'E_DISPOSED' | 'E_OUT_OF_MEMORY', problem: string, fix?: string) =>
+  new MoeError({ code, op: 'generate', problem, fix })
+
+/** A text on its way. */
+class Text {
+  /** Prompt, and what was made of it. */
+  readonly tokens: number[]
+  readonly options: TurnOptions
+  readonly stats: GenerationStats
+  readonly ends: ReadonlySet<number | string>
+  /** Tokens that stand before, for penalties. */
+  readonly known: Set<number>
+  readonly random: Random
+  /** Null while it waits: it has no pages then. */
+  sequence: PagedSequence | null = null
+  /** Made, and not read yet. */
+  readonly ready: number[] = []
+  made = 0
+  /** Why nothing is made any more: for good, or by an error. */
+  finished: GenerationStats['finishReason'] = null
+  failure: { readonly error: unknown } | null = null
+  #wake: (() => void) | null = null
+
+  constructor(tokens: number[], options: TurnOptions, stats: GenerationStats, ends: readonly number[]) {
+    this.tokens = tokens
+    this.options = options
+    this.stats = stats
+    this.ends = new Set<number | string>([...ends, ...(options.stop ?? [])])
+    this.known = new Set(tokens)
+    this.random = new Random(options.seed ?? 0)
+  }
+
+  /** Tokens that the cache does not hold. */
+  get pending(): number {
+    return this.tokens.length - (this.sequence?.length ?? 0)
+  }
+
+  /** Something has happened that whoever reads the text may want to know. */
+  wake = (): void => {
+    this.#wake?.()
+    this.#wake = null
+  }
+
+  news(): Promise<void> {
+    return new Promise(resolve => {
+      this.#wake = resolve
+    })
+  }
+
+  fail(error: unknown): void {
+    this.failure = { error }
+    this.wake()
+  }
+}
+
+/** Texts of one model, as many at once as come. Made by `DeepSeek.continuousBatch`. */
+export class ContinuousBatch {
+  readonly #model: DeepSeek
+  readonly #cache: PagedCache
+  readonly #step: BatchStep
+  readonly #maxTexts: number
+  readonly #promptPiece: number
+  readonly #parameters: readonly Parameter[]
+  /** Of the weights that the cache is of. */
+  #versions: readonly number[] = []
+  /** The ones that came first in front. */
+  readonly #running: Text[] = []
+  readonly #waiting: Text[] = []
+  #working = false
+  /** Whether a pass is under way. */
+  #passing = false
+  #disposed = false
+
+  /** Internal: see `DeepSeek.continuousBatch`. */
+  constructor(model: DeepSeek, options: ContinuousBatchOptions) {
+    checkOptions('continuousBatch', options, names)
+    const { maxTexts = 8, promptPiece = 512, precision = usualPrecision(model), cacheDtype: dtype } = options
+    const { cacheTokens: tokens = Math.max(model.config.max_position_embeddings, 2048 * maxTexts) } = options
+    for (const [name, value] of Object.entries({ maxTexts, promptPiece, cacheTokens: tokens })) {
+      if (!Number.isInteger(value) || value < 1) {
+        throw new MoeError({ code: 'E_ATTR', op: 'continuousBatch', problem: `${name} = ${value} is not 1 or more` })
+      }
+    }
+    checkPrecision('continuousBatch', precision)
+    this.#model = model
+    this.#maxTexts = maxTexts
+    this.#promptPiece = promptPiece
+    this.#cache = model.makePagedCache({ tokens, dtype })
+    this.#step = new BatchStep(model, this.#cache, precision)
+    this.#parameters = namedParameters(model).map(({ parameter }) => parameter)
+  }
+
+  /** Texts that get tokens. */
+  get running(): number {
+    return this.#running.length
+  }
+
+  /** Texts that wait for a place. */
+  get waiting(): number {
+    return this.#waiting.length
+  }
+
+  /**
+   * Continues a sequence of token ids as `DeepSeek.generate` does, without drafts, beside the other texts that are being made; `stats.reused` of its tokens stood in
+   * the cache, from texts that began alike. The numbers are those of a text alone up to rounding. Tokens are made whether they are read or not; leaving the loop
+   * that reads them ends the text.
+   * @throws MoeError E_ATTR for what cannot be; E_DISPOSED; E_OUT_OF_MEMORY where one text does not fit into memory
+   */
+  generate(ids: ArrayLike<number>, options: TextTurnOptions): Generation<string>
+  generate(ids: ArrayLike<number>, options?: TurnOptions): Generation<number>
+  generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
+    checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
+    this.#needAlive()
+    const result = generation(this.#model, 0, ids, options, (tokens, stats) => this.#text(tokens, options, stats))
+    const { tokens } = this.#cache
+    if (ids.length <= tokens) return result
+    const problem = `the prompt has ${ids.length} tokens, and the cache has room for ${tokens}`
+    throw refused('E_ATTR', problem, 'pass more cacheTokens to continuousBatch, or a shorter prompt')
+  }
+
+  /** Frees the cache. Texts that are being made end with E_DISPOSED. */
+  dispose(): void {
+    if (this.#disposed) return
+    this.#disposed = true
+    for (const text of [...this.#running, ...this.#waiting]) text.fail(disposed())
+    this.#running.length = 0
+    this.#waiting.length = 0
+    // A pass that is under way needs its memory: it is freed behind it.
+    if (!this.#passing) this.#free()
+  }
+
+  #free(): void {
+    this.#step.dispose()
+    this.#cache.dispose()
+  }
+
+  #needAlive(): void {
+    if (this.#disposed) throw disposed()
+  }
+
+  /** The reader's side. */
+  async *#text(tokens: number[], options: TurnOptions, stats: GenerationStats): AsyncGenerator<number> {
+    const { signal, onToken, maxTokens = 128 } = options
+    this.#needAlive()
+    if (maxTokens === 0) {
+      stats.finishReason = 'length'
+      return
+    }
+    const text = new Text(tokens, options, stats, endTokens(this.#model.config))
+    signal?.addEventListener('abort', text.wake)
+    this.#waiting.push(text)
+    this.#work()
+    try {
+      for (;;) {
+        if (signal?.aborted) {
+          throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
+        }
+        const token = text.ready.shift()
+        if (token !== undefined) {
+          stats.tokens++
+          onToken?.(token)
+          yield token
+        } else if (text.failure) throw text.failure.error
+        else if (text.finished) {
+          stats.finishReason = text.finished
+          return
+        } else await text.news()
+      }
+    } finally {
+      signal?.removeEventListener('abort', text.wake)
+      this.#end(text)
+    }
+  }
+
+  /** Passes as long as there are texts. */
+  async #work(): Promise<void> {
+    if (this.#working) return
+    this.#working = true
+    try {
+      for (;;) {
+        // Signals, timers and readers get their turn here.
+        await new Promise(setImmediate)
+        if (this.#disposed || this.#running.length + this.#waiting.length === 0) return
+        this.#followWeights()
+        this.#admit()
+        await this.#readPrompt()
+        if (!this.#disposed) await this.#makeTokens()
+      }
+    } catch (error) {
+      for (const text of [...this.#running, ...this.#waiting]) {
+        text.fail(error)
+        this.#end(text)
+      }
+    } finally {
+      this.#working = false
+    }
+  }
+
+  /** What was read with other weights is not shared. */
+  #followWeights(): void {
+    if (this.#parameters.every(({ version }, i) => version === this.#versions[i])) return
+    this.#versions = this.#parameters.map(({ version }) => version)
+    this.#cache.forget()
+  }
+
+  #admit(): void {
+    const { available, pageSize } = this.#cache
+    let room = available
+    while (this.#running.length < this.#maxTexts) {
+      const [text] = this.#waiting
+      if (text === undefined) return
+      room -= text.tokens.length + pageSize
+      // One that would be sent back at once waits.
+      if (room < 0 && this.#running.length > 0) return
+      this.#running.push(text)
+      this.#waiting.shift()
+    }
+  }
+
+  /** A piece of the first prompt that is not read, and behind the last piece its first token. */
+  async #readPrompt(): Promise<void> {
+    const text = this.#running.find(({ pending }) => pending > 1)
+    if (text === undefined) return
+    const sequence = this.#begun(text)
+    const start = sequence.length
+    const count = Math.min(this.#promptPiece, text.pending)
+    if (!this.#reserve(text, start + count)) return
+    const last = start + count === text.tokens.length
+    await this.#pass([text], text.tokens.slice(start, start + count), last)
+  }
+
+  /** A token of each text whose tokens but one are in the cache. */
+  async #makeTokens(): Promise<void> {
+    const ready: Text[] = []
+    for (const text of [...this.#running]) {
+      if (text.pending !== 1 || !this.#running.includes(text)) continue
+      if (this.#reserve(text, this.#begun(text).length + 1)) ready.push(text)
+    }
+    // Those in front may have been sent back for the ones behind them.
+    const texts = ready.filter(({ sequence }) => sequence !== null)
+    const ids = texts.map(({ tokens }) => tokens[tokens.length - 1])
+    if (texts.length > 0) await this.#pass(texts, ids, true)
+  }
+
+  #begun(text: Text): PagedSequence {
+    if (text.sequence === null) {
+      text.sequence = this.#cache.start(text.tokens)
+      if (text.made === 0) text.stats.reused = text.sequence.length
+    }
+    return text.sequence
+  }
+
+  /** Pages for so many tokens of a text. The texts that came last are sent back to wait, as it may be itself: false then. */
+  #reserve(text: Text, tokens: number): boolean {
+    const sequence = text.sequence as PagedSequence
+    while (!this.#cache.reserve(sequence, tokens)) {
+      const last = this.#running[this.#running.length - 1]
+      if (this.#running.length === 1) {
+        const problem = `there is room for ${this.#cache.tokens} tokens, and the text has ${tokens}`
+        last.fail(
+          refused('E_OUT_OF_MEMORY', problem, 'pass a cacheDtype of bf16, more cacheTokens, or fewer maxTokens'),
+        )
+        this.#end(last)
+        return false
+      }
+      this.#running.pop()
+      this.#release(last)
+      this.#waiting.unshift(last)
+      if (last === text) return false
+    }
+    return true
+  }
+
+  async #pass(texts: readonly Text[], ids: readonly number[], scored: boolean): Promise<void> {
+    const sequences = texts.map(({ sequence }) => sequence as PagedSequence)
+    let scores: Scores[]
+    this.#passing = true
+    try {
+      scores = await this.#step.run(sequences, ids, scored ? texts.map(({ options }) => options) : undefined)
+    } catch (error) {
+      for (const text of texts) {
+        text.fail(error)
+        this.#end(text)
+      }
+      return
+    } finally {
+      this.#passing = false
+      if (this.#disposed) this.#free()
+    }
+    for (const [i, text] of texts.entries()) {
+      // Its reader may have left, and its pages may be another's.
+      if (text.sequence !== sequences[i]) continue
+      this.#cache.share(sequences[i], text.tokens)
+      if (!scored) continue
+      text.stats.steps++
+      this.#accept(text, scores[i])
+    }
+  }
+
+  #accept(text: Text, scores: Scores): void {
+    const { options, known, tokens, ready } = text
+    const token = sample(penalize(scores, known, options), options, text.random)
+    tokens.push(token)
+    known.add(token)
+    if (text.ends.has(token)) text.finished = 'stop'
+    else {
+      ready.push(token)
+      text.made++
+      if (text.made >= (options.maxTokens ?? 128)) text.finished = 'length'
+    }
+    if (text.finished) this.#end(text)
+    text.wake()
+  }
+
+  /** It needs its place no more. */
+  #end(text: Text): void {
+    for (const list of [this.#running, this.#waiting]) {
+      const at = list.indexOf(text)
+      if (at >= 0) list.splice(at, 1)
+    }
+    this.#release(text)
+  }
+
+  #release(text: Text): void {
+    if (text.sequence !== null) this.#cache.release(text.sequence)
+    text.sequence = null
+  }
+}
+
+const disposed = () => refused('E_DISPOSED', 'the batch was disposed', 'make another one: model.continuousBatch()')
