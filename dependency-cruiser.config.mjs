@@ -15,6 +15,8 @@ const edges = {
   deepseek: ['core', 'checkpoint', 'attention-mla', 'router', 'mtp'],
   trainer: ['core', 'checkpoint'],
   parallel: ['core'],
+  // Its command opens folders and chooses a backend: it is an application.
+  server: [...['core', 'deepseek', 'tokenizer-bpe'], ...['trainer', 'kernels-cuda', 'kernels-cpu', 'backend-tfjs']],
 }
 
 const notShipped = String.raw`\.(test|bench)\.ts$|/test-[^/]+\.ts$|/scripts/|/(tsup|vitest)\.config\.ts$`

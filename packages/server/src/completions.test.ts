@@ -1,0 +1,64 @@
+import { DeepSeek } from '@moe/deepseek'
+import { describe, expect, test } from 'vitest'
+import { config, events, modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
+
+describe('POST /v1/completions', () => {
+  test('gives the text that the model makes', async () => {
+    const { app, model, records, dispose } = modelServer()
+    const prompt = 'the people'
+    const response = await app.request(
+      '/v1/completions',
+      post({ model: 'tiny', prompt, max_tokens: 12, temperature: 0 }),
+    )
+    expect(response.status).toBe(200)
+    const body = await response.json()
+    let text = ''
+    const generation = model.generate(tokenizer.encode(prompt), { tokenizer, maxTokens: 12 })
+    for await (const part of generation) text += part
+    const { tokens } = generation.stats
+    expect(body).toEqual({
+      id: expect.stringMatching(/^cmpl-/),
+      object: 'text_completion',
+      created: expect.any(Number),
+      model: 'tiny',
+      choices: [{ index: 0, text, logprobs: null, finish_reason: tokens < 12 ? 'stop' : 'length' }],
+      usage: {
+        prompt_tokens: tokenizer.encode(prompt).length,
+        completion_tokens: tokens,
+        total_tokens: tokenizer.encode(prompt).length + tokens,
+        prompt_tokens_details: { cached_tokens: 0 },
+      },
+    })
+    expect(records).toMatchObject([{ method: 'POST', path: '/v1/completions', status: 200, generatedTokens: tokens }])
+    expect(dispose()).toBe(0)
+  })
+
+  test('streams the same text, its end and its figures', async () => {
+    const { app, dispose } = modelServer()
+    const ask = { prompt: 'the people', max_tokens: 12, temperature: 0.9, seed: 5, n: 2 }
+    const whole = await (await app.request('/v1/completions', post(ask))).json()
+    const streamed = { ...ask, stream: true, stream_options: { include_usage: true } }
+    const response = await app.request('/v1/completions', post(streamed))
+    expect(response.headers.get('content-type')).toBe('text/event-stream')
+    const all = (await events(response)) as Array<Record<string, any>>
+    expect(all.pop()).toBe('[DONE]')
+    const { usage, choices, ...head } = all.pop()!
+    expect(choices).toEqual([])
+    expect({ ...usage, prompt_tokens_details: null }).toEqual({ ...whole.usage, prompt_tokens_details: null })
+    const texts = ['', '']
+    const ends: unknown[] = []
+    for (const {
+      choices: [choice],
+      usage,
+      ...same
+    } of all) {
+      expect([same, usage]).toEqual([head, null])
+      texts[choice.index] += choice.text
+      if (choice.finish_reason) ends[choice.index] = choice.finish_reason
+    }
+    expect(texts).toEqual(whole.choices.map((choice: { text: string }) => choice.text))
+    expect(texts[0]).not.toBe(texts[1])
+    expect(ends).toEqual(whole.choices.map((choice: { finish_reason: string }) => choice.finish_reason))
+    expect(dispose()).toBe(0)
+  })
+})

@@ -1,0 +1,18 @@
+/** @file What the two endpoints that make texts differ in. */
+import type { FinishReason } from './text-engine.ts'
+import type { Served, WantedTexts } from './wanted-texts.ts'
+
+export interface Endpoint {
+  /** Of the response's id. */
+  readonly prefix: string
+  readonly object: string
+  readonly chunkObject: string
+  /** @throws ApiError for what cannot be */
+  wanted(body: unknown, served: Served): WantedTexts
+  /** One of `choices`, whole. */
+  choice(index: number, text: string, finish: FinishReason): object
+  /** The same in a stream: before any text; a part of it; at its end. */
+  opening(index: number): object | undefined
+  part(index: number, text: string): object
+  end(index: number, finish: FinishReason): object
+}

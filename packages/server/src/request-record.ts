@@ -1,0 +1,18 @@
+/** @file What is known of a request once it is over: for log lines and metrics. */
+import type { FinishReason } from './text-engine.ts'
+
+export interface RequestRecord {
+  readonly method: string
+  readonly path: string
+  /** 499 for a client that went away. */
+  status: number
+  /** Until the last byte of the answer was handed on. */
+  seconds: number
+  /** Of all prompts and texts; missing where the request was refused. */
+  promptTokens?: number
+  generatedTokens?: number
+  /** Of each text that ended. */
+  finishReasons?: FinishReason[]
+  /** What went wrong in here, or what the client was told. */
+  error?: unknown
+}

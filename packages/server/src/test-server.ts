@@ -1,0 +1,116 @@
+/** @file For tests: a server over a model that runs in milliseconds, and one over texts that are made up. */
+import { setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { DeepSeek, type GenerationStats, presets, type TextTurnOptions } from '@moe/deepseek'
+import { trainBpe } from '@moe/tokenizer-bpe'
+import { ChatTemplate } from '@moe/tokenizer-bpe/data'
+import { createServer, queuedEngine, type RequestRecord, type ServerOptions, type TextEngine } from './index.ts'
+
+export const tokenizer = trainBpe(['the better angels of our nature, the people: 🙂 für alle'], {
+  vocabSize: 290,
+  specialTokens: ['<|end|>', '<|begin|>', '<|user|>', '<|assistant|>'],
+  minFrequency: 1,
+})
+
+export const chatTemplate = await ChatTemplate.from({
+  chat_template:
+    "<|begin|>{% for m in messages %}{% if m.content == 'forbidden' %}{{ raise_exception('no such words') }}{% endif %}<|user|>{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+})
+
+export const config = {
+  ...presets.tiny,
+  vocab_size: tokenizer.vocabSize,
+  hidden_size: 24,
+  intermediate_size: 32,
+  moe_intermediate_size: 8,
+  num_hidden_layers: 2,
+  num_attention_heads: 2,
+  n_routed_experts: 8,
+  num_experts_per_tok: 2,
+  q_lora_rank: 12,
+  kv_lora_rank: 8,
+  qk_nope_head_dim: 8,
+  qk_rope_head_dim: 4,
+  v_head_dim: 8,
+  initializer_range: 0.3,
+  max_position_embeddings: 64,
+  bos_token_id: tokenizer.tokenToId('<|begin|>'),
+  eos_token_id: tokenizer.tokenToId('<|end|>'),
+}
+
+/** A server over a random model, on a backend of its own. */
+export function modelServer(options: Partial<ServerOptions> = {}) {
+  const backend = referenceBackend()
+  setDefaultBackend(backend)
+  const model = new DeepSeek(config, { seed: 3 })
+  const engine = queuedEngine(model)
+  const records: RequestRecord[] = []
+  const app = createServer({
+    model,
+    engine,
+    tokenizer,
+    chatTemplate,
+    name: 'tiny',
+    onRequest: record => records.push(record),
+    ...options,
+  })
+  const dispose = () => {
+    engine.dispose()
+    model.dispose()
+    return backend.stats().handles
+  }
+  return { app, model, engine, records, dispose }
+}
+
+/** What an engine was asked. */
+export interface Asked {
+  readonly ids: number[]
+  readonly options: TextTurnOptions
+}
+
+/** An engine whose texts come from a function, which gets what was asked and fills the figures in. */
+export function scriptedEngine(
+  script: (asked: Asked, stats: GenerationStats) => AsyncIterable<string>,
+): TextEngine & { readonly asked: Asked[] } {
+  const asked: Asked[] = []
+  return {
+    asked,
+    running: 0,
+    waiting: 0,
+    generate(ids, options) {
+      const stats = { reused: 0, tokens: 0, steps: 0, drafted: [], accepted: [], tokensPerStep: 0 }
+      asked.push({ ids: Array.from(ids), options })
+      const once = script(asked[asked.length - 1], stats)[Symbol.asyncIterator]()
+      return { stats, [Symbol.asyncIterator]: () => once }
+    },
+  }
+}
+
+/** A server without a model. */
+export function scriptedServer(script: Parameters<typeof scriptedEngine>[0], options: Partial<ServerOptions> = {}) {
+  const engine = scriptedEngine(script)
+  const records: RequestRecord[] = []
+  const model = { config: { ...config, vocab_size: tokenizer.vocabSize } } as unknown as ServerOptions['model']
+  const onRequest = (record: RequestRecord) => records.push(record)
+  const app = createServer({ model, engine, tokenizer, chatTemplate, name: 'tiny', onRequest, ...options })
+  return { app, engine, records }
+}
+
+export const post = (body: unknown, init: RequestInit = {}): RequestInit => ({
+  method: 'POST',
+  body: typeof body === 'string' || body instanceof Uint8Array ? (body as string) : JSON.stringify(body),
+  ...init,
+  headers: { 'content-type': 'application/json', ...init.headers },
+})
+
+/** The events of a stream: objects, and the text that ends it. */
+export async function events(response: Response): Promise<unknown[]> {
+  const text = await response.text()
+  return text
+    .split('\n\n')
+    .filter(event => event !== '')
+    .map(event => {
+      const data = event.replace(/^data: /, '')
+      return data === '[DONE]' ? data : JSON.parse(data)
+    })
+}

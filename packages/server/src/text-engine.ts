@@ -1,0 +1,18 @@
+/** @file What the server needs of whatever makes the texts. */
+import type { Generation, GenerationStats, TextTurnOptions } from '@moe/deepseek'
+
+/** Makes texts, as many as are asked for at once. */
+export interface TextEngine {
+  /** Continues a sequence of token ids, as `DeepSeek.generate` does. */
+  generate(ids: ArrayLike<number>, options: TextTurnOptions): Generation<string>
+  /** Texts that are being made, and texts that are yet to begin. */
+  readonly running: number
+  readonly waiting: number
+}
+
+export type FinishReason = 'stop' | 'length'
+
+/** Why a text ended. */
+export function finishReason(stats: GenerationStats, maxTokens: number): FinishReason {
+  return stats.tokens < maxTokens ? 'stop' : 'length'
+}

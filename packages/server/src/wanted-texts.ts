@@ -1,0 +1,82 @@
+/** @file From the fields of a request to what the engine is asked. */
+import type { DeepSeek, SamplingOptions } from '@moe/deepseek'
+import type { BpeTokenizer } from '@moe/tokenizer-bpe'
+import type { ChatTemplate } from '@moe/tokenizer-bpe/data'
+import { ApiError } from './errors.ts'
+import { MOST_TEXTS, type SharedFields } from './request-fields.ts'
+
+/** What is served. */
+export interface Served {
+  readonly model: Pick<DeepSeek, 'config'>
+  readonly tokenizer: BpeTokenizer
+  readonly chatTemplate?: ChatTemplate
+  readonly name: string
+}
+
+/** The texts that a request asks for. */
+export interface WantedTexts {
+  /** Token ids of each prompt. */
+  readonly prompts: readonly ArrayLike<number>[]
+  /** Texts for each prompt. */
+  readonly choices: number
+  /** Most tokens of a text behind a prompt of this length. */
+  readonly maxTokens: (promptLength: number) => number
+  readonly sampling: SamplingOptions & { readonly seed: number; readonly stop: readonly string[] }
+  readonly stream: boolean
+  readonly includeUsage: boolean
+}
+
+/**
+ * @param field that the prompts come from
+ * @param mostTokens default number of tokens; null: as many as the context has room for
+ * @throws ApiError 400 for what does not go together, 404 for another model
+ */
+export function wantedTexts(
+  served: Served,
+  fields: SharedFields,
+  prompts: readonly ArrayLike<number>[],
+  field: 'prompt' | 'messages',
+  mostTokens: number | null,
+): WantedTexts {
+  const { model, stream, stream_options: streamOptions, n, stop } = fields
+  if (typeof model === 'string' && model !== served.name) throw unknownModel(model, served.name)
+  if (streamOptions && !stream) {
+    throw new ApiError(400, 'stream_options goes with stream: true', { param: 'stream_options' })
+  }
+  const choices = n ?? 1
+  if (prompts.length * choices > MOST_TEXTS) {
+    const problem = `${prompts.length} prompts with ${choices} choices are ${prompts.length * choices} texts`
+    throw new ApiError(400, `${problem}, the most at once is ${MOST_TEXTS}: send several requests`, { param: field })
+  }
+  const { max_position_embeddings: context } = served.model.config
+  for (const { length } of prompts) {
+    if (length === 0) throw new ApiError(400, `${field}: there are no tokens in it`, { param: field })
+    if (length < context) continue
+    const problem = `the prompt has ${length} tokens, and this model's context ${context}, of which one is for the answer`
+    throw new ApiError(400, `${problem}: shorten it`, { param: field, code: 'context_length_exceeded' })
+  }
+  const wanted = fields.max_tokens ?? mostTokens ?? Infinity
+  return {
+    prompts,
+    choices,
+    maxTokens: length => Math.min(wanted, context - length),
+    sampling: {
+      temperature: fields.temperature ?? 1,
+      topK: fields.top_k != null && fields.top_k > 0 ? fields.top_k : undefined,
+      // 0 leaves the likeliest token, as at OpenAI.
+      topP: Math.max(fields.top_p ?? 1, Number.EPSILON),
+      minP: fields.min_p ?? undefined,
+      repetitionPenalty: fields.repetition_penalty ?? undefined,
+      // Choices have the seeds that follow, which must be others.
+      seed: (fields.seed ?? Math.floor(Math.random() * 2 ** 32)) % 2 ** 52,
+      stop: stop == null ? [] : typeof stop === 'string' ? [stop] : stop,
+    },
+    stream: stream ?? false,
+    includeUsage: streamOptions?.include_usage ?? false,
+  }
+}
+
+export function unknownModel(model: string, name: string): ApiError {
+  const message = `there is no model ${JSON.stringify(model.slice(0, 100))}: this server has ${JSON.stringify(name)}`
+  return new ApiError(404, message, { param: 'model', code: 'model_not_found' })
+}
