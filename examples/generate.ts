@@ -1,12 +1,11 @@
 /** @file Lets a trained model continue a text: what `npm start` left behind, or any checkpoint in the layout of Hugging Face. This is what `npm run generate` runs. */
-import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { text as readAll } from 'node:stream/consumers'
 import { parseArgs } from 'node:util'
 import { firstAvailable, isMoeError, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
-import { latestCheckpoint } from '@moe/trainer'
+import { modelFolder } from '@moe/trainer'
 
 const help = `Continues a text. The text goes to standard output, everything else to standard error.
 
@@ -91,18 +90,6 @@ function readArguments() {
 }
 
 const say = (text: string) => process.stderr.write(`${text}\n`)
-
-/** The model's own folder: that of the latest checkpoint where `folder` is a run's. */
-function modelFolder(folder: string): string {
-  if (existsSync(join(folder, 'config.json'))) return folder
-  const checkpoint = latestCheckpoint(folder)
-  if (checkpoint === undefined) {
-    throw new UsageError(
-      `${folder} has neither a config.json nor checkpoints. \`npm start\` trains a model into runs/quickstart.`,
-    )
-  }
-  return join(checkpoint, 'model')
-}
 
 async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   if (options.folder === undefined) throw new UsageError('which model? See --help.')

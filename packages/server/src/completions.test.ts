@@ -1,6 +1,6 @@
-import { DeepSeek } from '@moe/deepseek'
+import type { Completion } from 'openai/resources'
 import { describe, expect, test } from 'vitest'
-import { config, events, modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
+import { events, modelServer, post, tokenizer } from './test-server.ts'
 
 describe('POST /v1/completions', () => {
   test('gives the text that the model makes', async () => {
@@ -36,13 +36,13 @@ describe('POST /v1/completions', () => {
   test('streams the same text, its end and its figures', async () => {
     const { app, dispose } = modelServer()
     const ask = { prompt: 'the people', max_tokens: 12, temperature: 0.9, seed: 5, n: 2 }
-    const whole = await (await app.request('/v1/completions', post(ask))).json()
+    const whole = (await (await app.request('/v1/completions', post(ask))).json()) as Completion
     const streamed = { ...ask, stream: true, stream_options: { include_usage: true } }
     const response = await app.request('/v1/completions', post(streamed))
     expect(response.headers.get('content-type')).toBe('text/event-stream')
-    const all = (await events(response)) as Array<Record<string, any>>
+    const all = (await events(response)) as [...Completion[], unknown]
     expect(all.pop()).toBe('[DONE]')
-    const { usage, choices, ...head } = all.pop()!
+    const { usage, choices, ...head } = all.pop() as Completion
     expect(choices).toEqual([])
     expect({ ...usage, prompt_tokens_details: null }).toEqual({ ...whole.usage, prompt_tokens_details: null })
     const texts = ['', '']
@@ -51,14 +51,14 @@ describe('POST /v1/completions', () => {
       choices: [choice],
       usage,
       ...same
-    } of all) {
+    } of all as Completion[]) {
       expect([same, usage]).toEqual([head, null])
       texts[choice.index] += choice.text
       if (choice.finish_reason) ends[choice.index] = choice.finish_reason
     }
-    expect(texts).toEqual(whole.choices.map((choice: { text: string }) => choice.text))
+    expect(texts).toEqual(whole.choices.map(choice => choice.text))
     expect(texts[0]).not.toBe(texts[1])
-    expect(ends).toEqual(whole.choices.map((choice: { finish_reason: string }) => choice.finish_reason))
+    expect(ends).toEqual(whole.choices.map(choice => choice.finish_reason))
     expect(dispose()).toBe(0)
   })
 })

@@ -1,5 +1,5 @@
 /** @file Public interface of @moe/trainer. */
-export { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
+export { latestCheckpoint, modelFolder } from './checkpoints/checkpoint-folder.ts'
 export { type Corpus, type TextFilesOptions, type TextOptions, textFiles, texts } from './data/corpus.ts'
 export { type EvaluationBatch, type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
 export { type DocumentTokens, TokenDataset } from './data/token-dataset.ts'
