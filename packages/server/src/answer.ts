@@ -6,7 +6,7 @@ import { streamSSE } from 'hono/streaming'
 import type { Endpoint } from './endpoint.ts'
 import { toApiError } from './errors.ts'
 import type { RequestRecord } from './request-record.ts'
-import { type FinishReason, finishReason, type TextEngine } from './text-engine.ts'
+import type { FinishReason, TextEngine } from './text-engine.ts'
 import type { Served, WantedTexts } from './wanted-texts.ts'
 
 /** What the handling of a request knows. */
@@ -115,7 +115,7 @@ function begin(wanted: WantedTexts, { tokenizer }: Served, engine: TextEngine, s
     for (let choice = 0; choice < choices; choice++) {
       const options = { ...sampling, seed: sampling.seed + choice, maxTokens, tokenizer, signal }
       const parts = engine.generate(ids, options)
-      texts.push({ index: texts.length, parts, finish: () => finishReason(parts.stats, maxTokens) })
+      texts.push({ index: texts.length, parts, finish: () => parts.stats.finishReason ?? 'stop' })
     }
   }
   return texts

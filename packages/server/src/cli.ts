@@ -4,7 +4,6 @@ import { parseArgs } from 'node:util'
 import { firstAvailable, isMoeError, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
 import { createServer } from './create-server.ts'
 import { openFolder } from './open-folder.ts'
-import { queuedEngine } from './queued-engine.ts'
 import { requestJson, requestLine } from './request-line.ts'
 import { serve } from './serve.ts'
 
@@ -21,6 +20,9 @@ const HELP = `moe-serve FOLDER [options]: an OpenAI-compatible server of a model
   --chat-template F  a Jinja file that writes conversations (default: that of the folder)
   --weights F        store weights as bf16, fp8, int8 or int4: faster, smaller, less exact
   --precision P      f32, bf16 or fp8 arithmetic in matrix products (default: bf16 with --weights, else f32)
+  --max-texts N      texts that are made at once; others wait (default 8)
+  --cache-tokens N   tokens that are remembered of all texts (default: a context, or 2048 a text where that is more)
+  --cache FORMAT     f32 (default), or bf16 for half the memory
   --threads N        of the CPU (default: one a core)
   --json             log lines as JSON, on standard output
   --quiet            no log lines
@@ -47,20 +49,24 @@ function readArguments() {
       'chat-template': { type: 'string' },
       weights: { type: 'string' },
       precision: { type: 'string' },
+      'max-texts': { type: 'string' },
+      'cache-tokens': { type: 'string' },
+      cache: { type: 'string' },
       threads: { type: 'string' },
       json: { type: 'boolean', default: false },
       quiet: { type: 'boolean', default: false },
       help: { type: 'boolean', short: 'h', default: false },
     },
   })
-  type Numeric = 'port' | 'body-limit' | 'threads'
+  type Numeric = 'port' | 'body-limit' | 'max-texts' | 'cache-tokens' | 'threads'
   const number = (name: Numeric, least: number, most: number, whole = true) => {
     const value = Number(values[name])
     const fits = values[name] !== '' && value >= least && value <= most && (!whole || Number.isInteger(value))
     if (!fits) throw new UsageError(`--${name} is "${values[name]}", needs a number from ${least} to ${most}`)
     return value
   }
-  const oneOf = <T extends string>(name: 'weights' | 'precision', known: readonly T[]) => {
+  const optional = (name: Numeric, most: number) => (values[name] === undefined ? undefined : number(name, 1, most))
+  const oneOf = <T extends string>(name: 'weights' | 'precision' | 'cache', known: readonly T[]) => {
     const value = known.find(choice => choice === values[name])
     if (values[name] !== undefined && value === undefined)
       throw new UsageError(`--${name} is "${values[name]}", needs one of ${known.join(', ')}`)
@@ -73,7 +79,10 @@ function readArguments() {
     folder,
     port: number('port', 0, 65535),
     bodyLimit: number('body-limit', 0.001, 1024, false) * 2 ** 20,
-    threads: values.threads === undefined ? undefined : number('threads', 1, 256),
+    maxTexts: optional('max-texts', 1024),
+    cacheTokens: optional('cache-tokens', 2 ** 31),
+    cache: oneOf('cache', ['f32', 'bf16'] as const),
+    threads: optional('threads', 256),
     weights: oneOf<WeightFormat>('weights', ['bf16', 'fp8', 'int8', 'int4']),
     precision: oneOf('precision', precisions),
     apiKey: values['api-key'] ?? (process.env.MOE_API_KEY || undefined),
@@ -103,7 +112,12 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   const color = process.stderr.isTTY && !process.env.NO_COLOR
   const app = createServer({
     model,
-    engine: queuedEngine(model, { precision }),
+    engine: model.continuousBatch({
+      precision,
+      maxTexts: options.maxTexts,
+      cacheTokens: options.cacheTokens,
+      cacheDtype: options.cache,
+    }),
     tokenizer,
     chatTemplate,
     name,

@@ -1,6 +1,5 @@
 /** @file Public interface of @moe/server. */
 export { createServer, type ServerOptions } from './create-server.ts'
-export { queuedEngine } from './queued-engine.ts'
 export type { RequestRecord } from './request-record.ts'
 export { type ServeOptions, type Serving, serve } from './serve.ts'
 export type { FinishReason, TextEngine } from './text-engine.ts'

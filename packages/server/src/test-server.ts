@@ -4,7 +4,7 @@ import { referenceBackend } from '@moe/core/reference'
 import { DeepSeek, type GenerationStats, presets, type TextTurnOptions } from '@moe/deepseek'
 import { trainBpe } from '@moe/tokenizer-bpe'
 import { ChatTemplate } from '@moe/tokenizer-bpe/data'
-import { createServer, queuedEngine, type RequestRecord, type ServerOptions, type TextEngine } from './index.ts'
+import { createServer, type RequestRecord, type ServerOptions, type TextEngine } from './index.ts'
 
 export const tokenizer = trainBpe(['the better angels of our nature, the people: 🙂 für alle'], {
   vocabSize: 290,
@@ -43,7 +43,7 @@ export function modelServer(options: Partial<ServerOptions> = {}) {
   const backend = referenceBackend()
   setDefaultBackend(backend)
   const model = new DeepSeek(config, { seed: 3 })
-  const engine = queuedEngine(model)
+  const engine = model.continuousBatch({ maxTexts: 3 })
   const records: RequestRecord[] = []
   const app = createServer({
     model,
@@ -78,7 +78,15 @@ export function scriptedEngine(
     running: 0,
     waiting: 0,
     generate(ids, options) {
-      const stats = { reused: 0, tokens: 0, steps: 0, drafted: [], accepted: [], tokensPerStep: 0 }
+      const stats: GenerationStats = {
+        reused: 0,
+        tokens: 0,
+        steps: 0,
+        drafted: [],
+        accepted: [],
+        finishReason: null,
+        tokensPerStep: 0,
+      }
       asked.push({ ids: Array.from(ids), options })
       const once = script(asked[asked.length - 1], stats)[Symbol.asyncIterator]()
       return { stats, [Symbol.asyncIterator]: () => once }

@@ -1,7 +1,7 @@
 /** @file What the server needs of whatever makes the texts. */
-import type { Generation, GenerationStats, TextTurnOptions } from '@moe/deepseek'
+import type { Generation, TextTurnOptions } from '@moe/deepseek'
 
-/** Makes texts, as many as are asked for at once. */
+/** Makes texts, as many as are asked for at once: `DeepSeek.continuousBatch` does. */
 export interface TextEngine {
   /** Continues a sequence of token ids, as `DeepSeek.generate` does. */
   generate(ids: ArrayLike<number>, options: TextTurnOptions): Generation<string>
@@ -11,8 +11,3 @@ export interface TextEngine {
 }
 
 export type FinishReason = 'stop' | 'length'
-
-/** Why a text ended. */
-export function finishReason(stats: GenerationStats, maxTokens: number): FinishReason {
-  return stats.tokens < maxTokens ? 'stop' : 'length'
-}
