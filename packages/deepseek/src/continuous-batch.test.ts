@@ -113,6 +113,18 @@ test('what texts begin with is read once, as long as weights stay', async () => 
   model.dispose()
 })
 
+test('the cache moves to larger memory, and what was recorded over the old one is not used', async () => {
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 512 }, { seed: 3, backend: native })
+  const batch = model.continuousBatch({ maxTexts: 12 })
+  const alone = () => read(batch.generate([5, 6, 7], { maxTokens: 30 }))
+  const expected = await alone()
+  const many = Array.from({ length: 12 }, (_, i) => Array.from({ length: 200 }, (_, t) => (t * (i + 3)) % 40))
+  await Promise.all(many.map(ids => read(batch.generate(ids, { maxTokens: 2 }))))
+  expect(await alone()).toEqual(expected)
+  batch.dispose()
+  model.dispose()
+})
+
 test('readers leave, abort, or never come back, and the others go on', async () => {
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: native })
   const batch = model.continuousBatch({ maxTexts: 3 })

@@ -93,9 +93,42 @@ test('pages that others share outlive the sequence that made them, until they ar
   expect(cache.reserve(large, 12)).toBe(false)
   expect(large.pages).toEqual([])
   expect(cache.reserve(large, 8)).toBe(true)
+  cache.dispose()
+})
+
+/** A sequence that holds these tokens. */
+function holding(cache: PagedCache, tokens: readonly number[]): PagedSequence {
+  const sequence = cache.start(tokens)
+  expect(cache.reserve(sequence, tokens.length)).toBe(true)
+  cache.batch([sequence]).advance(tokens.length - sequence.length)
+  return sequence
+}
+
+test('a page is what it is behind the pages before it', () => {
+  const cache = new PagedCache(12, { layers: 1, tokens: 64, pageSize: 2 })
+  for (const tokens of [
+    [1, 2, 7, 7, 3],
+    [3, 4, 7, 7, 8, 8, 3],
+    [5, 6, 3],
+  ]) {
+    cache.share(holding(cache, tokens), tokens)
+  }
+  expect(cache.start([5, 6, 7, 7, 3]).length).toBe(2)
+  expect(cache.start([1, 2, 7, 7, 8, 8, 3]).length).toBe(4)
+  expect(cache.start([3, 4, 7, 7, 8, 8, 3]).length).toBe(6)
+  cache.dispose()
+})
+
+test('what was read before all was forgotten is shared with nobody', () => {
+  const cache = new PagedCache(12, { layers: 1, tokens: 64, pageSize: 4 })
+  const tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+  const before = holding(cache, tokens)
   cache.forget()
-  cache.share(other, [...tokens, 10])
+  cache.share(before, tokens)
   expect(cache.start(tokens).pages).toEqual([])
+  cache.release(before)
+  cache.share(holding(cache, tokens), tokens)
+  expect(cache.start(tokens).length).toBe(8)
   cache.dispose()
 })
 
