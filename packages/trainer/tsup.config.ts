@@ -1,3 +1,3 @@
 import { library } from '../../scripts/tsup-preset.ts'
 
-export default library({ index: 'src/index.ts' })
+export default library({ index: 'src/index.ts', watch: 'src/watch/index.ts', cli: 'src/cli.ts' })

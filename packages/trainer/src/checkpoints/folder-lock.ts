@@ -73,3 +73,14 @@ function runs(pid: number): boolean {
     return (error as NodeJS.ErrnoException).code === 'EPERM'
   }
 }
+
+/** Whether a training writes to a folder; undefined where the process that did is of another machine. */
+export function isTaken(out: string): boolean | undefined {
+  try {
+    const path = join(realpathSync.native(out), LOCK_FILE)
+    const [, host] = readFileSync(path, 'utf8').trim().split(' ')
+    return host === hostname() ? ownerOf(path) !== undefined : undefined
+  } catch {
+    return false
+  }
+}

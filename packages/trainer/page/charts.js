@@ -1,0 +1,251 @@
+/** @file One chart: a metric of several runs. */
+import { short, smoothed, ticks } from './numbers.js'
+import uPlot from './uplot.js'
+
+/** Pixels within which a line has a value under the pointer. */
+const reach = 40
+
+/** What is there of metrics whose name is known; others follow. */
+export const known = [
+  { group: 'Loss', name: 'nll', title: 'Training loss', unit: 'nats per token', heldOut: 'loss' },
+  { group: 'Loss', name: 'bitsPerByte', title: 'Held-out text', unit: 'bits per byte', heldOut: 'bitsPerByte' },
+  { group: 'Loss', name: 'loss', title: 'Objective', unit: 'what is minimised' },
+  { group: 'Loss', name: 'mtp', title: 'Multi-token prediction', unit: 'nats per token' },
+  { group: 'Experts', name: 'maxVio', title: 'MaxVio', unit: 'busiest expert over the mean, less 1; mean of layers' },
+  { group: 'Experts', name: 'maxVioWorst', title: 'MaxVio, worst layer', unit: 'busiest expert over the mean, less 1' },
+  { group: 'Experts', name: 'deadExperts', title: 'Dead experts', unit: 'without a token, all layers' },
+  { group: 'Experts', name: 'balance', title: 'Balance loss', unit: '' },
+  { group: 'Optimization', name: 'lr', title: 'Learning rate', unit: '' },
+  { group: 'Optimization', name: 'gradNorm', title: 'Gradient norm', unit: 'before clipping' },
+  { group: 'Speed', name: 'tokensPerSecond', title: 'Speed', unit: 'tokens per second' },
+]
+
+export class Chart {
+  #plot
+  #legend
+  #at
+  #key = ''
+  #box
+  #lines = []
+  #observer
+
+  /** @param what one of `known`, or alike @param zoom is called with a range of the horizontal axis */
+  constructor(what, zoom) {
+    this.what = what
+    this.zoom = zoom
+    this.element = element('section', 'chart')
+    const header = element('header', '', element('h3', '', what.title), element('span', 'unit', what.unit))
+    this.#at = header.appendChild(element('span', 'at'))
+    this.#box = element('div', 'plot')
+    this.#legend = element('ul', '')
+    this.element.append(header, this.#legend, this.#box)
+    this.#observer = new ResizeObserver(() => this.#plot?.setSize(this.#size))
+    this.#observer.observe(this.#box)
+  }
+
+  remove() {
+    this.#observer.disconnect()
+    this.#plot?.destroy()
+    this.element.remove()
+  }
+
+  get #size() {
+    return { width: Math.max(120, this.#box.clientWidth), height: this.#box.clientHeight }
+  }
+
+  /** Draws runs: `{ name, color, dash, series, state }`. */
+  draw(runs, view) {
+    const { what } = this
+    const tables = []
+    const series = [{}]
+    const bands = []
+    this.#lines = []
+    const table = (x, ...columns) => tables.push([x, ...columns])
+    for (const run of runs) {
+      const column = run.series.columns.get(what.name)
+      const x = view.across === 'tokens' ? run.series.columns.get('tokens')?.mean : run.series.steps
+      if (column && x) {
+        const visible = values => (view.logarithmic ? values.map(value => (value > 0 ? value : null)) : values)
+        const { stroke, fill, faint } = run.colors
+        if (column.min) {
+          bands.push({ series: [series.length + 1, series.length], fill })
+          series.push({ points: { show: false } }, { points: { show: false } })
+          table(x, visible(column.min), visible(column.max))
+        } else if (view.smoothing > 0) {
+          series.push({ stroke: faint, width: 1, points: { show: false } })
+          table(x, visible(column.mean))
+        }
+        this.#lines.push({ run, index: series.length })
+        series.push({ stroke, width: 2, dash: run.dash, points: { show: x.length === 1, size: 6, fill: stroke } })
+        table(x, visible(smoothed(column.mean, view.smoothing)))
+      }
+      const points = what.heldOut ? heldOut(run, what.heldOut, view.across) : []
+      if (points.length > 0) {
+        const own = what.name !== 'nll'
+        this.#lines.push({ run, index: series.length, heldOut: !own })
+        const { stroke } = run.colors
+        const marks = { show: true, size: own ? 6 : 8, width: 2, stroke, fill: own ? stroke : view.theme.card }
+        series.push({
+          stroke,
+          width: own ? 2 : 0,
+          dash: run.dash,
+          points: marks,
+          ...(own ? {} : { paths: () => null }),
+        })
+        table(
+          points.map(([at]) => at),
+          points.map(([, value]) => value),
+        )
+      }
+    }
+    this.element.hidden = tables.length === 0
+    if (tables.length === 0) return
+    const data = uPlot.join(tables)
+    const key = JSON.stringify([
+      view,
+      series.map(({ stroke, points }) => [stroke, points?.show]),
+      this.#lines.map(({ run }) => run.name),
+    ])
+    if (key === this.#key) {
+      this.#plot.setData(data, false)
+      this.#plot.setScale('x', this.#range(data[0], view.range))
+    } else {
+      this.#key = key
+      this.#plot?.destroy()
+      this.#plot = new uPlot(this.#options(series, bands, view, data), data, this.#box)
+    }
+    this.#tell()
+  }
+
+  #range(x, range) {
+    const [min, max] = range ?? [x[0], x[x.length - 1]]
+    return min < max ? { min, max } : { min: min - 1, max: max + 1 }
+  }
+
+  #options(series, bands, view, data) {
+    const { theme, logarithmic } = view
+    const axis = {
+      stroke: theme.faint,
+      font: '12px system-ui, "DejaVu Sans", sans-serif',
+      grid: { stroke: theme.grid, width: 1 },
+      ticks: { show: false },
+      values: (_, values) => values.map(short),
+    }
+    const { min, max } = this.#range(data[0], view.range)
+    return {
+      ...this.#size,
+      padding: [8, 14, 0, 0],
+      legend: { show: false },
+      series,
+      bands,
+      scales: {
+        x: { time: false, min, max },
+        y: {
+          distr: logarithmic ? 3 : 1,
+          range: (_, low, high) =>
+            low === null ? [1, 2] : logarithmic ? [low / 1.08, high * 1.08] : padded(low, high),
+        },
+      },
+      axes: [
+        {
+          ...axis,
+          splits: (u, _, low, high) => ticks(low, high, Math.max(2, u.width / 110), false),
+          label: view.across,
+          labelSize: 16,
+          labelFont: axis.font,
+          labelGap: -2,
+          size: 26,
+          gap: 4,
+        },
+        {
+          ...axis,
+          size: (u, values) => Math.max(30, ...(values ?? []).map(text => 12 + 7 * text.length)),
+          gap: 6,
+          splits: (_, __, low, high) => ticks(low, high, 5, logarithmic),
+        },
+      ],
+      cursor: {
+        y: false,
+        sync: { key: 'runs', setSeries: false },
+        drag: { x: true, y: false, setScale: false },
+        points: { size: 7 },
+        bind: { dblclick: () => () => this.zoom(null) },
+        dataIdx: (u, index, at) => nearest(u, index, at),
+      },
+      hooks: {
+        setCursor: [() => this.#tell()],
+        setSelect: [
+          u => {
+            const { left, width } = u.select
+            if (width < 4) return
+            u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false)
+            this.zoom([u.posToVal(left, 'x'), u.posToVal(left + width, 'x')])
+          },
+        ],
+      },
+    }
+  }
+
+  /** Values under the pointer, or the last ones. */
+  #tell() {
+    const u = this.#plot
+    if (!u) return
+    const { left, idxs } = u.cursor
+    const hovered = left >= 0 && idxs
+    this.#at.textContent = hovered ? `at ${Math.round(u.posToVal(left, 'x')).toLocaleString('en-US')}` : ''
+    this.#legend.replaceChildren(
+      ...this.#lines.flatMap(({ run, index, heldOut: mark }) => {
+        const values = u.data[index]
+        const value = hovered ? values[idxs[index]] : values.findLast(one => one !== null && one !== undefined)
+        if (value === null || value === undefined) return []
+        const what = mark ? ' held-out' : ''
+        return [element('li', '', swatch(run), element('i', '', `${run.name}${what}`), element('b', '', short(value)))]
+      }),
+    )
+  }
+}
+
+/** Held-out points as `[x, y]`. */
+function heldOut({ state, series }, name, across) {
+  const tokens = series.columns.get('tokens')?.mean
+  return state.heldOut.flatMap(point => {
+    if (point[name] === null) return []
+    if (across === 'step') return [[point.step, point[name]]]
+    const at = series.steps.findIndex(step => step >= point.step)
+    return tokens && at >= 0 ? [[tokens[at], point[name]]] : []
+  })
+}
+
+function nearest(u, index, at) {
+  const values = u.data[index]
+  const has = i => values[i] !== null && values[i] !== undefined
+  if (has(at)) return at
+  const x = u.data[0]
+  const here = u.valToPos(x[at], 'x')
+  for (const by of [-1, 1]) {
+    let i = at
+    while (i >= 0 && i < x.length && !has(i) && Math.abs(u.valToPos(x[i], 'x') - here) < reach) i += by
+    if (has(i) && Math.abs(u.valToPos(x[i], 'x') - here) < reach) return i
+  }
+  return null
+}
+
+function padded(low, high) {
+  const pad = 0.06 * (high - low || Math.abs(high) || 1)
+  return [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad]
+}
+
+export function swatch({ colors, dash }) {
+  const mark = element('span', 'swatch')
+  mark.style.borderTopColor = colors.stroke
+  if (dash) mark.style.borderTopStyle = 'dashed'
+  return mark
+}
+
+/** An element with a class and children, texts as they are. */
+export function element(name, className, ...children) {
+  const made = document.createElement(name)
+  if (className) made.className = className
+  made.append(...children)
+  return made
+}

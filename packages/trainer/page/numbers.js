@@ -1,0 +1,85 @@
+/** @file Numbers as people read them, and lines as they see them. */
+
+/**
+ * At most four digits that count, with k, M, G for what is large.
+ * @param {number | null | undefined} value
+ */
+export function short(value) {
+  if (value === null || value === undefined || Number.isNaN(value)) return '–'
+  const size = Math.abs(value)
+  if (size >= 1e15 || (size > 0 && size < 1e-3))
+    return value
+      .toExponential(2)
+      .replace(/\.?0+e/, 'e')
+      .replace('e+', 'e')
+  for (const [unit, letter] of [
+    [1e12, 'T'],
+    [1e9, 'G'],
+    [1e6, 'M'],
+    [1e4, 'k'],
+  ]) {
+    if (size >= Number(unit)) return `${digits(value / (letter === 'k' ? 1e3 : Number(unit)))}${letter}`
+  }
+  return digits(value)
+}
+
+/** @param {number} value */
+const digits = value => (Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(4))))
+
+/**
+ * Seconds as 0:05, 12:00, 1:02:03 or 3 d 4 h.
+ * @param {number} seconds
+ */
+export function clock(seconds) {
+  const whole = Math.round(seconds)
+  const hours = Math.floor(whole / 3600)
+  if (hours >= 48) return `${Math.floor(hours / 24)} d ${hours % 24} h`
+  const two = (/** @type {number} */ value) => String(value).padStart(2, '0')
+  const minutes = Math.floor(whole / 60) % 60
+  return hours > 0 ? `${hours}:${two(minutes)}:${two(whole % 60)}` : `${minutes}:${two(whole % 60)}`
+}
+
+/**
+ * An exponential mean that does not start at zero. What is missing stays so.
+ * @param {ReadonlyArray<number | null>} values
+ * @param {number} weight of what was before; 0 to below 1
+ */
+export function smoothed(values, weight) {
+  if (weight === 0) return values
+  let mean = 0
+  let share = 0
+  return values.map(value => {
+    if (value === null) return null
+    mean = weight * mean + (1 - weight) * value
+    share = weight * share + (1 - weight)
+    return mean / share
+  })
+}
+
+/**
+ * Where an axis has its labels: at 1, 2 or 5 times a power of ten, about as many as asked for.
+ * @param {number} least
+ * @param {number} most
+ * @param {number} count
+ * @param {boolean} logarithmic
+ */
+export function ticks(least, most, count, logarithmic) {
+  if (!(most > least)) return [least]
+  if (logarithmic && most / least > 20) {
+    const all = []
+    for (let power = Math.floor(Math.log10(least)); power <= Math.log10(most); power++)
+      all.push(...[1, 2, 5].map(factor => Number(`${factor}e${power}`)))
+    const within = all.filter(value => value >= least && value <= most)
+    const decades = within.filter(value => /^1e/.test(value.toExponential().replace('.0', '')))
+    const chosen = within.length <= 1.5 * count ? within : decades
+    const every = Math.ceil(chosen.length / (1.5 * count))
+    return chosen.filter((_, i) => i % every === 0)
+  }
+  const rough = (most - least) / count
+  const power = 10 ** Math.floor(Math.log10(rough))
+  const step = power * (rough / power >= 5 ? 10 : rough / power >= 2 ? 5 : rough / power >= 1 ? 2 : 1)
+  const all = []
+  for (let i = Math.ceil(least / step - 1e-9); i * step <= most * (1 + 1e-12) || i * step <= most; i++)
+    all.push(Number((i * step).toPrecision(12)))
+  return all
+}

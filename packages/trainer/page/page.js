@@ -1,0 +1,264 @@
+/** @file The page: what the server tells, as a list of runs and as charts. */
+import { Chart, element, known, swatch } from './charts.js'
+import { clock, short } from './numbers.js'
+
+/** Okabe and Ito's colours, told apart by who sees few, in a lighter and a darker form. Further runs have them dashed. */
+const palette = {
+  light: ['#0072b2', '#d55e00', '#009e73', '#b5569a', '#a87900', '#3a9bd1', '#4d4d4d'],
+  dark: ['#56a8e8', '#ff8a3d', '#2fc79a', '#e39ac6', '#e6b422', '#9bd3f5', '#c8c8c8'],
+}
+const dashes = [undefined, [6, 4], [2, 3]]
+/** Runs that are shown unless asked for. */
+const shownAtFirst = 8
+
+const statusText = {
+  training: 'training',
+  finished: 'finished',
+  interrupted: 'interrupted',
+  time: 'time was up',
+  failed: 'failed',
+  killed: 'ended abruptly',
+  silent: 'silent',
+  unknown: '',
+}
+
+const $ = id => document.getElementById(id)
+const dark = matchMedia('(prefers-color-scheme: dark)')
+/** By name: `{ name, order, shown, state, series, colors, dash, row }`. */
+const runs = new Map()
+const charts = new Map()
+const groups = new Map()
+const view = { smoothing: 0, across: 'step', logarithmic: false, range: null, theme: {} }
+let order = 0
+/** How far the server's clock is ahead. */
+let ahead = 0
+
+const source = new EventSource('live')
+source.onopen = () => connection('live', false)
+source.onerror = () => connection(source.readyState === EventSource.CLOSED ? 'not connected' : 'reconnecting', true)
+source.onmessage = ({ data }) => {
+  const { folder, now, runs: changed, gone } = JSON.parse(data)
+  ahead = now - Date.now()
+  $('folder').textContent = `in ${folder}`
+  document.title = `Runs in ${folder.split(/[\\/]/).pop()}`
+  for (const name of gone) {
+    runs.get(name)?.row.remove()
+    runs.delete(name)
+  }
+  const fresh = changed.filter(({ state }) => !runs.has(state.name)).map(({ state }) => state)
+  for (const state of fresh.sort((a, b) => began(a) - began(b))) add(state)
+  for (const { state, series } of changed) {
+    const run = runs.get(state.name)
+    run.state = state
+    patch(run.series, series)
+  }
+  if (fresh.length > 0) arrange()
+  redraw()
+}
+
+function connection(text, lost) {
+  $('connection').textContent = text
+  $('connection').className = lost ? 'lost' : ''
+}
+
+const began = ({ about, changed }) => Date.parse(about.began) || changed
+
+function add(state) {
+  const run = { name: state.name, order: order++, state, shown: true, series: { steps: [], columns: new Map() } }
+  runs.set(run.name, run)
+  run.row = element('div', 'run')
+  paint(run)
+}
+
+function paint(run) {
+  const colors = palette[dark.matches ? 'dark' : 'light']
+  const stroke = colors[run.order % colors.length]
+  run.colors = { stroke, faint: `${stroke}66`, fill: `${stroke}30` }
+  run.dash = dashes[Math.floor(run.order / colors.length) % dashes.length]
+}
+
+/** The latest first; of many only the latest are shown. */
+function arrange() {
+  const sorted = [...runs.values()].sort((a, b) => b.order - a.order)
+  sorted.forEach((run, i) => {
+    if (run.chosen === undefined) run.shown = i < shownAtFirst
+  })
+  $('runs').replaceChildren(...sorted.map(({ row }) => row))
+}
+
+/** Takes what was added to a series. */
+function patch(series, { from, steps, columns }) {
+  const splice = (list, values) => [...list.slice(0, from), ...values]
+  series.steps = splice(series.steps, steps)
+  const empty = Array.from({ length: from }, () => null)
+  const before = from === 0 ? new Map() : series.columns
+  series.columns = new Map(
+    columns.map(({ name, mean, min, max }) => {
+      const had = before.get(name)
+      const all = (kind, values) => values && splice(had?.[kind] ?? empty, values)
+      return [name, { mean: all('mean', mean), min: all('min', min), max: all('max', max) }]
+    }),
+  )
+}
+
+let asked = false
+/** At most once a frame. */
+function redraw() {
+  if (asked) return
+  asked = true
+  requestAnimationFrame(() => {
+    asked = false
+    list()
+    drawCharts()
+    settings()
+  })
+}
+
+function list() {
+  if (runs.size === 0) {
+    $('runs').replaceChildren(
+      element('p', 'empty', 'No runs here yet. One appears when train() has { out } below this folder.'),
+    )
+  } else $('runs').querySelector('.empty')?.remove()
+  for (const run of runs.values()) row(run)
+}
+
+function row(run) {
+  const { state, series, shown } = run
+  const { step, steps, status } = state
+  let box = run.row.querySelector('input')
+  if (!box) {
+    box = element('input', '')
+    box.type = 'checkbox'
+    box.onchange = () => {
+      run.shown = run.chosen = box.checked
+      redraw()
+    }
+    run.row.append(element('label', '', box))
+  }
+  box.checked = shown
+  const label = run.row.firstChild
+  label.replaceChildren(box, swatch(run), run.name)
+  run.row.className = shown ? 'run' : 'run hidden'
+
+  const age = (Date.now() + ahead - state.changed) / 1000
+  const quiet = status === 'training' && age > 60 ? `, last word ${clock(age)} ago` : ''
+  const bar = element('progress', '')
+  bar.max = steps ?? 1
+  bar.value = steps === null ? 0 : step
+  bar.setAttribute('aria-label', 'progress')
+  const left = state.secondsLeft === null ? '' : `, ${clock(state.secondsLeft)} left`
+  const of = steps === null ? '' : ` of ${steps.toLocaleString('en-US')}`
+  const done = element(
+    'div',
+    'done number',
+    element('span', '', `step ${step.toLocaleString('en-US')}${of}${left}${quiet}`),
+    bar,
+  )
+  const last = name => series.columns.get(name)?.mean.findLast(value => value !== null)
+  const heldOut = state.heldOut[state.heldOut.length - 1]
+  const numbers = [
+    ['loss', last('nll')],
+    ['bits per byte', heldOut?.bitsPerByte],
+    ['MaxVio', last('maxVio')],
+    ['dead experts', last('deadExperts')],
+    ['tokens/s', status === 'training' ? state.tokensPerSecond : last('tokensPerSecond')],
+  ].map(([title, value]) => element('div', 'number', element('span', '', title), element('b', '', short(value))))
+  const notes = [
+    ...(state.problem === null ? [] : [element('div', 'note bad', state.problem)]),
+    ...(state.badLines > 0 ? [element('div', 'note', `${state.badLines} lines of metrics.jsonl cannot be read`)] : []),
+    ...state.notices.slice(-2).map(notice => element('div', 'note', notice)),
+  ]
+  run.row.replaceChildren(label, element('div', `status ${status}`, statusText[status]), done, ...numbers, ...notes)
+}
+
+function drawCharts() {
+  const shown = [...runs.values()].filter(run => run.shown).sort((a, b) => a.order - b.order)
+  const names = new Set(shown.flatMap(({ series }) => [...series.columns.keys()]))
+  const others = [...names]
+    .filter(name => name !== 'tokens' && !known.some(one => one.name === name))
+    .map(name => ({ group: 'Other', name, title: name, unit: '' }))
+  for (const what of [...known, ...others]) {
+    let chart = charts.get(what.name)
+    if (!chart) {
+      chart = new Chart(what, zoom)
+      charts.set(what.name, chart)
+      groupOf(what.group).append(chart.element)
+    }
+    chart.draw(shown, view)
+  }
+  for (const [, { heading, box }] of groups) heading.hidden = ![...box.children].some(child => !child.hidden)
+}
+
+function groupOf(name) {
+  let group = groups.get(name)
+  if (!group) {
+    group = { heading: element('h2', '', name), box: element('div', 'group') }
+    groups.set(name, group)
+    $('charts').append(group.heading, group.box)
+  }
+  return group.box
+}
+
+function zoom(range) {
+  view.range = range
+  $('whole').hidden = range === null
+  redraw()
+}
+
+let settingsKey = ''
+/** A column for each run that is shown; what differs comes first. */
+function settings() {
+  const shown = [...runs.values()].filter(run => run.shown).sort((a, b) => a.order - b.order)
+  const all = shown.map(({ state }) => {
+    const { backend, device, parameters, tokensPerStep, began: at } = state.about
+    const start = at ? new Date(at).toLocaleString() : undefined
+    return { began: start, backend, device, trained: parameters, tokensPerStep, ...state.settings }
+  })
+  const key = JSON.stringify([shown.map(({ name }) => name), all])
+  if (key === settingsKey) return
+  settingsKey = key
+  const names = [...new Set(all.flatMap(Object.keys))].filter(name => all.some(one => one[name] !== undefined))
+  const differs = name => new Set(all.map(one => one[name])).size > 1
+  const rows = [...names.filter(differs), ...names.filter(name => !differs(name))].map(name =>
+    element(
+      'tr',
+      differs(name) ? 'differs' : '',
+      element('th', '', name),
+      ...all.map(one => element('td', '', one[name] === undefined ? '' : String(one[name]))),
+    ),
+  )
+  const head = element('tr', '', element('th', ''), ...shown.map(run => element('th', '', run.name)))
+  $('settings')
+    .querySelector('table')
+    .replaceChildren(head, ...rows)
+  $('settings').hidden = names.length === 0
+}
+
+function theme() {
+  const style = getComputedStyle(document.documentElement)
+  view.theme = Object.fromEntries(
+    ['faint', 'grid', 'card'].map(name => [name, style.getPropertyValue(`--${name}`).trim()]),
+  )
+  for (const run of runs.values()) paint(run)
+  redraw()
+}
+
+$('smoothing').oninput = ({ target }) => {
+  view.smoothing = Number(target.value)
+  $('smoothing-value').textContent = target.value
+  redraw()
+}
+$('across').onchange = ({ target }) => {
+  view.across = target.value === 'tokens' ? 'tokens' : 'step'
+  zoom(null)
+}
+$('logarithmic').onchange = ({ target }) => {
+  view.logarithmic = target.checked
+  redraw()
+}
+$('whole').onclick = () => zoom(null)
+document.querySelector('form').onsubmit = event => event.preventDefault()
+dark.addEventListener('change', theme)
+setInterval(() => list(), 10_000)
+theme()

@@ -1,0 +1,151 @@
+/** @file The numbers of a run in bounded memory, however long it is. */
+
+/** What a reader has of a series. */
+export interface SeriesMark {
+  readonly generation: number
+  readonly points: number
+}
+
+/** Points from an index on; what a reader had from there is replaced. */
+export interface SeriesPatch {
+  readonly from: number
+  /** Lines of a point; the last may have fewer. */
+  readonly linesPerPoint: number
+  /** The middle of each point's steps. */
+  readonly steps: readonly number[]
+  readonly columns: readonly ColumnPatch[]
+}
+
+export interface ColumnPatch {
+  readonly name: string
+  readonly mean: ReadonlyArray<number | null>
+  /** Where a point is one line, these are left out. */
+  readonly min?: ReadonlyArray<number | null>
+  readonly max?: ReadonlyArray<number | null>
+}
+
+interface Column {
+  sum: number[]
+  count: number[]
+  min: number[]
+  max: number[]
+}
+
+/** Names beyond are left out: a file that is no log of ours must not fill the memory. */
+const mostColumns = 64
+
+/**
+ * Columns by name, as mean, least and largest number of consecutive lines. When there are twice as many points as asked for, neighbours become one: memory
+ * is bounded, each line costs the same, and no peak is lost.
+ */
+export class RunSeries {
+  readonly #points: number
+  /** Changes whenever points that are there already change, the last aside. */
+  #generation = 0
+  #linesPerPoint = 1
+  #first: number[] = []
+  #last: number[] = []
+  #lines: number[] = []
+  readonly #columns = new Map<string, Column>()
+
+  /** @param points least number of points of a run that is long enough */
+  constructor(points = 1000) {
+    this.#points = points
+  }
+
+  get mark(): SeriesMark {
+    return { generation: this.#generation, points: this.#first.length }
+  }
+
+  /**
+   * Takes a line. One that does not come after the last step begins anew from there: points that reach to it or beyond are dropped.
+   * @param numbers other values are passed over
+   */
+  push(step: number, numbers: Readonly<Record<string, unknown>>): void {
+    while (this.#last.length > 0 && this.#last[this.#last.length - 1] >= step) this.#drop()
+    const at = this.#pointFor(step)
+    this.#last[at] = step
+    this.#lines[at]++
+    for (const name in numbers) {
+      const value = numbers[name]
+      if (name === 'step' || typeof value !== 'number') continue
+      const column = this.#column(name)
+      if (column === undefined) continue
+      column.sum[at] = (column.sum[at] ?? 0) + value
+      column.count[at] = (column.count[at] ?? 0) + 1
+      column.min[at] = Math.min(column.min[at] ?? Number.POSITIVE_INFINITY, value)
+      column.max[at] = Math.max(column.max[at] ?? Number.NEGATIVE_INFINITY, value)
+    }
+  }
+
+  /** What a reader lacks, its last point included: that may have grown. */
+  patch(has?: SeriesMark): SeriesPatch {
+    const from = has?.generation === this.#generation ? Math.max(0, has.points - 1) : 0
+    const points = this.#first.length
+    const whole = this.#linesPerPoint === 1
+    const steps = this.#first.slice(from).map((first, i) => Math.round((first + this.#last[from + i]) / 2))
+    const columns = [...this.#columns].map(([name, { sum, count, min, max }]) => {
+      const numbers = (of: (at: number) => number) =>
+        Array.from({ length: points - from }, (_, i) => (count[from + i] ? rounded(of(from + i)) : null))
+      const mean = numbers(at => sum[at] / count[at])
+      return whole ? { name, mean } : { name, mean, min: numbers(at => min[at]), max: numbers(at => max[at]) }
+    })
+    return { from, linesPerPoint: this.#linesPerPoint, steps, columns }
+  }
+
+  #pointFor(step: number): number {
+    const at = this.#first.length - 1
+    if (at >= 0 && this.#lines[at] < this.#linesPerPoint) return at
+    if (this.#first.length >= 2 * this.#points) {
+      this.#halve()
+      return this.#pointFor(step)
+    }
+    this.#lines.push(0)
+    this.#last.push(step)
+    return this.#first.push(step) - 1
+  }
+
+  #column(name: string): Column | undefined {
+    let column = this.#columns.get(name)
+    if (column === undefined && this.#columns.size < mostColumns) {
+      column = { sum: [], count: [], min: [], max: [] }
+      this.#columns.set(name, column)
+    }
+    return column
+  }
+
+  #drop(): void {
+    this.#generation++
+    const length = this.#first.length - 1
+    for (const list of [this.#first, this.#last, this.#lines, ...this.#lists()])
+      if (list.length > length) list.length = length
+  }
+
+  #lists(): number[][] {
+    return [...this.#columns.values()].flatMap(({ sum, count, min, max }) => [sum, count, min, max])
+  }
+
+  /** Joins each two neighbours. */
+  #halve(): void {
+    this.#generation++
+    this.#linesPerPoint *= 2
+    const pairs = (list: readonly number[], join: (a: number, b: number) => number) =>
+      Array.from({ length: Math.ceil(this.#first.length / 2) }, (_, i) => {
+        const [a, b] = [list[2 * i], list[2 * i + 1]]
+        return a === undefined ? b : b === undefined ? a : join(a, b)
+      })
+    const add = (a: number, b: number) => a + b
+    for (const column of this.#columns.values()) {
+      column.sum = pairs(column.sum, add)
+      column.count = pairs(column.count, add)
+      column.min = pairs(column.min, Math.min)
+      column.max = pairs(column.max, Math.max)
+    }
+    this.#last = pairs(this.#last, Math.max)
+    this.#lines = pairs(this.#lines, add)
+    this.#first = pairs(this.#first, Math.min)
+  }
+}
+
+/** Seven digits are enough for a chart. */
+const rounded = (value: number) => Number(value.toPrecision(7))

@@ -1,0 +1,239 @@
+/** @file A page of the runs in a folder, over HTTP. */
+import { readFile } from 'node:fs/promises'
+import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
+import { createRequire } from 'node:module'
+import { type AddressInfo, isIP } from 'node:net'
+import { dirname, join, resolve } from 'node:path'
+import { pathOf } from '@moe/checkpoint'
+import { checkOptions, MoeError } from '@moe/core'
+import { findRuns } from './find-runs.ts'
+import type { SeriesMark } from './run-series.ts'
+import { WatchedRun } from './watched-run.ts'
+
+export interface WatchOptions {
+  /** Default 7070, or any that is free where that is taken. */
+  readonly port?: number
+  /** Address to listen on. Default 127.0.0.1: this machine alone sees the page. */
+  readonly host?: string
+}
+
+export interface Watcher {
+  readonly url: string
+  /** Ends the server, and the connections of those who look. */
+  close(): Promise<void>
+}
+
+const defaultPort = 7070
+const intervalMs = 1000
+/** Rounds without a word after which a connection is shown to be alive. */
+const quietRounds = 15
+/** Bytes that a slow reader may be behind. */
+const mostBehind = 1 << 22
+
+/** Who looks: what of each run has been sent. */
+interface Reader {
+  readonly response: ServerResponse
+  readonly has: Map<string, { state: string; mark: SeriesMark; series: object }>
+  quiet: number
+}
+
+/**
+ * Serves a page with all runs below a folder, live while they train. It only reads, and only while somebody looks: `metrics.jsonl`, `events.jsonl`,
+ * `summary.json` and locks. The folder may appear later.
+ *
+ * Paths: `/` the page, `/live` its data as server-sent events, `/runs.json` the state of each run.
+ *
+ * @throws MoeError E_CONFIG when the address cannot be used
+ */
+export async function watchRuns(folder: string | URL, options: WatchOptions = {}): Promise<Watcher> {
+  checkOptions('watchRuns', options, { port: true, host: true })
+  const { port, host = '127.0.0.1' } = options
+  if (port !== undefined && !(Number.isInteger(port) && port >= 0 && port < 65536))
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'watchRuns',
+      problem: `port is ${port}`,
+      fix: 'pass one from 0 to 65535',
+    })
+  const watched = new WatchedFolder(resolve(pathOf('watchRuns', folder)))
+  const assets = await readAssets()
+  const server = createServer((request, response) => {
+    answer(watched, assets, loopback.test(host), request, response).catch(error => response.destroy(error))
+  })
+  await listen(server, port, host)
+  const address = server.address() as AddressInfo
+  return {
+    url: `http://${isIP(host) === 6 ? `[${host}]` : host}:${address.port}/`,
+    async close() {
+      watched.close()
+      server.closeAllConnections()
+      await new Promise(done => server.close(done))
+    },
+  }
+}
+
+const loopback = /^(localhost|127\.\d+\.\d+\.\d+|::1)$/
+
+async function listen(server: Server, port: number | undefined, host: string): Promise<void> {
+  const attempt = (at: number) =>
+    new Promise<void>((done, failed) => {
+      server.once('error', failed)
+      server.listen(at, host, () => {
+        server.off('error', failed)
+        done()
+      })
+    })
+  try {
+    await attempt(port ?? defaultPort).catch(error => {
+      if (port !== undefined || error.code !== 'EADDRINUSE') throw error
+      return attempt(0)
+    })
+  } catch (cause) {
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'watchRuns',
+      problem: `cannot listen on ${host}: ${(cause as Error).message}`,
+      fix: 'choose another port or host',
+      cause,
+    })
+  }
+}
+
+interface Asset {
+  readonly type: string
+  readonly content: Buffer
+}
+
+/** The page by path. */
+async function readAssets(): Promise<Map<string, Asset>> {
+  const require = createRequire(import.meta.url)
+  const page = join(dirname(require.resolve('@moe/trainer/package.json')), 'page')
+  const charts = dirname(require.resolve('uplot'))
+  const files = [
+    ['/', join(page, 'index.html'), 'text/html'],
+    ['/page.css', join(page, 'page.css'), 'text/css'],
+    ['/page.js', join(page, 'page.js'), 'text/javascript'],
+    ['/numbers.js', join(page, 'numbers.js'), 'text/javascript'],
+    ['/charts.js', join(page, 'charts.js'), 'text/javascript'],
+    ['/uplot.js', join(charts, 'uPlot.esm.js'), 'text/javascript'],
+    ['/uplot.css', join(charts, 'uPlot.min.css'), 'text/css'],
+  ]
+  const entries = files.map(async ([path, file, type]) => {
+    return [path, { type: `${type}; charset=utf-8`, content: await readFile(file) }] as const
+  })
+  return new Map(await Promise.all(entries))
+}
+
+const headers = {
+  'cache-control': 'no-store',
+  'x-content-type-options': 'nosniff',
+  'content-security-policy':
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:",
+}
+
+async function answer(
+  watched: WatchedFolder,
+  assets: ReadonlyMap<string, Asset>,
+  onlyHere: boolean,
+  request: IncomingMessage,
+  response: ServerResponse,
+): Promise<void> {
+  const refuse = (status: number, text: string) =>
+    response.writeHead(status, { ...headers, 'content-type': 'text/plain; charset=utf-8' }).end(`${text}\n`)
+  // A page of the web can have its own name lead here; it must not read what is for this machine alone.
+  const [, name = ''] = /^\[?(.*?)\]?(:\d+)?$/.exec(request.headers.host ?? '') ?? []
+  if (onlyHere && !loopback.test(name))
+    return void refuse(403, 'this address is for localhost; start with another --host to share it')
+  if (request.method !== 'GET' && request.method !== 'HEAD') return void refuse(405, 'this page only shows')
+  const path = (request.url ?? '/').replace(/[?#].*/s, '')
+  const asset = assets.get(path)
+  if (asset !== undefined) response.writeHead(200, { ...headers, 'content-type': asset.type }).end(asset.content)
+  else if (path === '/live') watched.join(response)
+  else if (path === '/runs.json') {
+    await watched.refresh()
+    response.writeHead(200, { ...headers, 'content-type': 'application/json' })
+    response.end(
+      `${JSON.stringify({ folder: watched.folder, runs: watched.runs.map(({ state }) => state) }, null, 2)}\n`,
+    )
+  } else refuse(404, 'nothing here')
+}
+
+class WatchedFolder {
+  readonly folder: string
+  readonly #runs = new Map<string, WatchedRun>()
+  readonly #readers = new Set<Reader>()
+  #refreshing: Promise<boolean> | undefined
+  #timer: NodeJS.Timeout | undefined
+  #closed = false
+
+  constructor(folder: string) {
+    this.folder = folder
+  }
+
+  get runs(): WatchedRun[] {
+    return [...this.#runs.values()]
+  }
+
+  close(): void {
+    this.#closed = true
+    clearTimeout(this.#timer)
+  }
+
+  /** Reads what was added to all runs. @returns whether there is more to read at once */
+  refresh(): Promise<boolean> {
+    this.#refreshing ??= this.#refresh().finally(() => {
+      this.#refreshing = undefined
+    })
+    return this.#refreshing
+  }
+
+  async #refresh(): Promise<boolean> {
+    const found = await findRuns(this.folder)
+    for (const name of this.#runs.keys()) if (!found.has(name)) this.#runs.delete(name)
+    let more = false
+    for (const [name, path] of found) {
+      const run = this.#runs.get(name) ?? new WatchedRun(name, path)
+      this.#runs.set(name, run)
+      if (await run.refresh()) more = true
+    }
+    return more
+  }
+
+  /** Sends all there is, and from then on what is added. */
+  join(response: ServerResponse): void {
+    response.writeHead(200, { ...headers, 'content-type': 'text/event-stream', 'x-accel-buffering': 'no' })
+    const reader: Reader = { response, has: new Map(), quiet: quietRounds }
+    this.#readers.add(reader)
+    response.on('close', () => this.#readers.delete(reader))
+    if (this.#readers.size === 1) this.#round()
+  }
+
+  async #round(): Promise<void> {
+    const more = await this.refresh()
+    for (const reader of this.#readers) this.#tell(reader)
+    if (this.#closed || this.#readers.size === 0) return
+    clearTimeout(this.#timer)
+    this.#timer = setTimeout(() => this.#round(), more ? 0 : intervalMs)
+  }
+
+  #tell(reader: Reader): void {
+    const { response, has } = reader
+    if (response.writableLength > mostBehind) return
+    const gone = [...has.keys()].filter(name => !this.#runs.has(name))
+    for (const name of gone) has.delete(name)
+    const runs = this.runs.flatMap(({ name, series, state }) => {
+      const before = has.get(name)
+      const text = JSON.stringify(state)
+      if (before?.state === text && before.series === series) return []
+      // Another series has nothing in common with the one before.
+      const patch = series.patch(before?.series === series ? before.mark : undefined)
+      has.set(name, { state: text, mark: series.mark, series })
+      return [{ state, series: patch }]
+    })
+    const first = reader.quiet === quietRounds && has.size === 0
+    if (runs.length > 0 || gone.length > 0 || first || ++reader.quiet > quietRounds) {
+      reader.quiet = 0
+      response.write(`data: ${JSON.stringify({ folder: this.folder, now: Date.now(), runs, gone })}\n\n`)
+    }
+  }
+}

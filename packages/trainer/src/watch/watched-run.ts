@@ -1,0 +1,216 @@
+/** @file A run as its folder shows it, whoever writes there. */
+import { readFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { isTaken } from '../checkpoints/folder-lock.ts'
+import { RunSeries } from './run-series.ts'
+import { TailedFile } from './tailed-file.ts'
+
+/** A measurement of held-out data. */
+export interface HeldOutPoint {
+  readonly step: number
+  /** Nats per token. */
+  readonly loss: number | null
+  readonly bitsPerByte: number | null
+  /** On all of the data. */
+  readonly final: boolean
+}
+
+/** `silent`: its process is on another machine and has not written for minutes. `killed`: it ended without a word. */
+export type RunStatus = 'training' | 'finished' | 'interrupted' | 'time' | 'failed' | 'killed' | 'silent' | 'unknown'
+
+export interface RunState {
+  /** Path below the folder that is watched. */
+  readonly name: string
+  readonly status: RunStatus
+  /** Steps done, and of the whole run where that is known. */
+  readonly step: number
+  readonly steps: number | null
+  readonly tokensPerSecond: number | null
+  /** Of training, without measurements and saving. */
+  readonly secondsLeft: number | null
+  /** When its files were last written to, in milliseconds since 1970. */
+  readonly changed: number
+  readonly about: Readonly<Record<string, unknown>>
+  readonly settings: Readonly<Record<string, unknown>>
+  readonly heldOut: readonly HeldOutPoint[]
+  readonly notices: readonly string[]
+  /** Why it failed, or why its files cannot be read. */
+  readonly problem: string | null
+  /** Lines that are no lines of a log. */
+  readonly badLines: number
+}
+
+type Fields = Readonly<Record<string, unknown>>
+
+const quietMs = 5 * 60_000
+/** More of a kind are not kept of a run. */
+const most = 2000
+const ends: ReadonlySet<unknown> = new Set(['finished', 'interrupted', 'time'])
+
+export class WatchedRun {
+  readonly name: string
+  readonly folder: string
+  readonly metrics: TailedFile
+  readonly events: TailedFile
+  series: RunSeries
+  readonly #points: number | undefined
+  #step = 0
+  #speed = 0
+  #lines = 0
+  #badLines = 0
+  #start: Fields = {}
+  #status: RunStatus = 'unknown'
+  /** What the last event but notices and measurements said. */
+  #told: RunStatus | undefined
+  #heldOut: HeldOutPoint[] = []
+  #notices: string[] = []
+  #error: string | undefined
+
+  constructor(name: string, folder: string, points?: number) {
+    this.name = name
+    this.folder = folder
+    this.#points = points
+    this.metrics = new TailedFile(join(folder, 'metrics.jsonl'))
+    this.events = new TailedFile(join(folder, 'events.jsonl'))
+    this.series = new RunSeries(points)
+  }
+
+  /** Reads what was added. @returns whether there is more to read at once */
+  async refresh(): Promise<boolean> {
+    const more = await this.metrics.read(
+      text => this.#metricsLine(text),
+      () => this.#forgetMetrics(),
+    )
+    const moreEvents = await this.events.read(
+      text => this.#eventLine(text),
+      () => this.#forgetEvents(),
+    )
+    if (this.events.changed === 0) await this.#readSummary()
+    this.#status = this.#statusNow()
+    return more || moreEvents
+  }
+
+  get state(): RunState {
+    const { steps, tokensPerStep, settings, type, time, ...about } = this.#start
+    const left = isNumber(steps) && isNumber(tokensPerStep) && this.#speed > 0 && this.#status === 'training'
+    return {
+      name: this.name,
+      status: this.#status,
+      step: this.#step,
+      steps: isNumber(steps) ? steps : null,
+      tokensPerSecond: this.#speed > 0 ? this.#speed : null,
+      secondsLeft: left ? Math.max(0, ((steps - this.#step) * tokensPerStep) / this.#speed) : null,
+      changed: Math.max(this.metrics.changed, this.events.changed),
+      about: { ...about, began: time },
+      settings: isFields(settings) ? settings : {},
+      heldOut: this.#heldOut,
+      notices: this.#notices,
+      problem: this.#error ?? this.metrics.problem ?? this.events.problem ?? null,
+      badLines: this.#badLines,
+    }
+  }
+
+  #metricsLine(text: string): void {
+    const line = fieldsOf(text)
+    const step = line?.['step']
+    if (line === undefined || !isNumber(step) || step < 0) {
+      this.#badLines++
+      return
+    }
+    this.series.push(step, line)
+    this.#step = step
+    const speed = line['tokensPerSecond']
+    // The first steps warm up caches and would spoil the estimate for long.
+    if (isNumber(speed)) this.#speed = this.#lines++ < 2 ? speed : 0.9 * this.#speed + 0.1 * speed
+  }
+
+  #forgetMetrics(): void {
+    this.series = new RunSeries(this.#points)
+    this.#step = 0
+    this.#speed = 0
+    this.#lines = 0
+    this.#badLines = 0
+  }
+
+  #eventLine(text: string): void {
+    const event = fieldsOf(text)
+    switch (event?.['type']) {
+      case 'start': {
+        const { fromStep } = event
+        this.#start = event
+        this.#told = undefined
+        this.#error = undefined
+        // What is measured again counts.
+        if (isNumber(fromStep)) this.#heldOut = this.#heldOut.filter(({ step }) => step <= fromStep)
+        break
+      }
+      case 'evaluation':
+        this.#measured(event)
+        break
+      case 'notice':
+        if (typeof event['message'] === 'string') this.#notices = [...this.#notices.slice(-19), event['message']]
+        break
+      case 'end':
+        this.#ended(event['result'])
+        break
+      case 'fail':
+        this.#told = 'failed'
+        this.#error = isFields(event['error']) ? String(event['error']['message']) : String(event['error'])
+        break
+    }
+  }
+
+  #measured({ step, loss, bitsPerByte, final }: Fields): void {
+    if (!isNumber(step) || this.#heldOut.length >= most) return
+    const point = { step, loss: numberOr(loss), bitsPerByte: numberOr(bitsPerByte), final: final === true }
+    // A run that goes on after its last step measures once more.
+    this.#heldOut = [...this.#heldOut.filter(other => other.step !== step), point].sort((a, b) => a.step - b.step)
+  }
+
+  #ended(result: unknown): void {
+    const stopped = isFields(result) ? result['stopped'] : undefined
+    this.#told = ends.has(stopped) ? (stopped as RunStatus) : 'finished'
+  }
+
+  #forgetEvents(): void {
+    this.#start = {}
+    this.#told = undefined
+    this.#heldOut = []
+    this.#notices = []
+    this.#error = undefined
+  }
+
+  /** Of a folder without `events.jsonl`, the result. */
+  async #readSummary(): Promise<void> {
+    const summary = fieldsOf(await readFile(join(this.folder, 'summary.json'), 'utf8').catch(() => ''))
+    if (summary === undefined) return
+    const { steps, validation, backend, device, precision, parameters } = summary
+    this.#forgetEvents()
+    this.#start = { backend, device, precision, parameters, steps }
+    if (isFields(validation)) this.#measured({ ...validation, step: steps, final: true })
+    this.#ended(summary)
+  }
+
+  #statusNow(): RunStatus {
+    if (this.#told !== undefined) return this.#told
+    const taken = isTaken(this.folder)
+    if (taken === true) return 'training'
+    const quiet = Date.now() - Math.max(this.metrics.changed, this.events.changed) > quietMs
+    if (taken === undefined) return quiet ? 'silent' : 'training'
+    return this.events.changed > 0 ? 'killed' : 'unknown'
+  }
+}
+
+const isNumber = (value: unknown): value is number => typeof value === 'number'
+const numberOr = (value: unknown) => (isNumber(value) ? value : null)
+const isFields = (value: unknown): value is Fields =>
+  typeof value === 'object' && value !== null && !Array.isArray(value)
+
+function fieldsOf(text: string): Fields | undefined {
+  try {
+    const value: unknown = JSON.parse(text)
+    return isFields(value) ? value : undefined
+  } catch {
+    return undefined
+  }
+}
