@@ -74,8 +74,8 @@ export default {
   ],
   options: {
     doNotFollow: { path: 'node_modules' },
-    // Peers have dependencies outside the workspace.
-    exclude: { path: '(^|/)(dist|build|fixtures|bench/peers)/' },
+    // Peers have dependencies outside the workspace; what a page imports only its server knows.
+    exclude: { path: '(^|/)(dist|build|fixtures|bench/peers|trainer/page)/' },
     tsConfig: { fileName: 'tsconfig.json' },
     tsPreCompilationDeps: true,
     enhancedResolveOptions: {

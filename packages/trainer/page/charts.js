@@ -159,7 +159,7 @@ export class Chart {
         },
         {
           ...axis,
-          size: (u, values) => Math.max(30, ...(values ?? []).map(text => 12 + 7 * text.length)),
+          size: (_, values) => Math.max(30, ...(values ?? []).map(text => 12 + 7 * text.length)),
           gap: 6,
           splits: (_, __, low, high) => ticks(low, high, 5, logarithmic),
         },
