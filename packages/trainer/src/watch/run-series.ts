@@ -11,7 +11,7 @@ export interface SeriesPatch {
   readonly from: number
   /** Lines of a point; the last may have fewer. */
   readonly linesPerPoint: number
-  /** The middle of each point's steps. */
+  /** The middle of each point's steps; of the first point its first, of the last its last. */
   readonly steps: readonly number[]
   readonly columns: readonly ColumnPatch[]
 }
@@ -83,7 +83,10 @@ export class RunSeries {
     const from = has?.generation === this.#generation ? Math.max(0, has.points - 1) : 0
     const points = this.#first.length
     const whole = this.#linesPerPoint === 1
-    const steps = this.#first.slice(from).map((first, i) => Math.round((first + this.#last[from + i]) / 2))
+    const steps = this.#first.slice(from).map((first, i) => {
+      const last = this.#last[from + i]
+      return from + i === points - 1 ? last : from + i === 0 ? first : Math.round((first + last) / 2)
+    })
     const columns = [...this.#columns].map(([name, { sum, count, min, max }]) => {
       const numbers = (of: (at: number) => number) =>
         Array.from({ length: points - from }, (_, i) => (count[from + i] ? rounded(of(from + i)) : null))

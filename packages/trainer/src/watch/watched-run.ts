@@ -113,7 +113,7 @@ export class WatchedRun {
   #metricsLine(text: string): void {
     const line = fieldsOf(text)
     const step = line?.['step']
-    if (line === undefined || !isNumber(step) || step < 0) {
+    if (line === undefined || !isStep(step)) {
       this.#badLines++
       return
     }
@@ -161,7 +161,7 @@ export class WatchedRun {
   }
 
   #measured({ step, loss, bitsPerByte, final }: Fields): void {
-    if (!isNumber(step) || this.#heldOut.length >= most) return
+    if (!isStep(step) || this.#heldOut.length >= most) return
     const point = { step, loss: numberOr(loss), bitsPerByte: numberOr(bitsPerByte), final: final === true }
     // A run that goes on after its last step measures once more.
     this.#heldOut = [...this.#heldOut.filter(other => other.step !== step), point].sort((a, b) => a.step - b.step)
@@ -202,6 +202,7 @@ export class WatchedRun {
 }
 
 const isNumber = (value: unknown): value is number => typeof value === 'number'
+const isStep = (value: unknown): value is number => Number.isSafeInteger(value) && Number(value) >= 0
 const numberOr = (value: unknown) => (isNumber(value) ? value : null)
 const isFields = (value: unknown): value is Fields =>
   typeof value === 'object' && value !== null && !Array.isArray(value)

@@ -1,0 +1,201 @@
+import { spawnSync } from 'node:child_process'
+import { appendFile, rename, rm, writeFile } from 'node:fs/promises'
+import { hostname } from 'node:os'
+import { join } from 'node:path'
+import { Worker } from 'node:worker_threads'
+import { afterEach, describe, expect, test } from 'vitest'
+import { BigramModel, letterData, removeTemporaryFolders, roundingBackend, temporaryFolder } from '../test-model.ts'
+import { train } from '../train.ts'
+import { WatchedRun } from './watched-run.ts'
+
+afterEach(removeTemporaryFolders)
+
+const jsonl = (lines: readonly unknown[]) => lines.map(line => `${JSON.stringify(line)}\n`).join('')
+
+const metrics = (from: number, to: number, nll = 2) =>
+  jsonl(
+    Array.from({ length: to - from + 1 }, (_, i) => {
+      return { step: from + i, nll, tokens: 8 * (from + i), tokensPerSecond: 100 }
+    }),
+  )
+
+const start = { type: 'start', time: '2026-01-01T00:00:00.000Z', backend: 'reference', steps: 10, tokensPerStep: 8 }
+
+async function watched() {
+  const folder = await temporaryFolder()
+  const run = new WatchedRun('a run', folder)
+  const write = (name: string, text: string) => appendFile(join(folder, name), text)
+  const state = async () => {
+    while (await run.refresh());
+    return run.state
+  }
+  const nll = () => run.series.patch().columns.find(({ name }) => name === 'nll')?.mean
+  return { folder, run, write, state, nll }
+}
+
+test('a training, while it goes on and when it is done', async () => {
+  const { folder, run, state } = await watched()
+  const seen: unknown[] = []
+  class Watching extends BigramModel {
+    async afterStep() {
+      const { status, steps } = await state()
+      seen.push([status, steps])
+      return super.afterStep()
+    }
+  }
+  const result = await train(new Watching({ backend: roundingBackend() }), {
+    data: letterData(),
+    steps: 6,
+    batchSize: 2,
+    sequenceLength: 8,
+    evalEvery: 3,
+    lr: 0.01,
+    out: folder,
+    progress: false,
+  })
+  expect(seen).toEqual(Array.from({ length: 6 }, () => ['training', 6]))
+  const done = await state()
+  expect(done).toMatchObject({
+    name: 'a run',
+    status: 'finished',
+    step: 6,
+    steps: 6,
+    secondsLeft: null,
+    about: { backend: 'reference' },
+    settings: { lr: 0.01, batchSize: 2 },
+    problem: null,
+    badLines: 0,
+  })
+  expect(done.heldOut.map(({ step, final }) => [step, final])).toEqual([
+    [3, false],
+    [6, true],
+  ])
+  expect(done.heldOut[1].bitsPerByte).toBe(result.validation.bitsPerByte)
+  expect(run.series.patch().steps).toEqual([1, 2, 3, 4, 5, 6])
+})
+
+describe('lines', () => {
+  test('what is no line of a log is counted and passed over', async () => {
+    const { write, state, nll } = await watched()
+    const steps = ['', '"2"', '-1', '1.5', '1e999', 'null'].map(step => `{"step":${step}}`)
+    const bad = ['{"step":', 'null', '[1]', '{"nll":1}', ...steps]
+    await write('metrics.jsonl', `${metrics(1, 1)}${bad.join('\n')}\n${metrics(2, 2)}`)
+    await write('events.jsonl', `${jsonl([start])}oops\n{"type":7}\n[]\n{"type":"evaluation","step":null}\n`)
+    expect(await state()).toMatchObject({ step: 2, steps: 10, badLines: bad.length, heldOut: [] })
+    expect(nll()).toEqual([2, 2])
+  })
+
+  test('half a line is not bad: it is not there yet', async () => {
+    const { write, state, nll } = await watched()
+    const text = metrics(1, 2)
+    await write('metrics.jsonl', text.slice(0, -10))
+    expect(await state()).toMatchObject({ step: 1, badLines: 0 })
+    await write('metrics.jsonl', text.slice(-10))
+    expect(await state()).toMatchObject({ step: 2, badLines: 0 })
+    expect(nll()).toEqual([2, 2])
+  })
+})
+
+describe('a run that goes on from a checkpoint', () => {
+  const evaluation = (step: number, loss: number) => ({ type: 'evaluation', step, loss, bitsPerByte: 1, final: false })
+
+  test('has the later numbers where the log was cut', async () => {
+    const { folder, write, state, nll } = await watched()
+    await write('metrics.jsonl', metrics(1, 6))
+    await state()
+    // As `train` does.
+    await writeFile(join(folder, 'metrics.tmp'), metrics(1, 4))
+    await rename(join(folder, 'metrics.tmp'), join(folder, 'metrics.jsonl'))
+    await write('metrics.jsonl', metrics(5, 7, 1))
+    expect(await state()).toMatchObject({ step: 7 })
+    expect(nll()).toEqual([2, 2, 2, 2, 1, 1, 1])
+  })
+
+  test('and where it was not', async () => {
+    const { write, state, nll } = await watched()
+    await write('metrics.jsonl', metrics(1, 6))
+    await state()
+    await write('metrics.jsonl', metrics(5, 5, 1))
+    expect(await state()).toMatchObject({ step: 5 })
+    expect(nll()).toEqual([2, 2, 2, 2, 1])
+  })
+
+  test('drops measurements behind it, and how it ended before', async () => {
+    const { write, state } = await watched()
+    await write('events.jsonl', jsonl([start, evaluation(3, 3), evaluation(6, 2)]))
+    await write('events.jsonl', jsonl([{ type: 'fail', error: { code: 'E_NAN', message: 'not finite' } }]))
+    expect(await state()).toMatchObject({ status: 'failed', problem: 'not finite' })
+    await write('events.jsonl', jsonl([{ ...start, fromStep: 4 }, evaluation(6, 1)]))
+    expect(await state()).toMatchObject({ problem: null, heldOut: [{ loss: 3 }, { loss: 1 }] })
+  })
+})
+
+test('a folder that is emptied has nothing left of the run', async () => {
+  const { folder, write, state, run } = await watched()
+  await write('metrics.jsonl', metrics(1, 3))
+  await write('events.jsonl', jsonl([start, { type: 'notice', message: 'look' }]))
+  expect(await state()).toMatchObject({ step: 3, notices: ['look'] })
+  await rm(join(folder, 'metrics.jsonl'))
+  await rm(join(folder, 'events.jsonl'))
+  expect(await state()).toMatchObject({ step: 0, steps: null, notices: [], status: 'unknown', changed: 0 })
+  expect(run.series.patch()).toMatchObject({ steps: [], columns: [] })
+})
+
+describe('status', () => {
+  const end = (stopped?: string) => ({ type: 'end', result: { stopped } })
+  const dead = spawnSync(process.execPath, ['-e', '']).pid
+
+  test.each([
+    ['training', [start], `${process.ppid} ${hostname()}`],
+    ['killed', [start], `${dead} ${hostname()}`],
+    ['killed', [start], undefined],
+    ['training', [start], '1 elsewhere.example'],
+    ['finished', [start, end()], undefined],
+    ['interrupted', [start, end('interrupted')], undefined],
+    ['time', [start, end('time')], undefined],
+    ['failed', [start, { type: 'fail', error: { message: 'no' } }], undefined],
+    ['finished', [start, end('who knows')], undefined],
+    ['unknown', [], undefined],
+  ])('%s', async (status, events, lock) => {
+    const { write, state } = await watched()
+    await write('metrics.jsonl', metrics(1, 4))
+    if (events.length > 0) await write('events.jsonl', jsonl(events))
+    if (lock !== undefined) await write('training.lock', `${lock}\n`)
+    expect(await state()).toMatchObject({ status, secondsLeft: status === 'training' && lock ? 0.48 : null })
+  })
+
+  test('a folder of a run that wrote no events has its summary', async () => {
+    const { write, state } = await watched()
+    await write('metrics.jsonl', metrics(1, 4))
+    await write('summary.json', JSON.stringify({ steps: 4, backend: 'kernels-cpu', validation: { bitsPerByte: 1.5 } }))
+    expect(await state()).toMatchObject({
+      status: 'finished',
+      steps: 4,
+      about: { backend: 'kernels-cpu' },
+      heldOut: [{ step: 4, loss: null, bitsPerByte: 1.5, final: true }],
+    })
+  })
+})
+
+test('a million lines fit into a small heap, and into a few points', async () => {
+  const { folder, write } = await watched()
+  const count = 1_000_000
+  for (let at = 0; at < count; at += 50_000) {
+    const lines = Array.from({ length: 50_000 }, (_, i) => `{"step":${at + i + 1},"nll":${i % 7},"lr":1,"a":2,"b":3}\n`)
+    await write('metrics.jsonl', lines.join(''))
+  }
+  // Kept as they are, the numbers alone would be 32 MB, and their objects several times that.
+  const program = `
+    import(${JSON.stringify(new URL('watched-run.ts', import.meta.url).href)}).then(async ({ WatchedRun }) => {
+      const run = new WatchedRun('long', ${JSON.stringify(folder)})
+      while (await run.refresh());
+      require('node:worker_threads').parentPort.postMessage({ step: run.state.step, patch: run.series.patch() })
+    })`
+  const worker = new Worker(program, { eval: true, resourceLimits: { maxOldGenerationSizeMb: 24 } })
+  const { step, patch } = await new Promise<{ step: number; patch: ReturnType<WatchedRun['series']['patch']> }>(
+    (done, failed) => worker.once('message', done).once('error', failed),
+  )
+  expect(step).toBe(count)
+  expect(patch.steps.length).toBeLessThanOrEqual(2000)
+  expect([patch.steps[0], patch.steps[patch.steps.length - 1]]).toEqual([1, count])
+})
