@@ -166,7 +166,9 @@ function row(run) {
   ].map(([title, value]) => element('div', 'number', element('span', '', title), element('b', '', short(value))))
   const notes = [
     ...(state.problem === null ? [] : [element('div', 'note bad', state.problem)]),
-    ...(state.badLines > 0 ? [element('div', 'note', `${state.badLines} lines of metrics.jsonl cannot be read`)] : []),
+    ...(state.badLines > 0
+      ? [element('div', 'note', `lines of metrics.jsonl that cannot be read: ${state.badLines}`)]
+      : []),
     ...state.notices.slice(-2).map(notice => element('div', 'note', notice)),
   ]
   run.row.replaceChildren(label, element('div', `status ${status}`, statusText[status]), done, ...numbers, ...notes)
