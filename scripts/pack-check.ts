@@ -103,7 +103,7 @@ function installAndImport(packages: Packed[]): void {
   const native = foldersIn(join(app, 'node_modules', '@moe')).some(
     folder => /kernels-cpu-/.test(folder) && hasLibrary(folder),
   )
-  writeFileSync(join(app, 'import-all.js'), importAll(entries) + (native ? useNativeKernels() : ''))
+  writeFileSync(join(app, 'import-all.js'), importAll(entries) + openPage() + (native ? useNativeKernels() : ''))
   for (const node of nodes()) {
     const output = execFileSync(node, ['import-all.js'], { cwd: app, encoding: 'utf8' })
     for (const line of output.split('\n').filter(Boolean)) problems.push(line)
@@ -137,6 +137,22 @@ function importAll(entries: string[]): string {
   } catch (error) {
     console.log(entry + ': ' + (error?.stack ?? error))
   }
+}
+`
+}
+
+/** A program that prints a line for each file of the page of runs that is not served. */
+function openPage(): string {
+  return `const { watchRuns } = await import('@moe/trainer/watch')
+try {
+  const watcher = await watchRuns('runs', { port: 0 })
+  for (const path of ['', 'page.js', 'uplot.js']) {
+    const { status } = await fetch(watcher.url + path)
+    if (status !== 200) console.log('@moe/trainer/watch: /' + path + ' is answered by ' + status)
+  }
+  await watcher.close()
+} catch (error) {
+  console.log('@moe/trainer/watch: ' + (error?.stack ?? error))
 }
 `
 }
