@@ -175,30 +175,38 @@ test('runs.json has the state of each run', async () => {
 })
 
 describe('live', () => {
+  /** The next message in which a run has a step: files may be seen before anything is in them. */
+  async function until(stream: AsyncGenerator<Message>, name: string, step: number) {
+    for (;;) {
+      const { runs, gone } = (await stream.next()).value as Message
+      const run = runs.find(({ state }) => state.name === name && state.step === step)
+      if (run !== undefined) return { ...run.series, others: runs.length - 1, gone }
+    }
+  }
+
   test('first all there is, then what is added, and what is gone', async () => {
     const folder = await temporaryFolder()
     await makeRun(folder, 'a', 3)
     const url = await watch(folder)
     const stream = messages(url)
-    const next = async () => (await stream.next()).value as Message
-    const first = await next()
+    const first = (await stream.next()).value as Message
     expect(first).toMatchObject({ folder, gone: [], runs: [{ state: { name: 'a', step: 3 } }] })
     expect(first.runs[0].series).toMatchObject({ from: 0, steps: [1, 2, 3] })
     await appendFile(join(folder, 'a', 'metrics.jsonl'), '{"step":4,"nll":9}\n{"step":5,')
-    expect(await next()).toMatchObject({ runs: [{ series: { from: 2, steps: [3, 4] } }] })
+    expect(await until(stream, 'a', 4)).toMatchObject({ from: 2, steps: [3, 4], others: 0 })
     await appendFile(join(folder, 'a', 'metrics.jsonl'), '"nll":8}\n')
-    expect(await next()).toMatchObject({ runs: [{ series: { from: 3, steps: [4, 5] } }] })
-    await makeRun(folder, 'b')
-    expect(await next()).toMatchObject({ runs: [{ state: { name: 'b' } }] })
+    expect(await until(stream, 'a', 5)).toMatchObject({ from: 3, steps: [4, 5], others: 0 })
+    await makeRun(folder, 'b', 2)
+    expect(await until(stream, 'b', 2)).toMatchObject({ from: 0, steps: [1, 2], others: 0 })
     await rm(join(folder, 'a'), { recursive: true })
-    expect(await next()).toMatchObject({ runs: [], gone: ['a'] })
+    let gone: readonly string[] = []
+    while (gone.length === 0) gone = ((await stream.next()).value as Message).gone
+    expect(gone).toEqual(['a'])
     await makeRun(folder, 'a', 2)
-    expect(await next()).toMatchObject({
-      runs: [{ state: { name: 'a', step: 2 }, series: { from: 0, steps: [1, 2] } }],
-    })
+    expect(await until(stream, 'a', 2)).toMatchObject({ from: 0, steps: [1, 2], others: 0, gone: [] })
     // A second reader has it all, though the first has been told.
     const second = messages(url)
-    expect(((await second.next()).value as Message).runs.length).toBe(2)
+    expect(await until(second, 'a', 2)).toMatchObject({ from: 0, steps: [1, 2], others: 1 })
     await stream.return(undefined)
     await second.return(undefined)
   })
@@ -210,8 +218,7 @@ describe('live', () => {
     await stream.next()
     await rm(join(folder, 'a', 'metrics.jsonl'))
     await makeRun(folder, 'a', 4)
-    const { runs } = (await stream.next()).value as Message
-    expect(runs[0].series).toMatchObject({ from: 0, steps: [1, 2, 3, 4] })
+    expect(await until(stream, 'a', 4)).toMatchObject({ from: 0, steps: [1, 2, 3, 4] })
     await stream.return(undefined)
   })
 

@@ -37,7 +37,7 @@ test('a training, while it goes on and when it is done', async () => {
   const { folder, run, state } = await watched()
   const seen: unknown[] = []
   class Watching extends BigramModel {
-    async afterStep() {
+    override async afterStep() {
       const { status, steps } = await state()
       seen.push([status, steps])
       return super.afterStep()
