@@ -118,6 +118,8 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
   const size = countParameters(model.config)
   say(`model       ${millions(parameterCount(model))} parameters, ${millions(size.active)} active per token`)
 
+  say('watch       npm run watch (in another terminal: the run in a browser)')
+
   const { precision } = options
   const optimizer = options.optimizer as 'muon' | 'adamw'
   const batchSize = Number(options.batch)

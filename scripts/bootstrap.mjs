@@ -24,6 +24,14 @@ const commands = {
     nativeRequired: false,
     allVariants: false,
   }),
+  /** Shows runs in a browser. */
+  watch: args => ({
+    script: 'packages/trainer/src/cli.ts',
+    args: ['watch', ...args],
+    ownGroup: true,
+    nativeRequired: false,
+    allVariants: false,
+  }),
   test: args => ({
     script: 'node_modules/vitest/vitest.mjs',
     args: ['run', ...reporters(args), ...args],
