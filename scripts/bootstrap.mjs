@@ -32,6 +32,14 @@ const commands = {
     nativeRequired: false,
     allVariants: false,
   }),
+  /** Serves a model by OpenAI's protocol. */
+  serve: args => ({
+    script: 'packages/server/src/cli.ts',
+    args,
+    ownGroup: true,
+    nativeRequired: false,
+    allVariants: false,
+  }),
   test: args => ({
     script: 'node_modules/vitest/vitest.mjs',
     args: ['run', ...reporters(args), ...args],
