@@ -77,7 +77,7 @@ export function ticks(least, most, count, logarithmic) {
   }
   const rough = (most - least) / count
   const power = 10 ** Math.floor(Math.log10(rough))
-  const step = power * (rough / power >= 5 ? 10 : rough / power >= 2 ? 5 : rough / power >= 1 ? 2 : 1)
+  const step = power * (rough / power >= 7 ? 10 : rough / power >= 3.5 ? 5 : rough / power >= 1.5 ? 2 : 1)
   const all = []
   for (let i = Math.ceil(least / step - 1e-9); i * step <= most * (1 + 1e-12) || i * step <= most; i++)
     all.push(Number((i * step).toPrecision(12)))
