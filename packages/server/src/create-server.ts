@@ -2,7 +2,6 @@
 import { createHash, timingSafeEqual } from 'node:crypto'
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import { Hono } from 'hono'
-import { bodyLimit } from 'hono/body-limit'
 import { cors } from 'hono/cors'
 import { methodNotAllowed } from 'hono/method-not-allowed'
 import type { ContentfulStatusCode } from 'hono/utils/http-status'
@@ -118,13 +117,9 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
     if (id !== name) throw unknownModel(id, name)
     return c.json(listed)
   })
-  const limited = bodyLimit({
-    maxSize,
-    onError: () => refuse(413, `the request has more than ${maxSize} bytes: send less`, 'request_too_large'),
-  })
   const post = (path: string, endpoint: Endpoint) =>
-    app.post(path, limited, async c => {
-      const wanted = endpoint.wanted(await readJson(c.req), options)
+    app.post(path, async c => {
+      const wanted = endpoint.wanted(await readJson(c.req.raw, maxSize), options)
       return answer(c, endpoint, wanted, options, engine)
     })
   post('/v1/completions', completions)
@@ -138,18 +133,13 @@ function refuse(status: number, message: string, code: string, headers?: Record<
   return Response.json(new ApiError(status, message, { code }).toJSON(), { status, headers })
 }
 
-/** @throws ApiError 400, 415 */
-async function readJson(request: {
-  header(name: string): string | undefined
-  arrayBuffer(): Promise<ArrayBuffer>
-}): Promise<unknown> {
+/** @throws ApiError 400, 413, 415 */
+async function readJson(request: Request, maxSize: number): Promise<unknown> {
   // Web pages may send text to any server without asking it first, JSON they may not.
-  if (!/^application\/(json|[\w.+-]+\+json)\s*(;|$)/i.test(request.header('content-type') ?? '')) {
+  if (!/^application\/(json|[\w.+-]+\+json)\s*(;|$)/i.test(request.headers.get('content-type') ?? '')) {
     throw new ApiError(415, 'the body is not declared as JSON: send the header Content-Type: application/json')
   }
-  const bytes = await request.arrayBuffer().catch(cause => {
-    throw new ApiError(400, 'the body did not arrive as a whole', { cause })
-  })
+  const bytes = await readBytes(request, maxSize)
   let text: string
   try {
     text = new TextDecoder('utf-8', { fatal: true }).decode(bytes)
@@ -160,5 +150,31 @@ async function readJson(request: {
     return JSON.parse(text)
   } catch (cause) {
     throw new ApiError(400, `the body is no JSON: ${(cause as Error).message}`, { cause })
+  }
+}
+
+/**
+ * The body, whose length need not be declared. It is looked at only once it is to be read: Node's server reads past what nobody looks at, and keeps the connection.
+ * @throws ApiError 400, 413
+ */
+async function readBytes(request: Request, maxSize: number): Promise<Uint8Array> {
+  const check = (size: number) => {
+    if (size <= maxSize) return
+    const message = `the request has more than ${maxSize} bytes: send less`
+    throw new ApiError(413, message, { code: 'request_too_large' })
+  }
+  check(Number(request.headers.get('content-length') ?? 0))
+  const parts: Uint8Array[] = []
+  let size = 0
+  // Not `for await`: leaving that loop ends the connection before the client has its answer.
+  const reader = request.body?.getReader()
+  for (;;) {
+    const part = await reader?.read().catch(cause => {
+      throw new ApiError(400, 'the body did not arrive as a whole', { cause })
+    })
+    if (part?.value === undefined) return Buffer.concat(parts)
+    parts.push(part.value)
+    size += part.value.length
+    check(size)
   }
 }

@@ -56,9 +56,13 @@ function read(path: string): string {
 }
 
 function parse(path: string): ChatConfig {
+  const text = read(path).replace(/^\uFEFF/, '')
+  let config: unknown
   try {
-    return JSON.parse(read(path).replace(/^\uFEFF/, ''))
+    config = JSON.parse(text)
   } catch (cause) {
     throw new MoeError({ code: 'E_CHECKPOINT', op: path, problem: `is no JSON: ${(cause as Error).message}`, cause })
   }
+  if (typeof config === 'object' && config !== null && !Array.isArray(config)) return config as ChatConfig
+  throw new MoeError({ code: 'E_CHECKPOINT', op: path, problem: 'is no JSON object' })
 }

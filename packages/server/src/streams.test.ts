@@ -1,0 +1,149 @@
+/** @file What a stream has in its parts: whole characters, and nothing of what ends it. */
+import { Random, setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { DeepSeek } from '@moe/deepseek'
+import type { BpeTokenizer } from '@moe/tokenizer-bpe'
+import type { ChatCompletionChunk, Completion } from 'openai/resources'
+import { describe, expect, test } from 'vitest'
+import { createServer } from './index.ts'
+import { config, events, modelServer, post, tokenizer } from './test-server.ts'
+
+const _paths = ['/v1/completions', '/v1/chat/completions'] as const
+
+/** A server whose model's tokens are replaced, on their way to a text, by those that were asked for. */
+function sayingServer() {
+  const backend = referenceBackend()
+  setDefaultBackend(backend)
+  const model = new DeepSeek({ ...config, eos_token_id: undefined }, { seed: 3 })
+  const engine = model.continuousBatch({ maxTexts: 3 })
+  let said: readonly number[] = []
+  const replaced = {
+    encode: (text: string) => tokenizer.encode(text),
+    createDecodeStream(options: object) {
+      const [ids, stream] = [said, tokenizer.createDecodeStream(options)]
+      let at = 0
+      return { push: () => stream.push(ids[at++]), end: () => stream.end() }
+    },
+  }
+  const app = createServer({ model, engine, tokenizer: replaced as unknown as BpeTokenizer, name: 'tiny' })
+  const dispose = () => {
+    engine.dispose()
+    model.dispose()
+    return backend.stats().handles
+  }
+  /** What comes of these tokens, in the parts in which it comes, and why it ended. */
+  const say = async (ids: readonly number[], stop: readonly string[]) => {
+    said = ids
+    const ask = { prompt: [1], max_tokens: ids.length, stop }
+    const whole = (await (await app.request('/v1/completions', post(ask))).json()) as Completion
+    const response = await app.request('/v1/completions', post({ ...ask, stream: true }))
+    const all = (await events(response)) as [...Completion[], unknown]
+    expect(all.pop()).toBe('[DONE]')
+    const choices = (all as Completion[]).map(({ choices: [choice] }) => choice)
+    const end = choices.pop()
+    expect(end?.text).toBe('')
+    expect(end?.finish_reason).toBe(whole.choices[0].finish_reason)
+    expect(choices.every(({ finish_reason: none }) => none === null)).toBe(true)
+    const parts = choices.map(({ text }) => text)
+    expect(parts.join('')).toBe(whole.choices[0].text)
+    return { parts, text: parts.join(''), reason: end?.finish_reason, tokens: whole.usage?.completion_tokens }
+  }
+  return { say, dispose }
+}
+
+/** The token of each byte. */
+const byteTokens = Array.from({ length: tokenizer.vocabSize }, (_, id) => tokenizer.tokenBytes(id)).reduce(
+  (found, bytes, id) => (bytes.length === 1 && !found.has(bytes[0]) ? found.set(bytes[0], id) : found),
+  new Map<number, number>(),
+)
+const bytewise = (text: string) => Array.from(new TextEncoder().encode(text), byte => byteTokens.get(byte) as number)
+
+describe('texts in a stream', () => {
+  test('characters come whole, stops not at all, wherever tokens break', async () => {
+    const { say, dispose } = sayingServer()
+    const random = new Random(5)
+    const characters = ['a', 'b', 'ab', 'é', 'ü', '€', '、', '🙂', '👍🏽', ' ']
+    const drawn = (least: number, most: number) =>
+      Array.from(
+        { length: least + random.integer(most - least + 1) },
+        () => characters[random.integer(characters.length)],
+      )
+    let stopped = 0
+    for (let i = 0; i < 80; i++) {
+      const text = drawn(3, 9).join('')
+      const ids = random.next() < 0.7 ? bytewise(text) : [...tokenizer.encode(text)]
+      if (ids.length > 60) continue
+      const stops = Array.from({ length: random.integer(4) }, () => {
+        const whole = [...text]
+        const at = random.integer(whole.length)
+        return random.next() < 0.8 ? whole.slice(at, at + 1 + random.integer(3)).join('') : drawn(1, 2).join('')
+      })
+      // The fewest tokens that a stop is in, without the beginning of a character.
+      let [expected, tokens] = [text, ids.length]
+      for (let n = 1; n <= ids.length; n++) {
+        const so = tokenizer.decode(ids.slice(0, n)).replace(/\ufffd$/, '')
+        const ats = stops.map(stop => so.indexOf(stop)).filter(at => at >= 0)
+        if (ats.length === 0) continue
+        ;[expected, tokens] = [so.slice(0, Math.min(...ats)), n]
+        break
+      }
+      const ends = stops.some(stop => text.includes(stop))
+      if (ends) stopped++
+      const about = JSON.stringify({ text, stops, ids })
+      const made = await say(ids, stops)
+      expect(made, about).toMatchObject({ text: expected, reason: ends ? 'stop' : 'length', tokens })
+      for (const part of made.parts) {
+        expect(part.length, about).toBeGreaterThan(0)
+        expect(part, about).not.toMatch(/\ufffd|^[\udc00-\udfff]|[\ud800-\udbff]$/)
+      }
+    }
+    expect(stopped).toBeGreaterThan(20)
+    expect(stopped).toBeLessThan(75)
+    expect(dispose()).toBe(0)
+  })
+
+  test('a stop that does not come is given in the end, and is not held back for longer than it may come', async () => {
+    const { say, dispose } = sayingServer()
+    expect((await say(bytewise('abcabd'), ['abcabc'])).text).toBe('abcabd')
+    expect((await say(bytewise('aab'), ['ab'])).parts).toEqual(['a'])
+    expect(await say(bytewise('xab'), ['abc'])).toMatchObject({ parts: ['x', 'ab'], reason: 'length' })
+    expect(await say(bytewise('🙂'), ['🙂'])).toMatchObject({ parts: [], reason: 'stop', tokens: 4 })
+    expect(await say(bytewise('a🙂!'), ['🙂!'])).toMatchObject({ parts: ['a'], reason: 'stop', tokens: 6 })
+    dispose()
+  })
+
+  test('a text that its length cuts within a character ends with one replacement character', async () => {
+    const { say, dispose } = sayingServer()
+    for (const n of [1, 2, 3]) {
+      const made = await say(bytewise('a🙂').slice(0, 1 + n), ['b'])
+      expect(made).toMatchObject({ parts: ['a', '\ufffd'], reason: 'length' })
+    }
+    dispose()
+  })
+
+  test('special tokens are no text, and do not end one', async () => {
+    const { say, dispose } = sayingServer()
+    const special = tokenizer.tokenToId('<|user|>') as number
+    const made = await say([...bytewise('a'), special, ...bytewise('b')], ['<|user|>'])
+    expect(made).toMatchObject({ text: 'ab', reason: 'length' })
+    dispose()
+  })
+
+  test('a chat gives its role first and its end last, and nothing but text between', async () => {
+    const { app, dispose } = modelServer()
+    const path = '/v1/chat/completions'
+    const response = await app.request(path, post({ messages: [{ role: 'user', content: 'the' }], stream: true, n: 2, max_tokens: 8, seed: 1 }))
+    const all = (await events(response)) as [...ChatCompletionChunk[], unknown]
+    expect(all.pop()).toBe('[DONE]')
+    for (const index of [0, 1]) {
+      const own = (all as ChatCompletionChunk[]).map(({ choices: [choice] }) => choice).filter(c => c.index === index)
+      expect(own[0]).toMatchObject({ delta: { role: 'assistant', content: '' }, finish_reason: null })
+      expect(own[own.length - 1]).toMatchObject({ delta: {}, finish_reason: expect.stringMatching(/^(stop|length)$/) })
+      for (const { delta, finish_reason: none } of own.slice(1, -1)) {
+        expect([Object.keys(delta), none]).toEqual([['content'], null])
+        expect(delta.content).not.toBe('')
+      }
+    }
+    expect(dispose()).toBe(0)
+  })
+})
