@@ -132,7 +132,10 @@ describe('texts in a stream', () => {
   test('a chat gives its role first and its end last, and nothing but text between', async () => {
     const { app, dispose } = modelServer()
     const path = '/v1/chat/completions'
-    const response = await app.request(path, post({ messages: [{ role: 'user', content: 'the' }], stream: true, n: 2, max_tokens: 8, seed: 1 }))
+    const response = await app.request(
+      path,
+      post({ messages: [{ role: 'user', content: 'the' }], stream: true, n: 2, max_tokens: 8, seed: 1 }),
+    )
     const all = (await events(response)) as [...ChatCompletionChunk[], unknown]
     expect(all.pop()).toBe('[DONE]')
     for (const index of [0, 1]) {
