@@ -1,9 +1,9 @@
 /** @file New tokens of sequences that share a paged cache through the main model. */
 import type { PagedBatch, PagedCache, PagedSequence } from '@moe/attention-mla'
-import { type Precision, softmax, type Tensor } from '@moe/core'
+import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
 import type { DeepSeek } from './model.ts'
-import { isDrawn, type SamplingOptions, type Scores, scoresOf } from './sampling.ts'
+import { isDrawn, probabilitiesOf, type SamplingOptions, type Scores, scoresOf } from './sampling.ts'
 
 type Out = {
   /** The likeliest tokens, `i32 [B, 1, 1]`. Where nothing is asked for, the hidden states. */
@@ -83,12 +83,9 @@ export class BatchStep {
     if (!wanted.scores) return { best: hidden }
     const time = ids.shape[1]
     const logits = this.#model.lm_head.forward(hidden.narrow(1, time - 1, time))
-    const best = scoresOf(logits, {})
     return {
-      best,
-      ...(scales && {
-        probabilities: softmax(logits.sub(logits.max(-1, true)).mul(scales.reshape([batch.batch, 1, 1]))),
-      }),
+      best: scoresOf(logits, {}),
+      ...(scales && { probabilities: probabilitiesOf(logits, scales.reshape([batch.batch, 1, 1])) }),
       ...(wanted.logits && { logits }),
     }
   }

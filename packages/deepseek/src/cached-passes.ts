@@ -16,6 +16,9 @@ import type { DeepSeek } from './model.ts'
 /** Longest run that is recorded. Attention over it is absorbed, so that no shape depends on how much the cache holds. */
 const longestRecorded = 8
 
+/** Most tokens of a recorded run. Each number of sequences has a graph of its own, with memory for its logits; where there are many, launches are little of the time. */
+const mostRecorded = 32
+
 /** What a pass is given besides tokens. */
 export interface PassInputs {
   /** `[B, n, D]`. */
@@ -67,7 +70,7 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
     const time = ids.length / cache.batch
     const opByOp = () =>
       keep(this.#infer(() => pass(this.#upload(ids), inputs.states, this.#uploadNumbers(inputs.numbers))))
-    if (!this.#records || time > longestRecorded) return opByOp()
+    if (!this.#records || time > longestRecorded || ids.length > mostRecorded) return opByOp()
     cache.reserve(time)
     this.#check()
     const key = `${kind} ${time}`

@@ -182,8 +182,44 @@ test('what cannot be is refused', async () => {
   const batch = model.continuousBatch({ cacheTokens: 64 })
   expect(() => batch.generate(new Array(65).fill(1))).toThrow('the prompt has 65 tokens, and the cache has room for 64')
   expect(() => batch.generate([])).toThrow('the prompt is empty')
-  const grows = read(batch.generate([1, 2], { maxTokens: 100 }))
-  await expect(grows).rejects.toMatchObject({ code: 'E_OUT_OF_MEMORY' })
+  batch.dispose()
+  model.dispose()
+})
+
+test('a text that fills the cache alone ends there', async () => {
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: reference })
+  const batch = model.continuousBatch({ cacheTokens: 64 })
+  const text = batch.generate([1, 2], { maxTokens: 100 })
+  // 64 are read, and what follows the last of them is made.
+  expect(await read(text)).toEqual(await read(model.generate([1, 2], { maxTokens: 63, speculative: false })))
+  expect(text.stats.finishReason).toBe('length')
+  batch.dispose()
+  model.dispose()
+})
+
+test('where memory ends before the cache is full, texts wait, and one that does not fit alone fails', async () => {
+  const whole = referenceBackend()
+  let full = true
+  const concat: typeof whole.primitives.concat = (...of) => {
+    const isCache = of[0].every(({ shape }) => shape.length === 3 && shape[1] === 64 && shape[2] === 12)
+    if (full && isCache) throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'concat', problem: 'no memory' })
+    return whole.primitives.concat(...of)
+  }
+  const backend = { ...whole, primitives: { ...whole.primitives, concat } }
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 4096 }, { seed: 3, backend })
+  // 16 pages of 64 tokens are there from the start.
+  const batch = model.continuousBatch()
+  const prompts = [1, 2, 3].map(first => [first, ...Array.from({ length: 480 }, (_, i) => (i * first) % 40)])
+  const made = await Promise.all(prompts.map(ids => read(batch.generate(ids, { maxTokens: 4 }))))
+  const large = new Array(1100).fill(7)
+  expect(() => batch.generate(large)).toThrow('the prompt has 1100 tokens, and the cache has room for 1024')
+  const other = model.continuousBatch({ promptPiece: 2048 })
+  await expect(read(other.generate(large))).rejects.toThrow('there is memory for 1024 tokens, and the text has 1100')
+  other.dispose()
+  full = false
+  for (const [i, ids] of prompts.entries()) {
+    expect(made[i]).toEqual(await read(model.generate(ids, { maxTokens: 4, speculative: false })))
+  }
   batch.dispose()
   model.dispose()
 })

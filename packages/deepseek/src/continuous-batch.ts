@@ -31,8 +31,8 @@ export interface ContinuousBatchOptions extends Pick<SessionOptions, 'cacheDtype
   /** Most texts at once; further ones wait for their turn. Default 8. */
   readonly maxTexts?: number
   /**
-   * Most tokens that the cache holds for all texts, prompts included; memory is taken as they need it. Default: a whole context, or 2048 for each text where that
-   * is more.
+   * Most tokens that the cache holds for all texts, prompts included; memory is taken as they need it. A text that alone has as many ends there, as at `maxTokens`.
+   * Default: a whole context, or 2048 for each text where that is more.
    */
   readonly cacheTokens?: number
   /** Most tokens of a prompt in one pass; between two of them the other texts get their tokens. Default 512. */
@@ -60,6 +60,8 @@ class Text {
   /** Tokens that stand before, for penalties. */
   readonly known: Set<number>
   readonly random: Random
+  /** Most tokens to make. */
+  readonly most: number
   /** Null while it waits: it has no pages then. */
   sequence: PagedSequence | null = null
   /** Made, and not read yet. */
@@ -70,8 +72,14 @@ class Text {
   failure: { readonly error: unknown } | null = null
   #wake: (() => void) | null = null
 
-  constructor(tokens: number[], options: TurnOptions, stats: GenerationStats, ends: readonly number[]) {
+  constructor(
+    tokens: number[],
+    options: TurnOptions,
+    stats: GenerationStats,
+    { ends, most }: { readonly ends: readonly number[]; readonly most: number },
+  ) {
     this.tokens = tokens
+    this.most = most
     this.options = options
     this.stats = stats
     this.ends = new Set<number | string>([...ends, ...(options.stop ?? [])])
@@ -195,7 +203,9 @@ export class ContinuousBatch {
       stats.finishReason = 'length'
       return
     }
-    const text = new Text(tokens, options, stats, endTokens(this.#model.config))
+    // The last token that is made is not read.
+    const most = Math.min(maxTokens, this.#cache.tokens - tokens.length + 1)
+    const text = new Text(tokens, options, stats, { ends: endTokens(this.#model.config), most })
     signal?.addEventListener('abort', text.wake)
     this.#waiting.push(text)
     this.#work()
@@ -305,10 +315,8 @@ export class ContinuousBatch {
     while (!this.#cache.reserve(sequence, tokens)) {
       const last = this.#running[this.#running.length - 1]
       if (this.#running.length === 1) {
-        const problem = `there is room for ${this.#cache.tokens} tokens, and the text has ${tokens}`
-        last.fail(
-          refused('E_OUT_OF_MEMORY', problem, 'pass a cacheDtype of bf16, more cacheTokens, or fewer maxTokens'),
-        )
+        const problem = `there is memory for ${this.#cache.tokens} tokens, and the text has ${tokens}`
+        last.fail(refused('E_OUT_OF_MEMORY', problem, 'pass a cacheDtype of bf16, or fewer maxTokens'))
         this.#end(last)
         return false
       }
@@ -336,6 +344,7 @@ export class ContinuousBatch {
       this.#passing = false
       if (this.#disposed) this.#free()
     }
+    if (this.#disposed) return
     for (const [i, text] of texts.entries()) {
       // Its reader may have left, and its pages may be another's.
       if (text.sequence !== sequences[i]) continue
@@ -355,7 +364,7 @@ export class ContinuousBatch {
     else {
       ready.push(token)
       text.made++
-      if (text.made >= (options.maxTokens ?? 128)) text.finished = 'length'
+      if (text.made >= text.most) text.finished = 'length'
     }
     if (text.finished) this.#end(text)
     text.wake()

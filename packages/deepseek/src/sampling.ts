@@ -33,7 +33,12 @@ export const isDrawn = ({ temperature = 0 }: SamplingOptions): boolean => temper
 export function scoresOf(logits: Tensor, { temperature = 0, repetitionPenalty = 1 }: SamplingOptions): Tensor {
   if (repetitionPenalty !== 1) return logits
   if (!isDrawn({ temperature })) return logits.topk(1).indices
-  return softmax(logits.sub(logits.max(-1, true)).mul(1 / temperature))
+  return probabilitiesOf(logits, 1 / temperature)
+}
+
+/** Of logits `[..., V]` at the reciprocal of a temperature, one for all or of each row. */
+export function probabilitiesOf(logits: Tensor, coldness: Tensor | number): Tensor {
+  return softmax(logits.sub(logits.max(-1, true)).mul(coldness))
 }
 
 /** @throws MoeError E_ATTR for a value outside its range. */
