@@ -1,9 +1,9 @@
-/** @file Quickstart and generate as a user runs them, on few addresses and steps: files, Ctrl-C, that --resume continues the run bit for bit. */
+/** @file Quickstart, generate and chat as a user runs them, on few addresses and steps: files, Ctrl-C, that --resume continues the run bit for bit. */
 import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { readMetrics } from '@moe/trainer'
+import { modelFolder, readMetrics } from '@moe/trainer'
 import { afterAll, describe, expect, test } from 'vitest'
 import { sendSignal, startProgram } from '../scripts/test-program.ts'
 
@@ -157,5 +157,36 @@ describe('generate.ts', () => {
     expect(code).toBe(1)
     expect(stderr).toMatch(message)
     expect(stderr).not.toMatch(/\n +at /)
+  })
+})
+
+describe('chat.ts', () => {
+  test('teaches the run to answer, and leaves a model that has its template', async () => {
+    const out = join(folder, 'chat')
+    const { code, stdout, stderr } = await runScript('chat.ts', [
+      '--from',
+      join(folder, 'whole'),
+      '--out',
+      out,
+      '--steps',
+      '1',
+      '--questions',
+      '2',
+    ])
+    expect(code, stderr).toBe(0)
+    expect(stdout).toMatch(
+      /^asked about 2 passages.*\nyears +off by \d+ .*\npresidents +\d .*\nask it +npm run serve -- .*chat\n$/,
+    )
+    const config = JSON.parse(readFileSync(join(modelFolder(out), 'tokenizer_config.json'), 'utf8'))
+    expect(config).toMatchObject({
+      eos_token: '<｜end▁of▁sentence｜>',
+      chat_template: expect.stringContaining('Assistant: '),
+    })
+  })
+
+  test('without a run it says how to make one', async () => {
+    const { code, stderr } = await runScript('chat.ts', ['--from', join(folder, 'nowhere')])
+    expect(code).toBe(1)
+    expect(stderr).toMatch(/nowhere: train a model with npm start/)
   })
 })

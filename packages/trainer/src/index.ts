@@ -1,8 +1,19 @@
 /** @file Public interface of @moe/trainer. */
 export { latestCheckpoint, modelFolder } from './checkpoints/checkpoint-folder.ts'
+export {
+  type Conversation,
+  type ConversationFilesOptions,
+  type ConversationOptions,
+  type Conversations,
+  type ConversationTemplate,
+  conversationFiles,
+  conversations,
+  type Message,
+  tokenizeConversations,
+} from './data/conversations.ts'
 export { type Corpus, type TextFilesOptions, type TextOptions, textFiles, texts } from './data/corpus.ts'
 export { type EvaluationBatch, type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
-export { type DocumentTokens, TokenDataset } from './data/token-dataset.ts'
+export { type DocumentTokens, type Example, TokenDataset } from './data/token-dataset.ts'
 export { type OrderOptions, TrainingOrder } from './data/training-order.ts'
 export { type EvaluateOptions, type Evaluation, evaluate } from './evaluate.ts'
 export type {

@@ -10,6 +10,7 @@ import {
   precisions,
 } from '@moe/core'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
+import type { Conversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
 import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
 import type { TrainListener } from './events.ts'
@@ -28,8 +29,8 @@ export interface TokenData {
 }
 
 export interface TrainOptions extends AdamWOptions, DocumentTokens {
-  /** Texts (then `tokenizer` is needed), or tokens. */
-  readonly data: Corpus | TokenData
+  /** Texts or conversations (then `tokenizer` is needed), or tokens. */
+  readonly data: Corpus | Conversations | TokenData
   readonly tokenizer?: TextTokenizer
   /** Optimizer steps of the whole run. */
   readonly steps: number
@@ -196,6 +197,8 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   if (data === undefined) problems.push('data is missing, needs training texts or tokens')
   else if (data?.training === undefined) {
     problems.push('data has no training part: make it with texts(documents) or textFiles(patterns)')
+  } else if ('template' in data && (given.bos ?? given.eos) !== undefined) {
+    problems.push('bos or eos is given beside conversations, whose template writes them')
   }
   if (out !== undefined && typeof out !== 'string') problems.push(`out is ${out}, needs the path of a folder`)
   if (signal !== undefined && typeof signal?.addEventListener !== 'function') {

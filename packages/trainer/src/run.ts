@@ -325,7 +325,9 @@ export class Run {
   }
 
   get parts() {
-    return { model: this.model, optimizer: this.optimizerOnRanks ?? this.optimizer, tokenizer: this.settings.tokenizer }
+    const { data, tokenizer } = this.settings
+    const template = 'template' in data ? data.template : undefined
+    return { model: this.model, optimizer: this.optimizerOnRanks ?? this.optimizer, tokenizer, template }
   }
 
   /** Makes the model whole where ranks have parts of it. */
@@ -429,6 +431,13 @@ export class Run {
       this.emit({
         type: 'notice',
         message: `${((100 * stored) / all).toFixed(1)} % of the model's numbers are stored in fewer bits and stay as they are: only the others are trained (to train all, open the model in f32)`,
+      })
+    }
+    const left = data.training.leftOut(order.sequenceLength)
+    if (left > 0) {
+      this.emit({
+        type: 'notice',
+        message: `${((100 * left) / data.training.predictable).toFixed(1)} % of the tokens to learn lie behind the first ${order.sequenceLength} positions of their conversations and are left out (a sequenceLength of ${data.training.longest} holds the longest)`,
       })
     }
     const missing =

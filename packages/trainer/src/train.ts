@@ -1,6 +1,8 @@
 /** @file `train`: a model, data, and what must hold before the first step. */
 import { MoeError, type NamedParameter, namedParameters, QuantizedParameter } from '@moe/core'
 import { checkModel } from './check-model.ts'
+import { tokenizeConversations } from './data/conversations.ts'
+import type { Corpus } from './data/corpus.ts'
 import { TokenDataset } from './data/token-dataset.ts'
 import { watchInterrupts } from './interrupt.ts'
 import type { TrainableModel } from './model.ts'
@@ -56,19 +58,23 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
 function tokenData(settings: ResolvedOptions): TokenData {
   const { data, tokenizer, bos, eos } = settings
   if (data.training instanceof TokenDataset) return data as TokenData
-  const { training, validation } = data as { training: readonly string[]; validation: readonly string[] }
   if (tokenizer === undefined) {
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'train',
-      problem: 'data is texts and there is no tokenizer',
+      problem: `data is ${'template' in data ? 'conversations' : 'texts'} and there is no tokenizer`,
       fix: 'pass { tokenizer }, or token data sets made with TokenDataset.fromTexts',
     })
   }
-  return {
-    training: TokenDataset.fromTexts(training, tokenizer, { bos, eos }),
-    ...(validation.length > 0 ? { validation: TokenDataset.fromTexts(validation, tokenizer, { bos, eos }) } : {}),
-  }
+  if ('template' in data) return inBoth(data, part => tokenizeConversations(part, tokenizer, data.template))
+  return inBoth(data as Corpus, part => TokenDataset.fromTexts(part, tokenizer, { bos, eos }))
+}
+
+function inBoth<T>(
+  { training, validation }: { readonly training: readonly T[]; readonly validation: readonly T[] },
+  tokenized: (part: readonly T[]) => TokenDataset,
+): TokenData {
+  return { training: tokenized(training), ...(validation.length > 0 && { validation: tokenized(validation) }) }
 }
 
 function checkVocabulary(model: TrainableModel, data: TokenData): void {

@@ -23,12 +23,26 @@ export interface ChatConfig {
   readonly [key: string]: unknown
 }
 
+/**
+ * A template for models without tokens for roles, in the way of DeepSeek-V2: `User: …`, an empty line, `Assistant: …` and the end token. It needs `eos_token`; a
+ * `bos_token` comes first where it is given.
+ */
+export const plainChatTemplate = [
+  '{% if bos_token %}{{ bos_token }}{% endif %}',
+  "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}",
+  "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}",
+  "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}",
+  "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+].join('')
+
 /** Renders conversations into text with special tokens written out; encode it with `addSpecialTokens: false`. */
 export class ChatTemplate {
   readonly #render: (variables: Record<string, unknown>) => string
   readonly #tokens: Record<string, string>
+  readonly #source: string | undefined
 
-  constructor(render: (variables: Record<string, unknown>) => string, tokens: Record<string, string>) {
+  /** @param source of the template that `render` renders, for `toJSON` */
+  constructor(render: (variables: Record<string, unknown>) => string, tokens: Record<string, string>, source?: string) {
     if (typeof render !== 'function') {
       const problem = `${describe(render)} is no function that renders`
       const fix = 'await ChatTemplate.from({ chat_template: text }) reads a template'
@@ -36,6 +50,7 @@ export class ChatTemplate {
     }
     this.#render = render
     this.#tokens = tokens
+    this.#source = source
   }
 
   /**
@@ -82,7 +97,7 @@ export class ChatTemplate {
       if (typeof token === 'string') tokens[key] = token
       else if (typeof token === 'object' && token !== null && 'content' in token) tokens[key] = String(token.content)
     }
-    return new ChatTemplate(render, tokens)
+    return new ChatTemplate(render, tokens, source)
   }
 
   /**
@@ -118,5 +133,11 @@ export class ChatTemplate {
         cause,
       })
     }
+  }
+
+  /** Content of a tokenizer_config.json from which `from` and transformers make it again; undefined for a template made of a function. */
+  toJSON(): ChatConfig | undefined {
+    if (this.#source === undefined) return undefined
+    return { tokenizer_class: 'PreTrainedTokenizerFast', ...this.#tokens, chat_template: this.#source }
   }
 }

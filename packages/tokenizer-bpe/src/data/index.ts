@@ -1,4 +1,10 @@
-export { type ChatConfig, type ChatMessage, type ChatOptions, ChatTemplate } from './chat-template.ts'
+export {
+  type ChatConfig,
+  type ChatMessage,
+  type ChatOptions,
+  ChatTemplate,
+  plainChatTemplate,
+} from './chat-template.ts'
 export { DEEPSEEK_FIM_TOKENS, type FillInTheMiddleOptions, fillInTheMiddle } from './fill-in-the-middle.ts'
 export { type PackedSequence, type PackOptions, packDocuments } from './pack-documents.ts'
 export { randomNumbers } from './random.ts'

@@ -10,6 +10,7 @@ import {
   writeSafetensors,
 } from '@moe/checkpoint'
 import { isMoeError, loadStateDict, MoeError, type StateEntry, stateDict } from '@moe/core'
+import type { ConversationTemplate } from '../data/conversations.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
 import type { Optimizer } from '../optim/optimizer.ts'
 import { otherCheckpoints, publishCheckpoint, reasonOf, STATE_FILE } from './checkpoint-folder.ts'
@@ -33,6 +34,7 @@ export interface CheckpointParts {
   readonly model: TrainableModel
   readonly optimizer: StoredOptimizer
   readonly tokenizer?: TextTokenizer
+  readonly template?: ConversationTemplate | undefined
 }
 
 /** Saves a checkpoint of the run in `out` and returns its path. See `publishCheckpoint` for what a failure leaves. */
@@ -42,14 +44,15 @@ export async function saveTraining(
   state: TrainerState,
   keep: number,
 ): Promise<string> {
-  const { model, optimizer, tokenizer } = parts
+  const { model, optimizer, tokenizer, template } = parts
   return publishCheckpoint(out, state.step, keep, async temporary => {
     const modelFolder = join(temporary, MODEL_FOLDER)
     await mkdir(modelFolder)
     if (model.save === undefined) await saveCheckpoint(modelFolder, stateDict(model))
     else await model.save(modelFolder)
-    if (tokenizer?.toJSON !== undefined) {
-      await writeFlushed(join(modelFolder, 'tokenizer.json'), `${JSON.stringify(tokenizer.toJSON(), null, 2)}\n`)
+    const beside = { 'tokenizer.json': tokenizer?.toJSON?.(), 'tokenizer_config.json': template?.toJSON?.() }
+    for (const [name, content] of Object.entries(beside)) {
+      if (content !== undefined) await writeFlushed(join(modelFolder, name), `${JSON.stringify(content, null, 2)}\n`)
     }
     await writeSafetensors(join(temporary, OPTIMIZER_FILE), optimizer.entries(), {
       metadata: { optimizer: optimizer.name },

@@ -1,11 +1,9 @@
 /** @file Texts to train on and texts held out, from files or from memory. */
-import { constants, isUtf8 } from 'node:buffer'
-import { readFileSync, realpathSync, statSync } from 'node:fs'
-import { join, resolve, sep } from 'node:path'
+import { resolve } from 'node:path'
 import { pathOf } from '@moe/checkpoint'
 import { checkOptions, MoeError, Random } from '@moe/core'
-import { globSync } from 'tinyglobby'
 import { checkDocuments } from './documents.ts'
+import { findFiles, readDocuments, withoutHeldOut } from './files.ts'
 
 /** Documents to train on, and documents that are only measured on. */
 export interface Corpus {
@@ -45,16 +43,13 @@ export function textFiles(patterns: string | readonly string[], options: TextFil
   checkOptions('textFiles', options, { validation: true, separator: true, seed: true, cwd: true })
   const { validation = 0, separator, seed, cwd: relativeTo = '.' } = options
   const cwd = resolve(pathOf('textFiles', relativeTo))
-  const read = (paths: readonly string[]) => paths.flatMap(path => readDocuments(path, separator))
-  const paths = findFiles(patterns, cwd)
+  const read = (paths: readonly string[]) => paths.flatMap(path => readDocuments('textFiles', path, separator))
+  const paths = findFiles('textFiles', patterns, cwd)
   if (typeof validation === 'number') {
     return texts(read(paths), { validation, seed })
   }
-  const heldOut = findFiles(validation?.files, cwd)
-  // A file may have several paths: links, and where case makes no difference.
-  const known = new Set(heldOut.map(path => realpathSync.native(path)))
-  const without = paths.filter(path => !known.has(realpathSync.native(path)))
-  return texts(read(without), { validation: read(heldOut), seed })
+  const heldOut = findFiles('textFiles', validation?.files, cwd)
+  return texts(read(withoutHeldOut(paths, heldOut)), { validation: read(heldOut), seed })
 }
 
 /**
@@ -66,17 +61,25 @@ export function texts(documents: Iterable<string>, options: TextOptions = {}): C
   const { validation = 0, seed = 0 } = options
   const all = checked(documents, 'the corpus')
   if (typeof validation !== 'number') return { training: all, validation: checked(validation, 'the held-out part') }
-  if (!(validation >= 0 && validation < 1)) {
+  if (all.length === 1 && validation > 0 && validation < 1) return cutTail(all[0], validation)
+  return holdOut('texts', all, validation, seed)
+}
+
+/**
+ * Draws a fraction of several items, at least one unless it is 0.
+ * @throws MoeError E_CONFIG
+ */
+export function holdOut<T>(op: string, all: readonly T[], fraction: number, seed: number) {
+  if (!(fraction >= 0 && fraction < 1)) {
     throw new MoeError({
       code: 'E_CONFIG',
-      op: 'texts',
-      problem: `validation is ${validation}`,
-      fix: 'pass a fraction of at least 0 and below 1, or the held-out documents themselves',
+      op,
+      problem: `validation is ${fraction}`,
+      fix: 'pass a fraction of at least 0 and below 1, or what is held out itself',
     })
   }
-  if (validation === 0) return { training: all, validation: [] }
-  if (all.length === 1) return cutTail(all[0], validation)
-  const count = Math.min(all.length - 1, Math.max(1, Math.round(all.length * validation)))
+  if (fraction === 0) return { training: all, validation: [] }
+  const count = Math.min(all.length - 1, Math.max(1, Math.round(all.length * fraction)))
   const order = new Random(seed).fork('validation').shuffle(Uint32Array.from(all, (_, i) => i))
   const heldOut = new Set(order.subarray(0, count))
   return { training: all.filter((_, i) => !heldOut.has(i)), validation: all.filter((_, i) => heldOut.has(i)) }
@@ -135,104 +138,4 @@ function checked(documents: Iterable<string>, what: string): string[] {
     })
   }
   return kept
-}
-
-function findFiles(patterns: string | readonly string[] | undefined, cwd: string): string[] {
-  const list = typeof patterns === 'string' ? [patterns] : patterns
-  if (!Array.isArray(list) || list.some(pattern => typeof pattern !== 'string')) {
-    throw new MoeError({
-      code: 'E_ATTR',
-      op: 'textFiles',
-      problem: `${patterns} is no path or pattern, and no list of them`,
-      fix: "pass texts such as 'corpus/**/*.txt'; { validation: { files } } takes the same",
-    })
-  }
-  const found = new Set<string>()
-  for (const pattern of list) {
-    const kind = statSync(resolve(cwd, pattern), { throwIfNoEntry: false })
-    if (kind?.isDirectory()) {
-      throw new MoeError({
-        code: 'E_DATA',
-        op: 'textFiles',
-        problem: `${pattern} is a folder`,
-        fix: `say which of its files: '${slashed(join(pattern, '**', '*.txt'))}'`,
-      })
-    }
-    const matches =
-      kind === undefined ? globSync(slashed(pattern), { cwd, absolute: true, dot: false }) : [resolve(cwd, pattern)]
-    if (matches.length === 0) {
-      throw new MoeError({
-        code: 'E_DATA',
-        op: 'textFiles',
-        problem: `no file matches ${pattern} in ${cwd}`,
-        fix: 'check the pattern and the current folder, or pass { cwd }',
-      })
-    }
-    for (const path of matches) found.add(slashed(path))
-  }
-  return [...found].sort()
-}
-
-/** As globs are written and found everywhere, so that the order is the same everywhere; elsewhere than on Windows `\` is no separator. */
-const slashed = (path: string): string => (sep === '\\' ? path.replaceAll(sep, '/') : path)
-
-function readDocuments(path: string, separator: string | RegExp | undefined): string[] {
-  const bytes = readBytes(path)
-  if (separator === undefined) return [decode(path, bytes)]
-  // Cut before it is decoded, so that only its documents must fit into strings.
-  const parts =
-    typeof separator === 'string' && separator !== ''
-      ? cut(bytes, Buffer.from(separator)).map(part => decode(path, part))
-      : decode(path, bytes).split(separator)
-  return parts.filter(part => part.trim().length > 0)
-}
-
-/** The bytes of a UTF-8 file, without the mark that some begin with. */
-function readBytes(path: string): Buffer {
-  let bytes: Buffer
-  try {
-    bytes = readFileSync(path)
-  } catch (cause) {
-    const tooLarge = (cause as NodeJS.ErrnoException).code === 'ERR_FS_FILE_TOO_LARGE'
-    const fix = tooLarge ? 'cut it into smaller files' : undefined
-    const problem = `${path} cannot be read: ${(cause as Error).message}`
-    throw new MoeError({ code: 'E_DATA', op: 'textFiles', problem, fix, cause, details: { path } })
-  }
-  const nul = bytes.indexOf(0)
-  if (nul >= 0 || !isUtf8(bytes)) {
-    throw new MoeError({
-      code: 'E_DATA',
-      op: 'textFiles',
-      problem: nul >= 0 ? `${path} is binary: byte ${nul} is NUL` : `${path} is not UTF-8 text`,
-      fix: 'leave it out of the pattern, or convert it to UTF-8',
-      details: { path },
-    })
-  }
-  return bytes.subarray(bytes.subarray(0, 3).toString() === '\uFEFF' ? 3 : 0)
-}
-
-function cut(bytes: Buffer, separator: Buffer): Buffer[] {
-  const parts: Buffer[] = []
-  let from = 0
-  for (let at = bytes.indexOf(separator); at >= 0; at = bytes.indexOf(separator, from)) {
-    parts.push(bytes.subarray(from, at))
-    from = at + separator.length
-  }
-  return [...parts, bytes.subarray(from)]
-}
-
-function decode(path: string, bytes: Buffer): string {
-  try {
-    return bytes.toString('utf8')
-  } catch (cause) {
-    const longest = `${constants.MAX_STRING_LENGTH} characters`
-    throw new MoeError({
-      code: 'E_DATA',
-      op: 'textFiles',
-      problem: `${path} has a document of ${bytes.length} bytes, and a string holds at most ${longest}`,
-      fix: 'cut it into smaller files, or pass the text that separates its documents as { separator }',
-      cause,
-      details: { path },
-    })
-  }
 }

@@ -26,7 +26,7 @@ export interface EvaluationBatch {
 /**
  * Windows that overlap by half: the first counts all its positions, each later one its second half, so that every
  * token of the stream but the first is predicted exactly once, and all but those of the first window with at least
- * half a window of context.
+ * half a window of context. Of examples, each is a window.
  */
 export function* evaluationWindows(data: TokenDataset, options: EvaluationOptions): Generator<EvaluationBatch> {
   checkOptions('evaluationWindows', options, names)
@@ -42,24 +42,33 @@ export function* evaluationWindows(data: TokenDataset, options: EvaluationOption
       fix: 'sizes are whole numbers from 1',
     })
   }
-  const stride = Math.max(1, sequenceLength >> 1)
-  const all = 1 + Math.ceil(Math.max(0, data.tokens.length - 1 - sequenceLength) / stride)
-  const count = limit === undefined ? all : Math.min(all, Math.max(1, Math.floor(limit / stride)))
   const length = sequenceLength + lookahead
-  const batchOf = (windows: readonly number[]): TokenBatch => {
-    const tokens = new Int32Array(windows.length * length)
-    const documents = new Int32Array(windows.length * length)
-    windows.forEach((window, row) => {
-      data.copyRow(window * stride, length, tokens, documents, row * length)
+  const batchOf = (starts: readonly number[]): TokenBatch => {
+    const tokens = new Int32Array(starts.length * length)
+    const documents = new Int32Array(starts.length * length)
+    starts.forEach((start, row) => {
+      data.copyRow(start, length, tokens, documents, row * length)
     })
-    return { tokens, documents, rows: windows.length, length }
+    return { tokens, documents, rows: starts.length, length }
   }
-  yield { batch: batchOf([0]), from: 0, done: 1 / count }
+  const stride = Math.max(1, sequenceLength >> 1)
+  const streams = data.examples === null
+  const starts = streams
+    ? Int32Array.from(
+        { length: 1 + Math.ceil(Math.max(0, data.tokens.length - 1 - sequenceLength) / stride) },
+        (_, i) => i * stride,
+      )
+    : data.rowStarts(sequenceLength)
+  const all = starts.length
+  const each = streams ? stride : data.tokens.length / Math.max(1, all)
+  const count = limit === undefined ? all : Math.min(all, Math.max(1, Math.floor(limit / each)))
+  if (streams) yield { batch: batchOf([0]), from: 0, done: 1 / count }
+  const from = streams ? sequenceLength - stride : 0
   let waiting: number[] = []
-  for (let i = 1; i < count; i++) {
-    waiting.push(Math.floor((i * all) / count))
+  for (let i = streams ? 1 : 0; i < count; i++) {
+    waiting.push(starts[Math.floor((i * all) / count)])
     if (waiting.length === batchSize || i === count - 1) {
-      yield { batch: batchOf(waiting), from: sequenceLength - stride, done: (i + 1) / count }
+      yield { batch: batchOf(waiting), from, done: (i + 1) / count }
       waiting = []
     }
   }

@@ -5,8 +5,19 @@ import type { TextTokenizer } from '../model.ts'
 import { checkDocuments } from './documents.ts'
 
 /** Names that the usual tokenizers have for the tokens that begin and end a document. */
-const BEGIN_NAMES = ['<｜begin▁of▁sentence｜>', '<|bos|>', '<|begin_of_text|>', '<s>', '<bos>']
-const END_NAMES = ['<｜end▁of▁sentence｜>', '<|eos|>', '<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>']
+const USUAL_NAMES = {
+  begin: ['<｜begin▁of▁sentence｜>', '<|bos|>', '<|begin_of_text|>', '<s>', '<bos>'],
+  end: ['<｜end▁of▁sentence｜>', '<|eos|>', '<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>'],
+}
+
+/** Id of the token that begins or ends a document, by its usual names; null where there is none. */
+export function tokenNamed(tokenizer: TextTokenizer, place: keyof typeof USUAL_NAMES): number | null {
+  for (const name of USUAL_NAMES[place]) {
+    const id = tokenizer.tokenToId?.(name)
+    if (id !== undefined) return id
+  }
+  return null
+}
 
 export interface DocumentTokens {
   /** Id put before every document, or null for none. Default: the tokenizer's, by its usual names. */
@@ -15,9 +26,17 @@ export interface DocumentTokens {
   readonly eos?: number | null
 }
 
+/** Tokens of which only some are to be learned: an instruction and its answer. */
+export interface Example {
+  readonly tokens: ArrayLike<number>
+  /** For every token, whether it is to be predicted from those before it; of the first, which nothing precedes, it says nothing. Default: all of them. */
+  readonly learned?: ArrayLike<boolean | number>
+}
+
 interface DatasetParts {
   readonly tokens: Int32Array
   readonly starts: Int32Array
+  readonly examples: Int32Array | null
   readonly textBytes: number
   readonly vocabSize: number
   readonly padding: number
@@ -27,14 +46,16 @@ interface DatasetParts {
 /**
  * Documents, tokenized and joined: `begin, text, end, begin, text, end, ...`. Where the tokenizer has no token that
  * begins a document, its end token serves for both, so that the first token of every text has something to be
- * predicted from.
+ * predicted from. Or examples, each of which begins a row of its own.
  */
 export class TokenDataset {
   /** The whole stream. */
   readonly tokens: Int32Array
-  /** Position of the first token of each document, ascending. */
+  /** Positions of the tokens that are not to be predicted, ascending: the first of each document, and those of examples that are not learned. */
   readonly starts: Int32Array
-  /** UTF-8 bytes of the texts. */
+  /** Position of the first token of each example, ascending; null for documents. */
+  readonly examples: Int32Array | null
+  /** UTF-8 bytes of the texts, as far as they are predicted. */
   readonly textBytes: number
   /** Every id is below this. */
   readonly vocabSize: number
@@ -47,6 +68,7 @@ export class TokenDataset {
   private constructor(parts: DatasetParts) {
     this.tokens = parts.tokens
     this.starts = parts.starts
+    this.examples = parts.examples
     this.textBytes = parts.textBytes
     this.vocabSize = parts.vocabSize
     this.padding = parts.padding
@@ -61,15 +83,8 @@ export class TokenDataset {
     checkDocuments('TokenDataset', documents)
     if (typeof tokenizer?.encode !== 'function') throw noTokenizer(tokenizer)
     checkOptions('TokenDataset.fromTexts', options, { bos: true, eos: true })
-    const named = (names: readonly string[]) => {
-      for (const name of names) {
-        const id = tokenizer.tokenToId?.(name)
-        if (id !== undefined) return id
-      }
-      return null
-    }
-    const eos = options.eos === undefined ? named(END_NAMES) : options.eos
-    const bos = options.bos === undefined ? (named(BEGIN_NAMES) ?? eos) : options.bos
+    const eos = options.eos === undefined ? tokenNamed(tokenizer, 'end') : options.eos
+    const bos = options.bos === undefined ? (tokenNamed(tokenizer, 'begin') ?? eos) : options.bos
     const stream = new GrowingStream()
     const starts: number[] = []
     let textBytes = 0
@@ -83,7 +98,9 @@ export class TokenDataset {
       if (eos !== null) stream.push(eos)
       textBytes += Buffer.byteLength(text, 'utf8')
     }
-    return TokenDataset.#checked(stream.take(), starts, textBytes, tokenizer.vocabSize, bos, eos)
+    const unpredictable = bos === null ? starts.length : 0
+    const { vocabSize } = tokenizer
+    return TokenDataset.#checked(stream.take(), { starts, textBytes, vocabSize, padding: eos ?? bos, unpredictable })
   }
 
   /** Documents that are tokens already, begin and end tokens included. `textBytes` is needed for bits per byte. */
@@ -99,26 +116,61 @@ export class TokenDataset {
       starts.push(stream.length)
       stream.append(ids)
     }
-    const tokens = stream.take()
-    // The first token of a document is taken to be its begin token.
-    return TokenDataset.#checked(
-      tokens,
-      starts,
-      options.textBytes ?? 0,
-      options.vocabSize,
-      tokens[0],
-      options.padding ?? null,
-    )
+    return TokenDataset.#checked(stream.take(), { starts, ...options })
+  }
+
+  /**
+   * Examples that are tokens already. Each begins a row, which is filled up with padding or cut at its end: so none has another before it, as with the isolated
+   * samples that DeepSeek-V3 was fine-tuned on (report, 5.1).
+   * @param options `textBytes`, of the learned parts, is needed for bits per byte
+   * @throws MoeError E_DATA when an example says another number of tokens to be learned or not than it has tokens, and when there is nothing to learn
+   */
+  static fromExamples(
+    examples: Iterable<Example>,
+    options: { vocabSize?: number; textBytes?: number; padding?: number } = {},
+  ): TokenDataset {
+    checkOptions('TokenDataset.fromExamples', options, { vocabSize: true, textBytes: true, padding: true })
+    const stream = new GrowingStream()
+    const starts: number[] = []
+    const begins: number[] = []
+    for (const { tokens, learned } of examples) {
+      if (learned !== undefined && learned.length !== tokens.length) {
+        throw new MoeError({
+          code: 'E_DATA',
+          op: 'TokenDataset.fromExamples',
+          problem: `example ${begins.length} has ${tokens.length} tokens, and says of ${learned.length} whether they are learned`,
+          fix: 'say it of every token, or leave learned out for all of them',
+        })
+      }
+      if (tokens.length === 0) continue
+      begins.push(stream.length)
+      for (let i = 0; i < tokens.length; i++)
+        if (i === 0 || learned?.[i] === 0 || learned?.[i] === false) starts.push(stream.length + i)
+      stream.append(tokens)
+    }
+    if (begins.length > 0 && starts.length === stream.length) {
+      throw new MoeError({
+        code: 'E_DATA',
+        op: 'TokenDataset.fromExamples',
+        problem: `none of the ${stream.length} tokens is to be learned`,
+        fix: 'mark those of answers; the first token of an example cannot be learned',
+      })
+    }
+    return TokenDataset.#checked(stream.take(), { starts, examples: Int32Array.from(begins), ...options })
   }
 
   static #checked(
     tokens: Int32Array,
-    starts: readonly number[],
-    textBytes: number,
-    vocabSize: number | undefined,
-    bos: number | null,
-    eos: number | null,
+    parts: {
+      readonly starts: readonly number[]
+      readonly examples?: Int32Array
+      readonly textBytes?: number
+      readonly vocabSize?: number
+      readonly padding?: number | null
+      readonly unpredictable?: number
+    },
   ): TokenDataset {
+    const { starts, examples = null, textBytes = 0, vocabSize, padding, unpredictable = 0 } = parts
     if (tokens.length < 2) {
       throw new MoeError({
         code: 'E_DATA',
@@ -138,18 +190,20 @@ export class TokenDataset {
     return new TokenDataset({
       tokens,
       starts: Int32Array.from(starts),
+      examples,
       textBytes,
       vocabSize: vocabSize ?? highest + 1,
-      padding: eos ?? bos ?? 0,
-      unpredictable: bos === null ? starts.length : 0,
+      padding: padding ?? 0,
+      unpredictable,
     })
   }
 
+  /** Number of documents, or of examples. */
   get documents(): number {
-    return this.starts.length
+    return (this.examples ?? this.starts).length
   }
 
-  /** Tokens that can be predicted: all but the first of each document. */
+  /** Tokens that are predicted: all but the first of each document; of examples those that are learned. */
   get predictable(): number {
     return this.tokens.length - this.starts.length
   }
@@ -159,29 +213,60 @@ export class TokenDataset {
     if (this.#digest === undefined) {
       const bytes = (array: Int32Array) => new Uint8Array(array.buffer, array.byteOffset, array.byteLength)
       const hash = createHash('sha256').update(bytes(this.tokens)).update(bytes(this.starts))
+      if (this.examples !== null) hash.update(bytes(this.examples))
       this.#digest = hash.digest('hex').slice(0, 16)
     }
     return this.#digest
   }
 
-  /** Number of the document that holds the token at `position`. */
+  /**
+   * What the token at `position` is numbered with in batches: the tokens that are predicted, and the one before them, have the same number. Of documents it
+   * is theirs, from 0.
+   */
   documentAt(position: number): number {
-    let low = 0
-    let high = this.starts.length - 1
-    while (low < high) {
-      const middle = (low + high + 1) >> 1
-      if (this.starts[middle] <= position) low = middle
-      else high = middle - 1
-    }
-    return low
+    return lastUpTo(this.starts, position)
   }
 
   /**
-   * Copies `length` tokens from `start` and their document numbers to the row at `at`; past the end of the stream
+   * Where rows of `length` positions begin: every `length` tokens, so that every token is predicted in one of them; or the examples that have something to learn
+   * in so many positions.
+   */
+  rowStarts(length: number): Int32Array {
+    const { examples } = this
+    if (examples !== null) return examples.filter(start => this.#learned(start, length) > 0)
+    return Int32Array.from({ length: Math.ceil((this.tokens.length - 1) / length) }, (_, i) => i * length)
+  }
+
+  /** How many of the tokens that are to be predicted rows of `length` positions leave out: those of examples that go on behind them. */
+  leftOut(length: number): number {
+    return (
+      this.predictable -
+      (this.examples?.reduce((sum, start) => sum + this.#learned(start, length), 0) ?? this.predictable)
+    )
+  }
+
+  /** Positions of the longest example; 0 for documents. */
+  get longest(): number {
+    return this.examples?.reduce((most, start) => Math.max(most, this.#end(start) - start - 1), 0) ?? 0
+  }
+
+  /** End of what a row from `start` may hold: of the example there, or of the stream. */
+  #end(start: number): number {
+    return this.examples?.[lastUpTo(this.examples, start) + 1] ?? this.tokens.length
+  }
+
+  /** Tokens that are predicted in the first `length` positions of the example at `start`. */
+  #learned(start: number, length: number): number {
+    const last = Math.min(this.#end(start) - 1, start + length)
+    return last - start - (this.documentAt(last) - this.documentAt(start))
+  }
+
+  /**
+   * Copies `length` tokens from `start` and their document numbers to the row at `at`; past the end of the stream, or of the example,
    * comes padding.
    */
   copyRow(start: number, length: number, tokens: Int32Array, documents: Int32Array, at: number): void {
-    const present = Math.max(0, Math.min(length, this.tokens.length - start))
+    const present = Math.max(0, Math.min(length, this.#end(start) - start))
     tokens.set(this.tokens.subarray(start, start + present), at)
     let document = this.documentAt(start)
     for (let i = 0; i < present; i++) {
@@ -196,6 +281,18 @@ export class TokenDataset {
   }
 }
 
+/** Index of the last of some ascending numbers, the first of which is 0, that is not above `position`. */
+function lastUpTo(ascending: Int32Array, position: number): number {
+  let low = 0
+  let high = ascending.length - 1
+  while (low < high) {
+    const middle = (low + high + 1) >> 1
+    if (ascending[middle] <= position) low = middle
+    else high = middle - 1
+  }
+  return low
+}
+
 function noText(document: unknown): MoeError {
   return new MoeError({
     code: 'E_DATA',
@@ -205,7 +302,7 @@ function noText(document: unknown): MoeError {
   })
 }
 
-function noTokenizer(value: unknown): MoeError {
+export function noTokenizer(value: unknown): MoeError {
   return new MoeError({
     code: 'E_CONFIG',
     op: 'TokenDataset',

@@ -37,8 +37,8 @@ const names: OptionNames<OrderOptions> = {
 
 /**
  * Windows of `sequenceLength` positions, each once an epoch, in an order drawn anew for every epoch. Window w starts
- * at token `w * sequenceLength`, so that every token of the stream but the first is predicted once an epoch. The last
- * window is filled up with padding.
+ * at token `w * sequenceLength`, so that every token of the stream but the first is predicted once an epoch; of examples, each is a window. What
+ * a window has no tokens for is filled up with padding.
  */
 export class TrainingOrder {
   readonly data: TokenDataset
@@ -51,9 +51,10 @@ export class TrainingOrder {
   readonly world: number
   /** Windows of an epoch. */
   readonly windows: number
+  readonly #starts: Int32Array
   readonly #orders = new Map<number, Uint32Array>()
 
-  /** @throws MoeError E_CONFIG for sizes that are not whole numbers from 1, or a rank outside the world */
+  /** @throws MoeError E_CONFIG for sizes that are not whole numbers from 1, or a rank outside the world; E_DATA where no example has something to learn in so many positions */
   constructor(data: TokenDataset, options: OrderOptions) {
     checkOptions('TrainingOrder', options, names)
     const { sequenceLength, lookahead, batchSize, accumulate = 1, seed = 0, rank = 0, world = 1 } = options
@@ -76,7 +77,16 @@ export class TrainingOrder {
     this.seed = seed
     this.rank = rank
     this.world = world
-    this.windows = Math.ceil((data.tokens.length - 1) / sequenceLength)
+    this.#starts = data.rowStarts(sequenceLength)
+    this.windows = this.#starts.length
+    if (this.windows === 0) {
+      throw new MoeError({
+        code: 'E_DATA',
+        op: 'TrainingOrder',
+        problem: `none of ${data.documents} examples has something to learn in its first ${sequenceLength} positions`,
+        fix: `a sequenceLength of ${data.longest} holds the longest`,
+      })
+    }
   }
 
   /** Windows of one step, over all micro-batches and ranks. */
@@ -114,7 +124,7 @@ export class TrainingOrder {
     const tokens = new Int32Array(this.batchSize * length)
     const documents = new Int32Array(this.batchSize * length)
     for (let row = 0; row < this.batchSize; row++) {
-      const start = this.windowAt(first + row) * this.sequenceLength
+      const start = this.#starts[this.windowAt(first + row)]
       this.data.copyRow(start, length, tokens, documents, row * length)
     }
     return { tokens, documents, rows: this.batchSize, length }

