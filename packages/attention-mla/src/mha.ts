@@ -55,7 +55,7 @@ export interface MhaOptions extends InitOptions {
 
 export type MhaForwardOptions = Omit<MlaForwardOptions, 'absorbUpTo'>
 
-const forwardNames: OptionNames<MhaForwardOptions> = { positions: true, cache: true, layer: true }
+const forwardNames: OptionNames<MhaForwardOptions> = { positions: true, starts: true, cache: true, layer: true }
 
 /** Causal attention on full keys and values; all features of a head are rotated, in halves. `[B, T, hidden]` to the same shape. */
 export class MultiHeadAttention extends Module {
@@ -99,7 +99,7 @@ export class MultiHeadAttention extends Module {
   forward(x_BTD: Tensor, options: MhaForwardOptions = {}): Tensor {
     needAxes('MultiHeadAttention', x_BTD, ['batch', 'time', 'hidden'])
     checkShared('MultiHeadAttention.forward', options, forwardNames)
-    const { cache, positions } = options
+    const { cache, positions, starts } = options
     if (cache !== undefined) return noGrad(() => scope(() => this.#cached(x_BTD, cache, options)))
     const time = x_BTD.shape[1]
     const { backend } = x_BTD
@@ -107,7 +107,7 @@ export class MultiHeadAttention extends Module {
     const turn = (x: Tensor) => rope(x, tables.cos, tables.sin, { interleaved: false })
     const q = turn(this.#heads_BTHD(this.q_proj.forward(x_BTD), this.#heads))
     const k = turn(this.#heads_BTHD(this.k_proj.forward(x_BTD), this.#groups))
-    return this.#out(attention(q, k, this.#heads_BTHD(this.v_proj.forward(x_BTD), this.#groups)))
+    return this.#out(attention(q, k, this.#heads_BTHD(this.v_proj.forward(x_BTD), this.#groups), { starts }))
   }
 
   /** Rows of the cache are the turned keys of all G heads, then the values. */

@@ -4,6 +4,7 @@
  * Legend: B batch, T time, H heads, N nope features, R rope features, V value features, C kv_lora_rank.
  */
 import {
+  type AttentionOptions,
   attention,
   type Backend,
   checkOptions,
@@ -47,6 +48,8 @@ const optionNames: OptionNames<MlaOptions> = { ...initNames, rotary: true, laten
 export interface MlaForwardOptions {
   /** Positions of the tokens, row-major `[B, T]`. Default 0 .. T-1, or what follows the cache. */
   readonly positions?: Int32Array
+  /** `i32 [B, T]`: first place of its row that each token sees, where several texts share a row (`attention`). Not with a cache. Default 0. */
+  readonly starts?: Tensor
   /** Earlier tokens; the new ones are written to it (the caller advances it once for all layers). Inference only. */
   readonly cache?: SequenceCache
   /** Which layer of the cache is this one's. Default 0. */
@@ -55,7 +58,13 @@ export interface MlaForwardOptions {
   readonly absorbUpTo?: number
 }
 
-const forwardNames: OptionNames<MlaForwardOptions> = { positions: true, cache: true, layer: true, absorbUpTo: true }
+const forwardNames: OptionNames<MlaForwardOptions> = {
+  positions: true,
+  starts: true,
+  cache: true,
+  layer: true,
+  absorbUpTo: true,
+}
 
 /**
  * W_UK and W_UV cut out of kv_b_proj for absorbed decoding, while that stays the same: `[H, N, C]` and `[H, V, C]`, or where that is stored in fewer
@@ -114,7 +123,7 @@ export class MultiHeadLatentAttention extends Module {
   forward(x_BTD: Tensor, options: MlaForwardOptions = {}): Tensor {
     needAxes('MultiHeadLatentAttention', x_BTD, ['batch', 'time', 'hidden'])
     checkShared('MultiHeadLatentAttention.forward', options, forwardNames)
-    const { cache, positions } = options
+    const { cache, positions, starts } = options
     const time = x_BTD.shape[1]
     const { backend } = x_BTD
     if (cache === undefined) {
@@ -122,7 +131,7 @@ export class MultiHeadLatentAttention extends Module {
       const { down, both } = this.#project(x_BTD)
       const latent_BTC = this.#latent(both)
       const ropeKey_BT1R = this.#turn(this.#ropeKey(both), tables)
-      return this.#expanded(this.#turn(this.#queries(down), tables), latent_BTC, ropeKey_BT1R)
+      return this.#expanded(this.#turn(this.#queries(down), tables), latent_BTC, ropeKey_BT1R, { starts })
     }
     return noGrad(() =>
       scope(() => {
@@ -165,12 +174,17 @@ export class MultiHeadLatentAttention extends Module {
   }
 
   /** Multi-head form: every head's keys and values are expanded from the latents (training, and prefill). */
-  #expanded(q_BTHD: Tensor, latent_BSC: Tensor, ropeKey_BS1R: Tensor, lengths?: Tensor): Tensor {
+  #expanded(
+    q_BTHD: Tensor,
+    latent_BSC: Tensor,
+    ropeKey_BS1R: Tensor,
+    seen: Pick<AttentionOptions, 'lengths' | 'starts'>,
+  ): Tensor {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, v_head_dim: value } = this.#config
     const [batch, keys] = latent_BSC.shape
     const kv = this.kv_b_proj.forward(latent_BSC).reshape([batch, keys, heads, nope + value])
     const { k, v } = mlaKeyValue(kv, ropeKey_BS1R, nope)
-    const out = attention(q_BTHD, k, v, { scale: this.#scale, lengths })
+    const out = attention(q_BTHD, k, v, { scale: this.#scale, ...seen })
     return this.o_proj.forward(out.reshape([batch, q_BTHD.shape[1], heads * value]))
   }
 
@@ -186,7 +200,7 @@ export class MultiHeadLatentAttention extends Module {
     if (time <= absorbUpTo) return this.#absorbedForward(q, tables, cache.rows(layer), step)
     const rows = cache.first(layer, Math.max(...cache.lengths) + time).cast('f32')
     const latents = rows.narrow(2, 0, this.#config.kv_lora_rank)
-    return this.#expanded(this.#turn(q, tables), latents, this.#ropeKey(rows), step.lengths)
+    return this.#expanded(this.#turn(q, tables), latents, this.#ropeKey(rows), { lengths: step.lengths })
   }
 
   /** Multi-query form in latent space: score = (W_UK^T q_nope) . c + q_rope . k_rope, out = W_UV (sum p c). */

@@ -196,9 +196,12 @@ export interface FusedAttrs {
   mlaKeyValue: { readonly nope: number }
   /** `[dk, dv] -> [dkv, dropeKey]`; dropeKey is summed over the heads. */
   mlaKeyValueBackward: { readonly nope: number }
-  /** `[q [B, T, H, Dk], k [B, S, G, Dk], v [B, S, G, Dv], lengths? i32 [B]] -> [out [B, T, H, Dv], lse [B, H, T]]`, lse = log sum exp of the scaled scores. */
+  /**
+   * `[q [B, T, H, Dk], k [B, S, G, Dk], v [B, S, G, Dv], lengths? i32 [B], starts? i32 [B, T]] -> [out [B, T, H, Dv], lse [B, H, T]]`, lse = log sum exp of the scaled
+   * scores. Query t of sequence b sees no key before starts[b, t]; that it may see none at all is as for an empty sequence. `starts` comes with lengths.
+   */
   attention: AttentionAttrs
-  /** `[q, k, v, out, lse, dout, lengths?] -> [dq, dk, dv]`. */
+  /** `[q, k, v, out, lse, dout, lengths?, starts?] -> [dq, dk, dv]`. */
   attentionBackward: AttentionAttrs
   /**
    * Absorbed MLA decode: attention whose keys are the latent cache rows and whose values are their first `valueDim` features.

@@ -25,11 +25,14 @@ export interface LayerOptions extends MoEForwardOptions {
   readonly cache?: SequenceCache
   /** Layer of the cache. */
   readonly layer?: number
+  /** As `MlaForwardOptions` has it: where the text of each token begins in its row. */
+  readonly starts?: Tensor
 }
 
 export const layerNames: OptionNames<LayerOptions> = {
   cache: true,
   layer: true,
+  starts: true,
   training: true,
   mask: true,
   undropped: true,
@@ -69,10 +72,10 @@ export class DecoderLayer extends Module {
   /** `[B, T, hidden]` to the same shape. */
   forward(x: Tensor, options: LayerOptions): Tensor {
     checkShared('DecoderLayer.forward', options, layerNames)
-    const { cache, layer, ...watched } = options
+    const { cache, layer, starts, ...watched } = options
     const part = isTransient(options) ? scope : <T>(fn: () => T) => fn()
     return part(() => {
-      const attended = part(() => this.attend(x, { cache, layer }))
+      const attended = part(() => this.attend(x, { cache, layer, starts }))
       const normal = this.post_attention_layernorm.forward(attended)
       return attended.add(this.mlp instanceof MoELayer ? this.mlp.forward(normal, watched) : this.mlp.forward(normal))
     })

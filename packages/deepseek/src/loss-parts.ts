@@ -53,6 +53,7 @@ export class LossParts {
     }
     return {
       training: true,
+      starts: this.#inputs.starts,
       undropped: this.#inputs.undropped,
       mask: maskAt(this.#inputs, depth),
       ...(this.#balancer ? { onBalancerLoss: balance } : { onBalanceLoss: balance }),

@@ -307,6 +307,11 @@ export class DeepSeek extends Module {
     return 1 + this.#config.num_nextn_predict_layers
   }
 
+  /** Texts that share a row do not see each other: batches say where each begins. */
+  get isolates(): boolean {
+    return true
+  }
+
   /** Logits of every position: `i32 [B, T]` to `[B, T, V]`. */
   forward(ids: Tensor, options: Pick<LayerOptions, 'cache'> = {}): Tensor {
     checkOptions('DeepSeek.forward', options, { cache: true })
@@ -441,14 +446,14 @@ export class DeepSeek extends Module {
   /** The ops of the loss. With `onLoad` the loads of the layers go there, in the order of `moeLayers`, and are not counted. */
   #lossOf(inputs: LossTensors, options: Pick<LayerOptions, 'training' | 'onLoad'>): Omit<DeepSeekLoss, 'count'> {
     const { training, onLoad } = options
-    const { tokens, undropped } = inputs
+    const { tokens, starts, undropped } = inputs
     const [batch, length] = tokens.shape
     const time = length - this.lookahead
     const balance: Tensor[] = []
     const gather = (loss: Tensor) => balance.push(loss)
     const wanted = this.#balancer ? { onBalancerLoss: gather } : { onBalanceLoss: gather }
     const watched = training ? { training: !onLoad, undropped, onLoad, ...wanted } : {}
-    const layerOptions = (depth: number): LayerOptions => ({ ...watched, mask: maskAt(inputs, depth) })
+    const layerOptions = (depth: number): LayerOptions => ({ ...watched, starts, mask: maskAt(inputs, depth) })
     const hidden = this.hidden(idsAhead(inputs, time, 0), layerOptions(0))
     const head = denseWeight(this.lm_head.weight)
     const flat = hidden.reshape([batch * time, this.#config.hidden_size])
@@ -461,7 +466,7 @@ export class DeepSeek extends Module {
       metrics.mtp = mtp.loss.detach()
       loss = loss.add(mtp.loss.mul(factorAt(inputs, 'mtp')))
       if (measured) {
-        const { chained } = mtpAcceptance(this.mtp, hidden, inputs, head, {})
+        const { chained } = mtpAcceptance(this.mtp, hidden, inputs, head, { starts })
         for (const [k, rate] of chained.entries()) metrics[`acceptance${k + 1}`] = rate
       }
     }
@@ -479,8 +484,9 @@ export class DeepSeek extends Module {
   mtpAcceptance(rows: TokenRows): MtpAcceptance {
     return this.infer(() => {
       const time = rows.length - this.lookahead
+      const { starts } = uploadInputs(this.#lossInputs(rows, false).arrays, this.#backend)
       const ids = fromHost(shiftTokens(rows, time, 0).ids, [rows.rows, time], 'i32', this.#backend)
-      return mtpAcceptance(this.mtp, this.hidden(ids), rows, denseWeight(this.lm_head.weight), {})
+      return mtpAcceptance(this.mtp, this.hidden(ids, { starts }), rows, denseWeight(this.lm_head.weight), { starts })
     })
   }
 

@@ -11,6 +11,8 @@ export interface LossTensors extends DepthTensors {
   readonly factors?: Tensor
   /** 1 for tokens and 0 for padding, as each depth sees them, `f32 [depths + 1, B, T]`; only in batches with padding. */
   readonly mask?: Tensor
+  /** Where the text of each position begins in its row, `i32 [B, T]`; only in batches of rows that several share. */
+  readonly starts?: Tensor
   /** Which sequences lose no token to dropping, `f32 [B]`. */
   readonly undropped?: Tensor
 }
@@ -22,12 +24,17 @@ export function lossInputs(
   options: { from: number; undropped?: Float32Array },
 ): { arrays: HostInputs; count: number } {
   const { from, undropped } = options
-  const { rows: batch, length, documents } = rows
+  const { rows: batch, length, documents, starts } = rows
   const host = depthTargets(rows, time, depths, { from })
   const arrays: Record<string, HostInputs[string]> = {
     tokens: { data: host.tokens, shape: [batch, length] },
     targets: { data: host.targets, shape: [depths + 1, batch * time] },
     averages: { data: averagesOf(host), shape: [depths + 1] },
+  }
+  if (starts) {
+    const data = new Int32Array(batch * time)
+    for (let row = 0; row < batch; row++) data.set(starts.subarray(row * length, row * length + time), row * time)
+    arrays.starts = { data, shape: [batch, time] }
   }
   if (undropped) arrays.undropped = { data: undropped, shape: [batch] }
   if (documents.some(document => document < 0)) {

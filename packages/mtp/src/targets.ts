@@ -5,6 +5,8 @@ import { type Backend, checkOptions, defaultIgnoreIndex, fromHost, MoeError, typ
 export interface TokenRows {
   readonly tokens: Int32Array
   readonly documents: Int32Array
+  /** For every token, the place in its row where the text begins that it belongs to: none before it is attended to. Default: 0, a row is one context. */
+  readonly starts?: Int32Array
   readonly rows: number
   readonly length: number
 }

@@ -17,6 +17,7 @@ export interface EvaluateOptions extends Omit<EvaluationOptions, 'lookahead'> {
 const names: OptionNames<EvaluateOptions> = {
   sequenceLength: true,
   batchSize: true,
+  isolate: true,
   limit: true,
   precision: true,
   signal: true,

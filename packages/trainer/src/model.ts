@@ -6,10 +6,15 @@ export interface TokenBatch {
   /** `[rows, length]`, row-major. */
   readonly tokens: Int32Array
   /**
-   * `[rows, length]`: number of the document that each token belongs to. A position counts in the loss only if the
-   * token that it predicts is of the same document. Padding has negative numbers, and carries no loss.
+   * `[rows, length]`: number of the document, or of the part of one, that each token belongs to. A position counts in the loss only if the
+   * token that it predicts has the same number. Padding has negative numbers, and carries no loss.
    */
   readonly documents: Int32Array
+  /**
+   * `[rows, length]`, in rows that several texts share without seeing each other: the place in its row at which the text of each token begins. Only models that
+   * say `isolates` get it.
+   */
+  readonly starts?: Int32Array
   readonly rows: number
   /** Tokens of a row: the trained positions and the model's `lookahead`. */
   readonly length: number
@@ -68,6 +73,8 @@ export interface TrainableModel extends Module {
   readonly lookahead: number
   /** Number of token ids that it has embeddings for. Given, the data is checked against it. */
   readonly vocabSize?: number
+  /** Whether it keeps texts apart that share a row, by `TokenBatch.starts`. Default false. */
+  readonly isolates?: boolean
   /**
    * Optimizer steps done, in a model that has schedules or draws of its own: `afterStep` counts. It is kept in
    * checkpoints and set by a run that goes on from one.

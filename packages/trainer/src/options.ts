@@ -38,6 +38,11 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly batchSize?: number
   /** Positions of a row. Default 256. */
   readonly sequenceLength?: number
+  /**
+   * Whether attention sees nothing before the document that a token belongs to. Default: for conversations and examples, which then share rows, as DeepSeek-V3 was
+   * fine-tuned (report, 5.1); not for texts, as it was pre-trained. Needs a model that `isolates`, as DeepSeek does.
+   */
+  readonly isolate?: boolean
   /** Micro-batches of a step on this rank. Default 1, or as many as `ranks` need. */
   readonly accumulate?: number
   /** Peak learning rate. Default 1e-3. */
@@ -108,6 +113,7 @@ const names: OptionNames<TrainOptions> = {
   steps: true,
   batchSize: true,
   sequenceLength: true,
+  isolate: true,
   accumulate: true,
   lr: true,
   schedule: true,
@@ -260,6 +266,7 @@ export function recordRun(
   model: TrainableModel,
   parameters: readonly NamedParameter[],
   optimizer: Optimizer,
+  isolate: boolean,
 ): RunRecord {
   const streams = namedStreams(model).map(({ name }) => name)
   const shapes = parameters.map(({ name, parameter }) => `${name} ${parameter.dtype} ${parameter.shape.join('x')}`)
@@ -276,6 +283,7 @@ export function recordRun(
     // JSON has no Infinity.
     clip: options.clip === Number.POSITIVE_INFINITY ? null : options.clip,
     precision: options.precision,
+    ...(isolate && { isolate }),
     optimizer: `${optimizer.name} ${JSON.stringify(optimizer.settings(parameters))}`,
     data: `${data.tokens.length} tokens (${data.digest})`,
     parameters: `${shapes.length} of ${parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)} numbers (${digest(shapes.join())})`,

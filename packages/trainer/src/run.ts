@@ -52,6 +52,8 @@ export class Run {
   readonly steps: Steps
   readonly interrupts: Interrupts
   readonly order: TrainingOrder
+  /** Whether documents are kept apart. */
+  readonly isolate: boolean
   readonly record: RunRecord
   readonly listeners: readonly TrainListener[]
   /** Folder of the run on the rank that writes it. */
@@ -101,8 +103,10 @@ export class Run {
         ? new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks })
         : new StepsOnRanks(model, onRanks, optimizer, { clip, precision })
     this.interrupts = interrupts
+    this.isolate = settings.isolate ?? (model.isolates === true && data.training.examples !== null)
     this.order = new TrainingOrder(data.training, {
       sequenceLength,
+      isolate: this.isolate,
       lookahead: model.lookahead,
       batchSize,
       accumulate,
@@ -110,7 +114,7 @@ export class Run {
       rank,
       world,
     })
-    this.record = recordRun(settings, data.training, model, parameters, optimizer)
+    this.record = recordRun(settings, data.training, model, parameters, optimizer, this.isolate)
     this.writesTo = (ranks?.rank ?? rank) === 0 ? settings.out : undefined
     this.saves = this.writesTo !== undefined
     this.log = this.writesTo === undefined ? undefined : new LogFile(join(this.writesTo, 'metrics.jsonl'))
@@ -293,7 +297,7 @@ export class Run {
     try {
       const { signal } = interrupts
       const onProgress = (done: number) => this.emit({ type: 'measuring', step: this.step, done })
-      const settings = { sequenceLength, batchSize, precision, limit, signal, onProgress }
+      const settings = { sequenceLength, batchSize, isolate: this.isolate, precision, limit, signal, onProgress }
       const measured = await evaluate(model, data.validation, settings)
       this.emit({ type: 'evaluation', step: this.step, final: limit === undefined, ...measured })
       return measured

@@ -28,6 +28,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   const settings = resolveOptions(options)
   const data = tokenData(settings)
   checkVocabulary(model, data)
+  if (settings.isolate === true && model.isolates !== true) throw doesNotIsolate()
   const parameters = namedParameters(model)
   checkTrainable(parameters)
   const { onRanks } = settings
@@ -106,3 +107,11 @@ function checkTrainable(parameters: readonly NamedParameter[]): void {
         : 'open the model in f32, or set trainable on what is to be trained',
   })
 }
+
+const doesNotIsolate = () =>
+  new MoeError({
+    code: 'E_CONFIG',
+    op: 'train',
+    problem: 'isolate is true, and the model does not say that it keeps texts apart which share a row',
+    fix: 'leave isolate out, or give the model `isolates = true` once its attention sees nothing before TokenBatch.starts',
+  })

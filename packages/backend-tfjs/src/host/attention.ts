@@ -46,12 +46,20 @@ function limitsOf(host: Host, lengths: Value | undefined, batch: number, keys: n
   return Array.from(i32Of(host, lengths), length => Math.max(0, Math.min(keys, length)))
 }
 
+/** First key that query `t` of sequence b sees. */
+function startsOf(host: Host, starts: Value | undefined, time: number): (b: number, t: number) => number {
+  if (starts === undefined) return () => 0
+  const first = i32Of(host, starts)
+  return (b, t) => Math.max(0, first[b * time + t])
+}
+
 /** Subtracts from every visible score what `shift` gives for its row, hides the others, and takes exp: `[T, S]` in place of the scores. */
 function exponentials(
   host: Host,
   scores: TfTensor,
   scale: number,
   limit: number,
+  first: (t: number) => number,
   causal: boolean,
   shift: (t: number, largest: number) => number,
 ): TfTensor {
@@ -60,13 +68,15 @@ function exponentials(
   for (let t = 0; t < time; t++) {
     const row = t * keys
     const end = visibleEnd(t, time, limit, causal)
+    const begin = Math.min(end, first(t))
     let largest = Number.NEGATIVE_INFINITY
-    for (let i = row; i < row + end; i++) {
+    for (let i = row + begin; i < row + end; i++) {
       s[i] *= scale
       if (s[i] > largest || s[i] !== s[i]) largest = s[i]
     }
     const by = shift(t, largest === Number.NEGATIVE_INFINITY ? 0 : largest)
-    for (let i = row; i < row + end; i++) s[i] -= by
+    for (let i = row + begin; i < row + end; i++) s[i] -= by
+    s.fill(Number.NEGATIVE_INFINITY, row, row + begin)
     s.fill(Number.NEGATIVE_INFINITY, row + end, row + keys)
   }
   const p = host.runner.run('Exp', { x: scores })
@@ -96,13 +106,14 @@ function putHead(
 }
 
 export function attention(host: Host, inputs: readonly Value[], attrs: AttentionAttrs, specs: readonly TensorSpec[]) {
-  const [q, k, v, lengths] = inputs
+  const [q, k, v, lengths, starts] = inputs
   const [batch, time, heads] = q.shape
   const [, keys, groups] = k.shape
   if (batch * time * heads * keys * q.shape[3] === 0) return undefined
   const out = host.output(specs[0].shape, 'float32')
   const lse = host.output(specs[1].shape, 'float32')
   const limits = limitsOf(host, lengths, batch, keys)
+  const first = startsOf(host, starts, time)
   const shifts = new Float64Array(time)
   for (let b = 0; b < batch; b++) {
     for (let g = 0; g < groups; g++) {
@@ -112,10 +123,18 @@ export function attention(host: Host, inputs: readonly Value[], attrs: Attention
         const queries = plainMatrix(host, headMatrix(q, b, h))
         const scores = plainProduct(host, queries, keysT)
         queries.dispose()
-        const p = exponentials(host, scores, attrs.scale, limits[b], attrs.causal, (t, largest) => {
-          shifts[t] = largest
-          return largest
-        })
+        const p = exponentials(
+          host,
+          scores,
+          attrs.scale,
+          limits[b],
+          t => first(b, t),
+          attrs.causal,
+          (t, largest) => {
+            shifts[t] = largest
+            return largest
+          },
+        )
         const mixed = plainProduct(host, p, values)
         finishRows(f32View(host, p), f32View(host, mixed), f32View(host, lse), (b * heads + h) * time, shifts)
         p.dispose()
@@ -149,7 +168,7 @@ export function attentionBackward(
   { causal, scale }: AttentionAttrs,
   specs: readonly TensorSpec[],
 ) {
-  const [q, k, v, out, lse, dout, lengths] = inputs
+  const [q, k, v, out, lse, dout, lengths, starts] = inputs
   const [batch, time, heads] = q.shape
   const [, keys, groups] = k.shape
   if (batch * time * heads * keys * q.shape[3] * v.shape[3] === 0) return undefined
@@ -157,6 +176,7 @@ export function attentionBackward(
   f32View(host, dk).fill(0)
   f32View(host, dv).fill(0)
   const limits = limitsOf(host, lengths, batch, keys)
+  const first = startsOf(host, starts, time)
   for (let b = 0; b < batch; b++) {
     for (let h = 0; h < heads; h++) {
       const g = Math.floor((h * groups) / heads)
@@ -164,7 +184,15 @@ export function attentionBackward(
       const at = (b * heads + h) * time
       const scores = viewProduct(host, queries, turned(keyHead))
       const logs = f32Of(host, lse).slice(at, at + time)
-      const p = exponentials(host, scores, scale, limits[b], causal, t => (Number.isFinite(logs[t]) ? logs[t] : 0))
+      const p = exponentials(
+        host,
+        scores,
+        scale,
+        limits[b],
+        t => first(b, t),
+        causal,
+        t => (Number.isFinite(logs[t]) ? logs[t] : 0),
+      )
       const dp = viewProduct(host, douts, turned(headMatrix(v, b, g)))
       // Gradients of keys and values are made turned round, [D, S], so that the small side is the one that is turned.
       const dvT = viewProduct(host, turned(douts), whole(p))

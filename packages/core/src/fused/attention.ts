@@ -28,29 +28,41 @@ function sumHeads(x: Tensor, groups: number): Tensor {
   return headsFirst(summed.reshape([batch, groups, size, features]))
 }
 
+/** Which keys of those that are in order before it a query sees. */
+interface Seen {
+  readonly lengths: Tensor | undefined
+  readonly starts: Tensor | undefined
+}
+
 /** 1 where query i may see key j: `u8 [B or 1, 1, T or 1, S]`. */
-function visible(q: Tensor, k: Tensor, lengths: Tensor | undefined, causal: boolean): Tensor {
+function visible(q: Tensor, k: Tensor, { lengths, starts }: Seen, causal: boolean): Tensor {
   const { backend } = q
-  const time = q.shape[1]
+  const [batch, time] = q.shape
   const keys = k.shape[1]
   const key = arange(keys, { backend }).reshape([1, 1, 1, keys])
   const limit =
-    lengths === undefined
-      ? full([1, 1, 1, 1], keys, { dtype: 'i32', backend })
-      : lengths.reshape([lengths.shape[0], 1, 1, 1])
-  if (!causal) return key.lt(limit)
+    lengths === undefined ? full([1, 1, 1, 1], keys, { dtype: 'i32', backend }) : lengths.reshape([batch, 1, 1, 1])
   const query = arange(time, { backend }).reshape([1, 1, time, 1])
-  return key.le(limit.add(query).sub(time)).cast('i32').mul(key.lt(limit).cast('i32')).eq(1)
+  const conditions = [
+    key.lt(limit),
+    ...(causal ? [key.le(limit.add(query).sub(time))] : []),
+    ...(starts === undefined ? [] : [starts.reshape([batch, 1, time, 1]).le(key)]),
+  ]
+  if (conditions.length === 1) return conditions[0]
+  return conditions
+    .map(condition => condition.cast('i32'))
+    .reduce((all, condition) => all.mul(condition))
+    .eq(1)
 }
 
 /** Scaled and masked scores `[B, H, T, S]`. */
-function maskedScores(q: Tensor, k: Tensor, lengths: Tensor | undefined, attrs: AttentionAttrs): Tensor {
+function maskedScores(q: Tensor, k: Tensor, seen: Seen, attrs: AttentionAttrs): Tensor {
   const { precision, scale, causal } = attrs
   const scores = headsFirst(q).matmul(repeatHeads(k, q.shape[2]), { transposeB: true, precision }).mul(scale)
-  return where(visible(q, k, lengths, causal), scores, full([], Number.NEGATIVE_INFINITY, scores))
+  return where(visible(q, k, seen, causal), scores, full([], Number.NEGATIVE_INFINITY, scores))
 }
 
-function inferAttention(op: string, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | undefined): void {
+function inferAttention(op: string, q: Tensor, k: Tensor, v: Tensor, { lengths, starts }: Seen): void {
   for (const [name, value] of Object.entries({ q, k, v })) needDtype(op, name, value, 'f32')
   needShape(op, 'q', q, [-1, -1, -1, -1])
   const [batch, , heads, features] = q.shape
@@ -61,41 +73,44 @@ function inferAttention(op: string, q: Tensor, k: Tensor, v: Tensor, lengths: Te
     needDtype(op, 'lengths', lengths, 'i32')
     needShape(op, 'lengths', lengths, [batch])
   }
+  if (starts !== undefined) {
+    needDtype(op, 'starts', starts, 'i32')
+    needShape(op, 'starts', starts, [batch, q.shape[1]])
+  }
 }
 
 export const attentionDefinition: FusedDefinition<'attention'> = {
   name: 'attention',
-  infer([q, k, v, lengths]) {
-    inferAttention('attention', q, k, v, lengths)
+  infer([q, k, v, lengths, starts]) {
+    inferAttention('attention', q, k, v, { lengths, starts })
     const [batch, time, heads] = q.shape
     return [
       { shape: [batch, time, heads, v.shape[3]], dtype: 'f32' },
       { shape: [batch, heads, time], dtype: 'f32' },
     ]
   },
-  decompose([q, k, v, lengths], attrs) {
-    const scores = maskedScores(q, k, lengths, attrs)
+  decompose([q, k, v, lengths, starts], attrs) {
+    const scores = maskedScores(q, k, { lengths, starts }, attrs)
     const max = rowMax(scores)
     const e = scores.sub(max).exp()
     const total = e.sum(-1, true)
     const out = e.div(total.maximum(1e-37)).matmul(repeatHeads(v, q.shape[2]), { precision: attrs.precision })
     return [headsFirst(out), max.add(total.log()).reshape([q.shape[0], q.shape[2], q.shape[1]])]
   },
-  vjp({ inputs: [q, k, v, lengths], outputs: [out, lse], attrs }, [dout, dLse]) {
+  vjp({ inputs: [q, k, v, ...seen], outputs: [out, lse], attrs }, [dout, dLse]) {
     if (dLse !== null) throw new Error('the log-sum-exp of attention carries no gradient')
-    if (dout === null) return [null, null, null, null]
-    const rest = lengths === undefined ? [] : [lengths]
-    return [...runFused(attentionBackwardDefinition, [q, k, v, out, lse, dout, ...rest], attrs), null]
+    if (dout === null) return [null, null, null, null, null]
+    return [...runFused(attentionBackwardDefinition, [q, k, v, out, lse, dout, ...seen], attrs), null, null]
   },
 }
 
 export const attentionBackwardDefinition: FusedDefinition<'attentionBackward'> = {
   name: 'attentionBackward',
   infer: ([q, k, v]) => [q, k, v],
-  decompose([q, k, v, out, lse, dout, lengths], attrs) {
+  decompose([q, k, v, out, lse, dout, lengths, starts], attrs) {
     const { precision, scale } = attrs
     const heads = q.shape[2]
-    const scores = maskedScores(q, k, lengths, attrs)
+    const scores = maskedScores(q, k, { lengths, starts }, attrs)
     const perRow = lse.reshape([...lse.shape, 1])
     // Rows that see nothing have lse -Infinity; any finite number in its place leaves their probabilities 0.
     const finite = where(perRow.eq(Number.NEGATIVE_INFINITY), full([], 0, perRow), perRow)
@@ -166,10 +181,18 @@ export interface AttentionOptions {
   readonly scale?: number
   /** `i32 [B]`: keys in use of each sequence; default all. */
   readonly lengths?: Tensor
+  /** `i32 [B, T]`: first key that each query sees; default 0. Where several texts share a row, the place at which the query's own begins keeps them apart. */
+  readonly starts?: Tensor
   readonly precision?: WidePrecision
 }
 
-const attentionNames: OptionNames<AttentionOptions> = { causal: true, scale: true, lengths: true, precision: true }
+const attentionNames: OptionNames<AttentionOptions> = {
+  causal: true,
+  scale: true,
+  lengths: true,
+  starts: true,
+  precision: true,
+}
 
 /**
  * softmax(q k^T * scale) v. `q [B, T, H, Dk]`, `k [B, S, G, Dk]`, `v [B, S, G, Dv]` with H a multiple of G, to `[B, T, H, Dv]`.
@@ -177,12 +200,17 @@ const attentionNames: OptionNames<AttentionOptions> = { causal: true, scale: tru
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
   checkOptions('attention', options, attentionNames)
-  const { causal = true, scale = q.shape[3] ** -0.5, precision = widePrecision(), lengths } = options
-  return runFused(attentionDefinition, lengths === undefined ? [q, k, v] : [q, k, v, lengths], {
-    causal,
-    scale,
-    precision,
-  })[0]
+  const { causal = true, scale = q.shape[3] ** -0.5, precision = widePrecision(), starts } = options
+  const attrs = { causal, scale, precision }
+  if (starts === undefined) {
+    return runFused(
+      attentionDefinition,
+      options.lengths === undefined ? [q, k, v] : [q, k, v, options.lengths],
+      attrs,
+    )[0]
+  }
+  const lengths = options.lengths ?? full([k.shape[0]], k.shape[1], { dtype: 'i32', backend: q.backend })
+  return runFused(attentionDefinition, [q, k, v, lengths, starts], attrs)[0]
 }
 
 export interface LatentAttentionOptions {

@@ -1,14 +1,22 @@
 import { readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { noGrad, softmax, tensor } from '@moe/core'
+import { backward, namedParameters, noGrad, softmax, tensor, zeroGrad } from '@moe/core'
 import { readF64, referenceBackend } from '@moe/core/reference'
 import { DeepSeek, presets } from '@moe/deepseek'
 import fc from 'fast-check'
 import { afterEach, describe, expect, test } from 'vitest'
 import { modelFolder } from '../checkpoints/checkpoint-folder.ts'
 import { evaluate } from '../evaluate.ts'
+import type { TrainEvent } from '../events.ts'
 import type { TextTokenizer, TokenBatch } from '../model.ts'
-import { BigramModel, nextTokens, removeTemporaryFolders, roundingBackend, temporaryFolder } from '../test-model.ts'
+import {
+  BigramModel,
+  letterData,
+  nextTokens,
+  removeTemporaryFolders,
+  roundingBackend,
+  temporaryFolder,
+} from '../test-model.ts'
 import { train } from '../train.ts'
 import { type Conversation, conversationFiles, conversations, tokenizeConversations } from './conversations.ts'
 import { evaluationWindows } from './evaluation-windows.ts'
@@ -44,12 +52,12 @@ function shown(data: TokenDataset): string[] {
   return examples.map((start, i) => text.slice(start, examples[i + 1]))
 }
 
-/** What rows have to predict: `tokens before it in its row, token`, of every position that counts. */
-function predictions({ tokens, documents, rows, length }: TokenBatch, positions: number): string[] {
+/** What rows have to predict: of every position that counts, the tokens of its row that it sees and the next one. */
+function predictions({ tokens, documents, starts, rows, length }: TokenBatch, positions: number): string[] {
   return Array.from({ length: rows }, (_, row) =>
     Array.from({ length: positions }, (_, t) => {
       const at = row * length + t
-      const text = String.fromCharCode(...tokens.subarray(row * length, at + 2))
+      const text = String.fromCharCode(...tokens.subarray(row * length + (starts?.[at] ?? 0), at + 2))
       return documents[at] >= 0 && documents[at] === documents[at + 1] ? [text] : []
     }).flat(),
   ).flat()
@@ -114,8 +122,9 @@ describe('examples', () => {
     { minLength: 1, maxLength: 8 },
   )
   const lengths = fc.record({
-    sequenceLength: fc.integer({ min: 1, max: 14 }),
+    sequenceLength: fc.integer({ min: 1, max: 30 }),
     lookahead: fc.integer({ min: 1, max: 3 }),
+    isolate: fc.boolean(),
   })
   const datasetOf = (examples: [number, boolean][][]) =>
     TokenDataset.fromExamples(
@@ -146,6 +155,48 @@ describe('examples', () => {
         expect(measured.every(({ from }) => from === 0)).toBe(true)
       }),
     )
+  })
+
+  test('with isolate they share rows, each seeing itself, and padding itself alone', () => {
+    fc.assert(
+      fc.property(some, lengths, (examples, { sequenceLength, lookahead }) => {
+        fc.pre(wanted(examples, sequenceLength).length > 0)
+        const data = datasetOf(examples)
+        const sizes = { sequenceLength, lookahead, batchSize: 1 }
+        const order = new TrainingOrder(data, { ...sizes, isolate: true })
+        const room = sequenceLength + 1
+        const free: number[] = []
+        for (let i = 0; i < order.windows; i++) {
+          const [{ documents, starts = new Int32Array(), length }] = order.step(i)
+          const padding = documents.findIndex(document => document < 0)
+          const filled = padding < 0 ? length : padding
+          for (let at = 0; at < length; at++) {
+            expect(starts[at]).toBe(at >= filled ? at : at > 0 && starts[at] < at ? starts[at - 1] : at)
+          }
+          free.push(room - filled)
+        }
+        // No two rows could be one: what is in the emptier one has more tokens than the other has room for.
+        const [least, next] = free.sort((a, b) => b - a)
+        if (next !== undefined) expect(least).toBeLessThan(room - next)
+      }),
+    )
+  })
+
+  test('documents that share a window see themselves from where they begin in it', () => {
+    const data = TokenDataset.fromTokens([
+      [1, 2, 3],
+      [4, 5, 6, 7],
+    ])
+    const order = new TrainingOrder(data, { sequenceLength: 4, lookahead: 1, batchSize: 2, isolate: true })
+    const [{ tokens, starts }] = order.step(0)
+    const rows = [0, 1].map(row => [
+      ...tokens.slice(row * 5, row * 5 + 5),
+      ...(starts?.slice(row * 5, row * 5 + 5) ?? []),
+    ])
+    expect(rows.sort((a, b) => a[0] - b[0])).toEqual([
+      [1, 2, 3, 4, 5, 0, 0, 0, 3, 3],
+      [5, 6, 7, 1, 1, 0, 0, 0, 3, 4],
+    ])
   })
 
   test('a limit measures some of them, from everywhere', () => {
@@ -194,8 +245,7 @@ describe('examples', () => {
   })
 })
 
-test('the loss of DeepSeek is that of the answers, of each conversation alone', async () => {
-  const backend = referenceBackend()
+describe('DeepSeek', () => {
   const config = {
     ...presets.tiny,
     vocab_size: 256,
@@ -205,27 +255,83 @@ test('the loss of DeepSeek is that of the answers, of each conversation alone', 
     num_hidden_layers: 2,
     max_position_embeddings: 64,
   }
-  const model = new DeepSeek(config, { backend })
   const all = [
     [ask('how'), answer('so')],
     [ask('b'), answer('cde'), ask('f'), answer('g')],
   ]
   const data = tokenizeConversations(all, characters, template)
-  const [batch] = new TrainingOrder(data, { sequenceLength: 16, lookahead: model.lookahead, batchSize: 2 }).step(0)
-  const { nll, count } = noGrad(() => model.loss(batch, { training: false }))
-  let expected = 0
-  for (const text of ['uhowasoz', 'ubacdezufagz']) {
-    const ids = characters.encode(text)
-    const logits = noGrad(() => model.forward(tensor(Int32Array.from(ids), [1, ids.length], { backend })))
-    const probabilities = readF64(noGrad(() => softmax(logits)))
-    const at = text === 'uhowasoz' ? [5, 6, 7] : [3, 4, 5, 6, 10, 11]
-    for (const i of at) expected -= Math.log(probabilities[(i - 1) * 256 + ids[i]])
-  }
-  expect(count).toBe(9)
-  expect(readF64(nll)[0]).toBeCloseTo(expected, 9)
-  const measured = await evaluate(model, data, { sequenceLength: 16, batchSize: 2 })
-  expect(measured.tokens).toBe(9)
-  expect(measured.bitsPerByte).toBeCloseTo(expected / Math.LN2 / 6, 5)
+
+  test.each([false, true])('loss is that of the answers, of each conversation alone; isolate: %j', async isolate => {
+    const backend = referenceBackend()
+    const model = new DeepSeek(config, { backend })
+    const sizes = { sequenceLength: 24, lookahead: model.lookahead, batchSize: isolate ? 1 : 2, isolate }
+    const order = new TrainingOrder(data, sizes)
+    expect(order.windows).toBe(sizes.batchSize)
+    const [batch] = order.step(0)
+    const { nll, count } = noGrad(() => model.loss(batch, { training: false }))
+    let expected = 0
+    for (const text of ['uhowasoz', 'ubacdezufagz']) {
+      const ids = characters.encode(text)
+      const logits = noGrad(() => model.forward(tensor(Int32Array.from(ids), [1, ids.length], { backend })))
+      const probabilities = readF64(noGrad(() => softmax(logits)))
+      const at = text === 'uhowasoz' ? [5, 6, 7] : [3, 4, 5, 6, 10, 11]
+      for (const i of at) expected -= Math.log(probabilities[(i - 1) * 256 + ids[i]])
+    }
+    expect(count).toBe(9)
+    expect(readF64(nll)[0]).toBeCloseTo(expected, 6)
+    const measured = await evaluate(model, data, { sequenceLength: 24, batchSize: 2, isolate })
+    expect(measured.tokens).toBe(9)
+    expect(measured.bitsPerByte).toBeCloseTo(expected / Math.LN2 / 6, 5)
+  })
+
+  test('train has conversations share rows, and goes on only in the same arrangement', async () => {
+    const out = await temporaryFolder()
+    const backend = roundingBackend()
+    const chats = Array.from({ length: 12 }, (_, i) => [ask('b'), answer('c'.repeat(1 + (i % 4)))])
+    const events: TrainEvent[] = []
+    const options = {
+      data: conversations(chats, { template, validation: 0.2 }),
+      tokenizer: characters,
+      batchSize: 1,
+      sequenceLength: 24,
+      out,
+      progress: false,
+    }
+    const onEvent = (event: TrainEvent) => events.push(event)
+    const run = await train(new DeepSeek(config, { backend }), { ...options, steps: 2, onEvent })
+    expect(events[0]).toMatchObject({ type: 'start', settings: { isolate: true } })
+    // Ten conversations of 5 to 8 tokens, three or four in a row of 25.
+    expect(events[0]).toMatchObject({ epochs: 2 / 3 })
+    const heldOut = options.data.validation.map(([, { content }]) => content.length + 1)
+    expect(run.validation.tokens).toBe(heldOut.reduce((sum, count) => sum + count, 0))
+    const resumed = { ...options, steps: 2, resume: true }
+    await expect(train(new DeepSeek(config, { backend }), { ...resumed, isolate: false })).rejects.toThrow(/isolate/)
+    await train(new DeepSeek(config, { backend }), resumed)
+    const bigram = new BigramModel({ backend })
+    await expect(train(bigram, { ...options, data: letterData(), steps: 1, isolate: true })).rejects.toThrow(
+      expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(/keeps texts apart/) }),
+    )
+  })
+
+  test('gradients of conversations that share a row are those of rows of their own, MTP included', () => {
+    const backend = referenceBackend()
+    const model = new DeepSeek(config, { backend, objective: { balanceWeight: 0 } })
+    const gradients = [false, true].map(isolate => {
+      const sizes = { sequenceLength: 24, lookahead: model.lookahead, batchSize: isolate ? 1 : 2, isolate }
+      zeroGrad(model)
+      backward(model.loss(new TrainingOrder(data, sizes).step(0)[0]).loss)
+      return namedParameters(model).flatMap(({ name, parameter }) =>
+        parameter.grad === null ? [] : [{ name, grad: [...readF64(parameter.grad)] }],
+      )
+    })
+    expect(gradients[1].map(({ name }) => name)).toEqual(gradients[0].map(({ name }) => name))
+    for (const [i, { name, grad }] of gradients[0].entries()) {
+      const scale = Math.max(...grad.map(Math.abs), 1e-6)
+      const apart = Math.max(...grad.map((x, j) => Math.abs(x - gradients[1][i].grad[j])))
+      // The angles of rotation are rounded to f32, and others where a conversation stands elsewhere in its row.
+      expect(apart / scale, name).toBeLessThan(1e-6)
+    }
+  })
 })
 
 describe('files', () => {

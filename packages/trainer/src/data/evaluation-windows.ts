@@ -1,6 +1,7 @@
 /** @file Strided evaluation: overlapping windows in which every token is predicted once, with context before it. */
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
+import { batchOf, type Row, rowsOf, windows } from './rows.ts'
 import type { TokenDataset } from './token-dataset.ts'
 
 export interface EvaluationOptions {
@@ -9,11 +10,19 @@ export interface EvaluationOptions {
   readonly lookahead: number
   /** Rows of a batch. */
   readonly batchSize: number
+  /** As in `OrderOptions`. Default false. */
+  readonly isolate?: boolean
   /** Measure on about so many tokens, spread evenly over the data. Default: on all. */
   readonly limit?: number
 }
 
-const names: OptionNames<EvaluationOptions> = { sequenceLength: true, lookahead: true, batchSize: true, limit: true }
+const names: OptionNames<EvaluationOptions> = {
+  sequenceLength: true,
+  lookahead: true,
+  batchSize: true,
+  isolate: true,
+  limit: true,
+}
 
 export interface EvaluationBatch {
   readonly batch: TokenBatch
@@ -26,11 +35,11 @@ export interface EvaluationBatch {
 /**
  * Windows that overlap by half: the first counts all its positions, each later one its second half, so that every
  * token of the stream but the first is predicted exactly once, and all but those of the first window with at least
- * half a window of context. Of examples, each is a window.
+ * half a window of context. Of examples, each is a window, or shares one.
  */
 export function* evaluationWindows(data: TokenDataset, options: EvaluationOptions): Generator<EvaluationBatch> {
   checkOptions('evaluationWindows', options, names)
-  const { sequenceLength, lookahead, batchSize, limit } = options
+  const { sequenceLength, lookahead, batchSize, isolate = false, limit } = options
   const wrong = Object.entries({ sequenceLength, lookahead, batchSize }).filter(
     ([, size]) => !Number.isSafeInteger(size) || size < 1,
   )
@@ -43,33 +52,22 @@ export function* evaluationWindows(data: TokenDataset, options: EvaluationOption
     })
   }
   const length = sequenceLength + lookahead
-  const batchOf = (starts: readonly number[]): TokenBatch => {
-    const tokens = new Int32Array(starts.length * length)
-    const documents = new Int32Array(starts.length * length)
-    starts.forEach((start, row) => {
-      data.copyRow(start, length, tokens, documents, row * length)
-    })
-    return { tokens, documents, rows: starts.length, length }
-  }
   const stride = Math.max(1, sequenceLength >> 1)
-  const streams = data.examples === null
-  const starts = streams
-    ? Int32Array.from(
-        { length: 1 + Math.ceil(Math.max(0, data.tokens.length - 1 - sequenceLength) / stride) },
-        (_, i) => i * stride,
-      )
-    : data.rowStarts(sequenceLength)
-  const all = starts.length
-  const each = streams ? stride : data.tokens.length / Math.max(1, all)
+  const overlaps = data.examples === null
+  const rows = overlaps
+    ? windows(1 + Math.ceil(Math.max(0, data.tokens.length - 1 - sequenceLength) / stride), stride)
+    : rowsOf(data, sequenceLength, isolate)
+  const all = rows.count
+  const each = overlaps ? stride : data.tokens.length / Math.max(1, all)
   const count = limit === undefined ? all : Math.min(all, Math.max(1, Math.floor(limit / each)))
-  if (streams) yield { batch: batchOf([0]), from: 0, done: 1 / count }
-  const from = streams ? sequenceLength - stride : 0
-  let waiting: number[] = []
-  for (let i = streams ? 1 : 0; i < count; i++) {
-    waiting.push(starts[Math.floor((i * all) / count)])
-    if (waiting.length === batchSize || i === count - 1) {
-      yield { batch: batchOf(waiting), from, done: (i + 1) / count }
-      waiting = []
-    }
+  const from = overlaps ? sequenceLength - stride : 0
+  let waiting: Row[] = []
+  for (let i = 0; i < count; i++) {
+    waiting.push(rows.row(Math.floor((i * all) / count)))
+    // The first window has nothing before it, so all of it counts.
+    const first = overlaps && i === 0
+    if (!first && waiting.length < batchSize && i < count - 1) continue
+    yield { batch: batchOf(data, waiting, length, isolate), from: first ? 0 : from, done: (i + 1) / count }
+    waiting = []
   }
 }

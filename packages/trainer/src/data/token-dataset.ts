@@ -46,7 +46,7 @@ interface DatasetParts {
 /**
  * Documents, tokenized and joined: `begin, text, end, begin, text, end, ...`. Where the tokenizer has no token that
  * begins a document, its end token serves for both, so that the first token of every text has something to be
- * predicted from. Or examples, each of which begins a row of its own.
+ * predicted from. Or examples, which stand in rows whole.
  */
 export class TokenDataset {
   /** The whole stream. */
@@ -116,12 +116,14 @@ export class TokenDataset {
       starts.push(stream.length)
       stream.append(ids)
     }
-    return TokenDataset.#checked(stream.take(), { starts, ...options })
+    const tokens = stream.take()
+    // The first token of a document is taken to be its begin token.
+    return TokenDataset.#checked(tokens, { starts, ...options, padding: options.padding ?? tokens[0] })
   }
 
   /**
-   * Examples that are tokens already. Each begins a row, which is filled up with padding or cut at its end: so none has another before it, as with the isolated
-   * samples that DeepSeek-V3 was fine-tuned on (report, 5.1).
+   * Examples that are tokens already. None is cut but at the end of a row, and none has another before it: each has a row of its own, or is isolated in one that
+   * several share (`isolate` of `train`), as the samples that DeepSeek-V3 was fine-tuned on (report, 5.1).
    * @param options `textBytes`, of the learned parts, is needed for bits per byte
    * @throws MoeError E_DATA when an example says another number of tokens to be learned or not than it has tokens, and when there is nothing to learn
    */
@@ -227,57 +229,26 @@ export class TokenDataset {
     return lastUpTo(this.starts, position)
   }
 
-  /**
-   * Where rows of `length` positions begin: every `length` tokens, so that every token is predicted in one of them; or the examples that have something to learn
-   * in so many positions.
-   */
-  rowStarts(length: number): Int32Array {
-    const { examples } = this
-    if (examples !== null) return examples.filter(start => this.#learned(start, length) > 0)
-    return Int32Array.from({ length: Math.ceil((this.tokens.length - 1) / length) }, (_, i) => i * length)
-  }
-
   /** How many of the tokens that are to be predicted rows of `length` positions leave out: those of examples that go on behind them. */
   leftOut(length: number): number {
-    return (
-      this.predictable -
-      (this.examples?.reduce((sum, start) => sum + this.#learned(start, length), 0) ?? this.predictable)
-    )
+    if (this.examples === null) return 0
+    return this.examples.reduce((sum, start) => sum - this.learnedFrom(start, length), this.predictable)
   }
 
   /** Positions of the longest example; 0 for documents. */
   get longest(): number {
-    return this.examples?.reduce((most, start) => Math.max(most, this.#end(start) - start - 1), 0) ?? 0
+    return this.examples?.reduce((most, start) => Math.max(most, this.endFrom(start) - start - 1), 0) ?? 0
   }
 
-  /** End of what a row from `start` may hold: of the example there, or of the stream. */
-  #end(start: number): number {
+  /** End of what may stand behind `start` in a row: of the example there, or of the stream. */
+  endFrom(start: number): number {
     return this.examples?.[lastUpTo(this.examples, start) + 1] ?? this.tokens.length
   }
 
   /** Tokens that are predicted in the first `length` positions of the example at `start`. */
-  #learned(start: number, length: number): number {
-    const last = Math.min(this.#end(start) - 1, start + length)
+  learnedFrom(start: number, length: number): number {
+    const last = Math.min(this.endFrom(start) - 1, start + length)
     return last - start - (this.documentAt(last) - this.documentAt(start))
-  }
-
-  /**
-   * Copies `length` tokens from `start` and their document numbers to the row at `at`; past the end of the stream, or of the example,
-   * comes padding.
-   */
-  copyRow(start: number, length: number, tokens: Int32Array, documents: Int32Array, at: number): void {
-    const present = Math.max(0, Math.min(length, this.#end(start) - start))
-    tokens.set(this.tokens.subarray(start, start + present), at)
-    let document = this.documentAt(start)
-    for (let i = 0; i < present; i++) {
-      while (document + 1 < this.starts.length && this.starts[document + 1] <= start + i) document++
-      documents[at + i] = document
-    }
-    for (let i = present; i < length; i++) {
-      tokens[at + i] = this.padding
-      // Never equal to a neighbour's, so that no position here counts.
-      documents[at + i] = present - i - 1
-    }
   }
 }
 

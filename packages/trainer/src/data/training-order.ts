@@ -4,6 +4,7 @@
  */
 import { checkOptions, MoeError, type OptionNames, Random } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
+import { batchOf, type Rows, rowsOf } from './rows.ts'
 import type { TokenDataset } from './token-dataset.ts'
 
 export interface OrderOptions {
@@ -13,6 +14,11 @@ export interface OrderOptions {
   readonly lookahead: number
   /** Rows of a micro-batch, on each rank. */
   readonly batchSize: number
+  /**
+   * Whether batches say where each document begins (`TokenBatch.starts`), so that none is seen from another; examples share rows then. For models that say
+   * `isolates`. Default false.
+   */
+  readonly isolate?: boolean
   /** Micro-batches of a step. Default 1. */
   readonly accumulate?: number
   /** Names the order. Default 0. */
@@ -29,6 +35,7 @@ const names: OptionNames<OrderOptions> = {
   sequenceLength: true,
   lookahead: true,
   batchSize: true,
+  isolate: true,
   accumulate: true,
   seed: true,
   rank: true,
@@ -37,8 +44,8 @@ const names: OptionNames<OrderOptions> = {
 
 /**
  * Windows of `sequenceLength` positions, each once an epoch, in an order drawn anew for every epoch. Window w starts
- * at token `w * sequenceLength`, so that every token of the stream but the first is predicted once an epoch; of examples, each is a window. What
- * a window has no tokens for is filled up with padding.
+ * at token `w * sequenceLength`, so that every token of the stream but the first is predicted once an epoch; of examples, each is a window, or
+ * shares one. What a window has no tokens for is filled up with padding.
  */
 export class TrainingOrder {
   readonly data: TokenDataset
@@ -51,13 +58,15 @@ export class TrainingOrder {
   readonly world: number
   /** Windows of an epoch. */
   readonly windows: number
-  readonly #starts: Int32Array
+  readonly isolate: boolean
+  readonly #rows: Rows
   readonly #orders = new Map<number, Uint32Array>()
 
   /** @throws MoeError E_CONFIG for sizes that are not whole numbers from 1, or a rank outside the world; E_DATA where no example has something to learn in so many positions */
   constructor(data: TokenDataset, options: OrderOptions) {
     checkOptions('TrainingOrder', options, names)
     const { sequenceLength, lookahead, batchSize, accumulate = 1, seed = 0, rank = 0, world = 1 } = options
+    const { isolate = false } = options
     const sizes = { sequenceLength, lookahead, batchSize, accumulate, world }
     const wrong = Object.entries(sizes).filter(([, size]) => !Number.isSafeInteger(size) || size < 1)
     if (wrong.length > 0 || !Number.isSafeInteger(rank) || rank < 0 || rank >= world) {
@@ -77,8 +86,9 @@ export class TrainingOrder {
     this.seed = seed
     this.rank = rank
     this.world = world
-    this.#starts = data.rowStarts(sequenceLength)
-    this.windows = this.#starts.length
+    this.isolate = isolate
+    this.#rows = rowsOf(data, sequenceLength, isolate)
+    this.windows = this.#rows.count
     if (this.windows === 0) {
       throw new MoeError({
         code: 'E_DATA',
@@ -120,14 +130,8 @@ export class TrainingOrder {
   }
 
   #batch(first: number): TokenBatch {
-    const length = this.sequenceLength + this.lookahead
-    const tokens = new Int32Array(this.batchSize * length)
-    const documents = new Int32Array(this.batchSize * length)
-    for (let row = 0; row < this.batchSize; row++) {
-      const start = this.#starts[this.windowAt(first + row)]
-      this.data.copyRow(start, length, tokens, documents, row * length)
-    }
-    return { tokens, documents, rows: this.batchSize, length }
+    const rows = Array.from({ length: this.batchSize }, (_, row) => this.#rows.row(this.windowAt(first + row)))
+    return batchOf(this.data, rows, this.sequenceLength + this.lookahead, this.isolate)
   }
 
   #order(epoch: number): Uint32Array {

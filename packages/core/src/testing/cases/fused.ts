@@ -51,6 +51,42 @@ const attentionCases = attentionSizes.flatMap(([name, [b, t, s, h, g, dk, dv], c
   ),
 )
 
+/** For each of the last `time` of `keys` places, where the last of the texts that begin at `begins` began. */
+const lastBegun = (time: number, keys: number, begins: readonly number[]): number[] =>
+  Array.from({ length: time }, (_, t) => begins.findLast(begin => begin <= keys - time + t) ?? 0)
+
+/** Several texts in a row: the sizes as above, where the texts of each row begin. */
+const startsSizes: ReadonlyArray<readonly [name: string, shape: number[], causal: boolean, begins: number[][]]> = [
+  ['small', [2, 5, 5, 2, 2, 8, 4], true, [[0, 3], [1]]],
+  ['grouped key heads', [1, 19, 19, 4, 2, 16, 8], true, [[0, 1, 2, 11]]],
+  ['more than a tile', [2, 150, 150, 2, 2, 48, 32], true, [[0, 7, 101, 149], [0]]],
+  ['long, odd sizes', [1, 331, 331, 1, 1, 33, 17], true, [[0, 129, 230]]],
+  ['few queries, many keys', [1, 4, 900, 2, 1, 16, 8], true, [[0, 500, 898]]],
+  ['not causal', [1, 6, 9, 2, 2, 8, 4], false, [[0, 2, 5]]],
+]
+
+const startsCases = startsSizes.flatMap(([name, [b, t, s, h, g, dk, dv], causal, begins]) =>
+  precisions.map(precision =>
+    opCase(
+      'attention',
+      `several texts in a row, ${name}, ${precision}`,
+      [
+        f32(b, t, h, dk),
+        f32(b, s, g, dk),
+        f32(b, s, g, dv),
+        given('i32', [b], new Array(b).fill(s)),
+        given(
+          'i32',
+          [b, t],
+          begins.flatMap(row => lastBegun(t, s, row)),
+        ),
+      ],
+      { causal, scale: dk ** -0.5, precision },
+      { ...(precision === 'bf16' ? rough() : sum), compared: [0, 1] },
+    ),
+  ),
+)
+
 /** Three sequences over pages in no order, of which two begin with the same; all rows that are not in use are NaN. */
 function pagedInputs(size: number, time: number, dtype: 'f32' | 'bf16'): CaseInput[] {
   const [numbers, features] = [7, 80]
@@ -413,6 +449,20 @@ export const fusedCases: readonly OpCase[] = [
     'attention',
     'an empty sequence',
     [f32(2, 1, 2, 16), f32(2, 4, 2, 16), f32(2, 4, 2, 8), given('i32', [2], [0, 3])],
+    { causal: true, scale: 0.25, precision: 'f32' },
+    { ...sum, compared: [0] },
+  ),
+  ...startsCases,
+  opCase(
+    'attention',
+    'several texts in a row, and queries that see none',
+    [
+      f32(2, 70, 2, 16),
+      f32(2, 70, 2, 16),
+      f32(2, 70, 2, 8),
+      given('i32', [2], [70, 66]),
+      given('i32', [2, 70], [...lastBegun(70, 70, [0, 40]).with(3, 5).with(69, 70), ...lastBegun(70, 70, [20, 64])]),
+    ],
     { causal: true, scale: 0.25, precision: 'f32' },
     { ...sum, compared: [0] },
   ),

@@ -18,6 +18,7 @@ struct Attention {
   const float *q, *k, *v;
   const uint16_t* rows16;  // in place of k and v: keys of one head as bf16 rows of Dk, whose first Dv features are the values; else nullptr
   const int32_t* lengths;  // nullptr: all keys
+  const int32_t* starts;   // [B][T]: first key that a query sees; nullptr: 0
   const int32_t* pages;    // [B][S / page_keys], numbers of pages: key s of batch b is s % page_keys of page pages[b][s / page_keys]; else nullptr
   int64_t page_keys;
   float *out, *lse;        // lse: nullptr when nobody wants it
@@ -51,13 +52,14 @@ struct Attention {
 
 // The rows of one block: where they are and what they see.
 struct Block {
-  alignas(64) int32_t visible[block_rows];
+  alignas(64) int32_t first[block_rows], visible[block_rows];  // keys that a row sees: first .. visible - 1; both 0 where there is none
   alignas(64) float max[block_rows], sum[block_rows], factor[block_rows];
   int64_t row[block_rows];       // offset in units of heads in [B, T, H, ...]
   int64_t lse_index[block_rows];  // in [B, H, T]
   int64_t b, g;                  // batch, key head
   int rows;                      // the others repeat the last
-  int64_t keys;                  // most keys that any row sees
+  int64_t begin, keys;           // all keys that any row sees
+  int64_t all_from, all_to;      // keys that all rows see
 
   void place(const Attention& a, int64_t b, int64_t g, int64_t block, int64_t limit) {
     const int64_t group = a.H / a.G, first = block * block_rows;
@@ -65,16 +67,23 @@ struct Block {
     this->g = g;
     rows = static_cast<int>(std::min<int64_t>(block_rows, a.rows() - first));
     int64_t t = first / group, h = g * group + first % group;
+    begin = all_to = std::numeric_limits<int64_t>::max();
+    keys = all_from = 0;
     for (int i = 0; i < block_rows; i++) {
       row[i] = (b * a.T + t) * a.H + h;
       lse_index[i] = (b * a.H + h) * a.T + t;
-      visible[i] = static_cast<int32_t>(a.visible(limit, t));
+      const int64_t from = a.starts ? std::max(0, a.starts[b * a.T + t]) : 0, to = a.visible(limit, t), sees = from < to;
+      this->first[i] = static_cast<int32_t>(sees * from);
+      visible[i] = static_cast<int32_t>(sees * to);
+      begin = std::min(begin, sees * from);
+      keys = std::max(keys, sees * to);
+      all_from = std::max(all_from, sees * from);
+      all_to = std::min(all_to, sees * to);
       if (i + 1 < rows && ++h == (g + 1) * group) {
         h = g * group;
         t++;
       }
     }
-    keys = visible[block_rows - 1];
   }
 };
 
@@ -280,10 +289,11 @@ static KeyTiles key_tiles(const Attention& a, int64_t b, int64_t g, int64_t begi
   }
 }
 
-// The block's rows against keys begin .. end - 1 (`tiles`, if they are made before, starts at begin). Leaves out = sum of exp(score - max) * v as [Dv][block_rows],
+// The block's rows against keys begin .. end - 1 (`tiles`, if they are made before, starts at `origin`, an even number of keys before begin). Leaves out = sum of exp(score - max) * v as [Dv][block_rows],
 // and max and sum of the block; max is in units of q . k, `unit` turns those into log2.
 template <class Op, int Vectors>
-static void attend(const Attention& a, Block& block, int64_t begin, int64_t end, float unit, const KeyTiles& tiles, ForwardMemory<Op>& memory) {
+static void attend(const Attention& a, Block& block, int64_t origin, int64_t begin, int64_t end, float unit, const KeyTiles& tiles,
+                   ForwardMemory<Op>& memory) {
   const f32v lowest = splat(-std::numeric_limits<float>::infinity());
   f32v max[Vectors], sum[Vectors];
   for (int j = 0; j < Vectors; j++) {
@@ -298,8 +308,8 @@ static void attend(const Attention& a, Block& block, int64_t begin, int64_t end,
     const int64_t n = std::min(step, end - at);
     KeyTiles tile = tiles;
     if (!a.each_tile) {
-      tile.k += (at - begin) * tiles.k_stride;
-      tile.v += (at - begin) / Op::pack * tiles.v_stride;
+      tile.k += (at - origin) * tiles.k_stride;
+      tile.v += (at - origin) / Op::pack * tiles.v_stride;
     } else if (!by_page) {
       tile = key_tiles<Op>(a, block.b, block.g, at, at + n, memory);
     }
@@ -314,13 +324,19 @@ static void attend(const Attention& a, Block& block, int64_t begin, int64_t end,
     each_run([&](int64_t i, int64_t count, const KeyTiles& run) {
       small_product<Op, false, false>(count, Vectors, run.k, run.k_stride, memory.q, block_rows, depth, scores + i * block_rows, block_rows);
     });
-    for (int64_t i = std::max<int64_t>(0, block.visible[0] - at); i < n; i++) {
+    const auto mask = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+      for (int64_t i = from; i < to; i++) {
+        const i32v key = splat(static_cast<int32_t>(at + i));
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; j++) {
-        float* p = scores + i * block_rows + j * lanes;
-        store(p, select(splat(static_cast<int32_t>(at + i)) < load(block.visible + j * lanes), load(p), lowest));
+        for (int j = 0; j < Vectors; j++) {
+          float* p = scores + i * block_rows + j * lanes;
+          store(p, select((load(block.first + j * lanes) <= key) & (key < load(block.visible + j * lanes)), load(p), lowest));
+        }
       }
-    }
+    };
+    const int64_t inside = std::max<int64_t>(0, std::min(n, block.all_from - at)), outside = std::max(inside, block.all_to - at);
+    mask(0, inside);
+    mask(outside, n);
     f32v top[Vectors], shift[Vectors];
     for (int j = 0; j < Vectors; j++) top[j] = max[j];
     for (int64_t i = 0; i < n; i++) {
@@ -385,12 +401,13 @@ static void attend(const Attention& a, Block& block, int64_t begin, int64_t end,
 }
 
 template <class Op>
-static void attend_block(const Attention& a, Block& block, int64_t begin, int64_t end, float unit, const KeyTiles& tiles,
+static void attend_block(const Attention& a, Block& block, int64_t origin, int64_t end, float unit, const KeyTiles& tiles,
                          ForwardMemory<Op>& memory) {
+  const int64_t begin = std::max(origin, block.begin - (block.begin - origin) % 2);
   if (block.rows <= lanes) {
-    attend<Op, 1>(a, block, begin, end, unit, tiles, memory);
+    attend<Op, 1>(a, block, origin, begin, end, unit, tiles, memory);
   } else {
-    attend<Op, block_vectors>(a, block, begin, end, unit, tiles, memory);
+    attend<Op, block_vectors>(a, block, origin, begin, end, unit, tiles, memory);
   }
 }
 

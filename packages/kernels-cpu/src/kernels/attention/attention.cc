@@ -88,7 +88,7 @@ void backward_head(const Attention& a, const Gradient& gradient, int64_t b, int6
       block.max[i] = block.sum[i] = 0;
       block.factor[i] = a.scale;
       if (i >= block.rows) {
-        block.visible[i] = 0;
+        block.first[i] = block.visible[i] = 0;
         continue;
       }
       const float lse = gradient.lse[block.lse_index[i]];
@@ -100,22 +100,24 @@ void backward_head(const Attention& a, const Gradient& gradient, int64_t b, int6
     }
     std::memset(memory.dq_columns, 0, static_cast<size_t>(a.Dk) * block_rows * 4);
     f32v lse[V], delta[V];
-    i32v visible[V];
+    i32v first[V], visible[V];
     for (int j = 0; j < V; j++) {
       lse[j] = load(block.max + j * lanes);
       delta[j] = load(block.sum + j * lanes);
+      first[j] = load(block.first + j * lanes);
       visible[j] = load(block.visible + j * lanes);
     }
-    for (int64_t at = 0; at < block.keys; at += step) {
+    // Pairs of keys begin at even ones.
+    for (int64_t at = block.begin & ~int64_t{1}; at < block.keys; at += step) {
       const int64_t n = std::min(step, block.keys - at);
       small_product<Op, false, false>(n, V, k + at * k_stride, k_stride, memory.q_columns, block_rows, Dk_depth, P, block_rows);
       small_product<Op, false, false>(n, V, v + at * v_stride, v_stride, memory.dout_columns, block_rows, Dv_depth, DS, block_rows);
-      const bool masked = at + n > block.visible[0] || block.rows < block_rows;
+      const bool masked = at < block.all_from || at + n > block.all_to || block.rows < block_rows;
       const auto cell = [&](int64_t i, int j, f32v& p, f32v& ds) __attribute__((always_inline)) {
         p = exp2_small(fma(load(P + i * block_rows + j * lanes), unit, -lse[j]));
         ds = p * (load(DS + i * block_rows + j * lanes) - delta[j]);
         if (masked) {
-          const i32v seen = splat(static_cast<int32_t>(at + i)) < visible[j];
+          const i32v key = splat(static_cast<int32_t>(at + i)), seen = (first[j] <= key) & (key < visible[j]);
           p = from_bits(seen & bits(p));
           ds = from_bits(seen & bits(ds));
         }
@@ -183,9 +185,10 @@ void attention_backward(const Attention& a, const Gradient& gradient) {
   });
 }
 
-// lengths (0: none), B, T, S, H, G, Dk, Dv, causal, scale
+// lengths (0: none), starts (0: none), B, T, S, H, G, Dk, Dv, causal, scale
 void read_sizes(Args& args, Attention& a) {
   a.lengths = args.ptr<const int32_t>();
+  a.starts = args.ptr<const int32_t>();
   a.B = args.size();
   a.T = args.size();
   a.S = args.size();

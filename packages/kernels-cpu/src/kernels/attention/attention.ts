@@ -3,7 +3,7 @@ import { type FusedFactory, pointerOf } from '../../native.ts'
 
 export const attention: FusedFactory<'attention'> = native => {
   const kernels = { f32: native.kernel('moe_attention_fwd_f32'), bf16: native.kernel('moe_attention_fwd_bf16') }
-  return ([q, k, v, lengths], { causal, scale, precision }, [outSpec, lseSpec]) => {
+  return ([q, k, v, lengths, starts], { causal, scale, precision }, [outSpec, lseSpec]) => {
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const out = native.output(outSpec)
@@ -15,6 +15,7 @@ export const attention: FusedFactory<'attention'> = native => {
       pointerOf(k),
       pointerOf(v),
       lengths ? pointerOf(lengths) : 0,
+      starts ? pointerOf(starts) : 0,
       B,
       T,
       S,
@@ -31,7 +32,7 @@ export const attention: FusedFactory<'attention'> = native => {
 
 export const attentionBackward: FusedFactory<'attentionBackward'> = native => {
   const kernels = { f32: native.kernel('moe_attention_bwd_f32'), bf16: native.kernel('moe_attention_bwd_bf16') }
-  return ([q, k, v, out, lse, dout, lengths], { causal, scale, precision }, [dqSpec, dkSpec, dvSpec]) => {
+  return ([q, k, v, out, lse, dout, lengths, starts], { causal, scale, precision }, [dqSpec, dkSpec, dvSpec]) => {
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const dq = native.output(dqSpec)
@@ -48,6 +49,7 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = native => {
       pointerOf(lse),
       pointerOf(dout),
       lengths ? pointerOf(lengths) : 0,
+      starts ? pointerOf(starts) : 0,
       B,
       T,
       S,

@@ -76,7 +76,8 @@ export const attention: FusedFactory<'attention'> = cuda => {
   const kernels = new Map(
     engines.map(e => [e, cuda.kernel('attention', `moe_attention_fwd_${nameOf(e)}`, `p p p p p p ${sizes}`)]),
   )
-  return ([q, k, v, lengths], { causal, scale, precision }, [outSpec, lseSpec]) => {
+  return ([q, k, v, lengths, starts], { causal, scale, precision }, [outSpec, lseSpec]) => {
+    if (starts) return undefined
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const engine = findEngine(cuda, precision, Dk, Dv, forwardShared)
@@ -123,7 +124,8 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
       },
     ]),
   )
-  return ([q, k, v, out, lse, dout, lengths], { causal, scale, precision }, [dqSpec, dkSpec, dvSpec]) => {
+  return ([q, k, v, out, lse, dout, lengths, starts], { causal, scale, precision }, [dqSpec, dkSpec, dvSpec]) => {
+    if (starts) return undefined
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const engine = findEngine(cuda, precision, Dk, Dv, backwardShared)

@@ -1,0 +1,91 @@
+/** @file Which tokens the rows of a data set hold, and how they come into a batch. */
+import type { TokenBatch } from '../model.ts'
+import type { TokenDataset } from './token-dataset.ts'
+
+/** A row: where what it holds begins in the stream. What begins first stands first; each goes on to its end, or to that of the row. */
+export type Row = readonly number[]
+
+/** Millions of windows take no memory. */
+export interface Rows {
+  readonly count: number
+  row(index: number): Row
+}
+
+const listed = (rows: readonly Row[]): Rows => ({ count: rows.length, row: index => rows[index] })
+
+/** Windows of a stream, `stride` apart. */
+export const windows = (count: number, stride: number): Rows => ({ count, row: index => [index * stride] })
+
+/**
+ * Rows of `length` positions: windows of the stream, so that every token is predicted in one of them; or the examples that have something to learn in so many
+ * positions, each in a row of its own or, with `isolate`, as many in a row as have room.
+ */
+export function rowsOf(data: TokenDataset, length: number, isolate: boolean): Rows {
+  if (data.examples === null) return windows(Math.ceil((data.tokens.length - 1) / length), length)
+  const learned = Array.from(data.examples).filter(start => data.learnedFrom(start, length) > 0)
+  return listed(isolate ? shared(data, learned, length + 1) : learned.map(start => [start]))
+}
+
+/** Examples in rows of `room` tokens: the longest first, each where it leaves the least room (best fit decreasing). */
+function shared(data: TokenDataset, starts: readonly number[], room: number): readonly Row[] {
+  const sizeOf = (start: number) => Math.min(room, data.endFrom(start) - start)
+  const rows: number[][] = []
+  /** Rows by the room that they have left. */
+  const open: number[][][] = Array.from({ length: room + 1 }, () => [])
+  let most = 0
+  for (const start of [...starts].sort((a, b) => sizeOf(b) - sizeOf(a))) {
+    const size = sizeOf(start)
+    while (most > 0 && open[most].length === 0) most--
+    let left = size
+    while (left <= most && open[left].length === 0) left++
+    let row = left <= most ? open[left].pop() : undefined
+    if (row === undefined) {
+      row = []
+      rows.push(row)
+      left = room
+    }
+    row.push(start)
+    open[left - size].push(row)
+    most = Math.max(most, left - size)
+  }
+  return rows
+}
+
+/**
+ * Rows as a batch, `length` tokens each, filled up with padding.
+ * @param isolate says of each token where its document, or example, begins
+ */
+export function batchOf(data: TokenDataset, rows: readonly Row[], length: number, isolate: boolean): TokenBatch {
+  const size = rows.length * length
+  const batch = {
+    tokens: new Int32Array(size).fill(data.padding),
+    documents: new Int32Array(size),
+    ...(isolate && { starts: new Int32Array(size) }),
+    rows: rows.length,
+    length,
+  }
+  rows.forEach((row, r) => {
+    let at = 0
+    for (const start of row) at += copy(data, start, batch, r * length, at)
+    for (let i = at; i < length; i++) {
+      // Never equal to a neighbour's, so that no position here counts.
+      batch.documents[r * length + i] = at - i - 1
+      if (batch.starts) batch.starts[r * length + i] = i
+    }
+  })
+  return batch
+}
+
+/** Copies what begins at `start` of the stream to place `at` of the row that begins at `row`. @returns how many tokens that were */
+function copy(data: TokenDataset, start: number, batch: TokenBatch, row: number, at: number): number {
+  const count = Math.max(0, Math.min(batch.length - at, data.endFrom(start) - start))
+  batch.tokens.set(data.tokens.subarray(start, start + count), row + at)
+  let document = data.documentAt(start)
+  for (let i = 0; i < count; i++) {
+    while (document + 1 < data.starts.length && data.starts[document + 1] <= start + i) document++
+    batch.documents[row + at + i] = document
+    if (batch.starts)
+      batch.starts[row + at + i] = data.examples === null ? Math.max(0, data.starts[document] - start) : at
+  }
+  return count
+}
