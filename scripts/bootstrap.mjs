@@ -51,6 +51,8 @@ const commands = {
     if (!name || !existsSync(script) || asks) return { script: 'scripts/list-benches.ts', args: name ? [name] : [] }
     return { script, args, nodeOptions: ['--expose-gc'], ownGroup: true, allVariants: false }
   },
+  /** The documentation's site: TypeScript sources and Markdown, nothing is computed. */
+  docs: args => ({ script: 'tools/docs/build.ts', args, native: false }),
   check: args => ({ script: 'scripts/check.ts', args }),
   setup: () => undefined,
 }
@@ -72,8 +74,8 @@ if (rest[0] === '--') rest.shift()
 
 process.chdir(root)
 const plan = commands[command](rest)
-const { nativeRequired = true, allVariants, emulator } = plan ?? {}
-const node = await setUp({ nativeRequired, allVariants, emulator })
+const { native, nativeRequired = true, allVariants, emulator } = plan ?? {}
+const node = await setUp({ native, nativeRequired, allVariants, emulator })
 if (plan) {
   if (!existsSync(plan.script)) {
     console.error(`${command}: ${plan.script} does not exist in this checkout`)

@@ -29,6 +29,11 @@ const steps: Step[] = [
   },
   { name: 'docs', what: 'documentation snippets', command: [node, 'scripts/doc-snippets.ts'] },
   {
+    name: 'api',
+    what: 'API reference: docstrings, exported types, links',
+    command: [node, 'tools/docs/check.ts'],
+  },
+  {
     name: 'build',
     what: 'tsup: ESM and declarations',
     command: ['turbo', 'run', 'build', '--output-logs=errors-only'],

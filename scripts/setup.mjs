@@ -15,17 +15,18 @@ const buildEmulator = join(root, 'packages', 'kernels-cuda', 'scripts', 'build-e
 
 /**
  * Makes the checkout ready to run and puts its tools first on PATH.
- * @param {{ nativeRequired: boolean, allVariants?: boolean, emulator?: boolean }} options whether a native build that fails (not: a missing
- * compiler) ends the process; whether the kernels are built for more instruction sets than this machine's best; whether the GPU emulator is built.
+ * @param {{ native?: boolean, nativeRequired: boolean, allVariants?: boolean, emulator?: boolean }} options whether native kernels are built at
+ * all; whether a build that fails (not: a missing compiler) ends the process; whether the kernels are built for more instruction sets than this machine's best; whether the GPU emulator is built.
  * Tests need both.
  * @returns {Promise<string>} path of the Node that runs the workspace
  */
-export async function setUp({ nativeRequired, allVariants = true, emulator = false }) {
+export async function setUp({ native = true, nativeRequired, allVariants = true, emulator = false }) {
   requireNode(20)
   process.env.PATH = `${join(root, 'node_modules', '.bin')}${delimiter}${process.env.PATH ?? ''}`
   await installDependencies()
   const node = workspaceNode()
-  await runBuild(node, [buildNative, ...(allVariants ? [] : ['--here'])], 'the native kernels', nativeRequired)
+  if (native)
+    await runBuild(node, [buildNative, ...(allVariants ? [] : ['--here'])], 'the native kernels', nativeRequired)
   if (emulator) await runBuild(node, [buildEmulator], 'the CUDA kernels for the emulator', nativeRequired)
   return node
 }

@@ -32,7 +32,7 @@ export interface ErrorInfo {
   readonly cause?: unknown
 }
 
-/** Every failure of the @moe packages: `op: problem; fix`. */
+/** Every failure of the `@moe` packages: `op: problem; fix`. */
 export class MoeError extends Error {
   readonly #problem: string
   readonly code: ErrorCode

@@ -98,7 +98,7 @@ export class CapacityMoE extends Module {
   /** Gate `[E, hidden]`. */
   weight: Parameter
   experts: Experts
-  /** Draws which second choices GShard uses: one number per token and training pass. A run that goes on needs it where it was: `train` of @moe/trainer keeps it in checkpoints, and lets each of several ranks draw its own. */
+  /** Draws which second choices GShard uses: one number per token and training pass. A run that goes on needs it where it was: `train` of `@moe/trainer` keeps it in checkpoints, and lets each of several ranks draw its own. */
   readonly random: Random
   readonly #config: CapacityMoEConfig
   readonly #load = new LoadCounter()
