@@ -19,6 +19,7 @@ import {
   normalizePath,
   OptionDefaults,
   type ProjectReflection,
+  ReferenceType,
   type Reflection,
   ReflectionKind,
   SignatureReflection,
@@ -141,6 +142,7 @@ export async function convert(): Promise<{ app: Application; project: ProjectRef
   app.renderer.defineRouter('repository', PathsOfRepository)
   const project = app.converter.convert(entryPoints())
   introduce(app, project)
+  keepOwnWords(project)
   keepOrder(project)
   complaints.lines.push(...leadToRepository(project))
   return { app, project, complaints }
@@ -204,6 +206,18 @@ function introduce(app: Application, project: ProjectReflection) {
       module.comment = new Comment([{ kind: 'text', text: text.replaceAll(/\n \* ?/g, '\n') }])
     }
   }
+}
+
+/** TypeDoc gives a type without a docstring that of the type which it extends: it says something else. */
+function keepOwnWords(project: ProjectReflection) {
+  const types = project.getReflectionsByKind(ReflectionKind.ClassOrInterface) as DeclarationReflection[]
+  const copies = types.filter(({ comment, extendedTypes = [] }) =>
+    extendedTypes.some(extended => {
+      const original = extended instanceof ReferenceType ? extended.reflection?.comment : undefined
+      return comment !== undefined && original !== undefined && comment.similarTo(original)
+    }),
+  )
+  for (const type of copies) delete type.comment
 }
 
 /** Members of a type as its source has them, which begins with what matters; inherited ones after them. */

@@ -3,28 +3,41 @@ import { checkShared, MoeError, type OptionNames } from '@moe/core'
 
 /** YaRN context extension (Peng et al. 2023) as DeepSeek configures it. */
 export interface RopeScaling {
+  /** The one method that is known. */
   readonly type: 'yarn'
   /** How many times longer the context becomes. */
   readonly factor: number
   /** Context length before the extension. */
   readonly original_max_position_embeddings: number
+  /** Turns over the original context from which a pair keeps its speed. Default 32. */
   readonly beta_fast?: number
+  /** Turns below which a pair is slowed down by the whole factor. Default 1. */
   readonly beta_slow?: number
+  /** Of the factor on cos and sin; see `rotaryAmplitude`. */
   readonly mscale?: number
+  /** Of the factor on the softmax scale; see `softmaxScale`. 0 or undefined: none. */
   readonly mscale_all_dim?: number
 }
 
+/** Sizes of an MLA layer. They are those of Hugging Face's config.json, from which it may be taken as it is. */
 export interface MlaConfig {
+  /** Features of a token outside of attention. */
   readonly hidden_size: number
+  /** Heads of queries, and of the expanded keys and values. */
   readonly num_attention_heads: number
   /** Rank of the query compression; null projects queries directly (V2-Lite). */
   readonly q_lora_rank: number | null
   /** Rank of the joint key/value compression: what the cache holds per token, beside the rope key. */
   readonly kv_lora_rank: number
+  /** Features of a query and a key in each head that are not rotated. */
   readonly qk_nope_head_dim: number
+  /** Features of a query in each head, and of the key that all heads share, that are rotated. Even. */
   readonly qk_rope_head_dim: number
+  /** Features of a value in each head. */
   readonly v_head_dim: number
+  /** Base of the rotation's wavelengths. Default 10000. */
   readonly rope_theta?: number
+  /** Default null: no extension. */
   readonly rope_scaling?: RopeScaling | null
   /** Rotates adjacent features (released layout, default) instead of halves. */
   readonly rope_interleave?: boolean

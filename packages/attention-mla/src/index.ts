@@ -1,6 +1,13 @@
 /** @file Public interface of @moe/attention-mla. */
 export type { CacheDType, CacheMemoryOptions } from './cache/cache-rows.ts'
-export { type CacheCost, type CacheOptions, cacheCost, KvCache, LatentCache } from './cache/kv-cache.ts'
+export {
+  type CacheCost,
+  type CacheOptions,
+  cacheCost,
+  KvCache,
+  LatentCache,
+  type LatentSizes,
+} from './cache/kv-cache.ts'
 export { PagedBatch, PagedCache, type PagedCacheOptions, PagedSequence } from './cache/paged-cache.ts'
 export type { CacheStep, SequenceCache } from './cache/sequence-cache.ts'
 export type { MlaConfig, RopeScaling } from './config.ts'

@@ -28,14 +28,19 @@ import { type RopeScaling, ropeProblems } from './config.ts'
 import type { MlaForwardOptions } from './mla.ts'
 import { type RotaryEmbedding, sharedRotary } from './rotary.ts'
 
+/** Sizes of a multi-head attention layer, in the terms of Hugging Face's config.json (LlamaConfig). */
 export interface MhaConfig {
+  /** Features of a token outside of attention. */
   readonly hidden_size: number
+  /** Heads of queries. */
   readonly num_attention_heads: number
   /** Heads of keys and values, each shared by as many query heads. Default num_attention_heads. */
   readonly num_key_value_heads?: number
   /** Default hidden_size / num_attention_heads. */
   readonly head_dim?: number
+  /** Base of the rotation's wavelengths. Default 10000. */
   readonly rope_theta?: number
+  /** Default null: no extension. */
   readonly rope_scaling?: RopeScaling | null
 }
 
@@ -48,20 +53,26 @@ const configNames: OptionNames<MhaConfig> = {
   rope_scaling: true,
 }
 
+/** How a multi-head attention layer starts, and what it shares with others. */
 export interface MhaOptions extends InitOptions {
   /** Rotation tables of head_dim features to share between layers; default own ones. */
   readonly rotary?: RotaryEmbedding
 }
 
+/** Positions, cache and layer of a pass. */
 export type MhaForwardOptions = Omit<MlaForwardOptions, 'absorbUpTo'>
 
 const forwardNames: OptionNames<MhaForwardOptions> = { positions: true, starts: true, cache: true, layer: true }
 
 /** Causal attention on full keys and values; all features of a head are rotated, in halves. `[B, T, hidden]` to the same shape. */
 export class MultiHeadAttention extends Module {
+  /** `[num_attention_heads * head_dim, hidden_size]`. */
   q_proj: Linear
+  /** `[num_key_value_heads * head_dim, hidden_size]`. */
   k_proj: Linear
+  /** `[num_key_value_heads * head_dim, hidden_size]`. */
   v_proj: Linear
+  /** `[hidden_size, num_attention_heads * head_dim]`. */
   o_proj: Linear
   readonly #heads: number
   readonly #groups: number
@@ -96,6 +107,7 @@ export class MultiHeadAttention extends Module {
     this.#rotary = sharedRotary(rotary, { qk_rope_head_dim: features, rope_theta, rope_scaling })
   }
 
+  /** x `[batch, time, hidden]` to the same shape. With a cache it records no gradients. @throws MoeError E_SHAPE, E_CONFIG */
   forward(x_BTD: Tensor, options: MhaForwardOptions = {}): Tensor {
     needAxes('MultiHeadAttention', x_BTD, ['batch', 'time', 'hidden'])
     checkShared('MultiHeadAttention.forward', options, forwardNames)

@@ -36,6 +36,7 @@ import type { CacheStep, SequenceCache } from './cache/sequence-cache.ts'
 import { checkMlaConfig, type MlaConfig } from './config.ts'
 import { type RotaryEmbedding, type RotaryTables, sharedRotary, softmaxScale } from './rotary.ts'
 
+/** How an MLA layer starts, and what it shares with others. */
 export interface MlaOptions extends InitOptions {
   /** Rotation tables to share between layers; default own ones. */
   readonly rotary?: RotaryEmbedding
@@ -45,6 +46,7 @@ export interface MlaOptions extends InitOptions {
 
 const optionNames: OptionNames<MlaOptions> = { ...initNames, rotary: true, latentNormEps: true }
 
+/** Positions and cache of a pass. */
 export interface MlaForwardOptions {
   /** Positions of the tokens, row-major `[B, T]`. Default 0 .. T-1, or what follows the cache. */
   readonly positions?: Int32Array
@@ -79,12 +81,19 @@ type Absorbed = { readonly of: Tensor; readonly version: number } & (
 export class MultiHeadLatentAttention extends Module {
   /** Without query compression (q_lora_rank null). */
   declare q_proj?: Linear
+  /** W_DQ `[q_lora_rank, hidden_size]` (eq. 6). Not there where q_lora_rank is null, like the two below. */
   declare q_a_proj?: Linear
+  /** Norm of the compressed query. */
   declare q_a_layernorm?: RmsNorm
+  /** W_UQ and W_QR `[heads * (nope + rope), q_lora_rank]` (eq. 7 and 8): in each head nope features, then rope. */
   declare q_b_proj?: Linear
+  /** W_DKV and W_KR `[kv_lora_rank + rope, hidden_size]` (eq. 1 and 3). */
   kv_a_proj_with_mqa: Linear
+  /** Norm of the latent. */
   kv_a_layernorm: RmsNorm
+  /** W_UK and W_UV `[heads * (nope + v), kv_lora_rank]` (eq. 2 and 5): in each head nope features of the key, then the value. */
   kv_b_proj: Linear
+  /** W_O `[hidden_size, heads * v]` (eq. 11). */
   o_proj: Linear
   readonly #config: MlaConfig
   readonly #scale: number
@@ -120,6 +129,10 @@ export class MultiHeadLatentAttention extends Module {
     return latentFeatures('MultiHeadLatentAttention', this.#config)
   }
 
+  /**
+   * x `[batch, time, hidden]` to the same shape. With a cache it records no gradients, and runs of up to `absorbUpTo` tokens attend to the latents
+   * themselves. @throws MoeError E_SHAPE, E_CONFIG
+   */
   forward(x_BTD: Tensor, options: MlaForwardOptions = {}): Tensor {
     needAxes('MultiHeadLatentAttention', x_BTD, ['batch', 'time', 'hidden'])
     checkShared('MultiHeadLatentAttention.forward', options, forwardNames)

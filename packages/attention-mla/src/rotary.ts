@@ -46,7 +46,9 @@ export function rotaryAmplitude(scaling?: RopeScaling | null): number {
 
 /** cos and sin of every pair, `[T, R/2]` or `[B, T, R/2]`. */
 export interface RotaryTables {
+  /** cos(position * frequency) times `rotaryAmplitude`. */
   readonly cos: Tensor
+  /** sin(position * frequency) times `rotaryAmplitude`. */
   readonly sin: Tensor
 }
 

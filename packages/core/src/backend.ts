@@ -14,6 +14,7 @@
  */
 import type { DType, HostArray } from './dtype.ts'
 
+/** Sizes of the axes, outermost first; `[]` is a scalar. */
 export type Shape = readonly number[]
 
 /** Whatever a backend uses to name a buffer. Core never looks inside. */
@@ -21,14 +22,19 @@ export type Handle = unknown
 
 /** What a backend sees of a tensor. */
 export interface Value {
+  /** The buffer, in the backend's terms. */
   readonly handle: Handle
+  /** Contiguous and row-major. */
   readonly shape: Shape
+  /** Element type of the buffer. */
   readonly dtype: DType
 }
 
 /** Shape and dtype of an output, inferred by core. */
 export interface TensorSpec {
+  /** The backend allocates as many elements. */
   readonly shape: Shape
+  /** Element type of the buffer to allocate. */
   readonly dtype: DType
 }
 
@@ -42,6 +48,7 @@ export type Precision = 'f32' | 'bf16' | 'fp8'
 /** Of the products that are not done in fp8: attention, the head, batches of small ones. */
 export type WidePrecision = Exclude<Precision, 'fp8'>
 
+/** Elementwise ops of one input; see `PrimitiveAttrs.unary`. */
 export type UnaryCode =
   | 'neg'
   | 'abs'
@@ -55,8 +62,11 @@ export type UnaryCode =
   | 'tanh'
   | 'sigmoid'
   | 'floor'
+/** Elementwise ops of two inputs; see `PrimitiveAttrs.binary`. */
 export type BinaryCode = 'add' | 'sub' | 'mul' | 'div' | 'max' | 'min' | 'pow'
+/** Comparisons, 1 where they hold; the others are these with sides swapped or negated. */
 export type CompareCode = 'eq' | 'lt' | 'le'
+/** Reductions; a mean is a sum and a product. */
 export type ReduceCode = 'sum' | 'max'
 
 /**
@@ -111,6 +121,7 @@ export interface PrimitiveAttrs {
 
 /** How affinities become choices: DeepSeek-V3 (sigmoid, bias, group score = sum of top 2) and V2 (softmax, group score = max). */
 export interface RouterAttrs {
+  /** Affinities of the experts: sigmoid of each logit (V3), or softmax over all (V2). */
   readonly scoring: 'sigmoid' | 'softmax'
   /** Experts lie in `groups` contiguous groups of equal size; 1 = no group limit. */
   readonly groups: number
@@ -118,6 +129,7 @@ export interface RouterAttrs {
   readonly topGroups: number
   /** Group score: sum of its two best biased scores (V3) or its best one (V2). */
   readonly groupScore: 'top2' | 'max'
+  /** Experts per token, at most `topGroups * E / groups`. */
   readonly topK: number
   /** Divide the chosen weights by their sum + 1e-20. */
   readonly normalize: boolean
@@ -125,24 +137,35 @@ export interface RouterAttrs {
   readonly scale: number
 }
 
+/** Of `attention` and `attentionBackward`. */
 export interface AttentionAttrs {
   /** Query i of T sees keys 0 ..= (limit - T + i), where limit is S, or lengths[b] when given. Not causal: keys below the limit. A query that sees nothing gives zeros (and lse -Infinity). */
   readonly causal: boolean
+  /** Factor of the scores before the softmax. */
   readonly scale: number
+  /** Of both products; the softmax is f32 or better. */
   readonly precision: WidePrecision
 }
 
+/** Of `routedExperts`. */
 export interface RoutedExpertsAttrs {
+  /** Of the three products of an expert. */
   readonly precision: Precision
   /** Whether `routedExpertsBackward` will be asked: then what it needs is an output, too. */
   readonly saves: boolean
 }
 
+/** Of one AdamW step; the formula is at `FusedAttrs.adamwStep`. */
 export interface AdamwAttrs {
+  /** Learning rate of this step. */
   readonly lr: number
+  /** Decay of the mean of gradients, in [0, 1). */
   readonly beta1: number
+  /** Decay of the mean of squared gradients, in [0, 1). */
   readonly beta2: number
+  /** Added to the root of the mean square. */
   readonly eps: number
+  /** Decoupled decay: a step takes `lr * weightDecay` of the parameter away. */
   readonly weightDecay: number
   /** 1 for the first step. */
   readonly step: number
@@ -155,7 +178,9 @@ export interface AdamwAttrs {
  */
 export type WeightFormat = 'bf16' | 'fp8' | 'int8' | 'int4'
 
+/** How a stored weight is read, and multiplied. */
 export interface QuantizedAttrs {
+  /** What the elements of `q` are. */
   readonly format: WeightFormat
   /** Rows and columns of the weight that share a scale. Means nothing for bf16. */
   readonly block: readonly [rows: number, columns: number]
@@ -273,9 +298,13 @@ export interface FusedAttrs {
   quantize: { readonly block: readonly [number, number] }
 }
 
+/** Names of the ops that every backend has. */
 export type PrimitiveName = keyof PrimitiveAttrs
+/** Names of the ops that a backend may have. */
 export type FusedName = keyof FusedAttrs
+/** Attributes of every op by its name. */
 export type OpAttrs = PrimitiveAttrs & FusedAttrs
+/** Names of all ops. */
 export type OpName = PrimitiveName | FusedName
 
 /** One handle per output, in order. */
@@ -287,9 +316,12 @@ export type FusedKernel<Attrs> = (
   outputs: readonly TensorSpec[],
 ) => Handle[] | undefined
 
+/** One kernel for each primitive: the table does not compile while one lacks. */
 export type PrimitiveKernels = { readonly [P in PrimitiveName]: Kernel<PrimitiveAttrs[P]> }
+/** Kernels of a backend's fused ops; one that lacks is decomposed by core and counted in `fallbacks()`. */
 export type FusedKernels = { readonly [F in FusedName]?: FusedKernel<FusedAttrs[F]> }
 
+/** Memory of a backend, as tests and trainings watch it. */
 export interface BackendStats {
   /** Handles that are alive (uploaded or returned by a kernel, not yet freed). */
   readonly handles: number
@@ -302,6 +334,7 @@ export interface BackendStats {
 /** New attributes for the recorded calls of an op, from those of the last time. */
 export type AttrUpdates = { readonly [O in OpName]?: (attrs: OpAttrs[O]) => OpAttrs[O] }
 
+/** What a captured graph carries from one run to the next. */
 export interface CaptureOptions {
   /**
    * What one run leaves for the next: tensors (parameters, buffers, moments, a cache) that `fn` replaces by new values. At the end of the
@@ -325,16 +358,22 @@ export interface Graph<T> {
   dispose(): void
 }
 
+/**
+ * What computes. Packages make one in `createBackend()`; `@moe/core/testing` proves one. A backend does not check what users pass, core has done
+ * so.
+ */
 export interface Backend {
   /** Short name: `kernels-cpu`, `kernels-cuda`, `tfjs-wasm`, `reference`. */
   readonly name: string
   /** What it runs on, for people: `AMD EPYC, AVX-512 BF16, 2 threads`. */
   readonly device: string
+  /** Element types that it can store; f32, i32 and u8 are always among them. */
   readonly dtypes: ReadonlySet<DType>
   /** Whether precision 'bf16' really multiplies in bf16 (otherwise it is done in f32). */
   readonly bf16Matmul: boolean
   /** Whether precision 'fp8' really rounds operands to fp8 (otherwise it is done as 'bf16'). What then multiplies them may be wider. */
   readonly fp8Matmul: boolean
+  /** A new buffer with these elements; raw bits for the 16- and 8-bit floats. */
   upload(data: HostArray, shape: Shape, dtype: DType): Handle
   /** A fresh host array with the tensor's elements; waits for the work that makes them. */
   download(value: Value): Promise<HostArray>
@@ -342,6 +381,7 @@ export interface Backend {
   free(handle: Handle): void
   /** Waits for all work so far; reports errors of asynchronous work. */
   sync(): Promise<void>
+  /** Memory in use now and at most so far. */
   stats(): BackendStats
   /** Replaces the elements of a tensor in place: an input of a captured graph. Everybody who shares its memory sees them. Only with `capture`. */
   write?(tensor: Value, data: HostArray): void
@@ -355,6 +395,8 @@ export interface Backend {
   trim?(): void | Promise<void>
   /** Gives everything back; the backend is unusable afterwards. */
   dispose(): void
+  /** Kernels of the ops that every backend has. */
   readonly primitives: PrimitiveKernels
+  /** Kernels of the fused ops that it has. */
   readonly fused: FusedKernels
 }

@@ -55,6 +55,7 @@ export function defaultBackend(): Backend {
 
 /** What a backend package exports for `firstAvailable`. */
 export interface BackendModule {
+  /** Opens the backend. @throws MoeError E_NO_BACKEND when its device or library is not there, E_UNSUPPORTED when this machine cannot run it. */
   createBackend(): Promise<Backend>
 }
 
@@ -169,9 +170,13 @@ export const currentPrecision = (): Precision => context.precision
 export const widePrecision = (precision: Precision = context.precision): WidePrecision =>
   precision === 'fp8' ? 'bf16' : precision
 
+/** A fused op that a backend had no kernel for. */
 export interface Fallback {
+  /** `Backend.name`. */
   readonly backend: string
+  /** The op that was decomposed. */
   readonly op: FusedName
+  /** Calls since the process began. */
   readonly count: number
 }
 

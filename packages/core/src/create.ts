@@ -11,7 +11,9 @@ import { Tensor } from './tensor.ts'
 
 /** Where and as what a new tensor is made. */
 export interface CreateOptions {
+  /** Default f32. */
   readonly dtype?: DType
+  /** Default: that of `setDefaultBackend`. */
   readonly backend?: Backend
 }
 
@@ -34,10 +36,12 @@ export function full(shape: Shape, value: number, options: CreateOptions = {}): 
   return new Tensor(backend, backend.primitives.fill([], { value }, specs)[0], shape, dtype)
 }
 
+/** Every element 0. @throws MoeError E_SHAPE when a size is negative or no integer. */
 export function zeros(shape: Shape, options?: CreateOptions): Tensor {
   return full(shape, 0, options)
 }
 
+/** Every element 1. @throws MoeError E_SHAPE when a size is negative or no integer. */
 export function ones(shape: Shape, options?: CreateOptions): Tensor {
   return full(shape, 1, options)
 }

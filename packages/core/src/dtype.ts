@@ -6,6 +6,7 @@ export type DType = 'f32' | 'bf16' | 'f16' | 'f8e4m3' | 'i32' | 'u8'
 /** Host array of each dtype. `bf16` and `f16` travel as raw 16-bit patterns, `f8e4m3` as raw bytes. */
 export type HostArray = Float32Array | Int32Array | Uint16Array | Uint8Array
 
+/** All element types. */
 export const dtypes: readonly DType[] = ['f32', 'bf16', 'f16', 'f8e4m3', 'i32', 'u8']
 
 /** Bytes of one element. */

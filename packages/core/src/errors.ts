@@ -19,7 +19,9 @@ export type ErrorCode =
   | 'E_NAN'
   | 'E_ABORTED'
 
+/** What a `MoeError` is made of. */
 export interface ErrorInfo {
+  /** Its permanent identity. */
   readonly code: ErrorCode
   /** Op, method or file that failed; starts the message. */
   readonly op: string
@@ -29,16 +31,21 @@ export interface ErrorInfo {
   readonly fix?: string
   /** The values themselves, for programs. */
   readonly details?: Readonly<Record<string, unknown>>
+  /** The error that led to this one. */
   readonly cause?: unknown
 }
 
 /** Every failure of the `@moe` packages: `op: problem; fix`. */
 export class MoeError extends Error {
   readonly #problem: string
+  /** Its permanent identity: test on this. */
   readonly code: ErrorCode
+  /** Op, method or file that failed. */
   readonly op: string
+  /** The offending values, by name; `{}` when there are none beyond the message. */
   readonly details: Readonly<Record<string, unknown>>
 
+  /** Writes the message: `op: problem; fix`. */
   constructor(info: ErrorInfo) {
     // A problem that is a list ends its last line itself.
     const separator = info.problem.endsWith('\n') ? '' : '; '

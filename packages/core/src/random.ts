@@ -52,12 +52,15 @@ const batch = 512
  * given those of another goes on as that one would.
  */
 export class Random {
+  /** Key of the generator, an integer below 2^53. */
   seed: number
+  /** Number of the stream within the seed, 32 bits. */
   stream: number
   /** Blocks of four words drawn so far. */
   position: number
   readonly #words = new Uint32Array(batch)
 
+  /** The stream from its block number `position` on. */
   constructor(seed: number, stream = 0, position = 0) {
     this.seed = seed
     this.stream = stream

@@ -3,7 +3,7 @@ import { MoeError } from './errors.ts'
 
 /** Something with device memory that a scope can own. */
 export abstract class Scoped {
-  /** The scope that will free this, or null when it lives until `dispose()`. */
+  /** The scope that will free this, or null when it lives until `dispose()`. @internal */
   owner: Scope | null
 
   constructor() {
@@ -14,6 +14,7 @@ export abstract class Scoped {
 
   abstract dispose(): void
 
+  /** `dispose()`, for `using`. */
   [Symbol.dispose](): void {
     this.dispose()
   }
@@ -78,6 +79,7 @@ export class Lifetime {
     for (const item of items) if (item.owner === this.#scope) item.dispose()
   }
 
+  /** `dispose()`, for `using`. */
   [Symbol.dispose](): void {
     this.dispose()
   }

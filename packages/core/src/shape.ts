@@ -9,6 +9,7 @@ export function sizeOf(shape: Shape): number {
   return size
 }
 
+/** Whether both have the same axes of the same sizes; there is no broadcasting. */
 export function sameShape(a: Shape, b: Shape): boolean {
   if (a === b) return true
   if (a.length !== b.length) return false

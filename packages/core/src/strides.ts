@@ -3,7 +3,9 @@ import type { Shape } from './backend.ts'
 
 /** Sizes of the merged axes, and for each operand its stride (in elements) along each of them. At least one axis. */
 export interface Nest {
+  /** Elements along each merged axis, outermost first. */
   readonly sizes: number[]
+  /** `strides[operand][axis]`; 0 where the operand is repeated. */
   readonly strides: number[][]
 }
 

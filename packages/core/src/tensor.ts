@@ -79,20 +79,24 @@ let nextNode = 0
 
 /** An n-dimensional array on a backend. Make one with `tensor`, `zeros`, `randn` or an op. */
 export class Tensor extends Scoped implements Value {
+  /** The backend's buffer; null once it is freed. */
   handle: Handle
+  /** Sizes of the axes, outermost first. */
   readonly shape: Shape
+  /** Element type. Ops compute in f32, except those that say otherwise. */
   readonly dtype: DType
+  /** Where the elements are. Ops take tensors of one backend. */
   readonly backend: Backend
-  /** The op that made it, while it is recorded. */
+  /** The op that made it, while it is recorded. @internal */
   node: TapeNode | null
-  /** Which output of that op it is. */
+  /** Which output of that op it is. @internal */
   outputIndex: number
   /** Whether gradients flow to it: a trainable parameter, or made from one while recording. */
   tracked: boolean
-  /** A number that was wrapped for one op and is freed with it. */
+  /** A number that was wrapped for one op and is freed with it. @internal */
   temporary: boolean
 
-  /** Internal: wraps a handle that the tensor then owns. */
+  /** Wraps a handle that the tensor then owns. @internal */
   constructor(backend: Backend, handle: Handle, shape: Shape, dtype: DType) {
     super()
     this.backend = backend
@@ -105,6 +109,7 @@ export class Tensor extends Scoped implements Value {
     this.temporary = false
   }
 
+  /** Number of axes. */
   get rank(): number {
     return this.shape.length
   }
@@ -114,6 +119,7 @@ export class Tensor extends Scoped implements Value {
     return sizeOf(this.shape)
   }
 
+  /** Whether the device memory was freed. */
   get disposed(): boolean {
     return this.handle === null
   }
@@ -126,7 +132,7 @@ export class Tensor extends Scoped implements Value {
     this.node = null
   }
 
-  /** Internal: what to do where it is used after that. */
+  /** What to do where it is used after that. @internal */
   get whenFreed(): string {
     return 'return it from its scope, keep() it, or detach() it before backward'
   }
@@ -173,9 +179,11 @@ export class Tensor extends Scoped implements Value {
 
   // --- elementwise ---
 
+  /** -x. */
   neg(): Tensor {
     return unary('neg', this)
   }
+  /** |x|; the gradient at 0 is 0. */
   abs(): Tensor {
     return unary('abs', this)
   }
@@ -183,45 +191,59 @@ export class Tensor extends Scoped implements Value {
   sign(): Tensor {
     return unary('sign', this)
   }
+  /** e^x. */
   exp(): Tensor {
     return unary('exp', this)
   }
+  /** Natural logarithm: -Infinity at 0, NaN below. */
   log(): Tensor {
     return unary('log', this)
   }
+  /** Square root, NaN below 0. */
   sqrt(): Tensor {
     return unary('sqrt', this)
   }
+  /** 1 / sqrt(x), Infinity at 0. */
   rsqrt(): Tensor {
     return unary('rsqrt', this)
   }
+  /** Sine of x in radians. */
   sin(): Tensor {
     return unary('sin', this)
   }
+  /** Cosine of x in radians. */
   cos(): Tensor {
     return unary('cos', this)
   }
+  /** Hyperbolic tangent. */
   tanh(): Tensor {
     return unary('tanh', this)
   }
+  /** 1 / (1 + e^-x). */
   sigmoid(): Tensor {
     return unary('sigmoid', this)
   }
+  /** The greatest integer that is not above x. No gradient flows through it. */
   floor(): Tensor {
     return unary('floor', this)
   }
+  /** x + other, with numpy broadcasting. @throws MoeError E_SHAPE, E_DTYPE */
   add(other: Tensor | number): Tensor {
     return binary('add', this, other)
   }
+  /** x - other, with numpy broadcasting. @throws MoeError E_SHAPE, E_DTYPE */
   sub(other: Tensor | number): Tensor {
     return binary('sub', this, other)
   }
+  /** x * other, with numpy broadcasting. @throws MoeError E_SHAPE, E_DTYPE */
   mul(other: Tensor | number): Tensor {
     return binary('mul', this, other)
   }
+  /** x / other, with numpy broadcasting; i32 truncates toward zero, and by 0 gives 0. @throws MoeError E_SHAPE, E_DTYPE */
   div(other: Tensor | number): Tensor {
     return binary('div', this, other)
   }
+  /** x^other, with numpy broadcasting. f32 only. @throws MoeError E_SHAPE, E_DTYPE */
   pow(other: Tensor | number): Tensor {
     return binary('pow', this, other)
   }
@@ -237,9 +259,11 @@ export class Tensor extends Scoped implements Value {
   eq(other: Tensor | number): Tensor {
     return compare('eq', this, other)
   }
+  /** 1 where less than other, else 0 (u8). */
   lt(other: Tensor | number): Tensor {
     return compare('lt', this, other)
   }
+  /** 1 where less than other or equal, else 0 (u8). */
   le(other: Tensor | number): Tensor {
     return compare('le', this, other)
   }
@@ -250,18 +274,22 @@ export class Tensor extends Scoped implements Value {
 
   // --- reductions ---
 
+  /** Sum over the given axes (default all); negative ones count from the end. `keepDims` leaves them with size 1. @throws MoeError E_ATTR */
   sum(axes?: number | readonly number[], keepDims = false): Tensor {
     return reduce('sum', this, axes, keepDims)
   }
+  /** Largest over the given axes (default all), NaN if there is one. The gradient is shared by equal ones. @throws MoeError E_ATTR */
   max(axes?: number | readonly number[], keepDims = false): Tensor {
     return reduce('max', this, axes, keepDims)
   }
+  /** Mean over the given axes (default all); of nothing it is 0. f32. @throws MoeError E_ATTR */
   mean(axes?: number | readonly number[], keepDims = false): Tensor {
     return composed([this], () => {
       const total = reduce('sum', this, axes, keepDims)
       return total.mul(total.size === 0 ? 0 : total.size / this.size)
     })
   }
+  /** Running sum along an axis, itself included; a negative one counts from the end. @throws MoeError E_ATTR */
   cumsum(axis: number): Tensor {
     return run('cumsum', [this], { axis: normalizeAxis('cumsum', axis, this.rank) })
   }

@@ -22,9 +22,11 @@ export const refused = (code: ErrorCode, method: string, problem: string, fix?: 
 
 /** What every kind of cache is told. */
 export interface CacheMemoryOptions {
+  /** Layers of the model that attend: each has rows of its own. */
   readonly layers: number
   /** Default f32. bf16 needs a backend that has it. */
   readonly dtype?: CacheDType
+  /** Where the rows are. Default: that of `setDefaultBackend`. */
   readonly backend?: Backend
 }
 

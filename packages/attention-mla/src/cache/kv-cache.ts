@@ -9,13 +9,16 @@ import { SequenceCache } from './sequence-cache.ts'
 
 /** What one more token costs in all layers of a model: in the latent cache, and if keys and values were kept expanded. */
 export interface CacheCost {
+  /** Numbers that the latent cache holds. */
   readonly elements: number
+  /** Bytes of these in the cache's dtype. */
   readonly bytes: number
   /** Bytes of the expanded keys `[heads, nope + rope]` and values `[heads, v]`. */
   readonly expandedBytes: number
 }
 
-type LatentSizes = Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim'>
+/** What of a configuration says how wide a row of the latent cache is. */
+export type LatentSizes = Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim'>
 
 /** Elements per token and layer of a latent cache. */
 export function latentFeatures(op: string, config: LatentSizes): number {
@@ -31,6 +34,7 @@ export function cacheCost(config: MlaConfig, layers: number, dtype: CacheDType =
   return { elements, bytes: elements * dtypeBytes[dtype], expandedBytes: expanded * dtypeBytes[dtype] }
 }
 
+/** Room, layers and dtype of a cache in which each sequence has memory of its own. */
 export interface CacheOptions extends CacheMemoryOptions {
   /** Sequences. Default 1. */
   readonly batch?: number
@@ -44,6 +48,10 @@ const names: OptionNames<CacheOptions> = { ...memoryNames, batch: true, capacity
 export class KvCache extends SequenceCache {
   #capacity: number
 
+  /**
+   * @param features elements per token and layer: `cacheFeatures` of the attention. @throws MoeError E_CONFIG for sizes that are no positive
+   * integers, or a dtype that a cache cannot have
+   */
   constructor(features: number, options: CacheOptions) {
     checkOptions('KvCache', options, names)
     const { layers, batch = 1, capacity = 256, dtype = 'f32', backend = defaultBackend() } = options
@@ -91,6 +99,7 @@ export class KvCache extends SequenceCache {
     this.#capacity = capacity
   }
 
+  /** Frees the rows of all layers. */
   override dispose(): void {
     super.dispose()
     this.memory.dispose()
@@ -99,6 +108,7 @@ export class KvCache extends SequenceCache {
 
 /** Keys and values in compressed form: kv_lora_rank + qk_rope_head_dim elements per token and layer. */
 export class LatentCache extends KvCache {
+  /** Takes the width of a row from the configuration. @throws MoeError E_CONFIG */
   constructor(config: LatentSizes, options: CacheOptions) {
     super(latentFeatures('LatentCache', config), options)
   }

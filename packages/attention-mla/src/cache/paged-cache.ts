@@ -15,6 +15,7 @@ import {
 import { type CacheMemoryOptions, CacheRows, checkSizes, memoryNames, refused } from './cache-rows.ts'
 import { SequenceCache } from './sequence-cache.ts'
 
+/** Room, layers and dtype of a cache whose sequences come and go. */
 export interface PagedCacheOptions extends CacheMemoryOptions {
   /** Most tokens of all sequences, rounded up to pages. Memory is taken as they need it. */
   readonly tokens: number
@@ -38,7 +39,7 @@ export class PagedSequence {
   /** What stands in these: one number for the same tokens. */
   chain: number
 
-  /** Use `PagedCache.start`. */
+  /** Use `PagedCache.start`. @internal */
   constructor(chain: number) {
     this.chain = chain
   }
@@ -50,7 +51,12 @@ interface Known {
   readonly chain: number
 }
 
+/**
+ * Rows `[pages, pageSize, features]` per layer. A sequence takes pages as it grows (`start`, `reserve`), takes part in passes (`batch`), and gives
+ * them back (`release`).
+ */
 export class PagedCache {
+  /** Tokens of a page. */
   readonly pageSize: number
   #limit: number
   readonly #memory: CacheRows
@@ -67,7 +73,11 @@ export class PagedCache {
   /** The chain of no tokens. */
   #root = 0
 
-  /** @param features elements per token and layer: `cacheFeatures` of the attention */
+  /**
+   * Takes memory for the first pages.
+   * @param features elements per token and layer: `cacheFeatures` of the attention
+   * @throws MoeError E_CONFIG for sizes that are no positive integers, or a dtype that a cache cannot have
+   */
   constructor(features: number, options: PagedCacheOptions) {
     checkOptions('PagedCache', options, names)
     const { layers, tokens, pageSize = 64, dtype = 'f32', backend = defaultBackend() } = options
@@ -175,6 +185,7 @@ export class PagedCache {
     return batch
   }
 
+  /** Frees the pages of all layers. Its sequences and batches are used up. */
   dispose(): void {
     for (const batch of this.#batches.values()) batch.dispose()
     this.#batches.clear()
@@ -224,7 +235,7 @@ export class PagedBatch extends SequenceCache {
   /** Numbers of the first rows of all sequences, the same for all layers. */
   #gathered: { readonly time: number; readonly index: Tensor } | null = null
 
-  /** Use `PagedCache.batch`. */
+  /** Use `PagedCache.batch`. @internal */
   constructor(batch: number, memory: CacheRows, pageSize: number) {
     super(batch, memory)
     this.#pageSize = pageSize
@@ -243,6 +254,7 @@ export class PagedBatch extends SequenceCache {
     return this.#table
   }
 
+  /** Takes these sequences, as many as before, in place of those that it had. */
   assign(sequences: readonly PagedSequence[]): void {
     this.#sequences = sequences
     const longest = Math.max(...sequences.map(({ pages }) => pages.length))
@@ -278,6 +290,7 @@ export class PagedBatch extends SequenceCache {
     return this.#gathered.index
   }
 
+  /** Frees what it keeps on the device; the pages are the cache's. */
   override dispose(): void {
     super.dispose()
     this.#gathered?.index.dispose()

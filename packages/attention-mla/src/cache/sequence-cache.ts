@@ -12,6 +12,7 @@ export abstract class SequenceCache {
   readonly batch: number
   /** Tokens in use of each sequence. */
   readonly lengths: Int32Array
+  /** @internal */
   protected readonly memory: CacheRows
   /** By number of new tokens. */
   readonly #steps = new Map<number, CacheStep>()
@@ -27,10 +28,12 @@ export abstract class SequenceCache {
     return this.memory.features
   }
 
+  /** Of the rows. */
   get dtype() {
     return this.memory.dtype
   }
 
+  /** Where the rows are. */
   get backend(): Backend {
     return this.memory.backend
   }
@@ -118,6 +121,7 @@ export abstract class SequenceCache {
     throw refused('E_ATTR', method, `${given} is no number, nor one for each of ${this.batch} sequences`)
   }
 
+  /** Frees what it keeps on the device for coming steps. */
   dispose(): void {
     for (const step of this.#steps.values()) step.dispose()
     this.#steps.clear()
@@ -140,7 +144,7 @@ export class CacheStep {
   /** What is on the device. */
   #known: Numbers
 
-  /** Use `SequenceCache.next`. */
+  /** Use `SequenceCache.next`. @internal */
   constructor(cache: SequenceCache, time: number) {
     this.#cache = cache
     this.#time = time
@@ -199,6 +203,7 @@ export class CacheStep {
     return { index, lengths, pages: cache.pageTable?.slice() }
   }
 
+  /** Frees the tensors on the device. */
   dispose(): void {
     this.index.dispose()
     this.lengths.dispose()

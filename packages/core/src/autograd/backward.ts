@@ -11,6 +11,7 @@ import { sameShape, showShape } from '../shape.ts'
 import { record, type TapeNode, type Tensor, type Vjp } from '../tensor.ts'
 import { rules } from './rules.ts'
 
+/** How a walk back begins, and what it leaves. */
 export interface BackwardOptions {
   /** Gradient of the loss with respect to itself; needed when it is not a scalar. Same shape as the loss. */
   readonly gradient?: Tensor

@@ -174,6 +174,7 @@ export const latentAttentionDefinition: FusedDefinition<'latentAttention'> = {
   vjp: null,
 }
 
+/** Mask, scale and arithmetic of `attention`. */
 export interface AttentionOptions {
   /** Default true: query i of T sees the keys up to its own position, the last query the last key. */
   readonly causal?: boolean
@@ -183,6 +184,7 @@ export interface AttentionOptions {
   readonly lengths?: Tensor
   /** `i32 [B, T]`: first key that each query sees; default 0. Where several texts share a row, the place at which the query's own begins keeps them apart. */
   readonly starts?: Tensor
+  /** Of both products. Default: that of `withPrecision`, bf16 in place of fp8. */
   readonly precision?: WidePrecision
 }
 
@@ -213,10 +215,13 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
   return runFused(attentionDefinition, [q, k, v, lengths, starts], attrs)[0]
 }
 
+/** Scale, layout of the cache and arithmetic of `latentAttention`. */
 export interface LatentAttentionOptions {
+  /** Factor of the scores: 1 / sqrt(nope + rope features of a head), times YaRN's correction. */
   readonly scale: number
   /** Features of a value: the first of a row of the cache. */
   readonly valueDim: number
+  /** Of both products. Default: that of `withPrecision`, bf16 in place of fp8. */
   readonly precision?: WidePrecision
   /**
    * `i32 [B, M]`: where the rows of each sequence are in a cache of N pages of P rows each. Row s of sequence b is `cache[pages[b, floor(s / P)], s % P]`, so

@@ -105,6 +105,7 @@ export const combineTokensBackwardDefinition: FusedDefinition<'combineTokensBack
 
 /** Where every (token, choice) goes, as data on the device. Slot s = token * K + choice. */
 export interface DispatchPlan {
+  /** K, choices per token. */
   readonly topK: number
   /** `i32 [N*K]`: slot at each sorted position, by expert, then by slot. */
   readonly order: Tensor

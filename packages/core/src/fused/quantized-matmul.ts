@@ -11,11 +11,13 @@ import { quantizeDefinition } from './quantize.ts'
 
 /** A weight `[N, K]` (or `[E, N, K]`, one per expert) in fewer bits. */
 export interface QuantizedWeight {
+  /** What the elements of `q` are. */
   readonly format: WeightFormat
   /** Rows and columns that share a scale. */
   readonly block: readonly [rows: number, columns: number]
   /** Shape of the weight that it stands for: an int4 row has half as many bytes. */
   readonly shape: readonly number[]
+  /** `[N, K]` or `[E, N, K]`; in int4 two columns share a byte, `[..., ceil(K/2)]`. */
   readonly q: Tensor
   /** Null for bf16. */
   readonly scale: Tensor | null

@@ -61,6 +61,7 @@ export const ropeDefinition: FusedDefinition<'rope'> = {
   },
 }
 
+/** Layout of `rope`. */
 export interface RopeOptions {
   /** Pairs features 2i and 2i + 1, as DeepSeek's released layout does, otherwise i and i + R/2. Default true. */
   readonly interleaved?: boolean

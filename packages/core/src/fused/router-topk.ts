@@ -103,6 +103,7 @@ export const routerTopkBackwardDefinition: FusedDefinition<'routerTopkBackward'>
   vjp: null,
 }
 
+/** What `routerTopk` chose. */
 export interface Routing {
   /** Gate values `[N, K]`. */
   readonly weights: Tensor

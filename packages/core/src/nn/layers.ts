@@ -25,6 +25,7 @@ export interface InitOptions {
   readonly random?: Random
   /** Standard deviation of normal initial weights. Default 0.02 (`initializer_range`); 0 draws nothing. */
   readonly deviation?: number
+  /** Where the parameters live. Default: that of `setDefaultBackend`. */
   readonly backend?: Backend
   /** Store the weights of linear layers, embeddings and experts in fewer bits from the start, for inference. Default: f32. */
   readonly weights?: WeightFormat
@@ -94,15 +95,18 @@ export function forkInit(init: InitOptions, name: string): InitOptions {
 
 /** y = x W^T without bias. `weight [out, in]`, x `[..., in]` to `[..., out]`. */
 export class Linear extends Module {
+  /** `[out, in]`. */
   weight: Parameter
   override readonly quantizable = ['weight']
 
+  /** Normal weights `[outputs, inputs]`. @throws MoeError E_CONFIG for an unknown option */
   constructor(inputs: number, outputs: number, init: InitOptions = {}) {
     super()
     checkOptions('Linear', init, initNames)
     this.weight = weightParameter([outputs, inputs], 'weight', init)
   }
 
+  /** x `[..., in]` to `[..., out]`, in the precision of `withPrecision`. */
   forward(x: Tensor): Tensor {
     return linear(x, this.weight)
   }
@@ -110,6 +114,7 @@ export class Linear extends Module {
 
 /** The linear layer that makes logits: in bf16 where others are in fp8 (V3 report 3.3.1). */
 export class OutputHead extends Linear {
+  /** x `[..., in]` to logits `[..., out]`; in bf16 where fp8 is asked for. */
   override forward(x: Tensor): Tensor {
     return withPrecision(widePrecision(), () => super.forward(x))
   }
@@ -117,15 +122,18 @@ export class OutputHead extends Linear {
 
 /** Rows of a table. `weight [rows, features]`, ids i32 `[...]` to `[..., features]`; an id outside the table gives zeros. */
 export class Embedding extends Module {
+  /** `[rows, features]`. */
   weight: Parameter
   override readonly quantizable = ['weight']
 
+  /** A table of normal numbers. @throws MoeError E_CONFIG for an unknown option */
   constructor(rows: number, features: number, init: InitOptions = {}) {
     super()
     checkOptions('Embedding', init, initNames)
     this.weight = weightParameter([rows, features], 'weight', init)
   }
 
+  /** ids i32 `[...]` to `[..., features]`. */
   forward(ids: Tensor): Tensor {
     return embeddingRows(this.weight, ids)
   }
@@ -133,9 +141,12 @@ export class Embedding extends Module {
 
 /** RMSNorm over the last axis with a learned scale `weight [features]`. @throws MoeError E_CONFIG */
 export class RmsNorm extends Module {
+  /** `[features]`, 1 at first. */
   weight: Parameter
+  /** Added to the mean square before the root. */
   readonly eps: number
 
+  /** Of `features` numbers each. @throws MoeError E_CONFIG for an eps that is no number from 0 */
   constructor(features: number, eps = 1e-6, init: InitOptions = {}) {
     super()
     checkOptions('RmsNorm', init, initNames)
@@ -147,6 +158,7 @@ export class RmsNorm extends Module {
     this.eps = eps
   }
 
+  /** x `[..., features]` to the same shape: x / sqrt(mean(x^2) + eps) * weight. */
   forward(x: Tensor): Tensor {
     return rmsNorm(x, this.weight, this.eps)
   }
@@ -154,10 +166,14 @@ export class RmsNorm extends Module {
 
 /** Feed-forward net with gated activation: down(silu(gate(x)) * up(x)). */
 export class SwigluMlp extends Module {
+  /** `[hidden, features]`: what silu gates. */
   gate_proj: Linear
+  /** `[hidden, features]`: what is gated. */
   up_proj: Linear
+  /** `[features, hidden]`. */
   down_proj: Linear
 
+  /** A net of `features` in and out, `hidden` in between. @throws MoeError E_CONFIG for an unknown option */
   constructor(features: number, hidden: number, init: InitOptions = {}) {
     super()
     checkOptions('SwigluMlp', init, initNames)
@@ -166,6 +182,7 @@ export class SwigluMlp extends Module {
     this.down_proj = new Linear(hidden, features, forkInit(init, 'down_proj'))
   }
 
+  /** x `[..., features]` to the same shape. */
   forward(x: Tensor): Tensor {
     return this.down_proj.forward(swiglu(this.gate_proj.forward(x), this.up_proj.forward(x)))
   }

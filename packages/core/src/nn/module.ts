@@ -24,6 +24,7 @@ export abstract class Module {
 export interface NamedParameter {
   /** Key of the parameter as one tensor. */
   readonly name: string
+  /** The tensor itself, not a copy. */
   readonly parameter: Parameter
   /** Keys under which its slices are stored, when it is stacked. */
   readonly slices?: readonly string[]
@@ -31,7 +32,9 @@ export interface NamedParameter {
 
 /** A stream of random numbers with its place in the model. */
 export interface NamedStream {
+  /** Path of fields from the module. */
   readonly name: string
+  /** The generator itself, not a copy. */
   readonly random: Random
 }
 

@@ -24,6 +24,7 @@ export class Parameter extends Tensor {
     this.tracked = options.trainable !== false
   }
 
+  /** Whether it is given gradients. False: a buffer. */
   get trainable(): boolean {
     return this.tracked
   }
@@ -47,6 +48,7 @@ export class Parameter extends Tensor {
     this.version++
   }
 
+  /** Frees the gradient; `grad` is null. */
   zeroGrad(): void {
     this.grad?.dispose()
     this.grad = null

@@ -38,6 +38,7 @@ export class QuantizedParameter extends Parameter {
     return this.#weight
   }
 
+  /** False: rounding would undo every small step. Setting it to true throws E_NO_GRADIENT. */
   override get trainable(): boolean {
     return false
   }

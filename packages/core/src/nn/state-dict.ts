@@ -12,8 +12,11 @@ import { QuantizedParameter, weightShape } from './quantized.ts'
 
 /** One stored tensor. `data` is raw bits for the 16- and 8-bit floats. */
 export interface StateEntry {
+  /** Checkpoint key. */
   readonly name: string
+  /** Of the elements that `data` gives. */
   readonly dtype: DType
+  /** Of the whole tensor. */
   readonly shape: Shape
   /** Reads the elements when they are wanted, so that a whole model is never on the host at once. */
   data(): Promise<HostArray>
@@ -21,8 +24,11 @@ export interface StateEntry {
 
 /** Where `loadStateDict` reads from: a checkpoint or a plain object. */
 export interface StateSource {
+  /** All keys that it has. */
   keys(): Iterable<string>
+  /** Dtype and shape of one, without its elements. */
   info(name: string): { readonly dtype: DType; readonly shape: Shape }
+  /** The elements of one, row-major; raw bits for the 16- and 8-bit floats. */
   read(name: string): Promise<HostArray>
 }
 
@@ -70,6 +76,7 @@ function entriesOf({ name, parameter, slices }: NamedParameter): StateEntry[] {
   }))
 }
 
+/** Which keys may differ between module and source. */
 export interface LoadOptions {
   /** Keys of the source that the module may lack (`ignore`), for layers that are not wanted. Default: none. */
   readonly ignore?: (key: string) => boolean

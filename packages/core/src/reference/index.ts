@@ -57,7 +57,7 @@ export function referenceBackend(): Backend {
   }
 }
 
-export { roundOperand }
+export { type Numbers, roundOperand }
 
 /** The unrounded elements of a tensor on a reference backend (the live array: do not change it). */
 export function readF64(value: Value): Numbers {

@@ -2,6 +2,7 @@
 import type { Shape } from '../backend.ts'
 import { type DType, decodeHost, encodeHost, type HostArray } from '../dtype.ts'
 
+/** The elements of a tensor on the reference backend: f64 for all floats, as they are for i32 and u8. */
 export type Numbers = Float64Array | Int32Array | Uint8Array
 
 /** A reference-counted array of numbers. */

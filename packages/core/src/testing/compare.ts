@@ -1,8 +1,10 @@
 /** @file Comparing arrays of numbers: tolerances by kind of op, and a failure that says where and how much. */
 
+/** How far two numbers may differ. */
 export interface Tolerance {
   /** |actual - expected| may be up to `relative * |expected| + absolute`. */
   readonly relative: number
+  /** What even an expected zero may be off by. */
   readonly absolute: number
 }
 

@@ -11,7 +11,8 @@ import { scope } from '../scope.ts'
 import { setRows, type Tensor } from '../tensor.ts'
 import type { SuiteCheck } from './suite.ts'
 
-type Recorder = Backend & Required<Pick<Backend, 'capture' | 'write'>>
+/** A backend that records graphs. */
+export type Recorder = Backend & Required<Pick<Backend, 'capture' | 'write'>>
 
 /** What every backend with `capture` must do. `make` is called once or twice per check; each backend is disposed. */
 export function graphSuite(make: () => Promise<Recorder>): SuiteCheck[] {

@@ -2,6 +2,6 @@
 export { type CaseInput, type OpCase, opCase } from './case.ts'
 export { assertClose, normalizedError, type Tolerance, tolerances } from './compare.ts'
 export { finiteDifference } from './finite-difference.ts'
-export { graphSuite } from './graph-suite.ts'
+export { graphSuite, type Recorder } from './graph-suite.ts'
 export { type HostInput, runOp } from './run-op.ts'
 export { backendSuite, caseName, opCases, type SuiteCheck, type SuiteOptions } from './suite.ts'

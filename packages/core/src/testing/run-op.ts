@@ -5,8 +5,11 @@ import { sizeOf } from '../shape.ts'
 
 /** An input of `runOp`: elements as plain numbers (encoded to the dtype, f32 by default). */
 export interface HostInput {
+  /** As many numbers as the shape has elements. */
   readonly data: ArrayLike<number>
+  /** Sizes of the axes. */
   readonly shape: Shape
+  /** What the numbers are encoded to. Default f32. */
   readonly dtype?: DType
 }
 

@@ -20,11 +20,15 @@ import { fusedCases } from './cases/fused.ts'
 import { primitiveCases } from './cases/primitives.ts'
 import { assertClose, normalizedError, tolerances } from './compare.ts'
 
+/** One check of a suite, for any test runner: `test(check.name, check.run)`. */
 export interface SuiteCheck {
+  /** Unique within its suite. */
   readonly name: string
+  /** Fails by throwing. */
   run(): Promise<void>
 }
 
+/** What a suite of checks is told of the backend. */
 export interface SuiteOptions {
   /** Checks that cannot hold, with the reason. One that names no check, or whose check passes, fails. */
   readonly skip?: ReadonlyArray<{ readonly reason: string; readonly checks: readonly string[] }>
