@@ -25,10 +25,9 @@ const kinds =
   ReflectionKind.GetSignature
 
 /** Packages whose docstrings are yet to be written. */
-const undone = [
-  ...['deepseek', 'trainer', 'tokenizer-bpe', 'server', 'router', 'mtp', 'checkpoint', 'parallel'],
-  ...['kernels-cpu', 'kernels-cuda', 'backend-tfjs'],
-].map(name => `@moe/${name}`)
+const undone = [...['deepseek', 'trainer', 'server', 'parallel', 'kernels-cpu', 'kernels-cuda', 'backend-tfjs']].map(
+  name => `@moe/${name}`,
+)
 
 const done = packages.filter(({ name }) => !undone.includes(name))
 

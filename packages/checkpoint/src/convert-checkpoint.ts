@@ -8,6 +8,7 @@ import type { StoredDType } from './stored-dtype.ts'
 import { fromF32 } from './to-f32.ts'
 import type { TensorEntry } from './write-safetensors.ts'
 
+/** What changes on the way into the new checkpoint; everything that is not asked for stays. */
 export interface ConvertOptions extends SaveOptions, ReadF32Options {
   /** Name of a tensor in the new checkpoint; undefined leaves it out and reports it. Default: the same name. */
   readonly rename?: (key: string) => string | undefined
@@ -32,6 +33,7 @@ const names: OptionNames<ConvertOptions> = {
   maxShardBytes: true,
 }
 
+/** What became of every tensor. */
 export interface Conversion extends SavedCheckpoint {
   /** Names in the new checkpoint. */
   readonly written: readonly string[]

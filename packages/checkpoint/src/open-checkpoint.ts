@@ -25,6 +25,7 @@ export const INDEX_FILE = 'model.safetensors.index.json'
 
 const MAX_INDEX_BYTES = 64 * 2 ** 20
 
+/** Limits of reading, and where files may lie. */
 export interface OpenOptions extends ReadOptions {
   /**
    * Folder that the files must lie in after symbolic links are followed. Default: the checkpoint's own folder. A snapshot in

@@ -6,6 +6,7 @@ import { DEFAULT_BLOCK, dequantizeFp8Blocks } from './fp8-blocks.ts'
 import type { TensorSource } from './read-safetensors.ts'
 import { toF32 } from './to-f32.ts'
 
+/** Layout of block scales. */
 export interface ReadF32Options {
   /** Rows and columns of a scale block: `quantization_config.weight_block_size` of the config.json. Default 128 x 128. */
   readonly block?: readonly [number, number]

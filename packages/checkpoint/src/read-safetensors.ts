@@ -10,7 +10,9 @@ import { type StoredArray, type StoredDType, viewStored } from './stored-dtype.t
 
 /** What is known of a tensor without reading it. */
 export interface TensorInfo {
+  /** As it is stored. */
   readonly dtype: StoredDType
+  /** Sizes of the axes; `[]` is a scalar. */
   readonly shape: readonly number[]
   /** Size of its data. */
   readonly bytes: number
@@ -20,7 +22,9 @@ export interface TensorInfo {
 
 /** A tensor as it is stored: nothing is converted. */
 export interface StoredTensor {
+  /** As it is stored. */
   readonly dtype: StoredDType
+  /** Sizes of the axes; `[]` is a scalar. */
   readonly shape: readonly number[]
   /** Row-major; see {@link StoredArray} for how each dtype travels. The caller owns it. */
   readonly data: StoredArray
@@ -34,15 +38,19 @@ export interface TensorSource {
   readonly metadata: Readonly<Record<string, string>>
   /** Names, in the order of the file, shard after shard. */
   keys(): string[]
+  /** Whether there is a tensor of this name. */
   has(key: string): boolean
   /** @throws {MoeError} `E_CHECKPOINT` if there is no such tensor */
   info(key: string): TensorInfo
   /** @throws {MoeError} `E_CHECKPOINT` if there is no such tensor, the file changed since it was opened, or is closed */
   read(key: string): Promise<StoredTensor>
+  /** Gives the file descriptors back; reading throws `E_CHECKPOINT` afterwards. Harmless when repeated. */
   close(): Promise<void>
+  /** `close()`, for `await using`. */
   [Symbol.asyncDispose](): Promise<void>
 }
 
+/** Limits of reading. */
 export interface ReadOptions {
   /** Largest header to accept, in bytes. Default 32 MiB, room for about 200,000 tensors. */
   readonly maxHeaderBytes?: number

@@ -16,11 +16,13 @@ import {
   writePlanned,
 } from './write-safetensors.ts'
 
+/** Metadata, and how large a shard may be. */
 export interface SaveOptions extends WriteOptions {
   /** Largest data of one shard, in bytes; one tensor that is larger gets a shard of its own. Default 5 GB, as transformers. */
   readonly maxShardBytes?: number
 }
 
+/** What was written. */
 export interface SavedCheckpoint {
   /** Names of the files in the folder that make up the checkpoint. */
   readonly files: readonly string[]

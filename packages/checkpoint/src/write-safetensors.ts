@@ -20,12 +20,17 @@ import {
  * need be in memory. The array is that of the dtype (see {@link StoredArray}), or its raw little-endian bytes as a Uint8Array.
  */
 export interface TensorEntry {
+  /** Unique in the checkpoint. */
   readonly name: string
+  /** What `data` is encoded as already; nothing is converted. */
   readonly dtype: StoredDType
+  /** Sizes of the axes; `[]` is a scalar. */
   readonly shape: readonly number[]
+  /** The elements, row-major, or what gives them. */
   readonly data: StoredArray | (() => StoredArray | Promise<StoredArray>)
 }
 
+/** What stands in the header besides the tensors. */
 export interface WriteOptions {
   /** Free text for the header. transformers wants `{ format: 'pt' }`, which is the default. */
   readonly metadata?: Readonly<Record<string, string>>

@@ -1,7 +1,7 @@
 /** @file Public interface of @moe/mtp. */
 export { type MtpAcceptance, mtpAcceptance } from './acceptance.ts'
 export { type DepthOptions, type MtpLoss, type MtpLossOptions, mtpDepthLoss, mtpLoss } from './loss.ts'
-export { type Block, type MtpConfig, MtpModule, type MtpModuleOptions } from './mtp.ts'
+export { type Block, type MtpConfig, MtpModule, type MtpModuleOptions, type SharedHead } from './mtp.ts'
 export {
   averageAt,
   averagesOf,

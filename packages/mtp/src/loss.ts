@@ -11,6 +11,7 @@ import {
   uploadTargets,
 } from './targets.ts'
 
+/** The loss of all depths, and what each adds to it. */
 export interface MtpLoss {
   /** Mean over depths of the mean cross-entropy of each: multiply by λ and add it to the main loss. */
   readonly loss: Tensor
@@ -18,6 +19,7 @@ export interface MtpLoss {
   readonly perDepth: readonly Tensor[]
 }
 
+/** How far gradients go. */
 export interface MtpLossOptions {
   /**
    * Train the modules alone: no gradient reaches the main model, neither through its hidden states nor through the shared embedding and head.

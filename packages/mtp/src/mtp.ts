@@ -25,17 +25,23 @@ import {
 
 /** A transformer block of the main model: `[B, T, D]` to the same shape. */
 export interface Block<Options> extends Module {
+  /** x `[B, T, D]` to the same shape, causal; `options` are those that the module was run with. */
   forward(x: Tensor, options: Options): Tensor
 }
 
+/** Sizes of a module, in the terms of Hugging Face's config.json. */
 export interface MtpConfig {
+  /** D, features of a token: that of the main model. */
   readonly hidden_size: number
+  /** Epsilon of the three norms. Default 1e-6. */
   readonly rms_norm_eps?: number
 }
 
+/** What a module shares with the main model, and what it has of its own. */
 export interface MtpModuleOptions<Options> extends InitOptions {
   /** The main model's embedding and head, shared: their gradients are the sums over all paths. */
   readonly embedding: Embedding
+  /** `[V, D]`. */
   readonly head: Linear
   /**
    * Gives the module an embedding and a head of its own, of the same sizes, under the keys that released layers have for the shared ones
@@ -55,10 +61,13 @@ const optionNames: OptionNames<MtpModuleOptions<never>> = {
 }
 
 /** The norm before the head, and the head if it is the module's own, under their checkpoint names. */
-class SharedHead extends Module {
+export class SharedHead extends Module {
+  /** Norm of this depth's hidden states. */
   norm: RmsNorm
+  /** `[V, D]`; only with `separate`. */
   declare head?: Linear
 
+  /** Made by `MtpModule`. @internal */
   constructor(features: number, eps: number | undefined, init: InitOptions) {
     super()
     this.norm = new RmsNorm(features, eps, init)
@@ -70,10 +79,15 @@ class SharedHead extends Module {
  * [enorm(embedding); hnorm(hidden)], the order of the released weights (the paper writes the reverse).
  */
 export class MtpModule<Options = Record<never, never>> extends Module {
+  /** Norm of the embedding. */
   enorm: RmsNorm
+  /** Norm of the hidden state of the depth before. */
   hnorm: RmsNorm
+  /** M_k `[D, 2 D]` (eq. 21): joins embedding and hidden state. */
   eh_proj: Linear
+  /** What turns hidden states of this depth into logits. */
   shared_head: SharedHead
+  /** TRM_k (eq. 22), in the released layout without a name of its own. */
   block: Block<Options>
   /** Only with `separate`. */
   declare embed_tokens?: Embedding
@@ -81,6 +95,7 @@ export class MtpModule<Options = Record<never, never>> extends Module {
   readonly #embedding: Embedding
   readonly #head: Linear
 
+  /** @throws MoeError E_ATTR when the embedding, the head or `makeBlock` is missing, E_CONFIG for an unknown option */
   constructor(config: MtpConfig, options: MtpModuleOptions<Options>) {
     super()
     checkShared('MtpModule', config, { hidden_size: true, rms_norm_eps: true })

@@ -3,11 +3,15 @@ import { type Backend, checkOptions, defaultIgnoreIndex, fromHost, MoeError, typ
 
 /** Rows of consecutive tokens; `documents` numbers the document of every token, from 0. Padding has negative numbers, and carries no loss. */
 export interface TokenRows {
+  /** Row-major `[rows, length]`. */
   readonly tokens: Int32Array
+  /** Row-major `[rows, length]`. */
   readonly documents: Int32Array
   /** For every token, the place in its row where the text begins that it belongs to: none before it is attended to. Default: 0, a row is one context. */
   readonly starts?: Int32Array
+  /** B, rows of the batch. */
   readonly rows: number
+  /** Tokens of a row, those to be predicted included. */
   readonly length: number
 }
 

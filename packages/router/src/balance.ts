@@ -17,6 +17,7 @@ import {
   type Tensor,
 } from '@moe/core'
 
+/** How far a step moves the selection bias. */
 export interface BiasUpdateOptions {
   /** Update speed γ, or a scalar on the device. V3: 0.001 for the first 14.3T tokens, then 0. */
   readonly speed?: number | Tensor

@@ -33,9 +33,13 @@ import { expertBalanceLoss } from './balance.ts'
 import { Experts } from './experts.ts'
 import { LoadCounter, maskedCounts } from './load.ts'
 
+/** Sizes and rule of a layer with a capacity, in the terms of Hugging Face's config.json where that has them. */
 export interface CapacityMoEConfig {
+  /** Features of a token. */
   readonly hidden_size: number
+  /** Inner features of each expert. */
   readonly moe_intermediate_size: number
+  /** E. */
   readonly n_routed_experts: number
   /** `switch`: the best expert, gate = its probability. `gshard`: the two best, gates normalized. */
   readonly router: 'switch' | 'gshard'
@@ -57,6 +61,7 @@ const configNames: OptionNames<CapacityMoEConfig> = {
   second_expert: true,
 }
 
+/** What a pass counts, and to whom it tells its loss. */
 export interface CapacityForwardOptions {
   /** Count loads and drop what exceeds the capacity. Default false: nothing is dropped in evaluation. */
   readonly training?: boolean
@@ -97,6 +102,7 @@ export function withinCapacity(indices: Tensor, experts: number, capacity: numbe
 export class CapacityMoE extends Module {
   /** Gate `[E, hidden]`. */
   weight: Parameter
+  /** E nets of which each token goes through one (Switch) or two (GShard). */
   experts: Experts
   /** Draws which second choices GShard uses: one number per token and training pass. A run that goes on needs it where it was: `train` of `@moe/trainer` keeps it in checkpoints, and lets each of several ranks draw its own. */
   readonly random: Random
@@ -128,6 +134,7 @@ export class CapacityMoE extends Module {
     this.random = forkInit(init, 'second expert').random ?? new Random(0)
   }
 
+  /** x `[batch, time, hidden]` to the same shape. @throws MoeError E_SHAPE, E_CONFIG */
   forward(x_BTD: Tensor, options: CapacityForwardOptions = {}): Tensor {
     needAxes('CapacityMoE', x_BTD, ['batch', 'time', 'hidden'])
     checkShared('CapacityMoE.forward', options, forwardNames)

@@ -1,10 +1,15 @@
 /** @file What an MoE layer is made of, in the terms of Hugging Face's config.json. */
 import { checkShared, MoeError, type OptionNames, type RouterAttrs } from '@moe/core'
 
+/** Sizes of an MoE layer. They are those of Hugging Face's config.json, from which it may be taken as it is. */
 export interface RouterConfig {
+  /** Features of a token. */
   readonly hidden_size: number
+  /** Inner features of each expert. */
   readonly moe_intermediate_size: number
+  /** E, experts that a gate chooses among. */
   readonly n_routed_experts: number
+  /** K, experts that each token goes through. */
   readonly num_experts_per_tok: number
   /** Shared experts: one SwiGLU net of n_shared_experts * moe_intermediate_size. 0 or null for none. */
   readonly n_shared_experts?: number | null
@@ -14,7 +19,9 @@ export interface RouterConfig {
   readonly topk_group?: number | null
   /** Divide the gates by their sum. Default true. */
   readonly norm_topk_prob?: boolean
+  /** Factor on the gates, applied last. Default 1. */
   readonly routed_scaling_factor?: number
+  /** Affinities: sigmoid of each logit, or softmax over all. Default sigmoid with noaux_tc, softmax otherwise. */
   readonly scoring_func?: 'sigmoid' | 'softmax'
   /** noaux_tc: V3 (bias, groups by their two best). group_limited_greedy: V2 (groups by their best). greedy: no groups. Default noaux_tc. */
   readonly topk_method?: 'noaux_tc' | 'group_limited_greedy' | 'greedy'

@@ -5,6 +5,7 @@
 import { checkOptions, MoeError } from '@moe/core'
 import { needNumbers } from './load.ts'
 
+/** Which expert stands where. */
 export interface ExpertPlacement {
   /** Expert of every place. Place p is on GPU floor(p / (replicas / gpus)). */
   readonly physicalToLogical: readonly number[]
@@ -14,6 +15,7 @@ export interface ExpertPlacement {
   readonly copies: readonly number[]
 }
 
+/** Nodes, GPUs and places that experts are put on. */
 export interface ClusterShape {
   /** Places in all: experts plus redundant copies. Divisible by `gpus`. */
   readonly replicas: number
@@ -21,6 +23,7 @@ export interface ClusterShape {
   readonly groups?: number
   /** Default 1. */
   readonly nodes?: number
+  /** All of them, on all nodes. Divisible by `nodes`. */
   readonly gpus: number
 }
 

@@ -33,6 +33,7 @@ export class Experts extends Module {
     down_proj: (expert: number) => `${expert}.down_proj.weight`,
   }
 
+  /** `experts` nets of `hidden` features in and out, `inner` in between. @throws MoeError E_CONFIG for an unknown option */
   constructor(experts: number, hidden: number, inner: number, init: InitOptions = {}) {
     super()
     checkOptions('Experts', init, initNames)

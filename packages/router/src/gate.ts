@@ -23,6 +23,7 @@ export class Gate extends Module {
   readonly #attrs: RouterAttrs
   readonly #noBias: Parameter | null
 
+  /** @throws MoeError E_CONFIG with every fault in one message */
   constructor(config: RouterConfig, init: InitOptions = {}) {
     super()
     this.#attrs = routerAttrs(config)

@@ -39,6 +39,7 @@ export function maskedCounts(indices: Tensor, mask: Tensor, experts: number): Te
   )
 }
 
+/** How evenly a layer's experts are loaded. */
 export interface LoadSummary {
   /** (largest - mean) / mean: 0 when balanced, E/K - 1 when collapsed onto K experts. */
   readonly maxVio: number

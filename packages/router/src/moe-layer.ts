@@ -23,6 +23,7 @@ import { Gate } from './gate.ts'
 import { LoadCounter, maskedCounts } from './load.ts'
 import { droppingNames, type TokenDropping, withinDeviceBudget } from './token-dropping.ts'
 
+/** How an MoE layer starts, and what keeps its experts evenly loaded. */
 export interface MoELayerOptions extends InitOptions {
   /** What keeps the experts evenly loaded; one for all layers. Without one, call `updateBias` yourself. */
   readonly balancer?: Balancer
@@ -32,6 +33,7 @@ export interface MoELayerOptions extends InitOptions {
 
 const optionNames: OptionNames<MoELayerOptions> = { ...initNames, balancer: true, dropping: true }
 
+/** What a pass counts, and to whom it tells loads and losses. */
 export interface MoEForwardOptions {
   /** Count the load, for the balancer and for monitoring. Default false: evaluation and decoding leave no trace. */
   readonly training?: boolean
@@ -55,6 +57,7 @@ export interface Choice {
   readonly weights: Tensor
   /** Experts `i32 [N, K]`. */
   readonly indices: Tensor
+  /** The same choices sorted by expert: what `Experts.route` takes. */
   readonly plan: DispatchPlan
 }
 
@@ -69,8 +72,11 @@ const forwardNames: OptionNames<MoEForwardOptions> = {
 
 /** y = sum over the K chosen experts of gate * FFN_e(x), plus the shared experts' FFN(x). `[B, T, hidden]` to the same shape. */
 export class MoELayer extends Module {
+  /** Chooses K of E experts for each token. */
   gate: Gate
+  /** E nets. */
   experts: Experts
+  /** The net that every token goes through, `n_shared_experts` times as wide as an expert; not there without shared experts. */
   declare shared_experts?: SwigluMlp
   readonly #config: RouterConfig
   readonly #balancer: Balancer | null
@@ -96,6 +102,7 @@ export class MoELayer extends Module {
     if (shared) this.shared_experts = new SwigluMlp(hidden, shared * inner, forkInit(init, 'shared_experts'))
   }
 
+  /** x `[batch, time, hidden]` to the same shape. @throws MoeError E_SHAPE, E_CONFIG */
   forward(x_BTD: Tensor, options: MoEForwardOptions = {}): Tensor {
     const { x, weights, plan } = this.choose(x_BTD, options)
     const routed_ND = this.experts.route(x, weights, plan)
@@ -150,6 +157,7 @@ export class MoELayer extends Module {
     return this.#load.total
   }
 
+  /** That of the options; null without one. */
   get balancer(): Balancer | null {
     return this.#balancer
   }

@@ -2,6 +2,7 @@
 import { checkOptions, MoeError } from '@moe/core'
 import { type LoadSummary, needNumbers, summarizeLoad } from './load.ts'
 
+/** What is watched, and for how long. */
 export interface LoadMonitorOptions {
   /** K: tells how many experts a collapsed layer may still use. */
   readonly topK: number
@@ -17,7 +18,9 @@ export interface LoadMonitorOptions {
  */
 export type Verdict = 'balanced' | 'uneven' | 'collapsed'
 
+/** Loads of a layer over the steps of the window. */
 export interface LayerReport {
+  /** The name that it was recorded under. */
   readonly layer: string
   /** Steps in the window. */
   readonly steps: number
@@ -33,6 +36,7 @@ export interface LayerReport {
   readonly groupShare: readonly number[]
   /** Smallest and largest selection bias at the last step, when they were recorded. */
   readonly bias: { readonly min: number; readonly max: number } | null
+  /** The window in one word. */
   readonly verdict: Verdict
 }
 

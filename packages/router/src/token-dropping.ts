@@ -17,6 +17,7 @@ import {
 import type { RoutingPass } from './balance.ts'
 import { devicesOf } from './balancer.ts'
 
+/** V2's token dropping: devices, and how much of the load each takes. */
 export interface TokenDropping {
   /** Devices that share the experts, neighbouring ones on the same. */
   readonly devices: number
@@ -26,6 +27,7 @@ export interface TokenDropping {
 
 export const droppingNames: OptionNames<TokenDropping> = { devices: true, capacity_factor: true }
 
+/** A pass, and the sequences of it that lose nothing. */
 export interface DroppingPass extends RoutingPass {
   /** `f32 [B]`, 1 for sequences that lose no token. Their choices take room before all others, and beyond it. Default: none. */
   readonly undropped?: Tensor

@@ -4,7 +4,9 @@ import { codePointAt, previous, widthOf } from './unicode/utf8.ts'
 
 /** One added token, in the spelling of tokenizer.json. */
 export interface AddedToken {
+  /** Below `vocabSize`. */
   readonly id: number
+  /** The text that it stands for, exactly. */
   readonly content: string
   /** Left out by `decode` with `skipSpecialTokens`. */
   readonly special: boolean

@@ -1,7 +1,7 @@
 /** @file The package in browsers: what only some tokenizers need stays behind an import() (parts.ts). */
 export type { AddedToken } from './added-tokens.ts'
 export type { DecodeStream } from './decode-stream.ts'
-export { TokenizerError, type TokenizerErrorCode } from './errors.ts'
+export { TokenizerError, type TokenizerErrorCode, type TokenizerErrorInfo } from './errors.ts'
 export type { PreTokenizerName } from './pre-tokenizers.ts'
 export type { TiktokenOptions } from './tiktoken.ts'
 export {

@@ -10,7 +10,9 @@ export type TokenizerErrorCode =
   | 'E_UNKNOWN_TOKEN'
   | 'E_ABORTED'
 
+/** What a `TokenizerError` is made of. */
 export interface TokenizerErrorInfo {
+  /** Its permanent identity. */
   readonly code: TokenizerErrorCode
   /** Function or part of the file that failed; starts the message. */
   readonly op: string
@@ -20,15 +22,20 @@ export interface TokenizerErrorInfo {
   readonly fix?: string
   /** The values themselves, for programs. */
   readonly details?: Readonly<Record<string, unknown>>
+  /** The error that led to this one. */
   readonly cause?: unknown
 }
 
 /** Every failure of this package that a caller can cause: `op: problem; fix`. */
 export class TokenizerError extends Error {
+  /** Its permanent identity: test on this. */
   readonly code: TokenizerErrorCode
+  /** Function or part of the file that failed. */
   readonly op: string
+  /** The offending values, by name; `{}` when there are none beyond the message. */
   readonly details: Readonly<Record<string, unknown>>
 
+  /** Writes the message: `op: problem; fix`. */
   constructor(info: TokenizerErrorInfo) {
     super(
       `${info.op}: ${info.problem}${info.fix ? `; ${info.fix}` : ''}`,

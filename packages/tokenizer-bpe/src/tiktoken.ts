@@ -9,8 +9,11 @@ import { BpeModel, MAX_ID } from './model.ts'
 import type { Parts } from './parts.ts'
 import { type PreTokenizerName, patternOf, preTokenizerJson } from './pre-tokenizers.ts'
 
+/** What a rank file does not say. */
 export interface TiktokenOptions {
+  /** How texts are cut into pieces: as one of OpenAI's encodings does, or by a regular expression whose matches are pieces. */
   readonly preTokenizer: 'gpt2' | 'cl100k' | 'o200k' | RegExp | { readonly pattern: string }
+  /** Ids of special tokens by their text. Default: none. */
   readonly specialTokens?: Readonly<Record<string, number>>
 }
 

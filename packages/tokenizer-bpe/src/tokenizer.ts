@@ -21,6 +21,7 @@ import { fetchParts, type PartName, part } from './parts.ts'
 import { preTokenizerJson } from './pre-tokenizers.ts'
 import type { TiktokenOptions } from './tiktoken.ts'
 
+/** Which special tokens are added, and which are read in the text. */
 export interface EncodeOptions {
   /** Adds the special tokens of the post-processor, e.g. beginning of sentence. Default true, as in Hugging Face tokenizers. */
   readonly addSpecialTokens?: boolean
@@ -36,6 +37,7 @@ export interface EncodeOptions {
   readonly parseAddedTokens?: boolean
 }
 
+/** What of the ids becomes text. */
 export interface DecodeOptions {
   /** Leaves special tokens out. Default false. */
   readonly skipSpecialTokens?: boolean
@@ -43,6 +45,7 @@ export interface DecodeOptions {
 
 /** Ids with the part of the text that each stands for. */
 export interface EncodingWithOffsets {
+  /** The same as `encode` gives. */
   readonly ids: Uint32Array
   /** Start and end of token i at `2 * i` and `2 * i + 1`, in UTF-16 code units of the text; tokens that share a character all cover it. */
   readonly offsets: Uint32Array
@@ -64,6 +67,10 @@ const WORTH_THREADS = 1 << 23
 /** Largest scratch buffer that a tokenizer keeps between calls, in bytes. */
 const KEPT_SCRATCH = 1 << 20
 
+/**
+ * A byte-level BPE tokenizer: text to ids and back, the same ids as Hugging Face tokenizers. It is immutable. Made by `trainBpe`, `fromFile`,
+ * `fromJSON` or `fromTiktoken`.
+ */
 export class BpeTokenizer {
   readonly #model: BpeModel
   readonly #parts: TokenizerParts
@@ -85,7 +92,7 @@ export class BpeTokenizer {
   /** Number of ids: one more than the largest, added tokens included. */
   readonly vocabSize: number
 
-  /** Use `trainBpe`, `BpeTokenizer.fromFile`, `fromJSON` or `fromTiktoken`. */
+  /** Use `trainBpe`, `BpeTokenizer.fromFile`, `fromJSON` or `fromTiktoken`. @internal */
   constructor(
     model: BpeModel,
     added: readonly AddedToken[],

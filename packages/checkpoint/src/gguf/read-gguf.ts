@@ -13,9 +13,11 @@ import { DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, MAX_NAME_BYTES, VERSION } fro
 
 /** What is known of a tensor without reading it. */
 export interface GgufTensorInfo {
+  /** How its elements are encoded. */
   readonly type: GgufTensorType
   /** Row-major: the reverse of what the file lists. */
   readonly shape: readonly number[]
+  /** Size of its data in the file. */
   readonly bytes: number
   /** First byte, counted from the start of the file. */
   readonly begin: number
@@ -27,6 +29,7 @@ interface GgufHeader {
   readonly tensors: ReadonlyMap<string, GgufTensorInfo>
 }
 
+/** Limits of reading. */
 export interface ReadGgufOptions {
   /** Largest header to accept, in bytes. Default 256 MiB: vocabularies lie in it. */
   readonly maxHeaderBytes?: number
@@ -60,6 +63,7 @@ export async function readGguf(path: string | URL, options: ReadGgufOptions = {}
 
 /** An open GGUF file. Made by {@link readGguf}; holds one file descriptor until it is closed. */
 export class GgufFile {
+  /** The file, as it was opened. */
   readonly path: string
   /** Version of the format. */
   readonly version: number
@@ -95,12 +99,14 @@ export class GgufFile {
     throw checkpointError(this.path, `tensor ${shown(name)} is ${type}`, 'use read() and decode it', { key: name })
   }
 
+  /** Gives the file descriptor back; what comes after throws `E_CHECKPOINT`. Harmless when repeated. */
   async close(): Promise<void> {
     const handle = this.#handle
     this.#handle = undefined
     await handle?.close()
   }
 
+  /** `close()`, for `await using`. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.close()
   }

@@ -24,7 +24,9 @@ export const MAX_DIMENSIONS = 4
 
 /** A tensor to be written, given in f32 and encoded on the way. */
 export interface GgufTensor {
+  /** At most 63 bytes of UTF-8, as ggml reads no longer ones. */
   readonly name: string
+  /** What the f32 elements are encoded as. */
   readonly type: GgufEncoding
   /** Row-major, 1 to 4 sizes. The file lists them the other way round, rows first. */
   readonly shape: readonly number[]
@@ -35,23 +37,29 @@ export interface GgufTensor {
   readonly values: Float32Array | (() => Float32Array | Promise<Float32Array> | AsyncIterable<Float32Array>)
 }
 
+/** What a GGUF file holds. */
 export interface GgufContents {
   /** Keys such as `general.architecture`, each value with its type in the file. */
   readonly metadata: Readonly<Record<string, GgufValue>>
+  /** Written in this order. */
   readonly tensors: readonly GgufTensor[]
 }
 
+/** How far the writing is. */
 export interface GgufProgress {
   /** The tensor that is being written. */
   readonly tensor: string
   /** Bytes of tensors so far, and in all. */
   readonly bytes: number
+  /** Bytes of all tensors, encoded. */
   readonly totalBytes: number
 }
 
+/** How a file is written. */
 export interface WriteGgufOptions {
   /** Stops the writing; whatever stood at the path stays. */
   readonly signal?: AbortSignal
+  /** Called after each part of a tensor. */
   readonly onProgress?: (progress: GgufProgress) => void
 }
 

@@ -4,12 +4,16 @@ import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
 import { boundedRender, type Jinja, TooManySteps } from './bounded-render.ts'
 
+/** One message of a conversation; what else a template reads of it may stand beside. */
 export interface ChatMessage {
+  /** `system`, `user`, `assistant`, `tool`: what the template knows. */
   readonly role: string
+  /** Its text. */
   readonly content: string
   readonly [key: string]: unknown
 }
 
+/** What a template is given besides the messages. */
 export interface ChatOptions {
   /** Ends the text where the assistant's answer starts. Default true. */
   readonly addGenerationPrompt?: boolean
@@ -19,6 +23,7 @@ export interface ChatOptions {
 
 /** The parts of tokenizer_config.json that a template needs. */
 export interface ChatConfig {
+  /** The template's text, or several by name. */
   readonly chat_template?: string | readonly { readonly name: string; readonly template: string }[]
   readonly [key: string]: unknown
 }
@@ -41,7 +46,11 @@ export class ChatTemplate {
   readonly #tokens: Record<string, string>
   readonly #source: string | undefined
 
-  /** @param source of the template that `render` renders, for `toJSON` */
+  /**
+   * Use `ChatTemplate.from`.
+   * @param source of the template that `render` renders, for `toJSON`
+   * @throws TokenizerError E_CONFIG when `render` is no function
+   */
   constructor(render: (variables: Record<string, unknown>) => string, tokens: Record<string, string>, source?: string) {
     if (typeof render !== 'function') {
       const problem = `${describe(render)} is no function that renders`

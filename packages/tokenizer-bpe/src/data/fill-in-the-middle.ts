@@ -2,6 +2,7 @@
 import { checkCall } from '../check-call.ts'
 import { TokenizerError } from '../errors.ts'
 
+/** How often, by which numbers and with which sentinels documents are rearranged. */
 export interface FillInTheMiddleOptions {
   /** Fraction of documents that are rearranged. Default 0.1, DeepSeek-V3's. */
   readonly rate?: number

@@ -3,6 +3,7 @@ import { checkCall } from '../check-call.ts'
 import { TokenizerError } from '../errors.ts'
 import { describe } from '../json/check.ts'
 
+/** Length of the sequences, and what ends a document. */
 export interface PackOptions {
   /** Tokens in each sequence. */
   readonly length: number
@@ -10,6 +11,7 @@ export interface PackOptions {
   readonly endOfText: number
 }
 
+/** One sequence. */
 export interface PackedSequence {
   /** `length` ids. */
   readonly ids: Uint32Array

@@ -7,6 +7,7 @@ import { checkCall } from '../check-call.ts'
 import { TokenizerError } from '../errors.ts'
 import type { BpeTokenizer } from '../tokenizer.ts'
 
+/** How many tokens are split, by which numbers. */
 export interface SplitTokensOptions {
   /** Fraction of the eligible tokens that are split. */
   readonly rate: number
@@ -21,6 +22,7 @@ export class MergedTokenSplitter {
   readonly #parts: number[] = [0]
   readonly #options: SplitTokensOptions
 
+  /** @throws TokenizerError E_CONFIG for a rate outside 0..1 */
   constructor(tokenizer: BpeTokenizer, options: SplitTokensOptions) {
     checkCall('MergedTokenSplitter', options)
     if (!(options.rate >= 0 && options.rate <= 1)) {

@@ -18,6 +18,7 @@ import { PieceCounter } from './piece-counter.ts'
 
 /** How far a training is. */
 export interface TrainProgress {
+  /** First all texts are counted, then pairs are merged. */
   readonly phase: 'counting' | 'merging'
   /** UTF-8 bytes read so far. */
   readonly bytes: number
@@ -25,12 +26,14 @@ export interface TrainProgress {
   readonly pieces: number
   /** Tokens so far, and wanted. */
   readonly tokens: number
+  /** Tokens wanted. */
   readonly vocabSize: number
 }
 
 /** A special token with flags of its own; without, special and not normalized. */
 export type SpecialToken = { readonly content: string } & Partial<Omit<AddedToken, 'id'>>
 
+/** Size, pieces, alphabet and limits of a training. */
 export interface TrainOptions {
   /** Ids wanted, special tokens and alphabet included; fewer come out when the corpus has no more pairs to merge. */
   readonly vocabSize: number
@@ -39,6 +42,7 @@ export interface TrainOptions {
    * matches and the parts between them are pieces, or several of them one inside the other. Default `deepseek-v3`.
    */
   readonly preTokenizer?: PreTokenizerName | RegExp | { readonly patterns: readonly string[] }
+  /** Unicode normal form that texts are brought to before they are cut. Default: none, texts stay as they are. */
   readonly normalizer?: 'NFC' | 'NFD' | 'NFKC' | 'NFKD'
   /** Get the first ids, in this order, and are not looked for in the corpus. */
   readonly specialTokens?: readonly (string | SpecialToken)[]
@@ -53,6 +57,7 @@ export interface TrainOptions {
   readonly maxTokenLength?: number
   /** Takes a corpus that looks like binary data. Default false: it is refused. */
   readonly allowBinary?: boolean
+  /** Called every 4 MiB of text, then every 500 merges, and when a phase ends. */
   readonly onProgress?: (progress: TrainProgress) => void
   /** Ends the training with E_ABORTED. With `trainBpe`, which does not give way to other events, abort from the iterable or `onProgress`. */
   readonly signal?: AbortSignal
