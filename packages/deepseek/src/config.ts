@@ -21,72 +21,112 @@ const ropeFields = z.object({
 
 /** What all architectures have. */
 const common = {
+  /** Token ids: rows of the embedding table and of the head. */
   vocab_size: size,
+  /** Features of a token between layers. */
   hidden_size: size,
+  /** Inner features of a dense feed-forward net. */
   intermediate_size: size,
+  /** Decoder layers; MTP modules are not counted. */
   num_hidden_layers: size,
+  /** Heads of queries. */
   num_attention_heads: size,
+  /** Context in tokens that the model is made for. Default 4096. */
   max_position_embeddings: size.default(4096),
+  /** Base of the rotation's wavelengths. Default 10000. */
   rope_theta: z.number().positive().optional(),
+  /** YaRN, as V3's config.json has it. Default null: no extension of the context. */
   rope_scaling: ropeFields.nullish(),
+  /** The same as transformers 5 writes it, with `rope_theta` among it. */
   rope_parameters: ropeFields.nullish(),
+  /** Epsilon of the norms outside of attention. Default 1e-6. */
   rms_norm_eps: z.number().positive().default(1e-6),
+  /** Standard deviation of random weights. Default 0.02. */
   initializer_range: z.number().positive().default(0.02),
+  /** Whether the head is the embedding table. Default false. */
   tie_word_embeddings: z.boolean().default(false),
+  /** Id that begins a text. Kept for those who read the configuration; the tokenizer puts it there. */
   bos_token_id: z.int().nonnegative().nullish(),
+  /** Ids that end a text in `generate`. Default: none. */
   eos_token_id: z.union([z.int().nonnegative(), z.array(z.int().nonnegative())]).nullish(),
+  /** The one activation that there is. */
   hidden_act: z.literal('silu').default('silu'),
+  /** Projections of attention have no biases. */
   attention_bias: z.literal(false).default(false),
 }
 
 /** DeepSeek LLM (7B, 67B): the dense layers and multi-head attention of Llama. */
 const denseFields = z.object({
+  /** Says that it is a dense model. */
   model_type: z.literal('llama'),
   ...common,
+  /** Heads of keys and values, each shared by as many query heads. Default num_attention_heads. */
   num_key_value_heads: optionalSize,
+  /** Features of a head. Default hidden_size / num_attention_heads. */
   head_dim: optionalSize,
+  /** Feed-forward nets have no biases. */
   mlp_bias: z.literal(false).default(false),
 })
 
 const latentFields = z.object({
-  /** Kimi K2 is V3 under a name of its own. */
+  /** Default `deepseek_v3`. Kimi K2 is V3 under a name of its own. */
   model_type: z
     .enum(['deepseek_v3', 'deepseek_v2', 'kimi_k2'])
     .default('deepseek_v3')
     .transform(type => (type === 'kimi_k2' ? 'deepseek_v3' : type)),
   ...common,
+  /** Inner features of each expert. */
   moe_intermediate_size: size,
-  /** Leading layers with a dense feed-forward net. */
+  /** Leading layers with a dense feed-forward net. Default 0. */
   first_k_dense_replace: z.int().nonnegative().default(0),
+  /** Experts that a gate chooses among. Null or undefined: all layers are dense. */
   n_routed_experts: optionalSize,
+  /** Experts that every token goes through, as one net so many times as wide. Default 0. */
   n_shared_experts: z
     .int()
     .nonnegative()
     .nullish()
     .transform(value => value ?? 0),
+  /** Experts that each token goes through, of those that a gate chooses among. */
   num_experts_per_tok: optionalSize,
+  /** Groups of experts (nodes). Default 1. */
   n_group: optionalSize,
+  /** Groups that a token may use. Default all. */
   topk_group: optionalSize,
+  /**
+   * `noaux_tc`: V3 (bias, groups by their two best). `group_limited_greedy`: V2 (groups by their best). `greedy`: no groups. Default noaux_tc in
+   * V3, greedy in V2.
+   */
   topk_method: z.enum(['noaux_tc', 'group_limited_greedy', 'greedy']).optional(),
+  /** Affinities. Default sigmoid with noaux_tc, softmax otherwise. */
   scoring_func: z.enum(['sigmoid', 'softmax']).optional(),
+  /** Whether gates are divided by their sum. Default true in V3, false in V2. */
   norm_topk_prob: z.boolean().optional(),
+  /** Factor on the gates, applied last. Default 1. */
   routed_scaling_factor: z.number().positive().default(1),
+  /** Rank of the query compression. Null or undefined: queries are projected directly (V2-Lite). */
   q_lora_rank: optionalSize,
+  /** Rank of the joint key/value compression: what the cache holds per token and layer, beside the rope key. */
   kv_lora_rank: size,
+  /** Features of a query and a key in each head that are not rotated. */
   qk_nope_head_dim: size,
+  /** Features of a query in each head, and of the key that all heads share, that are rotated. Even. */
   qk_rope_head_dim: size,
+  /** Features of a value in each head. */
   v_head_dim: size,
+  /** Whether adjacent features are rotated in pairs (released layout), not halves. Default true. */
   rope_interleave: z.boolean().default(true),
-  /** Depth of multi-token prediction: extra layers behind the last. */
+  /** Depth of multi-token prediction: extra layers behind the last. Default 0. */
   num_nextn_predict_layers: z.int().nonnegative().default(0),
   /** MTP modules with embeddings and heads of their own. Not a key of the released models, whose readers share them regardless. */
   mtp_separate_embeddings: z.boolean().default(false),
+  /** Every layer behind the dense ones has experts. */
   moe_layer_freq: z.literal(1).default(1),
 })
 
-/** V2 and V3 as a user writes them. */
+/** V2 and V3 as a user writes them. @interface */
 export type LatentConfigInput = z.input<typeof latentFields>
-/** DeepSeek LLM as a user writes it. */
+/** DeepSeek LLM as a user writes it. @interface */
 export type DenseConfigInput = z.input<typeof denseFields>
 /** What a user writes: config.json, or a preset with changes. */
 export type DeepSeekConfigInput = LatentConfigInput | DenseConfigInput
@@ -96,13 +136,19 @@ export type DeepSeekConfigInput = LatentConfigInput | DenseConfigInput
  * moe_intermediate_size are 0, and the features of a head are both qk_rope_head_dim and v_head_dim.
  */
 export interface DeepSeekConfig extends Omit<Fields, 'model_type' | 'rope_scaling' | 'rope_parameters' | 'rope_theta'> {
+  /** Kimi K2 is `deepseek_v3` here. */
   readonly model_type: Fields['model_type'] | 'llama'
   /** Heads of keys and values; with latents as many as there are heads. */
   readonly num_key_value_heads: number
+  /** As given, else 10000. */
   readonly rope_theta: number
+  /** YaRN with its original context, or null. */
   readonly rope_scaling: RopeScaling | null
+  /** As given, else true in V3 and false in V2. */
   readonly norm_topk_prob: boolean
+  /** As given, else noaux_tc in V3 and greedy in V2. */
   readonly topk_method: 'noaux_tc' | 'group_limited_greedy' | 'greedy'
+  /** As given, else sigmoid with noaux_tc and softmax otherwise. */
   readonly scoring_func: 'sigmoid' | 'softmax'
 }
 

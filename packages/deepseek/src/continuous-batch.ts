@@ -27,6 +27,7 @@ import type { DeepSeek } from './model.ts'
 import { penalize, type Scores, sample } from './sampling.ts'
 import { usualPrecision } from './usual-precision.ts'
 
+/** Room for texts that are made at the same time. */
 export interface ContinuousBatchOptions extends Pick<SessionOptions, 'cacheDtype' | 'precision'> {
   /** Most texts at once; further ones wait for their turn. Default 8. */
   readonly maxTexts?: number

@@ -22,6 +22,7 @@ import { type DeepSeekConfig, isMoELayer } from './config.ts'
 
 /** Options of the attention (cache) and of the experts (training, mask, losses and loads to watch). */
 export interface LayerOptions extends MoEForwardOptions {
+  /** Earlier tokens; the new ones are written to it. Inference only. */
   readonly cache?: SequenceCache
   /** Layer of the cache. */
   readonly layer?: number
@@ -46,10 +47,15 @@ export interface DecoderLayerInit extends InitOptions {
   readonly dropping?: TokenDropping
 }
 
+/** A layer of the model (pre-norm): attention, then experts or a dense net, each added to its input. `[B, T, hidden]` to the same shape. */
 export class DecoderLayer extends Module {
+  /** Latent attention; multi-head attention where model_type is `llama`. */
   self_attn: MultiHeadLatentAttention | MultiHeadAttention
+  /** Experts, or a dense net in the first `first_k_dense_replace` layers. */
   mlp: MoELayer | SwigluMlp
+  /** Norm before attention. */
   input_layernorm: RmsNorm
+  /** Norm before experts or net. */
   post_attention_layernorm: RmsNorm
 
   /** `layer` decides between experts and a dense net. */

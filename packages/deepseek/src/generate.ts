@@ -14,7 +14,9 @@ export interface TurnOptions extends SamplingOptions {
    * What ends the text besides the configuration's eos: token ids, and with a tokenizer also strings, wherever their tokens break. It is not yielded.
    */
   readonly stop?: ReadonlyArray<number | string>
+  /** Ends the text between two tokens: the loop then throws E_ABORTED, with the signal's reason as its cause. */
   readonly signal?: AbortSignal
+  /** Is given every id when it is made, also where texts are yielded. */
   readonly onToken?: (id: number) => void
 }
 
@@ -28,18 +30,24 @@ export interface SessionOptions {
   readonly precision?: Precision
 }
 
+/** How a single text is made. */
 export interface GenerateOptions extends TurnOptions, SessionOptions {}
 
 /** What `generate` needs of a tokenizer to yield text: a decoder that never emits half a character. */
 export interface TextTokenizer {
+  /** Takes ids one at a time and gives text that is whole; `end` gives what is left. */
   createDecodeStream(options?: { skipSpecialTokens?: boolean }): { push(id: number): string; end(): string }
 }
 
+/** How a turn of a session is made that yields text. */
 export interface TextTurnOptions extends TurnOptions {
+  /** Makes text of the ids. */
   readonly tokenizer: TextTokenizer
 }
 
+/** How a single text is made that is yielded as text. */
 export interface TextOptions extends GenerateOptions {
+  /** Makes text of the ids. */
   readonly tokenizer: TextTokenizer
 }
 
@@ -59,6 +67,7 @@ export const turnNames: OptionNames<TextTurnOptions> = {
   tokenizer: true,
 }
 
+/** What a text took, filled in while it is made. */
 export interface GenerationStats {
   /** Tokens of the prompt that the session had read before. */
   reused: number
@@ -68,6 +77,7 @@ export interface GenerationStats {
   steps: number
   /** Tokens drafted and accepted at each depth. */
   drafted: number[]
+  /** Drafted tokens that the main model would have made, too, by depth. */
   accepted: number[]
   /** Why it ended: at an end token or a stop, or at `maxTokens`. Null before, and where it was left or failed. */
   finishReason: 'stop' | 'length' | null
@@ -77,6 +87,7 @@ export interface GenerationStats {
 
 /** Tokens (or texts) as they come, once, for `for await`: it is no promise. `stats` fills up meanwhile. */
 export interface Generation<T> extends AsyncIterable<T> {
+  /** Of this text. */
   readonly stats: GenerationStats
 }
 

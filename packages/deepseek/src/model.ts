@@ -100,12 +100,15 @@ export interface Objective {
   mtpAcceptance: boolean
 }
 
+/** How a model starts, how it is balanced and what its loss is made of. */
 export interface DeepSeekOptions {
   /** Of the random weights. Null for a model of zeros, quickly made, that `loadWeights` will fill. Default 0. */
   readonly seed?: number | null
+  /** Where weights live. Default: that of `setDefaultBackend`. */
   readonly backend?: Backend
   /** Store weights in fewer bits, for inference: see `quantizeWeights`. Checkpoints are quantized tensor by tensor as they are read. Default: f32. */
   readonly weights?: WeightFormat
+  /** In place of the usual: mtpWeight 0.3, balanceWeight 1e-4, biasSpeed 0.001, joint training of the MTP modules. */
   readonly objective?: Partial<Objective>
   /** What keeps the experts evenly loaded, in place of `balanceWeight` and `biasSpeed`. */
   readonly balancer?: Balancer
@@ -190,7 +193,9 @@ class Trunk extends Module {
 
 /** A DeepSeek V2, V3 or LLM language model of any size. */
 export class DeepSeek extends Module {
+  /** What stands below `model.` in checkpoints: `embed_tokens`, `layers` (decoder layers, then MTP modules) and `norm`. */
   model: Trunk
+  /** `[vocab_size, hidden_size]`; the embedding's own weight where they are tied. */
   lm_head: Linear
   readonly #config: DeepSeekConfig
   readonly #backend: Backend
@@ -260,14 +265,17 @@ export class DeepSeek extends Module {
     return loadPretrained(folder, config => new DeepSeek(config, { ...options, seed: null }))
   }
 
+  /** Checked, with every default filled in. */
   get config(): DeepSeekConfig {
     return this.#config
   }
 
+  /** Where the weights are. */
   get backend(): Backend {
     return this.#backend
   }
 
+  /** What the loss adds, and how fast the bias moves; may be changed between steps. */
   get objective(): Objective {
     return this.#objective
   }
@@ -363,6 +371,7 @@ export class DeepSeek extends Module {
   /**
    * `loss` and `afterStep` in two parts each, what the host contributes and the ops on that: the ops can be recorded once and run again on other inputs.
    * Undefined for models that draw or schedule within their ops (with a balancer or with dropping), and for classes with a `loss` or `afterStep` of their own.
+   * @internal
    */
   get staged(): StagedDeepSeek | undefined {
     const { loss, afterStep } = DeepSeek.prototype

@@ -1,6 +1,9 @@
 /** @file From logits to a token: to probabilities on the device, and to one of them here. */
 import { MoeError, type Random, softmax, type Tensor } from '@moe/core'
 
+/**
+ * How a token is chosen: logits are penalized, divided by the temperature, and of their probabilities `topK`, then `topP`, then `minP` leave some.
+ */
 export interface SamplingOptions {
   /** 0 takes the likeliest token, always the same; 1 draws as the model says. Default 0. */
   readonly temperature?: number

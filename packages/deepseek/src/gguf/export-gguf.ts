@@ -20,6 +20,7 @@ import { architectureOf } from './architecture.ts'
 import { tensorsOf, type WeightSource } from './tensors.ts'
 import { noVocabulary, type TokenizerFiles, type Vocabulary, vocabularyOf } from './vocabulary.ts'
 
+/** Format, tokenizer and names of the file. */
 export interface ExportGgufOptions extends WriteGgufOptions {
   /**
    * Format of the matrices: 32, 16, 16, 8.5 or 4.5 bits a weight. Norms and gates stay f32; matrices whose rows are no multiple of 32
@@ -49,10 +50,13 @@ const names: OptionNames<ExportGgufOptions> = {
   onProgress: true,
 }
 
+/** What was written. */
 export interface ExportedGguf {
+  /** Of the file. */
   readonly path: string
   /** Size of the file. */
   readonly bytes: number
+  /** Number of tensors in it. */
   readonly tensors: number
   /** What llama.cpp computes otherwise than this package, or does not have, as sentences. Empty when it computes the same. */
   readonly notes: readonly string[]
