@@ -228,8 +228,18 @@ function keepOrder(project: ProjectReflection) {
   }
   const byPosition = (a: Reflection, b: Reflection) => position(a) - position(b)
   for (const type of project.getReflectionsByKind(ReflectionKind.ClassOrInterface) as DeclarationReflection[]) {
+    for (const member of type.children ?? []) asDeclared(member)
     type.children?.sort(byPosition)
     for (const group of type.groups ?? []) group.children.sort(byPosition)
+  }
+}
+
+/** Of types that are computed (`Omit`, what a schema takes): members come from no page, and what declares them is no default. */
+function asDeclared(member: DeclarationReflection) {
+  if (member.parent?.kindOf(ReflectionKind.Interface)) delete member.defaultValue
+  for (const item of [member, ...(member.signatures ?? [])]) {
+    if (!item.inheritedFrom?.reflection) delete item.inheritedFrom
+    if (!item.overwrites?.reflection) delete item.overwrites
   }
 }
 

@@ -4,6 +4,7 @@ import { loadPackage, namespaceOf } from './load-package.ts'
 import type { TfNamespace } from './namespace.ts'
 import { tfjsBackend } from './tfjs-backend.ts'
 
+/** Where the wasm module comes from, and who is told when it does not start. */
 export interface CreateBackendOptions {
   /** Folder or address of the `.wasm` files, with a slash at the end. Default: beside the library, which works in Node and offline. */
   readonly wasmPaths?: string

@@ -8,8 +8,11 @@ export type TfDType = 'float32' | 'int32' | 'bool'
 
 /** Names a buffer of a TensorFlow.js backend. */
 export interface TfTensorInfo {
+  /** Names the buffer. */
   dataId: object
+  /** Sizes of the axes. */
   shape: number[]
+  /** `float32`, `int32`, `bool`, or what else TensorFlow.js has. */
   dtype: string
 }
 
@@ -17,6 +20,7 @@ export interface TfTensorInfo {
 export interface TfTensor extends TfTensorInfo {
   /** Survives the engine's scopes (`tf.tidy`). */
   kept: boolean
+  /** Gives the engine's reference back. */
   dispose(): void
 }
 
@@ -45,11 +49,15 @@ export interface TfEngine {
 
 /** A TensorFlow.js namespace: `import * as tf from '@tensorflow/tfjs-core'` and its like. */
 export interface TfNamespace {
+  /** Name of the current backend; empty before there is one. */
   getBackend(): string
+  /** A registered and initialized backend, or null. */
   // biome-ignore lint/suspicious/noExplicitAny: the classes of different copies of tfjs-core are not assignable to each other
   findBackend(name: string): any
+  /** A kernel of a backend, or undefined. */
   // biome-ignore lint/suspicious/noExplicitAny: as above
   getKernel(kernelName: string, backendName: string): any
+  /** What keeps account of tensors. */
   // biome-ignore lint/suspicious/noExplicitAny: as above
   engine(): any
 }

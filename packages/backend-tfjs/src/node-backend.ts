@@ -3,6 +3,7 @@ import { type Backend, checkOptions, MoeError } from '@moe/core'
 import { loadPackage, namespaceOf } from './load-package.ts'
 import { tfjsBackend } from './tfjs-backend.ts'
 
+/** Which package is used, and how it computes. */
 export interface NodeBackendOptions {
   /** Use `@tensorflow/tfjs-node-gpu` and insist on a GPU; default false: `@tensorflow/tfjs-node`. */
   readonly gpu?: boolean

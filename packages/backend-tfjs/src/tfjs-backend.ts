@@ -22,6 +22,7 @@ import { hostFused, hostPrimitives } from './host/table.ts'
 import type { TfKernelBackend, TfNamespace, TfTensor } from './namespace.ts'
 import { makeRunner, type Runner, type TfHandle, tensorOf } from './runner.ts'
 
+/** Which TensorFlow.js backend is used, and how. */
 export interface TfjsBackendOptions {
   /** Which registered and initialized TensorFlow.js backend to use; default the current one (`tf.getBackend()`). */
   readonly backend?: string

@@ -19,6 +19,7 @@ import { type CpuBuffer, Memory, type MemoryStats } from './memory.ts'
 import { createNative, type Native } from './native.ts'
 import { counterOf, profiling } from './profile.ts'
 
+/** Threads, instruction set and memory of a backend. */
 export interface CpuOptions {
   /** Threads that kernels use, the caller included. Default: MOE_NUM_THREADS, or the CPUs that this process may use. */
   readonly threads?: number
@@ -30,8 +31,11 @@ export interface CpuOptions {
   readonly guarded?: boolean
 }
 
+/** What `createBackend` gives: a `Backend` that tells what it runs on and records graphs. */
 export interface CpuBackend extends Backend {
+  /** Instruction set of the kernels. */
   readonly isa: Isa
+  /** Threads that kernels use, the caller included. */
   readonly threads: number
   /** With the bytes that are kept for later tensors. */
   stats(): MemoryStats

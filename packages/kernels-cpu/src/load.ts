@@ -9,6 +9,7 @@ import { libraryName, platformName } from './platforms.mjs'
 
 /** Instruction sets, lowest first. Each has a library of its own. On arm64 the baseline is NEON. */
 export const isas = ['baseline', 'avx2', 'avx512', 'avx512bf16'] as const
+/** One of `isas`. */
 export type Isa = (typeof isas)[number]
 
 const abiVersion = 4

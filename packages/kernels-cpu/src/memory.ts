@@ -36,9 +36,13 @@ export interface MemoryOptions {
   readonly guarded?: boolean
 }
 
+/** Memory of a backend, as tests and trainings watch it. */
 export interface MemoryStats {
+  /** Handles that are alive. */
   readonly handles: number
+  /** Bytes that those handles hold. */
   readonly bytes: number
+  /** Highest `bytes` so far. */
   readonly peakBytes: number
   /** Bytes that are kept for later tensors. */
   readonly cachedBytes: number

@@ -7,8 +7,11 @@ interface Counter {
 
 /** Time spent in one op, launcher and kernel together. */
 export interface OpProfile {
+  /** Name of the op in core's tables. */
   readonly op: string
+  /** How often it ran. */
   readonly calls: number
+  /** Time of all calls together. */
   readonly milliseconds: number
 }
 
@@ -32,6 +35,7 @@ export function startProfile(): void {
   profiling.on = true
 }
 
+/** Ends the timing; `profile()` still tells what it found. */
 export function stopProfile(): void {
   profiling.on = false
 }

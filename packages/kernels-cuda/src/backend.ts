@@ -20,11 +20,13 @@ import type { Cuda } from './native.ts'
 import { type CudaOptions, openCuda } from './open.ts'
 import type { Stream } from './stream.ts'
 
+/** Memory of a backend, and what it has launched. */
 export interface CudaStats extends MemoryStats {
   /** Kernels launched one by one so far; a replayed graph counts none. */
   readonly launches: number
 }
 
+/** What `createBackend` gives: a `Backend` that tells what it runs on, records graphs and times the device. */
 export interface CudaBackend extends Backend {
   /** What it runs on. */
   readonly properties: Device

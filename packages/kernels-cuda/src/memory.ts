@@ -47,6 +47,7 @@ export interface Pool {
   dissolved: boolean
 }
 
+/** Memory of a backend, with what it keeps for later tensors. */
 export interface MemoryStats extends BackendStats {
   /** Bytes that are kept for later tensors. */
   readonly cachedBytes: number

@@ -12,6 +12,7 @@ import { type Cuda, createCuda } from './native.ts'
 import { Stream } from './stream.ts'
 import { tensorMaps } from './tensor-map.ts'
 
+/** Device, memory and libraries of a backend. */
 export interface CudaOptions {
   /** Which device, counted among those that CUDA_VISIBLE_DEVICES leaves. Default: MOE_CUDA_DEVICE, or the first that is new enough. */
   readonly device?: number

@@ -2,6 +2,7 @@
 import { type Backend, full, globalNorm, Lifetime, MoeError, noGrad, type Parameter, type Precision } from '@moe/core'
 import type { Communicator } from './communicator/communicator.ts'
 
+/** How a step computes. */
 export interface StepOptions {
   /** Arithmetic of matrix products. Default f32. */
   readonly precision?: Precision
@@ -13,6 +14,7 @@ export interface StepResult {
   readonly loss: number
   /** Norm of the whole model's gradient. */
   readonly gradNorm: number
+  /** What the model measures, by name, over all micro-batches likewise. */
   readonly metrics: Readonly<Record<string, number>>
 }
 

@@ -9,8 +9,9 @@ import type { RequestRecord } from './request-record.ts'
 import type { FinishReason, TextEngine } from './text-engine.ts'
 import type { Served, WantedTexts } from './wanted-texts.ts'
 
-/** What the handling of a request knows. */
+/** What the handling of a request knows, as Hono's handlers have it. */
 export interface ServerEnv {
+  /** Of one request. */
   Variables: {
     record: RequestRecord
     /** Of a response that is a stream: resolves when it has ended. */

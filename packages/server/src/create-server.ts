@@ -15,6 +15,7 @@ import type { RequestRecord } from './request-record.ts'
 import type { TextEngine } from './text-engine.ts'
 import { type Served, unknownModel } from './wanted-texts.ts'
 
+/** What is served, by what, and to whom. */
 export interface ServerOptions extends Served {
   /** Makes the texts. It is its owner's to dispose, when nothing is served any more. */
   readonly engine: TextEngine

@@ -1,4 +1,5 @@
 /** @file Public interface of @moe/server. */
+export type { ServerEnv } from './answer.ts'
 export { createServer, type ServerOptions } from './create-server.ts'
 export type { RequestRecord } from './request-record.ts'
 export { type ServeOptions, type Serving, serve } from './serve.ts'

@@ -1,8 +1,11 @@
 /** @file What is known of a request once it is over: for log lines and metrics. */
 import type { FinishReason } from './text-engine.ts'
 
+/** What is known of a request once it is over. */
 export interface RequestRecord {
+  /** Of HTTP: `POST`. */
   readonly method: string
+  /** Without the query: `/v1/chat/completions`. */
   readonly path: string
   /** 499 for a client that went away. */
   status: number
@@ -10,6 +13,7 @@ export interface RequestRecord {
   seconds: number
   /** Of all prompts and texts; missing where the request was refused. */
   promptTokens?: number
+  /** Tokens made, of all texts; missing where the request was refused. */
   generatedTokens?: number
   /** Of each text that ended. */
   finishReasons?: FinishReason[]

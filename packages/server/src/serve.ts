@@ -5,6 +5,7 @@ import { getRequestListener } from '@hono/node-server'
 import { checkOptions, MoeError } from '@moe/core'
 import { ApiError } from './errors.ts'
 
+/** Where the server listens. */
 export interface ServeOptions {
   /** Default 8000; 0 takes one that is free. */
   readonly port?: number
@@ -16,6 +17,7 @@ export interface ServeOptions {
 export interface Serving {
   /** Without the path: `http://127.0.0.1:8000`. */
   readonly url: string
+  /** The port that it listens to, also where a free one was taken. */
   readonly port: number
   /**
    * Takes no more connections, waits until those there are have their answers, and cuts off those that take longer than this. Resolves when none is left.

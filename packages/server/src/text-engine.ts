@@ -7,7 +7,9 @@ export interface TextEngine {
   generate(ids: ArrayLike<number>, options: TextTurnOptions): Generation<string>
   /** Texts that are being made, and texts that are yet to begin. */
   readonly running: number
+  /** Texts that are yet to begin. */
   readonly waiting: number
 }
 
+/** Why a text ended: at an end token or a stop, or at its most tokens. */
 export type FinishReason = 'stop' | 'length'

@@ -7,9 +7,13 @@ import { MOST_TEXTS, type SharedFields } from './request-fields.ts'
 
 /** What is served. */
 export interface Served {
+  /** Tells the context and the tokens that end a text; the engine has the weights. */
   readonly model: Pick<DeepSeek, 'config'>
+  /** Makes tokens of prompts and text of tokens. */
   readonly tokenizer: BpeTokenizer
+  /** Writes conversations. Default: none, and chat completions are refused. */
   readonly chatTemplate?: ChatTemplate
+  /** Name of the model for clients. */
   readonly name: string
 }
 

@@ -5,6 +5,7 @@ import { type EvaluationOptions, evaluationWindows } from './data/evaluation-win
 import type { TokenDataset } from './data/token-dataset.ts'
 import type { TrainableModel } from './model.ts'
 
+/** Windows, arithmetic and end of a measurement. */
 export interface EvaluateOptions extends Omit<EvaluationOptions, 'lookahead'> {
   /** Arithmetic of matrix products. Default f32. */
   readonly precision?: Precision
@@ -24,6 +25,7 @@ const names: OptionNames<EvaluateOptions> = {
   onProgress: true,
 }
 
+/** What a measurement of held-out text came to. */
 export interface Evaluation {
   /** Nats per predicted token. */
   readonly loss: number
@@ -35,6 +37,7 @@ export interface Evaluation {
   readonly bitsPerByte: number
   /** Tokens that were predicted. */
   readonly tokens: number
+  /** Wall time of the measurement. */
   readonly seconds: number
 }
 

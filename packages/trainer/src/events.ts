@@ -8,18 +8,25 @@ import type { TrainResult } from './result.ts'
 
 /** Before the first step. */
 export interface StartEvent {
+  /** Tells the events apart. */
   readonly type: 'start'
+  /** `Backend.name`. */
   readonly backend: string
+  /** `Backend.device`. */
   readonly device: string
+  /** Arithmetic of matrix products. */
   readonly precision: string
   /** Trainable parameters. */
   readonly parameters: number
   /** Steps of the whole run, and those already done by an earlier part of it. */
   readonly steps: number
+  /** Steps done by an earlier part of the run; 0 for one that begins. */
   readonly fromStep: number
   /** Positions per step on this rank. */
   readonly tokensPerStep: number
+  /** Tokens of the training data, those that begin and end documents included. */
   readonly trainingTokens: number
+  /** Tokens of the held-out data; 0 without any. */
   readonly validationTokens: number
   /** How often the steps go through the training data. */
   readonly epochs: number
@@ -33,6 +40,7 @@ export interface StartEvent {
 
 /** After each step. Also a line of `metrics.jsonl`. */
 export interface StepEvent {
+  /** Tells the events apart. */
   readonly type: 'step'
   /** 1 for the first. */
   readonly step: number
@@ -40,6 +48,7 @@ export interface StepEvent {
   readonly loss: number
   /** Nats per predicted token. */
   readonly nll: number
+  /** Learning rate of the step. */
   readonly lr: number
   /** Before clipping. */
   readonly gradNorm: number
@@ -53,7 +62,9 @@ export interface StepEvent {
 
 /** Held-out data is being measured. */
 export interface MeasuringEvent {
+  /** Tells the events apart. */
   readonly type: 'measuring'
+  /** Steps done. */
   readonly step: number
   /** Share that is done, up to 1. */
   readonly done: number
@@ -61,7 +72,9 @@ export interface MeasuringEvent {
 
 /** Held-out data was measured. */
 export interface EvaluationEvent extends Evaluation {
+  /** Tells the events apart. */
   readonly type: 'evaluation'
+  /** Steps done. */
   readonly step: number
   /** Whether it was on all of the data, at the end of the run. */
   readonly final: boolean
@@ -69,23 +82,33 @@ export interface EvaluationEvent extends Evaluation {
 
 /** A checkpoint is complete on disk. */
 export interface CheckpointEvent {
+  /** Tells the events apart. */
   readonly type: 'checkpoint'
+  /** Steps done. */
   readonly step: number
+  /** Folder of the checkpoint. */
   readonly path: string
+  /** Wall time of saving it. */
   readonly seconds: number
 }
 
 /** Something that the user should know and that is no error. */
 export interface NoticeEvent {
+  /** Tells the events apart. */
   readonly type: 'notice'
+  /** One sentence, for people. */
   readonly message: string
 }
 
 /** The run stops before its last step: asked to, or out of time. */
 export interface StopEvent {
+  /** Tells the events apart. */
   readonly type: 'stop'
+  /** `interrupted`: by a signal of the system or of the options. `time`: `timeLimitSeconds` are over. */
   readonly reason: 'interrupted' | 'time'
+  /** Steps done. */
   readonly step: number
+  /** Steps of the whole run. */
   readonly steps: number
   /** The checkpoint to go on from, if the run has a folder. */
   readonly checkpoint: string | undefined
@@ -93,16 +116,21 @@ export interface StopEvent {
 
 /** The last event of a run that did not fail. */
 export interface EndEvent {
+  /** Tells the events apart. */
   readonly type: 'end'
+  /** What `train` returns. */
   readonly result: TrainResult
 }
 
 /** The last event of a run that failed. `train` throws the error. */
 export interface FailEvent {
+  /** Tells the events apart. */
   readonly type: 'fail'
+  /** What `train` throws. */
   readonly error: unknown
 }
 
+/** Everything that a run tells, by `type`. The last is `end` or `fail`. */
 export type TrainEvent =
   | StartEvent
   | StepEvent
@@ -114,5 +142,8 @@ export type TrainEvent =
   | EndEvent
   | FailEvent
 
-/** @param notify tells all listeners something that the user should know, as a `notice` */
+/**
+ * Listens to a run. One that throws ends it.
+ * @param notify tells all listeners something that the user should know, as a `notice`
+ */
 export type TrainListener = (event: TrainEvent, notify?: (message: string) => void) => void

@@ -28,6 +28,7 @@ export interface OwnParameter extends NamedParameter {
  * A model of which every rank trains a part, in place of the same model on each: a `Pipeline` or an `ExpertParallel` of `@moe/parallel` is one. All ranks make the same calls in the same order.
  */
 export interface ModelOnRanks {
+  /** All ranks of the training, and messages between two of them. */
   readonly ranks: Ranks & {
     /** To one rank, which receives in the order of sending. */
     send(tensor: Tensor, to: number): Promise<void>

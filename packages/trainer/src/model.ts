@@ -15,11 +15,13 @@ export interface TokenBatch {
    * say `isolates` get it.
    */
   readonly starts?: Int32Array
+  /** Number of rows. */
   readonly rows: number
   /** Tokens of a row: the trained positions and the model's `lookahead`. */
   readonly length: number
 }
 
+/** What a loss is wanted for. */
 export interface LossOptions {
   /** Whether the pass is for training (auxiliary losses, load counters) or for measuring. Default true. */
   readonly training?: boolean
@@ -27,6 +29,7 @@ export interface LossOptions {
   readonly from?: number
 }
 
+/** The loss of a batch, and what to log beside it. */
 export interface LossOutput {
   /** Scalar that is minimised: mean over counted positions, with auxiliary terms. */
   readonly loss: Tensor
@@ -104,6 +107,7 @@ export interface TrainableModel extends Module {
 
 /** The part of a tokenizer that the trainer uses; `BpeTokenizer` of `@moe/tokenizer-bpe` is one. */
 export interface TextTokenizer {
+  /** Ids of a text. It is called with `addSpecialTokens` and `parseSpecialTokens` false: what documents say are no special tokens. */
   encode(text: string, options?: { addSpecialTokens?: boolean; parseSpecialTokens?: boolean }): ArrayLike<number>
   /** Ids are 0 .. vocabSize-1. */
   readonly vocabSize?: number

@@ -24,13 +24,17 @@ import type { Ranks } from './ranks.ts'
 
 /** Token data that was made beforehand. */
 export interface TokenData {
+  /** What is trained on. */
   readonly training: TokenDataset
+  /** What is measured on. Default: nothing. */
   readonly validation?: TokenDataset
 }
 
+/** What `train` is told. Only `data` and `steps` are needed, and `tokenizer` where the data are texts or conversations. */
 export interface TrainOptions extends AdamWOptions, DocumentTokens {
   /** Texts or conversations (then `tokenizer` is needed), or tokens. */
   readonly data: Corpus | Conversations | TokenData
+  /** Makes tokens of texts, and is stored beside the model in every checkpoint. */
   readonly tokenizer?: TextTokenizer
   /** Optimizer steps of the whole run. */
   readonly steps: number
@@ -69,6 +73,7 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly ranks?: Ranks | ModelOnRanks
   /** This process among those that share the data, without anything else in common. Default 0 of 1. */
   readonly rank?: number
+  /** Processes that share the data. */
   readonly world?: number
   /** Folder of the run: checkpoints, `metrics.jsonl`, `summary.json`. Default: nothing is written. */
   readonly out?: string

@@ -9,6 +9,7 @@ import { type Pass, weightOf } from './step-numbers.ts'
 export interface Ranks {
   /** Number of this rank, from 0. */
   readonly rank: number
+  /** Number of ranks. */
   readonly size: number
   /** Sums over all ranks, the same bits on each. Resolves to new tensors, which belong to the caller. */
   allReduce(tensors: readonly Tensor[]): Promise<Tensor[]>

@@ -1,14 +1,19 @@
 /** @file What a run comes to. */
 import type { Evaluation } from './evaluate.ts'
 
+/** What a run came to. `summary.json` holds it. */
 export interface TrainResult {
   /** Steps done, earlier parts of the run included. */
   readonly steps: number
   /** True when Ctrl-C or the signal ended it; a checkpoint was saved. */
   readonly interrupted: boolean
+  /** Why it ended: after its last step, by a signal, or out of time. */
   readonly stopped: 'finished' | 'interrupted' | 'time'
+  /** `Backend.name`. */
   readonly backend: string
+  /** `Backend.device`. */
   readonly device: string
+  /** Arithmetic of matrix products. */
   readonly precision: string
   /** Trainable parameters. */
   readonly parameters: number

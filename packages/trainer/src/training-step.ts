@@ -22,6 +22,7 @@ import type { Optimizer } from './optim/optimizer.ts'
 import { gatherPasses, type Ranks } from './ranks.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
+/** Rate, clipping and arithmetic of one step. */
 export interface StepOptions {
   /** Learning rate of this step. */
   readonly lr: number

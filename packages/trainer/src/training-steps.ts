@@ -24,6 +24,7 @@ import {
 import type { StepNumbers } from './step-numbers.ts'
 import { trainingStep } from './training-step.ts'
 
+/** Clipping and arithmetic of all steps, and whether they are recorded. */
 export interface TrainingStepsOptions {
   /** Largest norm over all gradients. Default 1; Infinity for none. */
   readonly clip?: number

@@ -3,14 +3,19 @@ import { MoeError } from '@moe/core'
 import type { Driver } from './driver.ts'
 import { fixes, status } from './status.ts'
 
+/** What a GPU is and can do. */
 export interface Device {
+  /** Its number among those that CUDA_VISIBLE_DEVICES leaves. */
   readonly ordinal: number
+  /** As NVIDIA calls it: `NVIDIA H200`. */
   readonly name: string
   /** Compute capability times ten: 80, 86, 89, 90, 100, 120. */
   readonly capability: number
+  /** Streaming multiprocessors. */
   readonly multiprocessors: number
   /** Most dynamic shared memory that a block may ask for, in bytes. */
   readonly sharedMemory: number
+  /** Bytes of its memory. */
   readonly totalMemory: number
   /** Whether it reads ordinary memory of the host by itself (GH200), perhaps later than a call returns. */
   readonly readsHostMemory: boolean

@@ -4,6 +4,7 @@ import type { Backend, DType, Shape, Tensor } from '@moe/core'
 /** How the tensors of several ranks become one. */
 export type Reduction = 'sum' | 'mean' | 'max'
 
+/** What a rank has after an exchange of rows. */
 export interface RowExchange {
   /** `[sum of counts, ...]`: what came from rank 0, then from rank 1, and so on. */
   readonly rows: Tensor
@@ -23,6 +24,7 @@ export interface RowExchange {
 export interface Communicator {
   /** Number of this rank, from 0. */
   readonly rank: number
+  /** Number of ranks. */
   readonly size: number
   /**
    * Tensors `f32`, `bf16` or `i32`, each reduced over the ranks. Sums are taken in the order of ranks and rounded once. Many small ones in one call travel together.
@@ -52,8 +54,11 @@ export interface Communicator {
   close(): Promise<void>
 }
 
+/** What a tensor that is yet to come will be like. */
 export interface TensorLike {
+  /** Sizes of the axes. */
   readonly shape: Shape
+  /** Element type. */
   readonly dtype: DType
   /** Default: the default backend. */
   readonly backend?: Backend

@@ -54,6 +54,7 @@ interface Spread {
 export class ExpertParallel<Batch> {
   /** Of this rank: what its optimizer is made from. Experts have the names that they have in the model, whose rows they are from `firstRow` on. */
   readonly parameters: ReadonlyArray<NamedParameter & { readonly firstRow?: number }>
+  /** All ranks that the experts are spread over. */
   readonly ranks: Communicator
   /** The rows of a step that this rank is given, as data orders have it. */
   readonly dataShare: { readonly rank: number; readonly world: number }

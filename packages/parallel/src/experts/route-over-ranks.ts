@@ -18,6 +18,7 @@ export interface ExpertsShare {
   route(x: Tensor, weights: Tensor, plan: DispatchPlan): Tensor
 }
 
+/** Tokens of a rank, and where they go. */
 export interface RoutedTokens {
   /** `[N, D]`, a leaf of the pass. Every rank has tokens of its own, of any number from 1. */
   readonly x: Tensor

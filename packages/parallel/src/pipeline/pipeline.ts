@@ -17,9 +17,11 @@ import { checkSize, type PipelineStage, runSchedule } from './run-schedule.ts'
 
 /** A model that can be cut; a `DeepSeek` of `@moe/deepseek` is one. `Batch` is what it takes as a micro-batch. */
 export interface StageableModel<Batch> {
+  /** Cuts it into so many stages. @throws MoeError E_CONFIG when there are more than can be made */
   inStages(stages: number): ModelInStages<Batch>
 }
 
+/** A model that was cut. */
 export interface ModelInStages<Batch> {
   /** Of each stage. A parameter that several stages use is in each of them. The same in the same order on every rank. */
   readonly parameters: ReadonlyArray<readonly NamedParameter[]>
@@ -47,6 +49,7 @@ export interface ModelInStages<Batch> {
 export class Pipeline<Batch> {
   /** Of this rank's stages: what its optimizer is made from. Weights that are frozen or stored in fewer bits stay as they are. */
   readonly parameters: readonly NamedParameter[]
+  /** The ranks of all pipelines. */
   readonly ranks: Communicator
   /** Micro-batches of a step in a pipeline. */
   readonly microBatches: number

@@ -27,13 +27,17 @@ export interface PipelineStage {
   forward(input: Tensor | null, microBatch: number): StageOutput
 }
 
+/** What a stage makes of a micro-batch. */
 export interface StageOutput {
+  /** What the next stage gets; the last one has none. */
   readonly output?: Tensor
+  /** Scalars that are added to what is differentiated. */
   readonly losses?: readonly Tensor[]
   /** Scalars to sum up over all stages and micro-batches, detached, by name: those that `RunOptions.metrics` lists. */
   readonly metrics?: Readonly<Record<string, Tensor>>
 }
 
+/** What goes between stages, and how they compute. */
 export interface RunOptions {
   /** Shape and dtype of what goes from a stage to the next. */
   readonly between: TensorLike

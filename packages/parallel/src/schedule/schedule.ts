@@ -3,7 +3,9 @@ import { MoeError } from '@moe/core'
 
 /** One micro-batch in one stage of the model. Both count from 0. */
 export interface StagePass {
+  /** Stage of the model, from 0. */
   readonly stage: number
+  /** Micro-batch of the step, from 0. */
   readonly microBatch: number
 }
 
@@ -15,10 +17,16 @@ export type Action =
   | (StagePass & { readonly kind: 'forward' | 'backward' | 'backwardInput' | 'backwardWeight' })
   | { readonly kind: 'overlapped'; readonly forward: StagePass; readonly backward: StagePass }
 
+/**
+ * What every rank does in a step, in order. Made by `oneForwardOneBackward`, `interleaved`, the zero-bubble and the dual-pipe functions, or by
+ * hand.
+ */
 export interface Schedule {
+  /** What it is called, for messages and drawings. */
   readonly name: string
   /** Stages of the model. */
   readonly stages: number
+  /** Micro-batches of a step. */
   readonly microBatches: number
   /**
    * For each rank what it does, in order. A rank holds the stages that it has passes of; in bidirectional schedules two ranks hold the same stage, for different

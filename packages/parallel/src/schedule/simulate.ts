@@ -24,13 +24,19 @@ const names: OptionNames<Durations> = {
   communication: true,
 }
 
+/** An action with its time, in the unit of the durations. */
 export interface TimedAction {
+  /** What is done. */
   readonly action: Action
+  /** From the beginning of the step. */
   readonly start: number
+  /** From the beginning of the step. */
   readonly end: number
 }
 
+/** One rank of a simulated step. */
 export interface RankSimulation {
+  /** Its actions, in order. */
   readonly timeline: readonly TimedAction[]
   /** Time that it computes. */
   readonly busy: number
@@ -46,10 +52,13 @@ export interface RankSimulation {
   readonly held: number
 }
 
+/** A simulated step. */
 export interface Simulation {
+  /** The schedule that was simulated. */
   readonly schedule: Schedule
   /** From the first action of all ranks to the end of the last. */
   readonly makespan: number
+  /** By rank. */
   readonly ranks: readonly RankSimulation[]
 }
 

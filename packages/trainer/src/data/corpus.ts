@@ -7,10 +7,13 @@ import { findFiles, readDocuments, withoutHeldOut } from './files.ts'
 
 /** Documents to train on, and documents that are only measured on. */
 export interface Corpus {
+  /** Texts of documents to train on. */
   readonly training: readonly string[]
+  /** Texts of documents that are measured on; may be empty. */
   readonly validation: readonly string[]
 }
 
+/** Which texts are held out. */
 export interface TextOptions {
   /**
    * Held-out documents: a fraction in [0, 1) of the documents, drawn by `seed`, or the documents themselves. Of a
@@ -21,6 +24,7 @@ export interface TextOptions {
   readonly seed?: number
 }
 
+/** How files become documents, and which are held out. */
 export interface TextFilesOptions {
   /** As in `TextOptions`, or glob patterns of the files to hold out. */
   readonly validation?: number | { readonly files: string | readonly string[] }
@@ -29,6 +33,7 @@ export interface TextFilesOptions {
    * characters); a file that does not can be cut by a string, not by an expression.
    */
   readonly separator?: string | RegExp
+  /** As in `TextOptions`. */
   readonly seed?: number
   /** Folder that patterns and paths are relative to. Default: the current one. */
   readonly cwd?: string | URL

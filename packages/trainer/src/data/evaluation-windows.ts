@@ -4,9 +4,11 @@ import type { TokenBatch } from '../model.ts'
 import { batchOf, type Row, rowsOf, windows } from './rows.ts'
 import type { TokenDataset } from './token-dataset.ts'
 
+/** Windows, and how much of the data they cover. */
 export interface EvaluationOptions {
   /** Positions of a window. */
   readonly sequenceLength: number
+  /** Tokens that a row has beyond that; `TrainableModel.lookahead`. */
   readonly lookahead: number
   /** Rows of a batch. */
   readonly batchSize: number
@@ -24,7 +26,9 @@ const names: OptionNames<EvaluationOptions> = {
   limit: true,
 }
 
+/** Some windows of the data, as rows. */
 export interface EvaluationBatch {
+  /** Rows of `sequenceLength + lookahead` tokens. */
   readonly batch: TokenBatch
   /** Positions before this one are context. */
   readonly from: number

@@ -19,6 +19,7 @@ export function tokenNamed(tokenizer: TextTokenizer, place: keyof typeof USUAL_N
   return null
 }
 
+/** Tokens around every document. */
 export interface DocumentTokens {
   /** Id put before every document, or null for none. Default: the tokenizer's, by its usual names. */
   readonly bos?: number | null

@@ -7,6 +7,7 @@ import type { TokenBatch } from '../model.ts'
 import { batchOf, type Rows, rowsOf } from './rows.ts'
 import type { TokenDataset } from './token-dataset.ts'
 
+/** Sizes of a step, and which share of it is this process's. */
 export interface OrderOptions {
   /** Positions trained on per row. */
   readonly sequenceLength: number
@@ -28,6 +29,7 @@ export interface OrderOptions {
    * `world` sees. Default 0 of 1.
    */
   readonly rank?: number
+  /** Processes that share the work. */
   readonly world?: number
 }
 
@@ -48,13 +50,21 @@ const names: OptionNames<OrderOptions> = {
  * shares one. What a window has no tokens for is filled up with padding.
  */
 export class TrainingOrder {
+  /** The stream that windows are cut from. */
   readonly data: TokenDataset
+  /** Positions trained on per row. */
   readonly sequenceLength: number
+  /** Tokens that a row has beyond that. */
   readonly lookahead: number
+  /** Rows of a micro-batch, on each rank. */
   readonly batchSize: number
+  /** Micro-batches of a step. */
   readonly accumulate: number
+  /** Names the order. */
   readonly seed: number
+  /** This process among those that share the work, from 0. */
   readonly rank: number
+  /** Processes that share the work. */
   readonly world: number
   /** Windows of an epoch. */
   readonly windows: number

@@ -21,6 +21,7 @@ import {
   zeroState,
 } from './optimizer.ts'
 
+/** Settings of AdamW; the learning rate comes with each step. */
 export interface AdamWOptions {
   /** Decay rates of the two moments. Default [0.9, 0.95], as DeepSeek-V3. */
   readonly betas?: readonly [number, number]

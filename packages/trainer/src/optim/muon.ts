@@ -22,6 +22,7 @@ import {
 import { AdamW, type AdamWOptions, adamWNames } from './adamw.ts'
 import { needNamed, type OptimizerEntry, type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
 
+/** Settings of Muon, and of the AdamW that takes the other parameters. */
 export interface MuonOptions extends AdamWOptions {
   /** Default 0.95. */
   readonly momentum?: number
@@ -90,6 +91,7 @@ export class Muon implements StagedOptimizer {
   readonly #precision: Precision
   readonly #takes: (named: NamedParameter) => boolean
 
+  /** @param parameters of the model, as `namedParameters` gives them. @throws MoeError E_CONFIG */
   constructor(parameters: readonly NamedParameter[], options: MuonOptions = {}) {
     needNamed('Muon', parameters)
     checkOptions('Muon', options, names)

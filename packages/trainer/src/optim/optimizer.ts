@@ -17,6 +17,7 @@ export interface OptimizerEntry extends StateEntry {
   readonly parameter?: Parameter
 }
 
+/** What changes the parameters by their gradients: `AdamW` and `Muon` are two. */
 export interface Optimizer {
   /** Short name, stored in checkpoints so that the state of another one is not taken for its own. */
   readonly name: string

@@ -4,6 +4,7 @@ import { checkOptions, MoeError } from '@moe/core'
 /** What the peak learning rate is multiplied by at a step (counted from 0). */
 export type Schedule = (step: number) => number
 
+/** Length and end of a schedule with warm-up. */
 export interface CosineOptions {
   /** Steps of the whole run. */
   readonly steps: number
@@ -26,6 +27,7 @@ export function warmupCosine(options: CosineOptions): Schedule {
   }
 }
 
+/** Length of the decay, too. */
 export interface StableDecayOptions extends CosineOptions {
   /** Steps of the final decay. Default: a fifth of the run. */
   readonly decay?: number

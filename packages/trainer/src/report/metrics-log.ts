@@ -8,12 +8,19 @@ import { writingFailed } from './log-file.ts'
 
 /** A line of the log: the step's event without its type, its metrics beside the rest. */
 export interface MetricsLine {
+  /** 1 for the first. */
   readonly step: number
+  /** What was minimised. */
   readonly loss: number
+  /** Nats per predicted token. */
   readonly nll: number
+  /** Learning rate of the step. */
   readonly lr: number
+  /** Norm of all gradients before clipping. */
   readonly gradNorm: number
+  /** Positions trained on so far. */
   readonly tokens: number
+  /** Positions per second of this step. */
   readonly tokensPerSecond: number
   readonly [metric: string]: number
 }

@@ -4,11 +4,15 @@ import type { EvaluationEvent, StartEvent, StepEvent, TrainEvent, TrainListener 
 
 /** The part of a stream that is needed: `process.stderr` is one. */
 export interface ProgressStream {
+  /** Takes text, with control characters where `isTTY` is true. */
   write(text: string): unknown
+  /** Whether it is a terminal, on which a line can be drawn again. Default false. */
   readonly isTTY?: boolean
+  /** Width of the terminal in characters. Default 100. */
   readonly columns?: number
 }
 
+/** Where and how often progress is drawn. */
 export interface ProgressOptions {
   /** Default: standard error. */
   readonly stream?: ProgressStream

@@ -10,6 +10,7 @@ import { findRuns } from './find-runs.ts'
 import type { SeriesMark } from './run-series.ts'
 import { WatchedRun } from './watched-run.ts'
 
+/** Where the page is. */
 export interface WatchOptions {
   /** Default 7070, or any that is free where that is taken. */
   readonly port?: number
@@ -17,7 +18,9 @@ export interface WatchOptions {
   readonly host?: string
 }
 
+/** A page that is being served. */
 export interface Watcher {
+  /** Address of the page. */
   readonly url: string
   /** Ends the server, and the connections of those who look. */
   close(): Promise<void>

@@ -7,9 +7,11 @@ import { TailedFile } from './tailed-file.ts'
 
 /** A measurement of held-out data. */
 export interface HeldOutPoint {
+  /** Steps done. */
   readonly step: number
   /** Nats per token. */
   readonly loss: number | null
+  /** Null where the data does not know its bytes. */
   readonly bitsPerByte: number | null
   /** On all of the data. */
   readonly final: boolean
@@ -18,21 +20,29 @@ export interface HeldOutPoint {
 /** `silent`: its process is on another machine and has not written for minutes. `killed`: it ended without a word. */
 export type RunStatus = 'training' | 'finished' | 'interrupted' | 'time' | 'failed' | 'killed' | 'silent' | 'unknown'
 
+/** A run as its folder shows it. */
 export interface RunState {
   /** Path below the folder that is watched. */
   readonly name: string
+  /** What has become of it. */
   readonly status: RunStatus
   /** Steps done, and of the whole run where that is known. */
   readonly step: number
+  /** Steps of the whole run, where that is known. */
   readonly steps: number | null
+  /** Positions per second of the latest step; null before there is one. */
   readonly tokensPerSecond: number | null
   /** Of training, without measurements and saving. */
   readonly secondsLeft: number | null
   /** When its files were last written to, in milliseconds since 1970. */
   readonly changed: number
+  /** Model and machine: what the run told at its start. */
   readonly about: Readonly<Record<string, unknown>>
+  /** What decides its numbers: steps, batch, learning rate, optimizer, data. */
   readonly settings: Readonly<Record<string, unknown>>
+  /** Measurements of held-out data, oldest first. */
   readonly heldOut: readonly HeldOutPoint[]
+  /** What the user should know, oldest first. */
   readonly notices: readonly string[]
   /** Why it failed, or why its files cannot be read. */
   readonly problem: string | null
