@@ -105,7 +105,7 @@ export async function convert(): Promise<{ app: Application; project: ProjectRef
     sort: ['kind', 'instance-first', 'alphabetical-ignoring-documents'],
     locales: { en: { kind_module: 'Package', kind_plural_module: 'Packages', kind_plural_type_alias: 'Types' } },
     groupOrder: [
-      ...[...documentGroups.map(([group]) => group), 'Packages'],
+      ...['Guides', 'Packages', 'Studies', 'Contributing', 'Decision records'],
       ...[
         'Classes',
         'Functions',
@@ -222,17 +222,18 @@ function keepOwnWords(project: ProjectReflection) {
 
 /** Members of a type as its source has them, which begins with what matters; inherited ones after them. */
 function keepOrder(project: ProjectReflection) {
-  const position = (member: Reflection) => {
-    const { sources, inheritedFrom } = member as DeclarationReflection
-    return (inheritedFrom ? 1e6 : 0) + (sources?.[0]?.line ?? 0)
-  }
-  const byPosition = (a: Reflection, b: Reflection) => position(a) - position(b)
   for (const type of project.getReflectionsByKind(ReflectionKind.ClassOrInterface) as DeclarationReflection[]) {
+    const own = fileOf(type)
+    const position = (member: Reflection) => (fileOf(member) === own ? 0 : 1e6) + (lineOf(member) ?? 0)
+    const byPosition = (a: Reflection, b: Reflection) => position(a) - position(b)
     for (const member of type.children ?? []) asDeclared(member)
     type.children?.sort(byPosition)
     for (const group of type.groups ?? []) group.children.sort(byPosition)
   }
 }
+
+const fileOf = (reflection: Reflection) => (reflection as DeclarationReflection).sources?.[0]?.fullFileName
+const lineOf = (reflection: Reflection) => (reflection as DeclarationReflection).sources?.[0]?.line
 
 /** Of types that are computed (`Omit`, what a schema takes): members come from no page, and what declares them is no default. */
 function asDeclared(member: DeclarationReflection) {

@@ -6,6 +6,7 @@ import { MoeError } from '@moe/core'
  * A path of the file system from a text or a file URL, such as `new URL('model', import.meta.url)`.
  * @param op who asks, for the error
  * @throws {MoeError} `E_ATTR` for anything else
+ * @internal
  */
 export function pathOf(op: string, path: string | URL): string {
   if (typeof path === 'string') return path

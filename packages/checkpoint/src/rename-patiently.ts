@@ -14,6 +14,7 @@ const pauses = [10, 30, 100, 300, 600]
  * scanners and indexers open what has just been written for a moment. So a refusal counts only when it lasts for about a second.
  *
  * @throws the error of the last attempt, as `rename` of `node:fs`
+ * @internal
  */
 export async function renamePatiently(from: string, to: string): Promise<void> {
   await patiently(() => rename(from, to))
@@ -22,6 +23,7 @@ export async function renamePatiently(from: string, to: string): Promise<void> {
 /**
  * Does what Windows refuses while somebody has one of the files open, and again until it works or about a second has passed.
  * @throws the error of the last attempt, and at once any other
+ * @internal
  */
 export async function patiently<T>(attempt: () => T | Promise<T>): Promise<T> {
   for (const pause of pauses) {

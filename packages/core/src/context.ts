@@ -135,6 +135,7 @@ export const precisions: readonly Precision[] = ['f32', 'bf16', 'fp8']
 /**
  * For who keeps a precision till it is needed.
  * @throws MoeError E_ATTR when there is no such precision
+ * @internal
  */
 export function checkPrecision(op: string, precision: Precision): void {
   if (precisions.includes(precision)) return

@@ -16,6 +16,7 @@ export function needTensor(op: string, name: string, value: Tensor | null | unde
  * What a module with an input of several axes asks first.
  * @param axes their names, for the message
  * @throws MoeError E_ATTR for what is no tensor, E_SHAPE for one of more or fewer axes
+ * @internal
  */
 export function needAxes(op: string, x: Tensor, axes: readonly string[]): void {
   needTensor(op, 'the input', x)

@@ -1,13 +1,14 @@
 /** @file What a user's options are asked: whether anybody reads their names. Who writes JavaScript, or spreads objects, learns it from no compiler. */
 import { describe, MoeError } from './errors.ts'
 
-/** All names of some options: an object that lacks one, or has another, does not compile. Its values mean nothing. */
+/** All names of some options: an object that lacks one, or has another, does not compile. Its values mean nothing. @internal */
 export type OptionNames<Options> = { readonly [Name in keyof Options]-?: unknown }
 
 /**
  * Refuses options that are no object, and names that are not among `names`; what is undefined is not given.
  * @param names type-checked against the options: `{ lr: true, steps: true }`
  * @throws MoeError E_CONFIG with the nearest known name, or all of them
+ * @internal
  */
 export function checkOptions<Options extends object>(
   op: string,
@@ -48,6 +49,7 @@ const elsewhere: Readonly<Record<string, string>> = {
  * `names` are let through, unless they are a slip away from one (a letter more, less, another or swapped, or written in other case or without underscores), or what other model
  * families call one (`num_layers`, `d_model`).
  * @throws MoeError E_CONFIG
+ * @internal
  */
 export function checkShared<Options extends object>(
   op: string,

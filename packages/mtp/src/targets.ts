@@ -114,7 +114,7 @@ export function depthTargets(
   return { tokens: rows.tokens, targets, counts }
 }
 
-/** 1 / positions that carry loss, for every depth; 1 where there are none. */
+/** 1 / positions that carry loss, for every depth; 1 where there are none. @internal */
 export function averagesOf({ counts }: DepthTargets): Float32Array<ArrayBuffer> {
   return Float32Array.from(counts, count => 1 / Math.max(1, count))
 }
@@ -130,14 +130,14 @@ export function uploadTargets(host: DepthTargets, rows: number, backend: Backend
   }
 }
 
-/** Token ids `i32 [B, time]` that lie `shift` places ahead. */
+/** Token ids `i32 [B, time]` that lie `shift` places ahead. @internal */
 export const idsAhead = ({ tokens }: DepthTensors, time: number, shift: number): Tensor =>
   tokens.narrow(1, shift, shift + time)
 
-/** Targets `i32 [B T]` of a depth, 0 for the main model. */
+/** Targets `i32 [B T]` of a depth, 0 for the main model. @internal */
 export const targetsAt = ({ targets }: DepthTensors, depth: number): Tensor =>
   targets.narrow(0, depth, depth + 1).reshape([targets.shape[1]])
 
-/** 1 / positions that carry loss at a depth, a scalar. */
+/** 1 / positions that carry loss at a depth, a scalar. @internal */
 export const averageAt = ({ averages }: DepthTensors, depth: number): Tensor =>
   averages.narrow(0, depth, depth + 1).reshape([])

@@ -31,7 +31,7 @@ export interface InitOptions {
   readonly weights?: WeightFormat
 }
 
-/** The names of `InitOptions`, for those that extend them. */
+/** The names of `InitOptions`, for those that extend them. @internal */
 export const initNames: OptionNames<InitOptions> = { random: true, deviation: true, backend: true, weights: true }
 
 let defaultSeed = 0

@@ -10,6 +10,7 @@ function scaleExponent(largest: number): number {
 
 /**
  * A matrix rounded along k: `outer` runs of k numbers, the numbers of a run `stepK` apart and the runs `stepOuter`. Returns a copy that lies the same way.
+ * @internal
  */
 export function roundOperand<A extends Float64Array | Float32Array>(
   x: A,
