@@ -3,7 +3,7 @@
  * Markdown of docs/ as documents.
  */
 import { globSync, readFileSync } from 'node:fs'
-import { dirname, join, relative, resolve } from 'node:path'
+import { dirname, join, posix, relative, resolve } from 'node:path'
 import {
   Application,
   Comment,
@@ -46,6 +46,8 @@ interface Package {
   folder: string
 }
 
+const repository = read('packages/core/package.json').repository.url.replace(/^git\+|\.git$/g, '')
+
 /** In the order in which a newcomer meets them; one that is not named here comes after them. */
 const order = [
   ...['core', 'deepseek', 'trainer', 'tokenizer-bpe', 'server', 'attention-mla', 'router', 'mtp', 'checkpoint'],
@@ -55,12 +57,13 @@ const order = [
 const documentGroups: [group: string, files: string[]][] = [
   ['Guides', inOrderOf('docs/README.md', 'docs/guides/*.md')],
   ['Studies', ['docs/studies/README.md', 'docs/log.md']],
-  ['Contributing', ['CONTRIBUTING.md', ...globSync('docs/contributing/*.md', { cwd: root }).sort()]],
-  ['Decision records', ['docs/adr/README.md', ...globSync('docs/adr/0*.md', { cwd: root }).sort()]],
+  ['Contributing', ['CONTRIBUTING.md', ...all('docs/contributing/*.md'), 'packages/kernels-cuda/device/README.md']],
+  ['Decision records', ['docs/adr/README.md', ...all('docs/adr/0*.md')]],
 ]
 
-export const packages: Package[] = globSync('packages/*/package.json', { cwd: root })
-  .map(file => ({ folder: dirname(file).replaceAll('\\', '/'), name: read(file).name }))
+export const packages: Package[] = all('packages/*/package.json')
+  .filter(file => !read(file).private)
+  .map(file => ({ folder: dirname(file), name: read(file).name }))
   .sort((a, b) => place(a) - place(b) || a.folder.localeCompare(b.folder))
 
 /** Keeps what TypeDoc complains of. */
@@ -106,17 +109,8 @@ export async function convert(): Promise<{ app: Application; project: ProjectRef
     locales: { en: { kind_module: 'Package', kind_plural_module: 'Packages', kind_plural_type_alias: 'Types' } },
     groupOrder: [
       ...['Guides', 'Packages', 'Studies', 'Contributing', 'Decision records'],
-      ...[
-        'Classes',
-        'Functions',
-        'Interfaces',
-        'Types',
-        'Variables',
-        'Constructors',
-        'Properties',
-        'Accessors',
-        'Methods',
-      ],
+      ...['Classes', 'Functions', 'Interfaces', 'Types', 'Variables'],
+      ...['Constructors', 'Properties', 'Accessors', 'Methods'],
     ],
     router: 'repository',
     typePrintWidth: 100,
@@ -127,7 +121,7 @@ export async function convert(): Promise<{ app: Application; project: ProjectRef
     searchInComments: true,
     searchInDocuments: true,
     navigation: { includeGroups: true, includeCategories: false, includeFolders: false },
-    navigationLinks: { GitHub: repository() },
+    navigationLinks: { GitHub: repository },
     headings: { readme: false, document: true },
     lightHighlightTheme: 'github-light',
     darkHighlightTheme: 'github-dark',
@@ -153,7 +147,7 @@ function entryPoints(): DocumentationEntryPoint[] {
   const files = packages.flatMap(({ folder, name }) =>
     Object.entries(read(join(folder, 'package.json')).exports)
       .filter(([, file]) => file.endsWith('.ts'))
-      .map(([path, file]) => ({ displayName: join(name, path), file: normalizePath(join(root, folder, file)) })),
+      .map(([path, file]) => ({ displayName: posix.join(name, path), file: normalizePath(join(root, folder, file)) })),
   )
   const config = ts.readConfigFile(join(root, 'tsconfig.base.json'), ts.sys.readFile).config
   const { options } = ts.parseJsonConfigFileContent({ ...config, files: [] }, ts.sys, root)
@@ -247,7 +241,7 @@ function asDeclared(member: DeclarationReflection) {
 /** Sources, and links to files that are no page of the site, lead to the repository. Returns the links that lead nowhere. */
 function leadToRepository(project: ProjectReflection): string[] {
   const dead: string[] = []
-  const url = (path: string) => `${repository()}/blob/main/${path}`
+  const url = (path: string) => `${repository}/blob/main/${path}`
   for (const reflection of Object.values(project.reflections)) {
     for (const part of partsOf(reflection)) {
       if (part.kind !== 'relative-link') continue
@@ -282,10 +276,6 @@ function partsOf(reflection: Reflection): CommentDisplayPart[] {
   return [...ofComment(reflection.comment), ...readme, ...(reflection.isDocument() ? reflection.content : [])]
 }
 
-function repository(): string {
-  return read('packages/core/package.json').repository.url.replace(/^git\+|\.git$/g, '')
-}
-
 function place({ folder }: Package): number {
   const index = order.indexOf(folder.replace('packages/', ''))
   return index < 0 ? order.length : index
@@ -295,11 +285,16 @@ function read(manifest: string): Manifest {
   return JSON.parse(readFileSync(join(root, manifest), 'utf8'))
 }
 
+function all(pattern: string): string[] {
+  return globSync(pattern, { cwd: root })
+    .map(file => file.replaceAll('\\', '/'))
+    .sort()
+}
+
 /** A page and those that it links to, in its order; those of the pattern that it does not name come last. */
 function inOrderOf(page: string, pattern: string): string[] {
   const text = readFileSync(join(root, page), 'utf8')
-  const linked = [...text.matchAll(/\]\(([^)\s#]+\.md)/g)].map(([, link]) => join(dirname(page), link))
-  const files = globSync(pattern, { cwd: root }).map(file => file.replaceAll('\\', '/'))
+  const linked = [...text.matchAll(/\]\(([^)\s#]+\.md)/g)].map(([, link]) => posix.join(posix.dirname(page), link))
   const rank = (file: string) => linked.indexOf(file) + 1 || linked.length + 1
-  return [page, ...files.sort((a, b) => rank(a) - rank(b))]
+  return [page, ...all(pattern).sort((a, b) => rank(a) - rank(b))]
 }
