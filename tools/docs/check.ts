@@ -8,10 +8,14 @@ import { existsSync, globSync, mkdtempSync, readFileSync, rmSync } from 'node:fs
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import {
+  type Comment,
   DeclarationReflection,
+  IntersectionType,
+  type ParameterReflection,
   type ProjectReflection,
   type Reflection,
   ReflectionKind,
+  ReflectionType,
   SignatureReflection,
 } from 'typedoc'
 import { convert, packages, root } from './project.ts'
@@ -42,7 +46,7 @@ for (const { name } of packages) {
   app.options.setValue('validation', { notExported: true, invalidLink: false })
   app.validate(project)
 }
-const problems = undocumented(project)
+const problems = [...undocumented(project), ...unnamedOptions(project)]
 const out = mkdtempSync(join(tmpdir(), 'moe-docs-'))
 try {
   await app.generateDocs(project, out)
@@ -95,6 +99,31 @@ function undocumented(project: ProjectReflection): string[] {
       return `${source?.fileName}:${source?.line}: ${reflection.getFriendlyFullName()} has no docstring`
     })
     .sort()
+}
+
+/** Options that a call takes in place are described by its docstring: it has their names. */
+function unnamedOptions(project: ProjectReflection): string[] {
+  const parameters = project.getReflectionsByKind(ReflectionKind.Parameter) as ParameterReflection[]
+  return parameters
+    .filter(({ name }) => name === 'options' || name === 'settings')
+    .flatMap(({ type, comment, parent }) => {
+      const parts = type instanceof IntersectionType ? type.types : [type]
+      const options = parts.flatMap(part => (part instanceof ReflectionType ? (part.declaration.children ?? []) : []))
+      const words = [comment, parent?.comment, parent?.parent?.comment].map(textOf).join('\n')
+      const missing = options.filter(option => !option.hasComment() && !new RegExp(`\\b${option.name}\\b`).test(words))
+      const source = parent && sourceOf(parent)
+      return missing.map(
+        ({ name }) =>
+          `${source?.fileName}:${source?.line}: the docstring of ${parent?.getFriendlyFullName()} says nothing of the option ${name}`,
+      )
+    })
+}
+
+function textOf(comment: Comment | undefined): string {
+  if (comment === undefined) return ''
+  return [comment.summary, ...comment.blockTags.map(tag => tag.content)]
+    .flatMap(parts => parts.map(part => part.text))
+    .join('')
 }
 
 /** Parameters, results and values are described by what has them, inherited members by the class that they come from. */

@@ -61,7 +61,7 @@ export interface BackendModule {
 
 /**
  * The first backend of the list that loads and finds its device. A module that is not installed or says E_NO_BACKEND or
- * E_UNSUPPORTED is passed over.
+ * E_UNSUPPORTED is passed over; `onSkip` is given the reason.
  * @throws MoeError E_NO_BACKEND with every reason when none works.
  */
 export async function firstAvailable(

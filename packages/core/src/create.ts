@@ -76,7 +76,7 @@ export function fromHost(data: HostArray, shape: Shape, dtype: DType, backend = 
   return new Tensor(backend, backend.upload(data, shape, dtype), shape, dtype)
 }
 
-/** 0, 1, ..., n-1 as i32. */
+/** 0, 1, ..., n-1 as i32, on `backend` (default: that of `setDefaultBackend`). */
 export function arange(n: number, options: { backend?: Backend } = {}): Tensor {
   checkCreate('arange', options)
   return fromHost(
@@ -92,14 +92,14 @@ function needRandom(op: string, random: Random | undefined): void {
   throw attrError(op, `the generator is ${describe(random)}`, `pass one: ${op}(shape, new Random(seed))`)
 }
 
-/** A tensor of normal numbers. */
+/** A tensor of normal numbers of mean 0 and the given `deviation` (default 1), f32, on `backend` (default: that of `setDefaultBackend`). @throws MoeError E_ATTR without a generator */
 export function randn(shape: Shape, random: Random, options: { deviation?: number; backend?: Backend } = {}): Tensor {
   needRandom('randn', random)
   checkOptions('randn', options, { deviation: true, backend: true })
   return fromHost(random.normal(sizeOf(shape), options.deviation), shape, 'f32', options.backend)
 }
 
-/** A tensor of uniform numbers in [low, high). */
+/** A tensor of uniform numbers in [`low`, `high`), by default [0, 1), f32, on `backend` (default: that of `setDefaultBackend`). @throws MoeError E_ATTR without a generator */
 export function rand(
   shape: Shape,
   random: Random,

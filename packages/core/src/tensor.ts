@@ -303,7 +303,9 @@ export class Tensor extends Scoped implements Value {
 
   /**
    * Matrix product. `[..., m, k] x [k, n]` folds the leading axes; equal leading axes multiply batchwise.
-   * transposeA and transposeB read the last two axes of that side swapped. Batches are multiplied in bf16 where fp8 is asked for.
+   * transposeA and transposeB read the last two axes of that side swapped. `precision` is by default that of `withPrecision`;
+   * batches are multiplied in bf16 where fp8 is asked for.
+   * @throws MoeError E_SHAPE, E_DTYPE, E_ATTR
    */
   matmul(other: Tensor, options: { transposeA?: boolean; transposeB?: boolean; precision?: Precision } = {}): Tensor {
     needTensor('matmul', 'rhs', other)

@@ -35,7 +35,7 @@ export interface GenerateOptions extends TurnOptions, SessionOptions {}
 
 /** What `generate` needs of a tokenizer to yield text: a decoder that never emits half a character. */
 export interface TextTokenizer {
-  /** Takes ids one at a time and gives text that is whole; `end` gives what is left. */
+  /** Takes ids one at a time and gives text that is whole; `end` gives what is left. It is asked for with `skipSpecialTokens`. */
   createDecodeStream(options?: { skipSpecialTokens?: boolean }): { push(id: number): string; end(): string }
 }
 

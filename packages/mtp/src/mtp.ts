@@ -140,7 +140,7 @@ export class MtpModule<Options = Record<never, never>> extends Module {
     return this.block.forward(this.combine(hidden_BTD, nextIds_BT, settings), options)
   }
 
-  /** `forward` up to the block: what this is run on, `[B, T, D]`. */
+  /** `forward` up to the block, with the same `detached`: what this is run on, `[B, T, D]`. */
   combine(hidden_BTD: Tensor, nextIds_BT: Tensor, settings: { detached?: boolean } = {}): Tensor {
     needAxes('MtpModule', hidden_BTD, ['batch', 'time', 'hidden'])
     checkOptions('MtpModule', settings, { detached: true })

@@ -46,7 +46,7 @@ function checkRows({ tokens, documents, rows, length }: TokenRows, time: number,
 
 /**
  * Shifts rows by `shift` places over the first `time` positions. A row needs `time + shift` tokens. A position whose target lies in another
- * document carries no loss: the last `shift` positions of every document.
+ * document carries no loss: the last `shift` positions of every document. Nor do positions before `from` (default 0).
  * @throws MoeError E_SHAPE for rows that are shorter than that, or not as long as they say.
  */
 export function shiftTokens(
@@ -95,7 +95,7 @@ export interface DepthTensors {
   readonly averages: Tensor
 }
 
-/** Targets of the main model and of `depths` modules, over the first `time` positions of every row. A row needs `time + depths + 1` tokens. */
+/** Targets of the main model and of `depths` modules, over the first `time` positions of every row; those before `from` (default 0) carry no loss. A row needs `time + depths + 1` tokens. */
 export function depthTargets(
   rows: TokenRows,
   time: number,

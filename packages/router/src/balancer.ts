@@ -35,7 +35,10 @@ export interface Balancer {
 /** Leaves the router to itself. */
 export const noBalance = (): Balancer => ({})
 
-/** V3's auxiliary-loss-free balancing. γ may follow a schedule (V3: 0.001, and 0 for the last 3% of training). */
+/**
+ * V3's auxiliary-loss-free balancing. γ, the `speed`, may follow a schedule (V3: 0.001, which is the default, and 0 for the last 3% of training).
+ * `recentre`: see `BiasUpdateOptions`.
+ */
 export function auxFree(options: { speed?: Schedule; recentre?: boolean } = {}): Balancer {
   checkOptions('auxFree', options, { speed: true, recentre: true })
   const { speed = 0.001, recentre } = options
@@ -52,7 +55,7 @@ function lossBalancer(alpha: Schedule, loss: (pass: RoutingPass) => Tensor): Bal
   }
 }
 
-/** V3's sequence-wise loss (α 1e-4 there). */
+/** V3's sequence-wise loss, times `alpha` (default 1e-4, as there). */
 export function sequenceWise(options: { alpha?: Schedule } = {}): Balancer {
   checkOptions('sequenceWise', options, { alpha: true })
   return lossBalancer(options.alpha ?? 1e-4, ({ scores, sequences, indices, mask }) =>
@@ -60,19 +63,19 @@ export function sequenceWise(options: { alpha?: Schedule } = {}): Balancer {
   )
 }
 
-/** V2's expert-level loss (α1 0.003 there). */
+/** V2's expert-level loss, times `alpha` (default 0.003, as α1 there). */
 export function expertLevel(options: { alpha?: Schedule } = {}): Balancer {
   checkOptions('expertLevel', options, { alpha: true })
   return lossBalancer(options.alpha ?? 0.003, expertBalanceLoss)
 }
 
-/** V2's device-level loss (α2 0.05 there). Devices hold neighbouring experts, as the groups of the gate do. */
+/** V2's device-level loss, times `alpha` (default 0.05, as α2 there). The `devices` hold neighbouring experts, as the groups of the gate do. */
 export function deviceLevel(options: { devices: number; alpha?: Schedule }): Balancer {
   checkOptions('deviceLevel', options, { devices: true, alpha: true })
   return lossBalancer(options.alpha ?? 0.05, pass => deviceBalanceLoss(pass, devicesOf(pass, options.devices)))
 }
 
-/** V2's communication loss (α3 0.02 there). `limit`: the devices that a token may be sent to. @throws MoeError E_ATTR */
+/** V2's communication loss, times `alpha` (default 0.02, as α3 there). `limit`: of the `devices`, those that a token may be sent to. @throws MoeError E_ATTR */
 export function communication(options: { devices: number; limit: number; alpha?: Schedule }): Balancer {
   checkOptions('communication', options, { devices: true, limit: true, alpha: true })
   const { devices, limit, alpha = 0.02 } = options

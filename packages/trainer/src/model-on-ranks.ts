@@ -43,7 +43,7 @@ export interface ModelOnRanks {
   readonly microBatches?: number
   /**
    * Forward and backward passes of a step, which leave its gradients in `parameters`. It is the step of one rank with the micro-batches of all. The weights of this rank are taken from the model where it has them:
-   * after `gather`, or when a checkpoint was loaded.
+   * after `gather`, or when a checkpoint was loaded. `precision` is the arithmetic of matrix products, f32 by default.
    * @returns numbers of the whole model, the same on every rank; `nll` among the metrics is the next-token negative log-likelihood per counted position
    * @throws MoeError E_NAN on all ranks (details: `loss`, `gradNorm`), when one of these is not finite
    */

@@ -85,6 +85,7 @@ export class TrainingSteps {
 
   /**
    * One step on one or more micro-batches: see `trainingStep`.
+   * @param options.lr learning rate of this step
    * @param options.step its number, for error messages
    * @throws MoeError E_NAN; nothing has changed then
    */

@@ -103,7 +103,7 @@ export const defaultIgnoreIndex = -100
 
 const names = { ignoreIndex: true }
 
-/** -log softmax(logits)[target] of every row: `logits [N, V]`, `targets i32 [N]` to `[N]`; 0 where the target is `ignoreIndex`. */
+/** -log softmax(logits)[target] of every row: `logits [N, V]`, `targets i32 [N]` to `[N]`; 0 where the target is `ignoreIndex` (default -100). */
 export function crossEntropy(logits: Tensor, targets: Tensor, options: { ignoreIndex?: number } = {}): Tensor {
   checkOptions('crossEntropy', options, names)
   return runFused(crossEntropyDefinition, [logits, targets], {
@@ -111,7 +111,7 @@ export function crossEntropy(logits: Tensor, targets: Tensor, options: { ignoreI
   })[0]
 }
 
-/** Cross-entropy of the logits `x weight^T`, which are never stored as a whole: `x [N, D]`, `weight [V, D]`, `targets i32 [N]` to `[N]`. */
+/** Cross-entropy of the logits `x weight^T`, which are never stored as a whole: `x [N, D]`, `weight [V, D]`, `targets i32 [N]` to `[N]`; 0 where the target is `ignoreIndex` (default -100). */
 export function linearCrossEntropy(
   x: Tensor,
   weight: Tensor,

@@ -15,7 +15,7 @@ export class Parameter extends Tensor {
   /** How often the elements were replaced or freed: what was computed from them, or recorded over them, holds as long as this does. The memory may be the same as before. */
   version = 0
 
-  /** Takes over the tensor's memory; the tensor is used up. */
+  /** Takes over the tensor's memory; the tensor is used up. `trainable` (default true): whether it is given gradients. */
   constructor(initial: Tensor, options: { trainable?: boolean } = {}) {
     checkOptions('Parameter', options, { trainable: true })
     super(initial.backend, initial.handle, initial.shape, initial.dtype)

@@ -104,7 +104,11 @@ export class TokenDataset {
     return TokenDataset.#checked(stream.take(), { starts, textBytes, vocabSize, padding: eos ?? bos, unpredictable })
   }
 
-  /** Documents that are tokens already, begin and end tokens included. `textBytes` is needed for bits per byte. */
+  /**
+   * Documents that are tokens already, begin and end tokens included. `textBytes` is needed for bits per byte. Ids are below `vocabSize` (default: one more
+   * than the highest); `padding` fills the last rows (default: the first token of all).
+   * @throws MoeError E_DATA for ids outside the vocabulary, or less than two tokens
+   */
   static fromTokens(
     documents: Iterable<ArrayLike<number>>,
     options: { vocabSize?: number; textBytes?: number; padding?: number } = {},

@@ -48,7 +48,7 @@ export function warmupStableDecay(options: StableDecayOptions): Schedule {
   }
 }
 
-/** Linear warm-up, then no change. */
+/** Linear warm-up over `warmup` steps, then no change. */
 export function warmupConstant(options: { readonly warmup: number }): Schedule {
   checkOptions('warmupConstant', options, { warmup: true })
   const { warmup } = options
