@@ -2,7 +2,7 @@
 import { MoeError } from '@moe/core'
 import type { DeepSeekConfig } from './config.ts'
 
-/** Numbers of elements, zero or more. */
+/** How many elements the parameters of a model have, by part. */
 export interface ParameterCount {
   /** The main model: embedding, layers, final norm, head. Selection biases are counted, as published tables do. */
   readonly total: number
