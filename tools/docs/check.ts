@@ -46,7 +46,7 @@ for (const { name } of packages) {
   app.options.setValue('validation', { notExported: true, invalidLink: false })
   app.validate(project)
 }
-const problems = [...undocumented(project), ...unnamedOptions(project)]
+const problems = [...withoutIntroduction(project), ...undocumented(project), ...unnamedOptions(project)]
 const out = mkdtempSync(join(tmpdir(), 'moe-docs-'))
 try {
   await app.generateDocs(project, out)
@@ -88,6 +88,13 @@ function deadLinks(folder: string): string[] {
 
 function idsOf(html: string): string[] {
   return [...html.matchAll(/\sid="([^"]+)"/g)].map(([, id]) => id)
+}
+
+/** Entry points without a README begin with a comment that says what they are. */
+function withoutIntroduction(project: ProjectReflection): string[] {
+  return (project.children ?? [])
+    .filter(module => !module.readme && textOf(module.comment) === '')
+    .map(module => `${sourceOf(module)?.fileName}:1: ${module.name} does not say in a comment \`@file\` what it is`)
 }
 
 function undocumented(project: ProjectReflection): string[] {

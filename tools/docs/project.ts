@@ -118,6 +118,7 @@ export async function convert(): Promise<{ app: Application; project: ProjectRef
     githubPages: true,
     hideGenerator: true,
     includeHierarchySummary: false,
+    useFirstParagraphOfCommentAsSummary: true,
     searchInComments: true,
     searchInDocuments: true,
     navigation: { includeGroups: true, includeCategories: false, includeFolders: false },
