@@ -11,12 +11,14 @@ import { type Example, noTokenizer, TokenDataset, tokenNamed } from './token-dat
 export interface Message {
   /** `system`, `user`, `assistant`, or another that the template knows. What an `assistant` says is learned. */
   readonly role: string
+  /** What is said. */
   readonly content: string
   /** 0 for an answer that is not to be learned, as in OpenAI's fine-tuning files. Default 1. */
   readonly weight?: 0 | 1
   readonly [name: string]: unknown
 }
 
+/** Turns, oldest first. */
 export type Conversation = readonly Message[]
 
 /** Writes conversations as the model is to read them; `ChatTemplate` of `@moe/tokenizer-bpe/data` is one. */
@@ -29,12 +31,17 @@ export interface ConversationTemplate {
 
 /** Conversations to learn, and conversations that are only measured on. */
 export interface Conversations {
+  /** Conversations to learn. */
   readonly training: readonly Conversation[]
+  /** Conversations that are measured on; may be empty. */
   readonly validation: readonly Conversation[]
+  /** Writes them, in training as in use. */
   readonly template: ConversationTemplate
 }
 
+/** How conversations are written, and which are held out. */
 export interface ConversationOptions {
+  /** Writes the conversations, in training as in use. */
   readonly template: ConversationTemplate
   /** Held-out conversations: a fraction in [0, 1), drawn by `seed`, or the conversations themselves. Default 0. */
   readonly validation?: number | Iterable<Conversation>
@@ -42,10 +49,13 @@ export interface ConversationOptions {
   readonly seed?: number
 }
 
+/** How conversations of files are written, and which are held out. */
 export interface ConversationFilesOptions {
+  /** Writes the conversations, in training as in use. */
   readonly template: ConversationTemplate
   /** As in `ConversationOptions`, or glob patterns of the files to hold out. */
   readonly validation?: number | { readonly files: string | readonly string[] }
+  /** As in `ConversationOptions`. */
   readonly seed?: number
   /** Folder that patterns and paths are relative to. Default: the current one. */
   readonly cwd?: string | URL

@@ -29,6 +29,7 @@ export interface DocumentTokens {
 
 /** Tokens of which only some are to be learned: an instruction and its answer. */
 export interface Example {
+  /** Ids of the whole example, in order. */
   readonly tokens: ArrayLike<number>
   /** For every token, whether it is to be predicted from those before it; of the first, which nothing precedes, it says nothing. Default: all of them. */
   readonly learned?: ArrayLike<boolean | number>
@@ -106,7 +107,7 @@ export class TokenDataset {
 
   /**
    * Documents that are tokens already, begin and end tokens included. `textBytes` is needed for bits per byte. Ids are below `vocabSize` (default: one more
-   * than the highest); `padding` fills the last rows (default: the first token of all).
+   * than the highest); `padding` (default 0) fills the last rows.
    * @throws MoeError E_DATA for ids outside the vocabulary, or less than two tokens
    */
   static fromTokens(
@@ -129,7 +130,8 @@ export class TokenDataset {
   /**
    * Examples that are tokens already. None is cut but at the end of a row, and none has another before it: each has a row of its own, or is isolated in one that
    * several share (`isolate` of `train`), as the samples that DeepSeek-V3 was fine-tuned on (report, 5.1).
-   * @param options `textBytes`, of the learned parts, is needed for bits per byte
+   * @param options `textBytes`, of the learned parts, is needed for bits per byte. Ids are below `vocabSize` (default: one more than the highest); `padding`
+   * (default 0) fills rows
    * @throws MoeError E_DATA when an example says another number of tokens to be learned or not than it has tokens, and when there is nothing to learn
    */
   static fromExamples(
