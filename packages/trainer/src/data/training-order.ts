@@ -68,6 +68,7 @@ export class TrainingOrder {
   readonly world: number
   /** Windows of an epoch. */
   readonly windows: number
+  /** As given. */
   readonly isolate: boolean
   readonly #rows: Rows
   readonly #orders = new Map<number, Uint32Array>()
