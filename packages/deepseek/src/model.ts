@@ -55,6 +55,7 @@ import {
 } from '@moe/mtp'
 import {
   type Balancer,
+  type LayerLoad,
   type LoadMonitor,
   type LoadSummary,
   MoELayer,
@@ -172,6 +173,12 @@ export interface StagedDeepSeek {
   report(carried: ReadonlyArray<Float32Array | Int32Array>): Promise<Record<string, number>>
 }
 
+/** Of a layer with experts in a step, on their way to the host: loads `[E]`, and how many of these choices were not dropped, `[1]`. */
+interface StepCounts {
+  readonly load: Promise<ArrayLike<number>> | undefined
+  readonly kept?: Promise<ArrayLike<number>> | undefined
+}
+
 /** The part under the key `model`. */
 class Trunk extends Module {
   embed_tokens: Embedding
@@ -206,6 +213,7 @@ export class DeepSeek extends Module {
   /** Which sequences of a batch lose no token, `[B]`: 1 or 0. Null without dropping. */
   readonly #undropped: ((rows: TokenRows) => Float32Array) | null
   #step = 0
+  #layerLoads: readonly LayerLoad[] = []
 
   /**
    * A model with random weights; the same seed gives the same weights on every backend. Large ones are made by `createModule(() => new DeepSeek(config))`,
@@ -401,7 +409,7 @@ export class DeepSeek extends Module {
       report: ([loads]) => {
         const layers = this.moeLayers
         const size = layers.length === 0 ? 0 : loads.length / layers.length
-        return this.#report(layers.map((_, i) => Promise.resolve(loads.slice(i * size, (i + 1) * size))))
+        return this.#report(layers.map((_, i) => ({ load: Promise.resolve(loads.slice(i * size, (i + 1) * size)) })))
       },
     }
   }
@@ -501,9 +509,19 @@ export class DeepSeek extends Module {
 
   /** Layers with experts, MTP included. */
   get moeLayers(): MoELayer[] {
-    return this.model.layers
-      .map(layer => (layer instanceof MtpModule ? (layer.block as DecoderLayer).mlp : layer.mlp))
-      .filter(mlp => mlp instanceof MoELayer)
+    return this.#namedMoeLayers.map(([, layer]) => layer)
+  }
+
+  get #namedMoeLayers(): Array<readonly [name: string, layer: MoELayer]> {
+    return this.model.layers.flatMap((layer, i) => {
+      const { mlp } = layer instanceof MtpModule ? (layer.block as DecoderLayer) : layer
+      return mlp instanceof MoELayer ? [[`layers.${i}`, mlp] as const] : []
+    })
+  }
+
+  /** Loads of the latest step, as `afterStep` has read them, of the layers that tokens have passed through. `train` logs them. */
+  get layerLoads(): readonly LayerLoad[] {
+    return this.#layerLoads
   }
 
   /**
@@ -515,8 +533,9 @@ export class DeepSeek extends Module {
     const speed = scheduled(this.#objective.biasSpeed, this.step)
     const layers = this.moeLayers
     const sums = sum && layers.length > 0 ? await this.#summed(layers, sum) : null
-    const loads = layers.map((layer, i) => {
+    const counts = layers.map((layer, i) => {
       const load = (sums?.[i] ?? layer.load)?.values()
+      const kept = (sums?.[layers.length + i] ?? layer.kept)?.values()
       const reduce = (counted: Tensor) => sums?.[i] ?? counted
       const bias = layer.gate.e_score_correction_bias
       if (sums && bias && layer.load === null) {
@@ -526,35 +545,47 @@ export class DeepSeek extends Module {
       }
       if (layer.balancer) layer.rebalance({ step: this.step, reduce })
       else layer.updateBias({ speed, reduce })
-      return load
+      return { load, kept }
     })
     try {
-      return await this.#report(loads)
+      return await this.#report(counts)
     } finally {
-      for (const load of sums ?? []) load.dispose()
+      for (const count of sums ?? []) count.dispose()
     }
   }
 
-  /** Loads of the layers over all ranks. A layer that has not counted, as in a stage of another rank, has zeros to add. */
-  async #summed(layers: readonly MoELayer[], sum: (loads: readonly Tensor[]) => Promise<Tensor[]>): Promise<Tensor[]> {
+  /** Loads of the layers over all ranks, and with dropping behind them what each has kept. A layer that has not counted, as in a stage of another rank, has zeros to add. */
+  async #summed(layers: readonly MoELayer[], sum: (counts: readonly Tensor[]) => Promise<Tensor[]>): Promise<Tensor[]> {
     const experts = this.#config.n_routed_experts as number
-    const nothing = keep(zeros([experts], { dtype: 'i32', backend: this.#backend }))
-    return sum(layers.map(({ load }) => load ?? nothing)).finally(() => nothing.dispose())
+    const nothing = [experts, 1].map(size => keep(zeros([size], { dtype: 'i32', backend: this.#backend })))
+    const loads = layers.map(({ load }) => load ?? nothing[0])
+    const kept = this.#undropped === null ? [] : layers.map(layer => layer.kept ?? nothing[1])
+    return sum([...loads, ...kept]).finally(() => {
+      for (const zero of nothing) zero.dispose()
+    })
   }
 
   /** Loads of the layers, biases of now: to the monitor, and what is worth logging. Ends the step. */
-  async #report(loads: ReadonlyArray<Promise<ArrayLike<number>> | undefined>): Promise<Record<string, number>> {
-    const biases = this.moeLayers.map(({ gate }) => this.#monitor && gate.e_score_correction_bias?.values())
+  async #report(counts: readonly StepCounts[]): Promise<Record<string, number>> {
+    const layers = this.#namedMoeLayers
+    const biases = layers.map(([, { gate }]) => this.#monitor && gate.e_score_correction_bias?.values())
     this.step += 1
     const summaries: LoadSummary[] = []
+    const layerLoads: LayerLoad[] = []
     // All at once: where the device is lost, every read fails, and none may be left alone with that.
-    const reads = await Promise.all(loads.map((load, i) => Promise.all([load, biases[i]])))
-    for (const [i, [values, bias]] of reads.entries()) {
+    const reads = await Promise.all(counts.map(({ load, kept }, i) => Promise.all([load, biases[i], kept])))
+    for (const [i, [values, bias, kept]] of reads.entries()) {
+      const load = Array.from(values ?? [])
+      const choices = load.reduce((sum, count) => sum + count, 0)
       // Nothing has passed through it.
-      if (values === undefined || !Array.prototype.some.call(values, load => load > 0)) continue
-      this.#monitor?.record(`moe ${i}`, values, bias ?? undefined)
-      summaries.push(summarizeLoad(values))
+      if (choices === 0) continue
+      this.#monitor?.record(`moe ${i}`, load, bias ?? undefined)
+      summaries.push(summarizeLoad(load))
+      const [name, { gate }] = layers[i]
+      const groups = this.#config.n_group ?? 1
+      layerLoads.push({ name, load, dropped: kept && choices - kept[0], groups, bias: gate.e_score_correction_bias })
     }
+    this.#layerLoads = layerLoads
     if (summaries.length === 0) return {}
     const vio = summaries.map(({ maxVio }) => maxVio)
     return {

@@ -55,7 +55,11 @@ describe('ranks of B rows', () => {
     for (const other of others) {
       expect(other.weights).toEqual(first.weights)
       expect(other.steps).toEqual(first.steps)
+      expect(other.loads).toEqual(first.loads)
     }
+    expect(first.loads).toEqual(one.loads)
+    const [{ dropped }] = first.loads[0].layers
+    expect(dropped ?? 0).toSatisfy((count: number) => count > 0 === (model?.dropping !== undefined))
     // Embedding and head have gradients of the main model and of MTP: they are added up in another order. A last bit of a gradient moves a weight by a last bit,
     // save where AdamW divides a gradient of 0 but for rounding by its own size.
     expect(difference(first, one)).toBeLessThan(1e-5)

@@ -99,7 +99,10 @@ describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) 
     for (const other of others) {
       expect(digestOf(other)).toBe(digestOf(first))
       expect(other.steps).toEqual(first.steps)
+      expect(other.loads).toEqual(first.loads)
     }
+    expect(first.loads).toEqual(one.loads)
+    expect(first.loads.at(-1)?.layers).toHaveLength(3)
     // As with rows on several ranks.
     expect(difference(first, one)).toBeLessThan(1e-5)
     expect(biases(first)).toEqual(biases(one))

@@ -4,7 +4,7 @@ import { fileURLToPath } from 'node:url'
 import { type Backend, Random, stateDict } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
-import { type StepEvent, TokenDataset, type TrainOptions, type TrainResult, train } from '@moe/trainer'
+import { type LoadsEvent, type StepEvent, TokenDataset, type TrainOptions, type TrainResult, train } from '@moe/trainer'
 import type { Communicator } from './communicator/communicator.ts'
 import { ExpertParallel, mpi, Pipeline, zeroBubbleH1 } from './index.ts'
 import { report } from './mpi/test-launch.ts'
@@ -50,6 +50,7 @@ type Ranks = TrainOptions['ranks']
 export interface Trained {
   readonly result: TrainResult
   readonly steps: Array<Omit<StepEvent, 'tokensPerSecond'>>
+  readonly loads: LoadsEvent[]
   readonly weights: Readonly<Record<string, readonly number[]>>
 }
 
@@ -68,6 +69,7 @@ export async function trainSmall(
   const own = { ...config, num_nextn_predict_layers: mtp }
   const made = new kind(own, { seed: 1, backend, ...model, ...(model.balancer ? {} : { objective }) })
   const steps: Trained['steps'] = []
+  const loads: LoadsEvent[] = []
   const ranks = onRanks?.(made)
   try {
     const result = await train(made, {
@@ -86,11 +88,12 @@ export async function trainSmall(
           const { tokensPerSecond: _, ...numbers } = event
           steps.push(numbers)
         }
+        if (event.type === 'loads') loads.push(event)
         options.onEvent?.(event)
       },
     })
     const entries = stateDict(made).map(async ({ name, data }) => [name, Array.from(await data())] as const)
-    return { result, steps, weights: Object.fromEntries(await Promise.all(entries)) }
+    return { result, steps, loads, weights: Object.fromEntries(await Promise.all(entries)) }
   } finally {
     if (ranks instanceof ExpertParallel) ranks.dispose()
     made.dispose()

@@ -39,6 +39,20 @@ export function maskedCounts(indices: Tensor, mask: Tensor, experts: number): Te
   )
 }
 
+/** What the experts of a layer were given in a step, all micro-batches and ranks: what a model tells of itself, for logs. */
+export interface LayerLoad {
+  /** Name of the layer. */
+  readonly name: string
+  /** Choices of each expert `[E]`, before any is dropped. */
+  readonly load: ArrayLike<number>
+  /** How many of these choices were dropped, where the layer drops. */
+  readonly dropped?: number
+  /** Groups of neighbouring experts that its gate knows. Default 1. */
+  readonly groups?: number
+  /** Selection bias `[E]` after the step, on the device. */
+  readonly bias?: Tensor
+}
+
 /** How evenly a layer's experts are loaded. */
 export interface LoadSummary {
   /** (largest - mean) / mean: 0 when balanced, E/K - 1 when collapsed onto K experts. */

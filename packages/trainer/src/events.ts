@@ -60,6 +60,29 @@ export interface StepEvent {
   readonly metrics: Readonly<Record<string, number>>
 }
 
+/** Every `loadsEvery` steps and before each checkpoint, of a model with experts. Also a line of `loads.jsonl`. */
+export interface LoadsEvent {
+  readonly type: 'loads'
+  /** The last of the steps that the loads are summed over. */
+  readonly step: number
+  /** How many these are. */
+  readonly steps: number
+  /** Layers with experts, in the order of the model. */
+  readonly layers: readonly LayerLoads[]
+}
+
+export interface LayerLoads {
+  readonly name: string
+  /** Groups of neighbouring experts; left out where there is one. */
+  readonly groups?: number
+  /** Choices of each expert, before any is dropped. */
+  readonly load: readonly number[]
+  /** How many of these choices were dropped; left out where a layer drops none. */
+  readonly dropped?: number
+  /** Selection bias of each expert after the last step, to six digits. Left out where there is none, and when a step failed. */
+  readonly bias?: readonly number[]
+}
+
 /** Held-out data is being measured. */
 export interface MeasuringEvent {
   /** Tells the events apart. */
@@ -134,6 +157,7 @@ export interface FailEvent {
 export type TrainEvent =
   | StartEvent
   | StepEvent
+  | LoadsEvent
   | MeasuringEvent
   | EvaluationEvent
   | CheckpointEvent

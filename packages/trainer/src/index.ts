@@ -21,6 +21,8 @@ export type {
   EndEvent,
   EvaluationEvent,
   FailEvent,
+  LayerLoads,
+  LoadsEvent,
   MeasuringEvent,
   NoticeEvent,
   StartEvent,
@@ -32,6 +34,7 @@ export type {
 export type {
   DeviceInputs,
   HostInputs,
+  LayerLoad,
   LossOptions,
   LossOutput,
   StagedStep,
@@ -54,6 +57,7 @@ export {
 } from './optim/schedule.ts'
 export type { TokenData, TrainOptions } from './options.ts'
 export type { Ranks } from './ranks.ts'
+export { type LoadsLine, readLoads } from './report/loads-log.ts'
 export { type MetricsLine, readMetrics } from './report/metrics-log.ts'
 export { type ProgressOptions, type ProgressStream, progress } from './report/progress.ts'
 export { writeSummary } from './report/summary.ts'

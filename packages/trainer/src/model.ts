@@ -70,6 +70,20 @@ export interface StagedStep {
   report(carried: ReadonlyArray<Float32Array | Int32Array>): Promise<Record<string, number>>
 }
 
+/** What the experts of a layer were given in a step, all micro-batches and ranks. */
+export interface LayerLoad {
+  /** Name of the layer. */
+  readonly name: string
+  /** Choices of each expert `[E]`, before any is dropped. */
+  readonly load: ArrayLike<number>
+  /** How many of these choices were dropped, where the layer drops. */
+  readonly dropped?: number | undefined
+  /** Groups of neighbouring experts. Default 1. */
+  readonly groups?: number | undefined
+  /** Selection bias `[E]` after the step, on the device: it is read when loads are told. */
+  readonly bias?: Tensor | undefined
+}
+
 /** A model that `train` and `evaluate` can run. */
 export interface TrainableModel extends Module {
   /** Tokens that a row needs beyond the positions that are trained on: 1, and one more for every MTP module. */
@@ -96,6 +110,8 @@ export interface TrainableModel extends Module {
    * @param sum makes counts of this rank (loads of experts) those of all; given where several ranks train the model
    */
   afterStep?(sum?: (counts: readonly Tensor[]) => Promise<Tensor[]>): Promise<Record<string, number>>
+  /** Of the step that `afterStep` (or `staged.report`) has ended: for `loads.jsonl`. Empty or missing in a model without experts. */
+  readonly layerLoads?: readonly LayerLoad[]
   /** The same in parts that can be recorded. Without it, every step runs op by op. */
   readonly staged?: StagedStep | undefined
   /**

@@ -81,6 +81,8 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly evalEvery?: number
   /** Held-out tokens of those measurements, spread evenly. The one at the end takes all. Default 32,768. */
   readonly evalTokens?: number
+  /** Steps whose loads of experts are told together, as a `loads` event and a line of `loads.jsonl`; 0 for none. Default: a thousandth of the run, 10 or more. */
+  readonly loadsEvery?: number
   /** Steps between checkpoints; there is always one at the end. Default 200. */
   readonly checkpointEvery?: number
   /** Checkpoints that stay. Default 2. */
@@ -133,6 +135,7 @@ const names: OptionNames<TrainOptions> = {
   out: true,
   evalEvery: true,
   evalTokens: true,
+  loadsEvery: true,
   checkpointEvery: true,
   keepCheckpoints: true,
   resume: true,
@@ -161,7 +164,7 @@ export const defaults = {
   keepCheckpoints: 2,
 } as const
 
-export type ResolvedOptions = Required<Pick<TrainOptions, keyof typeof defaults | 'schedule'>> &
+export type ResolvedOptions = Required<Pick<TrainOptions, keyof typeof defaults | 'schedule' | 'loadsEvery'>> &
   Omit<TrainOptions, 'ranks'> & {
     readonly ranks?: Ranks | undefined
     /** Where each rank has a part of the model. */
@@ -190,6 +193,7 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
     whole(name, 1)
   whole('sequenceLength', 2)
   for (const name of ['seed', 'rank', 'evalEvery'] as const) whole(name, 0)
+  if (merged.loadsEvery !== undefined) whole('loadsEvery', 0)
   const { lr, clip, rank, world, precision, resume, out, optimizer = 'adamw' } = merged
   if (!(lr > 0 && Number.isFinite(lr))) problems.push(`lr is ${lr}, needs a positive number`)
   if (!(clip > 0)) problems.push(`clip is ${clip}, needs a positive number, or Infinity for none`)
@@ -231,7 +235,8 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
       details: { problems },
     })
   }
-  return { ...merged, schedule: merged.schedule ?? warmupCosine({ steps: merged.steps }) }
+  const { steps, schedule = warmupCosine({ steps }), loadsEvery = Math.max(10, Math.ceil(steps / 1000)) } = merged
+  return { ...merged, schedule, loadsEvery }
 }
 
 /** What `ranks` says about this process and its data. */

@@ -1,6 +1,6 @@
 /** @file One call of `train`: the loop around its steps, with checkpoints, measurements, events and the result. */
 import { rmSync } from 'node:fs'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import {
   concat,
   globalNorm,
@@ -30,6 +30,7 @@ import type { Optimizer } from './optim/optimizer.ts'
 import { type ResolvedOptions, recordRun, type TokenData } from './options.ts'
 import { checkSameStart, gatherNumbers, gatherValues, type Ranks, type Start } from './ranks.ts'
 import { eventsLog } from './report/events-log.ts'
+import { cutLoads, LoadSums, loadsLog } from './report/loads-log.ts'
 import { LogFile } from './report/log-file.ts'
 import { cutMetrics, type MetricsLine, metricsLine } from './report/metrics-log.ts'
 import { progress } from './report/progress.ts'
@@ -65,6 +66,8 @@ export class Run {
   /** Steps done when the model was last made whole. */
   gatheredStep = -1
   readonly log: LogFile | undefined
+  /** Since loads were last told. */
+  readonly loads = new LoadSums()
   /** Lines of the last tenth of the steps done, for the result. */
   readonly tail: MetricsLine[] = []
   /** What the model's `afterStep` returns. */
@@ -121,7 +124,9 @@ export class Run {
     const draw = settings.progress ?? (ranks === undefined || ranks.rank === 0)
     this.listeners = [
       ...(draw === false ? [] : [draw === true ? progress() : draw]),
-      ...(this.writesTo === undefined ? [] : [eventsLog(join(this.writesTo, 'events.jsonl'))]),
+      ...(this.writesTo === undefined
+        ? []
+        : [eventsLog(join(this.writesTo, 'events.jsonl')), loadsLog(join(this.writesTo, 'loads.jsonl'))]),
       ...(settings.onEvent === undefined ? [] : [settings.onEvent]),
     ]
   }
@@ -231,12 +236,13 @@ export class Run {
     for (const { name, random } of namedStreams(this.model)) Object.assign(random, state.streams?.[name])
     if (this.log === undefined) return
     for (const line of await cutMetrics(this.log.path, state.step)) this.remember(line)
+    await cutLoads(join(dirname(this.log.path), 'loads.jsonl'), state.step)
   }
 
   /** Removes an earlier run. */
   emptyFolder(out: string): void {
     try {
-      for (const name of ['checkpoints', 'metrics.jsonl', 'events.jsonl', 'summary.json'])
+      for (const name of ['checkpoints', 'metrics.jsonl', 'loads.jsonl', 'events.jsonl', 'summary.json'])
         rmSync(join(out, name), { recursive: true, force: true })
     } catch (cause) {
       throw new MoeError({
@@ -285,6 +291,15 @@ export class Run {
     this.log?.line(line)
     this.remember(line)
     this.emit(event)
+    const { loadsEvery } = settings
+    if (loadsEvery > 0) this.loads.add(this.model.layerLoads)
+    if (this.step % loadsEvery === 0) await this.tellLoads()
+  }
+
+  /** Tells what the experts were given since the last time. */
+  async tellLoads(options = { biases: true }): Promise<void> {
+    const event = await this.loads.take(this.step, options)
+    if (event !== null) this.emit(event)
   }
 
   /** @returns null when it was interrupted */
@@ -309,6 +324,8 @@ export class Run {
 
   async save(): Promise<void> {
     const { settings, step, tokens, trainSeconds, writesTo } = this
+    // Of a run that goes on from here, nothing is missing.
+    await this.tellLoads()
     if (!this.saves || this.savedStep === step) return
     const started = performance.now()
     this.log?.flush()

@@ -42,6 +42,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   } catch (error) {
     try {
       run?.log?.flush()
+      await run?.tellLoads({ biases: false })
       run?.emit({ type: 'fail', error })
     } catch {
       // The first error is the one to tell.

@@ -68,7 +68,7 @@ export class TrainingOrder {
   readonly world: number
   /** Windows of an epoch. */
   readonly windows: number
-  /** As given. */
+  /** Whether batches say where each document begins. */
   readonly isolate: boolean
   readonly #rows: Rows
   readonly #orders = new Map<number, Uint32Array>()

@@ -42,14 +42,23 @@ export function metricsLine({
  * Lines of a log up to a step. Lines that cannot be read (a crash may leave half of one) and everything after them are
  * left out.
  */
-export function readMetrics(path: string | URL, upToStep = Number.POSITIVE_INFINITY): MetricsLine[] {
-  const file = pathOf('readMetrics', path)
+export function readMetrics(path: string | URL, upToStep?: number): MetricsLine[] {
+  return readLines<MetricsLine>('readMetrics', path, upToStep)
+}
+
+/** Internal. The same for lines of any kind that have a step. */
+export function readLines<Line extends { readonly step: number }>(
+  op: string,
+  path: string | URL,
+  upToStep = Number.POSITIVE_INFINITY,
+): Line[] {
+  const file = pathOf(op, path)
   if (!existsSync(file)) return []
-  const lines: MetricsLine[] = []
-  for (const text of readLog(file).split('\n')) {
+  const lines: Line[] = []
+  for (const text of readLog(op, file).split('\n')) {
     if (text === '') continue
     try {
-      const line = JSON.parse(text) as MetricsLine
+      const line = JSON.parse(text) as Line
       if (line.step <= upToStep) lines.push(line)
     } catch {
       break
@@ -58,7 +67,7 @@ export function readMetrics(path: string | URL, upToStep = Number.POSITIVE_INFIN
   return lines
 }
 
-function readLog(path: string): string {
+function readLog(op: string, path: string): string {
   try {
     return readFileSync(path, 'utf8')
   } catch (cause) {
@@ -67,7 +76,7 @@ function readLog(path: string): string {
       code: 'E_CHECKPOINT',
       op: path,
       problem: folder ? 'it is a folder' : `cannot be read: ${(cause as Error).message}`,
-      fix: folder ? 'pass the metrics.jsonl of a run' : undefined,
+      fix: folder ? `pass the ${op === 'readLoads' ? 'loads' : 'metrics'}.jsonl of a run` : undefined,
       cause,
     })
   }

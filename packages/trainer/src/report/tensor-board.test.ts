@@ -111,6 +111,31 @@ describe('the listener', () => {
     expect(records[4].toString('latin1').match(/validation\/\w+/g)).toEqual(['validation/loss'])
   })
 
+  test('writes how the experts of each layer are balanced', async () => {
+    const folder = await temporaryFolder()
+    const listen = tensorBoard(folder)
+    listen(start)
+    const layers = [
+      { name: 'layers.1', groups: 2, load: [6, 0, 3, 3], bias: [-0.5, 0.25, 0, 0] },
+      { name: 'layers.2', load: [1, 1, 1, 1], dropped: 1 },
+    ]
+    listen({ type: 'loads', step: 10, steps: 10, layers })
+    listen({ type: 'measuring', step: 10, done: 0 })
+    const [bytes] = await eventFiles(folder)
+    const values = [
+      scalar('experts/layers.1/maxVio', 1),
+      scalar('experts/layers.1/deadExperts', 1),
+      scalar('experts/layers.1/leastBias', -0.5),
+      scalar('experts/layers.1/largestBias', 0.25),
+      scalar('experts/layers.2/maxVio', 0),
+      scalar('experts/layers.2/deadExperts', 0),
+      scalar('experts/layers.2/dropped', 0.25),
+    ]
+    const wanted = recordsOf(eventRecord({ wallTime: 0, step: 10, values }))[0]
+    // Behind the time.
+    expect(recordsOf(bytes)[3].subarray(9).toString('latin1')).toBe(wanted.subarray(9).toString('latin1'))
+  })
+
   test('begins a file for each part of a run, at the step from which it is told again', async () => {
     const folder = await temporaryFolder()
     for (const fromStep of [0, 2]) {

@@ -4,7 +4,7 @@ import { hostname } from 'node:os'
 import { join } from 'node:path'
 import { pathOf } from '@moe/checkpoint'
 import { isMoeError, MoeError } from '@moe/core'
-import type { TrainEvent, TrainListener } from '../events.ts'
+import type { LayerLoads, TrainEvent, TrainListener } from '../events.ts'
 import { LogFile } from './log-file.ts'
 import { eventRecord, hyperparameters, scalar, text } from './tensor-board-records.ts'
 
@@ -16,7 +16,8 @@ let files = 0
 
 /**
  * A listener for `onEvent` that writes `events.out.tfevents.*`: scalars of every step (`train/nll`, `train/lr`, ..., and what the model logs, as `model/maxVio`),
- * of measurements (`validation/bitsPerByte`, `validation/loss`), and the run's settings as text and hyperparameters. `tensorboard --logdir runs` shows all
+ * of measurements (`validation/bitsPerByte`, `validation/loss`), of layers with experts when their loads are told (`experts/layers.3/maxVio`, over the steps since the last time; dead experts, share of
+ * dropped choices, range of the bias), and the run's settings as text and hyperparameters. `tensorboard --logdir runs` shows all
  * runs in a folder side by side. A run that goes on begins another file, which tells TensorBoard to forget the steps that are taken again. Of several ranks
  * the first writes. Where the files cannot be written, a notice says so and training goes on.
  *
@@ -94,12 +95,27 @@ function recordsOf(event: TrainEvent): Buffer[] {
         }),
       ]
     }
+    case 'loads': {
+      const { step, layers } = event
+      const values = layers.flatMap(layer => scalars(`experts/${layer.name}`, balanceOf(layer)))
+      return [eventRecord({ wallTime, step, values })]
+    }
     case 'evaluation': {
       const { step, loss, bitsPerByte } = event
       return [eventRecord({ wallTime, step, values: scalars('validation', { loss, bitsPerByte }) })]
     }
     default:
       return []
+  }
+}
+
+function balanceOf({ load, dropped, bias }: LayerLoads): Record<string, number> {
+  const choices = load.reduce((sum, count) => sum + count, 0)
+  return {
+    maxVio: (Math.max(...load) * load.length) / choices - 1,
+    deadExperts: load.filter(count => count === 0).length,
+    ...(dropped !== undefined && { dropped: dropped / choices }),
+    ...(bias && { leastBias: Math.min(...bias), largestBias: Math.max(...bias) }),
   }
 }
 

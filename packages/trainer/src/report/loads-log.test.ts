@@ -1,0 +1,332 @@
+/** @file What is told of the loads of experts, beside choices that are counted one by one. */
+import { existsSync } from 'node:fs'
+import { appendFile, readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { Random } from '@moe/core'
+import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cpu'
+import { auxFree } from '@moe/router'
+import { afterAll, afterEach, describe, expect, test } from 'vitest'
+import { TokenDataset } from '../data/token-dataset.ts'
+import type { LoadsEvent, TrainEvent } from '../events.ts'
+import type { LayerLoad } from '../model.ts'
+import type { TrainOptions } from '../options.ts'
+import { BigramModel, letterData, removeTemporaryFolders, roundingBackend, temporaryFolder } from '../test-model.ts'
+import { train } from '../train.ts'
+import { cutLoads, LoadSums, readLoads } from './loads-log.ts'
+
+const backend = await createBackend()
+afterAll(() => backend.dispose())
+afterEach(() => expect(backend.stats().handles).toBe(0))
+afterEach(removeTemporaryFolders)
+
+const [experts, topK, speed] = [8, 2, 0.01]
+const config: DeepSeekConfigInput = {
+  ...presets.tiny,
+  vocab_size: 40,
+  hidden_size: 24,
+  intermediate_size: 32,
+  moe_intermediate_size: 8,
+  num_hidden_layers: 3,
+  num_attention_heads: 2,
+  n_routed_experts: experts,
+  num_experts_per_tok: topK,
+  n_group: 4,
+  topk_group: 2,
+  q_lora_rank: 12,
+  kv_lora_rank: 8,
+  qk_nope_head_dim: 8,
+  qk_rope_head_dim: 4,
+  v_head_dim: 8,
+  initializer_range: 0.3,
+  num_nextn_predict_layers: 1,
+}
+
+/** 17 windows of 8: some rows hold padding. */
+function data(): TokenDataset {
+  const random = new Random(3)
+  const document = () => Int32Array.from({ length: 60 }, () => 2 + random.integer(38))
+  return TokenDataset.fromTokens([document(), document(), document()])
+}
+
+interface Counted {
+  readonly indices: Int32Array
+  readonly mask: Float32Array | undefined
+}
+
+/** Keeps what every gate has chosen, step by step. */
+class Watched extends DeepSeek {
+  /** Of each step, by layer, the passes. */
+  readonly choices: Counted[][][] = []
+  #passes: Array<Promise<Counted>>[] = []
+
+  constructor(options: DeepSeekOptions) {
+    super(config, options)
+    this.#passes = this.moeLayers.map(() => [])
+    for (const [i, layer] of this.moeLayers.entries()) {
+      const choose = layer.choose.bind(layer)
+      layer.choose = (x, options) => {
+        const choice = choose(x, options)
+        const read = [choice.indices.values(), options?.mask?.values()] as const
+        if (options?.training)
+          this.#passes[i].push(
+            Promise.all(read).then(([indices, mask]) => ({
+              indices: indices as Int32Array,
+              mask: mask as Float32Array | undefined,
+            })),
+          )
+        return choice
+      }
+    }
+  }
+
+  override async afterStep(...sum: Parameters<DeepSeek['afterStep']>) {
+    this.choices.push(await Promise.all(this.#passes.map(passes => Promise.all(passes))))
+    this.#passes = this.moeLayers.map(() => [])
+    return super.afterStep(...sum)
+  }
+}
+
+/** Loads by layer, counted one choice at a time. */
+const counted = (step: Counted[][]) =>
+  step.map(passes => {
+    const load = Array.from({ length: experts }, () => 0)
+    for (const { indices, mask } of passes)
+      for (const [i, expert] of indices.entries()) if (!mask || mask[Math.floor(i / topK)] === 1) load[expert]++
+    return load
+  })
+
+const add = (a: readonly number[], b: readonly number[]) => a.map((value, i) => value + b[i])
+
+async function run<Model extends DeepSeek>(model: Model, options: Partial<TrainOptions> = {}) {
+  const events: TrainEvent[] = []
+  const settings = { steps: 8, batchSize: 2, sequenceLength: 8, lr: 5e-3, progress: false, handleSignals: false }
+  try {
+    await train(model, {
+      data: { training: data() },
+      ...settings,
+      ...options,
+      onEvent(event, notify) {
+        events.push(event)
+        options.onEvent?.(event, notify)
+      },
+    })
+  } finally {
+    model.dispose()
+  }
+  return { model, events, loads: events.filter(event => event.type === 'loads') }
+}
+
+const objective = { biasSpeed: speed }
+const small = (options: DeepSeekOptions = {}) =>
+  new DeepSeek(config, { seed: 1, backend, ...(options.balancer ? {} : { objective }), ...options })
+
+describe('a training', () => {
+  test('tells loads and biases that follow from the choices of all its steps and micro-batches', async () => {
+    const { model, loads } = await run(new Watched({ seed: 1, backend, objective }), { accumulate: 3, loadsEvery: 3 })
+    expect(loads.map(({ step, steps }) => [step, steps])).toEqual([
+      [3, 3],
+      [6, 3],
+      [8, 2],
+    ])
+    const steps = model.choices.map(counted)
+    let bias = steps[0].map(load => load.map(() => 0))
+    for (const { step, steps: number, layers } of loads) {
+      const own = steps.slice(step - number, step)
+      for (const loadsOfStep of own)
+        bias = bias.map((of, layer) => {
+          const mean = loadsOfStep[layer].reduce((a, b) => a + b) / experts
+          return of.map((value, i) => value + speed * Math.sign(mean - loadsOfStep[layer][i]))
+        })
+      expect(layers.map(({ name, groups }) => [name, groups])).toEqual([
+        ['layers.1', 4],
+        ['layers.2', 4],
+        ['layers.3', 4],
+      ])
+      expect(layers.map(({ load }) => load)).toEqual(own.reduce((a, b) => a.map((load, layer) => add(load, b[layer]))))
+      for (const [i, { bias: told = [], dropped }] of layers.entries()) {
+        expect(told).toEqual(bias[i].map(value => expect.closeTo(value, 6)))
+        // Six digits of an f32.
+        expect(JSON.stringify(told).length).toBeLessThan(8 * experts)
+        expect(dropped).toBeUndefined()
+      }
+    }
+  })
+
+  test('that is recorded tells the same', async () => {
+    const eager = await run(small(), { loadsEvery: 2, record: false })
+    const recorded = await run(small(), { loadsEvery: 2 })
+    expect(eager.loads).toHaveLength(4)
+    expect(recorded.loads).toEqual(eager.loads)
+  })
+
+  test('with a balancer, and one whose bias is too fast, shows its biases', async () => {
+    const { loads } = await run(small({ balancer: auxFree({ speed: 10 }) }), { loadsEvery: 4 })
+    for (const { layers } of loads)
+      for (const { bias = [] } of layers) for (const value of bias) expect(Math.abs(value) % 10).toBe(0)
+    expect(Math.max(...(loads[1].layers[0].bias as number[]))).toBeGreaterThanOrEqual(10)
+  })
+
+  test("tells what V2's dropping drops", async () => {
+    // Each of 2 devices keeps ceil(a quarter of the choices / 2); the choices of a pass are even.
+    const model = new Watched({ seed: 1, backend, dropping: { devices: 2, capacity_factor: 0.25, undropped: 0 } })
+    const { loads } = await run(model, { loadsEvery: 8 })
+    const [{ layers }] = loads
+    for (const [layer, { load, dropped = 0 }] of layers.entries()) {
+      let kept = 0
+      for (const step of model.choices)
+        for (const { indices, mask } of step[layer]) {
+          const chosen = [0, 0]
+          for (const [i, expert] of indices.entries())
+            if (!mask || mask[Math.floor(i / topK)] === 1) chosen[Math.floor(expert / (experts / 2))]++
+          const budget = Math.ceil((0.25 * (chosen[0] + chosen[1])) / 2)
+          for (const of of chosen) kept += Math.min(budget, of)
+        }
+      expect(dropped).toBe(load.reduce((a, b) => a + b) - kept)
+      expect(dropped).toBeGreaterThan(0)
+    }
+  })
+
+  test('without experts writes nothing', async () => {
+    const out = await temporaryFolder()
+    const types = new Set<string>()
+    await train(new BigramModel({ backend: roundingBackend() }), {
+      data: letterData(),
+      steps: 12,
+      batchSize: 2,
+      sequenceLength: 8,
+      out,
+      progress: false,
+      onEvent: event => types.add(event.type),
+    })
+    expect(types).not.toContain('loads')
+    expect(existsSync(join(out, 'loads.jsonl'))).toBe(false)
+  })
+})
+
+describe('loads.jsonl', () => {
+  const stopAfter = (step: number): Partial<TrainOptions> => {
+    const controller = new AbortController()
+    return {
+      signal: controller.signal,
+      onEvent: event => event.type === 'step' && event.step === step && controller.abort(),
+    }
+  }
+  const read = (out: string) => readLoads(join(out, 'loads.jsonl'))
+  const untyped = (events: readonly LoadsEvent[]) => events.map(({ type, ...line }) => line)
+
+  test('has the events, a small line each; events.jsonl has none', async () => {
+    const out = await temporaryFolder()
+    const { loads } = await run(small(), { out, loadsEvery: 3, checkpointEvery: 4 })
+    expect(loads.map(({ step }) => step)).toEqual([3, 4, 6, 8])
+    expect(read(out)).toEqual(untyped(loads))
+    expect(await readFile(join(out, 'events.jsonl'), 'utf8')).not.toContain('layers.1')
+    expect(await readFile(join(out, 'metrics.jsonl'), 'utf8')).not.toContain('layers.1')
+  })
+
+  test.each([
+    ['by default', undefined, [10, 12]],
+    ['never', 0, []],
+    ['each step', 1, Array.from({ length: 12 }, (_, i) => i + 1)],
+  ])('%s', async (_, loadsEvery, steps) => {
+    const { loads } = await run(small(), { steps: 12, loadsEvery })
+    expect(loads.map(({ step }) => step)).toEqual(steps)
+  })
+
+  test('of a run that was killed and goes on is that of one that never stopped', async () => {
+    const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
+    const settings = { schedule: () => 1, loadsEvery: 3, checkpointEvery: 4 }
+    await run(small(), { ...settings, out: whole })
+    const failing = run(small(), {
+      ...settings,
+      out,
+      onEvent(event) {
+        if (event.type === 'step' && event.step === 7) throw new Error('enough')
+      },
+    })
+    await expect(failing).rejects.toThrow('enough')
+    expect(read(out).map(({ step, layers }) => [step, layers[0].bias !== undefined])).toEqual([
+      [3, true],
+      [4, true],
+      [6, true],
+    ])
+    // A crash may leave half of a line.
+    await appendFile(join(out, 'loads.jsonl'), '{"step":7,"st')
+    await run(small(), { ...settings, out, resume: true })
+    expect(await readFile(join(out, 'loads.jsonl'), 'utf8')).toBe(await readFile(join(whole, 'loads.jsonl'), 'utf8'))
+  })
+
+  test('of a run that is interrupted misses no step', async () => {
+    const out = await temporaryFolder()
+    const settings = { schedule: () => 1, loadsEvery: 3, out }
+    await run(small(), { ...settings, ...stopAfter(5) })
+    await run(small(), { ...settings, resume: true })
+    expect(read(out).map(({ step, steps }) => [step, steps])).toEqual([
+      [3, 3],
+      [5, 2],
+      [6, 1],
+      [8, 2],
+    ])
+    const whole = await run(small(), { schedule: () => 1, loadsEvery: 8 })
+    const sum = (layer: number) =>
+      read(out)
+        .map(({ layers }) => layers[layer].load)
+        .reduce(add)
+    expect(whole.loads[0].layers.map(({ load }) => load)).toEqual([0, 1, 2].map(sum))
+  })
+
+  test('has what the experts were given before a step that failed, without biases', async () => {
+    const out = await temporaryFolder()
+    const schedule = (step: number) => (step === 4 ? Number.NaN : 1)
+    await expect(run(small(), { schedule, loadsEvery: 3, out })).rejects.toMatchObject({ code: 'E_NAN' })
+    expect(read(out).map(({ step, layers }) => [step, layers[0].bias !== undefined])).toEqual([
+      [3, true],
+      [5, false],
+    ])
+  })
+
+  test('is removed with the run that is overwritten', async () => {
+    const out = await temporaryFolder()
+    await run(small(), { out, loadsEvery: 2 })
+    await run(small(), { out, overwrite: true, steps: 2, loadsEvery: 2 })
+    expect(read(out).map(({ step }) => step)).toEqual([2])
+  })
+
+  test('is cut behind the last line that is whole', async () => {
+    const path = join(await temporaryFolder(), 'loads.jsonl')
+    const line = (step: number) => `{"step":${step},"steps":1,"layers":[{"name":"a","load":[${step}]}]}\n`
+    const lines = [1, 2, 3].map(line).join('')
+    for (const [text, upTo, left] of [
+      [lines, 2, [1, 2].map(line).join('')],
+      [lines, 3, lines],
+      [lines, 0, ''],
+      [`${line(1)}nonsense\n${line(2)}`, 9, line(1)],
+      [`${line(1)}${line(2).slice(0, 9)}`, 9, line(1)],
+      ['', 9, ''],
+    ] as const) {
+      await writeFile(path, text)
+      await cutLoads(path, upTo)
+      expect(await readFile(path, 'utf8')).toBe(left)
+    }
+    await cutLoads(join(await temporaryFolder(), 'none'), 1)
+    expect(() => readLoads(undefined as unknown as string)).toThrow(/readLoads/)
+  })
+})
+
+test('sums begin anew, layers that come later are there', async () => {
+  const sums = new LoadSums()
+  const layer = (name: string, load: number[], dropped?: number): LayerLoad => ({ name, load, dropped })
+  sums.add([layer('a', [1, 2])])
+  sums.add([layer('a', [3, 0]), layer('b', [4], 1)])
+  sums.add()
+  expect(await sums.take(9, { biases: true })).toEqual({
+    type: 'loads',
+    step: 9,
+    steps: 3,
+    layers: [
+      { name: 'a', load: [4, 2] },
+      { name: 'b', load: [4], dropped: 1 },
+    ],
+  })
+  expect(await sums.take(9, { biases: true })).toBe(null)
+})

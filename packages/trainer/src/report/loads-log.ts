@@ -1,0 +1,94 @@
+/** @file `loads.jsonl`: what the experts of each layer were given, a line every so many steps. */
+import { createReadStream, createWriteStream, existsSync } from 'node:fs'
+import { pipeline } from 'node:stream/promises'
+import { renamePatiently } from '@moe/checkpoint'
+import type { LayerLoads, LoadsEvent, TrainListener } from '../events.ts'
+import type { LayerLoad } from '../model.ts'
+import { eachLine } from './line-splitter.ts'
+import { LogFile, writingFailed } from './log-file.ts'
+import { readLines } from './metrics-log.ts'
+
+/** A line of the log: the event without its type. */
+export type LoadsLine = Omit<LoadsEvent, 'type'>
+
+/** Sums loads over steps. */
+export class LoadSums {
+  #steps = 0
+  readonly #sums = new Map<string, { load: Float64Array; dropped: number; latest: LayerLoad }>()
+
+  /** Takes what a step came to. */
+  add(layers: readonly LayerLoad[] = []): void {
+    this.#steps++
+    for (const latest of layers) {
+      const sum = this.#sums.get(latest.name) ?? { load: new Float64Array(latest.load.length), dropped: 0, latest }
+      for (let i = 0; i < sum.load.length; i++) sum.load[i] += latest.load[i]
+      this.#sums.set(latest.name, { ...sum, dropped: sum.dropped + (latest.dropped ?? 0), latest })
+    }
+  }
+
+  /** The sums since the last time, and biases of now unless they are not to be read. Null if there are none. */
+  async take(step: number, options: { biases: boolean }): Promise<LoadsEvent | null> {
+    const sums = [...this.#sums.values()]
+    const steps = this.#steps
+    this.#sums.clear()
+    this.#steps = 0
+    if (sums.length === 0) return null
+    const biases = await Promise.all(sums.map(({ latest }) => (options.biases ? latest.bias?.values() : undefined)))
+    const layers = sums.map(({ load, dropped, latest }, i): LayerLoads => {
+      const { name, groups = 1 } = latest
+      const bias = biases[i]
+      return {
+        name,
+        ...(groups > 1 && { groups }),
+        load: Array.from(load),
+        ...(latest.dropped !== undefined && { dropped }),
+        ...(bias && { bias: Array.from(bias, value => Number(value.toPrecision(6))) }),
+      }
+    })
+    return { type: 'loads', step, steps, layers }
+  }
+}
+
+/** A listener that writes loads. The file appears with the first. */
+export function loadsLog(path: string): TrainListener {
+  const file = new LogFile(path)
+  return event => {
+    if (event.type !== 'loads') return
+    const { type, ...line } = event
+    file.line(line)
+    file.flush()
+  }
+}
+
+/**
+ * Drops the lines after a step, and what cannot be read with all that is behind it. The file may be too large for one string.
+ * @throws MoeError E_CHECKPOINT
+ */
+export async function cutLoads(path: string, upToStep: number): Promise<void> {
+  if (!existsSync(path)) return
+  const temporary = `${path}.tmp`
+  let kept = 0
+  try {
+    await eachLine(path, {}, (text, at, end) => {
+      // What is behind a line that was left out does not join on.
+      if (at === kept && stepOf(text) <= upToStep) kept = end
+    })
+    await pipeline(kept === 0 ? [] : createReadStream(path, { end: kept - 1 }), createWriteStream(temporary))
+    await renamePatiently(temporary, path)
+  } catch (cause) {
+    throw writingFailed(path, cause)
+  }
+}
+
+function stepOf(text: string): number {
+  try {
+    return Number((JSON.parse(text) as LoadsLine).step)
+  } catch {
+    return Number.NaN
+  }
+}
+
+/** Lines of a `loads.jsonl` up to a step, as `readMetrics` reads a `metrics.jsonl`. */
+export function readLoads(path: string | URL, upToStep?: number): LoadsLine[] {
+  return readLines<LoadsLine>('readLoads', path, upToStep)
+}
