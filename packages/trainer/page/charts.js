@@ -29,8 +29,8 @@ export class Chart {
   #lines = []
   #observer
 
-  /** @param what one of `known`, or alike @param zoom is called with a range of the horizontal axis */
-  constructor(what, zoom) {
+  /** @param what one of `known`, or alike @param zoom is called with a range of the horizontal axis @param hover with where on it the pointer is, or null */
+  constructor(what, zoom, hover) {
     this.what = what
     this.zoom = zoom
     this.element = element('section', 'chart')
@@ -39,6 +39,12 @@ export class Chart {
     this.#box = element('div', 'plot')
     this.#legend = element('ul', '')
     this.element.append(header, this.#legend, this.#box)
+    this.#box.onpointermove = ({ clientX }) => {
+      const { left, width } = this.#plot.over.getBoundingClientRect()
+      const at = clientX - left
+      hover(at >= 0 && at <= width ? this.#plot.posToVal(at, 'x') : null)
+    }
+    this.#box.onpointerleave = () => hover(null)
     this.#observer = new ResizeObserver(() => this.#plot?.setSize(this.#size))
     this.#observer.observe(this.#box)
   }
@@ -49,11 +55,16 @@ export class Chart {
     this.element.remove()
   }
 
+  /** Points that are told apart. */
+  get width() {
+    return this.#box.clientWidth
+  }
+
   get #size() {
     return { width: Math.max(120, this.#box.clientWidth), height: this.#box.clientHeight }
   }
 
-  /** Draws runs: `{ name, color, dash, series, state }`. */
+  /** Draws runs: `{ name, color, dash, series, detailed, state }`. */
   draw(runs, view) {
     const { what } = this
     const tables = []
@@ -62,8 +73,9 @@ export class Chart {
     this.#lines = []
     const table = (x, ...columns) => tables.push([x, ...columns])
     for (const run of runs) {
-      const column = run.series.columns.get(what.name)
-      const x = view.across === 'tokens' ? run.series.columns.get('tokens')?.mean : run.series.steps
+      const of = run.detailed ?? run.series
+      const column = of.columns.get(what.name)
+      const x = view.across === 'tokens' ? of.columns.get('tokens')?.mean : of.steps
       if (column && x) {
         const visible = values => (view.logarithmic ? values.map(value => (value > 0 ? value : null)) : values)
         const { stroke, fill, faint } = run.colors

@@ -1,6 +1,8 @@
 /** @file The page: what the server tells, as a list of runs and as charts. */
 import { Chart, element, known, swatch } from './charts.js'
+import { Experts } from './experts.js'
 import { clock, short } from './numbers.js'
+import { joined, wanted } from './zoom.js'
 
 /** Okabe and Ito's colours, told apart by who sees few, in a lighter and a darker form. Further runs have them dashed. */
 const palette = {
@@ -24,11 +26,12 @@ const statusText = {
 
 const $ = id => document.getElementById(id)
 const dark = matchMedia('(prefers-color-scheme: dark)')
-/** By name: `{ name, order, shown, state, series, colors, dash, row }`. */
+/** By name: `{ name, order, shown, state, series, detailed, colors, dash, row }`. */
 const runs = new Map()
 const charts = new Map()
 const groups = new Map()
 const view = { smoothing: 0, across: 'step', logarithmic: false, range: null, theme: {} }
+const experts = new Experts()
 let order = 0
 /** How far the server's clock is ahead. */
 let ahead = 0
@@ -50,6 +53,7 @@ source.onmessage = ({ data }) => {
   for (const { state, series } of changed) {
     const run = runs.get(state.name)
     run.state = state
+    if (series.from === 0) run.part = undefined
     patch(run.series, series)
   }
   if (fresh.length > 0) arrange()
@@ -109,7 +113,9 @@ function redraw() {
   requestAnimationFrame(() => {
     asked = false
     list()
+    detail()
     drawCharts()
+    experts.draw(shownRuns(), view)
     settings()
   })
 }
@@ -174,8 +180,40 @@ function row(run) {
   run.row.replaceChildren(label, element('div', `status ${status}`, statusText[status]), done, ...numbers, ...notes)
 }
 
+const shownRuns = () => [...runs.values()].filter(run => run.shown).sort((a, b) => a.order - b.order)
+
+/** Of what is zoomed into, lines between the points of the whole run: they come a moment later. */
+function detail() {
+  const pixels = Math.max(200, ...[...charts.values()].map(chart => chart.width))
+  for (const run of shownRuns()) {
+    const steps = wanted(run.series, view, pixels)
+    // While a run goes on, what is added to it is part of the range.
+    const key = steps && JSON.stringify([...steps, Math.min(steps[1], run.state.step), pixels])
+    if (key === undefined) run.part = undefined
+    else if (run.asking === undefined && run.part?.key !== key) fetchPart(run, steps, pixels, key)
+    run.detailed = run.part && joined(run.series, run.part)
+  }
+}
+
+async function fetchPart(run, [from, to], most, key) {
+  run.asking = key
+  try {
+    const response = await fetch(`series.json?${new URLSearchParams({ run: run.name, from, to, most })}`)
+    if (!response.ok) return
+    const part = { key, steps: [], columns: new Map() }
+    patch(part, await response.json())
+    run.part = part
+  } catch {
+    // The points of the whole run stay.
+    return
+  } finally {
+    run.asking = undefined
+  }
+  redraw()
+}
+
 function drawCharts() {
-  const shown = [...runs.values()].filter(run => run.shown).sort((a, b) => a.order - b.order)
+  const shown = shownRuns()
   const names = new Set(shown.flatMap(({ series }) => [...series.columns.keys()]))
   const others = [...names]
     .filter(name => name !== 'tokens' && !known.some(one => one.name === name))
@@ -183,7 +221,7 @@ function drawCharts() {
   for (const what of [...known, ...others]) {
     let chart = charts.get(what.name)
     if (!chart) {
-      chart = new Chart(what, zoom)
+      chart = new Chart(what, zoom, at => experts.hover(at))
       charts.set(what.name, chart)
       groupOf(what.group).append(chart.element)
     }
@@ -211,7 +249,7 @@ function zoom(range) {
 let settingsKey = ''
 /** A column for each run that is shown; what differs comes first. */
 function settings() {
-  const shown = [...runs.values()].filter(run => run.shown).sort((a, b) => a.order - b.order)
+  const shown = shownRuns()
   const all = shown.map(({ state }) => {
     const { backend, device, parameters, tokensPerStep, began: at } = state.about
     const start = at ? new Date(at).toLocaleString() : undefined
@@ -240,8 +278,9 @@ function settings() {
 function theme() {
   const style = getComputedStyle(document.documentElement)
   view.theme = Object.fromEntries(
-    ['faint', 'grid', 'card'].map(name => [name, style.getPropertyValue(`--${name}`).trim()]),
+    ['faint', 'grid', 'card', 'text'].map(name => [name, style.getPropertyValue(`--${name}`).trim()]),
   )
+  view.dark = dark.matches
   for (const run of runs.values()) paint(run)
   redraw()
 }

@@ -77,6 +77,8 @@ export interface LayerLoads {
   readonly groups?: number
   /** Choices of each expert, before any is dropped. */
   readonly load: readonly number[]
+  /** MaxVio of single steps (busiest over mean, minus 1), mean over the steps: what a device feels. That of `load` is what experts learn from; a bias that is too fast has them apart. */
+  readonly stepMaxVio: number
   /** How many of these choices were dropped; left out where a layer drops none. */
   readonly dropped?: number
   /** Selection bias of each expert after the last step, to six digits. Left out where there is none, and when a step failed. */

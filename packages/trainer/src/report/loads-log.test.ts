@@ -144,7 +144,9 @@ describe('a training', () => {
         ['layers.3', 4],
       ])
       expect(layers.map(({ load }) => load)).toEqual(own.reduce((a, b) => a.map((load, layer) => add(load, b[layer]))))
-      for (const [i, { bias: told = [], dropped }] of layers.entries()) {
+      for (const [i, { bias: told = [], dropped, stepMaxVio }] of layers.entries()) {
+        const vios = own.map(step => (Math.max(...step[i]) / step[i].reduce((a, b) => a + b)) * experts - 1)
+        expect(stepMaxVio).toBeCloseTo(vios.reduce((a, b) => a + b) / number, 5)
         expect(told).toEqual(bias[i].map(value => expect.closeTo(value, 6)))
         // Six digits of an f32.
         expect(JSON.stringify(told).length).toBeLessThan(8 * experts)
@@ -324,8 +326,9 @@ test('sums begin anew, layers that come later are there', async () => {
     step: 9,
     steps: 3,
     layers: [
-      { name: 'a', load: [4, 2] },
-      { name: 'b', load: [4], dropped: 1 },
+      // Means of two steps that have it: 1/3 and 1.
+      { name: 'a', load: [4, 2], stepMaxVio: 0.666667 },
+      { name: 'b', load: [4], stepMaxVio: 0, dropped: 1 },
     ],
   })
   expect(await sums.take(9, { biases: true })).toBe(null)

@@ -11,18 +11,30 @@ import { readLines } from './metrics-log.ts'
 /** A line of the log: the event without its type. */
 export type LoadsLine = Omit<LoadsEvent, 'type'>
 
+interface LayerSum {
+  readonly load: Float64Array
+  steps: number
+  maxVio: number
+  dropped: number
+  latest: LayerLoad
+}
+
 /** Sums loads over steps. */
 export class LoadSums {
   #steps = 0
-  readonly #sums = new Map<string, { load: Float64Array; dropped: number; latest: LayerLoad }>()
+  readonly #sums = new Map<string, LayerSum>()
 
   /** Takes what a step came to. */
   add(layers: readonly LayerLoad[] = []): void {
     this.#steps++
     for (const latest of layers) {
-      const sum = this.#sums.get(latest.name) ?? { load: new Float64Array(latest.load.length), dropped: 0, latest }
+      const sum = this.#sums.get(latest.name) ?? nothing(latest)
       for (let i = 0; i < sum.load.length; i++) sum.load[i] += latest.load[i]
-      this.#sums.set(latest.name, { ...sum, dropped: sum.dropped + (latest.dropped ?? 0), latest })
+      sum.steps++
+      sum.maxVio += maxVio(latest.load)
+      sum.dropped += latest.dropped ?? 0
+      sum.latest = latest
+      this.#sums.set(latest.name, sum)
     }
   }
 
@@ -34,20 +46,37 @@ export class LoadSums {
     this.#steps = 0
     if (sums.length === 0) return null
     const biases = await Promise.all(sums.map(({ latest }) => (options.biases ? latest.bias?.values() : undefined)))
-    const layers = sums.map(({ load, dropped, latest }, i): LayerLoads => {
+    const layers = sums.map(({ load, steps, maxVio, dropped, latest }, i): LayerLoads => {
       const { name, groups = 1 } = latest
       const bias = biases[i]
       return {
         name,
         ...(groups > 1 && { groups }),
         load: Array.from(load),
+        stepMaxVio: digits(maxVio / steps),
         ...(latest.dropped !== undefined && { dropped }),
-        ...(bias && { bias: Array.from(bias, value => Number(value.toPrecision(6))) }),
+        ...(bias && { bias: Array.from(bias, digits) }),
       }
     })
     return { type: 'loads', step, steps, layers }
   }
 }
+
+const nothing = (latest: LayerLoad): LayerSum => {
+  return { load: new Float64Array(latest.load.length), steps: 0, maxVio: 0, dropped: 0, latest }
+}
+
+/** (largest - mean) / mean; 0 where nothing is. */
+export function maxVio(load: ArrayLike<number>): number {
+  let [largest, sum] = [0, 0]
+  for (let i = 0; i < load.length; i++) {
+    largest = Math.max(largest, load[i])
+    sum += load[i]
+  }
+  return sum === 0 ? 0 : (largest * load.length) / sum - 1
+}
+
+const digits = (value: number) => Number(value.toPrecision(6))
 
 /** A listener that writes loads. The file appears with the first. */
 export function loadsLog(path: string): TrainListener {

@@ -116,18 +116,20 @@ describe('the listener', () => {
     const listen = tensorBoard(folder)
     listen(start)
     const layers = [
-      { name: 'layers.1', groups: 2, load: [6, 0, 3, 3], bias: [-0.5, 0.25, 0, 0] },
-      { name: 'layers.2', load: [1, 1, 1, 1], dropped: 1 },
+      { name: 'layers.1', groups: 2, load: [6, 0, 3, 3], stepMaxVio: 1.5, bias: [-0.5, 0.25, 0, 0] },
+      { name: 'layers.2', load: [1, 1, 1, 1], stepMaxVio: 0, dropped: 1 },
     ]
     listen({ type: 'loads', step: 10, steps: 10, layers })
     listen({ type: 'measuring', step: 10, done: 0 })
     const [bytes] = await eventFiles(folder)
     const values = [
       scalar('experts/layers.1/maxVio', 1),
+      scalar('experts/layers.1/stepMaxVio', 1.5),
       scalar('experts/layers.1/deadExperts', 1),
       scalar('experts/layers.1/leastBias', -0.5),
       scalar('experts/layers.1/largestBias', 0.25),
       scalar('experts/layers.2/maxVio', 0),
+      scalar('experts/layers.2/stepMaxVio', 0),
       scalar('experts/layers.2/deadExperts', 0),
       scalar('experts/layers.2/dropped', 0.25),
     ]

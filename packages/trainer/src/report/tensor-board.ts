@@ -5,6 +5,7 @@ import { join } from 'node:path'
 import { pathOf } from '@moe/checkpoint'
 import { isMoeError, MoeError } from '@moe/core'
 import type { LayerLoads, TrainEvent, TrainListener } from '../events.ts'
+import { maxVio } from './loads-log.ts'
 import { LogFile } from './log-file.ts'
 import { eventRecord, hyperparameters, scalar, text } from './tensor-board-records.ts'
 
@@ -16,7 +17,7 @@ let files = 0
 
 /**
  * A listener for `onEvent` that writes `events.out.tfevents.*`: scalars of every step (`train/nll`, `train/lr`, ..., and what the model logs, as `model/maxVio`),
- * of measurements (`validation/bitsPerByte`, `validation/loss`), of layers with experts when their loads are told (`experts/layers.3/maxVio`, over the steps since the last time; dead experts, share of
+ * of measurements (`validation/bitsPerByte`, `validation/loss`), of layers with experts when their loads are told (`experts/layers.3/maxVio`, over the steps since the last time, `stepMaxVio`, of single steps; dead experts, share of
  * dropped choices, range of the bias), and the run's settings as text and hyperparameters. `tensorboard --logdir runs` shows all
  * runs in a folder side by side. A run that goes on begins another file, which tells TensorBoard to forget the steps that are taken again. Of several ranks
  * the first writes. Where the files cannot be written, a notice says so and training goes on.
@@ -109,10 +110,11 @@ function recordsOf(event: TrainEvent): Buffer[] {
   }
 }
 
-function balanceOf({ load, dropped, bias }: LayerLoads): Record<string, number> {
+function balanceOf({ load, stepMaxVio, dropped, bias }: LayerLoads): Record<string, number> {
   const choices = load.reduce((sum, count) => sum + count, 0)
   return {
-    maxVio: (Math.max(...load) * load.length) / choices - 1,
+    maxVio: maxVio(load),
+    stepMaxVio,
     deadExperts: load.filter(count => count === 0).length,
     ...(dropped !== undefined && { dropped: dropped / choices }),
     ...(bias && { leastBias: Math.min(...bias), largestBias: Math.max(...bias) }),

@@ -79,7 +79,8 @@ describe('the page', () => {
       expect(headers['content-type']).toMatch(path.endsWith('.css') ? 'text/css' : 'text/javascript')
       pending.push(...[...text.matchAll(/^import .* from '\.\/([^']+)'/gm)].map(([, imported]) => imported))
     }
-    expect([...seen].sort()).toEqual(['charts.js', 'numbers.js', 'page.css', 'page.js', 'uplot.css', 'uplot.js'])
+    const own = ['charts', 'experts', 'heat-map', 'loads', 'numbers', 'page', 'uplot', 'zoom'].map(name => `${name}.js`)
+    expect([...seen].sort()).toEqual([...own, 'page.css', 'uplot.css'].sort())
   })
 
   test('has a head alone, and takes nothing', async () => {
@@ -172,6 +173,103 @@ test('runs.json has the state of each run', async () => {
     ['a', 3],
     ['deep/b', 2],
   ])
+})
+
+describe('a part of a run', () => {
+  const get = async (url: string, path: string, query: Record<string, string | number>) => {
+    const { status, text } = await ask(url, `/${path}?${new URLSearchParams(query as Record<string, string>)}`)
+    return status === 200 ? JSON.parse(text) : status
+  }
+
+  test('is read again in detail, in as many points as are asked for', async () => {
+    const folder = await temporaryFolder()
+    await makeRun(folder, 'deep/a b&c', 5000)
+    const url = await watch(folder)
+    const series = (query: object) => get(url, 'series.json', { run: 'deep/a b&c', ...query })
+    const nll = ({ columns }: { columns: Array<{ name: string; mean: number[] }> }) =>
+      columns.find(({ name }) => name === 'nll')?.mean
+    const part = await series({ from: 2001, to: 2010, most: 500 })
+    expect(part.steps).toEqual(Array.from({ length: 10 }, (_, i) => 2001 + i))
+    expect(nll(part)).toEqual(Array.from({ length: 10 }, (_, i) => 2000 + i))
+    expect(part.linesPerPoint).toBe(1)
+    const coarse = await series({ from: 1001, to: 2000, most: 100 })
+    expect(coarse).toMatchObject({ from: 0, linesPerPoint: 16 })
+    expect(nll(coarse)?.[0]).toBe((1000 + 1015) / 2)
+    expect((await series({})).steps.length).toBeLessThanOrEqual(2000)
+    expect((await series({ from: 9000 })).steps).toEqual([])
+    expect((await series({ from: 'x', to: '', most: 'many' })).steps.length).toBeGreaterThan(0)
+    expect((await series({ most: -3 })).steps.length).toBeGreaterThan(0)
+    expect((await series({ most: 1e9 })).steps).toHaveLength(5000)
+  })
+
+  const line = (step: number, loads: number[][], steps = 10) =>
+    `${JSON.stringify({ step, steps, layers: loads.map((load, i) => ({ name: `layers.${i + 1}`, load, bias: load })) })}\n`
+
+  test('has the loads of its experts, at a step and over time', async () => {
+    const folder = await temporaryFolder()
+    await makeRun(folder, 'a', 40)
+    await makeRun(folder, 'dense', 4)
+    const path = join(folder, 'a', 'loads.jsonl')
+    const lines = [10, 20, 30].map(step =>
+      line(step, [
+        [step, 0],
+        [1, 2],
+      ]),
+    )
+    await writeFile(path, lines.join(''))
+    const url = await watch(folder)
+    const loads = (query: object) => get(url, 'loads.json', { run: 'a', ...query })
+    const { runs } = JSON.parse((await ask(url, '/runs.json')).text)
+    expect(runs.map(({ loads }: { loads: unknown }) => loads)).toEqual([
+      { first: 10, last: 30, layers: ['layers.1', 'layers.2'] },
+      null,
+    ])
+    const steps = [0, 10, 11, 20, 30, 31, 1e9].map(async step => (await loads({ step })).step)
+    expect(await Promise.all(steps)).toEqual([10, 10, 20, 20, 30, 30, 30])
+    expect(await loads({ step: 'x' })).toEqual(await loads({}))
+    expect(await loads({ step: 12 })).toEqual({
+      step: 20,
+      steps: 10,
+      layers: [
+        { name: 'layers.1', groups: 1, load: [20, 0], bias: [20, 0] },
+        { name: 'layers.2', groups: 1, load: [1, 2], bias: [1, 2] },
+      ],
+    })
+    const over = async (query: object) =>
+      (await loads({ layer: 'layers.1', ...query })).map(({ step, load }: { step: number; load: number[] }) => [
+        step,
+        load,
+      ])
+    expect(await over({})).toEqual([10, 20, 30].map(step => [step, [step, 0]]))
+    expect(await over({ from: 15, to: 25 })).toEqual([[20, [20, 0]]])
+    expect((await over({ most: 2 })).map(([step]: [number]) => step)).toEqual([10, 30])
+    expect(await over({ layer: 'layers.9' })).toEqual([])
+    await appendFile(path, line(40, [[4, 4]]))
+    await ask(url, '/runs.json')
+    expect((await loads({})).layers).toHaveLength(1)
+    expect(await get(url, 'loads.json', { run: 'dense' })).toBe(404)
+    expect(await get(url, 'loads.json', { run: 'dense', layer: 'layers.1' })).toEqual([])
+    for (const run of ['', '..', 'b', '__proto__', '../a', join(folder, 'a')])
+      for (const path of ['series.json', 'loads.json']) expect(await get(url, path, { run })).toBe(404)
+  })
+
+  test('has nothing of lines that are no loads', async () => {
+    const folder = await temporaryFolder()
+    await makeRun(folder, 'a')
+    const layers = [
+      { name: 'good', load: [1, 2], groups: 3, bias: [1], dropped: 'x', stepMaxVio: null, other: 1 },
+      ...[{ load: [1] }, { name: 'a' }, { name: 'a', load: [] }, { name: 'a', load: ['1'] }, null, [1]],
+    ]
+    await writeFile(
+      join(folder, 'a', 'loads.jsonl'),
+      `{"step":1}\n{"step":2,"layers":{}}\nnull\n${JSON.stringify({ step: 3, steps: 'x', layers })}\n`,
+    )
+    const url = await watch(folder)
+    const at = (step: number) => get(url, 'loads.json', { run: 'a', step })
+    expect(await at(1)).toEqual({ step: 1, steps: 1, layers: [] })
+    expect(await at(2)).toEqual({ step: 2, steps: 1, layers: [] })
+    expect(await at(3)).toEqual({ step: 3, steps: 1, layers: [{ name: 'good', groups: 1, load: [1, 2] }] })
+  })
 })
 
 describe('live', () => {

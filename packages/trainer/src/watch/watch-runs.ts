@@ -41,10 +41,11 @@ interface Reader {
 }
 
 /**
- * Serves a page with all runs below a folder, live while they train. It only reads, and only while somebody looks: `metrics.jsonl`, `events.jsonl`,
- * `summary.json` and locks. The folder may appear later.
+ * Serves a page with all runs below a folder, live while they train. It only reads, and only while somebody looks: `metrics.jsonl`, `loads.jsonl`,
+ * `events.jsonl`, `summary.json` and locks. The folder may appear later.
  *
- * Paths: `/` the page, `/live` its data as server-sent events, `/runs.json` the state of each run.
+ * Paths: `/` the page, `/live` its data as server-sent events, `/runs.json` the state of each run, `/series.json?run=NAME&from=STEP&to=STEP&most=POINTS` numbers of a part of a run,
+ * `/loads.json?run=NAME&step=STEP` the loads that a step is part of, `/loads.json?run=NAME&layer=LAYER` (`&from=STEP&to=STEP&most=LINES`) those of a layer over time.
  *
  * @throws MoeError E_CONFIG when the address cannot be used
  */
@@ -118,6 +119,10 @@ async function readAssets(): Promise<Map<string, Asset>> {
     ['/page.js', join(page, 'page.js'), 'text/javascript'],
     ['/numbers.js', join(page, 'numbers.js'), 'text/javascript'],
     ['/charts.js', join(page, 'charts.js'), 'text/javascript'],
+    ['/experts.js', join(page, 'experts.js'), 'text/javascript'],
+    ['/heat-map.js', join(page, 'heat-map.js'), 'text/javascript'],
+    ['/loads.js', join(page, 'loads.js'), 'text/javascript'],
+    ['/zoom.js', join(page, 'zoom.js'), 'text/javascript'],
     ['/uplot.js', join(charts, 'uPlot.esm.js'), 'text/javascript'],
     ['/uplot.css', join(charts, 'uPlot.min.css'), 'text/css'],
   ]
@@ -148,17 +153,52 @@ async function answer(
   if (onlyHere && !loopback.test(name))
     return void refuse(403, 'this address is for localhost; start with another --host to share it')
   if (request.method !== 'GET' && request.method !== 'HEAD') return void refuse(405, 'this page only shows')
-  const path = (request.url ?? '/').replace(/[?#].*/s, '')
+  const [path, query = ''] = (request.url ?? '/').split('?', 2)
   const asset = assets.get(path)
   if (asset !== undefined) response.writeHead(200, { ...headers, 'content-type': asset.type }).end(asset.content)
   else if (path === '/live') watched.join(response)
   else if (path === '/runs.json') {
     await watched.refresh()
-    response.writeHead(200, { ...headers, 'content-type': 'application/json' })
-    response.end(
-      `${JSON.stringify({ folder: watched.folder, runs: watched.runs.map(({ state }) => state) }, null, 2)}\n`,
-    )
+    json(response, { folder: watched.folder, runs: watched.runs.map(({ state }) => state) }, 2)
+  } else if (path === '/series.json' || path === '/loads.json') {
+    const asked = new URLSearchParams(query)
+    const run = await watched.find(asked.get('run') ?? '')
+    const found = run && (await (path === '/series.json' ? seriesOf(run, asked) : loadsOf(run, asked)))
+    if (found === undefined) refuse(404, 'no such run, or nothing of it there')
+    else json(response, found)
   } else refuse(404, 'nothing here')
+}
+
+function json(response: ServerResponse, value: unknown, indent?: number): void {
+  response.writeHead(200, { ...headers, 'content-type': 'application/json' })
+  response.end(`${JSON.stringify(value, null, indent)}\n`)
+}
+
+const mostPoints = 8192
+
+function numberIn(asked: URLSearchParams, name: string, otherwise: number): number {
+  const value = Number(asked.get(name) || Number.NaN)
+  return Number.isNaN(value) ? otherwise : value
+}
+
+/** Steps that a request asks for, and how many of them. */
+function rangeOf(asked: URLSearchParams, usual: number) {
+  return {
+    from: numberIn(asked, 'from', 0),
+    to: numberIn(asked, 'to', Number.POSITIVE_INFINITY),
+    most: Math.min(mostPoints, Math.max(2, Math.floor(numberIn(asked, 'most', usual)))),
+  }
+}
+
+function seriesOf(run: WatchedRun, asked: URLSearchParams) {
+  const { from, to, most } = rangeOf(asked, 2000)
+  return run.seriesBetween(from, to, most)
+}
+
+function loadsOf({ loads }: WatchedRun, asked: URLSearchParams) {
+  const layer = asked.get('layer')
+  if (layer !== null) return loads.over(layer, rangeOf(asked, 400))
+  return loads.at(numberIn(asked, 'step', Number.POSITIVE_INFINITY))
 }
 
 class WatchedFolder {
@@ -175,6 +215,12 @@ class WatchedFolder {
 
   get runs(): WatchedRun[] {
     return [...this.#runs.values()]
+  }
+
+  /** The run of that name, which may have appeared since the folder was looked at. */
+  async find(name: string): Promise<WatchedRun | undefined> {
+    if (!this.#runs.has(name)) while (await this.refresh());
+    return this.#runs.get(name)
   }
 
   close(): void {

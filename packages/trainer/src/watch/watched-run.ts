@@ -2,8 +2,11 @@
 import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { isTaken } from '../checkpoints/folder-lock.ts'
-import { RunSeries } from './run-series.ts'
+import { type Fields, fieldsOf, isFields, isNumber, isStep } from './json-fields.ts'
+import { RunSeries, type SeriesPatch } from './run-series.ts'
 import { TailedFile } from './tailed-file.ts'
+import { WatchedLoads } from './watched-loads.ts'
+import { type StepLine, WatchedLog } from './watched-log.ts'
 
 /** A measurement of held-out data. */
 export interface HeldOutPoint {
@@ -34,6 +37,8 @@ export interface RunState {
   readonly tokensPerSecond: number | null
   /** Of training, without measurements and saving. */
   readonly secondsLeft: number | null
+  /** Layers whose experts' loads are known, and the steps of the first and the last line of `loads.jsonl`. */
+  readonly loads: { readonly first: number; readonly last: number; readonly layers: readonly string[] } | null
   /** When its files were last written to, in milliseconds since 1970. */
   readonly changed: number
   /** Model and machine: what the run told at its start. */
@@ -50,8 +55,6 @@ export interface RunState {
   readonly badLines: number
 }
 
-type Fields = Readonly<Record<string, unknown>>
-
 const quietMs = 5 * 60_000
 /** More of a kind are not kept of a run. */
 const most = 2000
@@ -60,14 +63,14 @@ const ends: ReadonlySet<unknown> = new Set(['finished', 'interrupted', 'time'])
 export class WatchedRun {
   readonly name: string
   readonly folder: string
-  readonly metrics: TailedFile
+  readonly metrics: WatchedLog
   readonly events: TailedFile
+  readonly loads: WatchedLoads
   series: RunSeries
   readonly #points: number | undefined
   #step = 0
   #speed = 0
   #lines = 0
-  #badLines = 0
   #start: Fields = {}
   #status: RunStatus = 'unknown'
   /** What the last event but notices and measurements said. */
@@ -80,24 +83,41 @@ export class WatchedRun {
     this.name = name
     this.folder = folder
     this.#points = points
-    this.metrics = new TailedFile(join(folder, 'metrics.jsonl'))
+    this.metrics = new WatchedLog(join(folder, 'metrics.jsonl'))
     this.events = new TailedFile(join(folder, 'events.jsonl'))
+    this.loads = new WatchedLoads(folder)
     this.series = new RunSeries(points)
   }
 
   /** Reads what was added. @returns whether there is more to read at once */
   async refresh(): Promise<boolean> {
-    const more = await this.metrics.read(
-      text => this.#metricsLine(text),
+    const more = await this.metrics.refresh(
+      line => this.#metricsLine(line),
       () => this.#forgetMetrics(),
     )
+    const moreLoads = await this.loads.refresh()
     const moreEvents = await this.events.read(
       text => this.#eventLine(text),
       () => this.#forgetEvents(),
     )
     if (this.events.changed === 0) await this.#readSummary()
     this.#status = this.#statusNow()
-    return more || moreEvents
+    return more || moreLoads || moreEvents
+  }
+
+  /** The numbers of steps from `from` to `to`, read again: at most `most` points, which are of fewer lines each than those of the whole run. */
+  async seriesBetween(from: number, to: number, most: number): Promise<SeriesPatch> {
+    const empty = () => new RunSeries(Math.max(1, Math.floor(most / 2)))
+    let series = empty()
+    await this.metrics.between(
+      from,
+      to,
+      line => series.push(line.step, line),
+      () => {
+        series = empty()
+      },
+    )
+    return series.patch()
   }
 
   get state(): RunState {
@@ -110,23 +130,19 @@ export class WatchedRun {
       steps: isNumber(steps) ? steps : null,
       tokensPerSecond: this.#speed > 0 ? this.#speed : null,
       secondsLeft: left ? Math.max(0, ((steps - this.#step) * tokensPerStep) / this.#speed) : null,
-      changed: Math.max(this.metrics.changed, this.events.changed),
+      loads: this.loads.span,
+      changed: Math.max(this.metrics.file.changed, this.events.changed),
       about: { ...about, began: time },
       settings: isFields(settings) ? settings : {},
       heldOut: this.#heldOut,
       notices: this.#notices,
-      problem: this.#error ?? this.metrics.problem ?? this.events.problem ?? null,
-      badLines: this.#badLines,
+      problem: this.#error ?? this.metrics.file.problem ?? this.events.problem ?? null,
+      badLines: this.metrics.badLines,
     }
   }
 
-  #metricsLine(text: string): void {
-    const line = fieldsOf(text)
-    const step = line?.['step']
-    if (line === undefined || !isStep(step)) {
-      this.#badLines++
-      return
-    }
+  #metricsLine(line: StepLine): void {
+    const { step } = line
     this.series.push(step, line)
     this.#step = step
     const speed = line['tokensPerSecond']
@@ -139,7 +155,6 @@ export class WatchedRun {
     this.#step = 0
     this.#speed = 0
     this.#lines = 0
-    this.#badLines = 0
   }
 
   #eventLine(text: string): void {
@@ -205,23 +220,10 @@ export class WatchedRun {
     if (this.#told !== undefined) return this.#told
     const taken = isTaken(this.folder)
     if (taken === true) return 'training'
-    const quiet = Date.now() - Math.max(this.metrics.changed, this.events.changed) > quietMs
+    const quiet = Date.now() - Math.max(this.metrics.file.changed, this.events.changed) > quietMs
     if (taken === undefined) return quiet ? 'silent' : 'training'
     return this.events.changed > 0 ? 'killed' : 'unknown'
   }
 }
 
-const isNumber = (value: unknown): value is number => typeof value === 'number'
-const isStep = (value: unknown): value is number => Number.isSafeInteger(value) && Number(value) >= 0
 const numberOr = (value: unknown) => (isNumber(value) ? value : null)
-const isFields = (value: unknown): value is Fields =>
-  typeof value === 'object' && value !== null && !Array.isArray(value)
-
-function fieldsOf(text: string): Fields | undefined {
-  try {
-    const value: unknown = JSON.parse(text)
-    return isFields(value) ? value : undefined
-  } catch {
-    return undefined
-  }
-}

@@ -1,0 +1,180 @@
+/** @file A map of cells that pointer and arrow keys can read. */
+import { element } from './charts.js'
+import { colorOf } from './loads.js'
+
+export class HeatMap {
+  #canvas
+  #tip
+  #what = null
+  /** The cell that is told of, `[column, row]`. */
+  #at = null
+  #observer
+
+  /** @param choose is called with a cell that was clicked, or Enter pressed on */
+  constructor(label, choose) {
+    this.#canvas = element('canvas', '')
+    this.#canvas.tabIndex = 0
+    this.#canvas.setAttribute('role', 'img')
+    this.label = label
+    this.#tip = element('div', 'tip')
+    this.#tip.setAttribute('role', 'status')
+    this.#tip.hidden = true
+    this.element = element('div', 'map', this.#canvas, this.#tip)
+    this.#observer = new ResizeObserver(() => this.#paint())
+    this.#observer.observe(this.element)
+    this.#canvas.onpointermove = event => this.#tell(this.#cellAt(event))
+    this.#canvas.onpointerleave = () => this.#tell(null)
+    this.#canvas.onblur = () => this.#tell(null)
+    this.#canvas.onclick = event => {
+      const cell = this.#cellAt(event)
+      if (cell) choose(...cell)
+    }
+    this.#canvas.onkeydown = event => {
+      const { columns, rows } = this.#what ?? { columns: [], rows: [] }
+      if (columns.length === 0) return
+      const [column, row] = this.#at ?? [columns.length - 1, 0]
+      const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }
+      const move = moves[event.key]
+      if (event.key === 'Enter' && this.#at) choose(column, row)
+      else if (event.key === 'Escape') this.#tell(null)
+      else if (move && !this.#at) this.#tell([column, row])
+      else if (move) {
+        const within = (value, length) => Math.max(0, Math.min(length - 1, value))
+        this.#tell([within(column + move[0], columns.length), within(row + move[1], rows.length)])
+      } else return
+      event.preventDefault()
+    }
+  }
+
+  /**
+   * Draws `{ columns, rows, shade, tell, left, below, height, marked, theme }`: columns and rows are where each ends, from 0 to 1, with gaps before those in `columns.gaps` and `rows.gaps`; `shade(column, row)` is a number
+   * from -1 to 1, null for a dead expert and undefined for nothing; `tell` says in words what a cell is; `left` and `below` are labels, `[where, text]`.
+   */
+  draw(what) {
+    this.#what = what
+    this.#canvas.setAttribute(
+      'aria-label',
+      `${this.label}. ${what.summary} Arrow keys read single cells; a table is below.`,
+    )
+    this.#paint()
+    if (this.#at) this.#tell(this.#at)
+  }
+
+  get #frame() {
+    const { left, below, height } = this.#what
+    const width = this.element.clientWidth
+    const labels = Math.max(0, ...left.map(([, text]) => 7 * text.length + 10))
+    return { width, height, x: labels, y: 2, right: width - 2, bottom: height - (below.length > 0 ? 22 : 2) }
+  }
+
+  /** Where a cell is, in whole pixels. */
+  #box(column, row) {
+    const { columns, rows } = this.#what
+    const { x, y, right, bottom } = this.#frame
+    const at = (ends, i, from, to) => {
+      const place = share => Math.round(from + share * (to - from))
+      const [begin, end] = [place(i === 0 ? 0 : ends[i - 1]), place(ends[i])]
+      const gap = end - begin > 4 ? 1 : 0
+      return [begin + (ends.gaps?.has(i) ? 2 : 0), Math.max(begin + 1, end - gap)]
+    }
+    const [x0, x1] = at(columns, column, x, right)
+    const [y0, y1] = at(rows, row, y, bottom)
+    return [x0, y0, Math.max(1, x1 - x0), Math.max(1, y1 - y0)]
+  }
+
+  #paint() {
+    if (!this.#what || this.element.clientWidth === 0) return
+    const { columns, rows, shade, left, below, marked, theme } = this.#what
+    const { width, height, x, y: top, bottom, right } = this.#frame
+    const scale = devicePixelRatio || 1
+    const canvas = this.#canvas
+    canvas.width = Math.round(width * scale)
+    canvas.height = Math.round(height * scale)
+    canvas.style.height = `${height}px`
+    const c = canvas.getContext('2d')
+    c.scale(scale, scale)
+    c.clearRect(0, 0, width, height)
+    for (let row = 0; row < rows.length; row++) {
+      for (let column = 0; column < columns.length; column++) {
+        const value = shade(column, row)
+        if (value === undefined) continue
+        const box = this.#box(column, row)
+        c.fillStyle = value === null ? theme.dead : colorOf(value, theme.scale)
+        c.fillRect(...box)
+        if (value === null) cross(c, box, theme.card)
+      }
+    }
+    c.font = '12px system-ui, "DejaVu Sans", sans-serif'
+    c.fillStyle = theme.faint
+    c.textBaseline = 'middle'
+    c.textAlign = 'right'
+    let free = Number.NEGATIVE_INFINITY
+    for (const [at, text] of left) {
+      const y = Math.max(top + 6, Math.min(bottom - 6, top + at * (bottom - top)))
+      if (y - free < 13) continue
+      free = y
+      c.fillText(text, x - 6, y)
+    }
+    c.textAlign = 'center'
+    for (const [at, text] of below) {
+      const half = c.measureText(text).width / 2
+      const place = x + at * (right - x)
+      if (place >= x) c.fillText(text, Math.max(x + half, Math.min(right - half, place)), bottom + 12)
+    }
+    c.strokeStyle = theme.text
+    c.lineWidth = 2
+    if (marked?.row !== undefined) {
+      const [, y0, , h] = this.#box(0, marked.row)
+      c.strokeRect(x - 1, y0 - 1, right - x + 1, h + 2)
+    }
+    if (marked?.column !== undefined) {
+      const [x0, , w] = this.#box(marked.column, 0)
+      c.strokeRect(x0 - 1, top - 1, w + 2, bottom - top + 2)
+    }
+    if (this.#at && this.#at[0] < columns.length && this.#at[1] < rows.length) {
+      const [x0, y0, w, h] = this.#box(...this.#at)
+      c.strokeRect(x0 - 1, y0 - 1, w + 2, h + 2)
+    }
+  }
+
+  #cellAt({ offsetX, offsetY }) {
+    if (!this.#what) return null
+    const { columns, rows } = this.#what
+    const { x, y, right, bottom } = this.#frame
+    const column = columns.findIndex(end => (offsetX - x) / (right - x) < end)
+    const row = rows.findIndex(end => (offsetY - y) / (bottom - y) < end)
+    return offsetX < x || offsetY < y || column < 0 || row < 0 ? null : [column, row]
+  }
+
+  #tell(cell) {
+    const { columns, rows } = this.#what
+    const there = cell && cell[0] < columns.length && cell[1] < rows.length
+    this.#at = there ? cell : null
+    this.#tip.hidden = !there
+    this.#paint()
+    if (!there) return
+    const [first, ...rest] = this.#what.tell(...cell)
+    this.#tip.replaceChildren(element('b', '', first), ...rest.map(line => element('div', '', line)))
+    const [x0, y0, w, h] = this.#box(...cell)
+    const { width } = this.#frame
+    const beside = x0 + w / 2 > width / 2
+    this.#tip.style.left = beside ? '' : `${x0 + w + 8}px`
+    this.#tip.style.right = beside ? `${width - x0 + 8}px` : ''
+    this.#tip.style.top = `${y0 + h / 2}px`
+  }
+}
+
+/** What tells a dead expert without colours. */
+function cross(c, [x, y, w, h], color) {
+  const size = Math.min(w, h, 12)
+  if (size < 4) return
+  c.strokeStyle = color
+  c.lineWidth = 1.5
+  const [cx, cy, r] = [x + w / 2, y + h / 2, size / 2 - 1]
+  c.beginPath()
+  c.moveTo(cx - r, cy - r)
+  c.lineTo(cx + r, cy + r)
+  c.moveTo(cx + r, cy - r)
+  c.lineTo(cx - r, cy + r)
+  c.stroke()
+}

@@ -1,0 +1,106 @@
+/** @file Numbers of the page that do not need a browser. */
+import { describe, expect, test } from 'vitest'
+
+const page = (name: string) => import(new URL(`../../page/${name}`, import.meta.url).href)
+const { colorOf, shadeOfBias, shadeOfShare, shares, summaryOf } = await page('loads.js')
+const { joined, wanted } = await page('zoom.js')
+
+describe('loads', () => {
+  test('are shares of the mean, and shades by powers of two', () => {
+    expect(shares([0, 1, 2, 5])).toEqual([0, 0.5, 1, 2.5])
+    expect(shares([0, 0])).toEqual([0, 0])
+    const wanted = [
+      [0, null],
+      [1, 0],
+      [2, 0.5],
+      [0.5, -0.5],
+      [4, 1],
+      [0.25, -1],
+      [64, 1],
+      [0.01, -1],
+    ]
+    for (const [share, shade] of wanted) expect(shadeOfShare(share)).toBe(shade)
+    expect([-2, 0, 1].map(bias => shadeOfBias(bias, 2))).toEqual([-1, 0, 0.5])
+    expect(shadeOfBias(0, 0)).toBe(0)
+  })
+
+  test('have colours from low over the middle to high', () => {
+    const scale = { low: [0, 0, 100], middle: [200, 200, 200], high: [100, 0, 0] }
+    expect([-1, -0.5, 0, 1].map(shade => colorOf(shade, scale))).toEqual([
+      'rgb(0 0 100)',
+      'rgb(100 100 150)',
+      'rgb(200 200 200)',
+      'rgb(100 0 0)',
+    ])
+  })
+
+  test('in words', () => {
+    expect(summaryOf({ load: [0, 6, 2, 0], dropped: 2, bias: [0.5, -1, 0, 0] })).toEqual({
+      maxVio: 2,
+      busiest: 1,
+      idlest: 0,
+      least: 0,
+      dead: [0, 3],
+      dropped: 0.25,
+      bias: [-1, 0.5],
+    })
+    expect(summaryOf({ load: [1, 1] })).toMatchObject({ maxVio: 0, dead: [], dropped: null, bias: null })
+  })
+})
+
+describe('a zoom', () => {
+  const column = (values: Array<number | null>, wide = true) => ({
+    mean: values,
+    ...(wide && { min: values.map(value => value && value - 1), max: values.map(value => value && value + 1) }),
+  })
+  const series = (steps: number[], wide = true) => ({
+    steps,
+    columns: new Map([
+      [
+        'nll',
+        column(
+          steps.map(step => step / 10),
+          wide,
+        ),
+      ],
+      [
+        'tokens',
+        column(
+          steps.map(step => 100 * step),
+          wide,
+        ),
+      ],
+    ]),
+  })
+  const whole = series([1, 10, 20, 30, 40, 45])
+
+  test('asks for steps where there are more lines, and pixels, than points', () => {
+    const of = (range: number[] | null, across = 'step', pixels = 300) => wanted(whole, { range, across }, pixels)
+    expect(of(null)).toBe(undefined)
+    expect(of([9.5, 31.2])).toEqual([9, 32])
+    expect(of([-3, 12])).toEqual([0, 12])
+    expect(of([9.5, 31.2], 'step', 3)).toBe(undefined)
+    expect(of([9.5, 31.2], 'step', 4)).toEqual([9, 32])
+    // Between two points, and from the point before a range to the one behind it.
+    expect(of([21, 22])).toEqual([21, 22])
+    expect(of([1500, 3100], 'tokens')).toEqual([10, 40])
+    expect(of([2100, 2200], 'tokens')).toEqual([20, 30])
+    expect(of([9000, 9100], 'tokens')).toEqual([45, 45])
+    expect(wanted(series([1, 2, 3], false), { range: [1, 2], across: 'step' }, 300)).toBe(undefined)
+  })
+
+  test('has its lines in place of the points there', () => {
+    const part = series([18, 19, 20, 21, 22], false)
+    const { steps, columns } = joined(whole, part)
+    expect(steps).toEqual([1, 10, 18, 19, 20, 21, 22, 30, 40, 45])
+    expect(columns.get('nll')).toEqual({
+      mean: [0.1, 1, 1.8, 1.9, 2, 2.1, 2.2, 3, 4, 4.5],
+      min: [-0.9, 0, 1.8, 1.9, 2, 2.1, 2.2, 2, 3, 3.5],
+      max: [1.1, 2, 1.8, 1.9, 2, 2.1, 2.2, 4, 5, 5.5],
+    })
+    expect(joined(whole, series([44, 45, 46])).steps).toEqual([1, 10, 20, 30, 40, 44, 45, 46])
+    expect(joined(whole, series([]))).toBe(whole)
+    const { columns: without } = joined(whole, { steps: [20], columns: new Map() })
+    expect(without.get('nll').mean).toEqual([0.1, 1, null, 3, 4, 4.5])
+  })
+})
