@@ -189,9 +189,8 @@ export class Chart {
         setSelect: [
           u => {
             const { left, width } = u.select
-            if (width < 4) return
             u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false)
-            this.zoom([u.posToVal(left, 'x'), u.posToVal(left + width, 'x')])
+            if (width >= 4) this.zoom([u.posToVal(left, 'x'), u.posToVal(left + width, 'x')])
           },
         ],
       },

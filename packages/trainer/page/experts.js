@@ -1,7 +1,7 @@
 /** @file The loads of a run's experts: all layers at a step, and one layer over time. */
 import { element } from './charts.js'
 import { HeatMap } from './heat-map.js'
-import { shadeOfBias, shadeOfShare, shares, summaryOf } from './loads.js'
+import { centred, shadeOfBias, shadeOfShare, shares, summaryOf } from './loads.js'
 import { short, ticks } from './numbers.js'
 
 /** Blue and orange are told apart by all; the middle is between them and the page. */
@@ -25,6 +25,8 @@ export class Experts {
   #line = null
   #over = []
   #overKey = ''
+  /** What the page shows. */
+  #drawn = ''
   #lines = []
   /** Step that the slider is at; null for the last. */
   #step = null
@@ -155,6 +157,11 @@ export class Experts {
     if (!this.#run || !this.#line || $('experts').hidden) return
     const { loads } = this.#run.state
     const { step, steps, layers } = this.#line
+    const what = $('experts-what')
+    const wanted = [this.#step, this.#hovered === null, this.#layer, what.value, this.#view.dark]
+    const key = JSON.stringify([this.#overKey, step, loads, ...wanted])
+    if (key === this.#drawn) return
+    this.#drawn = key
     const slider = $('experts-step')
     slider.step = String(Math.max(1, steps))
     slider.min = String(Math.min(loads.first, loads.last - 1))
@@ -164,28 +171,38 @@ export class Experts {
     const when = steps > 1 ? `steps ${count(step - steps + 1)} to ${count(step)}` : `step ${count(step)}`
     $('experts-when').textContent = `${when}${this.#hovered === null ? '' : ' (under the pointer)'}`
     const biased = [...layers, ...this.#over].some(({ bias }) => bias)
-    $('experts-what').querySelector('[value=bias]').disabled = !biased
-    if (!biased) $('experts-what').value = 'load'
-    const show = $('experts-what').value
-    const largest = Math.max(0, ...[...layers, ...this.#over].flatMap(({ bias = [] }) => bias.map(Math.abs)))
-    this.#drawLayers(layers, show, largest)
-    this.#drawTime(show, largest)
+    what.querySelector('[value=bias]').disabled = !biased
+    if (!biased) what.value = 'load'
+    const show = what.value
+    const [ofLayers, ofTime] = [layers, this.#over].map(list =>
+      list.map(({ load, bias }) => ({ shares: shares(load), bias: bias && centred(bias) })),
+    )
+    const largest = [...ofLayers, ...ofTime].reduce(
+      (most, { bias = [] }) => bias.reduce((so, value) => Math.max(so, Math.abs(value)), most),
+      0,
+    )
+    const shade = (of, expert) => {
+      if (expert >= of.shares.length) return undefined
+      if (show === 'load') return shadeOfShare(of.shares[expert])
+      return of.bias && shadeOfBias(of.bias[expert], largest)
+    }
+    this.#drawLayers(layers, ofLayers, shade)
+    this.#drawTime(ofTime, shade)
     this.#drawLegend(show, largest)
     this.#drawTable(layers)
   }
 
-  #drawLayers(layers, show, largest) {
+  #drawLayers(layers, of, shade) {
     const most = Math.max(1, ...layers.map(({ load }) => load.length))
     const { groups } = layers[0] ?? { groups: 1 }
-    const of = layers.map(layer => shares(layer.load))
     const row = layers.findIndex(({ name }) => name === this.#layer)
     this.#layers.draw({
       columns: even(most, groups),
       rows: even(layers.length),
-      shade: (column, i) => shadeOf(layers[i], of[i], column, show, largest),
+      shade: (column, i) => shade(of[i], column),
       tell: (column, i) => [
         `${layers[i].name}, expert ${column}`,
-        ...told(layers[i], of[i], column),
+        ...told(layers[i], of[i].shares, column),
         `MaxVio of the layer ${short(summaryOf(layers[i]).maxVio)}, of single steps ${short(layers[i].stepMaxVio)}`,
       ],
       left: layers.map(({ name }, i) => [(i + 0.5) / layers.length, name]),
@@ -207,9 +224,8 @@ export class Experts {
     return `The busiest is expert ${worst.busiest} of ${worst.name} with ${short(worst.maxVio + 1)} times the mean; dead experts: ${dead}.`
   }
 
-  #drawTime(show, largest) {
+  #drawTime(of, shade) {
     const over = this.#over
-    const of = over.map(({ load }) => shares(load))
     const experts = over[0]?.load.length ?? 1
     const begin = over.length > 0 ? over[0].step - over[0].steps : 0
     const end = over.at(-1)?.step ?? 1
@@ -218,10 +234,10 @@ export class Experts {
     this.#time.draw({
       columns: over.map(({ step }) => place(step)),
       rows: even(experts, over[0]?.groups ?? 1),
-      shade: (i, expert) => shadeOf(over[i], of[i], expert, show, largest),
+      shade: (i, expert) => shade(of[i], expert),
       tell: (i, expert) => [
         `expert ${expert}, ${over[i].steps > 1 ? `steps ${over[i].step - over[i].steps + 1} to` : 'step'} ${over[i].step}`,
-        ...told(over[i], of[i], expert),
+        ...told(over[i], of[i].shares, expert),
       ],
       left: ticks(0, experts - 1, 8, false)
         .filter(Number.isInteger)
@@ -276,12 +292,6 @@ function even(count, groups = 1) {
   const size = count / groups
   ends.gaps = new Set(Array.from({ length: groups - 1 }, (_, group) => (group + 1) * size))
   return ends
-}
-
-function shadeOf(layer, of, expert, show, largest) {
-  if (expert >= layer.load.length) return undefined
-  if (show === 'load') return shadeOfShare(of[expert])
-  return layer.bias && shadeOfBias(layer.bias[expert], largest)
 }
 
 /** What there is to say of an expert. */

@@ -5,7 +5,9 @@ import { colorOf } from './loads.js'
 export class HeatMap {
   #canvas
   #tip
+  #cells = element('canvas', '')
   #what = null
+  #places = null
   /** The cell that is told of, `[column, row]`. */
   #at = null
   #observer
@@ -56,44 +58,48 @@ export class HeatMap {
       'aria-label',
       `${this.label}. ${what.summary} Arrow keys read single cells; a table is below.`,
     )
+    const told = this.#at
+    this.#at = null
     this.#paint()
-    if (this.#at) this.#tell(this.#at)
+    if (told) this.#tell(told)
   }
 
-  get #frame() {
-    const { left, below, height } = this.#what
+  /** Where everything is, in pixels of the page. */
+  #layOut() {
+    const { columns, rows, left, below, height } = this.#what
     const width = this.element.clientWidth
-    const labels = Math.max(0, ...left.map(([, text]) => 7 * text.length + 10))
-    return { width, height, x: labels, y: 2, right: width - 2, bottom: height - (below.length > 0 ? 22 : 2) }
-  }
-
-  /** Where a cell is, in whole pixels. */
-  #box(column, row) {
-    const { columns, rows } = this.#what
-    const { x, y, right, bottom } = this.#frame
-    const at = (ends, i, from, to) => {
-      const place = share => Math.round(from + share * (to - from))
-      const [begin, end] = [place(i === 0 ? 0 : ends[i - 1]), place(ends[i])]
-      const gap = end - begin > 4 ? 1 : 0
-      return [begin + (ends.gaps?.has(i) ? 2 : 0), Math.max(begin + 1, end - gap)]
+    const x = Math.max(2, ...left.map(([, text]) => 7 * text.length + 10))
+    const frame = { width, height, x, y: 2, right: width - 2, bottom: height - (below.length > 0 ? 22 : 2) }
+    const parts = (ends, from, to) => {
+      const place = ends.map(end => Math.round(from + end * (to - from)))
+      return ends.map((_, i) => {
+        const begin = i === 0 ? from : place[i - 1]
+        const gap = place[i] - begin > 4 ? 1 : 0
+        const start = begin + (ends.gaps?.has(i) ? 2 : 0)
+        return [start, Math.max(1, place[i] - gap - start)]
+      })
     }
-    const [x0, x1] = at(columns, column, x, right)
-    const [y0, y1] = at(rows, row, y, bottom)
-    return [x0, y0, Math.max(1, x1 - x0), Math.max(1, y1 - y0)]
+    this.#places = {
+      ...frame,
+      columns: parts(columns, frame.x, frame.right),
+      rows: parts(rows, frame.y, frame.bottom),
+    }
   }
 
+  /** Left, top, width and height of a cell. */
+  #box(column, row) {
+    const { columns, rows } = this.#places
+    const [[x, w], [y, h]] = [columns[column], rows[row]]
+    return [x, y, w, h]
+  }
+
+  /** Draws all cells and labels, which stay until there is something else to show. */
   #paint() {
     if (!this.#what || this.element.clientWidth === 0) return
-    const { columns, rows, shade, left, below, marked, theme } = this.#what
-    const { width, height, x, y: top, bottom, right } = this.#frame
-    const scale = devicePixelRatio || 1
-    const canvas = this.#canvas
-    canvas.width = Math.round(width * scale)
-    canvas.height = Math.round(height * scale)
-    canvas.style.height = `${height}px`
-    const c = canvas.getContext('2d')
-    c.scale(scale, scale)
-    c.clearRect(0, 0, width, height)
+    this.#layOut()
+    const { columns, rows, shade, left, below, theme } = this.#what
+    const { width, height, x, y: top, bottom, right } = this.#places
+    const c = sized(this.#cells, width, height)
     for (let row = 0; row < rows.length; row++) {
       for (let column = 0; column < columns.length; column++) {
         const value = shade(column, row)
@@ -121,47 +127,68 @@ export class HeatMap {
       const place = x + at * (right - x)
       if (place >= x) c.fillText(text, Math.max(x + half, Math.min(right - half, place)), bottom + 12)
     }
+    this.#mark()
+  }
+
+  /** Shows the map, with frames round what is marked and what is told of. */
+  #mark() {
+    const { marked = {}, theme } = this.#what
+    const { width, height, x, y, bottom, right } = this.#places
+    this.#canvas.style.height = `${height}px`
+    const c = sized(this.#canvas, width, height)
+    c.drawImage(this.#cells, 0, 0, width, height)
     c.strokeStyle = theme.text
     c.lineWidth = 2
-    if (marked?.row !== undefined) {
+    if (marked.row !== undefined) {
       const [, y0, , h] = this.#box(0, marked.row)
       c.strokeRect(x - 1, y0 - 1, right - x + 1, h + 2)
     }
-    if (marked?.column !== undefined) {
+    if (marked.column !== undefined) {
       const [x0, , w] = this.#box(marked.column, 0)
-      c.strokeRect(x0 - 1, top - 1, w + 2, bottom - top + 2)
+      c.strokeRect(x0 - 1, y - 1, w + 2, bottom - y + 2)
     }
-    if (this.#at && this.#at[0] < columns.length && this.#at[1] < rows.length) {
+    if (this.#at) {
       const [x0, y0, w, h] = this.#box(...this.#at)
       c.strokeRect(x0 - 1, y0 - 1, w + 2, h + 2)
     }
   }
 
   #cellAt({ offsetX, offsetY }) {
-    if (!this.#what) return null
+    if (!this.#places) return null
     const { columns, rows } = this.#what
-    const { x, y, right, bottom } = this.#frame
+    const { x, y, right, bottom } = this.#places
     const column = columns.findIndex(end => (offsetX - x) / (right - x) < end)
     const row = rows.findIndex(end => (offsetY - y) / (bottom - y) < end)
     return offsetX < x || offsetY < y || column < 0 || row < 0 ? null : [column, row]
   }
 
   #tell(cell) {
-    const { columns, rows } = this.#what
+    if (!this.#places) return
+    const { columns, rows, tell } = this.#what
     const there = cell && cell[0] < columns.length && cell[1] < rows.length
     this.#at = there ? cell : null
     this.#tip.hidden = !there
-    this.#paint()
+    this.#mark()
     if (!there) return
-    const [first, ...rest] = this.#what.tell(...cell)
+    const [first, ...rest] = tell(...cell)
     this.#tip.replaceChildren(element('b', '', first), ...rest.map(line => element('div', '', line)))
     const [x0, y0, w, h] = this.#box(...cell)
-    const { width } = this.#frame
+    const { width } = this.#places
     const beside = x0 + w / 2 > width / 2
     this.#tip.style.left = beside ? '' : `${x0 + w + 8}px`
     this.#tip.style.right = beside ? `${width - x0 + 8}px` : ''
     this.#tip.style.top = `${y0 + h / 2}px`
   }
+}
+
+/** A canvas of that size on the page, to draw on. */
+function sized(canvas, width, height) {
+  const scale = devicePixelRatio || 1
+  canvas.width = Math.round(width * scale)
+  canvas.height = Math.round(height * scale)
+  const context = canvas.getContext('2d')
+  context.scale(scale, scale)
+  return context
 }
 
 /** What tells a dead expert without colours. */

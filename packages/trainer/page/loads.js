@@ -12,6 +12,12 @@ export function shadeOfShare(share) {
   return Math.max(-1, Math.min(1, Math.log2(share) / 2))
 }
 
+/** Biases without their mean: what all experts of a layer have in common chooses none of them. */
+export function centred(bias) {
+  const mean = bias.reduce((sum, value) => sum + value, 0) / bias.length
+  return bias.map(value => value - mean)
+}
+
 /** From -1 to 1, by the largest bias that is shown. */
 export function shadeOfBias(bias, largest) {
   return largest > 0 ? bias / largest : 0

@@ -2,7 +2,7 @@
 import { describe, expect, test } from 'vitest'
 
 const page = (name: string) => import(new URL(`../../page/${name}`, import.meta.url).href)
-const { colorOf, shadeOfBias, shadeOfShare, shares, summaryOf } = await page('loads.js')
+const { centred, colorOf, shadeOfBias, shadeOfShare, shares, summaryOf } = await page('loads.js')
 const { joined, wanted } = await page('zoom.js')
 
 describe('loads', () => {
@@ -22,6 +22,7 @@ describe('loads', () => {
     for (const [share, shade] of wanted) expect(shadeOfShare(share)).toBe(shade)
     expect([-2, 0, 1].map(bias => shadeOfBias(bias, 2))).toEqual([-1, 0, 0.5])
     expect(shadeOfBias(0, 0)).toBe(0)
+    expect(centred([3, 4, 8])).toEqual([-2, -1, 3])
   })
 
   test('have colours from low over the middle to high', () => {
