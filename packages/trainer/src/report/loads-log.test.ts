@@ -2,10 +2,10 @@
 import { existsSync } from 'node:fs'
 import { appendFile, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { Random } from '@moe/core'
+import { type InitOptions, Random, type Tensor } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
-import { auxFree } from '@moe/router'
+import { auxFree, CapacityMoE } from '@moe/router'
 import { afterAll, afterEach, describe, expect, test } from 'vitest'
 import { TokenDataset } from '../data/token-dataset.ts'
 import type { LoadsEvent, TrainEvent } from '../events.ts'
@@ -84,6 +84,34 @@ class Watched extends DeepSeek {
     this.choices.push(await Promise.all(this.#passes.map(passes => Promise.all(passes))))
     this.#passes = this.moeLayers.map(() => [])
     return super.afterStep(...sum)
+  }
+}
+
+/** A layer with a capacity in a model that is no DeepSeek. */
+class Switch extends BigramModel {
+  moe: CapacityMoE
+  layerLoads: readonly LayerLoad[] = []
+  readonly #own: Array<{ load: number[]; kept: number }>
+
+  constructor(init: InitOptions, own: Array<{ load: number[]; kept: number }>) {
+    super(init)
+    this.#own = own
+    const sizes = { hidden_size: 6, moe_intermediate_size: 4, n_routed_experts: 4 }
+    this.moe = new CapacityMoE({ ...sizes, router: 'switch', capacity_factor: 1 }, { deviation: 1, ...init })
+  }
+
+  protected override hidden(embedded: Tensor, training: boolean): Tensor {
+    const [tokens, features] = embedded.shape
+    return this.moe.forward(embedded.reshape([1, tokens, features]), { training }).reshape([tokens, features])
+  }
+
+  override async afterStep(): Promise<Record<string, number>> {
+    const [kept, load] = await Promise.all([this.moe.kept!.item(), this.moe.load!.values()])
+    this.moe.reset()
+    this.#own.push({ load: Array.from(load), kept })
+    const dropped = Array.from(load).reduce((sum, count) => sum + count, -kept)
+    this.layerLoads = [{ name: 'switch', load, dropped }]
+    return super.afterStep()
   }
 }
 
@@ -187,6 +215,31 @@ describe('a training', () => {
       expect(dropped).toBe(load.reduce((a, b) => a + b) - kept)
       expect(dropped).toBeGreaterThan(0)
     }
+  })
+
+  test('of a model of any kind tells what that says of itself', async () => {
+    const own: Array<{ load: number[]; kept: number }> = []
+    const loads: LoadsEvent[] = []
+    await train(new Switch({ backend: roundingBackend() }, own), {
+      data: letterData(),
+      steps: 5,
+      batchSize: 2,
+      sequenceLength: 8,
+      accumulate: 2,
+      loadsEvery: 3,
+      progress: false,
+      onEvent: event => event.type === 'loads' && loads.push(event),
+    })
+    expect(loads.map(({ step, layers }) => [step, layers])).toEqual(
+      [own.slice(0, 3), own.slice(3)].map((steps, i) => {
+        const load = steps.map(step => step.load).reduce(add)
+        const dropped = load.reduce((a, b) => a + b) - steps.reduce((sum, { kept }) => sum + kept, 0)
+        expect(dropped).toBeGreaterThan(0)
+        return [[3, 5][i], [{ name: 'switch', load, dropped, stepMaxVio: expect.any(Number) }]]
+      }),
+    )
+    // Two micro-batches of two rows of 8 positions.
+    expect(own.map(({ load }) => load.reduce((a, b) => a + b))).toEqual(own.map(() => 32))
   })
 
   test('without experts writes nothing', async () => {

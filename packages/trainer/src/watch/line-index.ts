@@ -33,16 +33,14 @@ export class LineIndex {
    * whose reader finds the lines that count behind those that do not.
    */
   push(step: number, at: number, end: number): void {
-    let again = false
     while (this.#steps.length > 0 && this.#steps[this.#steps.length - 1] >= step) {
       this.#steps.pop()
       this.#offsets.pop()
-      again = true
     }
     this.#end = end
     this.#last = step
     if (this.#steps.length === 0) at = 0
-    else if (!again && this.#lines < this.#linesPerBlock) {
+    else if (this.#lines < this.#linesPerBlock) {
       this.#lines++
       return
     }

@@ -81,10 +81,10 @@ describe('the index', () => {
   })
 })
 
-async function watched(lines: readonly object[]) {
+async function watched(lines: readonly object[], blocks?: number) {
   const path = join(await temporaryFolder(), 'log.jsonl')
   await writeFile(path, lines.map(line => `${JSON.stringify(line)}\n`).join(''))
-  const log = new WatchedLog(path)
+  const log = new WatchedLog(path, blocks)
   const refresh = async () => {
     const seen: Line[] = []
     let resets = 0
@@ -96,10 +96,12 @@ async function watched(lines: readonly object[]) {
 }
 
 describe('lines that are read again', () => {
+  const few = fc.constantFrom(1, 3, 1000)
+
   test('are those that count', async () => {
     await fc.assert(
-      fc.asyncProperty(logs, fc.integer({ min: 0, max: 300 }), fc.nat(200), async (lines, from, width) => {
-        const { log, refresh } = await watched(lines)
+      fc.asyncProperty(logs, fc.integer({ min: 0, max: 300 }), fc.nat(200), few, async (lines, from, width, blocks) => {
+        const { log, refresh } = await watched(lines, blocks)
         expect((await refresh()).seen).toEqual(lines)
         const kept = counting(lines)
         let read: Line[] = []
@@ -116,9 +118,12 @@ describe('lines that are read again', () => {
         )
         expect(read).toEqual(kept.filter(({ step }) => step >= from && step <= from + width))
         expect(await log.at(from)).toEqual(kept.find(({ step }) => step >= from) ?? kept.at(-1))
-        expect(await log.spread(from, from + width, 1000)).toEqual(read)
+        const spread = await log.spread(from, from + width, 1000)
+        if (blocks > lines.length) expect(spread).toEqual(read)
+        for (const line of spread) expect(read).toContainEqual(line)
+        expect((await log.spread(from, from + width, 3)).at(-1)).toEqual(spread.at(-1))
       }),
-      { numRuns: 50 },
+      { numRuns: 150 },
     )
   })
 

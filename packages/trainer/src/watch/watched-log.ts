@@ -8,11 +8,15 @@ export type StepLine = Fields & { readonly step: number }
 
 export class WatchedLog {
   readonly file: TailedFile
-  #index = new LineIndex()
+  readonly #blocks: number | undefined
+  #index: LineIndex
   #badLines = 0
 
-  constructor(path: string) {
+  /** @param blocks of its index */
+  constructor(path: string, blocks?: number) {
     this.file = new TailedFile(path)
+    this.#blocks = blocks
+    this.#index = new LineIndex(blocks)
   }
 
   /** First step and last; null where there is none. */
@@ -43,7 +47,7 @@ export class WatchedLog {
         line(fields)
       },
       () => {
-        this.#index = new LineIndex()
+        this.#index = new LineIndex(this.#blocks)
         this.#badLines = 0
         reset()
       },
