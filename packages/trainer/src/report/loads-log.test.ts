@@ -288,6 +288,11 @@ describe('loads.jsonl', () => {
     expect(loads.map(({ step }) => step)).toEqual(steps)
   })
 
+  test.each([-1, 1.5, Number.NaN, '10'])('every %j steps cannot be', async loadsEvery => {
+    const failing = run(small(), { loadsEvery: loadsEvery as number })
+    await expect(failing).rejects.toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/loadsEvery/) })
+  })
+
   test('of a run that was killed and goes on is that of one that never stopped', async () => {
     const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
     const settings = { schedule: () => 1, loadsEvery: 3, checkpointEvery: 4 }

@@ -61,7 +61,7 @@ export class LineIndex {
   /** Bytes with the first line whose step is `step` or later, or with the last line of all. */
   at(step: number): ByteRange {
     const block = Math.max(0, this.#blockOf(step))
-    const next = Math.min(block + 1, this.#steps.length - 1)
+    const next = this.#steps[block] === step ? block : Math.min(block + 1, this.#steps.length - 1)
     return next < 0 ? { from: 0, to: 0 } : { from: this.#offsets[block], to: this.#endOf(next) }
   }
 
