@@ -91,6 +91,7 @@ describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) 
     ['Muon', { optimizer: muon }, {}],
     ['clipped hard', { clip: 0.01 }, {}],
     ['not clipped', { clip: Number.POSITIVE_INFINITY }, {}],
+    ['dropped tokens', {}, { dropping: { devices: 2, undropped: 0.5 } }],
     ['a balancer', {}, { balancer: both(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
   ])('%s', async (_, options, model) => {
     const one = await alone(options, model)
@@ -102,7 +103,9 @@ describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) 
       expect(other.loads).toEqual(first.loads)
     }
     expect(first.loads).toEqual(one.loads)
-    expect(first.loads.at(-1)?.layers).toHaveLength(3)
+    const [{ layers }] = first.loads
+    expect(layers).toHaveLength(3)
+    for (const { dropped = 0 } of layers) expect(dropped > 0).toBe(model.dropping !== undefined)
     // As with rows on several ranks.
     expect(difference(first, one)).toBeLessThan(1e-5)
     expect(biases(first)).toEqual(biases(one))
@@ -140,10 +143,13 @@ describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) 
     expect(lines.map(line => [line.step, Object.keys(line).sort()])).toEqual(
       like.map(line => [line.step, Object.keys(line).sort()]),
     )
+    const loads = (of: string) => readFile(join(of, 'loads.jsonl'), 'utf8')
+    expect(await loads(out)).toBe(await loads(ofOne))
     expect(written[0].result).toMatchObject({ steps: 8, parameters: one.result.parameters, tokens: one.result.tokens })
     const [first, ...others] = await onRanks(arrangement, { ...shared, out, resume: checkpoint }, {}, size)
     expect(first.steps).toEqual(straight.steps.slice(3))
     for (const each of [first, ...others]) expect(digestOf(each)).toBe(digestOf(straight))
+    expect(await loads(out)).toBe(await loads(ofOne))
     const opened = await DeepSeek.fromPretrained(join(first.result.checkpoint as string, 'model'), { backend })
     const entries = stateDict(opened).map(async ({ name, data }) => [name, Array.from(await data())] as const)
     expect(digestOf({ weights: Object.fromEntries(await Promise.all(entries)) })).toBe(digestOf(first))
