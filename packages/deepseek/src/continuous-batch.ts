@@ -10,7 +10,9 @@ import {
   namedParameters,
   type OptionNames,
   type Parameter,
+  type Precision,
   Random,
+  type Tensor,
 } from '@moe/core'
 import { BatchStep } from './batch-step.ts'
 import { endTokens } from './config.ts'
@@ -20,11 +22,13 @@ import {
   generation,
   type SessionOptions,
   type TextTurnOptions,
+  type Told,
   type TurnOptions,
   turnNames,
 } from './generate.ts'
+import { logProbsBehind, logProbsOf, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { penalize, type Scores, sample } from './sampling.ts'
+import { penalize, sample } from './sampling.ts'
 import { usualPrecision } from './usual-precision.ts'
 
 /** Room for texts that are made at the same time. */
@@ -51,12 +55,19 @@ const names: OptionNames<ContinuousBatchOptions> = {
 const refused = (code: 'E_ATTR' | 'E_DISPOSED' | 'E_OUT_OF_MEMORY', problem: string, fix?: string) =>
   new MoeError({ code, op: 'generate', problem, fix })
 
+interface Made {
+  readonly token: number
+  readonly likely: TokenLogProb | undefined
+}
+
 /** A text on its way. */
 class Text {
   /** Prompt, and what was made of it. */
   readonly tokens: number[]
   readonly options: TurnOptions
-  readonly stats: GenerationStats
+  readonly told: Told
+  /** Tokens of the prompt. */
+  readonly prompt: number
   readonly ends: ReadonlySet<number | string>
   /** Tokens that stand before, for penalties. */
   readonly known: Set<number>
@@ -66,7 +77,7 @@ class Text {
   /** Null while it waits: it has no pages then. */
   sequence: PagedSequence | null = null
   /** Made, and not read yet. */
-  readonly ready: number[] = []
+  readonly ready: Made[] = []
   made = 0
   /** Why nothing is made any more: for good, or by an error. */
   finished: GenerationStats['finishReason'] = null
@@ -76,13 +87,14 @@ class Text {
   constructor(
     tokens: number[],
     options: TurnOptions,
-    stats: GenerationStats,
+    told: Told,
     { ends, most }: { readonly ends: readonly number[]; readonly most: number },
   ) {
     this.tokens = tokens
+    this.prompt = tokens.length
     this.most = most
     this.options = options
-    this.stats = stats
+    this.told = told
     this.ends = new Set<number | string>([...ends, ...(options.stop ?? [])])
     this.known = new Set(tokens)
     this.random = new Random(options.seed ?? 0)
@@ -91,6 +103,12 @@ class Text {
   /** Tokens that the cache does not hold. */
   get pending(): number {
     return this.tokens.length - (this.sequence?.length ?? 0)
+  }
+
+  /** What may have been read for other texts: only of what is read anew it can be told how likely it is. */
+  get shareable(): readonly number[] {
+    const { length } = this.told.promptLogProbs
+    return length > 0 && length < this.prompt ? this.tokens.slice(0, length) : this.tokens
   }
 
   /** Something has happened that whoever reads the text may want to know. */
@@ -118,6 +136,7 @@ export class ContinuousBatch {
   readonly #step: BatchStep
   readonly #maxTexts: number
   readonly #promptPiece: number
+  readonly #precision: Precision
   readonly #parameters: readonly Parameter[]
   /** Of the weights that the cache is of. */
   #versions: readonly number[] = []
@@ -143,6 +162,7 @@ export class ContinuousBatch {
     this.#model = model
     this.#maxTexts = maxTexts
     this.#promptPiece = promptPiece
+    this.#precision = precision
     this.#cache = model.makePagedCache({ tokens, dtype })
     this.#step = new BatchStep(model, this.#cache, precision)
     this.#parameters = namedParameters(model).map(({ parameter }) => parameter)
@@ -169,7 +189,7 @@ export class ContinuousBatch {
   generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
     checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
     this.#needAlive()
-    const result = generation(this.#model, 0, ids, options, (tokens, stats) => this.#text(tokens, options, stats))
+    const result = generation(this.#model, 0, ids, options, (tokens, told) => this.#text(tokens, options, told))
     const { tokens } = this.#cache
     if (ids.length <= tokens) return result
     const problem = `the prompt has ${ids.length} tokens, and the cache has room for ${tokens}`
@@ -197,16 +217,17 @@ export class ContinuousBatch {
   }
 
   /** The reader's side. */
-  async *#text(tokens: number[], options: TurnOptions, stats: GenerationStats): AsyncGenerator<number> {
-    const { signal, onToken, maxTokens = 128 } = options
+  async *#text(tokens: number[], options: TurnOptions, told: Told): AsyncGenerator<number> {
+    const { signal, onToken, maxTokens = 128, promptLogProbs } = options
+    const { stats } = told
     this.#needAlive()
-    if (maxTokens === 0) {
+    if (maxTokens === 0 && (promptLogProbs === undefined || tokens.length === 1)) {
       stats.finishReason = 'length'
       return
     }
     // The last token that is made is not read.
     const most = Math.min(maxTokens, this.#cache.tokens - tokens.length + 1)
-    const text = new Text(tokens, options, stats, { ends: endTokens(this.#model.config), most })
+    const text = new Text(tokens, options, told, { ends: endTokens(this.#model.config), most })
     signal?.addEventListener('abort', text.wake)
     this.#waiting.push(text)
     this.#work()
@@ -215,9 +236,11 @@ export class ContinuousBatch {
         if (signal?.aborted) {
           throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
         }
-        const token = text.ready.shift()
-        if (token !== undefined) {
+        const next = text.ready.shift()
+        if (next !== undefined) {
+          const { token, likely } = next
           stats.tokens++
+          if (likely) told.logProbs.push(likely)
           onToken?.(token)
           yield token
         } else if (text.failure) throw text.failure.error
@@ -285,8 +308,8 @@ export class ContinuousBatch {
     const start = sequence.length
     const count = Math.min(this.#promptPiece, text.pending)
     if (!this.#reserve(text, start + count)) return
-    const last = start + count === text.tokens.length
-    await this.#pass([text], text.tokens.slice(start, start + count), last)
+    const scored = start + count === text.tokens.length && text.most > 0
+    await this.#pass([text], text.tokens.slice(start, start + count), scored)
   }
 
   /** A token of each text whose tokens but one are in the cache. */
@@ -304,8 +327,8 @@ export class ContinuousBatch {
 
   #begun(text: Text): PagedSequence {
     if (text.sequence === null) {
-      text.sequence = this.#cache.start(text.tokens)
-      if (text.made === 0) text.stats.reused = text.sequence.length
+      text.sequence = this.#cache.start(text.shareable)
+      if (text.made === 0) text.told.stats.reused = text.sequence.length
     }
     return text.sequence
   }
@@ -331,10 +354,10 @@ export class ContinuousBatch {
 
   async #pass(texts: readonly Text[], ids: readonly number[], scored: boolean): Promise<void> {
     const sequences = texts.map(({ sequence }) => sequence as PagedSequence)
-    let scores: Scores[]
+    let made: Made[]
     this.#passing = true
     try {
-      scores = await this.#step.run(sequences, ids, scored ? texts.map(({ options }) => options) : undefined)
+      made = await this.#made(texts, ids, scored)
     } catch (error) {
       for (const text of texts) {
         text.fail(error)
@@ -350,24 +373,64 @@ export class ContinuousBatch {
       // Its reader may have left, and its pages may be another's.
       if (text.sequence !== sequences[i]) continue
       this.#cache.share(sequences[i], text.tokens)
-      if (!scored) continue
-      text.stats.steps++
-      this.#accept(text, scores[i])
+      if (scored) this.#accept(text, made[i])
+      else if (text.most === 0 && text.pending <= 1) this.#finish(text, 'length')
     }
   }
 
-  #accept(text: Text, scores: Scores): void {
-    const { options, known, tokens, ready } = text
-    const token = sample(penalize(scores, known, options), options, text.random)
+  /** A pass: the next token of each text, where they are `scored`. */
+  async #made(texts: readonly Text[], ids: readonly number[], scored: boolean): Promise<Made[]> {
+    const sequences = texts.map(({ sequence }) => sequence as PagedSequence)
+    const options = scored ? texts.map(({ options }) => options) : []
+    const [start] = sequences.map(({ length }) => length)
+    const { hidden, logits, scores } = await this.#step.run(sequences, ids, options)
+    try {
+      const tokens = scores.map((each, i) => {
+        const { known, options, random } = texts[i]
+        return sample(penalize(each, known, options), options, random)
+      })
+      if (texts.length === 1) await this.#tellPrompt(texts[0], start, hidden)
+      const tops = options.map(({ logProbs }) => logProbs)
+      const most = Math.max(...tops.map(top => top ?? -1))
+      const likely = logits && most >= 0 ? await logProbsOf(logits, tokens, most) : []
+      return tokens.map((token, i) => {
+        const top = tops[i]
+        return { token, likely: top === undefined ? undefined : { ...likely[i], top: likely[i].top.slice(0, top) } }
+      })
+    } finally {
+      hidden.dispose()
+      logits?.dispose()
+    }
+  }
+
+  /** Of tokens of its prompt, what the hidden states before them say. */
+  async #tellPrompt(text: Text, start: number, hidden: Tensor): Promise<void> {
+    const { promptLogProbs: top } = text.options
+    const { promptLogProbs: told } = text.told
+    if (top === undefined) return
+    const behind = text.tokens.slice(told.length, Math.min(text.prompt, start + hidden.shape[1] + 1))
+    const how = { from: told.length - 1 - start, top, precision: this.#precision }
+    told.push(...(await logProbsBehind(this.#model, hidden, behind, how)))
+  }
+
+  #accept(text: Text, { token, likely }: Made): void {
+    const { known, tokens, ready, told } = text
+    told.stats.steps++
     tokens.push(token)
     known.add(token)
-    if (text.ends.has(token)) text.finished = 'stop'
-    else {
-      ready.push(token)
-      text.made++
-      if (text.made >= text.most) text.finished = 'length'
+    if (text.ends.has(token)) {
+      this.#finish(text, 'stop')
+      return
     }
-    if (text.finished) this.#end(text)
+    ready.push({ token, likely })
+    text.made++
+    if (text.made >= text.most) this.#finish(text, 'length')
+    else text.wake()
+  }
+
+  #finish(text: Text, reason: 'stop' | 'length'): void {
+    text.finished = reason
+    this.#end(text)
     text.wake()
   }
 

@@ -10,6 +10,16 @@ type States = {
   readonly hidden: Tensor
   /** Of the last `wanted` of them: `scoresOf` the logits. */
   readonly scores: Tensor
+  /** `[wanted, V]`, where they are asked for. */
+  readonly logits?: Tensor
+}
+
+/** What follows new tokens. The tensors are the caller's, who frees them before the next run: that may overwrite them. */
+interface Followed {
+  /** `[1, n, D]`. */
+  readonly hidden: Tensor
+  readonly rows: Scores[]
+  readonly logits?: Tensor
 }
 
 /** The passes of the main model in one session. */
@@ -33,32 +43,32 @@ export class DecodeStep {
     this.#sampling = { temperature, repetitionPenalty }
   }
 
-  /**
-   * Adds tokens to the cache; gives their hidden states, which the caller frees before the next run (it may overwrite them), and what follows the last
-   * `wanted` of them.
-   */
-  async run(ids: readonly number[], wanted: number): Promise<{ hidden: Tensor; rows: Scores[] }> {
-    const pass = (input: Tensor) => this.#pass(input, wanted)
-    const { hidden, scores } = this.#passes.run(`${wanted}`, pass, Int32Array.from(ids))
+  /** Adds tokens to the cache; gives their hidden states and what follows the last `wanted` of them, and its logits where `withLogits`. */
+  async run(ids: readonly number[], wanted: number, withLogits = false): Promise<Followed> {
+    const pass = (input: Tensor) => this.#pass(input, wanted, withLogits)
+    const { hidden, scores, logits } = this.#passes.run(`${wanted} ${withLogits}`, pass, Int32Array.from(ids))
     let values: Awaited<ReturnType<Tensor['values']>>
     try {
       values = await scores.values()
     } catch (error) {
       hidden.dispose()
+      logits?.dispose()
       throw error
     } finally {
       scores.dispose()
     }
-    if (!(values instanceof Float32Array)) return { hidden, rows: Array.from(values) }
+    if (!(values instanceof Float32Array)) return { hidden, rows: Array.from(values), logits }
     const size = values.length / wanted
-    return { hidden, rows: Array.from({ length: wanted }, (_, i) => values.subarray(i * size, (i + 1) * size)) }
+    const rows = Array.from({ length: wanted }, (_, i) => values.subarray(i * size, (i + 1) * size))
+    return { hidden, rows, logits }
   }
 
-  #pass(ids: Tensor, wanted: number): States {
+  #pass(ids: Tensor, wanted: number, withLogits: boolean): States {
     const hidden = this.#model.hidden(ids, { cache: this.#cache })
     const length = ids.shape[1]
     const logits = this.#model.lm_head.forward(hidden.narrow(1, length - wanted, length))
-    return { hidden, scores: scoresOf(logits, this.#sampling) }
+    const scores = scoresOf(logits, this.#sampling)
+    return { hidden, scores, ...(withLogits && { logits: logits.reshape([wanted, logits.shape[2]]) }) }
   }
 
   dispose(): void {

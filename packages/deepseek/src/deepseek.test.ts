@@ -251,7 +251,7 @@ describe('generation', () => {
     // Other seeds would give the same text.
     expect(() => model.generate([1], { seed: 3 })).toThrow(/seed would do nothing.*: pass temperature: 1/)
     model.generate([1], { seed: 3, temperature: 0 })
-    expect(() => model.generate('hello' as unknown as number[])).toThrow(/prompt is a text; pass its ids/)
+    expect(() => model.generate('hello' as unknown as number[])).toThrow(/prompt is a string; pass its ids/)
     for (const none of [undefined, null, 5, tensor([1])] as unknown[])
       expect(() => model.generate(none as number[])).toThrow(/prompt is no list of ids; pass its ids/)
     const several = [[1, 2], [3]] as unknown as number[]

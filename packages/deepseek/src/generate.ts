@@ -1,6 +1,7 @@
 /** @file What making a text takes and gives; session.ts makes it. */
 import type { CacheDType } from '@moe/attention-mla'
 import { MoeError, type OptionNames, type Precision } from '@moe/core'
+import { checkTop, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
 import { checkSampling, type SamplingOptions } from './sampling.ts'
 
@@ -14,6 +15,10 @@ export interface TurnOptions extends SamplingOptions {
    * What ends the text besides the configuration's eos: token ids, and with a tokenizer also strings, wherever their tokens break. It is not yielded.
    */
   readonly stop?: ReadonlyArray<number | string>
+  /** Fill `logProbs` of the generation, with so many of the likeliest tokens beside each that was made. */
+  readonly logProbs?: number
+  /** The same for the tokens of the prompt, in `promptLogProbs`. All of it is read then, whatever was read before. */
+  readonly promptLogProbs?: number
   /** Ends the text between two tokens: the loop then throws E_ABORTED, with the signal's reason as its cause. */
   readonly signal?: AbortSignal
   /** Is given every id when it is made, also where texts are yielded. */
@@ -62,6 +67,8 @@ export const turnNames: OptionNames<TextTurnOptions> = {
   repetitionPenalty: true,
   seed: true,
   stop: true,
+  logProbs: true,
+  promptLogProbs: true,
   signal: true,
   onToken: true,
   tokenizer: true,
@@ -85,10 +92,25 @@ export interface GenerationStats {
   readonly tokensPerStep: number
 }
 
-/** Tokens (or texts) as they come, once, for `for await`: it is no promise. `stats` fills up meanwhile. */
-export interface Generation<T> extends AsyncIterable<T> {
+/** What the model found likely, where that was asked for. */
+export interface GenerationLogProbs {
+  /** Of each token made. */
+  readonly logProbs: readonly TokenLogProb[]
+  /** Of each token of the prompt; of the first nothing is known. */
+  readonly promptLogProbs: ReadonlyArray<TokenLogProb | null>
+}
+
+/** Tokens (or texts) as they come, once, for `for await`: it is no promise. The rest fills up meanwhile. */
+export interface Generation<T> extends AsyncIterable<T>, GenerationLogProbs {
   /** Of this text. */
   readonly stats: GenerationStats
+}
+
+/** What is told of a text beside its tokens. */
+export interface Told {
+  readonly stats: GenerationStats
+  readonly logProbs: TokenLogProb[]
+  readonly promptLogProbs: Array<TokenLogProb | null>
 }
 
 /** What `generate` of a model and of a session give: `decode` is called for the ids, once all is checked. */
@@ -97,7 +119,7 @@ export function generation(
   depth: number,
   prompt: ArrayLike<number>,
   options: TurnOptions & Partial<TextTurnOptions>,
-  decode: (tokens: number[], stats: GenerationStats) => AsyncGenerator<number>,
+  decode: (tokens: number[], told: Told) => AsyncGenerator<number>,
 ): Generation<number | string> {
   const { tokenizer } = options
   const stops = checkTurn(model, prompt, options)
@@ -112,9 +134,10 @@ export function generation(
       return this.steps === 0 ? 0 : this.tokens / this.steps
     },
   }
-  const ids = decode(Array.from(prompt), stats)
+  const told: Told = { stats, logProbs: [], promptLogProbs: options.promptLogProbs === undefined ? [] : [null] }
+  const ids = decode(Array.from(prompt), told)
   const once = tokenizer ? texts(ids, tokenizer, stops, stats) : ids
-  return { stats, [Symbol.asyncIterator]: () => once }
+  return { ...told, [Symbol.asyncIterator]: () => once }
 }
 
 /** The strings that end the text. @throws MoeError E_ATTR for a prompt or options that cannot be */
@@ -126,7 +149,9 @@ function checkTurn(
   const { maxTokens = 0, signal, tokenizer, stop } = options
   const refused = (problem: string, fix?: string) => new MoeError({ code: 'E_ATTR', op: 'generate', problem, fix })
   checkSampling(options)
-  checkPrompt(model, prompt)
+  checkTop('generate', 'logProbs', options.logProbs)
+  checkTop('generate', 'promptLogProbs', options.promptLogProbs)
+  checkIds('generate', model, prompt)
   if (!(maxTokens >= 0)) throw refused(`maxTokens = ${maxTokens} is no number of tokens`, 'pass 0 or more')
   if (signal !== undefined && typeof signal?.addEventListener !== 'function') {
     throw refused('signal is no AbortSignal', 'of an AbortController pass .signal')
@@ -191,32 +216,22 @@ function unfinished(text: string, stops: readonly string[]): number {
   return longest
 }
 
-function checkPrompt(model: DeepSeek, prompt: ArrayLike<number>): void {
+/** @throws MoeError E_ATTR for what is no sequence of token ids */
+export function checkIds(op: 'generate' | 'score', model: DeepSeek, ids: ArrayLike<number>): void {
   const { vocab_size: vocabulary } = model.config
-  const given: unknown = prompt
-  const several = Array.isArray(prompt?.[0]) || ArrayBuffer.isView(prompt?.[0])
-  if (typeof given === 'string' || several || typeof prompt?.length !== 'number') {
-    throw new MoeError({
-      code: 'E_ATTR',
-      op: 'generate',
-      problem: `the prompt is ${typeof given === 'string' ? 'a text' : several ? 'a list of prompts' : 'no list of ids'}`,
-      fix: several ? 'call generate for each of them' : 'pass its ids: tokenizer.encode(text)',
-    })
+  const name = op === 'generate' ? 'prompt' : 'text'
+  const refused = (problem: string, fix?: string) => new MoeError({ code: 'E_ATTR', op, problem, fix })
+  const given: unknown = ids
+  if (Array.isArray(ids?.[0]) || ArrayBuffer.isView(ids?.[0])) {
+    throw refused(`the ${name} is a list of ${name}s`, `call ${op} for each of them`)
   }
-  if (prompt.length === 0) {
-    throw new MoeError({
-      code: 'E_ATTR',
-      op: 'generate',
-      problem: 'the prompt is empty',
-      fix: 'pass at least one token, such as bos',
-    })
+  if (typeof given === 'string' || typeof ids?.length !== 'number') {
+    const what = typeof given === 'string' ? 'a string' : 'no list of ids'
+    throw refused(`the ${name} is ${what}`, 'pass its ids: tokenizer.encode(text)')
   }
-  for (let i = 0; i < prompt.length; i++) {
-    if (Number.isInteger(prompt[i]) && prompt[i] >= 0 && prompt[i] < vocabulary) continue
-    throw new MoeError({
-      code: 'E_ATTR',
-      op: 'generate',
-      problem: `token ${i} is ${prompt[i]}, outside the vocabulary of ${vocabulary}`,
-    })
+  if (ids.length === 0) throw refused(`the ${name} is empty`, 'pass at least one token, such as bos')
+  for (let i = 0; i < ids.length; i++) {
+    if (Number.isInteger(ids[i]) && ids[i] >= 0 && ids[i] < vocabulary) continue
+    throw refused(`token ${i} is ${ids[i]}, outside the vocabulary of ${vocabulary}`)
   }
 }

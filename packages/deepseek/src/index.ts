@@ -21,10 +21,12 @@ export type {
   TurnOptions,
 } from './generate.ts'
 export { type ExportedGguf, type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
+export type { LogProb, TokenLogProb } from './log-probs.ts'
 export { DeepSeek, type DeepSeekLoss, type DeepSeekOptions, type Objective } from './model.ts'
 export type { DeepSeekPieces, PieceRunner, RouteElsewhere } from './pieces.ts'
 export { presets } from './presets.ts'
 export { loadWeights } from './pretrained.ts'
 export type { SamplingOptions } from './sampling.ts'
+export type { ScoreOptions } from './score.ts'
 export type { Session } from './session.ts'
 export type { DeepSeekStage, DeepSeekStages } from './stages.ts'

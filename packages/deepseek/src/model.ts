@@ -69,9 +69,11 @@ import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './co
 import { ContinuousBatch, type ContinuousBatchOptions } from './continuous-batch.ts'
 import { DecoderLayer, type DecoderLayerInit, isTransient, type LayerOptions, layerNames } from './decoder-layer.ts'
 import type { GenerateOptions, Generation, SessionOptions, TextOptions } from './generate.ts'
+import type { TokenLogProb } from './log-probs.ts'
 import type { LossSource } from './loss-parts.ts'
 import { DeepSeekPieces } from './pieces.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
+import { type ScoreOptions, score } from './score.ts'
 import { generate, Session } from './session.ts'
 import { DeepSeekStages } from './stages.ts'
 import {
@@ -613,6 +615,18 @@ export class DeepSeek extends Module {
   /** For many texts at once, as a server makes them: each pass has a token of every text. Dispose it before the model. */
   continuousBatch(options: ContinuousBatchOptions = {}): ContinuousBatch {
     return new ContinuousBatch(this, options)
+  }
+
+  /**
+   * How likely the model finds each token of texts, given those before it; of a first one nothing is known. Nothing is made. Texts of about the same length go
+   * through together. Sum up `logProb` over a continuation to compare it with others.
+   * @throws MoeError E_ATTR
+   */
+  score(
+    texts: ReadonlyArray<ArrayLike<number>>,
+    options: ScoreOptions = {},
+  ): Promise<Array<Array<TokenLogProb | null>>> {
+    return score(this, texts, options)
   }
 
   /** Writes config.json and model.safetensors in the Hugging Face layout. */

@@ -7,6 +7,7 @@ import {
   MoeError,
   namedParameters,
   type Parameter,
+  type Precision,
   Random,
   type Tensor,
 } from '@moe/core'
@@ -15,14 +16,15 @@ import { DecodeStep } from './decode-step.ts'
 import { Drafter } from './drafter.ts'
 import {
   type Generation,
-  type GenerationStats,
   generation,
   type SessionOptions,
   sessionNames,
   type TextTurnOptions,
+  type Told,
   type TurnOptions,
   turnNames,
 } from './generate.ts'
+import { logProbsBehind, logProbsOf } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
 import { penalize, sample, verifyDraft } from './sampling.ts'
 import { usualPrecision } from './usual-precision.ts'
@@ -76,7 +78,7 @@ export class Session {
   generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
     checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
     this.#needAlive()
-    return generation(this.#model, this.#depth, ids, options, (tokens, stats) => this.#decode(tokens, options, stats))
+    return generation(this.#model, this.#depth, ids, options, (tokens, told) => this.#decode(tokens, options, told))
   }
 
   /** Frees the cache. A text that is being made ends with E_DISPOSED. */
@@ -92,8 +94,10 @@ export class Session {
     throw new MoeError({ code: 'E_DISPOSED', op: 'generate', problem: 'the session was disposed', fix })
   }
 
-  async *#decode(tokens: number[], options: TurnOptions, stats: GenerationStats): AsyncGenerator<number> {
-    const { maxTokens = 128, signal, onToken } = options
+  async *#decode(tokens: number[], options: TurnOptions, told: Told): AsyncGenerator<number> {
+    const { maxTokens = 128, signal, onToken, logProbs, promptLogProbs } = options
+    const { stats } = told
+    const prompt = tokens.length
     const ends = new Set<number | string>([...endTokens(this.#model.config), ...(options.stop ?? [])])
     const random = new Random(options.seed ?? 0)
     const known = new Set(tokens)
@@ -106,18 +110,28 @@ export class Session {
       if (!signal?.aborted) return
       throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })
     }
+    /** Of tokens of the prompt, what the hidden states before them say. */
+    const tellPrompt = async (hidden: Tensor) => {
+      if (promptLogProbs === undefined) return
+      const known = told.promptLogProbs.length
+      const behind = tokens.slice(known, Math.min(known + hidden.shape[1], prompt))
+      const how = { from: 0, top: promptLogProbs, precision: this.#precision }
+      told.promptLogProbs.push(...(await logProbsBehind(this.#model, hidden, behind, how)))
+    }
     this.#begin()
     try {
-      const { cache, step, drafter } = this.#ready(tokens, maxTokens)
+      const { cache, step, drafter } = this.#ready(tokens, options)
       step.sampling = options
       stats.reused = cache.lengths[0]
       let pending = tokens.slice(stats.reused)
       let drafts: number[] = []
-      // What a pass needs grows with its tokens: a long prompt goes through in pieces.
-      while (pending.length > limits.promptPiece && maxTokens > 0) {
+      // What a pass needs grows with its tokens: a long prompt goes through in pieces. Where nothing is made, all of it, if anybody wants to know of it.
+      const least = maxTokens > 0 ? limits.promptPiece : promptLogProbs === undefined ? Infinity : 0
+      while (pending.length > least) {
         await turn()
         const piece = pending.splice(0, limits.promptPiece)
         this.#hidden = (await step.run(piece, 1)).hidden
+        await tellPrompt(this.#hidden)
         await drafter.draft(this.#hidden, piece.length, tokens)
         this.#hidden.dispose()
       }
@@ -125,10 +139,9 @@ export class Session {
       while (stats.tokens < maxTokens) {
         await turn()
         const before = cache.lengths[0]
-        const verified = await step.run([...pending, ...drafts], drafts.length + 1)
-        const { rows, hidden } = verified
+        const ids = [...pending, ...drafts]
+        const { rows, hidden, logits } = await step.run(ids, drafts.length + 1, logProbs !== undefined)
         this.#hidden = hidden
-        stats.steps++
         const made: number[] = []
         for (let i = 0; i < rows.length; i++) {
           const scores = penalize(rows[i], known, options)
@@ -142,15 +155,19 @@ export class Session {
           if (!accepted) break
           stats.accepted[i]++
         }
+        const likely = logits && (await logProbsOf(logits, made, logProbs as number).finally(() => logits.dispose()))
+        if (stats.steps === 0) await tellPrompt(hidden)
+        stats.steps++
         const confirmed = pending.length + made.length - 1
         cache.truncate(before + confirmed)
         tokens.push(...made)
         unseen = confirmed
-        for (const token of made) {
+        for (const [i, token] of made.entries()) {
           if (ends.has(token)) {
             stats.finishReason = 'stop'
             return
           }
+          if (likely) told.logProbs.push(likely[i])
           stats.tokens++
           if (stats.tokens >= maxTokens) stats.finishReason = 'length'
           onToken?.(token)
@@ -181,6 +198,10 @@ export class Session {
     }
   }
 
+  get #precision(): Precision {
+    return this.#options.precision ?? usualPrecision(this.#model)
+  }
+
   #begin(): void {
     if (this.#state !== 'idle') {
       throw new MoeError({
@@ -195,7 +216,7 @@ export class Session {
   }
 
   /** The parts, with as many of the tokens in their caches as stand, and room for the others and for what is made of them. */
-  #ready(tokens: readonly number[], maxTokens: number): Parts {
+  #ready(tokens: readonly number[], { maxTokens = 128, promptLogProbs }: TurnOptions): Parts {
     const weights = namedParameters(this.#model).map(({ parameter }) => [parameter, parameter.version] as const)
     const same = weights.every(([parameter, version], i) => {
       const [known, before] = this.#weights[i] ?? []
@@ -206,7 +227,7 @@ export class Session {
     const room = tokens.length + Math.min(maxTokens, 512) + this.#depth + 1
     const parts = this.#parts ?? this.#make(2 ** Math.ceil(Math.log2(Math.max(64, room))))
     const { cache, drafter } = parts
-    const start = this.#shared(tokens, drafter)
+    const start = promptLogProbs === undefined ? this.#shared(tokens, drafter) : 0
     cache.truncate(start)
     drafter.truncate(start)
     cache.reserve(room - start)
@@ -226,7 +247,8 @@ export class Session {
 
   #make(capacity: number): Parts {
     const model = this.#model
-    const { cacheDtype: dtype, precision = usualPrecision(model) } = this.#options
+    const { cacheDtype: dtype } = this.#options
+    const precision = this.#precision
     const cache = model.makeCache({ capacity, dtype })
     try {
       const drafter = new Drafter(model, this.#depth, { capacity, dtype, precision })

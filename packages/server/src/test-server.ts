@@ -89,7 +89,7 @@ export function scriptedEngine(
       }
       asked.push({ ids: Array.from(ids), options })
       const once = script(asked[asked.length - 1], stats)[Symbol.asyncIterator]()
-      return { stats, [Symbol.asyncIterator]: () => once }
+      return { stats, logProbs: [], promptLogProbs: [], [Symbol.asyncIterator]: () => once }
     },
   }
 }

@@ -1,0 +1,251 @@
+import { fileURLToPath } from 'node:url'
+import { readSafetensors } from '@moe/checkpoint'
+import { type Backend, fromHost, setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { assertClose } from '@moe/core/testing'
+import { createBackend } from '@moe/kernels-cpu'
+import { afterAll, beforeEach, describe, expect, test } from 'vitest'
+import { DeepSeek, type GenerateOptions, type Generation, type TokenLogProb, type TurnOptions } from './index.ts'
+import { limits } from './log-probs.ts'
+import { limits as scoreLimits } from './score.ts'
+import { limits as sessionLimits } from './session.ts'
+import { tiny } from './test-tiny.ts'
+
+const reference = referenceBackend()
+const native = await createBackend()
+beforeEach(() => setDefaultBackend(reference))
+afterAll(() => native.dispose())
+
+/** Logarithms of the shares of `exp(logits)`, in doubles. */
+function logSoftmax(logits: ArrayLike<number>): number[] {
+  const largest = Math.max(...Array.from(logits))
+  const sum = Array.from(logits).reduce((sum, x) => sum + Math.exp(x - largest), 0)
+  return Array.from(logits, x => x - largest - Math.log(sum))
+}
+
+/** By position of a text, log-probabilities `[V]` of what comes behind it. */
+async function expectedOf(model: DeepSeek, ids: readonly number[]): Promise<number[][]> {
+  const logits = model.infer(() => model.forward(fromHost(Int32Array.from(ids), [1, ids.length], 'i32', model.backend)))
+  const values = await logits.values()
+  logits.dispose()
+  const { vocab_size: vocabulary } = model.config
+  return ids.map((_, t) => logSoftmax(values.subarray(t * vocabulary, (t + 1) * vocabulary)))
+}
+
+const tolerance = { relative: 1e-4, absolute: 1e-5 }
+
+/** Whether what is told of the tokens `ids[from...]` is what the model says there. */
+async function expectTold(
+  model: DeepSeek,
+  ids: readonly number[],
+  from: number,
+  told: ReadonlyArray<TokenLogProb | null>,
+  top: number,
+): Promise<void> {
+  const expected = await expectedOf(model, ids)
+  expect(told).toHaveLength(ids.length - from)
+  for (const [i, one] of told.entries()) {
+    if (from + i === 0) {
+      expect(one).toBeNull()
+      continue
+    }
+    const row = expected[from + i - 1]
+    const { token, logProb, top: likeliest } = one as TokenLogProb
+    expect(token).toBe(ids[from + i])
+    assertClose(`token ${from + i}`, [logProb], [row[token]], tolerance)
+    const order = row.toSorted((a, b) => b - a).slice(0, top)
+    assertClose(
+      `likeliest ${from + i}`,
+      likeliest.map(({ logProb }) => logProb),
+      order,
+      tolerance,
+    )
+    assertClose(
+      `their tokens ${from + i}`,
+      likeliest.map(({ token }) => row[token]),
+      order,
+      tolerance,
+    )
+    expect(new Set(likeliest.map(({ token }) => token)).size).toBe(Math.min(top, row.length))
+    for (const same of likeliest.filter(other => other.token === token)) expect(same.logProb).toBe(logProb)
+  }
+}
+
+async function read(text: Generation<number>): Promise<number[]> {
+  const ids: number[] = []
+  for await (const id of text) ids.push(id)
+  return ids
+}
+
+const prompt = Array.from({ length: 90 }, (_, i) => (i * 7 + (i >> 3)) % 40)
+const ways: ReadonlyArray<readonly [ids: number[], options: TurnOptions]> = [
+  [prompt.slice(0, 5), { logProbs: 3 }],
+  [prompt, { logProbs: 0, promptLogProbs: 2, temperature: 1.2, seed: 3 }],
+  [[8], { logProbs: 50, promptLogProbs: 0, repetitionPenalty: 1.3 }],
+  [prompt.slice(0, 8), { promptLogProbs: 1, temperature: 0.7, topK: 4, repetitionPenalty: 1.1 }],
+  [prompt.slice(0, 70), { promptLogProbs: 4, maxTokens: 0 }],
+  [prompt.slice(0, 8), { promptLogProbs: 4, maxTokens: 0 }],
+  [[8], { promptLogProbs: 4, maxTokens: 0 }],
+  [prompt.slice(0, 66), { maxTokens: 20 }],
+  [prompt.slice(0, 66), { logProbs: 1, promptLogProbs: 1, maxTokens: 40 }],
+]
+
+async function expectAllTold(model: DeepSeek, text: Generation<number>, ids: number[], options: GenerateOptions) {
+  const { logProbs, promptLogProbs, ...plain } = options
+  const made = await read(text)
+  // Asking changes nothing.
+  expect(made).toEqual(await read(model.generate(ids, plain)))
+  if (logProbs === undefined) expect(text.logProbs).toEqual([])
+  else await expectTold(model, [...ids, ...made], ids.length, text.logProbs, logProbs)
+  const isGreedy = !options.temperature && !options.repetitionPenalty
+  if (isGreedy && logProbs) expect(text.logProbs.map(({ top }) => top[0].token)).toEqual(made)
+  if (promptLogProbs === undefined) expect(text.promptLogProbs).toEqual([])
+  else {
+    await expectTold(model, ids, 0, text.promptLogProbs, promptLogProbs)
+    expect(text.stats.reused).toBe(0)
+  }
+  expect(text.stats.finishReason).toBe('length')
+}
+
+describe.each([
+  ['the reference backend', () => reference as Backend],
+  ['a backend that records', () => native as Backend],
+])('on %s', (_, of) => {
+  const make = (mtp = 0) => {
+    const config = { ...tiny, num_nextn_predict_layers: mtp, max_position_embeddings: 256 }
+    return new DeepSeek(config, { seed: 3, backend: of() })
+  }
+
+  test.each([
+    ['one token at a time', 0, 2048],
+    ['with drafts, prompts in pieces', 2, 7],
+  ])('a session tells how likely its texts are: %s', async (_name, mtp, piece) => {
+    const { handles } = of().stats()
+    const model = make(mtp)
+    const session = model.session()
+    sessionLimits.promptPiece = piece
+    limits.logits = 40 * 3
+    try {
+      for (const [ids, options] of ways) {
+        const turn = { maxTokens: 12, ...options }
+        await expectAllTold(model, session.generate(ids, turn), ids, { ...turn, speculative: mtp > 0 })
+      }
+    } finally {
+      sessionLimits.promptPiece = 2048
+      limits.logits = 2 ** 24
+    }
+    session.dispose()
+    model.dispose()
+    expect(of().stats().handles).toBe(handles)
+  })
+
+  test.each([
+    ['all at once', { maxTexts: 16 }],
+    ['in small pieces', { maxTexts: 3, promptPiece: 7 }],
+    ['with texts that are sent back', { maxTexts: 8, promptPiece: 40, cacheTokens: 256 }],
+  ])('a batch tells how likely its texts are: %s', async (_name, options) => {
+    const { handles } = of().stats()
+    const model = make()
+    const batch = model.continuousBatch(options)
+    const asked = ways.map(([ids, turn]) => [ids, { maxTokens: 12, ...turn }] as const)
+    const texts = asked.map(([ids, turn]) => batch.generate(ids, turn))
+    await Promise.all(texts.map((text, i) => expectAllTold(model, text, ...asked[i])))
+    batch.dispose()
+    model.dispose()
+    expect(of().stats().handles).toBe(handles)
+  })
+
+  test('a prompt that is sent back half told is told on', async () => {
+    const model = make()
+    // Five pages of 64: both others take a second one while this prompt is at its second.
+    const batch = model.continuousBatch({ cacheTokens: 320, promptPiece: 31 })
+    const others = [1, 2].map(id => read(batch.generate([id, ...prompt.slice(0, 60)], { maxTokens: 12 })))
+    const ids = [...prompt, ...prompt.slice(0, 10)]
+    const text = batch.generate(ids, { promptLogProbs: 1, maxTokens: 1 })
+    await read(text)
+    await Promise.all(others)
+    await expectTold(model, ids, 0, text.promptLogProbs, 1)
+    expect(text.stats.reused).toBe(64)
+    batch.dispose()
+    model.dispose()
+  })
+
+  test('texts are scored, however they share passes', async () => {
+    const { handles } = of().stats()
+    const model = make(1)
+    const texts = [prompt.slice(0, 9), [3], prompt, Int32Array.of(4, 5), prompt.slice(2, 11)]
+    for (const [passTokens, logits] of [
+      [4096, 2 ** 24],
+      [1, 1],
+      [30, 40 * 4],
+    ]) {
+      Object.assign(scoreLimits, { passTokens })
+      Object.assign(limits, { logits })
+      const scores = await model.score(texts, { top: 2 })
+      for (const [i, text] of texts.entries()) await expectTold(model, Array.from(text), 0, scores[i], 2)
+    }
+    scoreLimits.passTokens = 4096
+    limits.logits = 2 ** 24
+    expect(await model.score([])).toEqual([])
+    expect((await model.score([[1, 2]]))[0][1]?.top).toEqual([])
+    model.dispose()
+    expect(of().stats().handles).toBe(handles)
+  })
+})
+
+test.each(['v3-base', 'v2-lite', 'llama-gqa'])('scores are those of transformers: %s', async name => {
+  const folder = fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url))
+  const file = await readSafetensors(`${folder}/expected.safetensors`)
+  const ids = await file.read('input_ids')
+  const logits = (await file.read('logits')).data as Float32Array
+  await file.close()
+  const model = await DeepSeek.fromPretrained(folder)
+  const [rows, time] = ids.shape
+  const { vocab_size: vocabulary } = model.config
+  const texts = Array.from({ length: rows }, (_, b) =>
+    Array.from((ids.data as Int32Array).subarray(b * time, (b + 1) * time)),
+  )
+  const scores = await model.score(texts)
+  for (const [b, text] of texts.entries()) {
+    const own = scores[b].slice(1).map(one => (one as TokenLogProb).logProb)
+    const theirs = text.slice(1).map((token, t) => {
+      const at = (b * time + t) * vocabulary
+      return logSoftmax(logits.subarray(at, at + vocabulary))[token]
+    })
+    assertClose(`text ${b}`, own, theirs, { relative: 1e-4, absolute: 1e-4 })
+  }
+  model.dispose()
+})
+
+test('what cannot be is refused', async () => {
+  const { handles } = reference.stats()
+  const model = new DeepSeek(tiny, { seed: 3 })
+  expect(() => model.generate([1], { logProbs: -1 })).toThrow('logProbs = -1 is no number of tokens')
+  expect(() => model.generate([1], { promptLogProbs: true as never })).toThrow('promptLogProbs = true is no number')
+  await expect(model.score([[1], []])).rejects.toThrow('score: the text is empty')
+  await expect(model.score([1, 2] as never)).rejects.toThrow('the text is no list of ids')
+  await expect(model.score('text' as never)).rejects.toThrow('no list of texts is given')
+  await expect(model.score([[40]])).rejects.toThrow('token 0 is 40, outside the vocabulary of 40')
+  await expect(model.score([[1]], { top: 0.5 })).rejects.toThrow('top = 0.5 is no number of tokens')
+  await expect(model.score([[1]], { topp: 1 } as never)).rejects.toThrow('did you mean top?')
+  model.dispose()
+  expect(reference.stats().handles).toBe(handles)
+})
+
+test('a pass whose log-probabilities fail frees all', async () => {
+  const model = new DeepSeek(tiny, { seed: 3 })
+  // Absorbed weights and tables are the model's.
+  await read(model.generate([1, 2], { promptLogProbs: 0, maxTokens: 0 }))
+  await model.score([[1, 2]])
+  const { lm_head: head } = model
+  const before = reference.stats().handles
+  const forward = head.forward.bind(head)
+  head.forward = () => {
+    throw new Error('no memory')
+  }
+  await expect(read(model.generate([1, 2], { promptLogProbs: 0, maxTokens: 0 }))).rejects.toThrow('no memory')
+  await expect(model.score([[1, 2]])).rejects.toThrow('no memory')
+  head.forward = forward
+  expect(reference.stats().handles).toBe(before)
+  model.dispose()
+})

@@ -1,0 +1,81 @@
+/** @file How likely a model finds the tokens of a text. */
+import { fromHost, keep, MoeError, noGrad, type Precision, scope, type Tensor } from '@moe/core'
+import type { DeepSeek } from './model.ts'
+
+/** A token, and the natural logarithm of its probability. */
+export interface LogProb {
+  readonly token: number
+  readonly logProb: number
+}
+
+/** What a model says of a token by its logits as they are, whatever temperature, penalty or cut the token was drawn with. */
+export interface TokenLogProb extends LogProb {
+  /** As many of the likeliest tokens as were asked for, the likeliest first, the lowest of equals. */
+  readonly top: readonly LogProb[]
+}
+
+/** Most logits of a prompt that are there at a time. Tests make it small. */
+export const limits = { logits: 2 ** 24 }
+
+/** @throws MoeError E_ATTR */
+export function checkTop(op: string, name: string, top: number | undefined): void {
+  if (top === undefined || (Number.isInteger(top) && top >= 0)) return
+  const problem = `${name} = ${top} is no number of tokens`
+  throw new MoeError({ code: 'E_ATTR', op, problem, fix: 'pass how many of the likeliest are wanted, or 0' })
+}
+
+/** What the first N of logits `[rows, V]` say of N tokens. */
+export async function logProbsOf(logits: Tensor, tokens: readonly number[], top: number): Promise<TokenLogProb[]> {
+  const vocabulary = logits.shape[1]
+  const most = Math.min(top, vocabulary)
+  const { own, values, indices } = keep(
+    noGrad(() =>
+      scope(() => {
+        const rows = logits.narrow(0, 0, tokens.length)
+        const largest = rows.max(-1, true)
+        const shares = rows.sub(largest).exp().sum(-1, true).log()
+        const at = Int32Array.from(tokens, (token, i) => i * vocabulary + token)
+        const chosen = rows.reshape([rows.size, 1]).takeRows(fromHost(at, [at.length], 'i32', logits.backend))
+        const own = chosen.sub(largest).sub(shares)
+        if (most === 0) return { own }
+        const { values, indices } = rows.topk(most)
+        return { own, values: values.sub(largest).sub(shares), indices }
+      }),
+    ) as { own: Tensor; values?: Tensor; indices?: Tensor },
+  )
+  try {
+    const [of, likeliest, ids] = await Promise.all([own.values(), values?.values(), indices?.values()])
+    const topOf = (i: number) =>
+      Array.from({ length: most }, (_, j) => ({
+        token: (ids as Int32Array)[i * most + j],
+        logProb: (likeliest as Float32Array)[i * most + j],
+      }))
+    return tokens.map((token, i) => ({ token, logProb: of[i], top: topOf(i) }))
+  } finally {
+    for (const tensor of [own, values, indices]) tensor?.dispose()
+  }
+}
+
+/** What N hidden states of `[..., D]`, from number `from` on, say of the N tokens behind them. */
+export async function logProbsBehind(
+  model: DeepSeek,
+  hidden: Tensor,
+  tokens: readonly number[],
+  { from, top, precision }: { readonly from: number; readonly top: number; readonly precision: Precision },
+): Promise<TokenLogProb[]> {
+  const { hidden_size: features, vocab_size: vocabulary } = model.config
+  const rows = Math.max(1, Math.floor(limits.logits / vocabulary))
+  const flat = [hidden.size / features, features]
+  const result: TokenLogProb[] = []
+  for (let start = 0; start < tokens.length; start += rows) {
+    const end = Math.min(tokens.length, start + rows)
+    const head = () => model.lm_head.forward(hidden.reshape(flat).narrow(0, from + start, from + end))
+    const logits = keep(model.infer(head, { precision }))
+    try {
+      result.push(...(await logProbsOf(logits, tokens.slice(start, end), top)))
+    } finally {
+      logits.dispose()
+    }
+  }
+  return result
+}
