@@ -4,7 +4,9 @@ import type { DeepSeek } from './model.ts'
 
 /** A token, and the natural logarithm of its probability. */
 export interface LogProb {
+  /** Id. */
   readonly token: number
+  /** In nats, at most 0. */
   readonly logProb: number
 }
 

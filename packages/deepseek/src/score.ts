@@ -5,6 +5,7 @@ import { checkTop, logProbsBehind, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
 import { usualPrecision } from './usual-precision.ts'
 
+/** What `score` tells, and how it computes. */
 export interface ScoreOptions {
   /** How many of the likeliest tokens to tell beside each. Default 0. */
   readonly top?: number

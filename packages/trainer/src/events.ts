@@ -62,6 +62,7 @@ export interface StepEvent {
 
 /** Every `loadsEvery` steps and before each checkpoint, of a model with experts. Also a line of `loads.jsonl`. */
 export interface LoadsEvent {
+  /** Tells the events apart. */
   readonly type: 'loads'
   /** The last of the steps that the loads are summed over. */
   readonly step: number
@@ -71,7 +72,9 @@ export interface LoadsEvent {
   readonly layers: readonly LayerLoads[]
 }
 
+/** What the experts of a layer were given. */
 export interface LayerLoads {
+  /** Name of the layer. */
   readonly name: string
   /** Groups of neighbouring experts; left out where there is one. */
   readonly groups?: number
