@@ -455,13 +455,17 @@ export const fusedCases: readonly OpCase[] = [
   ...startsCases,
   opCase(
     'attention',
-    'several texts in a row, and queries that see none',
+    'several texts in a row, queries that see none, and one that sees what those before it do not',
     [
       f32(2, 70, 2, 16),
       f32(2, 70, 2, 16),
       f32(2, 70, 2, 8),
       given('i32', [2], [70, 66]),
-      given('i32', [2, 70], [...lastBegun(70, 70, [0, 40]).with(3, 5).with(69, 70), ...lastBegun(70, 70, [20, 64])]),
+      given(
+        'i32',
+        [2, 70],
+        [...lastBegun(70, 70, [0, 20, 40]).with(3, 5).with(45, 3).with(69, 70), ...lastBegun(70, 70, [20, 64])],
+      ),
     ],
     { causal: true, scale: 0.25, precision: 'f32' },
     { ...sum, compared: [0] },
