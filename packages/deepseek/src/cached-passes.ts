@@ -24,7 +24,7 @@ export interface PassInputs {
   /** `[B, n, D]`. */
   readonly states?: Tensor
   /** A number for each sequence, `[B]`. */
-  readonly numbers?: Float32Array<ArrayBuffer>
+  readonly numbers?: Float32Array<ArrayBuffer> | Int32Array<ArrayBuffer>
 }
 
 /**
@@ -142,8 +142,9 @@ export class CachedPasses<Out extends Readonly<Record<string, Tensor>>> {
     return fromHost(ids, [batch, ids.length / batch], 'i32', this.#model.backend)
   }
 
-  #uploadNumbers(numbers: Float32Array<ArrayBuffer> | undefined): Tensor | undefined {
-    return numbers && fromHost(numbers, [numbers.length], 'f32', this.#model.backend)
+  #uploadNumbers(numbers: PassInputs['numbers']): Tensor | undefined {
+    const dtype = numbers instanceof Int32Array ? 'i32' : 'f32'
+    return numbers && fromHost(numbers, [numbers.length], dtype, this.#model.backend)
   }
 
   #infer<T>(fn: () => T): T {

@@ -350,20 +350,25 @@ export class DeepSeek extends Module {
     return this.model.norm.forward(x)
   }
 
-  /** A cache for this model's decoder layers: latent, or keys and values in a dense model. */
-  makeCache(options: Pick<CacheOptions, 'batch' | 'capacity' | 'dtype'> = {}): KvCache {
-    checkOptions('DeepSeek.makeCache', options, { batch: true, capacity: true, dtype: true })
-    return new KvCache(this.decoder[0].self_attn.cacheFeatures, { ...options, ...this.#cacheOptions })
+  /** A cache for this model's decoder layers: latent, or keys and values in a dense model. Behind them are those of the first `depth` MTP modules (default 0). */
+  makeCache(options: Pick<CacheOptions, 'batch' | 'capacity' | 'dtype'> & { readonly depth?: number } = {}): KvCache {
+    checkOptions('DeepSeek.makeCache', options, { batch: true, capacity: true, dtype: true, depth: true })
+    const { depth = 0, ...memory } = options
+    return new KvCache(this.decoder[0].self_attn.cacheFeatures, { ...memory, ...this.#cacheOptions(depth) })
   }
 
   /** The same for sequences that come and go. */
-  makePagedCache(options: Pick<PagedCacheOptions, 'tokens' | 'pageSize' | 'dtype'>): PagedCache {
-    checkOptions('DeepSeek.makePagedCache', options, { tokens: true, pageSize: true, dtype: true })
-    return new PagedCache(this.decoder[0].self_attn.cacheFeatures, { ...options, ...this.#cacheOptions })
+  makePagedCache(
+    options: Pick<PagedCacheOptions, 'tokens' | 'pageSize' | 'dtype'> & { readonly depth?: number },
+  ): PagedCache {
+    checkOptions('DeepSeek.makePagedCache', options, { tokens: true, pageSize: true, dtype: true, depth: true })
+    const { depth = 0, ...memory } = options
+    const features = this.decoder[0].self_attn.cacheFeatures
+    return new PagedCache(features, { ...memory, ...this.#cacheOptions(depth), lookahead: depth })
   }
 
-  get #cacheOptions() {
-    return { layers: this.#config.num_hidden_layers, backend: this.#backend }
+  #cacheOptions(depth: number) {
+    return { layers: this.#config.num_hidden_layers + depth, backend: this.#backend }
   }
 
   /**

@@ -67,6 +67,35 @@ export function sample(scores: Scores, options: SamplingOptions, random: Random)
   return typeof scores === 'number' ? scores : draw(restrict(scores, options), random)
 }
 
+/** What becomes of a text's tokens. */
+interface Following {
+  readonly options: SamplingOptions
+  readonly random: Random
+  /** Tokens that stand before, for penalties. */
+  readonly known: Set<number>
+  /** Counts of drafts by depth. */
+  readonly stats: { readonly drafted: number[]; readonly accepted: number[] }
+}
+
+/** The tokens that stand by what follows each of a pass, `scores`: of the drafts as many as do, and one more. */
+export function follow(scores: readonly Scores[], drafts: readonly number[], text: Following): number[] {
+  const { options, random, known, stats } = text
+  const made: number[] = []
+  for (const [i, each] of scores.entries()) {
+    const penalized = penalize(each, known, options)
+    const last = i === drafts.length
+    const { token, accepted } = last
+      ? { token: sample(penalized, options, random), accepted: false }
+      : verifyDraft(penalized, drafts[i], options, random)
+    made.push(token)
+    known.add(token)
+    if (!last) stats.drafted[i]++
+    if (!accepted) break
+    stats.accepted[i]++
+  }
+  return made
+}
+
 /** Whether a drafted token stands, and the one that does. */
 export function verifyDraft(
   scores: Scores,

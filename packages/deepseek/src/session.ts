@@ -13,7 +13,7 @@ import {
 } from '@moe/core'
 import { endTokens } from './config.ts'
 import { DecodeStep } from './decode-step.ts'
-import { Drafter } from './drafter.ts'
+import { Drafter, DraftMemory } from './drafter.ts'
 import {
   type Generation,
   generation,
@@ -26,7 +26,7 @@ import {
 } from './generate.ts'
 import { logProbsBehind, logProbsOf } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { penalize, sample, verifyDraft } from './sampling.ts'
+import { follow } from './sampling.ts'
 import { usualPrecision } from './usual-precision.ts'
 
 /** Most tokens of a prompt in one pass. Tests make it small. */
@@ -37,6 +37,7 @@ interface Parts {
   readonly cache: KvCache
   readonly step: DecodeStep
   readonly drafter: Drafter
+  readonly memory: DraftMemory
 }
 
 /**
@@ -120,7 +121,8 @@ export class Session {
     }
     this.#begin()
     try {
-      const { cache, step, drafter } = this.#ready(tokens, options)
+      const parts = this.#ready(tokens, options)
+      const { cache, step } = parts
       step.sampling = options
       stats.reused = cache.lengths[0]
       let pending = tokens.slice(stats.reused)
@@ -132,7 +134,7 @@ export class Session {
         const piece = pending.splice(0, limits.promptPiece)
         this.#hidden = (await step.run(piece, 1)).hidden
         await tellPrompt(this.#hidden)
-        await drafter.draft(this.#hidden, piece.length, tokens)
+        await this.#draft(parts, this.#hidden, piece.length, tokens)
         this.#hidden.dispose()
       }
       if (maxTokens === 0) stats.finishReason = 'length'
@@ -142,19 +144,7 @@ export class Session {
         const ids = [...pending, ...drafts]
         const { rows, hidden, logits } = await step.run(ids, drafts.length + 1, logProbs !== undefined)
         this.#hidden = hidden
-        const made: number[] = []
-        for (let i = 0; i < rows.length; i++) {
-          const scores = penalize(rows[i], known, options)
-          const last = i === drafts.length
-          const { token, accepted } = last
-            ? { token: sample(scores, options, random), accepted: false }
-            : verifyDraft(scores, drafts[i], options, random)
-          made.push(token)
-          known.add(token)
-          if (!last) stats.drafted[i]++
-          if (!accepted) break
-          stats.accepted[i]++
-        }
+        const made = follow(rows, drafts, { options, random, known, stats })
         const likely = logits && (await logProbsOf(logits, made, logProbs as number).finally(() => logits.dispose()))
         if (stats.steps === 0) await tellPrompt(hidden)
         stats.steps++
@@ -179,7 +169,7 @@ export class Session {
         }
         pending = [made[made.length - 1]]
         unseen = 0
-        drafts = await drafter.draft(hidden, confirmed, tokens)
+        drafts = await this.#draft(parts, hidden, confirmed, tokens)
         hidden.dispose()
       }
     } catch (error) {
@@ -226,10 +216,10 @@ export class Session {
     this.#weights = weights
     const room = tokens.length + Math.min(maxTokens, 512) + this.#depth + 1
     const parts = this.#parts ?? this.#make(2 ** Math.ceil(Math.log2(Math.max(64, room))))
-    const { cache, drafter } = parts
-    const start = promptLogProbs === undefined ? this.#shared(tokens, drafter) : 0
+    const { cache, memory } = parts
+    const start = promptLogProbs === undefined ? this.#shared(tokens, parts) : 0
     cache.truncate(start)
-    drafter.truncate(start)
+    memory.forget()
     cache.reserve(room - start)
     return parts
   }
@@ -238,42 +228,48 @@ export class Session {
    * Where reading begins: behind what both texts share, but for the last token, whose logits are wanted, and as many as there are modules: a module of depth k
    * has seen the token k places ahead.
    */
-  #shared(tokens: readonly number[], drafter: Drafter): number {
+  #shared(tokens: readonly number[], { cache, memory }: Parts): number {
     const known = this.#tokens
     let shared = 0
     while (shared < known.length && known[shared] === tokens[shared]) shared++
-    return Math.max(0, Math.min(shared - this.#depth, tokens.length - 1, drafter.length))
+    return Math.max(0, Math.min(shared - this.#depth, tokens.length - 1, cache.lengths[0] - memory.behind))
   }
 
   #make(capacity: number): Parts {
     const model = this.#model
     const { cacheDtype: dtype } = this.#options
     const precision = this.#precision
-    const cache = model.makeCache({ capacity, dtype })
-    try {
-      const drafter = new Drafter(model, this.#depth, { capacity, dtype, precision })
-      this.#parts = { cache, drafter, step: new DecodeStep(model, cache, precision) }
-      return this.#parts
-    } catch (error) {
-      cache.dispose()
-      throw error
+    const cache = model.makeCache({ capacity, dtype, depth: this.#depth })
+    const drafter = new Drafter(model, this.#depth, precision)
+    this.#parts = {
+      cache,
+      drafter,
+      memory: new DraftMemory(),
+      step: new DecodeStep(model, cache, precision),
     }
+    return this.#parts
+  }
+
+  async #draft({ cache, drafter, memory }: Parts, hidden: Tensor, confirmed: number, tokens: readonly number[]) {
+    const [drafts] = await drafter.draft(cache, hidden, [{ tokens, confirmed, memory }])
+    return drafts
   }
 
   /** Shows the modules what the last pass added, which nothing is drafted from any more: without it the next text would be read from before that pass. */
   async #catchUp(hidden: Tensor, confirmed: number, tokens: readonly number[]): Promise<void> {
     try {
-      if (!this.#disposed) await this.#parts?.drafter.draft(hidden, confirmed, tokens)
+      if (!this.#disposed && this.#parts !== null) await this.#draft(this.#parts, hidden, confirmed, tokens)
     } catch {
       this.#forget()
     }
   }
 
   #forget(): void {
-    const { step, cache, drafter } = this.#parts ?? {}
+    const { step, cache, drafter, memory } = this.#parts ?? {}
     step?.dispose()
     cache?.dispose()
     drafter?.dispose()
+    memory?.forget()
     this.#hidden?.dispose()
     this.#hidden = null
     this.#parts = null

@@ -119,6 +119,24 @@ test('a page is what it is behind the pages before it', () => {
   cache.dispose()
 })
 
+test('with modules that look ahead a page is also what comes behind it', () => {
+  const cache = new PagedCache(12, { layers: 1, tokens: 64, pageSize: 4, lookahead: 2 })
+  const tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+  const made = holding(cache, tokens.slice(0, 9))
+  // What modules see behind the second page is not certain yet.
+  cache.share(made, tokens.slice(0, 9))
+  expect(made.shared).toBe(1)
+  cache.share(made, tokens)
+  expect(made.shared).toBe(2)
+  expect(cache.start(tokens).length).toBe(8)
+  expect(cache.start([...tokens, 11]).length).toBe(8)
+  expect(cache.start(tokens.slice(0, 9)).length).toBe(4)
+  expect(cache.start([...tokens.slice(0, 9), 0]).length).toBe(4)
+  expect(cache.start([...tokens.slice(0, 5), 0, 7, 8, 9, 10]).length).toBe(0)
+  expect(() => new PagedCache(12, { layers: 1, tokens: 4, lookahead: -1 })).toThrow('lookahead = -1 is not a positive')
+  cache.dispose()
+})
+
 test('what was read before all was forgotten is shared with nobody', () => {
   const cache = new PagedCache(12, { layers: 1, tokens: 64, pageSize: 4 })
   const tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]

@@ -21,9 +21,11 @@ export interface PagedCacheOptions extends CacheMemoryOptions {
   readonly tokens: number
   /** Tokens of a page. Default 64. */
   readonly pageSize?: number
+  /** How many of the tokens behind a page decide, too, what stands in it: those that MTP modules see ahead. Default 0. */
+  readonly lookahead?: number
 }
 
-const names: OptionNames<PagedCacheOptions> = { ...memoryNames, tokens: true, pageSize: true }
+const names: OptionNames<PagedCacheOptions> = { ...memoryNames, tokens: true, pageSize: true, lookahead: true }
 
 /** Pages that memory is taken for at first. */
 const pagesAtFirst = 16
@@ -58,6 +60,7 @@ interface Known {
 export class PagedCache {
   /** Tokens of a page. */
   readonly pageSize: number
+  readonly #lookahead: number
   #limit: number
   readonly #memory: CacheRows
   readonly #batches = new Map<number, PagedBatch>()
@@ -80,9 +83,10 @@ export class PagedCache {
    */
   constructor(features: number, options: PagedCacheOptions) {
     checkOptions('PagedCache', options, names)
-    const { layers, tokens, pageSize = 64, dtype = 'f32', backend = defaultBackend() } = options
-    checkSizes({ layers, tokens, pageSize }, dtype)
+    const { layers, tokens, pageSize = 64, lookahead = 0, dtype = 'f32', backend = defaultBackend() } = options
+    checkSizes({ layers, tokens, pageSize, ...(lookahead !== 0 && { lookahead }) }, dtype)
     this.pageSize = pageSize
+    this.#lookahead = lookahead
     this.#limit = Math.ceil(tokens / pageSize)
     const blocks = Math.min(pagesAtFirst, this.#limit)
     this.#memory = new CacheRows({ blocks, perBlock: pageSize, features }, { layers, dtype, backend })
@@ -137,9 +141,10 @@ export class PagedCache {
     return true
   }
 
-  /** Lets others share the pages that the sequence, which holds these tokens, has filled. */
+  /** Lets others share the pages that the sequence has filled. `tokens` are all that are known of it. */
   share(sequence: PagedSequence, tokens: readonly number[]): void {
-    while ((sequence.shared + 1) * this.pageSize <= sequence.length) {
+    const final = Math.min(sequence.length, tokens.length - this.#lookahead)
+    while ((sequence.shared + 1) * this.pageSize <= final) {
       const page = sequence.pages[sequence.shared]
       const key = this.#keyOf(sequence, tokens)
       const other = this.#byKey.get(key)
@@ -192,10 +197,10 @@ export class PagedCache {
     this.#memory.dispose()
   }
 
-  /** The next page that the sequence would share: what it stands behind, and its tokens. */
+  /** The next page that the sequence would share: what it stands behind, and the tokens that decide it. */
   #keyOf({ chain, shared }: PagedSequence, tokens: readonly number[]): string {
     const start = shared * this.pageSize
-    return `${chain}:${tokens.slice(start, start + this.pageSize)}`
+    return `${chain}:${tokens.slice(start, start + this.pageSize + this.#lookahead)}`
   }
 
   #forgetPage(page: number): void {
