@@ -1,5 +1,5 @@
 /** @file New tokens of sequences that share a paged cache through the main model. */
-import type { PagedBatch, PagedCache, PagedSequence } from '@moe/attention-mla'
+import type { PagedBatch } from '@moe/attention-mla'
 import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
 import type { TurnOptions } from './generate.ts'
@@ -9,11 +9,11 @@ import { isDrawn, probabilitiesOf, type SamplingOptions, type Scores, scoresOf }
 type Out = {
   /** Hidden states of the new tokens, `[B, n, D]`. */
   readonly hidden: Tensor
-  /** The likeliest tokens, `i32 [B, 1, 1]`. */
+  /** Of what follows the last w of them, the likeliest tokens, `i32 [B, w, 1]`. */
   readonly best?: Tensor
-  /** `[B, 1, V]`, at the temperature of each sequence. */
+  /** `[B, w, V]`, at the temperature of each sequence. */
   readonly probabilities?: Tensor
-  /** `[B, V]`, for penalties and log-probabilities. */
+  /** `[B * w, V]`, for penalties and log-probabilities. */
   readonly logits?: Tensor
 }
 
@@ -21,13 +21,14 @@ type Out = {
 interface Followed {
   readonly hidden: Tensor
   readonly logits?: Tensor
-  /** Of each sequence, by its options. */
-  readonly scores: readonly Scores[]
+  /** Of each sequence, by its options, what follows each of its last tokens. */
+  readonly scores: ReadonlyArray<readonly Scores[]>
 }
 
 /** What the sequences of a pass want to know of what follows. */
 interface Wanted {
-  readonly scores: boolean
+  /** After how many of the last tokens. */
+  readonly rows: number
   readonly probabilities: boolean
   readonly logits: boolean
 }
@@ -38,26 +39,16 @@ type Scoring = SamplingOptions & Pick<TurnOptions, 'logProbs'>
 /** The passes of the main model over a paged cache. */
 export class BatchStep {
   readonly #model: DeepSeek
-  readonly #cache: PagedCache
   readonly #precision: Precision
   readonly #passes = new Map<PagedBatch, CachedPasses<Out>>()
 
-  constructor(model: DeepSeek, cache: PagedCache, precision: Precision) {
+  constructor(model: DeepSeek, precision: Precision) {
     this.#model = model
-    this.#cache = cache
     this.#precision = precision
   }
 
-  /**
-   * Adds as many tokens to each of the sequences, `ids` row by row, and gives what follows the last of each by its options; nothing where there are none. The
-   * sequences have pages for it.
-   */
-  async run(
-    sequences: readonly PagedSequence[],
-    ids: readonly number[],
-    options: readonly Scoring[],
-  ): Promise<Followed> {
-    const batch = this.#cache.batch(sequences)
+  /** Adds as many tokens to each of the sequences, `ids` row by row, and tells what follows the last `rows` of each by its options. The sequences have pages for it. */
+  async run(batch: PagedBatch, ids: readonly number[], rows: number, options: readonly Scoring[]): Promise<Followed> {
     let passes = this.#passes.get(batch)
     if (passes === undefined) {
       passes = new CachedPasses<Out>(this.#model, batch, this.#precision)
@@ -66,9 +57,9 @@ export class BatchStep {
     const penalized = (each: Scoring) => (each.repetitionPenalty ?? 1) !== 1
     const drawn = (each: Scoring) => !penalized(each) && isDrawn(each)
     const wanted = {
-      scores: options.length > 0,
-      probabilities: options.some(drawn),
-      logits: options.some(each => penalized(each) || each.logProbs !== undefined),
+      rows,
+      probabilities: rows > 0 && options.some(drawn),
+      logits: rows > 0 && options.some(each => penalized(each) || each.logProbs !== undefined),
     }
     const numbers = Float32Array.from(options, each => (drawn(each) ? 1 / (each.temperature as number) : 1))
     const { hidden, best, probabilities, logits } = passes.run(
@@ -80,12 +71,13 @@ export class BatchStep {
     try {
       const onHost = [best, probabilities, options.some(penalized) ? logits : undefined]
       const [likeliest, shares, raw] = await Promise.all(onHost.map(tensor => tensor?.values()))
-      const scores = options.map((each, i) => {
-        const rows = (penalized(each) ? raw : drawn(each) ? shares : undefined) as Float32Array | undefined
-        if (rows === undefined) return (likeliest as Int32Array)[i]
-        const size = rows.length / options.length
-        return rows.subarray(i * size, (i + 1) * size)
-      })
+      const scoresAt = (each: Scoring, row: number): Scores => {
+        const all = (penalized(each) ? raw : drawn(each) ? shares : undefined) as Float32Array | undefined
+        if (all === undefined) return (likeliest as Int32Array)[row]
+        const size = this.#model.config.vocab_size
+        return all.subarray(row * size, (row + 1) * size)
+      }
+      const scores = options.map((each, b) => Array.from({ length: rows }, (_, i) => scoresAt(each, b * rows + i)))
       return { hidden, logits, scores }
     } catch (error) {
       hidden.dispose()
@@ -97,16 +89,16 @@ export class BatchStep {
     }
   }
 
-  #pass(batch: PagedBatch, ids: Tensor, scales: Tensor | undefined, wanted: Wanted): Out {
+  #pass(batch: PagedBatch, ids: Tensor, scales: Tensor | undefined, { rows, logits: withLogits }: Wanted): Out {
     const hidden = this.#model.hidden(ids, { cache: batch })
-    if (!wanted.scores) return { hidden }
+    if (rows === 0) return { hidden }
     const time = ids.shape[1]
-    const logits = this.#model.lm_head.forward(hidden.narrow(1, time - 1, time))
+    const logits = this.#model.lm_head.forward(hidden.narrow(1, time - rows, time))
     return {
       hidden,
       best: scoresOf(logits, {}),
       ...(scales && { probabilities: probabilitiesOf(logits, scales.reshape([batch.batch, 1, 1])) }),
-      ...(wanted.logits && { logits: logits.reshape([batch.batch, logits.shape[2]]) }),
+      ...(withLogits && { logits: logits.reshape([batch.batch * rows, logits.shape[2]]) }),
     }
   }
 

@@ -2,8 +2,14 @@ import { type Backend, MoeError, type Parameter, Random, setDefaultBackend } fro
 import { referenceBackend } from '@moe/core/reference'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, beforeEach, describe, expect, test } from 'vitest'
-import { type ContinuousBatchOptions, DeepSeek, type Generation, type TurnOptions } from './index.ts'
-import { tiny } from './test-tiny.ts'
+import {
+  type ContinuousBatchOptions,
+  DeepSeek,
+  type Generation,
+  type GenerationStats,
+  type TurnOptions,
+} from './index.ts'
+import { makeAgreeable, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
 const native = await createBackend()
@@ -30,7 +36,7 @@ function requests(count: number): ReadonlyArray<readonly [ids: number[], options
     { stop: [3, 17] },
   ]
   return Array.from({ length: count }, (_, i) => {
-    const own = Array.from({ length: 1 + below(20) }, () => below(40))
+    const own = Array.from({ length: i % 4 === 1 ? 1 : 1 + below(20) }, () => below(40))
     const ids = [...start.slice(0, i % 3 === 0 ? 0 : below(140)), ...own]
     const way = ways[i % ways.length]
     return [ids, { ...way, ...(way.temperature && { seed: i }), maxTokens: 1 + below(40) }]
@@ -48,30 +54,47 @@ describe.each([
   ['the reference backend', () => reference as Backend, 10],
   ['a backend that records', () => native as Backend, 24],
 ])('texts on %s', (_, of, count) => {
-  test.each(arms)('%s: each is what it is alone', async (_name, options) => {
-    const backend = of()
-    const { handles } = backend.stats()
-    const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend })
-    const batch = model.continuousBatch(options)
-    const asked = requests(count)
-    const alone: number[][] = []
-    for (const [ids, turn] of asked) alone.push(await read(model.generate(ids, { ...turn, speculative: false })))
-    // In two waves: the second comes while the first is being made.
-    const half = Math.ceil(count / 2)
-    const texts = asked.slice(0, half).map(([ids, turn]) => batch.generate(ids, turn))
-    const first = texts.map(read)
-    await first[0]
-    texts.push(...asked.slice(half).map(([ids, turn]) => batch.generate(ids, turn)))
-    const made = await Promise.all([...first, ...texts.slice(half).map(read)])
-    expect(made).toEqual(alone)
-    for (const [i, { stats }] of texts.entries()) {
-      expect(stats.tokens).toBe(alone[i].length)
-      expect(stats.finishReason).toBe(alone[i].length === asked[i][1].maxTokens ? 'length' : 'stop')
-    }
-    expect(batch.running + batch.waiting).toBe(0)
-    batch.dispose()
-    model.dispose()
-    expect(backend.stats().handles).toBe(handles)
+  describe.each([0, 1, 3])('with drafts of %i modules', depth => {
+    test.each(arms)('%s: each is what it is alone', async (_name, options) => {
+      const backend = of()
+      const { handles } = backend.stats()
+      const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: Math.max(1, depth) }
+      const model = new DeepSeek(config, { seed: 3, backend })
+      makeAgreeable(model)
+      const speculative = depth > 0
+      const batch = model.continuousBatch({ ...options, speculative })
+      const asked = requests(count)
+      const alone: number[][] = []
+      const counts: Array<Pick<GenerationStats, 'drafted' | 'accepted'>> = []
+      for (const [ids, turn] of asked) {
+        const text = model.generate(ids, { ...turn, speculative })
+        alone.push(await read(text))
+        counts.push(text.stats)
+      }
+      // In two waves: the second comes while the first is being made.
+      const half = Math.ceil(count / 2)
+      const texts = asked.slice(0, half).map(([ids, turn]) => batch.generate(ids, turn))
+      const first = texts.map(read)
+      await first[0]
+      texts.push(...asked.slice(half).map(([ids, turn]) => batch.generate(ids, turn)))
+      const made = await Promise.all([...first, ...texts.slice(half).map(read)])
+      expect(made).toEqual(alone)
+      for (const [i, { stats }] of texts.entries()) {
+        expect(stats.tokens).toBe(alone[i].length)
+        expect(stats.finishReason).toBe(alone[i].length === asked[i][1].maxTokens ? 'length' : 'stop')
+        expect(stats.drafted).toEqual(counts[i].drafted)
+        expect(stats.accepted).toEqual(counts[i].accepted)
+      }
+      for (let k = 0; k < depth; k++) {
+        const count = (of: 'drafted' | 'accepted') => texts.reduce((sum, { stats }) => sum + stats[of][k], 0)
+        expect(count('accepted')).toBeGreaterThan(0)
+        expect(count('drafted')).toBeGreaterThan(count('accepted'))
+      }
+      expect(batch.running + batch.waiting).toBe(0)
+      batch.dispose()
+      model.dispose()
+      expect(backend.stats().handles).toBe(handles)
+    })
   })
 })
 
@@ -89,29 +112,67 @@ test('texts of dense models, whose caches hold keys and values', async () => {
   model.dispose()
 })
 
-test('what texts begin with is read once, as long as weights stay', async () => {
-  const model = new DeepSeek({ ...tiny, max_position_embeddings: 512 }, { seed: 3, backend: reference })
-  const batch = model.continuousBatch()
-  const prompt = Array.from({ length: 150 }, (_, i) => (i * 7) % 40)
-  const turn = async (ids: number[]) => {
-    const text = batch.generate(ids, { maxTokens: 50 })
-    return { answer: await read(text), reused: text.stats.reused }
+test('a drawn text that is sent back draws on as if it had stayed', async () => {
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: native })
+  makeAgreeable(model)
+  const batch = model.continuousBatch({ cacheTokens: 256, speculative: true })
+  for (let seed = 0; seed < 16; seed++) {
+    // Both grow to three pages of 64, of which there are four.
+    const prompts = [1, 2].map(id => [id, ...Array.from({ length: 40 + seed }, (_, i) => (i * 11 + seed) % 40)])
+    const turn = { maxTokens: 100, temperature: 0.8, seed }
+    const made = await Promise.all(prompts.map(ids => read(batch.generate(ids, turn))))
+    for (const [i, ids] of prompts.entries()) expect(made[i]).toEqual(await read(model.generate(ids, turn)))
   }
-  const first = await turn(prompt)
-  expect(first.reused).toBe(0)
-  // Whole pages of 64: the last token is read for what follows it.
-  expect((await turn(prompt)).reused).toBe(128)
-  expect((await turn(prompt.slice(0, 128))).reused).toBe(64)
-  expect((await turn([...prompt, ...first.answer, 5])).reused).toBe(192)
-  expect((await turn([1, ...prompt])).reused).toBe(0)
-  const { weight } = model.lm_head
-  ;(weight as Parameter).assign(weight.detach().mul(-1))
-  const changed = await turn(prompt)
-  expect(changed.reused).toBe(0)
-  expect(changed.answer).toEqual(await read(model.generate(prompt, { maxTokens: 50, speculative: false })))
   batch.dispose()
   model.dispose()
 })
+
+test('an end among accepted drafts is the end, and so is maxTokens', async () => {
+  const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: 3 }
+  const model = new DeepSeek(config, { seed: 3, backend: native })
+  makeAgreeable(model)
+  const batch = model.continuousBatch({ speculative: true })
+  const whole = batch.generate([5, 6, 7], { maxTokens: 60 })
+  const ids = await read(whole)
+  expect(whole.stats.accepted[1]).toBeGreaterThan(0)
+  for (let end = 1; end < 60; end++) {
+    const stop = ids[end]
+    const until = ids.indexOf(stop)
+    const stopped = batch.generate([5, 6, 7], { maxTokens: 60, stop: [stop] })
+    const cut = batch.generate([5, 6, 7], { maxTokens: end })
+    expect(await Promise.all([read(stopped), read(cut)])).toEqual([ids.slice(0, until), ids.slice(0, end)])
+    expect([stopped.stats.finishReason, cut.stats.finishReason]).toEqual(['stop', 'length'])
+  }
+  batch.dispose()
+  model.dispose()
+})
+
+test.each([false, true])(
+  'what texts begin with is read once, as long as weights stay (drafts: %s)',
+  async speculative => {
+    const model = new DeepSeek({ ...tiny, max_position_embeddings: 512 }, { seed: 3, backend: reference })
+    const batch = model.continuousBatch({ speculative })
+    const prompt = Array.from({ length: 150 }, (_, i) => (i * 7) % 40)
+    const turn = async (ids: number[]) => {
+      const text = batch.generate(ids, { maxTokens: 50 })
+      return { answer: await read(text), reused: text.stats.reused }
+    }
+    const first = await turn(prompt)
+    expect(first.reused).toBe(0)
+    // Whole pages of 64: the last token is read for what follows it.
+    expect((await turn(prompt)).reused).toBe(128)
+    expect((await turn(prompt.slice(0, 128))).reused).toBe(64)
+    expect((await turn([...prompt, ...first.answer, 5])).reused).toBe(192)
+    expect((await turn([1, ...prompt])).reused).toBe(0)
+    const { weight } = model.lm_head
+    ;(weight as Parameter).assign(weight.detach().mul(-1))
+    const changed = await turn(prompt)
+    expect(changed.reused).toBe(0)
+    expect(changed.answer).toEqual(await read(model.generate(prompt, { maxTokens: 50, speculative: false })))
+    batch.dispose()
+    model.dispose()
+  },
+)
 
 test('the cache moves to larger memory, and what was recorded over the old one is not used', async () => {
   const model = new DeepSeek({ ...tiny, max_position_embeddings: 512 }, { seed: 3, backend: native })
@@ -125,9 +186,11 @@ test('the cache moves to larger memory, and what was recorded over the old one i
   model.dispose()
 })
 
-test('readers leave, abort, or never come back, and the others go on', async () => {
-  const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: native })
-  const batch = model.continuousBatch({ maxTexts: 3 })
+test.each([0, 1, 3])('readers leave, abort, or never come back, and the others go on: %i modules', async depth => {
+  const { handles } = native.stats()
+  const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
+  const model = new DeepSeek(config, { seed: 3, backend: native })
+  const batch = model.continuousBatch({ maxTexts: 3, speculative: true })
   const expected = await read(model.generate([5, 6, 7], { maxTokens: 60, speculative: false }))
   const stays = read(batch.generate([5, 6, 7], { maxTokens: 60 }))
   const abort = new AbortController()
@@ -141,12 +204,14 @@ test('readers leave, abort, or never come back, and the others go on', async () 
   expect(await stays).toEqual(expected)
   batch.dispose()
   model.dispose()
+  expect(native.stats().handles).toBe(handles)
 })
 
-test('disposed while texts are being made', async () => {
+test.each([0, 1, 3])('disposed while texts are being made, with drafts of %i modules', async depth => {
   const { handles } = native.stats()
-  const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: native })
-  const batch = model.continuousBatch({ maxTexts: 1 })
+  const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
+  const model = new DeepSeek(config, { seed: 3, backend: native })
+  const batch = model.continuousBatch({ maxTexts: 1, speculative: true })
   const texts = [read(batch.generate([1, 2], { maxTokens: 1000 })), read(batch.generate([1], { maxTokens: 1000 }))]
   const ends = texts.map(text => expect(text).rejects.toMatchObject({ code: 'E_DISPOSED' }))
   await new Promise(resolve => setTimeout(resolve, 20))
@@ -160,19 +225,37 @@ test('disposed while texts are being made', async () => {
   expect(native.stats().handles).toBe(handles)
 })
 
-test('a pass that fails ends its texts, and later ones go on', async () => {
-  const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: reference })
-  const batch = model.continuousBatch()
+test.each(['model', 'module'])('a pass of the %s that fails ends its texts, and later ones go on', async part => {
+  const { handles } = reference.stats()
+  const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: 2 }
+  const model = new DeepSeek(config, { seed: 3, backend: reference })
+  const batch = model.continuousBatch({ speculative: true })
   const { hidden } = model
-  model.hidden = () => {
-    throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'test', problem: 'no memory' })
+  const [, module] = model.mtp
+  const { forward } = module
+  let passes = 0
+  const fails = () => {
+    if (++passes > 3) throw new MoeError({ code: 'E_OUT_OF_MEMORY', op: 'test', problem: 'no memory' })
   }
-  const fails = [read(batch.generate([1, 2])), read(batch.generate([3]))]
-  for (const text of fails) await expect(text).rejects.toMatchObject({ code: 'E_OUT_OF_MEMORY' })
+  if (part === 'model') {
+    model.hidden = (...of) => {
+      fails()
+      return hidden.apply(model, of)
+    }
+  } else {
+    module.forward = (...of) => {
+      fails()
+      return forward.apply(module, of)
+    }
+  }
+  const texts = [read(batch.generate([1, 2])), read(batch.generate([3])), read(batch.generate([4, 5]))]
+  for (const text of texts) await expect(text).rejects.toMatchObject({ code: 'E_OUT_OF_MEMORY' })
   model.hidden = hidden
+  module.forward = forward
   expect(await read(batch.generate([1, 2], { maxTokens: 5 }))).toHaveLength(5)
   batch.dispose()
   model.dispose()
+  expect(reference.stats().handles).toBe(handles)
 })
 
 test('what cannot be is refused', async () => {
@@ -186,9 +269,10 @@ test('what cannot be is refused', async () => {
   model.dispose()
 })
 
-test('a text that fills the cache alone ends there', async () => {
-  const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3, backend: reference })
-  const batch = model.continuousBatch({ cacheTokens: 64 })
+test.each([0, 1, 3])('a text that fills the cache alone ends there: %i modules', async depth => {
+  const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
+  const model = new DeepSeek(config, { seed: 3, backend: reference })
+  const batch = model.continuousBatch({ cacheTokens: 64, speculative: true })
   const text = batch.generate([1, 2], { maxTokens: 100 })
   // 64 are read, and what follows the last of them is made.
   expect(await read(text)).toEqual(await read(model.generate([1, 2], { maxTokens: 63, speculative: false })))

@@ -1,6 +1,6 @@
 /**
- * @file Many texts at once over one paged cache: each pass has a token of every text that is being made, so that weights are read once for all of them (Yu et al.
- * 2022, "Orca"). Texts come and go between two passes.
+ * @file Many texts at once over one paged cache: each pass has a token of every text that is being made, and its drafts, so that weights are read once for all of them
+ * (Yu et al. 2022, "Orca"). Texts come and go between two passes.
  */
 import type { PagedCache, PagedSequence } from '@moe/attention-mla'
 import {
@@ -16,11 +16,13 @@ import {
 } from '@moe/core'
 import { BatchStep } from './batch-step.ts'
 import { endTokens } from './config.ts'
+import { Drafter, DraftMemory } from './drafter.ts'
 import {
   type Generation,
   type GenerationStats,
   generation,
   type SessionOptions,
+  sessionNames,
   type TextTurnOptions,
   type Told,
   type TurnOptions,
@@ -28,11 +30,16 @@ import {
 } from './generate.ts'
 import { logProbsBehind, logProbsOf, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { penalize, sample } from './sampling.ts'
+import { follow } from './sampling.ts'
 import { usualPrecision } from './usual-precision.ts'
 
 /** Room for texts that are made at the same time. */
-export interface ContinuousBatchOptions extends Pick<SessionOptions, 'cacheDtype' | 'precision'> {
+export interface ContinuousBatchOptions extends SessionOptions {
+  /**
+   * Let the MTP modules draft; the text of a seed is then that of `generate` with drafts. Default false: it pays where many more drafts are accepted than a pass
+   * with drafts costs more (see the README).
+   */
+  readonly speculative?: boolean
   /** Most texts at once; further ones wait for their turn. Default 8. */
   readonly maxTexts?: number
   /**
@@ -45,8 +52,7 @@ export interface ContinuousBatchOptions extends Pick<SessionOptions, 'cacheDtype
 }
 
 const names: OptionNames<ContinuousBatchOptions> = {
-  cacheDtype: true,
-  precision: true,
+  ...sessionNames,
   maxTexts: true,
   cacheTokens: true,
   promptPiece: true,
@@ -76,6 +82,9 @@ class Text {
   readonly most: number
   /** Null while it waits: it has no pages then. */
   sequence: PagedSequence | null = null
+  /** What modules say follows its last token. */
+  drafts: readonly number[] = []
+  readonly memory = new DraftMemory()
   /** Made, and not read yet. */
   readonly ready: Made[] = []
   made = 0
@@ -134,6 +143,7 @@ export class ContinuousBatch {
   readonly #model: DeepSeek
   readonly #cache: PagedCache
   readonly #step: BatchStep
+  readonly #drafter: Drafter
   readonly #maxTexts: number
   readonly #promptPiece: number
   readonly #precision: Precision
@@ -144,8 +154,8 @@ export class ContinuousBatch {
   readonly #running: Text[] = []
   readonly #waiting: Text[] = []
   #working = false
-  /** Whether a pass is under way. */
-  #passing = false
+  /** The texts of the pass that is under way. */
+  #passing: readonly Text[] = []
   #disposed = false
 
   /** Internal: see `DeepSeek.continuousBatch`. */
@@ -163,8 +173,10 @@ export class ContinuousBatch {
     this.#maxTexts = maxTexts
     this.#promptPiece = promptPiece
     this.#precision = precision
-    this.#cache = model.makePagedCache({ tokens, dtype })
-    this.#step = new BatchStep(model, this.#cache, precision)
+    const depth = options.speculative ? model.mtp.length : 0
+    this.#cache = model.makePagedCache({ tokens, dtype, depth })
+    this.#step = new BatchStep(model, precision)
+    this.#drafter = new Drafter(model, depth, precision)
     this.#parameters = namedParameters(model).map(({ parameter }) => parameter)
   }
 
@@ -179,7 +191,7 @@ export class ContinuousBatch {
   }
 
   /**
-   * Continues a sequence of token ids as `DeepSeek.generate` does, without drafts, beside the other texts that are being made; `stats.reused` of its tokens stood in
+   * Continues a sequence of token ids as `DeepSeek.generate` does, beside the other texts that are being made; `stats.reused` of its tokens stood in
    * the cache, from texts that began alike. The numbers are those of a text alone up to rounding. Tokens are made whether they are read or not; leaving the loop
    * that reads them ends the text.
    * @throws MoeError E_ATTR for what cannot be; E_DISPOSED; E_OUT_OF_MEMORY where one text does not fit into memory
@@ -189,7 +201,9 @@ export class ContinuousBatch {
   generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
     checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
     this.#needAlive()
-    const result = generation(this.#model, 0, ids, options, (tokens, told) => this.#text(tokens, options, told))
+    const result = generation(this.#model, this.#drafter.depth, ids, options, (tokens, told) =>
+      this.#text(tokens, options, told),
+    )
     const { tokens } = this.#cache
     if (ids.length <= tokens) return result
     const problem = `the prompt has ${ids.length} tokens, and the cache has room for ${tokens}`
@@ -200,15 +214,17 @@ export class ContinuousBatch {
   dispose(): void {
     if (this.#disposed) return
     this.#disposed = true
-    for (const text of [...this.#running, ...this.#waiting]) text.fail(disposed())
-    this.#running.length = 0
-    this.#waiting.length = 0
+    for (const text of [...this.#running, ...this.#waiting]) {
+      text.fail(disposed())
+      this.#end(text)
+    }
     // A pass that is under way needs its memory: it is freed behind it.
-    if (!this.#passing) this.#free()
+    if (this.#passing.length === 0) this.#free()
   }
 
   #free(): void {
     this.#step.dispose()
+    this.#drafter.dispose()
     this.#cache.dispose()
   }
 
@@ -227,7 +243,10 @@ export class ContinuousBatch {
     }
     // The last token that is made is not read.
     const most = Math.min(maxTokens, this.#cache.tokens - tokens.length + 1)
-    const text = new Text(tokens, options, told, { ends: endTokens(this.#model.config), most })
+    const text = new Text(tokens, options, told, {
+      ends: endTokens(this.#model.config),
+      most,
+    })
     signal?.addEventListener('abort', text.wake)
     this.#waiting.push(text)
     this.#work()
@@ -306,23 +325,30 @@ export class ContinuousBatch {
     if (text === undefined) return
     const sequence = this.#begun(text)
     const start = sequence.length
-    const count = Math.min(this.#promptPiece, text.pending)
+    // The last token of a text that was sent back goes with its drafts.
+    const count = Math.min(this.#promptPiece, text.pending - (text.drafts.length > 0 ? 1 : 0))
     if (!this.#reserve(text, start + count)) return
     const scored = start + count === text.tokens.length && text.most > 0
-    await this.#pass([text], text.tokens.slice(start, start + count), scored)
+    await this.#pass([text], text.tokens.slice(start, start + count), scored ? 1 : 0)
   }
 
-  /** A token of each text whose tokens but one are in the cache. */
+  /** What follows the last token of each text that all others of are in the cache. Those that go on alike share a pass. */
   async #makeTokens(): Promise<void> {
-    const ready: Text[] = []
+    const ready = new Map<string, Text[]>()
     for (const text of [...this.#running]) {
       if (text.pending !== 1 || !this.#running.includes(text)) continue
-      if (this.#reserve(text, this.#begun(text).length + 1)) ready.push(text)
+      const { length } = this.#begun(text)
+      if (length + 1 + text.drafts.length > this.#cache.tokens) text.drafts = []
+      if (!this.#reserve(text, length + 1 + text.drafts.length)) continue
+      const kind = `${text.drafts.length} ${text.memory.kind}`
+      ready.set(kind, [...(ready.get(kind) ?? []), text])
     }
-    // Those in front may have been sent back for the ones behind them.
-    const texts = ready.filter(({ sequence }) => sequence !== null)
-    const ids = texts.map(({ tokens }) => tokens[tokens.length - 1])
-    if (texts.length > 0) await this.#pass(texts, ids, true)
+    for (const alike of ready.values()) {
+      // They may have been sent back for the ones behind them, or their readers have left.
+      const texts = alike.filter(({ sequence }) => sequence !== null)
+      const ids = texts.flatMap(({ tokens, drafts }) => [tokens[tokens.length - 1], ...drafts])
+      if (texts.length > 0 && !this.#disposed) await this.#pass(texts, ids, ids.length / texts.length)
+    }
   }
 
   #begun(text: Text): PagedSequence {
@@ -352,55 +378,71 @@ export class ContinuousBatch {
     return true
   }
 
-  async #pass(texts: readonly Text[], ids: readonly number[], scored: boolean): Promise<void> {
-    const sequences = texts.map(({ sequence }) => sequence as PagedSequence)
-    let made: Made[]
-    this.#passing = true
+  /** As many more tokens of each text, `ids` row by row, through the model. What follows the last `rows` of each, its drafts behind them, is added to it. */
+  async #pass(texts: readonly Text[], ids: readonly number[], rows: number): Promise<void> {
+    let made: ReadonlyArray<readonly Made[]> = []
+    this.#passing = texts
     try {
-      made = await this.#made(texts, ids, scored)
+      made = await this.#goOn(texts, ids, rows)
     } catch (error) {
-      for (const text of texts) {
-        text.fail(error)
-        this.#end(text)
+      for (const text of texts) text.fail(error)
+    }
+    this.#passing = []
+    for (const [b, text] of texts.entries()) {
+      // Its reader may have left meanwhile.
+      if (text.failure !== null || !this.#running.includes(text)) this.#end(text)
+      else {
+        this.#cache.share(text.sequence as PagedSequence, text.tokens)
+        if (rows > 0) this.#deliver(text, made[b])
+        else if (text.most === 0 && text.pending <= 1) this.#finish(text, 'length')
       }
-      return
-    } finally {
-      this.#passing = false
-      if (this.#disposed) this.#free()
     }
-    if (this.#disposed) return
-    for (const [i, text] of texts.entries()) {
-      // Its reader may have left, and its pages may be another's.
-      if (text.sequence !== sequences[i]) continue
-      this.#cache.share(sequences[i], text.tokens)
-      if (scored) this.#accept(text, made[i])
-      else if (text.most === 0 && text.pending <= 1) this.#finish(text, 'length')
-    }
+    if (this.#disposed) this.#free()
   }
 
-  /** A pass: the next token of each text, where they are `scored`. */
-  async #made(texts: readonly Text[], ids: readonly number[], scored: boolean): Promise<Made[]> {
-    const sequences = texts.map(({ sequence }) => sequence as PagedSequence)
-    const options = scored ? texts.map(({ options }) => options) : []
-    const [start] = sequences.map(({ length }) => length)
-    const { hidden, logits, scores } = await this.#step.run(sequences, ids, options)
+  /** What the pass makes of each text. In the cache and in the text is then what stands, and its next drafts are there. */
+  async #goOn(texts: readonly Text[], ids: readonly number[], rows: number): Promise<Made[][]> {
+    const batch = this.#cache.batch(texts.map(({ sequence }) => sequence as PagedSequence))
+    const starts = Array.from(batch.lengths)
+    const time = ids.length / texts.length
+    const options = texts.map(({ options }) => options)
+    const { hidden, logits, scores } = await this.#step.run(batch, ids, rows, options)
     try {
-      const tokens = scores.map((each, i) => {
-        const { known, options, random } = texts[i]
-        return sample(penalize(each, known, options), options, random)
+      const made = texts.map(({ options, random, known, drafts, told: { stats } }, b) =>
+        follow(scores[b], drafts, { options, random, known, stats }),
+      )
+      await this.#tellPrompt(texts[0], starts[0], hidden)
+      const likely = logits && (await this.#likely(logits, made, rows, options))
+      const drafted = texts.map(({ tokens, memory }, b) => {
+        tokens.push(...made[b])
+        return { tokens, memory, confirmed: rows === 0 ? time : time - rows + made[b].length }
       })
-      if (texts.length === 1) await this.#tellPrompt(texts[0], start, hidden)
-      const tops = options.map(({ logProbs }) => logProbs)
-      const most = Math.max(...tops.map(top => top ?? -1))
-      const likely = logits && most >= 0 ? await logProbsOf(logits, tokens, most) : []
-      return tokens.map((token, i) => {
-        const top = tops[i]
-        return { token, likely: top === undefined ? undefined : { ...likely[i], top: likely[i].top.slice(0, top) } }
-      })
+      batch.truncate(starts.map((start, b) => start + drafted[b].confirmed))
+      const drafts = await this.#drafter.draft(batch, hidden, drafted)
+      if (rows > 0) for (const [b, text] of texts.entries()) text.drafts = drafts[b]
+      return made.map((tokens, b) => tokens.map((token, i) => ({ token, likely: likely?.[b]?.[i] })))
     } finally {
       hidden.dispose()
       logits?.dispose()
     }
+  }
+
+  /** Of each text that asks for it, how likely its made tokens are by logits `[B * rows, V]`. */
+  async #likely(
+    logits: Tensor,
+    made: ReadonlyArray<readonly number[]>,
+    rows: number,
+    options: readonly TurnOptions[],
+  ): Promise<Array<TokenLogProb[] | undefined>> {
+    const most = Math.max(...options.map(({ logProbs = -1 }) => logProbs))
+    if (most < 0) return []
+    const all = made.flatMap(tokens => Array.from({ length: rows }, (_, i) => tokens[i] ?? 0))
+    const likely = await logProbsOf(logits, all, most)
+    return options.map(({ logProbs }, b) => {
+      if (logProbs === undefined) return undefined
+      const own = likely.slice(b * rows, (b + 1) * rows)
+      return own.map(one => ({ ...one, top: one.top.slice(0, logProbs) }))
+    })
   }
 
   /** Of tokens of its prompt, what the hidden states before them say. */
@@ -413,19 +455,22 @@ export class ContinuousBatch {
     told.push(...(await logProbsBehind(this.#model, hidden, behind, how)))
   }
 
-  #accept(text: Text, { token, likely }: Made): void {
-    const { known, tokens, ready, told } = text
-    told.stats.steps++
-    tokens.push(token)
-    known.add(token)
-    if (text.ends.has(token)) {
-      this.#finish(text, 'stop')
-      return
+  /** To its reader, as far as the text goes. */
+  #deliver(text: Text, made: readonly Made[]): void {
+    text.told.stats.steps++
+    for (const each of made) {
+      if (text.ends.has(each.token)) {
+        this.#finish(text, 'stop')
+        return
+      }
+      text.ready.push(each)
+      text.made++
+      if (text.made >= text.most) {
+        this.#finish(text, 'length')
+        return
+      }
     }
-    ready.push({ token, likely })
-    text.made++
-    if (text.made >= text.most) this.#finish(text, 'length')
-    else text.wake()
+    text.wake()
   }
 
   #finish(text: Text, reason: 'stop' | 'length'): void {
@@ -444,8 +489,11 @@ export class ContinuousBatch {
   }
 
   #release(text: Text): void {
+    // The pass needs its pages, and gives them back.
+    if (this.#passing.includes(text)) return
     if (text.sequence !== null) this.#cache.release(text.sequence)
     text.sequence = null
+    text.memory.forget()
   }
 }
 

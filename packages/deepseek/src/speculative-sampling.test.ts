@@ -29,13 +29,31 @@ test.each<GenerateOptions>([
     for (let seed = 0; seed < runs; seed++) counts[(await first({ seed: seed + offset, speculative }))[2]]++
     return counts
   }
-  const [plain, drafted] = [await histogram(false, 0), await histogram(true, 10_000)]
-  const chi = plain.reduce(
-    (sum, n, i) => (n + drafted[i] === 0 ? sum : sum + (n - drafted[i]) ** 2 / (n + drafted[i])),
-    0,
-  )
-  // Chi-squared with at most 39 degrees of freedom: above 72.1 once in a thousand.
-  expect(chi).toBeLessThan(72.1)
-  expect(accepted).toBeGreaterThan(0)
+  const together = async (offset: number) => {
+    const counts = new Float64Array(40)
+    const batch = model.continuousBatch({ maxTexts: 16, speculative: true })
+    const third = async (seed: number) => {
+      const made: number[] = []
+      const text = batch.generate(prompt, { maxTokens: 3, ...sampling, seed: seed + offset })
+      for await (const id of text) made.push(id)
+      for (const n of text.stats.accepted) accepted += n
+      counts[made[2]]++
+    }
+    await Promise.all(Array.from({ length: runs }, (_, seed) => third(seed)))
+    batch.dispose()
+    return counts
+  }
+  const plain = await histogram(false, 0)
+  for (const drafted of [() => histogram(true, 10_000), () => together(20_000)]) {
+    accepted = 0
+    const counts = await drafted()
+    const chi = plain.reduce(
+      (sum, n, i) => (n + counts[i] === 0 ? sum : sum + (n - counts[i]) ** 2 / (n + counts[i])),
+      0,
+    )
+    // Chi-squared with at most 39 degrees of freedom: above 72.1 once in a thousand.
+    expect(chi).toBeLessThan(72.1)
+    expect(accepted).toBeGreaterThan(0)
+  }
   model.dispose()
 })
