@@ -5,11 +5,18 @@ import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, beforeEach, describe, expect, test } from 'vitest'
-import { DeepSeek, type GenerateOptions, type Generation, type TokenLogProb, type TurnOptions } from './index.ts'
+import {
+  type ContinuousBatchOptions,
+  DeepSeek,
+  type GenerateOptions,
+  type Generation,
+  type TokenLogProb,
+  type TurnOptions,
+} from './index.ts'
 import { limits } from './log-probs.ts'
 import { limits as scoreLimits } from './score.ts'
 import { limits as sessionLimits } from './session.ts'
-import { tiny } from './test-tiny.ts'
+import { makeAgreeable, tiny } from './test-tiny.ts'
 
 const reference = referenceBackend()
 const native = await createBackend()
@@ -139,17 +146,20 @@ describe.each([
     expect(of().stats().handles).toBe(handles)
   })
 
-  test.each([
+  test.each<[string, ContinuousBatchOptions]>([
     ['all at once', { maxTexts: 16 }],
     ['in small pieces', { maxTexts: 3, promptPiece: 7 }],
     ['with texts that are sent back', { maxTexts: 8, promptPiece: 40, cacheTokens: 256 }],
+    ['with drafts', { maxTexts: 4, promptPiece: 40, cacheTokens: 320, speculative: true }],
   ])('a batch tells how likely its texts are: %s', async (_name, options) => {
     const { handles } = of().stats()
-    const model = make()
+    const { speculative = false } = options
+    const model = make(speculative ? 2 : 0)
+    makeAgreeable(model)
     const batch = model.continuousBatch(options)
     const asked = ways.map(([ids, turn]) => [ids, { maxTokens: 12, ...turn }] as const)
     const texts = asked.map(([ids, turn]) => batch.generate(ids, turn))
-    await Promise.all(texts.map((text, i) => expectAllTold(model, text, ...asked[i])))
+    await Promise.all(texts.map((text, i) => expectAllTold(model, text, asked[i][0], { ...asked[i][1], speculative })))
     batch.dispose()
     model.dispose()
     expect(of().stats().handles).toBe(handles)
