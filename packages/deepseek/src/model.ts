@@ -357,7 +357,7 @@ export class DeepSeek extends Module {
     return new KvCache(this.decoder[0].self_attn.cacheFeatures, { ...memory, ...this.#cacheOptions(depth) })
   }
 
-  /** The same for sequences that come and go. */
+  /** The same for sequences that come and go; `depth` MTP modules are in it, too. */
   makePagedCache(
     options: Pick<PagedCacheOptions, 'tokens' | 'pageSize' | 'dtype'> & { readonly depth?: number },
   ): PagedCache {
