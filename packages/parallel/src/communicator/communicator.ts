@@ -35,8 +35,12 @@ export interface Communicator {
   reduceScatter(tensor: Tensor, reduction?: Reduction): Promise<Tensor>
   /** `[n, ...]` of every rank, one below the other: `[size n, ...]`. */
   allGather(tensor: Tensor): Promise<Tensor>
-  /** Sends the first `counts[0]` rows to rank 0, the next `counts[1]` to rank 1 and so on; `counts` has a number for each rank and may differ between ranks. @throws MoeError E_SHAPE */
-  allToAll(rows: Tensor, counts: readonly number[]): Promise<RowExchange>
+  /**
+   * Sends the first `counts[0]` rows to rank 0, the next `counts[1]` to rank 1 and so on; `counts` has a number for each rank and may differ between ranks.
+   * @param coming rows that come from each rank, where all ranks know theirs: then nobody has to be told before rows leave
+   * @throws MoeError E_SHAPE
+   */
+  allToAll(rows: Tensor, counts: readonly number[], coming?: readonly number[]): Promise<RowExchange>
   /** The tensors of rank `root` (default 0), on every rank. */
   broadcast(tensors: readonly Tensor[], root?: number): Promise<Tensor[]>
   /** To one rank, which receives in the order of sending. @throws MoeError E_CONFIG for a rank that there is not */
@@ -44,7 +48,8 @@ export interface Communicator {
   /** What rank `from` sends next, which must be of this shape and dtype. */
   receive(like: TensorLike, from: number): Promise<Tensor>
   /**
-   * Some of the ranks, this one among them, as ranks of their own, numbered in this order. All ranks call it, each with its group, before their next calls. A group is not taken apart further, and need not be closed.
+   * Some of the ranks, this one among them, as ranks of their own, numbered in this order. All ranks call it, each with its group, before their next calls. Nothing in a group waits for calls of another one, nor of all ranks, even where it is the
+   * same ranks that were grouped twice. A group is not taken apart further, and need not be closed.
    * @throws MoeError E_CONFIG
    */
   group(members: readonly number[]): Communicator

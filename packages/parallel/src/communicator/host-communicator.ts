@@ -20,8 +20,6 @@ export class HostCommunicator implements Communicator {
   #turn: Promise<unknown> = Promise.resolve()
   /** The latest `send`: the next one leaves after it. */
   #left: Promise<unknown> = Promise.resolve()
-  /** Each once, so that calls within it take turns whoever makes them. */
-  readonly #groups = new Map<string, HostCommunicator>()
   /** Calls of `group`, as many on every rank: they tell whose lanes are whose. */
   #grouped = 0
 
@@ -80,10 +78,19 @@ export class HostCommunicator implements Communicator {
     })
   }
 
-  async allToAll(rows: Tensor, counts: readonly number[]): Promise<RowExchange> {
+  async allToAll(rows: Tensor, counts: readonly number[], coming?: readonly number[]): Promise<RowExchange> {
     const { dtype, shape, backend } = rows
-    const whole = counts.every(count => Number.isSafeInteger(count) && count >= 0)
-    if (shape.length === 0 || counts.length !== this.size || !whole || total(counts) !== shape[0]) {
+    const fits = (numbers: readonly number[]) =>
+      numbers.length === this.size && numbers.every(count => Number.isSafeInteger(count) && count >= 0)
+    if (coming !== undefined && (!fits(coming) || coming[this.rank] !== counts[this.rank])) {
+      throw new MoeError({
+        code: 'E_SHAPE',
+        op: 'allToAll',
+        problem: `there cannot come [${coming}] rows to rank ${this.rank} of ${this.size}, which sends [${counts}]`,
+        fix: 'give a count for each rank, that of this rank itself in both',
+      })
+    }
+    if (shape.length === 0 || !fits(counts) || total(counts) !== shape[0]) {
       throw new MoeError({
         code: 'E_SHAPE',
         op: 'allToAll',
@@ -93,9 +100,9 @@ export class HostCommunicator implements Communicator {
     }
     return this.#inTurn(async () => {
       const give = Int32Array.from(counts)
-      const take = give.slice()
+      const take = Int32Array.from(coming ?? counts)
       const one = (array: Int32Array) => (rank: number) => array.subarray(rank, rank + 1)
-      await this.#exchange(one(give), one(take))
+      if (coming === undefined) await this.#exchange(one(give), one(take))
       const width = sizeOf(shape.slice(1))
       const from = shares(await rows.data(), startsOf(give, width))
       const received = hostArray(dtype, total(take) * width)
@@ -139,12 +146,7 @@ export class HostCommunicator implements Communicator {
   group(members: readonly number[]): Communicator {
     this.#checkMembers(members)
     const firstLane = ++this.#grouped * Object.keys(lanes).length
-    const key = members.join()
-    const known = this.#groups.get(key)
-    if (known !== undefined) return known
-    const group = new HostCommunicator(new GroupTransport(this.#transport, [...members], firstLane))
-    this.#groups.set(key, group)
-    return group
+    return new HostCommunicator(new GroupTransport(this.#transport, [...members], firstLane))
   }
 
   async barrier(): Promise<void> {

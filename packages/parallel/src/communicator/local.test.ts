@@ -37,6 +37,25 @@ test('calls need not be awaited one by one: they are told apart by their order',
   for (const result of results) expect(result).toEqual([6, 60, 600, Float32Array.of(0, 1, 2)])
 })
 
+test('the same ranks grouped twice are two groups: what one waits for does not hold up the other', async () => {
+  const sums = await local(2, async ranks => {
+    const [first, second] = [ranks.group([0, 1]), ranks.group([0, 1])]
+    const sum = async (of: typeof ranks, value: number) => {
+      const [all] = await of.allReduce([vector(value)])
+      return all.item()
+    }
+    const steps = [() => sum(first, ranks.rank + 1), () => sum(second, 10 * ranks.rank + 10)]
+    // Rank 0 waits for the one before it begins the other, which rank 1 has begun first.
+    if (ranks.rank === 0) return [await steps[0](), await steps[1]()]
+    const begun = [steps[1](), steps[0]()]
+    return (await Promise.all(begun)).reverse()
+  })
+  expect(sums).toEqual([
+    [3, 30],
+    [3, 30],
+  ])
+})
+
 test('what cannot be is an error before anything is sent', async () => {
   await local(2, async ranks => {
     const faults: unknown[] = [
@@ -45,6 +64,7 @@ test('what cannot be is an error before anything is sent', async () => {
       ranks.reduceScatter(vector(1, 2, 3)),
       ranks.allToAll(vector(1, 2, 3), [1, 1]),
       ranks.allToAll(vector(1, 2, 3), [4, -1]),
+      ranks.allToAll(vector(1, 2, 3), ranks.rank === 0 ? [1, 2] : [2, 1], [3, 3]),
       ranks.broadcast([vector(1)], 2),
       ranks.send(vector(1), ranks.rank),
       ranks.receive(vector(1), -1),
@@ -60,6 +80,7 @@ test('what cannot be is an error before anything is sent', async () => {
       expect.stringMatching(/^E_SHAPE reduceScatter: \[3\] cannot be shared by 2 ranks/),
       expect.stringMatching(/^E_SHAPE allToAll: counts \[1,1\] do not deal the rows of \[3\] out to 2 ranks/),
       expect.stringMatching(/^E_SHAPE allToAll: counts \[4,-1\]/),
+      expect.stringMatching(/^E_SHAPE allToAll: there cannot come \[3,3\] rows to rank \d of 2, which sends/),
       expect.stringMatching(/^E_CONFIG broadcast: there is no rank 2 of 2/),
       expect.stringMatching(/^E_CONFIG send: rank \d is this rank itself/),
       expect.stringMatching(/^E_CONFIG receive: there is no rank -1 of 2/),

@@ -48,7 +48,8 @@ async function exerciseAll(ranks: Communicator): Promise<Record<string, unknown>
   const counts = Array.from({ length: size }, (_, to) => rowsFor(rank, to))
   const total = counts.reduce((sum, count) => sum + count)
   const exchanged = await ranks.allToAll(f32(own(total * 3), [total, 3]), counts)
-  results.allToAll = [exchanged.counts, await plain([exchanged.rows])]
+  const known = await ranks.allToAll(f32(own(total * 3), [total, 3]), counts, exchanged.counts)
+  results.allToAll = [exchanged.counts, await plain([exchanged.rows]), known.counts, await plain([known.rows])]
   const roots = Array.from({ length: size }, (_, root) => ranks.broadcast([f32(own(5)), bits(own(4), 'i32')], root))
   results.broadcast = await Promise.all(roots.map(async tensors => plain(await tensors)))
   // Round a ring, two messages under way at once, received in the order of sending.
@@ -102,7 +103,8 @@ function expectedOfAll(rank: number, size: number): Record<string, unknown> {
     const total = given.reduce((sum, count) => sum + count)
     return [...numbersOf(from, total * 3).subarray(3 * before, 3 * (before + given[rank]))]
   })
-  results.allToAll = [counts, [{ shape: [rows.length / 3, 3], dtype: 'f32', data: rows }]]
+  const exchanged = [{ shape: [rows.length / 3, 3], dtype: 'f32', data: rows }]
+  results.allToAll = [counts, exchanged, counts, exchanged]
   results.broadcast = all.map(root => [
     { shape: [5], dtype: 'f32', data: [...numbersOf(root, 5)] },
     { shape: [4], dtype: 'i32', data: [...numbersOf(root, 4)].map(whole) },

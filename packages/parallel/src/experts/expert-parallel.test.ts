@@ -26,8 +26,19 @@ const rowsOf = (name: string, values: number[] | null, rank: number, size: numbe
 }
 
 describe('a step has loss, metrics, gradients and norm of one rank with all micro-batches, and leaves nothing behind', () => {
-  test.each<[string, number, number, Changes, DeepSeekOptions]>([
+  test.each<[string, number, number, Changes, DeepSeekOptions, number?]>([
     ['one rank', 1, 2, {}, {}],
+    ['two of two ranks', 4, 1, {}, {}, 2],
+    ['three of two ranks, each with several micro-batches', 6, 2, {}, {}, 2],
+    ['two ranks that have all experts', 2, 1, {}, {}, 1],
+    [
+      'a balancer, and two of two ranks',
+      4,
+      1,
+      {},
+      { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) },
+      2,
+    ],
     ['two ranks', 2, 2, {}, {}],
     ['a rank for each expert', 4, 1, {}, {}],
     ['shared experts, and eight ranks', 8, 1, { n_routed_experts: 8, n_shared_experts: 2 }, {}],
@@ -40,13 +51,13 @@ describe('a step has loss, metrics, gradients and norm of one rank with all micr
     ['a balancer', 2, 1, {}, { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
     // Draws are those of a batch of each rank, so all or none.
     ['tokens are dropped', 2, 1, {}, { dropping: { devices: 2, undropped: 0.5 } }],
-  ])('%s', async (_, size, each, changes, options) => {
+  ])('%s', async (_, size, each, changes, options, expertParallelSize = size) => {
     const make = () => newModel(changes, options)
     const { loss, metrics, gradients, gradNorm } = wholeStep(make(), size * each)
     const held: number[] = []
     await local(size, async ranks => {
       const model = make()
-      const spread = new ExpertParallel(model, ranks)
+      const spread = new ExpertParallel(model, ranks, { expertParallelSize })
       const batches = batchesOf(size * each, model).slice(ranks.rank * each, (ranks.rank + 1) * each)
       for (let round = 0; round < 2; round++) {
         const found = await spread.step(batches)
@@ -57,7 +68,7 @@ describe('a step has loss, metrics, gradients and norm of one rank with all micr
         )
         const wanted = Object.entries(gradients).map(([name, values]) => [
           name,
-          near(rowsOf(name, values, ranks.rank, size)),
+          near(rowsOf(name, values, ranks.rank % expertParallelSize, expertParallelSize)),
         ])
         expect(gradientsOf(spread.parameters)).toEqual(Object.fromEntries(wanted))
         await ranks.barrier()
@@ -69,43 +80,47 @@ describe('a step has loss, metrics, gradients and norm of one rank with all micr
   })
 })
 
-test.each<[string, (parameters: ConstructorParameters<typeof AdamW>[0]) => Optimizer]>([
-  ['AdamW', parameters => new AdamW(parameters)],
-  ['Muon', parameters => new Muon(parameters, { precision: 'f32' })],
-])('steps of %s, with biases that move: after gather all ranks have the weights of one', async (_, optimizerOf) => {
-  const steps = 4
-  const take = (optimizer: Optimizer, gradNorm: number) =>
-    scope(() => optimizer.step(1e-3, full([], Math.min(1, 1 / gradNorm))))
-  const whole = newModel()
-  const named = namedParameters(whole)
-  const optimizer = optimizerOf(named)
-  const told: unknown[] = []
-  for (let step = 0; step < steps; step++) {
-    const { gradNorm } = wholeStep(whole, 2)
-    take(optimizer, gradNorm)
-    for (const { parameter } of named) parameter.zeroGrad()
-    told.push(await whole.afterStep())
-  }
-  const expected = weightsOf(named)
-  await local(2, async ranks => {
-    const model = newModel()
-    const spread = new ExpertParallel(model, ranks)
-    const own = optimizerOf(spread.parameters)
-    const [batch] = batchesOf(2, model).slice(ranks.rank)
+test.each<[string, (parameters: ConstructorParameters<typeof AdamW>[0]) => Optimizer, number]>([
+  ['AdamW', parameters => new AdamW(parameters), 2],
+  ['Muon', parameters => new Muon(parameters, { precision: 'f32' }), 2],
+  ['AdamW on two of two ranks', parameters => new AdamW(parameters), 4],
+])(
+  'steps of %s, with biases that move: after gather all ranks have the weights of one',
+  async (_, optimizerOf, size) => {
+    const steps = 4
+    const take = (optimizer: Optimizer, gradNorm: number) =>
+      scope(() => optimizer.step(1e-3, full([], Math.min(1, 1 / gradNorm))))
+    const whole = newModel()
+    const named = namedParameters(whole)
+    const optimizer = optimizerOf(named)
+    const told: unknown[] = []
     for (let step = 0; step < steps; step++) {
-      take(own, (await spread.step([batch])).gradNorm)
-      expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(told[step])
+      const { gradNorm } = wholeStep(whole, size)
+      take(optimizer, gradNorm)
+      for (const { parameter } of named) parameter.zeroGrad()
+      told.push(await whole.afterStep())
     }
-    expect(() => model.forward(fromHost(Int32Array.of(1), [1, 1], 'i32'))).toThrow(/freed/)
-    await spread.gather()
-    const wanted = Object.entries(expected).map(([name, values]) => [name, near(values)])
-    expect(weightsOf(namedParameters(model))).toEqual(Object.fromEntries(wanted))
-    await spread.step([batch])
-    expect(() => model.forward(fromHost(Int32Array.of(1), [1, 1], 'i32'))).toThrow(/freed/)
-    spread.dispose()
-    model.dispose()
-  })
-})
+    const expected = weightsOf(named)
+    await local(size, async ranks => {
+      const model = newModel()
+      const spread = new ExpertParallel(model, ranks, { expertParallelSize: 2 })
+      const own = optimizerOf(spread.parameters)
+      const [batch] = batchesOf(size, model).slice(ranks.rank)
+      for (let step = 0; step < steps; step++) {
+        take(own, (await spread.step([batch])).gradNorm)
+        expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(told[step])
+      }
+      expect(() => model.forward(fromHost(Int32Array.of(1), [1, 1], 'i32'))).toThrow(/freed/)
+      await spread.gather()
+      const wanted = Object.entries(expected).map(([name, values]) => [name, near(values)])
+      expect(weightsOf(namedParameters(model))).toEqual(Object.fromEntries(wanted))
+      await spread.step([batch])
+      expect(() => model.forward(fromHost(Int32Array.of(1), [1, 1], 'i32'))).toThrow(/freed/)
+      spread.dispose()
+      model.dispose()
+    })
+  },
+)
 
 test('a step is refused on all ranks: as many micro-batches on each, and numbers that are finite', async () => {
   const codes = await local(3, async ranks => {
@@ -140,6 +155,12 @@ test('experts keep their names, and must be divided by the ranks', async () => {
   await expect(local(3, async ranks => new ExpertParallel(newModel(), ranks))).rejects.toThrow(
     /4 experts cannot be shared by 3 ranks/,
   )
+  for (const expertParallelSize of [0, 1.5, 3, 8]) {
+    const refused = local(4, async ranks => new ExpertParallel(newModel(), ranks, { expertParallelSize }))
+    await expect(refused).rejects.toThrow(
+      `cannot be shared out to ${expertParallelSize} ranks each where 4 have the same layers; give an expertParallelSize that divides`,
+    )
+  }
 })
 
 test('what is no model, communicator, option or list of micro-batches is refused in words', async () => {

@@ -1,89 +1,70 @@
 /** @file Training steps of a model whose routed experts are spread over ranks, on this rank. */
-import {
-  checkOptions,
-  fromHost,
-  full,
-  type Module,
-  type NamedParameter,
-  namedParameters,
-  noGrad,
-  type Parameter,
-  type Precision,
-  reduceGradients,
-  type Tensor,
-  withPrecision,
-  zeros,
-} from '@moe/core'
+import { checkOptions, fromHost, full, type Module, namedParameters, reduceGradients, type Tensor } from '@moe/core'
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
 import { finite, gradientNorm, type StepOptions, type StepResult } from '../gradients.ts'
+import {
+  ExpertShares,
+  expertRanks,
+  type OwnParameter,
+  type PieceRunner,
+  type RouteElsewhere,
+  type SpreadableLayer,
+} from './expert-shares.ts'
 import { PiecewisePass } from './piecewise-pass.ts'
-import { type ExpertsShare, type RoutedTokens, routeOverRanks } from './route-over-ranks.ts'
 
 /** A model whose experts can be spread; a `DeepSeek` of `@moe/deepseek` is one. `Batch` is what it takes as a micro-batch. */
 export interface SpreadableModel<Batch> extends Module {
-  /** Layers with routed experts. Parameters of experts are stacked, `[E, ...]`. */
-  readonly moeLayers: ReadonlyArray<{
-    readonly experts: Module & { copyOf(from: number, to: number): Module & ExpertsShare }
-  }>
+  /** Layers with routed experts. */
+  readonly moeLayers: readonly SpreadableLayer[]
   /** The loss of a micro-batch, a mean over its `count` positions, in a pass that is told how the experts of a layer are reached. */
   inPieces(batch: Batch): {
     readonly count: number
     forward(
-      pass: Pick<PiecewisePass, 'run'> & {
-        piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[]
-      },
-      route: (layer: number, tokens: RoutedTokens) => Promise<Tensor>,
+      pass: PieceRunner,
+      route: RouteElsewhere,
     ): Promise<{ readonly loss: Tensor; readonly metrics?: Readonly<Record<string, Tensor>> }>
   }
 }
 
-/** The share of a rank in the experts of a layer, and whose rows its parameters are. */
-interface Spread {
-  readonly share: Module & ExpertsShare
-  readonly rows: ReadonlyArray<readonly [whole: NamedParameter, own: Parameter]>
-  readonly experts: number
-}
-
 /**
- * A model whose routed experts are spread over ranks: rank r trains the experts from r E/R to before (r + 1) E/R of every layer, on the tokens of all ranks, and everything else together with the others, on rows of
+ * A model whose routed experts are spread over ranks: of n ranks that share them out, the r-th trains the experts from r E/n to before (r + 1) E/n of every layer, on the tokens of all n, and everything else together with the others, on rows of
  * its own. Every rank makes the whole model, with the same weights; those of its experts are copied, and the model's are freed, until `gather` brings all.
+ *
+ * Where fewer than all ranks share the experts out, each so many in a row do, and gradients of experts are summed over all that have the same.
  *
  * `train` of `@moe/trainer` takes one as its `ranks`.
  */
 export class ExpertParallel<Batch> {
   /** Of this rank: what its optimizer is made from. Experts have the names that they have in the model, whose rows they are from `firstRow` on. */
-  readonly parameters: ReadonlyArray<NamedParameter & { readonly firstRow?: number }>
+  readonly parameters: readonly OwnParameter[]
   /** All ranks that the experts are spread over. */
   readonly ranks: Communicator
   /** The rows of a step that this rank is given, as data orders have it. */
   readonly dataShare: { readonly rank: number; readonly world: number }
   readonly #model: SpreadableModel<Batch>
-  readonly #layers: readonly Spread[]
-  /** Of the step under way. */
-  #precision: Precision = 'f32'
+  readonly #shares: ExpertShares
 
-  /** @throws MoeError E_CONFIG when the ranks do not divide the experts */
-  constructor(model: SpreadableModel<Batch>, ranks: Communicator) {
+  /**
+   * @param options.expertParallelSize ranks that share the experts out. Default: all.
+   * @throws MoeError E_CONFIG when these do not divide the experts, or the ranks
+   */
+  constructor(
+    model: SpreadableModel<Batch>,
+    ranks: Communicator,
+    options: { readonly expertParallelSize?: number } = {},
+  ) {
+    const op = 'ExpertParallel'
+    checkOptions(op, options, { expertParallelSize: true })
     if (typeof model?.inPieces !== 'function')
-      throw refusal(
-        'ExpertParallel',
-        'the model has no inPieces',
-        'pass a DeepSeek, or a model whose experts can be spread',
-      )
-    checkRanks('ExpertParallel', ranks)
+      throw refusal(op, 'the model has no inPieces', 'pass a DeepSeek, or a model whose experts can be spread')
+    checkRanks(op, ranks)
     this.#model = model
     this.ranks = ranks
     this.dataShare = { rank: ranks.rank, world: ranks.size }
-    this.#layers = model.moeLayers.map(({ experts }) => spread(experts, ranks))
-    this.#takeOwn()
-    const own = new Map(this.#layers.flatMap(({ rows }) => rows.map(([whole, share]) => [whole.parameter, share])))
-    this.parameters = namedParameters(model).map(named => {
-      const parameter = own.get(named.parameter)
-      if (parameter === undefined) return named
-      const [from, to] = runOf(named.parameter.shape[0], ranks)
-      return { ...named, parameter, firstRow: from, ...(named.slices && { slices: named.slices.slice(from, to) }) }
-    })
+    const { expertParallelSize = ranks.size } = options
+    this.#shares = new ExpertShares(op, new Map(model.moeLayers.entries()), expertRanks(op, ranks, expertParallelSize))
+    this.parameters = namedParameters(model).map(named => this.#shares.own(named))
   }
 
   /**
@@ -97,8 +78,8 @@ export class ExpertParallel<Batch> {
     checkBatches('ExpertParallel', batches)
     if (!this.parameters.some(({ parameter }) => parameter.trainable))
       throw refusal('ExpertParallel', 'all parameters are frozen', 'set trainable on what is to be trained')
-    this.#precision = options.precision ?? 'f32'
-    this.#takeOwn()
+    const { precision } = options
+    this.#shares.takeOwn()
     for (const { parameter } of this.parameters) parameter.zeroGrad()
     const { backend } = this.parameters[0].parameter
     const passes = batches.map(batch => this.#model.inPieces(batch))
@@ -106,15 +87,9 @@ export class ExpertParallel<Batch> {
     const sums: Record<string, number> = {}
     for (const part of passes) {
       const share = part.count / Math.max(1, positions)
-      const pass = new PiecewisePass()
+      const pass = new PiecewisePass({ precision })
       try {
-        const { loss, metrics = {} } = await part.forward(
-          {
-            run: fn => pass.run(fn),
-            piece: (inputs, fn) => pass.piece(inputs, (...leaves) => this.#precisely(() => fn(...leaves))),
-          },
-          (layer, tokens) => this.#route(pass, layer, tokens),
-        )
+        const { loss, metrics = {} } = await part.forward(pass, this.#shares.routeIn(pass))
         await pass.backward(
           loss,
           pass.run(() => full([], share, { backend })),
@@ -125,11 +100,15 @@ export class ExpertParallel<Batch> {
         pass.dispose()
       }
     }
-    const { own, common } = this.#trained()
+    const experts = new Set(this.#shares.rows.values())
+    const trained = this.parameters.map(({ parameter }) => parameter).filter(({ trainable }) => trainable)
+    const common = trained.filter(parameter => !experts.has(parameter))
     await reduceGradients(common, gradients => this.ranks.allReduce(gradients))
-    // No rank has chosen them: a gradient all the same, as on one rank.
-    for (const parameter of own) parameter.grad ??= zeros(parameter.shape, { backend })
-    const gradNorm = await gradientNorm(this.ranks, this.ranks.rank === 0 ? [...own, ...common] : own, backend)
+    await this.#shares.sumGradients()
+    // What several ranks have is counted once.
+    const { first } = this.#shares.ranks
+    const counted = trained.filter(parameter => (experts.has(parameter) ? first : this.ranks.rank === 0))
+    const gradNorm = await gradientNorm(this.ranks, counted, backend)
     const [loss, ...metrics] = await this.#sum(Object.values(sums))
     const names = Object.keys(sums).slice(1)
     const result = { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) }
@@ -141,49 +120,12 @@ export class ExpertParallel<Batch> {
    * this rank's back from the model as it is then.
    */
   async gather(): Promise<void> {
-    this.#takeOwn()
-    for (const { rows } of this.#layers) {
-      for (const [{ parameter }, own] of rows) {
-        parameter.assign(await this.ranks.allGather(own))
-        own.dispose()
-      }
-    }
-  }
-
-  /** This rank's experts from the model, which loses all, where it has them: it was gathered, or loaded. */
-  #takeOwn(): void {
-    for (const { rows } of this.#layers) {
-      for (const [{ parameter }, own] of rows) {
-        if (parameter.handle === null) continue
-        own.assign(noGrad(() => parameter.narrow(0, ...runOf(parameter.shape[0], this.ranks))))
-        parameter.dispose()
-      }
-    }
+    await this.#shares.gather()
   }
 
   /** Frees this rank's experts; the model stays. */
   dispose(): void {
-    for (const { rows } of this.#layers) for (const [, own] of rows) own.dispose()
-  }
-
-  #route(pass: PiecewisePass, layer: number, tokens: RoutedTokens): Promise<Tensor> {
-    const { share, experts } = this.#layers[layer]
-    const precise: ExpertsShare = { route: (...of) => this.#precisely(() => share.route(...of)) }
-    return routeOverRanks(pass, this.ranks, precise, tokens, experts)
-  }
-
-  #precisely<T>(fn: () => T): T {
-    return withPrecision(this.#precision, fn)
-  }
-
-  /** Parameters that are this rank's alone, and those that all have. */
-  #trained() {
-    const shares = new Set(this.#layers.flatMap(({ rows }) => rows.map(([, own]) => own)))
-    const trained = this.parameters.map(({ parameter }) => parameter).filter(({ trainable }) => trainable)
-    return {
-      own: trained.filter(parameter => shares.has(parameter)),
-      common: trained.filter(parameter => !shares.has(parameter)),
-    }
+    this.#shares.dispose()
   }
 
   /** Those that carry loss, of all ranks. */
@@ -208,22 +150,4 @@ export class ExpertParallel<Batch> {
     sum.dispose()
     return values
   }
-}
-
-/** The first expert of a rank, and the end. */
-const runOf = (experts: number, { rank, size }: Communicator): [number, number] => [
-  (rank * experts) / size,
-  ((rank + 1) * experts) / size,
-]
-
-function spread(whole: SpreadableModel<never>['moeLayers'][number]['experts'], ranks: Communicator): Spread {
-  const stacked = namedParameters(whole)
-  const [experts] = stacked[0].parameter.shape
-  if (experts % ranks.size !== 0) {
-    const problem = `${experts} experts cannot be shared by ${ranks.size} ranks`
-    throw refusal('ExpertParallel', problem, 'use a number of ranks that divides them')
-  }
-  const share = whole.copyOf(...runOf(experts, ranks))
-  const own = namedParameters(share)
-  return { share, experts, rows: stacked.map((named, i) => [named, own[i].parameter] as const) }
 }

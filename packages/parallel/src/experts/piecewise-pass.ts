@@ -1,12 +1,16 @@
 /** @file A pass in synchronous pieces with waits between them, forward and back. */
 import {
   backwardInput,
+  checkOptions,
   Lifetime,
   MoeError,
+  type Precision,
+  type Shape,
   type SplitBackward,
   sameShape,
   showShape,
   type Tensor,
+  withPrecision,
   zeros,
 } from '@moe/core'
 
@@ -29,13 +33,20 @@ type Step =
  * Gradients go back through ops without waiting, but other ranks have to be waited for. So a pass is cut where they are: within a piece ops are recorded as
  * ever, and what goes from a piece to another (or to an exchange) is a leaf, of which the pass gathers the gradient.
  *
- * On the way back the gradients of weights are put off and computed while an exchange is under way.
+ * On the way back the gradients of weights are put off and computed while an exchange is under way, or when there is time.
  */
 export class PiecewisePass {
   readonly #life = new Lifetime()
+  readonly #precision: Precision
   readonly #steps: Step[] = []
   readonly #gradients = new Map<Tensor, Tensor>()
   #splits: SplitBackward[] = []
+
+  /** @param options.precision arithmetic of matrix products in pieces. Default f32. */
+  constructor(options: { readonly precision?: Precision } = {}) {
+    checkOptions('PiecewisePass', options, { precision: true })
+    this.#precision = options.precision ?? 'f32'
+  }
 
   /** A tensor from outside, as pieces take it; its gradient is `gradient(leaf)` after `backward`. */
   input(tensor: Tensor): Tensor {
@@ -52,7 +63,7 @@ export class PiecewisePass {
     inputs: Inputs,
     fn: (...inputs: Inputs) => readonly Tensor[],
   ): Tensor[] {
-    const outputs = this.#life.run(() => fn(...inputs))
+    const outputs = this.#life.run(() => withPrecision(this.#precision, () => fn(...inputs)))
     const made = outputs.map(output => this.#leafOf(output, output.tracked))
     this.#steps.push({ kind: 'piece', inputs: inputs.filter(input => input.tracked), outputs, made })
     return made
@@ -79,29 +90,43 @@ export class PiecewisePass {
    * @throws MoeError E_SHAPE when `gradient` has another shape
    */
   async backward(from: Tensor, gradient: Tensor): Promise<void> {
-    if (!sameShape(from.shape, gradient.shape)) {
-      throw new MoeError({
-        code: 'E_SHAPE',
-        op: 'backward',
-        problem: `the gradient has shape ${showShape(gradient.shape)}, the result ${showShape(from.shape)}`,
-        fix: 'give both the same shape',
-      })
-    }
-    this.#add(from, gradient.detach())
+    await this.backwardInput([from], [gradient])
+    this.weights()
+  }
+
+  /**
+   * Goes back from leaves to the inputs, whose gradients `gradient` tells, before all weights have theirs: `weights` computes what is left.
+   * @param gradients one of each leaf
+   * @param options.putOff leaves all gradients of weights to `weights`. Default: they are computed while exchanges are under way.
+   * @throws MoeError E_SHAPE when a gradient has another shape
+   */
+  async backwardInput(
+    from: readonly Tensor[],
+    gradients: readonly Tensor[],
+    options: { readonly putOff?: boolean } = {},
+  ): Promise<void> {
+    checkOptions('PiecewisePass.backwardInput', options, { putOff: true })
+    for (const [i, { shape }] of from.entries()) checkShape(gradients[i].shape, shape)
+    for (const [i, leaf] of from.entries()) this.#add(leaf, gradients[i].detach())
     for (let step = this.#steps.pop(); step !== undefined; step = this.#steps.pop()) {
       if (step.kind === 'piece') this.#backThroughPiece(step)
       else {
         const { input, made, back } = step
         const own = this.#take(made) ?? this.#life.run(() => zeros(made.shape, { backend: made.backend }))
         const coming = back(own)
-        this.#finishWeights()
+        if (!options.putOff) this.weights()
         const came = await coming
         own.dispose()
         if (input.tracked) this.#add(input, came)
         else came.dispose()
       }
     }
-    this.#finishWeights()
+  }
+
+  /** Gives the weights those gradients that were put off. */
+  weights(): void {
+    for (const split of this.#splits) this.#life.run(() => split.weights())
+    this.#splits = []
   }
 
   /** Gradient of an input, after `backward`; null where nothing came. It is freed with the pass. */
@@ -141,11 +166,6 @@ export class PiecewisePass {
     for (const [i, gradient] of split.gradients.entries()) if (gradient !== null) this.#add(inputs[i], gradient)
   }
 
-  #finishWeights(): void {
-    for (const split of this.#splits) this.#life.run(() => split.weights())
-    this.#splits = []
-  }
-
   #take(leaf: Tensor): Tensor | null {
     const gradient = this.#gradients.get(leaf) ?? null
     this.#gradients.delete(leaf)
@@ -162,4 +182,14 @@ export class PiecewisePass {
     before.dispose()
     gradient.dispose()
   }
+}
+
+function checkShape(of: Shape, result: Shape): void {
+  if (sameShape(of, result)) return
+  throw new MoeError({
+    code: 'E_SHAPE',
+    op: 'backward',
+    problem: `the gradient has shape ${showShape(of)}, the result ${showShape(result)}`,
+    fix: 'give both the same shape',
+  })
 }

@@ -1,5 +1,6 @@
 /** @file Experts of one layer on several ranks: tokens travel to their experts and back. */
 import {
+  checkOptions,
   combineTokens,
   type DispatchPlan,
   dispatchPlan,
@@ -34,6 +35,7 @@ export interface RoutedTokens {
  *
  * The counts are read by the host, which sizes the messages.
  * @param experts E, of all ranks together
+ * @param options.back the same ranks in a group of their own, for what travels in the backward pass: where passes are under way at once. Default: `ranks`.
  * @returns `[N, D]`, a leaf of the pass
  * @throws MoeError E_CONFIG when the ranks do not divide the experts
  */
@@ -43,7 +45,10 @@ export async function routeOverRanks(
   share: ExpertsShare,
   { x, weights, indices }: RoutedTokens,
   experts: number,
+  options: { readonly back?: Communicator } = {},
 ): Promise<Tensor> {
+  checkOptions('routeOverRanks', options, { back: true })
+  const { back = ranks } = options
   const own = experts / ranks.size
   if (!Number.isInteger(own)) {
     throw new MoeError({
@@ -60,10 +65,11 @@ export async function routeOverRanks(
   const sent = Array.from({ length: ranks.size }, (_, r) => sum(counts.subarray(r * own, (r + 1) * own)))
   const coming = await exchangeCounts(ranks, counts, own, x)
   const received = coming.map(sum)
-  const travel = (to: readonly number[]) => async (rows: Tensor) => (await ranks.allToAll(rows, to)).rows
+  const travel = (by: Communicator, to: readonly number[], from: readonly number[]) => async (rows: Tensor) =>
+    (await by.allToAll(rows, to, from)).rows
 
   const [sorted] = pass.piece([x], tokens => [permuteTokens(tokens, plan)])
-  const arrived = await pass.exchange(sorted, travel(sent), travel(received))
+  const arrived = await pass.exchange(sorted, travel(ranks, sent, received), travel(back, received, sent))
   const chosen = expertsOf(coming)
   const computed =
     chosen.length === 0
@@ -72,7 +78,7 @@ export async function routeOverRanks(
           const local = dispatchPlan(fromHost(chosen, [chosen.length, 1], 'i32', backend), own)
           return [share.route(rows, ones([chosen.length, 1], { backend }), local)]
         })[0]
-  const returned = await pass.exchange(computed, travel(received), travel(sent))
+  const returned = await pass.exchange(computed, travel(ranks, received, sent), travel(back, sent, received))
   return pass.piece([returned, weights], (rows, gates) => [combineTokens(rows, gates, plan)])[0]
 }
 
@@ -84,7 +90,8 @@ async function exchangeCounts(
   { backend }: Tensor,
 ): Promise<Int32Array[]> {
   const rows = fromHost(counts, [counts.length, 1], 'i32', backend)
-  const { rows: came } = await ranks.allToAll(rows, new Array(ranks.size).fill(own))
+  const each = new Array(ranks.size).fill(own)
+  const { rows: came } = await ranks.allToAll(rows, each, each)
   const values = Int32Array.from(await came.values())
   rows.dispose()
   came.dispose()
