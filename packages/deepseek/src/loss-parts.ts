@@ -1,6 +1,6 @@
 /**
- * @file The training loss of one micro-batch, part by part: for models whose parts are run apart, in the stages of a pipeline or with experts elsewhere. Each part gives `[B, T, D]` to the next and
- * leaves its losses here.
+ * @file The training loss of one micro-batch, part by part: for models whose parts are run apart, in the stages of a pipeline or with experts elsewhere. Parts are decoder layers (the embedding before
+ * the first), the final norm with the head, MTP modules. Each gives `[B, T, D]` to the next and leaves its losses here.
  *
  * Legend: B batch, T time, D hidden size.
  */
@@ -40,6 +40,15 @@ export class LossParts {
 
   get #time(): number {
     return this.#inputs.tokens.shape[1] - this.#model.lookahead
+  }
+
+  /** Runs the part of this number on what the one before gave. */
+  run(part: number, x: Tensor): Tensor {
+    const { decoder, mtp } = this.#model
+    const depth = part - decoder.length
+    if (depth < 0) return decoder[part].forward(x, this.optionsAt(0))
+    if (depth === 0) return this.next(x)
+    return this.further(depth, blockOf(mtp[depth - 1]).forward(this.combine(depth, x), this.optionsAt(depth)))
   }
 
   embed(): Tensor {

@@ -22,6 +22,68 @@ export interface PieceRunner {
 /** What the routed experts of `model.moeLayers[layer]` make of tokens, `[N, D]`: leaves to a leaf. */
 export type RouteElsewhere = (layer: number, tokens: Pick<Choice, 'x' | 'weights' | 'indices'>) => Promise<Tensor>
 
+/** The parts of a loss in pieces. */
+export class PartsInPieces {
+  /** Scalars whose sum is the loss, leaves of the pass. */
+  readonly losses: Tensor[] = []
+  readonly #model: DeepSeek
+  readonly #parts: LossParts
+  readonly #pass: PieceRunner
+  readonly #route: RouteElsewhere
+
+  constructor(model: DeepSeek, parts: LossParts, pass: PieceRunner, route: RouteElsewhere) {
+    this.#model = model
+    this.#parts = parts
+    this.#pass = pass
+    this.#route = route
+  }
+
+  embed(): Tensor {
+    return this.#piece([], () => [this.#parts.embed()])[0]
+  }
+
+  /** Runs the part of this number on a leaf, as `LossParts.run` does. Resolves to a leaf. */
+  async run(part: number, x: Tensor): Promise<Tensor> {
+    const { decoder, mtp } = this.#model
+    const parts = this.#parts
+    const depth = part - decoder.length
+    if (depth < 0) return this.#block(decoder[part], x, 0)
+    if (depth === 0) return this.#piece([x], hidden => [parts.next(hidden)])[0]
+    const [combined] = this.#piece([x], before => [parts.combine(depth, before)])
+    const deep = await this.#block(blockOf(mtp[depth - 1]), combined, depth)
+    return this.#piece([deep], hidden => [parts.further(depth, hidden)])[0]
+  }
+
+  async #block(layer: DecoderLayer, input: Tensor, depth: number): Promise<Tensor> {
+    const options = this.#pass.run(() => this.#parts.optionsAt(depth))
+    const { mlp } = layer
+    if (!(mlp instanceof MoELayer)) return this.#piece([input], x => [layer.forward(x, options)])[0]
+    let indices!: Tensor
+    const [attended, x, weights, ...shared] = this.#piece([input], before => {
+      const after = layer.attend(before, options)
+      const choice = mlp.choose(layer.post_attention_layernorm.forward(after), options)
+      indices = choice.indices
+      return [after, choice.x, choice.weights, ...(mlp.shared_experts ? [mlp.shared_experts.forward(choice.x)] : [])]
+    })
+    const routed = await this.#route(this.#model.moeLayers.indexOf(mlp), { x, weights, indices })
+    return this.#piece([attended, routed, ...shared], (residual, ...outs) => [
+      residual.add(outs.reduce((sum, out) => sum.add(out)).reshape(residual.shape)),
+    ])[0]
+  }
+
+  /** What parts leave as losses goes out of the piece that made it. */
+  #piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[] {
+    let own = 0
+    const made = this.#pass.piece(inputs, (...leaves) => {
+      const outputs = fn(...leaves)
+      own = outputs.length
+      return [...outputs, ...this.#parts.losses.splice(0)]
+    })
+    this.losses.push(...made.slice(own))
+    return made.slice(0, own)
+  }
+}
+
 /** The training loss of a micro-batch in pieces: `DeepSeek.inPieces`. */
 export class DeepSeekPieces {
   /** Positions that carry loss. */
@@ -43,49 +105,13 @@ export class DeepSeekPieces {
     pass: PieceRunner,
     route: RouteElsewhere,
   ): Promise<{ loss: Tensor; metrics: Readonly<Record<string, Tensor>> }> {
-    const { backend, decoder, mtp, moeLayers } = this.#model
-    const parts = new LossParts(
-      this.#model,
-      pass.run(() => uploadInputs(this.#arrays, backend)),
-      this.#source,
-    )
-    const losses: Tensor[] = []
-    const piece = (inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]) => {
-      let own = 0
-      const made = pass.piece(inputs, (...leaves) => {
-        const outputs = fn(...leaves)
-        own = outputs.length
-        return [...outputs, ...parts.losses.splice(0)]
-      })
-      losses.push(...made.slice(own))
-      return made.slice(0, own)
-    }
-    const block = async (layer: DecoderLayer, input: Tensor, depth: number): Promise<Tensor> => {
-      const options = pass.run(() => parts.optionsAt(depth))
-      const { mlp } = layer
-      if (!(mlp instanceof MoELayer)) return piece([input], x => [layer.forward(x, options)])[0]
-      let indices!: Tensor
-      const [attended, x, weights, ...shared] = piece([input], before => {
-        const after = layer.attend(before, options)
-        const choice = mlp.choose(layer.post_attention_layernorm.forward(after), options)
-        indices = choice.indices
-        return [after, choice.x, choice.weights, ...(mlp.shared_experts ? [mlp.shared_experts.forward(choice.x)] : [])]
-      })
-      const routed = await route(moeLayers.indexOf(mlp), { x, weights, indices })
-      return piece([attended, routed, ...shared], (residual, ...outs) => [
-        residual.add(outs.reduce((sum, out) => sum.add(out)).reshape(residual.shape)),
-      ])[0]
-    }
-    let [x] = piece([], () => [parts.embed()])
-    for (const layer of decoder) x = await block(layer, x, 0)
-    ;[x] = piece([x], hidden => [parts.next(hidden)])
-    for (const [k, module] of mtp.entries()) {
-      const depth = k + 1
-      const [combined] = piece([x], before => [parts.combine(depth, before)])
-      const deep = await block(blockOf(module), combined, depth)
-      ;[x] = piece([deep], hidden => [parts.further(depth, hidden)])
-    }
-    const [loss] = pass.piece(losses, (...all) => [all.reduce((sum, part) => sum.add(part))])
+    const { backend, decoder, mtp } = this.#model
+    const inputs = pass.run(() => uploadInputs(this.#arrays, backend))
+    const parts = new LossParts(this.#model, inputs, this.#source)
+    const inPieces = new PartsInPieces(this.#model, parts, pass, route)
+    let x = inPieces.embed()
+    for (let part = 0; part <= decoder.length + mtp.length; part++) x = await inPieces.run(part, x)
+    const [loss] = pass.piece(inPieces.losses, (...all) => [all.reduce((sum, part) => sum.add(part))])
     return { loss, metrics: parts.metrics }
   }
 }

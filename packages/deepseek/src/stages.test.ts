@@ -1,10 +1,19 @@
 /** @file Where a model is cut, and that its stages together are its loss. By schedules and on several ranks: `@moe/parallel`. */
-import { backward, namedParameters, Random, setDefaultBackend, type Tensor } from '@moe/core'
+import { backward, dispatchPlan, namedParameters, Random, setDefaultBackend, type Tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
 import { beforeEach, expect, test } from 'vitest'
 import { evenRuns } from './even-runs.ts'
-import { countParameters, DeepSeek, type DeepSeekLoss, parseConfig, presets } from './index.ts'
+import {
+  countParameters,
+  DeepSeek,
+  type DeepSeekLoss,
+  type PieceRunner,
+  parseConfig,
+  presets,
+  type RouteElsewhere,
+} from './index.ts'
+import type { StageResult } from './stages.ts'
 import { tiny } from './test-tiny.ts'
 
 beforeEach(() => setDefaultBackend(referenceBackend()))
@@ -42,9 +51,15 @@ test('runs are as even as any cut makes them', () => {
   }
 })
 
-test.each([1, 2, 4, 6])(
-  '%i stages one behind the other have the loss, the metrics and the gradients of the model',
-  async stages => {
+const together: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
+
+test.each(
+  [1, 2, 4, 6].flatMap(stages =>
+    [false, true].map(pieces => [stages, pieces ? ', in pieces that are not cut apart,' : ''] as const),
+  ),
+)(
+  '%i stages one behind the other%s have the loss, the metrics and the gradients of the model',
+  async (stages, pieces) => {
     const [whole, model] = [newModel(), newModel()]
     const expected = whole.loss(rows)
     const {
@@ -55,14 +70,20 @@ test.each([1, 2, 4, 6])(
     let x: Tensor | null = null
     const losses: Tensor[] = []
     const metrics: Record<string, number> = {}
+    const asked: number[] = []
     for (const [n, stage] of cut.step([rows]).stages.entries()) {
-      const part = stage.forward(x, 0)
+      const route: RouteElsewhere = async (layer, { x, weights, indices }) => {
+        asked.push(layer)
+        return model.moeLayers[layer].experts.route(x, weights, dispatchPlan(indices, 8))
+      }
+      const part: StageResult = await (pieces === '' ? stage.forward(x, 0) : stage.inPieces(x, 0, together, route))
       expect(part.output === undefined).toBe(n === stages - 1)
       x = part.output ?? null
       losses.push(...part.losses)
       for (const [name, value] of Object.entries(part.metrics))
         metrics[name] = (metrics[name] ?? 0) + (await value.item())
     }
+    expect(asked).toEqual(pieces === '' ? [] : [0, 1, 2, 3])
     const loss = losses.reduce((sum, part) => sum.add(part))
     const numbers: Record<string, number> = { loss: await loss.item(), ...metrics }
     const wanted: Record<string, number> = {

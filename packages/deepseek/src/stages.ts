@@ -1,6 +1,5 @@
 /**
- * @file A model in stages, one behind the other, for a pipeline. What is cut is a row of parts, `[B, T, D]` to the same: decoder layers (the embedding before the first), the final norm with the
- * head, MTP modules.
+ * @file A model in stages, one behind the other, for a pipeline. What is cut is a row of parts, `[B, T, D]` to the same: those of `LossParts`.
  *
  * Legend: B batch, T time, D hidden size, V vocabulary.
  */
@@ -17,8 +16,9 @@ import type { TokenRows } from '@moe/mtp'
 import { type DeepSeekConfig, isMoELayer } from './config.ts'
 import { countParameters } from './count-parameters.ts'
 import { evenRuns } from './even-runs.ts'
-import { blockOf, LossParts, type LossSource } from './loss-parts.ts'
+import { LossParts, type LossSource } from './loss-parts.ts'
 import type { DeepSeek } from './model.ts'
+import { PartsInPieces, type PieceRunner, type RouteElsewhere } from './pieces.ts'
 import { digestOf, type HostInputs, uploadInputs } from './training-loss.ts'
 
 /** One stage in one step. A `PipelineStage` of `@moe/parallel` is what it is. */
@@ -28,14 +28,15 @@ export interface DeepSeekStage {
    * @returns `output [B, T, D]` for the next stage, none of the last; `losses`, scalars whose sum over all stages and micro-batches is the loss of the step; and detached
    * `metrics`, which sum up likewise
    */
-  forward(
-    input: Tensor | null,
-    microBatch: number,
-  ): {
-    readonly output?: Tensor
-    readonly losses: readonly Tensor[]
-    readonly metrics: Readonly<Record<string, Tensor>>
-  }
+  forward(input: Tensor | null, microBatch: number): StageResult
+  /** The same in pieces, where the routed experts lie elsewhere. The input is a leaf, and so are output and losses. */
+  inPieces(input: Tensor | null, microBatch: number, pass: PieceRunner, route: RouteElsewhere): Promise<StageResult>
+}
+
+export interface StageResult {
+  readonly output?: Tensor
+  readonly losses: readonly Tensor[]
+  readonly metrics: Readonly<Record<string, Tensor>>
 }
 
 /** A micro-batch on the host. */
@@ -117,27 +118,42 @@ export class DeepSeekStages {
     const total = inputs.reduce((sum, { count }) => sum + count, 0)
     const micro = inputs.map(({ arrays, count }) => ({ arrays, share: count / Math.max(1, total) }))
     return {
-      stages: this.parameters.map((_, n) => ({ forward: (input, m) => this.#forward(n, input, micro[m]) })),
+      stages: this.parameters.map((_, n) => ({
+        forward: (input, m) => this.#forward(n, input, micro[m]),
+        inPieces: (input, m, pass, route) => this.#inPieces(n, input, micro[m], pass, route),
+      })),
       between: { shape: [rows, length - lookahead, config.hidden_size], dtype: 'f32', backend },
       count: total,
       digest: digestOf(batches.flatMap(({ tokens, documents }) => [tokens, documents])),
     }
   }
 
-  #forward(stage: number, input: Tensor | null, { arrays, share }: MicroBatch): ReturnType<DeepSeekStage['forward']> {
-    const { backend, decoder, mtp } = this.#model
-    const parts = new LossParts(this.#model, uploadInputs(arrays, backend), this.#source, share)
+  #forward(stage: number, input: Tensor | null, microBatch: MicroBatch): StageResult {
+    const parts = this.#partsOf(microBatch)
     let x = input ?? parts.embed()
-    for (let part = this.#starts[stage]; part < this.#starts[stage + 1]; part++) {
-      const depth = part - decoder.length
-      if (depth < 0) x = decoder[part].forward(x, parts.optionsAt(0))
-      else if (depth === 0) x = parts.next(x)
-      else {
-        const block = blockOf(mtp[depth - 1])
-        x = parts.further(depth, block.forward(parts.combine(depth, x), parts.optionsAt(depth)))
-      }
-    }
-    const { losses, metrics } = parts
+    for (let part = this.#starts[stage]; part < this.#starts[stage + 1]; part++) x = parts.run(part, x)
+    return this.#result(stage, x, parts.losses, parts)
+  }
+
+  async #inPieces(
+    stage: number,
+    input: Tensor | null,
+    microBatch: MicroBatch,
+    pass: PieceRunner,
+    route: RouteElsewhere,
+  ): Promise<StageResult> {
+    const parts = pass.run(() => this.#partsOf(microBatch))
+    const inPieces = new PartsInPieces(this.#model, parts, pass, route)
+    let x = input ?? inPieces.embed()
+    for (let part = this.#starts[stage]; part < this.#starts[stage + 1]; part++) x = await inPieces.run(part, x)
+    return this.#result(stage, x, inPieces.losses, parts)
+  }
+
+  #partsOf({ arrays, share }: MicroBatch): LossParts {
+    return new LossParts(this.#model, uploadInputs(arrays, this.#model.backend), this.#source, share)
+  }
+
+  #result(stage: number, x: Tensor, losses: readonly Tensor[], { metrics }: LossParts): StageResult {
     const isLast = stage === this.parameters.length - 1
     return { ...(isLast ? {} : { output: x }), losses, metrics }
   }

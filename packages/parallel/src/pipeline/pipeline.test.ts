@@ -40,8 +40,32 @@ const near = (numbers: readonly number[] | null) => numbers?.map(x => expect.clo
 const allNear = (numbers: Readonly<Record<string, number[] | null>>) =>
   Object.fromEntries(Object.entries(numbers).map(([name, values]) => [name, near(values)]))
 
+/** What this rank has of numbers of the whole model. */
+const partOf = (
+  whole: Readonly<Record<string, number[] | null>>,
+  { parameters }: Pick<Pipeline<never>, 'parameters'>,
+) =>
+  Object.fromEntries(
+    parameters.map(({ name, parameter: { shape, size }, firstRow }) => {
+      const from = firstRow === undefined ? 0 : (firstRow * size) / shape[0]
+      return [name, firstRow === undefined ? whole[name] : (whole[name]?.slice(from, from + size) ?? null)]
+    }),
+  )
+
+interface Several {
+  /** Pipelines at once. */
+  readonly replicas?: number
+  /** Of these, those that share experts out. */
+  readonly expertParallelSize?: number
+}
+
 /** Steps on all ranks, each beside the whole model's. */
-async function expectWhole(schedule: Schedule, make: () => DeepSeek, rounds = 1, replicas = 1): Promise<void> {
+async function expectWhole(
+  schedule: Schedule,
+  make: () => DeepSeek,
+  rounds = 1,
+  { replicas = 1, expertParallelSize = 1 }: Several = {},
+): Promise<void> {
   const microBatches = replicas * schedule.microBatches
   const { loss, metrics, gradients, gradNorm } = wholeStep(make(), microBatches)
   const trained = new Set<string>()
@@ -49,7 +73,7 @@ async function expectWhole(schedule: Schedule, make: () => DeepSeek, rounds = 1,
   const held: number[] = []
   await local(replicas * schedule.ranks.length, async ranks => {
     const model = make()
-    const pipeline = new Pipeline(model, schedule, ranks)
+    const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize })
     const { rank, world } = pipeline.dataShare
     expect(world).toBe(replicas)
     const batches = batchesOf(microBatches, model).filter((_, m) => m % world === rank)
@@ -61,7 +85,7 @@ async function expectWhole(schedule: Schedule, make: () => DeepSeek, rounds = 1,
         Object.fromEntries(Object.entries(metrics).map(([name, value]) => [name, expect.closeTo(value, 5)])),
       )
       const own = gradientsOf(pipeline.parameters)
-      expect(own).toEqual(allNear(Object.fromEntries(Object.keys(own).map(name => [name, gradients[name]]))))
+      expect(own).toEqual(allNear(partOf(gradients, pipeline)))
       for (const name of Object.keys(own)) trained.add(name)
       // The others are of other ranks.
       const others = Object.entries(gradientsOf(namedParameters(model))).filter(([name]) => !(name in own))
@@ -84,7 +108,24 @@ describe('a step in stages has loss, metrics, gradients and norm of the whole mo
     ['three of one rank', oneForwardOneBackward(1, 1), 3],
     ['two of DualPipe', dualPipe(2, 4), 2],
     ['two of DualPipeV', dualPipeV(2, 4), 2],
-  ] as const)('several pipelines: %s', (_, schedule, replicas) => expectWhole(schedule, newModel, 2, replicas))
+  ] as const)('several pipelines: %s', (_, schedule, replicas) => expectWhole(schedule, newModel, 2, { replicas }))
+
+  test.each<[string, Schedule, number, number, Changes?]>([
+    ['1F1B', oneForwardOneBackward(2, 3), 2, 2],
+    ['one stage, a rank for each expert', oneForwardOneBackward(1, 2), 4, 4],
+    ['a rank for every layer', oneForwardOneBackward(11, 2), 2, 2],
+    ['interleaved', interleaved(2, 2, 2), 2, 2],
+    ['ZB-H1', zeroBubbleH1(2, 3), 2, 2],
+    ['ZB-H2', zeroBubbleH2(2, 4), 2, 2],
+    ['ZB-V', zeroBubbleV(2, 3), 2, 2],
+    ['DualPipe', dualPipe(2, 4), 2, 2],
+    ['DualPipeV', dualPipeV(2, 4), 2, 2],
+    ['DualPipeV on one rank', dualPipeV(1, 3), 2, 2],
+    ['twice two of ZB-H1', zeroBubbleH1(2, 2), 4, 2],
+    ['twice two of DualPipe', dualPipe(2, 4), 4, 2],
+  ])('pipelines that share experts out: %s', (_, schedule, replicas, expertParallelSize) =>
+    expectWhole(schedule, newModel, 2, { replicas, expertParallelSize }),
+  )
 
   test.each<[string, Changes, DeepSeekOptions]>([
     ['embedding and head are one', { tie_word_embeddings: true }, {}],
@@ -98,6 +139,9 @@ describe('a step in stages has loss, metrics, gradients and norm of the whole mo
   ])('%s', async (_, changes, options) => {
     for (const schedule of [oneForwardOneBackward(3, 4), dualPipe(2, 4), dualPipeV(2, 4)])
       await expectWhole(schedule, () => newModel(changes, options))
+    // Experts in fewer bits cannot be taken apart.
+    if (options.weights === undefined)
+      await expectWhole(dualPipeV(2, 4), () => newModel(changes, options), 1, { replicas: 2, expertParallelSize: 2 })
   })
 })
 

@@ -5,11 +5,14 @@ import {
   defaultBackend,
   fromHost,
   type NamedParameter,
+  namedParameters,
+  type Parameter,
   reduceGradients,
   type Tensor,
 } from '@moe/core'
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
+import { ExpertShares, expertRanks, type OwnParameter, type SpreadableLayer } from '../experts/expert-shares.ts'
 import { finite, gradientNorm, type StepOptions, type StepResult } from '../gradients.ts'
 import { checkSchedule, type Schedule, stagesOf } from '../schedule/schedule.ts'
 import { holdersOf, sumReplicas } from './replicas.ts'
@@ -19,6 +22,8 @@ import { checkSize, type PipelineStage, runSchedule } from './run-schedule.ts'
 export interface StageableModel<Batch> {
   /** Cuts it into so many stages. @throws MoeError E_CONFIG when there are more than can be made */
   inStages(stages: number): ModelInStages<Batch>
+  /** Layers with routed experts, where these can be spread; stages have `inPieces` then. */
+  readonly moeLayers?: readonly SpreadableLayer[]
 }
 
 /** A model that was cut. */
@@ -42,13 +47,14 @@ export interface ModelInStages<Batch> {
  * A model in stages on several ranks. Every rank makes the whole model, with the same weights, and trains its own stages of it: weights, gradients, optimizer state and activations are there for these
  * alone. The others' weights are freed, until `gather` brings them; frozen ones stay.
  *
- * Where there are several times as many ranks as the schedule has, each so many in a row are a pipeline, and all pipelines take every step together, each with rows of its own.
+ * Where there are several times as many ranks as the schedule has, each so many in a row are a pipeline, and all pipelines take every step together, each with rows of its own. Of these, each `expertParallelSize` in a row
+ * share the experts of their stages out: a rank has its part of them, for the tokens of all.
  *
  * `train` of `@moe/trainer` takes one as its `ranks`.
  */
 export class Pipeline<Batch> {
   /** Of this rank's stages: what its optimizer is made from. Weights that are frozen or stored in fewer bits stay as they are. */
-  readonly parameters: readonly NamedParameter[]
+  readonly parameters: readonly OwnParameter[]
   /** The ranks of all pipelines. */
   readonly ranks: Communicator
   /** Micro-batches of a step in a pipeline. */
@@ -61,9 +67,21 @@ export class Pipeline<Batch> {
   readonly #replicas: Communicator | null
   readonly #schedule: Schedule
   readonly #model: ModelInStages<Batch>
+  /** Of the experts of its stages, where pipelines share them out. */
+  readonly #shares: ExpertShares | null
 
-  /** @throws MoeError E_CONFIG when the model cannot be cut into the schedule's stages, and for a schedule whose ranks do not divide these */
-  constructor(model: StageableModel<Batch>, schedule: Schedule, ranks: Communicator) {
+  /**
+   * @param options.expertParallelSize pipelines that share experts out. Default 1: each has all.
+   * @throws MoeError E_CONFIG when the model cannot be cut into the schedule's stages, for a schedule whose ranks do not divide these, and for a size that does not divide the pipelines or the experts
+   */
+  constructor(
+    model: StageableModel<Batch>,
+    schedule: Schedule,
+    ranks: Communicator,
+    options: { readonly expertParallelSize?: number } = {},
+  ) {
+    checkOptions('Pipeline', options, { expertParallelSize: true })
+    const { expertParallelSize = 1 } = options
     if (typeof model?.inStages !== 'function')
       throw refusal('Pipeline', 'the model has no inStages', 'pass a DeepSeek, or a model that can be cut into stages')
     checkRanks('Pipeline', ranks)
@@ -85,7 +103,16 @@ export class Pipeline<Batch> {
     this.#schedule = schedule
     this.#model = model.inStages(schedule.stages)
     const own = stagesOf(schedule, this.#line.rank).flatMap(stage => this.#model.parameters[stage])
-    this.parameters = [...new Map(own.map(named => [named.parameter, named])).values()]
+    const named = new Map(own.map(named => [named.parameter, named]))
+    this.#shares =
+      expertParallelSize === 1
+        ? null
+        : new ExpertShares(
+            'Pipeline',
+            layersWith(model, named),
+            expertRanks('Pipeline', ranks, expertParallelSize, { stride: length, overlapping: true }),
+          )
+    this.parameters = Array.from(named.values(), each => this.#shares?.own(each) ?? each)
     this.#freeOthers()
   }
 
@@ -103,30 +130,34 @@ export class Pipeline<Batch> {
       const problem = `the schedule has ${microBatches} micro-batches, the step ${batches.length}`
       throw refusal(name, problem, 'make a schedule for as many')
     }
+    this.#shares?.takeOwn()
     this.#freeOthers()
     for (const { parameter } of this.parameters) parameter.zeroGrad()
     const { stages, between, count, digest } = this.#model.step(batches)
     if (digest !== undefined) await this.#needSame(digest, between.backend)
-    const share = await this.#share(count ?? 1, between.backend)
-    const weighted = stages.map(stage => (share === 1 ? stage : weigh(stage, share)))
-    const sums = await runSchedule(this.#schedule, this.#line, new Map(weighted.entries()), {
+    const weight = await this.#share(count ?? 1, between.backend)
+    const shares = this.#shares
+    const sums = await runSchedule(this.#schedule, this.#line, new Map(stages.entries()), {
       between,
       metrics: this.#model.metrics,
       precision: options.precision,
+      weight,
+      ...(shares && { route: pass => shares.routeIn(pass) }),
     })
     const numbers = await this.#overReplicas([sums.loss, ...Object.values(sums.metrics)])
-    await sumReplicas(this.#schedule, this.#line, this.#parametersOf)
+    const rowsOf = (parameter: Parameter) => shares?.rows.get(parameter) ?? parameter
+    await sumReplicas(this.#schedule, this.#line, stage => this.#parametersOf(stage).map(rowsOf))
     const replicas = this.#replicas
-    if (replicas !== null)
-      await reduceGradients(
-        this.parameters.map(({ parameter }) => parameter),
-        gradients => replicas.allReduce(gradients),
-      )
+    const common = this.parameters.flatMap(({ parameter, firstRow }) => (firstRow === undefined ? [parameter] : []))
+    if (replicas !== null) await reduceGradients(common, gradients => replicas.allReduce(gradients))
+    await shares?.sumGradients()
     // What several ranks have is counted once.
-    const counted = [...this.#holders()].flatMap(([parameter, [first]]) =>
-      first === this.#line.rank ? [parameter] : [],
-    )
-    const gradNorm = await gradientNorm(this.#line, counted, between.backend ?? defaultBackend())
+    const counted = [...this.#holders()].flatMap(([parameter, [first]]) => {
+      const own = rowsOf(parameter)
+      const isCounted = own === parameter ? this.dataShare.rank === 0 : shares?.ranks.first
+      return first === this.#line.rank && isCounted ? [own] : []
+    })
+    const gradNorm = await gradientNorm(this.ranks, counted, between.backend ?? defaultBackend())
     const [loss, ...metrics] = numbers
     const names = Object.keys(sums.metrics)
     return finite(name, { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) })
@@ -134,6 +165,7 @@ export class Pipeline<Batch> {
 
   /** Gives every rank the weights of all stages, from the ranks that train them, until the next step: for measuring, saving and generating. All ranks call it. */
   async gather(): Promise<void> {
+    await this.#shares?.gather()
     for (const [parameter, holders] of this.#holders()) {
       if (!parameter.trainable) continue
       // Of a freed parameter the shape is known, which is all that is asked of those who receive.
@@ -141,6 +173,11 @@ export class Pipeline<Batch> {
       if (holders.includes(this.#line.rank)) weights.dispose()
       else parameter.assign(weights)
     }
+  }
+
+  /** Frees this rank's part of experts that are shared out; the model stays. */
+  dispose(): void {
+    this.#shares?.dispose()
   }
 
   /** Stages lie on other ranks than the embedding: with other tokens there, the loss would be that of nothing. */
@@ -185,13 +222,14 @@ export class Pipeline<Batch> {
   }
 }
 
-/** The same stage, of which all losses and metrics are multiplied by `share`. */
-function weigh(stage: PipelineStage, share: number): PipelineStage {
-  return {
-    forward(input, microBatch) {
-      const { losses = [], metrics = {}, ...output } = stage.forward(input, microBatch)
-      const own = Object.entries(metrics).map(([name, value]) => [name, value.mul(share)])
-      return { ...output, losses: losses.map(loss => loss.mul(share)), metrics: Object.fromEntries(own) }
-    },
-  }
+/** Those of whose experts these are the parameters, by number. @throws MoeError E_CONFIG for a model whose experts cannot be spread */
+function layersWith<Batch>(
+  { moeLayers }: StageableModel<Batch>,
+  parameters: ReadonlyMap<Parameter, NamedParameter>,
+): Map<number, SpreadableLayer> {
+  if (moeLayers === undefined)
+    throw refusal('Pipeline', 'the model has no moeLayers', 'leave expertParallelSize out, or pass a DeepSeek')
+  const isHere = ({ experts }: SpreadableLayer) =>
+    namedParameters(experts).some(({ parameter }) => parameters.has(parameter))
+  return new Map([...moeLayers.entries()].filter(([, layer]) => isHere(layer)))
 }
