@@ -58,6 +58,20 @@ const replicated = {
     new Pipeline(model, zeroBubbleH1(2, 2), ranks),
 }
 
+/** Two pipelines that share experts out: each rank has half of the experts of its stages. */
+const spread = {
+  accumulate: 2,
+  onRanks: (model: DeepSeek, ranks: Parameters<typeof stages.onRanks>[1]) =>
+    new Pipeline(model, zeroBubbleH1(ranks.size / 2, 2), ranks, { expertParallelSize: 2 }),
+}
+
+/** Likewise, by pairs of passes. */
+const spreadV = {
+  accumulate: 2,
+  onRanks: (model: DeepSeek, ranks: Parameters<typeof stages.onRanks>[1]) =>
+    new Pipeline(model, dualPipeV(ranks.size / 2, 2), ranks, { expertParallelSize: 2 }),
+}
+
 /** Largest difference of any weight, relative to the largest weight of its tensor. */
 function difference(a: Trained, b: Trained): number {
   const of = (name: string) => {
@@ -83,6 +97,7 @@ const each = [
   ['stages by DualPipe, which lie on two ranks each', pipelined(dualPipe), 2],
   ['two pipelines', replicated, 4],
   ['experts', experts, 2],
+  ['stages whose experts are spread', spread, 4],
 ] as const
 
 describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) => {
@@ -165,6 +180,21 @@ describe('a checkpoint goes on in any arrangement of as many micro-batches', () 
     'a rank for every layer': async options => (await onRanks(pipelined(oneForwardOneBackward), options, {}, 5))[0],
     'two pipelines': async options => (await onRanks(replicated, options, {}, 4))[0],
     experts: async options => (await onRanks(experts, options))[0],
+    'stages whose experts are spread': async options => (await onRanks(spread, options, {}, 4))[0],
+    'pairs of passes, experts spread': async options => (await onRanks(spreadV, options, {}, 2))[0],
+    'two times experts on two ranks': async options =>
+      (
+        await onRanks(
+          {
+            ...experts,
+            accumulate: 1,
+            onRanks: (model, ranks) => new ExpertParallel(model, ranks, { expertParallelSize: 2 }),
+          },
+          options,
+          {},
+          4,
+        )
+      )[0],
     'experts on four ranks': async options => (await onRanks({ ...experts, accumulate: 1 }, options, {}, 4))[0],
   }
 

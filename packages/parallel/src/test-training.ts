@@ -95,7 +95,7 @@ export async function trainSmall(
     const entries = stateDict(made).map(async ({ name, data }) => [name, Array.from(await data())] as const)
     return { result, steps, loads, weights: Object.fromEntries(await Promise.all(entries)) }
   } finally {
-    if (ranks instanceof ExpertParallel) ranks.dispose()
+    if (ranks instanceof ExpertParallel || ranks instanceof Pipeline) ranks.dispose()
     made.dispose()
   }
 }

@@ -8,7 +8,16 @@ import { type Transport, wrongLength } from './transport.ts'
  * Runs `work` once for each of `size` ranks in this process, and resolves to what each returned. Messages are handed over in memory.
  * When a rank fails, what the others wait for fails as well (E_ABORTED), and the first error is the one that is thrown, after all have ended.
  */
-export async function local<T>(size: number, work: (communicator: Communicator) => Promise<T>): Promise<T[]> {
+export function local<T>(size: number, work: (communicator: Communicator) => Promise<T>): Promise<T[]> {
+  return localOver(size, transport => transport, work)
+}
+
+/** Internal. The same, with messages that go through something on their way. */
+export async function localOver<T>(
+  size: number,
+  through: (transport: Transport) => Transport,
+  work: (communicator: Communicator) => Promise<T>,
+): Promise<T[]> {
   if (!Number.isSafeInteger(size) || size < 1) {
     throw new MoeError({
       code: 'E_CONFIG',
@@ -21,7 +30,7 @@ export async function local<T>(size: number, work: (communicator: Communicator) 
   const failures: unknown[] = []
   const one = async (rank: number): Promise<T> => {
     try {
-      const result = await work(new HostCommunicator(new LocalTransport(rank, size, post)))
+      const result = await work(new HostCommunicator(through(new LocalTransport(rank, size, post))))
       post.end(rank, `rank ${rank} has ended`)
       return result
     } catch (error) {

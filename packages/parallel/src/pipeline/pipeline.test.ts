@@ -170,34 +170,47 @@ test('loads of all stages move the selection biases, and every rank is told', as
 })
 
 test.each([
-  ['1F1B', oneForwardOneBackward(3, 4)],
-  ['DualPipe', dualPipe(2, 4)],
-] as const)('steps of AdamW by %s: after gather all ranks have the weights of one', async (_, schedule) => {
-  const steps = 4
-  const take = (optimizer: AdamW, gradNorm: number) =>
-    scope(() => optimizer.step(1e-3, full([], Math.min(1, 1 / gradNorm))))
-  const whole = newModel()
-  const all = namedParameters(whole)
-  const alone = new AdamW(all)
-  const told: unknown[] = []
-  for (let step = 0; step < steps; step++) {
-    take(alone, wholeStep(whole, 4).gradNorm)
-    for (const { parameter } of all) parameter.zeroGrad()
-    told.push(await whole.afterStep())
-  }
-  const expected = allNear(weightsOf(all))
-  await local(schedule.ranks.length, async ranks => {
-    const model = newModel()
-    const pipeline = new Pipeline(model, schedule, ranks)
-    const optimizer = new AdamW(pipeline.parameters)
+  ['1F1B', oneForwardOneBackward(3, 4), 1],
+  ['DualPipe', dualPipe(2, 4), 1],
+  ['1F1B, experts shared out', oneForwardOneBackward(2, 2), 2],
+  ['DualPipe, experts shared out', dualPipe(2, 4), 2],
+] as const)(
+  'steps of AdamW by %s: after gather all ranks have the weights of one',
+  async (_, schedule, expertParallelSize) => {
+    const steps = 4
+    const world = expertParallelSize
+    const microBatches = world * schedule.microBatches
+    const take = (optimizer: AdamW, gradNorm: number) =>
+      scope(() => optimizer.step(1e-3, full([], Math.min(1, 1 / gradNorm))))
+    const whole = newModel()
+    const all = namedParameters(whole)
+    const alone = new AdamW(all)
+    const told: unknown[] = []
     for (let step = 0; step < steps; step++) {
-      take(optimizer, (await pipeline.step(batchesOf(4, model))).gradNorm)
-      expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(told[step])
+      take(alone, wholeStep(whole, microBatches).gradNorm)
+      for (const { parameter } of all) parameter.zeroGrad()
+      told.push(await whole.afterStep())
     }
-    await pipeline.gather()
-    expect(weightsOf(namedParameters(model))).toEqual(expected)
-  })
-})
+    const expected = allNear(weightsOf(all))
+    const next = wholeStep(whole, microBatches).loss
+    await local(world * schedule.ranks.length, async ranks => {
+      const model = newModel()
+      const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize })
+      const optimizer = new AdamW(pipeline.parameters)
+      const batches = batchesOf(microBatches, model).filter((_, m) => m % world === pipeline.dataShare.rank)
+      for (let step = 0; step < steps; step++) {
+        take(optimizer, (await pipeline.step(batches)).gradNorm)
+        expect(await model.afterStep(loads => ranks.allReduce(loads))).toEqual(told[step])
+      }
+      await pipeline.gather()
+      expect(weightsOf(namedParameters(model))).toEqual(expected)
+      // The next step takes from the model what this rank trains.
+      expect((await pipeline.step(batches)).loss).toBeCloseTo(next, 5)
+      pipeline.dispose()
+      model.dispose()
+    })
+  },
+)
 
 test.each([
   ['1F1B', oneForwardOneBackward(3, 4)],

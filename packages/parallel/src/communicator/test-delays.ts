@@ -1,0 +1,38 @@
+/** @file For tests and benchmarks only: messages that take their time. */
+import type { Transport } from './transport.ts'
+
+const now = () => performance.timeOrigin + performance.now()
+
+/** A message is there so many milliseconds after it was sent, on any process of this machine. */
+export class DelayedTransport implements Transport {
+  readonly rank: number
+  readonly size: number
+  readonly #whole: Transport
+  readonly #delay: (bytes: number) => number
+
+  constructor(whole: Transport, delay: (bytes: number) => number) {
+    this.rank = whole.rank
+    this.size = whole.size
+    this.#whole = whole
+    this.#delay = delay
+  }
+
+  send(bytes: Uint8Array, to: number, lane: number): Promise<void> {
+    const stamped = new Uint8Array(8 + bytes.length)
+    new DataView(stamped.buffer).setFloat64(0, now() + this.#delay(bytes.length))
+    stamped.set(bytes, 8)
+    return this.#whole.send(stamped, to, lane)
+  }
+
+  async receive(bytes: Uint8Array, from: number, lane: number): Promise<void> {
+    const stamped = new Uint8Array(8 + bytes.length)
+    await this.#whole.receive(stamped, from, lane)
+    const left = new DataView(stamped.buffer).getFloat64(0) - now()
+    if (left > 0) await new Promise(done => setTimeout(done, left))
+    bytes.set(stamped.subarray(8))
+  }
+
+  close(): Promise<void> {
+    return this.#whole.close()
+  }
+}
