@@ -7,7 +7,7 @@ import type { Communicator } from './communicator/communicator.ts'
 import { ExpertParallel } from './experts/expert-parallel.ts'
 import type { StepResult } from './gradients.ts'
 import { Pipeline } from './pipeline/pipeline.ts'
-import { dualPipe } from './schedule/dual-pipe.ts'
+import { dualPipe, dualPipeV } from './schedule/dual-pipe.ts'
 import { zeroBubbleH1 } from './schedule/zero-bubble.ts'
 
 /** Two dense layers, six with experts, two MTP modules that share embedding and head. */
@@ -107,8 +107,20 @@ export async function spreadStep(ranks: Communicator): Promise<StepResult & { gr
   const model = newModel()
   const spread = new ExpertParallel(model, ranks)
   const numbers = await spread.step(batchesOf(2 * ranks.size, model).slice(2 * ranks.rank, 2 * ranks.rank + 2))
-  const gradients = createHash('sha256')
-    .update(JSON.stringify(gradientsOf(spread.parameters)))
-    .digest('hex')
-  return { ...numbers, gradients }
+  return { ...numbers, gradients: digestOfGradients(spread) }
 }
+
+/** A step by pairs of passes, in two pipelines that share experts out: its numbers, and a digest of this rank's gradients. */
+export async function spreadPairsStep(ranks: Communicator): Promise<StepResult & { gradients: string }> {
+  const model = newModel()
+  const schedule = dualPipeV(ranks.size / 2, ranks.size)
+  const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize: 2 })
+  const { rank, world } = pipeline.dataShare
+  const batches = batchesOf(world * schedule.microBatches, model).filter((_, m) => m % world === rank)
+  return { ...(await pipeline.step(batches)), gradients: digestOfGradients(pipeline) }
+}
+
+const digestOfGradients = ({ parameters }: { readonly parameters: readonly NamedParameter[] }) =>
+  createHash('sha256')
+    .update(JSON.stringify(gradientsOf(parameters)))
+    .digest('hex')

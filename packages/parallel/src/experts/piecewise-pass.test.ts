@@ -8,38 +8,56 @@ beforeEach(() => setDefaultBackend(referenceBackend()))
 const numbers = (t: Tensor | null | undefined) => (t ? Array.from(readF64(t)) : null)
 const doubled = async (x: Tensor) => x.mul(2)
 
-test('a pass in pieces has the gradients of the whole one: residuals, exchanges, leaves that go to several pieces', async () => {
-  const [first, second] = [1, 2].map(seed => new Linear(4, 4, { random: new Random(seed) }))
-  const dy = randn([3, 4], new Random(4))
-  const x = new Parameter(randn([3, 4], new Random(3)))
-  // y = x + 2 second(h) * h, h = first(x)
-  const expected = scope(() => {
-    const h = first.forward(x)
-    const y = x.add(second.forward(h).mul(2).mul(h))
-    backward(y, { gradient: dy })
-    return [y, x.grad, first.weight.grad, second.weight.grad].map(numbers)
-  })
-  for (const layer of [first, second]) zeroGrad(layer)
+test.each([
+  ['computed while an exchange is under way', false],
+  ['put off', true],
+])(
+  'a pass in pieces has the gradients of the whole one: residuals, exchanges, leaves that go to several pieces; those of weights are %s',
+  async (_, putOff) => {
+    const layers = [1, 2, 5].map(seed => new Linear(4, 4, { random: new Random(seed) }))
+    const [first, second, third] = layers
+    const dy = randn([3, 4], new Random(4))
+    const x = new Parameter(randn([3, 4], new Random(3)))
+    const weights = () => layers.map(({ weight }) => weight.grad)
+    // y = third(x + 2 second(h) * h), h = first(x)
+    const expected = scope(() => {
+      const h = first.forward(x)
+      const y = third.forward(x.add(second.forward(h).mul(2).mul(h)))
+      backward(y, { gradient: dy })
+      return [y, x.grad, ...weights()].map(numbers)
+    })
+    for (const layer of layers) zeroGrad(layer)
 
-  const pass = new PiecewisePass()
-  const leaf = pass.input(x)
-  const [h] = pass.piece([leaf], t => [first.forward(t)])
-  const [inner] = pass.piece([h], t => [second.forward(t)])
-  // While the gradient is on its way, those of weights behind it are computed.
-  let early: boolean | undefined
-  const sent = await pass.exchange(inner, doubled, async gradient => {
-    early = second.weight.grad !== null
-    await Promise.resolve()
-    return doubled(gradient)
-  })
-  const [y] = pass.piece([leaf, sent, h], (a, b, c) => [a.add(b.mul(c))])
-  await pass.backward(y, dy)
-  expect([y, pass.gradient(leaf), first.weight.grad, second.weight.grad].map(numbers)).toEqual(
-    expected.map(values => values?.map(value => expect.closeTo(value, 12))),
-  )
-  expect(early).toBe(false)
-  pass.dispose()
-})
+    const pass = new PiecewisePass()
+    const leaf = pass.input(x)
+    const [h] = pass.piece([leaf], t => [first.forward(t)])
+    const [inner] = pass.piece([h], t => [second.forward(t)])
+    /** Of which layers the weights have gradients: when the message leaves, and while it is under way. */
+    const seen: boolean[][] = []
+    const look = () => seen.push(weights().map(gradient => gradient !== null))
+    const sent = await pass.exchange(inner, doubled, async gradient => {
+      for (let microtask = 0; microtask < 10; microtask++) await Promise.resolve()
+      look()
+      for (let turn = 0; turn < 2; turn++) await new Promise(setImmediate)
+      look()
+      return doubled(gradient)
+    })
+    const [y] = pass.piece([leaf, sent, h], (a, b, c) => [third.forward(a.add(b.mul(c)))])
+    await pass.backwardInput([y], [dy], { putOff })
+    look()
+    expect(seen).toEqual([
+      [false, false, false],
+      [false, false, !putOff],
+      [false, false, !putOff],
+    ])
+    const back = numbers(pass.gradient(leaf))
+    pass.weights()
+    expect([numbers(y), back, ...weights().map(numbers)]).toEqual(
+      expected.map(values => values?.map(value => expect.closeTo(value, 12))),
+    )
+    pass.dispose()
+  },
+)
 
 test('a rank whose result nothing depends on exchanges zeros; a result of another shape is refused', async () => {
   const pass = new PiecewisePass()

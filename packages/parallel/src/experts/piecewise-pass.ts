@@ -114,7 +114,11 @@ export class PiecewisePass {
         const { input, made, back } = step
         const own = this.#take(made) ?? this.#life.run(() => zeros(made.shape, { backend: made.backend }))
         const coming = back(own)
-        if (!options.putOff) this.weights()
+        if (!options.putOff && this.#splits.length > 0) {
+          // First what is to travel leaves.
+          await new Promise(setImmediate)
+          this.weights()
+        }
         const came = await coming
         own.dispose()
         if (input.tracked) this.#add(input, came)

@@ -5,7 +5,7 @@ import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
 import { split } from '../experts/test-layer.ts'
 import { local, mpi } from '../index.ts'
-import { pipelineSteps, spreadStep } from '../test-steps.ts'
+import { pipelineSteps, spreadPairsStep, spreadStep } from '../test-steps.ts'
 import { launch, launchers } from './test-launch.ts'
 
 const script = fileURLToPath(new URL('./test-ranks.ts', import.meta.url))
@@ -28,14 +28,18 @@ describe.skipIf(installed.length === 0)('MPI', () => {
     })
 
     test.each([
-      ['a pipeline', 'pipeline', pipelineSteps],
-      ['experts', 'experts', split],
-      ['a model with its experts spread', 'spread', spreadStep],
-    ] as const)('%s on two processes: the bits of the local communicator', async (_, what, work) => {
+      ['a pipeline', 2, 'pipeline', pipelineSteps],
+      ['experts', 2, 'experts', split],
+      ['a model with its experts spread', 2, 'spread', spreadStep],
+      ['stages whose experts are spread', 4, 'pairs', spreadPairsStep],
+    ] as const)('%s on %i processes: the bits of the local communicator', async (_, size, what, work) => {
       setDefaultBackend(referenceBackend())
-      const found = await local(2, async ranks => ({ rank: ranks.rank, ...(await work(ranks)) }))
+      const found = await local<Awaited<ReturnType<typeof work>> & { rank: number }>(size, async ranks => ({
+        rank: ranks.rank,
+        ...(await work(ranks)),
+      }))
       const expected = found.map(({ rank, ...rest }) => ({ rank, ...JSON.parse(JSON.stringify(rest)) }))
-      const { code, reports, errors } = await launch(launcher, 2, [script, what])
+      const { code, reports, errors } = await launch(launcher, size, [script, what])
       expect(errors).toBe('')
       expect(reports).toEqual(expected)
       expect(code).toBe(0)

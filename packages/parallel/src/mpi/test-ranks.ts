@@ -5,7 +5,7 @@ import { referenceBackend } from '@moe/core/reference'
 import { exercise, expected } from '../communicator/test-exercise.ts'
 import { split } from '../experts/test-layer.ts'
 import { mpi } from '../index.ts'
-import { pipelineSteps, spreadStep } from '../test-steps.ts'
+import { pipelineSteps, spreadPairsStep, spreadStep } from '../test-steps.ts'
 import { report } from './test-launch.ts'
 
 const filled = (length: number, value: number) =>
@@ -36,6 +36,11 @@ switch (process.argv[2]) {
   case 'spread': {
     setDefaultBackend(referenceBackend())
     report({ rank: ranks.rank, ...(await spreadStep(ranks)) })
+    break
+  }
+  case 'pairs': {
+    setDefaultBackend(referenceBackend())
+    report({ rank: ranks.rank, ...(await spreadPairsStep(ranks)) })
     break
   }
   case 'wait': {

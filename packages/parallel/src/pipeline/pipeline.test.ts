@@ -114,15 +114,12 @@ describe('a step in stages has loss, metrics, gradients and norm of the whole mo
     ['1F1B', oneForwardOneBackward(2, 3), 2, 2],
     ['one stage, a rank for each expert', oneForwardOneBackward(1, 2), 4, 4],
     ['a rank for every layer', oneForwardOneBackward(11, 2), 2, 2],
-    ['interleaved', interleaved(2, 2, 2), 2, 2],
     ['ZB-H1', zeroBubbleH1(2, 3), 2, 2],
-    ['ZB-H2', zeroBubbleH2(2, 4), 2, 2],
     ['ZB-V', zeroBubbleV(2, 3), 2, 2],
     ['DualPipe', dualPipe(2, 4), 2, 2],
     ['DualPipeV', dualPipeV(2, 4), 2, 2],
     ['DualPipeV on one rank', dualPipeV(1, 3), 2, 2],
     ['twice two of ZB-H1', zeroBubbleH1(2, 2), 4, 2],
-    ['twice two of DualPipe', dualPipe(2, 4), 4, 2],
   ])('pipelines that share experts out: %s', (_, schedule, replicas, expertParallelSize) =>
     expectWhole(schedule, newModel, 2, { replicas, expertParallelSize }),
   )
@@ -143,6 +140,23 @@ describe('a step in stages has loss, metrics, gradients and norm of the whole mo
     if (options.weights === undefined)
       await expectWhole(dualPipeV(2, 4), () => newModel(changes, options), 1, { replicas: 2, expertParallelSize: 2 })
   })
+})
+
+test('nothing is left behind by steps with experts shared out, and nothing of them once disposed of', async () => {
+  const schedule = dualPipeV(2, 4)
+  await expectWhole(schedule, newModel, 3, { replicas: 4, expertParallelSize: 2 })
+  const own = referenceBackend()
+  await local(4, async ranks => {
+    const model = newModel({}, { backend: own })
+    const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize: 2 })
+    await pipeline.step(batchesOf(4, model))
+    await pipeline.gather()
+    await pipeline.step(batchesOf(4, model))
+    for (const { parameter } of pipeline.parameters) parameter.zeroGrad()
+    pipeline.dispose()
+    model.dispose()
+  })
+  expect(own.stats().handles).toBe(0)
 })
 
 test('loads of all stages move the selection biases, and every rank is told', async () => {
