@@ -312,6 +312,17 @@ test('what is no model, schedule, communicator, option or list of micro-batches 
     const misspelt = pipeline.step([batch, batch], { precison: 'bf16' } as object)
     await expect(misspelt).rejects.toThrow('no option precison; did you mean precision?')
   })
+  for (const expertParallelSize of [0, 1.5, 3]) {
+    const refused = local(4, async ranks => new Pipeline(newModel(), schedule, ranks, { expertParallelSize }))
+    await expect(refused).rejects.toThrow(`cannot be shared out to ${expertParallelSize} ranks each where 4 have`)
+  }
+  await local(2, async ranks => {
+    const whole = newModel()
+    const cut = { inStages: (stages: number) => whole.inStages(stages) }
+    const make = (options: object) => () => new Pipeline(cut, schedule, ranks, options)
+    expect(make({ expertParallelSize: 2 })).toThrow('the model has no moeLayers; leave expertParallelSize out')
+    expect(make({ expertParalelSize: 2 })).toThrow('did you mean expertParallelSize?')
+  })
   // The rank that a schedule has no place for says so, too.
   const refusals = await local(3, async ranks => {
     try {

@@ -3,7 +3,9 @@ import { type Backend, type MoeError, setDefaultBackend, tensor } from '@moe/cor
 import { referenceBackend } from '@moe/core/reference'
 import { beforeEach, describe, expect, test } from 'vitest'
 import { local } from '../communicator/local.ts'
+import { dualPipeV } from '../schedule/dual-pipe.ts'
 import { oneForwardOneBackward } from '../schedule/one-f-one-b.ts'
+import { stagesOf } from '../schedule/schedule.ts'
 import { zeroBubbleH1 } from '../schedule/zero-bubble.ts'
 import { type PipelineStage, runSchedule } from './run-schedule.ts'
 
@@ -43,20 +45,23 @@ describe('a schedule that cannot be run', () => {
     ).toMatch(/stage 0 measures seen, which is not among the metrics/)
   })
 
-  test('a rank that fails in its pass ends the others', async () => {
-    const schedule = zeroBubbleH1(2, 3)
-    const failing: PipelineStage = {
-      forward() {
-        throw new RangeError('the last straw')
-      },
-    }
+  test.each([
+    ['at once', zeroBubbleH1(2, 3), 0],
+    ['in a pair', dualPipeV(2, 5), 3],
+  ])('a rank that fails in its pass ends the others: %s', async (_, schedule, failsAt) => {
     const before = backend.stats().handles
-    const passing: PipelineStage = { forward: () => ({ output: tensor([1]) }) }
-    const step = local(2, ranks =>
-      runSchedule(schedule, ranks, new Map([[ranks.rank, ranks.rank === 0 ? passing : failing]]), {
-        between: { shape: [1], dtype: 'f32' },
-      }),
-    )
+    const last = schedule.stages - 1
+    const stageOf = (rank: number, stage: number): PipelineStage => ({
+      forward(input, microBatch) {
+        if (rank === 1 && microBatch === failsAt) throw new RangeError('the last straw')
+        const output = (input ?? tensor([1])).mul(2)
+        return stage < last ? { output } : { losses: [output.sum()] }
+      },
+    })
+    const step = local(2, ranks => {
+      const stages = stagesOf(schedule, ranks.rank).map(stage => [stage, stageOf(ranks.rank, stage)] as const)
+      return runSchedule(schedule, ranks, new Map(stages), { between: { shape: [1], dtype: 'f32' } })
+    })
     await expect(step).rejects.toThrow('the last straw')
     // What was under way goes when its messages have.
     await expect.poll(() => backend.stats().handles).toBe(before)
