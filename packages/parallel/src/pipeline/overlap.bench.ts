@@ -1,7 +1,7 @@
 /**
  * What it brings that the two passes of a pair are under way at once where experts lie on other ranks: steps by DualPipeV as it is, and with its pairs taken apart.
  *
- *     node packages/parallel/src/pipeline/overlap.bench.ts [--stages 1] [--latency 0,1,2,5,10] [--rounds 5] [--tokens 128] [--layers 8]
+ *     node packages/parallel/src/pipeline/overlap.bench.ts [--stages 1] [--micro-batches 6] [--latency 0,1,2,5,10] [--rounds 5] [--tokens 128] [--layers 8]
  *
  * `stages` ranks are a pipeline, two pipelines share the experts out. Ranks have a core each and messages are there so many milliseconds after they were sent, on clocks that this process
  * keeps for them. The two kinds of steps take turns; the shortest of each.
@@ -19,6 +19,7 @@ import { Pipeline } from './pipeline.ts'
 const { values } = parseArgs({
   options: {
     stages: { type: 'string', default: '1' },
+    'micro-batches': { type: 'string', default: '6' },
     latency: { type: 'string', default: '0,1,2,5,10' },
     rounds: { type: 'string', default: '5' },
     tokens: { type: 'string', default: '128' },
@@ -29,7 +30,7 @@ const [stages, rounds, tokens, layers] = [values.stages, values.rounds, values.t
 const latencies = values.latency.split(',').map(Number)
 setDefaultBackend(await createBackend({ threads: 1 }))
 
-const atOnce = dualPipeV(stages, 6)
+const atOnce = dualPipeV(stages, Number(values['micro-batches']))
 const apart: Schedule = { ...atOnce, ranks: atOnce.ranks.map(actions => actions.flatMap(partsOf)) }
 const config = {
   ...presets.tiny,
