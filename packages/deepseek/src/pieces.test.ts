@@ -9,6 +9,8 @@ import { tiny } from './test-tiny.ts'
 const rows = {
   tokens: Int32Array.from({ length: 16 }, (_, i) => (5 * i + i * i) % 40),
   documents: Int32Array.from({ length: 16 }, (_, i) => (i > 12 ? -1 : i >> 3)),
+  // From the fourth place on, tokens do not see those before it.
+  starts: Int32Array.from({ length: 16 }, (_, i) => (i % 8 < 4 ? 0 : 4)),
   rows: 2,
   length: 8,
 }

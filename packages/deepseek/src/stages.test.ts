@@ -23,6 +23,8 @@ const newModel = () =>
 const rows = {
   tokens: Int32Array.from({ length: 16 }, (_, i) => (5 * i + i * i) % 40),
   documents: Int32Array.from({ length: 16 }, (_, i) => (i > 12 ? -1 : i >> 3)),
+  // From the fourth place on, tokens do not see those before it.
+  starts: Int32Array.from({ length: 16 }, (_, i) => (i % 8 < 4 ? 0 : 4)),
   rows: 2,
   length: 8,
 }

@@ -33,9 +33,13 @@ export interface DeepSeekStage {
   inPieces(input: Tensor | null, microBatch: number, pass: PieceRunner, route: RouteElsewhere): Promise<StageResult>
 }
 
+/** What a stage makes of a micro-batch. */
 export interface StageResult {
+  /** `[B, T, hidden]`, for the next stage; the last has none. */
   readonly output?: Tensor
+  /** Scalars whose sum is what the stage adds to the loss. */
   readonly losses: readonly Tensor[]
+  /** Detached scalars, which sum up over stages and micro-batches. */
   readonly metrics: Readonly<Record<string, Tensor>>
 }
 

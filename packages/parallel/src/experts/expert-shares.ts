@@ -16,11 +16,13 @@ import { type ExpertsShare, type RoutedTokens, routeOverRanks } from './route-ov
 
 /** A layer with routed experts. Parameters of experts are stacked, `[E, ...]`. */
 export interface SpreadableLayer {
+  /** `copyOf` gives those from number `from` to `to` - 1 as a module of its own. */
   readonly experts: Module & { copyOf(from: number, to: number): Module & ExpertsShare }
 }
 
 /** What a model in pieces is run by: a `PiecewisePass` is one. */
 export interface PieceRunner extends Pick<PiecewisePass, 'run'> {
+  /** Ops on results of other pieces; what it gives are leaves for later ones. */
   piece(inputs: readonly Tensor[], fn: (...inputs: Tensor[]) => readonly Tensor[]): Tensor[]
 }
 

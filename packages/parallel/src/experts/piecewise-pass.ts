@@ -42,7 +42,10 @@ export class PiecewisePass {
   readonly #gradients = new Map<Tensor, Tensor>()
   #splits: SplitBackward[] = []
 
-  /** @param options.precision arithmetic of matrix products in pieces. Default f32. */
+  /**
+   * A pass without pieces.
+   * @param options.precision arithmetic of matrix products in pieces. Default f32
+   */
   constructor(options: { readonly precision?: Precision } = {}) {
     checkOptions('PiecewisePass', options, { precision: true })
     this.#precision = options.precision ?? 'f32'
