@@ -21,7 +21,6 @@ export class Gate extends Module {
   /** `[E]`, added to the affinities for the choice (noaux_tc only). */
   declare e_score_correction_bias?: Parameter
   readonly #attrs: RouterAttrs
-  readonly #noBias: Parameter | null
 
   /** @throws MoeError E_CONFIG with every fault in one message */
   constructor(config: RouterConfig, init: InitOptions = {}) {
@@ -30,15 +29,15 @@ export class Gate extends Module {
     checkOptions('Gate', init, initNames)
     const experts = config.n_routed_experts
     this.weight = normalParameter([experts, config.hidden_size], 'weight', init)
-    const bias = new Parameter(zeros([experts], { backend: init.backend }), { trainable: false })
-    const biased = (config.topk_method ?? 'noaux_tc') === 'noaux_tc'
-    if (biased) this.e_score_correction_bias = bias
-    this.#noBias = biased ? null : bias
+    if ((config.topk_method ?? 'noaux_tc') === 'noaux_tc') {
+      this.e_score_correction_bias = new Parameter(zeros([experts], { backend: init.backend }), { trainable: false })
+    }
   }
 
   /** `[N, hidden]` to gates and chosen experts. The affinities are computed in f32 whatever the precision policy says. */
   forward(x_ND: Tensor): Routing {
     const logits_NE = x_ND.matmul(this.weight, { transposeB: true, precision: 'f32' })
-    return routerTopk(logits_NE, this.e_score_correction_bias ?? (this.#noBias as Parameter), this.#attrs)
+    const bias_E = this.e_score_correction_bias ?? zeros([logits_NE.shape[1]], { backend: logits_NE.backend })
+    return routerTopk(logits_NE, bias_E, this.#attrs)
   }
 }

@@ -6,6 +6,7 @@ import {
   checkpoint,
   disposeModule,
   fromHost,
+  full,
   gradients,
   loadStateDict,
   namedParameters,
@@ -13,6 +14,7 @@ import {
   Random,
   randn,
   routerTopk,
+  scope,
   setDefaultBackend,
   stateDict,
   type Tensor,
@@ -309,4 +311,13 @@ test('configurations and options that are none, or have names that nobody reads,
   const layer = new MoELayer({ ...config, num_key_value_heads: 3 } as RouterConfig, { deviation: 0 })
   expect(() => layer.forward(zeros([1, 1, 4]), { trainig: true } as never)).toThrow('did you mean training?')
   disposeModule(layer)
+})
+
+test.each(['noaux_tc', 'greedy'] as const)('a layer that chooses by %s leaves nothing behind', method => {
+  const backend = referenceBackend()
+  const config = { hidden_size: 4, moe_intermediate_size: 4, n_routed_experts: 4, num_experts_per_tok: 2 }
+  const layer = new MoELayer({ ...config, topk_method: method, scoring_func: 'softmax' }, { backend })
+  scope(() => layer.forward(full([1, 3, 4], 1, { backend }))).dispose()
+  disposeModule(layer)
+  expect(backend.stats().handles).toBe(0)
 })
