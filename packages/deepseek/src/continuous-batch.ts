@@ -85,6 +85,8 @@ class Text {
   /** Made, and not read yet. */
   readonly ready: Made[] = []
   made = 0
+  /** What is told of the token that ended it. */
+  end: TokenLogProb | undefined
   /** Why nothing is made any more: for good, or by an error. */
   finished: GenerationStats['finishReason'] = null
   failure: { readonly error: unknown } | null = null
@@ -262,6 +264,7 @@ export class ContinuousBatch {
         } else if (text.failure) throw text.failure.error
         else if (text.finished) {
           stats.finishReason = text.finished
+          if (text.end) told.logProbs.push(text.end)
           return
         } else await text.news()
       }
@@ -457,6 +460,7 @@ export class ContinuousBatch {
     text.told.stats.steps++
     for (const each of made) {
       if (text.ends.has(each.token)) {
+        text.end = each.likely
         this.#finish(text, 'stop')
         return
       }

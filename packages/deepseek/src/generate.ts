@@ -94,7 +94,7 @@ export interface GenerationStats {
 
 /** What the model found likely, where that was asked for. */
 export interface GenerationLogProbs {
-  /** Of each token made. */
+  /** Of each token made, and behind them of the one that ended the text, where one did. */
   readonly logProbs: readonly TokenLogProb[]
   /** Of each token of the prompt; of the first nothing is known. */
   readonly promptLogProbs: ReadonlyArray<TokenLogProb | null>

@@ -165,6 +165,28 @@ describe.each([
     expect(of().stats().handles).toBe(handles)
   })
 
+  test('of the token that ends a text is told, too', async () => {
+    const { handles } = of().stats()
+    const model = make(2)
+    const batch = model.continuousBatch()
+    const session = model.session()
+    const [all, ids] = [await read(model.generate([8], { maxTokens: 9 })), [8]]
+    for (const length of all.keys()) {
+      if (all.indexOf(all[length]) < length) continue
+      for (const by of [batch, session]) {
+        const text = by.generate(ids, { logProbs: 2, stop: [all[length]], maxTokens: 9 })
+        expect(await read(text)).toEqual(all.slice(0, length))
+        expect(text.stats).toMatchObject({ finishReason: 'stop', tokens: length })
+        await expectTold(model, [...ids, ...all.slice(0, length + 1)], 1, text.logProbs, 2)
+        expect(text.logProbs).toHaveLength(length + 1)
+      }
+    }
+    session.dispose()
+    batch.dispose()
+    model.dispose()
+    expect(of().stats().handles).toBe(handles)
+  })
+
   test('a prompt that is sent back half told is told on', async () => {
     const model = make()
     // Five pages of 64: both others take a second one while this prompt is at its second.

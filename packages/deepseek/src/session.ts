@@ -153,11 +153,11 @@ export class Session {
         tokens.push(...made)
         unseen = confirmed
         for (const [i, token] of made.entries()) {
+          if (likely) told.logProbs.push(likely[i])
           if (ends.has(token)) {
             stats.finishReason = 'stop'
             return
           }
-          if (likely) told.logProbs.push(likely[i])
           stats.tokens++
           if (stats.tokens >= maxTokens) stats.finishReason = 'length'
           onToken?.(token)
