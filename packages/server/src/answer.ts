@@ -1,12 +1,13 @@
 /** @file Makes the texts of a request and sends them, whole or as they come. */
 import { randomUUID } from 'node:crypto'
-import type { Generation } from '@moe/deepseek'
+import type { GenerationStats } from '@moe/deepseek'
 import type { Context } from 'hono'
 import { streamSSE } from 'hono/streaming'
 import type { Endpoint } from './endpoint.ts'
 import { toApiError } from './errors.ts'
 import type { RequestRecord } from './request-record.ts'
-import type { FinishReason, TextEngine } from './text-engine.ts'
+import type { TextEngine } from './text-engine.ts'
+import { type TextPart, type ToldToken, textParts } from './text-parts.ts'
 import type { Served, WantedTexts } from './wanted-texts.ts'
 
 /** What the handling of a request knows, as Hono's handlers have it. */
@@ -21,8 +22,8 @@ export interface ServerEnv {
 
 interface Text {
   readonly index: number
-  readonly parts: Generation<string>
-  readonly finish: () => FinishReason
+  readonly parts: AsyncIterable<TextPart>
+  readonly stats: GenerationStats
 }
 
 export async function answer(
@@ -37,9 +38,9 @@ export async function answer(
   const stop = new AbortController()
   const texts = begin(wanted, served, engine, stop.signal)
   const usage = () => {
-    const promptTokens = prompts.reduce((sum, { length }) => sum + length, 0)
-    const generatedTokens = texts.reduce((sum, { parts }) => sum + parts.stats.tokens, 0)
-    const reused = prompts.reduce((sum, _, i) => sum + texts[i * choices].parts.stats.reused, 0)
+    const promptTokens = prompts.reduce((sum, { ids }) => sum + ids.length, 0)
+    const generatedTokens = texts.reduce((sum, { stats }) => sum + stats.tokens, 0)
+    const reused = prompts.reduce((sum, _, i) => sum + texts[i * choices].stats.reused, 0)
     Object.assign(record, { promptTokens, generatedTokens })
     return {
       prompt_tokens: promptTokens,
@@ -48,8 +49,9 @@ export async function answer(
       prompt_tokens_details: { cached_tokens: reused },
     }
   }
-  const finished = ({ finish }: Text) => {
-    const reason = finish()
+  const logProbsOf = (tokens: readonly ToldToken[] | null) => tokens && endpoint.logProbs(tokens, served.tokenizer)
+  const finished = ({ stats }: Text) => {
+    const reason = stats.finishReason ?? 'stop'
     record.finishReasons = [...(record.finishReasons ?? []), reason]
     return reason
   }
@@ -62,11 +64,15 @@ export async function answer(
   if (!wanted.stream) {
     try {
       const made = await allOrStop(texts, stop, async ({ parts }) => {
-        let whole = ''
-        for await (const part of parts) whole += part
-        return whole
+        const all: TextPart[] = []
+        for await (const part of parts) all.push(part)
+        return all
       })
-      const all = texts.map((text, i) => endpoint.choice(i, made[i], finished(text)))
+      const all = texts.map((text, i) => {
+        const whole = made[i].map(({ text }) => text).join('')
+        const tokens = wanted.logProbs === undefined ? null : made[i].flatMap(({ tokens }) => tokens ?? [])
+        return endpoint.choice(i, whole, finished(text), logProbsOf(tokens))
+      })
       return c.json({ ...head, object: endpoint.object, choices: all, usage: usage() })
     } finally {
       usage()
@@ -85,7 +91,8 @@ export async function answer(
         await allOrStop(texts, stop, async text => {
           const opening = endpoint.opening(text.index)
           if (opening) await send([opening])
-          for await (const part of text.parts) await send([endpoint.part(text.index, part)])
+          for await (const { text: part, tokens } of text.parts)
+            await send([endpoint.part(text.index, part, logProbsOf(tokens))])
           await send([endpoint.end(text.index, finished(text))])
         })
         if (includeUsage) await send([], usage())
@@ -109,14 +116,16 @@ export async function answer(
 
 /** All texts of a request; the seeds of choices follow each other. @throws MoeError E_ATTR for what the engine refuses */
 function begin(wanted: WantedTexts, { tokenizer }: Served, engine: TextEngine, signal: AbortSignal): Text[] {
-  const { prompts, choices, sampling } = wanted
+  const { prompts, choices, sampling, echo, logProbs } = wanted
+  const isTold = logProbs !== undefined
   const texts: Text[] = []
-  for (const ids of prompts) {
-    const maxTokens = wanted.maxTokens(ids.length)
+  for (const prompt of prompts) {
+    const maxTokens = wanted.maxTokens(prompt.ids.length)
+    const shared = { ...sampling, maxTokens, tokenizer, signal, logProbs, promptLogProbs: echo ? logProbs : undefined }
     for (let choice = 0; choice < choices; choice++) {
-      const options = { ...sampling, seed: sampling.seed + choice, maxTokens, tokenizer, signal }
-      const parts = engine.generate(ids, options)
-      texts.push({ index: texts.length, parts, finish: () => parts.stats.finishReason ?? 'stop' })
+      const made = engine.generate(prompt.ids, { ...shared, seed: sampling.seed + choice })
+      const parts = textParts(prompt, made, tokenizer, { echo, isTold })
+      texts.push({ index: texts.length, parts, stats: made.stats })
     }
   }
   return texts

@@ -3,6 +3,7 @@ import type { ChatMessage } from '@moe/tokenizer-bpe/data'
 import { z } from 'zod'
 import type { Endpoint } from './endpoint.ts'
 import { ApiError } from './errors.ts'
+import { chatLogProbs } from './log-probs.ts'
 import { parseFields, sharedFields } from './request-fields.ts'
 import { type Served, wantedTexts } from './wanted-texts.ts'
 
@@ -12,6 +13,8 @@ const fields = z.object({
   messages: z
     .array(z.looseObject({ role: z.enum(['system', 'developer', 'user', 'assistant'], { error: wrongRole }) }))
     .min(1),
+  logprobs: z.boolean().nullish(),
+  top_logprobs: z.int().min(0).max(20).nullish(),
 })
 
 function wrongRole({ input }: { input?: unknown }): string {
@@ -27,17 +30,24 @@ export const chatCompletions: Endpoint = {
     const parsed = parseFields(fields, body)
     const ids = encode(parsed.messages.map(message), served)
     const most = parsed.max_completion_tokens ?? parsed.max_tokens
-    return wantedTexts(served, { ...parsed, max_tokens: most }, [ids], 'messages', null)
+    const { logprobs: isTold, top_logprobs: top } = parsed
+    if (top && !isTold) throw new ApiError(400, 'top_logprobs goes with logprobs: true', { param: 'top_logprobs' })
+    return {
+      ...wantedTexts(served, { ...parsed, max_tokens: most }, [{ ids, added: 0 }], 'messages', null),
+      echo: false,
+      logProbs: isTold ? (top ?? 0) : undefined,
+    }
   },
-  choice: (index, text, finish) => ({
+  choice: (index, text, finish, logProbs) => ({
     index,
     message: { role: 'assistant', content: text, refusal: null },
-    logprobs: null,
+    logprobs: logProbs,
     finish_reason: finish,
   }),
   opening: index => ({ index, delta: { role: 'assistant', content: '' }, logprobs: null, finish_reason: null }),
-  part: (index, text) => ({ index, delta: { content: text }, logprobs: null, finish_reason: null }),
+  part: (index, text, logProbs) => ({ index, delta: { content: text }, logprobs: logProbs, finish_reason: null }),
   end: (index, finish) => ({ index, delta: {}, logprobs: null, finish_reason: finish }),
+  logProbs: chatLogProbs,
 }
 
 const textPart = z.object({ type: z.literal('text'), text: z.string() })

@@ -2,9 +2,10 @@
 import { z } from 'zod'
 import type { Endpoint } from './endpoint.ts'
 import { ApiError } from './errors.ts'
+import { completionLogProbs } from './log-probs.ts'
 import { MOST_TEXTS, parseFields, sharedFields } from './request-fields.ts'
 import type { FinishReason } from './text-engine.ts'
-import { type Served, wantedTexts } from './wanted-texts.ts'
+import { type Prompt, type Served, wantedTexts } from './wanted-texts.ts'
 
 /** As OpenAI has it. */
 const MOST_TOKENS = 16
@@ -18,12 +19,14 @@ const fields = z.object({
       error: 'expected a text, token ids, or a list of texts or of lists of ids',
     })
     .nullish(),
+  logprobs: z.int().min(0).max(5).nullish(),
+  echo: z.boolean().nullish(),
 })
 
-const choice = (index: number, text: string, finish: FinishReason | null) => ({
+const choice = (index: number, text: string, finish: FinishReason | null, logProbs: object | null) => ({
   index,
   text,
-  logprobs: null,
+  logprobs: logProbs,
   finish_reason: finish,
 })
 
@@ -41,27 +44,33 @@ export const completions: Endpoint = {
       throw new ApiError(400, message, { param: 'prompt' })
     }
     const prompts = many.map(one => (typeof one === 'string' ? encode(one, served) : known(one, served)))
-    return wantedTexts(served, parsed, prompts, 'prompt', MOST_TOKENS)
+    const { echo, logprobs: logProbs } = parsed
+    return {
+      ...wantedTexts(served, parsed, prompts, 'prompt', MOST_TOKENS),
+      echo: echo ?? false,
+      logProbs: logProbs ?? undefined,
+    }
   },
   choice,
   opening: () => undefined,
-  part: (index, text) => choice(index, text, null),
-  end: (index, finish) => choice(index, '', finish),
+  part: (index, text, logProbs) => choice(index, text, null, logProbs),
+  end: (index, finish) => choice(index, '', finish, null),
+  logProbs: completionLogProbs,
 }
 
 const isIds = (prompt: string[] | number[] | number[][]): prompt is number[] => typeof prompt[0] === 'number'
 
 /** Without a text a document begins: with its begin token, or behind the end of another. */
-function encode(text: string, { model, tokenizer }: Served): ArrayLike<number> {
+function encode(text: string, { model, tokenizer }: Served): Prompt {
   const ids = tokenizer.encode(text)
   const { bos_token_id: begin, eos_token_id: end } = model.config
   const first = begin ?? (Array.isArray(end) ? end[0] : end)
-  return ids.length > 0 || first == null ? ids : [first]
+  return ids.length > 0 || first == null ? { ids, added: tokenizer.encode('').length } : { ids: [first], added: 1 }
 }
 
-function known(ids: number[], { model }: Served): number[] {
+function known(ids: number[], { model }: Served): Prompt {
   const unknown = ids.find(id => id >= model.config.vocab_size)
-  if (unknown === undefined) return ids
+  if (unknown === undefined) return { ids, added: 0 }
   const message = `prompt: ${unknown} is no token of this model, whose vocabulary has ${model.config.vocab_size}`
   throw new ApiError(400, message, { param: 'prompt' })
 }

@@ -1,5 +1,7 @@
 /** @file What the two endpoints that make texts differ in. */
+import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import type { FinishReason } from './text-engine.ts'
+import type { ToldToken } from './text-parts.ts'
 import type { Served, WantedTexts } from './wanted-texts.ts'
 
 export interface Endpoint {
@@ -10,9 +12,11 @@ export interface Endpoint {
   /** @throws ApiError for what cannot be */
   wanted(body: unknown, served: Served): WantedTexts
   /** One of `choices`, whole. */
-  choice(index: number, text: string, finish: FinishReason): object
+  choice(index: number, text: string, finish: FinishReason, logProbs: object | null): object
   /** The same in a stream: before any text; a part of it; at its end. */
   opening(index: number): object | undefined
-  part(index: number, text: string): object
+  part(index: number, text: string, logProbs: object | null): object
   end(index: number, finish: FinishReason): object
+  /** What is told of tokens, for `choice` and `part`. */
+  logProbs(tokens: readonly ToldToken[], tokenizer: BpeTokenizer): object
 }

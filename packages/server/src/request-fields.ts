@@ -1,9 +1,12 @@
-/** @file The fields of a request that both endpoints have, and those that are refused: what would change the answer and is not done. */
+/** @file The fields of a request that both endpoints have, and those that are refused where an endpoint does not have them: what would change the answer and is not done. */
 import { z } from 'zod'
 import { ApiError } from './errors.ts'
 
 /** Most texts of one request: choices times prompts. */
 export const MOST_TEXTS = 64
+
+/** Four at OpenAI, where evaluations of programs have more. */
+const MOST_STOPS = 16
 
 const count = z.int().nonnegative()
 const stopText = z.string().min(1)
@@ -24,7 +27,9 @@ export const sharedFields = {
   // 64-bit seeds lose their last bits to JSON.
   seed: z.number().refine(Number.isInteger, 'expected an integer').nullish(),
   stop: z
-    .union([stopText, z.array(stopText).max(4)], { error: 'expected a text that is not empty, or up to 4 of them' })
+    .union([stopText, z.array(stopText).max(MOST_STOPS)], {
+      error: `expected a text that is not empty, or up to ${MOST_STOPS} of them`,
+    })
     .nullish(),
 }
 
@@ -47,15 +52,13 @@ const isPlainText = (value: unknown) =>
   typeof value === 'object' && (value as { type?: unknown } | null)?.type === 'text'
 
 const noPenalty: Refused = { idle: is(0), says: 'is not supported: leave it out, or use repetition_penalty' }
-const noLogprobs: Refused = { idle: is(false), says: 'is not supported: leave it out' }
 const noTools: Refused = { idle: isEmpty, says: 'is not supported: describe what you need in a message' }
 const noFormat: Refused = { idle: isPlainText, says: 'is not supported: ask for the form of the answer in the prompt' }
 const notSupported: Refused = { idle: () => false, says: 'is not supported: leave it out' }
 
 const refused: Readonly<Record<string, Refused>> = {
-  logprobs: noLogprobs,
-  top_logprobs: { ...noLogprobs, idle: is(0) },
-  prompt_logprobs: noLogprobs,
+  top_logprobs: { idle: is(0), says: 'is not supported here: use logprobs, which takes a number' },
+  prompt_logprobs: { idle: is(false), says: 'is not supported: use echo and logprobs of /v1/completions' },
   presence_penalty: noPenalty,
   frequency_penalty: noPenalty,
   repeat_penalty: { idle: is(1), says: 'is called repetition_penalty here' },
@@ -72,7 +75,7 @@ const refused: Readonly<Record<string, Refused>> = {
   audio: { ...notSupported, says: 'is not supported: there is text only' },
   moderation: notSupported,
   best_of: { idle: is(1), says: 'is not supported: use n, and choose yourself' },
-  echo: { idle: is(false), says: 'is not supported: put the prompt in front yourself' },
+  echo: { idle: is(false), says: 'is not supported here: use /v1/completions' },
   suffix: { idle: is(''), says: "is not supported: write the model's own tokens for filling in into the prompt" },
   min_tokens: { idle: is(0), says: 'is not supported: leave it out' },
   ignore_eos: { idle: is(false), says: 'is not supported: leave it out' },
@@ -89,13 +92,13 @@ const refused: Readonly<Record<string, Refused>> = {
  * The fields of a body; names that nobody knows are ignored.
  * @throws ApiError 400 that names the field
  */
-export function parseFields<Schema extends z.ZodType>(schema: Schema, body: unknown): z.output<Schema> {
+export function parseFields<Schema extends z.ZodObject>(schema: Schema, body: unknown): z.output<Schema> {
   if (typeof body !== 'object' || body === null || Array.isArray(body)) {
     const kind = body === null ? 'null' : Array.isArray(body) ? 'an array' : `a ${typeof body}`
     throw new ApiError(400, `the body is ${kind}: send a JSON object`)
   }
   for (const [name, value] of Object.entries(body)) {
-    const refusal = Object.hasOwn(refused, name) ? refused[name] : undefined
+    const refusal = Object.hasOwn(refused, name) && !Object.hasOwn(schema.shape, name) ? refused[name] : undefined
     if (refusal === undefined || value === null || refusal.idle(value)) continue
     throw new ApiError(400, `${name} ${refusal.says}`, { param: name, code: 'unsupported_parameter' })
   }

@@ -6,7 +6,7 @@ import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import type { ChatCompletionChunk, Completion } from 'openai/resources'
 import { describe, expect, test } from 'vitest'
 import { createServer } from './index.ts'
-import { config, events, modelServer, post, tokenizer } from './test-server.ts'
+import { bytewise, config, events, modelServer, post, tokenizer } from './test-server.ts'
 
 const _paths = ['/v1/completions', '/v1/chat/completions'] as const
 
@@ -50,13 +50,6 @@ function sayingServer() {
   }
   return { say, dispose }
 }
-
-/** The token of each byte. */
-const byteTokens = Array.from({ length: tokenizer.vocabSize }, (_, id) => tokenizer.tokenBytes(id)).reduce(
-  (found, bytes, id) => (bytes.length === 1 && !found.has(bytes[0]) ? found.set(bytes[0], id) : found),
-  new Map<number, number>(),
-)
-const bytewise = (text: string) => Array.from(new TextEncoder().encode(text), byte => byteTokens.get(byte) as number)
 
 describe('texts in a stream', () => {
   test('characters come whole, stops not at all, wherever tokens break', async () => {

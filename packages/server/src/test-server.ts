@@ -1,7 +1,7 @@
 /** @file For tests: a server over a model that runs in milliseconds, and one over texts that are made up. */
 import { setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
-import { DeepSeek, type GenerationStats, presets, type TextTurnOptions } from '@moe/deepseek'
+import { DeepSeek, type GenerationStats, presets, type TextTurnOptions, type TokenLogProb } from '@moe/deepseek'
 import { trainBpe } from '@moe/tokenizer-bpe'
 import { ChatTemplate } from '@moe/tokenizer-bpe/data'
 import { createServer, type RequestRecord, type ServerOptions, type TextEngine } from './index.ts'
@@ -11,6 +11,14 @@ export const tokenizer = trainBpe(['the better angels of our nature, the people:
   specialTokens: ['<|end|>', '<|begin|>', '<|user|>', '<|assistant|>'],
   minFrequency: 1,
 })
+
+/** The token of each byte. */
+const byteTokens = Array.from({ length: tokenizer.vocabSize }, (_, id) => tokenizer.tokenBytes(id)).reduce(
+  (found, bytes, id) => (bytes.length === 1 && !found.has(bytes[0]) ? found.set(bytes[0], id) : found),
+  new Map<number, number>(),
+)
+export const bytewise = (text: string) =>
+  Array.from(new TextEncoder().encode(text), byte => byteTokens.get(byte) as number)
 
 export const chatTemplate = await ChatTemplate.from({
   chat_template:
@@ -68,9 +76,9 @@ export interface Asked {
   readonly options: TextTurnOptions
 }
 
-/** An engine whose texts come from a function, which gets what was asked and fills the figures in. */
+/** An engine whose texts come from a function, which gets what was asked and fills in the figures, and what is told of tokens. */
 export function scriptedEngine(
-  script: (asked: Asked, stats: GenerationStats) => AsyncIterable<string>,
+  script: (asked: Asked, stats: GenerationStats, logProbs: TokenLogProb[]) => AsyncIterable<string>,
 ): TextEngine & { readonly asked: Asked[] } {
   const asked: Asked[] = []
   return {
@@ -88,8 +96,9 @@ export function scriptedEngine(
         tokensPerStep: 0,
       }
       asked.push({ ids: Array.from(ids), options })
-      const once = script(asked[asked.length - 1], stats)[Symbol.asyncIterator]()
-      return { stats, logProbs: [], promptLogProbs: [], [Symbol.asyncIterator]: () => once }
+      const logProbs: TokenLogProb[] = []
+      const once = script(asked[asked.length - 1], stats, logProbs)[Symbol.asyncIterator]()
+      return { stats, logProbs, promptLogProbs: [], [Symbol.asyncIterator]: () => once }
     },
   }
 }

@@ -17,10 +17,15 @@ export interface Served {
   readonly name: string
 }
 
+export interface Prompt {
+  readonly ids: ArrayLike<number>
+  /** How many in front are none of the request's: the tokenizer puts them there. */
+  readonly added: number
+}
+
 /** The texts that a request asks for. */
 export interface WantedTexts {
-  /** Token ids of each prompt. */
-  readonly prompts: readonly ArrayLike<number>[]
+  readonly prompts: readonly Prompt[]
   /** Texts for each prompt. */
   readonly choices: number
   /** Most tokens of a text behind a prompt of this length. */
@@ -28,6 +33,10 @@ export interface WantedTexts {
   readonly sampling: SamplingOptions & { readonly seed: number; readonly stop: readonly string[] }
   readonly stream: boolean
   readonly includeUsage: boolean
+  /** Whether the prompt stands in front of the text. */
+  readonly echo: boolean
+  /** How many of the likeliest tokens are told beside each. Undefined: nothing is. */
+  readonly logProbs: number | undefined
 }
 
 /**
@@ -38,10 +47,10 @@ export interface WantedTexts {
 export function wantedTexts(
   served: Served,
   fields: SharedFields,
-  prompts: readonly ArrayLike<number>[],
+  prompts: readonly Prompt[],
   field: 'prompt' | 'messages',
   mostTokens: number | null,
-): WantedTexts {
+): Omit<WantedTexts, 'echo' | 'logProbs'> {
   const { model, stream, stream_options: streamOptions, n, stop } = fields
   if (typeof model === 'string' && model !== served.name) throw unknownModel(model, served.name)
   if (streamOptions && !stream) {
@@ -53,13 +62,16 @@ export function wantedTexts(
     throw new ApiError(400, `${problem}, the most at once is ${MOST_TEXTS}: send several requests`, { param: field })
   }
   const { max_position_embeddings: context } = served.model.config
-  for (const { length } of prompts) {
+  const wanted = fields.max_tokens ?? mostTokens ?? Infinity
+  for (const {
+    ids: { length },
+  } of prompts) {
     if (length === 0) throw new ApiError(400, `${field}: there are no tokens in it`, { param: field })
-    if (length < context) continue
-    const problem = `the prompt has ${length} tokens, and this model's context ${context}, of which one is for the answer`
+    if (length + Math.min(wanted, 1) <= context) continue
+    const room = wanted > 0 ? ', of which one is for the answer' : ''
+    const problem = `the prompt has ${length} tokens, and this model's context ${context}${room}`
     throw new ApiError(400, `${problem}: shorten it`, { param: field, code: 'context_length_exceeded' })
   }
-  const wanted = fields.max_tokens ?? mostTokens ?? Infinity
   return {
     prompts,
     choices,
