@@ -232,7 +232,7 @@ MOE_DEVICE float rowSum(float x) {
   return x;
 }
 
-/// Which keys a query sees: those below keysOf(t).
+/// Which keys a query sees: those below keys(t), from Starts on.
 struct Visible {
   int T, limit;
   bool causal;
@@ -243,6 +243,50 @@ struct Visible {
   __device__ __forceinline__ int keys(int t) const { return causal ? min(limit, max(0, limit - T + t + 1)) : limit; }
   /// The first query that sees key j (which is below the limit).
   __device__ __forceinline__ int firstQuery(int j) const { return causal ? max(0, j - limit + T) : 0; }
+};
+
+/// The first key that each of T queries sees; without Some it is 0, at no cost.
+template <bool Some>
+struct Starts {
+  const int* starts;
+  int T;
+  MOE_DEVICE Starts of(const int* starts, int T, int b) { return {Some ? starts + (int64_t)b * T : nullptr, T}; }
+  __device__ __forceinline__ int from(int t) const { return Some && t < T ? max(starts[t], 0) : 0; }
+
+  /// The first keys of `count` queries from t on lie between these, which all warps get alike.
+  struct Range {
+    int least, most;
+  };
+  __device__ __forceinline__ Range range(int t, int count) const {
+    if constexpr (!Some) return {0, 0};
+    int least = 0x7fffffff, most = 0;
+    for (int i = t + threadIdx.x % 32; i < min(t + count, T); i += 32) least = min(least, from(i)), most = max(most, from(i));
+    for (int step = 16; step > 0; step /= 2) {
+      least = min(least, __shfl_xor_sync(wholeWarp, least, step));
+      most = max(most, __shfl_xor_sync(wholeWarp, most, step));
+    }
+    return {least, most};
+  }
+  /// Whether one of `count` queries from t on begins behind key j. By whole warps.
+  __device__ __forceinline__ bool anyBehind(int t, int count, int j) const {
+    if constexpr (!Some) return false;
+    bool behind = false;
+    for (int i = t + threadIdx.x % 32; i < min(t + count, T); i += 32) behind = behind || from(i) > j;
+    return __any_sync(wholeWarp, behind);
+  }
+  /// One past the last query, from t on, that begins before key j. By all `Threads` of the block, once.
+  template <int Threads>
+  __device__ __forceinline__ int endOfQueries(int t, int j) const {
+    if constexpr (!Some) return T;
+    MOE_SHARED(int, end, [1]);
+    if (threadIdx.x == 0) end[0] = 0;
+    __syncthreads();
+    int mine = 0;
+    for (int i = t + threadIdx.x; i < T; i += Threads) mine = from(i) < j ? i + 1 : mine;
+    atomicMax(&end[0], mine);
+    __syncthreads();
+    return end[0];
+  }
 };
 
 /// A softmax whose keys come in tiles: maximum and sum so far of each of this thread's rows, in units of Engine::Unit.

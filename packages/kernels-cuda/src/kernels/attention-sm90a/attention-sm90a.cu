@@ -29,8 +29,8 @@ struct Sizes {
 
 /// One block: BM queries of head blockIdx.y of batch blockIdx.z, all keys that they see, BN at a time. Products with values are one tile behind those with keys,
 /// so that the tensor cores multiply while exponentials are computed.
-template <class E>
-MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const TensorMap& k, const TensorMap& v, const int* lengths, Sizes z) {
+template <class E, bool Some>
+MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const TensorMap& k, const TensorMap& v, const int* lengths, const int* firstKeys, Sizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(Barrier, ready, [1]);
   MOE_SHARED(Barrier, fullKeys, [E::Stages]);
@@ -44,7 +44,9 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
   // The last queries see the most keys: they begin first.
   const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
-  const int tiles = divUp(visible.keys(min(first + E::BM, z.T) - 1), E::BN), seenByAll = visible.keys(first);
+  const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
+  const auto begins = starts.range(first, E::BM);
+  const int tiles = divUp(max(0, visible.keys(min(first + E::BM, z.T) - 1) - begins.least), E::BN), seenByAll = visible.keys(first);
   const int group = __shfl_sync(wholeWarp, (int)threadIdx.x / 128, 0), lane = threadIdx.x % 32;
   auto stage = [](int t) { return t % E::Stages; };
   auto parity = [](int t) { return t / E::Stages & 1; };
@@ -54,14 +56,14 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
     Barrier* const full = &fullKeys[stage(t)];
     wait(&emptyKeys[stage(t)], parity(t) ^ 1);
     arriveAndExpect(full, E::bytesK);
-    for (int d = 0; d < E::DK; d += 64) copyBox(keys + stage(t) * E::bytesK + d * E::BN * 2, k, full, g * E::DK + d, t * E::BN, b);
+    for (int d = 0; d < E::DK; d += 64) copyBox(keys + stage(t) * E::bytesK + d * E::BN * 2, k, full, g * E::DK + d, begins.least + t * E::BN, b);
   };
   auto loadValues = [&](int t) {
     if (t >= tiles) return;
     Barrier* const full = &fullValues[stage(t)];
     wait(&emptyValues[stage(t)], parity(t) ^ 1);
     arriveAndExpect(full, E::bytesV);
-    for (int d = 0; d < E::DV; d += 64) copyBox(values + stage(t) * E::bytesV + d * E::BN * 2, v, full, g * E::DV + d, t * E::BN, b);
+    for (int d = 0; d < E::DV; d += 64) copyBox(values + stage(t) * E::bytesV + d * E::BN * 2, v, full, g * E::DV + d, begins.least + t * E::BN, b);
   };
   if (threadIdx.x == 0) {
     initBarrier(ready, 1);
@@ -102,13 +104,21 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
   auto exponentials = [&](int t) {
 #pragma unroll
     for (float& x : s.v) x *= z.scale * E::Unit;
-    const int key = t * E::BN;
+    const int key = begins.least + t * E::BN;
     if (key + E::BN > seenByAll) {
 #pragma unroll
       for (int i = 0; i < E::Rows; i++) {
         const int left = visible.keys(first + E::row(i)) - key - E::column(0);
 #pragma unroll
         for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::sumStep(j) < left ? E::at(s, i, j) : -infinity();
+      }
+    }
+    if (key < begins.most) {
+#pragma unroll
+      for (int i = 0; i < E::Rows; i++) {
+        const int before = starts.from(first + E::row(i)) - key - E::column(0);
+#pragma unroll
+        for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::sumStep(j) < before ? -infinity() : E::at(s, i, j);
       }
     }
     return OnlineSoftmax<E>::exponentials(softmax, s);
@@ -146,7 +156,7 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
       OnlineSoftmax<E>::template apply<E::DV>(shrink, sums);
       E::pack(p, s);
     }
-    const int last = tiles - 1, left = visible.limit - last * E::BN;
+    const int last = tiles - 1, left = visible.limit - begins.least - last * E::BN;
     wait(&fullValues[stage(last)], parity(last));
     if (left < E::BN && visible.limit < z.S) clearRows<E, E::DV>(values + stage(last) * E::bytesV, left);
     fenceProducts(sums.v);
@@ -262,16 +272,17 @@ MOE_DEVICE void multiplyTiles(typename E::Scores& s, typename E::Scores& gradien
 }
 
 /// Gradients of 128 keys and values of key head blockIdx.y. The heads that share the key head come one after the other.
-template <class E>
-MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, Sizes z) {
+template <class E, bool Some>
+MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(__align__(16) float, perQuery, [E::Stages][2][E::BN]); // log sum exp, delta
   unsigned char* const rows = dynamic + (-sharedAddress(dynamic) & 1023);
   const int b = blockIdx.z, g = blockIdx.y, first = blockIdx.x * E::BM, shares = z.H / z.G;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
-  // Tiles of queries of each head, from the first query that sees a key of this block.
-  const int begin = visible.firstQuery(first) / E::BN * E::BN;
-  const int perHead = first < visible.limit ? max(0, divUp(z.T - begin, E::BN)) : 0;
+  const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
+  // Tiles of queries of each head, from the first query that sees a key of this block to the last.
+  const int begin = visible.firstQuery(first) / E::BN * E::BN, end = starts.template endOfQueries<E::Threads>(begin, first + E::BM);
+  const int perHead = first < visible.limit ? max(0, divUp(end - begin, E::BN)) : 0;
   auto tileAt = [&](int t) -> Place { return {g * shares + t / perHead, begin + t % perHead * E::BN, b}; };
 
   auto copyQueries = [&](int t, int stage, Barrier* barrier) {
@@ -315,6 +326,17 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
         }
       }
     }
+    if (starts.anyBehind(place.row, E::BN, first)) {
+#pragma unroll
+      for (int j = 0; j < E::Columns; j++) {
+        const int before = starts.from(place.row + E::column(j)) - first;
+#pragma unroll
+        for (int i = 0; i < E::Rows; i++) {
+          E::at(s, i, j) = E::row(i) < before ? 0.f : E::at(s, i, j);
+          E::at(gradients, i, j) = E::row(i) < before ? 0.f : E::at(gradients, i, j);
+        }
+      }
+    }
 #pragma unroll
     for (int i = 0; i < E::BN / 2; i++) gradients.v[i] *= s.v[i];
     uint32_t p[E::BN / 16][4], ds[E::BN / 16][4];
@@ -342,13 +364,15 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
 }
 
 /// Gradient of 128 queries of head blockIdx.y.
-template <class E>
-MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, Sizes z) {
+template <class E, bool Some>
+MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
   unsigned char* const rows = dynamic + (-sharedAddress(dynamic) & 1023);
   const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
-  const int end = visible.keys(min(first + E::BM, z.T) - 1), seenByAll = visible.keys(first), tiles = divUp(end, E::BN);
+  const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
+  const auto begins = starts.range(first, E::BM);
+  const int end = visible.keys(min(first + E::BM, z.T) - 1), seenByAll = visible.keys(first), tiles = divUp(max(0, end - begins.least), E::BN);
 
   float rowShift[E::Rows], rowDelta[E::Rows];
   int seen[E::Rows];
@@ -361,10 +385,10 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
     seen[i] = visible.keys(t);
   }
   typename E::template Sums<E::DK> sums = {};
-  auto tileAt = [&](int t) -> Place { return {g, t * E::BN, b}; };
+  auto tileAt = [&](int t) -> Place { return {g, begins.least + t * E::BN, b}; };
   auto nothing = [](int, int, Barrier*) {};
   forTiles<E, 0>(rows, q, dout, {h, first, b}, k, v, tiles, tileAt, nothing, [&](int tile, int, unsigned char* columns) {
-    const int key = tile * E::BN;
+    const int key = begins.least + tile * E::BN;
     if (key + E::BN > end) clearRows<E, E::DK>(columns, end - key);
     typename E::Scores s = {}, gradients;
 #pragma unroll
@@ -385,6 +409,14 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
         for (int j = 0; j < E::Columns; j++) E::at(gradients, i, j) = key + E::column(j) < seen[i] ? E::at(gradients, i, j) : 0.f;
       }
     }
+    if (key < begins.most) {
+#pragma unroll
+      for (int i = 0; i < E::Rows; i++) {
+        const int before = starts.from(first + E::row(i)) - key;
+#pragma unroll
+        for (int j = 0; j < E::Columns; j++) E::at(gradients, i, j) = E::column(j) < before ? 0.f : E::at(gradients, i, j);
+      }
+    }
     uint32_t ds[E::BN / 16][4];
     E::pack(ds, gradients);
     fenceProducts(sums.v);
@@ -402,16 +434,19 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
   }
 }
 
-#define ATTENTION(name, DK, DV)                                                                                                                              \
-  MOE_KERNEL((FlashHopper<DK, DV>::Threads, 1), moe_attention_fwd_sm90a_##name, (float* out, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const int* lengths, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
-    attention<FlashHopper<DK, DV>>(out, lse, q, k, v, lengths, {T, S, H, G, Dk, Dv, causal, scale});                                                      \
+#define ATTENTION(name, DK, DV, Some)                                                                                                                        \
+  MOE_KERNEL((FlashHopper<DK, DV>::Threads, 1), moe_attention_fwd_sm90a_##name, (float* out, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const int* lengths, const int* starts, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
+    attention<FlashHopper<DK, DV>, Some>(out, lse, q, k, v, lengths, starts, {T, S, H, G, Dk, Dv, causal, scale});                                           \
   }                                                                                                                                                          \
-  MOE_KERNEL((BackwardHopper<DK, DV>::Threads, 1), moe_attention_bwd_keys_sm90a_##name, (float* dk, float* dv, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout, const float* shift, const float* delta, const int* lengths, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
-    keysBackward<BackwardHopper<DK, DV>>(dk, dv, q, k, v, dout, shift, delta, lengths, {T, S, H, G, Dk, Dv, causal, scale});                                \
+  MOE_KERNEL((BackwardHopper<DK, DV>::Threads, 1), moe_attention_bwd_keys_sm90a_##name, (float* dk, float* dv, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout, const float* shift, const float* delta, const int* lengths, const int* starts, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
+    keysBackward<BackwardHopper<DK, DV>, Some>(dk, dv, q, k, v, dout, shift, delta, lengths, starts, {T, S, H, G, Dk, Dv, causal, scale});                   \
   }                                                                                                                                                          \
-  MOE_KERNEL((BackwardHopper<DK, DV>::Threads, 1), moe_attention_bwd_queries_sm90a_##name, (float* dq, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout, const float* shift, const float* delta, const int* lengths, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
-    queriesBackward<BackwardHopper<DK, DV>>(dq, q, k, v, dout, shift, delta, lengths, {T, S, H, G, Dk, Dv, causal, scale});                                 \
+  MOE_KERNEL((BackwardHopper<DK, DV>::Threads, 1), moe_attention_bwd_queries_sm90a_##name, (float* dq, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout, const float* shift, const float* delta, const int* lengths, const int* starts, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
+    queriesBackward<BackwardHopper<DK, DV>, Some>(dq, q, k, v, dout, shift, delta, lengths, starts, {T, S, H, G, Dk, Dv, causal, scale});                    \
   }
-ATTENTION(64_64, 64, 64)
-ATTENTION(128_128, 128, 128)
-ATTENTION(192_128, 192, 128)
+ATTENTION(64_64, 64, 64, false)
+ATTENTION(64_64_starts, 64, 64, true)
+ATTENTION(128_128, 128, 128, false)
+ATTENTION(128_128_starts, 128, 128, true)
+ATTENTION(192_128, 192, 128, false)
+ATTENTION(192_128_starts, 192, 128, true)

@@ -21,6 +21,7 @@ interface Inputs {
   readonly lse: Value
   readonly dout: Value
   readonly lengths?: Value
+  readonly starts?: Value
 }
 
 /** As the op's outputs and inputs, of which none is empty. False when heads are too large. */
@@ -32,18 +33,24 @@ export type AttentionBackward = (
 
 export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBackward {
   const perQuery = cuda.kernel('attention-sm90a', 'moe_attention_delta_sm90a', 'p p p p p i i i i')
+  const kernel = (name: string, parameters: string) => cuda.kernel('attention-sm90a', name, `${parameters} ${sizes}`)
+  const pair = (name: string) => ({
+    keys: kernel(`moe_attention_bwd_keys_sm90a_${name}`, 'p p t t t t p p p p'),
+    queries: kernel(`moe_attention_bwd_queries_sm90a_${name}`, 'p t t t t p p p p'),
+  })
   const kernels = heads.map(({ dk, dv }) => ({
     dk,
     dv,
-    keys: cuda.kernel('attention-sm90a', `moe_attention_bwd_keys_sm90a_${dk}_${dv}`, `p p t t t t p p p ${sizes}`),
-    queries: cuda.kernel('attention-sm90a', `moe_attention_bwd_queries_sm90a_${dk}_${dv}`, `p t t t t p p p ${sizes}`),
+    plain: pair(`${dk}_${dv}`),
+    withStarts: pair(`${dk}_${dv}_starts`),
   }))
-  return (gradients, { q, k, v, out, lse, dout, lengths }, { causal, scale }) => {
+  return (gradients, { q, k, v, out, lse, dout, lengths, starts }, { causal, scale }) => {
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const engine = kernels.find(({ dk, dv }) => Dk <= dk && Dv <= dv)
     if (engine === undefined) return false
-    const { dk, dv, keys, queries } = engine
+    const { dk, dv, plain, withStarts } = engine
+    const { keys, queries } = starts ? withStarts : plain
 
     const padded = Math.ceil(T / tile.columns) * tile.columns
     const [delta, shift] = [1, 2].map(() => cuda.scratch(B * H * padded * 4).pointer)
@@ -59,7 +66,20 @@ export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBa
     ])
     const [queriesAsRows, keysAsRows, valuesAsRows, doutAsRows] = boxed(tile.rows)
     const [queriesAsColumns, keysAsColumns, valuesAsColumns, doutAsColumns] = boxed(tile.columns)
-    const rest = [shift, delta, lengths ? pointerOf(lengths) : 0, T, S, H, G, Dk, Dv, +causal, scale]
+    const rest = [
+      shift,
+      delta,
+      lengths ? pointerOf(lengths) : 0,
+      starts ? pointerOf(starts) : 0,
+      T,
+      S,
+      H,
+      G,
+      Dk,
+      Dv,
+      +causal,
+      scale,
+    ]
     const launch = { block: threads, shared: sharedBytes(dk, dv) }
     keys(
       { grid: [Math.ceil(S / tile.rows), G, B], ...launch },

@@ -17,33 +17,43 @@ const sharedBytes = (dk: number, dv: number) => (tile * dk + stages * tile * (dk
 export type AttentionForward = (
   out: number,
   lse: number,
-  inputs: { readonly q: Value; readonly k: Value; readonly v: Value; readonly lengths?: Value },
+  inputs: {
+    readonly q: Value
+    readonly k: Value
+    readonly v: Value
+    readonly lengths?: Value
+    readonly starts?: Value
+  },
   attrs: { readonly causal: boolean; readonly scale: number },
 ) => boolean
 
 export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
+  const kernel = (name: string) => cuda.kernel('attention-sm90a', name, `p p t t t p p ${sizes}`)
   const kernels = heads.map(({ dk, dv }) => ({
     dk,
     dv,
-    kernel: cuda.kernel('attention-sm90a', `moe_attention_fwd_sm90a_${dk}_${dv}`, `p p t t t p ${sizes}`),
+    plain: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}`),
+    withStarts: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}_starts`),
   }))
-  return (out, lse, { q, k, v, lengths }, { causal, scale }) => {
+  return (out, lse, { q, k, v, lengths, starts }, { causal, scale }) => {
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const engine = kernels.find(({ dk, dv }) => Dk <= dk && Dv <= dv)
     if (engine === undefined) return false
-    const { dk, dv, kernel } = engine
+    const { dk, dv, plain, withStarts } = engine
     const boxed = boxedHeads(cuda, round, [
       { of: q, features: dk },
       { of: k, features: dk },
       { of: v, features: dv },
     ])
-    kernel(
+    const launch = starts ? withStarts : plain
+    launch(
       { grid: [Math.ceil(T / tile), H, B], block: threads, shared: sharedBytes(dk, dv) },
       out,
       lse,
       ...boxed(tile),
       lengths ? pointerOf(lengths) : 0,
+      starts ? pointerOf(starts) : 0,
       T,
       S,
       H,

@@ -8,8 +8,8 @@ struct Sizes {
 };
 
 /// One block: BM queries of head blockIdx.y of batch blockIdx.z, all keys that they see, BN at a time.
-template <class E>
-MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const int* lengths, Sizes z) {
+template <class E, bool Some>
+MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const int* lengths, const int* firstKeys, Sizes z) {
   using Element = typename E::Element;
   constexpr int DK = E::DK, DV = E::DV, sizeK = E::template tileSize<E::BN, DK>, sizeV = E::template tileSize<E::BN, DV>;
   MOE_DYNAMIC_SHARED(shared);
@@ -19,7 +19,9 @@ MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, 
   // The last queries see the most keys: they begin first.
   const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
+  const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
   const int end = visible.keys(min(first + E::BM, z.T) - 1), seenByAll = visible.keys(first);
+  const auto begins = starts.range(first, E::BM);
   const int64_t ldq = (int64_t)z.H * z.ldk, ldk = (int64_t)z.G * z.ldk, ldv = (int64_t)z.G * z.ldv;
   q += (int64_t)b * z.T * ldq + first * ldq + h * z.ldk;
   k += (int64_t)b * z.S * ldk + g * z.ldk;
@@ -34,12 +36,12 @@ MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, 
     commitCopies();
   };
   E::template copyRows<E::BM, DK>(queries, q, ldq, z.T - first, z.ldk);
-  if (E::Stages > 1) copyKeys(0);
+  if (E::Stages > 1) copyKeys(begins.least);
 
   typename E::template Sums<DV> sums = {};
   OnlineSoftmax<E> softmax;
   OnlineSoftmax<E>::begin(softmax);
-  for (int key = 0; key < end; key += E::BN) {
+  for (int key = begins.least; key < end; key += E::BN) {
     if (E::Stages == 1) {
       __syncthreads(); // everyone is done with the keys before
       copyKeys(key);
@@ -62,6 +64,14 @@ MOE_DEVICE void attention(float* out, float* lse, const typename E::Element* q, 
         const int left = visible.keys(first + E::row(i)) - key;
 #pragma unroll
         for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::column(j) < left ? E::at(s, i, j) : -infinity();
+      }
+    }
+    if (key < begins.most) {
+#pragma unroll
+      for (int i = 0; i < E::Rows; i++) {
+        const int before = starts.from(first + E::row(i)) - key;
+#pragma unroll
+        for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::column(j) < before ? -infinity() : E::at(s, i, j);
       }
     }
     OnlineSoftmax<E>::template apply<DV>(OnlineSoftmax<E>::exponentials(softmax, s), sums);
@@ -95,8 +105,8 @@ MOE_KERNEL((256), moe_attention_delta_f32, (float* delta, const float* out, cons
 
 /// Gradients of BM keys and values of key head blockIdx.y: tiles have keys as rows and queries as columns. The heads that share the
 /// key head come one after the other.
-template <class E>
-MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const typename E::Element* dout, const float* lse, const float* delta, const int* lengths, Sizes z) {
+template <class E, bool Some>
+MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const typename E::Element* dout, const float* lse, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   using Element = typename E::Element;
   constexpr int DK = E::DK, DV = E::DV, sizeQ = E::template tileSize<E::BN, DK>, sizeO = E::template tileSize<E::BN, DV>;
   constexpr int stageBytes = (sizeQ + sizeO) * (int)sizeof(Element) + 2 * E::BN * 4;
@@ -107,10 +117,11 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
 
   const int b = blockIdx.z, g = blockIdx.y, first = blockIdx.x * E::BM, shares = z.H / z.G;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
+  const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
   const int64_t ldq = (int64_t)z.H * z.ldk, ldo = (int64_t)z.H * z.ldv, ldk = (int64_t)z.G * z.ldk, ldv = (int64_t)z.G * z.ldv;
-  // Tiles of queries of each head, from the first query that sees a key of this block.
-  const int begin = visible.firstQuery(first) / E::BN * E::BN;
-  const int tiles = first < visible.limit ? max(0, divUp(z.T - begin, E::BN)) * shares : 0;
+  // Tiles of queries of each head, from the first query that sees a key of this block to the last.
+  const int begin = visible.firstQuery(first) / E::BN * E::BN, end = starts.template endOfQueries<E::Threads>(begin, first + E::BM);
+  const int tiles = first < visible.limit ? max(0, divUp(end - begin, E::BN)) * shares : 0;
 
   auto stageOf = [&](int tile) { return stages + tile % E::Stages * stageBytes; };
   auto copyQueries = [&](int tile, int h, int t) {
@@ -140,7 +151,7 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
     }
     waitCopies<0>();
     __syncthreads();
-    const bool nextHead = t + E::BN >= z.T;
+    const bool nextHead = t + E::BN >= end;
     const int nextT = nextHead ? begin : t + E::BN;
     h += nextHead;
     if (E::Stages > 1) copyQueries(tile + 1, h, nextT);
@@ -158,6 +169,14 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
       for (int i = 0; i < E::Rows; i++) {
         float& x = E::at(p, i, j);
         x = first + E::row(i) < seen ? E::exponential(x * (z.scale * E::Unit) - rowLse) : 0.f;
+      }
+    }
+    if (starts.anyBehind(t, E::BN, first)) {
+#pragma unroll
+      for (int j = 0; j < E::Columns; j++) {
+        const int before = starts.from(t + E::column(j)) - first;
+#pragma unroll
+        for (int i = 0; i < E::Rows; i++) E::at(p, i, j) = E::row(i) < before ? 0.f : E::at(p, i, j);
       }
     }
     E::template add<DV>(sumsV, p, stage + sizeQ, shared);
@@ -186,8 +205,8 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
 }
 
 /// Gradient of BM queries of head blockIdx.y.
-template <class E>
-MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const typename E::Element* dout, const float* lse, const float* delta, const int* lengths, Sizes z) {
+template <class E, bool Some>
+MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const typename E::Element* dout, const float* lse, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   using Element = typename E::Element;
   constexpr int DK = E::DK, DV = E::DV, sizeK = E::template tileSize<E::BN, DK>, sizeV = E::template tileSize<E::BN, DV>;
   MOE_DYNAMIC_SHARED(shared);
@@ -197,7 +216,9 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
 
   const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
+  const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
   const int end = visible.keys(min(first + E::BM, z.T) - 1);
+  const auto begins = starts.range(first, E::BM);
   const int64_t ldq = (int64_t)z.H * z.ldk, ldo = (int64_t)z.H * z.ldv, ldk = (int64_t)z.G * z.ldk, ldv = (int64_t)z.G * z.ldv;
   k += (int64_t)b * z.S * ldk + g * z.ldk;
   v += (int64_t)b * z.S * ldv + g * z.ldv;
@@ -212,7 +233,7 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
   };
   E::template copyRows<E::BM, DK>(queries, q + ((int64_t)b * z.T + first) * ldq + h * z.ldk, ldq, z.T - first, z.ldk);
   E::template copyRows<E::BM, DV>(douts, dout + ((int64_t)b * z.T + first) * ldo + h * z.ldv, ldo, z.T - first, z.ldv);
-  if (E::Stages > 1) copyKeys(0);
+  if (E::Stages > 1) copyKeys(begins.least);
 
   float rowLse[E::Rows], shift[E::Rows];
 #pragma unroll
@@ -223,7 +244,7 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
     shift[i] = t < z.T ? delta[at] : 0.f;
   }
   typename E::template Sums<DK> sums = {};
-  for (int key = 0; key < end; key += E::BN) {
+  for (int key = begins.least; key < end; key += E::BN) {
     if (E::Stages == 1) {
       __syncthreads();
       copyKeys(key);
@@ -245,6 +266,14 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
         E::at(dp, i, j) = x * (E::at(dp, i, j) - shift[i]);
       }
     }
+    if (key < begins.most) {
+#pragma unroll
+      for (int i = 0; i < E::Rows; i++) {
+        const int before = starts.from(first + E::row(i)) - key;
+#pragma unroll
+        for (int j = 0; j < E::Columns; j++) E::at(dp, i, j) = E::column(j) < before ? 0.f : E::at(dp, i, j);
+      }
+    }
     E::template add<DK>(sums, dp, stage, shared);
   }
   waitCopies<0>();
@@ -257,17 +286,23 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
   }
 }
 
-#define ATTENTION_FORWARD(blocks, name, Engine)                                                                                                              \
-  MOE_KERNEL((Engine::Threads, blocks), moe_attention_fwd_##name, (float* out, float* lse, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const int* lengths, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
-    attention<Engine>(out, lse, q, k, v, lengths, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});                                                        \
+#define ATTENTION_FORWARD_KERNEL(blocks, name, Engine, Some)                                                                                                 \
+  MOE_KERNEL((Engine::Threads, blocks), moe_attention_fwd_##name, (float* out, float* lse, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const int* lengths, const int* starts, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
+    attention<Engine, Some>(out, lse, q, k, v, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});                                           \
   }
-#define ATTENTION_BACKWARD(blocks, name, Engine)                                                                                                            \
-  MOE_KERNEL((Engine::Threads, blocks), moe_attention_bwd_keys_##name, (float* dk, float* dv, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const Engine::Element* dout, const float* lse, const float* delta, const int* lengths, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
-    attentionKeysBackward<Engine>(dk, dv, q, k, v, dout, lse, delta, lengths, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});                            \
+#define ATTENTION_BACKWARD_KERNELS(blocks, name, Engine, Some)                                                                                               \
+  MOE_KERNEL((Engine::Threads, blocks), moe_attention_bwd_keys_##name, (float* dk, float* dv, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const Engine::Element* dout, const float* lse, const float* delta, const int* lengths, const int* starts, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
+    attentionKeysBackward<Engine, Some>(dk, dv, q, k, v, dout, lse, delta, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});               \
   }                                                                                                                                                          \
-  MOE_KERNEL((Engine::Threads, blocks), moe_attention_bwd_queries_##name, (float* dq, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const Engine::Element* dout, const float* lse, const float* delta, const int* lengths, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
-    attentionQueriesBackward<Engine>(dq, q, k, v, dout, lse, delta, lengths, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});                             \
+  MOE_KERNEL((Engine::Threads, blocks), moe_attention_bwd_queries_##name, (float* dq, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const Engine::Element* dout, const float* lse, const float* delta, const int* lengths, const int* starts, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
+    attentionQueriesBackward<Engine, Some>(dq, q, k, v, dout, lse, delta, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});                \
   }
+#define ATTENTION_FORWARD(blocks, name, Engine)                           \
+  ATTENTION_FORWARD_KERNEL(blocks, name, Engine, false)                   \
+  ATTENTION_FORWARD_KERNEL(blocks, name##_starts, Engine, true)
+#define ATTENTION_BACKWARD(blocks, name, Engine)                          \
+  ATTENTION_BACKWARD_KERNELS(blocks, name, Engine, false)                 \
+  ATTENTION_BACKWARD_KERNELS(blocks, name##_starts, Engine, true)
 
 using Bf16Small = FlashBf16<4, 2, 32, 64, 64>;
 using Bf16Medium = FlashBf16<4, 2, 32, 128, 128>;

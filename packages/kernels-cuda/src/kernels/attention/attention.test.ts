@@ -14,7 +14,15 @@ interface Size {
   readonly Dv: number
   readonly causal: boolean
   readonly lengths?: readonly number[]
+  /** The first key that query t of sequence b sees. */
+  readonly starts?: (t: number, b: number) => number
 }
+
+/** The last of these places that is not behind t. */
+const lastOf = (t: number, ...begins: number[]) => begins.findLast(begin => begin <= t) ?? 0
+
+/** Numbers from 0 to n - 1 in no order. */
+const anyOf = (n: number, t: number, b: number) => ((t * 7919 + b * 104_729) % 65_537) % n
 
 // Several tiles of queries and of keys in every engine, and heads that fill its tiles or only a part of them.
 const sizes: readonly Size[] = [
@@ -39,7 +47,111 @@ const sizes: readonly Size[] = [
   { name: 'heads too large for bf16', B: 1, T: 40, S: 40, H: 1, G: 1, Dk: 200, Dv: 250, causal: true },
   { name: 'several tiles of keys', B: 1, T: 200, S: 400, H: 2, G: 1, Dk: 64, Dv: 64, causal: true, lengths: [390] },
   { name: 'many more queries than keys', B: 1, T: 140, S: 6, H: 1, G: 1, Dk: 16, Dv: 16, causal: true },
+  {
+    name: 'texts in a row',
+    B: 2,
+    T: 330,
+    S: 330,
+    H: 2,
+    G: 1,
+    Dk: 192,
+    Dv: 128,
+    causal: true,
+    starts: (t, b) => (b === 0 ? lastOf(t, 40, 127, 129, 256) : lastOf(t, 200)),
+  },
+  {
+    name: 'texts of whole tiles in a row',
+    B: 1,
+    T: 384,
+    S: 384,
+    H: 1,
+    G: 1,
+    Dk: 64,
+    Dv: 64,
+    causal: true,
+    starts: t => lastOf(t, 128, 192, 224, 256),
+  },
+  {
+    name: 'texts in a row, the last queries',
+    B: 1,
+    T: 150,
+    S: 400,
+    H: 2,
+    G: 2,
+    Dk: 100,
+    Dv: 128,
+    causal: true,
+    starts: t => lastOf(t + 250, 3, 270, 390),
+  },
+  {
+    name: 'starts in no order, also behind the own place',
+    B: 3,
+    T: 200,
+    S: 230,
+    H: 2,
+    G: 1,
+    Dk: 64,
+    Dv: 50,
+    causal: true,
+    lengths: [230, 150, 0],
+    starts: (t, b) => anyOf(260, t, b),
+  },
+  {
+    name: 'starts in no order, not causal',
+    B: 2,
+    T: 140,
+    S: 200,
+    H: 1,
+    G: 1,
+    Dk: 192,
+    Dv: 100,
+    causal: false,
+    lengths: [129, 200],
+    starts: (t, b) => anyOf(210, t, b),
+  },
+  {
+    name: 'falling starts',
+    B: 1,
+    T: 260,
+    S: 260,
+    H: 1,
+    G: 1,
+    Dk: 128,
+    Dv: 128,
+    causal: true,
+    starts: t => 259 - t,
+  },
+  {
+    name: 'blocks of queries that see none, and the last that sees all',
+    B: 1,
+    T: 300,
+    S: 300,
+    H: 1,
+    G: 1,
+    Dk: 64,
+    Dv: 64,
+    causal: true,
+    starts: t => (t < 140 ? 2 ** 31 - 1 : t < 299 ? t - 1 : -(2 ** 31)),
+  },
+  {
+    name: 'starts, heads too large for bf16',
+    B: 1,
+    T: 70,
+    S: 70,
+    H: 1,
+    G: 1,
+    Dk: 200,
+    Dv: 250,
+    causal: true,
+    starts: t => lastOf(t, 31, 33),
+  },
 ]
+
+/** `i32 [B, T]`. */
+const perQuery = (B: number, T: number, f: (t: number, b: number) => number) => ({
+  ...integers(...Array.from({ length: B * T }, (_, i) => f(i % T, Math.floor(i / T)))),
+  shape: [B, T],
+})
 
 const room: { readonly [P in WidePrecision]: number } = { f32: 5e-6, bf16: 2e-2 }
 
@@ -48,13 +160,14 @@ afterEach(() => {
 })
 
 describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma $wgmma', ({ precision, wgmma }) => {
-  test.each(sizes)('$name', async ({ B, T, S, H, G, Dk, Dv, causal, lengths }) => {
+  test.each(sizes)('$name', async ({ B, T, S, H, G, Dk, Dv, causal, lengths, starts }) => {
     const random = new Random(T)
     const [q, k, v] = [exact(random, B, T, H, Dk), exact(random, B, S, G, Dk), exact(random, B, S, G, Dv)]
-    const ends = lengths ? [integers(...lengths)] : []
+    const seen = lengths || starts ? [integers(...(lengths ?? new Array<number>(B).fill(S)))] : []
+    if (starts) seen.push(perQuery(B, T, starts))
     const attrs = { causal, scale: Dk ** -0.5, precision }
     const outputs = [output(B, T, H, Dv), output(B, H, T)]
-    const expected = await onCpu('attention', [q, k, v, ...ends], attrs, outputs)
+    const expected = await onCpu('attention', [q, k, v, ...seen], attrs, outputs)
     // Keys and values behind the end of a sequence do not matter.
     lengths?.forEach((length, b) => {
       for (const { data, shape } of [k, v]) {
@@ -62,7 +175,7 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
         ;(data as Float32Array).fill(Number.NaN, b * size + length * shape[2] * shape[3], (b + 1) * size)
       }
     })
-    const got = await onCuda('attention', [q, k, v, ...ends], attrs, outputs, { wgmma })
+    const got = await onCuda('attention', [q, k, v, ...seen], attrs, outputs, { wgmma })
     got.forEach((x, i) => {
       assertNear(['out', 'lse'][i], x, expected[i], room[precision], outputs[i].shape)
     })
@@ -70,7 +183,7 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
     const dout = exact(random, B, T, H, Dv)
     const saved = expected.map((x, i) => ({ data: Float32Array.from(x), shape: outputs[i].shape }))
     const gradients = [q, k, v].map(x => output(...x.shape))
-    const run = () => onCuda('attentionBackward', [q, k, v, ...saved, dout, ...ends], attrs, gradients, { wgmma })
+    const run = () => onCuda('attentionBackward', [q, k, v, ...saved, dout, ...seen], attrs, gradients, { wgmma })
     const backward = await run()
     if (wgmma) {
       reverseOrder(true)
@@ -81,9 +194,51 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
       (x.data as Float32Array).forEach((value, i, all) => {
         if (Number.isNaN(value)) all[i] = 1
       })
-    const wanted = await onCpu('attentionBackward', [q, k, v, ...saved, dout, ...ends], attrs, gradients)
+    const wanted = await onCpu('attentionBackward', [q, k, v, ...saved, dout, ...seen], attrs, gradients)
     backward.forEach((x, i) => {
       assertNear(['dq', 'dk', 'dv'][i], x, wanted[i], room[precision], gradients[i].shape)
     })
+  })
+
+  test.each([
+    { Dk: 64, Dv: 64 },
+    { Dk: 192, Dv: 128 },
+  ])('texts of whole tiles read nothing of each other, $Dk and $Dv features', async ({ Dk, Dv }) => {
+    const [size, H] = [128, 2]
+    const T = 2 * size
+    const random = new Random(Dk)
+    const q = exact(random, 1, T, H, Dk)
+    const inputs = [q, exact(random, 1, T, 1, Dk), exact(random, 1, T, 1, Dv)]
+    const dout = exact(random, 1, T, H, Dv)
+    const seen = [integers(T), perQuery(1, T, t => lastOf(t, size))]
+    const attrs = { causal: true, scale: Dk ** -0.5, precision }
+    const gradients = inputs.map(x => output(...x.shape))
+    const run = async (spoiled?: number) => {
+      const [x, dx] = [inputs, [dout]].map(all =>
+        all.map(({ data, shape }) => {
+          const copy = Float32Array.from(data as Float32Array)
+          if (spoiled !== undefined)
+            copy.fill(Number.NaN, (spoiled * copy.length) / 2, ((spoiled + 1) * copy.length) / 2)
+          return { data: copy, shape }
+        }),
+      )
+      const outputs = [output(1, T, H, Dv), output(1, H, T)]
+      const saved = (await onCuda('attention', [...x, ...seen], attrs, outputs, { wgmma })).map((data, i) => ({
+        data: data as Float32Array,
+        shape: outputs[i].shape,
+      }))
+      const backward = await onCuda('attentionBackward', [...x, ...saved, ...dx, ...seen], attrs, gradients, { wgmma })
+      return [saved[0].data, ...backward].map(all =>
+        [0, 1].map(half => [...all.slice((half * all.length) / 2, ((half + 1) * all.length) / 2)]),
+      )
+    }
+    const whole = await run()
+    for (const spoiled of [0, 1]) {
+      const results = await run(spoiled)
+      results.forEach((halves, i) => {
+        expect(halves[spoiled].every(Number.isNaN), `output ${i}`).toBe(true)
+        expect(halves[1 - spoiled], `output ${i}`).toEqual(whole[i][1 - spoiled])
+      })
+    }
   })
 })

@@ -73,11 +73,15 @@ const sizes = 'i i i i i i i i i i f'
 export const attention: FusedFactory<'attention'> = cuda => {
   const round = roundToBf16(cuda)
   const onHopper = cuda.wgmma ? attentionOnHopper(cuda, round) : undefined
-  const kernels = new Map(
-    engines.map(e => [e, cuda.kernel('attention', `moe_attention_fwd_${nameOf(e)}`, `p p p p p p ${sizes}`)]),
-  )
+  const kernelsOf = (suffix: string) =>
+    new Map(
+      engines.map(e => [
+        e,
+        cuda.kernel('attention', `moe_attention_fwd_${nameOf(e)}${suffix}`, `p p p p p p p ${sizes}`),
+      ]),
+    )
+  const [kernels, kernelsWithStarts] = [kernelsOf(''), kernelsOf('_starts')]
   return ([q, k, v, lengths, starts], { causal, scale, precision }, [outSpec, lseSpec]) => {
-    if (starts) return undefined
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const engine = findEngine(cuda, precision, Dk, Dv, forwardShared)
@@ -86,15 +90,17 @@ export const attention: FusedFactory<'attention'> = cuda => {
     const lse = cuda.output(lseSpec)
     if (B * T * H === 0) return [out, lse]
     if (onHopper !== undefined && precision === 'bf16' && S * G * Dk * Dv > 0) {
-      if (onHopper(out.pointer, lse.pointer, { q, k, v, lengths }, { causal, scale })) return [out, lse]
+      if (onHopper(out.pointer, lse.pointer, { q, k, v, lengths, starts }, { causal, scale })) return [out, lse]
     }
     const [ldk, ldv] = engine.precision === 'bf16' ? [engine.dk, engine.dv] : [Dk, Dv]
-    kernels.get(engine)?.(
+    const kernel = (starts ? kernelsWithStarts : kernels).get(engine)
+    kernel?.(
       { grid: [Math.ceil(T / engine.m), H, B], block: engine.threads, shared: forwardShared(engine) },
       out.pointer,
       lse.pointer,
       ...prepare(engine, round, [q, k], [v]),
       lengths ? pointerOf(lengths) : 0,
+      starts ? pointerOf(starts) : 0,
       B,
       T,
       S,
@@ -115,17 +121,19 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
   const round = roundToBf16(cuda)
   const onHopper = cuda.wgmma ? attentionBackwardOnHopper(cuda, round) : undefined
   const delta = cuda.kernel('attention', 'moe_attention_delta_f32', 'p p p i i i i')
-  const kernels = new Map(
-    engines.map(e => [
-      e,
-      {
-        keys: cuda.kernel('attention', `moe_attention_bwd_keys_${nameOf(e)}`, `p p p p p p p p p ${sizes}`),
-        queries: cuda.kernel('attention', `moe_attention_bwd_queries_${nameOf(e)}`, `p p p p p p p p ${sizes}`),
-      },
-    ]),
-  )
+  const kernel = (name: string, pointers: string) => cuda.kernel('attention', name, `${pointers} ${sizes}`)
+  const kernelsOf = (suffix: string) =>
+    new Map(
+      engines.map(e => [
+        e,
+        {
+          keys: kernel(`moe_attention_bwd_keys_${nameOf(e)}${suffix}`, 'p p p p p p p p p p'),
+          queries: kernel(`moe_attention_bwd_queries_${nameOf(e)}${suffix}`, 'p p p p p p p p p'),
+        },
+      ]),
+    )
+  const [kernels, kernelsWithStarts] = [kernelsOf(''), kernelsOf('_starts')]
   return ([q, k, v, out, lse, dout, lengths, starts], { causal, scale, precision }, [dqSpec, dkSpec, dvSpec]) => {
-    if (starts) return undefined
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const engine = findEngine(cuda, precision, Dk, Dv, backwardShared)
@@ -136,7 +144,7 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
     if (B * H === 0) return [dq, dk, dv]
     if (onHopper !== undefined && precision === 'bf16' && T * S * G * Dk * Dv > 0) {
       const gradients = { dq: dq.pointer, dk: dk.pointer, dv: dv.pointer }
-      if (onHopper(gradients, { q, k, v, out, lse, dout, lengths }, { causal, scale })) return [dq, dk, dv]
+      if (onHopper(gradients, { q, k, v, out, lse, dout, lengths, starts }, { causal, scale })) return [dq, dk, dv]
     }
     const deltas = cuda.scratch(B * H * T * 4).pointer
     const rows = Math.ceil((B * T * H) / 8)
@@ -156,6 +164,7 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
       pointerOf(lse),
       deltas,
       lengths ? pointerOf(lengths) : 0,
+      starts ? pointerOf(starts) : 0,
       B,
       T,
       S,
@@ -169,7 +178,8 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
       scale,
     ]
     const shape = { block: engine.threads, shared: backwardShared(engine) }
-    const { keys, queries } = kernels.get(engine) as NonNullable<ReturnType<typeof kernels.get>>
+    const found = (starts ? kernelsWithStarts : kernels).get(engine)
+    const { keys, queries } = found as NonNullable<typeof found>
     keys({ grid: [Math.ceil(S / engine.mBackward), G, B], ...shape }, dk.pointer, dv.pointer, ...inputs)
     queries({ grid: [Math.ceil(T / engine.mBackward), H, B], ...shape }, dq.pointer, ...inputs)
     return [dq, dk, dv]
