@@ -61,13 +61,14 @@ describe.each([
       const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: Math.max(1, depth) }
       const model = new DeepSeek(config, { seed: 3, backend })
       makeAgreeable(model)
-      const speculative = depth > 0
-      const batch = model.continuousBatch({ ...options, speculative })
+      // Nothing drafts that is not asked to.
+      const drafting = depth > 0 ? { speculative: true } : {}
+      const batch = model.continuousBatch({ ...options, ...drafting })
       const asked = requests(count)
       const alone: number[][] = []
       const counts: Array<Pick<GenerationStats, 'drafted' | 'accepted'>> = []
       for (const [ids, turn] of asked) {
-        const text = model.generate(ids, { ...turn, speculative })
+        const text = model.generate(ids, { ...turn, ...drafting })
         alone.push(await read(text))
         counts.push(text.stats)
       }
@@ -82,6 +83,7 @@ describe.each([
       for (const [i, { stats }] of texts.entries()) {
         expect(stats.tokens).toBe(alone[i].length)
         expect(stats.finishReason).toBe(alone[i].length === asked[i][1].maxTokens ? 'length' : 'stop')
+        expect(stats.drafted).toHaveLength(depth)
         expect(stats.drafted).toEqual(counts[i].drafted)
         expect(stats.accepted).toEqual(counts[i].accepted)
       }
@@ -120,8 +122,9 @@ test('a drawn text that is sent back draws on as if it had stayed', async () => 
     // Both grow to three pages of 64, of which there are four.
     const prompts = [1, 2].map(id => [id, ...Array.from({ length: 40 + seed }, (_, i) => (i * 11 + seed) % 40)])
     const turn = { maxTokens: 100, temperature: 0.8, seed }
+    const alone = (ids: number[]) => read(model.generate(ids, { ...turn, speculative: true }))
     const made = await Promise.all(prompts.map(ids => read(batch.generate(ids, turn))))
-    for (const [i, ids] of prompts.entries()) expect(made[i]).toEqual(await read(model.generate(ids, turn)))
+    for (const [i, ids] of prompts.entries()) expect(made[i]).toEqual(await alone(ids))
   }
   batch.dispose()
   model.dispose()
@@ -168,7 +171,7 @@ test.each([false, true])(
     ;(weight as Parameter).assign(weight.detach().mul(-1))
     const changed = await turn(prompt)
     expect(changed.reused).toBe(0)
-    expect(changed.answer).toEqual(await read(model.generate(prompt, { maxTokens: 50, speculative: false })))
+    expect(changed.answer).toEqual(await read(model.generate(prompt, { maxTokens: 50 })))
     batch.dispose()
     model.dispose()
   },
@@ -191,7 +194,7 @@ test.each([0, 1, 3])('readers leave, abort, or never come back, and the others g
   const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
   const model = new DeepSeek(config, { seed: 3, backend: native })
   const batch = model.continuousBatch({ maxTexts: 3, speculative: true })
-  const expected = await read(model.generate([5, 6, 7], { maxTokens: 60, speculative: false }))
+  const expected = await read(model.generate([5, 6, 7], { maxTokens: 60 }))
   const stays = read(batch.generate([5, 6, 7], { maxTokens: 60 }))
   const abort = new AbortController()
   const endless = batch.generate([8, 9], { maxTokens: 1000, signal: abort.signal, onToken: () => abort.abort() })
@@ -275,7 +278,7 @@ test.each([0, 1, 3])('a text that fills the cache alone ends there: %i modules',
   const batch = model.continuousBatch({ cacheTokens: 64, speculative: true })
   const text = batch.generate([1, 2], { maxTokens: 100 })
   // 64 are read, and what follows the last of them is made.
-  expect(await read(text)).toEqual(await read(model.generate([1, 2], { maxTokens: 63, speculative: false })))
+  expect(await read(text)).toEqual(await read(model.generate([1, 2], { maxTokens: 63 })))
   expect(text.stats.finishReason).toBe('length')
   batch.dispose()
   model.dispose()
@@ -302,7 +305,7 @@ test('where memory ends before the cache is full, texts wait, and one that does 
   other.dispose()
   full = false
   for (const [i, ids] of prompts.entries()) {
-    expect(made[i]).toEqual(await read(model.generate(ids, { maxTokens: 4, speculative: false })))
+    expect(made[i]).toEqual(await read(model.generate(ids, { maxTokens: 4 })))
   }
   batch.dispose()
   model.dispose()

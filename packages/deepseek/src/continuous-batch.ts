@@ -35,8 +35,6 @@ import { usualPrecision } from './usual-precision.ts'
 
 /** Room for texts that are made at the same time. */
 export interface ContinuousBatchOptions extends SessionOptions {
-  /** Let the MTP modules draft; the text of a seed is then that of `generate` with drafts. Default false: on a CPU that is no faster. */
-  readonly speculative?: boolean
   /** Most texts at once; further ones wait for their turn. Default 8. */
   readonly maxTexts?: number
   /**

@@ -67,7 +67,7 @@ describe('recorded decoding', () => {
     const { handles } = native.stats()
     const { counts, recorded, plain } = models({})
     // 64 positions at first: the cache grows once, and the graph is recorded anew.
-    const options = { maxTokens: 90, speculative: false }
+    const options = { maxTokens: 90 }
     expect(await made(recorded, options)).toEqual(await made(plain, options))
     expect(counts.captures).toBeGreaterThan(0)
     expect(counts.replays).toBeGreaterThan(80)
@@ -78,7 +78,7 @@ describe('recorded decoding', () => {
 
   test.each(['bf16', 'fp8', 'int8', 'int4'] as const)('with weights in %s', async weights => {
     const { counts, recorded, plain } = models({ hidden_size: 32 }, { weights })
-    const options = { maxTokens: 20, speculative: false }
+    const options = { maxTokens: 20 }
     expect(await made(recorded, options)).toEqual(await made(plain, options))
     expect(counts.replays).toBe(18)
     recorded.dispose()
@@ -87,13 +87,14 @@ describe('recorded decoding', () => {
 
   test('with drafts, sampled or greedy', async () => {
     const { counts, recorded, plain } = models({ num_nextn_predict_layers: 2 })
-    for (const options of [
-      { maxTokens: 60 },
-      { maxTokens: 60, temperature: 0.8, seed: 4 },
-      { maxTokens: 60, temperature: 0.8, topK: 3, topP: 0.9, seed: 4 },
-      { maxTokens: 60, repetitionPenalty: 1.2 },
-      { maxTokens: 60, temperature: 0.8, topK: 3, repetitionPenalty: 1.2, seed: 4 },
+    for (const sampling of [
+      {},
+      { temperature: 0.8, seed: 4 },
+      { temperature: 0.8, topK: 3, topP: 0.9, seed: 4 },
+      { repetitionPenalty: 1.2 },
+      { temperature: 0.8, topK: 3, repetitionPenalty: 1.2, seed: 4 },
     ]) {
+      const options = { maxTokens: 60, speculative: true, ...sampling }
       const { replays } = counts
       const text = recorded.generate(prompt, options)
       const ids: number[] = []
@@ -124,7 +125,8 @@ describe('recorded decoding', () => {
     const [short, plain] = [full, eager].map(
       backend => new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 1, backend }),
     )
-    expect(await made(short, { maxTokens: 40 })).toEqual(await made(plain, { maxTokens: 40 }))
+    const options = { maxTokens: 40, speculative: true }
+    expect(await made(short, options)).toEqual(await made(plain, options))
     // Each cache gives up once.
     expect(refused).toBe(3)
     short.dispose()
@@ -134,7 +136,7 @@ describe('recorded decoding', () => {
 
   test('too little memory is an error that leaves nothing behind', async () => {
     const config = { ...tiny, num_nextn_predict_layers: 2 }
-    const options = { maxTokens: 80, cacheDtype: 'bf16' } as const
+    const options = { maxTokens: 80, speculative: true, cacheDtype: 'bf16' } as const
     const generated = async (memoryLimit?: number) => {
       const backend = await createBackend({ memoryLimit })
       const model = new DeepSeek(config, { seed: 1, backend })
@@ -166,7 +168,7 @@ describe('recorded decoding', () => {
     }
     const { handles } = native.stats()
     const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 1, backend: losing })
-    await expect(made(model, { maxTokens: 60 })).rejects.toThrow(/the device is lost/)
+    await expect(made(model, { maxTokens: 60, speculative: true })).rejects.toThrow(/the device is lost/)
     model.dispose()
     expect(native.stats().handles).toBe(handles)
   })
@@ -176,7 +178,7 @@ describe('recorded decoding', () => {
       const { recording } = pair()
       const { handles } = native.stats()
       const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: after % 2 }, { seed: 1, backend: recording })
-      const text = made(model, { maxTokens: 60 }, n => n === after && model.dispose())
+      const text = made(model, { maxTokens: 60, speculative: true }, n => n === after && model.dispose())
       await expect(text).rejects.toMatchObject({ code: 'E_DISPOSED' })
       expect(native.stats().handles).toBe(handles)
     }
@@ -185,10 +187,10 @@ describe('recorded decoding', () => {
   test('several texts at once are those of one after the other', async () => {
     const { counts, recorded, plain } = models({ num_nextn_predict_layers: 1 })
     const all: GenerateOptions[] = [
-      { maxTokens: 90 },
-      { maxTokens: 30, speculative: false, cacheDtype: 'bf16' },
-      { maxTokens: 40, temperature: 0.9, seed: 2 },
-      { maxTokens: 40, precision: 'bf16' },
+      { maxTokens: 90, speculative: true },
+      { maxTokens: 30, cacheDtype: 'bf16' },
+      { maxTokens: 40, speculative: true, temperature: 0.9, seed: 2 },
+      { maxTokens: 40, speculative: true, precision: 'bf16' },
     ]
     const together = await Promise.all(all.map(options => made(recorded, options)))
     for (const [i, options] of all.entries()) expect(together[i]).toEqual(await made(plain, options))
@@ -200,7 +202,7 @@ describe('recorded decoding', () => {
   test('goes on op by op where there is no memory to record, wherever that shows', async () => {
     const config = { ...tiny, num_nextn_predict_layers: 1 }
     const model = new DeepSeek(config, { seed: 1, backend: native })
-    const options = { maxTokens: 20 }
+    const options = { maxTokens: 20, speculative: true }
     const expected = await made(model, options)
     model.dispose()
     const { handles } = native.stats()
@@ -247,7 +249,7 @@ describe('recorded decoding', () => {
 
   test('where memory is too short, an error leaves nothing behind', async () => {
     const config = { ...tiny, num_nextn_predict_layers: 2 }
-    const options = { maxTokens: 80 }
+    const options = { maxTokens: 80, speculative: true }
     const roomy = await createBackend({ threads: 1 })
     const model = new DeepSeek(config, { seed: 1, backend: roomy })
     const { bytes } = roomy.stats()
@@ -303,7 +305,7 @@ describe('recorded decoding', () => {
         return memory.download(value)
       }
       const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { backend: { ...memory, download } })
-      await expect(made(model, { maxTokens: 20 })).rejects.toThrow('device lost')
+      await expect(made(model, { maxTokens: 20, speculative: true })).rejects.toThrow('device lost')
       model.dispose()
       expect(memory.stats().handles).toBe(0)
       memory.dispose()
@@ -326,8 +328,7 @@ describe('recorded decoding', () => {
         }
       })
     }
-    const run = (model: DeepSeek) =>
-      made(model, { maxTokens: 24, speculative: false }, n => (n === 8 || n === 15) && change(model))
+    const run = (model: DeepSeek) => made(model, { maxTokens: 24 }, n => (n === 8 || n === 15) && change(model))
     const ids = await run(recorded)
     expect(ids).toEqual(await run(plain))
     // What was absorbed from the weights of before is not used, although the new ones lie in the same memory.
@@ -338,7 +339,7 @@ describe('recorded decoding', () => {
       const last = logits.subarray(logits.length - tiny.vocab_size)
       expected.push(last.indexOf(Math.max(...last)))
     }
-    expect(await made(recorded, { maxTokens: 5, speculative: false })).toEqual(expected.slice(prompt.length))
+    expect(await made(recorded, { maxTokens: 5 })).toEqual(expected.slice(prompt.length))
     recorded.dispose()
     plain.dispose()
   })

@@ -79,7 +79,7 @@ describe('generation', () => {
       ids.push(last.indexOf(Math.max(...last)))
     }
     const made: number[] = []
-    for await (const id of model.generate(prompt, { maxTokens: 20, speculative: false })) made.push(id)
+    for await (const id of model.generate(prompt, { maxTokens: 20 })) made.push(id)
     expect(made).toEqual(ids.slice(prompt.length))
     model.dispose()
   })
@@ -90,8 +90,10 @@ describe('generation', () => {
       for (let seed = 0; seed < 4; seed++) {
         const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: depth }, { seed })
         const plain: number[] = []
-        for await (const id of model.generate(prompt, { maxTokens: 40, speculative: false })) plain.push(id)
-        const generation = model.generate(prompt, { maxTokens: 40 })
+        const byItself = model.generate(prompt, { maxTokens: 40 })
+        for await (const id of byItself) plain.push(id)
+        expect(byItself.stats).toMatchObject({ drafted: [], steps: 40 })
+        const generation = model.generate(prompt, { maxTokens: 40, speculative: true })
         const speculative: number[] = []
         for await (const id of generation) speculative.push(id)
         expect(speculative).toEqual(plain)
@@ -113,16 +115,22 @@ describe('generation', () => {
       for await (const id of generation) made.push(id)
       return { made, drafted: generation.stats.drafted, steps: generation.stats.steps }
     }
-    const whole = [await text({}), await text({ speculative: false }), await text({ cacheDtype: 'bf16' })]
+    const all = async () => [
+      await text({}),
+      await text({ speculative: true }),
+      await text({ speculative: true, cacheDtype: 'bf16' }),
+    ]
+    const whole = await all()
+    expect(whole[1].drafted[0]).toBeGreaterThan(0)
     const usual = limits.promptPiece
     try {
       for (limits.promptPiece of [1, 7, 29, 30]) {
-        expect([await text({}), await text({ speculative: false }), await text({ cacheDtype: 'bf16' })]).toEqual(whole)
+        expect(await all()).toEqual(whole)
       }
       limits.promptPiece = 5
       const abort = new AbortController()
       setImmediate(() => abort.abort())
-      await expect(text({ signal: abort.signal })).rejects.toMatchObject({ code: 'E_ABORTED' })
+      await expect(text({ speculative: true, signal: abort.signal })).rejects.toMatchObject({ code: 'E_ABORTED' })
     } finally {
       limits.promptPiece = usual
     }
@@ -174,46 +182,50 @@ describe('generation', () => {
     const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 3 })
     const head = new Float32Array(40 * 24)
     model.lm_head.weight.assign(tensor(head, [40, 24]))
-    const generation = model.generate(prompt, { maxTokens: 30 })
+    const generation = model.generate(prompt, { maxTokens: 30, speculative: true })
     for await (const id of generation) expect(id).toBe(0)
     expect(generation.stats.accepted).toEqual(generation.stats.drafted)
     expect(generation.stats.steps).toBeLessThanOrEqual(11)
     model.dispose()
   })
 
-  test('stops at ids and, with a tokenizer, at strings wherever their tokens break', async () => {
-    const model = new DeepSeek(tiny, { seed: 1 })
-    const ids: number[] = []
-    for await (const id of model.generate(prompt, { maxTokens: 30 })) ids.push(id)
-    const before = ids.slice(0, ids.indexOf(ids[6]))
-    const seen: number[] = []
-    const cut: number[] = []
-    for await (const id of model.generate(prompt, { maxTokens: 30, stop: [ids[6]], onToken: id => seen.push(id) })) {
-      cut.push(id)
-    }
-    expect(cut).toEqual(before)
-    expect(seen).toEqual(before)
+  test.each([false, true])(
+    'stops at ids and, with a tokenizer, at strings wherever their tokens break (drafts: %s)',
+    async speculative => {
+      const options = { maxTokens: 30, speculative }
+      const model = new DeepSeek(tiny, { seed: 1 })
+      const ids: number[] = []
+      for await (const id of model.generate(prompt, options)) ids.push(id)
+      const before = ids.slice(0, ids.indexOf(ids[6]))
+      const seen: number[] = []
+      const cut: number[] = []
+      for await (const id of model.generate(prompt, { ...options, stop: [ids[6]], onToken: id => seen.push(id) })) {
+        cut.push(id)
+      }
+      expect(cut).toEqual(before)
+      expect(seen).toEqual(before)
 
-    // Every token is two characters: a stop string may begin in one and end in the next.
-    const word = (id: number) => `${id}`.padStart(2, '0')
-    const tokenizer = { createDecodeStream: () => ({ push: word, end: () => '' }) }
-    const whole = ids.map(word).join('')
-    const handles = defaultBackend().stats().handles
-    for (const stop of [[whole.slice(9, 14)], [whole.slice(20, 21)], ['no such text', whole.slice(3, 8)], ['99x']]) {
-      const pieces: string[] = []
-      for await (const text of model.generate(prompt, { maxTokens: 30, tokenizer, stop })) pieces.push(text)
-      const ends = stop.map(text => whole.indexOf(text)).filter(at => at >= 0)
-      expect(pieces.join('')).toBe(ends.length > 0 ? whole.slice(0, Math.min(...ends)) : whole)
-      expect(pieces).not.toContain('')
-    }
-    for await (const _ of model.generate(prompt)) break
-    expect(defaultBackend().stats().handles).toBe(handles)
-    expect(() => model.generate(prompt, { stop: ['end'] })).toThrow(
-      /stop has a string, "end", but there is no tokenizer/,
-    )
-    expect(() => model.generate(prompt, { stop: [''], tokenizer })).toThrow(/a stop string is empty/)
-    model.dispose()
-  })
+      // Every token is two characters: a stop string may begin in one and end in the next.
+      const word = (id: number) => `${id}`.padStart(2, '0')
+      const tokenizer = { createDecodeStream: () => ({ push: word, end: () => '' }) }
+      const whole = ids.map(word).join('')
+      const handles = defaultBackend().stats().handles
+      for (const stop of [[whole.slice(9, 14)], [whole.slice(20, 21)], ['no such text', whole.slice(3, 8)], ['99x']]) {
+        const pieces: string[] = []
+        for await (const text of model.generate(prompt, { ...options, tokenizer, stop })) pieces.push(text)
+        const ends = stop.map(text => whole.indexOf(text)).filter(at => at >= 0)
+        expect(pieces.join('')).toBe(ends.length > 0 ? whole.slice(0, Math.min(...ends)) : whole)
+        expect(pieces).not.toContain('')
+      }
+      for await (const _ of model.generate(prompt, { speculative })) break
+      expect(defaultBackend().stats().handles).toBe(handles)
+      expect(() => model.generate(prompt, { stop: ['end'] })).toThrow(
+        /stop has a string, "end", but there is no tokenizer/,
+      )
+      expect(() => model.generate(prompt, { stop: [''], tokenizer })).toThrow(/a stop string is empty/)
+      model.dispose()
+    },
+  )
 
   test('minP keeps likely tokens only, onToken is told each one, stats count tokens per pass', async () => {
     const model = new DeepSeek(tiny, { seed: 2 })
@@ -225,6 +237,7 @@ describe('generation', () => {
       temperature: 5,
       minP: 1,
       seed: 9,
+      speculative: true,
       onToken: id => told.push(id),
     })
     // minP 1 leaves the likeliest token alone, whatever the temperature.

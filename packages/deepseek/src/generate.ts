@@ -27,7 +27,10 @@ export interface TurnOptions extends SamplingOptions {
 
 /** How all texts of a session are made. */
 export interface SessionOptions {
-  /** Let the MTP modules draft; the text is the same (greedy) or equally distributed (sampling). Default: when there are any. */
+  /**
+   * Let the MTP modules draft; the text is the same (greedy) or equally distributed (sampling). It pays where drafts are often accepted and a pass over some tokens
+   * costs little more than over one: where reading weights takes the time, which on a CPU it does not. Default false.
+   */
   readonly speculative?: boolean
   /** What the cache holds. Default f32; bf16 takes half the memory, at bf16's precision. */
   readonly cacheDtype?: CacheDType

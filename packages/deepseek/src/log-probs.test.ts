@@ -129,13 +129,14 @@ describe.each([
   ])('a session tells how likely its texts are: %s', async (_name, mtp, piece) => {
     const { handles } = of().stats()
     const model = make(mtp)
-    const session = model.session()
+    const speculative = mtp > 0
+    const session = model.session({ speculative })
     sessionLimits.promptPiece = piece
     limits.logits = 40 * 3
     try {
       for (const [ids, options] of ways) {
         const turn = { maxTokens: 12, ...options }
-        await expectAllTold(model, session.generate(ids, turn), ids, { ...turn, speculative: mtp > 0 })
+        await expectAllTold(model, session.generate(ids, turn), ids, { ...turn, speculative })
       }
     } finally {
       sessionLimits.promptPiece = 2048

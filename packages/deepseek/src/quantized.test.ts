@@ -97,7 +97,7 @@ describe.each(formats)('a model with weights in %s', format => {
     // Absorbed W_UK and W_UV are rounded to bf16 (once, in two of the products of each layer).
     expect(difference(await logits(model, true), await logits(model))).toBeLessThan(bound.bf16)
     const made: number[] = []
-    for await (const id of model.generate(prompt, { maxTokens: 8 })) made.push(id)
+    for await (const id of model.generate(prompt, { maxTokens: 8, speculative: true })) made.push(id)
     expect(made).toHaveLength(8)
     model.dispose()
     expect(defaultBackend().stats().handles).toBe(before)
@@ -160,7 +160,7 @@ test('stored weights are multiplied in bf16 where text is made, unless f32 is as
   const used = async (options: DeepSeekOptions, precision?: Precision) => {
     const model = new DeepSeek({ ...config, num_nextn_predict_layers: 1 }, { seed: 6, backend, ...options })
     seen.clear()
-    for await (const _ of model.generate(prompt, { maxTokens: 4, precision }));
+    for await (const _ of model.generate(prompt, { maxTokens: 4, speculative: true, precision }));
     model.dispose()
     return [...seen].sort()
   }

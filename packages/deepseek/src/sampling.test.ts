@@ -180,7 +180,7 @@ test('an abort between tokens ends generation and frees what it held', async () 
   const abort = new AbortController()
   const made: number[] = []
   const run = async () => {
-    for await (const id of model.generate([1, 2], { signal: abort.signal, maxTokens: 50, speculative: false })) {
+    for await (const id of model.generate([1, 2], { signal: abort.signal, maxTokens: 50 })) {
       if (made.push(id) === 3) abort.abort(new Error('enough'))
     }
   }

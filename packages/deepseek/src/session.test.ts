@@ -49,9 +49,9 @@ async function converse(model: DeepSeek, options: SessionOptions = {}) {
 
 const arms: ReadonlyArray<readonly [name: string, config: object, options: SessionOptions]> = [
   ['one token at a time', { num_nextn_predict_layers: 0 }, {}],
-  ['drafts of one module', { num_nextn_predict_layers: 1 }, {}],
-  ['drafts of three modules', { num_nextn_predict_layers: 3 }, {}],
-  ['modules that do not draft', { num_nextn_predict_layers: 2 }, { speculative: false }],
+  ['drafts of one module', { num_nextn_predict_layers: 1 }, { speculative: true }],
+  ['drafts of three modules', { num_nextn_predict_layers: 3 }, { speculative: true }],
+  ['modules that do not draft', { num_nextn_predict_layers: 2 }, {}],
 ]
 
 describe.each([
@@ -65,7 +65,7 @@ describe.each([
       const { handles } = backend.stats()
       const model = new DeepSeek({ ...tiny, ...config }, { seed: 3, backend })
       const { reused, prompts } = await converse(model, options)
-      const depth = options.speculative === false ? 0 : model.mtp.length
+      const depth = options.speculative ? model.mtp.length : 0
       expect(reused[0]).toBe(0)
       for (const [i, [added]] of turns.slice(1).entries()) {
         // The last token was made and never read; modules see tokens ahead.
@@ -85,7 +85,7 @@ describe('a session', () => {
   /** Whether a text is that of a model that has read nothing before, with drafts that are as good. */
   async function expectAsAnew(model: DeepSeek, session: Session, ids: readonly number[]) {
     const text = session.generate(ids, { maxTokens: 10 })
-    const anew = model.generate(ids, { maxTokens: 10 })
+    const anew = model.generate(ids, { maxTokens: 10, speculative: true })
     expect(await read(text)).toEqual(await read(anew))
     expect(text.stats.accepted).toEqual(anew.stats.accepted)
     expect(text.stats.drafted).toEqual(anew.stats.drafted)
@@ -94,7 +94,7 @@ describe('a session', () => {
 
   test('keeps what two prompts share, whatever lies behind it', async () => {
     const model = new DeepSeek(config, { seed: 5 })
-    const session = model.session()
+    const session = model.session({ speculative: true })
     expect(await expectAsAnew(model, session, prompt)).toBe(0)
     // The same again, one that is shorter, one that goes another way, and another altogether.
     expect(await expectAsAnew(model, session, prompt)).toBe(prompt.length - 2)
@@ -108,8 +108,8 @@ describe('a session', () => {
 
   test('goes on behind a stop, a reader that leaves, and an abort', async () => {
     const model = new DeepSeek(config, { seed: 5 })
-    const session = model.session()
-    const whole = await read(model.generate(prompt, { maxTokens: 30 }))
+    const session = model.session({ speculative: true })
+    const whole = await read(model.generate(prompt, { maxTokens: 30, speculative: true }))
     const next = (n: number) => [...prompt, ...whole.slice(0, n), 13]
     for await (const _ of session.generate(prompt, { maxTokens: 30 })) break
     expect(await expectAsAnew(model, session, next(1))).toBe(prompt.length - 2)
@@ -128,7 +128,7 @@ describe('a session', () => {
 
   test('reads a long prompt in pieces, and all anew after a failure and under other weights', async () => {
     const model = new DeepSeek(config, { seed: 5 })
-    const session = model.session()
+    const session = model.session({ speculative: true })
     const long = Array.from({ length: 45 }, (_, i) => (i * 7) % 40)
     limits.promptPiece = 10
     try {
@@ -153,7 +153,7 @@ describe('a session', () => {
 
   test('makes one text at a time', async () => {
     const model = new DeepSeek(config, { seed: 5 })
-    const session = model.session()
+    const session = model.session({ speculative: true })
     const first = session.generate(prompt, { maxTokens: 4 })[Symbol.asyncIterator]()
     await first.next()
     await expect(read(session.generate(prompt))).rejects.toThrow('another text of this session is being made; read it')
@@ -168,7 +168,7 @@ describe('a session', () => {
   test('disposed under a reader who never comes back it frees everything', async () => {
     const model = new DeepSeek(config, { seed: 5 })
     for (const taken of [1, 2, 5]) {
-      const session = model.session()
+      const session = model.session({ speculative: true })
       const text = session.generate(prompt, { maxTokens: 30 })[Symbol.asyncIterator]()
       for (let i = 0; i < taken; i++) await text.next()
       session.dispose()
@@ -195,14 +195,14 @@ describe('a session', () => {
     const { handles } = backend.stats()
     const model = new DeepSeek(config, { seed: 5, backend })
     // Absorbed weights are the model's.
-    await read(model.generate(prompt, { maxTokens: 30 }))
+    await read(model.generate(prompt, { maxTokens: 30, speculative: true }))
     const mine = backend.stats().handles
     const failure = expect.objectContaining({
       code: 'E_DISPOSED',
       message: expect.stringContaining('the session was disposed'),
     })
     for (let turns = 0; turns < 14; turns++) {
-      const session = model.session()
+      const session = model.session({ speculative: true })
       await read(session.generate(prompt, { maxTokens: 3 }))
       const text = session.generate([...prompt, 1], { maxTokens: 40 })[Symbol.asyncIterator]()
       for (let i = 0; i < 3; i++) await text.next()
@@ -224,7 +224,7 @@ describe('a session', () => {
 
   test('of a model that was disposed says so, and frees the rest', async () => {
     const model = new DeepSeek(config, { seed: 5 })
-    const session = model.session()
+    const session = model.session({ speculative: true })
     await read(session.generate(prompt, { maxTokens: 3 }))
     model.dispose()
     await expect(read(session.generate(prompt))).rejects.toMatchObject({ code: 'E_DISPOSED' })

@@ -66,7 +66,7 @@ export class Session {
     this.#model = model
     this.#options = options
     this.#once = once
-    this.#depth = options.speculative === false ? 0 : model.mtp.length
+    this.#depth = options.speculative ? model.mtp.length : 0
   }
 
   /**

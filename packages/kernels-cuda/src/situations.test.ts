@@ -237,13 +237,13 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     test('are those of one after the other, also when one is given up in the middle of a replay', async () => {
       const backend = await fresh()
       const model = new DeepSeek(config, { seed: 1, backend })
-      const alone = await made(model, { maxTokens: 10 })
+      const alone = await made(model, { maxTokens: 10, speculative: true })
       const { handles } = backend.stats()
       const abort = new AbortController()
-      const options = { maxTokens: 1000, signal: abort.signal, temperature: 0.9 }
+      const options = { maxTokens: 1000, speculative: true, signal: abort.signal, temperature: 0.9 }
       const stopped = made(model, options, n => n === 6 && setImmediate(() => abort.abort()))
       const [beside] = await Promise.all([
-        made(model, { maxTokens: 10 }),
+        made(model, { maxTokens: 10, speculative: true }),
         expect(stopped).rejects.toMatchObject({ code: 'E_ABORTED' }),
       ])
       expect(beside).toEqual(alone)
@@ -260,8 +260,8 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
         const model = new DeepSeek(config, { seed: 1, backend })
         fail('launch', after, 719)
         const both = await Promise.allSettled([
+          made(model, { maxTokens: 40, speculative: true }),
           made(model, { maxTokens: 40 }),
-          made(model, { maxTokens: 40, speculative: false }),
         ])
         for (const { status, reason } of both as PromiseRejectedResult[]) {
           expect([status, reason.code, reason.details]).toMatchObject(['rejected', 'E_BACKEND', { lost: true }])

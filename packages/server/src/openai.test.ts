@@ -43,7 +43,7 @@ test('chats, whole and streamed: the text is that of the model behind the templa
   const text = '<|begin|><|user|>system: of the people<|user|>user: the better angels<|assistant|>'
   const ids = tokenizer.encode(text)
   let expected = ''
-  const generation = model.generate(ids, { tokenizer, maxTokens: 14, temperature: 0.8, seed: 7, speculative: false })
+  const generation = model.generate(ids, { tokenizer, maxTokens: 14, temperature: 0.8, seed: 7 })
   for await (const part of generation) expected += part
   expect(whole.object).toBe('chat.completion')
   expect(whole.choices[0].message).toEqual({ role: 'assistant', content: expected, refusal: null })
