@@ -403,7 +403,7 @@ async function generate(): Promise<void> {
   for (let run = 0; run < 4; run++) {
     let before = performance.now()
     const times: number[] = []
-    for await (const _ of model.generate(prompt, { maxTokens: tokens, speculative: false, cacheDtype: 'bf16' })) {
+    for await (const _ of model.generate(prompt, { maxTokens: tokens, cacheDtype: 'bf16' })) {
       const now = performance.now()
       times.push(now - before)
       before = now

@@ -78,7 +78,7 @@ async function work(weights: string): Promise<void> {
     const times: number[] = []
     let usage = process.cpuUsage()
     let before = performance.now()
-    for await (const _ of model.generate(prompt, { maxTokens: tokens + 1, speculative: false })) {
+    for await (const _ of model.generate(prompt, { maxTokens: tokens + 1 })) {
       const now = performance.now()
       times.push(now - before)
       if (times.length === 1) usage = process.cpuUsage()

@@ -24,7 +24,7 @@ const help = `Continues a text. The text goes to standard output, everything els
   --stop TEXT        where the text ends; may be repeated
   --weights F        store weights as bf16, fp8, int8 or int4: faster, smaller, less exact
   --precision P      f32, bf16 or fp8 arithmetic in matrix products (default: bf16 with --weights, else f32)
-  --no-speculative   one token a pass, also where the model can draft
+  --speculative      MTP modules draft: fewer passes, which is no faster on a CPU
   --json             print prompt, text and figures as JSON on standard output
   --quiet            no figures on standard error
   --help
@@ -36,7 +36,6 @@ class UsageError extends Error {}
 function readArguments() {
   const { values, positionals } = parseArgs({
     allowPositionals: true,
-    allowNegative: true,
     options: {
       'max-tokens': { type: 'string', default: '160' },
       temperature: { type: 'string', default: '0.6' },
@@ -48,7 +47,7 @@ function readArguments() {
       stop: { type: 'string', multiple: true },
       weights: { type: 'string' },
       precision: { type: 'string' },
-      speculative: { type: 'boolean', default: true },
+      speculative: { type: 'boolean', default: false },
       json: { type: 'boolean', default: false },
       quiet: { type: 'boolean', default: false },
       help: { type: 'boolean', default: false },
@@ -83,7 +82,7 @@ function readArguments() {
       repetitionPenalty: number('repetition-penalty'),
       seed: number('seed'),
       stop: values.stop,
-      speculative: values.speculative ? undefined : false,
+      speculative: values.speculative,
       precision: oneOf('precision', precisions),
     },
   }

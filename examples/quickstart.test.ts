@@ -110,7 +110,7 @@ describe('generate.ts', () => {
     runScript('generate.ts', args, onOutput, input)
 
   test('continues a text with the run that was trained, repeatably by seed', async () => {
-    const args = [join(folder, 'whole'), 'We are', '--max-tokens', '12', '--seed', '3']
+    const args = [join(folder, 'whole'), 'We are', '--max-tokens', '12', '--seed', '3', '--speculative']
     const { code, stdout, stderr } = await generate(args)
     expect(code, stderr).toBe(0)
     expect(stdout).toMatch(/^We are.+\n$/s)
@@ -119,16 +119,7 @@ describe('generate.ts', () => {
   })
 
   test('takes the prompt from standard input, stores weights in fewer bits, and answers in JSON', async () => {
-    const args = [
-      join(folder, 'whole'),
-      '--max-tokens',
-      '5',
-      '--weights',
-      'int8',
-      '--no-speculative',
-      '--json',
-      '--quiet',
-    ]
+    const args = [join(folder, 'whole'), '--max-tokens', '5', '--weights', 'int8', '--json', '--quiet']
     const { code, stdout, stderr } = await generate(args, 'We are\n')
     expect(code).toBe(0)
     expect(stderr).toBe('')

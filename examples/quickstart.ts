@@ -191,7 +191,7 @@ async function draftAcceptance(model: DeepSeek, tokenizer: BpeTokenizer, speeche
   let accepted = 0
   for (const speech of speeches.slice(0, 4)) {
     const prompt = tokenizer.encode(speech.slice(0, 400), { addSpecialTokens: false })
-    const generation = model.generate(prompt, { maxTokens: 64 })
+    const generation = model.generate(prompt, { maxTokens: 64, speculative: true })
     for await (const _ of generation);
     drafted += generation.stats.drafted[0] ?? 0
     accepted += generation.stats.accepted[0] ?? 0

@@ -166,7 +166,7 @@ async function measureDrafts(model: DeepSeek) {
   }
   let [tokens, passes] = [0, 0]
   for (const speech of corpus.validation) {
-    const generation = model.generate(tokenizer.encode(speech.slice(0, 300)), { maxTokens: 64 })
+    const generation = model.generate(tokenizer.encode(speech.slice(0, 300)), { maxTokens: 64, speculative: true })
     for await (const _ of generation);
     tokens += generation.stats.tokens
     passes += generation.stats.steps
