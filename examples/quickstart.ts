@@ -193,8 +193,8 @@ async function draftAcceptance(model: DeepSeek, tokenizer: BpeTokenizer, speeche
     const prompt = tokenizer.encode(speech.slice(0, 400), { addSpecialTokens: false })
     const generation = model.generate(prompt, { maxTokens: 64, speculative: true })
     for await (const _ of generation);
-    drafted += generation.stats.drafted[0] ?? 0
-    accepted += generation.stats.accepted[0] ?? 0
+    drafted += generation.stats.drafted[0]
+    accepted += generation.stats.accepted[0]
   }
   return accepted / Math.max(1, drafted)
 }

@@ -112,6 +112,7 @@ async function expectAllTold(model: DeepSeek, text: Generation<number>, ids: num
     expect(text.stats.reused).toBe(0)
   }
   expect(text.stats.finishReason).toBe('length')
+  expect(text.stats.drafted).toHaveLength(options.speculative ? model.mtp.length : 0)
 }
 
 describe.each([
