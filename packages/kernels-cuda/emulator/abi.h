@@ -72,12 +72,15 @@ void copyBox(void* shared, const void* map, void* barrier, int x, int y, int z, 
 void copyBytes(void* shared, const void* global, int bytes, void* barrier, const char* file, int line);
 void fenceOperands();
 void syncWarpgroup(const char* file, int line);
-void fenceProducts();
+void fenceProducts(const char* file, int line);
 void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, const char* file, int line);
 void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line);
 void multiplyGroupFp8(float* d, uint64_t a, uint64_t b, bool fresh, const char* file, int line);
-void commitProducts();
+void commitProducts(const char* file, int line);
 void waitForProducts(int pending, const char* file, int line);
+
+/// An instruction that is the whole warp's.
+void atAligned(const char* what, const char* file, int line);
 
 [[noreturn]] void trap(const char* file, int line);
 

@@ -51,6 +51,7 @@ void startBlock() {
   run.blockClock = run.barrierClock = ++run.clock;
   returnedCount = atBarrier = 0;
   resetBarriers();
+  resetPaths();
   barrierSums[0] = barrierSums[1] = 0;
   for (int w = 0; w < warpCount; w++) {
     runnable[w] = lanes[w];
@@ -319,6 +320,7 @@ static bool arrive(const char* what, const char* file, int line) {
     return false;
   }
   atBarrier = 0;
+  for (int w = 0; w < warpCount; w++) meetPaths(w);
   run.barrierClock = ++run.clock;
   for (int w = 0; w < warpCount; w++) runnable[w] = lanes[w];
   runnableWarps = warpCount == 32 ? 0xffffffffu : (1u << warpCount) - 1;

@@ -26,8 +26,8 @@ MOE_DEVICE void syncWarpgroup(EMU_PLACE) { emu::syncWarpgroup(file, line); }
 template <int N>
 MOE_DEVICE void holdSums(float (&)[N]) {}
 template <int N>
-MOE_DEVICE void fenceProducts(float (&)[N]) {
-  emu::fenceProducts();
+MOE_DEVICE void fenceProducts(float (&)[N], EMU_PLACE) {
+  emu::fenceProducts(file, line);
 }
 template <int N, bool AcrossB = false, bool AcrossA = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b, EMU_PLACE) {
@@ -41,7 +41,7 @@ template <bool Fresh>
 MOE_DEVICE void multiplyGroupFp8(float (&d)[64], uint64_t a, uint64_t b, EMU_PLACE) {
   emu::multiplyGroupFp8(d, a, b, Fresh, file, line);
 }
-MOE_DEVICE void commitProducts() { emu::commitProducts(); }
+MOE_DEVICE void commitProducts(EMU_PLACE) { emu::commitProducts(file, line); }
 template <int Pending, int N>
 MOE_DEVICE void waitProducts(float (&)[N], EMU_PLACE) {
   emu::waitForProducts(Pending, file, line);

@@ -199,6 +199,7 @@ void arriveAtBarrier(void* at, int expectedBytes, const char* file, int line) {
     stop(launchFailed, {file, line}, "an arrival at %s, whose phase has all its %d and waits for copies", sharedPlace(barrier.address).c_str(),
          barrier.arrivals);
   barrier.bytes += expectedBytes;
+  if (expectedBytes > 0) walk("arriveAndExpect", file, line);
   if (expectedBytes < 0 || barrier.bytes > mostBytes) stop(launchFailed, {file, line}, "a barrier expects %lld bytes", (long long)barrier.bytes);
   barrier.missing--;
   uint32_t* const mine = heard[run.thread];
@@ -210,6 +211,7 @@ void arriveAtBarrier(void* at, int expectedBytes, const char* file, int line) {
 
 void waitForBarrier(void* at, int parity, const char* file, int line) {
   Mbarrier& barrier = barrierAt(at, "a wait", {file, line});
+  walk("wait", file, line);
   if (parity != 0 && parity != 1) stop(launchFailed, {file, line}, "a wait for parity %d", parity);
   if ((int)(barrier.phase & 1) == parity) {
     tryToEnd(barrier);
@@ -237,7 +239,10 @@ void syncWarpgroup(const char* file, int line) {
   uint32_t all[known] = {};
   for (int t = first; t < first + 128; t++) merge(all, heard[t]);
   run.clock++;
-  for (int w = first / 32; w < first / 32 + 4; w++) all[w] = run.warpClock[w] = run.clock;
+  for (int w = first / 32; w < first / 32 + 4; w++) {
+    meetPaths(w);
+    all[w] = run.warpClock[w] = run.clock;
+  }
   for (int t = first; t < first + 128; t++) {
     memcpy(heard[t], all, sizeof all);
     wakeThread(t);
@@ -262,6 +267,7 @@ static void copy(Box box, Mbarrier& barrier, Where where) {
 
 void copyBox(void* shared, const void* map, void* at, int x, int y, int z, const char* file, int line) {
   const Where where{file, line};
+  walk("copyBox", file, line);
   if ((uintptr_t)map % 64 != 0) stop(misalignedAddress, where, "misaligned: a tensor map at 0x%zx", (size_t)map);
   Box box{};
   memcpy(&box.map, map, sizeof box.map);
@@ -277,6 +283,7 @@ void copyBox(void* shared, const void* map, void* at, int x, int y, int z, const
 /// A box of one row.
 void copyBytes(void* shared, const void* global, int bytes, void* at, const char* file, int line) {
   const Where where{file, line};
+  walk("copyBytes", file, line);
   if (((uintptr_t)shared | (uintptr_t)global | (uintptr_t)bytes) % 16 != 0)
     stop(misalignedAddress, where, "misaligned: a copy of %d bytes from 0x%zx to 0x%zx, which are to be multiples of 16", bytes, (size_t)global, (size_t)(uintptr_t)shared);
   if (bytes < 16 || bytes > 1024) stop(launchFailed, where, "a copy of %d bytes; 16 to 1024 are emulated", bytes);

@@ -246,14 +246,21 @@ uint32_t fenceAfter(int thread, uint32_t clock) {
   return found == fences[thread].end() ? 0 : *found;
 }
 
-void fenceProducts() { warpgroup().queues[run.thread % groupThreads].fenced = true; }
+void fenceProducts(const char* file, int line) {
+  atAligned("fenceProducts", file, line);
+  warpgroup().queues[run.thread % groupThreads].fenced = true;
+}
 
-void commitProducts() { warpgroup().queues[run.thread % groupThreads].groups++; }
+void commitProducts(const char* file, int line) {
+  atAligned("commitProducts", file, line);
+  warpgroup().queues[run.thread % groupThreads].groups++;
+}
 
 static void ask(float* d, Product product) {
   const Where where{product.file, product.line};
   const int end = (run.thread / groupThreads + 1) * groupThreads;
   if (end > threadsOfBlock()) stop(launchFailed, where, "a product of a warpgroup that has only %d threads", threadsOfBlock() % groupThreads);
+  atAligned("a product", product.file, product.line);
   if (!product.registers) checkDescriptor(product.a, product.acrossA, 64, "a", where);
   checkDescriptor(product.b, product.acrossB, product.n, "b", where);
   used = true;
@@ -277,6 +284,7 @@ void multiplyGroupFp8(float* d, uint64_t a, uint64_t b, bool fresh, const char* 
 
 void waitForProducts(int pending, const char* file, int line) {
   const Where where{file, line};
+  atAligned("waitProducts", file, line);
   Warpgroup& group = warpgroup();
   if (group.arrived == 0) {
     group.file = file, group.line = line, group.pending = pending;
@@ -286,6 +294,7 @@ void waitForProducts(int pending, const char* file, int line) {
   if (++group.arrived < groupThreads) return waitInWarp("waitProducts", file, line);
   group.arrived = 0;
   const int first = run.thread / groupThreads * groupThreads;
+  for (int w = first / 32; w < first / 32 + 4; w++) meetPaths(w);
   if (used) finish(group, group.queues[0].groups - (uint32_t)pending, where);
   for (int t = first; t < first + groupThreads; t++) wakeThread(t);
 }

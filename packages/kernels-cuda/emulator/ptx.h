@@ -226,9 +226,9 @@ PTX_OP void syncNamed(uint32_t name, uint32_t threads, const char* file, int lin
 /// A product of the warpgroup, done at once: what may happen to sums and operands on their way is seen in kernels that the host's compiler made.
 template <int N, class Ask>
 PTX_OP void productNow(float (&d)[N], Ask ask, const char* file, int line) {
-  emu::fenceProducts();
+  emu::fenceProducts(file, line);
   ask(d);
-  emu::commitProducts();
+  emu::commitProducts(file, line);
   emu::waitForProducts(0, file, line);
 }
 

@@ -162,6 +162,14 @@ void dropCopies();
 void resetWarp(int warp);
 extern uint32_t pendingCopies;  // of all threads
 
+// --- ways of lanes (paths.cc) ---
+
+/// The current lane does something that its warp need not do with it.
+void walk(const char* what, const char* file, int line);
+/// All lanes of the warp are there.
+void meetPaths(int warp);
+void resetPaths();
+
 // --- barriers in shared memory and the copy engine (mbarrier.cc) ---
 
 constexpr int maxBarriers = 64;

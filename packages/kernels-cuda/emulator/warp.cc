@@ -60,6 +60,7 @@ inline Slot* meet(const char* what, uint32_t mask, const char* file, int line, B
   }
   warp.arrived = 0;
   warp.parity ^= 1;
+  meetPaths(run.warp);
   complete(slots);
   wakeWarp();
   return slots;
@@ -148,6 +149,7 @@ Words4 loadMatrices(const void* row, bool transposed, const char* file, int line
     if (!inShared(at)) stop(illegalAddress, {file, line}, "a matrix row at 0x%zx, which is not shared memory", (size_t)at);
     readShared(at, 16, {file, line});
   }
+  atAligned("loadMatrices4", file, line);
   const Slot* slots = meet(
       transposed ? "loadMatrices4Transposed" : "loadMatrices4", 0xffffffffu, file, line, [&](Slot& slot) { memcpy(slot.row, row, 16); }, nothing);
   const int g = run.lane / 4, t = run.lane % 4 * 2;
@@ -160,6 +162,7 @@ Words4 loadMatrices(const void* row, bool transposed, const char* file, int line
 }
 
 Floats4 multiplyBf16(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line) {
+  atAligned("multiplyBf16", file, line);
   const Slot* slots = meet(
       "multiplyBf16", 0xffffffffu, file, line, [&](Slot& slot) { slot.fragment = {d, a, {b0, b1}}; },
       [](Slot* slots) {
@@ -185,6 +188,7 @@ Floats4 multiplyBf16(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* 
 }
 
 Floats4 multiplyTf32(Floats4 d, Words4 a, uint32_t b0, uint32_t b1, const char* file, int line) {
+  atAligned("multiplyTf32", file, line);
   const Slot* slots = meet(
       "multiplyTf32", 0xffffffffu, file, line, [&](Slot& slot) { slot.fragment = {d, a, {b0, b1}}; },
       [](Slot* slots) {

@@ -657,7 +657,9 @@ const instructions = {
   // Products are done where they are asked for.
   wgmma: (kernel, modifiers, operands) => {
     if (modifiers[0] !== 'mma_async')
-      return ['fence', 'commit_group', 'wait_group'].includes(modifiers[0]) ? '' : undefined
+      return ['fence', 'commit_group', 'wait_group'].includes(modifiers[0])
+        ? `emu::atAligned("wgmma.${modifiers[0]}", ${kernel.here});`
+        : undefined
     return multiplyGroup(kernel, modifiers.join('.'), operands)
   },
 }

@@ -1,4 +1,5 @@
 /** @file What the emulator makes of Hopper's copy engine, its barriers and the products of a warpgroup: right ones, and every kind of wrong one. */
+import { readFileSync } from 'node:fs'
 import koffi from 'koffi'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
 import { openEmulator, unbuilt } from './test-emulator.ts'
@@ -29,6 +30,9 @@ const modes = [
   'oneWarpLess',
   'noWaitProducts',
   'threadsWrite',
+  'oneLaneFirst',
+  'oneLaneBetween',
+  'lanesMeet',
 ] as const
 type Mode = (typeof modes)[number]
 
@@ -113,8 +117,13 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     return { d, status: launched || device.synchronize(), report: device.report() }
   }
 
-  test.each([0, -16, 40])('boxes from %i on, zeros outside of the matrix', x => {
-    const { d, status, report } = run('right', x)
+  test.each<[number, Mode]>([
+    [0, 'right'],
+    [-16, 'right'],
+    [40, 'right'],
+    [0, 'lanesMeet'],
+  ])('boxes from %i on, zeros outside of the matrix (%s)', (x, mode) => {
+    const { d, status, report } = run(mode, x)
     expect({ status, report }).toEqual({ status: 0, report: '' })
     const values = device.download(d, Float32Array, 64 * 128)
     for (let i = 0; i < 64; i++)
@@ -144,10 +153,36 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     ['oneWarpLess', launchFailed, 'returns while products'],
     ['noWaitProducts', launchFailed, 'returns while products'],
     ['threadsWrite', launchFailed, 'has written and not made visible by fenceOperands()'],
+    ['oneLaneFirst', launchFailed, 'fenceProducts is a whole warp'],
+    ['oneLaneBetween', launchFailed, 'waitProducts is a whole warp'],
   ])('%s is found', (mode, code, text) => {
     const { status, report } = run(mode)
     expect(report).toContain(text)
     expect(status).toBe(code)
+  })
+
+  test('where lanes of a warp went different ways, and where they should have met', () => {
+    const source = readFileSync(new URL('../emulator/tests/hopper.cu', import.meta.url), 'utf8').split('\n')
+    const lineOf = (text: string) => 1 + source.findIndex(line => line.includes(text))
+    const { report } = run('oneLaneBetween')
+    expect(report).toMatch(
+      /^moe_test_hopper, block \(0, 0, 0\), thread .*: waitProducts is a whole warp's, and warp 1 /,
+    )
+    expect(report).toContain(
+      `lane 0 comes from wait (hopper.cu:${lineOf('mode == lanesMeet) && threadIdx.x == 32')}), lane 1 does not`,
+    )
+    expect(report).toContain(`[hopper.cu:${lineOf('waitProducts<0>(sums)')}]`)
+  })
+
+  test.each([0, 1])('lanes of a warp come together to mma and ldmatrix (meet before: %i)', meets => {
+    for (const [loads, name] of ['multiplyBf16', 'loadMatrices4'].entries()) {
+      device.reset()
+      device.set('capability', 90)
+      const launched = device.launch('moe_test_aligned', 1, 32, 'p i i', [device.allocate(128), loads, meets])
+      expect(launched || device.synchronize()).toBe(meets ? 0 : launchFailed)
+      expect(device.report()).toContain(meets ? '' : `${name} is a whole warp's, and warp 0 has not met`)
+      if (!meets) expect(device.report()).toContain('lane 3 comes from wait')
+    }
   })
 
   test('sums that are read while products are on their way are no numbers', () => {

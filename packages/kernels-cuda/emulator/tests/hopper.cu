@@ -1,5 +1,6 @@
 // The copy engine and products of a warpgroup, right and wrong, for src/emulator-hopper.test.ts.
 #include "hopper.cuh"
+#include "tensor-core.cuh"
 
 enum Mode {
   right,
@@ -22,6 +23,9 @@ enum Mode {
   oneWarpLess,       // waits for products
   noWaitProducts,
   threadsWrite,      // an operand that the copy engine did not
+  oneLaneFirst,      // of warp 1 waits, before products
+  oneLaneBetween,    // likewise between products and the wait for them
+  lanesMeet,         // right: likewise, and its warp meets
 };
 
 /// d [64, 128] = a b^T over `steps` of 64 k, one stage: warps 0 to 3 multiply, warp 4 copies.
@@ -53,6 +57,7 @@ MOE_KERNEL((160), moe_test_hopper, (float* d, const __grid_constant__ TensorMap 
   for (int t = 0; t < (mode == leavesABox ? steps - 1 : steps); t++) {
     if (mode != noWait && !(mode == oneWarpWaits && warp != 0)) wait(full, mode == waitsForTheOther ? 1 : t & 1);
     if (mode == threadsWrite && t == 0) stage[0] = 0;
+    if (mode == oneLaneFirst && threadIdx.x == 32) wait(full, t & 1);
     if (mode != noFenceProducts) fenceProducts(sums);
     for (int k = 0; k < 64; k += 16)
       if (!(mode == oneThreadLess && threadIdx.x == 5)) multiplyGroup<128>(sums, operandAt(stage, k), operandAt(stage + bytesA, k));
@@ -60,6 +65,8 @@ MOE_KERNEL((160), moe_test_hopper, (float* d, const __grid_constant__ TensorMap 
     if (mode == readsSums) d[threadIdx.x] = sums[3];
     commitProducts();
     if (mode == refillsInFlight && lane == 0) arrive(empty);
+    if ((mode == oneLaneBetween || mode == lanesMeet) && threadIdx.x == 32) wait(full, t & 1);
+    if (mode == lanesMeet) __syncwarp();
     if (mode == noWaitProducts || (mode == oneWarpLess && warp == 3)) return;
     waitProducts<0>(sums);
     if (mode != refillsInFlight && lane == 0) arrive(empty);
@@ -103,6 +110,25 @@ MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constan
       if (mode != 3 && lane == 0) arrive(empty);
     }
   }
+}
+
+/// One lane waits for a phase, and the warp multiplies (with `loads`, loads matrices), in between meets or does not.
+MOE_KERNEL((32), moe_test_aligned, (float* d, int loads, int meets)) {
+  MOE_SHARED(__align__(16) uint32_t, rows, [32 * 4]);
+  MOE_SHARED(Barrier, barrier, [1]);
+  for (int i = 0; i < 4; i++) rows[threadIdx.x * 4 + i] = 0;
+  if (threadIdx.x == 0) {
+    initBarrier(barrier, 1);
+    fenceBarriers();
+  }
+  __syncthreads();
+  if (threadIdx.x == 3) wait(barrier, 1);
+  if (meets) __syncwarp();
+  uint32_t a[4] = {};
+  float sums[4] = {};
+  if (loads) loadMatrices4(a, rows + threadIdx.x * 4);
+  else multiplyBf16(sums, a, 0, 0);
+  d[threadIdx.x] = sums[0] + a[0];
 }
 
 enum OperandMode {
