@@ -57,6 +57,7 @@ void startBlock() {
     runnable[w] = lanes[w];
     returned[w] = 0;
     run.warpClock[w] = run.clock;
+    touched[w] = 0;
     resetWarp(w);
   }
   runnableWarps = warpCount == 32 ? 0xffffffffu : (1u << warpCount) - 1;
@@ -320,7 +321,10 @@ static bool arrive(const char* what, const char* file, int line) {
     return false;
   }
   atBarrier = 0;
-  for (int w = 0; w < warpCount; w++) meetPaths(w);
+  for (int w = 0; w < warpCount; w++) {
+    meetPaths(w);
+    touched[w] = 0;
+  }
   run.barrierClock = ++run.clock;
   for (int w = 0; w < warpCount; w++) runnable[w] = lanes[w];
   runnableWarps = warpCount == 32 ? 0xffffffffu : (1u << warpCount) - 1;

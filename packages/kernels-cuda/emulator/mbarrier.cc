@@ -1,8 +1,9 @@
 // Barriers in shared memory, and the copies of boxes that count at them. Copies land when somebody waits for their phase and no sooner,
 // so that whoever reads early finds them on their way.
 //
-// Who knows of whose accesses is kept by warp: an arrival tells all that its warp has done and heard of, and a wait hears what was told in the
-// phases that have ended. That a single lane arrives or waits for others without __syncwarp is not found.
+// Who knows of whose accesses is kept by warp, and a wait hears what was told in the phases that have ended. The arrival of one lane tells what it has heard of, what its warp
+// had done when it last met (__syncwarp), and what it has done itself where no other lane has done anything since; when all lanes of the warp have arrived, all is told. Products are
+// the whole warp's: where they have been waited for, one lane tells that.
 #include <stdio.h>
 
 #include <algorithm>
@@ -12,12 +13,12 @@
 
 namespace emu {
 
-uint32_t heard[maxThreads][maxWarps + maxBarriers];
+uint32_t heard[maxThreads][thingsKnown];
+uint32_t touched[maxWarps];
 bool othersHeard;
 
 namespace {
 
-constexpr int known = maxWarps + maxBarriers;
 constexpr int mostBytes = (1 << 20) - 1;  // of the count of bytes
 
 struct Box {
@@ -36,7 +37,8 @@ struct Mbarrier {
   size_t copied;          // of the boxes on their way
   uint32_t phase;         // that have ended
   uint32_t landed;        // when the latest boxes did
-  uint32_t telling[known], told[known];
+  uint32_t telling[thingsKnown], told[thingsKnown];
+  uint32_t lanes[maxWarps];  // that have arrived in this phase
   std::vector<Box> boxes;
   std::vector<int> waiting;
 };
@@ -105,13 +107,14 @@ void tryToEnd(Mbarrier& barrier) {
   barrier.copied = 0;
   barrier.missing = barrier.arrivals;
   barrier.phase++;
+  memset(barrier.lanes, 0, sizeof barrier.lanes);
   memcpy(barrier.told, barrier.telling, sizeof barrier.told);
   for (const int thread : barrier.waiting) wakeThread(thread);
   barrier.waiting.clear();
 }
 
 void merge(uint32_t* into, const uint32_t* from) {
-  for (int i = 0; i < known; i++) into[i] = std::max(into[i], from[i]);
+  for (int i = 0; i < thingsKnown; i++) into[i] = std::max(into[i], from[i]);
 }
 
 /// All that will be read is there and written.
@@ -132,7 +135,7 @@ void checkSource(const Box& box, Where where) {
 }  // namespace
 
 void shareHeard(int warp) {
-  uint32_t all[known] = {};
+  uint32_t all[thingsKnown] = {};
   for (int lane = 0; lane < 32; lane++) merge(all, heard[warp * 32 + lane]);
   for (int lane = 0; lane < 32; lane++) memcpy(heard[warp * 32 + lane], all, sizeof all);
 }
@@ -186,6 +189,7 @@ void initBarrier(void* at, int arrivals, const char* file, int line) {
   barrier.phase = barrier.landed = 0;
   memset(barrier.telling, 0, sizeof barrier.telling);
   memset(barrier.told, 0, sizeof barrier.told);
+  memset(barrier.lanes, 0, sizeof barrier.lanes);
 }
 
 void fenceBarriers() {
@@ -204,7 +208,11 @@ void arriveAtBarrier(void* at, int expectedBytes, const char* file, int line) {
   barrier.missing--;
   uint32_t* const mine = heard[run.thread];
   merge(barrier.telling, mine);
-  barrier.telling[run.warp] = ++run.clock;
+  const uint32_t lane = 1u << run.lane;
+  barrier.lanes[run.warp] |= lane;
+  const bool alone = touched[run.warp] & ~lane && barrier.lanes[run.warp] != lanesOfWarp();
+  barrier.telling[ofProducts + run.warp] = ++run.clock;
+  barrier.telling[run.warp] = std::max(barrier.telling[run.warp], alone ? std::max(run.warpClock[run.warp], run.barrierClock) : run.clock);
   // With copies on their way somebody has to wait for them.
   if (barrier.boxes.empty() || !barrier.waiting.empty()) tryToEnd(barrier);
 }
@@ -221,7 +229,7 @@ void waitForBarrier(void* at, int parity, const char* file, int line) {
     }
   }
   merge(heard[run.thread], barrier.told);
-  heard[run.thread][maxWarps + (&barrier - barriers)] = barrier.landed;
+  heard[run.thread][ofBoxes + (&barrier - barriers)] = barrier.landed;
 }
 
 void syncWarpgroup(const char* file, int line) {
@@ -236,12 +244,13 @@ void syncWarpgroup(const char* file, int line) {
   if (++group.arrived < 128) return waitInWarp("syncWarpgroup", file, line);
   group.arrived = 0;
   othersHeard = true;
-  uint32_t all[known] = {};
+  uint32_t all[thingsKnown] = {};
   for (int t = first; t < first + 128; t++) merge(all, heard[t]);
   run.clock++;
   for (int w = first / 32; w < first / 32 + 4; w++) {
     meetPaths(w);
-    all[w] = run.warpClock[w] = run.clock;
+    all[w] = all[ofProducts + w] = run.warpClock[w] = run.clock;
+    touched[w] = 0;
   }
   for (int t = first; t < first + 128; t++) {
     memcpy(heard[t], all, sizeof all);

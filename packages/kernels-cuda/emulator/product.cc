@@ -239,7 +239,10 @@ void finish(Warpgroup& group, uint32_t groups, Where where) {
 
 }  // namespace
 
-void fenceOperands() { fences[run.thread].push_back(run.clock++); }
+void fenceOperands() {
+  touched[run.warp] |= 1u << run.lane;
+  fences[run.thread].push_back(run.clock++);
+}
 
 uint32_t fenceAfter(int thread, uint32_t clock) {
   const auto found = std::lower_bound(fences[thread].begin(), fences[thread].end(), clock);
@@ -308,7 +311,7 @@ void checkOverwrite(const char* what, uintptr_t address, size_t bytes, Where whe
       if (when < run.barrierClock) continue;
       if (when == inFlight)
         stop(launchFailed, where, "race: %s to %s, from which products of warp %d on their way read", what, sharedPlace(address).c_str(), w);
-      if (w != run.warp && heard[run.thread][w] <= when)
+      if (w != run.warp && heard[run.thread][ofProducts + w] <= when)
         stop(launchFailed, where, "race: %s to %s, from which warp %d may still read: it has not arrived at a barrier that this thread waited for since", what,
              sharedPlace(address).c_str(), w);
     }

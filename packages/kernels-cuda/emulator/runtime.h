@@ -173,8 +173,12 @@ void resetPaths();
 // --- barriers in shared memory and the copy engine (mbarrier.cc) ---
 
 constexpr int maxBarriers = 64;
-/// What each thread knows: by warp, the time of its latest arrival that this thread heard of; then by barrier, the time of the latest landing.
-extern uint32_t heard[maxThreads][maxWarps + maxBarriers];
+/// What each thread knows: by warp, up to when its accesses are told that this thread heard of; likewise its products' reads (from ofProducts on); then by barrier, the
+/// time of the latest landing (from ofBoxes on).
+constexpr int ofProducts = maxWarps, ofBoxes = 2 * maxWarps, thingsKnown = ofBoxes + maxBarriers;
+extern uint32_t heard[maxThreads][thingsKnown];
+/// By warp, the lanes that have accessed shared memory since it met.
+extern uint32_t touched[maxWarps];
 extern bool othersHeard;  // whether threads of this block can know of those of other warps but by its barrier
 /// Lanes of a warp tell each other what they know.
 void shareHeard(int warp);

@@ -53,7 +53,7 @@ int warpOf(Who who) { return who & (everyone | engine) ? 63 : who & lanesOf ? wh
 /// By way of barriers in shared memory.
 [[gnu::noinline]] bool heardOf(uint32_t clock, Who who) {
   const uint32_t* known = heard[run.thread];
-  if (who & engine) return known[maxWarps + (who & (maxBarriers - 1))] >= clock;
+  if (who & engine) return known[ofBoxes + (who & (maxBarriers - 1))] >= clock;
   if (!(who & everyone)) return known[warpOf(who)] > clock;
   for (int w = 0; w < (threadsOfBlock() + 31) / 32; w++)
     if (w != run.warp && known[w] <= clock) return false;
@@ -254,17 +254,20 @@ static inline bool whole(const Cell* cell, size_t start, size_t bytes) {
   return good;
 }
 void readShared(uintptr_t address, size_t bytes, Where where) {
+  touched[run.warp] |= 1u << run.lane;
   Cell* cell = cells + ((address - region) >> 2);
   if (!whole(cell, address - region, bytes)) return readParts(address, bytes, where);
   for (size_t i = 0; i < bytes / 4; i++) readCell(cell[i], address + 4 * i, where);
 }
 void writeShared(uintptr_t address, size_t bytes, Where where) {
+  touched[run.warp] |= 1u << run.lane;
   checkOverwrite("a thread writes", address, bytes, where);
   Cell* cell = cells + ((address - region) >> 2);
   if (!whole(cell, address - region, bytes)) return writeParts(address, bytes, where);
   for (size_t i = 0; i < bytes / 4; i++) writeCell(cell[i], address + 4 * i, where);
 }
 void atomicShared(uintptr_t address, bool reads, Where where) {
+  touched[run.warp] |= 1u << run.lane;
   visitCells(address, 4, where, [&](Cell& cell, uintptr_t at) { atomicCell(cell, reads, at, where); });
 }
 void beginCopyShared(uintptr_t address, size_t bytes, Where where) {

@@ -112,6 +112,7 @@ void resetWarp(int warp) {
 void warpBarrier(uint32_t mask, const char* file, int line) {
   meet("__syncwarp", mask, file, line, nothing, [](Slot*) {
     run.warpClock[run.warp] = ++run.clock;
+    touched[run.warp] = 0;
     if (othersHeard) shareHeard(run.warp);
   });
 }

@@ -198,7 +198,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     const launched = device.launch('moe_test_boxes', 1, 64, 'p p t i', [y, x, encoded(x, options), mode])
     return { y, status: launched || device.synchronize(), report: device.report() }
   }
-  test.each([0, 1, 5])('threads read boxes that they have waited for, or their warp has (%i)', mode => {
+  test.each([0, 1, 5, 9, 11])('threads read boxes that they have waited for, or their warp has (%i)', mode => {
     const { y, status, report } = boxes(mode)
     expect({ status, report }).toEqual({ status: 0, report: '' })
     expect(device.download(y, Float32Array, 64)).toEqual(Float32Array.from({ length: 64 }, (_, i) => i))
@@ -209,6 +209,8 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     [4, 'threads wait for each other'],
     [6, 'which are to be multiples of 16'],
     [7, 'with no fenceOperands() before it told'],
+    [8, 'read by thread 0 without a barrier'],
+    [10, 'with no fenceOperands() before it told'],
   ])('boxes that threads read too early, or that are written too early or to the wrong place (%i)', (mode, text) => {
     const { status, report } = boxes(mode)
     expect(report).toContain(text)

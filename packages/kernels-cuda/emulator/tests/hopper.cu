@@ -80,7 +80,8 @@ MOE_KERNEL((160), moe_test_hopper, (float* d, const __grid_constant__ TensorMap 
 
 /// y [2, 32] = two boxes of 32 floats, copied by warp 1 to the same place one after the other, and read by the threads of warp 0. `mode` 0: right,
 /// 1: lane 0 waits for its warp, 2: and without __syncwarp, 3: the warp arrives before it reads, 4: the copying warp waits for no arrival, 5: bytes of x in place of boxes,
-/// 6: from an address that is no multiple of 16, 7: no fence between reading and arriving.
+/// 6: from an address that is no multiple of 16, 7: no fence between reading and arriving, 8: the last lane arrives, and the warp has not met; 9: all lanes arrive, right;
+/// 10: all but one; 11: one lane reads and arrives, right.
 MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constant__ TensorMap map, int mode)) {
   MOE_SHARED(__align__(128) float, box, [32]);
   MOE_SHARED(Barrier, barriers, [2]);
@@ -88,7 +89,7 @@ MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constan
   const int lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     initBarrier(full, 1);
-    initBarrier(empty, 1);
+    initBarrier(empty, mode == 9 ? 32 : mode == 10 ? 31 : 1);
     fenceBarriers();
   }
   __syncthreads();
@@ -104,10 +105,11 @@ MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constan
       if (mode == 1) __syncwarp();
       if (mode == 3 && lane == 0) arrive(empty);
       if (mode == 3) __syncwarp();
-      y[t * 32 + lane] = box[lane];
+      if (mode == 11 && lane > 0) continue;
+      for (int i = lane; i < (mode == 11 ? 32 : lane + 1); i++) y[t * 32 + i] = box[i];
       if (mode != 7) fenceOperands();
-      __syncwarp();
-      if (mode != 3 && lane == 0) arrive(empty);
+      if (mode < 8) __syncwarp();
+      if (mode == 8 ? lane == 31 : mode == 9 || (mode == 10 ? lane != 7 : mode != 3 && lane == 0)) arrive(empty);
     }
   }
 }
