@@ -253,8 +253,10 @@ Status runKernel(Kernel* kernel, Dim3 grid, Dim3 block, uint32_t dynamicShared, 
   currentBlock = reversed ? Dim3{grid.x - 1, grid.y - 1, grid.z - 1} : Dim3{0, 0, 0};
   if (run.clock > 0xc0000000u) {
     forgetShared();
+    forgetRaces(globalStart, arenaBytes);
     run.clock = 0;
   }
+  run.launchClock = ++run.clock;
   threadCount = (int)(block.x * block.y * block.z);
   warpCount = (threadCount + 31) / 32;
   for (int w = 0; w < warpCount; w++) {

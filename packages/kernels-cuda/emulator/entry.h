@@ -27,8 +27,6 @@ Operation operation(Operation::Kind kind, const char* call);
 
 /// Compute capability times ten.
 int capability();
-/// Most shared memory of a block, in bytes.
-uint32_t maxShared();
 /// Whether a capture forbids calls that may wait for the device (one in relaxed mode does not).
 bool captureForbids();
 

@@ -68,6 +68,7 @@ static inline __attribute__((always_inline)) void read(void* pointer) {
       good = *shadow == 0xff;
     }
     if (__builtin_expect(!good, 0)) readGlobalSlow(address, Bytes, EMU_HERE);
+    if (__builtin_expect(!readBefore(address, Bytes), 0)) raceRead(address, Bytes, false, EMU_HERE);
     return;
   }
   if (globalBytes == 0) return;  // checks are off
@@ -88,18 +89,18 @@ static inline __attribute__((always_inline)) void write(void* pointer) {
     if constexpr (Bytes == 16) {
       uint32_t four;
       memcpy(&four, shadow, 4);
-      if (__builtin_expect((four & 0x0f0f0f0fu) == 0x0f0f0f0fu, 1)) return (void)memset(shadow, 0xff, 4);
+      if (__builtin_expect((four & 0x0f0f0f0fu) == 0x0f0f0f0fu, 1)) return memset(shadow, 0xff, 4), raceWrite(address, Bytes, false, EMU_HERE);
     } else if constexpr (Bytes == 8) {
       uint16_t two;
       memcpy(&two, shadow, 2);
-      if (__builtin_expect((two & 0x0f0fu) == 0x0f0fu, 1)) return (void)memset(shadow, 0xff, 2);
+      if (__builtin_expect((two & 0x0f0fu) == 0x0f0fu, 1)) return memset(shadow, 0xff, 2), raceWrite(address, Bytes, false, EMU_HERE);
     } else if constexpr (Bytes == 4) {
-      if (__builtin_expect((*shadow & 0xf) == 0xf, 1)) return (void)(*shadow = 0xff);
+      if (__builtin_expect((*shadow & 0xf) == 0xf, 1)) return *shadow = 0xff, raceWrite(address, Bytes, false, EMU_HERE);
     } else {
       const int mask = ((1 << Bytes) - 1) << (offset & 3);
-      if (__builtin_expect((*shadow & mask) == mask, 1)) return (void)(*shadow |= (uint8_t)(mask << 4));
+      if (__builtin_expect((*shadow & mask) == mask, 1)) return *shadow |= (uint8_t)(mask << 4), raceWrite(address, Bytes, false, EMU_HERE);
     }
-    return writeGlobalSlow(address, Bytes, EMU_HERE);
+    return writeGlobal(address, Bytes, EMU_HERE);
   }
   if (globalBytes == 0) return;
   if (address - sharedStart < sharedBytes) {
@@ -111,13 +112,13 @@ static inline __attribute__((always_inline)) void write(void* pointer) {
 
 static inline void readRange(uintptr_t address, size_t bytes, Where where) {
   if (bytes == 0) return;
-  if (address - globalStart < globalBytes) return readGlobalSlow(address, bytes, where);
+  if (address - globalStart < globalBytes) return readGlobal(address, bytes, where);
   if (address - sharedStart < sharedBytes) return readShared(address, bytes, where);
   elsewhere(address, bytes, "read", where);
 }
 static inline void writeRange(uintptr_t address, size_t bytes, Where where) {
   if (bytes == 0) return;
-  if (address - globalStart < globalBytes) return writeGlobalSlow(address, bytes, where);
+  if (address - globalStart < globalBytes) return writeGlobal(address, bytes, where);
   if (address - sharedStart < sharedBytes) return writeShared(address, bytes, where);
   elsewhere(address, bytes, "write", where);
 }
@@ -126,8 +127,8 @@ uint32_t atomic(AtomicKind kind, void* pointer, uint32_t value, uint32_t compare
   const uintptr_t address = (uintptr_t)pointer;
   if (address & 3) misaligned(address, 4, "atomic", EMU_HERE);
   if (address - globalStart < globalBytes) {
-    if (kind != atomicExchange) readGlobal(address, 4, EMU_HERE);
-    writeGlobal(address, 4, EMU_HERE);
+    if (kind != atomicExchange) readGlobal(address, 4, EMU_HERE, true);
+    writeGlobal(address, 4, EMU_HERE, true);
   } else if (address - sharedStart < sharedBytes) {
     atomicShared(address, kind != atomicExchange, EMU_HERE);
   } else {

@@ -128,7 +128,9 @@ void checkSource(const Box& box, Where where) {
       if (first >= last) continue;
       const uintptr_t from = map.address + matrix * map.strides[1] + line * map.strides[0] + first * map.elementBytes;
       if (!inArena(from)) stop(illegalAddress, where, "a copy of a box from 0x%zx, which is not device memory", (size_t)from);
-      readGlobal(from, (last - first) * map.elementBytes, where);
+      const size_t bytes = (last - first) * map.elementBytes;
+      readGlobal(from, bytes, where);
+      if (writtenInLaunch(from, bytes)) stop(launchFailed, where, "a copy of a box from 0x%zx, where this launch has written: the copy engine need not see that", (size_t)from);
     }
 }
 

@@ -109,6 +109,7 @@ void reserveMemory() {
     arena = roundUp(reserve(arenaBytes + (64 << 10)), 64 << 10);
     globalShadow = (uint8_t*)reserve(arenaBytes / 4);
     cursor = arena + redZone;
+    reserveRaces();
   }
   globalStart = arena;
   globalBytes = checksOn ? arenaBytes : 0;
@@ -169,6 +170,7 @@ void closeAllocation(uintptr_t address) {
   if (last > first && last - first >= 256 << 10) {
     madvise((void*)first, last - first, MADV_DONTNEED);
     madvise(globalShadow + ((first - arena) >> 2), (last - first) >> 2, MADV_DONTNEED);
+    forgetRaces(first, last - first);
     setShadow(address, first - address, 0);
     setShadow(last, end - last, 0);
   } else {

@@ -131,6 +131,31 @@ float fromF8e4m3(uint8_t bits) {
   return bits & 0x80 ? -size : size;
 }
 
+/// A power of two below which nothing of numbers of that size is kept in products of f8e4m3.
+float quantumOf(float size) {
+  int exponent;
+  frexpf(size, &exponent);
+  return ldexpf(1.f, exponent - 1 - 13);
+}
+
+/// `sum` and the products of 32 pairs, of which Hopper's tensor cores keep no more than 13 bits behind the leading one of the largest (DeepSeek-V3 report,
+/// 3.3.2: the highest 14 bits of each, after shifts to the right, what lies beyond is cut off), and of the result as many.
+float addFp8(float sum, const float* left, const float (*right)[256], int column) {
+  float products[32], largest = fabsf(sum);
+  for (int k = 0; k < 32; k++) {
+    products[k] = left[k] * right[k][column];
+    largest = fmaxf(largest, fabsf(products[k]));
+    if (products[k] != products[k]) return NAN;
+  }
+  if (largest == 0.f) return 0.f;
+  const float quantum = quantumOf(largest), scale = 1.f / quantum;
+  float total = truncf(sum * scale);
+  for (int k = 0; k < 32; k++) total += truncf(products[k] * scale);
+  if (total == 0.f) return 0.f;
+  const float last = quantumOf(total);
+  return truncf(total / last) * last * quantum;
+}
+
 /// The product that every thread has in that place of its queue.
 void multiply(Warpgroup& group, int place) {
   alignas(32) static float left[64][32], right[32][256];
@@ -149,7 +174,9 @@ void multiply(Warpgroup& group, int place) {
     }
   for (int row = 0; row < product.n; row++)
     for (int k = 0; k < size; k++) right[k][row] = element(b, row, k);
-  for (int i = 0; i < 64; i++)
+  for (int i = 0; i < 64 && product.fp8; i++)
+    for (int j = 0; j < product.n; j++) sums.values[i][j] = addFp8(sums.values[i][j], left[i], right, j);
+  for (int i = 0; i < 64 && !product.fp8; i++)
     for (int j = 0; j < product.n; j += 8) {
       Row8 sum;
       memcpy(&sum, &sums.values[i][j], 32);

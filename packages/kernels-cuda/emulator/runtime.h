@@ -44,13 +44,16 @@ extern bool reversed;
 /// Runs every block of a launch on the calling thread. Anything but `ok` leaves a fault recorded.
 Status runKernel(Kernel* kernel, Dim3 grid, Dim3 block, uint32_t dynamicShared, const char* arguments);
 
+/// Most shared memory of a block, in bytes.
+uint32_t maxShared();
+
 /// What the checks of every access need, in one place and without a call.
 struct Run {
   bool active;  // a kernel runs: accesses are those of a device thread
   int thread, warp, lane;
   uint32_t dynamicShared;
   // Time by which accesses to shared memory are ordered. It advances when a block starts and at every barrier, block's or warp's.
-  uint32_t clock, blockClock, barrierClock, warpClock[maxWarps];
+  uint32_t clock, launchClock, blockClock, barrierClock, warpClock[maxWarps];
   Kernel* kernel;
   const char* arguments;
   Dim3 grid, block;
@@ -112,11 +115,6 @@ bool inArena(uintptr_t address);
 void readGlobalSlow(uintptr_t address, size_t bytes, Where where);
 void writeGlobalSlow(uintptr_t address, size_t bytes, Where where);
 
-inline void readGlobal(uintptr_t address, size_t bytes, Where where) {
-  if (bytes == 4 && (address & 3) == 0 && globalShadow[(address - globalStart) >> 2] == 0xff) return;
-  readGlobalSlow(address, bytes, where);
-}
-inline void writeGlobal(uintptr_t address, size_t bytes, Where where) { writeGlobalSlow(address, bytes, where); }
 
 void reserveMemory();
 size_t memoryTotal();
@@ -134,7 +132,39 @@ void freeEverything();
 bool hostRead(uintptr_t address, size_t bytes, const char* call);
 bool hostWrite(uintptr_t address, size_t bytes, const char* call);
 
+// --- races on device memory (races.cc) ---
+
+extern uint64_t* globalWrites;
+extern uint32_t* globalReads;
+void reserveRaces();
+void forgetRaces(uintptr_t address, size_t bytes);
+void raceRead(uintptr_t address, size_t bytes, bool atomic, Where where);
+void raceWrite(uintptr_t address, size_t bytes, bool atomic, Where where);
+/// Whether this launch has written there, as far as is known.
+bool writtenInLaunch(uintptr_t address, size_t bytes);
+
+/// Whole words that nobody has written in this launch and somebody has read need nothing more.
+inline bool readBefore(uintptr_t address, size_t bytes) {
+  const size_t word = (address - globalStart) >> 2;
+  bool good = true;
+  for (size_t i = word; i < word + (bytes + 3) / 4; i++) good &= (uint32_t)(globalWrites[i] >> 32) < run.launchClock && globalReads[i] >= run.launchClock;
+  return good;
+}
+
+inline void readGlobal(uintptr_t address, size_t bytes, Where where, bool atomic = false) {
+  readGlobalSlow(address, bytes, where);
+  raceRead(address, bytes, atomic, where);
+}
+inline void writeGlobal(uintptr_t address, size_t bytes, Where where, bool atomic = false) {
+  writeGlobalSlow(address, bytes, where);
+  raceWrite(address, bytes, atomic, where);
+}
+
 // --- shared memory (shared.cc) ---
+
+/// Whether what that thread of the block did then is ordered before what the current one does, by barriers of any kind.
+bool orderedBefore(uint32_t clock, int thread);
+
 
 extern uintptr_t sharedStart, sharedBytes;  // 0 bytes while checks are off
 void reserveShared();

@@ -236,6 +236,9 @@ void* sharedArray(SharedSlot* slot, size_t bytes, size_t align, const char* name
     run.kernel->staticShared += bytes;
     if (run.kernel->staticShared > 48 << 10)
       stop(outOfResources, EMU_HERE, "%zu bytes of static shared memory with array %s; 48 KiB is the most", run.kernel->staticShared, name);
+    if (run.kernel->staticShared + run.dynamicShared > maxShared())
+      stop(outOfResources, EMU_HERE, "%zu bytes of static shared memory with array %s and %u of dynamic; the device has %u for a block", run.kernel->staticShared, name, run.dynamicShared,
+           maxShared());
   }
   return slot->at;
 }
@@ -320,6 +323,8 @@ void checkOperand(uintptr_t address, size_t bytes, Where where) {
       stop(launchFailed, where, "a product reads %s, which thread %d has written and not made visible by fenceOperands() before it told", placeOf(at).c_str(), thread);
   });
 }
+bool orderedBefore(uint32_t clock, int thread) { return ordered(clock, (Who)thread); }
+
 std::string sharedPlace(uintptr_t address) { return placeOf(address); }
 uint32_t sharedAddress(const void* shared) { return (uint32_t)((uintptr_t)shared - region); }
 

@@ -211,6 +211,7 @@ describe.skipIf(unbuilt)('emulator of Hopper', () => {
     [7, 'with no fenceOperands() before it told'],
     [8, 'read by thread 0 without a barrier'],
     [10, 'with no fenceOperands() before it told'],
+    [12, 'where this launch has written'],
   ])('boxes that threads read too early, or that are written too early or to the wrong place (%i)', (mode, text) => {
     const { status, report } = boxes(mode)
     expect(report).toContain(text)

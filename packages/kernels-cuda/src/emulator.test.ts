@@ -226,6 +226,22 @@ describe.skipIf(unbuilt)('emulator', () => {
     })
     test('an index outside an array, though inside the memory', () =>
       fails(run('moe_test_index', 256, 'p i', [device.allocate(1024), 32]), illegalAddress, 'index 32 of an array'))
+    const onDevice = (mode: number) => {
+      const y = device.upload(new Int32Array(256))
+      const launched = device.launch('moe_test_global_race', 2, 64, 'p p i', [y, device.upload(new Int32Array(1)), mode])
+      return { status: launched || device.synchronize(), report: device.report() }
+    }
+    test.each([0, 5, 6, 7])('blocks and threads that share no device memory, or meet (%i)', mode =>
+      expect(onDevice(mode)).toEqual({ status: 0, report: '' }),
+    )
+    test.each([
+      [1, 'read', 'another block of this launch has written'],
+      [2, 'write', 'another block of this launch has written'],
+      [3, 'write', 'another block of this launch has read'],
+      [4, 'read', 'thread 0 of this block has written without a barrier since'],
+    ])('blocks and threads that share device memory and do not meet (%i)', (mode, what, before) =>
+      fails(onDevice(mode), launchFailed, `race: ${what} of device memory at 0x`, before),
+    )
     test('a barrier that a thread never reaches', () =>
       fails(
         run('moe_test_returns_early', 256, 'p', [device.allocate(1024)]),
@@ -305,6 +321,16 @@ describe.skipIf(unbuilt)('emulator', () => {
       expect(device.allowShared('moe_test_async', 48 << 10)).toBe(0)
       expect(async(48 << 10)).toBe(0)
       expect(device.synchronize()).toBe(0)
+    })
+
+    test('static and dynamic shared memory are no more together than a block may have', () => {
+      const most = 166912
+      const both = () => device.launch('moe_test_shared_both', 1, 32, 'p', [device.allocate(128)], { shared: most })
+      expect(device.allowShared('moe_test_shared_both', most)).toBe(0)
+      // How much is static is known when it runs.
+      fails({ status: both() || device.synchronize(), report: device.report() }, 701, 'and 166912 of dynamic')
+      device.reset()
+      expect(both()).toBe(1)
     })
 
     test('an error is sticky until the emulator is reset', () => {

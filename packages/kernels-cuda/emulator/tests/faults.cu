@@ -36,6 +36,12 @@ MOE_KERNEL((256), moe_test_shared_race, (float* y, int synced)) {
   y[threadIdx.x] = tile[255 - threadIdx.x];
 }
 
+MOE_KERNEL((32), moe_test_shared_both, (float* y)) {
+  MOE_SHARED(float, tile, [32]);
+  tile[threadIdx.x] = 1.f;
+  y[threadIdx.x] = tile[threadIdx.x];
+}
+
 /// Written again while others may still read what was there.
 MOE_KERNEL((256), moe_test_shared_overwrite, (float* y, int synced)) {
   MOE_SHARED(float, tile, [256]);
@@ -55,6 +61,27 @@ MOE_KERNEL((256), moe_test_shared_warp, (float* y, int distance, int synced)) {
   tile[threadIdx.x] = (float)threadIdx.x;
   if (synced) __syncwarp();
   y[threadIdx.x] = tile[threadIdx.x ^ (unsigned)distance];
+}
+
+/// What blocks (or threads of one) do to the same words of device memory. `mode` 0: right, each has its own; 1: a block reads what the one before wrote, 2: writes
+/// it, 3: reads what the next one writes, 4: a thread reads its neighbour's without a barrier, 5: with one, right; 6: halves of a word, right; 7: the last block reads what
+/// all have written, right.
+MOE_KERNEL((64), moe_test_global_race, (int* y, int* done, int mode)) {
+  const int i = (int)gridThread(), before = max(i - 64, 0);
+  int x = i;
+  if (mode == 1 && blockIdx.x > 0) x += y[before];
+  if (mode == 3) x += y[i + 64];
+  if (mode == 6) ((uint16_t*)y)[blockIdx.x + threadIdx.x * 2] = 1;
+  else y[mode == 2 && blockIdx.x > 0 ? before : i] = x;
+  if (mode == 5) __syncthreads();
+  if (mode == 4 || mode == 5) y[128 + i] = y[i ^ 1];
+  if (mode != 7) return;
+  __threadfence();
+  __syncthreads();
+  MOE_SHARED(int, last, [1]);
+  if (threadIdx.x == 0) last[0] = atomicAdd(done, 1) == (int)gridDim.x - 1;
+  __syncthreads();
+  if (last[0]) y[128 + threadIdx.x] = y[threadIdx.x];
 }
 
 /// Halves of a word, written by different threads; bytes likewise.

@@ -81,7 +81,7 @@ MOE_KERNEL((160), moe_test_hopper, (float* d, const __grid_constant__ TensorMap 
 /// y [2, 32] = two boxes of 32 floats, copied by warp 1 to the same place one after the other, and read by the threads of warp 0. `mode` 0: right,
 /// 1: lane 0 waits for its warp, 2: and without __syncwarp, 3: the warp arrives before it reads, 4: the copying warp waits for no arrival, 5: bytes of x in place of boxes,
 /// 6: from an address that is no multiple of 16, 7: no fence between reading and arriving, 8: the last lane arrives, and the warp has not met; 9: all lanes arrive, right;
-/// 10: all but one; 11: one lane reads and arrives, right.
+/// 10: all but one; 11: one lane reads and arrives, right; 12: x is written by a thread first.
 MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constant__ TensorMap map, int mode)) {
   MOE_SHARED(__align__(128) float, box, [32]);
   MOE_SHARED(Barrier, barriers, [2]);
@@ -90,6 +90,7 @@ MOE_KERNEL((64), moe_test_boxes, (float* y, const float* x, const __grid_constan
   if (threadIdx.x == 0) {
     initBarrier(full, 1);
     initBarrier(empty, mode == 9 ? 32 : mode == 10 ? 31 : 1);
+    if (mode == 12) ((float*)x)[40] = 1.f;
     fenceBarriers();
   }
   __syncthreads();
