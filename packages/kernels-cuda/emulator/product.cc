@@ -131,15 +131,15 @@ float fromF8e4m3(uint8_t bits) {
   return bits & 0x80 ? -size : size;
 }
 
-/// A power of two below which nothing of numbers of that size is kept in products of f8e4m3.
-float quantumOf(float size) {
+/// What the last of the kept bits of a number of that size is worth.
+float lastBitOf(float size) {
   int exponent;
   frexpf(size, &exponent);
-  return ldexpf(1.f, exponent - 1 - 13);
+  return ldexpf(1.f, exponent - fp8Bits);
 }
 
-/// `sum` and the products of 32 pairs, of which Hopper's tensor cores keep no more than 13 bits behind the leading one of the largest (DeepSeek-V3 report,
-/// 3.3.2: the highest 14 bits of each, after shifts to the right, what lies beyond is cut off), and of the result as many.
+/// `sum` and the products of 32 pairs as Hopper's tensor cores add them up (DeepSeek-V3 report, 3.3.2): all are shifted to where the largest begins, what lies behind
+/// its highest bits is cut off, and so is the result.
 float addFp8(float sum, const float* left, const float (*right)[256], int column) {
   float products[32], largest = fabsf(sum);
   for (int k = 0; k < 32; k++) {
@@ -148,12 +148,12 @@ float addFp8(float sum, const float* left, const float (*right)[256], int column
     if (products[k] != products[k]) return NAN;
   }
   if (largest == 0.f) return 0.f;
-  const float quantum = quantumOf(largest), scale = 1.f / quantum;
+  const float bit = lastBitOf(largest), scale = 1.f / bit;
   float total = truncf(sum * scale);
   for (int k = 0; k < 32; k++) total += truncf(products[k] * scale);
   if (total == 0.f) return 0.f;
-  const float last = quantumOf(total);
-  return truncf(total / last) * last * quantum;
+  const float last = lastBitOf(total);
+  return truncf(total / last) * last * bit;
 }
 
 /// The product that every thread has in that place of its queue.
@@ -174,9 +174,10 @@ void multiply(Warpgroup& group, int place) {
     }
   for (int row = 0; row < product.n; row++)
     for (int k = 0; k < size; k++) right[k][row] = element(b, row, k);
-  for (int i = 0; i < 64 && product.fp8; i++)
+  const bool cut = product.fp8 && fp8Bits > 0;
+  for (int i = 0; i < 64 && cut; i++)
     for (int j = 0; j < product.n; j++) sums.values[i][j] = addFp8(sums.values[i][j], left[i], right, j);
-  for (int i = 0; i < 64 && !product.fp8; i++)
+  for (int i = 0; i < 64 && !cut; i++)
     for (int j = 0; j < product.n; j += 8) {
       Row8 sum;
       memcpy(&sum, &sums.values[i][j], 32);
@@ -265,6 +266,8 @@ void finish(Warpgroup& group, uint32_t groups, Where where) {
 }
 
 }  // namespace
+
+int fp8Bits;
 
 void fenceOperands() {
   touched[run.warp] |= 1u << run.lane;

@@ -221,6 +221,9 @@ std::string barrierStates();
 
 // --- products of warpgroups (product.cc) ---
 
+/// Bits of a sum that products in fp8 keep: 0 for all of f32's.
+extern int fp8Bits;
+
 /// Somebody is about to write where products may still read.
 void checkOverwrite(const char* what, uintptr_t address, size_t bytes, Where where);
 /// When this thread first made visible to products what it wrote at that time; 0 if it has not.

@@ -228,7 +228,11 @@ describe.skipIf(unbuilt)('emulator', () => {
       fails(run('moe_test_index', 256, 'p i', [device.allocate(1024), 32]), illegalAddress, 'index 32 of an array'))
     const onDevice = (mode: number) => {
       const y = device.upload(new Int32Array(256))
-      const launched = device.launch('moe_test_global_race', 2, 64, 'p p i', [y, device.upload(new Int32Array(1)), mode])
+      const launched = device.launch('moe_test_global_race', 2, 64, 'p p i', [
+        y,
+        device.upload(new Int32Array(1)),
+        mode,
+      ])
       return { status: launched || device.synchronize(), report: device.report() }
     }
     test.each([0, 5, 6, 7])('blocks and threads that share no device memory, or meet (%i)', mode =>

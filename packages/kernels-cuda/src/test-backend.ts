@@ -77,6 +77,14 @@ export function reverseOrder(reversed: boolean): void {
   if (!onDevice) emulatorFunction('void moe_emulator_set(const char* name, int value)')('reversed', +reversed)
 }
 
+/** How many bits of a sum Hopper's products in fp8 keep (DeepSeek-V3 report, 3.3.2). */
+export const hopperFp8Bits = 14
+
+/** Products in fp8 on the emulator keep so many bits of a sum from now on; 0: all of f32's. A device does as it does. */
+export function keepFp8Bits(bits: number): void {
+  if (!onDevice) emulatorFunction('void moe_emulator_set(const char* name, int value)')('fp8Bits', bits)
+}
+
 /** Forgets faults and frees everything, so that a test does not fail for another's fault. */
 export function resetEmulator(): void {
   emulatorFunction('void moe_emulator_reset()')()

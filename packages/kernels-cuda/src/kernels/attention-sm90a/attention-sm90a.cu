@@ -138,8 +138,8 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
       wait(&fullValues[stage(t - 1)], parity(t - 1));
       wait(&fullKeys[stage(t)], parity(t));
       E::clear(s);
-      fenceProducts(s.v);
       holdSums(sums.v);
+      fenceProducts(s.v);
       multiplyKeys(t);
       multiplyValues(t - 1);
       if (threadIdx.x == 0) {

@@ -1,9 +1,9 @@
 import { Random } from '@moe/core'
 import { runOp } from '@moe/core/testing'
-import { describe, expect, test } from 'vitest'
-import { testBackend, unavailable, wgmmaVariants } from '../../test-backend.ts'
+import { afterEach, beforeEach, describe, expect, test } from 'vitest'
+import { hopperFp8Bits, keepFp8Bits, onDevice, testBackend, unavailable, wgmmaVariants } from '../../test-backend.ts'
 
-/** Whole numbers to 8 in tiles whose scales differ: nothing is rounded, and sums are exact. */
+/** Whole numbers to 8 in tiles whose scales differ: nothing is rounded, and sums are exact, in the few bits that Hopper keeps, too. */
 function numbers(size: number, seed: number): Float32Array {
   return new Random(seed)
     .normal(size)
@@ -40,6 +40,9 @@ function differences(found: ArrayLike<number>, expected: Float32Array): string[]
 }
 
 describe.skipIf(unavailable).each(wgmmaVariants)('fp8, wgmma %s', wgmma => {
+  beforeEach(() => keepFp8Bits(hopperFp8Bits))
+  afterEach(() => keepFp8Bits(0))
+
   // More steps than stages, more tiles than one, ends of both, k in parts; the large one in one form, as the others differ in how operands are rounded.
   test.each([
     { m: 300, n: 140, k: 1100 },
@@ -63,6 +66,23 @@ describe.skipIf(unavailable).each(wgmmaVariants)('fp8, wgmma %s', wgmma => {
         expect(differences(c, product(m, n, k, left, right))).toEqual([])
       }
     }
+  })
+
+  test.skipIf(onDevice || !wgmma).each([
+    [0, 257, 1, 65_537 + 512],
+    [hopperFp8Bits, 257, 1, 65_536 + 512],
+    [hopperFp8Bits, 257, 8, 65_600 + 512],
+    [hopperFp8Bits, -257, -1, -65_536 - 512],
+  ])('with %i bits of a sum, %i and %i: %i', async (bits, large, small, expected) => {
+    keepFp8Bits(bits)
+    const backend = await testBackend({ wgmma })
+    // 256 squared, which 257 is rounded to; small numbers of that scale are exact.
+    const a = Float32Array.of(large, small, 2 * Math.sign(large))
+    const b = Float32Array.of(Math.abs(large), Math.abs(small), 256)
+    const inputs = [a, b].map(data => ({ data, shape: [1, 3] }))
+    const [c] = await runOp(backend, 'matmul', inputs, { transposeB: true, precision: 'fp8' }, [f32(1, 1)])
+    backend.dispose()
+    expect(c[0]).toBe(expected)
   })
 
   const [experts, n, k] = [5, 150, 140]
