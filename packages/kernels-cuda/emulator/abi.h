@@ -79,6 +79,9 @@ void multiplyGroupFp8(float* d, uint64_t a, uint64_t b, bool fresh, const char* 
 void commitProducts(const char* file, int line);
 void waitForProducts(int pending, const char* file, int line);
 
+/// A load from memory that the launch does not write.
+void checkConstant(const void* address, size_t bytes, const char* file, int line);
+
 /// An instruction that is the whole warp's.
 void atAligned(const char* what, const char* file, int line);
 

@@ -87,6 +87,12 @@ bool writtenInLaunch(uintptr_t address, size_t bytes) {
   return written;
 }
 
+void checkConstant(const void* pointer, size_t bytes, const char* file, int line) {
+  const uintptr_t address = (uintptr_t)pointer;
+  if (address - globalStart < globalBytes && writtenInLaunch(address, bytes))
+    stop(launchFailed, {file, line}, "a load by way of the cache of constants (ld.global.nc) from 0x%zx, where this launch has written: __restrict__ is wrong", (size_t)address);
+}
+
 void raceWrite(uintptr_t address, size_t bytes, bool atomic, Where where) {
   visitWords(address, bytes, [&](size_t word, uintptr_t at, uint32_t which) {
     uint64_t& write = globalWrites[word];

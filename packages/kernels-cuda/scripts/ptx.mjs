@@ -380,8 +380,12 @@ const instructions = {
     const type = types[modifiers.at(-1)]
     const targets = elements(d)
     const load = `${isOwn(space) ? 'loadOwn' : 'load'}<${type}, ${targets.length}>(${kernel.address(address, space)})`
-    if (targets.length === 1) return kernel.write(d, type, `${load}.v[0]`)
-    return `{ const auto loaded = ${load}; ${targets.map((target, i) => kernel.write(target, type, `loaded.v[${i}]`)).join(' ')} }`
+    // By way of a cache that does not see what is written meanwhile.
+    const check = modifiers.includes('nc')
+      ? `emu::checkConstant(${kernel.address(address, space)}, sizeof(${type}) * ${targets.length}, ${kernel.here}); `
+      : ''
+    if (targets.length === 1) return check + kernel.write(d, type, `${load}.v[0]`)
+    return `{ ${check}const auto loaded = ${load}; ${targets.map((target, i) => kernel.write(target, type, `loaded.v[${i}]`)).join(' ')} }`
   },
   st: (kernel, modifiers, [address, a]) => {
     const space = spaceOf(modifiers)

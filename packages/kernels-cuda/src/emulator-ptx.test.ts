@@ -171,6 +171,12 @@ describe.skipIf(unbuilt)('PTX', () => {
     }
   })
 
+  test('what a launch writes and reads as a constant is found', () => {
+    const out = device.upload(new Int32Array(1))
+    expect(device.launch('moe_test_ptx_constant', 1, 1, 'p', [out]) || device.synchronize()).toBe(719)
+    expect(device.report()).toContain('where this launch has written: __restrict__ is wrong')
+  })
+
   test('memories and parameters', () => {
     const block = new Uint8Array(128)
     block.set(new Uint8Array(Int32Array.of(11, 22, 33, 44).buffer))
