@@ -80,7 +80,8 @@ describe.skipIf(unavailable).each(wgmmaVariants)('fp8, wgmma %s', wgmma => {
     const a = Float32Array.of(large, small, 2 * Math.sign(large))
     const b = Float32Array.of(Math.abs(large), Math.abs(small), 256)
     const inputs = [a, b].map(data => ({ data, shape: [1, 3] }))
-    const [c] = await runOp(backend, 'matmul', inputs, { transposeB: true, precision: 'fp8' }, [f32(1, 1)])
+    const attrs = { transposeA: false, transposeB: true, precision: 'fp8' } as const
+    const [c] = await runOp(backend, 'matmul', inputs, attrs, [f32(1, 1)])
     backend.dispose()
     expect(c[0]).toBe(expected)
   })
