@@ -147,6 +147,7 @@ describe('completions', () => {
       encode: { value: (text: string) => Uint32Array.of(begin, ...tokenizer.encode(text)) },
       createDecodeStream: { value: (options?: object) => tokenizer.createDecodeStream(options) },
       tokenBytes: { value: (id: number) => tokenizer.tokenBytes(id) },
+      idToToken: { value: (id: number) => tokenizer.idToToken(id) },
     })
     const { app, dispose } = modelServer({ tokenizer: adding })
     const ask = { prompt: '🙂a', echo: true, max_tokens: 0, logprobs: 0 }
@@ -162,8 +163,8 @@ describe('completions', () => {
 })
 
 /** A server that says these tokens and ends, one way or the other. */
-function telling(said: readonly number[], end?: number) {
-  const told = (token: number) => ({ token, logProb: -1, top: [{ token: 77, logProb: -0.5 }] })
+function telling(said: readonly number[], { end, likeliest = 77 }: { end?: number; likeliest?: number } = {}) {
+  const told = (token: number) => ({ token, logProb: -1, top: [{ token: likeliest, logProb: -0.5 }] })
   return scriptedServer(async function* (_, stats, logProbs) {
     const stream = tokenizer.createDecodeStream({ skipSpecialTokens: true })
     for (const id of said) {
@@ -218,8 +219,30 @@ describe('tokens that are parts of characters', () => {
   })
 })
 
+test('ids beyond those of the tokenizer have no text', async () => {
+  const id = tokenizer.vocabSize + 3
+  const { app } = telling(bytewise('a'), { likeliest: id })
+  const ask = { messages: [{ role: 'user', content: 'the' }], logprobs: true, top_logprobs: 1 }
+  const chat = (await (await app.request('/v1/chat/completions', post(ask))).json()) as OpenAI.ChatCompletion
+  const top = [{ token: `token_id:${id}`, logprob: -0.5, bytes: null }]
+  expect(chat.choices[0].logprobs?.content?.[0].top_logprobs).toEqual(top)
+  const backend = referenceBackend()
+  setDefaultBackend(backend)
+  const model = new DeepSeek({ ...config, vocab_size: id + 1 }, { seed: 3 })
+  const engine = model.continuousBatch()
+  const filled = createServer({ model, engine, tokenizer, name: 'tiny' })
+  const body = { prompt: [...bytewise('a'), id, ...bytewise('b')], logprobs: 5, echo: true, max_tokens: 0 }
+  const { choices } = (await (await filled.request('/v1/completions', post(body))).json()) as Completion
+  expect(choices[0].text).toBe('ab')
+  expect(choices[0].logprobs?.tokens).toEqual(['a', `token_id:${id}`, 'b'])
+  expect(choices[0].logprobs?.text_offset).toEqual([0, 1, 1])
+  engine.dispose()
+  model.dispose()
+  expect(backend.stats().handles).toBe(0)
+})
+
 test('the end of a text is told in completions, and is no content of a message', async () => {
-  const { app } = telling(bytewise('ab'), config.eos_token_id)
+  const { app } = telling(bytewise('ab'), { end: config.eos_token_id })
   for (const stream of [false, true]) {
     const told: unknown[] = []
     const response = await app.request('/v1/completions', post({ prompt: 'the', logprobs: 0, stream }))

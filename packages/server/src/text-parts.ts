@@ -63,7 +63,8 @@ function read({ ids, added }: Prompt, tokenizer: BpeTokenizer): { text: string; 
   let offset = 0
   const offsets = Array.from(ids, (id, i) => {
     const at = offset
-    const completed = i < added ? '' : stream.push(id)
+    const isText = i >= added && tokenizer.idToToken(id) !== undefined
+    const completed = isText ? stream.push(id) : ''
     text += completed
     offset += characters(completed)
     return at
