@@ -253,25 +253,28 @@ struct Starts {
   MOE_DEVICE Starts of(const int* starts, int T, int b) { return {Some ? starts + (int64_t)b * T : nullptr, T}; }
   __device__ __forceinline__ int from(int t) const { return Some && t < T ? max(starts[t], 0) : 0; }
 
-  /// The first keys of `count` queries from t on lie between these, which all warps get alike.
+  /// The first keys of `count` queries from t on, a multiple of 32, lie between these, which all warps get alike.
   struct Range {
     int least, most;
   };
   __device__ __forceinline__ Range range(int t, int count) const {
     if constexpr (!Some) return {0, 0};
     int least = 0x7fffffff, most = 0;
-    for (int i = t + threadIdx.x % 32; i < min(t + count, T); i += 32) least = min(least, from(i)), most = max(most, from(i));
+    for (int i = threadIdx.x % 32; i < count; i += 32) {
+      const int key = from(min(t + i, T - 1));
+      least = min(least, key), most = max(most, key);
+    }
     for (int step = 16; step > 0; step /= 2) {
       least = min(least, __shfl_xor_sync(wholeWarp, least, step));
       most = max(most, __shfl_xor_sync(wholeWarp, most, step));
     }
     return {least, most};
   }
-  /// Whether one of `count` queries from t on begins behind key j. By whole warps.
+  /// Whether one of `count` queries from t on, a multiple of 32, begins behind key j. By whole warps.
   __device__ __forceinline__ bool anyBehind(int t, int count, int j) const {
     if constexpr (!Some) return false;
     bool behind = false;
-    for (int i = t + threadIdx.x % 32; i < min(t + count, T); i += 32) behind = behind || from(i) > j;
+    for (int i = threadIdx.x % 32; i < count; i += 32) behind |= from(t + i) > j;
     return __any_sync(wholeWarp, behind);
   }
   /// One past the last query, from t on, that begins before key j. By all `Threads` of the block, once.

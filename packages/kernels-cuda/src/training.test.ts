@@ -1,11 +1,11 @@
 /** @file The same training code and seed give the losses of kernels-cpu: routing, balance bias, MTP, clipping and optimizer included. */
-import { type Backend, type Precision, Random, setDefaultBackend } from '@moe/core'
+import { type Backend, fallbacks, type Precision, Random, setDefaultBackend } from '@moe/core'
 import { assertClose } from '@moe/core/testing'
 import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
 import { createBackend as createCpuBackend } from '@moe/kernels-cpu'
 import { TokenDataset, train } from '@moe/trainer'
 import { describe, expect, test } from 'vitest'
-import { denseVariants, testBackend, unavailable, wgmmaVariants } from './test-backend.ts'
+import { denseVariants, productVariants, testBackend, unavailable, wgmmaVariants } from './test-backend.ts'
 
 const config: DeepSeekConfigInput = {
   ...presets.tiny,
@@ -25,27 +25,27 @@ const config: DeepSeekConfigInput = {
   initializer_range: 0.1,
 }
 
-/** Tokens that mostly follow from the one before, so that there is something to learn. */
-function data(): TokenDataset {
+/** Tokens that mostly follow from the one before, so that there is something to learn, in texts of so many. */
+function data(size = 2000): TokenDataset {
   const random = new Random(3)
   let token = 1
-  const document = Int32Array.from({ length: 2000 }, () => {
+  const tokens = Int32Array.from({ length: 2000 }, () => {
     token = random.next() < 0.8 ? (token * 7 + 3) % 90 : random.integer(90)
     return 2 + token
   })
-  return TokenDataset.fromTokens([document])
+  return TokenDataset.fromTokens(Array.from({ length: 2000 / size }, (_, i) => tokens.slice(i * size, (i + 1) * size)))
 }
 
 async function losses(
   backend: Backend,
   precision: Precision,
-  options: { steps?: number; accumulate?: number; record?: boolean } = {},
+  options: { steps?: number; accumulate?: number; record?: boolean; isolate?: boolean } = {},
 ): Promise<number[]> {
   setDefaultBackend(backend)
   const model = new DeepSeek(config, { seed: 1, objective: { biasSpeed: 0.01 } })
   const found: number[] = []
   await train(model, {
-    data: { training: data() },
+    data: { training: data(options.isolate ? 10 : 2000) },
     steps: 20,
     ...options,
     batchSize: 2,
@@ -111,6 +111,28 @@ test.skipIf(unavailable)(
       // One step op by op and one that is recorded, of five.
       expect(launches[1]).toBeLessThan(0.5 * launches[0])
     }
+  },
+  180_000,
+)
+
+test.skipIf(unavailable).each(productVariants)(
+  'texts that share a row see nothing of each other, recorded or not, in $precision, wgmma $wgmma',
+  async ({ precision, wgmma }) => {
+    const options = { steps: 6, isolate: true }
+    const runs: number[][] = []
+    for (const record of [false, true]) {
+      const backend = await testBackend({ guarded: false, wgmma })
+      runs.push(await losses(backend, precision, { ...options, record }))
+      backend.dispose()
+    }
+    expect(runs[1]).toEqual(runs[0])
+    const relative = precision === 'f32' ? 5e-4 : 2e-2
+    assertClose('losses', runs[0], await losses(await createCpuBackend(), precision, options), {
+      relative,
+      absolute: 0,
+    })
+    const fallen = fallbacks().filter(({ backend, op }) => backend === 'kernels-cuda' && /attention/i.test(op))
+    expect(fallen).toEqual([])
   },
   180_000,
 )

@@ -331,10 +331,7 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
       for (int j = 0; j < E::Columns; j++) {
         const int before = starts.from(place.row + E::column(j)) - first;
 #pragma unroll
-        for (int i = 0; i < E::Rows; i++) {
-          E::at(s, i, j) = E::row(i) < before ? 0.f : E::at(s, i, j);
-          E::at(gradients, i, j) = E::row(i) < before ? 0.f : E::at(gradients, i, j);
-        }
+        for (int i = 0; i < E::Rows; i++) E::at(s, i, j) = E::row(i) < before ? 0.f : E::at(s, i, j);
       }
     }
 #pragma unroll
