@@ -1,7 +1,7 @@
 /** @file Texts that share a row are what they are alone. */
 import { backward, concat, namedParameters, Random, randn, scope, setDefaultBackend, tensor, zeroGrad } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
-import { assertClose } from '@moe/core/testing'
+import { assertClose, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { MultiHeadAttention, MultiHeadLatentAttention } from './index.ts'
 
@@ -46,7 +46,7 @@ describe.each(Object.entries(layers))('%s', (_, layer) => {
     for (const [i, { name }] of namedParameters(layer).entries()) {
       const [own, expected] = [shared.gradients[i], alone.gradients[i]]
       if (own === undefined || expected === undefined) throw new Error(`${name} has no gradient`)
-      assertClose(name, own, expected, close)
+      assertClose(name, own, expected, tolerances.gradient)
     }
     expect(() => assertClose('seen', seen.out, alone.out, close)).toThrow()
   })
