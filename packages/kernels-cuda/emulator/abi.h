@@ -36,6 +36,9 @@ struct SharedSlot {
 void* sharedArray(SharedSlot* slot, size_t bytes, size_t align, const char* name);
 void* dynamicShared();
 
+/// Whether instructions that approximate are as far off as they may be (PTX ISA): those of translated kernels.
+extern int approximate;
+
 // Where threads meet. Each takes the place in the source, by which the runtime knows whether they meet at the same one.
 void barrier(const char* file, int line);
 enum BarrierKind : int { barrierOr, barrierAnd, barrierCount };

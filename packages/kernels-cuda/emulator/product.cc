@@ -268,6 +268,7 @@ void finish(Warpgroup& group, uint32_t groups, Where where) {
 }  // namespace
 
 int fp8Bits;
+int approximate;
 
 void fenceOperands() {
   touched[run.warp] |= 1u << run.lane;

@@ -157,6 +157,12 @@ template <class T>
 PTX_OP T maximum(T a, T b) { return a != a ? b : b != b ? a : a > b || (a == b && !__builtin_signbit(a)) ? a : b; }
 PTX_OP float maximumOrNan(float a, float b) { return a != a || b != b ? __builtin_nanf("") : maximum<float>(a, b); }
 PTX_OP float saturate(float x) { return x > 0.f ? (x < 1.f ? x : 1.f) : 0.f; }
+/// A result that may be off by so much of itself, and is, up or down by chance, where that is asked for.
+PTX_OP float approximately(float exact, float off) {
+  if (!emu::approximate) return exact;
+  return exact * (bits<uint32_t>(exact) * 2654435761u >> 31 ? 1 + off : 1 - off);
+}
+PTX_OP float ex2(float x) { return x == 0 ? 1.f : approximately(exp2f(x), 0x1p-22f); }
 PTX_OP float flush(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.f, x) : x; }
 /// a * b + c rounded towards minus infinity. The product is exact in double, and so is what the sum loses.
 PTX_OP float fmaDown(float a, float b, float c) {

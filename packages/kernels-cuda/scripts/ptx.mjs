@@ -479,11 +479,14 @@ const instructions = {
   ),
   sqrt: unary((a, type) => `__builtin_sqrt${type === 'float' ? 'f' : ''}(${a})`, nearest),
   rcp: unary(
-    (a, _, modifiers) => (modifiers.includes('ftz') ? `flush(1 / flush(${a}))` : `1 / ${a}`),
+    (a, _, modifiers) => {
+      const exact = modifiers.includes('ftz') ? `flush(1 / flush(${a}))` : `1 / ${a}`
+      return modifiers.includes('approx') ? `approximately(${exact}, 0x1p-23f)` : exact
+    },
     modifier => nearest(modifier) || approximate(modifier),
   ),
-  rsqrt: unary(a => `1 / __builtin_sqrtf(${a})`, approximate),
-  ex2: unary((a, _, modifiers) => (modifiers.includes('ftz') ? `flush(exp2f(${a}))` : `exp2f(${a})`), approximate),
+  rsqrt: unary(a => `approximately(1 / __builtin_sqrtf(${a}), 0x1p-22f)`, approximate),
+  ex2: unary((a, _, modifiers) => (modifiers.includes('ftz') ? `flush(ex2(${a}))` : `ex2(${a})`), approximate),
   lg2: unary(a => `log2f(${a})`, approximate),
   sin: unary(a => `sinf(${a})`, approximate),
   cos: unary(a => `cosf(${a})`, approximate),

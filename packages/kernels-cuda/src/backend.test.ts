@@ -2,7 +2,16 @@ import { fallbacks } from '@moe/core'
 import { backendSuite } from '@moe/core/testing'
 import { expect, test } from 'vitest'
 import { createBackend } from './backend.ts'
-import { emulator, emulatorFunction, onDevice, testBackend, unavailable, wgmmaVariants } from './test-backend.ts'
+import {
+  emulator,
+  emulatorFunction,
+  hopperFp8Bits,
+  keepFp8Bits,
+  onDevice,
+  testBackend,
+  unavailable,
+  wgmmaVariants,
+} from './test-backend.ts'
 
 /**
  * The suite runs every case twice and wants the same bits. The emulator runs the blocks and threads of the second run in reverse, so that a result
@@ -32,9 +41,12 @@ for (const wgmma of wgmmaVariants) {
         return backend
       }
       try {
-        await backendSuite(make, { guards: reverseEverySecondRun() })[i].run()
+        const bits = wgmma ? { fp8Bits: hopperFp8Bits } : {}
+        keepFp8Bits(wgmma ? hopperFp8Bits : 0)
+        await backendSuite(make, { guards: reverseEverySecondRun(), ...bits })[i].run()
         await backend?.sync()
       } finally {
+        keepFp8Bits(0)
         backend?.dispose()
       }
     })

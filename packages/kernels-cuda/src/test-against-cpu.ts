@@ -65,13 +65,23 @@ export function distance(a: HostArray, b: HostArray): number {
   return worst / largest
 }
 
-/** Throws unless every element is within `room` times the largest expected one, and says where those lie that are not, as kernels deal elements out by tile, warp and lane. */
-export function assertNear(label: string, actual: HostArray, expected: HostArray, room: number, shape: Shape): void {
+/**
+ * Throws unless every element is within `room` times the largest expected one, and says where those lie that are not, as kernels deal elements out by tile, warp and lane.
+ * @param least What elements may be off by however small they are.
+ */
+export function assertNear(
+  label: string,
+  actual: HostArray,
+  expected: HostArray,
+  room: number,
+  shape: Shape,
+  least = 0,
+): void {
   // Also where there are no numbers at all.
   if (distance(actual, expected) < room) return
   let largest = 1e-6
   for (let i = 0; i < expected.length; i++) largest = Math.max(largest, Math.abs(Number(expected[i])) || 0)
-  const allowed = room * largest
+  const allowed = Math.max(room * largest, least)
   const columns = shape.at(-1) ?? 1
   const [rowsOf, columnsOf]: Set<number>[] = [new Set(), new Set()]
   const first: string[] = []
@@ -85,6 +95,7 @@ export function assertNear(label: string, actual: HostArray, expected: HostArray
     columnsOf.add(column)
     if (first.length < 6) first.push(`  row ${row}, column ${column}: ${a}, expected ${e}`)
   }
+  if (count === 0) return
   throw new Error(
     `${label}: ${count} of ${expected.length} elements of [${shape}] are further off than ${allowed.toPrecision(3)}\n${first.join('\n')}
   rows ${places(rowsOf)}\n  columns ${places(columnsOf)}`,
