@@ -77,6 +77,9 @@ export function reverseOrder(reversed: boolean): void {
   if (!onDevice) emulatorFunction('void moe_emulator_set(const char* name, int value)')('reversed', +reversed)
 }
 
+/** Whether sums, exponentials and reciprocals are a device's, or off as its may be, rather than those of the host. */
+export const inexact = onDevice || process.env['MOE_EMULATOR_APPROXIMATE'] === '1'
+
 /** How many bits of a sum Hopper's products in fp8 keep (DeepSeek-V3 report, 3.3.2). */
 export const hopperFp8Bits = 14
 

@@ -16,8 +16,8 @@ import type { CudaBackend } from '../../backend.ts'
 import { exact } from '../../test-against-cpu.ts'
 import {
   hopperFp8Bits,
+  inexact,
   keepFp8Bits,
-  onDevice,
   reverseOrder,
   testBackend,
   unavailable,
@@ -206,8 +206,8 @@ describe.skipIf(unavailable).each(variants)('routedExperts, $precision, wgmma $w
   test.each(cases)('$name: normal numbers', async sizes => {
     const numbers = precision === 'fp8' ? finer(normalNumbers(sizes)) : normalNumbers(sizes)
     const found = await onBackend(variant, on => resultsOf(numbers, on))
-    // But for sums in f32 that lie on another side of a step than those in f64.
-    if (precision === 'fp8') expectRounded(found, numbers, 'bf16', onDevice && wgmma ? inFewBits : 2 ** -26)
+    // But for sums in f32 that lie on another side of a step than those in f64. SwiGLU off by 2^-21 moves one in 2^12 to the next number of bf16, and few of these to that of fp8.
+    if (precision === 'fp8') expectRounded(found, numbers, 'bf16', inexact ? inFewBits : 2 ** -26)
     else expectWithinBounds(found, numbers)
   })
 
