@@ -1,7 +1,9 @@
 import { fallbacks } from '@moe/core'
 import { backendSuite } from '@moe/core/testing'
-import { expect, test } from 'vitest'
+import { afterEach, describe, expect, test } from 'vitest'
 import { createBackend } from './backend.ts'
+import { hopperOps } from './native.ts'
+import { type CudaOptions, openCuda } from './open.ts'
 import {
   emulator,
   emulatorFunction,
@@ -67,6 +69,40 @@ test.skipIf(unavailable || onDevice)(
     newer.dispose()
   },
 )
+
+describe.skipIf(unavailable || onDevice)('MOE_CUDA_WGMMA', () => {
+  afterEach(() => {
+    delete process.env['MOE_CUDA_WGMMA']
+  })
+  const usedWith = async (value: string, options: CudaOptions = {}) => {
+    process.env['MOE_CUDA_WGMMA'] = value
+    emulatorFunction('void moe_emulator_set(const char* name, int value)')('capability', 90)
+    const opened = await openCuda({ ...emulator, ...options })
+    const used = hopperOps.filter(op => opened.cuda.onHopper(op))
+    opened.memory.dispose()
+    opened.modules.dispose()
+    opened.stream.dispose()
+    opened.context.release()
+    return used
+  }
+
+  test.each([
+    ['', undefined, []],
+    ['0', undefined, []],
+    ['1', undefined, hopperOps],
+    ['1', false, []],
+    ['', true, hopperOps],
+    ['attention,matmul', undefined, ['matmul', 'attention']],
+    ['attention,matmul', true, ['matmul', 'attention']],
+    ['attention,matmul', false, []],
+  ])('%s, with the option %s', async (value, wgmma, ops) => {
+    expect(await usedWith(value, { wgmma })).toEqual(ops)
+  })
+
+  test('names an op that has none', async () => {
+    await expect(usedWith('attention,softmax')).rejects.toMatchObject({ code: 'E_CONFIG' })
+  })
+})
 
 test.skipIf(unavailable)('no fused op of the suite fell back to its decomposition, but for experts in f32', () => {
   // What lies between their products is f32 then, however they are called.

@@ -19,14 +19,28 @@ import type { CudaKernel, Modules } from './modules.ts'
 import type { Stream } from './stream.ts'
 import type { BoxedMatrices, TensorMap } from './tensor-map.ts'
 
+/** Ops with kernels for Hopper alone. */
+export const hopperOps = [
+  'matmul',
+  'grouped-matmul',
+  'routed-experts',
+  'linear-cross-entropy',
+  'attention',
+  'latent-attention',
+  'fp8-matmul',
+] as const
+export type HopperOp = (typeof hopperOps)[number]
+
 export interface Cuda {
   /** Compute capability times ten. */
   readonly capability: number
   readonly multiprocessors: number
   /** Most dynamic shared memory of a block, in bytes. */
   readonly sharedMemory: number
-  /** Whether to use Hopper's products of warpgroups and its copy engine (modules `<op>-sm90a`). */
+  /** Whether Hopper's products of warpgroups and its copy engine are used at all. */
   readonly wgmma: boolean
+  /** Whether they are for this op: its module `<op>-sm90a`. */
+  onHopper(op: HopperOp): boolean
   /** NVIDIA's dense products, where they are asked for and installed. */
   readonly cublasLt: CublasLt | undefined
   /** Matrices as Hopper's copy engine takes them (signature `t`). */
@@ -82,7 +96,7 @@ export function createCuda(
   modules: Modules,
   stream: Stream,
   recording: () => Recording | null,
-  products: Pick<Cuda, 'wgmma' | 'tensorMap' | 'cublasLt'>,
+  products: Pick<Cuda, 'wgmma' | 'onHopper' | 'tensorMap' | 'cublasLt'>,
 ): Cuda {
   const constants = new Constants(memory, stream)
   function copied(value: Value): CudaBuffer {

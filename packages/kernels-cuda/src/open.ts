@@ -8,7 +8,7 @@ import { type Driver, openDriver } from './driver/driver.ts'
 import type { Recording } from './graph.ts'
 import { Memory } from './memory.ts'
 import { Modules } from './modules.ts'
-import { type Cuda, createCuda } from './native.ts'
+import { type Cuda, createCuda, type HopperOp, hopperOps } from './native.ts'
 import { Stream } from './stream.ts'
 import { tensorMaps } from './tensor-map.ts'
 
@@ -23,7 +23,7 @@ export interface CudaOptions {
   /**
    * Products, cross-entropy's logits included, and attention in bf16 by Hopper's instructions, where the device is one (compute capability 9.0).
    * They have not run on one yet.
-   * Default: whether MOE_CUDA_WGMMA is 1.
+   * Default: whether MOE_CUDA_WGMMA is set, but to 0; where it is a list of ops (`attention,matmul`), only these are, whatever is said here.
    */
   readonly wgmma?: boolean
   /**
@@ -67,6 +67,7 @@ const hopper = 90
 /** @throws MoeError as `createBackend` does. */
 export async function openCuda(options: CudaOptions): Promise<Opened> {
   checkOptions('createBackend', options, names)
+  const asked = hopperOpsFromEnvironment()
   const driver = await openDriver(options.driver)
   const device = findDevice(driver, options.device ?? deviceFromEnvironment())
   const context = new Context(driver, device.ordinal)
@@ -75,7 +76,7 @@ export async function openCuda(options: CudaOptions): Promise<Opened> {
   const stream = new Stream(driver, device)
   const memory = new Memory(driver, stream.handle, { limit: options.memoryLimit, guarded: options.guarded })
   const wgmma =
-    (options.wgmma ?? process.env['MOE_CUDA_WGMMA'] === '1') &&
+    (options.wgmma ?? asked.length > 0) &&
     device.capability === hopper &&
     modules.has('matmul-sm90a') &&
     driver.has('cuTensorMapEncodeTiled')
@@ -87,11 +88,28 @@ export async function openCuda(options: CudaOptions): Promise<Opened> {
     library && new CublasLt(library, driver, memory, stream, { measured, recording: () => opened.recording !== null })
   const cuda = createCuda(device, memory, modules, stream, () => opened.recording, {
     wgmma,
+    onHopper: op => wgmma && (asked.length === 0 || asked.includes(op)),
     cublasLt,
     tensorMap: tensorMaps(driver),
   })
   const opened: Opened = { driver, device, context, modules, memory, stream, cuda, recording: null }
   return opened
+}
+
+/** Which ops' kernels for Hopper MOE_CUDA_WGMMA asks for. */
+function hopperOpsFromEnvironment(): readonly HopperOp[] {
+  const value = process.env['MOE_CUDA_WGMMA']
+  if (!value || value === '0') return []
+  if (value === '1') return hopperOps
+  const found = value.split(',')
+  const unknown = found.filter(op => !(hopperOps as readonly string[]).includes(op))
+  if (unknown.length === 0) return found as HopperOp[]
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'kernels-cuda',
+    problem: `MOE_CUDA_WGMMA names ${unknown.join(', ')}`,
+    fix: `set it to 1, 0, or some of ${hopperOps.join(',')}`,
+  })
 }
 
 function cublasLtFromEnvironment(): boolean | string {

@@ -17,7 +17,7 @@ if (onDevice) {
 }
 
 /** Which ways of multiplying tests try: on a device the one that MOE_CUDA_WGMMA chooses, lest a fault of the new one take the old one's tests along. */
-export const wgmmaVariants = onDevice ? [process.env['MOE_CUDA_WGMMA'] === '1'] : [false, true]
+export const wgmmaVariants = onDevice ? [!['', '0'].includes(process.env['MOE_CUDA_WGMMA'] ?? '')] : [false, true]
 
 /** Precisions with the ways of multiplying in them. */
 export const productVariants: ReadonlyArray<{ readonly precision: WidePrecision; readonly wgmma: boolean }> = [

@@ -72,7 +72,7 @@ const sizes = 'i i i i i i i i i i f'
 
 export const attention: FusedFactory<'attention'> = cuda => {
   const round = roundToBf16(cuda)
-  const onHopper = cuda.wgmma ? attentionOnHopper(cuda, round) : undefined
+  const onHopper = cuda.onHopper('attention') ? attentionOnHopper(cuda, round) : undefined
   const kernelsOf = (suffix: string) =>
     new Map(
       engines.map(e => [
@@ -119,7 +119,7 @@ export const attention: FusedFactory<'attention'> = cuda => {
 
 export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
   const round = roundToBf16(cuda)
-  const onHopper = cuda.wgmma ? attentionBackwardOnHopper(cuda, round) : undefined
+  const onHopper = cuda.onHopper('attention') ? attentionBackwardOnHopper(cuda, round) : undefined
   const delta = cuda.kernel('attention', 'moe_attention_delta_f32', 'p p p i i i i')
   const kernel = (name: string, pointers: string) => cuda.kernel('attention', name, `${pointers} ${sizes}`)
   const kernelsOf = (suffix: string) =>

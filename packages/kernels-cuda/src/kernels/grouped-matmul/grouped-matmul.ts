@@ -26,7 +26,7 @@ const mostRowTiles = (rows: number, experts: number, size: number) => Math.min(r
 
 /** y `[rows, n]` = x `[rows, k]` times the weight of each row's expert, `[experts, k, n]` or transposed `[experts, n, k]`. */
 function multiplyGroups(cuda: Cuda) {
-  const onHopper = cuda.wgmma ? hopperGrouped(cuda) : undefined
+  const onHopper = cuda.onHopper('grouped-matmul') ? hopperGrouped(cuda) : undefined
   const kernels = new Map(
     variants.flatMap(tile =>
       ['n', 't'].map(form => {
@@ -54,7 +54,7 @@ export const groupedMatmul: FusedFactory<'groupedMatmul'> = cuda => {
   const multiply = multiplyGroups(cuda)
   const round = roundToBf16(cuda)
   const inFp8 = fp8AsBf16(cuda)
-  const inFp8OnHopper = cuda.wgmma ? fp8Grouped(cuda) : undefined
+  const inFp8OnHopper = cuda.onHopper('fp8-matmul') ? fp8Grouped(cuda) : undefined
   const few = {
     f32: cuda.kernel('grouped-matmul', 'moe_grouped_matmul_few_f32', 'p p p p i i i i'),
     bf16: cuda.kernel('grouped-matmul', 'moe_grouped_matmul_few_bf16', 'p p p p i i i i'),
@@ -115,10 +115,10 @@ export function weightGradient(cuda: Cuda) {
 
 export const groupedMatmulWeightGrad: FusedFactory<'groupedMatmulWeightGrad'> = cuda => {
   const multiply = weightGradient(cuda)
-  const onHopper = cuda.wgmma ? hopperWeightGradient(cuda) : undefined
+  const onHopper = cuda.onHopper('grouped-matmul') ? hopperWeightGradient(cuda) : undefined
   const round = roundToBf16(cuda)
   const inFp8 = fp8AsBf16(cuda)
-  const inFp8OnHopper = cuda.wgmma ? fp8WeightGradient(cuda) : undefined
+  const inFp8OnHopper = cuda.onHopper('fp8-matmul') ? fp8WeightGradient(cuda) : undefined
   return ([x, dy, offsets], { precision }, [spec]) => {
     const dweight = cuda.output(spec)
     const [experts, n, k] = spec.shape

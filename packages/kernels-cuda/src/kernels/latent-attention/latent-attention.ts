@@ -2,6 +2,7 @@
 import type { WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
 import { latentOnHopper, tile as tileOnHopper } from '../latent-attention-sm90a/decode.ts'
+import { choice } from '../matmul/gemm.ts'
 
 /** Features that the kernels' tiles have room for: of the cache, and of values. */
 const mostC = 576
@@ -56,7 +57,8 @@ function partsOf(cuda: Cuda, blocks: number, tiles: number): number {
     Math.ceil((blocks * parts) / cuda.multiprocessors) * (Math.ceil(tiles / parts) + tilesPerBlock)
   let best = 1
   for (let parts = 2; parts <= Math.min(tiles / 4, mostParts); parts++) if (time(parts) < time(best)) best = parts
-  return best
+  choice.taken.parts = choice.parts ?? best
+  return choice.taken.parts
 }
 
 export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
@@ -66,7 +68,7 @@ export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
       cuda.kernel('latent-attention', `moe_latent_attention_${v.name}`, 'p p p p p i i i i i f p i'),
     ]),
   )
-  const onHopper = cuda.wgmma ? latentOnHopper(cuda) : undefined
+  const onHopper = cuda.onHopper('latent-attention') ? latentOnHopper(cuda) : undefined
   const combine = cuda.kernel('latent-attention', 'moe_latent_attention_combine_f32', 'p p p i l i')
   return ([q, cache, lengths, pages], { scale, valueDim, precision }, [spec]) => {
     const [B, T, H, C] = q.shape

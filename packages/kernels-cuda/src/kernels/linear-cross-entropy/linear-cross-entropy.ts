@@ -98,7 +98,7 @@ function logitsByWarps(cuda: Cuda, direction: 'fwd' | 'bwd'): Logits {
 /** The kernels and the tile for a product of that size. */
 function logitsOf(cuda: Cuda, direction: 'fwd' | 'bwd') {
   const byWarps = logitsByWarps(cuda, direction)
-  const onHopper = cuda.wgmma ? logitsOnHopper(cuda, direction) : undefined
+  const onHopper = cuda.onHopper('linear-cross-entropy') ? logitsOnHopper(cuda, direction) : undefined
   return (precision: WidePrecision, rows: number, classes: number, features: number) => {
     const hopper = precision === 'bf16' && features > 0 ? onHopper : undefined
     const among = hopper ? hopperTiles : tiles[precision]

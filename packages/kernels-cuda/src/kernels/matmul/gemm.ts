@@ -112,10 +112,19 @@ export const tiles: { readonly [P in WidePrecision]: readonly Tile[] } = {
 export const timeOf = (cuda: Pick<Cuda, 'multiprocessors'>, tile: Tile, blocks: number) =>
   (Math.ceil(blocks / cuda.multiprocessors) * tile.m * tile.n) / tile.speed
 
+/** For measurements: what is to be taken in place of what would be chosen, and what was taken last. */
+export const choice: { tile?: string; parts?: number; readonly taken: { tile?: string; parts?: number } } = {
+  taken: {},
+}
+
 /** The variant that should be done first, given how many blocks it would have. */
 export function chooseTile(cuda: Cuda, among: readonly Tile[], blocks: (tile: Tile) => number): Tile {
   const time = (tile: Tile) => timeOf(cuda, tile, blocks(tile))
-  return among.reduce((best, tile) => (time(tile) < time(best) ? tile : best))
+  const tile =
+    among.find(({ name }) => name === choice.tile) ??
+    among.reduce((best, tile) => (time(tile) < time(best) ? tile : best))
+  choice.taken.tile = tile.name
+  return tile
 }
 
 export const countTiles = (tile: Tile, m: number, n: number) => Math.ceil(m / tile.m) * Math.ceil(n / tile.n)
@@ -142,8 +151,11 @@ const leastPart = 512
 const mostParts = 16
 
 /** How many parts of k go to blocks of their own where there are few tiles and much to sum up; `sumOfParts` then adds their results in order. */
-export const partsOfK = (cuda: Cuda, blocks: number, k: number) =>
-  Math.max(1, Math.min(Math.floor(cuda.multiprocessors / blocks), Math.floor(k / leastPart), mostParts))
+export function partsOfK(cuda: Cuda, blocks: number, k: number): number {
+  const most = Math.min(Math.floor(cuda.multiprocessors / blocks), Math.floor(k / leastPart), mostParts)
+  choice.taken.parts = choice.parts ?? Math.max(1, most)
+  return choice.taken.parts
+}
 
 /** c (+)= the sum of `parts` results of `size` numbers, one after the other. */
 export function sumOfParts(cuda: Cuda) {
@@ -176,7 +188,7 @@ function ownGemm(cuda: Cuda): Multiply {
     ),
   )
   const sum = sumOfParts(cuda)
-  const hopper = cuda.wgmma ? hopperProduct(cuda) : undefined
+  const hopper = cuda.onHopper('matmul') ? hopperProduct(cuda) : undefined
   return (precision, c, a, b, { m, n, k, transposeA, transposeB, batch = 1, add = false }) => {
     const onHopper = hopper !== undefined && precision === 'bf16' && k > 0
     const among = onHopper ? hopperTiles : tiles[precision]

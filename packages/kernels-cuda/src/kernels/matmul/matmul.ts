@@ -8,7 +8,7 @@ export const matmul: PrimitiveFactory<'matmul'> = cuda => {
   const multiply = gemm(cuda)
   const round = roundToBf16(cuda)
   const inFp8 = fp8AsBf16(cuda)
-  const inFp8OnHopper = cuda.wgmma ? fp8Product(cuda) : undefined
+  const inFp8OnHopper = cuda.onHopper('fp8-matmul') ? fp8Product(cuda) : undefined
   const few = {
     f32: cuda.kernel('matmul', 'moe_matmul_few_f32', 'p p p i i i'),
     bf16: cuda.kernel('matmul', 'moe_matmul_few_bf16', 'p p p i i i'),

@@ -197,7 +197,7 @@ export const quantizedMatmul: FusedFactory<'quantizedMatmul'> = cuda => {
 }
 
 export const quantizedGroupedMatmul: FusedFactory<'quantizedGroupedMatmul'> = cuda => {
-  const onHopper = cuda.wgmma ? hopperGrouped(cuda) : undefined
+  const onHopper = cuda.onHopper('grouped-matmul') ? hopperGrouped(cuda) : undefined
   const few = fewRows(cuda)
   const chunks = chunksOf(cuda)
   const round = roundToBf16(cuda)

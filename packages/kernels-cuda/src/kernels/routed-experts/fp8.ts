@@ -100,7 +100,7 @@ export interface Fp8Experts {
 }
 
 export const fp8Experts = (cuda: Cuda): Fp8Experts =>
-  cuda.wgmma ? expertsIn(cuda, codesForm(cuda)) : expertsIn(cuda, bf16Form(cuda))
+  cuda.onHopper('routed-experts') ? expertsIn(cuda, codesForm(cuda)) : expertsIn(cuda, bf16Form(cuda))
 
 function expertsIn<Operand>(cuda: Cuda, form: Form<Operand>): Fp8Experts {
   const swiglu = form.kernel('swiglu', 1, 'p p i i')

@@ -14,7 +14,7 @@ function isDeclined({ M, D, I, E }: ExpertSizes, precision: Precision): boolean 
   return precision === 'f32' || M * D * I * E === 0 || (precision === 'bf16' && few)
 }
 
-const productsOf = (cuda: Cuda) => (cuda.wgmma ? hopperExpertProducts(cuda) : expertProducts(cuda))
+const productsOf = (cuda: Cuda) => (cuda.onHopper('routed-experts') ? hopperExpertProducts(cuda) : expertProducts(cuda))
 
 export const routedExperts: FusedFactory<'routedExperts'> = cuda => {
   const round = roundToBf16(cuda)
