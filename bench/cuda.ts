@@ -6,7 +6,8 @@
  * Times are the device's own (events), medians of repeats after a warm-up. `--peers` names what `bench/peers/cuda_torch.py --json FILE` wrote on
  * the same card; its large product and copy are then the peaks, otherwise our own copy is, and products have no peak. `--tiny` runs everything at
  * small sizes, to see that it works. MOE_CUDA_WGMMA=1 chooses Hopper's products where there are both, MOE_CUDA_CUBLASLT=1 cuBLASLt's; `bench
- * cuda-gemm` has all three side by side, without the rounding of operands.
+ * cuda-gemm` has all three side by side. Operands of products and attention are rounded to bf16 before what is timed, as they are in a step, where whoever makes them rounds them, and as
+ * PyTorch's are.
  */
 import { readFileSync, writeFileSync } from 'node:fs'
 import { loadavg } from 'node:os'
