@@ -9,6 +9,7 @@ const help = `./run.sh [--only PART,PART] [--minutes N] [--json FILE] [--list] [
 Runs the parts in the order of --list. A part that has a result in results/ is not run again unless it is named.
 --minutes N: ends within N minutes; parts that have not begun by then are left for the next call.
 --json FILE: everything that is known, written anew after each part (default: results/gpu.json).
+MOE_CUDA_WGMMA=matmul,attention: parts that end in :wgmma leave Hopper's kernels for other ops out.
 --silence N: a test that says nothing for N seconds hangs (default: 30). It is told by name, and those after it go on in a new process.`
 
 const started = Date.now()
@@ -27,12 +28,27 @@ const results = join(dirname(pack), 'results')
 const json = resolve(options.json ?? join(results, 'gpu.json'))
 const node = join(pack, 'node')
 const end = options.minutes === undefined ? Number.POSITIVE_INFINITY : started + 60_000 * Number(options.minutes)
-const left = () => (end - Date.now()) / 1000
+const left = () => (stopped ? 0 : (end - Date.now()) / 1000)
+let stopped = false
+/** The process that runs, with all that it has started. */
+let running
+for (const signal of ['SIGTERM', 'SIGINT', 'SIGHUP'])
+  process.on(signal, () => {
+    stopped = true
+    running?.kill()
+  })
+/** Status of a part that was cut short, and is run again by the next call. */
+const unfinished = 'not finished'
 /** So many hanging or dying tests are enough, of one file and of a part. */
 const mostDied = { file: 3, part: 8 }
 
-/** The ways of multiplying: environments. cuBLASLt's is completed when one has been found. */
-const ways = { '': {}, ':wgmma': { MOE_CUDA_WGMMA: '1' }, ':cublas-lt': { MOE_CUDA_CUBLASLT: '' } }
+/** The ways of multiplying: environments. cuBLASLt's is completed when one has been found; ops for Hopper's kernels may be named (MOE_CUDA_WGMMA=matmul,attention). */
+const hopper = process.env.MOE_CUDA_WGMMA ?? '1'
+const ways = {
+  '': { MOE_CUDA_WGMMA: '0' },
+  ':wgmma': { MOE_CUDA_WGMMA: hopper },
+  ':cublas-lt': { MOE_CUDA_WGMMA: '0', MOE_CUDA_CUBLASLT: '' },
+}
 const ofSuite = globSync('packages/kernels-cuda/src/**/*.test.ts', { cwd: pack })
   .filter(file => !/\/emulator/.test(file))
   .sort()
@@ -42,21 +58,18 @@ const ofModels = globSync('packages/{attention-mla,router,mtp,deepseek}/src/**/*
   .sort()
 
 const suite = (way, seconds) => ({ name: `suite${way}`, way, seconds, files: ofSuite })
+const script = (...args) => [node, '--no-warnings', '--expose-gc', ...args]
 const bench = (section, way, seconds) => ({
   name: `${section}${way}`,
   way,
   seconds,
-  command: (file, peers) => [
-    node,
-    '--no-warnings',
-    '--expose-gc',
-    'bench/cuda.ts',
-    '--only',
-    section,
-    '--json',
-    file,
-    ...peers,
-  ],
+  command: (file, peers) => script('bench/cuda.ts', '--only', section, '--json', file, ...peers),
+})
+const sweep = way => ({
+  name: `sweep${way}`,
+  way,
+  seconds: 120,
+  command: file => script('bench/cuda-sweep.ts', '--json', file),
 })
 const peers = (name, sections, seconds) => ({
   name,
@@ -85,9 +98,10 @@ const sanitizer = (tool, way) => ({
 })
 /** What decides most comes first. */
 const parts = [
-  peers('peers', 'peak,gemm,attention', 90),
   suite('', 240),
   suite(':wgmma', 240),
+  // What the others are fractions of.
+  peers('peers', 'peak,gemm,attention', 90),
   bench('launch', '', 40),
   {
     name: 'products',
@@ -95,11 +109,14 @@ const parts = [
     seconds: 90,
     // With ours alone, too.
     always: true,
-    command: file => [node, '--no-warnings', 'bench/cuda-gemm.ts', '--json', file],
+    command: file => script('bench/cuda-gemm.ts', '--json', file),
   },
   ...['attention', 'decode', 'gemm'].map(section => bench(section, ':wgmma', 90)),
+  bench('train', ':wgmma', 150),
   peers('peers-train', 'train', 200),
-  ...['train', 'generate'].map(section => bench(section, ':wgmma', 150)),
+  bench('generate', ':wgmma', 150),
+  sweep(':wgmma'),
+  sweep(''),
   ...['attention', 'decode', 'gemm', 'train', 'generate'].map(section => bench(section, '', 150)),
   { name: 'models', way: '', seconds: 240, files: ofModels, preload: './tools/gpu/models.mjs' },
   suite(':cublas-lt', 180),
@@ -123,7 +140,8 @@ async function main() {
   }
   mkdirSync(results, { recursive: true })
   const card = probe()
-  if (card === undefined) {
+  if (card.error !== undefined) {
+    writeJson(json, { error: card.error, date: new Date().toISOString() })
     process.exitCode = 1
     return
   }
@@ -136,7 +154,7 @@ async function main() {
   }
   const notRun = []
   for (const part of parts) {
-    if (wanted ? !wanted.includes(part.name) : existsSync(fileOf(part.name))) continue
+    if (wanted ? !wanted.includes(part.name) : isDone(part.name)) continue
     const missing = whyNot(part, card, has)
     if (missing !== undefined) continue
     // Started with less, most parts would only be killed.
@@ -147,15 +165,31 @@ async function main() {
     const seconds = Math.min(part.seconds, left() - 5)
     console.log(`== ${part.name} (at ${((Date.now() - started) / 1000).toFixed(0)} s)`)
     const began = Date.now()
+    // Whoever ends all of this has what was known a few seconds before.
+    const known = setInterval(() => {
+      const { soFar } = part
+      if (soFar === undefined) return
+      writeJson(fileOf(part.name), { ...soFar(), status: unfinished, seconds: (Date.now() - began) / 1000 })
+      merge(card, notRun)
+    }, 3000)
     const result = part.files ? await runTests(part, seconds) : await runCommand(part, seconds)
-    writeJson(fileOf(part.name), { ...result, seconds: (Date.now() - began) / 1000 })
-    if (result.status !== 'passed') process.exitCode = 1
-    console.log(`== ${part.name}: ${result.status}, ${((Date.now() - began) / 1000).toFixed(0)} s`)
+    clearInterval(known)
+    const took = (Date.now() - began) / 1000
+    // By somebody, or because this call ends sooner than the part may take.
+    const cut = stopped || (seconds < part.seconds && took >= seconds)
+    const status = cut && result.status !== 'passed' ? unfinished : result.status
+    writeJson(fileOf(part.name), { ...result, status, seconds: took })
+    if (status !== 'passed') process.exitCode = 1
+    console.log(`== ${part.name}: ${status}, ${took.toFixed(0)} s`)
     merge(card, notRun)
   }
   merge(card, notRun)
   if (notRun.length > 0) console.log(`no time was left for ${notRun.join(', ')}`)
   console.log(`wrote ${json}`)
+}
+
+function isDone(part) {
+  return existsSync(fileOf(part)) && JSON.parse(readFileSync(fileOf(part), 'utf8')).status !== unfinished
 }
 
 function fileOf(part) {
@@ -182,6 +216,7 @@ for folder in sys.path: print(*sorted(glob.glob(folder + "/nvidia/c*/lib/libcubl
   const ofPython = () =>
     spawnSync('python3', ['-c', python], { encoding: 'utf8' }).stdout?.split('\n').filter(Boolean) ?? []
   let card
+  let error = ''
   for (const candidate of named ? [named] : ['1', ...ofPython()]) {
     const env = { ...process.env, MOE_CUDA_CUBLASLT: candidate }
     const { status, stdout, stderr } = spawnSync(node, ['--no-warnings', 'tools/gpu/probe.mjs'], {
@@ -191,13 +226,16 @@ for folder in sys.path: print(*sorted(glob.glob(folder + "/nvidia/c*/lib/libcubl
       timeout: 60_000,
       killSignal: 'SIGKILL',
     })
-    if (status !== 0) console.error(`probe: ${status === null ? 'no answer within 60 s' : stderr.slice(-3000)}`)
-    else card = { ...JSON.parse(stdout), cublasLtPath: candidate }
+    if (status !== 0) {
+      error = `probe: ${status === null ? 'no answer within 60 s' : stderr.slice(-3000)}`
+      console.error(error)
+    } else card = { ...JSON.parse(stdout), cublasLtPath: candidate }
     if (card?.cublasLt !== undefined) break
   }
   if (card?.cublasLt !== undefined) ways[':cublas-lt'] = { MOE_CUDA_CUBLASLT: card.cublasLtPath }
-  if (card !== undefined) console.log(JSON.stringify(card))
-  return card
+  if (card === undefined) return { error }
+  console.log(JSON.stringify(card))
+  return { ...card, wgmma: hopper }
 }
 
 function environment(way) {
@@ -215,6 +253,7 @@ function start(command, way, stdio, more = {}) {
       // It ended by itself.
     }
   }
+  running = child
   return child
 }
 
@@ -223,9 +262,18 @@ function runCommand(part, seconds) {
   rmSync(file, { force: true })
   const known = ['peers', 'peers-train'].map(fileOf).filter(path => existsSync(path))
   const command = part.command(file, known.length > 0 ? ['--peers', known.join()] : [])
+  const measured = () => {
+    try {
+      return JSON.parse(readFileSync(file, 'utf8'))
+    } catch {
+      // Not there yet, or half of it.
+      return {}
+    }
+  }
   return new Promise(done => {
     let output = ''
     let last = ''
+    part.soFar = () => ({ ...measured(), output })
     let late = false
     const child = start(command, part.way, ['ignore', 'pipe', 'pipe'])
     const timer = setTimeout(() => {
@@ -251,12 +299,11 @@ function runCommand(part, seconds) {
         : code === 0
           ? 'passed'
           : `ended with ${code ?? signal}`
-      const measured = existsSync(file) ? JSON.parse(readFileSync(file, 'utf8')) : {}
       if (part.sanitizer) {
         output += `\nended with: ${last.slice(-500)}`
         console.log(output.slice(0, 2000))
       }
-      done({ status, ...measured, ...(status !== 'passed' || part.sanitizer ? { output } : {}) })
+      done({ status, ...measured(), ...(status !== 'passed' || part.sanitizer ? { output } : {}) })
     })
   })
 }
@@ -265,12 +312,14 @@ function linesOfSanitizer(text) {
   return text.replace(/^(?!=====).*\n?/gm, '')
 }
 
-async function runTests({ files, way, preload }, seconds) {
+async function runTests(part, seconds) {
+  const { files, way, preload } = part
   const until = Date.now() + 1000 * seconds
   const result = { status: 'passed', passed: 0, failed: 0, skipped: 0, failures: [], slowest: [], notRun: [] }
   let died = 0
+  part.soFar = () => result
   for (const file of files) {
-    if (Date.now() > until || died >= mostDied.part) result.notRun.push(file)
+    if (stopped || Date.now() > until || died >= mostDied.part) result.notRun.push(file)
     else died += await runFile(file, way, preload, until, result)
   }
   const { passed, failed, skipped, notRun, slowest } = result
@@ -292,12 +341,16 @@ async function runFile(file, way, preload, until, result) {
     const { count, last, name, open, died, output } = await oneProcess(file, from, way, preload, until, result, fail)
     if (count === 0) fail('(none)', 'the file tells of no test')
     if (died === undefined) return deaths
+    if (stopped || Date.now() >= until) {
+      result.notRun.push(`${file}, from test ${Math.max(last, 0)}${open ? ` (${name})` : ''}`)
+      return deaths
+    }
     if (open) fail(name, `${died}\n${output}`)
     else if (count === undefined) fail('(before its first test)', `${died}\n${output}`)
     from = last + 1
     deaths++
     if (count === undefined || from >= count) return deaths
-    if (deaths >= mostDied.file || Date.now() > until) {
+    if (deaths >= mostDied.file) {
       result.notRun.push(`${file}, from test ${from} of ${count}`)
       return deaths
     }
@@ -317,8 +370,7 @@ function oneProcess(file, from, way, preload, until, result, fail) {
       clearTimeout(timer)
       const silence = Math.min(1000 * Number(options.silence), Math.max(until - Date.now(), 0))
       timer = setTimeout(() => {
-        seen.died =
-          Date.now() < until ? `no answer within ${options.silence} s: killed` : 'the time of this part was over'
+        seen.died = `no answer within ${options.silence} s: killed`
         child.kill()
       }, silence)
     }
