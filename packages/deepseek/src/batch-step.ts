@@ -4,14 +4,14 @@ import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
 import type { TurnOptions } from './generate.ts'
 import type { DeepSeek } from './model.ts'
-import { isDrawn, probabilitiesOf, type SamplingOptions, type Scores, scoresOf } from './sampling.ts'
+import { isDrawn, probabilitiesOf, type Scores, type Scoring, scoresOf, upTo } from './sampling.ts'
 
 type Out = {
   /** Hidden states of the new tokens, `[B, n, D]`. */
   readonly hidden: Tensor
   /** Of what follows the last w of them, the likeliest tokens, `i32 [B, w, 1]`. */
   readonly best?: Tensor
-  /** `[B, w, V]`, at the temperature of each sequence. */
+  /** `[B, w, vocabulary]`, at the temperature of each sequence. */
   readonly probabilities?: Tensor
   /** `[B * w, V]`, for penalties and log-probabilities. */
   readonly logits?: Tensor
@@ -31,10 +31,12 @@ interface Wanted {
   readonly rows: number
   readonly probabilities: boolean
   readonly logits: boolean
+  /** How many may be made, the same for all. */
+  readonly vocabulary: number
 }
 
-/** How what follows a sequence is scored. */
-type Scoring = SamplingOptions & Pick<TurnOptions, 'logProbs'>
+/** What a sequence wants to know of what follows. */
+type Asked = Scoring & Pick<TurnOptions, 'logProbs'>
 
 /** The passes of the main model over a paged cache. */
 export class BatchStep {
@@ -47,17 +49,19 @@ export class BatchStep {
     this.#precision = precision
   }
 
-  /** Adds as many tokens to each of the sequences, `ids` row by row, and tells what follows the last `rows` of each by its options. The sequences have pages for it. */
-  async run(batch: PagedBatch, ids: readonly number[], rows: number, options: readonly Scoring[]): Promise<Followed> {
+  /** Adds as many tokens to each of the sequences, `ids` row by row, and tells what follows the last `rows` of each by its options. The sequences have pages for it, and one vocabulary. */
+  async run(batch: PagedBatch, ids: readonly number[], rows: number, options: readonly Asked[]): Promise<Followed> {
     let passes = this.#passes.get(batch)
     if (passes === undefined) {
       passes = new CachedPasses<Out>(this.#model, batch, this.#precision)
       this.#passes.set(batch, passes)
     }
-    const penalized = (each: Scoring) => (each.repetitionPenalty ?? 1) !== 1
-    const drawn = (each: Scoring) => !penalized(each) && isDrawn(each)
+    const penalized = (each: Asked) => (each.repetitionPenalty ?? 1) !== 1
+    const drawn = (each: Asked) => !penalized(each) && isDrawn(each)
+    const [{ vocabulary }] = options
     const wanted = {
       rows,
+      vocabulary,
       probabilities: rows > 0 && options.some(drawn),
       logits: rows > 0 && options.some(each => penalized(each) || each.logProbs !== undefined),
     }
@@ -71,11 +75,11 @@ export class BatchStep {
     try {
       const onHost = [best, probabilities, options.some(penalized) ? logits : undefined]
       const [likeliest, shares, raw] = await Promise.all(onHost.map(tensor => tensor?.values()))
-      const scoresAt = (each: Scoring, row: number): Scores => {
-        const all = (penalized(each) ? raw : drawn(each) ? shares : undefined) as Float32Array | undefined
-        if (all === undefined) return (likeliest as Int32Array)[row]
-        const size = this.#model.config.vocab_size
-        return all.subarray(row * size, (row + 1) * size)
+      const rowOf = (all: unknown, row: number, size: number) =>
+        (all as Float32Array).subarray(row * size, row * size + vocabulary)
+      const scoresAt = (each: Asked, row: number): Scores => {
+        if (penalized(each)) return rowOf(raw, row, this.#model.config.vocab_size)
+        return drawn(each) ? rowOf(shares, row, vocabulary) : (likeliest as Int32Array)[row]
       }
       const scores = options.map((each, b) => Array.from({ length: rows }, (_, i) => scoresAt(each, b * rows + i)))
       return { hidden, logits, scores }
@@ -89,15 +93,17 @@ export class BatchStep {
     }
   }
 
-  #pass(batch: PagedBatch, ids: Tensor, scales: Tensor | undefined, { rows, logits: withLogits }: Wanted): Out {
+  #pass(batch: PagedBatch, ids: Tensor, scales: Tensor | undefined, wanted: Wanted): Out {
+    const { rows, vocabulary, logits: withLogits } = wanted
     const hidden = this.#model.hidden(ids, { cache: batch })
     if (rows === 0) return { hidden }
     const time = ids.shape[1]
     const logits = this.#model.lm_head.forward(hidden.narrow(1, time - rows, time))
+    const likely = upTo(logits, vocabulary)
     return {
       hidden,
-      best: scoresOf(logits, {}),
-      ...(scales && { probabilities: probabilitiesOf(logits, scales.reshape([batch.batch, 1, 1])) }),
+      best: scoresOf(likely),
+      ...(scales && { probabilities: probabilitiesOf(likely, scales.reshape([batch.batch, 1, 1])) }),
       ...(withLogits && { logits: logits.reshape([batch.batch * rows, logits.shape[2]]) }),
     }
   }

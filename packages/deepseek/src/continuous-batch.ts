@@ -30,7 +30,7 @@ import {
 } from './generate.ts'
 import { logProbsBehind, logProbsOf, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { follow } from './sampling.ts'
+import { follow, type Scoring } from './sampling.ts'
 import { usualPrecision } from './usual-precision.ts'
 
 /** Room for texts that are made at the same time. */
@@ -65,7 +65,7 @@ interface Made {
 class Text {
   /** Prompt, and what was made of it. */
   readonly tokens: number[]
-  readonly options: TurnOptions
+  readonly options: TurnOptions & Scoring
   readonly told: Told
   /** Tokens of the prompt. */
   readonly prompt: number
@@ -92,7 +92,7 @@ class Text {
 
   constructor(
     tokens: number[],
-    options: TurnOptions,
+    options: TurnOptions & Scoring,
     told: Told,
     { ends, most }: { readonly ends: readonly number[]; readonly most: number },
   ) {
@@ -198,8 +198,8 @@ export class ContinuousBatch {
   generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
     checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
     this.#needAlive()
-    const result = generation(this.#model, this.#drafter.depth, ids, options, (tokens, told) =>
-      this.#text(tokens, options, told),
+    const result = generation(this.#model, this.#drafter.depth, ids, options, (tokens, told, vocabulary) =>
+      this.#text(tokens, { ...options, vocabulary }, told),
     )
     const { tokens } = this.#cache
     if (ids.length <= tokens) return result
@@ -230,7 +230,7 @@ export class ContinuousBatch {
   }
 
   /** The reader's side. */
-  async *#text(tokens: number[], options: TurnOptions, told: Told): AsyncGenerator<number> {
+  async *#text(tokens: number[], options: TurnOptions & Scoring, told: Told): AsyncGenerator<number> {
     const { signal, onToken, maxTokens = 128, promptLogProbs } = options
     const { stats } = told
     this.#needAlive()
@@ -338,7 +338,7 @@ export class ContinuousBatch {
       const { length } = this.#begun(text)
       if (length + 1 + text.drafts.length > this.#cache.tokens) text.drafts = []
       if (!this.#reserve(text, length + 1 + text.drafts.length)) continue
-      const kind = `${text.drafts.length} ${text.memory.kind}`
+      const kind = `${text.drafts.length} ${text.memory.kind} ${text.options.vocabulary}`
       ready.set(kind, [...(ready.get(kind) ?? []), text])
     }
     for (const alike of ready.values()) {

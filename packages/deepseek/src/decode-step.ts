@@ -3,7 +3,7 @@ import type { KvCache } from '@moe/attention-mla'
 import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
 import type { DeepSeek } from './model.ts'
-import { type SamplingOptions, type Scores, scoresOf } from './sampling.ts'
+import { type Scores, type Scoring, scoresOf } from './sampling.ts'
 
 type States = {
   /** Hidden states of the new tokens, `[1, n, D]`. */
@@ -26,7 +26,7 @@ interface Followed {
 export class DecodeStep {
   readonly #model: DeepSeek
   readonly #cache: KvCache
-  #sampling: SamplingOptions = {}
+  #scoring: Scoring = { vocabulary: 0 }
   readonly #passes: CachedPasses<States>
 
   constructor(model: DeepSeek, cache: KvCache, precision: Precision) {
@@ -36,11 +36,11 @@ export class DecodeStep {
   }
 
   /** Of the passes that follow. What was recorded of those before has theirs in it. */
-  set sampling({ temperature, repetitionPenalty }: SamplingOptions) {
-    const before = this.#sampling
-    const same = temperature === before.temperature && repetitionPenalty === before.repetitionPenalty
-    if (!same) this.#passes.dispose()
-    this.#sampling = { temperature, repetitionPenalty }
+  set scoring({ temperature, repetitionPenalty, vocabulary }: Scoring) {
+    const scoring = { temperature, repetitionPenalty, vocabulary }
+    const names = ['temperature', 'repetitionPenalty', 'vocabulary'] as const
+    if (names.some(name => scoring[name] !== this.#scoring[name])) this.#passes.dispose()
+    this.#scoring = scoring
   }
 
   /** Adds tokens to the cache; gives their hidden states and what follows the last `wanted` of them, and its logits where `withLogits`. */
@@ -67,7 +67,7 @@ export class DecodeStep {
     const hidden = this.#model.hidden(ids, { cache: this.#cache })
     const length = ids.shape[1]
     const logits = this.#model.lm_head.forward(hidden.narrow(1, length - wanted, length))
-    const scores = scoresOf(logits, this.#sampling)
+    const scores = scoresOf(logits, this.#scoring)
     return { hidden, scores, ...(withLogits && { logits: logits.reshape([wanted, logits.shape[2]]) }) }
   }
 

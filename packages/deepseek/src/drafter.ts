@@ -140,7 +140,7 @@ export class Drafter {
       const [batch, time, features] = next.shape
       cache.advance(time)
       const rows = next.reshape([batch * time, features]).takeRows(last as Tensor)
-      return { next, best: scoresOf(module.score(rows.reshape([batch, 1, features])), {}) }
+      return { next, best: scoresOf(module.score(rows.reshape([batch, 1, features]))) }
     }
   }
 

@@ -45,6 +45,8 @@ export interface GenerateOptions extends TurnOptions, SessionOptions {}
 export interface TextTokenizer {
   /** Takes ids one at a time and gives text that is whole; `end` gives what is left. It is asked for with `skipSpecialTokens`. */
   createDecodeStream(options?: { skipSpecialTokens?: boolean }): { push(id: number): string; end(): string }
+  /** Ids from here on have no text, and are not made: models have more where their vocabulary is filled up. Default: all have one. */
+  readonly vocabSize?: number
 }
 
 /** How a turn of a session is made that yields text. */
@@ -116,13 +118,13 @@ export interface Told {
   readonly promptLogProbs: Array<TokenLogProb | null>
 }
 
-/** What `generate` of a model and of a session give: `decode` is called for the ids, once all is checked. */
+/** What `generate` of a model and of a session give: `decode` is called for the ids, once all is checked, with how many of the vocabulary may be made. */
 export function generation(
   model: DeepSeek,
   depth: number,
   prompt: ArrayLike<number>,
   options: TurnOptions & Partial<TextTurnOptions>,
-  decode: (tokens: number[], told: Told) => AsyncGenerator<number>,
+  decode: (tokens: number[], told: Told, vocabulary: number) => AsyncGenerator<number>,
 ): Generation<number | string> {
   const { tokenizer } = options
   const stops = checkTurn(model, prompt, options)
@@ -138,7 +140,8 @@ export function generation(
     },
   }
   const told: Told = { stats, logProbs: [], promptLogProbs: options.promptLogProbs === undefined ? [] : [null] }
-  const ids = decode(Array.from(prompt), told)
+  const vocabulary = Math.min(model.config.vocab_size, tokenizer?.vocabSize ?? Infinity)
+  const ids = decode(Array.from(prompt), told, vocabulary)
   const once = tokenizer ? texts(ids, tokenizer, stops, stats) : ids
   return { ...told, [Symbol.asyncIterator]: () => once }
 }

@@ -3,9 +3,10 @@ import { fileURLToPath } from 'node:url'
 import { Random, scope, setDefaultBackend, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { describe, expect, test } from 'vitest'
-import { DeepSeek, presets } from './index.ts'
+import { DeepSeek, presets, type TurnOptions } from './index.ts'
 import { loadWeights } from './pretrained.ts'
 import { penalize, restrict, type SamplingOptions, sample, scoresOf, verifyDraft } from './sampling.ts'
+import { tiny } from './test-tiny.ts'
 
 const backend = referenceBackend()
 setDefaultBackend(backend)
@@ -217,4 +218,63 @@ test('greedy: the likeliest token, the lowest of equals, and drafts stand if the
   expect(sample(first, {}, random)).toBe(1)
   expect(verifyDraft(first, 1, {}, random)).toEqual({ token: 1, accepted: true })
   expect(verifyDraft(first, 3, {}, random)).toEqual({ token: 1, accepted: false })
+})
+
+describe('a vocabulary that is filled up', () => {
+  // Of 40 ids the tokenizer has text for 7: a random model makes others all the time.
+  const tokenizer = { vocabSize: 7, createDecodeStream: () => ({ push: (id: number) => `${id},`, end: () => '' }) }
+  const ways: TurnOptions[] = [
+    {},
+    { temperature: 1.5, seed: 1 },
+    { temperature: 1.5, seed: 1, topK: 20, topP: 0.9 },
+    { repetitionPenalty: 1.3 },
+    { temperature: 1, repetitionPenalty: 1.3, seed: 2 },
+  ]
+  const read = async <T>(text: AsyncIterable<T>) => {
+    const parts: T[] = []
+    for await (const part of text) parts.push(part)
+    return parts
+  }
+  const idsOf = async (text: AsyncIterable<string>) => (await read(text)).join('').split(',').slice(0, -1).map(Number)
+
+  test.each([false, true])(
+    'ids without a text are not made, and are as likely as they are (drafts: %s)',
+    async speculative => {
+      const model = new DeepSeek({ ...tiny, num_nextn_predict_layers: 2 }, { seed: 2 })
+      const session = model.session({ speculative })
+      const batch = model.continuousBatch({ speculative })
+      const turn = { maxTokens: 25, logProbs: 3 }
+      const whole = batch.generate([3, 4], { ...turn, temperature: 1.5 })
+      const made = ways.map(way => batch.generate([1, 2], { ...way, ...turn, tokenizer }))
+      const [together] = await Promise.all([Promise.all(made.map(idsOf)), read(whole)])
+      expect(Math.max(...whole.logProbs.map(({ token }) => token))).toBeGreaterThan(6)
+      for (const [i, way] of ways.entries()) {
+        const alone = model.generate([1, 2], { ...way, ...turn, tokenizer, speculative })
+        const ids = await idsOf(alone)
+        expect(ids).toHaveLength(25)
+        expect(Math.max(...ids)).toBeLessThan(7)
+        expect(together[i]).toEqual(ids)
+        expect(await idsOf(session.generate([1, 2], { ...way, ...turn, tokenizer }))).toEqual(ids)
+        // By the logits of all.
+        const [scored] = await model.score([[1, 2, ...ids]], { top: 3 })
+        for (const { logProbs } of [alone, made[i]]) {
+          expect(logProbs.map(({ token, top }) => [token, top.map(({ token }) => token)])).toEqual(
+            scored.slice(2).map(one => [one?.token, one?.top.map(({ token }) => token)]),
+          )
+        }
+        expect(alone.logProbs.some(({ top }) => top[0].token >= 7)).toBe(true)
+      }
+      batch.dispose()
+      session.dispose()
+      model.dispose()
+    },
+  )
+
+  test('the likeliest of those that have one is taken', async () => {
+    const model = new DeepSeek(tiny, { seed: 2 })
+    const ids = await idsOf(model.generate([1, 2], { maxTokens: 1, tokenizer }))
+    const [told] = await model.score([[1, 2, 0]], { top: 40 })
+    expect(ids).toEqual([told[2]?.top.find(({ token }) => token < 7)?.token])
+    model.dispose()
+  })
 })

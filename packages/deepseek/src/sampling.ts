@@ -20,6 +20,12 @@ export interface SamplingOptions {
   readonly repetitionPenalty?: number
 }
 
+/** How what follows is scored. */
+export interface Scoring extends SamplingOptions {
+  /** Tokens with ids from here on are not made. */
+  readonly vocabulary: number
+}
+
 /** What follows a token: the probabilities of all, or, where nothing is drawn, the likeliest. */
 export type Scores = Float32Array | number
 
@@ -33,11 +39,19 @@ export const isDrawn = ({ temperature = 0 }: SamplingOptions): boolean => temper
  * Where the logits `[..., V]` are: probabilities at that temperature, or the likeliest tokens `i32 [..., 1]`, the lowest of equals, at 0. The logits themselves
  * where `penalize` is still to come.
  */
-export function scoresOf(logits: Tensor, { temperature = 0, repetitionPenalty = 1 }: SamplingOptions): Tensor {
+export function scoresOf(
+  all: Tensor,
+  { temperature = 0, repetitionPenalty = 1, vocabulary }: Partial<Scoring> = {},
+): Tensor {
+  const logits = vocabulary === undefined ? all : upTo(all, vocabulary)
   if (repetitionPenalty !== 1) return logits
   if (!isDrawn({ temperature })) return logits.topk(1).indices
   return probabilitiesOf(logits, 1 / temperature)
 }
+
+/** Of logits `[..., V]` those of tokens that may be made, `[..., vocabulary]`. */
+export const upTo = (logits: Tensor, vocabulary: number): Tensor =>
+  vocabulary < (logits.shape.at(-1) as number) ? logits.narrow(-1, 0, vocabulary) : logits
 
 /** Of logits `[..., V]` at the reciprocal of a temperature, one for all or of each row. */
 export function probabilitiesOf(logits: Tensor, coldness: Tensor | number): Tensor {

@@ -26,7 +26,7 @@ import {
 } from './generate.ts'
 import { logProbsBehind, logProbsOf } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { follow } from './sampling.ts'
+import { follow, type Scoring } from './sampling.ts'
 import { usualPrecision } from './usual-precision.ts'
 
 /** Most tokens of a prompt in one pass. Tests make it small. */
@@ -79,7 +79,9 @@ export class Session {
   generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
     checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
     this.#needAlive()
-    return generation(this.#model, this.#depth, ids, options, (tokens, told) => this.#decode(tokens, options, told))
+    return generation(this.#model, this.#depth, ids, options, (tokens, told, vocabulary) =>
+      this.#decode(tokens, { ...options, vocabulary }, told),
+    )
   }
 
   /** Frees the cache. A text that is being made ends with E_DISPOSED. */
@@ -95,7 +97,7 @@ export class Session {
     throw new MoeError({ code: 'E_DISPOSED', op: 'generate', problem: 'the session was disposed', fix })
   }
 
-  async *#decode(tokens: number[], options: TurnOptions, told: Told): AsyncGenerator<number> {
+  async *#decode(tokens: number[], options: TurnOptions & Scoring, told: Told): AsyncGenerator<number> {
     const { maxTokens = 128, signal, onToken, logProbs, promptLogProbs } = options
     const { stats } = told
     const prompt = tokens.length
@@ -123,7 +125,7 @@ export class Session {
     try {
       const parts = this.#ready(tokens, options)
       const { cache, step } = parts
-      step.sampling = options
+      step.scoring = options
       stats.reused = cache.lengths[0]
       let pending = tokens.slice(stats.reused)
       let drafts: number[] = []
