@@ -23,6 +23,7 @@ const HELP = `moe-serve FOLDER [options]: an OpenAI-compatible server of a model
   --max-texts N      texts that are made at once; others wait (default 8)
   --cache-tokens N   tokens that are remembered of all texts (default: a context, or 2048 a text where that is more)
   --cache FORMAT     f32 (default), or bf16 for half the memory
+  --speculative      let the model's MTP modules draft (default: they do not)
   --threads N        of the CPU (default: one a core)
   --json             log lines as JSON, on standard output
   --quiet            no log lines
@@ -52,6 +53,7 @@ function readArguments() {
       'max-texts': { type: 'string' },
       'cache-tokens': { type: 'string' },
       cache: { type: 'string' },
+      speculative: { type: 'boolean', default: false },
       threads: { type: 'string' },
       json: { type: 'boolean', default: false },
       quiet: { type: 'boolean', default: false },
@@ -93,7 +95,7 @@ const say = (text: string) => process.stderr.write(`${text}\n`)
 const tell = (line: string) => process.stdout.write(`${line}\n`)
 
 async function main(options: ReturnType<typeof readArguments>): Promise<void> {
-  const { folder, json, quiet, host, threads, precision } = options
+  const { folder, json, quiet, host, threads, precision, speculative } = options
   if (folder === undefined) throw new UsageError('which model?')
   const backend = await firstAvailable([
     () => import('@moe/kernels-cuda'),
@@ -109,6 +111,7 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
     name: options.name,
     chatTemplate: options['chat-template'],
   })
+  if (speculative && model.mtp.length === 0) throw new UsageError(`--speculative: ${path} has no MTP modules`)
   const color = process.stderr.isTTY && !process.env.NO_COLOR
   const app = createServer({
     model,
@@ -117,6 +120,7 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
       maxTexts: options.maxTexts,
       cacheTokens: options.cacheTokens,
       cacheDtype: options.cache,
+      speculative,
     }),
     tokenizer,
     chatTemplate,

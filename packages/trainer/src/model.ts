@@ -129,6 +129,8 @@ export interface TextTokenizer {
   readonly vocabSize?: number
   /** Asked for the usual names of the tokens that begin and end a document, unless their ids are given. */
   tokenToId?(token: string): number | undefined
+  /** The inverse: checkpoints name these tokens in `tokenizer_config.json`. */
+  idToToken?(id: number): string | undefined
   /** Content of `tokenizer.json`, stored beside the model in every checkpoint. */
   toJSON?(): unknown
 }

@@ -346,9 +346,10 @@ export class Run {
   }
 
   get parts() {
-    const { data, tokenizer } = this.settings
+    const { data, tokenizer, bos, eos } = this.settings
     const template = 'template' in data ? data.template : undefined
-    return { model: this.model, optimizer: this.optimizerOnRanks ?? this.optimizer, tokenizer, template }
+    const optimizer = this.optimizerOnRanks ?? this.optimizer
+    return { model: this.model, optimizer, tokenizer, template, around: { bos, eos } }
   }
 
   /** Makes the model whole where ranks have parts of it. */

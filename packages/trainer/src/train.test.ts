@@ -157,7 +157,8 @@ describe('a run', () => {
       out,
       checkpointEvery: 3,
       data: { training: letterTexts(20, 50), validation: ['abc'] },
-      tokenizer: { ...letters, toJSON: () => ({ version: '1.0' }) },
+      tokenizer: { ...letters, idToToken: id => `<${id}>`, toJSON: () => ({ version: '1.0' }) },
+      eos: 2,
     })
     const lines = readMetrics(join(out, 'metrics.jsonl'))
     expect(lines).toHaveLength(12)
@@ -185,7 +186,15 @@ describe('a run', () => {
     expect((await readdir(join(result.checkpoint ?? '', 'model'))).sort()).toEqual([
       'model.safetensors',
       'tokenizer.json',
+      'tokenizer_config.json',
     ])
+    // One that is given, and one that has a usual name.
+    const config = await readFile(join(result.checkpoint ?? '', 'model', 'tokenizer_config.json'), 'utf8')
+    expect(JSON.parse(config)).toEqual({
+      tokenizer_class: 'PreTrainedTokenizerFast',
+      bos_token: '<10>',
+      eos_token: '<2>',
+    })
     expect(events.filter(({ type }) => type === 'checkpoint')).toHaveLength(4)
   })
 

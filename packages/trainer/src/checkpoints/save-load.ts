@@ -11,6 +11,7 @@ import {
 } from '@moe/checkpoint'
 import { isMoeError, loadStateDict, MoeError, type StateEntry, stateDict } from '@moe/core'
 import type { ConversationTemplate } from '../data/conversations.ts'
+import { type DocumentTokens, documentTokens } from '../data/token-dataset.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
 import type { Optimizer } from '../optim/optimizer.ts'
 import { otherCheckpoints, publishCheckpoint, reasonOf, STATE_FILE } from './checkpoint-folder.ts'
@@ -35,6 +36,8 @@ export interface CheckpointParts {
   readonly optimizer: StoredOptimizer
   readonly tokenizer?: TextTokenizer
   readonly template?: ConversationTemplate | undefined
+  /** Ids of the tokens around documents, as far as they were given. */
+  readonly around?: DocumentTokens
 }
 
 /** Saves a checkpoint of the run in `out` and returns its path. See `publishCheckpoint` for what a failure leaves. */
@@ -44,13 +47,15 @@ export async function saveTraining(
   state: TrainerState,
   keep: number,
 ): Promise<string> {
-  const { model, optimizer, tokenizer, template } = parts
+  const { model, optimizer, tokenizer, template, around = {} } = parts
   return publishCheckpoint(out, state.step, keep, async temporary => {
     const modelFolder = join(temporary, MODEL_FOLDER)
     await mkdir(modelFolder)
     if (model.save === undefined) await saveCheckpoint(modelFolder, stateDict(model))
     else await model.save(modelFolder)
-    const beside = { 'tokenizer.json': tokenizer?.toJSON?.(), 'tokenizer_config.json': template?.toJSON?.() }
+    const tokenizerFile = tokenizer?.toJSON?.()
+    const config = template?.toJSON?.() ?? (tokenizer && tokenizerFile && tokenizerConfig(tokenizer, around))
+    const beside = { 'tokenizer.json': tokenizerFile, 'tokenizer_config.json': config }
     for (const [name, content] of Object.entries(beside)) {
       if (content !== undefined) await writeFlushed(join(modelFolder, name), `${JSON.stringify(content, null, 2)}\n`)
     }
@@ -60,6 +65,13 @@ export async function saveTraining(
     // Last, because its presence makes the checkpoint complete.
     await writeFlushed(join(temporary, STATE_FILE), encodeTrainerState(state))
   })
+}
+
+/** What transformers wants to know besides `tokenizer.json`. */
+function tokenizerConfig(tokenizer: TextTokenizer, around: DocumentTokens): Record<string, string | undefined> {
+  const { bos, eos } = documentTokens(tokenizer, around)
+  const named = (id: number | null) => (id === null ? undefined : tokenizer.idToToken?.(id))
+  return { tokenizer_class: 'PreTrainedTokenizerFast', bos_token: named(bos), eos_token: named(eos) }
 }
 
 async function writeFlushed(path: string, text: string): Promise<void> {

@@ -27,6 +27,15 @@ export interface DocumentTokens {
   readonly eos?: number | null
 }
 
+/** Ids of the tokens that begin and end a document. An end token serves for both where there is no other. */
+export function documentTokens(
+  tokenizer: TextTokenizer,
+  { bos, eos }: DocumentTokens,
+): { readonly bos: number | null; readonly eos: number | null } {
+  const end = eos === undefined ? tokenNamed(tokenizer, 'end') : eos
+  return { bos: bos === undefined ? (tokenNamed(tokenizer, 'begin') ?? end) : bos, eos: end }
+}
+
 /** Tokens of which only some are to be learned: an instruction and its answer. */
 export interface Example {
   /** Ids of the whole example, in order. */
@@ -85,8 +94,7 @@ export class TokenDataset {
     checkDocuments('TokenDataset', documents)
     if (typeof tokenizer?.encode !== 'function') throw noTokenizer(tokenizer)
     checkOptions('TokenDataset.fromTexts', options, { bos: true, eos: true })
-    const eos = options.eos === undefined ? tokenNamed(tokenizer, 'end') : options.eos
-    const bos = options.bos === undefined ? (tokenNamed(tokenizer, 'begin') ?? eos) : options.bos
+    const { bos, eos } = documentTokens(tokenizer, options)
     const stream = new GrowingStream()
     const starts: number[] = []
     let textBytes = 0
