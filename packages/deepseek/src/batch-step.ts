@@ -4,7 +4,7 @@ import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
 import type { TurnOptions } from './generate.ts'
 import type { DeepSeek } from './model.ts'
-import { isDrawn, probabilitiesOf, type Scores, type Scoring, scoresOf, upTo } from './sampling.ts'
+import { isDrawn, needsLogits, probabilitiesOf, type Scores, type Scoring, scoresOf, upTo } from './sampling.ts'
 
 type Out = {
   /** Hidden states of the new tokens, `[B, n, D]`. */
@@ -13,7 +13,7 @@ type Out = {
   readonly best?: Tensor
   /** `[B, w, vocabulary]`, at the temperature of each sequence. */
   readonly probabilities?: Tensor
-  /** `[B * w, V]`, for penalties and log-probabilities. */
+  /** `[B * w, V]`, for penalties, constraints and log-probabilities. */
   readonly logits?: Tensor
 }
 
@@ -56,14 +56,13 @@ export class BatchStep {
       passes = new CachedPasses<Out>(this.#model, batch, this.#precision)
       this.#passes.set(batch, passes)
     }
-    const penalized = (each: Asked) => (each.repetitionPenalty ?? 1) !== 1
-    const drawn = (each: Asked) => !penalized(each) && isDrawn(each)
+    const drawn = (each: Asked) => !needsLogits(each) && isDrawn(each)
     const [{ vocabulary }] = options
     const wanted = {
       rows,
       vocabulary,
       probabilities: rows > 0 && options.some(drawn),
-      logits: rows > 0 && options.some(each => penalized(each) || each.logProbs !== undefined),
+      logits: rows > 0 && options.some(each => needsLogits(each) || each.logProbs !== undefined),
     }
     const numbers = Float32Array.from(options, each => (drawn(each) ? 1 / (each.temperature as number) : 1))
     const { hidden, best, probabilities, logits } = passes.run(
@@ -73,12 +72,12 @@ export class BatchStep {
       wanted.probabilities ? { numbers } : {},
     )
     try {
-      const onHost = [best, probabilities, options.some(penalized) ? logits : undefined]
+      const onHost = [best, probabilities, options.some(needsLogits) ? logits : undefined]
       const [likeliest, shares, raw] = await Promise.all(onHost.map(tensor => tensor?.values()))
       const rowOf = (all: unknown, row: number, size: number) =>
         (all as Float32Array).subarray(row * size, row * size + vocabulary)
       const scoresAt = (each: Asked, row: number): Scores => {
-        if (penalized(each)) return rowOf(raw, row, this.#model.config.vocab_size)
+        if (needsLogits(each)) return rowOf(raw, row, this.#model.config.vocab_size)
         return drawn(each) ? rowOf(shares, row, vocabulary) : (likeliest as Int32Array)[row]
       }
       const scores = options.map((each, b) => Array.from({ length: rows }, (_, i) => scoresAt(each, b * rows + i)))

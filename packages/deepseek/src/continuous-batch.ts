@@ -30,7 +30,7 @@ import {
 } from './generate.ts'
 import { logProbsBehind, logProbsOf, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { follow, type Scoring } from './sampling.ts'
+import { follow, type Scores, type Scoring } from './sampling.ts'
 import { usualPrecision } from './usual-precision.ts'
 
 /** Room for texts that are made at the same time. */
@@ -406,9 +406,7 @@ export class ContinuousBatch {
     const options = texts.map(({ options }) => options)
     const { hidden, logits, scores } = await this.#step.run(batch, ids, rows, options)
     try {
-      const made = texts.map(({ options, random, known, drafts, told: { stats } }, b) =>
-        follow(scores[b], drafts, { options, random, known, stats }),
-      )
+      const made = await Promise.all(texts.map((text, b) => follows(text, scores[b])))
       await this.#tellPrompt(texts[0], starts[0], hidden)
       const likely = logits && (await this.#likely(logits, made, rows, options))
       const drafted = texts.map(({ tokens, memory }, b) => {
@@ -493,6 +491,17 @@ export class ContinuousBatch {
     if (text.sequence !== null) this.#cache.release(text.sequence)
     text.sequence = null
     text.memory.forget()
+  }
+}
+
+/** The tokens that a text goes on with. A constraint that fails ends its own text and no other, which needs a token until the pass is over. */
+async function follows(text: Text, scores: readonly Scores[]): Promise<number[]> {
+  const { options, random, known, ends, drafts, told } = text
+  try {
+    return await follow(scores, drafts, { options, random, known, ends, stats: told.stats })
+  } catch (error) {
+    text.fail(error)
+    return [0]
   }
 }
 

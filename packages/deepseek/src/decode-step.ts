@@ -3,7 +3,7 @@ import type { KvCache } from '@moe/attention-mla'
 import type { Precision, Tensor } from '@moe/core'
 import { CachedPasses } from './cached-passes.ts'
 import type { DeepSeek } from './model.ts'
-import { type Scores, type Scoring, scoresOf } from './sampling.ts'
+import { needsLogits, type Scores, type Scoring, scoresOf } from './sampling.ts'
 
 type States = {
   /** Hidden states of the new tokens, `[1, n, D]`. */
@@ -36,10 +36,13 @@ export class DecodeStep {
   }
 
   /** Of the passes that follow. What was recorded of those before has theirs in it. */
-  set scoring({ temperature, repetitionPenalty, vocabulary }: Scoring) {
-    const scoring = { temperature, repetitionPenalty, vocabulary }
-    const names = ['temperature', 'repetitionPenalty', 'vocabulary'] as const
-    if (names.some(name => scoring[name] !== this.#scoring[name])) this.#passes.dispose()
+  set scoring(scoring: Scoring) {
+    const { temperature, vocabulary } = this.#scoring
+    const same =
+      scoring.temperature === temperature &&
+      scoring.vocabulary === vocabulary &&
+      needsLogits(scoring) === needsLogits(this.#scoring)
+    if (!same) this.#passes.dispose()
     this.#scoring = scoring
   }
 

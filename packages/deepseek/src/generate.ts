@@ -70,6 +70,7 @@ export const turnNames: OptionNames<TextTurnOptions> = {
   topP: true,
   minP: true,
   repetitionPenalty: true,
+  constraint: true,
   seed: true,
   stop: true,
   logProbs: true,

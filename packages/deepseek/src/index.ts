@@ -26,7 +26,7 @@ export { DeepSeek, type DeepSeekLoss, type DeepSeekOptions, type Objective } fro
 export type { DeepSeekPieces, PieceRunner, RouteElsewhere } from './pieces.ts'
 export { presets } from './presets.ts'
 export { loadWeights } from './pretrained.ts'
-export type { SamplingOptions } from './sampling.ts'
+export type { AllowedTokens, SamplingOptions, TokenConstraint } from './sampling.ts'
 export type { ScoreOptions } from './score.ts'
 export type { Session } from './session.ts'
 export type { DeepSeekStage, DeepSeekStages, StageResult } from './stages.ts'

@@ -1,8 +1,23 @@
 /** @file From logits to a token: to probabilities on the device, and to one of them here. */
 import { MoeError, type Random, softmax, type Tensor } from '@moe/core'
 
+/** A bit for each token. */
+export type AllowedTokens = Int32Array | Uint32Array | null
+
+/** Says which tokens may come next in a text: that of a grammar, say. One object is of one text. */
+export interface TokenConstraint {
+  /**
+   * The tokens that may come next, asked before each: bit `id % 32` of word `id / 32` is 1 for one that may, and ids behind the last word may not. Null: all may. The
+   * words are read at once; the pass waits for a promise. A text for which none may fails with E_ATTR.
+   */
+  allowed(): AllowedTokens | Promise<AllowedTokens>
+  /** The text goes on with this token, or ends with it. */
+  accept(token: number): void
+}
+
 /**
- * How a token is chosen: logits are penalized, divided by the temperature, and of their probabilities `topK`, then `topP`, then `minP` leave some.
+ * How a token is chosen: logits are penalized, those of tokens that may not come left out, divided by the temperature, and of their probabilities `topK`, then
+ * `topP`, then `minP` leave some.
  */
 export interface SamplingOptions {
   /** 0 takes the likeliest token, always the same; 1 draws as the model says. Default 0. */
@@ -18,6 +33,8 @@ export interface SamplingOptions {
    * itself less, also at temperature 0 (Keskar et al. 2019, "CTRL"). 1.2 is usual. Default 1.
    */
   readonly repetitionPenalty?: number
+  /** Which tokens may come next. Default: all. */
+  readonly constraint?: TokenConstraint
 }
 
 /** How what follows is scored. */
@@ -35,18 +52,19 @@ const coldest = 1e-30
 /** Whether a token is drawn, and not the likeliest one taken. */
 export const isDrawn = ({ temperature = 0 }: SamplingOptions): boolean => temperature >= coldest
 
+/** Whether `penalize` is still to come. */
+export const needsLogits = ({ repetitionPenalty = 1, constraint }: SamplingOptions): boolean =>
+  repetitionPenalty !== 1 || constraint !== undefined
+
 /**
  * Where the logits `[..., V]` are: probabilities at that temperature, or the likeliest tokens `i32 [..., 1]`, the lowest of equals, at 0. The logits themselves
  * where `penalize` is still to come.
  */
-export function scoresOf(
-  all: Tensor,
-  { temperature = 0, repetitionPenalty = 1, vocabulary }: Partial<Scoring> = {},
-): Tensor {
+export function scoresOf(all: Tensor, options: Partial<Scoring> = {}): Tensor {
+  const { temperature = 0, vocabulary } = options
   const logits = vocabulary === undefined ? all : upTo(all, vocabulary)
-  if (repetitionPenalty !== 1) return logits
-  if (!isDrawn({ temperature })) return logits.topk(1).indices
-  return probabilitiesOf(logits, 1 / temperature)
+  if (needsLogits(options)) return logits
+  return isDrawn(options) ? probabilitiesOf(logits, 1 / temperature) : logits.topk(1).indices
 }
 
 /** Of logits `[..., V]` those of tokens that may be made, `[..., vocabulary]`. */
@@ -60,7 +78,7 @@ export function probabilitiesOf(logits: Tensor, coldness: Tensor | number): Tens
 
 /** @throws MoeError E_ATTR for a value outside its range. */
 export function checkSampling(options: SamplingOptions & { readonly seed?: number }): void {
-  const { temperature = 0, topK = 1, topP = 1, minP = 0, repetitionPenalty = 1 } = options
+  const { temperature = 0, topK = 1, topP = 1, minP = 0, repetitionPenalty = 1, constraint } = options
   const problems: string[] = []
   const idle = (['topK', 'topP', 'minP', 'seed'] as const).filter(name => options[name] !== undefined)
   if (options.temperature === undefined && idle.length > 0) {
@@ -73,8 +91,13 @@ export function checkSampling(options: SamplingOptions & { readonly seed?: numbe
   if (!(repetitionPenalty > 0 && repetitionPenalty < Infinity)) {
     problems.push(`repetitionPenalty = ${repetitionPenalty} is not above 0`)
   }
+  if (constraint !== undefined && !(isFunction(constraint?.allowed) && isFunction(constraint.accept))) {
+    problems.push('constraint has no functions allowed and accept')
+  }
   if (problems.length > 0) throw new MoeError({ code: 'E_ATTR', op: 'generate', problem: problems.join('; ') })
 }
+
+const isFunction = (value: unknown): boolean => typeof value === 'function'
 
 /** The next token. Probabilities that are left out become 0. */
 export function sample(scores: Scores, options: SamplingOptions, random: Random): number {
@@ -87,25 +110,29 @@ interface Following {
   readonly random: Random
   /** Tokens that stand before, for penalties. */
   readonly known: Set<number>
+  /** Tokens that end it. */
+  readonly ends: ReadonlySet<number | string>
   /** Counts of drafts by depth. */
   readonly stats: { readonly drafted: number[]; readonly accepted: number[] }
 }
 
 /** The tokens that stand by what follows each of a pass, `scores`: of the drafts as many as do, and one more. */
-export function follow(scores: readonly Scores[], drafts: readonly number[], text: Following): number[] {
-  const { options, random, known, stats } = text
+export async function follow(scores: readonly Scores[], drafts: readonly number[], text: Following): Promise<number[]> {
+  const { options, random, known, ends, stats } = text
   const made: number[] = []
   for (const [i, each] of scores.entries()) {
-    const penalized = penalize(each, known, options)
+    const allowed = await options.constraint?.allowed()
+    const penalized = penalize(each, known, options, allowed)
     const last = i === drafts.length
     const { token, accepted } = last
       ? { token: sample(penalized, options, random), accepted: false }
       : verifyDraft(penalized, drafts[i], options, random)
     made.push(token)
     known.add(token)
+    options.constraint?.accept(token)
     if (!last) stats.drafted[i]++
-    if (!accepted) break
-    stats.accepted[i]++
+    if (accepted) stats.accepted[i]++
+    if (!accepted || ends.has(token)) break
   }
   return made
 }
@@ -124,23 +151,43 @@ export function verifyDraft(
 // Vocabularies have 100,000 tokens and more, and this is done for each of a text: plain loops, whose length is a constant, as an inlined one that reads
 // the array's takes five times as long.
 
-/** From logits, of which those of `before` are penalized, to scores. Without a penalty they are that by now. */
+/** From logits, of which those of `before` are penalized and only those of `allowed` left, to scores. Where neither is asked for they are that by now. */
 export function penalize(
   scores: Scores,
   before: Iterable<number>,
-  { temperature = 0, repetitionPenalty = 1 }: SamplingOptions,
+  options: SamplingOptions,
+  allowed: AllowedTokens = null,
 ): Scores {
-  if (typeof scores === 'number' || repetitionPenalty === 1) return scores
-  for (const token of before) {
-    scores[token] = scores[token] < 0 ? scores[token] * repetitionPenalty : scores[token] / repetitionPenalty
+  const { temperature = 0, repetitionPenalty = 1 } = options
+  if (typeof scores === 'number' || !needsLogits(options)) return scores
+  if (repetitionPenalty !== 1) {
+    for (const token of before) {
+      scores[token] = scores[token] < 0 ? scores[token] * repetitionPenalty : scores[token] / repetitionPenalty
+    }
   }
+  if (allowed) leaveOut(scores, allowed)
   const { length } = scores
   let best = 0
-  for (let i = 1; i < length; i++) if (scores[i] > scores[best]) best = i
-  if (!isDrawn({ temperature })) return best
+  while (scores[best] === -Infinity) best++
+  if (best === length) {
+    throw new MoeError({ code: 'E_ATTR', op: 'generate', problem: 'of all tokens none is allowed by the constraint' })
+  }
+  for (let i = best + 1; i < length; i++) if (scores[i] > scores[best]) best = i
+  if (!isDrawn(options)) return best
   const largest = scores[best]
   for (let i = 0; i < length; i++) scores[i] = Math.exp((scores[i] - largest) / temperature)
   return scores
+}
+
+function leaveOut(logits: Float32Array, allowed: Int32Array | Uint32Array): void {
+  const { length } = logits
+  for (let start = 0; start < length; start += 32) {
+    // All zeros behind the last.
+    const word = allowed[start >> 5]
+    if (~word === 0) continue
+    const end = Math.min(length, start + 32)
+    for (let i = start; i < end; i++) if (((word >>> (i & 31)) & 1) === 0) logits[i] = -Infinity
+  }
 }
 
 /** Leaves `topK` of the probabilities, of these `topP` and `minP`, and makes the others 0. */

@@ -146,7 +146,7 @@ export class Session {
         const ids = [...pending, ...drafts]
         const { rows, hidden, logits } = await step.run(ids, drafts.length + 1, logProbs !== undefined)
         this.#hidden = hidden
-        const made = follow(rows, drafts, { options, random, known, stats })
+        const made = await follow(rows, drafts, { options, random, known, ends, stats })
         const likely = logits && (await logProbsOf(logits, made, logProbs as number).finally(() => logits.dispose()))
         if (stats.steps === 0) await tellPrompt(hidden)
         stats.steps++
