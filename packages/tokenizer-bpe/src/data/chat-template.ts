@@ -30,12 +30,21 @@ export interface ChatConfig {
 
 /**
  * A template for models without tokens for roles, in the way of DeepSeek-V2: `User: …`, an empty line, `Assistant: …` and the end token. It needs `eos_token`; a
- * `bos_token` comes first where it is given.
+ * `bos_token` comes first where it is given. Tools (`variables: { tools }`, as OpenAI describes them) are told of in front, a line each; calls of them are written as
+ * Hermes does, results as `Tool: …`.
  */
 export const plainChatTemplate = [
   '{% if bos_token %}{{ bos_token }}{% endif %}',
+  '{% if tools %}{{ \'To call a tool, write <tool_call>, {"name": its name, "arguments": its arguments} and </tool_call>. Tools:\n\' }}',
+  "{% for tool in tools %}{{ (tool['function'] | tojson) + '\n' }}{% endfor %}{{ '\n' }}{% endif %}",
   "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}",
+  "{% elif message['role'] == 'assistant' and message['tool_calls'] %}",
+  "{{ 'Assistant:' }}{% if message['content'] %}{{ ' ' + message['content'] + '\n' }}{% endif %}",
+  "{% for call in message['tool_calls'] %}{% set given = call['function']['arguments'] %}",
+  "{{ '<tool_call>\n{\"name\": \"' + call['function']['name'] + '\", \"arguments\": ' }}",
+  "{% if given is string %}{{ given }}{% else %}{{ given | tojson }}{% endif %}{{ '}\n</tool_call>' }}{% endfor %}{{ eos_token }}",
   "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}",
+  "{% elif message['role'] == 'tool' %}{{ 'Tool: ' + message['content'] + '\n\n' }}",
   "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}",
   "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
 ].join('')

@@ -92,6 +92,26 @@ test('the plain template writes conversations as DeepSeek-V2 does', async () => 
   expect(without.render(messages)).toBe(`${text.slice(3)}Assistant:`)
 })
 
+test('the plain template tells of tools, and writes calls and results', async () => {
+  const template = await ChatTemplate.from({ chat_template: plainChatTemplate, eos_token: '</s>' })
+  const call = (given: unknown) => ({ id: 'a', type: 'function', function: { name: 'add', arguments: given } })
+  const messages = [
+    ...conversation.slice(1),
+    { role: 'assistant', content: 'I add.', tool_calls: [call({ a: [1, 'é"'], b: null })] },
+    { role: 'tool', content: '3', tool_call_id: 'a' },
+    { role: 'assistant', content: '', tool_calls: [call('{"a":1}'), call({})] },
+  ]
+  const tools = [{ type: 'function', function: { name: 'add', parameters: { type: 'object' } } }]
+  // What transformers 5.18 makes of it.
+  expect(template.render(messages, { addGenerationPrompt: false, variables: { tools } })).toBe(
+    'To call a tool, write <tool_call>, {"name": its name, "arguments": its arguments} and </tool_call>. Tools:\n' +
+      '{"name": "add", "parameters": {"type": "object"}}\n\n' +
+      'User: Hi\n\nAssistant: I add.\n<tool_call>\n{"name": "add", "arguments": {"a": [1, "é\\""], "b": null}}\n</tool_call></s>' +
+      'Tool: 3\n\nAssistant:<tool_call>\n{"name": "add", "arguments": {"a":1}}\n</tool_call>' +
+      '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call></s>',
+  )
+})
+
 test('a ChatTemplate is made again from its JSON', async () => {
   const config = { chat_template: plainChatTemplate, bos_token: { content: '<s>' }, eos_token: '</s>', pad_token: null }
   const template = await ChatTemplate.from(config)
