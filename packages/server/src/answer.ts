@@ -8,6 +8,7 @@ import { toApiError } from './errors.ts'
 import type { RequestRecord } from './request-record.ts'
 import type { TextEngine } from './text-engine.ts'
 import { type TextPart, type ToldToken, textParts } from './text-parts.ts'
+import { withCalls } from './tool-calls.ts'
 import type { Served, WantedTexts } from './wanted-texts.ts'
 
 /** What the handling of a request knows, as Hono's handlers have it. */
@@ -24,6 +25,8 @@ interface Text {
   readonly index: number
   readonly parts: AsyncIterable<TextPart>
   readonly stats: GenerationStats
+  /** Whether it calls tools. */
+  calls: boolean
 }
 
 export async function answer(
@@ -36,7 +39,16 @@ export async function answer(
   const { prompts, choices, includeUsage } = wanted
   const record = c.get('record')
   const stop = new AbortController()
-  const texts = begin(wanted, served, engine, stop.signal)
+  const end = () => {
+    for (const constraint of wanted.constraints ?? []) constraint.dispose()
+  }
+  let texts: Text[]
+  try {
+    texts = begin(wanted, served, engine, stop.signal)
+  } catch (error) {
+    end()
+    throw error
+  }
   const usage = () => {
     const promptTokens = prompts.reduce((sum, { ids }) => sum + ids.length, 0)
     const generatedTokens = texts.reduce((sum, { stats }) => sum + stats.tokens, 0)
@@ -50,8 +62,9 @@ export async function answer(
     }
   }
   const logProbsOf = (tokens: readonly ToldToken[] | null) => tokens && endpoint.logProbs(tokens, served.tokenizer)
-  const finished = ({ stats }: Text) => {
-    const reason = stats.finishReason ?? 'stop'
+  const finished = ({ stats, calls }: Text) => {
+    const ended = stats.finishReason ?? 'stop'
+    const reason = calls && ended === 'stop' ? 'tool_calls' : ended
     record.finishReasons = [...(record.finishReasons ?? []), reason]
     return reason
   }
@@ -71,10 +84,13 @@ export async function answer(
       const all = texts.map((text, i) => {
         const whole = made[i].map(({ text }) => text).join('')
         const tokens = wanted.logProbs === undefined ? null : made[i].flatMap(({ tokens }) => tokens ?? [])
-        return endpoint.choice(i, whole, finished(text), logProbsOf(tokens))
+        const calls = made[i].flatMap(({ calls }) => calls ?? [])
+        text.calls = calls.length > 0
+        return endpoint.choice(i, whole, finished(text), logProbsOf(tokens), calls)
       })
       return c.json({ ...head, object: endpoint.object, choices: all, usage: usage() })
     } finally {
+      end()
       usage()
       signal.removeEventListener('abort', leave)
     }
@@ -91,8 +107,10 @@ export async function answer(
         await allOrStop(texts, stop, async text => {
           const opening = endpoint.opening(text.index)
           if (opening) await send([opening])
-          for await (const { text: part, tokens } of text.parts)
-            await send([endpoint.part(text.index, part, logProbsOf(tokens))])
+          for await (const { text: part, tokens, calls } of text.parts) {
+            if (calls) text.calls = true
+            await send([endpoint.part(text.index, part, logProbsOf(tokens), calls)])
+          }
           await send([endpoint.end(text.index, finished(text))])
         })
         if (includeUsage) await send([], usage())
@@ -103,6 +121,7 @@ export async function answer(
         record.error = error
         await stream.writeSSE({ data: JSON.stringify(told) })
       } finally {
+        end()
         usage()
         signal.removeEventListener('abort', leave)
       }
@@ -116,16 +135,22 @@ export async function answer(
 
 /** All texts of a request; the seeds of choices follow each other. @throws MoeError E_ATTR for what the engine refuses */
 function begin(wanted: WantedTexts, { tokenizer }: Served, engine: TextEngine, signal: AbortSignal): Text[] {
-  const { prompts, choices, sampling, echo, logProbs } = wanted
+  const { prompts, choices, sampling, echo, logProbs, constraints, calls } = wanted
   const isTold = logProbs !== undefined
   const texts: Text[] = []
   for (const prompt of prompts) {
     const maxTokens = wanted.maxTokens(prompt.ids.length)
     const shared = { ...sampling, maxTokens, tokenizer, signal, logProbs, promptLogProbs: echo ? logProbs : undefined }
     for (let choice = 0; choice < choices; choice++) {
-      const made = engine.generate(prompt.ids, { ...shared, seed: sampling.seed + choice })
+      const constraint = constraints?.[texts.length]
+      const made = engine.generate(prompt.ids, { ...shared, constraint, seed: sampling.seed + choice })
       const parts = textParts(prompt, made, tokenizer, { echo, isTold })
-      texts.push({ index: texts.length, parts, stats: made.stats })
+      texts.push({
+        index: texts.length,
+        parts: calls ? withCalls(parts, calls) : parts,
+        stats: made.stats,
+        calls: false,
+      })
     }
   }
   return texts

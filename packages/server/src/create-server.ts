@@ -10,9 +10,11 @@ import { chatCompletions } from './chat-completions.ts'
 import { completions } from './completions.ts'
 import type { Endpoint } from './endpoint.ts'
 import { ApiError, toApiError } from './errors.ts'
+import { Grammars } from './grammars.ts'
 import { METRICS_TYPE, Metrics } from './metrics.ts'
 import type { RequestRecord } from './request-record.ts'
 import type { TextEngine } from './text-engine.ts'
+import { toolsOf } from './tool-calls.ts'
 import { type Served, unknownModel } from './wanted-texts.ts'
 
 /** What is served, by what, and to whom. */
@@ -60,7 +62,10 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
     throw new MoeError({ code: 'E_CONFIG', op: 'createServer', problem: `bodyLimit = ${maxSize} is not above 0` })
   }
   const metrics = new Metrics(engine)
-  const { max_position_embeddings: context } = options.model.config
+  const { max_position_embeddings: context, eos_token_id: end } = options.model.config
+  const templateTools = toolsOf(options.chatTemplate)
+  const grammars = new Grammars(options.tokenizer, [end ?? []].flat(), templateTools.format.between)
+  const served = { ...options, grammars, templateTools }
   const listed = {
     id: name,
     object: 'model',
@@ -120,7 +125,7 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
   })
   const post = (path: string, endpoint: Endpoint) =>
     app.post(path, async c => {
-      const wanted = endpoint.wanted(await readJson(c.req.raw, maxSize), options)
+      const wanted = await endpoint.wanted(await readJson(c.req.raw, maxSize), served)
       return answer(c, endpoint, wanted, options, engine)
     })
   post('/v1/completions', completions)

@@ -2,7 +2,8 @@
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import type { FinishReason } from './text-engine.ts'
 import type { ToldToken } from './text-parts.ts'
-import type { Served, WantedTexts } from './wanted-texts.ts'
+import type { ToolCall } from './tool-calls.ts'
+import type { Opened, WantedTexts } from './wanted-texts.ts'
 
 export interface Endpoint {
   /** Of the response's id. */
@@ -10,12 +11,12 @@ export interface Endpoint {
   readonly object: string
   readonly chunkObject: string
   /** @throws ApiError for what cannot be */
-  wanted(body: unknown, served: Served): WantedTexts
+  wanted(body: unknown, served: Opened): WantedTexts | Promise<WantedTexts>
   /** One of `choices`, whole. */
-  choice(index: number, text: string, finish: FinishReason, logProbs: object | null): object
+  choice(index: number, text: string, finish: FinishReason, logProbs: object | null, calls: readonly ToolCall[]): object
   /** The same in a stream: before any text; a part of it; at its end. */
   opening(index: number): object | undefined
-  part(index: number, text: string, logProbs: object | null): object
+  part(index: number, text: string, logProbs: object | null, calls?: readonly ToolCall[]): object
   end(index: number, finish: FinishReason): object
   /** What is told of tokens, for `choice` and `part`. */
   logProbs(tokens: readonly ToldToken[], tokenizer: BpeTokenizer): object

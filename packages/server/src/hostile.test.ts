@@ -215,6 +215,31 @@ const wrongBodies: ReadonlyArray<string | Uint8Array> = [
   new Uint8Array(1000),
 ]
 
+const schema = (of: unknown) => ({ type: 'json_schema', json_schema: { name: 'a', schema: of } })
+const wrongFormats = [
+  'json',
+  {},
+  { type: 'json' },
+  { type: 'json_schema' },
+  { type: 'json_schema', json_schema: {} },
+  { type: 'json_schema', json_schema: { schema: {} } },
+  ...[null, 1, [], 'text', { type: 'any' }, { not: {} }, { type: 'string', pattern: '.' }, { $ref: '#/no' }].map(
+    schema,
+  ),
+  schema(JSON.parse('{"type":"object","properties":{"__proto__":{"type":"nonsense"}}}')),
+  schema({ type: 'string', minLength: 1e300 }),
+]
+const tool = (of: object) => [{ type: 'function', function: { name: 'f', ...of } }]
+const wrongTools = [
+  {},
+  'f',
+  [1],
+  [{}],
+  [{ type: 'function' }],
+  [{ type: 'custom', custom: { name: 'f' } }],
+  ...[{ name: '' }, { name: 'a b' }, { name: 'a'.repeat(65) }, { parameters: 1 }, { description: 1 }].map(tool),
+]
+
 describe.each(paths)('what %s refuses', path => {
   test('bodies that are no JSON object', async () => {
     const { app, dispose } = modelServer()
@@ -226,7 +251,15 @@ describe.each(paths)('what %s refuses', path => {
   const own =
     path === '/v1/completions'
       ? { prompt: wrongPrompts, logprobs: [...wrongNumbers, -1, 6, 0.5], echo: [0, 1, 'true', [], [true]] }
-      : { messages: wrongMessages, logprobs: [0, 1, 'true', [], [true]], top_logprobs: [...wrongNumbers, -1, 21, 0.5] }
+      : {
+          messages: wrongMessages,
+          logprobs: [0, 1, 'true', [], [true]],
+          top_logprobs: [...wrongNumbers, -1, 21, 0.5],
+          response_format: wrongFormats,
+          tools: wrongTools,
+          tool_choice: ['required', 'any', {}, { type: 'function' }, { type: 'function', function: { name: 'f' } }],
+          parallel_tool_calls: [0, 1, 'true'],
+        }
   const fields =
     path === '/v1/completions' ? wrongFields : { ...wrongFields, max_completion_tokens: wrongFields.max_tokens }
   test.each(Object.entries({ ...fields, ...own }))('%s of a wrong type or size', async (name, values) => {
@@ -269,6 +302,9 @@ describe.each(paths)('what %s refuses', path => {
       'text',
       'logprobs',
       'tools',
+      'schema',
+      'json_schema',
+      'name',
       '__proto__',
       'constructor',
       'toString',
@@ -297,10 +333,15 @@ describe.each(paths)('what %s refuses', path => {
   test.each<[string, unknown, ReadonlyArray<unknown>, string?]>([
     ['prompt_logprobs', 1, [null, false]],
     ['tools', [{ type: 'function', function: { name: 'f' } }], [null, []]],
-    ['tool_choice', 'required', ['none', 'auto']],
+    ...(path === '/v1/completions'
+      ? ([
+          ['tool_choice', 'required', ['none', 'auto']],
+          ['response_format', { type: 'json_object' }, [{ type: 'text' }]],
+          ['response_format', 'json', []],
+        ] as Array<[string, unknown, unknown[]]>)
+      : []),
     ['functions', [{ name: 'f' }], [[]]],
-    ['response_format', { type: 'json_object' }, [{ type: 'text' }]],
-    ['response_format', 'json', []],
+    ['guided_json', { type: 'object' }, [null]],
     ['logit_bias', { 50256: -100 }, [{}]],
     ['presence_penalty', 0.1, [0, null]],
     ['presence_penalty', '0', []],

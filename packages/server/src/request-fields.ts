@@ -52,8 +52,11 @@ const isPlainText = (value: unknown) =>
   typeof value === 'object' && (value as { type?: unknown } | null)?.type === 'text'
 
 const noPenalty: Refused = { idle: is(0), says: 'is not supported: leave it out, or use repetition_penalty' }
-const noTools: Refused = { idle: isEmpty, says: 'is not supported: describe what you need in a message' }
-const noFormat: Refused = { idle: isPlainText, says: 'is not supported: ask for the form of the answer in the prompt' }
+const noTools: Refused = { idle: isEmpty, says: 'is not supported here: use tools of /v1/chat/completions' }
+const noFormat: Refused = {
+  idle: isPlainText,
+  says: 'is not supported here: use response_format of /v1/chat/completions',
+}
 const notSupported: Refused = { idle: () => false, says: 'is not supported: leave it out' }
 
 const refused: Readonly<Record<string, Refused>> = {
@@ -71,6 +74,11 @@ const refused: Readonly<Record<string, Refused>> = {
   response_format: noFormat,
   grammar: { ...noFormat, idle: is('') },
   json_schema: noFormat,
+  guided_json: noFormat,
+  guided_regex: noFormat,
+  guided_choice: noFormat,
+  guided_grammar: noFormat,
+  structured_outputs: noFormat,
   modalities: { idle: isTextOnly, says: 'is not supported: there is text only' },
   audio: { ...notSupported, says: 'is not supported: there is text only' },
   moderation: notSupported,

@@ -47,11 +47,14 @@ export const config = {
 }
 
 /** A server over a random model, on a backend of its own. */
-export function modelServer(options: Partial<ServerOptions> = {}) {
+export function modelServer(
+  options: Partial<ServerOptions> = {},
+  { context = 64, seed = 3, speculative = false } = {},
+) {
   const backend = referenceBackend()
   setDefaultBackend(backend)
-  const model = new DeepSeek(config, { seed: 3 })
-  const engine = model.continuousBatch({ maxTexts: 3 })
+  const model = new DeepSeek({ ...config, max_position_embeddings: context }, { seed })
+  const engine = model.continuousBatch({ maxTexts: 3, speculative })
   const records: RequestRecord[] = []
   const app = createServer({
     model,
@@ -104,10 +107,14 @@ export function scriptedEngine(
 }
 
 /** A server without a model. */
-export function scriptedServer(script: Parameters<typeof scriptedEngine>[0], options: Partial<ServerOptions> = {}) {
+export function scriptedServer(
+  script: Parameters<typeof scriptedEngine>[0],
+  options: Partial<ServerOptions> = {},
+  context = 64,
+) {
   const engine = scriptedEngine(script)
   const records: RequestRecord[] = []
-  const model = { config: { ...config, vocab_size: tokenizer.vocabSize } } as unknown as ServerOptions['model']
+  const model = { config: { ...config, max_position_embeddings: context } } as unknown as ServerOptions['model']
   const onRequest = (record: RequestRecord) => records.push(record)
   const app = createServer({ model, engine, tokenizer, chatTemplate, name: 'tiny', onRequest, ...options })
   return { app, engine, records }

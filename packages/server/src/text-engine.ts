@@ -11,5 +11,5 @@ export interface TextEngine {
   readonly waiting: number
 }
 
-/** Why a text ended: at an end token or a stop, or at its most tokens. */
-export type FinishReason = 'stop' | 'length'
+/** Why a text ended: at an end token or a stop, or at its most tokens; or, of those that ended, that it calls tools. */
+export type FinishReason = 'stop' | 'length' | 'tool_calls'

@@ -1,6 +1,7 @@
 /** @file A text in parts, each with its tokens and what the model found likely in their places. */
 import type { Generation, TokenLogProb } from '@moe/deepseek'
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
+import type { ToolCall } from './tool-calls.ts'
 import type { Prompt } from './wanted-texts.ts'
 
 export interface ToldToken {
@@ -17,6 +18,8 @@ export interface TextPart {
   readonly text: string
   /** Null where nobody asked. */
   readonly tokens: readonly ToldToken[] | null
+  /** Calls of tools, behind all text. */
+  readonly calls?: readonly ToolCall[]
 }
 
 /** What is made behind a prompt, with the prompt in front for `echo`. A token comes with the part that has what it completes. */

@@ -3,7 +3,9 @@ import type { DeepSeek, SamplingOptions } from '@moe/deepseek'
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import type { ChatTemplate } from '@moe/tokenizer-bpe/data'
 import { ApiError } from './errors.ts'
+import type { FormConstraint, Grammars } from './grammars.ts'
 import { MOST_TEXTS, type SharedFields } from './request-fields.ts'
+import type { CallReader, TemplateTools } from './tool-calls.ts'
 
 /** What is served. */
 export interface Served {
@@ -15,6 +17,13 @@ export interface Served {
   readonly chatTemplate?: ChatTemplate
   /** Name of the model for clients. */
   readonly name: string
+}
+
+/** What is served, and what belongs to it. */
+export interface Opened extends Served {
+  readonly grammars: Grammars
+  /** What the template does with tools. */
+  readonly templateTools: TemplateTools
 }
 
 export interface Prompt {
@@ -37,6 +46,10 @@ export interface WantedTexts {
   readonly echo: boolean
   /** How many of the likeliest tokens are told beside each. Undefined: nothing is. */
   readonly logProbs: number | undefined
+  /** What each is held to, which ends with the texts. */
+  readonly constraints?: readonly FormConstraint[]
+  /** Reads calls of tools out of them. */
+  readonly calls?: CallReader
 }
 
 /**
@@ -50,7 +63,7 @@ export function wantedTexts(
   prompts: readonly Prompt[],
   field: 'prompt' | 'messages',
   mostTokens: number | null,
-): Omit<WantedTexts, 'echo' | 'logProbs'> {
+): Omit<WantedTexts, 'echo' | 'logProbs' | 'constraints' | 'calls'> {
   const { model, stream, stream_options: streamOptions, n, stop } = fields
   if (typeof model === 'string' && model !== served.name) throw unknownModel(model, served.name)
   if (streamOptions && !stream) {

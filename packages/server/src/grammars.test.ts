@@ -1,0 +1,293 @@
+/** @file Whatever tokens are drawn, what a grammar allows is JSON of its schema. */
+import { Random } from '@moe/core'
+import { Ajv2020 } from 'ajv/dist/2020.js'
+import addFormats from 'ajv-formats'
+import { expect, test } from 'vitest'
+import { z } from 'zod'
+import { Grammars } from './grammars.ts'
+import { supportedSchema } from './json-schema.ts'
+import { type Bounds, numberRange } from './number-range.ts'
+import { tokenizer } from './test-server.ts'
+
+const end = tokenizer.tokenToId('<|end|>') as number
+const grammars = new Grammars(tokenizer, [end])
+
+const ajv = new Ajv2020({ strict: false })
+addFormats.default(ajv)
+
+/** A text of tokens that are drawn from those that are allowed, ends and closing ones more often the longer it is. */
+async function drawn(
+  form: Parameters<Grammars['constraints']>[0],
+  random: Random,
+  most = 400,
+): Promise<string | undefined> {
+  const [constraint] = await grammars.constraints(form, 1, 'schema')
+  const made: number[] = []
+  try {
+    while (made.length < most) {
+      const words = (await constraint.allowed()) as Int32Array
+      const ids = Array.from({ length: tokenizer.vocabSize }, (_, id) => id).filter(
+        id => (words[id >> 5] >>> (id & 31)) & 1,
+      )
+      expect(ids).not.toHaveLength(0)
+      const closing = ids.filter(id => id === end || /^["\]}]+$/.test(tokenizer.decode([id])))
+      const eager = closing.length > 0 && random.next() < Math.min(0.9, made.length / 60)
+      const from = eager ? closing : ids
+      const id = from[Math.floor(random.next() * from.length)]
+      constraint.accept(id)
+      if (id === end) {
+        const text = tokenizer.decode(made)
+        // Bytes of half a surrogate are one character to the library and three replacements to decoders.
+        return text.includes('\ufffd') ? undefined : text
+      }
+      made.push(id)
+    }
+    return undefined
+  } finally {
+    constraint.dispose()
+  }
+}
+
+function randomSchema(random: Random, depth = 0): Record<string, unknown> {
+  const below = (n: number) => Math.floor(random.next() * n)
+  const deeper = () => randomSchema(random, depth + 1)
+  const names = ['a', 'b c', "q'", 'é', '$ref', 'type', '', '{}', 'a,']
+  const kinds = [
+    () => ({ type: 'string' }),
+    () => ({ type: 'string', minLength: below(3), maxLength: 3 + below(4) }),
+    () => ({ type: 'integer' }),
+    () => ({ type: 'integer', minimum: below(300) - 150, maximum: 150 + below(9000) }),
+    () => ({ type: 'integer', exclusiveMinimum: below(50) - 70 }),
+    () => ({ type: 'number' }),
+    () => ({ type: 'number', minimum: (below(100) - 50) / 4, maximum: 13 + below(100) / 8 }),
+    () => ({ type: 'number', exclusiveMinimum: below(3) - 1, exclusiveMaximum: 1e6 }),
+    () => ({ type: ['boolean', 'null'] }),
+    () => ({ enum: ['x', 'y"\\', 'é\n', 4, -1.5, null, true, { a: [1] }].slice(below(4)) }),
+    () => ({ const: ['x', 5, { k: 'é' }][below(3)] }),
+    () => ({ type: 'string', enum: ['', 'one', 2] }),
+    () => ({
+      type: ['string', 'null'],
+      format: ['date', 'date-time', 'uuid', 'ipv4', 'email'][below(5)],
+      pattern: '^',
+    }),
+  ]
+  const nested = [
+    () => ({ type: 'array', items: deeper(), minItems: below(3), maxItems: 2 + below(3) }),
+    () => ({ type: 'array', items: deeper() }),
+    () => ({ type: 'array', prefixItems: [deeper(), deeper()] }),
+    () => {
+      const all = Object.fromEntries(names.slice(below(4), 4 + below(5)).map(name => [name, deeper()]))
+      return { type: 'object', properties: all, required: Object.keys(all).filter(() => below(2) === 0), title: 'x' }
+    },
+    () => ({ type: 'object', additionalProperties: deeper() }),
+    () => ({ anyOf: [deeper(), deeper()], description: 'either' }),
+    () => ({ properties: { n: deeper() } }),
+  ]
+  const all = depth < 3 ? [...kinds, ...nested, ...nested] : kinds
+  return all[below(all.length)]()
+}
+
+function isJson(text: string): boolean {
+  try {
+    JSON.parse(text)
+    return true
+  } catch {
+    return false
+  }
+}
+
+test('random schemas: every text that ends is JSON that validates', async () => {
+  let ended = 0
+  for (let seed = 0; seed < 150; seed++) {
+    const random = new Random(seed)
+    const schema = randomSchema(random)
+    const validate = ajv.compile(schema)
+    for (let i = 0; i < 4; i++) {
+      const text = await drawn([[supportedSchema(schema, 'schema')]], random)
+      if (text === undefined) continue
+      ended++
+      expect(isJson(text), `${JSON.stringify(schema)}\n${text}`).toBe(true)
+      expect(validate(JSON.parse(text)), `${JSON.stringify(schema)}\n${text}`).toBe(true)
+    }
+  }
+  expect(ended).toBeGreaterThan(400)
+})
+
+test("Zod's schemas are supported, and its own parsers take the texts", async () => {
+  const schema = z.object({
+    name: z.string().min(1).max(9).describe('of the speaker'),
+    age: z.int().positive(),
+    share: z.number().gt(0).max(1),
+    when: z.iso.date(),
+    at: z.iso.datetime(),
+    id: z.uuid(),
+    mail: z.email().nullable(),
+    kind: z.enum(['speech', 'letter']).optional(),
+    words: z.array(z.string()).max(3),
+    pair: z.tuple([z.boolean(), z.int()]),
+    by: z.discriminatedUnion('of', [
+      z.object({ of: z.literal('state'), code: z.int().min(1).max(50) }),
+      z.object({ of: z.literal('city'), parent: z.record(z.string(), z.number()) }),
+    ]),
+    get reply() {
+      return z.union([schema.pick({ name: true }), z.null()])
+    },
+  })
+  for (const io of ['input', 'output'] as const) {
+    const form = [[supportedSchema(z.toJSONSchema(schema, { io }), 'schema')]]
+    let ended = 0
+    for (let seed = 0; seed < 20; seed++) {
+      const text = await drawn(form, new Random(seed), 1000)
+      if (text === undefined) continue
+      ended++
+      expect(schema.safeParse(JSON.parse(text)).error, text).toBeUndefined()
+    }
+    expect(ended).toBeGreaterThan(10)
+  }
+})
+
+test('numbers are between their bounds, and all whole ones are there', () => {
+  /** As a regular expression: texts in quotes, and nothing else that the two read otherwise. */
+  const pattern = (ebnf: string) =>
+    new RegExp(
+      `^(${ebnf.replaceAll(/"(.)"|"([^"]*)"| /g, (_, one, all) => (one === '.' ? '\\.' : (one ?? all ?? '')))})$`,
+    )
+  const random = new Random(1)
+  const below = (n: number) => Math.floor(random.next() * n)
+  for (let i = 0; i < 300; i++) {
+    const scale = [10, 100, 2000][below(3)]
+    const least = (below(2 * scale) - scale) / (i % 3 === 0 ? 4 : 1)
+    const most = least + below(scale)
+    const bounds = [
+      { minimum: least, maximum: most },
+      { minimum: least },
+      { maximum: most },
+      { exclusiveMinimum: least },
+      { exclusiveMaximum: most },
+      { minimum: least, exclusiveMaximum: most + 1 },
+    ][i % 6]
+    const {
+      minimum = -Infinity,
+      maximum = Infinity,
+      exclusiveMinimum = -Infinity,
+      exclusiveMaximum = Infinity,
+    } = bounds as Bounds
+    const fits = (x: number) => x >= minimum && x <= maximum && x > exclusiveMinimum && x < exclusiveMaximum
+    for (const type of ['integer', 'number'] as const) {
+      const range = numberRange(type, bounds as Bounds)
+      const written = range === undefined ? /^x$/ : pattern(range)
+      const wrong = Array.from({ length: 7500 }, (_, i) => i - 2500).filter(x => written.test(String(x)) !== fits(x))
+      for (let j = 0; j < 500; j++) {
+        const x = Math.round(1000 * (least + (random.next() - 0.5) * 3 * scale)) / 1000
+        if (Number.isInteger(x)) continue
+        // Between two whole numbers that are allowed everything is.
+        const must = type === 'number' && fits(Math.floor(x)) && fits(Math.ceil(x))
+        const may = type === 'number' && fits(x)
+        if (written.test(String(x)) ? !may : must) wrong.push(x)
+      }
+      expect(wrong, JSON.stringify(bounds)).toEqual([])
+      for (const text of ['', '-', '01', '-01', '1.', '1.0', '.5', '-0']) expect(written.test(text)).toBe(false)
+    }
+  }
+  const free = [{}, { minimum: -1e300 }, { maximum: 1e300, exclusiveMinimum: -2e16 }]
+  for (const bounds of free) expect(numberRange('integer', bounds)).toBe(numberRange('integer', {}))
+  const none = [{ minimum: 1e300 }, { exclusiveMaximum: -1e17 }, { minimum: 2, maximum: 1 }]
+  for (const bounds of none) expect(numberRange('number', bounds)).toBeUndefined()
+  const { MAX_SAFE_INTEGER: most } = Number
+  const safe = pattern(numberRange('integer', { minimum: -most, maximum: most }) as string)
+  expect(['9007199254740991', '-9007199254740991', '0'].map(text => safe.test(text))).toEqual([true, true, true])
+  expect(['9007199254740992', '-9007199254740992', '10000000000000000'].some(text => safe.test(text))).toBe(false)
+})
+
+const nested = (depth: number): object => (depth === 0 ? {} : { type: 'array', items: nested(depth - 1) })
+
+test.each([
+  ['pattern is not supported', { type: 'string', pattern: '^a' }],
+  ['format "uri" is not supported', { type: 'string', format: 'uri' }],
+  ['not is not supported (at #/properties/a)', { type: 'object', properties: { a: { not: {} } } }],
+  ['allOf of several', { allOf: [{ type: 'string' }, { minLength: 2 }] }],
+  ['minLength is not supported here', { anyOf: [{ type: 'string' }], minLength: 3 }],
+  ['anyOf is no list', { anyOf: [] }],
+  ['type "text" is not known', { type: 'text' }],
+  ['multipleOf is not supported', { type: 'integer', multipleOf: 3 }],
+  ['no whole number', { type: 'integer', minimum: 1.2, maximum: 1.8 }],
+  ['nothing is from 4 to 2', { type: 'string', minLength: 4, maxLength: 2 }],
+  ['minLength is -1', { type: 'string', minLength: -1 }],
+  ['required has "a"', { type: 'object', required: ['a'] }],
+  ['has quotes', { type: 'object', properties: { 'a"': {} } }],
+  ['$ref is "#/$defs/b"', { $ref: '#/$defs/b', $defs: { a: {} } }],
+  ['no value is allowed', { enum: [] }],
+  ['no value is allowed', { type: 'string', enum: [1] }],
+  ['uniqueItems is not supported', { items: {}, uniqueItems: true }],
+  ['deeper than 32', nested(40)],
+  ['more than 300', { anyOf: Array.from({ length: 400 }, () => ({})) }],
+  ['longer than 65536', { enum: Array.from({ length: 5000 }, (_, i) => `a long text ${i}`) }],
+  ['allows nothing', false],
+  ['expected an object', []],
+  ['expected an object', 'text'],
+])('what is not supported is refused by name: %s', (message, schema) => {
+  expect(() => supportedSchema(schema, 'schema')).toThrow(`schema: `)
+  expect(() => supportedSchema(schema, 'schema')).toThrow(message)
+})
+
+test('a schema that no grammar can be made of is refused, and others go on', async () => {
+  const one = [[supportedSchema({ type: 'boolean' }, 'schema')]]
+  const [before] = await grammars.constraints(one, 1, 'schema')
+  for (let i = 0; i < 3; i++) {
+    const broken = grammars.constraints(
+      [[{ schema: { type: 'nonsense' }, rules: [], characters: 0 }]],
+      1,
+      'response_format',
+    )
+    await expect(broken).rejects.toMatchObject({
+      status: 400,
+      param: 'response_format',
+      message: 'response_format: no grammar can be made of it: Unsupported type "nonsense"',
+    })
+  }
+  // Of memory that the failures have left.
+  expect(((await before.allowed()) as Int32Array).some(word => word !== 0)).toBe(true)
+  before.dispose()
+  expect(await drawn(one, new Random(1))).toMatch(/^(true|false)$/)
+  const endless = new Grammars(tokenizer, [])
+  await expect(endless.constraints(one, 1, 'schema')).rejects.toThrow('no token that ends a text')
+})
+
+test('lengths are refused where a grammar would take long to make', async () => {
+  const lengths = (...of: object[]) => [
+    [supportedSchema({ anyOf: of.map(one => ({ type: 'string', ...one })) }, 'schema')],
+  ]
+  const most = Math.floor(2 ** 22 / tokenizer.vocabSize)
+  for (const bounds of [{ maxLength: most + 1 }, { minLength: most + 1 }]) {
+    const refused = grammars.constraints(lengths(bounds), 1, 'schema')
+    await expect(refused).rejects.toThrow(`add up to ${most + 1}, with this model's vocabulary to ${most} at most`)
+  }
+  const many = lengths(...Array.from({ length: 200 }, (_, i) => ({ minLength: i, maxLength: 200 })))
+  await expect(grammars.constraints(many, 1, 'schema')).rejects.toThrow('add up to 40000')
+  // Equal ones count once.
+  const equal = lengths(...Array.from({ length: 200 }, () => ({ minLength: 1, maxLength: 100 })))
+  for (const constraint of await grammars.constraints(equal, 2, 'schema')) constraint.dispose()
+})
+
+test('control tokens are no JSON, and texts stand around it as they are', async () => {
+  const form = [
+    ['a\n', supportedSchema({ type: 'array', items: { type: 'string' } }, 'schema'), ' end'],
+    ['ab"', supportedSchema({ type: 'null' }, 'schema')],
+  ]
+  const texts = new Set<string>()
+  for (let seed = 0; seed < 60; seed++) {
+    const text = await drawn(form, new Random(seed))
+    if (text !== undefined) texts.add(text)
+  }
+  for (const text of texts) expect(text).toMatch(/^(a\n\[[\s\S]*\] end|ab"null)$/)
+  expect(texts).toContain('ab"null')
+  expect([...texts].filter(text => text.startsWith('a\n')).length).toBeGreaterThan(5)
+  expect([...texts].some(text => text.includes('<|'))).toBe(false)
+  // But for those that a form is to write, as a token and not letter by letter.
+  const user = tokenizer.tokenToId('<|user|>') as number
+  const written = new Grammars(tokenizer, [end], 'a<|user|>')
+  const [constraint] = await written.constraints([['<|user|>']], 1, 'schema')
+  const words = (await constraint.allowed()) as Int32Array
+  expect((words[user >> 5] >>> (user & 31)) & 1).toBe(1)
+  constraint.dispose()
+})

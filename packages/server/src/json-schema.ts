@@ -1,0 +1,247 @@
+/**
+ * @file The part of JSON Schema that answers can be held to. What is beyond it is refused by name: @mlc-ai/web-xgrammar would leave some of it out without a word, and
+ * for some end its process.
+ */
+import { randomUUID } from 'node:crypto'
+import { ApiError } from './errors.ts'
+import { formats } from './formats.ts'
+import { type Bounds, numberRange } from './number-range.ts'
+
+type JsonSchema = { readonly [keyword: string]: unknown }
+
+/** A schema for grammars. */
+export interface SupportedSchema {
+  readonly schema: JsonSchema
+  /** EBNF of what @mlc-ai/web-xgrammar gets wrong: each stands in the schema as the constant text that `placeOf` its index is. */
+  readonly rules: readonly string[]
+  /** Characters of texts of some length, which a grammar counts one by one, equal bounds once. */
+  readonly characters: number
+}
+
+const place = randomUUID()
+export const placeOf = (index: number): string => `${place} ${index}`
+
+/** Of one schema, and of its JSON: more would hold up the server for seconds. */
+const MOST_SCHEMAS = 300
+const MOST_JSON = 2 ** 16
+const DEEPEST = 32
+
+const annotations = new Set([
+  'title',
+  'description',
+  'default',
+  'examples',
+  'deprecated',
+  'readOnly',
+  'writeOnly',
+  '$schema',
+  '$id',
+  '$comment',
+])
+
+const keywordsOf: Readonly<Record<string, readonly string[]>> = {
+  string: ['minLength', 'maxLength', 'format'],
+  number: ['minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'],
+  integer: ['minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'],
+  array: ['items', 'prefixItems', 'minItems', 'maxItems'],
+  object: ['properties', 'required', 'additionalProperties'],
+  boolean: [],
+  null: [],
+}
+
+/**
+ * The schema in the form that a grammar is made of. What it allows the given one does; objects have the properties that are named and no others, and of `oneOf` any.
+ * @param param field of the request that has it
+ * @throws ApiError 400 for what is not supported
+ */
+export function supportedSchema(schema: unknown, param: string): SupportedSchema {
+  const reader = new Reader(param)
+  const form = reader.root(schema)
+  return { schema: form, rules: reader.rules, characters: reader.characters }
+}
+
+class Reader {
+  readonly rules: string[] = []
+  readonly #lengths = new Map<string, number>()
+  readonly #param: string
+  #count = 0
+  #names: ReadonlySet<string> = new Set()
+
+  constructor(param: string) {
+    this.#param = param
+  }
+
+  get characters(): number {
+    let sum = 0
+    for (const length of this.#lengths.values()) sum += length
+    return sum
+  }
+
+  root(given: unknown): JsonSchema {
+    const schema = this.#object(given, '#')
+    const { $defs, definitions, ...rest } = schema
+    const named = { $defs, definitions }
+    const all = Object.entries(named).flatMap(([key, of]) =>
+      of === undefined
+        ? []
+        : Object.entries(this.#object(of, `#/${key}`)).map(([name, one]) => [key, name, one] as const),
+    )
+    this.#names = new Set(['#', ...all.map(([key, name]) => `#/${key}/${name}`)])
+    const result: Record<string, unknown> = { ...(this.#schema(rest, '#', 0) as object) }
+    for (const [key, name, one] of all) {
+      result[key] = { ...(result[key] as object), [name]: this.#schema(one, `#/${key}/${name}`, 0) }
+    }
+    if (JSON.stringify(result).length > MOST_JSON) throw this.#refuse('#', `it is longer than ${MOST_JSON}`)
+    return result
+  }
+
+  #schema(given: unknown, at: string, depth: number): JsonSchema {
+    if (++this.#count > MOST_SCHEMAS) throw this.#refuse(at, `there are more than ${MOST_SCHEMAS} schemas in it`)
+    if (depth > DEEPEST) throw this.#refuse(at, `it is deeper than ${DEEPEST}`)
+    if (given === true) return {}
+    const says = ([key, value]: [string, unknown]) => !annotations.has(key) && !isAnyName(key, value)
+    const schema = Object.fromEntries(Object.entries(this.#object(given, at)).filter(says))
+    const keys = Object.keys(schema)
+    const only = (...known: readonly string[]) => {
+      const other = keys.find(key => !known.includes(key))
+      if (other !== undefined) throw this.#refuse(at, `${other} is not supported${keys.length > 1 ? ' here' : ''}`)
+    }
+    const { $ref: ref, anyOf, oneOf, allOf, type } = schema
+    if (ref !== undefined) {
+      only('$ref')
+      if (!this.#names.has(String(ref))) throw this.#refuse(at, `$ref is ${JSON.stringify(ref)}, expected one of $defs`)
+      return { $ref: ref }
+    }
+    const list = anyOf ?? oneOf ?? allOf
+    if (list !== undefined) {
+      only(anyOf ? 'anyOf' : oneOf ? 'oneOf' : 'allOf')
+      if (!Array.isArray(list) || list.length === 0) throw this.#refuse(at, `${keys[0]} is no list of schemas`)
+      if (allOf && list.length > 1) throw this.#refuse(at, 'allOf of several is not supported')
+      const all = list.map((one, i) => this.#schema(one, `${at}/${keys[0]}/${i}`, depth + 1))
+      return all.length === 1 ? all[0] : { anyOf: all }
+    }
+    const types = type === undefined ? this.#impliedTypes(keys) : [type].flat()
+    const unknown = types?.find(name => !Object.hasOwn(keywordsOf, String(name)))
+    if (unknown !== undefined) throw this.#refuse(at, `type ${JSON.stringify(unknown)} is not known`)
+    if ('const' in schema || 'enum' in schema) {
+      only('const', 'enum', 'type')
+      return { enum: this.#values(schema, types as string[] | undefined, at) }
+    }
+    if (types === undefined || types.length === 0) {
+      only()
+      return {}
+    }
+    only('type', ...types.flatMap(name => keywordsOf[String(name)]), ...(schema.format ? ['pattern'] : []))
+    const one = types.map(name => this.#typed(String(name), schema, at, depth))
+    return one.length === 1 ? one[0] : { anyOf: one }
+  }
+
+  #impliedTypes(keys: readonly string[]): string[] | undefined {
+    const implied = ['object', 'array'].find(name => keys.some(key => keywordsOf[name].includes(key)))
+    return implied === undefined ? undefined : [implied]
+  }
+
+  #values(schema: Readonly<Record<string, unknown>>, types: readonly string[] | undefined, at: string): unknown[] {
+    const given = 'const' in schema ? [schema.const] : schema.enum
+    if (!Array.isArray(given)) throw this.#refuse(at, 'enum is no list')
+    const values = given.filter(value => types === undefined || types.some(type => isOf(type, value)))
+    if (values.length === 0) throw this.#refuse(at, 'no value is allowed')
+    return values
+  }
+
+  #typed(type: string, schema: Readonly<Record<string, unknown>>, at: string, depth: number): JsonSchema {
+    const own = Object.fromEntries(keywordsOf[type].flatMap(key => (key in schema ? [[key, schema[key]]] : [])))
+    for (const [key, value] of Object.entries(own)) {
+      if (!/^(min|max|exclusive)/.test(key)) continue
+      const isCount = /(Length|Items)$/.test(key)
+      if (isCount ? Number.isSafeInteger(value) && (value as number) >= 0 : Number.isFinite(value)) continue
+      throw this.#refuse(at, `${key} is ${JSON.stringify(value)}`)
+    }
+    if (type === 'object') return this.#objects(own, at, depth)
+    if (type === 'array') return this.#arrays(own, at, depth)
+    if (own.format !== undefined) {
+      const rule = Object.hasOwn(formats, String(own.format)) ? formats[String(own.format)] : undefined
+      const known = Object.keys(formats).join(', ')
+      if (rule === undefined) {
+        throw this.#refuse(at, `format ${JSON.stringify(own.format)} is not supported, expected one of ${known}`)
+      }
+      if (Object.keys(own).length > 1) throw this.#refuse(at, 'format goes without a length')
+      return this.#rule(`"\\"" ${rule} "\\""`)
+    }
+    this.#inOrder(own.minLength, own.maxLength, at)
+    const { minLength: least = 0, maxLength: most = least } = own
+    if (type === 'string') this.#lengths.set(`${least} ${own.maxLength}`, most as number)
+    if (type === 'string' || Object.keys(own).length === 0) return { type, ...own }
+    const range = numberRange(type as 'integer' | 'number', own as Bounds)
+    if (range === undefined) throw this.#refuse(at, 'there is no whole number between its bounds')
+    return this.#rule(range)
+  }
+
+  #rule(ebnf: string): JsonSchema {
+    return { const: placeOf(this.rules.push(ebnf) - 1) }
+  }
+
+  #objects(own: Readonly<Record<string, unknown>>, at: string, depth: number): JsonSchema {
+    const given = Object.entries(this.#object(own.properties ?? {}, `${at}/properties`))
+    // It would write them as they are.
+    const strange = given.find(([name]) => JSON.stringify(name) !== `"${name}"`)
+    if (strange)
+      throw this.#refuse(at, `the name ${JSON.stringify(strange[0])} has quotes, backslashes or control characters`)
+    const properties = given.map(([name, one]) => [name, this.#schema(one, `${at}/properties/${name}`, depth + 1)])
+    const required = own.required ?? []
+    if (!Array.isArray(required)) throw this.#refuse(at, 'required is no list')
+    const missing = required.find(name => !given.some(([known]) => known === name))
+    if (missing !== undefined)
+      throw this.#refuse(at, `required has ${JSON.stringify(missing)}, which properties has not`)
+    if (given.length > 0) {
+      return { type: 'object', properties: Object.fromEntries(properties), required, additionalProperties: false }
+    }
+    const { additionalProperties: others = !('properties' in own) } = own
+    if (others === false) return { type: 'object', properties: {}, additionalProperties: false }
+    return { type: 'object', additionalProperties: this.#schema(others, `${at}/additionalProperties`, depth + 1) }
+  }
+
+  #arrays(own: Readonly<Record<string, unknown>>, at: string, depth: number): JsonSchema {
+    const { items = true, prefixItems, minItems = 0, maxItems } = own
+    if (prefixItems !== undefined) {
+      if (!Array.isArray(prefixItems)) throw this.#refuse(at, 'prefixItems is no list')
+      const { length } = prefixItems
+      if ((minItems as number) > length || ((maxItems ?? length) as number) < length) {
+        throw this.#refuse(at, 'arrays with prefixItems have as many items')
+      }
+      const all = prefixItems.map((one, i) => this.#schema(one, `${at}/prefixItems/${i}`, depth + 1))
+      return { type: 'array', prefixItems: all, items: false }
+    }
+    this.#inOrder(minItems, maxItems, at)
+    const bounds = { ...('minItems' in own && { minItems }), ...('maxItems' in own && { maxItems }) }
+    if (items === false) return { enum: [[]] }
+    return { type: 'array', items: this.#schema(items, `${at}/items`, depth + 1), ...bounds }
+  }
+
+  #inOrder(least: unknown, most: unknown, at: string): void {
+    if (least === undefined || most === undefined || (least as number) <= (most as number)) return
+    throw this.#refuse(at, `nothing is from ${least} to ${most}`)
+  }
+
+  #object(given: unknown, at: string): Readonly<Record<string, unknown>> {
+    if (typeof given === 'object' && given !== null && !Array.isArray(given)) return given as Record<string, unknown>
+    throw this.#refuse(at, given === false ? 'it allows nothing' : 'expected an object')
+  }
+
+  #refuse(at: string, problem: string): ApiError {
+    return new ApiError(400, `${this.#param}: ${problem} (at ${at.slice(0, 200)})`, { param: this.#param })
+  }
+}
+
+/** `propertyNames` as Zod writes it: that they are texts. */
+const isAnyName = (key: string, value: unknown) =>
+  key === 'propertyNames' && JSON.stringify(value) === '{"type":"string"}'
+
+function isOf(type: string, value: unknown): boolean {
+  if (type === 'null') return value === null
+  if (type === 'array') return Array.isArray(value)
+  if (type === 'object') return typeof value === 'object' && value !== null && !Array.isArray(value)
+  if (type === 'integer') return Number.isInteger(value)
+  const kind: string = typeof value
+  return kind === type
+}

@@ -1,0 +1,267 @@
+/** @file Answers of a form, and calls of tools, as OpenAI's own client asks for them. */
+import { Random } from '@moe/core'
+import { ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
+import { Ajv2020 } from 'ajv/dist/2020.js'
+import OpenAI, { BadRequestError } from 'openai'
+import type { ChatCompletionCreateParams, ChatCompletionTool } from 'openai/resources/chat/completions'
+import { describe, expect, onTestFinished, test } from 'vitest'
+import { serve } from './index.ts'
+import { chatTemplate, modelServer, scriptedServer, tokenizer } from './test-server.ts'
+
+const plain = await ChatTemplate.from({
+  chat_template: plainChatTemplate,
+  bos_token: '<|begin|>',
+  eos_token: '<|end|>',
+})
+const ajv = new Ajv2020({ strict: false })
+
+async function client(app: Parameters<typeof serve>[0]) {
+  const server = await serve(app, { port: 0 })
+  onTestFinished(() => server.close({ within: 0 }))
+  return new OpenAI({ baseURL: `${server.url}/v1`, apiKey: 'any', maxRetries: 0 })
+}
+
+const messages = [{ role: 'user' as const, content: 'the better angels' }]
+const schema = {
+  type: 'object',
+  properties: {
+    kind: { enum: ['speech', 'letter'] },
+    year: { type: 'integer', minimum: 1790, maximum: 2024 },
+    words: { type: 'array', items: { type: 'string', maxLength: 6 }, maxItems: 2 },
+  },
+  required: ['kind', 'year'],
+  additionalProperties: false,
+}
+const format = { type: 'json_schema' as const, json_schema: { name: 'address', strict: true, schema } }
+const tools: ChatCompletionTool[] = [
+  { type: 'function', function: { name: 'look_up', description: 'an address', parameters: schema } },
+  {
+    type: 'function',
+    function: { name: 'look', parameters: { type: 'object', properties: { at: { type: 'boolean' } } } },
+  },
+  { type: 'function', function: { name: 'stop' } },
+]
+
+/** A whole answer, and the same put together from a stream. */
+async function both(openai: OpenAI, ask: Omit<ChatCompletionCreateParams, 'stream' | 'model' | 'messages'>) {
+  const given = { model: 'tiny', messages, ...ask }
+  const whole = await openai.chat.completions.create(given)
+  const parts = await openai.chat.completions.create({ ...given, stream: true })
+  const bare = whole.choices.map(({ finish_reason: end, message: { content, tool_calls: calls = [] } }) => ({
+    content: content ?? '',
+    calls: calls.map(call => call.type === 'function' && call.function),
+    end,
+  }))
+  const streamed = bare.map(() => ({ content: '', calls: [] as object[], end: '' }))
+  for await (const { choices } of parts) {
+    for (const { index, delta, finish_reason: end } of choices) {
+      const text = streamed[index]
+      text.content += delta.content ?? ''
+      for (const { index: i, function: call } of delta.tool_calls ?? []) text.calls[i] = call as object
+      text.end = end ?? text.end
+    }
+  }
+  expect(streamed).toEqual(bare)
+  return whole.choices
+}
+
+describe.each([false, true])('with drafts: %s', speculative => {
+  test('whatever a random model draws, a text that ends is JSON of the schema, streamed or not', async () => {
+    const { app, dispose } = modelServer({}, { context: 250, speculative })
+    const openai = await client(app)
+    const validate = ajv.compile(schema)
+    const random = new Random(4)
+    let ended = 0
+    for (let seed = 0; seed < 6; seed++) {
+      const ask = {
+        seed,
+        n: 1 + random.integer(3),
+        temperature: [0, 0.7, 1.5][seed % 3],
+        response_format: format,
+        logprobs: seed % 2 === 0,
+        ...(seed % 4 === 3 && { repetition_penalty: 1.2, top_p: 0.9 }),
+      }
+      for (const { finish_reason: end, message } of await both(openai, ask)) {
+        // As in grammars.test.ts.
+        if (end === 'length' || message.content?.includes('\ufffd')) continue
+        ended++
+        expect(end).toBe('stop')
+        expect(validate(JSON.parse(message.content as string)), message.content as string).toBe(true)
+      }
+    }
+    expect(ended).toBeGreaterThan(4)
+    expect(dispose()).toBe(0)
+  })
+})
+
+test('any object, and a text that is cut', async () => {
+  const { app, dispose } = modelServer({}, { context: 250 })
+  const openai = await client(app)
+  let ended = 0
+  for (let seed = 0; seed < 6; seed++) {
+    const ask = { seed, temperature: 2, max_tokens: 60, response_format: { type: 'json_object' as const } }
+    const [{ message, finish_reason: end }] = await both(openai, ask)
+    if (end === 'stop') expect(JSON.parse(message.content as string)).toEqual(expect.any(Object))
+    if (end === 'stop') ended++
+    expect(message.content).toMatch(/^\{/)
+  }
+  expect(ended).toBeGreaterThan(0)
+  const cut = { model: 'tiny', messages, response_format: format, max_tokens: 3 }
+  const [{ finish_reason: end, message }] = (await openai.chat.completions.create(cut)).choices
+  expect(end).toBe('length')
+  expect(message.content).toMatch(/^\{\s?"/)
+  expect(dispose()).toBe(0)
+})
+
+describe('tools', () => {
+  test.each<[string, Partial<ChatCompletionCreateParams>, RegExp]>([
+    ['one by name', { tool_choice: { type: 'function', function: { name: 'look_up' } } }, /^look_up$/],
+    ['any of them', { tool_choice: 'required' }, /^(look_up|look|stop)$/],
+    ['the only one', { tools: [tools[1]], tool_choice: 'required' }, /^look$/],
+  ])('are called where they must be: %s', async (_, ask, names) => {
+    const { app, dispose } = modelServer({ chatTemplate: plain }, { context: 1200 })
+    const openai = await client(app)
+    let ended = 0
+    for (let seed = 0; seed < 3; seed++) {
+      const choices = await both(openai, { tools, seed, max_tokens: 110, ...(ask as object) })
+      for (const { message, finish_reason: end } of choices) {
+        if (end === 'length') continue
+        ended++
+        expect(end).toBe('tool_calls')
+        expect(message.content).toBe(null)
+        const [call] = message.tool_calls ?? []
+        if (call?.type !== 'function') throw new Error('no call')
+        expect(call.id).toMatch(/^call_\w+$/)
+        expect(call.function.name).toMatch(names)
+        const own = tools.find(tool => tool.type === 'function' && tool.function.name === call.function.name)
+        const parameters = own?.type === 'function' ? own.function.parameters : undefined
+        const validate = ajv.compile(parameters ?? { type: 'object', maxProperties: 0 })
+        if (call.function.arguments.includes('\ufffd')) continue
+        expect(validate(JSON.parse(call.function.arguments)), call.function.arguments).toBe(true)
+      }
+    }
+    expect(ended).toBeGreaterThan(0)
+    expect(dispose()).toBe(0)
+  })
+
+  const formats: Array<[string, string, string, string[]]> = [
+    [
+      'as Hermes',
+      plainChatTemplate,
+      'I look.\n<tool_call>\n{"name": "look_up", "arguments": {"year": 1865}}\n</tool_call>\n<tool_call>{"name":"stop"}</tool_call>',
+      ['{"year":1865}', '{}'],
+    ],
+    [
+      'as DeepSeek-V3',
+      '{{ tools }}<｜tool▁calls▁begin｜>```json{{ tool_calls }}{% for m in messages %}{{ m.content }}{% endfor %}',
+      'I look.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>look_up\n```json\n{"year": 1865}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>stop\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+      ['{"year": 1865}', '{}'],
+    ],
+    [
+      'as DeepSeek-V3.1',
+      '{{ tools }}<｜tool▁calls▁begin｜>{{ tool_calls }}{% for m in messages %}{{ m.content }}{% endfor %}',
+      'I look.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>look_up<｜tool▁sep｜>{"year": 1865}<｜tool▁call▁end｜><｜tool▁call▁begin｜>stop<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+      ['{"year": 1865}', '{}'],
+    ],
+  ]
+  describe.each(formats)('written %s', (_, template, text, json) => {
+    const scripted = async (parts: readonly string[]) => {
+      const from = await ChatTemplate.from({ chat_template: template, eos_token: '<|end|>' })
+      const server = scriptedServer(
+        async function* (_, stats) {
+          stats.finishReason = 'stop'
+          yield* parts
+        },
+        { chatTemplate: from },
+        4096,
+      )
+      return { openai: await client(server.app), ...server }
+    }
+    const split = (text: string, at: Random) => {
+      const parts: string[] = []
+      for (let rest = text; rest !== ''; ) {
+        const length = 1 + at.integer(7)
+        parts.push(rest.slice(0, length))
+        rest = rest.slice(length)
+      }
+      return parts
+    }
+
+    test('are read, wherever parts of the text end', async () => {
+      for (let seed = 0; seed < 5; seed++) {
+        const { openai } = await scripted(split(text, new Random(seed)))
+        const [{ message, finish_reason: end }] = await both(openai, { tools })
+        expect(end).toBe('tool_calls')
+        expect(message.content).toBe('I look.\n')
+        expect(message.tool_calls?.map(call => call.type === 'function' && call.function)).toEqual([
+          { name: 'look_up', arguments: json[0] },
+          { name: 'stop', arguments: json[1] },
+        ])
+        const [one] = await both(openai, { tools, parallel_tool_calls: false })
+        expect(one.message.tool_calls).toHaveLength(1)
+      }
+    })
+
+    test('what is none is told as it is, and nobody who gave no tools gets any', async () => {
+      for (const other of ['no <tool', 'a <tool_call> is no call', '<｜tool▁calls▁begin｜>what', text.slice(0, 12)]) {
+        const { openai } = await scripted(split(other, new Random(1)))
+        const [{ message, finish_reason: end }] = await both(openai, { tools })
+        expect([message.content, end, message.tool_calls]).toEqual([other, 'stop', undefined])
+      }
+      const { openai, engine } = await scripted(split(text, new Random(1)))
+      for (const ask of [{}, { tools, tool_choice: 'none' as const }]) {
+        const [{ message }] = await both(openai, ask)
+        expect(message.content).toBe(text)
+      }
+      expect(tokenizer.decode(engine.asked[3].ids)).not.toContain('look_up')
+    })
+  })
+
+  test('the template is given tools, calls and results', async () => {
+    const { app, engine } = scriptedServer(async function* () {}, { chatTemplate: plain }, 4096)
+    const openai = await client(app)
+    const call = { id: 'call_1', type: 'function' as const, function: { name: 'look_up', arguments: '{"year": 1865}' } }
+    await openai.chat.completions.create({
+      model: 'tiny',
+      tools: [tools[2]],
+      messages: [
+        ...messages,
+        { role: 'assistant', content: null, tool_calls: [call] },
+        { role: 'tool', tool_call_id: 'call_1', content: 'with malice toward none' },
+      ],
+    })
+    expect(tokenizer.decode(engine.asked[0].ids)).toBe(
+      [
+        '<|begin|>To call a tool, write <tool_call>, {"name": its name, "arguments": its arguments} and </tool_call>. Tools:',
+        '{"name": "stop"}\n',
+        'User: the better angels\n',
+        'Assistant:<tool_call>\n{"name": "look_up", "arguments": {"year": 1865}}\n</tool_call><|end|>Tool: with malice toward none\n',
+        'Assistant:',
+      ].join('\n'),
+    )
+  })
+
+  test('are refused where they cannot be', async () => {
+    const { app, dispose } = modelServer({ chatTemplate: plain })
+    const openai = await client(app)
+    const none = await client(modelServer({ chatTemplate }).app)
+    const ask = (from: OpenAI, given: object) => from.chat.completions.create({ model: 'tiny', messages, ...given })
+    const refused = async (asking: Promise<unknown>, message: string) => {
+      await expect(asking).rejects.toThrow(BadRequestError)
+      await expect(asking).rejects.toThrow(message)
+    }
+    await refused(ask(none, { tools }), 'chat template does not tell of tools')
+    const result = { role: 'tool', tool_call_id: 'a', content: 'the' }
+    await refused(ask(none, { messages: [...messages, result] }), 'does not write calls')
+    await refused(ask(openai, { tools, response_format: format }), 'response_format goes without tools')
+    await refused(ask(openai, { tool_choice: 'required' }), 'tool_choice goes with tools')
+    const other = { type: 'function', function: { name: 'other' } }
+    await refused(ask(openai, { tools, tool_choice: other }), 'there is no tool "other"')
+    const strange = [{ type: 'function', function: { name: 'f', parameters: { not: {} } } }]
+    await refused(
+      ask(openai, { tools: strange, tool_choice: 'required' }),
+      'tools[0].function.parameters: not is not supported',
+    )
+    dispose()
+  })
+})
