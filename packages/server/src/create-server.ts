@@ -96,7 +96,10 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
     return c.json(told.toJSON(), told.status as ContentfulStatusCode)
   })
   app.notFound(c => refuse(404, `there is no ${c.req.path.slice(0, 100)}: the API is below /v1`, 'unknown_url'))
-  if (options.cors !== undefined) app.use(cors({ origin: options.cors as string | string[] }))
+  if (options.cors !== undefined) {
+    const origins = [options.cors].flat()
+    app.use(cors({ origin: origins.includes('*') ? '*' : origins }))
+  }
   app.use(
     methodNotAllowed({
       app,

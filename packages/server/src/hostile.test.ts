@@ -486,6 +486,13 @@ describe.each(paths)('what %s refuses', path => {
     expect(other.headers.get('access-control-allow-origin')).not.toBe('https://evil.example')
     expect(other.headers.get('access-control-allow-origin')).not.toBe('*')
     one.dispose()
+    // As a list it comes from the command line.
+    for (const cors of ['*', ['*']]) {
+      const any = modelServer({ cors })
+      const told = await preflight(any.app, 'https://evil.example')
+      expect(told.headers.get('access-control-allow-origin')).toBe('*')
+      any.dispose()
+    }
   })
 })
 
