@@ -38,6 +38,11 @@ export class LossParts {
     this.#layers = model.moeLayers.length
   }
 
+  /** Weights of tokens are not for MTP modules: these learn from the texts alone. */
+  get #detached(): boolean {
+    return this.#model.objective.mtpDetached || this.#inputs.weights !== undefined
+  }
+
   get #time(): number {
     return this.#inputs.tokens.shape[1] - this.#model.lookahead
   }
@@ -74,26 +79,28 @@ export class LossParts {
     const { model, lm_head, config } = this.#model
     const hidden = model.norm.forward(x)
     const flat = hidden.reshape([hidden.size / config.hidden_size, config.hidden_size])
-    const nll = linearCrossEntropy(flat, denseWeight(lm_head.weight), targetsAt(this.#inputs, 0)).sum()
-    const loss = nll.mul(averageAt(this.#inputs, 0))
-    this.#add('nll', loss, loss, 1)
+    const nlls = linearCrossEntropy(flat, denseWeight(lm_head.weight), targetsAt(this.#inputs, 0))
+    const { weights } = this.#inputs
+    const mean = (each: Tensor) => each.sum().mul(averageAt(this.#inputs, 0))
+    const nll = mean(nlls)
+    this.#add('nll', weights ? mean(nlls.mul(weights)) : nll, nll, 1)
     return hidden
   }
 
   /** What the block of an MTP module is run on. `before` is what `next` or the module before gave. */
   combine(depth: number, before: Tensor): Tensor {
-    const detached = this.#model.objective.mtpDetached
+    const detached = this.#detached
     const from = detached && depth === 1 ? before.detach() : before
     return this.#moduleAt(depth).combine(from, idsAhead(this.#inputs, this.#time, depth), { detached })
   }
 
   /** Behind the block of an MTP module: norm, head and its loss. */
   further(depth: number, x: Tensor): Tensor {
-    const { lm_head, objective, mtp } = this.#model
+    const { lm_head, mtp } = this.#model
     const module = this.#moduleAt(depth)
     const hidden = module.normalize(x)
     const loss = mtpDepthLoss(module, depth, hidden, this.#inputs, denseWeight(lm_head.weight), {
-      detached: objective.mtpDetached,
+      detached: this.#detached,
     })
     const part = 1 / mtp.length
     this.#add('mtp', loss.mul(factorAt(this.#inputs, 'mtp')).mul(part), loss, part)

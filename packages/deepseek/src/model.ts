@@ -156,6 +156,8 @@ export interface DeepSeekLoss {
   readonly nll: Tensor
   /** Positions in that sum. */
   readonly count: number
+  /** Each of them, detached, by row and position, `[B T]`; 0 where a position carries no loss. */
+  readonly nlls: Tensor
   /**
    * Detached scalars: `mtp` (mean over depths), `balance` (mean over layers, without α; of a balancer with its factors), and when asked for
    * `acceptance1` and so on, the share of drafts accepted at each depth together with the shallower ones.
@@ -373,7 +375,7 @@ export class DeepSeek extends Module {
 
   /**
    * Training loss of rows of T + lookahead tokens: mean next-token cross-entropy + λ MTP + α balance. With `training: false` only the first, and no load is
-   * counted. Positions below `from` carry no loss.
+   * counted. Positions below `from` carry no loss. Where rows have `weights`, the first is the mean of weighted losses, and MTP modules, which these do not weigh, give no gradient to the main model.
    */
   loss(rows: TokenRows, options: { training?: boolean; from?: number } = {}): DeepSeekLoss {
     checkOptions('DeepSeek.loss', options, { training: true, from: true })
@@ -470,7 +472,7 @@ export class DeepSeek extends Module {
   /** The ops of the loss. With `onLoad` the loads of the layers go there, in the order of `moeLayers`, and are not counted. */
   #lossOf(inputs: LossTensors, options: Pick<LayerOptions, 'training' | 'onLoad'>): Omit<DeepSeekLoss, 'count'> {
     const { training, onLoad } = options
-    const { tokens, starts, undropped } = inputs
+    const { tokens, starts, weights, undropped } = inputs
     const [batch, length] = tokens.shape
     const time = length - this.lookahead
     const balance: Tensor[] = []
@@ -481,10 +483,13 @@ export class DeepSeek extends Module {
     const hidden = this.hidden(idsAhead(inputs, time, 0), layerOptions(0))
     const head = denseWeight(this.lm_head.weight)
     const flat = hidden.reshape([batch * time, this.#config.hidden_size])
-    const nll = linearCrossEntropy(flat, head, targetsAt(inputs, 0)).sum()
-    let loss = nll.mul(averageAt(inputs, 0))
+    const nlls = linearCrossEntropy(flat, head, targetsAt(inputs, 0))
+    const nll = nlls.sum()
+    let loss = (weights ? nlls.mul(weights).sum() : nll).mul(averageAt(inputs, 0))
     const metrics: Record<string, Tensor> = {}
-    const { mtpDetached: detached, mtpAcceptance: measured } = this.#objective
+    const { mtpDetached, mtpAcceptance: measured } = this.#objective
+    // Weights are of what the main model says: modules learn to draft it from the texts alone.
+    const detached = mtpDetached || weights !== undefined
     if (training && this.mtp.length > 0) {
       const mtp = mtpLoss(this.mtp, hidden, inputs, head, layerOptions, { detached })
       metrics.mtp = mtp.loss.detach()
@@ -499,7 +504,7 @@ export class DeepSeek extends Module {
       metrics.balance = total.mul(1 / balance.length).detach()
       loss = loss.add(this.#balancer ? total : total.mul(factorAt(inputs, 'balance')))
     }
-    return { loss, nll: nll.detach(), metrics }
+    return { loss, nll: nll.detach(), nlls: nlls.detach(), metrics }
   }
 
   /**

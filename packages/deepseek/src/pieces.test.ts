@@ -15,33 +15,41 @@ const rows = {
   length: 8,
 }
 
-test('pieces that are not cut apart have loss, metrics and gradients of the model, and ask for every layer with experts in turn', async () => {
-  setDefaultBackend(referenceBackend())
-  const make = () =>
-    new DeepSeek({ ...tiny, num_hidden_layers: 3, first_k_dense_replace: 1, num_nextn_predict_layers: 2 })
-  const [whole, model] = [make(), make()]
-  const expected = whole.loss(rows)
-  const together: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
-  const asked: number[] = []
-  const pieces = model.inPieces(rows)
-  const { loss, metrics } = await pieces.forward(together, async (layer, { x, weights, indices }) => {
-    asked.push(layer)
-    return model.moeLayers[layer].experts.route(x, weights, dispatchPlan(indices, 8))
-  })
-  expect(asked).toEqual([0, 1, 2, 3])
-  expect(pieces.count).toBe(expected.count)
-  assertClose('loss', [await loss.item()], [await expected.loss.item()])
-  expect(Object.keys(metrics).sort()).toEqual(['balance', 'mtp', 'nll'])
-  for (const name of ['balance', 'mtp'])
-    assertClose(name, [await metrics[name].item()], [await expected.metrics[name].item()])
-  assertClose('nll', [await metrics['nll'].item()], [(await expected.nll.item()) / pieces.count])
-  backward(loss)
-  backward(expected.loss)
-  const own = namedParameters(model)
-  for (const [i, { name, parameter }] of namedParameters(whole).entries()) {
-    const { grad } = own[i].parameter
-    expect([name, grad === null]).toEqual([own[i].name, parameter.grad === null])
-    if (grad && parameter.grad)
-      assertClose(name, await grad.values(), await parameter.grad.values(), tolerances.gradient)
-  }
-})
+const weights = Float32Array.from({ length: 16 }, (_, i) => Math.sin(i) * 2)
+
+test.each([
+  ['rows', rows],
+  ['rows with weights', { ...rows, weights }],
+])(
+  'pieces of %s that are not cut apart have loss, metrics and gradients of the model, and ask for every layer with experts in turn',
+  async (_, rows) => {
+    setDefaultBackend(referenceBackend())
+    const make = () =>
+      new DeepSeek({ ...tiny, num_hidden_layers: 3, first_k_dense_replace: 1, num_nextn_predict_layers: 2 })
+    const [whole, model] = [make(), make()]
+    const expected = whole.loss(rows)
+    const together: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
+    const asked: number[] = []
+    const pieces = model.inPieces(rows)
+    const { loss, metrics } = await pieces.forward(together, async (layer, { x, weights, indices }) => {
+      asked.push(layer)
+      return model.moeLayers[layer].experts.route(x, weights, dispatchPlan(indices, 8))
+    })
+    expect(asked).toEqual([0, 1, 2, 3])
+    expect(pieces.count).toBe(expected.count)
+    assertClose('loss', [await loss.item()], [await expected.loss.item()])
+    expect(Object.keys(metrics).sort()).toEqual(['balance', 'mtp', 'nll'])
+    for (const name of ['balance', 'mtp'])
+      assertClose(name, [await metrics[name].item()], [await expected.metrics[name].item()])
+    assertClose('nll', [await metrics['nll'].item()], [(await expected.nll.item()) / pieces.count])
+    backward(loss)
+    backward(expected.loss)
+    const own = namedParameters(model)
+    for (const [i, { name, parameter }] of namedParameters(whole).entries()) {
+      const { grad } = own[i].parameter
+      expect([name, grad === null]).toEqual([own[i].name, parameter.grad === null])
+      if (grad && parameter.grad)
+        assertClose(name, await grad.values(), await parameter.grad.values(), tolerances.gradient)
+    }
+  },
+)

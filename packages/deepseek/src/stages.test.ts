@@ -55,13 +55,18 @@ test('runs are as even as any cut makes them', () => {
 
 const together: PieceRunner = { piece: (inputs, fn) => [...fn(...inputs)], run: fn => fn() }
 
+const weights = Float32Array.from({ length: 16 }, (_, i) => Math.sin(i) * 2)
+
 test.each(
   [1, 2, 4, 6].flatMap(stages =>
-    [false, true].map(pieces => [stages, pieces ? ', in pieces that are not cut apart,' : ''] as const),
+    ['', ', in pieces that are not cut apart,'].flatMap(pieces => [
+      [stages, pieces, 'rows', rows] as const,
+      [stages, pieces, 'rows with weights', { ...rows, weights }] as const,
+    ]),
   ),
 )(
-  '%i stages one behind the other%s have the loss, the metrics and the gradients of the model',
-  async (stages, pieces) => {
+  '%i stages one behind the other%s have the loss, the metrics and the gradients of the model for %s',
+  async (stages, pieces, _, rows) => {
     const [whole, model] = [newModel(), newModel()]
     const expected = whole.loss(rows)
     const {

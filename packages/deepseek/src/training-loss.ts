@@ -13,6 +13,8 @@ export interface LossTensors extends DepthTensors {
   readonly mask?: Tensor
   /** Where the text of each position begins in its row, `i32 [B, T]`; only in batches of rows that several share. */
   readonly starts?: Tensor
+  /** What the main model's loss at each position is multiplied by, `f32 [B T]`; only in batches that weigh their tokens. */
+  readonly weights?: Tensor
   /** Which sequences lose no token to dropping, `f32 [B]`. */
   readonly undropped?: Tensor
 }
@@ -24,7 +26,7 @@ export function lossInputs(
   options: { from: number; undropped?: Float32Array },
 ): { arrays: HostInputs; count: number } {
   const { from, undropped } = options
-  const { rows: batch, length, documents, starts } = rows
+  const { rows: batch, length, documents, starts, weights } = rows
   const host = depthTargets(rows, time, depths, { from })
   const arrays: Record<string, HostInputs[string]> = {
     tokens: { data: host.tokens, shape: [batch, length] },
@@ -35,6 +37,13 @@ export function lossInputs(
     const data = new Int32Array(batch * time)
     for (let row = 0; row < batch; row++) data.set(starts.subarray(row * length, row * length + time), row * time)
     arrays.starts = { data, shape: [batch, time] }
+  }
+  if (weights) {
+    const data = new Float32Array(batch * time)
+    // A position has the weight of the token that it predicts.
+    for (let row = 0; row < batch; row++)
+      data.set(weights.subarray(row * length + 1, row * length + 1 + time), row * time)
+    arrays.weights = { data, shape: [batch * time] }
   }
   if (undropped) arrays.undropped = { data: undropped, shape: [batch] }
   if (documents.some(document => document < 0)) {

@@ -9,6 +9,8 @@ export interface TokenRows {
   readonly documents: Int32Array
   /** For every token, the place in its row where the text begins that it belongs to: none before it is attended to. Default: 0, a row is one context. */
   readonly starts?: Int32Array
+  /** For every token, what the main model's loss of predicting it is multiplied by, row-major `[rows, length]`. MTP modules have no use for it. Default: 1. */
+  readonly weights?: Float32Array
   /** B, rows of the batch. */
   readonly rows: number
   /** Tokens of a row, those to be predicted included. */
