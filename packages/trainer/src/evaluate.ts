@@ -39,6 +39,8 @@ export interface Evaluation {
   readonly tokens: number
   /** Wall time of the measurement. */
   readonly seconds: number
+  /** Mean reward of texts for held-out prompts, where the data is rollouts. The loss is that of these texts then. */
+  readonly reward?: number
 }
 
 /**

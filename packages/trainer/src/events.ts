@@ -22,9 +22,11 @@ export interface StartEvent {
   readonly steps: number
   /** Steps done by an earlier part of the run; 0 for one that begins. */
   readonly fromStep: number
-  /** Positions per step on this rank. */
+  /** Positions per step on this rank; 0 where it depends on the texts that the model makes. */
   readonly tokensPerStep: number
-  /** Tokens of the training data, those that begin and end documents included. */
+  /** Texts that the model makes to learn from at once, where the data is rollouts. */
+  readonly textsPerStep?: number
+  /** Tokens of the training data (of the prompts, where it is rollouts), those that begin and end documents included. */
   readonly trainingTokens: number
   /** Tokens of the held-out data; 0 without any. */
   readonly validationTokens: number

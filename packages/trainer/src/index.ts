@@ -63,6 +63,17 @@ export { type ProgressOptions, type ProgressStream, progress } from './report/pr
 export { writeSummary } from './report/summary.ts'
 export { tensorBoard } from './report/tensor-board.ts'
 export type { TrainResult } from './result.ts'
+export { type EvaluateRewardsOptions, evaluateRewards } from './rewards/evaluate-rewards.ts'
+export {
+  type Prompt,
+  type Reward,
+  type RewardOptions,
+  type RolloutOptions,
+  type Rollouts,
+  rollouts,
+  type Sample,
+} from './rewards/rollouts.ts'
+export type { SampledText, SamplingModel, TextRequest, TextSampler, TextSamplerOptions } from './rewards/sampler.ts'
 export type { StepNumbers } from './step-numbers.ts'
 export { train } from './train.ts'
 export { type StepOptions, trainingStep } from './training-step.ts'

@@ -15,6 +15,11 @@ export interface TokenBatch {
    * say `isolates` get it.
    */
   readonly starts?: Int32Array
+  /**
+   * `[rows, length]`: what the negative log-likelihood of each token is multiplied by in `loss` (not in `nll`), where texts are learned from to different extents, or are to be unlearned. Only models that tell `nlls`
+   * get it.
+   */
+  readonly weights?: Float32Array
   /** Number of rows. */
   readonly rows: number
   /** Tokens of a row: the trained positions and the model's `lookahead`. */
@@ -37,6 +42,8 @@ export interface LossOutput {
   readonly nll: Tensor
   /** Counted positions; known from the batch alone. */
   readonly count: number
+  /** Each of these likelihoods, detached, `[rows * positions]` by row and position; 0 where a position does not count. Only from a model that heeds `TokenBatch.weights`. */
+  readonly nlls?: Tensor
   /** Scalars to log, detached: the losses of MTP modules, of load balancing. */
   readonly metrics: Readonly<Record<string, Tensor>>
 }
@@ -131,6 +138,8 @@ export interface TextTokenizer {
   tokenToId?(token: string): number | undefined
   /** The inverse: checkpoints name these tokens in `tokenizer_config.json`. */
   idToToken?(id: number): string | undefined
+  /** Text of ids. It is called with `skipSpecialTokens`, of what a model has made. */
+  decode?(ids: Iterable<number>, options?: { skipSpecialTokens?: boolean }): string
   /** Content of `tokenizer.json`, stored beside the model in every checkpoint. */
   toJSON?(): unknown
 }

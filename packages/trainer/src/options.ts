@@ -12,6 +12,7 @@ import {
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import type { Conversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
+import type { Lessons } from './data/lessons.ts'
 import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
 import type { TrainListener } from './events.ts'
 import type { TextTokenizer, TrainableModel } from './model.ts'
@@ -21,6 +22,7 @@ import { Muon } from './optim/muon.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { type Schedule, warmupCosine } from './optim/schedule.ts'
 import type { Ranks } from './ranks.ts'
+import type { Rollouts } from './rewards/rollouts.ts'
 
 /** Token data that was made beforehand. */
 export interface TokenData {
@@ -32,8 +34,8 @@ export interface TokenData {
 
 /** What `train` is told. Only `data` and `steps` are needed, and `tokenizer` where the data are texts or conversations. */
 export interface TrainOptions extends AdamWOptions, DocumentTokens {
-  /** Texts or conversations (then `tokenizer` is needed), or tokens. */
-  readonly data: Corpus | Conversations | TokenData
+  /** Texts or conversations (then `tokenizer` is needed), tokens, or `rollouts`, which the model makes itself and is rewarded for. */
+  readonly data: Corpus | Conversations | TokenData | Rollouts
   /** Makes tokens of texts, and is stored beside the model in every checkpoint. */
   readonly tokenizer?: TextTokenizer
   /** Optimizer steps of the whole run. */
@@ -212,6 +214,8 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   if (data === undefined) problems.push('data is missing, needs training texts or tokens')
   else if (data?.training === undefined) {
     problems.push('data has no training part: make it with texts(documents) or textFiles(patterns)')
+  } else if ('reward' in data) {
+    problems.push(...againstRollouts(data, merged))
   } else if ('template' in data && (given.bos ?? given.eos) !== undefined) {
     problems.push('bos or eos is given beside conversations, whose template writes them')
   }
@@ -237,6 +241,17 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   }
   const { steps, schedule = warmupCosine({ steps }), loadsEvery = Math.max(10, Math.ceil(steps / 1000)) } = merged
   return { ...merged, schedule, loadsEvery }
+}
+
+/** What does not go with rollouts. */
+function againstRollouts({ updates }: Rollouts, { steps, ranks, eos, accumulate }: Partial<ResolvedOptions>): string[] {
+  const left = updates > 1 && Number(steps) % updates !== 0
+  return [
+    ...(ranks === undefined ? [] : ['ranks is given, and rollouts are for a model on one rank']),
+    ...(eos === undefined ? [] : ['eos is given beside rollouts, which end where the model ends texts']),
+    ...(accumulate === 1 ? [] : ['accumulate is given beside rollouts, all of which a step learns from']),
+    ...(left ? [`steps is ${steps}, needs a multiple of the ${updates} updates of rollouts`] : []),
+  ]
 }
 
 /** What `ranks` says about this process and its data. */
@@ -272,11 +287,10 @@ export function makeOptimizer(options: ResolvedOptions, parameters: readonly Nam
 /** What a run is, as far as its numbers go. */
 export function recordRun(
   options: ResolvedOptions,
-  data: TokenDataset,
+  data: Pick<Lessons, 'identity' | 'isolate'>,
   model: TrainableModel,
   parameters: readonly NamedParameter[],
   optimizer: Optimizer,
-  isolate: boolean,
 ): RunRecord {
   const streams = namedStreams(model).map(({ name }) => name)
   const shapes = parameters.map(({ name, parameter }) => `${name} ${parameter.dtype} ${parameter.shape.join('x')}`)
@@ -293,9 +307,9 @@ export function recordRun(
     // JSON has no Infinity.
     clip: options.clip === Number.POSITIVE_INFINITY ? null : options.clip,
     precision: options.precision,
-    ...(isolate && { isolate }),
+    ...(data.isolate && { isolate: true }),
     optimizer: `${optimizer.name} ${JSON.stringify(optimizer.settings(parameters))}`,
-    data: `${data.tokens.length} tokens (${data.digest})`,
+    data: data.identity,
     parameters: `${shapes.length} of ${parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)} numbers (${digest(shapes.join())})`,
     ...(streams.length > 0 && { streams: streams.join(' ') }),
     ...Object.fromEntries(

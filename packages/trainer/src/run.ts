@@ -18,9 +18,10 @@ import { lockFolder } from './checkpoints/folder-lock.ts'
 import { OptimizerOnRanks } from './checkpoints/optimizer-on-ranks.ts'
 import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
+import { DatasetLessons, type Lessons } from './data/lessons.ts'
 import { TrainingOrder } from './data/training-order.ts'
 import { drawApart } from './draw-apart.ts'
-import { type Evaluation, evaluate } from './evaluate.ts'
+import type { Evaluation } from './evaluate.ts'
 import type { StepEvent, TrainEvent, TrainListener } from './events.ts'
 import type { Interrupts } from './interrupt.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
@@ -36,6 +37,9 @@ import { cutMetrics, type MetricsLine, metricsLine } from './report/metrics-log.
 import { progress } from './report/progress.ts'
 import { writeSummary } from './report/summary.ts'
 import type { TrainResult } from './result.ts'
+import { RolloutLessons } from './rewards/rollout-lessons.ts'
+import type { Rollouts } from './rewards/rollouts.ts'
+import { checkSampling } from './rewards/sampler.ts'
 import type { Steps } from './step-numbers.ts'
 import { TrainingSteps } from './training-steps.ts'
 
@@ -47,14 +51,11 @@ type Peaks = Pick<TrainResult, 'peakMemoryBytes' | 'peakDeviceBytes'>
 export class Run {
   readonly model: TrainableModel
   readonly settings: ResolvedOptions
-  readonly data: TokenData
+  readonly lessons: Lessons
   readonly parameters: readonly NamedParameter[]
   readonly optimizer: Optimizer
   readonly steps: Steps
   readonly interrupts: Interrupts
-  readonly order: TrainingOrder
-  /** Whether documents are kept apart. */
-  readonly isolate: boolean
   readonly record: RunRecord
   readonly listeners: readonly TrainListener[]
   /** Folder of the run on the rank that writes it. */
@@ -89,35 +90,23 @@ export class Run {
   constructor(
     model: TrainableModel,
     settings: ResolvedOptions,
-    data: TokenData,
+    data: TokenData | Rollouts,
     parameters: readonly NamedParameter[],
     optimizer: Optimizer,
     interrupts: Interrupts,
   ) {
     this.model = model
     this.settings = settings
-    this.data = data
     this.parameters = parameters
     this.optimizer = optimizer
-    const { clip, precision, record, ranks, onRanks, sequenceLength, batchSize, accumulate, seed, rank, world } =
-      settings
+    const { clip, precision, record, ranks, onRanks, rank } = settings
     this.steps =
       onRanks === undefined
         ? new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks })
         : new StepsOnRanks(model, onRanks, optimizer, { clip, precision })
     this.interrupts = interrupts
-    this.isolate = settings.isolate ?? (model.isolates === true && data.training.examples !== null)
-    this.order = new TrainingOrder(data.training, {
-      sequenceLength,
-      isolate: this.isolate,
-      lookahead: model.lookahead,
-      batchSize,
-      accumulate,
-      seed,
-      rank,
-      world,
-    })
-    this.record = recordRun(settings, data.training, model, parameters, optimizer, this.isolate)
+    this.lessons = lessonsOf(model, settings, data, interrupts.signal)
+    this.record = recordRun(settings, this.lessons, model, parameters, optimizer)
     this.writesTo = (ranks?.rank ?? rank) === 0 ? settings.out : undefined
     this.saves = this.writesTo !== undefined
     this.log = this.writesTo === undefined ? undefined : new LogFile(join(this.writesTo, 'metrics.jsonl'))
@@ -146,11 +135,11 @@ export class Run {
 
   /** Positions of one step, of all ranks that train together. */
   get tokensPerStep(): number {
-    return this.order.tokensPerStep * (this.settings.ranks === undefined ? 1 : this.settings.world)
+    return this.lessons.tokensPerStep * (this.settings.ranks === undefined ? 1 : this.settings.world)
   }
 
   async all(): Promise<TrainResult> {
-    const { settings } = this
+    const { settings, lessons } = this
     const { ranks, onRanks } = settings
     if (onRanks !== undefined) this.optimizerOnRanks = await OptimizerOnRanks.of(onRanks, this.optimizer)
     await this.begin()
@@ -160,10 +149,16 @@ export class Run {
     const limit = this.trainSeconds + (settings.timeLimitSeconds ?? Number.POSITIVE_INFINITY)
     let stop = await this.reasonToStop(limit)
     while (this.step < settings.steps && stop === null) {
-      await this.oneStep()
+      if (!(await this.oneStep())) {
+        stop = 'interrupted'
+        break
+      }
       if (this.step === settings.steps) break
-      if (this.step % settings.checkpointEvery === 0) await this.save()
-      if (settings.evalEvery > 0 && this.step % settings.evalEvery === 0) await this.measure(settings.evalTokens)
+      if (this.step % lessons.stride > 0) continue
+      // The first whole ones from there on.
+      const due = (every: number) => every > 0 && this.step % every < lessons.stride
+      if (due(settings.checkpointEvery)) await this.save()
+      if (due(settings.evalEvery)) await this.measure(settings.evalTokens)
       stop = await this.reasonToStop(limit)
     }
     await this.save()
@@ -184,9 +179,9 @@ export class Run {
 
   /** What the ranks have to know of each other. */
   async agree(ranks: Ranks): Promise<void> {
-    const { settings, step, data, parameters } = this
+    const { settings, step, lessons, parameters } = this
     const { steps, checkpointEvery, evalEvery } = settings
-    const plan = { steps, checkpointEvery, evalEvery, validation: data.validation !== undefined }
+    const plan = { steps, checkpointEvery, evalEvery, validation: lessons.validationTokens > 0 }
     const comparable: readonly OwnParameter[] = settings.onRanks?.parameters ?? parameters
     const norms = await normsOf(comparable.filter(({ firstRow }) => firstRow === undefined))
     const own = { step, plan, norms, saves: this.saves }
@@ -255,18 +250,20 @@ export class Run {
     }
   }
 
-  async oneStep(): Promise<void> {
-    const { settings, order } = this
+  /** @returns false when it was interrupted before the step began */
+  async oneStep(): Promise<boolean> {
+    const { settings, lessons } = this
     const started = performance.now()
     const lr = settings.lr * settings.schedule(this.step)
-    const batches = this.ahead ?? order.step(this.step)
+    const batches = this.ahead ?? (await this.batches())
+    if (batches === null) return false
     this.ahead = null
     const done = this.steps.step(batches, { lr, step: this.step + 1 })
     // While the device computes. What `step` failed with is told below.
     done.catch(() => undefined)
     if (this.step + 1 < settings.steps) {
-      this.ahead = order.step(this.step + 1)
-      this.steps.prepare(this.ahead)
+      this.ahead = lessons.ahead(this.step + 1)
+      if (this.ahead) this.steps.prepare(this.ahead)
     }
     const numbers = await done
     // A turn of the event loop, so that Ctrl-C is seen even where no download waits.
@@ -284,7 +281,7 @@ export class Run {
       gradNorm: numbers.gradNorm,
       tokens: this.tokens,
       tokensPerSecond: this.tokensPerStep / seconds,
-      metrics: { ...numbers.metrics, ...numbers.after },
+      metrics: { ...lessons.metrics, ...numbers.metrics, ...numbers.after },
     }
     for (const name in numbers.after) this.balanceNames.add(name)
     const line = metricsLine(event)
@@ -294,6 +291,21 @@ export class Run {
     const { loadsEvery } = settings
     if (loadsEvery > 0) this.loads.add(this.model.layerLoads)
     if (this.step % loadsEvery === 0) await this.tellLoads()
+    return true
+  }
+
+  /** Those of the next step; null when it was interrupted. Where they cannot be made, what was learned is saved. */
+  async batches(): Promise<readonly TokenBatch[] | null> {
+    const { lessons, step, interrupts } = this
+    try {
+      return await lessons.step(step)
+    } catch (error) {
+      const whole = step % lessons.stride === 0
+      if (whole && interrupts.signal.aborted) return null
+      // The first error is the one to tell.
+      if (whole) await this.save().catch(() => undefined)
+      throw error
+    }
   }
 
   /** Tells what the experts were given since the last time. */
@@ -304,16 +316,14 @@ export class Run {
 
   /** @returns null when it was interrupted */
   async measure(limit: number | undefined): Promise<Evaluation | null> {
-    const { settings, data, model, interrupts } = this
-    if (data.validation === undefined) return nothingMeasured
+    const { lessons, interrupts } = this
+    if (lessons.validationTokens === 0) return nothingMeasured
     this.log?.flush()
     await this.gather()
-    const { sequenceLength, batchSize, precision } = settings
     try {
       const { signal } = interrupts
       const onProgress = (done: number) => this.emit({ type: 'measuring', step: this.step, done })
-      const settings = { sequenceLength, batchSize, isolate: this.isolate, precision, limit, signal, onProgress }
-      const measured = await evaluate(model, data.validation, settings)
+      const measured = await lessons.measure({ limit, signal, onProgress })
       this.emit({ type: 'evaluation', step: this.step, final: limit === undefined, ...measured })
       return measured
     } catch (error) {
@@ -431,7 +441,7 @@ export class Run {
   }
 
   emitStart(): void {
-    const { settings, data, order, backend } = this
+    const { settings, lessons, backend } = this
     this.emit({
       type: 'start',
       backend: backend.name,
@@ -441,9 +451,10 @@ export class Run {
       steps: settings.steps,
       fromStep: this.step,
       tokensPerStep: this.tokensPerStep,
-      trainingTokens: data.training.tokens.length,
-      validationTokens: data.validation?.tokens.length ?? 0,
-      epochs: order.epochs(settings.steps),
+      ...(lessons.textsPerStep > 0 && { textsPerStep: lessons.textsPerStep }),
+      trainingTokens: lessons.trainingTokens,
+      validationTokens: lessons.validationTokens,
+      epochs: lessons.epochs(settings.steps),
       out: settings.out,
       rank: settings.rank,
       settings: this.record,
@@ -455,13 +466,7 @@ export class Run {
         message: `${((100 * stored) / all).toFixed(1)} % of the model's numbers are stored in fewer bits and stay as they are: only the others are trained (to train all, open the model in f32)`,
       })
     }
-    const left = data.training.leftOut(order.sequenceLength)
-    if (left > 0) {
-      this.emit({
-        type: 'notice',
-        message: `${((100 * left) / data.training.predictable).toFixed(1)} % of the tokens to learn lie behind the first ${order.sequenceLength} positions of their conversations and are left out (a sequenceLength of ${data.training.longest} holds the longest)`,
-      })
-    }
+    if (lessons.notice) this.emit({ type: 'notice', message: lessons.notice })
     const missing =
       settings.precision === 'fp8' && !backend.fp8Matmul
         ? 'does not round to fp8'
@@ -473,6 +478,25 @@ export class Run {
       this.emit({ type: 'notice', message: `${backend.name} ${missing}: matrix products are multiplied in ${used}` })
     }
   }
+}
+
+function lessonsOf(
+  model: TrainableModel,
+  settings: ResolvedOptions,
+  data: TokenData | Rollouts,
+  signal: AbortSignal,
+): Lessons {
+  const { sequenceLength, batchSize, accumulate, seed, rank, world, precision, tokenizer, bos } = settings
+  const isolates = model.isolates === true
+  if ('reward' in data) {
+    const isolate = settings.isolate ?? isolates
+    const rows = { sequenceLength, batchSize, isolate }
+    return new RolloutLessons(checkSampling(model), data, { ...rows, tokenizer, bos, seed, precision, signal })
+  }
+  const isolate = settings.isolate ?? (isolates && data.training.examples !== null)
+  const rows = { sequenceLength, batchSize, isolate, lookahead: model.lookahead }
+  const order = new TrainingOrder(data.training, { ...rows, accumulate, seed, rank, world })
+  return new DatasetLessons(model, order, { validation: data.validation, precision })
 }
 
 /** Norm of each parameter. */

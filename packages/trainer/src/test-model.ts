@@ -12,8 +12,10 @@ import {
   type Kernel,
   Linear,
   Module,
+  noGrad,
   Parameter,
   Random,
+  scope,
   type Tensor,
   tensor,
   zeros,
@@ -21,6 +23,7 @@ import {
 import { readF64, referenceBackend } from '@moe/core/reference'
 import { TokenDataset } from './data/token-dataset.ts'
 import type { LossOptions, LossOutput, TextTokenizer, TokenBatch, TrainableModel } from './model.ts'
+import type { SamplingModel, TextSampler } from './rewards/sampler.ts'
 
 export const testVocabulary = 12
 
@@ -67,14 +70,17 @@ export class BigramModel extends Module implements TrainableModel {
 
   loss(batch: TokenBatch, { training = true, from = 0 }: LossOptions = {}): LossOutput {
     const { backend } = this.offset
-    const { inputs, targets, count } = nextTokens(batch, from)
+    const { inputs, targets, weights, count } = nextTokens(batch, from)
     const embedded = this.embed_tokens.forward(tensor(inputs, [inputs.length], { backend }))
     const logits = this.lm_head.forward(this.hidden(embedded, training)).add(this.offset)
-    const sum = crossEntropy(logits, tensor(targets, [targets.length], { backend })).sum()
+    const nlls = crossEntropy(logits, tensor(targets, [targets.length], { backend }))
+    const sum = nlls.sum()
+    const weighted = batch.weights ? nlls.mul(tensor(weights, [weights.length], { backend })).sum() : sum
     if (training && isRecording()) this.#batches++
     return {
-      loss: sum.mul(1 / Math.max(1, count)),
+      loss: weighted.mul(1 / Math.max(1, count)),
       nll: sum.detach(),
+      nlls: nlls.detach(),
       count,
       metrics: { half: sum.detach().mul(0.5 / Math.max(1, count)) },
     }
@@ -94,11 +100,72 @@ export class BigramModel extends Module implements TrainableModel {
   }
 }
 
-/** Inputs, targets (-100 where a position does not count) and their number. */
-export function nextTokens({ tokens, documents, rows, length }: TokenBatch, from: number) {
+/** Makes texts, too: each by itself, with the weights that there are when it is begun. */
+export class TalkingBigram extends BigramModel implements SamplingModel {
+  /** Tokens of all texts that were made. */
+  readonly made: number[][] = []
+
+  /** Probabilities of what follows each token. */
+  async table(): Promise<number[][]> {
+    const logits = noGrad(() =>
+      scope(() => {
+        const ids = Int32Array.from({ length: testVocabulary }, (_, i) => i)
+        const all = tensor(ids, [testVocabulary], { backend: this.offset.backend })
+        return this.lm_head.forward(this.hidden(this.embed_tokens.forward(all), false)).add(this.offset)
+      }),
+    )
+    const values = await logits.values()
+    logits.dispose()
+    return Array.from({ length: testVocabulary }, (_, row) => {
+      const powers = Array.from(values.subarray(row * testVocabulary, (row + 1) * testVocabulary), Math.exp)
+      const sum = powers.reduce((sum, x) => sum + x)
+      return powers.map(x => x / sum)
+    })
+  }
+
+  continuousBatch(): TextSampler {
+    return {
+      generate: (prompt, { maxTokens, seed, signal }) => {
+        const logProbs: Array<{ token: number; logProb: number }> = []
+        const stats: { finishReason: 'stop' | 'length' | null } = { finishReason: null }
+        const random = new Random(seed)
+        const make = async function* (model: TalkingBigram) {
+          const table = await model.table()
+          let at = prompt[prompt.length - 1]
+          while (stats.finishReason === null) {
+            signal.throwIfAborted()
+            const drawn = random.next()
+            let sum = 0
+            const token = table[at].findIndex(p => {
+              sum += p
+              return drawn < sum
+            })
+            logProbs.push({ token, logProb: Math.log(table[at][token]) })
+            at = token
+            if (token === endToken) stats.finishReason = 'stop'
+            else {
+              yield token
+              if (logProbs.length === maxTokens) stats.finishReason = 'length'
+            }
+          }
+          model.made.push(logProbs.map(({ token }) => token))
+        }
+        return { logProbs, stats, [Symbol.asyncIterator]: () => make(this) }
+      },
+      dispose() {},
+    }
+  }
+}
+
+/** Ends the texts of `TalkingBigram`. */
+const endToken = 11
+
+/** Inputs, targets (-100 where a position does not count), their weights and their number. */
+export function nextTokens({ tokens, documents, weights: given, rows, length }: TokenBatch, from: number) {
   const positions = length - 1
   const inputs = new Int32Array(rows * positions)
   const targets = new Int32Array(rows * positions).fill(-100)
+  const weights = new Float32Array(rows * positions)
   let count = 0
   for (let row = 0; row < rows; row++) {
     for (let t = 0; t < positions; t++) {
@@ -106,10 +173,11 @@ export function nextTokens({ tokens, documents, rows, length }: TokenBatch, from
       inputs[row * positions + t] = tokens[at]
       if (t < from || documents[at] !== documents[at + 1]) continue
       targets[row * positions + t] = tokens[at + 1]
+      weights[row * positions + t] = given?.[at + 1] ?? 1
       count++
     }
   }
-  return { inputs, targets, count }
+  return { inputs, targets, weights, count }
 }
 
 /** Letters a to j, a begin and an end token. */
@@ -117,6 +185,7 @@ export const letters: TextTokenizer = {
   vocabSize: testVocabulary,
   encode: text => Uint32Array.from(text, char => char.charCodeAt(0) - 97),
   tokenToId: token => ({ '<s>': 10, '</s>': 11 })[token],
+  decode: ids => Array.from(ids, id => (id < 10 ? String.fromCharCode(97 + id) : '')).join(''),
 }
 
 /** Documents of letters in which some pairs are frequent. */

@@ -9,6 +9,7 @@ import type { TrainableModel } from './model.ts'
 import { checkOnRanks } from './model-on-ranks.ts'
 import { makeOptimizer, type ResolvedOptions, resolveOptions, type TokenData, type TrainOptions } from './options.ts'
 import type { TrainResult } from './result.ts'
+import type { Rollouts } from './rewards/rollouts.ts'
 import { Run } from './run.ts'
 
 /**
@@ -19,7 +20,7 @@ import { Run } from './run.ts'
  * Ctrl-C (or `signal`) finishes the step, saves, and returns a result with `interrupted`; what the process then does
  * is the caller's choice.
  *
- * @throws MoeError E_CONFIG (options, a folder that another training writes to), E_DATA (nothing to train on), E_NAN (loss or gradient not finite: the step is
+ * @throws MoeError E_CONFIG (options, a folder that another training writes to), E_DATA (nothing to train on, a reward that fails: a checkpoint is saved first), E_NAN (loss or gradient not finite: the step is
  *   not applied, the last checkpoint stays), E_CHECKPOINT (saving failed, or the checkpoint to resume from is damaged or
  *   another run's)
  */
@@ -27,7 +28,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   checkModel('train', model)
   const settings = resolveOptions(options)
   const data = tokenData(settings)
-  checkVocabulary(model, data)
+  if (!('reward' in data)) checkVocabulary(model, data)
   if (settings.isolate === true && model.isolates !== true) throw doesNotIsolate()
   const parameters = namedParameters(model)
   checkTrainable(parameters)
@@ -51,14 +52,16 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   } finally {
     interrupts.dispose()
     run?.steps.dispose()
+    run?.lessons.dispose()
     run?.drawTogether()
     run?.unlock()
     optimizer.dispose()
   }
 }
 
-function tokenData(settings: ResolvedOptions): TokenData {
+function tokenData(settings: ResolvedOptions): TokenData | Rollouts {
   const { data, tokenizer, bos, eos } = settings
+  if ('reward' in data) return data
   if (data.training instanceof TokenDataset) return data as TokenData
   if (tokenizer === undefined) {
     throw new MoeError({

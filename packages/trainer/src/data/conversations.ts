@@ -175,7 +175,7 @@ function tokenized(parts: readonly Part[], tokenizer: TextTokenizer): Example {
 
 const isLearned = ({ role, weight }: Message) => role === 'assistant' && weight !== 0
 
-function checkTemplate(op: string, template: ConversationTemplate): void {
+export function checkTemplate(op: string, template: ConversationTemplate): void {
   if (typeof template?.render === 'function') return
   const given = (template as unknown) instanceof Promise ? 'a promise' : `${template}`
   throw new MoeError({

@@ -55,7 +55,7 @@ export function progress(options: ProgressOptions = {}): TrainListener {
   }
   const redraw = (steps: number, event: StepEvent) => {
     const width = stream.columns ?? 100
-    const parts = fitting(stepParts(steps, event, speed, start), width)
+    const parts = fitting(stepParts(steps, event, speed), width)
     const wide = parts.join('  ').length + barWidth + 2 < width
     const bar = wide ? `${paint(32, barOf(event.step / steps))}  ` : ''
     clear()
@@ -79,7 +79,7 @@ export function progress(options: ProgressOptions = {}): TrainListener {
         if (terminal) {
           if (now() - drawnAt >= redrawMs || event.step === steps) redraw(steps, event)
         } else if (event.step % every === 0 || event.step === fromStep + 1 || event.step === steps) {
-          say(stepParts(steps, event, speed, start).join('  '))
+          say(stepParts(steps, event, speed).join('  '))
         }
         break
       }
@@ -136,15 +136,16 @@ function fitting(parts: readonly string[], width: number): string[] {
 function startLine(event: StartEvent): string {
   const from = event.fromStep > 0 ? `, going on after step ${event.fromStep}` : ''
   const epochs = event.epochs >= 9.95 ? event.epochs.toFixed(0) : event.epochs.toFixed(1)
-  return `${compact(event.parameters)} parameters on ${event.backend} (${event.device}, ${event.precision}); ${event.steps} steps of ${grouped(event.tokensPerStep)} tokens, ${epochs} epochs of ${compact(event.trainingTokens)}${from}`
+  const size = event.textsPerStep ? `${event.textsPerStep} texts` : `${grouped(event.tokensPerStep)} tokens`
+  return `${compact(event.parameters)} parameters on ${event.backend} (${event.device}, ${event.precision}); ${event.steps} steps of ${size}, ${epochs} epochs of ${compact(event.trainingTokens)}${from}`
 }
 
-function stepParts(steps: number, event: StepEvent, speed: number, start: StartEvent | undefined): string[] {
-  const { maxVio } = event.metrics
-  const left = speed > 0 ? ((steps - event.step) * (start?.tokensPerStep ?? 0)) / speed : 0
+function stepParts(steps: number, event: StepEvent, speed: number): string[] {
+  const { maxVio, reward } = event.metrics
+  const left = speed > 0 ? ((steps - event.step) * event.tokens) / event.step / speed : 0
   return [
     `step ${String(event.step).padStart(String(steps).length)}/${steps}`,
-    `loss ${event.nll.toFixed(3)}`,
+    reward === undefined ? `loss ${event.nll.toFixed(3)}` : `reward ${reward.toFixed(3)}`,
     `${grouped(Math.round(speed))} tokens/s`,
     ...(maxVio === undefined ? [] : [`MaxVio ${maxVio.toFixed(2)}`]),
     `ETA ${clock(left)}`,
@@ -153,7 +154,8 @@ function stepParts(steps: number, event: StepEvent, speed: number, start: StartE
 
 function evaluationLine(event: EvaluationEvent, paint: (code: number, text: string) => string): string {
   const bytes = Number.isNaN(event.bitsPerByte) ? '' : `, ${paint(36, `${event.bitsPerByte.toFixed(3)} bits per byte`)}`
-  return `step ${event.step}: held-out loss ${event.loss.toFixed(3)}${bytes} (${grouped(event.tokens)} tokens, ${event.seconds.toFixed(1)} s)`
+  const reward = event.reward === undefined ? '' : `reward ${paint(36, event.reward.toFixed(3))}, `
+  return `step ${event.step}: held-out ${reward}loss ${event.loss.toFixed(3)}${bytes} (${grouped(event.tokens)} tokens, ${event.seconds.toFixed(1)} s)`
 }
 
 function barOf(fraction: number): string {

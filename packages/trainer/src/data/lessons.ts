@@ -1,0 +1,119 @@
+/** @file What a run learns from, step by step: rows of a data set here, texts that the model makes in `../rewards`. */
+import type { Precision } from '@moe/core'
+import { type Evaluation, evaluate } from '../evaluate.ts'
+import type { TokenBatch, TrainableModel } from '../model.ts'
+import type { TokenDataset } from './token-dataset.ts'
+import type { TrainingOrder } from './training-order.ts'
+
+/** How a measurement is told of, and ended. */
+export interface MeasureOptions {
+  /** Tokens to measure on. Default: all. */
+  readonly limit: number | undefined
+  readonly signal: AbortSignal
+  readonly onProgress: (done: number) => void
+}
+
+export interface Lessons {
+  /** What they are made of: runs that go on have the same. */
+  readonly identity: string
+  /** Whether texts that share a row are kept apart. */
+  readonly isolate: boolean
+  /** Tokens of the data that is trained on. */
+  readonly trainingTokens: number
+  /** Tokens of what is held out; 0 without any. */
+  readonly validationTokens: number
+  /** Texts that the model makes for a step; 0 where they are there. */
+  readonly textsPerStep: number
+  /** Positions of a step on this rank: where steps differ, of the latest. */
+  readonly tokensPerStep: number
+  /** Steps that belong together: a run stops, saves and measures behind whole ones. */
+  readonly stride: number
+  /** To be logged with the step whose batches were asked for last. */
+  readonly metrics: Readonly<Record<string, number>>
+  /** Something that the user should know as the run begins. */
+  readonly notice: string | undefined
+  epochs(steps: number): number
+  /** The micro-batches of a step (counted from 0), for the model as it is then. */
+  step(step: number): readonly TokenBatch[] | Promise<readonly TokenBatch[]>
+  /** The same before the model is there; null where its batches depend on it. */
+  ahead(step: number): readonly TokenBatch[] | null
+  /** Of held-out data, where there is some. */
+  measure(options: MeasureOptions): Promise<Evaluation>
+  dispose(): void
+}
+
+/** Rows of a data set. */
+export class DatasetLessons implements Lessons {
+  readonly #model: TrainableModel
+  readonly #order: TrainingOrder
+  readonly #validation: TokenDataset | undefined
+  readonly #precision: Precision
+  readonly textsPerStep = 0
+  readonly stride = 1
+  readonly metrics = {}
+
+  constructor(
+    model: TrainableModel,
+    order: TrainingOrder,
+    { validation, precision }: { readonly validation: TokenDataset | undefined; readonly precision: Precision },
+  ) {
+    this.#model = model
+    this.#order = order
+    this.#validation = validation
+    this.#precision = precision
+  }
+
+  get identity(): string {
+    const { tokens, digest } = this.#order.data
+    return `${tokens.length} tokens (${digest})`
+  }
+
+  get isolate(): boolean {
+    return this.#order.isolate
+  }
+
+  get trainingTokens(): number {
+    return this.#order.data.tokens.length
+  }
+
+  get validationTokens(): number {
+    return this.#validation?.tokens.length ?? 0
+  }
+
+  get tokensPerStep(): number {
+    return this.#order.tokensPerStep
+  }
+
+  get notice(): string | undefined {
+    const { data, sequenceLength } = this.#order
+    const left = data.leftOut(sequenceLength)
+    if (left === 0) return undefined
+    return `${((100 * left) / data.predictable).toFixed(1)} % of the tokens to learn lie behind the first ${sequenceLength} positions of their conversations and are left out (a sequenceLength of ${data.longest} holds the longest)`
+  }
+
+  epochs(steps: number): number {
+    return this.#order.epochs(steps)
+  }
+
+  step(step: number): TokenBatch[] {
+    return this.#order.step(step)
+  }
+
+  ahead(step: number): TokenBatch[] {
+    return this.#order.step(step)
+  }
+
+  measure(options: MeasureOptions): Promise<Evaluation> {
+    const { sequenceLength, batchSize, isolate } = this.#order
+    const precision = this.#precision
+    return evaluate(this.#model, this.#validation as TokenDataset, {
+      sequenceLength,
+      batchSize,
+      isolate,
+      precision,
+      ...options,
+    })
+  }
+
+  dispose(): void {}
+}

@@ -1,0 +1,109 @@
+/** @file A DeepSeek, with experts and an MTP module, learns from rewards on a backend that records. */
+import { join } from 'node:path'
+import { namedParameters } from '@moe/core'
+import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cpu'
+import { afterAll, afterEach, expect, test } from 'vitest'
+import type { StepEvent, TrainEvent } from '../events.ts'
+import type { TrainOptions } from '../options.ts'
+import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
+import { train } from '../train.ts'
+import { type RolloutOptions, rollouts } from './rollouts.ts'
+
+const backend = await createBackend()
+afterAll(() => backend.dispose())
+afterEach(async () => {
+  await removeTemporaryFolders()
+  expect(backend.stats().handles).toBe(0)
+})
+
+const tiny: DeepSeekConfigInput = {
+  ...presets.tiny,
+  vocab_size: 40,
+  hidden_size: 24,
+  intermediate_size: 32,
+  moe_intermediate_size: 8,
+  num_hidden_layers: 3,
+  num_attention_heads: 2,
+  n_routed_experts: 8,
+  num_experts_per_tok: 2,
+  q_lora_rank: 12,
+  kv_lora_rank: 8,
+  qk_nope_head_dim: 8,
+  qk_rope_head_dim: 4,
+  v_head_dim: 8,
+  initializer_range: 0.1,
+  num_nextn_predict_layers: 1,
+  eos_token_id: 1,
+}
+
+const prompts = Array.from({ length: 12 }, (_, i) => ({
+  tokens: Array.from({ length: 3 + (i % 5) }, (_, t) => 2 + (((i + 1) * (t + 3)) % 38)),
+}))
+
+async function ran(given: Partial<RolloutOptions> = {}, options: Partial<TrainOptions> = {}) {
+  const model = new DeepSeek(tiny, { backend })
+  const steps: StepEvent[] = []
+  const data = rollouts(prompts, {
+    reward: ({ tokens }) => tokens.filter(token => token === 7).length / tokens.length,
+    groups: 4,
+    groupSize: 8,
+    maxTokens: 6,
+    ...given,
+  })
+  try {
+    const settings = { data, steps: 12, batchSize: 4, sequenceLength: 16, lr: 0.02, weightDecay: 0, progress: false }
+    const onEvent = (event: TrainEvent) => event.type === 'step' && steps.push(event)
+    const result = await train(model, { ...settings, onEvent, ...options })
+    const weights = await Promise.all(namedParameters(model).map(({ parameter }) => parameter.values()))
+    return { steps, result, weights }
+  } finally {
+    model.dispose()
+  }
+}
+
+const numbers = ({ steps }: { readonly steps: readonly StepEvent[] }) =>
+  steps.map(({ tokensPerSecond, metrics: { samplingSeconds, ...metrics }, ...rest }) => ({ ...rest, metrics }))
+
+test('it learns to emit token 7 within a few steps', async () => {
+  const { steps } = await ran({}, { steps: 30 })
+  const rewards = steps.map(({ metrics }) => metrics['reward'])
+  expect(rewards[0]).toBeLessThan(0.1)
+  expect(rewards[29]).toBeGreaterThan(0.7)
+  const { mtp, samplerKl, maxVio } = steps[29].metrics
+  // Modules go on learning what the model says.
+  expect(mtp).toBeLessThan(steps[0].metrics['mtp'])
+  expect(samplerKl).toBeLessThan(1e-6)
+  expect(maxVio).toBeGreaterThan(0)
+})
+
+test.each([1, 2])('recorded steps are those op by op, %i updates', async updates => {
+  const recorded = await ran({ updates })
+  const opByOp = await ran({ updates }, { record: false })
+  expect(numbers(recorded)).toEqual(numbers(opByOp))
+  expect(recorded.weights).toEqual(opByOp.weights)
+})
+
+test('a run that was stopped goes on, bit for bit', async () => {
+  const whole = await ran({ updates: 2 })
+  const out = join(await temporaryFolder(), 'run')
+  const controller = new AbortController()
+  const onEvent = (event: TrainEvent) => {
+    if (event.type === 'step' && event.step === 5) controller.abort()
+  }
+  const { result } = await ran({ updates: 2 }, { out, signal: controller.signal, onEvent })
+  expect(result.steps).toBe(6)
+  const rest = await ran({ updates: 2 }, { out, resume: true })
+  expect(numbers(rest)).toEqual(numbers(whole).slice(6))
+  expect(rest.weights).toEqual(whole.weights)
+})
+
+test('a reference without MTP modules keeps it near', async () => {
+  const reference = new DeepSeek({ ...tiny, num_nextn_predict_layers: 0 }, { backend })
+  const near = await ran({ kl: { weight: 3, reference }, updates: 2 })
+  const far = await ran({ kl: { weight: 1e-3, reference }, updates: 2 })
+  reference.dispose()
+  // The same weights, but for the modules that it lacks.
+  expect(near.steps[0].metrics['kl']).toBeLessThan(1e-6)
+  expect(near.steps[11].metrics['kl']).toBeLessThan(0.5 * far.steps[11].metrics['kl'])
+})

@@ -1,0 +1,111 @@
+/** @file Prompts and the texts behind them as batches of rows: log-probabilities are read from these, weights are written to them. */
+import { MoeError, noGrad, type Precision, scope, withPrecision } from '@moe/core'
+import { checkedLoss } from '../check-model.ts'
+import { batchOf, type Row, rowsOf } from '../data/rows.ts'
+import { TokenDataset } from '../data/token-dataset.ts'
+import type { TokenBatch, TrainableModel } from '../model.ts'
+
+/** A prompt, and what follows it. */
+export interface PlacedText {
+  /** Ids of the prompt: at least one. */
+  readonly ids: readonly number[]
+  /** Ids behind it: at least one. */
+  readonly tokens: readonly number[]
+}
+
+export interface PlaceOptions {
+  readonly sequenceLength: number
+  readonly lookahead: number
+  readonly batchSize: number
+  /** Whether several texts share a row. */
+  readonly isolate: boolean
+}
+
+/** Texts in micro-batches of one shape, the last filled up with rows of padding. Each text is learned behind its prompt, and fits into a row. */
+export class PlacedTexts {
+  readonly batches: readonly TokenBatch[]
+  /** Of each text, the batch and the place in it of its first token behind the prompt. */
+  readonly #places: ReadonlyArray<{ readonly batch: number; readonly at: number; readonly length: number }>
+  readonly #sequenceLength: number
+
+  constructor(texts: readonly PlacedText[], { sequenceLength, lookahead, batchSize, isolate }: PlaceOptions) {
+    const data = TokenDataset.fromExamples(
+      texts.map(({ ids, tokens }) => ({
+        tokens: [...ids, ...tokens],
+        learned: [...ids.map(() => false), ...tokens.map(() => true)],
+      })),
+    )
+    const examples = data.examples as Int32Array
+    const textAt = new Map(Array.from(examples, (start, text) => [start, text]))
+    const rows = rowsOf(data, sequenceLength, isolate)
+    const count = Math.ceil(rows.count / batchSize)
+    const places: Array<{ batch: number; at: number; length: number }> = []
+    this.#sequenceLength = sequenceLength
+    const length = sequenceLength + lookahead
+    this.batches = Array.from({ length: count }, (_, batch) => {
+      const own = Array.from({ length: batchSize }, (_, i): Row => {
+        const row = batch * batchSize + i
+        return row < rows.count ? rows.row(row) : []
+      })
+      own.forEach((row, r) => {
+        let at = r * length
+        for (const start of row) {
+          const text = textAt.get(start) as number
+          places[text] = { batch, at: at + texts[text].ids.length, length: texts[text].tokens.length }
+          at += data.endFrom(start) - start
+        }
+      })
+      return batchOf(data, own, length, isolate)
+    })
+    this.#places = places
+  }
+
+  /** Positions of all rows. */
+  get positions(): number {
+    return this.batches.reduce((sum, { rows }) => sum + rows * this.#sequenceLength, 0)
+  }
+
+  /** Log-probability of every token of every text in nats, as the training pass of a model has it, whose lookahead is no larger than that of the rows. */
+  async logProbs(model: TrainableModel, precision: Precision): Promise<Float32Array[]> {
+    const read: Float32Array[] = []
+    for (const batch of this.batches) {
+      const { nlls } = scope(() =>
+        noGrad(() =>
+          withPrecision(precision, () => {
+            const { nlls } = checkedLoss(model.loss(batch, { training: false }))
+            return { nlls }
+          }),
+        ),
+      )
+      if (nlls === undefined) throw tellsNothing()
+      try {
+        read.push((await nlls.values()) as Float32Array)
+      } finally {
+        nlls.dispose()
+      }
+      await new Promise(setImmediate)
+    }
+    return this.#places.map(({ batch, at, length: count }) => {
+      const { rows, length } = this.batches[batch]
+      const row = Math.floor(at / length)
+      // The token at a place is predicted one position before.
+      const from = (row * read[batch].length) / rows + (at % length) - 1
+      return read[batch].subarray(from, from + count).map(nll => -nll)
+    })
+  }
+
+  /** The batches with a weight for every token of every text, 0 for all others. */
+  weighted(weights: ReadonlyArray<ArrayLike<number>>): TokenBatch[] {
+    const arrays = this.batches.map(({ tokens }) => new Float32Array(tokens.length))
+    for (const [text, { batch, at }] of this.#places.entries()) arrays[batch].set(weights[text], at)
+    return this.batches.map((batch, i) => ({ ...batch, weights: arrays[i] }))
+  }
+}
+
+const tellsNothing = () =>
+  new MoeError({
+    code: 'E_ATTR',
+    op: 'loss',
+    problem: 'the model does not tell how likely it finds each token',
+    fix: 'multiply the likelihoods by TokenBatch.weights where it has some, and return them in nlls: [rows * positions], detached',
+  })

@@ -1,0 +1,430 @@
+import { join } from 'node:path'
+import { disposeModule, setDefaultBackend } from '@moe/core'
+import { afterEach, beforeAll, describe, expect, test } from 'vitest'
+import { latestCheckpoint } from '../checkpoints/checkpoint-folder.ts'
+import type { StepEvent, TrainEvent } from '../events.ts'
+import type { LossOutput, TokenBatch } from '../model.ts'
+import type { TrainOptions } from '../options.ts'
+import { readMetrics } from '../report/metrics-log.ts'
+import {
+  BigramModel,
+  letters,
+  removeTemporaryFolders,
+  roundingBackend,
+  TalkingBigram,
+  temporaryFolder,
+} from '../test-model.ts'
+import { train } from '../train.ts'
+import { evaluateRewards } from './evaluate-rewards.ts'
+import { type Prompt, type RolloutOptions, rollouts, type Sample } from './rollouts.ts'
+
+const backend = roundingBackend()
+beforeAll(() => setDefaultBackend(backend))
+afterEach(async () => {
+  await removeTemporaryFolders()
+  expect(backend.stats().handles).toBe(0)
+})
+
+const prompts = [1, 2, 3, 4, 5].map(token => ({ tokens: [10, token] }))
+const sevens = ({ tokens }: { readonly tokens: readonly number[] }) =>
+  tokens.filter(token => token === 7).length / tokens.length
+const few = { reward: sevens, groups: 4, groupSize: 6, maxTokens: 5 } satisfies RolloutOptions
+const usual = {
+  steps: 8,
+  batchSize: 4,
+  sequenceLength: 12,
+  lr: 0.05,
+  seed: 3,
+  weightDecay: 0,
+  progress: false,
+} as const
+
+interface Ran {
+  readonly steps: readonly StepEvent[]
+  readonly events: readonly TrainEvent[]
+  readonly made: ReadonlyArray<readonly number[]>
+  readonly table: readonly number[][]
+}
+
+/** A run of a model that is thrown away. */
+async function ran(
+  given: Partial<RolloutOptions> = {},
+  options: Partial<TrainOptions> = {},
+  model = new TalkingBigram(),
+): Promise<Ran> {
+  const events: TrainEvent[] = []
+  try {
+    const data = rollouts(prompts, { ...few, ...given })
+    await train(model, { ...usual, data, onEvent: event => events.push(event), ...options })
+    const steps = events.filter(event => event.type === 'step')
+    return { steps, events, made: model.made, table: await model.table() }
+  } finally {
+    disposeModule(model)
+  }
+}
+
+const numbers = ({ steps }: Ran) =>
+  steps.map(({ tokensPerSecond, metrics: { samplingSeconds, ...metrics }, ...rest }) => ({ ...rest, metrics }))
+
+const problem = async (promise: Promise<unknown>) => {
+  const error = await promise.then(
+    () => undefined,
+    error => error,
+  )
+  return { code: error?.code, message: `${error?.message}`, cause: error?.cause }
+}
+
+describe('a model that is rewarded for token 7', () => {
+  test('learns to emit it, with the same numbers on every run', async () => {
+    const first = await ran({}, { steps: 40 })
+    const rewards = first.steps.map(({ metrics }) => metrics['reward'])
+    expect(rewards[0]).toBeLessThan(0.2)
+    expect(Math.min(...rewards.slice(-5))).toBeGreaterThan(0.6)
+    expect(first.table[7][7]).toBeGreaterThan(0.6)
+    const again = await ran({}, { steps: 40 })
+    expect(numbers(again)).toEqual(numbers(first))
+    expect(again.made).toEqual(first.made)
+    const otherwise = await ran({}, { steps: 1, seed: 4 })
+    expect(otherwise.made).not.toEqual(first.made.slice(0, 24))
+  })
+
+  test('learns faster from texts that it learns from several times, within the clip', async () => {
+    const once = await ran({}, { steps: 10 })
+    const often = await ran({ updates: 3 }, { steps: 30 })
+    const last = (run: Ran) => run.steps.slice(-6).reduce((sum, { metrics }) => sum + metrics['reward'], 0)
+    expect(last(often)).toBeGreaterThan(last(once))
+    expect(often.made).toHaveLength(10 * 24)
+    const clipped = often.steps.map(({ metrics }) => metrics['clipped'])
+    // The first of three has the policy that made the texts.
+    expect(clipped.filter((_, i) => i % 3 === 0).every(share => share === 0)).toBe(true)
+    expect(clipped.some(share => share > 0)).toBe(true)
+  })
+
+  test('stays nearer to a reference the more that weighs', async () => {
+    const kls: number[] = []
+    for (const weight of [0.01, 1]) {
+      const reference = new TalkingBigram()
+      const { steps } = await ran({ kl: { weight, reference } }, { steps: 20 })
+      expect(steps[0].metrics['kl']).toBeCloseTo(0, 10)
+      kls.push(steps[19].metrics['kl'])
+      disposeModule(reference)
+    }
+    expect(kls[1]).toBeLessThan(0.5 * kls[0])
+    expect(kls[1]).toBeGreaterThan(0)
+  })
+})
+
+describe('a step', () => {
+  test('tells what the texts were', async () => {
+    const samples: Sample[] = []
+    const reward = (sample: Sample) => {
+      samples.push(sample)
+      return sample.tokens.length
+    }
+    const { steps, made } = await ran({ reward }, { steps: 1 })
+    expect(samples.map(({ tokens }) => tokens)).toEqual(made)
+    for (const { tokens, finishReason, text } of samples) {
+      expect(finishReason).toBe(tokens[tokens.length - 1] === 11 ? 'stop' : 'length')
+      expect(tokens.length).toBeLessThanOrEqual(5)
+      expect(text).toBe('')
+    }
+    const lengths = made.map(({ length }) => length)
+    const mean = (values: readonly number[]) => values.reduce((sum, x) => sum + x, 0) / values.length
+    const { metrics, count, nll } = steps[0] as StepEvent & { count?: number }
+    expect(metrics['reward']).toBeCloseTo(mean(lengths), 12)
+    expect(metrics['textLength']).toBeCloseTo(mean(lengths), 12)
+    expect(metrics['cutOff']).toBeCloseTo(
+      mean(samples.map(({ finishReason }) => Number(finishReason === 'length'))),
+      12,
+    )
+    expect(metrics['samplerKl']).toBeLessThan(1e-10)
+    expect(nll).toBeGreaterThan(0)
+    expect(count).toBeUndefined()
+  })
+
+  test('gives a reward the prompt as it came, and text without special tokens', async () => {
+    const asked = ['ab', 'cd'].map((text, answer) => ({ text, answer }))
+    const seen = new Set<number>()
+    const data = rollouts(asked, {
+      ...few,
+      reward: async ({ prompt, text, tokens }) => {
+        await new Promise(resolve => setTimeout(resolve, tokens.length))
+        expect(text).toBe(letters.decode?.(tokens))
+        seen.add(prompt.answer)
+        return 0
+      },
+    })
+    const model = new TalkingBigram()
+    await train(model, { ...usual, data, tokenizer: letters, steps: 1 })
+    expect([...seen].sort()).toEqual([0, 1])
+    disposeModule(model)
+  })
+
+  test('whose groups have equal rewards changes nothing', async () => {
+    const untrained = new TalkingBigram()
+    const before = await untrained.table()
+    disposeModule(untrained)
+    class Still extends TalkingBigram {
+      override async afterStep() {
+        return {}
+      }
+    }
+    const { steps, table } = await ran({ reward: () => 3 }, { steps: 2 }, new Still())
+    expect(table).toEqual(before)
+    expect(steps.map(({ metrics }) => metrics['flatGroups'])).toEqual([1, 1])
+    expect(steps.map(({ gradNorm }) => gradNorm)).toEqual([0, 0])
+  })
+
+  test('takes every prompt once an epoch', async () => {
+    const asked: number[] = []
+    const data = {
+      groups: 2,
+      groupSize: 2,
+      reward: ({ prompt }: Sample) => asked.push((prompt as { tokens: number[] }).tokens[1]),
+    }
+    await ran(data, { steps: 5 })
+    const epochs = [asked.slice(0, 10), asked.slice(10)]
+    for (const epoch of epochs) expect(epoch.toSorted()).toEqual([1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
+    expect(epochs[0]).not.toEqual(epochs[1])
+  })
+})
+
+describe('a run', () => {
+  test.each([1, 3])('that was stopped goes on with the same numbers, %i updates', async updates => {
+    const whole = await ran({ updates }, { steps: 12 })
+    const out = join(await temporaryFolder(), 'run')
+    const controller = new AbortController()
+    const stopping: Partial<TrainOptions> = {
+      steps: 12,
+      out,
+      signal: controller.signal,
+      onEvent: event => event.type === 'step' && event.step === 4 && controller.abort(),
+    }
+    await ran({ updates }, stopping)
+    const stopped = readMetrics(join(out, 'metrics.jsonl')).length
+    // It finishes what it has made texts for.
+    expect(stopped).toBe(updates === 1 ? 4 : 6)
+    const rest = await ran({ updates }, { steps: 12, out, resume: true })
+    expect(numbers(rest)).toEqual(numbers(whole).slice(stopped))
+    expect(rest.table).toEqual(whole.table)
+  })
+
+  test('saves and measures behind whole batches of texts', async () => {
+    const out = join(await temporaryFolder(), 'run')
+    const options = { steps: 12, out, checkpointEvery: 4, keepCheckpoints: 9, evalEvery: 5 }
+    const { events } = await ran({ updates: 3, validation: [{ tokens: [10, 9] }] }, options)
+    const stepsOf = (type: string) =>
+      events.flatMap(event => (event.type === type && 'step' in event ? event.step : []))
+    expect(stepsOf('checkpoint')).toEqual([6, 9, 12])
+    expect(stepsOf('evaluation')).toEqual([6, 12])
+  })
+
+  test('is refused by a checkpoint of other rollouts', async () => {
+    const out = join(await temporaryFolder(), 'run')
+    await ran({}, { steps: 2, out })
+    const { code, message } = await problem(ran({ groupSize: 7 }, { steps: 2, out, resume: true }))
+    expect(code).toBe('E_CHECKPOINT')
+    expect(message).toContain('"groupSize":6')
+    expect(message).toContain('"groupSize":7')
+  })
+
+  test('measures the reward of held-out prompts, as evaluateRewards does', async () => {
+    const validation = Array.from({ length: 20 }, (_, i) => ({ tokens: [10, i % 10] }))
+    const data = rollouts(prompts, { ...few, validation })
+    const model = new TalkingBigram()
+    const before = await evaluateRewards(model, data, { seed: usual.seed })
+    const done: number[] = []
+    const result = await train(model, {
+      ...usual,
+      data,
+      steps: 30,
+      onEvent: event => event.type === 'measuring' && done.push(event.done),
+    })
+    const after = await evaluateRewards(model, data, { seed: usual.seed })
+    expect(result.validation.reward).toBe(after.reward)
+    expect(result.validation.tokens).toBe(after.tokens)
+    expect(Number(after.reward)).toBeGreaterThan(Number(before.reward) + 0.3)
+    expect(done).toEqual(Array.from({ length: 20 }, (_, i) => (i + 1) / 20))
+    disposeModule(model)
+  })
+
+  test('is told of in lines', async () => {
+    let text = ''
+    const { progress } = await import('../report/progress.ts')
+    const stream = { write: (part: string) => (text += part) } as never
+    await ran({ validation: [{ tokens: [1] }] }, { steps: 2, progress: progress({ stream, color: false }) })
+    expect(text).toMatch(/2 steps of 24 texts, 1\.6 epochs of 10\n/)
+    expect(text).toMatch(/step 1\/2 {2}reward 0\.\d{3} {2}/)
+    expect(text).toMatch(/step 2: held-out reward 0\.\d{3}, loss \d/)
+  })
+})
+
+describe('what goes wrong', () => {
+  const failing = async (reward: RolloutOptions['reward']) => {
+    const out = join(await temporaryFolder(), 'run')
+    const told = await problem(ran({ reward }, { steps: 6, out }))
+    return { ...told, out }
+  }
+
+  /** Rewards as usual for two steps, of 24 texts each. */
+  const twoStepsThen = (then: () => unknown): RolloutOptions['reward'] => {
+    let count = 0
+    return ((sample: Sample) => (count++ < 48 ? sevens(sample) : then())) as RolloutOptions['reward']
+  }
+
+  const bad: ReadonlyArray<readonly [then: () => unknown, told: RegExp]> = [
+    [() => Number.NaN, /the reward of a text of \d tokens, "" is NaN; return a finite number/],
+    [() => Number.POSITIVE_INFINITY, /is Infinity/],
+    [() => '1', /is string, no number/],
+    [() => undefined, /is undefined, no number/],
+    [() => Promise.reject(new Error('no such server')), /failed: no such server; catch what may fail/],
+    [
+      () => {
+        throw new TypeError('x is not a function')
+      },
+      /failed: x is not a function/,
+    ],
+  ]
+  test.each(bad)('a reward of %s is told, and what was learned stays', async (then, expected) => {
+    const { code, message, out } = await failing(twoStepsThen(then))
+    expect(code).toBe('E_DATA')
+    expect(message).toMatch(expected)
+    expect(latestCheckpoint(out)).toMatch(/step-000002$/)
+    const whole = await ran({}, { steps: 6 })
+    const rest = await ran({}, { steps: 6, out, resume: true })
+    expect(numbers(rest)).toEqual(numbers(whole).slice(2))
+  })
+
+  test('a reward that takes long is ended by the signal, and the step is made again', async () => {
+    const out = join(await temporaryFolder(), 'run')
+    const controller = new AbortController()
+    const reward: RolloutOptions['reward'] = (sample, { signal }) =>
+      latest < 2
+        ? sevens(sample)
+        : new Promise((_, reject) => {
+            signal.addEventListener('abort', () => reject(signal.reason))
+            controller.abort()
+          })
+    let latest = 0
+    const options: Partial<TrainOptions> = { steps: 5, out, signal: controller.signal }
+    const model = new TalkingBigram()
+    const data = rollouts(prompts, { ...few, reward })
+    const onEvent = (event: TrainEvent) => {
+      if (event.type === 'step') latest = event.step
+    }
+    const result = await train(model, { ...usual, ...options, data, onEvent })
+    disposeModule(model)
+    expect(result.stopped).toBe('interrupted')
+    expect(result.steps).toBe(2)
+    const rest = await ran({}, { steps: 5, out, resume: true })
+    expect(numbers(rest)).toEqual(numbers(await ran({}, { steps: 5 })).slice(2))
+  })
+
+  test('of many texts, the first that fails is told, and the others are ended', async () => {
+    let asked = 0
+    let ended = 0
+    const reward: RolloutOptions['reward'] = (_, { signal }) => {
+      if (++asked === 5) throw new Error('the fifth')
+      return new Promise((_, reject) => {
+        signal.addEventListener('abort', () => {
+          ended++
+          reject(new Error('another'))
+        })
+      })
+    }
+    expect(await problem(ran({ reward }))).toMatchObject({
+      code: 'E_DATA',
+      message: expect.stringContaining('the fifth'),
+    })
+    expect(ended).toBe(asked - 1)
+  })
+
+  test('a reward that never comes, and does not hear the signal, is not waited for', async () => {
+    const controller = new AbortController()
+    const reward = () => {
+      controller.abort()
+      return new Promise<number>(() => {})
+    }
+    const { events } = await ran({ reward }, { signal: controller.signal })
+    expect(events.at(-1)).toMatchObject({ type: 'end', result: { stopped: 'interrupted', steps: 0 } })
+  })
+
+  test.each([
+    [{ reward: undefined }, 'reward is undefined, needs a function'],
+    [{ groupSize: 1 }, 'groupSize is 1, needs a whole number from 2: a text alone is neither better nor worse'],
+    [{ groups: 0 }, 'groups is 0'],
+    [{ maxTokens: 1.5 }, 'maxTokens is 1.5'],
+    [{ clip: 0 }, 'clip is 0'],
+    [{ clip: [0.2] }, 'clip is [0.2]'],
+    [{ average: 'texts' }, "average is texts, needs 'token' or 'text'"],
+    [{ kl: { weight: 0.1 } }, 'kl needs { weight, reference }'],
+    [{ groupsize: 4 }, 'no option groupsize; did you mean groupSize?'],
+    [{ template: {} }, 'which does not render'],
+  ])('%o is refused', (given, expected) => {
+    const make = () => rollouts(prompts, { ...few, ...(given as object) })
+    expect(make).toThrow(expect.objectContaining({ code: 'E_CONFIG', message: expect.stringContaining(expected) }))
+  })
+
+  test.each([
+    [[], 'there are no prompts'],
+    ['abc', 'the prompts are one text'],
+    [[{ tokens: [1] }, 'abc'], 'prompt 1 is "abc"'],
+    [[{ tokens: [] }], 'prompt 0 is empty'],
+    [[{ text: '' }], 'prompt 0 is empty'],
+    [[{ text: 'a', tokens: [1] }], 'has none, or several'],
+    [[{ answer: 3 }], 'has none, or several'],
+    [[{ messages: [] }], 'prompt 0 has no messages'],
+    [[{ messages: [{ role: 'user', content: 'a' }] }], 'prompt 0 is messages, and there is no template'],
+  ])('prompts %o are refused', (given, expected) => {
+    const make = () => rollouts(given as unknown as Prompt[], few)
+    expect(make).toThrow(expect.objectContaining({ code: 'E_DATA', message: expect.stringContaining(expected) }))
+  })
+
+  test.each([
+    [
+      { sequenceLength: 5 },
+      'E_DATA',
+      'prompt 0 has 2 tokens, and a text of maxTokens = 5 goes beyond a row of 5; pass a sequenceLength of 6',
+    ],
+    [{ steps: 7 }, 'E_CONFIG', 'steps is 7, needs a multiple of the 2 updates'],
+    [{ accumulate: 2 }, 'E_CONFIG', 'accumulate is given beside rollouts'],
+    [{ eos: 3 }, 'E_CONFIG', 'eos is given beside rollouts'],
+    [{ isolate: true }, 'E_CONFIG', 'keeps texts apart'],
+  ] as const)('training with %o is refused', async (options, code, expected) => {
+    expect(await problem(ran({ updates: 2 }, options))).toMatchObject({
+      code,
+      message: expect.stringContaining(expected),
+    })
+  })
+
+  test('a row that just holds a text is enough', async () => {
+    await ran({}, { sequenceLength: 6, steps: 1 })
+  })
+
+  test('models that cannot are told what is missing', async () => {
+    const silent = new BigramModel() as TalkingBigram
+    expect(await problem(ran({}, {}, silent))).toMatchObject({
+      code: 'E_ATTR',
+      message: expect.stringContaining('continuousBatch'),
+    })
+    class Deaf extends TalkingBigram {
+      override loss(batch: TokenBatch, options = {}): LossOutput {
+        const { nlls, ...output } = super.loss(batch, options)
+        return output
+      }
+    }
+    expect(await problem(ran({}, {}, new Deaf()))).toMatchObject({
+      code: 'E_ATTR',
+      message: expect.stringContaining('does not tell how likely it finds each token'),
+    })
+    const texts = rollouts([{ text: 'ab' }], few)
+    expect(await problem(ran({}, { data: texts }))).toMatchObject({
+      code: 'E_CONFIG',
+      message: expect.stringContaining('no tokenizer'),
+    })
+    const data = rollouts(prompts, few)
+    const model = new TalkingBigram()
+    expect(await problem(evaluateRewards(model, data))).toMatchObject({ code: 'E_DATA' })
+    disposeModule(model)
+  })
+})
