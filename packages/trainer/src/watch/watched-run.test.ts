@@ -96,6 +96,13 @@ describe('lines', () => {
   })
 })
 
+test('a run that learns from rewards has those of held-out prompts', async () => {
+  const { write, state } = await watched()
+  const measured = { step: 4, loss: 1, bitsPerByte: null, reward: 0.5, final: false }
+  await write('events.jsonl', jsonl([start, { type: 'evaluation', ...measured }]))
+  expect((await state()).heldOut).toEqual([measured])
+})
+
 describe('a run that goes on from a checkpoint', () => {
   const evaluation = (step: number, loss: number) => ({ type: 'evaluation', step, loss, bitsPerByte: 1, final: false })
 

@@ -16,6 +16,8 @@ export interface HeldOutPoint {
   readonly loss: number | null
   /** Null where the data does not know its bytes. */
   readonly bitsPerByte: number | null
+  /** Mean of the texts that were made, in a run that learns from rewards. */
+  readonly reward?: number
   /** On all of the data. */
   readonly final: boolean
 }
@@ -69,6 +71,8 @@ export class WatchedRun {
   series: RunSeries
   readonly #points: number | undefined
   #step = 0
+  /** Positions trained on. */
+  #tokens = 0
   #speed = 0
   #lines = 0
   #start: Fields = {}
@@ -121,15 +125,15 @@ export class WatchedRun {
   }
 
   get state(): RunState {
-    const { steps, tokensPerStep, settings, type, time, ...about } = this.#start
-    const left = isNumber(steps) && isNumber(tokensPerStep) && this.#speed > 0 && this.#status === 'training'
+    const { steps, settings, type, time, ...about } = this.#start
+    const left = isNumber(steps) && this.#tokens > 0 && this.#speed > 0 && this.#status === 'training'
     return {
       name: this.name,
       status: this.#status,
       step: this.#step,
       steps: isNumber(steps) ? steps : null,
       tokensPerSecond: this.#speed > 0 ? this.#speed : null,
-      secondsLeft: left ? Math.max(0, ((steps - this.#step) * tokensPerStep) / this.#speed) : null,
+      secondsLeft: left ? Math.max(0, ((steps - this.#step) * this.#tokens) / this.#step / this.#speed) : null,
       loads: this.loads.span,
       changed: Math.max(this.metrics.file.changed, this.events.changed),
       about: { ...about, began: time },
@@ -145,6 +149,7 @@ export class WatchedRun {
     const { step } = line
     this.series.push(step, line)
     this.#step = step
+    this.#tokens = isNumber(line['tokens']) ? line['tokens'] : 0
     const speed = line['tokensPerSecond']
     // The first steps warm up caches and would spoil the estimate for long.
     if (isNumber(speed)) this.#speed = this.#lines++ < 2 ? speed : 0.9 * this.#speed + 0.1 * speed
@@ -153,6 +158,7 @@ export class WatchedRun {
   #forgetMetrics(): void {
     this.series = new RunSeries(this.#points)
     this.#step = 0
+    this.#tokens = 0
     this.#speed = 0
     this.#lines = 0
   }
@@ -185,9 +191,10 @@ export class WatchedRun {
     }
   }
 
-  #measured({ step, loss, bitsPerByte, final }: Fields): void {
+  #measured({ step, loss, bitsPerByte, reward, final }: Fields): void {
     if (!isStep(step) || this.#heldOut.length >= most) return
-    const point = { step, loss: numberOr(loss), bitsPerByte: numberOr(bitsPerByte), final: final === true }
+    const measured = { loss: numberOr(loss), bitsPerByte: numberOr(bitsPerByte), ...(isNumber(reward) && { reward }) }
+    const point = { step, ...measured, final: final === true }
     // A run that goes on after its last step measures once more.
     this.#heldOut = [...this.#heldOut.filter(other => other.step !== step), point].sort((a, b) => a.step - b.step)
   }
