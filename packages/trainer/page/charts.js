@@ -8,6 +8,8 @@ const reach = 40
 /** What is there of metrics whose name is known; others follow. */
 export const known = [
   { group: 'Rewards', name: 'reward', title: 'Reward', unit: 'mean of texts', heldOut: 'reward' },
+  { group: 'Rewards', name: 'preference', title: 'Loss of preferences', unit: 'nats per pair' },
+  { group: 'Rewards', name: 'preferred', title: 'Pairs preferred as wanted', unit: 'share' },
   { group: 'Rewards', name: 'rewardStd', title: 'Spread of rewards', unit: 'deviation within groups' },
   { group: 'Rewards', name: 'flatGroups', title: 'Groups of equal rewards', unit: 'share' },
   { group: 'Rewards', name: 'textLength', title: 'Length of texts', unit: 'tokens' },

@@ -41,6 +41,8 @@ export interface Evaluation {
   readonly seconds: number
   /** Mean reward of texts for held-out prompts, where the data is rollouts. The loss is that of these texts then. */
   readonly reward?: number
+  /** Share of held-out pairs whose better text the model prefers more than the reference does, where the data is preferences. The loss is that of pairs then. */
+  readonly preferred?: number
 }
 
 /**

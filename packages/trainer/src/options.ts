@@ -22,6 +22,7 @@ import { Muon } from './optim/muon.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { type Schedule, warmupCosine } from './optim/schedule.ts'
 import type { Ranks } from './ranks.ts'
+import type { Preferences } from './rewards/preferences.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
 
 /** Token data that was made beforehand. */
@@ -34,8 +35,8 @@ export interface TokenData {
 
 /** What `train` is told. Only `data` and `steps` are needed, and `tokenizer` where the data are texts or conversations. */
 export interface TrainOptions extends AdamWOptions, DocumentTokens {
-  /** Texts or conversations (then `tokenizer` is needed), tokens, or `rollouts`, which the model makes itself and is rewarded for. */
-  readonly data: Corpus | Conversations | TokenData | Rollouts
+  /** Texts or conversations (then `tokenizer` is needed), tokens, `rollouts`, which the model makes itself and is rewarded for, or `preferences`. */
+  readonly data: Corpus | Conversations | TokenData | Rollouts | Preferences
   /** Makes tokens of texts, and is stored beside the model in every checkpoint. */
   readonly tokenizer?: TextTokenizer
   /** Optimizer steps of the whole run. */
@@ -214,8 +215,8 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   if (data === undefined) problems.push('data is missing, needs training texts or tokens')
   else if (data?.training === undefined) {
     problems.push('data has no training part: make it with texts(documents) or textFiles(patterns)')
-  } else if ('reward' in data) {
-    problems.push(...againstRollouts(data, merged))
+  } else if (isJudged(data)) {
+    problems.push(...againstJudged(data, merged))
   } else if ('template' in data && (given.bos ?? given.eos) !== undefined) {
     problems.push('bos or eos is given beside conversations, whose template writes them')
   }
@@ -243,13 +244,21 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   return { ...merged, schedule, loadsEvery }
 }
 
-/** What does not go with rollouts. */
-function againstRollouts({ updates }: Rollouts, { steps, ranks, eos, accumulate }: Partial<ResolvedOptions>): string[] {
+/** Whether texts are not learned as they are, but as somebody judges them. */
+export const isJudged = (data: TrainOptions['data']): data is Rollouts | Preferences =>
+  'reward' in data || 'beta' in data
+
+/** What does not go with such data. */
+function againstJudged(
+  data: Rollouts | Preferences,
+  { steps, ranks, eos, accumulate }: Partial<ResolvedOptions>,
+): string[] {
+  const { updates, what } = 'reward' in data ? { ...data, what: 'rollouts' } : { updates: 1, what: 'preferences' }
   const left = updates > 1 && Number(steps) % updates !== 0
   return [
-    ...(ranks === undefined ? [] : ['ranks is given, and rollouts are for a model on one rank']),
-    ...(eos === undefined ? [] : ['eos is given beside rollouts, which end where the model ends texts']),
-    ...(accumulate === 1 ? [] : ['accumulate is given beside rollouts, all of which a step learns from']),
+    ...(ranks === undefined ? [] : [`ranks is given, and ${what} are for a model on one rank`]),
+    ...(eos === undefined ? [] : [`eos is given beside ${what}, whose texts end as the model or the template has it`]),
+    ...(accumulate === 1 ? [] : [`accumulate is given beside ${what}: a step learns from all of its texts`]),
     ...(left ? [`steps is ${steps}, needs a multiple of the ${updates} updates of rollouts`] : []),
   ]
 }

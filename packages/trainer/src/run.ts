@@ -28,7 +28,7 @@ import type { TokenBatch, TrainableModel } from './model.ts'
 import { type OwnParameter, StepsOnRanks } from './model-on-ranks.ts'
 import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
-import { type ResolvedOptions, recordRun, type TokenData } from './options.ts'
+import { isJudged, type ResolvedOptions, recordRun, type TokenData } from './options.ts'
 import { checkSameStart, gatherNumbers, gatherValues, type Ranks, type Start } from './ranks.ts'
 import { eventsLog } from './report/events-log.ts'
 import { cutLoads, LoadSums, loadsLog } from './report/loads-log.ts'
@@ -37,6 +37,8 @@ import { cutMetrics, type MetricsLine, metricsLine } from './report/metrics-log.
 import { progress } from './report/progress.ts'
 import { writeSummary } from './report/summary.ts'
 import type { TrainResult } from './result.ts'
+import { PreferenceLessons } from './rewards/preference-lessons.ts'
+import type { Preferences } from './rewards/preferences.ts'
 import { RolloutLessons } from './rewards/rollout-lessons.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
 import { checkSampling } from './rewards/sampler.ts'
@@ -90,7 +92,7 @@ export class Run {
   constructor(
     model: TrainableModel,
     settings: ResolvedOptions,
-    data: TokenData | Rollouts,
+    data: TokenData | Rollouts | Preferences,
     parameters: readonly NamedParameter[],
     optimizer: Optimizer,
     interrupts: Interrupts,
@@ -483,15 +485,16 @@ export class Run {
 function lessonsOf(
   model: TrainableModel,
   settings: ResolvedOptions,
-  data: TokenData | Rollouts,
+  data: TokenData | Rollouts | Preferences,
   signal: AbortSignal,
 ): Lessons {
   const { sequenceLength, batchSize, accumulate, seed, rank, world, precision, tokenizer, bos } = settings
   const isolates = model.isolates === true
-  if ('reward' in data) {
+  if (isJudged(data)) {
     const isolate = settings.isolate ?? isolates
-    const rows = { sequenceLength, batchSize, isolate }
-    return new RolloutLessons(checkSampling(model), data, { ...rows, tokenizer, bos, seed, precision, signal })
+    const options = { sequenceLength, batchSize, isolate, tokenizer, bos, seed, precision }
+    if ('beta' in data) return new PreferenceLessons(model, data, options)
+    return new RolloutLessons(checkSampling(model), data, { ...options, signal })
   }
   const isolate = settings.isolate ?? (isolates && data.training.examples !== null)
   const rows = { sequenceLength, batchSize, isolate, lookahead: model.lookahead }

@@ -7,8 +7,16 @@ import { TokenDataset } from './data/token-dataset.ts'
 import { watchInterrupts } from './interrupt.ts'
 import type { TrainableModel } from './model.ts'
 import { checkOnRanks } from './model-on-ranks.ts'
-import { makeOptimizer, type ResolvedOptions, resolveOptions, type TokenData, type TrainOptions } from './options.ts'
+import {
+  isJudged,
+  makeOptimizer,
+  type ResolvedOptions,
+  resolveOptions,
+  type TokenData,
+  type TrainOptions,
+} from './options.ts'
 import type { TrainResult } from './result.ts'
+import type { Preferences } from './rewards/preferences.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
 import { Run } from './run.ts'
 
@@ -28,7 +36,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   checkModel('train', model)
   const settings = resolveOptions(options)
   const data = tokenData(settings)
-  if (!('reward' in data)) checkVocabulary(model, data)
+  if (!isJudged(data)) checkVocabulary(model, data)
   if (settings.isolate === true && model.isolates !== true) throw doesNotIsolate()
   const parameters = namedParameters(model)
   checkTrainable(parameters)
@@ -59,9 +67,9 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   }
 }
 
-function tokenData(settings: ResolvedOptions): TokenData | Rollouts {
+function tokenData(settings: ResolvedOptions): TokenData | Rollouts | Preferences {
   const { data, tokenizer, bos, eos } = settings
-  if ('reward' in data) return data
+  if (isJudged(data)) return data
   if (data.training instanceof TokenDataset) return data as TokenData
   if (tokenizer === undefined) {
     throw new MoeError({

@@ -141,11 +141,13 @@ function startLine(event: StartEvent): string {
 }
 
 function stepParts(steps: number, event: StepEvent, speed: number): string[] {
-  const { maxVio, reward } = event.metrics
+  const { maxVio, reward, preferred } = event.metrics
+  const judged = reward === undefined ? preferred : reward
+  const name = reward === undefined ? 'preferred' : 'reward'
   const left = speed > 0 ? ((steps - event.step) * event.tokens) / event.step / speed : 0
   return [
     `step ${String(event.step).padStart(String(steps).length)}/${steps}`,
-    reward === undefined ? `loss ${event.nll.toFixed(3)}` : `reward ${reward.toFixed(3)}`,
+    judged === undefined ? `loss ${event.nll.toFixed(3)}` : `${name} ${judged.toFixed(3)}`,
     `${grouped(Math.round(speed))} tokens/s`,
     ...(maxVio === undefined ? [] : [`MaxVio ${maxVio.toFixed(2)}`]),
     `ETA ${clock(left)}`,
@@ -154,8 +156,11 @@ function stepParts(steps: number, event: StepEvent, speed: number): string[] {
 
 function evaluationLine(event: EvaluationEvent, paint: (code: number, text: string) => string): string {
   const bytes = Number.isNaN(event.bitsPerByte) ? '' : `, ${paint(36, `${event.bitsPerByte.toFixed(3)} bits per byte`)}`
-  const reward = event.reward === undefined ? '' : `reward ${paint(36, event.reward.toFixed(3))}, `
-  return `step ${event.step}: held-out ${reward}loss ${event.loss.toFixed(3)}${bytes} (${grouped(event.tokens)} tokens, ${event.seconds.toFixed(1)} s)`
+  const judged = (['reward', 'preferred'] as const).map(name => {
+    const value = event[name]
+    return value === undefined ? '' : `${name} ${paint(36, value.toFixed(3))}, `
+  })
+  return `step ${event.step}: held-out ${judged.join('')}loss ${event.loss.toFixed(3)}${bytes} (${grouped(event.tokens)} tokens, ${event.seconds.toFixed(1)} s)`
 }
 
 function barOf(fraction: number): string {

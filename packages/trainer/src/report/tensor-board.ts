@@ -17,7 +17,7 @@ let files = 0
 
 /**
  * A listener for `onEvent` that writes `events.out.tfevents.*`: scalars of every step (`train/nll`, `train/lr`, ..., and what the model logs, as `model/maxVio`),
- * of measurements (`validation/bitsPerByte`, `validation/loss`, `validation/reward`), of layers with experts when their loads are told (`experts/layers.3/maxVio`, over the steps since the last time, `stepMaxVio`, of single steps; dead experts, share of
+ * of measurements (`validation/bitsPerByte`, `validation/loss`, `validation/reward`, `validation/preferred`), of layers with experts when their loads are told (`experts/layers.3/maxVio`, over the steps since the last time, `stepMaxVio`, of single steps; dead experts, share of
  * dropped choices, range of the bias), and the run's settings as text and hyperparameters. `tensorboard --logdir runs` shows all
  * runs in a folder side by side. A run that goes on begins another file, which tells TensorBoard to forget the steps that are taken again. Of several ranks
  * the first writes. Where the files cannot be written, a notice says so and training goes on.
@@ -102,8 +102,9 @@ function recordsOf(event: TrainEvent): Buffer[] {
       return [eventRecord({ wallTime, step, values })]
     }
     case 'evaluation': {
-      const { step, loss, bitsPerByte, reward = Number.NaN } = event
-      return [eventRecord({ wallTime, step, values: scalars('validation', { loss, bitsPerByte, reward }) })]
+      const { step, loss, bitsPerByte, reward = Number.NaN, preferred = Number.NaN } = event
+      const measured = { loss, bitsPerByte, reward, preferred }
+      return [eventRecord({ wallTime, step, values: scalars('validation', measured) })]
     }
     default:
       return []

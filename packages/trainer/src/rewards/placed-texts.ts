@@ -1,4 +1,5 @@
 /** @file Prompts and the texts behind them as batches of rows: log-probabilities are read from these, weights are written to them. */
+import { createHash } from 'node:crypto'
 import { MoeError, noGrad, type Precision, scope, withPrecision } from '@moe/core'
 import { checkedLoss } from '../check-model.ts'
 import { batchOf, type Row, rowsOf } from '../data/rows.ts'
@@ -101,6 +102,31 @@ export class PlacedTexts {
     return this.batches.map((batch, i) => ({ ...batch, weights: arrays[i] }))
   }
 }
+
+/** Rows for two models have what either needs beyond the positions that are trained on. */
+export const lookaheadOf = (model: TrainableModel, reference: TrainableModel | undefined): number =>
+  Math.max(model.lookahead, reference?.lookahead ?? 0)
+
+/** @throws MoeError E_CONFIG */
+export function checkReference(model: TrainableModel, reference: TrainableModel | undefined): void {
+  if (model !== reference) return
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'train',
+    problem: 'the reference is the model itself, from which it never differs',
+    fix: 'open another one from the same folder',
+  })
+}
+
+/** Identity of lists of ids, for checkpoints. */
+export function digestOf(lists: ReadonlyArray<readonly number[]>): string {
+  const hash = createHash('sha256')
+  for (const ids of lists) hash.update(Int32Array.from([ids.length, ...ids]))
+  return hash.digest('hex').slice(0, 16)
+}
+
+export const countOf = (lists: ReadonlyArray<ArrayLike<number>>): number =>
+  lists.reduce((sum, { length }) => sum + length, 0)
 
 const tellsNothing = () =>
   new MoeError({

@@ -1,11 +1,11 @@
 /** @file Steps that learn from texts that the model makes: sampled, rewarded, compared within their groups, and learned from in one step or several. */
-import { createHash } from 'node:crypto'
-import { MoeError, type Precision, Random } from '@moe/core'
+import { MoeError, type Precision } from '@moe/core'
+import { EndlessOrder } from '../data/endless-order.ts'
 import type { Lessons, MeasureOptions } from '../data/lessons.ts'
 import type { Evaluation } from '../evaluate.ts'
 import type { TextTokenizer, TokenBatch } from '../model.ts'
 import { measureRewards } from './evaluate-rewards.ts'
-import { PlacedTexts } from './placed-texts.ts'
+import { checkReference, countOf, digestOf, lookaheadOf, PlacedTexts } from './placed-texts.ts'
 import { advantagesOf, deviationOf, divergence, meanOf, weigh } from './policy-gradient.ts'
 import type { Rollouts } from './rollouts.ts'
 import { encodePrompts, type SamplingModel, sampleRewarded, seedOf, type TextSampler } from './sampler.ts'
@@ -40,7 +40,7 @@ export class RolloutLessons implements Lessons {
   readonly #validation: readonly number[][]
   #sampler: TextSampler | null = null
   #made: Made | null = null
-  #order: { readonly epoch: number; readonly prompts: Uint32Array } | null = null
+  readonly #order: EndlessOrder
   metrics: Readonly<Record<string, number>> = {}
   readonly notice = undefined
 
@@ -51,6 +51,8 @@ export class RolloutLessons implements Lessons {
     this.#options = options
     this.#training = encodePrompts(data.training, data.template, options)
     this.#validation = encodePrompts(data.validation, data.template, options)
+    this.#order = new EndlessOrder(this.#training.length, options.seed)
+    checkReference(model, data.kl?.reference)
     this.#checkRoom(this.#training, 'prompt')
     this.#checkRoom(this.#validation, 'held-out prompt')
   }
@@ -58,8 +60,7 @@ export class RolloutLessons implements Lessons {
   get identity(): string {
     const { groups, groupSize, maxTokens, updates, clip, kl, average, maxTexts } = this.#data
     const how = { groups, groupSize, maxTokens, updates, clip, kl: kl?.weight, average, maxTexts }
-    const digest = createHash('sha256').update(JSON.stringify(this.#training)).digest('hex').slice(0, 16)
-    return `${this.#training.length} prompts (${digest}) ${JSON.stringify(how)}`
+    return `${this.#training.length} prompts (${digestOf(this.#training)}) ${JSON.stringify(how)}`
   }
 
   get isolate(): boolean {
@@ -116,7 +117,7 @@ export class RolloutLessons implements Lessons {
     const { groups, groupSize, kl } = this.#data
     const started = performance.now()
     const tasks = Array.from({ length: groups * groupSize }, (_, i) => {
-      const prompt = this.#promptAt(number * groups + Math.floor(i / groupSize))
+      const prompt = this.#order.at(number * groups + Math.floor(i / groupSize))
       return {
         prompt: this.#data.training[prompt],
         ids: this.#training[prompt],
@@ -128,7 +129,7 @@ export class RolloutLessons implements Lessons {
     const texts = await sampleRewarded(this.#needSampler(), tasks, { reward, maxTokens, tokenizer, signal })
     const samplingSeconds = (performance.now() - started) / 1000
     const { sequenceLength, batchSize, isolate } = this.#options
-    const lookahead = Math.max(this.#model.lookahead, kl?.reference.lookahead ?? 0)
+    const lookahead = lookaheadOf(this.#model, kl?.reference)
     const placed = new PlacedTexts(texts, { sequenceLength, lookahead, batchSize, isolate })
     const byGroup = Array.from({ length: groups }, (_, g) =>
       texts.slice(g * groupSize, (g + 1) * groupSize).map(({ reward }) => reward),
@@ -170,17 +171,6 @@ export class RolloutLessons implements Lessons {
     return this.#sampler
   }
 
-  /** Number of the prompt at place `index` of the endless sequence of prompts, in which each comes once an epoch. */
-  #promptAt(index: number): number {
-    const count = this.#training.length
-    const epoch = Math.floor(index / count)
-    if (this.#order?.epoch !== epoch) {
-      const random = new Random(this.#options.seed).fork(`epoch ${epoch}`)
-      this.#order = { epoch, prompts: random.shuffle(Uint32Array.from({ length: count }, (_, i) => i)) }
-    }
-    return this.#order.prompts[index - epoch * count]
-  }
-
   #checkRoom(prompts: readonly number[][], what: string): void {
     const { sequenceLength } = this.#options
     const { maxTokens } = this.#data
@@ -205,5 +195,3 @@ export class RolloutLessons implements Lessons {
     this.#sampler = null
   }
 }
-
-const countOf = (lists: ReadonlyArray<ArrayLike<number>>) => lists.reduce((sum, { length }) => sum + length, 0)

@@ -92,7 +92,7 @@ export interface Rollouts<P extends Prompt = Prompt>
   readonly kl?: RolloutOptions['kl']
 }
 
-const refused = (problem: string, fix: string) => new MoeError({ code: 'E_DATA', op: 'rollouts', problem, fix })
+const refused = (op: string, problem: string, fix: string) => new MoeError({ code: 'E_DATA', op, problem, fix })
 
 /**
  * Data for `train` that the model makes itself: for each prompt a group of texts, of which those with more reward than the others become likelier, and those with less the reverse (GRPO; DeepSeek-V3 report,
@@ -114,19 +114,20 @@ export function rollouts<P extends Prompt>(prompts: Iterable<P>, options: Rollou
   } as Omit<Rollouts<P>, 'training' | 'validation'>
   checkSettings(settings as unknown as Rollouts)
   const checked = (all: Iterable<P>, what: string) =>
-    Array.from(iterable(all, what), (prompt, i) => checkPrompt(prompt, `${what} ${i}`, settings.template))
+    listed('rollouts', all, what).map((prompt, i) => checkPrompt('rollouts', prompt, `${what} ${i}`, settings.template))
   const training = checked(prompts, 'prompt')
   const parts =
     typeof validation === 'number'
       ? holdOut('rollouts', training, validation, seed)
       : { training, validation: checked(validation, 'held-out prompt') }
-  if (parts.training.length === 0) throw refused('there are no prompts', 'pass at least one to learn from')
+  if (parts.training.length === 0) throw refused('rollouts', 'there are no prompts', 'pass at least one to learn from')
   return { ...settings, ...parts }
 }
 
-function iterable<P>(all: Iterable<P>, what: string): Iterable<P> {
-  if (typeof all === 'object' && all !== null && Symbol.iterator in all) return all
-  throw refused(`the ${what}s are ${typeof all === 'string' ? 'one text' : all}`, 'pass a list of prompts')
+/** @throws MoeError E_DATA for what is no list */
+export function listed<T>(op: string, all: Iterable<T>, what: string): T[] {
+  if (typeof all === 'object' && all !== null && Symbol.iterator in all) return Array.from(all)
+  throw refused(op, `the ${what}s are ${typeof all === 'string' ? 'one text' : all}`, 'pass a list of them')
 }
 
 function checkSettings(settings: Rollouts): void {
@@ -158,21 +159,27 @@ function checkSettings(settings: Rollouts): void {
   if (template !== undefined) checkTemplate('rollouts', template)
 }
 
-function checkPrompt<P extends Prompt>(given: P, what: string, template: ConversationTemplate | undefined): P {
+/** @throws MoeError E_DATA */
+export function checkPrompt<P extends Prompt>(
+  op: string,
+  given: P,
+  what: string,
+  template: ConversationTemplate | undefined,
+): P {
   const prompt: { messages?: unknown; text?: unknown; tokens?: { length?: unknown } | null } | null = given
   const form = 'it is { messages }, { text } or { tokens }, and whatever the reward needs beside'
-  if (typeof prompt !== 'object' || prompt === null) throw refused(`${what} is ${JSON.stringify(given)}`, form)
+  if (typeof prompt !== 'object' || prompt === null) throw refused(op, `${what} is ${JSON.stringify(given)}`, form)
   const { messages, text, tokens } = prompt
   if ([messages, text, tokens].filter(part => part !== undefined).length !== 1)
-    throw refused(`${what} has none, or several, of messages, text and tokens`, form)
+    throw refused(op, `${what} has none, or several, of messages, text and tokens`, form)
   if (messages !== undefined) {
     const turns = Array.isArray(messages) ? messages : []
     const are = turns.every(turn => typeof turn?.role === 'string' && typeof turn.content === 'string')
-    if (turns.length === 0 || !are) throw refused(`${what} has no messages`, 'they are [{ role, content }, …]')
-    if (template === undefined) throw refused(`${what} is messages, and there is no template`, 'pass { template }')
+    if (turns.length === 0 || !are) throw refused(op, `${what} has no messages`, 'they are [{ role, content }, …]')
+    if (template === undefined) throw refused(op, `${what} is messages, and there is no template`, 'pass { template }')
   }
-  if (text !== undefined && typeof text !== 'string') throw refused(`the text of ${what} is no text`, form)
+  if (text !== undefined && typeof text !== 'string') throw refused(op, `the text of ${what} is no text`, form)
   if (text === '' || tokens === null || (tokens !== undefined && !(Number(tokens.length) > 0)))
-    throw refused(`${what} is empty`, 'pass at least one token')
+    throw refused(op, `${what} is empty`, 'pass at least one token')
   return given
 }

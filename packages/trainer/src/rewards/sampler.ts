@@ -73,13 +73,9 @@ export interface EncodeOptions {
   readonly bos: number | null | undefined
 }
 
-/** Ids of prompts: what a template writes, or the token that begins a document and the text. */
-export function encodePrompts(
-  prompts: readonly Prompt[],
-  template: Rollouts['template'],
-  { tokenizer, bos }: EncodeOptions,
-): number[][] {
-  const encode = (text: string, parseSpecialTokens: boolean) => {
+/** Ids of texts. @throws MoeError E_CONFIG where there is no tokenizer, once it is asked */
+export function encoder(tokenizer: TextTokenizer | undefined) {
+  return (text: string, parseSpecialTokens: boolean): number[] => {
     if (tokenizer !== undefined)
       return Array.from(tokenizer.encode(text, { addSpecialTokens: false, parseSpecialTokens }))
     throw new MoeError({
@@ -89,6 +85,15 @@ export function encodePrompts(
       fix: 'pass { tokenizer }, or prompts that are { tokens }',
     })
   }
+}
+
+/** Ids of prompts: what a template writes, or the token that begins a document and the text. */
+export function encodePrompts(
+  prompts: readonly Prompt[],
+  template: Rollouts['template'],
+  { tokenizer, bos }: EncodeOptions,
+): number[][] {
+  const encode = encoder(tokenizer)
   const begin =
     bos === undefined && tokenizer ? (tokenNamed(tokenizer, 'begin') ?? tokenNamed(tokenizer, 'end')) : (bos ?? null)
   return prompts.map(prompt => {

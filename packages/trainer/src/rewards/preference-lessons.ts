@@ -1,0 +1,180 @@
+/** @file Steps that learn which of two texts is better. */
+import { MoeError, type Precision } from '@moe/core'
+import { EndlessOrder } from '../data/endless-order.ts'
+import type { Lessons, MeasureOptions } from '../data/lessons.ts'
+import { tokenNamed } from '../data/token-dataset.ts'
+import type { Evaluation } from '../evaluate.ts'
+import type { TokenBatch, TrainableModel } from '../model.ts'
+import { checkReference, countOf, digestOf, lookaheadOf, type PlacedText, PlacedTexts } from './placed-texts.ts'
+import { meanOf } from './policy-gradient.ts'
+import type { Preference, Preferences } from './preferences.ts'
+import { type EncodeOptions, encodePrompts, encoder } from './sampler.ts'
+
+export interface PreferenceLessonsOptions extends EncodeOptions {
+  readonly sequenceLength: number
+  readonly batchSize: number
+  readonly isolate: boolean
+  readonly seed: number
+  readonly precision: Precision
+}
+
+/** The chosen one and the rejected one. */
+type Pair = readonly [PlacedText, PlacedText]
+
+/** What a model says of the two texts of a pair: sums over their tokens, in nats. */
+export interface PairOdds {
+  readonly chosen: number
+  readonly rejected: number
+}
+
+/**
+ * The loss of a pair (DPO, eq. 7), -log σ(β Δ) where Δ is by how much the policy prefers the chosen text more than the reference does; what a token of the chosen text is weighed with, of the rejected one the negative: β σ(-β Δ).
+ */
+export function pairTerm(now: PairOdds, reference: PairOdds, beta: number) {
+  const margin = beta * (now.chosen - reference.chosen - (now.rejected - reference.rejected))
+  // log(1 + exp(-m)) and 1/(1 + exp(m)), whatever m is.
+  const small = Math.exp(-Math.abs(margin))
+  const loss = Math.max(0, -margin) + Math.log1p(small)
+  return { margin, loss, weight: (beta * (margin > 0 ? small : 1)) / (1 + small) }
+}
+
+export class PreferenceLessons implements Lessons {
+  readonly #model: TrainableModel
+  readonly #data: Preferences
+  readonly #options: PreferenceLessonsOptions
+  readonly #training: readonly Pair[]
+  readonly #validation: readonly Pair[]
+  readonly #order: EndlessOrder
+  tokensPerStep = 0
+  metrics: Readonly<Record<string, number>> = {}
+  readonly stride = 1
+  readonly notice = undefined
+
+  /** @throws MoeError E_DATA for a text that does not fit into a row */
+  constructor(model: TrainableModel, data: Preferences, options: PreferenceLessonsOptions) {
+    this.#model = model
+    this.#data = data
+    this.#options = options
+    this.#training = this.#encode(data.training, 'pair')
+    this.#validation = this.#encode(data.validation, 'held-out pair')
+    this.#order = new EndlessOrder(this.#training.length, options.seed)
+    checkReference(model, data.reference)
+  }
+
+  get identity(): string {
+    const { pairs, beta } = this.#data
+    const digest = digestOf(this.#training.flat().flatMap(({ ids, tokens }) => [ids, tokens]))
+    return `${this.#training.length} preferences (${digest}) ${JSON.stringify({ pairs, beta })}`
+  }
+
+  get isolate(): boolean {
+    return this.#options.isolate
+  }
+
+  get trainingTokens(): number {
+    return tokensOf(this.#training)
+  }
+
+  get validationTokens(): number {
+    return tokensOf(this.#validation)
+  }
+
+  get textsPerStep(): number {
+    return 2 * this.#data.pairs
+  }
+
+  epochs(steps: number): number {
+    return (steps * this.#data.pairs) / this.#training.length
+  }
+
+  ahead(): null {
+    return null
+  }
+
+  async step(step: number): Promise<TokenBatch[]> {
+    const { pairs } = this.#data
+    const own = Array.from({ length: pairs }, (_, i) => this.#training[this.#order.at(step * pairs + i)])
+    const { placed, terms } = await this.#compare(own)
+    this.tokensPerStep = placed.positions
+    this.metrics = {
+      preference: meanOf(terms.map(({ loss }) => loss)),
+      preferred: meanOf(terms.map(({ margin }) => Number(margin > 0))),
+      margin: meanOf(terms.map(({ margin }) => margin)),
+    }
+    // The loss is a mean over tokens, eq. 7 one over pairs.
+    const share = countOf(own.flat().map(({ tokens }) => tokens)) / pairs
+    return placed.weighted(
+      own.flatMap((pair, i) =>
+        pair.map(({ tokens }, side) => tokens.map(() => (side === 0 ? share : -share) * terms[i].weight)),
+      ),
+    )
+  }
+
+  /** Both texts of each pair, and what is said of them. */
+  async #compare(pairs: readonly Pair[]) {
+    const { sequenceLength, batchSize, isolate, precision } = this.#options
+    const { reference, beta } = this.#data
+    const lookahead = lookaheadOf(this.#model, reference)
+    const placed = new PlacedTexts(pairs.flat(), { sequenceLength, lookahead, batchSize, isolate })
+    const oddsBy = async (model: TrainableModel) => {
+      const sums = (await placed.logProbs(model, precision)).map(values => values.reduce((sum, x) => sum + x, 0))
+      return pairs.map((_, i) => ({ chosen: sums[2 * i], rejected: sums[2 * i + 1] }))
+    }
+    const [before, now] = [await oddsBy(reference), await oddsBy(this.#model)]
+    return { placed, terms: now.map((odds, i) => pairTerm(odds, before[i], beta)) }
+  }
+
+  async measure({ signal, onProgress }: MeasureOptions): Promise<Evaluation> {
+    const started = performance.now()
+    const terms: Array<ReturnType<typeof pairTerm>> = []
+    const { pairs } = this.#data
+    for (let at = 0; at < this.#validation.length; at += pairs) {
+      signal.throwIfAborted()
+      terms.push(...(await this.#compare(this.#validation.slice(at, at + pairs))).terms)
+      onProgress(terms.length / this.#validation.length)
+    }
+    return {
+      loss: meanOf(terms.map(({ loss }) => loss)),
+      bitsPerByte: Number.NaN,
+      tokens: countOf(this.#validation.flat().map(({ tokens }) => tokens)),
+      seconds: (performance.now() - started) / 1000,
+      preferred: meanOf(terms.map(({ margin }) => Number(margin > 0))),
+    }
+  }
+
+  #encode(pairs: readonly Preference[], what: string): Pair[] {
+    const { sequenceLength, tokenizer } = this.#options
+    const { template } = this.#data
+    const prompts = encodePrompts(pairs, template, this.#options)
+    const encode = encoder(tokenizer)
+    const end = tokenizer === undefined ? null : tokenNamed(tokenizer, 'end')
+    const behind = (pair: Preference, text: string | ArrayLike<number>): number[] => {
+      if (typeof text !== 'string') return Array.from(text)
+      if ('messages' in pair && template) {
+        const prompt = template.render(pair.messages, { addGenerationPrompt: true })
+        const answer = { role: 'assistant', content: text }
+        const whole = template.render([...pair.messages, answer], { addGenerationPrompt: false })
+        if (whole.startsWith(prompt)) return encode(whole.slice(prompt.length), true)
+        throw refused(
+          `the template writes the answer of a ${what} otherwise than behind its prompt`,
+          'take another one',
+        )
+      }
+      return [...encode(text, false), ...(end === null ? [] : [end])]
+    }
+    return pairs.map((pair, i) => {
+      const ids = prompts[i]
+      const texts = [behind(pair, pair.chosen), behind(pair, pair.rejected)].map(tokens => ({ ids, tokens }))
+      const longest = Math.max(...texts.map(({ tokens }) => ids.length + tokens.length - 1))
+      if (longest <= sequenceLength && ids.length > 0) return texts as unknown as Pair
+      const problem = ids.length === 0 ? 'has no prompt' : `goes beyond a row of ${sequenceLength}`
+      throw refused(`${what} ${i} ${problem}`, `pass a sequenceLength of ${longest}, or leave it out`)
+    })
+  }
+
+  dispose(): void {}
+}
+
+const tokensOf = (pairs: readonly Pair[]) => countOf(pairs.flat().flatMap(({ ids, tokens }) => [ids, tokens]))
+
+const refused = (problem: string, fix: string) => new MoeError({ code: 'E_DATA', op: 'train', problem, fix })
