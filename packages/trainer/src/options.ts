@@ -251,12 +251,12 @@ export const isJudged = (data: TrainOptions['data']): data is Rollouts | Prefere
 /** What does not go with such data. */
 function againstJudged(
   data: Rollouts | Preferences,
-  { steps, ranks, eos, accumulate }: Partial<ResolvedOptions>,
+  { steps, ranks, world, eos, accumulate }: Partial<ResolvedOptions>,
 ): string[] {
   const { updates, what } = 'reward' in data ? { ...data, what: 'rollouts' } : { updates: 1, what: 'preferences' }
   const left = updates > 1 && Number(steps) % updates !== 0
   return [
-    ...(ranks === undefined ? [] : [`ranks is given, and ${what} are for a model on one rank`]),
+    ...(ranks === undefined && world === 1 ? [] : [`ranks or world is given, and ${what} are for one process`]),
     ...(eos === undefined ? [] : [`eos is given beside ${what}, whose texts end as the model or the template has it`]),
     ...(accumulate === 1 ? [] : [`accumulate is given beside ${what}: a step learns from all of its texts`]),
     ...(left ? [`steps is ${steps}, needs a multiple of the ${updates} updates of rollouts`] : []),

@@ -175,6 +175,13 @@ describe('a step', () => {
     expect(steps.map(({ gradNorm }) => gradNorm)).toEqual([0, 0])
   })
 
+  test('draws other texts for the same prompt than the step before, and the text before', async () => {
+    const data = rollouts([{ tokens: [10, 2] }], { reward: () => 0, groups: 1, groupSize: 12, maxTokens: 5 })
+    const { made } = await ran({}, { data, steps: 2 })
+    expect(made.slice(0, 12)).not.toEqual(made.slice(12))
+    expect(new Set(made.map(String)).size).toBeGreaterThan(12)
+  })
+
   test('takes every prompt once an epoch', async () => {
     const asked: number[] = []
     const data = {
@@ -389,6 +396,7 @@ describe('what goes wrong', () => {
     [{ steps: 7 }, 'E_CONFIG', 'steps is 7, needs a multiple of the 2 updates'],
     [{ accumulate: 2 }, 'E_CONFIG', 'accumulate is given beside rollouts'],
     [{ eos: 3 }, 'E_CONFIG', 'eos is given beside rollouts'],
+    [{ world: 2 }, 'E_CONFIG', 'ranks or world is given, and rollouts are for one process'],
     [{ isolate: true }, 'E_CONFIG', 'keeps texts apart'],
   ] as const)('training with %o is refused', async (options, code, expected) => {
     expect(await problem(ran({ updates: 2 }, options))).toMatchObject({
