@@ -12,6 +12,7 @@ export const known = [
   { group: 'Rewards', name: 'preferred', title: 'Pairs preferred as wanted', unit: 'share' },
   { group: 'Rewards', name: 'rewardStd', title: 'Spread of rewards', unit: 'deviation within groups' },
   { group: 'Rewards', name: 'flatGroups', title: 'Groups of equal rewards', unit: 'share' },
+  { group: 'Rewards', name: 'entropy', title: 'Entropy', unit: 'nats per token' },
   { group: 'Rewards', name: 'textLength', title: 'Length of texts', unit: 'tokens' },
   { group: 'Rewards', name: 'cutOff', title: 'Texts that were cut off', unit: 'share' },
   { group: 'Rewards', name: 'kl', title: 'Divergence from the reference', unit: 'nats per token' },

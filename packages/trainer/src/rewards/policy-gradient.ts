@@ -74,18 +74,27 @@ export interface TextOdds {
   readonly reference?: ArrayLike<number> | undefined
 }
 
+/** How many there are. */
+export interface TextCounts {
+  readonly texts: number
+  readonly tokens: number
+}
+
 /**
- * What the loss of each token of some texts is multiplied by, so that the mean over all tokens has the gradient of -J; and what J is.
+ * What the loss of each token of some texts is multiplied by, so that the mean over their tokens has the gradient of -J; and what J is.
  * @param average `'token'` counts every token alike (1/Σ|o_i| Σ_i Σ_t), `'text'` every text (1/N Σ_i 1/|o_i| Σ_t)
+ * @param all texts that J is a mean over, where some are left out here that add nothing to it
  */
 export function weigh(
   texts: readonly TextOdds[],
-  { average, ...limits }: PolicyLimits & { average: 'token' | 'text' },
+  { average, ...limits }: PolicyLimits & { readonly average: 'token' | 'text' },
+  all?: TextCounts,
 ) {
   const tokens = texts.reduce((sum, { now }) => sum + now.length, 0)
+  const whole = all ?? { texts: texts.length, tokens }
   const sums = { objective: 0, clipped: 0, kl: 0 }
   const weights = texts.map(({ advantage, now, old, reference }) => {
-    const share = average === 'token' ? 1 : tokens / (texts.length * now.length)
+    const share = tokens / (average === 'token' ? whole.tokens : whole.texts * now.length)
     return Float64Array.from(now, (_, t) => {
       const term = tokenTerm(advantage, { now: now[t], old: old[t], reference: reference?.[t] }, limits)
       sums.objective += share * term.value

@@ -1,5 +1,6 @@
 import { join } from 'node:path'
-import { disposeModule, setDefaultBackend } from '@moe/core'
+import { backward, disposeModule, scope, setDefaultBackend, zeroGrad } from '@moe/core'
+import { assertClose, tolerances } from '@moe/core/testing'
 import { afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { latestCheckpoint } from '../checkpoints/checkpoint-folder.ts'
 import type { StepEvent, TrainEvent } from '../events.ts'
@@ -16,6 +17,9 @@ import {
 } from '../test-model.ts'
 import { train } from '../train.ts'
 import { evaluateRewards } from './evaluate-rewards.ts'
+import { PlacedTexts } from './placed-texts.ts'
+import { advantagesOf, weigh } from './policy-gradient.ts'
+import { RolloutLessons } from './rollout-lessons.ts'
 import { type Prompt, type RolloutOptions, rollouts, type Sample } from './rollouts.ts'
 
 const backend = roundingBackend()
@@ -138,6 +142,7 @@ describe('a step', () => {
       12,
     )
     expect(metrics['samplerKl']).toBeLessThan(1e-10)
+    expect(metrics['entropy']).toBeGreaterThan(0)
     expect(nll).toBeGreaterThan(0)
     expect(count).toBeUndefined()
   })
@@ -181,6 +186,53 @@ describe('a step', () => {
     expect(made.slice(0, 12)).not.toEqual(made.slice(12))
     expect(new Set(made.map(String)).size).toBeGreaterThan(12)
   })
+
+  test.each(['token', 'text'] as const)(
+    'has the gradient of all texts, averaged by %s, and reads those that teach',
+    async average => {
+      const model = new TalkingBigram()
+      const samples: Array<Sample & { reward: number }> = []
+      const data = rollouts(prompts, {
+        ...few,
+        average,
+        reward: sample => {
+          const [, first] = (sample.prompt as { tokens: number[] }).tokens
+          // Some groups are all alike.
+          const reward = first < 3 ? 1 : sevens(sample) + sample.tokens.length
+          samples.push({ ...sample, reward })
+          return reward
+        },
+      })
+      const rows = { sequenceLength: 12, batchSize: 3, isolate: true }
+      const signal = new AbortController().signal
+      const options = { ...rows, tokenizer: undefined, bos: undefined, seed: 1, precision: 'f32', signal } as const
+      const lessons = new RolloutLessons(model, data, options)
+      const gradientOf = async (batches: readonly TokenBatch[]) => {
+        const counts = batches.map(batch => scope(() => model.loss(batch).count))
+        const total = counts.reduce((sum, count) => sum + count)
+        for (const [i, batch] of batches.entries()) scope(() => backward(model.loss(batch).loss.mul(counts[i] / total)))
+        const values = Array.from((await model.lm_head.weight.grad?.values()) ?? [])
+        zeroGrad(model)
+        return { values, total }
+      }
+      const own = await gradientOf(await lessons.step(0))
+      const all = prompts.flatMap(prompt => {
+        const group = samples.filter(sample => sample.prompt === prompt)
+        const advantages = advantagesOf(group.map(({ reward }) => reward))
+        return group.map(({ tokens }, i) => ({ ids: prompt.tokens, tokens, advantage: advantages[i] }))
+      })
+      const placed = new PlacedTexts(all, { ...rows, lookahead: 1 })
+      const now = await placed.logProbs(model, 'f32')
+      const odds = all.map(({ advantage }, i) => ({ advantage, now: now[i], old: now[i] }))
+      const { weights, objective } = weigh(odds, { clip: 0.2, klWeight: 0, average })
+      const expected = await gradientOf(placed.weighted(weights))
+      assertClose('gradient', own.values, expected.values, tolerances.gradient)
+      expect(own.total).toBeLessThan(0.8 * expected.total)
+      expect(lessons.metrics['objective']).toBeCloseTo(objective, 6)
+      expect(lessons.metrics['flatGroups']).toBeGreaterThan(0)
+      disposeModule(model)
+    },
+  )
 
   test('takes every prompt once an epoch', async () => {
     const asked: number[] = []

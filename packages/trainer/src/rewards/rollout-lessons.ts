@@ -6,7 +6,7 @@ import type { Evaluation } from '../evaluate.ts'
 import type { TextTokenizer, TokenBatch } from '../model.ts'
 import { measureRewards } from './evaluate-rewards.ts'
 import { checkReference, countOf, digestOf, lookaheadOf, PlacedTexts } from './placed-texts.ts'
-import { advantagesOf, deviationOf, divergence, meanOf, weigh } from './policy-gradient.ts'
+import { advantagesOf, deviationOf, divergence, meanOf, type TextCounts, weigh } from './policy-gradient.ts'
 import type { Rollouts } from './rollouts.ts'
 import { encodePrompts, type SamplingModel, sampleRewarded, seedOf, type TextSampler } from './sampler.ts'
 
@@ -24,6 +24,8 @@ export interface RolloutLessonsOptions {
 /** Texts that were made for some steps, and what is learned from them. */
 interface Made {
   readonly number: number
+  /** Of all texts, also of those that teach nothing. */
+  readonly all: TextCounts
   readonly placed: PlacedTexts
   readonly advantages: readonly number[]
   /** Of every token, by the weights that made it, as the training pass has it. */
@@ -100,7 +102,7 @@ export class RolloutLessons implements Lessons {
     const number = Math.floor(step / updates)
     const made = this.#made?.number === number ? this.#made : await this.#make(number)
     this.#made = made
-    const { placed, advantages, old, reference } = made
+    const { all, placed, advantages, old, reference } = made
     const now = step % updates === 0 ? old : await this.#logProbs(placed)
     const odds = advantages.map((advantage, i) => ({
       advantage,
@@ -108,7 +110,8 @@ export class RolloutLessons implements Lessons {
       old: old[i],
       reference: reference?.[i],
     }))
-    const { weights, objective, clipped, kl: divergence } = weigh(odds, { clip, klWeight: kl?.weight ?? 0, average })
+    const how = { clip, klWeight: kl?.weight ?? 0, average }
+    const { weights, objective, clipped, kl: divergence } = weigh(odds, how, all)
     this.metrics = { ...made.metrics, objective, clipped, ...(kl && { kl: divergence }) }
     return placed.weighted(weights)
   }
@@ -130,23 +133,31 @@ export class RolloutLessons implements Lessons {
     const samplingSeconds = (performance.now() - started) / 1000
     const { sequenceLength, batchSize, isolate } = this.#options
     const lookahead = lookaheadOf(this.#model, kl?.reference)
-    const placed = new PlacedTexts(texts, { sequenceLength, lookahead, batchSize, isolate })
     const byGroup = Array.from({ length: groups }, (_, g) =>
       texts.slice(g * groupSize, (g + 1) * groupSize).map(({ reward }) => reward),
     )
-    const old = await this.#logProbs(placed)
     const advantages = byGroup.map(advantagesOf)
-    const drift = texts.flatMap(({ logProbs }, i) => logProbs.map((logProb, t) => divergence(logProb - old[i][t])))
+    const isFlat = (group: readonly number[]) => group.every(advantage => advantage === 0)
+    const flat = advantages.filter(isFlat).length
+    // Groups that teach nothing need not be read, unless they are to stay near the reference.
+    const all = kl !== undefined || flat === groups
+    const isLearned = (_: unknown, i: number) => all || !isFlat(advantages[Math.floor(i / groupSize)])
+    const learned = texts.filter(isLearned)
+    const placed = new PlacedTexts(learned, { sequenceLength, lookahead, batchSize, isolate })
+    const old = await this.#logProbs(placed)
+    const drift = learned.flatMap(({ logProbs }, i) => logProbs.map((logProb, t) => divergence(logProb - old[i][t])))
     return {
       number,
+      all: { texts: texts.length, tokens: countOf(texts.map(({ tokens }) => tokens)) },
       placed,
-      advantages: advantages.flat(),
+      advantages: advantages.flat().filter(isLearned),
       old,
       reference: kl && (await placed.logProbs(kl.reference, this.#options.precision)),
       metrics: {
         reward: meanOf(texts.map(({ reward }) => reward)),
         rewardStd: meanOf(byGroup.map(deviationOf)),
-        flatGroups: meanOf(advantages.map(group => Number(group.every(advantage => advantage === 0)))),
+        flatGroups: flat / groups,
+        entropy: -meanOf(texts.flatMap(({ logProbs }) => logProbs)),
         textLength: meanOf(texts.map(({ tokens }) => tokens.length)),
         cutOff: meanOf(texts.map(({ finishReason }) => Number(finishReason === 'length'))),
         samplerKl: meanOf(drift),
