@@ -1,9 +1,10 @@
 /** @file Products with weights stored in fewer bits: bf16, fp8, int8 or int4 with one scale per block. Activations stay f32. */
 import type { Backend, QuantizedAttrs, Shape, TensorSpec, WeightFormat, WidePrecision } from '../backend.ts'
-import { widePrecision } from '../context.ts'
+import { noGrad, widePrecision } from '../context.ts'
 import { full } from '../create.ts'
 import type { DType } from '../dtype.ts'
 import { attrError, needDtype, needShape, shapeError } from '../infer.ts'
+import { scope } from '../scope.ts'
 import { showShape, sizeOf } from '../shape.ts'
 import { concat, type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
 import { groupedMatmulDefinition } from './grouped-matmul.ts'
@@ -112,6 +113,47 @@ function dequantize(
   return values.mul(repeated.reshape([matrices * rows, columns])).reshape(shape)
 }
 
+/** The same as an input that gets no gradient, and nor do its codes and scales; where the product is recorded, it is freed with it. */
+function constant(q: Tensor, scale: Tensor | undefined, columns: number, attrs: QuantizedAttrs): Tensor {
+  const weight = scope(() => noGrad(() => dequantize(q, scale ?? null, columns, attrs)))
+  weight.temporary = true
+  return weight
+}
+
+/** Elements of a weight that are there as f32 at once while a gradient goes back through it, about: one column of blocks at least. Tests make it small. */
+export const backwardLimits = { elements: 2 ** 22 }
+
+/**
+ * dx `[M, K]` from the weight in pieces of some columns, which `multiply` takes as f32 `[..., N, part of K]`: the sums are those of the whole weight, and only a piece
+ * of it is there in f32.
+ */
+function inPieces(
+  q: Tensor,
+  scale: Tensor | null,
+  columns: number,
+  attrs: QuantizedAttrs,
+  multiply: (weight: Tensor) => Tensor,
+): Tensor {
+  const { format, block } = attrs
+  const rows = sizeOf(q.shape.slice(0, -1))
+  // bf16 has no blocks, and of an odd number of columns in int4 the last byte is half empty.
+  const step = format === 'bf16' ? 1 : block[1]
+  const most = Math.max(1, Math.floor(backwardLimits.elements / (Math.max(1, rows) * step))) * step
+  if (columns <= most) return multiply(dequantize(q, scale, columns, attrs))
+  const last = q.rank - 1
+  const parts: Tensor[] = []
+  for (let from = 0; from < columns; from += most) {
+    const to = Math.min(columns, from + most)
+    const part = () => {
+      const codes = q.narrow(last, storedColumns(format, from), storedColumns(format, to))
+      const scales = scale?.narrow(last, from / step, Math.ceil(to / step)) ?? null
+      return multiply(dequantize(codes, scales, to - from, attrs))
+    }
+    parts.push(scope(part))
+  }
+  return concat(parts, 1)
+}
+
 export const quantizedMatmulDefinition: FusedDefinition<'quantizedMatmul'> = {
   name: 'quantizedMatmul',
   infer([x, q, scale], attrs): TensorSpec[] {
@@ -119,10 +161,14 @@ export const quantizedMatmulDefinition: FusedDefinition<'quantizedMatmul'> = {
     return [{ shape: [x.shape[0], rows], dtype: 'f32' }]
   },
   decompose([x, q, scale], attrs) {
-    const weight = dequantize(q, scale ?? null, x.shape[1], attrs)
+    const weight = constant(q, scale, x.shape[1], attrs)
     return [x.matmul(weight, { transposeB: true, precision: attrs.precision })]
   },
-  vjp: null,
+  vjp({ inputs: [x, q, scale], attrs, needs }, [dy]) {
+    if (dy === null || !needs(0)) return [null, null, null]
+    const { precision } = attrs
+    return [inPieces(q, scale ?? null, x.shape[1], attrs, weight => dy.matmul(weight, { precision })), null, null]
+  },
 }
 
 export const quantizedGroupedMatmulDefinition: FusedDefinition<'quantizedGroupedMatmul'> = {
@@ -134,10 +180,16 @@ export const quantizedGroupedMatmulDefinition: FusedDefinition<'quantizedGrouped
     return [{ shape: [x.shape[0], rows], dtype: 'f32' }]
   },
   decompose([x, q, offsets, scale], attrs) {
-    const weight = dequantize(q, scale ?? null, x.shape[1], attrs)
+    const weight = constant(q, scale, x.shape[1], attrs)
     return runFused(groupedMatmulDefinition, [x, weight, offsets], { transposeW: true, precision: attrs.precision })
   },
-  vjp: null,
+  vjp({ inputs: [x, q, offsets, scale], attrs, needs }, [dy]) {
+    if (dy === null || !needs(0)) return [null, null, null, null]
+    const { precision } = attrs
+    const multiply = (weight: Tensor) =>
+      runFused(groupedMatmulDefinition, [dy, weight, offsets], { transposeW: false, precision })[0]
+    return [inPieces(q, scale ?? null, x.shape[1], attrs, multiply), null, null, null]
+  },
 }
 
 /** Rounds to whole numbers within the format's range: one scale per block, so that the block's largest magnitude is the largest number. */

@@ -1,0 +1,88 @@
+import { afterEach, beforeEach, describe, expect, test } from 'vitest'
+import type { Backend, WeightFormat } from '../backend.ts'
+import { noGrad, setDefaultBackend } from '../context.ts'
+import { randn, tensor } from '../create.ts'
+import { Random } from '../random.ts'
+import { referenceBackend } from '../reference/index.ts'
+import { scope } from '../scope.ts'
+import type { Tensor } from '../tensor.ts'
+import { assertClose, tolerances } from '../testing/compare.ts'
+import { groupedMatmul } from './grouped-matmul.ts'
+import {
+  backwardLimits,
+  dequantizeWeight,
+  quantizedGroupedMatmulDefinition,
+  quantizedMatmulDefinition,
+  quantizeWeight,
+} from './quantized-matmul.ts'
+
+const usual = backwardLimits.elements
+let backend: Backend
+beforeEach(() => {
+  backend = referenceBackend()
+  setDefaultBackend(backend)
+})
+afterEach(() => {
+  backwardLimits.elements = usual
+})
+
+/** Blocks that leave a part over, and an odd number of columns. */
+const stored: ReadonlyArray<readonly [WeightFormat, readonly [number, number]]> = [
+  ['bf16', [1, 1]],
+  ['fp8', [4, 8]],
+  ['int8', [1, 8]],
+  ['int4', [1, 6]],
+]
+const [rows, columns] = [10, 45]
+const needs = (input: number) => input === 0
+
+describe.each(stored)('back through a weight in %s', (format, block) => {
+  // One column of blocks at a time, several of them, and all at once.
+  test.each([1, 200, usual])('of which %i elements are there at once', async elements => {
+    backwardLimits.elements = elements
+    const weight = quantizeWeight(randn([rows, columns], new Random(1)), format, block)
+    const inputs = [randn([3, columns], new Random(2)), weight.q, ...(weight.scale === null ? [] : [weight.scale])]
+    const dy = randn([3, rows], new Random(3))
+    const attrs = { format, block, precision: 'f32' } as const
+    const back = quantizedMatmulDefinition.vjp
+    const [found] = scope(() => noGrad(() => back?.({ inputs, outputs: [], attrs, needs }, [dy]) ?? []))
+    const expected = scope(() => dy.matmul(dequantizeWeight(weight)))
+    assertClose('dx', (await found?.values()) as never, await expected.values(), tolerances.exact)
+  })
+
+  test.each([1, 600, usual])('of experts, of which %i elements are there at once', async elements => {
+    backwardLimits.elements = elements
+    const weight = quantizeWeight(randn([3, rows, columns], new Random(1)), format, block)
+    const offsets = tensor(Int32Array.of(0, 2, 2, 6), [4])
+    const scale = weight.scale === null ? [] : [weight.scale]
+    const inputs = [randn([7, columns], new Random(2)), weight.q, offsets, ...scale]
+    const dy = randn([7, rows], new Random(3))
+    const attrs = { format, block, precision: 'f32' } as const
+    const back = quantizedGroupedMatmulDefinition.vjp
+    const [found] = scope(() => noGrad(() => back?.({ inputs, outputs: [], attrs, needs }, [dy]) ?? []))
+    const expected = scope(() => groupedMatmul(dy, dequantizeWeight(weight), offsets, { transposeW: false }))
+    assertClose('dx', (await found?.values()) as never, await expected.values(), tolerances.exact)
+  })
+})
+
+test('of a large weight only a piece is there, and nothing is left', async () => {
+  const weight = quantizeWeight(randn([64, 512], new Random(1)), 'int8', [1, 64])
+  const inputs = [randn([2, 512], new Random(2)), weight.q, weight.scale as Tensor]
+  const dy = randn([2, 64], new Random(3))
+  const attrs = { format: 'int8', block: [1, 64], precision: 'f32' } as const
+  const peak = async (elements: number) => {
+    backwardLimits.elements = elements
+    // What quantizing took is behind it.
+    const own = referenceBackend()
+    const moved = await Promise.all([...inputs, dy].map(input => input.to(own)))
+    const { bytes, handles } = own.stats()
+    scope(() =>
+      noGrad(() =>
+        quantizedMatmulDefinition.vjp?.({ inputs: moved.slice(0, 3), outputs: [], attrs, needs }, [moved[3]]),
+      ),
+    )?.forEach(gradient => gradient?.dispose())
+    expect(own.stats().handles).toBe(handles)
+    return own.stats().peakBytes - bytes
+  }
+  expect(await peak(1)).toBeLessThan((await peak(usual)) / 4)
+})
