@@ -30,6 +30,7 @@ import {
   rope,
   scope,
   type Tensor,
+  weightVersion,
 } from '@moe/core'
 import { latentFeatures } from './cache/kv-cache.ts'
 import type { CacheStep, SequenceCache } from './cache/sequence-cache.ts'
@@ -263,13 +264,13 @@ export class MultiHeadLatentAttention extends Module {
   #absorb(): Absorbed {
     const { weight } = this.kv_b_proj
     const before = this.#absorbed
-    if (before !== null && before.of === weight && before.version === weight.version) return before
+    if (before !== null && before.of === weight && before.version === weightVersion(weight)) return before
     const { num_attention_heads: heads, qk_nope_head_dim: nope, kv_lora_rank: rank, v_head_dim: value } = this.#config
     this.releaseAbsorbed()
     const stored = weight instanceof QuantizedParameter && weight.backend.dtypes.has('bf16')
     const absorbed = {
       of: weight,
-      version: weight.version,
+      version: weightVersion(weight),
       ...keep(
         scope(() => {
           const perHead = denseWeight(weight)

@@ -94,6 +94,15 @@ export { type Routing, routerTopk } from './fused/router-topk.ts'
 export { softmax } from './fused/softmax.ts'
 export { swiglu } from './fused/swiglu.ts'
 export { needAxes } from './need-tensor.ts'
+export {
+  type AdapterOptions,
+  addAdapters,
+  isFrozen,
+  mergeAdapters,
+  type NamedAdapter,
+  namedAdapters,
+  removeAdapters,
+} from './nn/adapters.ts'
 export { createModule } from './nn/create-module.ts'
 export {
   Embedding,
@@ -119,15 +128,17 @@ export {
   trainable,
   zeroGrad,
 } from './nn/module.ts'
-export { Parameter } from './nn/parameter.ts'
+export { type Adapter, Parameter } from './nn/parameter.ts'
 export {
   denseWeight,
   groupedLinear,
+  isPlain,
   linear,
   QuantizedParameter,
   quantizeWeights,
   type WeightBytes,
   weightBytes,
+  weightVersion,
 } from './nn/quantized.ts'
 export { reduceGradients } from './nn/reduce-gradients.ts'
 export {

@@ -93,7 +93,7 @@ export class Tensor extends Scoped implements Value {
   outputIndex: number
   /** Whether gradients flow to it: a trainable parameter, or made from one while recording. */
   tracked: boolean
-  /** A number that was wrapped for one op and is freed with it. @internal */
+  /** A number that was wrapped for one op and is freed with it, or something that was freed although it is recorded. @internal */
   temporary: boolean
 
   /** Wraps a handle that the tensor then owns. @internal */
@@ -453,6 +453,17 @@ function runAll<P extends PrimitiveName>(op: P, inputs: readonly Tensor[], attrs
   const specs = infer[op](inputs, attrs)
   const handles = backend.primitives[op](inputs, attrs, specs)
   return wrap(op, backend, inputs, attrs, specs, handles, null)
+}
+
+/**
+ * Internal: frees the numbers of an intermediate result at once, recorded or not. For those that nothing but the op which was just run reads: no gradient rule, nor
+ * the caller.
+ */
+export function spend(tensor: Tensor): void {
+  const { node } = tensor
+  tensor.dispose()
+  tensor.node = node
+  tensor.temporary = true
 }
 
 /** Runs a primitive with one output. */

@@ -25,6 +25,7 @@ import {
   forkInit,
   fromHost,
   type InitOptions,
+  isFrozen,
   keep,
   type Linear,
   linearCrossEntropy,
@@ -412,7 +413,7 @@ export class DeepSeek extends Module {
       }),
       after: ({ speed }, [loads]) => {
         this.moeLayers.forEach(({ gate: { e_score_correction_bias: bias } }, i) => {
-          if (bias) updateBias(bias, loads.narrow(0, i * bias.size, (i + 1) * bias.size), { speed })
+          if (bias && !isFrozen(bias)) updateBias(bias, loads.narrow(0, i * bias.size, (i + 1) * bias.size), { speed })
         })
       },
       report: ([loads]) => {
@@ -550,7 +551,7 @@ export class DeepSeek extends Module {
       const kept = (sums?.[layers.length + i] ?? layer.kept)?.values()
       const reduce = (counted: Tensor) => sums?.[i] ?? counted
       const bias = layer.gate.e_score_correction_bias
-      if (sums && bias && layer.load === null) {
+      if (sums && bias && !isFrozen(bias) && layer.load === null) {
         // Other ranks have run it.
         if (layer.balancer) layer.balancer.update?.(bias, sums[i], this.step)
         else updateBias(bias, sums[i], { speed })

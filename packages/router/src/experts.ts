@@ -6,6 +6,7 @@ import {
   groupedLinear,
   type InitOptions,
   initNames,
+  isPlain,
   Module,
   MoeError,
   noGrad,
@@ -42,12 +43,14 @@ export class Experts extends Module {
     this.down_proj = weightParameter([experts, hidden, inner], 'down_proj', init)
   }
 
-  /** A copy of some of them, from `from` to before `to`: the share of a rank. Trains apart. @throws MoeError E_UNSUPPORTED when they are stored in fewer bits */
+  /** A copy of some of them, from `from` to before `to`: the share of a rank. Trains apart. @throws MoeError E_UNSUPPORTED when they are stored in fewer bits or have adapters */
   copyOf(from: number, to: number): Experts {
     for (const weight of [this.gate_proj, this.up_proj, this.down_proj]) {
-      if (!(weight instanceof QuantizedParameter)) continue
-      const problem = `experts stored in ${weight.weight.format} cannot be taken apart`
-      throw new MoeError({ code: 'E_UNSUPPORTED', op: 'copyOf', problem, fix: 'open the model in f32' })
+      if (isPlain(weight)) continue
+      const stored = weight instanceof QuantizedParameter
+      const problem = `experts ${stored ? `stored in ${weight.weight.format}` : 'with adapters'} cannot be taken apart`
+      const fix = stored ? 'open the model in f32' : 'merge them first, or train the whole model on every rank'
+      throw new MoeError({ code: 'E_UNSUPPORTED', op: 'copyOf', problem, fix })
     }
     const [, inner, hidden] = this.gate_proj.shape
     const copy = new Experts(to - from, hidden, inner, { deviation: 0, backend: this.gate_proj.backend })
@@ -67,7 +70,7 @@ export class Experts extends Module {
   /** What the experts that the plan chose make of tokens `[N, hidden]`, weighted by `weights [N, K]` and summed: `[N, hidden]`. */
   route(x_ND: Tensor, weights_NK: Tensor, plan: DispatchPlan): Tensor {
     const { gate_proj: gate, up_proj: up, down_proj: down } = this
-    if ([gate, up, down].some(weight => weight instanceof QuantizedParameter)) {
+    if (![gate, up, down].every(isPlain)) {
       return combineTokens(this.forward(permuteTokens(x_ND, plan), plan.offsets), weights_NK, plan)
     }
     return routedExperts(x_ND, { gate, up, down }, weights_NK, plan)

@@ -7,6 +7,7 @@ import {
   forkInit,
   type InitOptions,
   initNames,
+  isFrozen,
   isRecomputing,
   Module,
   needAxes,
@@ -163,7 +164,7 @@ export class MoELayer extends Module {
   }
 
   /**
-   * Lets the balancer act on the loads counted since the last call, and starts counting anew. Once per optimizer step.
+   * Lets the balancer act on the loads counted since the last call, and starts counting anew. Once per optimizer step. A bias that `addAdapters` froze stays.
    * `reduce` makes the loads of one rank those of all (an all-reduce); `step`, for the balancer's schedules, is by default the number of calls before.
    */
   rebalance(options: { reduce?: (load: Tensor) => Tensor; step?: number } = {}): void {
@@ -171,7 +172,7 @@ export class MoELayer extends Module {
     const { reduce, step = this.step } = options
     const load = this.#load.total
     const bias = this.gate.e_score_correction_bias
-    if (load !== null && bias) this.#balancer?.update?.(bias, reduce?.(load) ?? load, step)
+    if (load !== null && bias && !isFrozen(bias)) this.#balancer?.update?.(bias, reduce?.(load) ?? load, step)
     this.#load.reset()
     this.#kept.reset()
     this.step = step + 1
@@ -179,15 +180,14 @@ export class MoELayer extends Module {
 
   /**
    * Moves the selection bias by the loads counted since the last call, and starts counting anew: aux-free balancing without a balancer.
-   * Once per optimizer step. `reduce` makes the loads of one rank those of all (an all-reduce); default: there is one rank.
+   * Once per optimizer step. A bias that `addAdapters` froze stays. `reduce` makes the loads of one rank those of all (an all-reduce); default: there is one rank.
    */
   updateBias(options: BiasUpdateOptions & { reduce?: (load: Tensor) => Tensor } = {}): void {
     checkOptions('MoELayer.updateBias', options, { ...biasUpdateNames, reduce: true })
     const { reduce, ...update } = options
     const load = this.#load.total
-    if (load !== null && this.gate.e_score_correction_bias) {
-      updateBias(this.gate.e_score_correction_bias, reduce?.(load) ?? load, update)
-    }
+    const bias = this.gate.e_score_correction_bias
+    if (load !== null && bias && !isFrozen(bias)) updateBias(bias, reduce?.(load) ?? load, update)
     this.#load.reset()
     this.#kept.reset()
   }

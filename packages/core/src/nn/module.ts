@@ -38,14 +38,32 @@ export interface NamedStream {
   readonly random: Random
 }
 
-/** Every parameter and buffer of a module in field order. One that is shared appears once, under its first name. @throws MoeError E_ATTR for what is no Module */
+/**
+ * Every parameter and buffer of a module in field order, adapters behind their weights. One that is shared appears once, under its first name.
+ * @throws MoeError E_ATTR for what is no Module
+ */
 export function namedParameters(module: Module, prefix = ''): NamedParameter[] {
   return Array.from(leaves('namedParameters', module, prefix)).flatMap(({ name, value, slice }) => {
     if (!(value instanceof Parameter)) return []
-    if (slice === undefined) return [{ name, parameter: value }]
-    return [{ name, parameter: value, slices: Array.from({ length: value.shape[0] }, (_, i) => slice(i)) }]
+    const { adapter } = value
+    const weight = named(value, name, slice)
+    if (adapter === null) return [weight]
+    const beside = (parameter: Parameter, part: string) =>
+      named(parameter, besideKey(name, part), slice && (i => besideKey(slice(i), part)))
+    return [weight, beside(adapter.down, 'lora_A'), beside(adapter.up, 'lora_B')]
   })
 }
+
+function named(parameter: Parameter, name: string, slice: Leaf['slice']): NamedParameter {
+  if (slice === undefined) return { name, parameter }
+  return { name, parameter, slices: Array.from({ length: parameter.shape[0] }, (_, i) => slice(i)) }
+}
+
+/** What a weight belongs to: its key without `.weight`. */
+export const weightPath = (key: string): string => key.replace(/(^|\.)weight$/, '')
+
+/** Key of a matrix beside a weight, as PEFT has it. */
+const besideKey = (key: string, part: string) => join(weightPath(key), `${part}.weight`)
 
 /** The same for the random streams that a module draws from: with them, and its parameters, it goes on exactly. @throws MoeError E_ATTR for what is no Module */
 export function namedStreams(module: Module, prefix = ''): NamedStream[] {

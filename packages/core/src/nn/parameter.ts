@@ -6,6 +6,19 @@ import { sameShape, showShape } from '../shape.ts'
 import { Tensor } from '../tensor.ts'
 
 /**
+ * What stands beside a weight `[N, K]` (or `[E, N, K]`, one per expert): with it the weight is W + scale B A, of rank r ("LoRA", Hu et al. 2021). Products take the two
+ * small matrices one after the other, so that W may be frozen, and stored in fewer bits.
+ */
+export interface Adapter {
+  /** A `[r, K]` or `[E, r, K]`. */
+  readonly down: Parameter
+  /** B `[N, r]` or `[E, N, r]`. */
+  readonly up: Parameter
+  /** α / r. */
+  readonly scale: number
+}
+
+/**
  * A tensor that a module holds. Its elements can be replaced by `assign`; it belongs to no scope. With `trainable: false` it is a buffer: stored
  * in checkpoints, never given a gradient.
  */
@@ -14,6 +27,8 @@ export class Parameter extends Tensor {
   grad: Tensor | null = null
   /** How often the elements were replaced or freed: what was computed from them, or recorded over them, holds as long as this does. The memory may be the same as before. */
   version = 0
+  /** What `addAdapters` put beside it. `linear`, `groupedLinear` and `denseWeight` heed it; the parameter itself is the weight without it. */
+  adapter: Adapter | null = null
 
   /** Takes over the tensor's memory; the tensor is used up. `trainable` (default true): whether it is given gradients. */
   constructor(initial: Tensor, options: { trainable?: boolean } = {}) {

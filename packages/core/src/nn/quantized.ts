@@ -1,6 +1,6 @@
-/** @file Parameters stored in fewer bits, for inference, and what layers do with a parameter of either kind. */
+/** @file Parameters stored in fewer bits, and what layers do with a parameter of either kind and with what stands beside it. */
 import type { Shape, WeightFormat } from '../backend.ts'
-import { noGrad } from '../context.ts'
+import { noGrad, widePrecision, withPrecision } from '../context.ts'
 import { fromHost } from '../create.ts'
 import { dtypeBytes } from '../dtype.ts'
 import { MoeError } from '../errors.ts'
@@ -15,10 +15,10 @@ import {
 import { needTensor } from '../need-tensor.ts'
 import { keep, scope } from '../scope.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
-import { concat, type Tensor } from '../tensor.ts'
+import { concat, spend, type Tensor } from '../tensor.ts'
 import { atOnce, inTurns, pacer } from '../turns.ts'
 import { Module, namedParameters } from './module.ts'
-import { Parameter } from './parameter.ts'
+import { type Adapter, Parameter } from './parameter.ts'
 
 /**
  * A weight in fewer bits. `shape` and `dtype` are those of the stored codes; `weight.shape` is the shape that it stands for. It is never trained. Checkpoints
@@ -134,7 +134,7 @@ function disposeStored({ q, scale }: QuantizedWeight): void {
  * Rows of the first axis that are quantized together, about `numbers` of them: meanwhile they are there several times, as f32 and as i32. Matrices are cut
  * between blocks, of which the tallest have 128 rows; stacks between matrices.
  */
-function rowsAtOnce([, ...inner]: Shape, numbers = 2 ** 20): number {
+export function rowsAtOnce([, ...inner]: Shape, numbers = 2 ** 20): number {
   const step = inner.length === 1 ? 128 : 1
   return step * Math.max(1, Math.floor(numbers / (step * sizeOf(inner))))
 }
@@ -142,6 +142,18 @@ function rowsAtOnce([, ...inner]: Shape, numbers = 2 ** 20): number {
 /** A stored form of a parameter; the parameter itself is left alone. `numbers`: how many are quantized together, about. */
 export const quantizedParameter = (parameter: Parameter, format: WeightFormat, numbers?: number): QuantizedParameter =>
   atOnce(quantizing(parameter, format, numbers))
+
+/** Rows `from` to before `to` of the first axis; of a matrix `from` is where a block begins. */
+export function storedRows(weight: QuantizedWeight, from: number, to: number): QuantizedWeight {
+  const { q, scale, shape, block } = weight
+  const step = shape.length === 2 ? block[0] : 1
+  return {
+    ...weight,
+    shape: [to - from, ...shape.slice(1)],
+    q: q.narrow(0, from, to),
+    scale: scale?.narrow(0, from / step, Math.ceil(to / step)) ?? null,
+  }
+}
 
 /** The same in steps. */
 function* quantizing(
@@ -181,21 +193,78 @@ function joined(parts: readonly QuantizedWeight[]): Pick<QuantizedWeight, 'q' | 
 export const weightShape = (parameter: Parameter): Shape =>
   parameter instanceof QuantizedParameter ? parameter.weight.shape : parameter.shape
 
-/** The parameter itself, or the f32 numbers of a stored one. */
-export const denseWeight = (parameter: Parameter): Tensor =>
-  parameter instanceof QuantizedParameter ? parameter.dequantize() : parameter
+/** Whether the parameter's own numbers are all there is to it: in f32, with nothing beside them. */
+export const isPlain = (parameter: Parameter): boolean =>
+  !(parameter instanceof QuantizedParameter) && parameter.adapter === null
 
-/** x W^T: `x [..., K]`, `weight [N, K]` in f32 or stored, to `[..., N]`. */
-export function linear(x: Tensor, weight: Parameter): Tensor {
-  needTensor('linear', 'x', x)
-  if (weight instanceof QuantizedParameter) return quantizedMatmul(x, weight.weight)
-  return x.matmul(weight, { transposeB: true })
+/** The weight that a parameter stands for, in f32 and with its adapter: the parameter itself where it is plain. */
+export function denseWeight(parameter: Parameter): Tensor {
+  const { adapter } = parameter
+  const stored = parameter instanceof QuantizedParameter
+  const base = stored ? parameter.dequantize() : parameter
+  if (adapter === null) return base
+  const { down, up, scale } = adapter
+  const scaled = up.mul(scale)
+  const product = scaled.matmul(down, { precision: 'f32' })
+  const sum = base.add(product)
+  spend(product)
+  if (sum.node === null) scaled.dispose()
+  if (stored) spend(base)
+  return sum
 }
 
-/** `groupedMatmul` of experts' weights `[E, N, K]` in f32 or stored. */
+/** How often what `denseWeight` gives has changed. */
+export function weightVersion({ version, adapter }: Parameter): number {
+  return adapter === null ? version : version + adapter.down.version + adapter.up.version
+}
+
+/** y + scale x A^T B^T, for rows x and what the weight itself makes of them, y, which is used up. */
+function withAdapter(
+  y: Tensor,
+  x: Tensor,
+  { down, up, scale }: Adapter,
+  product: (x: Tensor, weight: Tensor) => Tensor,
+): Tensor {
+  // So few columns have no blocks of 128 for fp8.
+  return withPrecision(widePrecision(), () => {
+    const narrow = product(x, down)
+    const scaled = narrow.mul(scale)
+    spend(narrow)
+    const wide = product(scaled, up)
+    const sum = y.add(wide)
+    spend(y)
+    spend(wide)
+    if (sum.node === null) scaled.dispose()
+    return sum
+  })
+}
+
+const byTransposed = (x: Tensor, weight: Tensor) => x.matmul(weight, { transposeB: true })
+
+function plainLinear(x: Tensor, weight: Parameter): Tensor {
+  return weight instanceof QuantizedParameter ? quantizedMatmul(x, weight.weight) : byTransposed(x, weight)
+}
+
+/** x W^T: `x [..., K]`, `weight [N, K]` in f32 or stored, to `[..., N]`. With its adapter, if it has one. */
+export function linear(x: Tensor, weight: Parameter): Tensor {
+  needTensor('linear', 'x', x)
+  const { adapter } = weight
+  if (adapter === null) return plainLinear(x, weight)
+  const lead = x.shape.slice(0, -1)
+  const rows = x.rank === 2 ? x : x.reshape([sizeOf(lead), x.shape[x.rank - 1]])
+  const y = withAdapter(plainLinear(rows, weight), rows, adapter, byTransposed)
+  return x.rank === 2 ? y : y.reshape([...lead, y.shape[1]])
+}
+
+/** `groupedMatmul` of experts' weights `[E, N, K]` in f32 or stored. With their adapters, if they have some. */
 export function groupedLinear(x: Tensor, weight: Parameter, offsets: Tensor): Tensor {
-  if (weight instanceof QuantizedParameter) return quantizedGroupedMatmul(x, weight.weight, offsets)
-  return groupedMatmul(x, weight, offsets)
+  const { adapter } = weight
+  const y =
+    weight instanceof QuantizedParameter
+      ? quantizedGroupedMatmul(x, weight.weight, offsets)
+      : groupedMatmul(x, weight, offsets)
+  if (adapter === null) return y
+  return withAdapter(y, x, adapter, (rows, by) => groupedMatmul(rows, by, offsets))
 }
 
 /** Rows of a table `[N, K]` in f32 or stored, as f32: `ids i32 [...]` to `[..., K]`. */
@@ -212,7 +281,7 @@ export function embeddingRows(weight: Parameter, ids: Tensor): Tensor {
 }
 
 /** Every module of a tree, each once. */
-function modulesOf(module: Module, found = new Set<Module>()): Set<Module> {
+export function modulesOf(module: Module, found = new Set<Module>()): Set<Module> {
   if (found.has(module)) return found
   found.add(module)
   const visit = (value: unknown): void => {
@@ -238,6 +307,7 @@ export async function quantizeWeights(module: Module, format: WeightFormat): Pro
       if (parameter instanceof QuantizedParameter) continue
       const known = stored.get(parameter)
       const quantized = known ?? (await inTurns(quantizing(parameter, format)))
+      quantized.adapter = parameter.adapter
       if (known === undefined) parameter.dispose()
       stored.set(parameter, quantized)
       fields[field] = quantized
