@@ -1,5 +1,7 @@
-/** @file `@moe/checkpoint`: safetensors in and out, single and sharded, in the Hugging Face layout; GGUF for llama.cpp. */
+/** @file `@moe/checkpoint`: safetensors in and out, single and sharded, in the Hugging Face layout; GGUF for llama.cpp; low-rank adapters as PEFT has them. */
 
+export { adapterBase, loadAdapters } from './adapters/load-adapters.ts'
+export { type SaveAdaptersOptions, saveAdapters } from './adapters/save-adapters.ts'
 export { type Conversion, type ConvertOptions, convertCheckpoint } from './convert-checkpoint.ts'
 export { DEFAULT_BLOCK, dequantizeFp8Blocks } from './fp8-blocks.ts'
 export { type GgufFile, type GgufTensorInfo, type ReadGgufOptions, readGguf } from './gguf/read-gguf.ts'

@@ -1,0 +1,71 @@
+/** @file Saves low-rank adapters without the model beside which they stand, as PEFT does. */
+import { mkdir } from 'node:fs/promises'
+import { join } from 'node:path'
+import { checkOptions, type Module, MoeError, namedAdapters, namedParameters } from '@moe/core'
+import { writeAtomically } from '../atomic-file.ts'
+import { fileError } from '../checkpoint-error.ts'
+import { pathOf } from '../path-of.ts'
+import { writeSafetensors } from '../write-safetensors.ts'
+import { adapterConfigJson, CONFIG_FILE, PREFIX, TENSOR_FILE } from './adapter-config.ts'
+import { baseDigest } from './base-digest.ts'
+import { pathOfWeight, pathsOf, storedAdapters } from './stored-adapters.ts'
+
+/** What is said of the base. */
+export interface SaveAdaptersOptions {
+  /** Folder of the model that the adapters stand beside, or its name on the Hub: `base_model_name_or_path`. Default: none is named. */
+  readonly base?: string | undefined
+}
+
+/**
+ * Writes the adapters of a module into a folder: `adapter_model.safetensors` in f32, and `adapter_config.json`. PEFT opens both, experts included, as does `loadAdapters`, which also wants the base
+ * to be the same: the metadata has a digest of it.
+ * @throws {MoeError} `E_CONFIG` for a module without adapters, or one of which something else is trained: that would be lost; `E_CHECKPOINT` when writing fails
+ */
+export async function saveAdapters(
+  folder: string | URL,
+  module: Module,
+  options: SaveAdaptersOptions = {},
+): Promise<void> {
+  checkOptions('saveAdapters', options, { base: true })
+  const path = pathOf('saveAdapters', folder)
+  const named = namedAdapters(module)
+  const [first] = named
+  if (first === undefined) throw refusal('the module has no adapters', 'addAdapters(module) makes them')
+  const beside = new Set(named.flatMap(({ adapter: { down, up } }) => [down, up]))
+  const other = namedParameters(module).find(({ parameter }) => parameter.trainable && !beside.has(parameter))
+  if (other !== undefined) {
+    throw refusal(
+      `${other.name} is trained beside the adapters, which alone are saved`,
+      'set its trainable to false, or mergeAdapters and save the whole model',
+    )
+  }
+  const rankOf = ({ adapter: { down, scale } }: (typeof named)[number]) => ({ rank: down.shape[down.rank - 2], scale })
+  const { rank, scale } = rankOf(first)
+  const uneven = named.find(one => rankOf(one).rank !== rank || rankOf(one).scale !== scale)
+  if (uneven !== undefined)
+    throw refusal(`${uneven.name} has another rank or α than ${first.name}`, 'give all the same')
+  const { adapters, base } = storedAdapters(module)
+  const digest = await baseDigest(base)
+  await mkdir(path, { recursive: true }).catch(cause => {
+    throw fileError(path, 'saving', cause)
+  })
+  const metadata = { format: 'pt', base: digest }
+  const entries = adapters.map(({ name, dtype, shape, data }) => ({ name: `${PREFIX}${name}`, dtype, shape, data }))
+  await writeSafetensors(join(path, TENSOR_FILE), entries, { metadata })
+  const targets = targetsOf(
+    named.flatMap(pathsOf),
+    base.map(({ name }) => pathOfWeight(name)),
+  )
+  const json = adapterConfigJson({ rank, scale, base: options.base }, targets)
+  await writeAtomically(join(path, CONFIG_FILE), append => append(new TextEncoder().encode(json)))
+}
+
+/** The last parts of the paths, where nothing else ends like that; otherwise the paths. */
+function targetsOf(adapted: readonly string[], all: readonly string[]): string[] {
+  const last = (path: string) => path.slice(path.lastIndexOf('.') + 1)
+  const ends = new Set(adapted.map(last))
+  const paths = new Set(adapted)
+  return all.every(path => paths.has(path) || !ends.has(last(path))) ? [...ends].sort() : [...paths]
+}
+
+const refusal = (problem: string, fix: string) => new MoeError({ code: 'E_CONFIG', op: 'saveAdapters', problem, fix })
