@@ -133,6 +133,11 @@ describe('what they stand beside', () => {
 
   test('targets are ends of paths', () => {
     expect(names(adapted({ targets: ['up_proj', 'head'] }))).toEqual(['experts.up_proj', 'head.weight'])
+    expect(names(adapted({ targets: path => path.startsWith('experts.') }))).toEqual([
+      'experts.up_proj',
+      'experts.down_proj',
+    ])
+    refused(() => adapted({ targets: () => false }))
     const message = refused(() => adapted({ targets: ['up_proj', 'p_proj', 'embed', 'norm'] }))
     expect(message).toContain('no weight is called p_proj, embed, norm')
     expect(message).toContain('mix, up_proj, down_proj, head')

@@ -20,10 +20,10 @@ export interface AdapterOptions {
   /** α: B A counts α / r times, so that a learning rate which suits one rank suits others. Default 32. */
   readonly alpha?: number
   /**
-   * Which weights get one: the ends of their paths without `.weight`, such as `o_proj`, `self_attn.o_proj`, or `experts.up_proj` for the up projections of routed experts. Default:
-   * those of all linear layers and experts but the output head.
+   * Which weights get one: the ends of their paths without `.weight`, such as `o_proj`, `self_attn.o_proj`, or `experts.up_proj` for the up projections of routed experts; or a function
+   * of the whole path. Default: those of all linear layers and experts but the output head.
    */
-  readonly targets?: readonly string[]
+  readonly targets?: readonly string[] | ((path: string) => boolean)
   /** Source of A, of which each adapter takes a stream by its name. Default: that of seed 0. */
   readonly random?: Random
 }
@@ -97,7 +97,7 @@ function adaptable(module: Module): Array<NamedParameter & { readonly isHead: bo
     .map(named => ({ ...named, isHead: heads.has(named.parameter) }))
 }
 
-function choose(module: Module, targets: readonly string[] | undefined): NamedParameter[] {
+function choose(module: Module, targets: AdapterOptions['targets']): NamedParameter[] {
   const weights = adaptable(module)
   const there = [...new Set(weights.map(({ name }) => weightPath(name).split('.').at(-1)))].join(', ')
   if (weights.length === 0) {
@@ -109,6 +109,11 @@ function choose(module: Module, targets: readonly string[] | undefined): NamedPa
   if (targets === undefined) {
     const usual = weights.filter(({ isHead }) => !isHead)
     return usual.length > 0 ? usual : weights
+  }
+  if (typeof targets === 'function') {
+    const wanted = weights.filter(({ name }) => targets(weightPath(name)))
+    if (wanted.length === 0) throw refusal('targets chooses no weight', `choose among paths that end in ${there}`)
+    return wanted
   }
   const isOf = (target: string) => (named: NamedParameter) => `.${weightPath(named.name)}`.endsWith(`.${target}`)
   const fix = `pass ends of paths of these: ${there}`
