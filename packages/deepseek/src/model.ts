@@ -207,6 +207,8 @@ class Trunk extends Module {
 export class DeepSeek extends Module {
   /** What stands below `model.` in checkpoints: `embed_tokens`, `layers` (decoder layers, then MTP modules) and `norm`. */
   model: Trunk
+  /** Folder that its weights came from: adapters that a run saves name it as their base. */
+  source?: string
   /** `[vocab_size, hidden_size]`; the embedding's own weight where they are tied. */
   lm_head: Linear
   readonly #config: DeepSeekConfig
@@ -271,7 +273,10 @@ export class DeepSeek extends Module {
     return { model, head }
   }
 
-  /** Opens a checkpoint in the Hugging Face layout: a folder with config.json and safetensors. */
+  /**
+   * Opens a checkpoint in the Hugging Face layout: a folder with config.json and safetensors. Or the adapters that `saveAdapters` or PEFT wrote, beside the base that they name, which must be a
+   * folder here.
+   */
   static async fromPretrained(folder: string | URL, options: Omit<DeepSeekOptions, 'seed'> = {}): Promise<DeepSeek> {
     const { seed, ...names } = optionNames
     checkOptions('DeepSeek.fromPretrained', options, names)
@@ -640,7 +645,7 @@ export class DeepSeek extends Module {
     return score(this, texts, options)
   }
 
-  /** Writes config.json and model.safetensors in the Hugging Face layout. */
+  /** Writes config.json and model.safetensors in the Hugging Face layout. @throws MoeError E_UNSUPPORTED for a model with adapters */
   async save(folder: string | URL): Promise<void> {
     await savePretrained(this, folder)
   }

@@ -1,8 +1,10 @@
 /** @file Checkpoints in the Hugging Face layout. */
 import { mkdir, writeFile } from 'node:fs/promises'
-import { join } from 'node:path'
+import { join, resolve } from 'node:path'
 import {
+  adapterBase,
   isScaleKey,
+  loadAdapters,
   openCheckpoint,
   pathOf,
   readF32,
@@ -10,7 +12,7 @@ import {
   type TensorEntry,
   type TensorSource,
 } from '@moe/checkpoint'
-import { loadStateDict, MoeError, type StateSource, stateDict } from '@moe/core'
+import { loadStateDict, MoeError, namedAdapters, type StateSource, stateDict } from '@moe/core'
 import { configJson, type DeepSeekConfig, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
 import { readConfig, readScaleBlock } from './config-file.ts'
 import { countParameters } from './count-parameters.ts'
@@ -47,9 +49,21 @@ const emptySharedExperts = (model: DeepSeek): TensorEntry[] => {
     ])
 }
 
+/** What a file would not have room for. @throws MoeError E_UNSUPPORTED */
+export function refuseAdapters(op: string, model: DeepSeek): void {
+  if (namedAdapters(model).length === 0) return
+  throw new MoeError({
+    code: 'E_UNSUPPORTED',
+    op,
+    problem: 'the model has adapters, which the file would not hold',
+    fix: 'fold them in first: await mergeAdapters(model). Or save them alone: await saveAdapters(folder, model) of @moe/checkpoint',
+  })
+}
+
 /** Internal: see `DeepSeek.save`. */
 export async function savePretrained(model: DeepSeek, path: string | URL): Promise<void> {
   const folder = pathOf('save', path)
+  refuseAdapters('save', model)
   await mkdir(folder, { recursive: true })
   const entries: TensorEntry[] = stateDict(model).map(({ name, dtype, shape, data }) => ({ name, dtype, shape, data }))
   const byName = new Map(entries.map(entry => [entry.name, entry]))
@@ -64,7 +78,20 @@ export async function loadPretrained(
   path: string | URL,
   make: (config: DeepSeekConfigInput) => DeepSeek,
 ): Promise<DeepSeek> {
-  const folder = pathOf('fromPretrained', path)
+  const given = pathOf('fromPretrained', path)
+  const base = await adapterBase(given)
+  if (base === undefined) return openModel(given, make)
+  const model = await openModel(base, make)
+  try {
+    await loadAdapters(model, given)
+  } catch (error) {
+    model.dispose()
+    throw error
+  }
+  return model
+}
+
+async function openModel(folder: string, make: (config: DeepSeekConfigInput) => DeepSeek): Promise<DeepSeek> {
   const config = await readConfig(folder)
   const block = await readScaleBlock(folder)
   await using checkpoint = await openCheckpoint(folder)
@@ -72,6 +99,7 @@ export async function loadPretrained(
   const model = make(config)
   try {
     await fill(model, checkpoint, block)
+    model.source = resolve(folder)
   } catch (error) {
     model.dispose()
     throw error

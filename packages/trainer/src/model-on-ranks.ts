@@ -4,6 +4,7 @@ import {
   isMoeError,
   MoeError,
   type NamedParameter,
+  namedAdapters,
   namedParameters,
   namedStreams,
   type Precision,
@@ -69,6 +70,12 @@ export function checkOnRanks({ parameters }: ModelOnRanks, model: TrainableModel
   }
   const refuse = (problem: string, fix: string) => {
     throw new MoeError({ code: 'E_CONFIG', op: 'train', problem, fix })
+  }
+  if (namedAdapters(model).length > 0) {
+    refuse(
+      'the model has adapters, which ranks with a part of it each do not train',
+      'pass the communicator itself as ranks',
+    )
   }
   const other = parameters.find(own => !fits(own))
   if (other !== undefined) {

@@ -121,6 +121,8 @@ export interface TrainableModel extends Module {
   readonly layerLoads?: readonly LayerLoad[]
   /** The same in parts that can be recorded. Without it, every step runs op by op. */
   readonly staged?: StagedStep | undefined
+  /** Folder that its weights came from: where adapters are trained, checkpoints name it as their base. */
+  readonly source?: string
   /**
    * Writes `config.json` and `model.safetensors` into a folder that exists, every parameter and buffer in the dtype
    * that it has in memory, under its `stateDict` key. Without it, the trainer writes the state dict itself.

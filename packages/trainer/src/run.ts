@@ -6,6 +6,7 @@ import {
   globalNorm,
   MoeError,
   type NamedParameter,
+  namedAdapters,
   namedStreams,
   noGrad,
   parameterCount,
@@ -462,7 +463,15 @@ export class Run {
       settings: this.record,
     })
     const { stored, all } = this.storedNumbers()
-    if (stored > 0) {
+    const adapters = namedAdapters(this.model).length
+    if (adapters > 0) {
+      const trained = parameterCount(this.model)
+      const inFewerBits = stored > 0 ? `, ${((100 * stored) / (all - trained)).toFixed(1)} % of them in fewer bits` : ''
+      this.emit({
+        type: 'notice',
+        message: `the adapters of ${adapters} weights are trained, ${trained} numbers; the ${all - trained} of the model stay as they are${inFewerBits}`,
+      })
+    } else if (stored > 0) {
       this.emit({
         type: 'notice',
         message: `${((100 * stored) / all).toFixed(1)} % of the model's numbers are stored in fewer bits and stay as they are: only the others are trained (to train all, open the model in f32)`,

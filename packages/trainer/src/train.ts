@@ -1,5 +1,5 @@
 /** @file `train`: a model, data, and what must hold before the first step. */
-import { MoeError, type NamedParameter, namedParameters, QuantizedParameter } from '@moe/core'
+import { MoeError, type NamedParameter, namedAdapters, namedParameters, QuantizedParameter } from '@moe/core'
 import { checkModel } from './check-model.ts'
 import { tokenizeConversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
@@ -40,6 +40,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   if (settings.isolate === true && model.isolates !== true) throw doesNotIsolate()
   const parameters = namedParameters(model)
   checkTrainable(parameters)
+  if (settings.out !== undefined) checkSaved(model, parameters)
   const { onRanks } = settings
   if (onRanks !== undefined) checkOnRanks(onRanks, model)
   const optimizer = makeOptimizer(settings, onRanks?.parameters ?? parameters)
@@ -117,6 +118,19 @@ function checkTrainable(parameters: readonly NamedParameter[]): void {
       parameters.length === 0
         ? 'give it some in fields (not #private ones) that are Parameters, Modules or arrays of them'
         : 'open the model in f32, or set trainable on what is to be trained',
+  })
+}
+
+/** Checkpoints of a model with adapters hold these alone. */
+function checkSaved(model: TrainableModel, parameters: readonly NamedParameter[]): void {
+  const beside = namedAdapters(model).flatMap(({ adapter: { down, up } }) => [down, up])
+  const other = parameters.find(({ parameter }) => parameter.trainable && !beside.includes(parameter))
+  if (beside.length === 0 || other === undefined) return
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'train',
+    problem: `${other.name} is trained beside the adapters, which alone are in checkpoints`,
+    fix: 'set its trainable to false, or fold the adapters in with mergeAdapters and train the whole model',
   })
 }
 

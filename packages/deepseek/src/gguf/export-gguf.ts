@@ -16,6 +16,7 @@ import { checkOptions, Module, MoeError, type OptionNames, type StateEntry, stat
 import { type DeepSeekConfig, parseConfig } from '../config.ts'
 import { parseJson, readConfig, readScaleBlock } from '../config-file.ts'
 import type { DeepSeek } from '../model.ts'
+import { refuseAdapters } from '../pretrained.ts'
 import { architectureOf } from './architecture.ts'
 import { tensorsOf, type WeightSource } from './tensors.ts'
 import { noVocabulary, type TokenizerFiles, type Vocabulary, vocabularyOf } from './vocabulary.ts'
@@ -87,6 +88,7 @@ export async function exportGguf(
   const file = pathOf('exportGguf', path)
   checkOptions('exportGguf', options, names)
   if (model instanceof Module) {
+    refuseAdapters('exportGguf', model)
     return write(
       model.config,
       memorySource(stateDict(model)),

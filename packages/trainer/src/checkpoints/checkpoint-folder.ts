@@ -42,12 +42,12 @@ export function latestCheckpoint(out: string | URL): string | undefined {
 }
 
 /**
- * Folder of a model: the one given where it holds a config.json, else that in the latest checkpoint of the run it is of.
+ * Folder of a model, or of adapters: the one given where it holds a config.json or an adapter_config.json, else that in the latest checkpoint of the run it is of.
  * @throws MoeError E_CHECKPOINT when it is neither
  */
 export function modelFolder(folder: string | URL): string {
   const path = pathOf('modelFolder', folder)
-  if (existsSync(join(path, 'config.json'))) return path
+  if (['config.json', 'adapter_config.json'].some(name => existsSync(join(path, name)))) return path
   const checkpoint = latestCheckpoint(path)
   if (checkpoint !== undefined) return join(checkpoint, 'model')
   throw new MoeError({

@@ -1,15 +1,18 @@
-/** @file What a checkpoint holds: the model in the Hugging Face layout, the optimizer's state, the trainer's state. */
+/** @file What a checkpoint holds: the model in the Hugging Face layout, or what stands beside it, the optimizer's state, the trainer's state. */
+import { existsSync } from 'node:fs'
 import { mkdir, open, readFile } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import {
+  loadAdapters,
   openCheckpoint,
   readSafetensors,
+  saveAdapters,
   saveCheckpoint,
   stateSource,
   type TensorSource,
   writeSafetensors,
 } from '@moe/checkpoint'
-import { isMoeError, loadStateDict, MoeError, type StateEntry, stateDict } from '@moe/core'
+import { isMoeError, loadStateDict, MoeError, namedAdapters, type StateEntry, stateDict } from '@moe/core'
 import type { ConversationTemplate } from '../data/conversations.ts'
 import { type DocumentTokens, documentTokens } from '../data/token-dataset.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
@@ -24,6 +27,7 @@ import {
 } from './trainer-state.ts'
 
 const MODEL_FOLDER = 'model'
+const ADAPTER_FILE = 'adapter_model.safetensors'
 const OPTIMIZER_FILE = 'optimizer.safetensors'
 
 /** What checkpoints have to do with of an optimizer. */
@@ -51,7 +55,8 @@ export async function saveTraining(
   return publishCheckpoint(out, state.step, keep, async temporary => {
     const modelFolder = join(temporary, MODEL_FOLDER)
     await mkdir(modelFolder)
-    if (model.save === undefined) await saveCheckpoint(modelFolder, stateDict(model))
+    if (isAdapted(model)) await saveAdapters(modelFolder, model, { base: model.source })
+    else if (model.save === undefined) await saveCheckpoint(modelFolder, stateDict(model))
     else await model.save(modelFolder)
     const tokenizerFile = tokenizer?.toJSON?.()
     const config = template?.toJSON?.() ?? (tokenizer && tokenizerFile && tokenizerConfig(tokenizer, around))
@@ -84,10 +89,15 @@ async function writeFlushed(path: string, text: string): Promise<void> {
   }
 }
 
+const isAdapted = (model: TrainableModel): boolean => namedAdapters(model).length > 0
+
 /** A checkpoint whose files are there and whole: headers account for every byte. */
 interface OpenedTraining {
   readonly state: TrainerState
+  /** Or the adapters alone. */
   readonly model: TensorSource
+  /** Folder of adapters, where these are all there is. */
+  readonly adapters: string | null
   readonly optimizer: TensorSource
   close(): Promise<void>
 }
@@ -104,14 +114,17 @@ async function openTraining(path: string): Promise<OpenedTraining> {
     })
   })
   const state = decodeTrainerState(statePath, text)
-  const model = await openCheckpoint(join(path, MODEL_FOLDER))
+  const folder = join(path, MODEL_FOLDER)
+  const adapterFile = join(folder, ADAPTER_FILE)
+  const adapters = existsSync(adapterFile) ? folder : null
+  const model = adapters === null ? await openCheckpoint(folder) : await readSafetensors(adapterFile)
   try {
     const optimizer = await readSafetensors(join(path, OPTIMIZER_FILE))
     const close = async () => {
       await model.close()
       await optimizer.close()
     }
-    return { state, model, optimizer, close }
+    return { state, model, adapters, optimizer, close }
   } catch (error) {
     await model.close()
     throw error
@@ -181,5 +194,6 @@ async function fill(stored: OpenedTraining, { model, optimizer }: CheckpointPart
   await optimizer.load(stateSource(moments), state.step)
   // A model's own `save` may store more than its parameters: copies of shared ones under the keys that other
   // programs look for.
-  await loadStateDict(model, stateSource(stored.model), { ignore: () => true })
+  if (stored.adapters !== null) await loadAdapters(model, stored.adapters)
+  else await loadStateDict(model, stateSource(stored.model), { ignore: () => true })
 }

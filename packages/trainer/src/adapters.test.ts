@@ -1,0 +1,201 @@
+/** @file Training of adapters: what is kept in checkpoints, and that it goes on exactly. Op by op and recorded, beside weights in f32 and in fewer bits. */
+import { readdir, readFile, stat } from 'node:fs/promises'
+import { join } from 'node:path'
+import {
+  addAdapters,
+  mergeAdapters,
+  namedAdapters,
+  Random,
+  setDefaultBackend,
+  stateDict,
+  trainable,
+  type WeightFormat,
+} from '@moe/core'
+import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cpu'
+import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
+import { modelFolder } from './checkpoints/checkpoint-folder.ts'
+import { TokenDataset } from './data/token-dataset.ts'
+import type { TrainEvent } from './events.ts'
+import type { TrainOptions } from './options.ts'
+import { removeTemporaryFolders, temporaryFolder } from './test-model.ts'
+import { train } from './train.ts'
+
+const backend = await createBackend()
+setDefaultBackend(backend)
+afterAll(() => backend.dispose())
+
+const config: DeepSeekConfigInput = {
+  ...presets.tiny,
+  vocab_size: 40,
+  hidden_size: 24,
+  intermediate_size: 32,
+  moe_intermediate_size: 8,
+  num_hidden_layers: 3,
+  num_attention_heads: 2,
+  n_routed_experts: 8,
+  num_experts_per_tok: 2,
+  q_lora_rank: 12,
+  kv_lora_rank: 8,
+  qk_nope_head_dim: 8,
+  qk_rope_head_dim: 4,
+  v_head_dim: 8,
+  initializer_range: 0.3,
+  num_nextn_predict_layers: 1,
+}
+
+const random = new Random(3)
+const documents = Array.from({ length: 3 }, () => Int32Array.from({ length: 60 }, () => 2 + random.integer(38)))
+const settings = {
+  data: { training: TokenDataset.fromTokens(documents) },
+  steps: 8,
+  batchSize: 2,
+  sequenceLength: 8,
+  lr: 5e-3,
+  progress: false,
+  handleSignals: false,
+} as const
+
+let folder: string
+let base: string
+beforeAll(async () => {
+  folder = await temporaryFolder()
+  base = join(folder, 'base')
+  const model = new DeepSeek(config, { seed: 1 })
+  await model.save(base)
+  model.dispose()
+  return removeTemporaryFolders
+})
+afterEach(() => expect(backend.stats().handles).toBe(0))
+
+async function open(weights?: WeightFormat): Promise<DeepSeek> {
+  const model = await DeepSeek.fromPretrained(base, { weights })
+  addAdapters(model, { rank: 4 })
+  return model
+}
+
+const valuesOf = (model: DeepSeek) =>
+  Promise.all(stateDict(model).map(async ({ name, data }) => [name, Array.from(await data())] as const))
+const isAdapter = ([name]: readonly [string, unknown]) => name.includes('.lora_')
+
+async function run(options: Partial<TrainOptions>, weights?: WeightFormat) {
+  const model = await open(weights)
+  const events: TrainEvent[] = []
+  try {
+    const before = await valuesOf(model)
+    const result = await train(model, { ...settings, ...options, onEvent: event => events.push(event) })
+    const losses = events.flatMap(event => (event.type === 'step' ? [event.loss] : []))
+    return { result, events, losses, before, after: await valuesOf(model) }
+  } finally {
+    model.dispose()
+  }
+}
+
+const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length
+
+const bases = [undefined, 'bf16', 'int8', 'int4'] as const
+
+describe.each(bases)('beside weights in %s', weights => {
+  test('adapters learn, the rest stays, recorded as op by op', async () => {
+    const { losses, before, after } = await run({ steps: 60 }, weights)
+    expect(mean(losses.slice(-12))).toBeLessThan(mean(losses.slice(0, 12)) - 0.3)
+    expect(after.filter(one => !isAdapter(one))).toEqual(before.filter(one => !isAdapter(one)))
+    for (const [i, [name, values]] of after.entries()) {
+      if (isAdapter(after[i])) expect(values, name).not.toEqual(before[i][1])
+    }
+    const byOp = await run({ steps: 60, record: false }, weights)
+    expect(byOp.losses).toEqual(losses)
+    expect(byOp.after).toEqual(after)
+  })
+
+  test('a run that was stopped goes on with the same bits', async () => {
+    const [whole, cut] = [join(folder, `whole-${weights}`), join(folder, `cut-${weights}`)]
+    const straight = await run({ out: whole }, weights)
+    const controller = new AbortController()
+    const model = await open(weights)
+    await train(model, {
+      ...settings,
+      out: cut,
+      signal: controller.signal,
+      onEvent: event => {
+        if (event.type === 'step' && event.step === 3) controller.abort()
+      },
+    })
+    model.dispose()
+    const rest = await run({ out: cut, resume: true }, weights)
+    expect(rest.losses).toEqual(straight.losses.slice(3))
+    expect(rest.after).toEqual(straight.after)
+  })
+})
+
+test('a checkpoint holds the adapters, says what they stand beside, and opens as the model does', async () => {
+  const out = join(folder, 'run')
+  const { result, after, events } = await run({ out })
+  const at = modelFolder(out)
+  expect((await readdir(at)).sort()).toEqual(['adapter_config.json', 'adapter_model.safetensors'])
+  expect(JSON.parse(await readFile(join(at, 'adapter_config.json'), 'utf8'))).toMatchObject({
+    r: 4,
+    base_model_name_or_path: base,
+  })
+  const model = await DeepSeek.fromPretrained(at)
+  expect(await valuesOf(model)).toEqual(after)
+  expect(modelFolder(at)).toBe(at)
+  const numbers = trainable(model).reduce((sum, { size }) => sum + size, 0)
+  expect(result.parameters).toBe(numbers)
+  const notices = events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
+  expect(notices).toEqual([
+    expect.stringContaining(`the adapters of ${namedAdapters(model).length} weights are trained, ${numbers} numbers`),
+  ])
+  // Moments of the adapters, and of nothing else.
+  const { size } = await stat(join(at, '..', 'optimizer.safetensors'))
+  expect(size).toBeLessThan(2 * 4 * numbers + 60_000)
+  model.dispose()
+})
+
+test('merged, a run goes on as that of a whole model', async () => {
+  const model = await open()
+  await train(model, { ...settings, steps: 2 })
+  await mergeAdapters(model)
+  const out = join(folder, 'merged')
+  await train(model, { ...settings, steps: 2, out })
+  const again = await DeepSeek.fromPretrained(modelFolder(out))
+  expect(await valuesOf(again)).toEqual(await valuesOf(model))
+  for (const one of [model, again]) one.dispose()
+})
+
+describe('is refused', () => {
+  const failure = async (options: Partial<TrainOptions>, model: DeepSeek) => {
+    const before = await valuesOf(model)
+    const error = await train(model, { ...settings, ...options }).then(
+      () => new Error('it was not refused'),
+      (cause: Error) => cause,
+    )
+    expect(await valuesOf(model)).toEqual(before)
+    model.dispose()
+    return error.message
+  }
+
+  test('to train something beside adapters that no checkpoint would hold', async () => {
+    const model = await open()
+    model.model.norm.weight.trainable = true
+    expect(await failure({ out: join(folder, 'beside') }, model)).toMatch(/norm.weight is trained beside/)
+  })
+
+  test('to go on beside another base, with other adapters, or without', async () => {
+    const out = join(folder, 'foreign')
+    await run({ out })
+    const other = await open()
+    other.model.norm.weight.assign(other.model.norm.weight.mul(2))
+    expect(await failure({ out, resume: true }, other)).toMatch(/another base/)
+    const louder = await DeepSeek.fromPretrained(base)
+    addAdapters(louder, { rank: 4, alpha: 64 })
+    expect(await failure({ out, resume: true }, louder)).toMatch(/the module has others/)
+    const larger = await DeepSeek.fromPretrained(base)
+    addAdapters(larger, { rank: 5 })
+    expect(await failure({ out, resume: true }, larger)).toMatch(/parameters/)
+    const stored = await open('int8')
+    expect(await failure({ out, resume: true }, stored)).toMatch(/parameters/)
+    const none = await DeepSeek.fromPretrained(base)
+    expect(await failure({ out, resume: true }, none)).toMatch(/parameters/)
+  })
+})
