@@ -6,7 +6,7 @@ import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
-import { firstAvailable, setDefaultBackend } from '@moe/core'
+import { addAdapters, firstAvailable, setDefaultBackend } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { type ChatMessage, ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
@@ -20,6 +20,7 @@ const help = `Fine-tunes a run of npm start on conversations, and asks it.
   --out DIR     folder of the new run (default runs/chat)
   --steps N     steps of 16 conversations (default 300)
   --questions N passages that it is asked about at the end (default 92)
+  --adapters N  leave the weights as they are, in int8, and train adapters of rank N beside them
   --help
 `
 
@@ -29,6 +30,7 @@ const { values } = parseArgs({
     out: { type: 'string', default: 'runs/chat' },
     steps: { type: 'string', default: '300' },
     questions: { type: 'string', default: '92' },
+    adapters: { type: 'string' },
     help: { type: 'boolean', default: false },
   },
 })
@@ -71,7 +73,9 @@ async function main(): Promise<void> {
   )
   const folder = modelFolder(values.from)
   const tokenizer = await BpeTokenizer.fromFile(join(folder, 'tokenizer.json'))
-  const model = await DeepSeek.fromPretrained(folder)
+  const rank = values.adapters === undefined ? undefined : Number(values.adapters)
+  const model = await DeepSeek.fromPretrained(folder, { weights: rank === undefined ? undefined : 'int8' })
+  if (rank !== undefined) addAdapters(model, { rank })
   const template = await ChatTemplate.from({
     chat_template: plainChatTemplate,
     bos_token: '<｜begin▁of▁sentence｜>',
@@ -95,7 +99,7 @@ async function main(): Promise<void> {
     steps,
     batchSize: 16,
     sequenceLength: 192,
-    lr: 2e-3,
+    lr: rank === undefined ? 2e-3 : 1e-2,
     precision: 'bf16',
     evalEvery: 100,
     out: values.out,

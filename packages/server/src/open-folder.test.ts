@@ -1,8 +1,10 @@
 import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { MoeError } from '@moe/core'
-import { modelFolder } from '@moe/trainer'
+import { addAdapters, MoeError, namedAdapters, setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { DeepSeek } from '@moe/deepseek'
+import { modelFolder, TokenDataset, train } from '@moe/trainer'
 import { describe, expect, onTestFinished, test } from 'vitest'
 import { openFolder } from './open-folder.ts'
 import { config, tokenizer } from './test-server.ts'
@@ -66,3 +68,47 @@ describe('folders that are none', () => {
     expect(await wrong(await folderOf({ ...files, 'chat_template.jinja': '{% if %}' }))).toMatch(/template/)
   })
 })
+
+test('a run that trained adapters opens beside its base, also in fewer bits, and answers with what it has learned', async () => {
+  setDefaultBackend(referenceBackend())
+  const folder = await mkdtemp(join(tmpdir(), 'moe-folder-'))
+  onTestFinished(() => rm(folder, { recursive: true }))
+  const [base, out] = [join(folder, 'base'), join(folder, 'run')]
+  const made = new DeepSeek(config, { seed: 1 })
+  await made.save(base)
+  made.dispose()
+  const model = await DeepSeek.fromPretrained(base)
+  addAdapters(model, { rank: 4 })
+  const training = TokenDataset.fromTexts(['the better angels of our nature', 'für alle, the people'], tokenizer)
+  const quiet = { progress: false, handleSignals: false } as const
+  await train(model, {
+    data: { training },
+    tokenizer,
+    steps: 6,
+    batchSize: 2,
+    sequenceLength: 8,
+    lr: 1e-2,
+    out,
+    ...quiet,
+  })
+  const expected = await textOf(model)
+  model.dispose()
+  for (const weights of [undefined, 'int8'] as const) {
+    const opened = await openFolder(out, { weights })
+    const engine = opened.model.continuousBatch({ maxTexts: 2, precision: 'f32' })
+    let text = ''
+    const prompt = tokenizer.encode('the')
+    for await (const part of engine.generate(prompt, { tokenizer, maxTokens: 12 })) text += part
+    if (weights === undefined) expect(text).toBe(expected)
+    expect(namedAdapters(opened.model).length).toBeGreaterThan(0)
+    engine.dispose()
+    opened.model.dispose()
+  }
+})
+
+async function textOf(model: DeepSeek): Promise<string> {
+  let text = ''
+  const prompt = tokenizer.encode('the')
+  for await (const part of model.generate(prompt, { tokenizer, maxTokens: 12, precision: 'f32' })) text += part
+  return text
+}

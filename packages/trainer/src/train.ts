@@ -117,7 +117,7 @@ function checkTrainable(parameters: readonly NamedParameter[]): void {
     fix:
       parameters.length === 0
         ? 'give it some in fields (not #private ones) that are Parameters, Modules or arrays of them'
-        : 'open the model in f32, or set trainable on what is to be trained',
+        : 'put adapters beside the weights with addAdapters(model), open the model in f32, or set trainable on what is to be trained',
   })
 }
 

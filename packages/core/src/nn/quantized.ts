@@ -50,7 +50,7 @@ export class QuantizedParameter extends Parameter {
       code: 'E_NO_GRADIENT',
       op: 'trainable',
       problem: `a weight stored in ${this.#weight.format} cannot be trained`,
-      fix: 'train the model in f32 and quantize afterwards',
+      fix: 'train adapters beside it with addAdapters(module), or train the model in f32 and quantize afterwards',
     })
   }
 
