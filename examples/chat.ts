@@ -99,7 +99,7 @@ async function main(): Promise<void> {
     steps,
     batchSize: 16,
     sequenceLength: 192,
-    lr: rank === undefined ? 2e-3 : 1e-2,
+    lr: rank === undefined ? 2e-3 : 5e-3,
     precision: 'bf16',
     evalEvery: 100,
     out: values.out,

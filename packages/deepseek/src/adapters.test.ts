@@ -270,6 +270,16 @@ describe('a model of every part', () => {
     scope(() => backward(model.loss(rows).loss))
     const { maxVio } = await model.afterStep()
     expect(maxVio).toBeGreaterThan(0)
+    // Loads that other ranks counted.
+    await model.afterStep(async counts =>
+      counts.map(({ size, shape }) =>
+        fromHost(
+          Int32Array.from({ length: size }, (_, i) => i),
+          shape,
+          'i32',
+        ),
+      ),
+    )
     const after = await Promise.all(namedParameters(model).map(({ parameter }) => parameter.values()))
     expect(after).toEqual(before)
     await mergeAdapters(model)

@@ -105,6 +105,10 @@ function dequantize(
   else values = flat.cast('f32')
   if (scale === null) return values.reshape(shape)
   const [down, across] = scale.shape.slice(-2)
+  if (down * block[0] === rows && across * block[1] === columns) {
+    const blocks = values.reshape([matrices * down, block[0], across, block[1]])
+    return blocks.mul(scale.reshape([matrices * down, 1, across, 1])).reshape(shape)
+  }
   const repeated = scale
     .reshape([matrices * down, 1, across, 1])
     .expand([matrices * down, block[0], across, block[1]])
