@@ -213,6 +213,7 @@ test.each([
   ['no whole number', { type: 'integer', minimum: 1.2, maximum: 1.8 }],
   ['nothing is from 4 to 2', { type: 'string', minLength: 4, maxLength: 2 }],
   ['minLength is -1', { type: 'string', minLength: -1 }],
+  ['maxItems is 10000000000', { type: 'array', maxItems: 1e10 }],
   ['required has "a"', { type: 'object', required: ['a'] }],
   ['has quotes', { type: 'object', properties: { 'a"': {} } }],
   ['$ref is "#/$defs/b"', { $ref: '#/$defs/b', $defs: { a: {} } }],

@@ -26,6 +26,11 @@ const MOST_SCHEMAS = 300
 const MOST_JSON = 2 ** 16
 const DEEPEST = 32
 
+/** Of characters or items; it counts in 32 bits. */
+const MOST_COUNTED = 2 ** 20
+const isCountOf = (value: unknown) =>
+  Number.isInteger(value) && (value as number) >= 0 && (value as number) <= MOST_COUNTED
+
 const annotations = new Set([
   'title',
   'description',
@@ -154,7 +159,7 @@ class Reader {
     for (const [key, value] of Object.entries(own)) {
       if (!/^(min|max|exclusive)/.test(key)) continue
       const isCount = /(Length|Items)$/.test(key)
-      if (isCount ? Number.isSafeInteger(value) && (value as number) >= 0 : Number.isFinite(value)) continue
+      if (isCount ? isCountOf(value) : Number.isFinite(value)) continue
       throw this.#refuse(at, `${key} is ${JSON.stringify(value)}`)
     }
     if (type === 'object') return this.#objects(own, at, depth)
