@@ -5,7 +5,7 @@ import { MoeError } from '../errors.ts'
 import { dequantizeWeight } from '../fused/quantized-matmul.ts'
 import { checkOptions } from '../options.ts'
 import { Random } from '../random.ts'
-import { keep, scope } from '../scope.ts'
+import { allOrNothing, keep, scope } from '../scope.ts'
 import type { Tensor } from '../tensor.ts'
 import { pacer } from '../turns.ts'
 import { Embedding, OutputHead } from './layers.ts'
@@ -30,6 +30,7 @@ export interface AdapterOptions {
 
 /** A weight with what stands beside it. */
 export interface NamedAdapter extends NamedParameter {
+  /** The matrices themselves, not copies. */
   readonly adapter: Adapter
 }
 
@@ -44,7 +45,7 @@ export const isFrozen = (parameter: Parameter): boolean => frozen.has(parameter)
  * bias included: what is learned belongs to this base. Weights may be stored in fewer bits, before or afterwards.
  *
  * Embeddings get none, nor does a head that shares its weight with one.
- * @throws MoeError E_CONFIG for a rank or α that cannot be, targets that are not there, a module that has adapters
+ * @throws MoeError E_CONFIG for a rank or α that cannot be, targets that are not there, a module that has adapters; E_OUT_OF_MEMORY, and nothing has changed
  */
 export function addAdapters(module: Module, options: AdapterOptions = {}): void {
   checkOptions('addAdapters', options, { rank: true, alpha: true, targets: true, random: true })
@@ -56,10 +57,11 @@ export function addAdapters(module: Module, options: AdapterOptions = {}): void 
     throw refusal('the module has adapters', 'fold them in with mergeAdapters first, or train those that there are')
   }
   const chosen = choose(module, targets)
-  const made = chosen.map(({ name, parameter }) => ({
+  const make = ({ name, parameter }: NamedParameter) => ({
     parameter,
     adapter: makeAdapter(name, parameter, rank, alpha, random),
-  }))
+  })
+  const made = allOrNothing(() => chosen.map(make))
   for (const { parameter } of namedParameters(module)) {
     frozen.set(parameter, parameter.trainable)
     parameter.trainable = false

@@ -294,7 +294,7 @@ export function modulesOf(module: Module, found = new Set<Module>()): Set<Module
 
 /**
  * Stores the weights of all linear layers, embeddings and experts of a module in fewer bits, one after another; norms, gates and biases stay f32. For
- * inference: stored weights are not trained, and optimizers made before still hold the old ones, which are freed. Already stored ones stay as they are. The
+ * inference, or with adapters: stored weights are not trained, and optimizers made before still hold the old ones, which are freed. Already stored ones stay as they are. The
  * event loop goes on meanwhile; leave the module alone until it is done.
  */
 export async function quantizeWeights(module: Module, format: WeightFormat): Promise<void> {
