@@ -1,7 +1,8 @@
 /**
- * What the GPU backend chooses by rule, beside what else it could take: tiles and parts of products, parts of decoding, working memory of cross-entropy, blocks of simple ops.
+ * What the GPU backend chooses by rule, beside what else it could take: tiles and parts of products, working memory of cross-entropy, turns of
+ * Hopper's attention, parts of decoding, blocks of simple ops.
  *
- *     pnpm bench cuda-sweep [--only products,experts,entropy,decode,blocks] [--repeats N] [--json FILE] [--tiny]
+ *     pnpm bench cuda-sweep [--only products,experts,entropy,attention,decode,blocks] [--repeats N] [--json FILE] [--tiny]
  *
  * A line for each size: every choice with its milliseconds (the device's own, medians of runs that take turns), the fastest first, the rule's marked with *, and what the
  * rule loses. Behind them, how fast each tile was beside the fastest where it has many blocks, which is what `speed` in gemm.ts and matmul-sm90a/product.ts says. MOE_CUDA_WGMMA=1 has
@@ -11,6 +12,7 @@ import { writeFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { type OpAttrs, type OpName, Random, type Shape, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import { createBackend } from '@moe/kernels-cuda'
+import { order } from '../packages/kernels-cuda/src/kernels/attention-sm90a/forward.ts'
 import { limits } from '../packages/kernels-cuda/src/kernels/linear-cross-entropy/linear-cross-entropy.ts'
 import { choice, tiles } from '../packages/kernels-cuda/src/kernels/matmul/gemm.ts'
 import { hopperTiles } from '../packages/kernels-cuda/src/kernels/matmul-sm90a/product.ts'
@@ -18,7 +20,7 @@ import { linears } from './shared/linears.ts'
 
 const { values: options } = parseArgs({
   options: {
-    only: { type: 'string', default: 'products,experts,entropy,decode,blocks' },
+    only: { type: 'string', default: 'products,experts,entropy,attention,decode,blocks' },
     repeats: { type: 'string', default: '7' },
     json: { type: 'string' },
     tiny: { type: 'boolean', default: false },
@@ -218,6 +220,38 @@ async function entropy(): Promise<void> {
   free(...inputs, loss, lse, dout)
 }
 
+// --- attention on Hopper: whether warpgroups take turns ---
+
+async function attention(): Promise<void> {
+  if (!backend.wgmma) return
+  const all = options.tiny
+    ? [[1, 300, 2, 192, 128]]
+    : [
+        [1, 8192, 16, 192, 128],
+        [8, 1024, 16, 192, 128],
+        [1, 8192, 16, 128, 128],
+        [1, 8192, 16, 64, 64],
+      ]
+  for (const [batch, length, heads, dk, dv] of all) {
+    const shape = [batch, length, heads]
+    const inputs = [random([...shape, dk]), random([...shape, dk]), random([...shape, dv])]
+    const ways = [false, true].map(turns => ({
+      name: turns ? 'turns' : 'no turns',
+      set: () => {
+        order.turns = turns
+      },
+    }))
+    for (const causal of [true, false]) {
+      const name = `attention: ${batch} x ${length}, ${dk}/${dv}${causal ? ', causal' : ''}`
+      const attrs = { causal, scale: dk ** -0.5, precision: 'bf16' } as const
+      const outputs = [f32(...shape, dv), f32(batch, heads, length)]
+      await measure(name, 'attention', inputs, attrs, outputs, ways, () => 'no turns')
+      order.turns = false
+    }
+    free(...inputs)
+  }
+}
+
 // --- decoding: parts of the keys ---
 
 async function decode(): Promise<void> {
@@ -311,7 +345,7 @@ function save(): void {
   writeFileSync(options.json, `${JSON.stringify(all, null, 2)}\n`)
 }
 
-const parts: Record<string, () => Promise<void>> = { products, experts, entropy, decode, blocks }
+const parts: Record<string, () => Promise<void>> = { products, experts, entropy, attention, decode, blocks }
 for (const name of options.only.split(',')) {
   const part = parts[name]
   if (part === undefined) throw new Error(`--only takes ${Object.keys(parts).join(', ')}`)

@@ -147,9 +147,9 @@ async function compile({ source, file, stamp, only, targets }, key) {
   if (options.verbose) say(['nvcc', ...args].join(' '))
   const { code, output } = await run('nvcc', args, 'pipe')
   if (code !== 0) return output || `exit code ${code}`
-  // Products of a warpgroup that the compiler makes wait for each other: something touches their sums between them.
-  const held = output.match(/.*(wgmma.*serialized|warpgroup\.\w+ is injected).*/)
-  if (held) return held[0]
+  // Products of a warpgroup that the compiler makes wait for each other, as something touches their sums between them, and whatever else it has to say.
+  const said = output.match(/.*(wgmma.*serialized|warpgroup\.\w+ is injected|warning|Performance Loss).*/i)
+  if (said) return said[0]
   const resources = parseResources(output)
   // The copy engine takes tensor maps from parameters: a copy that the compiler makes of one lies in the thread's own memory.
   const framed = only && resources.find(({ stack }) => stack > 0)

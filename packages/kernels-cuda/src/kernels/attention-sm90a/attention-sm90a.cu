@@ -28,8 +28,9 @@ struct Sizes {
 };
 
 /// One block: BM queries of head blockIdx.y of batch blockIdx.z, all keys that they see, BN at a time. Products with values are one tile behind those with keys,
-/// so that the tensor cores multiply while exponentials are computed.
-template <class E, bool Some>
+/// so that the tensor cores multiply while exponentials are computed. With Turns the warpgroups ask for products one after the other, so that one's exponentials
+/// fall into the other's products.
+template <class E, bool Some, bool Turns = false>
 MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const TensorMap& k, const TensorMap& v, const int* lengths, const int* firstKeys, Sizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(Barrier, ready, [1]);
@@ -37,6 +38,7 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
   MOE_SHARED(Barrier, emptyKeys, [E::Stages]);
   MOE_SHARED(Barrier, fullValues, [E::Stages]);
   MOE_SHARED(Barrier, emptyValues, [E::Stages]);
+  MOE_SHARED(Barrier, turns, [2]);
   unsigned char* const queries = dynamic + (-sharedAddress(dynamic) & 1023);
   unsigned char* const keys = queries + E::bytesQ;
   unsigned char* const values = keys + E::Stages * E::bytesK;
@@ -73,6 +75,7 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
       initBarrier(&emptyKeys[s], E::Warps); // one arrival of each warp
       initBarrier(&emptyValues[s], E::Warps);
     }
+    for (int i = 0; Turns && i < 2; i++) initBarrier(&turns[i], E::Warps / 2);
     fenceBarriers();
     if (tiles > 0) {
       arriveAndExpect(ready, E::bytesQ);
@@ -124,12 +127,24 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
     return OnlineSoftmax<E>::exponentials(softmax, s);
   };
 
+  // The first turn of all is the first warpgroup's.
+  auto waitForTurn = [&](int t) {
+    if (Turns) wait(&turns[group], (t + 1 - group) & 1);
+  };
+  auto endTurn = [&] {
+    if (!Turns) return;
+    __syncwarp();
+    if (lane == 0) arrive(&turns[1 - group]);
+  };
+
   if (tiles > 0) {
     wait(ready, 0);
     wait(&fullKeys[0], 0);
     E::clear(s);
+    waitForTurn(0);
     fenceProducts(s.v);
     multiplyKeys(0);
+    endTurn();
     waitProducts<0>(s.v);
     if (lane == 0) arrive(&emptyKeys[0]);
     exponentials(0);
@@ -139,9 +154,11 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
       wait(&fullKeys[stage(t)], parity(t));
       E::clear(s);
       holdSums(sums.v);
+      waitForTurn(t);
       fenceProducts(s.v);
       multiplyKeys(t);
       multiplyValues(t - 1);
+      endTurn();
       if (threadIdx.x == 0) {
         loadKeys(t + 1);
         loadValues(t);
@@ -447,3 +464,12 @@ ATTENTION(128_128, 128, 128, false)
 ATTENTION(128_128_starts, 128, 128, true)
 ATTENTION(192_128, 192, 128, false)
 ATTENTION(192_128_starts, 192, 128, true)
+
+// With turns, to be measured beside those without (bench cuda-sweep).
+#define ATTENTION_IN_TURNS(name, DK, DV)                                                                                                                     \
+  MOE_KERNEL((FlashHopper<DK, DV>::Threads, 1), moe_attention_fwd_sm90a_##name##_turns, (float* out, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const int* lengths, const int* starts, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
+    attention<FlashHopper<DK, DV>, false, true>(out, lse, q, k, v, lengths, starts, {T, S, H, G, Dk, Dv, causal, scale});                                     \
+  }
+ATTENTION_IN_TURNS(64_64, 64, 64)
+ATTENTION_IN_TURNS(128_128, 128, 128)
+ATTENTION_IN_TURNS(192_128, 192, 128)

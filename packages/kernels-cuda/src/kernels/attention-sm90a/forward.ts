@@ -13,6 +13,9 @@ const threads = 256
 /** Dynamic shared memory: the queries, stages of keys and values, and room to begin at a multiple of 1024. */
 const sharedBytes = (dk: number, dv: number) => (tile * dk + stages * tile * (dk + dv)) * 2 + 1024
 
+/** For measurements: whether the two warpgroups take turns with products, so that one's exponentials fall into the other's. */
+export const order = { turns: false }
+
 /** As the op's inputs and outputs, of which none is empty. False when heads are too large. */
 export type AttentionForward = (
   out: number,
@@ -34,19 +37,20 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
     dv,
     plain: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}`),
     withStarts: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}_starts`),
+    inTurns: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}_turns`),
   }))
   return (out, lse, { q, k, v, lengths, starts }, { causal, scale }) => {
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const engine = kernels.find(({ dk, dv }) => Dk <= dk && Dv <= dv)
     if (engine === undefined) return false
-    const { dk, dv, plain, withStarts } = engine
+    const { dk, dv, plain, withStarts, inTurns } = engine
     const boxed = boxedHeads(cuda, round, [
       { of: q, features: dk },
       { of: k, features: dk },
       { of: v, features: dv },
     ])
-    const launch = starts ? withStarts : plain
+    const launch = starts ? withStarts : order.turns ? inTurns : plain
     launch(
       { grid: [Math.ceil(T / tile), H, B], block: threads, shared: sharedBytes(dk, dv) },
       out,

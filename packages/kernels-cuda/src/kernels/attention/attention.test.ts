@@ -1,7 +1,8 @@
 import { Random, type WidePrecision } from '@moe/core'
 import { afterEach, describe, expect, test } from 'vitest'
 import { assertNear, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
-import { productVariants, reverseOrder, unavailable } from '../../test-backend.ts'
+import { productVariants, reverseOrder, unavailable, wgmmaVariants } from '../../test-backend.ts'
+import { order } from '../attention-sm90a/forward.ts'
 
 interface Size {
   readonly name: string
@@ -157,6 +158,27 @@ const room: { readonly [P in WidePrecision]: number } = { f32: 5e-6, bf16: 2e-2 
 
 afterEach(() => {
   if (!unavailable) reverseOrder(false)
+})
+
+describe.skipIf(unavailable || !wgmmaVariants.includes(true))('warpgroups that take turns', () => {
+  afterEach(() => {
+    order.turns = false
+  })
+  test.each(sizes.filter(({ starts }) => starts === undefined))(
+    '$name',
+    async ({ B, T, S, H, G, Dk, Dv, causal, lengths }) => {
+      const random = new Random(T)
+      const inputs = [exact(random, B, T, H, Dk), exact(random, B, S, G, Dk), exact(random, B, S, G, Dv)]
+      if (lengths) inputs.push(integers(...lengths))
+      const attrs = { causal, scale: Dk ** -0.5, precision: 'bf16' } as const
+      const run = () => onCuda('attention', inputs, attrs, [output(B, T, H, Dv), output(B, H, T)], { wgmma: true })
+      const expected = await run()
+      order.turns = true
+      expect(await run()).toEqual(expected)
+      reverseOrder(true)
+      expect(await run()).toEqual(expected)
+    },
+  )
 })
 
 describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma $wgmma', ({ precision, wgmma }) => {
