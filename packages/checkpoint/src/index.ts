@@ -3,6 +3,14 @@
 export { adapterBase, loadAdapters } from './adapters/load-adapters.ts'
 export { type SaveAdaptersOptions, saveAdapters } from './adapters/save-adapters.ts'
 export { type Conversion, type ConvertOptions, convertCheckpoint } from './convert-checkpoint.ts'
+export {
+  type Fetch,
+  type Folder,
+  type FolderOptions,
+  folderOptionNames,
+  type OpenFile,
+  type ReadProgress,
+} from './folder.ts'
 export { DEFAULT_BLOCK, dequantizeFp8Blocks } from './fp8-blocks.ts'
 export { type GgufFile, type GgufTensorInfo, type ReadGgufOptions, readGguf } from './gguf/read-gguf.ts'
 export type { GgufEncoding, GgufTensorType } from './gguf/tensor-type.ts'
@@ -14,11 +22,14 @@ export {
   type WriteGgufOptions,
   writeGguf,
 } from './gguf/write-gguf.ts'
-export { type OpenOptions, openCheckpoint } from './open-checkpoint.ts'
+export type { NamedBlob, SlicedBytes } from './named-blobs.ts'
+export { type OpenOptions, openCheckpoint, openInFolder } from './open-checkpoint.ts'
 export { pathOf } from './path-of.ts'
+export { type CheckpointPlace, onDisk, openFolder } from './places.ts'
 export { isScaleKey, type ReadF32Options, readF32 } from './read-f32.ts'
 export {
   type ReadOptions,
+  readAll,
   readSafetensors,
   SafetensorsFile,
   type StoredTensor,

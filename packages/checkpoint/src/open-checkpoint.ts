@@ -1,16 +1,13 @@
 /** @file A checkpoint as Hugging Face lays it out: one safetensors file, or shards and their index, under one interface. */
 
-import { realpath, stat } from 'node:fs/promises'
-import { basename, dirname, isAbsolute, join, relative, resolve, sep } from 'node:path'
 import { checkOptions } from '@moe/core'
-import { checkpointError, fileError, shown } from './checkpoint-error.ts'
-import { pathOf } from './path-of.ts'
+import { checkpointError, shown } from './checkpoint-error.ts'
+import { type Folder, type FolderOptions, folderOptionNames, type OpenFile } from './folder.ts'
+import { type CheckpointPlace, locate, openFile } from './places.ts'
 import {
   missingTensor,
-  openRegularFile,
-  type ReadOptions,
-  readRange,
-  readSafetensors,
+  readAll,
+  readFrom,
   type SafetensorsFile,
   type StoredTensor,
   type TensorInfo,
@@ -25,49 +22,70 @@ export const INDEX_FILE = 'model.safetensors.index.json'
 
 const MAX_INDEX_BYTES = 64 * 2 ** 20
 
-/** Limits of reading, and where files may lie. */
-export interface OpenOptions extends ReadOptions {
-  /**
-   * Folder that the files must lie in after symbolic links are followed. Default: the checkpoint's own folder. A snapshot in
-   * the Hugging Face cache consists of links, so pass the `models--...` folder above it.
-   */
-  readonly root?: string
+/** How files are read, where they may lie, and limits. */
+export interface OpenOptions extends FolderOptions {
+  /** Largest header to accept, in bytes. Default 32 MiB, room for about 200,000 tensors. */
+  readonly maxHeaderBytes?: number
 }
 
 /**
  * Opens a safetensors file, a folder with `model.safetensors`, or a folder (or index file) with
- * `model.safetensors.index.json` and its shards. A folder with both is read as the single file, as transformers does. Reads
- * all headers, no tensors; keeps one file descriptor for each shard until closed.
+ * `model.safetensors.index.json` and its shards, on the disk or by its address on the web. A folder with both is read as the single file, as
+ * transformers does. Reads all headers, no tensors; keeps one file descriptor for each shard until closed. From the web comes what is read, in blocks; 64 MiB of them are kept.
+ *
+ * An address names a file if it ends in `.safetensors` or `.json`, else a folder.
  *
  * @throws {MoeError} `E_CHECKPOINT`, naming the file and the fault: besides those of {@link readSafetensors}, an index that
  *   names files outside the folder, a shard that is a link out of it, a tensor that is missing, or in two shards, or in none
- *   of the index
+ *   of the index; from the web an answer that is none, or not what was asked for. `E_ABORTED` when stopped
+ *
+ * @example
+ * ```ts no-run
+ * const checkpoint = await openCheckpoint('https://huggingface.co/ORG/MODEL/resolve/main/')
+ * ```
  */
-export async function openCheckpoint(path: string | URL, options: OpenOptions = {}): Promise<TensorSource> {
-  checkOptions('openCheckpoint', options, { root: true, maxHeaderBytes: true })
-  return openAt(pathOf('openCheckpoint', path), options)
+export async function openCheckpoint(place: CheckpointPlace, options: OpenOptions = {}): Promise<TensorSource> {
+  checkOptions('openCheckpoint', options, { ...folderOptionNames, maxHeaderBytes: true })
+  const { folder, file } = await locate('openCheckpoint', place, options)
+  if (file === undefined) return openInFolder(folder, options.maxHeaderBytes)
+  if (file.endsWith('.json')) return openSharded(folder, file, options.maxHeaderBytes)
+  return readFrom(await openFile('openCheckpoint', place as string | URL, options), options.maxHeaderBytes)
 }
 
-async function openAt(path: string, options: OpenOptions): Promise<TensorSource> {
-  const { root, ...reading } = options
-  const stats = await stat(path).catch(cause => {
-    throw fileError(path, 'opening', cause)
-  })
-  if (!stats.isDirectory()) {
-    return path.endsWith('.json') ? openSharded(path, options) : readSafetensors(path, reading)
-  }
-  const single = join(path, SINGLE_FILE)
-  if (await exists(single)) {
-    await refuseOutside(single, root ?? path)
-    return readSafetensors(single, reading)
-  }
-  const index = join(path, INDEX_FILE)
-  if (await exists(index)) return openSharded(index, options)
+/** The checkpoint in a folder that is open already. @internal */
+export async function openInFolder(folder: Folder, maxHeaderBytes?: number): Promise<TensorSource> {
+  const single = await folder.open(SINGLE_FILE)
+  if (single) return readFrom(single, maxHeaderBytes)
+  const index = await folder.open(INDEX_FILE)
+  if (index) return openShards(folder, index, maxHeaderBytes)
   throw checkpointError(
-    path,
+    folder.path,
     `the folder has neither ${SINGLE_FILE} nor ${INDEX_FILE}`,
     'pass the folder of a checkpoint',
   )
+}
+
+async function openSharded(folder: Folder, name: string, maxHeaderBytes?: number): Promise<TensorSource> {
+  const index = await folder.open(name)
+  if (!index) throw checkpointError(folder.pathOf(name), 'there is no such file')
+  return openShards(folder, index, maxHeaderBytes)
+}
+
+async function openShards(folder: Folder, indexFile: OpenFile, maxHeaderBytes?: number): Promise<TensorSource> {
+  const index = await readIndex(indexFile)
+  const shards = new Map<string, SafetensorsFile>()
+  try {
+    for (const name of new Set(index.weightMap.values())) {
+      const file = await folder.open(name)
+      if (!file) throw checkpointError(folder.pathOf(name), 'opening failed: no such file', undefined, { shard: name })
+      shards.set(name, await readFrom(file, maxHeaderBytes))
+    }
+    checkShards(indexFile.path, index, shards)
+    return new ShardedCheckpoint(folder.path, index, shards)
+  } catch (error) {
+    for (const shard of shards.values()) await shard.close()
+    throw error
+  }
 }
 
 interface CheckpointIndex {
@@ -76,40 +94,15 @@ interface CheckpointIndex {
   readonly metadata: Readonly<Record<string, string>>
 }
 
-async function openSharded(indexPath: string, options: OpenOptions): Promise<ShardedCheckpoint> {
-  const folder = dirname(resolve(indexPath))
-  const { root = folder, ...reading } = options
-  await refuseOutside(indexPath, root)
-  const index = await readIndex(indexPath)
-  const shards = new Map<string, SafetensorsFile>()
-  try {
-    for (const name of new Set(index.weightMap.values())) {
-      const path = join(folder, name)
-      await refuseOutside(path, root)
-      shards.set(name, await readSafetensors(path, reading))
-    }
-    checkShards(indexPath, index, shards)
-    return new ShardedCheckpoint(dirname(indexPath), index, shards)
-  } catch (error) {
-    for (const shard of shards.values()) await shard.close()
-    throw error
-  }
-}
-
-/** The index of a sharded checkpoint, with every shard name checked to be a plain file name. */
-export async function readIndex(path: string): Promise<CheckpointIndex> {
-  const { handle, fileBytes } = await openRegularFile(path)
+/** The index of a sharded checkpoint, with every shard name checked to be a plain file name. The file is then closed. */
+export async function readIndex(file: OpenFile): Promise<CheckpointIndex> {
+  const { path } = file
   let document: unknown
   try {
-    if (fileBytes > MAX_INDEX_BYTES) {
-      throw checkpointError(path, `the index has ${fileBytes} bytes, more than the ${MAX_INDEX_BYTES} allowed`)
-    }
-    document = parseStrictJson(withoutMark(await readRange(handle, path, 0, fileBytes)), 8)
+    document = parseStrictJson(withoutMark(await readAll(file, MAX_INDEX_BYTES)), 8)
   } catch (cause) {
     if (!(cause instanceof SyntaxError)) throw cause
     throw checkpointError(path, `the index cannot be read: ${cause.message}`, undefined, {}, cause)
-  } finally {
-    await handle.close()
   }
   const { weight_map: weightMap, metadata } = (document ?? {}) as Record<string, unknown>
   if (typeof weightMap !== 'object' || weightMap === null || Array.isArray(weightMap)) {
@@ -139,7 +132,8 @@ const withoutMark = (bytes: Uint8Array): Uint8Array =>
   bytes[0] === 0xef && bytes[1] === 0xbb && bytes[2] === 0xbf ? bytes.subarray(3) : bytes
 
 function isPlainFileName(name: string): boolean {
-  return name !== '' && name !== '.' && name !== '..' && !/[/\\\0]/.test(name) && basename(name) === name
+  // A colon is behind the letter of a drive.
+  return name !== '' && name !== '.' && name !== '..' && !/[/\\:\0]/.test(name)
 }
 
 /** Index and shards must agree in both directions, or a reader could use weights that the writer did not mean. */
@@ -209,35 +203,4 @@ class ShardedCheckpoint implements TensorSource {
     if (name === undefined) throw missingTensor(this.path, key, this.#index.weightMap.keys())
     return this.#shards.get(name)!
   }
-}
-
-/** Links are followed before the comparison, so neither `..` nor a link leads out. */
-async function refuseOutside(path: string, root: string): Promise<void> {
-  let target: string
-  let base: string
-  try {
-    target = await realpath(path)
-    base = await realpath(root)
-  } catch (cause) {
-    throw fileError(path, 'opening', cause)
-  }
-  const way = relative(base, target)
-  if (way === '..' || way.startsWith(`..${sep}`) || isAbsolute(way)) {
-    throw checkpointError(
-      path,
-      `is a link to ${target}, outside ${base}`,
-      'copy the file, or pass { root } with a folder that holds both if you trust it',
-      { target, root: base },
-    )
-  }
-}
-
-async function exists(path: string): Promise<boolean> {
-  return stat(path).then(
-    () => true,
-    (cause: NodeJS.ErrnoException) => {
-      if (cause.code === 'ENOENT') return false
-      throw fileError(path, 'opening', cause)
-    },
-  )
 }

@@ -37,7 +37,24 @@ describe('what is no path is refused', () => {
     await expect(call()).rejects.toMatchObject({ code: 'E_ATTR', op, message: expect.stringContaining('undefined') })
   })
 
-  it('a URL of the web', async () => {
-    await expect(openCheckpoint(new URL('https://example.org/model'))).rejects.toMatchObject({ code: 'E_ATTR' })
+  it.each(['https://example.org/model', new URL('http://example.org/model')])('%s, to write to', async address => {
+    const refused = { code: 'E_ATTR', message: expect.stringContaining('example.org/model') }
+    await expect(saveCheckpoint(address, entries)).rejects.toMatchObject(refused)
+    await expect(writeSafetensors(address, entries)).rejects.toMatchObject(refused)
+  })
+
+  it('a URL of another protocol', async () => {
+    await expect(openCheckpoint(new URL('ftp://example.org/model'))).rejects.toMatchObject({ code: 'E_ATTR' })
+  })
+
+  it('an address with a password in it, which is not shown', async () => {
+    const error = await openCheckpoint('https://me:secret@example.org/model').catch((e: Error) => e)
+    expect(error).toMatchObject({ code: 'E_ATTR', message: expect.stringContaining('example.org') })
+    expect((error as Error).message).not.toContain('secret')
+  })
+
+  it('a folder of the disk that an address or files would have to lie in', async () => {
+    for (const place of ['https://example.org/model', []])
+      await expect(openCheckpoint(place, { root: 'models' })).rejects.toMatchObject({ code: 'E_ATTR' })
   })
 })

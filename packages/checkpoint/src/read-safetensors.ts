@@ -1,11 +1,10 @@
 /** @file One safetensors file, read lazily: the header when it is opened, each tensor when it is asked for. */
 
-import { constants, type Stats } from 'node:fs'
-import { type FileHandle, open, stat } from 'node:fs/promises'
 import { checkOptions } from '@moe/core'
-import { checkpointError, fileError, shown } from './checkpoint-error.ts'
+import { checkpointError, shown } from './checkpoint-error.ts'
+import { type FolderOptions, folderOptionNames, type OpenFile } from './folder.ts'
 import { DEFAULT_MAX_HEADER_BYTES, type Header, headerLength, PREFIX_BYTES, parseHeader } from './header.ts'
-import { pathOf } from './path-of.ts'
+import { openFile } from './places.ts'
 import { type StoredArray, type StoredDType, viewStored } from './stored-dtype.ts'
 
 /** What is known of a tensor without reading it. */
@@ -16,7 +15,7 @@ export interface TensorInfo {
   readonly shape: readonly number[]
   /** Size of its data. */
   readonly bytes: number
-  /** Path of the file that holds it. */
+  /** Path or address of the file that holds it. */
   readonly file: string
 }
 
@@ -32,7 +31,7 @@ export interface StoredTensor {
 
 /** Tensors by name, from one file or several. */
 export interface TensorSource {
-  /** Path of the file or folder that was opened. */
+  /** Path or address of the file or folder that was opened. */
   readonly path: string
   /** Free text of the file; for a sharded checkpoint, the `metadata` of its index as strings. */
   readonly metadata: Readonly<Record<string, string>>
@@ -50,8 +49,8 @@ export interface TensorSource {
   [Symbol.asyncDispose](): Promise<void>
 }
 
-/** Limits of reading. */
-export interface ReadOptions {
+/** How a file is read, and limits. */
+export interface ReadOptions extends Omit<FolderOptions, 'root'> {
   /** Largest header to accept, in bytes. Default 32 MiB, room for about 200,000 tensors. */
   readonly maxHeaderBytes?: number
 }
@@ -70,27 +69,24 @@ export interface ReadOptions {
  * ```
  */
 export async function readSafetensors(path: string | URL, options: ReadOptions = {}): Promise<SafetensorsFile> {
-  checkOptions('readSafetensors', options, { maxHeaderBytes: true })
-  return readFrom(pathOf('readSafetensors', path), options)
+  const { root, ...names } = folderOptionNames
+  checkOptions('readSafetensors', options, { ...names, maxHeaderBytes: true })
+  return readFrom(await openFile('readSafetensors', path, options), options.maxHeaderBytes)
 }
 
-async function readFrom(path: string, options: ReadOptions): Promise<SafetensorsFile> {
-  const { handle, fileBytes } = await openRegularFile(path)
+/** Reads the header of an open file, which is closed if that cannot be read. */
+export async function readFrom(
+  file: OpenFile,
+  maxHeaderBytes: number = DEFAULT_MAX_HEADER_BYTES,
+): Promise<SafetensorsFile> {
   try {
-    const prefix = await readRange(handle, path, 0, Math.min(PREFIX_BYTES, fileBytes))
-    const length = headerLength(path, prefix, fileBytes, options.maxHeaderBytes ?? DEFAULT_MAX_HEADER_BYTES)
-    const header = parseHeader(path, await readRange(handle, path, PREFIX_BYTES, length), fileBytes)
-    return new SafetensorsFile(path, handle, header)
+    const prefix = await readRange(file, 0, Math.min(PREFIX_BYTES, file.bytes))
+    const length = headerLength(file.path, prefix, file.bytes, maxHeaderBytes)
+    return new SafetensorsFile(file, parseHeader(file.path, await readRange(file, PREFIX_BYTES, length), file.bytes))
   } catch (error) {
-    await handle.close()
+    await file.close()
     throw error
   }
-}
-
-/** What is used of a `FileHandle` of Node, so that declarations do without Node's. */
-export interface OpenFile {
-  read(buffer: Uint8Array, offset: number, length: number, position: number): Promise<{ bytesRead: number }>
-  close(): Promise<void>
 }
 
 /** An open safetensors file. Made by {@link readSafetensors}; holds one file descriptor until it is closed. */
@@ -98,13 +94,13 @@ export class SafetensorsFile implements TensorSource {
   readonly path: string
   readonly metadata: Readonly<Record<string, string>>
   readonly #entries: Header['entries']
-  #handle: OpenFile | undefined
+  #file: OpenFile | undefined
 
   /** @internal */
-  constructor(path: string, handle: OpenFile, header: Header) {
-    this.path = path
+  constructor(file: OpenFile, header: Header) {
+    this.path = file.path
     this.metadata = header.metadata
-    this.#handle = handle
+    this.#file = file
     this.#entries = header.entries
   }
 
@@ -123,15 +119,15 @@ export class SafetensorsFile implements TensorSource {
 
   async read(key: string): Promise<StoredTensor> {
     const { dtype, shape, begin, bytes } = this.#entry(key)
-    if (!this.#handle) throw checkpointError(this.path, 'the file is closed', 'read before close()', { key })
-    const data = await readRange(this.#handle, this.path, begin, bytes)
+    if (!this.#file) throw checkpointError(this.path, 'the file is closed', 'read before close()', { key })
+    const data = await readRange(this.#file, begin, bytes)
     return { dtype, shape, data: viewStored(dtype, data) }
   }
 
   async close(): Promise<void> {
-    const handle = this.#handle
-    this.#handle = undefined
-    await handle?.close()
+    const file = this.#file
+    this.#file = undefined
+    await file?.close()
   }
 
   [Symbol.asyncDispose](): Promise<void> {
@@ -153,53 +149,32 @@ export function missingTensor(path: string, key: string, keys: Iterable<string>)
   return checkpointError(path, `there is no tensor ${shown(key)}`, fix, { key })
 }
 
-/** Opens for reading without ever waiting on a pipe or device. */
-export async function openRegularFile(path: string): Promise<{ handle: FileHandle; fileBytes: number }> {
-  let handle: FileHandle | undefined
-  try {
-    refuseSpecial(path, await stat(path))
-    // Not blocking, and checked again on the open file: the path may have changed in between.
-    handle = await open(path, constants.O_RDONLY | (constants.O_NONBLOCK ?? 0))
-    const stats = await handle.stat()
-    refuseSpecial(path, stats)
-    return { handle, fileBytes: stats.size }
-  } catch (cause) {
-    await handle?.close()
-    throw fileError(path, 'opening', cause)
-  }
-}
-
-function refuseSpecial(path: string, stats: Stats): void {
-  if (stats.isFile()) return
-  throw checkpointError(path, stats.isDirectory() ? 'is a folder, expected a file' : 'is not a regular file')
-}
-
-/** Node refuses single reads of 2 GiB and more. */
-const MAX_READ_BYTES = 2 ** 30
-
 /** Reads exactly `bytes` bytes from `position` into memory of their own. */
-export async function readRange(
-  handle: Pick<OpenFile, 'read'>,
-  path: string,
-  position: number,
-  bytes: number,
-): Promise<Uint8Array<ArrayBuffer>> {
-  const out = allocate(path, bytes)
+export async function readRange(file: OpenFile, position: number, bytes: number): Promise<Uint8Array<ArrayBuffer>> {
+  const out = allocate(file.path, bytes)
   let done = 0
   while (done < bytes) {
-    const length = Math.min(bytes - done, MAX_READ_BYTES)
-    let bytesRead: number
-    try {
-      bytesRead = (await handle.read(out, done, length, position + done)).bytesRead
-    } catch (cause) {
-      throw fileError(path, 'reading', cause)
+    const read = await file.read(out, done, bytes - done, position + done)
+    if (read === 0) {
+      throw checkpointError(file.path, `it ends at byte ${position + done}; it was longer when it was opened`)
     }
-    if (bytesRead === 0) {
-      throw checkpointError(path, `it ends at byte ${position + done}; it was longer when it was opened`)
-    }
-    done += bytesRead
+    done += read
   }
   return out
+}
+
+/**
+ * All of a file, which is then closed.
+ * @throws MoeError E_CHECKPOINT where it is longer than `maxBytes`
+ * @internal
+ */
+export async function readAll(file: OpenFile, maxBytes: number): Promise<Uint8Array<ArrayBuffer>> {
+  try {
+    if (file.bytes <= maxBytes) return await readRange(file, 0, file.bytes)
+    throw checkpointError(file.path, `it has ${file.bytes} bytes, more than the ${maxBytes} allowed`)
+  } finally {
+    await file.close()
+  }
 }
 
 function allocate(path: string, bytes: number): Uint8Array<ArrayBuffer> {

@@ -6,6 +6,7 @@ import { join } from 'node:path'
 import { checkOptions } from '@moe/core'
 import { syncFolder, writeAtomically } from './atomic-file.ts'
 import { checkpointError, fileError } from './checkpoint-error.ts'
+import { openOnDisk } from './disk-folder.ts'
 import { INDEX_FILE, readIndex, SINGLE_FILE } from './open-checkpoint.ts'
 import { pathOf } from './path-of.ts'
 import {
@@ -88,7 +89,7 @@ async function readyFolder(folder: string): Promise<Set<string>> {
 async function previousShards(folder: string, present: ReadonlySet<string>): Promise<string[]> {
   if (!present.has(INDEX_FILE)) return []
   try {
-    const { weightMap } = await readIndex(join(folder, INDEX_FILE))
+    const { weightMap } = await readIndex(await openOnDisk(join(folder, INDEX_FILE)))
     return [...new Set(weightMap.values())].filter(name => name.endsWith('.safetensors'))
   } catch {
     return []

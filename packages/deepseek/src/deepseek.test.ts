@@ -515,10 +515,48 @@ test('a folder may be a file URL, and config.json begin with a byte order mark',
     })
 })
 
+test('a model is opened by its address, and from files at hand', async () => {
+  const at = join(folder, 'published')
+  const model = new DeepSeek(tiny, { seed: 1 })
+  await model.save(at)
+  const asked: string[] = []
+  const answer = async (address: string) => {
+    asked.push(address)
+    const body = await readFile(join(at, address.replace('https://example.org/m/', ''))).catch(() => null)
+    return new Response(body, { status: body ? 200 : 404 })
+  }
+  let last = { bytes: 0, totalBytes: 1 }
+  const onProgress = (progress: typeof last) => {
+    last = progress
+  }
+  const byAddress = await DeepSeek.fromPretrained('https://example.org/m', {
+    fetch: answer,
+    onProgress,
+    weights: 'bf16',
+  })
+  expect(last.bytes).toBe(last.totalBytes)
+  expect(new Set(asked)).toEqual(
+    new Set(['config.json', 'model.safetensors'].map(name => `https://example.org/m/${name}`)),
+  )
+  const names = ['config.json', 'model.safetensors']
+  const files = await Promise.all(names.map(async name => new File([await readFile(join(at, name))], name)))
+  const atHand = await DeepSeek.fromPretrained(files)
+  expect(await atHand.lm_head.weight.values()).toEqual(await model.lm_head.weight.values())
+  await loadWeights(atHand, new URL('https://example.org/m'), { fetch: answer })
+  for (const opened of [model, byAddress, atHand]) opened.dispose()
+  await expect(DeepSeek.fromPretrained('https://example.org/other', { fetch: answer })).rejects.toThrow(
+    'https://example.org/other/config.json: cannot be read: there is no such file; pass a folder',
+  )
+  const signal = AbortSignal.abort()
+  await expect(DeepSeek.fromPretrained(at, { signal })).rejects.toMatchObject({ code: 'E_ABORTED' })
+})
+
 test('a config.json that is no file is refused', async () => {
   const at = join(folder, 'no-file')
   await mkdir(join(at, 'config.json'), { recursive: true })
-  await expect(DeepSeek.fromPretrained(at)).rejects.toThrow(/config\.json: cannot be read: it is no regular file/)
+  await expect(DeepSeek.fromPretrained(at)).rejects.toThrow(
+    /config\.json: cannot be read: .*is a folder, expected a file/,
+  )
 })
 
 describe('configurations', () => {

@@ -22,7 +22,13 @@ export type {
 } from './generate.ts'
 export { type ExportedGguf, type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
 export type { LogProb, TokenLogProb } from './log-probs.ts'
-export { DeepSeek, type DeepSeekLoss, type DeepSeekOptions, type Objective } from './model.ts'
+export {
+  DeepSeek,
+  type DeepSeekLoss,
+  type DeepSeekOptions,
+  type FromPretrainedOptions,
+  type Objective,
+} from './model.ts'
 export type { DeepSeekPieces, PieceRunner, RouteElsewhere } from './pieces.ts'
 export { presets } from './presets.ts'
 export { loadWeights } from './pretrained.ts'

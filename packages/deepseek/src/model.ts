@@ -11,6 +11,7 @@ import {
   type PagedCacheOptions,
   RotaryEmbedding,
 } from '@moe/attention-mla'
+import { type CheckpointPlace, type FolderOptions, folderOptionNames } from '@moe/checkpoint'
 import {
   allOrNothing,
   type Backend,
@@ -124,6 +125,9 @@ export interface DeepSeekOptions {
   /** Is given the loads and selection biases of every layer after each step. */
   readonly monitor?: LoadMonitor
 }
+
+/** How a stored model is opened: `seed` has nothing to draw there. */
+export interface FromPretrainedOptions extends Omit<DeepSeekOptions, 'seed'>, FolderOptions {}
 
 const optionNames: OptionNames<DeepSeekOptions> = {
   seed: true,
@@ -274,13 +278,17 @@ export class DeepSeek extends Module {
   }
 
   /**
-   * Opens a checkpoint in the Hugging Face layout: a folder with config.json and safetensors. Or the adapters that `saveAdapters` or PEFT wrote, beside the base that they name, which must be a
-   * folder here.
+   * Opens a checkpoint in the Hugging Face layout, with config.json and safetensors: a folder on the disk, one on the web by its `http(s):` address, or its
+   * files as a page is given them. In a browser give `new URL('model/', document.baseURI)` for a folder beside the page. Or a folder on the disk with the adapters
+   * that `saveAdapters` or PEFT wrote, beside the base that they name, which must be a folder here.
+   * @throws MoeError E_CHECKPOINT for files that are not there, damaged or not what was asked for, E_CONFIG, E_STATE_DICT for weights of another model, E_ABORTED
    */
-  static async fromPretrained(folder: string | URL, options: Omit<DeepSeekOptions, 'seed'> = {}): Promise<DeepSeek> {
+  static async fromPretrained(place: CheckpointPlace, options: FromPretrainedOptions = {}): Promise<DeepSeek> {
     const { seed, ...names } = optionNames
-    checkOptions('DeepSeek.fromPretrained', options, names)
-    return loadPretrained(folder, config => new DeepSeek(config, { ...options, seed: null }))
+    checkOptions('DeepSeek.fromPretrained', options, { ...names, ...folderOptionNames })
+    const { root, fetch, signal, onProgress, ...rest } = options
+    const reading = { root, fetch, signal, onProgress }
+    return loadPretrained(place, reading, config => new DeepSeek(config, { ...rest, seed: null }))
   }
 
   /** Checked, with every default filled in. */

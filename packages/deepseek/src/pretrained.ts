@@ -3,16 +3,22 @@ import { mkdir, writeFile } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
 import {
   adapterBase,
+  type CheckpointPlace,
+  type Folder,
+  type FolderOptions,
+  folderOptionNames,
   isScaleKey,
   loadAdapters,
-  openCheckpoint,
+  onDisk,
+  openFolder,
+  openInFolder,
   pathOf,
   readF32,
   saveCheckpoint,
   type TensorEntry,
   type TensorSource,
 } from '@moe/checkpoint'
-import { loadStateDict, MoeError, namedAdapters, type StateSource, stateDict } from '@moe/core'
+import { checkOptions, loadStateDict, MoeError, namedAdapters, type StateSource, stateDict } from '@moe/core'
 import { configJson, type DeepSeekConfig, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
 import { readConfig, readScaleBlock } from './config-file.ts'
 import { countParameters } from './count-parameters.ts'
@@ -75,15 +81,18 @@ export async function savePretrained(model: DeepSeek, path: string | URL): Promi
 
 /** Internal: see `DeepSeek.fromPretrained`. */
 export async function loadPretrained(
-  path: string | URL,
+  place: CheckpointPlace,
+  options: FolderOptions,
   make: (config: DeepSeekConfigInput) => DeepSeek,
 ): Promise<DeepSeek> {
-  const given = pathOf('fromPretrained', path)
-  const base = await adapterBase(given)
-  if (base === undefined) return openModel(given, make)
-  const model = await openModel(base, make)
+  const folder = openFolder('fromPretrained', place, options)
+  if (!onDisk('fromPretrained', place)) return openModel(folder, make)
+  const base = await adapterBase(place)
+  const model = await openModel(base === undefined ? folder : openFolder('fromPretrained', base, options), make)
+  model.source = resolve(base ?? folder.path)
+  if (base === undefined) return model
   try {
-    await loadAdapters(model, given)
+    await loadAdapters(model, place)
   } catch (error) {
     model.dispose()
     throw error
@@ -91,15 +100,14 @@ export async function loadPretrained(
   return model
 }
 
-async function openModel(folder: string, make: (config: DeepSeekConfigInput) => DeepSeek): Promise<DeepSeek> {
+async function openModel(folder: Folder, make: (config: DeepSeekConfigInput) => DeepSeek): Promise<DeepSeek> {
   const config = await readConfig(folder)
   const block = await readScaleBlock(folder)
-  await using checkpoint = await openCheckpoint(folder)
-  checkSize(folder, parseConfig(config), checkpoint)
+  await using checkpoint = await openInFolder(folder)
+  checkSize(folder.path, parseConfig(config), checkpoint)
   const model = make(config)
   try {
     await fill(model, checkpoint, block)
-    model.source = resolve(folder)
   } catch (error) {
     model.dispose()
     throw error
@@ -108,13 +116,14 @@ async function openModel(folder: string, make: (config: DeepSeekConfigInput) => 
 }
 
 /**
- * Fills a model from a checkpoint folder. bf16 and f16 weights become f32, and fp8 ones, whose blocks are as its config.json says.
+ * Fills a model from a checkpoint folder, on the disk or by its address. bf16 and f16 weights become f32, and fp8 ones, whose blocks are as its config.json says.
  * @throws MoeError E_STATE_DICT when keys or shapes do not fit; the model is then unchanged.
  */
-export async function loadWeights(model: DeepSeek, path: string | URL): Promise<void> {
-  const folder = pathOf('loadWeights', path)
+export async function loadWeights(model: DeepSeek, place: CheckpointPlace, options: FolderOptions = {}): Promise<void> {
+  checkOptions('loadWeights', options, folderOptionNames)
+  const folder = openFolder('loadWeights', place, options)
   const block = await readScaleBlock(folder)
-  await using checkpoint = await openCheckpoint(folder)
+  await using checkpoint = await openInFolder(folder)
   await fill(model, checkpoint, block)
 }
 

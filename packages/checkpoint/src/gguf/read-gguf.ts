@@ -2,8 +2,9 @@
 
 import { checkOptions } from '@moe/core'
 import { checkpointError, shown } from '../checkpoint-error.ts'
-import { pathOf } from '../path-of.ts'
-import { missingTensor, type OpenFile, openRegularFile, readRange } from '../read-safetensors.ts'
+import { type FolderOptions, folderOptionNames, type OpenFile } from '../folder.ts'
+import { openFile } from '../places.ts'
+import { missingTensor, readRange } from '../read-safetensors.ts'
 import { decodeGguf } from './blocks.ts'
 import { ByteReader, NeedsMoreBytes } from './byte-reader.ts'
 import { padding } from './byte-writer.ts'
@@ -29,8 +30,8 @@ interface GgufHeader {
   readonly tensors: ReadonlyMap<string, GgufTensorInfo>
 }
 
-/** Limits of reading. */
-export interface ReadGgufOptions {
+/** How a file is read, and limits. */
+export interface ReadGgufOptions extends Omit<FolderOptions, 'root'> {
   /** Largest header to accept, in bytes. Default 256 MiB: vocabularies lie in it. */
   readonly maxHeaderBytes?: number
 }
@@ -50,13 +51,13 @@ export interface ReadGgufOptions {
  * ```
  */
 export async function readGguf(path: string | URL, options: ReadGgufOptions = {}): Promise<GgufFile> {
-  const file = pathOf('readGguf', path)
-  checkOptions('readGguf', options, { maxHeaderBytes: true })
-  const { handle, fileBytes } = await openRegularFile(file)
+  const { root, ...names } = folderOptionNames
+  checkOptions('readGguf', options, { ...names, maxHeaderBytes: true })
+  const file = await openFile('readGguf', path, options)
   try {
-    return new GgufFile(file, handle, await readHeader(file, handle, fileBytes, options.maxHeaderBytes ?? 2 ** 28))
+    return new GgufFile(file, await readHeader(file, options.maxHeaderBytes ?? 2 ** 28))
   } catch (error) {
-    await handle.close()
+    await file.close()
     throw error
   }
 }
@@ -71,23 +72,23 @@ export class GgufFile {
   readonly metadata: ReadonlyMap<string, GgufValue>
   /** By name, in the order of the file. */
   readonly tensors: ReadonlyMap<string, GgufTensorInfo>
-  #handle: OpenFile | undefined
+  #file: OpenFile | undefined
 
   /** @internal */
-  constructor(path: string, handle: OpenFile, header: GgufHeader) {
-    this.path = path
+  constructor(file: OpenFile, header: GgufHeader) {
+    this.path = file.path
     this.version = header.version
     this.metadata = header.metadata
     this.tensors = header.tensors
-    this.#handle = handle
+    this.#file = file
   }
 
   /** The bytes of a tensor as they are stored. @throws {MoeError} `E_CHECKPOINT` if there is none, or the file is closed or shorter than it was */
   async read(name: string): Promise<Uint8Array<ArrayBuffer>> {
     const info = this.tensors.get(name)
     if (!info) throw missingTensor(this.path, name, this.tensors.keys())
-    if (!this.#handle) throw checkpointError(this.path, 'the file is closed', 'read before close()', { key: name })
-    return readRange(this.#handle, this.path, info.begin, info.bytes)
+    if (!this.#file) throw checkpointError(this.path, 'the file is closed', 'read before close()', { key: name })
+    return readRange(this.#file, info.begin, info.bytes)
   }
 
   /** The elements of a tensor, row-major. @throws {MoeError} `E_CHECKPOINT` as `read`, and for types other than f32, f16, bf16, q8_0 and q4_0 */
@@ -101,9 +102,9 @@ export class GgufFile {
 
   /** Gives the file descriptor back; what comes after throws `E_CHECKPOINT`. Harmless when repeated. */
   async close(): Promise<void> {
-    const handle = this.#handle
-    this.#handle = undefined
-    await handle?.close()
+    const file = this.#file
+    this.#file = undefined
+    await file?.close()
   }
 
   /** `close()`, for `await using`. */
@@ -113,9 +114,10 @@ export class GgufFile {
 }
 
 /** The header's length is not known beforehand: it is parsed from ever more bytes until they are enough. */
-async function readHeader(path: string, handle: OpenFile, fileBytes: number, limit: number): Promise<GgufHeader> {
+async function readHeader(file: OpenFile, limit: number): Promise<GgufHeader> {
+  const { path, bytes: fileBytes } = file
   for (let size = 2 ** 20; ; size *= 4) {
-    const bytes = await readRange(handle, path, 0, Math.min(size, limit, fileBytes))
+    const bytes = await readRange(file, 0, Math.min(size, limit, fileBytes))
     try {
       return parseHeader(path, bytes, fileBytes)
     } catch (cause) {

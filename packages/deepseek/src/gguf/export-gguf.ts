@@ -4,7 +4,8 @@ import { basename, join, resolve } from 'node:path'
 import {
   type GgufEncoding,
   type GgufValue,
-  openCheckpoint,
+  openFolder,
+  openInFolder,
   pathOf,
   readF32,
   type TensorSource,
@@ -98,9 +99,10 @@ export async function exportGguf(
     )
   }
   const folder = pathOf('exportGguf', model)
-  const config = parseConfig(await readConfig(folder))
-  const block = await readScaleBlock(folder)
-  await using checkpoint = await openCheckpoint(folder)
+  const opened = openFolder('exportGguf', folder)
+  const config = parseConfig(await readConfig(opened))
+  const block = await readScaleBlock(opened)
+  await using checkpoint = await openInFolder(opened)
   const vocabulary = await vocabularyFrom(config, options, folder)
   return await write(config, folderSource(checkpoint, block), vocabulary, file, {
     name: basename(resolve(folder)),

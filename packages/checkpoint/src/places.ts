@@ -1,0 +1,80 @@
+/** @file Where callers say that a checkpoint is: on the disk, on the web, or in files that are at hand. */
+
+import { MoeError } from '@moe/core'
+import { diskFolder, namesFolder, openOnDisk } from './disk-folder.ts'
+import { type Folder, type FolderOptions, type OpenFile, Watch } from './folder.ts'
+import { blobFolder, type NamedBlob } from './named-blobs.ts'
+import { pathOf, webAddress } from './path-of.ts'
+import { webFile, webFolder } from './web-folder.ts'
+
+/**
+ * Where a checkpoint is: a path, a file URL, an `http(s):` address as a text or a URL, or its files themselves, such as those of `<input type="file" multiple>`.
+ */
+export type CheckpointPlace = string | URL | Iterable<NamedBlob>
+
+/**
+ * The place as a folder; nothing is asked of it yet.
+ * @param op who asks, for errors
+ * @throws MoeError E_ATTR for what is no place
+ * @internal
+ */
+export function openFolder(op: string, place: CheckpointPlace, options: FolderOptions = {}): Folder {
+  const address = webAddress(op, place)
+  if (address || isBlobs(place)) refuseRoot(op, options)
+  if (address) return webFolder(address, options.fetch, new Watch(options))
+  if (isBlobs(place)) return blobFolder(place, new Watch(options))
+  return diskFolder(pathOf(op, place), options.root, new Watch(options))
+}
+
+/**
+ * The place as a folder and, where it names a file, that name.
+ * @throws MoeError E_CHECKPOINT where there is nothing on the disk
+ */
+export async function locate(
+  op: string,
+  place: CheckpointPlace,
+  options: FolderOptions,
+): Promise<{ readonly folder: Folder; readonly file?: string }> {
+  const address = webAddress(op, place)
+  if (address) {
+    const [, above, file] = /^(.*\/)([^/]+\.(?:safetensors|json))$/.exec(address.pathname) ?? []
+    if (file === undefined) return { folder: openFolder(op, address, options) }
+    const parent = new URL(address)
+    parent.pathname = above
+    return { folder: openFolder(op, parent, options), file: decoded(file) }
+  }
+  if (isBlobs(place)) return { folder: openFolder(op, place, options) }
+  const path = pathOf(op, place)
+  const [, above, file] = (await namesFolder(path)) ? [] : (/^(.*[/\\])?([^/\\]+)$/.exec(path) ?? [])
+  if (file === undefined) return { folder: openFolder(op, path, options) }
+  return { folder: openFolder(op, above ?? '.', options), file }
+}
+
+/** The file that a place names, which on the disk may be a link to wherever. */
+export async function openFile(op: string, place: string | URL, options: FolderOptions): Promise<OpenFile> {
+  const address = webAddress(op, place)
+  if (!address) return new Watch(options).over(await openOnDisk(pathOf(op, place)))
+  refuseRoot(op, options)
+  return await webFile(address, options.fetch, new Watch(options))
+}
+
+/** Whether the place is a path or a file URL. @internal */
+export const onDisk = (op: string, place: CheckpointPlace): place is string | URL =>
+  !isBlobs(place) && webAddress(op, place) === undefined
+
+const isBlobs = (place: CheckpointPlace): place is Iterable<NamedBlob> =>
+  typeof place === 'object' && place !== null && Symbol.iterator in place
+
+function refuseRoot(op: string, { root }: FolderOptions): void {
+  if (root === undefined) return
+  throw new MoeError({ code: 'E_ATTR', op, problem: `root ${root} is a folder on the disk`, fix: 'leave it out' })
+}
+
+/** A name that is no text when decoded is sent as it stands. */
+function decoded(name: string): string {
+  try {
+    return decodeURIComponent(name)
+  } catch {
+    return name
+  }
+}

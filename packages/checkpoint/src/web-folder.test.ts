@@ -1,0 +1,390 @@
+import { readFile } from 'node:fs/promises'
+import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
+import type { AddressInfo } from 'node:net'
+import { join } from 'node:path'
+import { beforeAll, describe, expect, it, onTestFinished } from 'vitest'
+import { readGguf } from './gguf/read-gguf.ts'
+import { writeGguf } from './gguf/write-gguf.ts'
+import { type OpenOptions, openCheckpoint } from './open-checkpoint.ts'
+import { readSafetensors } from './read-safetensors.ts'
+import { fixture, rawFile, temporaryFolder } from './test-files.ts'
+
+const MB = 2 ** 20
+
+/** Answers with `files` by path, by ranges. */
+interface Site {
+  readonly address: string
+  /** `range` of each request, or `all`, behind its path. */
+  readonly asked: string[]
+}
+
+interface Behaviour {
+  /** May answer in place of the site, or change the headers. */
+  answer?(request: IncomingMessage, response: ServerResponse, bytes: Uint8Array | undefined): boolean | undefined
+  ranges?: boolean
+}
+
+async function site(
+  files: Readonly<Record<string, Uint8Array>>,
+  { answer, ranges = true }: Behaviour = {},
+): Promise<Site> {
+  const asked: string[] = []
+  const server = createServer((request, response) => {
+    const path = (request.url as string).replace(/\?.*/, '')
+    const { range } = request.headers
+    asked.push(`${request.url} ${range?.replace('bytes=', '') ?? 'all'}`)
+    const bytes = files[path]
+    if (answer?.(request, response, bytes)) return
+    if (!bytes) return void response.writeHead(404).end('none')
+    const [, first, last] = /^bytes=(\d+)-(\d+)$/.exec(range ?? '') ?? []
+    if (!ranges || first === undefined)
+      return void response.writeHead(200, { 'content-length': bytes.length }).end(bytes)
+    if (Number(first) >= bytes.length) {
+      return void response.writeHead(416, { 'content-range': `bytes */${bytes.length}` }).end()
+    }
+    const end = Math.min(Number(last) + 1, bytes.length)
+    response.writeHead(206, { 'content-range': `bytes ${first}-${end - 1}/${bytes.length}` })
+    response.end(bytes.subarray(Number(first), end))
+  })
+  await new Promise<void>(resolve => server.listen(0, '127.0.0.1', resolve))
+  onTestFinished(() => {
+    server.close()
+    server.closeAllConnections()
+  })
+  return { address: `http://127.0.0.1:${(server.address() as AddressInfo).port}`, asked }
+}
+
+/** A file of u8 tensors of these sizes, named a, b, ..., whose bytes are all different from their neighbours'. */
+function fileOf(...sizes: number[]): Uint8Array {
+  let end = 0
+  const header = Object.fromEntries(
+    sizes.map((size, i) => {
+      const begin = end
+      end += size
+      return [String.fromCharCode(97 + i), { dtype: 'U8', shape: [size], data_offsets: [begin, end] }]
+    }),
+  )
+  const bytes = rawFile(header, end)
+  for (let i = bytes.length - end; i < bytes.length; i++) bytes[i] = (i * 2654435761) >>> 13
+  return bytes
+}
+
+const large = fileOf(3 * MB, 6 * MB, 10, 20 * MB, MB)
+let sharded: Record<string, Uint8Array>
+let dtypes: Uint8Array
+
+beforeAll(async () => {
+  const names = ['model.safetensors.index.json', ...[1, 2, 3].map(n => `model-0000${n}-of-00003.safetensors`)]
+  sharded = Object.fromEntries(
+    await Promise.all(names.map(async name => [`/m/${name}`, await readFile(join(fixture('sharded'), name))] as const)),
+  )
+  dtypes = await readFile(fixture('dtypes.safetensors'))
+})
+
+const failure = (opening: Promise<unknown>) =>
+  opening.then(
+    () => 'it opened',
+    (error: Error) => error,
+  )
+
+describe('a checkpoint on the web', () => {
+  it.each([true, false])('gives what the one on the disk gives, ranges %s', async ranges => {
+    const { address } = await site({ ...sharded, '/d/model.safetensors': dtypes }, { ranges })
+    for (const [folder, local] of [
+      ['/m', 'sharded'],
+      ['/m/', 'sharded'],
+      ['/m/model.safetensors.index.json', 'sharded'],
+      ['/d/model.safetensors', 'dtypes.safetensors'],
+      ['/d', 'dtypes.safetensors'],
+    ]) {
+      await using here = await openCheckpoint(fixture(local))
+      await using there = await openCheckpoint(new URL(address + folder))
+      expect(there.keys()).toEqual(here.keys())
+      expect(there.metadata).toEqual(here.metadata)
+      for (const key of here.keys()) expect(await there.read(key)).toEqual(await here.read(key))
+    }
+  })
+
+  it('of one file opens with readSafetensors and readGguf, too', async () => {
+    const path = join(await temporaryFolder(), 'a.gguf')
+    const tensors = [{ name: 'x', type: 'f32', shape: [3], values: Float32Array.of(1, 2, 3) }] as const
+    await writeGguf(path, { metadata: {}, tensors })
+    const { address } = await site({ '/a': dtypes, '/a.gguf': await readFile(path) })
+    await using file = await readSafetensors(`${address}/a`)
+    expect((await file.read('scalar')).data).toEqual(Float32Array.of(7.5))
+    expect(file.info('scalar').file).toBe(`${address}/a`)
+    await using gguf = await readGguf(`${address}/a.gguf`)
+    expect(await gguf.readF32('x')).toEqual(Float32Array.of(1, 2, 3))
+    await expect(readSafetensors(`${address}/none`)).rejects.toThrow(`${address}/none: there is no such file`)
+  })
+
+  it('is read in aligned blocks, each once while tensors come in order', async () => {
+    const { address, asked } = await site({ '/model.safetensors': large })
+    await using checkpoint = await openCheckpoint(address)
+    const start = large.length - 30 * MB - 10
+    const at = { a: 0, b: 3 * MB, c: 9 * MB, d: 9 * MB + 10, e: 29 * MB + 10 }
+    for (const [key, begin] of Object.entries(at)) {
+      const { data } = await checkpoint.read(key)
+      const { bytes } = checkpoint.info(key)
+      expect(Buffer.compare(data as Uint8Array, large.subarray(start + begin, start + begin + bytes))).toBe(0)
+    }
+    const block = (first: number, end: number) =>
+      `/model.safetensors ${first * 4 * MB}-${Math.min(end * 4 * MB, large.length) - 1}`
+    expect(asked).toEqual([`/model.safetensors 0-${4 * MB - 1}`, block(1, 3), block(3, 7), block(7, 8)])
+    await Promise.all(['a', 'c', 'e'].map(key => checkpoint.read(key)))
+    expect(asked).toHaveLength(4)
+  })
+
+  it('is asked once for what is read at the same time', async () => {
+    const { address, asked } = await site({ '/model.safetensors': fileOf(4 * MB, 10, 20, 30) })
+    await using checkpoint = await openCheckpoint(address)
+    await Promise.all(['b', 'c', 'd'].map(key => checkpoint.read(key)))
+    expect(asked).toHaveLength(2)
+  })
+
+  it('keeps 64 MiB at most, and reads right what it no longer has', async () => {
+    const { address, asked } = await site({ '/model.safetensors': fileOf(10, 80 * MB, 10) })
+    await using checkpoint = await openCheckpoint(address)
+    const before = await checkpoint.read('a')
+    await checkpoint.read('b')
+    const requests = asked.length
+    expect(await checkpoint.read('a')).toEqual(before)
+    expect(asked).toHaveLength(requests + 1)
+  })
+
+  it('has names of files as one step of its path, and the query of the folder', async () => {
+    const name = 'a?b#c %2e%2e.safetensors'
+    const index = { weight_map: Object.fromEntries([...'abcde'].map(key => [key, name])) }
+    const { address, asked } = await site({
+      '/m/model.safetensors.index.json': new TextEncoder().encode(JSON.stringify(index)),
+      [`/m/${encodeURIComponent(name)}`]: large,
+    })
+    await using checkpoint = await openCheckpoint(`${address}/m?token=secret`)
+    expect(checkpoint.info('a').file).toBe(`${address}/m/${encodeURIComponent(name)}`)
+    expect(asked.every(request => /^\/m\/[^/]+\?token=secret /.test(request))).toBe(true)
+    const error = await failure(openCheckpoint(`${address}/none?token=secret`))
+    expect(error).toMatchObject({ code: 'E_CHECKPOINT', message: expect.not.stringContaining('secret') })
+  })
+
+  it.each(['../x', '..', '/etc/passwd', 'http://127.0.0.1/x', 'a\\b'])(
+    'does not leave its folder for %s',
+    async name => {
+      const index = new TextEncoder().encode(JSON.stringify({ weight_map: { a: name } }))
+      const { address, asked } = await site({ '/m/model.safetensors.index.json': index })
+      await expect(openCheckpoint(`${address}/m`)).rejects.toThrow(/shards must be plain file names/)
+      expect(asked.map(request => request.split(' ')[0])).toEqual([
+        '/m/model.safetensors',
+        '/m/model.safetensors.index.json',
+      ])
+    },
+  )
+
+  it('tells how far it has come: to the end, with and without ranges, and on the disk', async () => {
+    for (const ranges of [true, false, undefined]) {
+      const { address } = await site({ '/model.safetensors': large }, { ranges })
+      const steps: [number, number][] = []
+      const onProgress: OpenOptions['onProgress'] = ({ bytes, totalBytes }) => steps.push([bytes, totalBytes])
+      await using checkpoint = await openCheckpoint(ranges === undefined ? fixture('sharded') : address, { onProgress })
+      for (const key of checkpoint.keys()) await checkpoint.read(key)
+      expect(steps.every(([bytes], i) => i === 0 || bytes >= steps[i - 1][0])).toBe(true)
+      expect(steps.length).toBeGreaterThan(4)
+      const [bytes, totalBytes] = steps.at(-1) as [number, number]
+      expect(bytes).toBe(totalBytes)
+      if (ranges !== undefined) expect(totalBytes).toBe(large.length)
+    }
+  })
+
+  it('is asked for by the function that is given', async () => {
+    const { address } = await site(
+      { '/model.safetensors': dtypes },
+      { answer: ({ headers }, response) => headers.authorization !== 'Bearer 1' && !!response.writeHead(401).end() },
+    )
+    await expect(openCheckpoint(address)).rejects.toThrow(/answered 401 Unauthorized; .*pass \{ fetch \}/)
+    await using checkpoint = await openCheckpoint(address, {
+      fetch: (to, init) => fetch(to, { ...init, headers: { ...init.headers, authorization: 'Bearer 1' } }),
+    })
+    expect(checkpoint.has('scalar')).toBe(true)
+  })
+
+  it('is asked for as a whole where the length is hidden from the page', async () => {
+    const { address, asked } = await site({ '/model.safetensors': large })
+    const hidden = async (to: string, init: RequestInit) => {
+      const { status, body } = await fetch(to, init)
+      return new Response(body, { status })
+    }
+    await using checkpoint = await openCheckpoint(address, { fetch: hidden as never })
+    expect((await checkpoint.read('c')).data).toHaveLength(10)
+    expect(asked.map(request => request.split(' ')[1])).toEqual([`0-${4 * MB - 1}`, 'all'])
+  })
+})
+
+describe('a server that', () => {
+  const model = { '/model.safetensors': large }
+  const open = async (answer: Behaviour['answer'], options: OpenOptions = {}, ranges = true) => {
+    const { address } = await site(model, { answer, ranges })
+    return failure(openCheckpoint(address, options).then(checkpoint => checkpoint.read('d')))
+  }
+  /** An answer with these headers, to the first request or to all behind it. */
+  const later = (from: number, change: (response: ServerResponse, first: number) => void): Behaviour['answer'] => {
+    return ({ headers }, response) => {
+      const first = Number(/\d+/.exec(headers.range ?? '0')?.[0])
+      if (first >= from) change(response, first)
+      return response.writableEnded
+    }
+  }
+  const part = (range: string, bytes: number) => (response: ServerResponse) =>
+    response.writeHead(206, { 'content-range': range }).end(new Uint8Array(bytes))
+
+  it.each<[string, Behaviour['answer'], RegExp]>([
+    ['has nothing', (_, response) => !!response.writeHead(404).end(), /neither model.safetensors nor/],
+    ['refuses', (_, response) => !!response.writeHead(403).end(), /answered 403 Forbidden; it may be private/],
+    ['fails', (_, response) => !!response.writeHead(503).end(), /answered 503 Service Unavailable; try again later/],
+    [
+      'has a page for every address',
+      (_, response) => !!response.writeHead(200, { 'content-type': 'text/html; charset=utf-8' }).end('<!doctype html>'),
+      /neither model.safetensors nor/,
+    ],
+    [
+      'has an empty file',
+      (_, response) => !!response.writeHead(416, { 'content-range': 'bytes */0' }).end(),
+      /0 bytes are too few/,
+    ],
+    [
+      'sends other bytes',
+      later(0, part('bytes 1-4194304/99999999', 4 * MB)),
+      /answered with the range "bytes 1-4194304\/99999999" when it was asked for bytes 0 to 4194303/,
+    ],
+    ['sends less', later(0, part('bytes 0-99/99999999', 100)), /answered with the range/],
+    ['does not know the length', later(0, part('bytes 0-4194303/*', 4 * MB)), /answered with the range/],
+    [
+      'claims an impossible length',
+      later(0, part('bytes 0-4194303/99999999999999999999', 4 * MB)),
+      /answered with the range/,
+    ],
+    [
+      'claims another range later',
+      later(1, part(`bytes 0-4194303/${large.length}`, 4 * MB)),
+      /answered with the range/,
+    ],
+    [
+      'says more than it sends',
+      later(1, (response, first) => part(`bytes ${first}-${first + 16 * MB - 1}/${large.length}`, 10)(response)),
+      /sent 10 of the 16777216 bytes/,
+    ],
+    [
+      'sends more than it says',
+      later(1, (response, first) => part(`bytes ${first}-${first + 16 * MB - 1}/${large.length}`, 17 * MB)(response)),
+      /sent more than the 16777216 bytes/,
+    ],
+    [
+      'answers with everything later',
+      later(1, response => response.writeHead(200).end(large)),
+      /the whole file when it was asked for a part/,
+    ],
+    ['has lost it later', later(1, response => response.writeHead(404).end()), /answered 404 Not Found/],
+    [
+      'has another file later',
+      later(1, (response, first) =>
+        part(`bytes ${first}-${first + 16 * MB - 1}/${large.length + 1}`, 16 * MB)(response),
+      ),
+      /changed while it was read: it had \d+ bytes and has \d+/,
+    ],
+    ['hangs up', (_, response) => !!response.destroy(), /the request failed/],
+    [
+      'hangs up in the middle',
+      (_, response) => {
+        response.writeHead(206, { 'content-range': `bytes 0-4194303/${large.length}`, 'content-length': 4 * MB })
+        response.write(new Uint8Array(1000), () => response.destroy())
+        return true
+      },
+      /the connection broke after \d+ bytes/,
+    ],
+  ])('%s is told of', async (_, answer, fault) => {
+    const error = await open(answer)
+    expect(error).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(fault) })
+    expect((error as Error).message).toMatch(/^http:\/\/127/)
+  })
+
+  it('sends a file cut off as a whole is told of', async () => {
+    const cut = await open((_, response) => !!response.writeHead(200).end(large.subarray(0, 5 * MB)))
+    expect(cut).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringContaining('truncated') })
+  })
+
+  it.each(['etag', 'last-modified'])('has a file of another %s later is told of', async header => {
+    let value = 0
+    const error = await open((_, response) => void response.setHeader(header, `"${value++}"`))
+    expect(error).toMatchObject({
+      message: expect.stringMatching(/the file changed while it was read: .*0.* is .*1|0.*then.*1/),
+    })
+  })
+
+  it('cannot be reached is told of', async () => {
+    const { address } = await site({})
+    const error = await failure(openCheckpoint(address.replace(/:\d+$/, ':1')))
+    expect(error).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(/the request failed: .*/) })
+  })
+
+  it('may be asked again after it failed', async () => {
+    let broken = true
+    const { address } = await site(model, {
+      answer: ({ headers }, response) =>
+        broken && !headers.range?.startsWith('bytes=0-') && !!response.writeHead(503).end(),
+    })
+    await using checkpoint = await openCheckpoint(address)
+    await expect(checkpoint.read('d')).rejects.toThrow(/503/)
+    broken = false
+    expect((await checkpoint.read('d')).data).toHaveLength(20 * MB)
+  })
+})
+
+describe('a signal ends', () => {
+  const reason = new Error('enough')
+  const aborted = { code: 'E_ABORTED', cause: reason }
+
+  it('a request that is not answered, and an answer that does not end', async () => {
+    for (const begun of [false, true]) {
+      const { address } = await site(
+        { '/model.safetensors': large },
+        {
+          answer: (_, response) => {
+            if (begun) response.writeHead(206, { 'content-range': `bytes 0-4194303/${large.length}` }).write('x')
+            return true
+          },
+        },
+      )
+      const stop = new AbortController()
+      const opening = failure(openCheckpoint(address, { signal: stop.signal }))
+      await new Promise(resolve => setTimeout(resolve, 50))
+      stop.abort(reason)
+      expect(await opening).toMatchObject(aborted)
+    }
+  })
+
+  it('what would be read later, on the web and on the disk', async () => {
+    const { address } = await site({ '/model.safetensors': large })
+    for (const place of [address, fixture('sharded')]) {
+      const stop = new AbortController()
+      await using checkpoint = await openCheckpoint(place, { signal: stop.signal })
+      stop.abort(reason)
+      await expect(checkpoint.read(checkpoint.keys()[0])).rejects.toMatchObject(aborted)
+    }
+  })
+})
+
+describe('files at hand', () => {
+  const given = () =>
+    Object.entries(sharded).map(([path, bytes]) => new File([Uint8Array.from(bytes)], path.replace('/m/', '')))
+
+  it('are a checkpoint', async () => {
+    await using here = await openCheckpoint(fixture('sharded'))
+    await using there = await openCheckpoint(given())
+    for (const key of here.keys()) expect(await there.read(key)).toEqual(await here.read(key))
+    expect(there.info('lm_head.weight').file).toBe('model-00003-of-00003.safetensors')
+  })
+
+  it('that lack one, or have one twice, are refused', async () => {
+    await expect(openCheckpoint(given().slice(0, 3))).rejects.toThrow(/model-0000\d.*: opening failed: no such file/)
+    await expect(openCheckpoint([...given(), ...given()])).rejects.toThrow(/2 are called model.safetensors.index.json/)
+    await expect(openCheckpoint([])).rejects.toThrow('the given files: the folder has neither')
+  })
+})
