@@ -14,6 +14,8 @@ export function library(entry: Record<string, string>): ReturnType<typeof define
     sourcemap: true,
     clean: true,
     silent: true,
+    // Deno and runtimes at the edge know Node's modules by `node:` alone.
+    removeNodeProtocol: false,
     plugins: [{ name: 'class-names', renderChunk: (code, { map }) => ({ code: ownNames(code), map }) }],
   })
 }
