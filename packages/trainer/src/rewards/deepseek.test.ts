@@ -9,6 +9,7 @@ import type { TrainOptions } from '../options.ts'
 import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
 import { train } from '../train.ts'
 import { type RolloutOptions, rollouts } from './rollouts.ts'
+import type { SamplingModel } from './sampler.ts'
 
 const backend = await createBackend()
 afterAll(() => backend.dispose())
@@ -42,7 +43,7 @@ const prompts = Array.from({ length: 12 }, (_, i) => ({
 }))
 
 async function ran(given: Partial<RolloutOptions> = {}, options: Partial<TrainOptions> = {}) {
-  const model = new DeepSeek(tiny, { backend })
+  const model = new DeepSeek(tiny, { backend }) satisfies SamplingModel
   const steps: StepEvent[] = []
   const data = rollouts(prompts, {
     reward: ({ tokens }) => tokens.filter(token => token === 7).length / tokens.length,
