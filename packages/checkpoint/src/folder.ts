@@ -13,6 +13,7 @@ export interface OpenFile {
    * ends before.
    */
   read(into: Uint8Array, offset: number, length: number, position: number): Promise<number>
+  /** Gives what is open back. */
   close(): Promise<void>
 }
 
