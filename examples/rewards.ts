@@ -97,7 +97,7 @@ async function main(): Promise<void> {
   const { validation: after } = await train(model, {
     ...settings,
     data,
-    sequenceLength: 256,
+    sequenceLength: 320,
     batchSize: 16,
     steps: Number(values.steps),
     lr: Number(values.lr),
