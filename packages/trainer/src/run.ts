@@ -331,6 +331,8 @@ export class Run {
       return measured
     } catch (error) {
       if (interrupts.signal.aborted && error === interrupts.signal.reason) return null
+      // A reward may fail here as it may in a step.
+      if (lessons.textsPerStep > 0) await this.save().catch(() => undefined)
       throw error
     }
   }

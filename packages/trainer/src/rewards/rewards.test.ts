@@ -354,6 +354,17 @@ describe('what goes wrong', () => {
     expect(numbers(rest)).toEqual(numbers(whole).slice(2))
   })
 
+  test('a reward that fails for a held-out prompt leaves what was learned, too', async () => {
+    const out = join(await temporaryFolder(), 'run')
+    const reward = (sample: Sample) => {
+      if ((sample.prompt as { tokens: number[] }).tokens[1] === 9) throw new Error('cannot judge')
+      return sevens(sample)
+    }
+    const given = { reward, validation: [{ tokens: [10, 9] }] }
+    expect(await problem(ran(given, { steps: 6, evalEvery: 4, out }))).toMatchObject({ code: 'E_DATA' })
+    expect(latestCheckpoint(out)).toMatch(/step-000004$/)
+  })
+
   test('a reward that takes long is ended by the signal, and the step is made again', async () => {
     const out = join(await temporaryFolder(), 'run')
     const controller = new AbortController()
