@@ -1,11 +1,12 @@
 // Proves the packages as users get them: packs each one (after `pnpm build`), lets publint look at the tarball, installs all tarballs
 // with npm into an empty folder and imports every entry there, without sources and without TypeScript. Native kernels that were built for
 // publishing (`node packages/kernels-cpu/scripts/build-native.mjs --platforms`) must then come with this machine's platform package;
-// `--release`: they must be there.
+// `--release`: they must be there. What is for browsers is bundled for one. `--runtimes`: Bun and Deno, from npm, run what Node runs.
 import { execFileSync, spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
+import { build } from 'esbuild'
 import { publint } from 'publint'
 import { formatMessage } from 'publint/utils'
 
@@ -27,12 +28,15 @@ interface Packed {
   tarball: string
 }
 
+/** Entries without a condition of their own that run in browsers as they are. */
+const asTheyAre = ['@moe/core', '@moe/backend-tfjs']
+
 const work = mkdtempSync(join(tmpdir(), 'moe-pack-'))
 const problems: string[] = []
 try {
   const packages = [...foldersIn('packages'), ...foldersIn(join('packages', 'kernels-cpu', 'npm'))].flatMap(pack)
   for (const { manifest, tarball } of packages) await lint(manifest, tarball)
-  installAndImport(packages)
+  await installAndImport(packages)
   const bytes = packages.reduce((sum, { tarball }) => sum + statSync(tarball).size, 0)
   console.log(`${packages.length} packages packed (${(bytes / 1e3).toFixed(0)} kB), installed and imported`)
 } finally {
@@ -72,7 +76,7 @@ async function lint(manifest: Manifest, tarball: string): Promise<void> {
   }
 }
 
-function installAndImport(packages: Packed[]): void {
+async function installAndImport(packages: Packed[]): Promise<void> {
   const app = join(work, 'app')
   mkdirSync(app)
   // Tarballs stand in for the registry, also where one package depends on another; peers that are not optional are the user's.
@@ -104,11 +108,12 @@ function installAndImport(packages: Packed[]): void {
     folder => /kernels-cpu-/.test(folder) && hasLibrary(folder),
   )
   writeFileSync(join(app, 'import-all.js'), importAll(entries) + openPage() + (native ? useNativeKernels() : ''))
-  for (const node of nodes()) {
-    const output = execFileSync(node, ['import-all.js'], { cwd: app, encoding: 'utf8' })
-    for (const line of output.split('\n').filter(Boolean)) problems.push(line)
+  for (const [program, ...args] of [...nodes(), ...(process.argv.includes('--runtimes') ? installRuntimes() : [])]) {
+    const output = execFileSync(program, [...args, 'import-all.js'], { cwd: app, encoding: 'utf8' })
+    for (const line of output.split('\n').filter(Boolean)) problems.push(`${basename(program)}: ${line}`)
   }
   checkDeclarations(app, entries)
+  await bundleForBrowsers(app, packages)
   for (const { manifest } of packages) {
     for (const name of Object.keys(manifest.bin ?? {})) {
       try {
@@ -169,9 +174,47 @@ if (String(product) !== '7,10,15,22') console.log('@moe/kernels-cpu: [1 2; 3 4] 
 }
 
 /** The Node of the workspace, and the one that npm was started with, often an older one that the packages promise to run on. */
-function nodes(): string[] {
+function nodes(): string[][] {
   const outer = process.env.npm_node_execpath
-  return outer && outer !== process.execPath ? [process.execPath, outer] : [process.execPath]
+  return outer && outer !== process.execPath ? [[process.execPath], [outer]] : [[process.execPath]]
+}
+
+/** Bun and Deno, as commands that run a program. */
+function installRuntimes(): string[][] {
+  const folder = join(work, 'runtimes')
+  mkdirSync(folder)
+  writeFileSync(join(folder, 'package.json'), '{}')
+  execFileSync('npm', ['install', '--no-audit', '--no-fund', '--loglevel=error', 'bun', 'deno'], {
+    cwd: folder,
+    stdio: ['ignore', 'ignore', 'inherit'],
+    shell: process.platform === 'win32',
+  })
+  const bin = join(folder, 'node_modules', '.bin')
+  return [
+    [join(bin, 'bun'), 'run'],
+    [join(bin, 'deno'), 'run', '--allow-all'],
+  ]
+}
+
+/** Bundles what is for browsers as an application would, which fails for a module of Node. */
+async function bundleForBrowsers(app: string, packages: Packed[]): Promise<void> {
+  const entries = packages.flatMap(({ manifest }) =>
+    Object.entries(manifest.publishConfig?.exports ?? manifest.exports ?? {})
+      .filter(([, target]) => Object.keys(target as object).includes('browser'))
+      .map(([entry]) => `${manifest.name}${entry.slice(1)}`),
+  )
+  for (const entry of [...asTheyAre, ...entries]) {
+    const { errors } = await build({
+      stdin: { contents: `export * from '${entry}'`, resolveDir: app },
+      bundle: true,
+      platform: 'browser',
+      format: 'esm',
+      outdir: join(work, 'bundle'),
+      external: ['@tensorflow/*'],
+      logLevel: 'silent',
+    }).catch(error => error as { errors: { text: string }[] })
+    for (const { text } of errors) problems.push(`${entry}: not for browsers: ${text}`)
+  }
 }
 
 /** The declarations as the compiler of a consumer without Node's types sees them, without skipping the library check; what other libraries declare is theirs. */

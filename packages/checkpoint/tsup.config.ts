@@ -1,3 +1,3 @@
-import { library } from '../../scripts/tsup-preset.ts'
+import { browserLibrary, library } from '../../scripts/tsup-preset.ts'
 
-export default library({ index: 'src/index.ts' })
+export default [library({ index: 'src/index.ts' }), browserLibrary({ index: 'src/index.ts' })]
