@@ -1,0 +1,65 @@
+/**
+ * @file Runs the backend suite on TensorFlow.js from npm in headless Chromium. WebGPU and WebGL are computed in software where there is no GPU.
+ *
+ *   node packages/backend-tfjs/scripts/browser-suite.ts webgpu|webgl|wasm|cpu [part of the names of checks]
+ */
+import { execFileSync } from 'node:child_process'
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { build } from 'esbuild'
+import { inChromium } from '../../../scripts/in-chromium.ts'
+
+const [name = 'webgpu', part = ''] = process.argv.slice(2)
+const path = (of: string) => fileURLToPath(new URL(of, import.meta.url))
+const work = mkdtempSync(join(tmpdir(), 'moe-browser-suite-'))
+try {
+  const kernels = `@tensorflow/tfjs-backend-${name}`
+  writeFileSync(join(work, 'package.json'), '{}')
+  execFileSync(
+    'npm',
+    ['install', '--no-audit', '--no-fund', '--loglevel=error', '@tensorflow/tfjs-core@4.22.0', `${kernels}@4.22.0`],
+    { cwd: work, stdio: ['ignore', 'ignore', 'inherit'], shell: process.platform === 'win32' },
+  )
+  const { outputFiles } = await build({
+    stdin: {
+      contents: `
+import * as tf from '@tensorflow/tfjs-core'
+import * as kernels from '${kernels}'
+import { backendSuite } from ${JSON.stringify(path('../../core/src/testing/index.ts'))}
+import { tfjsBackend } from ${JSON.stringify(path('../src/tfjs-backend.ts'))}
+
+kernels.setWasmPaths?.('/files/')
+await tf.setBackend('${name}')
+await tf.ready()
+let passed = 0
+let failed = 0
+for (const check of backendSuite(async () => tfjsBackend(tf))) {
+  if (!check.name.includes(${JSON.stringify(part)})) continue
+  try {
+    await check.run()
+    passed++
+  } catch (error) {
+    failed++
+    await note(check.name + ': ' + String(error?.message ?? error).slice(0, 300))
+  }
+}
+await report({ backend: tf.getBackend(), passed, failed })
+`,
+      resolveDir: work,
+    },
+    bundle: true,
+    platform: 'browser',
+    format: 'esm',
+    target: 'es2022',
+    write: false,
+    logLevel: 'error',
+  })
+  const files = join(work, 'node_modules', kernels, 'dist')
+  const result = (await inChromium(outputFiles[0].text, { files, seconds: 560 })) as { failed: number }
+  console.log(result)
+  process.exitCode = result.failed === 0 ? 0 : 1
+} finally {
+  rmSync(work, { recursive: true, force: true })
+}
