@@ -13,8 +13,8 @@ function asked(): string[] {
   }
   // Launchers differ by device.
   for (const capability of [80, 90, 100]) {
-    const wgmma = capability === 90
-    const cuda = { capability, wgmma, multiprocessors: 4, sharedMemory: 99 * 1024, kernel } as unknown as Cuda
+    const onHopper = () => capability === 90
+    const cuda = { capability, onHopper, multiprocessors: 4, sharedMemory: 99 * 1024, kernel } as unknown as Cuda
     for (const factory of Object.values({ ...primitiveFactories, ...fusedFactories }))
       (factory as (cuda: Cuda) => unknown)(cuda)
   }
