@@ -33,6 +33,8 @@ import { tfjsBackend } from ${JSON.stringify(path('../src/tfjs-backend.ts'))}
 kernels.setWasmPaths?.('/files/')
 await tf.setBackend('${name}')
 await tf.ready()
+// A command that WebGPU refuses fails silently, and what was sent with it as well.
+tf.backend().device?.addEventListener('uncapturederror', ({ error }) => note(error.message.slice(0, 1500)))
 let passed = 0
 let failed = 0
 for (const check of backendSuite(async () => tfjsBackend(tf))) {

@@ -101,7 +101,7 @@ function hostTables(host: Host) {
 }
 
 function deviceTables(runner: Runner, syncReads: boolean) {
-  const op = ops(runner)
+  const op = ops(runner, !syncReads)
   const device: Device = probeDevice(runner, op, syncReads)
   return {
     primitives: bind(devicePrimitives, fn => (inputs, attrs, outputs) => {

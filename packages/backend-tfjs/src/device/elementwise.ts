@@ -27,11 +27,13 @@ const unaryKernels: { readonly [C in UnaryCode]: string } = {
   floor: 'Floor',
 }
 
-export const unary: Kernel<PrimitiveAttrs['unary']> = ({ runner }, op, [value], { code }, [spec]) => {
+export const unary: Kernel<PrimitiveAttrs['unary']> = ({ runner, syncReads }, op, [value], { code }, [spec]) => {
   const x = tensorOf(value)
   if (spec.dtype === 'i32' && code === 'sign') return [signOfIntegers(op, x)]
   const y = runner.run(unaryKernels[code], { x })
-  return code === 'sign' ? [op.select(op.isNaN(x), x, y, spec.shape)] : [y]
+  // Where nothing can be tried, Sigmoid may lose a NaN, as that of webgpu does.
+  const loses = code === 'sign' || (code === 'sigmoid' && !syncReads)
+  return loses ? [op.select(op.isNaN(x), x, y, spec.shape)] : [y]
 }
 
 /** (0 < x) - (x < 0): not every Sign kernel takes integers. */

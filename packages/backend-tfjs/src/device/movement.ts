@@ -30,9 +30,7 @@ export const reduce: Kernel<PrimitiveAttrs['reduce']> = (device, op, [value], { 
   return [op.select(op.less(op.scalar(0, 'float32'), bad), op.scalar(Number.NaN, 'float32'), y, shape)]
 }
 
-export const cumsum: Kernel<PrimitiveAttrs['cumsum']> = ({ runner }, _, [x], { axis }) => [
-  runner.run('Cumsum', { x: tensorOf(x) }, { axis, exclusive: false, reverse: false }),
-]
+export const cumsum: Kernel<PrimitiveAttrs['cumsum']> = (_, op, [x], { axis }) => [op.cumsum(tensorOf(x), axis)]
 
 export const topk: Kernel<PrimitiveAttrs['topk']> = ({ runner }, op, [value], { k }) => {
   const x = tensorOf(value)
@@ -46,9 +44,7 @@ export const matmul: Kernel<PrimitiveAttrs['matmul']> = (_, op, inputs, { transp
   return [op.matmul(a, b, transposeA, transposeB)]
 }
 
-export const permute: Kernel<PrimitiveAttrs['permute']> = ({ runner }, op, [x], { axes }) => [
-  runner.run('Transpose', { x: numeric(op, x) }, { perm: axes.slice() }),
-]
+export const permute: Kernel<PrimitiveAttrs['permute']> = (_, op, [x], { axes }) => [op.transpose(numeric(op, x), axes)]
 
 export const expand: Kernel<PrimitiveAttrs['expand']> = (_, op, [x], __, [{ shape }]) => {
   const y = op.expand(numeric(op, x), shape)
@@ -59,11 +55,11 @@ export const slice: Kernel<PrimitiveAttrs['slice']> = (_, op, [x], { starts }, [
   op.slice(numeric(op, x), starts, shape),
 ]
 
-export const pad: Kernel<PrimitiveAttrs['pad']> = ({ runner }, op, [x], { before, value }, [spec]) => {
+export const pad: Kernel<PrimitiveAttrs['pad']> = (_, op, [x], { before, value }, [spec]) => {
   if (sizeOf(x.shape) === 0) return [op.fill(spec.shape, value, tfDType(spec.dtype))]
-  if (x.shape.length === 0) return [op.reshape(tensorOf(x), [])]
-  const paddings = before.map((n, axis) => [n, spec.shape[axis] - n - x.shape[axis]])
-  return [runner.run('PadV2', { x: tensorOf(x) }, { paddings, constantValue: value })]
+  const after = before.map((n, axis) => spec.shape[axis] - n - x.shape[axis])
+  const y = op.pad(tensorOf(x), before, after, value)
+  return [sizeOf(spec.shape) === sizeOf(x.shape) ? op.reshape(y, spec.shape) : y]
 }
 
 export const concat: Kernel<PrimitiveAttrs['concat']> = (_, op, parts, { axis }, [{ shape }]) => {

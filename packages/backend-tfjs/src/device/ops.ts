@@ -18,8 +18,18 @@ export interface Device {
 /** u8 is held as int32, or as bool where it is known to be 0 or 1 (results of comparisons). */
 export const tfDType = (dtype: DType): TfDType => (dtype === 'f32' ? 'float32' : 'int32')
 
-export function ops(runner: Runner) {
+/**
+ * @param careful avoids what fails on webgpu: its Transpose, which moves for other kernels, too, takes no integers, and its Cast to f32 leaves integers in the memory
+ */
+export function ops(runner: Runner, careful = false) {
   const run = runner.run
+  /** With the axes moved behind all others where the kernel itself would move integers. */
+  const innermost = (x: TfTensor, axes: readonly number[]): [TfTensor, number[]] => {
+    const rank = x.shape.length
+    if (!careful || x.dtype === 'float32' || axes.every(axis => axis >= rank - axes.length)) return [x, axes.slice()]
+    const others = x.shape.map((_, axis) => axis).filter(axis => !axes.includes(axis))
+    return [self.transpose(x, [...others, ...axes]), axes.map((_, i) => others.length + i)]
+  }
   const self = {
     upload(values: Float32Array | Int32Array, shape: Shape): TfTensor {
       const dtype = values instanceof Float32Array ? 'float32' : 'int32'
@@ -34,7 +44,24 @@ export function ops(runner: Runner) {
       self.upload(dtype === 'float32' ? Float32Array.of(value) : Int32Array.of(value), []),
     reshape: (x: TfTensor, shape: Shape) => run('Reshape', { x }, { shape: shape.slice() }),
     as: (x: TfTensor, shape: Shape) => (sameShape(x.shape, shape) ? x : self.reshape(x, shape)),
-    cast: (x: TfTensor, dtype: TfDType) => (x.dtype === dtype ? x : run('Cast', { x }, { dtype })),
+    cast(x: TfTensor, dtype: TfDType): TfTensor {
+      if (x.dtype === dtype) return x
+      const y = run('Cast', { x }, { dtype })
+      return careful && dtype === 'float32' ? self.mul(y, self.scalar(1, 'float32')) : y
+    },
+    transpose(x: TfTensor, perm: readonly number[]): TfTensor {
+      if (!careful || x.dtype === 'float32') return run('Transpose', { x }, { perm: perm.slice() })
+      const shape = perm.map(axis => x.shape[axis])
+      const flat = self.reshape(x, [sizeOf(shape)])
+      return self.reshape(self.gather(flat, self.upload(placesAfter(x.shape, perm), [sizeOf(shape)])), shape)
+    },
+    cumsum(x: TfTensor, axis: number): TfTensor {
+      const [inner, [last]] = innermost(x, [axis])
+      const y = run('Cumsum', { x: inner }, { axis: last, exclusive: false, reverse: false })
+      if (inner === x) return y
+      const back = x.shape.map((_, i) => (i < axis ? i : i === axis ? last : i - 1))
+      return self.transpose(y, back)
+    },
     add: (a: TfTensor, b: TfTensor) => run('Add', { a, b }),
     sub: (a: TfTensor, b: TfTensor) => run('Sub', { a, b }),
     mul: (a: TfTensor, b: TfTensor) => run('Multiply', { a, b }),
@@ -44,9 +71,30 @@ export function ops(runner: Runner) {
     lessEqual: (a: TfTensor, b: TfTensor) => run('LessEqual', { a, b }),
     and: (a: TfTensor, b: TfTensor) => run('LogicalAnd', { a, b }),
     isNaN: (x: TfTensor) => run('NotEqual', { a: x, b: x }),
-    sum: (x: TfTensor, axes: readonly number[]) => run('Sum', { x }, { axis: axes.slice(), keepDims: false }),
-    max: (x: TfTensor, axes: readonly number[]) =>
-      run('Max', { x }, { reductionIndices: axes.slice(), keepDims: false }),
+    sum(x: TfTensor, axes: readonly number[]): TfTensor {
+      const [inner, axis] = innermost(x, axes)
+      return run('Sum', { x: inner }, { axis, keepDims: false })
+    },
+    max(x: TfTensor, axes: readonly number[]): TfTensor {
+      const [inner, reductionIndices] = innermost(x, axes)
+      return run('Max', { x: inner }, { reductionIndices, keepDims: false })
+    },
+    /** One axis at a time, of three: not every kernel takes more than four. */
+    pad(x: TfTensor, before: readonly number[], after: readonly number[], constantValue: number): TfTensor {
+      const shape = x.shape.slice()
+      return shape.reduce((padded, size, axis) => {
+        if (before[axis] === 0 && after[axis] === 0) return padded
+        const sides = [sizeOf(shape.slice(0, axis)), size, sizeOf(shape.slice(axis + 1))]
+        shape[axis] += before[axis] + after[axis]
+        const paddings = [
+          [0, 0],
+          [before[axis], after[axis]],
+          [0, 0],
+        ]
+        const y = run('PadV2', { x: self.reshape(padded, sides) }, { paddings, constantValue })
+        return self.reshape(y, shape)
+      }, x)
+    },
     gather: (x: TfTensor, indices: TfTensor) => run('GatherV2', { x, indices }, { axis: 0, batchDims: 0 }),
     slice: (x: TfTensor, begin: readonly number[], size: Shape) =>
       run('Slice', { x }, { begin: begin.slice(), size: size.slice() }),
@@ -72,6 +120,20 @@ export function ops(runner: Runner) {
     read: (x: TfTensor) => runner.backend.readSync(x.dataId),
   }
   return self
+}
+
+/** Where in an array of this shape, read in the order of the permuted axes, each element lies. */
+function placesAfter(shape: Shape, perm: readonly number[]): Int32Array {
+  const strides = shape.map((_, axis) => sizeOf(shape.slice(axis + 1)))
+  let places = Int32Array.of(0)
+  for (const axis of perm) {
+    const next = new Int32Array(places.length * shape[axis])
+    for (let i = 0, at = 0; i < places.length; i++) {
+      for (let j = 0; j < shape[axis]; j++) next[at++] = places[i] + j * strides[axis]
+    }
+    places = next
+  }
+  return places
 }
 
 export type Ops = ReturnType<typeof ops>
