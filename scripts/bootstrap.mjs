@@ -40,6 +40,8 @@ const commands = {
     nativeRequired: false,
     allVariants: false,
   }),
+  /** Serves a page in which a model writes. */
+  page: args => ({ script: 'examples/in-a-browser.ts', args, ownGroup: true, native: false }),
   test: args => ({
     script: 'node_modules/vitest/vitest.mjs',
     args: ['run', ...reporters(args), ...args],

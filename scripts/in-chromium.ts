@@ -1,25 +1,39 @@
-// Runs a program in headless Chromium, for checks by hand: bundled with esbuild and served beside the files of a folder, by ranges.
+// Runs a program in headless Chromium, for checks by hand: served beside files of folders.
 import { spawn } from 'node:child_process'
 import { existsSync, mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { serveFolder } from './serve-folder.ts'
+import { servePage } from './serve-page.ts'
 
 /** `--use-webgpu-adapter=swiftshader` and the like: a software adapter where there is no GPU. */
 const flags = [
   ...['--headless', '--no-sandbox', '--disable-quic', '--disable-background-networking', '--disable-component-update'],
   ...['--disable-sync', '--no-first-run', '--remote-debugging-port=0'],
-  ...['--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader', '--enable-unsafe-swiftshader'],
+  ...[
+    '--enable-unsafe-webgpu',
+    '--use-webgpu-adapter=swiftshader',
+    '--enable-unsafe-swiftshader',
+    '--disable-gpu-watchdog',
+  ],
 ]
+
+const page = `<!doctype html><meta charset="utf-8"><script type="module">
+const send = (kind, value) => fetch('/' + kind, { method: 'POST', body: JSON.stringify(value) })
+globalThis.note = text => send('note', text)
+globalThis.report = value => send('report', value)
+addEventListener('error', ({ message }) => send('failure', message))
+addEventListener('unhandledrejection', ({ reason }) => send('failure', String(reason?.stack ?? reason)))
+import('/program.js')
+</script>`
 
 /**
  * What `program` hands to `report(value)`, a global function of the page; `note(text)` prints a line meanwhile.
  * @param program an ECMAScript module
- * @param files folder that is served at `/files/`
+ * @param folders of files that are served, by the path where they are
  */
 export async function inChromium(
   program: string,
-  options: { files?: string; seconds?: number } = {},
+  { folders, seconds = 120 }: { folders?: Readonly<Record<string, string>>; seconds?: number } = {},
 ): Promise<unknown> {
   const chromium = ['/usr/bin/chromium-headless-shell', '/usr/bin/chromium', '/usr/bin/google-chrome'].find(existsSync)
   if (chromium === undefined) throw new Error('there is no Chromium in /usr/bin')
@@ -29,17 +43,12 @@ export async function inChromium(
     resolve = done
     reject = failed
   })
-  const page = `<!doctype html><meta charset="utf-8"><script type="module">
-const send = (kind, value) => fetch('/' + kind, { method: 'POST', body: JSON.stringify(value) })
-globalThis.note = text => send('note', text)
-globalThis.report = value => send('report', value)
-addEventListener('error', ({ message }) => send('failure', message))
-addEventListener('unhandledrejection', ({ reason }) => send('failure', String(reason?.stack ?? reason)))
-import('/program.js')
-</script>`
-  const server = await serveFolder(options.files, {
-    '/': { type: 'text/html', body: page },
-    '/program.js': { type: 'text/javascript', body: program },
+  const server = await servePage({
+    pages: {
+      '/': { type: 'text/html', body: page },
+      '/program.js': { type: 'text/javascript', body: program },
+    },
+    folders,
     received: (kind, body) => {
       const value = body === '' ? undefined : JSON.parse(body)
       if (kind === 'note') console.log(value)
@@ -49,7 +58,6 @@ import('/program.js')
   })
   const profile = mkdtempSync(join(tmpdir(), 'moe-chromium-'))
   const browser = spawn(chromium, [...flags, `--user-data-dir=${profile}`, server.url], { stdio: 'ignore' })
-  const seconds = options.seconds ?? 120
   const timer = setTimeout(() => reject(new Error(`no report within ${seconds} s`)), seconds * 1000)
   try {
     return await reported

@@ -47,7 +47,7 @@ async function wasmBackend(tf: Settable, { wasmPaths }: CreateBackendOptions, in
       fix: "pass { wasmPaths } with the folder of the package's .wasm files (dist/)",
     })
   }
-  return tfjsBackend(tf, { backend: 'wasm', device: 'TensorFlow.js wasm (XNNPACK, 1 thread in Node)' })
+  return tfjsBackend(tf, { backend: 'wasm', device: 'TensorFlow.js wasm (XNNPACK)' })
 }
 
 async function plainBackend(tf: Settable, cause: unknown): Promise<Backend> {

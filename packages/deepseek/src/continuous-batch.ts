@@ -6,6 +6,7 @@ import type { PagedCache, PagedSequence } from '@moe/attention-mla'
 import {
   checkOptions,
   checkPrecision,
+  eventLoopTurn,
   MoeError,
   namedParameters,
   type OptionNames,
@@ -279,7 +280,7 @@ export class ContinuousBatch {
     try {
       for (;;) {
         // Signals, timers and readers get their turn here.
-        await new Promise(setImmediate)
+        await eventLoopTurn()
         if (this.#disposed || this.#running.length + this.#waiting.length === 0) return
         this.#followWeights()
         this.#admit()

@@ -1,5 +1,14 @@
 /** @file Log-probabilities of texts that are there. */
-import { checkOptions, checkPrecision, fromHost, keep, MoeError, type OptionNames, type Precision } from '@moe/core'
+import {
+  checkOptions,
+  checkPrecision,
+  eventLoopTurn,
+  fromHost,
+  keep,
+  MoeError,
+  type OptionNames,
+  type Precision,
+} from '@moe/core'
 import { checkIds } from './generate.ts'
 import { checkTop, logProbsBehind, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
@@ -51,7 +60,7 @@ export async function score(
     } finally {
       hidden.dispose()
     }
-    await new Promise(setImmediate)
+    await eventLoopTurn()
   }
   return result
 }

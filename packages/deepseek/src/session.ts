@@ -3,6 +3,7 @@ import type { KvCache } from '@moe/attention-mla'
 import {
   checkOptions,
   checkPrecision,
+  eventLoopTurn,
   isMoeError,
   MoeError,
   namedParameters,
@@ -108,7 +109,7 @@ export class Session {
     let unseen = 0
     /** A backend that computes on this thread never waits: signals, timers and whoever reads the tokens get their turn here. */
     const turn = async () => {
-      await new Promise(setImmediate)
+      await eventLoopTurn()
       this.#needAlive()
       if (!signal?.aborted) return
       throw new MoeError({ code: 'E_ABORTED', op: 'generate', problem: 'was aborted', cause: signal.reason })

@@ -1,5 +1,14 @@
 /** @file Loss and bits per byte on held-out text. */
-import { checkOptions, MoeError, noGrad, type OptionNames, type Precision, scope, withPrecision } from '@moe/core'
+import {
+  checkOptions,
+  eventLoopTurn,
+  MoeError,
+  noGrad,
+  type OptionNames,
+  type Precision,
+  scope,
+  withPrecision,
+} from '@moe/core'
 import { checkedLoss, checkModel } from './check-model.ts'
 import { type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
 import type { TokenDataset } from './data/token-dataset.ts'
@@ -83,7 +92,7 @@ export async function evaluate(
     nll.dispose()
     tokens += count
     onProgress?.(done)
-    await new Promise(setImmediate)
+    await eventLoopTurn()
   }
   const share = data.predictable === 0 ? 0 : tokens / data.predictable
   const charged = nats + share * data.unpredictable * Math.log(data.vocabSize)

@@ -3,6 +3,7 @@ import { rmSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import {
   concat,
+  eventLoopTurn,
   globalNorm,
   MoeError,
   type NamedParameter,
@@ -270,7 +271,7 @@ export class Run {
     }
     const numbers = await done
     // A turn of the event loop, so that Ctrl-C is seen even where no download waits.
-    await new Promise(setImmediate)
+    await eventLoopTurn()
     const seconds = (performance.now() - started) / 1000
     this.step++
     this.trainSeconds += seconds

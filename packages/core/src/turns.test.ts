@@ -1,0 +1,20 @@
+import { afterEach, expect, test } from 'vitest'
+import { eventLoopTurn } from './turns.ts'
+
+const { setImmediate } = globalThis
+afterEach(() => {
+  globalThis.setImmediate = setImmediate
+})
+
+test.each([true, false])('a turn of the event loop lets timers through, setImmediate %s', async there => {
+  if (!there) Reflect.deleteProperty(globalThis, 'setImmediate')
+  let fired = false
+  setTimeout(() => {
+    fired = true
+  })
+  for (let turns = 0; !fired; turns++) {
+    if (turns === 1e6) break
+    await eventLoopTurn()
+  }
+  expect(fired).toBe(true)
+})
