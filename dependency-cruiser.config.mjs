@@ -7,6 +7,7 @@ const edges = {
   'backend-tfjs': ['core'],
   'kernels-cpu': ['core'],
   'kernels-cuda': ['core'],
+  'kernels-webgpu': ['core'],
   checkpoint: ['core'],
   'attention-mla': ['core'],
   router: ['core'],

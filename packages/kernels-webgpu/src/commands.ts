@@ -1,0 +1,192 @@
+/** @file Work for the device, in order: kernels are written down and submitted together. */
+import { MoeError } from '@moe/core'
+import { type GpuBuffer, type GpuDevice, type GpuEncoder, type GpuPass, mapRead, usage } from './gpu.ts'
+
+/** A kernel: WGSL for `main`, behind the declarations of its buffers and of `p(i)`, word i of its parameters. */
+export interface Program {
+  /** Unique: it is compiled once. */
+  readonly label: string
+  /** In the order in which `run` is given them. Names of those that are written end with a star: `'y* f32'`. */
+  readonly buffers: readonly string[]
+  /** Functions and constants first, then `main`. */
+  readonly body: string
+}
+
+/** Words of the parameters of a kernel. */
+const WORDS = 64
+const SLOT_BYTES = WORDS * 4
+/** Most kernels that are submitted together. */
+const SLOTS = 256
+
+interface Compiled {
+  readonly pipeline: unknown
+  readonly layout: unknown
+}
+
+export class Commands {
+  readonly #device: GpuDevice
+  readonly #parameters: GpuBuffer
+  readonly #words = new Uint32Array(WORDS * SLOTS)
+  readonly #compiled = new Map<string, Compiled>()
+  #encoder: GpuEncoder | undefined
+  #pass: GpuPass | undefined
+  #slots = 0
+  /** Buffers that work written down, but not submitted, reads or writes. */
+  readonly #used = new Set<GpuBuffer>()
+  #failure: MoeError | undefined
+  #disposed = false
+
+  constructor(device: GpuDevice) {
+    this.#device = device
+    this.#parameters = device.createBuffer({ size: SLOT_BYTES * SLOTS, usage: usage.uniform | usage.copyTo })
+    device.addEventListener('uncapturederror', ({ error }) => this.#fail(error.message, 'report it, with the message'))
+    void device.lost.then(({ message }) => {
+      if (!this.#disposed) this.#fail(`the GPU was lost: ${message}`, 'make a new backend, and go on from the last checkpoint')
+    })
+  }
+
+  #fail(problem: string, fix: string): void {
+    this.#failure ??= new MoeError({ code: 'E_BACKEND', op: 'kernels-webgpu', problem, fix })
+  }
+
+  /** Throws what the device has reported. */
+  check(): void {
+    if (this.#failure) throw this.#failure
+  }
+
+  /** Writes a kernel down: `groups` are numbers of workgroups; those of the first axis may be more than a device counts, and go on along y. */
+  run(program: Program, buffers: readonly GpuBuffer[], parameters: readonly number[], groups: readonly number[]): void {
+    if (this.#slots === SLOTS) this.submit()
+    const { pipeline, layout } = this.#compile(program)
+    const slot = this.#slots++
+    this.#words.set(parameters, slot * WORDS)
+    const entries = [
+      { binding: 0, resource: { buffer: this.#parameters, offset: 0, size: SLOT_BYTES } },
+      ...buffers.map((buffer, i) => ({ binding: i + 1, resource: { buffer } })),
+    ]
+    const pass = this.#open()
+    pass.setPipeline(pipeline)
+    pass.setBindGroup(0, this.#device.createBindGroup({ layout, entries }), [slot * SLOT_BYTES])
+    const [x, y = 1, z = 1] = groups
+    const most = this.#device.limits.maxComputeWorkgroupsPerDimension
+    if (x > most) pass.dispatchWorkgroups(most, Math.ceil(x / most))
+    else pass.dispatchWorkgroups(x, y, z)
+    for (const buffer of buffers) this.#used.add(buffer)
+  }
+
+  copy(from: GpuBuffer, to: GpuBuffer, bytes: number): void {
+    if (bytes === 0) return
+    this.#between().copyBufferToBuffer(from, 0, to, 0, bytes)
+    this.#used.add(from).add(to)
+  }
+
+  clear(buffer: GpuBuffer, bytes: number): void {
+    if (bytes === 0) return
+    this.#between().clearBuffer(buffer, 0, bytes)
+    this.#used.add(buffer)
+  }
+
+  upload(data: ArrayBufferView, to: GpuBuffer): void {
+    if (data.byteLength === 0) return
+    // It is written before everything that is submitted later.
+    if (this.#used.has(to)) this.submit()
+    this.#device.queue.writeBuffer(to, 0, data)
+  }
+
+  async download(from: GpuBuffer, bytes: number): Promise<ArrayBuffer> {
+    this.check()
+    if (bytes === 0) return new ArrayBuffer(0)
+    const staging = this.#device.createBuffer({ size: bytes, usage: usage.mapRead | usage.copyTo })
+    try {
+      this.copy(from, staging, bytes)
+      this.submit()
+      await staging.mapAsync(mapRead).catch(cause => {
+        this.check()
+        const problem = `reading back failed: ${cause instanceof Error ? cause.message : cause}`
+        throw new MoeError({ code: 'E_BACKEND', op: 'kernels-webgpu', problem, cause })
+      })
+      this.check()
+      return staging.getMappedRange().slice(0)
+    } finally {
+      staging.destroy()
+    }
+  }
+
+  submit(): void {
+    if (!this.#encoder) return
+    if (this.#slots > 0) {
+      this.#device.queue.writeBuffer(this.#parameters, 0, this.#words.subarray(0, this.#slots * WORDS))
+    }
+    const encoder = this.#between()
+    this.#device.queue.submit([encoder.finish()])
+    this.#encoder = undefined
+    this.#slots = 0
+    this.#used.clear()
+  }
+
+  async wait(): Promise<void> {
+    this.submit()
+    await this.#device.queue.onSubmittedWorkDone()
+    this.check()
+  }
+
+  dispose(): void {
+    this.#disposed = true
+    this.#pass?.end()
+    this.#pass = undefined
+    this.#encoder = undefined
+    this.#parameters.destroy()
+    this.#device.destroy()
+  }
+
+  #open(): GpuPass {
+    this.#encoder ??= this.#device.createCommandEncoder()
+    return (this.#pass ??= this.#encoder.beginComputePass())
+  }
+
+  /** The encoder, outside of a pass. */
+  #between(): GpuEncoder {
+    this.#pass?.end()
+    this.#pass = undefined
+    return (this.#encoder ??= this.#device.createCommandEncoder())
+  }
+
+  #compile({ label, buffers, body }: Program): Compiled {
+    const known = this.#compiled.get(label)
+    if (known) return known
+    const declared = buffers.map((text, i) => {
+      const [name, element] = text.split(' ')
+      const access = name.endsWith('*') ? 'read_write' : 'read'
+      return `@group(0) @binding(${i + 1}) var<storage, ${access}> ${name.replace('*', '')}: array<${element}>;`
+    })
+    const code = `@group(0) @binding(0) var<uniform> parameters: array<vec4<u32>, ${WORDS / 4}>;
+fn p(i: u32) -> u32 { return parameters[i >> 2u][i & 3u]; }
+${declared.join('\n')}
+${body}`
+    const entries = [
+      { binding: 0, visibility: 4, buffer: { type: 'uniform', hasDynamicOffset: true } },
+      ...buffers.map((text, i) => ({
+        binding: i + 1,
+        visibility: 4,
+        buffer: { type: text.includes('*') ? 'storage' : 'read-only-storage' },
+      })),
+    ]
+    const layout = this.#device.createBindGroupLayout({ entries })
+    const pipeline = this.#device.createComputePipeline({
+      label,
+      layout: this.#device.createPipelineLayout({ bindGroupLayouts: [layout] }),
+      compute: { module: this.#device.createShaderModule({ code, label }), entryPoint: 'main' },
+    })
+    const compiled = { pipeline, layout }
+    this.#compiled.set(label, compiled)
+    return compiled
+  }
+}
+
+const bits = new DataView(new ArrayBuffer(4))
+
+/** An f32 as a word of parameters; WGSL reads it by `bitcast<f32>(p(i))`. */
+export function word(value: number): number {
+  bits.setFloat32(0, value)
+  return bits.getUint32(0)
+}

@@ -1,0 +1,110 @@
+/** @file What kernels are written with: outputs, inputs, and a launch. */
+import { type Handle, MoeError, sizeOf, type TensorSpec, type Value } from '@moe/core'
+import type { Commands, Program } from './commands.ts'
+import { type Buffer, ELEMENT_BYTES, type Memory } from './memory.ts'
+
+/** Threads of a workgroup of kernels that have one thread an element. */
+export const THREADS = 64
+
+/** The device as kernels see it. */
+export class DeviceOps {
+  readonly memory: Memory
+  readonly #commands: Commands
+
+  constructor(memory: Memory, commands: Commands) {
+    this.memory = memory
+    this.#commands = commands
+  }
+
+  /** A fresh buffer; its elements are anything. */
+  output(op: string, { shape, dtype }: TensorSpec): Buffer {
+    if (dtype !== 'f32' && dtype !== 'i32' && dtype !== 'u8') {
+      throw new MoeError({
+        code: 'E_UNSUPPORTED',
+        op,
+        problem: `WebGPU has no ${dtype}`,
+        fix: 'use f32, or another backend (@moe/kernels-cpu, @moe/kernels-cuda) for 16- and 8-bit floats',
+        details: { dtype },
+      })
+    }
+    return this.memory.allocate(op, shape, dtype)
+  }
+
+  /** Memory of `x` for an output in its place: its own where nobody else has it. */
+  donated(op: string, x: Value): Buffer {
+    const buffer = bufferOf(x)
+    return buffer.refs === 1 ? this.memory.share(buffer) : this.copied(op, x)
+  }
+
+  copied(op: string, x: Value): Buffer {
+    const y = this.output(op, x)
+    this.#commands.copy(bufferOf(x).gpu, y.gpu, y.bytes)
+    return y
+  }
+
+  zeros(op: string, spec: TensorSpec): Buffer {
+    const y = this.output(op, spec)
+    this.#commands.clear(y.gpu, y.bytes)
+    return y
+  }
+
+  /** A buffer between kernels of one op, of 32-bit elements; `done` gives it back. */
+  between(op: string, elements: number): Buffer {
+    return this.memory.allocate(op, [elements], 'i32')
+  }
+
+  done(...buffers: readonly Buffer[]): void {
+    for (const buffer of buffers) this.memory.release(buffer)
+  }
+
+  /** One thread for each of `count` elements; the kernel is told it as word 0, and begins with `let i = element(...)`. */
+  each(program: Program, buffers: readonly Buffer[], count: number, parameters: readonly number[] = []): void {
+    if (count === 0) return
+    this.launch(program, buffers, [count, ...parameters], [Math.ceil(count / THREADS)])
+  }
+
+  launch(program: Program, buffers: readonly Buffer[], parameters: readonly number[], groups: readonly number[]): void {
+    if (groups.some(size => size === 0)) return
+    if (parameters.length > 64) throw tooManyAxes(program.label)
+    this.#commands.run(
+      program,
+      buffers.map(({ gpu }) => gpu),
+      parameters,
+      groups,
+    )
+  }
+}
+
+function tooManyAxes(op: string): MoeError {
+  const problem = 'its operands are repeated or turned along too many axes'
+  return new MoeError({ code: 'E_UNSUPPORTED', op, problem, fix: 'reshape them to fewer axes before' })
+}
+
+export const bufferOf = (value: Value): Buffer => value.handle as Handle as Buffer
+export const elementsOf = ({ bytes }: Buffer): number => bytes / ELEMENT_BYTES
+export const countOf = ({ shape }: TensorSpec): number => sizeOf(shape)
+
+/** Of WGSL: what a buffer of this dtype holds. */
+export const elementOf = (dtype: string): string => (dtype === 'f32' ? 'f32' : 'i32')
+
+/** WGSL of a kernel with one thread for each of word 0 elements, as `i`. */
+export const eachElement = (body: string): string => `
+@compute @workgroup_size(${THREADS})
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+  let i = (group.y * groups.x + group.x) * ${THREADS}u + thread;
+  if (i >= p(0u)) { return; }
+${body}
+}`
+
+/** WGSL: `fn place(i, sizes, strides) -> u32`, where element i of a nest lies; both are the first of p(1) words of parameters, outermost axis first. */
+export const placeInNest = `
+fn place(i: u32, sizes: u32, strides: u32) -> u32 {
+  var rest = i;
+  var at = 0u;
+  for (var axis = p(1u); axis > 0u; axis--) {
+    let size = p(sizes + axis - 1u);
+    at += (rest % size) * p(strides + axis - 1u);
+    rest /= size;
+  }
+  return at;
+}`

@@ -1,0 +1,162 @@
+/** @file One thread an element: arithmetic, comparisons, choices, casts. */
+import type { BinaryCode, CompareCode, DType, Kernel, PrimitiveAttrs, UnaryCode } from '@moe/core'
+import { broadcastNest } from '@moe/core/strides'
+import { type Program, word } from '../commands.ts'
+import { bufferOf, countOf, type DeviceOps, eachElement, elementOf, placeInNest } from '../device-ops.ts'
+import { exponential, hyperbolic, logarithm, powers, special, trigonometry } from './math.ts'
+
+const unaryFloats: { readonly [C in UnaryCode]: readonly [result: string, ...functions: string[]] } = {
+  neg: ['-a'],
+  abs: ['abs(a)'],
+  sign: ['select(select(f32(a > 0.0) - f32(a < 0.0), 0.0, a == 0.0), a, is_nan(a))', special],
+  exp: ['exp_(a)', special, exponential],
+  log: ['log_(a)', special, logarithm],
+  sqrt: ['select(sqrt(a), a, is_inf(a) && !is_negative(a))', special],
+  rsqrt: ['1.0 / sqrt(a)'],
+  sin: ['sin_(a)', special, trigonometry],
+  cos: ['cos_(a)', special, trigonometry],
+  tanh: ['tanh_(a)', special, exponential, hyperbolic],
+  sigmoid: ['sigmoid_(a)', special, exponential],
+  floor: ['floor(a)'],
+}
+
+const unaryIntegers: Partial<Record<UnaryCode, string>> = { neg: '-a', abs: 'abs(a)', sign: 'sign(a)' }
+
+export const unary =
+  (gpu: DeviceOps): Kernel<PrimitiveAttrs['unary']> =>
+  ([x], { code }, [spec]) => {
+    const y = gpu.output(code, spec)
+    const element = elementOf(spec.dtype)
+    const [result, ...functions] = element === 'f32' ? unaryFloats[code] : [unaryIntegers[code] as string]
+    const program = {
+      label: `${code} ${element}`,
+      buffers: [`x ${element}`, `y* ${element}`],
+      body: `${functions.join('')}${eachElement(`let a = x[i]; y[i] = ${result};`)}`,
+    }
+    gpu.each(program, [bufferOf(x), y], countOf(spec))
+    return [y]
+  }
+
+const binaryFloats: { readonly [C in BinaryCode]: readonly [result: string, ...functions: string[]] } = {
+  add: ['l + r'],
+  sub: ['l - r'],
+  mul: ['l * r'],
+  div: ['l / r'],
+  max: ['max_(l, r)', special],
+  min: ['min_(l, r)', special],
+  pow: ['pow_(l, r)', special, exponential, logarithm, powers],
+}
+
+// -2^31 / -1 is 2^31, which wraps to itself, as l / 1 and 0 - it do.
+const divide = `
+fn divide(l: i32, r: i32) -> i32 {
+  if (r == 0) { return 0; }
+  if (r == -1) { return 0 - l; }
+  return l / r;
+}`
+
+const binaryIntegers: { readonly [C in BinaryCode]: readonly [result: string, ...functions: string[]] } = {
+  ...binaryFloats,
+  div: ['divide(l, r)', divide],
+  max: ['max(l, r)'],
+  min: ['min(l, r)'],
+}
+
+const pairs = (label: string, [from, to]: readonly string[], [result, ...functions]: readonly string[]): Program => ({
+  label: `${label} ${from}`,
+  buffers: [`a ${from}`, `b ${from}`, `y* ${to}`],
+  body: `${functions.join('')}${placeInNest}${eachElement(`
+  let rank = p(1u);
+  let l = a[place(i, 2u, 2u + rank)];
+  let r = b[place(i, 2u, 2u + 2u * rank)];
+  y[i] = ${result};`)}`,
+})
+
+export const binary =
+  (gpu: DeviceOps): Kernel<PrimitiveAttrs['binary']> =>
+  ([a, b], { code }, [spec]) => {
+    const y = gpu.output(code, spec)
+    const element = elementOf(spec.dtype)
+    const program = pairs(code, [element, element], element === 'f32' ? binaryFloats[code] : binaryIntegers[code])
+    if (countOf(spec) > 0) {
+      gpu.each(program, [bufferOf(a), bufferOf(b), y], countOf(spec), broadcastNest(spec.shape, a.shape, b.shape))
+    }
+    return [y]
+  }
+
+// Comparisons with NaN are told by bits: a compiler may take it that there is none.
+const comparisons: { readonly [C in CompareCode]: readonly [float: string, integer: string] } = {
+  eq: ['select(l == r, false, is_nan(l) || is_nan(r))', 'l == r'],
+  lt: ['select(l < r, false, is_nan(l) || is_nan(r))', 'l < r'],
+  le: ['select(l <= r, false, is_nan(l) || is_nan(r))', 'l <= r'],
+}
+
+export const compare =
+  (gpu: DeviceOps): Kernel<PrimitiveAttrs['compare']> =>
+  ([a, b], { code }, [spec]) => {
+    const y = gpu.output(code, spec)
+    const element = elementOf(a.dtype)
+    const [float, integer] = comparisons[code]
+    const result = `i32(${element === 'f32' ? float : integer})`
+    const program = pairs(code, [element, 'i32'], element === 'f32' ? [result, special] : [result])
+    if (countOf(spec) > 0) {
+      gpu.each(program, [bufferOf(a), bufferOf(b), y], countOf(spec), broadcastNest(spec.shape, a.shape, b.shape))
+    }
+    return [y]
+  }
+
+const choose: Program = {
+  label: 'where',
+  // Bits go as they are, whatever they are.
+  buffers: ['c i32', 'a u32', 'b u32', 'y* u32'],
+  body: `${placeInNest}${eachElement(`
+  let rank = p(1u);
+  let first = c[place(i, 2u, 2u + rank)] != 0;
+  if (first) { y[i] = a[place(i, 2u, 2u + 2u * rank)]; } else { y[i] = b[place(i, 2u, 2u + 3u * rank)]; }`)}`,
+}
+
+export const where =
+  (gpu: DeviceOps): Kernel<PrimitiveAttrs['where']> =>
+  ([condition, a, b], _, [spec]) => {
+    const y = gpu.output('where', spec)
+    if (countOf(spec) > 0) {
+      const nest = broadcastNest(spec.shape, condition.shape, a.shape, b.shape)
+      gpu.each(choose, [bufferOf(condition), bufferOf(a), bufferOf(b), y], countOf(spec), nest)
+    }
+    return [y]
+  }
+
+/** To integers: toward zero, saturating, NaN to 0. */
+const casts: Record<string, readonly [from: string, to: string, result: string]> = {
+  'f32 i32': ['f32', 'i32', 'select(select(select(i32(a), 2147483647, a >= 2147483648.0), -2147483647 - 1, a <= -2147483648.0), 0, is_nan(a))'],
+  'f32 u8': ['f32', 'i32', 'select(i32(clamp(a, 0.0, 255.0)), 0, is_nan(a))'],
+  'i32 f32': ['i32', 'f32', 'f32(a)'],
+  'u8 f32': ['i32', 'f32', 'f32(a)'],
+  'i32 u8': ['i32', 'i32', 'clamp(a, 0, 255)'],
+  'u8 i32': ['i32', 'i32', 'a'],
+}
+
+export const cast =
+  (gpu: DeviceOps): Kernel<{ readonly dtype: DType }> =>
+  ([x], _, [spec]) => {
+    if (x.dtype === spec.dtype) return [gpu.copied('cast', x)]
+    const y = gpu.output('cast', spec)
+    const [from, to, result] = casts[`${x.dtype} ${spec.dtype}`]
+    const program = {
+      label: `cast ${x.dtype} ${spec.dtype}`,
+      buffers: [`x ${from}`, `y* ${to}`],
+      body: `${special}${eachElement(`let a = x[i]; y[i] = ${result};`)}`,
+    }
+    gpu.each(program, [bufferOf(x), y], countOf(spec))
+    return [y]
+  }
+
+const filled: Program = { label: 'fill', buffers: ['y* u32'], body: eachElement('y[i] = p(1u);') }
+
+export const fill =
+  (gpu: DeviceOps): Kernel<PrimitiveAttrs['fill']> =>
+  (_, { value }, [spec]) => {
+    const y = gpu.output('fill', spec)
+    gpu.each(filled, [y], countOf(spec), [spec.dtype === 'f32' ? word(value) : value])
+    return [y]
+  }

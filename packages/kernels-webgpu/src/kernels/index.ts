@@ -1,0 +1,39 @@
+/** @file All kernels. */
+import type { FusedKernels, PrimitiveKernels } from '@moe/core'
+import type { DeviceOps } from '../device-ops.ts'
+import { dispatchPlan } from './dispatch.ts'
+import { binary, cast, compare, fill, unary, where } from './elementwise.ts'
+import { groupedMatmul, groupedMatmulWeightGrad, matmul } from './matmul.ts'
+import { concat, expand, pad, permute, reshape, slice } from './movement.ts'
+import { adamwStep } from './optimizer.ts'
+import { cumsum, reduce, topk } from './reduce.ts'
+import { scatterAddRows, setRows, takeRows } from './rows.ts'
+
+export const primitivesOn = (gpu: DeviceOps): PrimitiveKernels => ({
+  unary: unary(gpu),
+  binary: binary(gpu),
+  compare: compare(gpu),
+  where: where(gpu),
+  cast: cast(gpu),
+  fill: fill(gpu),
+  reduce: reduce(gpu),
+  cumsum: cumsum(gpu),
+  topk: topk(gpu),
+  matmul: matmul(gpu),
+  takeRows: takeRows(gpu),
+  scatterAddRows: scatterAddRows(gpu),
+  setRows: setRows(gpu),
+  reshape: reshape(gpu),
+  permute: permute(gpu),
+  expand: expand(gpu),
+  slice: slice(gpu),
+  pad: pad(gpu),
+  concat: concat(gpu),
+})
+
+export const fusedOn = (gpu: DeviceOps): FusedKernels => ({
+  dispatchPlan: dispatchPlan(gpu),
+  groupedMatmul: groupedMatmul(gpu),
+  groupedMatmulWeightGrad: groupedMatmulWeightGrad(gpu),
+  adamwStep: adamwStep(gpu),
+})

@@ -1,0 +1,117 @@
+/** @file Buffers of a device: handles that share them, and the ones that are kept for later tensors. */
+import { type BackendStats, type DType, MoeError, type Shape, sizeOf } from '@moe/core'
+import { type GpuBuffer, type GpuDevice, usage } from './gpu.ts'
+
+/** One piece of device memory. What @moe/core holds as a handle; each handle is one of `refs`. */
+export interface Buffer {
+  readonly gpu: GpuBuffer
+  /** Of the elements, four each. */
+  readonly bytes: number
+  refs: number
+}
+
+/** Every element takes four bytes: WGSL has no smaller ones. */
+export const ELEMENT_BYTES = 4
+
+/** Most bytes that are kept for later tensors, beside as many as tensors hold. */
+const KEPT_BYTES = 2 ** 28
+
+export class Memory {
+  readonly #device: GpuDevice
+  /** Called before a buffer is destroyed: work that is written down may still need it. */
+  readonly #submit: () => void
+  readonly #free = new Map<number, GpuBuffer[]>()
+  readonly #live = new Set<Buffer>()
+  #kept = 0
+  #handles = 0
+  #bytes = 0
+  #peakBytes = 0
+
+  constructor(device: GpuDevice, submit: () => void) {
+    this.#device = device
+    this.#submit = submit
+  }
+
+  /** @throws MoeError E_OUT_OF_MEMORY for a tensor that is larger than the device binds */
+  allocate(op: string, shape: Shape, dtype: DType): Buffer {
+    const bytes = sizeOf(shape) * ELEMENT_BYTES
+    const { maxBufferSize, maxStorageBufferBindingSize } = this.#device.limits
+    const most = Math.min(maxBufferSize, maxStorageBufferBindingSize)
+    if (bytes > most) {
+      throw new MoeError({
+        code: 'E_OUT_OF_MEMORY',
+        op,
+        problem: `a tensor ${dtype} [${shape}] needs ${bytes} bytes, this GPU gives ${most} to one`,
+        fix: 'use a smaller batch',
+        details: { shape, bytes, most },
+      })
+    }
+    const buffer: Buffer = { gpu: this.#take(roomFor(bytes)), bytes, refs: 1 }
+    this.#live.add(buffer)
+    this.#handles++
+    this.#bytes += bytes
+    this.#peakBytes = Math.max(this.#peakBytes, this.#bytes)
+    return buffer
+  }
+
+  #take(size: number): GpuBuffer {
+    const kept = this.#free.get(size)?.pop()
+    if (kept !== undefined) {
+      this.#kept -= size
+      return kept
+    }
+    return this.#device.createBuffer({ size, usage: usage.storage | usage.copyFrom | usage.copyTo })
+  }
+
+  share(buffer: Buffer): Buffer {
+    buffer.refs++
+    this.#handles++
+    return buffer
+  }
+
+  release(buffer: Buffer): void {
+    if (buffer.refs <= 0) return
+    this.#handles--
+    if (--buffer.refs > 0) return
+    this.#live.delete(buffer)
+    this.#bytes -= buffer.bytes
+    const { size } = buffer.gpu
+    if (this.#kept + size > KEPT_BYTES + this.#bytes) {
+      this.#submit()
+      buffer.gpu.destroy()
+      return
+    }
+    const free = this.#free.get(size)
+    if (free) free.push(buffer.gpu)
+    else this.#free.set(size, [buffer.gpu])
+    this.#kept += size
+  }
+
+  trim(): void {
+    this.#submit()
+    for (const buffers of this.#free.values()) for (const buffer of buffers) buffer.destroy()
+    this.#free.clear()
+    this.#kept = 0
+  }
+
+  stats(): BackendStats {
+    return { handles: this.#handles, bytes: this.#bytes, peakBytes: this.#peakBytes }
+  }
+
+  dispose(): void {
+    for (const buffer of this.#live) {
+      buffer.gpu.destroy()
+      buffer.refs = 0
+    }
+    this.#live.clear()
+    this.#handles = 0
+    this.#bytes = 0
+    this.trim()
+  }
+}
+
+/** Sizes are rounded up by at most an eighth, so that buffers fit tensors of about the same size. */
+function roomFor(bytes: number): number {
+  const step = Math.max(256, 2 ** (Math.floor(Math.log2(Math.max(1, bytes))) - 3))
+  return Math.max(step, Math.ceil(bytes / step) * step)
+}

@@ -1,0 +1,67 @@
+/** @file Finding a GPU: that of the browser (or Deno, or Bun), else the one that the npm package `webgpu` brings to Node. */
+import { MoeError } from '@moe/core'
+import type { Gpu, GpuAdapter, GpuDevice } from './gpu.ts'
+
+/** A device, and how people call it. */
+export interface OpenDevice {
+  readonly device: GpuDevice
+  readonly name: string
+}
+
+const refused = (problem: string, fix: string, cause?: unknown) =>
+  new MoeError({ code: 'E_NO_BACKEND', op: 'kernels-webgpu', problem, fix, cause })
+
+/** @throws MoeError E_NO_BACKEND: no WebGPU here, or no GPU for it */
+export async function openDevice(): Promise<OpenDevice> {
+  const gpu = await findGpu()
+  const adapter = await gpu.requestAdapter({ powerPreference: 'high-performance' })
+  if (adapter === null) {
+    throw refused(
+      'WebGPU finds no GPU',
+      'it needs a driver for Vulkan, Metal or Direct3D 12; @moe/kernels-cpu computes without one',
+    )
+  }
+  return { device: await deviceOf(adapter), name: nameOf(adapter) }
+}
+
+async function deviceOf(adapter: GpuAdapter): Promise<GpuDevice> {
+  const { maxBufferSize, maxStorageBufferBindingSize } = adapter.limits
+  try {
+    return await adapter.requestDevice({ requiredLimits: { maxBufferSize, maxStorageBufferBindingSize } })
+  } catch (cause) {
+    const text = cause instanceof Error ? cause.message : String(cause)
+    throw refused(`the GPU gives no device: ${text}`, 'close other programs that use it, or update its driver', cause)
+  }
+}
+
+function nameOf({ info }: GpuAdapter): string {
+  const words = [info.vendor, info.architecture, info.description || info.device].filter(Boolean)
+  return words.length > 0 ? words.join(' ') : 'a GPU'
+}
+
+async function findGpu(): Promise<Gpu> {
+  const { navigator } = globalThis as { navigator?: { gpu?: Gpu } }
+  if (navigator?.gpu) return navigator.gpu
+  // A browser without WebGPU has nothing to install.
+  if (typeof process === 'undefined') {
+    throw refused('this browser has no WebGPU', 'use a current Chrome, Edge, Firefox or Safari over https or localhost')
+  }
+  return fromPackage()
+}
+
+/** Dawn keeps a process alive as long as somebody has it; one is enough for all backends. */
+let dawn: Gpu | undefined
+
+async function fromPackage(): Promise<Gpu> {
+  if (dawn) return dawn
+  try {
+    const { create } = (await import('webgpu')) as unknown as { create(options: readonly string[]): Gpu }
+    dawn = create([])
+    return dawn
+  } catch (cause) {
+    const text = cause instanceof Error ? cause.message : String(cause)
+    const missing = /Cannot find (package|module) 'webgpu'/.test(text)
+    const problem = missing ? 'Node has no WebGPU of its own' : `the package webgpu does not load: ${text}`
+    throw refused(problem, 'npm install webgpu', cause)
+  }
+}
