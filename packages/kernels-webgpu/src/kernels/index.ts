@@ -1,13 +1,25 @@
 /** @file All kernels. */
 import type { FusedKernels, PrimitiveKernels } from '@moe/core'
 import type { DeviceOps } from '../device-ops.ts'
+import { attention, latentAttention } from './attention.ts'
 import { dispatchPlan } from './dispatch.ts'
 import { binary, cast, compare, fill, unary, where } from './elementwise.ts'
 import { groupedMatmul, groupedMatmulWeightGrad, matmul } from './matmul.ts'
 import { concat, expand, pad, permute, reshape, slice } from './movement.ts'
 import { adamwStep } from './optimizer.ts'
 import { cumsum, reduce, topk } from './reduce.ts'
+import { rope } from './rope.ts'
 import { scatterAddRows, setRows, takeRows } from './rows.ts'
+import {
+  crossEntropy,
+  crossEntropyBackward,
+  rmsNorm,
+  rmsNormBackward,
+  softmax,
+  softmaxBackward,
+  swiglu,
+  swigluBackward,
+} from './rowwise.ts'
 
 export const primitivesOn = (gpu: DeviceOps): PrimitiveKernels => ({
   unary: unary(gpu),
@@ -32,6 +44,17 @@ export const primitivesOn = (gpu: DeviceOps): PrimitiveKernels => ({
 })
 
 export const fusedOn = (gpu: DeviceOps): FusedKernels => ({
+  softmax: softmax(gpu),
+  softmaxBackward: softmaxBackward(gpu),
+  rmsNorm: rmsNorm(gpu),
+  rmsNormBackward: rmsNormBackward(gpu),
+  swiglu: swiglu(gpu),
+  swigluBackward: swigluBackward(gpu),
+  rope: rope(gpu),
+  crossEntropy: crossEntropy(gpu),
+  crossEntropyBackward: crossEntropyBackward(gpu),
+  attention: attention(gpu),
+  latentAttention: latentAttention(gpu),
   dispatchPlan: dispatchPlan(gpu),
   groupedMatmul: groupedMatmul(gpu),
   groupedMatmulWeightGrad: groupedMatmulWeightGrad(gpu),
