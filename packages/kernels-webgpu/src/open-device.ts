@@ -49,19 +49,22 @@ async function findGpu(): Promise<Gpu> {
   return fromPackage()
 }
 
-/** Dawn keeps a process alive as long as somebody has it; one is enough for all backends. */
+/** Dawn has state of the whole process; one is enough for all backends. */
 let dawn: Gpu | undefined
 
 async function fromPackage(): Promise<Gpu> {
   if (dawn) return dawn
+  // A name that is put together is left alone by bundlers for browsers.
+  const name = process.env.MOE_WEBGPU || ['web', 'gpu'].join('')
   try {
-    const { create } = (await import('webgpu')) as unknown as { create(options: readonly string[]): Gpu }
+    const { create } = (await import(name)) as { create(options: readonly string[]): Gpu }
     dawn = create([])
     return dawn
   } catch (cause) {
+    const { code } = cause as { code?: string }
     const text = cause instanceof Error ? cause.message : String(cause)
-    const missing = /Cannot find (package|module) 'webgpu'/.test(text)
-    const problem = missing ? 'Node has no WebGPU of its own' : `the package webgpu does not load: ${text}`
+    const missing = code === 'ERR_MODULE_NOT_FOUND' || code === 'MODULE_NOT_FOUND'
+    const problem = missing ? `Node has no WebGPU of its own, and ${name} is not installed` : `${name} does not load: ${text}`
     throw refused(problem, 'npm install webgpu', cause)
   }
 }

@@ -1,7 +1,9 @@
 import { backendSuite } from '@moe/core/testing'
 import { describe, test } from 'vitest'
-import { createBackend } from './backend.ts'
+import { testBackend } from './test-gpu.ts'
 
-describe('kernels-webgpu', () => {
-  for (const check of backendSuite(createBackend)) test(check.name, check.run)
+const backend = await testBackend()
+
+describe.skipIf(backend === null)('kernels-webgpu', () => {
+  for (const check of backendSuite(async () => backend!)) test(check.name, check.run)
 })
