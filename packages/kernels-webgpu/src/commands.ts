@@ -41,7 +41,8 @@ export class Commands {
     this.#parameters = device.createBuffer({ size: SLOT_BYTES * SLOTS, usage: usage.uniform | usage.copyTo })
     device.addEventListener('uncapturederror', ({ error }) => this.#fail(error.message, 'report it, with the message'))
     void device.lost.then(({ message }) => {
-      if (!this.#disposed) this.#fail(`the GPU was lost: ${message}`, 'make a new backend, and go on from the last checkpoint')
+      if (!this.#disposed)
+        this.#fail(`the GPU was lost: ${message}`, 'make a new backend, and go on from the last checkpoint')
     })
   }
 
@@ -139,16 +140,20 @@ export class Commands {
     this.#device.destroy()
   }
 
+  /** The pass, within an encoder. */
   #open(): GpuPass {
+    if (this.#pass) return this.#pass
     this.#encoder ??= this.#device.createCommandEncoder()
-    return (this.#pass ??= this.#encoder.beginComputePass())
+    this.#pass = this.#encoder.beginComputePass()
+    return this.#pass
   }
 
   /** The encoder, outside of a pass. */
   #between(): GpuEncoder {
     this.#pass?.end()
     this.#pass = undefined
-    return (this.#encoder ??= this.#device.createCommandEncoder())
+    this.#encoder ??= this.#device.createCommandEncoder()
+    return this.#encoder
   }
 
   #compile({ label, buffers, body }: Program): Compiled {

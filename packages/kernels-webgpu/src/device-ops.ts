@@ -1,7 +1,7 @@
 /** @file What kernels are written with: outputs, inputs, and a launch. */
 import { type Handle, MoeError, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import type { Commands, Program } from './commands.ts'
-import { type Buffer, ELEMENT_BYTES, type Memory } from './memory.ts'
+import type { Buffer, Memory } from './memory.ts'
 
 /** Threads of a workgroup of kernels that have one thread an element. */
 export const THREADS = 64
@@ -81,7 +81,6 @@ function tooManyAxes(op: string): MoeError {
 }
 
 export const bufferOf = (value: Value): Buffer => value.handle as Handle as Buffer
-export const elementsOf = ({ bytes }: Buffer): number => bytes / ELEMENT_BYTES
 export const countOf = ({ shape }: TensorSpec): number => sizeOf(shape)
 
 /** Of WGSL: what a buffer of this dtype holds. */

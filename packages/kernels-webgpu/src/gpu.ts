@@ -41,7 +41,10 @@ export interface GpuDevice {
     writeBuffer(buffer: GpuBuffer, offset: number, data: ArrayBufferView): void
     onSubmittedWorkDone(): Promise<unknown>
   }
-  addEventListener(type: 'uncapturederror', listener: (event: { readonly error: { readonly message: string } }) => void): void
+  addEventListener(
+    type: 'uncapturederror',
+    listener: (event: { readonly error: { readonly message: string } }) => void,
+  ): void
   createBuffer(descriptor: { readonly size: number; readonly usage: number; readonly label?: string }): GpuBuffer
   createShaderModule(descriptor: { readonly code: string; readonly label?: string }): unknown
   createBindGroupLayout(descriptor: { readonly entries: readonly object[] }): unknown
@@ -54,7 +57,12 @@ export interface GpuDevice {
 
 /** What is used of a `GPUAdapter`. */
 export interface GpuAdapter {
-  readonly info: { readonly vendor: string; readonly architecture: string; readonly device: string; readonly description: string }
+  readonly info: {
+    readonly vendor: string
+    readonly architecture: string
+    readonly device: string
+    readonly description: string
+  }
   readonly limits: GpuLimits
   requestDevice(descriptor: { readonly requiredLimits: Record<string, number> }): Promise<GpuDevice>
 }

@@ -11,7 +11,7 @@ export interface Buffer {
 }
 
 /** Every element takes four bytes: WGSL has no smaller ones. */
-export const ELEMENT_BYTES = 4
+const ELEMENT_BYTES = 4
 
 /** Most bytes that are kept for later tensors, beside as many as tensors hold. */
 const KEPT_BYTES = 2 ** 28

@@ -64,7 +64,9 @@ async function fromPackage(): Promise<Gpu> {
     const { code } = cause as { code?: string }
     const text = cause instanceof Error ? cause.message : String(cause)
     const missing = code === 'ERR_MODULE_NOT_FOUND' || code === 'MODULE_NOT_FOUND'
-    const problem = missing ? `Node has no WebGPU of its own, and ${name} is not installed` : `${name} does not load: ${text}`
+    const problem = missing
+      ? `Node has no WebGPU of its own, and ${name} is not installed`
+      : `${name} does not load: ${text}`
     throw refused(problem, 'npm install webgpu', cause)
   }
 }

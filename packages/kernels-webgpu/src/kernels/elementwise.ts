@@ -128,7 +128,11 @@ export const where =
 
 /** To integers: toward zero, saturating, NaN to 0. */
 const casts: Record<string, readonly [from: string, to: string, result: string]> = {
-  'f32 i32': ['f32', 'i32', 'select(select(select(i32(a), 2147483647, a >= 2147483648.0), -2147483647 - 1, a <= -2147483648.0), 0, is_nan(a))'],
+  'f32 i32': [
+    'f32',
+    'i32',
+    'select(select(select(i32(a), 2147483647, a >= 2147483648.0), -2147483647 - 1, a <= -2147483648.0), 0, is_nan(a))',
+  ],
   'f32 u8': ['f32', 'i32', 'select(i32(clamp(a, 0.0, 255.0)), 0, is_nan(a))'],
   'i32 f32': ['i32', 'f32', 'f32(a)'],
   'u8 f32': ['i32', 'f32', 'f32(a)'],
@@ -151,7 +155,8 @@ export const cast =
     return [y]
   }
 
-const filled: Program = { label: 'fill', buffers: ['y* u32'], body: eachElement('y[i] = p(1u);') }
+/** Every element is word 1. */
+export const filled: Program = { label: 'fill', buffers: ['y* u32'], body: eachElement('y[i] = p(1u);') }
 
 export const fill =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['fill']> =>

@@ -4,6 +4,7 @@ import { broadcastStrides, mergeAxes, rowMajor } from '@moe/core/strides'
 import { type Program, word } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement, placeInNest } from '../device-ops.ts'
 import type { Buffer } from '../memory.ts'
+import { filled } from './elementwise.ts'
 
 const moved: Program = {
   label: 'move',
@@ -59,8 +60,6 @@ export const slice = seen<PrimitiveAttrs['slice']>('slice', ({ shape }, { starts
   const strides = rowMajor(shape)
   return { start: offset(starts, strides), strides }
 })
-
-const filled: Program = { label: 'fill', buffers: ['y* u32'], body: eachElement('y[i] = p(1u);') }
 
 export const pad =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['pad']> =>
