@@ -107,7 +107,15 @@ export function ops(runner: Runner, careful = false) {
       const grown = [...new Array<number>(shape.length - x.shape.length).fill(1), ...x.shape]
       const reps = shape.map((size, axis) => (grown[axis] === size ? 1 : size))
       const from = self.as(x, grown)
-      return reps.every(n => n === 1) ? from : run('Tile', { x: from }, { reps })
+      if (reps.every(n => n === 1)) return from
+      if (reps.length <= 4) return run('Tile', { x: from }, { reps })
+      // webgpu reads tensors of more axes back to repeat them: one axis at a time, of three.
+      return reps.reduce((tiled, n, axis) => {
+        if (n === 1) return tiled
+        const sides = [sizeOf(grown.slice(0, axis)), 1, sizeOf(grown.slice(axis + 1))]
+        grown[axis] = n
+        return self.reshape(run('Tile', { x: self.reshape(tiled, sides) }, { reps: [1, n, 1] }), grown)
+      }, from)
     },
     /** `condition ? t : e`; kernels want three equal shapes. */
     select: (condition: TfTensor, t: TfTensor, e: TfTensor, shape: Shape) =>
