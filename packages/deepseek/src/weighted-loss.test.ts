@@ -57,8 +57,9 @@ describe('weights of tokens', () => {
     expect(await model.loss(rows, { training: false }).nlls.values()).toEqual(nlls)
   })
 
-  test('give the gradient of what they weigh', async () => {
+  test('give the gradient of what they weigh', async ({ skip }) => {
     const model = make({ mtpWeight: 0 })
+    skip(namedParameters(model)[0].parameter.backend.name !== 'reference', 'differences want f64')
     const gradients = await gradientsOf(model, weights)
     const lossAt = () => noGrad(() => model.loss({ ...rows, weights }).loss).item()
     for (const { name, parameter } of namedParameters(model)) {
