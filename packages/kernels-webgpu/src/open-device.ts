@@ -54,8 +54,8 @@ let dawn: Gpu | undefined
 
 async function fromPackage(): Promise<Gpu> {
   if (dawn) return dawn
-  // A name that is put together is left alone by bundlers for browsers.
-  const name = process.env.MOE_WEBGPU || ['web', 'gpu'].join('')
+  // A name that is known when it runs is left alone by bundlers for browsers.
+  const name = process.env.MOE_WEBGPU || 'webgpu'
   try {
     const { create } = (await import(name)) as { create(options: readonly string[]): Gpu }
     dawn = create([])
