@@ -208,7 +208,7 @@ async function products(): Promise<void> {
     }
     // The weight is read as it lies there: as close to the product alone as an op comes.
     const stored = bf16Matrix([n, k])
-    const weight = { format: 'bf16', block: [1, 1], precision: 'bf16' } as const
+    const weight = { format: 'bf16', block: [1, 1], columns: k, transposeW: true, precision: 'bf16' } as const
     const read = await time(() => runOp('quantizedMatmul', [x, stored], weight, [f32([tokens, n])]))
     const peerName = `gemm bf16: ${name} forward`
     report(`gemm bf16: ${name} forward, weight in bf16`, flops / read / 1e9, 'TFLOP/s', matmulPeak, peerName)

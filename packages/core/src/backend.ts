@@ -184,6 +184,10 @@ export interface QuantizedAttrs {
   readonly format: WeightFormat
   /** Rows and columns of the weight that share a scale. Means nothing for bf16. */
   readonly block: readonly [rows: number, columns: number]
+  /** K. Of an int4 weight the codes do not tell whether it is odd. */
+  readonly columns: number
+  /** Whether x is multiplied with the transpose of `[N, K]`, as layers do forwards; without, gradients go back. */
+  readonly transposeW: boolean
   /** As in `matmul`: whether x and the weight's values may be rounded to bf16 before they are multiplied. */
   readonly precision: WidePrecision
 }
@@ -280,10 +284,10 @@ export interface FusedAttrs {
    * ones. The experts' outputs are not needed: dweights is the product of down^T dout with what down was multiplied with.
    */
   routedExpertsBackward: { readonly precision: Precision; readonly wanted: readonly boolean[] }
-  /** `[x [M, K], q [N, K], scale (not for bf16)] -> [y [M, N]]`: x times the stored weight transposed; see `WeightFormat`. */
+  /** `[x, q [N, K], scale (not for bf16)] -> [y]`: x `[M, K]` times the stored weight transposed to `[M, N]`, or `[M, N]` times the weight to `[M, K]`; see `WeightFormat`. */
   quantizedMatmul: QuantizedAttrs
   /**
-   * `[x [M, K], q [E, N, K], offsets i32 [E+1], scale [E, ...] (not for bf16)] -> [y [M, N]]`: as `groupedMatmul`, with stored weights. A decoding step has
+   * `[x, q [E, N, K], offsets i32 [E+1], scale [E, ...] (not for bf16)] -> [y]`: as `groupedMatmul`, with stored weights. A decoding step has
    * one row for each of a few experts: weights of experts without rows should not be read.
    */
   quantizedGroupedMatmul: QuantizedAttrs

@@ -194,7 +194,7 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     ['one axis', () => quantize(f(4)), /input has shape \[4\]/],
   ],
   quantizedMatmul: [
-    ['other columns', () => quantizedMatmul(f(2, 5), int8(3, 4)), /weight has shape \[3,4\], needs \[\*,5\]/],
+    ['other columns', () => quantizedMatmul(f(2, 5), int8(3, 4)), /input has shape \[2,5\], needs \[\*,4\]/],
     [
       'the weight as f32',
       () => quantizedMatmul(f(2, 4), { ...int8(3, 4), q: f(3, 4) }),

@@ -9,21 +9,21 @@ import type { Tensor } from '../tensor.ts'
 import { assertClose, tolerances } from '../testing/compare.ts'
 import { groupedMatmul } from './grouped-matmul.ts'
 import {
-  backwardLimits,
   dequantizeWeight,
   quantizedGroupedMatmulDefinition,
   quantizedMatmulDefinition,
   quantizeWeight,
+  untransposedLimits,
 } from './quantized-matmul.ts'
 
-const usual = backwardLimits.elements
+const usual = untransposedLimits.elements
 let backend: Backend
 beforeEach(() => {
   backend = referenceBackend()
   setDefaultBackend(backend)
 })
 afterEach(() => {
-  backwardLimits.elements = usual
+  untransposedLimits.elements = usual
 })
 
 /** Blocks that leave a part over, and an odd number of columns. */
@@ -39,11 +39,11 @@ const needs = (input: number) => input === 0
 describe.each(stored)('back through a weight in %s', (format, block) => {
   // One column of blocks at a time, several of them, and all at once.
   test.each([1, 200, usual])('of which %i elements are there at once', async elements => {
-    backwardLimits.elements = elements
+    untransposedLimits.elements = elements
     const weight = quantizeWeight(randn([rows, columns], new Random(1)), format, block)
     const inputs = [randn([3, columns], new Random(2)), weight.q, ...(weight.scale === null ? [] : [weight.scale])]
     const dy = randn([3, rows], new Random(3))
-    const attrs = { format, block, precision: 'f32' } as const
+    const attrs = { format, block, columns, transposeW: true, precision: 'f32' } as const
     const back = quantizedMatmulDefinition.vjp
     const [found] = scope(() => noGrad(() => back?.({ inputs, outputs: [], attrs, needs }, [dy]) ?? []))
     const expected = scope(() => dy.matmul(dequantizeWeight(weight)))
@@ -51,13 +51,13 @@ describe.each(stored)('back through a weight in %s', (format, block) => {
   })
 
   test.each([1, 600, usual])('of experts, of which %i elements are there at once', async elements => {
-    backwardLimits.elements = elements
+    untransposedLimits.elements = elements
     const weight = quantizeWeight(randn([3, rows, columns], new Random(1)), format, block)
     const offsets = tensor(Int32Array.of(0, 2, 2, 6), [4])
     const scale = weight.scale === null ? [] : [weight.scale]
     const inputs = [randn([7, columns], new Random(2)), weight.q, offsets, ...scale]
     const dy = randn([7, rows], new Random(3))
-    const attrs = { format, block, precision: 'f32' } as const
+    const attrs = { format, block, columns, transposeW: true, precision: 'f32' } as const
     const back = quantizedGroupedMatmulDefinition.vjp
     const [found] = scope(() => noGrad(() => back?.({ inputs, outputs: [], attrs, needs }, [dy]) ?? []))
     const expected = scope(() => groupedMatmul(dy, dequantizeWeight(weight), offsets, { transposeW: false }))
@@ -69,9 +69,9 @@ test('of a large weight only a piece is there, and nothing is left', async () =>
   const weight = quantizeWeight(randn([64, 512], new Random(1)), 'int8', [1, 64])
   const inputs = [randn([2, 512], new Random(2)), weight.q, weight.scale as Tensor]
   const dy = randn([2, 64], new Random(3))
-  const attrs = { format: 'int8', block: [1, 64], precision: 'f32' } as const
+  const attrs = { format: 'int8', block: [1, 64], columns: 512, transposeW: true, precision: 'f32' } as const
   const peak = async (elements: number) => {
-    backwardLimits.elements = elements
+    untransposedLimits.elements = elements
     // What quantizing took is behind it.
     const own = referenceBackend()
     const [x, q, scale, gradient] = await Promise.all([...inputs, dy].map(input => input.to(own)))

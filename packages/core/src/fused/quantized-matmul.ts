@@ -1,5 +1,5 @@
 /** @file Products with weights stored in fewer bits: bf16, fp8, int8 or int4 with one scale per block. Activations stay f32. */
-import type { Backend, QuantizedAttrs, Shape, TensorSpec, WeightFormat, WidePrecision } from '../backend.ts'
+import type { Backend, QuantizedAttrs, Shape, TensorSpec, WeightFormat } from '../backend.ts'
 import { noGrad, widePrecision } from '../context.ts'
 import { full } from '../create.ts'
 import type { DType } from '../dtype.ts'
@@ -50,23 +50,22 @@ function checkBlock(op: string, { format, block }: Pick<QuantizedAttrs, 'format'
   throw attrError(op, `block = [${block}] is not a block of ${format}`, fix ?? 'pass two positive integers')
 }
 
-/** Checks the stored weight `lead + [N, K]`; gives N. */
-function checkWeight(
+/** Checks x and the stored weight `lead + [N, K]`; gives what their product is. */
+function checkProduct(
   op: string,
   x: Tensor,
   q: Tensor,
   scale: Tensor | undefined,
   attrs: QuantizedAttrs,
   lead: number[],
-) {
-  const { format, block } = attrs
+): TensorSpec[] {
+  const { format, block, columns, transposeW } = attrs
   checkBlock(op, attrs)
   needDtype(op, 'input', x, 'f32')
   needDtype(op, 'weight', q, storedDtypes[format])
-  needShape(op, 'input', x, [-1, -1])
-  const columns = x.shape[1]
   needShape(op, 'weight', q, [...lead, -1, storedColumns(format, columns)])
   const rows = q.shape[lead.length]
+  needShape(op, 'input', x, [-1, transposeW ? columns : rows])
   if ((scale === undefined) !== (format === 'bf16')) {
     throw shapeError(op, `${format} ${scale ? 'has no' : 'needs a'} scale`, 'pass what quantizeWeight gave')
   }
@@ -75,7 +74,7 @@ function checkWeight(
     const blocks = [Math.ceil(rows / block[0]), Math.ceil(columns / block[1])]
     needShape(op, 'scale', scale, [...q.shape.slice(0, lead.length), ...blocks])
   }
-  return rows
+  return [{ shape: [x.shape[0], transposeW ? rows : columns], dtype: 'f32' }]
 }
 
 /** Bytes of two 4-bit numbers, `[n, m]`, to the numbers `[n, columns]` as f32, the low half first. */
@@ -118,81 +117,78 @@ function dequantize(
 }
 
 /** The same as an input that gets no gradient, and nor do its codes and scales; where the product is recorded, it is freed with it. */
-function constant(q: Tensor, scale: Tensor | undefined, columns: number, attrs: QuantizedAttrs): Tensor {
-  const weight = scope(() => noGrad(() => dequantize(q, scale ?? null, columns, attrs)))
+function constant(q: Tensor, scale: Tensor | null, columns: number, attrs: QuantizedAttrs): Tensor {
+  const weight = scope(() => noGrad(() => dequantize(q, scale, columns, attrs)))
   weight.temporary = true
   return weight
 }
 
-/** Elements of a weight that are there as f32 at once while a gradient goes back through it, about: one column of blocks at least. Tests make it small. */
-export const backwardLimits = { elements: 2 ** 22 }
+/** Elements of a weight that are there as f32 at once where x is multiplied with it untransposed, about: one column of blocks at least. Tests make it small. */
+export const untransposedLimits = { elements: 2 ** 22 }
 
 /**
- * dx `[M, K]` from the weight in pieces of some columns, which `multiply` takes as f32 `[..., N, part of K]`: the sums are those of the whole weight, and only a piece
+ * x W `[M, K]` by the weight in pieces of some columns, which `multiply` takes as f32 `[..., N, part of K]`: the sums are those of the whole weight, and only a piece
  * of it is there in f32.
  */
 function inPieces(
   q: Tensor,
   scale: Tensor | null,
-  columns: number,
   attrs: QuantizedAttrs,
   multiply: (weight: Tensor) => Tensor,
 ): Tensor {
-  const { format, block } = attrs
+  const { format, block, columns } = attrs
   const rows = sizeOf(q.shape.slice(0, -1))
   // bf16 has no blocks, and of an odd number of columns in int4 the last byte is half empty.
   const step = format === 'bf16' ? 1 : block[1]
-  const most = Math.max(1, Math.floor(backwardLimits.elements / (Math.max(1, rows) * step))) * step
-  if (columns <= most) return multiply(dequantize(q, scale, columns, attrs))
-  const last = q.rank - 1
-  const parts: Tensor[] = []
-  for (let from = 0; from < columns; from += most) {
-    const to = Math.min(columns, from + most)
-    const part = () => {
-      const codes = q.narrow(last, storedColumns(format, from), storedColumns(format, to))
-      const scales = scale?.narrow(last, from / step, Math.ceil(to / step)) ?? null
-      return multiply(dequantize(codes, scales, to - from, attrs))
-    }
-    parts.push(scope(part))
+  const most = Math.max(1, Math.floor(untransposedLimits.elements / (Math.max(1, rows) * step))) * step
+  const piece = (from: number, to: number) => {
+    if (to - from === columns) return multiply(constant(q, scale, columns, attrs))
+    const last = q.rank - 1
+    const [codes, scales] = noGrad(() => [
+      q.narrow(last, storedColumns(format, from), storedColumns(format, to)),
+      scale?.narrow(last, from / step, Math.ceil(to / step)) ?? null,
+    ])
+    return multiply(constant(codes, scales, to - from, attrs))
   }
+  if (columns <= most) return piece(0, columns)
+  const parts: Tensor[] = []
+  for (let from = 0; from < columns; from += most) parts.push(scope(() => piece(from, Math.min(columns, from + most))))
   return concat(parts, 1)
 }
 
 export const quantizedMatmulDefinition: FusedDefinition<'quantizedMatmul'> = {
   name: 'quantizedMatmul',
-  infer([x, q, scale], attrs): TensorSpec[] {
-    const rows = checkWeight('quantizedMatmul', x, q, scale, attrs, [])
-    return [{ shape: [x.shape[0], rows], dtype: 'f32' }]
+  infer: ([x, q, scale], attrs) => checkProduct('quantizedMatmul', x, q, scale, attrs, []),
+  decompose([x, q, scale = null], attrs) {
+    const { columns, transposeW, precision } = attrs
+    const multiply = (weight: Tensor) => x.matmul(weight, { transposeB: transposeW, precision })
+    return [transposeW ? multiply(constant(q, scale, columns, attrs)) : inPieces(q, scale, attrs, multiply)]
   },
-  decompose([x, q, scale], attrs) {
-    const weight = constant(q, scale, x.shape[1], attrs)
-    return [x.matmul(weight, { transposeB: true, precision: attrs.precision })]
-  },
-  vjp({ inputs: [x, q, scale], attrs, needs }, [dy]) {
+  vjp({ inputs: [, ...weight], attrs, needs }, [dy]) {
     if (dy === null || !needs(0)) return [null, null, null]
-    const { precision } = attrs
-    return [inPieces(q, scale ?? null, x.shape[1], attrs, weight => dy.matmul(weight, { precision })), null, null]
+    const back = { ...attrs, transposeW: !attrs.transposeW }
+    return [runFused(quantizedMatmulDefinition, [dy, ...weight], back)[0], null, null]
   },
 }
 
 export const quantizedGroupedMatmulDefinition: FusedDefinition<'quantizedGroupedMatmul'> = {
   name: 'quantizedGroupedMatmul',
   infer([x, q, offsets, scale], attrs): TensorSpec[] {
-    const rows = checkWeight('quantizedGroupedMatmul', x, q, scale, attrs, [-1])
     needDtype('quantizedGroupedMatmul', 'offsets', offsets, 'i32')
+    const spec = checkProduct('quantizedGroupedMatmul', x, q, scale, attrs, [-1])
     needShape('quantizedGroupedMatmul', 'offsets', offsets, [q.shape[0] + 1])
-    return [{ shape: [x.shape[0], rows], dtype: 'f32' }]
+    return spec
   },
-  decompose([x, q, offsets, scale], attrs) {
-    const weight = constant(q, scale, x.shape[1], attrs)
-    return runFused(groupedMatmulDefinition, [x, weight, offsets], { transposeW: true, precision: attrs.precision })
-  },
-  vjp({ inputs: [x, q, offsets, scale], attrs, needs }, [dy]) {
-    if (dy === null || !needs(0)) return [null, null, null, null]
-    const { precision } = attrs
+  decompose([x, q, offsets, scale = null], attrs) {
+    const { columns, transposeW, precision } = attrs
     const multiply = (weight: Tensor) =>
-      runFused(groupedMatmulDefinition, [dy, weight, offsets], { transposeW: false, precision })[0]
-    return [inPieces(q, scale ?? null, x.shape[1], attrs, multiply), null, null, null]
+      runFused(groupedMatmulDefinition, [x, weight, offsets], { transposeW, precision })[0]
+    return [transposeW ? multiply(constant(q, scale, columns, attrs)) : inPieces(q, scale, attrs, multiply)]
+  },
+  vjp({ inputs: [, ...weight], attrs, needs }, [dy]) {
+    if (dy === null || !needs(0)) return [null, null, null, null]
+    const back = { ...attrs, transposeW: !attrs.transposeW }
+    return [runFused(quantizedGroupedMatmulDefinition, [dy, ...weight], back)[0], null, null, null]
   },
 }
 
@@ -282,10 +278,12 @@ export function dequantizeWeight({ q, scale, shape, format, block }: QuantizedWe
   return dequantize(q, scale, shape[shape.length - 1], { format, block })
 }
 
-const attrsOf = ({ format, block }: QuantizedWeight, precision: WidePrecision): QuantizedAttrs => ({
+const attrsOf = ({ format, block, shape }: QuantizedWeight): QuantizedAttrs => ({
   format,
   block,
-  precision,
+  columns: shape[shape.length - 1],
+  transposeW: true,
+  precision: widePrecision(),
 })
 
 /** `x [..., K]` times a stored weight `[N, K]` transposed, to `[..., N]`. */
@@ -293,7 +291,7 @@ export function quantizedMatmul(x: Tensor, weight: QuantizedWeight): Tensor {
   const { q, scale } = weight
   const flat = x.rank === 2 ? x : x.reshape([sizeOf(x.shape.slice(0, -1)), x.shape[x.rank - 1]])
   const inputs = scale === null ? [flat, q] : [flat, q, scale]
-  const [y] = runFused(quantizedMatmulDefinition, inputs, attrsOf(weight, widePrecision()))
+  const [y] = runFused(quantizedMatmulDefinition, inputs, attrsOf(weight))
   return x.rank === 2 ? y : y.reshape([...x.shape.slice(0, -1), y.shape[1]])
 }
 
@@ -301,5 +299,5 @@ export function quantizedMatmul(x: Tensor, weight: QuantizedWeight): Tensor {
 export function quantizedGroupedMatmul(x: Tensor, weight: QuantizedWeight, offsets: Tensor): Tensor {
   const { q, scale } = weight
   const inputs = scale === null ? [x, q, offsets] : [x, q, offsets, scale]
-  return runFused(quantizedGroupedMatmulDefinition, inputs, attrsOf(weight, widePrecision()))[0]
+  return runFused(quantizedGroupedMatmulDefinition, inputs, attrsOf(weight))[0]
 }

@@ -60,16 +60,16 @@ const productCases = formats.flatMap(format =>
   sizes.flatMap(([name, m, n, k, blocks]) => {
     const block = format === 'bf16' ? ([1, 1] as const) : blocks[format]
     const { q, scale } = stored(format, block, [], n, k)
-    const inputs = [f32(m, k), q, ...scale]
-    const one = (precision: 'f32' | 'bf16') =>
+    const one = (precision: 'f32' | 'bf16', transposeW: boolean) =>
       opCase(
         'quantizedMatmul',
-        `${format}, ${name}, ${precision}`,
-        inputs,
-        { format, block, precision },
+        `${format}, ${name}, ${transposeW ? '' : 'untransposed, '}${precision}`,
+        [f32(m, transposeW ? k : n), q, ...scale],
+        { format, block, columns: k, transposeW, precision },
         precision === 'f32' ? sum : rough,
       )
-    return name === 'one row' || name === 'many rows' ? [one('f32'), one('bf16')] : [one('f32')]
+    const inBf16 = name === 'one row' || name === 'many rows'
+    return [true, false].flatMap(transposeW => [one('f32', transposeW), ...(inBf16 ? [one('bf16', transposeW)] : [])])
   }),
 )
 
@@ -81,17 +81,19 @@ const groups: ReadonlyArray<readonly [name: string, offsets: number[], m: number
 ]
 
 const groupedCases = formats.flatMap(format =>
-  groups.map(([name, offsets, m, n, k]) => {
-    const block = format === 'bf16' ? ([1, 1] as const) : format === 'fp8' ? ([8, 32] as const) : usual[format]
-    const { q, scale } = stored(format, block, [offsets.length - 1], n, k)
-    return opCase(
-      'quantizedGroupedMatmul',
-      `${format}, ${name}`,
-      [f32(m, k), q, given('i32', [offsets.length], offsets), ...scale],
-      { format, block, precision: 'f32' },
-      sum,
-    )
-  }),
+  groups.flatMap(([name, offsets, m, n, k]) =>
+    [true, false].map(transposeW => {
+      const block = format === 'bf16' ? ([1, 1] as const) : format === 'fp8' ? ([8, 32] as const) : usual[format]
+      const { q, scale } = stored(format, block, [offsets.length - 1], n, k)
+      return opCase(
+        'quantizedGroupedMatmul',
+        `${format}, ${name}${transposeW ? '' : ', untransposed'}`,
+        [f32(m, transposeW ? k : n), q, given('i32', [offsets.length], offsets), ...scale],
+        { format, block, columns: k, transposeW, precision: 'f32' },
+        sum,
+      )
+    }),
+  ),
 )
 
 export const quantizedCases: readonly OpCase[] = [
@@ -109,7 +111,7 @@ export const quantizedCases: readonly OpCase[] = [
       ),
       uniform(0.5, 2, 1, 1),
     ],
-    { format: 'fp8', block: [128, 128], precision: 'f32' },
+    { format: 'fp8', block: [128, 128], columns: 3, transposeW: true, precision: 'f32' },
     { ...sum, gradient: false },
   ),
 ]

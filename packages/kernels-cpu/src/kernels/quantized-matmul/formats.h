@@ -53,47 +53,74 @@ MOE_INLINE i32v fp8_nans(i32v v) {
   return (i32v)(((bytes)v & 0x7f) == 0x7f);
 }
 
-// As many halves of bytes as there are lanes, in order: of eight lanes each has the same word and shifts it by its own place.
+// As many halves of bytes as there are lanes, in order: of eight lanes each has the same word and shifts it by its own place. The words are put together in
+// registers: an array that is written in halves and read as a whole waits for its stores.
 MOE_INLINE i32v nibbles(const uint8_t* from) {
-  uint32_t words[(lanes + 7) / 8] = {};
+  static_assert(lanes <= 16, "two words");
+  uint32_t words[2] = {};
   std::memcpy(words, from, lanes / 2);
-  u32v v, places;
+  u32v places, second;
 #pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) v[i] = words[i / 8], places[i] = static_cast<uint32_t>(4 * (i % 8));
+  for (int i = 0; i < lanes; ++i) places[i] = static_cast<uint32_t>(4 * (i % 8)), second[i] = i < 8 ? 0 : ~0u;
+  u32v v = u32v{} + words[0];
+  if (lanes > 8) v = (v & ~second) | ((u32v{} + words[1]) & second);
   return (i32v)(v >> places & 15);
 }
 
-// Row `row` of a stored matrix [n, k] as f32.
-MOE_INLINE void decode_row(Format format, const uint8_t* q, const float* scales, int64_t k, int64_t block_columns, float* to) {
-  if (format == Format::bf16) {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(q);
+// One weight `[n, k]`, or one for each expert, as it is stored.
+struct Stored {
+  const uint8_t* q;
+  const float* scale;
+  int64_t n, k;
+  Format format;
+  int64_t block_rows, block_columns;
+
+  int64_t row_bytes() const { return bytes_before(k + (format == Format::int4)); }
+  int64_t scale_columns() const { return block_columns ? (k + block_columns - 1) / block_columns : 0; }
+  int64_t scale_rows() const { return (n + block_rows - 1) / block_rows; }
+
+  // Columns `begin` .. `end` of a row as f32; of int4 `begin` is even.
+  void decode(int64_t expert, int64_t row, int64_t begin, int64_t end, float* to) const {
+    const uint8_t* from = q + (expert * n + row) * row_bytes() + bytes_before(begin);
+    if (format == Format::bf16) return decode_bf16(reinterpret_cast<const uint16_t*>(from), end - begin, to);
+    const float* scales = scale + (expert * scale_rows() + row / block_rows) * scale_columns();
+    for (int64_t i = begin; i < end;) {
+      const int64_t block = i / block_columns, count = std::min(end, (block + 1) * block_columns) - i;
+      decode_run(from, scales[block], count, to);
+      i += count, from += bytes_before(count), to += count;
+    }
+  }
+
+ private:
+  int64_t bytes_before(int64_t column) const { return format == Format::bf16 ? 2 * column : format == Format::int4 ? column / 2 : column; }
+
+  static void decode_bf16(const uint16_t* from, int64_t count, float* to) {
     int64_t i = 0;
-    for (; i + lanes <= k; i += lanes) store(to + i, from_bf16(load(from + i)));
-    for (; i < k; ++i) {
+    for (; i + lanes <= count; i += lanes) store(to + i, from_bf16(load(from + i)));
+    for (; i < count; ++i) {
       const uint32_t code = static_cast<uint32_t>(from[i]) << 16;
       std::memcpy(to + i, &code, 4);
     }
-    return;
   }
-  for (int64_t begin = 0, block = 0; begin < k; begin += block_columns, ++block) {
-    const int64_t end = std::min(k, begin + block_columns);
-    const float scale = scales[block];
+
+  // Numbers with the same scale.
+  void decode_run(const uint8_t* from, float scale, int64_t count, float* to) const {
+    int64_t i = 0;
     if (format == Format::int8) {
-      for (int64_t i = begin; i < end; ++i) to[i] = static_cast<float>(q[i] - 128) * scale;
+      for (; i < count; ++i) to[i] = static_cast<float>(from[i] - 128) * scale;
     } else if (format == Format::int4) {
-      int64_t i = begin;
-      for (; i + lanes <= end; i += lanes) store(to + i, to_f32(nibbles(q + i / 2) - Int4Weights::zero) * splat(scale));
-      for (; i < end; ++i) to[i] = static_cast<float>(((q[i >> 1] >> (4 * (i & 1))) & 15) - Int4Weights::zero) * scale;
+      for (; i + lanes <= count; i += lanes) store(to + i, to_f32(nibbles(from + i / 2) - Int4Weights::zero) * splat(scale));
+      for (; i < count; ++i) to[i] = static_cast<float>(((from[i >> 1] >> (4 * (i & 1))) & 15) - Int4Weights::zero) * scale;
     } else {
-      for (int64_t i = begin; i < end; i += lanes) {
-        const int count = static_cast<int>(std::min<int64_t>(lanes, end - i));
+      for (; i < count; i += lanes) {
+        const int some = static_cast<int>(std::min<int64_t>(lanes, count - i));
         u8v codes{};
-        std::memcpy(&codes, q + i, static_cast<size_t>(count));
-        store_some(to + i, from_f8e4m3(codes) * splat(scale), count);
+        std::memcpy(&codes, from + i, static_cast<size_t>(some));
+        store_some(to + i, from_f8e4m3(codes) * splat(scale), some);
       }
     }
   }
-}
+};
 
 }  // namespace
 }  // namespace moe

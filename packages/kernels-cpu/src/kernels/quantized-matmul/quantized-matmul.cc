@@ -17,19 +17,11 @@ constexpr int64_t few_rows = 8;
 constexpr int64_t task_bytes = 32 << 10, int4_task_bytes = 16 << 10;
 constexpr int64_t tile_elements = 96 << 10;
 
-struct Product {
+struct Product : Stored {
   float* y;
   const float* x;
-  const uint8_t* q;
-  const float* scale;
-  int64_t rows, experts, k, n;
-  Format format;
-  int64_t block_rows, block_columns;
+  int64_t rows, experts;
   bool bf16;
-
-  int64_t row_bytes() const { return format == Format::bf16 ? 2 * k : format == Format::int4 ? (k + 1) / 2 : k; }
-  int64_t scale_columns() const { return block_columns ? (k + block_columns - 1) / block_columns : 0; }
-  int64_t scale_rows() const { return (n + block_rows - 1) / block_rows; }
 };
 
 // A piece of a weight's rows and all that is multiplied with it.
@@ -142,12 +134,7 @@ Gemm product_of(const Ranges& ranges, const Piece& piece, const float* tile) {
 
 void multiply_piece(const Ranges& ranges, const Piece& piece, float* tile) {
   const Product& p = *piece.product;
-  const int64_t bytes = p.row_bytes();
-  for (int64_t j = piece.begin; j < piece.end; ++j) {
-    const float* scales =
-        p.scale ? p.scale + (piece.expert * p.scale_rows() + j / p.block_rows) * p.scale_columns() : nullptr;
-    decode_row(p.format, p.q + (piece.expert * p.n + j) * bytes, scales, p.k, p.block_columns, tile + (j - piece.begin) * p.k);
-  }
+  for (int64_t j = piece.begin; j < piece.end; ++j) p.decode(piece.expert, j, 0, p.k, tile + (j - piece.begin) * p.k);
   gemm_here(product_of(ranges, piece, tile), p.bf16);
 }
 

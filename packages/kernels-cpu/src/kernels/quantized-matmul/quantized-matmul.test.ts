@@ -20,6 +20,7 @@ const sizes: readonly Size[] = [
   { offsets: [0, 8], rows: 8, n: 13, k: 200, block: [2, 64] },
   { offsets: [0, 5], rows: 5, n: 9, k: 63, block: [1, 6] },
   { offsets: [0, 9, 40], rows: 40, n: 150, k: 130, block: [128, 128] },
+  { offsets: [0, 9, 10], rows: 10, n: 700, k: 301, block: [128, 96] },
 ]
 
 /** Bytes as stored, and the numbers that they stand for. */
@@ -46,25 +47,30 @@ function stored(format: WeightFormat, { offsets, n, k, block }: Size) {
   return { codes, scales, width, scaleShape: [experts, Math.ceil(n / block[0]), perRow], value }
 }
 
-function expected({ offsets, rows, n, k }: Size, x: Float32Array, value: ReturnType<typeof stored>['value']) {
-  const y = new Float64Array(rows * n)
-  const size = new Float64Array(rows * n)
+/** Both products in f64: `inner` elements of x make `outer` of y. */
+function expected(size: Size, x: Float32Array, value: ReturnType<typeof stored>['value'], transposeW = true) {
+  const { offsets, rows } = size
+  const [inner, outer] = transposeW ? [size.k, size.n] : [size.n, size.k]
+  const weight = (e: number, from: number, to: number) => (transposeW ? value(e, to, from) : value(e, from, to))
+  const y = new Float64Array(rows * outer)
+  const total = new Float64Array(rows * outer)
   /** Largest element of x times the sum of the weights' magnitudes. */
-  const reach = new Float64Array(rows * n)
+  const reach = new Float64Array(rows * outer)
   for (let e = 0; e + 1 < offsets.length; e++) {
     for (let i = offsets[e]; i < offsets[e + 1]; i++) {
-      const largest = Math.max(...x.subarray(i * k, (i + 1) * k).map(Math.abs))
-      for (let j = 0; j < n; j++) {
-        for (let t = 0; t < k; t++) {
-          const term = x[i * k + t] * value(e, j, t)
-          y[i * n + j] += term
-          size[i * n + j] += Math.abs(term)
-          reach[i * n + j] += largest * Math.abs(value(e, j, t))
+      const largest = Math.max(...x.subarray(i * inner, (i + 1) * inner).map(Math.abs))
+      for (let j = 0; j < outer; j++) {
+        for (let t = 0; t < inner; t++) {
+          const factor = weight(e, t, j)
+          const term = x[i * inner + t] * factor
+          y[i * outer + j] += term
+          total[i * outer + j] += Math.abs(term)
+          reach[i * outer + j] += largest * Math.abs(factor)
         }
       }
     }
   }
-  return { y, size, reach }
+  return { y, size: total, reach }
 }
 
 async function product(
@@ -74,19 +80,22 @@ async function product(
   weight: ReturnType<typeof stored>,
   options: object,
   precision: WidePrecision = 'f32',
+  transposeW = true,
 ) {
   const backend = await testBackend(options)
   const { offsets, rows, n, k, block } = size
   const dtype = ({ bf16: 'bf16', fp8: 'f8e4m3', int8: 'u8', int4: 'u8' } as const)[format]
   const decode = { bf16: fromBf16, fp8: fromF8e4m3, int8: Number, int4: Number }[format]
   const inputs = [
-    { data: x, shape: [rows, k] },
+    { data: x, shape: [rows, transposeW ? k : n] },
     { data: weight.codes.map(decode), shape: [offsets.length - 1, n, weight.width], dtype },
     { data: offsets, shape: [offsets.length], dtype: 'i32' as const },
     ...(format === 'bf16' ? [] : [{ data: weight.scales, shape: weight.scaleShape }]),
   ]
-  const attrs = { format, block, precision } as const
-  const [y] = await runOp(backend, 'quantizedGroupedMatmul', inputs, attrs, [{ shape: [rows, n], dtype: 'f32' }])
+  const attrs = { format, block, columns: k, transposeW, precision } as const
+  const [y] = await runOp(backend, 'quantizedGroupedMatmul', inputs, attrs, [
+    { shape: [rows, transposeW ? n : k], dtype: 'f32' },
+  ])
   backend.dispose()
   return y
 }
@@ -104,6 +113,23 @@ describe.each(await availableIsas())('stored weights on %s', isa => {
       const rounding = format === 'int8' || format === 'int4' ? 2 ** -24 : 0
       for (let i = 0; i < one.length; i++) {
         const bound = 2 ** -24 * (8 + size.k / 8) * exact.size[i] + rounding * exact.reach[i]
+        expect(Math.abs(one[i] - exact.y[i]), `${JSON.stringify(size)} ${i}`).toBeLessThanOrEqual(bound)
+      }
+    }
+  })
+})
+
+describe.each(await availableIsas())('stored weights as they lie, on %s', isa => {
+  test.each(formats)('%s: every size within rounding, the same bits on one and two threads', async format => {
+    for (const size of sizes) {
+      const x = Float32Array.from(new Random(size.n).normal(size.rows * size.n))
+      const weight = stored(format, size)
+      const exact = expected(size, x, weight.value, false)
+      const one = await product(format, size, x, weight, { isa, threads: 1 }, 'f32', false)
+      const two = await product(format, size, x, weight, { isa, threads: 2 }, 'f32', false)
+      expect(two, JSON.stringify(size)).toEqual(one)
+      for (let i = 0; i < one.length; i++) {
+        const bound = 2 ** -24 * (8 + size.n / 8) * exact.size[i]
         expect(Math.abs(one[i] - exact.y[i]), `${JSON.stringify(size)} ${i}`).toBeLessThanOrEqual(bound)
       }
     }

@@ -7,33 +7,24 @@ const formats = { bf16: 0, fp8: 1, int8: 2, int4: 3 } as const
 
 function launcher(native: Native) {
   // All but the last four values are common to products of the same x with several weights.
-  const product = native.kernel('moe_quantized_matmul_f32', 9)
+  const transposed = native.kernel('moe_quantized_matmul_f32', 9)
+  const untransposed = native.kernel('moe_quantized_matmul_untransposed_f32')
   return (
     x: Value,
     q: Value,
     scale: Value | undefined,
     offsets: Value | undefined,
-    attrs: QuantizedAttrs,
+    { format, block, columns, transposeW, precision }: QuantizedAttrs,
     spec: TensorSpec,
   ) => {
     const y = native.output(spec)
+    const rows = q.shape[q.shape.length - 2]
+    const input = [pointerOf(x), offsets === undefined ? 0 : pointerOf(offsets), x.shape[0]]
     const experts = offsets === undefined ? 1 : q.shape[0]
-    product(
-      pointerOf(x),
-      offsets === undefined ? 0 : pointerOf(offsets),
-      x.shape[0],
-      experts,
-      x.shape[1],
-      formats[attrs.format],
-      attrs.block[0],
-      attrs.block[1],
-      attrs.precision === 'bf16' ? 1 : 0,
-      1,
-      y.pointer,
-      pointerOf(q),
-      scale === undefined ? 0 : pointerOf(scale),
-      spec.shape[1],
-    )
+    const weight = [pointerOf(q), scale === undefined ? 0 : pointerOf(scale), rows]
+    const form = [columns, formats[format], ...block, precision === 'bf16' ? 1 : 0]
+    if (transposeW) transposed(...input, experts, ...form, 1, y.pointer, ...weight)
+    else untransposed(y.pointer, ...input, experts, ...weight, ...form)
     return [y]
   }
 }

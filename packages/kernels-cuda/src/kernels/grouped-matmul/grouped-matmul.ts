@@ -22,10 +22,11 @@ export const isFew = (rows: number, experts: number) => rows <= Math.min(mostFew
 const variants = [...tiles.f32, ...tiles.bf16].map(tile => tile.name)
 
 /** Every expert can begin a tile of rows, and so can the rows behind the last one; none is empty. */
-const mostRowTiles = (rows: number, experts: number, size: number) => Math.min(rows, Math.ceil(rows / size) + experts)
+export const mostRowTiles = (rows: number, experts: number, size: number) =>
+  Math.min(rows, Math.ceil(rows / size) + experts)
 
 /** y `[rows, n]` = x `[rows, k]` times the weight of each row's expert, `[experts, k, n]` or transposed `[experts, n, k]`. */
-function multiplyGroups(cuda: Cuda) {
+export function multiplyGroups(cuda: Cuda) {
   const onHopper = cuda.onHopper('grouped-matmul') ? hopperGrouped(cuda) : undefined
   const kernels = new Map(
     variants.flatMap(tile =>

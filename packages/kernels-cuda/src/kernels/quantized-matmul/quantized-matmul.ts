@@ -1,19 +1,8 @@
 /** @file Products with weights that are stored in fewer bits, dense and per expert. Weights come as `[N, K]`: legend in quantized-matmul.cu. */
 import type { QuantizedAttrs, Value, WeightFormat, WidePrecision } from '@moe/core'
 import { type Cuda, type FusedFactory, pointerOf } from '../../native.ts'
-import { hopperGrouped } from '../grouped-matmul-sm90a/product.ts'
-import {
-  chooseTile,
-  gemm,
-  type Matrix,
-  mostFewRows,
-  operands,
-  paddedColumns,
-  roundToBf16,
-  type Tile,
-  tiles,
-  wholeMatrix,
-} from '../matmul/gemm.ts'
+import { isFew, mostRowTiles, multiplyGroups } from '../grouped-matmul/grouped-matmul.ts'
+import { gemm, type Matrix, mostFewRows, operands, paddedColumns, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
 
 /** Working memory for the expanded weight, about: one expert at least. Tests make it small. */
 export const limits = { chunkBytes: 2 ** 27 }
@@ -41,17 +30,12 @@ interface Weight {
   readonly run: number
 }
 
-function describe(
-  q: Value,
-  scale: Value | undefined,
-  offsets: Value | undefined,
-  columns: number,
-  attrs: QuantizedAttrs,
-) {
+function describe(q: Value, scale: Value | undefined, offsets: Value | undefined, attrs: QuantizedAttrs) {
   const rows = q.shape[q.shape.length - 2]
   const {
     format,
     block: [blockRows, blockColumns],
+    columns,
   } = attrs
   const weight: Weight = {
     q: pointerOf(q),
@@ -174,13 +158,23 @@ export const quantizedMatmul: FusedFactory<'quantizedMatmul'> = cuda => {
     const [m, n] = spec.shape
     const k = x.shape[1]
     if (m * n === 0) return [y]
-    const weight = describe(q, scale, undefined, k, attrs)
-    if (m <= mostFewRows) {
+    const weight = describe(q, scale, undefined, attrs)
+    const { precision, transposeW } = attrs
+    if (transposeW && m <= mostFewRows) {
       few(y.pointer, pointerOf(x), weight, m, 1)
       return [y]
     }
-    const { precision } = attrs
     const [left] = operands(round, precision, [wholeMatrix(x, m, k)])
+    if (!transposeW) {
+      if (k === 0) cuda.clear(y.pointer, m * n * 4)
+      // Each chunk takes as many columns of x as it has rows.
+      for (const { row, rows, matrix } of chunks(weight)) {
+        const part = { pointer: left.pointer + row * (precision === 'bf16' ? 2 : 4), ld: left.ld }
+        const product = { m, n, k: rows, transposeA: false, transposeB: false, add: row > 0 }
+        multiply(precision, y.pointer, part, matrix, product)
+      }
+      return [y]
+    }
     let part = 0
     for (const { row, rows, matrix } of chunks(weight)) {
       // The product has no gaps: columns that are not all of y go there from working memory.
@@ -197,55 +191,30 @@ export const quantizedMatmul: FusedFactory<'quantizedMatmul'> = cuda => {
 }
 
 export const quantizedGroupedMatmul: FusedFactory<'quantizedGroupedMatmul'> = cuda => {
-  const onHopper = cuda.onHopper('grouped-matmul') ? hopperGrouped(cuda) : undefined
+  const multiply = multiplyGroups(cuda)
   const few = fewRows(cuda)
   const chunks = chunksOf(cuda)
   const round = roundToBf16(cuda)
-  const kernels = new Map(
-    [...tiles.f32, ...tiles.bf16].map(({ name }) => [
-      name,
-      cuda.kernel('grouped-matmul', `moe_grouped_matmul_fwd_${name}_t`, 'p p p p i i i i i i'),
-    ]),
-  )
   return ([x, q, offsets, scale], attrs, [spec]) => {
     const y = cuda.output(spec)
     const [m, n] = spec.shape
     const k = x.shape[1]
     if (m * n === 0) return [y]
-    const weight = describe(q, scale, offsets, k, attrs)
-    // Every expert can begin a group of rows, and so can the rows behind the last one; none is empty.
-    const mostGroups = (size: number, experts: number) => Math.min(m, Math.ceil(m / size) + experts)
-    if (m <= Math.min(mostFewRows * weight.experts, 4096)) {
-      few(y.pointer, pointerOf(x), weight, m, mostGroups(mostFewRows, weight.experts))
+    const weight = describe(q, scale, offsets, attrs)
+    const { precision, transposeW } = attrs
+    if (transposeW && isFew(m, weight.experts)) {
+      few(y.pointer, pointerOf(x), weight, m, mostRowTiles(m, weight.experts, mostFewRows))
       return [y]
     }
-    if (weight.experts === 0) {
+    if (weight.experts * k === 0) {
       cuda.clear(y.pointer, m * n * 4)
       return [y]
     }
-    const { precision } = attrs
     const [left] = operands(round, precision, [wholeMatrix(x, m, k)])
     for (const { expert, experts, matrix } of chunks(weight)) {
       // Rows behind the chunk's experts get zeros, and then what the next chunk makes of them.
-      if (onHopper !== undefined && precision === 'bf16' && k > 0) {
-        onHopper(y.pointer, left, matrix, weight.offsets + expert * 4, { rows: m, n, k, experts, transposeW: true })
-        continue
-      }
-      const most = (tile: Tile) => mostGroups(tile.m, experts) * Math.ceil(n / tile.n)
-      const tile = chooseTile(cuda, tiles[precision], most)
-      kernels.get(tile.name)?.(
-        { grid: most(tile), block: tile.threads, shared: tile.shared },
-        y.pointer,
-        left.pointer,
-        matrix.pointer,
-        weight.offsets + expert * 4,
-        m,
-        n,
-        k,
-        experts,
-        left.ld,
-        matrix.ld,
-      )
+      const product = { rows: m, n, k, experts, transposeW }
+      multiply(precision, y.pointer, left, matrix, weight.offsets + expert * 4, product)
     }
     return [y]
   }
