@@ -112,12 +112,14 @@ struct Stored {
       for (; i + lanes <= count; i += lanes) store(to + i, to_f32(nibbles(from + i / 2) - Int4Weights::zero) * splat(scale));
       for (; i < count; ++i) to[i] = static_cast<float>(((from[i >> 1] >> (4 * (i & 1))) & 15) - Int4Weights::zero) * scale;
     } else {
-      for (; i < count; i += lanes) {
-        const int some = static_cast<int>(std::min<int64_t>(lanes, count - i));
-        u8v codes{};
-        std::memcpy(&codes, from + i, static_cast<size_t>(some));
-        store_some(to + i, from_f8e4m3(codes) * splat(scale), some);
+      u8v codes{};
+      for (; i + lanes <= count; i += lanes) {
+        std::memcpy(&codes, from + i, lanes);
+        store(to + i, from_f8e4m3(codes) * splat(scale));
       }
+      const int rest = static_cast<int>(count - i);
+      std::memcpy(&codes, from + i, static_cast<size_t>(rest));
+      store_some(to + i, from_f8e4m3(codes) * splat(scale), rest);
     }
   }
 };
