@@ -3,6 +3,7 @@
 export { adapterBase, loadAdapters } from './adapters/load-adapters.ts'
 export { type SaveAdaptersOptions, saveAdapters } from './adapters/save-adapters.ts'
 export { type Conversion, type ConvertOptions, convertCheckpoint } from './convert-checkpoint.ts'
+export { type DirectoryHandle, isDirectoryHandle, type WritableFile } from './directory-handle.ts'
 export {
   type Fetch,
   type Folder,
@@ -30,6 +31,7 @@ export { isScaleKey, type ReadF32Options, readF32 } from './read-f32.ts'
 export {
   type ReadOptions,
   readAll,
+  readFrom,
   readSafetensors,
   SafetensorsFile,
   type StoredTensor,
@@ -38,7 +40,9 @@ export {
 } from './read-safetensors.ts'
 export { patiently, renamePatiently } from './rename-patiently.ts'
 export { type SavedCheckpoint, type SaveOptions, saveCheckpoint } from './save-checkpoint.ts'
+export { Sha256 } from './sha256.ts'
 export { stateSource } from './state-source.ts'
 export type { StoredArray, StoredDType } from './stored-dtype.ts'
+export { type FolderPlace, folderIn, type TargetFolder, targetFolder, writeText } from './target-folder.ts'
 export { fromF32, toF32 } from './to-f32.ts'
-export { type TensorEntry, type WriteOptions, writeSafetensors } from './write-safetensors.ts'
+export { type TensorEntry, type WriteOptions, writeInFolder, writeSafetensors } from './write-safetensors.ts'

@@ -5,13 +5,24 @@ import { MoeError } from '@moe/core'
 /**
  * A path of the file system from a text or a file URL, such as `new URL('model', import.meta.url)`.
  * @param op who asks, for the error
- * @throws {MoeError} `E_ATTR` for anything else, an address of the web among it
+ * @throws {MoeError} `E_ATTR` for anything else, an address of the web among it; `E_UNSUPPORTED` in a browser, where no path leads anywhere
  * @internal
  */
 export function pathOf(op: string, path: string | URL): string {
-  if (typeof path === 'string' && !WEB.test(path)) return path
-  if (path instanceof URL && path.protocol === 'file:') return fileURLToPath(path)
-  throw new MoeError({ code: 'E_ATTR', op, problem: `the path is ${path}`, fix: 'pass a text or a file URL' })
+  const isPath = typeof path === 'string' ? !WEB.test(path) : path instanceof URL && path.protocol === 'file:'
+  if (!isPath) {
+    throw new MoeError({ code: 'E_ATTR', op, problem: `the path is ${path}`, fix: 'pass a text or a file URL' })
+  }
+  // Bun and Deno say a version of Node, too.
+  if (globalThis.process?.versions?.node === undefined) {
+    throw new MoeError({
+      code: 'E_UNSUPPORTED',
+      op,
+      problem: `${path} is a path, and browsers have none`,
+      fix: 'pass what is read itself (texts, files, an address), and the handle of a folder to write to',
+    })
+  }
+  return typeof path === 'string' ? path : fileURLToPath(path)
 }
 
 const WEB = /^https?:\/\//i

@@ -1,6 +1,7 @@
-/** @file Where callers say that a checkpoint is: on the disk, on the web, or in files that are at hand. */
+/** @file Where callers say that a checkpoint is: on the disk, on the web, in a folder that a page has a handle of, or in files that are at hand. */
 
 import { MoeError } from '@moe/core'
+import { type DirectoryHandle, handleFolder, isDirectoryHandle } from './directory-handle.ts'
 import { diskFolder, namesFolder, openOnDisk } from './disk-folder.ts'
 import { type Folder, type FolderOptions, type OpenFile, Watch } from './folder.ts'
 import { blobFolder, type NamedBlob } from './named-blobs.ts'
@@ -8,9 +9,10 @@ import { pathOf, webAddress } from './path-of.ts'
 import { webFile, webFolder } from './web-folder.ts'
 
 /**
- * Where a checkpoint is: a path, a file URL, an `http(s):` address as a text or a URL, or its files themselves, such as those of `<input type="file" multiple>`.
+ * Where a checkpoint is: a path, a file URL, an `http(s):` address as a text or a URL, the handle of a folder, or its files themselves, such as those of
+ * `<input type="file" multiple>`.
  */
-export type CheckpointPlace = string | URL | Iterable<NamedBlob>
+export type CheckpointPlace = string | URL | DirectoryHandle | Iterable<NamedBlob>
 
 /**
  * The place as a folder; nothing is asked of it yet.
@@ -20,10 +22,11 @@ export type CheckpointPlace = string | URL | Iterable<NamedBlob>
  */
 export function openFolder(op: string, place: CheckpointPlace, options: FolderOptions = {}): Folder {
   const address = webAddress(op, place)
-  if (address || isBlobs(place)) refuseRoot(op, options)
+  if (onDisk(op, place)) return diskFolder(pathOf(op, place), options.root, new Watch(options))
+  refuseRoot(op, options)
   if (address) return webFolder(address, options.fetch, new Watch(options))
-  if (isBlobs(place)) return blobFolder(place, new Watch(options))
-  return diskFolder(pathOf(op, place), options.root, new Watch(options))
+  if (isDirectoryHandle(place)) return handleFolder(place, new Watch(options))
+  return blobFolder(place as Iterable<NamedBlob>, new Watch(options))
 }
 
 /**
@@ -43,7 +46,7 @@ export async function locate(
     parent.pathname = above
     return { folder: openFolder(op, parent, options), file: decoded(file) }
   }
-  if (isBlobs(place)) return { folder: openFolder(op, place, options) }
+  if (!onDisk(op, place)) return { folder: openFolder(op, place, options) }
   const path = pathOf(op, place)
   const [, above, file] = (await namesFolder(path)) ? [] : (/^(.*[/\\])?([^/\\]+)$/.exec(path) ?? [])
   if (file === undefined) return { folder: openFolder(op, path, options) }
@@ -60,7 +63,7 @@ export async function openFile(op: string, place: string | URL, options: FolderO
 
 /** Whether the place is a path or a file URL. @internal */
 export const onDisk = (op: string, place: CheckpointPlace): place is string | URL =>
-  !isBlobs(place) && webAddress(op, place) === undefined
+  !isBlobs(place) && !isDirectoryHandle(place) && webAddress(op, place) === undefined
 
 const isBlobs = (place: CheckpointPlace): place is Iterable<NamedBlob> =>
   typeof place === 'object' && place !== null && Symbol.iterator in place

@@ -74,7 +74,7 @@ export async function readSafetensors(path: string | URL, options: ReadOptions =
   return readFrom(await openFile('readSafetensors', path, options), options.maxHeaderBytes)
 }
 
-/** Reads the header of an open file, which is closed if that cannot be read. */
+/** Reads the header of an open file, which is closed if that cannot be read. @internal */
 export async function readFrom(
   file: OpenFile,
   maxHeaderBytes: number = DEFAULT_MAX_HEADER_BYTES,

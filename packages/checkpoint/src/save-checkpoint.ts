@@ -1,14 +1,11 @@
 /** @file Saves tensors in the Hugging Face layout, in one file or in shards, so that a crash at any moment leaves a checkpoint. */
 
 import { randomBytes } from 'node:crypto'
-import { mkdir, readdir, rm } from 'node:fs/promises'
-import { join } from 'node:path'
 import { checkOptions } from '@moe/core'
-import { syncFolder, writeAtomically } from './atomic-file.ts'
 import { checkpointError, fileError } from './checkpoint-error.ts'
-import { openOnDisk } from './disk-folder.ts'
 import { INDEX_FILE, readIndex, SINGLE_FILE } from './open-checkpoint.ts'
-import { pathOf } from './path-of.ts'
+import { openFolder } from './places.ts'
+import { type FolderPlace, type TargetFolder, targetFolder, writeText } from './target-folder.ts'
 import {
   type PlannedTensor,
   planEntries,
@@ -42,27 +39,20 @@ export interface SavedCheckpoint {
  * @throws {MoeError} `E_CHECKPOINT` as {@link writeSafetensors}; the previous checkpoint is then whole and nothing new is left
  */
 export async function saveCheckpoint(
-  folder: string | URL,
+  place: FolderPlace,
   entries: Iterable<TensorEntry>,
   options: SaveOptions = {},
 ): Promise<SavedCheckpoint> {
   checkOptions('saveCheckpoint', options, { metadata: true, maxShardBytes: true })
-  return saveInto(pathOf('saveCheckpoint', folder), entries, options)
-}
-
-async function saveInto(
-  folder: string,
-  entries: Iterable<TensorEntry>,
-  options: SaveOptions,
-): Promise<SavedCheckpoint> {
+  const folder = targetFolder('saveCheckpoint', place)
   const maxShardBytes = options.maxShardBytes ?? 5e9
   if (!(maxShardBytes > 0)) {
-    throw checkpointError(folder, `maxShardBytes is ${maxShardBytes}`, 'it must be above 0')
+    throw checkpointError(folder.path, `maxShardBytes is ${maxShardBytes}`, 'it must be above 0')
   }
-  const planned = planEntries(folder, entries)
+  const planned = planEntries(folder.path, entries)
   const dataBytes = planned.reduce((sum, entry) => sum + entry.bytes, 0)
-  const present = await readyFolder(folder)
-  const previous = await previousShards(folder, present)
+  const present = await folder.names()
+  const previous = present.has(INDEX_FILE) ? await previousShards(place) : []
   const written =
     dataBytes <= maxShardBytes
       ? await saveSingle(folder, planned, options)
@@ -71,38 +61,33 @@ async function saveInto(
   const files = new Set(written)
   const stale = [...previous, INDEX_FILE].filter(name => present.has(name) && !files.has(name))
   // Where somebody has one open, Windows does not remove it: a stray file does no harm.
-  for (const name of stale) await rm(join(folder, name), { force: true }).catch(() => {})
-  if (stale.length > 0) await syncFolder(folder)
+  for (const name of stale) await folder.remove(name).catch(() => {})
+  if (stale.length > 0) await folder.flush()
   return { files: written, dataBytes }
 }
 
-async function readyFolder(folder: string): Promise<Set<string>> {
-  try {
-    await mkdir(folder, { recursive: true })
-    return new Set(await readdir(folder))
-  } catch (cause) {
-    throw fileError(folder, 'saving', cause)
-  }
-}
-
 /** Shards of the checkpoint that is being replaced. An index that cannot be read names none: better a stray file than a lost one. */
-async function previousShards(folder: string, present: ReadonlySet<string>): Promise<string[]> {
-  if (!present.has(INDEX_FILE)) return []
+async function previousShards(place: FolderPlace): Promise<string[]> {
   try {
-    const { weightMap } = await readIndex(await openOnDisk(join(folder, INDEX_FILE)))
+    const index = await openFolder('saveCheckpoint', place).open(INDEX_FILE)
+    const { weightMap } = await readIndex(index!)
     return [...new Set(weightMap.values())].filter(name => name.endsWith('.safetensors'))
   } catch {
     return []
   }
 }
 
-async function saveSingle(folder: string, planned: readonly PlannedTensor[], options: WriteOptions): Promise<string[]> {
-  await writePlanned(join(folder, SINGLE_FILE), planned, options)
+async function saveSingle(
+  folder: TargetFolder,
+  planned: readonly PlannedTensor[],
+  options: WriteOptions,
+): Promise<string[]> {
+  await writePlanned(folder, SINGLE_FILE, planned, options)
   return [SINGLE_FILE]
 }
 
 async function saveShards(
-  folder: string,
+  folder: TargetFolder,
   shards: readonly PlannedTensor[][],
   dataBytes: number,
   present: ReadonlySet<string>,
@@ -112,28 +97,26 @@ async function saveShards(
   const written: string[] = []
   try {
     for (const [i, shard] of shards.entries()) {
-      await writePlanned(join(folder, names[i]), shard, options)
+      await writePlanned(folder, names[i], shard, options)
       written.push(names[i])
     }
     const weightMap = Object.fromEntries(shards.flatMap((shard, i) => shard.map(({ name }) => [name, names[i]])))
     const index = { metadata: { total_size: dataBytes }, weight_map: weightMap }
-    await writeAtomically(join(folder, INDEX_FILE), append =>
-      append(new TextEncoder().encode(`${JSON.stringify(index, null, 2)}\n`)),
-    )
+    await writeText(folder, INDEX_FILE, `${JSON.stringify(index, null, 2)}\n`)
     written.push(INDEX_FILE)
     // A folder with both is read as the single file, so its removal is what switches over.
-    await removeSingle(join(folder, SINGLE_FILE))
+    await removeSingle(folder)
   } catch (error) {
-    for (const name of written) await rm(join(folder, name), { force: true }).catch(() => {})
+    for (const name of written) await folder.remove(name).catch(() => {})
     throw error
   }
   return written
 }
 
-async function removeSingle(path: string): Promise<void> {
-  await rm(path, { force: true }).catch(cause => {
+async function removeSingle(folder: TargetFolder): Promise<void> {
+  await folder.remove(SINGLE_FILE).catch(({ cause }) => {
     throw fileError(
-      path,
+      folder.pathOf(SINGLE_FILE),
       'removing',
       cause,
       'it is still the checkpoint of this folder: close what has it open, then save again',

@@ -1,7 +1,8 @@
 /** @file Writes one safetensors file, a tensor at a time. */
 
+import { basename, dirname } from 'node:path'
 import { checkOptions } from '@moe/core'
-import { type Append, writeAtomically } from './atomic-file.ts'
+import type { Append } from './atomic-file.ts'
 import { checkpointError } from './checkpoint-error.ts'
 import { encodeHeader } from './header.ts'
 import { pathOf } from './path-of.ts'
@@ -14,6 +15,7 @@ import {
   storedBits,
   storedBytes,
 } from './stored-dtype.ts'
+import { diskTarget, type TargetFolder } from './target-folder.ts'
 
 /**
  * A tensor to be written. `data` may be a function, called when its turn comes and once only: then no more than one tensor
@@ -59,7 +61,17 @@ export async function writeSafetensors(
 ): Promise<number> {
   const file = pathOf('writeSafetensors', path)
   checkOptions('writeSafetensors', options, { metadata: true })
-  return writePlanned(file, planEntries(file, entries), options)
+  return writePlanned(diskTarget(dirname(file)), basename(file), planEntries(file, entries), options)
+}
+
+/** The same in a folder. @internal */
+export async function writeInFolder(
+  folder: TargetFolder,
+  name: string,
+  entries: Iterable<TensorEntry>,
+  options: WriteOptions = {},
+): Promise<number> {
+  return writePlanned(folder, name, planEntries(folder.pathOf(name), entries), options)
 }
 
 /** An entry that was checked, with its size. */
@@ -99,10 +111,12 @@ export function planEntries(path: string, entries: Iterable<TensorEntry>): Plann
 
 /** Writes entries that {@link planEntries} has checked. */
 export async function writePlanned(
-  path: string,
+  folder: TargetFolder,
+  name: string,
   entries: readonly PlannedTensor[],
   options: WriteOptions,
 ): Promise<number> {
+  const path = folder.pathOf(name)
   const metadata = options.metadata ?? { format: 'pt' }
   for (const [key, value] of Object.entries(metadata)) {
     if (typeof value === 'string') continue
@@ -114,7 +128,7 @@ export async function writePlanned(
   }
   const ordered = [...entries].sort((a, b) => storedBits(b.dtype) - storedBits(a.dtype))
   const header = encodeHeader(ordered, metadata)
-  await writeAtomically(path, async append => {
+  await folder.write(name, async append => {
     const buffered = bufferSmall(append)
     await buffered.append(header)
     for (const entry of ordered) {

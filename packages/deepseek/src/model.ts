@@ -11,7 +11,7 @@ import {
   type PagedCacheOptions,
   RotaryEmbedding,
 } from '@moe/attention-mla'
-import { type CheckpointPlace, type FolderOptions, folderOptionNames } from '@moe/checkpoint'
+import { type CheckpointPlace, type FolderOptions, type FolderPlace, folderOptionNames } from '@moe/checkpoint'
 import {
   allOrNothing,
   type Backend,
@@ -653,8 +653,11 @@ export class DeepSeek extends Module {
     return score(this, texts, options)
   }
 
-  /** Writes config.json and model.safetensors in the Hugging Face layout. @throws MoeError E_UNSUPPORTED for a model with adapters */
-  async save(folder: string | URL): Promise<void> {
+  /**
+   * Writes config.json and model.safetensors in the Hugging Face layout. In a page `folder` is a handle, such as `await navigator.storage.getDirectory()`.
+   * @throws MoeError E_UNSUPPORTED for a model with adapters, and for a path in a browser
+   */
+  async save(folder: FolderPlace): Promise<void> {
     await savePretrained(this, folder)
   }
 

@@ -1,22 +1,23 @@
 /** @file Checkpoints in the Hugging Face layout. */
-import { mkdir, writeFile } from 'node:fs/promises'
-import { join, resolve } from 'node:path'
+import { resolve } from 'node:path'
 import {
   adapterBase,
   type CheckpointPlace,
   type Folder,
   type FolderOptions,
+  type FolderPlace,
   folderOptionNames,
   isScaleKey,
   loadAdapters,
   onDisk,
   openFolder,
   openInFolder,
-  pathOf,
   readF32,
   saveCheckpoint,
   type TensorEntry,
   type TensorSource,
+  targetFolder,
+  writeText,
 } from '@moe/checkpoint'
 import { checkOptions, loadStateDict, MoeError, namedAdapters, type StateSource, stateDict } from '@moe/core'
 import { configJson, type DeepSeekConfig, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
@@ -67,16 +68,15 @@ export function refuseAdapters(op: string, model: DeepSeek): void {
 }
 
 /** Internal: see `DeepSeek.save`. */
-export async function savePretrained(model: DeepSeek, path: string | URL): Promise<void> {
-  const folder = pathOf('save', path)
+export async function savePretrained(model: DeepSeek, place: FolderPlace): Promise<void> {
+  const folder = targetFolder('save', place)
   refuseAdapters('save', model)
-  await mkdir(folder, { recursive: true })
   const entries: TensorEntry[] = stateDict(model).map(({ name, dtype, shape, data }) => ({ name, dtype, shape, data }))
   const byName = new Map(entries.map(entry => [entry.name, entry]))
   for (const [copy, of] of sharedCopies(model)) entries.push({ ...(byName.get(of) as TensorEntry), name: copy })
   entries.push(...emptySharedExperts(model))
-  await saveCheckpoint(folder, entries, { metadata: { format: 'pt' } })
-  await writeFile(join(folder, 'config.json'), configJson(model.config))
+  await saveCheckpoint(place, entries, { metadata: { format: 'pt' } })
+  await writeText(folder, 'config.json', configJson(model.config))
 }
 
 /** Internal: see `DeepSeek.fromPretrained`. */
