@@ -27,7 +27,7 @@ export async function bundlePage(program: string | StdinOptions): Promise<string
     write: false,
     logLevel: 'error',
     external: ['@tensorflow/tfjs-node', '@tensorflow/tfjs-node-gpu'],
-    plugins: [fromSource, withoutNode()],
+    plugins: [fromSource, withoutNode(['tinyglobby'])],
   })
   return outputFiles[0].text
 }

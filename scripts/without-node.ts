@@ -1,3 +1,6 @@
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
+import { pathToFileURL } from 'node:url'
 import type { Plugin } from 'esbuild'
 
 /**
@@ -16,16 +19,19 @@ export function withoutNode(packages: readonly string[] = []): Plugin {
         pluginData: resolveDir,
       }))
       build.onLoad({ filter: /./, namespace: 'without-node' }, async ({ path, pluginData }) => ({
-        contents: await standIn(path),
+        contents: await standIn(path, pluginData),
         resolveDir: pluginData as string,
       }))
     },
   }
 }
 
-/** A module with the names of another one, each of which throws when it is called. */
-async function standIn(path: string): Promise<string> {
-  const names = Object.keys(await import(path)).filter(name => name !== 'default')
+/** A module with the names of another one, each of which throws when it is called. @param from folder of who imports it */
+async function standIn(path: string, from: string): Promise<string> {
+  const found = createRequire(join(from, 'any.js')).resolve(path)
+  const names = Object.keys(await import(found === path ? path : pathToFileURL(found).href)).filter(
+    name => /^\w+$/.test(name) && name !== 'default',
+  )
   const lines = names.map(name => `export const ${name} = /* @__PURE__ */ absent(${JSON.stringify(name)})`)
   return `import { MoeError } from '@moe/core'
 const absent = op => () => {
@@ -33,7 +39,7 @@ const absent = op => () => {
     code: 'E_UNSUPPORTED',
     op,
     problem: ${JSON.stringify(`${path} is not there in a browser`)},
-    fix: 'read by address, new URL(name, document.baseURI), or from files that a page was given; what writes files needs Node',
+    fix: 'pass what is read itself (texts, files, an address), and the handle of a folder to write to',
   })
 }
 ${lines.join('\n')}

@@ -1,3 +1,6 @@
-import { library } from '../../scripts/tsup-preset.ts'
+import { browserLibrary, library } from '../../scripts/tsup-preset.ts'
 
-export default library({ index: 'src/index.ts', watch: 'src/watch/index.ts', cli: 'src/cli.ts' })
+export default [
+  library({ index: 'src/index.ts', watch: 'src/watch/index.ts', cli: 'src/cli.ts' }),
+  browserLibrary({ index: 'src/index.ts' }, ['tinyglobby']),
+]

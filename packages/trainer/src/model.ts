@@ -1,4 +1,5 @@
 /** @file What the trainer asks of a model. Any `Module` that has these few members can be trained. */
+import type { FolderPlace } from '@moe/checkpoint'
 import type { Module, Shape, Tensor } from '@moe/core'
 
 /** Rows of consecutive tokens, on the host. */
@@ -125,9 +126,9 @@ export interface TrainableModel extends Module {
   readonly source?: string
   /**
    * Writes `config.json` and `model.safetensors` into a folder that exists, every parameter and buffer in the dtype
-   * that it has in memory, under its `stateDict` key. Without it, the trainer writes the state dict itself.
+   * that it has in memory, under its `stateDict` key. Without it, the trainer writes the state dict itself. The folder is a handle where `out` is one.
    */
-  save?(folder: string): Promise<void>
+  save?(folder: FolderPlace): Promise<void>
 }
 
 /** The part of a tokenizer that the trainer uses; `BpeTokenizer` of `@moe/tokenizer-bpe` is one. */

@@ -1,5 +1,5 @@
 /** @file What `train` takes, what is assumed where nothing is said, and what of it a checkpoint must agree with. */
-import { createHash } from 'node:crypto'
+import { type DirectoryHandle, isDirectoryHandle, Sha256 } from '@moe/checkpoint'
 import {
   checkOptions,
   MoeError,
@@ -78,8 +78,11 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly rank?: number
   /** Processes that share the data. */
   readonly world?: number
-  /** Folder of the run: checkpoints, `metrics.jsonl`, `summary.json`. Default: nothing is written. */
-  readonly out?: string
+  /**
+   * Folder of the run: checkpoints, `metrics.jsonl`, `summary.json`. Default: nothing is written. In a page, the handle of a folder, such as
+   * `await (await navigator.storage.getDirectory()).getDirectoryHandle('run', { create: true })`: it gets checkpoints and `summary.json`, and of the steps `onEvent` is told.
+   */
+  readonly out?: string | DirectoryHandle
   /** Steps between measurements of held-out data; 0 for one at the end only. Default 0. */
   readonly evalEvery?: number
   /** Held-out tokens of those measurements, spread evenly. The one at the end takes all. Default 32,768. */
@@ -110,7 +113,7 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly handleSignals?: boolean
   /** Gets every event, after the built-in listeners. */
   readonly onEvent?: TrainListener
-  /** Progress on standard error. Default true; a listener to draw in another way. */
+  /** Progress on standard error, in a page in the console. Default true; a listener to draw in another way. */
   readonly progress?: boolean | TrainListener
 }
 
@@ -220,7 +223,8 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   } else if ('template' in data && (given.bos ?? given.eos) !== undefined) {
     problems.push('bos or eos is given beside conversations, whose template writes them')
   }
-  if (out !== undefined && typeof out !== 'string') problems.push(`out is ${out}, needs the path of a folder`)
+  if (out !== undefined && typeof out !== 'string' && !isDirectoryHandle(out))
+    problems.push(`out is ${out}, needs the path of a folder, or a handle of one`)
   if (signal !== undefined && typeof signal?.addEventListener !== 'function') {
     problems.push('signal is no AbortSignal (of an AbortController, pass .signal)')
   }
@@ -348,4 +352,4 @@ function valuesOf(schedule: Schedule, steps: number): string | undefined {
   return values.every(value => typeof value === 'number') ? `a schedule (${digest(values.join())})` : undefined
 }
 
-const digest = (text: string) => createHash('sha256').update(text).digest('hex').slice(0, 16)
+const digest = (text: string) => new Sha256().update(text).hex().slice(0, 16)

@@ -1,6 +1,4 @@
 /** @file One call of `train`: the loop around its steps, with checkpoints, measurements, events and the result. */
-import { rmSync } from 'node:fs'
-import { dirname, join } from 'node:path'
 import {
   concat,
   eventLoopTurn,
@@ -15,9 +13,8 @@ import {
   scope,
   weightBytes,
 } from '@moe/core'
-import { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
-import { lockFolder } from './checkpoints/folder-lock.ts'
 import { OptimizerOnRanks } from './checkpoints/optimizer-on-ranks.ts'
+import { type RunFolder, runFolder } from './checkpoints/run-folder.ts'
 import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import { DatasetLessons, type Lessons } from './data/lessons.ts'
@@ -25,6 +22,7 @@ import { TrainingOrder } from './data/training-order.ts'
 import { drawApart } from './draw-apart.ts'
 import type { Evaluation } from './evaluate.ts'
 import type { StepEvent, TrainEvent, TrainListener } from './events.ts'
+import { peakResidentBytes } from './host.ts'
 import type { Interrupts } from './interrupt.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
 import { type OwnParameter, StepsOnRanks } from './model-on-ranks.ts'
@@ -32,12 +30,9 @@ import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { isJudged, type ResolvedOptions, recordRun, type TokenData } from './options.ts'
 import { checkSameStart, gatherNumbers, gatherValues, type Ranks, type Start } from './ranks.ts'
-import { eventsLog } from './report/events-log.ts'
-import { cutLoads, LoadSums, loadsLog } from './report/loads-log.ts'
-import { LogFile } from './report/log-file.ts'
-import { cutMetrics, type MetricsLine, metricsLine } from './report/metrics-log.ts'
+import { LoadSums } from './report/loads-log.ts'
+import { type MetricsLine, metricsLine } from './report/metrics-log.ts'
 import { progress } from './report/progress.ts'
-import { writeSummary } from './report/summary.ts'
 import type { TrainResult } from './result.ts'
 import { PreferenceLessons } from './rewards/preference-lessons.ts'
 import type { Preferences } from './rewards/preferences.ts'
@@ -62,15 +57,16 @@ export class Run {
   readonly interrupts: Interrupts
   readonly record: RunRecord
   readonly listeners: readonly TrainListener[]
-  /** Folder of the run on the rank that writes it. */
-  readonly writesTo: string | undefined
+  /** Of the run, where it has one. */
+  readonly folder: RunFolder | undefined
+  /** The same on the rank that writes to it. */
+  readonly writesTo: RunFolder | undefined
   /** The optimizer as checkpoints have it, where ranks have parts of it. */
   optimizerOnRanks: OptimizerOnRanks | undefined
   /** Whether there are checkpoints, be it of another rank. */
   saves: boolean
   /** Steps done when the model was last made whole. */
   gatheredStep = -1
-  readonly log: LogFile | undefined
   /** Since loads were last told. */
   readonly loads = new LoadSums()
   /** Lines of the last tenth of the steps done, for the result. */
@@ -111,17 +107,19 @@ export class Run {
     this.interrupts = interrupts
     this.lessons = lessonsOf(model, settings, data, interrupts.signal)
     this.record = recordRun(settings, this.lessons, model, parameters, optimizer)
-    this.writesTo = (ranks?.rank ?? rank) === 0 ? settings.out : undefined
+    this.folder = settings.out === undefined ? undefined : runFolder(settings.out)
+    this.writesTo = (ranks?.rank ?? rank) === 0 ? this.folder : undefined
     this.saves = this.writesTo !== undefined
-    this.log = this.writesTo === undefined ? undefined : new LogFile(join(this.writesTo, 'metrics.jsonl'))
     const draw = settings.progress ?? (ranks === undefined || ranks.rank === 0)
     this.listeners = [
       ...(draw === false ? [] : [draw === true ? progress() : draw]),
-      ...(this.writesTo === undefined
-        ? []
-        : [eventsLog(join(this.writesTo, 'events.jsonl')), loadsLog(join(this.writesTo, 'loads.jsonl'))]),
+      ...(this.writesTo?.listeners ?? []),
       ...(settings.onEvent === undefined ? [] : [settings.onEvent]),
     ]
+  }
+
+  get log() {
+    return this.writesTo?.log
   }
 
   get backend() {
@@ -131,8 +129,7 @@ export class Run {
   get peaks(): Peaks {
     const { peakMemoryBytes, peakDeviceBytes } = this.peaksBefore
     return {
-      // maxRSS counts kilobytes.
-      peakMemoryBytes: Math.max(peakMemoryBytes, process.resourceUsage().maxRSS * 1024),
+      peakMemoryBytes: Math.max(peakMemoryBytes, peakResidentBytes()),
       peakDeviceBytes: Math.max(peakDeviceBytes, this.backend.stats().peakBytes),
     }
   }
@@ -196,62 +193,44 @@ export class Run {
 
   /** Makes the folder ready, and goes back to the checkpoint if there is one to go on from. */
   async begin(): Promise<void> {
-    const { out, resume = false, allowChanges = false, overwrite = false } = this.settings
-    if (out === undefined) return
-    const latest = latestCheckpoint(out)
-    const from = typeof resume === 'string' && resume !== 'auto' ? resume : resume ? latest : undefined
+    const { folder, writesTo } = this
+    if (folder === undefined) return
+    const { resume = false, allowChanges = false, overwrite = false } = this.settings
+    const latest = await folder.latest()
+    const from =
+      typeof resume === 'string' && resume !== 'auto' ? await folder.named(resume) : resume ? latest : undefined
     if (resume === true && from === undefined) {
       throw new MoeError({
         code: 'E_CHECKPOINT',
         op: 'train',
-        problem: `there is no checkpoint to resume from in ${out}`,
+        problem: `there is no checkpoint to resume from in ${folder.path}`,
         fix: "begin without resume, or pass resume: 'auto'",
       })
     }
-    if (from === undefined) {
-      if (latest !== undefined && !overwrite) {
-        throw new MoeError({
-          code: 'E_CONFIG',
-          op: 'train',
-          problem: `${out} already holds a run (${latest})`,
-          fix: 'go on with resume: true, choose another out, or begin anew with overwrite: true',
-        })
-      }
+    if (from === undefined && latest !== undefined && !overwrite) {
+      throw new MoeError({
+        code: 'E_CONFIG',
+        op: 'train',
+        problem: `${folder.path} already holds a run (${latest.path})`,
+        fix: 'go on with resume: true, choose another out, or begin anew with overwrite: true',
+      })
     }
-    if (this.writesTo !== undefined) this.unlock = lockFolder(this.writesTo)
+    if (writesTo !== undefined) this.unlock = writesTo.lock()
     if (from === undefined) {
-      if (this.writesTo !== undefined) this.emptyFolder(this.writesTo)
+      await writesTo?.empty()
       return
     }
-    const state = await loadTraining(from, this.parts, allowChanges ? null : this.record)
+    const state = await loadTraining(folder, from, this.parts, allowChanges ? null : this.record)
     this.step = state.step
     if (this.model.step !== undefined) this.model.step = state.modelStep ?? state.step
     this.tokens = state.tokens
     this.trainSeconds = state.trainSeconds
     this.peaksBefore = state
     this.savedStep = state.step
-    this.checkpoint = from
+    this.checkpoint = from.path
     for (const name of state.balance ?? []) this.balanceNames.add(name)
     for (const { name, random } of namedStreams(this.model)) Object.assign(random, state.streams?.[name])
-    if (this.log === undefined) return
-    for (const line of await cutMetrics(this.log.path, state.step)) this.remember(line)
-    await cutLoads(join(dirname(this.log.path), 'loads.jsonl'), state.step)
-  }
-
-  /** Removes an earlier run. */
-  emptyFolder(out: string): void {
-    try {
-      for (const name of ['checkpoints', 'metrics.jsonl', 'loads.jsonl', 'events.jsonl', 'summary.json'])
-        rmSync(join(out, name), { recursive: true, force: true })
-    } catch (cause) {
-      throw new MoeError({
-        code: 'E_CONFIG',
-        op: 'train',
-        problem: `the run in ${out} cannot be removed: ${(cause as Error).message}`,
-        fix: 'choose another out',
-        cause,
-      })
-    }
+    for (const line of (await writesTo?.cutBack(state.step)) ?? []) this.remember(line)
   }
 
   /** @returns false when it was interrupted before the step began */
@@ -356,7 +335,7 @@ export class Run {
     const streams = Object.fromEntries(namedStreams(this.model).map(({ name, random }) => [name, { ...random }]))
     const ofModel = { modelStep: this.model.step, balance, streams }
     const state = { step, tokens, trainSeconds, ...this.peaks, ...ofModel, run: this.record }
-    const path = await saveTraining(writesTo, this.parts, state, settings.keepCheckpoints)
+    const { path } = await saveTraining(writesTo, this.parts, state, settings.keepCheckpoints)
     this.checkpoint = path
     this.emit({ type: 'checkpoint', step, path, seconds: (performance.now() - started) / 1000 })
   }
@@ -422,7 +401,7 @@ export class Run {
       checkpoint: this.checkpoint,
     }
     await this.log?.close()
-    if (this.writesTo !== undefined) await writeSummary(this.writesTo, result)
+    await this.writesTo?.summarize(result)
     this.emit({ type: 'end', result })
     return result
   }
@@ -461,7 +440,7 @@ export class Run {
       trainingTokens: lessons.trainingTokens,
       validationTokens: lessons.validationTokens,
       epochs: lessons.epochs(settings.steps),
-      out: settings.out,
+      out: this.folder?.path,
       rank: settings.rank,
       settings: this.record,
     })

@@ -40,7 +40,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   if (settings.isolate === true && model.isolates !== true) throw doesNotIsolate()
   const parameters = namedParameters(model)
   checkTrainable(parameters)
-  if (settings.out !== undefined) checkSaved(model, parameters)
+  if (settings.out !== undefined) checkSaved(model, parameters, settings.out)
   const { onRanks } = settings
   if (onRanks !== undefined) checkOnRanks(onRanks, model)
   const optimizer = makeOptimizer(settings, onRanks?.parameters ?? parameters)
@@ -122,8 +122,20 @@ function checkTrainable(parameters: readonly NamedParameter[]): void {
 }
 
 /** Checkpoints of a model with adapters hold these alone. */
-function checkSaved(model: TrainableModel, parameters: readonly NamedParameter[]): void {
+function checkSaved(
+  model: TrainableModel,
+  parameters: readonly NamedParameter[],
+  out: NonNullable<TrainOptions['out']>,
+): void {
   const beside = namedAdapters(model).flatMap(({ adapter: { down, up } }) => [down, up])
+  if (beside.length > 0 && typeof out !== 'string') {
+    throw new MoeError({
+      code: 'E_UNSUPPORTED',
+      op: 'train',
+      problem: 'adapters alone are saved to the disk, and out is the handle of a folder',
+      fix: 'leave out away, and save the model after mergeAdapters',
+    })
+  }
   const other = parameters.find(({ parameter }) => parameter.trainable && !beside.includes(parameter))
   if (beside.length === 0 || other === undefined) return
   throw new MoeError({

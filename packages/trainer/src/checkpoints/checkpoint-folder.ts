@@ -11,22 +11,32 @@ import { isMoeError, MoeError } from '@moe/core'
 
 const statePattern = /^step-(\d{6,})$/
 const temporaryPrefix = '.writing-'
-const latestFile = 'latest'
+/** Names the checkpoint that was saved last. */
+export const LATEST_FILE = 'latest'
 
 /** Name of the file that makes a checkpoint folder complete. */
 export const STATE_FILE = 'trainer.json'
 
-const checkpointName = (step: number): string => `step-${String(step).padStart(6, '0')}`
+/** Of a run. */
+export const CHECKPOINTS_FOLDER = 'checkpoints'
 
-/** Folder of a run's checkpoints. */
-export const checkpointsOf = (out: string): string => join(out, 'checkpoints')
+/** Name of a step's checkpoint. */
+export const checkpointName = (step: number): string => `step-${String(step).padStart(6, '0')}`
+
+/** Step of a checkpoint by its name; undefined for what is none. */
+export function stepOf(name: string): number | undefined {
+  const digits = statePattern.exec(name)?.[1]
+  return digits === undefined ? undefined : Number(digits)
+}
+
+const checkpointsOf = (out: string): string => join(out, CHECKPOINTS_FOLDER)
 
 /** Steps that have a complete checkpoint, ascending. */
 function checkpointSteps(folder: string): number[] {
   if (!existsSync(folder)) return []
   return readdirSync(folder)
-    .filter(name => statePattern.test(name) && existsSync(join(folder, name, STATE_FILE)))
-    .map(name => Number(name.match(statePattern)?.[1]))
+    .filter(name => existsSync(join(folder, name, STATE_FILE)))
+    .flatMap(name => stepOf(name) ?? [])
     .sort((a, b) => a - b)
 }
 
@@ -35,7 +45,7 @@ export function latestCheckpoint(out: string | URL): string | undefined {
   const folder = checkpointsOf(pathOf('latestCheckpoint', out))
   const steps = checkpointSteps(folder)
   if (steps.length === 0) return undefined
-  const pointer = join(folder, latestFile)
+  const pointer = join(folder, LATEST_FILE)
   const name = existsSync(pointer) ? readFileSync(pointer, 'utf8').trim() : ''
   const known = steps.some(step => checkpointName(step) === name)
   return join(folder, known ? name : checkpointName(steps[steps.length - 1]))
@@ -97,7 +107,7 @@ export async function publishCheckpoint(
   } catch (cause) {
     await removeIfPossible(temporary)
     if (existsSync(replaced) && !existsSync(path)) await renamePatiently(replaced, path).catch(() => {})
-    throw saveError(out, path, step, cause)
+    throw saveError(latestCheckpoint(out), path, step, cause)
   }
   await removeIfPossible(replaced)
   const earlier = checkpointSteps(folder).filter(other => other < step)
@@ -124,9 +134,9 @@ async function removeIfPossible(path: string): Promise<void> {
 }
 
 async function pointLatest(folder: string, name: string): Promise<void> {
-  const temporary = join(folder, `.${latestFile}.tmp`)
+  const temporary = join(folder, `.${LATEST_FILE}.tmp`)
   await writeFile(temporary, `${name}\n`)
-  await renamePatiently(temporary, join(folder, latestFile))
+  await renamePatiently(temporary, join(folder, LATEST_FILE))
   await syncPath(folder)
 }
 
@@ -150,8 +160,8 @@ export function reasonOf(cause: unknown): string {
   return cause instanceof Error ? cause.message : String(cause)
 }
 
-function saveError(out: string, path: string, step: number, cause: unknown): MoeError {
-  const previous = latestCheckpoint(out)
+/** @param previous path of the checkpoint that was saved last */
+export function saveError(previous: string | undefined, path: string, step: number, cause: unknown): MoeError {
   return new MoeError({
     code: 'E_CHECKPOINT',
     op: path,

@@ -1,23 +1,28 @@
 /** @file What a checkpoint holds: the model in the Hugging Face layout, or what stands beside it, the optimizer's state, the trainer's state. */
-import { existsSync } from 'node:fs'
-import { mkdir, open, readFile } from 'node:fs/promises'
-import { basename, dirname, join } from 'node:path'
 import {
+  type Folder,
+  type FolderPlace,
+  folderIn,
   loadAdapters,
-  openCheckpoint,
-  readSafetensors,
+  openFolder,
+  openInFolder,
+  readAll,
+  readFrom,
   saveAdapters,
   saveCheckpoint,
   stateSource,
   type TensorSource,
-  writeSafetensors,
+  targetFolder,
+  writeInFolder,
+  writeText,
 } from '@moe/checkpoint'
 import { isMoeError, loadStateDict, MoeError, namedAdapters, type StateEntry, stateDict } from '@moe/core'
 import type { ConversationTemplate } from '../data/conversations.ts'
 import { type DocumentTokens, documentTokens } from '../data/token-dataset.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
 import type { Optimizer } from '../optim/optimizer.ts'
-import { otherCheckpoints, publishCheckpoint, reasonOf, STATE_FILE } from './checkpoint-folder.ts'
+import { reasonOf, STATE_FILE } from './checkpoint-folder.ts'
+import type { RunFolder, StoredCheckpoint } from './run-folder.ts'
 import {
   checkSameRun,
   decodeTrainerState,
@@ -44,31 +49,30 @@ export interface CheckpointParts {
   readonly around?: DocumentTokens
 }
 
-/** Saves a checkpoint of the run in `out` and returns its path. See `publishCheckpoint` for what a failure leaves. */
+/** Saves a checkpoint of a run. @throws as `RunFolder.publish` */
 export async function saveTraining(
-  out: string,
+  folder: RunFolder,
   parts: CheckpointParts,
   state: TrainerState,
   keep: number,
-): Promise<string> {
+): Promise<StoredCheckpoint> {
   const { model, optimizer, tokenizer, template, around = {} } = parts
-  return publishCheckpoint(out, state.step, keep, async temporary => {
-    const modelFolder = join(temporary, MODEL_FOLDER)
-    await mkdir(modelFolder)
-    if (isAdapted(model)) await saveAdapters(modelFolder, model, { base: model.source })
-    else if (model.save === undefined) await saveCheckpoint(modelFolder, stateDict(model))
-    else await model.save(modelFolder)
+  return folder.publish(state.step, keep, async place => {
+    const modelPlace = await folderIn('train', place, MODEL_FOLDER, { create: true })
+    if (isAdapted(model)) await saveAdapters(modelPlace as string, model, { base: model.source })
+    else if (model.save === undefined) await saveCheckpoint(modelPlace, stateDict(model))
+    else await model.save(modelPlace)
     const tokenizerFile = tokenizer?.toJSON?.()
     const config = template?.toJSON?.() ?? (tokenizer && tokenizerFile && tokenizerConfig(tokenizer, around))
     const beside = { 'tokenizer.json': tokenizerFile, 'tokenizer_config.json': config }
     for (const [name, content] of Object.entries(beside)) {
-      if (content !== undefined) await writeFlushed(join(modelFolder, name), `${JSON.stringify(content, null, 2)}\n`)
+      if (content === undefined) continue
+      await writeText(targetFolder('train', modelPlace), name, `${JSON.stringify(content, null, 2)}\n`)
     }
-    await writeSafetensors(join(temporary, OPTIMIZER_FILE), optimizer.entries(), {
-      metadata: { optimizer: optimizer.name },
-    })
+    const target = targetFolder('train', place)
+    await writeInFolder(target, OPTIMIZER_FILE, optimizer.entries(), { metadata: { optimizer: optimizer.name } })
     // Last, because its presence makes the checkpoint complete.
-    await writeFlushed(join(temporary, STATE_FILE), encodeTrainerState(state))
+    await writeText(target, STATE_FILE, encodeTrainerState(state))
   })
 }
 
@@ -79,16 +83,6 @@ function tokenizerConfig(tokenizer: TextTokenizer, around: DocumentTokens): Reco
   return { tokenizer_class: 'PreTrainedTokenizerFast', bos_token: named(bos), eos_token: named(eos) }
 }
 
-async function writeFlushed(path: string, text: string): Promise<void> {
-  const file = await open(path, 'wx')
-  try {
-    await file.writeFile(text)
-    await file.sync()
-  } finally {
-    await file.close()
-  }
-}
-
 const isAdapted = (model: TrainableModel): boolean => namedAdapters(model).length > 0
 
 /** A checkpoint whose files are there and whole: headers account for every byte. */
@@ -97,52 +91,64 @@ interface OpenedTraining {
   /** Or the adapters alone. */
   readonly model: TensorSource
   /** Folder of adapters, where these are all there is. */
-  readonly adapters: string | null
+  readonly adapters: FolderPlace | null
   readonly optimizer: TensorSource
+  /** What errors call the folder of the model. */
+  readonly modelPath: string
   close(): Promise<void>
 }
 
-async function openTraining(path: string): Promise<OpenedTraining> {
-  const statePath = join(path, STATE_FILE)
-  const text = await readFile(statePath, 'utf8').catch(cause => {
+const MAX_STATE_BYTES = 2 ** 26
+
+async function openTraining({ path, place }: StoredCheckpoint): Promise<OpenedTraining> {
+  const folder = openFolder('train', place)
+  const stateFile = await folder.open(STATE_FILE)
+  if (stateFile === undefined) {
     throw new MoeError({
       code: 'E_CHECKPOINT',
       op: path,
-      problem: `it is no checkpoint of a training run: ${basename(statePath)} cannot be read (${(cause as Error).message})`,
+      problem: `it is no checkpoint of a training run: there is no ${STATE_FILE}`,
       fix: 'pass a step-… folder below the checkpoints folder of a run',
-      cause,
     })
-  })
-  const state = decodeTrainerState(statePath, text)
-  const folder = join(path, MODEL_FOLDER)
-  const adapterFile = join(folder, ADAPTER_FILE)
-  const adapters = existsSync(adapterFile) ? folder : null
-  const model = adapters === null ? await openCheckpoint(folder) : await readSafetensors(adapterFile)
+  }
+  const text = new TextDecoder().decode(await readAll(stateFile, MAX_STATE_BYTES))
+  const state = decodeTrainerState(stateFile.path, text)
+  const modelPlace = await folderIn('train', place, MODEL_FOLDER)
+  const modelFolder = openFolder('train', modelPlace)
+  const adapterFile = await modelFolder.open(ADAPTER_FILE)
+  const model = adapterFile === undefined ? await openInFolder(modelFolder) : await readFrom(adapterFile)
   try {
-    const optimizer = await readSafetensors(join(path, OPTIMIZER_FILE))
+    const optimizer = await openTensors(folder, OPTIMIZER_FILE)
     const close = async () => {
       await model.close()
       await optimizer.close()
     }
-    return { state, model, adapters, optimizer, close }
+    const adapters = adapterFile === undefined ? null : modelPlace
+    return { state, model, adapters, optimizer, modelPath: modelFolder.path, close }
   } catch (error) {
     await model.close()
     throw error
   }
 }
 
+async function openTensors(folder: Folder, name: string): Promise<TensorSource> {
+  const file = await folder.open(name)
+  if (file !== undefined) return readFrom(file)
+  throw new MoeError({ code: 'E_CHECKPOINT', op: folder.pathOf(name), problem: 'opening failed: no such file' })
+}
+
 /** The same error, and which other checkpoint of the run is whole. */
-async function damaged(path: string, cause: unknown): Promise<unknown> {
-  for (const other of otherCheckpoints(path)) {
+async function damaged(folder: RunFolder, checkpoint: StoredCheckpoint, cause: unknown): Promise<unknown> {
+  for (const other of await folder.others(checkpoint)) {
     const opened = await openTraining(other).catch(() => undefined)
     if (opened === undefined) continue
     await opened.close()
     return new MoeError({
       code: 'E_CHECKPOINT',
-      op: path,
+      op: checkpoint.path,
       problem: `it cannot be resumed from: ${reasonOf(cause)}`,
-      fix: `${other} is whole, pass it as resume`,
-      details: { whole: other },
+      fix: `${other.path} is whole, pass it as resume`,
+      details: { whole: other.path },
       cause,
     })
   }
@@ -156,9 +162,15 @@ async function damaged(path: string, cause: unknown): Promise<unknown> {
  * @throws MoeError E_CHECKPOINT for a damaged or foreign checkpoint (naming a whole one of the same run, if there is one) or other settings, E_STATE_DICT
  *   for another model
  */
-export async function loadTraining(path: string, parts: CheckpointParts, run: RunRecord | null): Promise<TrainerState> {
-  const stored = await openTraining(path).catch(async cause => {
-    throw await damaged(path, cause)
+export async function loadTraining(
+  folder: RunFolder,
+  checkpoint: StoredCheckpoint,
+  parts: CheckpointParts,
+  run: RunRecord | null,
+): Promise<TrainerState> {
+  const { path } = checkpoint
+  const stored = await openTraining(checkpoint).catch(async cause => {
+    throw await damaged(folder, checkpoint, cause)
   })
   try {
     if (run !== null) checkSameRun(path, stored.state.run, run)
@@ -186,7 +198,7 @@ async function fill(stored: OpenedTraining, { model, optimizer }: CheckpointPart
       code: 'E_CHECKPOINT',
       op: moments.path,
       problem: `it is the state of ${name ?? 'an unnamed optimizer'}, not of ${optimizer.name}`,
-      fix: `resume with the optimizer that the run was started with, or begin another run with the model in ${join(dirname(moments.path), MODEL_FOLDER)}; nothing was changed`,
+      fix: `resume with the optimizer that the run was started with, or begin another run with the model in ${stored.modelPath}; nothing was changed`,
     })
   }
   // Both compare all names and shapes before they change anything; the model comes last, because a failed run throws its
@@ -194,6 +206,6 @@ async function fill(stored: OpenedTraining, { model, optimizer }: CheckpointPart
   await optimizer.load(stateSource(moments), state.step)
   // A model's own `save` may store more than its parameters: copies of shared ones under the keys that other
   // programs look for.
-  if (stored.adapters !== null) await loadAdapters(model, stored.adapters)
+  if (stored.adapters !== null) await loadAdapters(model, stored.adapters as string)
   else await loadStateDict(model, stateSource(stored.model), { ignore: () => true })
 }

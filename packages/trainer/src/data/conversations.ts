@@ -4,6 +4,7 @@ import { pathOf } from '@moe/checkpoint'
 import { checkOptions, MoeError } from '@moe/core'
 import type { TextTokenizer } from '../model.ts'
 import { holdOut } from './corpus.ts'
+import { utf8Bytes } from './documents.ts'
 import { findFiles, readLines, withoutHeldOut } from './files.ts'
 import { type Example, noTokenizer, TokenDataset, tokenNamed } from './token-dataset.ts'
 
@@ -124,7 +125,7 @@ export function tokenizeConversations(
   let number = 0
   for (const conversation of all) {
     for (const parts of renderedParts(conversation, template, number++)) examples.push(tokenized(parts, tokenizer))
-    for (const message of conversation) if (isLearned(message)) textBytes += Buffer.byteLength(message.content, 'utf8')
+    for (const message of conversation) if (isLearned(message)) textBytes += utf8Bytes(message.content)
   }
   const { vocabSize } = tokenizer
   return TokenDataset.fromExamples(examples, { vocabSize, textBytes, padding: tokenNamed(tokenizer, 'end') ?? 0 })

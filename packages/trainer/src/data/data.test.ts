@@ -5,6 +5,7 @@ import fc from 'fast-check'
 import { afterEach, describe, expect, test, vi } from 'vitest'
 import { letters, letterTexts, nextTokens, removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
 import { textFiles, texts } from './corpus.ts'
+import { utf8Bytes } from './documents.ts'
 import { evaluationWindows } from './evaluation-windows.ts'
 import { TokenDataset } from './token-dataset.ts'
 import { TrainingOrder } from './training-order.ts'
@@ -331,4 +332,17 @@ describe('evaluationWindows', () => {
     expect(new Set(targets).size).toBe(targets.length)
     expect(targets.filter(id => id > 500).length).toBeGreaterThan(40)
   })
+})
+
+test('bytes of texts in UTF-8 are those that an encoder makes, halves of pairs included', () => {
+  const units = fc.array(
+    fc.oneof(fc.constantFrom(0x41, 0x7f, 0x80, 0x7ff, 0x800, 0xd7ff, 0xd800, 0xdbff, 0xdc00, 0xdfff, 0xe000)),
+  )
+  fc.assert(
+    fc.property(units, codes => {
+      const text = String.fromCharCode(...codes)
+      expect(utf8Bytes(text)).toBe(new TextEncoder().encode(text).length)
+    }),
+    { numRuns: 1000 },
+  )
 })

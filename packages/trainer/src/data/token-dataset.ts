@@ -1,8 +1,8 @@
 /** @file A corpus as one stream of tokens with document boundaries. */
-import { createHash } from 'node:crypto'
+import { Sha256 } from '@moe/checkpoint'
 import { checkOptions, MoeError } from '@moe/core'
 import type { TextTokenizer } from '../model.ts'
-import { checkDocuments } from './documents.ts'
+import { checkDocuments, utf8Bytes } from './documents.ts'
 
 /** Names that the usual tokenizers have for the tokens that begin and end a document. */
 const USUAL_NAMES = {
@@ -106,7 +106,7 @@ export class TokenDataset {
       if (bos !== null) stream.push(bos)
       stream.append(ids)
       if (eos !== null) stream.push(eos)
-      textBytes += Buffer.byteLength(text, 'utf8')
+      textBytes += utf8Bytes(text)
     }
     const unpredictable = bos === null ? starts.length : 0
     const { vocabSize } = tokenizer
@@ -228,10 +228,9 @@ export class TokenDataset {
   /** Identity of the content, for checkpoints. */
   get digest(): string {
     if (this.#digest === undefined) {
-      const bytes = (array: Int32Array) => new Uint8Array(array.buffer, array.byteOffset, array.byteLength)
-      const hash = createHash('sha256').update(bytes(this.tokens)).update(bytes(this.starts))
-      if (this.examples !== null) hash.update(bytes(this.examples))
-      this.#digest = hash.digest('hex').slice(0, 16)
+      const hash = new Sha256().update(this.tokens).update(this.starts)
+      if (this.examples !== null) hash.update(this.examples)
+      this.#digest = hash.hex().slice(0, 16)
     }
     return this.#digest
   }

@@ -1,6 +1,7 @@
 /** @file Draws a run: one redrawn line on a terminal, a plain line now and then elsewhere. */
 import { checkOptions } from '@moe/core'
 import type { EvaluationEvent, StartEvent, StepEvent, TrainEvent, TrainListener } from '../events.ts'
+import { isColorless, standardError } from '../host.ts'
 
 /** The part of a stream that is needed: `process.stderr` is one. */
 export interface ProgressStream {
@@ -14,7 +15,7 @@ export interface ProgressStream {
 
 /** Where and how often progress is drawn. */
 export interface ProgressOptions {
-  /** Default: standard error. */
+  /** Default: standard error; in a page the console. */
   readonly stream?: ProgressStream
   /** Steps between two lines where the stream is no terminal. Default: a twentieth of the run. */
   readonly every?: number
@@ -32,9 +33,9 @@ const barWidth = 24
 /** A listener that shows progress. */
 export function progress(options: ProgressOptions = {}): TrainListener {
   checkOptions('progress', options, { stream: true, every: true, color: true, now: true })
-  const { stream = process.stderr, now = () => performance.now() } = options
+  const { stream = standardError(), now = () => performance.now() } = options
   const terminal = stream.isTTY === true
-  const color = options.color ?? (terminal && !process.env['NO_COLOR'])
+  const color = options.color ?? (terminal && !isColorless())
   const paint = (code: number, text: string) => (color ? `\x1b[${code}m${text}\x1b[39m` : text)
   const bold = (text: string) => (color ? `\x1b[1m${text}\x1b[22m` : text)
   let start: StartEvent | undefined

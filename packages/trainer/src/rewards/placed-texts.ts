@@ -1,6 +1,6 @@
 /** @file Prompts and the texts behind them as batches of rows: log-probabilities are read from these, weights are written to them. */
-import { createHash } from 'node:crypto'
-import { MoeError, noGrad, type Precision, scope, withPrecision } from '@moe/core'
+import { Sha256 } from '@moe/checkpoint'
+import { eventLoopTurn, MoeError, noGrad, type Precision, scope, withPrecision } from '@moe/core'
 import { checkedLoss } from '../check-model.ts'
 import { batchOf, type Row, rowsOf } from '../data/rows.ts'
 import { TokenDataset } from '../data/token-dataset.ts'
@@ -84,7 +84,7 @@ export class PlacedTexts {
       } finally {
         nlls.dispose()
       }
-      await new Promise(setImmediate)
+      await eventLoopTurn()
     }
     return this.#places.map(({ batch, at, length: count }) => {
       const { rows, length } = this.batches[batch]
@@ -120,9 +120,9 @@ export function checkReference(model: TrainableModel, reference: TrainableModel 
 
 /** Identity of lists of ids, for checkpoints. */
 export function digestOf(lists: ReadonlyArray<readonly number[]>): string {
-  const hash = createHash('sha256')
+  const hash = new Sha256()
   for (const ids of lists) hash.update(Int32Array.from([ids.length, ...ids]))
-  return hash.digest('hex').slice(0, 16)
+  return hash.hex().slice(0, 16)
 }
 
 export const countOf = (lists: ReadonlyArray<ArrayLike<number>>): number =>

@@ -1,0 +1,79 @@
+/** @file A run in a folder of the disk. */
+import { rmSync } from 'node:fs'
+import { join } from 'node:path'
+import { type FolderPlace, pathOf } from '@moe/checkpoint'
+import { MoeError } from '@moe/core'
+import type { TrainListener } from '../events.ts'
+import { eventsLog } from '../report/events-log.ts'
+import { cutLoads, loadsLog } from '../report/loads-log.ts'
+import { LogFile } from '../report/log-file.ts'
+import { cutMetrics, type MetricsLine } from '../report/metrics-log.ts'
+import { writeSummary } from '../report/summary.ts'
+import type { TrainResult } from '../result.ts'
+import { latestCheckpoint, otherCheckpoints, publishCheckpoint } from './checkpoint-folder.ts'
+import { lockFolder } from './folder-lock.ts'
+import type { RunFolder, StoredCheckpoint } from './run-folder.ts'
+
+const stored = (path: string): StoredCheckpoint => ({ path, place: path })
+
+export class DiskRun implements RunFolder {
+  readonly path: string
+  readonly log: LogFile
+  readonly listeners: readonly TrainListener[]
+
+  constructor(out: string) {
+    this.path = pathOf('train', out)
+    this.log = new LogFile(this.#file('metrics.jsonl'))
+    this.listeners = [eventsLog(this.#file('events.jsonl')), loadsLog(this.#file('loads.jsonl'))]
+  }
+
+  #file(name: string): string {
+    return join(this.path, name)
+  }
+
+  async latest() {
+    const path = latestCheckpoint(this.path)
+    return path === undefined ? undefined : stored(path)
+  }
+
+  async named(path: string) {
+    return stored(path)
+  }
+
+  async others({ path }: StoredCheckpoint) {
+    return otherCheckpoints(path).map(stored)
+  }
+
+  lock() {
+    return lockFolder(this.path)
+  }
+
+  async empty() {
+    try {
+      for (const name of ['checkpoints', 'metrics.jsonl', 'loads.jsonl', 'events.jsonl', 'summary.json'])
+        rmSync(this.#file(name), { recursive: true, force: true })
+    } catch (cause) {
+      throw new MoeError({
+        code: 'E_CONFIG',
+        op: 'train',
+        problem: `the run in ${this.path} cannot be removed: ${(cause as Error).message}`,
+        fix: 'choose another out',
+        cause,
+      })
+    }
+  }
+
+  async cutBack(step: number): Promise<readonly MetricsLine[]> {
+    const lines = await cutMetrics(this.log.path, step)
+    await cutLoads(this.#file('loads.jsonl'), step)
+    return lines
+  }
+
+  async publish(step: number, keep: number, write: (place: FolderPlace) => Promise<void>) {
+    return stored(await publishCheckpoint(this.path, step, keep, write))
+  }
+
+  summarize(result: TrainResult) {
+    return writeSummary(this.path, result)
+  }
+}

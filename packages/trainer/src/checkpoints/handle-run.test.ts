@@ -1,0 +1,124 @@
+import { addAdapters, disposeModule, setDefaultBackend, stateDict } from '@moe/core'
+import { beforeAll, expect, test } from 'vitest'
+import { TestDirectory } from '../../../../scripts/test-directory.ts'
+import type { TrainOptions } from '../options.ts'
+import { BigramModel, letterData, letters, roundingBackend } from '../test-model.ts'
+import { train } from '../train.ts'
+
+const backend = roundingBackend()
+beforeAll(() => setDefaultBackend(backend))
+
+const settings = { data: letterData(), steps: 12, batchSize: 3, sequenceLength: 8, lr: 0.05, seed: 7, progress: false }
+
+/** Trains a new model; its losses by step, what it came to and its weights. */
+async function run(options: Partial<TrainOptions> & { stopAfter?: number }) {
+  const { stopAfter, ...rest } = options
+  const model = new BigramModel()
+  const controller = new AbortController()
+  const losses: Record<number, number> = {}
+  try {
+    const result = await train(model, {
+      ...settings,
+      ...rest,
+      signal: controller.signal,
+      onEvent(event) {
+        if (event.type !== 'step') return
+        losses[event.step] = event.loss
+        if (event.step === stopAfter) controller.abort()
+      },
+    })
+    const weights = await Promise.all(
+      stateDict(model).map(async ({ name, data }) => [name, Array.from(await data())] as const),
+    )
+    return { result, losses, weights }
+  } finally {
+    disposeModule(model)
+  }
+}
+
+const named = (folder: TestDirectory, ...path: string[]) =>
+  path.reduce((at, name) => at.entries.get(name) as TestDirectory, folder)
+const checkpointsOf = (folder: TestDirectory) => [...named(folder, 'checkpoints').entries.keys()].sort()
+const write = async (folder: TestDirectory, name: string, text: string) => {
+  const file = await (await folder.getFileHandle(name, { create: true })).createWritable()
+  await file.write(new TextEncoder().encode(text))
+  await file.close()
+}
+
+test('a run that was stopped goes on bit for bit, and the last checkpoints stay', async () => {
+  const [whole, out] = [new TestDirectory('whole'), new TestDirectory('run')]
+  const expected = await run({ out: whole, checkpointEvery: 3 })
+  expect(checkpointsOf(whole)).toEqual(['latest', 'step-000009', 'step-000012'])
+  expect(expected.result.checkpoint).toBe('whole/checkpoints/step-000012')
+  const first = await run({ out, stopAfter: 5 })
+  expect(first.result).toMatchObject({ interrupted: true, checkpoint: 'run/checkpoints/step-000005' })
+  const second = await run({ out, resume: true })
+  expect({ ...first.losses, ...second.losses }).toEqual(expected.losses)
+  expect(second.weights).toEqual(expected.weights)
+  expect([...out.entries.keys()].sort()).toEqual(['checkpoints', 'summary.json'])
+})
+
+test('a checkpoint holds what one on the disk does', async () => {
+  const out = new TestDirectory('run')
+  const tokenizer = { ...letters, idToToken: (id: number) => `<${id}>`, toJSON: () => ({ version: '1.0' }) }
+  await run({ out, steps: 2, tokenizer })
+  const checkpoint = named(out, 'checkpoints', 'step-000002')
+  expect([...checkpoint.entries.keys()].sort()).toEqual(['model', 'optimizer.safetensors', 'trainer.json'])
+  const files = ['model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+  expect([...named(checkpoint, 'model').entries.keys()].sort()).toEqual(files)
+})
+
+test('one that a page left half written is passed over, and goes', async () => {
+  const out = new TestDirectory('run')
+  await run({ out, stopAfter: 4 })
+  const half = await named(out, 'checkpoints').getDirectoryHandle('step-000005', { create: true })
+  await half.getFileHandle('trainer.json', { create: true })
+  await write(named(out, 'checkpoints'), 'latest', 'step-000005\n')
+  const { losses } = await run({ out, resume: true, keepCheckpoints: 1 })
+  expect(Object.keys(losses)[0]).toBe('5')
+  expect(checkpointsOf(out)).toEqual(['latest', 'step-000012'])
+})
+
+test('a storage that is full leaves the checkpoint before', async () => {
+  const out = new TestDirectory('run')
+  await run({ out, stopAfter: 4 })
+  out.quota.bytes = 500
+  await expect(run({ out, resume: true })).rejects.toMatchObject({
+    code: 'E_CHECKPOINT',
+    op: 'run/checkpoints/step-000012',
+    message: expect.stringContaining('run/checkpoints/step-000004 is whole'),
+  })
+  expect(checkpointsOf(out)).toEqual(['latest', 'step-000004'])
+})
+
+test('what was damaged is told, with another that is whole; any can be gone on from by name', async () => {
+  const out = new TestDirectory('run')
+  await run({ out, checkpointEvery: 4 })
+  await write(named(out, 'checkpoints', 'step-000012'), 'optimizer.safetensors', 'nothing of the kind')
+  const whole = 'run/checkpoints/step-000008'
+  await expect(run({ out, resume: true })).rejects.toMatchObject({ code: 'E_CHECKPOINT', details: { whole } })
+  await expect(run({ out, resume: 'run/checkpoints/step-000009' })).rejects.toMatchObject({
+    code: 'E_CHECKPOINT',
+    message: expect.stringContaining(`pass one of ${whole}, run/checkpoints/step-000012`),
+  })
+  const { losses, result } = await run({ out, resume: whole })
+  expect(Object.keys(losses)).toEqual(['9', '10', '11', '12'])
+  expect(result.checkpoint).toBe('run/checkpoints/step-000012')
+})
+
+test('a run is not written over by accident', async () => {
+  const out = new TestDirectory('run')
+  await run({ out })
+  await expect(run({ out })).rejects.toMatchObject({ code: 'E_CONFIG', message: expect.stringContaining('overwrite') })
+  await run({ out, steps: 2, overwrite: true })
+  expect(checkpointsOf(out)).toEqual(['latest', 'step-000002'])
+})
+
+test('adapters alone are not saved there', async () => {
+  const model = new BigramModel()
+  addAdapters(model, { rank: 2 })
+  await expect(train(model, { ...settings, out: new TestDirectory('run') })).rejects.toMatchObject({
+    code: 'E_UNSUPPORTED',
+  })
+  disposeModule(model)
+})
