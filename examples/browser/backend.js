@@ -7,6 +7,6 @@ export const pickBackend = () => firstAvailable([() => tfjsOnWasm])
 const tfjsOnWasm = {
   createBackend: async () => {
     const { createBackend } = await import('@moe/backend-tfjs')
-    return createBackend({ wasmPaths: new URL('wasm/', document.baseURI).href })
+    return createBackend({ wasmPaths: new URL('wasm/', location.href).href })
   },
 }
