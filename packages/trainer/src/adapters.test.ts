@@ -14,7 +14,7 @@ import {
 import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
-import { modelFolder } from './checkpoints/checkpoint-folder.ts'
+import { modelFolder } from './checkpoints/model-folder.ts'
 import { TokenDataset } from './data/token-dataset.ts'
 import type { TrainEvent } from './events.ts'
 import type { TrainOptions } from './options.ts'

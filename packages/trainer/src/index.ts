@@ -1,5 +1,6 @@
 /** @file Public interface of @moe/trainer. */
-export { latestCheckpoint, modelFolder } from './checkpoints/checkpoint-folder.ts'
+export { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
+export { modelFolder } from './checkpoints/model-folder.ts'
 export {
   type Conversation,
   type ConversationFilesOptions,

@@ -51,23 +51,6 @@ export function latestCheckpoint(out: string | URL): string | undefined {
   return join(folder, known ? name : checkpointName(steps[steps.length - 1]))
 }
 
-/**
- * Folder of a model, or of adapters: the one given where it holds a config.json or an adapter_config.json, else that in the latest checkpoint of the run it is of.
- * @throws MoeError E_CHECKPOINT when it is neither
- */
-export function modelFolder(folder: string | URL): string {
-  const path = pathOf('modelFolder', folder)
-  if (['config.json', 'adapter_config.json'].some(name => existsSync(join(path, name)))) return path
-  const checkpoint = latestCheckpoint(path)
-  if (checkpoint !== undefined) return join(checkpoint, 'model')
-  throw new MoeError({
-    code: 'E_CHECKPOINT',
-    op: 'modelFolder',
-    problem: `${path} has neither a config.json nor checkpoints`,
-    fix: 'pass the folder of a model, or of a run: the `out` of train(), or runs/quickstart after `npm start`',
-  })
-}
-
 /** Paths of the run's other checkpoints, the latest first. @param path of a checkpoint */
 export function otherCheckpoints(path: string): string[] {
   const folder = dirname(resolve(path))

@@ -4,6 +4,7 @@ import { TestDirectory } from '../../../../scripts/test-directory.ts'
 import type { TrainOptions } from '../options.ts'
 import { BigramModel, letterData, letters, roundingBackend } from '../test-model.ts'
 import { train } from '../train.ts'
+import { modelFolder } from './model-folder.ts'
 
 const backend = roundingBackend()
 beforeAll(() => setDefaultBackend(backend))
@@ -66,6 +67,16 @@ test('a checkpoint holds what one on the disk does', async () => {
   expect([...checkpoint.entries.keys()].sort()).toEqual(['model', 'optimizer.safetensors', 'trainer.json'])
   const files = ['model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
   expect([...named(checkpoint, 'model').entries.keys()].sort()).toEqual(files)
+})
+
+test('the folder of the model is that of the latest checkpoint, or the one given', async () => {
+  const out = new TestDirectory('run')
+  await expect(modelFolder(out)).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: 'modelFolder' })
+  await run({ out, checkpointEvery: 5, steps: 6 })
+  const found = await modelFolder(out)
+  expect(found).toBe(named(out, 'checkpoints', 'step-000006', 'model'))
+  await write(found as TestDirectory, 'config.json', '{}')
+  expect(await modelFolder(found)).toBe(found)
 })
 
 test('one that a page left half written is passed over, and goes', async () => {

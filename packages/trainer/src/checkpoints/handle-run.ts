@@ -8,6 +8,11 @@ import type { RunFolder, StoredCheckpoint } from './run-folder.ts'
 const SUMMARY_FILE = 'summary.json'
 const MAX_STATE_BYTES = 2 ** 26
 
+/** A checkpoint that is whole, in the handle of a folder. */
+interface CheckpointByHandle extends StoredCheckpoint {
+  readonly place: DirectoryHandle
+}
+
 export class HandleRun implements RunFolder {
   readonly path: string
   readonly listeners = []
@@ -84,8 +89,8 @@ export class HandleRun implements RunFolder {
   }
 
   /** Ascending. */
-  async #whole(checkpoints: DirectoryHandle): Promise<StoredCheckpoint[]> {
-    const found: StoredCheckpoint[] = []
+  async #whole(checkpoints: DirectoryHandle): Promise<CheckpointByHandle[]> {
+    const found: CheckpointByHandle[] = []
     for (const name of await namesOfSteps(checkpoints)) {
       const place = await checkpoints.getDirectoryHandle(name)
       // A file is there, empty, from when it begins to be written.

@@ -31,7 +31,8 @@ import {
   type TrainerState,
 } from './trainer-state.ts'
 
-const MODEL_FOLDER = 'model'
+/** In a checkpoint. */
+export const MODEL_FOLDER = 'model'
 const ADAPTER_FILE = 'adapter_model.safetensors'
 const OPTIMIZER_FILE = 'optimizer.safetensors'
 
