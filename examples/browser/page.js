@@ -9,13 +9,9 @@ const [form, prompt, button, text, status] = ['form', 'prompt', 'button', 'text'
 )
 
 const folder = new URL('model/', document.baseURI)
-const backend = await pickBackend()
-setDefaultBackend(backend)
-const tokenizerFile = await fetch(new URL('tokenizer.json', folder))
-if (!tokenizerFile.ok) throw new Error(`tokenizer.json: ${tokenizerFile.status}`)
-const tokenizer = await BpeTokenizer.fromJSONAsync(await tokenizerFile.text())
-const model = await DeepSeek.fromPretrained(folder, {
-  onProgress: ({ bytes, totalBytes }) => tell(`${(bytes / 1e6).toFixed(1)} of ${(totalBytes / 1e6).toFixed(1)} MB`),
+const { backend, tokenizer, model } = await open().catch(error => {
+  tell(error.message)
+  throw error
 })
 tell(`ready on ${backend.device}`)
 button.disabled = false
@@ -53,4 +49,17 @@ form.addEventListener('submit', async event => {
 
 function tell(what) {
   status.textContent = what
+}
+
+async function open() {
+  const backend = await pickBackend()
+  setDefaultBackend(backend)
+  const tokenizerFile = await fetch(new URL('tokenizer.json', folder))
+  if (!tokenizerFile.ok)
+    throw new Error(`there is no model here (tokenizer.json: ${tokenizerFile.status}); npm start makes one`)
+  const tokenizer = await BpeTokenizer.fromJSONAsync(await tokenizerFile.text())
+  const model = await DeepSeek.fromPretrained(folder, {
+    onProgress: ({ bytes, totalBytes }) => tell(`${(bytes / 1e6).toFixed(1)} of ${(totalBytes / 1e6).toFixed(1)} MB`),
+  })
+  return { backend, tokenizer, model }
 }
