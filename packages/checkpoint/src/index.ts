@@ -40,7 +40,6 @@ export {
 } from './read-safetensors.ts'
 export { patiently, renamePatiently } from './rename-patiently.ts'
 export { type SavedCheckpoint, type SaveOptions, saveCheckpoint } from './save-checkpoint.ts'
-export { Sha256 } from './sha256.ts'
 export { stateSource } from './state-source.ts'
 export type { StoredArray, StoredDType } from './stored-dtype.ts'
 export { type FolderPlace, folderIn, type TargetFolder, targetFolder, writeText } from './target-folder.ts'

@@ -1,5 +1,6 @@
 /** @file What `train` takes, what is assumed where nothing is said, and what of it a checkpoint must agree with. */
-import { type DirectoryHandle, isDirectoryHandle, Sha256 } from '@moe/checkpoint'
+import { createHash } from 'node:crypto'
+import { type DirectoryHandle, isDirectoryHandle } from '@moe/checkpoint'
 import {
   checkOptions,
   MoeError,
@@ -352,4 +353,4 @@ function valuesOf(schedule: Schedule, steps: number): string | undefined {
   return values.every(value => typeof value === 'number') ? `a schedule (${digest(values.join())})` : undefined
 }
 
-const digest = (text: string) => new Sha256().update(text).hex().slice(0, 16)
+const digest = (text: string) => createHash('sha256').update(text).digest('hex').slice(0, 16)

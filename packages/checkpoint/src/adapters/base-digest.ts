@@ -1,6 +1,6 @@
 /** @file Which base adapters were made for. */
+import { createHash } from 'node:crypto'
 import type { StateEntry } from '@moe/core'
-import { Sha256 } from '../sha256.ts'
 import { fromF32, toF32 } from '../to-f32.ts'
 
 /**
@@ -8,11 +8,11 @@ import { fromF32, toF32 } from '../to-f32.ts'
  * share and which are never stored in fewer bits. They are rounded to bf16, so that it does not matter in which dtype the base was stored.
  */
 export async function baseDigest(entries: readonly StateEntry[]): Promise<string> {
-  const hash = new Sha256()
+  const hash = createHash('sha256')
   for (const { name, dtype, shape, data } of entries) {
     hash.update(`${name} ${shape.join('x')}\n`)
     const values = shape.length === 1 ? toF32(dtype, await data()) : undefined
     if (values !== undefined) hash.update(fromF32('bf16', values))
   }
-  return hash.hex().slice(0, 32)
+  return hash.digest('hex').slice(0, 32)
 }

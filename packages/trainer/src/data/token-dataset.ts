@@ -1,5 +1,5 @@
 /** @file A corpus as one stream of tokens with document boundaries. */
-import { Sha256 } from '@moe/checkpoint'
+import { createHash } from 'node:crypto'
 import { checkOptions, MoeError } from '@moe/core'
 import type { TextTokenizer } from '../model.ts'
 import { checkDocuments, utf8Bytes } from './documents.ts'
@@ -228,9 +228,9 @@ export class TokenDataset {
   /** Identity of the content, for checkpoints. */
   get digest(): string {
     if (this.#digest === undefined) {
-      const hash = new Sha256().update(this.tokens).update(this.starts)
+      const hash = createHash('sha256').update(this.tokens).update(this.starts)
       if (this.examples !== null) hash.update(this.examples)
-      this.#digest = hash.hex().slice(0, 16)
+      this.#digest = hash.digest('hex').slice(0, 16)
     }
     return this.#digest
   }

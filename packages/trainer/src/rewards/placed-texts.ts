@@ -1,5 +1,5 @@
 /** @file Prompts and the texts behind them as batches of rows: log-probabilities are read from these, weights are written to them. */
-import { Sha256 } from '@moe/checkpoint'
+import { createHash } from 'node:crypto'
 import { eventLoopTurn, MoeError, noGrad, type Precision, scope, withPrecision } from '@moe/core'
 import { checkedLoss } from '../check-model.ts'
 import { batchOf, type Row, rowsOf } from '../data/rows.ts'
@@ -120,9 +120,9 @@ export function checkReference(model: TrainableModel, reference: TrainableModel 
 
 /** Identity of lists of ids, for checkpoints. */
 export function digestOf(lists: ReadonlyArray<readonly number[]>): string {
-  const hash = new Sha256()
+  const hash = createHash('sha256')
   for (const ids of lists) hash.update(Int32Array.from([ids.length, ...ids]))
-  return hash.hex().slice(0, 16)
+  return hash.digest('hex').slice(0, 16)
 }
 
 export const countOf = (lists: ReadonlyArray<ArrayLike<number>>): number =>

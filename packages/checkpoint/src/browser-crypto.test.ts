@@ -1,0 +1,13 @@
+import { createHash } from 'node:crypto'
+import { expect, test } from 'vitest'
+import { createHash as inBrowsers } from '../../../scripts/browser-crypto.ts'
+
+test('the build for browsers has the digests of Node', () => {
+  const words = Int32Array.from({ length: 1000 }, (_, i) => i * 2_654_435_761)
+  const digests = [createHash, inBrowsers].map(create => {
+    const hash = create('sha256').update('naïve 🜁\n')
+    for (const end of [0, 13, 64, 1000]) hash.update(words.subarray(3, end))
+    return hash.update(new Uint8Array(words.buffer, 1, 55)).digest('hex')
+  })
+  expect(digests[1]).toBe(digests[0])
+})
