@@ -25,10 +25,8 @@ export type { LogProb, TokenLogProb } from './log-probs.ts'
 export {
   DeepSeek,
   type DeepSeekLoss,
-  type DeepSeekOptions,
-  type FromPretrainedOptions,
-  type Objective,
 } from './model.ts'
+export type { DeepSeekOptions, FromPretrainedOptions, Objective } from './options.ts'
 export type { DeepSeekPieces, PieceRunner, RouteElsewhere } from './pieces.ts'
 export { presets } from './presets.ts'
 export { loadWeights } from './pretrained.ts'

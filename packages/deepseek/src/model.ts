@@ -11,7 +11,7 @@ import {
   type PagedCacheOptions,
   RotaryEmbedding,
 } from '@moe/attention-mla'
-import { type CheckpointPlace, type FolderOptions, type FolderPlace, folderOptionNames } from '@moe/checkpoint'
+import { type CheckpointPlace, type FolderPlace, folderOptionNames } from '@moe/checkpoint'
 import {
   allOrNothing,
   type Backend,
@@ -22,27 +22,19 @@ import {
   defaultBackend,
   denseWeight,
   disposeModule,
-  Embedding,
-  forkInit,
   fromHost,
   type InitOptions,
   isFrozen,
-  keep,
   type Linear,
   linearCrossEntropy,
   Module,
   needAxes,
   noGrad,
-  type OptionNames,
-  OutputHead,
   type Precision,
   Random,
-  RmsNorm,
   scope,
   type Tensor,
-  type WeightFormat,
   withPrecision,
-  zeros,
 } from '@moe/core'
 import {
   averageAt,
@@ -59,25 +51,31 @@ import {
   type Balancer,
   type LayerLoad,
   type LoadMonitor,
-  type LoadSummary,
   MoELayer,
-  type Schedule,
   scheduled,
-  summarizeLoad,
   type TokenDropping,
   updateBias,
 } from '@moe/router'
 import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './config.ts'
 import { ContinuousBatch, type ContinuousBatchOptions } from './continuous-batch.ts'
-import { DecoderLayer, type DecoderLayerInit, isTransient, type LayerOptions, layerNames } from './decoder-layer.ts'
+import { type DecoderLayer, isTransient, type LayerOptions, layerNames } from './decoder-layer.ts'
 import type { GenerateOptions, Generation, SessionOptions, TextOptions } from './generate.ts'
 import type { TokenLogProb } from './log-probs.ts'
 import type { LossSource } from './loss-parts.ts'
+import {
+  type DeepSeekOptions,
+  droppingNames,
+  type FromPretrainedOptions,
+  type Objective,
+  optionNames,
+  usualObjective,
+} from './options.ts'
 import { DeepSeekPieces } from './pieces.ts'
 import { loadPretrained, savePretrained } from './pretrained.ts'
 import { type ScoreOptions, score } from './score.ts'
 import { generate, Session } from './session.ts'
 import { DeepSeekStages } from './stages.ts'
+import { reportLoads, type StepCounts, sumCounts } from './step-report.ts'
 import {
   digestOf,
   factorAt,
@@ -87,71 +85,7 @@ import {
   maskAt,
   uploadInputs,
 } from './training-loss.ts'
-
-/**
- * What the training loss adds to the next-token loss, and how fast the balance bias moves. Numbers, or functions of the optimizer steps done (`model.step`);
- * may be changed between steps.
- */
-export interface Objective {
-  /** λ of multi-token prediction (V3: 0.3, later 0.1). */
-  mtpWeight: Schedule
-  /** α of the sequence-wise balance loss (V3: 1e-4). Not used with a balancer. */
-  balanceWeight: Schedule
-  /** γ of the selection bias (V3: 0.001). Not used with a balancer. */
-  biasSpeed: Schedule
-  /** Train the MTP modules alone: they give no gradient to the main model. Default false. */
-  mtpDetached: boolean
-  /** Log the share of drafts that the main model would accept at every depth with each training loss. It costs the logits of all depths. Default false. */
-  mtpAcceptance: boolean
-}
-
-/** How a model starts, how it is balanced and what its loss is made of. */
-export interface DeepSeekOptions {
-  /** Of the random weights. Null for a model of zeros, quickly made, that `loadWeights` will fill. Default 0. */
-  readonly seed?: number | null
-  /** Where weights live. Default: that of `setDefaultBackend`. */
-  readonly backend?: Backend
-  /** Store weights in fewer bits, for inference: see `quantizeWeights`. Checkpoints are quantized tensor by tensor as they are read. Default: f32. */
-  readonly weights?: WeightFormat
-  /** In place of the usual: mtpWeight 0.3, balanceWeight 1e-4, biasSpeed 0.001, joint training of the MTP modules. */
-  readonly objective?: Partial<Objective>
-  /** What keeps the experts evenly loaded, in place of `balanceWeight` and `biasSpeed`. */
-  readonly balancer?: Balancer
-  /** Drop in training what exceeds the budget of a device, as V2 did. Default: no token is dropped. */
-  readonly dropping?: TokenDropping & {
-    /** Share of the sequences that lose no token in any layer, drawn anew for every batch from the seed, the step and its tokens. Default 0.1. */
-    readonly undropped?: number
-  }
-  /** Is given the loads and selection biases of every layer after each step. */
-  readonly monitor?: LoadMonitor
-}
-
-/** How a stored model is opened: `seed` has nothing to draw there. */
-export interface FromPretrainedOptions extends Omit<DeepSeekOptions, 'seed'>, FolderOptions {}
-
-const optionNames: OptionNames<DeepSeekOptions> = {
-  seed: true,
-  backend: true,
-  weights: true,
-  objective: true,
-  balancer: true,
-  dropping: true,
-  monitor: true,
-}
-
-const droppingNames: OptionNames<DeepSeekOptions['dropping'] & object> = {
-  devices: true,
-  capacity_factor: true,
-  undropped: true,
-}
-
-const usualObjective: Objective = {
-  mtpWeight: 0.3,
-  balanceWeight: 1e-4,
-  biasSpeed: 0.001,
-  mtpDetached: false,
-  mtpAcceptance: false,
-}
+import { makeTrunk, type Trunk } from './trunk.ts'
 
 /** The loss of a batch and what to log beside it. */
 export interface DeepSeekLoss {
@@ -180,31 +114,6 @@ export interface StagedDeepSeek {
   after(inputs: Readonly<Record<string, Tensor>>, carried: readonly Tensor[]): void
   /** Ends the step; what `afterStep` resolves to. */
   report(carried: ReadonlyArray<Float32Array | Int32Array>): Promise<Record<string, number>>
-}
-
-/** Of a layer with experts in a step, on their way to the host: loads `[E]`, and how many of these choices were not dropped, `[1]`. */
-interface StepCounts {
-  readonly load: Promise<ArrayLike<number>> | undefined
-  readonly kept?: Promise<ArrayLike<number>> | undefined
-}
-
-/** The part under the key `model`. */
-class Trunk extends Module {
-  embed_tokens: Embedding
-  /** Decoder layers, then MTP modules, as in the checkpoints. */
-  layers: Array<DecoderLayer | MtpModule<LayerOptions>>
-  norm: RmsNorm
-
-  constructor(config: DeepSeekConfig, rotary: RotaryEmbedding, options: DecoderLayerInit) {
-    super()
-    const { balancer, dropping, ...init } = options
-    this.embed_tokens = new Embedding(config.vocab_size, config.hidden_size, forkInit(init, 'embed_tokens'))
-    this.layers = Array.from(
-      { length: config.num_hidden_layers },
-      (_, i) => new DecoderLayer(config, i, rotary, { ...forkInit(init, `layers.${i}`), balancer, dropping }),
-    )
-    this.norm = new RmsNorm(config.hidden_size, config.rms_norm_eps, init)
-  }
 }
 
 /** A DeepSeek V2, V3 or LLM language model of any size. */
@@ -251,30 +160,9 @@ export class DeepSeek extends Module {
     const deviation = seed === null ? 0 : this.#config.initializer_range
     const init: InitOptions = { random: new Random(seed ?? 0), deviation, backend, weights }
     this.#rotary = new RotaryEmbedding(this.#config)
-    const { model, head } = allOrNothing(() => this.#parts({ ...init, balancer, dropping }))
+    const { model, head } = allOrNothing(() => makeTrunk(this.#config, this.#rotary, { ...init, balancer, dropping }))
     this.model = model
     this.lm_head = head
-  }
-
-  /** Layers and head; MTP modules stand behind the decoder layers and share embedding and head. */
-  #parts({ balancer, dropping, ...init }: DecoderLayerInit): { model: Trunk; head: Linear } {
-    const config = this.#config
-    const model = new Trunk(config, this.#rotary, { ...init, balancer, dropping })
-    const { layers, embed_tokens: embedding } = model
-    const head = new OutputHead(config.hidden_size, config.vocab_size, forkInit(init, 'lm_head'))
-    if (config.tie_word_embeddings) {
-      head.weight.dispose()
-      head.weight = embedding.weight
-    }
-    for (let depth = 0; depth < config.num_nextn_predict_layers; depth++) {
-      const index = config.num_hidden_layers + depth
-      const makeBlock = (own: InitOptions) =>
-        new DecoderLayer(config, index, this.#rotary, { ...own, balancer, dropping })
-      const own = forkInit(init, `layers.${index}`)
-      const separate = config.mtp_separate_embeddings
-      layers.push(new MtpModule<LayerOptions>(config, { ...own, embedding, head, makeBlock, separate }))
-    }
-    return { model, head }
   }
 
   /**
@@ -558,7 +446,7 @@ export class DeepSeek extends Module {
   async afterStep(sum?: (loads: readonly Tensor[]) => Promise<Tensor[]>): Promise<Record<string, number>> {
     const speed = scheduled(this.#objective.biasSpeed, this.step)
     const layers = this.moeLayers
-    const sums = sum && layers.length > 0 ? await this.#summed(layers, sum) : null
+    const sums = sum && layers.length > 0 ? await sumCounts(layers, sum, this.#undropped !== null) : null
     const counts = layers.map((layer, i) => {
       const load = (sums?.[i] ?? layer.load)?.values()
       const kept = (sums?.[layers.length + i] ?? layer.kept)?.values()
@@ -580,45 +468,16 @@ export class DeepSeek extends Module {
     }
   }
 
-  /** Loads of the layers over all ranks, and with dropping behind them what each has kept. A layer that has not counted, as in a stage of another rank, has zeros to add. */
-  async #summed(layers: readonly MoELayer[], sum: (counts: readonly Tensor[]) => Promise<Tensor[]>): Promise<Tensor[]> {
-    const experts = this.#config.n_routed_experts as number
-    const nothing = [experts, 1].map(size => keep(zeros([size], { dtype: 'i32', backend: this.#backend })))
-    const loads = layers.map(({ load }) => load ?? nothing[0])
-    const kept = this.#undropped === null ? [] : layers.map(layer => layer.kept ?? nothing[1])
-    return sum([...loads, ...kept]).finally(() => {
-      for (const zero of nothing) zero.dispose()
-    })
-  }
-
-  /** Loads of the layers, biases of now: to the monitor, and what is worth logging. Ends the step. */
+  /** Ends the step; what `afterStep` resolves to. */
   async #report(counts: readonly StepCounts[]): Promise<Record<string, number>> {
-    const layers = this.#namedMoeLayers
-    const biases = layers.map(([, { gate }]) => this.#monitor && gate.e_score_correction_bias?.values())
+    const biases = this.moeLayers.map(({ gate }) => this.#monitor && gate.e_score_correction_bias?.values())
     this.step += 1
-    const summaries: LoadSummary[] = []
-    const layerLoads: LayerLoad[] = []
-    // All at once: where the device is lost, every read fails, and none may be left alone with that.
-    const reads = await Promise.all(counts.map(({ load, kept }, i) => Promise.all([load, biases[i], kept])))
-    for (const [i, [values, bias, kept]] of reads.entries()) {
-      const load = Array.from(values ?? [])
-      const choices = load.reduce((sum, count) => sum + count, 0)
-      // Nothing has passed through it.
-      if (choices === 0) continue
-      this.#monitor?.record(`moe ${i}`, load, bias ?? undefined)
-      summaries.push(summarizeLoad(load))
-      const [name, { gate }] = layers[i]
-      const groups = this.#config.n_group ?? 1
-      layerLoads.push({ name, load, dropped: kept && choices - kept[0], groups, bias: gate.e_score_correction_bias })
-    }
+    const { layerLoads, metrics } = await reportLoads(this.#namedMoeLayers, counts, biases, {
+      monitor: this.#monitor,
+      groups: this.#config.n_group ?? 1,
+    })
     this.#layerLoads = layerLoads
-    if (summaries.length === 0) return {}
-    const vio = summaries.map(({ maxVio }) => maxVio)
-    return {
-      maxVio: vio.reduce((sum, x) => sum + x, 0) / vio.length,
-      maxVioWorst: Math.max(...vio),
-      deadExperts: summaries.reduce((sum, { dead }) => sum + dead.length, 0),
-    }
+    return metrics
   }
 
   /** Continues a sequence of token ids, as texts when a tokenizer is given. Greedy unless `temperature` is set. */

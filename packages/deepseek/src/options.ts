@@ -1,0 +1,69 @@
+/** @file How a model starts, how it is balanced and what its loss is made of. */
+import type { FolderOptions } from '@moe/checkpoint'
+import type { Backend, OptionNames, WeightFormat } from '@moe/core'
+import type { Balancer, LoadMonitor, Schedule, TokenDropping } from '@moe/router'
+
+/**
+ * What the training loss adds to the next-token loss, and how fast the balance bias moves. Numbers, or functions of the optimizer steps done (`model.step`);
+ * may be changed between steps.
+ */
+export interface Objective {
+  /** λ of multi-token prediction (V3: 0.3, later 0.1). */
+  mtpWeight: Schedule
+  /** α of the sequence-wise balance loss (V3: 1e-4). Not used with a balancer. */
+  balanceWeight: Schedule
+  /** γ of the selection bias (V3: 0.001). Not used with a balancer. */
+  biasSpeed: Schedule
+  /** Train the MTP modules alone: they give no gradient to the main model. Default false. */
+  mtpDetached: boolean
+  /** Log the share of drafts that the main model would accept at every depth with each training loss. It costs the logits of all depths. Default false. */
+  mtpAcceptance: boolean
+}
+
+/** How a model starts, how it is balanced and what its loss is made of. */
+export interface DeepSeekOptions {
+  /** Of the random weights. Null for a model of zeros, quickly made, that `loadWeights` will fill. Default 0. */
+  readonly seed?: number | null
+  /** Where weights live. Default: that of `setDefaultBackend`. */
+  readonly backend?: Backend
+  /** Store weights in fewer bits, for inference: see `quantizeWeights`. Checkpoints are quantized tensor by tensor as they are read. Default: f32. */
+  readonly weights?: WeightFormat
+  /** In place of the usual: mtpWeight 0.3, balanceWeight 1e-4, biasSpeed 0.001, joint training of the MTP modules. */
+  readonly objective?: Partial<Objective>
+  /** What keeps the experts evenly loaded, in place of `balanceWeight` and `biasSpeed`. */
+  readonly balancer?: Balancer
+  /** Drop in training what exceeds the budget of a device, as V2 did. Default: no token is dropped. */
+  readonly dropping?: TokenDropping & {
+    /** Share of the sequences that lose no token in any layer, drawn anew for every batch from the seed, the step and its tokens. Default 0.1. */
+    readonly undropped?: number
+  }
+  /** Is given the loads and selection biases of every layer after each step. */
+  readonly monitor?: LoadMonitor
+}
+
+/** How a stored model is opened: `seed` has nothing to draw there. */
+export interface FromPretrainedOptions extends Omit<DeepSeekOptions, 'seed'>, FolderOptions {}
+
+export const optionNames: OptionNames<DeepSeekOptions> = {
+  seed: true,
+  backend: true,
+  weights: true,
+  objective: true,
+  balancer: true,
+  dropping: true,
+  monitor: true,
+}
+
+export const droppingNames: OptionNames<DeepSeekOptions['dropping'] & object> = {
+  devices: true,
+  capacity_factor: true,
+  undropped: true,
+}
+
+export const usualObjective: Objective = {
+  mtpWeight: 0.3,
+  balanceWeight: 1e-4,
+  biasSpeed: 0.001,
+  mtpDetached: false,
+  mtpAcceptance: false,
+}

@@ -1,0 +1,48 @@
+/** @file Embedding, layers and head, made. */
+import type { RotaryEmbedding } from '@moe/attention-mla'
+import { Embedding, forkInit, type InitOptions, type Linear, Module, OutputHead, RmsNorm } from '@moe/core'
+import { MtpModule } from '@moe/mtp'
+import type { DeepSeekConfig } from './config.ts'
+import { DecoderLayer, type DecoderLayerInit, type LayerOptions } from './decoder-layer.ts'
+
+/** The part under the key `model`. */
+export class Trunk extends Module {
+  embed_tokens: Embedding
+  /** Decoder layers, then MTP modules, as in the checkpoints. */
+  layers: Array<DecoderLayer | MtpModule<LayerOptions>>
+  norm: RmsNorm
+
+  constructor(config: DeepSeekConfig, rotary: RotaryEmbedding, options: DecoderLayerInit) {
+    super()
+    const { balancer, dropping, ...init } = options
+    this.embed_tokens = new Embedding(config.vocab_size, config.hidden_size, forkInit(init, 'embed_tokens'))
+    this.layers = Array.from(
+      { length: config.num_hidden_layers },
+      (_, i) => new DecoderLayer(config, i, rotary, { ...forkInit(init, `layers.${i}`), balancer, dropping }),
+    )
+    this.norm = new RmsNorm(config.hidden_size, config.rms_norm_eps, init)
+  }
+}
+
+/** Layers and head; MTP modules stand behind the decoder layers and share embedding and head. */
+export function makeTrunk(
+  config: DeepSeekConfig,
+  rotary: RotaryEmbedding,
+  { balancer, dropping, ...init }: DecoderLayerInit,
+): { readonly model: Trunk; readonly head: Linear } {
+  const model = new Trunk(config, rotary, { ...init, balancer, dropping })
+  const { layers, embed_tokens: embedding } = model
+  const head = new OutputHead(config.hidden_size, config.vocab_size, forkInit(init, 'lm_head'))
+  if (config.tie_word_embeddings) {
+    head.weight.dispose()
+    head.weight = embedding.weight
+  }
+  for (let depth = 0; depth < config.num_nextn_predict_layers; depth++) {
+    const index = config.num_hidden_layers + depth
+    const makeBlock = (own: InitOptions) => new DecoderLayer(config, index, rotary, { ...own, balancer, dropping })
+    const own = forkInit(init, `layers.${index}`)
+    const separate = config.mtp_separate_embeddings
+    layers.push(new MtpModule<LayerOptions>(config, { ...own, embedding, head, makeBlock, separate }))
+  }
+  return { model, head }
+}
