@@ -26,7 +26,7 @@ export class LossChart {
 
   add(step, loss) {
     // A mean over the last steps, fewer where the run is short or has just begun.
-    const over = Math.min(this.#losses.length + 1, Math.max(2, this.#steps / 25))
+    const over = Math.min(1 + this.#losses.length / 8, Math.max(2, this.#steps / 25))
     const before = this.#means.at(-1)?.[1] ?? loss
     this.#losses.push([step, loss])
     this.#means.push([step, before + (loss - before) / over])

@@ -12,14 +12,26 @@ import type { TargetFolder } from './target-folder.ts'
 export interface DirectoryHandle {
   /** Without folders; the origin's own has none. */
   readonly name: string
-  /** @throws NotFoundError where there is none and none is to be made */
+  /**
+   * A file in it.
+   * @param options.create make it where it is missing
+   * @throws NotFoundError where there is none and none is to be made
+   */
   getFileHandle(
     name: string,
     options?: { create?: boolean },
   ): Promise<{ getFile(): Promise<NamedBlob>; createWritable(): Promise<WritableFile> }>
-  /** @throws NotFoundError where there is none and none is to be made */
+  /**
+   * A folder in it.
+   * @param options.create make it where it is missing
+   * @throws NotFoundError where there is none and none is to be made
+   */
   getDirectoryHandle(name: string, options?: { create?: boolean }): Promise<DirectoryHandle>
-  /** @throws NotFoundError */
+  /**
+   * Removes what is in it.
+   * @param options.recursive also a folder that is not empty
+   * @throws NotFoundError
+   */
   removeEntry(name: string, options?: { recursive?: boolean }): Promise<void>
   /** Names of what is in it. */
   keys(): AsyncIterable<string>
