@@ -57,6 +57,25 @@ test('work leaves nothing behind in TensorFlow.js, also inside tf.tidy', async (
   expect({ tensors: tf.memory().numTensors, buffers: buffers(), handles: backend.stats().handles }).toEqual(before)
 })
 
+test('what is freed while it is read stays until it has come, as webgpu needs it', async () => {
+  const kernels = tf.backend() as unknown as { read(id: object): Promise<unknown>; readSync(id: object): unknown }
+  const { read } = kernels
+  kernels.read = async id => {
+    await new Promise(resolve => setTimeout(resolve, 5))
+    return kernels.readSync(id)
+  }
+  try {
+    const before = tf.memory().numTensors
+    const x = tensor([1, 2], [2], { backend })
+    const reads = [x.values(), x.values()]
+    x.dispose()
+    expect(await Promise.all(reads)).toEqual([Float32Array.of(1, 2), Float32Array.of(1, 2)])
+    expect(tf.memory().numTensors).toBe(before)
+  } finally {
+    kernels.read = read
+  }
+})
+
 test('bytes count shared memory once', () => {
   const before = backend.stats().bytes
   const x = tensor(new Float32Array(100), [100], { backend })

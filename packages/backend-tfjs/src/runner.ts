@@ -39,6 +39,8 @@ export interface Runner {
   /** A handle on the same memory as `from`, which `tensor` names too. */
   share(from: Handle, tensor: TfTensor): TfHandle
   free(handle: Handle): void
+  /** Elements of a tensor, which may be freed meanwhile. */
+  read(handle: Handle): Promise<ArrayLike<number>>
   /** Frees every handle that is left. */
   dispose(): void
 }
@@ -52,6 +54,8 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
   const kernels = new Map<string, TfKernel>()
   const alone = selfContained.has(name)
   const live = new Set<TfHandle>()
+  /** How often each is being read. */
+  const reads = new Map<TfTensor, number>()
   let bytes = 0
   let peakBytes = 0
 
@@ -112,7 +116,21 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
     const { tensor, storage } = handle as TfHandle
     if (!live.delete(handle as TfHandle)) return
     if (--storage.owners === 0) bytes -= storage.bytes
-    tensor.dispose()
+    // webgpu and webgl look for a tensor again once its elements have come.
+    if (!reads.has(tensor)) tensor.dispose()
+  }
+
+  async function read(handle: Handle): Promise<ArrayLike<number>> {
+    const { tensor } = handle as TfHandle
+    reads.set(tensor, (reads.get(tensor) ?? 0) + 1)
+    try {
+      return await backend.read(tensor.dataId)
+    } finally {
+      const others = (reads.get(tensor) as number) - 1
+      if (others > 0) reads.set(tensor, others)
+      else reads.delete(tensor)
+      if (others === 0 && !live.has(handle as TfHandle)) tensor.dispose()
+    }
   }
 
   function own(tensor: TfTensor, dtype: DType): TfHandle {
@@ -153,6 +171,7 @@ export function makeRunner(tf: TfNamespace, name: string, outOfMemory: (tensor: 
       return hold({ tensor, storage })
     },
     free,
+    read,
     dispose() {
       for (const handle of [...live]) free(handle)
     },

@@ -186,9 +186,8 @@ function upload(runner: Runner, host: Host | null, data: HostArray, shape: Shape
 
 /** A fresh copy: some backends hand out the array they keep. */
 async function download(runner: Runner, value: Value): Promise<HostArray> {
-  const { dataId, shape } = tensorOf(value)
-  const out = hostArray(value.dtype, sizeOf(shape))
-  out.set(await runner.backend.read(dataId))
+  const out = hostArray(value.dtype, sizeOf(tensorOf(value).shape))
+  out.set(await runner.read(value.handle))
   return out
 }
 

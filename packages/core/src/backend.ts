@@ -379,7 +379,7 @@ export interface Backend {
   readonly fp8Matmul: boolean
   /** A new buffer with these elements; raw bits for the 16- and 8-bit floats. */
   upload(data: HostArray, shape: Shape, dtype: DType): Handle
-  /** A fresh host array with the tensor's elements; waits for the work that makes them. */
+  /** A fresh host array with the tensor's elements; waits for the work that makes them. The handle may be freed meanwhile. */
   download(value: Value): Promise<HostArray>
   /** Each handle is freed once. Memory shared by a reshape lives until its last handle is freed. */
   free(handle: Handle): void

@@ -63,6 +63,7 @@ export function backendSuite(make: () => Promise<Backend>, options: SuiteOptions
     })),
     { name: 'errors: an unsupported dtype is refused', run: async () => checkUnsupported(await get()) },
     { name: 'lifetimes: reshape shares memory', run: async () => checkSharing(await get()) },
+    { name: 'lifetimes: freed while it is downloaded', run: async () => checkReading(await get()) },
     { name: 'lifetimes: donated rows', run: async () => checkDonation(await get()) },
     { name: 'training: a linear model learns and leaks nothing', run: async () => checkTraining(await get()) },
   ]
@@ -298,6 +299,24 @@ async function checkSharing(backend: Backend): Promise<void> {
   x.dispose()
   assertClose('elements after the first owner is gone', await y.values(), [1, 2, 3, 4, 5, 6], tolerances.exact)
   y.dispose()
+  if (backend.stats().handles !== handles) throw new Error('handles leaked')
+}
+
+async function checkReading(backend: Backend): Promise<void> {
+  const handles = backend.stats().handles
+  const x = tensor([1, 2, 3, 4], [4], { backend })
+  const sum = scope(() => x.add(x))
+  const reads = [sum.values(), x.values(), sum.values()]
+  sum.dispose()
+  x.dispose()
+  // What comes now may be given the same memory.
+  scope(() => {
+    full([4], 7, { backend }).add(full([4], 1, { backend }))
+  })
+  const [first, own, second] = await Promise.all(reads)
+  assertClose('a sum', first, [2, 4, 6, 8], tolerances.exact)
+  assertClose('the sum again', second, [2, 4, 6, 8], tolerances.exact)
+  assertClose('what was uploaded', own, [1, 2, 3, 4], tolerances.exact)
   if (backend.stats().handles !== handles) throw new Error('handles leaked')
 }
 
