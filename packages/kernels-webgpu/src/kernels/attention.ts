@@ -1,11 +1,12 @@
 /**
  * @file Attention of few queries, as in decoding: a team of threads for each query and head goes over the keys with a running softmax, so that no scores are stored
- * (Milakov & Gimelshein 2018). Many queries are declined: the tiles of `matmul` read keys once for 64 of them.
+ * (Milakov & Gimelshein 2018). More queries go by tiles, which read keys once for 32 of them.
  * B batch, T queries, S keys, H heads, G key/value heads.
  */
 import type { FusedAttrs, FusedKernel } from '@moe/core'
 import { type Program, word } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps } from '../device-ops.ts'
+import { attentionByTiles } from './attention-tiles.ts'
 import { exponential, logarithm, special } from './math.ts'
 
 const TEAM = 128
@@ -129,11 +130,15 @@ const ofHeads = overRows({
 
 export const attention =
   (gpu: DeviceOps): FusedKernel<FusedAttrs['attention']> =>
-  ([q, k, v, lengths, starts], { causal, scale }, [spec, lseSpec]) => {
+  (inputs, attrs, specs) => {
+    const [q, k, v, lengths, starts] = inputs
+    const { causal, scale } = attrs
+    const [spec, lseSpec] = specs
     const [, times, heads, width] = q.shape
     const [, keys, groups] = k.shape
     const valueWidth = v.shape[3]
-    if (times > FEW_QUERIES || width > MOST_KEY || valueWidth > MOST_VALUE || countOf(spec) === 0) return undefined
+    if (times > FEW_QUERIES) return attentionByTiles(gpu)(inputs, attrs, specs)
+    if (width > MOST_KEY || valueWidth > MOST_VALUE || countOf(spec) === 0) return undefined
     const [y, lse] = [gpu.output('attention', spec), gpu.output('attention', lseSpec)]
     // What is not given is not read; a binding needs some buffer.
     const buffers = [q, k, v, lengths ?? q, starts ?? q].map(bufferOf)

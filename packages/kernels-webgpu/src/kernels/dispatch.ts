@@ -1,41 +1,61 @@
 /** @file Which token goes where: choices sorted by expert, stably, without asking the host. Slot s = token * K + choice. */
 import type { FusedAttrs, FusedKernel } from '@moe/core'
 import type { Program } from '../commands.ts'
-import { bufferOf, countOf, type DeviceOps, eachElement } from '../device-ops.ts'
+import { bufferOf, countOf, type DeviceOps } from '../device-ops.ts'
 
-const counted: Program = {
-  label: 'dispatchPlan counts',
-  buffers: ['indices i32', 'counts* i32'],
-  body: eachElement(`
-  var count = 0;
-  for (var slot = 0u; slot < p(1u); slot++) { count += i32(indices[slot] == i32(i)); }
-  counts[i] = count;`),
-}
+const TEAM = 256
 
-const placed: Program = {
-  label: 'dispatchPlan places',
-  buffers: ['indices i32', 'counts i32', 'order* i32', 'positions* i32', 'offsets* i32'],
-  body: eachElement(`
-  var at = 0;
-  for (var e = 0u; e < i; e++) { at += counts[e]; }
-  offsets[i] = at;
-  if (i + 1u == p(0u)) { offsets[i + 1u] = at + counts[i]; }
-  for (var slot = 0u; slot < p(1u); slot++) {
-    if (indices[slot] == i32(i)) {
+/**
+ * A team for each expert reads all choices: how many are of experts before it is where it begins. Each thread has a run of slots, so that its own count and those of
+ * the threads before it say where it writes.
+ */
+const planned: Program = {
+  label: 'dispatchPlan',
+  buffers: ['indices i32', 'order* i32', 'positions* i32', 'offsets* i32', 'counts* i32'],
+  body: `
+var<workgroup> before: array<u32, ${TEAM}>;
+var<workgroup> own: array<u32, ${TEAM}>;
+@compute @workgroup_size(${TEAM})
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+  let expert = i32(group.x);
+  let slots = p(0u);
+  let run = (slots + ${TEAM - 1}u) / ${TEAM}u;
+  let first = min(thread * run, slots);
+  let end = min(first + run, slots);
+  var less = 0u;
+  var equal = 0u;
+  for (var slot = first; slot < end; slot++) {
+    less += u32(indices[slot] < expert);
+    equal += u32(indices[slot] == expert);
+  }
+  before[thread] = less;
+  own[thread] = equal;
+  workgroupBarrier();
+  var at = 0u;
+  var all = 0u;
+  for (var n = 0u; n < ${TEAM}u; n++) {
+    at += before[n] + select(0u, own[n], n < thread);
+    all += own[n];
+  }
+  if (thread == 0u) {
+    offsets[expert] = i32(at);
+    counts[expert] = i32(all);
+    if (group.x + 1u == p(1u)) { offsets[p(1u)] = i32(slots); }
+  }
+  for (var slot = first; slot < end; slot++) {
+    if (indices[slot] == expert) {
       order[at] = i32(slot);
-      positions[slot] = at;
+      positions[slot] = i32(at);
       at++;
     }
-  }`),
+  }
+}`,
 }
 
-/** A thread for each expert: what it reads, all others read, too. */
 export const dispatchPlan =
   (gpu: DeviceOps): FusedKernel<FusedAttrs['dispatchPlan']> =>
   ([indices], { experts }, specs) => {
-    const [order, positions, offsets, counts] = specs.map(spec => gpu.output('dispatchPlan', spec))
-    const slots = countOf(indices)
-    gpu.each(counted, [bufferOf(indices), counts], experts, [slots])
-    gpu.each(placed, [bufferOf(indices), counts, order, positions, offsets], experts, [slots])
-    return [order, positions, offsets, counts]
+    const outputs = specs.map(spec => gpu.output('dispatchPlan', spec))
+    gpu.launch(planned, [bufferOf(indices), ...outputs], [countOf(indices), experts], [experts])
+    return outputs
   }

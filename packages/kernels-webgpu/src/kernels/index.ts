@@ -2,13 +2,17 @@
 import type { FusedKernels, PrimitiveKernels } from '@moe/core'
 import type { DeviceOps } from '../device-ops.ts'
 import { attention, latentAttention } from './attention.ts'
+import { attentionBackward } from './attention-tiles.ts'
 import { dispatchPlan } from './dispatch.ts'
 import { binary, cast, compare, fill, unary, where } from './elementwise.ts'
+import { globalNorm } from './global-norm.ts'
 import { groupedMatmul, groupedMatmulWeightGrad, matmul } from './matmul.ts'
+import { mlaKeyValue, mlaKeyValueBackward } from './mla-key-value.ts'
 import { concat, expand, pad, permute, reshape, slice } from './movement.ts'
 import { adamwStep } from './optimizer.ts'
 import { cumsum, reduce, topk } from './reduce.ts'
 import { rope } from './rope.ts'
+import { routerTopk, routerTopkBackward } from './router.ts'
 import { scatterAddRows, setRows, takeRows } from './rows.ts'
 import {
   crossEntropy,
@@ -20,6 +24,7 @@ import {
   swiglu,
   swigluBackward,
 } from './rowwise.ts'
+import { combineTokens, combineTokensBackward, permuteTokens, permuteTokensBackward } from './tokens.ts'
 
 export const primitivesOn = (gpu: DeviceOps): PrimitiveKernels => ({
   unary: unary(gpu),
@@ -51,12 +56,22 @@ export const fusedOn = (gpu: DeviceOps): FusedKernels => ({
   swiglu: swiglu(gpu),
   swigluBackward: swigluBackward(gpu),
   rope: rope(gpu),
+  mlaKeyValue: mlaKeyValue(gpu),
+  mlaKeyValueBackward: mlaKeyValueBackward(gpu),
   crossEntropy: crossEntropy(gpu),
   crossEntropyBackward: crossEntropyBackward(gpu),
   attention: attention(gpu),
+  attentionBackward: attentionBackward(gpu),
   latentAttention: latentAttention(gpu),
+  routerTopk: routerTopk(gpu),
+  routerTopkBackward: routerTopkBackward(gpu),
   dispatchPlan: dispatchPlan(gpu),
+  permuteTokens: permuteTokens(gpu),
+  permuteTokensBackward: permuteTokensBackward(gpu),
+  combineTokens: combineTokens(gpu),
+  combineTokensBackward: combineTokensBackward(gpu),
   groupedMatmul: groupedMatmul(gpu),
   groupedMatmulWeightGrad: groupedMatmulWeightGrad(gpu),
   adamwStep: adamwStep(gpu),
+  globalNorm: globalNorm(gpu),
 })

@@ -1,0 +1,429 @@
+/**
+ * @file Attention of many queries, and its gradient, by tiles with a running softmax (Dao 2023, FlashAttention-2): scores are never stored.
+ *
+ * A workgroup owns 32 rows, for which it has sums, and goes over tiles of 64 others: queries over keys (output, dq), or keys over queries (dk and dv). No two workgroups
+ * write the same row, so that sums have one order. Scores of a tile are a product over features, in steps of 16; chances of a tile times the others' rows are one over the
+ * others, in steps of 8. A thread has 4 owned rows (`down`) and 4 others, or 4 features of each 64 (`along`); vectors of four lie along owned rows in scores, along features in sums.
+ * B batch, T queries, S keys, H heads, G key/value heads.
+ */
+import type { AttentionAttrs, FusedAttrs, FusedKernel, TensorSpec, Value } from '@moe/core'
+import { type Program, word } from '../commands.ts'
+import { bufferOf, countOf, type DeviceOps } from '../device-ops.ts'
+import { exponential, logarithm, special } from './math.ts'
+import { areWide, quads, readQuad, repeat } from './quads.ts'
+import { eachRow, TEAM } from './teams.ts'
+
+const OWN = 32
+const OTHERS = 64
+/** Largest rows of any operand: as many as sums fit registers, and 8 rows of the others the memory of a workgroup. */
+const MOST_FEATURES = 192
+
+/** Quads of features that a thread has of a row. */
+const quadsOf = (features: number) => Math.ceil(features / 64)
+
+// --- pieces of WGSL ---
+
+/** `first_of` and `end_of`, the keys that query t sees, from words `at`: T, S, causal, whether there are lengths, starts. None are seen where first >= end. */
+const sees = (at: number) => `
+fn first_of(b: u32, t: u32) -> i32 {
+  if (p(${at + 4}u) == 1u) { return max(0, starts[b * p(${at}u) + t]); }
+  return 0;
+}
+fn end_of(b: u32, t: u32) -> i32 {
+  var limit = i32(p(${at + 1}u));
+  if (p(${at + 3}u) == 1u) { limit = lengths[b]; }
+  var end = min(limit, i32(p(${at + 1}u)));
+  if (p(${at + 2}u) == 1u) { end = min(end, limit - i32(p(${at}u)) + i32(t) + 1); }
+  return end;
+}`
+
+const common = `
+var<workgroup> chances: array<vec4<f32>, ${(OTHERS * OWN) / 4}>;
+var<workgroup> operands: array<vec4<f32>, 384>;
+var<workgroup> ranges: array<vec2<i32>, 16>;
+var<workgroup> range: vec2<i32>;
+fn exp4(x: vec4<f32>) -> vec4<f32> { return vec4<f32>(exp_(x.x), exp_(x.y), exp_(x.z), exp_(x.w)); }
+fn least(x: vec4<i32>) -> i32 { return min(min(x.x, x.y), min(x.z, x.w)); }
+fn most(x: vec4<i32>) -> i32 { return max(max(x.x, x.y), max(x.z, x.w)); }`
+
+/** The least of the first and the largest of the ends that threads have, as `of` who has `index`; alike in all threads. */
+const jointRange = (first: string, end: string, index: string, size: number, writes: string) => `
+  if (${writes}) { ranges[${index}] = vec2<i32>(least(${first}), most(${end})); }
+  workgroupBarrier();
+  if (thread == 0u) {
+    var all = ranges[0];
+    for (var n = 1u; n < ${size}u; n++) { all = vec2<i32>(min(all.x, ranges[n].x), max(all.y, ranges[n].y)); }
+    range = all;
+  }
+  let whole = workgroupUniformLoad(&range);`
+
+/** Rows of one head, `base` + row * `row` each, from `0` to `end`. WGSL expressions. */
+interface Matrix {
+  readonly name: string
+  readonly rows: string
+  readonly heads: string
+  readonly width: string
+}
+
+const queryRows = (name: string, width = 'width'): Matrix => ({ name, rows: 'times', heads: 'heads', width })
+const keyRows = (name: string, width = 'width'): Matrix => ({ name, rows: 'keys', heads: 'key_heads', width })
+
+/** Where `head` of sequence b begins. */
+const begin = ({ name, rows, heads, width }: Matrix, head: string) => `
+  let ${name}_base = (b * ${rows} * ${heads} + ${head}) * ${width};`
+
+/** Four features of a row; zeros beyond the last row. */
+const quad = ({ name, rows, heads, width }: Matrix, row: string, feature: string) =>
+  `${name}4(${name}_base + (${row}) * ${heads} * ${width}, ${feature}, select(0u, ${width}, ${row} < ${rows}))`
+
+/** Products of rows: `<name>0` to `<name>3`, of the 4 owned rows with each of 4 others. */
+const scores = (name: string, own: Matrix, others: Matrix) => {
+  const block = (matrix: Matrix, first: string) =>
+    `transpose(mat4x4<f32>(${[0, 1, 2, 3].map(c => quad(matrix, `${first} + rows + ${c}u`, 'f')).join(', ')}))`
+  return `${repeat(
+    4,
+    j => `
+  var ${name}${j} = vec4<f32>();`,
+  )}
+  for (var f0 = 0u; f0 < ${own.width}; f0 += 16u) {
+    workgroupBarrier();
+    if (thread < 32u) {
+      let rows = thread % 8u * 4u;
+      let f = f0 + thread / 8u * 4u;
+      let block = ${block(own, 'own0')};
+      for (var c = 0u; c < 4u; c++) { operands[(thread / 8u * 4u + c) * 8u + thread % 8u] = block[c]; }
+    } else if (thread >= 64u) {
+      let rows = thread % 16u * 4u;
+      let f = f0 + (thread - 64u) / 16u * 4u;
+      let block = ${block(others, 'other0')};
+      for (var c = 0u; c < 4u; c++) { operands[128u + ((thread - 64u) / 16u * 4u + c) * 16u + thread % 16u] = block[c]; }
+    }
+    workgroupBarrier();
+    for (var f = 0u; f < 16u; f++) {
+      let own = operands[f * 8u + down];
+      let others = operands[128u + f * 16u + along];${repeat(
+        4,
+        j => `
+      ${name}${j} += own * others[${j}];`,
+      )}
+    }
+  }`
+}
+
+/** What `weighted` multiplies by. Everybody is behind a barrier since it was last read. */
+const store = (name: string) =>
+  repeat(
+    4,
+    j => `
+  chances[(${j}u * 8u + down) * 16u + along] = ${name}${j};`,
+  )
+
+/** Sums `<name>_<owned row>_<quad of features>`. */
+const sums = (name: string, count: number) =>
+  repeat(4, i =>
+    repeat(
+      count,
+      m => `
+  var ${name}_${i}_${m} = vec4<f32>();`,
+    ),
+  )
+
+/** Adds the others' rows, times what is stored. */
+const weighted = (name: string, count: number, others: Matrix) => `
+  for (var c0 = 0u; c0 < ${OTHERS}u; c0 += 8u) {
+    workgroupBarrier();${repeat(
+      count,
+      m => `
+    operands[thread / 16u * ${16 * count}u + ${16 * m}u + along] = ${quad(others, 'other0 + c0 + thread / 16u', `${64 * m}u + along * 4u`)};`,
+    )}
+    workgroupBarrier();
+    for (var r = 0u; r < 8u; r++) {
+      let chance = chances[((r & 3u) * 8u + down) * 16u + (c0 + r) / 4u];${repeat(
+        count,
+        m => `
+      let row_${m} = operands[r * ${16 * count}u + ${16 * m}u + along];${repeat(
+        4,
+        i => `
+      ${name}_${i}_${m} += chance[${i}] * row_${m};`,
+      )}`,
+      )}
+    }
+  }`
+
+/** Writes the sums to rows of `matrix`, which is an output; `value` of quad (i, m). */
+const write = (matrix: Matrix, count: number, value: (i: number, m: number) => string) => {
+  const { name, rows, heads, width } = matrix
+  return repeat(
+    4,
+    i => `
+  if (own0 + 4u * down + ${i}u < ${rows}) {
+    let at = ${name}_base + (own0 + 4u * down + ${i}u) * ${heads} * ${width};${repeat(
+      count,
+      m => `
+    {
+      let value = ${value(i, m)};
+      for (var c = 0u; c < 4u; c++) {
+        let f = ${64 * m}u + along * 4u + c;
+        if (f < ${width}) { ${name}[at + f] = value[c]; }
+      }
+    }`,
+    )}
+  }`,
+  )
+}
+
+/** Words: 0 workgroups, 1 blocks of owned rows, 2 H, 3 G, 4 features of a key, 5 of a value, 6 scale, then T, S and what queries see. */
+const main = (body: string) => `
+@compute @workgroup_size(${TEAM})
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+  let i = group.y * groups.x + group.x;
+  if (i >= p(0u)) { return; }
+  let blocks = p(1u);
+  let heads = p(2u);
+  let key_heads = p(3u);
+  let width = p(4u);
+  let value_width = p(5u);
+  let scale = bitcast<f32>(p(6u));
+  let times = p(7u);
+  let keys = p(8u);
+  let down = thread / 16u;
+  let along = thread % 16u;${body}
+}`
+
+/** Of queries that own: the last, which see most, begin first. */
+const ofQueries = `
+  let own0 = (blocks - 1u - i % blocks) * ${OWN}u;
+  let head = i / blocks % heads;
+  let key_head = head / (heads / key_heads);
+  let b = i / blocks / heads;
+  var first = vec4<i32>(2147483647);
+  var end = vec4<i32>();`
+
+/** A loop over tiles of keys that any of the queries sees; `seen<j>` tells which of the 4 do. */
+const overKeys = (body: string) => `
+${jointRange('first', 'end', 'down', 8, 'along == 0u')}
+  for (var j0 = whole.x; j0 < whole.y; j0 += ${OTHERS}) {
+    let other0 = u32(j0);${repeat(
+      4,
+      j => `
+    let key${j} = vec4<i32>(j0 + i32(4u * along) + ${j});
+    let seen${j} = (first <= key${j}) & (key${j} < end);`,
+    )}
+${body}
+  }`
+
+// --- forward ---
+
+const [q, k, v] = [queryRows('q'), keyRows('k'), keyRows('v', 'value_width')]
+const y = queryRows('y', 'value_width')
+const dout = queryRows('dout', 'value_width')
+
+/** Scores begin with a number that is smaller than any; a masked one is told by its chance, which is 0. */
+const forward = (count: number, wide: boolean): Program => ({
+  label: `attention by tiles ${count} ${wide}`,
+  buffers: [quads('q', wide), quads('k', wide), quads('v', wide), 'lengths i32', 'starts i32', 'y* f32', 'lse* f32'],
+  body: `${special}${exponential}${logarithm}${sees(7)}${common}${['q', 'k', 'v'].map(name => readQuad(name, wide)).join('')}
+${main(`${ofQueries}
+  for (var c = 0u; c < 4u; c++) {
+    let t = own0 + 4u * down + c;
+    if (t < times) {
+      let seen = vec2<i32>(first_of(b, t), end_of(b, t));
+      if (seen.x < seen.y) { first[c] = seen.x; end[c] = seen.y; }
+    }
+  }
+${begin(q, 'head')}${begin(k, 'key_head')}${begin(v, 'key_head')}${begin(y, 'head')}
+  var top = vec4<f32>(-3.0e38);
+  var own_total = vec4<f32>();${sums('sum', count)}
+${overKeys(`${scores('s', q, k)}${repeat(
+  4,
+  j => `
+    s${j} = select(vec4<f32>(-3.0e38), s${j} * scale, seen${j});`,
+)}
+    workgroupBarrier();
+    operands[along * 8u + down] = max(max(s0, s1), max(s2, s3));
+    workgroupBarrier();
+    var new_top = top;
+    for (var n = 0u; n < 16u; n++) { new_top = max(new_top, operands[n * 8u + down]); }
+    let shrink = exp4(top - new_top);
+    top = new_top;${repeat(
+      4,
+      j => `
+    s${j} = select(vec4<f32>(), exp4(s${j} - top), seen${j});`,
+    )}
+    own_total = own_total * shrink + ((s0 + s1) + (s2 + s3));${repeat(4, i =>
+      repeat(
+        count,
+        m => `
+    sum_${i}_${m} *= shrink[${i}];`,
+      ),
+    )}${store('s')}${weighted('sum', count, v)}`)}
+  workgroupBarrier();
+  operands[along * 8u + down] = own_total;
+  workgroupBarrier();
+  var total = vec4<f32>();
+  for (var n = 0u; n < 16u; n++) { total += operands[n * 8u + down]; }
+${write(y, count, (i, m) => `select(sum_${i}_${m} / total[${i}], vec4<f32>(), total[${i}] == 0.0)`)}
+  if (along == 0u) {
+    for (var c = 0u; c < 4u; c++) {
+      let t = own0 + 4u * down + c;
+      if (t < times) { lse[(b * heads + head) * times + t] = select(top[c] + log_(total[c]), -inf(), total[c] == 0.0); }
+    }
+  }`)}`,
+})
+
+const flagsOf = ({ causal }: AttentionAttrs, lengths?: Value, starts?: Value) =>
+  [causal, lengths !== undefined, starts !== undefined].map(Number)
+
+const blocksOf = (rows: number) => Math.ceil(rows / OWN)
+
+/** Whether tiles can hold it. */
+function fits({ shape: [batch, times, heads, width] }: Value, { shape: [, keys, , valueWidth] }: Value): boolean {
+  const sizes = [batch, times, heads, width, keys, valueWidth]
+  return sizes.every(size => size > 0) && Math.max(width, valueWidth) <= MOST_FEATURES
+}
+
+/** Words of the parameters, for `rows` owned by each of `heads`. */
+function wordsOf(rows: number, heads: number, q: Value, v: Value, { scale }: AttentionAttrs): number[] {
+  const [batch, times, queryHeads, width] = q.shape
+  const [, keys, keyHeads, valueWidth] = v.shape
+  const workgroups = batch * heads * blocksOf(rows)
+  return [workgroups, blocksOf(rows), queryHeads, keyHeads, width, valueWidth, word(scale), times, keys]
+}
+
+export const attentionByTiles =
+  (gpu: DeviceOps): FusedKernel<FusedAttrs['attention']> =>
+  ([q, k, v, lengths, starts], attrs, [spec, lseSpec]) => {
+    if (!fits(q, v)) return undefined
+    const [y, lse] = [gpu.output('attention', spec), gpu.output('attention', lseSpec)]
+    const [, times, heads, width] = q.shape
+    const valueWidth = v.shape[3]
+    const words = wordsOf(times, heads, q, v, attrs)
+    // What is not given is not read; a binding needs some buffer.
+    const buffers = [...[q, k, v, lengths ?? q, starts ?? q].map(bufferOf), y, lse]
+    const program = forward(quadsOf(valueWidth), areWide(width, valueWidth))
+    gpu.launch(program, buffers, [...words, ...flagsOf(attrs, lengths, starts)], [words[0]])
+    return [y, lse]
+  }
+
+// --- backward ---
+
+/** What is known of each query, by head: log sum exp, sum of out * dout (as bits), first key, end of keys. */
+const summaries: Program = {
+  label: 'attentionBackward summaries',
+  buffers: ['y f32', 'lse f32', 'dout f32', 'lengths i32', 'starts i32', 'summaries* vec4<i32>'],
+  body: eachRow(
+    sees(3),
+    `
+  var own = 0.0;
+  for (var f = thread; f < size; f += ${TEAM}u) { own += y[start + f] * dout[start + f]; }
+  let delta = team_sum(own, thread);
+  if (thread == 0u) {
+    let heads = p(2u);
+    let times = p(3u);
+    let t = i / heads % times;
+    let b = i / heads / times;
+    let at = (b * heads + i % heads) * times + t;
+    var seen = vec2<i32>(first_of(b, t), end_of(b, t));
+    if (seen.x >= seen.y) { seen = vec2<i32>(2147483647, 0); }
+    summaries[at] = vec4<i32>(bitcast<i32>(lse[at]), bitcast<i32>(delta), seen);
+  }`,
+  ),
+}
+
+const ofQueryGradients = (count: number, wide: boolean): Program => ({
+  label: `attentionBackward dq ${count} ${wide}`,
+  buffers: [...['q', 'k', 'v', 'dout'].map(name => quads(name, wide)), 'summaries vec4<i32>', 'dq* f32'],
+  body: `${special}${exponential}${common}${['q', 'k', 'v', 'dout'].map(name => readQuad(name, wide)).join('')}
+${main(`${ofQueries}
+  var lse = vec4<f32>();
+  var delta = vec4<f32>();
+  for (var c = 0u; c < 4u; c++) {
+    let t = own0 + 4u * down + c;
+    if (t < times) {
+      let summary = summaries[(b * heads + head) * times + t];
+      lse[c] = bitcast<f32>(summary.x);
+      delta[c] = bitcast<f32>(summary.y);
+      first[c] = summary.z;
+      end[c] = summary.w;
+    }
+  }
+${begin(q, 'head')}${begin(k, 'key_head')}${begin(v, 'key_head')}${begin(dout, 'head')}${begin(queryRows('dq'), 'head')}
+${sums('dq', count)}
+${overKeys(
+  `${scores('s', q, k)}${scores('d', dout, v)}${repeat(
+    4,
+    j => `
+    s${j} = select(vec4<f32>(), exp4(s${j} * scale - lse) * (d${j} - delta) * scale, seen${j});`,
+  )}${store('s')}${weighted('dq', count, k)}`,
+)}
+${write(queryRows('dq'), count, (i, m) => `dq_${i}_${m}`)}`)}`,
+})
+
+const ofKeyGradients = (keyCount: number, valueCount: number, wide: boolean): Program => ({
+  label: `attentionBackward dk dv ${keyCount} ${valueCount} ${wide}`,
+  buffers: [
+    ...['q', 'k', 'v', 'dout'].map(name => quads(name, wide)),
+    ...['summaries vec4<i32>', 'dk* f32', 'dv* f32'],
+  ],
+  body: `${special}${exponential}${common}${['q', 'k', 'v', 'dout'].map(name => readQuad(name, wide)).join('')}
+${main(`
+  let own0 = i % blocks * ${OWN}u;
+  let key_head = i / blocks % key_heads;
+  let b = i / blocks / key_heads;
+  let key = vec4<i32>(i32(own0 + 4u * down)) + vec4<i32>(0, 1, 2, 3);
+${begin(k, 'key_head')}${begin(v, 'key_head')}${begin(keyRows('dk'), 'key_head')}${begin(keyRows('dv', 'value_width'), 'key_head')}
+${sums('dk', keyCount)}${sums('dv', valueCount)}
+  let share = heads / key_heads;
+  for (var head = key_head * share; head < (key_head + 1u) * share; head++) {
+${begin(q, 'head')}${begin(dout, 'head')}
+    for (var other0 = 0u; other0 < times; other0 += ${OTHERS}u) {
+      var lse = vec4<f32>();
+      var delta = vec4<f32>();
+      var first = vec4<i32>(2147483647);
+      var end = vec4<i32>();
+      for (var c = 0u; c < 4u; c++) {
+        let t = other0 + 4u * along + c;
+        if (t < times) {
+          let summary = summaries[(b * heads + head) * times + t];
+          lse[c] = bitcast<f32>(summary.x);
+          delta[c] = bitcast<f32>(summary.y);
+          first[c] = summary.z;
+          end[c] = summary.w;
+        }
+      }
+${jointRange('first', 'end', 'along', 16, 'down == 0u')}
+      if (whole.x >= i32(own0 + ${OWN}u) || whole.y <= i32(own0)) { continue; }
+${scores('s', k, q)}${scores('d', v, dout)}${repeat(
+  4,
+  j => `
+      s${j} = select(vec4<f32>(), exp4(s${j} * scale - vec4<f32>(lse[${j}])), (vec4<i32>(first[${j}]) <= key) & (key < vec4<i32>(end[${j}])));
+      d${j} = s${j} * (d${j} - vec4<f32>(delta[${j}])) * scale;`,
+)}${store('s')}${weighted('dv', valueCount, dout)}
+      workgroupBarrier();${store('d')}${weighted('dk', keyCount, q)}
+    }
+  }
+${write(keyRows('dk'), keyCount, (i, m) => `dk_${i}_${m}`)}${write(keyRows('dv', 'value_width'), valueCount, (i, m) => `dv_${i}_${m}`)}`)}`,
+})
+
+export const attentionBackward =
+  (gpu: DeviceOps): FusedKernel<FusedAttrs['attentionBackward']> =>
+  ([q, k, v, out, lse, dout, lengths, starts], attrs, specs) => {
+    if (!fits(q, v)) return undefined
+    const op = 'attentionBackward'
+    const [dq, dk, dv] = specs.map((spec: TensorSpec) => gpu.output(op, spec))
+    const [, times, heads, width] = q.shape
+    const [, keys, keyHeads, valueWidth] = v.shape
+    const wide = areWide(width, valueWidth)
+    const queries = countOf(lse)
+    const known = gpu.between(op, 4 * queries)
+    const seen = [times, keys, ...flagsOf(attrs, lengths, starts)]
+    const given = [out, lse, dout, lengths ?? lse, starts ?? lse].map(bufferOf)
+    gpu.launch(summaries, [...given, known], [queries, valueWidth, heads, ...seen], [queries])
+    const read = [...[q, k, v, dout].map(bufferOf), known]
+    const byQueries = wordsOf(times, heads, q, v, attrs)
+    gpu.launch(ofQueryGradients(quadsOf(width), wide), [...read, dq], byQueries, [byQueries[0]])
+    const byKeys = wordsOf(keys, keyHeads, q, v, attrs)
+    gpu.launch(ofKeyGradients(quadsOf(width), quadsOf(valueWidth), wide), [...read, dk, dv], byKeys, [byKeys[0]])
+    gpu.done(known)
+    return [dq, dk, dv]
+  }
