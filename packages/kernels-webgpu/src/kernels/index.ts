@@ -6,6 +6,7 @@ import { attentionBackward } from './attention-tiles.ts'
 import { dispatchPlan } from './dispatch.ts'
 import { binary, cast, compare, fill, unary, where } from './elementwise.ts'
 import { globalNorm } from './global-norm.ts'
+import { linearCrossEntropy, linearCrossEntropyBackward } from './linear-cross-entropy.ts'
 import { groupedMatmul, groupedMatmulWeightGrad, matmul } from './matmul.ts'
 import { mlaKeyValue, mlaKeyValueBackward } from './mla-key-value.ts'
 import { concat, expand, pad, permute, reshape, slice } from './movement.ts'
@@ -56,6 +57,8 @@ export const fusedOn = (gpu: DeviceOps): FusedKernels => ({
   swiglu: swiglu(gpu),
   swigluBackward: swigluBackward(gpu),
   rope: rope(gpu),
+  linearCrossEntropy: linearCrossEntropy(gpu),
+  linearCrossEntropyBackward: linearCrossEntropyBackward(gpu),
   mlaKeyValue: mlaKeyValue(gpu),
   mlaKeyValueBackward: mlaKeyValueBackward(gpu),
   crossEntropy: crossEntropy(gpu),

@@ -1,7 +1,7 @@
 /** @file The choice of experts, a team for each token: affinities, bias, groups, the best, their weights. E experts, K of them chosen. */
 import type { FusedAttrs, FusedKernel, RouterAttrs } from '@moe/core'
 import { type Program, word } from '../commands.ts'
-import { bufferOf, countOf, type DeviceOps } from '../device-ops.ts'
+import { bufferOf, type DeviceOps } from '../device-ops.ts'
 import { exponential, special } from './math.ts'
 import { eachRow, largest, TEAM } from './teams.ts'
 
@@ -152,7 +152,6 @@ export const routerTopkBackward =
   (gpu: DeviceOps): FusedKernel<FusedAttrs['routerTopkBackward']> =>
   ([scores, indices, dweights, dscores], attrs, [spec]) => {
     const [tokens, experts] = scores.shape
-    if (countOf(spec) === 0) return undefined
     const dlogits = gpu.output('routerTopkBackward', spec)
     const buffers = [scores, indices, dweights, dscores].map(bufferOf)
     const words = [tokens, experts, attrs.topK, word(attrs.scale), ...flagsOf(attrs)]
