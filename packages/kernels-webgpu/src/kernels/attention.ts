@@ -1,182 +1,316 @@
 /**
- * @file Attention of few queries, as in decoding: a team of threads for each query and head goes over the keys with a running softmax, so that no scores are stored
- * (Milakov & Gimelshein 2018). More queries go by tiles, which read keys once for 32 of them.
+ * @file Attention of few queries, as in decoding: a team of threads goes over the keys for four queries that share them, of one head or of several, with a running
+ * softmax, so that no scores are stored (Milakov & Gimelshein 2018). Where that makes few teams, each has a part of the keys (Dao and others 2023, Flash-Decoding).
+ * More queries go by tiles.
  * B batch, T queries, S keys, H heads, G key/value heads.
  */
-import type { FusedAttrs, FusedKernel } from '@moe/core'
+import type { FusedAttrs, FusedKernel, Handle, Value } from '@moe/core'
 import { type Program, word } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps } from '../device-ops.ts'
+import type { Buffer } from '../memory.ts'
 import { attentionByTiles } from './attention-tiles.ts'
 import { exponential, logarithm, special } from './math.ts'
+import { areWide, quads, readQuad } from './quads.ts'
+import { eachRow, TEAM } from './teams.ts'
 
-const TEAM = 128
 /** Largest sizes of a key and of a value. */
 const MOST_KEY = 640
-const MOST_VALUE = 512
+const MOST_VALUE = 4 * TEAM
 /** Most queries of a sequence. */
 const FEW_QUERIES = 16
+/** Teams below which keys are divided, and least keys of a part. */
+const FEW_TEAMS = 64
+const LEAST_KEYS = 512
 
 interface Rows {
   readonly label: string
   readonly buffers: readonly string[]
-  /** WGSL expressions of `b`, `t`, `head` and key `j`: where its features begin, and those of its value. */
+  /** WGSL expressions of `b`, `g` and key `j`: where its features begin, and those of its value. */
   readonly key: string
   readonly value: string
   /** Names of the buffers of both. */
   readonly keys: string
   readonly values: string
-  /** WGSL: sets `first` and `end`, the keys that the query sees. */
+  readonly wide: boolean
+  /** WGSL: sets `first` and `end`, the keys that query `t` sees. */
   readonly sees: string
-  /** WGSL: stores what is known beside the output. */
-  readonly also: string
+  /** Whether log sum exps are wanted. */
+  readonly lse: boolean
 }
 
-// Words: 0 queries in all, 1 heads, 2 T, 3 S, 4 G, 5 features of a key, 6 of a value, 7 scale, then what the form needs.
-const overRows = ({ label, buffers, key, value, keys, values, sees, also }: Rows): Program => ({
-  label,
-  buffers,
-  body: `${special}${exponential}${logarithm}
-var<workgroup> query: array<f32, ${MOST_KEY}>;
-var<workgroup> parts: array<f32, ${TEAM}>;
-var<workgroup> chances: array<f32, ${TEAM}>;
+/**
+ * Components of vectors are the four queries, but for those that are read. With several parts, y gets sums and lse the largest score and the sum of exponentials, for each
+ * query and part.
+ * Words: 0 teams, 1 H, 2 T, 3 S, 4 G, 5 features of a key, 6 of a value, 7 scale, 8 parts, then what the form needs.
+ */
+const overRows = ({ label, buffers, key, value, keys, values, wide, sees, lse }: Rows): Program => ({
+  label: `${label} ${wide ? 'wide' : 'narrow'}`,
+  buffers: ['q f32', ...buffers, 'y* f32', 'lse* f32'],
+  body: `${special}${exponential}${logarithm}${[...new Set([keys, values])].map(name => readQuad(name, wide)).join('')}
+var<workgroup> query: array<vec4<f32>, ${MOST_KEY}>;
+var<workgroup> parts: array<vec4<f32>, ${TEAM}>;
+var<workgroup> chances: array<vec4<f32>, ${TEAM}>;
+fn exp4(x: vec4<f32>) -> vec4<f32> { return vec4<f32>(exp_(x.x), exp_(x.y), exp_(x.z), exp_(x.w)); }
 @compute @workgroup_size(${TEAM})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
   let i = group.y * groups.x + group.x;
   if (i >= p(0u)) { return; }
   let heads = p(1u);
-  let head = i % heads;
-  let t = i / heads % p(2u);
-  let b = i / heads / p(2u);
+  let times = p(2u);
   let width = p(5u);
   let value_width = p(6u);
-  for (var f = thread; f < width; f += ${TEAM}u) { query[f] = q[i * width + f] * bitcast<f32>(p(7u)); }
-  var first = 0;
-  var end = 0;
-  ${sees}
-  var top = -inf();
-  var total = 0.0;
-  var sums: array<f32, ${MOST_VALUE / TEAM}>;
-  for (var j0 = first; j0 < end; j0 += ${TEAM}) {
-    workgroupBarrier();
-    let j = u32(j0) + thread;
-    let inside = i32(j) < end;
-    var score = -inf();
-    if (inside) {
-      let at = ${key};
-      score = 0.0;
-      for (var f = 0u; f < width; f++) { score += query[f] * ${keys}[at + f]; }
+  let part = i % p(8u);
+  let share = heads / p(4u);
+  let pairs = times * share;
+  let fours = (pairs + 3u) / 4u;
+  let pair0 = i / p(8u) % fours * 4u;
+  let g = i / p(8u) / fours % p(4u);
+  let b = i / p(8u) / fours / p(4u);
+  var rows = vec4<u32>();
+  var firsts = vec4<i32>(2147483647);
+  var ends = vec4<i32>();
+  for (var c = 0u; c < 4u; c++) {
+    if (pair0 + c < pairs) {
+      let t = (pair0 + c) / share;
+      var first = 0;
+      var end = 0;
+      ${sees}
+      rows[c] = (b * times + t) * heads + g * share + (pair0 + c) % share;
+      if (first < end) { firsts[c] = first; ends[c] = end; }
     }
+  }
+  for (var f = thread; f < width; f += ${TEAM}u) {
+    query[f] = vec4<f32>(q[rows.x * width + f], q[rows.y * width + f], q[rows.z * width + f], q[rows.w * width + f]) * bitcast<f32>(p(7u));
+  }
+  let all_first = min(min(firsts.x, firsts.y), min(firsts.z, firsts.w));
+  let all_end = max(max(ends.x, ends.y), max(ends.z, ends.w));
+  let own_share = (max(0, all_end - all_first) + i32(p(8u)) - 1) / i32(p(8u));
+  let own_first = all_first + i32(part) * own_share;
+  let own_end = min(all_end, own_first + own_share);
+  // Threads have four features of a value each; teams of as many as that takes share the keys.
+  let quads = (value_width + 3u) / 4u;
+  let teams = ${TEAM}u / quads;
+  let team = thread / quads;
+  let feature = thread % quads * 4u;
+  var top = vec4<f32>(-3.0e38);
+  var total = vec4<f32>();
+  var sums: array<vec4<f32>, 4>;
+  for (var j0 = own_first; j0 < own_end; j0 += ${TEAM}) {
+    workgroupBarrier();
+    var score = vec4<f32>();
+    let mine = j0 + i32(thread);
+    if (mine < own_end) {
+      let j = u32(mine);
+      let at = ${key};
+      for (var f = 0u; f < width; f += 4u) {
+        let features = ${keys}4(at, f, width);
+        score += query[f] * features.x + query[f + 1u] * features.y + query[f + 2u] * features.z + query[f + 3u] * features.w;
+      }
+    }
+    let seen = (firsts <= vec4<i32>(mine)) & (vec4<i32>(mine) < ends) & vec4<bool>(mine < own_end);
+    score = select(vec4<f32>(-3.0e38), score, seen);
     parts[thread] = score;
     for (var step = ${TEAM / 2}u; step > 0u; step >>= 1u) {
       workgroupBarrier();
-      if (thread < step) { parts[thread] = max_(parts[thread], parts[thread + step]); }
+      if (thread < step) { parts[thread] = max(parts[thread], parts[thread + step]); }
     }
     workgroupBarrier();
-    let new_top = max_(top, parts[0]);
-    let unseen = is_inf(new_top) && is_negative(new_top);
-    let base = select(new_top, 0.0, unseen);
-    let chance = select(0.0, exp_(score - base), inside);
+    let new_top = max(top, parts[0]);
+    let chance = select(vec4<f32>(), exp4(score - new_top), seen);
     chances[thread] = chance;
     workgroupBarrier();
-    parts[thread] = chance;
-    for (var step = ${TEAM / 2}u; step > 0u; step >>= 1u) {
-      workgroupBarrier();
-      if (thread < step) { parts[thread] += parts[thread + step]; }
-    }
-    workgroupBarrier();
-    let shrink = exp_(top - base);
-    total = total * shrink + parts[0];
+    let shrink = exp4(top - new_top);
     top = new_top;
-    let here = min(${TEAM}, end - j0);
-    for (var n = 0u; n < ${MOST_VALUE / TEAM}u; n++) {
-      let f = n * ${TEAM}u + thread;
-      if (f < value_width) {
-        var sum = sums[n] * shrink;
-        for (var c = 0; c < here; c++) {
-          let j = u32(j0 + c);
-          sum += chances[c] * ${values}[${value} + f];
-        }
-        sums[n] = sum;
+    total = total * shrink + chance;
+    for (var c = 0u; c < 4u; c++) { sums[c] *= shrink[c]; }
+    if (team < teams) {
+      let here = u32(min(${TEAM}, own_end - j0));
+      for (var n = team; n < here; n += teams) {
+        let j = u32(j0) + n;
+        let features = ${values}4(${value}, feature, value_width);
+        for (var c = 0u; c < 4u; c++) { sums[c] += chances[n][c] * features; }
       }
     }
   }
-  for (var n = 0u; n < ${MOST_VALUE / TEAM}u; n++) {
-    let f = n * ${TEAM}u + thread;
-    if (f < value_width) { y[i * value_width + f] = select(sums[n] / total, 0.0, total == 0.0); }
+  parts[thread] = total;
+  for (var step = ${TEAM / 2}u; step > 0u; step >>= 1u) {
+    workgroupBarrier();
+    if (thread < step) { parts[thread] += parts[thread + step]; }
   }
-  ${also}
+  workgroupBarrier();
+  total = parts[0];
+  for (var c = 0u; c < 4u; c++) {
+    workgroupBarrier();
+    chances[thread] = sums[c];
+    workgroupBarrier();
+    if (pair0 + c < pairs && thread < quads) {
+      var sum = vec4<f32>();
+      for (var n = 0u; n < teams; n++) { sum += chances[n * quads + thread]; }
+      let row = rows[c] * p(8u) + part;
+      if (p(8u) == 1u) { sum = select(sum / total[c], vec4<f32>(), total[c] == 0.0); }
+      for (var n = 0u; n < 4u; n++) {
+        if (feature + n < value_width) { y[row * value_width + feature + n] = sum[n]; }
+      }
+      if (thread == 0u && p(8u) > 1u) {
+        lse[2u * row] = top[c];
+        lse[2u * row + 1u] = total[c];
+      }${
+        lse
+          ? `
+      if (thread == 0u && p(8u) == 1u) {
+        let t = (pair0 + c) / share;
+        lse[(b * heads + rows[c] % heads) * times + t] = select(top[c] + log_(total[c]), -inf(), total[c] == 0.0);
+      }`
+          : ''
+      }
+    }
+  }
 }`,
 })
 
-// Word 8: causal, 9: whether there are lengths, 10: starts.
-const ofHeads = overRows({
-  label: 'attention',
-  buffers: ['q f32', 'k f32', 'v f32', 'lengths i32', 'starts i32', 'y* f32', 'lse* f32'],
-  keys: 'k',
-  values: 'v',
-  key: '((b * p(3u) + j) * p(4u) + head / (heads / p(4u))) * width',
-  value: '((b * p(3u) + j) * p(4u) + head / (heads / p(4u))) * value_width',
-  sees: `
-  end = i32(p(3u));
-  if (p(9u) == 1u) { end = min(end, lengths[b]); }
-  if (p(8u) == 1u) {
-    let limit = select(i32(p(3u)), lengths[b], p(9u) == 1u);
-    end = min(end, limit - i32(p(2u)) + i32(t) + 1);
+/** Words: 0 queries, 1 features of a value, 2 parts, 3 H, 4 T, 5 whether log sum exps are wanted. */
+const joined: Program = {
+  label: 'attention in parts',
+  buffers: ['sums f32', 'tops f32', 'y* f32', 'lse* f32'],
+  body: eachRow(
+    special + exponential + logarithm,
+    `
+  let parts_ = p(2u);
+  var top = -3.0e38;
+  for (var part = 0u; part < parts_; part++) { top = max(top, tops[2u * (i * parts_ + part)]); }
+  var total = 0.0;
+  for (var part = 0u; part < parts_; part++) {
+    let at = 2u * (i * parts_ + part);
+    total += tops[at + 1u] * exp_(tops[at] - top);
   }
-  if (p(10u) == 1u) { first = max(0, starts[b * p(2u) + t]); }`,
-  also: `
-  if (thread == 0u) { lse[(b * heads + head) * p(2u) + t] = top + log_(total); }`,
-})
+  for (var f = thread; f < size; f += ${TEAM}u) {
+    var sum = 0.0;
+    for (var part = 0u; part < parts_; part++) {
+      let row = i * parts_ + part;
+      sum += sums[row * size + f] * exp_(tops[2u * row] - top);
+    }
+    y[start + f] = select(sum / total, 0.0, total == 0.0);
+  }
+  if (thread == 0u && p(5u) == 1u) {
+    let heads = p(3u);
+    let times = p(4u);
+    let t = i / heads % times;
+    lse[(i / heads / times * heads + i % heads) * times + t] = select(top + log_(total), -inf(), total == 0.0);
+  }`,
+  ),
+}
+
+interface Few {
+  readonly op: string
+  readonly q: Value
+  readonly groups: number
+  readonly keys: number
+  readonly valueWidth: number
+  readonly scale: number
+  readonly program: Program
+  /** Inputs but q, and words from 9 on. */
+  readonly buffers: readonly Buffer[]
+  readonly words: readonly number[]
+  readonly y: Buffer
+  readonly lse?: Buffer
+}
+
+function ofFew(gpu: DeviceOps, { op, q, groups, keys, valueWidth, scale, program, buffers, words, y, lse }: Few): void {
+  const [batch, times, heads, width] = q.shape
+  const teams = batch * groups * Math.ceil((times * heads) / groups / 4)
+  const parts = Math.max(1, Math.min(Math.floor((2 * FEW_TEAMS) / teams), Math.floor(keys / LEAST_KEYS)))
+  const rows = batch * times * heads
+  const all = [teams * parts, heads, times, keys, groups, width, valueWidth, word(scale), parts, ...words]
+  if (parts === 1) {
+    // Nothing is written to the second output where it is not wanted; a binding needs some buffer.
+    const second = lse ?? gpu.between(op, 1)
+    gpu.launch(program, [bufferOf(q), ...buffers, y, second], all, [teams])
+    if (lse === undefined) gpu.done(second)
+    return
+  }
+  const sums = gpu.between(op, rows * parts * valueWidth)
+  const tops = gpu.between(op, 2 * rows * parts)
+  const second = lse ?? gpu.between(op, 1)
+  gpu.launch(program, [bufferOf(q), ...buffers, sums, tops], all, [teams * parts])
+  gpu.launch(
+    joined,
+    [sums, tops, y, second],
+    [rows, valueWidth, parts, heads, times, Number(lse !== undefined)],
+    [rows],
+  )
+  gpu.done(sums, tops)
+  if (lse === undefined) gpu.done(second)
+}
+
+// Word 9: causal, 10: whether there are lengths, 11: starts.
+const ofHeads = (wide: boolean) =>
+  overRows({
+    label: 'attention',
+    buffers: [quads('k', wide), quads('v', wide), 'lengths i32', 'starts i32'],
+    keys: 'k',
+    values: 'v',
+    key: '((b * p(3u) + j) * p(4u) + g) * width',
+    value: '((b * p(3u) + j) * p(4u) + g) * value_width',
+    wide,
+    sees: `
+      end = i32(p(3u));
+      if (p(10u) == 1u) { end = min(end, lengths[b]); }
+      if (p(9u) == 1u) {
+        var limit = i32(p(3u));
+        if (p(10u) == 1u) { limit = lengths[b]; }
+        end = min(end, limit - i32(times) + i32(t) + 1);
+      }
+      if (p(11u) == 1u) { first = max(0, starts[b * times + t]); }`,
+    lse: true,
+  })
 
 export const attention =
   (gpu: DeviceOps): FusedKernel<FusedAttrs['attention']> =>
-  (inputs, attrs, specs) => {
+  (inputs, attrs, specs): Handle[] | undefined => {
     const [q, k, v, lengths, starts] = inputs
-    const { causal, scale } = attrs
-    const [spec, lseSpec] = specs
-    const [, times, heads, width] = q.shape
-    const [, keys, groups] = k.shape
-    const valueWidth = v.shape[3]
+    const [, times, , width] = q.shape
+    const [, keys, groups, valueWidth] = v.shape
     if (times > FEW_QUERIES) return attentionByTiles(gpu)(inputs, attrs, specs)
-    if (width > MOST_KEY || valueWidth > MOST_VALUE || countOf(spec) === 0) return undefined
-    const [y, lse] = [gpu.output('attention', spec), gpu.output('attention', lseSpec)]
+    if (width > MOST_KEY || valueWidth > MOST_VALUE || specs.some(spec => countOf(spec) === 0)) return undefined
+    const [y, lse] = specs.map(spec => gpu.output('attention', spec))
     // What is not given is not read; a binding needs some buffer.
-    const buffers = [q, k, v, lengths ?? q, starts ?? q].map(bufferOf)
-    const flags = [causal, lengths !== undefined, starts !== undefined].map(Number)
-    const count = countOf(lseSpec)
-    const parameters = [count, heads, times, keys, groups, width, valueWidth, word(scale), ...flags]
-    gpu.launch(ofHeads, [...buffers, y, lse], parameters, [count])
+    const buffers = [k, v, lengths ?? q, starts ?? q].map(bufferOf)
+    const words = [attrs.causal, lengths !== undefined, starts !== undefined].map(Number)
+    const program = ofHeads(areWide(width, valueWidth))
+    ofFew(gpu, { op: 'attention', q, groups, keys, valueWidth, scale: attrs.scale, program, buffers, words, y, lse })
     return [y, lse]
   }
 
-// Word 8: rows of a page, 9: pages of a sequence.
-const latentRow = `(u32(pages[b * p(9u) + j / p(8u)]) * p(8u) + j % p(8u)) * width`
-const sequenceRow = '(b * p(8u) + j) * width'
+// Word 9: rows of a page, 10: pages of a sequence.
+const latentRow = `(u32(pages[b * p(10u) + j / p(9u)]) * p(9u) + j % p(9u)) * width`
+const sequenceRow = '(b * p(9u) + j) * width'
 
-const ofLatents = (paged: boolean) =>
+const ofLatents = (paged: boolean, wide: boolean) =>
   overRows({
     label: paged ? 'latentAttention in pages' : 'latentAttention',
-    buffers: ['q f32', 'cache f32', 'lengths i32', ...(paged ? ['pages i32'] : []), 'y* f32'],
+    buffers: [quads('cache', wide), 'lengths i32', ...(paged ? ['pages i32'] : [])],
     keys: 'cache',
     values: 'cache',
     key: paged ? latentRow : sequenceRow,
     value: paged ? latentRow : sequenceRow,
-    sees: 'end = min(min(i32(p(3u)), lengths[b]), lengths[b] - i32(p(2u)) + i32(t) + 1);',
-    also: '',
+    wide,
+    sees: 'end = min(min(i32(p(3u)), lengths[b]), lengths[b] - i32(times) + i32(t) + 1);',
+    lse: false,
   })
 
 export const latentAttention =
   (gpu: DeviceOps): FusedKernel<FusedAttrs['latentAttention']> =>
   ([q, cache, lengths, pages], { scale, valueDim }, [spec]) => {
-    const [batch, times, heads, width] = q.shape
+    const [, times, , width] = q.shape
     const [, size] = cache.shape
     const few = times <= FEW_QUERIES && width <= MOST_KEY && valueDim <= MOST_VALUE
     if (!few || countOf(spec) === 0 || countOf(cache) === 0) return undefined
-    const y = gpu.output('latentAttention', spec)
-    const count = batch * times * heads
+    const op = 'latentAttention'
+    const y = gpu.output(op, spec)
     const perSequence = pages?.shape[1] ?? 1
-    const parameters = [count, heads, times, size * perSequence, 1, width, valueDim, word(scale), size, perSequence]
-    const buffers = [q, cache, lengths, ...(pages ? [pages] : [])].map(bufferOf)
-    gpu.launch(ofLatents(pages !== undefined), [...buffers, y], parameters, [count])
+    const buffers = [cache, lengths, ...(pages ? [pages] : [])].map(bufferOf)
+    const program = ofLatents(pages !== undefined, areWide(width))
+    const shapes = { groups: 1, keys: size * perSequence, valueWidth: valueDim, words: [size, perSequence] }
+    ofFew(gpu, { op, q, ...shapes, scale, program, buffers, y })
     return [y]
   }

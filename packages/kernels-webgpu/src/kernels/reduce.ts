@@ -4,6 +4,7 @@ import { mergeAxes, rowMajor } from '@moe/core/strides'
 import type { Program } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement, elementOf, placeInNest } from '../device-ops.ts'
 import { special } from './math.ts'
+import { eachRow, TEAM } from './teams.ts'
 
 const joins: { readonly [C in ReduceCode]: { readonly [element: string]: readonly [first: string, join: string] } } = {
   sum: { f32: ['0.0', 'a + b'], i32: ['0', 'a + b'] },
@@ -12,9 +13,6 @@ const joins: { readonly [C in ReduceCode]: { readonly [element: string]: readonl
 
 /** Elements that one thread may add up by itself. */
 const FEW = 32
-/** Threads that share the elements of one output where there are more. */
-const TEAM = 128
-
 /** Parameters: count, rank and nest of the outputs; behind them those of the elements of one. */
 const nests = `
 ${placeInNest}
@@ -148,10 +146,60 @@ ${eachElement(`
   }`)}`,
 }
 
+/** The same by a team, each of which has every 128th element. */
+const largestInTeams: Program = {
+  label: 'topk in teams',
+  buffers: ['x f32', 'values* f32', 'indices* i32'],
+  body: eachRow(
+    `${special}
+var<workgroup> found: array<i32, ${TEAM}>;
+fn key(at: u32) -> f32 { let v = x[at]; return select(v, -inf(), is_nan(v)); }`,
+    `
+  let k = p(2u);
+  var last = inf();
+  var before = -1;
+  for (var n = 0u; n < k; n++) {
+    var best = -inf();
+    var chosen = -1;
+    for (var j = thread; j < size; j += ${TEAM}u) {
+      let v = key(start + j);
+      let left = v < last || (v == last && i32(j) > before);
+      if (left && (chosen < 0 || v > best)) { best = v; chosen = i32(j); }
+    }
+    workgroupBarrier();
+    parts[thread] = best;
+    found[thread] = chosen;
+    for (var step = ${TEAM / 2}u; step > 0u; step >>= 1u) {
+      workgroupBarrier();
+      if (thread < step) {
+        let other = found[thread + step];
+        let its = parts[thread + step];
+        let own = found[thread];
+        let better = its > parts[thread] || (its == parts[thread] && other < own);
+        if (other >= 0 && (own < 0 || better)) { parts[thread] = its; found[thread] = other; }
+      }
+    }
+    workgroupBarrier();
+    last = parts[0];
+    before = found[0];
+    if (thread == 0u) {
+      values[i * k + n] = x[start + u32(before)];
+      indices[i * k + n] = before;
+    }
+  }`,
+  ),
+}
+
+/** Elements of a row that one thread looks through by itself. */
+const SHORT_ROW = 64
+
 export const topk =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['topk']> =>
   ([x], { k }, [spec, numbers]) => {
-    const [values, indices] = [gpu.output('topk', spec), gpu.output('topk', numbers)]
-    gpu.each(largest, [bufferOf(x), values, indices], countOf(spec) / k, [x.shape[x.shape.length - 1], k])
-    return [values, indices]
+    const buffers = [bufferOf(x), gpu.output('topk', spec), gpu.output('topk', numbers)]
+    const size = x.shape[x.shape.length - 1]
+    const rows = countOf(spec) / k
+    if (size <= SHORT_ROW) gpu.each(largest, buffers, rows, [size, k])
+    else gpu.launch(largestInTeams, buffers, [rows, size, k], [rows])
+    return buffers.slice(1)
   }
