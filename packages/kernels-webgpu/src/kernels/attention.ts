@@ -10,7 +10,7 @@ import { bufferOf, countOf, type DeviceOps } from '../device-ops.ts'
 import type { Buffer } from '../memory.ts'
 import { attentionByTiles } from './attention-tiles.ts'
 import { exponential, logarithm, special } from './math.ts'
-import { areWide, quads, readQuad } from './quads.ts'
+import { areWide, quads, readQuad, repeat } from './quads.ts'
 import { eachRow, TEAM } from './teams.ts'
 
 /** Largest sizes of a key and of a value. */
@@ -93,8 +93,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   let team = thread / quads;
   let feature = thread % quads * 4u;
   var top = vec4<f32>(-3.0e38);
-  var total = vec4<f32>();
-  var sums: array<vec4<f32>, 4>;
+  var total = vec4<f32>();${repeat(
+    4,
+    c => `
+  var sum${c} = vec4<f32>();`,
+  )}
   for (var j0 = own_first; j0 < own_end; j0 += ${TEAM}) {
     workgroupBarrier();
     var score = vec4<f32>();
@@ -121,14 +124,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
     workgroupBarrier();
     let shrink = exp4(top - new_top);
     top = new_top;
-    total = total * shrink + chance;
-    for (var c = 0u; c < 4u; c++) { sums[c] *= shrink[c]; }
+    total = total * shrink + chance;${repeat(
+      4,
+      c => `
+    sum${c} *= shrink[${c}];`,
+    )}
     if (team < teams) {
       let here = u32(min(${TEAM}, own_end - j0));
       for (var n = team; n < here; n += teams) {
         let j = u32(j0) + n;
         let features = ${values}4(${value}, feature, value_width);
-        for (var c = 0u; c < 4u; c++) { sums[c] += chances[n][c] * features; }
+        let chance = chances[n];${repeat(
+          4,
+          c => `
+        sum${c} += chance[${c}] * features;`,
+        )}
       }
     }
   }
@@ -139,6 +149,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
   }
   workgroupBarrier();
   total = parts[0];
+  var sums = array<vec4<f32>, 4>(sum0, sum1, sum2, sum3);
   for (var c = 0u; c < 4u; c++) {
     workgroupBarrier();
     chances[thread] = sums[c];

@@ -3,7 +3,7 @@ import type { FusedAttrs, FusedKernel, Kernel, PrimitiveAttrs } from '@moe/core'
 import type { Program } from '../commands.ts'
 import { bufferOf, type DeviceOps, eachElement } from '../device-ops.ts'
 import type { Buffer } from '../memory.ts'
-import { areWide, quads, readQuad } from './quads.ts'
+import { areWide, quads, readQuad, repeat } from './quads.ts'
 import { eachValue, TEAM, TILE, tiled, tilesOf } from './tiles.ts'
 
 /** Elements of a matrix that lies row by row, each `pitch` behind the one before it, from `start` on. */
@@ -119,8 +119,11 @@ ${begin}`
   let lane = thread % 16u;
   var sum = vec4<f32>();
   for (var k = lane * 4u; k < deep; k += 64u) {
-    let weights = w4(w0 + column * deep, k, select(0u, deep, column < columns));
-    for (var row = 0u; row < rows; row++) { sum[row] += dot(weights, x4(x0 + row * deep, k, deep)); }
+    let weights = w4(w0 + column * deep, k, select(0u, deep, column < columns));${repeat(
+      FEW_ROWS,
+      row => `
+    if (${row}u < rows) { sum[${row}] += dot(weights, x4(x0 + ${row}u * deep, k, deep)); }`,
+    )}
   }
   parts[thread] = sum;
   for (var step = 8u; step > 0u; step >>= 1u) {
@@ -132,14 +135,28 @@ ${begin}`
   }`
   const alongColumns = `
   let column = group.x * 128u + thread % 32u * 4u;
-  var sums: array<vec4<f32>, ${FEW_ROWS}>;
-  for (var k = thread / 32u * 4u; k < deep; k += 16u) {
-    for (var c = 0u; c < 4u; c++) {
-      let weights = w4(w0 + (k + c) * columns, column, select(0u, columns, k + c < deep));
-      for (var row = 0u; row < rows; row++) { sums[row] += x4(x0 + row * deep, k, deep)[c] * weights; }
-    }
-  }
-  for (var row = 0u; row < rows; row++) { parts[row * ${TEAM}u + thread] = sums[row]; }
+${repeat(
+  FEW_ROWS,
+  row => `
+  var sum${row} = vec4<f32>();`,
+)}
+  for (var k = thread / 32u * 4u; k < deep; k += 16u) {${repeat(
+    4,
+    c => `
+    let weights${c} = w4(w0 + (k + ${c}u) * columns, column, select(0u, columns, k + ${c}u < deep));`,
+  )}${repeat(
+    FEW_ROWS,
+    row => `
+    if (${row}u < rows) {
+      let own = x4(x0 + ${row}u * deep, k, deep);
+      sum${row} += (own.x * weights0 + own.y * weights1) + (own.z * weights2 + own.w * weights3);
+    }`,
+  )}
+  }${repeat(
+    FEW_ROWS,
+    row => `
+  parts[${row * TEAM}u + thread] = sum${row};`,
+  )}
   workgroupBarrier();
   let row = thread / 32u;
   if (row < rows) {
