@@ -90,12 +90,12 @@ const scores = (name: string, own: Matrix, others: Matrix) => {
     if (thread < 32u) {
       let rows = thread % 8u * 4u;
       let f = f0 + thread / 8u * 4u;
-      let block = ${block(own, 'own0')};
+      var block = ${block(own, 'own0')};
       for (var c = 0u; c < 4u; c++) { operands[(thread / 8u * 4u + c) * 8u + thread % 8u] = block[c]; }
     } else if (thread >= 64u) {
       let rows = thread % 16u * 4u;
       let f = f0 + (thread - 64u) / 16u * 4u;
-      let block = ${block(others, 'other0')};
+      var block = ${block(others, 'other0')};
       for (var c = 0u; c < 4u; c++) { operands[128u + ((thread - 64u) / 16u * 4u + c) * 16u + thread % 16u] = block[c]; }
     }
     workgroupBarrier();

@@ -70,13 +70,14 @@ ${begin}
   for (var k0 = k_first; k0 < k_end; k0 += 16u) {
     let k = k0 + k_at;
     workgroupBarrier();
+    // Variables, as not every compiler counts columns of a value.
     if (thread < 64u) {
       let outer = row0 + outer_at;
-      let block = ${block(left, 'outer', 'rows')};
+      var block = ${block(left, 'outer', 'rows')};
       for (var c = 0u; c < 4u; c++) { lefts[(k_at + c) * 16u + along] = block[c]; }
     } else {
       let outer = column0 + outer_at;
-      let block = ${block(right, 'outer', 'columns')};
+      var block = ${block(right, 'outer', 'columns')};
       for (var c = 0u; c < 4u; c++) { rights[(k_at + c) * 16u + along] = block[c]; }
     }
     workgroupBarrier();
