@@ -40,21 +40,34 @@ describe.skipIf(backend === null)('routerTopk', () => {
     })
   })
 
+  const chosen = async (logits: readonly number[], bias: readonly number[], attrs: RouterAttrs) => {
+    const experts = logits.length
+    const inputs = [
+      { data: logits, shape: [1, experts] },
+      { data: bias, shape: [experts] },
+    ]
+    const outputs = [
+      { shape: [1, attrs.topK], dtype: 'f32' },
+      { shape: [1, attrs.topK], dtype: 'i32' },
+      { shape: [1, experts], dtype: 'f32' },
+    ] as const
+    return [...(await runOp(backend, 'routerTopk', inputs, attrs, outputs))[1]]
+  }
+  const zeros = new Array<number>(8).fill(0)
+
   test('NaN is chosen last, and groups that have to count it', async () => {
     const { NaN: none } = Number
-    const logits = { data: [none, 5, 1, 2, 0, none, none, 3], shape: [1, 8] }
-    const chosen = async (attrs: RouterAttrs) => {
-      const outputs = [
-        { shape: [1, attrs.topK], dtype: 'f32' },
-        { shape: [1, attrs.topK], dtype: 'i32' },
-        { shape: [1, 8], dtype: 'f32' },
-      ] as const
-      const bias = { data: new Array(8).fill(0), shape: [8] }
-      return [...(await runOp(backend, 'routerTopk', [logits, bias], attrs, outputs))[1]]
-    }
-    expect(await chosen({ ...v3, topK: 7 })).toEqual([1, 7, 3, 2, 4, 0, 5])
-    expect(await chosen({ ...v3, topK: 2, groups: 4, topGroups: 1 })).toEqual([3, 2])
-    expect(await chosen({ ...v3, topK: 2, groups: 4, topGroups: 1, groupScore: 'max' })).toEqual([3, 2])
+    const logits = [none, 5, 1, 2, 0, none, none, 3]
+    expect(await chosen(logits, zeros, { ...v3, topK: 7 })).toEqual([1, 7, 3, 2, 4, 0, 5])
+    const one = { ...v3, topK: 2, groups: 4, topGroups: 1 }
+    expect(await chosen(logits, zeros, one)).toEqual([3, 2])
+    expect(await chosen(logits, zeros, { ...one, groupScore: 'max' })).toEqual([3, 2])
+  })
+
+  test('of equal groups the first is kept, even if another has the best expert', async () => {
+    const bias = [0, 0, 2, 2, 3, 1, 2, 2]
+    expect(await chosen(zeros, bias, { ...v3, topK: 1, groups: 4, topGroups: 1 })).toEqual([2])
+    expect(await chosen(zeros, bias, { ...v3, topK: 3, groups: 4, topGroups: 2 })).toEqual([4, 2, 3])
   })
 })
 
