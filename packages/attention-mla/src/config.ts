@@ -1,5 +1,5 @@
 /** @file What an MLA layer is made of, in the terms of Hugging Face's config.json. */
-import { checkShared, MoeError, type OptionNames } from '@moe/core'
+import { checkShared, MoeError, type OptionNames, shown } from '@moe/core'
 
 /** YaRN context extension (Peng et al. 2023) as DeepSeek configures it. */
 export interface RopeScaling {
@@ -98,10 +98,10 @@ export function checkMlaConfig(config: MlaConfig): void {
   ] as const
   for (const key of sizes) {
     if (!Number.isInteger(config[key]) || config[key] < 1)
-      problems.push(`${key} = ${config[key]} is not a positive integer`)
+      problems.push(`${key} = ${shown(config[key])} is not a positive integer`)
   }
   if (config.q_lora_rank !== null && !(Number.isInteger(config.q_lora_rank) && config.q_lora_rank >= 1)) {
-    problems.push(`q_lora_rank = ${config.q_lora_rank} is neither null nor a positive integer`)
+    problems.push(`q_lora_rank = ${shown(config.q_lora_rank)} is neither null nor a positive integer`)
   }
   if (config.qk_rope_head_dim % 2 !== 0) problems.push(`qk_rope_head_dim = ${config.qk_rope_head_dim} is odd`)
   problems.push(...ropeProblems(config))

@@ -20,6 +20,7 @@ import {
   type OptionNames,
   rope,
   scope,
+  shown,
   type Tensor,
 } from '@moe/core'
 import { type CacheOptions, KvCache } from './cache/kv-cache.ts'
@@ -89,7 +90,7 @@ export class MultiHeadAttention extends Module {
     const { head_dim: features = hidden / heads, rope_theta, rope_scaling } = config
     const problems: string[] = []
     for (const [key, size] of Object.entries({ hidden, heads, groups, features })) {
-      if (!Number.isInteger(size) || size < 1) problems.push(`${key} = ${size} is not a positive integer`)
+      if (!Number.isInteger(size) || size < 1) problems.push(`${key} = ${shown(size)} is not a positive integer`)
     }
     if (heads % groups !== 0) problems.push(`${heads} heads cannot share ${groups} heads of keys and values evenly`)
     if (features % 2 === 1) problems.push(`a head of ${features} features cannot be rotated in pairs`)

@@ -37,7 +37,7 @@ describe('default backend', () => {
   test('is one that was awaited', () => {
     for (const [none, what] of [
       [Promise.resolve(referenceBackend()), 'a promise'],
-      ['kernels-cpu', 'the string kernels-cpu'],
+      ['kernels-cpu', 'the string "kernels-cpu"'],
       [undefined, 'undefined'],
     ] as const) {
       const message = expect.stringContaining(`the backend is ${what}; pass what was awaited`)
@@ -94,6 +94,16 @@ describe('firstAvailable', () => {
     const promise = firstAvailable([missing, failing('E_NO_BACKEND', 'no driver')])
     await expect(promise).rejects.toMatchObject({ code: 'E_NO_BACKEND' })
     await expect(promise).rejects.toThrow(/- .*@moe\/not-installed[\s\S]*\n {2}- createBackend: no driver\ninstall one/)
+  })
+
+  test('what is no list of functions is told how to become one', async () => {
+    const loader = async () => ({ createBackend: async () => backend })
+    for (const none of [loader, [loader()], undefined]) {
+      await expect(firstAvailable(none as unknown as [])).rejects.toMatchObject({
+        code: 'E_ATTR',
+        message: expect.stringContaining('no list of functions; pass what imports each: firstAvailable([() => import('),
+      })
+    }
   })
 
   test('an empty list is an error too', async () => {

@@ -1,6 +1,6 @@
 /** @file The few settings that are not arguments: default backend, recording, precision policy, and what fell back. */
 import type { Backend, FusedName, Precision, WidePrecision } from './backend.ts'
-import { describe, isMoeError, MoeError } from './errors.ts'
+import { describe, isMoeError, MoeError, shown } from './errors.ts'
 import { checkOptions } from './options.ts'
 
 interface Context {
@@ -62,13 +62,21 @@ export interface BackendModule {
 /**
  * The first backend of the list that loads and finds its device. A module that is not installed or says E_NO_BACKEND or
  * E_UNSUPPORTED is passed over; `onSkip` is given the reason.
- * @throws MoeError E_NO_BACKEND with every reason when none works.
+ * @throws MoeError E_NO_BACKEND with every reason when none works, E_ATTR for what is no list of functions.
  */
 export async function firstAvailable(
   loaders: ReadonlyArray<() => Promise<BackendModule>>,
   options: { onSkip?: (reason: string) => void } = {},
 ): Promise<Backend> {
   checkOptions('firstAvailable', options, { onSkip: true })
+  if (!Array.isArray(loaders) || loaders.some(load => typeof load !== 'function')) {
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'firstAvailable',
+      problem: `the loaders are ${Array.isArray(loaders) ? shown(loaders) : describe(loaders)}, no list of functions`,
+      fix: "pass what imports each: firstAvailable([() => import('@moe/kernels-cpu')])",
+    })
+  }
   const reasons: string[] = []
   for (const load of loaders) {
     try {
@@ -85,8 +93,14 @@ export async function firstAvailable(
   throw new MoeError({
     code: 'E_NO_BACKEND',
     op: 'firstAvailable',
-    problem: `no backend could be used:\n${reasons.map(reason => `  - ${reason}`).join('\n')}\n`,
-    fix: 'install one of them or mend the first reason',
+    problem:
+      reasons.length === 0
+        ? 'the list is empty'
+        : `no backend could be used:\n${reasons.map(reason => `  - ${reason}`).join('\n')}\n`,
+    fix:
+      reasons.length === 0
+        ? "name some: [() => import('@moe/kernels-cpu')]"
+        : 'install one of them or mend the first reason',
   })
 }
 

@@ -1,7 +1,7 @@
 import { beforeEach, expect, test } from 'vitest'
 import { setDefaultBackend } from './context.ts'
 import { arange, fromHost, full, ones, rand, randn, tensor, zeros } from './create.ts'
-import { toBf16 } from './dtype.ts'
+import { type DType, toBf16 } from './dtype.ts'
 import { Random } from './random.ts'
 import { referenceBackend } from './reference/index.ts'
 import type { Tensor } from './tensor.ts'
@@ -47,6 +47,22 @@ test('impossible shapes are refused before a backend sees them', () => {
   expect(() => tensor([1, 2, 3], [2])).toThrow(refusal(/3 values do not fill \[2\] \(2\)/))
   expect(() => arange(-1)).toThrow(refusal())
   expect(() => arange(2.5)).toThrow(refusal())
+})
+
+test('a size that is a text is shown as one', () => {
+  expect(() => zeros(['3'] as unknown as number[])).toThrow(refusal(/full: "3" in \[3\] is not a size/))
+})
+
+test('names of other libraries for dtypes are refused with ours', () => {
+  const wrong = 'float32' as DType
+  const refused = expect.objectContaining({
+    code: 'E_DTYPE',
+    message: expect.stringMatching(/: "float32" is no dtype; pass one of f32, bf16, f16, f8e4m3, i32, u8$/),
+  })
+  expect(() => zeros([1], { dtype: wrong })).toThrow(refused)
+  expect(() => tensor([1], [1], { dtype: wrong })).toThrow(refused)
+  expect(() => fromHost(Float32Array.of(1), [1], wrong)).toThrow(refused)
+  expect(() => tensor([1]).cast(wrong)).toThrow(refused)
 })
 
 test('tensors of random numbers hold what the stream gives', async () => {

@@ -3,7 +3,7 @@ import type { Backend, Shape, TensorSpec } from './backend.ts'
 import { defaultBackend } from './context.ts'
 import { type DType, encodeHost, type HostArray } from './dtype.ts'
 import { describe } from './errors.ts'
-import { attrError, needSizes, shapeError } from './infer.ts'
+import { attrError, needKnownDtype, needSizes, shapeError } from './infer.ts'
 import { checkOptions, type OptionNames } from './options.ts'
 import type { Random } from './random.ts'
 import { showShape, sizeOf } from './shape.ts'
@@ -32,6 +32,7 @@ export function full(shape: Shape, value: number, options: CreateOptions = {}): 
   checkCreate('full', options)
   const { dtype = 'f32', backend = defaultBackend() } = options
   needSizes('full', shape)
+  needKnownDtype('full', dtype)
   const specs: TensorSpec[] = [{ shape, dtype }]
   return new Tensor(backend, backend.primitives.fill([], { value }, specs)[0], shape, dtype)
 }
@@ -56,6 +57,7 @@ export function tensor(values: ArrayLike<number>, shape?: Shape, options: Create
   checkCreate('tensor', options)
   const natural = values instanceof Int32Array ? 'i32' : values instanceof Uint8Array ? 'u8' : 'f32'
   const dtype = options.dtype ?? natural
+  needKnownDtype('tensor', dtype)
   return fromHost(encodeHost(dtype, values), shape ?? [values.length], dtype, options.backend)
 }
 
@@ -70,6 +72,7 @@ function needNumbers(values: ArrayLike<number> | undefined): void {
 /** A tensor from a host array that already holds the dtype's bits. The array is copied. */
 export function fromHost(data: HostArray, shape: Shape, dtype: DType, backend = defaultBackend()): Tensor {
   needSizes('fromHost', shape)
+  needKnownDtype('fromHost', dtype)
   if (sizeOf(shape) !== data.length) {
     throw shapeError('fromHost', `${data.length} values do not fill ${showShape(shape)} (${sizeOf(shape)})`)
   }

@@ -73,11 +73,18 @@ export function isMoeError(value: unknown, code?: ErrorCode): value is MoeError 
   )
 }
 
+/** A value in a message as it would be written in code, so that the string "3" is not taken for the number. @internal */
+export function shown(value: unknown): string {
+  if (typeof value === 'string') return JSON.stringify(value.length > 40 ? `${value.slice(0, 40)}…` : value)
+  if (Array.isArray(value)) return `[${value.map(shown).join(',')}]`
+  return typeof value === 'object' && value !== null ? describe(value) : String(value)
+}
+
 /** Internal: what a caller passed by mistake, in a few words. */
 export function describe(value: unknown): string {
   if (value === null || value === undefined) return `${value}`
   if (value instanceof Promise) return 'a promise'
   if (Array.isArray(value)) return 'an array'
   if (typeof value === 'object') return `a ${value.constructor?.name ?? 'bare object'}`
-  return `the ${typeof value} ${String(value).slice(0, 40)}`
+  return typeof value === 'string' ? `the string ${shown(value)}` : `the ${typeof value} ${String(value).slice(0, 40)}`
 }

@@ -72,7 +72,7 @@ export {
   toF16,
   viewBytes,
 } from './dtype.ts'
-export { type ErrorCode, type ErrorInfo, isMoeError, MoeError } from './errors.ts'
+export { type ErrorCode, type ErrorInfo, isMoeError, MoeError, shown } from './errors.ts'
 export { adamwStep, globalNorm } from './fused/adamw.ts'
 export { type AttentionOptions, attention, type LatentAttentionOptions, latentAttention } from './fused/attention.ts'
 export { crossEntropy, defaultIgnoreIndex, linearCrossEntropy } from './fused/cross-entropy.ts'

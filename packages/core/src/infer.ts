@@ -1,7 +1,7 @@
 /** @file Shape and dtype of every primitive's outputs, and all checks of what the user passed. Backends check nothing. */
 import type { PrimitiveAttrs, PrimitiveName, Shape, TensorSpec, Value } from './backend.ts'
-import type { DType } from './dtype.ts'
-import { MoeError } from './errors.ts'
+import { type DType, dtypeBytes, dtypes } from './dtype.ts'
+import { MoeError, shown } from './errors.ts'
 import { broadcastShapes, sameShape, showShape, sizeOf } from './shape.ts'
 
 type Infer<P extends PrimitiveName> = (inputs: readonly Value[], attrs: PrimitiveAttrs[P]) => TensorSpec[]
@@ -39,7 +39,19 @@ export function needShape(op: string, name: string, value: Value, expected: Shap
 /** Refuses sizes or axes that are given one by one. */
 export function needList(op: string, name: string, value: unknown): void {
   if (Array.isArray(value)) return
-  throw shapeError(op, `${name} is ${value}, no array`, 'pass them together, as in [2, 3]')
+  throw shapeError(op, `${name} is ${shown(value)}, no array`, 'pass them together, as in [2, 3]')
+}
+
+/** Refuses a name that is none of a dtype. @throws MoeError E_DTYPE */
+export function needKnownDtype(op: string, dtype: DType): void {
+  if (Object.hasOwn(dtypeBytes, dtype)) return
+  throw new MoeError({
+    code: 'E_DTYPE',
+    op,
+    problem: `${shown(dtype)} is no dtype`,
+    fix: `pass one of ${dtypes.join(', ')}`,
+    details: { dtype },
+  })
 }
 
 export const isSize = (n: number): boolean => Number.isInteger(n) && n >= 0
@@ -48,7 +60,7 @@ export const isSize = (n: number): boolean => Number.isInteger(n) && n >= 0
 export function needSizes(op: string, shape: Shape): void {
   needList(op, 'the shape', shape)
   for (let i = 0; i < shape.length; i++) {
-    if (!isSize(shape[i])) throw shapeError(op, `${shape[i]} in ${showShape(shape)} is not a size`)
+    if (!isSize(shape[i])) throw shapeError(op, `${shown(shape[i])} in ${showShape(shape)} is not a size`)
   }
 }
 
@@ -101,6 +113,7 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
   },
 
   cast([x], { dtype }) {
+    needKnownDtype('cast', dtype)
     return [{ shape: x.shape, dtype }]
   },
 

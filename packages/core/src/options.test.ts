@@ -46,7 +46,7 @@ describe('checkOptions', () => {
   test.each([
     [null, 'null'],
     [undefined, 'undefined'],
-    ['fast', 'the string fast'],
+    ['fast', 'the string "fast"'],
     [() => {}, 'the function () => {}'],
   ])('refuses %s', (value, words) => {
     expect(() => check(value)).toThrow(`train: ${words} is given in place of options`)

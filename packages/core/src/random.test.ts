@@ -20,6 +20,23 @@ describe('philox4x32-10', () => {
 })
 
 describe('Random', () => {
+  test('a seed is a whole number', () => {
+    for (const [seed, shown] of [
+      ['1', '"1"'],
+      [1.5, '1.5'],
+      [undefined, 'undefined'],
+      [2 ** 53, '9007199254740992'],
+    ]) {
+      expect(() => new Random(seed as number)).toThrow(
+        expect.objectContaining({
+          code: 'E_ATTR',
+          message: expect.stringContaining(`Random: the seed is ${shown}; pass a whole number`),
+        }),
+      )
+    }
+    expect(new Random(-1).uniform(1)).not.toEqual(new Random(1).uniform(1))
+  })
+
   test('the first block of a stream is philox of (position, stream) under the seed', () => {
     const out = new Uint32Array(4)
     const seed = 2 ** 40 + 5

@@ -1,4 +1,6 @@
 /** @file Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The same bits on every backend. */
+import { shown } from './errors.ts'
+import { attrError } from './infer.ts'
 
 /** High 32 bits of the product of an unsigned word and the multiplier `high * 65536 + low`, as an i32. */
 function mulHigh(high: number, low: number, word: number): number {
@@ -60,8 +62,10 @@ export class Random {
   position: number
   readonly #words = new Uint32Array(batch)
 
-  /** The stream from its block number `position` on. */
+  /** The stream from its block number `position` on. @throws MoeError E_ATTR for a seed that is no whole number */
   constructor(seed: number, stream = 0, position = 0) {
+    if (!Number.isSafeInteger(seed))
+      throw attrError('Random', `the seed is ${shown(seed)}`, 'pass a whole number below 2^53: new Random(1)')
     this.seed = seed
     this.stream = stream
     this.position = position

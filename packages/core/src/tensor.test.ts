@@ -41,7 +41,7 @@ describe('what is no tensor is refused by name', () => {
       'add: rhs is an array, no tensor; pass a tensor: tensor(numbers, shape)',
     ],
     ['nothing', () => x().mul(wrong(undefined)), 'mul: rhs is undefined'],
-    ['a text', () => x().sub(wrong('3')), 'sub: rhs is the string 3'],
+    ['a text', () => x().sub(wrong('3')), 'sub: rhs is the string "3"'],
     ['a number', () => where(x().lt(1), wrong(1), x()), 'where: input 1 is the number 1'],
     ['a module', () => x().add(wrong(new Linear(2, 2))), 'add: rhs is a Linear'],
     ['a right side', () => x().matmul(wrong([[1]])), 'matmul: rhs is an array'],
@@ -294,6 +294,6 @@ describe('donation', () => {
 test('tensors of two backends do not mix', () => {
   const other: Backend = { ...referenceBackend(), name: 'elsewhere' }
   expect(() => ones([2]).add(ones([2], { backend: other }))).toThrow(
-    code('E_BACKEND_MIX', /^binary: inputs live on reference and elsewhere; copy one with await x\.to\(backend\)/),
+    code('E_BACKEND_MIX', /^add: inputs live on reference and elsewhere; copy one with await x\.to\(backend\)/),
   )
 })

@@ -389,17 +389,18 @@ function alive(op: string, tensor: Tensor): void {
   })
 }
 
-function check(op: string, inputs: readonly Tensor[]): Backend {
+/** @param code what the user called, where the op computes several functions: `add` of `binary` */
+function check(op: string, inputs: readonly Tensor[], code?: string): Backend {
   if (inputs.length === 0) throw shapeError(op, 'there are no tensors', 'pass at least one')
   const backend = inputs[0]?.backend
   for (let i = 0; i < inputs.length; i++) {
     const input = inputs[i]
     if (input?.backend === undefined) needTensor(op, `input ${i}`, input)
-    if (input.handle === null) alive(op, input)
+    if (input.handle === null) alive(code ?? op, input)
     if (input.backend !== backend) {
       throw new MoeError({
         code: 'E_BACKEND_MIX',
-        op,
+        op: code ?? op,
         problem: `inputs live on ${backend.name} and ${input.backend.name}`,
         fix: 'copy one with await x.to(backend)',
       })
@@ -449,7 +450,7 @@ export function record(
 
 /** Runs a primitive whose output shapes follow from its inputs; returns all outputs. */
 function runAll<P extends PrimitiveName>(op: P, inputs: readonly Tensor[], attrs: PrimitiveAttrs[P]): Tensor[] {
-  const backend = check(op, inputs)
+  const backend = check(op, inputs, (attrs as { code?: string }).code)
   const specs = infer[op](inputs, attrs)
   const handles = backend.primitives[op](inputs, attrs, specs)
   return wrap(op, backend, inputs, attrs, specs, handles, null)

@@ -167,6 +167,21 @@ describe('controllers', () => {
     await expect(lossOf(deviceLevel({ devices: 3 }))).rejects.toThrow(/3 devices cannot share 8 experts/)
   })
 
+  test('what is no balancer, or would move a bias that is not there, is refused', () => {
+    const config = { hidden_size: 4, moe_intermediate_size: 4, n_routed_experts: 4, num_experts_per_tok: 2 }
+    const factory = auxFree as unknown as Balancer
+    const refused = (message: RegExp) =>
+      expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(message) })
+    const function_ = /the balancer is the function auxFree; pass what such a function makes: auxFree\(\)/
+    expect(() => new MoELayer(config, { balancer: factory })).toThrow(refused(function_))
+    expect(() => together(sequenceWise(), factory)).toThrow(refused(function_))
+    const greedy = { ...config, topk_method: 'greedy' } as const
+    for (const balancer of [auxFree(), together(auxFree(), sequenceWise())])
+      expect(() => new MoELayer(greedy, { balancer })).toThrow(refused(/which topk_method "greedy" does not have/))
+    for (const balancer of [expertLevel(), together(expertLevel(), sequenceWise()), noBalance()])
+      expect(new MoELayer(greedy, { balancer }).balancer).toBe(balancer)
+  })
+
   test('factors that are no numbers are refused before they reach a loss or a bias', async () => {
     for (const wrong of [Number.NaN, Number.POSITIVE_INFINITY, '1e-4', () => Number.NaN, () => undefined] as number[]) {
       await expect(lossOf(sequenceWise({ alpha: wrong }))).rejects.toThrow(/the factor at step \d+ is /)

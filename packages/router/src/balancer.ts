@@ -1,5 +1,5 @@
 /** @file Balance controllers: small objects, one per model, that an MoE layer asks for a loss and for a step of its bias. */
-import { checkOptions, MoeError, type Parameter, type Tensor } from '@moe/core'
+import { checkOptions, MoeError, type Parameter, shown, type Tensor } from '@moe/core'
 import {
   communicationBalanceLoss,
   deviceBalanceLoss,
@@ -19,7 +19,7 @@ export function scheduled(value: Schedule, step: number): number {
   throw new MoeError({
     code: 'E_ATTR',
     op: 'balance',
-    problem: `the factor at step ${step} is ${factor}`,
+    problem: `the factor at step ${step} is ${shown(factor)}`,
     fix: 'pass a number, or a function of the step that gives one',
   })
 }
@@ -30,6 +30,13 @@ export interface Balancer {
   loss?(pass: RoutingPass, step: number): Tensor | null
   /** Once per optimizer step: moves the selection bias by the loads `[E]` of the whole batch. */
   update?(bias: Parameter, load: Tensor, step: number): void
+}
+
+/** Refuses what is no balancer, such as a function that makes one. @throws MoeError E_CONFIG */
+export function needBalancer(op: string, balancer: unknown): void {
+  if (typeof balancer === 'object' && balancer !== null) return
+  const problem = `the balancer is ${typeof balancer === 'function' ? `the function ${balancer.name}` : shown(balancer)}`
+  throw new MoeError({ code: 'E_CONFIG', op, problem, fix: 'pass what such a function makes: auxFree()' })
 }
 
 /** Leaves the router to itself. */
@@ -87,16 +94,19 @@ export function communication(options: { devices: number; limit: number; alpha?:
   return lossBalancer(alpha, pass => communicationBalanceLoss(pass, devicesOf(pass, devices), limit))
 }
 
-/** Several controllers as one: losses add up, biases are moved by each in turn. */
+/** Several controllers as one: losses add up, biases are moved by each in turn. @throws MoeError E_CONFIG for what is no balancer */
 export function together(...balancers: readonly Balancer[]): Balancer {
+  for (const balancer of balancers) needBalancer('together', balancer)
   return {
     loss(pass, step) {
       const losses = balancers.map(balancer => balancer.loss?.(pass, step) ?? null).filter(loss => loss !== null)
       return losses.length === 0 ? null : losses.reduce((sum, loss) => sum.add(loss))
     },
-    update(bias, load, step) {
-      for (const balancer of balancers) balancer.update?.(bias, load, step)
-    },
+    ...(balancers.some(balancer => balancer.update) && {
+      update(bias, load, step) {
+        for (const balancer of balancers) balancer.update?.(bias, load, step)
+      },
+    }),
   }
 }
 

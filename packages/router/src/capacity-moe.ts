@@ -26,6 +26,7 @@ import {
   remember,
   routerTopk,
   scope,
+  shown,
   type Tensor,
   zeros,
 } from '@moe/core'
@@ -120,10 +121,10 @@ export class CapacityMoE extends Module {
     const problems: string[] = []
     for (const key of ['hidden_size', 'moe_intermediate_size', 'n_routed_experts'] as const) {
       if (!Number.isInteger(config[key]) || config[key] < 1)
-        problems.push(`${key} = ${config[key]} is not a positive integer`)
+        problems.push(`${key} = ${shown(config[key])} is not a positive integer`)
     }
     if (experts < needed) problems.push(`${router} needs at least ${needed} experts, n_routed_experts = ${experts}`)
-    if (!(factor > 0)) problems.push(`capacity_factor = ${factor} is not positive`)
+    if (!(typeof factor === 'number' && factor > 0)) problems.push(`capacity_factor = ${shown(factor)} is not positive`)
     if (router !== 'switch' && router !== 'gshard') {
       problems.push(`router = ${JSON.stringify(router)} is not known (switch, gshard)`)
     }

@@ -1,5 +1,5 @@
 /** @file What an MoE layer is made of, in the terms of Hugging Face's config.json. */
-import { checkShared, MoeError, type OptionNames, type RouterAttrs } from '@moe/core'
+import { checkShared, MoeError, type OptionNames, type RouterAttrs, shown } from '@moe/core'
 
 /** Sizes of an MoE layer. They are those of Hugging Face's config.json, from which it may be taken as it is. */
 export interface RouterConfig {
@@ -57,20 +57,20 @@ export function routerAttrs(config: RouterConfig): RouterAttrs {
   const problems: string[] = []
   for (const key of ['hidden_size', 'moe_intermediate_size', 'n_routed_experts', 'num_experts_per_tok'] as const) {
     if (!Number.isInteger(config[key]) || config[key] < 1)
-      problems.push(`${key} = ${config[key]} is not a positive integer`)
+      problems.push(`${key} = ${shown(config[key])} is not a positive integer`)
   }
   if (!Number.isInteger(groups) || groups < 1 || experts % groups !== 0) {
-    problems.push(`n_group = ${groups} does not divide n_routed_experts = ${experts}`)
+    problems.push(`n_group = ${shown(groups)} does not divide n_routed_experts = ${experts}`)
   }
   if (!Number.isInteger(topGroups) || topGroups < 1 || topGroups > groups) {
-    problems.push(`topk_group = ${topGroups} is not in 1..n_group = ${groups}`)
+    problems.push(`topk_group = ${shown(topGroups)} is not in 1..n_group = ${groups}`)
   }
   const reachable = Math.floor(experts / groups) * topGroups
   if (topK > reachable)
     problems.push(`num_experts_per_tok = ${topK} exceeds the ${reachable} experts of the kept groups`)
   const { n_shared_experts: shared, scoring_func: scoring, routed_scaling_factor: scale = 1 } = config
   if (shared != null && !(Number.isInteger(shared) && shared >= 0)) {
-    problems.push(`n_shared_experts = ${shared} is not a whole number from 0`)
+    problems.push(`n_shared_experts = ${shown(shared)} is not a whole number from 0`)
   }
   if (!methods.includes(method)) {
     problems.push(`topk_method = ${JSON.stringify(method)} is not known (${methods.join(', ')})`)
@@ -78,7 +78,7 @@ export function routerAttrs(config: RouterConfig): RouterAttrs {
   if (scoring !== undefined && !scorings.includes(scoring)) {
     problems.push(`scoring_func = ${JSON.stringify(scoring)} is not known (${scorings.join(', ')})`)
   }
-  if (!Number.isFinite(scale)) problems.push(`routed_scaling_factor = ${scale} is not a number`)
+  if (!Number.isFinite(scale)) problems.push(`routed_scaling_factor = ${shown(scale)} is not a number`)
   if (problems.length > 0) throw new MoeError({ code: 'E_CONFIG', op: 'MoELayer', problem: problems.join('; ') })
   return {
     scoring: scoring ?? (method === 'noaux_tc' ? 'sigmoid' : 'softmax'),

@@ -2,7 +2,7 @@
  * @file Placing experts on GPUs with copies of the busy ones: EPLB, "expert parallelism load balancer" (deepseek-ai/EPLB; V3 report 3.4).
  * Plain numbers; ties go to the lowest index.
  */
-import { checkOptions, MoeError } from '@moe/core'
+import { checkOptions, MoeError, shown } from '@moe/core'
 import { needNumbers } from './load.ts'
 
 /** Which expert stands where. */
@@ -118,7 +118,7 @@ export function gpuImbalance(load: ArrayLike<number>, placement: ExpertPlacement
 
 function checkSizes(sizes: Readonly<Record<string, number>>): void {
   const wrong = Object.entries(sizes).filter(([, size]) => !Number.isInteger(size) || size < 1)
-  refuse(wrong.map(([name, size]) => `${name} = ${size} is not a positive integer`))
+  refuse(wrong.map(([name, size]) => `${name} = ${shown(size)} is not a positive integer`))
 }
 
 function checkShares(experts: number, replicas: number, groups: number, nodes: number, gpus: number): void {

@@ -10,14 +10,16 @@ import {
   isFrozen,
   isRecomputing,
   Module,
+  MoeError,
   needAxes,
   type OptionNames,
   SwigluMlp,
   scope,
+  shown,
   type Tensor,
 } from '@moe/core'
 import { type BiasUpdateOptions, biasUpdateNames, sequenceBalanceLoss, updateBias } from './balance.ts'
-import type { Balancer } from './balancer.ts'
+import { type Balancer, needBalancer } from './balancer.ts'
 import type { RouterConfig } from './config.ts'
 import { Experts } from './experts.ts'
 import { Gate } from './gate.ts'
@@ -94,10 +96,18 @@ export class MoELayer extends Module {
     checkOptions('MoELayer', options, optionNames)
     const { balancer = null, dropping = null, ...init } = options
     if (dropping !== null) checkOptions('MoELayer dropping', dropping, droppingNames)
+    if (balancer !== null) needBalancer('MoELayer', balancer)
     this.#config = config
     this.#balancer = balancer
     this.#dropping = dropping
     this.gate = new Gate(config, forkInit(init, 'gate'))
+    if (balancer?.update && !this.gate.e_score_correction_bias)
+      throw new MoeError({
+        code: 'E_CONFIG',
+        op: 'MoELayer',
+        problem: `the balancer moves a selection bias, which topk_method ${shown(config.topk_method)} does not have`,
+        fix: 'balance by a loss (sequenceWise(), expertLevel()), or choose noaux_tc',
+      })
     const { hidden_size: hidden, moe_intermediate_size: inner, n_shared_experts: shared } = config
     this.experts = new Experts(config.n_routed_experts, hidden, inner, forkInit(init, 'experts'))
     if (shared) this.shared_experts = new SwigluMlp(hidden, shared * inner, forkInit(init, 'shared_experts'))

@@ -1,5 +1,5 @@
 /** @file Watching the loads of all layers over many steps: what is uneven, what is dead, and whether the routing has collapsed. */
-import { checkOptions, MoeError } from '@moe/core'
+import { checkOptions, MoeError, shown } from '@moe/core'
 import { type LoadSummary, needNumbers, summarizeLoad } from './load.ts'
 
 /** What is watched, and for how long. */
@@ -61,7 +61,7 @@ export class LoadMonitor {
       throw new MoeError({
         code: 'E_CONFIG',
         op: 'LoadMonitor',
-        problem: `${name} = ${size} is not a positive integer`,
+        problem: `${name} = ${shown(size)} is not a positive integer`,
       })
     }
   }

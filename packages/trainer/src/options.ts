@@ -9,6 +9,7 @@ import {
   type OptionNames,
   type Precision,
   precisions,
+  shown,
 } from '@moe/core'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import type { Conversations } from './data/conversations.ts'
@@ -192,7 +193,7 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   const whole = (name: keyof typeof merged, least: number) => {
     const value = merged[name]
     if (!Number.isSafeInteger(value) || (value as number) < least) {
-      problems.push(`${name} is ${value}, needs a whole number from ${least}`)
+      problems.push(`${name} is ${shown(value)}, needs a whole number from ${least}`)
     }
   }
   whole('steps', 1)
@@ -202,18 +203,20 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   for (const name of ['seed', 'rank', 'evalEvery'] as const) whole(name, 0)
   if (merged.loadsEvery !== undefined) whole('loadsEvery', 0)
   const { lr, clip, rank, world, precision, resume, out, optimizer = 'adamw' } = merged
-  if (!(lr > 0 && Number.isFinite(lr))) problems.push(`lr is ${lr}, needs a positive number`)
-  if (!(clip > 0)) problems.push(`clip is ${clip}, needs a positive number, or Infinity for none`)
+  if (!(Number.isFinite(lr) && lr > 0)) problems.push(`lr is ${shown(lr)}, needs a positive number`)
+  if (!(typeof clip === 'number' && clip > 0))
+    problems.push(`clip is ${shown(clip)}, needs a positive number, or Infinity for none`)
   if (rank >= world) problems.push(`rank is ${rank} of ${world}; ranks count from 0`)
-  if (!precisions.includes(precision)) problems.push(`precision is ${precision}, needs 'f32', 'bf16' or 'fp8'`)
+  if (!precisions.includes(precision)) problems.push(`precision is ${shown(precision)}, needs 'f32', 'bf16' or 'fp8'`)
   if (typeof optimizer !== 'function' && optimizer !== 'adamw' && optimizer !== 'muon') {
-    problems.push(`optimizer is ${optimizer}, needs 'adamw', 'muon' or a function`)
+    problems.push(`optimizer is ${shown(optimizer)}, needs 'adamw', 'muon' or a function`)
   }
   if (ranks && (given.rank ?? given.world) !== undefined)
     problems.push('rank or world is given beside ranks, which has both')
   for (const name of ['schedule', 'onEvent', 'decays'] as const) {
     const value: unknown = merged[name]
-    if (value !== undefined && typeof value !== 'function') problems.push(`${name} is ${value}, needs a function`)
+    if (value !== undefined && typeof value !== 'function')
+      problems.push(`${name} is ${shown(value)}, needs a function`)
   }
   const { data, signal, betas = [], progress } = merged
   if (data === undefined) problems.push('data is missing, needs training texts or tokens')
@@ -225,15 +228,15 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
     problems.push('bos or eos is given beside conversations, whose template writes them')
   }
   if (out !== undefined && typeof out !== 'string' && !isDirectoryHandle(out))
-    problems.push(`out is ${out}, needs the path of a folder, or a handle of one`)
+    problems.push(`out is ${shown(out)}, needs the path of a folder, or a handle of one`)
   if (signal !== undefined && typeof signal?.addEventListener !== 'function') {
     problems.push('signal is no AbortSignal (of an AbortController, pass .signal)')
   }
   if (progress !== undefined && typeof progress !== 'boolean' && typeof progress !== 'function') {
-    problems.push(`progress is ${progress}, needs true, false or a function`)
+    problems.push(`progress is ${shown(progress)}, needs true, false or a function`)
   }
   if (!Array.isArray(betas) || !betas.every(beta => beta >= 0 && beta < 1) || ![0, 2].includes(betas.length)) {
-    problems.push(`betas is ${JSON.stringify(betas)}, needs two numbers of at least 0 and below 1`)
+    problems.push(`betas is ${shown(betas)}, needs two numbers of at least 0 and below 1`)
   }
   if (resume && out === undefined) problems.push('resume is given without out, the folder of the run')
   if (problems.length > 0) {

@@ -8,6 +8,7 @@ import {
   type OptionNames,
   scope,
   setRows,
+  shown,
   type Tensor,
   zeros,
 } from '@moe/core'
@@ -36,7 +37,7 @@ export const memoryNames: OptionNames<CacheMemoryOptions> = { layers: true, dtyp
 export function checkSizes(sizes: Readonly<Record<string, number>>, dtype: CacheDType): void {
   for (const [name, size] of Object.entries(sizes)) {
     if (!Number.isInteger(size) || size < 1) {
-      throw refused('E_CONFIG', 'new', `${name} = ${size} is not a positive integer`)
+      throw refused('E_CONFIG', 'new', `${name} = ${shown(size)} is not a positive integer`)
     }
   }
   if (cacheDTypes.includes(dtype)) return

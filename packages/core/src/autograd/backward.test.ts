@@ -282,6 +282,19 @@ describe('memory', () => {
 })
 
 describe('checkpoint', () => {
+  test('takes a synchronous function that gives a tensor', () => {
+    const wrong = (fn: unknown) => () => checkpoint(fn as () => Tensor, ones([2]))
+    expect(wrong(async (x: Tensor) => x)).toThrow(
+      expect.objectContaining({ code: 'E_ATTR', message: expect.stringContaining('returned a promise') }),
+    )
+    expect(wrong(() => 3)).toThrow(
+      expect.objectContaining({
+        code: 'E_ATTR',
+        message: expect.stringContaining('what the function returned is the number 3, no tensor'),
+      }),
+    )
+  })
+
   const make = () => {
     const random = new Random(3)
     return { mlp: new SwigluMlp(8, 32, { random, deviation: 0.5 }), x: randn([16, 8], random) }

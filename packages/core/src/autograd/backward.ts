@@ -308,7 +308,11 @@ export function checkpoint(fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tenso
   context.remembered = remembered
   let output: Tensor
   try {
-    output = scope(() => noGrad(() => fn(...inputs).detach()))
+    output = scope(() => {
+      const result = noGrad(() => fn(...inputs))
+      needTensor('checkpoint', 'what the function returned', result)
+      return result.detach()
+    })
   } finally {
     context.remembered = outer
   }

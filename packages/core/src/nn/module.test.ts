@@ -67,6 +67,12 @@ describe('namedParameters', () => {
       )
   })
 
+  test('a linear layer says which shape it takes', () => {
+    expect(() => new Linear(2, 3).forward(ones([4, 5]))).toThrow(
+      'linear: x has shape [4,5], the weight [3,2]; pass x [..., 2]',
+    )
+  })
+
   test('streams have names in the same way', () => {
     class Drawing extends Module {
       first = new Random(1)

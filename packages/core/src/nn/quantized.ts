@@ -12,6 +12,7 @@ import {
   quantizedMatmul,
   quantizeWeight,
 } from '../fused/quantized-matmul.ts'
+import { shapeError } from '../infer.ts'
 import { needTensor } from '../need-tensor.ts'
 import { keep, scope } from '../scope.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
@@ -242,7 +243,15 @@ function withAdapter(
 const byTransposed = (x: Tensor, weight: Tensor) => x.matmul(weight, { transposeB: true })
 
 function plainLinear(x: Tensor, weight: Parameter): Tensor {
-  return weight instanceof QuantizedParameter ? quantizedMatmul(x, weight.weight) : byTransposed(x, weight)
+  if (weight instanceof QuantizedParameter) return quantizedMatmul(x, weight.weight)
+  const [, features] = weight.shape
+  if (x.shape[x.rank - 1] !== features)
+    throw shapeError(
+      'linear',
+      `x has shape ${showShape(x.shape)}, the weight ${showShape(weight.shape)}`,
+      `pass x [..., ${features}]`,
+    )
+  return byTransposed(x, weight)
 }
 
 /** x W^T: `x [..., K]`, `weight [N, K]` in f32 or stored, to `[..., N]`. With its adapter, if it has one. */

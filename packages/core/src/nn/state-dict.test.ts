@@ -213,7 +213,7 @@ test('what is no source is told how to become one', async () => {
   }
   for (const [none, what] of [
     [undefined, 'undefined'],
-    ['model', 'the string model'],
+    ['model', 'the string "model"'],
     [stateDict(model), 'an array'],
     [checkpoint, 'one that reads more than arrays'],
   ]) {
