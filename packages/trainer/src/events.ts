@@ -174,7 +174,8 @@ export type TrainEvent =
   | FailEvent
 
 /**
- * Listens to a run. One that throws ends it.
+ * Listens to a run. What it returns, where that is a promise, is awaited before the next step is taken, so that it may use the model: generate a text,
+ * say. One that throws, or whose promise rejects, ends the run.
  * @param notify tells all listeners something that the user should know, as a `notice`
  */
-export type TrainListener = (event: TrainEvent, notify?: (message: string) => void) => void
+export type TrainListener = (event: TrainEvent, notify?: (message: string) => void) => unknown

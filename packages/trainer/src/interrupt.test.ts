@@ -51,6 +51,16 @@ test('Ctrl-C finishes the step, saves, says how to resume, and the next run goes
   expect(lines.map(({ step }) => step)).toEqual(lines.map((_, i) => i + 1))
 })
 
+test('a run goes on when nobody reads what it draws', async () => {
+  const out = await temporaryFolder()
+  const { child, output } = start(out)
+  child.stderr.destroy()
+  await printed(child, output, 'step 40\n')
+  sendSignal(child, 'SIGINT')
+  expect(await once(child, 'exit')).toEqual([130, null])
+  expect(latestCheckpoint(out)).toBeDefined()
+})
+
 test('a second Ctrl-C stops at once', async () => {
   const { child, output } = start(await temporaryFolder(), 'hang')
   await printed(child, output, 'step 20\n')

@@ -28,6 +28,7 @@ import type { TokenBatch, TrainableModel } from './model.ts'
 import { type OwnParameter, StepsOnRanks } from './model-on-ranks.ts'
 import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
+import { scheduled } from './optim/schedule.ts'
 import { isJudged, type ResolvedOptions, recordRun, type TokenData } from './options.ts'
 import { checkSameStart, gatherNumbers, gatherValues, type Ranks, type Start } from './ranks.ts'
 import { LoadSums } from './report/loads-log.ts'
@@ -75,6 +76,8 @@ export class Run {
   readonly balanceNames = new Set<string>()
   /** Batches of the next step, made ready. */
   ahead: readonly TokenBatch[] | null = null
+  /** What listeners that take their time are at. */
+  readonly listening: Promise<unknown>[] = []
   /** Steps done. */
   step = 0
   tokens = 0
@@ -146,6 +149,7 @@ export class Run {
     await this.begin()
     if (ranks !== undefined) await this.agree(ranks)
     this.emitStart()
+    await this.heard()
     if (ranks !== undefined && onRanks === undefined) this.drawTogether = drawApart(ranks, this.model)
     const limit = this.trainSeconds + (settings.timeLimitSeconds ?? Number.POSITIVE_INFINITY)
     let stop = await this.reasonToStop(limit)
@@ -237,7 +241,7 @@ export class Run {
   async oneStep(): Promise<boolean> {
     const { settings, lessons } = this
     const started = performance.now()
-    const lr = settings.lr * settings.schedule(this.step)
+    const lr = settings.lr * scheduled(settings.schedule, this.step)
     const batches = this.ahead ?? (await this.batches())
     if (batches === null) return false
     this.ahead = null
@@ -274,6 +278,7 @@ export class Run {
     const { loadsEvery } = settings
     if (loadsEvery > 0) this.loads.add(this.model.layerLoads)
     if (this.step % loadsEvery === 0) await this.tellLoads()
+    await this.heard()
     return true
   }
 
@@ -308,6 +313,7 @@ export class Run {
       const onProgress = (done: number) => this.emit({ type: 'measuring', step: this.step, done })
       const measured = await lessons.measure({ limit, signal, onProgress })
       this.emit({ type: 'evaluation', step: this.step, final: limit === undefined, ...measured })
+      await this.heard()
       return measured
     } catch (error) {
       if (interrupts.signal.aborted && error === interrupts.signal.reason) return null
@@ -338,6 +344,7 @@ export class Run {
     const { path } = await saveTraining(writesTo, this.parts, state, settings.keepCheckpoints)
     this.checkpoint = path
     this.emit({ type: 'checkpoint', step, path, seconds: (performance.now() - started) / 1000 })
+    await this.heard()
   }
 
   get parts() {
@@ -403,6 +410,7 @@ export class Run {
     await this.log?.close()
     await this.writesTo?.summarize(result)
     this.emit({ type: 'end', result })
+    await this.heard()
     return result
   }
 
@@ -414,7 +422,17 @@ export class Run {
 
   emit(event: TrainEvent): void {
     const notify = (message: string) => this.emit({ type: 'notice', message })
-    for (const listener of this.listeners) listener(event, notify)
+    for (const listener of this.listeners) {
+      const told = listener(event, notify)
+      if (!(told instanceof Promise)) continue
+      told.catch(() => undefined) // What it fails with is thrown where it is awaited.
+      this.listening.push(told)
+    }
+  }
+
+  /** Waits for the listeners that take their time. @throws what one of them fails with */
+  async heard(): Promise<void> {
+    while (this.listening.length > 0) await this.listening.shift()
   }
 
   /** Numbers that the model stands for, and those of them in weights that cannot be trained. */

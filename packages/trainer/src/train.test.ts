@@ -83,7 +83,7 @@ async function run(options: Partial<TrainOptions> & { model?: BigramModel } = {}
       ...rest,
       onEvent(event) {
         events.push(event)
-        onEvent?.(event)
+        return onEvent?.(event)
       },
     })
     const weights = await Promise.all(
@@ -119,6 +119,46 @@ function stopAfter(step: number): Pick<TrainOptions, 'signal' | 'onEvent'> {
 const checkpointsOf = async (out: string) => (await readdir(join(out, 'checkpoints'))).sort()
 
 describe('a run', () => {
+  test('waits for listeners that take their time', async () => {
+    const order: string[] = []
+    const onEvent = async (event: TrainEvent) => {
+      order.push(`${event.type} begins`)
+      await new Promise(resolve => setTimeout(resolve, 5))
+      order.push(`${event.type} ends`)
+    }
+    const out = join(await temporaryFolder(), 'slow')
+    await run({ steps: 3, out, evalEvery: 1, checkpointEvery: 1, onEvent })
+    // Progress of a measurement is told from within it; all else is heard before anything else happens.
+    const told = order.filter(line => !line.startsWith('measuring'))
+    expect(told.length).toBeGreaterThan(20)
+    for (let i = 0; i < told.length; i += 2)
+      expect(told.slice(i, i + 2)).toEqual([told[i], told[i].replace('begins', 'ends')])
+  })
+
+  test('is ended by a listener whose promise rejects, after what was saved before', async () => {
+    const out = join(await temporaryFolder(), 'rejects')
+    const onEvent = async (event: TrainEvent) => {
+      if (event.type === 'step' && event.step === 3) throw new Error('mine')
+    }
+    const error = await errorOf(run({ steps: 10, out, checkpointEvery: 2, onEvent }))
+    expect(error.message).toBe('mine')
+    expect(await checkpointsOf(out)).toContain('step-000002')
+    expect(await readFile(join(out, 'events.jsonl'), 'utf8')).toMatch(/"type":"fail".*mine/)
+  })
+
+  test.each([Number.NaN, -1, '0.5'])('does not take a step at a rate that is none: %j', async factor => {
+    const model = new BigramModel()
+    const before = await model.lm_head.weight.values()
+    const schedule = (step: number) => (step === 0 ? 0 : (factor as number))
+    const error = await errorOf(train(model, { ...settings, steps: 3, schedule }))
+    expect(error).toMatchObject({
+      code: 'E_CONFIG',
+      message: `train: schedule(1) is ${typeof factor === 'string' ? '"0.5"' : factor}; give a number from 0 for every step, which lr is multiplied by`,
+    })
+    expect(await model.lm_head.weight.values()).toEqual(before)
+    disposeModule(model)
+  })
+
   test('learns, measures, and tells about it in order', async () => {
     const out = join(await temporaryFolder(), 'first')
     const { result, events } = await run({ steps: 150, out, evalEvery: 50, checkpointEvery: 60 })
@@ -732,7 +772,7 @@ describe('failures lose nothing', () => {
     for (const text of ['schedule is 5, needs a function', 'data is missing']) expect(more.message).toContain(text)
     const others = { ...settings, data: ['text'], betas: 0.9, out: 3, signal: new AbortController(), progress: 'yes' }
     const { message } = await errorOf(train(model, others as unknown as TrainOptions))
-    for (const name of ['data has no training part', 'betas is 0.9', 'out is 3', 'pass .signal', 'progress is yes']) {
+    for (const name of ['data has no training part', 'betas is 0.9', 'out is 3', 'pass .signal', 'progress is "yes"']) {
       expect(message).toContain(name)
     }
     expect(await errorOf(train(model, undefined as unknown as TrainOptions))).toMatchObject({

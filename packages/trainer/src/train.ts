@@ -54,6 +54,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
       run?.log?.flush()
       await run?.tellLoads({ biases: false })
       run?.emit({ type: 'fail', error })
+      await run?.heard()
     } catch {
       // The first error is the one to tell.
     }

@@ -33,7 +33,7 @@ test('optimizers refuse what is no list of named parameters, and steps without a
     const optimizer = new Made([{ name: 'weight', parameter }])
     using one = full([], 1)
     expect(() => optimizer.step(undefined as unknown as number, one)).toThrow(
-      /rate is undefined; pass it to every step/,
+      /rate is undefined; pass a number to every step/,
     )
     expect(await parameter.values()).toEqual(Float32Array.of(1, 2))
     optimizer.dispose()

@@ -7,6 +7,7 @@ import {
   type StateEntry,
   type StateSource,
   scope,
+  shown,
   type Tensor,
   zeros,
 } from '@moe/core'
@@ -63,12 +64,12 @@ export function needNamed(op: string, parameters: readonly NamedParameter[]): vo
 
 /** What a step is taken with: without it no number would be left in the model. @throws MoeError E_ATTR */
 export function needRate(op: string, lr: number): void {
-  if (typeof lr === 'number') return
+  if (Number.isFinite(lr)) return
   throw new MoeError({
     code: 'E_ATTR',
     op,
-    problem: `the learning rate is ${lr}`,
-    fix: 'pass it to every step: step(lr, gradScale)',
+    problem: `the learning rate is ${shown(lr)}`,
+    fix: 'pass a number to every step: step(lr, gradScale)',
   })
 }
 

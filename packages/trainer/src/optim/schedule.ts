@@ -1,8 +1,20 @@
 /** @file Learning-rate schedules: pure functions of the step, so that a resumed run needs no state for them. */
-import { checkOptions, MoeError } from '@moe/core'
+import { checkOptions, MoeError, shown } from '@moe/core'
 
 /** What the peak learning rate is multiplied by at a step (counted from 0). */
 export type Schedule = (step: number) => number
+
+/** What a schedule gives at a step. @throws MoeError E_CONFIG for what is no number from 0: nothing could be learned with it, or the weights would be lost */
+export function scheduled(schedule: Schedule, step: number): number {
+  const factor = schedule(step)
+  if (Number.isFinite(factor) && factor >= 0) return factor
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'train',
+    problem: `schedule(${step}) is ${shown(factor)}`,
+    fix: 'give a number from 0 for every step, which lr is multiplied by',
+  })
+}
 
 /** Length and end of a schedule with warm-up. */
 export interface CosineOptions {

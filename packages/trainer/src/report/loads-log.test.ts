@@ -337,7 +337,7 @@ describe('loads.jsonl', () => {
 
   test('has what the experts were given before a step that failed, without biases', async () => {
     const out = await temporaryFolder()
-    const schedule = (step: number) => (step === 4 ? Number.NaN : 1)
+    const schedule = (step: number) => (step === 4 ? Number.MAX_VALUE : 1)
     await expect(run(small(), { schedule, loadsEvery: 3, out })).rejects.toMatchObject({ code: 'E_NAN' })
     expect(read(out).map(({ step, layers }) => [step, layers[0].bias !== undefined])).toEqual([
       [3, true],

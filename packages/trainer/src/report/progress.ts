@@ -11,6 +11,8 @@ export interface ProgressStream {
   readonly isTTY?: boolean
   /** Width of the terminal in characters. Default 100. */
   readonly columns?: number
+  /** Has a stream of Node say that nobody reads it any more. */
+  on?(event: 'error', listener: (error: Error) => void): unknown
 }
 
 /** Where and how often progress is drawn. */
@@ -29,6 +31,15 @@ const redrawMs = 100
 /** Between two lines of a measurement where the stream is no terminal. */
 const patienceMs = 10_000
 const barWidth = 24
+
+const guarded = new WeakSet<ProgressStream>()
+
+/** A terminal that is closed, or a program behind the pipe that ended, is no reason to end a training. */
+function outlive(stream: ProgressStream): void {
+  if (guarded.has(stream)) return
+  guarded.add(stream)
+  stream.on?.('error', () => undefined)
+}
 
 /** A listener that shows progress. */
 export function progress(options: ProgressOptions = {}): TrainListener {
@@ -68,6 +79,7 @@ export function progress(options: ProgressOptions = {}): TrainListener {
   return (event: TrainEvent) => {
     switch (event.type) {
       case 'start':
+        outlive(stream)
         start = event
         say(startLine(event))
         break
