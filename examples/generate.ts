@@ -88,6 +88,9 @@ function readArguments() {
   }
 }
 
+// Whoever reads the text may have had enough of it, as in `| head`.
+process.stdout.on('error', () => process.exit())
+
 const say = (text: string) => process.stderr.write(`${text}\n`)
 
 async function main(options: ReturnType<typeof readArguments>): Promise<void> {

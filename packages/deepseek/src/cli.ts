@@ -20,6 +20,7 @@ const HELP = `moe-deepseek COMMAND [options]
 
   --json     machine-readable output
   --quiet    no progress
+  --version  of the package
   --help     this text
 `
 
@@ -28,15 +29,23 @@ class UsageError extends Error {}
 const types = ['f32', 'f16', 'bf16', 'q8_0', 'q4_0'] as const
 const { values, positionals } = readArguments()
 
+// Whoever reads the output may have had enough of it, as in `| head`.
+process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
+
 try {
   const [command, ...rest] = positionals
-  if (values.help || command === undefined) {
+  if (values.version) process.stdout.write(`${packageVersion()}\n`)
+  else if (values.help || command === undefined) {
     process.stdout.write(HELP)
     if (!values.help) process.exitCode = 2
   } else if (command === 'export-gguf') await exportModel(rest)
   else throw new UsageError(`there is no command ${command}`)
 } catch (error) {
   fail(error)
+}
+
+function packageVersion(): string {
+  return JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version
 }
 
 function readArguments() {
@@ -51,11 +60,14 @@ function readArguments() {
         name: { type: 'string' },
         json: { type: 'boolean', default: false },
         quiet: { type: 'boolean', default: false },
+        version: { type: 'boolean', default: false },
         help: { type: 'boolean', short: 'h', default: false },
       },
     })
   } catch (error) {
-    process.stderr.write(`moe-deepseek: ${(error as Error).message}\n`)
+    // Node goes on about arguments that begin with a dash.
+    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'there is no option $1')
+    process.stderr.write(`moe-deepseek: ${message}\nSee moe-deepseek --help.\n`)
     process.exit(2)
   }
 }

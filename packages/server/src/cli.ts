@@ -1,5 +1,6 @@
 #!/usr/bin/env node
 /** @file The command `moe-serve`: serves a model's folder. Exit codes: 0 stopped by a signal, 1 failed, 2 wrong usage, 130 or 143 for a second signal. */
+import { readFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { firstAvailable, isMoeError, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
 import { createServer } from './create-server.ts'
@@ -27,7 +28,8 @@ const HELP = `moe-serve FOLDER [options]: an OpenAI-compatible server of a model
   --threads N        of the CPU (default: one a core)
   --json             log lines as JSON, on standard output
   --quiet            no log lines
-  --help
+  --version          of the package
+  --help             this text
 
 Ctrl-C waits for what runs, up to ten seconds; a second one does not.
 `
@@ -57,6 +59,7 @@ function readArguments() {
       threads: { type: 'string' },
       json: { type: 'boolean', default: false },
       quiet: { type: 'boolean', default: false },
+      version: { type: 'boolean', default: false },
       help: { type: 'boolean', short: 'h', default: false },
     },
   })
@@ -90,6 +93,9 @@ function readArguments() {
     apiKey: values['api-key'] ?? (process.env.MOE_API_KEY || undefined),
   }
 }
+
+/** Clients are answered, whoever reads the log. */
+for (const stream of [process.stdout, process.stderr]) stream.on('error', () => undefined)
 
 const say = (text: string) => process.stderr.write(`${text}\n`)
 const tell = (line: string) => process.stdout.write(`${line}\n`)
@@ -168,10 +174,12 @@ const isUsage = (error: unknown): error is Error =>
 try {
   const options = readArguments()
   if (options.help) process.stdout.write(HELP)
+  else if (options.version) tell(JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version)
   else await main(options)
 } catch (error) {
   if (!isExpected(error) && !isUsage(error)) throw error
-  say(`moe-serve: ${error.message}`)
+  // Node goes on about arguments that begin with a dash.
+  say(`moe-serve: ${error.message.replace(/^Unknown option '(.+?)'.*/s, 'there is no option $1')}`)
   if (isUsage(error)) say('See moe-serve --help.')
   process.exit(isUsage(error) ? 2 : 1)
 }

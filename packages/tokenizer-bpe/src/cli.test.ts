@@ -34,6 +34,18 @@ test('trains, encodes, decodes and inspects', () => {
   })
 })
 
+test.skipIf(process.platform === 'win32' /* no bash */)('says nothing when its reader has had enough', () => {
+  const cli = fileURLToPath(new URL('cli.ts', import.meta.url))
+  writeFileSync(join(folder, 'long.txt'), 'the cat sat on the mat. '.repeat(200_000))
+  const command = '"$0" "$1" encode --json long.txt | head -c 10; echo " ${PIPESTATUS[0]}"'
+  const { stdout, stderr } = spawnSync('bash', ['-c', command, process.execPath, cli], {
+    cwd: folder,
+    encoding: 'utf8',
+  })
+  expect(stderr).toBe('')
+  expect(stdout).toMatch(/^\[[\d,]{9} 0\n$/)
+})
+
 test('exits with 1 for failures and 2 for wrong usage', () => {
   expect(run(['--help'])).toMatchObject({ status: 0 })
   expect(run([])).toMatchObject({ status: 2 })
@@ -42,7 +54,11 @@ test('exits with 1 for failures and 2 for wrong usage', () => {
     status: 2,
     stderr: expect.stringContaining('--vocab-size is missing'),
   })
-  expect(run(['train', '--nope'])).toMatchObject({ status: 2 })
+  expect(run(['train', '--nope'])).toMatchObject({
+    status: 2,
+    stderr: 'moe-tokenizer: there is no option --nope\nSee moe-tokenizer --help.\n',
+  })
+  expect(run(['--version'])).toMatchObject({ status: 0, stdout: expect.stringMatching(/^\d+\.\d+\.\d+\n$/) })
   const small = run(['train', 'corpus.txt', '--vocab-size', '3', '--json'])
   expect(small.status).toBe(1)
   expect(JSON.parse(small.stdout).error.code).toBe('E_CONFIG')

@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 /** @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. */
-import { createReadStream } from 'node:fs'
+import { createReadStream, readFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { BpeTokenizer, TokenizerError, type TrainOptions, type TrainProgress, trainBpeAsync } from './index.ts'
 
@@ -24,6 +24,7 @@ const HELP = `moe-tokenizer COMMAND [options]
 
   --json     machine-readable output
   --quiet    no progress
+  --version  of the package
   --help     this text
 `
 
@@ -32,9 +33,13 @@ class UsageError extends Error {}
 const { values, positionals } = readArguments()
 const interrupt = new AbortController()
 
+// Whoever reads the output may have had enough of it, as in `| head`.
+process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
+
 try {
   const [command, ...rest] = positionals
-  if (values.help || command === undefined) {
+  if (values.version) process.stdout.write(`${packageVersion()}\n`)
+  else if (values.help || command === undefined) {
     process.stdout.write(HELP)
     if (!values.help) process.exitCode = 2
   } else if (command === 'train') await train(rest)
@@ -44,6 +49,10 @@ try {
   else throw new UsageError(`there is no command ${command}`)
 } catch (error) {
   fail(error)
+}
+
+function packageVersion(): string {
+  return JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version
 }
 
 function readArguments() {
@@ -62,11 +71,14 @@ function readArguments() {
         'skip-special': { type: 'boolean', default: false },
         json: { type: 'boolean', default: false },
         quiet: { type: 'boolean', default: false },
+        version: { type: 'boolean', default: false },
         help: { type: 'boolean', short: 'h', default: false },
       },
     })
   } catch (error) {
-    process.stderr.write(`moe-tokenizer: ${(error as Error).message}\n`)
+    // Node goes on about arguments that begin with a dash.
+    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'there is no option $1')
+    process.stderr.write(`moe-tokenizer: ${message}\nSee moe-tokenizer --help.\n`)
     process.exit(2)
   }
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 /** @file The command `moe-trainer`: shows runs. Exit codes: 0 done (watching ends with Ctrl-C), 1 failed, 2 wrong usage. */
-import { existsSync, statSync } from 'node:fs'
+import { existsSync, readFileSync, statSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { isMoeError } from '@moe/core'
 import { watchRuns } from './watch/index.ts'
@@ -12,6 +12,7 @@ const HELP = `moe-trainer COMMAND [options]
       --host ADDRESS      who may look: default 127.0.0.1, this machine; 0.0.0.0 for everybody who can reach it
 
   --json     machine-readable output
+  --version  of the package
   --help     this text
 `
 
@@ -19,15 +20,23 @@ class UsageError extends Error {}
 
 const { values, positionals } = readArguments()
 
+// Whoever reads the output may have had enough of it, as in `| head`.
+process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
+
 try {
   const [command, ...rest] = positionals
-  if (values.help || command === undefined) {
+  if (values.version) process.stdout.write(`${packageVersion()}\n`)
+  else if (values.help || command === undefined) {
     process.stdout.write(HELP)
     if (!values.help) process.exitCode = 2
   } else if (command === 'watch') await watch(rest)
   else throw new UsageError(`there is no command ${command}`)
 } catch (error) {
   fail(error)
+}
+
+function packageVersion(): string {
+  return JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version
 }
 
 function readArguments() {
@@ -38,11 +47,14 @@ function readArguments() {
         port: { type: 'string' },
         host: { type: 'string' },
         json: { type: 'boolean', default: false },
+        version: { type: 'boolean', default: false },
         help: { type: 'boolean', short: 'h', default: false },
       },
     })
   } catch (error) {
-    process.stderr.write(`moe-trainer: ${(error as Error).message}\n`)
+    // Node goes on about arguments that begin with a dash.
+    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'there is no option $1')
+    process.stderr.write(`moe-trainer: ${message}\nSee moe-trainer --help.\n`)
     process.exit(2)
   }
 }
