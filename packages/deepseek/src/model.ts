@@ -56,7 +56,7 @@ import {
   type TokenDropping,
   updateBias,
 } from '@moe/router'
-import { type DeepSeekConfig, type DeepSeekConfigInput, parseConfig } from './config.ts'
+import { type DeepSeekConfig, type DeepSeekConfigInput, endTokens, parseConfig } from './config.ts'
 import { ContinuousBatch, type ContinuousBatchOptions } from './continuous-batch.ts'
 import { type DecoderLayer, isTransient, type LayerOptions, layerNames } from './decoder-layer.ts'
 import type { GenerateOptions, Generation, SessionOptions, TextOptions } from './generate.ts'
@@ -222,6 +222,11 @@ export class DeepSeek extends Module {
   /** Token ids that there are embeddings for. */
   get vocabSize(): number {
     return this.#config.vocab_size
+  }
+
+  /** Ids at which a generated text ends: `eos_token_id`. */
+  get endTokens(): number[] {
+    return endTokens(this.#config)
   }
 
   /** Tokens that a training row needs beyond the positions that are trained on. */

@@ -123,9 +123,13 @@ const llm67b: DenseConfigInput = {
   num_key_value_heads: 8,
 }
 
+/** Which of its ids begin and end a text, the tokenizer of a small model alone knows: none, until somebody says so. */
+const ofOwnVocabulary = { bos_token_id: null, eos_token_id: null }
+
 /** The 12.5M-parameter model of the training benchmark. */
 const small: LatentConfigInput = {
   ...v3,
+  ...ofOwnVocabulary,
   vocab_size: 4096,
   hidden_size: 256,
   intermediate_size: 1024,
@@ -171,6 +175,7 @@ const medium: LatentConfigInput = {
 /** The 1.08B-parameter model of the benchmarks on a GPU: heads of DeepSeek-V3's sizes, 64 experts. */
 const large: LatentConfigInput = {
   ...v3,
+  ...ofOwnVocabulary,
   vocab_size: 32768,
   hidden_size: 1024,
   intermediate_size: 4096,

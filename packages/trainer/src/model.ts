@@ -122,6 +122,8 @@ export interface TrainableModel extends Module {
   readonly layerLoads?: readonly LayerLoad[]
   /** The same in parts that can be recorded. Without it, every step runs op by op. */
   readonly staged?: StagedStep | undefined
+  /** Ids at which it ends a text that it generates. Where those are not what the texts of the data end with, a run gives notice. */
+  readonly endTokens?: readonly number[]
   /** Folder that its weights came from: where adapters are trained, checkpoints name it as their base. */
   readonly source?: string
   /**

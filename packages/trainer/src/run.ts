@@ -477,7 +477,7 @@ export class Run {
         message: `${((100 * stored) / all).toFixed(1)} % of the model's numbers are stored in fewer bits and stay as they are: only the others are trained (to train all, open the model in f32)`,
       })
     }
-    if (lessons.notice) this.emit({ type: 'notice', message: lessons.notice })
+    for (const message of lessons.notices) this.emit({ type: 'notice', message })
     const missing =
       settings.precision === 'fp8' && !backend.fp8Matmul
         ? 'does not round to fp8'

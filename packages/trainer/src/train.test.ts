@@ -20,6 +20,7 @@ import {
 } from '@moe/core'
 import { CapacityMoE } from '@moe/router'
 import { afterEach, beforeAll, describe, expect, test } from 'vitest'
+import { TokenDataset } from './data/token-dataset.ts'
 import { TrainingOrder } from './data/training-order.ts'
 import { evaluate } from './evaluate.ts'
 import type { TrainEvent } from './events.ts'
@@ -133,6 +134,43 @@ describe('a run', () => {
     expect(told.length).toBeGreaterThan(20)
     for (let i = 0; i < told.length; i += 2)
       expect(told.slice(i, i + 2)).toEqual([told[i], told[i].replace('begins', 'ends')])
+  })
+
+  test('tells when what is learned ends otherwise than what the model generates', async () => {
+    const ending = (...endTokens: number[]) => Object.assign(new BigramModel(), { endTokens })
+    const noticesOf = async (model: BigramModel, training: TokenDataset) => {
+      const { events } = await run({ model, data: { training }, steps: 1 })
+      return events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
+    }
+    const documents = TokenDataset.fromTexts(letterTexts(2, 50), letters) // '</s>', which is 11, behind each
+    expect(await noticesOf(ending(11), documents)).toEqual([])
+    expect(await noticesOf(ending(3, 11), documents)).toEqual([])
+    expect(await noticesOf(ending(), documents)).toEqual([
+      'what is learned ends with token 11, and what the model generates ends nowhere: make it with eos_token_id: 11',
+    ])
+    expect(await noticesOf(ending(1), documents)).toEqual([
+      expect.stringContaining('ends at token 1: make it with eos_token_id: 11'),
+    ])
+    const endless = TokenDataset.fromTexts(letterTexts(2, 50), letters, { eos: null })
+    expect(await noticesOf(ending(), endless)).toEqual([])
+    expect(await noticesOf(ending(1), endless)).toEqual([
+      expect.stringMatching(
+        /has no token at its end, and what the model generates ends at token 1: train the tokenizer with an end token/,
+      ),
+    ])
+    const answer = { tokens: [5, 6, 7, 11, 3], learned: [false, false, true, true, false] }
+    const answers = TokenDataset.fromExamples([answer, answer])
+    expect(await noticesOf(ending(11), answers)).toEqual([])
+    expect(await noticesOf(ending(3), answers)).toEqual([expect.stringContaining('eos_token_id: 11')])
+    expect(
+      await noticesOf(
+        ending(3),
+        TokenDataset.fromTokens([
+          [1, 2, 4],
+          [3, 4],
+        ]),
+      ),
+    ).toEqual([]) // Who knows?
   })
 
   test('is ended by a listener whose promise rejects, after what was saved before', async () => {

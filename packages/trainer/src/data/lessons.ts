@@ -30,8 +30,8 @@ export interface Lessons {
   readonly stride: number
   /** To be logged with the step whose batches were asked for last. */
   readonly metrics: Readonly<Record<string, number>>
-  /** Something that the user should know as the run begins. */
-  readonly notice: string | undefined
+  /** What the user should know as the run begins. */
+  readonly notices: readonly string[]
   epochs(steps: number): number
   /** The micro-batches of a step (counted from 0), for the model as it is then. */
   step(step: number): readonly TokenBatch[] | Promise<readonly TokenBatch[]>
@@ -84,7 +84,11 @@ export class DatasetLessons implements Lessons {
     return this.#order.tokensPerStep
   }
 
-  get notice(): string | undefined {
+  get notices(): string[] {
+    return [this.#leftOut(), otherEnds(this.#model.endTokens, this.#order.data)].filter(text => text !== undefined)
+  }
+
+  #leftOut(): string | undefined {
     const { data, sequenceLength } = this.#order
     const left = data.leftOut(sequenceLength)
     if (left === 0) return undefined
@@ -116,4 +120,15 @@ export class DatasetLessons implements Lessons {
   }
 
   dispose(): void {}
+}
+
+/** A text that would end too early or never, told of before the model is trained. */
+function otherEnds(ends: readonly number[] | undefined, { end }: TokenDataset): string | undefined {
+  if (ends === undefined || end === undefined) return undefined
+  const where = ends.length === 0 ? 'nowhere' : `at token ${ends.join(' or ')}`
+  if (end !== null && !ends.includes(end))
+    return `what is learned ends with token ${end}, and what the model generates ends ${where}: make it with eos_token_id: ${end}`
+  if (end === null && ends.length > 0)
+    return `what is learned has no token at its end, and what the model generates ends ${where}: train the tokenizer with an end token, or make the model with eos_token_id: null`
+  return undefined
 }

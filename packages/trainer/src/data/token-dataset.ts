@@ -6,8 +6,8 @@ import { checkDocuments, utf8Bytes } from './documents.ts'
 
 /** Names that the usual tokenizers have for the tokens that begin and end a document. */
 const USUAL_NAMES = {
-  begin: ['<｜begin▁of▁sentence｜>', '<|bos|>', '<|begin_of_text|>', '<s>', '<bos>'],
-  end: ['<｜end▁of▁sentence｜>', '<|eos|>', '<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>'],
+  begin: ['<｜begin▁of▁sentence｜>', '<|bos|>', '<|begin_of_text|>', '<s>', '<bos>', '<|begin|>'],
+  end: ['<｜end▁of▁sentence｜>', '<|eos|>', '<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|end|>'],
 }
 
 /** Id of the token that begins or ends a document, by its usual names; null where there is none. */
@@ -52,6 +52,7 @@ interface DatasetParts {
   readonly vocabSize: number
   readonly padding: number
   readonly unpredictable: number
+  readonly end: number | null | undefined
 }
 
 /**
@@ -72,6 +73,8 @@ export class TokenDataset {
   readonly vocabSize: number
   /** What rows are filled up with after the end of the stream. */
   readonly padding: number
+  /** What every text ends with: a token, null where texts just end, undefined where nobody knows. @internal */
+  readonly end: number | null | undefined
   /** Text tokens that nothing precedes in their document (only where it has no begin token). */
   readonly unpredictable: number
   #digest: string | undefined
@@ -84,6 +87,7 @@ export class TokenDataset {
     this.vocabSize = parts.vocabSize
     this.padding = parts.padding
     this.unpredictable = parts.unpredictable
+    this.end = parts.end
   }
 
   /**
@@ -110,7 +114,14 @@ export class TokenDataset {
     }
     const unpredictable = bos === null ? starts.length : 0
     const { vocabSize } = tokenizer
-    return TokenDataset.#checked(stream.take(), { starts, textBytes, vocabSize, padding: eos ?? bos, unpredictable })
+    return TokenDataset.#checked(stream.take(), {
+      starts,
+      textBytes,
+      vocabSize,
+      padding: eos ?? bos,
+      unpredictable,
+      end: eos,
+    })
   }
 
   /**
@@ -150,6 +161,7 @@ export class TokenDataset {
     const stream = new GrowingStream()
     const starts: number[] = []
     const begins: number[] = []
+    const ends = new Set<number>()
     for (const { tokens, learned } of examples) {
       if (learned !== undefined && learned.length !== tokens.length) {
         throw new MoeError({
@@ -164,6 +176,9 @@ export class TokenDataset {
       for (let i = 0; i < tokens.length; i++)
         if (i === 0 || learned?.[i] === 0 || learned?.[i] === false) starts.push(stream.length + i)
       stream.append(tokens)
+      let last = tokens.length - 1
+      while (last > 0 && !(learned?.[last] ?? true)) last--
+      ends.add(tokens[last])
     }
     if (begins.length > 0 && starts.length === stream.length) {
       throw new MoeError({
@@ -173,7 +188,8 @@ export class TokenDataset {
         fix: 'mark those of answers; the first token of an example cannot be learned',
       })
     }
-    return TokenDataset.#checked(stream.take(), { starts, examples: Int32Array.from(begins), ...options })
+    const end = ends.size === 1 ? [...ends][0] : undefined
+    return TokenDataset.#checked(stream.take(), { starts, examples: Int32Array.from(begins), end, ...options })
   }
 
   static #checked(
@@ -185,9 +201,10 @@ export class TokenDataset {
       readonly vocabSize?: number
       readonly padding?: number | null
       readonly unpredictable?: number
+      readonly end?: number | null | undefined
     },
   ): TokenDataset {
-    const { starts, examples = null, textBytes = 0, vocabSize, padding, unpredictable = 0 } = parts
+    const { starts, examples = null, textBytes = 0, vocabSize, padding, unpredictable = 0, end } = parts
     if (tokens.length < 2) {
       throw new MoeError({
         code: 'E_DATA',
@@ -212,6 +229,7 @@ export class TokenDataset {
       vocabSize: vocabSize ?? highest + 1,
       padding: padding ?? 0,
       unpredictable,
+      end,
     })
   }
 

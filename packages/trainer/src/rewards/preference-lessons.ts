@@ -48,7 +48,7 @@ export class PreferenceLessons implements Lessons {
   tokensPerStep = 0
   metrics: Readonly<Record<string, number>> = {}
   readonly stride = 1
-  readonly notice = undefined
+  readonly notices = []
 
   /** @throws MoeError E_DATA for a text that does not fit into a row */
   constructor(model: TrainableModel, data: Preferences, options: PreferenceLessonsOptions) {

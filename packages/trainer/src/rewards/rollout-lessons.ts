@@ -44,7 +44,7 @@ export class RolloutLessons implements Lessons {
   #made: Made | null = null
   readonly #order: EndlessOrder
   metrics: Readonly<Record<string, number>> = {}
-  readonly notice = undefined
+  readonly notices = []
 
   /** @throws MoeError E_DATA for a prompt that leaves no room for a text in a row */
   constructor(model: SamplingModel, data: Rollouts, options: RolloutLessonsOptions) {
