@@ -251,9 +251,16 @@ describe('generation', () => {
     const model = new DeepSeek(tiny)
     expect(() => model.generate([])).toThrow(/prompt is empty/)
     expect(() => model.generate([40])).toThrow(/token 0 is 40, outside the vocabulary of 40/)
-    expect(() => model.generate([1], { temperature: -1, topP: 2 })).toThrow(/temperature = -1 is negative; topP = 2/)
+    expect(() => model.generate([1], { temperature: -1, topP: 2 })).toThrow(
+      /temperature = -1 is no number from 0; topP = 2/,
+    )
     expect(() => model.generate([1], { topP: 0.9 })).toThrow(/topP would do nothing.*: pass temperature: 1/)
     expect(() => model.generate([1], { topK: 5 })).toThrow(/topK would do nothing.*: pass temperature: 1/)
+    const text = '2' as unknown as number // As from a form.
+    expect(() => model.generate([1], { maxTokens: text })).toThrow('maxTokens = "2" is no number of tokens')
+    expect(() => model.generate([1], { temperature: text, topP: text, minP: text, repetitionPenalty: text })).toThrow(
+      /temperature = "2" .*; topP = "2" .*; minP = "2" .*; repetitionPenalty = "2" /,
+    )
     for (const topK of [0, -1, 2.5, Number.NaN])
       expect(() => model.generate([1], { temperature: 1, topK })).toThrow(`topK = ${topK} is no number of tokens`)
     for (const repetitionPenalty of [0, -1, Number.NaN, Infinity])
@@ -418,6 +425,17 @@ describe('training', () => {
 })
 
 describe('checkpoints', () => {
+  test('a place that cannot be written is told of, wherever it fails', async () => {
+    const model = new DeepSeek(tiny, { seed: 7 })
+    const file = join(folder, 'file')
+    await writeFile(file, '')
+    await expect(model.save(file)).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: file })
+    const taken = join(folder, 'taken', 'config.json')
+    await mkdir(taken, { recursive: true })
+    await expect(model.save(join(folder, 'taken'))).rejects.toMatchObject({ code: 'E_CHECKPOINT', op: taken })
+    model.dispose()
+  })
+
   test('what is saved opens as the same model, MTP and selection bias included', async () => {
     const model = new DeepSeek(tiny, { seed: 7 })
     const bias = new Random(1).normal(8)

@@ -1,9 +1,9 @@
 /** @file What making a text takes and gives; session.ts makes it. */
 import type { CacheDType } from '@moe/attention-mla'
-import { MoeError, type OptionNames, type Precision } from '@moe/core'
+import { MoeError, type OptionNames, type Precision, shown } from '@moe/core'
 import { checkTop, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { checkSampling, type SamplingOptions } from './sampling.ts'
+import { atLeast0, checkSampling, type SamplingOptions } from './sampling.ts'
 
 /** How one text is made. */
 export interface TurnOptions extends SamplingOptions {
@@ -159,7 +159,7 @@ function checkTurn(
   checkTop('generate', 'logProbs', options.logProbs)
   checkTop('generate', 'promptLogProbs', options.promptLogProbs)
   checkIds('generate', model, prompt)
-  if (!(maxTokens >= 0)) throw refused(`maxTokens = ${maxTokens} is no number of tokens`, 'pass 0 or more')
+  if (!atLeast0(maxTokens)) throw refused(`maxTokens = ${shown(maxTokens)} is no number of tokens`, 'pass 0 or more')
   if (signal !== undefined && typeof signal?.addEventListener !== 'function') {
     throw refused('signal is no AbortSignal', 'of an AbortController pass .signal')
   }

@@ -519,7 +519,7 @@ export class DeepSeek extends Module {
 
   /**
    * Writes config.json and model.safetensors in the Hugging Face layout. In a page `folder` is a handle, such as `await navigator.storage.getDirectory()`.
-   * @throws MoeError E_UNSUPPORTED for a model with adapters, and for a path in a browser
+   * @throws MoeError E_UNSUPPORTED for a model with adapters, and for a path in a browser; E_CHECKPOINT for a folder that cannot be written
    */
   async save(folder: FolderPlace): Promise<void> {
     await savePretrained(this, folder)

@@ -1,5 +1,5 @@
 /** @file From logits to a token: to probabilities on the device, and to one of them here. */
-import { MoeError, type Random, softmax, type Tensor } from '@moe/core'
+import { MoeError, type Random, shown, softmax, type Tensor } from '@moe/core'
 
 /** A bit for each token. */
 export type AllowedTokens = Int32Array | Uint32Array | null
@@ -84,18 +84,22 @@ export function checkSampling(options: SamplingOptions & { readonly seed?: numbe
   if (options.temperature === undefined && idle.length > 0) {
     problems.push(`${idle.join(', ')} would do nothing, as nothing is drawn without a temperature: pass temperature: 1`)
   }
-  if (!(temperature >= 0)) problems.push(`temperature = ${temperature} is negative`)
-  if (!(Number.isInteger(topK) && topK > 0)) problems.push(`topK = ${topK} is no number of tokens, which is 1 or more`)
-  if (!(topP > 0 && topP <= 1)) problems.push(`topP = ${topP} is not in (0, 1]`)
-  if (!(minP >= 0 && minP <= 1)) problems.push(`minP = ${minP} is not in [0, 1]`)
-  if (!(repetitionPenalty > 0 && repetitionPenalty < Infinity)) {
-    problems.push(`repetitionPenalty = ${repetitionPenalty} is not above 0`)
+  if (!atLeast0(temperature)) problems.push(`temperature = ${shown(temperature)} is no number from 0`)
+  if (!(Number.isInteger(topK) && topK > 0))
+    problems.push(`topK = ${shown(topK)} is no number of tokens, which is 1 or more`)
+  if (!(atLeast0(topP) && topP > 0 && topP <= 1)) problems.push(`topP = ${shown(topP)} is not in (0, 1]`)
+  if (!(atLeast0(minP) && minP <= 1)) problems.push(`minP = ${shown(minP)} is not in [0, 1]`)
+  if (!(Number.isFinite(repetitionPenalty) && repetitionPenalty > 0)) {
+    problems.push(`repetitionPenalty = ${shown(repetitionPenalty)} is not above 0`)
   }
   if (constraint !== undefined && !(isFunction(constraint?.allowed) && isFunction(constraint.accept))) {
     problems.push('constraint has no functions allowed and accept')
   }
   if (problems.length > 0) throw new MoeError({ code: 'E_ATTR', op: 'generate', problem: problems.join('; ') })
 }
+
+/** Not a string that JavaScript would take for a number, nor NaN. */
+export const atLeast0 = (value: unknown): value is number => typeof value === 'number' && value >= 0
 
 const isFunction = (value: unknown): boolean => typeof value === 'function'
 
@@ -170,7 +174,9 @@ export function penalize(
   let best = 0
   while (scores[best] === -Infinity) best++
   if (best === length) {
-    throw new MoeError({ code: 'E_ATTR', op: 'generate', problem: 'of all tokens none is allowed by the constraint' })
+    const problem = 'of all tokens none is allowed by the constraint'
+    const fix = 'leave at least one: where nothing may follow, a token that ends the text'
+    throw new MoeError({ code: 'E_ATTR', op: 'generate', problem, fix })
   }
   for (let i = best + 1; i < length; i++) if (scores[i] > scores[best]) best = i
   if (!isDrawn(options)) return best

@@ -53,7 +53,11 @@ export class Grammars {
    */
   async constraints(form: Form, count: number, param: string): Promise<FormConstraint[]> {
     if (this.#ends.length === 0)
-      throw new ApiError(400, `${param}: this model has no token that ends a text`, { param })
+      throw new ApiError(
+        400,
+        `${param}: this model has no token that ends a text: its config.json needs eos_token_id`,
+        { param },
+      )
     const parts = form.flat().filter(part => typeof part !== 'string')
     const characters = parts.reduce((sum, part) => sum + part.characters, 0)
     const most = Math.floor(MOST_LENGTHS / this.#tokenizer.vocabSize)

@@ -546,6 +546,12 @@ describe.each([true, false])('over a port, its length declared: %s,', declared =
     return fetch(url + paths[0], post(body, { body: sent, duplex: 'half', signal } as RequestInit))
   }
 
+  test('what is no application is not listened for', async () => {
+    const refused = { code: 'E_ATTR', message: expect.stringContaining('has no fetch; pass createServer({') }
+    for (const app of [undefined, {}, 'app'])
+      await expect(serve(app as never, { port: 0 })).rejects.toMatchObject(refused)
+  })
+
   test('a body is read, and up to the limit', async () => {
     const { app, dispose } = modelServer({ bodyLimit: 2 ** 20 })
     const server = await serve(app, { port: 0 })

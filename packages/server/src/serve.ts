@@ -2,7 +2,7 @@
 import { createServer, type Server } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { getRequestListener } from '@hono/node-server'
-import { checkOptions, MoeError } from '@moe/core'
+import { checkOptions, MoeError, shown } from '@moe/core'
 import { ApiError } from './errors.ts'
 
 /** Where the server listens. */
@@ -28,12 +28,21 @@ export interface Serving {
 
 /**
  * Listens to a port for an application, such as that of `createServer`.
- * @throws MoeError E_ATTR when the address cannot be had
+ * @throws MoeError E_ATTR for what is no application, and when the address cannot be had
  */
 export async function serve(
   app: { fetch(request: Request): Response | Promise<Response> },
   options: ServeOptions = {},
 ): Promise<Serving> {
+  if (typeof app?.fetch !== 'function') {
+    const fix = 'pass createServer({ model, engine, tokenizer, name })'
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'serve',
+      problem: `the application is ${shown(app)}, which has no fetch`,
+      fix,
+    })
+  }
   checkOptions('serve', options, { port: true, host: true })
   const { port = 8000, host = '127.0.0.1' } = options
   const server = createServer(

@@ -1,5 +1,5 @@
 /** @file Reading and writing tokenizer.json: browsers have no files. */
-import { readFile, rename, writeFile } from 'node:fs/promises'
+import { readFile, rename, rm, writeFile } from 'node:fs/promises'
 import { TokenizerError } from './errors.ts'
 import { describe } from './json/check.ts'
 
@@ -12,7 +12,7 @@ export async function readText(path: string | URL): Promise<string> {
   }
 }
 
-/** Writes a file, whole or not at all. */
+/** Writes a file, whole or not at all. @throws TokenizerError E_FORMAT for one that cannot be written */
 export async function writeText(path: string | URL, text: string): Promise<void> {
   if (typeof path !== 'string' && !(path instanceof URL)) {
     const problem = `the path is ${describe(path)}`
@@ -24,8 +24,20 @@ export async function writeText(path: string | URL, text: string): Promise<void>
     })
   }
   const partial = typeof path === 'string' ? `${path}.partial` : new URL(`${path.pathname}.partial`, path)
-  await writeFile(partial, text)
-  await rename(partial, path)
+  try {
+    await writeFile(partial, text)
+    await rename(partial, path)
+  } catch (cause) {
+    await rm(partial, { force: true }).catch(() => undefined)
+    const problem = `cannot be written: ${(cause as Error).message}`
+    throw new TokenizerError({
+      code: 'E_FORMAT',
+      op: `${path}`,
+      problem,
+      fix: 'make its folder, or choose another place',
+      cause,
+    })
+  }
 }
 
 export const parts = { files: { readText, writeText } }

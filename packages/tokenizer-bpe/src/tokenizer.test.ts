@@ -1,6 +1,6 @@
 import { mkdtemp, readdir, readFile, rm, stat } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { basename, join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { describe, expect, test } from 'vitest'
 import { BpeTokenizer, type TrainOptions, trainBpe, trainBpeAsync } from './index.ts'
@@ -53,6 +53,14 @@ describe('a trained tokenizer', () => {
       await tokenizer.save(url)
       expect(await readdir(folder)).toEqual(['a ü#%.json'])
       expect((await BpeTokenizer.fromFile(url)).toJSON()).toEqual(tokenizer.toJSON())
+      const nowhere = join(folder, 'none', 'a.json')
+      await expect(tokenizer.save(nowhere)).rejects.toMatchObject({
+        code: 'E_FORMAT',
+        op: nowhere,
+        message: expect.stringMatching(/cannot be written: .*ENOENT.*; make its folder, or choose another place$/),
+      })
+      await expect(tokenizer.save(folder)).rejects.toThrow(/cannot be written/)
+      expect(await readdir(join(folder, '..'))).not.toContain(`${basename(folder)}.partial`)
       // The path of a URL alone is no path on Windows, and nowhere one of another scheme's.
       await expect(tokenizer.save(new URL('https://example.com/a.json'))).rejects.toThrow(/scheme file/)
     } finally {

@@ -451,7 +451,7 @@ export class BpeTokenizer {
     }
   }
 
-  /** Writes tokenizer.json, whole or not at all. Needs a file system. */
+  /** Writes tokenizer.json, whole or not at all. Needs a file system. @throws TokenizerError E_FORMAT */
   async save(path: string | URL): Promise<void> {
     await part('files').writeText(path, `${JSON.stringify(this.toJSON())}\n`)
   }

@@ -141,7 +141,7 @@ class Trainer {
     const alphabet = (options.initialAlphabet ?? 'bytes') === 'bytes' ? 256 : 0
     if (!Number.isInteger(vocabSize) || vocabSize < alphabet + this.#special.length) {
       throw config(
-        `vocabSize ${vocabSize} is smaller than ${alphabet} bytes + ${this.#special.length} special tokens`,
+        `vocabSize ${describe(vocabSize)} is smaller than ${alphabet} bytes + ${this.#special.length} special tokens`,
         `pass at least ${alphabet + this.#special.length}`,
       )
     }
