@@ -14,8 +14,8 @@ import { type OpAttrs, type OpName, Random, type Shape, sizeOf, type TensorSpec,
 import { createBackend } from '@moe/kernels-cuda'
 import { order } from '../packages/kernels-cuda/src/kernels/attention-sm90a/forward.ts'
 import { limits } from '../packages/kernels-cuda/src/kernels/linear-cross-entropy/linear-cross-entropy.ts'
-import { choice, tiles } from '../packages/kernels-cuda/src/kernels/matmul/gemm.ts'
-import { hopperTiles } from '../packages/kernels-cuda/src/kernels/matmul-sm90a/product.ts'
+import { choice, type Tile, tiles } from '../packages/kernels-cuda/src/kernels/matmul/gemm.ts'
+import { denseHopperTiles, hopperTiles } from '../packages/kernels-cuda/src/kernels/matmul-sm90a/product.ts'
 import { linears } from './shared/linears.ts'
 
 const { values: options } = parseArgs({
@@ -143,8 +143,10 @@ async function measure<O extends OpName>(
 
 // --- products: tiles, and parts of what is summed up ---
 
-const tileNames = (backend.wgmma ? hopperTiles : tiles.bf16).map(({ name }) => name)
-const sizeOfTile = new Map([...hopperTiles, ...tiles.bf16].map(({ name, m, n }) => [name, { m, n }]))
+const namesOf = (tiles: readonly Tile[]) => tiles.map(({ name }) => name)
+const tileNames = namesOf(backend.wgmma ? hopperTiles : tiles.bf16)
+const denseTileNames = namesOf(backend.wgmma ? denseHopperTiles : tiles.bf16)
+const sizeOfTile = new Map([...denseHopperTiles, ...tiles.bf16].map(({ name, m, n }) => [name, { m, n }]))
 const takenTile = () => choice.taken.tile as string
 const takenBoth = () => `${choice.taken.tile} /${choice.taken.parts}`
 
@@ -154,7 +156,7 @@ async function products(): Promise<void> {
     const weight = random([n, k])
     for (const rows of options.tiny ? [64] : [4096, 512, 64]) {
       const x = random([rows, k])
-      const ways = tileNames.flatMap(tile =>
+      const ways = denseTileNames.flatMap(tile =>
         [1, 2, 3, 4, 6, 8, 12, 16]
           .filter(parts => parts === 1 || (k / parts >= 256 && rows <= 512))
           .map(parts => ({ name: `${tile} /${parts}`, set: () => Object.assign(choice, { tile, parts }) })),

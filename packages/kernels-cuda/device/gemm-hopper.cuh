@@ -25,6 +25,10 @@ struct TileHopper {
 };
 using HopperLarge = TileHopper<256, 4>;
 using HopperSmall = TileHopper<128, 6>;
+/// Widths between, for products of few tiles: most of the last wave would have nothing to do.
+using HopperMedium = TileHopper<192, 5>;
+/// k of b runs along memory: 144 are no whole boxes.
+using HopperNarrow = TileHopper<144, 6>;
 
 /// One tile's work: where its operands begin, and how many steps of 64 k there are (none: the sums are zeros). `rows` of its rows are
 /// stored; all are read.

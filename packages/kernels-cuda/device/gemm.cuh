@@ -221,35 +221,62 @@ MOE_DEVICE void eachRun(float* c, int64_t ld, int rows, int columns, F f) {
   }
 }
 
-/// storeTile where runs are aligned and never cut.
+/// Of eight columns of a row and of the next eight, four lanes have two neighbours each, (a, b) and (c, d); what comes back are four neighbours, which are stored at once: half as many
+/// stores, and each takes as long as it touches rows. By whole warps.
+MOE_DEVICE float4 gatherFour(float a, float b, float c, float d) {
+  const bool even = threadIdx.x % 2 == 0;
+  const float first = __shfl_xor_sync(wholeWarp, even ? c : a, 1), second = __shfl_xor_sync(wholeWarp, even ? d : b, 1);
+  return even ? make_float4(a, b, first, second) : make_float4(first, second, c, d);
+}
+/// Where the four columns begin that a lane has then, of those that begin with the tile's column 0; of those that begin with column j it is step(j) further.
+template <class Tile>
+MOE_DEVICE int firstOfFour() {
+  static_assert(Tile::Run == 4 || Tile::Columns % 4 == 0, "fours, or pairs eight columns apart");
+  const int lane = threadIdx.x % 4;
+  return Tile::Run == 4 ? Tile::column(0) : Tile::column(0) - 2 * lane + lane % 2 * 8 + lane / 2 * 4;
+}
+
+/// sums += the tile of c.
 template <class Tile, bool Whole>
-MOE_DEVICE void storeRuns(float* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums, bool add) {
+MOE_DEVICE void addRuns(float* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums) {
   const auto at = [&](int i, int j) -> float& { return Tile::at(sums, i, j); };
-  if (add) {
-    eachRun<Tile, Whole>(c, ld, rows, columns, [&](const float* from, int i, int j, int) {
-      if constexpr (Tile::Run == 2) {
-        const float2 x = *(const float2*)from;
-        at(i, j) += x.x, at(i, j + 1) += x.y;
-      } else {
-        const float4 x = *(const float4*)from;
-        at(i, j) += x.x, at(i, j + 1) += x.y, at(i, j + 2) += x.z, at(i, j + 3) += x.w;
-      }
-    });
-  }
-  eachRun<Tile, Whole>(c, ld, rows, columns, [&](float* to, int i, int j, int) {
-    if constexpr (Tile::Run == 2) storeWide(to, at(i, j), at(i, j + 1));
-    else storeWide(to, at(i, j), at(i, j + 1), at(i, j + 2), at(i, j + 3));
+  eachRun<Tile, Whole>(c, ld, rows, columns, [&](const float* from, int i, int j, int) {
+    if constexpr (Tile::Run == 2) {
+      const float2 x = *(const float2*)from;
+      at(i, j) += x.x, at(i, j + 1) += x.y;
+    } else {
+      const float4 x = *(const float4*)from;
+      at(i, j) += x.x, at(i, j + 1) += x.y, at(i, j + 2) += x.z, at(i, j + 3) += x.w;
+    }
   });
+  __syncwarp(); // what one lane has read another may store
+}
+
+/// storeTile where four columns are aligned and never cut.
+template <class Tile>
+MOE_DEVICE void storeFours(float* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums) {
+  const auto at = [&](int i, int j) -> float& { return Tile::at(sums, i, j); };
+  float* const to = c + firstOfFour<Tile>();
+#pragma unroll
+  for (int j = 0; j < Tile::Columns; j += 4) {
+#pragma unroll
+    for (int i = 0; i < Tile::Rows; i++) {
+      const int left = Tile::row(i) < rows ? columns - firstOfFour<Tile>() : 0;
+      float4 x = make_float4(at(i, j), at(i, j + 1), at(i, j + 2), at(i, j + 3));
+      if constexpr (Tile::Run == 2) x = gatherFour(x.x, x.y, x.z, x.w);
+      storeWideIf(Tile::step(j) < left, to + Tile::row(i) * ld + Tile::step(j), x.x, x.y, x.z, x.w);
+    }
+  }
 }
 
 /// Writes (or adds) the tile to c, of which `rows` rows and `columns` columns exist from here on. What is the same for all is asked first: in the loops it would be a
 /// branch at every store, and a tile that is added is read whole before, or each load would wait for the store before it.
 template <class Tile>
 MOE_DEVICE void storeTile(float* c, int64_t ld, int rows, int columns, typename Tile::Sums& sums, bool add) {
-  if (ld % Tile::Run == 0) {
-    if (columns >= Tile::BN) storeRuns<Tile, true>(c, ld, rows, columns, sums, add);
-    else storeRuns<Tile, false>(c, ld, rows, columns, sums, add);
-    return;
+  if (ld % 4 == 0) {
+    if (add && columns >= Tile::BN) addRuns<Tile, true>(c, ld, rows, columns, sums);
+    else if (add) addRuns<Tile, false>(c, ld, rows, columns, sums);
+    return storeFours<Tile>(c, ld, rows, columns, sums);
   }
   const auto eachElement = [&](auto f) {
     eachRun<Tile, false>(c, ld, rows, columns, [&](float* run, int i, int j, int left) {

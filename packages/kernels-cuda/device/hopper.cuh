@@ -125,12 +125,14 @@ MOE_DEVICE void waitProducts(float (&d)[N]) {
 /// D[16w+g+8][8j+2c, +1] ("wgmma.mma_async", "Register Fragments for wgmma.mma_async.m64nNk16").
 template <int N, bool AcrossB = false, bool AcrossA = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b) {
-  static_assert(N == 64 || N == 128 || N == 192 || N == 256, "the widths that are used");
+  static_assert(N == 64 || N == 128 || N == 144 || N == 192 || N == 256, "the widths that are used");
   // Scales of d, a and b: 1.
   if constexpr (N == 64) {
     asm volatile(MOE_PRODUCT(64) "{" MOE_0_TO_29 "%30, %31}, %32, %33, 1, 1, 1, %34, %35;" : MOE_SUMS32(0) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
   } else if constexpr (N == 128) {
     asm volatile(MOE_PRODUCT(128) "{" MOE_0_TO_59 "%60, %61, %62, %63}, %64, %65, 1, 1, 1, %66, %67;" : MOE_SUMS64(0) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
+  } else if constexpr (N == 144) {
+    asm volatile(MOE_PRODUCT(144) "{" MOE_0_TO_59 MOE_TEN(6) "%70, %71}, %72, %73, 1, 1, 1, %74, %75;" : MOE_SUMS64(0), MOE_SUMS8(64) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
   } else if constexpr (N == 192) {
     asm volatile(MOE_PRODUCT(192) "{" MOE_0_TO_89 "%90, %91, %92, %93, %94, %95}, %96, %97, 1, 1, 1, %98, %99;"
                  : MOE_SUMS64(0), MOE_SUMS32(64)

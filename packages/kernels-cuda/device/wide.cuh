@@ -11,6 +11,21 @@ MOE_DEVICE void storeWide(float* to, float a, float b, float c, float d) {
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 #endif
 }
+/// The same, unless not `wanted`: a predicate of the instruction, where nvcc would make a branch.
+MOE_DEVICE void storeWideIf(bool wanted, float* to, float a, float b, float c, float d) {
+#ifdef MOE_EMULATOR
+  if (wanted) storeWide(to, a, b, c, d);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "@p st.global.v4.f32 [%0], {%1, %2, %3, %4};\n"
+      "}" ::"l"(__cvta_generic_to_global(to)),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"((int)wanted)
+      : "memory");
+#endif
+}
 /// To global memory; `to` is a multiple of 8 bytes.
 MOE_DEVICE void storeWide(float* to, float a, float b) {
 #ifdef MOE_EMULATOR

@@ -31,4 +31,6 @@ MOE_DEVICE void product(float* c, const TensorMap& a, const TensorMap& b, int m,
   MATMUL(name##_tn, Tile, true, false)     \
   MATMUL(name##_tt, Tile, true, true)
 MATMUL_FORMS(128x256, HopperLarge)
+MATMUL_FORMS(128x192, HopperMedium)
+MATMUL(128x144_nt, HopperNarrow, false, true)
 MATMUL_FORMS(128x128, HopperSmall)

@@ -15,6 +15,17 @@ const tileHopper = (n: number, stages: number, speed: number): Tile => ({
 
 export const hopperTiles: readonly Tile[] = [tileHopper(256, 4, 1), tileHopper(128, 6, 0.8)]
 
+/** Widths between, for dense products, of which one may have few tiles: those of 576 columns are 4 of 144. */
+const medium = tileHopper(192, 5, 0.93)
+const narrow = tileHopper(144, 6, 0.84)
+export const denseHopperTiles: readonly Tile[] = [...hopperTiles, medium, narrow]
+
+const forms = ['nn', 'nt', 'tn', 'tt'] as const
+
+/** Tiles that there are for a product of that form. */
+export const tilesOfForm = (form: string): readonly Tile[] =>
+  form === 'nt' ? denseHopperTiles : denseHopperTiles.filter(tile => tile !== narrow)
+
 /** An operand of a product in tiles. */
 interface Operand {
   readonly matrices: number
@@ -46,8 +57,8 @@ interface Sizes {
 /** c = a b in bf16; `form` says whether a and b are transposed (`n`, `t`). */
 export function hopperProduct(cuda: Cuda) {
   const kernels = new Map(
-    hopperTiles.flatMap(({ name }) =>
-      ['nn', 'nt', 'tn', 'tt'].map(form => {
+    forms.flatMap(form =>
+      tilesOfForm(form).map(({ name }) => {
         const variant = `${name}_${form}`
         return [variant, cuda.kernel('matmul-sm90a', `moe_matmul_sm90a_${variant}`, 'p t t i i i i i i')]
       }),

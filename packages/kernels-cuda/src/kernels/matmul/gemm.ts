@@ -2,7 +2,7 @@
 import type { Value, WidePrecision } from '@moe/core'
 import { asItLies } from '../../memory.ts'
 import { type Cuda, pointerOf } from '../../native.ts'
-import { hopperProduct, hopperTiles } from '../matmul-sm90a/product.ts'
+import { hopperProduct, tilesOfForm } from '../matmul-sm90a/product.ts'
 
 /** A matrix in device memory, with `ld` elements from row to row: f32, or bf16 with `ld` a multiple of 8 and zeros behind each row. */
 export interface Matrix {
@@ -191,14 +191,14 @@ function ownGemm(cuda: Cuda): Multiply {
   const hopper = cuda.onHopper('matmul') ? hopperProduct(cuda) : undefined
   return (precision, c, a, b, { m, n, k, transposeA, transposeB, batch = 1, add = false }) => {
     const onHopper = hopper !== undefined && precision === 'bf16' && k > 0
-    const among = onHopper ? hopperTiles : tiles[precision]
+    const form = (transposeA ? 't' : 'n') + (transposeB ? 't' : 'n')
+    const among = onHopper ? tilesOfForm(form) : tiles[precision]
     const tile = chooseTile(cuda, among, t => batch * countTiles(t, m, n))
     const blocks = batch * countTiles(tile, m, n)
     const parts = partsOfK(cuda, blocks, k)
     const size = batch * m * n
     const results = parts > 1 ? cuda.scratch(parts * size * 4).pointer : c
     const addAtOnce = +(add && parts === 1)
-    const form = (transposeA ? 't' : 'n') + (transposeB ? 't' : 'n')
     if (onHopper) {
       hopper(tile, form, results, a, b, { m, n, k, batch, parts, add: addAtOnce })
     } else {
