@@ -147,16 +147,18 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
     endTurn();
     waitProducts<0>(s.v);
     if (lane == 0) arrive(&emptyKeys[0]);
-    exponentials(0);
+    auto shrink = exponentials(0);
     E::pack(p, s);
     for (int t = 1; t < tiles; t++) {
-      wait(&fullValues[stage(t - 1)], parity(t - 1));
       wait(&fullKeys[stage(t)], parity(t));
       E::clear(s);
-      holdSums(sums.v);
       waitForTurn(t);
       fenceProducts(s.v);
       multiplyKeys(t);
+      // While these products are on their way.
+      OnlineSoftmax<E>::template apply<E::DV>(shrink, sums);
+      wait(&fullValues[stage(t - 1)], parity(t - 1));
+      fenceProducts(sums.v);
       multiplyValues(t - 1);
       endTurn();
       if (threadIdx.x == 0) {
@@ -167,12 +169,12 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
       waitProducts<1>(s.v);
       holdSums(s.v);
       if (lane == 0) arrive(&emptyKeys[stage(t)]);
-      const auto shrink = exponentials(t);
+      shrink = exponentials(t);
       waitProducts<0>(sums.v);
       if (lane == 0) arrive(&emptyValues[stage(t - 1)]);
-      OnlineSoftmax<E>::template apply<E::DV>(shrink, sums);
       E::pack(p, s);
     }
+    OnlineSoftmax<E>::template apply<E::DV>(shrink, sums);
     const int last = tiles - 1, left = visible.limit - begins.least - last * E::BN;
     wait(&fullValues[stage(last)], parity(last));
     if (left < E::BN && visible.limit < z.S) clearRows<E, E::DV>(values + stage(last) * E::bytesV, left);

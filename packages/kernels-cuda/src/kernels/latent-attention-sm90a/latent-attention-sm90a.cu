@@ -110,10 +110,18 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
   for (int t = Group; t < tiles; t += 2) {
     const unsigned char* const keys = stageOf(t);
     typename E::Scores s = {};
-    for (int part = 0; part < E::Parts; part++) waitFull(t, part);
-    fenceProducts(s.v);
+    // Parts in the order in which they were replaced: the first are multiplied while the last is on its way.
+    const auto multiplyPart = [&](int part) {
+      waitFull(t, part);
+      fenceProducts(s.v); // behind a loop ptxas wants it again
 #pragma unroll
-    for (int d = 0; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, operandOf(block.queries, E::BM, 0, d), operandOf(keys, E::BN, 0, d));
+      for (int d = E::firstBox(part) * 64; d < (E::firstBox(part) + E::boxes(part)) * 64; d += 16) {
+        multiplyGroup<E::BN>(s.v, operandOf(block.queries, E::BM, 0, d), operandOf(keys, E::BN, 0, d));
+      }
+    };
+    multiplyPart(Group);
+    multiplyPart(E::Rest);
+    multiplyPart(1 - Group);
     commitProducts();
     waitProducts<0>(s.v);
     if (Group == 1) addTheirs(t - 1); // while the exponentials are computed
