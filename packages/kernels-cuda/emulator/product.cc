@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "runtime.h"
@@ -52,6 +53,9 @@ struct Warpgroup {
 };
 Warpgroup* warpgroups;  // as many as a block can have
 bool used;
+/// Which warpgroups closed groups of products, in that order, in the latest block that had some; and when that began.
+std::string closedBy;
+uint32_t closedIn;
 
 /// By 128 bytes of dynamic shared memory and warp: when products last read there.
 constexpr uint32_t lines = (1 << 18 >> 7) + 256;  // that descriptors reach
@@ -288,6 +292,10 @@ void fenceProducts(const char* file, int line) {
 void commitProducts(const char* file, int line) {
   atAligned("commitProducts", file, line);
   warpgroup().queues[run.thread % groupThreads].groups++;
+  if (run.thread % groupThreads > 0) return;
+  if (closedIn != run.blockClock) closedBy.clear();
+  closedIn = run.blockClock;
+  closedBy += (char)('0' + run.thread / groupThreads);
 }
 
 static void ask(float* d, Product product) {
@@ -367,3 +375,6 @@ void dropProducts() {
 }
 
 }  // namespace emu
+
+/// Numbers of the warpgroups that closed groups of products in the latest block that had some, in that order.
+EMU_EXPORT const char* moe_emulator_products() { return emu::closedBy.c_str(); }

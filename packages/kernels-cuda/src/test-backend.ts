@@ -63,11 +63,17 @@ export const unavailable =
     ? undefined
     : 'the emulator is not built: node packages/kernels-cuda/scripts/build-emulator.mjs (needs a C++ compiler)'
 
+/** The emulated device where it need not be a Hopper. Those of 8.6, 8.9 and 12.0 have the least shared memory for a block: what is launched there can be on all. */
+const capability = Number(process.env['MOE_EMULATOR_CAPABILITY'] || 80)
+
 /** Every buffer is an allocation of its own, so that access beside one is found. With `wgmma` the emulator is a Hopper, otherwise an Ampere. */
 export function testBackend(options: CudaOptions = {}): Promise<CudaBackend> {
   if (!onDevice) {
     resetEmulator()
-    emulatorFunction('void moe_emulator_set(const char* name, int value)')('capability', options.wgmma ? 90 : 80)
+    emulatorFunction('void moe_emulator_set(const char* name, int value)')(
+      'capability',
+      options.wgmma ? 90 : capability,
+    )
   }
   return createBackend({ ...(onDevice ? {} : emulator), guarded: true, ...options })
 }

@@ -1,7 +1,14 @@
 import { Random, type WidePrecision } from '@moe/core'
 import { afterEach, describe, expect, test } from 'vitest'
 import { assertNear, exact, integers, onCpu, onCuda, output } from '../../test-against-cpu.ts'
-import { productVariants, reverseOrder, unavailable, wgmmaVariants } from '../../test-backend.ts'
+import {
+  emulatorFunction,
+  onDevice,
+  productVariants,
+  reverseOrder,
+  unavailable,
+  wgmmaVariants,
+} from '../../test-backend.ts'
 import { order } from '../attention-sm90a/forward.ts'
 
 interface Size {
@@ -177,6 +184,28 @@ describe.skipIf(unavailable || !wgmmaVariants.includes(true))('warpgroups that t
       expect(await run()).toEqual(expected)
       reverseOrder(true)
       expect(await run()).toEqual(expected)
+    },
+  )
+
+  test.skipIf(onDevice).each([false, true])(
+    'the products of the two alternate, threads reversed: %s',
+    async reversed => {
+      const random = new Random(1)
+      const [B, T, S, H, Dk, Dv] = [1, 128, 640, 1, 192, 128]
+      const inputs = [exact(random, B, T, H, Dk), exact(random, B, S, H, Dk), exact(random, B, S, H, Dv)]
+      const attrs = { causal: false, scale: 1, precision: 'bf16' } as const
+      const run = async () => {
+        await onCuda('attention', inputs, attrs, [output(B, T, H, Dv), output(B, H, T)], { wgmma: true })
+        return emulatorFunction('const char* moe_emulator_products()')() as string
+      }
+      // Of the first tile of keys, of the next ones with the values before them, and of the last values, for which nobody waits.
+      const inTurns = /^01(0011){4}(01|10)$/
+      reverseOrder(reversed)
+      const usual = await run()
+      expect(usual).toHaveLength(20)
+      expect(usual).not.toMatch(inTurns)
+      order.turns = true
+      expect(await run()).toMatch(inTurns)
     },
   )
 })
