@@ -1,11 +1,23 @@
 // Builds the kernels for GPUs into build/fatbins/, one file per op, where sources changed. Needs nvcc (CUDA 12.8 or later). Plain Node >= 20.
 //
-//   node scripts/build-fatbins.mjs [--arch=80,90a] [--force] [--verbose] [--check]
+//   node scripts/build-fatbins.mjs [--arch=80,90a] [--jit] [--force] [--verbose] [--check]
 //
+// Machine code needs a driver of the compiler's CUDA version (13: 580; 12: 550, as it is compressed). With --jit there is PTX of version 8.0 instead, for drivers from 525 on, which compile each module when
+// it is first needed: minutes in all, once for a user and driver. Not for what is published.
 // A module `<op>-sm90a` is built for that architecture alone. All architectures together are what is published; their use of registers and shared memory is written to device/resources.txt.
 // --check compiles nothing: it fails when a fatbin is missing or older than its sources, when a kernel spills registers, or when all of them are
 // too big.
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import {
+  appendFileSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { basename, dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -15,6 +27,8 @@ import { nvccVersion } from './nvcc.mjs'
 /** Real architectures, and the one whose PTX the driver compiles on devices that are newer than all of them. */
 const published = ['80', '86', '89', '90a', '100', '120']
 const portable = '80'
+/** With --jit: of PTX, which knows all that the kernels use, and of the driver that takes it. */
+const oldest = { ptx: '8.0', cuda: '12.0' }
 /** The unpacked package is kept below this. */
 const mostBytes = 20e6
 
@@ -33,7 +47,7 @@ async function main() {
   const version = nvccVersion()
   if (version === undefined) return say('not built: no nvcc; install the CUDA toolkit and run this again')
   mkdirSync(outDir, { recursive: true })
-  const key = hash([version, ...architectures].join(' '))
+  const key = hash([version, ...(options.jit ? ['jit'] : architectures)].join(' '))
   const stale = modules.filter(module => options.force || !isFresh(module, key))
   const failed = await compileAll(stale, key)
   for (const { module, output } of failed) console.error(`kernels-cuda: ${module.name} does not compile\n${output}`)
@@ -42,8 +56,15 @@ async function main() {
     return
   }
   removeStrays(modules)
-  writeFileSync(join(outDir, 'manifest.json'), `${JSON.stringify({ cuda: version, architectures, portable })}\n`)
-  if (options.arch === undefined) writeReport(modules, version)
+  const major = Number.parseInt(version, 10)
+  // Compressed fatbins are read by drivers of CUDA 12.4 and later.
+  const driver = options.jit ? oldest.cuda : major === 12 ? '12.4' : `${major}.0`
+  const built = options.jit ? [] : architectures
+  writeFileSync(
+    join(outDir, 'manifest.json'),
+    `${JSON.stringify({ cuda: version, driver, architectures: built, portable })}\n`,
+  )
+  if (options.arch === undefined && !options.jit) writeReport(modules, version)
   const bytes = modules.reduce((sum, { file }) => sum + statSync(file).size, 0)
   const what =
     stale.length === 0
@@ -54,9 +75,10 @@ async function main() {
 }
 
 function parseArguments(args) {
-  const parsed = { arch: undefined, force: false, verbose: false, check: false }
+  const parsed = { arch: undefined, jit: false, force: false, verbose: false, check: false }
   for (const arg of args) {
     if (arg === '--force') parsed.force = true
+    else if (arg === '--jit') parsed.jit = true
     else if (arg === '--verbose') parsed.verbose = true
     else if (arg === '--check') parsed.check = true
     else if (arg.startsWith('--arch=')) parsed.arch = arg.slice(7).split(',')
@@ -133,19 +155,26 @@ async function compileAll(modules, key) {
 async function compile({ source, file, stamp, only, targets }, key) {
   const temporary = `${file}.new`
   const depFile = `${file}.d`
-  const flags = [
-    '-fatbin',
+  const arch = only ?? portable
+  // A tenth of the size of the default.
+  const form = options.jit
+    ? ['-ptx', `-arch=compute_${arch}`]
+    : ['-fatbin', '--compress-mode=size', '-Xptxas', '-v', ...targets]
+  const args = [
+    ...form,
     '-std=c++17',
     '-O3',
     `-I${join(root, 'device')}`,
-    '-Xptxas',
-    '-v',
-    // Read by drivers of CUDA 12.4 and later; a tenth of the size of the default.
-    '--compress-mode=size',
+    '-MD',
+    '-MF',
+    depFile,
+    '-o',
+    temporary,
+    source,
   ]
-  const args = [...flags, ...targets, '-MD', '-MF', depFile, '-o', temporary, source]
   if (options.verbose) say(['nvcc', ...args].join(' '))
-  const { code, output } = await run('nvcc', args, 'pipe')
+  let { code, output } = await run('nvcc', args, 'pipe')
+  if (code === 0 && options.jit) ({ code, output } = await assemble(temporary, arch))
   if (code !== 0) return output || `exit code ${code}`
   // Products of a warpgroup that the compiler makes wait for each other, as something touches their sums between them, and whatever else it has to say.
   const said = output.match(/.*(wgmma.*serialized|warpgroup\.\w+ is injected|warning|Performance Loss).*/i)
@@ -166,6 +195,15 @@ async function compile({ source, file, stamp, only, targets }, key) {
     }),
   )
   return ''
+}
+
+/** Makes PTX of the oldest version and lets ptxas compile it, which knows what each version has. */
+async function assemble(file, arch) {
+  writeFileSync(file, readFileSync(file, 'utf8').replace(/^\.version .*$/m, `.version ${oldest.ptx}`))
+  const assembled = await run('ptxas', [`-arch=sm_${arch}`, '-v', file, '-o', `${file}.cubin`], 'pipe')
+  rmSync(`${file}.cubin`, { force: true })
+  appendFileSync(file, '\0') // as the driver takes text
+  return assembled
 }
 
 /** What ptxas says of each kernel: { name, arch, registers, shared, stack, spill }. */

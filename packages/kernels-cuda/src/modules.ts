@@ -63,15 +63,15 @@ export class Modules {
   /** @throws MoeError E_NO_BACKEND when the kernels are not there, need another driver, or were not built for this device. */
   probe(): void {
     const { driverVersion } = this.#device
-    const { cuda } = readManifest(this.#folder)
-    // Within a major version, older drivers run what newer toolkits made.
-    const least = Number.parseInt(cuda, 10) * 1000
-    if (driverVersion < least) {
+    const { driver: least } = readManifest(this.#folder)
+    const [major, minor] = least.split('.').map(Number)
+    if (driverVersion < major * 1000 + minor * 10) {
       const version = `${Math.floor(driverVersion / 1000)}.${(driverVersion % 1000) / 10}`
+      const named = driverOf[least] === undefined ? '' : ` (${driverOf[least]})`
       throw new MoeError({
         code: 'E_NO_BACKEND',
         op: 'kernels-cuda',
-        problem: `the driver is made for CUDA ${version}, the kernels need one for CUDA ${Math.floor(least / 1000)}`,
+        problem: `the driver is made for CUDA ${version}, the kernels need one for CUDA ${least} or later${named}`,
         fix: 'update the NVIDIA driver, or use @moe/kernels-cpu',
       })
     }
@@ -175,12 +175,18 @@ export class Modules {
   }
 }
 
-/** What build-fatbins.mjs says of its folder. */
-function readManifest(folder: string): { readonly cuda: string } {
+/** NVIDIA's drivers by the CUDA version that they are made for. */
+const driverOf: Readonly<Record<string, string>> = { '12.0': '525', '12.4': '550', '13.0': '580' }
+
+/** What build-fatbins.mjs says of its folder: the least CUDA version of a driver. */
+function readManifest(folder: string): { readonly driver: string } {
   const file = join(folder, 'manifest.json')
   try {
-    const manifest = JSON.parse(readFileSync(file, 'utf8')) as { cuda?: unknown }
-    if (typeof manifest.cuda === 'string' && Number.parseInt(manifest.cuda, 10) > 0) return { cuda: manifest.cuda }
+    const { cuda, driver = `${Number.parseInt(String(cuda), 10)}.0` } = JSON.parse(readFileSync(file, 'utf8')) as {
+      cuda?: string
+      driver?: string
+    }
+    if (/^[1-9]\d*\.\d+$/.test(driver)) return { driver }
     throw new Error('it names no CUDA version')
   } catch (cause) {
     throw unreadable(file, cause)

@@ -71,13 +71,25 @@ describe.skipIf(unavailable || onDevice)('on the emulator', () => {
     expect(error.message).toMatch(message)
   })
 
-  test('a driver that is too old', async () => {
+  test.each([
+    ['{ "cuda": "15.1" }', /driver is made for CUDA 13\.0, the kernels need one for CUDA 15\.0 or later; update/],
+    ['{ "cuda": "13.2", "driver": "13.1" }', /the kernels need one for CUDA 13\.1 or later; update/],
+    ['{ "driver": "newest" }', /manifest\.json cannot be read \(it names no CUDA version\)/],
+    ['{}', /manifest\.json cannot be read \(it names no CUDA version\)/],
+  ])('a driver that is too old, or kernels that do not say: %s', async (manifest, message) => {
     const kernels = join(folder, 'newer')
     cpSync(emulator.kernels, kernels, { recursive: true, filter: source => !source.endsWith('obj') })
-    writeFileSync(join(kernels, 'manifest.json'), '{ "cuda": "15.1" }')
+    writeFileSync(join(kernels, 'manifest.json'), manifest)
     const error = await failure({ ...emulator, kernels })
     expect(error).toMatchObject({ code: 'E_NO_BACKEND' })
-    expect(error.message).toMatch(/driver is made for CUDA 13\.0, the kernels need one for CUDA 15; update/)
+    expect(error.message).toMatch(message)
+  })
+
+  test('a driver of the same major version as newer kernels is enough', async () => {
+    const kernels = join(folder, 'minor')
+    cpSync(emulator.kernels, kernels, { recursive: true, filter: source => !source.endsWith('obj') })
+    writeFileSync(join(kernels, 'manifest.json'), '{ "cuda": "13.9" }')
+    expect((await createBackend({ ...emulator, kernels })).name).toBe('kernels-cuda')
   })
 
   test('kernels for other devices, damaged ones, none', async () => {
