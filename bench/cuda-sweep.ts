@@ -329,13 +329,13 @@ function speeds(): Record<string, number> {
     const full = name.split(',')[0] as keyof typeof linears
     if (!rows || linears[full] === undefined) continue
     const n = linears[full][1]
-    const perWave = tileNames.map(tile => {
+    const perWave = denseTileNames.map(tile => {
       const { m, n: columns } = sizeOfTile.get(tile) as { m: number; n: number }
       const waves = Math.ceil((Math.ceil(rows / m) * Math.ceil(n / columns)) / multiprocessors)
       return (waves * m * columns) / times[`${tile} /1`]
     })
     const best = Math.max(...perWave)
-    for (const [i, tile] of tileNames.entries()) found.set(tile, [...(found.get(tile) ?? []), perWave[i] / best])
+    for (const [i, tile] of denseTileNames.entries()) found.set(tile, [...(found.get(tile) ?? []), perWave[i] / best])
   }
   return Object.fromEntries([...found].map(([tile, list]) => [tile, median(list)]))
 }
