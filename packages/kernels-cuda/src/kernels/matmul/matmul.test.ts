@@ -1,8 +1,11 @@
 import type { WidePrecision } from '@moe/core'
 import { Random } from '@moe/core'
 import { describe, expect, test } from 'vitest'
+import type { Cuda } from '../../native.ts'
 import { assertNearCpu, distance, exact, onCuda, output } from '../../test-against-cpu.ts'
 import { unavailable, wgmmaVariants } from '../../test-backend.ts'
+import { tilesOfForm } from '../matmul-sm90a/product.ts'
+import { chooseTile, countTiles } from './gemm.ts'
 
 interface Size {
   readonly name: string
@@ -87,4 +90,17 @@ describe.skipIf(unavailable).each(wgmmaVariants)('matmul, wgmma %s', wgmma => {
     )
     expect(c).toEqual(expected)
   })
+})
+
+// As on an H100, for 4,096 tokens: what waves of whole tiles leave idle is the most of what choices lose.
+test.each([
+  ['q_a_proj', 1536, '128x192'],
+  ['q_b_proj', 24576, '128x256'],
+  ['kv_a_proj', 576, '128x144'],
+  ['kv_b_proj', 32768, '128x256'],
+  ['o_proj', 7168, '128x256'],
+  ['dense mlp up', 18432, '128x256'],
+])('the tile of %s, %i columns, on 132 multiprocessors', (_name, columns, expected) => {
+  const cuda = { multiprocessors: 132 } as Cuda
+  expect(chooseTile(cuda, tilesOfForm('nt'), tile => countTiles(tile, 4096, columns)).name).toBe(expected)
 })
