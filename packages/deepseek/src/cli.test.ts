@@ -1,5 +1,5 @@
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, rmSync } from 'node:fs'
+import { cpSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -35,6 +35,14 @@ test('exports a folder', async () => {
   expect(stdout).toMatch(/^model-q4_0.gguf: \d+ tensors, 0.\d MB\nnote: the MTP modules are left out\n$/)
   await using file = await readGguf(join(folder, 'model-q4_0.gguf'))
   expect(file.metadata.get('general.name')?.value).toBe('model')
+  // The folder of a run, as the trainer leaves it.
+  const checkpoints = join(folder, 'first', 'checkpoints')
+  cpSync(join(folder, 'model'), join(checkpoints, 'step-000003', 'model'), { recursive: true })
+  writeFileSync(join(checkpoints, 'latest'), 'step-000003\n')
+  expect(run('export-gguf', 'first', '--type', 'q4_0')).toMatchObject({
+    status: 0,
+    stdout: stdout.replace('model-q4_0', 'first-q4_0'),
+  })
 })
 
 test('exits with 1 for failures and 2 for wrong usage', () => {

@@ -1,7 +1,7 @@
 #!/usr/bin/env node
 /** @file The command `moe-deepseek`: exports models. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. */
-import { readFileSync } from 'node:fs'
-import { basename, resolve } from 'node:path'
+import { existsSync, readFileSync } from 'node:fs'
+import { basename, join, resolve } from 'node:path'
 import { parseArgs } from 'node:util'
 import type { GgufProgress } from '@moe/checkpoint'
 import { isMoeError } from '@moe/core'
@@ -10,7 +10,7 @@ import { type ExportGgufOptions, exportGguf } from './gguf/export-gguf.ts'
 const HELP = `moe-deepseek COMMAND [options]
 
   export-gguf FOLDER [FILE]    write a model for llama.cpp, Ollama and LM Studio
-      FOLDER                 config.json, safetensors, tokenizer.json
+      FOLDER                 config.json, safetensors, tokenizer.json; or a run, whose latest checkpoint it takes
       FILE                   default FOLDER-TYPE.gguf in the current folder
       --type TYPE            f32, f16, bf16, q8_0 (default) or q4_0
       --tokenizer PATH       another tokenizer.json; none for a file that knows ids only
@@ -97,7 +97,7 @@ async function exportModel([folder, file, ...rest]: string[]): Promise<void> {
     signal: interrupt.signal,
     onProgress: values.quiet || values.json ? undefined : showProgress,
   }
-  const result = await exportGguf(folder, file ?? `${basename(resolve(folder))}-${type}.gguf`, options)
+  const result = await exportGguf(modelIn(folder), file ?? `${basename(resolve(folder))}-${type}.gguf`, options)
   if (values.json) process.stdout.write(`${JSON.stringify(result)}\n`)
   else {
     if (process.stderr.isTTY && !values.quiet) process.stderr.write('\r\x1b[K')
@@ -105,6 +105,13 @@ async function exportModel([folder, file, ...rest]: string[]): Promise<void> {
     process.stdout.write(`${path}: ${tensors} tensors, ${(bytes / 1e6).toFixed(1)} MB\n`)
     for (const note of notes) process.stdout.write(`note: ${note}\n`)
   }
+}
+
+/** Where `@moe/trainer` has the model of a run. */
+function modelIn(folder: string): string {
+  const latest = join(folder, 'checkpoints', 'latest')
+  if (existsSync(join(folder, 'config.json')) || !existsSync(latest)) return folder
+  return join(folder, 'checkpoints', readFileSync(latest, 'utf8').trim(), 'model')
 }
 
 let shown = 0

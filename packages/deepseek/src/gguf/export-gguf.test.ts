@@ -213,6 +213,13 @@ describe('tensors', () => {
     expect(other.tensors.get('blk.1.ffn_up_exps.weight')?.type).toBe('q8_0')
   })
 
+  test('a type that is none is refused before anything is read', async () => {
+    await expect(exportGguf('nowhere', 'nowhere.gguf', { type: 'q5' as 'q8_0' })).rejects.toMatchObject({
+      code: 'E_CONFIG',
+      message: 'exportGguf: there is no type "q5"; pass one of f32, f16, q4_0, q8_0, bf16',
+    })
+  })
+
   test('that do not belong to the configuration are refused by name', async () => {
     const model = modelOf(cases.v3)
     const saved = join(folder, 'wrong')

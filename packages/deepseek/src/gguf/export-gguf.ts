@@ -13,7 +13,7 @@ import {
   type WriteGgufOptions,
   writeGguf,
 } from '@moe/checkpoint'
-import { checkOptions, Module, MoeError, type OptionNames, type StateEntry, stateDict } from '@moe/core'
+import { checkOptions, Module, MoeError, type OptionNames, type StateEntry, shown, stateDict } from '@moe/core'
 import { type DeepSeekConfig, parseConfig } from '../config.ts'
 import { parseJson, readConfig, readScaleBlock } from '../config-file.ts'
 import type { DeepSeek } from '../model.ts'
@@ -72,7 +72,7 @@ const fileTypes: Readonly<Record<GgufEncoding, number>> = { f32: 0, f16: 1, q4_0
  * tensors are read one at a time and no backend is needed. MTP modules are left out.
  *
  * @param model a folder with config.json, safetensors and tokenizer.json, or a model in memory
- * @throws {MoeError} `E_CONFIG` for configurations that llama.cpp cannot load, `E_UNSUPPORTED` for tokenizers that it does not have,
+ * @throws {MoeError} `E_CONFIG` for a type that is none and configurations that llama.cpp cannot load, `E_UNSUPPORTED` for tokenizers that it does not have,
  *   `E_CHECKPOINT` for weights that do not fit and failures of the file system, `E_ABORTED` when stopped. What stood at `path`
  *   is then unchanged.
  *
@@ -88,6 +88,11 @@ export async function exportGguf(
 ): Promise<ExportedGguf> {
   const file = pathOf('exportGguf', path)
   checkOptions('exportGguf', options, names)
+  const { type = 'q8_0' } = options
+  if (!Object.hasOwn(fileTypes, type)) {
+    const fix = `pass one of ${Object.keys(fileTypes).join(', ')}`
+    throw new MoeError({ code: 'E_CONFIG', op: 'exportGguf', problem: `there is no type ${shown(type)}`, fix })
+  }
   if (model instanceof Module) {
     refuseAdapters('exportGguf', model)
     return write(
