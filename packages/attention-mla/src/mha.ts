@@ -24,7 +24,7 @@ import {
   type Tensor,
 } from '@moe/core'
 import { type CacheOptions, KvCache } from './cache/kv-cache.ts'
-import type { SequenceCache } from './cache/sequence-cache.ts'
+import { needSequences, type SequenceCache } from './cache/sequence-cache.ts'
 import { type RopeScaling, ropeProblems } from './config.ts'
 import type { MlaForwardOptions } from './mla.ts'
 import { type RotaryEmbedding, sharedRotary } from './rotary.ts'
@@ -113,7 +113,10 @@ export class MultiHeadAttention extends Module {
     needAxes('MultiHeadAttention', x_BTD, ['batch', 'time', 'hidden'])
     checkShared('MultiHeadAttention.forward', options, forwardNames)
     const { cache, positions, starts } = options
-    if (cache !== undefined) return noGrad(() => scope(() => this.#cached(x_BTD, cache, options)))
+    if (cache !== undefined) {
+      needSequences('MultiHeadAttention', x_BTD, cache)
+      return noGrad(() => scope(() => this.#cached(x_BTD, cache, options)))
+    }
     const time = x_BTD.shape[1]
     const { backend } = x_BTD
     const tables = positions ? this.#rotary.at(positions, x_BTD.shape, backend) : this.#rotary.first(time, backend)

@@ -33,7 +33,7 @@ import {
   weightVersion,
 } from '@moe/core'
 import { latentFeatures } from './cache/kv-cache.ts'
-import type { CacheStep, SequenceCache } from './cache/sequence-cache.ts'
+import { type CacheStep, needSequences, type SequenceCache } from './cache/sequence-cache.ts'
 import { checkMlaConfig, type MlaConfig } from './config.ts'
 import { type RotaryEmbedding, type RotaryTables, sharedRotary, softmaxScale } from './rotary.ts'
 
@@ -147,6 +147,7 @@ export class MultiHeadLatentAttention extends Module {
       const ropeKey_BT1R = this.#turn(this.#ropeKey(both), tables)
       return this.#expanded(this.#turn(this.#queries(down), tables), latent_BTC, ropeKey_BT1R, { starts })
     }
+    needSequences('MultiHeadLatentAttention', x_BTD, cache)
     return noGrad(() =>
       scope(() => {
         cache.reserve(time)

@@ -2,7 +2,7 @@ import { backward, concat, noGrad, Random, randn, scope, setDefaultBackend, zero
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
-import { cacheCost, LatentCache, type MlaConfig, MultiHeadLatentAttention } from '../index.ts'
+import { cacheCost, LatentCache, type MlaConfig, MultiHeadAttention, MultiHeadLatentAttention } from '../index.ts'
 
 setDefaultBackend(referenceBackend())
 
@@ -68,6 +68,21 @@ describe('sequences of a cache', () => {
   })
 })
 
+test('an input of other sequences than a cache has is refused', () => {
+  const cache = new LatentCache(config, { layers: 1, batch: 2 })
+  const mla = new MultiHeadLatentAttention(config)
+  const x = zeros([3, 4, 24])
+  expect(() => mla.forward(x, { cache })).toThrow(
+    'MultiHeadLatentAttention: the input has 3 sequences, the cache 2; make the cache with batch: 3, or pass the tokens of all its sequences',
+  )
+  const sizes = { hidden_size: 24, num_attention_heads: 3, num_key_value_heads: 3 }
+  const mha = new MultiHeadAttention(sizes)
+  const own = mha.makeCache({ layers: 1 })
+  expect(() => mha.forward(x, { cache: own })).toThrow('MultiHeadAttention: the input has 3 sequences, the cache 1')
+  cache.dispose()
+  own.dispose()
+})
+
 test('sizes of a cache are positive integers', () => {
   expect(() => new LatentCache(config, { layers: 1, capacity: 0 })).toThrow(/capacity = 0 is not a positive integer/)
   const dtype = 'fp8' as 'bf16'
@@ -113,6 +128,9 @@ test('passes of many lengths keep tables for the powers of two alone', () => {
 })
 
 test('caches of no configuration, or of misspelt ones, are refused', () => {
+  expect(() => new LatentCache(config, { layer: 1 } as never)).toThrow(
+    'LatentCache: there is no option layer; did you mean layers?',
+  )
   for (const make of [
     (config: never) => new LatentCache(config, { layers: 1 }),
     (config: never) => cacheCost(config, 1),

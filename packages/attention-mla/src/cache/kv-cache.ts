@@ -53,7 +53,7 @@ export class KvCache extends SequenceCache {
    * integers, or a dtype that a cache cannot have
    */
   constructor(features: number, options: CacheOptions) {
-    checkOptions('KvCache', options, names)
+    checkOptions(new.target.name, options, names)
     const { layers, batch = 1, capacity = 256, dtype = 'f32', backend = defaultBackend() } = options
     checkSizes({ layers, batch, capacity }, dtype)
     super(batch, new CacheRows({ blocks: batch, perBlock: capacity, features }, { layers, dtype, backend }))

@@ -1,5 +1,5 @@
 /** @file What attention needs of the earlier tokens of some sequences, wherever their rows lie. */
-import { type Backend, fromHost, type HostArray, keep, type Tensor } from '@moe/core'
+import { type Backend, fromHost, type HostArray, keep, MoeError, type Tensor } from '@moe/core'
 import type { RotaryEmbedding, RotaryTables } from '../rotary.ts'
 import { type CacheRows, refused } from './cache-rows.ts'
 
@@ -234,4 +234,17 @@ function overwrite(tensor: Tensor, data: HostArray): void {
   const before = tensor.handle
   tensor.handle = backend.upload(data, tensor.shape, tensor.dtype)
   backend.free(before)
+}
+
+/** Refuses an input of more or fewer sequences than the cache has. @throws MoeError E_SHAPE */
+export function needSequences(op: string, { shape }: Tensor, cache: SequenceCache): void {
+  const [batch] = shape
+  if (batch === cache.batch) return
+  throw new MoeError({
+    code: 'E_SHAPE',
+    op,
+    problem: `the input has ${batch} sequences, the cache ${cache.batch}`,
+    fix: `make the cache with batch: ${batch}, or pass the tokens of all its sequences`,
+    details: { input: batch, cache: cache.batch },
+  })
 }
