@@ -77,6 +77,24 @@ describe.skipIf(backend === null)('attention by tiles', () => {
     expect(Number.isNaN(found[0][0])).toBe(true)
   })
 
+  test('a sequence that is NaN leaves the one before it alone', async () => {
+    const [T, D] = [40, 8]
+    const shape = [2, T, 1, D]
+    const [q, k, v, dout] = [1, 2, 3, 4].map(seed => {
+      return { data: new Random(seed).normal(2 * T * D).fill(Number.NaN, T * D), shape }
+    })
+    const attrs = { causal: false, scale: 1, precision: 'f32' } as const
+    const lseSpec = { shape: [2, 1, T], dtype: 'f32' } as const
+    const like = { shape, dtype: 'f32' } as const
+    const [out, lse] = await runOp(backend, 'attention', [q, k, v], attrs, [like, lseSpec])
+    const given = [q, k, v, { data: out, shape }, { data: lse, shape: lseSpec.shape }, dout]
+    const found = await runOp(backend, 'attentionBackward', given, attrs, [like, like, like])
+    for (const values of [out, ...found]) {
+      expect([...values.slice(0, T * D)].every(Number.isFinite)).toBe(true)
+      expect([...values.slice(T * D)].every(Number.isNaN)).toBe(true)
+    }
+  })
+
   test('a score that is NaN makes its query NaN, and no other', async () => {
     const [T, D] = [40, 4]
     const [q, k, v] = inputsOf({ T, Dk: D, Dv: D })

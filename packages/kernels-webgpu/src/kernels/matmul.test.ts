@@ -85,6 +85,14 @@ describe.skipIf(backend === null)('linearCrossEntropy', () => {
     await likeReference(backend, inputs, (x, w, t) => [linearCrossEntropy(x, w, t)])
   })
 
+  test('logits far below zero, where a class that there is not would have an infinite share', async () => {
+    const x = { data: new Array(8).fill(10), shape: [2, 4] }
+    const w = normal([5, 4])
+    const inputs = [x, { ...w, data: Array.from(w.data, value => value - 6) }, integers([4, 0])]
+    const tolerance = { relative: 1e-5, absolute: 2e-3 } // f32 near 250, times 10
+    await likeReference(backend, inputs, (a, b, t) => [linearCrossEntropy(a, b, t)], tolerance)
+  })
+
   test('logits that are large', async () => {
     const inputs = [normal([5, 8], 30), normal([140, 8], 10), integers([0, 64, 139, 7, 100])]
     const tolerance = { relative: 1e-5, absolute: 2e-3 } // f32 near 1,000, times weights of the gradient
