@@ -1,8 +1,8 @@
 /** @file `webgpuBackend`: core's Backend on a device of WebGPU. */
-import { type Backend, checkOptions, type DType } from '@moe/core'
+import { type Backend, checkOptions, type DType, MoeError } from '@moe/core'
 import { Commands } from './commands.ts'
 import { bufferOf, DeviceOps } from './device-ops.ts'
-import type { GpuDevice } from './gpu.ts'
+import type { GpuDevice, GpuLimits } from './gpu.ts'
 import { fusedOn, primitivesOn } from './kernels/index.ts'
 import { type Buffer, Memory } from './memory.ts'
 import { openDevice } from './open-device.ts'
@@ -11,6 +11,14 @@ import { openDevice } from './open-device.ts'
 export interface WebGpuOptions {
   /** What it runs on, for people. Default what the adapter says. */
   readonly name?: string
+}
+
+/** What kernels need: what WebGPU promises of every device that is not in its compatibility mode. */
+const needed: Partial<GpuLimits> = {
+  maxStorageBuffersPerShaderStage: 8,
+  maxComputeInvocationsPerWorkgroup: 256,
+  maxComputeWorkgroupSizeX: 256,
+  maxComputeWorkgroupStorageSize: 16_384,
 }
 
 /**
@@ -25,11 +33,13 @@ export async function createBackend(): Promise<Backend> {
 /**
  * A backend on a device that is there already, such as one that a page draws with; `dispose` destroys the device. dtypes: f32, i32 and u8, four bytes an element
  * on the device.
+ * @throws MoeError E_UNSUPPORTED: the device's limits are below the defaults of WebGPU
  */
 export function webgpuBackend(device: GpuDevice, options: WebGpuOptions = {}): Backend {
   checkOptions('webgpuBackend', options, { name: true })
+  checkLimits(device.limits)
   const commands = new Commands(device)
-  const memory = new Memory(device, () => commands.submit())
+  const memory = new Memory(device, commands)
   const gpu = new DeviceOps(memory, commands)
   return {
     name: 'kernels-webgpu',
@@ -61,4 +71,18 @@ export function webgpuBackend(device: GpuDevice, options: WebGpuOptions = {}): B
       commands.dispose()
     },
   }
+}
+
+function checkLimits(limits: GpuLimits): void {
+  const short = Object.entries(needed).flatMap(([name, least]) => {
+    const given = limits[name as keyof GpuLimits]
+    return given < least ? [`${name} ${given} where kernels need ${least}`] : []
+  })
+  if (short.length === 0) return
+  throw new MoeError({
+    code: 'E_UNSUPPORTED',
+    op: 'webgpuBackend',
+    problem: `the device has ${short.join(', ')}`,
+    fix: 'ask the adapter for a device without featureLevel "compatibility"',
+  })
 }

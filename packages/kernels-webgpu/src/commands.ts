@@ -17,8 +17,12 @@ const WORDS = 64
 const SLOT_BYTES = WORDS * 4
 /** Most kernels that are submitted together. */
 const SLOTS = 256
+/** Most bind groups that are kept: those of several training steps. */
+const BIND_GROUPS = 8192
 
 interface Compiled {
+  /** Of all that are compiled. */
+  readonly number: number
   readonly pipeline: unknown
   readonly layout: unknown
 }
@@ -28,6 +32,10 @@ export class Commands {
   readonly #parameters: GpuBuffer
   readonly #words = new Uint32Array(WORDS * SLOTS)
   readonly #compiled = new Map<string, Compiled>()
+  /** By the numbers of the kernel and its buffers: making one takes longer than all else of a launch, and memory that goes round brings the same buffers again. */
+  readonly #bindGroups = new Map<string, unknown>()
+  readonly #numbers = new WeakMap<GpuBuffer, number>()
+  #buffers = 0
   #encoder: GpuEncoder | undefined
   #pass: GpuPass | undefined
   #slots = 0
@@ -39,15 +47,24 @@ export class Commands {
   constructor(device: GpuDevice) {
     this.#device = device
     this.#parameters = device.createBuffer({ size: SLOT_BYTES * SLOTS, usage: usage.uniform | usage.copyTo })
-    device.addEventListener('uncapturederror', ({ error }) => this.#fail(error.message, 'report it, with the message'))
+    device.addEventListener('uncapturederror', ({ error }) => {
+      // What was submitted with it has not run: nothing that was computed since can be relied on.
+      if (error.constructor.name === 'GPUOutOfMemoryError') {
+        this.#fail(
+          'E_OUT_OF_MEMORY',
+          `the GPU has no more memory: ${error.message}`,
+          'make a new backend, and use a smaller batch',
+        )
+      } else this.#fail('E_BACKEND', error.message, 'report it, with the message')
+    })
     void device.lost.then(({ message }) => {
-      if (!this.#disposed)
-        this.#fail(`the GPU was lost: ${message}`, 'make a new backend, and go on from the last checkpoint')
+      if (this.#disposed) return
+      this.#fail('E_BACKEND', `the GPU was lost: ${message}`, 'make a new backend, and go on from the last checkpoint')
     })
   }
 
-  #fail(problem: string, fix: string): void {
-    this.#failure ??= new MoeError({ code: 'E_BACKEND', op: 'kernels-webgpu', problem, fix })
+  #fail(code: 'E_BACKEND' | 'E_OUT_OF_MEMORY', problem: string, fix: string): void {
+    this.#failure ??= new MoeError({ code, op: 'kernels-webgpu', problem, fix })
   }
 
   /** Throws what the device has reported. */
@@ -58,21 +75,41 @@ export class Commands {
   /** Writes a kernel down: `groups` are numbers of workgroups; those of the first axis may be more than a device counts, and go on along y. */
   run(program: Program, buffers: readonly GpuBuffer[], parameters: readonly number[], groups: readonly number[]): void {
     if (this.#slots === SLOTS) this.submit()
-    const { pipeline, layout } = this.#compile(program)
+    const compiled = this.#compile(program)
     const slot = this.#slots++
     this.#words.set(parameters, slot * WORDS)
-    const entries = [
-      { binding: 0, resource: { buffer: this.#parameters, offset: 0, size: SLOT_BYTES } },
-      ...buffers.map((buffer, i) => ({ binding: i + 1, resource: { buffer } })),
-    ]
     const pass = this.#open()
-    pass.setPipeline(pipeline)
-    pass.setBindGroup(0, this.#device.createBindGroup({ layout, entries }), [slot * SLOT_BYTES])
+    pass.setPipeline(compiled.pipeline)
+    pass.setBindGroup(0, this.#bindGroup(compiled, buffers), [slot * SLOT_BYTES])
     const [x, y = 1, z = 1] = groups
     const most = this.#device.limits.maxComputeWorkgroupsPerDimension
     if (x > most) pass.dispatchWorkgroups(most, Math.ceil(x / most))
     else pass.dispatchWorkgroups(x, y, z)
     for (const buffer of buffers) this.#used.add(buffer)
+  }
+
+  #bindGroup({ number, layout }: Compiled, buffers: readonly GpuBuffer[]): unknown {
+    let key = `${number}`
+    for (const buffer of buffers) key += ` ${this.numberOf(buffer)}`
+    const known = this.#bindGroups.get(key)
+    if (known !== undefined) return known
+    const entries = [
+      { binding: 0, resource: { buffer: this.#parameters, offset: 0, size: SLOT_BYTES } },
+      ...buffers.map((buffer, i) => ({ binding: i + 1, resource: { buffer } })),
+    ]
+    const made = this.#device.createBindGroup({ layout, entries })
+    // Those of buffers that were destroyed are among them, too, and never asked for again.
+    if (this.#bindGroups.size === BIND_GROUPS) this.#bindGroups.clear()
+    this.#bindGroups.set(key, made)
+    return made
+  }
+
+  /** Counts buffers in the order in which it is asked. */
+  numberOf(buffer: GpuBuffer): number {
+    const known = this.#numbers.get(buffer)
+    if (known !== undefined) return known
+    this.#numbers.set(buffer, this.#buffers)
+    return this.#buffers++
   }
 
   copy(from: GpuBuffer, to: GpuBuffer, bytes: number): void {
@@ -182,7 +219,7 @@ ${body}`
       layout: this.#device.createPipelineLayout({ bindGroupLayouts: [layout] }),
       compute: { module: this.#device.createShaderModule({ code, label }), entryPoint: 'main' },
     })
-    const compiled = { pipeline, layout }
+    const compiled = { number: this.#compiled.size, pipeline, layout }
     this.#compiled.set(label, compiled)
     return compiled
   }

@@ -30,6 +30,10 @@ export interface GpuLimits {
   readonly maxBufferSize: number
   readonly maxStorageBufferBindingSize: number
   readonly maxComputeWorkgroupsPerDimension: number
+  readonly maxStorageBuffersPerShaderStage: number
+  readonly maxComputeInvocationsPerWorkgroup: number
+  readonly maxComputeWorkgroupSizeX: number
+  readonly maxComputeWorkgroupStorageSize: number
 }
 
 /** What is used of a `GPUDevice`. */

@@ -1,5 +1,6 @@
 /** @file Buffers of a device: handles that share them, and the ones that are kept for later tensors. */
 import { type BackendStats, type DType, MoeError, type Shape, sizeOf } from '@moe/core'
+import type { Commands } from './commands.ts'
 import { type GpuBuffer, type GpuDevice, usage } from './gpu.ts'
 
 /** One piece of device memory. What @moe/core holds as a handle; each handle is one of `refs`. */
@@ -18,8 +19,8 @@ const KEPT_BYTES = 2 ** 28
 
 export class Memory {
   readonly #device: GpuDevice
-  /** Called before a buffer is destroyed: work that is written down may still need it. */
-  readonly #submit: () => void
+  readonly #commands: Commands
+  /** By size, the oldest last: the same work finds the same buffers each time, and with them the bind groups that were made for it. */
   readonly #free = new Map<number, GpuBuffer[]>()
   readonly #live = new Set<Buffer>()
   #kept = 0
@@ -27,9 +28,9 @@ export class Memory {
   #bytes = 0
   #peakBytes = 0
 
-  constructor(device: GpuDevice, submit: () => void) {
+  constructor(device: GpuDevice, commands: Commands) {
     this.#device = device
-    this.#submit = submit
+    this.#commands = commands
   }
 
   /** @throws MoeError E_OUT_OF_MEMORY for a tensor that is larger than the device binds */
@@ -60,7 +61,9 @@ export class Memory {
       this.#kept -= size
       return kept
     }
-    return this.#device.createBuffer({ size, usage: usage.storage | usage.copyFrom | usage.copyTo })
+    const made = this.#device.createBuffer({ size, usage: usage.storage | usage.copyFrom | usage.copyTo })
+    this.#commands.numberOf(made)
+    return made
   }
 
   share(buffer: Buffer): Buffer {
@@ -77,18 +80,29 @@ export class Memory {
     this.#bytes -= buffer.bytes
     const { size } = buffer.gpu
     if (this.#kept + size > KEPT_BYTES + this.#bytes) {
-      this.#submit()
+      // Work that is written down may still need it.
+      this.#commands.submit()
       buffer.gpu.destroy()
       return
     }
-    const free = this.#free.get(size)
-    if (free) free.push(buffer.gpu)
-    else this.#free.set(size, [buffer.gpu])
+    this.#keep(size, buffer.gpu)
+  }
+
+  #keep(size: number, gpu: GpuBuffer): void {
+    let free = this.#free.get(size)
+    if (free === undefined) {
+      free = []
+      this.#free.set(size, free)
+    }
+    const number = this.#commands.numberOf(gpu)
+    let at = free.length
+    while (at > 0 && this.#commands.numberOf(free[at - 1]) < number) at--
+    free.splice(at, 0, gpu)
     this.#kept += size
   }
 
   trim(): void {
-    this.#submit()
+    this.#commands.submit()
     for (const buffers of this.#free.values()) for (const buffer of buffers) buffer.destroy()
     this.#free.clear()
     this.#kept = 0

@@ -1,0 +1,99 @@
+import { tensor } from '@moe/core'
+import { describe, expect, test } from 'vitest'
+import { webgpuBackend } from './backend.ts'
+import { GPUOutOfMemoryError, testDevice } from './test-device.ts'
+
+const ready = (limits?: Parameters<typeof testDevice>[0]) => {
+  const gpu = testDevice(limits)
+  return { ...gpu, backend: webgpuBackend(gpu.device) }
+}
+
+describe('what is asked of the device', () => {
+  test('work that comes again has its buffers and its bind groups', () => {
+    const { backend, calls } = ready()
+    const x = tensor([1, 2, 3], [3], { backend })
+    const round = () => {
+      const made = [x]
+      for (let i = 0; i < 5; i++) made.push(made[i].exp())
+      // What was freed last would be another's turn each time, five rounds long.
+      for (const i of [1, 5, 4, 3, 2]) made[i].dispose()
+    }
+    round()
+    round()
+    const { createBuffer, createBindGroup, createComputePipeline, dispatchWorkgroups } = calls
+    for (let i = 0; i < 4; i++) round()
+    expect(calls).toMatchObject({ createBuffer, createBindGroup, createComputePipeline })
+    expect(calls.dispatchWorkgroups).toBe(3 * dispatchWorkgroups)
+  })
+
+  test('256 kernels are submitted together', async () => {
+    const { backend, calls } = ready()
+    const x = tensor([1], [1], { backend })
+    for (let i = 0; i < 600; i++) x.exp().dispose()
+    expect(calls.submit).toBe(2)
+    await backend.sync()
+    expect(calls.submit).toBe(3)
+    await backend.sync()
+    expect(calls.submit).toBe(3)
+  })
+
+  test('memory that is destroyed is first made sure to be needed no more', () => {
+    const { backend, calls } = ready()
+    const x = tensor(new Float32Array(1000), [1000], { backend })
+    x.exp().dispose()
+    expect(calls.submit).toBeUndefined()
+    backend.trim?.()
+    expect(calls).toMatchObject({ submit: 1, 'destroy buffer': 1 })
+  })
+})
+
+describe('what goes wrong', () => {
+  const failing = async (fail: (gpu: ReturnType<typeof ready>) => void, code: string, message: RegExp) => {
+    const gpu = ready()
+    const x = tensor([1, 2], [2], { backend: gpu.backend })
+    expect(await x.values()).toEqual(Float32Array.of(0, 0))
+    fail(gpu)
+    const told = expect.objectContaining({ code, message: expect.stringMatching(message) })
+    await expect(x.add(1).values()).rejects.toEqual(told)
+    // It stays so: what was submitted with what failed has not run.
+    await expect(x.values()).rejects.toEqual(told)
+    await expect(gpu.backend.sync()).rejects.toEqual(told)
+  }
+
+  test('memory that there is not', () =>
+    failing(gpu => gpu.report(new GPUOutOfMemoryError('no 5 GB')), 'E_OUT_OF_MEMORY', /no 5 GB.*smaller batch/))
+
+  test('a kernel that is refused', () =>
+    failing(gpu => gpu.report(new Error('binding 3 is too small')), 'E_BACKEND', /binding 3 is too small.*report it/))
+
+  test('a device that is lost', () =>
+    failing(gpu => gpu.lose('driver was reset'), 'E_BACKEND', /the GPU was lost: driver was reset.*last checkpoint/))
+
+  test('the first error is the one to tell', () =>
+    failing(
+      gpu => {
+        gpu.report(new Error('first'))
+        gpu.lose('then')
+      },
+      'E_BACKEND',
+      /first/,
+    ))
+
+  test('a device that was given back is not lost', async () => {
+    const { backend, lose } = ready()
+    backend.dispose()
+    lose('too late')
+    await expect(backend.sync()).resolves.toBeUndefined()
+  })
+
+  test('a device with less than kernels need says what it has', () => {
+    expect(() => ready({ maxStorageBuffersPerShaderStage: 4, maxComputeInvocationsPerWorkgroup: 128 })).toThrow(
+      expect.objectContaining({
+        code: 'E_UNSUPPORTED',
+        message: expect.stringMatching(
+          /maxStorageBuffersPerShaderStage 4.* 8.*maxComputeInvocationsPerWorkgroup 128.* 256/,
+        ),
+      }),
+    )
+  })
+})
