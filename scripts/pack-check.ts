@@ -29,7 +29,7 @@ interface Packed {
 }
 
 /** Entries without a condition of their own that run in browsers as they are. */
-const asTheyAre = ['@moe/core', '@moe/backend-tfjs']
+const asTheyAre = ['@moe/core', '@moe/backend-tfjs', '@moe/kernels-webgpu']
 
 const work = mkdtempSync(join(tmpdir(), 'moe-pack-'))
 const problems: string[] = []

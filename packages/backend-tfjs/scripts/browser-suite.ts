@@ -8,8 +8,7 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { build } from 'esbuild'
-import { inChromium } from '../../../scripts/in-chromium.ts'
+import { suiteInChromium } from '../../../scripts/bundle-suite.ts'
 
 const [name = 'webgpu', part = ''] = process.argv.slice(2)
 const inexact = ['sin', 'cos'].flatMap(code => [`unary: ${code}`, `unary: ${code} of special values`])
@@ -18,7 +17,6 @@ const skip = {
   webgpu: onGpu,
   webgl: [...onGpu, { reason: 'integers lie in f32', checks: ['cast: f32 to i32'] }],
 }[name]
-const path = (of: string) => fileURLToPath(new URL(of, import.meta.url))
 const work = mkdtempSync(join(tmpdir(), 'moe-browser-suite-'))
 try {
   const kernels = `@tensorflow/tfjs-backend-${name}`
@@ -28,13 +26,10 @@ try {
     ['install', '--no-audit', '--no-fund', '--loglevel=error', '@tensorflow/tfjs-core@4.22.0', `${kernels}@4.22.0`],
     { cwd: work, stdio: ['ignore', 'ignore', 'inherit'], shell: process.platform === 'win32' },
   )
-  const { outputFiles } = await build({
-    stdin: {
-      contents: `
+  const setup = `
 import * as tf from '@tensorflow/tfjs-core'
 import * as kernels from '${kernels}'
-import { backendSuite } from ${JSON.stringify(path('../../core/src/testing/index.ts'))}
-import { tfjsBackend } from ${JSON.stringify(path('../src/tfjs-backend.ts'))}
+import { tfjsBackend } from ${JSON.stringify(fileURLToPath(new URL('../src/tfjs-backend.ts', import.meta.url)))}
 
 kernels.setWasmPaths?.('/files/')
 await tf.setBackend('${name}')
@@ -42,35 +37,9 @@ await tf.ready()
 // A command that WebGPU refuses fails silently, and what was sent with it as well.
 tf.backend().device?.addEventListener('uncapturederror', ({ error }) => note(error.message.slice(0, 1500)))
 tf.backend().device?.lost.then(({ reason, message }) => note('the device was lost: ' + reason + ' ' + message))
-let passed = 0
-let failed = 0
-for (const check of backendSuite(async () => tfjsBackend(tf), ${JSON.stringify({ skip })})) {
-  if (!check.name.includes(${JSON.stringify(part)})) continue
-  try {
-    await check.run()
-    passed++
-  } catch (error) {
-    failed++
-    await note(check.name + ': ' + String(error?.message ?? error).slice(0, 300))
-  }
-}
-await report({ backend: tf.getBackend(), passed, failed })
-`,
-      resolveDir: work,
-    },
-    bundle: true,
-    platform: 'browser',
-    format: 'esm',
-    target: 'es2022',
-    write: false,
-    logLevel: 'error',
-  })
+const backend = tfjsBackend(tf)`
   const files = join(work, 'node_modules', kernels, 'dist')
-  const result = (await inChromium(outputFiles[0].text, { folders: { '/files/': files }, seconds: 560 })) as {
-    failed: number
-  }
-  console.log(result)
-  process.exitCode = result.failed === 0 ? 0 : 1
+  await suiteInChromium({ setup, resolveDir: work, part, skip }, { '/files/': files })
 } finally {
   rmSync(work, { recursive: true, force: true })
 }

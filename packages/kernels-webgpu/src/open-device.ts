@@ -35,7 +35,9 @@ async function deviceOf(adapter: GpuAdapter): Promise<GpuDevice> {
 }
 
 function nameOf({ info }: GpuAdapter): string {
-  const words = [info.vendor, info.architecture, info.description || info.device].filter(Boolean)
+  // Deno has numbers for vendors.
+  const vendor = /^\d*$/.test(info.vendor) ? '' : info.vendor
+  const words = [vendor, info.architecture, info.description || info.device].filter(Boolean)
   return words.length > 0 ? words.join(' ') : 'a GPU'
 }
 
@@ -54,10 +56,12 @@ let dawn: Gpu | undefined
 
 async function fromPackage(): Promise<Gpu> {
   if (dawn) return dawn
-  // A name that is known when it runs is left alone by bundlers for browsers.
+  // A name that is known when it runs is left alone by bundlers for browsers, and by these words without a warning.
   const name = process.env.MOE_WEBGPU || 'webgpu'
   try {
-    const { create } = (await import(name)) as { create(options: readonly string[]): Gpu }
+    const { create } = (await import(/* @vite-ignore */ /* webpackIgnore: true */ name)) as {
+      create(options: readonly string[]): Gpu
+    }
     dawn = create([])
     return dawn
   } catch (cause) {

@@ -1,0 +1,6 @@
+/** How the suite's module begins in a page and in Deno. */
+export const suiteSetup = {
+  setup: `import { createBackend } from '../src/index.ts'
+const backend = await createBackend()`,
+  resolveDir: import.meta.dirname,
+}
