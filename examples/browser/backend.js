@@ -2,7 +2,7 @@
 import { firstAvailable } from '@moe/core'
 
 /** The first that starts. */
-export const pickBackend = () => firstAvailable([() => tfjsOnWasm])
+export const pickBackend = () => firstAvailable([() => import('@moe/kernels-webgpu'), () => tfjsOnWasm])
 
 const tfjsOnWasm = {
   createBackend: async () => {

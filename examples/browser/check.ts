@@ -1,5 +1,5 @@
 /**
- * @file Runs what examples/browser is made of in headless Chromium: a model is opened by its address, and its greedy text must be that of Node.
+ * @file Runs what examples/browser is made of in headless Chromium, with and without WebGPU: a model is opened by its address, and its greedy text must be that of Node.
  *
  *   node examples/browser/check.ts [FOLDER of a run or model; default: random weights]
  */
@@ -20,12 +20,13 @@ const prompt = 'My fellow Americans'
 const work = mkdtempSync(join(tmpdir(), 'moe-browser-check-'))
 try {
   const folder = process.argv[2] === undefined ? await randomModel(work) : modelFolder(process.argv[2])
-  const program = `
+  const program = (before: string) => `
 import { setDefaultBackend } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { pickBackend } from './backend.js'
 
+${before}
 const backend = await pickBackend()
 setDefaultBackend(backend)
 const folder = new URL('model/', document.baseURI)
@@ -39,14 +40,16 @@ const generation = model.generate(tokenizer.encode(${JSON.stringify(prompt)}), {
 for await (const piece of generation) text += piece
 await report({ device: backend.device, progress, code, tokensPerSecond: (1000 * generation.stats.tokens) / (performance.now() - started), text })
 `
-  const bundle = await bundlePage({ contents: program, resolveDir: import.meta.dirname })
   const wasm = dirname(createRequire(import.meta.url).resolve('@tensorflow/tfjs-backend-wasm'))
-  const there = (await inChromium(bundle, { folders: { '/model/': folder, '/wasm/': wasm }, seconds: 300 })) as Report
   const here = await textInNode(folder)
-  console.log({ ...there, bundleKilobytes: Math.round(bundle.length / 1000), same: there.text === here })
-  // What MTP layers repeat of the model is not read.
-  const whole = there.progress.bytes > 0.9 * there.progress.totalBytes
-  process.exitCode = there.text === here && there.text !== '' && there.code === 'E_UNSUPPORTED' && whole ? 0 : 1
+  for (const before of ['', "Object.defineProperty(navigator, 'gpu', { value: undefined })"]) {
+    const bundle = await bundlePage({ contents: program(before), resolveDir: import.meta.dirname })
+    const there = (await inChromium(bundle, { folders: { '/model/': folder, '/wasm/': wasm }, seconds: 560 })) as Report
+    console.log({ ...there, bundleKilobytes: Math.round(bundle.length / 1000), same: there.text === here })
+    // What MTP layers repeat of the model is not read.
+    const whole = there.progress.bytes > 0.9 * there.progress.totalBytes
+    if (there.text !== here || there.text === '' || there.code !== 'E_UNSUPPORTED' || !whole) process.exitCode = 1
+  }
 } finally {
   rmSync(work, { recursive: true, force: true })
 }

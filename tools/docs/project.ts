@@ -51,7 +51,7 @@ const repository = read('packages/core/package.json').repository.url.replace(/^g
 /** In the order in which a newcomer meets them; one that is not named here comes after them. */
 const order = [
   ...['core', 'deepseek', 'trainer', 'tokenizer-bpe', 'server', 'attention-mla', 'router', 'mtp', 'checkpoint'],
-  ...['parallel', 'kernels-cpu', 'kernels-cuda', 'backend-tfjs'],
+  ...['parallel', 'kernels-cpu', 'kernels-cuda', 'kernels-webgpu', 'backend-tfjs'],
 ]
 
 const documentGroups: [group: string, files: string[]][] = [
