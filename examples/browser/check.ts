@@ -20,14 +20,14 @@ const prompt = 'My fellow Americans'
 const work = mkdtempSync(join(tmpdir(), 'moe-browser-check-'))
 try {
   const folder = process.argv[2] === undefined ? await randomModel(work) : modelFolder(process.argv[2])
-  const program = (before: string) => `
+  const program = (backend: string) => `
 import { setDefaultBackend } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-webgpu'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { pickBackend } from './backend.js'
 
-${before}
-const backend = await pickBackend()
+const backend = await ${backend}
 setDefaultBackend(backend)
 const folder = new URL('model/', document.baseURI)
 const tokenizer = await BpeTokenizer.fromJSONAsync(await (await fetch(new URL('tokenizer.json', folder))).text())
@@ -42,8 +42,9 @@ await report({ device: backend.device, progress, code, tokensPerSecond: (1000 * 
 `
   const wasm = dirname(createRequire(import.meta.url).resolve('@tensorflow/tfjs-backend-wasm'))
   const here = await textInNode(folder)
-  for (const before of ['', "Object.defineProperty(navigator, 'gpu', { value: undefined })"]) {
-    const bundle = await bundlePage({ contents: program(before), resolveDir: import.meta.dirname })
+  // Where there is no GPU the page does without.
+  for (const backend of ['createBackend({ software: true })', 'pickBackend()']) {
+    const bundle = await bundlePage({ contents: program(backend), resolveDir: import.meta.dirname })
     const there = (await inChromium(bundle, { folders: { '/model/': folder, '/wasm/': wasm }, seconds: 560 })) as Report
     console.log({ ...there, bundleKilobytes: Math.round(bundle.length / 1000), same: there.text === here })
     // What MTP layers repeat of the model is not read.

@@ -1,6 +1,6 @@
 /** How the suite's module begins in a page and in Deno. */
 export const suiteSetup = {
   setup: `import { createBackend } from '../src/index.ts'
-const backend = await createBackend()`,
+const backend = await createBackend({ software: true })`,
   resolveDir: import.meta.dirname,
 }

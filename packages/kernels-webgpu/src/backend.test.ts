@@ -22,6 +22,17 @@ describe('without a GPU', () => {
     expect(error.message).toMatch(/npm install webgpu/)
   })
 
+  test.skipIf(gpu !== null)('one in software is left to those who ask for it', async () => {
+    const adapter =
+      "{ info: { vendor: 'google', architecture: '', device: '', description: 'SwiftShader', isFallbackAdapter: true }, limits: {} }"
+    process.env.MOE_WEBGPU = `data:text/javascript,export const create = () => ({ requestAdapter: async () => (${adapter}) })`
+    const error = await createBackend().catch(cause => cause)
+    expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
+    expect(error.message).toMatch(/google SwiftShader.*software: true/s)
+    const asked = await createBackend({ software: true }).catch(cause => cause)
+    expect(asked.message).toMatch(/gives no device/)
+  })
+
   test('an option that there is not is refused', () => {
     expect(() => webgpuBackend({} as GpuDevice, { nam: 'x' } as never)).toThrow(
       expect.objectContaining({ code: 'E_CONFIG' }),

@@ -13,6 +13,12 @@ export interface WebGpuOptions {
   readonly name?: string
 }
 
+/** Which GPU is taken. */
+export interface CreateWebGpuOptions {
+  /** Take one that is computed by the processor (SwiftShader), too: for tests. Any other backend is faster. Default false. */
+  readonly software?: boolean
+}
+
 /** What kernels need: what WebGPU promises of every device that is not in its compatibility mode. */
 const needed: Partial<GpuLimits> = {
   maxStorageBuffersPerShaderStage: 8,
@@ -25,8 +31,9 @@ const needed: Partial<GpuLimits> = {
  * For `firstAvailable`: the GPU of the browser, of Deno, or in Node what the npm package `webgpu` finds.
  * @throws MoeError E_NO_BACKEND: no WebGPU here, or no GPU for it
  */
-export async function createBackend(): Promise<Backend> {
-  const { device, name } = await openDevice()
+export async function createBackend(options: CreateWebGpuOptions = {}): Promise<Backend> {
+  checkOptions('createBackend', options, { software: true })
+  const { device, name } = await openDevice(options.software === true)
   return webgpuBackend(device, { name })
 }
 

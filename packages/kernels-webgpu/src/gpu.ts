@@ -106,6 +106,8 @@ export interface GpuAdapter {
     readonly architecture: string
     readonly device: string
     readonly description: string
+    /** Whether the processor does its work; not known everywhere. */
+    readonly isFallbackAdapter?: boolean
   }
   readonly limits: GpuLimits
   requestDevice(descriptor: { readonly requiredLimits: Record<string, number> }): Promise<GpuDevice>

@@ -11,14 +11,23 @@ export interface OpenDevice {
 const refused = (problem: string, fix: string, cause?: unknown) =>
   new MoeError({ code: 'E_NO_BACKEND', op: 'kernels-webgpu', problem, fix, cause })
 
-/** @throws MoeError E_NO_BACKEND: no WebGPU here, or no GPU for it */
-export async function openDevice(): Promise<OpenDevice> {
+/**
+ * @param software whether a GPU in software will do
+ * @throws MoeError E_NO_BACKEND: no WebGPU here, or no GPU for it
+ */
+export async function openDevice(software: boolean): Promise<OpenDevice> {
   const gpu = await findGpu()
   const adapter = await gpu.requestAdapter({ powerPreference: 'high-performance' })
   if (adapter === null) {
     throw refused(
       'WebGPU finds no GPU',
       'it needs a driver for Vulkan, Metal or Direct3D 12; @moe/kernels-cpu computes without one',
+    )
+  }
+  if (adapter.info.isFallbackAdapter && !software) {
+    throw refused(
+      `the only GPU is ${nameOf(adapter)}, computed by the processor, which others use better`,
+      'take another backend, or this one by createBackend({ software: true })',
     )
   }
   return { device: await deviceOf(adapter), name: nameOf(adapter) }
