@@ -77,7 +77,7 @@ export function isMoeError(value: unknown, code?: ErrorCode): value is MoeError 
 export function shown(value: unknown): string {
   if (typeof value === 'string') return JSON.stringify(value.length > 40 ? `${value.slice(0, 40)}…` : value)
   if (Array.isArray(value)) return `[${value.map(shown).join(',')}]`
-  return typeof value === 'object' && value !== null ? describe(value) : String(value)
+  return typeof value === 'object' || typeof value === 'function' ? describe(value) : String(value)
 }
 
 /** Internal: what a caller passed by mistake, in a few words. */
@@ -85,6 +85,10 @@ export function describe(value: unknown): string {
   if (value === null || value === undefined) return `${value}`
   if (value instanceof Promise) return 'a promise'
   if (Array.isArray(value)) return 'an array'
-  if (typeof value === 'object') return `a ${value.constructor?.name ?? 'bare object'}`
+  if (typeof value === 'object') {
+    const name = value.constructor?.name ?? 'bare object'
+    return `${/^[AEIOU]/.test(name) ? 'an' : 'a'} ${name}`
+  }
+  if (typeof value === 'function') return value.name ? `the function ${value.name}` : 'a function'
   return typeof value === 'string' ? `the string ${shown(value)}` : `the ${typeof value} ${String(value).slice(0, 40)}`
 }

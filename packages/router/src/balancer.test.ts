@@ -172,7 +172,7 @@ describe('controllers', () => {
     const factory = auxFree as unknown as Balancer
     const refused = (message: RegExp) =>
       expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(message) })
-    const function_ = /the balancer is the function auxFree; pass what such a function makes: auxFree\(\)/
+    const function_ = /the balancer is the function auxFree; pass what a function such as auxFree\(\) makes/
     expect(() => new MoELayer(config, { balancer: factory })).toThrow(refused(function_))
     expect(() => together(sequenceWise(), factory)).toThrow(refused(function_))
     const greedy = { ...config, topk_method: 'greedy' } as const

@@ -35,8 +35,8 @@ export interface Balancer {
 /** Refuses what is no balancer, such as a function that makes one. @throws MoeError E_CONFIG */
 export function needBalancer(op: string, balancer: unknown): void {
   if (typeof balancer === 'object' && balancer !== null) return
-  const problem = `the balancer is ${typeof balancer === 'function' ? `the function ${balancer.name}` : shown(balancer)}`
-  throw new MoeError({ code: 'E_CONFIG', op, problem, fix: 'pass what such a function makes: auxFree()' })
+  const problem = `the balancer is ${shown(balancer)}`
+  throw new MoeError({ code: 'E_CONFIG', op, problem, fix: 'pass what a function such as auxFree() makes' })
 }
 
 /** Leaves the router to itself. */
