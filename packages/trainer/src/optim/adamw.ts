@@ -3,7 +3,6 @@ import {
   adamwStep,
   checkOptions,
   fromHost,
-  MoeError,
   type NamedParameter,
   type OptionNames,
   type Parameter,
@@ -13,6 +12,7 @@ import {
   type Tensor,
 } from '@moe/core'
 import {
+  misfit,
   needNamed,
   needRate,
   type OptimizerEntry,
@@ -131,15 +131,7 @@ export class AdamW implements StagedOptimizer {
       }
     }
     for (const name of stored) problems.push(`${name} is unexpected`)
-    if (problems.length > 0) {
-      throw new MoeError({
-        code: 'E_STATE_DICT',
-        op: 'AdamW.load',
-        problem: `the stored optimizer state does not fit the model:\n${problems.map(line => `  ${line}`).join('\n')}\n`,
-        fix: 'resume with the model that the run was started with',
-        details: { problems },
-      })
-    }
+    if (problems.length > 0) throw misfit('AdamW.load', problems)
     for (const [name, tensor] of own) {
       tensor.assign(fromHost(await source.read(name), tensor.shape, tensor.dtype, tensor.backend))
     }

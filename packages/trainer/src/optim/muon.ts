@@ -6,7 +6,6 @@ import {
   checkOptions,
   checkPrecision,
   fromHost,
-  MoeError,
   type NamedParameter,
   noGrad,
   type OptionNames,
@@ -20,7 +19,14 @@ import {
   tensor,
 } from '@moe/core'
 import { AdamW, type AdamWOptions, adamWNames } from './adamw.ts'
-import { needNamed, type OptimizerEntry, type OptimizerInputs, type StagedOptimizer, zeroState } from './optimizer.ts'
+import {
+  misfit,
+  needNamed,
+  type OptimizerEntry,
+  type OptimizerInputs,
+  type StagedOptimizer,
+  zeroState,
+} from './optimizer.ts'
 
 /** Settings of Muon, and of the AdamW that takes the other parameters. */
 export interface MuonOptions extends AdamWOptions {
@@ -188,15 +194,7 @@ export class Muon implements StagedOptimizer {
         problems.push(`${name} is stored as ${showShape(source.info(name).shape)}, needs ${showShape(momentum.shape)}`)
       }
     }
-    if (problems.length > 0) {
-      throw new MoeError({
-        code: 'E_STATE_DICT',
-        op: 'Muon.load',
-        problem: `the stored optimizer state does not fit the model:\n${problems.map(line => `  ${line}`).join('\n')}\n`,
-        fix: 'resume with the model that the run was started with',
-        details: { problems },
-      })
-    }
+    if (problems.length > 0) throw misfit('Muon.load', problems)
     await this.#rest.load(
       { keys: () => stored, info: name => source.info(name), read: name => source.read(name) },
       steps,

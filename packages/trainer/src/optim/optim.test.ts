@@ -1,7 +1,16 @@
 import { readFile } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { readSafetensors } from '@moe/checkpoint'
-import { disposeModule, fromHost, full, type NamedParameter, Parameter, setDefaultBackend, tensor } from '@moe/core'
+import {
+  disposeModule,
+  fromHost,
+  full,
+  type NamedParameter,
+  Parameter,
+  type StateSource,
+  setDefaultBackend,
+  tensor,
+} from '@moe/core'
 import { readF64, referenceBackend } from '@moe/core/reference'
 import fc from 'fast-check'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
@@ -39,6 +48,29 @@ test('optimizers refuse what is no list of named parameters, and steps without a
     optimizer.dispose()
   }
   parameter.dispose()
+})
+
+test('state of other parameters is refused with as many lines as one reads', async () => {
+  const parameters = Array.from({ length: 25 }, (_, i) => ({
+    name: `layers.${i}.weight`,
+    parameter: new Parameter(full([2, 2], i)),
+  }))
+  const none = { keys: () => ['other'], info: () => ({ shape: [1] }), read: async () => new Float32Array(1) }
+  for (const Made of [AdamW, Muon]) {
+    const optimizer = new Made(parameters)
+    const error = await optimizer.load(none as unknown as StateSource, 3).catch(error => error)
+    expect(error).toMatchObject({ code: 'E_STATE_DICT' })
+    const all: string[] = error.details.problems
+    expect(all.length).toBeGreaterThanOrEqual(25)
+    expect(error.message.split('\n')).toEqual([
+      expect.stringMatching(/: the stored optimizer state does not fit the model:$/),
+      ...all.slice(0, 20).map(line => `  ${line}`),
+      `  and ${all.length - 20} more: all are in the error's details`,
+      'resume with the model that the run was started with',
+    ])
+    optimizer.dispose()
+  }
+  for (const { parameter } of parameters) parameter.dispose()
 })
 
 describe('AdamW', () => {

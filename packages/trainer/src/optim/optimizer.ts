@@ -80,3 +80,20 @@ export const zeroState = (like: readonly Tensor[]): Parameter[] =>
   scope(() => like.map(tensor => zeros(tensor.shape, tensor))).map(
     tensor => new Parameter(tensor, { trainable: false }),
   )
+
+/** Lines of a message that somebody reads. */
+const shownProblems = 20
+
+/** Stored state that is not that of these parameters. */
+export function misfit(op: string, problems: readonly string[]): MoeError {
+  const lines = problems.slice(0, shownProblems)
+  const more = problems.length - lines.length
+  if (more > 0) lines.push(`and ${more} more: all are in the error's details`)
+  return new MoeError({
+    code: 'E_STATE_DICT',
+    op,
+    problem: `the stored optimizer state does not fit the model:\n${lines.map(line => `  ${line}`).join('\n')}\n`,
+    fix: 'resume with the model that the run was started with',
+    details: { problems },
+  })
+}
