@@ -271,7 +271,7 @@ describe.each([
   test('a step that is not finite is applied nowhere, and all ranks say where it came from', async () => {
     const errors: unknown[] = []
     const out = await temporaryFolder()
-    const schedule = (rank: number) => (step: number) => (step === 1 && rank === 1 ? Number.NaN : 1)
+    const schedule = (rank: number) => (step: number) => (step === 1 && rank === 1 ? Number.MAX_VALUE : 1)
     const run = together(rank => ({
       schedule: schedule(rank),
       out,
