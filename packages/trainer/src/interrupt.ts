@@ -8,13 +8,24 @@ export interface Interrupts {
   dispose(): void
 }
 
-/** @param processSignals listen to SIGINT and SIGTERM of this process, too */
-export function watchInterrupts(given: AbortSignal | undefined, processSignals: boolean): Interrupts {
+/**
+ * @param processSignals listen to SIGINT and SIGTERM of this process, too
+ * @param tell is told of one of these: who does not draw progress would see a program that goes on as if nothing had been
+ */
+export function watchInterrupts(
+  given: AbortSignal | undefined,
+  processSignals: boolean,
+  tell?: (text: string) => void,
+): Interrupts {
   const controller = new AbortController()
   const onGiven = () => controller.abort(given?.reason)
   if (given?.aborted) onGiven()
   given?.addEventListener('abort', onGiven, { once: true })
-  const stopListening = processSignals ? onInterrupt(name => controller.abort(new Error(name))) : () => {}
+  const onSignal = (name: string) => {
+    controller.abort(new Error(name))
+    tell?.(`${name}: the training ends after the step under way; once more ends the program\n`)
+  }
+  const stopListening = processSignals ? onInterrupt(onSignal) : () => {}
   return {
     signal: controller.signal,
     dispose() {

@@ -1,6 +1,6 @@
 /**
  * @file For tests only: a training run as a process of its own, to be interrupted. Arguments: folder, `hang` to never
- * finish saving.
+ * finish saving, or `silent` to draw nothing.
  */
 import { setDefaultBackend } from '@moe/core'
 import { BigramModel, letterData, roundingBackend } from './test-model.ts'
@@ -23,6 +23,7 @@ const run = await train(mode === 'hang' ? new Hanging() : new BigramModel(), {
   checkpointEvery: 50_000,
   out,
   resume: 'auto',
+  progress: mode !== 'silent',
   onEvent: event => {
     if (event.type === 'step' && event.step % 20 === 0) process.stdout.write(`step ${event.step}\n`)
   },

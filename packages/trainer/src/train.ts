@@ -4,6 +4,7 @@ import { checkModel } from './check-model.ts'
 import { tokenizeConversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
 import { TokenDataset } from './data/token-dataset.ts'
+import { standardError } from './host.ts'
 import { watchInterrupts } from './interrupt.ts'
 import type { TrainableModel } from './model.ts'
 import { checkOnRanks } from './model-on-ranks.ts'
@@ -44,7 +45,8 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   const { onRanks } = settings
   if (onRanks !== undefined) checkOnRanks(onRanks, model)
   const optimizer = makeOptimizer(settings, onRanks?.parameters ?? parameters)
-  const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false)
+  const tell = settings.progress === false ? (text: string) => standardError().write(text) : undefined
+  const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false, tell)
   let run: Run | undefined
   try {
     run = new Run(model, settings, data, parameters, optimizer, interrupts)
