@@ -74,6 +74,7 @@ async function pickBackend(): Promise<Backend> {
   const loaders = {
     'kernels-cuda': () => import('@moe/kernels-cuda'),
     'kernels-cpu': () => import('@moe/kernels-cpu'),
+    'kernels-webgpu': () => import('@moe/kernels-webgpu'),
     'backend-tfjs': () => import('@moe/backend-tfjs'),
   }
   const first = loaders[options.backend as keyof typeof loaders]
