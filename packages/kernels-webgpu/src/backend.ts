@@ -1,7 +1,7 @@
 /** @file `webgpuBackend`: core's Backend on a device of WebGPU. */
-import { type Backend, checkOptions, type DType, MoeError } from '@moe/core'
+import { type Backend, checkOptions, dtypeBytes, MoeError, sizeOf, viewBytes } from '@moe/core'
 import { Commands } from './commands.ts'
-import { bufferOf, DeviceOps } from './device-ops.ts'
+import { bufferOf, DeviceOps, supported } from './device-ops.ts'
 import type { GpuDevice, GpuLimits } from './gpu.ts'
 import { fusedOn, primitivesOn } from './kernels/index.ts'
 import { type Buffer, Memory } from './memory.ts'
@@ -38,8 +38,7 @@ export async function createBackend(options: CreateWebGpuOptions = {}): Promise<
 }
 
 /**
- * A backend on a device that is there already, such as one that a page draws with; `dispose` destroys the device. dtypes: f32, i32 and u8, four bytes an element
- * on the device.
+ * A backend on a device that is there already, such as one that a page draws with; `dispose` destroys the device. dtypes: all but f16.
  * @throws MoeError E_UNSUPPORTED: the device's limits are below the defaults of WebGPU
  */
 export function webgpuBackend(device: GpuDevice, options: WebGpuOptions = {}): Backend {
@@ -51,23 +50,23 @@ export function webgpuBackend(device: GpuDevice, options: WebGpuOptions = {}): B
   return {
     name: 'kernels-webgpu',
     device: options.name ?? 'WebGPU',
-    dtypes: new Set<DType>(['f32', 'i32', 'u8']),
+    dtypes: supported,
     bf16Matmul: false,
     fp8Matmul: false,
     primitives: primitivesOn(gpu),
     fused: fusedOn(gpu),
     upload(data, shape, dtype) {
       const y = gpu.output('upload', { shape, dtype })
-      // A copy in whole words, so that the device may take it when it likes.
-      commands.upload(dtype === 'f32' ? (data as Float32Array) : Int32Array.from(data as ArrayLike<number>), y.gpu)
+      // Whole words: what is behind the last element means nothing.
+      const whole = data.byteLength % 4 === 0 ? data : new Uint8Array(y.bytes)
+      if (whole !== data) (whole as Uint8Array).set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength))
+      commands.upload(whole, y.gpu)
       return y
     },
     async download(value) {
       const { gpu: from, bytes } = bufferOf(value)
       const read = await commands.download(from, bytes)
-      if (value.dtype === 'f32') return new Float32Array(read)
-      const integers = new Int32Array(read)
-      return value.dtype === 'u8' ? Uint8Array.from(integers) : integers
+      return viewBytes(value.dtype, new Uint8Array(read, 0, sizeOf(value.shape) * dtypeBytes[value.dtype]))
     },
     free: handle => memory.release(handle as Buffer),
     sync: () => commands.wait(),

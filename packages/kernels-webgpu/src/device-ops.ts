@@ -1,10 +1,13 @@
 /** @file What kernels are written with: outputs, inputs, and a launch. */
-import { type Handle, MoeError, sizeOf, type TensorSpec, type Value } from '@moe/core'
+import { type DType, type Handle, MoeError, sizeOf, type TensorSpec, type Value } from '@moe/core'
 import type { Commands, Program } from './commands.ts'
 import type { Buffer, Memory } from './memory.ts'
 
 /** Threads of a workgroup of kernels that have one thread an element. */
 export const THREADS = 64
+
+/** What tensors may hold. */
+export const supported: ReadonlySet<DType> = new Set(['f32', 'bf16', 'f8e4m3', 'i32', 'u8'])
 
 /** The device as kernels see it. */
 export class DeviceOps {
@@ -18,12 +21,12 @@ export class DeviceOps {
 
   /** A fresh buffer; its elements are anything. */
   output(op: string, { shape, dtype }: TensorSpec): Buffer {
-    if (dtype !== 'f32' && dtype !== 'i32' && dtype !== 'u8') {
+    if (!supported.has(dtype)) {
       throw new MoeError({
         code: 'E_UNSUPPORTED',
         op,
         problem: `WebGPU has no ${dtype}`,
-        fix: 'use f32, or another backend (@moe/kernels-cpu, @moe/kernels-cuda) for 16- and 8-bit floats',
+        fix: 'use f32 or bf16',
         details: { dtype },
       })
     }

@@ -1,18 +1,15 @@
 /** @file Buffers of a device: handles that share them, and the ones that are kept for later tensors. */
-import { type BackendStats, type DType, MoeError, type Shape, sizeOf } from '@moe/core'
+import { type BackendStats, type DType, dtypeBytes, MoeError, type Shape, sizeOf } from '@moe/core'
 import type { Commands } from './commands.ts'
 import { type GpuBuffer, type GpuDevice, usage } from './gpu.ts'
 
 /** One piece of device memory. What @moe/core holds as a handle; each handle is one of `refs`. */
 export interface Buffer {
   readonly gpu: GpuBuffer
-  /** Of the elements, four each. */
+  /** Of the elements, in whole words of four. */
   readonly bytes: number
   refs: number
 }
-
-/** Every element takes four bytes: WGSL has no smaller ones. */
-const ELEMENT_BYTES = 4
 
 /** Most bytes that are kept for later tensors, beside as many as tensors hold. */
 const KEPT_BYTES = 2 ** 28
@@ -35,7 +32,7 @@ export class Memory {
 
   /** @throws MoeError E_OUT_OF_MEMORY for a tensor that is larger than the device binds */
   allocate(op: string, shape: Shape, dtype: DType): Buffer {
-    const bytes = sizeOf(shape) * ELEMENT_BYTES
+    const bytes = Math.ceil((sizeOf(shape) * dtypeBytes[dtype]) / 4) * 4
     const { maxBufferSize, maxStorageBufferBindingSize } = this.#device.limits
     const most = Math.min(maxBufferSize, maxStorageBufferBindingSize)
     if (bytes > most) {

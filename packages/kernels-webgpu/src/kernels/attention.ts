@@ -28,9 +28,10 @@ interface Rows {
   /** WGSL expressions of `b`, `g` and key `j`: where its features begin, and those of its value. */
   readonly key: string
   readonly value: string
-  /** Names of the buffers of both. */
+  /** Names of the buffers of both, and what they hold. */
   readonly keys: string
   readonly values: string
+  readonly dtype: 'f32' | 'bf16'
   readonly wide: boolean
   /** WGSL: sets `first` and `end`, the keys that query `t` sees. */
   readonly sees: string
@@ -43,10 +44,10 @@ interface Rows {
  * query and part.
  * Words: 0 teams, 1 H, 2 T, 3 S, 4 G, 5 features of a key, 6 of a value, 7 scale, 8 parts, then what the form needs.
  */
-const overRows = ({ label, buffers, key, value, keys, values, wide, sees, lse }: Rows): Program => ({
-  label: `${label} ${wide ? 'wide' : 'narrow'}`,
+const overRows = ({ label, buffers, key, value, keys, values, dtype, wide, sees, lse }: Rows): Program => ({
+  label: `${label} ${dtype} ${wide ? 'wide' : 'narrow'}`,
   buffers: ['q f32', ...buffers, 'y* f32', 'lse* f32'],
-  body: `${special}${exponential}${logarithm}${[...new Set([keys, values])].map(name => readQuad(name, wide)).join('')}
+  body: `${special}${exponential}${logarithm}${[...new Set([keys, values])].map(name => readQuad(name, wide, dtype)).join('')}
 var<workgroup> query: array<vec4<f32>, ${MOST_KEY}>;
 var<workgroup> parts: array<vec4<f32>, ${TEAM}>;
 var<workgroup> chances: array<vec4<f32>, ${TEAM}>;
@@ -260,6 +261,7 @@ const ofHeads = (wide: boolean) =>
     buffers: [quads('k', wide), quads('v', wide), 'lengths i32', 'starts i32'],
     keys: 'k',
     values: 'v',
+    dtype: 'f32',
     key: '((b * p(3u) + j) * p(4u) + g) * width',
     value: '((b * p(3u) + j) * p(4u) + g) * value_width',
     wide,
@@ -296,12 +298,13 @@ export const attention =
 const latentRow = `(u32(pages[b * p(10u) + j / p(9u)]) * p(9u) + j % p(9u)) * width`
 const sequenceRow = '(b * p(9u) + j) * width'
 
-const ofLatents = (paged: boolean, wide: boolean) =>
+const ofLatents = (paged: boolean, dtype: 'f32' | 'bf16', wide: boolean) =>
   overRows({
     label: paged ? 'latentAttention in pages' : 'latentAttention',
-    buffers: [quads('cache', wide), 'lengths i32', ...(paged ? ['pages i32'] : [])],
+    buffers: [quads('cache', wide, dtype), 'lengths i32', ...(paged ? ['pages i32'] : [])],
     keys: 'cache',
     values: 'cache',
+    dtype,
     key: paged ? latentRow : sequenceRow,
     value: paged ? latentRow : sequenceRow,
     wide,
@@ -320,7 +323,7 @@ export const latentAttention =
     const y = gpu.output(op, spec)
     const perSequence = pages?.shape[1] ?? 1
     const buffers = [cache, lengths, ...(pages ? [pages] : [])].map(bufferOf)
-    const program = ofLatents(pages !== undefined, areWide(width))
+    const program = ofLatents(pages !== undefined, cache.dtype === 'bf16' ? 'bf16' : 'f32', areWide(width))
     const shapes = { groups: 1, keys: size * perSequence, valueWidth: valueDim, words: [size, perSequence] }
     ofFew(gpu, { op, q, ...shapes, scale, program, buffers, y })
     return [y]

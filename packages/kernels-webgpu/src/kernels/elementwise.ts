@@ -1,9 +1,10 @@
 /** @file One thread an element: arithmetic, comparisons, choices, casts. */
-import type { BinaryCode, CompareCode, DType, Kernel, PrimitiveAttrs, UnaryCode } from '@moe/core'
+import { type BinaryCode, type CompareCode, type DType, isFloat, type Kernel, type PrimitiveAttrs, type UnaryCode } from '@moe/core'
 import { broadcastNest } from '@moe/core/strides'
 import { type Program, word } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement, elementOf, placeInNest } from '../device-ops.ts'
 import { exponential, hyperbolic, logarithm, powers, special, trigonometry } from './math.ts'
+import { compute, fromF8, readBits, toBf16, toF8 } from './packed.ts'
 
 const unaryFloats: { readonly [C in UnaryCode]: readonly [result: string, ...functions: string[]] } = {
   neg: ['-a'],
@@ -62,22 +63,24 @@ const binaryIntegers: { readonly [C in BinaryCode]: readonly [result: string, ..
   min: ['min(l, r)'],
 }
 
-const pairs = (label: string, [from, to]: readonly string[], [result, ...functions]: readonly string[]): Program => ({
-  label: `${label} ${from}`,
-  buffers: [`a ${from}`, `b ${from}`, `y* ${to}`],
-  body: `${functions.join('')}${placeInNest}${eachElement(`
+/** WGSL: the elements of both that element i is made of. */
+const pair = `
   let rank = p(1u);
   let l = a[place(i, 2u, 2u + rank)];
-  let r = b[place(i, 2u, 2u + 2u * rank)];
-  y[i] = ${result};`)}`,
-})
+  let r = b[place(i, 2u, 2u + 2u * rank)];`
 
 export const binary =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['binary']> =>
   ([a, b], { code }, [spec]) => {
     const y = gpu.output(code, spec)
     const element = elementOf(spec.dtype)
-    const program = pairs(code, [element, element], element === 'f32' ? binaryFloats[code] : binaryIntegers[code])
+    const [result, ...functions] = (element === 'f32' ? binaryFloats : binaryIntegers)[code]
+    const program: Program = {
+      label: `${code} ${element}`,
+      buffers: [`a ${element}`, `b ${element}`, `y* ${element}`],
+      body: `${functions.join('')}${placeInNest}${eachElement(`${pair}
+  y[i] = ${result};`)}`,
+    }
     if (countOf(spec) > 0) {
       gpu.each(program, [bufferOf(a), bufferOf(b), y], countOf(spec), broadcastNest(spec.shape, a.shape, b.shape))
     }
@@ -97,21 +100,27 @@ export const compare =
     const y = gpu.output(code, spec)
     const element = elementOf(a.dtype)
     const [float, integer] = comparisons[code]
-    const result = `i32(${element === 'f32' ? float : integer})`
-    const program = pairs(code, [element, 'i32'], element === 'f32' ? [result, special] : [result])
-    if (countOf(spec) > 0) {
-      gpu.each(program, [bufferOf(a), bufferOf(b), y], countOf(spec), broadcastNest(spec.shape, a.shape, b.shape))
+    if (countOf(spec) === 0) return [y]
+    const compared = {
+      label: `${code} ${element}`,
+      buffers: [`a ${element}`, `b ${element}`],
+      functions: `${special}${placeInNest}
+fn bits(i: u32) -> u32 {${pair}
+  return u32(${element === 'f32' ? float : integer});
+}`,
+      dtype: spec.dtype,
     }
+    compute(gpu, compared, [a, b].map(bufferOf), y, spec.shape, broadcastNest(spec.shape, a.shape, b.shape))
     return [y]
   }
 
 const choose: Program = {
   label: 'where',
   // Bits go as they are, whatever they are.
-  buffers: ['c i32', 'a u32', 'b u32', 'y* u32'],
-  body: `${placeInNest}${eachElement(`
+  buffers: ['c u32', 'a u32', 'b u32', 'y* u32'],
+  body: `${placeInNest}${readBits('c', 'u8')}${eachElement(`
   let rank = p(1u);
-  let first = c[place(i, 2u, 2u + rank)] != 0;
+  let first = c_at(place(i, 2u, 2u + rank)) != 0u;
   if (first) { y[i] = a[place(i, 2u, 2u + 2u * rank)]; } else { y[i] = b[place(i, 2u, 2u + 3u * rank)]; }`)}`,
 }
 
@@ -126,32 +135,51 @@ export const where =
     return [y]
   }
 
-/** To integers: toward zero, saturating, NaN to 0. */
-const casts: Record<string, readonly [from: string, to: string, result: string]> = {
-  'f32 i32': [
-    'f32',
-    'i32',
-    'select(select(select(i32(a), 2147483647, a >= 2147483648.0), -2147483647 - 1, a <= -2147483648.0), 0, is_nan(a))',
-  ],
-  'f32 u8': ['f32', 'i32', 'select(i32(clamp(a, 0.0, 255.0)), 0, is_nan(a))'],
-  'i32 f32': ['i32', 'f32', 'f32(a)'],
-  'u8 f32': ['i32', 'f32', 'f32(a)'],
-  'i32 u8': ['i32', 'i32', 'clamp(a, 0, 255)'],
-  'u8 i32': ['i32', 'i32', 'a'],
+/** WGSL: what `stored` bits stand for; floats as f32, integers as i32. */
+const decoded: { readonly [D in DType]?: string } = {
+  f32: 'bitcast<f32>(stored)',
+  bf16: 'bitcast<f32>(stored << 16u)',
+  f8e4m3: 'from_f8(vec4<u32>(stored)).x',
+  i32: 'bitcast<i32>(stored)',
+  u8: 'i32(stored)',
+}
+
+/** WGSL: the bits of an f32 `a`. To integers: toward zero, saturating, NaN to 0. */
+const fromFloat: { readonly [D in DType]?: string } = {
+  f32: 'bitcast<u32>(a)',
+  bf16: 'to_bf16(a)',
+  f8e4m3: 'to_f8(a)',
+  i32: 'bitcast<u32>(select(select(select(i32(a), 2147483647, a >= 2147483648.0), -2147483647 - 1, a <= -2147483648.0), 0, is_nan(a)))',
+  u8: 'select(u32(clamp(a, 0.0, 255.0)), 0u, is_nan(a))',
+}
+
+/** WGSL: the bits of an i32 `a`. */
+const fromInteger: { readonly [D in DType]?: string } = {
+  f32: 'bitcast<u32>(f32(a))',
+  bf16: 'to_bf16(f32(a))',
+  f8e4m3: 'to_f8(f32(a))',
+  i32: 'bitcast<u32>(a)',
+  u8: 'u32(clamp(a, 0, 255))',
 }
 
 export const cast =
   (gpu: DeviceOps): Kernel<{ readonly dtype: DType }> =>
   ([x], _, [spec]) => {
-    if (x.dtype === spec.dtype) return [gpu.copied('cast', x)]
+    const { dtype, shape } = spec
+    if (x.dtype === dtype) return [gpu.copied('cast', x)]
     const y = gpu.output('cast', spec)
-    const [from, to, result] = casts[`${x.dtype} ${spec.dtype}`]
     const program = {
-      label: `cast ${x.dtype} ${spec.dtype}`,
-      buffers: [`x ${from}`, `y* ${to}`],
-      body: `${special}${eachElement(`let a = x[i]; y[i] = ${result};`)}`,
+      label: `cast ${x.dtype} ${dtype}`,
+      buffers: ['x u32'],
+      functions: `${special}${fromF8}${toF8}${toBf16}${readBits('x', x.dtype)}
+fn bits(i: u32) -> u32 {
+  let stored = x_at(i);
+  let a = ${decoded[x.dtype]};
+  return ${(isFloat(x.dtype) ? fromFloat : fromInteger)[dtype]};
+}`,
+      dtype,
     }
-    gpu.each(program, [bufferOf(x), y], countOf(spec))
+    compute(gpu, program, [bufferOf(x)], y, shape, [])
     return [y]
   }
 

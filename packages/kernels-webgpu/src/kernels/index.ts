@@ -7,7 +7,7 @@ import { dispatchPlan } from './dispatch.ts'
 import { binary, cast, compare, fill, unary, where } from './elementwise.ts'
 import { globalNorm } from './global-norm.ts'
 import { linearCrossEntropy, linearCrossEntropyBackward } from './linear-cross-entropy.ts'
-import { groupedMatmul, groupedMatmulWeightGrad, matmul } from './matmul.ts'
+import { groupedMatmul, groupedMatmulWeightGrad, matmul, quantizedGroupedMatmul, quantizedMatmul } from './matmul.ts'
 import { mlaKeyValue, mlaKeyValueBackward } from './mla-key-value.ts'
 import { concat, expand, pad, permute, reshape, slice } from './movement.ts'
 import { adamwStep } from './optimizer.ts'
@@ -75,6 +75,8 @@ export const fusedOn = (gpu: DeviceOps): FusedKernels => ({
   combineTokensBackward: combineTokensBackward(gpu),
   groupedMatmul: groupedMatmul(gpu),
   groupedMatmulWeightGrad: groupedMatmulWeightGrad(gpu),
+  quantizedMatmul: quantizedMatmul(gpu),
+  quantizedGroupedMatmul: quantizedGroupedMatmul(gpu),
   adamwStep: adamwStep(gpu),
   globalNorm: globalNorm(gpu),
 })

@@ -10,6 +10,7 @@ import { multiply } from './matmul.ts'
 import { areWide, repeat } from './quads.ts'
 import { eachRow, largest, TEAM } from './teams.ts'
 import { eachValue, rowOf, TILE, tiled, tilesOf } from './tiles.ts'
+import { plain } from './weights.ts'
 
 /** Gradients of logits that are there at once. Tests make it small. */
 export const limits = { elements: 2 ** 22 }
@@ -164,11 +165,11 @@ export const linearCrossEntropyBackward =
       const a = { buffer: dlogits, pitch }
       const part = { pitch: features, start: first * features }
       multiply(gpu, op, {
-        ...{ a, b: { buffer: bw, ...part }, c: { buffer: dx, pitch: features }, adds: first > 0 },
+        ...{ a, b: plain({ buffer: bw, ...part }), c: { buffer: dx, pitch: features }, adds: first > 0 },
         ...{ transposeA: false, transposeB: false, m: rows, n: features, k: some },
       })
       multiply(gpu, op, {
-        ...{ a, b: { buffer: bx, pitch: features }, c: { buffer: dweight, ...part } },
+        ...{ a, b: plain({ buffer: bx, pitch: features }), c: { buffer: dweight, ...part } },
         ...{ transposeA: true, transposeB: false, m: some, n: features, k: rows },
       })
     }

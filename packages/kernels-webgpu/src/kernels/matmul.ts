@@ -1,23 +1,14 @@
 /** @file Matrix products in f32. m rows, n columns, k summed over. */
-import type { FusedAttrs, FusedKernel, Kernel, PrimitiveAttrs } from '@moe/core'
+import type { FusedAttrs, FusedKernel, Handle, Kernel, PrimitiveAttrs, TensorSpec, Value } from '@moe/core'
 import type { Program } from '../commands.ts'
 import { bufferOf, type DeviceOps, eachElement } from '../device-ops.ts'
-import type { Buffer } from '../memory.ts'
 import { areWide, quads, readQuad, repeat } from './quads.ts'
 import { eachValue, TEAM, TILE, tiled, tilesOf } from './tiles.ts'
-
-/** Elements of a matrix that lies row by row, each `pitch` behind the one before it, from `start` on. */
-export interface Placed {
-  readonly buffer: Buffer
-  readonly pitch: number
-  readonly start?: number
-  /** From one matrix of a batch to the next. */
-  readonly apart?: number
-}
+import { type Placed, plain, stored, type Weight, type WeightText, weightText } from './weights.ts'
 
 export interface Product {
   readonly a: Placed
-  readonly b: Placed
+  readonly b: Weight
   readonly c: Placed
   readonly transposeA: boolean
   readonly transposeB: boolean
@@ -34,10 +25,11 @@ const FEW_TILES = 64
 /** Least part of k. */
 const LEAST_DEEP = 256
 
-// Words: 0 m, 1 n, 2 k, 3 parts of k, 4 size of a part; pitch, start and distance of a, b and c from 5, 8 and 11 on; 14 whether it adds.
-const product = (transposeA: boolean, transposeB: boolean, wide: boolean): Program =>
-  tiled({
-    label: `matmul ${transposeA} ${transposeB}`,
+// Words: 0 m, 1 n, 2 k, 3 parts of k, 4 size of a part; pitch, start and distance of a and c from 5 and 8 on; 11 whether it adds; those of the weight.
+const product = (transposeA: boolean, transposeB: boolean, format: Weight['format'], wide: boolean): Program => {
+  const weight = weightText(format, wide, 12)
+  return tiled({
+    label: `matmul ${format} ${transposeA} ${transposeB}`,
     buffers: ['c* f32'],
     wide,
     begin: `
@@ -49,14 +41,15 @@ const product = (transposeA: boolean, transposeB: boolean, wide: boolean): Progr
   let k_first = part * p(4u);
   let k_end = min(p(2u), k_first + p(4u));
   let a0 = p(6u) + group.z / p(3u) * p(7u);
-  let b0 = p(9u) + group.z / p(3u) * p(10u);
-  let c0 = p(12u) + group.z * p(13u);`,
+  let matrix = group.z / p(3u);
+  let c0 = p(9u) + group.z * p(10u);`,
     left: { name: 'a', alongK: !transposeA, row: at => `a0 + ${at} * p(5u)` },
-    right: { name: 'b', alongK: transposeB, row: at => `b0 + ${at} * p(8u)` },
+    right: { name: 'w', reads: weight, alongK: transposeB, row: at => weight.row(at, 'matrix') },
     finish: eachValue(`
-        let to = c0 + row * p(11u) + at;
-        if (p(14u) == 1u) { c[to] += value; } else { c[to] = value; }`),
+        let to = c0 + row * p(8u) + at;
+        if (p(11u) == 1u) { c[to] += value; } else { c[to] = value; }`),
   })
+}
 
 const partsAdded: Program = {
   label: 'matmul parts',
@@ -79,11 +72,11 @@ export function multiply(gpu: DeviceOps, op: string, given: Product): void {
       : 1
   const deep = parts === 1 ? k : Math.ceil(k / parts / 16) * 16
   const to = parts === 1 ? c : { buffer: gpu.between(op, parts * batch * m * n), pitch: n, apart: m * n }
-  const places = [a, b, to].flatMap(({ pitch, start = 0, apart = 0 }) => [pitch, start, apart])
-  const wide = areWide(...places.slice(0, 6))
-  const buffers = [a.buffer, b.buffer, to.buffer]
-  const words = [m, n, k, parts, deep, ...places, Number(adds)]
-  gpu.launch(product(transposeA, transposeB, wide), buffers, words, [tilesOf(n), tilesOf(m), batch * parts])
+  const places = [a, to].flatMap(({ pitch, start = 0, apart = 0 }) => [pitch, start, apart])
+  const wide = b.wide && areWide(...places.slice(0, 3))
+  const buffers = [a.buffer, ...b.buffers, to.buffer]
+  const words = [m, n, k, parts, deep, ...places, Number(adds), ...b.words]
+  gpu.launch(product(transposeA, transposeB, b.format, wide), buffers, words, [tilesOf(n), tilesOf(m), batch * parts])
   if (parts === 1) return
   gpu.each(partsAdded, [to.buffer, c.buffer], batch * m * n, [m * n, parts])
   gpu.done(to.buffer)
@@ -94,44 +87,67 @@ const FEW_ROWS = 4
 
 interface RowProduct {
   readonly label: string
-  /** `x`, `w`, then these. */
+  readonly weight: WeightText
+  /** `x`, those of the weight, then these. */
   readonly buffers: readonly string[]
   readonly transposeW: boolean
   readonly wide: boolean
   readonly functions?: string
-  /** WGSL: sets `rows` (at most 4), `columns`, `deep`, `x0`, `w0` and `y0`, where the three begin, alike in all threads. */
+  /** WGSL: sets `rows` (at most 4), `columns`, `deep`, `x0` and `y0`, where the two begin, and `matrix`, which of the weight's, alike in all threads. */
   readonly begin: string
 }
 
 /**
- * A few rows times a matrix: bound by how fast that is read. Where it lies along k, 16 threads share a column; else 32 threads have 4 neighbouring columns each, and four
- * of these teams share k.
+ * A few rows times a matrix: bound by how fast that is read. Where it lies along k, 32 threads share four columns, so that there are four loads for one of x; else 32
+ * threads have 4 neighbouring columns each, and four of these teams share k.
  */
-function fewRows({ label, buffers, transposeW, wide, functions = '', begin }: RowProduct): Program {
-  const head = `${functions}${readQuad('x', wide)}${readQuad('w', wide)}
-var<workgroup> parts: array<vec4<f32>, ${transposeW ? TEAM : FEW_ROWS * TEAM}>;
+function fewRows({ label, weight, buffers, transposeW, wide, functions = '', begin }: RowProduct): Program {
+  const head = `${functions}${readQuad('x', wide)}${weight.functions}
+var<workgroup> parts: array<vec4<f32>, ${4 * TEAM}>;
 @compute @workgroup_size(${TEAM})
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
 ${begin}`
   // A component for each row.
   const alongK = `
-  let column = group.x * 8u + thread / 16u;
-  let lane = thread % 16u;
-  var sum = vec4<f32>();
-  for (var k = lane * 4u; k < deep; k += 64u) {
-    let weights = w4(w0 + column * deep, k, select(0u, deep, column < columns));${repeat(
-      FEW_ROWS,
-      row => `
-    if (${row}u < rows) { sum[${row}] += dot(weights, x4(x0 + ${row}u * deep, k, deep)); }`,
-    )}
-  }
-  parts[thread] = sum;
-  for (var step = 8u; step > 0u; step >>= 1u) {
+  let column = group.x * 16u + thread / 32u * 4u;
+  let lane = thread % 32u;${repeat(
+    4,
+    c => `
+  var sum${c} = vec4<f32>();`,
+  )}
+  for (var k = lane * 4u; k < deep; k += 128u) {${repeat(
+    4,
+    c => `
+    let weights${c} = w4(${weight.row(`(column + ${c}u)`, 'matrix')}, k, select(0u, deep, column + ${c}u < columns));`,
+  )}${repeat(
+    FEW_ROWS,
+    row => `
+    if (${row}u < rows) {
+      let own = x4(x0 + ${row}u * deep, k, deep);${repeat(
+        4,
+        c => `
+      sum${c}[${row}] += dot(weights${c}, own);`,
+      )}
+    }`,
+  )}
+  }${repeat(
+    4,
+    c => `
+  parts[${c * TEAM}u + thread] = sum${c};`,
+  )}
+  for (var step = 16u; step > 0u; step >>= 1u) {
     workgroupBarrier();
-    if (lane < step) { parts[thread] += parts[thread + step]; }
+    if (lane < step) {${repeat(
+      4,
+      c => `
+      parts[${c * TEAM}u + thread] += parts[${c * TEAM}u + thread + step];`,
+    )}
+    }
   }
-  if (lane == 0u && column < columns) {
-    for (var row = 0u; row < rows; row++) { y[y0 + row * columns + column] = parts[thread][row]; }
+  workgroupBarrier();
+  if (lane < 4u && column + lane < columns) {
+    let sum = parts[lane * ${TEAM}u + thread - lane];
+    for (var row = 0u; row < rows; row++) { y[y0 + row * columns + column + lane] = sum[row]; }
   }`
   const alongColumns = `
   let column = group.x * 128u + thread % 32u * 4u;
@@ -143,7 +159,7 @@ ${repeat(
   for (var k = thread / 32u * 4u; k < deep; k += 16u) {${repeat(
     4,
     c => `
-    let weights${c} = w4(w0 + (k + ${c}u) * columns, column, select(0u, columns, k + ${c}u < deep));`,
+    let weights${c} = w4(${weight.row(`(k + ${c}u)`, 'matrix')}, column, select(0u, columns, k + ${c}u < deep));`,
   )}${repeat(
     FEW_ROWS,
     row => `
@@ -168,19 +184,20 @@ ${repeat(
   }`
   return {
     label: `${label} ${transposeW} ${wide ? 'wide' : 'narrow'}`,
-    buffers: [quads('x', wide), quads('w', wide), ...buffers],
+    buffers: [quads('x', wide), ...weight.buffers, ...buffers],
     body: `${head}${transposeW ? alongK : alongColumns}
 }`,
   }
 }
 
 /** Columns of a workgroup of `fewRows`. */
-const columnsOf = (transposeW: boolean) => (transposeW ? 8 : 128)
+const columnsOf = (transposeW: boolean) => (transposeW ? 16 : 128)
 
-// Words: 0 rows, 1 columns, 2 k.
-const fewRowsProduct = (transposeW: boolean, wide: boolean): Program =>
+// Words: 0 rows, 1 columns, 2 k, those of the weight.
+const fewRowsProduct = (transposeW: boolean, format: Weight['format'], wide: boolean): Program =>
   fewRows({
-    label: 'matmul of few rows',
+    label: `matmul of few rows ${format}`,
+    weight: weightText(format, wide, 3),
     buffers: ['y* f32'],
     transposeW,
     wide,
@@ -188,32 +205,61 @@ const fewRowsProduct = (transposeW: boolean, wide: boolean): Program =>
   let rows = p(0u);
   let columns = p(1u);
   let deep = p(2u);
-  let x0 = group.z * rows * deep;
-  let w0 = group.z * columns * deep;
-  let y0 = group.z * rows * columns;`,
+  let matrix = group.z;
+  let x0 = matrix * rows * deep;
+  let y0 = matrix * rows * columns;`,
   })
+
+interface RowsByWeight {
+  readonly op: string
+  readonly x: Value
+  readonly weight: Weight
+  readonly transposeA: boolean
+  readonly transposeB: boolean
+  readonly spec: TensorSpec
+}
+
+function rowsByWeight(gpu: DeviceOps, { op, x, weight, transposeA, transposeB, spec }: RowsByWeight): Handle[] {
+  const y = gpu.output(op, spec)
+  const [m, n] = spec.shape.slice(-2)
+  const batch = spec.shape.length === 3 ? spec.shape[0] : 1
+  const k = x.shape[x.shape.length - (transposeA ? 2 : 1)]
+  if (m <= FEW_ROWS && !transposeA) {
+    const wide = weight.wide && areWide(k)
+    const groups = [Math.ceil(n / columnsOf(transposeB)), 1, batch]
+    const buffers = [bufferOf(x), ...weight.buffers, y]
+    const program = fewRowsProduct(transposeB, weight.format, wide)
+    gpu.launch(program, buffers, [m, n, k, ...weight.words], m === 0 ? [0] : groups)
+    return [y]
+  }
+  multiply(gpu, op, {
+    a: { buffer: bufferOf(x), pitch: transposeA ? m : k, apart: m * k },
+    b: weight,
+    c: { buffer: y, pitch: n, apart: m * n },
+    ...{ transposeA, transposeB, m, n, k, batch },
+  })
+  return [y]
+}
 
 export const matmul =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['matmul']> =>
   ([a, b], { transposeA, transposeB }, [spec]) => {
-    const y = gpu.output('matmul', spec)
-    const [m, n] = spec.shape.slice(-2)
-    const batch = spec.shape.length === 3 ? spec.shape[0] : 1
-    const k = a.shape[a.shape.length - (transposeA ? 2 : 1)]
-    if (m <= FEW_ROWS && !transposeA) {
-      const wide = areWide(k, transposeB ? k : n)
-      const groups = [Math.ceil(n / columnsOf(transposeB)), 1, batch]
-      gpu.launch(fewRowsProduct(transposeB, wide), [bufferOf(a), bufferOf(b), y], [m, n, k], m === 0 ? [0] : groups)
-      return [y]
-    }
-    multiply(gpu, 'matmul', {
-      a: { buffer: bufferOf(a), pitch: transposeA ? m : k, apart: m * k },
-      b: { buffer: bufferOf(b), pitch: transposeB ? k : n, apart: n * k },
-      c: { buffer: y, pitch: n, apart: m * n },
-      ...{ transposeA, transposeB, m, n, k, batch },
-    })
-    return [y]
+    const [rows, columns] = b.shape.slice(-2)
+    const weight = plain({ buffer: bufferOf(b), pitch: columns, apart: rows * columns })
+    return rowsByWeight(gpu, { op: 'matmul', x: a, weight, transposeA, transposeB, spec })
   }
+
+export const quantizedMatmul =
+  (gpu: DeviceOps): FusedKernel<FusedAttrs['quantizedMatmul']> =>
+  ([x, q, scale], attrs, [spec]) =>
+    rowsByWeight(gpu, {
+      op: 'quantizedMatmul',
+      x,
+      weight: stored(q, scale, attrs),
+      transposeA: false,
+      transposeB: attrs.transposeW,
+      spec,
+    })
 
 /**
  * WGSL: `expert_at`, of whose [first, end) `from` is a part, is found by all threads together; offsets[experts] .. total are the rows of nobody, which are expert
@@ -233,10 +279,11 @@ fn expert_at(wanted: u32, thread: u32) -> u32 {
 const tileOf = `
 fn first_tile(expert: u32) -> u32 { return begin_of(expert) / ${TILE}u + expert; }`
 
-// Words: 0 n, 1 k, 2 experts, 3 rows in all.
-const grouped = (transposeW: boolean, wide: boolean): Program =>
-  tiled({
-    label: `groupedMatmul ${transposeW}`,
+// Words: 0 n, 1 k, 2 experts, 3 rows in all, those of the weight.
+const grouped = (transposeW: boolean, format: Weight['format'], wide: boolean): Program => {
+  const weight = weightText(format, wide, 4)
+  return tiled({
+    label: `groupedMatmul ${format} ${transposeW}`,
     buffers: ['offsets i32', 'y* f32'],
     wide,
     functions: `${expertWhere('first_tile(expert) <= wanted && wanted < first_tile(expert + 1u)')}${tileOf}`,
@@ -249,52 +296,79 @@ const grouped = (transposeW: boolean, wide: boolean): Program =>
   let row0 = begin_of(expert) + (group.y - first_tile(expert)) * ${TILE}u;
   let rows = begin_of(expert + 1u);
   if (row0 >= rows) { return; }
-  let column0 = group.x * ${TILE}u;
-  let w0 = expert * columns * pitch;`,
+  let column0 = group.x * ${TILE}u;`,
     left: { name: 'x', alongK: true, row: at => `${at} * pitch` },
-    right: { name: 'w', alongK: transposeW, row: at => `w0 + ${at} * ${transposeW ? 'pitch' : 'columns'}` },
+    right: { name: 'w', reads: weight, alongK: transposeW, row: at => weight.row(at, 'expert') },
     finish: eachValue('y[row * columns + at] = value;'),
   })
+}
 
-const groupedRow = (transposeW: boolean, wide: boolean): Program =>
+const groupedRow = (transposeW: boolean, format: Weight['format'], wide: boolean): Program =>
   fewRows({
-    label: 'groupedMatmul of few rows',
+    label: `groupedMatmul of few rows ${format}`,
+    weight: weightText(format, wide, 4),
     buffers: ['offsets i32', 'y* f32'],
     transposeW,
     wide,
     functions: expertWhere('begin_of(expert) <= wanted && wanted < begin_of(expert + 1u)'),
     begin: `
-  let expert = expert_at(group.y, thread);
+  let matrix = expert_at(group.y, thread);
   let rows = 1u;
   let columns = p(0u);
-  let deep = select(p(1u), 0u, expert == p(2u));
+  let deep = select(p(1u), 0u, matrix == p(2u));
   let x0 = group.y * p(1u);
-  let w0 = expert * columns * p(1u);
   let y0 = group.y * columns;`,
   })
 
-/** Rows of `groupedMatmul` up to which each reads the weight of its expert for itself: most have one of their own. */
+/** Rows up to which each reads the weight of its expert for itself, where experts are fewer: most have one of their own. */
 const FEW_GROUPED_ROWS = 16
+
+interface RowsByExpert {
+  readonly op: string
+  readonly x: Value
+  readonly weight: Weight
+  readonly offsets: Value
+  readonly transposeW: boolean
+  readonly spec: TensorSpec
+}
+
+function rowsByExpert(gpu: DeviceOps, { op, x, weight, offsets, transposeW, spec }: RowsByExpert): Handle[] {
+  const y = gpu.output(op, spec)
+  const experts = offsets.shape[0] - 1
+  const [rows, inner] = x.shape
+  const [, n] = spec.shape
+  if (rows === 0 || n === 0) return [y]
+  const buffers = [bufferOf(x), ...weight.buffers, bufferOf(offsets), y]
+  const wide = weight.wide && areWide(inner)
+  const words = [n, inner, experts, rows, ...weight.words]
+  if (rows <= Math.max(FEW_GROUPED_ROWS, experts)) {
+    gpu.launch(groupedRow(transposeW, weight.format, wide), buffers, words, [Math.ceil(n / columnsOf(transposeW)), rows])
+  } else {
+    const tiles = Math.floor(rows / TILE) + experts + 1
+    gpu.launch(grouped(transposeW, weight.format, wide), buffers, words, [tilesOf(n), tiles])
+  }
+  return [y]
+}
 
 export const groupedMatmul =
   (gpu: DeviceOps): FusedKernel<FusedAttrs['groupedMatmul']> =>
-  ([x, weight, offsets], { transposeW }, [spec]) => {
-    const y = gpu.output('groupedMatmul', spec)
-    const [experts] = weight.shape
-    const [rows, inner] = x.shape
-    const [, n] = spec.shape
-    if (rows === 0 || n === 0) return [y]
-    const buffers = [...[x, weight, offsets].map(bufferOf), y]
-    const wide = areWide(inner, transposeW ? inner : n)
-    const words = [n, inner, experts, rows]
-    if (rows <= FEW_GROUPED_ROWS) {
-      gpu.launch(groupedRow(transposeW, wide), buffers, words, [Math.ceil(n / columnsOf(transposeW)), rows])
-    } else {
-      const tiles = Math.floor(rows / TILE) + experts + 1
-      gpu.launch(grouped(transposeW, wide), buffers, words, [tilesOf(n), tiles])
-    }
-    return [y]
+  ([x, w, offsets], { transposeW }, [spec]) => {
+    const [, rows, columns] = w.shape
+    const weight = plain({ buffer: bufferOf(w), pitch: columns, apart: rows * columns })
+    return rowsByExpert(gpu, { op: 'groupedMatmul', x, weight, offsets, transposeW, spec })
   }
+
+export const quantizedGroupedMatmul =
+  (gpu: DeviceOps): FusedKernel<FusedAttrs['quantizedGroupedMatmul']> =>
+  ([x, q, offsets, scale], attrs, [spec]) =>
+    rowsByExpert(gpu, {
+      op: 'quantizedGroupedMatmul',
+      x,
+      weight: stored(q, scale, attrs),
+      offsets,
+      transposeW: attrs.transposeW,
+      spec,
+    })
 
 // Words: 0 n, 1 k.
 const weightGradient = (wide: boolean): Program =>

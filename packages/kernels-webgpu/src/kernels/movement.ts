@@ -1,33 +1,51 @@
 /** @file Movement: elements go as their bits from one nest of strides to another. */
 import type { Kernel, PrimitiveAttrs, Shape, TensorSpec, Value } from '@moe/core'
 import { broadcastStrides, mergeAxes, rowMajor } from '@moe/core/strides'
-import { type Program, word } from '../commands.ts'
+import { word } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement, placeInNest } from '../device-ops.ts'
 import type { Buffer } from '../memory.ts'
 import { filled } from './elementwise.ts'
-
-const moved: Program = {
-  label: 'move',
-  buffers: ['x u32', 'y* u32'],
-  body: `${placeInNest}${eachElement(`
-  let rank = p(1u);
-  let sizes = 4u;
-  y[p(3u) + place(i, sizes, sizes + 2u * rank)] = x[p(2u) + place(i, sizes, sizes + rank)];`)}`,
-}
+import { compute, put, putsInto, readBits } from './packed.ts'
 
 interface Side {
   readonly start: number
   readonly strides: readonly number[]
 }
 
-function move(gpu: DeviceOps, x: Buffer, y: Buffer, shape: Shape, from: Side, to: Side): void {
-  const count = shape.reduce((product, size) => product * size, 1)
-  if (count === 0) return
-  const { sizes, strides } = mergeAxes(shape, [from.strides, to.strides])
-  gpu.each(moved, [x, y], count, [sizes.length, from.start, to.start, ...sizes, ...strides[0], ...strides[1]])
+/** Words: 1 axes, 2 where element 0 is, sizes and strides. */
+const nestOf = (shape: Shape, { start, strides }: Side): readonly number[] => {
+  const nest = mergeAxes(shape, [strides])
+  return [nest.sizes.length, start, ...nest.sizes, ...nest.strides[0]]
 }
 
-const whole = ({ shape }: TensorSpec): Side => ({ start: 0, strides: rowMajor(shape) })
+const placed = 'p(2u) + place(i, 3u, 3u + p(1u))'
+
+/** An op whose output is `x` seen through `side`. */
+const seen =
+  <Attrs>(op: string, side: (x: Value, attrs: Attrs, spec: TensorSpec) => Side) =>
+  (gpu: DeviceOps): Kernel<Attrs> =>
+  ([x], attrs, [spec]) => {
+    const { shape, dtype } = spec
+    const y = gpu.output(op, spec)
+    if (countOf(spec) === 0) return [y]
+    const functions = `${placeInNest}${readBits('x', dtype)}
+fn bits(i: u32) -> u32 { return x_at(${placed}); }`
+    const program = { label: 'seen', buffers: ['x u32'], functions, dtype }
+    compute(gpu, program, [bufferOf(x)], y, shape, nestOf(shape, side(x, attrs, spec)))
+    return [y]
+  }
+
+/** Writes all of `x` into a part of `y`. */
+function placeIn(gpu: DeviceOps, x: Value, y: Buffer, side: Side): void {
+  if (countOf(x) === 0) return
+  const { dtype, shape } = x
+  const program = {
+    label: `placed ${dtype}`,
+    buffers: ['x u32', putsInto(dtype)],
+    body: `${placeInNest}${readBits('x', dtype)}${put(dtype)}${eachElement(`put(${placed}, x_at(i));`)}`,
+  }
+  gpu.each(program, [bufferOf(x), y], countOf(x), nestOf(shape, side))
+}
 
 const offset = (starts: readonly number[], strides: readonly number[]) =>
   starts.reduce((sum, at, axis) => sum + at * strides[axis], 0)
@@ -35,16 +53,6 @@ const offset = (starts: readonly number[], strides: readonly number[]) =>
 export const reshape =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['reshape']> =>
   ([x]) => [gpu.memory.share(bufferOf(x))]
-
-/** An op whose output is `x` seen through `side`. */
-const seen =
-  <Attrs>(op: string, side: (x: Value, attrs: Attrs, spec: TensorSpec) => Side) =>
-  (gpu: DeviceOps): Kernel<Attrs> =>
-  ([x], attrs, [spec]) => {
-    const y = gpu.output(op, spec)
-    move(gpu, bufferOf(x), y, spec.shape, side(x, attrs, spec), whole(spec))
-    return [y]
-  }
 
 export const permute = seen<PrimitiveAttrs['permute']>('permute', ({ shape }, { axes }) => {
   const strides = rowMajor(shape)
@@ -66,8 +74,8 @@ export const pad =
   ([x], { before, value }, [spec]) => {
     const y = gpu.output('pad', spec)
     gpu.each(filled, [y], countOf(spec), [spec.dtype === 'f32' ? word(value) : value])
-    const { strides } = whole(spec)
-    move(gpu, bufferOf(x), y, x.shape, whole(x), { start: offset(before, strides), strides })
+    const strides = rowMajor(spec.shape)
+    placeIn(gpu, x, y, { start: offset(before, strides), strides })
     return [y]
   }
 
@@ -75,10 +83,10 @@ export const concat =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['concat']> =>
   (parts, { axis }, [spec]) => {
     const y = gpu.output('concat', spec)
-    const { strides } = whole(spec)
+    const strides = rowMajor(spec.shape)
     let done = 0
     for (const part of parts) {
-      move(gpu, bufferOf(part), y, part.shape, whole(part), { start: done * strides[axis], strides })
+      placeIn(gpu, part, y, { start: done * strides[axis], strides })
       done += part.shape[axis]
     }
     return [y]

@@ -7,21 +7,36 @@
 export const areWide = (...lengths: readonly number[]): boolean => lengths.every(length => length % 4 === 0)
 
 /** Declaration of a buffer that is read by `readQuad`. */
-export const quads = (name: string, wide: boolean): string => `${name} ${wide ? 'vec4<f32>' : 'f32'}`
+export const quads = (name: string, wide: boolean, dtype: 'f32' | 'bf16' = 'f32'): string => {
+  if (dtype === 'bf16') return `${name} ${wide ? 'vec2<u32>' : 'u32'}`
+  return `${name} ${wide ? 'vec4<f32>' : 'f32'}`
+}
+
+/** WGSL of the elements from `at` on: four, or one. */
+const elements = {
+  f32: { four: (name: string) => `${name}[at >> 2u]`, one: (name: string) => `${name}[at]` },
+  bf16: {
+    four: (name: string) =>
+      `bitcast<vec4<f32>>((${name}[at >> 2u].xxyy << vec4<u32>(16u, 0u, 16u, 0u)) & vec4<u32>(0xffff0000u))`,
+    one: (name: string) => `bitcast<f32>((${name}[at >> 1u] >> (at % 2u * 16u)) << 16u)`,
+  },
+}
 
 /** WGSL: `fn <name>4(start, i, size) -> vec4<f32>`, the elements i to i + 3 of the row that begins at `start`, zeros from `size` on. i is a multiple of four. */
-export const readQuad = (name: string, wide: boolean): string =>
+export const readQuad = (name: string, wide: boolean, dtype: 'f32' | 'bf16' = 'f32'): string =>
   wide
     ? `
 fn ${name}4(start: u32, i: u32, size: u32) -> vec4<f32> {
-  if (i < size) { return ${name}[(start + i) >> 2u]; }
+  let at = start + i;
+  if (i < size) { return ${elements[dtype].four(name)}; }
   return vec4<f32>();
 }`
     : `
 fn ${name}4(start: u32, i: u32, size: u32) -> vec4<f32> {
   var quad = vec4<f32>();
   for (var c = 0u; c < 4u; c++) {
-    if (i + c < size) { quad[c] = ${name}[start + i + c]; }
+    let at = start + i + c;
+    if (i + c < size) { quad[c] = ${elements[dtype].one(name)}; }
   }
   return quad;
 }`

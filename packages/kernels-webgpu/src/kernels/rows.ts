@@ -1,25 +1,29 @@
 /** @file Rows by their number: taking, adding up, replacing. */
-import type { Kernel, PrimitiveAttrs, Shape, Value } from '@moe/core'
+import type { DType, Kernel, PrimitiveAttrs, Shape, Value } from '@moe/core'
 import type { Program } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement, elementOf } from '../device-ops.ts'
 import type { Buffer } from '../memory.ts'
+import { compute, put, putsInto, readBits } from './packed.ts'
 
 const width = (shape: Shape, rowAxes: number) => shape.slice(rowAxes).reduce((product, size) => product * size, 1)
-
-const taken: Program = {
-  label: 'takeRows',
-  buffers: ['x u32', 'rows i32', 'y* u32'],
-  body: eachElement(`
-  let width = p(1u);
-  let row = rows[i / width];
-  if (row < 0 || u32(row) >= p(2u)) { y[i] = 0u; } else { y[i] = x[u32(row) * width + i % width]; }`),
-}
 
 export const takeRows =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['takeRows']> =>
   ([x, index], _, [spec]) => {
     const y = gpu.output('takeRows', spec)
-    gpu.each(taken, [bufferOf(x), bufferOf(index), y], countOf(spec), [width(x.shape, 1), x.shape[0]])
+    const taken = {
+      label: 'takeRows',
+      buffers: ['x u32', 'rows i32'],
+      functions: `${readBits('x', x.dtype)}
+fn bits(i: u32) -> u32 {
+  let width = p(1u);
+  let row = rows[i / width];
+  if (row < 0 || u32(row) >= p(2u)) { return 0u; }
+  return x_at(u32(row) * width + i % width);
+}`,
+      dtype: spec.dtype,
+    }
+    compute(gpu, taken, [x, index].map(bufferOf), y, spec.shape, [width(x.shape, 1), x.shape[0]])
     return [y]
   }
 
@@ -70,16 +74,16 @@ export const scatterAddRows =
     return [y]
   }
 
-const replaced: Program = {
-  label: 'setRows',
-  buffers: ['rows i32', 'links i32', 'x u32', 'y* u32'],
-  body: eachElement(`
+const replaced = (dtype: DType): Program => ({
+  label: `setRows ${dtype}`,
+  buffers: ['rows i32', 'links i32', 'x u32', putsInto(dtype)],
+  body: `${readBits('x', dtype)}${put(dtype)}${eachElement(`
   let width = p(1u);
   let source = i / width;
   let row = rows[source];
   if (row < 0 || u32(row) >= p(2u) || links[source] >= 0) { return; }
-  y[u32(row) * width + i % width] = x[i];`),
-}
+  put(u32(row) * width + i % width, x_at(i));`)}`,
+})
 
 export const setRows =
   (gpu: DeviceOps): Kernel<PrimitiveAttrs['setRows']> =>
@@ -88,7 +92,7 @@ export const setRows =
     if (countOf(source) === 0) return [y]
     const chain = links(gpu, 'setRows', index)
     const buffers = [bufferOf(index), chain, bufferOf(source), y]
-    gpu.each(replaced, buffers, countOf(source), [width(x.shape, 1), x.shape[0]])
+    gpu.each(replaced(x.dtype), buffers, countOf(source), [width(x.shape, 1), x.shape[0]])
     gpu.done(chain)
     return [y]
   }

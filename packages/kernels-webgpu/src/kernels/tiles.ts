@@ -15,8 +15,9 @@ export const tilesOf = (size: number): number => Math.ceil(size / TILE)
 
 /** A matrix in memory, as its rows lie there: those of the product (left), its columns (right), or the ones along k. */
 export interface Operand {
-  /** Its buffer. */
+  /** Of what reads it, `<name>4`: that of `readQuad` unless `reads` declares another, with its buffers. */
   readonly name: string
+  readonly reads?: { readonly buffers: readonly string[]; readonly functions: string }
   /** Whether neighbours along k are neighbours in memory. */
   readonly alongK: boolean
   /** WGSL: where row `at` begins. */
@@ -50,10 +51,13 @@ function block({ name, alongK, row }: Operand, outer: string, end: string): stri
   return alongK ? `transpose(${matrix})` : matrix
 }
 
+const readsOf = ({ name, reads }: Operand, wide: boolean) =>
+  reads ?? { buffers: [quads(name, wide)], functions: readQuad(name, wide) }
+
 export const tiled = ({ label, buffers, wide, functions = '', begin, left, right, finish }: TiledProduct): Program => ({
   label: `${label} ${wide ? 'wide' : 'narrow'}`,
-  buffers: [quads(left.name, wide), quads(right.name, wide), ...buffers],
-  body: `${functions}${readQuad(left.name, wide)}${readQuad(right.name, wide)}
+  buffers: [...readsOf(left, wide).buffers, ...readsOf(right, wide).buffers, ...buffers],
+  body: `${functions}${readsOf(left, wide).functions}${readsOf(right, wide).functions}
 var<workgroup> lefts: array<vec4<f32>, 256>;
 var<workgroup> rights: array<vec4<f32>, 256>;
 @compute @workgroup_size(${TEAM})

@@ -1,0 +1,103 @@
+/**
+ * @file Elements of fewer than 32 bits, two or four in a word, the first in its lowest bits. Arithmetic is on words: only what moves, casts and compares elements, and
+ * products with stored weights, know of smaller ones.
+ */
+import { type DType, dtypeBytes, type Shape, sizeOf } from '@moe/core'
+import type { Program } from '../commands.ts'
+import { type DeviceOps, eachElement } from '../device-ops.ts'
+import type { Buffer } from '../memory.ts'
+
+/** Elements in a word. */
+const perWord = (dtype: DType): number => 4 / dtypeBytes[dtype]
+
+const mask = (dtype: DType): string => `${2 ** (8 * dtypeBytes[dtype]) - 1}u`
+
+/** WGSL: `fn <name>_at(i) -> u32`, the bits of element i of a buffer of words. */
+export const readBits = (name: string, dtype: DType): string => {
+  const per = perWord(dtype)
+  const bits =
+    per === 1
+      ? `${name}[i]`
+      : `(${name}[i / ${per}u] >> (i % ${per}u * ${8 * dtypeBytes[dtype]}u)) & ${mask(dtype)}`
+  return `
+fn ${name}_at(i: u32) -> u32 { return ${bits}; }`
+}
+
+/** An op whose every element is computed from its number. */
+interface Computed {
+  readonly label: string
+  /** Of the inputs. */
+  readonly buffers: readonly string[]
+  /** WGSL, with `fn bits(i: u32) -> u32`, the bits of element i. Numbers behind the last one occur, where words are not full. */
+  readonly functions: string
+  /** Of the output. */
+  readonly dtype: DType
+}
+
+/** One thread for each word of the output, so that neighbours in it are not written by two. Words of parameters: from 1 on. */
+export function compute(
+  gpu: DeviceOps,
+  { label, buffers, functions, dtype }: Computed,
+  inputs: readonly Buffer[],
+  y: Buffer,
+  shape: Shape,
+  parameters: readonly number[],
+): void {
+  const per = perWord(dtype)
+  const each = Array.from({ length: per }, (_, c) => `(bits(i * ${per}u + ${c}u) << ${8 * dtypeBytes[dtype] * c}u)`)
+  const program: Program = {
+    label: `${label} to ${per}`,
+    buffers: [...buffers, 'y* u32'],
+    body: `${functions}${eachElement(`  y[i] = ${per === 1 ? 'bits(i)' : each.join(' | ')};`)}`,
+  }
+  gpu.each(program, [...inputs, y], Math.ceil(sizeOf(shape) / per), parameters)
+}
+
+/** Declaration of the output that `put` writes. */
+export const putsInto = (dtype: DType): string => (perWord(dtype) === 1 ? 'y* u32' : 'y* atomic<u32>')
+
+/** WGSL: `put(at, bits)` writes element `at`, whoever writes its neighbours: each thread changes its own bits of a word, so that any order gives the same. */
+export const put = (dtype: DType): string => {
+  const per = perWord(dtype)
+  const store =
+    per === 1
+      ? 'y[at] = bits;'
+      : `
+  let shift = at % ${per}u * ${8 * dtypeBytes[dtype]}u;
+  atomicAnd(&y[at / ${per}u], ~(${mask(dtype)} << shift));
+  atomicOr(&y[at / ${per}u], bits << shift);
+`
+  return `
+fn put(at: u32, bits: u32) {${store}}`
+}
+
+/** WGSL: `value(bits)` of the four numbers of a word of f8e4m3. */
+export const fromF8 = `
+fn from_f8(bits: vec4<u32>) -> vec4<f32> {
+  let size = bits & vec4<u32>(127u);
+  let least = bitcast<vec4<u32>>(vec4<f32>(size) * 0.001953125);
+  let usual = (size << vec4<u32>(20u)) + vec4<u32>(120u << 23u);
+  let number = select(usual, least, size < vec4<u32>(8u));
+  let known = select(number, vec4<u32>(0x7fc00000u), size == vec4<u32>(127u));
+  return bitcast<vec4<f32>>(known | ((bits & vec4<u32>(128u)) << vec4<u32>(24u)));
+}`
+
+/** WGSL: the nearest f8e4m3, ties to even, 448 where it is more. */
+export const toF8 = `
+fn to_f8(x: f32) -> u32 {
+  let bits = bitcast<u32>(x);
+  let size = bits & 0x7fffffffu;
+  let sign = (bits >> 24u) & 128u;
+  if (size > 0x7f800000u) { return 127u; }
+  if (size >= 0x43e00000u) { return sign | 126u; }
+  if (size < 0x3c800000u) { return sign | u32(round(abs(x) * 512.0)); }
+  return sign | (((size + 0x7ffffu + ((size >> 20u) & 1u)) >> 20u) - 960u);
+}`
+
+/** WGSL: the nearest bf16, ties to even. */
+export const toBf16 = `
+fn to_bf16(x: f32) -> u32 {
+  let bits = bitcast<u32>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) { return (bits >> 16u) | 0x40u; }
+  return (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
+}`
