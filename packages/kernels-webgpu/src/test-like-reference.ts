@@ -49,10 +49,12 @@ async function evaluate(backend: Backend, inputs: readonly HostInput[], op: Op):
   return result
 }
 
-/** Leaves NaN in memory that outputs of these sizes will get, so that elements which nobody writes are seen. */
+/** Leaves NaN in memory that outputs of these sizes will get, in elements of any width, so that those which nobody writes are seen. */
 function poison(backend: Backend, all: ReadonlyArray<Numbers | null>): void {
   const made = all.flatMap(values =>
-    values === null ? [] : [0, 1, 2].map(() => full([values.length], Number.NaN, { backend })),
+    values === null
+      ? []
+      : [1, 1, 1, 2, 2, 4, 4].map(perWord => full([Math.ceil(values.length / perWord)], Number.NaN, { backend })),
   )
   for (const t of made) t.dispose()
 }

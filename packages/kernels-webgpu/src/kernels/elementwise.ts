@@ -1,5 +1,13 @@
 /** @file One thread an element: arithmetic, comparisons, choices, casts. */
-import { type BinaryCode, type CompareCode, type DType, isFloat, type Kernel, type PrimitiveAttrs, type UnaryCode } from '@moe/core'
+import {
+  type BinaryCode,
+  type CompareCode,
+  type DType,
+  isFloat,
+  type Kernel,
+  type PrimitiveAttrs,
+  type UnaryCode,
+} from '@moe/core'
 import { broadcastNest } from '@moe/core/strides'
 import { type Program, word } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement, elementOf, placeInNest } from '../device-ops.ts'

@@ -342,7 +342,10 @@ function rowsByExpert(gpu: DeviceOps, { op, x, weight, offsets, transposeW, spec
   const wide = weight.wide && areWide(inner)
   const words = [n, inner, experts, rows, ...weight.words]
   if (rows <= Math.max(FEW_GROUPED_ROWS, experts)) {
-    gpu.launch(groupedRow(transposeW, weight.format, wide), buffers, words, [Math.ceil(n / columnsOf(transposeW)), rows])
+    gpu.launch(groupedRow(transposeW, weight.format, wide), buffers, words, [
+      Math.ceil(n / columnsOf(transposeW)),
+      rows,
+    ])
   } else {
     const tiles = Math.floor(rows / TILE) + experts + 1
     gpu.launch(grouped(transposeW, weight.format, wide), buffers, words, [tilesOf(n), tiles])

@@ -16,9 +16,7 @@ const mask = (dtype: DType): string => `${2 ** (8 * dtypeBytes[dtype]) - 1}u`
 export const readBits = (name: string, dtype: DType): string => {
   const per = perWord(dtype)
   const bits =
-    per === 1
-      ? `${name}[i]`
-      : `(${name}[i / ${per}u] >> (i % ${per}u * ${8 * dtypeBytes[dtype]}u)) & ${mask(dtype)}`
+    per === 1 ? `${name}[i]` : `(${name}[i / ${per}u] >> (i % ${per}u * ${8 * dtypeBytes[dtype]}u)) & ${mask(dtype)}`
   return `
 fn ${name}_at(i: u32) -> u32 { return ${bits}; }`
 }
@@ -71,23 +69,23 @@ export const put = (dtype: DType): string => {
 fn put(at: u32, bits: u32) {${store}}`
 }
 
-/** WGSL: `value(bits)` of the four numbers of a word of f8e4m3. */
+/** WGSL: the numbers of four f8e4m3. */
 export const fromF8 = `
-fn from_f8(bits: vec4<u32>) -> vec4<f32> {
-  let size = bits & vec4<u32>(127u);
+fn from_f8(codes: vec4<u32>) -> vec4<f32> {
+  let size = codes & vec4<u32>(127u);
   let least = bitcast<vec4<u32>>(vec4<f32>(size) * 0.001953125);
   let usual = (size << vec4<u32>(20u)) + vec4<u32>(120u << 23u);
   let number = select(usual, least, size < vec4<u32>(8u));
   let known = select(number, vec4<u32>(0x7fc00000u), size == vec4<u32>(127u));
-  return bitcast<vec4<f32>>(known | ((bits & vec4<u32>(128u)) << vec4<u32>(24u)));
+  return bitcast<vec4<f32>>(known | ((codes & vec4<u32>(128u)) << vec4<u32>(24u)));
 }`
 
 /** WGSL: the nearest f8e4m3, ties to even, 448 where it is more. */
 export const toF8 = `
 fn to_f8(x: f32) -> u32 {
-  let bits = bitcast<u32>(x);
-  let size = bits & 0x7fffffffu;
-  let sign = (bits >> 24u) & 128u;
+  let word = bitcast<u32>(x);
+  let size = word & 0x7fffffffu;
+  let sign = (word >> 24u) & 128u;
   if (size > 0x7f800000u) { return 127u; }
   if (size >= 0x43e00000u) { return sign | 126u; }
   if (size < 0x3c800000u) { return sign | u32(round(abs(x) * 512.0)); }
@@ -97,7 +95,7 @@ fn to_f8(x: f32) -> u32 {
 /** WGSL: the nearest bf16, ties to even. */
 export const toBf16 = `
 fn to_bf16(x: f32) -> u32 {
-  let bits = bitcast<u32>(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) { return (bits >> 16u) | 0x40u; }
-  return (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
+  let word = bitcast<u32>(x);
+  if ((word & 0x7fffffffu) > 0x7f800000u) { return (word >> 16u) | 0x40u; }
+  return (word + 0x7fffu + ((word >> 16u) & 1u)) >> 16u;
 }`
