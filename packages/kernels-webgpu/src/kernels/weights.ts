@@ -92,8 +92,7 @@ fn w4(start: vec2<u32>, i: u32, size: u32) -> vec4<f32> {
     factors[${c}] = scales[start.y + (i + ${c}u) / ${scaleColumns}];
   }`,
   )}
-  let numbers = ${values[format]} * factors;
-  return select(vec4<f32>(), numbers, vec4<u32>(i, i + 1u, i + 2u, i + 3u) < vec4<u32>(size));
+  return ${values[format]} * factors;
 }`
 }
 
