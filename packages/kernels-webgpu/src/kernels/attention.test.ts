@@ -43,10 +43,14 @@ describe.skipIf(backend === null)('attention of few queries', () => {
       Array.from({ length: B * M }, (_, n) => n),
       [B, M],
     )
-    const inPages = [q, { data, shape: [B * M, P, C] }, integers(lengths), pages]
-    const { outputs } = await likeReference(backend, inPages, (x, cache, rows, pages) => [
-      latentAttention(x.detach(), cache.detach(), rows, { ...options, pages }),
-    ])
+    const inPages = (dtype: 'f32' | 'bf16') =>
+      likeReference(
+        backend,
+        [q, { data, shape: [B * M, P, C], dtype }, integers(lengths), pages],
+        (x, cache, rows, pages) => [latentAttention(x.detach(), cache.detach(), rows, { ...options, pages })],
+      )
+    await inPages('bf16')
+    const { outputs } = await inPages('f32')
     const inRows = [q, { data, shape: [B, M * P, C] }, integers(lengths)]
     const spec = { shape: [B, T, H, V], dtype: 'f32' } as const
     const [y] = await runOp(backend, 'latentAttention', inRows, { ...options, precision: 'f32' }, [spec])
