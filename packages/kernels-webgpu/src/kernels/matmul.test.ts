@@ -3,6 +3,7 @@ import { afterEach, describe, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
 import { integers, likeReference, normal } from '../test-like-reference.ts'
 import { limits } from './linear-cross-entropy.ts'
+import { limits as productLimits } from './matmul.ts'
 
 const backend = (await testBackend()) as Backend
 const flags = [false, true]
@@ -34,6 +35,19 @@ describe.skipIf(backend === null)('matmul', () => {
         }
       }
     }
+  })
+})
+
+describe.skipIf(backend === null)('more matrices than a device counts along an axis', () => {
+  const { matrices } = productLimits
+  afterEach(() => {
+    productLimits.matrices = matrices
+  })
+
+  test.each([1, 5])('of %i rows', async rows => {
+    productLimits.matrices = 3
+    const [a, b] = [normal([7, rows, 20]), normal([7, 20, 9])]
+    await likeReference(backend, [a, b], (x, y) => [x.matmul(y)])
   })
 })
 

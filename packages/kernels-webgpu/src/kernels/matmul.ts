@@ -24,10 +24,18 @@ export interface Product {
 const FEW_TILES = 64
 /** Least part of k. */
 const LEAST_DEEP = 256
+/** Matrices of one launch: workgroups that any device counts along an axis. Tests make it small. */
+export const limits = { matrices: 65_535 }
 
-// Words: 0 m, 1 n, 2 k, 3 parts of k, 4 size of a part; pitch, start and distance of a and c from 5 and 8 on; 11 whether it adds; those of the weight.
+/** Launches for `batch` matrices, as many at once as a device counts. */
+function eachMatrices(batch: number, launch: (first: number, count: number) => void): void {
+  const { matrices } = limits
+  for (let first = 0; first < batch; first += matrices) launch(first, Math.min(matrices, batch - first))
+}
+
+// Words: 0 m, 1 n, 2 k, 3 parts of k, 4 size of a part; pitch, start and distance of a and c from 5 and 8 on; 11 whether it adds; 12 the first matrix; those of the weight.
 const product = (transposeA: boolean, transposeB: boolean, format: Weight['format'], wide: boolean): Program => {
-  const weight = weightText(format, wide, 12)
+  const weight = weightText(format, wide, 13)
   return tiled({
     label: `matmul ${format} ${transposeA} ${transposeB}`,
     buffers: ['c* f32'],
@@ -40,9 +48,9 @@ const product = (transposeA: boolean, transposeB: boolean, format: Weight['forma
   let part = group.z % p(3u);
   let k_first = part * p(4u);
   let k_end = min(p(2u), k_first + p(4u));
-  let a0 = p(6u) + group.z / p(3u) * p(7u);
-  let matrix = group.z / p(3u);
-  let c0 = p(9u) + group.z * p(10u);`,
+  let matrix = p(12u) + group.z / p(3u);
+  let a0 = p(6u) + matrix * p(7u);
+  let c0 = p(9u) + (matrix * p(3u) + part) * p(10u);`,
     left: { name: 'a', alongK: !transposeA, row: at => `a0 + ${at} * p(5u)` },
     right: { name: 'w', reads: weight, alongK: transposeB, row: at => weight.row(at, 'matrix') },
     finish: eachValue(`
@@ -75,8 +83,12 @@ export function multiply(gpu: DeviceOps, op: string, given: Product): void {
   const places = [a, to].flatMap(({ pitch, start = 0, apart = 0 }) => [pitch, start, apart])
   const wide = b.wide && areWide(...places.slice(0, 3))
   const buffers = [a.buffer, ...b.buffers, to.buffer]
-  const words = [m, n, k, parts, deep, ...places, Number(adds), ...b.words]
-  gpu.launch(product(transposeA, transposeB, b.format, wide), buffers, words, [tilesOf(n), tilesOf(m), batch * parts])
+  const program = product(transposeA, transposeB, b.format, wide)
+  // Only where there are few matrices k has parts.
+  eachMatrices(batch, (first, count) => {
+    const words = [m, n, k, parts, deep, ...places, Number(adds), first, ...b.words]
+    gpu.launch(program, buffers, words, [tilesOf(n), tilesOf(m), count * parts])
+  })
   if (parts === 1) return
   gpu.each(partsAdded, [to.buffer, c.buffer], batch * m * n, [m * n, parts])
   gpu.done(to.buffer)
@@ -193,11 +205,11 @@ ${repeat(
 /** Columns of a workgroup of `fewRows`. */
 const columnsOf = (transposeW: boolean) => (transposeW ? 16 : 128)
 
-// Words: 0 rows, 1 columns, 2 k, those of the weight.
+// Words: 0 rows, 1 columns, 2 k, 3 the first matrix, those of the weight.
 const fewRowsProduct = (transposeW: boolean, format: Weight['format'], wide: boolean): Program =>
   fewRows({
     label: `matmul of few rows ${format}`,
-    weight: weightText(format, wide, 3),
+    weight: weightText(format, wide, 4),
     buffers: ['y* f32'],
     transposeW,
     wide,
@@ -205,7 +217,7 @@ const fewRowsProduct = (transposeW: boolean, format: Weight['format'], wide: boo
   let rows = p(0u);
   let columns = p(1u);
   let deep = p(2u);
-  let matrix = group.z;
+  let matrix = p(3u) + group.z;
   let x0 = matrix * rows * deep;
   let y0 = matrix * rows * columns;`,
   })
@@ -226,10 +238,12 @@ function rowsByWeight(gpu: DeviceOps, { op, x, weight, transposeA, transposeB, s
   const k = x.shape[x.shape.length - (transposeA ? 2 : 1)]
   if (m <= FEW_ROWS && !transposeA) {
     const wide = weight.wide && areWide(k)
-    const groups = [Math.ceil(n / columnsOf(transposeB)), 1, batch]
     const buffers = [bufferOf(x), ...weight.buffers, y]
     const program = fewRowsProduct(transposeB, weight.format, wide)
-    gpu.launch(program, buffers, [m, n, k, ...weight.words], m === 0 ? [0] : groups)
+    const teams = m === 0 ? 0 : Math.ceil(n / columnsOf(transposeB))
+    eachMatrices(batch, (first, count) => {
+      gpu.launch(program, buffers, [m, n, k, first, ...weight.words], [teams, 1, count])
+    })
     return [y]
   }
   multiply(gpu, op, {
