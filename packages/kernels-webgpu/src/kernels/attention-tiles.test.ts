@@ -1,8 +1,8 @@
 import { attention, type Backend, Random } from '@moe/core'
-import { runOp } from '@moe/core/testing'
+import { likeReference, runOp } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
-import { integers, likeReference, normal } from '../test-like-reference.ts'
+import { integers, normal } from '../test-inputs.ts'
 
 interface Sizes {
   readonly B?: number

@@ -1,7 +1,8 @@
 import { type Backend, groupedMatmul, linearCrossEntropy } from '@moe/core'
+import { likeReference } from '@moe/core/testing'
 import { afterEach, describe, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
-import { integers, likeReference, normal } from '../test-like-reference.ts'
+import { integers, normal } from '../test-inputs.ts'
 import { limits } from './linear-cross-entropy.ts'
 import { limits as productLimits } from './matmul.ts'
 

@@ -1,8 +1,8 @@
 import { type Backend, concat, type DType, fromF8e4m3, setRows, type Tensor } from '@moe/core'
-import { type HostInput, tolerances } from '@moe/core/testing'
+import { type HostInput, likeReference, tolerances } from '@moe/core/testing'
 import { describe, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
-import { integers, likeReference, normal } from '../test-like-reference.ts'
+import { integers, normal } from '../test-inputs.ts'
 
 const backend = (await testBackend()) as Backend
 const small: readonly DType[] = ['u8', 'bf16', 'f8e4m3']

@@ -9,10 +9,10 @@ import {
   type RouterAttrs,
   routerTopk,
 } from '@moe/core'
-import { runOp, tolerances } from '@moe/core/testing'
+import { likeReference, runOp, tolerances } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
-import { integers, likeReference, normal } from '../test-like-reference.ts'
+import { integers, normal } from '../test-inputs.ts'
 
 const backend = (await testBackend()) as Backend
 

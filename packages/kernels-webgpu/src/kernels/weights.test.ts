@@ -13,9 +13,10 @@ import {
   weightBytes,
 } from '@moe/core'
 import type { HostInput } from '@moe/core/testing'
+import { likeReference } from '@moe/core/testing'
 import { describe, expect, test } from 'vitest'
 import { testBackend } from '../test-gpu.ts'
-import { integers, likeReference, normal } from '../test-like-reference.ts'
+import { integers, normal } from '../test-inputs.ts'
 
 const backend = (await testBackend()) as Backend
 const formats: readonly WeightFormat[] = ['bf16', 'fp8', 'int8', 'int4']

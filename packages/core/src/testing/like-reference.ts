@@ -1,25 +1,22 @@
-/** @file For tests: ops on a GPU beside their decompositions on the reference backend, values and gradients. */
-import {
-  type Backend,
-  encodeHost,
-  fallbacks,
-  fromHost,
-  full,
-  gradients,
-  noGrad,
-  Parameter,
-  Random,
-  scope,
-  type Tensor,
-  tensor,
-} from '@moe/core'
-import { referenceBackend } from '@moe/core/reference'
-import { assertClose, type HostInput, type Tolerance, tolerances } from '@moe/core/testing'
+/** @file Ops on a backend beside their decompositions on the reference, values and gradients. */
+import { gradients } from '../autograd/backward.ts'
+import type { Backend } from '../backend.ts'
+import { fallbacks, noGrad } from '../context.ts'
+import { fromHost, full, tensor } from '../create.ts'
+import { encodeHost } from '../dtype.ts'
+import { Parameter } from '../nn/parameter.ts'
+import { Random } from '../random.ts'
+import { referenceBackend } from '../reference/index.ts'
+import { scope } from '../scope.ts'
+import type { Tensor } from '../tensor.ts'
+import { assertClose, type Tolerance, tolerances } from './compare.ts'
+import type { HostInput } from './run-op.ts'
 
 type Numbers = ArrayLike<number>
-type Op = (...inputs: Tensor[]) => Tensor[]
 
-interface Result {
+/** What ops made of their inputs. */
+export interface OpResult {
+  /** Values of each output. */
   readonly outputs: Numbers[]
   /** Of the sum of the outputs times fixed random weights, with respect to every f32 input that has one. */
   readonly gradients: Array<Numbers | null>
@@ -28,7 +25,11 @@ interface Result {
 const valuesOf = (tensors: ReadonlyArray<Tensor | null>) =>
   Promise.all(tensors.map(async t => (t === null ? null : await t.values())))
 
-async function evaluate(backend: Backend, inputs: readonly HostInput[], op: Op): Promise<Result> {
+async function evaluate(
+  backend: Backend,
+  inputs: readonly HostInput[],
+  op: (...inputs: Tensor[]) => Tensor[],
+): Promise<OpResult> {
   const leaves = inputs.map(({ data, shape, dtype = 'f32' }) => {
     return new Parameter(fromHost(encodeHost(dtype, data), shape, dtype, backend), { trainable: dtype === 'f32' })
   })
@@ -59,13 +60,18 @@ function poison(backend: Backend, all: ReadonlyArray<Numbers | null>): void {
   for (const t of made) t.dispose()
 }
 
-/** Throws where they differ, where a second run has other bits, and where the device declined. */
+/**
+ * Runs ops on a backend and by their decompositions on the reference, values and gradients: for the sizes that are special to a backend's kernels, where `backendSuite` has those that are special to the op.
+ * @param op takes the inputs as tensors; what it gives back with gradients is gone back through with fixed random weights
+ * @returns what the backend found
+ * @throws where they differ, where a second run has other bits or elements that nobody wrote, where the backend declined, and where handles are left
+ */
 export async function likeReference(
   backend: Backend,
   inputs: readonly HostInput[],
-  op: Op,
+  op: (...inputs: Tensor[]) => Tensor[],
   tolerance: Tolerance = tolerances.sum,
-): Promise<Result> {
+): Promise<OpResult> {
   const declined = () => JSON.stringify(fallbacks().filter(entry => entry.backend === backend.name))
   const { handles } = backend.stats()
   const before = declined()
@@ -88,16 +94,4 @@ export async function likeReference(
   const left = backend.stats().handles - handles
   if (left !== 0) throw new Error(`${left} handles leaked`)
   return actual
-}
-
-/** Normally distributed numbers. */
-export function normal(shape: readonly number[], factor = 1): HostInput {
-  const size = shape.reduce((product, n) => product * n, 1)
-  const random = new Random(3).fork(shape.join()).normal(size)
-  return { data: random.map(x => x * factor), shape }
-}
-
-/** Integers that are given. */
-export const integers = (data: readonly number[], shape: readonly number[] = [data.length]): HostInput => {
-  return { data, shape, dtype: 'i32' }
 }
