@@ -12,14 +12,12 @@ import type { Tensor } from '../tensor.ts'
 import { assertClose, type Tolerance, tolerances } from './compare.ts'
 import type { HostInput } from './run-op.ts'
 
-type Numbers = ArrayLike<number>
-
 /** What ops made of their inputs. */
 export interface OpResult {
   /** Values of each output. */
-  readonly outputs: Numbers[]
+  readonly outputs: ArrayLike<number>[]
   /** Of the sum of the outputs times fixed random weights, with respect to every f32 input that has one. */
-  readonly gradients: Array<Numbers | null>
+  readonly gradients: Array<ArrayLike<number> | null>
 }
 
 const valuesOf = (tensors: ReadonlyArray<Tensor | null>) =>
@@ -45,13 +43,13 @@ async function evaluate(
     const loss = parts.reduce((sum, part) => sum.add(part))
     return gradients(loss, leaves)
   })
-  const result = { outputs: (await valuesOf(outputs)) as Numbers[], gradients: await valuesOf(found) }
+  const result = { outputs: (await valuesOf(outputs)) as ArrayLike<number>[], gradients: await valuesOf(found) }
   for (const t of [...leaves, ...outputs, ...found]) t?.dispose()
   return result
 }
 
 /** Leaves NaN in memory that outputs of these sizes will get, in elements of any width, so that those which nobody writes are seen. */
-function poison(backend: Backend, all: ReadonlyArray<Numbers | null>): void {
+function poison(backend: Backend, all: ReadonlyArray<ArrayLike<number> | null>): void {
   const made = all.flatMap(values =>
     values === null
       ? []
@@ -88,7 +86,7 @@ export async function likeReference(
         return
       }
       assertClose(`${kind} ${i}`, got, want, tolerance)
-      assertClose(`${kind} ${i}, second run`, again[kind][i] as Numbers, got, tolerances.exact)
+      assertClose(`${kind} ${i}, second run`, again[kind][i] as ArrayLike<number>, got, tolerances.exact)
     })
   }
   const left = backend.stats().handles - handles
