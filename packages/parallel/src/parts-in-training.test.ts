@@ -403,7 +403,7 @@ describe.skipIf(installed.length === 0)('processes of mpirun', () => {
         expect(whole.reports).toEqual([0, 1].map(rank => ({ rank, ...printed })))
 
         const stopped = await launch(launcher, 2, [script, what, 'terminate'])
-        expect(stopped.errors).toBe('')
+        expect(stopped.errors).toBe('SIGTERM: the training ends after the step under way; once more ends the program\n')
         // A signal is seen at the next turn of the event loop: in the fourth step.
         const { digest } = stopped.reports[0]
         const cut = { digest, losses: losses.slice(0, 4), stopped: 'interrupted' }
