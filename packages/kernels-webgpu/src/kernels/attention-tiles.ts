@@ -330,15 +330,12 @@ const summaries: Program = {
   ),
 }
 
-const ofQueryGradients = (count: number, wide: boolean): Program => ({
-  label: `attentionBackward dq ${count} ${wide}`,
-  buffers: [...['q', 'k', 'v', 'dout'].map(name => quads(name, wide)), 'summaries vec4<i32>', 'dq* f32'],
-  body: `${special}${exponential}${common}${['q', 'k', 'v', 'dout'].map(name => readQuad(name, wide)).join('')}
-${main(`${ofQueries}
+/** WGSL: what is known of the four queries from `query` on; `first` and `end` are there. */
+const knownOf = (query: string) => `
   var lse = vec4<f32>();
   var delta = vec4<f32>();
   for (var c = 0u; c < 4u; c++) {
-    let t = own0 + 4u * down + c;
+    let t = ${query} + c;
     if (t < times) {
       let summary = summaries[(b * heads + head) * times + t];
       lse[c] = bitcast<f32>(summary.x);
@@ -346,7 +343,14 @@ ${main(`${ofQueries}
       first[c] = summary.z;
       end[c] = summary.w;
     }
-  }
+  }`
+
+const ofQueryGradients = (count: number, wide: boolean): Program => ({
+  label: `attentionBackward dq ${count} ${wide}`,
+  buffers: [...['q', 'k', 'v', 'dout'].map(name => quads(name, wide)), 'summaries vec4<i32>', 'dq* f32'],
+  body: `${special}${exponential}${common}${['q', 'k', 'v', 'dout'].map(name => readQuad(name, wide)).join('')}
+${main(`${ofQueries}
+${knownOf('own0 + 4u * down')}
 ${begin(q, 'head')}${begin(k, 'key_head')}${begin(v, 'key_head')}${begin(dout, 'head')}${begin(queryRows('dq'), 'head')}
 ${sums('dq', count)}
 ${overKeys(
@@ -377,20 +381,9 @@ ${sums('dk', keyCount)}${sums('dv', valueCount)}
   for (var head = key_head * share; head < (key_head + 1u) * share; head++) {
 ${begin(q, 'head')}${begin(dout, 'head')}
     for (var other0 = 0u; other0 < times; other0 += ${OTHERS}u) {
-      var lse = vec4<f32>();
-      var delta = vec4<f32>();
       var first = vec4<i32>(2147483647);
       var end = vec4<i32>();
-      for (var c = 0u; c < 4u; c++) {
-        let t = other0 + 4u * along + c;
-        if (t < times) {
-          let summary = summaries[(b * heads + head) * times + t];
-          lse[c] = bitcast<f32>(summary.x);
-          delta[c] = bitcast<f32>(summary.y);
-          first[c] = summary.z;
-          end[c] = summary.w;
-        }
-      }
+${knownOf('other0 + 4u * along')}
 ${jointRange('first', 'end', 'along', 16, 'down == 0u')}
       if (whole.x >= i32(own0 + ${OWN}u) || whole.y <= i32(own0)) { continue; }
 ${scores('s', k, q)}${scores('d', v, dout)}${repeat(
