@@ -1,7 +1,7 @@
 /** @file How a model starts, how it is balanced and what its loss is made of. */
 import type { FolderOptions } from '@moe/checkpoint'
 import type { Backend, OptionNames, WeightFormat } from '@moe/core'
-import type { Balancer, LoadMonitor, Schedule, TokenDropping } from '@moe/router'
+import type { Balancer, LoadMonitor, Scheduled, TokenDropping } from '@moe/router'
 
 /**
  * What the training loss adds to the next-token loss, and how fast the balance bias moves. Numbers, or functions of the optimizer steps done (`model.step`);
@@ -9,11 +9,11 @@ import type { Balancer, LoadMonitor, Schedule, TokenDropping } from '@moe/router
  */
 export interface Objective {
   /** λ of multi-token prediction (V3: 0.3, later 0.1). */
-  mtpWeight: Schedule
+  mtpWeight: Scheduled
   /** α of the sequence-wise balance loss (V3: 1e-4). Not used with a balancer. */
-  balanceWeight: Schedule
+  balanceWeight: Scheduled
   /** γ of the selection bias (V3: 0.001). Not used with a balancer. */
-  biasSpeed: Schedule
+  biasSpeed: Scheduled
   /** Train the MTP modules alone: they give no gradient to the main model. Default false. */
   mtpDetached: boolean
   /** Log the share of drafts that the main model would accept at every depth with each training loss. It costs the logits of all depths. Default false. */

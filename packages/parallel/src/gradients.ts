@@ -3,13 +3,13 @@ import { type Backend, full, globalNorm, Lifetime, MoeError, noGrad, type Parame
 import type { Communicator } from './communicator/communicator.ts'
 
 /** How a step computes. */
-export interface StepOptions {
+export interface ParallelStepOptions {
   /** Arithmetic of matrix products. Default f32. */
   readonly precision?: Precision
 }
 
 /** What a step tells, the same on every rank. */
-export interface StepResult {
+export interface ParallelStepResult {
   /** Over all micro-batches, each as heavy as it has positions that count. */
   readonly loss: number
   /** Norm of the whole model's gradient. */
@@ -19,7 +19,7 @@ export interface StepResult {
 }
 
 /** The same, if it can be applied. All ranks see the same numbers, so that all refuse. @throws MoeError E_NAN */
-export function finite(op: string, result: StepResult): StepResult {
+export function finite(op: string, result: ParallelStepResult): ParallelStepResult {
   const { loss, gradNorm } = result
   if (Number.isFinite(loss) && Number.isFinite(gradNorm)) return result
   throw new MoeError({

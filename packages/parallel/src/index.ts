@@ -5,7 +5,7 @@ export { ExpertParallel, type SpreadableModel } from './experts/expert-parallel.
 export type { OwnParameter, PieceRunner, RouteElsewhere, SpreadableLayer } from './experts/expert-shares.ts'
 export { PiecewisePass } from './experts/piecewise-pass.ts'
 export { type ExpertsShare, type RoutedTokens, routeOverRanks } from './experts/route-over-ranks.ts'
-export type { StepOptions, StepResult } from './gradients.ts'
+export type { ParallelStepOptions, ParallelStepResult } from './gradients.ts'
 export { mpi } from './mpi/mpi.ts'
 export { type ModelInStages, Pipeline, type StageableModel } from './pipeline/pipeline.ts'
 export { sumReplicas } from './pipeline/replicas.ts'
@@ -16,8 +16,8 @@ export { interleaved, oneForwardOneBackward } from './schedule/one-f-one-b.ts'
 export {
   type Action,
   checkSchedule,
+  type PipelineSchedule,
   partsOf,
-  type Schedule,
   type StagePass,
   showAction,
   stagesOf,

@@ -5,7 +5,7 @@ import { readF64 } from '@moe/core/reference'
 import { DeepSeek, type DeepSeekConfigInput, type DeepSeekOptions, presets } from '@moe/deepseek'
 import type { Communicator } from './communicator/communicator.ts'
 import { ExpertParallel } from './experts/expert-parallel.ts'
-import type { StepResult } from './gradients.ts'
+import type { ParallelStepResult } from './gradients.ts'
 import { Pipeline } from './pipeline/pipeline.ts'
 import { dualPipe, dualPipeV } from './schedule/dual-pipe.ts'
 import { zeroBubbleH1 } from './schedule/zero-bubble.ts'
@@ -103,7 +103,7 @@ export async function pipelineSteps(ranks: Communicator): Promise<{ loss: number
 }
 
 /** A step with the experts spread over the ranks: its numbers, and a digest of this rank's gradients. */
-export async function spreadStep(ranks: Communicator): Promise<StepResult & { gradients: string }> {
+export async function spreadStep(ranks: Communicator): Promise<ParallelStepResult & { gradients: string }> {
   const model = newModel()
   const spread = new ExpertParallel(model, ranks)
   const numbers = await spread.step(batchesOf(2 * ranks.size, model).slice(2 * ranks.rank, 2 * ranks.rank + 2))
@@ -111,7 +111,7 @@ export async function spreadStep(ranks: Communicator): Promise<StepResult & { gr
 }
 
 /** A step by pairs of passes, in two pipelines that share experts out: its numbers, and a digest of this rank's gradients. */
-export async function spreadPairsStep(ranks: Communicator): Promise<StepResult & { gradients: string }> {
+export async function spreadPairsStep(ranks: Communicator): Promise<ParallelStepResult & { gradients: string }> {
   const model = newModel()
   const schedule = dualPipeV(ranks.size / 2, ranks.size)
   const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize: 2 })

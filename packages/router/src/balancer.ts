@@ -10,10 +10,10 @@ import {
 } from './balance.ts'
 
 /** A constant, or a function of the number of optimizer steps done. */
-export type Schedule = number | ((step: number) => number)
+export type Scheduled = number | ((step: number) => number)
 
 /** The value of a schedule at a step. @throws MoeError E_ATTR for one that is no number */
-export function scheduled(value: Schedule, step: number): number {
+export function scheduled(value: Scheduled, step: number): number {
   const factor = typeof value === 'function' ? value(step) : value
   if (Number.isFinite(factor)) return factor
   throw new MoeError({
@@ -46,14 +46,14 @@ export const noBalance = (): Balancer => ({})
  * V3's auxiliary-loss-free balancing. γ, the `speed`, may follow a schedule (V3: 0.001, which is the default, and 0 for the last 3% of training).
  * `recentre`: see `BiasUpdateOptions`.
  */
-export function auxFree(options: { speed?: Schedule; recentre?: boolean } = {}): Balancer {
+export function auxFree(options: { speed?: Scheduled; recentre?: boolean } = {}): Balancer {
   checkOptions('auxFree', options, { speed: true, recentre: true })
   const { speed = 0.001, recentre } = options
   return { update: (bias, load, step) => updateBias(bias, load, { speed: scheduled(speed, step), recentre }) }
 }
 
 /** A loss whose factor may follow a schedule; nothing is computed while it is 0. */
-function lossBalancer(alpha: Schedule, loss: (pass: RoutingPass) => Tensor): Balancer {
+function lossBalancer(alpha: Scheduled, loss: (pass: RoutingPass) => Tensor): Balancer {
   return {
     loss(pass, step) {
       const factor = scheduled(alpha, step)
@@ -63,7 +63,7 @@ function lossBalancer(alpha: Schedule, loss: (pass: RoutingPass) => Tensor): Bal
 }
 
 /** V3's sequence-wise loss, times `alpha` (default 1e-4, as there). */
-export function sequenceWise(options: { alpha?: Schedule } = {}): Balancer {
+export function sequenceWise(options: { alpha?: Scheduled } = {}): Balancer {
   checkOptions('sequenceWise', options, { alpha: true })
   return lossBalancer(options.alpha ?? 1e-4, ({ scores, sequences, indices, mask }) =>
     sequenceBalanceLoss(scores, sequences, indices.shape[1], mask),
@@ -71,19 +71,19 @@ export function sequenceWise(options: { alpha?: Schedule } = {}): Balancer {
 }
 
 /** V2's expert-level loss, times `alpha` (default 0.003, as α1 there). */
-export function expertLevel(options: { alpha?: Schedule } = {}): Balancer {
+export function expertLevel(options: { alpha?: Scheduled } = {}): Balancer {
   checkOptions('expertLevel', options, { alpha: true })
   return lossBalancer(options.alpha ?? 0.003, expertBalanceLoss)
 }
 
 /** V2's device-level loss, times `alpha` (default 0.05, as α2 there). The `devices` hold neighbouring experts, as the groups of the gate do. */
-export function deviceLevel(options: { devices: number; alpha?: Schedule }): Balancer {
+export function deviceLevel(options: { devices: number; alpha?: Scheduled }): Balancer {
   checkOptions('deviceLevel', options, { devices: true, alpha: true })
   return lossBalancer(options.alpha ?? 0.05, pass => deviceBalanceLoss(pass, devicesOf(pass, options.devices)))
 }
 
 /** V2's communication loss, times `alpha` (default 0.02, as α3 there). `limit`: of the `devices`, those that a token may be sent to. @throws MoeError E_ATTR */
-export function communication(options: { devices: number; limit: number; alpha?: Schedule }): Balancer {
+export function communication(options: { devices: number; limit: number; alpha?: Scheduled }): Balancer {
   checkOptions('communication', options, { devices: true, limit: true, alpha: true })
   const { devices, limit, alpha = 0.02 } = options
   if (!Number.isInteger(limit) || limit < 1 || limit > devices) {

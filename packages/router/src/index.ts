@@ -15,7 +15,7 @@ export {
   deviceLevel,
   expertLevel,
   noBalance,
-  type Schedule,
+  type Scheduled,
   scheduled,
   sequenceWise,
   together,

@@ -12,7 +12,7 @@ export {
   type Message,
   tokenizeConversations,
 } from './data/conversations.ts'
-export { type Corpus, type TextFilesOptions, type TextOptions, textFiles, texts } from './data/corpus.ts'
+export { type Corpus, type TextFilesOptions, type TextsOptions, textFiles, texts } from './data/corpus.ts'
 export { type EvaluationBatch, type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
 export { type DocumentTokens, type Example, TokenDataset } from './data/token-dataset.ts'
 export { type OrderOptions, TrainingOrder } from './data/training-order.ts'
@@ -78,5 +78,5 @@ export {
 export type { SampledText, SamplingModel, TextRequest, TextSampler, TextSamplerOptions } from './rewards/sampler.ts'
 export type { StepNumbers } from './step-numbers.ts'
 export { train } from './train.ts'
-export { type StepOptions, trainingStep } from './training-step.ts'
+export { type TrainingStepOptions, trainingStep } from './training-step.ts'
 export { TrainingSteps, type TrainingStepsOptions } from './training-steps.ts'

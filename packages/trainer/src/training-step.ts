@@ -23,7 +23,7 @@ import { gatherPasses, type Ranks } from './ranks.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
 /** Rate, clipping and arithmetic of one step. */
-export interface StepOptions {
+export interface TrainingStepOptions {
   /** Learning rate of this step. */
   readonly lr: number
   /** Largest norm over all gradients. Default 1; Infinity for none. */
@@ -36,7 +36,7 @@ export interface StepOptions {
   readonly ranks?: Ranks
 }
 
-const names: OptionNames<StepOptions> = { lr: true, clip: true, precision: true, step: true, ranks: true }
+const names: OptionNames<TrainingStepOptions> = { lr: true, clip: true, precision: true, step: true, ranks: true }
 
 /**
  * Runs one step on one or more micro-batches, which weigh as much as they have counted positions: the gradient is that
@@ -52,7 +52,7 @@ export async function trainingStep(
   parameters: readonly NamedParameter[],
   optimizer: Optimizer,
   batches: readonly TokenBatch[],
-  options: StepOptions,
+  options: TrainingStepOptions,
 ): Promise<StepNumbers> {
   checkOptions('trainingStep', options, names)
   const { lr, clip = 1, precision = 'f32', step = 0, ranks } = options

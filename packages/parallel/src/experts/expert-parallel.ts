@@ -2,7 +2,7 @@
 import { checkOptions, fromHost, full, type Module, namedParameters, reduceGradients, type Tensor } from '@moe/core'
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
-import { finite, gradientNorm, type StepOptions, type StepResult } from '../gradients.ts'
+import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
 import {
   ExpertShares,
   expertRanks,
@@ -73,7 +73,7 @@ export class ExpertParallel<Batch> {
    * @param batches of this rank; every rank has as many
    * @throws MoeError E_CONFIG when it has not, or none, and when nothing is to be trained; E_NAN when loss or norm is not finite; both on all ranks
    */
-  async step(batches: readonly Batch[], options: StepOptions = {}): Promise<StepResult> {
+  async step(batches: readonly Batch[], options: ParallelStepOptions = {}): Promise<ParallelStepResult> {
     checkOptions('ExpertParallel.step', options, { precision: true })
     checkBatches('ExpertParallel', batches)
     if (!this.parameters.some(({ parameter }) => parameter.trainable))

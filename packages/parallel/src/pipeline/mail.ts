@@ -1,7 +1,7 @@
 /** @file What stages hand to each other: activations onwards, gradients back. */
 import { keep, type Tensor } from '@moe/core'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
-import { partsOf, type Schedule, type StagePass } from '../schedule/schedule.ts'
+import { type PipelineSchedule, partsOf, type StagePass } from '../schedule/schedule.ts'
 
 type Kind = 'activation' | 'gradient'
 
@@ -24,7 +24,7 @@ export class Mail {
   readonly #receiving: Array<Promise<void>> = []
 
   /** @param between what goes from a stage to the next */
-  constructor(schedule: Schedule, ranks: Communicator, between: TensorLike) {
+  constructor(schedule: PipelineSchedule, ranks: Communicator, between: TensorLike) {
     this.#ranks = ranks
     this.#homes = homesOf(schedule)
     for (const from of schedule.ranks.keys()) {
@@ -70,7 +70,7 @@ export class Mail {
   }
 
   /** Messages of a rank to this one, in the order of sending. */
-  #sentBy({ ranks, stages }: Schedule, from: number): Message[] {
+  #sentBy({ ranks, stages }: PipelineSchedule, from: number): Message[] {
     const sent: Message[] = []
     for (const { kind, stage, microBatch } of ranks[from].flatMap(partsOf)) {
       if (kind === 'forward' && stage < stages - 1) sent.push({ kind: 'activation', stage: stage + 1, microBatch })
@@ -111,7 +111,7 @@ class Slot {
 }
 
 /** The rank of every pass of a stage with a micro-batch. */
-function homesOf(schedule: Schedule): Map<string, number> {
+function homesOf(schedule: PipelineSchedule): Map<string, number> {
   const homes = new Map<string, number>()
   for (const [rank, actions] of schedule.ranks.entries())
     for (const { kind, stage, microBatch } of actions.flatMap(partsOf))

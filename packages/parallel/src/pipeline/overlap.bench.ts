@@ -13,7 +13,7 @@ import { createBackend } from '@moe/kernels-cpu'
 import { localOver } from '../communicator/local.ts'
 import { Clocks } from '../communicator/test-clocks.ts'
 import { dualPipeV } from '../schedule/dual-pipe.ts'
-import { partsOf, type Schedule } from '../schedule/schedule.ts'
+import { type PipelineSchedule, partsOf } from '../schedule/schedule.ts'
 import { Pipeline } from './pipeline.ts'
 
 const { values } = parseArgs({
@@ -31,7 +31,7 @@ const latencies = values.latency.split(',').map(Number)
 setDefaultBackend(await createBackend({ threads: 1 }))
 
 const atOnce = dualPipeV(stages, Number(values['micro-batches']))
-const apart: Schedule = { ...atOnce, ranks: atOnce.ranks.map(actions => actions.flatMap(partsOf)) }
+const apart: PipelineSchedule = { ...atOnce, ranks: atOnce.ranks.map(actions => actions.flatMap(partsOf)) }
 const config = {
   ...presets.tiny,
   vocab_size: 256,

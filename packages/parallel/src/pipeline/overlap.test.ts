@@ -6,7 +6,7 @@ import type { Communicator } from '../communicator/communicator.ts'
 import { localOver } from '../communicator/local.ts'
 import { DelayedTransport } from '../communicator/test-delays.ts'
 import { dualPipe, dualPipeV } from '../schedule/dual-pipe.ts'
-import type { Schedule } from '../schedule/schedule.ts'
+import type { PipelineSchedule } from '../schedule/schedule.ts'
 import { batchesOf, newModel } from '../test-steps.ts'
 import { Pipeline } from './pipeline.ts'
 
@@ -14,7 +14,7 @@ const cpu: Backend = await createBackend({ threads: 1 })
 setDefaultBackend(cpu)
 afterAll(() => cpu.dispose())
 
-async function step(schedule: Schedule, ranks: Communicator): Promise<unknown> {
+async function step(schedule: PipelineSchedule, ranks: Communicator): Promise<unknown> {
   const model = newModel({ num_hidden_layers: 4, first_k_dense_replace: 1, num_nextn_predict_layers: 1 })
   const pipeline = new Pipeline(model, schedule, ranks, { expertParallelSize: 2 })
   const { rank, world } = pipeline.dataShare

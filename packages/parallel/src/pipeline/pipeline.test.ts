@@ -10,7 +10,7 @@ import type { Communicator } from '../communicator/communicator.ts'
 import { local } from '../communicator/local.ts'
 import { dualPipe, dualPipeV } from '../schedule/dual-pipe.ts'
 import { interleaved, oneForwardOneBackward } from '../schedule/one-f-one-b.ts'
-import type { Schedule } from '../schedule/schedule.ts'
+import type { PipelineSchedule } from '../schedule/schedule.ts'
 import { zeroBubbleH1, zeroBubbleH2, zeroBubbleV } from '../schedule/zero-bubble.ts'
 import { batchesOf, type Changes, gradientsOf, newModel, weightsOf, wholeStep } from '../test-steps.ts'
 import { Pipeline } from './pipeline.ts'
@@ -21,7 +21,7 @@ beforeEach(() => {
   setDefaultBackend(backend)
 })
 
-const schedules: Schedule[] = [
+const schedules: PipelineSchedule[] = [
   oneForwardOneBackward(1, 2),
   oneForwardOneBackward(4, 6),
   // A stage for every layer, the head and every MTP module.
@@ -61,7 +61,7 @@ interface Several {
 
 /** Steps on all ranks, each beside the whole model's. */
 async function expectWhole(
-  schedule: Schedule,
+  schedule: PipelineSchedule,
   make: () => DeepSeek,
   rounds = 1,
   { replicas = 1, expertParallelSize = 1 }: Several = {},
@@ -110,7 +110,7 @@ describe('a step in stages has loss, metrics, gradients and norm of the whole mo
     ['two of DualPipeV', dualPipeV(2, 4), 2],
   ] as const)('several pipelines: %s', (_, schedule, replicas) => expectWhole(schedule, newModel, 2, { replicas }))
 
-  test.each<[string, Schedule, number, number, Changes?]>([
+  test.each<[string, PipelineSchedule, number, number, Changes?]>([
     ['1F1B', oneForwardOneBackward(2, 3), 2, 2],
     ['one stage, a rank for each expert', oneForwardOneBackward(1, 2), 4, 4],
     ['a rank for every layer', oneForwardOneBackward(11, 2), 2, 2],
@@ -295,7 +295,7 @@ test('what is no model, schedule, communicator, option or list of micro-batches 
   await local(1, async ranks => {
     const make = (...given: unknown[]) => {
       const [model, plan, communicator] = given.map((value, i) => value ?? [newModel(), schedule, ranks][i])
-      return () => new Pipeline(model as DeepSeek, plan as Schedule, communicator as Communicator)
+      return () => new Pipeline(model as DeepSeek, plan as PipelineSchedule, communicator as Communicator)
     }
     const all = [null, null, null]
     expect(make(...all.with(0, {} as never))).toThrow('Pipeline: the model has no inStages')

@@ -13,8 +13,8 @@ import {
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import { ExpertShares, expertRanks, type OwnParameter, type SpreadableLayer } from '../experts/expert-shares.ts'
-import { finite, gradientNorm, type StepOptions, type StepResult } from '../gradients.ts'
-import { checkSchedule, type Schedule, stagesOf } from '../schedule/schedule.ts'
+import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
+import { checkSchedule, type PipelineSchedule, stagesOf } from '../schedule/schedule.ts'
 import { holdersOf, sumReplicas } from './replicas.ts'
 import { checkSize, type PipelineStage, runSchedule } from './run-schedule.ts'
 
@@ -65,7 +65,7 @@ export class Pipeline<Batch> {
   readonly #line: Communicator
   /** Those that have the same stages, in all pipelines; null where there is one. */
   readonly #replicas: Communicator | null
-  readonly #schedule: Schedule
+  readonly #schedule: PipelineSchedule
   readonly #model: ModelInStages<Batch>
   /** Of the experts of its stages, where pipelines share them out. */
   readonly #shares: ExpertShares | null
@@ -76,7 +76,7 @@ export class Pipeline<Batch> {
    */
   constructor(
     model: StageableModel<Batch>,
-    schedule: Schedule,
+    schedule: PipelineSchedule,
     ranks: Communicator,
     options: { readonly expertParallelSize?: number } = {},
   ) {
@@ -122,7 +122,7 @@ export class Pipeline<Batch> {
    * @param batches as many as the schedule has
    * @throws MoeError E_CONFIG, also when ranks of a pipeline have different ones; E_NAN, on all ranks, when loss or norm is not finite
    */
-  async step(batches: readonly Batch[], options: StepOptions = {}): Promise<StepResult> {
+  async step(batches: readonly Batch[], options: ParallelStepOptions = {}): Promise<ParallelStepResult> {
     const { microBatches, name } = this.#schedule
     checkOptions('Pipeline.step', options, { precision: true })
     checkBatches(name, batches)

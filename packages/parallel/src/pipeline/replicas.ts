@@ -1,11 +1,11 @@
 /** @file Parameters that several ranks have: their gradients are one sum. */
 import { Lifetime, type Parameter, zeros } from '@moe/core'
 import type { Communicator } from '../communicator/communicator.ts'
-import { type Schedule, stagesOf } from '../schedule/schedule.ts'
+import { type PipelineSchedule, stagesOf } from '../schedule/schedule.ts'
 
 /** For each parameter the ranks that have it, lowest first: one, but for those of a stage that lies on two ranks (DualPipe) or that several stages use (an embedding that MTP shares). */
 export function holdersOf(
-  schedule: Schedule,
+  schedule: PipelineSchedule,
   parametersOf: (stage: number) => readonly Parameter[],
 ): Map<Parameter, number[]> {
   const holders = new Map<Parameter, number[]>()
@@ -20,7 +20,7 @@ export function holdersOf(
  * @param parametersOf the parameters of a stage, of any rank, in the same order on all
  */
 export async function sumReplicas(
-  schedule: Schedule,
+  schedule: PipelineSchedule,
   ranks: Communicator,
   parametersOf: (stage: number) => readonly Parameter[],
 ): Promise<void> {

@@ -14,7 +14,7 @@ import { refusal } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import type { PieceRunner, RouteElsewhere } from '../experts/expert-shares.ts'
 import { PiecewisePass } from '../experts/piecewise-pass.ts'
-import { type Action, checkSchedule, type Schedule, type StagePass, stagesOf } from '../schedule/schedule.ts'
+import { type Action, checkSchedule, type PipelineSchedule, type StagePass, stagesOf } from '../schedule/schedule.ts'
 import { Mail } from './mail.ts'
 
 /** A part of a model. Parameters are its own business. */
@@ -85,7 +85,7 @@ interface UnderWay {
  * @throws MoeError E_CONFIG for a schedule that is none, another number of ranks, a stage that is missing or gives nothing to the next
  */
 export async function runSchedule(
-  schedule: Schedule,
+  schedule: PipelineSchedule,
   ranks: Communicator,
   stages: ReadonlyMap<number, PipelineStage>,
   options: RunOptions,
@@ -224,13 +224,13 @@ function replaced(total: Tensor, loss: Tensor, weight: number): Tensor {
 }
 
 /** @throws MoeError E_CONFIG for a schedule of another number of ranks */
-export function checkSize(schedule: Schedule, ranks: Communicator): void {
+export function checkSize(schedule: PipelineSchedule, ranks: Communicator): void {
   if (schedule.ranks.length === ranks.size) return
   const problem = `the schedule is for ${schedule.ranks.length} ranks, there are ${ranks.size}`
   throw refusal(schedule.name, problem, 'make a schedule for as many')
 }
 
-function checkRank(schedule: Schedule, ranks: Communicator, stages: ReadonlyMap<number, PipelineStage>): void {
+function checkRank(schedule: PipelineSchedule, ranks: Communicator, stages: ReadonlyMap<number, PipelineStage>): void {
   checkSize(schedule, ranks)
   const missing = stagesOf(schedule, ranks.rank).filter(stage => !stages.has(stage))
   if (missing.length > 0)
@@ -241,7 +241,7 @@ function checkRank(schedule: Schedule, ranks: Communicator, stages: ReadonlyMap<
     )
 }
 
-function unknownMetric(schedule: Schedule, stage: number, name: string): MoeError {
+function unknownMetric(schedule: PipelineSchedule, stage: number, name: string): MoeError {
   return new MoeError({
     code: 'E_CONFIG',
     op: schedule.name,
@@ -250,7 +250,7 @@ function unknownMetric(schedule: Schedule, stage: number, name: string): MoeErro
   })
 }
 
-function noOutput(schedule: Schedule, stage: number): MoeError {
+function noOutput(schedule: PipelineSchedule, stage: number): MoeError {
   return new MoeError({
     code: 'E_CONFIG',
     op: schedule.name,

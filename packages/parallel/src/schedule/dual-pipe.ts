@@ -1,5 +1,5 @@
 /** @file DualPipe (DeepSeek-V3 report 3.2.1, deepseek-ai/DualPipe) and its half, DualPipeV: forward and backward passes of two directions, overlapped. */
-import type { Action, Schedule, StagePass } from './schedule.ts'
+import type { Action, PipelineSchedule, StagePass } from './schedule.ts'
 import { checkSizes } from './sizes.ts'
 
 /**
@@ -7,7 +7,7 @@ import { checkSizes } from './sizes.ts'
  * Bubble (p/2 - 1)(F&B + B - 3W), twice the parameters, p + 1 activations.
  * @throws MoeError E_CONFIG unless ranks and micro-batches are even and there are at least two micro-batches a rank
  */
-export function dualPipe(ranks: number, microBatches: number): Schedule {
+export function dualPipe(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('DualPipe', { ranks, microBatches }, [
     [`ranks = ${ranks} is odd`, ranks % 2 !== 0],
     [`microBatches = ${microBatches} is odd`, microBatches % 2 !== 0],
@@ -31,7 +31,7 @@ export function dualPipe(ranks: number, microBatches: number): Schedule {
  * twice. For as many stages it has DualPipe's bubble on half the ranks.
  * @throws MoeError E_CONFIG unless there are at least two micro-batches a rank
  */
-export function dualPipeV(ranks: number, microBatches: number): Schedule {
+export function dualPipeV(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('DualPipeV', { ranks, microBatches }, [
     [`microBatches = ${microBatches}, needs at least 2 ranks = ${2 * ranks}`, microBatches < 2 * ranks],
   ])

@@ -1,12 +1,12 @@
 /** @file 1F1B (Narayanan et al. 2019, "PipeDream"; 2021 for several stages a rank): as few micro-batches under way as fill the pipeline. */
-import type { Action, Schedule } from './schedule.ts'
+import type { Action, PipelineSchedule } from './schedule.ts'
 import { checkSizes } from './sizes.ts'
 
 /**
  * One stage a rank: rank r runs p - 1 - r forward passes, then one forward and one backward pass in turn. Bubble (p - 1)(F + B), at most p - r micro-batches alive.
  * @throws MoeError E_CONFIG
  */
-export function oneForwardOneBackward(ranks: number, microBatches: number): Schedule {
+export function oneForwardOneBackward(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('1F1B', { ranks, microBatches })
   const actionsOf = (rank: number) => {
     const pass =
@@ -23,7 +23,7 @@ export function oneForwardOneBackward(ranks: number, microBatches: number): Sche
  * @param stagesPerRank v; the model has v p stages
  * @throws MoeError E_CONFIG, also when the micro-batches do not come in groups of p
  */
-export function interleaved(ranks: number, microBatches: number, stagesPerRank: number): Schedule {
+export function interleaved(ranks: number, microBatches: number, stagesPerRank: number): PipelineSchedule {
   checkSizes('interleaved 1F1B', { ranks, microBatches, stagesPerRank }, [
     [`microBatches = ${microBatches} is no multiple of ranks = ${ranks}`, microBatches % ranks !== 0],
   ])

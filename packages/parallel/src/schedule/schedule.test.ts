@@ -9,8 +9,8 @@ import {
   dualPipeV,
   interleaved,
   oneForwardOneBackward,
+  type PipelineSchedule,
   partsOf,
-  type Schedule,
   simulate,
   stagesOf,
   zeroBubbleH1,
@@ -19,7 +19,8 @@ import {
 } from '../index.ts'
 import { dualPipePhases } from './dual-pipe.ts'
 
-const bubbles = (schedule: Schedule, durations = {}) => simulate(schedule, durations).ranks.map(rank => rank.bubble)
+const bubbles = (schedule: PipelineSchedule, durations = {}) =>
+  simulate(schedule, durations).ranks.map(rank => rank.bubble)
 const largest = (values: readonly number[]) => Math.max(...values)
 const ranksOf = fc.integer({ min: 1, max: 10 })
 const halves = fc.integer({ min: 1, max: 6 })
@@ -50,7 +51,8 @@ test('the worked example: F = 1, B = 2, W = 1, F&B = 3', () => {
 })
 
 test('columns of the table in the README of DualPipe: parameters and activations per rank', () => {
-  const column = (schedule: Schedule, name: 'stages' | 'held') => largest(simulate(schedule).ranks.map(r => r[name]))
+  const column = (schedule: PipelineSchedule, name: 'stages' | 'held') =>
+    largest(simulate(schedule).ranks.map(r => r[name]))
   for (const p of [2, 4, 8, 16]) {
     const schedules = [
       oneForwardOneBackward(p, 4 * p),
@@ -200,8 +202,8 @@ test('communication takes time between ranks, and none where the V turns round o
 })
 
 const pass = (kind: Action['kind'], stage: number, microBatch = 0) => ({ kind, stage, microBatch }) as Action
-const made = (...ranks: Action[][]): Schedule => ({ name: 'mine', stages: 2, microBatches: 1, ranks })
-const faultOf = (schedule: Schedule) => {
+const made = (...ranks: Action[][]): PipelineSchedule => ({ name: 'mine', stages: 2, microBatches: 1, ranks })
+const faultOf = (schedule: PipelineSchedule) => {
   try {
     checkSchedule(schedule)
   } catch (error) {

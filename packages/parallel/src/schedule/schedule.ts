@@ -21,7 +21,7 @@ export type Action =
  * What every rank does in a step, in order. Made by `oneForwardOneBackward`, `interleaved`, the zero-bubble and the dual-pipe functions, or by
  * hand.
  */
-export interface Schedule {
+export interface PipelineSchedule {
   /** What it is called, for messages and drawings. */
   readonly name: string
   /** Stages of the model. */
@@ -45,7 +45,7 @@ export function partsOf(action: Action): ReadonlyArray<Exclude<Action, { kind: '
 }
 
 /** Stages that a rank holds, lowest first. */
-export function stagesOf(schedule: Schedule, rank: number): number[] {
+export function stagesOf(schedule: PipelineSchedule, rank: number): number[] {
   const stages = new Set(schedule.ranks[rank].flatMap(partsOf).map(({ stage }) => stage))
   return [...stages].sort((a, b) => a - b)
 }
@@ -63,7 +63,7 @@ export function showAction(action: Action): string {
  * gradient is left over; and that no ranks wait for each other.
  * @throws MoeError E_CONFIG with every fault, or with who waits for what
  */
-export function checkSchedule(schedule: Schedule): void {
+export function checkSchedule(schedule: PipelineSchedule): void {
   if (!Array.isArray(schedule?.ranks)) {
     const fix = 'pass one that was made: zeroBubbleH1(ranks, microBatches)'
     throw new MoeError({ code: 'E_CONFIG', op: 'checkSchedule', problem: 'this is no schedule', fix })
@@ -81,7 +81,7 @@ export function checkSchedule(schedule: Schedule): void {
   inOrder(schedule, () => {})
 }
 
-function faultsOf({ stages, microBatches, ranks }: Schedule): string[] {
+function faultsOf({ stages, microBatches, ranks }: PipelineSchedule): string[] {
   const problems: string[] = []
   const home = new Map<string, number>()
   const done = new Map<string, Set<string>>()
@@ -145,7 +145,7 @@ export interface Visit<T> {
  * Internal. Visits all actions so that each comes after those of its rank before it and after those that it needs of other stages.
  * @throws MoeError E_CONFIG when ranks wait for each other
  */
-export function inOrder<T>(schedule: Schedule, visit: (visit: Visit<T>) => T): void {
+export function inOrder<T>(schedule: PipelineSchedule, visit: (visit: Visit<T>) => T): void {
   const { ranks, stages, name } = schedule
   const at = ranks.map(() => 0)
   const given = new Map<string, { rank: number; result: T }>()

@@ -1,6 +1,6 @@
 /** @file How long a schedule takes, where its ranks wait, and what they hold, for given durations. */
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
-import { type Action, checkSchedule, inOrder, partsOf, type Schedule, stagesOf } from './schedule.ts'
+import { type Action, checkSchedule, inOrder, type PipelineSchedule, partsOf, stagesOf } from './schedule.ts'
 
 /** Any unit of time, of one micro-batch in one stage. */
 export interface Durations {
@@ -55,7 +55,7 @@ export interface RankSimulation {
 /** A simulated step. */
 export interface Simulation {
   /** The schedule that was simulated. */
-  readonly schedule: Schedule
+  readonly schedule: PipelineSchedule
   /** From the first action of all ranks to the end of the last. */
   readonly makespan: number
   /** By rank. */
@@ -66,7 +66,7 @@ export interface Simulation {
  * Runs a schedule on paper: every rank does its actions in order, each as soon as the rank is free and what it needs has come.
  * @throws MoeError E_CONFIG for what `checkSchedule` finds, and for durations that cannot be
  */
-export function simulate(schedule: Schedule, durations: Durations = {}): Simulation {
+export function simulate(schedule: PipelineSchedule, durations: Durations = {}): Simulation {
   checkOptions('simulate', durations, names)
   const lasts = durationOf(durations)
   checkSchedule(schedule)

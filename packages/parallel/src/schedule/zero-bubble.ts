@@ -2,7 +2,7 @@
  * @file Zero bubble (Qi et al. 2024, "Zero Bubble Pipeline Parallelism"; "Pipeline Parallelism with Controllable Memory" for ZB-V): the gradient of the weights is
  * put off to where a rank would wait.
  */
-import type { Action, Schedule } from './schedule.ts'
+import type { Action, PipelineSchedule } from './schedule.ts'
 import { checkSizes } from './sizes.ts'
 
 /**
@@ -10,7 +10,7 @@ import { checkSizes } from './sizes.ts'
  * (p - 1)(F + B - 2W), where B is the whole backward pass.
  * @throws MoeError E_CONFIG
  */
-export function zeroBubbleH1(ranks: number, microBatches: number): Schedule {
+export function zeroBubbleH1(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('ZB-H1', { ranks, microBatches })
   return splitBackward('ZB-H1', ranks, microBatches, rank => ({ ahead: ranks - 1 - rank, putOff: rank }))
 }
@@ -20,7 +20,7 @@ export function zeroBubbleH1(ranks: number, microBatches: number): Schedule {
  * one after the other, so that the next step's first passes fit beside this one's last if the optimizer does not wait for all.
  * @throws MoeError E_CONFIG
  */
-export function zeroBubbleH2(ranks: number, microBatches: number): Schedule {
+export function zeroBubbleH2(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('ZB-H2', { ranks, microBatches }, [
     [`microBatches = ${microBatches}, needs at least 2 ranks - 1 = ${2 * ranks - 1}`, microBatches < 2 * ranks - 1],
   ])
@@ -33,7 +33,7 @@ function splitBackward(
   ranks: number,
   microBatches: number,
   amounts: (rank: number) => { ahead: number; putOff: number },
-): Schedule {
+): PipelineSchedule {
   const actionsOf = (rank: number) => {
     const { ahead, putOff } = amounts(rank)
     const pass = (kind: 'forward' | 'backwardInput' | 'backwardWeight', microBatch: number): Action[] =>
@@ -52,7 +52,7 @@ function splitBackward(
  * waits between its first and its last action, with the activations of 1F1B.
  * @throws MoeError E_CONFIG
  */
-export function zeroBubbleV(ranks: number, microBatches: number): Schedule {
+export function zeroBubbleV(ranks: number, microBatches: number): PipelineSchedule {
   checkSizes('ZB-V', { ranks, microBatches }, [
     [`microBatches = ${microBatches}, needs at least 2 ranks - 1 = ${2 * ranks - 1}`, microBatches < 2 * ranks - 1],
   ])

@@ -14,7 +14,7 @@ export interface Corpus {
 }
 
 /** Which texts are held out. */
-export interface TextOptions {
+export interface TextsOptions {
   /**
    * Held-out documents: a fraction in [0, 1) of the documents, drawn by `seed`, or the documents themselves. Of a
    * corpus of one document the last part is held out. Default 0.
@@ -26,14 +26,14 @@ export interface TextOptions {
 
 /** How files become documents, and which are held out. */
 export interface TextFilesOptions {
-  /** As in `TextOptions`, or glob patterns of the files to hold out. */
+  /** As in `TextsOptions`, or glob patterns of the files to hold out. */
   readonly validation?: number | { readonly files: string | readonly string[] }
   /**
    * Cuts each file into documents. Default: a file is a document. A document must fit into a string (512 Mi
    * characters); a file that does not can be cut by a string, not by an expression.
    */
   readonly separator?: string | RegExp
-  /** As in `TextOptions`. */
+  /** As in `TextsOptions`. */
   readonly seed?: number
   /** Folder that patterns and paths are relative to. Default: the current one. */
   readonly cwd?: string | URL
@@ -61,7 +61,7 @@ export function textFiles(patterns: string | readonly string[], options: TextFil
  * A corpus from documents in memory. Empty ones are left out.
  * @throws MoeError E_DATA when there are none, or when one is not text
  */
-export function texts(documents: Iterable<string>, options: TextOptions = {}): Corpus {
+export function texts(documents: Iterable<string>, options: TextsOptions = {}): Corpus {
   checkOptions('texts', options, { validation: true, seed: true })
   const { validation = 0, seed = 0 } = options
   const all = checked(documents, 'the corpus')
