@@ -10,4 +10,4 @@ export {
   type EncodeOptions,
   type EncodingWithOffsets,
 } from './tokenizer.ts'
-export { type SpecialToken, type TrainOptions, type TrainProgress, trainBpe, trainBpeAsync } from './train/train.ts'
+export { type SpecialToken, type TrainBpeOptions, type TrainProgress, trainBpe, trainBpeAsync } from './train/train.ts'

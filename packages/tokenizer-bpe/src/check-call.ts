@@ -8,11 +8,11 @@ import { describe } from './json/check.ts'
 import { MAX_ID } from './model.ts'
 import type { TiktokenOptions } from './tiktoken.ts'
 import type { DecodeOptions, EncodeOptions } from './tokenizer.ts'
-import type { TrainOptions } from './train/train.ts'
+import type { TrainBpeOptions } from './train/train.ts'
 
 /** The options of everything that takes some. */
 export interface OptionsByOp {
-  readonly trainBpe: TrainOptions
+  readonly trainBpe: TrainBpeOptions
   readonly encode: EncodeOptions
   readonly encodeBatch: EncodeOptions & { readonly threads?: number }
   readonly decode: DecodeOptions

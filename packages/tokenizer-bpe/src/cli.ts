@@ -2,7 +2,7 @@
 /** @file The command `moe-tokenizer`: train, encode, decode, inspect. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. */
 import { createReadStream, readFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
-import { BpeTokenizer, TokenizerError, type TrainOptions, type TrainProgress, trainBpeAsync } from './index.ts'
+import { BpeTokenizer, TokenizerError, type TrainBpeOptions, type TrainProgress, trainBpeAsync } from './index.ts'
 
 const HELP = `moe-tokenizer COMMAND [options]
 
@@ -113,7 +113,7 @@ async function train(files: string[]): Promise<void> {
     preTokenizer:
       values.pattern !== undefined
         ? { patterns: [values.pattern] }
-        : (values['pre-tokenizer'] as TrainOptions['preTokenizer']),
+        : (values['pre-tokenizer'] as TrainBpeOptions['preTokenizer']),
     signal: interrupt.signal,
     onProgress: values.quiet || values.json ? undefined : showProgress,
   })

@@ -3,14 +3,15 @@ import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { describe, expect, test } from 'vitest'
-import { BpeTokenizer, type TrainOptions, trainBpe, trainBpeAsync } from './index.ts'
+import { BpeTokenizer, type TrainBpeOptions, trainBpe, trainBpeAsync } from './index.ts'
 
 const CORPUS = [
   'We the People of the United States, in Order to form a more perfect Union,\nestablish Justice, insure domestic Tranquility.',
   'The better angels of our nature. The people, by the people, for the people.\n\n1863, 1776 and 2026.',
   '人民的、人民によって、人民のために。🙂👍🏽 naïve café',
 ]
-const train = (options: Partial<TrainOptions> = {}) => trainBpe(CORPUS, { vocabSize: 320, minFrequency: 1, ...options })
+const train = (options: Partial<TrainBpeOptions> = {}) =>
+  trainBpe(CORPUS, { vocabSize: 320, minFrequency: 1, ...options })
 
 describe('a trained tokenizer', () => {
   test('gives back what it was given', () => {

@@ -34,7 +34,7 @@ export interface TrainProgress {
 export type SpecialToken = { readonly content: string } & Partial<Omit<AddedToken, 'id'>>
 
 /** Size, pieces, alphabet and limits of a training. */
-export interface TrainOptions {
+export interface TrainBpeOptions {
   /** Ids wanted, special tokens and alphabet included; fewer come out when the corpus has no more pairs to merge. */
   readonly vocabSize: number
   /**
@@ -69,7 +69,7 @@ export interface TrainOptions {
  * @param texts read once, one at a time; a piece never reaches from one text into the next
  * @throws TokenizerError E_CONFIG for impossible options, E_DATA for an empty or binary corpus, E_ABORTED
  */
-export function trainBpe(texts: Iterable<string>, options: TrainOptions): BpeTokenizer {
+export function trainBpe(texts: Iterable<string>, options: TrainBpeOptions): BpeTokenizer {
   const trainer = new Trainer(options, texts)
   checkTexts(texts)
   for (const text of texts) for (const _ of trainer.count(text));
@@ -81,7 +81,7 @@ export function trainBpe(texts: Iterable<string>, options: TrainOptions): BpeTok
 /** `trainBpe` for texts that come asynchronously; gives way to other events as it works, so that a signal can end it. */
 export async function trainBpeAsync(
   texts: AsyncIterable<string> | Iterable<string>,
-  options: TrainOptions,
+  options: TrainBpeOptions,
 ): Promise<BpeTokenizer> {
   const trainer = new Trainer(options)
   checkTexts(texts)
@@ -116,7 +116,7 @@ function checkTexts(texts: unknown): void {
 const REPORT_BYTES = 1 << 22
 
 class Trainer {
-  readonly #options: TrainOptions
+  readonly #options: TrainBpeOptions
   readonly #special: AddedToken[]
   readonly #json: unknown
   readonly #preTokenizer: ReturnType<typeof compilePreTokenizer>
@@ -132,7 +132,7 @@ class Trainer {
   #tokens: string[] = []
   #learner: MergeLearner | undefined
 
-  constructor(options: TrainOptions, texts?: Iterable<string>) {
+  constructor(options: TrainBpeOptions, texts?: Iterable<string>) {
     callCheck.of?.('trainBpe', options, texts)
     provideAll()
     this.#options = options
@@ -338,7 +338,7 @@ function config(problem: string, fix?: string): TokenizerError {
   return new TokenizerError({ code: 'E_CONFIG', op: 'trainBpe', problem, fix })
 }
 
-function preTokenizerOf(choice: NonNullable<TrainOptions['preTokenizer']>): unknown {
+function preTokenizerOf(choice: NonNullable<TrainBpeOptions['preTokenizer']>): unknown {
   if (typeof choice === 'string') {
     if (!preTokenizerNames().includes(choice)) {
       throw config(
@@ -352,7 +352,7 @@ function preTokenizerOf(choice: NonNullable<TrainOptions['preTokenizer']>): unkn
   return preTokenizerJson(choice instanceof RegExp ? [patternOf(choice)] : choice.patterns)
 }
 
-function specialTokens(list: NonNullable<TrainOptions['specialTokens']>): AddedToken[] {
+function specialTokens(list: NonNullable<TrainBpeOptions['specialTokens']>): AddedToken[] {
   const seen = new Set<string>()
   return list.map((item, id) => {
     const given = typeof item === 'string' ? { content: item } : item
