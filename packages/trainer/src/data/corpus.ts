@@ -30,7 +30,8 @@ export interface TextFilesOptions {
   readonly validation?: number | { readonly files: string | readonly string[] }
   /**
    * Cuts each file into documents. Default: a file is a document. A document must fit into a string (512 Mi
-   * characters); a file that does not can be cut by a string, not by an expression.
+   * characters); a file that does not can be cut by a string, not by an expression. A line feed in a string stands for
+   * the line ends of the file, CRLF or LF.
    */
   readonly separator?: string | RegExp
   /** As in `TextsOptions`. */

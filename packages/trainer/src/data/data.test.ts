@@ -98,6 +98,16 @@ describe('textFiles', () => {
     expect(textFiles('a.txt', { cwd, separator: '\n---\n' }).training).toEqual(['one', 'two'])
   })
 
+  test('a line feed in the separator is a line end of the file', async () => {
+    const cwd = await folder({ 'crlf.txt': 'one\r\nmore\r\n\r\ntwo\r\n', 'lf.txt': 'a\n\nb', 'long.txt': 'a b' })
+    const of = (file: string, separator: string) => textFiles(file, { cwd, separator }).training
+    expect(of('crlf.txt', '\n')).toEqual(['one', 'more', 'two'])
+    expect(of('crlf.txt', '\n\n')).toEqual(['one\r\nmore', 'two\r\n'])
+    expect(of('crlf.txt', '\r\n\r\n')).toEqual(['one\r\nmore', 'two\r\n'])
+    expect(of('lf.txt', '\n\n')).toEqual(['a', 'b'])
+    expect(of('long.txt', '\n')).toEqual(['a b'])
+  })
+
   test('cuts by text as by an expression', async () => {
     const content = '\uFEFFüne🙂🙂deux🙂🙂🙂trois🙂🙂 🙂🙂quatre\n'
     const cwd = await folder({ 'a.txt': content })

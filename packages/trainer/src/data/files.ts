@@ -64,7 +64,7 @@ export function readDocuments(op: string, path: string, separator: string | RegE
   // Cut before it is decoded, so that only its documents must fit into strings.
   const parts =
     typeof separator === 'string' && separator !== ''
-      ? cut(bytes, Buffer.from(separator)).map(part => decode(op, path, part))
+      ? cut(bytes, asIn(bytes, separator)).map(part => decode(op, path, part))
       : decode(op, path, bytes).split(separator)
   return parts.filter(part => part.trim().length > 0)
 }
@@ -99,6 +99,12 @@ function readBytes(op: string, path: string): Buffer {
  */
 export function readLines(op: string, path: string): string[] {
   return cut(readBytes(op, path), Buffer.from('\n')).map(line => decode(op, path, line))
+}
+
+/** A separator with the line ends of a text, by its first: CRLF, as Windows has them, or LF. */
+function asIn(bytes: Buffer, separator: string): Buffer {
+  const crlf = bytes[bytes.indexOf('\n') - 1] === 13
+  return Buffer.from(crlf ? separator.replaceAll(/\r?\n/g, '\r\n') : separator)
 }
 
 function cut(bytes: Buffer, separator: Buffer): Buffer[] {
