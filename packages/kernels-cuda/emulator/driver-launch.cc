@@ -149,7 +149,7 @@ EMU_EXPORT int cuModuleLoadData(void** handle, const void* image) {
 EMU_EXPORT int cuModuleUnload(void* handle) {
   ENTER("cuModuleUnload");
   if (!modules.count((Module*)handle)) return invalidHandle;
-  const Status status = runEverything();
+  const Status status = waitForEverything();
   for (auto& [_, function] : ((Module*)handle)->functions) functions.erase(function.get());
   modules.erase((Module*)handle);
   delete (Module*)handle;

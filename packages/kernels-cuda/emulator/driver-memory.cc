@@ -21,7 +21,7 @@ static Status allocateBytes(uintptr_t* address, size_t bytes) {
   *address = reserveAllocation(bytes);
   if (!*address) {
     // What waits in queues may free some.
-    if (const Status status = runEverything(); status != ok) return status;
+    if (const Status status = waitForEverything(); status != ok) return status;
     *address = reserveAllocation(bytes);
   }
   return *address ? ok : outOfMemory;
@@ -42,7 +42,8 @@ EMU_EXPORT int cuMemFree_v2(uintptr_t address) {
     recordRefusal("cuMemFree of 0x%zx, which is no allocation", (size_t)address);
     return invalidValue;
   }
-  const Status status = runEverything();  // a device waits for its work before it frees
+  // A device waits for its work before it frees.
+  const Status status = waitForEverything();
   closeAllocation(address);
   return status;
 }
@@ -80,7 +81,7 @@ EMU_EXPORT int cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
 EMU_EXPORT int cuMemFreeHost(void* pointer) {
   ENTER("cuMemFreeHost");
   if (!context().pinned.count((uintptr_t)pointer)) return invalidValue;
-  const Status status = runEverything();
+  const Status status = waitForEverything();
   context().pinned.erase((uintptr_t)pointer);
   free(pointer);
   return status;

@@ -15,7 +15,7 @@ EMU_EXPORT int cuStreamDestroy_v2(void* handle) {
   ENTER("cuStreamDestroy_v2");
   Stream* stream = streamOf(handle);
   if (!stream || stream == &context().null) return invalidHandle;
-  const Status status = runAll(*stream);
+  const Status found = runAll(*stream), status = found == notReady ? ok : found;
   for (auto& [_, event] : context().events)
     if (event->stream == stream) event->stream = nullptr;
   const auto forget = [&](Stream& other) {
@@ -33,7 +33,7 @@ EMU_EXPORT int cuStreamSynchronize(void* handle) {
   Stream* stream = streamOf(handle);
   if (!stream) return invalidHandle;
   if (stream->capture) return breakCapture(*stream);
-  return runAll(*stream);
+  return waitFor([&] { return runAll(*stream); });
 }
 EMU_EXPORT int cuStreamQuery(void* handle) {
   ENTER("cuStreamQuery");
@@ -90,7 +90,7 @@ EMU_EXPORT int cuEventSynchronize(void* handle) {
   if (event == context().events.end()) return invalidHandle;
   if (event->second->captured) return captureUnsupported;
   if (event->second->done >= event->second->recorded || !event->second->stream) return ok;
-  return runThrough(*event->second->stream, event->second->recorded);
+  return waitFor([&] { return runThrough(*event->second->stream, event->second->recorded); });
 }
 EMU_EXPORT int cuEventQuery(void* handle) {
   ENTER("cuEventQuery");

@@ -258,5 +258,5 @@ EMU_EXPORT int cuCtxGetCurrent(void** handle) {
 EMU_EXPORT int cuCtxSynchronize() {
   ENTER("cuCtxSynchronize");
   if (captureForbids()) return captureUnsupported;
-  return runEverything();
+  return waitForEverything();
 }

@@ -1,6 +1,7 @@
 #include "streams.h"
 
 #include <time.h>
+#include <unistd.h>
 
 namespace emu {
 
@@ -79,7 +80,12 @@ Status runThrough(Stream& stream, uint64_t sequence) {
       runThrough(all.null, op.sequence);
     }
     if (all.error != ok) break;
-    if (const Status status = perform(op); status != ok && all.error == ok) fail(status);
+    const Status status = perform(op);
+    if (status == notReady) {
+      stream.queue.push_front(std::move(op));
+      return notReady;
+    }
+    if (status != ok && all.error == ok) fail(status);
   }
   return all.error;
 }
@@ -87,10 +93,22 @@ Status runThrough(Stream& stream, uint64_t sequence) {
 Status runAll(Stream& stream) { return runThrough(stream, ~(uint64_t)0); }
 
 Status runEverything() {
-  runAll(context().null);
-  for (Stream* stream : context().streams) runAll(*stream);
-  return context().error;
+  bool waits = runAll(context().null) == notReady;
+  for (Stream* stream : context().streams) waits |= runAll(*stream) == notReady;
+  return context().error != ok ? context().error : waits ? notReady : ok;
 }
+
+Status waitFor(const std::function<Status()>& run) {
+  for (int tries = 0; tries < 20000; tries++) {
+    if (const Status status = run(); status != notReady) return status;
+    usleep(1000);
+  }
+  recordRefusal("a wait for work that waits for another rank did not end in 20 s");
+  fail(launchFailed);
+  return launchFailed;
+}
+
+Status waitForEverything() { return waitFor(runEverything); }
 
 Status enqueue(Stream& stream, Operation operation) {
   if (stream.capture) {
@@ -107,7 +125,9 @@ Status enqueue(Stream& stream, Operation operation) {
   }
   stream.asked = false;
   stream.queue.push_back(std::move(operation));
-  if (!all.lazy || stream.queue.size() > 4096) return runAll(stream);
+  if (!all.lazy || stream.queue.size() > 4096) {
+    if (const Status status = runAll(stream); status != notReady) return status;
+  }
   return ok;
 }
 

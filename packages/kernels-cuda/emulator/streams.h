@@ -1,6 +1,7 @@
 // Streams, events and graphs: queues of operations that run as late as they may.
 #pragma once
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <set>
@@ -84,10 +85,13 @@ Context& context();
 
 /// Queues an operation (or adds it to the graph that the stream captures).
 Status enqueue(Stream& stream, Operation operation);
-/// Runs what a stream holds, through a sequence number.
+/// Runs what a stream holds, through a sequence number. `notReady` where work of another library waits for another process.
 Status runThrough(Stream& stream, uint64_t sequence);
 Status runAll(Stream& stream);
 Status runEverything();
+/// The same until it is done, for calls that wait.
+Status waitFor(const std::function<Status()>& run);
+Status waitForEverything();
 Stream* streamOf(void* handle);
 
 }  // namespace emu

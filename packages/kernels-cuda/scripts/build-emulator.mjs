@@ -1,5 +1,5 @@
-// Builds build/emulator/: libmoe-cuda-emulator.so, which stands in for the CUDA driver, libmoe-cublas-lt-emulator.so for cuBLASLt, and one
-// <module>.fatbin per kernel folder (a line of text, which that driver takes for an image). Plain Node >= 20.
+// Builds build/emulator/: libmoe-cuda-emulator.so, which stands in for the CUDA driver, libmoe-cublas-lt-emulator.so for cuBLASLt, libmoe-nccl-emulator.so
+// for NCCL, and one <module>.fatbin per kernel folder (a line of text, which that driver takes for an image). Plain Node >= 20.
 //
 //   node scripts/build-emulator.mjs [--ptx[=90a]] [--force] [--verbose] [--keep-going] [--only=op,op]
 //
@@ -20,7 +20,8 @@ const outDir = join(root, 'build', options.ptx ? 'emulator-ptx' : 'emulator')
 const objDir = join(outDir, 'obj')
 const ptxDir = join(outDir, 'ptx')
 const driver = join(outDir, 'libmoe-cuda-emulator.so')
-const cublasLt = join(outDir, 'libmoe-cublas-lt-emulator.so')
+/** Libraries beside the driver's, by their one source. */
+const beside = { 'cublas-lt.cc': 'libmoe-cublas-lt-emulator.so', 'nccl.cc': 'libmoe-nccl-emulator.so' }
 
 const common = [
   '-std=c++17',
@@ -191,14 +192,23 @@ function describe({ file: source, module, translated }, compiler) {
 }
 
 function link(objects, compiler) {
-  const isCublasLt = ({ source }) => source.endsWith('cublas-lt.cc')
   // No -fsanitize here: the runtime is what the hooks call. Signal handlers and faults point into it, so it may never be unmapped.
   const flags = ['-pthread', '-ldl', '-lm', '-Wl,-z,nodelete', '-Wl,-z,defs', '-Wl,-Bsymbolic', '-static-libgcc']
-  const runtime = objects.filter(object => !isCublasLt(object))
-  const linked = builder.link(driver, join(objDir, 'library.link'), runtime, compiler, flags)
-  // It needs the driver's library, the one that is loaded: both lie in one folder.
-  const beside = [`-L${outDir}`, '-l:libmoe-cuda-emulator.so', '-Wl,-rpath,$ORIGIN', ...flags]
-  return linked + builder.link(cublasLt, join(objDir, 'cublas-lt.link'), objects.filter(isCublasLt), compiler, beside)
+  const runtime = objects.filter(({ source }) => !(basename(source) in beside))
+  let linked = builder.link(driver, join(objDir, 'library.link'), runtime, compiler, flags)
+  for (const [name, library] of Object.entries(beside)) {
+    const own = objects.filter(({ source }) => basename(source) === name)
+    // They need the driver's library, the one that is loaded: all lie in one folder.
+    const withDriver = [`-L${outDir}`, '-l:libmoe-cuda-emulator.so', '-Wl,-rpath,$ORIGIN', ...flags]
+    linked += builder.link(
+      join(outDir, library),
+      join(objDir, `${basename(name, '.cc')}.link`),
+      own,
+      compiler,
+      withDriver,
+    )
+  }
+  return linked
 }
 
 /** What cuModuleLoadData is given in place of a fatbin: one line that names the module. */

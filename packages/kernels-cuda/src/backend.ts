@@ -14,6 +14,7 @@ import type {
 import { dtypes, hostArray, MoeError, sizeOf } from '@moe/core'
 import type { Device } from './driver/device.ts'
 import { capture, type Recording } from './graph.ts'
+import { type CudaInterop, createInterop } from './interop.ts'
 import { fusedFactories, primitiveFactories } from './kernels/index.ts'
 import type { CudaBuffer, Memory, MemoryStats } from './memory.ts'
 import type { Cuda } from './native.ts'
@@ -34,6 +35,8 @@ export interface CudaBackend extends Backend {
   readonly wgmma: boolean
   /** Version of the cuBLASLt that is used for dense products, if one is. */
   readonly cublasLt: string | undefined
+  /** For libraries beside the backend. */
+  readonly interop: CudaInterop
   stats(): CudaStats
   /** Gives memory that no tensor uses back to the device. */
   trim(): Promise<void>
@@ -63,12 +66,13 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
     }
   }
 
-  return {
+  const backend: CudaBackend = {
     name: 'kernels-cuda',
     device: `${device.name}, sm_${device.capability}, ${(device.totalMemory / 2 ** 30).toFixed(0)} GiB`,
     properties: device,
     wgmma: cuda.wgmma,
     cublasLt: cuda.cublasLt?.version,
+    interop: createInterop(opened, run, () => backend),
     dtypes: new Set(dtypes),
     bf16Matmul: true,
     fp8Matmul: true,
@@ -129,6 +133,7 @@ export async function createBackend(options: CudaOptions = {}): Promise<CudaBack
       context.release()
     },
   }
+  return backend
 }
 
 type Runner = <T>(op: string, fn: () => T) => T

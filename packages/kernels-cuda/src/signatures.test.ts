@@ -1,6 +1,7 @@
 /** @file Every kernel of every .cu file is launched by somebody, with the parameters that it has. */
 import { expect, test } from 'vitest'
 import { fusedFactories, primitiveFactories } from './kernels/index.ts'
+import { reduceRanks } from './kernels/reduce-ranks/reduce-ranks.ts'
 import type { Cuda } from './native.ts'
 import { emulatorFunction, onDevice, translated, unavailable } from './test-backend.ts'
 
@@ -15,7 +16,7 @@ function asked(): string[] {
   for (const capability of [80, 90, 100]) {
     const onHopper = () => capability === 90
     const cuda = { capability, onHopper, multiprocessors: 4, sharedMemory: 99 * 1024, kernel } as unknown as Cuda
-    for (const factory of Object.values({ ...primitiveFactories, ...fusedFactories }))
+    for (const factory of Object.values({ ...primitiveFactories, ...fusedFactories, reduceRanks }))
       (factory as (cuda: Cuda) => unknown)(cuda)
   }
   return [...found].sort()

@@ -168,9 +168,18 @@ export class Stream {
     return this.#events.pop() ?? this.#driver.out(create, op)
   }
 
-  /** Waits for all work so far. */
-  async sync(): Promise<void> {
-    await this.#settled('sync')
+  /** Waits for all work so far. `look` is called before the device is asked again; what it throws ends the waiting. */
+  async sync(look?: () => void): Promise<void> {
+    await this.#settled('sync', look)
+  }
+
+  /** What comes next on this stream waits for all that is on another. */
+  follow(other: Stream): void {
+    const event = this.#event('follow')
+    this.#driver.check(this.#driver.call.cuEventRecord(event, other.handle), 'follow')
+    this.#driver.check(this.#driver.call.cuStreamWaitEvent(this.handle, event, 0), 'follow')
+    // A wait is for the record that there is when it is asked for.
+    this.#events.push(event)
   }
 
   /** Never throws: the device may be lost. */
@@ -193,7 +202,7 @@ export class Stream {
    * Asks again and again, each time after other work of the event loop; after two milliseconds once a millisecond, but for the time at which the last such
    * wait ended: training steps take the same time, and the device would be idle until the next look.
    */
-  async #settled(op: string): Promise<void> {
+  async #settled(op: string, look?: () => void): Promise<void> {
     const { call } = this.#driver
     const event = this.#event(op)
     try {
@@ -209,6 +218,7 @@ export class Stream {
         // Event and pinned memory went with the context.
         if (this.#disposed)
           throw new MoeError({ code: 'E_DISPOSED', op, problem: 'the backend was disposed meanwhile' })
+        look?.()
         code = call.cuEventQuery(event)
       }
       const waited = performance.now() - started

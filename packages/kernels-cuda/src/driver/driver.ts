@@ -20,6 +20,7 @@ export const prototypes = {
   cuStreamCreate: 'int cuStreamCreate(void* stream, unsigned int flags)',
   cuStreamDestroy: 'int cuStreamDestroy_v2(uint64_t stream)',
   cuStreamSynchronize: 'int cuStreamSynchronize(uint64_t stream)',
+  cuStreamWaitEvent: 'int cuStreamWaitEvent(uint64_t stream, uint64_t event, unsigned int flags)',
   cuStreamBeginCapture: 'int cuStreamBeginCapture_v2(uint64_t stream, int mode)',
   cuStreamEndCapture: 'int cuStreamEndCapture(uint64_t stream, void* graph)',
   cuEventCreate: 'int cuEventCreate(void* event, unsigned int flags)',

@@ -1,7 +1,7 @@
 /** @file Several ranks within one process: for tests, and for learning. They take turns on one thread. */
 import { MoeError } from '@moe/core'
 import type { Communicator } from './communicator.ts'
-import { HostCommunicator } from './host-communicator.ts'
+import { overHost } from './host-carrier.ts'
 import { type Transport, wrongLength } from './transport.ts'
 
 /**
@@ -30,7 +30,7 @@ export async function localOver<T>(
   const failures: unknown[] = []
   const one = async (rank: number): Promise<T> => {
     try {
-      const result = await work(new HostCommunicator(through(new LocalTransport(rank, size, post))))
+      const result = await work(overHost(through(new LocalTransport(rank, size, post))))
       post.end(rank, `rank ${rank} has ended`)
       return result
     } catch (error) {

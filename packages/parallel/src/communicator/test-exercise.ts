@@ -1,9 +1,9 @@
 /** @file For tests only: every call of a communicator, and what must come of it, computed without one. */
-import { type DType, fromBf16, fromHost, Random, type Tensor, tensor, toBf16 } from '@moe/core'
+import { type Backend, type DType, fromBf16, fromHost, Random, type Tensor, tensor, toBf16 } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import type { Communicator } from './communicator.ts'
 
-const backend = referenceBackend()
+const reference = referenceBackend()
 
 /** Numbers that a rank contributes; sums of these depend on their order and rounding. */
 const numbersOf = (rank: number, length: number) =>
@@ -15,8 +15,7 @@ const numbersOf = (rank: number, length: number) =>
 /** Rows that rank `from` has for rank `to`: some pairs have none. */
 const rowsFor = (from: number, to: number) => (from * 5 + to * 3) % 4
 
-const f32 = (numbers: Float32Array, shape = [numbers.length]) => tensor(numbers, shape, { backend })
-const bits = (numbers: Float32Array, dtype: 'bf16' | 'f32' | 'i32') => {
+const bitsOn = (backend: Backend, numbers: Float32Array, dtype: 'bf16' | 'f32' | 'i32') => {
   if (dtype === 'f32') return fromHost(numbers, [numbers.length], 'f32', backend)
   if (dtype === 'i32') return fromHost(Int32Array.from(numbers), [numbers.length], 'i32', backend)
   return fromHost(Uint16Array.from(numbers, toBf16), [numbers.length], 'bf16', backend)
@@ -27,13 +26,18 @@ const plain = async (tensors: readonly Tensor[]) =>
   Promise.all(tensors.map(async t => ({ shape: t.shape, dtype: t.dtype, data: [...(await t.data())] })))
 
 /** What this rank gets from every call, as plain data; and from those within its group, that of the other odd or even ranks, while all have calls under way. */
-export async function exercise(ranks: Communicator): Promise<Record<string, unknown>> {
+export async function exercise(ranks: Communicator, backend: Backend = reference): Promise<Record<string, unknown>> {
   const members = Array.from({ length: ranks.size }, (_, r) => r).filter(r => r % 2 === ranks.rank % 2)
-  const [whole, inGroup] = await Promise.all([exerciseAll(ranks), exerciseAll(ranks.group(members.reverse()))])
+  const [whole, inGroup] = await Promise.all([
+    exerciseAll(ranks, backend),
+    exerciseAll(ranks.group(members.reverse()), backend),
+  ])
   return { ...whole, inGroup }
 }
 
-async function exerciseAll(ranks: Communicator): Promise<Record<string, unknown>> {
+async function exerciseAll(ranks: Communicator, backend: Backend): Promise<Record<string, unknown>> {
+  const f32 = (numbers: Float32Array, shape = [numbers.length]) => tensor(numbers, shape, { backend })
+  const bits = (numbers: Float32Array, dtype: 'bf16' | 'f32' | 'i32') => bitsOn(backend, numbers, dtype)
   const { rank, size } = ranks
   const own = (length: number) => numbersOf(rank, length)
   const results: Record<string, unknown> = {}

@@ -1,7 +1,7 @@
 /** @file Ranks as processes that an MPI launcher has started (mpirun, mpiexec): messages through the MPI library. */
 import { checkOptions, MoeError } from '@moe/core'
 import type { Communicator } from '../communicator/communicator.ts'
-import { HostCommunicator } from '../communicator/host-communicator.ts'
+import { overHost } from '../communicator/host-carrier.ts'
 import { type Transport, wrongLength } from '../communicator/transport.ts'
 import { type MpiLibrary, openMpi } from './library.ts'
 
@@ -22,7 +22,7 @@ let opened: Promise<Communicator> | undefined
 export function mpi(options: { library?: string } = {}): Promise<Communicator> {
   checkOptions('mpi', options, { library: true })
   opened ??= openMpi(options.library).then(
-    library => new HostCommunicator(new MpiTransport(library)),
+    library => overHost(new MpiTransport(library)),
     error => {
       opened = undefined
       throw error

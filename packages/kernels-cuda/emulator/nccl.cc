@@ -1,0 +1,315 @@
+// NCCL without a GPU: a library of its own, which queues messages in the emulated driver's streams. Ranks are of one process or of several on this machine: a
+// message is a file. It has the messages between two ranks that are used, no collectives, and communicators that do not block: a call ends before its work is in
+// the stream, and what is asked of a communicator that is not ready is refused, as by the real library. What would hang or overwrite there is a fault here.
+#include <dirent.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <string>
+#include <vector>
+
+#include "abi.h"
+
+// library.cc, in the driver's library.
+extern "C" int moe_emulator_enter(const char* call, int* wanted);
+extern "C" int moe_emulator_work(const char* call, int (*work)(const void*), const void* arguments, size_t bytes, void* stream);
+extern "C" int moe_emulator_access(const char* call, uintptr_t address, size_t bytes, int writes);
+extern "C" void moe_emulator_refuse(const char* reason);
+
+namespace {
+
+/// ncclResult_t of nccl.h 2.30.
+enum Result { success = 0, unhandledCudaError = 1, systemError = 2, invalidArgument = 4, invalidUsage = 5, inProgress = 7 };
+/// Of the driver: work that waits for another rank, and a failed launch.
+enum { notReady = 600, launchFailed = 719 };
+
+constexpr size_t idBytes = 128;
+struct Id {
+  char folder[idBytes];
+};
+/// The part of ncclConfig_t that 2.18 has.
+struct Config {
+  size_t size;
+  unsigned magic, version;
+  int blocking, rest[7];
+};
+
+struct Comm;
+struct Message {
+  bool sends, done;
+  int peer;
+  uint64_t number;
+  uintptr_t address;
+  size_t bytes;
+};
+/// What a group has on one communicator.
+struct Batch {
+  Comm* comm;
+  void* stream;
+  std::vector<Message> messages;
+};
+struct Comm {
+  std::string folder;
+  int ranks, rank;
+  bool met = false;    // all ranks are there
+  int state = inProgress;
+  bool ended = false;  // finalized
+  std::vector<uint64_t> sent, received;
+  std::vector<Batch*> waiting;  // to be put into their streams
+  int queued = 0;               // in streams
+  bool gone = false;            // destroyed or aborted; the last batch frees it
+};
+
+int living = 0, ids = 0, depth = 0;
+std::vector<std::string> folders;  // of ids of this process
+std::vector<Batch*> group;
+
+int refuse(int status, const char* format, ...) __attribute__((format(printf, 2, 3)));
+int refuse(int status, const char* format, ...) {
+  char text[400];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  moe_emulator_refuse(text);
+  return status;
+}
+
+int enter(const char* call) {
+  int wanted;
+  const int state = moe_emulator_enter(call, &wanted);
+  return wanted != 0 ? wanted : state == 0 ? success : unhandledCudaError;
+}
+
+std::string placeOf(const Comm& comm, int from, int to, uint64_t number) {
+  return comm.folder + "/" + std::to_string(from) + "-" + std::to_string(to) + "-" + std::to_string(number);
+}
+std::string arrivalOf(const Comm& comm, int rank) { return comm.folder + "/came-" + std::to_string(rank); }
+std::string departureOf(const Comm& comm, int rank) { return comm.folder + "/left-" + std::to_string(rank); }
+
+bool write(const std::string& place, const void* data, size_t bytes) {
+  const std::string unfinished = place + "+";
+  FILE* file = fopen(unfinished.c_str(), "wb");
+  if (!file) return false;
+  const bool whole = fwrite(data, 1, bytes, file) == bytes;
+  return fclose(file) == 0 && whole && rename(unfinished.c_str(), place.c_str()) == 0;
+}
+
+/// Whether the message has come; `status` says whether it is what was asked for.
+bool take(const Comm& comm, const Message& message, int* status) {
+  const std::string place = placeOf(comm, message.peer, comm.rank, message.number);
+  struct stat found;
+  if (stat(place.c_str(), &found) != 0) return false;
+  FILE* file = fopen(place.c_str(), "rb");
+  if ((size_t)found.st_size != message.bytes)
+    *status = refuse(launchFailed, "nccl: rank %d sends %zu bytes where rank %d takes %zu", message.peer, (size_t)found.st_size, comm.rank, message.bytes);
+  else if (!moe_emulator_access("ncclRecv", message.address, message.bytes, 1)) *status = launchFailed;
+  else if (!file || fread((void*)message.address, 1, message.bytes, file) != message.bytes) *status = refuse(launchFailed, "nccl: %s cannot be read", place.c_str());
+  if (file) fclose(file);
+  unlink(place.c_str());
+  return true;
+}
+
+void release(Comm* comm) {
+  if (comm->gone && comm->queued == 0) delete comm;
+}
+
+/// Runs in a stream, again and again while something has not come.
+int carry(const void* argument) {
+  Batch* batch;
+  memcpy(&batch, argument, sizeof batch);
+  Comm* comm = batch->comm;
+  int status = 0;
+  bool waits = false;
+  for (Message& message : batch->messages) {
+    if (comm->gone) break;
+    if (message.done || !message.sends || status != 0) continue;
+    if (!moe_emulator_access("ncclSend", message.address, message.bytes, 0)) status = launchFailed;
+    else if (!write(placeOf(*comm, comm->rank, message.peer, message.number), (const void*)message.address, message.bytes))
+      status = refuse(launchFailed, "nccl: %s cannot be written", comm->folder.c_str());
+    message.done = true;
+  }
+  for (Message& message : batch->messages) {
+    if (comm->gone) break;
+    if (message.done || message.sends || status != 0) continue;
+    message.done = take(*comm, message, &status);
+    waits |= !message.done;
+  }
+  if (status == 0 && waits) return notReady;
+  comm->queued--;
+  release(comm);
+  delete batch;
+  return status;
+}
+
+int addMessage(const char* call, bool sends, uintptr_t address, size_t count, int type, int peer, Comm* comm, void* stream) {
+  if (const int status = enter(call); status != success) return status;
+  if (!comm) return invalidArgument;
+  if (comm->state != success) return refuse(invalidArgument, "%s: the communicator is not ready", call);
+  if (type != 1) return refuse(invalidArgument, "%s: of types only bytes are emulated", call);
+  if (peer < 0 || peer >= comm->ranks || peer == comm->rank) return refuse(invalidArgument, "%s: rank %d with rank %d of %d", call, comm->rank, peer, comm->ranks);
+  if (count == 0) return refuse(invalidArgument, "%s: no bytes", call);
+  if (depth == 0) return refuse(invalidUsage, "%s outside of a group is not emulated", call);
+  Batch* batch = nullptr;
+  for (Batch* other : group)
+    if (other->comm == comm) batch = other;
+  if (!batch) group.push_back(batch = new Batch{comm, stream, {}});
+  if (batch->stream != stream) return refuse(invalidUsage, "%s: two streams in one group are not emulated", call);
+  uint64_t& number = (sends ? comm->sent : comm->received)[(size_t)peer];
+  batch->messages.push_back({sends, false, peer, number++, address, count});
+  return success;
+}
+
+void removeFolder(const std::string& folder) {
+  if (DIR* entries = opendir(folder.c_str())) {
+    while (const dirent* entry = readdir(entries))
+      if (entry->d_name[0] != '.') unlink((folder + "/" + entry->d_name).c_str());
+    closedir(entries);
+  }
+  rmdir(folder.c_str());
+}
+
+void leave(Comm* comm) {
+  write(departureOf(*comm, comm->rank), "", 0);
+  // The last one takes along what lies there: others may still be about to see that all have come.
+  bool last = true;
+  for (int rank = 0; rank < comm->ranks; rank++) last &= access(departureOf(*comm, rank).c_str(), F_OK) == 0;
+  if (last) removeFolder(comm->folder);
+  for (Batch* batch : comm->waiting) delete batch;
+  comm->waiting.clear();
+  comm->gone = true;
+  living--;
+  release(comm);
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int ncclGetVersion(int* version) {
+  *version = 23007;
+  return success;
+}
+EXPORT const char* ncclGetErrorString(int result) {
+  switch (result) {
+    case success: return "no error";
+    case unhandledCudaError: return "unhandled cuda error (run with NCCL_DEBUG=INFO for details)";
+    case systemError: return "unhandled system error (run with NCCL_DEBUG=INFO for details)";
+    case invalidArgument: return "invalid argument (run with NCCL_DEBUG=WARN for details)";
+    case invalidUsage: return "invalid usage (run with NCCL_DEBUG=WARN for details)";
+    case inProgress: return "NCCL operation in progress";
+    default: return "unknown result code";
+  }
+}
+EXPORT int ncclGetUniqueId(Id* id) {
+  if (const int status = enter("ncclGetUniqueId"); status != success) return status;
+  memset(id, 0, sizeof *id);
+  snprintf(id->folder, idBytes, "%s/moe-nccl-%d-%d", access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp", (int)getpid(), ids++);
+  if (mkdir(id->folder, 0700) != 0) return systemError;
+  folders.push_back(id->folder);
+  return success;
+}
+EXPORT int ncclCommInitRankConfig(Comm** comm, int ranks, Id id, int rank, const Config* config) {
+  if (const int status = enter("ncclCommInitRankConfig"); status != success) return status;
+  if (!comm || ranks < 1 || rank < 0 || rank >= ranks) return invalidArgument;
+  if (!config || config->magic != 0xcafebeef || config->size < sizeof(Config) || config->version < 21800)
+    return refuse(invalidArgument, "ncclCommInitRankConfig: no configuration of 2.18 or later");
+  if (config->blocking != 0) return refuse(invalidArgument, "ncclCommInitRankConfig: communicators that block are not emulated");
+  Comm* fresh = new Comm{};
+  fresh->folder = id.folder;
+  fresh->ranks = ranks;
+  fresh->rank = rank;
+  fresh->sent.resize((size_t)ranks);
+  fresh->received.resize((size_t)ranks);
+  if (access(arrivalOf(*fresh, rank).c_str(), F_OK) == 0 || !write(arrivalOf(*fresh, rank), "", 0)) {
+    delete fresh;
+    return refuse(invalidArgument, "ncclCommInitRankConfig: rank %d is there already, or %s is not", rank, id.folder);
+  }
+  living++;
+  *comm = fresh;
+  return inProgress;
+}
+EXPORT int ncclCommGetAsyncError(Comm* comm, int* state) {
+  if (!comm || !state) return invalidArgument;
+  if (const int failed = enter("ncclCommGetAsyncError"); failed != success) {
+    *state = comm->state = failed;
+    return success;
+  }
+  if (!comm->met) {
+    comm->met = true;
+    for (int rank = 0; rank < comm->ranks; rank++) comm->met &= access(arrivalOf(*comm, rank).c_str(), F_OK) == 0;
+    if (comm->met) comm->state = success;
+  } else if (comm->state == inProgress) {
+    // What was asked for comes into the streams now.
+    comm->state = success;
+    for (Batch* batch : comm->waiting) {
+      comm->queued++;
+      if (moe_emulator_work("NCCL", carry, &batch, sizeof batch, batch->stream) != 0) comm->state = unhandledCudaError;
+    }
+    comm->waiting.clear();
+  }
+  *state = comm->state;
+  return success;
+}
+EXPORT const char* ncclGetLastError(Comm*) { return ""; }
+EXPORT int ncclGroupStart() {
+  if (const int status = enter("ncclGroupStart"); status != success) return status;
+  depth++;
+  return success;
+}
+EXPORT int ncclSend(uintptr_t from, size_t count, int type, int peer, Comm* comm, void* stream) {
+  return addMessage("ncclSend", true, from, count, type, peer, comm, stream);
+}
+EXPORT int ncclRecv(uintptr_t to, size_t count, int type, int peer, Comm* comm, void* stream) {
+  return addMessage("ncclRecv", false, to, count, type, peer, comm, stream);
+}
+EXPORT int ncclGroupEnd() {
+  if (depth == 0) return refuse(invalidUsage, "ncclGroupEnd without a start");
+  const int status = enter("ncclGroupEnd");
+  if (--depth > 0) return status;
+  const bool any = !group.empty();
+  for (Batch* batch : group) {
+    if (status != success) {
+      delete batch;
+      continue;
+    }
+    batch->comm->waiting.push_back(batch);
+    batch->comm->state = inProgress;
+  }
+  group.clear();
+  return status != success ? status : any ? inProgress : success;
+}
+EXPORT int ncclCommFinalize(Comm* comm) {
+  if (const int status = enter("ncclCommFinalize"); status != success) return status;
+  if (!comm || comm->ended) return invalidArgument;
+  if (comm->state != success) return refuse(invalidArgument, "ncclCommFinalize: the communicator is not ready");
+  comm->ended = true;
+  comm->state = inProgress;
+  return inProgress;
+}
+EXPORT int ncclCommDestroy(Comm* comm) {
+  if (const int status = enter("ncclCommDestroy"); status != success) return status;
+  if (!comm) return success;
+  if (!comm->ended || comm->state != success) return refuse(invalidArgument, "ncclCommDestroy: not finalized, which would wait for the other ranks");
+  if (comm->queued > 0) refuse(0, "ncclCommDestroy: messages are under way");
+  leave(comm);
+  return success;
+}
+EXPORT int ncclCommAbort(Comm* comm) {
+  if (comm) leave(comm);
+  return success;
+}
+
+// --- for tests ---
+
+/// Communicators that nobody destroyed.
+EXPORT int moe_nccl_living() { return living; }
+/// Takes the messages along that failed ranks have left. Nothing may be under way.
+EXPORT void moe_nccl_reset() {
+  for (const std::string& folder : folders) removeFolder(folder);
+  folders.clear();
+}

@@ -1,0 +1,105 @@
+/** @file Messages of host arrays, over those of bytes. */
+import { fromHost, type HostArray, hostArray } from '@moe/core'
+import type { Carrier, Memory, Message, Workspace } from './carrier.ts'
+import type { Communicator } from './communicator.ts'
+import { GroupTransport } from './group-transport.ts'
+import { MessageCommunicator } from './message-communicator.ts'
+import { reduce } from './reduce.ts'
+import type { Transport } from './transport.ts'
+
+/** Keeps the messages of `send` apart from those of the calls that all ranks make. */
+const lanes = { single: 0, all: 1 } as const
+
+const bytesOf = ({ buffer, byteOffset, byteLength }: HostArray) => new Uint8Array(buffer, byteOffset, byteLength)
+
+export class HostCarrier implements Carrier<HostArray> {
+  readonly rank: number
+  readonly size: number
+  readonly #transport: Transport
+  /** Groups that were made, as many on every rank: they tell whose lanes are whose. */
+  #groups = 0
+
+  constructor(transport: Transport) {
+    this.rank = transport.rank
+    this.size = transport.size
+    this.#transport = transport
+  }
+
+  async exchange(messages: ReadonlyArray<Message<HostArray>>): Promise<void> {
+    await Promise.all(
+      messages.map(message =>
+        'to' in message
+          ? this.#give(message.elements, message.to, lanes.all)
+          : this.#take(message.elements, message.from, lanes.all),
+      ),
+    )
+  }
+
+  async numbers(give: Int32Array): Promise<Int32Array> {
+    const take = give.slice()
+    const others = Array.from(give.keys()).filter(rank => rank !== this.rank)
+    await this.exchange(
+      others.flatMap(rank => [
+        { from: rank, elements: take.subarray(rank, rank + 1) },
+        { to: rank, elements: give.subarray(rank, rank + 1) },
+      ]),
+    )
+    return take
+  }
+
+  async barrier(): Promise<void> {
+    // After each round a rank knows that twice as many have come.
+    for (let distance = 1; distance < this.size; distance *= 2) {
+      const [above, below] = [this.rank + distance, this.rank - distance + this.size]
+      await this.exchange([
+        { to: above % this.size, elements: new Uint8Array(1) },
+        { from: below % this.size, elements: new Uint8Array(1) },
+      ])
+    }
+  }
+
+  send(elements: HostArray, to: number): Promise<void> {
+    return this.#give(elements, to, lanes.single)
+  }
+
+  receive(elements: HostArray, from: number): Promise<void> {
+    return this.#take(elements, from, lanes.single)
+  }
+
+  group(members: readonly number[]): HostCarrier {
+    const firstLane = ++this.#groups * Object.keys(lanes).length
+    return new HostCarrier(new GroupTransport(this.#transport, members, firstLane))
+  }
+
+  close(): Promise<void> {
+    return this.#transport.close()
+  }
+
+  #give(elements: HostArray, to: number, lane: number): Promise<void> {
+    return elements.length === 0 ? Promise.resolve() : this.#transport.send(bytesOf(elements), to, lane)
+  }
+
+  #take(elements: HostArray, from: number, lane: number): Promise<void> {
+    return elements.length === 0 ? Promise.resolve() : this.#transport.receive(bytesOf(elements), from, lane)
+  }
+}
+
+/** Tensors are downloaded to be sent, and what came is uploaded. */
+const hostMemory: Memory<HostArray> = {
+  of: tensor => tensor.data(),
+  open: () => workspace,
+}
+
+/** Nothing is to be given back. */
+const workspace: Workspace<HostArray> = {
+  make: hostArray,
+  part: (of, from, to) => of.subarray(from, to),
+  copy: (to, from) => to.set(from),
+  reduce: (to, parts, dtype, reduction) => to.set(reduce(dtype, parts, reduction)),
+  tensor: (elements, { shape, dtype, backend }) => fromHost(elements, shape, dtype, backend),
+  close() {},
+}
+
+/** A communicator over messages of bytes. */
+export const overHost = (transport: Transport): Communicator =>
+  new MessageCommunicator(new HostCarrier(transport), hostMemory)

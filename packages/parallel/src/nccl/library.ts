@@ -1,0 +1,154 @@
+/** @file NVIDIA's NCCL: found, and opened with koffi, its functions with handles and addresses as numbers. */
+import { existsSync, readdirSync } from 'node:fs'
+import { join } from 'node:path'
+import { MoeError } from '@moe/core'
+
+type Koffi = typeof import('koffi')
+
+/** Arrays, addresses and handles. */
+type Argument = ArrayBufferView | number
+type Call = (...args: Argument[]) => number
+
+/** As nccl.h 2.30 declares them; 2.18 and later have the same. */
+export const prototypes = {
+  ncclGetVersion: 'int ncclGetVersion(void* version)',
+  ncclGetUniqueId: 'int ncclGetUniqueId(void* id)',
+  ncclCommFinalize: 'int ncclCommFinalize(uint64_t comm)',
+  ncclCommDestroy: 'int ncclCommDestroy(uint64_t comm)',
+  ncclCommAbort: 'int ncclCommAbort(uint64_t comm)',
+  ncclCommGetAsyncError: 'int ncclCommGetAsyncError(uint64_t comm, void* state)',
+  ncclGroupStart: 'int ncclGroupStart()',
+  ncclGroupEnd: 'int ncclGroupEnd()',
+  ncclSend: 'int ncclSend(uint64_t from, size_t count, int type, int peer, uint64_t comm, uint64_t stream)',
+  ncclRecv: 'int ncclRecv(uint64_t to, size_t count, int type, int peer, uint64_t comm, uint64_t stream)',
+} as const
+
+/** Numbers of nccl.h. */
+export const numbers = {
+  success: 0,
+  inProgress: 7,
+  /** ncclUint8: everything is sent as bytes. */
+  bytes: 1,
+  uniqueIdBytes: 128,
+  configMagic: 0xcafebeef,
+  /** Of the oldest library whose configuration is filled in, NCCL_VERSION(2, 18, 0). */
+  leastVersion: 21800,
+} as const
+
+/** The library. `call.ncclX(...)` gives the raw result. */
+export interface NcclLibrary {
+  readonly path: string
+  /** "2.30.7". */
+  readonly version: string
+  readonly call: { readonly [Name in keyof typeof prototypes]: Call }
+  /** Begins to make a communicator of `ranks` ranks for the current device, without waiting for the others. @returns its handle */
+  begin(ranks: number, rank: number, id: Uint8Array): number
+  /** @throws MoeError E_BACKEND unless the result is success, or in progress. `comm` tells more of its latest error. */
+  check(result: number, op: string, comm?: number): void
+}
+
+/**
+ * Opens NCCL.
+ * @param path in place of the installed one; default: MOE_NCCL_LIBRARY
+ * @throws MoeError E_NO_BACKEND where there is none, with what was tried
+ */
+export async function openNccl(path = process.env['MOE_NCCL_LIBRARY']): Promise<NcclLibrary> {
+  const koffi = await importKoffi()
+  const tried = path ? [path] : candidates(process.env)
+  const reasons: string[] = []
+  for (const name of tried) {
+    try {
+      return bind(koffi, name)
+    } catch (cause) {
+      reasons.push(`${name}: ${cause instanceof Error ? cause.message : cause}`)
+    }
+  }
+  throw noNccl(`no NCCL (${reasons.join('; ')})`)
+}
+
+/** Where the system's loader looks, and where an active Python environment has it, which came there with PyTorch. */
+function candidates(env: NodeJS.ProcessEnv): string[] {
+  const found = [env['VIRTUAL_ENV'], env['CONDA_PREFIX']].flatMap(root => {
+    if (!root) return []
+    const lib = join(root, 'lib')
+    const versions = existsSync(lib) ? readdirSync(lib).filter(name => name.startsWith('python3')) : []
+    return [lib, ...versions.sort().map(version => join(lib, version, 'site-packages', 'nvidia', 'nccl', 'lib'))]
+  })
+  return ['libnccl.so.2', ...found.map(folder => join(folder, 'libnccl.so.2')).filter(file => existsSync(file))]
+}
+
+async function importKoffi(): Promise<Koffi> {
+  try {
+    const module = await import('koffi')
+    return (module as unknown as { default?: Koffi }).default ?? module
+  } catch (cause) {
+    throw noNccl(`koffi, which calls NCCL, does not load: ${cause instanceof Error ? cause.message : cause}`)
+  }
+}
+
+function noNccl(problem: string): MoeError {
+  return new MoeError({
+    code: 'E_NO_BACKEND',
+    op: 'nccl',
+    problem,
+    fix: "install NVIDIA's libnccl2 (2.18 or later), or name the library in MOE_NCCL_LIBRARY; without it, what mpi() gives takes tensors of a GPU, too, by the host",
+  })
+}
+
+function bind(koffi: Koffi, path: string): NcclLibrary {
+  const library = koffi.load(path)
+  const call = Object.fromEntries(
+    Object.entries(prototypes).map(([name, prototype]) => [name, library.func(prototype)]),
+  ) as unknown as NcclLibrary['call']
+  const errorString = library.func('const char* ncclGetErrorString(int result)') as unknown as (code: number) => string
+  const lastError = library.func('const char* ncclGetLastError(uint64_t comm)') as unknown as (comm: number) => string
+  const word = new Int32Array(1)
+  call.ncclGetVersion(word)
+  const version = `${Math.floor(word[0] / 10000)}.${Math.floor((word[0] % 10000) / 100)}.${word[0] % 100}`
+  if (word[0] < numbers.leastVersion) throw new Error(`it is version ${version}, and 2.18 or later is needed`)
+  const id = koffi.struct({ internal: koffi.array('uint8_t', numbers.uniqueIdBytes, 'Typed') })
+  const init = library.func('ncclCommInitRankConfig', 'int', ['void*', 'int', id, 'int', 'void*']) as unknown as (
+    comm: BigUint64Array,
+    ranks: number,
+    id: { readonly internal: Uint8Array },
+    rank: number,
+    config: Uint8Array,
+  ) => number
+
+  function check(result: number, op: string, comm = 0): void {
+    if (result === numbers.success || result === numbers.inProgress) return
+    const more = lastError(comm)
+    throw new MoeError({
+      code: 'E_BACKEND',
+      op: `nccl ${op}`,
+      problem: `${errorString(result)}${more ? `: ${more}` : ''}`,
+      fix: 'give each rank a device of its own; NCCL_DEBUG=WARN tells more; end all ranks, as what others wait for will not come',
+      details: { result },
+    })
+  }
+
+  return {
+    path,
+    version,
+    call,
+    begin(ranks, rank, bytes) {
+      const comm = new BigUint64Array(1)
+      check(init(comm, ranks, { internal: bytes }, rank, configuration()), 'begin')
+      return Number(comm[0])
+    },
+    check,
+  }
+}
+
+/** An ncclConfig_t as 2.18 has it, with all at its default but that calls do not block. */
+function configuration(): Uint8Array {
+  const bytes = new DataView(new ArrayBuffer(48))
+  const undefinedNumber = -(2 ** 31)
+  bytes.setBigUint64(0, 48n, true)
+  bytes.setUint32(8, numbers.configMagic, true)
+  bytes.setUint32(12, numbers.leastVersion, true)
+  // blocking, cgaClusterSize, minCTAs, maxCTAs, netName (null), splitShare
+  bytes.setInt32(16, 0, true)
+  for (const at of [20, 24, 28, 40]) bytes.setInt32(at, undefinedNumber, true)
+  return new Uint8Array(bytes.buffer)
+}

@@ -1,0 +1,219 @@
+/** @file NCCL's ranks on emulated devices, beside ranks on hosts. What the emulated NCCL finds is said in its source, emulator/nccl.cc of `@moe/kernels-cuda`. */
+import { fileURLToPath } from 'node:url'
+import { type Backend, fromHost, isMoeError, type MoeError, Random, tensor } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import type { CudaBackend } from '@moe/kernels-cuda'
+import koffi from 'koffi'
+import { afterEach, describe, expect, test } from 'vitest'
+import type { Communicator } from '../communicator/communicator.ts'
+import { exercise, expected } from '../communicator/test-exercise.ts'
+import { local } from '../index.ts'
+import { launch, launchers } from '../mpi/test-launch.ts'
+import { arrangements, digestOf, trainSmall } from '../test-training.ts'
+import type { CudaAccess } from './device-memory.ts'
+import { nccl } from './nccl.ts'
+import { driver, emulated, library, onDevices, unavailable } from './test-emulated.ts'
+
+const script = fileURLToPath(new URL('./test-emulated.ts', import.meta.url))
+
+async function failure(action: Promise<unknown>): Promise<MoeError> {
+  const error = await action.then(
+    () => new Error('it worked'),
+    reason => reason,
+  )
+  expect(isMoeError(error), String(error)).toBe(true)
+  return error as MoeError
+}
+
+describe.skipIf(unavailable)('NCCL', () => {
+  const living = () => (koffi.load(library).func('int moe_nccl_living()') as unknown as () => number)()
+  const fail = (call: string, after: number, status: number) =>
+    koffi.load(driver).func('void moe_emulator_fail(const char* call, int after, int status)')(call, after, status)
+  const reset = () => {
+    koffi.load(driver).func('void moe_emulator_reset()')()
+    koffi.load(library).func('void moe_nccl_reset()')()
+  }
+  afterEach(reset)
+
+  test.each([1, 2, 3, 4])('all calls between %i ranks give what they give on hosts, and leave nothing', async size => {
+    const results = await onDevices(size, async (ranks, backend) => {
+      const before = backend.stats()
+      const result = await exercise(ranks, backend)
+      // What it made is never disposed of: tensors, but no working memory.
+      expect(backend.stats().handles).toBeGreaterThan(before.handles)
+      return result
+    })
+    for (const [rank, result] of results.entries()) expect(result).toEqual(expected(rank, size))
+    expect(living()).toBe(0)
+  })
+
+  // Reason to skip: no MPI is installed here.
+  test.skipIf(launchers().length === 0)('the same between processes', async () => {
+    const { code, reports, errors } = await launch(launchers()[0], 3, [script])
+    expect(errors).toBe('')
+    expect(reports.map(({ rank, size, same }) => ({ rank, size, same }))).toEqual(
+      [0, 1, 2].map(rank => ({ rank, size: 3, same: true })),
+    )
+    expect(code).toBe(0)
+  })
+
+  test('sums of numbers of all sizes, infinities, NaN and both zeros have the bits of those on hosts', async () => {
+    const size = 3
+    const special = [0, -0, Number.NaN, Infinity, -Infinity, 3e38, -3e38, 1e-45, 2 ** 24 + 1]
+    const inputs = (rank: number, backend: Backend) => {
+      const random = new Random(5).fork(`${rank}`)
+      const wide = Float32Array.from({ length: 3000 }, () =>
+        random.integer(5) === 0
+          ? special[random.integer(special.length)]
+          : random.normal(1)[0] * 2 ** random.integer(60),
+      )
+      const whole = Int32Array.from({ length: 500 }, () => random.integer(2 ** 32) - 2 ** 31)
+      return [
+        tensor(wide, [wide.length], { backend }),
+        tensor(wide, [wide.length], { backend, dtype: 'bf16' }),
+        fromHost(whole, [whole.length], 'i32', backend),
+      ]
+    }
+    const all = async (ranks: Communicator, backend: Backend) => {
+      const [f32, bf16, i32] = inputs(ranks.rank, backend)
+      const sums = [
+        ...(await ranks.allReduce([f32, bf16, i32])),
+        ...(await ranks.allReduce([f32, bf16, i32], 'max')),
+        ...(await ranks.allReduce([f32, bf16], 'mean')),
+      ]
+      // NaN has no sign here, and bits of its own nowhere.
+      return Promise.all(sums.map(async sum => Array.from(await sum.values())))
+    }
+    const found = await onDevices(size, all)
+    const onHosts = await local(size, ranks => all(ranks, referenceBackend()))
+    expect(found).toEqual(onHosts)
+  })
+
+  test.each(['rows', 'stages', 'experts'] as const)(
+    'a training that shares %s out has the weights of one over hosts',
+    async share => {
+      const { accumulate, onRanks } = arrangements[share]
+      const trained = async (ranks: Communicator, backend: CudaBackend) => {
+        const result = await trainSmall(backend, { accumulate, steps: 2 }, { onRanks: model => onRanks(model, ranks) })
+        return { digest: digestOf(result), losses: result.steps.map(({ loss }) => loss) }
+      }
+      const found = await onDevices(2, trained, { guarded: false })
+      reset()
+      const onHosts = await local(2, async ranks => trained(ranks, await emulated(false)))
+      expect(found).toEqual(onHosts)
+    },
+  )
+
+  test('a message that has not come holds up neither the event loop nor what the backend computes', async () => {
+    const results = await onDevices(2, async (ranks, backend) => {
+      const ones = tensor([1, 1], [2], { backend })
+      const other = 1 - ranks.rank
+      const coming = ranks.receive({ shape: [2], dtype: 'f32' }, other)
+      // Both wait for the other, and compute what they send from what they have.
+      let sum = ones
+      for (let i = 0; i < 3; i++) {
+        await new Promise(resolve => setTimeout(resolve, 5))
+        sum = sum.add(ones)
+        expect(await sum.values()).toEqual(Float32Array.of(i + 2, i + 2))
+      }
+      await ranks.send(sum.mul(ranks.rank + 1), other)
+      return [...(await (await coming).values())]
+    })
+    expect(results).toEqual([
+      [8, 8],
+      [4, 4],
+    ])
+  })
+
+  test('messages between two ranks arrive in the order of sending, also when they leave at once', async () => {
+    const results = await onDevices(2, async (ranks, backend) => {
+      const of = (i: number) => tensor([i], [1], { backend })
+      if (ranks.rank === 0) {
+        await Promise.all([1, 2, 3, 4].map(i => ranks.send(of(i), 1)))
+        return []
+      }
+      const received = await Promise.all([1, 2, 3, 4].map(() => ranks.receive({ shape: [1], dtype: 'f32' }, 0)))
+      return Promise.all(received.map(one => one.item()))
+    })
+    expect(results[1]).toEqual([1, 2, 3, 4])
+  })
+
+  test('ranks that do not do the same are told', async () => {
+    const error = await failure(
+      onDevices(2, async (ranks, backend) => {
+        await ranks.allGather(tensor(new Float32Array(ranks.rank + 1), [ranks.rank + 1], { backend }))
+      }),
+    )
+    expect(error.message).toMatch(/nccl: rank \d sends \d bytes where rank \d takes \d/)
+  })
+
+  test.each(['ncclGetUniqueId', 'ncclCommInitRankConfig', 'ncclCommGetAsyncError'])(
+    'where %s fails ranks are not connected, and told why',
+    async call => {
+      fail(call, 1, 5)
+      const { code, message } = await failure(onDevices(1, async () => {}))
+      expect(code).toBe('E_BACKEND')
+      expect(message).toMatch(/nccl begin: invalid usage .*give each rank a device of its own; NCCL_DEBUG=WARN/)
+    },
+  )
+
+  test.each(['ncclGroupStart', 'ncclSend', 'ncclGroupEnd', 'ncclCommGetAsyncError'])(
+    'where %s fails what is under way is ended, and later calls say so',
+    async call => {
+      const before = living()
+      await local(2, async host => {
+        const backend = await emulated()
+        const ranks = await nccl(host, { backend, library })
+        if (ranks.rank === 0) {
+          const one = tensor([1], [1], { backend })
+          fail(call, 1, 6)
+          const { code, message } = await failure(ranks.allReduce([one]))
+          expect(`${code} ${message}`).toMatch(/^E_BACKEND nccl messages: unknown result code/)
+          expect((await failure(ranks.allReduce([one]))).code).toBe('E_ABORTED')
+          one.dispose()
+          expect(backend.stats().handles).toBe(0)
+        } else await ranks.close()
+        backend.dispose()
+      })
+      expect(living()).toBe(before)
+    },
+  )
+
+  test('a tensor of another backend, and one that is freed, are refused', async () => {
+    await onDevices(1, async (ranks, backend) => {
+      const foreign = tensor([1], [1], { backend: referenceBackend() })
+      expect((await failure(ranks.allReduce([foreign]))).message).toMatch(
+        /a tensor of reference.* make it on the backend/,
+      )
+      const freed = tensor([1], [1], { backend })
+      freed.dispose()
+      expect((await failure(ranks.allReduce([freed]))).code).toBe('E_DISPOSED')
+    })
+  })
+
+  test('what cannot be is refused before anything is opened', async () => {
+    await local(1, async host => {
+      const backend = await emulated()
+      const without = await failure(nccl(host, { backend, library: '/nowhere/libnccl.so' }))
+      expect(`${without.code} ${without.message}`).toMatch(
+        /^E_NO_BACKEND nccl: no NCCL \(.*nowhere.*\); install NVIDIA's libnccl2/,
+      )
+      const other = await failure(nccl(host, { backend: referenceBackend(), library }))
+      expect(`${other.code} ${other.message}`).toMatch(/^E_CONFIG nccl: reference.* is no backend of NVIDIA devices/)
+      const ranks = await nccl(host, { backend, library })
+      const again = await failure(nccl(ranks, { backend, library }))
+      expect(`${again.code} ${again.message}`).toMatch(/^E_CONFIG nccl: the ranks are none of mpi\(\) or local\(\)/)
+      await ranks.close()
+      const late = await failure(ranks.allReduce([tensor([1], [1], { backend })]).then(() => ranks.barrier()))
+      expect(late.code).toBe('E_ABORTED')
+      backend.dispose()
+    })
+  })
+
+  test('the interop of @moe/kernels-cuda is what is needed', async () => {
+    const backend = await emulated()
+    const access: CudaAccess = backend.interop
+    expect(access).toBe(backend.interop)
+    backend.dispose()
+  })
+})
