@@ -31,13 +31,15 @@ const packages = [
   'checkpoint',
   'deepseek',
   'trainer',
+  'parallel',
 ]
 /** CPU libraries that stay behind: machines with such a card have AVX2 at least, and AVX2 stands in for AVX-512 without bf16. */
 const unusedLibrary = process.arch === 'x64' ? /-(baseline|avx512)\.so$/ : /(?!)/
 /** Whose tests are run there (run.mjs). */
 const tested = ['kernels-cuda', 'attention-mla', 'router', 'mtp', 'deepseek']
 /** Tests that are not run there, and what only they read. */
-const isLeftOut = (name: string, path: string) => !tested.includes(name) && /\.test\.ts$|\/fixtures(\/|$)/.test(path)
+const isLeftOut = (name: string, path: string) =>
+  !tested.includes(name) && /\.test\.ts$|\/fixtures(\/|$)/.test(path) && !path.endsWith('/nccl.test.ts')
 /** Plain JavaScript packages, bundled into one file each; whoever depends on them comes first. */
 const bundled = { zod: 'deepseek', tinyglobby: 'trainer' } as const
 

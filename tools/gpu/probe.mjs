@@ -1,9 +1,13 @@
-// Prints what the device is, as JSON, with the version of the cuBLASLt that MOE_CUDA_CUBLASLT names, or that is found.
+// Prints what the device is, as JSON, with the versions of the cuBLASLt and NCCL that MOE_CUDA_CUBLASLT and MOE_NCCL_LIBRARY name, or that are found.
 import { createBackend } from '@moe/kernels-cuda'
+import { openNccl } from '../../packages/parallel/src/nccl/library.ts'
 
 const backend = await createBackend(process.env.MOE_CUDA_CUBLASLT ? {} : { cublasLt: true })
 const { name, capability, multiprocessors, totalMemory, driverVersion } = backend.properties
-console.log(
-  JSON.stringify({ name, capability, multiprocessors, totalMemory, driverVersion, cublasLt: backend.cublasLt }),
+const { cublasLt } = backend
+const nccl = await openNccl().then(
+  ({ version }) => version,
+  () => undefined,
 )
+console.log(JSON.stringify({ name, capability, multiprocessors, totalMemory, driverVersion, cublasLt, nccl }))
 backend.dispose()

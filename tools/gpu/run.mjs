@@ -120,6 +120,8 @@ const parts = [
   ...['attention', 'decode', 'gemm', 'train', 'generate'].map(section => bench(section, '', 150)),
   { name: 'models', way: '', seconds: 240, files: ofModels, preload: './tools/gpu/models.mjs' },
   suite(':cublas-lt', 180),
+  // As many ranks as there are devices.
+  { name: 'ranks', way: '', seconds: 120, ranks: true, files: ['packages/parallel/src/nccl/nccl.test.ts'] },
   ...['gemm', 'train'].map(section => bench(section, ':cublas-lt', 150)),
   ...['', ':wgmma'].flatMap(way =>
     ['memcheck', 'synccheck', 'racecheck', 'initcheck'].map(tool => sanitizer(tool, way)),
@@ -196,7 +198,8 @@ function fileOf(part) {
   return join(results, `${part.replace(':', '-')}.json`)
 }
 
-function whyNot({ way, torch, sanitizer, always }, { capability, cublasLt }, has) {
+function whyNot({ way, torch, sanitizer, ranks, always }, { capability, cublasLt, nccl }, has) {
+  if (ranks && nccl === undefined) return 'no NCCL'
   if (way === ':wgmma' && capability !== 90) return 'no Hopper'
   if (way === ':cublas-lt' && cublasLt === undefined && !always) return 'no cuBLASLt'
   if (torch && !has.torch) return 'no PyTorch'
@@ -207,17 +210,22 @@ function succeeds(command, args) {
   return spawnSync(command, args, { stdio: 'ignore', timeout: 30_000 }).status === 0
 }
 
-/** The card, and a cuBLASLt for it: named, found by the package, or beside some Python's PyTorch. */
+/** Libraries beside some Python's PyTorch. */
+function ofPython(pattern) {
+  const program = `import glob, sys
+for folder in sys.path: print(*sorted(glob.glob(folder + "/nvidia/${pattern}"), reverse=True), sep="\\n")`
+  return spawnSync('python3', ['-c', program], { encoding: 'utf8' }).stdout?.split('\n').filter(Boolean) ?? []
+}
+
+/** The card, and a cuBLASLt and NCCL for it: named, found by the package, or beside some Python's PyTorch. */
 function probe() {
   const named = process.env.MOE_CUDA_CUBLASLT
   delete process.env.MOE_CUDA_CUBLASLT
-  const python = `import glob, sys
-for folder in sys.path: print(*sorted(glob.glob(folder + "/nvidia/c*/lib/libcublasLt.so.1[23]"), reverse=True), sep="\\n")`
-  const ofPython = () =>
-    spawnSync('python3', ['-c', python], { encoding: 'utf8' }).stdout?.split('\n').filter(Boolean) ?? []
+  const [nccl] = ofPython('nccl/lib/libnccl.so.2')
+  if (nccl !== undefined) process.env.MOE_NCCL_LIBRARY ??= nccl
   let card
   let error = ''
-  for (const candidate of named ? [named] : ['1', ...ofPython()]) {
+  for (const candidate of named ? [named] : ['1', ...ofPython('c*/lib/libcublasLt.so.1[23]')]) {
     const env = { ...process.env, MOE_CUDA_CUBLASLT: candidate }
     const { status, stdout, stderr } = spawnSync(node, ['--no-warnings', 'tools/gpu/probe.mjs'], {
       cwd: pack,

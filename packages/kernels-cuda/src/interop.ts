@@ -1,5 +1,5 @@
 /** @file The device as libraries beside the backend see it: addresses, memory, and queues of their own. */
-import { type DType, MoeError, type Shape, sizeOf, Tensor, type Value } from '@moe/core'
+import { type DType, MoeError, type Shape, Tensor, type Value } from '@moe/core'
 import type { CudaBackend } from './backend.ts'
 import { reduceRanks } from './kernels/reduce-ranks/reduce-ranks.ts'
 import { pointerOf } from './native.ts'

@@ -1,4 +1,4 @@
-/** @file NCCL's ranks on emulated devices, beside ranks on hosts. What the emulated NCCL finds is said in its source, emulator/nccl.cc of `@moe/kernels-cuda`. */
+/** @file NCCL's ranks beside ranks on hosts, on emulated devices, with MOE_REQUIRE_CUDA=1 on those of this machine. What the emulated NCCL finds is said in its source, emulator/nccl.cc of `@moe/kernels-cuda`. */
 import { fileURLToPath } from 'node:url'
 import { type Backend, fromHost, isMoeError, type MoeError, Random, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
@@ -12,9 +12,9 @@ import { launch, launchers } from '../mpi/test-launch.ts'
 import { arrangements, digestOf, trainSmall } from '../test-training.ts'
 import type { CudaAccess } from './device-memory.ts'
 import { nccl } from './nccl.ts'
-import { driver, emulated, library, onDevices, unavailable } from './test-emulated.ts'
+import { backendOf, connect, driver, library, mostRanks, onDevice, onDevices, unavailable } from './test-devices.ts'
 
-const script = fileURLToPath(new URL('./test-emulated.ts', import.meta.url))
+const script = fileURLToPath(new URL('./test-devices.ts', import.meta.url))
 
 async function failure(action: Promise<unknown>): Promise<MoeError> {
   const error = await action.then(
@@ -25,17 +25,24 @@ async function failure(action: Promise<unknown>): Promise<MoeError> {
   return error as MoeError
 }
 
+/** As many of the tests' ranks as there are devices for. */
+const sizes = [1, 2, 3, 4].filter(size => size <= mostRanks)
+const ofTwo = test.skipIf(mostRanks < 2)
+/** Failures on purpose. */
+const onEmulator = test.skipIf(onDevice)
+
 describe.skipIf(unavailable)('NCCL', () => {
-  const living = () => (koffi.load(library).func('int moe_nccl_living()') as unknown as () => number)()
+  const living = () => (onDevice ? 0 : (koffi.load(library).func('int moe_nccl_living()') as unknown as () => number)())
   const fail = (call: string, after: number, status: number) =>
     koffi.load(driver).func('void moe_emulator_fail(const char* call, int after, int status)')(call, after, status)
   const reset = () => {
+    if (onDevice) return
     koffi.load(driver).func('void moe_emulator_reset()')()
     koffi.load(library).func('void moe_nccl_reset()')()
   }
   afterEach(reset)
 
-  test.each([1, 2, 3, 4])('all calls between %i ranks give what they give on hosts, and leave nothing', async size => {
+  test.each(sizes)('all calls between %i ranks give what they give on hosts, and leave nothing', async size => {
     const results = await onDevices(size, async (ranks, backend) => {
       const before = backend.stats()
       const result = await exercise(ranks, backend)
@@ -48,7 +55,7 @@ describe.skipIf(unavailable)('NCCL', () => {
   })
 
   // Reason to skip: no MPI is installed here.
-  test.skipIf(launchers().length === 0)('the same between processes', async () => {
+  test.skipIf(launchers().length === 0 || mostRanks < 3)('the same between processes', async () => {
     const { code, reports, errors } = await launch(launchers()[0], 3, [script])
     expect(errors).toBe('')
     expect(reports.map(({ rank, size, same }) => ({ rank, size, same }))).toEqual(
@@ -57,8 +64,8 @@ describe.skipIf(unavailable)('NCCL', () => {
     expect(code).toBe(0)
   })
 
-  test('sums of numbers of all sizes, infinities, NaN and both zeros have the bits of those on hosts', async () => {
-    const size = 3
+  ofTwo('sums of numbers of all sizes, infinities, NaN and both zeros have the bits of those on hosts', async () => {
+    const size = Math.min(3, mostRanks)
     const special = [0, -0, Number.NaN, Infinity, -Infinity, 3e38, -3e38, 1e-45, 2 ** 24 + 1]
     const inputs = (rank: number, backend: Backend) => {
       const random = new Random(5).fork(`${rank}`)
@@ -89,7 +96,7 @@ describe.skipIf(unavailable)('NCCL', () => {
     expect(found).toEqual(onHosts)
   })
 
-  test.each(['rows', 'stages', 'experts'] as const)(
+  ofTwo.each(['rows', 'stages', 'experts'] as const)(
     'a training that shares %s out has the weights of one over hosts',
     async share => {
       const { accumulate, onRanks } = arrangements[share]
@@ -99,12 +106,12 @@ describe.skipIf(unavailable)('NCCL', () => {
       }
       const found = await onDevices(2, trained, { guarded: false })
       reset()
-      const onHosts = await local(2, async ranks => trained(ranks, await emulated(false)))
+      const onHosts = await local(2, async ranks => trained(ranks, await backendOf(ranks.rank, false)))
       expect(found).toEqual(onHosts)
     },
   )
 
-  test('a message that has not come holds up neither the event loop nor what the backend computes', async () => {
+  ofTwo('a message that has not come holds up neither the event loop nor what the backend computes', async () => {
     const results = await onDevices(2, async (ranks, backend) => {
       const ones = tensor([1, 1], [2], { backend })
       const other = 1 - ranks.rank
@@ -125,7 +132,7 @@ describe.skipIf(unavailable)('NCCL', () => {
     ])
   })
 
-  test('messages between two ranks arrive in the order of sending, also when they leave at once', async () => {
+  ofTwo('messages between two ranks arrive in the order of sending, also when they leave at once', async () => {
     const results = await onDevices(2, async (ranks, backend) => {
       const of = (i: number) => tensor([i], [1], { backend })
       if (ranks.rank === 0) {
@@ -138,7 +145,7 @@ describe.skipIf(unavailable)('NCCL', () => {
     expect(results[1]).toEqual([1, 2, 3, 4])
   })
 
-  test('ranks that do not do the same are told', async () => {
+  onEmulator('ranks that do not do the same are told', async () => {
     const error = await failure(
       onDevices(2, async (ranks, backend) => {
         await ranks.allGather(tensor(new Float32Array(ranks.rank + 1), [ranks.rank + 1], { backend }))
@@ -147,7 +154,7 @@ describe.skipIf(unavailable)('NCCL', () => {
     expect(error.message).toMatch(/nccl: rank \d sends \d bytes where rank \d takes \d/)
   })
 
-  test.each(['ncclGetUniqueId', 'ncclCommInitRankConfig', 'ncclCommGetAsyncError'])(
+  onEmulator.each(['ncclGetUniqueId', 'ncclCommInitRankConfig', 'ncclCommGetAsyncError'])(
     'where %s fails ranks are not connected, and told why',
     async call => {
       fail(call, 1, 5)
@@ -157,13 +164,13 @@ describe.skipIf(unavailable)('NCCL', () => {
     },
   )
 
-  test.each(['ncclGroupStart', 'ncclSend', 'ncclGroupEnd', 'ncclCommGetAsyncError'])(
+  onEmulator.each(['ncclGroupStart', 'ncclSend', 'ncclGroupEnd', 'ncclCommGetAsyncError'])(
     'where %s fails what is under way is ended, and later calls say so',
     async call => {
       const before = living()
       await local(2, async host => {
-        const backend = await emulated()
-        const ranks = await nccl(host, { backend, library })
+        const backend = await backendOf(host.rank)
+        const ranks = await connect(host, backend)
         if (ranks.rank === 0) {
           const one = tensor([1], [1], { backend })
           fail(call, 1, 6)
@@ -193,14 +200,14 @@ describe.skipIf(unavailable)('NCCL', () => {
 
   test('what cannot be is refused before anything is opened', async () => {
     await local(1, async host => {
-      const backend = await emulated()
+      const backend = await backendOf(0)
       const without = await failure(nccl(host, { backend, library: '/nowhere/libnccl.so' }))
       expect(`${without.code} ${without.message}`).toMatch(
         /^E_NO_BACKEND nccl: no NCCL \(.*nowhere.*\); install NVIDIA's libnccl2/,
       )
       const other = await failure(nccl(host, { backend: referenceBackend(), library }))
       expect(`${other.code} ${other.message}`).toMatch(/^E_CONFIG nccl: reference.* is no backend of NVIDIA devices/)
-      const ranks = await nccl(host, { backend, library })
+      const ranks = await connect(host, backend)
       const again = await failure(nccl(ranks, { backend, library }))
       expect(`${again.code} ${again.message}`).toMatch(/^E_CONFIG nccl: the ranks are none of mpi\(\) or local\(\)/)
       await ranks.close()
@@ -211,7 +218,7 @@ describe.skipIf(unavailable)('NCCL', () => {
   })
 
   test('the interop of @moe/kernels-cuda is what is needed', async () => {
-    const backend = await emulated()
+    const backend = await backendOf(0)
     const access: CudaAccess = backend.interop
     expect(access).toBe(backend.interop)
     backend.dispose()

@@ -20,14 +20,21 @@ MOE_DEVICE double largerOf(double a, double b) {
   return a > b ? a : b;
 }
 
+template <bool isLargest, class T>
+MOE_DEVICE double reduced(const Args<const T*, 256>& parts, int ranks, int64_t i) {
+  double total = toDouble(parts[0][i]);
+#pragma unroll 4
+  for (int r = 1; r < ranks; r++) {
+    const double x = toDouble(parts[r][i]);
+    total = isLargest ? largerOf(total, x) : total + x;
+  }
+  return total;
+}
+
 template <class T>
 MOE_DEVICE void reduceRanks(T* y, const Args<const T*, 256>& parts, int ranks, int reduction, int64_t n) {
   for (int64_t i = gridThread(); i < n; i += gridThreads()) {
-    double total = toDouble(parts[0][i]);
-    for (int r = 1; r < ranks; r++) {
-      const double x = toDouble(parts[r][i]);
-      total = reduction == largest ? largerOf(total, x) : total + x;
-    }
+    const double total = reduction == largest ? reduced<true>(parts, ranks, i) : reduced<false>(parts, ranks, i);
     set(y[i], reduction == mean ? total / ranks : total);
   }
 }

@@ -1,0 +1,73 @@
+/** @file For tests only: devices and NCCL without either, or with MOE_REQUIRE_CUDA=1 those of this machine; and, as a program, a rank that `mpirun` has started (reports whether all calls give what they should). */
+import { existsSync } from 'node:fs'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { isDeepStrictEqual } from 'node:util'
+import { type CudaBackend, createBackend } from '@moe/kernels-cuda'
+import koffi from 'koffi'
+import type { Communicator } from '../communicator/communicator.ts'
+import { exercise, expected } from '../communicator/test-exercise.ts'
+import { local, mpi } from '../index.ts'
+import { report } from '../mpi/test-launch.ts'
+import { nccl } from './nccl.ts'
+
+/** Whether tests run on real devices, and fail without one. */
+export const onDevice = process.env['MOE_REQUIRE_CUDA'] === '1'
+
+const folder = join(import.meta.dirname, '..', '..', '..', 'kernels-cuda', 'build', 'emulator')
+/** The emulated NCCL. */
+export const library = join(folder, 'libmoe-nccl-emulator.so')
+/** The emulated driver. */
+export const driver = join(folder, 'libmoe-cuda-emulator.so')
+
+/** Why there is nothing to run on, or undefined. */
+export const unavailable =
+  onDevice || existsSync(library)
+    ? undefined
+    : 'the emulator is not built: node packages/kernels-cuda/scripts/build-emulator.mjs (needs a C++ compiler)'
+
+/** NCCL takes one rank a device; the emulator's are as many as one likes. */
+export const mostRanks = onDevice ? countDevices() : 4
+
+function countDevices(): number {
+  const cuda = koffi.load('libcuda.so.1')
+  const count = new Int32Array(1)
+  cuda.func('int cuInit(unsigned int flags)')(0)
+  cuda.func('int cuDeviceGetCount(void* count)')(count)
+  return count[0]
+}
+
+/** The backend of a rank. `guarded`: access beside a buffer is found. */
+export const backendOf = (rank: number, guarded = true): Promise<CudaBackend> =>
+  createBackend({ guarded, ...(onDevice ? { device: rank } : { driver, kernels: folder }) })
+
+/** NCCL between ranks with a backend each. */
+export const connect = (host: Communicator, backend: CudaBackend): Promise<Communicator> =>
+  nccl(host, { backend, ...(onDevice ? {} : { library }) })
+
+/** `work` on ranks of this process with a device each. */
+export function onDevices<T>(
+  size: number,
+  work: (ranks: Communicator, backend: CudaBackend) => Promise<T>,
+  { guarded = true } = {},
+): Promise<T[]> {
+  return local(size, async host => {
+    const backend = await backendOf(host.rank, guarded)
+    const ranks = await connect(host, backend)
+    const result = await work(ranks, backend)
+    await ranks.close()
+    backend.dispose()
+    return result
+  })
+}
+
+if (process.argv[1] === fileURLToPath(import.meta.url)) {
+  const host = await mpi()
+  const backend = await backendOf(host.rank)
+  const ranks = await connect(host, backend)
+  const plain = (value: unknown) => JSON.parse(JSON.stringify(value))
+  const same = isDeepStrictEqual(plain(await exercise(ranks, backend)), plain(expected(ranks.rank, ranks.size)))
+  report({ rank: ranks.rank, size: ranks.size, same, left: backend.stats().handles })
+  await ranks.close()
+  backend.dispose()
+}
