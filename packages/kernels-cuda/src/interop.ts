@@ -2,6 +2,7 @@
 import { type DType, MoeError, type Shape, Tensor, type Value } from '@moe/core'
 import type { CudaBackend } from './backend.ts'
 import { reduceRanks } from './kernels/reduce-ranks/reduce-ranks.ts'
+import type { CudaBuffer } from './memory.ts'
 import { pointerOf } from './native.ts'
 import type { Opened } from './open.ts'
 import { Stream } from './stream.ts'
@@ -44,6 +45,8 @@ export interface CudaInterop {
   tensor(shape: Shape, dtype: DType): Tensor
   /** Device to device, in the backend's queue. */
   copy(to: number, from: number, bytes: number): void
+  /** To be said of a tensor whose elements have been written to: what the backend has made of them is void. */
+  changed(value: Value): void
   /** Elements of several ranks to one, in the backend's queue: in f64, in their order, rounded once. */
   reduceRanks: ReturnType<typeof reduceRanks>
   /** A queue of your own; dispose of it before the backend. */
@@ -82,6 +85,7 @@ export function createInterop(
     tensor: (shape, dtype) =>
       direct('tensor', () => new Tensor(backend(), cuda.output({ shape, dtype }), shape, dtype)),
     copy: (to, from, bytes) => direct('copy', () => stream.copy(to, from, bytes)),
+    changed: value => memory.changed(value.handle as CudaBuffer),
     reduceRanks: (...args) => direct('reduceRanks', () => reduce(...args)),
     queue() {
       context.use()

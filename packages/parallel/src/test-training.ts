@@ -60,13 +60,23 @@ export async function trainSmall(
   options: Partial<TrainOptions>,
   {
     mtp = 1,
+    dense = false,
     kind = DeepSeek,
     onRanks,
     ...model
-  }: DeepSeekOptions & { mtp?: number; kind?: typeof DeepSeek; onRanks?: (model: DeepSeek) => Ranks } = {},
+  }: DeepSeekOptions & {
+    mtp?: number
+    dense?: boolean
+    kind?: typeof DeepSeek
+    onRanks?: (model: DeepSeek) => Ranks
+  } = {},
 ): Promise<Trained> {
   const objective = { biasSpeed: 0.01, ...model.objective }
-  const own = { ...config, num_nextn_predict_layers: mtp }
+  const own = {
+    ...config,
+    num_nextn_predict_layers: mtp,
+    ...(dense ? { n_routed_experts: null, num_experts_per_tok: null } : {}),
+  }
   const made = new kind(own, { seed: 1, backend, ...model, ...(model.balancer ? {} : { objective }) })
   const steps: Trained['steps'] = []
   const loads: LoadsEvent[] = []

@@ -73,7 +73,7 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly seed?: number
   /**
    * This process among those that train the model together, each with its share of every step's rows: a `Communicator` of `@moe/parallel`. Or with its part of the model: a `Pipeline` or an `ExpertParallel` of
-   * this model. In place of `rank` and `world`. Rank 0 alone writes to `out`, which all must see to resume. Steps go op by op.
+   * this model. In place of `rank` and `world`. Rank 0 alone writes to `out`, which all must see to resume.
    */
   readonly ranks?: Ranks | ModelOnRanks
   /** This process among those that share the data, without anything else in common. Default 0 of 1. */

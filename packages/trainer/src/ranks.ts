@@ -13,9 +13,17 @@ export interface Ranks {
   readonly size: number
   /** Sums over all ranks, the same bits on each. Resolves to new tensors, which belong to the caller. */
   allReduce(tensors: readonly Tensor[]): Promise<Tensor[]>
+  /**
+   * The same, with the sums in the place of what was given, at the same addresses: recorded steps read them there. Goes together with `allReduce` of other ranks. Without it steps go op
+   * by op.
+   */
+  allReduceInPlace?(tensors: readonly Tensor[]): Promise<void>
   /** `[n]` of every rank, one behind the other: `[size n]`, which belongs to the caller. */
   allGather(tensor: Tensor): Promise<Tensor>
 }
+
+/** Ranks whose steps can be recorded. */
+export type RecordableRanks = Ranks & Required<Pick<Ranks, 'allReduceInPlace'>>
 
 /** A micro-batch of any rank, and what its gradient was multiplied by. */
 export interface WeightedPass extends Pass {
@@ -28,7 +36,9 @@ export interface WeightedPass extends Pass {
  */
 export async function gatherPasses(
   ranks: Ranks,
-  own: ReadonlyArray<Omit<Pass, 'values'> & { readonly values: Tensor; readonly batch: TokenBatch }>,
+  own: ReadonlyArray<
+    Omit<Pass, 'values'> & { readonly values: Tensor; readonly batch: Pick<TokenBatch, 'rows' | 'length'> }
+  >,
 ): Promise<WeightedPass[]> {
   const [{ metrics, values }] = own
   const rows = scope(() =>

@@ -11,6 +11,7 @@ import {
   noGrad,
   type Parameter,
   type Precision,
+  reduceGradients,
   scope,
   type Tensor,
   tensor,
@@ -20,6 +21,7 @@ import {
 import type { DeviceInputs, HostInputs, StagedStep, TokenBatch } from './model.ts'
 import { clipScale, gradientNorm } from './optim/clip.ts'
 import { type StagedOptimizer, zeroState } from './optim/optimizer.ts'
+import { gatherPasses, type RecordableRanks } from './ranks.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
 /** A backend that records. */
@@ -34,6 +36,8 @@ export interface StepParts {
   readonly optimizer: StagedOptimizer
   readonly clip: number
   readonly precision: Precision
+  /** Those that take every step together; they may go op by op where this one replays. */
+  readonly ranks: RecordableRanks | null
 }
 
 /** What a micro-batch alone decides, ready for upload. */
@@ -47,7 +51,7 @@ type HostValues = ReadonlyArray<Float32Array | Int32Array>
 /** A step that has been measured and not yet applied. */
 export interface MeasuredStep {
   readonly numbers: Omit<StepNumbers, 'after'>
-  /** Sums over the micro-batches. */
+  /** Sums over the micro-batches, of this rank until `sumCarried`. */
   readonly carried: HostValues
 }
 
@@ -75,6 +79,7 @@ export function kindOf(batches: readonly StagedBatch[]): string | null {
 export class RecordedStep {
   readonly #parts: StepParts
   readonly #trained: readonly Parameter[]
+  /** Whether there is more than one micro-batch a step on this rank. */
   readonly #several: boolean
   readonly #inputs: DeviceInputs
   readonly #seed: Tensor
@@ -119,9 +124,8 @@ export class RecordedStep {
 
   /** Forward and backward of all micro-batches, which are on their way to the device when this returns its promise. Changes no parameter. */
   async measure(batches: readonly StagedBatch[]): Promise<MeasuredStep> {
-    const { backend } = this.#parts
-    const weights = batches.map(batch => weightOf(batch.count, batch, this.#several))
-    const factor = factorOf(weights)
+    const { backend, ranks } = this.#parts
+    const weights = batches.map(batch => weightOf(batch.count, batch, this.#several || (ranks?.size ?? 1) > 1))
     const { metrics, scalars, carried } = this.#pass.result
     const reads = batches.map(({ arrays }, i) => {
       write(backend, this.#inputs, arrays)
@@ -133,12 +137,48 @@ export class RecordedStep {
       read.catch(() => undefined)
       return read
     })
+    const all = ranks && (await this.#together(ranks, batches, await Promise.all(reads)))
+    const factor = factorOf(all?.map(({ weight }) => weight) ?? weights)
     backend.write(this.#factor, Float32Array.of(factor))
     this.#norm.replay()
     const [[norm], ...read] = await Promise.all([values(this.#norm.result.norm), ...reads])
-    const passes = read.map(([own], i) => ({ count: batches[i].count, metrics, values: own }))
+    const passes = all ?? read.map(([own], i) => ({ count: batches[i].count, metrics, values: own }))
     const sums = carried.map((_, at) => sumOf(read.map(own => own[at + 1])))
     return { numbers: average(passes, norm, factor), carried: sums }
+  }
+
+  /** Sums the gradients over the ranks. The micro-batches of all. */
+  async #together(ranks: RecordableRanks, batches: readonly StagedBatch[], read: readonly HostValues[]) {
+    const { backend } = this.#parts
+    const { metrics, gradients } = this.#pass.result
+    const own = read.map(([numbers], i) => {
+      const { count } = batches[i]
+      return { count, batch: batches[i], metrics, values: tensor(numbers, undefined, { backend }) }
+    })
+    try {
+      const all = await gatherPasses(ranks, own)
+      for (const [i, parameter] of this.#trained.entries()) parameter.grad = gradients[i]
+      await reduceGradients(this.#trained, async group => void (await ranks.allReduceInPlace(group)))
+      return all
+    } finally {
+      for (const parameter of this.#trained) parameter.grad = null
+      for (const { values } of own) values.dispose()
+    }
+  }
+
+  /** What micro-batches leave for after the update, summed over all ranks. For a step that is to be applied. */
+  async sumCarried(measured: MeasuredStep): Promise<MeasuredStep> {
+    const { backend, ranks } = this.#parts
+    const { carried: like } = this.#pass.result
+    if (ranks === null || like.length === 0) return measured
+    const own = like.map(({ shape }, i) => tensor(measured.carried[i], shape, { backend }))
+    const sums = await ranks.allReduce(own).finally(() => {
+      for (const tensor of own) tensor.dispose()
+    })
+    const carried = await Promise.all(sums.map(values)).finally(() => {
+      for (const tensor of sums) tensor.dispose()
+    })
+    return { ...measured, carried }
   }
 
   /** What `measure` left, which is not in the parameter's `grad`. */
@@ -161,11 +201,16 @@ export class RecordedStep {
       backend.write(this.#update.numbers, numbers)
       write(backend, this.#update.inputs, inputs)
       // Of one micro-batch it is where its pass has left it.
-      if (this.#several) for (const [i, tensor] of this.#update.carried.entries()) backend.write(tensor, carried[i])
+      if (this.#carriesSums) for (const [i, tensor] of this.#update.carried.entries()) backend.write(tensor, carried[i])
     }
     this.#update.graph.replay(updates)
     for (const parameter of parameters) parameter.version++
     return true
+  }
+
+  /** Whether what is carried comes from the host, as it is of several passes. */
+  get #carriesSums(): boolean {
+    return this.#several || this.#parts.ranks !== null
   }
 
   #upload(inputs: HostInputs): DeviceInputs {
@@ -234,7 +279,7 @@ export class RecordedStep {
       scope(() => ({
         numbers: tensor(numbersNow, undefined, { backend }),
         inputs: this.#upload(inputsNow),
-        carried: this.#several ? left.map(({ shape }, i) => tensor(carriedNow[i], shape, { backend })) : left,
+        carried: this.#carriesSums ? left.map(({ shape }, i) => tensor(carriedNow[i], shape, { backend })) : left,
       })),
     )
     const update = () => {

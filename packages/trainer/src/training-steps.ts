@@ -12,7 +12,7 @@ import {
 import type { StagedStep, TokenBatch, TrainableModel } from './model.ts'
 import { nonFiniteStep } from './non-finite.ts'
 import { isStaged, type Optimizer } from './optim/optimizer.ts'
-import type { Ranks } from './ranks.ts'
+import type { Ranks, RecordableRanks } from './ranks.ts'
 import {
   kindOf,
   type PreparedBatch,
@@ -35,7 +35,7 @@ export interface TrainingStepsOptions {
    * its ops are short; memory that it needs stays taken between steps. Default true.
    */
   readonly record?: boolean
-  /** Those that take every step together: see `trainingStep`. Their steps go op by op. */
+  /** Those that take every step together: see `trainingStep`. Their steps are recorded where they have `allReduceInPlace`. */
   readonly ranks?: Ranks
 }
 
@@ -73,8 +73,16 @@ export class TrainingSteps {
     const { staged } = model
     const backend = parameters.at(0)?.parameter.backend
     this.#parts =
-      record && !ranks && staged && isStaged(optimizer) && canRecord(backend)
-        ? { staged, optimizer, backend, clip, precision, parameters: parameters.map(({ parameter }) => parameter) }
+      record && areRecordable(ranks) && staged && isStaged(optimizer) && canRecord(backend)
+        ? {
+            staged,
+            optimizer,
+            backend,
+            clip,
+            precision,
+            ranks: ranks ?? null,
+            parameters: parameters.map(({ parameter }) => parameter),
+          }
         : null
   }
 
@@ -156,12 +164,13 @@ export class TrainingSteps {
     step: number,
   ): Promise<StepNumbers> {
     try {
-      const measured = await recorded.measure(batches)
-      const { numbers, carried } = measured
+      const own = await recorded.measure(batches)
+      const { numbers } = own
       if (!Number.isFinite(numbers.loss) || !Number.isFinite(numbers.gradNorm))
         throw await nonFiniteStep(this.#model, step, numbers, parameter => recorded.gradientOf(parameter))
+      const measured = await recorded.sumCarried(own)
       if (!recorded.apply(measured, lr)) this.#goOnOpByOp()
-      return { ...numbers, after: await staged.report(carried) }
+      return { ...numbers, after: await staged.report(measured.carried) }
     } catch (error) {
       this.dispose()
       throw error
@@ -189,6 +198,9 @@ const prepared = (staged: StagedStep, batch: TokenBatch): PreparedBatch => {
   const { rows, length } = batch
   return { rows, length, ...staged.inputs(batch) }
 }
+
+const areRecordable = (ranks: Ranks | undefined): ranks is RecordableRanks | undefined =>
+  ranks === undefined || ranks.allReduceInPlace !== undefined
 
 const canRecord = (backend: Backend | undefined): backend is Recorder =>
   backend?.capture !== undefined && backend.write !== undefined

@@ -42,6 +42,8 @@ export interface Workspace<E> {
   reduce(to: E, parts: readonly E[], dtype: DType, reduction: Reduction): void
   /** A tensor of its own with these elements. */
   tensor(elements: E, like: TensorLike): Tensor
+  /** Gives a tensor other elements. @throws MoeError E_BACKEND for a backend that cannot */
+  write(tensor: Tensor, elements: E): void
   /** The call has ended. */
   close(): void
 }

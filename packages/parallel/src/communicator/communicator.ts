@@ -31,6 +31,12 @@ export interface Communicator {
    * @throws MoeError E_DTYPE
    */
   allReduce(tensors: readonly Tensor[], reduction?: Reduction): Promise<Tensor[]>
+  /**
+   * The same, with the results in the place of what was given, at the same addresses: what a recorded graph reads. For backends that can write (`Backend.write`). Goes together with
+   * `allReduce` of other ranks.
+   * @throws MoeError E_DTYPE, E_BACKEND
+   */
+  allReduceInPlace(tensors: readonly Tensor[], reduction?: Reduction): Promise<void>
   /** `[size n, ...]` to this rank's n rows of the reduction. @throws MoeError E_DTYPE, E_SHAPE */
   reduceScatter(tensor: Tensor, reduction?: Reduction): Promise<Tensor>
   /** `[n, ...]` of every rank, one below the other: `[size n, ...]`. */

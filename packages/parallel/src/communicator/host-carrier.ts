@@ -1,5 +1,5 @@
 /** @file Messages of host arrays, over those of bytes. */
-import { fromHost, type HostArray, hostArray } from '@moe/core'
+import { fromHost, type HostArray, hostArray, MoeError } from '@moe/core'
 import type { Carrier, Memory, Message, Workspace } from './carrier.ts'
 import type { Communicator } from './communicator.ts'
 import { GroupTransport } from './group-transport.ts'
@@ -97,6 +97,16 @@ const workspace: Workspace<HostArray> = {
   copy: (to, from) => to.set(from),
   reduce: (to, parts, dtype, reduction) => to.set(reduce(dtype, parts, reduction)),
   tensor: (elements, { shape, dtype, backend }) => fromHost(elements, shape, dtype, backend),
+  write(tensor, elements) {
+    const { backend } = tensor
+    if (backend.write !== undefined) return backend.write(tensor, elements)
+    throw new MoeError({
+      code: 'E_BACKEND',
+      op: 'allReduceInPlace',
+      problem: `${backend.name} cannot change a tensor in its place`,
+      fix: 'use allReduce, which makes new ones',
+    })
+  },
   close() {},
 }
 

@@ -61,6 +61,7 @@ test('what cannot be is an error before anything is sent', async () => {
     const faults: unknown[] = [
       ranks.allReduce([tensor(new Int32Array(2), [2], { backend })], 'mean'),
       ranks.allReduce([tensor(new Uint8Array(2), [2], { backend })]),
+      ranks.allReduceInPlace([vector(1)]),
       ranks.reduceScatter(vector(1, 2, 3)),
       ranks.allToAll(vector(1, 2, 3), [1, 1]),
       ranks.allToAll(vector(1, 2, 3), [4, -1]),
@@ -77,6 +78,7 @@ test('what cannot be is an error before anything is sent', async () => {
     expect(messages).toEqual([
       expect.stringMatching(/^E_DTYPE allReduce: there is no mean of i32/),
       expect.stringMatching(/^E_DTYPE allReduce: there is no sum of u8/),
+      expect.stringMatching(/^E_BACKEND allReduceInPlace: reference cannot change a tensor in its place/),
       expect.stringMatching(/^E_SHAPE reduceScatter: \[3\] cannot be shared by 2 ranks/),
       expect.stringMatching(/^E_SHAPE allToAll: counts \[1,1\] do not deal the rows of \[3\] out to 2 ranks/),
       expect.stringMatching(/^E_SHAPE allToAll: counts \[4,-1\]/),

@@ -34,22 +34,16 @@ export class MessageCommunicator<E> implements Communicator {
 
   async allReduce(tensors: readonly Tensor[], reduction: Reduction = 'sum'): Promise<Tensor[]> {
     for (const { dtype } of tensors) checkReduction('allReduce', dtype, reduction)
-    return this.#makeInTurn(async (space, results) => {
-      for (const bucket of bucketsOf(tensors)) {
-        const { dtype } = bucket[0]
-        const starts = startsOf(bucket.map(({ size }) => size))
-        const flat = space.make(dtype, starts[bucket.length])
-        const place = shares(space, flat, starts)
-        const elements = await Promise.all(bucket.map(tensor => this.#memory.of(tensor)))
-        for (const [i, from] of elements.entries()) space.copy(place(i), from)
-        const even = evenStarts(starts[bucket.length], this.size)
-        const share = shares(space, flat, even)
-        const own = share(this.rank)
-        await this.#reduceShare(space, own, even[this.rank + 1] - even[this.rank], share, { dtype, reduction })
-        await this.#exchange(() => own, share)
-        for (const [i, tensor] of bucket.entries()) results.push(space.tensor(place(i), tensor))
-      }
-    })
+    return this.#makeInTurn((_, results) =>
+      this.#reduceAll(tensors, reduction, (space, elements, like) => results.push(space.tensor(elements, like))),
+    )
+  }
+
+  async allReduceInPlace(tensors: readonly Tensor[], reduction: Reduction = 'sum'): Promise<void> {
+    for (const { dtype } of tensors) checkReduction('allReduceInPlace', dtype, reduction)
+    return this.#inTurn(() =>
+      this.#reduceAll(tensors, reduction, (space, elements, tensor) => space.write(tensor, elements)),
+    )
   }
 
   async reduceScatter(tensor: Tensor, reduction: Reduction = 'sum'): Promise<Tensor> {
@@ -189,6 +183,30 @@ export class MessageCommunicator<E> implements Communicator {
       }
       return results
     })
+  }
+
+  /** `finish` is handed the reduced elements of each tensor. */
+  async #reduceAll(
+    tensors: readonly Tensor[],
+    reduction: Reduction,
+    finish: (space: Workspace<E>, elements: E, tensor: Tensor) => void,
+  ): Promise<void> {
+    const reduceBucket = (bucket: readonly Tensor[]) =>
+      this.#working(async space => {
+        const { dtype } = bucket[0]
+        const starts = startsOf(bucket.map(({ size }) => size))
+        const flat = space.make(dtype, starts[bucket.length])
+        const place = shares(space, flat, starts)
+        const elements = await Promise.all(bucket.map(tensor => this.#memory.of(tensor)))
+        for (const [i, from] of elements.entries()) space.copy(place(i), from)
+        const even = evenStarts(starts[bucket.length], this.size)
+        const share = shares(space, flat, even)
+        const own = share(this.rank)
+        await this.#reduceShare(space, own, even[this.rank + 1] - even[this.rank], share, { dtype, reduction })
+        await this.#exchange(() => own, share)
+        for (const [i, tensor] of bucket.entries()) finish(space, place(i), tensor)
+      })
+    for (const bucket of bucketsOf(tensors)) await reduceBucket(bucket)
   }
 
   /** `to` becomes this rank's share, reduced over all ranks: `length` elements. It may be where that share lies. */

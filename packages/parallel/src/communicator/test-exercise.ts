@@ -47,6 +47,9 @@ async function exerciseAll(ranks: Communicator, backend: Backend): Promise<Recor
     const tensors = dtypes.flatMap(dtype => [1, size, 23].map(length => bits(own(length), dtype)))
     results[reduction] = await plain(await ranks.allReduce([...tensors, f32(own(1), [])], reduction))
   }
+  const inPlace = [bits(own(23), 'f32'), bits(own(1), 'i32')]
+  if (backend.write) await ranks.allReduceInPlace(inPlace)
+  results.inPlace = await plain(backend.write ? inPlace : await ranks.allReduce(inPlace))
   results.reduceScatter = await plain([await ranks.reduceScatter(f32(own(3 * size * 2), [3 * size, 2]))])
   results.allGather = await plain([await ranks.allGather(f32(own(6), [2, 3])), await ranks.allGather(f32(own(1), []))])
   const counts = Array.from({ length: size }, (_, to) => rowsFor(rank, to))
@@ -93,6 +96,7 @@ function expectedOfAll(rank: number, size: number): Record<string, unknown> {
     const vectors = dtypes.flatMap(dtype => [1, size, 23].map(length => reduced(dtype, length, reduction)))
     results[reduction] = [...vectors, reduced('f32', 1, reduction, [])]
   }
+  results.inPlace = [reduced('f32', 23, 'sum'), reduced('i32', 1, 'sum')]
   const reducedRows = reduced('f32', 3 * size * 2, 'sum').data
   results.reduceScatter = [{ shape: [3, 2], dtype: 'f32', data: reducedRows.slice(6 * rank, 6 * rank + 6) }]
   const joined = (length: number) => of(length).flatMap(numbers => [...numbers])

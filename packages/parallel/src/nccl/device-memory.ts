@@ -10,6 +10,7 @@ export interface CudaAccess {
   allocate(bytes: number): { readonly pointer: number; free(): void }
   tensor(shape: Shape, dtype: DType): Tensor
   copy(to: number, from: number, bytes: number): void
+  changed(value: Value): void
   reduceRanks(
     to: number,
     parts: readonly number[],
@@ -96,6 +97,11 @@ class DeviceWorkspace implements Workspace<DeviceElements> {
     const tensor = this.#access.tensor(shape, dtype)
     this.#access.copy(this.#access.pointerOf(tensor), elements.pointer, bytesOf(elements))
     return tensor
+  }
+
+  write(tensor: Tensor, elements: DeviceElements): void {
+    this.#access.copy(this.#access.pointerOf(tensor), elements.pointer, bytesOf(elements))
+    this.#access.changed(tensor)
   }
 
   close(): void {
