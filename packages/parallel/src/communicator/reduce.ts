@@ -19,17 +19,28 @@ const block = 4096
 /** Element by element over `parts`, in f64, rounded once. */
 export function reduce(dtype: DType, parts: readonly HostArray[], reduction: Reduction): HostArray {
   const decoded = dtype === 'bf16' ? parts.map(part => Float32Array.from(part, fromBf16)) : parts
-  const [first] = decoded
+  const [first, second] = decoded
   const result = first.slice()
+  if (decoded.length === 2 && reduction !== 'max') addPair(result, second, reduction === 'mean' ? 2 : 1)
+  else reduceBlocks(result, decoded, reduction)
+  return dtype === 'bf16' ? Uint16Array.from(result, toBf16) : result
+}
+
+/** Two ranks, the most frequent number, need no sums of their own: what is stored is rounded once. */
+function addPair(to: HostArray, other: HostArray, divisor: number): void {
+  for (let i = 0; i < other.length; i++) to[i] = (to[i] + other[i]) / divisor
+}
+
+function reduceBlocks(result: HostArray, parts: readonly HostArray[], reduction: Reduction): void {
+  const [first, ...others] = parts
   const totals = new Float64Array(block)
   for (let from = 0; from < first.length; from += block) {
     const part = (of: HostArray) => of.subarray(from, from + block)
     totals.set(part(first))
-    for (const other of decoded.slice(1)) (reduction === 'max' ? largest : add)(totals, part(other))
-    if (reduction === 'mean') for (let i = 0; i < block; i++) totals[i] /= decoded.length
+    for (const other of others) (reduction === 'max' ? largest : add)(totals, part(other))
+    if (reduction === 'mean') for (let i = 0; i < block; i++) totals[i] /= parts.length
     result.set(totals.subarray(0, first.length - from), from)
   }
-  return dtype === 'bf16' ? Uint16Array.from(result, toBf16) : result
 }
 
 function add(totals: Float64Array, part: HostArray): void {
