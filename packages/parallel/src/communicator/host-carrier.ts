@@ -1,10 +1,10 @@
 /** @file Messages of host arrays, over those of bytes. */
-import { fromHost, type HostArray, hostArray, MoeError } from '@moe/core'
-import type { Carrier, Memory, Message, Workspace } from './carrier.ts'
+import type { HostArray } from '@moe/core'
+import type { Carrier, Message } from './carrier.ts'
 import type { Communicator } from './communicator.ts'
 import { GroupTransport } from './group-transport.ts'
+import { hostMemory } from './host-memory.ts'
 import { MessageCommunicator } from './message-communicator.ts'
-import { reduce } from './reduce.ts'
 import type { Transport } from './transport.ts'
 
 /** Keeps the messages of `send` apart from those of the calls that all ranks make. */
@@ -82,32 +82,6 @@ export class HostCarrier implements Carrier<HostArray> {
   #take(elements: HostArray, from: number, lane: number): Promise<void> {
     return elements.length === 0 ? Promise.resolve() : this.#transport.receive(bytesOf(elements), from, lane)
   }
-}
-
-/** Tensors are downloaded to be sent, and what came is uploaded. */
-const hostMemory: Memory<HostArray> = {
-  of: tensor => tensor.data(),
-  open: () => workspace,
-}
-
-/** Nothing is to be given back. */
-const workspace: Workspace<HostArray> = {
-  make: hostArray,
-  part: (of, from, to) => of.subarray(from, to),
-  copy: (to, from) => to.set(from),
-  reduce: (to, parts, dtype, reduction) => to.set(reduce(dtype, parts, reduction)),
-  tensor: (elements, { shape, dtype, backend }) => fromHost(elements, shape, dtype, backend),
-  write(tensor, elements) {
-    const { backend } = tensor
-    if (backend.write !== undefined) return backend.write(tensor, elements)
-    throw new MoeError({
-      code: 'E_BACKEND',
-      op: 'allReduceInPlace',
-      problem: `${backend.name} cannot change a tensor in its place`,
-      fix: 'use allReduce, which makes new ones',
-    })
-  },
-  close() {},
 }
 
 /** A communicator over messages of bytes. */

@@ -16,30 +16,38 @@ export function checkReduction(op: string, dtype: DType, reduction: Reduction): 
 /** Numbers that are added up at a time: they stay in the cache. */
 const block = 4096
 
-/** Element by element over `parts`, in f64, rounded once. */
-export function reduce(dtype: DType, parts: readonly HostArray[], reduction: Reduction): HostArray {
-  const decoded = dtype === 'bf16' ? parts.map(part => Float32Array.from(part, fromBf16)) : parts
-  const [first, second] = decoded
-  const result = first.slice()
-  if (decoded.length === 2 && reduction !== 'max') addPair(result, second, reduction === 'mean' ? 2 : 1)
-  else reduceBlocks(result, decoded, reduction)
-  return dtype === 'bf16' ? Uint16Array.from(result, toBf16) : result
+/** `to` becomes `parts`, element by element, in f64 and rounded once (bf16 by f32). It may be one of them. */
+export function reduce(to: HostArray, parts: readonly HostArray[], dtype: DType, reduction: Reduction): void {
+  if (dtype === 'bf16') {
+    const result = new Float32Array(to.length)
+    reduceNumbers(
+      result,
+      parts.map(part => Float32Array.from(part, fromBf16)),
+      reduction,
+    )
+    for (let i = 0; i < to.length; i++) to[i] = toBf16(result[i])
+  } else reduceNumbers(to, parts, reduction)
 }
 
-/** Two ranks, the most frequent number, need no sums of their own: what is stored is rounded once. */
-function addPair(to: HostArray, other: HostArray, divisor: number): void {
-  for (let i = 0; i < other.length; i++) to[i] = (to[i] + other[i]) / divisor
+function reduceNumbers(to: HostArray, parts: readonly HostArray[], reduction: Reduction): void {
+  // Two ranks, the most frequent number, need no sums of their own: what is stored is rounded once.
+  if (parts.length === 2 && reduction !== 'max') addPair(to, parts[0], parts[1], reduction === 'mean' ? 2 : 1)
+  else reduceBlocks(to, parts, reduction)
 }
 
-function reduceBlocks(result: HostArray, parts: readonly HostArray[], reduction: Reduction): void {
+function addPair(to: HostArray, a: HostArray, b: HostArray, divisor: number): void {
+  for (let i = 0; i < to.length; i++) to[i] = (a[i] + b[i]) / divisor
+}
+
+function reduceBlocks(to: HostArray, parts: readonly HostArray[], reduction: Reduction): void {
   const [first, ...others] = parts
   const totals = new Float64Array(block)
-  for (let from = 0; from < first.length; from += block) {
+  for (let from = 0; from < to.length; from += block) {
     const part = (of: HostArray) => of.subarray(from, from + block)
     totals.set(part(first))
     for (const other of others) (reduction === 'max' ? largest : add)(totals, part(other))
     if (reduction === 'mean') for (let i = 0; i < block; i++) totals[i] /= parts.length
-    result.set(totals.subarray(0, first.length - from), from)
+    to.set(totals.subarray(0, to.length - from), from)
   }
 }
 
