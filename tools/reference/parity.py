@@ -1,7 +1,8 @@
 """Live parity with transformers on random small configurations; driven by packages/deepseek/scripts/parity.ts.
 
     parity.py export DIR SEED ...   writes DIR/<seed>/theirs/ (a checkpoint) and theirs.safetensors, theirs.json: ids, labels,
-                                    logits, losses, every gradient; seeds 4, 9, ... are Llama, of the others even ones are V3, odd ones V2
+                                    logits, losses, every gradient; seeds 4, 9, ... are Llama, 3, 13, ... Youtu, 8, 18, ... GLM, of the others
+                                    even ones are V3, odd ones V2
     parity.py check DIR SEED ...    opens DIR/<seed>/{back,ours}/ (checkpoints written by @moe/deepseek) without one missing or
                                     unexpected key; back must be theirs bit for bit, ours have the logits of ours.logits/
     parity.py generate DIR SEED ... writes DIR/<seed>/theirs/ and generate.json: 200 tokens of greedy generate()
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from fixture_file import deterministic, save_record
 from safetensors.torch import load_file, save_file
+from transformers import YoutuConfig
 from whole_model import (
     FAMILIES, MTP_WEIGHT, YARN, Joint, RoutingCheck, family_of, gradients, make_batch, make_config, on_disk, open_strictly,
     randomize,
@@ -62,18 +64,29 @@ def draw_fields(family, r):
         fields["rope_scaling"] = dict(YARN, factor=r.choice([4.0, 40.0]), **r.choice(
             [dict(mscale=1.0, mscale_all_dim=1.0), dict(mscale=0.707, mscale_all_dim=0.707), dict(mscale=0.5, mscale_all_dim=0.8)]))
         fields["max_position_embeddings"] = 163840
-    if family == "v3":
-        fields |= dict(norm_topk_prob=r.random() < 0.7, num_nextn_predict_layers=r.choice([0, 1, 2]))
-        fields["rope_interleave"] = r.random() < 0.8
-    else:
+    if family == "v2":
         fields["topk_method"] = "greedy" if groups == 1 else "group_limited_greedy"
+        return fields
+    fields |= dict(norm_topk_prob=r.random() < 0.7, num_nextn_predict_layers=r.choice([0, 1, 2]))
+    fields["rope_interleave"] = r.random() < 0.8
+    if family == "glm":
+        dense = fields["first_k_dense_replace"]
+        fields["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)
+    if family == "youtu":
+        known = {*YoutuConfig().to_dict(), "rope_theta", "rope_scaling"}
+        return {key: value for key, value in fields.items() if key in known}
     return fields
+
+
+def family_of_seed(seed):
+    if seed % 5 == 4:
+        return "llama"
+    return {3: "youtu", 8: "glm"}.get(seed % 10, ("v3", "v2")[seed % 2])
 
 
 def draw(seed, accept):
     """The first model of a seed's configuration whose weights `accept` finds far from ties: (joint, what accept returned)."""
-    family = "llama" if seed % 5 == 4 else ("v3", "v2")[seed % 2]
-    r = random.Random(seed)
+    family, r = family_of_seed(seed), random.Random(seed)
     fields, bias = draw_fields(family, r), r.choice(["zero", "mixed", "negative"])
     for attempt in range(100):
         deterministic(1000 * seed + attempt)

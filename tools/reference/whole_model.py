@@ -1,5 +1,6 @@
 """Whole DeepSeek models from transformers in f32 on random weights: the part that fixtures and live parity share."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -12,7 +13,8 @@ from released_gate import margin, v2_choice, v2_gate, v3_choice, v3_gate
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
-    DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM,
+    DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM, LlamaConfig, LlamaForCausalLM, YoutuConfig, YoutuForCausalLM,
 )
 from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
@@ -26,7 +28,8 @@ ADAMW = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weightDecay": 0.1, "cli
 OUT = ROOT / "packages/deepseek/fixtures"
 FAMILIES = {
     "v3": (DeepseekV3Config, DeepseekV3ForCausalLM), "v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM), "glm": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
+    "youtu": (YoutuConfig, YoutuForCausalLM),
 }
 YARN = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, original_max_position_embeddings=4096)
 
@@ -39,7 +42,21 @@ def make_config(family, fields):
 
 
 def family_of(config):
-    return config.model_type.removeprefix("deepseek_")
+    return next(family for family, (made, _) in FAMILIES.items() if type(config) is made)
+
+
+@contextlib.contextmanager
+def knowing_mtp(config):
+    """GLM's class knows nothing of the MTP layers that its files have: it is told while they are made."""
+    told = {} if hasattr(config, "num_mtp_layers") else {
+        "num_mtp_layers": config.num_nextn_predict_layers,
+        "mtp_mlp_layer_types": ["sparse"] * config.num_nextn_predict_layers,
+    }
+    for name, value in told.items():
+        setattr(config, name, value)
+    yield
+    for name in told:
+        delattr(config, name)
 
 
 def randomize(model, generator, bias):
@@ -76,7 +93,7 @@ class RoutingCheck:
         weights = weights.gather(1, order)
         rule = dict(groups=c.n_group, kept_groups=c.topk_group, top_k=c.num_experts_per_tok,
                     norm_topk_prob=c.norm_topk_prob, scale=c.routed_scaling_factor)
-        if family_of(c) == "v3":
+        if hasattr(gate, "e_score_correction_bias"):
             bias = gate.e_score_correction_bias
             expected_ids, expected_weights = v3_gate(logits, bias, **rule)
             choice, groups = v3_choice(logits, bias, c.n_group, c.topk_group)
@@ -100,7 +117,10 @@ class Joint(torch.nn.Module):
         super().__init__()
         self.main = FAMILIES[family_of(config)][1](config)
         depth = getattr(config, "num_nextn_predict_layers", 0)
-        self.mtp = MtpModel(self.main, depth) if depth else None
+        self.mtp = None
+        if depth:
+            with knowing_mtp(self.main.config):
+                self.mtp = MtpModel(self.main, depth)
 
     def forward(self, ids, labels, attention_mask):
         """Returns the loss to train on and every logit tensor by name."""
@@ -217,7 +237,8 @@ def open_strictly(folder):
     joint.main, joint.mtp = main, None
     if layers:
         main._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{layer}\." for layer in layers]
-        joint.mtp = MtpModel.from_pretrained(main)  # raises when a key is missing
+        with knowing_mtp(config):
+            joint.mtp = MtpModel.from_pretrained(main)  # raises when a key is missing
     return joint.eval()
 
 

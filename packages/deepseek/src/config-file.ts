@@ -1,8 +1,9 @@
-/** @file The config.json of a checkpoint's folder: the model's configuration, and how its weights are quantized. */
-import { DEFAULT_BLOCK, type Folder, readAll } from '@moe/checkpoint'
+/** @file The config.json of a checkpoint's folder: the model's configuration, how its weights are quantized, and which are those of its text model. */
+import { DEFAULT_BLOCK, type Folder, openInFolder, readAll, type TensorSource } from '@moe/checkpoint'
 import { isMoeError, MoeError } from '@moe/core'
 import { z } from 'zod'
 import { type DeepSeekConfigInput, ownKeys, parseConfig } from './config.ts'
+import { isNested, type Json, textConfig, textKey } from './model-types.ts'
 
 const FILE = 'config.json'
 const MAX_BYTES = 64 * 2 ** 20
@@ -27,12 +28,27 @@ const fp8 = z.object({
     .transform(block => block ?? DEFAULT_BLOCK),
 })
 
+/** The weights of a folder. */
+export interface FolderWeights extends AsyncDisposable {
+  readonly checkpoint: TensorSource
+  /** Rows and columns of the blocks that share a scale: `quantization_config.weight_block_size`, 128 x 128 where nothing is said. */
+  readonly block: readonly [number, number]
+}
+
 /**
- * Rows and columns of the blocks that share a scale in an fp8 checkpoint: `quantization_config.weight_block_size`, 128 x 128 where nothing is said.
- * @throws MoeError E_UNSUPPORTED for weights quantized in another way
+ * Opens the weights of a folder: in a model that sees those of its text model, under the keys that they have in one.
+ * @throws MoeError E_UNSUPPORTED for weights that are not quantized in blocks of fp8
  */
-export async function readScaleBlock(folder: Folder): Promise<readonly [number, number]> {
-  const { quantization_config: quantization } = (await readJson(folder)) ?? {}
+export async function openWeights(folder: Folder): Promise<FolderWeights> {
+  const json = (await readJson(folder)) ?? {}
+  const block = scaleBlock(folder, json)
+  const opened = await openInFolder(folder)
+  const checkpoint = isNested(json) ? textWeights(opened) : opened
+  return { checkpoint, block, [Symbol.asyncDispose]: () => opened.close() }
+}
+
+function scaleBlock(folder: Folder, json: Json): readonly [number, number] {
+  const quantization = textConfig(json).quantization_config ?? json.quantization_config
   if (quantization === undefined || quantization === null) return DEFAULT_BLOCK
   const parsed = fp8.safeParse(quantization)
   if (parsed.success) return parsed.data.weight_block_size
@@ -45,17 +61,33 @@ export async function readScaleBlock(folder: Folder): Promise<readonly [number, 
   })
 }
 
+function textWeights(checkpoint: TensorSource): TensorSource {
+  const all = checkpoint.keys().map(key => [textKey(key), key] as const)
+  const stored = new Map(all.filter((pair): pair is [string, string] => pair[0] !== undefined))
+  const of = (key: string) => stored.get(key) ?? key
+  return {
+    path: checkpoint.path,
+    metadata: checkpoint.metadata,
+    keys: () => [...stored.keys()],
+    has: key => stored.has(key),
+    info: key => checkpoint.info(of(key)),
+    read: key => checkpoint.read(of(key)),
+    close: () => checkpoint.close(),
+    [Symbol.asyncDispose]: () => checkpoint.close(),
+  }
+}
+
 /** JSON, also behind the byte order mark that some editors begin files with. */
 export const parseJson = (text: string): unknown => JSON.parse(text.replace(/^\uFEFF/, ''))
 
 /** Undefined where there is no such file. */
-async function readJson(folder: Folder): Promise<Record<string, unknown> | undefined> {
+async function readJson(folder: Folder): Promise<Json | undefined> {
   try {
     const file = await folder.open(FILE)
     if (file === undefined) return undefined
     const json = parseJson(new TextDecoder().decode(await readAll(file, MAX_BYTES)))
     if (typeof json !== 'object' || json === null) throw new Error('it holds no object')
-    return json as Record<string, unknown>
+    return json as Json
   } catch (cause) {
     if (isMoeError(cause) && cause.code !== 'E_CHECKPOINT') throw cause
     throw unreadable(folder, isMoeError(cause) ? cause.problem : (cause as Error).message, cause)

@@ -70,7 +70,7 @@ describe('names in a configuration', () => {
         num_layers: 9,
         top_k: 50,
         hidden_sizes: [1],
-        rope_parameters: { rope_theta: 5e3, factors: 1 },
+        rope_parameters: { rope_type: 'default', factors: 1 },
       }),
     )
     const read = await DeepSeek.fromPretrained(folder)

@@ -1,7 +1,17 @@
-/** @file Model configurations in Hugging Face's terms (config.json of DeepSeek V2, V3 and LLM), checked as a whole. */
-import type { RopeScaling } from '@moe/attention-mla'
+/** @file Model configurations in Hugging Face's terms (config.json of DeepSeek V3 and its relatives), checked as a whole. */
+import { type RopeScaling, rotaryAmplitude } from '@moe/attention-mla'
 import { checkShared, MoeError } from '@moe/core'
 import { z } from 'zod'
+import {
+  aliases,
+  inTermsOfV3,
+  type Json,
+  type ModelTypeName,
+  modelTypeOf,
+  modelTypes,
+  textConfig,
+  unreadable,
+} from './model-types.ts'
 
 const size = z.int().positive()
 const optionalSize = size.nullish().transform(value => value ?? null)
@@ -17,6 +27,14 @@ const ropeFields = z.object({
   beta_slow: z.number().positive().optional(),
   mscale: z.number().optional(),
   mscale_all_dim: z.number().optional(),
+  /** Refused where it is not what the other numbers make of it. */
+  attention_factor: z.number().nullish(),
+  /** Bounds of the ramp between slow and fast features are rounded. */
+  truncate: z.literal(true).nullish(),
+  /** No part of the features that are turned is left as it is. */
+  partial_rotary_factor: z.literal(1).nullish(),
+  /** Queries do not grow with their positions. */
+  llama_4_scaling_beta: z.literal(0).nullish(),
 })
 
 /** What all architectures have. */
@@ -39,10 +57,14 @@ const common = {
   rope_scaling: ropeFields.nullish(),
   /** The same as transformers 5 writes it, with `rope_theta` among it. */
   rope_parameters: ropeFields.nullish(),
+  /** No part of the features that are turned is left as it is. */
+  partial_rotary_factor: z.literal(1).nullish(),
   /** Epsilon of the norms outside of attention. Default 1e-6. */
   rms_norm_eps: z.number().positive().default(1e-6),
   /** Standard deviation of random weights. Default 0.02. */
   initializer_range: z.number().positive().default(0.02),
+  /** The same of the embedding. Default initializer_range. */
+  embedding_initializer_range: z.number().positive().optional(),
   /** Whether the head is the embedding table. Default false. */
   tie_word_embeddings: z.boolean().default(false),
   /** Id that begins a text. Kept for those who read the configuration; the tokenizer puts it there. */
@@ -71,14 +93,16 @@ const denseFields = z.object({
 const latentFields = z.object({
   /** Default `deepseek_v3`. Kimi K2 is V3 under a name of its own. */
   model_type: z
-    .enum(['deepseek_v3', 'deepseek_v2', 'kimi_k2'])
+    .enum(['deepseek_v3', 'deepseek_v2', 'glm4_moe_lite', 'youtu', 'kimi_k2'])
     .default('deepseek_v3')
-    .transform(type => (type === 'kimi_k2' ? 'deepseek_v3' : type)),
+    .transform(type => (type === 'kimi_k2' ? aliases[type] : type)),
   ...common,
   /** Inner features of each expert. */
-  moe_intermediate_size: size,
+  moe_intermediate_size: z.int().nonnegative().default(0),
   /** Leading layers with a dense feed-forward net. Default 0. */
   first_k_dense_replace: z.int().nonnegative().default(0),
+  /** The same as GLM's config.json may have it: so many times `dense`, then `sparse`. */
+  mlp_layer_types: z.array(z.string()).nullish(),
   /** Experts that a gate chooses among. Null or undefined: all layers are dense. */
   n_routed_experts: optionalSize,
   /** Experts that every token goes through, as one net so many times as wide. Default 0. */
@@ -97,11 +121,11 @@ const latentFields = z.object({
    * `noaux_tc`: V3 (bias, groups by their two best). `group_limited_greedy`: V2 (groups by their best). `greedy`: no groups. Default noaux_tc in
    * V3, greedy in V2.
    */
-  topk_method: z.enum(['noaux_tc', 'group_limited_greedy', 'greedy']).optional(),
+  topk_method: z.enum(['noaux_tc', 'group_limited_greedy', 'greedy']).default('noaux_tc'),
   /** Affinities. Default sigmoid with noaux_tc, softmax otherwise. */
   scoring_func: z.enum(['sigmoid', 'softmax']).optional(),
   /** Whether gates are divided by their sum. Default true in V3, false in V2. */
-  norm_topk_prob: z.boolean().optional(),
+  norm_topk_prob: z.boolean().default(true),
   /** Factor on the gates, applied last. Default 1. */
   routed_scaling_factor: z.number().positive().default(1),
   /** Rank of the query compression. Null or undefined: queries are projected directly (V2-Lite). */
@@ -124,7 +148,7 @@ const latentFields = z.object({
   moe_layer_freq: z.literal(1).default(1),
 })
 
-/** V2 and V3 as a user writes them. @interface */
+/** Models with latent attention as a user writes them. @interface */
 export type LatentConfigInput = z.input<typeof latentFields>
 /** DeepSeek LLM as a user writes it. @interface */
 export type DenseConfigInput = z.input<typeof denseFields>
@@ -135,39 +159,42 @@ export type DeepSeekConfigInput = LatentConfigInput | DenseConfigInput
  * A checked configuration with every default filled in. A dense one (model_type `llama`) has no latents and no experts: kv_lora_rank, qk_nope_head_dim and
  * moe_intermediate_size are 0, and the features of a head are both qk_rope_head_dim and v_head_dim.
  */
-export interface DeepSeekConfig extends Omit<Fields, 'model_type' | 'rope_scaling' | 'rope_parameters' | 'rope_theta'> {
-  /** Kimi K2 is `deepseek_v3` here. */
-  readonly model_type: Fields['model_type'] | 'llama'
+export interface DeepSeekConfig
+  extends Omit<
+    Fields,
+    'model_type' | 'rope_scaling' | 'rope_parameters' | 'rope_theta' | 'partial_rotary_factor' | 'mlp_layer_types'
+  > {
+  /** What it is saved as. Kimi K2 is `deepseek_v3` here. */
+  readonly model_type: ModelTypeName
   /** Heads of keys and values; with latents as many as there are heads. */
   readonly num_key_value_heads: number
   /** As given, else 10000. */
   readonly rope_theta: number
   /** YaRN with its original context, or null. */
   readonly rope_scaling: RopeScaling | null
-  /** As given, else true in V3 and false in V2. */
-  readonly norm_topk_prob: boolean
-  /** As given, else noaux_tc in V3 and greedy in V2. */
-  readonly topk_method: 'noaux_tc' | 'group_limited_greedy' | 'greedy'
   /** As given, else sigmoid with noaux_tc and softmax otherwise. */
   readonly scoring_func: 'sigmoid' | 'softmax'
 }
 
 /**
- * Checks a configuration and fills in defaults.
- * @throws MoeError E_CONFIG with every fault in one message.
+ * Checks a configuration and fills in defaults. Of a model that sees it is that of the text model (`text_config`).
+ * @throws MoeError E_CONFIG with every fault in one message; for a model_type that is not of this architecture with those that are
  */
 export function parseConfig(input: unknown): DeepSeekConfig {
-  const dense = (input as { model_type?: unknown } | null)?.model_type === 'llama'
-  checkShared('DeepSeek', input as object, dense ? denseFields.shape : latentFields.shape)
+  const given = isObject(input) ? textConfig(input as Json) : input
+  const type = isObject(given) ? modelTypeOf(given as Json) : 'deepseek_v3'
+  const dense = type === 'llama'
+  checkShared('DeepSeek', given as object, fieldsOf(type))
+  const json = inTermsOfV3(type, given as Json)
   for (const key of ropeKeys) {
-    const scaling = (input as LatentConfigInput)[key]
+    const scaling = json[key]
     if (isObject(scaling)) checkShared(`DeepSeek ${key}`, scaling, ropeFields.shape)
   }
   const result = dense
-    ? denseFields.transform(withoutLatents).safeParse(input)
-    : latentFields.transform(withLatents).safeParse(input)
+    ? denseFields.transform(withoutLatents).safeParse(json)
+    : latentFields.transform(withLatents).safeParse(json)
   const problems = result.success
-    ? crossChecks(result.data)
+    ? [...crossChecks(result.data), ...unreadable(type, result.data), ...ropeFaults(json, result.data)]
     : result.error.issues.map(issue => `${issue.path.join('.') || 'config'}: ${issue.message}`)
   if (!result.success || problems.length > 0) {
     throw new MoeError({
@@ -178,31 +205,40 @@ export function parseConfig(input: unknown): DeepSeekConfig {
       details: { problems },
     })
   }
-  const { rope_parameters, rope_scaling, rope_theta, ...rest } = result.data
-  const v3 = rest.model_type === 'deepseek_v3'
-  const topk_method = rest.topk_method ?? (v3 ? 'noaux_tc' : 'greedy')
+  const { rope_parameters, rope_scaling, partial_rotary_factor, mlp_layer_types, ...rest } = result.data
+  const { topk_method, scoring_func, rope_theta } = rest
   return {
     ...rest,
-    topk_method,
-    scoring_func: rest.scoring_func ?? (topk_method === 'noaux_tc' ? 'sigmoid' : 'softmax'),
-    norm_topk_prob: rest.norm_topk_prob ?? v3,
-    rope_theta: rope_theta ?? rope_parameters?.rope_theta ?? 10000,
+    scoring_func: scoring_func ?? (topk_method === 'noaux_tc' ? 'sigmoid' : 'softmax'),
+    rope_theta: rope_theta ?? rope_scaling?.rope_theta ?? rope_parameters?.rope_theta ?? 10000,
     rope_scaling: yarn(rope_scaling ?? rope_parameters, rest.max_position_embeddings),
   }
 }
 
 /** What of a config.json is ours: files have the names of all programs that read them. */
-export function ownKeys(json: Readonly<Record<string, unknown>>): Record<string, unknown> {
-  const of = (given: object, names: object) =>
-    Object.fromEntries(Object.entries(given).filter(([name]) => Object.hasOwn(names, name)))
-  const own = of(json, json['model_type'] === 'llama' ? denseFields.shape : latentFields.shape)
-  for (const scaling of ropeKeys) if (isObject(own[scaling])) own[scaling] = of(own[scaling], ropeFields.shape)
+export function ownKeys(json: Json): Json {
+  const text = textConfig(json)
+  const own = pick(text, fieldsOf(modelTypeOf(text)))
+  for (const scaling of ropeKeys) {
+    const given = own[scaling]
+    // What layers of one kind have to themselves stays for the checks.
+    if (isObject(given)) own[scaling] = { ...pick(given, ropeFields.shape), ...groupsIn(given) }
+  }
   return own
 }
+
+const fieldsOf = (type: ModelTypeName) => (type === 'llama' ? denseFields.shape : latentFields.shape)
 
 const ropeKeys = ['rope_scaling', 'rope_parameters'] as const
 
 const isObject = (value: unknown): value is object => typeof value === 'object' && value !== null
+
+const pick = (given: object, names: object): Record<string, unknown> =>
+  Object.fromEntries(Object.entries(given).filter(([name]) => Object.hasOwn(names, name)))
+
+/** Rope settings within rope settings: those of one kind of layers, as models with sliding windows have them. */
+const groupsIn = (scaling: object): Record<string, unknown> =>
+  Object.fromEntries(Object.entries(scaling).filter(([, value]) => isObject(value) && !Array.isArray(value)))
 
 type Fields = z.output<typeof latentFields>
 type CheckedFields = ReturnType<typeof withLatents>
@@ -239,6 +275,8 @@ function withoutLatents({
     num_experts_per_tok: null,
     n_group: null,
     topk_group: null,
+    topk_method: 'greedy',
+    norm_topk_prob: false,
     routed_scaling_factor: 1,
     num_nextn_predict_layers: 0,
     mtp_separate_embeddings: false,
@@ -262,6 +300,7 @@ function crossChecks(config: CheckedFields): string[] {
   if (experts === null) add(topK !== null, 'num_experts_per_tok is there, but n_routed_experts is missing')
   else {
     add(topK === null, 'num_experts_per_tok is missing')
+    add(config.moe_intermediate_size === 0, 'moe_intermediate_size is missing')
     add(topK !== null && topK > experts, `num_experts_per_tok = ${topK} exceeds n_routed_experts = ${experts}`)
     add(groups !== null && experts % groups !== 0, `n_group = ${groups} does not divide n_routed_experts = ${experts}`)
     add(
@@ -274,18 +313,45 @@ function crossChecks(config: CheckedFields): string[] {
       `num_experts_per_tok = ${topK} exceeds the ${kept} experts of the kept groups`,
     )
   }
-  const scaling = config.rope_scaling ?? config.rope_parameters
+  add(
+    config.bos_token_id != null && config.bos_token_id >= config.vocab_size,
+    `bos_token_id = ${config.bos_token_id} is outside the vocabulary of ${config.vocab_size}`,
+  )
+  return problems
+}
+
+/** Faults of what positions are turned by. */
+function ropeFaults(json: Json, config: CheckedFields): string[] {
+  const problems: string[] = []
+  const add = (wrong: boolean, problem: string) => {
+    if (wrong) problems.push(problem)
+  }
+  for (const key of ropeKeys) {
+    for (const group of Object.keys(groupsIn(json[key] ?? {}))) {
+      add(true, `${key}.${group}: layers cannot have rope settings of their own`)
+    }
+  }
+  const { rope_scaling, rope_parameters } = config
+  const scaling = rope_scaling ?? rope_parameters
   const type = scaling?.rope_type ?? scaling?.type
   add(
     type !== undefined && type !== 'default' && type !== 'yarn',
     `rope type ${JSON.stringify(type)} is not supported (default, yarn)`,
   )
+  add(
+    scaling?.type !== undefined && scaling.type !== type,
+    `rope_scaling.type = ${JSON.stringify(scaling?.type)}, but rope_scaling.rope_type = ${JSON.stringify(type)}`,
+  )
   add(type === undefined && scaling?.factor !== undefined, 'rope_scaling.type is missing')
   add(type === 'yarn' && scaling?.factor === undefined, 'rope_scaling.factor is missing')
+  const amplitude = rotaryAmplitude(yarn(scaling, config.max_position_embeddings))
+  const given = scaling?.attention_factor ?? amplitude
   add(
-    config.bos_token_id != null && config.bos_token_id >= config.vocab_size,
-    `bos_token_id = ${config.bos_token_id} is outside the vocabulary of ${config.vocab_size}`,
+    Math.abs(given - amplitude) > 1e-6,
+    `rope_scaling.attention_factor = ${given}: the other numbers make it ${amplitude}`,
   )
+  const bases = [config.rope_theta, rope_scaling?.rope_theta, rope_parameters?.rope_theta].filter(x => x !== undefined)
+  add(new Set(bases).size > 1, `rope_theta is ${[...new Set(bases)].join(' and ')}: it stands in several places`)
   return problems
 }
 
@@ -313,15 +379,15 @@ export function endTokens(config: DeepSeekConfig): number[] {
   return eos == null ? [] : Array.isArray(eos) ? eos : [eos]
 }
 
-/** What is written to config.json: the keys that transformers, vLLM and others read, and no null where they have numbers. */
+/** What is written to config.json: the keys that transformers, vLLM and others read under its name, and no null where they have numbers. */
 export function hfConfig(config: DeepSeekConfig): Record<string, unknown> {
   return config.model_type === 'llama' ? denseHfConfig(config) : latentHfConfig(config)
 }
 
 function denseHfConfig(config: DeepSeekConfig): Record<string, unknown> {
-  const keys = Object.keys(denseFields.shape).filter(key => key in config && key !== 'rope_parameters')
+  const keys = Object.keys(denseFields.shape).filter(key => key in config)
   return {
-    architectures: ['LlamaForCausalLM'],
+    architectures: [modelTypes.llama.architecture],
     ...Object.fromEntries(keys.map(key => [key, config[key as keyof DeepSeekConfig]])),
     head_dim: config.v_head_dim,
     mlp_bias: false,
@@ -332,7 +398,7 @@ function denseHfConfig(config: DeepSeekConfig): Record<string, unknown> {
 function latentHfConfig(config: DeepSeekConfig): Record<string, unknown> {
   const { n_routed_experts, num_experts_per_tok, n_group, topk_group, first_k_dense_replace, ...others } = config
   const { mtp_separate_embeddings, ...rest } = others
-  const v3 = config.model_type === 'deepseek_v3'
+  const { architecture, write } = modelTypes[config.model_type]
   const experts =
     n_routed_experts === null
       ? { first_k_dense_replace: config.num_hidden_layers }
@@ -343,19 +409,21 @@ function latentHfConfig(config: DeepSeekConfig): Record<string, unknown> {
           n_group: n_group ?? 1,
           topk_group: topk_group ?? n_group ?? 1,
         }
-  return {
-    architectures: [v3 ? 'DeepseekV3ForCausalLM' : 'DeepseekV2ForCausalLM'],
+  const written = {
+    architectures: [architecture],
     ...rest,
     ...experts,
     ...(mtp_separate_embeddings ? { mtp_separate_embeddings } : {}),
     num_key_value_heads: config.num_attention_heads,
     torch_dtype: 'float32',
+    ...write?.(config),
   }
+  return Object.fromEntries(Object.entries(written).filter(([, value]) => value !== undefined))
 }
 
 /** Keys that transformers wants as floats: 1 is refused, 1.0 is not. */
 const floatKeys =
-  'routed_scaling_factor|rms_norm_eps|initializer_range|rope_theta|factor|beta_fast|beta_slow|mscale|mscale_all_dim'
+  'routed_scaling_factor|rms_norm_eps|initializer_range|embedding_initializer_range|rope_theta|factor|beta_fast|beta_slow|mscale|mscale_all_dim'
 
 /** The text of config.json. */
 export function configJson(config: DeepSeekConfig): string {

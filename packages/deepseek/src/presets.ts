@@ -98,6 +98,56 @@ const moonlight: LatentConfigInput = {
   eos_token_id: 163585,
 }
 
+/** GLM-4.7-Flash: 30 billion parameters, of which a token uses 3. Values are as wide as queries and keys. */
+const glmFlash: LatentConfigInput = {
+  model_type: 'glm4_moe_lite',
+  vocab_size: 154880,
+  hidden_size: 2048,
+  intermediate_size: 10240,
+  moe_intermediate_size: 1536,
+  num_hidden_layers: 47,
+  num_attention_heads: 20,
+  first_k_dense_replace: 1,
+  n_routed_experts: 64,
+  n_shared_experts: 1,
+  num_experts_per_tok: 4,
+  n_group: 1,
+  topk_group: 1,
+  routed_scaling_factor: 1.8,
+  q_lora_rank: 768,
+  kv_lora_rank: 512,
+  qk_nope_head_dim: 192,
+  qk_rope_head_dim: 64,
+  v_head_dim: 256,
+  max_position_embeddings: 202752,
+  rope_theta: 1000000,
+  rms_norm_eps: 1e-5,
+  num_nextn_predict_layers: 1,
+  bos_token_id: null,
+  eos_token_id: [154820, 154827, 154829],
+}
+
+/** Youtu-LLM-2B: latent attention in dense layers. */
+const youtu: LatentConfigInput = {
+  model_type: 'youtu',
+  vocab_size: 128256,
+  hidden_size: 2048,
+  intermediate_size: 6144,
+  num_hidden_layers: 32,
+  num_attention_heads: 16,
+  q_lora_rank: 1536,
+  kv_lora_rank: 512,
+  qk_nope_head_dim: 128,
+  qk_rope_head_dim: 64,
+  v_head_dim: 128,
+  max_position_embeddings: 131072,
+  rope_theta: 1600000,
+  rms_norm_eps: 1e-6,
+  tie_word_embeddings: true,
+  bos_token_id: 128000,
+  eos_token_id: 128001,
+}
+
 /** DeepSeek LLM 7B, of before the experts: a dense model with the attention of Llama. */
 const llm7b: DenseConfigInput = {
   model_type: 'llama',
@@ -209,6 +259,8 @@ export const presets = {
   'deepseek-v2': v2,
   'deepseek-v2-lite': v2Lite,
   'moonlight-16b-a3b': moonlight,
+  'glm-4.7-flash': glmFlash,
+  'youtu-llm-2b': youtu,
   'deepseek-llm-7b': llm7b,
   'deepseek-llm-67b': llm67b,
   '1b': large,

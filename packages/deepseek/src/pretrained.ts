@@ -11,7 +11,6 @@ import {
   loadAdapters,
   onDisk,
   openFolder,
-  openInFolder,
   readF32,
   saveCheckpoint,
   type TensorEntry,
@@ -21,7 +20,7 @@ import {
 } from '@moe/checkpoint'
 import { checkOptions, loadStateDict, MoeError, namedAdapters, type StateSource, stateDict } from '@moe/core'
 import { configJson, type DeepSeekConfig, type DeepSeekConfigInput, isMoELayer, parseConfig } from './config.ts'
-import { readConfig, readScaleBlock } from './config-file.ts'
+import { type FolderWeights, openWeights, readConfig } from './config-file.ts'
 import { countParameters } from './count-parameters.ts'
 import type { DeepSeek } from './model.ts'
 
@@ -102,12 +101,11 @@ export async function loadPretrained(
 
 async function openModel(folder: Folder, make: (config: DeepSeekConfigInput) => DeepSeek): Promise<DeepSeek> {
   const config = await readConfig(folder)
-  const block = await readScaleBlock(folder)
-  await using checkpoint = await openInFolder(folder)
-  checkSize(folder.path, parseConfig(config), checkpoint)
+  await using weights = await openWeights(folder)
+  checkSize(folder.path, parseConfig(config), weights.checkpoint)
   const model = make(config)
   try {
-    await fill(model, checkpoint, block)
+    await fill(model, weights)
   } catch (error) {
     model.dispose()
     throw error
@@ -121,10 +119,8 @@ async function openModel(folder: Folder, make: (config: DeepSeekConfigInput) => 
  */
 export async function loadWeights(model: DeepSeek, place: CheckpointPlace, options: FolderOptions = {}): Promise<void> {
   checkOptions('loadWeights', options, folderOptionNames)
-  const folder = openFolder('loadWeights', place, options)
-  const block = await readScaleBlock(folder)
-  await using checkpoint = await openInFolder(folder)
-  await fill(model, checkpoint, block)
+  await using weights = await openWeights(openFolder('loadWeights', place, options))
+  await fill(model, weights)
 }
 
 /** Before memory is taken for a model: that the checkpoint can fill a good part of it. What exactly is missing is told once the model is there. */
@@ -143,7 +139,7 @@ function checkSize(folder: string, config: DeepSeekConfig, checkpoint: TensorSou
   })
 }
 
-async function fill(model: DeepSeek, checkpoint: TensorSource, block: readonly [number, number]): Promise<void> {
+async function fill(model: DeepSeek, { checkpoint, block }: FolderWeights): Promise<void> {
   const source: StateSource = {
     keys: () => checkpoint.keys().filter(key => !isScaleKey(checkpoint, key)),
     info: key => ({ dtype: 'f32', shape: checkpoint.info(key).shape }),

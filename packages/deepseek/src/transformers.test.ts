@@ -75,6 +75,11 @@ for (const name of [
   'llama-tied-head-dim',
   'llama-yarn',
   'llama-padding',
+  'glm-mtp',
+  'glm-two-dense',
+  'youtu-tied',
+  'youtu-padding',
+  'kimi-k25',
 ]) {
   describe(`transformers: ${name}`, async () => {
     const expected = JSON.parse(await readFile(join(fixture(name), 'fixture.json'), 'utf8')) as Expected

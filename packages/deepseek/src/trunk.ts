@@ -15,7 +15,10 @@ export class Trunk extends Module {
   constructor(config: DeepSeekConfig, rotary: RotaryEmbedding, options: DecoderLayerInit) {
     super()
     const { balancer, dropping, ...init } = options
-    this.embed_tokens = new Embedding(config.vocab_size, config.hidden_size, forkInit(init, 'embed_tokens'))
+    const { embedding_initializer_range: ownRange = init.deviation } = config
+    const deviation = init.deviation === 0 ? 0 : ownRange
+    const embedding = { ...forkInit(init, 'embed_tokens'), deviation }
+    this.embed_tokens = new Embedding(config.vocab_size, config.hidden_size, embedding)
     this.layers = Array.from(
       { length: config.num_hidden_layers },
       (_, i) => new DecoderLayer(config, i, rotary, { ...forkInit(init, `layers.${i}`), balancer, dropping }),

@@ -5,17 +5,15 @@ import {
   type GgufEncoding,
   type GgufValue,
   openFolder,
-  openInFolder,
   pathOf,
   readF32,
-  type TensorSource,
   toF32,
   type WriteGgufOptions,
   writeGguf,
 } from '@moe/checkpoint'
 import { checkOptions, Module, MoeError, type OptionNames, type StateEntry, shown, stateDict } from '@moe/core'
 import { type DeepSeekConfig, parseConfig } from '../config.ts'
-import { parseJson, readConfig, readScaleBlock } from '../config-file.ts'
+import { type FolderWeights, openWeights, parseJson, readConfig } from '../config-file.ts'
 import type { DeepSeek } from '../model.ts'
 import { refuseAdapters } from '../pretrained.ts'
 import { architectureOf } from './architecture.ts'
@@ -106,10 +104,9 @@ export async function exportGguf(
   const folder = pathOf('exportGguf', model)
   const opened = openFolder('exportGguf', folder)
   const config = parseConfig(await readConfig(opened))
-  const block = await readScaleBlock(opened)
-  await using checkpoint = await openInFolder(opened)
+  await using weights = await openWeights(opened)
   const vocabulary = await vocabularyFrom(config, options, folder)
-  return await write(config, folderSource(checkpoint, block), vocabulary, file, {
+  return await write(config, folderSource(weights), vocabulary, file, {
     name: basename(resolve(folder)),
     ...options,
   })
@@ -137,7 +134,7 @@ async function write(
   return { path, bytes, tensors: tensors.length, notes: [...architecture.notes, ...vocabulary.notes] }
 }
 
-function folderSource(checkpoint: TensorSource, block: readonly [number, number]): WeightSource {
+function folderSource({ checkpoint, block }: FolderWeights): WeightSource {
   return {
     shape: key => (checkpoint.has(key) ? checkpoint.info(key).shape : undefined),
     read: async key => (await readF32(checkpoint, key, { block })).data,

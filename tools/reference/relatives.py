@@ -1,0 +1,99 @@
+"""Fixtures of whole models of DeepSeek-V3's architecture under other names, from transformers' own classes in f32 on random weights.
+
+    .venv-reference/bin/python tools/reference/relatives.py [CASE ...]
+
+writes packages/deepseek/fixtures/glm-<case>/ (Glm4MoeLiteForCausalLM), youtu-<case>/ (YoutuForCausalLM) and kimi-k25/, files and tensors as in
+deepseek_v3.py, and packages/deepseek/fixtures/relatives-sizes.json: parameters of the released models, counted on transformers' own modules without
+memory for them.
+
+kimi-k25 is v3-base as the text model of one that sees, under the keys of the released files. Kimi_K25ForConditionalGeneration opens it and has the logits
+of v3-base for its text.
+"""
+
+import json
+import shutil
+import sys
+
+import torch
+from fixture_file import deterministic, provenance, save_record, save_tensors
+from safetensors.torch import load_file
+from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
+from whole_model import FAMILIES, OUT, make_config, write_case
+
+GLM = dict(
+    vocab_size=48, hidden_size=24, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=2, routed_scaling_factor=1.8, kv_lora_rank=12,
+    q_lora_rank=12, qk_nope_head_dim=12, qk_rope_head_dim=4, v_head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=64,
+    rope_theta=1000000.0, partial_rotary_factor=1.0, num_nextn_predict_layers=0, bos_token_id=None, eos_token_id=[1, 2, 3],
+    topk_method="noaux_tc",
+)
+YOUTU = dict(
+    vocab_size=48, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+    kv_lora_rank=12, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, max_position_embeddings=64,
+    rope_theta=1600000.0, bos_token_id=0, eos_token_id=1,
+)
+
+CASES = {
+    "glm-mtp": dict(
+        config=dict(num_nextn_predict_layers=1, moe_intermediate_size=4, hidden_size=20), bias="mixed",
+        note="the shape of GLM-4.7-Flash: values as wide as queries, one dense layer, one group, an MTP layer behind the last"),
+    "glm-two-dense": dict(
+        config=dict(mlp_layer_types=["dense", "dense", "sparse"], num_hidden_layers=3, hidden_size=16, n_group=2, topk_group=1,
+                    n_shared_experts=2, norm_topk_prob=False),
+        bias="mixed", note="two dense layers by mlp_layer_types; two groups of which one, gates as they are"),
+    "youtu-tied": dict(config={}, note="the shape of Youtu-LLM-2B: latent attention in dense layers, lm_head tied to the embedding"),
+    "youtu-padding": dict(
+        config=dict(tie_word_embeddings=False, q_lora_rank=None, rope_interleave=False, rms_norm_eps=1e-5), pad=5,
+        note="untied, queries not compressed, halves turned; right padding: the last 5 tokens of row 1 carry no loss"),
+}
+
+RELEASED = {
+    "glm-4.7-flash": ("glm", {}),
+    "youtu-llm-2b": ("youtu", {}),
+}
+
+VISION = dict(num_attention_heads=1, num_hidden_layers=1, hidden_size=8, intermediate_size=8, pos_emb_height=2, pos_emb_width=2, patch_size=2)
+
+
+def kimi():
+    source, folder = OUT / "v3-base", OUT / "kimi-k25"
+    deterministic(1)
+    text = json.loads((source / "config.json").read_text())
+    config = Kimi_K25Config(text_config={**text, "model_type": "kimi_k2"}, vision_config=VISION, projection_hidden_size=8, tie_word_embeddings=False)
+    weights = {f"language_model.{key}": t for key, t in load_file(source / "model.safetensors").items()}
+    shutil.rmtree(folder, ignore_errors=True)
+    Kimi_K25ForConditionalGeneration(config).save_pretrained(folder)
+    others = {key: t for key, t in load_file(folder / "model.safetensors").items() if not key.startswith("language_model.")}
+    size = save_tensors(folder / "model.safetensors", {**weights, **others})
+    config_json = json.loads((folder / "config.json").read_text())
+    save_record(folder / "config.json", {**config_json, "text_config": {**text, "model_type": "kimi_k2"}})
+    model, info = Kimi_K25ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    assert not any(info.values()), info
+    expected = load_file(source / "expected.safetensors")
+    with torch.no_grad():
+        logits = model(input_ids=expected["input_ids"].long()).logits
+    assert torch.allclose(logits, expected["logits"], rtol=1e-4, atol=1e-5), (logits - expected["logits"]).abs().max()
+    shutil.copy(source / "expected.safetensors", folder)
+    record = json.loads((source / "fixture.json").read_text())
+    save_record(folder / "fixture.json", {**record, **provenance(1), "about": "v3-base as the text model of Kimi K2.5, among weights of one that sees"})
+    print(f"{folder.name}: {size} bytes")
+
+
+def sizes():
+    counts = {}
+    for name, (family, fields) in RELEASED.items():
+        with torch.device("meta"):
+            model = FAMILIES[family][1](make_config(family, fields))
+        biases = [b for key, b in model.named_buffers() if key.endswith("e_score_correction_bias")]
+        counts[name] = sum(t.numel() for t in [*model.parameters(), *biases])
+    save_record(OUT / "relatives-sizes.json", {**provenance(0), "parameters": counts})
+    print(counts)
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or CASES:
+        family, _, case = wanted.partition("-")
+        write_case(family, case, {"glm": GLM, "youtu": YOUTU}[family], CASES[wanted])
+    if not sys.argv[1:]:
+        kimi()
+        sizes()
