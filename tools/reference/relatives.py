@@ -13,6 +13,8 @@ of v3-base for its text.
 import json
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 from fixture_file import deterministic, provenance, save_record, save_tensors
@@ -62,10 +64,11 @@ def kimi():
     config = Kimi_K25Config(text_config={**text, "model_type": "kimi_k2"}, vision_config=VISION, projection_hidden_size=8, tie_word_embeddings=False)
     weights = {f"language_model.{key}": t for key, t in load_file(source / "model.safetensors").items()}
     shutil.rmtree(folder, ignore_errors=True)
-    Kimi_K25ForConditionalGeneration(config).save_pretrained(folder)
-    others = {key: t for key, t in load_file(folder / "model.safetensors").items() if not key.startswith("language_model.")}
+    with tempfile.TemporaryDirectory() as made:
+        Kimi_K25ForConditionalGeneration(config).save_pretrained(made)
+        others = {key: t for key, t in load_file(Path(made) / "model.safetensors").items() if not key.startswith("language_model.")}
+        config_json = json.loads((Path(made) / "config.json").read_text())
     size = save_tensors(folder / "model.safetensors", {**weights, **others})
-    config_json = json.loads((folder / "config.json").read_text())
     save_record(folder / "config.json", {**config_json, "text_config": {**text, "model_type": "kimi_k2"}})
     model, info = Kimi_K25ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
     assert not any(info.values()), info
