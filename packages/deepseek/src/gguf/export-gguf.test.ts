@@ -76,6 +76,44 @@ describe('keys', () => {
     }
   })
 
+  test('of GLM-4.7-Flash: those of its published files', () => {
+    const { name, notes } = architectureOf(parseConfig(presets['glm-4.7-flash']))
+    expect(name).toBe('deepseek2')
+    expect(notes.join()).toMatch(/epsilon of 1e-6, in llama.cpp rms_norm_eps = 0.00001,the MTP modules/)
+    expect(keysOf(presets['glm-4.7-flash'])).toMatchObject({
+      block_count: 47,
+      context_length: 202752,
+      'attention.head_count': 20,
+      'attention.head_count_kv': 1,
+      'attention.key_length': 576,
+      'attention.value_length': 512,
+      'attention.key_length_mla': 256,
+      'attention.value_length_mla': 256,
+      'attention.kv_lora_rank': 512,
+      'attention.q_lora_rank': 768,
+      leading_dense_block_count: 1,
+      expert_count: 64,
+      expert_used_count: 4,
+      expert_shared_count: 1,
+      expert_feed_forward_length: 1536,
+      expert_weights_scale: 1.8,
+      expert_weights_norm: true,
+      expert_gating_func: 2,
+      'rope.dimension_count': 64,
+      'rope.freq_base': 1e6,
+    })
+  })
+
+  test('of Youtu-LLM-2B: all layers are dense', () => {
+    const keys = keysOf(presets['youtu-llm-2b'])
+    expect(keys).toMatchObject({
+      leading_dense_block_count: 32,
+      expert_feed_forward_length: 6144,
+      expert_shared_count: 0,
+    })
+    expect(keys).not.toHaveProperty('expert_count')
+  })
+
   test('of DeepSeek LLM 67B', () => {
     expect(architectureOf(parseConfig(presets['deepseek-llm-67b'])).name).toBe('llama')
     expect(keysOf(presets['deepseek-llm-67b'])).toEqual({

@@ -37,6 +37,37 @@ const v2 = {
   num_nextn_predict_layers: 0,
 } satisfies DeepSeekConfigInput
 
+const glm = {
+  ...v3,
+  model_type: 'glm4_moe_lite',
+  n_group: 1,
+  topk_group: 1,
+  qk_nope_head_dim: 48,
+  v_head_dim: 64,
+  rope_theta: 1e6,
+  rms_norm_eps: 1e-6,
+  bos_token_id: null,
+  eos_token_id: [0, 1, 2],
+} satisfies DeepSeekConfigInput
+
+const youtu = {
+  model_type: 'youtu',
+  vocab_size: 320,
+  hidden_size: 96,
+  intermediate_size: 128,
+  num_hidden_layers: 3,
+  num_attention_heads: 4,
+  q_lora_rank: 64,
+  kv_lora_rank: 32,
+  qk_nope_head_dim: 32,
+  qk_rope_head_dim: 16,
+  v_head_dim: 24,
+  rope_theta: 1.6e6,
+  initializer_range: 0.15,
+  bos_token_id: 1,
+  eos_token_id: 0,
+} satisfies DeepSeekConfigInput
+
 const llama = {
   model_type: 'llama',
   vocab_size: 320,
@@ -60,6 +91,8 @@ export const cases = {
   'V3 without shared experts': { ...v3, n_shared_experts: 0 },
   'V3 with tied embeddings': { ...v3, tie_word_embeddings: true },
   'V3 without experts': { ...v3, n_routed_experts: null, num_experts_per_tok: null, n_group: null, topk_group: null },
+  GLM: glm,
+  Youtu: youtu,
   'V2-Lite': { ...v2, rope_scaling: { ...yarn, mscale: 0.7, mscale_all_dim: 0.7 } },
   llama,
   'llama with YaRN': { ...llama, rope_scaling: yarn },

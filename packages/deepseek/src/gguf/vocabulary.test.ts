@@ -50,9 +50,10 @@ describe('a vocabulary', () => {
           ],
         },
       },
-      parseConfig({ ...cases.v3, eos_token_id: [0, 7] }),
+      parseConfig({ ...cases.v3, eos_token_id: [0, 7, 9] }),
     )
-    expect(found).toMatchObject({ 'ggml.eot_token_id': 7, 'ggml.add_bos_token': true, chat_template: 'a' })
+    const ids = { 'ggml.eos_token_id': 0, 'ggml.eot_token_id': 7, 'ggml.eom_token_id': 9 }
+    expect(found).toMatchObject({ ...ids, 'ggml.add_bos_token': true, chat_template: 'a' })
     const settings = { add_bos_token: false, add_eos_token: true, chat_template: 'a' }
     expect(
       values({ tokenizer: { ...json, post_processor: template }, tokenizerConfig: settings, chatTemplate: 'c' }),
@@ -93,7 +94,7 @@ describe('a vocabulary', () => {
     expect(notes({ ...json, normalizer: { type: 'Sequence', normalizers: [] } })).toBe('')
     expect(notes({ ...json, normalizer: { type: 'NFC' } })).toMatch(/normalizer of the tokenizer is left out/)
     expect(notes(json, parseConfig({ ...cases.v3, eos_token_id: null }))).toMatch(/takes token 11/)
-    expect(notes(json, parseConfig({ ...cases.v3, eos_token_id: [1, 2, 3] }))).toMatch(/the first two/)
+    expect(notes(json, parseConfig({ ...cases.v3, eos_token_id: [1, 2, 3, 4] }))).toMatch(/the first three/)
   })
 
   test.each<[string, unknown, RegExp]>([

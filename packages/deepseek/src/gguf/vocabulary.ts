@@ -74,11 +74,12 @@ export function vocabularyOf(config: DeepSeekConfig, files: TokenizerFiles): Voc
   const settings = parsed('tokenizer_config.json', tokenizerConfigFile, files.tokenizerConfig ?? {})
   const { tokens, kinds } = tokensOf(file, config.vocab_size)
   const template = files.chatTemplate ?? templateOf(settings.chat_template)
-  const [end, endOfTurn] = endTokens(config)
+  const [end, endOfTurn, endOfMessage] = endTokens(config)
   const ids = {
     bos_token_id: config.bos_token_id ?? undefined,
     eos_token_id: end,
     eot_token_id: endOfTurn,
+    eom_token_id: endOfMessage,
   }
   const metadata: Record<string, GgufValue> = {
     'tokenizer.ggml.model': { type: 'string', value: 'gpt2' },
@@ -149,7 +150,7 @@ function notesOf(config: DeepSeekConfig, { normalizer }: z.output<typeof tokeniz
   const nothing = normalizer == null || (type === 'Sequence' && Array.isArray(normalizers) && normalizers.length === 0)
   if (!nothing) notes.push('the normalizer of the tokenizer is left out: llama.cpp has none for byte-level BPE')
   if (endTokens(config).length === 0) notes.push('config.json has no eos_token_id: llama.cpp takes token 11 for it')
-  if (endTokens(config).length > 2) notes.push('of the eos_token_id the first two are kept')
+  if (endTokens(config).length > 3) notes.push('of the eos_token_id the first three are kept')
   return notes
 }
 
