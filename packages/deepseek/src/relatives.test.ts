@@ -3,9 +3,20 @@ import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { readSafetensors, type TensorEntry, writeSafetensors } from '@moe/checkpoint'
-import { namedParameters, setDefaultBackend, stateDict } from '@moe/core'
+import { readSafetensors, saveAdapters, type TensorEntry, writeSafetensors } from '@moe/checkpoint'
+import {
+  addAdapters,
+  fromHost,
+  namedAdapters,
+  namedParameters,
+  Random,
+  randn,
+  scope,
+  setDefaultBackend,
+  stateDict,
+} from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
+import { assertClose } from '@moe/core/testing'
 import { afterAll, afterEach, describe, expect, test } from 'vitest'
 import { exportGguf } from './gguf/export-gguf.ts'
 import {
@@ -202,6 +213,28 @@ describe('what is saved opens as what it was', () => {
     again.dispose()
     model.dispose()
   })
+})
+
+test.each(['glm-mtp', 'youtu-tied', 'kimi-k25'])('adapters beside %s open there again', async name => {
+  const model = await DeepSeek.fromPretrained(fixture(name))
+  addAdapters(model, { rank: 2, targets: ['q_b_proj', 'kv_b_proj', 'up_proj'] })
+  const random = new Random(5)
+  scope(() => {
+    for (const { adapter } of namedAdapters(model))
+      adapter.up.assign(randn(adapter.up.shape, random, { deviation: 0.3 }))
+  })
+  const folder = join(root, `${name}-adapters`)
+  await saveAdapters(folder, model, { base: fixture(name) })
+  const again = await DeepSeek.fromPretrained(folder)
+  const logits = async (of: DeepSeek) => {
+    using out = of.infer(() => of.forward(fromHost(Int32Array.of(5, 9, 2, 7), [1, 4], 'i32')))
+    return await out.values()
+  }
+  const plain = await DeepSeek.fromPretrained(fixture(name))
+  // Adapters that were drawn here have f64's digits, those of the file f32's.
+  assertClose('logits', await logits(again), await logits(model), { relative: 1e-5, absolute: 1e-6 })
+  expect(Array.from(await logits(again))).not.toEqual(Array.from(await logits(plain)))
+  for (const opened of [plain, again, model]) opened.dispose()
 })
 
 describe('a model that sees', () => {
