@@ -66,8 +66,12 @@ const types = {
     },
     write: () => noExperts,
   },
-  /** DeepSeek LLM: attention without latents. */
-  llama: { architecture: 'LlamaForCausalLM', defaults: {} },
+  /** DeepSeek LLM: attention without latents. A checked configuration has the features of a head as those of a value. */
+  llama: {
+    architecture: 'LlamaForCausalLM',
+    defaults: {},
+    read: json => ({ ...json, head_dim: json.head_dim ?? json.v_head_dim }),
+  },
 } as const satisfies Readonly<Record<string, ModelType>>
 
 /** A name that configurations have here, and that models are saved under. */

@@ -97,6 +97,15 @@ test('parameters to the unit: those of transformers, and those of the models mad
   }
 })
 
+test('a checked configuration is one', () => {
+  const odd = { ...presets['deepseek-llm-67b'], head_dim: 96 }
+  for (const preset of [...Object.values(presets), odd, tinyGlm, tinyYoutu]) {
+    const config = parseConfig(preset)
+    expect(parseConfig(config)).toEqual(config)
+    expect(parseConfig(hfConfig(config))).toEqual(config)
+  }
+})
+
 describe('GLM', () => {
   test('is V3 in its numbers; what a file leaves out is what its class has', () => {
     const { model_type, ...rest } = parseConfig(tinyGlm)
