@@ -116,7 +116,7 @@ export interface StagedDeepSeek {
   report(carried: ReadonlyArray<Float32Array | Int32Array>): Promise<Record<string, number>>
 }
 
-/** A DeepSeek V2, V3 or LLM language model of any size. */
+/** A language model of the architecture of DeepSeek V2 and V3, or of DeepSeek LLM, of any size. */
 export class DeepSeek extends Module {
   /** What stands below `model.` in checkpoints: `embed_tokens`, `layers` (decoder layers, then MTP modules) and `norm`. */
   model: Trunk
@@ -166,7 +166,8 @@ export class DeepSeek extends Module {
   }
 
   /**
-   * Opens a checkpoint in the Hugging Face layout, with config.json and safetensors: a folder on the disk, one on the web by its `http(s):` address, or its
+   * Opens a checkpoint in the Hugging Face layout, with config.json and safetensors, of this architecture under any of its names (`model_type`); of a model that sees its text model, and
+   * nothing else is read. A folder on the disk, one on the web by its `http(s):` address, or its
    * files as a page is given them. In a browser give `new URL('model/', document.baseURI)` for a folder beside the page. Or a folder on the disk with the adapters
    * that `saveAdapters` or PEFT wrote, beside the base that they name, which must be a folder here.
    * @throws MoeError E_CHECKPOINT for files that are not there, damaged or not what was asked for, E_CONFIG, E_STATE_DICT for weights of another model, E_ABORTED
