@@ -227,10 +227,14 @@ async function entropy(): Promise<void> {
 async function attention(): Promise<void> {
   if (!backend.wgmma) return
   const all = options.tiny
-    ? [[1, 300, 2, 192, 128]]
+    ? [
+        [1, 300, 2, 192, 128],
+        [1, 300, 2, 256, 256],
+      ]
     : [
         [1, 8192, 16, 192, 128],
         [8, 1024, 16, 192, 128],
+        [1, 8192, 20, 256, 256],
         [1, 8192, 16, 128, 128],
         [1, 8192, 16, 64, 64],
       ]

@@ -280,7 +280,12 @@ async function routed(): Promise<void> {
 // --- attention ---
 
 async function attention(): Promise<void> {
-  const [batch, length, heads, dk, dv] = [1, 8192 / small ** 2, 16, 192, 128]
+  await attentionOf(16, 192, 128)
+  await attentionOf(20, 256, 256)
+}
+
+async function attentionOf(heads: number, dk: number, dv: number): Promise<void> {
+  const [batch, length] = [1, 8192 / small ** 2]
   const [q, k, v] = [
     random([batch, length, heads, dk]),
     random([batch, length, heads, dk]),
@@ -290,13 +295,13 @@ async function attention(): Promise<void> {
   const outputs = [f32([batch, length, heads, dv]), f32([batch, heads, length])]
   const flops = (batch * heads * length * length * 2 * (dk + dv)) / 2
   const forward = await time(() => runOp('attention', [q, k, v], attrs, outputs))
-  report('attention forward: 8k, 192/128, causal', flops / forward / 1e9, 'TFLOP/s', matmulPeak)
+  report(`attention forward: 8k, ${dk}/${dv}, causal`, flops / forward / 1e9, 'TFLOP/s', matmulPeak)
   const run = table['attention'] as (i: readonly Value[], a: unknown, o: readonly TensorSpec[]) => unknown[]
   const [out, lse] = run([q, k, v], attrs, outputs).map((handle, i) => ({ handle, ...outputs[i] }))
   const dout = random([batch, length, heads, dv])
   const backwardSpecs = [f32(q.shape), f32(k.shape), f32(v.shape)]
   const backward = await time(() => runOp('attentionBackward', [q, k, v, out, lse, dout], attrs, backwardSpecs))
-  report('attention backward: 8k, 192/128, causal', (2.5 * flops) / backward / 1e9, 'TFLOP/s', matmulPeak)
+  report(`attention backward: 8k, ${dk}/${dv}, causal`, (2.5 * flops) / backward / 1e9, 'TFLOP/s', matmulPeak)
   free(q, k, v, out, lse, dout)
 }
 

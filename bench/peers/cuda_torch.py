@@ -83,7 +83,12 @@ def gemm():
 
 
 def attention():
-    heads, length, dk, dv = 16, 8192, 192, 128
+    attention_of(16, 192, 128)
+    attention_of(20, 256, 256)
+
+
+def attention_of(heads, dk, dv):
+    length = 8192
     q, k = (random(1, heads, length, dk).requires_grad_() for _ in range(2))
     v = random(1, heads, length, dv).requires_grad_()
     flops = heads * length * length * (dk + dv)
@@ -91,10 +96,10 @@ def attention():
     def forward():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    report("attention forward: 8k, 192/128, causal", flops / milliseconds(forward) / 1e9, "TFLOP/s")
+    report(f"attention forward: 8k, {dk}/{dv}, causal", flops / milliseconds(forward) / 1e9, "TFLOP/s")
     out, dout = forward(), random(1, heads, length, dv)
     ms = milliseconds(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
-    report("attention backward: 8k, 192/128, causal", 2.5 * flops / ms / 1e9, "TFLOP/s")
+    report(f"attention backward: 8k, {dk}/{dv}, causal", 2.5 * flops / ms / 1e9, "TFLOP/s")
 
 
 def train():

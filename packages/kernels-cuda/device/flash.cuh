@@ -253,7 +253,7 @@ struct Starts {
   MOE_DEVICE Starts of(const int* starts, int T, int b) { return {Some ? starts + (int64_t)b * T : nullptr, T}; }
   __device__ __forceinline__ int from(int t) const { return Some && t < T ? max(starts[t], 0) : 0; }
 
-  /// The first keys of `count` queries from t on, a multiple of 32, lie between these, which all warps get alike.
+  /// The first keys of `count` queries from t on lie between these, which all warps get alike.
   struct Range {
     int least, most;
   };
@@ -270,7 +270,7 @@ struct Starts {
     }
     return {least, most};
   }
-  /// Whether one of `count` queries from t on, a multiple of 32, begins behind key j. By whole warps.
+  /// Whether one of `count` queries from t on begins behind key j. By whole warps.
   __device__ __forceinline__ bool anyBehind(int t, int count, int j) const {
     if constexpr (!Some) return false;
     bool behind = false;

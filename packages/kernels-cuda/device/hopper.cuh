@@ -125,10 +125,18 @@ MOE_DEVICE void waitProducts(float (&d)[N]) {
 /// D[16w+g+8][8j+2c, +1] ("wgmma.mma_async", "Register Fragments for wgmma.mma_async.m64nNk16").
 template <int N, bool AcrossB = false, bool AcrossA = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b) {
-  static_assert(N == 64 || N == 128 || N == 144 || N == 192 || N == 256, "the widths that are used");
+  static_assert(N == 32 || N == 64 || N == 80 || N == 128 || N == 144 || N == 192 || N == 256, "the widths that are used");
   // Scales of d, a and b: 1.
-  if constexpr (N == 64) {
+  if constexpr (N == 32) {
+    asm volatile(MOE_PRODUCT(32) "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, %18, %19;"
+                 : MOE_SUMS8(0), MOE_SUMS8(8)
+                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
+  } else if constexpr (N == 64) {
     asm volatile(MOE_PRODUCT(64) "{" MOE_0_TO_29 "%30, %31}, %32, %33, 1, 1, 1, %34, %35;" : MOE_SUMS32(0) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
+  } else if constexpr (N == 80) {
+    asm volatile(MOE_PRODUCT(80) "{" MOE_0_TO_29 "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, %40, %41, 1, 1, 1, %42, %43;"
+                 : MOE_SUMS32(0), MOE_SUMS8(32)
+                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
   } else if constexpr (N == 128) {
     asm volatile(MOE_PRODUCT(128) "{" MOE_0_TO_59 "%60, %61, %62, %63}, %64, %65, 1, 1, 1, %66, %67;" : MOE_SUMS64(0) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
   } else if constexpr (N == 144) {

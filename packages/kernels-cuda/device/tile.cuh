@@ -15,8 +15,8 @@ MOE_DEVICE int chunkAt(int row, int chunk) {
 /// `ld` are whole chunks, and so is what memory holds of a row: a chunk is copied whole when it begins before `columns`.
 template <int Rows, int W, int Threads>
 MOE_DEVICE void copyTile(bf16* tile, const bf16* from, int64_t ld, int rows, int columns) {
-  // A line of memory (or half of one) at a time: then a thread has one address and one distance.
-  constexpr int chunks = W == 32 ? 4 : 8, rowsPerStep = Threads / chunks;
+  // A line of memory at a time, or half of one, or several where there are fewer rows: then a thread has one address and one distance.
+  constexpr int chunks = W == 32 ? 4 : Threads > Rows * 8 ? Threads / Rows : 8, rowsPerStep = Threads / chunks;
   static_assert(rowsPerStep % 8 == 0 && Rows % rowsPerStep == 0, "chunkAt repeats after eight rows; every thread copies as much");
   const int row = threadIdx.x / chunks, chunk = threadIdx.x % chunks;
   bf16* const to = tile + chunkAt<W>(row, chunk);

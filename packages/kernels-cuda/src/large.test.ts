@@ -131,10 +131,11 @@ describe.skipIf(unavailable).each(productVariants)('large, $precision, wgmma $wg
     seconds,
   )
 
-  test(
-    'attention, forward and back',
-    async () => {
-      const [T, H, Dk, Dv] = [full(8192, 200), full(16, 2), 192, 128]
+  // In f32 not every device has room for the widest.
+  test.each([{ Dk: 192, Dv: 128 }, ...(precision === 'bf16' ? [{ Dk: 256, Dv: 256 }] : [])])(
+    'attention, forward and back, $Dk and $Dv features',
+    async ({ Dk, Dv }) => {
+      const [T, H] = [full(8192, 200), full(16, 2)]
       const [q, k, v] = [numbers(1, 1, T, H, Dk), numbers(2, 1, T, H, Dk), numbers(3, 1, T, H, Dv)]
       const dout = numbers(4, 1, T, H, Dv)
       // Few keys of many count, or results would be nearly zero.

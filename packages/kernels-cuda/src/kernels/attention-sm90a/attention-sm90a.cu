@@ -14,12 +14,12 @@ MOE_DEVICE void clearRows(unsigned char* tile, int first) {
   __syncthreads();
 }
 
-/// Two warpgroups of 64 queries each.
-template <int DK_, int DV_>
-struct FlashHopper : WarpgroupTile<128> {
+/// Two warpgroups of 64 queries each, against BN keys.
+template <int DK_, int DV_, int BN>
+struct FlashHopper : WarpgroupTile<BN> {
   static constexpr int BM = 128, DK = DK_, DV = DV_, Threads = 256, Warps = 8, Stages = 2;
   static constexpr int bytesQ = BM * DK * 2, bytesK = BN * DK * 2, bytesV = BN * DV * 2;
-  MOE_DEVICE int row(int i) { return threadIdx.x / 128 * 64 + groupRow(i); }
+  MOE_DEVICE int row(int i) { return threadIdx.x / 128 * 64 + WarpgroupTile<BN>::groupRow(i); }
 };
 
 struct Sizes {
@@ -194,9 +194,12 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
   }
 }
 
-/// Of each query, a multiple of 64 of them: its log sum exp in Unit, and delta = sum(dout out). One warp each; zeros behind the last.
+/// What is kept of a sequence's queries has room for a multiple of 64.
+MOE_DEVICE int roomFor(int queries) { return divUp(queries, 64) * 64; }
+
+/// Of each query: its log sum exp in Unit, and delta = sum(dout out). One warp each; zeros behind the last query, as far as there is room.
 MOE_KERNEL((256), moe_attention_delta_sm90a, (float* delta, float* shift, const float* lse, const float* out, const float* dout, int B, int T, int H, int D)) {
-  const int padded = divUp(T, 64) * 64, lane = threadIdx.x % 32;
+  const int padded = roomFor(T), lane = threadIdx.x % 32;
   const int64_t rows = (int64_t)B * H * padded;
   for (int64_t row = gridThread() / 32; row < rows; row += gridThreads() / 32) {
     const int t = (int)(row % padded);
@@ -210,13 +213,13 @@ MOE_KERNEL((256), moe_attention_delta_sm90a, (float* delta, float* shift, const 
   }
 }
 
-/// Backward, a block has 128 rows, 64 to a warpgroup, and sees all columns, 64 at a time: keys against queries for the gradients of keys and values,
+/// Backward, a block has 128 rows, 64 to a warpgroup, and sees all columns, BN at a time: keys against queries for the gradients of keys and values,
 /// queries against keys for those of queries. Either way the products that give scores take DK and DV features of rows and columns.
-template <int DK_, int DV_>
-struct BackwardHopper : WarpgroupTile<64> {
+template <int DK_, int DV_, int BN>
+struct BackwardHopper : WarpgroupTile<BN> {
   static constexpr int BM = 128, DK = DK_, DV = DV_, Stages = 3, Threads = 256, Warps = 8;
   static constexpr int rowBytes = BM * (DK + DV) * 2, stageBytes = BN * (DK + DV) * 2;
-  MOE_DEVICE int row(int i) { return threadIdx.x / 128 * 64 + groupRow(i); }
+  MOE_DEVICE int row(int i) { return threadIdx.x / 128 * 64 + WarpgroupTile<BN>::groupRow(i); }
 };
 
 /// A row or a column of tiles in memory: its head, its first row, its batch.
@@ -224,9 +227,9 @@ struct Place {
   int head, row, batch;
 };
 
-/// Copies the block's rows and, some stages ahead, its tiles of columns, each `tileAt(t)`, and `MoreBytes` that `copyMore(t, stage, barrier)` asks for.
+/// Copies the block's rows (with OnlyK their features of keys alone) and, some stages ahead, its tiles of columns, each `tileAt(t)`, and `MoreBytes` that `copyMore(t, stage, barrier)` asks for.
 /// `step(t, stage, columns)` is called when they are there, and may return when all its products are done.
-template <class E, int MoreBytes, class TileAt, class CopyMore, class Step>
+template <class E, bool OnlyK, int MoreBytes, class TileAt, class CopyMore, class Step>
 MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const TensorMap& rowsV, Place place, const TensorMap& columnsK, const TensorMap& columnsV, int tiles, TileAt tileAt, CopyMore copyMore, Step step) {
   MOE_SHARED(Barrier, ready, [1]);
   MOE_SHARED(Barrier, full, [E::Stages]);
@@ -249,9 +252,9 @@ MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const Tens
     }
     fenceBarriers();
     if (tiles > 0) {
-      arriveAndExpect(ready, E::rowBytes);
+      arriveAndExpect(ready, OnlyK ? E::BM * E::DK * 2 : E::rowBytes);
       for (int d = 0; d < E::DK; d += 64) copyBox(rows + d * E::BM * 2, rowsK, ready, place.head * E::DK + d, place.row, place.batch);
-      for (int d = 0; d < E::DV; d += 64) copyBox(rows + (E::DK + d) * E::BM * 2, rowsV, ready, place.head * E::DV + d, place.row, place.batch);
+      for (int d = 0; d < E::DV && !OnlyK; d += 64) copyBox(rows + (E::DK + d) * E::BM * 2, rowsV, ready, place.head * E::DV + d, place.row, place.batch);
     }
     for (int t = 0; t < min(tiles, E::Stages); t++) load(t);
   }
@@ -273,25 +276,25 @@ MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const Tens
   }
 }
 
-/// Scores of this warpgroup's rows and a tile of columns, and with their features of values likewise the gradients of the probabilities, which are added.
-template <class E>
+/// Scores of this warpgroup's rows and a tile of columns, and unless OnlyK with their features of values likewise the gradients of the probabilities, which are added.
+template <class E, bool OnlyK = false>
 MOE_DEVICE void multiplyTiles(typename E::Scores& s, typename E::Scores& gradients, const unsigned char* rows, const unsigned char* columns) {
   const int first = __shfl_sync(wholeWarp, (int)threadIdx.x / 128, 0) * 64;
   fenceProducts(s.v);
-  fenceProducts(gradients.v);
+  if (!OnlyK) fenceProducts(gradients.v);
 #pragma unroll
   for (int d = 0; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, operandOf(rows, E::BM, first, d), operandOf(columns, E::BN, 0, d));
 #pragma unroll
-  for (int d = 0; d < E::DV; d += 16) {
+  for (int d = 0; d < E::DV && !OnlyK; d += 16) {
     multiplyGroup<E::BN>(gradients.v, operandOf(rows + E::DK * E::BM * 2, E::BM, first, d), operandOf(columns + E::DK * E::BN * 2, E::BN, 0, d));
   }
   commitProducts();
   waitProducts<0>(s.v);
-  holdSums(gradients.v);
+  if (!OnlyK) holdSums(gradients.v);
 }
 
-/// Gradients of 128 keys and values of key head blockIdx.y. The heads that share the key head come one after the other.
-template <class E, bool Some>
+/// Gradients of 128 keys and values of key head blockIdx.y, or of those that are asked for. The heads that share the key head come one after the other.
+template <class E, bool Some, bool OfKeys, bool OfValues>
 MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(__align__(16) float, perQuery, [E::Stages][2][E::BN]); // log sum exp, delta
@@ -306,23 +309,23 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
 
   auto copyQueries = [&](int t, int stage, Barrier* barrier) {
     const Place from = tileAt(t);
-    const int64_t at = ((int64_t)b * z.H + from.head) * (divUp(z.T, E::BN) * E::BN) + from.row;
+    const int64_t at = ((int64_t)b * z.H + from.head) * roomFor(z.T) + from.row;
     copyBytes(perQuery[stage][0], shift + at, E::BN * 4, barrier);
     copyBytes(perQuery[stage][1], delta + at, E::BN * 4, barrier);
   };
 
   typename E::template Sums<E::DK> sumsK = {};
   typename E::template Sums<E::DV> sumsV = {};
-  forTiles<E, 2 * E::BN * 4>(rows, k, v, {g, first, b}, q, dout, perHead * shares, tileAt, copyQueries, [&](int tile, int stage, const unsigned char* columns) {
+  forTiles<E, !OfKeys, 2 * E::BN * 4>(rows, k, v, {g, first, b}, q, dout, perHead * shares, tileAt, copyQueries, [&](int tile, int stage, const unsigned char* columns) {
     const Place place = tileAt(tile);
     typename E::Scores s = {}, gradients;
 #pragma unroll
-    for (int j = 0; j < E::Columns; j += 2) {
+    for (int j = 0; j < E::Columns && OfKeys; j += 2) {
       const float2 two = *(const float2*)(perQuery[stage][1] + E::column(j));
 #pragma unroll
       for (int i = 0; i < E::Rows; i++) E::at(gradients, i, j) = -two.x, E::at(gradients, i, j + 1) = -two.y;
     }
-    multiplyTiles<E>(s, gradients, rows, columns);
+    multiplyTiles<E, !OfKeys>(s, gradients, rows, columns);
 
 #pragma unroll
     for (int j = 0; j < E::Columns; j += 2) {
@@ -341,7 +344,7 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
         for (int i = 0; i < E::Rows; i++) {
           const bool sees = first + E::row(i) < seen;
           E::at(s, i, j) = sees ? E::at(s, i, j) : 0.f;
-          E::at(gradients, i, j) = sees ? E::at(gradients, i, j) : 0.f;
+          if (OfKeys) E::at(gradients, i, j) = sees ? E::at(gradients, i, j) : 0.f;
         }
       }
     }
@@ -354,19 +357,20 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
       }
     }
 #pragma unroll
-    for (int i = 0; i < E::BN / 2; i++) gradients.v[i] *= s.v[i];
+    for (int i = 0; i < E::BN / 2 && OfKeys; i++) gradients.v[i] *= s.v[i];
     uint32_t p[E::BN / 16][4], ds[E::BN / 16][4];
-    E::pack(p, s);
-    E::pack(ds, gradients);
-    fenceProducts(sumsV.v);
-    fenceProducts(sumsK.v);
+    if (OfValues) E::pack(p, s);
+    if (OfKeys) E::pack(ds, gradients);
+    if (OfValues) fenceProducts(sumsV.v);
+    if (OfKeys) fenceProducts(sumsK.v);
 #pragma unroll
-    for (int t = 0; t < E::BN; t += 16) multiplyGroup<E::DV, true>(sumsV.v, p[t / 16], operandAcrossOf(columns + E::DK * E::BN * 2, E::BN, t, 0));
+    for (int t = 0; t < E::BN && OfValues; t += 16) multiplyGroup<E::DV, true>(sumsV.v, p[t / 16], operandAcrossOf(columns + E::DK * E::BN * 2, E::BN, t, 0));
 #pragma unroll
-    for (int t = 0; t < E::BN; t += 16) multiplyGroup<E::DK, true>(sumsK.v, ds[t / 16], operandAcrossOf(columns, E::BN, t, 0));
+    for (int t = 0; t < E::BN && OfKeys; t += 16) multiplyGroup<E::DK, true>(sumsK.v, ds[t / 16], operandAcrossOf(columns, E::BN, t, 0));
     commitProducts();
-    waitProducts<0>(sumsV.v);
-    holdSums(sumsK.v);
+    waitProducts<0>(s.v);
+    if (OfValues) holdSums(sumsV.v);
+    if (OfKeys) holdSums(sumsK.v);
   });
 
 #pragma unroll
@@ -374,8 +378,8 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
     const int key = first + E::row(i);
     if (key >= z.S) continue;
     const int64_t at = ((int64_t)b * z.S + key) * z.G + g;
-    storeRow<E, E::DK>(dk + at * z.Dk, sumsK, i, z.Dk, z.scale);
-    storeRow<E, E::DV>(dv + at * z.Dv, sumsV, i, z.Dv, 1.f);
+    if (OfKeys) storeRow<E, E::DK>(dk + at * z.Dk, sumsK, i, z.Dk, z.scale);
+    if (OfValues) storeRow<E, E::DV>(dv + at * z.Dv, sumsV, i, z.Dv, 1.f);
   }
 }
 
@@ -395,7 +399,7 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
 #pragma unroll
   for (int i = 0; i < E::Rows; i++) {
     const int t = first + E::row(i);
-    const int64_t at = ((int64_t)b * z.H + h) * (divUp(z.T, E::BN) * E::BN) + t;
+    const int64_t at = ((int64_t)b * z.H + h) * roomFor(z.T) + t;
     rowShift[i] = t < z.T ? shift[at] : 0.f;
     rowDelta[i] = t < z.T ? delta[at] : 0.f;
     seen[i] = visible.keys(t);
@@ -403,7 +407,7 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
   typename E::template Sums<E::DK> sums = {};
   auto tileAt = [&](int t) -> Place { return {g, begins.least + t * E::BN, b}; };
   auto nothing = [](int, int, Barrier*) {};
-  forTiles<E, 0>(rows, q, dout, {h, first, b}, k, v, tiles, tileAt, nothing, [&](int tile, int, unsigned char* columns) {
+  forTiles<E, false, 0>(rows, q, dout, {h, first, b}, k, v, tiles, tileAt, nothing, [&](int tile, int, unsigned char* columns) {
     const int key = begins.least + tile * E::BN;
     if (key + E::BN > end) clearRows<E, E::DK>(columns, end - key);
     typename E::Scores s = {}, gradients;
@@ -450,28 +454,50 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
   }
 }
 
-#define ATTENTION(name, DK, DV, Some)                                                                                                                        \
-  MOE_KERNEL((FlashHopper<DK, DV>::Threads, 1), moe_attention_fwd_sm90a_##name, (float* out, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const int* lengths, const int* starts, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
-    attention<FlashHopper<DK, DV>, Some>(out, lse, q, k, v, lengths, starts, {T, S, H, G, Dk, Dv, causal, scale});                                           \
-  }                                                                                                                                                          \
-  MOE_KERNEL((BackwardHopper<DK, DV>::Threads, 1), moe_attention_bwd_keys_sm90a_##name, (float* dk, float* dv, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout, const float* shift, const float* delta, const int* lengths, const int* starts, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
-    keysBackward<BackwardHopper<DK, DV>, Some>(dk, dv, q, k, v, dout, shift, delta, lengths, starts, {T, S, H, G, Dk, Dv, causal, scale});                   \
-  }                                                                                                                                                          \
-  MOE_KERNEL((BackwardHopper<DK, DV>::Threads, 1), moe_attention_bwd_queries_sm90a_##name, (float* dq, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout, const float* shift, const float* delta, const int* lengths, const int* starts, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
-    queriesBackward<BackwardHopper<DK, DV>, Some>(dq, q, k, v, dout, shift, delta, lengths, starts, {T, S, H, G, Dk, Dv, causal, scale});                    \
+#define ATTENTION_FORWARD(name, Engine, Some, Turns)                                                                                                         \
+  MOE_KERNEL((Engine::Threads, 1), moe_attention_fwd_sm90a_##name, (float* out, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const int* lengths, const int* starts, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
+    attention<Engine, Some, Turns>(out, lse, q, k, v, lengths, starts, {T, S, H, G, Dk, Dv, causal, scale});                                                 \
   }
-ATTENTION(64_64, 64, 64, false)
-ATTENTION(64_64_starts, 64, 64, true)
-ATTENTION(128_128, 128, 128, false)
-ATTENTION(128_128_starts, 128, 128, true)
-ATTENTION(192_128, 192, 128, false)
-ATTENTION(192_128_starts, 192, 128, true)
+#define ATTENTION_KEYS(of, name, Engine, Some, OfKeys, OfValues)                                                                                             \
+  MOE_KERNEL((Engine::Threads, 1), moe_attention_bwd_##of##_sm90a_##name, (float* dk, float* dv, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout, const float* shift, const float* delta, const int* lengths, const int* starts, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
+    keysBackward<Engine, Some, OfKeys, OfValues>(dk, dv, q, k, v, dout, shift, delta, lengths, starts, {T, S, H, G, Dk, Dv, causal, scale});                 \
+  }
+#define ATTENTION_QUERIES(name, Engine, Some)                                                                                                                \
+  MOE_KERNEL((Engine::Threads, 1), moe_attention_bwd_queries_sm90a_##name, (float* dq, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap dout, const float* shift, const float* delta, const int* lengths, const int* starts, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
+    queriesBackward<Engine, Some>(dq, q, k, v, dout, shift, delta, lengths, starts, {T, S, H, G, Dk, Dv, causal, scale});                                    \
+  }
 
-// With turns, to be measured beside those without (bench cuda-sweep).
-#define ATTENTION_IN_TURNS(name, DK, DV)                                                                                                                     \
-  MOE_KERNEL((FlashHopper<DK, DV>::Threads, 1), moe_attention_fwd_sm90a_##name##_turns, (float* out, float* lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const int* lengths, const int* starts, int T, int S, int H, int G, int Dk, int Dv, int causal, float scale)) { \
-    attention<FlashHopper<DK, DV>, false, true>(out, lse, q, k, v, lengths, starts, {T, S, H, G, Dk, Dv, causal, scale});                                     \
-  }
-ATTENTION_IN_TURNS(64_64, 64, 64)
-ATTENTION_IN_TURNS(128_128, 128, 128)
-ATTENTION_IN_TURNS(192_128, 192, 128)
+// Forward also with turns, to be measured beside those without (bench cuda-sweep).
+#define ATTENTION(name, Forward, Backward)                      \
+  ATTENTION_FORWARD(name, Forward, false, false)                \
+  ATTENTION_FORWARD(name##_starts, Forward, true, false)        \
+  ATTENTION_FORWARD(name##_turns, Forward, false, true)         \
+  ATTENTION_QUERIES(name, Backward, false)                      \
+  ATTENTION_QUERIES(name##_starts, Backward, true)
+#define ATTENTION_KEYS_TOGETHER(name, Backward)                 \
+  ATTENTION_KEYS(keys, name, Backward, false, true, true)       \
+  ATTENTION_KEYS(keys, name##_starts, Backward, true, true, true)
+#define ATTENTION_KEYS_APART(name, Backward)                    \
+  ATTENTION_KEYS(keys, name, Backward, false, true, false)      \
+  ATTENTION_KEYS(keys, name##_starts, Backward, true, true, false) \
+  ATTENTION_KEYS(values, name, Backward, false, false, true)    \
+  ATTENTION_KEYS(values, name##_starts, Backward, true, false, true)
+
+using Small = FlashHopper<64, 64, 128>;
+using Medium = FlashHopper<128, 128, 128>;
+using Large = FlashHopper<192, 128, 128>;
+// 80 keys are what two stages leave room for, as in FlashAttention-3.
+using Huge = FlashHopper<256, 256, 80>;
+using SmallBackward = BackwardHopper<64, 64, 64>;
+using MediumBackward = BackwardHopper<128, 128, 64>;
+using LargeBackward = BackwardHopper<192, 128, 64>;
+// Rows and three stages fill shared memory, and one gradient the registers.
+using HugeBackward = BackwardHopper<256, 256, 32>;
+ATTENTION(64_64, Small, SmallBackward)
+ATTENTION(128_128, Medium, MediumBackward)
+ATTENTION(192_128, Large, LargeBackward)
+ATTENTION(256_256, Huge, HugeBackward)
+ATTENTION_KEYS_TOGETHER(64_64, SmallBackward)
+ATTENTION_KEYS_TOGETHER(128_128, MediumBackward)
+ATTENTION_KEYS_TOGETHER(192_128, LargeBackward)
+ATTENTION_KEYS_APART(256_256, HugeBackward)

@@ -4,14 +4,16 @@ import { type Cuda, pointerOf } from '../../native.ts'
 import type { Round } from '../matmul/gemm.ts'
 import { boxedHeads, heads, sizes } from './heads.ts'
 
-/** Rows and columns of a score tile (BackwardHopper of attention-sm90a.cu). */
-const tile = { rows: 128, columns: 64 } as const
+/** Rows of a block (BackwardHopper of attention-sm90a.cu). */
+const rows = 128
+/** What is kept of a sequence's queries has room for a multiple of so many (roomFor). */
+const room = 64
 const stages = 3
 /** Two warpgroups. */
 const threads = 256
 
 /** Dynamic shared memory: the block's rows, stages of columns, and room to begin at a multiple of 1024. */
-const sharedBytes = (dk: number, dv: number) => (tile.rows + stages * tile.columns) * (dk + dv) * 2 + 1024
+const sharedBytes = (dk: number, dv: number, columns: number) => (rows + stages * columns) * (dk + dv) * 2 + 1024
 
 interface Inputs {
   readonly q: Value
@@ -34,25 +36,26 @@ export type AttentionBackward = (
 export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBackward {
   const perQuery = cuda.kernel('attention-sm90a', 'moe_attention_delta_sm90a', 'p p p p p i i i i')
   const kernel = (name: string, parameters: string) => cuda.kernel('attention-sm90a', name, `${parameters} ${sizes}`)
-  const pair = (name: string) => ({
-    keys: kernel(`moe_attention_bwd_keys_sm90a_${name}`, 'p p t t t t p p p p'),
+  const kernelsOf = (keyKernels: readonly string[], name: string) => ({
+    keys: keyKernels.map(of => kernel(`moe_attention_bwd_${of}_sm90a_${name}`, 'p p t t t t p p p p')),
     queries: kernel(`moe_attention_bwd_queries_sm90a_${name}`, 'p t t t t p p p p'),
   })
-  const kernels = heads.map(({ dk, dv }) => ({
+  const kernels = heads.map(({ dk, dv, backward, keyKernels }) => ({
     dk,
     dv,
-    plain: pair(`${dk}_${dv}`),
-    withStarts: pair(`${dk}_${dv}_starts`),
+    columns: backward,
+    plain: kernelsOf(keyKernels, `${dk}_${dv}`),
+    withStarts: kernelsOf(keyKernels, `${dk}_${dv}_starts`),
   }))
   return (gradients, { q, k, v, out, lse, dout, lengths, starts }, { causal, scale }) => {
     const [B, T, H, Dk] = q.shape
     const [, S, G, Dv] = v.shape
     const engine = kernels.find(({ dk, dv }) => Dk <= dk && Dv <= dv)
     if (engine === undefined) return false
-    const { dk, dv, plain, withStarts } = engine
+    const { dk, dv, columns, plain, withStarts } = engine
     const { keys, queries } = starts ? withStarts : plain
 
-    const padded = Math.ceil(T / tile.columns) * tile.columns
+    const padded = Math.ceil(T / room) * room
     const [delta, shift] = [1, 2].map(() => cuda.scratch(B * H * padded * 4).pointer)
     const blocks = Math.min(Math.ceil((B * H * padded) / 8), cuda.multiprocessors * 16)
     const saved = [lse, out, dout].map(pointerOf)
@@ -64,8 +67,8 @@ export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBa
       { of: v, features: dv },
       { of: dout, features: dv },
     ])
-    const [queriesAsRows, keysAsRows, valuesAsRows, doutAsRows] = boxed(tile.rows)
-    const [queriesAsColumns, keysAsColumns, valuesAsColumns, doutAsColumns] = boxed(tile.columns)
+    const [queriesAsRows, keysAsRows, valuesAsRows, doutAsRows] = boxed(rows)
+    const [queriesAsColumns, keysAsColumns, valuesAsColumns, doutAsColumns] = boxed(columns)
     const rest = [
       shift,
       delta,
@@ -80,19 +83,20 @@ export function attentionBackwardOnHopper(cuda: Cuda, round: Round): AttentionBa
       +causal,
       scale,
     ]
-    const launch = { block: threads, shared: sharedBytes(dk, dv) }
-    keys(
-      { grid: [Math.ceil(S / tile.rows), G, B], ...launch },
-      gradients.dk,
-      gradients.dv,
-      queriesAsColumns,
-      keysAsRows,
-      valuesAsRows,
-      doutAsColumns,
-      ...rest,
-    )
+    const launch = { block: threads, shared: sharedBytes(dk, dv, columns) }
+    for (const ofKeys of keys)
+      ofKeys(
+        { grid: [Math.ceil(S / rows), G, B], ...launch },
+        gradients.dk,
+        gradients.dv,
+        queriesAsColumns,
+        keysAsRows,
+        valuesAsRows,
+        doutAsColumns,
+        ...rest,
+      )
     queries(
-      { grid: [Math.ceil(T / tile.rows), H, B], ...launch },
+      { grid: [Math.ceil(T / rows), H, B], ...launch },
       gradients.dq,
       queriesAsRows,
       keysAsColumns,

@@ -4,14 +4,14 @@ import { type Cuda, pointerOf } from '../../native.ts'
 import type { Round } from '../matmul/gemm.ts'
 import { boxedHeads, heads, sizes } from './heads.ts'
 
-/** Rows and columns of a score tile (FlashHopper of attention-sm90a.cu). */
-const tile = 128
+/** Queries of a block (FlashHopper of attention-sm90a.cu). */
+const rows = 128
 const stages = 2
 /** Two warpgroups. */
 const threads = 256
 
 /** Dynamic shared memory: the queries, stages of keys and values, and room to begin at a multiple of 1024. */
-const sharedBytes = (dk: number, dv: number) => (tile * dk + stages * tile * (dk + dv)) * 2 + 1024
+const sharedBytes = (dk: number, dv: number, keys: number) => (rows * dk + stages * keys * (dk + dv)) * 2 + 1024
 
 /** For measurements: whether the two warpgroups take turns with products, so that one's exponentials fall into the other's. */
 export const order = { turns: false }
@@ -32,9 +32,10 @@ export type AttentionForward = (
 
 export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
   const kernel = (name: string) => cuda.kernel('attention-sm90a', name, `p p t t t p p ${sizes}`)
-  const kernels = heads.map(({ dk, dv }) => ({
+  const kernels = heads.map(({ dk, dv, forward }) => ({
     dk,
     dv,
+    keys: forward,
     plain: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}`),
     withStarts: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}_starts`),
     inTurns: kernel(`moe_attention_fwd_sm90a_${dk}_${dv}_turns`),
@@ -44,18 +45,21 @@ export function attentionOnHopper(cuda: Cuda, round: Round): AttentionForward {
     const [, S, G, Dv] = v.shape
     const engine = kernels.find(({ dk, dv }) => Dk <= dk && Dv <= dv)
     if (engine === undefined) return false
-    const { dk, dv, plain, withStarts, inTurns } = engine
+    const { dk, dv, keys, plain, withStarts, inTurns } = engine
     const boxed = boxedHeads(cuda, round, [
       { of: q, features: dk },
       { of: k, features: dk },
       { of: v, features: dv },
     ])
+    const [queries] = boxed(rows)
+    const [, ...keysAndValues] = boxed(keys)
     const launch = starts ? withStarts : order.turns ? inTurns : plain
     launch(
-      { grid: [Math.ceil(T / tile), H, B], block: threads, shared: sharedBytes(dk, dv) },
+      { grid: [Math.ceil(T / rows), H, B], block: threads, shared: sharedBytes(dk, dv, keys) },
       out,
       lse,
-      ...boxed(tile),
+      queries,
+      ...keysAndValues,
       lengths ? pointerOf(lengths) : 0,
       starts ? pointerOf(starts) : 0,
       T,

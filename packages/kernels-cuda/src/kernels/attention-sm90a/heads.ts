@@ -4,11 +4,17 @@ import type { Cuda } from '../../native.ts'
 import type { TensorMap } from '../../tensor-map.ts'
 import { type Round, wholeMatrix } from '../matmul/gemm.ts'
 
-/** Features of keys and of values, to which others are padded. */
+const [together, apart] = [['keys'], ['keys', 'values']]
+
+/**
+ * Features of keys and of values, to which others are padded; keys at a time forward and columns at a time backward (FlashHopper and BackwardHopper of
+ * attention-sm90a.cu); and the kernels that give the gradients of keys and values: one for both, or one each.
+ */
 export const heads = [
-  { dk: 64, dv: 64 },
-  { dk: 128, dv: 128 },
-  { dk: 192, dv: 128 },
+  { dk: 64, dv: 64, forward: 128, backward: 64, keyKernels: together },
+  { dk: 128, dv: 128, forward: 128, backward: 64, keyKernels: together },
+  { dk: 192, dv: 128, forward: 128, backward: 64, keyKernels: together },
+  { dk: 256, dv: 256, forward: 80, backward: 32, keyKernels: apart },
 ] as const
 
 /** Signature of what every kernel takes at the end: T, S, H, G, Dk, Dv, causal, scale. */

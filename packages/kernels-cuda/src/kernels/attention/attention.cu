@@ -103,9 +103,9 @@ MOE_KERNEL((256), moe_attention_delta_f32, (float* delta, const float* out, cons
   }
 }
 
-/// Gradients of BM keys and values of key head blockIdx.y: tiles have keys as rows and queries as columns. The heads that share the
-/// key head come one after the other.
-template <class E, bool Some>
+/// Gradients of BM keys and values of key head blockIdx.y, or of those that are asked for: tiles have keys as rows and queries as columns. The
+/// heads that share the key head come one after the other.
+template <class E, bool Some, bool OfKeys, bool OfValues>
 MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::Element* q, const typename E::Element* k, const typename E::Element* v, const typename E::Element* dout, const float* lse, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   using Element = typename E::Element;
   constexpr int DK = E::DK, DV = E::DV, sizeQ = E::template tileSize<E::BN, DK>, sizeO = E::template tileSize<E::BN, DV>;
@@ -138,7 +138,7 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
     commitCopies();
   };
   E::template copyRows<E::BM, DK>(keys, k + ((int64_t)b * z.S + first) * ldk + g * z.ldk, ldk, visible.limit - first, z.ldk);
-  E::template copyRows<E::BM, DV>(values, v + ((int64_t)b * z.S + first) * ldv + g * z.ldv, ldv, visible.limit - first, z.ldv);
+  if (OfKeys) E::template copyRows<E::BM, DV>(values, v + ((int64_t)b * z.S + first) * ldv + g * z.ldv, ldv, visible.limit - first, z.ldv);
   int h = g * shares, t = begin;
   if (E::Stages > 1) copyQueries(0, h, t);
 
@@ -179,17 +179,19 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
         for (int i = 0; i < E::Rows; i++) E::at(p, i, j) = E::row(i) < before ? 0.f : E::at(p, i, j);
       }
     }
-    E::template add<DV>(sumsV, p, stage + sizeQ, shared);
+    if constexpr (OfValues) E::template add<DV>(sumsV, p, stage + sizeQ, shared);
 
-    typename E::Scores dp = {};
-    E::template dot<DV>(dp, values, stage + sizeQ);
+    if constexpr (OfKeys) {
+      typename E::Scores dp = {};
+      E::template dot<DV>(dp, values, stage + sizeQ);
 #pragma unroll
-    for (int j = 0; j < E::Columns; j++) {
-      const float shift = perQuery[E::BN + E::column(j)];
+      for (int j = 0; j < E::Columns; j++) {
+        const float shift = perQuery[E::BN + E::column(j)];
 #pragma unroll
-      for (int i = 0; i < E::Rows; i++) E::at(dp, i, j) = E::at(p, i, j) * (E::at(dp, i, j) - shift);
+        for (int i = 0; i < E::Rows; i++) E::at(dp, i, j) = E::at(p, i, j) * (E::at(dp, i, j) - shift);
+      }
+      E::template add<DK>(sumsK, dp, stage, shared);
     }
-    E::template add<DK>(sumsK, dp, stage, shared);
     t = nextT;
   }
   waitCopies<0>();
@@ -199,8 +201,8 @@ MOE_DEVICE void attentionKeysBackward(float* dk, float* dv, const typename E::El
     const int key = first + E::row(i);
     if (key >= z.S) continue;
     const int64_t at = ((int64_t)b * z.S + key) * z.G + g;
-    storeRow<E, DK>(dk + at * z.Dk, sumsK, i, z.Dk, z.scale);
-    storeRow<E, DV>(dv + at * z.Dv, sumsV, i, z.Dv, 1.f);
+    if (OfKeys) storeRow<E, DK>(dk + at * z.Dk, sumsK, i, z.Dk, z.scale);
+    if (OfValues) storeRow<E, DV>(dv + at * z.Dv, sumsV, i, z.Dv, 1.f);
   }
 }
 
@@ -290,10 +292,11 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
   MOE_KERNEL((Engine::Threads, blocks), moe_attention_fwd_##name, (float* out, float* lse, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const int* lengths, const int* starts, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
     attention<Engine, Some>(out, lse, q, k, v, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});                                           \
   }
-#define ATTENTION_BACKWARD_KERNELS(blocks, name, Engine, Some)                                                                                               \
-  MOE_KERNEL((Engine::Threads, blocks), moe_attention_bwd_keys_##name, (float* dk, float* dv, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const Engine::Element* dout, const float* lse, const float* delta, const int* lengths, const int* starts, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
-    attentionKeysBackward<Engine, Some>(dk, dv, q, k, v, dout, lse, delta, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});               \
-  }                                                                                                                                                          \
+#define ATTENTION_KEYS_KERNEL(blocks, of, name, Engine, Some, OfKeys, OfValues)                                                                              \
+  MOE_KERNEL((Engine::Threads, blocks), moe_attention_bwd_##of##_##name, (float* dk, float* dv, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const Engine::Element* dout, const float* lse, const float* delta, const int* lengths, const int* starts, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
+    attentionKeysBackward<Engine, Some, OfKeys, OfValues>(dk, dv, q, k, v, dout, lse, delta, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale}); \
+  }
+#define ATTENTION_QUERIES_KERNEL(blocks, name, Engine, Some)                                                                                                 \
   MOE_KERNEL((Engine::Threads, blocks), moe_attention_bwd_queries_##name, (float* dq, const Engine::Element* q, const Engine::Element* k, const Engine::Element* v, const Engine::Element* dout, const float* lse, const float* delta, const int* lengths, const int* starts, int B, int T, int S, int H, int G, int Dk, int Dv, int ldk, int ldv, int causal, float scale)) { \
     attentionQueriesBackward<Engine, Some>(dq, q, k, v, dout, lse, delta, lengths, starts, {B, T, S, H, G, Dk, Dv, ldk, ldv, causal, scale});                \
   }
@@ -301,23 +304,38 @@ MOE_DEVICE void attentionQueriesBackward(float* dq, const typename E::Element* q
   ATTENTION_FORWARD_KERNEL(blocks, name, Engine, false)                   \
   ATTENTION_FORWARD_KERNEL(blocks, name##_starts, Engine, true)
 #define ATTENTION_BACKWARD(blocks, name, Engine)                          \
-  ATTENTION_BACKWARD_KERNELS(blocks, name, Engine, false)                 \
-  ATTENTION_BACKWARD_KERNELS(blocks, name##_starts, Engine, true)
+  ATTENTION_KEYS_KERNEL(blocks, keys, name, Engine, false, true, true)    \
+  ATTENTION_KEYS_KERNEL(blocks, keys, name##_starts, Engine, true, true, true) \
+  ATTENTION_QUERIES_KERNEL(blocks, name, Engine, false)                   \
+  ATTENTION_QUERIES_KERNEL(blocks, name##_starts, Engine, true)
+/// Keys and values apart.
+#define ATTENTION_BACKWARD_APART(blocks, name, Engine)                    \
+  ATTENTION_KEYS_KERNEL(blocks, keys, name, Engine, false, true, false)   \
+  ATTENTION_KEYS_KERNEL(blocks, keys, name##_starts, Engine, true, true, false) \
+  ATTENTION_KEYS_KERNEL(blocks, values, name, Engine, false, false, true) \
+  ATTENTION_KEYS_KERNEL(blocks, values, name##_starts, Engine, true, false, true) \
+  ATTENTION_QUERIES_KERNEL(blocks, name, Engine, false)                   \
+  ATTENTION_QUERIES_KERNEL(blocks, name##_starts, Engine, true)
 
 using Bf16Small = FlashBf16<4, 2, 32, 64, 64>;
 using Bf16Medium = FlashBf16<4, 2, 32, 128, 128>;
 using Bf16Large = FlashBf16<4, 2, 32, 192, 128>;
+// One row of tiles of 16 to a warp, as its sums are 128 registers; 8 warps and 16 keys at a time are what 99 KiB have room for.
+using Bf16Huge = FlashBf16<8, 1, 16, 256, 256>;
 ATTENTION_FORWARD(2, bf16_64_64, Bf16Small)
 ATTENTION_FORWARD(2, bf16_128_128, Bf16Medium)
 ATTENTION_FORWARD(2, bf16_192_128, Bf16Large)
+ATTENTION_FORWARD(1, bf16_256_256, Bf16Huge)
 
-// Backward, the gradients of keys and values fill the registers: 16 rows to a warp.
+// Backward, the gradients of keys and values fill the registers: 16 rows to a warp. Those of 256 features do not fit together.
 using Bf16SmallBackward = FlashBf16<4, 1, 32, 64, 64>;
 using Bf16MediumBackward = FlashBf16<4, 1, 32, 128, 128>;
 using Bf16LargeBackward = FlashBf16<4, 1, 32, 192, 128>;
+using Bf16HugeBackward = FlashBf16<4, 1, 16, 256, 256>;
 ATTENTION_BACKWARD(2, bf16_64_64, Bf16SmallBackward)
 ATTENTION_BACKWARD(2, bf16_128_128, Bf16MediumBackward)
 ATTENTION_BACKWARD(2, bf16_192_128, Bf16LargeBackward)
+ATTENTION_BACKWARD_APART(2, bf16_256_256, Bf16HugeBackward)
 
 using F32Small = FlashF32<64, 64>;
 using F32Medium = FlashF32<192, 128>;

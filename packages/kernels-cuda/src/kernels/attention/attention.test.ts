@@ -6,6 +6,7 @@ import {
   onDevice,
   productVariants,
   reverseOrder,
+  testBackend,
   translated,
   unavailable,
   wgmmaVariants,
@@ -53,7 +54,22 @@ const sizes: readonly Size[] = [
   { name: 'lengths', B: 3, T: 70, S: 100, H: 1, G: 1, Dk: 64, Dv: 50, causal: true, lengths: [100, 33, 0] },
   { name: 'lengths, not causal', B: 2, T: 3, S: 100, H: 1, G: 1, Dk: 21, Dv: 64, causal: false, lengths: [64, 97] },
   { name: 'heads that nearly fill a tile', B: 1, T: 70, S: 70, H: 2, G: 2, Dk: 60, Dv: 60, causal: true },
-  { name: 'heads too large for bf16', B: 1, T: 40, S: 40, H: 1, G: 1, Dk: 200, Dv: 250, causal: true },
+  { name: 'the widest heads', B: 1, T: 150, S: 150, H: 2, G: 2, Dk: 256, Dv: 256, causal: true },
+  {
+    name: 'the widest heads, shared, tiles in all stages again',
+    B: 1,
+    T: 140,
+    S: 420,
+    H: 2,
+    G: 1,
+    Dk: 256,
+    Dv: 256,
+    causal: true,
+    lengths: [390],
+  },
+  { name: 'nearly the widest heads', B: 1, T: 40, S: 40, H: 1, G: 1, Dk: 200, Dv: 250, causal: true },
+  { name: 'narrow values', B: 1, T: 40, S: 90, H: 1, G: 1, Dk: 256, Dv: 30, causal: true },
+  { name: 'narrow keys', B: 2, T: 40, S: 90, H: 2, G: 1, Dk: 64, Dv: 200, causal: false, lengths: [90, 17] },
   { name: 'several tiles of keys', B: 1, T: 200, S: 400, H: 2, G: 1, Dk: 64, Dv: 64, causal: true, lengths: [390] },
   { name: 'many more queries than keys', B: 1, T: 140, S: 6, H: 1, G: 1, Dk: 16, Dv: 16, causal: true },
   {
@@ -143,16 +159,29 @@ const sizes: readonly Size[] = [
     starts: t => (t < 140 ? 2 ** 31 - 1 : t < 299 ? t - 1 : -(2 ** 31)),
   },
   {
-    name: 'starts, heads too large for bf16',
-    B: 1,
-    T: 70,
-    S: 70,
+    name: 'the widest heads, texts in a row',
+    B: 2,
+    T: 200,
+    S: 200,
     H: 1,
+    G: 1,
+    Dk: 256,
+    Dv: 256,
+    causal: true,
+    starts: (t, b) => (b === 0 ? lastOf(t, 31, 33, 128) : lastOf(t, 79, 80)),
+  },
+  {
+    name: 'nearly the widest heads, starts in no order',
+    B: 1,
+    T: 140,
+    S: 170,
+    H: 2,
     G: 1,
     Dk: 200,
     Dv: 250,
-    causal: true,
-    starts: t => lastOf(t, 31, 33),
+    causal: false,
+    lengths: [150],
+    starts: (t, b) => anyOf(180, t, b),
   },
 ]
 
@@ -163,6 +192,15 @@ const perQuery = (B: number, T: number, f: (t: number, b: number) => number) => 
 })
 
 const room: { readonly [P in WidePrecision]: number } = { f32: 5e-6, bf16: 2e-2 }
+
+/** Tiles of 256 features in f32 need this much shared memory, which not every device has. */
+const widestF32 = 137_600
+let sharedMemory = 0
+if (!unavailable) {
+  const backend = await testBackend()
+  sharedMemory = backend.properties.sharedMemory
+  backend.dispose()
+}
 
 afterEach(() => {
   if (!unavailable) reverseOrder(false)
@@ -220,6 +258,10 @@ describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma
     if (starts) seen.push(perQuery(B, T, starts))
     const attrs = { causal, scale: Dk ** -0.5, precision }
     const outputs = [output(B, T, H, Dv), output(B, H, T)]
+    if (precision === 'f32' && (Dk > 192 || Dv > 128) && sharedMemory < widestF32) {
+      await expect(onCuda('attention', [q, k, v, ...seen], attrs, outputs, { wgmma })).rejects.toThrow('declined')
+      return
+    }
     const expected = await onCpu('attention', [q, k, v, ...seen], attrs, outputs)
     // Keys and values behind the end of a sequence do not matter.
     lengths?.forEach((length, b) => {

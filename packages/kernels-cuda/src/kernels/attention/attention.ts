@@ -5,47 +5,59 @@ import { attentionBackwardOnHopper } from '../attention-sm90a/backward.ts'
 import { attentionOnHopper } from '../attention-sm90a/forward.ts'
 import { type DenseMatrix, roundToBf16, wholeMatrix } from '../matmul/gemm.ts'
 
-/** Sizes of an engine of flash.cuh: rows and columns of a score tile, features of keys and of values. */
+/** Threads of a block, and rows and columns of its score tile. */
+interface Tile {
+  readonly threads: number
+  readonly m: number
+  readonly n: number
+}
+
+/** An engine of flash.cuh, for so many features of keys and of values. */
 interface Engine {
   readonly precision: WidePrecision
   readonly dk: number
   readonly dv: number
-  readonly threads: number
-  readonly n: number
-  /** Rows, forward and backward. */
-  readonly m: number
-  readonly mBackward: number
+  readonly forward: Tile
+  readonly backward: Tile
+  /** Kernels that give the gradients of keys and values: one for both, or one each. */
+  readonly keyKernels: readonly string[]
 }
 
+const [together, apart] = [['keys'], ['keys', 'values']]
 const bf16 = (dk: number, dv: number): Engine => ({
   precision: 'bf16',
   dk,
   dv,
-  threads: 128,
-  n: 32,
-  m: 128,
-  mBackward: 64,
+  forward: { threads: 128, m: 128, n: 32 },
+  backward: { threads: 128, m: 64, n: 32 },
+  keyKernels: together,
 })
-const f32 = (dk: number, dv: number): Engine => ({
-  precision: 'f32',
-  dk,
-  dv,
-  threads: 256,
-  n: 32,
-  m: 32,
-  mBackward: 32,
-})
-const engines = [bf16(64, 64), bf16(128, 128), bf16(192, 128), f32(64, 64), f32(192, 128), f32(256, 256)]
+const widestBf16: Engine = {
+  precision: 'bf16',
+  dk: 256,
+  dv: 256,
+  forward: { threads: 256, m: 128, n: 16 },
+  backward: { threads: 128, m: 64, n: 16 },
+  keyKernels: apart,
+}
+const f32 = (dk: number, dv: number): Engine => {
+  const tile = { threads: 256, m: 32, n: 32 }
+  return { precision: 'f32', dk, dv, forward: tile, backward: tile, keyKernels: together }
+}
+const engines = [bf16(64, 64), bf16(128, 128), bf16(192, 128), widestBf16, f32(64, 64), f32(192, 128), f32(256, 256)]
 const nameOf = (e: Engine) => `${e.precision}_${e.dk}_${e.dv}`
 
 /** Bytes of `rows` rows of keys or queries and as many of values; the f32 engines keep banks apart with four more features. */
 const rowBytes = (e: Engine, keyRows: number, valueRows: number) =>
   e.precision === 'bf16' ? (keyRows * e.dk + valueRows * e.dv) * 2 : (keyRows * (e.dk + 4) + valueRows * (e.dv + 4)) * 4
 const stages = (e: Engine) => (e.precision === 'bf16' ? 2 : 1)
-const scratch = (e: Engine) => (e.precision === 'bf16' ? 0 : e.m * (e.n + 1) * 4)
-const forwardShared = (e: Engine) => scratch(e) + rowBytes(e, e.m, 0) + stages(e) * rowBytes(e, e.n, e.n)
-const backwardShared = (e: Engine) =>
-  scratch(e) + rowBytes(e, e.mBackward, e.mBackward) + stages(e) * (rowBytes(e, e.n, e.n) + 2 * e.n * 4)
+const scratch = (e: Engine, { m, n }: Tile) => (e.precision === 'bf16' ? 0 : m * (n + 1) * 4)
+const forwardShared = (e: Engine) =>
+  scratch(e, e.forward) + rowBytes(e, e.forward.m, 0) + stages(e) * rowBytes(e, e.forward.n, e.forward.n)
+const backwardShared = (e: Engine) => {
+  const { m, n } = e.backward
+  return scratch(e, e.backward) + rowBytes(e, m, m) + stages(e) * (rowBytes(e, n, n) + 2 * n * 4)
+}
 
 /** The smallest engine for these heads. Heads beyond those of bf16 are computed in f32. */
 function findEngine(cuda: Cuda, precision: WidePrecision, dk: number, dv: number, shared: (e: Engine) => number) {
@@ -95,7 +107,11 @@ export const attention: FusedFactory<'attention'> = cuda => {
     const [ldk, ldv] = engine.precision === 'bf16' ? [engine.dk, engine.dv] : [Dk, Dv]
     const kernel = (starts ? kernelsWithStarts : kernels).get(engine)
     kernel?.(
-      { grid: [Math.ceil(T / engine.m), H, B], block: engine.threads, shared: forwardShared(engine) },
+      {
+        grid: [Math.ceil(T / engine.forward.m), H, B],
+        block: engine.forward.threads,
+        shared: forwardShared(engine),
+      },
       out.pointer,
       lse.pointer,
       ...prepare(engine, round, [q, k], [v]),
@@ -127,7 +143,7 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
       engines.map(e => [
         e,
         {
-          keys: kernel(`moe_attention_bwd_keys_${nameOf(e)}${suffix}`, 'p p p p p p p p p p'),
+          keys: e.keyKernels.map(of => kernel(`moe_attention_bwd_${of}_${nameOf(e)}${suffix}`, 'p p p p p p p p p p')),
           queries: kernel(`moe_attention_bwd_queries_${nameOf(e)}${suffix}`, 'p p p p p p p p p'),
         },
       ]),
@@ -177,11 +193,13 @@ export const attentionBackward: FusedFactory<'attentionBackward'> = cuda => {
       +causal,
       scale,
     ]
-    const shape = { block: engine.threads, shared: backwardShared(engine) }
+    const { m, threads } = engine.backward
+    const launch = { block: threads, shared: backwardShared(engine) }
     const found = (starts ? kernelsWithStarts : kernels).get(engine)
     const { keys, queries } = found as NonNullable<typeof found>
-    keys({ grid: [Math.ceil(S / engine.mBackward), G, B], ...shape }, dk.pointer, dv.pointer, ...inputs)
-    queries({ grid: [Math.ceil(T / engine.mBackward), H, B], ...shape }, dq.pointer, ...inputs)
+    for (const gradients of keys)
+      gradients({ grid: [Math.ceil(S / m), G, B], ...launch }, dk.pointer, dv.pointer, ...inputs)
+    queries({ grid: [Math.ceil(T / m), H, B], ...launch }, dq.pointer, ...inputs)
     return [dq, dk, dv]
   }
 }
