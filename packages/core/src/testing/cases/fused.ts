@@ -37,6 +37,8 @@ const attentionSizes: ReadonlyArray<readonly [name: string, shape: number[], cau
   ['shared key head', [2, 9, 9, 4, 1, 16, 8], true],
   ['grouped key heads', [1, 9, 9, 6, 2, 16, 8], true],
   ['more queries than keys', [1, 7, 4, 2, 2, 8, 8], true],
+  // GLM-4.7-Flash.
+  ['20 heads of 256', [1, 19, 21, 20, 20, 256, 256], true],
 ]
 
 const attentionCases = attentionSizes.flatMap(([name, [b, t, s, h, g, dk, dv], causal]) =>
@@ -386,6 +388,15 @@ const ropeCases = [true, false].flatMap(interleaved => [
     [f32(1, 3, 2, 12), ...tables(3, 4), f32(1, 3, 2, 0)],
     { interleaved, inverse: false },
   ),
+  opCase(
+    'rope',
+    `20 heads of 192 and 64, ${interleaved ? 'interleaved' : 'halves'}`,
+    [f32(1, 3, 20, 64), ...tables(3, 32), f32(1, 3, 20, 192)],
+    {
+      interleaved,
+      inverse: false,
+    },
+  ),
 ])
 
 const adam = { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 3 }
@@ -417,6 +428,7 @@ export const fusedCases: readonly OpCase[] = [
   opCase('mlaKeyValue', 'fours', [f32(2, 3, 3, 20), f32(2, 3, 1, 4)], { nope: 8 }),
   opCase('mlaKeyValue', 'odd sizes', [f32(2, 5, 2, 8), f32(2, 5, 1, 3)], { nope: 5 }),
   opCase('mlaKeyValue', 'without a plain part', [f32(1, 3, 2, 4), f32(1, 3, 1, 2)], { nope: 0 }),
+  opCase('mlaKeyValue', '20 heads of 192 and 256', [f32(1, 3, 20, 448), f32(1, 3, 1, 64)], { nope: 192 }, sum),
   opCase('mlaKeyValue', 'no keys', [f32(1, 0, 2, 6), f32(1, 0, 1, 2)], { nope: 4 }, { gradient: false }),
   opCase(
     'mlaKeyValueBackward',
@@ -500,6 +512,18 @@ export const fusedCases: readonly OpCase[] = [
       [f32(2, 2, 8, 80), { ...f32(2, 90, 80), dtype: 'bf16' }, given('i32', [2], [77, 40])],
       { scale: 0.1, valueDim: 64, precision },
       { ...(precision === 'bf16' ? rough() : sum), gradient: false },
+    ),
+  ),
+  // GLM-4.7-Flash: 20 heads are no multiple of any tile.
+  ...precisions.flatMap(precision =>
+    (['f32', 'bf16'] as const).map(dtype =>
+      opCase(
+        'latentAttention',
+        `20 heads over latents of 576, ${dtype === 'f32' ? 'an f32' : 'a bf16'} cache, ${precision}`,
+        [f32(1, 2, 20, 576), { ...f32(1, 40, 576), dtype }, given('i32', [1], [37])],
+        { scale: 0.0625, valueDim: 512, precision },
+        { ...(precision === 'bf16' ? rough() : sum), gradient: false },
+      ),
     ),
   ),
   ...pagedCases,
