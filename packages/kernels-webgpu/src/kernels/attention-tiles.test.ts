@@ -25,7 +25,10 @@ const cases: readonly Sizes[] = [
   // Heads of DeepSeek-V3.
   { T: 40, H: 2, Dk: 192, Dv: 128 },
   { T: 1, S: 70, Dk: 192, Dv: 128 },
-  // Rows that vectors of four do not fill, the largest that there are.
+  // The largest rows that there are, and others that their vectors do not fill.
+  { T: 40, H: 2, Dk: 256, Dv: 256 },
+  { T: 70, S: 100, H: 2, G: 1, Dk: 255, Dv: 193 },
+  { B: 2, T: 20, S: 70, Dk: 256, Dv: 12, causal: false },
   { T: 20, Dk: 191, Dv: 129 },
   { T: 33, Dk: 128, Dv: 192 },
   // Round a block of queries and a tile of keys.
@@ -113,7 +116,7 @@ describe.skipIf(backend === null)('attention by tiles', () => {
 
   test('features that do not fit are declined', async () => {
     const attrs = { causal: true, scale: 1, precision: 'f32' } as const
-    const inputs = inputsOf({ T: 20, Dk: 193, Dv: 8 })
+    const inputs = inputsOf({ T: 20, Dk: 257, Dv: 8 })
     await expect(runOp(backend, 'attention', inputs, attrs, [])).rejects.toThrow('declined')
   })
 })

@@ -3,7 +3,7 @@
  *
  * A workgroup owns 32 rows, for which it has sums, and goes over tiles of 64 others: queries over keys (output, dq), or keys over queries (dk and dv). No two workgroups
  * write the same row, so that sums have one order. Scores of a tile are a product over features, in steps of 16; chances of a tile times the others' rows are one over the
- * others, in steps of 8. A thread has 4 owned rows (`down`) and 4 others, or 4 features of each 64 (`along`); vectors of four lie along owned rows in scores, along features in sums.
+ * others, in steps of 8 or 4. A thread has 4 owned rows (`down`) and 4 others, or 4 features of each 64 (`along`); vectors of four lie along owned rows in scores, along features in sums.
  * B batch, T queries, S keys, H heads, G key/value heads.
  */
 import type { AttentionAttrs, FusedAttrs, FusedKernel, TensorSpec, Value } from '@moe/core'
@@ -15,8 +15,12 @@ import { eachRow, TEAM } from './teams.ts'
 
 const OWN = 32
 const OTHERS = 64
-/** Largest rows of any operand: as many as sums fit registers, and 8 rows of the others the memory of a workgroup. */
-const MOST_FEATURES = 192
+/** Largest rows of any operand: as many as sums fit registers. */
+const MOST_FEATURES = 256
+/** Quads of features of keys and values together up to which a thread has sums of both. */
+const MOST_QUADS = 6
+/** Vectors of the others' rows, or of both sides of scores, that are in the memory of a workgroup: of its 16 KiB 8 are chances. */
+const OPERANDS = 384
 
 /** Quads of features that a thread has of a row. */
 const quadsOf = (features: number) => Math.ceil(features / 64)
@@ -39,7 +43,7 @@ fn end_of(b: u32, t: u32) -> i32 {
 
 const common = `
 var<workgroup> chances: array<vec4<f32>, ${(OTHERS * OWN) / 4}>;
-var<workgroup> operands: array<vec4<f32>, 384>;
+var<workgroup> operands: array<vec4<f32>, ${OPERANDS}>;
 var<workgroup> ranges: array<vec2<i32>, 16>;
 var<workgroup> range: vec2<i32>;
 fn exp4(x: vec4<f32>) -> vec4<f32> { return vec4<f32>(exp_(x.x), exp_(x.y), exp_(x.z), exp_(x.w)); }
@@ -129,15 +133,18 @@ const sums = (name: string, count: number) =>
   )
 
 /** Adds the others' rows, times what is stored. */
-const weighted = (name: string, count: number, others: Matrix) => `
-  for (var c0 = 0u; c0 < ${OTHERS}u; c0 += 8u) {
+const weighted = (name: string, count: number, others: Matrix) => {
+  const rows = 128 * count > OPERANDS ? 4 : 8
+  const team = TEAM / rows
+  return `
+  for (var c0 = 0u; c0 < ${OTHERS}u; c0 += ${rows}u) {
     workgroupBarrier();${repeat(
-      count,
-      m => `
-    operands[thread / 16u * ${16 * count}u + ${16 * m}u + along] = ${quad(others, 'other0 + c0 + thread / 16u', `${64 * m}u + along * 4u`)};`,
+      (16 * count) / team,
+      n => `
+    operands[thread / ${team}u * ${16 * count}u + ${team * n}u + thread % ${team}u] = ${quad(others, `other0 + c0 + thread / ${team}u`, `(${team * n}u + thread % ${team}u) * 4u`)};`,
     )}
     workgroupBarrier();
-    for (var r = 0u; r < 8u; r++) {
+    for (var r = 0u; r < ${rows}u; r++) {
       let chance = chances[((r & 3u) * 8u + down) * 16u + (c0 + r) / 4u];${repeat(
         count,
         m => `
@@ -149,6 +156,7 @@ const weighted = (name: string, count: number, others: Matrix) => `
       )}
     }
   }`
+}
 
 /** Writes the sums to rows of `matrix`, which is an output; `value` of quad (i, m). */
 const write = (matrix: Matrix, count: number, value: (i: number, m: number) => string) => {
@@ -363,19 +371,22 @@ ${overKeys(
 ${write(queryRows('dq'), count, (i, m) => `dq_${i}_${m}`)}`)}`,
 })
 
-const ofKeyGradients = (keyCount: number, valueCount: number, wide: boolean): Program => ({
-  label: `attentionBackward dk dv ${keyCount} ${valueCount} ${wide}`,
-  buffers: [
-    ...['q', 'k', 'v', 'dout'].map(name => quads(name, wide)),
-    ...['summaries vec4<i32>', 'dk* f32', 'dv* f32'],
-  ],
-  body: `${special}${exponential}${common}${['q', 'k', 'v', 'dout'].map(name => readQuad(name, wide)).join('')}
+/** Gradients of keys, of values, or of both: those that are asked for by their quads. */
+const ofKeyGradients = (keyCount: number, valueCount: number, wide: boolean): Program => {
+  const [ofKeys, ofValues] = [keyCount > 0, valueCount > 0]
+  const given = ofKeys ? ['q', 'k', 'v', 'dout'] : ['q', 'k', 'dout']
+  const outputs = [...(ofKeys ? ['dk* f32'] : []), ...(ofValues ? ['dv* f32'] : [])]
+  const [dk, dv] = [keyRows('dk'), keyRows('dv', 'value_width')]
+  return {
+    label: `attentionBackward dk dv ${keyCount} ${valueCount} ${wide}`,
+    buffers: [...given.map(name => quads(name, wide)), 'summaries vec4<i32>', ...outputs],
+    body: `${special}${exponential}${common}${given.map(name => readQuad(name, wide)).join('')}
 ${main(`
   let own0 = i % blocks * ${OWN}u;
   let key_head = i / blocks % key_heads;
   let b = i / blocks / key_heads;
   let key = vec4<i32>(i32(own0 + 4u * down)) + vec4<i32>(0, 1, 2, 3);
-${begin(k, 'key_head')}${begin(v, 'key_head')}${begin(keyRows('dk'), 'key_head')}${begin(keyRows('dv', 'value_width'), 'key_head')}
+${begin(k, 'key_head')}${ofKeys ? begin(v, 'key_head') + begin(dk, 'key_head') : ''}${ofValues ? begin(dv, 'key_head') : ''}
 ${sums('dk', keyCount)}${sums('dv', valueCount)}
   let share = heads / key_heads;
   for (var head = key_head * share; head < (key_head + 1u) * share; head++) {
@@ -386,17 +397,24 @@ ${begin(q, 'head')}${begin(dout, 'head')}
 ${knownOf('other0 + 4u * along')}
 ${jointRange('first', 'end', 'along', 16, 'down == 0u')}
       if (whole.x >= i32(own0 + ${OWN}u) || whole.y <= i32(own0)) { continue; }
-${scores('s', k, q)}${scores('d', v, dout)}${repeat(
+${scores('s', k, q)}${repeat(
   4,
   j => `
-      s${j} = select(vec4<f32>(), exp4(s${j} * scale - vec4<f32>(lse[${j}])), (vec4<i32>(first[${j}]) <= key) & (key < vec4<i32>(end[${j}])));
+      s${j} = select(vec4<f32>(), exp4(s${j} * scale - vec4<f32>(lse[${j}])), (vec4<i32>(first[${j}]) <= key) & (key < vec4<i32>(end[${j}])));`,
+)}${ofValues ? `${store('s')}${weighted('dv', valueCount, dout)}` : ''}${
+  ofKeys
+    ? `${scores('d', v, dout)}${repeat(
+        4,
+        j => `
       d${j} = s${j} * (d${j} - vec4<f32>(delta[${j}])) * scale;`,
-)}${store('s')}${weighted('dv', valueCount, dout)}
-      workgroupBarrier();${store('d')}${weighted('dk', keyCount, q)}
+      )}${store('d')}${weighted('dk', keyCount, q)}`
+    : ''
+}
     }
   }
-${write(keyRows('dk'), keyCount, (i, m) => `dk_${i}_${m}`)}${write(keyRows('dv', 'value_width'), valueCount, (i, m) => `dv_${i}_${m}`)}`)}`,
-})
+${ofKeys ? write(dk, keyCount, (i, m) => `dk_${i}_${m}`) : ''}${ofValues ? write(dv, valueCount, (i, m) => `dv_${i}_${m}`) : ''}`)}`,
+  }
+}
 
 export const attentionBackward =
   (gpu: DeviceOps): FusedKernel<FusedAttrs['attentionBackward']> =>
@@ -416,7 +434,13 @@ export const attentionBackward =
     const byQueries = wordsOf(times, heads, q, v, attrs)
     gpu.launch(ofQueryGradients(quadsOf(width), wide), [...read, dq], byQueries, [byQueries[0]])
     const byKeys = wordsOf(keys, keyHeads, q, v, attrs)
-    gpu.launch(ofKeyGradients(quadsOf(width), quadsOf(valueWidth), wide), [...read, dk, dv], byKeys, [byKeys[0]])
+    const [forKeys, forValues] = [quadsOf(width), quadsOf(valueWidth)]
+    if (forKeys + forValues <= MOST_QUADS) {
+      gpu.launch(ofKeyGradients(forKeys, forValues, wide), [...read, dk, dv], byKeys, [byKeys[0]])
+    } else {
+      gpu.launch(ofKeyGradients(forKeys, 0, wide), [...read, dk], byKeys, [byKeys[0]])
+      gpu.launch(ofKeyGradients(0, forValues, wide), [...[q, k, dout].map(bufferOf), known, dv], byKeys, [byKeys[0]])
+    }
     gpu.done(known)
     return [dq, dk, dv]
   }
