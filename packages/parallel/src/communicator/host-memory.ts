@@ -37,13 +37,15 @@ class HostWorkspace implements Workspace<HostArray> {
 
   write(tensor: Tensor, elements: HostArray): void {
     const { backend } = tensor
-    if (backend.write !== undefined) return backend.write(tensor, elements)
-    throw new MoeError({
-      code: 'E_BACKEND',
-      op: 'allReduceInPlace',
-      problem: `${backend.name} cannot change a tensor in its place`,
-      fix: 'use allReduce, which makes new ones',
-    })
+    if (backend.write === undefined) {
+      throw new MoeError({
+        code: 'E_BACKEND',
+        op: 'allReduceInPlace',
+        problem: `${backend.name} cannot change a tensor in its place`,
+        fix: 'use allReduce, which makes new ones',
+      })
+    }
+    backend.write(tensor, elements)
   }
 
   close(): void {
