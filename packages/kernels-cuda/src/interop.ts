@@ -47,8 +47,14 @@ export interface CudaInterop {
   copy(to: number, from: number, bytes: number): void
   /** To be said of a tensor whose elements have been written to: what the backend has made of them is void. */
   changed(value: Value): void
-  /** Elements of several ranks to one, in the backend's queue: in f64, in their order, rounded once. */
-  reduceRanks: ReturnType<typeof reduceRanks>
+  /** Elements at `to` become those at `parts`, one rank's each, reduced in the backend's queue: in f64, in their order, rounded once (bf16 by f32). `to` may be one of them. */
+  reduceRanks(
+    to: number,
+    parts: readonly number[],
+    length: number,
+    dtype: 'f32' | 'bf16' | 'i32',
+    reduction: 'sum' | 'mean' | 'max',
+  ): void
   /** A queue of your own; dispose of it before the backend. */
   queue(): DeviceQueue
 }

@@ -1,5 +1,6 @@
 /** @file Elements of several ranks to one: no op of the contract, but what ranks on devices need (interop.ts). */
 import { MoeError } from '@moe/core'
+import type { CudaInterop } from '../../interop.ts'
 import { type Cuda, elementwiseGrid } from '../../native.ts'
 
 /** As the kernel numbers them. */
@@ -8,23 +9,11 @@ const reductions = { sum: 0, mean: 1, max: 2 } as const
 /** As many as the kernel has room for. */
 const mostRanks = 256
 
-/** Dtypes with a reduction. */
-export type ReducedDType = 'f32' | 'bf16' | 'i32'
-
-/**
- * `(to, parts, length, dtype, reduction)`: elements at `to` become those at `parts`, reduced in their order in f64 and rounded once (bf16 by f32).
- * `to` may be one of the parts.
- */
-export function reduceRanks(cuda: Cuda) {
-  const kernelOf = (dtype: ReducedDType) => cuda.kernel('reduce-ranks', `moe_reduce_ranks_${dtype}`, 'p p[256] i i l')
+/** Makes `CudaInterop.reduceRanks`. */
+export function reduceRanks(cuda: Cuda): CudaInterop['reduceRanks'] {
+  const kernelOf = (dtype: string) => cuda.kernel('reduce-ranks', `moe_reduce_ranks_${dtype}`, 'p p[256] i i l')
   const kernels = { f32: kernelOf('f32'), bf16: kernelOf('bf16'), i32: kernelOf('i32') }
-  return (
-    to: number,
-    parts: readonly number[],
-    length: number,
-    dtype: ReducedDType,
-    reduction: keyof typeof reductions,
-  ): void => {
+  return (to, parts, length, dtype, reduction) => {
     if (parts.length > mostRanks) {
       const problem = `there are ${parts.length} ranks, and the kernel takes ${mostRanks}`
       throw new MoeError({ code: 'E_CONFIG', op: 'reduceRanks', problem, fix: 'reduce within groups of ranks first' })
