@@ -65,6 +65,7 @@ const startsSizes: ReadonlyArray<readonly [name: string, shape: number[], causal
   ['long, odd sizes', [1, 331, 331, 1, 1, 33, 17], true, [[0, 129, 230]]],
   ['few queries, many keys', [1, 4, 900, 2, 1, 16, 8], true, [[0, 500, 898]]],
   ['not causal', [1, 6, 9, 2, 2, 8, 4], false, [[0, 2, 5]]],
+  ['one query, features of whole vectors', [1, 1, 90, 2, 1, 32, 16], true, [[0, 50]]],
 ]
 
 const startsCases = startsSizes.flatMap(([name, [b, t, s, h, g, dk, dv], causal, begins]) =>
@@ -520,7 +521,7 @@ export const fusedCases: readonly OpCase[] = [
       opCase(
         'latentAttention',
         `20 heads over latents of 576, ${dtype === 'f32' ? 'an f32' : 'a bf16'} cache, ${precision}`,
-        [f32(1, 2, 20, 576), { ...f32(1, 40, 576), dtype }, given('i32', [1], [37])],
+        [f32(1, 1, 20, 576), { ...f32(1, 40, 576), dtype }, given('i32', [1], [37])],
         { scale: 0.0625, valueDim: 512, precision },
         { ...(precision === 'bf16' ? rough() : sum), gradient: false },
       ),

@@ -1,7 +1,8 @@
 // Attention on blocks of query rows, with an online softmax (Milakov & Gimelshein 2018) over tiles of keys.
 //
 // Queries lie along the vector lanes and keys along the rows, so maxima, sums and rescaling never cross lanes, keys and values are used in
-// place (f32) as broadcast operands, and heads that share a key head fill the lanes when there are few queries.
+// place (f32) as broadcast operands, and heads that share a key head fill the lanes when there are few queries. Where rows would leave most
+// lanes empty, features lie along them instead.
 // Row r of a key head g is query r / (H / G) of head g * (H / G) + r % (H / G).
 #pragma once
 
@@ -13,6 +14,8 @@ constexpr float log2_e = 1.4426950408889634f;
 constexpr int block_vectors = lanes < 8 ? 4 : 2;
 constexpr int block_rows = block_vectors * lanes;
 constexpr int64_t most_keys = 96;
+// Rows up to which features lie along the lanes, and keys whose scores are computed together: a sum each.
+constexpr int few_rows = lanes / 4, few_keys = 4;
 
 struct Attention {
   const float *q, *k, *v;
@@ -27,11 +30,17 @@ struct Attention {
   int64_t k_batch, v_batch;    // floats from batch to batch, 0 in pages
   int64_t k_head, v_head;      // floats from head to head
   bool causal;
+  bool few_apart;  // rows that are few more than a vector has lanes are two blocks
   bool each_tile;  // a block makes its tiles of keys as it goes; else they are made before, for all blocks of a head
   float scale;
 
   int64_t rows() const { return T * (H / G); }
-  int64_t blocks() const { return (rows() + block_rows - 1) / block_rows; }
+  // Rows of the last block, if they are apart.
+  int64_t apart() const {
+    const int64_t left = rows() % block_rows - lanes;
+    return few_apart && left > 0 && left <= few_rows ? left : 0;
+  }
+  int64_t blocks() const { return (rows() - apart() + block_rows - 1) / block_rows + (apart() > 0); }
   int64_t limit(int64_t b) const { return lengths ? std::min<int64_t>(S, std::max(0, lengths[b])) : S; }
   int64_t longest() const {
     int64_t most = 0;
@@ -45,6 +54,11 @@ struct Attention {
   template <class Op>
   bool in_place() const {
     return Op::pack == 1 && !rows16;
+  }
+  // Features fill the lanes, so that they may lie along them.
+  template <class Op>
+  bool fills_lanes() const {
+    return Dk % (lanes * Op::pack) == 0 && Dv % lanes == 0;
   }
   // Tiles of keys and what goes with them must fit into the first two caches.
   int64_t tile_keys() const { return Dk > 128 ? 48 : 96; }
@@ -62,10 +76,10 @@ struct Block {
   int64_t all_from, all_to;      // keys that all rows see
 
   void place(const Attention& a, int64_t b, int64_t g, int64_t block, int64_t limit) {
-    const int64_t group = a.H / a.G, first = block * block_rows;
+    const int64_t group = a.H / a.G, together = a.rows() - a.apart(), first = std::min(block * block_rows, together);
     this->b = b;
     this->g = g;
-    rows = static_cast<int>(std::min<int64_t>(block_rows, a.rows() - first));
+    rows = static_cast<int>(std::min<int64_t>(block_rows, (first < together ? together : a.rows()) - first));
     int64_t t = first / group, h = g * group + first % group;
     begin = all_to = std::numeric_limits<int64_t>::max();
     keys = all_from = 0;
@@ -219,13 +233,14 @@ struct KeyTiles {
 
 template <class Op>
 struct ForwardMemory {
-  float *q, *scores, *weights, *out, *k, *v;
+  float *q, *scores, *weights, *out, *out_rows, *k, *v;
   ForwardMemory(Carver& carver, const Attention& a, int64_t keys) {
     if (a.each_tile) keys = a.tile_keys();
     q = carver.floats(a.Dk * block_rows);
     scores = carver.floats(most_keys * block_rows);
     weights = carver.floats(Op::pack == 2 ? most_keys / 2 * block_rows : 0);
     out = carver.floats(a.Dv * block_rows);
+    out_rows = carver.floats(a.Dv * few_rows);
     const bool pairs_in_place = Op::pack == 2 && a.rows16 && a.Dk % 2 == 0 && !a.pages;
     k = carver.floats(a.in_place<Op>() || pairs_in_place ? 0 : keys * ((a.Dk + Op::pack - 1) / Op::pack));
     v = carver.floats(Op::pack == 2 ? (keys + 1) / 2 * a.Dv : 0);
@@ -289,9 +304,71 @@ static KeyTiles key_tiles(const Attention& a, int64_t b, int64_t g, int64_t begi
   }
 }
 
+template <class Op>
+static bool is_few(const Attention& a, const Block& block) {
+  return block.rows <= few_rows && a.fills_lanes<Op>();
+}
+
+// The block's queries times `sign`, as the products with keys read them.
+template <class Op>
+static void pack_queries(const Attention& a, const Block& block, float sign, float* to) {
+  if (!is_few<Op>(a, block)) return pack_columns<Op>(block, a.q, a.Dk, sign, to);
+  const auto query = [&](const float* from) __attribute__((always_inline)) { return sign == 0 ? zero() : load(from) * splat(sign); };
+  for (int i = 0; i < block.rows; i++) {
+    const float* from = a.q + block.row[i] * a.Dk;
+    for (int64_t d = 0; d < a.Dk; d += lanes * Op::pack, to += lanes) {
+#if defined(__AVX512BF16__)
+      if constexpr (Op::pack == 2) {
+        store(to, pair_neighbours(query(from + d), query(from + d + lanes)));
+        continue;
+      }
+#endif
+      store(to, query(from + d));
+    }
+  }
+}
+
+// Scores of n keys with few rows, each `depth` elements that fill the lanes, as [n][block_rows].
+template <class Op>
+static void few_scores(int64_t n, const float* k, int64_t k_stride, const float* q, int rows, int64_t depth, float* scores) {
+  const float* query[few_rows];
+  for (int r = 0; r < few_rows; r++) query[r] = q + std::min(r, rows - 1) * depth;
+  for (int64_t i = 0; i < n; i += few_keys) {
+    const float* key[few_keys];
+    for (int s = 0; s < few_keys; s++) key[s] = k + std::min(i + s, n - 1) * k_stride;
+    f32v sums[lanes];
+#pragma GCC unroll 16
+    for (int j = 0; j < lanes; j++) sums[j] = zero();
+    for (int64_t d = 0; d < depth; d += lanes) {
+      f32v x[few_keys];
+#pragma GCC unroll 4
+      for (int s = 0; s < few_keys; s++) x[s] = load(key[s] + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < few_rows; r++) {
+        const f32v y = load(query[r] + d);
+#pragma GCC unroll 4
+        for (int s = 0; s < few_keys; s++) sums[s * few_rows + r] = Op::multiply_add(x[s], y, sums[s * few_rows + r]);
+      }
+    }
+    transpose_square(sums);
+#pragma GCC unroll 4
+    for (int step = lanes / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+      for (int j = 0; j < step; j++) sums[j] += sums[j + step];
+    }
+    alignas(64) float each[lanes], row[lanes] = {};
+    store(each, sums[0]);
+    for (int s = 0; s < few_keys && i + s < n; s++) {
+      std::memcpy(row, each + s * few_rows, few_rows * 4);
+      store(scores + (i + s) * block_rows, load(row));
+    }
+  }
+}
+
 // The block's rows against keys begin .. end - 1 (`tiles`, if they are made before, starts at `origin`, an even number of keys before begin). Leaves out = sum of exp(score - max) * v as [Dv][block_rows],
 // and max and sum of the block; max is in units of q . k, `unit` turns those into log2.
-template <class Op, int Vectors>
+// Vectors of rows, or with `Few` features, lie along the lanes.
+template <class Op, int Vectors, bool Few = false>
 static void attend(const Attention& a, Block& block, int64_t origin, int64_t begin, int64_t end, float unit, const KeyTiles& tiles,
                    ForwardMemory<Op>& memory) {
   const f32v lowest = splat(-std::numeric_limits<float>::infinity());
@@ -300,7 +377,7 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
     max[j] = lowest;
     sum[j] = zero();
   }
-  std::memset(memory.out, 0, static_cast<size_t>(a.Dv) * block_rows * 4);
+  std::memset(Few ? memory.out_rows : memory.out, 0, static_cast<size_t>(a.Dv) * (Few ? few_rows : block_rows) * 4);
   const int64_t step = a.tile_keys(), depth = (a.Dk + Op::pack - 1) / Op::pack;
   float* scores = memory.scores;
   const bool by_page = a.pages && a.in_place<Op>();
@@ -322,7 +399,11 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
       }
     };
     each_run([&](int64_t i, int64_t count, const KeyTiles& run) {
-      small_product<Op, false, false>(count, Vectors, run.k, run.k_stride, memory.q, block_rows, depth, scores + i * block_rows, block_rows);
+      if constexpr (Few) {
+        few_scores<Op>(count, run.k, run.k_stride, memory.q, block.rows, depth, scores + i * block_rows);
+      } else {
+        small_product<Op, false, false>(count, Vectors, run.k, run.k_stride, memory.q, block_rows, depth, scores + i * block_rows, block_rows);
+      }
     });
     const auto mask = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
       for (int64_t i = from; i < to; i++) {
@@ -353,7 +434,13 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
       grew |= top[j] != max[j];
       max[j] = top[j];
     }
-    if (at > begin && any(grew)) {
+    if (Few && at > begin && any(grew)) {
+      for (int i = 0; i < block.rows; i++) {
+        float* row = memory.out_rows + i * a.Dv;
+        for (int64_t d = 0; d < a.Dv; d += lanes) store(row + d, load(row + d) * splat(block.factor[i]));
+      }
+    }
+    if (!Few && at > begin && any(grew)) {
       for (int64_t d = 0; d < a.Dv; d++) {
 #pragma GCC unroll 4
         for (int j = 0; j < Vectors; j++) {
@@ -362,6 +449,14 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
         }
       }
     }
+    // out += weights of `count` elements of keys times their values.
+    const auto add = [&](const float* weights, const float* values, int64_t stride, int64_t count) __attribute__((always_inline)) {
+      if constexpr (Few) {
+        small_product<Op, true, true>(block.rows, a.Dv / lanes, weights, block_rows, values, stride, count, memory.out_rows, a.Dv);
+      } else {
+        small_product<Op, true, true>(a.Dv, Vectors, values, stride, weights, block_rows, count, memory.out, block_rows);
+      }
+    };
     if constexpr (Op::pack == 1) {
       for (int64_t i = 0; i < n; i++) {
 #pragma GCC unroll 4
@@ -372,9 +467,7 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
           store(p, weight);
         }
       }
-      each_run([&](int64_t i, int64_t count, const KeyTiles& run) {
-        small_product<Op, true, true>(a.Dv, Vectors, run.v, run.v_stride, scores + i * block_rows, block_rows, count, memory.out, block_rows);
-      });
+      each_run([&](int64_t i, int64_t count, const KeyTiles& run) { add(scores + i * block_rows, run.v, run.v_stride, count); });
     } else {
 #if defined(__AVX512BF16__)
       if (n % 2 == 1) {
@@ -390,9 +483,15 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
           store(memory.weights + i / 2 * block_rows + j * lanes, pair_lanes(first, second));
         }
       }
-      small_product<Op, true, true>(a.Dv, Vectors, tile.v, tile.v_stride, memory.weights, block_rows, (n + 1) / 2, memory.out, block_rows);
+      add(memory.weights, tile.v, tile.v_stride, (n + 1) / 2);
 #endif
     }
+  }
+  for (int64_t d = 0; Few && d < a.Dv; d += lanes) {
+    f32v x[lanes];
+    for (int i = 0; i < lanes; i++) x[i] = i < block.rows ? load(memory.out_rows + i * a.Dv + d) : zero();
+    transpose_square(x);
+    for (int i = 0; i < lanes; i++) store(memory.out + (d + i) * block_rows, x[i]);
   }
   for (int j = 0; j < Vectors; j++) {
     store(block.max + j * lanes, max[j]);
@@ -404,7 +503,9 @@ template <class Op>
 static void attend_block(const Attention& a, Block& block, int64_t origin, int64_t end, float unit, const KeyTiles& tiles,
                          ForwardMemory<Op>& memory) {
   const int64_t begin = std::max(origin, block.begin - (block.begin - origin) % 2);
-  if (block.rows <= lanes) {
+  if (is_few<Op>(a, block)) {
+    attend<Op, 1, true>(a, block, origin, begin, end, unit, tiles, memory);
+  } else if (block.rows <= lanes) {
     attend<Op, 1>(a, block, origin, begin, end, unit, tiles, memory);
   } else {
     attend<Op, block_vectors>(a, block, origin, begin, end, unit, tiles, memory);
@@ -425,9 +526,14 @@ static inline void finish_block(const Attention& a, Block& block, float magnitud
 template <class Op>
 static void attention_forward(Attention a) {
   if (a.B * a.T * a.H == 0) return;
+  // Few rows read a key once: rounding it takes longer than its product.
+  if constexpr (Op::pack == 2) {
+    if (a.rows() <= few_rows && !a.rows16 && a.fills_lanes<F32Product>()) return attention_forward<F32Product>(a);
+  }
   // The sign of the scale goes into q, so that the largest product is the largest score.
   const float magnitude = a.scale == 0 ? 1 : std::fabs(a.scale), sign = a.scale == 0 ? 0 : a.scale < 0 ? -1 : 1;
   const float unit = magnitude * log2_e;
+  a.few_apart = a.fills_lanes<Op>();
   const int64_t heads = a.B * a.G, blocks = a.blocks();
   // Few rows and many keys: the keys are cut into chunks of fixed size, whose results are combined in order.
   constexpr int64_t chunk = 384;
@@ -452,7 +558,7 @@ static void attention_forward(Attention a) {
         block.place(a, b, g, i, limit);
         const int64_t end = std::min(block.keys, begin + chunk);
         if (begin >= end) continue;
-        pack_columns<Op>(block, a.q, a.Dk, sign, memory.q);
+        pack_queries<Op>(a, block, sign, memory.q);
         memory.out = parts + part * static_cast<size_t>((head * blocks + i) * chunks + index);
         attend_block<Op>(a, block, begin, end, unit, tiles, memory);
         std::memcpy(memory.out + a.Dv * block_rows, block.max, sizeof block.max);
@@ -504,7 +610,7 @@ static void attention_forward(Attention a) {
     const KeyTiles tiles = a.each_tile ? KeyTiles{} : key_tiles<Op>(a, b, g, 0, a.limit(b), memory);
     for (int64_t index = task % parts; index < blocks; index += parts) {
       block.place(a, b, g, index, a.limit(b));
-      pack_columns<Op>(block, a.q, a.Dk, sign, memory.q);
+      pack_queries<Op>(a, block, sign, memory.q);
       attend_block<Op>(a, block, 0, block.keys, unit, tiles, memory);
       finish_block(a, block, magnitude, memory.out);
     }

@@ -5,6 +5,7 @@ import { createBackend } from '../../backend.ts'
 const shapes = [
   { name: '12m', B: 8, T: 256, S: 256, H: 8, Dk: 48, Dv: 32 },
   { name: 'MLA 192/128', B: 1, T: 1024, S: 1024, H: 8, Dk: 192, Dv: 128 },
+  { name: '256/256', B: 1, T: 1024, S: 1024, H: 8, Dk: 256, Dv: 256 },
   { name: '64/64', B: 1, T: 1024, S: 1024, H: 16, Dk: 64, Dv: 64 },
   { name: 'decode 192/128', B: 1, T: 1, S: 4096, H: 16, Dk: 192, Dv: 128 },
 ]

@@ -20,6 +20,9 @@ const cases = [
   { B: 3, T: 2, S: 800, H: 5, C: 21, valueDim: 13, lengths: [2, 0, 800] },
   { B: 1, T: 70, S: 100, H: 2, C: 48, valueDim: 32, lengths: [100] },
   { B: 2, T: 1, S: 1000, H: 65, C: 24, valueDim: 16, lengths: [400, 900] },
+  // A whole vector of heads, and few.
+  { B: 1, T: 1, S: 130, H: 20, C: 96, valueDim: 64, lengths: [117] },
+  { B: 2, T: 1, S: 1000, H: 20, C: 576, valueDim: 512, lengths: [3, 901] },
 ]
 
 /** Plain loops are slow: once per case. */
@@ -102,6 +105,7 @@ const pagedCases: PagedCase[] = [
   { B: 9, T: 1, H: 16, C: 160, valueDim: 128, page: 64, lengths: [300, 1, 0, 64, 65, 200, 128, 30, 300] },
   { B: 8, T: 2, H: 33, C: 48, valueDim: 32, page: 16, lengths: [100, 3, 0, 48, 96, 47, 49, 16] },
   { B: 3, T: 2, H: 5, C: 21, valueDim: 13, page: 5, lengths: [2, 0, 803] },
+  { B: 2, T: 1, H: 20, C: 96, valueDim: 64, page: 16, lengths: [40, 900] },
 ]
 
 /** Rows in pages in no order, of which all sequences share the first, and the same rows one behind another. What is not in use is NaN. */
