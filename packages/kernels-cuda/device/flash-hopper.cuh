@@ -40,10 +40,8 @@ struct WarpgroupTile {
   }
 };
 
-/// Element (row, k) of a tile of `rows` rows, of which 64 k at a time lie together: k runs along memory. (Distances are added to the descriptor of the tile's
-/// beginning, which serves many.)
-MOE_DEVICE uint64_t operandOf(const unsigned char* tile, int rows, int row, int k) { return operandAt(tile, 0) + ((k / 64 * rows + row) * 8 + k % 64 / 8); }
-/// Columns from `column`, a multiple of 64, on of such a tile as a right operand whose k is the rows from `row` on.
-MOE_DEVICE uint64_t operandAcrossOf(const unsigned char* tile, int rows, int row, int column) {
-  return operandAcross(tile, rows * 128) + (column / 64 * rows + row) * 8;
-}
+/// Of a tile of `rows` rows, of which 64 k at a time lie together, and which is an operand from its beginning on: from element (row, k) on. k runs along memory.
+MOE_DEVICE uint64_t operandOf(uint64_t tile, int rows, int row, int k) { return tile + ((k / 64 * rows + row) * 8 + k % 64 / 8); }
+/// Such a tile as a right operand whose k is its rows, and that from `row` and `column`, a multiple of 64, on.
+MOE_DEVICE uint64_t operandAcrossTile(const unsigned char* tile, int rows) { return operandAcross(tile, rows * 128); }
+MOE_DEVICE uint64_t operandAcrossOf(uint64_t tile, int rows, int row, int column) { return tile + (column / 64 * rows + row) * 8; }

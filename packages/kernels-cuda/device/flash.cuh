@@ -308,16 +308,16 @@ struct OnlineSoftmax {
     bool grown;
   };
 
-  /// Scores (scaled, -infinity where not seen) become exponentials over the highest so far.
-  MOE_DEVICE Shrink exponentials(OnlineSoftmax& m, typename Engine::Scores& s) {
+  /// Scores (-infinity where not seen) times a positive scale become exponentials over the highest so far. A scale costs nothing: the highest is subtracted by the same instruction.
+  MOE_DEVICE Shrink exponentials(OnlineSoftmax& m, typename Engine::Scores& s, float scale = 1.f) {
     Shrink shrink;
     shrink.grown = false;
 #pragma unroll
     for (int i = 0; i < Engine::Rows; i++) {
-      float high = m.highest[i];
+      float high = -infinity();
 #pragma unroll
       for (int j = 0; j < Engine::Columns; j++) high = fmaxf(high, Engine::at(s, i, j));
-      high = rowMax<Engine>(high);
+      high = fmaxf(m.highest[i], rowMax<Engine>(high) * scale);
       const float base = high == -infinity() ? 0.f : high;
       shrink.factor[i] = Engine::exponential(m.highest[i] - base);
       shrink.grown = shrink.grown || high != m.highest[i];
@@ -326,7 +326,7 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int j = 0; j < Engine::Columns; j++) {
         float& p = Engine::at(s, i, j);
-        p = Engine::exponential(p - base);
+        p = Engine::exponential(fmaf(p, scale, -base));
         sum += p;
       }
       m.total[i] = m.total[i] * shrink.factor[i] + sum;

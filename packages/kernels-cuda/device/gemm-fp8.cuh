@@ -37,31 +37,41 @@ MOE_DEVICE void workOffFp8Steps(OperandsAt operandsAt, int rowsA, int jobs, JobO
       },
       [&](int j, const HopperJob& job, Stages<Tile>& stages) {
         const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-        Tile::Sums sums = {}, part = {};
-        for (int t = 0; t < job.steps; t++, nextStage(stages)) {
-          const unsigned char* const left = stageOf(stages) + warp / 4 * (Tile::bytesA / 2);
-          const unsigned char* const right = stageOf(stages) + Tile::bytesA;
-          const float* rowScales = nullptr;
+        const uint64_t left = kept(operandAt(stages.data + warp / 4 * (Tile::bytesA / 2), 0)), right = kept(operandAt(stages.data + Tile::bytesA, 0));
+        const auto loadScales = [&](float (&to)[Tile::Rows], int t) {
           operandsAt(t, [&](const TensorMap&, const TensorMap&, const Fp8Scales& scalesA, const Fp8Scales&, int step) {
-            rowScales = scalesOf(scalesA, job.matrixA, job.k / Tile::BK + step);
-          });
-          float scaleA[Tile::Rows];
+            const float* const from = scalesOf(scalesA, job.matrixA, job.k / Tile::BK + step);
 #pragma unroll
-          for (int i = 0; i < Tile::Rows; i++) scaleA[i] = rowScales[min(job.rowA + Tile::row(i), rowsA - 1)];
+            for (int i = 0; i < Tile::Rows; i++) to[i] = from[min(job.rowA + Tile::row(i), rowsA - 1)];
+          });
+        };
+        Tile::Sums sums = {}, part = {};
+        float scaleA[Tile::Rows], nextA[Tile::Rows];
+        if (job.steps > 0) loadScales(nextA, 0);
+        for (int t = 0; t < job.steps; t++, nextStage(stages)) {
+          const uint64_t a = further(left, stages.stage * (Tile::stageBytes / 16)), b = further(right, stages.stage * (Tile::stageBytes / 16));
+#pragma unroll
+          for (int i = 0; i < Tile::Rows; i++) scaleA[i] = nextA[i];
           wait(&stages.full[stages.stage], stages.parity);
           fenceProducts(part.v);
-          multiplyGroupFp8<true>(part.v, operandAt(left, 0), operandAt(right, 0));
+          multiplyGroupFp8<true>(part.v, a, b);
 #pragma unroll
-          for (int k = 16; k < 64; k += 16) multiplyGroupFp8<false>(part.v, operandAt(left, k), operandAt(right, k));
+          for (int k = 16; k < 64; k += 16) multiplyGroupFp8<false>(part.v, a + stepTo<false>(k), b + stepTo<false>(k));
           commitProducts();
+          // While they are on their way: scales of the next step's rows, and of half of the columns, for which there are registers.
+          if (t + 1 < job.steps) loadScales(nextA, t + 1);
+          const float* const scalesB = stageScales(stages) + Tile::column(0);
+          float2 scaleB[Tile::Columns / 4];
+#pragma unroll
+          for (int c = 0; c < Tile::Columns / 4; c++) scaleB[c] = *(const float2*)(scalesB + Tile::step(2 * c));
           waitProducts<0>(part.v);
 #pragma unroll
           for (int c = 0; c < Tile::Columns; c += 2) {
-            const float2 scaleB = *(const float2*)(stageScales(stages) + Tile::column(c));
+            const float2 scale = c < Tile::Columns / 2 ? scaleB[c / 2] : *(const float2*)(scalesB + Tile::step(c));
 #pragma unroll
             for (int i = 0; i < Tile::Rows; i++) {
-              Tile::at(sums, i, c) += Tile::at(part, i, c) * (scaleA[i] * scaleB.x);
-              Tile::at(sums, i, c + 1) += Tile::at(part, i, c + 1) * (scaleA[i] * scaleB.y);
+              Tile::at(sums, i, c) += Tile::at(part, i, c) * (scaleA[i] * scale.x);
+              Tile::at(sums, i, c + 1) += Tile::at(part, i, c + 1) * (scaleA[i] * scale.y);
             }
           }
           fenceOperands(); // threads have read scales where the copy engine writes again

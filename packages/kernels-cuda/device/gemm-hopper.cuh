@@ -47,10 +47,14 @@ MOE_DEVICE void copyOperand(unsigned char* to, const TensorMap& x, Barrier* full
   }
 }
 
-/// Sixteen of the 64 k that lie in a stage, from k on, as a product takes them.
+/// The first sixteen of the 64 k that lie in a stage, as a product takes them; those from k on are stepTo(k) further.
 template <bool Across>
-MOE_DEVICE uint64_t operandIn(const unsigned char* stage, int k) {
-  return Across ? operandAcross(stage + k * 128, 64 * 128) : operandAt(stage, k);
+MOE_DEVICE uint64_t operandIn(const unsigned char* stage) {
+  return Across ? operandAcross(stage, 64 * 128) : operandAt(stage, 0);
+}
+template <bool Across>
+MOE_DEVICE int stepTo(int k) {
+  return Across ? k * 8 : k / 8;
 }
 
 /// Places in shared memory between the warp that copies and the warpgroups that multiply, each `full` (the copies have landed) or `empty` (all warps have read it)
@@ -86,7 +90,7 @@ MOE_DEVICE void workOffStages(int jobs, int stepBytes, JobOf jobOf, Copy copy, M
   }
   __syncthreads();
 
-  Stages<Tile> stages = {dynamic + (-sharedAddress(dynamic) & 1023), full, empty, 0, 0};
+  Stages<Tile> stages = {kept(dynamic + (-sharedAddress(dynamic) & 1023)), kept(full), kept(empty), 0, 0};
   const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp == Tile::Producer) {
     for (int j = blockIdx.x; j < jobs; j += gridDim.x) {
@@ -113,15 +117,16 @@ MOE_DEVICE void workOffSteps(int jobs, JobOf jobOf, Copy copy, Store store) {
       [&](const Stages<Tile>& stages, const HopperJob& job, int t) { copy(stageOf(stages), &stages.full[stages.stage], job, t); },
       [&](int j, const HopperJob& job, Stages<Tile>& stages) {
         const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+        // Of the first stage: the others' are found by an addition.
+        const uint64_t left = kept(operandIn<AcrossA>(stages.data + warp / 4 * (Tile::bytesA / 2))), right = kept(operandIn<AcrossB>(stages.data + Tile::bytesA));
         typename Tile::Sums sums = {};
         int last = 0;
         for (int t = 0; t < job.steps; t++, nextStage(stages)) {
-          const unsigned char* const left = stageOf(stages) + warp / 4 * (Tile::bytesA / 2);
-          const unsigned char* const right = stageOf(stages) + Tile::bytesA;
+          const uint64_t a = further(left, stages.stage * (Tile::stageBytes / 16)), b = further(right, stages.stage * (Tile::stageBytes / 16));
           wait(&stages.full[stages.stage], stages.parity);
           fenceProducts(sums.v);
 #pragma unroll
-          for (int k = 0; k < Tile::BK; k += 16) multiplyGroup<Tile::BN, AcrossB, AcrossA>(sums.v, operandIn<AcrossA>(left, k), operandIn<AcrossB>(right, k));
+          for (int k = 0; k < Tile::BK; k += 16) multiplyGroup<Tile::BN, AcrossB, AcrossA>(sums.v, a + stepTo<AcrossA>(k), b + stepTo<AcrossB>(k));
           commitProducts();
           // One group stays on its way, so that the tensor cores never wait for the next; the stage before is free.
           waitProducts<1>(sums.v);

@@ -25,6 +25,20 @@ struct Barrier {
 #endif
 
 MOE_DEVICE uint32_t sharedAddress(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+/// The same place in shared memory, or the same operand (operandAt), by whole warps. The compiler takes its address for one that all lanes have, and keeps it; otherwise it
+/// finds it anew at every use, in a dozen steps before the first product.
+template <class T>
+MOE_DEVICE T* kept(T* shared) {
+  return (T*)__cvta_shared_to_generic(__shfl_sync(wholeWarp, sharedAddress(shared), 0));
+}
+MOE_DEVICE uint64_t kept(uint64_t operand) { return operand >> 32 << 32 | __shfl_sync(wholeWarp, (uint32_t)operand, 0); }
+/// The operand that lies 16 `distance` bytes further on, found by adding to this one here: not anew, nor for all steps of k ahead of a loop, in more registers than a
+/// warp has.
+MOE_DEVICE uint64_t further(uint64_t operand, uint32_t distance = 0) {
+  operand += distance;
+  asm volatile("" : "+l"(operand));
+  return operand;
+}
 
 /// By one thread, before anybody uses it: what follows is fenceBarriers() by the same thread, then __syncthreads().
 MOE_DEVICE void initBarrier(Barrier* barrier, int arrivals) {
@@ -108,6 +122,15 @@ MOE_DEVICE void waitProducts(float (&d)[N]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
   if (Pending == 0) holdSums(d);
 }
+/// These numbers, none of which is negative, are computed before what follows. ptxas moves arithmetic behind a wait for products that stands after it, and then nothing is computed beside
+/// them; that nobody sleeps here it does not know.
+template <int N>
+MOE_DEVICE void computeFirst(const float (&x)[N]) {
+  uint32_t signs = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) signs |= __float_as_uint(x[i]);
+  if ((int)signs < 0) asm volatile("nanosleep.u32 1;" ::: "memory");
+}
 
 // "%<tens>0, ... %<tens>9", and sums as operands of asm.
 #define MOE_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
@@ -120,38 +143,38 @@ MOE_DEVICE void waitProducts(float (&d)[N]) {
 #define MOE_SUMS64(i) MOE_SUMS32(i), MOE_SUMS32(i + 32)
 #define MOE_PRODUCT(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
 
-/// d += a b^T for 16 of k, by all 128 threads of a warpgroup: a has 64 rows and b has N (each operandAt, or operandAcross when AcrossA, AcrossB).
+/// d += a b^T for 16 of k, by all 128 threads of a warpgroup: a has 64 rows and b has N (each operandAt, or operandAcross when AcrossA, AcrossB). Fresh: d = a b^T, whatever d was.
 /// Thread t of the warpgroup has, with w = t/32, g = t%32/4, c = t%4: d[4j], d[4j+1] = D[16w+g][8j+2c, +1], d[4j+2], d[4j+3] =
 /// D[16w+g+8][8j+2c, +1] ("wgmma.mma_async", "Register Fragments for wgmma.mma_async.m64nNk16").
-template <int N, bool AcrossB = false, bool AcrossA = false>
+template <int N, bool AcrossB = false, bool AcrossA = false, bool Fresh = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b) {
   static_assert(N == 32 || N == 64 || N == 80 || N == 128 || N == 144 || N == 192 || N == 256, "the widths that are used");
-  // Scales of d, a and b: 1.
+  // Scales of a and b: 1.
   if constexpr (N == 32) {
-    asm volatile(MOE_PRODUCT(32) "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, %18, %19;"
+    asm volatile(MOE_PRODUCT(32) "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, %20, 1, 1, %18, %19;"
                  : MOE_SUMS8(0), MOE_SUMS8(8)
-                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
+                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB), "n"(!Fresh));
   } else if constexpr (N == 64) {
-    asm volatile(MOE_PRODUCT(64) "{" MOE_0_TO_29 "%30, %31}, %32, %33, 1, 1, 1, %34, %35;" : MOE_SUMS32(0) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
+    asm volatile(MOE_PRODUCT(64) "{" MOE_0_TO_29 "%30, %31}, %32, %33, %36, 1, 1, %34, %35;" : MOE_SUMS32(0) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB), "n"(!Fresh));
   } else if constexpr (N == 80) {
-    asm volatile(MOE_PRODUCT(80) "{" MOE_0_TO_29 "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, %40, %41, 1, 1, 1, %42, %43;"
+    asm volatile(MOE_PRODUCT(80) "{" MOE_0_TO_29 "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, %40, %41, %44, 1, 1, %42, %43;"
                  : MOE_SUMS32(0), MOE_SUMS8(32)
-                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
+                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB), "n"(!Fresh));
   } else if constexpr (N == 128) {
-    asm volatile(MOE_PRODUCT(128) "{" MOE_0_TO_59 "%60, %61, %62, %63}, %64, %65, 1, 1, 1, %66, %67;" : MOE_SUMS64(0) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
+    asm volatile(MOE_PRODUCT(128) "{" MOE_0_TO_59 "%60, %61, %62, %63}, %64, %65, %68, 1, 1, %66, %67;" : MOE_SUMS64(0) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB), "n"(!Fresh));
   } else if constexpr (N == 144) {
-    asm volatile(MOE_PRODUCT(144) "{" MOE_0_TO_59 MOE_TEN(6) "%70, %71}, %72, %73, 1, 1, 1, %74, %75;" : MOE_SUMS64(0), MOE_SUMS8(64) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
+    asm volatile(MOE_PRODUCT(144) "{" MOE_0_TO_59 MOE_TEN(6) "%70, %71}, %72, %73, %76, 1, 1, %74, %75;" : MOE_SUMS64(0), MOE_SUMS8(64) : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB), "n"(!Fresh));
   } else if constexpr (N == 192) {
-    asm volatile(MOE_PRODUCT(192) "{" MOE_0_TO_89 "%90, %91, %92, %93, %94, %95}, %96, %97, 1, 1, 1, %98, %99;"
+    asm volatile(MOE_PRODUCT(192) "{" MOE_0_TO_89 "%90, %91, %92, %93, %94, %95}, %96, %97, %100, 1, 1, %98, %99;"
                  : MOE_SUMS64(0), MOE_SUMS32(64)
-                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
+                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB), "n"(!Fresh));
   } else {
-    asm volatile(MOE_PRODUCT(256) "{" MOE_0_TO_119 "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, 1, 1, 1, %130, %131;"
+    asm volatile(MOE_PRODUCT(256) "{" MOE_0_TO_119 "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, %132, 1, 1, %130, %131;"
                  : MOE_SUMS64(0), MOE_SUMS64(64)
-                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB));
+                 : "l"(a), "l"(b), "n"(AcrossA), "n"(AcrossB), "n"(!Fresh));
   }
 }
-/// The same of f8e4m3, 32 of k (each operandAt, 32 bytes of a row as ever), with 128 rows of b; Fresh: d = a b^T, whatever d was.
+/// The same of f8e4m3, 32 of k (each operandAt, 32 bytes of a row as ever), with 128 rows of b; Fresh likewise.
 template <bool Fresh>
 MOE_DEVICE void multiplyGroupFp8(float (&d)[64], uint64_t a, uint64_t b) {
   asm volatile(

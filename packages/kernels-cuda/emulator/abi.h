@@ -76,7 +76,7 @@ void copyBytes(void* shared, const void* global, int bytes, void* barrier, const
 void fenceOperands();
 void syncWarpgroup(const char* file, int line);
 void fenceProducts(const char* file, int line);
-void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, const char* file, int line);
+void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, bool fresh, const char* file, int line);
 void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line);
 void multiplyGroupFp8(float* d, uint64_t a, uint64_t b, bool fresh, const char* file, int line);
 void commitProducts(const char* file, int line);

@@ -10,6 +10,13 @@ struct ParameterOf<TensorMap> {
 }  // namespace emu
 
 MOE_DEVICE uint32_t sharedAddress(const void* shared) { return emu::sharedAddress(shared); }
+template <class T>
+MOE_DEVICE T* kept(T* shared, EMU_PLACE) {
+  __shfl_sync(wholeWarp, 0, 0, 32, file, line);
+  return shared;
+}
+MOE_DEVICE uint64_t kept(uint64_t operand, EMU_PLACE) { return operand >> 32 << 32 | __shfl_sync(wholeWarp, (uint32_t)operand, 0, 32, file, line); }
+MOE_DEVICE uint64_t further(uint64_t operand, uint32_t distance = 0) { return operand + distance; }
 MOE_DEVICE void initBarrier(Barrier* barrier, int arrivals, EMU_PLACE) { emu::initBarrier(barrier, arrivals, file, line); }
 MOE_DEVICE void fenceBarriers() { emu::fenceBarriers(); }
 MOE_DEVICE void arrive(Barrier* barrier, EMU_PLACE) { emu::arriveAtBarrier(barrier, 0, file, line); }
@@ -26,12 +33,14 @@ MOE_DEVICE void syncWarpgroup(EMU_PLACE) { emu::syncWarpgroup(file, line); }
 template <int N>
 MOE_DEVICE void holdSums(float (&)[N]) {}
 template <int N>
+MOE_DEVICE void computeFirst(const float (&)[N]) {}
+template <int N>
 MOE_DEVICE void fenceProducts(float (&)[N], EMU_PLACE) {
   emu::fenceProducts(file, line);
 }
-template <int N, bool AcrossB = false, bool AcrossA = false>
+template <int N, bool AcrossB = false, bool AcrossA = false, bool Fresh = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], uint64_t a, uint64_t b, EMU_PLACE) {
-  emu::multiplyGroup(d, N, a, b, AcrossA, AcrossB, file, line);
+  emu::multiplyGroup(d, N, a, b, AcrossA, AcrossB, Fresh, file, line);
 }
 template <int N, bool Across = false>
 MOE_DEVICE void multiplyGroup(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, EMU_PLACE) {

@@ -314,8 +314,8 @@ static void ask(float* d, Product product) {
   queue.products[queue.count++] = product;
   if (run.lane == 0) setRead(product, run.warp, inFlight);
 }
-void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, const char* file, int line) {
-  ask(d, {false, false, false, acrossA, acrossB, a, b, {}, nullptr, n, 0, 0, file, line});
+void multiplyGroup(float* d, int n, uint64_t a, uint64_t b, bool acrossA, bool acrossB, bool fresh, const char* file, int line) {
+  ask(d, {false, false, fresh, acrossA, acrossB, a, b, {}, nullptr, n, 0, 0, file, line});
 }
 void multiplyGroup(float* d, int n, const uint32_t* a, uint64_t b, bool across, const char* file, int line) {
   ask(d, {true, false, false, false, across, 0, b, {a[0], a[1], a[2], a[3]}, a, n, 0, 0, file, line});

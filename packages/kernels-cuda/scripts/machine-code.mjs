@@ -3,7 +3,7 @@
 //   node scripts/machine-code.mjs [MODULE…]
 //
 // It walks every path through a kernel, with the products of warpgroups that are on their way, and fails where an instruction reads or writes a register that one of them has: of sums, or
-// of a left operand. Also where a kernel uses local memory, ends while products are on their way, or waits behind each product of several.
+// of a left operand. Also where a kernel uses local memory, ends while products are on their way, waits behind each product of several, or has waited for all of them before the first exponential.
 import { spawnSync } from 'node:child_process'
 import { existsSync, readdirSync, writeFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
@@ -23,10 +23,13 @@ const columns = [
   ['waits', 7],
   ['loop', 8],
   ['in it', 7],
+  ['exp', 5],
+  ['beside', 8],
 ]
 const lines = [
   "Machine code of Hopper's kernels that multiply: instructions, products of warpgroups, groups in which they are committed, waits for groups; of the loop with most products",
-  'the instructions, and products among them. Written by scripts/machine-code.mjs, which fails where registers of products on their way are touched.',
+  'the instructions, products and exponentials among them, and how many of those are computed beside products. Written by scripts/machine-code.mjs, which fails where registers of',
+  'products on their way are touched.',
   '',
   `${'kernel'.padEnd(56)}${columns.map(([name, width]) => name.padStart(width)).join('')}`,
 ]
@@ -47,11 +50,13 @@ for (const module of named.length > 0 ? named : modules) {
     if (products.length > 4 && groups > products.length / 2)
       fail(`${name}: ${products.length} products in ${groups} groups`)
     const loop = loopOf(code)
-    const numbers = [code.length, products.length, groups, waits, loop.length, loop.filter(isProduct).length]
+    const { all, beside } = exponentialsOf(loop)
+    if (all > 0 && beside === 0) fail(`${name}: all products are waited for before the first exponential`)
+    const numbers = [code.length, products.length, groups, waits, loop.length, loop.filter(isProduct).length, all, beside]
     lines.push(name.padEnd(56) + numbers.map((x, i) => String(x).padStart(columns[i][1])).join(''))
   }
 }
-console.log(lines.slice(3).join('\n'))
+console.log(lines.slice(4).join('\n'))
 if (faults > 0) process.exitCode = 1
 else if (named.length === 0) writeFileSync(join(root, 'device', 'machine-code.txt'), `${lines.join('\n')}\n`)
 
@@ -110,6 +115,20 @@ function loopOf(code) {
     const [more, most] = [count(loop), count(best)]
     return more > most || (more === most && more > 0 && loop.length < best.length) ? loop : best
   }, [])
+}
+
+/** Exponentials of a loop, and how many of them stand where products are on their way. */
+function exponentialsOf(loop) {
+  const found = { all: 0, beside: 0 }
+  let underway = false
+  for (const instruction of loop) {
+    if (isProduct(instruction)) underway = true
+    else if (isWait(instruction) && Number(instruction.operands[1]) === 0) underway = false
+    if (instruction.op !== 'MUFU.EX2') continue
+    found.all++
+    if (underway) found.beside++
+  }
+  return found
 }
 
 /** How many registers a value has. */

@@ -357,6 +357,8 @@ const instructions = {
   // Control.
   bra: (_, modifiers, [target]) => (modifiers.every(m => m === 'uni') ? `goto ${label(target)};` : undefined),
   ret: () => 'return;',
+  // A wait for time alone.
+  nanosleep: () => '',
   trap: kernel => `emu::trap(${kernel.here});`,
 
   // Data.
@@ -746,13 +748,12 @@ function multiplyGroup(kernel, form, operands) {
   if (shape[2]) {
     if (n !== 128) return
     ask = `emu::multiplyGroupFp8(d, ${kernel.read(a, 'uint64_t')}, ${right}, !${kernel.read(scaleD, 'bool')}, ${place})`
-  } else if (scaleD !== '1') {
-    return
   } else if (a.startsWith('{')) {
+    if (scaleD !== '1') return
     const left = elements(a).map(x => kernel.read(x, 'uint32_t'))
     ask = `const uint32_t left[4] = {${left.join(', ')}}; emu::multiplyGroup(d, ${n}, left, ${right}, ${transposed[0] === '1'}, ${place})`
   } else {
-    ask = `emu::multiplyGroup(d, ${n}, ${kernel.read(a, 'uint64_t')}, ${right}, ${transposed[0] === '1'}, ${transposed[1] === '1'}, ${place})`
+    ask = `emu::multiplyGroup(d, ${n}, ${kernel.read(a, 'uint64_t')}, ${right}, ${transposed[0] === '1'}, ${transposed[1] === '1'}, ${scaleD === '0'}, ${place})`
   }
   const values = sums.map(x => kernel.read(x, 'float')).join(', ')
   const results = sums.map((x, i) => kernel.write(x, 'float', `sums[${i}]`)).join(' ')

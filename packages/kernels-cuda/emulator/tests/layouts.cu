@@ -21,8 +21,8 @@ MOE_KERNEL((32), moe_test_box_image, (int* image, const __grid_constant__ Tensor
 MOE_KERNEL((1), moe_test_descriptors, (int64_t* along, int64_t* across, int rows, int row, int k)) {
   MOE_DYNAMIC_SHARED(dynamic);
   const unsigned char* const tile = dynamic + (-sharedAddress(dynamic) & 1023);
-  along[0] = operandOf(tile, rows, row, k) - (sharedAddress(tile) >> 4);
-  across[0] = operandAcrossOf(tile, rows, k, row) - (sharedAddress(tile) >> 4);
+  along[0] = operandOf(operandAt(tile, 0), rows, row, k) - (sharedAddress(tile) >> 4);
+  across[0] = operandAcrossOf(operandAcrossTile(tile, rows), rows, k, row) - (sharedAddress(tile) >> 4);
 }
 
 /// The sums of every thread after one product of 64 x 128 x 16, whose operands lie in shared memory as in `left` (8 KiB) and `right` (16 KiB), or the

@@ -34,12 +34,10 @@ template <class E, bool Some, bool Turns = false>
 MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const TensorMap& k, const TensorMap& v, const int* lengths, const int* firstKeys, Sizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(Barrier, ready, [1]);
-  MOE_SHARED(Barrier, fullKeys, [E::Stages]);
-  MOE_SHARED(Barrier, emptyKeys, [E::Stages]);
-  MOE_SHARED(Barrier, fullValues, [E::Stages]);
-  MOE_SHARED(Barrier, emptyValues, [E::Stages]);
+  MOE_SHARED(Barrier, barriers, [4][E::Stages]);
   MOE_SHARED(Barrier, turns, [2]);
-  unsigned char* const queries = dynamic + (-sharedAddress(dynamic) & 1023);
+  Barrier *const fullKeys = kept(barriers[0]), *const emptyKeys = fullKeys + E::Stages, *const fullValues = emptyKeys + E::Stages, *const emptyValues = fullValues + E::Stages;
+  unsigned char* const queries = kept(dynamic + (-sharedAddress(dynamic) & 1023));
   unsigned char* const keys = queries + E::bytesQ;
   unsigned char* const values = keys + E::Stages * E::bytesK;
 
@@ -49,21 +47,19 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
   const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
   const auto begins = starts.range(first, E::BM);
   const int tiles = divUp(max(0, visible.keys(min(first + E::BM, z.T) - 1) - begins.least), E::BN), seenByAll = visible.keys(first);
-  const int group = __shfl_sync(wholeWarp, (int)threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), group = warp / 4, lane = threadIdx.x % 32;
   auto stage = [](int t) { return t % E::Stages; };
   auto parity = [](int t) { return t / E::Stages & 1; };
   // By one thread: nobody needs the tile that lay there.
   auto loadKeys = [&](int t) {
     if (t >= tiles) return;
     Barrier* const full = &fullKeys[stage(t)];
-    wait(&emptyKeys[stage(t)], parity(t) ^ 1);
     arriveAndExpect(full, E::bytesK);
     for (int d = 0; d < E::DK; d += 64) copyBox(keys + stage(t) * E::bytesK + d * E::BN * 2, k, full, g * E::DK + d, begins.least + t * E::BN, b);
   };
   auto loadValues = [&](int t) {
     if (t >= tiles) return;
     Barrier* const full = &fullValues[stage(t)];
-    wait(&emptyValues[stage(t)], parity(t) ^ 1);
     arriveAndExpect(full, E::bytesV);
     for (int d = 0; d < E::DV; d += 64) copyBox(values + stage(t) * E::bytesV + d * E::BN * 2, v, full, g * E::DV + d, begins.least + t * E::BN, b);
   };
@@ -92,21 +88,20 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
   uint32_t p[E::BN / 16][4];
   OnlineSoftmax<E> softmax;
   OnlineSoftmax<E>::begin(softmax);
+  const uint64_t queriesAt = kept(operandAt(queries + group * 64 * 128, 0)), keysAt = kept(operandAt(keys, 0)), valuesAt = kept(operandAcrossTile(values, E::BN));
   auto multiplyKeys = [&](int t) {
-    const unsigned char* const tile = keys + stage(t) * E::bytesK;
+    const uint64_t own = further(queriesAt), tile = further(keysAt, stage(t) * (E::bytesK / 16));
 #pragma unroll
-    for (int d = 0; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, operandOf(queries, E::BM, group * 64, d), operandOf(tile, E::BN, 0, d));
+    for (int d = 0; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, operandOf(own, E::BM, 0, d), operandOf(tile, E::BN, 0, d));
     commitProducts();
   };
   auto multiplyValues = [&](int t) {
-    const unsigned char* const tile = values + stage(t) * E::bytesV;
+    const uint64_t tile = further(valuesAt, stage(t) * (E::bytesV / 16));
 #pragma unroll
     for (int j = 0; j < E::BN; j += 16) multiplyGroup<E::DV, true>(sums.v, p[j / 16], operandAcrossOf(tile, E::BN, j, 0));
     commitProducts();
   };
   auto exponentials = [&](int t) {
-#pragma unroll
-    for (float& x : s.v) x *= z.scale * E::Unit;
     const int key = begins.least + t * E::BN;
     if (key + E::BN > seenByAll) {
 #pragma unroll
@@ -116,7 +111,7 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
         for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::sumStep(j) < left ? E::at(s, i, j) : -infinity();
       }
     }
-    if (key < begins.most) {
+    if (Some && key < begins.most) {
 #pragma unroll
       for (int i = 0; i < E::Rows; i++) {
         const int before = starts.from(first + E::row(i)) - key - E::column(0);
@@ -124,7 +119,7 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
         for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = E::sumStep(j) < before ? -infinity() : E::at(s, i, j);
       }
     }
-    return OnlineSoftmax<E>::exponentials(softmax, s);
+    return OnlineSoftmax<E>::exponentials(softmax, s, z.scale * E::Unit);
   };
 
   // The first turn of all is the first warpgroup's.
@@ -161,15 +156,19 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
       fenceProducts(sums.v);
       multiplyValues(t - 1);
       endTurn();
-      if (threadIdx.x == 0) {
-        loadKeys(t + 1);
-        loadValues(t);
+      // The whole warp waits: where one thread does, the compiler has what is the same for all in registers of each.
+      if (warp == 0) {
+        if (t + 1 < tiles) wait(&emptyKeys[stage(t + 1)], parity(t + 1) ^ 1);
+        if (lane == 0) loadKeys(t + 1);
+        wait(&emptyValues[stage(t)], parity(t) ^ 1);
+        if (lane == 0) loadValues(t);
       }
       __syncwarp(); // the wait below is the whole warp's
       waitProducts<1>(s.v);
       holdSums(s.v);
       if (lane == 0) arrive(&emptyKeys[stage(t)]);
       shrink = exponentials(t);
+      computeFirst(softmax.total);
       waitProducts<0>(sums.v);
       if (lane == 0) arrive(&emptyValues[stage(t - 1)]);
       E::pack(p, s);
@@ -226,24 +225,28 @@ struct BackwardHopper : WarpgroupTile<BN> {
 struct Place {
   int head, row, batch;
 };
+/// Tiles of BN rows from `place` on, head by head if they end before the matrix does.
+template <int BN>
+struct Places {
+  Place place;
+  int begin, end;
+  __device__ __forceinline__ Place next() {
+    const Place now = place;
+    place.row += BN;
+    if (place.row >= end) place.row = begin, place.head++;
+    return now;
+  }
+};
 
-/// Copies the block's rows (with OnlyK their features of keys alone) and, some stages ahead, its tiles of columns, each `tileAt(t)`, and `MoreBytes` that `copyMore(t, stage, barrier)` asks for.
-/// `step(t, stage, columns)` is called when they are there, and may return when all its products are done.
-template <class E, bool OnlyK, int MoreBytes, class TileAt, class CopyMore, class Step>
-MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const TensorMap& rowsV, Place place, const TensorMap& columnsK, const TensorMap& columnsV, int tiles, TileAt tileAt, CopyMore copyMore, Step step) {
+/// Copies the block's rows (with OnlyK their features of keys alone) and, some stages ahead, its tiles of columns, each the next of `places`, and `MoreBytes` that
+/// `copyMore(place, stage, barrier)` asks for. `step(place, stage, columns)` is called when they are there, and may return when all its products are done.
+template <class E, bool OnlyK, int MoreBytes, class CopyMore, class Step>
+MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const TensorMap& rowsV, Place place, const TensorMap& columnsK, const TensorMap& columnsV, int tiles, Places<E::BN> places, CopyMore copyMore, Step step) {
   MOE_SHARED(Barrier, ready, [1]);
-  MOE_SHARED(Barrier, full, [E::Stages]);
-  MOE_SHARED(Barrier, empty, [E::Stages]);
+  MOE_SHARED(Barrier, barriers, [2][E::Stages]);
+  Barrier *const full = kept(barriers[0]), *const empty = full + E::Stages;
   unsigned char* const stages = rows + E::rowBytes;
-  auto load = [&](int t) {
-    const Place from = tileAt(t);
-    unsigned char* const to = stages + t % E::Stages * E::stageBytes;
-    Barrier* const barrier = &full[t % E::Stages];
-    arriveAndExpect(barrier, E::stageBytes + MoreBytes);
-    copyMore(t, t % E::Stages, barrier);
-    for (int d = 0; d < E::DK; d += 64) copyBox(to + d * E::BN * 2, columnsK, barrier, from.head * E::DK + d, from.row, from.batch);
-    for (int d = 0; d < E::DV; d += 64) copyBox(to + (E::DK + d) * E::BN * 2, columnsV, barrier, from.head * E::DV + d, from.row, from.batch);
-  };
+  const int warp = __shfl_sync(wholeWarp, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     initBarrier(ready, 1);
     for (int s = 0; s < E::Stages; s++) {
@@ -256,41 +259,59 @@ MOE_DEVICE void forTiles(unsigned char* rows, const TensorMap& rowsK, const Tens
       for (int d = 0; d < E::DK; d += 64) copyBox(rows + d * E::BM * 2, rowsK, ready, place.head * E::DK + d, place.row, place.batch);
       for (int d = 0; d < E::DV && !OnlyK; d += 64) copyBox(rows + (E::DK + d) * E::BM * 2, rowsV, ready, place.head * E::DV + d, place.row, place.batch);
     }
-    for (int t = 0; t < min(tiles, E::Stages); t++) load(t);
   }
+  // By the first warp: nobody needs the tile that lay there.
+  Places<E::BN> ahead = places;
+  auto load = [&](int stage) {
+    const Place from = ahead.next();
+    if (lane > 0) return;
+    unsigned char* const to = stages + stage * E::stageBytes;
+    arriveAndExpect(&full[stage], E::stageBytes + MoreBytes);
+    copyMore(from, stage, &full[stage]);
+    for (int d = 0; d < E::DK; d += 64) copyBox(to + d * E::BN * 2, columnsK, &full[stage], from.head * E::DK + d, from.row, from.batch);
+    for (int d = 0; d < E::DV; d += 64) copyBox(to + (E::DK + d) * E::BN * 2, columnsV, &full[stage], from.head * E::DV + d, from.row, from.batch);
+  };
+  for (int t = 0; warp == 0 && t < min(tiles, E::Stages); t++) load(t);
   __syncthreads();
   if (tiles > 0) wait(ready, 0);
-  for (int t = 0; t < tiles; t++) {
-    wait(&full[t % E::Stages], t / E::Stages & 1);
-    step(t, t % E::Stages, stages + t % E::Stages * E::stageBytes);
+  for (int t = 0, stage = 0, parity = 0; t < tiles; t++) {
+    wait(&full[stage], parity);
+    step(places.next(), stage, stages + stage * E::stageBytes);
     if (MoreBytes > 0) fenceOperands(); // threads have read them, and the copy engine writes there again
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(&empty[t % E::Stages]);
-    // The other warpgroup is hardly more than a tile behind.
-    const int next = t - 1 + E::Stages;
-    if (threadIdx.x == 0 && t > 0 && next < tiles) {
-      wait(&empty[(t - 1) % E::Stages], (t - 1) / E::Stages & 1);
-      load(next);
+    if (lane == 0) arrive(&empty[stage]);
+    // The other warpgroup is hardly more than a tile behind. The whole warp waits: where one thread does, the compiler has what is the same for all in registers of each.
+    const int before = stage > 0 ? stage - 1 : E::Stages - 1;
+    if (warp == 0 && t > 0 && t - 1 + E::Stages < tiles) {
+      wait(&empty[before], stage > 0 ? parity : parity ^ 1);
+      load(before);
     }
     __syncwarp();
+    if (++stage == E::Stages) stage = 0, parity ^= 1;
   }
 }
 
-/// Scores of this warpgroup's rows and a tile of columns, and unless OnlyK with their features of values likewise the gradients of the probabilities, which are added.
+/// Scores of this warpgroup's rows and a tile of columns, and unless OnlyK with their features of values likewise the gradients of the probabilities, which are a group of their own and may
+/// still be on their way.
 template <class E, bool OnlyK = false>
-MOE_DEVICE void multiplyTiles(typename E::Scores& s, typename E::Scores& gradients, const unsigned char* rows, const unsigned char* columns) {
-  const int first = __shfl_sync(wholeWarp, (int)threadIdx.x / 128, 0) * 64;
+MOE_DEVICE void multiplyTiles(typename E::Scores& s, typename E::Scores& gradients, uint64_t rows, uint64_t columns) {
+  const uint64_t rowsK = further(rows), columnsK = further(columns), rowsV = further(rows, E::DK * E::BM / 8), columnsV = further(columns, E::DK * E::BN / 8);
   fenceProducts(s.v);
   if (!OnlyK) fenceProducts(gradients.v);
+  multiplyGroup<E::BN, false, false, true>(s.v, rowsK, columnsK);
 #pragma unroll
-  for (int d = 0; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, operandOf(rows, E::BM, first, d), operandOf(columns, E::BN, 0, d));
-#pragma unroll
-  for (int d = 0; d < E::DV && !OnlyK; d += 16) {
-    multiplyGroup<E::BN>(gradients.v, operandOf(rows + E::DK * E::BM * 2, E::BM, first, d), operandOf(columns + E::DK * E::BN * 2, E::BN, 0, d));
-  }
+  for (int d = 16; d < E::DK; d += 16) multiplyGroup<E::BN>(s.v, operandOf(rowsK, E::BM, 0, d), operandOf(columnsK, E::BN, 0, d));
   commitProducts();
-  waitProducts<0>(s.v);
-  if (!OnlyK) holdSums(gradients.v);
+  if (OnlyK) {
+    waitProducts<0>(s.v);
+    return;
+  }
+  multiplyGroup<E::BN, false, false, true>(gradients.v, rowsV, columnsV);
+#pragma unroll
+  for (int d = 16; d < E::DV; d += 16) multiplyGroup<E::BN>(gradients.v, operandOf(rowsV, E::BM, 0, d), operandOf(columnsV, E::BN, 0, d));
+  commitProducts();
+  waitProducts<1>(s.v);
+  holdSums(s.v);
 }
 
 /// Gradients of 128 keys and values of key head blockIdx.y, or of those that are asked for. The heads that share the key head come one after the other.
@@ -298,17 +319,16 @@ template <class E, bool Some, bool OfKeys, bool OfValues>
 MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
   MOE_SHARED(__align__(16) float, perQuery, [E::Stages][2][E::BN]); // log sum exp, delta
-  unsigned char* const rows = dynamic + (-sharedAddress(dynamic) & 1023);
+  unsigned char* const rows = kept(dynamic + (-sharedAddress(dynamic) & 1023));
+  const uint64_t rowsAt = kept(operandAt(rows + threadIdx.x / 128 * 64 * 128, 0)), columnsAt = kept(operandAt(rows + E::rowBytes, 0));
+  const uint64_t acrossAt = kept(operandAcrossTile(rows + E::rowBytes, E::BN));
   const int b = blockIdx.z, g = blockIdx.y, first = blockIdx.x * E::BM, shares = z.H / z.G;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
   const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
   // Tiles of queries of each head, from the first query that sees a key of this block to the last.
   const int begin = visible.firstQuery(first) / E::BN * E::BN, end = starts.template endOfQueries<E::Threads>(begin, first + E::BM);
   const int perHead = first < visible.limit ? max(0, divUp(end - begin, E::BN)) : 0;
-  auto tileAt = [&](int t) -> Place { return {g * shares + t / perHead, begin + t % perHead * E::BN, b}; };
-
-  auto copyQueries = [&](int t, int stage, Barrier* barrier) {
-    const Place from = tileAt(t);
+  auto copyQueries = [&](Place from, int stage, Barrier* barrier) {
     const int64_t at = ((int64_t)b * z.H + from.head) * roomFor(z.T) + from.row;
     copyBytes(perQuery[stage][0], shift + at, E::BN * 4, barrier);
     copyBytes(perQuery[stage][1], delta + at, E::BN * 4, barrier);
@@ -316,24 +336,28 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
 
   typename E::template Sums<E::DK> sumsK = {};
   typename E::template Sums<E::DV> sumsV = {};
-  forTiles<E, !OfKeys, 2 * E::BN * 4>(rows, k, v, {g, first, b}, q, dout, perHead * shares, tileAt, copyQueries, [&](int tile, int stage, const unsigned char* columns) {
-    const Place place = tileAt(tile);
-    typename E::Scores s = {}, gradients;
-#pragma unroll
-    for (int j = 0; j < E::Columns && OfKeys; j += 2) {
-      const float2 two = *(const float2*)(perQuery[stage][1] + E::column(j));
-#pragma unroll
-      for (int i = 0; i < E::Rows; i++) E::at(gradients, i, j) = -two.x, E::at(gradients, i, j + 1) = -two.y;
-    }
-    multiplyTiles<E, !OfKeys>(s, gradients, rows, columns);
-
+  forTiles<E, !OfKeys, 2 * E::BN * 4>(rows, k, v, {g, first, b}, q, dout, perHead * shares, {{g * shares, begin, b}, begin, begin + perHead * E::BN}, copyQueries, [&](Place place, int stage, const unsigned char*) {
+    typename E::Scores s, gradients;
+    multiplyTiles<E, !OfKeys>(s, gradients, rowsAt, further(columnsAt, stage * (E::stageBytes / 16)));
+    const auto ofQuery = [&](int which, int j) { return *(const float2*)(perQuery[stage][which] + E::column(j)); };
 #pragma unroll
     for (int j = 0; j < E::Columns; j += 2) {
-      const float2 two = *(const float2*)(perQuery[stage][0] + E::column(j));
+      const float2 shift = ofQuery(0, j);
 #pragma unroll
       for (int i = 0; i < E::Rows; i++) {
-        E::at(s, i, j) = exp2Fast(E::at(s, i, j) * (z.scale * E::Unit) - two.x);
-        E::at(s, i, j + 1) = exp2Fast(E::at(s, i, j + 1) * (z.scale * E::Unit) - two.y);
+        E::at(s, i, j) = exp2Fast(E::at(s, i, j) * (z.scale * E::Unit) - shift.x);
+        E::at(s, i, j + 1) = exp2Fast(E::at(s, i, j + 1) * (z.scale * E::Unit) - shift.y);
+      }
+    }
+    computeFirst(s.v);
+    if (OfKeys) waitProducts<0>(gradients.v);
+#pragma unroll
+    for (int j = 0; j < E::Columns && OfKeys; j += 2) {
+      const float2 delta = ofQuery(1, j);
+#pragma unroll
+      for (int i = 0; i < E::Rows; i++) {
+        E::at(gradients, i, j) -= delta.x;
+        E::at(gradients, i, j + 1) -= delta.y;
       }
     }
     if (place.row + E::BN > z.T || first + E::BM > visible.keys(place.row)) {
@@ -363,10 +387,11 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
     if (OfKeys) E::pack(ds, gradients);
     if (OfValues) fenceProducts(sumsV.v);
     if (OfKeys) fenceProducts(sumsK.v);
+    const uint64_t acrossK = further(acrossAt, stage * (E::stageBytes / 16)), acrossV = further(acrossK, E::DK * E::BN / 8);
 #pragma unroll
-    for (int t = 0; t < E::BN && OfValues; t += 16) multiplyGroup<E::DV, true>(sumsV.v, p[t / 16], operandAcrossOf(columns + E::DK * E::BN * 2, E::BN, t, 0));
+    for (int t = 0; t < E::BN && OfValues; t += 16) multiplyGroup<E::DV, true>(sumsV.v, p[t / 16], operandAcrossOf(acrossV, E::BN, t, 0));
 #pragma unroll
-    for (int t = 0; t < E::BN && OfKeys; t += 16) multiplyGroup<E::DK, true>(sumsK.v, ds[t / 16], operandAcrossOf(columns, E::BN, t, 0));
+    for (int t = 0; t < E::BN && OfKeys; t += 16) multiplyGroup<E::DK, true>(sumsK.v, ds[t / 16], operandAcrossOf(acrossK, E::BN, t, 0));
     commitProducts();
     waitProducts<0>(s.v);
     if (OfValues) holdSums(sumsV.v);
@@ -387,7 +412,9 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
 template <class E, bool Some>
 MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& k, const TensorMap& v, const TensorMap& dout, const float* shift, const float* delta, const int* lengths, const int* firstKeys, Sizes z) {
   MOE_DYNAMIC_SHARED(dynamic);
-  unsigned char* const rows = dynamic + (-sharedAddress(dynamic) & 1023);
+  unsigned char* const rows = kept(dynamic + (-sharedAddress(dynamic) & 1023));
+  const uint64_t rowsAt = kept(operandAt(rows + threadIdx.x / 128 * 64 * 128, 0)), columnsAt = kept(operandAt(rows + E::rowBytes, 0));
+  const uint64_t acrossAt = kept(operandAcrossTile(rows + E::rowBytes, E::BN));
   const int b = blockIdx.z, h = blockIdx.y, g = h / (z.H / z.G), first = (gridDim.x - 1 - blockIdx.x) * E::BM;
   const Visible visible = Visible::of(z.T, z.S, lengths, b, z.causal);
   const Starts<Some> starts = Starts<Some>::of(firstKeys, z.T, b);
@@ -405,22 +432,23 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
     seen[i] = visible.keys(t);
   }
   typename E::template Sums<E::DK> sums = {};
-  auto tileAt = [&](int t) -> Place { return {g, begins.least + t * E::BN, b}; };
-  auto nothing = [](int, int, Barrier*) {};
-  forTiles<E, false, 0>(rows, q, dout, {h, first, b}, k, v, tiles, tileAt, nothing, [&](int tile, int, unsigned char* columns) {
-    const int key = begins.least + tile * E::BN;
+  auto nothing = [](Place, int, Barrier*) {};
+  forTiles<E, false, 0>(rows, q, dout, {h, first, b}, k, v, tiles, {{g, begins.least, b}, 0, 0x7fffffff}, nothing, [&](Place place, int stage, unsigned char* columns) {
+    const int key = place.row;
     if (key + E::BN > end) clearRows<E, E::DK>(columns, end - key);
-    typename E::Scores s = {}, gradients;
-#pragma unroll
-    for (int j = 0; j < E::Columns; j++) {
-#pragma unroll
-      for (int i = 0; i < E::Rows; i++) E::at(gradients, i, j) = -rowDelta[i];
-    }
-    multiplyTiles<E>(s, gradients, rows, columns);
+    typename E::Scores s, gradients;
+    multiplyTiles<E>(s, gradients, rowsAt, further(columnsAt, stage * (E::stageBytes / 16)));
 #pragma unroll
     for (int i = 0; i < E::Rows; i++) {
 #pragma unroll
-      for (int j = 0; j < E::Columns; j++) E::at(gradients, i, j) *= exp2Fast(E::at(s, i, j) * (z.scale * E::Unit) - rowShift[i]);
+      for (int j = 0; j < E::Columns; j++) E::at(s, i, j) = exp2Fast(E::at(s, i, j) * (z.scale * E::Unit) - rowShift[i]);
+    }
+    computeFirst(s.v);
+    waitProducts<0>(gradients.v);
+#pragma unroll
+    for (int i = 0; i < E::Rows; i++) {
+#pragma unroll
+      for (int j = 0; j < E::Columns; j++) E::at(gradients, i, j) = (E::at(gradients, i, j) - rowDelta[i]) * E::at(s, i, j);
     }
     if (key + E::BN > seenByAll) {
 #pragma unroll
@@ -429,7 +457,7 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
         for (int j = 0; j < E::Columns; j++) E::at(gradients, i, j) = key + E::column(j) < seen[i] ? E::at(gradients, i, j) : 0.f;
       }
     }
-    if (key < begins.most) {
+    if (Some && key < begins.most) {
 #pragma unroll
       for (int i = 0; i < E::Rows; i++) {
         const int before = starts.from(first + E::row(i)) - key;
@@ -440,8 +468,9 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
     uint32_t ds[E::BN / 16][4];
     E::pack(ds, gradients);
     fenceProducts(sums.v);
+    const uint64_t across = further(acrossAt, stage * (E::stageBytes / 16));
 #pragma unroll
-    for (int j = 0; j < E::BN; j += 16) multiplyGroup<E::DK, true>(sums.v, ds[j / 16], operandAcrossOf(columns, E::BN, j, 0));
+    for (int j = 0; j < E::BN; j += 16) multiplyGroup<E::DK, true>(sums.v, ds[j / 16], operandAcrossOf(across, E::BN, j, 0));
     commitProducts();
     waitProducts<0>(sums.v);
   });

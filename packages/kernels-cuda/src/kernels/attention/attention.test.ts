@@ -23,6 +23,8 @@ interface Size {
   readonly Dk: number
   readonly Dv: number
   readonly causal: boolean
+  /** If not Dk ** -0.5. */
+  readonly scale?: number
   readonly lengths?: readonly number[]
   /** The first key that query t of sequence b sees. */
   readonly starts?: (t: number, b: number) => number
@@ -50,6 +52,8 @@ const sizes: readonly Size[] = [
     Dv: 64,
     causal: true,
   },
+  { name: 'a scale below zero', B: 1, T: 70, S: 150, H: 1, G: 1, Dk: 64, Dv: 64, causal: true, scale: -0.1 },
+  { name: 'a scale of zero', B: 1, T: 70, S: 150, H: 1, G: 1, Dk: 64, Dv: 64, causal: true, scale: 0 },
   { name: 'shared key heads', B: 1, T: 70, S: 150, H: 4, G: 2, Dk: 100, Dv: 128, causal: true },
   { name: 'lengths', B: 3, T: 70, S: 100, H: 1, G: 1, Dk: 64, Dv: 50, causal: true, lengths: [100, 33, 0] },
   { name: 'lengths, not causal', B: 2, T: 3, S: 100, H: 1, G: 1, Dk: 21, Dv: 64, causal: false, lengths: [64, 97] },
@@ -251,12 +255,12 @@ describe.skipIf(unavailable || !wgmmaVariants.includes(true))('warpgroups that t
 })
 
 describe.skipIf(unavailable).each(productVariants)('attention, $precision, wgmma $wgmma', ({ precision, wgmma }) => {
-  test.each(sizes)('$name', async ({ B, T, S, H, G, Dk, Dv, causal, lengths, starts }) => {
+  test.each(sizes)('$name', async ({ B, T, S, H, G, Dk, Dv, causal, scale = Dk ** -0.5, lengths, starts }) => {
     const random = new Random(T)
     const [q, k, v] = [exact(random, B, T, H, Dk), exact(random, B, S, G, Dk), exact(random, B, S, G, Dv)]
     const seen = lengths || starts ? [integers(...(lengths ?? new Array<number>(B).fill(S)))] : []
     if (starts) seen.push(perQuery(B, T, starts))
-    const attrs = { causal, scale: Dk ** -0.5, precision }
+    const attrs = { causal, scale, precision }
     const outputs = [output(B, T, H, Dv), output(B, H, T)]
     if (precision === 'f32' && (Dk > 192 || Dv > 128) && sharedMemory < widestF32) {
       await expect(onCuda('attention', [q, k, v, ...seen], attrs, outputs, { wgmma })).rejects.toThrow('declined')

@@ -101,7 +101,8 @@ export const attention: FusedFactory<'attention'> = cuda => {
     const out = cuda.output(outSpec)
     const lse = cuda.output(lseSpec)
     if (B * T * H === 0) return [out, lse]
-    if (onHopper !== undefined && precision === 'bf16' && S * G * Dk * Dv > 0) {
+    // Those kernels look for the highest score before they scale.
+    if (onHopper !== undefined && precision === 'bf16' && scale > 0 && S * G * Dk * Dv > 0) {
       if (onHopper(out.pointer, lse.pointer, { q, k, v, lengths, starts }, { causal, scale })) return [out, lse]
     }
     const [ldk, ldv] = engine.precision === 'bf16' ? [engine.dk, engine.dv] : [Dk, Dv]

@@ -50,7 +50,11 @@ template <class E, int Group>
 MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const LatentBlock<E>& block, LatentSizes z) {
   const int lane = threadIdx.x % 32, tiles = block.tiles;
   const int firstSeen = block.part.visible.keys(block.first / z.H);
+  const float scale = z.scale * E::Unit;
   auto stageOf = [&](int t) { return block.stages + t % E::Stages * E::stageBytes; };
+  const uint64_t queriesAt = kept(operandAt(block.queries, 0)), keysAt = kept(operandAt(block.stages, 0));
+  const uint64_t exponentialsAt = kept(operandAt(block.exponentials, 0)), valuesAt = kept(operandAcrossTile(block.stages + Group * (E::Half / 64) * E::box, E::BN));
+  auto valuesOf = [&](int t) { return further(valuesAt, t % E::Stages * (E::stageBytes / 16)); };
   auto waitFull = [&](int t, int part) { wait(&block.full[t % E::Stages * E::Parts + part], t / E::Stages & 1); };
 
   typename E::template Sums<E::Half> sums = {};
@@ -99,16 +103,15 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
 #pragma unroll
     for (int i = 0; i < E::Rows; i++) raise(i, block.highs[t % 2 * E::BM + E::groupRow(i)]);
     rescale();
+    const uint64_t values = valuesOf(t);
     fenceProducts(sums.v);
 #pragma unroll
-    for (int k = 0; k < E::BN; k += 16) {
-      multiplyGroup<E::Half, true>(sums.v, operandAt(block.exponentials, k), operandAcrossOf(stageOf(t), E::BN, k, Group * E::Half));
-    }
+    for (int k = 0; k < E::BN; k += 16) multiplyGroup<E::Half, true>(sums.v, operandOf(exponentialsAt, E::BM, 0, k), operandAcrossOf(values, E::BN, k, 0));
     commitProducts();
   };
 
   for (int t = Group; t < tiles; t += 2) {
-    const unsigned char* const keys = stageOf(t);
+    const uint64_t queries = further(queriesAt), keys = further(keysAt, t % E::Stages * (E::stageBytes / 16));
     typename E::Scores s = {};
     // Parts in the order in which they were replaced: the first are multiplied while the last is on its way.
     const auto multiplyPart = [&](int part) {
@@ -116,7 +119,7 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
       fenceProducts(s.v); // behind a loop ptxas wants it again
 #pragma unroll
       for (int d = E::firstBox(part) * 64; d < (E::firstBox(part) + E::boxes(part)) * 64; d += 16) {
-        multiplyGroup<E::BN>(s.v, operandOf(block.queries, E::BM, 0, d), operandOf(keys, E::BN, 0, d));
+        multiplyGroup<E::BN>(s.v, operandOf(queries, E::BM, 0, d), operandOf(keys, E::BN, 0, d));
       }
     };
     multiplyPart(Group);
@@ -127,8 +130,6 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
     if (Group == 1) addTheirs(t - 1); // while the exponentials are computed
 
     const int key = block.part.from + t * E::BN;
-#pragma unroll
-    for (float& x : s.v) x *= z.scale * E::Unit;
     if (key + E::BN > firstSeen) {
 #pragma unroll
       for (int i = 0; i < E::Rows; i++) {
@@ -139,20 +140,21 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
     }
 #pragma unroll
     for (int i = 0; i < E::Rows; i++) {
-      float best = high[i];
+      float best = -infinity();
 #pragma unroll
       for (int j = 0; j < E::Columns; j++) best = fmaxf(best, E::at(s, i, j));
-      const float base = raise(i, rowMax<E>(best));
+      const float base = raise(i, fmaxf(high[i], rowMax<E>(best) * scale));
 #pragma unroll
       for (int j = 0; j < E::Columns; j++) {
         float& x = E::at(s, i, j);
-        x = exp2Fast(x - base);
+        x = exp2Fast(fmaf(x, scale, -base));
         total[i] += x;
       }
     }
     uint32_t p[E::BN / 16][4];
     E::pack(p, s);
     if (Group == 1) {
+      computeFirst(total);
       waitProducts<0>(sums.v);
       replace(t - 1, false);
     }
@@ -177,9 +179,10 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
       clearBehind(t);
     }
     rescale();
+    const uint64_t values = valuesOf(t);
     fenceProducts(sums.v);
 #pragma unroll
-    for (int k = 0; k < E::BN; k += 16) multiplyGroup<E::Half, true>(sums.v, p[k / 16], operandAcrossOf(stageOf(t), E::BN, k, Group * E::Half));
+    for (int k = 0; k < E::BN; k += 16) multiplyGroup<E::Half, true>(sums.v, p[k / 16], operandAcrossOf(values, E::BN, k, 0));
     commitProducts();
     waitProducts<0>(sums.v);
     replace(t, true);
@@ -220,10 +223,10 @@ MOE_DEVICE void latentAttention(float* out, float* lse, const float* q, const Te
   MOE_SHARED(float, highs, [2 * E::BM]);
   MOE_SHARED(float, totals, [2 * E::BM]);
   LatentBlock<E> block;
-  block.queries = dynamic + (-sharedAddress(dynamic) & 1023);
+  block.queries = kept(dynamic + (-sharedAddress(dynamic) & 1023));
   block.stages = block.queries + E::bytesQ;
   block.exponentials = block.stages + E::Stages * E::stageBytes;
-  block.full = full, block.scored = scored, block.highs = highs, block.totals = totals;
+  block.full = kept(full), block.scored = kept(scored), block.highs = highs, block.totals = totals;
   block.part = Part::of<E::BN>(lengths, z);
   block.tiles = divUp(block.part.to - block.part.from, E::BN);
   block.first = blockIdx.y * E::BM;

@@ -11,6 +11,8 @@ const cases = [
   { name: 'several tokens of many heads', B: 2, T: 3, S: 300, H: 40, C: 160, V: 128, lengths: [257, 128] },
   { name: 'an uneven number of tiles', B: 1, T: 1, S: 200, H: 3, C: 288, V: 256, lengths: [190] },
   { name: 'odd sizes', B: 1, T: 70, S: 100, H: 2, C: 21, V: 13, lengths: [100] },
+  { name: 'a scale below zero', B: 1, T: 1, S: 200, H: 3, C: 96, V: 80, lengths: [190], scale: -0.1 },
+  { name: 'a scale of zero', B: 1, T: 1, S: 200, H: 3, C: 96, V: 80, lengths: [190], scale: 0 },
 ]
 
 const pagedCases = [
@@ -53,11 +55,11 @@ afterEach(() => {
 describe.skipIf(unavailable).each(productVariants)(
   'latent attention, $precision, wgmma $wgmma',
   ({ precision, wgmma }) => {
-    test.each(cases)('$name', async ({ B, T, S, H, C, V, lengths }) => {
+    test.each(cases)('$name', async ({ B, T, S, H, C, V, lengths, scale = C ** -0.5 }) => {
       const random = new Random(S)
       const q = exact(random, B, T, H, C)
       const cache = exact(random, B, S, C)
-      const attrs = { scale: C ** -0.5, valueDim: V, precision }
+      const attrs = { scale, valueDim: V, precision }
       const inputs = [q, cache, integers(...lengths)]
       const [expected] = await onCpu('latentAttention', inputs, attrs, [output(B, T, H, V)])
       // Rows behind the end of a sequence are never read.

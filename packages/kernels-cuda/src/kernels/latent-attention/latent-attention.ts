@@ -84,7 +84,8 @@ export const latentAttention: FusedFactory<'latentAttention'> = cuda => {
     const rows = B * T * H
     if (rows * valueDim === 0) return [out]
     const inputs = { q, cache, lengths, pages }
-    const launch = precision === 'bf16' ? onHopper?.(inputs, valueDim) : undefined
+    // Hopper's kernels look for the highest score before they scale.
+    const launch = precision === 'bf16' && scale > 0 ? onHopper?.(inputs, valueDim) : undefined
     const { m, n } = launch === undefined ? variant : { m: tileOnHopper, n: tileOnHopper }
     const tiles = Math.ceil((T * H) / m)
     const parts = partsOf(cuda, B * tiles, Math.ceil(S / n))
