@@ -127,7 +127,7 @@ EMU_EXPORT void moe_emulator_fail(const char* call, int after, int status) {
     injected[call] = {after, status};
   }
 }
-/// "readsHost", and "checks", "lazy", "reversed", "fp8Bits", "approximate" and "capability" over the variables of the environment. Checks are switched on again after a reset only: what happened without
+/// "readsHost", "idle", and "checks", "lazy", "reversed", "fp8Bits", "approximate" and "capability" over the variables of the environment. Checks are switched on again after a reset only: what happened without
 /// them left no marks.
 EMU_EXPORT void moe_emulator_set(const char* name, int value) {
   std::lock_guard guard{lock};
@@ -135,6 +135,7 @@ EMU_EXPORT void moe_emulator_set(const char* name, int value) {
   if (strcmp(name, "lazy") == 0) context().lazy = value != 0;
   if (strcmp(name, "readsHost") == 0) context().readsHost = value != 0;
   if (strcmp(name, "reversed") == 0) reversed = value != 0;
+  if (strcmp(name, "idle") == 0) context().idle = value != 0;
   if (strcmp(name, "fp8Bits") == 0) fp8Bits = value;
   if (strcmp(name, "approximate") == 0) approximate = value;
   if (strcmp(name, "capability") == 0) capabilityNow = value;

@@ -73,6 +73,7 @@ struct Context {
   Status error = ok;  // sticky
   bool lazy = true;
   bool readsHost = false;  // ordinary memory of the host too, when a copy runs
+  bool idle = false;       // launches, fills and copies on the device are checked, and nothing of them is done
   Stream null;
   std::set<Stream*> streams;
   std::map<Event*, std::shared_ptr<Event>> events;

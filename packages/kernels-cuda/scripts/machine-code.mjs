@@ -52,7 +52,16 @@ for (const module of named.length > 0 ? named : modules) {
     const loop = loopOf(code)
     const { all, beside } = exponentialsOf(loop)
     if (all > 0 && beside === 0) fail(`${name}: all products are waited for before the first exponential`)
-    const numbers = [code.length, products.length, groups, waits, loop.length, loop.filter(isProduct).length, all, beside]
+    const numbers = [
+      code.length,
+      products.length,
+      groups,
+      waits,
+      loop.length,
+      loop.filter(isProduct).length,
+      all,
+      beside,
+    ]
     lines.push(name.padEnd(56) + numbers.map((x, i) => String(x).padStart(columns[i][1])).join(''))
   }
 }

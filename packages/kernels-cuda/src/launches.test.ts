@@ -1,0 +1,272 @@
+/**
+ * @file Every launch is one that the device takes, on each kind of device that there is machine code for: threads, registers, shared memory as nvcc reports it. The emulated device refuses
+ * grids and blocks that a real one would, and runs none of the kernels here, so that sizes may be those of DeepSeek-V3.
+ */
+import { readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import {
+  adamwStep,
+  attention,
+  type Backend,
+  crossEntropy,
+  type DType,
+  dispatchPlan,
+  full,
+  globalNorm,
+  gradients,
+  groupedMatmul,
+  latentAttention,
+  linearCrossEntropy,
+  mlaKeyValue,
+  quantize,
+  quantizedMatmul,
+  quantizeWeight,
+  rmsNorm,
+  rope,
+  routedExperts,
+  routerTopk,
+  scope,
+  softmax,
+  swiglu,
+  type Tensor,
+  withPrecision,
+} from '@moe/core'
+import { afterAll, describe, expect, test } from 'vitest'
+import { createBackend } from './backend.ts'
+import { Modules } from './modules.ts'
+import { emulator, emulatorFunction, onDevice, resetEmulator, unavailable } from './test-backend.ts'
+
+/** KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"). */
+const sharedMemory = new Map([
+  [80, 163],
+  [86, 99],
+  [89, 99],
+  [90, 227],
+  [100, 227],
+  [120, 99],
+])
+const architectures = [...sharedMemory.keys()]
+/** Of a multiprocessor, and so of a block. A warp gets them in pieces of 256 from one of four schedulers, which have as many each. */
+const mostRegisters = 65_536
+
+interface Kernel {
+  readonly name: string
+  /** A thread's by architecture, where the kernel is there. */
+  readonly registers: ReadonlyArray<number | undefined>
+  readonly staticShared: number
+}
+const reported: Kernel[] = readFileSync(join(import.meta.dirname, '..', 'device', 'resources.txt'), 'utf8')
+  .split('\n')
+  .filter(line => line.startsWith('moe_'))
+  .map(line => {
+    const [name, ...columns] = line.split(/\s+/)
+    return {
+      name,
+      registers: architectures.map((_, i) => (columns[i] === '-' ? undefined : Number(columns[i]))),
+      staticShared: Number(columns[architectures.length]),
+    }
+  })
+
+/** What a layer of DeepSeek-V3 and its training ask for, with fewer experts and a smaller vocabulary, and sizes that other tiles and other heads are for. Nothing has values. */
+function ops(backend: Backend): Record<string, () => unknown> {
+  const made = (dtype: DType, ...shape: number[]) => full(shape, 0, { dtype, backend })
+  const given = (...shape: number[]) => made('f32', ...shape)
+  /** As parameters are, but freed with what else an op has made. */
+  const learned = (...shape: number[]) => {
+    const tensor = given(...shape)
+    tensor.tracked = true
+    return tensor
+  }
+  const ints = (...shape: number[]) => made('i32', ...shape)
+  const back = (loss: Tensor, of: readonly Tensor[]) => {
+    for (const gradient of gradients(loss.sum(), of)) gradient?.dispose()
+  }
+  const product = (m: number, n: number, k: number) => () => {
+    const [x, w] = [learned(m, k), learned(n, k)]
+    back(x.matmul(w, { transposeB: true }), [x, w])
+  }
+  const heads =
+    (T: number, S: number, H: number, G: number, dk: number, dv: number, starts = false) =>
+    () => {
+      const of = [learned(1, T, H, dk), learned(1, S, G, dk), learned(1, S, G, dv)]
+      const options = starts ? { starts: ints(1, T) } : {}
+      back(attention(of[0], of[1], of[2], options), of)
+    }
+  const decode = (H: number, C: number, V: number, dtype: DType, page?: number) => () =>
+    latentAttention(given(2, 1, H, C), made(dtype, page ? 9 : 2, page ?? 4096, C), ints(2), {
+      scale: 0.1,
+      valueDim: V,
+      ...(page ? { pages: ints(2, 4) } : {}),
+    })
+  const experts = (N: number, D: number, I: number, E: number, K: number) => () => {
+    const plan = dispatchPlan(ints(N, K), E)
+    const [x, weights] = [learned(N, D), learned(N, K)]
+    const [gate, up, down] = [learned(E, I, D), learned(E, I, D), learned(E, D, I)]
+    back(routedExperts(x, { gate, up, down }, weights, plan), [x, weights, gate, up, down])
+    const rows = learned(N * K, D)
+    back(groupedMatmul(rows, gate, plan.offsets), [rows, gate])
+    back(groupedMatmul(learned(N * K, I), gate, plan.offsets, { transposeW: false }), [gate])
+  }
+  const stored = (format: 'bf16' | 'fp8' | 'int8' | 'int4', rows: number, N: number, K: number) => () => {
+    const x = learned(rows, K)
+    back(quantizedMatmul(x, quantizeWeight(given(N, K), format)), [x])
+  }
+  const entropy = (N: number, V: number, D: number) => () => {
+    const [x, w] = [learned(N, D), learned(V, D)]
+    back(linearCrossEntropy(x, w, ints(N)), [x, w])
+    const logits = learned(N, V)
+    back(crossEntropy(logits, ints(N)), [logits])
+  }
+  const all: Record<string, () => unknown> = {
+    norms: () => {
+      for (const D of [24, 7168]) {
+        const [x, w, y] = [learned(1024, D), learned(D), learned(1024, D)]
+        back(rmsNorm(x, w, 1e-6), [x, w])
+        back(softmax(y), [y])
+        back(swiglu(x, y), [x, y])
+      }
+    },
+    rope: () => {
+      const [x, kv, key] = [learned(1, 512, 128, 64), learned(1, 512, 128, 256), learned(1, 512, 1, 64)]
+      back(rope(x, given(512, 32), given(512, 32)), [x])
+      const { k, v } = mlaKeyValue(kv, key, 128)
+      back(k.sum().add(v.sum()), [kv, key])
+    },
+    optimizer: () => {
+      const [p, g, m, v] = [given(2048, 7168), given(2048, 7168), given(2048, 7168), given(2048, 7168)]
+      globalNorm([g])
+      adamwStep(p, g, m, v, given(), { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 1 })
+      quantize(g)
+    },
+  }
+  for (const [E, groups, topK] of [
+    [64, 1, 6],
+    [256, 8, 8],
+    [384, 1, 8],
+  ] as const) {
+    all[`router of ${E}`] = () => {
+      const logits = learned(4096, E)
+      const options = { scoring: 'sigmoid', groups, groupScore: 'top2' } as const
+      back(
+        routerTopk(logits, given(E), {
+          ...options,
+          topGroups: Math.ceil(groups / 2),
+          topK,
+          normalize: true,
+          scale: 2.5,
+        }).weights,
+        [logits],
+      )
+    }
+  }
+  for (const [m, n, k] of [
+    [4096, 1536, 7168],
+    [4096, 24576, 1536],
+    [4096, 576, 7168],
+    [100, 60, 36],
+    [1, 7168, 2048],
+    [70, 70, 9000],
+  ])
+    all[`product ${m} x ${n} x ${k}`] = product(m, n, k)
+  for (const [dk, dv] of [
+    [64, 64],
+    [128, 128],
+    [192, 128],
+    [256, 256],
+  ]) {
+    all[`heads of ${dk} and ${dv}`] = heads(1024, 1024, 8, 8, dk, dv)
+    all[`heads of ${dk} and ${dv}, texts`] = heads(300, 300, 4, 2, dk, dv, true)
+  }
+  for (const dtype of ['f32', 'bf16'] as const) {
+    for (const [C, V] of [
+      [576, 512],
+      [288, 256],
+      [160, 128],
+    ]) {
+      all[`decode ${C}, ${dtype}`] = decode(128, C, V, dtype)
+      all[`decode ${C}, ${dtype}, in pages`] = decode(16, C, V, dtype, 64)
+    }
+  }
+  all['experts, large'] = experts(4096, 2048, 1024, 8, 4)
+  all['experts, small'] = experts(40, 136, 72, 4, 2)
+  for (const format of ['bf16', 'fp8', 'int8', 'int4'] as const) {
+    for (const rows of [1, 8, 600]) all[`stored ${format}, ${rows} rows`] = stored(format, rows, 1024, 2048)
+    all[`stored ${format}, odd`] = stored(format, 3, 130, 129)
+  }
+  all['loss'] = entropy(4096, 16384, 2048)
+  all['loss, odd'] = entropy(50, 1003, 129)
+  return all
+}
+
+// As many as an H100 has, which tiles are chosen for.
+process.env['MOE_CUDA_MULTIPROCESSORS'] ??= '132'
+
+describe.skipIf(unavailable || onDevice)('launches', () => {
+  const set = unavailable ? () => {} : emulatorFunction('void moe_emulator_set(const char* name, int value)')
+  const launched = new Set<string>()
+  let room = 0
+  const { kernel } = Modules.prototype
+  Modules.prototype.kernel = function (module, name, signature, launch) {
+    const used = reported.find(kernel => kernel.name === name)?.staticShared ?? Number.NaN
+    return kernel.call(this, module, name, signature, one => {
+      launched.add(name)
+      expect(used + one.shared, name).toBeLessThanOrEqual(room)
+      launch(one)
+    })
+  }
+  afterAll(() => {
+    Modules.prototype.kernel = kernel
+    set('idle', 0)
+    set('checks', 1)
+    resetEmulator()
+  })
+
+  test('blocks have the registers that they need, and static shared memory', () => {
+    const bounds = new Map(
+      (emulatorFunction('const char* moe_emulator_kernels()')() as string)
+        .split('\n')
+        .map(line => line.split(' '))
+        .map(([, name, threads]) => [name, Number(threads)] as const),
+    )
+    expect(reported.length).toBeGreaterThan(200)
+    for (const { name, registers, staticShared } of reported) {
+      const warps = Math.ceil((bounds.get(name) ?? Number.NaN) / 32)
+      for (const count of registers)
+        if (count !== undefined)
+          expect(Math.ceil(warps / 4) * 4 * Math.ceil((count * 32) / 256) * 256, name).toBeLessThanOrEqual(
+            mostRegisters,
+          )
+      expect(staticShared, name).toBeLessThanOrEqual(48 * 1024)
+    }
+  })
+
+  for (const capability of architectures) {
+    for (const wgmma of capability === 90 ? [false, true] : [false]) {
+      test(`compute capability ${capability / 10}${wgmma ? ', wgmma' : ''}`, async () => {
+        resetEmulator()
+        set('checks', 0)
+        set('idle', 1)
+        set('capability', capability)
+        room = (sharedMemory.get(capability) ?? 0) * 1024
+        const backend = await createBackend({ ...emulator, wgmma })
+        for (const [name, op] of Object.entries(ops(backend))) {
+          for (const precision of ['f32', 'bf16', 'fp8'] as const) {
+            try {
+              withPrecision(precision, () => scope(() => void op()))
+            } catch (cause) {
+              throw new Error(`${name}, ${precision}`, { cause })
+            }
+          }
+        }
+        await backend.sync()
+        backend.dispose()
+      })
+    }
+  }
+
+  test('were tried with nearly all large kernels', () => {
+    const large = reported.filter(({ name }) => /attention|matmul|experts|entropy|router|norm|softmax/.test(name))
+    const never = large.filter(({ name }) => !launched.has(name))
+    expect(never.length, never.map(({ name }) => name).join(' ')).toBeLessThan(large.length / 8)
+  })
+})
