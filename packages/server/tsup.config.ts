@@ -1,3 +1,3 @@
 import { library } from '../../scripts/tsup-preset.ts'
 
-export default library({ index: 'src/index.ts', cli: 'src/cli.ts' })
+export default library({ index: 'src/index.ts', cli: 'src/cli.ts', worker: 'src/worker.ts' })

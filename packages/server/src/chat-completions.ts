@@ -25,7 +25,7 @@ export const chatCompletions: Endpoint = {
   prefix: 'chatcmpl',
   object: 'chat.completion',
   chunkObject: 'chat.completion.chunk',
-  async wanted(body, served) {
+  async wanted(body, served, signal) {
     const parsed = parseFields(fields, body)
     const { tools, prefix, form, calls } = wantedForm(parsed, served.templateTools)
     const messages = parsed.messages.map((one, i) => message(one, i, served.templateTools))
@@ -39,7 +39,7 @@ export const chatCompletions: Endpoint = {
       echo: false,
       logProbs: isTold ? (top ?? 0) : undefined,
       calls,
-      constraints: form && (await served.grammars.constraints(form.form, texts.choices, form.param)),
+      constraints: form && (await served.grammars.constraints(form.form, texts.choices, form.param, signal)),
     }
   },
   choice: (index, text, finish, logProbs, calls) => ({

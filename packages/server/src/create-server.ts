@@ -128,7 +128,7 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
   })
   const post = (path: string, endpoint: Endpoint) =>
     app.post(path, async c => {
-      const wanted = await endpoint.wanted(await readJson(c.req.raw, maxSize), served)
+      const wanted = await endpoint.wanted(await readJson(c.req.raw, maxSize), served, c.req.raw.signal)
       return answer(c, endpoint, wanted, options, engine)
     })
   post('/v1/completions', completions)

@@ -10,8 +10,11 @@ export interface Endpoint {
   readonly prefix: string
   readonly object: string
   readonly chunkObject: string
-  /** @throws ApiError for what cannot be */
-  wanted(body: unknown, served: Opened): WantedTexts | Promise<WantedTexts>
+  /**
+   * @param signal of the request
+   * @throws ApiError for what cannot be
+   */
+  wanted(body: unknown, served: Opened, signal: AbortSignal): WantedTexts | Promise<WantedTexts>
   /** One of `choices`, whole. */
   choice(index: number, text: string, finish: FinishReason, logProbs: object | null, calls: readonly ToolCall[]): object
   /** The same in a stream: before any text; a part of it; at its end. */

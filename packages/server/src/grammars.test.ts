@@ -1,5 +1,6 @@
 /** @file Whatever tokens are drawn, what a grammar allows is JSON of its schema. */
 import { Random } from '@moe/core'
+import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { Ajv2020 } from 'ajv/dist/2020.js'
 import addFormats from 'ajv-formats'
 import { expect, test } from 'vitest'
@@ -7,7 +8,7 @@ import { z } from 'zod'
 import { Grammars } from './grammars.ts'
 import { supportedSchema } from './json-schema.ts'
 import { type Bounds, numberRange } from './number-range.ts'
-import { tokenizer } from './test-server.ts'
+import { bytewise, tokenizer } from './test-server.ts'
 
 const end = tokenizer.tokenToId('<|end|>') as number
 const grammars = new Grammars(tokenizer, [end])
@@ -236,7 +237,7 @@ test('a schema that no grammar can be made of is refused, and others go on', asy
   const [before] = await grammars.constraints(one, 1, 'schema')
   for (let i = 0; i < 3; i++) {
     const broken = grammars.constraints(
-      [[{ schema: { type: 'nonsense' }, rules: [], characters: 0 }]],
+      [[{ schema: { type: 'nonsense' }, rules: {}, characters: 0 }]],
       1,
       'response_format',
     )
@@ -254,17 +255,45 @@ test('a schema that no grammar can be made of is refused, and others go on', asy
   await expect(endless.constraints(one, 1, 'schema')).rejects.toThrow('no token that ends a text')
 })
 
+test.each([127, 128, 129, 255, 256, 257, 1000])('a text of %i characters is as long as it may be', async length => {
+  for (const bounds of [{ maxLength: length }, { minLength: length, maxLength: length }]) {
+    const [constraint] = await grammars.constraints(
+      [[supportedSchema({ type: 'string', ...bounds }, 'schema')]],
+      1,
+      'a',
+    )
+    for (const token of bytewise(`"${'a'.repeat(length)}`)) constraint.accept(token)
+    const words = await constraint.allowed()
+    const ids = Array.from({ length: tokenizer.vocabSize }, (_, id) => id).filter(
+      id => (words[id >> 5] >>> (id & 31)) & 1,
+    )
+    expect(ids.map(id => tokenizer.decode([id]))).toEqual(['"'])
+    constraint.dispose()
+  }
+  const [short] = await grammars.constraints(
+    [[supportedSchema({ type: 'string', minLength: length }, 'schema')]],
+    1,
+    'a',
+  )
+  for (const token of bytewise(`"${'a'.repeat(length - 1)}`)) short.accept(token)
+  const [quote] = bytewise('"')
+  expect(((await short.allowed())[quote >> 5] >>> (quote & 31)) & 1).toBe(0)
+  short.accept(bytewise('a')[0])
+  expect(((await short.allowed())[quote >> 5] >>> (quote & 31)) & 1).toBe(1)
+  short.dispose()
+})
+
 test('lengths are refused where a grammar would take long to make', async () => {
   const lengths = (...of: object[]) => [
     [supportedSchema({ anyOf: of.map(one => ({ type: 'string', ...one })) }, 'schema')],
   ]
-  const most = Math.floor(2 ** 22 / tokenizer.vocabSize)
-  for (const bounds of [{ maxLength: most + 1 }, { minLength: most + 1 }]) {
-    const refused = grammars.constraints(lengths(bounds), 1, 'schema')
-    await expect(refused).rejects.toThrow(`add up to ${most + 1}, with this model's vocabulary to ${most} at most`)
-  }
-  const many = lengths(...Array.from({ length: 200 }, (_, i) => ({ minLength: i, maxLength: 200 })))
-  await expect(grammars.constraints(many, 1, 'schema')).rejects.toThrow('add up to 40000')
+  // As large as that of DeepSeek-V3.
+  const vocabulary = { addedTokens: [], vocabSize: 128_815, idToToken: String, tokenBytes: () => Uint8Array.of(97) }
+  const large = new Grammars(vocabulary as unknown as BpeTokenizer, [end])
+  const many = lengths({ maxLength: 1e6 }, { minLength: 1e5 }, { minLength: 3, maxLength: 12 })
+  await expect(large.constraints(many, 1, 'schema')).rejects.toThrow(
+    "add up to 524, with this model's vocabulary to 520",
+  )
   // Equal ones count once.
   const equal = lengths(...Array.from({ length: 200 }, () => ({ minLength: 1, maxLength: 100 })))
   for (const constraint of await grammars.constraints(equal, 2, 'schema')) constraint.dispose()

@@ -1,32 +1,34 @@
 /** @file Forms that texts can be held to. */
-import type { AllowedTokens, TokenConstraint } from '@moe/deepseek'
+import { eventLoopTurn } from '@moe/core'
+import type { TokenConstraint } from '@moe/deepseek'
 import type { BpeTokenizer } from '@moe/tokenizer-bpe'
-import { ApiError } from './errors.ts'
-import { placeOf, type SupportedSchema } from './json-schema.ts'
-import { INTEGER, NUMBER } from './number-range.ts'
-import { type Compiler, type Handle, loadXGrammar, type Matcher, type XGrammar } from './xgrammar.ts'
+import { ApiError, CLIENT_GONE } from './errors.ts'
+import { type Form, type GrammarHost, LocalGrammars, type Vocabulary } from './grammar-host.ts'
+import { openGrammars } from './grammar-thread.ts'
+import { findXGrammar } from './xgrammar.ts'
 
-/** A text as it is written, or JSON of a schema. */
-export type FormPart = string | SupportedSchema
-
-/** One of several sequences. */
-export type Form = ReadonlyArray<readonly FormPart[]>
-
-/** White space between two parts of JSON: without a bound, models that are unsure write it for ever. */
-const MOST_WHITESPACE = 1
-
-/** Characters of texts with lengths times the vocabulary: each takes about half a microsecond a token, in which the server does nothing else. */
-const MOST_LENGTHS = 2 ** 22
+/**
+ * Characters of texts with lengths times the vocabulary: each takes a fifth to half of a microsecond a token. Fewer where the server does nothing else meanwhile.
+ */
+const MOST_LENGTHS = { apart: 2 ** 26, here: 2 ** 22 }
 
 /** Grammars of an instance, whose memory only grows. */
 const MOST_GRAMMARS = 64
 
+/** What is made in one holds up its texts, and an instance takes memory for the whole vocabulary. */
+const MOST_INSTANCES = 3
+
+interface Grammar {
+  readonly made: Promise<number>
+  /** Requests that wait for it. */
+  waiting: number
+}
+
 interface Instance {
-  readonly library: XGrammar
-  readonly compiler: Compiler
-  readonly grammars: Map<string, Handle>
-  /** What it has said. */
-  readonly lines: string[]
+  readonly host: Promise<GrammarHost>
+  readonly grammars: Map<string, Grammar>
+  /** Requests that wait for grammars, and texts. */
+  users: number
 }
 
 /** Constraints for the texts of one tokenizer, by @mlc-ai/web-xgrammar, which is loaded when the first is asked for. */
@@ -34,7 +36,9 @@ export class Grammars {
   readonly #tokenizer: BpeTokenizer
   readonly #ends: readonly number[]
   readonly #written: string
-  #instance: Promise<Instance> | undefined
+  #vocabulary: Promise<Vocabulary> | undefined
+  /** Those that take grammars. */
+  #instances: readonly Instance[] = []
 
   /**
    * @param ends ids of the tokens that end a text
@@ -49,111 +53,174 @@ export class Grammars {
   /**
    * A constraint for each of so many texts.
    * @param param field of the request that asks for it
-   * @throws ApiError 400 where there is no grammar of it, or no library
+   * @param signal of the request: a grammar that nobody waits for any more is not made
+   * @throws ApiError 400 where there is no grammar of it, or no library; 499 for the signal
    */
-  async constraints(form: Form, count: number, param: string): Promise<FormConstraint[]> {
+  async constraints(form: Form, count: number, param: string, signal?: AbortSignal): Promise<FormConstraint[]> {
     if (this.#ends.length === 0)
       throw new ApiError(
         400,
         `${param}: this model has no token that ends a text: its config.json needs eos_token_id`,
         { param },
       )
-    const parts = form.flat().filter(part => typeof part !== 'string')
-    const characters = parts.reduce((sum, part) => sum + part.characters, 0)
-    const most = Math.floor(MOST_LENGTHS / this.#tokenizer.vocabSize)
-    if (characters > most) {
-      const message = `${param}: minLength and maxLength add up to ${characters}, with this model's vocabulary to ${most} at most`
-      throw new ApiError(400, `${message}: leave them out where they are large`, { param })
-    }
-    this.#instance ??= open(this.#tokenizer, this.#ends, this.#written)
-    const { library, grammars, compiler, lines } = await this.#instance.catch(error => {
-      this.#instance = undefined
-      throw error
-    })
     const key = JSON.stringify(form)
+    const instance = this.#instanceFor(key)
+    instance.users++
     try {
-      const grammar = grammars.get(key) ?? (await compile(library, compiler, form))
-      grammars.set(key, grammar)
-      if (grammars.size >= MOST_GRAMMARS) this.#instance = undefined
+      const host = await instance.host
+      if (signal?.aborted) throw gone(signal.reason)
+      this.#checkLengths(form, param, host instanceof LocalGrammars)
+      const grammar = await this.#made(instance, host, form, key, { param, signal })
       const all: FormConstraint[] = []
-      while (all.length < count)
-        all.push(new FormConstraint(await library.GrammarMatcher.createGrammarMatcher(grammar)))
+      while (all.length < count) {
+        const text = await host.begin(grammar)
+        instance.users++
+        all.push(new FormConstraint(host, text, () => this.#leave(instance)))
+      }
       return all
-    } catch (cause) {
-      // It ends where it fails, with its stack as it was then. Texts that have begun go on.
-      this.#instance = undefined
-      const reason = lines
-        .findLast(line => line.startsWith('[FATAL]'))
-        ?.replace(/^.*\.cc:\d+: (Check failed: .* is false: )?/, '')
-      const message = `${param}: no grammar can be made of it: ${reason ?? (cause as Error).message}`
-      throw new ApiError(400, message.slice(0, 500), { param, cause })
+    } catch (error) {
+      // Its thread may have ended.
+      if (!(error instanceof ApiError)) this.#retire(instance)
+      throw error
+    } finally {
+      this.#leave(instance)
     }
+  }
+
+  /** The one that has the grammar, else one that nobody uses, or another. */
+  #instanceFor(key: string): Instance {
+    const all = this.#instances
+    const known = all.find(({ grammars }) => grammars.has(key))
+    if (known) return known
+    const [least] = [...all].sort((a, b) => a.users - b.users)
+    if (least?.users === 0 || all.length === MOST_INSTANCES) return least
+    const library = findXGrammar()
+    this.#vocabulary ??= vocabularyOf(this.#tokenizer, this.#ends, this.#written, library)
+    const another: Instance = { host: this.#vocabulary.then(openGrammars), grammars: new Map(), users: 0 }
+    this.#instances = [...all, another]
+    return another
+  }
+
+  async #made(
+    instance: Instance,
+    host: GrammarHost,
+    form: Form,
+    key: string,
+    { param, signal }: { readonly param: string; readonly signal: AbortSignal | undefined },
+  ): Promise<number> {
+    const { grammars } = instance
+    const grammar = grammars.get(key) ?? { made: host.compile(form), waiting: 0 }
+    grammars.set(key, grammar)
+    if (grammars.size >= MOST_GRAMMARS) this.#retire(instance)
+    grammar.waiting++
+    try {
+      return await unlessAborted(grammar.made, signal)
+    } catch (cause) {
+      if (signal?.aborted) {
+        // Only the end of its thread ends the making of a grammar.
+        if (grammar.waiting === 1 && instance.users === 1) this.#retire(instance)
+        throw gone(cause)
+      }
+      this.#retire(instance)
+      const message = `${param}: no grammar can be made of it: ${(cause as Error).message}`
+      throw new ApiError(400, message.slice(0, 500), { param, cause })
+    } finally {
+      grammar.waiting--
+    }
+  }
+
+  #checkLengths(form: Form, param: string, isHere: boolean): void {
+    const characters = form.flat().reduce((sum, part) => sum + (isSchema(part) ? part.characters : 0), 0)
+    const most = Math.floor((isHere ? MOST_LENGTHS.here : MOST_LENGTHS.apart) / this.#tokenizer.vocabSize)
+    if (characters <= most) return
+    const message = `${param}: lengths of strings add up to ${characters}, with this model's vocabulary to ${most} at most`
+    throw new ApiError(400, `${message}: leave them out where they are large`, { param })
+  }
+
+  /** It takes no more, and ends with its last text. */
+  #retire(instance: Instance): void {
+    this.#instances = this.#instances.filter(one => one !== instance)
+  }
+
+  #leave(instance: Instance): void {
+    if (--instance.users > 0 || this.#instances.includes(instance)) return
+    void instance.host.then(host => host.close()).catch(() => {})
   }
 }
 
-async function open(tokenizer: BpeTokenizer, ends: readonly number[], written: string): Promise<Instance> {
-  const lines: string[] = []
-  const library = loadXGrammar(line => {
-    if (lines.push(line) > 100) lines.shift()
+const gone = (cause: unknown) => new ApiError(CLIENT_GONE, 'the client went away', { cause })
+
+const isSchema = (part: Form[number][number]) => typeof part === 'object' && 'schema' in part
+
+async function unlessAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  if (signal === undefined) return work
+  let leave = () => {}
+  const left = new Promise<never>((_, reject) => {
+    leave = () => reject(signal.reason)
+    signal.addEventListener('abort', leave)
   })
+  return Promise.race([work, left]).finally(() => signal.removeEventListener('abort', leave))
+}
+
+async function vocabularyOf(
+  tokenizer: BpeTokenizer,
+  stops: readonly number[],
+  written: string,
+  library: string,
+): Promise<Vocabulary> {
   const none = new Uint8Array(0)
   const added = new Set(tokenizer.addedTokens.flatMap(({ id, content }) => (written.includes(content) ? [] : id)))
-  const tokens = Array.from({ length: tokenizer.vocabSize }, (_, id) => {
+  const parts: Uint8Array[] = []
+  const ends = new Uint32Array(tokenizer.vocabSize)
+  let size = 0
+  for (let id = 0; id < ends.length; id++) {
+    if (id % 8192 === 8191) await eventLoopTurn()
     // What is added, such as control tokens, is no part of JSON.
-    if (added.has(id) || tokenizer.idToToken(id) === undefined) return none
-    const bytes = tokenizer.tokenBytes(id)
+    const isText = !added.has(id) && tokenizer.idToToken(id) !== undefined
+    const bytes = isText ? tokenizer.tokenBytes(id) : none
     // Nor are control characters, which it would allow in strings of some length; line feeds it would not.
-    return bytes.some(byte => byte < 0x20 && byte !== 0x0a) ? none : bytes
-  })
-  const info = await library.TokenizerInfo.createTokenizerInfo(tokens, 'raw', false, tokens.length, ends)
-  const compiler = await library.GrammarCompiler.createGrammarCompiler(info, false)
-  return { library, compiler, grammars: new Map(), lines }
-}
-
-async function compile(library: XGrammar, compiler: Compiler, form: Form) {
-  const partOf = async (part: FormPart) => {
-    if (typeof part === 'string') return { type: 'const_string', value: part }
-    const schema = JSON.stringify(part.schema)
-    const grammar = await library.Grammar.fromJSONSchema(schema, true, undefined, undefined, true, MOST_WHITESPACE)
-    const text = grammar.toString()
-    grammar.dispose()
-    return { type: 'grammar', grammar: corrected(text, part.rules) }
+    const part = bytes.some(byte => byte < 0x20 && byte !== 0x0a) ? none : bytes
+    parts.push(part)
+    size += part.length
+    ends[id] = size
   }
-  const sequences = await Promise.all(
-    form.map(async parts => ({ type: 'sequence', elements: await Promise.all(parts.map(partOf)) })),
-  )
-  const tag = { type: 'structural_tag', format: { type: 'or', elements: sequences } }
-  return compiler.compileStructuralTag(JSON.stringify(tag))
-}
-
-/** The grammar of a schema with its own rules, and without numbers or white space for ever. */
-function corrected(grammar: string, rules: readonly string[]): string {
-  const named = grammar
-    .replace(/^basic_integer ::= .*$/m, () => `basic_integer ::= ${INTEGER}`)
-    .replace(/^basic_number ::= .*$/m, () => `basic_number ::= ${NUMBER}`)
-    .replaceAll('[ \\n\\t]*', '[ \\n\\t]?')
-  return rules.reduce((text, rule, i) => text.replaceAll(`"\\"${placeOf(i)}\\""`, `(${rule})`), named)
+  return { library, bytes: Buffer.concat(parts), ends, stops }
 }
 
 /** Holds one text to a form. */
 export class FormConstraint implements TokenConstraint {
-  readonly #matcher: Matcher
+  readonly #host: GrammarHost
+  readonly #text: number
+  #over: (() => void) | undefined
+  #next: Promise<Int32Array>
 
   /** Use `Grammars.constraints`. */
-  constructor(matcher: Matcher) {
-    this.#matcher = matcher
+  constructor(host: GrammarHost, text: number, over: () => void) {
+    this.#host = host
+    this.#text = text
+    this.#over = over
+    this.#next = this.#ask(null)
   }
 
-  allowed(): Promise<AllowedTokens> {
-    return this.#matcher.getNextTokenBitmask()
+  allowed(): Promise<Int32Array> {
+    return this.#next
   }
 
   accept(token: number): void {
-    if (!this.#matcher.acceptToken(token)) throw new Error(`token ${token} is not of the grammar`)
+    this.#next = this.#ask(token)
   }
 
   /** Frees what it holds, when its text is made. */
   dispose(): void {
-    this.#matcher.dispose()
+    if (this.#over) this.#host.end(this.#text)
+    this.#over?.()
+    this.#over = undefined
+  }
+
+  /** It is found while the model computes what is likely. */
+  #ask(token: number | null): Promise<Int32Array> {
+    const next = this.#host.next(this.#text, token)
+    next.catch(() => {})
+    return next
   }
 }

@@ -12,19 +12,21 @@ type JsonSchema = { readonly [keyword: string]: unknown }
 /** A schema for grammars. */
 export interface SupportedSchema {
   readonly schema: JsonSchema
-  /** EBNF of what @mlc-ai/web-xgrammar gets wrong: each stands in the schema as the constant text that `placeOf` its index is. */
-  readonly rules: readonly string[]
-  /** Characters of texts of some length, which a grammar counts one by one, equal bounds once. */
+  /** EBNF of what @mlc-ai/web-xgrammar gets wrong, by the constant texts that stand for it in the schema. */
+  readonly rules: Readonly<Record<string, string>>
+  /** Characters of texts of some length, which a grammar counts one by one, equal bounds once and of long texts the last ones. */
   readonly characters: number
 }
 
 const place = randomUUID()
-export const placeOf = (index: number): string => `${place} ${index}`
 
 /** Of one schema, and of its JSON: more would hold up the server for seconds. */
 const MOST_SCHEMAS = 300
 const MOST_JSON = 2 ** 16
 const DEEPEST = 32
+
+/** Characters of a text that a grammar has one by one; beyond it counts. */
+const MOST_WRITTEN_OUT = 256
 
 /** Of characters or items; it counts in 32 bits. */
 const MOST_COUNTED = 2 ** 20
@@ -66,7 +68,7 @@ export function supportedSchema(schema: unknown, param: string): SupportedSchema
 }
 
 class Reader {
-  readonly rules: string[] = []
+  readonly rules: Record<string, string> = {}
   readonly #lengths = new Map<string, number>()
   readonly #param: string
   #count = 0
@@ -78,7 +80,7 @@ class Reader {
 
   get characters(): number {
     let sum = 0
-    for (const length of this.#lengths.values()) sum += length
+    for (const length of this.#lengths.values()) sum += Math.min(length, MOST_WRITTEN_OUT)
     return sum
   }
 
@@ -183,7 +185,9 @@ class Reader {
   }
 
   #rule(ebnf: string): JsonSchema {
-    return { const: placeOf(this.rules.push(ebnf) - 1) }
+    const name = `${place} ${Object.keys(this.rules).length}`
+    this.rules[name] = ebnf
+    return { const: name }
   }
 
   #objects(own: Readonly<Record<string, unknown>>, at: string, depth: number): JsonSchema {

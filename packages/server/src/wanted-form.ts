@@ -1,7 +1,7 @@
 /** @file What a chat wants of the form of its answer: JSON, or calls of tools. */
 import { z } from 'zod'
 import { ApiError } from './errors.ts'
-import type { Form } from './grammars.ts'
+import type { Form } from './grammar-host.ts'
 import { supportedSchema } from './json-schema.ts'
 import type { CallReader, TemplateTools, ToolCall } from './tool-calls.ts'
 

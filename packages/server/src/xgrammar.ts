@@ -10,6 +10,7 @@ export interface Handle {
 export interface Matcher extends Handle {
   getNextTokenBitmask(): Promise<Int32Array>
   acceptToken(id: number): boolean
+  isTerminated(): boolean
 }
 
 interface Grammar extends Handle {
@@ -55,18 +56,23 @@ interface Script {
 const { resolve } = createRequire(import.meta.url)
 
 /**
- * Another instance of it, with memory of its own.
- * @param say is given what it would write to the console
+ * Where it is.
  * @throws ApiError 400 where it is not installed
  */
-export function loadXGrammar(say: (line: string) => void): XGrammar {
-  let path: string
+export function findXGrammar(): string {
   try {
-    path = resolve('@mlc-ai/web-xgrammar')
+    return resolve('@mlc-ai/web-xgrammar')
   } catch (cause) {
     const message = 'this server has no grammars: where it runs, npm i @mlc-ai/web-xgrammar'
     throw new ApiError(400, message, { code: 'unsupported_parameter', cause })
   }
+}
+
+/**
+ * Another instance of it, with memory of its own.
+ * @param say is given what it would write to the console
+ */
+export function loadXGrammar(path: string, say: (line: string) => void): XGrammar {
   // It is a script in a package of modules, which neither import nor require reads; its console is another.
   const script = new Module(path) as unknown as Script
   const log = (...words: unknown[]) => say(words.join(' '))

@@ -1,0 +1,123 @@
+/** @file Grammars are made beside the server: its thread goes on, requests that leave end what only they wait for. */
+import { Random } from '@moe/core'
+import { describe, expect, test } from 'vitest'
+import { type Form, LocalGrammars, type Vocabulary } from './grammar-host.ts'
+import { openGrammars } from './grammar-thread.ts'
+import { Grammars } from './grammars.ts'
+import { supportedSchema } from './json-schema.ts'
+import { tokenizer } from './test-server.ts'
+import { findXGrammar } from './xgrammar.ts'
+
+const end = tokenizer.tokenToId('<|end|>') as number
+const form = (schema: object): Form => [[supportedSchema(schema, 'schema')]]
+/** Twenty take a second, 200 more than a minute. */
+const slow = (lengths: number) =>
+  form({ anyOf: Array.from({ length: lengths }, (_, i) => ({ type: 'string', minLength: i, maxLength: 200 + i })) })
+
+function vocabulary(): Vocabulary {
+  const tokens = Array.from({ length: tokenizer.vocabSize }, (_, id) =>
+    id === end ? new Uint8Array(0) : tokenizer.tokenBytes(id),
+  )
+  let size = 0
+  const ends = Uint32Array.from(tokens, ({ length }) => (size += length))
+  return { library: findXGrammar(), bytes: Buffer.concat(tokens), ends, stops: [end] }
+}
+
+test('a thread says of every token what this one does', async () => {
+  const hosts = [await openGrammars(vocabulary()), await LocalGrammars.open(vocabulary())]
+  expect(hosts[0]).not.toBeInstanceOf(LocalGrammars)
+  const random = new Random(3)
+  for (const schema of [{ type: 'object' }, { enum: ['the', 'theft', 4] }, { type: 'number' }]) {
+    const texts = await Promise.all(hosts.map(async host => host.begin(await host.compile(form(schema)))))
+    let token: number | null = null
+    for (let i = 0; i < 60; i++) {
+      const [there, here] = await Promise.all(hosts.map((host, h) => host.next(texts[h], token)))
+      expect(there).toEqual(here)
+      if (token === end) expect(here).toHaveLength(0)
+      const allowed = Array.from({ length: 32 * here.length }, (_, id) => id).filter(
+        id => (here[id >> 5] >>> (id & 31)) & 1,
+      )
+      if (allowed.length === 0) break
+      token = allowed[random.integer(allowed.length)]
+    }
+    for (const [h, host] of hosts.entries()) {
+      const other = await host.begin(await host.compile(form(schema)))
+      await expect(host.next(other, end)).rejects.toThrow(`token ${end} is not of the grammar`)
+      host.end(texts[h])
+      expect(await host.next(texts[h], null)).toHaveLength(0)
+    }
+  }
+  for (const host of hosts) host.close()
+  await expect(hosts[0].compile(form({}))).rejects.toThrow('has ended')
+})
+
+test('where no thread can be started this one makes them', async () => {
+  const broken = { ...vocabulary(), library: 'no such file' }
+  await expect(openGrammars(broken)).rejects.toThrow('ENOENT')
+  const unsent = { ...vocabulary(), stops: Object.assign([end], { cannot: () => 'be sent' }) }
+  const host = await openGrammars(unsent)
+  expect(host).toBeInstanceOf(LocalGrammars)
+  expect((await host.next(await host.begin(await host.compile(form({ type: 'null' }))), null)).some(Boolean)).toBe(true)
+})
+
+describe('while a grammar is made', () => {
+  test('the event loop turns, and other texts get their tokens', async () => {
+    const grammars = new Grammars(tokenizer, [end])
+    const [text] = await grammars.constraints(form({ type: 'array' }), 1, 'schema')
+    let made = false
+    const making = grammars.constraints(slow(20), 1, 'schema').then(all => {
+      made = true
+      return all
+    })
+    let turns = 0
+    let asked = 0
+    while (!made) {
+      await new Promise(setImmediate)
+      turns++
+      if (turns % 50 !== 0 || asked > 20) continue
+      const words = await text.allowed()
+      const open = [...'[ '].map(character => tokenizer.encode(character)[0])
+      const next = open.find(id => (words[id >> 5] >>> (id & 31)) & 1)
+      if (next !== undefined) text.accept(next)
+      if (!made) asked++
+    }
+    expect(turns).toBeGreaterThan(200)
+    expect(asked).toBeGreaterThan(3)
+    for (const one of [text, ...(await making)]) one.dispose()
+  })
+
+  test('who leaves is told so at once, who stays gets it', async () => {
+    const grammars = new Grammars(tokenizer, [end])
+    const [leaves, stays] = [new AbortController(), new AbortController()]
+    const gone = { status: 499 }
+    const left = grammars.constraints(slow(10), 1, 'schema', leaves.signal)
+    const got = grammars.constraints(slow(10), 2, 'schema', stays.signal)
+    leaves.abort()
+    await expect(left).rejects.toMatchObject(gone)
+    for (const constraint of await got) {
+      expect((await constraint.allowed()).some(Boolean)).toBe(true)
+      constraint.dispose()
+    }
+    await expect(grammars.constraints(slow(10), 1, 'schema', AbortSignal.abort())).rejects.toMatchObject(gone)
+  })
+
+  test('what nobody waits for any more is not made to its end', async () => {
+    const grammars = new Grammars(tokenizer, [end])
+    const [first] = await grammars.constraints(form({ type: 'boolean' }), 1, 'schema')
+    first.dispose()
+    // More than there are threads.
+    for (let i = 0; i < 6; i++) {
+      const leave = new AbortController()
+      const asked = grammars.constraints(slow(200 - i), 1, 'schema', leave.signal)
+      await new Promise(setImmediate)
+      leave.abort()
+      await expect(asked).rejects.toMatchObject({ status: 499 })
+    }
+    const all = [{ type: 'boolean' }, { type: 'null' }, { type: 'integer' }, { enum: ['a'] }]
+    for (const schema of all) {
+      const [constraint] = await grammars.constraints(form(schema), 1, 'schema')
+      expect((await constraint.allowed()).some(Boolean)).toBe(true)
+      constraint.dispose()
+    }
+  })
+})
