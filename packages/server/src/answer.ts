@@ -3,11 +3,12 @@ import { randomUUID } from 'node:crypto'
 import type { GenerationStats } from '@moe/deepseek'
 import type { Context } from 'hono'
 import { streamSSE } from 'hono/streaming'
-import type { Endpoint } from './endpoint.ts'
+import type { Endpoint, Made } from './endpoint.ts'
 import { toApiError } from './errors.ts'
+import { withReasoning } from './reasoning.ts'
 import type { RequestRecord } from './request-record.ts'
 import type { TextEngine } from './text-engine.ts'
-import { type TextPart, type ToldToken, textParts } from './text-parts.ts'
+import { type TextPart, textParts } from './text-parts.ts'
 import { withCalls } from './tool-calls.ts'
 import type { Served, WantedTexts } from './wanted-texts.ts'
 
@@ -61,7 +62,9 @@ export async function answer(
       prompt_tokens_details: { cached_tokens: reused },
     }
   }
-  const logProbsOf = (tokens: readonly ToldToken[] | null) => tokens && endpoint.logProbs(tokens, served.tokenizer)
+  const told = ({ text, reasoning = '', calls = [], tokens }: TextPart): Made => {
+    return { text, reasoning, calls, logProbs: tokens && endpoint.logProbs(tokens, served.tokenizer) }
+  }
   const finished = ({ stats, calls }: Text) => {
     const ended = stats.finishReason ?? 'stop'
     const reason = calls && ended === 'stop' ? 'tool_calls' : ended
@@ -82,11 +85,14 @@ export async function answer(
         return all
       })
       const all = texts.map((text, i) => {
-        const whole = made[i].map(({ text }) => text).join('')
-        const tokens = wanted.logProbs === undefined ? null : made[i].flatMap(({ tokens }) => tokens ?? [])
-        const calls = made[i].flatMap(({ calls }) => calls ?? [])
-        text.calls = calls.length > 0
-        return endpoint.choice(i, whole, finished(text), logProbsOf(tokens), calls)
+        const whole = {
+          text: made[i].map(({ text }) => text).join(''),
+          reasoning: made[i].map(({ reasoning }) => reasoning).join(''),
+          tokens: wanted.logProbs === undefined ? null : made[i].flatMap(({ tokens }) => tokens ?? []),
+          calls: made[i].flatMap(({ calls }) => calls ?? []),
+        }
+        text.calls = whole.calls.length > 0
+        return endpoint.choice(i, told(whole), finished(text))
       })
       return c.json({ ...head, object: endpoint.object, choices: all, usage: usage() })
     } finally {
@@ -107,19 +113,19 @@ export async function answer(
         await allOrStop(texts, stop, async text => {
           const opening = endpoint.opening(text.index)
           if (opening) await send([opening])
-          for await (const { text: part, tokens, calls } of text.parts) {
-            if (calls) text.calls = true
-            await send([endpoint.part(text.index, part, logProbsOf(tokens), calls)])
+          for await (const part of text.parts) {
+            if (part.calls) text.calls = true
+            await send([endpoint.part(text.index, told(part))])
           }
           await send([endpoint.end(text.index, finished(text))])
         })
         if (includeUsage) await send([], usage())
       } catch (error) {
         // The response has begun: its status stays, and the error is an event.
-        const told = toApiError(error)
-        record.status = told.status
+        const problem = toApiError(error)
+        record.status = problem.status
         record.error = error
-        await stream.writeSSE({ data: JSON.stringify(told) })
+        await stream.writeSSE({ data: JSON.stringify(problem) })
       } finally {
         end()
         usage()
@@ -135,7 +141,7 @@ export async function answer(
 
 /** All texts of a request; the seeds of choices follow each other. @throws MoeError E_ATTR for what the engine refuses */
 function begin(wanted: WantedTexts, { tokenizer }: Served, engine: TextEngine, signal: AbortSignal): Text[] {
-  const { prompts, choices, sampling, echo, logProbs, constraints, calls } = wanted
+  const { prompts, choices, sampling, echo, logProbs, constraints, thinking, calls } = wanted
   const isTold = logProbs !== undefined
   const texts: Text[] = []
   for (const prompt of prompts) {
@@ -144,7 +150,8 @@ function begin(wanted: WantedTexts, { tokenizer }: Served, engine: TextEngine, s
     for (let choice = 0; choice < choices; choice++) {
       const constraint = constraints?.[texts.length]
       const made = engine.generate(prompt.ids, { ...shared, constraint, seed: sampling.seed + choice })
-      const parts = textParts(prompt, made, tokenizer, { echo, isTold })
+      const written = textParts(prompt, made, tokenizer, { echo, isTold })
+      const parts = thinking === 'over' ? written : withReasoning(written, thinking)
       texts.push({
         index: texts.length,
         parts: calls ? withCalls(parts, calls) : parts,

@@ -5,18 +5,27 @@ import { z } from 'zod'
 import type { Endpoint } from './endpoint.ts'
 import { ApiError } from './errors.ts'
 import { chatLogProbs } from './log-probs.ts'
+import { thinkingBehind } from './reasoning.ts'
 import { parseFields, sharedFields } from './request-fields.ts'
-import type { TemplateTools, ToolCall } from './tool-calls.ts'
-import { formFields, wantedForm } from './wanted-form.ts'
-import { type Served, wantedTexts } from './wanted-texts.ts'
+import type { TemplateTraits } from './template-traits.ts'
+import type { ToolCall } from './tool-calls.ts'
+import { formFields, wantedForm, wantedTools } from './wanted-form.ts'
+import { type Opened, wantedTexts } from './wanted-texts.ts'
 
 const roles = ['system', 'developer', 'user', 'assistant', 'tool'] as const
+
+/** What templates are given of the rest of the request, or know themselves. */
+const ownVariables = ['messages', 'tools', 'add_generation_prompt', 'bos_token', 'eos_token']
 
 const fields = z.object({
   ...sharedFields,
   max_completion_tokens: sharedFields.max_tokens,
   ...formFields,
   messages: z.array(z.looseObject({ role: z.enum(roles, { error: `expected one of ${roles.join(', ')}` }) })).min(1),
+  chat_template_kwargs: z
+    .record(z.string(), z.unknown())
+    .refine(given => !ownVariables.some(name => name in given), `${ownVariables.join(', ')} are not to be given`)
+    .nullish(),
   logprobs: z.boolean().nullish(),
   top_logprobs: z.int().min(0).max(20).nullish(),
 })
@@ -27,9 +36,15 @@ export const chatCompletions: Endpoint = {
   chunkObject: 'chat.completion.chunk',
   async wanted(body, served, signal) {
     const parsed = parseFields(fields, body)
-    const { tools, prefix, form, calls } = wantedForm(parsed, served.templateTools)
-    const messages = parsed.messages.map((one, i) => message(one, i, served.templateTools))
-    const ids = encode(messages, tools, prefix, served)
+    const { traits } = served
+    const tools = wantedTools(parsed, traits)
+    const messages = parsed.messages.map((one, i) => message(one, i, traits))
+    const text = render(messages, tools, parsed.chat_template_kwargs ?? {}, served)
+    const thinking = thinkingBehind(text, traits.thinks)
+    const made = messages.reduce((sum, { tool_calls: calls }) => sum + (Array.isArray(calls) ? calls.length : 0), 0)
+    const { prefix, form, calls } = wantedForm(parsed, traits, tools, thinking, made)
+    // The template has written the special tokens.
+    const ids = served.tokenizer.encode(text + prefix, { addSpecialTokens: false })
     const most = parsed.max_completion_tokens ?? parsed.max_tokens
     const { logprobs: isTold, top_logprobs: top } = parsed
     if (top && !isTold) throw new ApiError(400, 'top_logprobs goes with logprobs: true', { param: 'top_logprobs' })
@@ -38,15 +53,17 @@ export const chatCompletions: Endpoint = {
       ...texts,
       echo: false,
       logProbs: isTold ? (top ?? 0) : undefined,
+      thinking,
       calls,
       constraints: form && (await served.grammars.constraints(form.form, texts.choices, form.param, signal)),
     }
   },
-  choice: (index, text, finish, logProbs, calls) => ({
+  choice: (index, { text, reasoning, calls, logProbs }, finish) => ({
     index,
     message: {
       role: 'assistant',
       content: calls.length > 0 && text.trim() === '' ? null : text,
+      ...(reasoning && { reasoning_content: reasoning }),
       refusal: null,
       ...(calls.length > 0 && { tool_calls: calls.map(toolCall) }),
     },
@@ -54,9 +71,13 @@ export const chatCompletions: Endpoint = {
     finish_reason: finish,
   }),
   opening: index => ({ index, delta: { role: 'assistant', content: '' }, logprobs: null, finish_reason: null }),
-  part: (index, text, logProbs, calls) => ({
+  part: (index, { text, reasoning, calls, logProbs }) => ({
     index,
-    delta: calls ? { tool_calls: calls.map((call, i) => ({ index: i, ...toolCall(call) })) } : { content: text },
+    delta: {
+      ...(reasoning && { reasoning_content: reasoning }),
+      ...((text || (!reasoning && calls.length === 0)) && { content: text }),
+      ...(calls.length > 0 && { tool_calls: calls.map((call, i) => ({ index: i, ...toolCall(call) })) }),
+    },
     logprobs: logProbs,
     finish_reason: null,
   }),
@@ -64,8 +85,8 @@ export const chatCompletions: Endpoint = {
   logProbs: chatLogProbs,
 }
 
-const toolCall = ({ name, arguments: json }: ToolCall) => ({
-  id: `call_${randomUUID().replaceAll('-', '')}`,
+const toolCall = ({ id = `call_${randomUUID().replaceAll('-', '')}`, name, arguments: json }: ToolCall) => ({
+  id,
   type: 'function',
   function: { name, arguments: json },
 })
@@ -84,8 +105,8 @@ const madeCalls = z.array(
 type TemplateMessage = Omit<ChatMessage, 'content'> & { readonly content: string | null }
 
 /** A message as templates know them: its content is one text, and OpenAI's newer name of the system is the old one. */
-function message(given: Readonly<Record<string, unknown>>, i: number, template: TemplateTools): TemplateMessage {
-  const { role, content, tool_calls: calls, function_call: call } = given
+function message(given: Readonly<Record<string, unknown>>, i: number, template: TemplateTraits): TemplateMessage {
+  const { role, content, reasoning_content: reasoning, tool_calls: calls, function_call: call } = given
   const param = `messages[${i}]`
   if (call != null)
     throw new ApiError(400, `${param}.function_call: use tool_calls`, { param: `${param}.function_call` })
@@ -102,11 +123,12 @@ function message(given: Readonly<Record<string, unknown>>, i: number, template: 
   const own = {
     role: role === 'developer' ? 'system' : String(role),
     content: isEmpty ? null : textOf(content, `${param}.content`),
+    ...(role === 'assistant' && typeof reasoning === 'string' && { reasoning_content: reasoning }),
   }
   return hasCalls ? { ...own, tool_calls: callsOf(calls, `${param}.tool_calls`, template) } : own
 }
 
-function callsOf(calls: unknown, param: string, { parsed }: TemplateTools) {
+function callsOf(calls: unknown, param: string, { parsed }: TemplateTraits) {
   const { data } = madeCalls.safeParse(calls)
   const problem = (what: string) => new ApiError(400, `${param}: ${what}`, { param })
   if (data === undefined) throw problem('expected a list of { id, type, function: { name, arguments } }')
@@ -137,25 +159,33 @@ function textOf(content: unknown, param: string): string {
     .join('')
 }
 
-function encode(
+/** The prompt, in which a template that tells of no tools has them told of behind what the system says. */
+function render(
   messages: readonly TemplateMessage[],
-  tools: readonly object[] | undefined,
-  prefix: string,
-  { chatTemplate, tokenizer, name }: Served,
-): Uint32Array {
+  tools: readonly object[],
+  variables: Readonly<Record<string, unknown>>,
+  { chatTemplate, name, traits: { format, isTold } }: Opened,
+): string {
   if (chatTemplate === undefined) {
     const problem = `${JSON.stringify(name)} has no chat template, it goes on with texts`
     throw new ApiError(400, `${problem}: use /v1/completions, or start the server with a template`, {
       code: 'no_chat_template',
     })
   }
-  let text: string
+  const isTelling = tools.length > 0 && !isTold && format.tell
+  const all = isTelling ? withSystem(messages, isTelling(tools)) : messages
   try {
-    text = chatTemplate.render(messages as readonly ChatMessage[], { variables: tools && { tools } }) + prefix
+    return chatTemplate.render(all as readonly ChatMessage[], {
+      variables: { ...variables, ...(tools.length > 0 && { tools }) },
+    })
   } catch (cause) {
     if (!(cause instanceof Error && cause.name === 'TokenizerError')) throw cause
     throw new ApiError(400, `messages: ${cause.message}`, { param: 'messages', cause })
   }
-  // The template has written the special tokens.
-  return tokenizer.encode(text, { addSpecialTokens: false })
+}
+
+function withSystem(messages: readonly TemplateMessage[], text: string): readonly TemplateMessage[] {
+  const last = messages.findLastIndex(({ role }) => role === 'system')
+  if (last < 0) return [{ role: 'system', content: text }, ...messages]
+  return messages.map((one, i) => (i === last ? { ...one, content: `${one.content}\n\n${text}` } : one))
 }

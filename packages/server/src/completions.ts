@@ -49,11 +49,12 @@ export const completions: Endpoint = {
       ...wantedTexts(served, parsed, prompts, 'prompt', MOST_TOKENS),
       echo: echo ?? false,
       logProbs: logProbs ?? undefined,
+      thinking: 'over',
     }
   },
-  choice,
+  choice: (index, { text, logProbs }, finish) => choice(index, text, finish, logProbs),
   opening: () => undefined,
-  part: (index, text, logProbs) => choice(index, text, null, logProbs),
+  part: (index, { text, logProbs }) => choice(index, text, null, logProbs),
   end: (index, finish) => choice(index, '', finish, null),
   logProbs: completionLogProbs,
 }

@@ -13,8 +13,8 @@ import { ApiError, toApiError } from './errors.ts'
 import { Grammars } from './grammars.ts'
 import { METRICS_TYPE, Metrics } from './metrics.ts'
 import type { RequestRecord } from './request-record.ts'
+import { marksOf, traitsOf } from './template-traits.ts'
 import type { TextEngine } from './text-engine.ts'
-import { toolsOf } from './tool-calls.ts'
 import { type Served, unknownModel } from './wanted-texts.ts'
 
 /** What is served, by what, and to whom. */
@@ -63,9 +63,9 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
   }
   const metrics = new Metrics(engine)
   const { max_position_embeddings: context, eos_token_id: end } = options.model.config
-  const templateTools = toolsOf(options.chatTemplate)
-  const grammars = new Grammars(options.tokenizer, [end ?? []].flat(), templateTools.format.between)
-  const served = { ...options, grammars, templateTools }
+  const traits = traitsOf(options.chatTemplate)
+  const grammars = new Grammars(options.tokenizer, [end ?? []].flat(), marksOf(traits))
+  const served = { ...options, grammars, traits }
   const listed = {
     id: name,
     object: 'model',

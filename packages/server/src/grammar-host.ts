@@ -1,10 +1,15 @@
 /** @file Where grammars are made and texts are held to them: in memory of @mlc-ai/web-xgrammar, on this thread or another. */
 import type { SupportedSchema } from './json-schema.ts'
 import { INTEGER, NUMBER } from './number-range.ts'
+import { THINK, THOUGHT } from './reasoning.ts'
 import { type Compiler, type Handle, loadXGrammar, type Matcher, type XGrammar } from './xgrammar.ts'
 
-/** A text as it is written, JSON of a schema, or anything: to the text's end, or to where this is written the first time. */
-export type FormPart = string | SupportedSchema | { readonly until: string | null }
+/** A text as it is written, JSON of a schema, reasoning up to its end, which may have to be begun or not be there, or anything. */
+export type FormPart =
+  | string
+  | SupportedSchema
+  | { readonly thinking: 'begun' | 'perhaps' }
+  | { readonly anything: true }
 
 /** One of several sequences. */
 export type Form = ReadonlyArray<readonly FormPart[]>
@@ -103,30 +108,29 @@ export class LocalGrammars implements GrammarHost {
 
   async #element(part: FormPart): Promise<object> {
     if (typeof part === 'string') return { type: 'const_string', value: part }
-    if ('until' in part) {
-      const anything = { type: 'any_text' }
-      return part.until === null ? anything : { type: 'tag', begin: '', content: anything, end: part.until }
+    if ('anything' in part) return grammar('root ::= [\\u0000-\\U0010FFFF]*')
+    if ('thinking' in part) {
+      const perhaps = part.thinking === 'perhaps'
+      const thought = { type: 'tag', begin: perhaps ? THINK : '', content: { type: 'any_text' }, end: THOUGHT }
+      const all = { type: 'sequence', elements: [thought, grammar('root ::= "\\n"{0,2}')] }
+      return perhaps ? { type: 'or', elements: [grammar('root ::= ""'), all] } : all
     }
     const schema = JSON.stringify(part.schema)
-    const grammar = await this.#library.Grammar.fromJSONSchema(
-      schema,
-      true,
-      undefined,
-      undefined,
-      true,
-      MOST_WHITESPACE,
-    )
-    const text = grammar.toString()
-    grammar.dispose()
-    return { type: 'grammar', grammar: corrected(text, part.rules) }
+    const made = await this.#library.Grammar.fromJSONSchema(schema, true, undefined, undefined, true, MOST_WHITESPACE)
+    const text = made.toString()
+    made.dispose()
+    return grammar(corrected(text, part.rules))
   }
 }
 
-/** The grammar of a schema with its own rules, and without numbers or white space for ever. */
+const grammar = (ebnf: string) => ({ type: 'grammar', grammar: ebnf })
+
+/** The grammar of a schema with its own rules, without numbers or white space for ever, and without control characters in strings of some length. */
 function corrected(grammar: string, rules: SupportedSchema['rules']): string {
   const named = grammar
     .replace(/^basic_integer ::= .*$/m, () => `basic_integer ::= ${INTEGER}`)
     .replace(/^basic_number ::= .*$/m, () => `basic_number ::= ${NUMBER}`)
     .replaceAll('[ \\n\\t]*', '[ \\n\\t]?')
+    .replaceAll('[^\\"\\\\\\r\\n]', '[^\\0-\\x1f\\"\\\\]')
   return Object.entries(rules).reduce((text, [place, rule]) => text.replaceAll(`"\\"${place}\\""`, `(${rule})`), named)
 }

@@ -178,10 +178,8 @@ async function vocabularyOf(
     // What is added, such as control tokens, is no part of JSON.
     const isText = !added.has(id) && tokenizer.idToToken(id) !== undefined
     const bytes = isText ? tokenizer.tokenBytes(id) : none
-    // Nor are control characters, which it would allow in strings of some length; line feeds it would not.
-    const part = bytes.some(byte => byte < 0x20 && byte !== 0x0a) ? none : bytes
-    parts.push(part)
-    size += part.length
+    parts.push(bytes)
+    size += bytes.length
     ends[id] = size
   }
   return { library, bytes: Buffer.concat(parts), ends, stops }

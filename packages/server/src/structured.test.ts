@@ -163,6 +163,24 @@ describe('tools', () => {
       'I look.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>look_up<｜tool▁sep｜>{"year": 1865}<｜tool▁call▁end｜><｜tool▁call▁begin｜>stop<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
       ['{"year": 1865}', '{}'],
     ],
+    [
+      'as Kimi K2',
+      '{{ tools }}<|tool_calls_section_begin|>{{ tool_calls }}{% for m in messages %}{{ m.content }}{% endfor %}',
+      'I look.\n<|tool_calls_section_begin|><|tool_call_begin|>functions.look_up:0<|tool_call_argument_begin|>{"year": 1865}<|tool_call_end|><|tool_call_begin|>functions.stop:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>',
+      ['{"year": 1865}', '{}'],
+    ],
+    [
+      'as GLM-4.6',
+      '{{ tools }}<arg_key>{{ tool_calls }}{% for m in messages %}{{ m.content }}{% endfor %}',
+      'I look.\n<tool_call>look_up\n<arg_key>year</arg_key>\n<arg_value>1865</arg_value>\n</tool_call>\n<tool_call>stop\n</tool_call>',
+      ['{"year":1865}', '{}'],
+    ],
+    [
+      'as GLM-4.7',
+      '{{ tools }}<arg_key>{{ tool_calls }}{% for m in messages %}{{ m.content }}{% endfor %}',
+      'I look.\n<tool_call>look_up<arg_key>year</arg_key><arg_value>1865</arg_value></tool_call><tool_call>stop</tool_call>',
+      ['{"year":1865}', '{}'],
+    ],
   ]
   describe.each(formats)('written %s', (_, template, text, json) => {
     const scripted = async (parts: readonly string[]) => {
@@ -203,7 +221,13 @@ describe('tools', () => {
     })
 
     test('what is none is told as it is, and nobody who gave no tools gets any', async () => {
-      for (const other of ['no <tool', 'a <tool_call> is no call', '<｜tool▁calls▁begin｜>what', text.slice(0, 12)]) {
+      for (const other of [
+        'no <tool',
+        'a <tool_call> is no call',
+        '<｜tool▁calls▁begin｜>what',
+        '<|tool_calls',
+        text.slice(0, 12),
+      ]) {
         const { openai } = await scripted(split(other, new Random(1)))
         const [{ message, finish_reason: end }] = await both(openai, { tools })
         expect([message.content, end, message.tool_calls]).toEqual([other, 'stop', undefined])
@@ -253,7 +277,6 @@ describe('tools', () => {
     await refused(ask(none, { tools }), 'chat template does not tell of tools')
     const result = { role: 'tool', tool_call_id: 'a', content: 'the' }
     await refused(ask(none, { messages: [...messages, result] }), 'does not write calls')
-    await refused(ask(openai, { tools, response_format: format }), 'response_format goes without tools')
     await refused(ask(openai, { tool_choice: 'required' }), 'tool_choice goes with tools')
     const other = { type: 'function', function: { name: 'other' } }
     await refused(ask(openai, { tools, tool_choice: other }), 'there is no tool "other"')

@@ -16,6 +16,8 @@ export interface ToldToken {
 
 export interface TextPart {
   readonly text: string
+  /** What was thought before it. */
+  readonly reasoning?: string
   /** Null where nobody asked. */
   readonly tokens: readonly ToldToken[] | null
   /** Calls of tools, behind all text. */

@@ -4,8 +4,10 @@ import type { BpeTokenizer } from '@moe/tokenizer-bpe'
 import type { ChatTemplate } from '@moe/tokenizer-bpe/data'
 import { ApiError } from './errors.ts'
 import type { FormConstraint, Grammars } from './grammars.ts'
+import type { Thinking } from './reasoning.ts'
 import { MOST_TEXTS, type SharedFields } from './request-fields.ts'
-import type { CallReader, TemplateTools } from './tool-calls.ts'
+import type { TemplateTraits } from './template-traits.ts'
+import type { CallReader } from './tool-calls.ts'
 
 /** What is served. */
 export interface Served {
@@ -22,8 +24,7 @@ export interface Served {
 /** What is served, and what belongs to it. */
 export interface Opened extends Served {
   readonly grammars: Grammars
-  /** What the template does with tools. */
-  readonly templateTools: TemplateTools
+  readonly traits: TemplateTraits
 }
 
 export interface Prompt {
@@ -48,6 +49,8 @@ export interface WantedTexts {
   readonly logProbs: number | undefined
   /** What each is held to, which ends with the texts. */
   readonly constraints?: readonly FormConstraint[]
+  /** What they begin with. */
+  readonly thinking: Thinking
   /** Reads calls of tools out of them. */
   readonly calls?: CallReader
 }
@@ -63,7 +66,7 @@ export function wantedTexts(
   prompts: readonly Prompt[],
   field: 'prompt' | 'messages',
   mostTokens: number | null,
-): Omit<WantedTexts, 'echo' | 'logProbs' | 'constraints' | 'calls'> {
+): Omit<WantedTexts, 'echo' | 'logProbs' | 'constraints' | 'thinking' | 'calls'> {
   const { model, stream, stream_options: streamOptions, n, stop } = fields
   if (typeof model === 'string' && model !== served.name) throw unknownModel(model, served.name)
   if (streamOptions && !stream) {

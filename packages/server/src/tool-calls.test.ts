@@ -1,0 +1,284 @@
+/** @file What differs between models that call tools: names of calls, types of arguments, what they are told of tools. */
+import { Random } from '@moe/core'
+import { ChatTemplate } from '@moe/tokenizer-bpe/data'
+import { Ajv2020 } from 'ajv/dist/2020.js'
+import type { ChatCompletion } from 'openai/resources'
+import { describe, expect, test } from 'vitest'
+import { modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
+import { toolFormatOf } from './tool-calls.ts'
+
+const ask = async (app: Pick<ReturnType<typeof modelServer>['app'], 'request'>, body: object) => {
+  const asked = { messages: [{ role: 'user', content: 'the better angels' }], ...body }
+  const response = await app.request('/v1/chat/completions', post(asked))
+  const answer = (await response.json()) as ChatCompletion & { error?: { message: string; param: string } }
+  return { status: response.status, error: answer.error, ...answer.choices?.[0] }
+}
+
+/** A template that writes messages, one a line, and generation prompts that end with this. */
+const template = async (marks: string, end = '') =>
+  ChatTemplate.from({
+    chat_template: `{# ${marks} #}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.reasoning_content or '' }}{% for call in m.tool_calls or [] %} {{ call.id }}{% endfor %}{{ '\\n' }}{% endfor %}{{ note or '' }}${end}`,
+  })
+
+/** A server whose model says this, and what it was asked. */
+async function saying(text: string, chatTemplate: ChatTemplate) {
+  const script = async function* (_: unknown, stats: { finishReason: string | null }) {
+    stats.finishReason = 'stop'
+    yield text
+  }
+  const { app, engine } = scriptedServer(script as Parameters<typeof scriptedServer>[0], { chatTemplate }, 4096)
+  return { app, prompt: () => tokenizer.decode(engine.asked[engine.asked.length - 1].ids) }
+}
+
+const tools = ['look_up', 'stop'].map(name => ({
+  type: 'function' as const,
+  function: {
+    name,
+    description: 'an address',
+    parameters: {
+      type: 'object',
+      properties: { year: { type: 'integer' }, who: { type: 'string' }, all: { type: ['string', 'null'] }, any: {} },
+    },
+  },
+}))
+
+describe('GLM', () => {
+  const { parse } = toolFormatOf('<arg_key>')
+  const pair = (key: string, value: string) => `<arg_key>${key}</arg_key>\n<arg_value>${value}</arg_value>\n`
+  const isText = (name: string, key: string) => name === 'look_up' && key === 'who'
+
+  test('texts are what the tool says is text, and what is nothing else', () => {
+    const values = [pair('year', '1865'), pair('who', '16'), pair('all', '[true, null]'), pair('any', 'A. "Abe" L.')]
+    const [call] = parse(`<tool_call>look_up\n${values.join('')}</tool_call>`, isText)
+    expect(call.name).toBe('look_up')
+    expect(JSON.parse(call.arguments)).toEqual({ year: 1865, who: '16', all: [true, null], any: 'A. "Abe" L.' })
+    const [other] = parse(`<tool_call>stop${pair('who', '16')}`, isText)
+    expect(JSON.parse(other.arguments)).toEqual({ who: 16 })
+  })
+
+  test.each(['<tool_call>', '<tool_call>\n{"name": "look_up"}</tool_call>', '<tool_call>look up</tool_call>'])(
+    '%j is no call',
+    text => expect(parse(text, isText)).toEqual([]),
+  )
+
+  test('the server knows what is text', async () => {
+    const text = `<tool_call>look_up\n${pair('who', '16')}${pair('all', '17')}${pair('year', '18')}</tool_call>`
+    const { app } = await saying(text, await template('tools <arg_key>'))
+    const { message } = await ask(app, { tools })
+    const [call] = message.tool_calls ?? []
+    expect(call.type === 'function' && JSON.parse(call.function.arguments)).toEqual({ who: '16', all: '17', year: 18 })
+  })
+
+  test('a call that must be goes on behind its name', async () => {
+    const glm = await template('tools <arg_key>')
+    const { app, prompt } = await saying(`\n${pair('year', '1865')}</tool_call>`, glm)
+    const named = { type: 'function', function: { name: 'look_up' } }
+    const { message, finish_reason: end } = await ask(app, { tools, tool_choice: named })
+    expect(prompt()).toMatch(/\n<tool_call>look_up$/)
+    expect([end, message.tool_calls]).toMatchObject([
+      'tool_calls',
+      [{ function: { name: 'look_up', arguments: '{"year":1865}' } }],
+    ])
+  })
+})
+
+describe('Kimi', () => {
+  const mark = '<|tool_calls_section_begin|>'
+  const made = (id: string) => `${mark}<|tool_call_begin|>${id}<|tool_call_argument_begin|>{}<|tool_call_end|>`
+
+  test('calls keep the names that the model gives them', async () => {
+    const { app, prompt } = await saying(made('functions.look_up:3'), await template(`tools tool_calls ${mark}`))
+    const { message } = await ask(app, { tools })
+    expect(message.tool_calls).toMatchObject([{ id: 'functions.look_up:3', function: { name: 'look_up' } }])
+    const messages = [{ role: 'user', content: 'a' }, message, { role: 'tool', tool_call_id: 'a', content: 'b' }]
+    await ask(app, { messages })
+    expect(prompt()).toContain('assistant:  functions.look_up:3\n')
+    // One that must be has the name that the model would have given.
+    await ask(app, { messages, tools, tool_choice: { type: 'function', function: { name: 'stop' } } })
+    expect(prompt()).toMatch(/functions\.stop:1<\|tool_call_argument_begin\|>$/)
+  })
+
+  test('a call without a name is none', () => {
+    expect(toolFormatOf(mark).parse(made('what'), () => false)).toEqual([])
+  })
+})
+
+describe('DeepSeek', () => {
+  const mark = '<｜tool▁calls▁begin｜>'
+
+  test.each([
+    ['tool_calls', 'tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>'],
+    [
+      'tool_calls ```json',
+      'function<｜tool▁sep｜>tool_call_name\n```json\ntool_call_arguments\n```<｜tool▁call▁end｜>',
+    ],
+  ])('is told of tools where the template does not: %s', async (marks, format) => {
+    const { app, prompt } = await saying('', await template(`${mark} ${marks}`))
+    const [system, user] = [
+      { role: 'system', content: 'Be brief.' },
+      { role: 'user', content: 'the better angels' },
+    ]
+    await ask(app, { tools: tools.slice(0, 1), messages: [system, user] })
+    const told = prompt()
+    expect(told).toMatch(/^system: Be brief\.\n\n## Tools\nYou have access to the following tools:\n\n### look_up\n/)
+    expect(told).toContain(`\n\nParameters: ${JSON.stringify(tools[0].function.parameters)}\n\nIMPORTANT`)
+    expect(told).toContain(`${mark}<｜tool▁call▁begin｜>${format}{additional_tool_calls}<｜tool▁calls▁end｜>\n`)
+    expect(told).toMatch(/\nuser: the better angels\n$/)
+    // Also what it is told of is how it calls.
+    const written = format.replace('tool_call_name', 'stop').replace('tool_call_arguments', '{"a": 1}')
+    const calling = await saying(`${mark}<｜tool▁call▁begin｜>${written}`, await template(`${mark} ${marks}`))
+    const { message } = await ask(calling.app, { tools })
+    expect(message.tool_calls).toMatchObject([{ function: { name: 'stop', arguments: '{"a": 1}' } }])
+    await ask(app, { tools, tool_choice: 'none' })
+    expect(prompt()).not.toContain('## Tools')
+  })
+})
+
+describe('an answer of a form beside tools', () => {
+  const schema = { type: 'object', properties: { year: { type: 'integer' } }, required: ['year'] }
+  const format = { type: 'json_schema', json_schema: { name: 'year', schema } }
+  const validate = new Ajv2020().compile(schema)
+  const asked = { tools, response_format: format }
+
+  test('is of the form, or begins with a call', async () => {
+    const plain = await template('tools tool_calls')
+    const { app, dispose } = modelServer({ chatTemplate: plain }, { context: 400 })
+    const seen = { json: 0, call: 0 }
+    for (let seed = 0; seed < 12; seed++) {
+      const { message, finish_reason: end } = await ask(app, { ...asked, seed, temperature: 2, max_tokens: 40 })
+      const { content } = message
+      if (content?.startsWith('<tool_call>')) seen.call++
+      else if (end === 'stop' && content !== null) {
+        seen.json++
+        expect(validate(JSON.parse(content)), content).toBe(true)
+      } else expect(content).toMatch(/^(<|\{)/)
+    }
+    expect(Math.min(seen.json, seen.call), JSON.stringify(seen)).toBeGreaterThan(0)
+    expect(dispose()).toBe(0)
+  })
+
+  test('a call is read, and marks within an answer are no call', async () => {
+    const plain = await template('tools tool_calls')
+    const call = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
+    const calling = await ask((await saying(call, plain)).app, asked)
+    expect(calling.message).toMatchObject({ content: null, tool_calls: [{ function: { name: 'stop' } }] })
+    for (const text of [`{"a": "${call.replaceAll('"', '')}"}`, '{}', ` ${call}`]) {
+      const { message, finish_reason: end } = await ask((await saying(text, plain)).app, asked)
+      expect([message.content, message.tool_calls, end]).toEqual([text, undefined, 'stop'])
+    }
+  })
+})
+
+describe('reasoning', () => {
+  const split = (text: string, random: Random) => {
+    const parts: string[] = []
+    for (let rest = text; rest !== ''; ) {
+      const length = 1 + random.integer(6)
+      parts.push(rest.slice(0, length))
+      rest = rest.slice(length)
+    }
+    return parts
+  }
+
+  async function both(text: string, end: string, seed: number, body: object = {}) {
+    const parts = split(text, new Random(seed))
+    const chatTemplate = await template('tools tool_calls </think>', end)
+    const script: Parameters<typeof scriptedServer>[0] = async function* (_, stats) {
+      stats.finishReason = 'stop'
+      yield* parts
+    }
+    const { app } = scriptedServer(script, { chatTemplate }, 4096)
+    const { message } = await ask(app, body)
+    const { content, tool_calls: calls } = message
+    const whole = { content, reasoning: (message as { reasoning_content?: string }).reasoning_content, calls }
+    const asked = { messages: [{ role: 'user', content: 'the' }], stream: true, ...body }
+    const response = await app.request('/v1/chat/completions', post(asked))
+    const streamed = { content: '', reasoning: '' }
+    let isAnswer = false
+    for (const line of (await response.text()).split('\n\n')) {
+      if (!line.startsWith('data: {')) continue
+      const { delta } = JSON.parse(line.slice(6)).choices[0]
+      if (delta.reasoning_content) expect(isAnswer).toBe(false)
+      if (delta.content) isAnswer = true
+      streamed.content += delta.content ?? ''
+      streamed.reasoning += delta.reasoning_content ?? ''
+    }
+    expect(streamed).toEqual({ content: content ?? '', reasoning: whole.reasoning ?? '' })
+    return whole
+  }
+
+  test.each<[string, string, string, string | undefined]>([
+    // What the prompt ends with, what the model writes, its answer, its reasoning.
+    ['<think>', 'so it\n is.\n</think>\n\nYes </think>.', 'Yes </think>.', 'so it\n is.'],
+    ['<think>\n', '\n</think>Yes', 'Yes', undefined],
+    ['<think>', 'it is cut </thi', '', 'it is cut </thi'],
+    ['<think>', 'a < b <', '', 'a < b <'],
+    ['</think>', 'Yes <think>', 'Yes <think>', undefined],
+    ['', '<think>\nhm \n</think>\n\nYes', 'Yes', 'hm'],
+    ['', '\n<think></think>\nYes', 'Yes', undefined],
+    ['', 'Yes, <think>no</think>', 'Yes, <think>no</think>', undefined],
+    ['', '\n <thin', '\n <thin', undefined],
+    ['', ' Yes', ' Yes', undefined],
+    ['', '<think>hm', '', 'hm'],
+    ['', '', '', undefined],
+  ])('behind %j of %j is %j, %j', async (end, text, content, reasoning) => {
+    for (let seed = 0; seed < 6; seed++) expect(await both(text, end, seed)).toEqual({ content, reasoning })
+  })
+
+  test('goes before calls', async () => {
+    const text = 'look\n</think>\n\nI look.<tool_call>{"name": "stop"}</tool_call>'
+    const calls = [{ function: { name: 'stop', arguments: '{}' } }]
+    for (let seed = 0; seed < 6; seed++)
+      expect(await both(text, '<think>', seed, { tools })).toMatchObject({
+        content: 'I look.',
+        reasoning: 'look',
+        calls,
+      })
+  })
+
+  test.each(['<think>', ''])('stays free where the answer has a form, behind %j', async end => {
+    const chatTemplate = await template('tools tool_calls </think>', end)
+    const { app, dispose } = modelServer({ chatTemplate }, { context: 600 })
+    const schema = { type: 'object', properties: { a: { type: 'boolean' } }, required: ['a'] }
+    const form = { response_format: { type: 'json_schema', json_schema: { name: 'a', schema } } }
+    let ended = 0
+    for (let seed = 0; seed < 8; seed++) {
+      const asked = [form, { tools, tool_choice: 'required' }]
+      const { message, finish_reason: reason } = await ask(app, {
+        ...asked[seed % 2],
+        seed,
+        temperature: 2,
+        max_tokens: 60,
+      })
+      if (reason === 'length') continue
+      ended++
+      if (seed % 2 === 0) expect(JSON.parse(message.content as string)).toEqual({ a: expect.any(Boolean) })
+      else expect(message.tool_calls).toHaveLength(1)
+    }
+    // Who has begun to think does not end by chance.
+    if (end === '') expect(ended).toBeGreaterThan(0)
+    expect(dispose()).toBe(0)
+  })
+
+  test('is given to the template with the message that it is of', async () => {
+    const { app, prompt } = await saying('', await template('</think>'))
+    const messages = [
+      { role: 'user', content: 'a', reasoning_content: 'no' },
+      { role: 'assistant', content: 'b', reasoning_content: ' why' },
+      { role: 'user', content: 'c' },
+    ]
+    await ask(app, { messages })
+    expect(prompt()).toBe('user: a\nassistant: b why\nuser: c\n')
+  })
+})
+
+test('variables are given to the template, but for those that are not the request’s', async () => {
+  const { app, prompt } = await saying('', await template(''))
+  await ask(app, { chat_template_kwargs: { note: 'briefly' } })
+  expect(prompt()).toMatch(/\nbriefly$/)
+  for (const name of ['messages', 'tools', 'add_generation_prompt', 'bos_token']) {
+    const { status, error } = await ask(app, { chat_template_kwargs: { [name]: [] } })
+    expect([status, error?.param]).toEqual([400, 'chat_template_kwargs'])
+  }
+  expect((await ask(app, { chat_template_kwargs: 'note' })).status).toBe(400)
+})
