@@ -108,7 +108,7 @@ export class LocalGrammars implements GrammarHost {
 
   async #element(part: FormPart): Promise<object> {
     if (typeof part === 'string') return { type: 'const_string', value: part }
-    if ('anything' in part) return grammar('root ::= [\\u0000-\\U0010FFFF]*')
+    if ('anything' in part) return grammar('root ::= [^\\0]*')
     if ('thinking' in part) {
       const perhaps = part.thinking === 'perhaps'
       const thought = { type: 'tag', begin: perhaps ? THINK : '', content: { type: 'any_text' }, end: THOUGHT }
@@ -132,5 +132,10 @@ function corrected(grammar: string, rules: SupportedSchema['rules']): string {
     .replace(/^basic_number ::= .*$/m, () => `basic_number ::= ${NUMBER}`)
     .replaceAll('[ \\n\\t]*', '[ \\n\\t]?')
     .replaceAll('[^\\"\\\\\\r\\n]', '[^\\0-\\x1f\\"\\\\]')
-  return Object.entries(rules).reduce((text, [place, rule]) => text.replaceAll(`"\\"${place}\\""`, `(${rule})`), named)
+  const lines = Object.values(rules).flatMap(rule => rule.lines)
+  const whole = Object.entries(rules).reduce(
+    (text, [place, { name }]) => text.replaceAll(`"\\"${place}\\""`, name),
+    named,
+  )
+  return [whole, ...lines].join('\n')
 }

@@ -148,11 +148,7 @@ test("Zod's schemas are supported, and its own parsers take the texts", async ()
 })
 
 test('numbers are between their bounds, and all whole ones are there', () => {
-  /** As a regular expression: texts in quotes, and nothing else that the two read otherwise. */
-  const pattern = (ebnf: string) =>
-    new RegExp(
-      `^(${ebnf.replaceAll(/"(.)"|"([^"]*)"| /g, (_, one, all) => (one === '.' ? '\\.' : (one ?? all ?? '')))})$`,
-    )
+  const pattern = (range: string) => new RegExp(`^(?:${range})$`)
   const random = new Random(1)
   const below = (n: number) => Math.floor(random.next() * n)
   for (let i = 0; i < 300; i++) {
@@ -203,8 +199,8 @@ test('numbers are between their bounds, and all whole ones are there', () => {
 const nested = (depth: number): object => (depth === 0 ? {} : { type: 'array', items: nested(depth - 1) })
 
 test.each([
-  ['pattern is not supported', { type: 'string', pattern: '^a' }],
-  ['format "uri" is not supported', { type: 'string', format: 'uri' }],
+  ['pattern is not supported', { type: 'integer', pattern: '^a' }],
+  ['format "iri" is not supported', { type: 'string', format: 'iri' }],
   ['not is not supported (at #/properties/a)', { type: 'object', properties: { a: { not: {} } } }],
   ['allOf of several', { allOf: [{ type: 'string' }, { minLength: 2 }] }],
   ['minLength is not supported here', { anyOf: [{ type: 'string' }], minLength: 3 }],

@@ -3,17 +3,19 @@
  * for some end its process.
  */
 import { randomUUID } from 'node:crypto'
+import { type Automaton, both, ofLength, PatternError, type Rule, ruleOf, ruleOfTexts, weightOf } from './automaton.ts'
 import { ApiError } from './errors.ts'
-import { formats } from './formats.ts'
+import { formats, patternFormats } from './formats.ts'
 import { type Bounds, numberRange } from './number-range.ts'
+import { patternAutomaton } from './pattern.ts'
 
 type JsonSchema = { readonly [keyword: string]: unknown }
 
 /** A schema for grammars. */
 export interface SupportedSchema {
   readonly schema: JsonSchema
-  /** EBNF of what @mlc-ai/web-xgrammar gets wrong, by the constant texts that stand for it in the schema. */
-  readonly rules: Readonly<Record<string, string>>
+  /** What @mlc-ai/web-xgrammar gets wrong, by the constant texts that stand for it in the schema. */
+  readonly rules: Readonly<Record<string, Rule>>
   /** Characters of texts of some length, which a grammar counts one by one, equal bounds once and of long texts the last ones. */
   readonly characters: number
 }
@@ -24,6 +26,7 @@ const place = randomUUID()
 const MOST_SCHEMAS = 300
 const MOST_JSON = 2 ** 16
 const DEEPEST = 32
+const MOST_STATES = 3000
 
 /** Characters of a text that a grammar has one by one; beyond it counts. */
 const MOST_WRITTEN_OUT = 256
@@ -44,10 +47,11 @@ const annotations = new Set([
   '$schema',
   '$id',
   '$comment',
+  'contentEncoding',
 ])
 
 const keywordsOf: Readonly<Record<string, readonly string[]>> = {
-  string: ['minLength', 'maxLength', 'format'],
+  string: ['minLength', 'maxLength', 'format', 'pattern'],
   number: ['minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'],
   integer: ['minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum'],
   array: ['items', 'prefixItems', 'minItems', 'maxItems'],
@@ -68,10 +72,13 @@ export function supportedSchema(schema: unknown, param: string): SupportedSchema
 }
 
 class Reader {
-  readonly rules: Record<string, string> = {}
-  readonly #lengths = new Map<string, number>()
+  readonly rules: Record<string, Rule> = {}
+  /** By what counts them. */
+  readonly #counted = new Map<string, number>()
+  readonly #made = new Map<string, JsonSchema>()
   readonly #param: string
   #count = 0
+  #states = 0
   #names: ReadonlySet<string> = new Set()
 
   constructor(param: string) {
@@ -80,12 +87,13 @@ class Reader {
 
   get characters(): number {
     let sum = 0
-    for (const length of this.#lengths.values()) sum += Math.min(length, MOST_WRITTEN_OUT)
+    for (const characters of this.#counted.values()) sum += characters
     return sum
   }
 
   root(given: unknown): JsonSchema {
     const schema = this.#object(given, '#')
+    if (JSON.stringify(schema).length > MOST_JSON) throw this.#refuse('#', `it is longer than ${MOST_JSON}`)
     const { $defs, definitions, ...rest } = schema
     const named = { $defs, definitions }
     const all = Object.entries(named).flatMap(([key, of]) =>
@@ -98,7 +106,6 @@ class Reader {
     for (const [key, name, one] of all) {
       result[key] = { ...(result[key] as object), [name]: this.#schema(one, `#/${key}/${name}`, 0) }
     }
-    if (JSON.stringify(result).length > MOST_JSON) throw this.#refuse('#', `it is longer than ${MOST_JSON}`)
     return result
   }
 
@@ -132,13 +139,19 @@ class Reader {
     if (unknown !== undefined) throw this.#refuse(at, `type ${JSON.stringify(unknown)} is not known`)
     if ('const' in schema || 'enum' in schema) {
       only('const', 'enum', 'type')
-      return { enum: this.#values(schema, types as string[] | undefined, at) }
+      const values = this.#values(schema, types as string[] | undefined, at)
+      return this.#rule(name =>
+        ruleOfTexts(
+          values.map(value => JSON.stringify(value)),
+          name,
+        ),
+      )
     }
     if (types === undefined || types.length === 0) {
       only()
       return {}
     }
-    only('type', ...types.flatMap(name => keywordsOf[String(name)]), ...(schema.format ? ['pattern'] : []))
+    only('type', ...types.flatMap(name => keywordsOf[String(name)]))
     const one = types.map(name => this.#typed(String(name), schema, at, depth))
     return one.length === 1 ? one[0] : { anyOf: one }
   }
@@ -166,27 +179,59 @@ class Reader {
     }
     if (type === 'object') return this.#objects(own, at, depth)
     if (type === 'array') return this.#arrays(own, at, depth)
-    if (own.format !== undefined) {
-      const rule = Object.hasOwn(formats, String(own.format)) ? formats[String(own.format)] : undefined
-      const known = Object.keys(formats).join(', ')
-      if (rule === undefined) {
-        throw this.#refuse(at, `format ${JSON.stringify(own.format)} is not supported, expected one of ${known}`)
-      }
-      if (Object.keys(own).length > 1) throw this.#refuse(at, 'format goes without a length')
-      return this.#rule(`"\\"" ${rule} "\\""`)
-    }
     this.#inOrder(own.minLength, own.maxLength, at)
+    if ('format' in own || 'pattern' in own) return this.#text(own, at)
     const { minLength: least = 0, maxLength: most = least } = own
-    if (type === 'string') this.#lengths.set(`${least} ${own.maxLength}`, most as number)
+    if (type === 'string') this.#counted.set(`${least} ${own.maxLength}`, Math.min(most as number, MOST_WRITTEN_OUT))
     if (type === 'string' || Object.keys(own).length === 0) return { type, ...own }
     const range = numberRange(type as 'integer' | 'number', own as Bounds)
     if (range === undefined) throw this.#refuse(at, 'there is no whole number between its bounds')
-    return this.#rule(range)
+    return this.#automaton([range], 'its bounds', at, () => patternAutomaton(`^(?:${range})$`))
   }
 
-  #rule(ebnf: string): JsonSchema {
-    const name = `${place} ${Object.keys(this.rules).length}`
-    this.rules[name] = ebnf
+  /** Of a format, a pattern and lengths what is of all. */
+  #text({ format, pattern, minLength, maxLength }: Readonly<Record<string, unknown>>, at: string): JsonSchema {
+    const name = typeof pattern === 'string' && patternFormats.has(String(format)) ? undefined : format
+    if (name !== undefined && !Object.hasOwn(formats, String(name))) {
+      const known = Object.keys(formats).join(', ')
+      throw this.#refuse(at, `format ${JSON.stringify(name)} is not supported, expected one of ${known}`)
+    }
+    if (pattern !== undefined && typeof pattern !== 'string') throw this.#refuse(at, 'pattern is no text')
+    const said = pattern === undefined ? 'format' : `pattern ${JSON.stringify(pattern.slice(0, 100))}`
+    return this.#automaton([name, pattern, minLength, maxLength], said, at, () => {
+      const all: Automaton[] = name === undefined ? [] : [patternAutomaton(`^(?:${formats[String(name)]})$`)]
+      // Zod writes patterns beside formats which say the same or less, also such as are not supported.
+      if (pattern !== undefined && (name === undefined || isSupported(pattern))) all.push(patternAutomaton(pattern))
+      if (minLength !== undefined || maxLength !== undefined) {
+        all.push(ofLength({ least: (minLength ?? 0) as number, most: (maxLength ?? Infinity) as number }))
+      }
+      return all.reduce(both)
+    })
+  }
+
+  /** Of a text, or of a number, by what says all of it. Made once. */
+  #automaton(key: readonly unknown[], said: string, at: string, make: () => Automaton): JsonSchema {
+    const known = this.#made.get(JSON.stringify(key))
+    if (known) return known
+    try {
+      const automaton = make()
+      this.#states += automaton.next.length
+      if (this.#states > MOST_STATES) throw new PatternError('there is too much of that in the schema')
+      const isString = key.length > 1
+      const schema = this.#rule(name => ruleOf(automaton, isString, name))
+      this.#counted.set(JSON.stringify(key), Math.ceil(weightOf(automaton)))
+      this.#made.set(JSON.stringify(key), schema)
+      return schema
+    } catch (cause) {
+      if (!(cause instanceof PatternError)) throw cause
+      throw this.#refuse(at, `${said}: ${cause.message}`)
+    }
+  }
+
+  #rule(make: (name: string) => Rule): JsonSchema {
+    const number = Object.keys(this.rules).length
+    const name = `${place} ${number}`
+    this.rules[name] = make(`own_${number}`)
     return { const: name }
   }
 
@@ -239,6 +284,14 @@ class Reader {
 
   #refuse(at: string, problem: string): ApiError {
     return new ApiError(400, `${this.#param}: ${problem} (at ${at.slice(0, 200)})`, { param: this.#param })
+  }
+}
+
+function isSupported(pattern: string): boolean {
+  try {
+    return patternAutomaton(pattern).ends.length > 0
+  } catch {
+    return false
   }
 }
 

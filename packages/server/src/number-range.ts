@@ -1,5 +1,5 @@
 /**
- * @file Numbers between bounds in the EBNF of grammars. @mlc-ai/web-xgrammar 0.1.27 has rules of its own, which let numbers outside through: 144 to 199 under a maximum of
+ * @file Numbers between bounds as regular expressions. @mlc-ai/web-xgrammar 0.1.27 has rules of its own, which let numbers outside through: 144 to 199 under a maximum of
  * 143, a minus alone over a minimum of -112.
  */
 
@@ -11,14 +11,14 @@ export interface Bounds {
 }
 
 /** Never all zeros: between two whole numbers. */
-const FRACTION = '"." [0-9]{0,5} [1-9]'
+const FRACTION = '\\.[0-9]{0,5}[1-9]'
 
-/** No more than 15 digits, and finite, whatever is written. */
+/** As EBNF. No more than 15 digits, and finite, whatever is written. */
 export const INTEGER = '"0" | "-"? [1-9] [0-9]{0,14}'
 export const NUMBER = '"-"? ("0" | [1-9] [0-9]{0,14}) ("." [0-9]{1,16})? ([eE] [+\\-]? [0-9]{1,2})?'
 
 /**
- * Whole numbers and, for `number`, what is between two of them: nothing else where the bounds are not whole. Undefined where there is none that a double holds exactly.
+ * Alternatives: whole numbers and, for `number`, what is between two of them: nothing else where the bounds are not whole. Undefined where there is none that a double holds exactly.
  */
 export function numberRange(type: 'integer' | 'number', bounds: Bounds): string | undefined {
   const bound = (given: number | undefined, none: number) =>
@@ -35,11 +35,11 @@ export function numberRange(type: 'integer' | 'number', bounds: Bounds): string 
   const high = Math.floor(Math.min(maximum, exclusiveMaximum))
   const whole = [...digits(Math.max(0, least), most), ...digits(Math.max(1, -most), -least).map(minus)]
   const between = [...digits(Math.max(0, low), high - 1), ...digits(Math.max(0, -high), -low - 1).map(minus)]
-  const all = type === 'integer' ? whole : [...whole, ...between.map(one => `${one} ${FRACTION}`)]
-  return all.length === 0 ? undefined : all.join(' | ')
+  const all = type === 'integer' ? whole : [...whole, ...between.map(one => `${one}${FRACTION}`)]
+  return all.length === 0 ? undefined : all.join('|')
 }
 
-const minus = (text: string) => `"-" ${text}`
+const minus = (text: string) => `-${text}`
 
 /** Whole numbers from 0, as they are written. */
 function digits(least: number, most: number): string[] {
@@ -47,7 +47,7 @@ function digits(least: number, most: number): string[] {
   const from = BigInt(least).toString()
   if (most === Infinity) {
     const { length } = from
-    const longer = `[1-9] [0-9]{${length},${Math.max(length, 14)}}`
+    const longer = `[1-9][0-9]{${length},${Math.max(length, 14)}}`
     return [...digits(least, 10 ** length - 1), longer]
   }
   const to = BigInt(most).toString()
@@ -58,11 +58,11 @@ function digits(least: number, most: number): string[] {
 
 /** Of one length. */
 function sameLength(from: string, to: string): string[] {
-  if (from === '') return ['""']
+  if (from === '') return ['']
   const rest = from.length - 1
-  const any = rest === 0 ? '' : ` [0-9]{${rest}}`
+  const any = rest === 0 ? '' : `[0-9]{${rest}}`
   if (/^0*$/.test(from.slice(1)) && /^9*$/.test(to.slice(1))) return [`[${from[0]}-${to[0]}]${any}`]
-  const under = (first: string, from: string, to: string) => sameLength(from, to).map(text => `"${first}" ${text}`)
+  const under = (first: string, from: string, to: string) => sameLength(from, to).map(text => first + text)
   if (from[0] === to[0]) return under(from[0], from.slice(1), to.slice(1))
   const [after, before] = [Number(from[0]) + 1, Number(to[0]) - 1]
   return [
