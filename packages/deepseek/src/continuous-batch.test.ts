@@ -212,7 +212,7 @@ test.each([0, 1, 3])('readers leave, abort, or never come back, and the others g
 
 test.each([0, 1, 3])('disposed while texts are being made, with drafts of %i modules', async depth => {
   const { handles } = native.stats()
-  const config = { ...tiny, max_position_embeddings: 256, num_nextn_predict_layers: depth }
+  const config = { ...tiny, max_position_embeddings: 4096, num_nextn_predict_layers: depth }
   const model = new DeepSeek(config, { seed: 3, backend: native })
   const batch = model.continuousBatch({ maxTexts: 1, speculative: true })
   const texts = [read(batch.generate([1, 2], { maxTokens: 1000 })), read(batch.generate([1], { maxTokens: 1000 }))]

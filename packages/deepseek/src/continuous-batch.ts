@@ -24,6 +24,7 @@ import {
   generation,
   type SessionOptions,
   sessionNames,
+  type TextLimits,
   type TextTurnOptions,
   type Told,
   type TurnOptions,
@@ -199,8 +200,8 @@ export class ContinuousBatch {
   generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
     checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
     this.#needAlive()
-    const result = generation(this.#model, this.#drafter.depth, ids, options, (tokens, told, vocabulary) =>
-      this.#text(tokens, { ...options, vocabulary }, told),
+    const result = generation(this.#model, this.#drafter.depth, ids, options, (tokens, told, limits) =>
+      this.#text(tokens, { ...options, ...limits }, told),
     )
     const { tokens } = this.#cache
     if (ids.length <= tokens) return result
@@ -231,8 +232,8 @@ export class ContinuousBatch {
   }
 
   /** The reader's side. */
-  async *#text(tokens: number[], options: TurnOptions & Scoring, told: Told): AsyncGenerator<number> {
-    const { signal, onToken, maxTokens = 128, promptLogProbs } = options
+  async *#text(tokens: number[], options: TurnOptions & TextLimits, told: Told): AsyncGenerator<number> {
+    const { signal, onToken, maxTokens, promptLogProbs } = options
     const { stats } = told
     this.#needAlive()
     if (maxTokens === 0 && (promptLogProbs === undefined || tokens.length === 1)) {

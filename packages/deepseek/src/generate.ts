@@ -7,7 +7,7 @@ import { atLeast0, checkSampling, type SamplingOptions } from './sampling.ts'
 
 /** How one text is made. */
 export interface TurnOptions extends SamplingOptions {
-  /** Most tokens to make. Default 128. */
+  /** Most tokens to make. Default 128. A text ends earlier, of `length` as well, where with its prompt it is as long as the model's context (`max_position_embeddings`). */
   readonly maxTokens?: number
   /** Of what is drawn; the same seed draws the same. Default 0. */
   readonly seed?: number
@@ -92,7 +92,7 @@ export interface GenerationStats {
   drafted: number[]
   /** Drafted tokens that the main model would have made, too, by depth. */
   accepted: number[]
-  /** Why it ended: at an end token or a stop, or at `maxTokens`. Null before, and where it was left or failed. */
+  /** Why it ended: at an end token or a stop, or at `maxTokens` or the end of the context. Null before, and where it was left or failed. */
   finishReason: 'stop' | 'length' | null
   /** Tokens per pass so far: 1 without drafts, 1 + depth at most. */
   readonly tokensPerStep: number
@@ -119,15 +119,22 @@ export interface Told {
   readonly promptLogProbs: Array<TokenLogProb | null>
 }
 
-/** What `generate` of a model and of a session give: `decode` is called for the ids, once all is checked, with how many of the vocabulary may be made. */
+/** How far a text may go. */
+export interface TextLimits {
+  /** Ids from here on are not made. */
+  readonly vocabulary: number
+  readonly maxTokens: number
+}
+
+/** What `generate` of a model and of a session give: `decode` is called for the ids, once all is checked. */
 export function generation(
   model: DeepSeek,
   depth: number,
   prompt: ArrayLike<number>,
   options: TurnOptions & Partial<TextTurnOptions>,
-  decode: (tokens: number[], told: Told, vocabulary: number) => AsyncGenerator<number>,
+  decode: (tokens: number[], told: Told, limits: TextLimits) => AsyncGenerator<number>,
 ): Generation<number | string> {
-  const { tokenizer } = options
+  const { tokenizer, maxTokens = 128 } = options
   const stops = checkTurn(model, prompt, options)
   const stats: GenerationStats = {
     reused: 0,
@@ -141,8 +148,11 @@ export function generation(
     },
   }
   const told: Told = { stats, logProbs: [], promptLogProbs: options.promptLogProbs === undefined ? [] : [null] }
-  const vocabulary = Math.min(model.config.vocab_size, tokenizer?.vocabSize ?? Infinity)
-  const ids = decode(Array.from(prompt), told, vocabulary)
+  const { vocab_size: vocabulary, max_position_embeddings: context } = model.config
+  const ids = decode(Array.from(prompt), told, {
+    vocabulary: Math.min(vocabulary, tokenizer?.vocabSize ?? Infinity),
+    maxTokens: Math.min(maxTokens, context - prompt.length),
+  })
   const once = tokenizer ? texts(ids, tokenizer, stops, stats) : ids
   return { ...told, [Symbol.asyncIterator]: () => once }
 }
@@ -153,13 +163,19 @@ function checkTurn(
   prompt: ArrayLike<number>,
   options: TurnOptions & Partial<TextTurnOptions>,
 ): string[] {
-  const { maxTokens = 0, signal, tokenizer, stop } = options
+  const { maxTokens = 128, signal, tokenizer, stop } = options
   const refused = (problem: string, fix?: string) => new MoeError({ code: 'E_ATTR', op: 'generate', problem, fix })
   checkSampling(options)
   checkTop('generate', 'logProbs', options.logProbs)
   checkTop('generate', 'promptLogProbs', options.promptLogProbs)
   checkIds('generate', model, prompt)
   if (!atLeast0(maxTokens)) throw refused(`maxTokens = ${shown(maxTokens)} is no number of tokens`, 'pass 0 or more')
+  const { max_position_embeddings: context } = model.config
+  if (prompt.length + Math.min(maxTokens, 1) > context) {
+    const room = maxTokens > 0 ? ', of which one is for the text' : ''
+    const problem = `the prompt has ${prompt.length} tokens, and the context of the model ${context}${room}`
+    throw refused(problem, 'shorten it; a model that was made for more has a larger max_position_embeddings')
+  }
   if (signal !== undefined && typeof signal?.addEventListener !== 'function') {
     throw refused('signal is no AbortSignal', 'of an AbortController pass .signal')
   }

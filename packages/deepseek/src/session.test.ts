@@ -232,3 +232,37 @@ describe('a session', () => {
     expect(reference.stats().handles).toBe(0)
   })
 })
+
+describe.each([false, true])('at the end of the context, speculative: %s', speculative => {
+  const context = 24
+  const config = { ...tiny, max_position_embeddings: context, num_nextn_predict_layers: 2, eos_token_id: undefined }
+  const prompt = [5, 6, 7, 8, 9, 10, 11, 12]
+
+  const makers = ['generate', 'session', 'continuousBatch'] as const
+  test.each(makers)('%s', async maker => {
+    const model = new DeepSeek(config, { seed: 2, backend: referenceBackend() })
+    const made = maker === 'generate' ? undefined : model[maker]({ speculative })
+    const generate = (ids: number[], options: TurnOptions) =>
+      made ? made.generate(ids, options) : model.generate(ids, { ...options, speculative })
+    const all: number[][] = []
+    for (const maxTokens of [15, 16, 17, undefined]) {
+      const text = generate(prompt, { maxTokens })
+      const ids: number[] = []
+      for await (const id of text) ids.push(id)
+      expect(text.stats).toMatchObject({ finishReason: 'length', tokens: ids.length })
+      all.push(ids)
+    }
+    expect(all.map(ids => ids.length)).toEqual([15, 16, 16, 16])
+    expect(all[0]).toEqual(all[1].slice(0, 15))
+    expect(all[3]).toEqual(all[1])
+    const refused = { code: 'E_ATTR', message: expect.stringContaining('and the context of the model 24') }
+    const full = new Array<number>(context).fill(3)
+    expect(() => generate(full, {})).toThrow(expect.objectContaining(refused))
+    expect(() => generate([...full, 3], { maxTokens: 0 })).toThrow(expect.objectContaining(refused))
+    const told = generate(full, { maxTokens: 0, promptLogProbs: 0 })
+    for await (const _ of told) throw new Error('nothing is to be made')
+    expect(told.promptLogProbs).toHaveLength(context)
+    made?.dispose()
+    model.dispose()
+  })
+})

@@ -20,6 +20,7 @@ import {
   generation,
   type SessionOptions,
   sessionNames,
+  type TextLimits,
   type TextTurnOptions,
   type Told,
   type TurnOptions,
@@ -27,11 +28,13 @@ import {
 } from './generate.ts'
 import { logProbsBehind, logProbsOf } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
-import { follow, type Scoring } from './sampling.ts'
+import { follow } from './sampling.ts'
 import { usualPrecision } from './usual-precision.ts'
 
 /** Most tokens of a prompt in one pass. Tests make it small. */
 export const limits = { promptPiece: 2048 }
+
+type LimitedTurn = TurnOptions & TextLimits
 
 /** What holds memory. */
 interface Parts {
@@ -80,8 +83,8 @@ export class Session {
   generate(ids: ArrayLike<number>, options: TurnOptions | TextTurnOptions = {}): Generation<number | string> {
     checkOptions<Partial<TextTurnOptions>>('generate', options, turnNames)
     this.#needAlive()
-    return generation(this.#model, this.#depth, ids, options, (tokens, told, vocabulary) =>
-      this.#decode(tokens, { ...options, vocabulary }, told),
+    return generation(this.#model, this.#depth, ids, options, (tokens, told, limits) =>
+      this.#decode(tokens, { ...options, ...limits }, told),
     )
   }
 
@@ -98,8 +101,8 @@ export class Session {
     throw new MoeError({ code: 'E_DISPOSED', op: 'generate', problem: 'the session was disposed', fix })
   }
 
-  async *#decode(tokens: number[], options: TurnOptions & Scoring, told: Told): AsyncGenerator<number> {
-    const { maxTokens = 128, signal, onToken, logProbs, promptLogProbs } = options
+  async *#decode(tokens: number[], options: LimitedTurn, told: Told): AsyncGenerator<number> {
+    const { maxTokens, signal, onToken, logProbs, promptLogProbs } = options
     const { stats } = told
     const prompt = tokens.length
     const ends = new Set<number | string>([...endTokens(this.#model.config), ...(options.stop ?? [])])
@@ -209,7 +212,7 @@ export class Session {
   }
 
   /** The parts, with as many of the tokens in their caches as stand, and room for the others and for what is made of them. */
-  #ready(tokens: readonly number[], { maxTokens = 128, promptLogProbs }: TurnOptions): Parts {
+  #ready(tokens: readonly number[], { maxTokens, promptLogProbs }: LimitedTurn): Parts {
     const weights = namedParameters(this.#model).map(({ parameter }) => [parameter, parameter.version] as const)
     const same = weights.every(([parameter, version], i) => {
       const [known, before] = this.#weights[i] ?? []
