@@ -3,11 +3,11 @@ import { randomUUID } from 'node:crypto'
 import type { GenerationStats } from '@moe/deepseek'
 import type { Context } from 'hono'
 import { streamSSE } from 'hono/streaming'
-import type { Endpoint, Made } from './endpoint.ts'
+import type { Endpoint, Made, StreamEvent } from './endpoint.ts'
 import { toApiError } from './errors.ts'
 import { withReasoning } from './reasoning.ts'
 import type { RequestRecord } from './request-record.ts'
-import type { TextEngine } from './text-engine.ts'
+import type { FinishReason, TextEngine } from './text-engine.ts'
 import { type TextPart, textParts } from './text-parts.ts'
 import { withCalls } from './tool-calls.ts'
 import type { Served, WantedTexts } from './wanted-texts.ts'
@@ -37,7 +37,7 @@ export async function answer(
   served: Served,
   engine: TextEngine,
 ): Promise<Response> {
-  const { prompts, choices, includeUsage } = wanted
+  const { prompts, choices } = wanted
   const record = c.get('record')
   const stop = new AbortController()
   const end = () => {
@@ -51,21 +51,16 @@ export async function answer(
     throw error
   }
   const usage = () => {
-    const promptTokens = prompts.reduce((sum, { ids }) => sum + ids.length, 0)
-    const generatedTokens = texts.reduce((sum, { stats }) => sum + stats.tokens, 0)
+    const prompt = prompts.reduce((sum, { ids }) => sum + ids.length, 0)
+    const made = texts.reduce((sum, { stats }) => sum + stats.tokens, 0)
     const reused = prompts.reduce((sum, _, i) => sum + texts[i * choices].stats.reused, 0)
-    Object.assign(record, { promptTokens, generatedTokens })
-    return {
-      prompt_tokens: promptTokens,
-      completion_tokens: generatedTokens,
-      total_tokens: promptTokens + generatedTokens,
-      prompt_tokens_details: { cached_tokens: reused },
-    }
+    Object.assign(record, { promptTokens: prompt, generatedTokens: made })
+    return { prompt, reused, made }
   }
   const told = ({ text, reasoning = '', calls = [], tokens }: TextPart): Made => {
     return { text, reasoning, calls, logProbs: tokens && endpoint.logProbs(tokens, served.tokenizer) }
   }
-  const finished = ({ stats, calls }: Text) => {
+  const finished = ({ stats, calls }: Text): FinishReason => {
     const ended = stats.finishReason ?? 'stop'
     const reason = calls && ended === 'stop' ? 'tool_calls' : ended
     record.finishReasons = [...(record.finishReasons ?? []), reason]
@@ -75,7 +70,7 @@ export async function answer(
   const { signal } = c.req.raw
   if (signal.aborted) leave()
   signal.addEventListener('abort', leave, { once: true })
-  const head = { id: `${endpoint.prefix}-${randomUUID()}`, created: Math.floor(Date.now() / 1000), model: served.name }
+  const head = { id: `${endpoint.prefix}${randomUUID()}`, created: Math.floor(Date.now() / 1000), model: served.name }
 
   if (!wanted.stream) {
     try {
@@ -92,9 +87,9 @@ export async function answer(
           calls: made[i].flatMap(({ calls }) => calls ?? []),
         }
         text.calls = whole.calls.length > 0
-        return endpoint.choice(i, told(whole), finished(text))
+        return { ...told(whole), finish: finished(text) }
       })
-      return c.json({ ...head, object: endpoint.object, choices: all, usage: usage() })
+      return c.json(endpoint.body(head, all, usage(), wanted))
     } finally {
       end()
       usage()
@@ -104,34 +99,34 @@ export async function answer(
 
   return streamSSE(c, stream => {
     stream.onAbort(leave)
-    const send = async (all: object[], tokens: object | null = null) => {
-      const chunk = { ...head, object: endpoint.chunkObject, choices: all, ...(includeUsage ? { usage: tokens } : {}) }
-      await stream.writeSSE({ data: JSON.stringify(chunk) })
+    const events = endpoint.stream(head, wanted)
+    const send = async (all: readonly StreamEvent[]) => {
+      for (const one of all) await stream.writeSSE(one)
     }
     const streamed = async () => {
       try {
+        await send(events.begin())
         await allOrStop(texts, stop, async text => {
-          const opening = endpoint.opening(text.index)
-          if (opening) await send([opening])
+          await send(events.opening(text.index))
           for await (const part of text.parts) {
             if (part.calls) text.calls = true
-            await send([endpoint.part(text.index, told(part))])
+            await send(events.part(text.index, told(part)))
           }
-          await send([endpoint.end(text.index, finished(text))])
+          await send(events.end(text.index, finished(text)))
         })
-        if (includeUsage) await send([], usage())
+        await send(events.over(usage()))
       } catch (error) {
         // The response has begun: its status stays, and the error is an event.
         const problem = toApiError(error)
         record.status = problem.status
         record.error = error
-        await stream.writeSSE({ data: JSON.stringify(problem) })
+        await send(events.failed(problem))
       } finally {
         end()
         usage()
         signal.removeEventListener('abort', leave)
       }
-      await stream.writeSSE({ data: '[DONE]' })
+      await send(events.last)
     }
     const over = streamed()
     c.set('streamed', over)

@@ -2,7 +2,7 @@
 import { randomUUID } from 'node:crypto'
 import type { ChatMessage } from '@moe/tokenizer-bpe/data'
 import { z } from 'zod'
-import type { Endpoint } from './endpoint.ts'
+import { choicesEndpoint } from './choices.ts'
 import { ApiError } from './errors.ts'
 import { chatLogProbs } from './log-probs.ts'
 import { thinkingBehind } from './reasoning.ts'
@@ -30,8 +30,8 @@ const fields = z.object({
   top_logprobs: z.int().min(0).max(20).nullish(),
 })
 
-export const chatCompletions: Endpoint = {
-  prefix: 'chatcmpl',
+export const chatCompletions = choicesEndpoint({
+  prefix: 'chatcmpl-',
   object: 'chat.completion',
   chunkObject: 'chat.completion.chunk',
   async wanted(body, served, signal) {
@@ -83,7 +83,7 @@ export const chatCompletions: Endpoint = {
   }),
   end: (index, finish) => ({ index, delta: {}, logprobs: null, finish_reason: finish }),
   logProbs: chatLogProbs,
-}
+})
 
 const toolCall = ({ id = `call_${randomUUID().replaceAll('-', '')}`, name, arguments: json }: ToolCall) => ({
   id,

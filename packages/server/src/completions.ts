@@ -1,6 +1,6 @@
 /** @file `POST /v1/completions`: goes on with a text. */
 import { z } from 'zod'
-import type { Endpoint } from './endpoint.ts'
+import { choicesEndpoint } from './choices.ts'
 import { ApiError } from './errors.ts'
 import { completionLogProbs } from './log-probs.ts'
 import { MOST_TEXTS, parseFields, sharedFields } from './request-fields.ts'
@@ -30,11 +30,11 @@ const choice = (index: number, text: string, finish: FinishReason | null, logPro
   finish_reason: finish,
 })
 
-export const completions: Endpoint = {
-  prefix: 'cmpl',
+export const completions = choicesEndpoint({
+  prefix: 'cmpl-',
   object: 'text_completion',
   chunkObject: 'text_completion',
-  wanted(body, served) {
+  async wanted(body, served) {
     const parsed = parseFields(fields, body)
     const prompt = parsed.prompt ?? ''
     const many: ReadonlyArray<string | number[]> =
@@ -57,7 +57,7 @@ export const completions: Endpoint = {
   part: (index, { text, logProbs }) => choice(index, text, null, logProbs),
   end: (index, finish) => choice(index, '', finish, null),
   logProbs: completionLogProbs,
-}
+})
 
 const isIds = (prompt: string[] | number[] | number[][]): prompt is number[] => typeof prompt[0] === 'number'
 

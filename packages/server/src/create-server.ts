@@ -13,6 +13,7 @@ import { ApiError, toApiError } from './errors.ts'
 import { Grammars } from './grammars.ts'
 import { METRICS_TYPE, Metrics } from './metrics.ts'
 import type { RequestRecord } from './request-record.ts'
+import { responses } from './responses.ts'
 import { marksOf, traitsOf } from './template-traits.ts'
 import type { TextEngine } from './text-engine.ts'
 import { type Served, unknownModel } from './wanted-texts.ts'
@@ -133,6 +134,7 @@ export function createServer(options: ServerOptions): Hono<ServerEnv> {
     })
   post('/v1/completions', completions)
   post('/v1/chat/completions', chatCompletions)
+  post('/v1/responses', responses)
   return app
 }
 

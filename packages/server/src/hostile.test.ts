@@ -11,8 +11,8 @@ const paths = ['/v1/completions', '/v1/chat/completions'] as const
 type Path = (typeof paths)[number]
 
 const good = {
-  '/v1/completions': { model: 'tiny', prompt: 'the people', max_tokens: 2 },
-  '/v1/chat/completions': { model: 'tiny', messages: [{ role: 'user', content: 'the' }], max_tokens: 2 },
+  '/v1/completions': { model: 'tiny', prompt: 'the people', max_tokens: 2, seed: 1 },
+  '/v1/chat/completions': { model: 'tiny', messages: [{ role: 'user', content: 'the' }], max_tokens: 2, seed: 1 },
 }
 
 const shown = (body: unknown) => (typeof body === 'string' ? body : String(JSON.stringify(body))).slice(0, 200)
@@ -223,7 +223,7 @@ const wrongFormats = [
   { type: 'json_schema' },
   { type: 'json_schema', json_schema: {} },
   { type: 'json_schema', json_schema: { schema: {} } },
-  ...[null, 1, [], 'text', { type: 'any' }, { not: {} }, { type: 'string', pattern: '.' }, { $ref: '#/no' }].map(
+  ...[null, 1, [], 'text', { type: 'any' }, { not: {} }, { type: 'string', pattern: '(?=.)' }, { $ref: '#/no' }].map(
     schema,
   ),
   schema(JSON.parse('{"type":"object","properties":{"__proto__":{"type":"nonsense"}}}')),

@@ -5,7 +5,14 @@ import type { TextEngine } from './text-engine.ts'
 export const METRICS_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 
 /** Any other path is counted as one, as clients may make up as many as they like. */
-const countedPaths = new Set(['/v1/models', '/v1/completions', '/v1/chat/completions', '/health', '/metrics'])
+const countedPaths = new Set([
+  '/v1/models',
+  '/v1/completions',
+  '/v1/chat/completions',
+  '/v1/responses',
+  '/health',
+  '/metrics',
+])
 
 export class Metrics {
   readonly #engine: TextEngine

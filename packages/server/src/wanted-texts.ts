@@ -53,6 +53,8 @@ export interface WantedTexts {
   readonly thinking: Thinking
   /** Reads calls of tools out of them. */
   readonly calls?: CallReader
+  /** What the answer repeats of the request. */
+  readonly about?: object
 }
 
 /**

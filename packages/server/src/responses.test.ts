@@ -1,0 +1,340 @@
+/** @file Answers in OpenAI's newer way, as its own client asks for them over a port, and beside those of chats. */
+import { Random } from '@moe/core'
+import { ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
+import OpenAI, { BadRequestError } from 'openai'
+import { zodTextFormat } from 'openai/helpers/zod'
+import type {
+  Response,
+  ResponseCreateParamsNonStreaming,
+  ResponseStreamEvent,
+} from 'openai/resources/responses/responses'
+import { describe, expect, onTestFinished, test } from 'vitest'
+import { z } from 'zod'
+import { serve } from './index.ts'
+import { modelServer, post, scriptedServer, tokenizer } from './test-server.ts'
+
+type Ask = Partial<ResponseCreateParamsNonStreaming> & Record<string, unknown>
+
+async function client(app: Parameters<typeof serve>[0]) {
+  const server = await serve(app, { port: 0 })
+  onTestFinished(() => server.close({ within: 0 }))
+  return new OpenAI({ baseURL: `${server.url}/v1`, apiKey: 'any', maxRetries: 0 })
+}
+
+const plain = await ChatTemplate.from({
+  chat_template: plainChatTemplate,
+  bos_token: '<|begin|>',
+  eos_token: '<|end|>',
+})
+const thinking = await ChatTemplate.from({
+  chat_template:
+    '{# </think> tools #}{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.reasoning_content %} ({{ m.reasoning_content }}){% endif %};{% endfor %}',
+})
+
+/** A server whose model says this. */
+function saying(parts: readonly string[], chatTemplate = plain, reason: 'stop' | 'length' = 'stop') {
+  return scriptedServer(
+    async function* (_, stats) {
+      yield* parts
+      stats.tokens = parts.length
+      stats.finishReason = reason
+    },
+    { chatTemplate },
+    4096,
+  )
+}
+
+const withoutIds = (value: unknown): unknown =>
+  JSON.parse(JSON.stringify(value), (key, one) =>
+    ['id', 'item_id', 'call_id', 'created_at', 'cached_tokens'].includes(key) ? '' : one,
+  )
+
+/** An answer as a whole, and the same as its stream ends with it, in whose events everything is in its place. */
+async function both(openai: OpenAI, ask: Ask): Promise<Response> {
+  const given = { model: 'tiny', input: 'the better angels', seed: 3, ...ask }
+  const whole = await openai.responses.create(given)
+  const events: ResponseStreamEvent[] = []
+  for await (const event of await openai.responses.create({ ...given, stream: true })) events.push(event)
+  expect(events.map(({ sequence_number: number }) => number)).toEqual(events.map((_, i) => i))
+  expect(events.slice(0, 2).map(({ type }) => type)).toEqual(['response.created', 'response.in_progress'])
+  const last = events[events.length - 1]
+  if (last.type !== 'response.completed' && last.type !== 'response.incomplete') throw new Error(last.type)
+  const { output_text: _, ...bare } = whole
+  expect(withoutIds(last.response)).toEqual(withoutIds(bare))
+  const texts = new Map<string, string>()
+  const open: string[] = []
+  for (const event of events) {
+    if (event.type === 'response.output_item.added') open.push(event.item.id as string)
+    if (event.type === 'response.output_item.done') {
+      expect(open.pop()).toBe(event.item.id)
+      expect(last.response.output[event.output_index]).toEqual(event.item)
+    }
+    const isDelta = /delta$/.test(event.type)
+    if ('item_id' in event) expect(open).toEqual([event.item_id])
+    if ('item_id' in event && isDelta) {
+      texts.set(event.item_id, (texts.get(event.item_id) ?? '') + (event as { delta: string }).delta)
+    }
+    if (event.type === 'response.output_text.done' || event.type === 'response.reasoning_text.done')
+      expect(event.text).toBe(texts.get(event.item_id) ?? '')
+    if (event.type === 'response.function_call_arguments.done') expect(event.arguments).toBe(texts.get(event.item_id))
+  }
+  return whole
+}
+
+test('the text is that of a chat, whole and streamed', async () => {
+  const { app, dispose } = modelServer()
+  const openai = await client(app)
+  const sampling = { temperature: 0.8, seed: 7, top_p: 0.9 }
+  const messages = [
+    { role: 'developer' as const, content: 'of the people' },
+    { role: 'user' as const, content: 'the better angels' },
+  ]
+  const chat = await openai.chat.completions.create({ model: 'tiny', messages, ...sampling, max_tokens: 9 })
+  const ask = { instructions: 'of the people', ...sampling, max_output_tokens: 9 }
+  const response = await both(openai, ask)
+  expect(response.output_text).toBe(chat.choices[0].message.content)
+  const isCut = chat.choices[0].finish_reason === 'length'
+  expect(response).toMatchObject({
+    object: 'response',
+    status: isCut ? 'incomplete' : 'completed',
+    incomplete_details: isCut ? { reason: 'max_output_tokens' } : null,
+    model: 'tiny',
+    instructions: 'of the people',
+    temperature: 0.8,
+    max_output_tokens: 9,
+    store: false,
+    usage: { input_tokens: chat.usage?.prompt_tokens, output_tokens: chat.usage?.completion_tokens },
+  })
+  const input = [messages[0], { ...messages[1], content: [{ type: 'input_text' as const, text: 'the better angels' }] }]
+  expect((await both(openai, { ...ask, instructions: null, input })).output_text).toBe(response.output_text)
+  expect(dispose()).toBe(0)
+})
+
+test('a schema is kept to, and parsed by the client', async () => {
+  const { app, dispose } = modelServer({}, { context: 300 })
+  const openai = await client(app)
+  const Speech = z.object({ year: z.int().min(1790).max(1800), kind: z.enum(['speech', 'letter']) })
+  let ended = 0
+  for (let seed = 0; seed < 5; seed++) {
+    const ask = { model: 'tiny', input: 'the', temperature: 1.5, text: { format: zodTextFormat(Speech, 'speech') } }
+    const { output_parsed: parsed, status } = await openai.responses.parse({ ...ask, seed } as typeof ask)
+    if (status !== 'completed') continue
+    ended++
+    expect(Speech.safeParse(parsed).success).toBe(true)
+  }
+  expect(ended).toBeGreaterThan(2)
+  const cut = await both(openai, { text: { format: { type: 'json_object' } }, max_output_tokens: 2 })
+  expect([cut.status, cut.output_text[0]]).toEqual(['incomplete', '{'])
+  expect(dispose()).toBe(0)
+})
+
+const tool = {
+  type: 'function' as const,
+  name: 'look_up',
+  strict: true,
+  parameters: { type: 'object', properties: { year: { type: 'integer' } }, required: ['year'] },
+}
+
+describe('tools', () => {
+  test('are called, and a conversation goes on with what came of it', async () => {
+    const call = '<tool_call>{"name": "look_up", "arguments": {"year": 1865}}</tool_call>'
+    const { app, engine } = saying(['I l', 'ook.\n', call.slice(0, 15), call.slice(15), call])
+    const openai = await client(app)
+    const { output } = await both(openai, { tools: [tool] })
+    const own = { type: 'function_call', name: 'look_up', arguments: '{"year":1865}', status: 'completed' }
+    expect(output).toMatchObject([{ type: 'message', content: [{ text: 'I look.\n' }] }, own, own])
+    const [, first, second] = output
+    if (first.type !== 'function_call' || second.type !== 'function_call') throw new Error('no calls')
+    expect(first.call_id).toMatch(/^call_/)
+    expect(first.call_id).not.toBe(second.call_id)
+    const input = [
+      { role: 'user' as const, content: 'the better angels' },
+      ...output,
+      { type: 'function_call_output' as const, call_id: first.call_id, output: 'malice' },
+      {
+        type: 'function_call_output' as const,
+        call_id: second.call_id,
+        output: [{ type: 'input_text', text: 'none' }],
+      },
+    ]
+    await openai.responses.create({ model: 'tiny', input: input as never, tools: [tool] })
+    const made = '<tool_call>\n{"name": "look_up", "arguments": {"year":1865}}\n</tool_call>'
+    expect(tokenizer.decode(engine.asked[engine.asked.length - 1].ids)).toContain(
+      `User: the better angels\n\nAssistant: I look.\n\n${made}${made}<|end|>Tool: malice\n\nTool: none\n\n`,
+    )
+  })
+
+  test('are called where they must be', async () => {
+    const { app, dispose } = modelServer({ chatTemplate: plain }, { context: 1200 })
+    const openai = await client(app)
+    const choice = { type: 'function' as const, name: 'look_up' }
+    const ask = { tools: [tool], tool_choice: choice, max_output_tokens: 60 }
+    const { output } = await both(openai, ask)
+    expect(output).toMatchObject([{ type: 'function_call', name: 'look_up' }])
+    expect(dispose()).toBe(0)
+  })
+})
+
+test('reasoning is an item of its own, and comes back to the template', async () => {
+  const { app, engine } = saying(['<thi', 'nk>\nso', ' it is</think>\n', '\nYes', '.'], thinking)
+  const openai = await client(app)
+  const { output, output_text: text } = await both(openai, {})
+  expect(text).toBe('Yes.')
+  expect(output).toMatchObject([
+    { type: 'reasoning', summary: [], content: [{ type: 'reasoning_text', text: 'so it is' }], status: 'completed' },
+    { type: 'message', role: 'assistant', status: 'completed' },
+  ])
+  const input = [{ role: 'user' as const, content: 'a' }, ...output, { role: 'user' as const, content: 'b' }]
+  await openai.responses.create({ model: 'tiny', input: input as never })
+  expect(tokenizer.decode(engine.asked[engine.asked.length - 1].ids)).toBe(
+    'user: a;assistant: Yes. (so it is);user: b;',
+  )
+  const cut = await both(await client(saying(['<think>so'], thinking, 'length').app), {})
+  expect(cut).toMatchObject({ status: 'incomplete', output: [{ type: 'reasoning', status: 'incomplete' }] })
+})
+
+test('an answer without a text is an empty message', async () => {
+  const { output, status } = await both(await client(saying([]).app), {})
+  expect([status, output]).toMatchObject(['completed', [{ type: 'message', content: [{ text: '' }] }]])
+})
+
+test('log-probabilities are told where they are asked for', async () => {
+  const { app, dispose } = modelServer()
+  const openai = await client(app)
+  const include = ['message.output_text.logprobs'] as const
+  const { output } = await both(openai, { include: [...include], top_logprobs: 2, max_output_tokens: 4 })
+  const [message] = output
+  if (message.type !== 'message' || message.content[0].type !== 'output_text') throw new Error('no text')
+  expect(message.content[0].logprobs?.length).toBeGreaterThan(0)
+  expect(message.content[0].logprobs?.every(({ top_logprobs: top }) => top.length === 2)).toBe(true)
+  expect(dispose()).toBe(0)
+})
+
+test('a failure in a stream is an event', async () => {
+  const failing = scriptedServer(async function* () {
+    yield 'well'
+    throw new Error('a kernel fell over')
+  })
+  const response = await failing.app.request('/v1/responses', post({ input: 'the', stream: true }))
+  const text = await response.text()
+  expect(text).toContain('event: error\ndata: {"type":"error","sequence_number":5,"code":"internal_error",')
+  expect(text).not.toContain('response.completed')
+  expect(text).not.toContain('[DONE]')
+  expect(failing.records).toMatchObject([{ status: 500 }])
+})
+
+test('nothing of what is drawn at random is a failure of the server', async () => {
+  const { app, engine, dispose } = modelServer()
+  const random = new Random(12)
+  const pick = <T>(from: readonly T[]): T => from[random.integer(from.length)]
+  const names = [
+    'type',
+    'role',
+    'content',
+    'text',
+    'format',
+    'name',
+    'arguments',
+    'output',
+    'call_id',
+    'schema',
+    'summary',
+  ]
+  const fields = [
+    'input',
+    'instructions',
+    'tools',
+    'tool_choice',
+    'text',
+    'include',
+    'top_logprobs',
+    'metadata',
+    'stream',
+  ]
+  const words = [
+    'message',
+    'function_call',
+    'function_call_output',
+    'reasoning',
+    'user',
+    'assistant',
+    'input_text',
+    '{}',
+  ]
+  const odd = (depth: number): unknown => {
+    const kinds: ReadonlyArray<() => unknown> = [
+      () => pick([null, true, false, 0, -1, 0.5, 1e308, '', '__proto__', '\ud800']),
+      () => pick(words),
+      () => Array.from({ length: random.integer(4) }, () => odd(depth + 1)),
+      () => Object.fromEntries(Array.from({ length: random.integer(4) }, () => [pick(names), odd(depth + 1)])),
+    ]
+    return pick(depth > 4 ? kinds.slice(0, 2) : kinds)()
+  }
+  const item = () => ({
+    type: pick([...words.slice(0, 4), undefined]),
+    role: pick(['user', 'assistant']),
+    content: odd(1),
+  })
+  const seen = new Map<number, number>()
+  for (let i = 0; i < 400; i++) {
+    const given = random.next() < 0.7 ? { input: Array.from({ length: 1 + random.integer(3) }, item) } : {}
+    const more = Object.fromEntries(Array.from({ length: random.integer(2) }, () => [pick(fields), odd(0)]))
+    const body = { input: 'the', max_output_tokens: 2, ...given, ...more }
+    const response = await app.request('/v1/responses', post(body))
+    const text = await response.text()
+    seen.set(response.status, (seen.get(response.status) ?? 0) + 1)
+    expect([200, 400], JSON.stringify(body)).toContain(response.status)
+    if (response.status === 400) expect(JSON.parse(text).error.message, JSON.stringify(body)).toMatch(/\S/)
+    else expect(text).not.toContain('event: error')
+  }
+  expect(Math.min(seen.get(200) ?? 0, seen.get(400) ?? 0)).toBeGreaterThan(50)
+  expect([engine.running, engine.waiting]).toEqual([0, 0])
+  expect(dispose()).toBe(0)
+})
+
+test.each<[Ask, string, string]>([
+  [{ previous_response_id: 'resp_1' }, 'previous_response_id', 'nothing is kept here'],
+  [{ conversation: 'conv_1' }, 'conversation', 'nothing is kept here'],
+  [{ store: true }, 'store', 'send store: false'],
+  [{ background: true }, 'background', 'is not supported'],
+  [{ truncation: 'auto' }, 'truncation', 'is not supported'],
+  [{ input: [] }, 'input', ''],
+  [{ input: 5 as never }, 'input', 'expected a text, or a list of items'],
+  [{ input: [{ type: 'item_reference', id: 'msg_1' }] }, 'input[0]', 'send the item'],
+  [{ input: [{ type: 'web_search_call' }] as never }, 'input[0]', 'there are only items of type'],
+  [{ input: [{ role: 'root', content: 'a' }] as never }, 'input[0].role', 'expected one of'],
+  [
+    {
+      instructions: 'a',
+      input: [
+        { role: 'user', content: 'a' },
+        { role: 'user', content: [{ type: 'input_image', image_url: 'a', detail: 'auto' }] },
+      ],
+    },
+    'input[1].content[0]',
+    'parts of type input_image are not supported',
+  ],
+  [{ input: [{ type: 'function_call', call_id: 'a', name: 'f', arguments: '{' }] }, 'input[0]', 'does not write calls'],
+  [{ instructions: 'forbidden' }, 'input', 'no such words'],
+  [{ input: 'the people '.repeat(60) }, 'input', 'and this model'],
+  [{ tools: [{ type: 'web_search' }] as never }, 'tools[0].type', 'there are no other tools'],
+  [{ tools: [{ ...tool, name: 'a b' }] }, 'tools[0].name', 'expected up to 64'],
+  [{ tools: [tool] }, 'tools', 'does not tell of tools'],
+  [{ tool_choice: 'required' }, 'tool_choice', 'goes with tools'],
+  [
+    { text: { format: { type: 'json_schema', name: 'a', schema: { not: {} } } } },
+    'text.format.schema',
+    'text.format.schema: not is not supported',
+  ],
+  [{ text: { format: { type: 'grammar' } as never } }, 'text.format.type', 'expected text'],
+  [{ max_output_tokens: -1 }, 'max_output_tokens', ''],
+  [{ presence_penalty: 1 }, 'presence_penalty', 'is not supported'],
+  [{ model: 'gpt-5' }, 'model', 'there is no model'],
+])('%j is refused by its name', async (ask, param, message) => {
+  const { app, dispose } = modelServer()
+  const openai = await client(app)
+  const asking = openai.responses.create({ model: 'tiny', input: 'the', ...ask } as ResponseCreateParamsNonStreaming)
+  await expect(asking).rejects.toMatchObject({ param, message: expect.stringContaining(message) })
+  if (ask.model === undefined) await expect(asking).rejects.toThrow(BadRequestError)
+  expect(dispose()).toBe(0)
+})

@@ -1,0 +1,323 @@
+/** @file `POST /v1/responses`: the next turn of a conversation that is sent whole, asked for and told of in OpenAI's newer way. Nothing is kept between two of them. */
+import { randomUUID } from 'node:crypto'
+import { z } from 'zod'
+import { chatCompletions } from './chat-completions.ts'
+import type { Endpoint, Head, Made, Stream, StreamEvent, Usage } from './endpoint.ts'
+import { ApiError } from './errors.ts'
+import { parseFields, sharedFields } from './request-fields.ts'
+import type { FinishReason } from './text-engine.ts'
+import type { WantedTexts } from './wanted-texts.ts'
+
+const { n: _, max_tokens: count, stream_options: __, ...shared } = sharedFields
+
+const refused = (says: string) => z.null(says).optional()
+const nothingKept = refused('nothing is kept here: send the conversation whole, as input')
+
+const item = z.looseObject({ type: z.string().nullish() })
+
+const fields = z.object({
+  ...shared,
+  input: z.union([z.string(), z.array(item).min(1)], { error: 'expected a text, or a list of items' }),
+  instructions: z.string().nullish(),
+  max_output_tokens: count,
+  text: z.looseObject({ format: z.looseObject({ type: z.string() }).nullish() }).nullish(),
+  tools: z.array(z.looseObject({ type: z.string() })).nullish(),
+  tool_choice: z.union([z.string(), z.looseObject({ type: z.string() })]).nullish(),
+  parallel_tool_calls: z.boolean().nullish(),
+  include: z.array(z.string()).nullish(),
+  top_logprobs: z.int().min(0).max(20).nullish(),
+  chat_template_kwargs: z.unknown().optional(),
+  metadata: z.record(z.string(), z.unknown()).nullish(),
+  store: z.literal(false, 'nothing is kept here: send store: false, or leave it out').nullish(),
+  previous_response_id: nothingKept,
+  conversation: nothingKept,
+  prompt: refused('there are no prompts here: send input'),
+  background: z.literal(false, 'is not supported: leave it out').nullish(),
+  truncation: z.literal('disabled', 'is not supported: leave out of the conversation what is too long').nullish(),
+})
+
+type Fields = z.output<typeof fields>
+
+/** A message of a chat, and the place in the request that it is of. */
+interface Message {
+  readonly from: string
+  readonly message: Record<string, unknown>
+}
+
+export const responses: Endpoint = {
+  prefix: 'resp_',
+  async wanted(body, served, signal) {
+    const parsed = parseFields(fields, body)
+    const messages = messagesOf(parsed)
+    const { max_output_tokens: most, input: _, instructions: __, text, tools, tool_choice: choice, ...rest } = parsed
+    const isTold = parsed.include?.includes('message.output_text.logprobs')
+    const chat = {
+      ...rest,
+      messages: messages.map(({ message }) => message),
+      max_tokens: most,
+      logprobs: isTold,
+      top_logprobs: isTold ? parsed.top_logprobs : undefined,
+      response_format: formatOf(text?.format),
+      tools: tools?.map(({ type, ...own }) => (type === 'function' ? { type, function: own } : { type })),
+      tool_choice:
+        typeof choice === 'object' && choice ? { type: choice.type, function: { name: choice.name } } : choice,
+    }
+    try {
+      return { ...(await chatCompletions.wanted(chat, served, signal)), about: aboutOf(parsed) }
+    } catch (cause) {
+      throw cause instanceof ApiError ? inOwnWords(cause, messages) : cause
+    }
+  },
+  body(head, [{ finish, ...made }], usage, wanted) {
+    const stream = new ResponseStream(head, wanted)
+    stream.part(0, made)
+    stream.end(0, finish)
+    return stream.response(usage)
+  },
+  stream: (head, wanted) => new ResponseStream(head, wanted),
+  logProbs: chatCompletions.logProbs,
+}
+
+function formatOf(format: { readonly type: string; readonly [key: string]: unknown } | null | undefined) {
+  if (format?.type !== 'json_schema') return format
+  const { type, ...own } = format
+  return { type, json_schema: own }
+}
+
+/** Parts of texts as chats have them; other parts as they are, to be refused. */
+const contentOf = (content: unknown): unknown =>
+  Array.isArray(content)
+    ? content.map(part =>
+        ['input_text', 'output_text', 'reasoning_text'].includes(part?.type) ? { type: 'text', text: part.text } : part,
+      )
+    : content
+
+/** @throws ApiError 400 for items that cannot be */
+function messagesOf({ input, instructions }: Fields): Message[] {
+  const all: Message[] = []
+  if (instructions != null) all.push({ from: 'instructions', message: { role: 'system', content: instructions } })
+  if (typeof input === 'string') return [...all, { from: 'input', message: { role: 'user', content: input } }]
+  /** What was thought before the next item, and the message that calls belong to. */
+  let thought: { reasoning_content?: string } = {}
+  let caller: Message | undefined
+  for (const [i, { type, ...own }] of input.entries()) {
+    const from = `input[${i}]`
+    if (type == null || type === 'message') {
+      const message = { role: own.role, content: contentOf(own.content), ...(own.role === 'assistant' && thought) }
+      all.push({ from, message })
+      caller = own.role === 'assistant' ? all[all.length - 1] : undefined
+    } else if (type === 'function_call') {
+      if (caller === undefined) {
+        caller = { from, message: { role: 'assistant', content: null, ...thought } }
+        all.push(caller)
+      }
+      const call = { id: own.call_id, type: 'function', function: { name: own.name, arguments: own.arguments } }
+      caller.message.tool_calls = [...((caller.message.tool_calls as object[] | undefined) ?? []), call]
+    } else if (type === 'function_call_output') {
+      all.push({ from, message: { role: 'tool', tool_call_id: own.call_id, content: contentOf(own.output) } })
+      caller = undefined
+    } else if (type === 'reasoning') {
+      const parts = (own.content ?? []) as ReadonlyArray<{ readonly text?: unknown } | null>
+      const text = Array.isArray(parts) ? parts.map(part => part?.text ?? '').join('') : ''
+      thought = text === '' ? {} : { reasoning_content: text }
+      caller = undefined
+      continue
+    } else {
+      const known = 'message, function_call, function_call_output and reasoning'
+      const problem =
+        type === 'item_reference' ? 'nothing is kept here: send the item' : `there are only items of type ${known}`
+      throw new ApiError(400, `${from}: ${problem}`, { param: from, code: 'unsupported_parameter' })
+    }
+    thought = {}
+  }
+  return all
+}
+
+/** A refusal of a chat, in the words of the request. */
+function inOwnWords(cause: ApiError, messages: readonly Message[]): ApiError {
+  const own = (text: string) =>
+    text
+      .replaceAll(/\bmessages\[(\d+)\]/g, (_, i) => messages[i]?.from ?? 'input')
+      .replaceAll(/\bmessages\b/g, 'input')
+      .replaceAll('response_format.json_schema', 'text.format')
+      .replaceAll('response_format', 'text.format')
+      .replaceAll(/\b(tools\[\d+\])\.function/g, '$1')
+      .replaceAll('tool_choice.function', 'tool_choice')
+  const { status, message, param, code } = cause
+  return new ApiError(status, own(message), {
+    param: param === null ? undefined : own(param),
+    code: code ?? undefined,
+    cause,
+  })
+}
+
+/** What an answer repeats of the request. */
+const aboutOf = (given: Fields) => ({
+  instructions: given.instructions ?? null,
+  max_output_tokens: given.max_output_tokens ?? null,
+  metadata: given.metadata ?? {},
+  parallel_tool_calls: given.parallel_tool_calls ?? true,
+  previous_response_id: null,
+  store: false,
+  temperature: given.temperature ?? 1,
+  text: given.text ?? { format: { type: 'text' } },
+  tool_choice: given.tool_choice ?? 'auto',
+  tools: given.tools ?? [],
+  top_p: given.top_p ?? 1,
+  truncation: 'disabled',
+})
+
+/** An item of an answer: reasoning, a message, or a call. */
+type Item = Record<string, unknown> & { readonly id: string }
+
+interface OpenItem {
+  readonly kind: 'message' | 'reasoning'
+  readonly id: string
+  text: string
+  readonly logProbs: object[]
+}
+
+const part = {
+  message: (text: string, logprobs: readonly object[]) => ({ type: 'output_text', text, annotations: [], logprobs }),
+  reasoning: (text: string) => ({ type: 'reasoning_text', text }),
+}
+const names = { message: 'response.output_text', reasoning: 'response.reasoning_text' } as const
+
+/** Writes one answer, as events and, behind them, as a whole. */
+class ResponseStream implements Stream {
+  readonly last = []
+  readonly #head: Head
+  readonly #about: object
+  readonly #items: Item[] = []
+  /** The item that is being written. */
+  #open: OpenItem | undefined
+  #finish: FinishReason | undefined
+  #events = 0
+
+  constructor(head: Head, { about = {} }: WantedTexts) {
+    this.#head = head
+    this.#about = about
+  }
+
+  begin(): StreamEvent[] {
+    const response = this.response()
+    return [this.#event('response.created', { response }), this.#event('response.in_progress', { response })]
+  }
+
+  opening(): StreamEvent[] {
+    return []
+  }
+
+  part(_: number, { reasoning, text, calls, logProbs }: Made): StreamEvent[] {
+    const { content = [] } = (logProbs ?? {}) as { content?: object[] }
+    return [
+      ...(reasoning === '' ? [] : this.#delta('reasoning', reasoning, [])),
+      ...(text === '' ? [] : this.#delta('message', text, content)),
+      ...calls.flatMap(({ id = `call_${randomUUID().replaceAll('-', '')}`, name, arguments: json }) => {
+        const own = { id: `fc_${randomUUID()}`, type: 'function_call', call_id: id, name }
+        const at = { item_id: own.id, output_index: this.#items.length + (this.#open ? 1 : 0) }
+        return [
+          ...this.#close('completed'),
+          this.#added({ ...own, arguments: '', status: 'in_progress' }),
+          this.#event('response.function_call_arguments.delta', { ...at, delta: json }),
+          this.#event('response.function_call_arguments.done', { ...at, name, arguments: json }),
+          this.#done({ ...own, arguments: json, status: 'completed' }),
+        ]
+      }),
+    ]
+  }
+
+  end(_: number, finish: FinishReason): StreamEvent[] {
+    this.#finish = finish
+    // An answer without any text is an empty message.
+    const empty = this.#open === undefined && this.#items.length === 0 ? this.#begin('message') : []
+    return [...empty, ...this.#close(finish === 'length' ? 'incomplete' : 'completed')]
+  }
+
+  over(usage: Usage): StreamEvent[] {
+    const name = this.#finish === 'length' ? 'response.incomplete' : 'response.completed'
+    return [this.#event(name, { response: this.response(usage) })]
+  }
+
+  failed({ code, message, param }: ApiError): StreamEvent[] {
+    return [this.#event('error', { code, message, param })]
+  }
+
+  /** As a whole, as far as it is there. */
+  response(usage?: Usage): object {
+    const isCut = this.#finish === 'length'
+    return {
+      id: this.#head.id,
+      object: 'response',
+      created_at: this.#head.created,
+      status: this.#finish === undefined ? 'in_progress' : isCut ? 'incomplete' : 'completed',
+      error: null,
+      incomplete_details: isCut ? { reason: 'max_output_tokens' } : null,
+      model: this.#head.model,
+      output: [...this.#items],
+      ...this.#about,
+      usage: usage
+        ? {
+            input_tokens: usage.prompt,
+            input_tokens_details: { cached_tokens: usage.reused },
+            output_tokens: usage.made,
+            output_tokens_details: { reasoning_tokens: 0 },
+            total_tokens: usage.prompt + usage.made,
+          }
+        : null,
+    }
+  }
+
+  #event(type: string, more: object): StreamEvent {
+    return { event: type, data: JSON.stringify({ type, sequence_number: this.#events++, ...more }) }
+  }
+
+  #added(item: Item): StreamEvent {
+    return this.#event('response.output_item.added', { output_index: this.#items.length, item })
+  }
+
+  #done(item: Item): StreamEvent {
+    this.#items.push(item)
+    return this.#event('response.output_item.done', { output_index: this.#items.length - 1, item })
+  }
+
+  #delta(kind: 'message' | 'reasoning', text: string, logProbs: readonly object[]): StreamEvent[] {
+    const before = this.#open?.kind === kind ? [] : [...this.#close('completed'), ...this.#begin(kind)]
+    const open = this.#open as OpenItem
+    open.text += text
+    open.logProbs.push(...logProbs)
+    const more = kind === 'message' ? { logprobs: logProbs } : {}
+    return [...before, this.#event(`${names[kind]}.delta`, { ...this.#place(open.id), delta: text, ...more })]
+  }
+
+  #begin(kind: 'message' | 'reasoning'): StreamEvent[] {
+    const id = `${kind === 'message' ? 'msg' : 'rs'}_${randomUUID()}`
+    this.#open = { kind, id, text: '', logProbs: [] }
+    return [
+      this.#added(written(kind, id, [], 'in_progress')),
+      this.#event('response.content_part.added', { ...this.#place(id), part: part[kind]('', []) }),
+    ]
+  }
+
+  #close(status: 'completed' | 'incomplete'): StreamEvent[] {
+    if (this.#open === undefined) return []
+    const { kind, id, text, logProbs } = this.#open
+    this.#open = undefined
+    const whole = part[kind](text, logProbs)
+    const more = kind === 'message' ? { logprobs: logProbs } : {}
+    return [
+      this.#event(`${names[kind]}.done`, { ...this.#place(id), text, ...more }),
+      this.#event('response.content_part.done', { ...this.#place(id), part: whole }),
+      this.#done(written(kind, id, [whole], status)),
+    ]
+  }
+
+  #place(id: string) {
+    return { item_id: id, output_index: this.#items.length, content_index: 0 }
+  }
+}
+
+const written = (kind: 'message' | 'reasoning', id: string, content: readonly object[], status: string): Item =>
+  kind === 'message'
+    ? { id, type: 'message', status, role: 'assistant', content }
+    : { id, type: 'reasoning', summary: [], content, status }
