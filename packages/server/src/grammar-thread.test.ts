@@ -5,7 +5,7 @@ import { type Form, LocalGrammars, type Vocabulary } from './grammar-host.ts'
 import { openGrammars } from './grammar-thread.ts'
 import { Grammars } from './grammars.ts'
 import { supportedSchema } from './json-schema.ts'
-import { tokenizer } from './test-server.ts'
+import { post, scriptedServer, tokenizer } from './test-server.ts'
 import { findXGrammar } from './xgrammar.ts'
 
 const end = tokenizer.tokenToId('<|end|>') as number
@@ -99,6 +99,18 @@ describe('while a grammar is made', () => {
       constraint.dispose()
     }
     await expect(grammars.constraints(slow(10), 1, 'schema', AbortSignal.abort())).rejects.toMatchObject(gone)
+  })
+
+  test('a client that goes away has not waited for nothing', async () => {
+    const { app, engine, records } = scriptedServer(async function* () {})
+    const leave = new AbortController()
+    const [{ schema }] = slow(60)[0] as unknown as [{ schema: object }]
+    const format = { type: 'json_schema', json_schema: { name: 'a', schema } }
+    const body = { messages: [{ role: 'user', content: 'the' }], response_format: format }
+    const asked = app.request('/v1/chat/completions', post(body, { signal: leave.signal }))
+    setTimeout(() => leave.abort(), 50)
+    expect((await asked).status).toBe(499)
+    expect([records[0].status, engine.asked.length]).toEqual([499, 0])
   })
 
   test('what nobody waits for any more is not made to its end', async () => {

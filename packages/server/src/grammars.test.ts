@@ -82,6 +82,7 @@ function randomSchema(random: Random, depth = 0): Record<string, unknown> {
     },
     () => ({ type: 'object', additionalProperties: deeper() }),
     () => ({ anyOf: [deeper(), deeper()], description: 'either' }),
+    () => ({ allOf: [deeper(), {}, { title: 'x' }], description: 'all' }),
     () => ({ properties: { n: deeper() } }),
   ]
   const all = depth < 3 ? [...kinds, ...nested, ...nested] : kinds
@@ -202,8 +203,23 @@ test.each([
   ['pattern is not supported', { type: 'integer', pattern: '^a' }],
   ['format "iri" is not supported', { type: 'string', format: 'iri' }],
   ['not is not supported (at #/properties/a)', { type: 'object', properties: { a: { not: {} } } }],
-  ['allOf of several', { allOf: [{ type: 'string' }, { minLength: 2 }] }],
-  ['minLength is not supported here', { anyOf: [{ type: 'string' }], minLength: 3 }],
+  ['nothing is of type string and integer', { allOf: [{ type: 'string' }, { type: 'integer' }] }],
+  ['prefixItems of several', { allOf: [{ prefixItems: [{}] }, { prefixItems: [true] }] }],
+  ['format of several', { allOf: [{ type: 'string', format: 'date' }, { format: 'time' }] }],
+  ['has itself in it', { $ref: '#/$defs/a', allOf: [{}], $defs: { a: { allOf: [{ $ref: '#/$defs/a' }] } } }],
+  [
+    'more than 300',
+    {
+      allOf: [{ $ref: '#/$defs/d0' }],
+      $defs: Object.fromEntries(
+        Array.from({ length: 12 }, (_, i) => [
+          `d${i}`,
+          { allOf: i < 11 ? [1, 2].map(() => ({ $ref: `#/$defs/d${i + 1}` })) : [] },
+        ]),
+      ),
+    },
+  ],
+  ['minLength is not supported here', { enum: ['a'], minLength: 3 }],
   ['anyOf is no list', { anyOf: [] }],
   ['type "text" is not known', { type: 'text' }],
   ['multipleOf is not supported', { type: 'integer', multipleOf: 3 }],

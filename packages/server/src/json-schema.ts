@@ -3,6 +3,7 @@
  * for some end its process.
  */
 import { randomUUID } from 'node:crypto'
+import { allOf, MergeError } from './all-of.ts'
 import { type Automaton, both, ofLength, PatternError, type Rule, ruleOf, ruleOfTexts, weightOf } from './automaton.ts'
 import { ApiError } from './errors.ts'
 import { formats, patternFormats } from './formats.ts'
@@ -79,7 +80,7 @@ class Reader {
   readonly #param: string
   #count = 0
   #states = 0
-  #names: ReadonlySet<string> = new Set()
+  #named: ReadonlyMap<string, unknown> = new Map()
 
   constructor(param: string) {
     this.#param = param
@@ -101,7 +102,7 @@ class Reader {
         ? []
         : Object.entries(this.#object(of, `#/${key}`)).map(([name, one]) => [key, name, one] as const),
     )
-    this.#names = new Set(['#', ...all.map(([key, name]) => `#/${key}/${name}`)])
+    this.#named = new Map([['#', rest], ...all.map(([key, name, one]) => [`#/${key}/${name}`, one] as const)])
     const result: Record<string, unknown> = { ...(this.#schema(rest, '#', 0) as object) }
     for (const [key, name, one] of all) {
       result[key] = { ...(result[key] as object), [name]: this.#schema(one, `#/${key}/${name}`, 0) }
@@ -110,27 +111,26 @@ class Reader {
   }
 
   #schema(given: unknown, at: string, depth: number): JsonSchema {
-    if (++this.#count > MOST_SCHEMAS) throw this.#refuse(at, `there are more than ${MOST_SCHEMAS} schemas in it`)
+    this.#another(at)
     if (depth > DEEPEST) throw this.#refuse(at, `it is deeper than ${DEEPEST}`)
     if (given === true) return {}
-    const says = ([key, value]: [string, unknown]) => !annotations.has(key) && !isAnyName(key, value)
-    const schema = Object.fromEntries(Object.entries(this.#object(given, at)).filter(says))
+    const schema = bare(this.#object(given, at))
     const keys = Object.keys(schema)
     const only = (...known: readonly string[]) => {
       const other = keys.find(key => !known.includes(key))
       if (other !== undefined) throw this.#refuse(at, `${other} is not supported${keys.length > 1 ? ' here' : ''}`)
     }
-    const { $ref: ref, anyOf, oneOf, allOf, type } = schema
+    const { $ref: ref, anyOf, oneOf, type } = schema
+    const list = anyOf ?? oneOf
+    if ('allOf' in schema || (keys.length > 1 && (ref !== undefined || list !== undefined))) {
+      return this.#schema(this.#merged(schema, at), at, depth + 1)
+    }
     if (ref !== undefined) {
-      only('$ref')
-      if (!this.#names.has(String(ref))) throw this.#refuse(at, `$ref is ${JSON.stringify(ref)}, expected one of $defs`)
+      this.#definition(String(ref), at)
       return { $ref: ref }
     }
-    const list = anyOf ?? oneOf ?? allOf
     if (list !== undefined) {
-      only(anyOf ? 'anyOf' : oneOf ? 'oneOf' : 'allOf')
       if (!Array.isArray(list) || list.length === 0) throw this.#refuse(at, `${keys[0]} is no list of schemas`)
-      if (allOf && list.length > 1) throw this.#refuse(at, 'allOf of several is not supported')
       const all = list.map((one, i) => this.#schema(one, `${at}/${keys[0]}/${i}`, depth + 1))
       return all.length === 1 ? all[0] : { anyOf: all }
     }
@@ -154,6 +154,29 @@ class Reader {
     only('type', ...types.flatMap(name => keywordsOf[String(name)]))
     const one = types.map(name => this.#typed(String(name), schema, at, depth))
     return one.length === 1 ? one[0] : { anyOf: one }
+  }
+
+  #definition(ref: string, at: string): unknown {
+    if (this.#named.has(ref)) return this.#named.get(ref)
+    throw this.#refuse(at, `$ref is ${JSON.stringify(ref)}, expected one of $defs`)
+  }
+
+  #merged(schema: JsonSchema, at: string): JsonSchema {
+    const named = (ref: string) => {
+      this.#another(at)
+      return this.#definition(ref, at)
+    }
+    try {
+      return allOf([schema], { named, bare })
+    } catch (cause) {
+      if (!(cause instanceof MergeError)) throw cause
+      throw this.#refuse(at, cause.message)
+    }
+  }
+
+  /** @throws ApiError where there are too many */
+  #another(at: string): void {
+    if (++this.#count > MOST_SCHEMAS) throw this.#refuse(at, `there are more than ${MOST_SCHEMAS} schemas in it`)
   }
 
   #impliedTypes(keys: readonly string[]): string[] | undefined {
@@ -191,17 +214,19 @@ class Reader {
 
   /** Of a format, a pattern and lengths what is of all. */
   #text({ format, pattern, minLength, maxLength }: Readonly<Record<string, unknown>>, at: string): JsonSchema {
-    const name = typeof pattern === 'string' && patternFormats.has(String(format)) ? undefined : format
+    const patterns = [pattern ?? []].flat()
+    const name = pattern !== undefined && patternFormats.has(String(format)) ? undefined : format
     if (name !== undefined && !Object.hasOwn(formats, String(name))) {
       const known = Object.keys(formats).join(', ')
       throw this.#refuse(at, `format ${JSON.stringify(name)} is not supported, expected one of ${known}`)
     }
-    if (pattern !== undefined && typeof pattern !== 'string') throw this.#refuse(at, 'pattern is no text')
-    const said = pattern === undefined ? 'format' : `pattern ${JSON.stringify(pattern.slice(0, 100))}`
+    if (!patterns.every(one => typeof one === 'string')) throw this.#refuse(at, 'pattern is no text')
+    const said = pattern === undefined ? 'format' : `pattern ${JSON.stringify(pattern).slice(0, 100)}`
     return this.#automaton([name, pattern, minLength, maxLength], said, at, () => {
       const all: Automaton[] = name === undefined ? [] : [patternAutomaton(`^(?:${formats[String(name)]})$`)]
       // Zod writes patterns beside formats which say the same or less, also such as are not supported.
-      if (pattern !== undefined && (name === undefined || isSupported(pattern))) all.push(patternAutomaton(pattern))
+      const kept = name === undefined ? patterns : patterns.filter(isSupported)
+      all.push(...kept.map(patternAutomaton))
       if (minLength !== undefined || maxLength !== undefined) {
         all.push(ofLength({ least: (minLength ?? 0) as number, most: (maxLength ?? Infinity) as number }))
       }
@@ -294,6 +319,10 @@ function isSupported(pattern: string): boolean {
     return false
   }
 }
+
+/** A schema without what says nothing of what it allows. */
+const bare = (schema: JsonSchema): JsonSchema =>
+  Object.fromEntries(Object.entries(schema).filter(([key, value]) => !annotations.has(key) && !isAnyName(key, value)))
 
 /** `propertyNames` as Zod writes it: that they are texts. */
 const isAnyName = (key: string, value: unknown) =>
