@@ -67,10 +67,21 @@ const keywordsOf: Readonly<Record<string, readonly string[]>> = {
  * @throws ApiError 400 for what is not supported
  */
 export function supportedSchema(schema: unknown, param: string): SupportedSchema {
+  const text = JSON.stringify(schema) ?? ''
+  const known = latest.get(text)
+  if (known) return known
   const reader = new Reader(param)
   const form = reader.root(schema)
-  return { schema: form, rules: reader.rules, characters: reader.characters }
+  const supported = { schema: form, rules: reader.rules, characters: reader.characters }
+  latest.set(text, supported)
+  const [oldest] = latest.keys()
+  if (latest.size > MOST_LATEST) latest.delete(oldest)
+  return supported
 }
+
+/** What clients ask for they ask for again: by their JSON. */
+const latest = new Map<string, SupportedSchema>()
+const MOST_LATEST = 64
 
 class Reader {
   readonly rules: Record<string, Rule> = {}
