@@ -20,6 +20,11 @@ template <bool kBf16, class T>
 inline f32v load_dot(const T* p, std::ptrdiff_t left) {
 #if defined(__AVX512F__)
   return left >= kDotStep<kBf16> ? (f32v)load_row<kBf16, false>(p, left) : (f32v)load_row<kBf16, true>(p, left);
+#elif defined(MOE_BF16_PRODUCTS)
+  if constexpr (kBf16)
+    return load_two(p, p + lanes, left, left - lanes);
+  else
+    return load_some(p, left < lanes ? int(left) : lanes);
 #else
   return load_some(p, left < lanes ? int(left) : lanes);
 #endif
@@ -42,8 +47,8 @@ void pack_dot_row(const GemmOperand& a, std::ptrdiff_t row, std::ptrdiff_t k0, s
 
 template <bool kBf16>
 inline f32v dot_step(f32v acc, f32v a, f32v b) {
-#if defined(__AVX512BF16__)
-  if constexpr (kBf16) return (f32v)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#if defined(MOE_BF16_PRODUCTS)
+  if constexpr (kBf16) return dot_pairs(a, b, acc);
 #endif
   return fma(a, b, acc);
 }

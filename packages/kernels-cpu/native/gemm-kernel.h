@@ -2,8 +2,9 @@
 //
 // Legend: a packed A panel is [depth][kAWidth], of which the first 1 .. kMr of each row are used, or where rows are kept
 // [kMr][kPitch], of which the first depth of each row are used; a packed B panel is [depth][kNr], where columns past the end are zeros. For bf16 every
-// element of a panel is a pair of bf16 that are neighbours along k (low half first), so the depth is ceil(k / 2). A row is written in whole vectors,
-// which may reach over its end: behind each A panel lie kSlack elements.
+// element of a panel is a pair of bf16 that are neighbours along k (low half first), so the depth is ceil(k / 2). On Arm, whose instruction multiplies four
+// neighbours of two rows with those of two columns, the pairs of two rows of a bf16 panel lie together, [depth / 2][width][2], and the depth is even.
+// A row is written in whole vectors, which may reach over its end: behind each A panel lie kSlack elements.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -45,18 +46,25 @@ constexpr int kStepsAtOnce = 2;
 #else
 constexpr int kStepsAtOnce = 4;
 #endif
-#if defined(__AVX512BF16__)
+#if defined(MOE_BF16_PRODUCTS)
 constexpr bool kHasBf16 = true;
 #else
 constexpr bool kHasBf16 = false;
 #endif
+// Pairs of a row or column that lie together in a bf16 panel.
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr int kPairs = 2;
+#else
+constexpr int kPairs = 1;
+#endif
+
+/** Depth of panels for `k` numbers. */
+constexpr std::ptrdiff_t depth_of(std::ptrdiff_t k, bool bf16) { return bf16 ? (k + 2 * kPairs - 1) / (2 * kPairs) * kPairs : k; }
 
 template <bool kBf16>
 inline f32v multiply_add(f32v acc, const float* a, f32v b) {
-#if defined(__AVX512BF16__)
-  if constexpr (kBf16) {
-    return (f32v)_mm512_dpbf16_ps((__m512)acc, (__m512bh)splat_pair(*a), (__m512bh)b);
-  }
+#if defined(MOE_BF16_PRODUCTS)
+  if constexpr (kBf16) return dot_pairs(splat_pair(*a), b, acc);
 #endif
   return fma(splat(*a), b, acc);
 }
@@ -81,6 +89,38 @@ inline void finish_stores_past_caches() {
 #endif
 }
 
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+/** A block's products in bf16: every register holds two rows of A, two columns of B, or two by two elements of C. */
+template <int kRows, int kVecs>
+MOE_INLINE void multiply_by_twos(std::ptrdiff_t depth, const float* a, const float* b, const char* ahead, std::ptrdiff_t ahead_step, f32v (&c)[kRows][kVecs]) {
+  constexpr int kDown = (kRows + 1) / 2, kAcross = 2 * kVecs;
+  float32x4_t acc[kDown][kAcross] = {};
+#pragma GCC unroll 2
+  for (std::ptrdiff_t p = 0; p < depth; p += kPairs) {
+    for (int i = 0; i < kPairs; ++i, ahead += ahead_step) __builtin_prefetch(ahead, 0, 2);
+    bfloat16x8_t bv[kAcross];
+#pragma GCC unroll 4
+    for (int j = 0; j < kAcross; ++j) bv[j] = vreinterpretq_bf16_f32((float32x4_t)load(b + j * lanes));
+#pragma GCC unroll 6
+    for (int i = 0; i < kDown; ++i) {
+      const bfloat16x8_t av = vreinterpretq_bf16_f32((float32x4_t)load(a + i * lanes));
+#pragma GCC unroll 4
+      for (int j = 0; j < kAcross; ++j) acc[i][j] = vbfmmlaq_f32(acc[i][j], av, bv[j]);
+    }
+    a += kPairs * kAWidth;
+    b += kPairs * kNr;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) {
+      const float64x2_t left = (float64x2_t)acc[i / 2][2 * j], right = (float64x2_t)acc[i / 2][2 * j + 1];
+      c[i][j] = (f32v)(i % 2 == 0 ? vzip1q_f64(left, right) : vzip2q_f64(left, right));
+    }
+  }
+}
+#endif
+
 /** `kKept`: the panel of A keeps its rows. */
 template <bool kBf16, bool kKept, int kRows, int kVecs>
 void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t b_stride, float* c,
@@ -101,17 +141,34 @@ void micro(std::ptrdiff_t depth, const float* a, const float* b, std::ptrdiff_t 
       }
 #pragma GCC unroll 2
       for (int j = 0; j < kVecs; ++j) bv[j] = load(b + j * lanes);
+#if defined(__aarch64__)
+      // Products take one lane of a register, so that a load brings four rows.
+      f32v av[(kRows + lanes - 1) / lanes];
+#pragma GCC unroll 3
+      for (int i = 0; i < kRows; i += lanes) av[i / lanes] = load(a + i);
+#pragma GCC unroll 14
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kVecs; ++j) acc[i][j] = fma(splat(av[i / lanes][i % lanes]), bv[j], acc[i][j]);
+      }
+#else
 #pragma GCC unroll 14
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
         for (int j = 0; j < kVecs; ++j) acc[i][j] = multiply_add<kBf16>(acc[i][j], a + i * (kKept ? kPitch : 1), bv[j]);
       }
+#endif
       a += kKept ? 1 : kAWidth;
       b += packed ? kNr : b_stride;
     }
   };
   // Where a step has few products, what else is in it counts.
   using std::bool_constant;
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  if constexpr (kBf16)
+    multiply_by_twos(depth, a, b, ahead, ahead_step, acc);
+  else
+#endif
   if constexpr (kStepsAtOnce == 2)
     along_k(bool_constant<true>(), bool_constant<false>());
   else if (b_stride != kNr)

@@ -203,7 +203,7 @@ void pack_straight(const T* src, std::ptrdiff_t stride, const Panels& panels, st
   return pack_side_by_side<kBf16, kWidth, 4, false>(src, stride, panels, k, dst);
 }
 
-#else  // not AVX-512: f32 only
+#else  // not AVX-512: bf16 on Arm only
 
 #if defined(__AVX2__)
 /** In-place transpose of 8 x 8. */
@@ -272,7 +272,7 @@ inline void pack_block(const float* src, std::ptrdiff_t stride, int rows, int co
 
 /** Rows that are contiguous along k become lanes of one panel. */
 template <bool kBf16, int kWidth>
-void pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, float* dst) {
+std::enable_if_t<!kBf16> pack_transposed(const float* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, float* dst) {
   constexpr int last = (kWidth - 1) / lanes * lanes, rest = kWidth - last;
   for (std::ptrdiff_t p = 0; p < k; p += lanes, src += lanes, dst += lanes * kWidth) {
     const int columns = k - p < lanes ? int(k - p) : lanes;
@@ -292,7 +292,7 @@ constexpr std::ptrdiff_t kRowsAhead = 8;
 
 /** Lanes that are contiguous in memory stay lanes. Goes through several panels side by side, so that runs of memory are long. */
 template <bool kBf16, int kWidth>
-void pack_straight(const float* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
+std::enable_if_t<!kBf16> pack_straight(const float* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
   constexpr int vectors = (kWidth + lanes - 1) / lanes;
   First there[kMostPanels][vectors];
   for (int q = 0; q < panels.count; ++q)
@@ -315,6 +315,55 @@ void pack_straight(const float* src, std::ptrdiff_t stride, const Panels& panels
     }
   }
 }
+
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+/** Four numbers from `a` on and four from `b` on in bf16; zeros where fewer than four of them are there. */
+inline f32v load_two(const float* a, const float* b, std::ptrdiff_t of_a = lanes, std::ptrdiff_t of_b = lanes) {
+  return pair_neighbours(load_first(first(of_a), a), load_first(first(of_b), b));
+}
+inline f32v load_two(const Bf16* a, const Bf16* b, std::ptrdiff_t of_a = lanes, std::ptrdiff_t of_b = lanes) {
+  return (f32v)vcombine_u16((uint16x4_t)load_some(a, first(of_a)), (uint16x4_t)load_some(b, first(of_b)));
+}
+
+/** Rows that are contiguous along k become lanes of one panel. */
+template <bool kBf16, int kWidth, class T>
+std::enable_if_t<kBf16> pack_transposed(const T* src, std::ptrdiff_t stride, int count, std::ptrdiff_t k, float* dst) {
+  for (std::ptrdiff_t p = 0; p < k; p += 2 * kPairs, src += 2 * kPairs, dst += kPairs * kWidth) {
+    if (count == kWidth && k - p >= 2 * kPairs) {
+#pragma GCC unroll 6
+      for (int i = 0; i < kWidth; i += 2) store(dst + i * kPairs, load_two(src + i * stride, src + (i + 1) * stride));
+    } else {
+      for (int i = 0; i < kWidth; i += 2)
+        store(dst + i * kPairs, load_two(src + i * stride, src + (i + 1) * stride, i < count ? k - p : 0, i + 1 < count ? k - p : 0));
+    }
+  }
+}
+
+/** Lanes that are contiguous in memory stay lanes, of several panels side by side. */
+template <bool kBf16, int kWidth, class T>
+std::enable_if_t<kBf16> pack_straight(const T* src, std::ptrdiff_t stride, const Panels& panels, std::ptrdiff_t k, float* dst) {
+  const std::ptrdiff_t begin = panels.start[0], end = panels.start[panels.count];
+  for (std::ptrdiff_t p = 0; p < k; p += 2 * kPairs, src += 2 * kPairs * stride, dst += kPairs * kWidth) {
+    for (std::ptrdiff_t r = 0; r < 2 * kPairs; ++r)
+      for (std::ptrdiff_t i = begin; i < end; i += std::ptrdiff_t(64 / sizeof(T))) __builtin_prefetch(src + (kRowsAhead + r) * stride + i);
+    for (int q = 0; q < panels.count; ++q) {
+      for (int v = 0; v < kWidth; v += lanes) {
+        const std::ptrdiff_t left = panels.start[q + 1] - panels.start[q] - v;
+        const T* from = src + panels.start[q] + v;
+        const auto rows = [&](int first_row) {
+          const uint16x8_t two = (uint16x8_t)load_two(from + first_row * stride, from + (first_row + 1) * stride,
+                                                      first_row < k - p ? left : 0, first_row + 1 < k - p ? left : 0);
+          return (float32x4_t)vzip1q_u16(two, vextq_u16(two, two, 4));
+        };
+        const float32x4_t low = rows(0), high = rows(2);
+        float* const to = dst + q * panels.stride + v * kPairs;
+        store(to, (f32v)vzip1q_f32(low, high));
+        store(to + lanes, (f32v)vzip2q_f32(low, high));
+      }
+    }
+  }
+}
+#endif
 #endif
 
 /** Packs neighbouring panels, whose lanes are counted from lane0 on, and k columns from k0 on. */

@@ -1,4 +1,4 @@
-// moe-isa: baseline avx2 avx512 avx512bf16
+// moe-isa: baseline avx2 avx512 avx512bf16 bf16
 //
 // Products are cut into tiles of C, which threads take as they come free. A tile goes over k in passes; each packs the tile's
 // columns of B into panels (they stay in L2), then A a few panels at a time, and lets a microkernel keep a kMr x kNr block of C
@@ -39,7 +39,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Passes {
   int64_t count, length;
-  Passes(int64_t k, bool bf16) : count(ceil_div(k, kMaxK[bf16])), length(count ? round_up(ceil_div(k, count), 2) : 0) {}
+  Passes(int64_t k, bool bf16) : count(ceil_div(k, kMaxK[bf16])), length(count ? round_up(ceil_div(k, count), 2 * kPairs) : 0) {}
 };
 
 struct Tile {
@@ -217,7 +217,7 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
   const Passes passes(g.k, kBf16);
   for (int64_t pass = 0; pass < passes.count; ++pass) {
     const int64_t k0 = pass * passes.length, kc = std::min(passes.length, g.k - k0);
-    const int64_t depth = kBf16 ? (kc + 1) / 2 : kc;
+    const int64_t depth = depth_of(kc, kBf16);
     // Meanwhile asked for: the rest of B where it is packed panel by panel, then the operands of the next pass or tile.
     Ahead ahead;
     const Region own = region_of_b(g, t, passes, pass, kBf16);
@@ -241,7 +241,7 @@ void run_tile(const Gemm& g, const Tile& t, float* a_buffer, float* b_buffer, co
     // read where it lies.
     bool late = false, direct = false;
     if (g.packed_b) {
-      const int64_t full_depth = kBf16 ? passes.length / 2 : passes.length;
+      const int64_t full_depth = depth_of(passes.length, kBf16);
       packed = g.packed_b + pass * full_depth * static_cast<int64_t>(round_up(g.packed_n, kNr)) + (g.packed_from + t.n0) * depth;
     } else if (panels <= kMostPanels && (g.b.k_stride == 1 || panels <= kFewPanels)) {
       late = true;
@@ -393,19 +393,19 @@ void gemm(const Gemm* jobs, int64_t count, bool bf16) {
 }
 
 size_t gemm_packed_b_size(int64_t n, int64_t k, bool bf16) {
-  const size_t depth = kHasBf16 && bf16 ? size_t(k + 1) / 2 : size_t(k);
+  const size_t depth = size_t(depth_of(k, kHasBf16 && bf16));
   return round_up(size_t(n), kNr) * depth;
 }
 
 template <bool kBf16, class T>
 static void pack_b(const Operand<T>& b, int64_t n, int64_t k, float* to) {
   const Passes passes(k, kBf16);
-  const int64_t full_depth = kBf16 ? passes.length / 2 : passes.length, blocks = ceil_div(n, kNr);
+  const int64_t full_depth = depth_of(passes.length, kBf16), blocks = ceil_div(n, kNr);
   parallel_for(
       blocks, std::max<int64_t>(1, 32768 / (k + 1)),
       [&](int64_t begin, int64_t end, int) {
         for (int64_t pass = 0; pass < passes.count; ++pass) {
-          const int64_t k0 = pass * passes.length, kc = std::min(passes.length, k - k0), depth = kBf16 ? (kc + 1) / 2 : kc;
+          const int64_t k0 = pass * passes.length, kc = std::min(passes.length, k - k0), depth = depth_of(kc, kBf16);
           float* base = to + pass * full_depth * blocks * kNr;
           pack_columns<kBf16>(b, begin * kNr, std::min(n, end * kNr) - begin * kNr, k0, kc, depth, base + begin * kNr * depth);
         }

@@ -18,6 +18,12 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace moe {
 namespace {
@@ -46,6 +52,31 @@ const char* isa_of_cpu() {
   // AVX512_VNNI, AVX512_BF16
   const bool has_newer = extended.a >= 1 && __get_cpuid_count(7, 1, &newer.a, &newer.b, &newer.c, &newer.d);
   return has_newer && all(extended.c, {11}) && all(newer.a, {5}) ? "avx512bf16" : "avx512";
+}
+#endif
+
+#if defined(__APPLE__)
+// A number that the system knows by that name, 0 when it does not.
+int system_number(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 ? value : 0;
+}
+#endif
+
+#if defined(__aarch64__)
+const char* isa_of_cpu() {
+#if defined(__linux__)
+  // By their numbers, as headers may be older: ASIMDDP; I8MM and BF16.
+  const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  const bool dotprod = first >> 20 & 1, bf16 = (second >> 13 & 3) == 3;
+#elif defined(__APPLE__)
+  const bool dotprod = system_number("hw.optional.arm.FEAT_DotProd");
+  const bool bf16 = system_number("hw.optional.arm.FEAT_BF16") && system_number("hw.optional.arm.FEAT_I8MM");
+#else
+  const bool dotprod = false, bf16 = false;
+#endif
+  return !dotprod ? "baseline" : !bf16 ? "dotprod" : "bf16";
 }
 #endif
 
@@ -106,7 +137,7 @@ MOE_EXPORT const char* moe_last_error() { return moe::last_error; }
 MOE_EXPORT const char* moe_cpu_isa() {
 #if defined(MOE_EMULATED_ISA)
   return MOE_EMULATED_ISA;
-#elif defined(__x86_64__)
+#elif defined(__x86_64__) || defined(__aarch64__)
   return moe::isa_of_cpu();
 #else
   return "baseline";
@@ -115,6 +146,10 @@ MOE_EXPORT const char* moe_cpu_isa() {
 
 MOE_EXPORT int moe_default_threads() {
   int count = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__APPLE__)
+  // The performance cores, where there are others: these would hold the end of every op back.
+  if (const int fast = moe::system_number("hw.perflevel0.logicalcpu")) count = std::min(count, fast);
+#endif
 #if defined(__linux__)
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);

@@ -48,17 +48,6 @@ MOE_INLINE void store(int32_t* to, i32v x) { *reinterpret_cast<i32v_unaligned*>(
 MOE_INLINE f32v splat(float x) { return x - f32v{}; }
 MOE_INLINE i32v splat(int32_t x) { return i32v{} + x; }
 MOE_INLINE f32v zero() { return f32v{}; }
-#if defined(__AVX512BF16__)
-// Two bf16 that lie together, in all lanes.
-MOE_INLINE f32v splat_pair(float pair) {
-  f32v x = (f32v)_mm512_set1_ps(pair);
-#if defined(__clang__) && __clang_major__ < 18
-  asm("" : "+v"(x));  // It stops at a product of bf16 with a broadcast in it.
-#endif
-  return x;
-}
-#endif
-
 // The first `count` (0 .. lanes) elements; the other lanes get `fill`. Never touches memory behind them.
 MOE_INLINE f32v load_partial(const float* from, int count, float fill = 0) {
 #if defined(__AVX512F__)
@@ -133,7 +122,7 @@ MOE_INLINE f32v fma(f32v a, f32v b, f32v c) {
 // c - a * b
 MOE_INLINE f32v fnma(f32v a, f32v b, f32v c) { return fma(-a, b, c); }
 
-// As the x86 instructions: the second operand when one is NaN. (vmax/vmin propagate NaN on Arm; do not rely on either.)
+// When one operand is NaN: the second on x86, NaN on Arm. Do not rely on either.
 MOE_INLINE f32v fast_max(f32v a, f32v b) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
@@ -141,6 +130,8 @@ MOE_INLINE f32v fast_max(f32v a, f32v b) {
   return (f32v)_mm256_max_ps((__m256)a, (__m256)b);
 #elif defined(__x86_64__)
   return (f32v)_mm_max_ps((__m128)a, (__m128)b);
+#elif defined(__aarch64__)
+  return (f32v)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
 #else
   return select(a > b, a, b);
 #endif
@@ -152,6 +143,8 @@ MOE_INLINE f32v fast_min(f32v a, f32v b) {
   return (f32v)_mm256_min_ps((__m256)a, (__m256)b);
 #elif defined(__x86_64__)
   return (f32v)_mm_min_ps((__m128)a, (__m128)b);
+#elif defined(__aarch64__)
+  return (f32v)vminq_f32((float32x4_t)a, (float32x4_t)b);
 #else
   return select(a < b, a, b);
 #endif
@@ -245,6 +238,56 @@ MOE_INLINE f32v from_bf16(u16v x) { return (f32v)(__builtin_convertvector(x, u32
 MOE_INLINE u16v load(const uint16_t* from) { return *reinterpret_cast<const u16v_unaligned*>(from); }
 MOE_INLINE void store(uint16_t* to, u16v x) { *reinterpret_cast<u16v_unaligned*>(to) = x; }
 
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+// Products of bf16: a 32-bit lane holds a pair of them, the first one in its lower half. Numbers that become bf16 are rounded to nearest even.
+#define MOE_BF16_PRODUCTS 1
+
+// c + a * b, both numbers of each pair. On Arm either product, their sum, and c plus that are rounded to odd, in which way they are off by less than a unit in the last
+// place; x86 rounds to nearest. Denormals count as zeros on both.
+MOE_INLINE f32v dot_pairs(f32v a, f32v b, f32v c) {
+#if defined(__x86_64__)
+  return (f32v)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
+#else
+  return (f32v)vbfdotq_f32((float32x4_t)c, vreinterpretq_bf16_f32((float32x4_t)a), vreinterpretq_bf16_f32((float32x4_t)b));
+#endif
+}
+// One pair as the first operand, for all lanes.
+#if defined(__x86_64__)
+MOE_INLINE f32v splat_pair(float pair) {
+  f32v x = (f32v)_mm512_set1_ps(pair);
+#if defined(__clang__) && __clang_major__ < 18
+  asm("" : "+v"(x));  // It stops at a product of bf16 with a broadcast in it.
+#endif
+  return x;
+}
+#else
+MOE_INLINE float32x2_t splat_pair(float pair) { return float32x2_t{pair, 0}; }
+MOE_INLINE f32v dot_pairs(float32x2_t a, f32v b, f32v c) {
+  asm("bfdot %0.4s, %1.8h, %2.2h[0]" : "+w"(c) : "w"(b), "w"(a));  // Clang would spread the pair over a register first.
+  return c;
+}
+#endif
+// Twice as many neighbours as there are lanes.
+MOE_INLINE f32v pair_neighbours(f32v first, f32v second) {
+#if defined(__x86_64__)
+  return (f32v)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+  return (f32v)vreinterpretq_f32_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)first), (float32x4_t)second));
+#endif
+}
+// Lane i: (low[i], high[i]).
+MOE_INLINE f32v pair_lanes(f32v low, f32v high) {
+#if defined(__x86_64__)
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                              19, 3, 18, 2, 17, 1, 16, 0);
+  return (f32v)_mm512_permutexvar_epi16(interleave, (__m512i)pair_neighbours(low, high));
+#else
+  const auto rounded = [](f32v x) { return vreinterpretq_u16_bf16(vcvtq_low_bf16_f32((float32x4_t)x)); };
+  return (f32v)vzip1q_u16(rounded(low), rounded(high));
+#endif
+}
+#endif
+
 // Calls body(i, count) for 0 .. n in steps of `lanes`: count == lanes but for the last. Keep the body small: it is inlined twice,
 // once with a constant count so that `count == lanes` folds.
 template <class F>
@@ -261,6 +304,12 @@ MOE_INLINE i32v load_some(const int32_t* from, int count, int32_t fill = 0) {
   return count == lanes ? load(from) : load_partial(from, count, fill);
 }
 MOE_INLINE void store_some(int32_t* to, i32v x, int count) { count == lanes ? store(to, x) : store_partial(to, x, count); }
+MOE_INLINE u16v load_some(const uint16_t* from, int count) {
+  if (count == lanes) return load(from);
+  u16v x{};
+  std::memcpy(&x, from, static_cast<size_t>(count) * 2);
+  return x;
+}
 MOE_INLINE void store_some(uint16_t* to, u16v x, int count) {
   if (count == lanes) return store(to, x);
   std::memcpy(to, &x, static_cast<size_t>(count) * 2);

@@ -12,6 +12,7 @@
 // Every source is compiled once per variant named in its first lines (`// moe-isa: baseline avx2 avx512`, which is also the
 // default). The library of a level links, of each source, the best variant that the level can run. One library per level, rather
 // than one with all levels, because the linker would merge inline functions of different levels.
+import { spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -60,8 +61,8 @@ function forThisMachine() {
 }
 
 function forPlatform(name) {
-  const { target, os, cpu, isas, zig } = platforms[name]
-  const ladder = isas ?? Object.keys(levels[cpu])
+  const { target, os, cpu, isas, zig = 'generic' } = platforms[name]
+  const ladder = Object.keys(levels[cpu])
   const objDir = join(root, 'build', 'platforms', name)
   // An import library, which nobody needs, would come to lie beside the DLL.
   const platformFlags = { linux: linuxFlags, win32: [`-Wl,--out-implib,${join(objDir, 'import.link')}`] }
@@ -69,8 +70,8 @@ function forPlatform(name) {
     target: name,
     os,
     ladder,
-    wanted: options.isa ?? ladder,
-    flagsOf: isa => ['-target', target, `-mcpu=${zig ?? levels[cpu][isa].zig}`],
+    wanted: options.isa ?? isas ?? ladder,
+    flagsOf: isa => ['-target', target, `-mcpu=${levels[cpu][isa].zig.replace('generic', zig)}`],
     linkFlags: ['-target', target, '-s', ...(platformFlags[os] ?? [])],
     outDir: join(root, 'npm', name),
     objDir,
@@ -155,19 +156,30 @@ function platformNamed(name) {
 
 /** The highest level that this machine runs, as moe_cpu_isa() finds it; the lowest where the system does not tell. */
 function ofThisMachine(ladder) {
-  const file = '/proc/cpuinfo'
-  const flags = new Set(
-    existsSync(file) ? /^flags\s*:(.*)$/m.exec(readFileSync(file, 'utf8'))?.[1].trim().split(/\s+/) : [],
-  )
-  const has = (...names) => names.every(name => flags.has(name))
+  const features = featuresOfThisMachine()
+  const has = (...names) => names.every(name => features.has(name))
   const runs = {
     baseline: true,
     avx2: has('avx2', 'fma', 'bmi2'),
     avx512: has('avx512f', 'avx512bw', 'avx512dq', 'avx512vl'),
     avx512bf16: has('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512_bf16', 'avx512_vnni'),
+    dotprod: has('asimddp'),
+    bf16: has('asimddp', 'bf16', 'i8mm'),
   }
   const most = ladder.includes(process.env.MOE_CPU_ISA) ? ladder.indexOf(process.env.MOE_CPU_ISA) : ladder.length - 1
   return ladder.slice(0, most + 1).findLast(level => runs[level])
+}
+
+/** By Linux's names of them. */
+function featuresOfThisMachine() {
+  if (process.platform === 'darwin') {
+    const { stdout } = spawnSync('sysctl', ['hw.optional.arm'], { encoding: 'utf8' })
+    const found = Array.from(stdout?.matchAll(/FEAT_(\w+): 1$/gm) ?? [], ([, name]) => name.toLowerCase())
+    return new Set(found.map(name => (name === 'dotprod' ? 'asimddp' : name)))
+  }
+  const file = '/proc/cpuinfo'
+  const line = existsSync(file) ? /^(?:flags|Features)\s*:(.*)$/m.exec(readFileSync(file, 'utf8'))?.[1] : undefined
+  return new Set(line?.trim().split(/\s+/))
 }
 
 function say(line) {

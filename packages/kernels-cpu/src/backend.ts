@@ -14,7 +14,7 @@ import type {
 import { checkOptions, dtypes, hostArray, MoeError, sizeOf } from '@moe/core'
 import { capture, type Recording } from './graph.ts'
 import { fusedFactories, primitiveFactories } from './kernels/index.ts'
-import { type Isa, isas, loadLibrary, type NativeLibrary } from './load.ts'
+import { bf16Isas, type Isa, isas, loadLibrary, type NativeLibrary } from './load.ts'
 import { type CpuBuffer, Memory, type MemoryStats } from './memory.ts'
 import { createNative, type Native } from './native.ts'
 import { counterOf, profiling } from './profile.ts'
@@ -53,8 +53,7 @@ export interface CpuBackend extends Backend {
  */
 export async function createBackend(options: CpuOptions = {}): Promise<CpuBackend> {
   checkOptions('createBackend', options, { threads: true, isa: true, memoryLimit: true, guarded: true })
-  const isa = options.isa ?? isaFromEnvironment()
-  const library = await loadLibrary(isa)
+  const library = await loadLibrary(chosenIsa(options))
   const threads = options.threads ?? threadsFromEnvironment() ?? library.defaultThreads
   if (!Number.isInteger(threads) || threads < 1 || threads > 256) throw invalid('threads', threads, '1 to 256')
   const memory = new Memory(library, { limit: options.memoryLimit, guarded: options.guarded })
@@ -66,7 +65,7 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
     name: 'kernels-cpu',
     device: `${cpus()[0]?.model.trim() ?? process.arch}, ${isaLabels[library.isa]}, ${threads} ${threads === 1 ? 'thread' : 'threads'}`,
     dtypes: new Set(dtypes),
-    bf16Matmul: library.isa === 'avx512bf16',
+    bf16Matmul: bf16Isas.has(library.isa),
     fp8Matmul: true,
     isa: library.isa,
     threads,
@@ -104,13 +103,14 @@ const isaLabels: Readonly<Record<Isa, string>> = {
   avx2: 'AVX2',
   avx512: 'AVX-512',
   avx512bf16: 'AVX-512 BF16',
+  dotprod: 'NEON DotProd',
+  bf16: 'NEON BF16',
 }
 
-function isaFromEnvironment(): Isa {
-  const named = process.env['MOE_CPU_ISA']
-  if (!named) return 'avx512bf16'
+function chosenIsa({ isa }: CpuOptions): Isa {
+  const named = isa ?? (process.env['MOE_CPU_ISA'] || isas[isas.length - 1])
   if ((isas as readonly string[]).includes(named)) return named as Isa
-  throw invalid('MOE_CPU_ISA', named, isas.join(', '))
+  throw invalid(isa === undefined ? 'MOE_CPU_ISA' : 'isa', named, isas.join(', '))
 }
 
 function threadsFromEnvironment(): number | undefined {

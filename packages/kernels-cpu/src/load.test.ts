@@ -79,6 +79,9 @@ describe('finding the library', () => {
     expect(backend.device).toMatch(/(SSE2|NEON), 3 threads$/)
     process.env['MOE_CPU_ISA'] = 'sse9'
     expect(isMoeError(await failure(), 'E_CONFIG')).toBe(true)
+    // Those of another architecture are none.
+    const foreign = createBackend({ isa: process.arch === 'arm64' ? 'avx2' : 'dotprod' })
+    await expect(foreign).rejects.toThrow(/isa is \w+.*choose one of baseline, /s)
     delete process.env['MOE_CPU_ISA']
     process.env['MOE_NUM_THREADS'] = '0'
     expect(isMoeError(await failure(), 'E_CONFIG')).toBe(true)

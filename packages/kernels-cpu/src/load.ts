@@ -5,12 +5,14 @@ import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { MoeError } from '@moe/core'
 import { familySync } from 'detect-libc'
-import { libraryName, platformName } from './platforms.mjs'
+import { levels, libraryName, platformName } from './platforms.mjs'
 
-/** Instruction sets, lowest first. Each has a library of its own. On arm64 the baseline is NEON. */
-export const isas = ['baseline', 'avx2', 'avx512', 'avx512bf16'] as const
-/** One of `isas`. */
-export type Isa = (typeof isas)[number]
+/** Instruction sets of x86-64 and, behind the baseline of both, of arm64, where that is NEON. Each has a library of its own. */
+export type Isa = 'baseline' | 'avx2' | 'avx512' | 'avx512bf16' | 'dotprod' | 'bf16'
+/** Those of this machine's architecture, lowest first. */
+export const isas = Object.keys(levels[process.arch as keyof typeof levels] ?? { baseline: {} }) as readonly Isa[]
+/** Those whose matrix products can take bf16. */
+export const bf16Isas: ReadonlySet<Isa> = new Set(['avx512bf16', 'bf16'])
 
 const abiVersion = 4
 

@@ -14,7 +14,7 @@ import type {
 } from '@moe/core'
 import { dtypeBytes, MoeError, sizeOf } from '@moe/core'
 import type { RecordedAttrs, Recording } from './graph.ts'
-import type { NativeLibrary } from './load.ts'
+import { bf16Isas, type NativeLibrary } from './load.ts'
 import type { CpuBuffer, Memory } from './memory.ts'
 
 /** A C++ kernel: addresses, sizes and attributes as plain numbers, in the order in which the kernel reads them. */
@@ -91,7 +91,7 @@ export function createNative(
   let pointers = new BigUint64Array(new ArrayBuffer(512))
   const copy = kernel('moe_copy')
   const round = kernel('moe_cast_f32_bf16')
-  const multipliesBf16 = library.isa === 'avx512bf16'
+  const multipliesBf16 = bf16Isas.has(library.isa)
   const integerRing = Array.from({ length: 16 }, () => {
     const data = new BigInt64Array(new ArrayBuffer(512))
     return { data, address: library.address(data.buffer) }

@@ -1,7 +1,10 @@
 // What the native library is built for, and where it is then found: instruction sets, and the platforms that have a package of their own
 // (npm/<platform>/).
 
-/** Instruction sets by architecture, lowest first: flags for g++ and clang++, and Zig's name of the CPU. */
+/**
+ * Instruction sets by architecture, lowest first: flags for g++ and clang++, and Zig's name of the CPU. Those of arm64: NEON, which all have; dot products of bytes (Armv8.2: Apple
+ * M1, Graviton 2); matrix products of bf16, with i8mm beside them (Armv8.6: Apple M2, Graviton 3).
+ */
 export const levels = {
   x64: {
     baseline: { flags: ['-march=x86-64'], zig: 'x86_64' },
@@ -24,12 +27,16 @@ export const levels = {
       zig: 'skylake_avx512+avx512vnni+avx512bf16-prefer_256_bit',
     },
   },
-  arm64: { baseline: { flags: [], zig: 'generic' } },
+  arm64: {
+    baseline: { flags: ['-march=armv8-a'], zig: 'generic' },
+    dotprod: { flags: ['-march=armv8.2-a+dotprod'], zig: 'generic+v8_2a+dotprod' },
+    bf16: { flags: ['-march=armv8.2-a+dotprod+bf16+i8mm'], zig: 'generic+v8_2a+dotprod+bf16+i8mm' },
+  },
 }
 
 /**
  * Platforms of the published packages, by `platformName`. `target` is Zig's name, with the
- * oldest system that will do: glibc 2.28 is what Node 20 itself needs. `isas`: fewer than all.
+ * oldest system that will do: glibc 2.28 is what Node 20 itself needs. `isas`: fewer libraries than all. `zig`: the CPU to compile for in place of a generic one.
  */
 export const platforms = {
   'linux-x64': { target: 'x86_64-linux-gnu.2.28', os: 'linux', cpu: 'x64', libc: 'glibc' },
@@ -38,7 +45,14 @@ export const platforms = {
   'linuxmusl-arm64': { target: 'aarch64-linux-musl', os: 'linux', cpu: 'arm64', libc: 'musl' },
   // Macs with an Intel processor have no AVX-512, but for a few.
   'darwin-x64': { target: 'x86_64-macos.11.0', os: 'darwin', cpu: 'x64', isas: ['baseline', 'avx2'] },
-  'darwin-arm64': { target: 'aarch64-macos.11.0', os: 'darwin', cpu: 'arm64', zig: 'apple_m1' },
+  // Every Mac of this kind has at least dot products.
+  'darwin-arm64': {
+    target: 'aarch64-macos.11.0',
+    os: 'darwin',
+    cpu: 'arm64',
+    isas: ['dotprod', 'bf16'],
+    zig: 'apple_m1',
+  },
   'win32-x64': { target: 'x86_64-windows-gnu', os: 'win32', cpu: 'x64' },
 }
 

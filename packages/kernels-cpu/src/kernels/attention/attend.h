@@ -132,7 +132,7 @@ static void pack_columns(const Block& block, const float* base, int64_t D, float
       const int first = static_cast<int>(std::min<int64_t>(lanes, D - d));
       [[maybe_unused]] const int second = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(lanes, D - d - lanes)));
       const auto row = [&](int i) __attribute__((always_inline)) {
-#if defined(__AVX512BF16__)
+#if defined(MOE_BF16_PRODUCTS)
         if constexpr (Op::pack == 2) return pair_neighbours(load_partial(rows[i] + d, first), load_partial(rows[i] + d + lanes, second));
 #endif
         return load_some(rows[i] + d, first);
@@ -199,16 +199,18 @@ static KeyRows<T> rows_from(const Attention& a, int64_t b, int64_t begin, const 
   return {from, stride, a.pages + b * (a.S / a.page_keys), a.page_keys, begin};
 }
 
-#if defined(__AVX512BF16__)
+#if defined(MOE_BF16_PRODUCTS)
 // [n][D] f32 -> [n][ceil(D / 2)] pairs along D.
 static inline void pack_neighbours(const KeyRows<float>& rows, int64_t n, int64_t D, float* to) {
-  const int64_t pairs = (D + 1) / 2, whole = D / 32 * 32;
+  constexpr int64_t step = 2 * lanes;
+  const int64_t pairs = (D + 1) / 2, whole = D / step * step;
   for (int64_t s = 0; s < n; s++, to += pairs) {
     const float* from = rows[s];
-    for (int64_t d = 0; d < whole; d += 32) store(to + d / 2, pair_neighbours(load(from + d), load(from + d + 16)));
+    for (int64_t d = 0; d < whole; d += step) store(to + d / 2, pair_neighbours(load(from + d), load(from + d + lanes)));
     if (whole == D) continue;
     const int left = static_cast<int>(D - whole);
-    const f32v first = load_partial(from + whole, std::min(16, left)), second = left > 16 ? load_partial(from + whole + 16, left - 16) : zero();
+    const f32v first = load_partial(from + whole, std::min(lanes, left));
+    const f32v second = left > lanes ? load_partial(from + whole + lanes, left - lanes) : zero();
     store_partial(to + whole / 2, pair_neighbours(first, second), (left + 1) / 2);
   }
 }
@@ -296,7 +298,7 @@ static KeyTiles key_tiles(const Attention& a, int64_t b, int64_t g, int64_t begi
   if constexpr (Op::pack == 1) {
     return {k[0], v[0], a.k_stride, a.v_stride};
   } else {
-#if defined(__AVX512BF16__)
+#if defined(MOE_BF16_PRODUCTS)
     pack_neighbours(k, n, a.Dk, memory.k);
     pack_pairs(v, n, a.Dv, memory.v, a.Dv);
 #endif
@@ -469,7 +471,7 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
       }
       each_run([&](int64_t i, int64_t count, const KeyTiles& run) { add(scores + i * block_rows, run.v, run.v_stride, count); });
     } else {
-#if defined(__AVX512BF16__)
+#if defined(MOE_BF16_PRODUCTS)
       if (n % 2 == 1) {
         for (int j = 0; j < Vectors; j++) store(scores + n * block_rows + j * lanes, lowest);
       }

@@ -1,4 +1,4 @@
-// moe-isa: baseline avx2 avx512 avx512bf16
+// moe-isa: baseline avx2 avx512 avx512bf16 bf16
 // Attention without a matrix of scores, and its gradient by recomputation (Dao 2023, FlashAttention-2).
 #include "attend.h"
 
@@ -43,7 +43,7 @@ void pack_rows(const Block& block, const float* base, int64_t D, int64_t padded,
     [[maybe_unused]] const float* second = i + 1 < block.rows ? base + block.row[std::min(i + 1, block_rows - 1)] * D : nullptr;
     each_vector(D, [&](int64_t j, int count) {
       f32v x = first ? load_some(first + j, count) : zero();
-#if defined(__AVX512BF16__)
+#if defined(MOE_BF16_PRODUCTS)
       if constexpr (Op::pack == 2) x = pair_lanes(x, second ? load_some(second + j, count) : zero());
 #endif
       store(to + j, x);
@@ -60,7 +60,7 @@ void backward_head(const Attention& a, const Gradient& gradient, int64_t b, int6
   const int64_t Dk_depth = (a.Dk + Op::pack - 1) / Op::pack, Dv_depth = (a.Dv + Op::pack - 1) / Op::pack;
   const float *k = a.k + b * a.k_batch + g * a.k_head, *v = a.v + b * a.v_batch + g * a.v_head, *k_deep = k;
   int64_t k_stride = a.k_stride, v_stride = a.v_stride, k_deep_stride = a.k_stride;
-#if defined(__AVX512BF16__)
+#if defined(MOE_BF16_PRODUCTS)
   if constexpr (Op::pack == 2) {
     pack_neighbours({k, k_stride}, limit, a.Dk, memory.k_neighbours);
     pack_neighbours({v, v_stride}, limit, a.Dv, memory.v_neighbours);
@@ -137,19 +137,21 @@ void backward_head(const Attention& a, const Gradient& gradient, int64_t b, int6
         small_product<Op, false, true>(n, Dk_padded / lanes, DS, block_rows, memory.q_rows, Dk_padded, block_rows, dk, Dk_padded);
         small_product<Op, true, true>(a.Dk, V, k_deep + at * k_deep_stride, k_deep_stride, DS, block_rows, n, memory.dq_columns, block_rows);
       } else {
-#if defined(__AVX512BF16__)
+#if defined(MOE_BF16_PRODUCTS)
         constexpr int64_t row = block_rows / 2;
         for (int64_t i = 0; i < n; i += 2) {
-          f32v p[2][2], ds[2][2];
-          for (int j = 0; j < 2; j++) {
+          f32v p[2][V], ds[2][V];
+          for (int j = 0; j < V; j++) {
             cell(i, j, p[0][j], ds[0][j]);
             p[1][j] = ds[1][j] = zero();
             if (i + 1 < n) cell(i + 1, j, p[1][j], ds[1][j]);
             store(memory.ds_pairs + i / 2 * block_rows + j * lanes, pair_lanes(ds[0][j], ds[1][j]));
           }
           for (int r = 0; r < 2; r++) {
-            store(memory.p_half + (i + r) * row, pair_neighbours(p[r][0], p[r][1]));
-            store(memory.ds_half + (i + r) * row, pair_neighbours(ds[r][0], ds[r][1]));
+            for (int j = 0; j < V; j += 2) {
+              store(memory.p_half + (i + r) * row + j / 2 * lanes, pair_neighbours(p[r][j], p[r][j + 1]));
+              store(memory.ds_half + (i + r) * row + j / 2 * lanes, pair_neighbours(ds[r][j], ds[r][j + 1]));
+            }
           }
         }
         small_product<Op, false, true>(n, Dv_padded / lanes, memory.p_half, row, memory.dout_rows, Dv_padded, row, dv, Dv_padded);
@@ -237,7 +239,7 @@ void backward(Args& args) {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
+#if defined(MOE_BF16_PRODUCTS)
 using Half = Bf16Product;
 #else
 using Half = F32Product;

@@ -21,22 +21,13 @@ struct F32Product {
   MOE_INLINE f32v multiply_add(f32v a, f32v b, f32v c) { return fma(a, b, c); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(MOE_BF16_PRODUCTS)
 struct Bf16Product {
   static constexpr int pack = 2;
-  MOE_INLINE f32v splat_of(float a) { return splat_pair(a); }
-  MOE_INLINE f32v multiply_add(f32v a, f32v b, f32v c) {
-    return (f32v)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
-  }
+  MOE_INLINE auto splat_of(float a) { return splat_pair(a); }
+  template <class Pair>
+  MOE_INLINE f32v multiply_add(Pair a, f32v b, f32v c) { return dot_pairs(a, b, c); }
 };
-// Lane i: (low[i], high[i]) as a bf16 pair.
-MOE_INLINE f32v pair_lanes(f32v low, f32v high) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-                                              19, 3, 18, 2, 17, 1, 16, 0);
-  return (f32v)_mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-}
-// 32 neighbours as bf16.
-MOE_INLINE f32v pair_neighbours(f32v first, f32v second) { return (f32v)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 #endif
 
 namespace detail {
@@ -63,7 +54,7 @@ static inline __attribute__((always_inline)) void tile(const float* A, int64_t l
       for (int j = 0; j < Vectors; j++) b[j] = load(B + j * lanes);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; i++) {
-        const f32v a = Op::splat_of(A[i]);
+        const auto a = Op::splat_of(A[i]);
 #pragma GCC unroll 4
         for (int j = 0; j < Vectors; j++) c[i][j] = Op::multiply_add(a, b[j], c[i][j]);
       }
@@ -83,7 +74,7 @@ static inline __attribute__((always_inline)) void tile(const float* A, int64_t l
       for (int j = 0; j < Vectors; j++) b[j] = load(B + j * lanes);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; i++) {
-        const f32v a = Op::splat_of(p[i / 3][(i % 3) * lda]);
+        const auto a = Op::splat_of(p[i / 3][(i % 3) * lda]);
 #pragma GCC unroll 4
         for (int j = 0; j < Vectors; j++) c[i][j] = Op::multiply_add(a, b[j], c[i][j]);
       }

@@ -1,4 +1,4 @@
-// moe-isa: baseline avx2 avx512 avx512bf16
+// moe-isa: baseline avx2 avx512 avx512bf16 bf16
 // Absorbed multi-head latent attention for decoding (DeepSeek-V2 report 2.1.2): one key head for all heads, values are the first
 // features of the keys. The heads lie along the lanes, so every row of the cache is read once per block of them. The cache is f32 or bf16.
 #include "../attention/attend.h"
@@ -39,7 +39,7 @@ void latent(Args& args) {
 }  // namespace
 
 MOE_KERNEL(moe_latent_attention_f32) { latent<F32Product>(args); }
-#if defined(__AVX512BF16__)
+#if defined(MOE_BF16_PRODUCTS)
 MOE_KERNEL(moe_latent_attention_bf16) { latent<Bf16Product>(args); }
 #else
 MOE_KERNEL(moe_latent_attention_bf16) { latent<F32Product>(args); }

@@ -165,6 +165,23 @@ describe.each(await availableIsas())('matmul on %s', isa => {
   })
 })
 
+// Arm rounds the sum of two products, and that sum with what came before, to odd: each time by less than a unit in the last place, 2^-23 of the sum so far.
+// x86 rounds to nearest after every product, by half of that.
+test.each(await availableIsas())('sums in bf16 on %s: a unit in the last place for every two products', async isa => {
+  for (const m of [1, 12, 25]) {
+    for (const k of [62, 700, 3001]) {
+      const p = { m, n: 9, k, transposeA: false, transposeB: true, precision: 'bf16' } as const
+      // What is added is less than the last place of the sum, again and again.
+      const a = Float32Array.from({ length: m * k }, (_, i) => (i % k === 0 ? 64 : i % 2 === 0 ? 48 * 2 ** -23 : 0))
+      for (const numbers of [operands(p, m + k), { a, b: new Float32Array(9 * k).fill(1) }]) {
+        const { c, rounded } = await multiply(p, numbers.a, numbers.b, { isa })
+        const worst = worstError(p, numbers.a, numbers.b, c, rounded)
+        expect(worst, `${m} rows of ${k}`).toBeLessThanOrEqual(2 ** -23 * (k / 2 + 2))
+      }
+    }
+  }
+})
+
 test('bf16 rounds to nearest even', async () => {
   const backend = await testBackend()
   const rounded = backend.bf16Matmul
