@@ -11,6 +11,12 @@ namespace {
 template <class W>
 constexpr int64_t group_size = W::per * lanes;
 constexpr int64_t most_rows = 4;
+// Sums of one row of weights that leave room in the registers for those of another.
+#if defined(__aarch64__)
+constexpr int most_chains = 8;
+#else
+constexpr int most_chains = 4;
+#endif
 
 // x of a row for weights W: groups of `per` vectors, vector j with what multiplies weight j of each lane, zeros behind k.
 template <class W>
@@ -22,20 +28,31 @@ void pack_x(const float* x, int64_t k, float* packed) {
     const float* from = x + g * group;
     for (int l = 0; l < lanes; ++l) {
       for (int j = 0; j < W::per; ++j) {
-        const int64_t i = l * W::per + j;
+        const int64_t i = W::in_order ? j * lanes + l : l * W::per + j;
         to[j * lanes + l] = i < most ? from[i] : 0.0f;
       }
     }
   }
 }
 
-// Chains of additions for each row of x, so that there are about four at once.
+// Chains of additions for each row of x, so that there are about four at once; or, with the weights that are decoded fastest, sixteen for two rows on Arm, where
+// four units may take four cycles for an addition.
 template <class W, int M>
 constexpr int chains = M == 1 ? (W::per < 4 ? W::per : 4) : M == 2 ? 2 : 1;
+#if defined(__aarch64__)
+template <int M>
+constexpr int chains<Bf16Weights, M> = M == 1 ? 8 : M == 2 ? 4 : 2;
+#endif
+// Registers of a row that one turn takes: a cache line on Arm, where a request for memory costs as much as a load.
+#if defined(__aarch64__)
+constexpr int at_once = 4;
+#else
+constexpr int at_once = 1;
+#endif
 
-template <class W, int j = 0>
+template <class W, int j = 0, int first = 0>
 struct Decode {
-  // sums += weights j.. of each lane of R rows times x.
+  // sums += weights j.. of each lane of R rows times x, by the chains from `first` on.
   template <int R, int M>
   MOE_INLINE void multiply(const i32v (&v)[R], const float* const* x, int64_t at, f32v (&sums)[R][M][chains<W, M>]) {
     f32v w[R];
@@ -46,19 +63,27 @@ struct Decode {
       const f32v numbers = load(x[m] + at + j * lanes);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
-        f32v& sum = sums[r][m][j % chains<W, M>];
+        f32v& sum = sums[r][m][(first + j) % chains<W, M>];
         sum = fma(w[r], numbers, sum);
       }
     }
-    if constexpr (j + 1 < W::per) Decode<W, j + 1>::template multiply<R, M>(v, x, at, sums);
+    if constexpr (j + 1 < W::per) Decode<W, j + 1, first>::template multiply<R, M>(v, x, at, sums);
   }
 };
 
 template <int n>
 MOE_INLINE f32v joined(const f32v (&sums)[n]) {
+  if constexpr (n == 8) return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   if constexpr (n == 4) return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   if constexpr (n == 2) return sums[0] + sums[1];
   return sums[0];
+}
+
+// body(0), body(1), .. of constants.
+template <int count, int first = 0, class F>
+MOE_INLINE void each_turn(F&& body) {
+  body(std::integral_constant<int, first>());
+  if constexpr (first + 1 < count) each_turn<count, first + 1>(body);
 }
 
 struct Dots {
@@ -92,14 +117,14 @@ MOE_INLINE void dot_rows(const Dots& d, int64_t row) {
   f32v total[R][M] = {};
   f32v sums[R][M][chains<W, M>] = {};
   i32v nans[R] = {};
-  const auto multiply = [&](int64_t g, int64_t there) {
+  const auto multiply = [&](int64_t g, int64_t there, auto turn) MOE_CLANG_INLINE {
     i32v v[R] = {};
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       std::memcpy(&v[r], from + r * d.row_bytes + g * bytes, static_cast<size_t>(there));
       if constexpr (std::is_same_v<W, Fp8Weights>) nans[r] |= fp8_nans(v[r]);
     }
-    Decode<W>::template multiply<R, M>(v, d.x, g * group_size<W>, sums);
+    Decode<W, 0, turn * W::per>::template multiply<R, M>(v, d.x, g * group_size<W>, sums);
   };
   const int64_t run = scaled ? d.run : groups;
   for (int64_t g = 0, block = 0; g < groups; ++block) {
@@ -114,17 +139,25 @@ MOE_INLINE void dot_rows(const Dots& d, int64_t row) {
         }
       }
     }
+    using First = std::integral_constant<int, 0>;
+    if constexpr (at_once > 1) {
+      for (; g + at_once <= whole; g += at_once) {
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) __builtin_prefetch(from + (R * g + r * at_once) * bytes + floats_ahead);
+        each_turn<at_once>([&](auto turn) __attribute__((always_inline)) { multiply(g + turn, bytes, turn); });
+      }
+    }
     for (; g < whole; ++g) {
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) __builtin_prefetch(from + (R * g + r) * bytes + floats_ahead);
-      multiply(g, bytes);
+      multiply(g, bytes, First());
     }
-    if (g < end) multiply(g++, rest);
+    if (g < end) multiply(g++, rest, First());
     if constexpr (scaled) {
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) total[r][m] = fma(joined(sums[r][m]), splat(scales[r][block]), total[r][m]);
+        for (int m = 0; m < M; ++m) total[r][m] = fma(joined(sums[r][m]), splat(scales[r][block] * W::unit), total[r][m]);
       }
     }
   }
@@ -139,7 +172,7 @@ MOE_INLINE void dot_rows(const Dots& d, int64_t row) {
 template <class W, int M>
 void dot_range(const Dots& d, int64_t begin, int64_t end) {
   // Two rows of the weight share what is loaded of x, as long as there are registers for it.
-  constexpr int R = M * chains<W, M> <= 4 ? 2 : 1;
+  constexpr int R = M * chains<W, M> <= most_chains ? 2 : 1;
   int64_t row = begin;
   for (; row + R <= end; row += R) dot_rows<W, R, M>(d, row);
   for (; row < end; ++row) dot_rows<W, 1, M>(d, row);

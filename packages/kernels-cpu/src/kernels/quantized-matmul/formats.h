@@ -1,5 +1,5 @@
 // Stored weights in registers. A register of stored weights is taken as 32-bit lanes with `per` weights each; weight j of every lane
-// comes out with one to four operations and no shuffle. x is laid out to match.
+// comes out with one to four operations and no shuffle, or where NEON widens in order, weights j * lanes on. x is laid out to match.
 #pragma once
 
 #include "convert.h"
@@ -7,6 +7,13 @@
 
 namespace moe {
 namespace {
+
+// For lambdas. GCC inlines them by itself, and then more around them.
+#if defined(__clang__)
+#define MOE_CLANG_INLINE __attribute__((always_inline))
+#else
+#define MOE_CLANG_INLINE
+#endif
 
 enum class Format : int { bf16, fp8, int8, int4 };
 
@@ -18,7 +25,7 @@ MOE_INLINE i32v load_bytes(const uint8_t* from) {
 
 struct Bf16Weights {
   static constexpr int per = 2;
-  static constexpr bool scaled = false;
+  static constexpr bool scaled = false, in_order = false;
   template <int j>
   MOE_INLINE f32v get(i32v v) {
     return from_bits(j == 0 ? v << 16 : v & static_cast<int32_t>(0xffff0000));
@@ -28,12 +35,32 @@ struct Bf16Weights {
 struct Fp8Weights {
   static constexpr int per = 4;
   static constexpr bool scaled = true;
+#if defined(__aarch64__)
+  // Sign, exponent and mantissa one bit further apart are those of f16 but for the bias, which `unit` mends; subnormals are right as well.
+  static constexpr bool in_order = true;
+  static constexpr float unit = 256;
+  template <int j>
+  MOE_INLINE f32v get(i32v v) {
+    const int16x8_t wide = j < 2 ? vshll_n_s8(vget_low_s8((int8x16_t)v), 7) : vshll_high_n_s8((int8x16_t)v, 7);
+    const int16x8_t half = vandq_s16(wide, vdupq_n_s16(static_cast<int16_t>(0xbfff)));
+    f32v weights;
+    // By the instruction's name, as Clang takes the upper half out first, and masks each by itself.
+    if constexpr (j % 2 == 0)
+      asm("fcvtl %0.4s, %1.4h" : "=w"(weights) : "w"(half));
+    else
+      asm("fcvtl2 %0.4s, %1.8h" : "=w"(weights) : "w"(half));
+    return weights;
+  }
+#else
+  static constexpr bool in_order = false;
+  static constexpr float unit = 1;
   // Sign and exponent of f32 are reached by an arithmetic shift; 2^120 mends the bias, and makes subnormals right as well.
   template <int j>
   MOE_INLINE f32v get(i32v v) {
     const i32v top = j == 3 ? v : v << (24 - 8 * j);
     return from_bits((top >> 4) & static_cast<int32_t>(0x87f00000)) * splat(1.329227995784916e36f);
   }
+#endif
 };
 
 // Multiplied as whole numbers: see integer-dots.h and nibble-dots.h.

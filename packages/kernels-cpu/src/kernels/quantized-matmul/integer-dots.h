@@ -1,5 +1,5 @@
 // Products of few rows with int8 weights in whole numbers: per block of the weight's columns x becomes numbers of 31 bits, multiplied as two
-// halves of 16, or of 16 bits where precision allows. Sums of a block are exact; one conversion and one multiplication with both scales
+// halves of 16, or of 16 bits where precision allows; with Arm's dot products of bytes each half as two digits of 8 bits. Sums of a block are exact; one conversion and one multiplication with both scales
 // bring it to f32. That takes half of the instructions that decoding each weight to f32 takes. An element of x is as exact as
 // in f32 with two halves; with one, to 2^-16 of the largest of its block, where bf16 has 2^-9 of its own size.
 #pragma once
@@ -22,17 +22,31 @@ MOE_INLINE i32v add_products16(i32v sums, i32v a, i32v b) {
 #elif defined(__x86_64__)
   return sums + (i32v)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
-  return sums + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+  // Not neighbours, but always the same ones.
+  const int32x4_t low = vmlal_s16((int32x4_t)sums, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+  return (i32v)vmlal_high_s16(low, (int16x8_t)a, (int16x8_t)b);
 #endif
 }
 
+#if defined(__ARM_FEATURE_DOTPROD)
+// A 32-bit lane holds four weights, which are multiplied as they lie, made signed.
+constexpr bool by_bytes = true;
+constexpr int parts = 1;
+MOE_INLINE i32v weight_part(i32v v, int) { return v ^ static_cast<int32_t>(0x80808080); }
+MOE_INLINE i32v add_products(i32v sums, i32v weights, i32v x) { return (i32v)vdotq_s32((int32x4_t)sums, (int8x16_t)weights, (int8x16_t)x); }
+#else
 // A 32-bit lane holds four weights. Part j are weights j and j + 2 as a pair of 16-bit numbers.
+constexpr bool by_bytes = false;
 constexpr int parts = 2;
-
-MOE_INLINE i32v weight_pairs(i32v v, int part) {
+MOE_INLINE i32v weight_part(i32v v, int part) {
   typedef uint16_t halves_of_lanes __attribute__((vector_size(MOE_LANES * 4)));
   return part == 0 ? v & 0x00ff00ff : (i32v)((halves_of_lanes)v >> 8);
 }
+MOE_INLINE i32v add_products(i32v sums, i32v weights, i32v x) { return add_products16(sums, weights, x); }
+#endif
+// Vectors of x for a part of a group of weights: of each half, or of its digits, the highest first.
+template <int halves>
+constexpr int vectors = by_bytes ? 2 * halves : halves;
 
 constexpr int64_t byte_group = group_size<Int8Weights>;
 // The longest block, in groups, whose sums stay below 2^30: 2^15 times 2^7 a weight, four weights a lane and group.
@@ -60,11 +74,25 @@ MOE_INLINE i32v pack_pairs(const uint16_t* numbers, int32_t* to, int64_t stride)
   return sum * -Int8Weights::zero;
 }
 
-// x of one row: per group of 32-bit lanes, and per part of it, `halves` vectors of pairs, the upper one first; zeros behind k. Per block
-// of `run` groups the scale of the lowest half, and per half a vector with what the zero point takes off.
+// Whole numbers of a group as digits of 8 bits, the highest first. All but the highest are within -128 .. 127 by themselves.
+template <int digits>
+MOE_INLINE void pack_digits(i32v (&numbers)[Int8Weights::per], int32_t* to) {
+  for (int digit = digits - 1; digit >= 0; --digit) {
+    for (int i = 0; i < Int8Weights::per; ++i) {
+      const u8v bytes = __builtin_convertvector((u32v)numbers[i], u8v);
+      std::memcpy(reinterpret_cast<uint8_t*>(to + digit * lanes) + i * lanes, &bytes, sizeof bytes);
+      // The digit was read as a signed one.
+      numbers[i] = (numbers[i] + 128) >> 8;
+    }
+  }
+}
+
+// x of one row: per group of 32-bit lanes, and per part of it, `vectors` vectors; zeros behind k. Per block of `run` groups the scale of the
+// lowest half, and per half a vector with what the zero point takes off, where weights have one.
 template <int halves>
 void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, float* scales, int32_t* starts) {
-  constexpr float range = halves == 2 ? 1073741824.0f : 32767.0f;
+  // The digits of the numbers below the latter are all within -128 .. 127.
+  constexpr float range = halves == 2 ? 1073741824.0f : by_bytes ? 32639.0f : 32767.0f;
   const int64_t block = run * byte_group;
   for (int64_t b = 0; b * block < k; ++b) {
     const float* from = x + b * block;
@@ -83,6 +111,16 @@ void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, flo
     scales[b] = any(odd) ? __builtin_nanf("") : usable ? largest / range : 0.0f;
     i32v start[halves] = {};
     for (int64_t g = 0; g * byte_group < size; ++g) {
+      int32_t* const to = packed + (b * run + g) * parts * vectors<halves> * lanes;
+      if constexpr (by_bytes) {
+        i32v numbers[Int8Weights::per];
+        for (int i = 0; i < Int8Weights::per; ++i) {
+          const f32v v = elements(from, g * byte_group + i * lanes, size) * factor;
+          numbers[i] = to_i32(halves == 2 ? v : round_small(v));
+        }
+        pack_digits<vectors<halves>>(numbers, to);
+        continue;
+      }
       uint16_t numbers[halves][byte_group];
       for (int64_t i = 0; i < byte_group; i += lanes) {
         const f32v v = elements(from, g * byte_group + i, size) * factor;
@@ -94,7 +132,6 @@ void pack_integer_x(const float* x, int64_t k, int64_t run, int32_t* packed, flo
           store(numbers[0] + i, low_halves(to_i32(round_small(v))));
         }
       }
-      int32_t* const to = packed + (b * run + g) * parts * halves * lanes;
       for (int h = 0; h < halves; ++h) start[h] += pack_pairs(numbers[h], to + h * lanes, halves * lanes);
     }
     for (int h = 0; h < halves; ++h) store(starts + (b * halves + h) * lanes, start[h]);
@@ -120,7 +157,7 @@ constexpr int64_t usual_run = 128 / byte_group;
 
 // Group g of R rows of the weight, of which `there` bytes are there, times those of M rows of x.
 template <int halves, int R, int M>
-MOE_INLINE void integer_group_products(const IntegerDots& d, const uint8_t* from, int64_t g, int64_t there, i32v (&sums)[R][M][halves]) {
+MOE_INLINE void integer_group_products(const IntegerDots& d, const uint8_t* from, int64_t g, int64_t there, i32v (&sums)[R][M][vectors<halves>]) {
   constexpr int64_t bytes = lanes * 4;
   i32v v[R] = {};
 #pragma GCC unroll 2
@@ -129,14 +166,14 @@ MOE_INLINE void integer_group_products(const IntegerDots& d, const uint8_t* from
   for (int j = 0; j < parts; ++j) {
     i32v w[R];
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) w[r] = weight_pairs(v[r], j);
+    for (int r = 0; r < R; ++r) w[r] = weight_part(v[r], j);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int h = 0; h < vectors<halves>; ++h) {
+        const i32v numbers = load(d.x[m] + ((g * parts + j) * vectors<halves> + h) * lanes);
 #pragma GCC unroll 2
-      for (int h = 0; h < halves; ++h) {
-        const i32v numbers = load(d.x[m] + ((g * parts + j) * halves + h) * lanes);
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) sums[r][m][h] = add_products16(sums[r][m][h], w[r], numbers);
+        for (int r = 0; r < R; ++r) sums[r][m][h] = add_products(sums[r][m][h], w[r], numbers);
       }
     }
   }
@@ -144,25 +181,26 @@ MOE_INLINE void integer_group_products(const IntegerDots& d, const uint8_t* from
 
 // A block's sums before and after its groups.
 template <int halves, int R, int M>
-MOE_INLINE void begin_block(const IntegerDots& d, int64_t block, i32v (&sums)[R][M][halves]) {
+MOE_INLINE void begin_block(const IntegerDots& d, int64_t block, i32v (&sums)[R][M][vectors<halves>]) {
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int h = 0; h < vectors<halves>; ++h) {
 #pragma GCC unroll 2
-    for (int h = 0; h < halves; ++h) {
-#pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) sums[r][m][h] = load(d.starts[m] + (block * halves + h) * lanes);
+      for (int r = 0; r < R; ++r) sums[r][m][h] = by_bytes ? i32v{} : load(d.starts[m] + (block * halves + h) * lanes);
     }
   }
 }
 template <int halves, int R, int M>
-MOE_INLINE void end_block(const IntegerDots& d, const float* const (&scales)[R], int64_t block, const i32v (&sums)[R][M][halves],
+MOE_INLINE void end_block(const IntegerDots& d, const float* const (&scales)[R], int64_t block, const i32v (&sums)[R][M][vectors<halves>],
                           f32v (&total)[R][M]) {
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      f32v sum = to_f32(sums[r][m][0]);
-      if (halves == 2) sum = fma(sum, splat(65536.0f), to_f32(sums[r][m][halves - 1]));
+      const auto half = [&](int h) { return to_f32(by_bytes ? (sums[r][m][2 * h] << 8) + sums[r][m][2 * h + 1] : sums[r][m][h]); };
+      f32v sum = half(0);
+      if (halves == 2) sum = fma(sum, splat(65536.0f), half(halves - 1));
       total[r][m] = fma(sum, splat(scales[r][block] * d.x_scales[m][block]), total[r][m]);
     }
   }
@@ -179,7 +217,7 @@ MOE_INLINE void integer_dot_rows(const IntegerDots& d, int64_t row) {
   f32v total[R][M] = {};
   int64_t g = 0, block = 0;
   for (; d.run == usual_run && g + usual_run <= full; g += usual_run, ++block) {
-    i32v sums[R][M][halves];
+    i32v sums[R][M][vectors<halves>];
     begin_block<halves, R, M>(d, block, sums);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < 128 * R; i += 64) __builtin_prefetch(from + R * g * bytes + ahead + i);
@@ -189,7 +227,7 @@ MOE_INLINE void integer_dot_rows(const IntegerDots& d, int64_t row) {
   }
   for (; g < groups; ++block) {
     const int64_t end = std::min(groups, g + d.run), whole = std::min(full, end);
-    i32v sums[R][M][halves];
+    i32v sums[R][M][vectors<halves>];
     begin_block<halves, R, M>(d, block, sums);
     for (; g < whole; ++g) {
       for (int r = 0; r < R; ++r) __builtin_prefetch(from + (R * g + r) * bytes + ahead);

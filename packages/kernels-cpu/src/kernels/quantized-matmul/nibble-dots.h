@@ -9,20 +9,30 @@
 namespace moe {
 namespace {
 
-// Per lane, four nibbles of `low` and `high` each (one to a byte) times the signed bytes of x that belong to them.
-MOE_INLINE i32v nibble_products(i32v low, i32v high, i32v x_low, i32v x_high) {
+// Per lane, `sums` and four nibbles of `low` and `high` each (one to a byte) times the signed bytes of x that belong to them.
+MOE_INLINE i32v add_nibble_products(i32v sums, i32v low, i32v high, i32v x_low, i32v x_high) {
 #if defined(__AVX512VNNI__)
-  return (i32v)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)low, (__m512i)x_low), (__m512i)high, (__m512i)x_high);
+  const __m512i of_low = _mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)low, (__m512i)x_low);
+  return sums + (i32v)_mm512_dpbusd_epi32(of_low, (__m512i)high, (__m512i)x_high);
 #elif defined(__AVX512BW__)
   const __m512i pairs =
       _mm512_add_epi16(_mm512_maddubs_epi16((__m512i)low, (__m512i)x_low), _mm512_maddubs_epi16((__m512i)high, (__m512i)x_high));
-  return (i32v)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+  return sums + (i32v)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 #elif defined(__AVX2__)
   const __m256i pairs =
       _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)low, (__m256i)x_low), _mm256_maddubs_epi16((__m256i)high, (__m256i)x_high));
-  return (i32v)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  return sums + (i32v)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const int32x4_t with_low = vdotq_s32((int32x4_t)sums, (int8x16_t)low, (int8x16_t)x_low);
+  return (i32v)vdotq_s32(with_low, (int8x16_t)high, (int8x16_t)x_high);
+#elif defined(__aarch64__)
+  const auto part = [](auto low, auto high, auto x_low, auto x_high) { return vmlal_s8(vmull_s8(low, x_low), high, x_high); };
+  const auto lower = [](i32v v) { return vget_low_s8((int8x16_t)v); };
+  const auto upper = [](i32v v) { return vget_high_s8((int8x16_t)v); };
+  const int16x8_t first = part(lower(low), lower(high), lower(x_low), lower(x_high));
+  const int16x8_t second = part(upper(low), upper(high), upper(x_low), upper(x_high));
+  return (i32v)vpadalq_s16((int32x4_t)sums, vpaddq_s16(first, second));
 #else
-  i32v sums{};
   for (int shift = 0; shift < 32; shift += 8) {
     sums += ((low >> shift) & 255) * (x_low << (24 - shift) >> 24) + ((high >> shift) & 255) * (x_high << (24 - shift) >> 24);
   }
@@ -130,8 +140,7 @@ MOE_INLINE void nibble_group_products(const i32v (&v)[R], const f32v (&scales)[R
       const i32v x_low = load(x.x[digit][0]), x_high = load(x.x[digit][1]);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
-        const i32v products = nibble_products(low[r], high[r], x_low, x_high);
-        sums[r] = digit == 0 ? products : (sums[r] << 8) + products;
+        sums[r] = add_nibble_products(digit == 0 ? i32v{} : sums[r] << 8, low[r], high[r], x_low, x_high);
       }
     }
 #pragma GCC unroll 2
@@ -148,7 +157,7 @@ MOE_INLINE void nibble_dot_rows(const NibbleDots<digits>& d, int64_t row) {
   const float* scale[R];
   for (int r = 0; r < R; ++r) scale[r] = d.scale + (row + r) / d.block_rows * d.scale_columns;
   f32v total[R][M] = {};
-  const auto multiply = [&](int64_t g, int64_t block, int64_t there) {
+  const auto multiply = [&](int64_t g, int64_t block, int64_t there) MOE_CLANG_INLINE {
     i32v v[R] = {};
     f32v scales[R];
 #pragma GCC unroll 2

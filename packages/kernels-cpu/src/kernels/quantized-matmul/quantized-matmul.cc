@@ -1,4 +1,4 @@
-// moe-isa: baseline avx2 avx512 avx512bf16
+// moe-isa: baseline avx2 avx512 avx512bf16 dotprod
 // Products with weights stored in bf16, fp8, int8 or int4, one weight or one per expert. Few rows: see dots.h. More: a tile of the
 // weight is decoded to f32, unless it is multiplied as it is stored, and multiplied like any other.
 #include <vector>
@@ -89,7 +89,7 @@ class Integers {
   }
 
  private:
-  int64_t numbers() const { return blocks_ * run_ * parts * halves * lanes; }
+  int64_t numbers() const { return blocks_ * run_ * parts * vectors<halves> * lanes; }
 
   const Product& p_;
   int64_t run_, blocks_;
