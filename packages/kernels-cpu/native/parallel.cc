@@ -35,7 +35,7 @@ inline void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
 #elif defined(__aarch64__)
-  asm volatile("yield");
+  asm volatile("isb");  // A few dozen cycles; `yield` does nothing on most machines.
 #endif
 }
 
