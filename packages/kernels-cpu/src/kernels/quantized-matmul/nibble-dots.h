@@ -1,7 +1,7 @@
 // Products of few rows with int4 weights in whole numbers: x becomes numbers of 24 bits, or of 16 where precision allows, written with digits of 8 bits, and
 // each digit is multiplied with the nibbles as they lie, 32 or more products to an instruction. Sums are exact up to one scale's worth of
 // weights; one conversion and one multiplication with both scales bring them to f32. A number of 24 bits is as exact as f32 beside the
-// largest of its group, one of 16 bits to 2^-16 of it, where bf16 has 2^-9 of its own size.
+// largest of its group, one of 16 bits to 2^-16 of it, where bf16 has 2^-9 of its own size. Arm's i8mm has a kernel of its own: nibble-matrices.h.
 #pragma once
 
 #include "integer-dots.h"
@@ -51,29 +51,34 @@ struct NibbleX {
   float scale[lanes];
 };
 
+// `size` elements of x as whole numbers, zeros behind them. Returns their scale.
 template <int digits>
-void pack_nibble_x(const float* x, int64_t k, NibbleX<digits>* to) {
+MOE_INLINE float whole_numbers(const float* x, int64_t size, int32_t (&numbers)[nibble_group]) {
   // The digits of such numbers are all within -128 .. 127.
   constexpr float range = digits == 3 ? 8355000.0f : 32639.0f;
+  f32v most = zero();
+  i32v odd{};
+  for (int64_t i = 0; i < nibble_group; i += lanes) {
+    const f32v v = abs(elements(x, i, size));
+    odd |= ~(v <= splat(3.4028235e38f));
+    most = fast_max(v, most);
+  }
+  const float largest = max(most);
+  // A group that is too small to divide by counts as zeros; NaN and infinities make its sums NaN.
+  const bool usable = largest > 1e-28f;
+  const f32v factor = splat(usable ? range / largest : 0.0f);
+  for (int64_t i = 0; i < nibble_group; i += lanes) {
+    const f32v v = elements(x, i, size) * factor;
+    store(numbers + i, to_i32(v + from_bits((bits(v) & INT32_MIN) | bits(splat(0.5f)))));
+  }
+  return any(odd) ? __builtin_nanf("") : usable ? largest / range : 0.0f;
+}
+
+template <int digits>
+void pack_nibble_x(const float* x, int64_t k, NibbleX<digits>* to) {
   for (int64_t begin = 0; begin < k; begin += nibble_group, ++to) {
-    const int64_t size = std::min(nibble_group, k - begin);
-    f32v most = zero();
-    i32v odd{};
-    for (int64_t i = 0; i < nibble_group; i += lanes) {
-      const f32v v = abs(elements(x + begin, i, size));
-      odd |= ~(v <= splat(3.4028235e38f));
-      most = fast_max(v, most);
-    }
-    const float largest = max(most);
-    // A group that is too small to divide by counts as zeros; NaN and infinities make its sums NaN.
-    const bool usable = largest > 1e-28f;
-    const f32v factor = splat(usable ? range / largest : 0.0f);
-    store(to->scale, splat(any(odd) ? __builtin_nanf("") : usable ? largest / range : 0.0f));
     int32_t numbers[nibble_group];
-    for (int64_t i = 0; i < nibble_group; i += lanes) {
-      const f32v v = elements(x + begin, i, size) * factor;
-      store(numbers + i, to_i32(v + from_bits((bits(v) & INT32_MIN) | bits(splat(0.5f)))));
-    }
+    store(to->scale, splat(whole_numbers<digits>(x + begin, std::min(nibble_group, k - begin), numbers)));
     for (int l = 0; l < lanes; ++l) {
       int32_t* const own = numbers + l * Int4Weights::per;
       uint32_t sum = 0;  // wraps around where x has an infinity or NaN, whose scale is NaN
@@ -114,9 +119,9 @@ MOE_INLINE f32v run_scales(const float* scale, int64_t left) {
 }
 
 // Of up to most_rows rows.
-template <int digits>
+template <class X>
 struct NibbleDots {
-  const NibbleX<digits>* x[most_rows];
+  const X* x[most_rows];
   float* y[most_rows];
   const uint8_t* q;
   const float* scale;
@@ -127,7 +132,7 @@ struct NibbleDots {
 };
 
 template <int digits, int R, int M>
-MOE_INLINE void nibble_group_products(const i32v (&v)[R], const f32v (&scales)[R], const NibbleDots<digits>& d, int64_t g, f32v (&total)[R][M]) {
+MOE_INLINE void nibble_group_products(const i32v (&v)[R], const f32v (&scales)[R], const NibbleDots<NibbleX<digits>>& d, int64_t g, f32v (&total)[R][M]) {
   i32v low[R], high[R];
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r) low[r] = v[r] & 0x0f0f0f0f, high[r] = (v[r] >> 4) & 0x0f0f0f0f;
@@ -150,7 +155,7 @@ MOE_INLINE void nibble_group_products(const i32v (&v)[R], const f32v (&scales)[R
 
 // R rows of the weight from `row` on times M rows of x. An element's bits do not depend on R.
 template <int digits, Scales kind, int R, int M>
-MOE_INLINE void nibble_dot_rows(const NibbleDots<digits>& d, int64_t row) {
+MOE_INLINE void nibble_dot_rows(const NibbleDots<NibbleX<digits>>& d, int64_t row) {
   constexpr int64_t bytes = lanes * 4, runs = nibble_group / 32;
   const int64_t full = d.row_bytes / bytes, rest = d.row_bytes % bytes;
   const uint8_t* const from = d.q + row * d.row_bytes;
@@ -181,7 +186,7 @@ MOE_INLINE void nibble_dot_rows(const NibbleDots<digits>& d, int64_t row) {
 }
 
 template <int digits, Scales kind, int M>
-void nibble_dot_range(const NibbleDots<digits>& d, int64_t begin, int64_t end) {
+void nibble_dot_range(const NibbleDots<NibbleX<digits>>& d, int64_t begin, int64_t end) {
   // Two rows of the weight share what is loaded of x, as long as there are registers for it.
   constexpr int R = M <= 2 ? 2 : 1;
   int64_t row = begin;
@@ -190,8 +195,8 @@ void nibble_dot_range(const NibbleDots<digits>& d, int64_t begin, int64_t end) {
 }
 
 // Rows begin .. end of the weight times `rows` (1 .. most_rows) rows of x.
-template <int digits, Scales kind>
-void nibble_dots(const NibbleDots<digits>& d, int64_t rows, int64_t begin, int64_t end) {
+template <int digits, Scales kind, class X>
+void nibble_dots(const NibbleDots<X>& d, int64_t rows, int64_t begin, int64_t end) {
   switch (rows) {
     case 1: return nibble_dot_range<digits, kind, 1>(d, begin, end);
     case 2: return nibble_dot_range<digits, kind, 2>(d, begin, end);

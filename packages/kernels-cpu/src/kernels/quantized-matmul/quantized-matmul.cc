@@ -1,4 +1,4 @@
-// moe-isa: baseline avx2 avx512 avx512bf16 dotprod
+// moe-isa: baseline avx2 avx512 avx512bf16 dotprod bf16
 // Products with weights stored in bf16, fp8, int8 or int4, one weight or one per expert. Few rows: see dots.h. More: a tile of the
 // weight is decoded to f32, unless it is multiplied as it is stored, and multiplied like any other.
 #include <vector>
@@ -6,6 +6,9 @@
 #include "../grouped-matmul/ranges.h"
 #include "gemm.h"
 #include "nibble-dots.h"
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#include "nibble-matrices.h"
+#endif
 
 using namespace moe;
 
@@ -100,12 +103,12 @@ class Nibbles {
  public:
   explicit Nibbles(const Product& p) : p_(p) {}
   bool fit() const { return in_runs() || p_.block_columns % nibble_group == 0; }
-  int64_t words() const { return (p_.k + nibble_group - 1) / nibble_group * static_cast<int64_t>(sizeof(NibbleX<digits>) / 4); }
-  void pack(const float* x, int32_t* to) const { pack_nibble_x<digits>(x, p_.k, reinterpret_cast<NibbleX<digits>*>(to)); }
+  int64_t words() const { return (p_.k + nibble_group - 1) / nibble_group * static_cast<int64_t>(sizeof(X) / 4); }
+  void pack(const float* x, int32_t* to) const { pack_nibble_x<digits>(x, p_.k, reinterpret_cast<X*>(to)); }
   void multiply(const int32_t* packed, int64_t row, int64_t rows, const Piece& piece) const {
-    auto d = dots_of<NibbleDots<digits>>(p_, piece.expert, std::max<int64_t>(1, p_.block_columns / nibble_group));
+    auto d = dots_of<NibbleDots<X>>(p_, piece.expert, std::max<int64_t>(1, p_.block_columns / nibble_group));
     for (int64_t m = 0; m < rows; ++m) {
-      d.x[m] = reinterpret_cast<const NibbleX<digits>*>(packed + (row + m) * words());
+      d.x[m] = reinterpret_cast<const X*>(packed + (row + m) * words());
       d.y[m] = p_.y + (row + m) * p_.n;
     }
     if (in_runs())
@@ -115,6 +118,11 @@ class Nibbles {
   }
 
  private:
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  using X = NibbleMatrixX<digits>;
+#else
+  using X = NibbleX<digits>;
+#endif
   bool in_runs() const { return p_.block_columns == 32; }
 
   const Product& p_;
