@@ -36,7 +36,7 @@ async function main() {
 }
 
 /**
- * What to build: `ladder`, its instruction sets, lowest first; `wanted`, those that get a library; flags for each; the libraries' folder and
+ * What to build: `ladder`, its instruction sets, lowest first; `wanted`, those that get a library; flags for each, to compile and to link; the libraries' folder and
  * the objects'; and how to compile.
  */
 function forThisMachine() {
@@ -52,7 +52,7 @@ function forThisMachine() {
     ladder,
     wanted: options.isa ?? (options.here ? [ofThisMachine(ladder)] : ladder),
     flagsOf: isa => flagsHere(levels[process.arch][isa].flags, isa, ladder.at(-1)),
-    linkFlags: options.sanitize ? [...linkFlags, `-fsanitize=${options.sanitize}`, '-Wl,-z,undefs'] : linkFlags,
+    linkFlags: () => (options.sanitize ? [...linkFlags, `-fsanitize=${options.sanitize}`, '-Wl,-z,undefs'] : linkFlags),
     outDir,
     objDir: join(outDir, 'obj'),
     compiler: findCompiler(),
@@ -64,15 +64,20 @@ function forPlatform(name) {
   const { target, os, cpu, isas, zig = 'generic' } = platforms[name]
   const ladder = Object.keys(levels[cpu])
   const objDir = join(root, 'build', 'platforms', name)
-  // An import library, which nobody needs, would come to lie beside the DLL.
-  const platformFlags = { linux: linuxFlags, win32: [`-Wl,--out-implib,${join(objDir, 'import.link')}`] }
+  const platformFlags = {
+    linux: () => linuxFlags,
+    // The name in it would be the path on the machine that built it.
+    darwin: isa => [`-Wl,-install_name,@rpath/${libraryName(isa, os)}`],
+    // An import library, which nobody needs, would come to lie beside the DLL.
+    win32: () => [`-Wl,--out-implib,${join(objDir, 'import.link')}`],
+  }
   return {
     target: name,
     os,
     ladder,
     wanted: options.isa ?? isas ?? ladder,
     flagsOf: isa => ['-target', target, `-mcpu=${levels[cpu][isa].zig.replace('generic', zig)}`],
-    linkFlags: ['-target', target, '-s', ...(platformFlags[os] ?? [])],
+    linkFlags: isa => ['-target', target, '-s', ...platformFlags[os](isa)],
     outDir: join(root, 'npm', name),
     objDir,
     compiler: findCompiler([[process.env.ZIG ?? 'zig', 'c++']]),
@@ -104,7 +109,7 @@ async function build({ target, os, ladder, wanted, flagsOf, linkFlags, outDir, o
     for (const isa of wanted) {
       const parts = objectsOf(isa, ladder, needed).filter(({ file }) => existsSync(file))
       const stamp = join(objDir, `moe-cpu-${isa}.link`)
-      linked += builder.link(join(outDir, libraryName(isa, os)), stamp, parts, compiler, linkFlags)
+      linked += builder.link(join(outDir, libraryName(isa, os)), stamp, parts, compiler, linkFlags(isa))
     }
     builder.removeStrays(objDir, objects)
     const seconds = ((Date.now() - started) / 1000).toFixed(1)
