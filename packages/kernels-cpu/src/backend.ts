@@ -63,7 +63,7 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
   const fused = tabulate(fusedFactories, native, memory) as FusedKernels
   return {
     name: 'kernels-cpu',
-    device: `${cpus()[0]?.model.trim() ?? process.arch}, ${isaLabels[library.isa]}, ${threads} ${threads === 1 ? 'thread' : 'threads'}`,
+    device: `${cpuName()}, ${isaLabels[library.isa]}, ${threads} ${threads === 1 ? 'thread' : 'threads'}`,
     dtypes: new Set(dtypes),
     bf16Matmul: bf16Isas.has(library.isa),
     fp8Matmul: true,
@@ -96,6 +96,12 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
     trim: () => memory.trim(),
     checkGuards: () => memory.checkGuards(),
   }
+}
+
+/** Linux on arm64 does not tell: Node calls all of them unknown. */
+function cpuName(): string {
+  const model = cpus()[0]?.model.trim()
+  return model && model !== 'unknown' ? model : process.arch
 }
 
 const isaLabels: Readonly<Record<Isa, string>> = {
