@@ -9,7 +9,7 @@ import type { Communicator } from './communicator/communicator.ts'
 import { ExpertParallel, mpi, Pipeline, zeroBubbleH1 } from './index.ts'
 import { report } from './mpi/test-launch.ts'
 
-const config: DeepSeekConfigInput = {
+export const smallConfig: DeepSeekConfigInput = {
   ...presets.tiny,
   vocab_size: 40,
   hidden_size: 24,
@@ -61,20 +61,24 @@ export async function trainSmall(
   {
     mtp = 1,
     dense = false,
+    end = null,
     kind = DeepSeek,
     onRanks,
     ...model
   }: DeepSeekOptions & {
     mtp?: number
     dense?: boolean
+    /** Token that ends texts. */
+    end?: number | null
     kind?: typeof DeepSeek
     onRanks?: (model: DeepSeek) => Ranks
   } = {},
 ): Promise<Trained> {
   const objective = { biasSpeed: 0.01, ...model.objective }
   const own = {
-    ...config,
+    ...smallConfig,
     num_nextn_predict_layers: mtp,
+    eos_token_id: end,
     ...(dense ? { n_routed_experts: null, num_experts_per_tok: null } : {}),
   }
   const made = new kind(own, { seed: 1, backend, ...model, ...(model.balancer ? {} : { objective }) })
@@ -93,13 +97,13 @@ export async function trainSmall(
       record: false,
       ...(ranks && { ranks }),
       ...options,
-      onEvent(event) {
+      onEvent(event, notify) {
         if (event.type === 'step') {
           const { tokensPerSecond: _, ...numbers } = event
           steps.push(numbers)
         }
         if (event.type === 'loads') loads.push(event)
-        options.onEvent?.(event)
+        return options.onEvent?.(event, notify)
       },
     })
     const entries = stateDict(made).map(async ({ name, data }) => [name, Array.from(await data())] as const)

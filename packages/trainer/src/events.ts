@@ -24,7 +24,7 @@ export interface StartEvent {
   readonly fromStep: number
   /** Positions per step on this rank; 0 where it depends on the texts that the model makes. */
   readonly tokensPerStep: number
-  /** Texts that the model makes to learn from at once, where the data is rollouts. */
+  /** Texts that a step learns from, of all ranks, where the data is rollouts or preferences. */
   readonly textsPerStep?: number
   /** Tokens of the training data (of the prompts, where it is rollouts), those that begin and end documents included. */
   readonly trainingTokens: number

@@ -34,3 +34,13 @@ export function watchInterrupts(
     },
   }
 }
+
+/** What it resolves to; null where it was ended by the signal. */
+export async function orInterrupted<T>(signal: AbortSignal, ended: Promise<T>): Promise<T | null> {
+  try {
+    return await ended
+  } catch (error) {
+    if (signal.aborted && error === signal.reason) return null
+    throw error
+  }
+}

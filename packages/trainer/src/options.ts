@@ -259,14 +259,17 @@ export const isJudged = (data: TrainOptions['data']): data is Rollouts | Prefere
 /** What does not go with such data. */
 function againstJudged(
   data: Rollouts | Preferences,
-  { steps, ranks, world, eos, accumulate }: Partial<ResolvedOptions>,
+  { steps, ranks, onRanks, world, eos, accumulate }: Partial<ResolvedOptions>,
 ): string[] {
   const { updates, what } = 'reward' in data ? { ...data, what: 'rollouts' } : { updates: 1, what: 'preferences' }
   const left = updates > 1 && Number(steps) % updates !== 0
   return [
-    ...(ranks === undefined && world === 1 ? [] : [`ranks or world is given, and ${what} are for one process`]),
+    ...(onRanks ? [`ranks is ${shown(onRanks)}, and ${what} need ranks that have the whole model each`] : []),
+    ...(ranks || world === 1
+      ? []
+      : [`world is ${world} without ranks, and processes share ${what} only where they take each step together`]),
     ...(eos === undefined ? [] : [`eos is given beside ${what}, whose texts end as the model or the template has it`]),
-    ...(accumulate === 1 ? [] : [`accumulate is given beside ${what}: a step learns from all of its texts`]),
+    ...(onRanks || accumulate === 1 ? [] : [`accumulate is given beside ${what}: a step learns from all of its texts`]),
     ...(left ? [`steps is ${steps}, needs a multiple of the ${updates} updates of rollouts`] : []),
   ]
 }
@@ -315,8 +318,9 @@ export function recordRun(
     steps: options.steps,
     batchSize: options.batchSize,
     sequenceLength: options.sequenceLength,
-    // Ranks that train together are as many more micro-batches.
-    accumulate: options.ranks === undefined ? options.accumulate : options.accumulate * options.world,
+    // Ranks that train together are as many more micro-batches, or texts (in `identity`), of which a step makes its micro-batches.
+    accumulate:
+      options.ranks === undefined || isJudged(options.data) ? options.accumulate : options.accumulate * options.world,
     world: options.ranks === undefined ? options.world : 1,
     seed: options.seed,
     lr: options.lr,

@@ -76,7 +76,7 @@ export async function gatherValues<T>(ranks: Ranks, value: T, { backend }: Tenso
 export interface Start {
   readonly step: number
   /** What they wait for each other for. */
-  readonly plan: Readonly<Record<string, number | boolean>>
+  readonly plan: Readonly<Record<string, number | boolean | string>>
   /** Norms of the weights that other ranks may have as well, by name. */
   readonly norms: Readonly<Record<string, number>>
 }

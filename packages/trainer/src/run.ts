@@ -40,6 +40,7 @@ import type { Preferences } from './rewards/preferences.ts'
 import { RolloutLessons } from './rewards/rollout-lessons.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
 import { checkSampling } from './rewards/sampler.ts'
+import { TextRanks } from './rewards/text-ranks.ts'
 import type { Steps } from './step-numbers.ts'
 import { TrainingSteps } from './training-steps.ts'
 
@@ -108,7 +109,8 @@ export class Run {
         ? new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks })
         : new StepsOnRanks(model, onRanks, optimizer, { clip, precision })
     this.interrupts = interrupts
-    this.lessons = lessonsOf(model, settings, data, interrupts.signal)
+    const together = { ranks, like: parameters[0].parameter, save: () => this.save() }
+    this.lessons = lessonsOf(model, settings, data, new TextRanks(together), interrupts.signal)
     this.record = recordRun(settings, this.lessons, model, parameters, optimizer)
     this.folder = settings.out === undefined ? undefined : runFolder(settings.out)
     this.writesTo = (ranks?.rank ?? rank) === 0 ? this.folder : undefined
@@ -186,7 +188,8 @@ export class Run {
   async agree(ranks: Ranks): Promise<void> {
     const { settings, step, lessons, parameters } = this
     const { steps, checkpointEvery, evalEvery } = settings
-    const plan = { steps, checkpointEvery, evalEvery, validation: lessons.validationTokens > 0 }
+    const judged = isJudged(settings.data) && { data: lessons.identity, seed: settings.seed }
+    const plan = { steps, checkpointEvery, evalEvery, validation: lessons.validationTokens > 0, ...judged }
     const comparable: readonly OwnParameter[] = settings.onRanks?.parameters ?? parameters
     const norms = await normsOf(comparable.filter(({ firstRow }) => firstRow === undefined))
     const own = { step, plan, norms, saves: this.saves }
@@ -242,7 +245,7 @@ export class Run {
     const { settings, lessons } = this
     const started = performance.now()
     const lr = settings.lr * scheduled(settings.schedule, this.step)
-    const batches = this.ahead ?? (await this.batches())
+    const batches = this.ahead ?? (await lessons.step(this.step))
     if (batches === null) return false
     this.ahead = null
     const done = this.steps.step(batches, { lr, step: this.step + 1 })
@@ -282,20 +285,6 @@ export class Run {
     return true
   }
 
-  /** Those of the next step; null when it was interrupted. Where they cannot be made, what was learned is saved. */
-  async batches(): Promise<readonly TokenBatch[] | null> {
-    const { lessons, step, interrupts } = this
-    try {
-      return await lessons.step(step)
-    } catch (error) {
-      const whole = step % lessons.stride === 0
-      if (whole && interrupts.signal.aborted) return null
-      // The first error is the one to tell.
-      if (whole) await this.save().catch(() => undefined)
-      throw error
-    }
-  }
-
   /** Tells what the experts were given since the last time. */
   async tellLoads(options = { biases: true }): Promise<void> {
     const event = await this.loads.take(this.step, options)
@@ -308,19 +297,13 @@ export class Run {
     if (lessons.validationTokens === 0) return nothingMeasured
     this.log?.flush()
     await this.gather()
-    try {
-      const { signal } = interrupts
-      const onProgress = (done: number) => this.emit({ type: 'measuring', step: this.step, done })
-      const measured = await lessons.measure({ limit, signal, onProgress })
-      this.emit({ type: 'evaluation', step: this.step, final: limit === undefined, ...measured })
-      await this.heard()
-      return measured
-    } catch (error) {
-      if (interrupts.signal.aborted && error === interrupts.signal.reason) return null
-      // A reward may fail here as it may in a step.
-      if (lessons.textsPerStep > 0) await this.save().catch(() => undefined)
-      throw error
-    }
+    const { signal } = interrupts
+    const onProgress = (done: number) => this.emit({ type: 'measuring', step: this.step, done })
+    const measured = await lessons.measure({ limit, signal, onProgress })
+    if (measured === null) return null
+    this.emit({ type: 'evaluation', step: this.step, final: limit === undefined, ...measured })
+    await this.heard()
+    return measured
   }
 
   async save(): Promise<void> {
@@ -495,13 +478,14 @@ function lessonsOf(
   model: TrainableModel,
   settings: ResolvedOptions,
   data: TokenData | Rollouts | Preferences,
+  ranks: TextRanks,
   signal: AbortSignal,
 ): Lessons {
   const { sequenceLength, batchSize, accumulate, seed, rank, world, precision, tokenizer, bos } = settings
   const isolates = model.isolates === true
   if (isJudged(data)) {
     const isolate = settings.isolate ?? isolates
-    const options = { sequenceLength, batchSize, isolate, tokenizer, bos, seed, precision }
+    const options = { sequenceLength, batchSize, isolate, tokenizer, bos, seed, precision, ranks }
     if ('beta' in data) return new PreferenceLessons(model, data, options)
     return new RolloutLessons(checkSampling(model), data, { ...options, signal })
   }

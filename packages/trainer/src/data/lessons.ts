@@ -1,6 +1,7 @@
 /** @file What a run learns from, step by step: rows of a data set here, texts that the model makes in `../rewards`. */
 import type { Precision } from '@moe/core'
 import { type Evaluation, evaluate } from '../evaluate.ts'
+import { orInterrupted } from '../interrupt.ts'
 import type { TokenBatch, TrainableModel } from '../model.ts'
 import type { TokenDataset } from './token-dataset.ts'
 import type { TrainingOrder } from './training-order.ts'
@@ -22,7 +23,7 @@ export interface Lessons {
   readonly trainingTokens: number
   /** Tokens of what is held out; 0 without any. */
   readonly validationTokens: number
-  /** Texts that the model makes for a step; 0 where they are there. */
+  /** Texts that the model makes for a step, on all ranks; 0 where they are there. */
   readonly textsPerStep: number
   /** Positions of a step on this rank: where steps differ, of the latest. */
   readonly tokensPerStep: number
@@ -33,12 +34,12 @@ export interface Lessons {
   /** What the user should know as the run begins. */
   readonly notices: readonly string[]
   epochs(steps: number): number
-  /** The micro-batches of a step (counted from 0), for the model as it is then. */
-  step(step: number): readonly TokenBatch[] | Promise<readonly TokenBatch[]>
+  /** The micro-batches of a step (counted from 0), for the model as it is then; null when they were interrupted, be it on another rank. */
+  step(step: number): readonly TokenBatch[] | Promise<readonly TokenBatch[] | null>
   /** The same before the model is there; null where its batches depend on it. */
   ahead(step: number): readonly TokenBatch[] | null
-  /** Of held-out data, where there is some. */
-  measure(options: MeasureOptions): Promise<Evaluation>
+  /** Of held-out data, where there is some; null when it was interrupted. */
+  measure(options: MeasureOptions): Promise<Evaluation | null>
   dispose(): void
 }
 
@@ -107,16 +108,10 @@ export class DatasetLessons implements Lessons {
     return this.#order.step(step)
   }
 
-  measure(options: MeasureOptions): Promise<Evaluation> {
+  measure(options: MeasureOptions): Promise<Evaluation | null> {
     const { sequenceLength, batchSize, isolate } = this.#order
-    const precision = this.#precision
-    return evaluate(this.#model, this.#validation as TokenDataset, {
-      sequenceLength,
-      batchSize,
-      isolate,
-      precision,
-      ...options,
-    })
+    const how = { sequenceLength, batchSize, isolate, precision: this.#precision, ...options }
+    return orInterrupted(options.signal, evaluate(this.#model, this.#validation as TokenDataset, how))
   }
 
   dispose(): void {}

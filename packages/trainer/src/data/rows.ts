@@ -56,24 +56,25 @@ function shared(data: TokenDataset, starts: readonly number[], room: number): re
  * @param isolate says of each token where its document, or example, begins
  */
 export function batchOf(data: TokenDataset, rows: readonly Row[], length: number, isolate: boolean): TokenBatch {
-  const size = rows.length * length
-  const batch = {
-    tokens: new Int32Array(size).fill(data.padding),
-    documents: new Int32Array(size),
-    ...(isolate && { starts: new Int32Array(size) }),
-    rows: rows.length,
-    length,
-  }
+  const batch = paddingBatch(rows.length, length, isolate, data.padding)
   rows.forEach((row, r) => {
     let at = 0
     for (const start of row) at += copy(data, start, batch, r * length, at)
-    for (let i = at; i < length; i++) {
-      // Never equal to a neighbour's, so that no position here counts.
-      batch.documents[r * length + i] = at - i - 1
-      if (batch.starts) batch.starts[r * length + i] = i
-    }
   })
   return batch
+}
+
+/** A batch of rows in which no position counts. */
+export function paddingBatch(rows: number, length: number, isolate: boolean, padding = 0): TokenBatch {
+  const size = rows * length
+  return {
+    tokens: new Int32Array(size).fill(padding),
+    // Never equal to a neighbour's.
+    documents: Int32Array.from({ length: size }, (_, i) => -(i % length) - 1),
+    ...(isolate && { starts: Int32Array.from({ length: size }, (_, i) => i % length) }),
+    rows,
+    length,
+  }
 }
 
 /** Copies what begins at `start` of the stream to place `at` of the row that begins at `row`. @returns how many tokens that were */

@@ -2,9 +2,10 @@
 import { checkOptions, checkPrecision, MoeError, type OptionNames, type Precision } from '@moe/core'
 import type { Evaluation } from '../evaluate.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
-import { meanOf } from './policy-gradient.ts'
+import { meanOf, sumOf } from './policy-gradient.ts'
 import type { Rollouts } from './rollouts.ts'
-import { checkSampling, encodePrompts, sampleRewarded, seedOf, type TextSampler } from './sampler.ts'
+import { checkSampling, encodePrompts, reportOf, sampleRewarded, seedOf, type TextSampler } from './sampler.ts'
+import { TextRanks } from './text-ranks.ts'
 
 /** How texts are made and read in a measurement of rewards. */
 export interface EvaluateRewardsOptions {
@@ -51,7 +52,10 @@ export async function evaluateRewards(
   const sampler = checkSampling(model).continuousBatch({ maxTexts: data.maxTexts, precision })
   try {
     const { onProgress = () => {} } = options
-    return await measureRewards(sampler, data, prompts, { tokenizer, seed, signal, onProgress })
+    const ranks = new TextRanks()
+    const measured = await measureRewards(sampler, data, prompts, { tokenizer, seed, signal, onProgress, ranks })
+    if (measured === null) throw signal.reason
+    return measured
   } finally {
     sampler.dispose()
   }
@@ -62,25 +66,35 @@ interface MeasureRewardsOptions {
   readonly seed: number
   readonly signal: AbortSignal
   readonly onProgress: (done: number) => void
+  /** Each makes its share of the texts. */
+  readonly ranks: TextRanks
 }
 
-/** @param ids of the held-out prompts */
+/**
+ * @param ids of the held-out prompts
+ * @returns null when it was interrupted on one of the ranks
+ */
 export async function measureRewards(
   sampler: TextSampler,
   { validation, reward, maxTokens }: Rollouts,
   ids: ReadonlyArray<readonly number[]>,
-  { tokenizer, seed, signal, onProgress }: MeasureRewardsOptions,
-): Promise<Evaluation> {
+  { tokenizer, seed, signal, onProgress, ranks }: MeasureRewardsOptions,
+): Promise<Evaluation | null> {
   const started = performance.now()
-  const tasks = validation.map((prompt, i) => ({ prompt, ids: ids[i], seed: seedOf(seed, 'validation', i) }))
+  const { from, to } = ranks.share(validation.length)
+  const tasks = validation
+    .map((prompt, i) => ({ prompt, ids: ids[i], seed: seedOf(seed, 'validation', i) }))
+    .slice(from, to)
   let done = 0
   const onReward = () => onProgress(++done / tasks.length)
-  const texts = await sampleRewarded(sampler, tasks, { reward, maxTokens, tokenizer, signal, onReward })
-  const logProbs = texts.flatMap(text => text.logProbs)
+  const options = { reward, maxTokens, tokenizer, signal, onReward }
+  const texts = await ranks.all(signal, async () => (await sampleRewarded(sampler, tasks, options)).map(reportOf))
+  if (texts === null) return null
+  const tokens = sumOf(texts.map(({ tokens }) => tokens))
   return {
-    loss: -meanOf(logProbs),
+    loss: -sumOf(texts.map(({ logProb }) => logProb)) / tokens,
     bitsPerByte: Number.NaN,
-    tokens: logProbs.length,
+    tokens,
     seconds: (performance.now() - started) / 1000,
     reward: meanOf(texts.map(({ reward }) => reward)),
   }

@@ -2,7 +2,7 @@
 import { createHash } from 'node:crypto'
 import { eventLoopTurn, MoeError, noGrad, type Precision, scope, withPrecision } from '@moe/core'
 import { checkedLoss } from '../check-model.ts'
-import { batchOf, type Row, rowsOf } from '../data/rows.ts'
+import { batchOf, paddingBatch, type Row, rowsOf } from '../data/rows.ts'
 import { TokenDataset } from '../data/token-dataset.ts'
 import type { TokenBatch, TrainableModel } from '../model.ts'
 
@@ -22,14 +22,21 @@ export interface PlaceOptions {
   readonly isolate: boolean
 }
 
-/** Texts in micro-batches of one shape, the last filled up with rows of padding. Each text is learned behind its prompt, and fits into a row. */
+/** Texts, be there none, in micro-batches of one shape, the last filled up with rows of padding. Each text is learned behind its prompt, and fits into a row. */
 export class PlacedTexts {
   readonly batches: readonly TokenBatch[]
   /** Of each text, the batch and the place in it of its first token behind the prompt. */
   readonly #places: ReadonlyArray<{ readonly batch: number; readonly at: number; readonly length: number }>
-  readonly #sequenceLength: number
+  readonly #options: PlaceOptions
 
-  constructor(texts: readonly PlacedText[], { sequenceLength, lookahead, batchSize, isolate }: PlaceOptions) {
+  constructor(texts: readonly PlacedText[], options: PlaceOptions) {
+    this.#options = options
+    if (texts.length === 0) {
+      this.batches = []
+      this.#places = []
+      return
+    }
+    const { sequenceLength, lookahead, batchSize, isolate } = options
     const data = TokenDataset.fromExamples(
       texts.map(({ ids, tokens }) => ({
         tokens: [...ids, ...tokens],
@@ -41,7 +48,6 @@ export class PlacedTexts {
     const rows = rowsOf(data, sequenceLength, isolate)
     const count = Math.ceil(rows.count / batchSize)
     const places: Array<{ batch: number; at: number; length: number }> = []
-    this.#sequenceLength = sequenceLength
     const length = sequenceLength + lookahead
     this.batches = Array.from({ length: count }, (_, batch) => {
       const own = Array.from({ length: batchSize }, (_, i): Row => {
@@ -59,11 +65,6 @@ export class PlacedTexts {
       return batchOf(data, own, length, isolate)
     })
     this.#places = places
-  }
-
-  /** Positions of all rows. */
-  get positions(): number {
-    return this.batches.reduce((sum, { rows }) => sum + rows * this.#sequenceLength, 0)
   }
 
   /** Log-probability of every token of every text in nats, as the training pass of a model has it, whose lookahead is no larger than that of the rows. */
@@ -95,11 +96,19 @@ export class PlacedTexts {
     })
   }
 
-  /** The batches with a weight for every token of every text, 0 for all others. */
-  weighted(weights: ReadonlyArray<ArrayLike<number>>): TokenBatch[] {
-    const arrays = this.batches.map(({ tokens }) => new Float32Array(tokens.length))
+  /**
+   * The batches with a weight for every token of every text, 0 for all others.
+   * @param count of batches, as another rank may have more: those behind the last are padding
+   */
+  weighted(weights: ReadonlyArray<ArrayLike<number>>, count = this.batches.length): TokenBatch[] {
+    const { sequenceLength, lookahead, batchSize, isolate } = this.#options
+    const padding = Array.from({ length: count - this.batches.length }, () =>
+      paddingBatch(batchSize, sequenceLength + lookahead, isolate),
+    )
+    const batches = [...this.batches, ...padding]
+    const arrays = batches.map(({ tokens }) => new Float32Array(tokens.length))
     for (const [text, { batch, at }] of this.#places.entries()) arrays[batch].set(weights[text], at)
-    return this.batches.map((batch, i) => ({ ...batch, weights: arrays[i] }))
+    return batches.map((batch, i) => ({ ...batch, weights: arrays[i] }))
   }
 }
 

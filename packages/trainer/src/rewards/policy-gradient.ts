@@ -78,12 +78,23 @@ export interface TextOdds {
 export interface TextCounts {
   readonly texts: number
   readonly tokens: number
+  /** Tokens of those that the step reads. */
+  readonly learned: number
+}
+
+/** Sums over the tokens of a text. */
+export interface TextTerms {
+  /** What it adds to J, times the tokens that are learned. */
+  readonly objective: number
+  /** How many are clipped. */
+  readonly clipped: number
+  readonly kl: number
 }
 
 /**
- * What the loss of each token of some texts is multiplied by, so that the mean over their tokens has the gradient of -J; and what J is.
+ * What the loss of each token of some texts is multiplied by, so that the mean over the tokens that are learned has the gradient of -J; and what each text adds to the numbers of `meanTerms`.
  * @param average `'token'` counts every token alike (1/Σ|o_i| Σ_i Σ_t), `'text'` every text (1/N Σ_i 1/|o_i| Σ_t)
- * @param all texts that J is a mean over, where some are left out here that add nothing to it
+ * @param all texts that J is a mean over, where there are others than these: other ranks', and some that are left out as they add nothing to it
  */
 export function weigh(
   texts: readonly TextOdds[],
@@ -91,26 +102,36 @@ export function weigh(
   all?: TextCounts,
 ) {
   const tokens = texts.reduce((sum, { now }) => sum + now.length, 0)
-  const whole = all ?? { texts: texts.length, tokens }
-  const sums = { objective: 0, clipped: 0, kl: 0 }
+  const whole = all ?? { texts: texts.length, tokens, learned: tokens }
+  const terms: TextTerms[] = []
   const weights = texts.map(({ advantage, now, old, reference }) => {
-    const share = tokens / (average === 'token' ? whole.tokens : whole.texts * now.length)
-    return Float64Array.from(now, (_, t) => {
+    const share = whole.learned / (average === 'token' ? whole.tokens : whole.texts * now.length)
+    const sums = { objective: 0, clipped: 0, kl: 0 }
+    const own = Float64Array.from(now, (_, t) => {
       const term = tokenTerm(advantage, { now: now[t], old: old[t], reference: reference?.[t] }, limits)
       sums.objective += share * term.value
       sums.clipped += Number(term.clipped)
       sums.kl += term.kl
       return share * term.slope
     })
+    terms.push(sums)
+    return own
   })
-  const { objective, clipped, kl } = sums
-  return { weights, objective: objective / tokens, clipped: clipped / tokens, kl: kl / tokens }
+  return { weights, terms }
+}
+
+/** J, the share of clipped tokens, and the divergence in nats per token, of texts of `learned` tokens. */
+export function meanTerms(terms: readonly TextTerms[], learned: number): TextTerms {
+  const mean = (name: keyof TextTerms) => sumOf(terms.map(term => term[name])) / learned
+  return { objective: mean('objective'), clipped: mean('clipped'), kl: mean('kl') }
 }
 
 /** x = π_ref/π_θ makes x - log x - 1: at least 0, and its mean over texts of π_θ is the divergence of π_θ from π_ref (eq. 27). @param logRatio log x */
 export const divergence = (logRatio: number): number => Math.expm1(logRatio) - logRatio
 
-export const meanOf = (values: readonly number[]): number => values.reduce((sum, x) => sum + x, 0) / values.length
+export const sumOf = (values: readonly number[]): number => values.reduce((sum, x) => sum + x, 0)
+
+export const meanOf = (values: readonly number[]): number => sumOf(values) / values.length
 
 export function deviationOf(values: readonly number[]): number {
   const mean = meanOf(values)

@@ -6,9 +6,10 @@ import { tokenNamed } from '../data/token-dataset.ts'
 import type { Evaluation } from '../evaluate.ts'
 import type { TokenBatch, TrainableModel } from '../model.ts'
 import { checkReference, countOf, digestOf, lookaheadOf, type PlacedText, PlacedTexts } from './placed-texts.ts'
-import { meanOf } from './policy-gradient.ts'
+import { meanOf, sumOf } from './policy-gradient.ts'
 import type { Preference, Preferences } from './preferences.ts'
 import { type EncodeOptions, encodePrompts, encoder } from './sampler.ts'
+import type { TextRanks } from './text-ranks.ts'
 
 export interface PreferenceLessonsOptions extends EncodeOptions {
   readonly sequenceLength: number
@@ -16,6 +17,8 @@ export interface PreferenceLessonsOptions extends EncodeOptions {
   readonly isolate: boolean
   readonly seed: number
   readonly precision: Precision
+  /** Each learns from `pairs` pairs of a step. */
+  readonly ranks: TextRanks
 }
 
 /** The chosen one and the rejected one. */
@@ -62,7 +65,8 @@ export class PreferenceLessons implements Lessons {
   }
 
   get identity(): string {
-    const { pairs, beta } = this.#data
+    const { beta } = this.#data
+    const pairs = this.#pairsOfStep
     const digest = digestOf(this.#training.flat().flatMap(({ ids, tokens }) => [ids, tokens]))
     return `${this.#training.length} preferences (${digest}) ${JSON.stringify({ pairs, beta })}`
   }
@@ -80,11 +84,16 @@ export class PreferenceLessons implements Lessons {
   }
 
   get textsPerStep(): number {
-    return 2 * this.#data.pairs
+    return 2 * this.#pairsOfStep
+  }
+
+  /** Of all ranks. */
+  get #pairsOfStep(): number {
+    return this.#data.pairs * this.#options.ranks.size
   }
 
   epochs(steps: number): number {
-    return (steps * this.#data.pairs) / this.#training.length
+    return (steps * this.#pairsOfStep) / this.#training.length
   }
 
   ahead(): null {
@@ -93,21 +102,26 @@ export class PreferenceLessons implements Lessons {
 
   async step(step: number): Promise<TokenBatch[]> {
     const { pairs } = this.#data
-    const own = Array.from({ length: pairs }, (_, i) => this.#training[this.#order.at(step * pairs + i)])
+    const { ranks, batchSize, sequenceLength } = this.#options
+    const first = step * this.#pairsOfStep + ranks.rank * pairs
+    const own = Array.from({ length: pairs }, (_, i) => this.#training[this.#order.at(first + i)])
     const { placed, terms } = await this.#compare(own)
-    this.tokensPerStep = placed.positions
+    const tokens = countOf(own.flat().map(({ tokens }) => tokens))
+    const told = await ranks.gather({ batches: placed.batches.length, tokens, terms })
+    const all = told.flatMap(({ terms }) => terms)
+    const batches = Math.max(...told.map(({ batches }) => batches))
+    this.tokensPerStep = batches * batchSize * sequenceLength
     this.metrics = {
-      preference: meanOf(terms.map(({ loss }) => loss)),
-      preferred: meanOf(terms.map(({ margin }) => Number(margin > 0))),
-      margin: meanOf(terms.map(({ margin }) => margin)),
+      preference: meanOf(all.map(({ loss }) => loss)),
+      preferred: meanOf(all.map(({ margin }) => Number(margin > 0))),
+      margin: meanOf(all.map(({ margin }) => margin)),
     }
     // The loss is a mean over tokens, eq. 7 one over pairs.
-    const share = countOf(own.flat().map(({ tokens }) => tokens)) / pairs
-    return placed.weighted(
-      own.flatMap((pair, i) =>
-        pair.map(({ tokens }, side) => tokens.map(() => (side === 0 ? share : -share) * terms[i].weight)),
-      ),
+    const share = sumOf(told.map(({ tokens }) => tokens)) / this.#pairsOfStep
+    const weights = own.flatMap((pair, i) =>
+      pair.map(({ tokens }, side) => tokens.map(() => (side === 0 ? share : -share) * terms[i].weight)),
     )
+    return placed.weighted(weights, batches)
   }
 
   /** Both texts of each pair, and what is said of them. */
@@ -124,15 +138,22 @@ export class PreferenceLessons implements Lessons {
     return { placed, terms: now.map((odds, i) => pairTerm(odds, before[i], beta)) }
   }
 
-  async measure({ signal, onProgress }: MeasureOptions): Promise<Evaluation> {
+  async measure({ signal, onProgress }: MeasureOptions): Promise<Evaluation | null> {
     const started = performance.now()
-    const terms: Array<ReturnType<typeof pairTerm>> = []
-    const { pairs } = this.#data
-    for (let at = 0; at < this.#validation.length; at += pairs) {
-      signal.throwIfAborted()
-      terms.push(...(await this.#compare(this.#validation.slice(at, at + pairs))).terms)
-      onProgress(terms.length / this.#validation.length)
-    }
+    const { ranks } = this.#options
+    const { from, to } = ranks.share(this.#validation.length)
+    const own = this.#validation.slice(from, to)
+    const terms = await ranks.all(signal, async () => {
+      const terms: Array<ReturnType<typeof pairTerm>> = []
+      const { pairs } = this.#data
+      for (let at = 0; at < own.length; at += pairs) {
+        signal.throwIfAborted()
+        terms.push(...(await this.#compare(own.slice(at, at + pairs))).terms)
+        onProgress(terms.length / own.length)
+      }
+      return terms
+    })
+    if (terms === null) return null
     return {
       loss: meanOf(terms.map(({ loss }) => loss)),
       bitsPerByte: Number.NaN,

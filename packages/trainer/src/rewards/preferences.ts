@@ -19,7 +19,7 @@ export interface PreferenceOptions {
   readonly reference: TrainableModel
   /** Writes prompts that are `messages` and the answers behind them; stored beside the model in every checkpoint. */
   readonly template?: ConversationTemplate
-  /** Pairs of a step. Default 16. */
+  /** Pairs of a step on this rank. Default 16. */
   readonly pairs?: number
   /** β: how near to the reference it stays, more for nearer. Default 0.1. */
   readonly beta?: number
@@ -48,7 +48,7 @@ export interface Preferences {
   readonly reference: TrainableModel
   /** Writes prompts that are `messages`. */
   readonly template?: ConversationTemplate | undefined
-  /** Pairs of a step. */
+  /** Pairs of a step on this rank. */
   readonly pairs: number
   /** β. */
   readonly beta: number

@@ -6,9 +6,27 @@ import type { Evaluation } from '../evaluate.ts'
 import type { TextTokenizer, TokenBatch } from '../model.ts'
 import { measureRewards } from './evaluate-rewards.ts'
 import { checkReference, countOf, digestOf, lookaheadOf, PlacedTexts } from './placed-texts.ts'
-import { advantagesOf, deviationOf, divergence, meanOf, type TextCounts, weigh } from './policy-gradient.ts'
+import {
+  advantagesOf,
+  deviationOf,
+  divergence,
+  meanOf,
+  meanTerms,
+  sumOf,
+  type TextCounts,
+  weigh,
+} from './policy-gradient.ts'
 import type { Rollouts } from './rollouts.ts'
-import { encodePrompts, type SamplingModel, sampleRewarded, seedOf, type TextSampler } from './sampler.ts'
+import {
+  encodePrompts,
+  type Rewarded,
+  reportOf,
+  type SamplingModel,
+  sampleRewarded,
+  seedOf,
+  type TextSampler,
+} from './sampler.ts'
+import type { TextRanks } from './text-ranks.ts'
 
 export interface RolloutLessonsOptions {
   readonly tokenizer: TextTokenizer | undefined
@@ -19,13 +37,17 @@ export interface RolloutLessonsOptions {
   readonly seed: number
   readonly precision: Precision
   readonly signal: AbortSignal
+  /** Each makes `groups` groups of a step. */
+  readonly ranks: TextRanks
 }
 
-/** Texts that were made for some steps, and what is learned from them. */
+/** Texts that were made for some steps, and what this rank learns from them. */
 interface Made {
   readonly number: number
-  /** Of all texts, also of those that teach nothing. */
+  /** Of all ranks, also of those that teach nothing. */
   readonly all: TextCounts
+  /** Micro-batches of a step, on each rank. */
+  readonly batches: number
   readonly placed: PlacedTexts
   readonly advantages: readonly number[]
   /** Of every token, by the weights that made it, as the training pass has it. */
@@ -61,7 +83,16 @@ export class RolloutLessons implements Lessons {
 
   get identity(): string {
     const { groups, groupSize, maxTokens, updates, clip, kl, average, maxTexts } = this.#data
-    const how = { groups, groupSize, maxTokens, updates, clip, kl: kl?.weight, average, maxTexts }
+    const how = {
+      groups: groups * this.#options.ranks.size,
+      groupSize,
+      maxTokens,
+      updates,
+      clip,
+      kl: kl?.weight,
+      average,
+      maxTexts,
+    }
     return `${this.#training.length} prompts (${digestOf(this.#training)}) ${JSON.stringify(how)}`
   }
 
@@ -78,11 +109,12 @@ export class RolloutLessons implements Lessons {
   }
 
   get textsPerStep(): number {
-    return this.#data.groups * this.#data.groupSize
+    return this.#groupsOfStep * this.#data.groupSize
   }
 
   get tokensPerStep(): number {
-    return this.#made?.placed.positions ?? 0
+    const { batchSize, sequenceLength } = this.#options
+    return (this.#made?.batches ?? 0) * batchSize * sequenceLength
   }
 
   get stride(): number {
@@ -90,19 +122,25 @@ export class RolloutLessons implements Lessons {
   }
 
   epochs(steps: number): number {
-    return ((steps / this.#data.updates) * this.#data.groups) / this.#training.length
+    return ((steps / this.#data.updates) * this.#groupsOfStep) / this.#training.length
   }
 
   ahead(): null {
     return null
   }
 
-  async step(step: number): Promise<TokenBatch[]> {
+  /** Of all ranks. */
+  get #groupsOfStep(): number {
+    return this.#data.groups * this.#options.ranks.size
+  }
+
+  async step(step: number): Promise<TokenBatch[] | null> {
     const { updates, clip, kl, average } = this.#data
     const number = Math.floor(step / updates)
     const made = this.#made?.number === number ? this.#made : await this.#make(number)
+    if (made === null) return null
     this.#made = made
-    const { all, placed, advantages, old, reference } = made
+    const { all, batches, placed, advantages, old, reference } = made
     const now = step % updates === 0 ? old : await this.#logProbs(placed)
     const odds = advantages.map((advantage, i) => ({
       advantage,
@@ -111,64 +149,87 @@ export class RolloutLessons implements Lessons {
       reference: reference?.[i],
     }))
     const how = { clip, klWeight: kl?.weight ?? 0, average }
-    const { weights, objective, clipped, kl: divergence } = weigh(odds, how, all)
+    const { weights, terms } = weigh(odds, how, all)
+    const ofAll = (await this.#options.ranks.gather(terms)).flat()
+    const { objective, clipped, kl: divergence } = meanTerms(ofAll, all.learned)
     this.metrics = { ...made.metrics, objective, clipped, ...(kl && { kl: divergence }) }
-    return placed.weighted(weights)
+    return placed.weighted(weights, batches)
   }
 
-  async #make(number: number): Promise<Made> {
-    const { groups, groupSize, kl } = this.#data
+  /** @returns null when it was interrupted on one of the ranks */
+  async #make(number: number): Promise<Made | null> {
+    const { groupSize, kl } = this.#data
+    const { ranks, sequenceLength, batchSize, isolate } = this.#options
     const started = performance.now()
-    const tasks = Array.from({ length: groups * groupSize }, (_, i) => {
-      const prompt = this.#order.at(number * groups + Math.floor(i / groupSize))
-      return {
-        prompt: this.#data.training[prompt],
-        ids: this.#training[prompt],
-        seed: seedOf(this.#options.seed, 'rollouts', number, i),
-      }
+    let own: readonly Rewarded[] = []
+    const texts = await ranks.all(this.#options.signal, async () => {
+      own = await this.#texts(number)
+      return own.map(reportOf)
     })
-    const { tokenizer, signal } = this.#options
-    const { reward, maxTokens } = this.#data
-    const texts = await sampleRewarded(this.#needSampler(), tasks, { reward, maxTokens, tokenizer, signal })
-    const samplingSeconds = (performance.now() - started) / 1000
-    const { sequenceLength, batchSize, isolate } = this.#options
-    const lookahead = lookaheadOf(this.#model, kl?.reference)
-    const byGroup = Array.from({ length: groups }, (_, g) =>
+    if (texts === null) return null
+    const seconds = (performance.now() - started) / 1000
+    const byGroup = Array.from({ length: this.#groupsOfStep }, (_, g) =>
       texts.slice(g * groupSize, (g + 1) * groupSize).map(({ reward }) => reward),
     )
     const advantages = byGroup.map(advantagesOf)
     const isFlat = (group: readonly number[]) => group.every(advantage => advantage === 0)
     const flat = advantages.filter(isFlat).length
     // Groups that teach nothing need not be read, unless they are to stay near the reference.
-    const all = kl !== undefined || flat === groups
+    const all = kl !== undefined || flat === advantages.length
     const isLearned = (_: unknown, i: number) => all || !isFlat(advantages[Math.floor(i / groupSize)])
-    const learned = texts.filter(isLearned)
+    const first = ranks.rank * own.length
+    const isLearnedHere = (_: unknown, i: number) => isLearned(_, first + i)
+    const learned = own.filter(isLearnedHere)
+    const lookahead = lookaheadOf(this.#model, kl?.reference)
     const placed = new PlacedTexts(learned, { sequenceLength, lookahead, batchSize, isolate })
     const old = await this.#logProbs(placed)
-    const drift = learned.flatMap(({ logProbs }, i) => logProbs.map((logProb, t) => divergence(logProb - old[i][t])))
+    const drift = learned.map(({ logProbs }, i) => sumOf(logProbs.map((logProb, t) => divergence(logProb - old[i][t]))))
+    const told = await ranks.gather({ batches: placed.batches.length, drift, seconds })
+    const lengths = (of: typeof texts) => sumOf(of.map(({ tokens }) => tokens))
+    const counts = { texts: texts.length, tokens: lengths(texts), learned: lengths(texts.filter(isLearned)) }
     return {
       number,
-      all: { texts: texts.length, tokens: countOf(texts.map(({ tokens }) => tokens)) },
+      all: counts,
+      batches: Math.max(...told.map(({ batches }) => batches)),
       placed,
-      advantages: advantages.flat().filter(isLearned),
+      advantages: advantages
+        .flat()
+        .slice(first, first + own.length)
+        .filter(isLearnedHere),
       old,
       reference: kl && (await placed.logProbs(kl.reference, this.#options.precision)),
       metrics: {
         reward: meanOf(texts.map(({ reward }) => reward)),
         rewardStd: meanOf(byGroup.map(deviationOf)),
-        flatGroups: flat / groups,
-        entropy: -meanOf(texts.flatMap(({ logProbs }) => logProbs)),
-        textLength: meanOf(texts.map(({ tokens }) => tokens.length)),
-        cutOff: meanOf(texts.map(({ finishReason }) => Number(finishReason === 'length'))),
-        samplerKl: meanOf(drift),
-        samplingSeconds,
+        flatGroups: flat / advantages.length,
+        entropy: -sumOf(texts.map(({ logProb }) => logProb)) / counts.tokens,
+        textLength: counts.tokens / counts.texts,
+        cutOff: meanOf(texts.map(({ cutOff }) => Number(cutOff))),
+        samplerKl: sumOf(told.flatMap(({ drift }) => drift)) / counts.learned,
+        samplingSeconds: Math.max(...told.map(({ seconds }) => seconds)),
       },
     }
   }
 
-  measure({ signal, onProgress }: MeasureOptions): Promise<Evaluation> {
-    const { tokenizer, seed } = this.#options
-    const options = { tokenizer, seed, signal, onProgress }
+  /** Those of this rank, with their rewards. */
+  #texts(number: number): Promise<Rewarded[]> {
+    const { groups, groupSize, reward, maxTokens } = this.#data
+    const { seed, tokenizer, signal, ranks } = this.#options
+    const first = ranks.rank * groups * groupSize
+    const tasks = Array.from({ length: groups * groupSize }, (_, i) => {
+      const prompt = this.#order.at(number * this.#groupsOfStep + Math.floor((first + i) / groupSize))
+      return {
+        prompt: this.#data.training[prompt],
+        ids: this.#training[prompt],
+        seed: seedOf(seed, 'rollouts', number, first + i),
+      }
+    })
+    return sampleRewarded(this.#needSampler(), tasks, { reward, maxTokens, tokenizer, signal })
+  }
+
+  measure({ signal, onProgress }: MeasureOptions): Promise<Evaluation | null> {
+    const { tokenizer, seed, ranks } = this.#options
+    const options = { tokenizer, seed, signal, onProgress, ranks }
     return measureRewards(this.#needSampler(), this.#data, this.#validation, options)
   }
 

@@ -37,7 +37,7 @@ export interface RolloutOptions<P extends Prompt = Prompt> {
   readonly reward: Reward<P>
   /** Writes prompts that are `messages`, as in fine-tuning; stored beside the model in every checkpoint. */
   readonly template?: ConversationTemplate
-  /** Prompts of a step. Default 8. */
+  /** Prompts of a step on this rank. Default 8. */
   readonly groups?: number
   /** Texts that are made for each of them; their rewards are compared with each other. Default 8. */
   readonly groupSize?: number
@@ -54,7 +54,7 @@ export interface RolloutOptions<P extends Prompt = Prompt> {
    * texts grow longer (arXiv 2503.20783). Default `'token'`.
    */
   readonly average?: 'token' | 'text'
-  /** Most texts that are made at the same time. Default 64. */
+  /** Most texts that are made at the same time on this rank. Default 64. */
   readonly maxTexts?: number
   /** Held-out prompts, each of which a measurement makes one text for: a fraction in [0, 1), drawn by `seed`, or the prompts themselves. Default 0. */
   readonly validation?: number | Iterable<P>

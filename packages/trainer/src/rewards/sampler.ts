@@ -2,6 +2,7 @@
 import { MoeError, type Precision, Random } from '@moe/core'
 import { tokenNamed } from '../data/token-dataset.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
+import { sumOf } from './policy-gradient.ts'
 import type { Prompt, Rollouts, Sample } from './rollouts.ts'
 
 /** A text on its way: its tokens as they come, and the rest once they have. */
@@ -56,6 +57,23 @@ export interface Rewarded extends Sample {
   readonly logProbs: readonly number[]
   readonly reward: number
 }
+
+/** What all ranks know of a text. */
+export interface TextReport {
+  readonly reward: number
+  /** How many it has. */
+  readonly tokens: number
+  /** What the sampler said of them, together. */
+  readonly logProb: number
+  readonly cutOff: boolean
+}
+
+export const reportOf = ({ reward, tokens, logProbs, finishReason }: Rewarded): TextReport => ({
+  reward,
+  tokens: tokens.length,
+  logProb: sumOf(logProbs),
+  cutOff: finishReason === 'length',
+})
 
 /** @throws MoeError E_ATTR */
 export function checkSampling(model: TrainableModel): SamplingModel {

@@ -1,0 +1,55 @@
+/** @file For tests only: a small DeepSeek that learns from rewards, by one rank or several; and, as a program, one rank that `mpirun` has started. Given a folder, it saves there, and fails on rank 1 after three steps. */
+import { fileURLToPath } from 'node:url'
+import type { Backend } from '@moe/core'
+import { createBackend } from '@moe/kernels-cpu'
+import { type Rollouts, rollouts, type TrainEvent, type TrainOptions } from '@moe/trainer'
+import { mpi } from './index.ts'
+import { report } from './mpi/test-launch.ts'
+import { digestOf, type Trained, trainSmall } from './test-training.ts'
+
+/** Of several lengths. Whatever is said for the last of them is worth the same. */
+export const prompts = Array.from({ length: 7 }, (_, i) => ({
+  tokens: Array.from({ length: 2 + (i % 4) }, (_, t) => 2 + (((i + 1) * (t + 3)) % 38)),
+  alike: i === 6,
+}))
+
+type Given = Parameters<typeof rollouts<(typeof prompts)[number]>>[1]
+
+/** Texts of up to six tokens, of which those with many below 20 are good. */
+export const smallRollouts = (given: Partial<Given> = {}, from = prompts): Rollouts =>
+  rollouts(from, {
+    reward: ({ tokens, prompt }) => (prompt.alike ? 1 : tokens.filter(token => token < 20).length / tokens.length),
+    groups: 3,
+    groupSize: 4,
+    maxTokens: 6,
+    maxTexts: 32,
+    ...given,
+  }) as unknown as Rollouts
+
+/** Steps of several micro-batches of rows that texts share. */
+export function rewardSmall(
+  backend: Backend,
+  options: Partial<TrainOptions>,
+  model: Parameters<typeof trainSmall>[2] = {},
+): Promise<Trained> {
+  const rows = { batchSize: 2, sequenceLength: 16, steps: 6, lr: 5e-3, schedule: () => 1 }
+  return trainSmall(backend, { data: smallRollouts(), ...rows, ...options }, { end: 1, ...model })
+}
+
+if (process.argv[1] === fileURLToPath(import.meta.url)) {
+  const ranks = await mpi()
+  const [out] = process.argv.slice(2)
+  let steps = 0
+  const reward: Given['reward'] = ({ tokens }) => {
+    if (steps === 3 && ranks.rank === 1) throw new Error('no such server')
+    return tokens.length
+  }
+  const onEvent = (event: TrainEvent) => {
+    if (event.type === 'step') steps = event.step
+  }
+  const failing = out === undefined ? {} : { out, onEvent, data: smallRollouts({ reward }) }
+  const trained = await rewardSmall(await createBackend({ threads: 1 }), { ranks, ...failing })
+  const rewards = trained.steps.map(({ metrics }) => metrics['reward'])
+  report({ rank: ranks.rank, digest: digestOf(trained), rewards, stopped: trained.result.stopped })
+  await ranks.close()
+}
