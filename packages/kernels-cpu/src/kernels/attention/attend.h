@@ -1,8 +1,8 @@
 // Attention on blocks of query rows, with an online softmax (Milakov & Gimelshein 2018) over tiles of keys.
 //
 // Queries lie along the vector lanes and keys along the rows, so maxima, sums and rescaling never cross lanes, keys and values are used in
-// place (f32) as broadcast operands, and heads that share a key head fill the lanes when there are few queries. Where rows would leave most
-// lanes empty, features lie along them instead.
+// place (f32) as broadcast operands, and heads that share a key head fill the lanes when there are few queries. Where the last rows of a block
+// would leave most lanes of a vector empty, their features lie along them instead.
 // Row r of a key head g is query r / (H / G) of head g * (H / G) + r % (H / G).
 #pragma once
 
@@ -30,17 +30,11 @@ struct Attention {
   int64_t k_batch, v_batch;    // floats from batch to batch, 0 in pages
   int64_t k_head, v_head;      // floats from head to head
   bool causal;
-  bool few_apart;  // rows that are few more than a vector has lanes are two blocks
   bool each_tile;  // a block makes its tiles of keys as it goes; else they are made before, for all blocks of a head
   float scale;
 
   int64_t rows() const { return T * (H / G); }
-  // Rows of the last block, if they are apart.
-  int64_t apart() const {
-    const int64_t left = rows() % block_rows - lanes;
-    return few_apart && left > 0 && left <= few_rows ? left : 0;
-  }
-  int64_t blocks() const { return (rows() - apart() + block_rows - 1) / block_rows + (apart() > 0); }
+  int64_t blocks() const { return (rows() + block_rows - 1) / block_rows; }
   int64_t limit(int64_t b) const { return lengths ? std::min<int64_t>(S, std::max(0, lengths[b])) : S; }
   int64_t longest() const {
     int64_t most = 0;
@@ -72,14 +66,17 @@ struct Block {
   int64_t lse_index[block_rows];  // in [B, H, T]
   int64_t b, g;                  // batch, key head
   int rows;                      // the others repeat the last
+  int vectors() const { return rows <= lanes ? 1 : block_vectors; }
+  // Rows in front of the last vector's.
+  int before() const { return (vectors() - 1) * lanes; }
   int64_t begin, keys;           // all keys that any row sees
   int64_t all_from, all_to;      // keys that all rows see
 
   void place(const Attention& a, int64_t b, int64_t g, int64_t block, int64_t limit) {
-    const int64_t group = a.H / a.G, together = a.rows() - a.apart(), first = std::min(block * block_rows, together);
+    const int64_t group = a.H / a.G, first = block * block_rows;
     this->b = b;
     this->g = g;
-    rows = static_cast<int>(std::min<int64_t>(block_rows, (first < together ? together : a.rows()) - first));
+    rows = static_cast<int>(std::min<int64_t>(block_rows, a.rows() - first));
     int64_t t = first / group, h = g * group + first % group;
     begin = all_to = std::numeric_limits<int64_t>::max();
     keys = all_from = 0;
@@ -235,10 +232,11 @@ struct KeyTiles {
 
 template <class Op>
 struct ForwardMemory {
-  float *q, *scores, *weights, *out, *out_rows, *k, *v;
+  float *q, *q_rows, *scores, *weights, *out, *out_rows, *k, *v;
   ForwardMemory(Carver& carver, const Attention& a, int64_t keys) {
     if (a.each_tile) keys = a.tile_keys();
     q = carver.floats(a.Dk * block_rows);
+    q_rows = carver.floats(a.Dk * few_rows);
     scores = carver.floats(most_keys * block_rows);
     weights = carver.floats(Op::pack == 2 ? most_keys / 2 * block_rows : 0);
     out = carver.floats(a.Dv * block_rows);
@@ -306,17 +304,22 @@ static KeyTiles key_tiles(const Attention& a, int64_t b, int64_t g, int64_t begi
   }
 }
 
+// Whether the rows of the block's last vector are few.
 template <class Op>
 static bool is_few(const Attention& a, const Block& block) {
-  return block.rows <= few_rows && a.fills_lanes<Op>();
+  const int rows = block.rows - block.before();
+  return rows > 0 && rows <= few_rows && a.fills_lanes<Op>();
 }
 
 // The block's queries times `sign`, as the products with keys read them.
 template <class Op>
-static void pack_queries(const Attention& a, const Block& block, float sign, float* to) {
-  if (!is_few<Op>(a, block)) return pack_columns<Op>(block, a.q, a.Dk, sign, to);
+static void pack_queries(const Attention& a, const Block& block, float sign, ForwardMemory<Op>& memory) {
+  const bool few = is_few<Op>(a, block);
+  if (!few || block.before() > 0) pack_columns<Op>(block, a.q, a.Dk, sign, memory.q);
+  if (!few) return;
   const auto query = [&](const float* from) __attribute__((always_inline)) { return sign == 0 ? zero() : load(from) * splat(sign); };
-  for (int i = 0; i < block.rows; i++) {
+  float* to = memory.q_rows;
+  for (int i = block.before(); i < block.rows; i++) {
     const float* from = a.q + block.row[i] * a.Dk;
     for (int64_t d = 0; d < a.Dk; d += lanes * Op::pack, to += lanes) {
 #if defined(__AVX512BF16__)
@@ -330,7 +333,7 @@ static void pack_queries(const Attention& a, const Block& block, float sign, flo
   }
 }
 
-// Scores of n keys with few rows, each `depth` elements that fill the lanes, as [n][block_rows].
+// Scores of n keys with few rows of `depth` elements that fill the lanes, as [n][block_rows].
 template <class Op>
 static void few_scores(int64_t n, const float* k, int64_t k_stride, const float* q, int rows, int64_t depth, float* scores) {
   const float* query[few_rows];
@@ -369,17 +372,20 @@ static void few_scores(int64_t n, const float* k, int64_t k_stride, const float*
 
 // The block's rows against keys begin .. end - 1 (`tiles`, if they are made before, starts at `origin`, an even number of keys before begin). Leaves out = sum of exp(score - max) * v as [Dv][block_rows],
 // and max and sum of the block; max is in units of q . k, `unit` turns those into log2.
-// Vectors of rows, or with `Few` features, lie along the lanes.
-template <class Op, int Vectors, bool Few = false>
+// With `Few`, features of the last vector's rows lie along the lanes.
+template <class Op, int Vectors, bool Few>
 static void attend(const Attention& a, Block& block, int64_t origin, int64_t begin, int64_t end, float unit, const KeyTiles& tiles,
                    ForwardMemory<Op>& memory) {
+  constexpr int Full = Vectors - Few, Before = Full * lanes;
+  const int few = block.rows - Before;
   const f32v lowest = splat(-std::numeric_limits<float>::infinity());
   f32v max[Vectors], sum[Vectors];
   for (int j = 0; j < Vectors; j++) {
     max[j] = lowest;
     sum[j] = zero();
   }
-  std::memset(Few ? memory.out_rows : memory.out, 0, static_cast<size_t>(a.Dv) * (Few ? few_rows : block_rows) * 4);
+  if (Full > 0) std::memset(memory.out, 0, static_cast<size_t>(a.Dv) * block_rows * 4);
+  if (Few) std::memset(memory.out_rows, 0, static_cast<size_t>(a.Dv) * few_rows * 4);
   const int64_t step = a.tile_keys(), depth = (a.Dk + Op::pack - 1) / Op::pack;
   float* scores = memory.scores;
   const bool by_page = a.pages && a.in_place<Op>();
@@ -401,11 +407,8 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
       }
     };
     each_run([&](int64_t i, int64_t count, const KeyTiles& run) {
-      if constexpr (Few) {
-        few_scores<Op>(count, run.k, run.k_stride, memory.q, block.rows, depth, scores + i * block_rows);
-      } else {
-        small_product<Op, false, false>(count, Vectors, run.k, run.k_stride, memory.q, block_rows, depth, scores + i * block_rows, block_rows);
-      }
+      small_product<Op, false, false>(count, Full, run.k, run.k_stride, memory.q, block_rows, depth, scores + i * block_rows, block_rows);
+      if constexpr (Few) few_scores<Op>(count, run.k, run.k_stride, memory.q_rows, few, depth, scores + i * block_rows + Before);
     });
     const auto mask = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
       for (int64_t i = from; i < to; i++) {
@@ -436,16 +439,14 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
       grew |= top[j] != max[j];
       max[j] = top[j];
     }
-    if (Few && at > begin && any(grew)) {
-      for (int i = 0; i < block.rows; i++) {
+    if (at > begin && any(grew)) {
+      for (int i = 0; Few && i < few; i++) {
         float* row = memory.out_rows + i * a.Dv;
-        for (int64_t d = 0; d < a.Dv; d += lanes) store(row + d, load(row + d) * splat(block.factor[i]));
+        for (int64_t d = 0; d < a.Dv; d += lanes) store(row + d, load(row + d) * splat(block.factor[Before + i]));
       }
-    }
-    if (!Few && at > begin && any(grew)) {
-      for (int64_t d = 0; d < a.Dv; d++) {
+      for (int64_t d = 0; Full > 0 && d < a.Dv; d++) {
 #pragma GCC unroll 4
-        for (int j = 0; j < Vectors; j++) {
+        for (int j = 0; j < Full; j++) {
           float* p = memory.out + d * block_rows + j * lanes;
           store(p, load(p) * load(block.factor + j * lanes));
         }
@@ -453,11 +454,8 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
     }
     // out += weights of `count` elements of keys times their values.
     const auto add = [&](const float* weights, const float* values, int64_t stride, int64_t count) __attribute__((always_inline)) {
-      if constexpr (Few) {
-        small_product<Op, true, true>(block.rows, a.Dv / lanes, weights, block_rows, values, stride, count, memory.out_rows, a.Dv);
-      } else {
-        small_product<Op, true, true>(a.Dv, Vectors, values, stride, weights, block_rows, count, memory.out, block_rows);
-      }
+      small_product<Op, true, true>(a.Dv, Full, values, stride, weights, block_rows, count, memory.out, block_rows);
+      if (Few) small_product<Op, true, true>(few, a.Dv / lanes, weights + Before, block_rows, values, stride, count, memory.out_rows, a.Dv);
     };
     if constexpr (Op::pack == 1) {
       for (int64_t i = 0; i < n; i++) {
@@ -491,9 +489,9 @@ static void attend(const Attention& a, Block& block, int64_t origin, int64_t beg
   }
   for (int64_t d = 0; Few && d < a.Dv; d += lanes) {
     f32v x[lanes];
-    for (int i = 0; i < lanes; i++) x[i] = i < block.rows ? load(memory.out_rows + i * a.Dv + d) : zero();
+    for (int i = 0; i < lanes; i++) x[i] = i < few ? load(memory.out_rows + i * a.Dv + d) : zero();
     transpose_square(x);
-    for (int i = 0; i < lanes; i++) store(memory.out + (d + i) * block_rows, x[i]);
+    for (int i = 0; i < lanes; i++) store(memory.out + (d + i) * block_rows + Before, x[i]);
   }
   for (int j = 0; j < Vectors; j++) {
     store(block.max + j * lanes, max[j]);
@@ -505,13 +503,12 @@ template <class Op>
 static void attend_block(const Attention& a, Block& block, int64_t origin, int64_t end, float unit, const KeyTiles& tiles,
                          ForwardMemory<Op>& memory) {
   const int64_t begin = std::max(origin, block.begin - (block.begin - origin) % 2);
-  if (is_few<Op>(a, block)) {
-    attend<Op, 1, true>(a, block, origin, begin, end, unit, tiles, memory);
-  } else if (block.rows <= lanes) {
-    attend<Op, 1>(a, block, origin, begin, end, unit, tiles, memory);
-  } else {
-    attend<Op, block_vectors>(a, block, origin, begin, end, unit, tiles, memory);
-  }
+  const auto with = [&](auto few) __attribute__((always_inline)) {
+    if (block.vectors() == 1) return attend<Op, 1, few.value>(a, block, origin, begin, end, unit, tiles, memory);
+    attend<Op, block_vectors, few.value>(a, block, origin, begin, end, unit, tiles, memory);
+  };
+  if (is_few<Op>(a, block)) return with(std::true_type());
+  with(std::false_type());
 }
 
 // Divides and stores the rows of a block.
@@ -535,7 +532,6 @@ static void attention_forward(Attention a) {
   // The sign of the scale goes into q, so that the largest product is the largest score.
   const float magnitude = a.scale == 0 ? 1 : std::fabs(a.scale), sign = a.scale == 0 ? 0 : a.scale < 0 ? -1 : 1;
   const float unit = magnitude * log2_e;
-  a.few_apart = a.fills_lanes<Op>();
   const int64_t heads = a.B * a.G, blocks = a.blocks();
   // Few rows and many keys: the keys are cut into chunks of fixed size, whose results are combined in order.
   constexpr int64_t chunk = 384;
@@ -560,7 +556,7 @@ static void attention_forward(Attention a) {
         block.place(a, b, g, i, limit);
         const int64_t end = std::min(block.keys, begin + chunk);
         if (begin >= end) continue;
-        pack_queries<Op>(a, block, sign, memory.q);
+        pack_queries<Op>(a, block, sign, memory);
         memory.out = parts + part * static_cast<size_t>((head * blocks + i) * chunks + index);
         attend_block<Op>(a, block, begin, end, unit, tiles, memory);
         std::memcpy(memory.out + a.Dv * block_rows, block.max, sizeof block.max);
@@ -612,7 +608,7 @@ static void attention_forward(Attention a) {
     const KeyTiles tiles = a.each_tile ? KeyTiles{} : key_tiles<Op>(a, b, g, 0, a.limit(b), memory);
     for (int64_t index = task % parts; index < blocks; index += parts) {
       block.place(a, b, g, index, a.limit(b));
-      pack_queries<Op>(a, block, sign, memory.q);
+      pack_queries<Op>(a, block, sign, memory);
       attend_block<Op>(a, block, 0, block.keys, unit, tiles, memory);
       finish_block(a, block, magnitude, memory.out);
     }

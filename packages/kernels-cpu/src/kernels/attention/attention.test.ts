@@ -27,14 +27,14 @@ const cases: readonly Case[] = [
   { B: 1, T: 40, S: 40, H: 1, G: 1, Dk: 24, Dv: 24, causal: true, scale: 0 },
   { B: 1, T: 34, S: 50, H: 1, G: 1, Dk: 576, Dv: 512, causal: true },
   { B: 1, T: 33, S: 40, H: 2, G: 2, Dk: 256, Dv: 256, causal: true },
-  // Few rows, which features that fill the lanes lie along: alone, and as many beside a whole vector of 16, 8 or 4.
+  // Few rows, which features that fill the lanes lie along: alone, and beside whole vectors of 16, 8 or 4.
   { B: 1, T: 1, S: 51, H: 2, G: 2, Dk: 32, Dv: 16, causal: true },
   { B: 2, T: 1, S: 45, H: 4, G: 1, Dk: 64, Dv: 32, causal: true, lengths: [45, 18] },
   { B: 1, T: 3, S: 37, H: 1, G: 1, Dk: 32, Dv: 48, causal: true, scale: -0.7 },
   { B: 1, T: 3, S: 3, H: 1, G: 1, Dk: 48, Dv: 32, causal: true, scale: 0 },
   { B: 2, T: 5, S: 60, H: 4, G: 1, Dk: 64, Dv: 32, causal: true, lengths: [60, 3] },
   { B: 1, T: 1, S: 60, H: 10, G: 1, Dk: 192, Dv: 128, causal: true },
-  { B: 1, T: 5, S: 60, H: 1, G: 1, Dk: 64, Dv: 32, causal: false },
+  { B: 1, T: 13, S: 60, H: 1, G: 1, Dk: 64, Dv: 32, causal: false },
   { B: 2, T: 1, S: 1500, H: 20, G: 1, Dk: 64, Dv: 32, causal: true, lengths: [700, 1411] },
   { B: 1, T: 2, S: 1500, H: 1, G: 1, Dk: 64, Dv: 32, causal: true, lengths: [1151] },
 ]
