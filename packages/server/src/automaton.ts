@@ -220,7 +220,7 @@ function codes(points: readonly number[]): string {
   const sorted = [...points].sort((a, b) => a - b)
   const firsts = sorted.filter((point, i) => point - 1 !== sorted[i - 1])
   const lasts = sorted.filter((point, i) => point + 1 !== sorted[i + 1])
-  const code = (point: number) => `\\x${point.toString(16).padStart(2, '0')}`
+  const code = (point: number) => `\\u${point.toString(16).padStart(4, '0')}`
   return firsts.map((from, i) => (from === lasts[i] ? code(from) : `${code(from)}-${code(lasts[i])}`)).join('')
 }
 

@@ -125,13 +125,17 @@ export class LocalGrammars implements GrammarHost {
 
 const grammar = (ebnf: string) => ({ type: 'grammar', grammar: ebnf })
 
-/** The grammar of a schema with its own rules, without numbers or white space for ever, and without control characters in strings of some length. */
+/**
+ * The grammar of a schema with its own rules, without numbers or white space for ever, and without control characters in strings of some length. It writes "éb" as "\xe9b",
+ * and would read that as one character.
+ */
 function corrected(grammar: string, rules: SupportedSchema['rules']): string {
   const named = grammar
     .replace(/^basic_integer ::= .*$/m, () => `basic_integer ::= ${INTEGER}`)
     .replace(/^basic_number ::= .*$/m, () => `basic_number ::= ${NUMBER}`)
     .replaceAll('[ \\n\\t]*', '[ \\n\\t]?')
     .replaceAll('[^\\"\\\\\\r\\n]', '[^\\0-\\x1f\\"\\\\]')
+    .replaceAll(/\\x([0-9a-f]{2})/g, '\\u00$1')
   const lines = Object.values(rules).flatMap(rule => rule.lines)
   const whole = Object.entries(rules).reduce(
     (text, [place, { name }]) => text.replaceAll(`"\\"${place}\\""`, name),

@@ -200,6 +200,15 @@ test('texts of an enum are those and no others, also where parts of characters a
   }
 })
 
+test.each(['é', 'éb', 'é1', 'иa', '中b1', '🙂f', 'ũc', 'a b'])(
+  'a property is called %s, and nothing else',
+  async name => {
+    const schema = { type: 'object', properties: { [name]: { type: 'null' }, b: { type: 'null' } }, required: [name] }
+    for (const other of [name, 'é', 'b', '\u0e9b', '\u0438'])
+      expect(await takes(schema, `{"${other}":null}`), other).toBe(other === name)
+  },
+)
+
 test('numbers are between their bounds to the library, too', async () => {
   for (const [minimum, maximum] of [
     [13, 143],
