@@ -272,7 +272,7 @@ describe('reasoning', () => {
   })
 })
 
-test('variables are given to the template, but for those that are not the request’s', async () => {
+test('variables are given to the template, but for those that are of the rest of the request', async () => {
   const { app, prompt } = await saying('', await template(''))
   await ask(app, { chat_template_kwargs: { note: 'briefly' } })
   expect(prompt()).toMatch(/\nbriefly$/)
