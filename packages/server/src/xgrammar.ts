@@ -63,7 +63,7 @@ export function findXGrammar(): string {
   try {
     return resolve('@mlc-ai/web-xgrammar')
   } catch (cause) {
-    const message = 'this server has no grammars: where it runs, npm i @mlc-ai/web-xgrammar'
+    const message = 'this server has no grammars: where it runs, npm i @mlc-ai/web-xgrammar@0.1.27'
     throw new ApiError(400, message, { code: 'unsupported_parameter', cause })
   }
 }
