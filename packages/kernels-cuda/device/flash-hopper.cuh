@@ -40,6 +40,22 @@ struct WarpgroupTile {
   }
 };
 
+/// storeRow for a row that may not exist, by whole warps: lanes exchange columns, and half as many stores do.
+template <class E, int D>
+MOE_DEVICE void storeRowIf(bool exists, float* to, typename E::template Sums<D>& sums, int i, int features, float factor) {
+  if (features % 4 != 0) {
+    if (exists) storeRuns<E, D, false, false>(to + E::column(0), sums, i, features - E::column(0), factor);
+    return;
+  }
+  const auto x = [&](int j) { return E::template at<D>(sums, i, j) * factor; };
+  const int left = exists ? features - gatheredColumn() : 0;
+#pragma unroll
+  for (int j = 0; j < E::template sumColumns<D>; j += 4) {
+    const float4 four = gatherFour(x(j), x(j + 1), x(j + 2), x(j + 3));
+    storeWideIf(E::sumStep(j) < left, to + gatheredColumn() + E::sumStep(j), four.x, four.y, four.z, four.w);
+  }
+}
+
 /// Of a tile of `rows` rows, of which 64 k at a time lie together, and which is an operand from its beginning on: from element (row, k) on. k runs along memory.
 MOE_DEVICE uint64_t operandOf(uint64_t tile, int rows, int row, int k) { return tile + ((k / 64 * rows + row) * 8 + k % 64 / 8); }
 /// Such a tile as a right operand whose k is its rows, and that from `row` and `column`, a multiple of 64, on.

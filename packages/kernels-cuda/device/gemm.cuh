@@ -221,19 +221,11 @@ MOE_DEVICE void eachRun(float* c, int64_t ld, int rows, int columns, F f) {
   }
 }
 
-/// Of eight columns of a row and of the next eight, four lanes have two neighbours each, (a, b) and (c, d); what comes back are four neighbours, which are stored at once: half as many
-/// stores, and each takes as long as it touches rows. By whole warps.
-MOE_DEVICE float4 gatherFour(float a, float b, float c, float d) {
-  const bool even = threadIdx.x % 2 == 0;
-  const float first = __shfl_xor_sync(wholeWarp, even ? c : a, 1), second = __shfl_xor_sync(wholeWarp, even ? d : b, 1);
-  return even ? make_float4(a, b, first, second) : make_float4(first, second, c, d);
-}
 /// Where the four columns begin that a lane has then, of those that begin with the tile's column 0; of those that begin with column j it is step(j) further.
 template <class Tile>
 MOE_DEVICE int firstOfFour() {
   static_assert(Tile::Run == 4 || Tile::Columns % 4 == 0, "fours, or pairs eight columns apart");
-  const int lane = threadIdx.x % 4;
-  return Tile::Run == 4 ? Tile::column(0) : Tile::column(0) - 2 * lane + lane % 2 * 8 + lane / 2 * 4;
+  return Tile::Run == 4 ? Tile::column(0) : Tile::column(0) - threadIdx.x % 4 * 2 + gatheredColumn();
 }
 
 /// sums += the tile of c.

@@ -57,3 +57,13 @@ MOE_DEVICE void storeWideShared(bf16* to, uint32_t a, uint32_t b) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "r"(a), "r"(b) : "memory");
 #endif
 }
+
+/// Of eight columns of a row and of the next eight, four lanes have two neighbours each, (a, b) and (c, d); what comes back are four neighbours, which are stored at once: half as many
+/// stores, and each takes as long as it touches rows. By whole warps.
+MOE_DEVICE float4 gatherFour(float a, float b, float c, float d) {
+  const bool even = threadIdx.x % 2 == 0;
+  const float first = __shfl_xor_sync(wholeWarp, even ? c : a, 1), second = __shfl_xor_sync(wholeWarp, even ? d : b, 1);
+  return even ? make_float4(a, b, first, second) : make_float4(first, second, c, d);
+}
+/// The first of these four, counted from the first of the sixteen columns.
+MOE_DEVICE int gatheredColumn() { return threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4; }

@@ -187,9 +187,8 @@ MOE_DEVICE void attention(float* out, float* lse, const TensorMap& q, const Tens
     float rowLse;
     const float factor = OnlineSoftmax<E>::finish(softmax, i, rowLse);
     const int t = first + E::row(i);
-    if (t >= z.T) continue;
-    if (E::column(0) == 0) lse[((int64_t)b * z.H + h) * z.T + t] = rowLse;
-    storeRow<E, E::DV>(out + (((int64_t)b * z.T + t) * z.H + h) * z.Dv, sums, i, z.Dv, factor);
+    if (t < z.T && E::column(0) == 0) lse[((int64_t)b * z.H + h) * z.T + t] = rowLse;
+    storeRowIf<E, E::DV>(t < z.T, out + (((int64_t)b * z.T + t) * z.H + h) * z.Dv, sums, i, z.Dv, factor);
   }
 }
 
@@ -401,10 +400,9 @@ MOE_DEVICE void keysBackward(float* dk, float* dv, const TensorMap& q, const Ten
 #pragma unroll
   for (int i = 0; i < E::Rows; i++) {
     const int key = first + E::row(i);
-    if (key >= z.S) continue;
     const int64_t at = ((int64_t)b * z.S + key) * z.G + g;
-    if (OfKeys) storeRow<E, E::DK>(dk + at * z.Dk, sumsK, i, z.Dk, z.scale);
-    if (OfValues) storeRow<E, E::DV>(dv + at * z.Dv, sumsV, i, z.Dv, 1.f);
+    if (OfKeys) storeRowIf<E, E::DK>(key < z.S, dk + at * z.Dk, sumsK, i, z.Dk, z.scale);
+    if (OfValues) storeRowIf<E, E::DV>(key < z.S, dv + at * z.Dv, sumsV, i, z.Dv, 1.f);
   }
 }
 
@@ -478,8 +476,7 @@ MOE_DEVICE void queriesBackward(float* dq, const TensorMap& q, const TensorMap& 
 #pragma unroll
   for (int i = 0; i < E::Rows; i++) {
     const int t = first + E::row(i);
-    if (t >= z.T) continue;
-    storeRow<E, E::DK>(dq + (((int64_t)b * z.T + t) * z.H + h) * z.Dk, sums, i, z.Dk, z.scale);
+    storeRowIf<E, E::DK>(t < z.T, dq + (((int64_t)b * z.T + t) * z.H + h) * z.Dk, sums, i, z.Dk, z.scale);
   }
 }
 

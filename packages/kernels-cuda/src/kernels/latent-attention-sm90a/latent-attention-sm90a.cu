@@ -206,11 +206,11 @@ MOE_DEVICE void latentWork(float* out, float* lse, const TensorMap& cache, const
 #pragma unroll
   for (int i = 0; i < E::Rows; i++) {
     const int row = E::groupRow(i);
-    if (block.first + row >= z.T * z.H) continue;
+    const bool exists = block.first + row < z.T * z.H;
     const float sum = block.totals[row] + block.totals[E::BM + row];
     const int64_t to = partRow(z, block.first + row);
-    if (Group == 0 && lane % 4 == 0 && gridDim.x > 1) lse[to] = sum == 0.f ? -infinity() : high[i] * (1.f / E::Unit) + logf(sum);
-    storeRow<E, E::Half>(out + to * z.V + Group * E::Half, sums, i, z.V - Group * E::Half, sum == 0.f ? 0.f : 1.f / sum);
+    if (exists && Group == 0 && lane % 4 == 0 && gridDim.x > 1) lse[to] = sum == 0.f ? -infinity() : high[i] * (1.f / E::Unit) + logf(sum);
+    storeRowIf<E, E::Half>(exists, out + to * z.V + Group * E::Half, sums, i, z.V - Group * E::Half, sum == 0.f ? 0.f : 1.f / sum);
   }
 }
 

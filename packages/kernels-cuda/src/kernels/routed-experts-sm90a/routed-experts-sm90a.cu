@@ -46,6 +46,7 @@ template <class Tile, bool Transpose>
 MOE_DEVICE void product(bf16* y, const TensorMap& x, const TensorMap& weight, const TensorMap& x2, const TensorMap& weight2, int pairs, const int* offsets, int rows, int n, int k, int experts,
                         int ldy, int packed) {
   const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(n, Tile::BN), steps = divUp(k, Tile::BK);
+  if (threadIdx.x == Tile::Producer * 32) prefetchMap(x), prefetchMap(weight);
   workOffSteps<Tile, false, !Transpose>(
       rowTiles * columnTiles,
       [&](int j) { return jobOfTile<Tile>(tileOf(j, rowTiles, columnTiles), offsets, rows, experts, steps * pairs, packed); },
@@ -68,6 +69,7 @@ template <class Tile>
 MOE_DEVICE void gated(bf16* inner, bf16* gateRows, bf16* upRows, const TensorMap& x, const TensorMap& gate, const TensorMap& up, const int* offsets, int rows, int I, int D, int experts, int ld) {
   constexpr int Half = Tile::BN / 2;
   const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(I, Half), steps = divUp(D, Tile::BK);
+  if (threadIdx.x == Tile::Producer * 32) prefetchMap(x), prefetchMap(gate), prefetchMap(up);
   workOffSteps<Tile, false, false>(
       rowTiles * columnTiles,
       [&](int j) {
@@ -147,6 +149,7 @@ MOE_KERNEL((TileFp8::Threads, 1), moe_routed_experts_fp8_product_sm90a,
             const float* scalesW, const float* scalesX2, const float* scalesW2, int ldX, int ldW, int pairs, const int* offsets, int rows, int n, int k, int experts, int ldy)) {
   using Tile = TileFp8;
   const int rowTiles = min(rows, divUp(rows, Tile::BM) + experts), columnTiles = divUp(n, Tile::BN), steps = divUp(k, Tile::BK);
+  if (threadIdx.x == Tile::Producer * 32) prefetchMap(x), prefetchMap(weight);
   workOffFp8Steps(
       [&](int t, auto use) {
         if (t < steps) use(x, weight, Fp8Scales{scalesX, steps, ldX}, Fp8Scales{scalesW, steps, ldW}, t);
