@@ -3,7 +3,7 @@
  *
  *     pnpm gpu:pack [--out gpu]
  *
- * It holds an archive of Node, the packages, their kernels, tests and benchmarks, and what unpacks and starts it: `gpu/run.sh`. Build the kernels first:
+ * It holds Node, an archive of the packages, their kernels, tests and benchmarks, and what unpacks and starts them: `gpu/run.sh`. Build the kernels first:
  * `node packages/kernels-cuda/scripts/build-fatbins.mjs`.
  */
 import { execFileSync, spawnSync } from 'node:child_process'
@@ -14,7 +14,7 @@ import { parseArgs } from 'node:util'
 import { gzipSync } from 'node:zlib'
 import { type BuildOptions, build } from 'esbuild'
 
-/** Some places take 64 MiB of files with a checkout, whose own are 10 MB. */
+/** Some places take 64 MiB at a time: Node is a file of its own, which may go before the rest. */
 const mostBytes = 57e6
 const root = join(import.meta.dirname, '..', '..')
 const { values: options } = parseArgs({ options: { out: { type: 'string', default: join(root, 'gpu') } } })
@@ -52,15 +52,16 @@ mkdirSync(join(out, 'node_modules', '@moe'), { recursive: true })
 copyPackages()
 await copyDependencies()
 copyTools()
-copyNode()
 const archive = join(options.out, 'pack.tar.gz')
 execFileSync('tar', ['-C', out, '-c', '-f', `${archive}.tar`, '.'])
 writeFileSync(archive, gzipSync(readFileSync(`${archive}.tar`), { level: 9 }))
 rmSync(`${archive}.tar`)
 rmSync(out, { recursive: true })
+const node = join(options.out, 'node.gz')
+writeFileSync(node, gzipSync(readNode(), { level: 9 }))
 cpSync(join(import.meta.dirname, 'run.sh'), join(options.out, 'run.sh'))
 
-const bytes = statSync(archive).size
+const bytes = statSync(archive).size + statSync(node).size
 console.log(`${options.out}: ${(bytes / 1e6).toFixed(1)} MB; copy it to the machine and start run.sh there`)
 if (bytes > mostBytes) {
   console.error(`gpu:pack: the folder may have ${mostBytes / 1e6} MB (binutils' strip makes Node smaller)`)
@@ -68,10 +69,14 @@ if (bytes > mostBytes) {
 }
 
 /** Node without its symbols, which are a tenth of it. */
-function copyNode(): void {
+function readNode(): Buffer {
   const from = join(root, 'node_modules/node/bin/node')
-  const node = join(out, 'node')
-  if (spawnSync('strip', ['-o', node, from]).status !== 0) cpSync(from, node)
+  const stripped = join(options.out, 'node')
+  try {
+    return readFileSync(spawnSync('strip', ['-o', stripped, from]).status === 0 ? stripped : from)
+  } finally {
+    rmSync(stripped, { force: true })
+  }
 }
 
 function copyPackages(): void {

@@ -4,10 +4,12 @@
 set -eu
 cd "$(dirname "$0")"
 # Unpacked files are newer than the pack that they are from.
-if [ ! -x pack/node ] || [ pack.tar.gz -nt pack/node ]; then
+if [ ! -x pack/node ] || [ pack.tar.gz -nt pack/node ] || [ node.gz -nt pack/node ]; then
   rm -rf pack pack.new
   mkdir pack.new
   tar xzmf pack.tar.gz -C pack.new
+  gunzip -c node.gz > pack.new/node
+  chmod +x pack.new/node
   mv pack.new pack
 fi
 exec ./pack/node --no-warnings pack/tools/gpu/run.mjs "$@"
