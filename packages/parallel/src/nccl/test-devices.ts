@@ -30,7 +30,7 @@ export const unavailable =
 export const mostRanks = onDevice ? countDevices() : 4
 
 function countDevices(): number {
-  const cuda = koffi.load('libcuda.so.1')
+  const cuda = koffi.load(process.env['MOE_CUDA_DRIVER'] || 'libcuda.so.1')
   const count = new Int32Array(1)
   cuda.func('int cuInit(unsigned int flags)')(0)
   cuda.func('int cuDeviceGetCount(void* count)')(count)
