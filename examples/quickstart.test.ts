@@ -10,14 +10,14 @@ import { sendSignal, startProgram } from '../scripts/test-program.ts'
 const folder = mkdtempSync(join(tmpdir(), 'moe-quickstart-'))
 afterAll(() => rmSync(folder, { recursive: true }))
 
-type Watch = (text: string, interrupt: () => void) => void
+type Watch = (stderr: string, interrupt: () => void, stdout: string) => void
 interface Ended {
   readonly code: number | null
   readonly stdout: string
   readonly stderr: string
 }
 
-/** Runs a script; `onOutput` sees all of standard error so far. */
+/** Runs a script; `onOutput` sees all of its output so far. */
 function runScript(name: string, args: readonly string[], onOutput: Watch = () => {}, input = ''): Promise<Ended> {
   return new Promise((resolve, reject) => {
     const script = fileURLToPath(new URL(name, import.meta.url))
@@ -25,12 +25,14 @@ function runScript(name: string, args: readonly string[], onOutput: Watch = () =
     child.stdin.end(input)
     let stdout = ''
     let stderr = ''
+    const seen = () => onOutput(stderr, () => sendSignal(child, 'SIGINT'), stdout)
     child.stdout.on('data', chunk => {
       stdout += chunk
+      seen()
     })
     child.stderr.on('data', chunk => {
       stderr += chunk
-      onOutput(stderr, () => sendSignal(child, 'SIGINT'))
+      seen()
     })
     child.on('error', reject)
     child.on('close', code => resolve({ code, stdout, stderr }))
@@ -128,11 +130,12 @@ describe('generate.ts', () => {
 
   test('Ctrl-C ends the text where it is', async () => {
     const args = [join(folder, 'whole'), 'We are', '--max-tokens', '1000000', '--temperature', '0']
-    const { code, stdout } = await generate(
-      args,
-      '',
-      (text, interrupt) => text.includes('parameters') && setTimeout(interrupt, 1000),
-    )
+    let interrupted = false
+    const { code, stdout } = await generate(args, '', (_, interrupt, text) => {
+      if (interrupted || text.length <= 'We are'.length) return
+      interrupted = true
+      interrupt()
+    })
     expect(code).toBe(130)
     expect(stdout).toMatch(/^We are.*\n$/s)
   })
