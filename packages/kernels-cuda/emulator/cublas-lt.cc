@@ -1,8 +1,6 @@
 // cuBLASLt without a GPU: a library of its own, which queues its products in the emulated driver's streams. Constants, sizes and what is checked are
 // those of cublasLt.h 13.1.1. It refuses what the real library forbids, and what would be luck with it: an algorithm for other layouts, pointers less
 // aligned than the heuristic was told.
-#include <stdarg.h>
-#include <stdio.h>
 #include <string.h>
 
 #include <algorithm>
@@ -10,13 +8,7 @@
 #include <set>
 #include <vector>
 
-#include "abi.h"
-
-// library.cc, in the driver's library.
-extern "C" int moe_emulator_enter(const char* call, int* wanted);
-extern "C" int moe_emulator_work(const char* call, int (*work)(const void*), const void* arguments, size_t bytes, void* stream);
-extern "C" int moe_emulator_access(const char* call, uintptr_t address, size_t bytes, int writes);
-extern "C" void moe_emulator_refuse(const char* reason);
+#include "beside.h"
 
 namespace {
 
@@ -83,17 +75,6 @@ int destroy(T* descriptor) {
   if (!living.erase(descriptor)) return invalidValue;
   delete descriptor;
   return success;
-}
-
-int refuse(int status, const char* format, ...) __attribute__((format(printf, 2, 3)));
-int refuse(int status, const char* format, ...) {
-  char text[400];
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  moe_emulator_refuse(text);
-  return status;
 }
 
 /// What is wrong before a call does anything: a failure that a test wants, or the driver's state.

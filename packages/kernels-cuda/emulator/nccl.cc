@@ -2,7 +2,6 @@
 // message is a file. It has the messages between two ranks that are used, no collectives, and communicators that do not block: a call ends before its work is in
 // the stream, and what is asked of a communicator that is not ready is refused, as by the real library. What would hang or overwrite there is a fault here.
 #include <dirent.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,13 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "abi.h"
-
-// library.cc, in the driver's library.
-extern "C" int moe_emulator_enter(const char* call, int* wanted);
-extern "C" int moe_emulator_work(const char* call, int (*work)(const void*), const void* arguments, size_t bytes, void* stream);
-extern "C" int moe_emulator_access(const char* call, uintptr_t address, size_t bytes, int writes);
-extern "C" void moe_emulator_refuse(const char* reason);
+#include "beside.h"
 
 namespace {
 
@@ -67,17 +60,6 @@ struct Comm {
 int living = 0, ids = 0, depth = 0;
 std::vector<std::string> folders;  // of ids of this process
 std::vector<Batch*> group;
-
-int refuse(int status, const char* format, ...) __attribute__((format(printf, 2, 3)));
-int refuse(int status, const char* format, ...) {
-  char text[400];
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  moe_emulator_refuse(text);
-  return status;
-}
 
 int enter(const char* call) {
   int wanted;

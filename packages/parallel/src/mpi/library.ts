@@ -3,8 +3,8 @@
  * MPICH's (also Intel MPI, MVAPICH, Cray), whose handles are numbers. Eleven functions and three handles are all that is used.
  */
 import { MoeError } from '@moe/core'
+import { type Koffi, openFirst } from '../open-library.ts'
 
-type Koffi = typeof import('koffi')
 type Library = ReturnType<Koffi['load']>
 
 /** Buffers, as arrays or as addresses; handles and counts. */
@@ -61,28 +61,11 @@ function candidates(environment: NodeJS.ProcessEnv): readonly string[] {
  * @throws MoeError E_NO_BACKEND where there is none, with what was tried
  */
 export async function openMpi(path = process.env['MOE_MPI_LIBRARY']): Promise<MpiLibrary> {
-  const koffi = await importKoffi()
   const tried = path ? [path] : candidates(process.env)
   if (tried.length === 0) throw noMpi(`MPI is not looked for on ${process.platform}`)
-  const reasons: string[] = []
-  for (const name of tried) {
-    try {
-      // Open MPI's plugins look for its symbols among the global ones.
-      return bind(koffi, koffi.load(name, { global: true }), name)
-    } catch (cause) {
-      reasons.push(`${name}: ${cause instanceof Error ? cause.message : cause}`)
-    }
-  }
-  throw noMpi(`no MPI library (${reasons.join('; ')})`)
-}
-
-async function importKoffi(): Promise<Koffi> {
-  try {
-    const module = await import('koffi')
-    return (module as unknown as { default?: Koffi }).default ?? module
-  } catch (cause) {
-    throw noMpi(`koffi, which calls MPI, does not load: ${cause instanceof Error ? cause.message : cause}`)
-  }
+  // Open MPI's plugins look for its symbols among the global ones.
+  const open = (koffi: Koffi, name: string) => bind(koffi, koffi.load(name, { global: true }), name)
+  return openFirst('MPI library', tried, open, noMpi)
 }
 
 function noMpi(problem: string): MoeError {

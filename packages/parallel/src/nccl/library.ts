@@ -2,8 +2,7 @@
 import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { MoeError } from '@moe/core'
-
-type Koffi = typeof import('koffi')
+import { type Koffi, openFirst } from '../open-library.ts'
 
 /** Arrays, addresses and handles. */
 type Argument = ArrayBufferView | number
@@ -53,17 +52,7 @@ export interface NcclLibrary {
  * @throws MoeError E_NO_BACKEND where there is none, with what was tried
  */
 export async function openNccl(path = process.env['MOE_NCCL_LIBRARY']): Promise<NcclLibrary> {
-  const koffi = await importKoffi()
-  const tried = path ? [path] : candidates(process.env)
-  const reasons: string[] = []
-  for (const name of tried) {
-    try {
-      return bind(koffi, name)
-    } catch (cause) {
-      reasons.push(`${name}: ${cause instanceof Error ? cause.message : cause}`)
-    }
-  }
-  throw noNccl(`no NCCL (${reasons.join('; ')})`)
+  return openFirst('NCCL', path ? [path] : candidates(process.env), bind, noNccl)
 }
 
 /** Where the system's loader looks, and where an active Python environment has it, which came there with PyTorch. */
@@ -75,15 +64,6 @@ function candidates(env: NodeJS.ProcessEnv): string[] {
     return [lib, ...versions.sort().map(version => join(lib, version, 'site-packages', 'nvidia', 'nccl', 'lib'))]
   })
   return ['libnccl.so.2', ...found.map(folder => join(folder, 'libnccl.so.2')).filter(file => existsSync(file))]
-}
-
-async function importKoffi(): Promise<Koffi> {
-  try {
-    const module = await import('koffi')
-    return (module as unknown as { default?: Koffi }).default ?? module
-  } catch (cause) {
-    throw noNccl(`koffi, which calls NCCL, does not load: ${cause instanceof Error ? cause.message : cause}`)
-  }
 }
 
 function noNccl(problem: string): MoeError {
