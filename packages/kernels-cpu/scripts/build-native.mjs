@@ -80,7 +80,7 @@ function forPlatform(name) {
     linkFlags: isa => ['-target', target, '-s', ...platformFlags[os](isa)],
     outDir: join(root, 'npm', name),
     objDir,
-    compiler: findCompiler([[process.env.ZIG ?? 'zig', 'c++']]),
+    compiler: findCompiler([[process.env.ZIG || 'zig', 'c++']]),
     missing: 'no Zig (looked for $ZIG and zig); get it from https://ziglang.org/download and run this again',
   }
 }
