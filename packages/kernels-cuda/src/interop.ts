@@ -41,7 +41,7 @@ export interface CudaInterop {
   pointerOf(value: Value): number
   /** Uninitialized memory. @throws MoeError E_OUT_OF_MEMORY */
   allocate(bytes: number): DeviceMemory
-  /** An uninitialized tensor of this backend, in no scope. @throws MoeError E_OUT_OF_MEMORY */
+  /** An uninitialized tensor of this backend. @throws MoeError E_OUT_OF_MEMORY */
   tensor(shape: Shape, dtype: DType): Tensor
   /** Device to device, in the backend's queue. */
   copy(to: number, from: number, bytes: number): void
