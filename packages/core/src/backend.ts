@@ -294,6 +294,7 @@ export interface FusedAttrs {
   /**
    * `[param, grad, m, v, gradScale []] -> [param, m, v]`, all of one shape, g = grad * gradScale; decoupled decay (Loshchilov & Hutter 2019, as torch.optim.AdamW):
    * p -= lr * wd * p; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; p -= lr * (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps). param, m and v are donated.
+   * m and v are f32, or both bf16 where `Backend.dtypes` has it: then they are rounded (nearest even) as they are stored, after p has been changed by them. A kernel without a bf16 form declines.
    */
   adamwStep: AdamwAttrs
   /** `[...tensors] -> [norm []]`: square root of the sum of all squares. */

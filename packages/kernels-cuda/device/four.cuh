@@ -62,6 +62,28 @@ MOE_DEVICE void store4(float* to, I i, I n, const Four& x) {
   }
 }
 
+/// Elements i .. i+3 of a row in bf16, of which n exist. `Whole` promises that these do, and are a multiple of 8 bytes.
+template <bool Whole = false, class I>
+MOE_DEVICE Four load4(const bf16* row, I i, I n) {
+  if (Whole || (i + 4 <= n && (uintptr_t)(row + i) % 8 == 0)) {
+    const uint2 x = *(const uint2*)(row + i);
+    return {{lowBf16(x.x), highBf16(x.x), lowBf16(x.y), highBf16(x.y)}};
+  }
+  return four([&](int j) { return i + j < n ? toFloat(row[i + j]) : 0.f; });
+}
+/// Rounded, to global memory.
+template <bool Whole = false, class I>
+MOE_DEVICE void store4(bf16* to, I i, I n, const Four& x) {
+  if constexpr (Whole) {
+    storeWide(to + i, packBf16(x.v[0], x.v[1]), packBf16(x.v[2], x.v[3]));
+  } else {
+    if (i + 4 <= n && (uintptr_t)(to + i) % 8 == 0) return store4<true>(to, i, n, x);
+    for (int k = 0; k < 4; k++) {
+      if (i + k < n) to[i + k] = toBf16(x.v[k]);
+    }
+  }
+}
+
 /// A compile-time truth, as an argument: `[](auto whole) { load4<whole.value>(...) }`.
 template <bool Value>
 struct Always {

@@ -7,23 +7,30 @@ import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.t
 export const adamwStepDefinition: FusedDefinition<'adamwStep'> = {
   name: 'adamwStep',
   infer([param, grad, m, v, gradScale]) {
-    for (const [name, value] of Object.entries({ param, grad, m, v })) {
-      needDtype('adamwStep', name, value, 'f32')
-      needShape('adamwStep', name, value, param.shape)
-    }
+    for (const [name, value] of Object.entries({ param, grad, m, v })) needShape('adamwStep', name, value, param.shape)
+    needDtype('adamwStep', 'param', param, 'f32')
+    needDtype('adamwStep', 'grad', grad, 'f32')
+    needDtype('adamwStep', 'm', m, 'f32', 'bf16')
+    needDtype('adamwStep', 'v', v, m.dtype)
     needShape('adamwStep', 'gradScale', gradScale, [])
     return [param, m, v]
   },
   decompose([param, grad, m, v, gradScale], { lr, beta1, beta2, eps, weightDecay, step }) {
     const g = grad.mul(gradScale)
-    const nextM = m.mul(beta1).add(g.mul(1 - beta1))
-    const nextV = v.mul(beta2).add(g.mul(g).mul(1 - beta2))
+    const nextM = m
+      .cast('f32')
+      .mul(beta1)
+      .add(g.mul(1 - beta1))
+    const nextV = v
+      .cast('f32')
+      .mul(beta2)
+      .add(g.mul(g).mul(1 - beta2))
     const denominator = nextV
       .mul(1 / (1 - beta2 ** step))
       .sqrt()
       .add(eps)
     const update = nextM.mul(lr / (1 - beta1 ** step)).div(denominator)
-    return [param.mul(1 - lr * weightDecay).sub(update), nextM, nextV]
+    return [param.mul(1 - lr * weightDecay).sub(update), nextM.cast(m.dtype), nextV.cast(v.dtype)]
   },
   vjp: null,
 }
@@ -44,7 +51,8 @@ export const globalNormDefinition: FusedDefinition<'globalNorm'> = {
 
 /**
  * AdamW with decoupled weight decay. `param`, `m` and `v` are used up: assign the results in their place.
- * `gradScale []` multiplies the gradient (clipping without a read-back).
+ * `gradScale []` multiplies the gradient (clipping without a read-back). `m` and `v` are both f32 or both bf16, which the new ones are rounded to after the parameter's step was taken
+ * with them.
  */
 export function adamwStep(
   param: Tensor,

@@ -224,6 +224,21 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     ['floats as offsets', () => quantizedGroupedMatmul(f(2, 4), int8(1, 3, 4), f(2)), /offsets has dtype f32/],
   ],
   adamwStep: [
+    [
+      'a moment that is no float',
+      () => adamwStep(f(2), f(2), i([2], 0, 0), f(2), f(), adamw),
+      /m has dtype i32, needs f32 or bf16/,
+    ],
+    [
+      'moments of two dtypes',
+      () => adamwStep(f(2), f(2), f(2).cast('bf16'), f(2), f(), adamw),
+      /v has dtype f32, needs bf16/,
+    ],
+    [
+      'a parameter in bf16',
+      () => adamwStep(f(2).cast('bf16'), f(2), f(2), f(2), f(), adamw),
+      /param has dtype bf16, needs f32/,
+    ],
     ['moments of another shape', () => adamwStep(f(2), f(2), f(3), f(2), f(), adamw), /m has shape \[3\], needs \[2\]/],
     [
       'a scale that is no scalar',

@@ -574,6 +574,23 @@ export const fusedCases: readonly OpCase[] = [
     { ...adam, step: 1 },
     { ...sum, gradient: false },
   ),
+  ...[35, 1003].flatMap(size => {
+    const moments = [f32(size), uniform(0.1, 1, size)].map((moment): CaseInput => ({ ...moment, dtype: 'bf16' }))
+    const inputs = [f32(size), f32(size), ...moments, given('f32', [], [0.5])]
+    return [
+      opCase('adamwStep', `${size} parameters, moments in bf16`, inputs, adam, {
+        ...sum,
+        gradient: false,
+        compared: [0],
+      }),
+      // Rounded from sums that differ in the last bits of f32: where these lie about a tie, to neighbours in bf16.
+      opCase('adamwStep', `${size} moments in bf16`, inputs, adam, {
+        tolerance: { relative: 2 ** -7, absolute: 0 },
+        gradient: false,
+        compared: [1, 2],
+      }),
+    ]
+  }),
   ...quantizedCases,
   opCase('globalNorm', 'of several', [f32(5, 7), f32(130), f32()], {}, { ...sum, gradient: false }),
   opCase('quantize', 'whole blocks', [f32(8, 8)], { block: [4, 4] }, { ...sum, gradient: false }),

@@ -3,12 +3,20 @@
 
 using namespace moe;
 
+namespace {
+
+MOE_INLINE f32v widened(f32v x) { return x; }
+MOE_INLINE f32v widened(u16v x) { return from_bf16(x); }
+MOE_INLINE void store_moment(float* to, f32v x, int count) { store_some(to, x, count); }
+MOE_INLINE void store_moment(uint16_t* to, f32v x, int count) { store_some(to, to_bf16(x), count); }
+
 // param, its copy in bf16 or 0, m, v, grad, gradScale, n, lr, beta1, beta2, eps, weightDecay, step
-MOE_KERNEL(moe_adamw_step_f32) {
+template <class Moment>
+void adamw(Args& args) {
   float* param = args.ptr<float>();
   uint16_t* rounded = args.ptr<uint16_t>();
-  float* m = args.ptr<float>();
-  float* v = args.ptr<float>();
+  Moment* m = args.ptr<Moment>();
+  Moment* v = args.ptr<Moment>();
   const float* grad = args.ptr<const float>();
   const f32v scale = splat(*args.ptr<const float>());
   const int64_t n = args.size();
@@ -22,11 +30,11 @@ MOE_KERNEL(moe_adamw_step_f32) {
         each_vector(end - begin, [&](int64_t at, int count) {
           const int64_t i = begin + at;
           const f32v g = load_some(grad + i, count) * scale;
-          const f32v first = fma(load_some(m + i, count), b1, g * c1);
-          const f32v second = fma(load_some(v + i, count), b2, g * g * c2);
+          const f32v first = fma(widened(load_some(m + i, count)), b1, g * c1);
+          const f32v second = fma(widened(load_some(v + i, count)), b2, g * g * c2);
           const f32v update = first * rate / (sqrt(second * correction) + least);
-          store_some(m + i, first, count);
-          store_some(v + i, second, count);
+          store_moment(m + i, first, count);
+          store_moment(v + i, second, count);
           const f32v next = fma(load_some(param + i, count), keep, -update);
           store_some(param + i, next, count);
           if (rounded) store_some(rounded + i, to_bf16(next), count);
@@ -34,3 +42,9 @@ MOE_KERNEL(moe_adamw_step_f32) {
       },
       64);
 }
+
+}  // namespace
+
+// Named by what the moments are stored as.
+MOE_KERNEL(moe_adamw_step_f32) { adamw<float>(args); }
+MOE_KERNEL(moe_adamw_step_bf16) { adamw<uint16_t>(args); }

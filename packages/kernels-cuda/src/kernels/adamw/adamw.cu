@@ -9,9 +9,8 @@ struct AdamwAttributes {
   float eps;
 };
 
-MOE_KERNEL((256), moe_adamw_step_f32,
-           (float* param, float* m, float* v, const float* grad, const float* gradScale, const AdamwAttributes* attributes,
-            int64_t n)) {
+template <class Moment>
+MOE_DEVICE void adamw(float* param, Moment* m, Moment* v, const float* grad, const float* gradScale, const AdamwAttributes* attributes, int64_t n) {
   const AdamwAttributes a = *attributes;
   const float scale = *gradScale;
   eachFour(n, [&](int64_t i, auto whole) {
@@ -27,4 +26,16 @@ MOE_KERNEL((256), moe_adamw_step_f32,
     store4<whole.value>(m, i, n, first);
     store4<whole.value>(v, i, n, second);
   });
+}
+
+// Named by what the moments are stored as.
+MOE_KERNEL((256), moe_adamw_step_f32,
+           (float* param, float* m, float* v, const float* grad, const float* gradScale, const AdamwAttributes* attributes,
+            int64_t n)) {
+  adamw(param, m, v, grad, gradScale, attributes, n);
+}
+MOE_KERNEL((256), moe_adamw_step_bf16,
+           (float* param, bf16* m, bf16* v, const float* grad, const float* gradScale, const AdamwAttributes* attributes,
+            int64_t n)) {
+  adamw(param, m, v, grad, gradScale, attributes, n);
 }

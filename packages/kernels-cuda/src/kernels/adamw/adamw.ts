@@ -10,7 +10,11 @@ function encode({ lr, beta1, beta2, eps, weightDecay, step }: AdamwAttrs): numbe
 }
 
 export const adamwStep: FusedFactory<'adamwStep'> = cuda => {
-  const kernel = cuda.kernel('adamw', 'moe_adamw_step_f32', 'p p p p p p l')
+  const signature = 'p p p p p p l'
+  const kernels = {
+    f32: cuda.kernel('adamw', 'moe_adamw_step_f32', signature),
+    bf16: cuda.kernel('adamw', 'moe_adamw_step_bf16', signature),
+  }
   return ([param, grad, m, v, gradScale], attrs) => {
     // On the device, so that a recorded step can be replayed at another learning rate.
     const attributes = cuda.attributes('adamwStep', attrs, encode)
@@ -19,7 +23,7 @@ export const adamwStep: FusedFactory<'adamwStep'> = cuda => {
     const second = cuda.donated(v)
     const n = sizeOf(param.shape)
     const tensors = [p.pointer, first.pointer, second.pointer, pointerOf(grad), pointerOf(gradScale), attributes]
-    kernel({ grid: elementwiseGrid(cuda, n), block: 256 }, ...tensors, n)
+    kernels[m.dtype as keyof typeof kernels]({ grid: elementwiseGrid(cuda, n), block: 256 }, ...tensors, n)
     return [p, first, second]
   }
 }

@@ -4,16 +4,6 @@
 #include "../permute-tokens/row-slices.cuh"
 #include "fp8.cuh"
 
-/// Elements i .. i+3 of a row, of which n exist. `Whole` promises that these do, and are aligned.
-template <bool Whole = false>
-MOE_DEVICE Four load4(const bf16* row, int i, int n) {
-  if (Whole || (i + 4 <= n && (uintptr_t)(row + i) % 8 == 0)) {
-    const uint2 x = *(const uint2*)(row + i);
-    return {{lowBf16(x.x), highBf16(x.x), lowBf16(x.y), highBf16(x.y)}};
-  }
-  return four([&](int j) { return i + j < n ? toFloat(row[i + j]) : 0.f; });
-}
-
 /// Of one inner feature, from dinner as if the slot had weight 1: with its weight the gradients of gate and up, and inner; its part of dweights, the product of dinner and inner.
 struct SwigluSlopes {
   float dgate, dup, weighted, dweight;
