@@ -84,11 +84,16 @@ function difference(a: Trained, b: Trained): number {
 const biases = ({ weights }: Trained) =>
   Object.entries(weights).filter(([name]) => name.endsWith('e_score_correction_bias'))
 
-/** Names and shapes in a safetensors file. */
+/** Names, dtypes and shapes in a safetensors file. */
 async function tensorsIn(path: string): Promise<Record<string, unknown>> {
   const bytes = await readFile(path)
   const header = JSON.parse(bytes.subarray(8, 8 + Number(bytes.readBigUInt64LE(0))).toString())
-  return Object.fromEntries(Object.entries<{ shape: number[] }>(header).map(([name, { shape }]) => [name, shape]))
+  return Object.fromEntries(
+    Object.entries<{ dtype: string; shape: number[] }>(header).map(([name, { dtype, shape }]) => [
+      name,
+      [dtype, shape],
+    ]),
+  )
 }
 
 const each = [
@@ -169,6 +174,22 @@ describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) 
     const entries = stateDict(opened).map(async ({ name, data }) => [name, Array.from(await data())] as const)
     expect(digestOf({ weights: Object.fromEntries(await Promise.all(entries)) })).toBe(digestOf(first))
     opened.dispose()
+  })
+
+  // A last bit of a gradient may become a last bit of a moment in bf16, so that the bits of one rank are not asked for.
+  test('goes on bit for bit with moments in bf16', async () => {
+    const narrow = { schedule: () => 1, moments: 'bf16' } as const
+    const [straight] = await onRanks(arrangement, narrow, {}, size)
+    const [out, ofOne] = [await temporaryFolder(), await temporaryFolder()]
+    const shared = { ...narrow, checkpointEvery: 3, keepCheckpoints: 5 }
+    await onRanks(arrangement, { ...shared, out }, {}, size)
+    await alone({ ...shared, out: ofOne, steps: 1 })
+    const file = (of: string, step: number) => join(of, 'checkpoints', `step-00000${step}`, 'optimizer.safetensors')
+    expect(await tensorsIn(file(out, 3))).toEqual(await tensorsIn(file(ofOne, 1)))
+    expect(await tensorsIn(file(out, 3))).toMatchObject({ 'v.lm_head.weight': ['BF16', [40, 24]] })
+    const resumed = await onRanks(arrangement, { ...shared, out, resume: join(file(out, 3), '..') }, {}, size)
+    expect(resumed[0].steps).toEqual(straight.steps.slice(3))
+    for (const each of resumed) expect(digestOf(each)).toBe(digestOf(straight))
   })
 })
 

@@ -44,7 +44,7 @@ export type {
   TrainableModel,
 } from './model.ts'
 export type { ModelOnRanks, OwnParameter } from './model-on-ranks.ts'
-export { AdamW, type AdamWOptions, decaysMatrices } from './optim/adamw.ts'
+export { AdamW, type AdamWOptions, decaysMatrices, type MomentDType } from './optim/adamw.ts'
 export { clipScale, gradientNorm } from './optim/clip.ts'
 export { hiddenMatrices, Muon, type MuonOptions, orthogonalize } from './optim/muon.ts'
 export type { Optimizer, OptimizerEntry, OptimizerInputs, StagedOptimizer } from './optim/optimizer.ts'

@@ -19,7 +19,7 @@ import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
 import type { TrainListener } from './events.ts'
 import type { TextTokenizer, TrainableModel } from './model.ts'
 import type { ModelOnRanks } from './model-on-ranks.ts'
-import { AdamW, type AdamWOptions, adamWNames } from './optim/adamw.ts'
+import { AdamW, type AdamWOptions, adamWNames, momentsProblem } from './optim/adamw.ts'
 import { Muon } from './optim/muon.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { type Schedule, warmupCosine } from './optim/schedule.ts'
@@ -238,6 +238,8 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   if (!Array.isArray(betas) || !betas.every(beta => beta >= 0 && beta < 1) || ![0, 2].includes(betas.length)) {
     problems.push(`betas is ${shown(betas)}, needs two numbers of at least 0 and below 1`)
   }
+  const inMoments = momentsProblem(merged.moments ?? 'f32', Array.isArray(betas) ? betas : [])
+  if (inMoments !== undefined) problems.push(inMoments)
   if (resume && out === undefined) problems.push('resume is given without out, the folder of the run')
   if (problems.length > 0) {
     throw new MoeError({
@@ -299,8 +301,8 @@ export function makeOptimizer(options: ResolvedOptions, parameters: readonly Nam
   const { optimizer = 'adamw' } = options
   if (typeof optimizer === 'function') return optimizer(parameters)
   // `precision` means something else to Muon.
-  const { betas, eps, weightDecay, decays } = options
-  const settings = { betas, eps, weightDecay, decays }
+  const { betas, eps, weightDecay, decays, moments } = options
+  const settings = { betas, eps, weightDecay, decays, moments }
   return optimizer === 'muon' ? new Muon(parameters, settings) : new AdamW(parameters, settings)
 }
 

@@ -135,6 +135,8 @@ describe('recorded steps are those op by op', () => {
 
   test.each<[string, Partial<TrainOptions>]>([
     ['bf16', { precision: 'bf16' satisfies Precision }],
+    ['moments in bf16', { moments: 'bf16' }],
+    ['Muon with a momentum in bf16', { moments: 'bf16', optimizer: 'muon' }],
     ['no clipping', { clip: Number.POSITIVE_INFINITY }],
     ['a norm that is clipped', { clip: 0.01 }],
     ['evaluation in between', { evalEvery: 3, data: { training: data(), validation: data() } }],

@@ -2,6 +2,7 @@ import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
+import { readSafetensors } from '@moe/checkpoint'
 import {
   disposeModule,
   type InitOptions,
@@ -419,6 +420,35 @@ describe('resuming', () => {
     expect(changed.message).toMatch(/begin another run with the model in .*step-000012.model; nothing was changed/)
   })
 
+  test.each(['adamw', 'muon'] as const)(
+    'holds for moments in bf16, of which checkpoints hold no more: %s',
+    async optimizer => {
+      const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
+      const narrow = { optimizer, moments: 'bf16' } as const
+      const straight = await run({ out: whole, ...narrow })
+      await run({ out: cut, ...narrow, ...stopAfter(5) })
+      const stored = join(cut, 'checkpoints', 'step-000005')
+      await using file = await readSafetensors(join(stored, 'optimizer.safetensors'))
+      expect(file.keys().map(name => file.info(name).dtype)).toEqual(file.keys().map(() => 'bf16'))
+      expect(file.keys().length).toBeGreaterThan(2)
+      const second = await run({ out: cut, ...narrow, resume: true })
+      expect(numbersOf(cut)).toEqual(numbersOf(whole))
+      expect(second.weights).toEqual(straight.weights)
+
+      // To f32 and back, where that is asked for.
+      const wide = await errorOf(run({ out: cut, optimizer, resume: stored }))
+      expect((wide as MoeError).details['differences']).toEqual([
+        expect.stringMatching(/^optimizer: saved with .*"moments":"bf16".*, now (?!.*moments)/),
+      ])
+      const other = { out: cut, optimizer, resume: stored, allowChanges: true }
+      const { result } = await run({ ...other, ...stopAfter(7) })
+      expect(result.steps).toBe(7)
+      const narrower = await errorOf(run({ ...narrow, out: cut, resume: true }))
+      expect(narrower.message).toMatch(/optimizer: saved with (?!.*moments.*, now).*, now .*"moments":"bf16"/)
+      expect((await run({ ...narrow, out: cut, resume: true, allowChanges: true })).result.steps).toBe(12)
+    },
+  )
+
   test('holds for a model that counts its steps, also when it was trained before', async () => {
     const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
     class Scheduled extends BigramModel {
@@ -808,6 +838,8 @@ describe('failures lose nothing', () => {
     const wrong = { ...settings, schedule: 5, data: undefined } as unknown as TrainOptions
     const more = await errorOf(train(model, wrong))
     for (const text of ['schedule is 5, needs a function', 'data is missing']) expect(more.message).toContain(text)
+    const slow = { ...settings, moments: 'bf16', betas: [0.9, 0.999] } as const
+    expect((await errorOf(train(model, slow))).message).toMatch(/one keeps 0\.999 of itself/)
     const others = { ...settings, data: ['text'], betas: 0.9, out: 3, signal: new AbortController(), progress: 'yes' }
     const { message } = await errorOf(train(model, others as unknown as TrainOptions))
     for (const name of ['data has no training part', 'betas is 0.9', 'out is 3', 'pass .signal', 'progress is "yes"']) {

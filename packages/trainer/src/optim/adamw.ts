@@ -2,16 +2,18 @@
 import {
   adamwStep,
   checkOptions,
-  fromHost,
+  MoeError,
   type NamedParameter,
   type OptionNames,
   type Parameter,
   type StateSource,
   sameShape,
+  shown,
   showShape,
   type Tensor,
 } from '@moe/core'
 import {
+  fillState,
   misfit,
   needNamed,
   needRate,
@@ -31,9 +33,46 @@ export interface AdamWOptions {
   readonly weightDecay?: number
   /** Whether a parameter's weights decay. Default `decaysMatrices`. */
   readonly decays?: (named: NamedParameter) => boolean
+  /**
+   * What both moments (Muon: its momentum, too) are stored as. Default f32. In `'bf16'`, as DeepSeek-V3 has them (report 3.3.3), they take half the memory; steps are computed in f32 and
+   * taken before the moments are rounded. Needs rates of at most 1 - 2^-8.
+   */
+  readonly moments?: MomentDType
 }
 
-export const adamWNames: OptionNames<AdamWOptions> = { betas: true, eps: true, weightDecay: true, decays: true }
+/** What an optimizer can store its moments as. */
+export type MomentDType = 'f32' | 'bf16'
+
+export const adamWNames: OptionNames<AdamWOptions> = {
+  betas: true,
+  eps: true,
+  weightDecay: true,
+  decays: true,
+  moments: true,
+}
+
+/** One less half the distance of bf16 above 1: what is left of a moment after a step is rounded back to it where it decays by less. */
+const slowestInBf16 = 1 - 2 ** -8
+
+/** What is wrong with moments that are stored so, if anything is. `rates` are what is left of each after a step. */
+export function momentsProblem(moments: MomentDType, rates: readonly number[]): string | undefined {
+  if (moments !== 'f32' && moments !== 'bf16') return `moments is ${shown(moments)}, needs 'f32' or 'bf16'`
+  const slow = moments === 'bf16' ? rates.find(rate => rate > slowestInBf16) : undefined
+  if (slow === undefined) return undefined
+  return `moments is 'bf16' and one keeps ${slow} of itself in a step: what loses less than 1 in 256 is rounded back to what it was in bf16, so that it would never fall; it needs at most ${slowestInBf16}`
+}
+
+/** @throws MoeError E_CONFIG */
+export function checkMoments(op: string, moments: MomentDType, rates: readonly number[]): void {
+  const problem = momentsProblem(moments, rates)
+  if (problem === undefined) return
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op,
+    problem,
+    fix: 'leave moments out, or let them decay faster, as { betas: [0.9, 0.95] }',
+  })
+}
 
 /** Matrices decay; norms, biases and embedding tables do not. */
 export function decaysMatrices({ name, parameter }: NamedParameter): boolean {
@@ -58,27 +97,32 @@ export class AdamW implements StagedOptimizer {
   readonly #eps: number
   readonly #weightDecay: number
   readonly #decays: (named: NamedParameter) => boolean
+  readonly #moments: MomentDType
 
-  /** Two moments, zeros, for each trainable parameter; others are left out. */
+  /** Two moments, zeros, for each trainable parameter; others are left out. @throws MoeError E_CONFIG, E_UNSUPPORTED where the backend has no bf16 for the moments */
   constructor(parameters: readonly NamedParameter[], options: AdamWOptions = {}) {
     needNamed('AdamW', parameters)
     checkOptions('AdamW', options, adamWNames)
-    const { betas = [0.9, 0.95], eps = 1e-8, weightDecay = 0.1, decays = decaysMatrices } = options
+    const { betas = [0.9, 0.95], eps = 1e-8, weightDecay = 0.1, decays = decaysMatrices, moments = 'f32' } = options
+    checkMoments('AdamW', moments, betas)
     this.#betas = betas
     this.#eps = eps
     this.#weightDecay = weightDecay
     this.#decays = decays
+    this.#moments = moments
     const trained = parameters.filter(({ parameter }) => parameter.trainable)
-    const moments = zeroState(trained.flatMap(({ parameter }) => [parameter, parameter]))
+    const both = trained.flatMap(({ parameter }) => [parameter, parameter])
+    const state = zeroState(both, moments)
     this.#slots = trained.map((named, i) => {
-      return { named, weightDecay: decays(named) ? weightDecay : 0, m: moments[2 * i], v: moments[2 * i + 1] }
+      return { named, weightDecay: decays(named) ? weightDecay : 0, m: state[2 * i], v: state[2 * i + 1] }
     })
   }
 
   settings(parameters: readonly NamedParameter[]): Readonly<Record<string, unknown>> {
     const decaying = parameters.filter(named => named.parameter.trainable && this.#decays(named)).length
     const [betas, eps, weightDecay] = [[...this.#betas], this.#eps, this.#weightDecay]
-    return { betas, eps, weightDecay, decaying: weightDecay === 0 ? 0 : decaying }
+    const inFewerBits = this.#moments === 'f32' ? {} : { moments: this.#moments }
+    return { betas, eps, weightDecay, decaying: weightDecay === 0 ? 0 : decaying, ...inFewerBits }
   }
 
   step(lr: number, gradScale: Tensor): void {
@@ -132,9 +176,7 @@ export class AdamW implements StagedOptimizer {
     }
     for (const name of stored) problems.push(`${name} is unexpected`)
     if (problems.length > 0) throw misfit('AdamW.load', problems)
-    for (const [name, tensor] of own) {
-      tensor.assign(fromHost(await source.read(name), tensor.shape, tensor.dtype, tensor.backend))
-    }
+    for (const [name, tensor] of own) await fillState(tensor, source, name)
     this.steps = steps
   }
 

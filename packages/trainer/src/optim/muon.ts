@@ -5,7 +5,6 @@
 import {
   checkOptions,
   checkPrecision,
-  fromHost,
   type NamedParameter,
   noGrad,
   type OptionNames,
@@ -18,8 +17,9 @@ import {
   type Tensor,
   tensor,
 } from '@moe/core'
-import { AdamW, type AdamWOptions, adamWNames } from './adamw.ts'
+import { AdamW, type AdamWOptions, adamWNames, checkMoments } from './adamw.ts'
 import {
+  fillState,
   misfit,
   needNamed,
   type OptimizerEntry,
@@ -103,10 +103,14 @@ export class Muon implements StagedOptimizer {
     checkOptions('Muon', options, names)
     const { momentum = 0.95, iterations = 5, precision = 'bf16', takes = hiddenMatrices, ...others } = options
     checkPrecision('Muon', precision)
-    const { weightDecay = 0.1 } = others
+    const { weightDecay = 0.1, moments = 'f32' } = others
+    checkMoments('Muon', moments, [momentum])
     this.#takes = named => named.parameter.trainable && takes(named)
     const own = parameters.filter(this.#takes)
-    const momenta = zeroState(own.map(({ parameter }) => parameter))
+    const momenta = zeroState(
+      own.map(({ parameter }) => parameter),
+      moments,
+    )
     this.#slots = own.map((named, i) => ({
       named,
       weightDecay,
@@ -160,11 +164,11 @@ export class Muon implements StagedOptimizer {
         noGrad(() => {
           const number = (at: number) => numbers.narrow(0, at, at + 1).reshape([])
           const g = grad.mul(gradScale).mul(1 - this.#momentum)
-          const average = momentum.mul(this.#momentum).add(g)
+          const average = momentum.cast('f32').mul(this.#momentum).add(g)
           // Nesterov: one step ahead.
           const ahead = average.mul(this.#momentum).add(g)
           const update = orthogonalize(ahead, this.#iterations, this.#precision).mul(number(2 * i + 1))
-          return { parameter: parameter.mul(number(2 * i)).sub(update), average }
+          return { parameter: parameter.mul(number(2 * i)).sub(update), average: average.cast(momentum.dtype) }
         }),
       )
       parameter.assign(next.parameter)
@@ -199,10 +203,7 @@ export class Muon implements StagedOptimizer {
       { keys: () => stored, info: name => source.info(name), read: name => source.read(name) },
       steps,
     )
-    for (const { named, momentum } of this.#slots) {
-      const data = await source.read(`momentum.${named.name}`)
-      momentum.assign(fromHost(data, momentum.shape, momentum.dtype, momentum.backend))
-    }
+    for (const { named, momentum } of this.#slots) await fillState(momentum, source, `momentum.${named.name}`)
   }
 
   dispose(): void {

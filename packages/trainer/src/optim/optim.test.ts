@@ -2,14 +2,20 @@ import { readFile } from 'node:fs/promises'
 import { fileURLToPath } from 'node:url'
 import { readSafetensors } from '@moe/checkpoint'
 import {
+  decodeHost,
   disposeModule,
+  encodeHost,
+  fromBf16,
   fromHost,
   full,
   type NamedParameter,
   Parameter,
+  Random,
   type StateSource,
   setDefaultBackend,
   tensor,
+  toBf16,
+  zeros,
 } from '@moe/core'
 import { readF64, referenceBackend } from '@moe/core/reference'
 import fc from 'fast-check'
@@ -20,6 +26,7 @@ import { train } from '../train.ts'
 import { AdamW, decaysMatrices } from './adamw.ts'
 import { clipScale, gradientNorm } from './clip.ts'
 import { Muon } from './muon.ts'
+import type { Optimizer } from './optimizer.ts'
 import { warmupConstant, warmupCosine, warmupStableDecay } from './schedule.ts'
 
 const backend = referenceBackend()
@@ -135,6 +142,172 @@ describe('AdamW', () => {
     buffer.dispose()
     idle.dispose()
   })
+})
+
+describe('moments in bf16', () => {
+  const rounded = (x: number) => fromBf16(toBf16(x))
+
+  test('are those of f32 rounded after each step, which is taken before', async () => {
+    const random = new Random(4)
+    const parameter = new Parameter(tensor(random.normal(50)))
+    const p = Float64Array.from(await parameter.values())
+    const [m, v] = [new Float64Array(50), new Float64Array(50)]
+    const settings = { betas: [0.9, 0.95], eps: 1e-6, weightDecay: 0.2, decays: () => true } as const
+    const optimizer = new AdamW([{ name: 'weight', parameter }], { ...settings, moments: 'bf16' })
+    using half = full([], 0.5)
+    for (let step = 1; step <= 20; step++) {
+      const grad = random.normal(50)
+      parameter.grad = tensor(grad)
+      optimizer.step(0.01, half)
+      parameter.zeroGrad()
+      for (let i = 0; i < 50; i++) {
+        const g = grad[i] / 2
+        const [first, second] = [0.9 * m[i] + 0.1 * g, 0.95 * v[i] + 0.05 * g * g]
+        p[i] -= 0.01 * 0.2 * p[i]
+        p[i] -= (0.01 * (first / (1 - 0.9 ** step))) / (Math.sqrt(second / (1 - 0.95 ** step)) + 1e-6)
+        m[i] = rounded(first)
+        v[i] = rounded(second)
+      }
+    }
+    const entries = Object.fromEntries(optimizer.entries().map(entry => [entry.name, entry]))
+    for (const [name, expected] of Object.entries({ 'm.weight': m, 'v.weight': v })) {
+      expect(entries[name].dtype).toBe('bf16')
+      expect(Array.from(await entries[name].data())).toEqual(Array.from(expected, toBf16))
+    }
+    const after = await parameter.values()
+    for (let i = 0; i < 50; i++) expect(after[i]).toBeCloseTo(p[i], 6)
+    optimizer.dispose()
+    parameter.dispose()
+  })
+
+  /** Moments of an element after steps with these gradients. */
+  async function momentsAfter(gradients: readonly number[], betas: readonly [number, number]) {
+    const parameter = new Parameter(tensor([0]))
+    const optimizer = new AdamW([{ name: 'weight', parameter }], { betas, moments: 'bf16' })
+    using one = full([], 1)
+    for (const gradient of gradients) {
+      parameter.grad = tensor([gradient])
+      optimizer.step(0, one)
+      parameter.zeroGrad()
+    }
+    const [m, v] = await Promise.all(optimizer.entries().map(async ({ data }) => fromBf16((await data())[0])))
+    optimizer.dispose()
+    parameter.dispose()
+    return { m, v }
+  }
+
+  // A moment rests where what a step moves it by is less than half of its last bit: 2^-8 of it over what a step takes.
+  test('come as near to what stays the same as eight bits let them, from above and below', async () => {
+    const rates = fc.double({ min: 0.5, max: 1 - 2 ** -6, noNaN: true })
+    const sizes = fc.double({ min: -12, max: 12, noNaN: true }).map(power => 2 ** power)
+    await fc.assert(
+      fc.asyncProperty(sizes, sizes, rates, rates, async (before, size, beta1, beta2) => {
+        const steady = (gradient: number) => new Array<number>(600).fill(gradient)
+        const { m, v } = await momentsAfter([...steady(before).slice(500), ...steady(size)], [beta1, beta2])
+        // What is left of the gradients before, 600 steps later at the slowest rate, is below 1e-4 of them.
+        const left = (beta: number, times: number) => beta ** 600 * times + 2 ** -8 / (1 - beta)
+        expect(Math.abs(m - size) / Math.min(m, size)).toBeLessThanOrEqual(left(beta1, before / size) * 1.01)
+        expect(Math.abs(v - size ** 2) / Math.min(v, size ** 2)).toBeLessThanOrEqual(
+          left(beta2, (before / size) ** 2) * 1.01,
+        )
+      }),
+      { numRuns: 20 },
+    )
+  })
+
+  test('fall at every rate that is allowed', async () => {
+    const exponent = 1 - 2 ** -8
+    for (const rate of [0.5, 0.95, exponent]) {
+      const { m, v } = await momentsAfter([1, ...new Array<number>(2500).fill(0)], [rate, rate])
+      expect(m).toBeLessThan(1e-3 * (1 - rate))
+      expect(v).toBeLessThan(1e-3 * (1 - rate))
+    }
+    const parameter = new Parameter(tensor([0]))
+    for (const betas of [
+      [0.9, 0.999],
+      [0.997, 0.95],
+    ] as const)
+      expect(() => new AdamW([{ name: 'weight', parameter }], { betas, moments: 'bf16' })).toThrow(
+        expect.objectContaining({
+          code: 'E_CONFIG',
+          message: expect.stringMatching(/would never fall; it needs at most 0\.99609375/),
+        }),
+      )
+    expect(() => new Muon([{ name: 'weight', parameter }], { momentum: 0.999, moments: 'bf16' })).toThrow(
+      /keeps 0\.999/,
+    )
+    expect(() => new AdamW([{ name: 'weight', parameter }], { moments: 'f16' as 'bf16' })).toThrow(
+      "moments is \"f16\", needs 'f32' or 'bf16'",
+    )
+    parameter.dispose()
+  })
+
+  test('are on average what they are in f32 where gradients are noise', async () => {
+    const random = new Random(5)
+    const size = 4000
+    const made = (['f32', 'bf16'] as const).map(moments => {
+      const parameter = new Parameter(zeros([size]))
+      return { parameter, optimizer: new AdamW([{ name: 'weight', parameter }], { moments }) }
+    })
+    using one = full([], 1)
+    for (let step = 0; step < 100; step++) {
+      const grad = random.normal(size)
+      for (const { parameter, optimizer } of made) {
+        parameter.grad = tensor(grad)
+        optimizer.step(1e-3, one)
+        parameter.zeroGrad()
+      }
+    }
+    const [exact, rounded] = await Promise.all(
+      made.map(({ optimizer }) =>
+        Promise.all(optimizer.entries().map(async ({ dtype, data }) => decodeHost(dtype, await data()))),
+      ),
+    )
+    const mean = (values: ArrayLike<number>) => Array.from(values).reduce((sum, x) => sum + x, 0) / size
+    // Half a unit of eight bits is 0.4 %, and sums of them over 20 steps would be 4 % if they had one direction.
+    expect(mean(rounded[1]) / mean(exact[1])).toBeCloseTo(1, 3)
+    expect(mean(Array.from(rounded[0], (m, i) => m - exact[0][i]))).toBeCloseTo(0, 4)
+    for (const { parameter, optimizer } of made) {
+      optimizer.dispose()
+      parameter.dispose()
+    }
+  })
+
+  test.each([AdamW, Muon])(
+    '%o: stored in f32 they are rounded, stored in bf16 they are taken as they are',
+    async Made => {
+      const matrix = new Parameter(tensor([1, 2, 3, 4], [2, 2]))
+      const parameters = [
+        { name: 'matrix', parameter: matrix },
+        { name: 'norm', parameter: parameterOf([1, 2], [0, 0]) },
+      ]
+      const names = (optimizer: Optimizer) => optimizer.entries().map(({ name }) => name)
+      const wide = new Made(parameters)
+      const narrow = new Made(parameters, { moments: 'bf16' })
+      expect(narrow.entries().every(({ dtype }) => dtype === 'bf16')).toBe(true)
+      expect(narrow.settings(parameters)).not.toEqual(wide.settings(parameters))
+      const numbers = [1.0039, -3.14159, 1e-20, 1.01171875]
+      const source = (dtype: 'f32' | 'bf16'): StateSource => ({
+        keys: () => names(wide),
+        info: name => ({ dtype, shape: name.endsWith('norm') ? [2] : [2, 2] }),
+        read: async name => encodeHost(dtype, numbers.slice(0, name.endsWith('norm') ? 2 : 4)),
+      })
+      for (const dtype of ['f32', 'bf16'] as const) {
+        await narrow.load(source(dtype), 3)
+        for (const { data } of narrow.entries()) {
+          const stored = await data()
+          expect(Array.from(stored)).toEqual(numbers.slice(0, stored.length).map(toBf16))
+        }
+      }
+      await wide.load(source('bf16'), 3)
+      for (const { data } of wide.entries()) {
+        const stored = await data()
+        expect(Array.from(stored)).toEqual(numbers.slice(0, stored.length).map(rounded))
+      }
+      for (const made of [wide, narrow]) made.dispose()
+      for (const { parameter } of parameters) parameter.dispose()
+    },
+  )
 })
 
 describe('clipping', () => {

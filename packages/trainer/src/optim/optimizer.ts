@@ -1,6 +1,10 @@
 /** @file What the trainer asks of an optimizer. */
 import {
   type AttrUpdates,
+  type DType,
+  decodeHost,
+  encodeHost,
+  fromHost,
   MoeError,
   type NamedParameter,
   Parameter,
@@ -75,11 +79,19 @@ export function needRate(op: string, lr: number): void {
 
 export const isStaged = (optimizer: Optimizer): optimizer is StagedOptimizer => 'begin' in optimizer
 
-/** State for each of the tensors, zeros at first. Without the memory for all of it there is none. */
-export const zeroState = (like: readonly Tensor[]): Parameter[] =>
-  scope(() => like.map(tensor => zeros(tensor.shape, tensor))).map(
+/** State for each of the tensors, zeros at first. Without the memory for all of it there is none. @throws MoeError E_UNSUPPORTED where the backend stores no such numbers */
+export const zeroState = (like: readonly Tensor[], dtype: DType = 'f32'): Parameter[] =>
+  scope(() => like.map(({ shape, backend }) => zeros(shape, { backend, dtype }))).map(
     tensor => new Parameter(tensor, { trainable: false }),
   )
+
+/** Stored state in the place of `state`, rounded where this has fewer bits. */
+export async function fillState(state: Parameter, source: StateSource, name: string): Promise<void> {
+  const { dtype, shape, backend } = state
+  const [data, stored] = [await source.read(name), source.info(name).dtype]
+  const own = stored === dtype ? data : encodeHost(dtype, decodeHost(stored, data))
+  state.assign(fromHost(own, shape, dtype, backend))
+}
 
 /** Lines of a message that somebody reads. */
 const shownProblems = 20
