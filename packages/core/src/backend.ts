@@ -6,7 +6,7 @@
  *
  * Rules that hold for every kernel:
  * - It returns at once or after the work, as it likes; only `download` and `sync` are waited for.
- * - It never changes an input, except where an op *donates* one (see `setRows` and `adamwStep`).
+ * - It never changes an input, except where an op *donates* one (see `setRows`, `adamwStep` and `emaStep`).
  * - It gives the same bits when run twice on the same inputs.
  * - Sizes of zero are legal everywhere.
  * - Row indices outside their range (`takeRows`, `scatterAddRows`, `setRows`, cross-entropy targets) are never read or written:
@@ -155,6 +155,14 @@ export interface RoutedExpertsAttrs {
   readonly saves: boolean
 }
 
+/** Of one step of an exponential moving average; the formula is at `FusedAttrs.emaStep`. */
+export interface EmaAttrs {
+  /** What a value weighs of the next one, in [0, 1). */
+  readonly decay: number
+  /** 1 for the first value. */
+  readonly step: number
+}
+
 /** Of one AdamW step; the formula is at `FusedAttrs.adamwStep`. */
 export interface AdamwAttrs {
   /** Learning rate of this step. */
@@ -297,6 +305,8 @@ export interface FusedAttrs {
    * m and v are f32, or both bf16 where `Backend.dtypes` has it: then they are rounded (nearest even) as they are stored, after p has been changed by them. A kernel without a bf16 form declines.
    */
   adamwStep: AdamwAttrs
+  /** `[average, value] -> [average]`, f32 of one shape: average += (1 - decay) / (1 - decay^step) (value - average). average is donated. */
+  emaStep: EmaAttrs
   /** `[...tensors] -> [norm []]`: square root of the sum of all squares. */
   globalNorm: Record<never, never>
   /** `[x [R, C]] -> [q f8e4m3 [R, C], scale f32 [ceil(R/br), ceil(C/bc)]]`: per block of `block` = [br, bc], scale = max|x| / 448 (1 for an all-zero block), q = x / scale. */

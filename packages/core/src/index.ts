@@ -10,6 +10,7 @@ export type {
   BinaryCode,
   CaptureOptions,
   CompareCode,
+  EmaAttrs,
   FusedAttrs,
   FusedKernel,
   FusedKernels,
@@ -77,6 +78,7 @@ export { adamwStep, globalNorm } from './fused/adamw.ts'
 export { type AttentionOptions, attention, type LatentAttentionOptions, latentAttention } from './fused/attention.ts'
 export { crossEntropy, defaultIgnoreIndex, linearCrossEntropy } from './fused/cross-entropy.ts'
 export { combineTokens, type DispatchPlan, dispatchPlan, permuteTokens } from './fused/dispatch.ts'
+export { emaStep } from './fused/ema.ts'
 export { groupedMatmul } from './fused/grouped-matmul.ts'
 export { mlaKeyValue } from './fused/mla-key-value.ts'
 export { quantize } from './fused/quantize.ts'

@@ -6,6 +6,7 @@ import { adamwStep } from './adamw.ts'
 import { attention, latentAttention } from './attention.ts'
 import { crossEntropy, linearCrossEntropy } from './cross-entropy.ts'
 import { combineTokens, dispatchPlan, permuteTokens } from './dispatch.ts'
+import { emaStep } from './ema.ts'
 import { groupedMatmul } from './grouped-matmul.ts'
 import { fusedDefinitions } from './index.ts'
 import { quantize } from './quantize.ts'
@@ -222,6 +223,14 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
       /offsets has shape/,
     ],
     ['floats as offsets', () => quantizedGroupedMatmul(f(2, 4), int8(1, 3, 4), f(2)), /offsets has dtype f32/],
+  ],
+  emaStep: [
+    [
+      'a value of another shape',
+      () => emaStep(f(2), f(3), { decay: 0.9, step: 1 }),
+      /value has shape \[3\], needs \[2\]/,
+    ],
+    ['integers', () => emaStep(f(2), i([2], 0, 0), { decay: 0.9, step: 1 }), /value has dtype i32, needs f32/],
   ],
   adamwStep: [
     [

@@ -16,6 +16,7 @@ import {
   permuteTokensBackwardDefinition,
   permuteTokensDefinition,
 } from './dispatch.ts'
+import { emaStepDefinition } from './ema.ts'
 import { groupedMatmulDefinition, groupedMatmulWeightGradDefinition } from './grouped-matmul.ts'
 import { mlaKeyValueBackwardDefinition, mlaKeyValueDefinition } from './mla-key-value.ts'
 import { quantizeDefinition } from './quantize.ts'
@@ -56,6 +57,7 @@ export const fusedDefinitions: { readonly [F in FusedName]: FusedDefinition<F> }
   routedExperts: routedExpertsDefinition,
   routedExpertsBackward: routedExpertsBackwardDefinition,
   adamwStep: adamwStepDefinition,
+  emaStep: emaStepDefinition,
   globalNorm: globalNormDefinition,
   quantize: quantizeDefinition,
   quantizedMatmul: quantizedMatmulDefinition,

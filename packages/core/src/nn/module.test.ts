@@ -185,6 +185,19 @@ describe('initialization', () => {
 })
 
 describe('Parameter', () => {
+  test('exchanges its memory with another, to which nothing that held before applies', async () => {
+    const [one, other] = [new Parameter(tensor([1, 2])), new Parameter(tensor([3, 4]), { trainable: false })]
+    const before = [one.handle, other.handle]
+    one.exchange(other)
+    expect([one.handle, other.handle]).toEqual([before[1], before[0]])
+    expect(await one.values()).toEqual(Float32Array.of(3, 4))
+    expect([one.trainable, other.trainable, one.version, other.version]).toEqual([true, false, 1, 1])
+    const longer = new Parameter(tensor([1, 2, 3]))
+    expect(() => one.exchange(longer)).toThrow('exchange: a parameter f32 [2] on reference cannot take f32 [3]')
+    expect(await other.values()).toEqual(Float32Array.of(1, 2))
+    for (const parameter of [one, other, longer]) parameter.dispose()
+  })
+
   test('takes over the memory of the tensor it is made of and of what it is assigned', async () => {
     const first = tensor([1, 2])
     const parameter = new Parameter(first)

@@ -50,17 +50,23 @@ export class Parameter extends Tensor {
 
   /** Takes over the memory of `next` in place of its own; `next` is used up. */
   assign(next: Tensor): void {
-    if (!sameShape(next.shape, this.shape) || next.dtype !== this.dtype || next.backend !== this.backend) {
-      throw new MoeError({
-        code: 'E_SHAPE',
-        op: 'assign',
-        problem: `a parameter ${this.dtype} ${showShape(this.shape)} on ${this.backend.name} cannot take ${next.dtype} ${showShape(next.shape)} on ${next.backend.name}`,
-      })
-    }
+    if (!sameShape(next.shape, this.shape) || next.dtype !== this.dtype || next.backend !== this.backend)
+      throw unlike('assign', this, next)
     if (this.handle !== null) this.backend.free(this.handle)
     this.handle = next.handle
     next.handle = null
     this.version++
+  }
+
+  /** Exchanges the memory with another parameter's. */
+  exchange(other: Parameter): void {
+    const { handle } = this
+    if (!sameShape(other.shape, this.shape) || other.dtype !== this.dtype || other.backend !== this.backend)
+      throw unlike('exchange', this, other)
+    this.handle = other.handle
+    other.handle = handle
+    this.version++
+    other.version++
   }
 
   /** Frees the gradient; `grad` is null. */
@@ -79,3 +85,10 @@ export class Parameter extends Tensor {
     super.dispose()
   }
 }
+
+const unlike = (op: string, own: Tensor, next: Tensor) =>
+  new MoeError({
+    code: 'E_SHAPE',
+    op,
+    problem: `a parameter ${own.dtype} ${showShape(own.shape)} on ${own.backend.name} cannot take ${next.dtype} ${showShape(next.shape)} on ${next.backend.name}`,
+  })

@@ -4,6 +4,7 @@ import type { Backend } from '../backend.ts'
 import { full, randn, tensor } from '../create.ts'
 import { isMoeError } from '../errors.ts'
 import { adamwStep } from '../fused/adamw.ts'
+import { emaStep } from '../fused/ema.ts'
 import { Linear } from '../nn/layers.ts'
 import { Parameter } from '../nn/parameter.ts'
 import { Random } from '../random.ts'
@@ -59,6 +60,7 @@ function trainer(backend: Backend) {
   const v = new Parameter(full([4, 8], 0, { backend }))
   /** A statistic that every step replaces: the state that is not donated. */
   const average = new Parameter(full([], 0, { backend }))
+  const ema = new Parameter(full([4, 8], 0, { backend }))
   const one = full([], 1, { backend })
   const step = (now: typeof attrs) =>
     scope(() => {
@@ -69,26 +71,28 @@ function trainer(backend: Backend) {
       model.weight.assign(next.param)
       m.assign(next.m)
       v.assign(next.v)
+      ema.assign(emaStep(ema, model.weight, { decay: 0.9, step: now.step }))
       model.weight.zeroGrad()
       average.assign(average.mul(0.5).add(loss.detach().mul(0.5)))
       return loss.detach()
     })
-  return { model, average, step }
+  return { model, average, ema, step }
 }
 
 /** Losses and end state of four steps: the first eagerly, the others eagerly or from a graph. */
 async function train(backend: Recorder, graphed: boolean) {
-  const { model, average, step } = trainer(backend)
+  const { model, average, ema, step } = trainer(backend)
   const losses = [await step(attrs).item()]
   const graph = graphed
     ? backend.capture(() => step({ ...attrs, step: 2 }), { state: [average, model.weight] })
     : undefined
   for (let t = 2; t <= 4; t++) {
     const lr = attrs.lr / t
-    graph?.replay({ adamwStep: now => ({ ...now, lr, step: t }) })
+    graph?.replay({ adamwStep: now => ({ ...now, lr, step: t }), emaStep: now => ({ ...now, step: t }) })
     losses.push(await (graph?.result ?? step({ ...attrs, lr, step: t })).item())
   }
-  const state = { losses, weight: [...(await model.weight.values())], average: await average.item() }
+  const values = async (tensor: Tensor) => [...(await tensor.values())]
+  const state = { losses, weight: await values(model.weight), ema: await values(ema), average: await average.item() }
   backend.dispose()
   return state
 }

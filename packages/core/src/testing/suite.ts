@@ -142,7 +142,7 @@ interface CaseResult {
 }
 
 /** Ops whose inputs are used up, so that unchanged inputs cannot be asked of them. */
-const donating = new Set<OpName>(['adamwStep'])
+const donating = new Set<OpName>(['adamwStep', 'emaStep'])
 
 async function evaluate(
   item: OpCase,

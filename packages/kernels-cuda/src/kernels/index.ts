@@ -10,6 +10,7 @@ import { compare } from './compare/compare.ts'
 import { crossEntropy, crossEntropyBackward } from './cross-entropy/cross-entropy.ts'
 import { cumsum } from './cumsum/cumsum.ts'
 import { dispatchPlan } from './dispatch-plan/dispatch-plan.ts'
+import { emaStep } from './ema/ema.ts'
 import { fill } from './fill/fill.ts'
 import { globalNorm } from './global-norm/global-norm.ts'
 import { groupedMatmul, groupedMatmulWeightGrad } from './grouped-matmul/grouped-matmul.ts'
@@ -57,6 +58,7 @@ export const primitiveFactories: { readonly [P in PrimitiveName]: PrimitiveFacto
 
 export const fusedFactories: { readonly [F in FusedName]?: FusedFactory<F> } = {
   adamwStep,
+  emaStep,
   attention,
   attentionBackward,
   combineTokens,

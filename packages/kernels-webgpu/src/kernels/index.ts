@@ -10,7 +10,7 @@ import { linearCrossEntropy, linearCrossEntropyBackward } from './linear-cross-e
 import { groupedMatmul, groupedMatmulWeightGrad, matmul, quantizedGroupedMatmul, quantizedMatmul } from './matmul.ts'
 import { mlaKeyValue, mlaKeyValueBackward } from './mla-key-value.ts'
 import { concat, expand, pad, permute, reshape, slice } from './movement.ts'
-import { adamwStep } from './optimizer.ts'
+import { adamwStep, emaStep } from './optimizer.ts'
 import { cumsum, reduce, topk } from './reduce.ts'
 import { rope } from './rope.ts'
 import { routerTopk, routerTopkBackward } from './router.ts'
@@ -78,5 +78,6 @@ export const fusedOn = (gpu: DeviceOps): FusedKernels => ({
   quantizedMatmul: quantizedMatmul(gpu),
   quantizedGroupedMatmul: quantizedGroupedMatmul(gpu),
   adamwStep: adamwStep(gpu),
+  emaStep: emaStep(gpu),
   globalNorm: globalNorm(gpu),
 })

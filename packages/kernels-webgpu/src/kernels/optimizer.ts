@@ -1,4 +1,4 @@
-/** @file A step of AdamW. */
+/** @file A step of AdamW, and one of a moving average. */
 import type { FusedAttrs, FusedKernel } from '@moe/core'
 import { type Program, word } from '../commands.ts'
 import { bufferOf, countOf, type DeviceOps, eachElement } from '../device-ops.ts'
@@ -54,4 +54,18 @@ export const adamwStep =
     if (m.dtype === 'f32') gpu.each(step, buffers, count, values.map(word))
     else gpu.each(stepOfPairs, buffers, Math.ceil(count / 2), [...values.map(word), count])
     return donated
+  }
+
+const average: Program = {
+  label: 'emaStep',
+  buffers: ['value f32', 'average* f32'],
+  body: eachElement('average[i] += (value[i] - average[i]) * bitcast<f32>(p(1u));'),
+}
+
+export const emaStep =
+  (gpu: DeviceOps): FusedKernel<FusedAttrs['emaStep']> =>
+  ([before, value], { decay, step: t }, [spec]) => {
+    const y = gpu.donated('emaStep', before)
+    gpu.each(average, [bufferOf(value), y], countOf(spec), [word((1 - decay) / (1 - decay ** t))])
+    return [y]
   }

@@ -1,0 +1,17 @@
+/** @file A step of an exponential moving average, in place where nobody else holds the tensor. */
+import { type EmaAttrs, sizeOf } from '@moe/core'
+import { elementwiseGrid, type FusedFactory, pointerOf } from '../../native.ts'
+
+const encode = ({ decay, step }: EmaAttrs) => [(1 - decay) / (1 - decay ** step)]
+
+export const emaStep: FusedFactory<'emaStep'> = cuda => {
+  const kernel = cuda.kernel('ema', 'moe_ema_step_f32', 'p p p l')
+  return ([average, value], attrs) => {
+    // On the device, so that a recorded step can be replayed as another one.
+    const rate = cuda.attributes('emaStep', attrs, encode)
+    const y = cuda.donated(average)
+    const n = sizeOf(average.shape)
+    kernel({ grid: elementwiseGrid(cuda, n), block: 256 }, y.pointer, pointerOf(value), rate, n)
+    return [y]
+  }
+}
