@@ -5,7 +5,7 @@
  * [--window 20] [--seed 0] [--hidden 192] [--layers 4] [--vocab 4096] [--addresses N] [--json FILE]
  *
  * The model, text and optimizer of `npm start`; smaller ones by --hidden, --layers, --vocab, and the last N addresses. A run is a precision, `@` and the instruction set of kernels-cpu, where not the best: `f32@avx2,f32@baseline,bf16`
- * also tells how far two runs in f32 come apart. Compared with the first run are the means of the last 20 losses (--window), at every step
+ * also tells how far two runs in f32 come apart; `f32+moments` stores the optimizer's moments in bf16. Compared with the first run are the means of the last 20 losses (--window), at every step
  * from there on. Without AVX512-BF16, bf16 is computed by the emulated library, slowly: `node packages/kernels-cpu/scripts/build-native.mjs --emulated`,
  * and MOE_CPU_LIBRARY=packages/kernels-cpu/build/linux-x64-emulated.
  */
@@ -52,7 +52,8 @@ interface Address {
 }
 
 async function work(): Promise<Run> {
-  const [precision, isa] = options.runs.split('@')
+  const [named, moments] = options.runs.split('+')
+  const [precision, isa] = named.split('@')
   const backend = await createBackend(isa === undefined ? {} : { isa: isa as Isa })
   setDefaultBackend(backend)
   if (precision === 'bf16' && !backend.bf16Matmul) {
@@ -93,6 +94,7 @@ async function work(): Promise<Run> {
     optimizer: options.optimizer as 'muon' | 'adamw',
     lr: Number(options.lr),
     precision: precision as Precision,
+    moments: moments === undefined ? 'f32' : 'bf16',
     seed,
     progress: false,
     onEvent(event) {

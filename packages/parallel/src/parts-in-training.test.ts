@@ -73,7 +73,7 @@ const expertsTwice = {
 }
 
 /** Largest difference of any weight, relative to the largest weight of its tensor. */
-function difference(a: Trained, b: Trained): number {
+function difference(a: Pick<Trained, 'weights'>, b: Pick<Trained, 'weights'>): number {
   const of = (name: string) => {
     const largest = Math.max(...a.weights[name].map(Math.abs))
     return Math.max(...a.weights[name].map((x, i) => Math.abs(x - b.weights[name][i]))) / Math.max(largest, 1e-9)
@@ -190,6 +190,55 @@ describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) 
     const resumed = await onRanks(arrangement, { ...shared, out, resume: join(file(out, 3), '..') }, {}, size)
     expect(resumed[0].steps).toEqual(straight.steps.slice(3))
     for (const each of resumed) expect(digestOf(each)).toBe(digestOf(straight))
+  })
+})
+
+describe.each([
+  ['stages', stages, 2],
+  ['stages that lie on two ranks each', pipelined(dualPipe), 2],
+  ['experts', experts, 2],
+  ['stages whose experts are spread', spread, 4],
+  ['rows', rows, 2],
+] as const)('averages with %s', (_, arrangement, size) => {
+  const document = (n: number) => Int32Array.from({ length: 60 }, (_, i) => 2 + ((i * i * n + 3 * i) % 38))
+  const data = {
+    training: TokenDataset.fromTokens([1, 2, 3].map(document)),
+    validation: TokenDataset.fromTokens([document(5)]),
+  }
+  const settings = { data, schedule: () => 1, evalEvery: 4, checkpointEvery: 3, keepCheckpoints: 5, ema: 0.8 }
+  const averageIn = async (out: string, step: number) => {
+    const folder = join(out, 'checkpoints', `step-00000${step}`, 'ema')
+    const opened = await DeepSeek.fromPretrained(folder, { backend })
+    const entries = stateDict(opened).map(async ({ name, data }) => [name, Array.from(await data())] as const)
+    const weights = Object.fromEntries(await Promise.all(entries))
+    opened.dispose()
+    return { weights }
+  }
+
+  test('are those of one rank, disturb nothing, and go on bit for bit', async () => {
+    const [out, ofOne, cut] = [await temporaryFolder(), await temporaryFolder(), await temporaryFolder()]
+    const one = await alone({ ...settings, out: ofOne })
+    const { ema: _, ...without } = settings
+    const [plain] = await onRanks(arrangement, without, {}, size)
+    const [first, ...others] = await onRanks(arrangement, { ...settings, out }, {}, size)
+    for (const each of [first, ...others]) {
+      expect(digestOf(each)).toBe(digestOf(plain))
+      expect(each.result.ema?.loss).toBe(first.result.ema?.loss)
+    }
+    expect(first.steps).toEqual(plain.steps)
+    expect(first.result.validation.loss).toBe(plain.result.validation.loss)
+    expect(first.result.ema?.loss).toBeCloseTo(one.result.ema?.loss as number, 4)
+    for (const step of [3, 8])
+      expect(difference(await averageIn(out, step), await averageIn(ofOne, step))).toBeLessThan(1e-5)
+
+    await onRanks(arrangement, { ...settings, out: cut }, {}, size)
+    const resume = join(cut, 'checkpoints', 'step-000003')
+    const [resumed] = await onRanks(arrangement, { ...settings, out: cut, resume }, {}, size)
+    expect(resumed.result.ema?.loss).toBe(first.result.ema?.loss)
+    expect(digestOf(await averageIn(cut, 8))).toBe(digestOf(await averageIn(out, 8)))
+    // And on one rank, where they are as near as the weights.
+    const rest = await alone({ ...settings, out: cut, resume })
+    expect(rest.result.ema?.loss).toBeCloseTo(one.result.ema?.loss as number, 4)
   })
 })
 

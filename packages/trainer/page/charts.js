@@ -102,17 +102,19 @@ export class Chart {
         series.push({ stroke, width: 2, dash: run.dash, points: { show: x.length === 1, size: 6, fill: stroke } })
         table(x, visible(smoothed(column.mean, view.smoothing)))
       }
-      const points = what.heldOut ? heldOut(run, what.heldOut, view.across) : []
-      if (points.length > 0) {
+      for (const averaged of what.heldOut ? [false, true] : []) {
+        const points = heldOut(run, what.heldOut, view.across, averaged)
+        if (points.length === 0) continue
         // No line of training beside them.
         const own = what.name === 'bitsPerByte'
-        this.#lines.push({ run, index: series.length, heldOut: !own })
+        this.#lines.push({ run, index: series.length, mark: `${own ? '' : ' held-out'}${averaged ? ' averaged' : ''}` })
         const { stroke } = run.colors
-        const marks = { show: true, size: own ? 6 : 8, width: 2, stroke, fill: own ? stroke : view.theme.card }
+        const filled = own && !averaged
+        const marks = { show: true, size: filled ? 6 : 8, width: 2, stroke, fill: filled ? stroke : view.theme.card }
         series.push({
           stroke,
           width: own ? 2 : 0,
-          dash: run.dash,
+          dash: averaged ? [2, 4] : run.dash,
           points: marks,
           ...(own ? {} : { paths: () => null }),
         })
@@ -217,25 +219,25 @@ export class Chart {
     const hovered = left >= 0 && idxs
     this.#at.textContent = hovered ? `at ${Math.round(u.posToVal(left, 'x')).toLocaleString('en-US')}` : ''
     this.#legend.replaceChildren(
-      ...this.#lines.flatMap(({ run, index, heldOut: mark }) => {
+      ...this.#lines.flatMap(({ run, index, mark = '' }) => {
         const values = u.data[index]
         const value = hovered ? values[idxs[index]] : values.findLast(one => one !== null && one !== undefined)
         if (value === null || value === undefined) return []
-        const what = mark ? ' held-out' : ''
-        return [element('li', '', swatch(run), element('i', '', `${run.name}${what}`), element('b', '', short(value)))]
+        return [element('li', '', swatch(run), element('i', '', `${run.name}${mark}`), element('b', '', short(value)))]
       }),
     )
   }
 }
 
-/** Held-out points as `[x, y]`. */
-function heldOut({ state, series }, name, across) {
+/** Held-out points as `[x, y]`, of the weights or of their averages. */
+function heldOut({ state, series }, name, across, averaged) {
   const tokens = series.columns.get('tokens')?.mean
-  return state.heldOut.flatMap(point => {
-    if (typeof point[name] !== 'number') return []
-    if (across === 'step') return [[point.step, point[name]]]
-    const at = series.steps.findIndex(step => step >= point.step)
-    return tokens && at >= 0 ? [[tokens[at], point[name]]] : []
+  return state.heldOut.flatMap(({ step, ema, ...weights }) => {
+    const value = (averaged ? (ema ?? {}) : weights)[name]
+    if (typeof value !== 'number') return []
+    if (across === 'step') return [[step, value]]
+    const at = series.steps.findIndex(other => other >= step)
+    return tokens && at >= 0 ? [[tokens[at], value]] : []
   })
 }
 

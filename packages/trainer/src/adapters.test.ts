@@ -16,6 +16,7 @@ import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { modelFolder } from './checkpoints/model-folder.ts'
 import { TokenDataset } from './data/token-dataset.ts'
+import { evaluate } from './evaluate.ts'
 import type { TrainEvent } from './events.ts'
 import type { TrainOptions } from './options.ts'
 import { removeTemporaryFolders, temporaryFolder } from './test-model.ts'
@@ -150,6 +151,23 @@ test('a checkpoint holds the adapters, says what they stand beside, and opens as
   const { size } = await stat(join(at, '..', 'optimizer.safetensors'))
   expect(size).toBeLessThan(2 * 4 * numbers + 60_000)
   model.dispose()
+})
+
+test('averages of the adapters are measured, stored as adapters, and gone on with', async () => {
+  const out = join(folder, 'averaged')
+  const data = { ...settings.data, validation: settings.data.training }
+  const straight = await run({ data, ema: 0.8 })
+  const plain = await run({ data })
+  expect(straight.losses).toEqual(plain.losses)
+  await run({ data, ema: 0.8, out, checkpointEvery: 3, keepCheckpoints: 5 })
+  const rest = await run({ data, ema: 0.8, out, resume: join(out, 'checkpoints', 'step-000003') })
+  expect(rest.losses).toEqual(straight.losses.slice(3))
+  expect(rest.result.ema?.loss).toBe(straight.result.ema?.loss)
+  expect(rest.result.ema?.loss).not.toBe(rest.result.validation.loss)
+  const averaged = await DeepSeek.fromPretrained(modelFolder(out, { ema: true }))
+  const { loss } = await evaluate(averaged, data.validation, { sequenceLength: 8, batchSize: 2 })
+  expect(loss).toBe(rest.result.ema?.loss)
+  averaged.dispose()
 })
 
 test('merged, a run goes on as that of a whole model', async () => {

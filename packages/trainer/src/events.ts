@@ -108,6 +108,8 @@ export interface EvaluationEvent extends Evaluation {
   readonly step: number
   /** Whether it was on all of the data, at the end of the run. */
   readonly final: boolean
+  /** The same measurement of the averaged weights, in a run that keeps them. */
+  readonly ema?: Evaluation
 }
 
 /** A checkpoint is complete on disk. */

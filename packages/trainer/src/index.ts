@@ -1,6 +1,6 @@
 /** @file Public interface of @moe/trainer. */
 export { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
-export { modelFolder } from './checkpoints/model-folder.ts'
+export { type ModelFolderOptions, modelFolder } from './checkpoints/model-folder.ts'
 export {
   type Conversation,
   type ConversationFilesOptions,
@@ -46,6 +46,7 @@ export type {
 export type { ModelOnRanks, OwnParameter } from './model-on-ranks.ts'
 export { AdamW, type AdamWOptions, decaysMatrices, type MomentDType } from './optim/adamw.ts'
 export { clipScale, gradientNorm } from './optim/clip.ts'
+export { Ema, type EmaOptions } from './optim/ema.ts'
 export { hiddenMatrices, Muon, type MuonOptions, orthogonalize } from './optim/muon.ts'
 export type { Optimizer, OptimizerEntry, OptimizerInputs, StagedOptimizer } from './optim/optimizer.ts'
 export {

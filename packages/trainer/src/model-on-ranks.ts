@@ -59,6 +59,8 @@ export interface ModelOnRanks {
   }>
   /** Gives the model on every rank all weights, until the next step. */
   gather(): Promise<void>
+  /** Takes this rank's weights back from the model where it has them, as `step` does, and frees the others. */
+  release(): void
 }
 
 /** @throws MoeError E_CONFIG when it was made of another model, or of one that draws */

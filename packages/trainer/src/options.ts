@@ -20,6 +20,7 @@ import type { TrainListener } from './events.ts'
 import type { TextTokenizer, TrainableModel } from './model.ts'
 import type { ModelOnRanks } from './model-on-ranks.ts'
 import { AdamW, type AdamWOptions, adamWNames, momentsProblem } from './optim/adamw.ts'
+import { decayProblem } from './optim/ema.ts'
 import { Muon } from './optim/muon.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { type Schedule, warmupCosine } from './optim/schedule.ts'
@@ -69,6 +70,11 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly precision?: Precision
   /** Record a step and replay it where backend, model and optimizer can: see `TrainingSteps`. Default true. */
   readonly record?: boolean
+  /**
+   * Keeps an exponential moving average of the weights, each step's weighing this much of the next one's (0.999, say): measurements tell what it is worth beside the weights, and checkpoints hold it as a model
+   * of its own. The training is the same with and without. It takes 4 bytes a parameter on the device. Default: none.
+   */
+  readonly ema?: number
   /** Names the order of the data. Default 0. */
   readonly seed?: number
   /**
@@ -136,6 +142,7 @@ const names: OptionNames<TrainOptions> = {
   optimizer: true,
   precision: true,
   record: true,
+  ema: true,
   seed: true,
   ranks: true,
   rank: true,
@@ -240,6 +247,8 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   }
   const inMoments = momentsProblem(merged.moments ?? 'f32', Array.isArray(betas) ? betas : [])
   if (inMoments !== undefined) problems.push(inMoments)
+  const inEma = merged.ema === undefined ? undefined : decayProblem('ema', merged.ema)
+  if (inEma !== undefined) problems.push(inEma)
   if (resume && out === undefined) problems.push('resume is given without out, the folder of the run')
   if (problems.length > 0) {
     throw new MoeError({
@@ -331,6 +340,7 @@ export function recordRun(
     clip: options.clip === Number.POSITIVE_INFINITY ? null : options.clip,
     precision: options.precision,
     ...(data.isolate && { isolate: true }),
+    ...(options.ema !== undefined && { ema: options.ema }),
     optimizer: `${optimizer.name} ${JSON.stringify(optimizer.settings(parameters))}`,
     data: data.identity,
     parameters: `${shapes.length} of ${parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)} numbers (${digest(shapes.join())})`,

@@ -144,6 +144,16 @@ describe('recorded steps are those op by op', () => {
     expect((await both({ steps: 6, ...options })).counts.replays).toBeGreaterThan(6)
   })
 
+  test('with averages that are measured in between, on the same graphs', async () => {
+    const options: Partial<TrainOptions> = { evalEvery: 3, data: { training: data(), validation: data() } }
+    const without = await run(options)
+    for (const precision of ['f32', 'bf16'] as const) {
+      const { counts, steps, weights } = await both({ ...options, precision, ema: 0.9 })
+      expect(counts).toEqual(without.counts)
+      if (precision === 'f32') expect({ steps, weights }).toEqual({ steps: without.steps, weights: without.weights })
+    }
+  })
+
   test('a dense model', async () => {
     const dense = { ...tiny, num_nextn_predict_layers: 0, first_k_dense_replace: 3 }
     expect((await both({ steps: 6 }, { config: dense })).counts.replays).toBeGreaterThan(6)

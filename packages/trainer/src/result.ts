@@ -27,6 +27,8 @@ export interface TrainResult {
   readonly trainingLoss: number
   /** On all held-out data, after the last step; the numbers are NaN where there is none or the run was interrupted. */
   readonly validation: Evaluation
+  /** The same of the averaged weights, in a run that keeps them and is finished. */
+  readonly ema?: Evaluation
   /** Numbers of the model's `afterStep` (`maxVio`), mean over the last tenth of the steps done. */
   readonly balance: Readonly<Record<string, number>>
   /** Largest resident memory of a process so far, of those that took part in the run one after another. */

@@ -13,6 +13,7 @@ import {
   scope,
   weightBytes,
 } from '@moe/core'
+import type { Averages } from './averages.ts'
 import { OptimizerOnRanks } from './checkpoints/optimizer-on-ranks.ts'
 import { type RunFolder, runFolder } from './checkpoints/run-folder.ts'
 import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
@@ -21,7 +22,7 @@ import { DatasetLessons, type Lessons } from './data/lessons.ts'
 import { TrainingOrder } from './data/training-order.ts'
 import { drawApart } from './draw-apart.ts'
 import type { Evaluation } from './evaluate.ts'
-import type { StepEvent, TrainEvent, TrainListener } from './events.ts'
+import type { EvaluationEvent, StepEvent, TrainEvent, TrainListener } from './events.ts'
 import { peakResidentBytes } from './host.ts'
 import type { Interrupts } from './interrupt.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
@@ -46,6 +47,9 @@ import { TrainingSteps } from './training-steps.ts'
 
 const nothingMeasured: Evaluation = { loss: Number.NaN, bitsPerByte: Number.NaN, tokens: 0, seconds: 0 }
 
+/** What a measurement of weights and averages came to. */
+type Measured = Evaluation & Pick<EvaluationEvent, 'ema'>
+
 type Peaks = Pick<TrainResult, 'peakMemoryBytes' | 'peakDeviceBytes'>
 
 /** One call of `train`. */
@@ -55,6 +59,8 @@ export class Run {
   readonly lessons: Lessons
   readonly parameters: readonly NamedParameter[]
   readonly optimizer: Optimizer
+  /** Of the weights, where they are wanted. */
+  readonly averages: Averages | undefined
   readonly steps: Steps
   readonly interrupts: Interrupts
   readonly record: RunRecord
@@ -97,12 +103,14 @@ export class Run {
     data: TokenData | Rollouts | Preferences,
     parameters: readonly NamedParameter[],
     optimizer: Optimizer,
+    averages: Averages | undefined,
     interrupts: Interrupts,
   ) {
     this.model = model
     this.settings = settings
     this.parameters = parameters
     this.optimizer = optimizer
+    this.averages = averages
     const { clip, precision, record, ranks, onRanks, rank } = settings
     this.steps =
       onRanks === undefined
@@ -256,6 +264,7 @@ export class Run {
       if (this.ahead) this.steps.prepare(this.ahead)
     }
     const numbers = await done
+    this.averages?.update()
     // A turn of the event loop, so that Ctrl-C is seen even where no download waits.
     await eventLoopTurn()
     const seconds = (performance.now() - started) / 1000
@@ -292,15 +301,23 @@ export class Run {
   }
 
   /** @returns null when it was interrupted */
-  async measure(limit: number | undefined): Promise<Evaluation | null> {
+  async measure(limit: number | undefined): Promise<Measured | null> {
     const { lessons, interrupts } = this
     if (lessons.validationTokens === 0) return nothingMeasured
     this.log?.flush()
     await this.gather()
     const { signal } = interrupts
-    const onProgress = (done: number) => this.emit({ type: 'measuring', step: this.step, done })
-    const measured = await lessons.measure({ limit, signal, onProgress })
-    if (measured === null) return null
+    const parts = this.averages === undefined ? 1 : 2
+    const measure = (part: number) => {
+      const onProgress = (done: number) =>
+        this.emit({ type: 'measuring', step: this.step, done: (part + done) / parts })
+      return lessons.measure({ limit, signal, onProgress })
+    }
+    const ofWeights = await measure(0)
+    // Also where this rank alone was interrupted: the others need it to have the whole model.
+    const ofAverages = await this.averages?.during(async () => (ofWeights === null ? null : measure(1)))
+    if (ofWeights === null || ofAverages === null) return null
+    const measured = { ...ofWeights, ...(ofAverages && { ema: ofAverages }) }
     this.emit({ type: 'evaluation', step: this.step, final: limit === undefined, ...measured })
     await this.heard()
     return measured
@@ -317,13 +334,15 @@ export class Run {
     await this.checkFinite()
     this.savedStep = step
     if (writesTo === undefined) {
+      await this.averages?.during(async () => {})
       await this.optimizerOnRanks?.send()
       return
     }
     const balance = [...this.balanceNames]
     const streams = Object.fromEntries(namedStreams(this.model).map(({ name, random }) => [name, { ...random }]))
     const ofModel = { modelStep: this.model.step, balance, streams }
-    const state = { step, tokens, trainSeconds, ...this.peaks, ...ofModel, run: this.record }
+    const averagedSteps = this.averages?.steps
+    const state = { step, tokens, trainSeconds, ...this.peaks, ...ofModel, averagedSteps, run: this.record }
     const { path } = await saveTraining(writesTo, this.parts, state, settings.keepCheckpoints)
     this.checkpoint = path
     this.emit({ type: 'checkpoint', step, path, seconds: (performance.now() - started) / 1000 })
@@ -334,7 +353,7 @@ export class Run {
     const { data, tokenizer, bos, eos } = this.settings
     const template = 'template' in data ? data.template : undefined
     const optimizer = this.optimizerOnRanks ?? this.optimizer
-    return { model: this.model, optimizer, tokenizer, template, around: { bos, eos } }
+    return { model: this.model, optimizer, averages: this.averages, tokenizer, template, around: { bos, eos } }
   }
 
   /** Makes the model whole where ranks have parts of it. */
@@ -368,7 +387,7 @@ export class Run {
     return this.finish(reason, nothingMeasured)
   }
 
-  async finish(stopped: TrainResult['stopped'], validation: Evaluation): Promise<TrainResult> {
+  async finish(stopped: TrainResult['stopped'], { ema, ...validation }: Measured): Promise<TrainResult> {
     const { settings, backend, tail } = this
     await this.gather()
     const result: TrainResult = {
@@ -384,6 +403,7 @@ export class Run {
       trainSeconds: this.trainSeconds,
       trainingLoss: mean(tail.map(({ nll }) => nll)),
       validation,
+      ...(ema && { ema }),
       balance: Object.fromEntries(
         [...this.balanceNames].map(name => [name, mean(tail.flatMap(line => line[name] ?? []))]),
       ),

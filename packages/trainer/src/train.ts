@@ -1,5 +1,6 @@
 /** @file `train`: a model, data, and what must hold before the first step. */
 import { MoeError, type NamedParameter, namedAdapters, namedParameters, QuantizedParameter } from '@moe/core'
+import { Averages } from './averages.ts'
 import { checkModel } from './check-model.ts'
 import { tokenizeConversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
@@ -47,9 +48,11 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   const optimizer = makeOptimizer(settings, onRanks?.parameters ?? parameters)
   const tell = settings.progress === false ? (text: string) => standardError().write(text) : undefined
   const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false, tell)
+  let averages: Averages | undefined
   let run: Run | undefined
   try {
-    run = new Run(model, settings, data, parameters, optimizer, interrupts)
+    if (settings.ema !== undefined) averages = new Averages(parameters, settings.ema, onRanks)
+    run = new Run(model, settings, data, parameters, optimizer, averages, interrupts)
     return await run.all()
   } catch (error) {
     try {
@@ -67,6 +70,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
     run?.lessons.dispose()
     run?.drawTogether()
     run?.unlock()
+    averages?.dispose()
     optimizer.dispose()
   }
 }

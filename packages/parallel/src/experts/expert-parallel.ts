@@ -79,7 +79,7 @@ export class ExpertParallel<Batch> {
     if (!this.parameters.some(({ parameter }) => parameter.trainable))
       throw refusal('ExpertParallel', 'all parameters are frozen', 'set trainable on what is to be trained')
     const { precision } = options
-    this.#shares.takeOwn()
+    this.release()
     for (const { parameter } of this.parameters) parameter.zeroGrad()
     const { backend } = this.parameters[0].parameter
     const passes = batches.map(batch => this.#model.inPieces(batch))
@@ -121,6 +121,11 @@ export class ExpertParallel<Batch> {
    */
   async gather(): Promise<void> {
     await this.#shares.gather()
+  }
+
+  /** Takes this rank's experts back from the model, which loses all, where it has them: after `gather`, or when it was loaded. `step` begins with it. */
+  release(): void {
+    this.#shares.takeOwn()
   }
 
   /** Frees this rank's experts; the model stays. */

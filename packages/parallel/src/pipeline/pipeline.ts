@@ -130,8 +130,7 @@ export class Pipeline<Batch> {
       const problem = `the schedule has ${microBatches} micro-batches, the step ${batches.length}`
       throw refusal(name, problem, 'make a schedule for as many')
     }
-    this.#shares?.takeOwn()
-    this.#freeOthers()
+    this.release()
     for (const { parameter } of this.parameters) parameter.zeroGrad()
     const { stages, between, count, digest } = this.#model.step(batches)
     if (digest !== undefined) await this.#needSame(digest, between.backend)
@@ -173,6 +172,12 @@ export class Pipeline<Batch> {
       if (holders.includes(this.#line.rank)) weights.dispose()
       else parameter.assign(weights)
     }
+  }
+
+  /** Frees the weights of other ranks' stages, which the model has after `gather`, or when it was loaded. `step` begins with it. */
+  release(): void {
+    this.#shares?.takeOwn()
+    this.#freeOthers()
   }
 
   /** Frees this rank's part of experts that are shared out; the model stays. */

@@ -75,8 +75,17 @@ test('the folder of the model is that of the latest checkpoint, or the one given
   await run({ out, checkpointEvery: 5, steps: 6 })
   const found = await modelFolder(out)
   expect(found).toBe(named(out, 'checkpoints', 'step-000006', 'model'))
+  await expect(modelFolder(out, { ema: true })).rejects.toThrow('run/checkpoints/step-000006 has no averaged weights')
   await write(found as TestDirectory, 'config.json', '{}')
   expect(await modelFolder(found)).toBe(found)
+})
+
+test('averaged weights are a model beside it, and go on', async () => {
+  const [whole, out] = [new TestDirectory('whole'), new TestDirectory('run')]
+  const { result } = await run({ out: whole, ema: 0.9 })
+  await run({ out, ema: 0.9, stopAfter: 5 })
+  expect((await run({ out, ema: 0.9, resume: true })).result.ema?.loss).toBe(result.ema?.loss)
+  expect(await modelFolder(out, { ema: true })).toBe(named(out, 'checkpoints', 'step-000012', 'ema'))
 })
 
 test('one that a page left half written is passed over, and goes', async () => {

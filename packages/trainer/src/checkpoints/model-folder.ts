@@ -2,36 +2,61 @@
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { type DirectoryHandle, isDirectoryHandle, openFolder, pathOf } from '@moe/checkpoint'
-import { MoeError } from '@moe/core'
+import { checkOptions, MoeError } from '@moe/core'
 import { latestCheckpoint } from './checkpoint-folder.ts'
 import { HandleRun } from './handle-run.ts'
-import { MODEL_FOLDER } from './save-load.ts'
+import { EMA_FOLDER, MODEL_FOLDER } from './save-load.ts'
 
 const CONFIG_FILES = ['config.json', 'adapter_config.json']
+
+/** Which model of a run. */
+export interface ModelFolderOptions {
+  /** That of the averaged weights, which `train` keeps where it is told `ema`. Default false. */
+  readonly ema?: boolean
+}
 
 /**
  * Folder of a model, or of adapters: the one given where it holds a config.json or an adapter_config.json, else that in the latest checkpoint of the run it is of. A
  * path for a path; in a page, for the handle of a folder, a promise of one.
- * @throws MoeError E_CHECKPOINT when it is neither
+ * @throws MoeError E_CHECKPOINT when it is neither, or has no averaged weights and these are asked for
  */
-export function modelFolder(folder: string | URL): string
-export function modelFolder(folder: DirectoryHandle): Promise<DirectoryHandle>
-export function modelFolder(folder: string | URL | DirectoryHandle): string | Promise<DirectoryHandle> {
-  if (isDirectoryHandle(folder)) return inHandle(folder)
+export function modelFolder(folder: string | URL, options?: ModelFolderOptions): string
+export function modelFolder(folder: DirectoryHandle, options?: ModelFolderOptions): Promise<DirectoryHandle>
+export function modelFolder(
+  folder: string | URL | DirectoryHandle,
+  options: ModelFolderOptions = {},
+): string | Promise<DirectoryHandle> {
+  checkOptions('modelFolder', options, { ema: true })
+  const { ema = false } = options
+  if (isDirectoryHandle(folder)) return inHandle(folder, ema)
   const path = pathOf('modelFolder', folder)
-  if (CONFIG_FILES.some(name => existsSync(join(path, name)))) return path
+  if (!ema && CONFIG_FILES.some(name => existsSync(join(path, name)))) return path
   const checkpoint = latestCheckpoint(path)
-  if (checkpoint !== undefined) return join(checkpoint, MODEL_FOLDER)
-  throw neither(path)
+  if (checkpoint === undefined) throw neither(path)
+  const model = join(checkpoint, ema ? EMA_FOLDER : MODEL_FOLDER)
+  if (ema && !existsSync(model)) throw notAveraged(checkpoint)
+  return model
 }
 
-async function inHandle(folder: DirectoryHandle): Promise<DirectoryHandle> {
+async function inHandle(folder: DirectoryHandle, ema: boolean): Promise<DirectoryHandle> {
   const { open, path } = openFolder('modelFolder', folder)
-  for (const name of CONFIG_FILES) if (await open(name)) return folder
+  if (!ema) for (const name of CONFIG_FILES) if (await open(name)) return folder
   const checkpoint = await new HandleRun(folder).latest()
-  if (checkpoint !== undefined) return await checkpoint.place.getDirectoryHandle(MODEL_FOLDER)
-  throw neither(path)
+  if (checkpoint === undefined) throw neither(path)
+  const { place } = checkpoint
+  if (!ema) return await place.getDirectoryHandle(MODEL_FOLDER)
+  return await place.getDirectoryHandle(EMA_FOLDER).catch(() => {
+    throw notAveraged(checkpoint.path)
+  })
 }
+
+const notAveraged = (checkpoint: string) =>
+  new MoeError({
+    code: 'E_CHECKPOINT',
+    op: 'modelFolder',
+    problem: `${checkpoint} has no averaged weights`,
+    fix: 'leave ema out for the weights themselves; a run keeps averages when it is trained with { ema: 0.999 }',
+  })
 
 const neither = (path: string) =>
   new MoeError({

@@ -17,6 +17,7 @@ import {
   writeText,
 } from '@moe/checkpoint'
 import { isMoeError, loadStateDict, MoeError, namedAdapters, type StateEntry, stateDict } from '@moe/core'
+import type { Averages } from '../averages.ts'
 import type { ConversationTemplate } from '../data/conversations.ts'
 import { type DocumentTokens, documentTokens } from '../data/token-dataset.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
@@ -33,6 +34,8 @@ import {
 
 /** In a checkpoint. */
 export const MODEL_FOLDER = 'model'
+/** The model of averaged weights, where they are kept. */
+export const EMA_FOLDER = 'ema'
 const ADAPTER_FILE = 'adapter_model.safetensors'
 const OPTIMIZER_FILE = 'optimizer.safetensors'
 
@@ -44,6 +47,7 @@ export interface StoredOptimizer extends Pick<Optimizer, 'name' | 'load'> {
 export interface CheckpointParts {
   readonly model: TrainableModel
   readonly optimizer: StoredOptimizer
+  readonly averages?: Pick<Averages, 'during' | 'take'> | undefined
   readonly tokenizer?: TextTokenizer
   readonly template?: ConversationTemplate | undefined
   /** Ids of the tokens around documents, as far as they were given. */
@@ -57,24 +61,30 @@ export async function saveTraining(
   state: TrainerState,
   keep: number,
 ): Promise<StoredCheckpoint> {
-  const { model, optimizer, tokenizer, template, around = {} } = parts
+  const { optimizer, averages } = parts
   return folder.publish(state.step, keep, async place => {
-    const modelPlace = await folderIn('train', place, MODEL_FOLDER, { create: true })
-    if (isAdapted(model)) await saveAdapters(modelPlace as string, model, { base: model.source })
-    else if (model.save === undefined) await saveCheckpoint(modelPlace, stateDict(model))
-    else await model.save(modelPlace)
-    const tokenizerFile = tokenizer?.toJSON?.()
-    const config = template?.toJSON?.() ?? (tokenizer && tokenizerFile && tokenizerConfig(tokenizer, around))
-    const beside = { 'tokenizer.json': tokenizerFile, 'tokenizer_config.json': config }
-    for (const [name, content] of Object.entries(beside)) {
-      if (content === undefined) continue
-      await writeText(targetFolder('train', modelPlace), name, `${JSON.stringify(content, null, 2)}\n`)
-    }
+    await saveModel(await folderIn('train', place, MODEL_FOLDER, { create: true }), parts)
+    await averages?.during(async () => saveModel(await folderIn('train', place, EMA_FOLDER, { create: true }), parts))
     const target = targetFolder('train', place)
     await writeInFolder(target, OPTIMIZER_FILE, optimizer.entries(), { metadata: { optimizer: optimizer.name } })
     // Last, because its presence makes the checkpoint complete.
     await writeText(target, STATE_FILE, encodeTrainerState(state))
   })
+}
+
+/** The model as it is, with its tokenizer. */
+async function saveModel(place: FolderPlace, parts: CheckpointParts): Promise<void> {
+  const { model, tokenizer, template, around = {} } = parts
+  if (isAdapted(model)) await saveAdapters(place as string, model, { base: model.source })
+  else if (model.save === undefined) await saveCheckpoint(place, stateDict(model))
+  else await model.save(place)
+  const tokenizerFile = tokenizer?.toJSON?.()
+  const config = template?.toJSON?.() ?? (tokenizer && tokenizerFile && tokenizerConfig(tokenizer, around))
+  const beside = { 'tokenizer.json': tokenizerFile, 'tokenizer_config.json': config }
+  for (const [name, content] of Object.entries(beside)) {
+    if (content === undefined) continue
+    await writeText(targetFolder('train', place), name, `${JSON.stringify(content, null, 2)}\n`)
+  }
 }
 
 /** What transformers wants to know besides `tokenizer.json`. */
@@ -86,16 +96,22 @@ function tokenizerConfig(tokenizer: TextTokenizer, around: DocumentTokens): Reco
 
 const isAdapted = (model: TrainableModel): boolean => namedAdapters(model).length > 0
 
+interface OpenedModel {
+  /** Or the adapters alone. */
+  readonly tensors: TensorSource
+  /** Folder of adapters, where these are all there is. */
+  readonly adapters: FolderPlace | null
+  /** What errors call its folder. */
+  readonly path: string
+}
+
 /** A checkpoint whose files are there and whole: headers account for every byte. */
 interface OpenedTraining {
   readonly state: TrainerState
-  /** Or the adapters alone. */
-  readonly model: TensorSource
-  /** Folder of adapters, where these are all there is. */
-  readonly adapters: FolderPlace | null
+  readonly model: OpenedModel
+  /** Of averaged weights, where these were kept. */
+  readonly ema: OpenedModel | null
   readonly optimizer: TensorSource
-  /** What errors call the folder of the model. */
-  readonly modelPath: string
   close(): Promise<void>
 }
 
@@ -114,22 +130,32 @@ async function openTraining({ path, place }: StoredCheckpoint): Promise<OpenedTr
   }
   const text = new TextDecoder().decode(await readAll(stateFile, MAX_STATE_BYTES))
   const state = decodeTrainerState(stateFile.path, text)
-  const modelPlace = await folderIn('train', place, MODEL_FOLDER)
-  const modelFolder = openFolder('train', modelPlace)
-  const adapterFile = await modelFolder.open(ADAPTER_FILE)
-  const model = adapterFile === undefined ? await openInFolder(modelFolder) : await readFrom(adapterFile)
+  const opened: TensorSource[] = []
+  const close = async () => {
+    for (const source of opened) await source.close()
+  }
+  const model = async (name: string) => {
+    const found = await openModel(await folderIn('train', place, name))
+    opened.push(found.tensors)
+    return found
+  }
   try {
+    const own = await model(MODEL_FOLDER)
+    const ema = state.averagedSteps === undefined ? null : await model(EMA_FOLDER)
     const optimizer = await openTensors(folder, OPTIMIZER_FILE)
-    const close = async () => {
-      await model.close()
-      await optimizer.close()
-    }
-    const adapters = adapterFile === undefined ? null : modelPlace
-    return { state, model, adapters, optimizer, modelPath: modelFolder.path, close }
+    opened.push(optimizer)
+    return { state, model: own, ema, optimizer, close }
   } catch (error) {
-    await model.close()
+    await close()
     throw error
   }
+}
+
+async function openModel(place: FolderPlace): Promise<OpenedModel> {
+  const folder = openFolder('train', place)
+  const adapterFile = await folder.open(ADAPTER_FILE)
+  const tensors = adapterFile === undefined ? await openInFolder(folder) : await readFrom(adapterFile)
+  return { tensors, adapters: adapterFile === undefined ? null : place, path: folder.path }
 }
 
 async function openTensors(folder: Folder, name: string): Promise<TensorSource> {
@@ -191,7 +217,7 @@ export async function loadTraining(
   }
 }
 
-async function fill(stored: OpenedTraining, { model, optimizer }: CheckpointParts): Promise<void> {
+async function fill(stored: OpenedTraining, { model, optimizer, averages }: CheckpointParts): Promise<void> {
   const { optimizer: moments, state } = stored
   const name = moments.metadata['optimizer']
   if (name !== optimizer.name) {
@@ -199,14 +225,22 @@ async function fill(stored: OpenedTraining, { model, optimizer }: CheckpointPart
       code: 'E_CHECKPOINT',
       op: moments.path,
       problem: `it is the state of ${name ?? 'an unnamed optimizer'}, not of ${optimizer.name}`,
-      fix: `resume with the optimizer that the run was started with, or begin another run with the model in ${stored.modelPath}; nothing was changed`,
+      fix: `resume with the optimizer that the run was started with, or begin another run with the model in ${stored.model.path}; nothing was changed`,
     })
   }
-  // Both compare all names and shapes before they change anything; the model comes last, because a failed run throws its
+  // All compare all names and shapes before they change anything; the model comes last, because a failed run throws its
   // optimizer away.
   await optimizer.load(stateSource(moments), state.step)
+  if (averages !== undefined && stored.ema !== null) {
+    await fillModel(model, stored.ema)
+    averages.take(state.averagedSteps ?? 0)
+  }
+  await fillModel(model, stored.model)
+}
+
+async function fillModel(model: TrainableModel, { tensors, adapters }: OpenedModel): Promise<void> {
   // A model's own `save` may store more than its parameters: copies of shared ones under the keys that other
   // programs look for.
-  if (stored.adapters !== null) await loadAdapters(model, stored.adapters as string)
-  else await loadStateDict(model, stateSource(stored.model), { ignore: () => true })
+  if (adapters !== null) await loadAdapters(model, adapters as string)
+  else await loadStateDict(model, stateSource(tensors), { ignore: () => true })
 }

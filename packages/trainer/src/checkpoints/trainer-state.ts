@@ -27,6 +27,8 @@ export interface TrainerState {
   readonly modelStep?: number | undefined
   /** Names of what the model's `afterStep` returned: the other numbers of its log are those of the loss. */
   readonly balance?: readonly string[]
+  /** Steps whose weights are in the averages, where there are some. */
+  readonly averagedSteps?: number | undefined
   /** Streams that the model draws from, by name. */
   readonly streams?: Readonly<Record<string, StreamState>>
   readonly run: RunRecord
@@ -53,8 +55,16 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
   if (state.version !== version)
     throw unreadable(path, `has version ${JSON.stringify(state.version)}, this trainer reads ${version}`)
   const { step, tokens, trainSeconds, modelStep, balance = [], streams = {}, run } = state
-  const { peakMemoryBytes = 0, peakDeviceBytes = 0 } = state
-  const counts = { step, tokens, trainSeconds, peakMemoryBytes, peakDeviceBytes, modelStep: modelStep ?? 0 }
+  const { peakMemoryBytes = 0, peakDeviceBytes = 0, averagedSteps } = state
+  const counts = {
+    step,
+    tokens,
+    trainSeconds,
+    peakMemoryBytes,
+    peakDeviceBytes,
+    modelStep: modelStep ?? 0,
+    averagedSteps: averagedSteps ?? 0,
+  }
   for (const [name, count] of Object.entries(counts)) {
     if (typeof count !== 'number' || !(count >= 0)) throw unreadable(path, `has ${name} ${JSON.stringify(count)}`)
   }
@@ -71,6 +81,7 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
     peakDeviceBytes,
     modelStep,
     balance,
+    averagedSteps,
     streams,
     run,
   }

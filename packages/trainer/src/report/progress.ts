@@ -1,5 +1,6 @@
 /** @file Draws a run: one redrawn line on a terminal, a plain line now and then elsewhere. */
 import { checkOptions } from '@moe/core'
+import type { Evaluation } from '../evaluate.ts'
 import type { EvaluationEvent, StartEvent, StepEvent, TrainEvent, TrainListener } from '../events.ts'
 import { isColorless, standardError } from '../host.ts'
 
@@ -168,12 +169,18 @@ function stepParts(steps: number, event: StepEvent, speed: number): string[] {
 }
 
 function evaluationLine(event: EvaluationEvent, paint: (code: number, text: string) => string): string {
-  const bytes = Number.isNaN(event.bitsPerByte) ? '' : `, ${paint(36, `${event.bitsPerByte.toFixed(3)} bits per byte`)}`
-  const judged = (['reward', 'preferred'] as const).map(name => {
-    const value = event[name]
-    return value === undefined ? '' : `${name} ${paint(36, value.toFixed(3))}, `
-  })
-  return `step ${event.step}: held-out ${judged.join('')}loss ${event.loss.toFixed(3)}${bytes} (${grouped(event.tokens)} tokens, ${event.seconds.toFixed(1)} s)`
+  const measured = (of: Evaluation) => {
+    const bytes = Number.isNaN(of.bitsPerByte) ? '' : `, ${paint(36, `${of.bitsPerByte.toFixed(3)} bits per byte`)}`
+    const judged = (['reward', 'preferred'] as const).map(name => {
+      const value = of[name]
+      return value === undefined ? '' : `${name} ${paint(36, value.toFixed(3))}, `
+    })
+    return `${judged.join('')}loss ${of.loss.toFixed(3)}${bytes}`
+  }
+  const { step, tokens, seconds, ema } = event
+  const averaged = ema ? `; averaged weights ${measured(ema)}` : ''
+  const took = seconds + (ema?.seconds ?? 0)
+  return `step ${step}: held-out ${measured(event)}${averaged} (${grouped(tokens)} tokens, ${took.toFixed(1)} s)`
 }
 
 function barOf(fraction: number): string {

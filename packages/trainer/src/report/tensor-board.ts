@@ -4,6 +4,7 @@ import { hostname } from 'node:os'
 import { join } from 'node:path'
 import { pathOf } from '@moe/checkpoint'
 import { isMoeError, MoeError } from '@moe/core'
+import type { Evaluation } from '../evaluate.ts'
 import type { LayerLoads, TrainEvent, TrainListener } from '../events.ts'
 import { maxVio } from './loads-log.ts'
 import { LogFile } from './log-file.ts'
@@ -17,7 +18,7 @@ let files = 0
 
 /**
  * A listener for `onEvent` that writes `events.out.tfevents.*`: scalars of every step (`train/nll`, `train/lr`, ..., and what the model logs, as `model/maxVio`),
- * of measurements (`validation/bitsPerByte`, `validation/loss`, `validation/reward`, `validation/preferred`), of layers with experts when their loads are told (`experts/layers.3/maxVio`, over the steps since the last time, `stepMaxVio`, of single steps; dead experts, share of
+ * of measurements (`validation/bitsPerByte`, `validation/loss`, `validation/reward`, `validation/preferred`; `ema/bitsPerByte` and so on of averaged weights), of layers with experts when their loads are told (`experts/layers.3/maxVio`, over the steps since the last time, `stepMaxVio`, of single steps; dead experts, share of
  * dropped choices, range of the bias), and the run's settings as text and hyperparameters. `tensorboard --logdir runs` shows all
  * runs in a folder side by side. A run that goes on begins another file, which tells TensorBoard to forget the steps that are taken again. Of several ranks
  * the first writes. Where the files cannot be written, a notice says so and training goes on.
@@ -102,9 +103,12 @@ function recordsOf(event: TrainEvent): Buffer[] {
       return [eventRecord({ wallTime, step, values })]
     }
     case 'evaluation': {
-      const { step, loss, bitsPerByte, reward = Number.NaN, preferred = Number.NaN } = event
-      const measured = { loss, bitsPerByte, reward, preferred }
-      return [eventRecord({ wallTime, step, values: scalars('validation', measured) })]
+      const measured = ({ loss, bitsPerByte, reward = Number.NaN, preferred = Number.NaN }: Evaluation) => {
+        return { loss, bitsPerByte, reward, preferred }
+      }
+      const { step, ema } = event
+      const averaged = ema ? scalars('ema', measured(ema)) : []
+      return [eventRecord({ wallTime, step, values: [...scalars('validation', measured(event)), ...averaged] })]
     }
     default:
       return []

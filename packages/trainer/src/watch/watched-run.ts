@@ -18,6 +18,8 @@ export interface HeldOutPoint {
   readonly bitsPerByte: number | null
   /** Mean of the texts that were made, in a run that learns from rewards. */
   readonly reward?: number
+  /** The same numbers of the averaged weights, in a run that keeps them. */
+  readonly ema?: Omit<HeldOutPoint, 'step' | 'ema' | 'final'>
   /** On all of the data. */
   readonly final: boolean
 }
@@ -191,10 +193,10 @@ export class WatchedRun {
     }
   }
 
-  #measured({ step, loss, bitsPerByte, reward, final }: Fields): void {
+  #measured({ step, final, ema, ...measured }: Fields): void {
     if (!isStep(step) || this.#heldOut.length >= most) return
-    const measured = { loss: numberOr(loss), bitsPerByte: numberOr(bitsPerByte), ...(isNumber(reward) && { reward }) }
-    const point = { step, ...measured, final: final === true }
+    const averaged = isFields(ema) && { ema: measurement(ema) }
+    const point = { step, ...measurement(measured), ...averaged, final: final === true }
     // A run that goes on after its last step measures once more.
     this.#heldOut = [...this.#heldOut.filter(other => other.step !== step), point].sort((a, b) => a.step - b.step)
   }
@@ -216,10 +218,10 @@ export class WatchedRun {
   async #readSummary(): Promise<void> {
     const summary = fieldsOf(await readFile(join(this.folder, 'summary.json'), 'utf8').catch(() => ''))
     if (summary === undefined) return
-    const { steps, validation, backend, device, precision, parameters } = summary
+    const { steps, validation, ema, backend, device, precision, parameters } = summary
     this.#forgetEvents()
     this.#start = { backend, device, precision, parameters, steps }
-    if (isFields(validation)) this.#measured({ ...validation, step: steps, final: true })
+    if (isFields(validation)) this.#measured({ ...validation, ema, step: steps, final: true })
     this.#ended(summary)
   }
 
@@ -231,6 +233,10 @@ export class WatchedRun {
     if (taken === undefined) return quiet ? 'silent' : 'training'
     return this.events.changed > 0 ? 'killed' : 'unknown'
   }
+}
+
+const measurement = ({ loss, bitsPerByte, reward }: Fields) => {
+  return { loss: numberOr(loss), bitsPerByte: numberOr(bitsPerByte), ...(isNumber(reward) && { reward }) }
 }
 
 const numberOr = (value: unknown) => (isNumber(value) ? value : null)

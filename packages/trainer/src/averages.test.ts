@@ -1,0 +1,265 @@
+/** @file Averaged weights of a run: what they are, that nobody is disturbed, and that they are measured, stored and gone on with. */
+import { existsSync } from 'node:fs'
+import { readFile, rm, truncate } from 'node:fs/promises'
+import { join } from 'node:path'
+import { openCheckpoint, stateSource } from '@moe/checkpoint'
+import {
+  disposeModule,
+  loadStateDict,
+  type MoeError,
+  Parameter,
+  Random,
+  setDefaultBackend,
+  stateDict,
+  tensor,
+} from '@moe/core'
+import fc from 'fast-check'
+import { afterEach, beforeAll, describe, expect, test } from 'vitest'
+import { evaluate } from './evaluate.ts'
+import type { EvaluationEvent, TrainEvent } from './events.ts'
+import { modelFolder } from './index.ts'
+import { Ema } from './optim/ema.ts'
+import type { TrainOptions } from './options.ts'
+import { readMetrics } from './report/metrics-log.ts'
+import { BigramModel, letterData, removeTemporaryFolders, roundingBackend, temporaryFolder } from './test-model.ts'
+import { train } from './train.ts'
+
+const backend = roundingBackend()
+beforeAll(() => setDefaultBackend(backend))
+afterEach(async () => {
+  await removeTemporaryFolders()
+  expect(backend.stats().handles).toBe(0)
+})
+
+const data = letterData()
+const settings = { data, steps: 12, batchSize: 3, sequenceLength: 8, lr: 0.05, seed: 7, progress: false } as const
+
+type Weights = Readonly<Record<string, readonly number[]>>
+
+async function weightsOf(model: BigramModel): Promise<Weights> {
+  const all = stateDict(model).map(async ({ name, data }) => [name, Array.from(await data())] as const)
+  return Object.fromEntries(await Promise.all(all))
+}
+
+/** Trains a new model; the weights after each step, and the events. */
+async function run(options: Partial<TrainOptions> = {}) {
+  const model = new BigramModel()
+  const events: TrainEvent[] = []
+  const weights: Weights[] = []
+  try {
+    const result = await train(model, {
+      ...settings,
+      ...options,
+      async onEvent(event) {
+        events.push(event)
+        if (event.type === 'step') weights.push(await weightsOf(model))
+        return options.onEvent?.(event)
+      },
+    })
+    return { result, events, weights }
+  } finally {
+    disposeModule(model)
+  }
+}
+
+const evaluations = (events: readonly TrainEvent[]) =>
+  events.flatMap(event => (event.type === 'evaluation' ? [event] : []))
+
+async function stored(folder: string): Promise<Weights> {
+  const model = new BigramModel()
+  await using checkpoint = await openCheckpoint(folder)
+  await loadStateDict(model, stateSource(checkpoint))
+  const weights = await weightsOf(model)
+  disposeModule(model)
+  return weights
+}
+
+/** In float64, of the trained weights after each step. */
+function averaged(weights: readonly Weights[], decay: number): Weights {
+  const names = ['embed_tokens.weight', 'lm_head.weight']
+  return Object.fromEntries(
+    names.map(name => {
+      let total = 0
+      const sums = new Float64Array(weights[0][name].length)
+      for (const step of weights) {
+        total = decay * total + 1
+        for (const [i, value] of step[name].entries()) sums[i] = decay * sums[i] + value
+      }
+      return [name, Array.from(sums, sum => sum / total)]
+    }),
+  )
+}
+
+function expectClose(actual: Weights, expected: Weights): void {
+  for (const [name, values] of Object.entries(expected)) {
+    for (const [i, value] of values.entries()) expect(actual[name][i]).toBeCloseTo(value, 5)
+  }
+}
+
+describe('Ema', () => {
+  test('is that of float64, whatever the decay, of weights since its first update', async () => {
+    const decays = fc.double({ min: 0.01, max: 0.9999, noNaN: true })
+    await fc.assert(
+      fc.asyncProperty(decays, fc.integer({ min: 1, max: 40 }), fc.integer(), async (decay, steps, seed) => {
+        const random = new Random(seed >>> 0)
+        const parameter = new Parameter(tensor(random.normal(3)))
+        const buffer = new Parameter(tensor([1]), { trainable: false })
+        const ema = new Ema(
+          [
+            { name: 'weight', parameter },
+            { name: 'buffer', parameter: buffer },
+          ],
+          { decay },
+        )
+        const [sums, own] = [new Float64Array(3), random.normal(3)]
+        let total = 0
+        for (let step = 0; step < steps; step++) {
+          own.set(random.normal(3))
+          parameter.assign(tensor(own))
+          ema.update()
+          total = decay * total + 1
+          for (let i = 0; i < 3; i++) sums[i] = decay * sums[i] + own[i]
+        }
+        expect(ema.steps).toBe(steps)
+        ema.exchange()
+        const average = await parameter.values()
+        for (let i = 0; i < 3; i++) expect(average[i]).toBeCloseTo(sums[i] / total, 5)
+        ema.exchange()
+        expect(await parameter.values()).toEqual(own)
+        ema.dispose()
+        for (const each of [parameter, buffer]) each.dispose()
+      }),
+      { numRuns: 30 },
+    )
+  })
+
+  test('refuses a decay that is none', () => {
+    const parameter = new Parameter(tensor([1]))
+    for (const decay of [0, 1, 1.5, Number.NaN, '0.9'] as number[])
+      expect(() => new Ema([{ name: 'weight', parameter }], { decay })).toThrow(/needs a number between 0 and 1/)
+    parameter.dispose()
+  })
+})
+
+describe('a run that keeps averages', () => {
+  test('takes the steps that it takes without, and its averages are those of float64', async () => {
+    const [without, out] = [await temporaryFolder(), await temporaryFolder()]
+    const plain = await run({ out: without, evalEvery: 4 })
+    const { result, events, weights } = await run({ out, evalEvery: 4, ema: 0.8, checkpointEvery: 5 })
+    expect(weights).toEqual(plain.weights)
+    expect(result.ema?.loss).not.toBe(result.validation.loss)
+    expect(evaluations(events).map(({ loss }) => loss)).toEqual(evaluations(plain.events).map(({ loss }) => loss))
+    for (const step of [10, 12]) {
+      const folder = join(out, 'checkpoints', `step-0000${step}`)
+      const { offset, ...average } = await stored(join(folder, 'ema'))
+      const { offset: now, ...own } = await stored(join(folder, 'model'))
+      expectClose(average, averaged(weights.slice(0, step), 0.8))
+      expect(average).not.toEqual(own)
+      // Buffers are as they are.
+      expect(offset).toEqual(now)
+    }
+  })
+
+  test('tells what they are worth, as it tells it of the weights', async () => {
+    const out = await temporaryFolder()
+    const { result, events } = await run({ out, evalEvery: 5, evalTokens: 60, ema: 0.7 })
+    const model = new BigramModel()
+    await using checkpoint = await openCheckpoint(modelFolder(out, { ema: true }))
+    await loadStateDict(model, stateSource(checkpoint))
+    const { seconds: _, ...measured } = await evaluate(model, data.validation, { sequenceLength: 8, batchSize: 3 })
+    disposeModule(model)
+    expect(result.ema).toMatchObject(measured)
+    const all = evaluations(events)
+    expect(all.map(({ step, ema }) => [step, ema !== undefined])).toEqual([5, 10, 12].map(step => [step, true]))
+    expect(all.at(-1)?.ema).toEqual(result.ema)
+    const summary = JSON.parse(await readFile(join(out, 'summary.json'), 'utf8'))
+    expect(summary.ema.bitsPerByte).toBe(result.ema?.bitsPerByte)
+    const lines = (await readFile(join(out, 'events.jsonl'), 'utf8')).trim().split('\n')
+    const written = lines.map(line => JSON.parse(line) as EvaluationEvent).filter(({ type }) => type === 'evaluation')
+    expect(written.map(({ ema }) => ema?.loss)).toEqual(all.map(({ ema }) => ema?.loss))
+    // One measurement after the other.
+    const shares = events.flatMap(event => (event.type === 'measuring' && event.step === 12 ? [event.done] : []))
+    expect(shares).toEqual([...shares].sort((a, b) => a - b))
+    expect(shares).toContain(0.5)
+    expect(shares.at(-1)).toBe(1)
+  })
+
+  test('leaves the weights where they were when a measurement is interrupted', async () => {
+    const controller = new AbortController()
+    const model = new BigramModel()
+    let last: Weights = {}
+    const onEvent = async (event: TrainEvent) => {
+      if (event.type === 'step') last = await weightsOf(model)
+      if (event.type === 'measuring' && event.done > 0.6) controller.abort()
+    }
+    const result = await train(model, { ...settings, ema: 0.9, signal: controller.signal, onEvent })
+    expect(result).toMatchObject({ stopped: 'interrupted', steps: 12 })
+    expect(result.ema).toBeUndefined()
+    expect(await weightsOf(model)).toEqual(last)
+    disposeModule(model)
+  })
+
+  test('refuses a decay that is none', async () => {
+    const model = new BigramModel()
+    await expect(train(model, { ...settings, ema: 1 })).rejects.toThrow(
+      'ema is 1, needs a number between 0 and 1, such as 0.999',
+    )
+    disposeModule(model)
+  })
+})
+
+describe('a run that goes on', () => {
+  /** Interrupts after a step. */
+  function stopAfter(step: number): Pick<TrainOptions, 'signal' | 'onEvent'> {
+    const controller = new AbortController()
+    return {
+      signal: controller.signal,
+      onEvent: event => {
+        if (event.type === 'step' && event.step === step) controller.abort()
+      },
+    }
+  }
+  const numbersOf = (out: string) =>
+    readMetrics(join(out, 'metrics.jsonl')).map(({ tokensPerSecond: _, ...line }) => line)
+
+  test('goes on with its averages, bit for bit', async () => {
+    const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
+    const straight = await run({ out: whole, ema: 0.9 })
+    await run({ out: cut, ema: 0.9, ...stopAfter(5) })
+    const { result } = await run({ out: cut, ema: 0.9, resume: true })
+    expect(numbersOf(cut)).toEqual(numbersOf(whole))
+    expect(await stored(modelFolder(cut, { ema: true }))).toEqual(await stored(modelFolder(whole, { ema: true })))
+    expect(result.ema?.loss).toBe(straight.result.ema?.loss)
+  })
+
+  test('with another decay only where that is allowed, and begins averages where there were none', async () => {
+    const out = await temporaryFolder()
+    await run({ out, ...stopAfter(5) })
+    const differences = async (options: Partial<TrainOptions>) => {
+      const error = await run({ out, resume: true, ...options }).catch((error: MoeError) => error)
+      return (error as MoeError).details['differences']
+    }
+    expect(await differences({ ema: 0.9 })).toEqual(['ema: saved with nothing, now 0.9'])
+    const allowed = { out, resume: true, allowChanges: true }
+    const begun = await run({ ...allowed, ema: 0.9, ...stopAfter(8) })
+    expectClose(await stored(modelFolder(out, { ema: true })), averaged(begun.weights, 0.9))
+    expect(await differences({ ema: 0.8 })).toEqual(['ema: saved with 0.9, now 0.8'])
+    expect(await differences({})).toEqual(['ema: saved with 0.9, now nothing'])
+    // It has not forgotten that averages began with step 6.
+    const rest = await run({ out, resume: true, ema: 0.9 })
+    const all = [...begun.weights, ...rest.weights]
+    expectClose(await stored(modelFolder(out, { ema: true })), averaged(all, 0.9))
+    await run({ ...allowed, steps: 14 })
+    expect(existsSync(join(out, 'checkpoints', 'step-000014', 'ema'))).toBe(false)
+    expect(() => modelFolder(out, { ema: true })).toThrow(/step-000014 has no averaged weights; leave ema out/)
+  })
+
+  test.each(['truncated', 'missing'])('not from averages that are %s', async how => {
+    const out = await temporaryFolder()
+    const { result } = await run({ out, ema: 0.9, checkpointEvery: 6 })
+    const file = join(result.checkpoint as string, 'ema', 'model.safetensors')
+    if (how === 'missing') await rm(file)
+    else await truncate(file, 100)
+    await expect(run({ out, ema: 0.9, resume: true })).rejects.toThrow(/step-000006 is whole, pass it as resume/)
+  })
+})
