@@ -97,6 +97,19 @@ describe('progress', () => {
     expect(measure(true)).toHaveLength(100)
   })
 
+  test('tells what was measured of the weights, and of their averages where there are some', () => {
+    const { text, listen, all } = shown({ color: false }, [])
+    const measured = { loss: 4, bitsPerByte: 1.5, tokens: 9000, seconds: 1 }
+    const evaluation = { type: 'evaluation', step: 40, final: false, ...measured } as const
+    listen(evaluation)
+    listen({ ...evaluation, ema: { ...measured, loss: 3.5, bitsPerByte: 1.25 } })
+    expect(all().slice(text.length).split('\n')).toEqual([
+      'step 40: held-out loss 4.000, 1.500 bits per byte (9,000 tokens, 1.0 s)',
+      'step 40: held-out loss 4.000, 1.500 bits per byte; averaged weights loss 3.500, 1.250 bits per byte (9,000 tokens, 2.0 s)',
+      '',
+    ])
+  })
+
   test('leaves the line to stand when the run fails', () => {
     const { all, listen } = shown({ isTTY: true, columns: 120, color: false }, [40])
     listen({ type: 'fail', error: new Error('no') })

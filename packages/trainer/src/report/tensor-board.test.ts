@@ -94,7 +94,8 @@ describe('the listener', () => {
     const listen = tensorBoard()
     listen({ ...start, out })
     listen(step(1))
-    listen({ type: 'evaluation', step: 1, final: true, loss: 2, bitsPerByte: Number.NaN, tokens: 9, seconds: 1 })
+    const measured = { loss: 2, bitsPerByte: Number.NaN, tokens: 9, seconds: 1 }
+    listen({ type: 'evaluation', step: 1, final: true, ...measured, ema: { ...measured, bitsPerByte: 1 } })
     const [bytes] = await eventFiles(out)
     const records = recordsOf(bytes)
     expect(records).toHaveLength(5)
@@ -108,7 +109,8 @@ describe('the listener', () => {
       'train/tokensPerSecond',
       'model/maxVio',
     ])
-    expect(records[4].toString('latin1').match(/validation\/\w+/g)).toEqual(['validation/loss'])
+    const names = records[4].toString('latin1').match(/(validation|ema)\/\w+/g)
+    expect(names).toEqual(['validation/loss', 'ema/loss', 'ema/bitsPerByte'])
   })
 
   test('writes how the experts of each layer are balanced', async () => {

@@ -103,6 +103,14 @@ test('a run that learns from rewards has those of held-out prompts', async () =>
   expect((await state()).heldOut).toEqual([measured])
 })
 
+test('a run that keeps averages has those of both', async () => {
+  const { write, state } = await watched()
+  const measured = { step: 4, loss: 1, bitsPerByte: 2, final: false, ema: { loss: 0.5, bitsPerByte: 1 } }
+  const told = { ...measured, ema: { ...measured.ema, tokens: 9, seconds: 1 } }
+  await write('events.jsonl', jsonl([start, { type: 'evaluation', ...told }]))
+  expect((await state()).heldOut).toEqual([measured])
+})
+
 describe('a run that goes on from a checkpoint', () => {
   const evaluation = (step: number, loss: number) => ({ type: 'evaluation', step, loss, bitsPerByte: 1, final: false })
 
@@ -176,12 +184,15 @@ describe('status', () => {
   test('a folder of a run that wrote no events has its summary', async () => {
     const { write, state } = await watched()
     await write('metrics.jsonl', metrics(1, 4))
-    await write('summary.json', JSON.stringify({ steps: 4, backend: 'kernels-cpu', validation: { bitsPerByte: 1.5 } }))
+    await write(
+      'summary.json',
+      JSON.stringify({ steps: 4, backend: 'kernels-cpu', validation: { bitsPerByte: 1.5 }, ema: { loss: 1 } }),
+    )
     expect(await state()).toMatchObject({
       status: 'finished',
       steps: 4,
       about: { backend: 'kernels-cpu' },
-      heldOut: [{ step: 4, loss: null, bitsPerByte: 1.5, final: true }],
+      heldOut: [{ step: 4, loss: null, bitsPerByte: 1.5, final: true, ema: { loss: 1, bitsPerByte: null } }],
     })
   })
 })
