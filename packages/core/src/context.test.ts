@@ -1,5 +1,6 @@
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
-import { backward, checkpoint } from './autograd/backward.ts'
+import { backward } from './autograd/backward.ts'
+import { checkpoint } from './autograd/checkpoint.ts'
 import type { Backend, Precision } from './backend.ts'
 import {
   context,

@@ -2,6 +2,7 @@
 import type { Backend, FusedName, Precision, WidePrecision } from './backend.ts'
 import { describe, isMoeError, MoeError, shown } from './errors.ts'
 import { checkOptions } from './options.ts'
+import type { Tensor } from './tensor.ts'
 
 interface Context {
   backend: Backend | null
@@ -11,6 +12,8 @@ interface Context {
   remembered: unknown[] | null
   /** In that second run: what is still to be given. */
   recalled: Iterator<unknown> | null
+  /** Tensors that `withRecomputed` is going to free, and their reshapes. */
+  lent: Set<Tensor> | null
   precision: Precision
   /** Times that a fused op ran as its decomposition, by `backend:op`. */
   fallbacks: Map<string, number>
@@ -23,6 +26,7 @@ export const context: Context = {
   recomputing: false,
   remembered: null,
   recalled: null,
+  lent: null,
   precision: 'f32',
   fallbacks: new Map(),
 }

@@ -1,5 +1,6 @@
 /** @file Public interface of @moe/core. */
-export { type BackwardOptions, backward, checkpoint, gradients } from './autograd/backward.ts'
+export { type BackwardOptions, backward, gradients } from './autograd/backward.ts'
+export { checkpoint, withKept, withRecomputed } from './autograd/checkpoint.ts'
 export { backwardInput, type SplitBackward } from './autograd/split.ts'
 export type {
   AdamwAttrs,

@@ -3,6 +3,7 @@
  *
  * A tensor is immutable, contiguous and row-major. Its methods are one line each: they name a primitive and its attributes.
  */
+import type { SecondRun } from './autograd/checkpoint.ts'
 import type {
   Backend,
   BinaryCode,
@@ -40,11 +41,13 @@ export interface TapeNode {
   readonly flowing: Array<Tensor | null>
   /** The last walk that came by. */
   walk: number
-  /** Where ops that are not primitives find their gradient; primitives are looked up by name. */
+  /** Where fused ops find their gradient; primitives are looked up by name. */
   readonly gradient: GradientSource | null
+  /** Of a checkpoint, which has none of its own: what is gone back through. */
+  readonly again: SecondRun | null
 }
 
-/** The part of a fused op's definition (or of a checkpoint) that `backward` uses. */
+/** The part of a fused op's definition that `backward` uses. */
 export interface GradientSource {
   readonly vjp: Vjp<never> | null
   decompose(inputs: readonly Tensor[], attrs: never): Tensor[]
@@ -433,17 +436,19 @@ export function record(
   attrs: unknown,
   outputs: readonly Tensor[],
   gradient: GradientSource | null,
+  again: SecondRun | null = null,
 ): void {
   for (let i = 0; i < inputs.length; i++) {
     if (!inputs[i].tracked) continue
     const flowing = new Array<Tensor | null>(outputs.length).fill(null)
-    const node: TapeNode = { id: nextNode++, op, inputs, attrs, outputs, flowing, walk: 0, gradient }
+    const node: TapeNode = { id: nextNode++, op, inputs, attrs, outputs, flowing, walk: 0, gradient, again }
     for (let j = 0; j < outputs.length; j++) {
       const output = outputs[j]
       output.node = node
       output.outputIndex = j
       output.tracked = isFloat(output.dtype)
     }
+    if (op === 'reshape' && context.lent?.has(inputs[0])) context.lent.add(outputs[0])
     return
   }
 }

@@ -1,8 +1,7 @@
 import { beforeEach, describe, expect, test } from 'vitest'
 import type { Backend } from '../backend.ts'
-import { isRecomputing, isRecording, noGrad, remember, setDefaultBackend } from '../context.ts'
+import { isRecording, noGrad, setDefaultBackend } from '../context.ts'
 import { ones, randn, tensor, zeros } from '../create.ts'
-import { MoeError } from '../errors.ts'
 import { Linear, RmsNorm, SwigluMlp } from '../nn/layers.ts'
 import { namedParameters } from '../nn/module.ts'
 import { Parameter } from '../nn/parameter.ts'
@@ -10,8 +9,8 @@ import { Random } from '../random.ts'
 import { readF64, referenceBackend } from '../reference/index.ts'
 import { keep, scope } from '../scope.ts'
 import { setRows, type Tensor } from '../tensor.ts'
-import { assertClose, tolerances } from '../testing/compare.ts'
-import { backward, checkpoint, gradients } from './backward.ts'
+import { assertClose } from '../testing/compare.ts'
+import { backward, gradients } from './backward.ts'
 
 let backend: Backend
 beforeEach(() => {
@@ -278,139 +277,6 @@ describe('memory', () => {
     backward(loss)
     // One gradient per op at a time, not fifty.
     expect(backend.stats().peakBytes - recorded).toBeLessThan(8 * elements)
-  })
-})
-
-describe('checkpoint', () => {
-  test('takes a synchronous function that gives a tensor', () => {
-    const wrong = (fn: unknown) => () => checkpoint(fn as () => Tensor, ones([2]))
-    expect(wrong(async (x: Tensor) => x)).toThrow(
-      expect.objectContaining({ code: 'E_ATTR', message: expect.stringContaining('returned a promise') }),
-    )
-    expect(wrong(() => 3)).toThrow(
-      expect.objectContaining({
-        code: 'E_ATTR',
-        message: expect.stringContaining('what the function returned is the number 3, no tensor'),
-      }),
-    )
-  })
-
-  const make = () => {
-    const random = new Random(3)
-    return { mlp: new SwigluMlp(8, 32, { random, deviation: 0.5 }), x: randn([16, 8], random) }
-  }
-
-  test('gives the values and gradients of the plain pass', () => {
-    const { mlp, x } = make()
-    const input = new Parameter(x)
-    const forward = (h: Tensor) => mlp.forward(h).mul(h)
-    const plain = scope(() => keep(forward(input).detach()))
-    scope(() => backward(forward(input).mul(3).sum()))
-    const all = [input, ...namedParameters(mlp).map(({ parameter: p }) => p)]
-    const expected = all.map(p => Float64Array.from(readF64(p.grad as Tensor)))
-    for (const p of all) p.zeroGrad()
-    scope(() => {
-      const out = checkpoint(forward, input)
-      assertClose('output', readF64(out), readF64(plain), tolerances.exact)
-      backward(out.mul(3).sum())
-    })
-    for (const [i, p] of all.entries())
-      assertClose(`gradient ${i}`, readF64(p.grad as Tensor), expected[i], tolerances.exact)
-  })
-
-  test('works between recorded ops, nested, and for several inputs', () => {
-    const w = parameter(2)
-    const v = parameter(3)
-    const inner = (a: Tensor, b: Tensor) => checkpoint((c, d) => c.mul(d).mul(w), a, b)
-    const out = checkpoint((a, b) => inner(a, b).add(a), w.mul(1), v.mul(1))
-    backward(out.mul(10).sum())
-    // out = w v w + w
-    expect(grad(w)).toEqual([10 * (2 * 2 * 3 + 1)])
-    expect(grad(v)).toEqual([40])
-  })
-
-  test('holds less memory between forward and backward', () => {
-    const { mlp, x } = make()
-    const bytes = (forward: () => Tensor) =>
-      scope(() => {
-        const before = backend.stats().bytes
-        forward()
-        return backend.stats().bytes - before
-      })
-    const plain = bytes(() => mlp.forward(mlp.forward(x)))
-    const light = bytes(() => checkpoint(h => mlp.forward(mlp.forward(h)), x))
-    expect(light).toBeLessThan(plain / 4)
-  })
-
-  test('tells fn when it runs again, and only then', () => {
-    const w = parameter(2)
-    const seen: boolean[] = []
-    const out = checkpoint(() => {
-      seen.push(isRecomputing())
-      return w.mul(w)
-    })
-    expect(isRecomputing()).toBe(false)
-    backward(out.sum())
-    expect(isRecomputing()).toBe(false)
-    expect(seen).toEqual([false, true])
-    noGrad(() => checkpoint(() => w.mul(w)))
-    expect(seen).toHaveLength(2)
-  })
-
-  test('remember gives in the second run what it gave in the first, nested checkpoints included', async () => {
-    const w = parameter(2)
-    let state = 0
-    const seen: number[] = []
-    const next = () => {
-      const value = remember(() => ++state)
-      seen.push(value)
-      return w.mul(value)
-    }
-    const first = checkpoint(() => next().add(checkpoint(() => next().add(next()))))
-    const second = checkpoint(next)
-    next()
-    expect(seen.splice(0)).toEqual([1, 2, 3, 4, 5])
-    backward(first.add(second).sum())
-    // The last block goes back first; the inner one of the other runs three times.
-    expect(seen.splice(0)).toEqual([4, 1, 2, 3, 2, 3])
-    expect(state).toBe(5)
-    next()
-    expect(seen).toEqual([6])
-    expect(Array.from(await (w.grad as Tensor).values())).toEqual([1 + 2 + 3 + 4])
-  })
-
-  test('leaves no handle behind, in a scope or without', () => {
-    const { mlp, x } = make()
-    const before = alive()
-    const step = () => {
-      const loss = checkpoint(h => mlp.forward(h), x).mean()
-      backward(loss)
-      return loss
-    }
-    scope(() => {
-      step()
-    })
-    for (const { parameter: p } of namedParameters(mlp)) p.zeroGrad()
-    expect(alive()).toBe(before)
-    const w = parameter(2)
-    const start = alive()
-    const loss = checkpoint(() => w.mul(w)).sum()
-    backward(loss)
-    loss.dispose()
-    w.zeroGrad()
-    expect(alive()).toBe(start)
-  })
-
-  test('an error inside passes through and restores recording', () => {
-    const w = parameter(2)
-    let runs = 0
-    const fail = () => {
-      if (++runs === 2) throw new MoeError({ code: 'E_DATA', op: 'fn', problem: 'no' })
-      return w.mul(2)
-    }
-    const out = checkpoint(fail)
-    expect(() => backward(out.sum())).toThrow(expect.objectContaining({ code: 'E_DATA' }))
-    expect([isRecording(), isRecomputing()]).toEqual([true, false])
   })
 })
 

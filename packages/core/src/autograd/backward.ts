@@ -1,14 +1,16 @@
 /** @file Reverse-mode differentiation: one walk over the recorded ops, newest first. */
 import type { PrimitiveName } from '../backend.ts'
-import { context, noGrad, withPrecision } from '../context.ts'
+import { noGrad } from '../context.ts'
 import { full } from '../create.ts'
 import { MoeError } from '../errors.ts'
 import { needTensor } from '../need-tensor.ts'
 import { Parameter } from '../nn/parameter.ts'
 import { checkOptions, type OptionNames } from '../options.ts'
-import { adopt, currentScope, enterScope, leaveScope, scope } from '../scope.ts'
+import { adopt, currentScope, enterScope, leaveScope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
-import { record, type TapeNode, type Tensor, type Vjp } from '../tensor.ts'
+import type { TapeNode, Tensor, Vjp } from '../tensor.ts'
+import { SecondRun } from './checkpoint.ts'
+import { restore } from './discarded.ts'
 import { rules } from './rules.ts'
 
 /** How a walk back begins, and what it leaves. */
@@ -121,8 +123,11 @@ function walk(
         if (!retain) release(node, outputs)
       }
     } finally {
-      // A rule that failed leaves gradients on their way; the next walk must not find them.
-      for (; n < nodes.length; n++) drop(nodes[n].flowing)
+      // A rule that failed leaves gradients on their way, and second runs; the next walk must not find them.
+      for (; n < nodes.length; n++) {
+        drop(nodes[n].flowing)
+        nodes[n].again?.dispose()
+      }
     }
   })
 }
@@ -137,7 +142,8 @@ export function sendSeeds(outputs: readonly Tensor[], seeds: ReadonlyArray<Tenso
   })
 }
 
-function send(to: Tensor, gradient: Tensor, onLeaf: OnLeaf): void {
+/** Internal. Takes the gradient over. */
+export function send(to: Tensor, gradient: Tensor, onLeaf: OnLeaf): void {
   gradient.owner = null
   const { node } = to
   if (node === null) {
@@ -157,6 +163,11 @@ export function hasArrived(flowing: TapeNode['flowing']): boolean {
 /** Internal. Sends what has arrived at a node to those of its inputs that are needed; it stays at the node as well. */
 export function sendOn(node: TapeNode, needs: (input: number) => boolean, onLeaf: OnLeaf): void {
   const { inputs, outputs, attrs, flowing } = node
+  for (let i = 0; i < inputs.length; i++) restore(inputs[i])
+  if (node.again !== null) {
+    sendThrough(node, node.again, onLeaf)
+    return
+  }
   const outer = currentScope()
   const own = enterScope()
   try {
@@ -241,8 +252,43 @@ function rule(node: TapeNode): Vjp<never> {
   if (gradient === null) return rules[node.op as PrimitiveName] as Vjp<never>
   return (
     gradient.vjp ??
-    ((ctx, flowing) => throughRecording(ctx.inputs, flowing, inputs => gradient.decompose(inputs, ctx.attrs)))
+    ((ctx, flowing) => throughDecomposition(ctx.inputs, flowing, inputs => gradient.decompose(inputs, ctx.attrs)))
   )
+}
+
+/** Goes back through the second run of a checkpoint, as if it had been recorded in the first place: gradients add up in the same order. */
+function sendThrough(node: TapeNode, again: SecondRun, onLeaf: OnLeaf): void {
+  try {
+    const { leaves, roots, seeds } = again.towards(node.flowing)
+    const insideOut = (leaf: Tensor, gradient: Tensor) => {
+      const at = leaves.indexOf(leaf)
+      if (at < 0) onLeaf(leaf, gradient)
+      else send(node.inputs[at], gradient, onLeaf)
+    }
+    if (roots.length > 0) walk(roots, seeds, false, insideOut)
+  } finally {
+    again.dispose()
+  }
+}
+
+/** Goes back through a fused op that has no rule of its own. */
+function throughDecomposition(
+  inputs: readonly Tensor[],
+  flowing: ReadonlyArray<Tensor | null>,
+  decompose: (inputs: readonly Tensor[]) => readonly Tensor[],
+): Array<Tensor | null> {
+  const again = new SecondRun(inputs, decompose)
+  try {
+    const { leaves, roots, seeds } = again.towards(flowing)
+    const found = new Map<Tensor, Tensor>()
+    if (roots.length > 0) walk(roots, seeds, false, (leaf, gradient) => add(found, leaf, gradient))
+    return leaves.map(leaf => {
+      const gradient = found.get(leaf)
+      return gradient === undefined ? null : adopt(gradient)
+    })
+  } finally {
+    again.dispose()
+  }
 }
 
 /** Internal. Frees what was recorded at a node, but for the roots. */
@@ -256,89 +302,5 @@ export function release(node: TapeNode, roots: readonly Tensor[]): void {
   }
   node.inputs = []
   node.outputs = []
-}
-
-/** Runs `fn` once more with recording on and goes back through it. Parameters that it uses beside its inputs gather gradients too. */
-function throughRecording(
-  inputs: readonly Tensor[],
-  flowing: ReadonlyArray<Tensor | null>,
-  fn: (inputs: readonly Tensor[]) => Tensor[],
-): Array<Tensor | null> {
-  const leaves = inputs.map(input => {
-    const leaf = input.detach()
-    leaf.tracked = input.tracked
-    return leaf
-  })
-  context.recording = true
-  let outputs: Tensor[]
-  try {
-    outputs = fn(leaves)
-  } finally {
-    context.recording = false
-  }
-  const found = new Map<Tensor, Tensor>()
-  const collect = (leaf: Tensor, gradient: Tensor) => {
-    if (leaves.includes(leaf)) add(found, leaf, gradient)
-    else accumulate(leaf, gradient)
-  }
-  const used = outputs.map((_, i) => i).filter(i => flowing[i] !== null && outputs[i].tracked)
-  if (used.length > 0) {
-    walk(
-      used.map(i => outputs[i]),
-      used.map(i => flowing[i]),
-      false,
-      collect,
-    )
-  }
-  return leaves.map(leaf => {
-    const gradient = found.get(leaf)
-    return gradient === undefined ? null : adopt(gradient)
-  })
-}
-
-/**
- * Runs `fn` without recording its inside, and runs it again during `backward`: the memory of its intermediate results is
- * traded for a second forward pass. Parameters used inside `fn` get their gradients. `isRecomputing()` is true in the second run, where
- * `remember` gives what it gave in the first.
- */
-export function checkpoint(fn: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[]): Tensor {
-  if (!context.recording) return fn(...inputs)
-  const { precision, remembered: outer } = context
-  const remembered: unknown[] = []
-  context.remembered = remembered
-  let output: Tensor
-  try {
-    output = scope(() => {
-      const result = noGrad(() => fn(...inputs))
-      needTensor('checkpoint', 'what the function returned', result)
-      return result.detach()
-    })
-  } finally {
-    context.remembered = outer
-  }
-  const again = (leaves: readonly Tensor[]) => {
-    const before = { ...context }
-    Object.assign(context, { recomputing: true, remembered: null, recalled: remembered.values() })
-    try {
-      return [withPrecision(precision, () => fn(...leaves))]
-    } finally {
-      context.recomputing = before.recomputing
-      context.remembered = before.remembered
-      context.recalled = before.recalled
-    }
-  }
-  const source = {
-    vjp: (ctx: { inputs: readonly Tensor[] }, flowing: ReadonlyArray<Tensor | null>) =>
-      throughRecording(ctx.inputs, flowing, again),
-    decompose: again,
-  }
-  // The marker is tracked whatever the inputs are, because parameters inside fn may need gradients.
-  const marker = full([], 0, { backend: output.backend })
-  marker.tracked = true
-  marker.temporary = true
-  record('checkpoint', [...inputs, marker], null, [output], {
-    ...source,
-    vjp: (ctx, flowing) => [...source.vjp({ inputs: ctx.inputs.slice(0, -1) }, flowing), null],
-  })
-  return output
+  node.again?.dispose()
 }

@@ -9,7 +9,8 @@ import { Random } from '../random.ts'
 import { readF64, referenceBackend } from '../reference/index.ts'
 import { scope } from '../scope.ts'
 import type { Tensor } from '../tensor.ts'
-import { backward, checkpoint } from './backward.ts'
+import { backward } from './backward.ts'
+import { checkpoint } from './checkpoint.ts'
 import { backwardInput } from './split.ts'
 
 let backend: Backend
@@ -97,15 +98,23 @@ describe('a backward pass in two parts', () => {
       expect(found[name], name).toEqual(values?.map(value => expect.closeTo(2 * value, 10)))
   })
 
-  test('through a checkpoint, whose parameters have their gradients at once', () => {
+  test('through a checkpoint, inside of which the weights of products wait as well', () => {
+    const dy = randn([5, 6], new Random(3))
+    const expected = whole(new Stage(), dy)
     const stage = new Stage()
+    const before = alive()
+    // The input's part in a scope of its own: what the second part needs outlives it.
     const x = input()
-    const split = backwardInput([checkpoint(t => stage.forward(t)[0], x).sum()], [x])
-    expect(gradientsOf(stage)['mlp.up_proj.weight']).not.toBeNull()
-    split.weights()
-    const plain = new Stage()
-    backward(plain.forward(input())[0].sum())
-    expect(gradientsOf(stage)).toEqual(gradientsOf(plain))
+    const outputs = checkpoint(t => stage.forward(t), x)
+    const { gradients, weights } = scope(() => backwardInput(outputs, [x], [dy, null]))
+    expect(readF64(gradients[0] as Tensor)).toEqual(expected.dx)
+    expect(gradientsOf(stage)['mlp.up_proj.weight']).toBeNull()
+    expect(gradientsOf(stage)['norm.weight']).toEqual(expected.weights['norm.weight'])
+    scope(weights)
+    expect(gradientsOf(stage)).toEqual(expected.weights)
+    for (const tensor of [x, dy, ...outputs, gradients[0]]) tensor?.dispose()
+    for (const { parameter } of namedParameters(stage)) parameter.zeroGrad()
+    expect(alive()).toBe(before - 1)
   })
 
   test('given up, it leaves nothing behind', () => {

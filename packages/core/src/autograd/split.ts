@@ -4,7 +4,20 @@ import { noGrad } from '../context.ts'
 import { MoeError } from '../errors.ts'
 import { showShape } from '../shape.ts'
 import type { TapeNode, Tensor } from '../tensor.ts'
-import { accumulate, add, checkSeed, drop, hasArrived, reachable, release, sendOn, sendSeeds } from './backward.ts'
+import {
+  accumulate,
+  add,
+  checkSeed,
+  drop,
+  hasArrived,
+  type OnLeaf,
+  reachable,
+  release,
+  send,
+  sendOn,
+  sendSeeds,
+} from './backward.ts'
+import type { SecondRun } from './checkpoint.ts'
 
 /** A backward pass of which the inputs' part is done. */
 export interface SplitBackward {
@@ -35,28 +48,74 @@ export function backwardInput(
 ): SplitBackward {
   for (const [i, output] of outputs.entries()) checkSeed(output, gradients[i] ?? undefined)
   for (const input of inputs) checkInput(input)
-  const nodes = reachable(outputs)
-  const wanted = new Set(inputs)
   const found = new Map<Tensor, Tensor>()
+  const wanted = new Set(inputs)
   const onLeaf = (leaf: Tensor, gradient: Tensor) => {
     if (wanted.has(leaf)) add(found, leaf, gradient)
     else accumulate(leaf, gradient)
   }
-  const leading = pathTo(wanted, nodes)
+  const giveBack = () => {
+    for (const gradient of found.values()) gradient.dispose()
+  }
+  const { weights, dispose } = split(outputs, wanted, gradients, { onLeaf, giveBack })
+  let done = false
+  return {
+    gradients: inputs.map(input => found.get(input) ?? null),
+    weights() {
+      if (done) throw usedUp()
+      done = true
+      try {
+        noGrad(weights)
+      } finally {
+        dispose()
+      }
+    },
+    dispose() {
+      done = true
+      dispose()
+    },
+  }
+}
+
+interface Split {
+  /** The second part. */
+  weights(): void
+  /** Frees all that is left, whether there was a second part or not. */
+  dispose(): void
+}
+
+/** @param towards the leaves of which the first part is to find the gradients */
+function split(
+  outputs: readonly Tensor[],
+  towards: ReadonlySet<Tensor>,
+  seeds: ReadonlyArray<Tensor | null>,
+  { onLeaf, giveBack }: { readonly onLeaf: OnLeaf; readonly giveBack?: () => void },
+): Split {
+  const nodes = reachable(outputs)
+  const leading = pathTo(towards, nodes)
   /** Nodes that have a second part, and which of their inputs it is for. */
   const putOff = new Map<TapeNode, boolean[]>()
+  /** Second parts of what is gone through in a checkpoint. */
+  const inside = new Map<TapeNode, Split>()
   const giveUp = () => {
-    for (const node of nodes) drop(node.flowing)
+    for (const node of nodes) {
+      drop(node.flowing)
+      inside.get(node)?.dispose()
+      node.again?.dispose()
+    }
   }
   noGrad(() => {
     try {
-      sendSeeds(outputs, gradients, onLeaf)
+      sendSeeds(outputs, seeds, onLeaf)
       for (const node of nodes) {
         const leads = leading.get(node)
         if (leads === undefined || !hasArrived(node.flowing)) continue
         const { inputs: own } = node
         const others = own.map((input, i) => input.tracked && !leads[i])
-        if (apart.has(node.op) && others.includes(true)) {
+        if (node.again !== null) {
+          sendInside(node, node.again, { inside, onLeaf })
+          drop(node.flowing)
+        } else if (apart.has(node.op) && others.includes(true)) {
           sendOn(node, i => leads[i], onLeaf)
           putOff.set(node, others)
         } else {
@@ -66,41 +125,45 @@ export function backwardInput(
       }
     } catch (error) {
       giveUp()
-      for (const gradient of found.values()) gradient.dispose()
+      giveBack?.()
       throw error
     }
   })
   const left = nodes.filter(node => putOff.has(node) || !leading.has(node))
   const kept = freeAllBut(left, nodes, outputs)
-
-  let done = false
-  const finish = () => {
-    done = true
-    giveUp()
-    for (const node of left) release(node, outputs)
-    for (const tensor of kept) tensor.dispose()
-  }
+  const isLeft = new Set(left)
   return {
-    gradients: inputs.map(input => found.get(input) ?? null),
     weights() {
-      if (done) throw usedUp()
-      try {
-        noGrad(() => {
-          for (const node of left) {
-            if (!hasArrived(node.flowing)) continue
-            const needed = putOff.get(node) ?? node.inputs.map(input => input.tracked)
-            sendOn(node, i => needed[i], accumulate)
-            drop(node.flowing)
-          }
-        })
-      } finally {
-        finish()
+      for (const node of nodes) {
+        inside.get(node)?.weights()
+        if (!isLeft.has(node) || !hasArrived(node.flowing)) continue
+        const needed = putOff.get(node) ?? node.inputs.map(input => input.tracked)
+        sendOn(node, i => needed[i], accumulate)
+        drop(node.flowing)
       }
     },
     dispose() {
-      if (!done) finish()
+      giveUp()
+      for (const node of left) release(node, outputs)
+      for (const tensor of kept) tensor.dispose()
     },
   }
+}
+
+/** Goes through the second run of a checkpoint as `split` goes through what is around it. */
+function sendInside(
+  node: TapeNode,
+  again: SecondRun,
+  { inside, onLeaf }: { inside: Map<TapeNode, Split>; onLeaf: OnLeaf },
+): void {
+  const { leaves, roots, seeds } = again.towards(node.flowing)
+  if (roots.length === 0) return
+  const towards = new Set(leaves.filter(leaf => leaf.tracked))
+  const insideOut = (leaf: Tensor, gradient: Tensor) => {
+    if (towards.has(leaf)) send(node.inputs[leaves.indexOf(leaf)], gradient, onLeaf)
+    else onLeaf(leaf, gradient)
+  }
+  inside.set(node, split(roots, towards, seeds, { onLeaf: insideOut }))
 }
 
 /** Nodes through which gradients reach the wanted leaves, each with which of its inputs lead there. */

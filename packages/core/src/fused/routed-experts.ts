@@ -2,8 +2,11 @@
  * @file The way of tokens to their experts, through them, and back, as one op: a kernel of it decides how the rows between the products are stored.
  * N tokens, K choices each, M = N K rows in expert order, E experts, D features, I inner ones.
  */
+import { withKept, withRecomputed } from '../autograd/checkpoint.ts'
+import type { Precision } from '../backend.ts'
 import { context } from '../context.ts'
 import { needDtype, needShape } from '../infer.ts'
+import { checkOptions } from '../options.ts'
 import { scope } from '../scope.ts'
 import { type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 import {
@@ -35,13 +38,7 @@ export const routedExpertsDefinition: FusedDefinition<'routedExperts'> = {
     const saved = { shape: [weights.size, inner], dtype: precision === 'f32' ? 'f32' : 'bf16' } as const
     return [{ shape: x.shape, dtype: 'f32' }, ...(saves ? [saved, saved] : [])]
   },
-  decompose([x, gate, up, down, weights, order, positions, offsets], { precision }) {
-    const [rows_MD] = runFused(permuteTokensDefinition, [x, order, positions], { topK: weights.shape[1] })
-    const product = (a: Tensor, weight: Tensor) =>
-      runFused(groupedMatmulDefinition, [a, weight, offsets], { transposeW: true, precision })[0]
-    const [inner_MI] = runFused(swigluDefinition, [product(rows_MD, gate), product(rows_MD, up)], {})
-    return runFused(combineTokensDefinition, [product(inner_MI, down), weights, order, positions], {})
-  },
+  decompose: (inputs, { precision }) => compose(inputs, precision, withKept),
   vjp({ inputs, outputs: [, ...saved], attrs: { precision }, needs }, [dout]) {
     const none = inputs.map(() => null)
     if (dout === null) return none
@@ -51,6 +48,26 @@ export const routedExpertsDefinition: FusedDefinition<'routedExperts'> = {
     let next = 0
     return none.map((_, i) => (wanted[i] ? found[next++] : null))
   },
+}
+
+/** @param through how what takes little time to make comes to the products that read it */
+function compose(inputs: readonly Tensor[], precision: Precision, through: typeof withRecomputed): Tensor[] {
+  const [x, gate, up, down, weights, order, positions, offsets] = inputs
+  const product = (a: Tensor, weight: Tensor) =>
+    runFused(groupedMatmulDefinition, [a, weight, offsets], { transposeW: true, precision })[0]
+  const attrs = { topK: weights.shape[1] }
+  const [gate_MI, up_MI] = through(
+    tokens => [runFused(permuteTokensDefinition, [tokens, order, positions], attrs)[0]],
+    rows_MD => [product(rows_MD, gate), product(rows_MD, up)] as const,
+    x,
+  )
+  const out_MD = through(
+    (...of) => [runFused(swigluDefinition, of, {})[0]],
+    inner_MI => product(inner_MI, down),
+    gate_MI,
+    up_MI,
+  )
+  return runFused(combineTokensDefinition, [out_MD, weights, order, positions], {})
 }
 
 export const routedExpertsBackwardDefinition: FusedDefinition<'routedExpertsBackward'> = {
@@ -100,9 +117,17 @@ export interface ExpertWeights {
 /**
  * What the experts that the plan chose make of the tokens `x [N, D]`, weighted by `weights [N, K]` and summed: `[N, D]`. The same as permuteTokens, groupedMatmul by
  * gate and up, swiglu, groupedMatmul by down and combineTokens, which it is in f32; in bf16 and fp8 a backend may store what products give in bf16.
+ * @param options.recompute makes what permuteTokens and swiglu give again on the way back, as such a backend does anyway. Default false
  * @throws MoeError E_SHAPE, E_DTYPE
  */
-export function routedExperts(x: Tensor, experts: ExpertWeights, weights: Tensor, plan: DispatchPlan): Tensor {
+export function routedExperts(
+  x: Tensor,
+  experts: ExpertWeights,
+  weights: Tensor,
+  plan: DispatchPlan,
+  options: { recompute?: boolean } = {},
+): Tensor {
+  checkOptions('routedExperts', options, { recompute: true })
   const { precision } = context
   const { gate, up, down } = experts
   const inputs = [x, gate, up, down, weights, plan.order, plan.positions, plan.offsets]
@@ -113,6 +138,6 @@ export function routedExperts(x: Tensor, experts: ExpertWeights, weights: Tensor
   }
   // There is nothing to gain, so this is no fallback.
   routedExpertsDefinition.infer(inputs, attrs)
-  const compose = () => routedExpertsDefinition.decompose(inputs, attrs)[0]
-  return saves ? compose() : scope(compose)
+  const run = () => compose(inputs, precision, options.recompute ? withRecomputed : withKept)[0]
+  return saves ? run() : scope(run)
 }

@@ -1,4 +1,6 @@
 /** @file The layers that every part of a model uses: linear, embedding, RMSNorm, SwiGLU MLP; and how they are initialized. */
+
+import { withKept, withRecomputed } from '../autograd/checkpoint.ts'
 import type { Backend, WeightFormat } from '../backend.ts'
 import { noGrad, widePrecision, withPrecision } from '../context.ts'
 import { ones, randn, zeros } from '../create.ts'
@@ -172,6 +174,8 @@ export class SwigluMlp extends Module {
   up_proj: Linear
   /** `[features, hidden]`. */
   down_proj: Linear
+  /** Make the gated activation again on the way back, in place of keeping it. May be changed between passes. Default false. */
+  recompute = false
 
   /** A net of `features` in and out, `hidden` in between. @throws MoeError E_CONFIG for an unknown option */
   constructor(features: number, hidden: number, init: InitOptions = {}) {
@@ -184,6 +188,12 @@ export class SwigluMlp extends Module {
 
   /** x `[..., features]` to the same shape. */
   forward(x: Tensor): Tensor {
-    return this.down_proj.forward(swiglu(this.gate_proj.forward(x), this.up_proj.forward(x)))
+    const through = this.recompute ? withRecomputed : withKept
+    return through(
+      (gate, up) => [swiglu(gate, up)],
+      inner => this.down_proj.forward(inner),
+      this.gate_proj.forward(x),
+      this.up_proj.forward(x),
+    )
   }
 }

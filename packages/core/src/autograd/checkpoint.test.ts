@@ -1,0 +1,345 @@
+import { beforeEach, describe, expect, test } from 'vitest'
+import type { Backend } from '../backend.ts'
+import { isRecomputing, isRecording, noGrad, remember, setDefaultBackend } from '../context.ts'
+import { ones, randn, tensor } from '../create.ts'
+import { MoeError } from '../errors.ts'
+import { swiglu } from '../fused/swiglu.ts'
+import { Linear, RmsNorm, SwigluMlp } from '../nn/layers.ts'
+import { Module, namedParameters } from '../nn/module.ts'
+import { Parameter } from '../nn/parameter.ts'
+import { Random } from '../random.ts'
+import { readF64, referenceBackend } from '../reference/index.ts'
+import { keep, scope } from '../scope.ts'
+import type { Tensor } from '../tensor.ts'
+import { assertClose, tolerances } from '../testing/compare.ts'
+import { backward, gradients } from './backward.ts'
+import { checkpoint, withRecomputed } from './checkpoint.ts'
+import { backwardInput } from './split.ts'
+
+let backend: Backend
+beforeEach(() => {
+  backend = referenceBackend()
+  setDefaultBackend(backend)
+})
+const alive = () => backend.stats().handles
+const parameter = (...values: number[]) => new Parameter(tensor(values))
+const grad = (of: Parameter) => of.grad && Array.from(readF64(of.grad))
+
+describe('checkpoint', () => {
+  test('takes a synchronous function that gives a tensor', () => {
+    const wrong = (fn: unknown) => () => checkpoint(fn as () => Tensor, ones([2]))
+    expect(wrong(async (x: Tensor) => x)).toThrow(
+      expect.objectContaining({ code: 'E_ATTR', message: expect.stringContaining('returned a promise') }),
+    )
+    expect(wrong(() => 3)).toThrow(
+      expect.objectContaining({
+        code: 'E_ATTR',
+        message: expect.stringContaining('what the function returned is the number 3, no tensor'),
+      }),
+    )
+  })
+
+  const make = () => {
+    const random = new Random(3)
+    return { mlp: new SwigluMlp(8, 32, { random, deviation: 0.5 }), x: randn([16, 8], random) }
+  }
+
+  test('gives the values and gradients of the plain pass', () => {
+    const { mlp, x } = make()
+    const input = new Parameter(x)
+    const forward = (h: Tensor) => mlp.forward(h).mul(h)
+    const plain = scope(() => keep(forward(input).detach()))
+    scope(() => backward(forward(input).mul(3).sum()))
+    const all = [input, ...namedParameters(mlp).map(({ parameter: p }) => p)]
+    const expected = all.map(p => Float64Array.from(readF64(p.grad as Tensor)))
+    for (const p of all) p.zeroGrad()
+    scope(() => {
+      const out = checkpoint(forward, input)
+      assertClose('output', readF64(out), readF64(plain), tolerances.exact)
+      backward(out.mul(3).sum())
+    })
+    for (const [i, p] of all.entries())
+      assertClose(`gradient ${i}`, readF64(p.grad as Tensor), expected[i], tolerances.exact)
+  })
+
+  test('works between recorded ops, nested, and for several inputs', () => {
+    const w = parameter(2)
+    const v = parameter(3)
+    const inner = (a: Tensor, b: Tensor) => checkpoint((c, d) => c.mul(d).mul(w), a, b)
+    const out = checkpoint((a, b) => inner(a, b).add(a), w.mul(1), v.mul(1))
+    backward(out.mul(10).sum())
+    // out = w v w + w
+    expect(grad(w)).toEqual([10 * (2 * 2 * 3 + 1)])
+    expect(grad(v)).toEqual([40])
+  })
+
+  test('holds less memory between forward and backward', () => {
+    const { mlp, x } = make()
+    const bytes = (forward: () => Tensor) =>
+      scope(() => {
+        const before = backend.stats().bytes
+        forward()
+        return backend.stats().bytes - before
+      })
+    const plain = bytes(() => mlp.forward(mlp.forward(x)))
+    const light = bytes(() => checkpoint(h => mlp.forward(mlp.forward(h)), x))
+    expect(light).toBeLessThan(plain / 4)
+  })
+
+  test('tells fn when it runs again, and only then', () => {
+    const w = parameter(2)
+    const seen: boolean[] = []
+    const out = checkpoint(() => {
+      seen.push(isRecomputing())
+      return w.mul(w)
+    })
+    expect(isRecomputing()).toBe(false)
+    backward(out.sum())
+    expect(isRecomputing()).toBe(false)
+    expect(seen).toEqual([false, true])
+    noGrad(() => checkpoint(() => w.mul(w)))
+    expect(seen).toHaveLength(2)
+  })
+
+  test('remember gives in the second run what it gave in the first, nested checkpoints included', async () => {
+    const w = parameter(2)
+    let state = 0
+    const seen: number[] = []
+    const next = () => {
+      const value = remember(() => ++state)
+      seen.push(value)
+      return w.mul(value)
+    }
+    const first = checkpoint(() => next().add(checkpoint(() => next().add(next()))))
+    const second = checkpoint(next)
+    next()
+    expect(seen.splice(0)).toEqual([1, 2, 3, 4, 5])
+    backward(first.add(second).sum())
+    // The last block goes back first; the inner one of the other runs three times.
+    expect(seen.splice(0)).toEqual([4, 1, 2, 3, 2, 3])
+    expect(state).toBe(5)
+    next()
+    expect(seen).toEqual([6])
+    expect(Array.from(await (w.grad as Tensor).values())).toEqual([1 + 2 + 3 + 4])
+  })
+
+  test('leaves no handle behind, in a scope or without', () => {
+    const { mlp, x } = make()
+    const before = alive()
+    const step = () => {
+      const loss = checkpoint(h => mlp.forward(h), x).mean()
+      backward(loss)
+      return loss
+    }
+    scope(() => {
+      step()
+    })
+    for (const { parameter: p } of namedParameters(mlp)) p.zeroGrad()
+    expect(alive()).toBe(before)
+    const w = parameter(2)
+    const start = alive()
+    const loss = checkpoint(() => w.mul(w)).sum()
+    backward(loss)
+    loss.dispose()
+    w.zeroGrad()
+    expect(alive()).toBe(start)
+  })
+
+  test('an error inside passes through and restores recording', () => {
+    const w = parameter(2)
+    let runs = 0
+    const fail = () => {
+      if (++runs === 2) throw new MoeError({ code: 'E_DATA', op: 'fn', problem: 'no' })
+      return w.mul(2)
+    }
+    const out = checkpoint(fail)
+    expect(() => backward(out.sum())).toThrow(expect.objectContaining({ code: 'E_DATA' }))
+    expect([isRecording(), isRecomputing()]).toEqual([true, false])
+  })
+})
+
+describe('a checkpoint of several results', () => {
+  test('has the gradients of all that are used, and integers have none', () => {
+    const w = parameter(2, 3)
+    const [square, order, cube] = checkpoint(x => [x.mul(w), x.topk(1).indices, x.mul(w).mul(w)] as const, w.mul(1))
+    expect([square.tracked, order.tracked, cube.tracked]).toEqual([true, false, true])
+    backward(square.sum().add(cube.mul(10).sum()))
+    expect(grad(w)).toEqual([2 * 2 + 10 * 3 * 4, 2 * 3 + 10 * 3 * 9])
+    const v = parameter(5)
+    const [unused, used] = checkpoint(() => [v.mul(2), v.mul(3)])
+    backward(used.sum())
+    expect(grad(v)).toEqual([3])
+    unused.dispose()
+  })
+
+  test('says which of them is no tensor', () => {
+    expect(() => checkpoint((x: Tensor) => [x, 3] as never, ones([2]))).toThrow(/returned is the number 3, no tensor/)
+  })
+})
+
+/** x + down(swiglu(gate(norm(x)), up(norm(x)))), the norm and the activation kept or not. */
+class Net extends Module {
+  norm = new RmsNorm(6)
+  gate: Linear
+  up: Linear
+  down: Linear
+  readonly lean: boolean
+
+  constructor(lean: boolean) {
+    super()
+    this.lean = lean
+    const [a, b, c] = ['a', 'b', 'c'].map(name => ({ random: new Random(1).fork(name), deviation: 0.7 }))
+    this.gate = new Linear(6, 10, a)
+    this.up = new Linear(6, 10, b)
+    this.down = new Linear(10, 6, c)
+  }
+
+  forward(x: Tensor): Tensor {
+    const { lean, norm } = this
+    // The products fold the leading axes: reshapes of what is lent.
+    const inner = (n: Tensor) => {
+      const [g, u] = [this.gate.forward(n), this.up.forward(n)]
+      return lean
+        ? withRecomputed(
+            (...of) => [swiglu(of[0], of[1])],
+            h => this.down.forward(h),
+            g,
+            u,
+          )
+        : this.down.forward(swiglu(g, u))
+    }
+    return x.add(lean ? withRecomputed(of => [norm.forward(of)], inner, x) : inner(norm.forward(x)))
+  }
+}
+
+describe('withRecomputed', () => {
+  const input = () => {
+    const x = randn([2, 5, 6], new Random(2))
+    x.tracked = true
+    return x
+  }
+  const dy = () => randn([2, 5, 6], new Random(3))
+  const gradientsOf = (module: Module) => namedParameters(module).map(({ parameter }) => grad(parameter))
+
+  test('has the numbers of the plain pass, with half of its memory between forward and backward', () => {
+    const [plain, lean] = [false, true].map(isLean => {
+      const net = new Net(isLean)
+      return scope(() => {
+        const x = input()
+        const before = backend.stats().bytes
+        const y = net.forward(net.forward(x))
+        const held = backend.stats().bytes - before
+        const [dx] = gradients(y, [x], { gradient: dy(), retain: true })
+        const out = readF64(y)
+        backward(y, { gradient: dy() })
+        return { out, dx: readF64(dx as Tensor), of: gradientsOf(net), held }
+      })
+    })
+    expect({ ...lean, held: 0 }).toEqual({ ...plain, held: 0 })
+    // On this backend the norm and the activation are ops of their own, whose results stay in the plain pass.
+    expect(lean.held).toBeLessThan(plain.held / 2)
+  })
+
+  test('leaves nothing behind, whether gone back through, given up or failed', () => {
+    const net = new Net(true)
+    const before = alive()
+    const run = (how: (y: Tensor) => void) => {
+      scope(() => {
+        how(net.forward(net.forward(input())))
+      })
+      for (const { parameter } of namedParameters(net)) parameter.zeroGrad()
+      expect(alive()).toBe(before)
+    }
+    run(() => undefined)
+    run(y => backward(y, { gradient: dy() }))
+    run(y => {
+      backward(y, { gradient: dy(), retain: true })
+      backward(y, { gradient: dy() })
+    })
+    noGrad(() => run(() => undefined))
+    // Something has gone between the second runs of the two nets.
+    const w = parameter(1)
+    const start = alive()
+    scope(() => {
+      const middle = net.forward(input())
+      const y = net.forward(middle.mul(w))
+      middle.dispose()
+      expect(() => backward(y, { gradient: dy() })).toThrow(/already freed/)
+    })
+    expect(alive()).toBe(start)
+  })
+
+  test('goes back in two parts, too, the weights of products last', () => {
+    const whole = new Net(false)
+    const at = input()
+    const [expected] = gradients(whole.forward(at), [at], { gradient: dy(), retain: true })
+    backward(whole.forward(input()), { gradient: dy() })
+    const net = new Net(true)
+    const x = input()
+    const y = net.forward(x)
+    // The input's part in a scope of its own: what the second part needs outlives it.
+    const split = scope(() => backwardInput([y], [x], [dy()]))
+    expect(readF64(split.gradients[0] as Tensor)).toEqual(readF64(expected as Tensor))
+    expect(net.down.weight.grad).toBeNull()
+    split.weights()
+    expect(gradientsOf(net)).toEqual(gradientsOf(whole))
+  })
+
+  test('runs the first function twice and the second once', () => {
+    const w = parameter(2)
+    const seen: string[] = []
+    const note = (what: string) => seen.push(isRecomputing() ? `${what} again` : what)
+    const out = withRecomputed(
+      x => {
+        note('make')
+        return [x.mul(w), x.mul(3)]
+      },
+      (a, b) => {
+        note('use')
+        return a.mul(b)
+      },
+      w.mul(1),
+    )
+    expect(seen.splice(0)).toEqual(['make', 'use'])
+    backward(out.sum())
+    expect(seen).toEqual(['make again'])
+    // 3 w^3
+    expect(grad(w)).toEqual([9 * 4])
+  })
+
+  test('does not free what is returned, and later ops say that the rest is gone', () => {
+    const w = parameter(2, 3)
+    const kept: Tensor[] = []
+    const out = withRecomputed(
+      x => [x.mul(2), x.mul(3)],
+      (a, b) => {
+        kept.push(b)
+        return a
+      },
+      w.mul(1),
+    )
+    expect(Array.from(readF64(out))).toEqual([4, 6])
+    expect(() => kept[0].add(1)).toThrow(expect.objectContaining({ code: 'E_DISPOSED' }))
+    backward(out.sum())
+    expect(grad(w)).toEqual([2, 2])
+  })
+
+  test('an error in the second run passes through, and nothing is left', () => {
+    const w = parameter(2)
+    const before = alive()
+    let runs = 0
+    scope(() => {
+      const y = withRecomputed(
+        x => {
+          if (++runs === 2) throw new MoeError({ code: 'E_DATA', op: 'fn', problem: 'no' })
+          return [x.mul(w)]
+        },
+        a => a.mul(a),
+        w.mul(1),
+      )
+      expect(() => backward(y.sum())).toThrow(expect.objectContaining({ code: 'E_DATA' }))
+    })
+    expect([isRecording(), isRecomputing()]).toEqual([true, false])
+    expect(alive()).toBe(before)
+  })
+})

@@ -1,0 +1,54 @@
+/** @file Intermediate results that were freed although the way back needs them: how each is made again. */
+import { context } from '../context.ts'
+import { spend, type Tensor } from '../tensor.ts'
+
+const makers = new WeakMap<Tensor, () => void>()
+
+/** Makes a tensor again that was discarded. Others stay as they are. */
+export function restore(tensor: Tensor): void {
+  if (tensor.handle === null) makers.get(tensor)?.()
+}
+
+/**
+ * Runs `use`, and frees the tensors that it was lent, with all their reshapes, when it has ended: `restore` makes them again. Those that are part of the
+ * result stay.
+ * @param again makes lent tensors again
+ */
+export function lend<T>(lent: readonly Tensor[], again: () => readonly Tensor[], use: () => T): T {
+  const outer = context.lent
+  const watched = outer ?? new Set<Tensor>()
+  for (const tensor of lent) watched.add(tensor)
+  context.lent = watched
+  let result: T
+  const own = new Set(lent)
+  try {
+    result = use()
+  } finally {
+    for (const tensor of watched) {
+      const { node } = tensor
+      if (node?.op === 'reshape' && own.has(node.inputs[0])) own.add(tensor)
+    }
+    for (const tensor of own) watched.delete(tensor)
+    context.lent = outer
+  }
+  const returned: readonly unknown[] = Array.isArray(result) ? result : [result]
+  for (const [i, tensor] of [...own].entries()) {
+    const { node } = tensor
+    if (node === null || tensor.handle === null || returned.includes(tensor)) continue
+    const [base] = node.inputs
+    makers.set(tensor, () => take(tensor, i < lent.length ? again()[i] : restored(base)))
+    spend(tensor)
+  }
+  return result
+}
+
+function restored(tensor: Tensor): Tensor {
+  restore(tensor)
+  return tensor
+}
+
+/** Gives a discarded tensor the elements of another one of as many. */
+function take(tensor: Tensor, from: Tensor): void {
+  tensor.handle = tensor.backend.primitives.reshape([from], {}, [tensor])[0]
+  tensor.temporary = false
+}
