@@ -31,6 +31,8 @@ import {
   scope,
   type Tensor,
   weightVersion,
+  withKept,
+  withRecomputed,
 } from '@moe/core'
 import { latentFeatures } from './cache/kv-cache.ts'
 import { type CacheStep, needSequences, type SequenceCache } from './cache/sequence-cache.ts'
@@ -96,6 +98,11 @@ export class MultiHeadLatentAttention extends Module {
   kv_b_proj: Linear
   /** W_O `[hidden_size, heads * v]` (eq. 11). */
   o_proj: Linear
+  /**
+   * Make queries, keys and values again from the latents on the way back, in place of keeping them (V3 report 3.2.3); the attention itself is not repeated. May be changed between
+   * passes. Default false.
+   */
+  recompute = false
   readonly #config: MlaConfig
   readonly #scale: number
   readonly #rotary: RotaryEmbedding
@@ -143,9 +150,16 @@ export class MultiHeadLatentAttention extends Module {
     if (cache === undefined) {
       const tables = positions ? this.#rotary.at(positions, x_BTD.shape, backend) : this.#rotary.first(time, backend)
       const { down, both } = this.#project(x_BTD)
-      const latent_BTC = this.#latent(both)
-      const ropeKey_BT1R = this.#turn(this.#ropeKey(both), tables)
-      return this.#expanded(this.#turn(this.#queries(down), tables), latent_BTC, ropeKey_BT1R, { starts })
+      const through = this.recompute ? withRecomputed : withKept
+      return through(
+        (forQueries, forKeys) => {
+          const q = this.#turn(this.#queries(forQueries), tables)
+          return [q, ...this.#keyValue(this.#latent(forKeys), this.#turn(this.#ropeKey(forKeys), tables))]
+        },
+        (q, k, v) => this.#attend(q, k, v, { starts }),
+        down,
+        both,
+      )
     }
     needSequences('MultiHeadLatentAttention', x_BTD, cache)
     return noGrad(() =>
@@ -188,19 +202,19 @@ export class MultiHeadLatentAttention extends Module {
     return both.narrow(2, features - ropeDim, features).reshape([batch, time, 1, ropeDim])
   }
 
-  /** Multi-head form: every head's keys and values are expanded from the latents (training, and prefill). */
-  #expanded(
-    q_BTHD: Tensor,
-    latent_BSC: Tensor,
-    ropeKey_BS1R: Tensor,
-    seen: Pick<AttentionOptions, 'lengths' | 'starts'>,
-  ): Tensor {
+  /** Multi-head form: every head's keys `[B, S, H, N + R]` and values `[B, S, H, V]` are expanded from the latents (training, and prefill). */
+  #keyValue(latent_BSC: Tensor, ropeKey_BS1R: Tensor): readonly [k: Tensor, v: Tensor] {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, v_head_dim: value } = this.#config
     const [batch, keys] = latent_BSC.shape
     const kv = this.kv_b_proj.forward(latent_BSC).reshape([batch, keys, heads, nope + value])
     const { k, v } = mlaKeyValue(kv, ropeKey_BS1R, nope)
+    return [k, v]
+  }
+
+  #attend(q_BTHD: Tensor, k: Tensor, v: Tensor, seen: Pick<AttentionOptions, 'lengths' | 'starts'>): Tensor {
+    const [batch, time] = q_BTHD.shape
     const out = attention(q_BTHD, k, v, { scale: this.#scale, ...seen })
-    return this.o_proj.forward(out.reshape([batch, q_BTHD.shape[1], heads * value]))
+    return this.o_proj.forward(out.reshape([batch, time, v.shape[2] * v.shape[3]]))
   }
 
   #cached(x: Tensor, cache: SequenceCache, tables: RotaryTables, options: MlaForwardOptions): Tensor {
@@ -215,7 +229,8 @@ export class MultiHeadLatentAttention extends Module {
     if (time <= absorbUpTo) return this.#absorbedForward(q, tables, cache.rows(layer), step)
     const rows = cache.first(layer, Math.max(...cache.lengths) + time).cast('f32')
     const latents = rows.narrow(2, 0, this.#config.kv_lora_rank)
-    return this.#expanded(this.#turn(q, tables), latents, this.#ropeKey(rows), { lengths: step.lengths })
+    const [k, v] = this.#keyValue(latents, this.#ropeKey(rows))
+    return this.#attend(this.#turn(q, tables), k, v, { lengths: step.lengths })
   }
 
   /** Multi-query form in latent space: score = (W_UK^T q_nope) . c + q_rope . k_rope, out = W_UV (sum p c). */

@@ -26,7 +26,7 @@ export {
   DeepSeek,
   type DeepSeekLoss,
 } from './model.ts'
-export type { DeepSeekOptions, FromPretrainedOptions, Objective } from './options.ts'
+export type { DeepSeekOptions, FromPretrainedOptions, Objective, Recompute } from './options.ts'
 export type { DeepSeekPieces, PieceRunner, RouteElsewhere } from './pieces.ts'
 export { presets } from './presets.ts'
 export { loadWeights } from './pretrained.ts'

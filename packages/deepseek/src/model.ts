@@ -63,6 +63,7 @@ import type { GenerateOptions, Generation, SessionOptions, TextOptions } from '.
 import type { TokenLogProb } from './log-probs.ts'
 import type { LossSource } from './loss-parts.ts'
 import {
+  checkRecompute,
   type DeepSeekOptions,
   droppingNames,
   type FromPretrainedOptions,
@@ -145,6 +146,7 @@ export class DeepSeek extends Module {
     checkOptions('DeepSeek', options, optionNames)
     const { seed = 0, backend = defaultBackend(), weights, objective = {}, balancer, monitor = null } = options
     checkOptions('DeepSeek objective', objective, usualObjective)
+    checkRecompute(options.recompute)
     const { undropped: share = 0.1, ...budget } = options.dropping ?? {}
     if (options.dropping) checkOptions('DeepSeek dropping', options.dropping, droppingNames)
     const dropping = options.dropping && (budget as TokenDropping)
@@ -160,7 +162,8 @@ export class DeepSeek extends Module {
     const deviation = seed === null ? 0 : this.#config.initializer_range
     const init: InitOptions = { random: new Random(seed ?? 0), deviation, backend, weights }
     this.#rotary = new RotaryEmbedding(this.#config)
-    const { model, head } = allOrNothing(() => makeTrunk(this.#config, this.#rotary, { ...init, balancer, dropping }))
+    const parts = { balancer, dropping, recompute: options.recompute }
+    const { model, head } = allOrNothing(() => makeTrunk(this.#config, this.#rotary, { ...init, ...parts }))
     this.model = model
     this.lm_head = head
   }

@@ -1,6 +1,6 @@
 /** @file How a model starts, how it is balanced and what its loss is made of. */
 import type { FolderOptions } from '@moe/checkpoint'
-import type { Backend, OptionNames, WeightFormat } from '@moe/core'
+import { type Backend, MoeError, type OptionNames, shown, type WeightFormat } from '@moe/core'
 import type { Balancer, LoadMonitor, Scheduled, TokenDropping } from '@moe/router'
 
 /**
@@ -20,6 +20,13 @@ export interface Objective {
   mtpAcceptance: boolean
 }
 
+/**
+ * What a training step computes again on its way back, in place of keeping it from its way forward: time for memory. Losses and gradients stay the same, bit for bit.
+ * `'selective'`: norms, queries, keys and values made from the latents, gated activations (DeepSeek-V3 report 3.2.3 and 3.3.3), and tokens in the order of their experts. `'layers'`: every layer but for
+ * its input. `{ every: n }`: every n-th layer so. Layers of MTP modules count.
+ */
+export type Recompute = 'selective' | 'layers' | { readonly every: number }
+
 /** How a model starts, how it is balanced and what its loss is made of. */
 export interface DeepSeekOptions {
   /** Of the random weights. Null for a model of zeros, quickly made, that `loadWeights` will fill. Default 0. */
@@ -37,6 +44,8 @@ export interface DeepSeekOptions {
     /** Share of the sequences that lose no token in any layer, drawn anew for every batch from the seed, the step and its tokens. Default 0.1. */
     readonly undropped?: number
   }
+  /** Trade time for memory in training. Default: everything is kept. */
+  readonly recompute?: Recompute
   /** Is given the loads and selection biases of every layer after each step. */
   readonly monitor?: LoadMonitor
 }
@@ -51,6 +60,7 @@ export const optionNames: OptionNames<DeepSeekOptions> = {
   objective: true,
   balancer: true,
   dropping: true,
+  recompute: true,
   monitor: true,
 }
 
@@ -66,4 +76,17 @@ export const usualObjective: Objective = {
   biasSpeed: 0.001,
   mtpDetached: false,
   mtpAcceptance: false,
+}
+
+/** @throws MoeError E_CONFIG for what is none */
+export function checkRecompute(recompute: Recompute | undefined): void {
+  const every = typeof recompute === 'object' ? recompute?.every : undefined
+  if (recompute === undefined || recompute === 'selective' || recompute === 'layers') return
+  if (Number.isSafeInteger(every) && Number(every) >= 1) return
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'DeepSeek',
+    problem: `recompute is ${shown(recompute)}`,
+    fix: "pass 'selective', 'layers' or { every: 2 }",
+  })
 }

@@ -58,15 +58,16 @@ export class PartsInPieces {
     const options = this.#pass.run(() => this.#parts.optionsAt(depth))
     const { mlp } = layer
     if (!(mlp instanceof MoELayer)) return this.#piece([input], x => [layer.forward(x, options)])[0]
-    let indices!: Tensor
-    const [attended, x, weights, ...shared] = this.#piece([input], before => {
-      const after = layer.attend(before, options)
-      const choice = mlp.choose(layer.post_attention_layernorm.forward(after), options)
-      indices = choice.indices
-      return [after, choice.x, choice.weights, ...(mlp.shared_experts ? [mlp.shared_experts.forward(choice.x)] : [])]
-    })
+    const [attended, x, weights, ...others] = this.#piece([input], before =>
+      layer.whole(before, options, (from, own) => {
+        const after = layer.attend(from, own)
+        const { x, weights, indices } = mlp.choose(layer.post_attention_layernorm.forward(after), own)
+        return [after, x, weights, ...(mlp.shared_experts ? [mlp.shared_experts.forward(x)] : []), indices]
+      }),
+    )
+    const indices = others.pop() as Tensor
     const routed = await this.#route(this.#model.moeLayers.indexOf(mlp), { x, weights, indices })
-    return this.#piece([attended, routed, ...shared], (residual, ...outs) => [
+    return this.#piece([attended, routed, ...others], (residual, ...outs) => [
       residual.add(outs.reduce((sum, out) => sum.add(out)).reshape(residual.shape)),
     ])[0]
   }

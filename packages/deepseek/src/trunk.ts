@@ -3,7 +3,13 @@ import type { RotaryEmbedding } from '@moe/attention-mla'
 import { Embedding, forkInit, type InitOptions, type Linear, Module, OutputHead, RmsNorm } from '@moe/core'
 import { MtpModule } from '@moe/mtp'
 import type { DeepSeekConfig } from './config.ts'
-import { DecoderLayer, type DecoderLayerInit, type LayerOptions } from './decoder-layer.ts'
+import { DecoderLayer, type DecoderLayerInit, type LayerOptions, type LayerRecompute } from './decoder-layer.ts'
+import type { Recompute } from './options.ts'
+
+/** As a layer has it, for all of them. */
+export interface TrunkInit extends Omit<DecoderLayerInit, 'recompute'> {
+  readonly recompute?: Recompute
+}
 
 /** The part under the key `model`. */
 export class Trunk extends Module {
@@ -12,17 +18,17 @@ export class Trunk extends Module {
   layers: Array<DecoderLayer | MtpModule<LayerOptions>>
   norm: RmsNorm
 
-  constructor(config: DeepSeekConfig, rotary: RotaryEmbedding, options: DecoderLayerInit) {
+  constructor(config: DeepSeekConfig, rotary: RotaryEmbedding, options: TrunkInit) {
     super()
-    const { balancer, dropping, ...init } = options
+    const { balancer, dropping, recompute, ...init } = options
     const { embedding_initializer_range: ownRange = init.deviation } = config
     const deviation = init.deviation === 0 ? 0 : ownRange
     const embedding = { ...forkInit(init, 'embed_tokens'), deviation }
     this.embed_tokens = new Embedding(config.vocab_size, config.hidden_size, embedding)
-    this.layers = Array.from(
-      { length: config.num_hidden_layers },
-      (_, i) => new DecoderLayer(config, i, rotary, { ...forkInit(init, `layers.${i}`), balancer, dropping }),
-    )
+    this.layers = Array.from({ length: config.num_hidden_layers }, (_, i) => {
+      const own = { ...forkInit(init, `layers.${i}`), balancer, dropping, recompute: ofLayer(recompute, i) }
+      return new DecoderLayer(config, i, rotary, own)
+    })
     this.norm = new RmsNorm(config.hidden_size, config.rms_norm_eps, init)
   }
 }
@@ -31,9 +37,9 @@ export class Trunk extends Module {
 export function makeTrunk(
   config: DeepSeekConfig,
   rotary: RotaryEmbedding,
-  { balancer, dropping, ...init }: DecoderLayerInit,
+  { balancer, dropping, recompute, ...init }: TrunkInit,
 ): { readonly model: Trunk; readonly head: Linear } {
-  const model = new Trunk(config, rotary, { ...init, balancer, dropping })
+  const model = new Trunk(config, rotary, { ...init, balancer, dropping, recompute })
   const { layers, embed_tokens: embedding } = model
   const head = new OutputHead(config.hidden_size, config.vocab_size, forkInit(init, 'lm_head'))
   if (config.tie_word_embeddings) {
@@ -42,10 +48,18 @@ export function makeTrunk(
   }
   for (let depth = 0; depth < config.num_nextn_predict_layers; depth++) {
     const index = config.num_hidden_layers + depth
-    const makeBlock = (own: InitOptions) => new DecoderLayer(config, index, rotary, { ...own, balancer, dropping })
+    const parts = { balancer, dropping, recompute: ofLayer(recompute, index) }
+    const makeBlock = (own: InitOptions) => new DecoderLayer(config, index, rotary, { ...own, ...parts })
     const own = forkInit(init, `layers.${index}`)
     const separate = config.mtp_separate_embeddings
     layers.push(new MtpModule<LayerOptions>(config, { ...own, embedding, head, makeBlock, separate }))
   }
   return { model, head }
+}
+
+/** Of layer `index`, those of MTP modules behind the others. */
+function ofLayer(recompute: Recompute | undefined, index: number): LayerRecompute | undefined {
+  if (recompute === undefined || recompute === 'selective') return recompute
+  const every = recompute === 'layers' ? 1 : recompute.every
+  return (index + 1) % every === 0 ? 'whole' : undefined
 }

@@ -17,6 +17,8 @@ import {
   swiglu,
   type Tensor,
   weightParameter,
+  withKept,
+  withRecomputed,
 } from '@moe/core'
 
 /** E feed-forward nets down(silu(gate(x)) * up(x)). Stored as `{e}.gate_proj.weight` and so on. */
@@ -27,6 +29,11 @@ export class Experts extends Module {
   up_proj: Parameter
   /** `[E, hidden, inner]`. */
   down_proj: Parameter
+  /**
+   * Make tokens in the order of their experts, and gated activations, again on the way back, in place of keeping them. May be changed between passes. A kernel of
+   * `routedExperts` keeps neither anyway. Default false.
+   */
+  recompute = false
   override readonly quantizable = ['gate_proj', 'up_proj', 'down_proj']
   override readonly stacked = {
     gate_proj: (expert: number) => `${expert}.gate_proj.weight`,
@@ -63,16 +70,35 @@ export class Experts extends Module {
 
   /** Rows `[M, hidden]` in expert order, of which expert e owns `offsets[e] .. offsets[e+1]` (`i32 [E+1]`), to `[M, hidden]`. */
   forward(x_MD: Tensor, offsets: Tensor): Tensor {
-    const inner_MI = swiglu(groupedLinear(x_MD, this.gate_proj, offsets), groupedLinear(x_MD, this.up_proj, offsets))
-    return groupedLinear(inner_MI, this.down_proj, offsets)
+    return this.#down(this.#gateAndUp(x_MD, offsets), offsets)
+  }
+
+  #gateAndUp(x_MD: Tensor, offsets: Tensor): readonly [gate_MI: Tensor, up_MI: Tensor] {
+    return [groupedLinear(x_MD, this.gate_proj, offsets), groupedLinear(x_MD, this.up_proj, offsets)]
+  }
+
+  #down(gateAndUp: readonly [gate_MI: Tensor, up_MI: Tensor], offsets: Tensor): Tensor {
+    return this.#through(
+      (gate, up) => [swiglu(gate, up)],
+      inner_MI => groupedLinear(inner_MI, this.down_proj, offsets),
+      ...gateAndUp,
+    )
+  }
+
+  get #through(): typeof withRecomputed {
+    return this.recompute ? withRecomputed : withKept
   }
 
   /** What the experts that the plan chose make of tokens `[N, hidden]`, weighted by `weights [N, K]` and summed: `[N, hidden]`. */
   route(x_ND: Tensor, weights_NK: Tensor, plan: DispatchPlan): Tensor {
     const { gate_proj: gate, up_proj: up, down_proj: down } = this
-    if (![gate, up, down].every(isPlain)) {
-      return combineTokens(this.forward(permuteTokens(x_ND, plan), plan.offsets), weights_NK, plan)
-    }
-    return routedExperts(x_ND, { gate, up, down }, weights_NK, plan)
+    const { recompute } = this
+    if ([gate, up, down].every(isPlain)) return routedExperts(x_ND, { gate, up, down }, weights_NK, plan, { recompute })
+    const gateAndUp = this.#through(
+      x => [permuteTokens(x, plan)],
+      x_MD => this.#gateAndUp(x_MD, plan.offsets),
+      x_ND,
+    )
+    return combineTokens(this.#down(gateAndUp, plan.offsets), weights_NK, plan)
   }
 }

@@ -51,6 +51,8 @@ describe('a step has loss, metrics, gradients and norm of one rank with all micr
     ['a balancer', 2, 1, {}, { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
     // Draws are those of a batch of each rank, so all or none.
     ['tokens are dropped', 2, 1, {}, { dropping: { devices: 2, undropped: 0.5 } }],
+    ['layers are recomputed, but for routed experts', 2, 2, {}, { recompute: 'layers' }],
+    ['parts of layers are recomputed', 2, 2, {}, { recompute: 'selective' }],
   ])('%s', async (_, size, each, changes, options, expertParallelSize = size) => {
     const make = () => newModel(changes, options)
     const { loss, metrics, gradients, gradNorm } = wholeStep(make(), size * each)

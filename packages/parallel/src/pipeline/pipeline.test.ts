@@ -133,8 +133,10 @@ describe('a step in stages has loss, metrics, gradients and norm of the whole mo
     ['dense', { n_routed_experts: null, num_experts_per_tok: null, n_group: null, topk_group: null }, {}],
     ['a balancer', {}, { balancer: together(auxFree({ speed: 0.01 }), sequenceWise({ alpha: 0.01 })) }],
     ['tokens are dropped', {}, { dropping: { devices: 2, undropped: 0.5 } }],
+    ['layers are recomputed', {}, { recompute: 'layers' }],
+    ['parts of layers are recomputed', {}, { recompute: 'selective' }],
   ])('%s', async (_, changes, options) => {
-    for (const schedule of [oneForwardOneBackward(3, 4), dualPipe(2, 4), dualPipeV(2, 4)])
+    for (const schedule of [oneForwardOneBackward(3, 4), zeroBubbleH1(2, 3), dualPipe(2, 4), dualPipeV(2, 4)])
       await expectWhole(schedule, () => newModel(changes, options))
     // Experts in fewer bits cannot be taken apart.
     if (options.weights === undefined)
