@@ -1,7 +1,7 @@
 /** @file The same training code and seed give the losses of kernels-cpu: routing, balance bias, MTP, clipping and optimizer included. */
 import { type Backend, fallbacks, type Precision, Random, setDefaultBackend } from '@moe/core'
 import { assertClose } from '@moe/core/testing'
-import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
+import { DeepSeek, type DeepSeekConfigInput, presets, type Recompute } from '@moe/deepseek'
 import { createBackend as createCpuBackend } from '@moe/kernels-cpu'
 import { TokenDataset, train } from '@moe/trainer'
 import { describe, expect, test } from 'vitest'
@@ -39,10 +39,13 @@ function data(size = 2000): TokenDataset {
 async function losses(
   backend: Backend,
   precision: Precision,
-  options: { steps?: number; accumulate?: number; record?: boolean; isolate?: boolean } = {},
+  {
+    recompute,
+    ...options
+  }: { steps?: number; accumulate?: number; record?: boolean; isolate?: boolean; recompute?: Recompute } = {},
 ): Promise<number[]> {
   setDefaultBackend(backend)
-  const model = new DeepSeek(config, { seed: 1, objective: { biasSpeed: 0.01 } })
+  const model = new DeepSeek(config, { seed: 1, objective: { biasSpeed: 0.01 }, recompute })
   const found: number[] = []
   await train(model, {
     data: { training: data(options.isolate ? 10 : 2000) },
@@ -111,6 +114,25 @@ test.skipIf(unavailable)(
       // One step op by op and one that is recorded, of five.
       expect(launches[1]).toBeLessThan(0.5 * launches[0])
     }
+  },
+  180_000,
+)
+
+test.skipIf(unavailable)(
+  'what is recomputed changes no bit of the losses, recorded or not, and whole layers hold less memory',
+  async () => {
+    const runs: number[][] = []
+    const peaks: number[] = []
+    for (const recompute of [undefined, 'selective', 'layers'] as const) {
+      for (const record of [false, true]) {
+        const backend = await testBackend({ guarded: false })
+        runs.push(await losses(backend, 'bf16', { steps: 4, record, recompute }))
+        if (!record) peaks.push(backend.stats().peakBytes)
+        backend.dispose()
+      }
+    }
+    for (const run of runs) expect(run).toEqual(runs[0])
+    expect(peaks[2]).toBeLessThan(peaks[0])
   },
   180_000,
 )
