@@ -97,6 +97,14 @@ describe('ranks of B rows', () => {
     expect(difference(first, one)).toBeLessThan(1e-5)
   })
 
+  test('a batch that grows', async () => {
+    const grows = (factor: number) => ({ accumulate: (step: number) => factor * (step < 3 ? 1 : 2) })
+    const one = await alone(grows(2), { mtp: 0 })
+    const [first] = await onRanks(2, grows(1), { mtp: 0 })
+    expect(first.steps.map(({ tokens }) => tokens)).toEqual(one.steps.map(({ tokens }) => tokens))
+    expect(difference(first, one)).toBeLessThan(1e-5)
+  })
+
   // Some batches hold padding, which has another array: such a rank goes op by op while the other replays.
   test.each<{ name: string; recording: (rank: number) => boolean; options?: Options; model?: Model }>([
     { name: 'all', recording: () => true },

@@ -387,6 +387,9 @@ describe('what does not fit is refused in words', () => {
 
   test('micro-batches that the schedule does not have', async () => {
     await expect(refused({ accumulate: 3 })).rejects.toThrow(/accumulate is 3, ranks take 4 micro-batches a step/)
+    await expect(refused({ accumulate: () => 4 })).rejects.toThrow(
+      /accumulate is .*, ranks take 4 micro-batches a step/,
+    )
     const [{ steps }] = await refused({ steps: 1 })
     expect(steps[0].tokens).toBe(64)
   })

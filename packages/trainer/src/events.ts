@@ -22,8 +22,10 @@ export interface StartEvent {
   readonly steps: number
   /** Steps done by an earlier part of the run; 0 for one that begins. */
   readonly fromStep: number
-  /** Positions per step on this rank; 0 where it depends on the texts that the model makes. */
+  /** Positions of the first step from here, of all ranks that train together; 0 where it depends on the texts that the model makes. */
   readonly tokensPerStep: number
+  /** Positions of all steps of the run likewise; 0 where that is not known beforehand. */
+  readonly tokens: number
   /** Texts that a step learns from, of all ranks, where the data is rollouts or preferences. */
   readonly textsPerStep?: number
   /** Tokens of the training data (of the prompts, where it is rollouts), those that begin and end documents included. */

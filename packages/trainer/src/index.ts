@@ -15,7 +15,7 @@ export {
 export { type Corpus, type TextFilesOptions, type TextsOptions, textFiles, texts } from './data/corpus.ts'
 export { type EvaluationBatch, type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
 export { type DocumentTokens, type Example, TokenDataset } from './data/token-dataset.ts'
-export { type OrderOptions, TrainingOrder } from './data/training-order.ts'
+export { type MicroBatches, type OrderOptions, TrainingOrder } from './data/training-order.ts'
 export { type EvaluateOptions, type Evaluation, evaluate } from './evaluate.ts'
 export type {
   CheckpointEvent,
@@ -51,8 +51,10 @@ export { hiddenMatrices, Muon, type MuonOptions, orthogonalize } from './optim/m
 export type { Optimizer, OptimizerEntry, OptimizerInputs, StagedOptimizer } from './optim/optimizer.ts'
 export {
   type CosineOptions,
+  piecewise,
   type Schedule,
   type StableDecayOptions,
+  type Stretch,
   warmupConstant,
   warmupCosine,
   warmupStableDecay,

@@ -16,6 +16,7 @@ import type { Conversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
 import type { Lessons } from './data/lessons.ts'
 import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
+import { type MicroBatches, microBatchesAt } from './data/training-order.ts'
 import type { TrainListener } from './events.ts'
 import type { TextTokenizer, TrainableModel } from './model.ts'
 import type { ModelOnRanks } from './model-on-ranks.ts'
@@ -53,8 +54,8 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
    * fine-tuned (report, 5.1); not for texts, as it was pre-trained. Needs a model that `isolates`, as DeepSeek does.
    */
   readonly isolate?: boolean
-  /** Micro-batches of a step on this rank. Default 1, or as many as `ranks` need. */
-  readonly accumulate?: number
+  /** Micro-batches of a step on this rank, or a function of the steps before it, for a batch that grows: `piecewise`. Default 1, or as many as `ranks` need. */
+  readonly accumulate?: MicroBatches
   /** Peak learning rate. Default 1e-3. */
   readonly lr?: number
   /** Default `warmupCosine({ steps })`. */
@@ -196,7 +197,7 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   const { ranks, onRanks, ...ofRanks } = resolveRanks(given.ranks, problems)
   const merged = { ...defaults, ...given, ...ofRanks, ranks, onRanks }
   if (onRanks?.microBatches !== undefined && (given.accumulate ?? onRanks.microBatches) !== onRanks.microBatches)
-    problems.push(`accumulate is ${given.accumulate}, ranks take ${onRanks.microBatches} micro-batches a step`)
+    problems.push(`accumulate is ${shown(given.accumulate)}, ranks take ${onRanks.microBatches} micro-batches a step`)
   const whole = (name: keyof typeof merged, least: number) => {
     const value = merged[name]
     if (!Number.isSafeInteger(value) || (value as number) < least) {
@@ -204,8 +205,8 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
     }
   }
   whole('steps', 1)
-  for (const name of ['batchSize', 'accumulate', 'world', 'keepCheckpoints', 'checkpointEvery', 'evalTokens'] as const)
-    whole(name, 1)
+  for (const name of ['batchSize', 'world', 'keepCheckpoints', 'checkpointEvery', 'evalTokens'] as const) whole(name, 1)
+  if (typeof merged.accumulate !== 'function') whole('accumulate', 1)
   whole('sequenceLength', 2)
   for (const name of ['seed', 'rank', 'evalEvery'] as const) whole(name, 0)
   if (merged.loadsEvery !== undefined) whole('loadsEvery', 0)
@@ -330,8 +331,7 @@ export function recordRun(
     batchSize: options.batchSize,
     sequenceLength: options.sequenceLength,
     // Ranks that train together are as many more micro-batches, or texts (in `identity`), of which a step makes its micro-batches.
-    accumulate:
-      options.ranks === undefined || isJudged(options.data) ? options.accumulate : options.accumulate * options.world,
+    accumulate: microBatchesOf(options),
     world: options.ranks === undefined ? options.world : 1,
     seed: options.seed,
     lr: options.lr,
@@ -351,6 +351,12 @@ export function recordRun(
         .filter(([, value]) => value !== undefined),
     ),
   }
+}
+
+function microBatchesOf({ accumulate, ranks, data, world, steps }: ResolvedOptions): number | string {
+  const factor = ranks === undefined || isJudged(data) ? 1 : world
+  if (typeof accumulate === 'number') return accumulate * factor
+  return valuesOf(step => microBatchesAt(accumulate, step) * factor, steps) as string
 }
 
 /** A setting of the model as the record has it; undefined for what cannot be compared. */

@@ -154,6 +154,25 @@ describe('recorded steps are those op by op', () => {
     }
   })
 
+  test('a batch that grows: once there are several micro-batches, more of them need no other graph', async () => {
+    const accumulate = (step: number) => [1, 1, 2, 2, 2, 3, 3, 4, 4, 5][step]
+    const { counts } = await both({ accumulate, data: { training: data(), validation: data() } })
+    const steady = await both({ accumulate: 2, data: { training: data(), validation: data() } })
+    expect(counts.captures).toBeLessThanOrEqual(steady.counts.captures + 3)
+    expect(counts.replays).toBeGreaterThan(3 + 4 + 4 + 5)
+  })
+
+  test.each(['selective', 'layers'] as const)(
+    'what is recomputed (%s), with the numbers of what is kept',
+    async recompute => {
+      const kept = await run({ steps: 6, accumulate: 2 })
+      const recomputed = await both({ steps: 6, accumulate: 2 }, { recompute })
+      expect(recomputed.counts.replays).toBeGreaterThan(6)
+      expect(recomputed.steps).toEqual(kept.steps)
+      expect(recomputed.weights).toEqual(kept.weights)
+    },
+  )
+
   test('a dense model', async () => {
     const dense = { ...tiny, num_nextn_predict_layers: 0, first_k_dense_replace: 3 }
     expect((await both({ steps: 6 }, { config: dense })).counts.replays).toBeGreaterThan(6)

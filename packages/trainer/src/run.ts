@@ -147,9 +147,17 @@ export class Run {
     }
   }
 
-  /** Positions of one step, of all ranks that train together. */
-  get tokensPerStep(): number {
-    return this.lessons.tokensPerStep * (this.settings.ranks === undefined ? 1 : this.settings.world)
+  /** Ranks that train together. */
+  get size(): number {
+    return this.settings.ranks === undefined ? 1 : this.settings.world
+  }
+
+  /** Positions of the whole run, where they are known beforehand; else 0. */
+  get tokensInAll(): number {
+    const { lessons, settings, step, size } = this
+    const all = lessons.tokensIn(settings.steps)
+    // What was done so far may have been done in other batches.
+    return all === 0 ? 0 : this.tokens + (all - lessons.tokensIn(step)) * size
   }
 
   async all(): Promise<TrainResult> {
@@ -268,9 +276,10 @@ export class Run {
     // A turn of the event loop, so that Ctrl-C is seen even where no download waits.
     await eventLoopTurn()
     const seconds = (performance.now() - started) / 1000
+    const tokens = lessons.tokensOf(this.step) * this.size
     this.step++
     this.trainSeconds += seconds
-    this.tokens += this.tokensPerStep
+    this.tokens += tokens
     const event: StepEvent = {
       type: 'step',
       step: this.step,
@@ -279,7 +288,7 @@ export class Run {
       lr,
       gradNorm: numbers.gradNorm,
       tokens: this.tokens,
-      tokensPerSecond: this.tokensPerStep / seconds,
+      tokensPerSecond: tokens / seconds,
       metrics: { ...lessons.metrics, ...numbers.metrics, ...numbers.after },
     }
     for (const name in numbers.after) this.balanceNames.add(name)
@@ -456,7 +465,8 @@ export class Run {
       parameters: parameterCount(this.model),
       steps: settings.steps,
       fromStep: this.step,
-      tokensPerStep: this.tokensPerStep,
+      tokensPerStep: lessons.tokensOf(this.step) * this.size,
+      tokens: this.tokensInAll,
       ...(lessons.textsPerStep > 0 && { textsPerStep: lessons.textsPerStep }),
       trainingTokens: lessons.trainingTokens,
       validationTokens: lessons.validationTokens,

@@ -28,6 +28,7 @@ import type { TrainEvent } from './events.ts'
 import type { LossOutput, TrainableModel } from './model.ts'
 import { AdamW } from './optim/adamw.ts'
 import { Muon } from './optim/muon.ts'
+import { piecewise } from './optim/schedule.ts'
 import type { TrainOptions } from './options.ts'
 import { readMetrics } from './report/metrics-log.ts'
 import {
@@ -404,6 +405,29 @@ describe('resuming', () => {
     expect(second.weights).toEqual(straight.weights)
     expect(second.result.balance).toEqual(straight.result.balance)
     expect(second.result.validation.loss).toBe(straight.result.validation.loss)
+  })
+
+  test('holds for a batch that grows, whose tokens are counted and told beforehand', async () => {
+    const accumulate = piecewise([{ steps: 10, from: 0, to: 4 }])
+    const micro = [0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4, 4]
+    const [whole, cut] = [await temporaryFolder(), await temporaryFolder()]
+    await expect(run({ accumulate })).rejects.toThrow(/accumulate\(0\) is 0.4/)
+    const growing = { accumulate: (step: number) => Math.max(1, accumulate(step)) }
+    micro[0] = 1
+    const straight = await run({ out: whole, ...growing })
+    const tokens = micro.map(count => count * 3 * 8)
+    const sums = tokens.map((_, i) => tokens.slice(0, i + 1).reduce((sum, count) => sum + count, 0))
+    expect(straight.events.flatMap(event => (event.type === 'step' ? [event.tokens] : []))).toEqual(sums)
+    expect(straight.events[0]).toMatchObject({ type: 'start', tokensPerStep: 24, tokens: sums.at(-1) })
+    expect(straight.result.tokens).toBe(sums.at(-1))
+    await run({ out: cut, ...growing, ...stopAfter(5) })
+    const second = await run({ out: cut, ...growing, resume: true, model: new BigramModel({ deviation: 0.1 }) })
+    expect(second.events[0]).toMatchObject({ type: 'start', tokensPerStep: 2 * 24, tokens: sums.at(-1) })
+    expect(second.weights).toEqual(straight.weights)
+    await run({ out: cut, ...growing, overwrite: true, ...stopAfter(5) })
+    await expect(run({ out: cut, accumulate: 2, resume: true })).rejects.toThrow(
+      /accumulate .*: saved with a schedule \(\w+\), now 2/,
+    )
   })
 
   test('holds for Muon, too', async () => {

@@ -105,7 +105,8 @@ const labels: Readonly<Record<string, string>> = { accumulate: 'accumulate (micr
 /** @throws MoeError E_CHECKPOINT that lists every difference */
 export function checkSameRun(path: string, stored: RunRecord, own: RunRecord): void {
   // Schedules are recorded by their values over all steps: over another number of steps they differ in any case.
-  const follows = (key: string) => key === 'schedule' && stored['steps'] !== own['steps']
+  const isSchedule = (value: unknown) => String(value).startsWith('a schedule')
+  const follows = (key: string) => stored['steps'] !== own['steps'] && isSchedule(stored[key]) && isSchedule(own[key])
   const keys = [...new Set([...Object.keys(stored), ...Object.keys(own)])].filter(key => !follows(key))
   const show = (value: unknown) => (value === undefined ? 'nothing' : String(value))
   const differences = keys

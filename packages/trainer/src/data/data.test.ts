@@ -299,8 +299,44 @@ describe('TrainingOrder', () => {
     )
   })
 
+  test('a batch that grows takes the windows in the order of one that does not, whichever step is asked for first', () => {
+    fc.assert(
+      fc.property(
+        usable,
+        sizes,
+        fc.array(fc.integer({ min: 1, max: 4 }), { minLength: 1, maxLength: 8 }),
+        fc.integer({ min: 1, max: 3 }),
+        (documents, options, counts, world) => {
+          const data = TokenDataset.fromTokens(documents)
+          const { batchSize, sequenceLength } = options
+          const steady = new TrainingOrder(data, { ...options, accumulate: 1, batchSize: batchSize * world })
+          const growing = Array.from(
+            { length: world },
+            (_, rank) => new TrainingOrder(data, { ...options, rank, world, accumulate: step => counts[step] + 0.4 }),
+          )
+          // From the last, as a run that goes on asks.
+          for (let step = counts.length - 1; step >= 0; step--) {
+            const before = counts.slice(0, step).reduce((sum, count) => sum + count, 0)
+            const parts = growing.map(order => order.step(step))
+            const joined = Array.from({ length: counts[step] }, (_, micro) =>
+              parts.flatMap(part => [...part[micro].tokens]),
+            )
+            expect(joined).toEqual(joined.map((_, micro) => [...steady.step(before + micro)[0].tokens]))
+            expect(parts.map(part => part.length)).toEqual(parts.map(() => counts[step]))
+            expect(growing[0].tokensIn(step)).toBe(before * batchSize * sequenceLength)
+            expect(growing[0].epochs(step)).toBe(steady.epochs(before))
+          }
+        },
+      ),
+    )
+  })
+
   test('refuses sizes that cannot be', () => {
     const data = TokenDataset.fromTokens([[1, 2, 3]])
+    for (const accumulate of [() => 0.4, () => Number.NaN, () => undefined as never])
+      expect(() =>
+        new TrainingOrder(data, { sequenceLength: 2, lookahead: 1, batchSize: 1, accumulate }).step(1),
+      ).toThrow(/accumulate\(0\) is/)
     const good = { sequenceLength: 2, lookahead: 1, batchSize: 1 }
     const code = expect.objectContaining({ code: 'E_CONFIG' })
     expect(() => new TrainingOrder(data, { ...good, batchSize: 0 })).toThrow(code)

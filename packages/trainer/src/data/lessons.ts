@@ -25,8 +25,10 @@ export interface Lessons {
   readonly validationTokens: number
   /** Texts that the model makes for a step, on all ranks; 0 where they are there. */
   readonly textsPerStep: number
-  /** Positions of a step on this rank: where steps differ, of the latest. */
-  readonly tokensPerStep: number
+  /** Positions of a step (counted from 0) on this rank; where that depends on texts that the model makes, of the latest. */
+  tokensOf(step: number): number
+  /** Positions of the first `steps` steps on this rank; 0 where that is not known beforehand. */
+  tokensIn(steps: number): number
   /** Steps that belong together: a run stops, saves and measures behind whole ones. */
   readonly stride: number
   /** To be logged with the step whose batches were asked for last. */
@@ -81,8 +83,12 @@ export class DatasetLessons implements Lessons {
     return this.#validation?.tokens.length ?? 0
   }
 
-  get tokensPerStep(): number {
-    return this.#order.tokensPerStep
+  tokensOf(step: number): number {
+    return this.#order.tokensIn(step + 1) - this.#order.tokensIn(step)
+  }
+
+  tokensIn(steps: number): number {
+    return this.#order.tokensIn(steps)
   }
 
   get notices(): string[] {

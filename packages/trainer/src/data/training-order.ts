@@ -2,10 +2,27 @@
  * @file Which rows a training step sees: a function of the step number alone, so that nothing but that number need be
  * saved.
  */
-import { checkOptions, MoeError, type OptionNames, Random } from '@moe/core'
+import { checkOptions, MoeError, type OptionNames, Random, shown } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
 import { batchOf, type Rows, rowsOf } from './rows.ts'
 import type { TokenDataset } from './token-dataset.ts'
+
+/** A number of micro-batches, or one for every step (counted from 0), rounded to whole ones: a batch that grows, as `piecewise` has it. */
+export type MicroBatches = number | ((step: number) => number)
+
+/** The micro-batches of a step. @throws MoeError E_CONFIG */
+export function microBatchesAt(accumulate: MicroBatches, step: number): number {
+  if (typeof accumulate === 'number') return accumulate
+  const value = accumulate(step)
+  const count = Math.round(value)
+  if (Number.isSafeInteger(count) && count >= 1) return count
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'TrainingOrder',
+    problem: `accumulate(${step}) is ${shown(value)}`,
+    fix: 'give a number of micro-batches, 1 or more, for every step',
+  })
+}
 
 /** Sizes of a step, and which share of it is this process's. */
 export interface OrderOptions {
@@ -20,8 +37,8 @@ export interface OrderOptions {
    * `isolates`. Default false.
    */
   readonly isolate?: boolean
-  /** Micro-batches of a step. Default 1. */
-  readonly accumulate?: number
+  /** Micro-batches of a step, or a function of the steps before it. Default 1. */
+  readonly accumulate?: MicroBatches
   /** Names the order. Default 0. */
   readonly seed?: number
   /**
@@ -59,7 +76,7 @@ export class TrainingOrder {
   /** Rows of a micro-batch, on each rank. */
   readonly batchSize: number
   /** Micro-batches of a step. */
-  readonly accumulate: number
+  readonly accumulate: MicroBatches
   /** Names the order. */
   readonly seed: number
   /** This process among those that share the work, from 0. */
@@ -72,13 +89,16 @@ export class TrainingOrder {
   readonly isolate: boolean
   readonly #rows: Rows
   readonly #orders = new Map<number, Uint32Array>()
+  /** Where `accumulate` is a function: micro-batches before each step, as far as they were asked for. */
+  readonly #before = [0]
 
   /** @throws MoeError E_CONFIG for sizes that are not whole numbers from 1, or a rank outside the world; E_DATA where no example has something to learn in so many positions */
   constructor(data: TokenDataset, options: OrderOptions) {
     checkOptions('TrainingOrder', options, names)
     const { sequenceLength, lookahead, batchSize, accumulate = 1, seed = 0, rank = 0, world = 1 } = options
     const { isolate = false } = options
-    const sizes = { sequenceLength, lookahead, batchSize, accumulate, world }
+    const micro = typeof accumulate === 'function' ? 1 : accumulate
+    const sizes = { sequenceLength, lookahead, batchSize, accumulate: micro, world }
     const wrong = Object.entries(sizes).filter(([, size]) => !Number.isSafeInteger(size) || size < 1)
     if (wrong.length > 0 || !Number.isSafeInteger(rank) || rank < 0 || rank >= world) {
       const problems = wrong.map(([name, size]) => `${name} is ${size}`)
@@ -110,19 +130,27 @@ export class TrainingOrder {
     }
   }
 
-  /** Windows of one step, over all micro-batches and ranks. */
-  get windowsPerStep(): number {
-    return this.batchSize * this.accumulate * this.world
+  /** Windows of the first `steps` steps, over all micro-batches and ranks. */
+  windowsIn(steps: number): number {
+    return this.#microBatchesIn(steps) * this.batchSize * this.world
   }
 
-  /** Positions of one step on this rank. */
-  get tokensPerStep(): number {
-    return this.batchSize * this.accumulate * this.sequenceLength
+  /** Positions of the first `steps` steps on this rank. */
+  tokensIn(steps: number): number {
+    return this.#microBatchesIn(steps) * this.batchSize * this.sequenceLength
   }
 
   /** Epochs, whole and begun, that the first `steps` steps go through. */
   epochs(steps: number): number {
-    return (steps * this.windowsPerStep) / this.windows
+    return this.windowsIn(steps) / this.windows
+  }
+
+  #microBatchesIn(steps: number): number {
+    if (typeof this.accumulate === 'number') return steps * this.accumulate
+    const before = this.#before
+    for (let step = before.length - 1; step < steps; step++)
+      before.push(before[step] + microBatchesAt(this.accumulate, step))
+    return before[steps]
   }
 
   /** Number of the window that is seen at place `index` of the endless sequence of windows. */
@@ -134,8 +162,9 @@ export class TrainingOrder {
   /** The micro-batches of a step (counted from 0) on this rank. */
   step(step: number): TokenBatch[] {
     const rows = this.batchSize * this.world
-    return Array.from({ length: this.accumulate }, (_, micro) => {
-      const first = step * this.windowsPerStep + micro * rows + this.rank * this.batchSize
+    const before = this.windowsIn(step)
+    return Array.from({ length: microBatchesAt(this.accumulate, step) }, (_, micro) => {
+      const first = before + micro * rows + this.rank * this.batchSize
       return this.#batch(first)
     })
   }

@@ -27,7 +27,7 @@ import { AdamW, decaysMatrices } from './adamw.ts'
 import { clipScale, gradientNorm } from './clip.ts'
 import { Muon } from './muon.ts'
 import type { Optimizer } from './optimizer.ts'
-import { warmupConstant, warmupCosine, warmupStableDecay } from './schedule.ts'
+import { piecewise, type Stretch, warmupConstant, warmupCosine, warmupStableDecay } from './schedule.ts'
 
 const backend = referenceBackend()
 beforeAll(() => setDefaultBackend(backend))
@@ -356,6 +356,85 @@ describe('clipping', () => {
     using norm = full([], 12)
     using scale = clipScale(norm, Number.POSITIVE_INFINITY, 0.25)
     expect(await scale.item()).toBe(0.25)
+  })
+})
+
+describe('piecewise', () => {
+  test('goes from stretch to stretch, each of which ends where it says, and stays where the last has ended', () => {
+    const schedule = piecewise([
+      { steps: 4, from: 0, to: 1 },
+      { steps: 2, at: 1 },
+      { steps: 2, to: 0.5, shape: 'cosine' },
+      { steps: 1, at: 0.25 },
+      { steps: 2, to: 0.05 },
+    ])
+    const values = Array.from({ length: 13 }, (_, step) => schedule(step))
+    expect(values).toEqual(
+      [0.25, 0.5, 0.75, 1, 1, 1, 0.75, 0.5, 0.25, 0.15, 0.05, 0.05, 0.05].map(value => expect.closeTo(value, 12)),
+    )
+  })
+
+  test('is warmupCosine where it says the same', () => {
+    const [whole, parts] = [
+      warmupCosine({ steps: 50, warmup: 7, floor: 0.2 }),
+      piecewise([
+        { steps: 7, from: 0, to: 1 },
+        { steps: 43, to: 0.2, shape: 'cosine' },
+      ]),
+    ]
+    for (let step = 0; step < 60; step++) expect(parts(step)).toBeCloseTo(whole(step), 12)
+  })
+
+  test("has DeepSeek-V3's learning rate, in tokens", () => {
+    const trillions: Stretch[] = [
+      { steps: 10, at: 2.2e-4 },
+      { steps: 4.3, to: 2.2e-5, shape: 'cosine' },
+      { steps: 0.333, at: 2.2e-5 },
+      { steps: 0.167, at: 7.3e-6 },
+    ]
+    const steps = 14_800
+    const schedule = piecewise(trillions, { steps })
+    expect([9_999, 14_299, 14_632, 14_633, steps - 1].map(schedule)).toEqual([2.2e-4, 2.2e-5, 2.2e-5, 7.3e-6, 7.3e-6])
+    // Half of the way down.
+    expect(schedule(12_149)).toBeCloseTo((2.2e-4 + 2.2e-5) / 2, 10)
+    // A run of a few steps has as much of each as it can.
+    const short = piecewise(trillions, { steps: 15 })
+    expect(Array.from({ length: 15 }, (_, step) => short(step)).filter(rate => rate === 2.2e-4)).toHaveLength(10)
+  })
+
+  test('lies between its ends, for any lengths', () => {
+    const stretch = fc.record({
+      steps: fc.integer({ min: 0, max: 9 }),
+      from: fc.double({ min: 0, max: 1, noNaN: true }),
+      to: fc.double({ min: 0, max: 1, noNaN: true }),
+      shape: fc.constantFrom('linear' as const, 'cosine' as const),
+    })
+    fc.assert(
+      fc.property(fc.array(stretch, { minLength: 1, maxLength: 5 }), stretches => {
+        fc.pre(stretches.some(({ steps }) => steps > 0))
+        const schedule = piecewise(stretches)
+        let step = 0
+        for (const { steps, from, to } of stretches)
+          for (let i = 0; i < steps; i++) {
+            const value = schedule(step++)
+            expect(value).toBeGreaterThanOrEqual(Math.min(from, to) - 1e-12)
+            expect(value).toBeLessThanOrEqual(Math.max(from, to) + 1e-12)
+            if (i === steps - 1) expect(value).toBe(to)
+          }
+      }),
+    )
+  })
+
+  test('names what cannot be', () => {
+    const refused = (stretches: unknown, options = {}) => expect(() => piecewise(stretches as Stretch[], options))
+    refused([]).toThrow(/the stretches are/)
+    refused([{ steps: 1, to: 1 }]).toThrow(/from of stretch 0 is missing/)
+    refused([{ steps: 1.5, at: 1 }]).toThrow(/steps of stretch 0 is 1.5/)
+    refused([{ steps: 1, at: Number.NaN }]).toThrow(/at of stretch 0 is NaN/)
+    refused([{ steps: 1, from: 0, to: 1, shape: 'sine' }]).toThrow(/shape of stretch 0 is .?sine/)
+    refused([{ steps: 0, at: 1 }]).toThrow(/all stretches are empty/)
+    refused([{ steps: 1, at: 1 }], { steps: 0.5 }).toThrow(/steps is 0.5/)
+    refused([{ steps: 1, at: 1, until: 3 }]).toThrow(/there is no option until/)
   })
 })
 

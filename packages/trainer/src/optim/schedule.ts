@@ -68,6 +68,83 @@ export function warmupConstant(options: { readonly warmup: number }): Schedule {
   return step => (step < warmup ? (step + 1) / warmup : 1)
 }
 
+/** A stretch of a schedule: `steps` long, at one value; or on its way to one, which its last step reaches. */
+export type Stretch =
+  | { readonly steps: number; readonly at: number }
+  | {
+      readonly steps: number
+      /** Default: where the stretch before has ended. */
+      readonly from?: number
+      readonly to: number
+      /** `'cosine'` is half of one. Default `'linear'`. */
+      readonly shape?: 'linear' | 'cosine'
+    }
+
+/**
+ * A schedule of stretches, one behind the other; behind the last one it stays where that ended. For learning rates, and for whatever else is a function of the
+ * step: micro-batches (`accumulate`), weights of losses, the speed of biases.
+ * @param options.steps how long all stretches are together: their own lengths are shares then, such as tokens. Default: they are steps
+ * @throws MoeError E_CONFIG
+ */
+export function piecewise(stretches: readonly Stretch[], options: { readonly steps?: number } = {}): Schedule {
+  checkOptions('piecewise', options, { steps: true })
+  checkStretches(stretches, options.steps)
+  const total = stretches.reduce((sum, { steps }) => sum + steps, 0)
+  const scale = options.steps === undefined ? 1 : options.steps / total
+  let shares = 0
+  let before = 0
+  const parts = stretches.map(stretch => {
+    const first = Math.round(shares * scale)
+    shares += stretch.steps
+    const level = 'at' in stretch
+    const from = level ? stretch.at : (stretch.from ?? before)
+    before = level ? stretch.at : stretch.to
+    const shape = (!level && stretch.shape) || 'linear'
+    return { first, end: Math.round(shares * scale), from, to: before, shape }
+  })
+  return step => {
+    const part = parts.find(({ end }) => step < end)
+    if (part === undefined) return before
+    const { first, end, from, to, shape } = part
+    const progress = (step + 1 - first) / (end - first)
+    if (progress === 1) return to
+    return from + (to - from) * (shape === 'linear' ? progress : 0.5 * (1 - Math.cos(Math.PI * progress)))
+  }
+}
+
+function checkStretches(stretches: readonly Stretch[], steps: number | undefined): void {
+  const problems: string[] = []
+  const isLength = (value: unknown) =>
+    steps === undefined
+      ? Number.isSafeInteger(value) && (value as number) >= 0
+      : Number.isFinite(value) && (value as number) >= 0
+  if (!Array.isArray(stretches) || stretches.length === 0) problems.push(`the stretches are ${shown(stretches)}`)
+  else {
+    stretches.forEach((stretch: Stretch, i) => {
+      if ('at' in stretch) checkOptions(`piecewise stretch ${i}`, stretch, { steps: true, at: true })
+      else checkOptions(`piecewise stretch ${i}`, stretch, { steps: true, from: true, to: true, shape: true })
+      const { steps: length, ...values } = stretch
+      if (!isLength(length)) problems.push(`steps of stretch ${i} is ${shown(length)}`)
+      const ends =
+        'at' in values ? { at: values.at } : { to: values.to, ...(values.from !== undefined && { from: values.from }) }
+      for (const [name, value] of Object.entries(ends))
+        if (!Number.isFinite(value)) problems.push(`${name} of stretch ${i} is ${shown(value)}`)
+      if ('shape' in values && !['linear', 'cosine', undefined].includes(values.shape))
+        problems.push(`shape of stretch ${i} is ${shown(values.shape)}`)
+    })
+    if (!('at' in stretches[0]) && stretches[0].from === undefined) problems.push('from of stretch 0 is missing')
+    if (stretches.every(({ steps }) => steps === 0)) problems.push('all stretches are empty')
+  }
+  if (steps !== undefined && (!Number.isSafeInteger(steps) || steps < 1)) problems.push(`steps is ${shown(steps)}`)
+  if (problems.length === 0) return
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'piecewise',
+    problem: problems.join(', '),
+    fix: "pass [{ steps: 100, from: 0, to: 1 }, { steps: 900, to: 0.1, shape: 'cosine' }] or such; steps are whole numbers from 0, and shares where { steps } is given",
+  })
+}
+
 const defaultWarmup = (steps: number) => Math.min(100, Math.round(steps / 10))
 
 function checkSchedule(op: string, counts: Readonly<Record<string, number>>, floor: number): void {

@@ -68,7 +68,7 @@ export function progress(options: ProgressOptions = {}): TrainListener {
   }
   const redraw = (steps: number, event: StepEvent) => {
     const width = stream.columns ?? 100
-    const parts = fitting(stepParts(steps, event, speed), width)
+    const parts = fitting(stepParts(start, event, speed), width)
     const wide = parts.join('  ').length + barWidth + 2 < width
     const bar = wide ? `${paint(32, barOf(event.step / steps))}  ` : ''
     clear()
@@ -93,7 +93,7 @@ export function progress(options: ProgressOptions = {}): TrainListener {
         if (terminal) {
           if (now() - drawnAt >= redrawMs || event.step === steps) redraw(steps, event)
         } else if (event.step % every === 0 || event.step === fromStep + 1 || event.step === steps) {
-          say(stepParts(steps, event, speed).join('  '))
+          say(stepParts(start, event, speed).join('  '))
         }
         break
       }
@@ -150,15 +150,21 @@ function fitting(parts: readonly string[], width: number): string[] {
 function startLine(event: StartEvent): string {
   const from = event.fromStep > 0 ? `, going on after step ${event.fromStep}` : ''
   const epochs = event.epochs >= 9.95 ? event.epochs.toFixed(0) : event.epochs.toFixed(1)
-  const size = event.textsPerStep ? `${event.textsPerStep} texts` : `${grouped(event.tokensPerStep)} tokens`
+  const grows = event.tokens > 0 && event.tokens !== event.steps * event.tokensPerStep
+  const tokens = grows ? event.tokens / event.steps : event.tokensPerStep
+  const size = event.textsPerStep
+    ? `${event.textsPerStep} texts`
+    : `${grows ? 'on average ' : ''}${grouped(Math.round(tokens))} tokens`
   return `${compact(event.parameters)} parameters on ${event.backend} (${event.device}, ${event.precision}); ${event.steps} steps of ${size}, ${epochs} epochs of ${compact(event.trainingTokens)}${from}`
 }
 
-function stepParts(steps: number, event: StepEvent, speed: number): string[] {
+function stepParts(start: StartEvent | undefined, event: StepEvent, speed: number): string[] {
+  const { steps = event.step, tokens: inAll = 0 } = start ?? {}
   const { maxVio, reward, preferred } = event.metrics
   const judged = reward === undefined ? preferred : reward
   const name = reward === undefined ? 'preferred' : 'reward'
-  const left = speed > 0 ? ((steps - event.step) * event.tokens) / event.step / speed : 0
+  const tokensLeft = inAll > 0 ? inAll - event.tokens : ((steps - event.step) * event.tokens) / event.step
+  const left = speed > 0 ? Math.max(0, tokensLeft) / speed : 0
   return [
     `step ${String(event.step).padStart(String(steps).length)}/${steps}`,
     judged === undefined ? `loss ${event.nll.toFixed(3)}` : `${name} ${judged.toFixed(3)}`,

@@ -24,6 +24,7 @@ const start: StartEvent = {
   steps: 40,
   fromStep: 0,
   tokensPerStep: 2048,
+  tokens: 40 * 2048,
   trainingTokens: 2_100_000,
   validationTokens: 9000,
   epochs: 0.04,

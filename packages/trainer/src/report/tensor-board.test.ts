@@ -19,6 +19,7 @@ const start: StartEvent = {
   steps: 4,
   fromStep: 0,
   tokensPerStep: 8,
+  tokens: 0,
   trainingTokens: 100,
   validationTokens: 10,
   epochs: 1,

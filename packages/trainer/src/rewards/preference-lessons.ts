@@ -48,7 +48,7 @@ export class PreferenceLessons implements Lessons {
   readonly #training: readonly Pair[]
   readonly #validation: readonly Pair[]
   readonly #order: EndlessOrder
-  tokensPerStep = 0
+  #tokens = 0
   metrics: Readonly<Record<string, number>> = {}
   readonly stride = 1
   readonly notices = []
@@ -62,6 +62,14 @@ export class PreferenceLessons implements Lessons {
     this.#validation = this.#encode(data.validation, 'held-out pair')
     this.#order = new EndlessOrder(this.#training.length, options.seed)
     checkReference(model, data.reference)
+  }
+
+  tokensIn(): number {
+    return 0
+  }
+
+  tokensOf(): number {
+    return this.#tokens
   }
 
   get identity(): string {
@@ -110,7 +118,7 @@ export class PreferenceLessons implements Lessons {
     const told = await ranks.gather({ batches: placed.batches.length, tokens, terms })
     const all = told.flatMap(({ terms }) => terms)
     const batches = Math.max(...told.map(({ batches }) => batches))
-    this.tokensPerStep = batches * batchSize * sequenceLength
+    this.#tokens = batches * batchSize * sequenceLength
     this.metrics = {
       preference: meanOf(all.map(({ loss }) => loss)),
       preferred: meanOf(all.map(({ margin }) => Number(margin > 0))),

@@ -112,7 +112,11 @@ export class RolloutLessons implements Lessons {
     return this.#groupsOfStep * this.#data.groupSize
   }
 
-  get tokensPerStep(): number {
+  tokensIn(): number {
+    return 0
+  }
+
+  tokensOf(): number {
     const { batchSize, sequenceLength } = this.#options
     return (this.#made?.batches ?? 0) * batchSize * sequenceLength
   }
