@@ -307,8 +307,8 @@ export interface FusedAttrs {
   adamwStep: AdamwAttrs
   /** `[average, value] -> [average]`, f32 of one shape: average += (1 - decay) / (1 - decay^step) (value - average). average is donated. */
   emaStep: EmaAttrs
-  /** `[...tensors] -> [norm []]`: square root of the sum of all squares. */
-  globalNorm: Record<never, never>
+  /** `[...tensors] -> [norm []]`: square root of the sum of all squares. `parts`: `[3]`, whose sum is the norm in f64, the largest first; the others may be 0 where it is summed in f32. */
+  globalNorm: { readonly parts: boolean }
   /** `[x [R, C]] -> [q f8e4m3 [R, C], scale f32 [ceil(R/br), ceil(C/bc)]]`: per block of `block` = [br, bc], scale = max|x| / 448 (1 for an all-zero block), q = x / scale. */
   quantize: { readonly block: readonly [number, number] }
 }

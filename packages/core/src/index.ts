@@ -75,7 +75,7 @@ export {
   viewBytes,
 } from './dtype.ts'
 export { type ErrorCode, type ErrorInfo, isMoeError, MoeError, shown } from './errors.ts'
-export { adamwStep, globalNorm } from './fused/adamw.ts'
+export { adamwStep, globalNorm, globalNormParts } from './fused/adamw.ts'
 export { type AttentionOptions, attention, type LatentAttentionOptions, latentAttention } from './fused/attention.ts'
 export { crossEntropy, defaultIgnoreIndex, linearCrossEntropy } from './fused/cross-entropy.ts'
 export { combineTokens, type DispatchPlan, dispatchPlan, permuteTokens } from './fused/dispatch.ts'

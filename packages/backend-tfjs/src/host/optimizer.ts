@@ -37,6 +37,11 @@ export function globalNorm(host: Host, tensors: readonly Value[], _: unknown, [s
     const x = f32Of(host, value)
     for (let i = 0; i < x.length; i++) sum += x[i] * x[i]
   }
-  host.view(out)[0] = Math.sqrt(sum)
+  let rest = Math.sqrt(sum)
+  const floats = host.view(out)
+  for (let i = 0; i < floats.length; i++) {
+    floats[i] = rest
+    rest -= floats[i]
+  }
   return [out]
 }

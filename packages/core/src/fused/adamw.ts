@@ -1,6 +1,7 @@
 /** @file One optimizer step of one tensor, and the norm over all gradients. */
 import type { AdamwAttrs } from '../backend.ts'
 import { noGrad } from '../context.ts'
+import { full } from '../create.ts'
 import { needDtype, needShape } from '../infer.ts'
 import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 
@@ -37,15 +38,15 @@ export const adamwStepDefinition: FusedDefinition<'adamwStep'> = {
 
 export const globalNormDefinition: FusedDefinition<'globalNorm'> = {
   name: 'globalNorm',
-  infer(tensors) {
+  infer(tensors, { parts }) {
     for (const value of tensors) needDtype('globalNorm', 'input', value, 'f32')
-    return [{ shape: [], dtype: 'f32' }]
+    return [{ shape: parts ? [3] : [], dtype: 'f32' }]
   },
-  decompose: tensors => [
-    concat(tensors.map(x => x.mul(x).sum().reshape([1])))
-      .sum()
-      .sqrt(),
-  ],
+  decompose(tensors, { parts }) {
+    const squares = concat(tensors.map(x => x.mul(x).sum().reshape([1])))
+    const norm = squares.sum().sqrt()
+    return [parts ? concat([norm.reshape([1]), full([2], 0, norm)]) : norm]
+  },
   vjp: null,
 }
 
@@ -68,5 +69,10 @@ export function adamwStep(
 
 /** Square root of the sum of squares over all tensors: a scalar on the device. */
 export function globalNorm(tensors: readonly Tensor[]): Tensor {
-  return noGrad(() => runFused(globalNormDefinition, tensors, {})[0])
+  return noGrad(() => runFused(globalNormDefinition, tensors, { parts: false })[0])
+}
+
+/** The same before it is rounded, as far as the backend knows it: three numbers, `[3]`, whose sum in f64 it is. Norms of parts of a whole are put together from these. */
+export function globalNormParts(tensors: readonly Tensor[]): Tensor {
+  return noGrad(() => runFused(globalNormDefinition, tensors, { parts: true })[0])
 }

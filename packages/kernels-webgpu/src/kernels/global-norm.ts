@@ -45,8 +45,8 @@ const root: Program = {
 
 export const globalNorm =
   (gpu: DeviceOps): FusedKernel<FusedAttrs['globalNorm']> =>
-  (tensors, _, [spec]) => {
-    if (tensors.length === 0) return undefined
+  (tensors, { parts: inParts }, [spec]) => {
+    if (tensors.length === 0 || inParts) return undefined
     const y = gpu.output('globalNorm', spec)
     const parts = gpu.between('globalNorm', tensors.length * SHARES)
     for (let at = 0; at < tensors.length; at += AT_ONCE) {

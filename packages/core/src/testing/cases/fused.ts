@@ -597,7 +597,8 @@ export const fusedCases: readonly OpCase[] = [
   opCase('emaStep', 'long', [f32(5003), f32(5003)], { decay: 0.999, step: 300 }, { ...sum, gradient: false }),
   opCase('emaStep', 'nothing', [f32(0), f32(0)], { decay: 0.9, step: 3 }, { ...sum, gradient: false }),
   ...quantizedCases,
-  opCase('globalNorm', 'of several', [f32(5, 7), f32(130), f32()], {}, { ...sum, gradient: false }),
+  opCase('globalNorm', 'of several', [f32(5, 7), f32(130), f32()], { parts: false }, { ...sum, gradient: false }),
+  opCase('globalNorm', 'in parts', [f32(5, 7), f32(130), f32()], { parts: true }, { ...sum, gradient: false }),
   opCase('quantize', 'whole blocks', [f32(8, 8)], { block: [4, 4] }, { ...sum, gradient: false }),
   opCase('quantize', 'cropped blocks', [f32(5, 9)], { block: [4, 4] }, { ...sum, gradient: false }),
   opCase(

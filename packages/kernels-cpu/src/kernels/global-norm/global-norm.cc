@@ -1,4 +1,4 @@
-// Square root of the sum of squares of many tensors, summed in double.
+// Square root of the sum of squares of many tensors, summed in double: a float, or three floats that are the double.
 #include "moe.h"
 
 using namespace moe;
@@ -25,9 +25,10 @@ double sum_of_squares(const float* x, int64_t n) {
 
 }  // namespace
 
-// norm, first, last, count, then count times (address, n)
+// norm, its floats, first, last, count, then count times (address, n)
 MOE_KERNEL(moe_global_norm_f32) {
   float* norm = args.ptr<float>();
+  const int floats = args.i32();
   const bool first = args.flag(), last = args.flag();
   const int count = args.i32();
   const float* tensors[64];
@@ -52,5 +53,10 @@ MOE_KERNEL(moe_global_norm_f32) {
   double total = first ? 0 : total_so_far;
   for (int64_t task = 0; task < tasks; task++) total += sums[task];
   total_so_far = total;
-  if (last) *norm = static_cast<float>(std::sqrt(total));
+  if (!last) return;
+  double rest = std::sqrt(total);
+  for (int i = 0; i < floats; i++) {
+    norm[i] = static_cast<float>(rest);
+    rest -= static_cast<double>(norm[i]);
+  }
 }

@@ -19,8 +19,11 @@ describe.each(await availableIsas())('%s', isa => {
     for (const { data } of inputs) for (const x of data) squares += x * x
     for (const threads of [1, 2]) {
       const backend = await testBackend({ isa, threads })
-      const [norm] = await runOp(backend, 'globalNorm', inputs, {}, [{ shape: [], dtype: 'f32' }])
+      const [norm] = await runOp(backend, 'globalNorm', inputs, { parts: false }, [{ shape: [], dtype: 'f32' }])
       expect(norm).toEqual(Float32Array.of(Math.sqrt(squares)))
+      const [parts] = await runOp(backend, 'globalNorm', inputs, { parts: true }, [{ shape: [3], dtype: 'f32' }])
+      expect(parts[0]).toBe(norm[0])
+      expect(Math.abs(parts[0] + parts[1] + parts[2] - Math.sqrt(squares))).toBeLessThanOrEqual(1e-12 * norm[0])
       backend.dispose()
     }
   })
@@ -32,7 +35,7 @@ describe.each(await availableIsas())('%s', isa => {
         { data: [3 * size, 0], shape: [2] },
         { data: [4 * size], shape: [1] },
       ]
-      const [norm] = await runOp(backend, 'globalNorm', inputs, {}, [{ shape: [], dtype: 'f32' }])
+      const [norm] = await runOp(backend, 'globalNorm', inputs, { parts: false }, [{ shape: [], dtype: 'f32' }])
       expect(norm[0] / (5 * size)).toBeCloseTo(1, 6)
     }
     backend.dispose()

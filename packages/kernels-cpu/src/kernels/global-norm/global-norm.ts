@@ -14,7 +14,7 @@ export const globalNorm: FusedFactory<'globalNorm'> = native => {
       const some = tensors.slice(at, at + batch)
       const isLast = at + batch >= tensors.length
       const list = some.flatMap(value => [pointerOf(value), sizeOf(value.shape)])
-      kernel(norm.pointer, +(at === 0), +isLast, some.length, ...list)
+      kernel(norm.pointer, sizeOf(spec.shape), +(at === 0), +isLast, some.length, ...list)
       at += batch
     } while (at < tensors.length)
     return [norm]

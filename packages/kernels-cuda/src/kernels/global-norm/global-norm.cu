@@ -39,9 +39,16 @@ MOE_KERNEL((threads), moe_global_norm_squares_f32,
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-MOE_KERNEL((threads), moe_global_norm_root_f32, (float* norm, const double* partial, int count)) {
+// norm: a float, or three floats that are the double.
+MOE_KERNEL((threads), moe_global_norm_root_f32, (float* norm, int floats, const double* partial, int count)) {
   double total = 0;
   for (int i = (int)threadIdx.x; i < count; i += threads) total += partial[i];
   total = blockSumDouble(total);
-  if (threadIdx.x == 0) *norm = (float)sqrt(total);
+  if (threadIdx.x == 0) {
+    double rest = sqrt(total);
+    for (int i = 0; i < floats; i++) {
+      norm[i] = (float)rest;
+      rest -= (double)norm[i];
+    }
+  }
 }

@@ -12,12 +12,13 @@ const sizes = [
   Array.from({ length: 150 }, (_, i) => ((i * 997) % 2000) + (i % 50 === 3 ? 40_000 : 0)),
 ]
 
-async function normOf(tensors: ReadonlyArray<ArrayLike<number>>): Promise<number> {
+async function normOf(tensors: ReadonlyArray<ArrayLike<number>>): Promise<{ norm: number; parts: ArrayLike<number> }> {
   const backend = await testBackend()
   const inputs = tensors.map(data => ({ data, shape: [data.length] }))
-  const [norm] = await runOp(backend, 'globalNorm', inputs, {}, [{ shape: [], dtype: 'f32' }])
+  const [norm] = await runOp(backend, 'globalNorm', inputs, { parts: false }, [{ shape: [], dtype: 'f32' }])
+  const [parts] = await runOp(backend, 'globalNorm', inputs, { parts: true }, [{ shape: [3], dtype: 'f32' }])
   backend.dispose()
-  return norm[0]
+  return { norm: norm[0], parts }
 }
 
 describe.skipIf(unavailable)('globalNorm', () => {
@@ -26,12 +27,16 @@ describe.skipIf(unavailable)('globalNorm', () => {
     const tensors = list.map(n => random.normal(n))
     let squares = 0
     for (const data of tensors) for (const x of data) squares += x * x
-    expect(await normOf(tensors)).toBe(Math.fround(Math.sqrt(squares)))
+    const { norm, parts } = await normOf(tensors)
+    expect(norm).toBe(Math.fround(Math.sqrt(squares)))
+    expect(parts[0]).toBe(norm)
+    expect(Math.abs(parts[0] + parts[1] + parts[2] - Math.sqrt(squares))).toBeLessThanOrEqual(1e-12 * norm)
   })
 
   test('large and small squares neither overflow nor vanish', async () => {
     for (const size of [1e30, 1e-30]) {
-      expect((await normOf([[3 * size, 0], [4 * size]])) / (5 * size)).toBeCloseTo(1, 6)
+      const { norm } = await normOf([[3 * size, 0], [4 * size]])
+      expect(norm / (5 * size)).toBeCloseTo(1, 6)
     }
   })
 })

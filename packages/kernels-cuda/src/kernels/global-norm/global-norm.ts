@@ -9,7 +9,7 @@ const chunk = 16_384
 
 export const globalNorm: FusedFactory<'globalNorm'> = cuda => {
   const squares = cuda.kernel('global-norm', 'moe_global_norm_squares_f32', 'p p[64] l[64] i')
-  const root = cuda.kernel('global-norm', 'moe_global_norm_root_f32', 'p p i')
+  const root = cuda.kernel('global-norm', 'moe_global_norm_root_f32', 'p i p i')
   return (tensors, _attrs, [spec]) => {
     const norm = cuda.output(spec)
     const most = cuda.multiprocessors * 4
@@ -25,7 +25,7 @@ export const globalNorm: FusedFactory<'globalNorm'> = cuda => {
       squares({ grid, block: 256 }, partial.pointer + blocks * 8, some.map(pointerOf), sizes, some.length)
       blocks += grid
     }
-    root({ grid: 1, block: 256 }, norm.pointer, partial.pointer, blocks)
+    root({ grid: 1, block: 256 }, norm.pointer, sizeOf(spec.shape), partial.pointer, blocks)
     return [norm]
   }
 }
