@@ -1,5 +1,5 @@
 /** @file Public interface of @moe/parallel. */
-export type { Communicator, Reduction, RowExchange, TensorLike } from './communicator/communicator.ts'
+export type { Communicator, Reduction, RowExchange, Rows, TensorLike } from './communicator/communicator.ts'
 export { local } from './communicator/local.ts'
 export { ExpertParallel, type SpreadableModel } from './experts/expert-parallel.ts'
 export type { OwnParameter, PieceRunner, RouteElsewhere, SpreadableLayer } from './experts/expert-shares.ts'

@@ -42,7 +42,7 @@ export interface Workspace<E> {
   reduce(to: E, parts: readonly E[], dtype: DType, reduction: Reduction): void
   /** A tensor of its own with these elements. */
   tensor(elements: E, like: TensorLike): Tensor
-  /** Gives a tensor other elements. @throws MoeError E_BACKEND for a backend that cannot */
+  /** Gives a tensor other elements, in its place where the backend can write. @throws MoeError E_BACKEND where it cannot, but for a `Parameter` */
   write(tensor: Tensor, elements: E): void
   /** The call has ended. */
   close(): void

@@ -12,6 +12,16 @@ export interface RowExchange {
   readonly counts: readonly number[]
 }
 
+/** Rows of a tensor: of its first axis those from number `from` to before `to`. A scalar is one row. */
+export interface Rows {
+  /** Of which all ranks have one. */
+  readonly tensor: Tensor
+  /** The first. */
+  readonly from: number
+  /** Behind the last. */
+  readonly to: number
+}
+
 /**
  * One of `size` ranks. All of them make the same calls of everything but `send` and `receive` in the same order, with tensors of the same shapes and dtypes; calls need not be awaited
  * one by one. Tensors that are given stay the caller's, who neither changes nor frees them before the promise resolves; tensors that are resolved to are new, of the backend that the given
@@ -39,6 +49,18 @@ export interface Communicator {
   allReduceInPlace(tensors: readonly Tensor[], reduction?: Reduction): Promise<void>
   /** `[size n, ...]` to this rank's n rows of the reduction. @throws MoeError E_DTYPE, E_SHAPE */
   reduceScatter(tensor: Tensor, reduction?: Reduction): Promise<Tensor>
+  /**
+   * Of tensors that all ranks have, sums over the ranks, each for one rank alone: `shares[r]` are the rows whose sums rank r is given. Half of an `allReduce`, of which `gatherShares` is the other half. All are of one dtype.
+   * @param into where the sums are put, at the same addresses: a tensor for each of this rank's rows, which may be what they are rows of. For backends that can write. Default: new tensors
+   * @throws MoeError E_DTYPE, E_SHAPE, E_BACKEND
+   */
+  reduceShares(shares: ReadonlyArray<readonly Rows[]>, into?: readonly Tensor[]): Promise<readonly Tensor[]>
+  /**
+   * Gives all ranks what each has for its share: the rows of the tensors become those, at the same addresses, or, on backends that cannot write, what a `Parameter` is assigned. Together the shares make up each tensor.
+   * @param own a tensor for each of this rank's rows; where these are all rows of a tensor, it may be that one
+   * @throws MoeError E_DTYPE, E_SHAPE, E_BACKEND
+   */
+  gatherShares(shares: ReadonlyArray<readonly Rows[]>, own: readonly Tensor[]): Promise<void>
   /** `[n, ...]` of every rank, one below the other: `[size n, ...]`. */
   allGather(tensor: Tensor): Promise<Tensor>
   /**

@@ -1,5 +1,5 @@
 /** @file Elements in host memory: tensors are downloaded to be sent, and what came is uploaded. */
-import { type DType, dtypeBytes, fromHost, type HostArray, MoeError, type Tensor, viewBytes } from '@moe/core'
+import { type DType, dtypeBytes, fromHost, type HostArray, MoeError, Parameter, type Tensor, viewBytes } from '@moe/core'
 import type { Memory, Workspace } from './carrier.ts'
 import type { Reduction, TensorLike } from './communicator.ts'
 import { reduce } from './reduce.ts'
@@ -36,8 +36,9 @@ class HostWorkspace implements Workspace<HostArray> {
   }
 
   write(tensor: Tensor, elements: HostArray): void {
-    const { backend } = tensor
+    const { backend, shape, dtype } = tensor
     if (backend.write === undefined) {
+      if (tensor instanceof Parameter) return tensor.assign(fromHost(elements, shape, dtype, backend))
       throw new MoeError({
         code: 'E_BACKEND',
         op: 'allReduceInPlace',

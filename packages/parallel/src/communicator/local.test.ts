@@ -1,4 +1,4 @@
-import { type MoeError, tensor } from '@moe/core'
+import { type MoeError, Parameter, type Tensor, tensor } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { expect, test } from 'vitest'
 import { local } from '../index.ts'
@@ -26,6 +26,72 @@ test('large tensors go in several parts, with the same numbers', async () => {
     expect(large.length).toBe(length)
     expect(large.every(value => value === 3)).toBe(true)
   }
+})
+
+test('large shares go in several parts, each tensor whole in the end', async () => {
+  const [rows, width] = [5, 2 ** 20 + 3]
+  const handles = backend.stats().handles
+  const told = await local(2, async ranks => {
+    const from = (scale: number) =>
+      tensor(Float32Array.from({ length: rows * width }, (_, i) => scale * (i % 1013)), [rows, width], { backend })
+    const small = tensor(new Float32Array(7).fill(ranks.rank + 1), [7], { backend })
+    const large = from(ranks.rank + 1)
+    const cut = (of: Tensor) => [
+      [{ tensor: of, from: 0, to: 4 }],
+      [
+        { tensor: of, from: 4, to: 5 },
+        { tensor: small, from: 0, to: 7 },
+      ],
+    ]
+    const sums = await ranks.reduceShares(cut(large))
+    const parameter = new Parameter(from(0))
+    const whole = new Parameter(small)
+    await ranks.gatherShares(
+      [cut(parameter)[0], [cut(parameter)[1][0], { tensor: whole, from: 0, to: 7 }]],
+      ranks.rank === 0 ? sums : [sums[0], whole],
+    )
+    const [numbers, others] = await Promise.all([parameter.values(), whole.values()])
+    for (const each of [...sums, large, parameter, whole]) each.dispose()
+    const isSum = numbers.every((x, i) => x === 3 * (i % 1013))
+    return { isSum, others: [...others], shapes: sums.map(({ shape }) => shape) }
+  })
+  const others = new Array(7).fill(2)
+  expect(told).toEqual([
+    { isSum: true, others, shapes: [[4, width]] },
+    { isSum: true, others, shapes: [[1, width], [7]] },
+  ])
+  expect(backend.stats().handles).toBe(handles)
+})
+
+test('shares that cannot be are an error before anything is sent', async () => {
+  await local(2, async ranks => {
+    const [three, whole] = [vector(1, 2, 3), tensor(new Int32Array(2), [2], { backend })]
+    const rows = (from: number, to: number, of = three) => ({ tensor: of, from, to })
+    const two = ranks.rank === 0 ? [vector(1, 2)] : [vector(3)]
+    const faults: Array<Promise<unknown>> = [
+      ranks.reduceShares([[rows(0, 3)]]),
+      ranks.reduceShares([[rows(0, 2)], [rows(2, 4)]]),
+      ranks.reduceShares([[rows(1, 1)], []]),
+      ranks.reduceShares([[rows(0, 3)], [rows(0, 2, whole)]]),
+      ranks.reduceShares([[rows(0, 2)], [rows(2, 3)]], []),
+      ranks.reduceShares([[rows(0, 2)], [rows(2, 3)]], two),
+      ranks.gatherShares([[rows(0, 2)], [rows(2, 3)]], two),
+      ranks.gatherShares([[rows(0, 2)], [rows(1, 2)]], two),
+      ranks.gatherShares([[rows(0, 2)], []], ranks.rank === 0 ? two : []),
+    ]
+    const messages = await Promise.all(faults.map(fault => fault.catch((e: MoeError) => `${e.code} ${e.message}`)))
+    expect(messages).toEqual([
+      expect.stringMatching(/^E_SHAPE reduceShares: there are 1 shares for 2 ranks/),
+      expect.stringMatching(/^E_SHAPE reduceShares: \[3\] has no rows from 2 to before 4; give some of its 3/),
+      expect.stringMatching(/^E_SHAPE reduceShares: \[3\] has no rows from 1 to before 1/),
+      expect.stringMatching(/^E_DTYPE reduceShares: there are tensors of f32 and of i32/),
+      expect.stringMatching(/^E_SHAPE reduceShares: this rank's share is \[\d\], given is nothing/),
+      expect.stringMatching(/^E_BACKEND /),
+      expect.stringMatching(/^E_BACKEND /),
+      expect.stringMatching(/^E_SHAPE gatherShares: the shares do not make up \[3\]; give each of its rows/),
+      expect.stringMatching(/^E_SHAPE gatherShares: the shares do not make up \[3\]/),
+    ])
+  })
 })
 
 test('calls need not be awaited one by one: they are told apart by their order', async () => {

@@ -1,14 +1,39 @@
 /** @file A communicator made of messages between two ranks, whatever memory they come from. */
 import { type DType, MoeError, sizeOf, type Tensor } from '@moe/core'
 import type { Carrier, Memory, Message, Workspace } from './carrier.ts'
-import type { Communicator, Reduction, RowExchange, TensorLike } from './communicator.ts'
+import type { Communicator, Reduction, RowExchange, Rows, TensorLike } from './communicator.ts'
 import { checkReduction } from './reduce.ts'
+import {
+  Assembly,
+  checkOwn,
+  checkShares,
+  elementsOf,
+  lengthOf,
+  type Part,
+  partsInBuckets,
+  type Shares,
+  Sources,
+  shapeOf,
+  type Target,
+  wholeTensors,
+} from './shares.ts'
 
 /** Tensors travel together up to so many elements: 16 MiB of f32. */
 const bucketElements = 1 << 22
 
 /** What a rank is given, or what comes from it. */
 type Share<E> = (rank: number) => E
+
+/** What comes of shares, bucket by bucket. */
+interface ShareExchange<E> {
+  readonly dtype: DType
+  /** Where the rows of each rank are taken from; nothing for ranks whose place in a bucket is not filled. */
+  readonly give: Shares
+  /** Fills the places that are read. */
+  readonly meet: (space: Workspace<E>, place: Share<E>, bucket: ReadonlyArray<readonly Part[]>) => Promise<void>
+  /** What the rows of each rank are for, and from which element on; nothing for ranks whose place is not read. */
+  readonly take: ReadonlyArray<ReadonlyArray<{ readonly target: Target<E>; readonly at: number }>>
+}
 
 /**
  * Sums are a reduce-scatter by pairs, an addition in the order of ranks and a gather. `E` is a run of elements: of the host, or of a device.
@@ -58,11 +83,61 @@ export class MessageCommunicator<E> implements Communicator {
       })
     }
     return this.#inTurn(async space => {
-      const share = shares(space, await this.#memory.of(tensor), evenStarts(size, this.size))
+      const share = placesOf(space, await this.#memory.of(tensor), evenStarts(size, this.size))
       const own = space.make(dtype, size / this.size)
       await this.#reduceShare(space, own, size / this.size, share, { dtype, reduction })
       return space.tensor(own, { shape: [shape[0] / this.size, ...shape.slice(1)], dtype, backend })
     })
+  }
+
+  async reduceShares(shares: Shares, into?: readonly Tensor[]): Promise<readonly Tensor[]> {
+    const dtype = checkShares('reduceShares', shares, this.size)
+    const mine = shares[this.rank]
+    if (into !== undefined) checkOwn('reduceShares', mine, into)
+    if (dtype === null) return []
+    const made = await this.#makeInTurn((_, results) => {
+      const own = mine.map((rows, i) => {
+        const finish = (space: Workspace<E>, elements: E) => {
+          if (into !== undefined) space.write(into[i], elements)
+          else results.push(space.tensor(elements, { shape: shapeOf(rows), dtype, backend: rows.tensor.backend }))
+        }
+        return { target: { length: lengthOf([elementsOf(rows)]), finish }, at: 0 }
+      })
+      return this.#bucketByBucket(shares, {
+        dtype,
+        give: shares,
+        meet: (space, place, bucket) => {
+          const length = lengthOf(bucket[this.rank])
+          return this.#reduceShare(space, place(this.rank), length, place, { dtype, reduction: 'sum' })
+        },
+        take: shares.map((_, rank) => (rank === this.rank ? own : [])),
+      })
+    })
+    return into ?? made
+  }
+
+  async gatherShares(shares: Shares, own: readonly Tensor[]): Promise<void> {
+    const dtype = checkShares('gatherShares', shares, this.size)
+    checkOwn('gatherShares', shares[this.rank], own)
+    const tensors = wholeTensors('gatherShares', shares)
+    if (dtype === null) return
+    const targetOf = (tensor: Tensor): [Tensor, Target<E>] => {
+      // What is all of this rank's lies where it should.
+      const finish = (space: Workspace<E>, elements: E) => own.includes(tensor) || space.write(tensor, elements)
+      return [tensor, { length: tensor.size, finish }]
+    }
+    const targets = new Map(tensors.map(targetOf))
+    const given = own.map(tensor => ({ tensor, from: 0, to: tensor.shape[0] ?? 1 }))
+    return this.#inTurn(() =>
+      this.#bucketByBucket(shares, {
+        dtype,
+        give: shares.map((_, rank) => (rank === this.rank ? given : [])),
+        meet: (_, place) => this.#exchange(() => place(this.rank), place),
+        take: shares.map(share =>
+          share.map(rows => ({ target: targets.get(rows.tensor) as Target<E>, at: elementsOf(rows).from })),
+        ),
+      }),
+    )
   }
 
   async allGather(tensor: Tensor): Promise<Tensor> {
@@ -70,7 +145,7 @@ export class MessageCommunicator<E> implements Communicator {
     return this.#inTurn(async space => {
       const own = await this.#memory.of(tensor)
       const all = space.make(dtype, size * this.size)
-      const place = shares(space, all, evenStarts(size * this.size, this.size))
+      const place = placesOf(space, all, evenStarts(size * this.size, this.size))
       space.copy(place(this.rank), own)
       await this.#exchange(() => own, place)
       return space.tensor(all, { shape: [(shape[0] ?? 1) * this.size, ...shape.slice(1)], dtype, backend })
@@ -100,9 +175,9 @@ export class MessageCommunicator<E> implements Communicator {
     return this.#inTurn(async space => {
       const take = coming ?? [...(await this.carrier.numbers(Int32Array.from(counts)))]
       const width = sizeOf(shape.slice(1))
-      const from = shares(space, await this.#memory.of(rows), startsOf(counts, width))
+      const from = placesOf(space, await this.#memory.of(rows), startsOf(counts, width))
       const received = space.make(dtype, total(take) * width)
-      const to = shares(space, received, startsOf(take, width))
+      const to = placesOf(space, received, startsOf(take, width))
       space.copy(to(this.rank), from(this.rank))
       await this.#exchange(from, to)
       return {
@@ -185,6 +260,41 @@ export class MessageCommunicator<E> implements Communicator {
     })
   }
 
+  async #bucketByBucket(shares: Shares, { dtype, give, meet, take }: ShareExchange<E>): Promise<void> {
+    const sources = new Sources(this.#memory, give.flat())
+    const assembly = new Assembly(this.#memory, dtype)
+    const carry = (bucket: ReadonlyArray<readonly Part[]>) =>
+      this.#working(async space => {
+        const starts = startsOf(bucket.map(lengthOf))
+        const flat = space.make(dtype, starts[this.size])
+        const placed = bucket.map((parts, rank) => {
+          const within = startsOf(parts.map(part => lengthOf([part])))
+          return parts.map((part, i) => ({
+            ...part,
+            place: space.part(flat, starts[rank] + within[i], starts[rank] + within[i + 1]),
+          }))
+        })
+        for (const [rank, rows] of give.entries()) {
+          if (rows.length === 0) continue
+          for (const { index, from, to, place } of placed[rank])
+            space.copy(place, await sources.take(space, rows[index], from, to))
+        }
+        await meet(space, placesOf(space, flat, starts), bucket)
+        for (const [rank, rows] of take.entries()) {
+          if (rows.length === 0) continue
+          for (const { index, from, to, place } of placed[rank]) {
+            const { target, at } = rows[index]
+            assembly.put(space, target, at + from, place, to - from)
+          }
+        }
+      })
+    try {
+      for (const bucket of partsInBuckets(shares, Math.ceil(bucketElements / this.size))) await carry(bucket)
+    } finally {
+      assembly.close()
+    }
+  }
+
   /** `finish` is handed the reduced elements of each tensor. */
   async #reduceAll(
     tensors: readonly Tensor[],
@@ -196,11 +306,11 @@ export class MessageCommunicator<E> implements Communicator {
         const { dtype } = bucket[0]
         const starts = startsOf(bucket.map(({ size }) => size))
         const flat = space.make(dtype, starts[bucket.length])
-        const place = shares(space, flat, starts)
+        const place = placesOf(space, flat, starts)
         const elements = await Promise.all(bucket.map(tensor => this.#memory.of(tensor)))
         for (const [i, from] of elements.entries()) space.copy(place(i), from)
         const even = evenStarts(starts[bucket.length], this.size)
-        const share = shares(space, flat, even)
+        const share = placesOf(space, flat, even)
         const own = share(this.rank)
         await this.#reduceShare(space, own, even[this.rank + 1] - even[this.rank], share, { dtype, reduction })
         await this.#exchange(() => own, share)
@@ -280,7 +390,7 @@ function startsOf(counts: readonly number[], width = 1): number[] {
 const evenStarts = (length: number, ranks: number) =>
   Array.from({ length: ranks + 1 }, (_, rank) => Math.floor((rank * length) / ranks))
 
-const shares =
+const placesOf =
   <E>(space: Workspace<E>, of: E, starts: readonly number[]): Share<E> =>
   rank =>
     space.part(of, starts[rank], starts[rank + 1])

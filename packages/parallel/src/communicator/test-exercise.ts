@@ -1,5 +1,5 @@
 /** @file For tests only: every call of a communicator, and what must come of it, computed without one. */
-import { type Backend, type DType, fromBf16, fromHost, Random, type Tensor, tensor, toBf16 } from '@moe/core'
+import { type Backend, type DType, fromBf16, fromHost, Parameter, Random, sizeOf, type Tensor, tensor, toBf16, zeros } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import type { Communicator } from './communicator.ts'
 
@@ -50,6 +50,7 @@ async function exerciseAll(ranks: Communicator, backend: Backend): Promise<Recor
   const inPlace = [bits(own(23), 'f32'), bits(own(1), 'i32')]
   if (backend.write) await ranks.allReduceInPlace(inPlace)
   results.inPlace = await plain(backend.write ? inPlace : await ranks.allReduce(inPlace))
+  results.shares = await exerciseShares(ranks, backend)
   results.reduceScatter = await plain([await ranks.reduceScatter(f32(own(3 * size * 2), [3 * size, 2]))])
   results.allGather = await plain([await ranks.allGather(f32(own(6), [2, 3])), await ranks.allGather(f32(own(1), []))])
   const counts = Array.from({ length: size }, (_, to) => rowsFor(rank, to))
@@ -69,6 +70,45 @@ async function exerciseAll(ranks: Communicator, backend: Backend): Promise<Recor
   }
   await ranks.barrier()
   return results
+}
+
+/** Tensors that ranks have alike: a vector, a scalar, a matrix of which each rank but the last has two rows, and one that the last has. */
+const shapesOf = (size: number) => [[5], [], [2 * size + 3, 3], [2, 2]]
+const runsOf = (rank: number, size: number) => {
+  const last = rank === size - 1
+  const whole = rank === 0 ? [{ of: 0, from: 0, to: 5 }, { of: 1, from: 0, to: 1 }] : []
+  const matrix = { of: 2, from: 2 * rank, to: last ? 2 * size + 3 : 2 * rank + 2 }
+  return [...whole, matrix, ...(last ? [{ of: 3, from: 0, to: 2 }] : [])]
+}
+const rowsIn = (numbers: readonly number[], shape: readonly number[], from: number, to: number) => {
+  const width = sizeOf(shape.slice(1))
+  return numbers.slice(from * width, to * width)
+}
+const shapeOfRows = (shape: readonly number[], rows: number) => (shape.length === 0 ? [] : [rows, ...shape.slice(1)])
+
+/** Sums of this rank's rows, new and in their place; and all ranks' numbers, of each those for its rows. */
+async function exerciseShares(ranks: Communicator, backend: Backend) {
+  const { rank, size } = ranks
+  const tensors = shapesOf(size).map(shape => tensor(numbersOf(rank, sizeOf(shape)), shape, { backend }))
+  const dealt = (of: readonly Tensor[]) =>
+    Array.from({ length: size }, (_, r) => runsOf(r, size).map(({ of: i, from, to }) => ({ tensor: of[i], from, to })))
+  const sums = await plain(await ranks.reduceShares(dealt(tensors)))
+  const places = runsOf(rank, size).map(({ of, from, to }) => {
+    const shape = shapesOf(size)[of]
+    return to - from === (shape[0] ?? 1) ? tensors[of] : zeros(shapeOfRows(shape, to - from), { backend })
+  })
+  const inPlace = backend.write ? await plain(await ranks.reduceShares(dealt(tensors), places)) : sums
+  const parameters = shapesOf(size).map(shape => new Parameter(zeros(shape, { backend })))
+  const own = runsOf(rank, size).map(({ of, from, to }) => {
+    const shape = shapesOf(size)[of]
+    const numbers = Float32Array.from(rowsIn([...numbersOf(rank, sizeOf(shape))], shape, from, to))
+    const mine = tensor(numbers, shapeOfRows(shape, to - from), { backend })
+    if (to - from < (shape[0] ?? 1)) return mine
+    parameters[of].assign(mine)
+    return parameters[of]
+  })
+  await ranks.gatherShares(dealt(parameters), own)
+  return [sums, inPlace, await plain(parameters)]
 }
 
 /** The same, from all ranks' numbers at once. */
@@ -99,6 +139,19 @@ function expectedOfAll(rank: number, size: number): Record<string, unknown> {
   results.inPlace = [reduced('f32', 23, 'sum'), reduced('i32', 1, 'sum')]
   const reducedRows = reduced('f32', 3 * size * 2, 'sum').data
   results.reduceScatter = [{ shape: [3, 2], dtype: 'f32', data: reducedRows.slice(6 * rank, 6 * rank + 6) }]
+  const shapes = shapesOf(size)
+  const sums = runsOf(rank, size).map(({ of: i, from, to }) => {
+    const shape = shapes[i]
+    const { data } = reduced('f32', sizeOf(shape), 'sum')
+    return { shape: shapeOfRows(shape, to - from), dtype: 'f32', data: rowsIn(data, shape, from, to) }
+  })
+  const gathered = shapes.map((shape, i) => {
+    const runs = all.flatMap(r => runsOf(r, size).map(run => ({ r, ...run })))
+    const ofTensor = runs.filter(run => run.of === i)
+    const data = ofTensor.flatMap(({ r, from, to }) => rowsIn([...numbersOf(r, sizeOf(shape))], shape, from, to))
+    return { shape, dtype: 'f32', data }
+  })
+  results.shares = [sums, sums, gathered]
   const joined = (length: number) => of(length).flatMap(numbers => [...numbers])
   results.allGather = [
     { shape: [2 * size, 3], dtype: 'f32', data: joined(6) },
