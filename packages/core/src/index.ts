@@ -143,6 +143,7 @@ export {
   weightBytes,
   weightVersion,
 } from './nn/quantized.ts'
+export { isTokenTable, type OwnParameter, ParameterShare, type Rows, type SharingRanks } from './nn/parameter-share.ts'
 export { reduceGradients } from './nn/reduce-gradients.ts'
 export {
   entriesSource,

@@ -82,8 +82,10 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
       if (recording !== null) throw whileRecording('write', 'write before replay')
       const buffer = tensor.handle as CpuBuffer
       if (data.byteLength !== buffer.bytes) throw wrongLength('write', data, tensor)
-      if (buffer.bytes > 0) library.upload(buffer.pointer, data, buffer.bytes)
-      native.roundAgain(buffer)
+      native.withRounded(buffer, rounded => {
+        if (buffer.bytes > 0) library.upload(buffer.pointer, data, buffer.bytes)
+        if (rounded !== 0) native.round(rounded, buffer)
+      })
     },
     capture(fn, captureOptions = {}) {
       if (recording !== null) throw whileRecording('capture', 'record one graph after the other')

@@ -41,7 +41,9 @@ export interface Native {
   rounded(value: Value): number
   /** For who writes to a buffer: calls `write` with the address of its copy in bf16, which it gets here if products look for one, or with 0. */
   withRounded(buffer: CpuBuffer, write: (rounded: number) => void): void
-  /** Writes a buffer's copy in bf16 anew, if it has one. */
+  /** Writes a buffer's elements to its copy in bf16, at this address. */
+  round(rounded: number, buffer: CpuBuffer): void
+  /** The same for the copy that it has, if it has one. */
   roundAgain(buffer: CpuBuffer): void
   /** A copy of the value's elements. */
   copied(value: Value): CpuBuffer
@@ -90,7 +92,8 @@ export function createNative(
   slots[0] = threads
   let pointers = new BigUint64Array(new ArrayBuffer(512))
   const copy = kernel('moe_copy')
-  const round = kernel('moe_cast_f32_bf16')
+  const cast = kernel('moe_cast_f32_bf16')
+  const round = (rounded: number, buffer: CpuBuffer) => cast(rounded, buffer.pointer, buffer.bytes / 4)
   const multipliesBf16 = bf16Isas.has(library.isa)
   const integerRing = Array.from({ length: 16 }, () => {
     const data = new BigInt64Array(new ArrayBuffer(512))
@@ -141,8 +144,9 @@ export function createNative(
       write(fresh.pointer)
       memory.attachRounded(buffer, fresh)
     },
+    round,
     roundAgain(buffer) {
-      if (buffer.rounded !== null) round(buffer.rounded.pointer, buffer.pointer, buffer.bytes / 4)
+      if (buffer.rounded !== null) round(buffer.rounded.pointer, buffer)
     },
     copied: value => copyOf(value.handle as CpuBuffer),
     release: buffer => memory.release(buffer),

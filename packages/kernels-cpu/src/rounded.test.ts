@@ -151,6 +151,16 @@ describe.skipIf(!backend.bf16Matmul)('weights with a copy in bf16', () => {
     free(weight)
   })
 
+  test('write begins one, where products look for it', async () => {
+    // As of a weight that another rank trains.
+    const [read, unread] = [normal(48, 40), normal(48, 40)]
+    free(...run(read))
+    for (const weight of [read, unread]) backend.write(weight, random.normal(48 * 40))
+    expect([read, unread].map(weight => bufferOf(weight).rounded !== null)).toEqual([true, false])
+    await same(read)
+    free(read, unread)
+  })
+
   test.each([true, false])('rows that are replaced, donated %s', async donate => {
     const weight = trained()
     const before = await bits(run(weight))

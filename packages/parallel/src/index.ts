@@ -1,8 +1,8 @@
 /** @file Public interface of @moe/parallel. */
-export type { Communicator, Reduction, RowExchange, Rows, TensorLike } from './communicator/communicator.ts'
+export type { Communicator, Reduction, RowExchange, TensorLike } from './communicator/communicator.ts'
 export { local } from './communicator/local.ts'
 export { ExpertParallel, type SpreadableModel } from './experts/expert-parallel.ts'
-export type { OwnParameter, PieceRunner, RouteElsewhere, SpreadableLayer } from './experts/expert-shares.ts'
+export type { PieceRunner, RouteElsewhere, SpreadableLayer } from './experts/expert-shares.ts'
 export { PiecewisePass } from './experts/piecewise-pass.ts'
 export { type ExpertsShare, type RoutedTokens, routeOverRanks } from './experts/route-over-ranks.ts'
 export type { ParallelStepOptions, ParallelStepResult } from './gradients.ts'

@@ -43,7 +43,7 @@ export type {
   TokenBatch,
   TrainableModel,
 } from './model.ts'
-export type { ModelOnRanks, OwnParameter } from './model-on-ranks.ts'
+export type { ModelOnRanks } from './model-on-ranks.ts'
 export { AdamW, type AdamWOptions, decaysMatrices, type MomentDType } from './optim/adamw.ts'
 export { clipScale, gradientNorm } from './optim/clip.ts'
 export { Ema, type EmaOptions } from './optim/ema.ts'

@@ -3,10 +3,10 @@ import {
   full,
   isMoeError,
   MoeError,
-  type NamedParameter,
   namedAdapters,
   namedParameters,
   namedStreams,
+  type OwnParameter,
   type Precision,
   type Shape,
   scope,
@@ -18,12 +18,6 @@ import { clipScale } from './optim/clip.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { gatherValues, type Ranks } from './ranks.ts'
 import type { StepNumbers, Steps } from './step-numbers.ts'
-
-/** A parameter of a rank, under its name in the model. */
-export interface OwnParameter extends NamedParameter {
-  /** Where it is a run of rows of the model's parameter, as of a stack of experts: the first of them. Together the ranks have all rows. */
-  readonly firstRow?: number
-}
 
 /**
  * A model of which every rank trains a part, in place of the same model on each: a `Pipeline` or an `ExpertParallel` of `@moe/parallel` is one. All ranks make the same calls in the same order.

@@ -8,6 +8,7 @@ import {
   namedAdapters,
   namedStreams,
   noGrad,
+  type OwnParameter,
   parameterCount,
   QuantizedParameter,
   scope,
@@ -26,7 +27,7 @@ import type { EvaluationEvent, StepEvent, TrainEvent, TrainListener } from './ev
 import { peakResidentBytes } from './host.ts'
 import type { Interrupts } from './interrupt.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
-import { type OwnParameter, StepsOnRanks } from './model-on-ranks.ts'
+import { StepsOnRanks } from './model-on-ranks.ts'
 import { nonFiniteModel } from './non-finite.ts'
 import type { Optimizer } from './optim/optimizer.ts'
 import { scheduled } from './optim/schedule.ts'

@@ -1,5 +1,5 @@
 /** @file What ranks say to each other: the one interface that everything here is built on. */
-import type { Backend, DType, Shape, Tensor } from '@moe/core'
+import type { Backend, DType, Rows, Shape, Tensor } from '@moe/core'
 
 /** How the tensors of several ranks become one. */
 export type Reduction = 'sum' | 'mean' | 'max'
@@ -10,16 +10,6 @@ export interface RowExchange {
   readonly rows: Tensor
   /** Rows that came from each rank. */
   readonly counts: readonly number[]
-}
-
-/** Rows of a tensor: of its first axis those from number `from` to before `to`. A scalar is one row. */
-export interface Rows {
-  /** Of which all ranks have one. */
-  readonly tensor: Tensor
-  /** The first. */
-  readonly from: number
-  /** Behind the last. */
-  readonly to: number
 }
 
 /**

@@ -1,7 +1,7 @@
 /** @file A communicator made of messages between two ranks, whatever memory they come from. */
 import { type DType, MoeError, sizeOf, type Tensor } from '@moe/core'
 import type { Carrier, Memory, Message, Workspace } from './carrier.ts'
-import type { Communicator, Reduction, RowExchange, Rows, TensorLike } from './communicator.ts'
+import type { Communicator, Reduction, RowExchange, TensorLike } from './communicator.ts'
 import { checkReduction } from './reduce.ts'
 import {
   Assembly,

@@ -1,7 +1,6 @@
 /** @file Rows that belong to ranks: they travel in buckets that have as much of every rank's share, so that all send and receive all the time. */
-import { type DType, MoeError, type Shape, sameShape, sizeOf, type Tensor } from '@moe/core'
+import { type DType, MoeError, type Rows, type Shape, sameShape, sizeOf, type Tensor } from '@moe/core'
 import type { Memory, Workspace } from './carrier.ts'
-import type { Rows } from './communicator.ts'
 import { checkReduction } from './reduce.ts'
 
 /** Rows for each rank. */

@@ -1,12 +1,11 @@
 /** @file Training steps of a model whose routed experts are spread over ranks, on this rank. */
-import { checkOptions, fromHost, full, type Module, namedParameters, reduceGradients, type Tensor } from '@moe/core'
+import { checkOptions, fromHost, full, type Module, namedParameters, type OwnParameter, reduceGradients, type Tensor } from '@moe/core'
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
 import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
 import {
   ExpertShares,
   expertRanks,
-  type OwnParameter,
   type PieceRunner,
   type RouteElsewhere,
   type SpreadableLayer,

@@ -4,6 +4,7 @@ import {
   type NamedParameter,
   namedParameters,
   noGrad,
+  type OwnParameter,
   type Parameter,
   reduceGradients,
   type Tensor,
@@ -28,9 +29,6 @@ export interface PieceRunner extends Pick<PiecewisePass, 'run'> {
 
 /** What the routed experts of a layer make of tokens, `[N, D]`: leaves of a pass to a leaf. */
 export type RouteElsewhere = (layer: number, tokens: RoutedTokens) => Promise<Tensor>
-
-/** A parameter of a rank: its own, or a run of rows of the model's, from `firstRow` on. */
-export type OwnParameter = NamedParameter & { readonly firstRow?: number }
 
 /** Ranks that have the same layers. */
 export interface ExpertRanks {

@@ -6,13 +6,14 @@ import {
   fromHost,
   type NamedParameter,
   namedParameters,
+  type OwnParameter,
   type Parameter,
   reduceGradients,
   type Tensor,
 } from '@moe/core'
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
-import { ExpertShares, expertRanks, type OwnParameter, type SpreadableLayer } from '../experts/expert-shares.ts'
+import { ExpertShares, expertRanks, type SpreadableLayer } from '../experts/expert-shares.ts'
 import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
 import { checkSchedule, type PipelineSchedule, stagesOf } from '../schedule/schedule.ts'
 import { holdersOf, sumReplicas } from './replicas.ts'

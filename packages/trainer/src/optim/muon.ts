@@ -5,6 +5,7 @@
 import {
   checkOptions,
   checkPrecision,
+  isTokenTable,
   type NamedParameter,
   noGrad,
   type OptionNames,
@@ -49,8 +50,8 @@ const names: OptionNames<MuonOptions> = {
 }
 
 /** Matrices and stacks of them, but for embedding table and head. */
-export function hiddenMatrices({ name, parameter }: NamedParameter): boolean {
-  return parameter.rank >= 2 && parameter.rank <= 3 && !/(^|\.)(embed_tokens|lm_head|wte|embedding)\./.test(`${name}.`)
+export function hiddenMatrices(named: NamedParameter): boolean {
+  return named.parameter.rank >= 2 && named.parameter.rank <= 3 && !isTokenTable(named)
 }
 
 /**
