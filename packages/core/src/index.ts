@@ -132,6 +132,7 @@ export {
   zeroGrad,
 } from './nn/module.ts'
 export { type Adapter, Parameter } from './nn/parameter.ts'
+export { isTokenTable, type OwnParameter, ParameterShare, type Rows, type SharingRanks } from './nn/parameter-share.ts'
 export {
   denseWeight,
   groupedLinear,
@@ -143,7 +144,6 @@ export {
   weightBytes,
   weightVersion,
 } from './nn/quantized.ts'
-export { isTokenTable, type OwnParameter, ParameterShare, type Rows, type SharingRanks } from './nn/parameter-share.ts'
 export { reduceGradients } from './nn/reduce-gradients.ts'
 export {
   entriesSource,

@@ -10,13 +10,12 @@ import {
   type Precision,
   type Shape,
   scope,
-  type Tensor,
 } from '@moe/core'
 import type { TokenBatch, TrainableModel } from './model.ts'
 import { findNonFinite, stepError } from './non-finite.ts'
 import { clipScale } from './optim/clip.ts'
 import type { Optimizer } from './optim/optimizer.ts'
-import { gatherValues, type Ranks } from './ranks.ts'
+import { gatherValues, type SendingRanks } from './ranks.ts'
 import type { StepNumbers, Steps } from './step-numbers.ts'
 
 /**
@@ -24,12 +23,7 @@ import type { StepNumbers, Steps } from './step-numbers.ts'
  */
 export interface ModelOnRanks {
   /** All ranks of the training, and messages between two of them. */
-  readonly ranks: Ranks & {
-    /** To one rank, which receives in the order of sending. */
-    send(tensor: Tensor, to: number): Promise<void>
-    /** What rank `from` sends next, which must be of this shape and dtype; it belongs to the caller. */
-    receive(like: Pick<Tensor, 'shape' | 'dtype' | 'backend'>, from: number): Promise<Tensor>
-  }
+  readonly ranks: SendingRanks
   /** What this rank trains. Of the model's own parameters, those that it lacks are freed. */
   readonly parameters: readonly OwnParameter[]
   /** The rows of every step that this rank is given, as `TrainingOrder` has it: ranks with the same number have the same micro-batches. */

@@ -8,6 +8,8 @@ import {
   type Parameter,
   type Tensor,
 } from '@moe/core'
+import { gatherValues } from './ranks.ts'
+import type { SharedUpdate } from './shared-update.ts'
 
 export interface NonFinite {
   /** Key of the parameter (of its slice, when it is stacked). */
@@ -25,13 +27,21 @@ export async function findNonFinite(
   parameters: readonly NamedParameter[],
   gradientOf: GradientOf = parameter => parameter.grad,
 ): Promise<NonFinite | null> {
-  for (const kind of ['value', 'gradient'] as const) {
-    for (const named of parameters) {
-      const tensor: Tensor | null = kind === 'value' ? named.parameter : gradientOf(named.parameter)
-      if (tensor === null || tensor.dtype !== 'f32') continue
-      const found = inspect(named, kind, await tensor.data())
-      if (found !== null) return found
-    }
+  return (
+    (await findIn('value', parameters, parameter => parameter)) ?? (await findIn('gradient', parameters, gradientOf))
+  )
+}
+
+async function findIn(
+  kind: NonFinite['kind'],
+  parameters: readonly NamedParameter[],
+  tensorOf: GradientOf,
+): Promise<NonFinite | null> {
+  for (const named of parameters) {
+    const tensor = tensorOf(named.parameter)
+    if (tensor === null || tensor.dtype !== 'f32') continue
+    const found = inspect(named, kind, await tensor.data())
+    if (found !== null) return found
   }
   return null
 }
@@ -60,6 +70,21 @@ export async function nonFiniteStep(
   gradientOf?: GradientOf,
 ): Promise<MoeError> {
   return stepError(await findNonFinite(namedParameters(model), gradientOf), step, seen)
+}
+
+/** The same where each rank has the gradients of its share alone: all tell the first in their order. */
+export async function nonFiniteStepOnRanks(
+  model: Module,
+  { ranks, share }: SharedUpdate,
+  step: number,
+  seen: { readonly loss: number; readonly gradNorm: number },
+  gradientOf: GradientOf = parameter => parameter.grad,
+): Promise<MoeError> {
+  const named = namedParameters(model)
+  const value = await findIn('value', named, parameter => parameter)
+  const gradient = await findIn('gradient', share.parameters, gradientOf)
+  const found = await gatherValues(ranks, gradient, named[0].parameter)
+  return stepError(value ?? found.find(where => where !== null) ?? null, step, seen)
 }
 
 /** The same, where the cause is known. */

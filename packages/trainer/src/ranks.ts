@@ -1,5 +1,5 @@
 /** @file Several processes that train one model together: what the trainer asks of them, and what a step does with it. */
-import { concat, MoeError, scope, type Tensor, tensor } from '@moe/core'
+import { concat, MoeError, type SharingRanks, scope, type Tensor, tensor } from '@moe/core'
 import type { TokenBatch } from './model.ts'
 import { type Pass, weightOf } from './step-numbers.ts'
 
@@ -20,7 +20,23 @@ export interface Ranks {
   allReduceInPlace?(tensors: readonly Tensor[]): Promise<void>
   /** `[n]` of every rank, one behind the other: `[size n]`, which belongs to the caller. */
   allGather(tensor: Tensor): Promise<Tensor>
+  /** With these four the optimizer is shared out: see `ParameterShare`. Without them every rank keeps all of its state, and takes the whole update. */
+  reduceShares?: SharingRanks['reduceShares']
+  gatherShares?: SharingRanks['gatherShares']
+  /** To one rank, which receives in the order of sending. */
+  send?(tensor: Tensor, to: number): Promise<void>
+  /** What rank `from` sends next, which must be of this shape and dtype; it belongs to the caller. */
+  receive?(like: Pick<Tensor, 'shape' | 'dtype' | 'backend'>, from: number): Promise<Tensor>
 }
+
+/** Ranks that send each other tensors. */
+export type SendingRanks = Ranks & Required<Pick<Ranks, 'send' | 'receive'>>
+
+/** Ranks that an optimizer can be shared out to. */
+export type OptimizerRanks = SendingRanks & SharingRanks
+
+export const canShare = (ranks: Ranks): ranks is OptimizerRanks =>
+  [ranks.reduceShares, ranks.gatherShares, ranks.send, ranks.receive].every(member => typeof member === 'function')
 
 /** Ranks whose steps can be recorded. */
 export type RecordableRanks = Ranks & Required<Pick<Ranks, 'allReduceInPlace'>>
@@ -54,13 +70,26 @@ export async function gatherPasses(
 }
 
 /** Numbers of every rank, `[size][numbers.length]`, rounded to f32. */
-export async function gatherNumbers(ranks: Ranks, numbers: readonly number[], like: Tensor): Promise<number[][]> {
+export async function gatherNumbers(
+  ranks: Ranks,
+  numbers: readonly number[],
+  like: Pick<Tensor, 'backend'>,
+): Promise<number[][]> {
   const all = await gathered(ranks, tensor(numbers, [numbers.length], { backend: like.backend }))
   return Array.from({ length: ranks.size }, (_, r) => [...all.subarray(r * numbers.length, (r + 1) * numbers.length)])
 }
 
+/** The norm of a whole, rounded to f32, of which every rank has a part. @param parts of this rank's, as `globalNormParts` gives them */
+export async function normOverRanks(ranks: Ranks, parts: Tensor): Promise<number> {
+  using all = await ranks.allGather(parts)
+  const values = await all.values()
+  let squares = 0
+  for (let at = 0; at < values.length; at += 3) squares += (values[at] + values[at + 1] + values[at + 2]) ** 2
+  return Math.fround(Math.sqrt(squares))
+}
+
 /** A value of every rank that JSON can hold. */
-export async function gatherValues<T>(ranks: Ranks, value: T, { backend }: Tensor): Promise<T[]> {
+export async function gatherValues<T>(ranks: Ranks, value: T, { backend }: Pick<Tensor, 'backend'>): Promise<T[]> {
   const text = new TextEncoder().encode(JSON.stringify(value))
   const lengths = await gathered(ranks, tensor(Int32Array.of(text.length), [1], { backend }))
   const width = Math.max(...lengths)

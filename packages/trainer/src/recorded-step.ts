@@ -19,9 +19,10 @@ import {
   zeros,
 } from '@moe/core'
 import type { DeviceInputs, HostInputs, StagedStep, TokenBatch } from './model.ts'
-import { clipScale, gradientNorm } from './optim/clip.ts'
+import { clipScale, gradientNorm, gradientNormParts } from './optim/clip.ts'
 import { type StagedOptimizer, zeroState } from './optim/optimizer.ts'
-import { gatherPasses, type RecordableRanks } from './ranks.ts'
+import { gatherPasses, normOverRanks, type RecordableRanks } from './ranks.ts'
+import type { SharedUpdate } from './shared-update.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
 /** A backend that records. */
@@ -38,6 +39,8 @@ export interface StepParts {
   readonly precision: Precision
   /** Those that take every step together; they may go op by op where this one replays. */
   readonly ranks: RecordableRanks | null
+  /** What this rank updates, where each has a share. */
+  readonly shared: SharedUpdate | null
 }
 
 /** What a micro-batch alone decides, ready for upload. */
@@ -86,25 +89,37 @@ export class RecordedStep {
   readonly #factor: Tensor
   readonly #sums: readonly Parameter[]
   readonly #pass: Graph<PassResult>
-  readonly #norm: Graph<{ norm: Tensor; gradScale: Tensor }>
+  /** What the optimizer was made of: of all that are trained, or of a share. */
+  readonly #updated: readonly Parameter[]
+  /** Of these, as the update takes them. */
+  readonly #gradients: ReadonlyArray<Tensor | null>
+  readonly #norm: Graph<{ norm: Tensor; gradScale: Tensor | null }>
+  /** Over all ranks, where each has a share. */
+  readonly #wholeNorm: Tensor
   #update: { graph: Graph<unknown>; numbers: Tensor; inputs: DeviceInputs; carried: readonly Tensor[] } | null = null
   readonly #state: readonly Tensor[]
   readonly #handles: readonly Handle[]
 
   /** Records forward and backward of batches like `batch`; with `several`, steps have more than one. */
   constructor(parts: StepParts, batch: StagedBatch, several: boolean) {
-    const { backend, parameters, optimizer } = parts
+    const { backend, parameters, optimizer, shared } = parts
     this.#parts = parts
     this.#several = several
     this.#trained = parameters.filter(parameter => parameter.trainable)
-    this.#state = [...parameters, ...optimizer.state]
-    this.#handles = this.#state.map(({ handle }) => handle)
+    this.#updated = shared === null ? this.#trained : shared.share.parameters.map(({ parameter }) => parameter)
     try {
+      // Rows of parameters are somewhere of their own as long as there are graphs.
+      shared?.share.takeRows()
+      this.#state = [...new Set([...parameters, ...this.#updated, ...optimizer.state])]
+      this.#handles = this.#state.map(({ handle }) => handle)
       this.#inputs = keep(this.#upload(batch.arrays))
       this.#seed = keep(full([], 1, { backend }))
       this.#factor = keep(full([], 1, { backend }))
+      this.#wholeNorm = keep(full([], 0, { backend }))
       this.#sums = several ? zeroState(this.#trained) : []
       this.#pass = this.#recordPass()
+      const { gradients } = this.#pass.result
+      this.#gradients = shared === null ? gradients : keep(shared.share.places(this.#ownGradient))
       this.#norm = this.#recordNorm()
     } catch (error) {
       this.dispose()
@@ -141,15 +156,23 @@ export class RecordedStep {
     const factor = factorOf(all?.map(({ weight }) => weight) ?? weights)
     backend.write(this.#factor, Float32Array.of(factor))
     this.#norm.replay()
-    const [[norm], ...read] = await Promise.all([values(this.#norm.result.norm), ...reads])
+    const [norm, ...read] = await Promise.all([this.#readNorm(), ...reads])
     const passes = all ?? read.map(([own], i) => ({ count: batches[i].count, metrics, values: own }))
     const sums = carried.map((_, at) => sumOf(read.map(own => own[at + 1])))
     return { numbers: average(passes, norm, factor), carried: sums }
   }
 
-  /** Sums the gradients over the ranks. The micro-batches of all. */
+  async #readNorm(): Promise<number> {
+    const { backend, shared } = this.#parts
+    if (shared === null) return (await values(this.#norm.result.norm))[0]
+    const norm = await normOverRanks(shared.ranks, this.#norm.result.norm)
+    backend.write(this.#wholeNorm, Float32Array.of(norm))
+    return norm
+  }
+
+  /** Sums the gradients over the ranks, those of this rank's share where there is one. The micro-batches of all. */
   async #together(ranks: RecordableRanks, batches: readonly StagedBatch[], read: readonly HostValues[]) {
-    const { backend } = this.#parts
+    const { backend, shared } = this.#parts
     const { metrics, gradients } = this.#pass.result
     const own = read.map(([numbers], i) => {
       const { count } = batches[i]
@@ -157,6 +180,10 @@ export class RecordedStep {
     })
     try {
       const all = await gatherPasses(ranks, own)
+      if (shared !== null) {
+        await shared.share.sums(this.#ownGradient, this.#gradients)
+        return all
+      }
       for (const [i, parameter] of this.#trained.entries()) parameter.grad = gradients[i]
       await reduceGradients(this.#trained, async group => void (await ranks.allReduceInPlace(group)))
       return all
@@ -181,22 +208,29 @@ export class RecordedStep {
     return { ...measured, carried }
   }
 
-  /** What `measure` left, which is not in the parameter's `grad`. */
+  /** What `measure` left for a parameter of the optimizer, which is not in its `grad`. */
   gradientOf(parameter: Parameter): Tensor | null {
-    return this.#pass.result.gradients[this.#trained.indexOf(parameter)] ?? null
+    return this.#gradients[this.#updated.indexOf(parameter)] ?? null
   }
 
+  /** What the passes leave for a parameter of the model. */
+  readonly #ownGradient = (parameter: Parameter): Tensor | null =>
+    this.#pass.result.gradients[this.#trained.indexOf(parameter)] ?? null
+
   /**
-   * Applies the gradients that `measure` left.
+   * Applies the gradients that `measure` left, on all ranks.
    * @returns false where there is no memory to record that beside the other graphs: it has been done op by op, without them, and this step is of no more use
    */
-  apply({ carried }: MeasuredStep, lr: number): boolean {
-    const { backend, staged, optimizer, parameters } = this.#parts
+  async apply({ carried }: MeasuredStep, lr: number): Promise<boolean> {
+    const { backend, staged, optimizer, parameters, shared } = this.#parts
     const { numbers, updates } = optimizer.begin(lr)
     const inputs = staged.afterInputs()
     if (this.#update === null) {
       this.#update = this.#recordUpdate(numbers, inputs, carried)
-      if (this.#update === null) return false
+      if (this.#update === null) {
+        await shared?.share.gather()
+        return false
+      }
     } else {
       backend.write(this.#update.numbers, numbers)
       write(backend, this.#update.inputs, inputs)
@@ -205,6 +239,7 @@ export class RecordedStep {
     }
     this.#update.graph.replay(updates)
     for (const parameter of parameters) parameter.version++
+    await shared?.share.gather()
     return true
   }
 
@@ -254,18 +289,19 @@ export class RecordedStep {
 
   /** Runs `fn` with the gradients in their places. */
   #withGradients<T>(fn: () => T): T {
-    const { gradients } = this.#pass.result
-    for (const [i, parameter] of this.#trained.entries()) parameter.grad = gradients[i]
+    for (const [i, parameter] of this.#updated.entries()) parameter.grad = this.#gradients[i]
     try {
       return fn()
     } finally {
-      for (const parameter of this.#trained) parameter.grad = null
+      for (const parameter of this.#updated) parameter.grad = null
     }
   }
 
+  /** The norm, or what this rank has of it: then the host puts it together, and the update begins with what gradients are multiplied by. */
   #recordNorm() {
-    const { backend, clip } = this.#parts
+    const { backend, clip, shared } = this.#parts
     const record = () => {
+      if (shared !== null) return { norm: gradientNormParts(this.#gradients, backend), gradScale: null }
       const norm = gradientNorm(this.#trained)
       return { norm: norm.reshape([1]), gradScale: clipScale(norm, clip, this.#factor) }
     }
@@ -273,7 +309,7 @@ export class RecordedStep {
   }
 
   #recordUpdate(numbersNow: Float32Array, inputsNow: HostInputs, carriedNow: HostValues) {
-    const { backend, staged, optimizer } = this.#parts
+    const { backend, staged, optimizer, clip, shared } = this.#parts
     const left = this.#pass.result.carried
     const { numbers, inputs, carried } = keep(
       scope(() => ({
@@ -283,7 +319,8 @@ export class RecordedStep {
       })),
     )
     const update = () => {
-      optimizer.update(numbers, this.#norm.result.gradScale)
+      shared?.share.takeRows()
+      optimizer.update(numbers, this.#norm.result.gradScale ?? clipScale(this.#wholeNorm, clip, this.#factor))
       staged.after(inputs, carried)
       for (const sum of this.#sums) sum.assign(zeros(sum.shape, sum))
     }
@@ -310,9 +347,10 @@ export class RecordedStep {
     const { norm, gradScale } = this.#norm?.result ?? {}
     const update = this.#update
     const updating = update === null ? [] : [update.numbers, ...Object.values(update.inputs), ...update.carried]
-    const inputs = [...Object.values(this.#inputs ?? {}), this.#seed, this.#factor, ...updating]
-    for (const tensor of [scalars, ...carried, ...gradients, norm, gradScale, ...inputs, ...(this.#sums ?? [])])
-      tensor?.dispose()
+    const inputs = [...Object.values(this.#inputs ?? {}), this.#seed, this.#factor, this.#wholeNorm, ...updating]
+    const left = new Set([...gradients, ...(this.#gradients ?? []), ...(this.#sums ?? [])])
+    for (const tensor of [scalars, ...carried, norm, gradScale, ...inputs, ...left]) tensor?.dispose()
+    this.#parts.shared?.share.freeRows()
     for (const graph of [this.#pass, this.#norm, update?.graph]) graph?.dispose()
   }
 }

@@ -43,6 +43,7 @@ import { RolloutLessons } from './rewards/rollout-lessons.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
 import { checkSampling } from './rewards/sampler.ts'
 import { TextRanks } from './rewards/text-ranks.ts'
+import type { SharedUpdate } from './shared-update.ts'
 import type { Steps } from './step-numbers.ts'
 import { TrainingSteps } from './training-steps.ts'
 
@@ -62,6 +63,8 @@ export class Run {
   readonly optimizer: Optimizer
   /** Of the weights, where they are wanted. */
   readonly averages: Averages | undefined
+  /** Where each rank has its share of it. */
+  readonly shared: SharedUpdate | undefined
   readonly steps: Steps
   readonly interrupts: Interrupts
   readonly record: RunRecord
@@ -103,7 +106,7 @@ export class Run {
     settings: ResolvedOptions,
     data: TokenData | Rollouts | Preferences,
     parameters: readonly NamedParameter[],
-    optimizer: Optimizer,
+    { optimizer, shared }: { readonly optimizer: Optimizer; readonly shared?: SharedUpdate },
     averages: Averages | undefined,
     interrupts: Interrupts,
   ) {
@@ -112,10 +115,11 @@ export class Run {
     this.parameters = parameters
     this.optimizer = optimizer
     this.averages = averages
+    this.shared = shared
     const { clip, precision, record, ranks, onRanks, rank } = settings
     this.steps =
       onRanks === undefined
-        ? new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks })
+        ? new TrainingSteps(model, parameters, optimizer, { clip, precision, record, ranks, share: shared?.share })
         : new StepsOnRanks(model, onRanks, optimizer, { clip, precision })
     this.interrupts = interrupts
     const together = { ranks, like: parameters[0].parameter, save: () => this.save() }
@@ -164,7 +168,8 @@ export class Run {
   async all(): Promise<TrainResult> {
     const { settings, lessons } = this
     const { ranks, onRanks } = settings
-    if (onRanks !== undefined) this.optimizerOnRanks = await OptimizerOnRanks.of(onRanks, this.optimizer)
+    const parts = onRanks ?? (this.shared && { ranks: this.shared.ranks, parameters: this.shared.share.parameters })
+    if (parts !== undefined) this.optimizerOnRanks = await OptimizerOnRanks.of(parts, this.optimizer, this.backend)
     await this.begin()
     if (ranks !== undefined) await this.agree(ranks)
     this.emitStart()

@@ -21,6 +21,7 @@ import type { TrainResult } from './result.ts'
 import type { Preferences } from './rewards/preferences.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
 import { Run } from './run.ts'
+import { shareOptimizer } from './shared-update.ts'
 
 /**
  * Trains a model. With `out`, the folder gets `checkpoints/`, `metrics.jsonl` (a line per step) and, at the end,
@@ -45,14 +46,18 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   if (settings.out !== undefined) checkSaved(model, parameters, settings.out)
   const { onRanks } = settings
   if (onRanks !== undefined) checkOnRanks(onRanks, model)
-  const optimizer = makeOptimizer(settings, onRanks?.parameters ?? parameters)
+  const make = (of: readonly NamedParameter[]) => makeOptimizer(settings, of)
+  const updating =
+    onRanks === undefined
+      ? await shareOptimizer(settings.ranks, parameters, make)
+      : { optimizer: make(onRanks.parameters) }
   const tell = settings.progress === false ? (text: string) => standardError().write(text) : undefined
   const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false, tell)
   let averages: Averages | undefined
   let run: Run | undefined
   try {
     if (settings.ema !== undefined) averages = new Averages(parameters, settings.ema, onRanks)
-    run = new Run(model, settings, data, parameters, optimizer, averages, interrupts)
+    run = new Run(model, settings, data, parameters, updating, averages, interrupts)
     return await run.all()
   } catch (error) {
     try {
@@ -71,7 +76,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
     run?.drawTogether()
     run?.unlock()
     averages?.dispose()
-    optimizer.dispose()
+    updating.optimizer.dispose()
   }
 }
 

@@ -1,5 +1,6 @@
 /** @file One optimizer step: forward and backward of its micro-batches, clipping, the update. */
 import {
+  type Backend,
   backward,
   checkOptions,
   concat,
@@ -8,6 +9,7 @@ import {
   noGrad,
   type OptionNames,
   type Parameter,
+  type ParameterShare,
   type Precision,
   reduceGradients,
   scope,
@@ -16,10 +18,11 @@ import {
 } from '@moe/core'
 import { checkedLoss } from './check-model.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
-import { nonFiniteStep } from './non-finite.ts'
-import { clipScale, gradientNorm } from './optim/clip.ts'
+import { nonFiniteStep, nonFiniteStepOnRanks } from './non-finite.ts'
+import { clipScale, gradientNorm, gradientNormParts } from './optim/clip.ts'
 import type { Optimizer } from './optim/optimizer.ts'
-import { gatherPasses, type Ranks } from './ranks.ts'
+import { gatherPasses, normOverRanks, type Ranks } from './ranks.ts'
+import { type SharedUpdate, sharedAmong } from './shared-update.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
 /** Rate, clipping and arithmetic of one step. */
@@ -34,9 +37,18 @@ export interface TrainingStepOptions {
   readonly step?: number
   /** Those that take this step together: it is that of one batch that holds the rows of all. Each calls this with as many micro-batches, of the same size. */
   readonly ranks?: Ranks
+  /** What this one of the ranks updates, for all: the optimizer is made of its `parameters`. Default: every rank updates all. */
+  readonly share?: ParameterShare
 }
 
-const names: OptionNames<TrainingStepOptions> = { lr: true, clip: true, precision: true, step: true, ranks: true }
+const names: OptionNames<TrainingStepOptions> = {
+  lr: true,
+  clip: true,
+  precision: true,
+  step: true,
+  ranks: true,
+  share: true,
+}
 
 /**
  * Runs one step on one or more micro-batches, which weigh as much as they have counted positions: the gradient is that
@@ -55,7 +67,8 @@ export async function trainingStep(
   options: TrainingStepOptions,
 ): Promise<StepNumbers> {
   checkOptions('trainingStep', options, names)
-  const { lr, clip = 1, precision = 'f32', step = 0, ranks } = options
+  const { lr, clip = 1, precision = 'f32', step = 0, ranks, share } = options
+  const shared = sharedAmong('trainingStep', ranks, share)
   const trained = parameters.map(({ parameter }) => parameter).filter(parameter => parameter.trainable)
   const held: Tensor[] = []
   try {
@@ -65,26 +78,39 @@ export async function trainingStep(
       held.push(...scalarsOf(part))
       return part
     })
-    const all = ranks === undefined ? null : await together(ranks, parts, batches, trained)
+    const all = ranks === undefined ? null : await together(ranks, parts, batches, trained, share)
     const factor = factorOf((all ?? parts).map(({ weight }) => weight))
-    const { scalars, gradScale } = summarize(parts, trained, clip, factor)
-    held.push(scalars, gradScale)
-    const values = await scalars.values()
-    let at = 0
-    const ownPasses = parts.map(({ count, metrics }) => {
-      const own = values.subarray(at, at + 2 + metrics.length)
-      at += own.length
-      return { count, metrics: metrics.map(([name]) => name), values: own }
-    })
-    const numbers = average(all ?? ownPasses, values[at], factor)
+    const { passes, norm, gradScale } =
+      all !== null && shared !== undefined
+        ? { passes: all, ...(await sharedNorm(shared, trained[0].backend, clip, factor)) }
+        : await ownNumbers(parts, trained, clip, factor)
+    held.push(gradScale)
+    const numbers = average(all ?? passes, norm, factor)
     const finite = Number.isFinite(numbers.loss) && Number.isFinite(numbers.gradNorm)
-    if (!finite) throw await nonFiniteStep(model, step, numbers)
-    optimizer.step(lr, gradScale)
-    zeroGradients(trained)
-    return { ...numbers, after: (await model.afterStep?.(ranks && (counts => ranks.allReduce(counts)))) ?? {} }
+    if (!finite)
+      throw shared === undefined
+        ? await nonFiniteStep(model, step, numbers)
+        : await nonFiniteStepOnRanks(model, shared, step, numbers)
+    const update = () => {
+      optimizer.step(lr, gradScale)
+      zeroGradients(trained)
+    }
+    const afterwards = async () => (await model.afterStep?.(ranks && (counts => ranks.allReduce(counts)))) ?? {}
+    // A recorded step is both at once, before ranks give each other weights.
+    const isBoth = share !== undefined && model.staged !== undefined
+    if (share === undefined) update()
+    else if (!isBoth) await share.update(update)
+    const after = isBoth
+      ? await share.update(async () => {
+          update()
+          return afterwards()
+        })
+      : await afterwards()
+    return { ...numbers, after }
   } finally {
     for (const tensor of held) tensor.dispose()
     zeroGradients(trained)
+    zeroGradients(share?.parameters.map(({ parameter }) => parameter) ?? [])
   }
 }
 
@@ -100,12 +126,13 @@ interface Pass {
 
 const scalarsOf = ({ loss, nll, metrics }: Pass): Tensor[] => [loss, nll, ...metrics.map(([, tensor]) => tensor)]
 
-/** Sums the gradients over the ranks. The micro-batches of all. */
+/** Sums the gradients over the ranks, those of this rank's share where there is one. The micro-batches of all. */
 async function together(
   ranks: Ranks,
   parts: readonly Pass[],
   batches: readonly TokenBatch[],
   trained: readonly Parameter[],
+  share: ParameterShare | undefined,
 ) {
   const own = parts.map((part, i) => ({
     count: part.count,
@@ -115,7 +142,8 @@ async function together(
   }))
   try {
     const all = await gatherPasses(ranks, own)
-    await reduceGradients(trained, gradients => ranks.allReduce(gradients))
+    if (share !== undefined) await share.sumGradients()
+    else await reduceGradients(trained, gradients => ranks.allReduce(gradients))
     return all
   } finally {
     for (const { values } of own) values.dispose()
@@ -133,15 +161,39 @@ function pass(model: TrainableModel, batch: TokenBatch, several: boolean, precis
   )
 }
 
-/** Everything that the host wants to know, in one vector: losses, likelihoods, metrics, gradient norm. */
-function summarize(parts: readonly Pass[], trained: readonly Parameter[], clip: number, factor: number) {
-  return scope(() =>
+/** Everything that the host wants to know, read as one vector: losses, likelihoods, metrics, gradient norm. */
+async function ownNumbers(parts: readonly Pass[], trained: readonly Parameter[], clip: number, factor: number) {
+  const { scalars, gradScale } = scope(() =>
     noGrad(() => {
       const norm = gradientNorm(trained)
       const scalars = concat([...parts.flatMap(scalarsOf), norm].map(tensor => tensor.reshape([1])))
       return { scalars, gradScale: clipScale(norm, clip, factor) }
     }),
   )
+  const values = await scalars
+    .values()
+    .catch(error => {
+      gradScale.dispose()
+      throw error
+    })
+    .finally(() => scalars.dispose())
+  let at = 0
+  const passes = parts.map(({ count, metrics }) => {
+    const own = values.subarray(at, at + 2 + metrics.length)
+    at += own.length
+    return { count, metrics: metrics.map(([name]) => name), values: own }
+  })
+  return { passes, norm: values[at], gradScale }
+}
+
+/** The norm over the shares of all ranks. */
+async function sharedNorm({ ranks, share }: SharedUpdate, backend: Backend, clip: number, factor: number) {
+  using parts = gradientNormParts(
+    share.parameters.map(({ parameter }) => parameter.grad),
+    backend,
+  )
+  const norm = await normOverRanks(ranks, parts)
+  return { norm, gradScale: scope(() => clipScale(full([], norm, { backend }), clip, factor)) }
 }
 
 function zeroGradients(parameters: readonly Parameter[]): void {

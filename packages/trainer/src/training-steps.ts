@@ -7,10 +7,12 @@ import {
   MoeError,
   type NamedParameter,
   namedStreams,
+  type Parameter,
+  type ParameterShare,
   type Precision,
 } from '@moe/core'
 import type { StagedStep, TokenBatch, TrainableModel } from './model.ts'
-import { nonFiniteStep } from './non-finite.ts'
+import { nonFiniteStep, nonFiniteStepOnRanks } from './non-finite.ts'
 import { isStaged, type Optimizer } from './optim/optimizer.ts'
 import type { Ranks, RecordableRanks } from './ranks.ts'
 import {
@@ -21,6 +23,7 @@ import {
   type StagedBatch,
   type StepParts,
 } from './recorded-step.ts'
+import { type SharedUpdate, sharedAmong } from './shared-update.ts'
 import type { StepNumbers } from './step-numbers.ts'
 import { trainingStep } from './training-step.ts'
 
@@ -37,6 +40,8 @@ export interface TrainingStepsOptions {
   readonly record?: boolean
   /** Those that take every step together: see `trainingStep`. Their steps are recorded where they have `allReduceInPlace`. */
   readonly ranks?: Ranks
+  /** What this one of the ranks updates, for all: see `trainingStep`. */
+  readonly share?: ParameterShare
 }
 
 /** Steps of one model with one optimizer. */
@@ -47,6 +52,7 @@ export class TrainingSteps {
   readonly #clip: number
   readonly #precision: Precision
   readonly #ranks: Ranks | undefined
+  readonly #shared: SharedUpdate | undefined
   /** What a recording needs; null where steps go op by op. */
   #parts: StepParts | null
   #recorded: RecordedStep | null = null
@@ -61,8 +67,8 @@ export class TrainingSteps {
     optimizer: Optimizer,
     options: TrainingStepsOptions = {},
   ) {
-    checkOptions('TrainingSteps', options, { clip: true, precision: true, record: true, ranks: true })
-    const { clip = 1, precision = 'f32', record = true, ranks } = options
+    checkOptions('TrainingSteps', options, { clip: true, precision: true, record: true, ranks: true, share: true })
+    const { clip = 1, precision = 'f32', record = true, ranks, share } = options
     checkPrecision('TrainingSteps', precision)
     this.#model = model
     this.#parameters = parameters
@@ -70,6 +76,7 @@ export class TrainingSteps {
     this.#clip = clip
     this.#precision = precision
     this.#ranks = ranks
+    this.#shared = sharedAmong('TrainingSteps', ranks, share)
     const { staged } = model
     const backend = parameters.at(0)?.parameter.backend
     this.#parts =
@@ -81,6 +88,7 @@ export class TrainingSteps {
             clip,
             precision,
             ranks: ranks ?? null,
+            shared: this.#shared ?? null,
             parameters: parameters.map(({ parameter }) => parameter),
           }
         : null
@@ -109,7 +117,8 @@ export class TrainingSteps {
       // Nothing is waited for once there is a graph: the step is on its way when this returns its promise.
       if (this.#recorded !== null) return this.#replay(parts.staged, this.#recorded, staged, lr, step)
     }
-    const settings = { lr, step, clip: this.#clip, precision: this.#precision, ranks: this.#ranks }
+    const { share } = this.#shared ?? {}
+    const settings = { lr, step, clip: this.#clip, precision: this.#precision, ranks: this.#ranks, share }
     return trainingStep(this.#model, this.#parameters, this.#optimizer, batches, settings)
   }
 
@@ -167,14 +176,20 @@ export class TrainingSteps {
       const own = await recorded.measure(batches)
       const { numbers } = own
       if (!Number.isFinite(numbers.loss) || !Number.isFinite(numbers.gradNorm))
-        throw await nonFiniteStep(this.#model, step, numbers, parameter => recorded.gradientOf(parameter))
+        throw await this.#nonFinite(recorded, step, numbers)
       const measured = await recorded.sumCarried(own)
-      if (!recorded.apply(measured, lr)) this.#goOnOpByOp()
+      if (!(await recorded.apply(measured, lr))) this.#goOnOpByOp()
       return { ...numbers, after: await staged.report(measured.carried) }
     } catch (error) {
       this.dispose()
       throw error
     }
+  }
+
+  #nonFinite(recorded: RecordedStep, step: number, numbers: { loss: number; gradNorm: number }): Promise<MoeError> {
+    const gradientOf = (parameter: Parameter) => recorded.gradientOf(parameter)
+    if (this.#shared === undefined) return nonFiniteStep(this.#model, step, numbers, gradientOf)
+    return nonFiniteStepOnRanks(this.#model, this.#shared, step, numbers, gradientOf)
   }
 
   /** Gives the graphs back. Later steps begin anew. */

@@ -53,7 +53,10 @@ describe('dealing out', () => {
     const parameters = [named('embed_tokens', 5000, 64), ...[0, 1, 2, 3].flatMap(layer), named('lm_head', 5000, 64)]
     const shares = dealOut(parameters, ranks)
     const sizes = shares.map(share =>
-      share.reduce((sum, { named: { parameter }, from, to }) => sum + ((to - from) * parameter.size) / parameter.shape[0], 0),
+      share.reduce(
+        (sum, { named: { parameter }, from, to }) => sum + ((to - from) * parameter.size) / parameter.shape[0],
+        0,
+      ),
     )
     const total = parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)
     expect(sizes.reduce((sum, size) => sum + size)).toBe(total)
@@ -81,15 +84,22 @@ test('a step of one of two ranks: sums of its gradients, rows that are updated, 
     size: 2,
     async reduceShares(shares, into) {
       given.push(shares.map(share => share.map(({ tensor, from, to }) => [...tensor.shape, from, to])))
-      return into ?? shares[1].map(({ tensor: { shape }, from, to }) => full([to - from, ...shape.slice(1)], 7, { backend }))
+      return (
+        into ?? shares[1].map(({ tensor: { shape }, from, to }) => full([to - from, ...shape.slice(1)], 7, { backend }))
+      )
     },
     async gatherShares(shares, own) {
-      given.push(shares.map(share => share.map(({ tensor }) => tensor === table)), numbers(own))
+      given.push(
+        shares.map(share => share.map(({ tensor }) => tensor === table)),
+        numbers(own),
+      )
       table.assign(full([4, 2], 5, { backend }))
     },
   }
   const share = new ParameterShare(parameters, told)
-  expect(share.parameters.map(({ name, firstRow, slices, parameter }) => [name, firstRow, slices, parameter === weight])).toEqual([
+  expect(
+    share.parameters.map(({ name, firstRow, slices, parameter }) => [name, firstRow, slices, parameter === weight]),
+  ).toEqual([
     ['embed_tokens', 3, ['d'], false],
     ['weight', undefined, undefined, true],
     ['unused', undefined, undefined, false],
@@ -106,7 +116,13 @@ test('a step of one of two ranks: sums of its gradients, rows that are updated, 
     weight.assign(tensor([6], [1], { backend }))
   })
   expect(given).toEqual([
-    [[[4, 2, 0, 3]], [[4, 2, 3, 4], [1, 0, 1]]],
+    [
+      [[4, 2, 0, 3]],
+      [
+        [4, 2, 3, 4],
+        [1, 0, 1],
+      ],
+    ],
     [[true], [true, false]],
     [[3, 4], [6]],
   ])

@@ -1,5 +1,6 @@
 /** @file Parameters that several ranks have alike, of which each trains a share for all: "ZeRO", stage 1 (Rajbhandari et al. 2020). */
 import { noGrad } from '../context.ts'
+import { zeros } from '../create.ts'
 import { sizeOf } from '../shape.ts'
 import type { Tensor } from '../tensor.ts'
 import type { NamedParameter } from './module.ts'
@@ -122,18 +123,33 @@ export class ParameterShare {
     }
     this.#changing = new Set(gradients.keys())
     const shares = this.#rows(parameter => gradients.get(parameter) as Tensor)
-    const sums = [...(await this.#ranks.reduceShares(shares, into?.flatMap(tensor => tensor ?? [])))]
+    const sums = [
+      ...(await this.#ranks.reduceShares(
+        shares,
+        into?.flatMap(tensor => tensor ?? []),
+      )),
+    ]
     return this.#dealt[this.#ranks.rank].map(({ named }) =>
       this.#changing.has(named.parameter) ? (sums.shift() as Tensor) : null,
     )
   }
 
+  /** Memory for `sums`: the gradients themselves, and new tensors, which belong to the caller, where this rank has rows of one. */
+  places(gradientOf: (parameter: Parameter) => Tensor | null): Array<Tensor | null> {
+    return this.#dealt[this.#ranks.rank].map(({ named }, i) => {
+      const gradient = gradientOf(named.parameter)
+      const { parameter, firstRow } = this.parameters[i]
+      return gradient === null || firstRow === undefined ? gradient : zeros(parameter.shape, gradient)
+    })
+  }
+
   /** Takes the weights of this rank's rows, runs the optimizer's step on `parameters`, and gives all ranks the new weights of all. */
-  async update(step: () => void): Promise<void> {
+  async update<T>(step: () => T | Promise<T>): Promise<T> {
     try {
       this.takeRows()
-      step()
+      const result = await step()
       await this.gather()
+      return result
     } finally {
       this.freeRows()
     }

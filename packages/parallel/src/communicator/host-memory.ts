@@ -1,5 +1,14 @@
 /** @file Elements in host memory: tensors are downloaded to be sent, and what came is uploaded. */
-import { type DType, dtypeBytes, fromHost, type HostArray, MoeError, Parameter, type Tensor, viewBytes } from '@moe/core'
+import {
+  type DType,
+  dtypeBytes,
+  fromHost,
+  type HostArray,
+  MoeError,
+  Parameter,
+  type Tensor,
+  viewBytes,
+} from '@moe/core'
 import type { Memory, Workspace } from './carrier.ts'
 import type { Reduction, TensorLike } from './communicator.ts'
 import { reduce } from './reduce.ts'
@@ -37,8 +46,9 @@ class HostWorkspace implements Workspace<HostArray> {
 
   write(tensor: Tensor, elements: HostArray): void {
     const { backend, shape, dtype } = tensor
-    if (backend.write === undefined) {
-      if (tensor instanceof Parameter) return tensor.assign(fromHost(elements, shape, dtype, backend))
+    if (backend.write !== undefined) backend.write(tensor, elements)
+    else if (tensor instanceof Parameter) tensor.assign(fromHost(elements, shape, dtype, backend))
+    else {
       throw new MoeError({
         code: 'E_BACKEND',
         op: 'allReduceInPlace',
@@ -46,7 +56,6 @@ class HostWorkspace implements Workspace<HostArray> {
         fix: 'use allReduce, which makes new ones',
       })
     }
-    backend.write(tensor, elements)
   }
 
   close(): void {

@@ -33,7 +33,11 @@ test('large shares go in several parts, each tensor whole in the end', async () 
   const handles = backend.stats().handles
   const told = await local(2, async ranks => {
     const from = (scale: number) =>
-      tensor(Float32Array.from({ length: rows * width }, (_, i) => scale * (i % 1013)), [rows, width], { backend })
+      tensor(
+        Float32Array.from({ length: rows * width }, (_, i) => scale * (i % 1013)),
+        [rows, width],
+        { backend },
+      )
     const small = tensor(new Float32Array(7).fill(ranks.rank + 1), [7], { backend })
     const large = from(ranks.rank + 1)
     const cut = (of: Tensor) => [

@@ -1,5 +1,17 @@
 /** @file For tests only: every call of a communicator, and what must come of it, computed without one. */
-import { type Backend, type DType, fromBf16, fromHost, Parameter, Random, sizeOf, type Tensor, tensor, toBf16, zeros } from '@moe/core'
+import {
+  type Backend,
+  type DType,
+  fromBf16,
+  fromHost,
+  Parameter,
+  Random,
+  sizeOf,
+  type Tensor,
+  tensor,
+  toBf16,
+  zeros,
+} from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import type { Communicator } from './communicator.ts'
 
@@ -76,7 +88,13 @@ async function exerciseAll(ranks: Communicator, backend: Backend): Promise<Recor
 const shapesOf = (size: number) => [[5], [], [2 * size + 3, 3], [2, 2]]
 const runsOf = (rank: number, size: number) => {
   const last = rank === size - 1
-  const whole = rank === 0 ? [{ of: 0, from: 0, to: 5 }, { of: 1, from: 0, to: 1 }] : []
+  const whole =
+    rank === 0
+      ? [
+          { of: 0, from: 0, to: 5 },
+          { of: 1, from: 0, to: 1 },
+        ]
+      : []
   const matrix = { of: 2, from: 2 * rank, to: last ? 2 * size + 3 : 2 * rank + 2 }
   return [...whole, matrix, ...(last ? [{ of: 3, from: 0, to: 2 }] : [])]
 }

@@ -1,5 +1,14 @@
 /** @file Training steps of a model whose routed experts are spread over ranks, on this rank. */
-import { checkOptions, fromHost, full, type Module, namedParameters, type OwnParameter, reduceGradients, type Tensor } from '@moe/core'
+import {
+  checkOptions,
+  fromHost,
+  full,
+  type Module,
+  namedParameters,
+  type OwnParameter,
+  reduceGradients,
+  type Tensor,
+} from '@moe/core'
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
 import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'

@@ -1,5 +1,6 @@
 /** @file The state of an optimizer of which every rank has a part, as one rank would store it: checkpoints have no trace of ranks. */
 import {
+  type Backend,
   type DType,
   dtypeBytes,
   fromHost,
@@ -14,7 +15,7 @@ import {
 } from '@moe/core'
 import type { ModelOnRanks } from '../model-on-ranks.ts'
 import type { Optimizer } from '../optim/optimizer.ts'
-import { gatherValues } from '../ranks.ts'
+import { gatherValues, type SendingRanks } from '../ranks.ts'
 import type { StoredOptimizer } from './save-load.ts'
 
 /** What a rank has of an entry. */
@@ -31,26 +32,32 @@ interface WholeEntry extends Omit<Piece, 'firstRow'> {
 }
 
 export class OptimizerOnRanks implements StoredOptimizer {
-  readonly #onRanks: ModelOnRanks
+  readonly #ranks: SendingRanks
+  readonly #backend: Backend
   readonly #optimizer: Optimizer
   readonly #own: ReadonlyMap<string, Piece>
   readonly #whole: ReadonlyMap<string, WholeEntry>
 
-  /** All ranks call it. @throws MoeError E_CONFIG for an optimizer that does not say whose state it has */
-  static async of(onRanks: ModelOnRanks, optimizer: Optimizer): Promise<OptimizerOnRanks> {
-    const { parameters, ranks } = onRanks
-    const own = piecesOf(onRanks, optimizer)
-    const lists = await gatherValues(ranks, own, parameters[0].parameter)
-    return new OptimizerOnRanks(onRanks, optimizer, own, lists)
+  /** All ranks call it. @param of what this rank trains. @throws MoeError E_CONFIG for an optimizer that does not say whose state it has */
+  static async of(
+    { ranks, parameters }: Pick<ModelOnRanks, 'ranks' | 'parameters'>,
+    optimizer: Optimizer,
+    backend: Backend,
+  ): Promise<OptimizerOnRanks> {
+    const own = piecesOf(parameters, optimizer)
+    const lists = await gatherValues(ranks, own, { backend })
+    return new OptimizerOnRanks(ranks, backend, optimizer, own, lists)
   }
 
   private constructor(
-    onRanks: ModelOnRanks,
+    ranks: SendingRanks,
+    backend: Backend,
     optimizer: Optimizer,
     own: readonly Piece[],
     lists: ReadonlyArray<readonly Piece[]>,
   ) {
-    this.#onRanks = onRanks
+    this.#ranks = ranks
+    this.#backend = backend
     this.#optimizer = optimizer
     this.#own = new Map(own.map(piece => [piece.name, piece]))
     this.#whole = wholeOf(lists)
@@ -80,12 +87,11 @@ export class OptimizerOnRanks implements StoredOptimizer {
 
   /** Gives rank 0 what it reads of this rank. */
   async send(): Promise<void> {
-    const { ranks } = this.#onRanks
     const own = this.#ownData()
     for (const { name, dtype, shape, rank } of [...this.#whole.values()].flatMap(({ pieces }) => pieces)) {
-      if (rank !== ranks.rank) continue
+      if (rank !== this.#ranks.rank) continue
       const tensor = fromHost(await own(name), shape, dtype, this.#backend)
-      await ranks.send(tensor, 0).finally(() => tensor.dispose())
+      await this.#ranks.send(tensor, 0).finally(() => tensor.dispose())
     }
   }
 
@@ -111,17 +117,13 @@ export class OptimizerOnRanks implements StoredOptimizer {
     )
   }
 
-  get #backend() {
-    return this.#onRanks.parameters[0].parameter.backend
-  }
-
   #ownData(): (name: string) => Promise<HostArray> {
     const entries = new Map(this.#optimizer.entries().map(({ name, data }) => [name, data]))
     return name => (entries.get(name) as StateEntry['data'])()
   }
 
   async #receive({ dtype, shape, rank }: WholeEntry['pieces'][number]): Promise<HostArray> {
-    using tensor = await this.#onRanks.ranks.receive({ dtype, shape, backend: this.#backend }, rank)
+    using tensor = await this.#ranks.receive({ dtype, shape, backend: this.#backend }, rank)
     return await tensor.data()
   }
 }
@@ -129,7 +131,7 @@ export class OptimizerOnRanks implements StoredOptimizer {
 /** Elements of a row. */
 const widthOf = (shape: Shape) => sizeOf(shape.slice(1))
 
-function piecesOf({ parameters }: ModelOnRanks, optimizer: Optimizer): Piece[] {
+function piecesOf(parameters: ModelOnRanks['parameters'], optimizer: Optimizer): Piece[] {
   const firstRows = new Map(parameters.map(({ parameter, firstRow = 0 }) => [parameter, firstRow]))
   return optimizer.entries().map(({ name, dtype, shape, parameter }) => {
     const firstRow = parameter && firstRows.get(parameter)

@@ -1,10 +1,26 @@
 /** @file Clipping by global norm, on the device. */
-import { full, globalNorm, noGrad, type Parameter, scope, type Tensor } from '@moe/core'
+import {
+  type Backend,
+  full,
+  globalNorm,
+  globalNormParts,
+  noGrad,
+  type Parameter,
+  scope,
+  type Tensor,
+  zeros,
+} from '@moe/core'
 
 /** Norm over all gradients present. Scalar on the device. */
 export function gradientNorm(parameters: readonly Parameter[]): Tensor {
   const gradients = parameters.flatMap(({ grad }) => (grad === null ? [] : [grad]))
   return gradients.length === 0 ? full([], 0, { backend: parameters[0]?.backend }) : globalNorm(gradients)
+}
+
+/** The same before it is rounded, as `globalNormParts`. */
+export function gradientNormParts(gradients: ReadonlyArray<Tensor | null>, backend: Backend): Tensor {
+  const present = gradients.flatMap(gradient => gradient ?? [])
+  return present.length === 0 ? zeros([3], { backend }) : globalNormParts(present)
 }
 
 /**
