@@ -1,45 +1,20 @@
 /** @file Two ranks of `@moe/trainer` are one with twice the rows. */
-import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { createBackend } from '@moe/kernels-cpu'
 import { auxFree, sequenceWise, together } from '@moe/router'
 import { Muon, type TrainOptions } from '@moe/trainer'
-import { afterAll, afterEach, describe, expect, test } from 'vitest'
+import { describe, expect, test } from 'vitest'
 import { local } from './index.ts'
 import { launch, launchers } from './mpi/test-launch.ts'
+import { backend, biases, difference, temporaryFolder } from './test-runs.ts'
 import { digestOf, type Trained, trainSmall } from './test-training.ts'
-
-const backend = await createBackend()
-const made: string[] = []
-afterAll(async () => {
-  backend.dispose()
-  for (const folder of made) await rm(folder, { recursive: true })
-})
-afterEach(() => expect(backend.stats().handles).toBe(0))
-const temporaryFolder = async () => {
-  made.push(await mkdtemp(join(tmpdir(), 'moe-parallel-')))
-  return made.at(-1) as string
-}
 
 type Options = Partial<TrainOptions>
 type Model = Parameters<typeof trainSmall>[2]
 const alone = (options: Options, model?: Model) => trainSmall(backend, options, model)
 const onRanks = (size: number, options: Options, model?: Model) =>
   local(size, ranks => trainSmall(backend, { ...options, ranks }, model))
-
-/** Largest difference of any weight, relative to the largest weight of its tensor. */
-function difference(a: Trained, b: Trained): number {
-  const of = (name: string) => {
-    const largest = Math.max(...a.weights[name].map(Math.abs))
-    return Math.max(...a.weights[name].map((x, i) => Math.abs(x - b.weights[name][i]))) / Math.max(largest, 1e-9)
-  }
-  return Math.max(...Object.keys(a.weights).map(of))
-}
-
-const biases = ({ weights }: Trained) =>
-  Object.entries(weights).filter(([name]) => name.endsWith('e_score_correction_bias'))
 
 describe('ranks of B rows', () => {
   test.each<{ name: string; options?: Options; model?: Model }>([

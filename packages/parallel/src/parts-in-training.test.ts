@@ -1,29 +1,16 @@
 /** @file `train` of `@moe/trainer` in stages and with experts on several ranks: the run of one rank, and checkpoints of any arrangement that go on in any other. */
-import { mkdtemp, readFile, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Random, stateDict } from '@moe/core'
 import { DeepSeek, type DeepSeekOptions, presets } from '@moe/deepseek'
-import { createBackend } from '@moe/kernels-cpu'
 import { auxFree, together as both, sequenceWise } from '@moe/router'
 import { AdamW, Muon, type Optimizer, readMetrics, TokenDataset, type TrainOptions } from '@moe/trainer'
-import { afterAll, afterEach, describe, expect, test } from 'vitest'
+import { describe, expect, test } from 'vitest'
 import { dualPipe, dualPipeV, ExpertParallel, local, oneForwardOneBackward, Pipeline, zeroBubbleH1 } from './index.ts'
 import { launch, launchers } from './mpi/test-launch.ts'
+import { backend, biases, difference, temporaryFolder, tensorsIn } from './test-runs.ts'
 import { arrangements, digestOf, type Trained, trainSmall } from './test-training.ts'
-
-const backend = await createBackend()
-const made: string[] = []
-afterAll(async () => {
-  backend.dispose()
-  for (const folder of made) await rm(folder, { recursive: true })
-})
-afterEach(() => expect(backend.stats().handles).toBe(0))
-const temporaryFolder = async () => {
-  made.push(await mkdtemp(join(tmpdir(), 'moe-parallel-')))
-  return made.at(-1) as string
-}
 
 /** With the usual one AdamW moves a weight whose gradients are 0 but for rounding as far as any other. */
 const eps = 1e-5
@@ -71,18 +58,6 @@ const expertsTwice = {
   onRanks: (model: DeepSeek, ranks: Parameters<typeof stages.onRanks>[1]) =>
     new ExpertParallel(model, ranks, { expertParallelSize: 2 }),
 }
-
-/** Largest difference of any weight, relative to the largest weight of its tensor. */
-function difference(a: Pick<Trained, 'weights'>, b: Pick<Trained, 'weights'>): number {
-  const of = (name: string) => {
-    const largest = Math.max(...a.weights[name].map(Math.abs))
-    return Math.max(...a.weights[name].map((x, i) => Math.abs(x - b.weights[name][i]))) / Math.max(largest, 1e-9)
-  }
-  return Math.max(...Object.keys(a.weights).map(of))
-}
-
-const biases = ({ weights }: Trained) =>
-  Object.entries(weights).filter(([name]) => name.endsWith('e_score_correction_bias'))
 
 /** Names, dtypes and shapes in a safetensors file. */
 async function tensorsIn(path: string): Promise<Record<string, unknown>> {

@@ -1,34 +1,21 @@
 /** @file Ranks of `@moe/trainer` that learn from rewards, or preferences, are one that has the prompts of all. */
-import { mkdtemp, readdir, rm } from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { readdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { DeepSeek } from '@moe/deepseek'
-import { createBackend } from '@moe/kernels-cpu'
 import { preferences, type Rollouts, type TrainEvent, type TrainOptions } from '@moe/trainer'
-import { afterAll, afterEach, describe, expect, test } from 'vitest'
+import { describe, expect, test } from 'vitest'
 import { local } from './index.ts'
 import { launch, launchers } from './mpi/test-launch.ts'
 import { prompts, rewardSmall, smallRollouts } from './test-rewards.ts'
+import { backend, temporaryFolder } from './test-runs.ts'
 import { arrangements, digestOf, smallConfig, type Trained } from './test-training.ts'
 
-const backend = await createBackend()
-const made: string[] = []
-afterAll(async () => {
-  backend.dispose()
-  for (const folder of made) await rm(folder, { recursive: true })
-})
-afterEach(() => expect(backend.stats().handles).toBe(0))
 /** What runs stay near to; `fn` is told. */
 async function withReference<T>(fn: (reference: DeepSeek) => Promise<T>): Promise<T> {
   const reference = new DeepSeek(smallConfig, { seed: 2, backend })
   return fn(reference).finally(() => reference.dispose())
 }
-const temporaryFolder = async () => {
-  made.push(await mkdtemp(join(tmpdir(), 'moe-parallel-')))
-  return made.at(-1) as string
-}
-
 type Options = Partial<TrainOptions>
 type Model = Parameters<typeof rewardSmall>[2]
 const alone = (options: Options, model?: Model) => rewardSmall(backend, options, model)

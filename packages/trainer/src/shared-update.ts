@@ -39,7 +39,10 @@ export async function shareOptimizer(
   const optimizer = make(share.parameters)
   // A rank that has nothing cannot tell.
   const says = optimizer.entries().every(({ parameter }) => parameter !== undefined)
-  const told = await gatherNumbers(ranks, [Number(says)], parameters[0].parameter)
+  const told = await gatherNumbers(ranks, [Number(says)], parameters[0].parameter).catch(error => {
+    optimizer.dispose()
+    throw error
+  })
   if (told.every(([says]) => says === 1)) return { optimizer, shared: { ranks, share } }
   optimizer.dispose()
   return { optimizer: make(parameters) }

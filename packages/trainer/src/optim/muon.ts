@@ -6,9 +6,11 @@ import {
   checkOptions,
   checkPrecision,
   isTokenTable,
+  MoeError,
   type NamedParameter,
   noGrad,
   type OptionNames,
+  type OwnParameter,
   type Parameter,
   type Precision,
   type StateSource,
@@ -80,6 +82,17 @@ export function orthogonalize(x: Tensor, iterations = 5, precision: Precision = 
   })
 }
 
+/** A matrix is made orthogonal as a whole. @throws MoeError E_CONFIG */
+function needWhole({ name, parameter, firstRow }: OwnParameter): void {
+  if (firstRow === undefined || parameter.rank > 2) return
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'Muon',
+    problem: `${name} is taken, of which this rank has some rows alone`,
+    fix: 'leave token tables to AdamW, as hiddenMatrices does',
+  })
+}
+
 interface Slot {
   readonly named: NamedParameter
   readonly weightDecay: number
@@ -98,8 +111,8 @@ export class Muon implements StagedOptimizer {
   readonly #precision: Precision
   readonly #takes: (named: NamedParameter) => boolean
 
-  /** @param parameters of the model, as `namedParameters` gives them. @throws MoeError E_CONFIG */
-  constructor(parameters: readonly NamedParameter[], options: MuonOptions = {}) {
+  /** @param parameters of the model, as `namedParameters` gives them, or this rank's. @throws MoeError E_CONFIG, also for rows of a matrix */
+  constructor(parameters: readonly OwnParameter[], options: MuonOptions = {}) {
     needNamed('Muon', parameters)
     checkOptions('Muon', options, names)
     const { momentum = 0.95, iterations = 5, precision = 'bf16', takes = hiddenMatrices, ...others } = options
@@ -108,6 +121,7 @@ export class Muon implements StagedOptimizer {
     checkMoments('Muon', moments, [momentum])
     this.#takes = named => named.parameter.trainable && takes(named)
     const own = parameters.filter(this.#takes)
+    for (const named of own) needWhole(named)
     const momenta = zeroState(
       own.map(({ parameter }) => parameter),
       moments,

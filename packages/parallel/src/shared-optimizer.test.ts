@@ -1,0 +1,240 @@
+/** @file Ranks that share rows out share the optimizer out, too: each keeps the state of its part. Nothing else is different, to the bit. */
+import { readFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { full, type NamedParameter, namedParameters, scope } from '@moe/core'
+import { DeepSeek } from '@moe/deepseek'
+import { createBackend } from '@moe/kernels-cpu'
+import { AdamW, Muon, type Optimizer, type Ranks, type TrainOptions } from '@moe/trainer'
+import { describe, expect, test } from 'vitest'
+import { type Communicator, local } from './index.ts'
+import { rewardSmall } from './test-rewards.ts'
+import { backend, temporaryFolder, tensorsIn } from './test-runs.ts'
+import { smallConfig, type Trained, trainSmall } from './test-training.ts'
+
+type Options = Partial<TrainOptions>
+type Model = Parameters<typeof trainSmall>[2]
+
+/** Ranks that can do what ranks could before: every one has all of the optimizer. */
+const apart = (ranks: Communicator): Ranks => ({
+  rank: ranks.rank,
+  size: ranks.size,
+  allReduce: tensors => ranks.allReduce(tensors),
+  allReduceInPlace: tensors => ranks.allReduceInPlace(tensors),
+  allGather: tensor => ranks.allGather(tensor),
+})
+const sharing = (size: number, options: Options | ((rank: number) => Options) = {}, model?: Model) =>
+  local(size, ranks =>
+    trainSmall(backend, { ...(typeof options === 'function' ? options(ranks.rank) : options), ranks }, model),
+  )
+const replicated = (size: number, options: Options = {}, model?: Model) =>
+  local(size, ranks => trainSmall(backend, { ...options, ranks: apart(ranks) }, model))
+const numbers = (all: readonly Trained[]) => all.map(({ result: _, ...rest }) => rest)
+const muon = (of: readonly NamedParameter[]) => new Muon(of, { precision: 'f32' })
+/** Numbers that an optimizer has state for. */
+const sizeOf = (of: readonly NamedParameter[]) =>
+  of.reduce((sum, { parameter }) => sum + (parameter.trainable ? parameter.size : 0), 0)
+
+/** Of a small model. */
+function trained(): number {
+  const model = new DeepSeek(smallConfig, { backend })
+  const size = sizeOf(namedParameters(model))
+  model.dispose()
+  return size
+}
+
+test.each<[string, number, Options?, Model?]>([
+  ['two', 2],
+  ['three, of two micro-batches', 3, { accumulate: 2 }],
+  ['two, Muon', 2, { optimizer: muon }],
+  ['five, Muon, whose stacks of experts are cut', 5, { optimizer: muon, steps: 4 }],
+  ['two, clipped hard', 2, { clip: 0.01 }],
+  ['two, not clipped', 2, { clip: Number.POSITIVE_INFINITY }],
+  ['two, recorded, in bf16, clipped hard', 2, { record: true, precision: 'bf16', clip: 0.01, steps: 12 }],
+  ['three, recorded, Muon, of two micro-batches', 3, { record: true, optimizer: muon, accumulate: 2, steps: 12 }],
+  ['three, dense', 3, {}, { dense: true, mtp: 0 }],
+])('losses, norms and weights are those of ranks that have all of it each: %s', async (_, size, options, model) => {
+  expect(numbers(await sharing(size, options, model))).toEqual(numbers(await replicated(size, options, model)))
+})
+
+test('rewards are learned with the same bits', async () => {
+  const run = (of: (ranks: Communicator) => Ranks, record: boolean) =>
+    local(2, ranks => rewardSmall(backend, { ranks: of(ranks), record, steps: 8 }))
+  const plain = ({ weights, steps }: Trained) => ({ weights, norms: steps.map(({ gradNorm }) => gradNorm) })
+  const expected = (await run(apart, false)).map(plain)
+  for (const record of [false, true]) expect((await run(ranks => ranks, record)).map(plain)).toEqual(expected)
+})
+
+describe('each rank', () => {
+  test.each([2, 3, 4])('of %i has the state of its share, and these are about as large', async size => {
+    const shares: number[] = []
+    await sharing(size, rank => ({
+      steps: 2,
+      optimizer(of) {
+        shares[rank] = sizeOf(of)
+        return new AdamW(of)
+      },
+    }))
+    const whole = trained()
+    expect(shares.reduce((sum, share) => sum + share)).toBe(whole)
+    // The largest matrix that is not cut is one of 32 by 24.
+    expect(Math.max(...shares)).toBeLessThanOrEqual(whole / size + 32 * 24)
+  })
+
+  test.each([false, true])('has less memory taken, by just that: recorded %s', async record => {
+    const bytes = async (of: (ranks: Communicator) => Ranks) =>
+      local(2, async ranks => {
+        const own = await createBackend({ threads: 1 })
+        let share = 0
+        let [after, peak] = [0, 0]
+        const onEvent: TrainOptions['onEvent'] = event => {
+          if (event.type !== 'step' || event.step !== 4) return
+          const { bytes, peakBytes } = own.stats()
+          after = bytes
+          peak = peakBytes
+        }
+        const optimizer = (parameters: readonly NamedParameter[]) => {
+          share = sizeOf(parameters)
+          return new AdamW(parameters)
+        }
+        // Without padding: all steps are of one kind.
+        await trainSmall(own, { ranks: of(ranks), record, steps: 4, onEvent, optimizer, batchSize: 1 }, { mtp: 0 })
+        own.dispose()
+        return { share, after, peak }
+      })
+    const [shared, all] = [await bytes(ranks => ranks), await bytes(apart)]
+    for (const [rank, { share, after, peak }] of shared.entries()) {
+      const saved = 2 * 4 * (all[rank].share - share)
+      expect(saved).toBeGreaterThan(0)
+      if (!record) expect(all[rank].after - after).toBe(saved)
+      expect(all[rank].peak - peak).toBeGreaterThan(0.5 * saved)
+    }
+  })
+
+  test('may have nothing: there are more than parameters can be dealt to', async () => {
+    const sizes: number[] = []
+    const model = { dense: true, mtp: 0 }
+    const options = { steps: 2, batchSize: 1 }
+    const runs = await sharing(
+      40,
+      rank => ({
+        ...options,
+        optimizer(of) {
+          sizes[rank] = of.length
+          return muon(of)
+        },
+      }),
+      model,
+    )
+    expect(Math.min(...sizes)).toBe(0)
+    expect(numbers(runs)).toEqual(numbers(await replicated(40, { ...options, optimizer: muon }, model)))
+  })
+})
+
+describe('a checkpoint', () => {
+  const six = { schedule: () => 1, batchSize: 1, checkpointEvery: 3, keepCheckpoints: 5 }
+  const model = { mtp: 0 }
+  const ways: Record<string, (options: Options) => Promise<Trained>> = {
+    'one rank': options => trainSmall(backend, { ...six, accumulate: 6, ...options }, model),
+    two: async options => (await sharing(2, { ...six, accumulate: 3, ...options }, model))[0],
+    'two that have all of it': async options => (await replicated(2, { ...six, accumulate: 3, ...options }, model))[0],
+    'three, recorded': async options =>
+      (await sharing(3, { ...six, accumulate: 2, record: true, ...options }, model))[0],
+    six: async options => (await sharing(6, { ...six, ...options }, model))[0],
+  }
+
+  test.each(['AdamW', 'Muon'])('of any ranks goes on with any others, %s', async name => {
+    const optimizer = name === 'Muon' ? { optimizer: muon } : {}
+    const folders: Record<string, string> = {}
+    const ends: Record<string, Trained> = {}
+    for (const [from, train] of Object.entries(ways)) {
+      folders[from] = await temporaryFolder()
+      ends[from] = await train({ ...optimizer, out: folders[from] })
+    }
+    const file = (of: string) => join(folders[of], 'checkpoints', 'step-000003', 'optimizer.safetensors')
+    const [like, state] = [await tensorsIn(file('one rank')), await readFile(file('two that have all of it'))]
+    for (const from of Object.keys(ways)) expect(await tensorsIn(file(from))).toEqual(like)
+    // Where the order of additions is the same, so is everything.
+    if (name === 'AdamW') expect((await readFile(file('two'))).equals(state)).toBe(true)
+    expect(ends['two'].weights).toEqual(ends['two that have all of it'].weights)
+    for (const [to, train] of Object.entries(ways)) {
+      for (const from of ['two', to]) {
+        const resume = join(folders[from], 'checkpoints', 'step-000003')
+        const resumed = await train({ ...optimizer, out: folders[from], resume })
+        expect(resumed.steps.map(({ step }) => step)).toEqual([4, 5, 6, 7, 8])
+        if (from === to || to === 'two that have all of it') expect(resumed.weights).toEqual(ends[from].weights)
+        for (const [i, { loss }] of resumed.steps.entries())
+          expect(loss).toBeCloseTo(ends['one rank'].steps[3 + i].loss, 3)
+      }
+    }
+  })
+
+  test('with a share of two micro-batches is that of one rank, bit for bit', async () => {
+    const options = { schedule: () => 1 }
+    const [out, ofOne] = [await temporaryFolder(), await temporaryFolder()]
+    const [first] = await sharing(2, { ...options, out }, model)
+    const one = await trainSmall(backend, { ...options, accumulate: 2, out: ofOne }, model)
+    expect(first.weights).toEqual(one.weights)
+    const [state, like] = [out, ofOne].map(of => join(of, 'checkpoints', 'step-000008', 'optimizer.safetensors'))
+    expect((await readFile(state)).equals(await readFile(like))).toBe(true)
+  })
+})
+
+test('an optimizer that does not say whose state it has is kept whole by every rank', async () => {
+  const sizes: number[][] = [[], []]
+  const mine = (of: readonly NamedParameter[]): Optimizer => {
+    const adamw = new AdamW(of)
+    return {
+      name: 'mine',
+      settings: parameters => adamw.settings(parameters),
+      step: (lr, gradScale) => adamw.step(lr, gradScale),
+      load: (source, steps) => adamw.load(source, steps),
+      dispose: () => adamw.dispose(),
+      entries: () => adamw.entries().map(({ parameter: _, ...entry }) => entry),
+    }
+  }
+  const options = { schedule: () => 1, checkpointEvery: 3, keepCheckpoints: 5 }
+  const out = await temporaryFolder()
+  const own = (rank: number) => ({
+    ...options,
+    out,
+    optimizer(of: readonly NamedParameter[]) {
+      sizes[rank].push(sizeOf(of))
+      return mine(of)
+    },
+  })
+  const [first, second] = await sharing(2, own)
+  expect(sizes.map(made => made.at(-1))).toEqual([trained(), trained()])
+  expect(second.weights).toEqual(first.weights)
+  expect(first.weights).toEqual((await sharing(2, options))[0].weights)
+  const resumed = await sharing(2, rank => ({ ...own(rank), resume: join(out, 'checkpoints', 'step-000003') }))
+  expect(resumed[0].weights).toEqual(first.weights)
+})
+
+test('Muon refuses rows of a matrix', async () => {
+  const all = (of: readonly NamedParameter[]) => new Muon(of, { takes: ({ parameter }) => parameter.rank === 2 })
+  await expect(sharing(40, { optimizer: all }, { mtp: 0 })).rejects.toThrow(
+    /Muon: (model\.embed_tokens|lm_head)\.weight is taken, of which this rank has some rows alone; leave token tables/,
+  )
+})
+
+/** Whose head has a gradient that is not finite. */
+class Overflowing extends DeepSeek {
+  override loss(...given: Parameters<DeepSeek['loss']>) {
+    const output = super.loss(...given)
+    const large = this.step < 2 ? 0 : 3e38
+    return { ...output, loss: output.loss.add(this.lm_head.weight.mul(large).mul(large).sum()) }
+  }
+}
+
+test('all tell the same parameter whose gradient is not finite, whoever has it', async () => {
+  const told = await local(2, ranks =>
+    trainSmall(backend, { ranks }, { kind: Overflowing, mtp: 0 }).then(
+      () => 'it worked',
+      error => `${error.code} ${error.message}`,
+    ),
+  )
+  expect(told[0]).toMatch(
+    /^E_NAN train: step 3 has .*, not finite first in the gradient of lm_head\.weight: \d+ of \d+/,
+  )
+  expect(told[1]).toBe(told[0])
+})

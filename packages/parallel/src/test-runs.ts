@@ -1,0 +1,39 @@
+/** @file For tests only: what tests that train have in common: a backend that every test leaves empty, folders that are gone in the end, and how runs are compared. */
+import { mkdtemp, readFile, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { createBackend } from '@moe/kernels-cpu'
+import { afterAll, afterEach, expect } from 'vitest'
+import type { Trained } from './test-training.ts'
+
+export const backend = await createBackend()
+const made: string[] = []
+afterAll(async () => {
+  backend.dispose()
+  for (const folder of made) await rm(folder, { recursive: true })
+})
+afterEach(() => expect(backend.stats().handles).toBe(0))
+
+export async function temporaryFolder(): Promise<string> {
+  made.push(await mkdtemp(join(tmpdir(), 'moe-parallel-')))
+  return made.at(-1) as string
+}
+
+/** Largest difference of any weight, relative to the largest weight of its tensor. */
+export function difference(a: Trained, b: Trained): number {
+  const of = (name: string) => {
+    const largest = Math.max(...a.weights[name].map(Math.abs))
+    return Math.max(...a.weights[name].map((x, i) => Math.abs(x - b.weights[name][i]))) / Math.max(largest, 1e-9)
+  }
+  return Math.max(...Object.keys(a.weights).map(of))
+}
+
+export const biases = ({ weights }: Trained) =>
+  Object.entries(weights).filter(([name]) => name.endsWith('e_score_correction_bias'))
+
+/** Names and shapes in a safetensors file. */
+export async function tensorsIn(path: string): Promise<Record<string, unknown>> {
+  const bytes = await readFile(path)
+  const header = JSON.parse(bytes.subarray(8, 8 + Number(bytes.readBigUInt64LE(0))).toString())
+  return Object.fromEntries(Object.entries<{ shape: number[] }>(header).map(([name, { shape }]) => [name, shape]))
+}
