@@ -59,18 +59,6 @@ const expertsTwice = {
     new ExpertParallel(model, ranks, { expertParallelSize: 2 }),
 }
 
-/** Names, dtypes and shapes in a safetensors file. */
-async function tensorsIn(path: string): Promise<Record<string, unknown>> {
-  const bytes = await readFile(path)
-  const header = JSON.parse(bytes.subarray(8, 8 + Number(bytes.readBigUInt64LE(0))).toString())
-  return Object.fromEntries(
-    Object.entries<{ dtype: string; shape: number[] }>(header).map(([name, { dtype, shape }]) => [
-      name,
-      [dtype, shape],
-    ]),
-  )
-}
-
 const each = [
   ['stages by ZB-H1', stages, 2],
   ['stages by DualPipeV', pipelined(dualPipeV), 2],

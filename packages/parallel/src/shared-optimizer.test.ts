@@ -1,7 +1,7 @@
 /** @file Ranks that share rows out share the optimizer out, too: each keeps the state of its part. Nothing else is different, to the bit. */
 import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { full, type NamedParameter, namedParameters, scope } from '@moe/core'
+import { type NamedParameter, namedParameters } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { AdamW, Muon, type Optimizer, type Ranks, type TrainOptions } from '@moe/trainer'

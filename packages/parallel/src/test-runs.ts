@@ -20,7 +20,7 @@ export async function temporaryFolder(): Promise<string> {
 }
 
 /** Largest difference of any weight, relative to the largest weight of its tensor. */
-export function difference(a: Trained, b: Trained): number {
+export function difference(a: Pick<Trained, 'weights'>, b: Pick<Trained, 'weights'>): number {
   const of = (name: string) => {
     const largest = Math.max(...a.weights[name].map(Math.abs))
     return Math.max(...a.weights[name].map((x, i) => Math.abs(x - b.weights[name][i]))) / Math.max(largest, 1e-9)
@@ -31,9 +31,14 @@ export function difference(a: Trained, b: Trained): number {
 export const biases = ({ weights }: Trained) =>
   Object.entries(weights).filter(([name]) => name.endsWith('e_score_correction_bias'))
 
-/** Names and shapes in a safetensors file. */
+/** Names, dtypes and shapes in a safetensors file. */
 export async function tensorsIn(path: string): Promise<Record<string, unknown>> {
   const bytes = await readFile(path)
   const header = JSON.parse(bytes.subarray(8, 8 + Number(bytes.readBigUInt64LE(0))).toString())
-  return Object.fromEntries(Object.entries<{ shape: number[] }>(header).map(([name, { shape }]) => [name, shape]))
+  return Object.fromEntries(
+    Object.entries<{ dtype: string; shape: number[] }>(header).map(([name, { dtype, shape }]) => [
+      name,
+      [dtype, shape],
+    ]),
+  )
 }
