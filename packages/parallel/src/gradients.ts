@@ -1,5 +1,5 @@
 /** @file Gradients of a step that several ranks take together. */
-import { type Backend, full, globalNorm, Lifetime, MoeError, noGrad, type Parameter, type Precision } from '@moe/core'
+import { type Backend, globalNormParts, MoeError, type Parameter, type Precision, zeros } from '@moe/core'
 import type { Communicator } from './communicator/communicator.ts'
 
 /** How a step computes. */
@@ -38,19 +38,10 @@ export async function gradientNorm(
   backend: Backend,
 ): Promise<number> {
   const gradients = counted.flatMap(({ grad }) => grad ?? [])
-  const life = new Lifetime()
-  try {
-    const own = life.run(() =>
-      noGrad(() => {
-        const norm = gradients.length === 0 ? full([], 0, { backend }) : globalNorm(gradients)
-        return norm.mul(norm)
-      }),
-    )
-    const [squares] = await ranks.allReduce([own])
-    const value = await squares.item()
-    squares.dispose()
-    return Math.sqrt(value)
-  } finally {
-    life.dispose()
-  }
+  using own = gradients.length === 0 ? zeros([3], { backend }) : globalNormParts(gradients)
+  using all = await ranks.allGather(own)
+  const parts = await all.values()
+  let squares = 0
+  for (let at = 0; at < parts.length; at += 3) squares += (parts[at] + parts[at + 1] + parts[at + 2]) ** 2
+  return Math.fround(Math.sqrt(squares))
 }

@@ -4,9 +4,9 @@ import { join } from 'node:path'
 import { type NamedParameter, namedParameters } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
-import { AdamW, Muon, type Optimizer, type Ranks, type TrainOptions } from '@moe/trainer'
+import { AdamW, Muon, type Optimizer, type Ranks, type TokenBatch, type TrainOptions } from '@moe/trainer'
 import { describe, expect, test } from 'vitest'
-import { type Communicator, local } from './index.ts'
+import { type Communicator, dualPipe, dualPipeV, ExpertParallel, local, Pipeline, zeroBubbleH1 } from './index.ts'
 import { rewardSmall } from './test-rewards.ts'
 import { backend, temporaryFolder, tensorsIn } from './test-runs.ts'
 import { smallConfig, type Trained, trainSmall } from './test-training.ts'
@@ -35,8 +35,8 @@ const sizeOf = (of: readonly NamedParameter[]) =>
   of.reduce((sum, { parameter }) => sum + (parameter.trainable ? parameter.size : 0), 0)
 
 /** Of a small model. */
-function trained(): number {
-  const model = new DeepSeek(smallConfig, { backend })
+function trained(mtp = 1): number {
+  const model = new DeepSeek({ ...smallConfig, num_nextn_predict_layers: mtp } as typeof smallConfig, { backend })
   const size = sizeOf(namedParameters(model))
   model.dispose()
   return size
@@ -127,6 +127,78 @@ describe('each rank', () => {
     )
     expect(Math.min(...sizes)).toBe(0)
     expect(numbers(runs)).toEqual(numbers(await replicated(40, { ...options, optimizer: muon }, model)))
+  })
+})
+
+describe.each<
+  [string, number, number, (model: DeepSeek, ranks: Communicator) => Pipeline<TokenBatch> | ExpertParallel<TokenBatch>]
+>([
+  ['experts on each rank', 2, 2, (model, ranks) => new ExpertParallel(model, ranks)],
+  [
+    'two times experts on two ranks',
+    4,
+    1,
+    (model, ranks) => new ExpertParallel(model, ranks, { expertParallelSize: 2 }),
+  ],
+  ['two pipelines', 4, 2, (model, ranks) => new Pipeline(model, zeroBubbleH1(2, 2), ranks)],
+  ['two pipelines with stages on two ranks', 4, 4, (model, ranks) => new Pipeline(model, dualPipe(2, 4), ranks)],
+  [
+    'four pipelines, of which two share experts out',
+    4,
+    1,
+    (model, ranks) => new Pipeline(model, dualPipeV(1, 2), ranks, { expertParallelSize: 2 }),
+  ],
+])('what several ranks have of a model in parts is shared out: %s', (name, size, accumulate, make) => {
+  const run = (shared: boolean, options: (rank: number) => Options = () => ({}), model: Model = {}) =>
+    local(size, ranks =>
+      trainSmall(
+        backend,
+        { ...options(ranks.rank), ...(accumulate > 1 && { accumulate }), batchSize: 1 },
+        {
+          ...model,
+          onRanks(made) {
+            const parts = make(made, ranks)
+            return shared ? parts : Object.assign(parts, { shareOptimizer: undefined })
+          },
+        },
+      ),
+    )
+
+  test.each<[string, Options, Model?]>([
+    ['AdamW', { clip: 0.05 }],
+    ['Muon', { optimizer: muon, steps: 4 }, { mtp: 0 }],
+  ])('with the same bits, %s', async (_, options, model) => {
+    expect(numbers(await run(true, () => options, model))).toEqual(numbers(await run(false, () => options, model)))
+  })
+
+  test('each state on one rank', async () => {
+    const names: string[][] = []
+    const sizes: number[] = []
+    await run(
+      true,
+      rank => ({
+        steps: 2,
+        optimizer(of) {
+          names[rank] = of.flatMap(({ name, parameter }) => (parameter.trainable ? [name] : []))
+          sizes[rank] = sizeOf(of)
+          return new AdamW(of)
+        },
+      }),
+      { mtp: 0 },
+    )
+    const twice = name.endsWith('stages on two ranks') ? 2 : 1
+    expect(sizes.reduce((sum, of) => sum + of)).toBe(twice * trained(0))
+    expect(names.every(of => of.length > 0)).toBe(true)
+  })
+
+  test('goes on from what was saved', async () => {
+    const out = await temporaryFolder()
+    const options = { schedule: () => 1, out, checkpointEvery: 3, keepCheckpoints: 5 }
+    const straight = await run(true, () => options)
+    for (const shared of [true, false]) {
+      const resumed = await run(shared, () => ({ ...options, resume: join(out, 'checkpoints', 'step-000003') }))
+      expect(resumed.map(({ weights }) => weights)).toEqual(straight.map(({ weights }) => weights))
+    }
   })
 })
 

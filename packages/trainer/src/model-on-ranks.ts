@@ -45,6 +45,8 @@ export interface ModelOnRanks {
     readonly gradNorm: number
     readonly metrics: Readonly<Record<string, number>>
   }>
+  /** Has each rank keep the optimizer's state of a share of what several have alike: `parameters` change. Called before an optimizer is made. */
+  shareOptimizer?(): void
   /** Gives the model on every rank all weights, until the next step. */
   gather(): Promise<void>
   /** Takes this rank's weights back from the model where it has them, as `step` does, and frees the others. */

@@ -8,7 +8,6 @@ import {
   namedAdapters,
   namedStreams,
   noGrad,
-  type OwnParameter,
   parameterCount,
   QuantizedParameter,
   scope,
@@ -212,8 +211,8 @@ export class Run {
     const { steps, checkpointEvery, evalEvery } = settings
     const judged = isJudged(settings.data) && { data: lessons.identity, seed: settings.seed }
     const plan = { steps, checkpointEvery, evalEvery, validation: lessons.validationTokens > 0, ...judged }
-    const comparable: readonly OwnParameter[] = settings.onRanks?.parameters ?? parameters
-    const norms = await normsOf(comparable.filter(({ firstRow }) => firstRow === undefined))
+    // Where ranks have parts, what others train is freed.
+    const norms = await normsOf(parameters.filter(({ parameter }) => parameter.handle !== null))
     const own = { step, plan, norms, saves: this.saves }
     const starts = await gatherValues<Start & { saves: boolean }>(ranks, own, parameters[0].parameter)
     checkSameStart(starts)

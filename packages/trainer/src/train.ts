@@ -45,7 +45,10 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   checkTrainable(parameters)
   if (settings.out !== undefined) checkSaved(model, parameters, settings.out)
   const { onRanks } = settings
-  if (onRanks !== undefined) checkOnRanks(onRanks, model)
+  if (onRanks !== undefined) {
+    checkOnRanks(onRanks, model)
+    onRanks.shareOptimizer?.()
+  }
   const make = (of: readonly NamedParameter[]) => makeOptimizer(settings, of)
   const updating =
     onRanks === undefined

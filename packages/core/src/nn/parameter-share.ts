@@ -40,7 +40,7 @@ export const isTokenTable = ({ name }: NamedParameter): boolean =>
 
 /** Rows of a parameter. */
 interface NamedRows {
-  readonly named: NamedParameter
+  readonly named: OwnParameter
   readonly from: number
   readonly to: number
 }
@@ -52,7 +52,7 @@ const widthOf = ({ parameter }: NamedParameter) => sizeOf(parameter.shape.slice(
  * Deals parameters out to ranks, in their order: every rank has a run, of about as many elements. Stacks of matrices are cut between matrices, token tables between rows, others not at all, as optimizers may look at whole
  * matrices. No share is larger than the mean by more than the largest piece that is not cut.
  */
-export function dealOut(parameters: readonly NamedParameter[], ranks: number): NamedRows[][] {
+export function dealOut(parameters: readonly OwnParameter[], ranks: number): NamedRows[][] {
   const starts = [0]
   for (const { parameter } of parameters) starts.push((starts.at(-1) as number) + parameter.size)
   const total = starts[parameters.length]
@@ -90,8 +90,8 @@ export class ParameterShare {
   /** Parameters that have a gradient in this step, on all ranks. */
   #changing: ReadonlySet<Parameter> = new Set()
 
-  /** @param parameters of the model; those that are not trainable are left out */
-  constructor(parameters: readonly NamedParameter[], ranks: SharingRanks) {
+  /** @param parameters of the model, or rows of them that these ranks have alike; those that are not trainable are left out */
+  constructor(parameters: readonly OwnParameter[], ranks: SharingRanks) {
     this.#ranks = ranks
     this.#dealt = dealOut(
       parameters.filter(({ parameter }) => parameter.trainable),
@@ -138,8 +138,8 @@ export class ParameterShare {
   places(gradientOf: (parameter: Parameter) => Tensor | null): Array<Tensor | null> {
     return this.#dealt[this.#ranks.rank].map(({ named }, i) => {
       const gradient = gradientOf(named.parameter)
-      const { parameter, firstRow } = this.parameters[i]
-      return gradient === null || firstRow === undefined ? gradient : zeros(parameter.shape, gradient)
+      const { parameter } = this.parameters[i]
+      return gradient === null || parameter === named.parameter ? gradient : zeros(parameter.shape, gradient)
     })
   }
 
@@ -158,8 +158,8 @@ export class ParameterShare {
   /** Gives the parameters that are rows of one their weights. */
   takeRows(): void {
     for (const [i, { named, from, to }] of this.#dealt[this.#ranks.rank].entries()) {
-      const { parameter, firstRow } = this.parameters[i]
-      if (firstRow !== undefined) parameter.assign(noGrad(() => named.parameter.narrow(0, from, to)))
+      const { parameter } = this.parameters[i]
+      if (parameter !== named.parameter) parameter.assign(noGrad(() => named.parameter.narrow(0, from, to)))
     }
   }
 
@@ -178,7 +178,10 @@ export class ParameterShare {
 
   /** Frees the parameters that are rows of one. */
   freeRows(): void {
-    for (const { parameter, firstRow } of this.parameters) if (firstRow !== undefined) parameter.dispose()
+    for (const [i, { named }] of this.#dealt[this.#ranks.rank].entries()) {
+      const { parameter } = this.parameters[i]
+      if (parameter !== named.parameter) parameter.dispose()
+    }
   }
 
   /** Every rank's rows of what changes in this step. */
@@ -193,9 +196,9 @@ export class ParameterShare {
 
 /** The model's parameter, or rows of it, which have no weights yet. */
 function own({ named, from, to }: NamedRows): OwnParameter {
-  const { parameter, slices } = named
+  const { parameter, slices, firstRow = 0 } = named
   if (to - from === (parameter.shape[0] ?? 1)) return named
   const rows = new Parameter(noGrad(() => parameter.narrow(0, from, to)))
   rows.dispose()
-  return { ...named, parameter: rows, firstRow: from, ...(slices && { slices: slices.slice(from, to) }) }
+  return { ...named, parameter: rows, firstRow: firstRow + from, ...(slices && { slices: slices.slice(from, to) }) }
 }

@@ -1,17 +1,9 @@
 /** @file Training steps of a model whose routed experts are spread over ranks, on this rank. */
-import {
-  checkOptions,
-  fromHost,
-  full,
-  type Module,
-  namedParameters,
-  type OwnParameter,
-  reduceGradients,
-  type Tensor,
-} from '@moe/core'
+import { checkOptions, fromHost, full, type Module, namedParameters, type OwnParameter, type Tensor } from '@moe/core'
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator } from '../communicator/communicator.ts'
 import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
+import { Replicated } from '../replicated.ts'
 import {
   ExpertShares,
   expertRanks,
@@ -45,13 +37,14 @@ export interface SpreadableModel<Batch> extends Module {
  */
 export class ExpertParallel<Batch> {
   /** Of this rank: what its optimizer is made from. Experts have the names that they have in the model, whose rows they are from `firstRow` on. */
-  readonly parameters: readonly OwnParameter[]
+  parameters: readonly OwnParameter[]
   /** All ranks that the experts are spread over. */
   readonly ranks: Communicator
   /** The rows of a step that this rank is given, as data orders have it. */
   readonly dataShare: { readonly rank: number; readonly world: number }
   readonly #model: SpreadableModel<Batch>
   readonly #shares: ExpertShares
+  readonly #replicated: Replicated
 
   /**
    * @param options.expertParallelSize ranks that share the experts out. Default: all.
@@ -73,6 +66,18 @@ export class ExpertParallel<Batch> {
     const { expertParallelSize = ranks.size } = options
     this.#shares = new ExpertShares(op, new Map(model.moeLayers.entries()), expertRanks(op, ranks, expertParallelSize))
     this.parameters = namedParameters(model).map(named => this.#shares.own(named))
+    this.#replicated = new Replicated([
+      { parameters: this.parameters.filter(({ firstRow }) => firstRow === undefined), ranks },
+      { parameters: this.parameters.filter(({ firstRow }) => firstRow !== undefined), ranks: this.#shares.ranks.same },
+    ])
+  }
+
+  /**
+   * Shares out what several ranks have alike: each keeps the optimizer's state of a part, and updates it for all; weights are exchanged at the begin of the next step, and by `gather`. `parameters` are then this rank's. For before the optimizer is made,
+   * on all ranks; `train` does it.
+   */
+  shareOptimizer(): void {
+    this.parameters = this.#replicated.shareOut()
   }
 
   /**
@@ -87,8 +92,9 @@ export class ExpertParallel<Batch> {
     if (!this.parameters.some(({ parameter }) => parameter.trainable))
       throw refusal('ExpertParallel', 'all parameters are frozen', 'set trainable on what is to be trained')
     const { precision } = options
+    await this.#replicated.gather()
     this.release()
-    for (const { parameter } of this.parameters) parameter.zeroGrad()
+    this.#replicated.zeroGradients()
     const { backend } = this.parameters[0].parameter
     const passes = batches.map(batch => this.#model.inPieces(batch))
     const positions = await this.#positions(passes.map(({ count }) => count))
@@ -108,15 +114,9 @@ export class ExpertParallel<Batch> {
         pass.dispose()
       }
     }
-    const experts = new Set(this.#shares.rows.values())
-    const trained = this.parameters.map(({ parameter }) => parameter).filter(({ trainable }) => trainable)
-    const common = trained.filter(parameter => !experts.has(parameter))
-    await reduceGradients(common, gradients => this.ranks.allReduce(gradients))
-    await this.#shares.sumGradients()
-    // What several ranks have is counted once.
-    const { first } = this.#shares.ranks
-    const counted = trained.filter(parameter => (experts.has(parameter) ? first : this.ranks.rank === 0))
-    const gradNorm = await gradientNorm(this.ranks, counted, backend)
+    this.#shares.completeGradients()
+    await this.#replicated.sumGradients()
+    const gradNorm = await gradientNorm(this.ranks, this.#replicated.counted(), backend)
     const [loss, ...metrics] = await this.#sum(Object.values(sums))
     const names = Object.keys(sums).slice(1)
     const result = { loss, gradNorm, metrics: Object.fromEntries(names.map((name, i) => [name, metrics[i]])) }
@@ -128,6 +128,7 @@ export class ExpertParallel<Batch> {
    * this rank's back from the model as it is then.
    */
   async gather(): Promise<void> {
+    await this.#replicated.gather()
     await this.#shares.gather()
   }
 
@@ -138,6 +139,7 @@ export class ExpertParallel<Batch> {
 
   /** Frees this rank's experts; the model stays. */
   dispose(): void {
+    this.#replicated.dispose()
     this.#shares.dispose()
   }
 

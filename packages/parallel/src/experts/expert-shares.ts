@@ -6,7 +6,6 @@ import {
   noGrad,
   type OwnParameter,
   type Parameter,
-  reduceGradients,
   type Tensor,
   zeros,
 } from '@moe/core'
@@ -38,8 +37,6 @@ export interface ExpertRanks {
   readonly back: Communicator
   /** Those that have the same part as this one; null where no other has. */
   readonly same: Communicator | null
-  /** Whether this rank is the first of these. */
-  readonly first: boolean
 }
 
 /**
@@ -65,7 +62,7 @@ export function expertRanks(
   const sharing = size === ranks.size ? ranks : ranks.group(members)
   const back = overlapping ? ranks.group(members) : sharing
   const others = among(Array.from({ length: all / size }, (_, i) => i * size + part))
-  return { sharing, back, same: others.length === 1 ? null : ranks.group(others), first: line < size }
+  return { sharing, back, same: others.length === 1 ? null : ranks.group(others) }
 }
 
 /** Of a layer: this rank's experts, and whose rows their parameters are. */
@@ -125,12 +122,10 @@ export class ExpertShares {
     }
   }
 
-  /** Makes the gradients those of all ranks that have the same experts. Those that nobody has chosen have one all the same, as on one rank. */
-  async sumGradients(): Promise<void> {
-    const trained = [...this.rows.values()].filter(({ trainable }) => trainable)
-    for (const parameter of trained) parameter.grad ??= zeros(parameter.shape, { backend: parameter.backend })
-    const { same } = this.ranks
-    if (same !== null) await reduceGradients(trained, gradients => same.allReduce(gradients))
+  /** Experts that nobody has chosen have a gradient all the same, as on one rank. */
+  completeGradients(): void {
+    for (const parameter of this.rows.values())
+      if (parameter.trainable) parameter.grad ??= zeros(parameter.shape, { backend: parameter.backend })
   }
 
   /** Frees this rank's experts; the model stays. */

@@ -8,13 +8,13 @@ import {
   namedParameters,
   type OwnParameter,
   type Parameter,
-  reduceGradients,
   type Tensor,
 } from '@moe/core'
 import { checkBatches, checkRanks, refusal } from '../check-call.ts'
 import type { Communicator, TensorLike } from '../communicator/communicator.ts'
 import { ExpertShares, expertRanks, type SpreadableLayer } from '../experts/expert-shares.ts'
 import { finite, gradientNorm, type ParallelStepOptions, type ParallelStepResult } from '../gradients.ts'
+import { Replicated } from '../replicated.ts'
 import { checkSchedule, type PipelineSchedule, stagesOf } from '../schedule/schedule.ts'
 import { holdersOf, sumReplicas } from './replicas.ts'
 import { checkSize, type PipelineStage, runSchedule } from './run-schedule.ts'
@@ -55,7 +55,7 @@ export interface ModelInStages<Batch> {
  */
 export class Pipeline<Batch> {
   /** Of this rank's stages: what its optimizer is made from. Weights that are frozen or stored in fewer bits stay as they are. */
-  readonly parameters: readonly OwnParameter[]
+  parameters: readonly OwnParameter[]
   /** The ranks of all pipelines. */
   readonly ranks: Communicator
   /** Micro-batches of a step in a pipeline. */
@@ -70,6 +70,7 @@ export class Pipeline<Batch> {
   readonly #model: ModelInStages<Batch>
   /** Of the experts of its stages, where pipelines share them out. */
   readonly #shares: ExpertShares | null
+  readonly #replicated: Replicated
 
   /**
    * @param options.expertParallelSize pipelines that share experts out. Default 1: each has all.
@@ -114,7 +115,22 @@ export class Pipeline<Batch> {
             expertRanks('Pipeline', ranks, expertParallelSize, { stride: length, overlapping: true }),
           )
     this.parameters = Array.from(named.values(), each => this.#shares?.own(each) ?? each)
+    this.#replicated = new Replicated([
+      { parameters: this.parameters.filter(({ firstRow }) => firstRow === undefined), ranks: this.#replicas },
+      {
+        parameters: this.parameters.filter(({ firstRow }) => firstRow !== undefined),
+        ranks: this.#shares?.ranks.same ?? null,
+      },
+    ])
     this.#freeOthers()
+  }
+
+  /**
+   * Shares out what several pipelines have alike: each rank keeps the optimizer's state of a part, and updates it for all; weights are exchanged at the begin of the next step, and by `gather`. `parameters` are then this rank's. For before the optimizer
+   * is made, on all ranks; `train` does it.
+   */
+  shareOptimizer(): void {
+    this.parameters = this.#replicated.shareOut()
   }
 
   /**
@@ -131,8 +147,9 @@ export class Pipeline<Batch> {
       const problem = `the schedule has ${microBatches} micro-batches, the step ${batches.length}`
       throw refusal(name, problem, 'make a schedule for as many')
     }
+    await this.#replicated.gather()
     this.release()
-    for (const { parameter } of this.parameters) parameter.zeroGrad()
+    this.#replicated.zeroGradients()
     const { stages, between, count, digest } = this.#model.step(batches)
     if (digest !== undefined) await this.#needSame(digest, between.backend)
     const weight = await this.#share(count ?? 1, between.backend)
@@ -147,16 +164,11 @@ export class Pipeline<Batch> {
     const numbers = await this.#overReplicas([sums.loss, ...Object.values(sums.metrics)])
     const rowsOf = (parameter: Parameter) => shares?.rows.get(parameter) ?? parameter
     await sumReplicas(this.#schedule, this.#line, stage => this.#parametersOf(stage).map(rowsOf))
-    const replicas = this.#replicas
-    const common = this.parameters.flatMap(({ parameter, firstRow }) => (firstRow === undefined ? [parameter] : []))
-    if (replicas !== null) await reduceGradients(common, gradients => replicas.allReduce(gradients))
-    await shares?.sumGradients()
-    // What several ranks have is counted once.
-    const counted = [...this.#holders()].flatMap(([parameter, [first]]) => {
-      const own = rowsOf(parameter)
-      const isCounted = own === parameter ? this.dataShare.rank === 0 : shares?.ranks.first
-      return first === this.#line.rank && isCounted ? [own] : []
-    })
+    shares?.completeGradients()
+    await this.#replicated.sumGradients()
+    // What several ranks of a pipeline have is counted once.
+    const first = this.#firstHere()
+    const counted = this.#replicated.counted(({ name }) => first.has(name))
     const gradNorm = await gradientNorm(this.ranks, counted, between.backend ?? defaultBackend())
     const [loss, ...metrics] = numbers
     const names = Object.keys(sums.metrics)
@@ -165,6 +177,7 @@ export class Pipeline<Batch> {
 
   /** Gives every rank the weights of all stages, from the ranks that train them, until the next step: for measuring, saving and generating. All ranks call it. */
   async gather(): Promise<void> {
+    await this.#replicated.gather()
     await this.#shares?.gather()
     for (const [parameter, holders] of this.#holders()) {
       if (!parameter.trainable) continue
@@ -183,6 +196,7 @@ export class Pipeline<Batch> {
 
   /** Frees this rank's part of experts that are shared out; the model stays. */
   dispose(): void {
+    this.#replicated.dispose()
     this.#shares?.dispose()
   }
 
@@ -222,6 +236,14 @@ export class Pipeline<Batch> {
   }
 
   readonly #parametersOf = (stage: number) => this.#model.parameters[stage].map(({ parameter }) => parameter)
+
+  /** Names of parameters that no rank before this one has, in its pipeline. */
+  #firstHere(): Set<string> {
+    const holders = this.#holders()
+    const named = this.#model.parameters.flat()
+    const first = named.filter(({ parameter }) => holders.get(parameter)?.[0] === this.#line.rank)
+    return new Set(first.map(({ name }) => name))
+  }
 
   #holders() {
     return holdersOf(this.#schedule, this.#parametersOf)

@@ -148,18 +148,24 @@ function piecesOf(parameters: ModelOnRanks['parameters'], optimizer: Optimizer):
 /** What the ranks have together, in the order of a file; of what several have, the first one's. */
 function wholeOf(lists: ReadonlyArray<readonly Piece[]>): Map<string, WholeEntry> {
   const pieces = new Map<string, Array<WholeEntry['pieces'][number]>>()
-  for (const [rank, list] of lists.entries()) {
-    for (const piece of list) {
-      const before = pieces.get(piece.name) ?? []
-      if (before.every(({ firstRow }) => firstRow !== piece.firstRow))
-        pieces.set(piece.name, [...before, { ...piece, rank }])
-    }
-  }
+  for (const [rank, list] of lists.entries())
+    for (const piece of list) pieces.set(piece.name, [...(pieces.get(piece.name) ?? []), { ...piece, rank }])
   const whole = Array.from(pieces, ([name, all]): WholeEntry => {
     const [{ dtype, shape }] = all
-    const rows = all.reduce((sum, piece) => sum + piece.shape[0], 0)
-    return { name, dtype, shape: all.length > 1 ? [rows, ...shape.slice(1)] : shape, pieces: all }
+    const together = inARow(all)
+    const rows = together.reduce((sum, piece) => sum + piece.shape[0], 0)
+    return { name, dtype, shape: together.length > 1 ? [rows, ...shape.slice(1)] : together[0].shape, pieces: together }
   })
   whole.sort((a, b) => dtypeBytes[b.dtype] - dtypeBytes[a.dtype])
   return new Map(whole.map(entry => [entry.name, entry]))
+}
+
+/** One after the other, from the first row on: groups of ranks that have the same parameter may have cut it in different places. */
+function inARow<P extends Piece>(pieces: readonly P[]): P[] {
+  const row: P[] = []
+  for (let next: P | undefined, end = 0; ; end += next.shape[0] || 1) {
+    next = pieces.find(({ firstRow }) => firstRow === end)
+    if (next === undefined) return row
+    row.push(next)
+  }
 }
