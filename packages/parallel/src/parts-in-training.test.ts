@@ -157,18 +157,19 @@ describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) 
 })
 
 describe.each([
-  ['stages', stages, 2],
-  ['stages that lie on two ranks each', pipelined(dualPipe), 2],
-  ['experts', experts, 2],
-  ['stages whose experts are spread', spread, 4],
-  ['rows', rows, 2],
-] as const)('averages with %s', (_, arrangement, size) => {
+  ['stages', stages, 2, {}],
+  ['stages that lie on two ranks each', pipelined(dualPipe), 2, {}],
+  ['experts', experts, 2, {}],
+  ['stages whose experts are spread', spread, 4, {}],
+  ['rows', rows, 2, {}],
+  ['rows, recorded', rows, 2, { record: true }],
+] as const)('averages with %s', (_, arrangement, size, how: Options) => {
   const document = (n: number) => Int32Array.from({ length: 60 }, (_, i) => 2 + ((i * i * n + 3 * i) % 38))
   const data = {
     training: TokenDataset.fromTokens([1, 2, 3].map(document)),
     validation: TokenDataset.fromTokens([document(5)]),
   }
-  const settings = { data, schedule: () => 1, evalEvery: 4, checkpointEvery: 3, keepCheckpoints: 5, ema: 0.8 }
+  const settings = { data, schedule: () => 1, evalEvery: 4, checkpointEvery: 3, keepCheckpoints: 5, ema: 0.8, ...how }
   const averageIn = async (out: string, step: number) => {
     const folder = join(out, 'checkpoints', `step-00000${step}`, 'ema')
     const opened = await DeepSeek.fromPretrained(folder, { backend })
