@@ -4,7 +4,14 @@ import { join } from 'node:path'
 import { setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { afterEach, describe, expect, test } from 'vitest'
-import { countParameters, DeepSeek, type DeepSeekConfigInput, parseConfig, presets } from './index.ts'
+import {
+  countParameters,
+  DeepSeek,
+  type DeepSeekConfigInput,
+  type LatentConfigInput,
+  parseConfig,
+  presets,
+} from './index.ts'
 
 const backend = referenceBackend()
 setDefaultBackend(backend)
@@ -98,4 +105,76 @@ test('options that nobody reads are refused', async () => {
   expect(() => model.generate([1], { maxToken: 3 } as never)).toThrow('did you mean maxTokens?')
   expect(() => model.makeCache({ capcity: 3 } as never)).toThrow('did you mean capacity?')
   model.dispose()
+})
+
+describe('opened with another configuration', () => {
+  const yarn = { type: 'yarn', factor: 4, mscale: 1, mscale_all_dim: 1 } as const
+  const folders: string[] = []
+  afterEach(async () => {
+    for (const folder of folders.splice(0)) await rm(folder, { recursive: true })
+  })
+  /** A folder with a model of this configuration, whose config.json is then rewritten. */
+  const saved = async (changes: object, rewrite: (json: Record<string, unknown>) => object = json => json) => {
+    const folder = await mkdtemp(join(tmpdir(), 'moe-config-'))
+    folders.push(folder)
+    const model = new DeepSeek({ ...tiny, max_position_embeddings: 128, ...changes } as DeepSeekConfigInput, {
+      seed: 1,
+    })
+    await model.save(folder)
+    model.dispose()
+    const file = join(folder, 'config.json')
+    await writeFile(file, JSON.stringify(rewrite(JSON.parse(await readFile(file, 'utf8')))))
+    return folder
+  }
+  const opened = async (folder: string, config: Partial<LatentConfigInput>) => {
+    const model = await DeepSeek.fromPretrained(folder, { config })
+    model.dispose()
+    return model.config
+  }
+
+  test('a context is extended from the one that the model was trained with', async () => {
+    const folder = await saved({})
+    const config = await opened(folder, { max_position_embeddings: 512, rope_scaling: yarn })
+    expect(config).toMatchObject({
+      max_position_embeddings: 512,
+      rope_scaling: { factor: 4, original_max_position_embeddings: 128 },
+    })
+    expect(config).toEqual(parseConfig({ ...config, rope_scaling: { ...yarn, original_max_position_embeddings: 128 } }))
+  })
+
+  test('that it was extended from before stays the original one, however the file has it', async () => {
+    const folder = await saved({
+      rope_theta: 5000,
+      rope_scaling: { ...yarn, factor: 2, original_max_position_embeddings: 64 },
+    })
+    const inParameters = await saved({}, ({ rope_scaling: _, rope_theta: __, ...json }) => ({
+      ...json,
+      // As transformers 5 writes it.
+      rope_parameters: {
+        ...yarn,
+        rope_type: 'yarn',
+        factor: 2,
+        rope_theta: 5000,
+        original_max_position_embeddings: 64,
+      },
+    }))
+    for (const at of [folder, inParameters]) {
+      const further = await opened(at, { max_position_embeddings: 512, rope_scaling: { ...yarn, factor: 8 } })
+      expect(further).toMatchObject({
+        rope_theta: 5000,
+        rope_scaling: { factor: 8, original_max_position_embeddings: 64 },
+      })
+      const same = await opened(at, { max_position_embeddings: 512 })
+      expect(same).toMatchObject({
+        rope_theta: 5000,
+        rope_scaling: { factor: 2, original_max_position_embeddings: 64 },
+      })
+    }
+  })
+
+  test('sizes stay those of the weights', async () => {
+    const folder = await saved({})
+    await expect(opened(folder, { hidden_size: 96 })).rejects.toThrow(expect.objectContaining({ code: 'E_STATE_DICT' }))
+    await expect(opened(folder, { rope_scalling: yarn } as never)).rejects.toThrow(/rope_scaling/)
+  })
 })

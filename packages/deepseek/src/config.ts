@@ -215,6 +215,19 @@ export function parseConfig(input: unknown): DeepSeekConfig {
   }
 }
 
+/** A configuration with changes, whose context is extended from the one that it had. */
+export function changedConfig(
+  config: DeepSeekConfigInput,
+  changes: Partial<LatentConfigInput> | Partial<DenseConfigInput>,
+): DeepSeekConfigInput {
+  const { rope_parameters: _, ...others } = config
+  const { rope_theta, rope_scaling, max_position_embeddings } = parseConfig(config)
+  const original = rope_scaling?.original_max_position_embeddings ?? max_position_embeddings
+  const extended = changes.rope_scaling && { original_max_position_embeddings: original, ...changes.rope_scaling }
+  const changed = { ...others, rope_theta, rope_scaling, ...changes }
+  return { ...changed, ...(extended && { rope_scaling: extended }) } as DeepSeekConfigInput
+}
+
 /** What of a config.json is ours: files have the names of all programs that read them. */
 export function ownKeys(json: Json): Json {
   const text = textConfig(json)

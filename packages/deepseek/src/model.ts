@@ -56,7 +56,7 @@ import {
   type TokenDropping,
   updateBias,
 } from '@moe/router'
-import { type DeepSeekConfig, type DeepSeekConfigInput, endTokens, parseConfig } from './config.ts'
+import { changedConfig, type DeepSeekConfig, type DeepSeekConfigInput, endTokens, parseConfig } from './config.ts'
 import { ContinuousBatch, type ContinuousBatchOptions } from './continuous-batch.ts'
 import { type DecoderLayer, isTransient, type LayerOptions, layerNames } from './decoder-layer.ts'
 import type { GenerateOptions, Generation, SessionOptions, TextOptions } from './generate.ts'
@@ -177,10 +177,12 @@ export class DeepSeek extends Module {
    */
   static async fromPretrained(place: CheckpointPlace, options: FromPretrainedOptions = {}): Promise<DeepSeek> {
     const { seed, ...names } = optionNames
-    checkOptions('DeepSeek.fromPretrained', options, { ...names, ...folderOptionNames })
-    const { root, fetch, signal, onProgress, ...rest } = options
+    checkOptions('DeepSeek.fromPretrained', options, { ...names, ...folderOptionNames, config: true })
+    const { root, fetch, signal, onProgress, config: changes, ...rest } = options
     const reading = { root, fetch, signal, onProgress }
-    return loadPretrained(place, reading, config => new DeepSeek(config, { ...rest, seed: null }))
+    const make = (config: DeepSeekConfigInput) =>
+      new DeepSeek(changes ? changedConfig(config, changes) : config, { ...rest, seed: null })
+    return loadPretrained(place, reading, make)
   }
 
   /** Checked, with every default filled in. */

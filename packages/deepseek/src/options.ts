@@ -2,6 +2,7 @@
 import type { FolderOptions } from '@moe/checkpoint'
 import { type Backend, MoeError, type OptionNames, shown, type WeightFormat } from '@moe/core'
 import type { Balancer, LoadMonitor, Scheduled, TokenDropping } from '@moe/router'
+import type { DenseConfigInput, LatentConfigInput } from './config.ts'
 
 /**
  * What the training loss adds to the next-token loss, and how fast the balance bias moves. Numbers, or functions of the optimizer steps done (`model.step`);
@@ -51,7 +52,13 @@ export interface DeepSeekOptions {
 }
 
 /** How a stored model is opened: `seed` has nothing to draw there. */
-export interface FromPretrainedOptions extends Omit<DeepSeekOptions, 'seed'>, FolderOptions {}
+export interface FromPretrainedOptions extends Omit<DeepSeekOptions, 'seed'>, FolderOptions {
+  /**
+   * In place of what its config.json says: `{ max_position_embeddings, rope_scaling }` for a longer context, say. `original_max_position_embeddings` of `rope_scaling` is by default the context that the model
+   * was trained with so far. Sizes of weights stay those of the weights.
+   */
+  readonly config?: Partial<LatentConfigInput> | Partial<DenseConfigInput>
+}
 
 export const optionNames: OptionNames<DeepSeekOptions> = {
   seed: true,
