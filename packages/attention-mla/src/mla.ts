@@ -30,6 +30,7 @@ import {
   rope,
   scope,
   type Tensor,
+  usedUp,
   weightVersion,
   withKept,
   withRecomputed,
@@ -153,7 +154,10 @@ export class MultiHeadLatentAttention extends Module {
       const through = this.recompute ? withRecomputed : withKept
       return through(
         (forQueries, forKeys) => {
-          const q = this.#turn(this.#queries(forQueries), tables)
+          const flat = this.#queries(forQueries)
+          const q = this.#turn(flat, tables)
+          // No gradient rule reads it, nor `kv` below.
+          usedUp(flat)
           return [q, ...this.#keyValue(this.#latent(forKeys), this.#turn(this.#ropeKey(forKeys), tables))]
         },
         (q, k, v) => this.#attend(q, k, v, { starts }),
@@ -208,6 +212,7 @@ export class MultiHeadLatentAttention extends Module {
     const [batch, keys] = latent_BSC.shape
     const kv = this.kv_b_proj.forward(latent_BSC).reshape([batch, keys, heads, nope + value])
     const { k, v } = mlaKeyValue(kv, ropeKey_BS1R, nope)
+    if (v !== kv) usedUp(kv)
     return [k, v]
   }
 

@@ -472,6 +472,19 @@ export function spend(tensor: Tensor): void {
   tensor.temporary = true
 }
 
+/**
+ * `spend`, for what the tensor is a reshape of as well: a result that modules have of each other, and read once.
+ * @internal
+ */
+export function usedUp(tensor: Tensor): void {
+  let last: Tensor | undefined = tensor
+  while (last !== undefined) {
+    const node: TapeNode | null = last.node
+    spend(last)
+    last = node?.op === 'reshape' ? node.inputs[0] : undefined
+  }
+}
+
 /** Runs a primitive with one output. */
 export function run<P extends PrimitiveName>(op: P, inputs: readonly Tensor[], attrs: PrimitiveAttrs[P]): Tensor {
   return runAll(op, inputs, attrs)[0]

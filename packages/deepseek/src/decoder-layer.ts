@@ -17,6 +17,7 @@ import {
   SwigluMlp,
   scope,
   type Tensor,
+  usedUp,
   withKept,
   withRecomputed,
 } from '@moe/core'
@@ -104,13 +105,16 @@ export class DecoderLayer extends Module {
     return part(() => {
       const attended = part(() => this.attend(x, { cache, layer, starts }))
       const more = (normal: Tensor) => (mlp instanceof MoELayer ? mlp.forward(normal, watched) : mlp.forward(normal))
-      return attended.add(this.#behind(this.post_attention_layernorm, attended, more))
+      return plus(attended, this.#behind(this.post_attention_layernorm, attended, more))
     })
   }
 
   /** The first half of `forward`: attention, added to its input. The other half is `mlp` behind `post_attention_layernorm`, added likewise. */
   attend(x: Tensor, options: LayerOptions): Tensor {
-    return x.add(this.#behind(this.input_layernorm, x, normal => this.self_attn.forward(normal, options)))
+    return plus(
+      x,
+      this.#behind(this.input_layernorm, x, normal => this.self_attn.forward(normal, options)),
+    )
   }
 
   #behind(norm: RmsNorm, x: Tensor, fn: (normal: Tensor) => Tensor): Tensor {
@@ -150,6 +154,13 @@ export class DecoderLayer extends Module {
     for (const [i, tell] of told.entries()) tell(made[own + i])
     return made.slice(0, own)
   }
+}
+
+/** x + y, of which no gradient rule reads y. */
+function plus(x: Tensor, y: Tensor): Tensor {
+  const sum = x.add(y)
+  usedUp(y)
+  return sum
 }
 
 /** What a layer has told, and whom. */

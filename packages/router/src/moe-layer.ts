@@ -17,6 +17,7 @@ import {
   scope,
   shown,
   type Tensor,
+  usedUp,
 } from '@moe/core'
 import { type BiasUpdateOptions, biasUpdateNames, sequenceBalanceLoss, updateBias } from './balance.ts'
 import { type Balancer, needBalancer } from './balancer.ts'
@@ -117,7 +118,11 @@ export class MoELayer extends Module {
   forward(x_BTD: Tensor, options: MoEForwardOptions = {}): Tensor {
     const { x, weights, plan } = this.choose(x_BTD, options)
     const routed_ND = this.experts.route(x, weights, plan)
-    const out_ND = this.shared_experts ? routed_ND.add(this.shared_experts.forward(x)) : routed_ND
+    if (!this.shared_experts) return routed_ND.reshape(x_BTD.shape)
+    const shared_ND = this.shared_experts.forward(x)
+    const out_ND = routed_ND.add(shared_ND)
+    // No gradient rule reads what is added.
+    for (const part of [routed_ND, shared_ND]) usedUp(part)
     return out_ND.reshape(x_BTD.shape)
   }
 
