@@ -65,6 +65,16 @@ export class Replicated {
     }
   }
 
+  /** Has this rank's weights in what `shareOut` gave, to be replaced there: `gather` gives them to all. All ranks call it. */
+  release(): void {
+    for (const { share } of this.#groups) {
+      // What the optimizer has stepped is newer than what the model has.
+      if (!this.#stepped) share?.takeRows()
+      share?.replaceAll()
+    }
+    this.#stepped = true
+  }
+
   dispose(): void {
     for (const { share } of this.#groups) share?.freeRows()
   }

@@ -36,10 +36,11 @@ export class Averages {
     }
   }
 
-  /** Takes the model's weights for averages over `steps` steps. The model is to be filled anew. */
-  take(steps: number): void {
+  /** Takes the model's weights for averages over `steps` steps. The model is to be filled anew. All ranks call it. */
+  async take(steps: number): Promise<void> {
     this.#exchange()
     this.#ema.steps = steps
+    await this.#onRanks?.gather()
   }
 
   #exchange(): void {

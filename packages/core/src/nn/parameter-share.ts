@@ -163,6 +163,11 @@ export class ParameterShare {
     }
   }
 
+  /** Has the next `gather` give all weights, with or without a gradient: those of this rank are about to be replaced. All ranks call it. */
+  replaceAll(): void {
+    this.#changing = new Set(this.#dealt.flat().map(({ named }) => named.parameter))
+  }
+
   /** Gives all ranks the weights that each has updated. */
   async gather(): Promise<void> {
     const mine = this.#dealt[this.#ranks.rank]

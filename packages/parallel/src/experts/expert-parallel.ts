@@ -93,7 +93,7 @@ export class ExpertParallel<Batch> {
       throw refusal('ExpertParallel', 'all parameters are frozen', 'set trainable on what is to be trained')
     const { precision } = options
     await this.#replicated.gather()
-    this.release()
+    this.#shares.takeOwn()
     this.#replicated.zeroGradients()
     const { backend } = this.parameters[0].parameter
     const passes = batches.map(batch => this.#model.inPieces(batch))
@@ -132,9 +132,10 @@ export class ExpertParallel<Batch> {
     await this.#shares.gather()
   }
 
-  /** Takes this rank's experts back from the model, which loses all, where it has them: after `gather`, or when it was loaded. `step` begins with it. */
+  /** Takes this rank's experts back from the model, which loses all, where it has them: after `gather`, or when it was loaded. Weights in `parameters` may be replaced then, until `gather` gives them to all. All ranks call it. */
   release(): void {
     this.#shares.takeOwn()
+    this.#replicated.release()
   }
 
   /** Frees this rank's experts; the model stays. */

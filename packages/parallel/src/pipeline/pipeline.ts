@@ -148,7 +148,7 @@ export class Pipeline<Batch> {
       throw refusal(name, problem, 'make a schedule for as many')
     }
     await this.#replicated.gather()
-    this.release()
+    this.#takeOwn()
     this.#replicated.zeroGradients()
     const { stages, between, count, digest } = this.#model.step(batches)
     if (digest !== undefined) await this.#needSame(digest, between.backend)
@@ -188,8 +188,13 @@ export class Pipeline<Batch> {
     }
   }
 
-  /** Frees the weights of other ranks' stages, which the model has after `gather`, or when it was loaded. `step` begins with it. */
+  /** Frees the weights of other ranks' stages, which the model has after `gather`, or when it was loaded. Weights in `parameters` may be replaced then, until `gather` gives them to all. All ranks call it. */
   release(): void {
+    this.#takeOwn()
+    this.#replicated.release()
+  }
+
+  #takeOwn(): void {
     this.#shares?.takeOwn()
     this.#freeOthers()
   }

@@ -233,7 +233,7 @@ async function fill(stored: OpenedTraining, { model, optimizer, averages }: Chec
   await optimizer.load(stateSource(moments), state.step)
   if (averages !== undefined && stored.ema !== null) {
     await fillModel(model, stored.ema)
-    averages.take(state.averagedSteps ?? 0)
+    await averages.take(state.averagedSteps ?? 0)
   }
   await fillModel(model, stored.model)
 }
