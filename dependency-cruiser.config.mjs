@@ -14,7 +14,8 @@ const edges = {
   mtp: ['core'],
   'tokenizer-bpe': [],
   deepseek: ['core', 'checkpoint', 'attention-mla', 'router', 'mtp'],
-  trainer: ['core', 'checkpoint'],
+  // Its command opens tokenizers.
+  trainer: ['core', 'checkpoint', 'tokenizer-bpe'],
   parallel: ['core'],
   // Its command opens folders and chooses a backend: it is an application.
   server: [...['core', 'deepseek', 'tokenizer-bpe'], ...['trainer', 'kernels-cuda', 'kernels-cpu', 'backend-tfjs']],

@@ -1,8 +1,10 @@
 #!/usr/bin/env node
-/** @file The command `moe-trainer`: shows runs. Exit codes: 0 done (watching ends with Ctrl-C), 1 failed, 2 wrong usage. */
+/** @file The command `moe-trainer`: makes tokens of texts, shows runs. Exit codes: 0 done (watching ends with Ctrl-C), 1 failed, 2 wrong usage, 130 interrupted. */
 import { existsSync, readFileSync, statSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { isMoeError } from '@moe/core'
+import { tokenizeCommand } from './tokenize/command.ts'
+import { UsageError } from './usage-error.ts'
 import { watchRuns } from './watch/index.ts'
 
 const HELP = `moe-trainer COMMAND [options]
@@ -11,12 +13,23 @@ const HELP = `moe-trainer COMMAND [options]
       --port N            default 7070, or any that is free
       --host ADDRESS      who may look: default 127.0.0.1, this machine; 0.0.0.0 for everybody who can reach it
 
+  tokenize PATTERN...    makes tokens of .txt, .jsonl (both also .gz, .zst) and .parquet files, for training; the same command goes on where it was stopped
+      --tokenizer PATH       tokenizer.json, or a folder that has one (required)
+      --out FOLDER           where the tokens are written (required)
+      --field NAME           field of .jsonl, column of .parquet that holds the text (default text)
+      --separator TEXT       what separates the documents of a .txt, such as '\\n\\n' (default: a file is a document)
+      --validation FRACTION  documents that are held out, drawn by --seed (default 0)
+      --fim-rate FRACTION    documents to be filled in the middle (default 0; DeepSeek-V3 has 0.1)
+      --seed N               default 0
+      --threads N            default: one a core
+      --shard-tokens N       most tokens of a pair of files (default 2^29)
+      --overwrite            remove what other settings have made in the folder
+      --quiet                no progress
+
   --json     machine-readable output
   --version  of the package
   --help     this text
 `
-
-class UsageError extends Error {}
 
 const { values, positionals } = readArguments()
 
@@ -30,6 +43,7 @@ try {
     process.stdout.write(HELP)
     if (!values.help) process.exitCode = 2
   } else if (command === 'watch') await watch(rest)
+  else if (command === 'tokenize') await tokenizeCommand(rest, values)
   else throw new UsageError(`there is no command ${command}`)
 } catch (error) {
   fail(error)
@@ -46,6 +60,17 @@ function readArguments() {
       options: {
         port: { type: 'string' },
         host: { type: 'string' },
+        tokenizer: { type: 'string' },
+        out: { type: 'string' },
+        field: { type: 'string' },
+        separator: { type: 'string' },
+        validation: { type: 'string' },
+        'fim-rate': { type: 'string' },
+        seed: { type: 'string' },
+        threads: { type: 'string' },
+        'shard-tokens': { type: 'string' },
+        overwrite: { type: 'boolean', default: false },
+        quiet: { type: 'boolean', default: false },
         json: { type: 'boolean', default: false },
         version: { type: 'boolean', default: false },
         help: { type: 'boolean', short: 'h', default: false },
@@ -65,7 +90,7 @@ function fail(error: unknown): void {
   const message = error instanceof Error ? error.message : String(error)
   if (values.json) process.stdout.write(`${JSON.stringify({ error: { code: code ?? 'E_USAGE', message } })}\n`)
   else process.stderr.write(`moe-trainer: ${message}\n${usage ? 'See moe-trainer --help.\n' : ''}`)
-  process.exitCode = usage ? 2 : 1
+  process.exitCode = usage ? 2 : code === 'E_ABORTED' ? 130 : 1
 }
 
 async function watch([folder = 'runs', ...rest]: string[]): Promise<void> {

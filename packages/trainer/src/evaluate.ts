@@ -11,7 +11,8 @@ import {
 } from '@moe/core'
 import { checkedLoss, checkModel } from './check-model.ts'
 import { type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
-import type { TokenDataset } from './data/token-dataset.ts'
+import { namedStreams } from './data/mixture.ts'
+import { isTokenStream, type TokenStream } from './data/token-stream.ts'
 import type { TrainableModel } from './model.ts'
 
 /** Windows, arithmetic and end of a measurement. */
@@ -34,6 +35,9 @@ const names: OptionNames<EvaluateOptions> = {
   onProgress: true,
 }
 
+/** What the measurement of one of several held-out streams came to. */
+export type SourceEvaluation = Pick<Evaluation, 'loss' | 'bitsPerByte' | 'tokens'>
+
 /** What a measurement of held-out text came to. */
 export interface Evaluation {
   /** Nats per predicted token. */
@@ -48,6 +52,8 @@ export interface Evaluation {
   readonly tokens: number
   /** Wall time of the measurement. */
   readonly seconds: number
+  /** The same of each held-out stream by its name, where there are several. */
+  readonly sources?: Readonly<Record<string, SourceEvaluation>>
   /** Mean reward of texts for held-out prompts, where the data is rollouts. The loss is that of these texts then. */
   readonly reward?: number
   /** Share of held-out pairs whose better text the model prefers more than the reference does, where the data is preferences. The loss is that of pairs then. */
@@ -57,25 +63,56 @@ export interface Evaluation {
 /**
  * Measures a model on held-out data with windows that overlap by half: each token is predicted once, with context. A
  * text token that nothing precedes (where the tokenizer has no begin token) is charged as a uniform choice from the
- * vocabulary.
+ * vocabulary. Of several streams by name, each is measured (a limit is shared out evenly) and the whole is what all of them together come to.
  */
 export async function evaluate(
   model: TrainableModel,
-  data: TokenDataset,
+  data: TokenStream | Readonly<Record<string, TokenStream>>,
   options: EvaluateOptions,
 ): Promise<Evaluation> {
   checkModel('evaluate', model)
-  if (data?.tokens === undefined) {
+  const streams = typeof data === 'object' && data !== null ? namedStreams(data) : []
+  if (streams.length === 0 || !streams.every(([, stream]) => isTokenStream(stream))) {
     throw new MoeError({
       code: 'E_DATA',
       op: 'evaluate',
       problem: 'the data is no TokenDataset',
-      fix: 'pass TokenDataset.fromTexts(texts, tokenizer)',
+      fix: 'pass TokenDataset.fromTexts(texts, tokenizer), or the held-out part of tokenFiles(folder)',
     })
   }
   checkOptions('evaluate', options, names)
-  const { precision = 'f32', signal, onProgress, ...windows } = options
   const started = performance.now()
+  const { limit, onProgress, ...rest } = options
+  const share = limit === undefined ? undefined : Math.max(1, Math.floor(limit / streams.length))
+  const all: [string, TokenStream, SourceEvaluation][] = []
+  for (const [name, stream] of streams) {
+    const before = all.length
+    const told = onProgress && ((done: number) => onProgress((before + done) / streams.length))
+    all.push([name, stream, await evaluateStream(model, stream, { ...rest, limit: share, onProgress: told })])
+  }
+  const [[only, , whole]] = all
+  const seconds = (performance.now() - started) / 1000
+  if (all.length === 1 && only === '') return { ...whole, seconds }
+  const weighted = (value: 'loss' | 'bitsPerByte', weight: 'predictable' | 'textBytes') => {
+    const sum = (of: (stream: TokenStream, evaluation: SourceEvaluation) => number) =>
+      all.reduce((total, [, stream, evaluation]) => total + of(stream, evaluation), 0)
+    return sum((stream, evaluation) => evaluation[value] * stream[weight]) / sum(stream => stream[weight])
+  }
+  return {
+    loss: weighted('loss', 'predictable'),
+    bitsPerByte: weighted('bitsPerByte', 'textBytes'),
+    tokens: all.reduce((sum, [, , { tokens }]) => sum + tokens, 0),
+    seconds,
+    sources: Object.fromEntries(all.map(([name, , evaluation]) => [name, evaluation])),
+  }
+}
+
+async function evaluateStream(
+  model: TrainableModel,
+  data: TokenStream,
+  options: EvaluateOptions,
+): Promise<SourceEvaluation> {
+  const { precision = 'f32', signal, onProgress, ...windows } = options
   let nats = 0
   let tokens = 0
   for (const { batch, from, done } of evaluationWindows(data, { ...windows, lookahead: model.lookahead })) {
@@ -101,6 +138,5 @@ export async function evaluate(
     loss: tokens === 0 ? Number.NaN : nats / tokens,
     bitsPerByte: bytes === 0 ? Number.NaN : charged / Math.LN2 / bytes,
     tokens,
-    seconds: (performance.now() - started) / 1000,
   }
 }

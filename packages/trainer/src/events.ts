@@ -4,7 +4,7 @@
  */
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import type { Evaluation } from './evaluate.ts'
-import type { TrainResult } from './result.ts'
+import type { SourceUse, TrainResult } from './result.ts'
 
 /** Before the first step. */
 export interface StartEvent {
@@ -34,6 +34,8 @@ export interface StartEvent {
   readonly validationTokens: number
   /** How often the steps go through the training data. */
   readonly epochs: number
+  /** What all steps of the run take from each source, where there are several. */
+  readonly sources?: Readonly<Record<string, SourceUse>>
   /** Folder of the run, if it has one. */
   readonly out: string | undefined
   /** This process among those that train together or share the data. */

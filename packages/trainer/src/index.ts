@@ -14,9 +14,12 @@ export {
 } from './data/conversations.ts'
 export { type Corpus, type TextFilesOptions, type TextsOptions, textFiles, texts } from './data/corpus.ts'
 export { type EvaluationBatch, type EvaluationOptions, evaluationWindows } from './data/evaluation-windows.ts'
+export { type Mixture, type MixturePart, mixture, type Source } from './data/mixture.ts'
 export { type DocumentTokens, type Example, TokenDataset } from './data/token-dataset.ts'
-export { type MicroBatches, type OrderOptions, TrainingOrder } from './data/training-order.ts'
-export { type EvaluateOptions, type Evaluation, evaluate } from './evaluate.ts'
+export { TokenFiles, type TokenFilesOptions, tokenFiles } from './data/token-files.ts'
+export type { TokenStream } from './data/token-stream.ts'
+export { type MicroBatches, type OrderOptions, type SourceProgress, TrainingOrder } from './data/training-order.ts'
+export { type EvaluateOptions, type Evaluation, evaluate, type SourceEvaluation } from './evaluate.ts'
 export type {
   CheckpointEvent,
   EndEvent,
@@ -66,7 +69,7 @@ export { type MetricsLine, readMetrics } from './report/metrics-log.ts'
 export { type ProgressOptions, type ProgressStream, progress } from './report/progress.ts'
 export { writeSummary } from './report/summary.ts'
 export { tensorBoard } from './report/tensor-board.ts'
-export type { TrainResult } from './result.ts'
+export type { SourceUse, TrainResult } from './result.ts'
 export { type EvaluateRewardsOptions, evaluateRewards } from './rewards/evaluate-rewards.ts'
 export { type Preference, type PreferenceOptions, type Preferences, preferences } from './rewards/preferences.ts'
 export {

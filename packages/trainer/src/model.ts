@@ -137,6 +137,11 @@ export interface TrainableModel extends Module {
 export interface TextTokenizer {
   /** Ids of a text. It is called with `addSpecialTokens` and `parseSpecialTokens` false: what documents say are no special tokens. */
   encode(text: string, options?: { addSpecialTokens?: boolean; parseSpecialTokens?: boolean }): ArrayLike<number>
+  /** Ids of many texts, on several threads: `tokenize` of `@moe/trainer/tokenize` calls it in place of `encode`. */
+  encodeBatch?(
+    texts: readonly string[],
+    options?: { addSpecialTokens?: boolean; parseSpecialTokens?: boolean; threads?: number },
+  ): Promise<readonly ArrayLike<number>[]>
   /** Ids are 0 .. vocabSize-1. */
   readonly vocabSize?: number
   /** Asked for the usual names of the tokens that begin and end a document, unless their ids are given. */

@@ -15,7 +15,9 @@ import type { RunRecord } from './checkpoints/trainer-state.ts'
 import type { Conversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
 import type { Lessons } from './data/lessons.ts'
-import type { DocumentTokens, TokenDataset } from './data/token-dataset.ts'
+import type { Mixture } from './data/mixture.ts'
+import type { DocumentTokens } from './data/token-dataset.ts'
+import type { TokenStream } from './data/token-stream.ts'
 import { type MicroBatches, microBatchesAt } from './data/training-order.ts'
 import type { TrainListener } from './events.ts'
 import type { TextTokenizer, TrainableModel } from './model.ts'
@@ -29,12 +31,12 @@ import type { Ranks } from './ranks.ts'
 import type { Preferences } from './rewards/preferences.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
 
-/** Token data that was made beforehand. */
+/** Tokens that were made beforehand: in memory (`TokenDataset`), on disk (`tokenFiles`), or of several sources (`mixture`). */
 export interface TokenData {
   /** What is trained on. */
-  readonly training: TokenDataset
-  /** What is measured on. Default: nothing. */
-  readonly validation?: TokenDataset
+  readonly training: TokenStream | Mixture
+  /** What is measured on, or several such streams by name, each of which is told of by itself. Default: nothing. */
+  readonly validation?: TokenStream | Readonly<Record<string, TokenStream>>
 }
 
 /** What `train` is told. Only `data` and `steps` are needed, and `tokenizer` where the data are texts or conversations. */

@@ -1,6 +1,18 @@
 /** @file What a run comes to. */
 import type { Evaluation } from './evaluate.ts'
 
+/** What a run takes from one of several sources. */
+export interface SourceUse {
+  /** Tokens that the source has. */
+  readonly size: number
+  /** Its share of the rows, of 1. */
+  readonly share: number
+  /** Positions trained on, of all ranks. */
+  readonly tokens: number
+  /** How often these go through the source. */
+  readonly epochs: number
+}
+
 /** What a run came to. `summary.json` holds it. */
 export interface TrainResult {
   /** Steps done, earlier parts of the run included. */
@@ -23,6 +35,8 @@ export interface TrainResult {
   readonly tokensPerSecond: number
   /** Seconds of training, without evaluation and saving, earlier parts of the run included. */
   readonly trainSeconds: number
+  /** What was taken from each source, where there are several. */
+  readonly sources?: Readonly<Record<string, SourceUse>>
   /** Nats per predicted training token, mean over the last tenth of the steps done. NaN if there was none. */
   readonly trainingLoss: number
   /** On all held-out data, after the last step; the numbers are NaN where there is none or the run was interrupted. */

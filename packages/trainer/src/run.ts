@@ -19,6 +19,7 @@ import { type RunFolder, runFolder } from './checkpoints/run-folder.ts'
 import { loadTraining, saveTraining } from './checkpoints/save-load.ts'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import { DatasetLessons, type Lessons } from './data/lessons.ts'
+import { sourcesOf } from './data/mixture.ts'
 import { TrainingOrder } from './data/training-order.ts'
 import { drawApart } from './draw-apart.ts'
 import type { Evaluation } from './evaluate.ts'
@@ -415,6 +416,7 @@ export class Run {
       tokens: this.tokens,
       tokensPerSecond: this.trainSeconds > 0 ? this.tokens / this.trainSeconds : Number.NaN,
       trainSeconds: this.trainSeconds,
+      ...this.sources(this.step),
       trainingLoss: mean(tail.map(({ nll }) => nll)),
       validation,
       ...(ema && { ema }),
@@ -429,6 +431,16 @@ export class Run {
     this.emit({ type: 'end', result })
     await this.heard()
     return result
+  }
+
+  /** What the first `steps` steps take from each source, where there are several. */
+  sources(steps: number): Pick<TrainResult, 'sources'> {
+    const sources = this.lessons.sources?.(steps) ?? []
+    if (sources.length === 0) return {}
+    const told = sources.map(({ name, data, share, windows, epochs }) => {
+      return [name, { size: data.length, share, tokens: windows * this.settings.sequenceLength, epochs }]
+    })
+    return { sources: Object.fromEntries(told) }
   }
 
   remember(line: MetricsLine): void {
@@ -476,6 +488,7 @@ export class Run {
       trainingTokens: lessons.trainingTokens,
       validationTokens: lessons.validationTokens,
       epochs: lessons.epochs(settings.steps),
+      ...this.sources(settings.steps),
       out: this.folder?.path,
       rank: settings.rank,
       settings: this.record,
@@ -524,7 +537,7 @@ function lessonsOf(
     if ('beta' in data) return new PreferenceLessons(model, data, options)
     return new RolloutLessons(checkSampling(model), data, { ...options, signal })
   }
-  const isolate = settings.isolate ?? (isolates && data.training.examples !== null)
+  const isolate = settings.isolate ?? (isolates && sourcesOf(data.training).some(({ data }) => data.examples !== null))
   const rows = { sequenceLength, batchSize, isolate, lookahead: model.lookahead }
   const order = new TrainingOrder(data.training, { ...rows, accumulate, seed, rank, world })
   return new DatasetLessons(model, order, { validation: data.validation, precision })

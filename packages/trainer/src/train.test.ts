@@ -535,7 +535,7 @@ describe('resuming', () => {
       if (event.type === 'start') second = errorOf(run({ out, overwrite: true }))
     }
     await run({ out, onEvent })
-    expect(await second).toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/is training into/) })
+    expect(await second).toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/is writing to/) })
     expect(numbersOf(out)).toEqual(numbersOf(whole))
   })
 

@@ -4,7 +4,10 @@ import { Averages } from './averages.ts'
 import { checkModel } from './check-model.ts'
 import { tokenizeConversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
+import { isTokens, namedStreams, sourcesOf } from './data/mixture.ts'
 import { TokenDataset } from './data/token-dataset.ts'
+import type { TokenStream } from './data/token-stream.ts'
+import { tokenizerDigest } from './data/tokenizer-digest.ts'
 import { standardError } from './host.ts'
 import { watchInterrupts } from './interrupt.ts'
 import type { TrainableModel } from './model.ts'
@@ -39,7 +42,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
   checkModel('train', model)
   const settings = resolveOptions(options)
   const data = tokenData(settings)
-  if (!isJudged(data)) checkVocabulary(model, data)
+  if (!isJudged(data)) checkTokens(model, settings, data)
   if (settings.isolate === true && model.isolates !== true) throw doesNotIsolate()
   const parameters = namedParameters(model)
   checkTrainable(parameters)
@@ -86,7 +89,7 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
 function tokenData(settings: ResolvedOptions): TokenData | Rollouts | Preferences {
   const { data, tokenizer, bos, eos } = settings
   if (isJudged(data)) return data
-  if (data.training instanceof TokenDataset) return data as TokenData
+  if (isTokens(data.training)) return data as TokenData
   if (tokenizer === undefined) {
     throw new MoeError({
       code: 'E_CONFIG',
@@ -106,15 +109,34 @@ function inBoth<T>(
   return { training: tokenized(training), ...(validation.length > 0 && { validation: tokenized(validation) }) }
 }
 
-function checkVocabulary(model: TrainableModel, data: TokenData): void {
-  for (const [part, { vocabSize }] of Object.entries(data) as Array<[string, TokenDataset]>) {
-    if (model.vocabSize === undefined || vocabSize <= model.vocabSize) continue
+/** Streams with what they are called where one is refused. */
+function streamsOf({ training, validation }: TokenData): (readonly [string, TokenStream])[] {
+  const named = (part: string, name: string) => (name === '' ? part : `${part} ${name}`)
+  return [
+    ...sourcesOf(training).map(({ name, data }) => [named('training', name), data] as const),
+    ...namedStreams(validation).map(([name, data]) => [named('validation', name), data] as const),
+  ]
+}
+
+/** Tokens that the model has embeddings for, and that mean what the tokenizer of the run says. */
+function checkTokens(model: TrainableModel, { tokenizer }: ResolvedOptions, data: TokenData): void {
+  const digest = tokenizer && tokenizerDigest(tokenizer)
+  for (const [part, { vocabSize, tokenizer: made }] of streamsOf(data)) {
+    if (model.vocabSize !== undefined && vocabSize > model.vocabSize) {
+      throw new MoeError({
+        code: 'E_DATA',
+        op: 'train',
+        problem: `the ${part} tokens have ids up to ${vocabSize - 1}, the model has embeddings for ${model.vocabSize}`,
+        fix: 'build the model with vocab_size: tokenizer.vocabSize',
+        details: { vocabSize, modelVocabSize: model.vocabSize },
+      })
+    }
+    if (digest === undefined || made === undefined || made === digest) continue
     throw new MoeError({
       code: 'E_DATA',
       op: 'train',
-      problem: `the ${part} tokens have ids up to ${vocabSize - 1}, the model has embeddings for ${model.vocabSize}`,
-      fix: 'build the model with vocab_size: tokenizer.vocabSize',
-      details: { vocabSize, modelVocabSize: model.vocabSize },
+      problem: `the ${part} tokens were made by another tokenizer (${made}) than the one that is given (${digest})`,
+      fix: 'pass the tokenizer.json that they were made with, or make them anew',
     })
   }
 }

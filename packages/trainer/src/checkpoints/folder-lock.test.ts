@@ -12,7 +12,7 @@ afterEach(removeTemporaryFolders)
 test('a folder is taken once and given back', async () => {
   const out = join(await temporaryFolder(), 'new', 'run')
   const unlock = lockFolder(out)
-  expect(() => lockFolder(`${out}/../run`)).toThrow(new RegExp(`process ${process.pid} is training into`))
+  expect(() => lockFolder(`${out}/../run`)).toThrow(new RegExp(`process ${process.pid} is writing to`))
   unlock()
   expect(existsSync(join(out, 'training.lock'))).toBe(false)
   lockFolder(out)()
@@ -32,7 +32,7 @@ test.each([
 test('the lock of a process that runs is', async () => {
   const out = await temporaryFolder()
   await writeFile(join(out, 'training.lock'), `${process.ppid} ${hostname()}\n`)
-  expect(() => lockFolder(out)).toThrow(new RegExp(`process ${process.ppid} is training into .*remove .*training.lock`))
+  expect(() => lockFolder(out)).toThrow(new RegExp(`process ${process.ppid} is writing to .*remove .*training.lock`))
 })
 
 test('a folder that cannot be is E_CONFIG', async () => {

@@ -1,4 +1,4 @@
-/** @file One training at a time in a folder: a file there names the process that writes. */
+/** @file One training, or tokenization, at a time in a folder: a file there names the process that writes. */
 import { mkdirSync, readFileSync, realpathSync, rmSync, writeFileSync } from 'node:fs'
 import { hostname } from 'node:os'
 import { join } from 'node:path'
@@ -15,9 +15,9 @@ const held = new Set<string>()
  * @returns gives the folder back
  * @throws MoeError E_CONFIG when another training is writing there, or the folder cannot be written
  */
-export function lockFolder(out: string): () => void {
+export function lockFolder(out: string, op = 'train'): () => void {
   const refuse = (problem: string, fix: string, cause?: unknown) =>
-    new MoeError({ code: 'E_CONFIG', op: 'train', problem, fix, cause })
+    new MoeError({ code: 'E_CONFIG', op, problem, fix, cause })
   try {
     mkdirSync(out, { recursive: true })
     // The native one also knows how names are spelled where case makes no difference.
@@ -27,12 +27,12 @@ export function lockFolder(out: string): () => void {
       const owner = ownerOf(path)
       if (owner !== undefined) {
         throw refuse(
-          `process ${owner} is training into ${out}`,
-          `wait for it, or choose another out (if it is no training: remove ${path})`,
+          `process ${owner} is writing to ${out}`,
+          `wait for it, or choose another out (if it does something else: remove ${path})`,
         )
       }
       rmSync(path, { force: true })
-      if (!created(path)) throw refuse(`another training begins in ${out}`, 'wait for it, or choose another out')
+      if (!created(path)) throw refuse(`another process begins in ${out}`, 'wait for it, or choose another out')
     }
     held.add(path)
     return () => {

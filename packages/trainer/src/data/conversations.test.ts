@@ -20,6 +20,7 @@ import {
 import { train } from '../train.ts'
 import { type Conversation, conversationFiles, conversations, tokenizeConversations } from './conversations.ts'
 import { evaluationWindows } from './evaluation-windows.ts'
+import { leftOut, longest } from './examples.ts'
 import { TokenDataset } from './token-dataset.ts'
 import { TrainingOrder } from './training-order.ts'
 
@@ -98,7 +99,7 @@ describe('tokenizeConversations', () => {
       template,
     )
     expect(data.textBytes).toBe(2)
-    expect([data.documents, data.predictable, data.unpredictable, data.longest]).toEqual([1, 2, 0, 6])
+    expect([data.documents, data.predictable, data.unpredictable, longest(data)]).toEqual([1, 2, 0, 6])
   })
 
   test('refuses a template whose answers begin with something else than its prompts end with', () => {
@@ -149,7 +150,7 @@ describe('examples', () => {
         )
         expect(rows.flat().sort()).toEqual(expected)
         expect(rows.filter(row => row.length === 0)).toEqual([])
-        expect(data.predictable - data.leftOut(sizes.sequenceLength)).toBe(expected.length)
+        expect(data.predictable - leftOut(data, sizes.sequenceLength)).toBe(expected.length)
         const measured = [...evaluationWindows(data, { ...sizes, batchSize: 3 })]
         expect(measured.flatMap(({ batch }) => predictions(batch, sizes.sequenceLength)).sort()).toEqual(expected)
         expect(measured.every(({ from }) => from === 0)).toBe(true)

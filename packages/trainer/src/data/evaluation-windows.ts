@@ -2,7 +2,7 @@
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
 import { batchOf, type Row, rowsOf, windows } from './rows.ts'
-import type { TokenDataset } from './token-dataset.ts'
+import type { TokenStream } from './token-stream.ts'
 
 /** Windows, and how much of the data they cover. */
 export interface EvaluationOptions {
@@ -41,7 +41,7 @@ export interface EvaluationBatch {
  * token of the stream but the first is predicted exactly once, and all but those of the first window with at least
  * half a window of context. Of examples, each is a window, or shares one.
  */
-export function* evaluationWindows(data: TokenDataset, options: EvaluationOptions): Generator<EvaluationBatch> {
+export function* evaluationWindows(data: TokenStream, options: EvaluationOptions): Generator<EvaluationBatch> {
   checkOptions('evaluationWindows', options, names)
   const { sequenceLength, lookahead, batchSize, isolate = false, limit } = options
   const wrong = Object.entries({ sequenceLength, lookahead, batchSize }).filter(
@@ -59,10 +59,10 @@ export function* evaluationWindows(data: TokenDataset, options: EvaluationOption
   const stride = Math.max(1, sequenceLength >> 1)
   const overlaps = data.examples === null
   const rows = overlaps
-    ? windows(1 + Math.ceil(Math.max(0, data.tokens.length - 1 - sequenceLength) / stride), stride)
+    ? windows(1 + Math.ceil(Math.max(0, data.length - 1 - sequenceLength) / stride), stride)
     : rowsOf(data, sequenceLength, isolate)
   const all = rows.count
-  const each = overlaps ? stride : data.tokens.length / Math.max(1, all)
+  const each = overlaps ? stride : data.length / Math.max(1, all)
   const count = limit === undefined ? all : Math.min(all, Math.max(1, Math.floor(limit / each)))
   const from = overlaps ? sequenceLength - stride : 0
   let waiting: Row[] = []

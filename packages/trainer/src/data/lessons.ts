@@ -3,8 +3,11 @@ import type { Precision } from '@moe/core'
 import { type Evaluation, evaluate } from '../evaluate.ts'
 import { orInterrupted } from '../interrupt.ts'
 import type { TokenBatch, TrainableModel } from '../model.ts'
-import type { TokenDataset } from './token-dataset.ts'
-import type { TrainingOrder } from './training-order.ts'
+import type { TokenData } from '../options.ts'
+import { leftOut, longest } from './examples.ts'
+import { namedStreams, sourcesOf } from './mixture.ts'
+import type { TokenStream } from './token-stream.ts'
+import type { SourceProgress, TrainingOrder } from './training-order.ts'
 
 /** How a measurement is told of, and ended. */
 export interface MeasureOptions {
@@ -36,6 +39,8 @@ export interface Lessons {
   /** What the user should know as the run begins. */
   readonly notices: readonly string[]
   epochs(steps: number): number
+  /** What the first `steps` steps take from each source, where there are several. */
+  sources?(steps: number): readonly SourceProgress[]
   /** The micro-batches of a step (counted from 0), for the model as it is then; null when they were interrupted, be it on another rank. */
   step(step: number): readonly TokenBatch[] | Promise<readonly TokenBatch[] | null>
   /** The same before the model is there; null where its batches depend on it. */
@@ -49,7 +54,7 @@ export interface Lessons {
 export class DatasetLessons implements Lessons {
   readonly #model: TrainableModel
   readonly #order: TrainingOrder
-  readonly #validation: TokenDataset | undefined
+  readonly #validation: TokenData['validation']
   readonly #precision: Precision
   readonly textsPerStep = 0
   readonly stride = 1
@@ -58,7 +63,7 @@ export class DatasetLessons implements Lessons {
   constructor(
     model: TrainableModel,
     order: TrainingOrder,
-    { validation, precision }: { readonly validation: TokenDataset | undefined; readonly precision: Precision },
+    { validation, precision }: { readonly validation: TokenData['validation']; readonly precision: Precision },
   ) {
     this.#model = model
     this.#order = order
@@ -66,9 +71,17 @@ export class DatasetLessons implements Lessons {
     this.#precision = precision
   }
 
+  get #sources() {
+    return sourcesOf(this.#order.data)
+  }
+
   get identity(): string {
-    const { tokens, digest } = this.#order.data
-    return `${tokens.length} tokens (${digest})`
+    return this.#sources
+      .map(({ name, data, share }) => {
+        const own = `${data.length} tokens (${data.digest})`
+        return name === '' ? own : `${name} ${share}: ${own}`
+      })
+      .join(', ')
   }
 
   get isolate(): boolean {
@@ -76,11 +89,11 @@ export class DatasetLessons implements Lessons {
   }
 
   get trainingTokens(): number {
-    return this.#order.data.tokens.length
+    return this.#sources.reduce((sum, { data }) => sum + data.length, 0)
   }
 
   get validationTokens(): number {
-    return this.#validation?.tokens.length ?? 0
+    return namedStreams(this.#validation).reduce((sum, [, { length }]) => sum + length, 0)
   }
 
   tokensOf(step: number): number {
@@ -92,18 +105,26 @@ export class DatasetLessons implements Lessons {
   }
 
   get notices(): string[] {
-    return [this.#leftOut(), otherEnds(this.#model.endTokens, this.#order.data)].filter(text => text !== undefined)
+    const { endTokens } = this.#model
+    return this.#sources.flatMap(({ name, data }) => {
+      const of = name && `${name}: `
+      return [this.#leftOut(data), otherEnds(endTokens, data)].flatMap(text => (text === undefined ? [] : of + text))
+    })
   }
 
-  #leftOut(): string | undefined {
-    const { data, sequenceLength } = this.#order
-    const left = data.leftOut(sequenceLength)
+  #leftOut(data: TokenStream): string | undefined {
+    const { sequenceLength } = this.#order
+    const left = leftOut(data, sequenceLength)
     if (left === 0) return undefined
-    return `${((100 * left) / data.predictable).toFixed(1)} % of the tokens to learn lie behind the first ${sequenceLength} positions of their conversations and are left out (a sequenceLength of ${data.longest} holds the longest)`
+    return `${((100 * left) / data.predictable).toFixed(1)} % of the tokens to learn lie behind the first ${sequenceLength} positions of their conversations and are left out (a sequenceLength of ${longest(data)} holds the longest)`
   }
 
   epochs(steps: number): number {
     return this.#order.epochs(steps)
+  }
+
+  sources(steps: number): readonly SourceProgress[] {
+    return this.#order.sources(steps).filter(({ name }) => name !== '')
   }
 
   step(step: number): TokenBatch[] {
@@ -117,14 +138,17 @@ export class DatasetLessons implements Lessons {
   measure(options: MeasureOptions): Promise<Evaluation | null> {
     const { sequenceLength, batchSize, isolate } = this.#order
     const how = { sequenceLength, batchSize, isolate, precision: this.#precision, ...options }
-    return orInterrupted(options.signal, evaluate(this.#model, this.#validation as TokenDataset, how))
+    return orInterrupted(
+      options.signal,
+      evaluate(this.#model, this.#validation as NonNullable<TokenData['validation']>, how),
+    )
   }
 
   dispose(): void {}
 }
 
 /** A text that would end too early or never, told of before the model is trained. */
-function otherEnds(ends: readonly number[] | undefined, { end }: TokenDataset): string | undefined {
+function otherEnds(ends: readonly number[] | undefined, { end }: TokenStream): string | undefined {
   if (ends === undefined || end === undefined) return undefined
   const where = ends.length === 0 ? 'nowhere' : `at token ${ends.join(' or ')}`
   if (end !== null && !ends.includes(end))

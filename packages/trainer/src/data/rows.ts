@@ -1,6 +1,7 @@
 /** @file Which tokens the rows of a data set hold, and how they come into a batch. */
 import type { TokenBatch } from '../model.ts'
-import type { TokenDataset } from './token-dataset.ts'
+import { endFrom, learnedFrom } from './examples.ts'
+import type { TokenStream } from './token-stream.ts'
 
 /** A row: where what it holds begins in the stream. What begins first stands first; each goes on to its end, or to that of the row. */
 export type Row = readonly number[]
@@ -20,15 +21,15 @@ export const windows = (count: number, stride: number): Rows => ({ count, row: i
  * Rows of `length` positions: windows of the stream, so that every token is predicted in one of them; or the examples that have something to learn in so many
  * positions, each in a row of its own or, with `isolate`, as many in a row as have room.
  */
-export function rowsOf(data: TokenDataset, length: number, isolate: boolean): Rows {
-  if (data.examples === null) return windows(Math.ceil((data.tokens.length - 1) / length), length)
-  const learned = Array.from(data.examples).filter(start => data.learnedFrom(start, length) > 0)
+export function rowsOf(data: TokenStream, length: number, isolate: boolean): Rows {
+  if (data.examples === null) return windows(Math.ceil((data.length - 1) / length), length)
+  const learned = Array.from(data.examples).filter(start => learnedFrom(data, start, length) > 0)
   return listed(isolate ? shared(data, learned, length + 1) : learned.map(start => [start]))
 }
 
 /** Examples in rows of `room` tokens: the longest first, each where it leaves the least room (best fit decreasing). */
-function shared(data: TokenDataset, starts: readonly number[], room: number): readonly Row[] {
-  const sizeOf = (start: number) => Math.min(room, data.endFrom(start) - start)
+function shared(data: TokenStream, starts: readonly number[], room: number): readonly Row[] {
+  const sizeOf = (start: number) => Math.min(room, endFrom(data, start) - start)
   const rows: number[][] = []
   /** Rows by the room that they have left. */
   const open: number[][][] = Array.from({ length: room + 1 }, () => [])
@@ -51,13 +52,29 @@ function shared(data: TokenDataset, starts: readonly number[], room: number): re
   return rows
 }
 
+/** A row of one of several sources. */
+export interface SourceRow {
+  readonly data: TokenStream
+  readonly row: Row
+}
+
 /**
  * Rows as a batch, `length` tokens each, filled up with padding.
  * @param isolate says of each token where its document, or example, begins
  */
-export function batchOf(data: TokenDataset, rows: readonly Row[], length: number, isolate: boolean): TokenBatch {
-  const batch = paddingBatch(rows.length, length, isolate, data.padding)
-  rows.forEach((row, r) => {
+export function batchOf(data: TokenStream, rows: readonly Row[], length: number, isolate: boolean): TokenBatch {
+  return batchOfSources(
+    rows.map(row => ({ data, row })),
+    length,
+    isolate,
+  )
+}
+
+/** The same of several sources. */
+export function batchOfSources(rows: readonly SourceRow[], length: number, isolate: boolean): TokenBatch {
+  const batch = paddingBatch(rows.length, length, isolate)
+  rows.forEach(({ data, row }, r) => {
+    batch.tokens.fill(data.padding, r * length, (r + 1) * length)
     let at = 0
     for (const start of row) at += copy(data, start, batch, r * length, at)
   })
@@ -65,10 +82,10 @@ export function batchOf(data: TokenDataset, rows: readonly Row[], length: number
 }
 
 /** A batch of rows in which no position counts. */
-export function paddingBatch(rows: number, length: number, isolate: boolean, padding = 0): TokenBatch {
+export function paddingBatch(rows: number, length: number, isolate: boolean): TokenBatch {
   const size = rows * length
   return {
-    tokens: new Int32Array(size).fill(padding),
+    tokens: new Int32Array(size),
     // Never equal to a neighbour's.
     documents: Int32Array.from({ length: size }, (_, i) => -(i % length) - 1),
     ...(isolate && { starts: Int32Array.from({ length: size }, (_, i) => i % length) }),
@@ -78,15 +95,20 @@ export function paddingBatch(rows: number, length: number, isolate: boolean, pad
 }
 
 /** Copies what begins at `start` of the stream to place `at` of the row that begins at `row`. @returns how many tokens that were */
-function copy(data: TokenDataset, start: number, batch: TokenBatch, row: number, at: number): number {
-  const count = Math.max(0, Math.min(batch.length - at, data.endFrom(start) - start))
-  batch.tokens.set(data.tokens.subarray(start, start + count), row + at)
+function copy(data: TokenStream, start: number, batch: TokenBatch, row: number, at: number): number {
+  const count = Math.max(0, Math.min(batch.length - at, endFrom(data, start) - start))
+  batch.tokens.set(data.read(start, count), row + at)
   let document = data.documentAt(start)
+  let from = data.startOf(document)
+  let next = data.startOf(document + 1)
   for (let i = 0; i < count; i++) {
-    while (document + 1 < data.starts.length && data.starts[document + 1] <= start + i) document++
+    while (next <= start + i) {
+      document++
+      from = next
+      next = data.startOf(document + 1)
+    }
     batch.documents[row + at + i] = document
-    if (batch.starts)
-      batch.starts[row + at + i] = data.examples === null ? Math.max(0, data.starts[document] - start) : at
+    if (batch.starts) batch.starts[row + at + i] = data.examples === null ? Math.max(0, from - start) : at
   }
   return count
 }

@@ -1,8 +1,9 @@
-/** @file A corpus as one stream of tokens with document boundaries. */
+/** @file A corpus as one stream of tokens in memory, with document boundaries. */
 import { createHash } from 'node:crypto'
 import { checkOptions, MoeError } from '@moe/core'
 import type { TextTokenizer } from '../model.ts'
 import { checkDocuments, utf8Bytes } from './documents.ts'
+import { lastUpTo, type TokenStream } from './token-stream.ts'
 
 /** Names that the usual tokenizers have for the tokens that begin and end a document. */
 const USUAL_NAMES = {
@@ -60,7 +61,7 @@ interface DatasetParts {
  * begins a document, its end token serves for both, so that the first token of every text has something to be
  * predicted from. Or examples, which stand in rows whole.
  */
-export class TokenDataset {
+export class TokenDataset implements TokenStream {
   /** The whole stream. */
   readonly tokens: Int32Array
   /** Positions of the tokens that are not to be predicted, ascending: the first of each document, and those of examples that are not learned. */
@@ -233,6 +234,11 @@ export class TokenDataset {
     })
   }
 
+  /** Tokens of the whole stream. */
+  get length(): number {
+    return this.tokens.length
+  }
+
   /** Number of documents, or of examples. */
   get documents(): number {
     return (this.examples ?? this.starts).length
@@ -253,47 +259,17 @@ export class TokenDataset {
     return this.#digest
   }
 
-  /**
-   * What the token at `position` is numbered with in batches: the tokens that are predicted, and the one before them, have the same number. Of documents it
-   * is theirs, from 0.
-   */
   documentAt(position: number): number {
     return lastUpTo(this.starts, position)
   }
 
-  /** How many of the tokens that are to be predicted rows of `length` positions leave out: those of examples that go on behind them. */
-  leftOut(length: number): number {
-    if (this.examples === null) return 0
-    return this.examples.reduce((sum, start) => sum - this.learnedFrom(start, length), this.predictable)
+  startOf(document: number): number {
+    return this.starts[document] ?? Number.POSITIVE_INFINITY
   }
 
-  /** Positions of the longest example; 0 for documents. */
-  get longest(): number {
-    return this.examples?.reduce((most, start) => Math.max(most, this.endFrom(start) - start - 1), 0) ?? 0
+  read(from: number, count: number): Int32Array {
+    return this.tokens.subarray(from, from + count)
   }
-
-  /** End of what may stand behind `start` in a row: of the example there, or of the stream. */
-  endFrom(start: number): number {
-    return this.examples?.[lastUpTo(this.examples, start) + 1] ?? this.tokens.length
-  }
-
-  /** Tokens that are predicted in the first `length` positions of the example at `start`. */
-  learnedFrom(start: number, length: number): number {
-    const last = Math.min(this.endFrom(start) - 1, start + length)
-    return last - start - (this.documentAt(last) - this.documentAt(start))
-  }
-}
-
-/** Index of the last of some ascending numbers, the first of which is 0, that is not above `position`. */
-function lastUpTo(ascending: Int32Array, position: number): number {
-  let low = 0
-  let high = ascending.length - 1
-  while (low < high) {
-    const middle = (low + high + 1) >> 1
-    if (ascending[middle] <= position) low = middle
-    else high = middle - 1
-  }
-  return low
 }
 
 function noText(document: unknown): MoeError {

@@ -4,8 +4,12 @@
  */
 import { checkOptions, MoeError, type OptionNames, Random, shown } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
-import { batchOf, type Rows, rowsOf } from './rows.ts'
-import type { TokenDataset } from './token-dataset.ts'
+import { EndlessOrder } from './endless-order.ts'
+import { longest } from './examples.ts'
+import { Interleaving } from './interleaving.ts'
+import { type Mixture, type Source, sourcesOf } from './mixture.ts'
+import { batchOfSources, type Rows, rowsOf, type SourceRow } from './rows.ts'
+import type { TokenStream } from './token-stream.ts'
 
 /** A number of micro-batches, or one for every step (counted from 0), rounded to whole ones: a batch that grows, as `piecewise` has it. */
 export type MicroBatches = number | ((step: number) => number)
@@ -61,14 +65,28 @@ const names: OptionNames<OrderOptions> = {
   world: true,
 }
 
+/** What steps take from a source. */
+export interface SourceProgress extends Source {
+  /** Windows, over all micro-batches and ranks. */
+  readonly windows: number
+  /** How often these go through the source. */
+  readonly epochs: number
+}
+
+/** A source with the order of its windows. */
+interface OrderedSource extends Source {
+  readonly rows: Rows
+  readonly order: EndlessOrder
+}
+
 /**
  * Windows of `sequenceLength` positions, each once an epoch, in an order drawn anew for every epoch. Window w starts
  * at token `w * sequenceLength`, so that every token of the stream but the first is predicted once an epoch; of examples, each is a window, or
- * shares one. What a window has no tokens for is filled up with padding.
+ * shares one. What a window has no tokens for is filled up with padding. Of a `mixture`, each source has an order and epochs of its own.
  */
 export class TrainingOrder {
-  /** The stream that windows are cut from. */
-  readonly data: TokenDataset
+  /** What windows are cut from. */
+  readonly data: TokenStream | Mixture
   /** Positions trained on per row. */
   readonly sequenceLength: number
   /** Tokens that a row has beyond that. */
@@ -83,17 +101,17 @@ export class TrainingOrder {
   readonly rank: number
   /** Processes that share the work. */
   readonly world: number
-  /** Windows of an epoch. */
+  /** Windows of an epoch; of all sources, where there are several. */
   readonly windows: number
   /** Whether batches say where each document begins. */
   readonly isolate: boolean
-  readonly #rows: Rows
-  readonly #orders = new Map<number, Uint32Array>()
+  readonly #sources: readonly OrderedSource[]
+  readonly #interleaving: Interleaving
   /** Where `accumulate` is a function: micro-batches before each step, as far as they were asked for. */
   readonly #before = [0]
 
   /** @throws MoeError E_CONFIG for sizes that are not whole numbers from 1, or a rank outside the world; E_DATA where no example has something to learn in so many positions */
-  constructor(data: TokenDataset, options: OrderOptions) {
+  constructor(data: TokenStream | Mixture, options: OrderOptions) {
     checkOptions('TrainingOrder', options, names)
     const { sequenceLength, lookahead, batchSize, accumulate = 1, seed = 0, rank = 0, world = 1 } = options
     const { isolate = false } = options
@@ -118,16 +136,27 @@ export class TrainingOrder {
     this.rank = rank
     this.world = world
     this.isolate = isolate
-    this.#rows = rowsOf(data, sequenceLength, isolate)
-    this.windows = this.#rows.count
-    if (this.windows === 0) {
+    this.#sources = sourcesOf(data).map(source => this.#ordered(source))
+    this.#interleaving = new Interleaving(
+      this.#sources.map(({ share }) => share),
+      seed,
+    )
+    this.windows = this.#sources.reduce((sum, { rows }) => sum + rows.count, 0)
+  }
+
+  #ordered(source: Source): OrderedSource {
+    const { name, data } = source
+    const rows = rowsOf(data, this.sequenceLength, this.isolate)
+    if (rows.count === 0) {
       throw new MoeError({
         code: 'E_DATA',
         op: 'TrainingOrder',
-        problem: `none of ${data.documents} examples has something to learn in its first ${sequenceLength} positions`,
-        fix: `a sequenceLength of ${data.longest} holds the longest`,
+        problem: `none of ${data.documents} examples${name && ` of ${name}`} has something to learn in its first ${this.sequenceLength} positions`,
+        fix: `a sequenceLength of ${longest(data)} holds the longest`,
       })
     }
+    const random = new Random(this.seed)
+    return { ...source, rows, order: new EndlessOrder(rows.count, name === '' ? random : random.fork(name)) }
   }
 
   /** Windows of the first `steps` steps, over all micro-batches and ranks. */
@@ -145,18 +174,20 @@ export class TrainingOrder {
     return this.windowsIn(steps) / this.windows
   }
 
+  /** Of each source: the windows that the first `steps` steps take from it, over all micro-batches and ranks, and how many epochs these are. */
+  sources(steps: number): readonly SourceProgress[] {
+    const counts = this.#interleaving.counts(this.windowsIn(steps))
+    return this.#sources.map(({ name, data, share, rows }, i) => {
+      return { name, data, share, windows: counts[i], epochs: counts[i] / rows.count }
+    })
+  }
+
   #microBatchesIn(steps: number): number {
     if (typeof this.accumulate === 'number') return steps * this.accumulate
     const before = this.#before
     for (let step = before.length - 1; step < steps; step++)
       before.push(before[step] + microBatchesAt(this.accumulate, step))
     return before[steps]
-  }
-
-  /** Number of the window that is seen at place `index` of the endless sequence of windows. */
-  windowAt(index: number): number {
-    const epoch = Math.floor(index / this.windows)
-    return this.#order(epoch)[index - epoch * this.windows]
   }
 
   /** The micro-batches of a step (counted from 0) on this rank. */
@@ -170,20 +201,14 @@ export class TrainingOrder {
   }
 
   #batch(first: number): TokenBatch {
-    const rows = Array.from({ length: this.batchSize }, (_, row) => this.#rows.row(this.windowAt(first + row)))
-    return batchOf(this.data, rows, this.sequenceLength + this.lookahead, this.isolate)
+    const rows = Array.from({ length: this.batchSize }, (_, row) => this.#rowAt(first + row))
+    return batchOfSources(rows, this.sequenceLength + this.lookahead, this.isolate)
   }
 
-  #order(epoch: number): Uint32Array {
-    let order = this.#orders.get(epoch)
-    if (order === undefined) {
-      order = new Random(this.seed)
-        .fork(`epoch ${epoch}`)
-        .shuffle(Uint32Array.from({ length: this.windows }, (_, i) => i))
-      // A batch may reach over the end of an epoch, so two are kept.
-      for (const old of this.#orders.keys()) if (old < epoch - 1) this.#orders.delete(old)
-      this.#orders.set(epoch, order)
-    }
-    return order
+  /** The row at a place of the endless sequence of rows. */
+  #rowAt(place: number): SourceRow {
+    const { source, index } = this.#interleaving.at(place)
+    const { data, rows, order } = this.#sources[source]
+    return { data, row: rows.row(order.at(index)) }
   }
 }

@@ -83,6 +83,7 @@ export function progress(options: ProgressOptions = {}): TrainListener {
         outlive(stream)
         start = event
         say(startLine(event))
+        if (event.sources) say(sourcesLine(event.sources))
         break
       case 'step': {
         const { steps = event.step, fromStep = 0 } = start ?? {}
@@ -158,6 +159,13 @@ function startLine(event: StartEvent): string {
   return `${compact(event.parameters)} parameters on ${event.backend} (${event.device}, ${event.precision}); ${event.steps} steps of ${size}, ${epochs} epochs of ${compact(event.trainingTokens)}${from}`
 }
 
+function sourcesLine(sources: NonNullable<StartEvent['sources']>): string {
+  const told = Object.entries(sources).map(([name, { size, share, epochs }]) => {
+    return `${name} ${(100 * share).toFixed(1)} % (${epochs.toFixed(epochs < 9.95 ? 2 : 0)} epochs of ${compact(size)})`
+  })
+  return `sources: ${told.join(', ')}`
+}
+
 function stepParts(start: StartEvent | undefined, event: StepEvent, speed: number): string[] {
   const { steps = event.step, tokens: inAll = 0 } = start ?? {}
   const { maxVio, reward, preferred } = event.metrics
@@ -181,7 +189,10 @@ function evaluationLine(event: EvaluationEvent, paint: (code: number, text: stri
       const value = of[name]
       return value === undefined ? '' : `${name} ${paint(36, value.toFixed(3))}, `
     })
-    return `${judged.join('')}loss ${of.loss.toFixed(3)}${bytes}`
+    const sources = Object.entries(of.sources ?? {}).map(([name, { loss, bitsPerByte }]) => {
+      return `${name} ${Number.isNaN(bitsPerByte) ? loss.toFixed(3) : bitsPerByte.toFixed(3)}`
+    })
+    return `${judged.join('')}loss ${of.loss.toFixed(3)}${bytes}${sources.length > 0 ? ` (${sources.join(', ')})` : ''}`
   }
   const { step, tokens, seconds, ema } = event
   const averaged = ema ? `; averaged weights ${measured(ema)}` : ''

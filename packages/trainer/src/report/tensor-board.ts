@@ -18,7 +18,7 @@ let files = 0
 
 /**
  * A listener for `onEvent` that writes `events.out.tfevents.*`: scalars of every step (`train/nll`, `train/lr`, ..., and what the model logs, as `model/maxVio`),
- * of measurements (`validation/bitsPerByte`, `validation/loss`, `validation/reward`, `validation/preferred`; `ema/bitsPerByte` and so on of averaged weights), of layers with experts when their loads are told (`experts/layers.3/maxVio`, over the steps since the last time, `stepMaxVio`, of single steps; dead experts, share of
+ * of measurements (`validation/bitsPerByte`, `validation/loss`, `validation/reward`, `validation/preferred`; `validation/web/bitsPerByte` of one of several held-out streams, `ema/bitsPerByte` and so on of averaged weights), of layers with experts when their loads are told (`experts/layers.3/maxVio`, over the steps since the last time, `stepMaxVio`, of single steps; dead experts, share of
  * dropped choices, range of the bias), and the run's settings as text and hyperparameters. `tensorboard --logdir runs` shows all
  * runs in a folder side by side. A run that goes on begins another file, which tells TensorBoard to forget the steps that are taken again. Of several ranks
  * the first writes. Where the files cannot be written, a notice says so and training goes on.
@@ -108,7 +108,11 @@ function recordsOf(event: TrainEvent): Buffer[] {
       }
       const { step, ema } = event
       const averaged = ema ? scalars('ema', measured(ema)) : []
-      return [eventRecord({ wallTime, step, values: [...scalars('validation', measured(event)), ...averaged] })]
+      const bySource = Object.entries(event.sources ?? {}).flatMap(([name, { loss, bitsPerByte }]) =>
+        scalars(`validation/${name}`, { loss, bitsPerByte }),
+      )
+      const values = [...scalars('validation', measured(event)), ...bySource, ...averaged]
+      return [eventRecord({ wallTime, step, values })]
     }
     default:
       return []

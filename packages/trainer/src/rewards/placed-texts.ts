@@ -2,6 +2,7 @@
 import { createHash } from 'node:crypto'
 import { eventLoopTurn, MoeError, noGrad, type Precision, scope, withPrecision } from '@moe/core'
 import { checkedLoss } from '../check-model.ts'
+import { endFrom } from '../data/examples.ts'
 import { batchOf, paddingBatch, type Row, rowsOf } from '../data/rows.ts'
 import { TokenDataset } from '../data/token-dataset.ts'
 import type { TokenBatch, TrainableModel } from '../model.ts'
@@ -59,7 +60,7 @@ export class PlacedTexts {
         for (const start of row) {
           const text = textAt.get(start) as number
           places[text] = { batch, at: at + texts[text].ids.length, length: texts[text].tokens.length }
-          at += data.endFrom(start) - start
+          at += endFrom(data, start) - start
         }
       })
       return batchOf(data, own, length, isolate)

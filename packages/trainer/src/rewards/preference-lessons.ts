@@ -1,5 +1,5 @@
 /** @file Steps that learn which of two texts is better. */
-import { MoeError, type Precision } from '@moe/core'
+import { MoeError, type Precision, Random } from '@moe/core'
 import { EndlessOrder } from '../data/endless-order.ts'
 import type { Lessons, MeasureOptions } from '../data/lessons.ts'
 import { tokenNamed } from '../data/token-dataset.ts'
@@ -60,7 +60,7 @@ export class PreferenceLessons implements Lessons {
     this.#options = options
     this.#training = this.#encode(data.training, 'pair')
     this.#validation = this.#encode(data.validation, 'held-out pair')
-    this.#order = new EndlessOrder(this.#training.length, options.seed)
+    this.#order = new EndlessOrder(this.#training.length, new Random(options.seed))
     checkReference(model, data.reference)
   }
 

@@ -1,5 +1,5 @@
 /** @file Steps that learn from texts that the model makes: sampled, rewarded, compared within their groups, and learned from in one step or several. */
-import { MoeError, type Precision } from '@moe/core'
+import { MoeError, type Precision, Random } from '@moe/core'
 import { EndlessOrder } from '../data/endless-order.ts'
 import type { Lessons, MeasureOptions } from '../data/lessons.ts'
 import type { Evaluation } from '../evaluate.ts'
@@ -75,7 +75,7 @@ export class RolloutLessons implements Lessons {
     this.#options = options
     this.#training = encodePrompts(data.training, data.template, options)
     this.#validation = encodePrompts(data.validation, data.template, options)
-    this.#order = new EndlessOrder(this.#training.length, options.seed)
+    this.#order = new EndlessOrder(this.#training.length, new Random(options.seed))
     checkReference(model, data.kl?.reference)
     this.#checkRoom(this.#training, 'prompt')
     this.#checkRoom(this.#validation, 'held-out prompt')

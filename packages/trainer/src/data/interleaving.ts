@@ -1,0 +1,63 @@
+/** @file Which of several sources stands at a place of an endless sequence. */
+import { Random } from '@moe/core'
+
+type Node = number | { readonly share: number; readonly phase: number; readonly first: Node; readonly second: Node }
+
+/** A place of a sequence: which source stands there, and how many places before it have the same. */
+export interface SourcePlace {
+  readonly source: number
+  readonly index: number
+}
+
+/**
+ * Sources in proportions that hold over any stretch of the sequence, but for a place or two. Two are dealt like the pixels of a slanted line: of the first n
+ * places, the first source has `floor(n * share + phase)`. More are dealt to two groups, and again within each.
+ */
+export class Interleaving {
+  readonly #root: Node
+  readonly #count: number
+
+  /** @param shares of the sources; they sum to 1 */
+  constructor(shares: readonly number[], seed: number) {
+    const random = new Random(seed).fork('mixture')
+    const divide = (from: number, to: number): Node => {
+      if (to - from === 1) return from
+      const middle = (from + to) >> 1
+      const sum = (list: readonly number[]) => list.reduce((total, share) => total + share, 0)
+      const share = sum(shares.slice(from, middle)) / sum(shares.slice(from, to))
+      return { share, phase: random.next(), first: divide(from, middle), second: divide(middle, to) }
+    }
+    this.#root = divide(0, shares.length)
+    this.#count = shares.length
+  }
+
+  at(place: number): SourcePlace {
+    let node = this.#root
+    let index = place
+    while (typeof node === 'object') {
+      const before = ofFirst(node, index)
+      const isFirst = ofFirst(node, index + 1) > before
+      index = isFirst ? before : index - before
+      node = isFirst ? node.first : node.second
+    }
+    return { source: node, index }
+  }
+
+  /** How many of the first `places` each source has. */
+  counts(places: number): number[] {
+    const counts: number[] = new Array(this.#count).fill(0)
+    const count = (node: Node, index: number): void => {
+      if (typeof node === 'number') {
+        counts[node] = index
+        return
+      }
+      const before = ofFirst(node, index)
+      count(node.first, before)
+      count(node.second, index - before)
+    }
+    count(this.#root, places)
+    return counts
+  }
+}
+
+const ofFirst = ({ share, phase }: Exclude<Node, number>, places: number) => Math.floor(places * share + phase)

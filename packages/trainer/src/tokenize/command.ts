@@ -1,0 +1,118 @@
+/** @file `moe-trainer tokenize`. */
+import { statSync } from 'node:fs'
+import { join } from 'node:path'
+import { MoeError } from '@moe/core'
+import { BpeTokenizer } from '@moe/tokenizer-bpe'
+import { onInterrupt } from '../host.ts'
+import type { ProgressStream } from '../report/progress.ts'
+import { UsageError } from '../usage-error.ts'
+import { type TokenizeProgress, tokenize } from './tokenize.ts'
+
+/** As `parseArgs` gives them. */
+export interface TokenizeArguments {
+  readonly tokenizer?: string | undefined
+  readonly out?: string | undefined
+  readonly field?: string | undefined
+  readonly separator?: string | undefined
+  readonly validation?: string | undefined
+  readonly 'fim-rate'?: string | undefined
+  readonly seed?: string | undefined
+  readonly threads?: string | undefined
+  readonly 'shard-tokens'?: string | undefined
+  readonly overwrite: boolean
+  readonly quiet: boolean
+  readonly json: boolean
+}
+
+/** @throws UsageError; MoeError E_ABORTED after Ctrl-C */
+export async function tokenizeCommand(patterns: readonly string[], values: TokenizeArguments): Promise<void> {
+  const { tokenizer: path, out, field, separator, overwrite, quiet, json } = values
+  if (patterns.length === 0) throw new UsageError('tokenize needs at least one file or pattern')
+  if (path === undefined) throw new UsageError('--tokenizer is missing')
+  if (out === undefined) throw new UsageError('--out is missing')
+  const number = (name: 'validation' | 'fim-rate' | 'seed' | 'threads' | 'shard-tokens') => {
+    const text = values[name]
+    if (text === undefined) return undefined
+    if (text.trim() === '' || !Number.isFinite(Number(text))) throw new UsageError(`--${name} ${text} is no number`)
+    return Number(text)
+  }
+  const settings = {
+    validation: number('validation'),
+    fimRate: number('fim-rate'),
+    seed: number('seed'),
+    threads: number('threads'),
+    shardTokens: number('shard-tokens'),
+  }
+  const tokenizer = await BpeTokenizer.fromFile(isFolder(path) ? join(path, 'tokenizer.json') : path)
+  const abort = new AbortController()
+  const stop = onInterrupt(() => abort.abort(interrupted(out)))
+  const drawn = quiet || json ? undefined : tokenizeProgress(process.stderr)
+  try {
+    const result = await tokenize(patterns, {
+      ...settings,
+      tokenizer,
+      out,
+      field,
+      // Shells pass `\n` as it is written.
+      separator: separator?.replaceAll('\\n', '\n').replaceAll('\\t', '\t'),
+      overwrite,
+      signal: abort.signal,
+      onProgress: drawn?.tell,
+    })
+    drawn?.clear()
+    if (json) process.stdout.write(`${JSON.stringify(result)}\n`)
+    else {
+      const { trainingTokens, trainingDocuments, validationTokens, validationDocuments, seconds } = result
+      const heldOut =
+        validationTokens === 0 ? '' : `, ${grouped(validationTokens)} held out in ${grouped(validationDocuments)}`
+      const tokens = `${grouped(trainingTokens)} tokens in ${grouped(trainingDocuments)} documents`
+      process.stdout.write(`${out}: ${tokens}${heldOut}, ${seconds.toFixed(1)} s\n`)
+    }
+  } finally {
+    drawn?.clear()
+    stop()
+  }
+}
+
+const interrupted = (out: string) =>
+  new MoeError({
+    code: 'E_ABORTED',
+    op: 'tokenize',
+    problem: `interrupted; what is done is in ${out}`,
+    fix: 'run the same command again to go on',
+  })
+
+const isFolder = (path: string) => statSync(path, { throwIfNoEntry: false })?.isDirectory() === true
+
+/** Of a terminal, between two drawings; of a file, between two lines. */
+const redrawMs = 100
+const patienceMs = 10_000
+
+/** A line that is drawn anew in a terminal; elsewhere lines from time to time. */
+export function tokenizeProgress(stream: ProgressStream, now = () => performance.now()) {
+  const terminal = stream.isTTY === true
+  let drawnAt = Number.NEGATIVE_INFINITY
+  let drawn = false
+  const clear = () => {
+    if (drawn) stream.write('\r\x1b[2K')
+    drawn = false
+  }
+  const tell = (progress: TokenizeProgress) => {
+    if (now() - drawnAt < (terminal ? redrawMs : patienceMs)) return
+    clear()
+    stream.write(terminal ? lineOf(progress) : `${lineOf(progress)}\n`)
+    drawn = terminal
+    drawnAt = now()
+  }
+  return { tell, clear }
+}
+
+function lineOf({ bytes, fromBytes, totalBytes, documents, tokens, seconds }: TokenizeProgress): string {
+  const speed = (bytes - fromBytes) / seconds
+  const left = Math.round((totalBytes - bytes) / speed)
+  const eta = Number.isFinite(left) ? `${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')}` : '?'
+  const share = totalBytes === 0 ? 100 : (100 * bytes) / totalBytes
+  return `${share.toFixed(1)} %  ${grouped(tokens)} tokens  ${grouped(documents)} documents  ${(speed / 1e6).toFixed(1)} MB/s  ETA ${eta}`
+}
+
+const grouped = (value: number) => value.toLocaleString('en-US')

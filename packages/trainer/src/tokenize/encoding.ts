@@ -1,0 +1,123 @@
+/** @file Texts become documents of ids, with what is drawn for each. */
+import { MoeError } from '@moe/core'
+import type { TextTokenizer } from '../model.ts'
+import { type DrawOptions, drawFor } from './drawn.ts'
+
+/** What is put around the parts of a document that is filled in the middle: `begin prefix hole suffix end middle`. */
+export interface FimTokens {
+  /** In front of the prefix. */
+  readonly begin: string
+  /** Between prefix and suffix, where the middle was. */
+  readonly hole: string
+  /** Between suffix and middle. */
+  readonly end: string
+}
+
+/** As DeepSeek-V3's tokenizer.json spells them. */
+const deepSeekFim: FimTokens = { begin: '<｜fim▁begin｜>', hole: '<｜fim▁hole｜>', end: '<｜fim▁end｜>' }
+
+export interface EncodingOptions extends DrawOptions {
+  readonly bos: number | null
+  readonly eos: number | null
+  readonly threads: number
+  readonly fimTokens: FimTokens | undefined
+}
+
+/** Documents of one part. */
+export interface EncodedPart {
+  readonly documents: Int32Array[]
+  textBytes: number
+}
+
+export interface Encoded {
+  readonly training: EncodedPart
+  readonly validation: EncodedPart
+}
+
+/** What documents say are no special tokens. */
+const asText = { addSpecialTokens: false, parseSpecialTokens: false }
+
+export class TextEncoding {
+  readonly #tokenizer: TextTokenizer
+  readonly #options: EncodingOptions
+  readonly #vocabSize: number
+  /** Ids around the three parts. */
+  readonly #fim: readonly number[]
+
+  /** @throws MoeError E_CONFIG when the tokenizer has not got the tokens that are needed */
+  constructor(tokenizer: TextTokenizer, options: EncodingOptions) {
+    this.#tokenizer = tokenizer
+    this.#options = options
+    this.#vocabSize = tokenizer.vocabSize as number
+    const { begin, hole, end } = options.fimTokens ?? deepSeekFim
+    this.#fim = options.fimRate === 0 ? [] : [begin, hole, end].map(token => idOf(tokenizer, token))
+    for (const id of [options.bos, options.eos, ...this.#fim]) if (id !== null) this.#check(id)
+  }
+
+  /** Documents of some texts, in their order. Those without a token are left out. */
+  async encode(texts: readonly string[]): Promise<Encoded> {
+    const draws = texts.map(text => drawFor(text, this.#options))
+    const pieces = await this.#encodeAll(texts.flatMap((text, i) => draws[i].cuts ?? [text]))
+    const encoded: Encoded = {
+      training: { documents: [], textBytes: 0 },
+      validation: { documents: [], textBytes: 0 },
+    }
+    let piece = 0
+    texts.forEach((text, i) => {
+      const { heldOut, cuts } = draws[i]
+      const own = pieces.slice(piece, piece + (cuts ?? [text]).length)
+      piece += own.length
+      if (own.every(({ length }) => length === 0)) return
+      const part = encoded[heldOut ? 'validation' : 'training']
+      part.documents.push(this.#document(own))
+      part.textBytes += Buffer.byteLength(text)
+    })
+    return encoded
+  }
+
+  async #encodeAll(texts: readonly string[]): Promise<readonly ArrayLike<number>[]> {
+    const { threads } = this.#options
+    if (this.#tokenizer.encodeBatch !== undefined) return this.#tokenizer.encodeBatch(texts, { ...asText, threads })
+    return texts.map(text => this.#tokenizer.encode(text, asText))
+  }
+
+  /** A document with what is put around it, and between its parts where it has several. */
+  #document(pieces: readonly ArrayLike<number>[]): Int32Array {
+    const { bos, eos } = this.#options
+    const fim = pieces.length > 1 ? this.#fim : []
+    const length =
+      pieces.reduce((sum, { length }) => sum + length, fim.length) + Number(bos !== null) + Number(eos !== null)
+    const document = new Int32Array(length)
+    let at = 0
+    if (bos !== null) document[at++] = bos
+    pieces.forEach((ids, i) => {
+      if (fim.length > 0) document[at++] = fim[i]
+      for (let j = 0; j < ids.length; j++) this.#check(ids[j])
+      document.set(ids, at)
+      at += ids.length
+    })
+    if (eos !== null) document[at] = eos
+    return document
+  }
+
+  #check(id: number): void {
+    if (id >= 0 && id < this.#vocabSize) return
+    throw new MoeError({
+      code: 'E_DATA',
+      op: 'tokenize',
+      problem: `the tokenizer gives token ${id}, outside its vocabulary of ${this.#vocabSize} ids`,
+      fix: 'use a tokenizer whose vocabSize counts all of its ids',
+    })
+  }
+}
+
+function idOf(tokenizer: TextTokenizer, token: string): number {
+  const id = tokenizer.tokenToId?.(token)
+  if (id !== undefined) return id
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'tokenize',
+    problem: `the tokenizer has no token ${token}, which documents filled in the middle need`,
+    fix: 'train it with such special tokens, or name its own: fimTokens: { begin, hole, end }',
+  })
+}

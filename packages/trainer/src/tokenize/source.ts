@@ -1,0 +1,154 @@
+/** @file Documents of a file, read bit by bit: text, JSON lines or Parquet, as it is or compressed. */
+import { isUtf8 } from 'node:buffer'
+import { createReadStream, type ReadStream } from 'node:fs'
+import * as zlib from 'node:zlib'
+import { MoeError } from '@moe/core'
+import { parquetTexts } from './parquet.ts'
+import { type Texts, textOf, unreadable } from './record.ts'
+
+/** How files become documents. */
+export interface SourceOptions {
+  /** What separates the documents of a text file. Default: a file is a document. */
+  readonly separator: string | undefined
+  /** Field, or column, that holds the text of a document. */
+  readonly field: string
+}
+
+/** Bytes of the largest document; it must fit into a string. */
+const LARGEST_DOCUMENT = 2 ** 28
+const CHUNK_BYTES = 1 << 22
+
+/**
+ * Documents of a file from a place on.
+ * @throws MoeError E_DATA for what cannot be read as its name says
+ */
+export async function* readTexts(path: string, from: number, options: SourceOptions): AsyncGenerator<Texts> {
+  try {
+    const kind = path.replace(/\.(gz|zst)$/i, '')
+    if (/\.parquet$/i.test(path)) yield* parquetTexts(path, from, options.field)
+    else if (/\.(jsonl|ndjson)$/i.test(kind)) yield* jsonTexts(path, from, options.field)
+    else yield* plainTexts(path, from, options.separator)
+  } catch (cause) {
+    if (cause instanceof MoeError) throw cause
+    throw unreadable(path, `it cannot be read: ${(cause as Error).message}`, undefined, cause)
+  }
+}
+
+async function* jsonTexts(path: string, from: number, field: string): AsyncGenerator<Texts> {
+  for await (const { text, at, next, bytesRead } of parts(path, from, '\n')) {
+    const lines = text.split('\n')
+    const place = (line: number) => at + Buffer.byteLength(lines.slice(0, line).join('\n')) + (line > 0 ? 1 : 0)
+    const texts = lines.flatMap((line, i) => {
+      if (line.trim() === '') return []
+      let value: unknown
+      try {
+        value = JSON.parse(line)
+      } catch (cause) {
+        throw unreadable(path, `the line at byte ${place(i)} is no JSON: ${(cause as Error).message}`, undefined, cause)
+      }
+      return textOf(path, value, field, () => `the line at byte ${place(i)}`)
+    })
+    yield { texts, next, bytesRead }
+  }
+}
+
+async function* plainTexts(path: string, from: number, separator: string | undefined): AsyncGenerator<Texts> {
+  const own = separator && (await asIn(path, separator))
+  for await (const { text, at, next, bytesRead } of parts(path, from, own)) {
+    const nul = text.indexOf('\0')
+    if (nul >= 0) {
+      const byte = at + Buffer.byteLength(text.slice(0, nul))
+      throw unreadable(path, `it is binary: byte ${byte} is NUL`, 'leave it out of the patterns')
+    }
+    const texts = own === undefined ? [text] : text.split(own).filter(part => part.trim() !== '')
+    yield { texts: texts.filter(part => part !== ''), next, bytesRead }
+  }
+}
+
+interface Part {
+  /** Whole documents; the separator behind the last is left out. */
+  readonly text: string
+  /** Byte that it begins at. */
+  readonly at: number
+  readonly next: number
+  readonly bytesRead: number
+}
+
+/** Parts of a UTF-8 file that end where documents do. */
+async function* parts(path: string, from: number, separator: string | undefined): AsyncGenerator<Part> {
+  const ends = Buffer.from(separator ?? '')
+  let held: Buffer = Buffer.alloc(0)
+  let at = from
+  const part = (bytes: Buffer, next: number, bytesRead: number): Part => {
+    if (!isUtf8(bytes))
+      throw unreadable(path, `it is not UTF-8 text from byte ${at} on`, 'convert it to UTF-8, or leave it out')
+    const text = bytes.toString('utf8')
+    return { text: at === 0 && text.startsWith('\uFEFF') ? text.slice(1) : text, at, next, bytesRead }
+  }
+  for await (const { chunk, bytesRead } of bytesOf(path, from)) {
+    const searched = Math.max(0, held.length - ends.length + 1)
+    held = held.length === 0 ? chunk : Buffer.concat([held, chunk])
+    const last = separator === undefined ? -1 : held.lastIndexOf(ends)
+    if (last < searched) {
+      if (held.length <= LARGEST_DOCUMENT) continue
+      const fix =
+        separator === undefined
+          ? 'say what separates its documents: --separator TEXT, { separator }'
+          : 'cut it into smaller documents'
+      throw unreadable(path, `the document at byte ${at} has more than ${LARGEST_DOCUMENT} bytes`, fix)
+    }
+    const next = at + last + ends.length
+    yield part(held.subarray(0, last), next, bytesRead)
+    held = held.subarray(last + ends.length)
+    at = next
+  }
+  if (held.length > 0) yield part(held, at + held.length, Number.POSITIVE_INFINITY)
+}
+
+/** A separator with the line ends of a file, by its first: CRLF, as Windows has them, or LF. */
+async function asIn(path: string, separator: string): Promise<string> {
+  for await (const { chunk } of bytesOf(path, 0)) {
+    const crlf = chunk[chunk.indexOf('\n') - 1] === 13
+    return crlf ? separator.replaceAll(/\r?\n/g, '\r\n') : separator
+  }
+  return separator
+}
+
+interface Chunk {
+  readonly chunk: Buffer
+  /** Bytes of the file as it lies on the disk. */
+  readonly bytesRead: number
+}
+
+/** What a file holds from a byte on; of what is compressed, all before is unpacked and left out. */
+async function* bytesOf(path: string, from: number): AsyncGenerator<Chunk> {
+  const unpack = unpackerOf(path)
+  const file = createReadStream(path, { highWaterMark: CHUNK_BYTES, start: unpack === undefined ? from : 0 })
+  const before = unpack === undefined ? from : 0
+  let left = unpack === undefined ? 0 : from
+  if (unpack !== undefined) file.on('error', error => unpack.destroy(error))
+  const stream: ReadStream | zlib.Gunzip = unpack === undefined ? file : file.pipe(unpack)
+  try {
+    for await (const chunk of stream as AsyncIterable<Buffer>) {
+      const kept = chunk.subarray(Math.min(left, chunk.length))
+      left -= chunk.length - kept.length
+      if (kept.length > 0) yield { chunk: kept, bytesRead: before + file.bytesRead }
+    }
+  } finally {
+    file.destroy()
+    stream.destroy()
+  }
+}
+
+function unpackerOf(path: string): zlib.Gunzip | undefined {
+  if (/\.gz$/i.test(path)) return zlib.createGunzip({ chunkSize: CHUNK_BYTES })
+  if (!/\.zst$/i.test(path)) return undefined
+  // Since Node 22.15.
+  if (zlib.createZstdDecompress !== undefined) return zlib.createZstdDecompress({ chunkSize: CHUNK_BYTES })
+  throw new MoeError({
+    code: 'E_UNSUPPORTED',
+    op: 'tokenize',
+    problem: `this Node (${process.version}) does not unpack Zstandard, as ${path} needs`,
+    fix: 'use Node 22.15 or newer, or unpack it with zstd -d',
+  })
+}

@@ -1,0 +1,183 @@
+/** @file A folder that tokens are written into: what is in it, how far it is, and its end. */
+import { existsSync, readFileSync } from 'node:fs'
+import { open, readdir, rm } from 'node:fs/promises'
+import { join } from 'node:path'
+import { renamePatiently } from '@moe/checkpoint'
+import { MoeError } from '@moe/core'
+import { decodeManifest, encodeManifest, MANIFEST_FILE, type TokenManifest } from '../data/token-manifest.ts'
+import type { Batch, Place } from './batches.ts'
+import type { Encoded } from './encoding.ts'
+import { nothingWritten, type PartState, PartWriter } from './part-writer.ts'
+
+const PROGRESS_FILE = 'progress.json'
+const format = 'moe-tokens-progress'
+
+/** What decides which files are written. */
+export type TokenizeRecord = Readonly<Record<string, string | number | null>>
+
+interface Progress {
+  readonly record: TokenizeRecord
+  readonly next: Place
+  /** Bytes of the sources that are done. */
+  readonly bytes: number
+  readonly training: PartState
+  readonly validation: PartState
+}
+
+export interface FolderOptions {
+  readonly record: TokenizeRecord
+  readonly vocabSize: number
+  readonly shardTokens: number
+}
+
+export class TokenFolder {
+  readonly path: string
+  readonly #record: TokenizeRecord
+  readonly #training: PartWriter
+  readonly #validation: PartWriter
+  #next: Place
+  #bytes: number
+  /** False while a batch is being written, and for good where that failed. */
+  #whole = true
+
+  private constructor(path: string, { record, vocabSize, shardTokens }: FolderOptions, progress: Progress | undefined) {
+    this.path = path
+    this.#record = record
+    const sizes = { vocabSize, shardTokens }
+    this.#training = new PartWriter(path, 'training', sizes, progress?.training ?? nothingWritten)
+    this.#validation = new PartWriter(path, 'validation', sizes, progress?.validation ?? nothingWritten)
+    this.#next = progress?.next ?? { file: 0, at: 0 }
+    this.#bytes = progress?.bytes ?? 0
+  }
+
+  /** Goes on where an earlier process was. @throws MoeError E_CONFIG where it was at something else */
+  static async goOn(path: string, options: FolderOptions): Promise<TokenFolder> {
+    const progress = readProgress(join(path, PROGRESS_FILE))
+    if (progress !== undefined) checkSameRecord(path, progress.record, options.record)
+    const folder = new TokenFolder(path, options, progress)
+    await clearFolder(path, [...folder.#files, PROGRESS_FILE])
+    return folder
+  }
+
+  /** Where the next document is. */
+  get next(): Place {
+    return this.#next
+  }
+
+  /** Bytes of the sources that are done. */
+  get bytes(): number {
+    return this.#bytes
+  }
+
+  get documents(): number {
+    return this.#training.documents + this.#validation.documents
+  }
+
+  get tokens(): number {
+    return this.#training.tokens + this.#validation.tokens
+  }
+
+  get #files(): string[] {
+    return [...this.#training.files, ...this.#validation.files]
+  }
+
+  async write({ training, validation }: Encoded, { next, bytesRead }: Omit<Batch, 'texts'>): Promise<void> {
+    this.#whole = false
+    await this.#training.add(training.documents, training.textBytes)
+    await this.#validation.add(validation.documents, validation.textBytes)
+    this.#next = next
+    this.#bytes = bytesRead
+    this.#whole = true
+  }
+
+  /** Makes sure that a later process goes on from here, unless a batch could not be written. */
+  async save(): Promise<void> {
+    if (!this.#whole) return
+    const progress: Progress = {
+      record: this.#record,
+      next: this.#next,
+      bytes: this.#bytes,
+      training: await this.#training.save(),
+      validation: await this.#validation.save(),
+    }
+    await writeWhole(join(this.path, PROGRESS_FILE), JSON.stringify({ format, ...progress }))
+  }
+
+  /** Ends the last shards and writes the manifest. */
+  async finish(about: Omit<TokenManifest, 'training' | 'validation' | 'record'>): Promise<TokenManifest> {
+    this.#whole = false
+    const manifest: TokenManifest = {
+      ...about,
+      training: await this.#training.finish(),
+      validation: this.#validation.documents > 0 ? await this.#validation.finish() : null,
+      record: this.#record,
+    }
+    await writeWhole(join(this.path, MANIFEST_FILE), encodeManifest(manifest))
+    await clearFolder(this.path, [...this.#files, MANIFEST_FILE])
+    return manifest
+  }
+
+  async close(): Promise<void> {
+    await Promise.all([this.#training.close(), this.#validation.close()])
+  }
+}
+
+/** What is written in a folder already; undefined where it is not finished. @throws MoeError E_CONFIG where it is something else */
+export function finishedIn(folder: string, record: TokenizeRecord): TokenManifest | undefined {
+  const path = join(folder, MANIFEST_FILE)
+  if (!existsSync(path)) return undefined
+  const manifest = decodeManifest(path, readFileSync(path, 'utf8'))
+  checkSameRecord(folder, manifest.record, record)
+  return manifest
+}
+
+/** Removes what was written into a folder, but for some files. */
+export async function clearFolder(folder: string, kept: readonly string[] = []): Promise<void> {
+  const ours = /^(training|validation)-\d{5,}\.(bin|idx|lengths)$|^(tokens|progress)\.json(\.tmp)?$/
+  for (const name of await readdir(folder))
+    if (ours.test(name) && !kept.includes(name)) await rm(join(folder, name), { force: true })
+}
+
+function readProgress(path: string): Progress | undefined {
+  if (!existsSync(path)) return undefined
+  try {
+    const value = JSON.parse(readFileSync(path, 'utf8')) as Progress & { readonly format: unknown }
+    if (value.format !== format) throw new Error(`its format is ${JSON.stringify(value.format)}`)
+    return value
+  } catch (cause) {
+    throw new MoeError({
+      code: 'E_DATA',
+      op: 'tokenize',
+      problem: `${path} cannot be read: ${(cause as Error).message}`,
+      fix: 'begin anew with overwrite: true (--overwrite)',
+      cause,
+    })
+  }
+}
+
+/** Replaces a file as a whole or not at all, also when the machine stops. */
+async function writeWhole(path: string, text: string): Promise<void> {
+  const handle = await open(`${path}.tmp`, 'w')
+  try {
+    await handle.writeFile(text)
+    await handle.sync()
+  } finally {
+    await handle.close()
+  }
+  await renamePatiently(`${path}.tmp`, path)
+}
+
+function checkSameRecord(folder: string, stored: TokenizeRecord, own: TokenizeRecord): void {
+  const keys = [...new Set([...Object.keys(stored), ...Object.keys(own)])]
+  const differences = keys
+    .filter(key => stored[key] !== own[key])
+    .map(key => `${key}: was ${stored[key] ?? 'none'}, now ${own[key] ?? 'none'}`)
+  if (differences.length === 0) return
+  throw new MoeError({
+    code: 'E_CONFIG',
+    op: 'tokenize',
+    problem: `${folder} holds tokens that were made otherwise:\n${differences.map(line => `  ${line}`).join('\n')}\n`,
+    fix: 'choose another folder, or begin anew with overwrite: true (--overwrite)',
+    details: { differences },
+  })
+}
