@@ -69,9 +69,12 @@ export class TextRanks {
     }
     if (failed === undefined) return made
     // The first error is the one to tell.
-    await this.#options?.save().catch(() => undefined)
-    // Launchers end all processes when one has ended with an error.
-    await this.gather(null)
+    const saved = await (this.#options?.save() ?? Promise.resolve()).then(
+      () => true,
+      () => false,
+    )
+    // Launchers end all processes when one has ended with an error. Where saving fails, others may wait to give what is saved.
+    if (saved) await this.gather(null).catch(() => undefined)
     throw 'failure' in own ? cause : failed
   }
 }
