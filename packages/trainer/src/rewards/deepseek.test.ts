@@ -4,10 +4,12 @@ import { namedParameters } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
 import { afterAll, afterEach, expect, test } from 'vitest'
+import { modelFolder } from '../checkpoints/model-folder.ts'
 import type { StepEvent, TrainEvent } from '../events.ts'
 import type { TrainOptions } from '../options.ts'
 import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
 import { train } from '../train.ts'
+import { evaluateRewards } from './evaluate-rewards.ts'
 import { type RolloutOptions, rollouts } from './rollouts.ts'
 import type { SamplingModel } from './sampler.ts'
 
@@ -42,16 +44,17 @@ const prompts = Array.from({ length: 12 }, (_, i) => ({
   tokens: Array.from({ length: 3 + (i % 5) }, (_, t) => 2 + (((i + 1) * (t + 3)) % 38)),
 }))
 
+const small = {
+  reward: ({ tokens }) => tokens.filter(token => token === 7).length / tokens.length,
+  groups: 4,
+  groupSize: 8,
+  maxTokens: 6,
+} satisfies RolloutOptions
+
 async function ran(given: Partial<RolloutOptions> = {}, options: Partial<TrainOptions> = {}) {
   const model = new DeepSeek(tiny, { backend }) satisfies SamplingModel
   const steps: StepEvent[] = []
-  const data = rollouts(prompts, {
-    reward: ({ tokens }) => tokens.filter(token => token === 7).length / tokens.length,
-    groups: 4,
-    groupSize: 8,
-    maxTokens: 6,
-    ...given,
-  })
+  const data = rollouts(prompts, { ...small, ...given })
   try {
     const settings = { data, steps: 12, batchSize: 4, sequenceLength: 16, lr: 0.02, weightDecay: 0, progress: false }
     const onEvent = (event: TrainEvent) => event.type === 'step' && steps.push(event)
@@ -97,6 +100,22 @@ test('a run that was stopped goes on, bit for bit', async () => {
   const rest = await ran({ updates: 2 }, { out, resume: true })
   expect(numbers(rest)).toEqual(numbers(whole).slice(6))
   expect(rest.weights).toEqual(whole.weights)
+})
+
+test('averages are rewarded beside the weights, and disturb nothing', async () => {
+  const given = { updates: 2, validation: prompts.slice(0, 3) }
+  const plain = await ran(given, { evalEvery: 4 })
+  const out = join(await temporaryFolder(), 'run')
+  const { result, ...averaged } = await ran(given, { evalEvery: 4, ema: 0.5, out })
+  expect(numbers(averaged)).toEqual(numbers(plain))
+  expect(averaged.weights).toEqual(plain.weights)
+  expect(result.validation.reward).toBe(plain.result.validation.reward)
+  const model = await DeepSeek.fromPretrained(modelFolder(out, { ema: true }), { backend })
+  const { reward, loss } = await evaluateRewards(model, rollouts(prompts, { ...small, ...given }))
+  model.dispose()
+  expect(result.ema?.reward).toBe(reward)
+  expect(result.ema?.loss).toBeCloseTo(loss, 5)
+  expect(result.ema?.loss).not.toBe(result.validation.loss)
 })
 
 test('a reference without MTP modules keeps it near', async () => {
