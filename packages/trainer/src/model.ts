@@ -137,7 +137,7 @@ export interface TrainableModel extends Module {
 export interface TextTokenizer {
   /** Ids of a text. It is called with `addSpecialTokens` and `parseSpecialTokens` false: what documents say are no special tokens. */
   encode(text: string, options?: { addSpecialTokens?: boolean; parseSpecialTokens?: boolean }): ArrayLike<number>
-  /** Ids of many texts, on several threads: `tokenize` of `@moe/trainer/tokenize` calls it in place of `encode`. */
+  /** Ids of many texts, on so many `threads`: `tokenize` of `@moe/trainer/tokenize` calls it in place of `encode`, likewise with `addSpecialTokens` and `parseSpecialTokens` false. */
   encodeBatch?(
     texts: readonly string[],
     options?: { addSpecialTokens?: boolean; parseSpecialTokens?: boolean; threads?: number },

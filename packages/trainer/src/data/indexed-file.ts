@@ -6,7 +6,7 @@
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs'
 import { isMoeError, MoeError } from '@moe/core'
 
-const MAGIC = Buffer.from('MMIDIDX\0\0', 'latin1')
+const MAGIC = 'MMIDIDX\0\0'
 const HEADER_BYTES = MAGIC.length + 8 + 1 + 8 + 8
 /** Types of ids by Megatron's codes. It has more of them, and writes these. */
 const idTypes = { 4: Int32Array, 8: Uint16Array } as const
@@ -24,7 +24,7 @@ export const idTypeFor = (vocabSize: number) => (vocabSize <= SHORT_IDS ? Uint16
 /** The content of a `NAME.idx` for documents of one sequence each, in parts. @param lengths in tokens */
 export function* indexOf(lengths: Int32Array, idBytes: 2 | 4): Generator<Uint8Array> {
   const header = Buffer.alloc(HEADER_BYTES)
-  MAGIC.copy(header)
+  header.write(MAGIC, 'latin1')
   header.writeBigUInt64LE(1n, 9)
   header.writeUInt8(idBytes === 2 ? 8 : 4, 17)
   header.writeBigUInt64LE(BigInt(lengths.length), 18)
@@ -110,7 +110,7 @@ export class IndexedFile {
 function readIndex(path: string, file: number, size: number) {
   const header = Buffer.alloc(Math.min(HEADER_BYTES, size))
   readFully(path, file, header, 0)
-  if (header.length < HEADER_BYTES || !header.subarray(0, MAGIC.length).equals(MAGIC))
+  if (header.length < HEADER_BYTES || header.toString('latin1', 0, MAGIC.length) !== MAGIC)
     throw broken(
       path,
       'it does not begin as an index of Megatron-LM does',

@@ -53,6 +53,6 @@ export class Sources {
       }
       before += this.sizes[file]
     }
-    yield { texts, next: { file: this.paths.length, at: 0 }, bytesRead: this.bytes }
+    if (texts.length > 0) yield { texts, next: { file: this.paths.length, at: 0 }, bytesRead: this.bytes }
   }
 }

@@ -1,2 +1,3 @@
 /** @file Public interface of @moe/trainer/tokenize. */
+export type { FimTokens } from './encoding.ts'
 export { type TokenizeOptions, type TokenizeProgress, type TokenizeResult, tokenize } from './tokenize.ts'

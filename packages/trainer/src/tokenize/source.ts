@@ -1,6 +1,7 @@
 /** @file Documents of a file, read bit by bit: text, JSON lines or Parquet, as it is or compressed. */
 import { isUtf8 } from 'node:buffer'
-import { createReadStream, type ReadStream } from 'node:fs'
+import { createReadStream, type ReadStream, statSync } from 'node:fs'
+import type { Transform } from 'node:stream'
 import * as zlib from 'node:zlib'
 import { MoeError } from '@moe/core'
 import { parquetTexts } from './parquet.ts'
@@ -122,33 +123,56 @@ interface Chunk {
 
 /** What a file holds from a byte on; of what is compressed, all before is unpacked and left out. */
 async function* bytesOf(path: string, from: number): AsyncGenerator<Chunk> {
-  const unpack = unpackerOf(path)
-  const file = createReadStream(path, { highWaterMark: CHUNK_BYTES, start: unpack === undefined ? from : 0 })
-  const before = unpack === undefined ? from : 0
-  let left = unpack === undefined ? 0 : from
+  const packing = /\.(gz|zst)$/i.exec(path)?.[1].toLowerCase()
+  if (packing === undefined) {
+    yield* streamed(createReadStream(path, { highWaterMark: CHUNK_BYTES, start: from }), from)
+    return
+  }
+  let left = from
+  for await (const { chunk, bytesRead } of packing === 'gz' ? unzipped(path) : unzstd(path)) {
+    const kept = chunk.subarray(Math.min(left, chunk.length))
+    left -= chunk.length - kept.length
+    if (kept.length > 0) yield { chunk: kept, bytesRead }
+  }
+}
+
+async function* unzipped(path: string): AsyncGenerator<Chunk> {
+  yield* streamed(
+    createReadStream(path, { highWaterMark: CHUNK_BYTES }),
+    0,
+    zlib.createGunzip({ chunkSize: CHUNK_BYTES }),
+  )
+}
+
+/** A stream ends with a frame, of which a file may have several: zlib of Node drops what is behind the first. */
+async function* unzstd(path: string): AsyncGenerator<Chunk> {
+  // Since Node 22.15.
+  if (zlib.createZstdDecompress === undefined) throw noZstandard(path)
+  const { size } = statSync(path)
+  for (let start = 0; start < size; ) {
+    const frame = zlib.createZstdDecompress({ chunkSize: CHUNK_BYTES })
+    yield* streamed(createReadStream(path, { highWaterMark: CHUNK_BYTES, start }), start, frame)
+    if (frame.bytesWritten === 0) throw unreadable(path, `there is no Zstandard frame at byte ${start}`)
+    start += frame.bytesWritten
+  }
+}
+
+/** Chunks of a file from `start` on, unpacked where there is something that does. */
+async function* streamed(file: ReadStream, start: number, unpack?: Transform): AsyncGenerator<Chunk> {
   if (unpack !== undefined) file.on('error', error => unpack.destroy(error))
-  const stream: ReadStream | zlib.Gunzip = unpack === undefined ? file : file.pipe(unpack)
+  const stream = unpack === undefined ? file : file.pipe(unpack)
   try {
-    for await (const chunk of stream as AsyncIterable<Buffer>) {
-      const kept = chunk.subarray(Math.min(left, chunk.length))
-      left -= chunk.length - kept.length
-      if (kept.length > 0) yield { chunk: kept, bytesRead: before + file.bytesRead }
-    }
+    for await (const chunk of stream as AsyncIterable<Buffer>) yield { chunk, bytesRead: start + file.bytesRead }
   } finally {
     file.destroy()
     stream.destroy()
   }
 }
 
-function unpackerOf(path: string): zlib.Gunzip | undefined {
-  if (/\.gz$/i.test(path)) return zlib.createGunzip({ chunkSize: CHUNK_BYTES })
-  if (!/\.zst$/i.test(path)) return undefined
-  // Since Node 22.15.
-  if (zlib.createZstdDecompress !== undefined) return zlib.createZstdDecompress({ chunkSize: CHUNK_BYTES })
-  throw new MoeError({
+const noZstandard = (path: string) =>
+  new MoeError({
     code: 'E_UNSUPPORTED',
     op: 'tokenize',
     problem: `this Node (${process.version}) does not unpack Zstandard, as ${path} needs`,
     fix: 'use Node 22.15 or newer, or unpack it with zstd -d',
   })
-}

@@ -1,0 +1,180 @@
+import { setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import fc from 'fast-check'
+import { beforeAll, describe, expect, test } from 'vitest'
+import { evaluate } from '../evaluate.ts'
+import type { EvaluationEvent, StartEvent, TrainEvent } from '../events.ts'
+import { progress } from '../report/progress.ts'
+import { BigramModel, letters, letterTexts } from '../test-model.ts'
+import { train } from '../train.ts'
+import { Interleaving } from './interleaving.ts'
+import { mixture } from './mixture.ts'
+import { TokenDataset } from './token-dataset.ts'
+import { TrainingOrder } from './training-order.ts'
+
+beforeAll(() => setDefaultBackend(referenceBackend()))
+
+const weights = fc.array(fc.double({ min: 0.01, max: 1, noNaN: true }), { minLength: 1, maxLength: 9 })
+const sharesOf = (list: readonly number[]) => list.map(weight => weight / list.reduce((sum, value) => sum + value, 0))
+
+describe('interleaving', () => {
+  test('gives every stretch the shares, but for a place or two of each halving, and numbers the places of a source', () => {
+    fc.assert(
+      fc.property(
+        weights,
+        fc.nat(1000),
+        fc.nat(2 ** 31),
+        fc.integer({ min: 1, max: 400 }),
+        (list, seed, from, length) => {
+          const shares = sharesOf(list)
+          const interleaving = new Interleaving(shares, seed)
+          const seen = interleaving.counts(from)
+          for (let place = from; place < from + length; place++) {
+            const { source, index } = interleaving.at(place)
+            expect(index).toBe(seen[source]++)
+          }
+          expect(seen).toEqual(interleaving.counts(from + length))
+          const before = interleaving.counts(from)
+          // A halving is off by less than one place in a stretch; what is off within a half is its share of that.
+          const most = 2 * Math.ceil(Math.log2(list.length) || 0) + 1e-6
+          for (const [i, count] of seen.entries())
+            expect(Math.abs(count - before[i] - shares[i] * length)).toBeLessThanOrEqual(most)
+        },
+      ),
+      { numRuns: 200 },
+    )
+  })
+})
+
+const texts = { web: letterTexts(30, 60, 3), code: letterTexts(8, 45, 4) }
+const held = { web: letterTexts(4, 50, 5), code: letterTexts(3, 70, 6) }
+const streams = (of: typeof texts) => ({
+  web: TokenDataset.fromTexts(of.web, letters),
+  code: TokenDataset.fromTexts(of.code, letters),
+})
+const [training, validation] = [streams(texts), streams(held)]
+const data = () =>
+  mixture({
+    web: { data: { training: training.web, validation: validation.web }, weight: 3 },
+    code: { data: { training: training.code, validation: validation.code }, weight: 1 },
+  })
+const sizes = { sequenceLength: 8, lookahead: 1, batchSize: 2, seed: 5 }
+
+describe('a mixture', () => {
+  test('deals rows of all sources to ranks, each source once an epoch of its own', () => {
+    const numbers = (from: number, length: number) =>
+      TokenDataset.fromTokens([Array.from({ length }, (_, i) => from + i)])
+    const parts = { web: numbers(0, 1900), code: numbers(5000, 366) }
+    const mixed = mixture({
+      web: { data: { training: parts.web }, weight: 3 },
+      code: { data: { training: parts.code }, weight: 1 },
+    }).training
+    const rows = (world: number, steps: number) => {
+      const orders = Array.from({ length: world }, (_, rank) => {
+        return new TrainingOrder(mixed, { ...sizes, batchSize: 4 / world, rank, world })
+      })
+      return Array.from({ length: steps }, (_, step) => orders.flatMap(order => order.step(step))).flatMap(batches =>
+        batches.flatMap(({ tokens, length }) =>
+          Array.from({ length: tokens.length / length }, (_, r) => tokens.slice(r * length, (r + 1) * length).join()),
+        ),
+      )
+    }
+    const one = rows(1, 200)
+    expect(rows(2, 200)).toEqual(one)
+    const own = (stream: TokenDataset) => {
+      const order = new TrainingOrder(stream, { ...sizes, batchSize: 1 })
+      return Array.from({ length: order.windows }, (_, step) => order.step(step)[0].tokens.join())
+    }
+    const [web, code] = [own(parts.web), own(parts.code)]
+    const ofCode = one.filter(row => code.includes(row))
+    const ofWeb = one.filter(row => web.includes(row))
+    expect(ofCode.length + ofWeb.length).toBe(800)
+    expect(Math.abs(ofCode.length - 200)).toBeLessThanOrEqual(1)
+    // Every window of the smaller source in each of its epochs, in another order.
+    const epochs = [0, 1].map(epoch => ofCode.slice(epoch * code.length, (epoch + 1) * code.length))
+    for (const epoch of epochs) expect([...epoch].sort()).toEqual([...code].sort())
+    expect(epochs[0]).not.toEqual(epochs[1])
+    const used = new TrainingOrder(mixed, { ...sizes, batchSize: 4 }).sources(200)
+    expect(used.map(({ name, windows }) => [name, windows])).toEqual([
+      ['web', ofWeb.length],
+      ['code', ofCode.length],
+    ])
+    expect(used[1].epochs).toBe(ofCode.length / code.length)
+  })
+
+  test('is told of by source: epochs at the start and in the result, held-out text in every measurement', async () => {
+    const events: TrainEvent[] = []
+    const lines: string[] = []
+    const drawn = progress({ stream: { write: text => lines.push(text) }, color: false })
+    const onEvent = (event: TrainEvent) => events.push(event)
+    const options = { data: data(), steps: 30, batchSize: 2, sequenceLength: 8, evalEvery: 10, evalTokens: 40 }
+    const run = await train(new BigramModel(), { ...options, tokenizer: letters, progress: drawn, onEvent })
+    const start = events[0] as StartEvent
+    expect(start.trainingTokens).toBe(training.web.length + training.code.length)
+    expect(start.validationTokens).toBe(validation.web.length + validation.code.length)
+    expect(start.sources).toMatchObject({
+      web: { share: 0.75, size: training.web.length },
+      code: { share: 0.25, tokens: 120 },
+    })
+    expect(start.sources?.['code'].epochs).toBe(15 / Math.ceil((training.code.length - 1) / 8))
+    expect(run.sources).toEqual(start.sources)
+    const measured = events.filter((event): event is EvaluationEvent => event.type === 'evaluation')
+    expect(measured.map(({ final }) => final)).toEqual([false, false, true])
+    for (const { sources } of measured) expect(Object.keys(sources ?? {})).toEqual(['web', 'code'])
+    expect(measured[0].tokens).toBeLessThan(measured[2].tokens)
+    expect(run.validation.sources).toEqual(measured[2].sources)
+    expect(lines.join('')).toMatch(/sources: web 75.0 % \(.* epochs of .*\), code 25.0 %/)
+    expect(lines.join('')).toMatch(/bits per byte \(web \d\.\d+, code \d\.\d+\)/)
+  })
+
+  test('is measured as its parts are, and as all of them together', async () => {
+    const model = new BigramModel()
+    const options = { sequenceLength: 8, batchSize: 2 }
+    const all = await evaluate(model, validation, options)
+    const [web, code] = [
+      await evaluate(model, validation.web, options),
+      await evaluate(model, validation.code, options),
+    ]
+    expect(all.sources).toEqual({
+      web: { loss: web.loss, bitsPerByte: web.bitsPerByte, tokens: web.tokens },
+      code: { loss: code.loss, bitsPerByte: code.bitsPerByte, tokens: code.tokens },
+    })
+    expect(all.tokens).toBe(web.tokens + code.tokens)
+    expect(all.loss).toBeCloseTo((web.loss * web.tokens + code.loss * code.tokens) / all.tokens, 12)
+    const bytes = [held.web.join('').length, held.code.join('').length]
+    expect(all.bitsPerByte).toBeCloseTo(
+      (web.bitsPerByte * bytes[0] + code.bitsPerByte * bytes[1]) / (bytes[0] + bytes[1]),
+      12,
+    )
+  })
+
+  test('is another run with other weights, and names what is wrong', async () => {
+    const start = async (weight: number) => {
+      let settings: StartEvent['settings'] = {}
+      const changed = mixture({ web: { data: training_('web'), weight }, code: { data: training_('code'), weight: 1 } })
+      const onEvent = (event: TrainEvent) => {
+        if (event.type === 'start') settings = event.settings
+      }
+      await train(new BigramModel(), {
+        data: changed,
+        steps: 1,
+        batchSize: 1,
+        sequenceLength: 8,
+        progress: false,
+        onEvent,
+      })
+      return settings['data']
+    }
+    const training_ = (name: 'web' | 'code') => ({ training: training[name] })
+    expect(await start(1)).toBe(await start(1))
+    expect(await start(1)).not.toBe(await start(2))
+    const refuses = (parts: unknown, message: RegExp) =>
+      expect(() => mixture(parts as Parameters<typeof mixture>[0])).toThrow(
+        expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(message) }),
+      )
+    refuses({}, /the sources are/)
+    refuses({ web: { data: training_('web'), weight: 0 } }, /weight of web is 0/)
+    refuses({ web: { data: texts.web, weight: 1 } }, /data of web has no tokens/)
+    refuses({ web: { data: training_('web'), weights: 1 } }, /weights/)
+  })
+})

@@ -1,0 +1,293 @@
+import {
+  closeSync,
+  mkdtempSync,
+  openSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  truncateSync,
+  writeFileSync,
+  writeSync,
+} from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import fc from 'fast-check'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import type { TrainEvent } from '../events.ts'
+import { BigramModel, letters, letterTexts } from '../test-model.ts'
+import { tokenize } from '../tokenize/index.ts'
+import { train } from '../train.ts'
+import { evaluationWindows } from './evaluation-windows.ts'
+import { indexOf } from './indexed-file.ts'
+import { batchOf } from './rows.ts'
+import { TokenDataset } from './token-dataset.ts'
+import { tokenFiles } from './token-files.ts'
+import { TrainingOrder } from './training-order.ts'
+
+let folder: string
+beforeAll(() => {
+  setDefaultBackend(referenceBackend())
+  folder = mkdtempSync(join(tmpdir(), 'tokens-'))
+})
+afterAll(() => rmSync(folder, { recursive: true, force: true }))
+
+let made = 0
+
+/** Files as Megatron-LM writes them (its `_IndexWriter`, by the code of these lines alone): any number of sequences in a document. */
+function megatron(documents: readonly (readonly number[][])[], { wide = false, modes = false } = {}): string {
+  const path = join(folder, `megatron-${made++}`)
+  const sequences = documents.flat()
+  const bytes = wide ? 4 : 2
+  const ids = sequences.flat()
+  writeFileSync(`${path}.bin`, wide ? Int32Array.from(ids) : Uint16Array.from(ids))
+  const longs = (values: readonly number[]) => BigInt64Array.from(values, BigInt)
+  const sumsBefore = (counts: readonly number[]) =>
+    counts.map((_, i) => counts.slice(0, i).reduce((sum, count) => sum + count, 0))
+  const pointers = sumsBefore(sequences.map(({ length }) => length * bytes))
+  const indices = sumsBefore([...documents.map(({ length }) => length), 0])
+  const parts = [
+    Buffer.from('MMIDIDX\0\0'),
+    BigUint64Array.of(1n),
+    Uint8Array.of(wide ? 4 : 8),
+    BigUint64Array.of(BigInt(sequences.length), BigInt(indices.length)),
+    Int32Array.from(sequences, ({ length }) => length),
+    longs(pointers),
+    longs(indices),
+    ...(modes ? [new Uint8Array(sequences.length)] : []),
+  ]
+  writeFileSync(
+    `${path}.idx`,
+    Buffer.concat(parts.map(part => Buffer.from(part.buffer, part.byteOffset, part.byteLength))),
+  )
+  return path
+}
+
+const whole = (documents: readonly number[][]) => documents.map(ids => [ids])
+const documentsOf = fc.array(fc.array(fc.nat(30), { minLength: 1, maxLength: 12 }), { minLength: 2, maxLength: 12 })
+
+describe('files of Megatron-LM', () => {
+  test('are read as the documents that they are, in any number of files', () => {
+    fc.assert(
+      fc.property(documentsOf, fc.nat(12), fc.boolean(), fc.boolean(), (documents, cut, wide, modes) => {
+        const parts = [documents.slice(0, cut), documents.slice(cut)].filter(part => part.length > 0)
+        const paths = parts.map(part => megatron(whole(part), { wide, modes }))
+        const { training } = tokenFiles([`${paths[0]}.bin`, ...paths.slice(1)], { vocabSize: 31 })
+        const memory = TokenDataset.fromTokens(documents, { vocabSize: 31 })
+        expect([training.length, training.documents, training.predictable]).toEqual([
+          memory.length,
+          memory.documents,
+          memory.predictable,
+        ])
+        for (let at = 0; at < memory.length; at++) {
+          expect([...training.read(at, memory.length - at)]).toEqual([...memory.tokens.subarray(at)])
+          expect(training.documentAt(at)).toBe(memory.documentAt(at))
+        }
+        for (let i = 0; i <= memory.documents; i++) expect(training.startOf(i)).toBe(memory.startOf(i))
+        training.close()
+      }),
+      { numRuns: 60 },
+    )
+  })
+
+  test('have documents of several sequences and of none', () => {
+    const path = megatron([[[1, 2], [3]], [], [[4]], [[]], [[], [5, 6]], []])
+    const { training, validation } = tokenFiles(path, { vocabSize: 7, validation: `${path}.idx` })
+    expect([...training.read(0, 6)]).toEqual([1, 2, 3, 4, 5, 6])
+    expect([0, 1, 2, 3].map(i => training.startOf(i))).toEqual([0, 3, 4, Number.POSITIVE_INFINITY])
+    expect(validation?.length).toBe(6)
+  })
+
+  test('are the bytes that are written here', () => {
+    const documents = [[1, 2, 3], [4], [5, 6]]
+    const bytes = Buffer.concat([
+      ...indexOf(
+        Int32Array.from(documents, ({ length }) => length),
+        2,
+      ),
+    ])
+    expect(bytes).toEqual(readFileSync(`${megatron(whole(documents))}.idx`))
+  })
+
+  test('that are damaged or of another kind are refused', () => {
+    const refuses = (change: (path: string) => void, message: RegExp, options: object = { vocabSize: 9 }) => {
+      const path = megatron([[[1, 2], [3]], [[8]]])
+      change(path)
+      expect(() => {
+        const { training } = tokenFiles(path, options)
+        training.read(0, training.length)
+      }, String(message)).toThrow(expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }))
+    }
+    const set = (at: number, value: number) => (path: string) => {
+      const bytes = readFileSync(`${path}.idx`)
+      bytes[at] = value
+      writeFileSync(`${path}.idx`, bytes)
+    }
+    refuses(path => rmSync(`${path}.idx`), /idx: it cannot be read/)
+    refuses(path => rmSync(`${path}.bin`), /bin: it cannot be read/)
+    refuses(path => truncateSync(`${path}.idx`, 20), /does not begin as an index/)
+    refuses(path => truncateSync(`${path}.idx`, 90), /it has 90 bytes, and 3 sequences in 2 documents need 94/)
+    refuses(path => truncateSync(`${path}.bin`, 7), /it has 7 bytes, and its index tells of 8/)
+    refuses(path => writeFileSync(`${path}.bin`, 'longer than that'), /use the .idx that belongs/)
+    refuses(set(0, 0), /does not begin/)
+    refuses(set(9, 2), /version 2/)
+    refuses(set(17, 6), /of type 6/)
+    refuses(set(25, 255), /sequences in 2 documents need/)
+    refuses(set(37, 255), /negative length/)
+    refuses(set(34, 1), /sequence 1 does not begin where/)
+    refuses(set(54, 9), /sequence 1 does not begin where/)
+    refuses(set(70, 1), /documents do not stand in order/)
+    refuses(set(78, 200), /documents do not stand in order/)
+    refuses(set(86, 2), /documents do not stand in order/)
+    refuses(() => {}, /token 3 is 8, outside the vocabulary of 8/, { vocabSize: 8 })
+    refuses(() => {}, /vocabSize is undefined/, {})
+    expect(() => tokenFiles(megatron([[[1]]]), { vocabSize: 9 })).toThrow(/has 1 tokens/)
+    expect(() => tokenFiles(megatron([]), { vocabSize: 9 })).toThrow(/has 0 tokens/)
+  })
+
+  test('hold more tokens than 32 bits count', () => {
+    const path = join(folder, 'large')
+    const lengths = Int32Array.of(2 ** 31 - 1, 2 ** 31 - 1, 2 ** 31 - 1, 5)
+    writeFileSync(`${path}.idx`, Buffer.concat([...indexOf(lengths, 2)]))
+    const length = 3 * (2 ** 31 - 1) + 5
+    // A sparse file: its end alone has tokens other than 0.
+    const file = openSync(`${path}.bin`, 'w')
+    writeSync(file, Uint16Array.of(1, 2, 3, 4, 5), 0, 10, 2 * (length - 5))
+    closeSync(file)
+    const { training } = tokenFiles(path, { vocabSize: 9 })
+    expect([training.length, training.documentAt(length - 1), training.startOf(3)]).toEqual([length, 3, length - 5])
+    expect([...training.read(length - 6, 6)]).toEqual([0, 1, 2, 3, 4, 5])
+    expect([...training.read(length - 6 - 2 ** 32, 2)]).toEqual([0, 0])
+    const sizes = { sequenceLength: 2 ** 20, lookahead: 1, batchSize: 1 }
+    expect(new TrainingOrder(training, sizes).windows).toBe(Math.ceil((length - 1) / 2 ** 20))
+    const batch = batchOf(training, [[length - 7]], 8, false)
+    expect([[...batch.tokens], [...batch.documents]]).toEqual([
+      [0, 0, 1, 2, 3, 4, 5, 0],
+      [2, 2, 3, 3, 3, 3, 3, -8],
+    ])
+    training.close()
+  })
+})
+
+const texts = letterTexts(20, 37)
+const heldOut = letterTexts(3, 60, 2)
+
+async function written(name: string, documents: readonly string[], options: object = {}): Promise<string> {
+  const out = join(folder, `${name}-${made++}`)
+  const path = `${out}.jsonl`
+  writeFileSync(path, documents.map(text => `${JSON.stringify({ text })}\n`).join(''))
+  await tokenize(path, { tokenizer: letters, out, threads: 1, shardTokens: 100, ...options })
+  return out
+}
+
+describe('training from files', () => {
+  test('sees the rows of the same documents in memory, on every rank, and measures the same', async () => {
+    const { training } = tokenFiles(await written('a', texts))
+    const memory = TokenDataset.fromTexts(texts, letters)
+    for (const isolate of [false, true]) {
+      for (const rank of [0, 1]) {
+        const options = {
+          sequenceLength: 8,
+          lookahead: 2,
+          batchSize: 3,
+          accumulate: 2,
+          seed: 4,
+          rank,
+          world: 2,
+          isolate,
+        }
+        const [files, inMemory] = [new TrainingOrder(training, options), new TrainingOrder(memory, options)]
+        for (let step = 0; step < 20; step++) expect(files.step(step)).toEqual(inMemory.step(step))
+      }
+    }
+    const options = { sequenceLength: 8, lookahead: 2, batchSize: 3 }
+    expect([...evaluationWindows(training, options)]).toEqual([...evaluationWindows(memory, options)])
+  })
+
+  test('has the losses of the same documents in memory, bit for bit', async () => {
+    const losses = async (data: Parameters<typeof train>[1]['data']) => {
+      const seen: number[] = []
+      const onEvent = (event: TrainEvent) => event.type === 'step' && seen.push(event.loss, event.gradNorm)
+      const options = { data, tokenizer: letters, steps: 12, batchSize: 2, sequenceLength: 8, progress: false, onEvent }
+      const { validation } = await train(new BigramModel(), options)
+      return [...seen, validation.loss, validation.bitsPerByte]
+    }
+    const training = tokenFiles(await written('b', texts)).training
+    const validation = tokenFiles(await written('b', heldOut)).training
+    expect(await losses({ training, validation })).toEqual(
+      await losses({
+        training: TokenDataset.fromTexts(texts, letters),
+        validation: TokenDataset.fromTexts(heldOut, letters),
+      }),
+    )
+  })
+
+  test('goes on with the same data alone, known by its content', async () => {
+    const out = join(folder, 'run')
+    const run = (path: string, steps: number, resume = false) =>
+      train(new BigramModel(), {
+        data: tokenFiles(path),
+        steps,
+        out,
+        resume,
+        schedule: () => 1,
+        batchSize: 2,
+        sequenceLength: 8,
+        progress: false,
+        allowChanges: false,
+      })
+    const first = await written('c', texts)
+    const same = await written('c', texts)
+    const other = await written('c', [...texts.slice(1), texts[0]])
+    const abort = new AbortController()
+    await train(new BigramModel(), {
+      data: tokenFiles(first),
+      steps: 6,
+      out,
+      schedule: () => 1,
+      batchSize: 2,
+      sequenceLength: 8,
+      progress: false,
+      signal: abort.signal,
+      onEvent: event => event.type === 'step' && event.step === 3 && abort.abort(),
+    })
+    await expect(run(other, 6, true)).rejects.toThrow(/data: saved with/)
+    expect((await run(same, 6, true)).steps).toBe(6)
+  })
+
+  test('refuses tokens of another tokenizer, and ids that the model has no embedding for', async () => {
+    const own = { ...letters, toJSON: () => ({ a: 1, b: [2] }) }
+    const data = tokenFiles(await written('d', texts, { tokenizer: own }))
+    const options = { data, steps: 1, batchSize: 1, sequenceLength: 8, progress: false }
+    await train(new BigramModel(), { ...options, tokenizer: { ...letters, toJSON: () => ({ b: [2], a: 1 }) } })
+    await expect(
+      train(new BigramModel(), { ...options, tokenizer: { ...letters, toJSON: () => ({ a: 2, b: [2] }) } }),
+    ).rejects.toThrow(/training tokens were made by another tokenizer/)
+  })
+
+  test('refuses a folder that is not finished, or of which a part is another one', async () => {
+    const path = await written('e', texts)
+    const manifest = JSON.parse(readFileSync(join(path, 'tokens.json'), 'utf8'))
+    const refuses = (changes: object, message: RegExp) => {
+      writeFileSync(join(path, 'tokens.json'), JSON.stringify({ ...manifest, ...changes }))
+      expect(() => tokenFiles(path)).toThrow(
+        expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
+      )
+    }
+    const { training } = manifest
+    const shards = (change: object) => ({ training: { ...training, shards: [{ ...training.shards[0], ...change }] } })
+    refuses({ format: 'x' }, /its format is "x"/)
+    refuses({ version: 2 }, /version 2/)
+    refuses({ vocabSize: -1 }, /vocabSize is -1/)
+    refuses({ eos: manifest.vocabSize }, /bos and eos/)
+    refuses({ training: null }, /training is no list/)
+    refuses(shards({ name: '../x' }), /training is no list/)
+    refuses(shards({ tokens: 7 }), /tells of 7 in/)
+    writeFileSync(join(path, 'tokens.json'), '{')
+    expect(() => tokenFiles(path)).toThrow(/no JSON/)
+    rmSync(join(path, 'tokens.json'))
+    expect(() => tokenFiles(path)).toThrow(/has no tokens.json/)
+    expect(readdirSync(path).length).toBeGreaterThan(10)
+  })
+})
