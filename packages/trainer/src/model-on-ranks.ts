@@ -15,7 +15,7 @@ import type { TokenBatch, TrainableModel } from './model.ts'
 import { findNonFinite, stepError } from './non-finite.ts'
 import { clipScale } from './optim/clip.ts'
 import type { Optimizer } from './optim/optimizer.ts'
-import { gatherValues, type SendingRanks } from './ranks.ts'
+import { gatherValues, type Ranks } from './ranks.ts'
 import type { StepNumbers, Steps } from './step-numbers.ts'
 
 /**
@@ -23,7 +23,7 @@ import type { StepNumbers, Steps } from './step-numbers.ts'
  */
 export interface ModelOnRanks {
   /** All ranks of the training, and messages between two of them. */
-  readonly ranks: SendingRanks
+  readonly ranks: Ranks & Required<Pick<Ranks, 'send' | 'receive'>>
   /** What this rank trains. Of the model's own parameters, those that it lacks are freed. */
   readonly parameters: readonly OwnParameter[]
   /** The rows of every step that this rank is given, as `TrainingOrder` has it: ranks with the same number have the same micro-batches. */

@@ -66,7 +66,7 @@ export interface TrainOptions extends AdamWOptions, DocumentTokens {
   readonly clip?: number
   /**
    * `'adamw'` (default), or `'muon'` for the hidden matrices and AdamW for the rest, both with the settings given
-   * here; or a function that makes another one from the model's parameters.
+   * here; or a function that makes another one from the model's parameters, or from those that this one of the `ranks` updates.
    */
   readonly optimizer?: 'adamw' | 'muon' | ((parameters: readonly NamedParameter[]) => Optimizer)
   /** Arithmetic of matrix products; in `'fp8'` those of linear layers and experts, the others in bf16. Default f32. */

@@ -20,8 +20,12 @@ export interface Ranks {
   allReduceInPlace?(tensors: readonly Tensor[]): Promise<void>
   /** `[n]` of every rank, one behind the other: `[size n]`, which belongs to the caller. */
   allGather(tensor: Tensor): Promise<Tensor>
-  /** With these four the optimizer is shared out: see `ParameterShare`. Without them every rank keeps all of its state, and takes the whole update. */
+  /**
+   * As `SharingRanks`. With this, `gatherShares`, `send` and `receive` the optimizer is shared out: each rank keeps the state of its share of the parameters, and updates it for all. Without them every rank keeps all of the state, and takes
+   * the whole update.
+   */
   reduceShares?: SharingRanks['reduceShares']
+  /** As `SharingRanks`. */
   gatherShares?: SharingRanks['gatherShares']
   /** To one rank, which receives in the order of sending. */
   send?(tensor: Tensor, to: number): Promise<void>
