@@ -96,17 +96,15 @@ export async function trainingStep(
       zeroGradients(trained)
     }
     const afterwards = async () => (await model.afterStep?.(ranks && (counts => ranks.allReduce(counts)))) ?? {}
-    // A recorded step is both at once, before ranks give each other weights.
-    const isBoth = share !== undefined && model.staged !== undefined
-    if (share === undefined) update()
-    else if (!isBoth) await share.update(update)
-    const after = isBoth
-      ? await share.update(async () => {
-          update()
-          return afterwards()
-        })
-      : await afterwards()
-    return { ...numbers, after }
+    const both = () => {
+      update()
+      return afterwards()
+    }
+    if (share === undefined) return { ...numbers, after: await both() }
+    // A recorded step is both at once, and weights are exchanged behind it: so they are here, as other ranks may replay.
+    if (model.staged !== undefined) return { ...numbers, after: await share.update(both) }
+    await share.update(update)
+    return { ...numbers, after: await afterwards() }
   } finally {
     for (const tensor of held) tensor.dispose()
     zeroGradients(trained)
