@@ -157,9 +157,9 @@ describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) 
 })
 
 describe.each([
-  ['stages', stages, 2, {}],
+  ['two pipelines', replicated, 4, {}],
   ['stages that lie on two ranks each', pipelined(dualPipe), 2, {}],
-  ['experts', experts, 2, {}],
+  ['two times experts on two ranks', expertsTwice, 4, {}],
   ['stages whose experts are spread', spread, 4, {}],
   ['rows', rows, 2, {}],
   ['rows, recorded', rows, 2, { record: true }],

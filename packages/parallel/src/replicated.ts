@@ -55,6 +55,13 @@ export class Replicated {
     })
   }
 
+  /** Has what this rank trains of gathered weights, as after a step: others are given it by `gather`. */
+  takeBack(): void {
+    if (this.#stepped) return
+    this.#stepped = true
+    for (const { share } of this.#groups) share?.takeAll()
+  }
+
   /** Gives all ranks the weights that the optimizers of others have changed. */
   async gather(): Promise<void> {
     if (!this.#stepped) return
@@ -63,16 +70,6 @@ export class Replicated {
       await share?.gather()
       share?.freeRows()
     }
-  }
-
-  /** Has this rank's weights in what `shareOut` gave, to be replaced there: `gather` gives them to all. All ranks call it. */
-  release(): void {
-    for (const { share } of this.#groups) {
-      // What the optimizer has stepped is newer than what the model has.
-      if (!this.#stepped) share?.takeRows()
-      share?.replaceAll()
-    }
-    this.#stepped = true
   }
 
   dispose(): void {

@@ -36,7 +36,7 @@ export class Averages {
     }
   }
 
-  /** Takes the model's weights for averages over `steps` steps. The model is to be filled anew. All ranks call it. */
+  /** Takes the weights of the model, which is whole, for averages over `steps` steps. All ranks call it. The model is to be filled anew. */
   async take(steps: number): Promise<void> {
     this.#exchange()
     this.#ema.steps = steps

@@ -49,7 +49,7 @@ export interface ModelOnRanks {
   shareOptimizer?(): void
   /** Gives the model on every rank all weights, until the next step. */
   gather(): Promise<void>
-  /** Takes this rank's weights back from the model where it has them, as `step` does, and frees the others. Those in `parameters` may be replaced then: `gather` gives them to all. */
+  /** Takes what this rank trains back from the model, which `gather` or a checkpoint has given all weights, and frees what it lacks. `parameters` may be changed then; `gather` gives them to all. */
   release(): void
 }
 

@@ -155,17 +155,18 @@ export class ParameterShare {
     }
   }
 
+  /** What `update` does before its step, of all parameters: `gather` then gives all ranks the weights of all, `freeRows` ends it. */
+  takeAll(): void {
+    this.#changing = new Set(this.#dealt.flat().map(({ named }) => named.parameter))
+    this.takeRows()
+  }
+
   /** Gives the parameters that are rows of one their weights. */
   takeRows(): void {
     for (const [i, { named, from, to }] of this.#dealt[this.#ranks.rank].entries()) {
       const { parameter } = this.parameters[i]
       if (parameter !== named.parameter) parameter.assign(noGrad(() => named.parameter.narrow(0, from, to)))
     }
-  }
-
-  /** Has the next `gather` give all weights, with or without a gradient: those of this rank are about to be replaced. All ranks call it. */
-  replaceAll(): void {
-    this.#changing = new Set(this.#dealt.flat().map(({ named }) => named.parameter))
   }
 
   /** Gives all ranks the weights that each has updated. */

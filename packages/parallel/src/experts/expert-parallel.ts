@@ -132,10 +132,10 @@ export class ExpertParallel<Batch> {
     await this.#shares.gather()
   }
 
-  /** Takes this rank's experts back from the model, which loses all, where it has them: after `gather`, or when it was loaded. Weights in `parameters` may be replaced then, until `gather` gives them to all. All ranks call it. */
+  /** Takes what this rank trains back from the model, which loses all experts: after `gather`, or when it was loaded. `parameters` may be changed then, and `gather` brings all again. */
   release(): void {
     this.#shares.takeOwn()
-    this.#replicated.release()
+    this.#replicated.takeBack()
   }
 
   /** Frees this rank's experts; the model stays. */

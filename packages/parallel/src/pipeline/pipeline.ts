@@ -188,21 +188,21 @@ export class Pipeline<Batch> {
     }
   }
 
-  /** Frees the weights of other ranks' stages, which the model has after `gather`, or when it was loaded. Weights in `parameters` may be replaced then, until `gather` gives them to all. All ranks call it. */
+  /** Takes what this rank trains back from the model, and frees the others' weights: after `gather`, or when it was loaded. `parameters` may be changed then, and `gather` brings all again. */
   release(): void {
     this.#takeOwn()
-    this.#replicated.release()
-  }
-
-  #takeOwn(): void {
-    this.#shares?.takeOwn()
-    this.#freeOthers()
+    this.#replicated.takeBack()
   }
 
   /** Frees this rank's part of experts that are shared out; the model stays. */
   dispose(): void {
     this.#replicated.dispose()
     this.#shares?.dispose()
+  }
+
+  #takeOwn(): void {
+    this.#shares?.takeOwn()
+    this.#freeOthers()
   }
 
   /** Stages lie on other ranks than the embedding: with other tokens there, the loss would be that of nothing. */
