@@ -8,6 +8,7 @@ import { afterAll, beforeEach, describe, expect, test } from 'vitest'
 import {
   type ContinuousBatchOptions,
   DeepSeek,
+  type DeepSeekConfigInput,
   type GenerateOptions,
   type Generation,
   type TokenLogProb,
@@ -76,6 +77,19 @@ async function expectTold(
     expect(new Set(likeliest.map(({ token }) => token)).size).toBe(Math.min(top, row.length))
     for (const same of likeliest.filter(other => other.token === token)) expect(same.logProb).toBe(logProb)
   }
+}
+
+const llama: DeepSeekConfigInput = {
+  model_type: 'llama',
+  vocab_size: 40,
+  hidden_size: 24,
+  intermediate_size: 32,
+  num_hidden_layers: 2,
+  num_attention_heads: 4,
+  num_key_value_heads: 2,
+  initializer_range: 0.3,
+  eos_token_id: null,
+  bos_token_id: null,
 }
 
 async function read(text: Generation<number>): Promise<number[]> {
@@ -227,6 +241,108 @@ describe.each([
   })
 })
 
+/** Texts that begin alike in many ways: examples for all, a question, answers of several lengths, some the beginning of others. */
+const examples = Array.from({ length: 40 }, (_, i) => (i * 11) % 40)
+const questions = [0, 1, 2].map(q => [...examples, ...prompt.slice(20 * q, 20 * q + 14 + 9 * q)])
+const answers = [[3], [3, 4], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [7, 1, 2], [9]]
+const asked = questions.flatMap(question => answers.map(answer => ({ question, text: [...question, ...answer] })))
+
+describe.each<[string, DeepSeekConfigInput]>([
+  ['latent attention', { ...tiny, max_position_embeddings: 256 }],
+  ['keys and values', { ...llama, max_position_embeddings: 256 }],
+])('texts that begin alike, %s', (_, config) => {
+  /** Tokens that passes read meanwhile. */
+  async function counted<T>(model: DeepSeek, run: () => Promise<T>): Promise<{ result: T; read: number }> {
+    const hidden = model.hidden.bind(model)
+    let read = 0
+    model.hidden = (ids, options) => {
+      read += ids.size
+      return hidden(ids, options)
+    }
+    const result = await run()
+    model.hidden = hidden
+    return { result, read }
+  }
+
+  test.each([
+    [4096, 16],
+    [64, 8],
+    [1, 4],
+    [4096, 1],
+  ])('are told of as if alone: passes of %i tokens, pages of %i', async (passTokens, pageSize) => {
+    const { handles } = reference.stats()
+    const model = new DeepSeek(config, { seed: 3 })
+    const texts = [...asked.map(({ text }) => text), [5], prompt, [...prompt.slice(0, 30), 1, 1], [6, 7], [6, 7]]
+    const from = [...asked.map(({ question }) => question.length), 0, 50, 30, 1, 2]
+    const before = { ...scoreLimits }
+    Object.assign(scoreLimits, { passTokens, pageSize })
+    const done: number[] = []
+    const scores = await model.score(texts, { top: 2, from, onProgress: share => done.push(share) })
+    Object.assign(scoreLimits, before)
+    for (const [i, text] of texts.entries()) {
+      const first = Math.max(1, from[i])
+      expect(scores[i].slice(0, first)).toEqual(new Array(Math.min(first, text.length)).fill(null))
+      await expectTold(model, text, first, scores[i].slice(first), 2)
+    }
+    expect(done.at(-1)).toBe(1)
+    expect(done).toEqual(done.toSorted((a, b) => a - b))
+    model.dispose()
+    expect(reference.stats().handles).toBe(handles)
+  })
+
+  test('read what they share once', async () => {
+    const model = new DeepSeek(config, { seed: 3 })
+    const texts = asked.map(({ text }) => text)
+    const from = asked.map(({ question }) => question.length)
+    const alone = await counted(model, () => Promise.all(texts.map(text => model.score([text]))))
+    const together = await counted(model, () => model.score(texts, { from }))
+    // Examples once, questions once, answers that another one begins with with that; up to a page of each is read again.
+    expect(alone.read).toBeGreaterThan(900)
+    expect(together.read).toBeLessThan(250)
+    // One token of each is told of: nothing but the question is read.
+    const letters = [1, 2, 3, 4].map(letter => [...questions[0], letter])
+    const last = await counted(model, () => model.score(letters, { from: letters.map(() => questions[0].length) }))
+    expect(last.read).toBe(questions[0].length)
+    expect(new Set(last.result.map(told => told.at(-1)?.logProb)).size).toBe(4)
+    // Where all is told of, all is read.
+    const whole = await counted(model, () => model.score(texts.slice(0, 2)))
+    expect(whole.read).toBe(texts[1].length - 1)
+    model.dispose()
+  })
+})
+
+test('scoring ends between two passes', async () => {
+  const { handles } = reference.stats()
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 256 }, { seed: 3 })
+  const before = { ...scoreLimits }
+  Object.assign(scoreLimits, { passTokens: 64 })
+  const controller = new AbortController()
+  const reason = new Error('enough')
+  const texts = asked.map(({ text }) => text)
+  const from = asked.map(({ question }) => question.length)
+  let passes = 0
+  const onProgress = () => {
+    passes++
+    controller.abort(reason)
+  }
+  const scoring = model.score(texts, { from, signal: controller.signal, onProgress })
+  await expect(scoring).rejects.toMatchObject({ code: 'E_ABORTED', cause: reason })
+  expect(passes).toBe(1)
+  Object.assign(scoreLimits, before)
+  model.dispose()
+  expect(reference.stats().handles).toBe(handles)
+})
+
+test('a text is as long as the context, and its last token one more', async () => {
+  const model = new DeepSeek({ ...tiny, max_position_embeddings: 64 }, { seed: 3 })
+  const [told] = await model.score([prompt.slice(0, 65)])
+  await expectTold(model, prompt.slice(0, 65), 0, told, 0)
+  await expect(model.score([[1], prompt.slice(0, 66)])).rejects.toThrow(
+    'text 1 has 66 tokens, and the context of the model 64, behind which one more is told of; cut it into pieces',
+  )
+  model.dispose()
+})
+
 test.each(['v3-base', 'v2-lite', 'llama-gqa'])('scores are those of transformers: %s', async name => {
   const folder = fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url))
   const file = await readSafetensors(`${folder}/expected.safetensors`)
@@ -261,6 +377,9 @@ test('what cannot be is refused', async () => {
   await expect(model.score('text' as never)).rejects.toThrow('no list of texts is given')
   await expect(model.score([[40]])).rejects.toThrow('token 0 is 40, outside the vocabulary of 40')
   await expect(model.score([[1]], { top: 0.5 })).rejects.toThrow('top = 0.5 is no number of tokens')
+  await expect(model.score([[1]], { from: [1, 2] })).rejects.toThrow('from = [1,2] is no list with a position for each')
+  await expect(model.score([[1]], { from: [-1] })).rejects.toThrow('from = [-1] is no list')
+  await expect(model.score([[1]], { from: 1 as never })).rejects.toThrow('from = 1 is no list')
   await expect(model.score([[1]], { topp: 1 } as never)).rejects.toThrow('did you mean top?')
   model.dispose()
   expect(reference.stats().handles).toBe(handles)

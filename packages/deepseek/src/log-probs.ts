@@ -58,12 +58,16 @@ export async function logProbsOf(logits: Tensor, tokens: readonly number[], top:
   }
 }
 
-/** What N hidden states of `[..., D]`, from number `from` on, say of the N tokens behind them. */
-export async function logProbsBehind(
+/** What hidden states of `[..., D]`, those whose numbers are `states`, say of as many tokens, each of the one behind it. */
+export async function logProbsAt(
   model: DeepSeek,
   hidden: Tensor,
   tokens: readonly number[],
-  { from, top, precision }: { readonly from: number; readonly top: number; readonly precision: Precision },
+  {
+    states,
+    top,
+    precision,
+  }: { readonly states: readonly number[]; readonly top: number; readonly precision: Precision },
 ): Promise<TokenLogProb[]> {
   const { hidden_size: features, vocab_size: vocabulary } = model.config
   const rows = Math.max(1, Math.floor(limits.logits / vocabulary))
@@ -71,8 +75,9 @@ export async function logProbsBehind(
   const result: TokenLogProb[] = []
   for (let start = 0; start < tokens.length; start += rows) {
     const end = Math.min(tokens.length, start + rows)
-    const head = () => model.lm_head.forward(hidden.reshape(flat).narrow(0, from + start, from + end))
-    const logits = keep(model.infer(head, { precision }))
+    const index = Int32Array.from(states.slice(start, end))
+    const chosen = () => hidden.reshape(flat).takeRows(fromHost(index, [index.length], 'i32', hidden.backend))
+    const logits = keep(model.infer(() => model.lm_head.forward(chosen()), { precision }))
     try {
       result.push(...(await logProbsOf(logits, tokens.slice(start, end), top)))
     } finally {
@@ -80,4 +85,14 @@ export async function logProbsBehind(
     }
   }
   return result
+}
+
+/** The same of N states in a row, from number `from` on. */
+export function logProbsBehind(
+  model: DeepSeek,
+  hidden: Tensor,
+  tokens: readonly number[],
+  { from, top, precision }: { readonly from: number; readonly top: number; readonly precision: Precision },
+): Promise<TokenLogProb[]> {
+  return logProbsAt(model, hidden, tokens, { states: Array.from(tokens, (_, i) => from + i), top, precision })
 }
