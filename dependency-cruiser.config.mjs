@@ -17,6 +17,8 @@ const edges = {
   // Its command opens tokenizers.
   trainer: ['core', 'checkpoint', 'tokenizer-bpe'],
   parallel: ['core'],
+  // So does that of evaluation.
+  evaluation: [...['core', 'deepseek', 'tokenizer-bpe'], ...['trainer', 'kernels-cuda', 'kernels-cpu', 'backend-tfjs']],
   // Its command opens folders and chooses a backend: it is an application.
   server: [...['core', 'deepseek', 'tokenizer-bpe'], ...['trainer', 'kernels-cuda', 'kernels-cpu', 'backend-tfjs']],
 }

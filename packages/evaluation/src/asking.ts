@@ -1,0 +1,92 @@
+/** @file A model that is asked. */
+import { MoeError, type Precision } from '@moe/core'
+import type { ContinuousBatch, ContinuousBatchOptions, DeepSeek, Generation, TextTurnOptions } from '@moe/deepseek'
+import { type EvaluationTokenizer, type Scored, TextEncoder } from './encode.ts'
+import type { Asking, Likelihood } from './judges.ts'
+
+/** What is asked of a model; a `DeepSeek` has it. */
+export interface EvaluatedModel {
+  /** Of its configuration, the tokens that it reads at most, and the token that begins texts. */
+  readonly config: { readonly max_position_embeddings: number; readonly bos_token_id?: number | null }
+  /** Ids at which a text ends. */
+  readonly endTokens: readonly number[]
+  /** As that of a `DeepSeek`. */
+  score: DeepSeek['score']
+  /** As that of a `DeepSeek`: for answers that are written. */
+  continuousBatch(options?: ContinuousBatchOptions): Pick<ContinuousBatch, 'generate' | 'dispose'>
+}
+
+interface AskingOptions {
+  readonly tokenizer: EvaluationTokenizer
+  readonly begin?: number | null
+  readonly prefix?: number
+  readonly precision?: Precision
+  readonly maxTexts?: number
+  readonly signal?: AbortSignal
+}
+
+export const abortedBy = (signal: AbortSignal): MoeError =>
+  new MoeError({ code: 'E_ABORTED', op: 'evaluateTask', problem: 'was aborted', cause: signal.reason })
+
+export class ModelAsking implements Asking {
+  readonly encoder: TextEncoder
+  readonly #model: EvaluatedModel
+  readonly #options: AskingOptions
+  /** Is told which share of what is asked is done. */
+  onProgress: (done: number) => void = () => undefined
+
+  constructor(model: EvaluatedModel, options: AskingOptions) {
+    this.#model = model
+    this.#options = options
+    const { max_position_embeddings: context, bos_token_id: bos } = model.config
+    const { tokenizer, begin, prefix = bos ?? model.endTokens[0] } = options
+    this.encoder = new TextEncoder({ tokenizer, context, begin, prefix })
+  }
+
+  async score(texts: readonly Scored[], greedy: boolean): Promise<Likelihood[]> {
+    const { precision, signal } = this.#options
+    const scores = await this.#model.score(
+      texts.map(({ ids }) => ids),
+      {
+        from: texts.map(({ from }) => from),
+        top: greedy ? 1 : 0,
+        precision,
+        signal,
+        onProgress: done => this.onProgress(done),
+      },
+    )
+    return scores.map((told, i) => {
+      const tokens = told.slice(texts[i].from).flatMap(one => one ?? [])
+      return {
+        logProb: tokens.reduce((sum, { logProb }) => sum + logProb, 0),
+        greedy: greedy && tokens.every(({ token, top }) => top[0].token === token),
+      }
+    })
+  }
+
+  async write(
+    prompts: ReadonlyArray<readonly number[]>,
+    options: Pick<TextTurnOptions, 'maxTokens' | 'stop'>,
+  ): Promise<string[]> {
+    const { tokenizer, precision, signal, maxTexts } = this.#options
+    const batch = this.#model.continuousBatch({ precision, maxTexts })
+    let done = 0
+    try {
+      return await Promise.all(
+        prompts.map(async prompt => {
+          const text = await allOf(batch.generate(prompt, { ...options, tokenizer, signal }))
+          this.onProgress(++done / prompts.length)
+          return text
+        }),
+      )
+    } finally {
+      batch.dispose()
+    }
+  }
+}
+
+async function allOf(generation: Generation<string>): Promise<string> {
+  let text = ''
+  for await (const part of generation) text += part
+  return text
+}

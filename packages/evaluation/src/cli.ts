@@ -1,0 +1,213 @@
+#!/usr/bin/env node
+/** @file The command `moe-evaluate`: what a model is worth. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. */
+import { createHash } from 'node:crypto'
+import { closeSync, openSync, readFileSync, writeSync } from 'node:fs'
+import { parseArgs } from 'node:util'
+import { firstAvailable, isMoeError, precisions, setDefaultBackend, type WeightFormat, weightBytes } from '@moe/core'
+import { evaluateTask } from './evaluate-task.ts'
+import { openModel } from './open-model.ts'
+import { progressLine, resultTable } from './report.ts'
+import type { Task } from './task.ts'
+import { readTask } from './task-file.ts'
+import { tasks } from './tasks.ts'
+
+const HELP = `moe-evaluate FOLDER --task NAME=FILE [options]: what a model is worth.
+
+  FOLDER              a model (config.json, *.safetensors, tokenizer.json), or a run, whose latest checkpoint it takes
+
+  --task NAME=FILE    may be repeated. NAME is one of ${Object.keys(tasks).slice(0, 5).join(', ')},
+                      ${Object.keys(tasks).slice(5).join(', ')}, or the path of a .json file that defines one;
+                      FILE its items: .jsonl, an object a line, or of text any file
+  --examples NAME=FILE  where the examples of a task come from (default: its other items)
+  --shots N           examples in front of each item (default: what the task says)
+  --draw HOW          which ones: each (drawn for each item), once (for all: faster), first
+  --seed N            of the drawing (default 0)
+  --limit N           only the first N items
+  --weights F         store weights as bf16, fp8, int8 or int4: faster, smaller, less exact
+  --precision P       f32, bf16 or fp8 arithmetic in matrix products (default: bf16 with --weights, else f32)
+  --begin TOKEN       the token that texts begin with, or none (default: what the tokenizer's files say)
+  --max-texts N       answers that are written at once (default 8)
+  --threads N         of the CPU (default: one a core)
+  --items FILE        write what each item came to, an object a line
+  --json              results as JSON, with all that is needed to repeat them
+  --quiet             no progress
+  --version           of the package
+  --help              this text
+`
+
+class UsageError extends Error {}
+
+interface Asked {
+  readonly task: Task
+  readonly file: string
+  readonly examples: string | undefined
+}
+
+function readArguments() {
+  const { values, positionals } = parseArgs({
+    allowPositionals: true,
+    options: {
+      task: { type: 'string', multiple: true, default: [] },
+      examples: { type: 'string', multiple: true, default: [] },
+      shots: { type: 'string' },
+      draw: { type: 'string' },
+      seed: { type: 'string' },
+      limit: { type: 'string' },
+      weights: { type: 'string' },
+      precision: { type: 'string' },
+      begin: { type: 'string' },
+      'max-texts': { type: 'string' },
+      threads: { type: 'string' },
+      items: { type: 'string' },
+      json: { type: 'boolean', default: false },
+      quiet: { type: 'boolean', default: false },
+      version: { type: 'boolean', default: false },
+      help: { type: 'boolean', short: 'h', default: false },
+    },
+  })
+  const number = (name: 'shots' | 'seed' | 'limit' | 'max-texts' | 'threads', least: number) => {
+    const text = values[name]
+    if (text === undefined) return undefined
+    const value = Number(text)
+    if (/^\d+$/.test(text) && value >= least && Number.isSafeInteger(value)) return value
+    throw new UsageError(`--${name} is "${text}", needs a whole number from ${least}`)
+  }
+  const oneOf = <T extends string>(name: 'weights' | 'precision' | 'draw', known: readonly T[]) => {
+    const value = known.find(choice => choice === values[name])
+    if (values[name] === undefined || value !== undefined) return value
+    throw new UsageError(`--${name} is "${values[name]}", needs one of ${known.join(', ')}`)
+  }
+  return {
+    ...values,
+    positionals,
+    shots: number('shots', 0),
+    seed: number('seed', 0),
+    limit: number('limit', 1),
+    maxTexts: number('max-texts', 1),
+    threads: number('threads', 1),
+    draw: oneOf('draw', ['each', 'once', 'first'] as const),
+    weights: oneOf<WeightFormat>('weights', ['bf16', 'fp8', 'int8', 'int4']),
+    precision: oneOf('precision', precisions),
+  }
+}
+
+/** `NAME=FILE`, by name. */
+function pairs(option: string, given: readonly string[]): Array<readonly [name: string, file: string]> {
+  return given.map(text => {
+    const at = text.indexOf('=')
+    if (at > 0 && at < text.length - 1) return [text.slice(0, at), text.slice(at + 1)]
+    throw new UsageError(`--${option} is "${text}", needs NAME=FILE`)
+  })
+}
+
+async function askedTasks(options: ReturnType<typeof readArguments>): Promise<Asked[]> {
+  const given = pairs('task', options.task)
+  if (given.length === 0) throw new UsageError('which task?')
+  const examples = new Map(pairs('examples', options.examples))
+  for (const name of examples.keys()) {
+    if (!given.some(([known]) => known === name)) throw new UsageError(`--examples ${name}: there is no such --task`)
+  }
+  const taskNamed = async (name: string): Promise<Task> => {
+    if (Object.hasOwn(tasks, name)) return tasks[name as keyof typeof tasks]
+    if (name.endsWith('.json')) return readTask(name)
+    throw new UsageError(`there is no task ${name}, which is one of ${Object.keys(tasks).join(', ')} or a .json file`)
+  }
+  return Promise.all(
+    given.map(async ([name, file]) => ({ task: await taskNamed(name), file, examples: examples.get(name) })),
+  )
+}
+
+const packageFile: { name: string; version: string } = JSON.parse(
+  readFileSync(new URL('../package.json', import.meta.url), 'utf8'),
+)
+
+async function main(options: ReturnType<typeof readArguments>): Promise<void> {
+  const { positionals, json, quiet, threads, shots, draw, seed, limit, maxTexts, weights, precision } = options
+  const [folder, ...more] = positionals
+  if (folder === undefined) throw new UsageError('which model?')
+  if (more.length > 0) throw new UsageError('it evaluates one folder')
+  const asked = await askedTasks(options)
+  // What cannot be read is told before a model is opened.
+  const files = new Map(
+    asked.flatMap(({ file, examples }) => [file, examples ?? []].flat()).map(path => [path, digest(path)]),
+  )
+  const interrupt = new AbortController()
+  process.once('SIGINT', () => interrupt.abort())
+  const backend = await firstAvailable([
+    () => import('@moe/kernels-cuda'),
+    async () => {
+      const { createBackend } = await import('@moe/kernels-cpu')
+      return { createBackend: () => createBackend({ threads }) }
+    },
+    () => import('@moe/backend-tfjs'),
+  ])
+  setDefaultBackend(backend)
+  const { path, model, tokenizer, begin, prefix } = await openModel(folder, { weights, begin: options.begin })
+  const items = options.items === undefined ? null : openSync(options.items, 'w')
+  const date = new Date().toISOString()
+  const results = []
+  for (const { task, file, examples } of asked) {
+    const started = performance.now()
+    const result = await evaluateTask(model, task, file, {
+      ...{ tokenizer, begin, prefix, examples, shots, draw, seed, limit, maxTexts, precision },
+      signal: interrupt.signal,
+      onProgress: done => {
+        if (!quiet) showProgress(progressLine(task.name, done, (performance.now() - started) / 1000))
+      },
+      onItem: item => {
+        if (items !== null) writeSync(items, `${JSON.stringify({ task: task.name, ...item })}\n`)
+      },
+    })
+    const sources = { ...result, file: files.get(file), ...(examples && { examples: files.get(examples) }) }
+    results.push({ ...sources, ...(limit && { limit }), definition: task })
+  }
+  if (items !== null) closeSync(items)
+  if (!quiet) showProgress('')
+  if (json) {
+    const { elements, bytes } = weightBytes(model)
+    const how = { weights: weights ?? 'f32', precision, begin, prefix, backend: backend.name, device: backend.device }
+    const { name, version } = packageFile
+    const judged = { folder, path, parameters: elements, bytes, ...how }
+    process.stdout.write(`${JSON.stringify({ package: { name, version }, date, model: judged, results }, null, 2)}\n`)
+  } else process.stdout.write(resultTable(results))
+  for (const { task, cut } of results) {
+    if (cut > 0 && !quiet)
+      process.stderr.write(`note: ${cut} items of ${task} are longer than the context, and lost their beginning\n`)
+  }
+  model.dispose()
+}
+
+const digest = (path: string) => {
+  const content = readFileSync(path)
+  return { path, bytes: content.length, sha256: createHash('sha256').update(content).digest('hex') }
+}
+
+let shown = 0
+function showProgress(line: string): void {
+  if (!process.stderr.isTTY || (line !== '' && performance.now() - shown < 100)) return
+  shown = performance.now()
+  process.stderr.write(`\r\x1b[K${line}`)
+}
+
+function fail(error: unknown, json: boolean): void {
+  const code = isMoeError(error) ? error.code : (error as NodeJS.ErrnoException).code
+  const usage = error instanceof UsageError || /^ERR_PARSE_ARGS/.test(`${code}`)
+  // Node goes on about arguments that begin with a dash.
+  const message =
+    error instanceof Error ? error.message.replace(/^Unknown option '(.+?)'.*/s, 'there is no option $1') : `${error}`
+  if (json) process.stdout.write(`${JSON.stringify({ error: { code: usage ? 'E_USAGE' : code, message } })}\n`)
+  else process.stderr.write(`moe-evaluate: ${message}\n${usage ? 'See moe-evaluate --help.\n' : ''}`)
+  process.exitCode = usage ? 2 : code === 'E_ABORTED' ? 130 : 1
+}
+
+// Whoever reads the output may have had enough of it, as in `| head`.
+process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
+
+try {
+  const options = readArguments()
+  if (options.help) process.stdout.write(HELP)
+  else if (options.version) process.stdout.write(`${packageFile.version}\n`)
+  else await main(options)
+} catch (error) {
+  fail(error, process.argv.includes('--json'))
+}

@@ -1,0 +1,159 @@
+/** @file Fields of items: by name, by template, by function. */
+import { Template } from '@huggingface/jinja'
+import { isMoeError, MoeError, shown } from '@moe/core'
+import type { Field, Item, ListField } from './task.ts'
+
+/** An item, and where it stands. */
+export interface PlacedItem {
+  readonly fields: Item
+  /** File and line. */
+  readonly place: string
+}
+
+export const wrong = (place: string, problem: string, fix?: string, cause?: unknown): MoeError =>
+  new MoeError({ code: 'E_DATA', op: place, problem, fix, cause })
+
+/** Reads a field of items. `name` is that of the field in the task. @throws MoeError E_DATA with the item's place */
+export type Reader<T> = (item: PlacedItem) => T
+
+/** The text that a field says. */
+export const textReader = (name: string, field: Field<string>): Reader<string> => {
+  const read = reader(name, field)
+  return item => asText(name, item, read(item))
+}
+
+/** A text, or a list of them. */
+export const textsReader = (
+  name: string,
+  field: ListField | Field<string | readonly string[]>,
+): Reader<string | readonly string[]> => {
+  const read = Array.isArray(field) ? () => field : reader(name, field as Field<unknown>)
+  return item => {
+    const value = read(item)
+    return Array.isArray(value) ? asList(name, item, value) : asText(name, item, value)
+  }
+}
+
+/** A list of texts. */
+export const listReader = (name: string, field: ListField): Reader<readonly string[]> => {
+  const read = textsReader(name, field)
+  return item => {
+    const value = read(item)
+    if (typeof value !== 'string') return value
+    throw wrong(item.place, `${name} is ${shown(value)}, and no list`)
+  }
+}
+
+/** A text or a number. */
+export const answerReader = (name: string, field: Field<string | number>): Reader<string | number> => {
+  const read = reader(name, field)
+  return item => {
+    const value = read(item)
+    return typeof value === 'number' ? value : asText(name, item, value)
+  }
+}
+
+function asText(name: string, { place }: PlacedItem, value: unknown): string {
+  if (typeof value === 'string') return value
+  if (typeof value === 'number') return String(value)
+  throw wrong(place, `${name} is ${shown(value)}, and no text`)
+}
+
+function asList(name: string, item: PlacedItem, value: readonly unknown[]): readonly string[] {
+  if (value.length === 0) throw wrong(item.place, `${name} is an empty list`)
+  return value.map((one, i) => asText(`${name}[${i}]`, item, one))
+}
+
+function reader(name: string, field: Field<unknown>): Reader<unknown> {
+  if (typeof field === 'function') {
+    return ({ fields, place }) => {
+      try {
+        return field(fields)
+      } catch (error) {
+        if (isMoeError(error) && error.op !== FIELD) throw error
+        const problem = isMoeError(error) ? error.problem : (error as Error).message
+        throw wrong(place, `${name}: ${problem}`, undefined, error)
+      }
+    }
+  }
+  if (typeof field !== 'string') {
+    throw new MoeError({
+      code: 'E_CONFIG',
+      op: 'evaluateTask',
+      problem: `${name} of the task is ${shown(field)}`,
+      fix: 'pass the name of a field, a template such as "{{question}}", or a function of an item',
+    })
+  }
+  return /\{\{|\{%/.test(field) ? templateReader(name, field) : pathReader(name, field)
+}
+
+function pathReader(name: string, path: string): Reader<unknown> {
+  const keys = path.split('.')
+  return ({ fields, place }) => {
+    let value: unknown = fields
+    for (const key of keys) value = Object(value) === value ? (value as Item)[key] : undefined
+    if (value !== undefined && value !== null) return value
+    throw wrong(place, `has no ${path}, which is ${name} of the task`, `it has ${Object.keys(fields).join(', ')}`)
+  }
+}
+
+function templateReader(name: string, source: string): Reader<unknown> {
+  // An expression alone gives its value; of a text, a line feed at the end is kept.
+  const [, expression] = /^\{\{((?:(?!\}\}|\{\{)[\s\S])*)\}\}$/.exec(source) ?? []
+  let template: Template
+  let names: ReadonlySet<string>
+  try {
+    template = new Template(expression === undefined ? source.replace(/\n$/, '\n\n') : `{{ (${expression}) | tojson }}`)
+    names = freeNames(template.parsed)
+  } catch (cause) {
+    const problem = `${name} of the task is no template: ${(cause as Error).message}`
+    throw new MoeError({ code: 'E_CONFIG', op: 'evaluateTask', problem, cause })
+  }
+  return ({ fields, place }) => {
+    for (const field of names) {
+      if (fields[field] !== undefined && fields[field] !== null) continue
+      throw wrong(place, `has no ${field}, which ${name} of the task needs`, `it has ${Object.keys(fields).join(', ')}`)
+    }
+    try {
+      const text = template.render({ ...fields })
+      return expression === undefined ? text : JSON.parse(text)
+    } catch (cause) {
+      throw wrong(place, `${name}: ${(cause as Error).message}`, undefined, cause)
+    }
+  }
+}
+
+/** Variables of a template that it does not set itself, but for those that it asks whether they are there. */
+function freeNames(program: unknown): Set<string> {
+  const used = new Set<string>()
+  const own = new Set(['loop', 'range', 'namespace', 'true', 'false', 'none', 'True', 'False', 'None'])
+  const visit = (node: unknown): void => {
+    if (Array.isArray(node)) for (const one of node) visit(one)
+    if (Array.isArray(node) || Object(node) !== node) return
+    const { type, ...parts } = node as Readonly<Record<string, unknown>>
+    if (type === 'Identifier') used.add(parts.value as string)
+    else if (type === 'MemberExpression') visit([parts.object, parts.computed ? parts.property : null])
+    else if (type === 'FilterExpression') visit([parts.operand, (parts.filter as { args?: unknown }).args])
+    else if (type === 'KeywordArgumentExpression') visit(parts.value)
+    else if (type === 'TestExpression') return
+    else {
+      for (const target of [parts.loopvar, parts.assignee]) {
+        for (const { value } of [target ?? []].flat() as { value?: unknown }[]) own.add(value as string)
+      }
+      visit(Object.values(parts))
+    }
+  }
+  visit(program)
+  return new Set([...used].filter(name => !own.has(name)))
+}
+
+/** What an error of `fieldOf` names before its item's place is known. */
+const FIELD = 'item'
+
+/** A field of an item that must be a text, for functions of tasks. @throws MoeError E_DATA */
+export function fieldOf(item: Item, name: string): string {
+  const value = item[name]
+  if (typeof value === 'string') return value
+  const problem = value === undefined ? `it has no ${name}` : `${name} is ${shown(value)}, and no text`
+  throw wrong(FIELD, problem, `it has ${Object.keys(item).join(', ')}`)
+}

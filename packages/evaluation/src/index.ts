@@ -1,0 +1,28 @@
+/** @file Public interface of @moe/evaluation. */
+export type { EvaluatedModel } from './asking.ts'
+export type { EvaluationTokenizer } from './encode.ts'
+export {
+  type EvaluateTaskOptions,
+  evaluateTask,
+  type ItemResult,
+  type Summary,
+  type TaskResult,
+} from './evaluate-task.ts'
+export type { ItemSource } from './items.ts'
+export type { Judged } from './judges.ts'
+export type { ItemMetrics, Metric } from './metrics.ts'
+export type {
+  ChoiceTask,
+  ContinuationTask,
+  ExampleDraw,
+  Field,
+  GenerationTask,
+  Item,
+  ListField,
+  Match,
+  Task,
+  TaskTexts,
+  TextTask,
+} from './task.ts'
+export { readTask } from './task-file.ts'
+export { tasks } from './tasks.ts'

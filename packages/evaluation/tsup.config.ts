@@ -1,0 +1,3 @@
+import { library } from '../../scripts/tsup-preset.ts'
+
+export default library({ index: 'src/index.ts', cli: 'src/cli.ts' })
