@@ -115,8 +115,8 @@ const gsm8k: GenerationTask = {
   stop: ['Question:', '</s>', '<|im_end|>'],
   matches: Object.fromEntries(
     Object.entries({
-      strict: { extract: '#### (-?[0-9.,]+)' },
-      flexible: { extract: '(-?[$0-9.,]{2,})|(-?[0-9]+)', pick: 'last' as const },
+      'strict-match': { extract: '#### (-?[0-9.,]+)' },
+      'flexible-extract': { extract: '(-?[$0-9.,]{2,})|(-?[0-9]+)', pick: 'last' as const },
     }).map(([name, match]) => [
       `exact_match,${name}`,
       { ...match, ignore: [',', '\\$', '[\\s\\S]*#### ', '\\.$'], ignoreCase: true },

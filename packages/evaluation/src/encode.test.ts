@@ -1,0 +1,101 @@
+import { trainBpe } from '@moe/tokenizer-bpe'
+import { describe, expect, test } from 'vitest'
+import { TextEncoder } from './encode.ts'
+import { characters, textOf } from './test-model.ts'
+
+const BEGIN = '^'.codePointAt(0) as number
+const encoder = (options: { begin?: number | null; prefix?: number; context?: number } = {}) =>
+  new TextEncoder({ tokenizer: characters, begin: null, prefix: BEGIN, context: 100, ...options })
+
+const split = ({ ids, from, cut }: { ids: readonly number[]; from: number; cut: boolean }) => [
+  textOf(ids.slice(0, from)),
+  textOf(ids.slice(from)),
+  cut,
+]
+
+describe('a context and what it goes on with', () => {
+  test('white space between them belongs to the latter', () => {
+    expect(split(encoder().pair('a b', ' c', ''))).toEqual(['a b', ' c', false])
+    expect(split(encoder().pair('a b \n', 'c', ''))).toEqual(['a b', ' \nc', false])
+  })
+
+  test('are encoded as one text, and cut where the context alone ends', () => {
+    const tokenizer = trainBpe(['ab ab ab ab abc abc abc abcd abcd abcd'], { vocabSize: 300, minFrequency: 1 })
+    const own = new TextEncoder({ tokenizer, begin: null, prefix: 0, context: 100 })
+    const ids = Array.from(tokenizer.encode('ab abcd'))
+    const apart = [...tokenizer.encode('ab ab'), ...tokenizer.encode('cd')]
+    expect(ids).not.toEqual(apart)
+    // "ab" and " abcd": what the context alone has two tokens of is all of them.
+    expect(() => own.pair('ab ab', 'cd', 'here')).toThrow('here: "cd" has no tokens behind its context')
+    expect(own.pair('ab ab', 'cd ab', '')).toEqual({ ids: [...ids, ...tokenizer.encode(' ab')], from: 2, cut: false })
+  })
+
+  test('behind no context stands the prefix, or the token that begins texts', () => {
+    expect(split(encoder().pair('', 'xy', ''))).toEqual(['^', 'xy', false])
+    expect(split(encoder().pair('  ', 'xy', ''))).toEqual(['^', '  xy', false])
+    expect(split(encoder().pair('', '^xy', ''))).toEqual(['^', 'xy', false])
+    expect(split(encoder({ begin: 36 }).pair('', 'xy', ''))).toEqual(['$', 'xy', false])
+    expect(() => encoder({ prefix: undefined }).pair('', 'xy', '')).toThrow('pass prefix: the id of a token')
+  })
+
+  test('begin with what begins texts, once', () => {
+    expect(split(encoder({ begin: 36 }).pair('ab', ' c', ''))).toEqual(['$ab', ' c', false])
+    expect(split(encoder({ begin: 36 }).pair('$ab', ' c', ''))).toEqual(['$ab', ' c', false])
+    const tokenizer = {
+      ...characters,
+      encode: (text: string, options?: { addSpecialTokens?: boolean }) =>
+        characters.encode(options?.addSpecialTokens === false ? text : `$${text}`),
+    }
+    const own = new TextEncoder({ tokenizer, begin: undefined, prefix: BEGIN, context: 100 })
+    expect(split(own.pair('ab', ' c', ''))).toEqual(['$ab', ' c', false])
+    expect(split(own.pair('', 'c', ''))).toEqual(['$', 'c', false])
+    expect(own.windows('ab').map(split)).toEqual([['$', 'ab', false]])
+  })
+
+  test('lose tokens on the left where they are longer than the context, and the last one is not read', () => {
+    expect(split(encoder({ context: 5 }).pair('abcd', 'ef', ''))).toEqual(['abcd', 'ef', false])
+    expect(split(encoder({ context: 5 }).pair('abcde', 'fg', ''))).toEqual(['bcde', 'fg', true])
+    expect(split(encoder({ context: 2 }).pair('abcde', 'fg', ''))).toEqual(['e', 'fg', true])
+    expect(() => encoder({ context: 2 }).pair('a', 'efg', 'here')).toThrow(
+      'here: an answer has 3 tokens, and the context of the model 2',
+    )
+    expect(() => encoder().pair('a', '', 'here')).toThrow('here: "" has no tokens behind its context')
+  })
+})
+
+test('a prompt leaves room for what is written behind it', () => {
+  expect(encoder({ context: 5 }).prompt('abc', 2)).toEqual({ ids: [97, 98, 99], cut: false })
+  expect(encoder({ context: 5 }).prompt('abcd', 2)).toEqual({ ids: [98, 99, 100], cut: true })
+  expect(() => encoder({ context: 5 }).prompt('abcd', 5)).toThrow('leave no room for a prompt in a context of 5')
+})
+
+describe('a whole text', () => {
+  test('goes in pieces that predict each token once', () => {
+    const pieces = (text: string) => encoder({ context: 4 }).windows(text).map(split)
+    expect(pieces('')).toEqual([])
+    expect(pieces('abc')).toEqual([['^', 'abc', false]])
+    expect(pieces('abcd')).toEqual([['^', 'abcd', false]])
+    // The last piece has what there is room for in front of it.
+    expect(pieces('abcde')).toEqual([
+      ['^', 'abcd', false],
+      ['abcd', 'e', false],
+    ])
+    expect(pieces('abcdefghij')).toEqual([
+      ['^', 'abcd', false],
+      ['d', 'efgh', false],
+      ['fgh', 'ij', false],
+    ])
+  })
+
+  test.each([1, 2, 3, 7])('of any length, context %i', context => {
+    for (let length = 0; length < 30; length++) {
+      const text = Array.from({ length }, (_, i) => String.fromCodePoint(200 + i)).join('')
+      const pieces = encoder({ context }).windows(text)
+      expect(pieces.map(piece => split(piece)[1]).join('')).toBe(text)
+      for (const { ids, from } of pieces) {
+        expect(from).toBeGreaterThan(0)
+        expect(ids.length).toBeLessThanOrEqual(context + 1)
+      }
+    }
+  })
+})

@@ -1,0 +1,432 @@
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fromHost, setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { DeepSeek, presets } from '@moe/deepseek'
+import { trainBpe } from '@moe/tokenizer-bpe'
+import { afterAll, beforeAll, describe, expect, onTestFinished, test } from 'vitest'
+import {
+  type ChoiceTask,
+  type EvaluateTaskOptions,
+  evaluateTask,
+  type ItemResult,
+  readTask,
+  type Task,
+  tasks,
+} from './index.ts'
+import { characters, knownModel } from './test-model.ts'
+
+const options: EvaluateTaskOptions = { tokenizer: characters, begin: null, prefix: 94 }
+
+/** How likely a character is depends on itself alone. */
+const byCharacter = (nats: Readonly<Record<string, number>>) =>
+  knownModel({ logProb: (_, next) => -(nats[next] ?? 10) })
+
+describe('numbers that are known', () => {
+  const choice: ChoiceTask = { name: 'own', kind: 'choice', context: 'q', choices: 'c', answer: 'a' }
+  const { model } = byCharacter({ ' ': 0, a: 1, b: 1.5, é: 0.75 })
+
+  test('of choices: sums, by characters, by bytes', async () => {
+    const items: ItemResult[] = []
+    const lines = [
+      // -4, -1.5: the second; by their lengths -1 and -1.5, the first.
+      { q: 'x', c: ['aaaa', 'b'], a: 0 },
+      // -1.5, -1, and by characters -0.75, -1; by bytes -0.375, -1.
+      { q: 'x', c: ['éé', 'a'], a: 1 },
+      { q: 'x', c: ['b', 'a', 'a'], a: 2 },
+      { q: 'x', c: ['a', 'b'], a: 'a' },
+    ]
+    const result = await evaluateTask(model, choice, lines, { ...options, onItem: item => items.push(item) })
+    expect(items.map(({ metrics }) => metrics)).toEqual([
+      { acc: 0, acc_norm: 1, acc_bytes: 1 },
+      { acc: 1, acc_norm: 0, acc_bytes: 0 },
+      { acc: 0, acc_norm: 0, acc_bytes: 0 },
+      { acc: 1, acc_norm: 1, acc_bytes: 1 },
+    ])
+    expect(items[0]).toMatchObject({
+      item: 0,
+      place: 'item 0',
+      prompt: 'x',
+      logProbs: [-4, -1.5],
+      chosen: 1,
+      answer: 0,
+    })
+    const half = { value: 0.5, stderr: Math.sqrt(1 / 3) / 2 }
+    expect(result).toMatchObject({ task: 'own', items: 4, shots: 0, cut: 0, metrics: { acc: half, acc_norm: half } })
+  })
+
+  test('of what is no number', async () => {
+    const broken = knownModel({ logProb: () => Number.NaN })
+    const { metrics } = await evaluateTask(broken.model, choice, [{ q: 'x', c: ['a', 'b'], a: 0 }], options)
+    expect(metrics.acc).toEqual({ value: Number.NaN, stderr: null })
+  })
+
+  test('of a last word', async () => {
+    const last = knownModel({
+      logProb: (_, next) => (next === ' ' ? 0 : -0.5),
+      likeliest: before => 'and so on'[before.length] ?? 'x',
+    })
+    const lines = [{ text: 'and so' }, { text: 'and as' }]
+    const { metrics } = await evaluateTask(last.model, tasks.lambada, lines, options)
+    expect(metrics.acc.value).toBe(0.5)
+    expect(metrics.perplexity).toEqual({ value: Math.exp(1), stderr: 0 })
+  })
+
+  test('of texts, which files are', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'moe-evaluation-'))
+    onTestFinished(() => rm(folder, { recursive: true }))
+    await writeFile(join(folder, 'a.txt'), 'aé b')
+    const { metrics } = await evaluateTask(model, tasks.text, join(folder, 'a.txt'), options)
+    // 1 + 0.75 + 0 + 1.5 nats, 5 bytes, 2 words.
+    expect(metrics.bits_per_byte.value).toBeCloseTo(3.25 / 5 / Math.LN2, 12)
+    expect(metrics.word_perplexity.value).toBeCloseTo(Math.exp(3.25 / 2), 12)
+    expect(metrics.byte_perplexity.value).toBeCloseTo(Math.exp(3.25 / 5), 12)
+  })
+
+  test('of answers that are written, to a stop or the end', async () => {
+    const writer = knownModel({
+      likeliest: before => (before.includes('?') ? ' 42\nmore'[before.split('?')[1].length] : ''),
+      logProb: () => 0,
+    })
+    const task: Task = { name: 'own', kind: 'generation', context: '{{q}}?', answer: 'a', stop: ['\n'], maxTokens: 20 }
+    const items: ItemResult[] = []
+    const lines = [
+      { q: 'six times seven', a: '42' },
+      { q: 'and', a: ['43', '42'] },
+      { q: 'or', a: 7 },
+    ]
+    const { metrics } = await evaluateTask(writer.model, task, lines, { ...options, onItem: item => items.push(item) })
+    expect(items.map(({ text, metrics }) => [text, metrics.exact_match])).toEqual([
+      [' 42', 1],
+      [' 42', 1],
+      [' 42', 0],
+    ])
+    expect(metrics.exact_match.value).toBeCloseTo(2 / 3, 12)
+    const own: Task = { ...task, matches: { even: (text, { q }) => Number(text) % 2 === 0 && q !== 'or' } }
+    expect((await evaluateTask(writer.model, own, lines, options)).metrics.even.value).toBeCloseTo(2 / 3, 12)
+  })
+
+  test('of groups, and of some items', async () => {
+    const lines = ['x', 'y', 'x', 'y', 'x'].map((g, i) => ({ q: 'q', c: ['b', 'a'], a: i < 3 ? 1 : 0, g }))
+    const result = await evaluateTask(model, { ...choice, group: 'g' }, lines, options)
+    expect(result.groups).toMatchObject({
+      x: { items: 3, metrics: { acc: { value: 2 / 3 } } },
+      y: { items: 2, metrics: { acc: { value: 0.5, stderr: 0.5 } } },
+    })
+    const some = await evaluateTask(model, { ...choice, group: 'g' }, lines, { ...options, limit: 1 })
+    expect(some).toMatchObject({ items: 1, groups: { x: { items: 1, metrics: { acc: { value: 1, stderr: null } } } } })
+    expect(some.groups).not.toHaveProperty('y')
+  })
+})
+
+describe('examples', () => {
+  const lines = Array.from({ length: 6 }, (_, i) => ({ q: `q${i}`, c: ['a', 'b'], a: i % 2 }))
+  const choice: ChoiceTask = { name: 'own', kind: 'choice', context: '{{q}}:', choices: 'c', answer: 'a' }
+
+  test('stand in front with their answers, behind a description', async () => {
+    const { model, asked } = byCharacter({})
+    const task: Task = { ...choice, description: 'Say.\n', draw: 'first', exampleDelimiter: '\n', delimiter: '=' }
+    const result = await evaluateTask(model, task, lines, { ...options, shots: 2, limit: 2 })
+    expect(asked[0]).toEqual(['Say.\nq1:=b\nq2:=a\nq0:', '=a'])
+    expect(asked[2]).toEqual(['Say.\nq0:=a\nq2:=a\nq1:', '=a'])
+    expect(result).toMatchObject({ shots: 2, draw: 'first' })
+    expect(result).not.toHaveProperty('seed')
+  })
+
+  test('are drawn by seed, and come from elsewhere where that is told', async () => {
+    const prompts = async (more: Partial<EvaluateTaskOptions>) => {
+      const { model, asked } = byCharacter({})
+      await evaluateTask(model, choice, lines, { ...options, shots: 3, ...more })
+      return asked.map(([before]) => before)
+    }
+    expect(await prompts({ seed: 1 })).toEqual(await prompts({ seed: 1 }))
+    expect(await prompts({ seed: 1 })).not.toEqual(await prompts({ seed: 2 }))
+    // Which items come behind changes nothing.
+    expect(await prompts({ limit: 2 })).toEqual((await prompts({})).slice(0, 4))
+    const examples = Array.from({ length: 3 }, (_, i) => ({ q: `e${i}`, c: ['c', 'd'], a: 1 }))
+    const given = await prompts({ examples, draw: 'once' })
+    const front = given[0].slice(0, given[0].indexOf('q0'))
+    expect(front.split('\n\n').toSorted()).toEqual(['', 'e0: d', 'e1: d', 'e2: d'])
+    for (const prompt of given) expect(prompt.startsWith(front)).toBe(true)
+  })
+})
+
+describe('what cannot be', () => {
+  const { model } = byCharacter({ a: 1 })
+  const of = (task: unknown, items: unknown, more: object = {}) =>
+    evaluateTask(model, task as Task, items as never, { ...options, ...more })
+
+  async function file(text: string): Promise<string> {
+    const folder = await mkdtemp(join(tmpdir(), 'moe-evaluation-'))
+    onTestFinished(() => rm(folder, { recursive: true }))
+    const path = join(folder, 'items.jsonl')
+    await writeFile(path, text)
+    return path
+  }
+  const good = JSON.stringify({ goal: 'g', sol1: 'a', sol2: 'b', label: 0 })
+
+  test.each([
+    [`${good}\n\n{"goal": \n`, 'items.jsonl:3: is no JSON'],
+    [`${good}\n[1]`, 'items.jsonl:2: is '],
+    [`${good}\nnull`, 'items.jsonl:2: is null, and no object'],
+    [
+      `${good}\n{"goal":"g","sol1":"a","label":0}`,
+      'items.jsonl:2: has no sol2, which choices of the task needs; it has goal, sol1, label',
+    ],
+    [`${good}\n{"goal":"g","sol1":"a","sol2":"b"}`, 'items.jsonl:2: has no label, which is answer of the task'],
+    [
+      `${good}\n{"goal":"g","sol1":"a","sol2":"b","label":2}`,
+      'items.jsonl:2: the answer is 2, and there are 2 choices',
+    ],
+    [`${good}\n{"goal":"g","sol1":"a","sol2":"b","label":-1}`, 'items.jsonl:2: the answer is -1'],
+    [`${good}\n{"goal":"g","sol1":"a","sol2":"b","label":0.5}`, 'items.jsonl:2: the answer is 0.5'],
+    [`${good}\n{"goal":"g","sol1":"a","sol2":"b","label":""}`, 'items.jsonl:2: the answer is ""'],
+    [`${good}\n{"goal":"g","sol1":"a","sol2":"b","label":[0]}`, 'items.jsonl:2: answer is '],
+    [`${good}\n{"goal":"g","sol1":"a","sol2":{},"label":0}`, 'items.jsonl:2: choices[1] is '],
+    [`${good}\n{"goal":"g","sol1":"a","sol2":"","label":0}`, 'items.jsonl:2: choice 1 is empty'],
+    ['', 'items.jsonl: there are no items'],
+    ['\n\n', 'items.jsonl: there are no items'],
+    ['\uFFFD', 'items.jsonl:1: is no JSON'],
+  ])('lines that are none: %j', async (text, message) => {
+    await expect(of(tasks.piqa, await file(text))).rejects.toMatchObject({ code: 'E_DATA' })
+    await expect(of(tasks.piqa, await file(text))).rejects.toThrow(message)
+  })
+
+  test.each<[keyof typeof tasks, object, string]>([
+    [
+      'hellaswag',
+      { ctx_a: 'a', ctx_b: 'b', activity_label: 'c', endings: [], label: 0 },
+      'item 0: choices: it has no list endings',
+    ],
+    ['hellaswag', { ctx_a: 'a', activity_label: 'c', endings: ['d'], label: 0 }, 'item 0: context: it has no ctx_b'],
+    ['arc_easy', { question: 'q', choices: { text: ['a'] }, answerKey: 'A' }, 'item 0: context: it has no list choices.label'],
+    [
+      'arc_easy',
+      { question: 'q', choices: { text: ['a'], label: ['A'] }, answerKey: 'B' },
+      'the answer is "B", and the labels are A',
+    ],
+    ['arc_easy', { question: 7, choices: [{ text: 'a', label: 'A' }], answerKey: 'A' }, 'question is 7, and no text'],
+    ['winogrande', { sentence: 'no blank', option1: 'a', option2: 'b', answer: '1' }, 'context: sentence has no blank'],
+    [
+      'winogrande',
+      { sentence: 'a _ b', option1: 'a', option2: 'b', answer: '' },
+      'the answer is "", and the labels are 1, 2',
+    ],
+    ['mmlu', { question: 'q', subject: 's', choices: ['a'], answer: 0 }, 'context: it has 1 choices, and not 4'],
+    [
+      'mmlu',
+      { question: 'q', choices: ['a', 'b', 'c', 'd'], answer: 0 },
+      'item 0: has no subject, which is group of the task',
+    ],
+    ['gsm8k', { question: 'q' }, 'has no answer, which is answer of the task'],
+    ['text', { page: 'p' }, 'has no text, which is text of the task; it has page'],
+  ])('items of %s that are none: %j', async (name, item, message) => {
+    await expect(of(tasks[name], [item], { shots: 0 })).rejects.toThrow(message)
+  })
+
+  test('tasks and options that are none', async () => {
+    const item = { q: 'q', c: ['a', 'b'], a: 0 }
+    const choice = { name: 'own', kind: 'choice', context: 'q', choices: 'c', answer: 'a' }
+    await expect(of(undefined, [item])).rejects.toThrow(
+      'kind of the task is undefined; it is one of choice, continuation',
+    )
+    await expect(of({ ...choice, kind: 'quiz' }, [item])).rejects.toMatchObject({ code: 'E_CONFIG' })
+    await expect(of({ ...choice, context: 7 }, [item])).rejects.toThrow('context of the task is 7; pass the name')
+    await expect(of({ ...choice, context: '{{ q' }, [item])).rejects.toThrow('context of the task is no template')
+    await expect(of({ ...choice, choices: 'q' }, [item])).rejects.toThrow('needs a context and a list of choices')
+    await expect(of({ ...choice, choices: '{{ c[0] }}' }, [item])).rejects.toThrow('needs a context and a list')
+    await expect(
+      of(
+        {
+          ...choice,
+          context: () => {
+            throw new Error('ow')
+          },
+        },
+        [item],
+      ),
+    ).rejects.toThrow('item 0: context: ow')
+    await expect(of(choice, 7)).rejects.toThrow('the items are 7; pass the path of a .jsonl file')
+    await expect(of(choice, [7])).rejects.toThrow('item 0: is 7, and no object')
+    await expect(of(choice, '/nowhere/items.jsonl')).rejects.toThrow('/nowhere/items.jsonl: cannot be read')
+    await expect(of(choice, [item], { shots: 1 })).rejects.toThrow('1 examples are asked for, and there are 0 others')
+    await expect(of(choice, [item], { shots: -1 })).rejects.toThrow('shots = -1; pass 0 or more')
+    await expect(of(choice, [item], { limit: 0 })).rejects.toThrow('limit = 0; pass 1 or more')
+    await expect(of(choice, [item], { draw: 'all' })).rejects.toThrow('draw = "all"; it is one of each, once, first')
+    await expect(of(choice, [item], { shot: 1 })).rejects.toThrow('did you mean shots?')
+    await expect(of(choice, [item], { tokenizer: undefined })).rejects.toThrow('there is no tokenizer')
+    await expect(of(tasks.text, [{ text: 'a' }], { shots: 1 })).rejects.toThrow('the texts of text have no examples')
+    await expect(evaluateTask({} as never, tasks.text, [{ text: 'a' }], options)).rejects.toThrow('has no score')
+  })
+})
+
+test('tasks from files are those of objects', async () => {
+  const folder = await mkdtemp(join(tmpdir(), 'moe-evaluation-'))
+  onTestFinished(() => rm(folder, { recursive: true }))
+  const path = join(folder, 'task.json')
+  const task = {
+    name: 'letters',
+    kind: 'choice',
+    description: 'About {{about}}.\n',
+    context: '{{ question.strip() }}\n{% for c in options %}{{ c.label }}. {{ c.text }}\n{% endfor %}Answer:\n',
+    choices: ['A', 'B'],
+    labels: ['A', 'B'],
+    answer: 'key.letter',
+  }
+  await writeFile(path, JSON.stringify(task))
+  const read = await readTask(path)
+  expect(read).toEqual(task)
+  const { model, asked } = byCharacter({})
+  const item = {
+    about: 'it',
+    question: ' Q? ',
+    options: [
+      { label: 'A', text: 'a' },
+      { label: 'B', text: 'b' },
+    ],
+    key: { letter: 'B' },
+  }
+  const items: ItemResult[] = []
+  await evaluateTask(model, read, [item], { ...options, onItem: one => items.push(one) })
+  expect(asked).toEqual([
+    ['About it.\nQ?\nA. a\nB. b\nAnswer:', '\n A'],
+    ['About it.\nQ?\nA. a\nB. b\nAnswer:', '\n B'],
+  ])
+  expect(items[0].answer).toBe(1)
+  for (const [broken, message] of [
+    ['{', 'is no task: '],
+    ['[]', 'is no task: '],
+    [JSON.stringify({ ...task, kind: 'quiz' }), 'kind'],
+    [JSON.stringify({ ...task, answer: undefined, shot: 1 }), 'answer'],
+    [JSON.stringify({ ...task, answer: undefined, shot: 1 }), 'shot'],
+    [JSON.stringify({ ...task, choices: [] }), 'choices'],
+  ]) {
+    await writeFile(path, broken)
+    await expect(readTask(path)).rejects.toThrow(message)
+    await expect(readTask(path)).rejects.toMatchObject({ code: 'E_CONFIG', op: path })
+  }
+  await expect(readTask(join(folder, 'none.json'))).rejects.toThrow('is no task: ENOENT')
+})
+
+describe('a model', () => {
+  const backend = referenceBackend()
+  const tokenizer = trainBpe(['the better angels of our nature, the people and their house'], {
+    vocabSize: 290,
+    minFrequency: 1,
+  })
+  let model: DeepSeek
+  beforeAll(() => {
+    setDefaultBackend(backend)
+    const config = { ...presets.tiny, vocab_size: 300, hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 2 }
+    const experts = { moe_intermediate_size: 8, n_routed_experts: 8, intermediate_size: 32, initializer_range: 0.3 }
+    const sizes = { q_lora_rank: 12, kv_lora_rank: 8, qk_nope_head_dim: 8, qk_rope_head_dim: 4, v_head_dim: 8 }
+    model = new DeepSeek(
+      { ...config, ...experts, ...sizes, max_position_embeddings: 40, bos_token_id: 299, eos_token_id: 298 },
+      { seed: 3 },
+    )
+  })
+  afterAll(() => model.dispose())
+
+  /** Log-probabilities `[T, V]` behind each token, in doubles, of a pass of its own. */
+  async function plain(ids: readonly number[]): Promise<number[][]> {
+    const logits = model.infer(() => model.forward(fromHost(Int32Array.from(ids), [1, ids.length], 'i32', backend)))
+    const values = await logits.values()
+    logits.dispose()
+    return ids.map((_, t) => {
+      const row = Array.from(values.subarray(t * 300, (t + 1) * 300))
+      const largest = Math.max(...row)
+      const sum = row.reduce((sum, x) => sum + Math.exp(x - largest), 0)
+      return row.map(x => x - largest - Math.log(sum))
+    })
+  }
+
+  const sumOf = async (ids: readonly number[], from: number) => {
+    const rows = await plain(ids.slice(0, -1))
+    return ids.slice(from).reduce((sum, id, i) => sum + rows[from + i - 1][id], 0)
+  }
+
+  test('says of choices what single passes say', async () => {
+    const items: ItemResult[] = []
+    const lines = ['the better', 'our nature, the people and their house of the better angels of our nature and who they were then, or will be'].map(
+      goal => ({ goal, sol1: 'angels of the house', sol2: 'people', label: 1 }),
+    )
+    const result = await evaluateTask(model, { ...tasks.piqa, context: 'goal' }, lines, {
+      tokenizer,
+      onItem: item => items.push(item),
+    })
+    for (const [i, { goal, sol1, sol2 }] of lines.entries()) {
+      const expected = [sol1, sol2].map(choice => {
+        const ids = Array.from(tokenizer.encode(`${goal} ${choice}`))
+        const count = ids.length - tokenizer.encode(goal).length
+        const read = ids.slice(-41)
+        return sumOf(read, read.length - count)
+      })
+      const sums = await Promise.all(expected)
+      for (const [c, logProb] of (items[i].logProbs ?? []).entries()) expect(logProb).toBeCloseTo(sums[c], 3)
+      expect(items[i].chosen).toBe(sums[0] >= sums[1] ? 0 : 1)
+    }
+    expect(items.map(({ cut }) => cut)).toEqual([false, true])
+    expect(result.cut).toBe(1)
+  })
+
+  test('predicts a whole text in windows, behind its begin token', async () => {
+    const text = 'the people of the house and the angels of our better nature '.repeat(6)
+    const ids = Array.from(tokenizer.encode(text))
+    expect(ids.length).toBeGreaterThan(80)
+    const all = [299, ...ids]
+    let nats = 0
+    for (let start = 0; start + 1 < all.length; start += 40) {
+      const end = Math.min(all.length, start + 41)
+      const first = Math.max(0, end - 41)
+      nats -= await sumOf(all.slice(first, end), start + 1 - first)
+    }
+    const { metrics } = await evaluateTask(model, tasks.text, [{ text }], { tokenizer })
+    expect(metrics.bits_per_byte.value).toBeCloseTo(nats / text.length / Math.LN2, 4)
+  })
+
+  test('writes answers as it generates, and its greedy words are right', async () => {
+    const context = 'the better angels'
+    const made: number[] = []
+    for await (const id of model.generate(Array.from(tokenizer.encode(context)), { maxTokens: 6 })) made.push(id)
+    let text = ''
+    for await (const part of model.generate(Array.from(tokenizer.encode(context)), { maxTokens: 6, tokenizer }))
+      text += part
+    const items: ItemResult[] = []
+    const task: Task = { name: 'own', kind: 'generation', context: 'q', answer: 'a', stop: [], maxTokens: 6 }
+    const lines = [
+      { q: context, a: text },
+      { q: context, a: 'no' },
+    ]
+    const { metrics } = await evaluateTask(model, task, lines, { tokenizer, onItem: item => items.push(item) })
+    expect(items[0].text).toBe(text)
+    expect(metrics.exact_match.value).toBe(0.5)
+  })
+
+  test('is evaluated again with the same numbers, tells how far it is, and ends with a signal', async () => {
+    const { handles } = backend.stats()
+    const lines = Array.from({ length: 300 }, (_, i) => ({
+      goal: `the ${i % 7}`,
+      sol1: 'angels',
+      sol2: `${i}`,
+      label: i % 2,
+    }))
+    const done: number[] = []
+    const first = await evaluateTask(model, tasks.piqa, lines, { tokenizer, onProgress: share => done.push(share) })
+    const again = await evaluateTask(model, tasks.piqa, lines, { tokenizer })
+    expect({ ...again, seconds: 0 }).toEqual({ ...first, seconds: 0 })
+    expect(done.at(-1)).toBe(1)
+    expect(done).toEqual(done.toSorted((a, b) => a - b))
+    expect(done.some(share => share > 0 && share < 0.9)).toBe(true)
+    const controller = new AbortController()
+    const onProgress = () => controller.abort(new Error('enough'))
+    for (const task of [
+      tasks.piqa,
+      { ...tasks.gsm8k, context: 'goal', answer: 'sol1', shots: 0, maxTokens: 8 },
+    ] as Task[]) {
+      const ended = evaluateTask(model, task, lines, { tokenizer, signal: controller.signal, onProgress })
+      await expect(ended).rejects.toMatchObject({ code: 'E_ABORTED' })
+    }
+    expect(backend.stats().handles).toBe(handles)
+  })
+})

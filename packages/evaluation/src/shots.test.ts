@@ -1,0 +1,58 @@
+import { expect, test } from 'vitest'
+import { type ShotOptions, Shots } from './shots.ts'
+
+const items = Array.from({ length: 20 }, (_, i) => ({
+  fields: { i, group: i % 2 ? 'odd' : 'even' },
+  place: `file:${i}`,
+}))
+const numbers = (shots: Shots, item: number) => shots.of(items[item], item).map(({ fields }) => fields.i as number)
+const make = (options: Partial<ShotOptions> = {}) =>
+  new Shots({ shots: 5, draw: 'each', seed: 0, pool: items, groupOf: () => '', ...options })
+
+test('others are drawn for each item, by seed', () => {
+  const shots = make()
+  const drawn = items.map((_, i) => numbers(shots, i))
+  expect(drawn).toEqual(items.map((_, i) => numbers(make(), i)))
+  expect(numbers(make({ seed: 1 }), 0)).not.toEqual(drawn[0])
+  for (const [i, some] of drawn.entries()) {
+    expect(some).not.toContain(i)
+    expect(new Set(some).size).toBe(5)
+  }
+  expect(new Set(drawn.map(String)).size).toBe(20)
+  // Each of 20 is as likely: 100 are drawn.
+  expect(new Set(drawn.flat()).size).toBe(20)
+})
+
+test('or once for all, the item itself left out', () => {
+  const shots = make({ draw: 'once' })
+  const drawn = items.map((_, i) => numbers(shots, i))
+  const counts = new Map<string, number>()
+  for (const some of drawn) counts.set(`${some}`, (counts.get(`${some}`) ?? 0) + 1)
+  // All but those five themselves.
+  expect(Math.max(...counts.values())).toBe(15)
+  for (const [i, some] of drawn.entries()) expect(some).not.toContain(i)
+})
+
+test('or they are the first', () => {
+  expect(numbers(make({ draw: 'first' }), 9)).toEqual([0, 1, 2, 3, 4])
+  expect(numbers(make({ draw: 'first' }), 2)).toEqual([0, 1, 3, 4, 5])
+})
+
+test('of the same group', () => {
+  const shots = make({ groupOf: ({ fields }) => fields.group as string })
+  for (let i = 0; i < 20; i++) expect(numbers(shots, i).every(one => one % 2 === i % 2)).toBe(true)
+})
+
+test('an item that is read twice is still itself', () => {
+  const pool = items.slice(0, 6).map(({ fields, place }) => ({ fields: { ...fields }, place }))
+  for (const draw of ['each', 'once', 'first'] as const)
+    for (let i = 0; i < 6; i++) expect(numbers(make({ pool, draw }), i)).not.toContain(i)
+})
+
+test('too few are refused', () => {
+  const pool = items.slice(0, 5)
+  expect(() => numbers(make({ pool }), 0)).toThrow('file:0: 5 examples are asked for, and there are 4 others')
+  expect(numbers(make({ pool }), 7)).toHaveLength(5)
+  const groupOf = () => 'law'
+  expect(() => numbers(make({ pool, groupOf }), 1)).toThrow('there are 4 others of law; pass examples, or fewer shots')
+})

@@ -1,0 +1,62 @@
+/** @file For tests: a tokenizer of characters, and a model whose probabilities are known. */
+import type { Generation, TextTurnOptions, TokenLogProb } from '@moe/deepseek'
+import type { EvaluatedModel, EvaluationTokenizer } from './index.ts'
+
+/** A token for each character: its code. */
+export const characters: EvaluationTokenizer = {
+  encode: text => Array.from(text, character => character.codePointAt(0) as number),
+  createDecodeStream: () => ({ push: id => String.fromCodePoint(id), end: () => '' }),
+}
+
+export const textOf = (ids: Iterable<number>): string => String.fromCodePoint(...ids)
+
+/** What is known of a model: the log-probability of a character behind a text, and which one is likeliest there. */
+export interface Known {
+  readonly context?: number
+  logProb(before: string, next: string): number
+  /** Default: a space. */
+  likeliest?(before: string): string
+}
+
+/** Tells what is known, and what it was asked for: a text that stands before, and one whose characters it tells of; of what it writes, the latter is empty. */
+export function knownModel({ context = 1000, logProb, likeliest = () => ' ' }: Known) {
+  const asked: Array<[before: string, asked: string]> = []
+  const model: EvaluatedModel = {
+    config: { max_position_embeddings: context },
+    endTokens: [0],
+    async score(texts, { from = [], top = 0, signal, onProgress } = {}) {
+      signal?.throwIfAborted()
+      const result = texts.map((ids, i) => {
+        const text = textOf(Array.from(ids))
+        const first = Math.max(1, from[i] ?? 1)
+        asked.push([text.slice(0, first), text.slice(first)])
+        return Array.from(ids, (token, at): TokenLogProb | null => {
+          if (at < first) return null
+          const before = text.slice(0, at)
+          const best = { token: likeliest(before).codePointAt(0) as number, logProb: 0 }
+          return { token, logProb: logProb(before, text[at]), top: top > 0 ? [best] : [] }
+        })
+      })
+      onProgress?.(1)
+      return result
+    },
+    continuousBatch: () => ({
+      dispose: () => undefined,
+      generate: ((ids: ArrayLike<number>, { maxTokens = 0, stop = [] }: TextTurnOptions) => {
+        const prompt = textOf(Array.from(ids))
+        asked.push([prompt, ''])
+        async function* write() {
+          let text = ''
+          while (text.length < maxTokens) {
+            text += likeliest(prompt + text)
+            if (text.endsWith('\0')) break
+          }
+          const ends = [...stop, '\0'].map(end => text.indexOf(end as string)).filter(at => at >= 0)
+          yield text.slice(0, Math.min(text.length, ...ends))
+        }
+        return write() as unknown as Generation<string>
+      }) as never,
+    }),
+  }
+  return { model, asked }
+}
