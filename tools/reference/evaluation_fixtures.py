@@ -85,9 +85,9 @@ class Known(TemplateLM):
 HELLASWAG = [
     {"ind": i, "activity_label": label, "ctx_a": a, "ctx_b": b, "ctx": f"{a} {b}", "split": "val", "source_id": "invented", "label": gold, "endings": endings}
     for i, (label, a, b, gold, endings) in enumerate([
-        ("Roof shingle removal", "A man is sitting on a roof.", "he", "3", ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing on a roof."]),
+        ("Roof shingle removal", "A man is sitting on a roof.", "he", "1", ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing on a roof."]),
         ("How to bake bread", "[header] How to bake bread [title] Gather flour. [step] You need a pound  of it.", "", "0", ["[substeps] Sift it. [title] Add water.", "Throw it  away.", "Eat it raw [sic].", "Wait."]),
-        ("Été", "  Une Dame entre.", "ELLE Parle à Jean", "1", ["de la pluie.", "du beau temps ☀", "…", "de rien du tout"]),
+        ("Été", "  Une Dame entre.", "ELLE Parle à Jean", "2", ["de la pluie.", "du beau temps ☀", "…", "de rien du tout"]),
         ("Clean and jerk", "She lifts.", "then the CAMERA pans", "2", ["up", "down to her feet and stays there", "left", "right"]),
     ])
 ]
@@ -108,7 +108,7 @@ PIQA = [
 ]
 WINOGRANDE = [
     {"sentence": "The trophy did not fit in the suitcase because the _ was too large.", "option1": "trophy", "option2": "suitcase", "answer": "1"},
-    {"sentence": "Sarah was a better surgeon than Maria so _ always got the easier cases.", "option1": "Sarah", "option2": "Maria", "answer": "2"},
+    {"sentence": "Sarah was a better surgeon than Maria so _ always got the easier cases.", "option1": "Sarah", "option2": "Maria", "answer": "1"},
     {"sentence": "Ann asked Mary what the time was, because _ had forgotten.", "option1": "Ann", "option2": "Mary", "answer": "1"},
 ]
 LAMBADA = [
@@ -122,7 +122,7 @@ MMLU = [
     for question, choices, answer in [
         (" Find the order of 4 + <2> in Z_12. ", ["2", "3", "4", "12"], 0),
         ("Is Z a field?", ["yes", "no", "only mod 2", "it depends"], 1),
-        ("How many groups of order 4 are there?", ["1", "2", "3", "4"], 1),
+        ("How many groups of order 1 are there?", ["1", "2", "3", "4"], 0),
         ("What is the identity of (Q, *)?", ["0", "1", "-1", "1/2"], 3),
     ]
 ]
