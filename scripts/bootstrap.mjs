@@ -40,6 +40,14 @@ const commands = {
     nativeRequired: false,
     allVariants: false,
   }),
+  /** Says what a model is worth. */
+  evaluate: args => ({
+    script: 'packages/evaluation/src/cli.ts',
+    args,
+    ownGroup: true,
+    nativeRequired: false,
+    allVariants: false,
+  }),
   /** Serves a page in which a model writes. */
   page: args => ({ script: 'examples/in-a-browser.ts', args, ownGroup: true, native: false }),
   test: args => ({

@@ -50,7 +50,18 @@ const repository = read('packages/core/package.json').repository.url.replace(/^g
 
 /** In the order in which a newcomer meets them; one that is not named here comes after them. */
 const order = [
-  ...['core', 'deepseek', 'trainer', 'tokenizer-bpe', 'server', 'attention-mla', 'router', 'mtp', 'checkpoint'],
+  ...[
+    'core',
+    'deepseek',
+    'trainer',
+    'tokenizer-bpe',
+    'server',
+    'evaluation',
+    'attention-mla',
+    'router',
+    'mtp',
+    'checkpoint',
+  ],
   ...['parallel', 'kernels-cpu', 'kernels-cuda', 'kernels-webgpu', 'backend-tfjs'],
 ]
 

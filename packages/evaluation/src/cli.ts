@@ -38,6 +38,7 @@ const HELP = `moe-evaluate FOLDER --task NAME=FILE [options]: what a model is wo
 class UsageError extends Error {}
 
 interface Asked {
+  readonly name: string
   readonly task: Task
   readonly file: string
   readonly examples: string | undefined
@@ -113,7 +114,7 @@ async function askedTasks(options: ReturnType<typeof readArguments>): Promise<As
     throw new UsageError(`there is no task ${name}, which is one of ${Object.keys(tasks).join(', ')} or a .json file`)
   }
   return Promise.all(
-    given.map(async ([name, file]) => ({ task: await taskNamed(name), file, examples: examples.get(name) })),
+    given.map(async ([name, file]) => ({ name, task: await taskNamed(name), file, examples: examples.get(name) })),
   )
 }
 
@@ -146,7 +147,7 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   const items = options.items === undefined ? null : openSync(options.items, 'w')
   const date = new Date().toISOString()
   const results = []
-  for (const { task, file, examples } of asked) {
+  for (const { name, task, file, examples } of asked) {
     const started = performance.now()
     const result = await evaluateTask(model, task, file, {
       ...{ tokenizer, begin, prefix, examples, shots, draw, seed, limit, maxTexts, precision },
@@ -159,7 +160,7 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
       },
     })
     const sources = { ...result, file: files.get(file), ...(examples && { examples: files.get(examples) }) }
-    results.push({ ...sources, ...(limit && { limit }), definition: task })
+    results.push({ ...sources, ...(limit && { limit }), ...(name.endsWith('.json') && { definition: task }) })
   }
   if (items !== null) closeSync(items)
   if (!quiet) showProgress('')

@@ -4,9 +4,9 @@ import { wrong } from './fields.ts'
 
 /** What is needed of a tokenizer. That of `@moe/tokenizer-bpe` is one. */
 export interface EvaluationTokenizer {
-  /** Ids of a text. */
+  /** Ids of a text. With `addSpecialTokens: false` nothing stands in front of it. */
   encode(text: string, options?: { addSpecialTokens?: boolean }): ArrayLike<number>
-  /** For answers that are written. */
+  /** For answers that are written: makes text of ids, with `skipSpecialTokens` without special tokens. */
   createDecodeStream(options?: { skipSpecialTokens?: boolean }): { push(id: number): string; end(): string }
   /** Number of ids. */
   readonly vocabSize?: number

@@ -200,7 +200,11 @@ describe('what cannot be', () => {
       'item 0: choices: it has no list endings',
     ],
     ['hellaswag', { ctx_a: 'a', activity_label: 'c', endings: ['d'], label: 0 }, 'item 0: context: it has no ctx_b'],
-    ['arc_easy', { question: 'q', choices: { text: ['a'] }, answerKey: 'A' }, 'item 0: context: it has no list choices.label'],
+    [
+      'arc_easy',
+      { question: 'q', choices: { text: ['a'] }, answerKey: 'A' },
+      'item 0: context: it has no list choices.label',
+    ],
     [
       'arc_easy',
       { question: 'q', choices: { text: ['a'], label: ['A'] }, answerKey: 'B' },
@@ -348,9 +352,10 @@ describe('a model', () => {
 
   test('says of choices what single passes say', async () => {
     const items: ItemResult[] = []
-    const lines = ['the better', 'our nature, the people and their house of the better angels of our nature and who they were then, or will be'].map(
-      goal => ({ goal, sol1: 'angels of the house', sol2: 'people', label: 1 }),
-    )
+    const lines = [
+      'the better',
+      'our nature, the people and their house of the better angels of our nature and who they were then, or will be',
+    ].map(goal => ({ goal, sol1: 'angels of the house', sol2: 'people', label: 1 }))
     const result = await evaluateTask(model, { ...tasks.piqa, context: 'goal' }, lines, {
       tokenizer,
       onItem: item => items.push(item),

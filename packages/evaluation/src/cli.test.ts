@@ -1,0 +1,191 @@
+import { spawn, spawnSync } from 'node:child_process'
+import { createHash } from 'node:crypto'
+import { readFileSync, writeFileSync } from 'node:fs'
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { setDefaultBackend } from '@moe/core'
+import { referenceBackend } from '@moe/core/reference'
+import { DeepSeek, presets } from '@moe/deepseek'
+import { trainBpe } from '@moe/tokenizer-bpe'
+import { afterAll, beforeAll, expect, test } from 'vitest'
+import { evaluateTask, tasks } from './index.ts'
+
+setDefaultBackend(referenceBackend())
+const folder = await mkdtemp(join(tmpdir(), 'moe-evaluate-'))
+afterAll(() => rm(folder, { recursive: true }))
+
+const cli = fileURLToPath(new URL('cli.ts', import.meta.url))
+function run(...args: string[]) {
+  const { status, stdout, stderr } = spawnSync(process.execPath, [cli, ...args], { encoding: 'utf8', cwd: folder })
+  return { status, stdout, stderr }
+}
+
+const tokenizer = trainBpe(['the better angels of our nature'], {
+  vocabSize: 280,
+  specialTokens: ['<|end|>', '<|begin|>'],
+  minFrequency: 1,
+})
+const begin = tokenizer.tokenToId('<|begin|>') as number
+const lines = Array.from({ length: 12 }, (_, i) => ({
+  goal: `the ${i}`,
+  sol1: 'angels',
+  sol2: `nature ${i}`,
+  label: i % 2,
+}))
+const model = new DeepSeek(
+  {
+    ...presets.tiny,
+    vocab_size: 300,
+    hidden_size: 32,
+    num_hidden_layers: 2,
+    num_attention_heads: 2,
+    max_position_embeddings: 48,
+  },
+  { seed: 3 },
+)
+
+beforeAll(async () => {
+  await model.save(join(folder, 'model'))
+  await tokenizer.save(join(folder, 'model', 'tokenizer.json'))
+  const config = { add_bos_token: true, bos_token: { content: '<|begin|>' }, eos_token: '<|end|>' }
+  writeFileSync(join(folder, 'model', 'tokenizer_config.json'), JSON.stringify(config))
+  writeFileSync(join(folder, 'piqa.jsonl'), lines.map(line => `${JSON.stringify(line)}\n`).join(''))
+  writeFileSync(join(folder, 'text.txt'), 'the angels of our better nature\n'.repeat(3))
+  writeFileSync(
+    join(folder, 'own.json'),
+    JSON.stringify({ name: 'own', kind: 'continuation', context: 'goal', answer: 'sol1' }),
+  )
+})
+afterAll(() => model.dispose())
+
+test('shows a table', () => {
+  const { status, stdout, stderr } = run(
+    'model',
+    '--task',
+    'piqa=piqa.jsonl',
+    '--task',
+    'text=text.txt',
+    '--shots',
+    '0',
+  )
+  expect({ status, stderr }).toEqual({ status: 0, stderr: '' })
+  expect(stdout.split('\n').map(line => line.replace(/[\d.]+/g, 'N').replace(/ +/g, ' '))).toEqual([
+    'task metric value items shots items/s',
+    'piqa acc N ± N N N N',
+    'piqa acc_norm N ± N N N N',
+    'piqa acc_bytes N ± N N N N',
+    'text word_perplexity N N N N',
+    'text byte_perplexity N N N N',
+    'text bits_per_byte N N N N',
+    '',
+  ])
+})
+
+test('tells all that is needed to repeat it, and what each item came to', async () => {
+  const { status, stdout } = run(
+    ...[
+      'model',
+      '--task',
+      'piqa=piqa.jsonl',
+      '--task',
+      'own.json=piqa.jsonl',
+      '--limit',
+      '8',
+      '--shots',
+      '2',
+      '--seed',
+      '5',
+      '--json',
+    ],
+    ...['--items', 'items.jsonl', '--weights', 'bf16', '--precision', 'f32'],
+  )
+  expect(status).toBe(0)
+  const told = JSON.parse(stdout)
+  const sha256 = createHash('sha256')
+    .update(readFileSync(join(folder, 'piqa.jsonl')))
+    .digest('hex')
+  expect(told).toMatchObject({
+    package: { name: '@moe/evaluation' },
+    model: { folder: 'model', weights: 'bf16', precision: 'f32', begin, prefix: begin },
+    results: [
+      { task: 'piqa', items: 8, limit: 8, shots: 2, draw: 'each', seed: 5, file: { path: 'piqa.jsonl', sha256 } },
+      { task: 'own', items: 8, definition: { kind: 'continuation' } },
+    ],
+  })
+  expect(told.results[0]).not.toHaveProperty('definition')
+  const items = readFileSync(join(folder, 'items.jsonl'), 'utf8')
+    .trim()
+    .split('\n')
+    .map(line => JSON.parse(line))
+  expect(items).toHaveLength(16)
+  expect(items[3]).toMatchObject({ task: 'piqa', item: 3, place: 'piqa.jsonl:4', answer: 1 })
+  expect(items[11]).toMatchObject({ task: 'own', item: 3, answer: 'angels' })
+  // As in a program.
+  const options = { tokenizer, begin, shots: 2, seed: 5, limit: 8 }
+  const own = await evaluateTask(model, tasks.piqa, lines, options)
+  expect(told.results[0].metrics.acc_norm.value).toBeCloseTo(own.metrics.acc_norm.value, 12)
+  const { stdout: without } = run(
+    'model',
+    '--task',
+    'own.json=piqa.jsonl',
+    '--begin',
+    'none',
+    '--json',
+    '--draw',
+    'once',
+    '--shots',
+    '1',
+  )
+  expect(JSON.parse(without)).toMatchObject({ model: { begin: null }, results: [{ draw: 'once' }] })
+})
+
+test('exits with 1 for failures and 2 for wrong usage', { timeout: 240_000 }, () => {
+  const wrong = (status: number, message: string, ...args: string[]) =>
+    expect(run(...args)).toMatchObject({ status, stdout: '', stderr: expect.stringContaining(message) })
+  expect(run('--help')).toMatchObject({ status: 0, stdout: expect.stringContaining('gsm8k') })
+  expect(run('--version')).toMatchObject({ status: 0, stdout: expect.stringMatching(/^\d+\.\d+\.\d+\n$/) })
+  wrong(2, 'which model?')
+  wrong(2, 'which task?', 'model')
+  wrong(2, '--task is "piqa", needs NAME=FILE', 'model', '--task', 'piqa')
+  wrong(2, 'there is no task quiz', 'model', '--task', 'quiz=piqa.jsonl')
+  wrong(2, '--limit is "x", needs a whole number from 1', 'model', '--task', 'piqa=piqa.jsonl', '--limit', 'x')
+  wrong(
+    2,
+    '--examples own: there is no such --task',
+    'model',
+    '--task',
+    'piqa=piqa.jsonl',
+    '--examples',
+    'own=piqa.jsonl',
+  )
+  wrong(1, 'missing.jsonl', 'model', '--task', 'piqa=missing.jsonl')
+  wrong(1, 'piqa.jsonl:1: context: it has no text', 'model', '--task', 'lambada=piqa.jsonl')
+  wrong(1, 'there is no token <s> in the tokenizer', 'model', '--task', 'piqa=piqa.jsonl', '--begin', '<s>')
+  const { status, stdout } = run('model', '--task', 'piqa=missing.jsonl', '--json')
+  expect({ status, error: JSON.parse(stdout).error.code }).toEqual({ status: 1, error: 'ENOENT' })
+})
+
+test('exits with 130 when it is interrupted', async () => {
+  writeFileSync(
+    join(folder, 'many.jsonl'),
+    Array.from({ length: 20_000 }, (_, i) => `${JSON.stringify(lines[i % 12])}\n`).join(''),
+  )
+  const child = spawn(process.execPath, [cli, 'model', '--task', 'piqa=many.jsonl', '--items', 'many-items.jsonl'], {
+    cwd: folder,
+  })
+  const code = new Promise(resolve => child.once('exit', resolve))
+  // It is in the middle once the first items are told of.
+  const started = performance.now()
+  const size = () => {
+    try {
+      return readFileSync(join(folder, 'many-items.jsonl')).length
+    } catch {
+      return 0
+    }
+  }
+  while (size() === 0 && performance.now() - started < 30_000) await new Promise(resolve => setTimeout(resolve, 20))
+  child.kill('SIGINT')
+  expect(await code).toBe(130)
+})
