@@ -79,7 +79,10 @@ const listed = (outputs: Outputs): readonly Tensor[] => (Array.isArray(outputs) 
  * `remember` gives what it gave in the first.
  * @param fn gives a tensor or several, in the second run as in the first (but for integers at the end, which have no gradient)
  */
-export function checkpoint<T extends Tensor | readonly Tensor[]>(fn: (...inputs: Tensor[]) => T, ...inputs: Tensor[]): T {
+export function checkpoint<T extends Tensor | readonly Tensor[]>(
+  fn: (...inputs: Tensor[]) => T,
+  ...inputs: Tensor[]
+): T {
   if (!context.recording) return fn(...inputs)
   return recordedApart(fn, inputs).result
 }
