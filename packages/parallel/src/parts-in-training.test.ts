@@ -156,6 +156,15 @@ describe.each(each)('a run with %s is that of one rank', (_, arrangement, size) 
   })
 })
 
+/** Tokens of which some are measured on. */
+const heldOut = () => {
+  const document = (n: number) => Int32Array.from({ length: 60 }, (_, i) => 2 + ((i * i * n + 3 * i) % 38))
+  return {
+    training: TokenDataset.fromTokens([1, 2, 3].map(document)),
+    validation: TokenDataset.fromTokens([document(5)]),
+  }
+}
+
 describe.each([
   ['two pipelines', replicated, 4, {}],
   ['stages that lie on two ranks each', pipelined(dualPipe), 2, {}],
@@ -164,12 +173,15 @@ describe.each([
   ['rows', rows, 2, {}],
   ['rows, recorded', rows, 2, { record: true }],
 ] as const)('averages with %s', (_, arrangement, size, how: Options) => {
-  const document = (n: number) => Int32Array.from({ length: 60 }, (_, i) => 2 + ((i * i * n + 3 * i) % 38))
-  const data = {
-    training: TokenDataset.fromTokens([1, 2, 3].map(document)),
-    validation: TokenDataset.fromTokens([document(5)]),
+  const settings = {
+    data: heldOut(),
+    schedule: () => 1,
+    evalEvery: 4,
+    checkpointEvery: 3,
+    keepCheckpoints: 5,
+    ema: 0.8,
+    ...how,
   }
-  const settings = { data, schedule: () => 1, evalEvery: 4, checkpointEvery: 3, keepCheckpoints: 5, ema: 0.8, ...how }
   const averageIn = async (out: string, step: number) => {
     const folder = join(out, 'checkpoints', `step-00000${step}`, 'ema')
     const opened = await DeepSeek.fromPretrained(folder, { backend })
@@ -200,10 +212,26 @@ describe.each([
     const [resumed] = await onRanks(arrangement, { ...settings, out: cut, resume }, {}, size)
     expect(resumed.result.ema?.loss).toBe(first.result.ema?.loss)
     expect(digestOf(await averageIn(cut, 8))).toBe(digestOf(await averageIn(out, 8)))
+    // A finished run is measured without a step.
+    for (const { result } of await onRanks(arrangement, { ...settings, out: cut, resume: true }, {}, size))
+      expect(result.ema?.loss).toBe(first.result.ema?.loss)
     // And on one rank, where they are as near as the weights.
     const rest = await alone({ ...settings, out: cut, resume })
     expect(rest.result.ema?.loss).toBeCloseTo(one.result.ema?.loss as number, 4)
   })
+})
+
+test('averages of tables of which each rank has some rows', async () => {
+  const out = await temporaryFolder()
+  const many = { ...expertsTwice, accumulate: 1 }
+  const settings = { data: heldOut(), schedule: () => 1, steps: 4, checkpointEvery: 2, batchSize: 1, ema: 0.8, out }
+  const [first, ...others] = await onRanks(many, settings, {}, 16)
+  for (const { result } of others) expect(result.ema?.loss).toBe(first.result.ema?.loss)
+  const resume = join(out, 'checkpoints', 'step-000002')
+  for (const each of await onRanks(many, { ...settings, resume }, {}, 16)) {
+    expect(each.result.ema?.loss).toBe(first.result.ema?.loss)
+    expect(digestOf(each)).toBe(digestOf(first))
+  }
 })
 
 describe('a checkpoint goes on in any arrangement of as many micro-batches', () => {
@@ -243,16 +271,9 @@ describe('a checkpoint goes on in any arrangement of as many micro-batches', () 
 })
 
 test('held-out text is measured on the whole model, and training goes on from its parts', async () => {
-  const data = () => {
-    const document = (n: number) => Int32Array.from({ length: 60 }, (_, i) => 2 + ((i * i * n + 3 * i) % 38))
-    return {
-      training: TokenDataset.fromTokens([1, 2, 3].map(document)),
-      validation: TokenDataset.fromTokens([document(5)]),
-    }
-  }
   const losses: number[][] = []
   const measured = (rank: number): Options => ({
-    data: data(),
+    data: heldOut(),
     steps: 6,
     evalEvery: 2,
     onEvent: event => {
