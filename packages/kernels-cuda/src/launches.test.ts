@@ -133,9 +133,12 @@ function ops(backend: Backend): Record<string, () => unknown> {
       back(k.sum().add(v.sum()), [kv, key])
     },
     optimizer: () => {
-      const [p, g, m, v] = [given(2048, 7168), given(2048, 7168), given(2048, 7168), given(2048, 7168)]
+      const g = given(2048, 7168)
       globalNorm([g])
-      adamwStep(p, g, m, v, given(), { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 1 })
+      for (const moments of ['f32', 'bf16'] as const) {
+        const [p, m, v] = [given(2048, 7168), made(moments, 2048, 7168), made(moments, 2048, 7168)]
+        adamwStep(p, g, m, v, given(), { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 1 })
+      }
       quantize(g)
     },
   }
