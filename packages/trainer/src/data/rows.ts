@@ -84,14 +84,15 @@ export function batchOfSources(rows: readonly SourceRow[], length: number, isola
 /** A batch of rows in which no position counts. */
 export function paddingBatch(rows: number, length: number, isolate: boolean): TokenBatch {
   const size = rows * length
-  return {
-    tokens: new Int32Array(size),
+  const documents = new Int32Array(size)
+  const starts = isolate ? new Int32Array(size) : undefined
+  for (let i = 0; i < size; i++) {
+    const at = i % length
     // Never equal to a neighbour's.
-    documents: Int32Array.from({ length: size }, (_, i) => -(i % length) - 1),
-    ...(isolate && { starts: Int32Array.from({ length: size }, (_, i) => i % length) }),
-    rows,
-    length,
+    documents[i] = -at - 1
+    if (starts) starts[i] = at
   }
+  return { tokens: new Int32Array(size), documents, ...(starts && { starts }), rows, length }
 }
 
 /** Copies what begins at `start` of the stream to place `at` of the row that begins at `row`. @returns how many tokens that were */
