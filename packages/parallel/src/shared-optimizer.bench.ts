@@ -1,68 +1,84 @@
-/** @file `mpirun -np 2 node src/shared-optimizer.bench.ts [rounds]`: seconds of a step and memory of each rank, with the optimizer shared out and with all of it on every rank, in turns. */
-import { namedParameters, Random } from '@moe/core'
+/**
+ * What it brings that ranks share the optimizer out: seconds of a step, and memory of a rank, beside ranks of which each has all of it. The two take turns.
+ *
+ *     mpirun -np 2 node packages/parallel/src/shared-optimizer.bench.ts [--rounds 3] [--precision bf16] [--vocabulary 4096]
+ */
+import { parseArgs } from 'node:util'
+import { type Precision, parameterCount, Random } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { createBackend } from '@moe/kernels-cpu'
-import { TokenDataset, type TrainOptions, train } from '@moe/trainer'
+import { type Ranks, TokenDataset, train } from '@moe/trainer'
 import { mpi } from './index.ts'
 
+const { values } = parseArgs({
+  options: {
+    rounds: { type: 'string', default: '3' },
+    precision: { type: 'string', default: 'bf16' },
+    vocabulary: { type: 'string', default: '4096' },
+  },
+})
+const [rounds, vocabulary] = [values.rounds, values.vocabulary].map(Number)
 const ranks = await mpi()
-const rounds = Number(process.argv[2] ?? 3)
-const apart = {
-  rank: ranks.rank,
-  size: ranks.size,
-  allReduce: ranks.allReduce.bind(ranks),
-  allReduceInPlace: ranks.allReduceInPlace.bind(ranks),
-  allGather: ranks.allGather.bind(ranks),
+const { rank, size } = ranks
+const whole: Ranks = {
+  rank,
+  size,
+  allReduce: tensors => ranks.allReduce(tensors),
+  allReduceInPlace: tensors => ranks.allReduceInPlace(tensors),
+  allGather: tensor => ranks.allGather(tensor),
 }
 const random = new Random(3)
-const training = TokenDataset.fromTokens([Int32Array.from({ length: 40_000 }, () => random.integer(4096))])
-const ways = { shared: ranks, whole: apart }
-const seconds: Record<string, number[]> = { shared: [], whole: [] }
-const memory: Record<string, { bytes: number; peak: number }> = {}
+const training = TokenDataset.fromTokens([Int32Array.from({ length: 40_000 }, () => random.integer(vocabulary))])
 
-async function run(way: keyof typeof ways, options: Partial<TrainOptions>): Promise<void> {
+interface Measured {
+  readonly seconds: number[]
+  bytes: number
+  peakBytes: number
+  parameters: number
+}
+
+async function measure(way: Ranks, record: boolean, into: Measured): Promise<void> {
   const backend = await createBackend({ threads: 1 })
-  const model = new DeepSeek({ ...presets.tiny, vocab_size: 4096 }, { seed: 1, backend })
+  const model = new DeepSeek({ ...presets.tiny, vocab_size: vocabulary }, { seed: 1, backend })
+  into.parameters = parameterCount(model)
+  const precision = values.precision as Precision
   await train(model, {
     data: { training },
-    ranks: ways[way],
+    ranks: way,
+    record,
+    precision,
     steps: 12,
     batchSize: 2,
     sequenceLength: 128,
     progress: false,
-    ...options,
     onEvent(event) {
+      // The first ones load kernels, and are recorded.
       if (event.type !== 'step' || event.step < 4) return
-      seconds[way].push((2 * 128 * ranks.size) / event.tokensPerSecond)
+      into.seconds.push((2 * 128 * size) / event.tokensPerSecond)
       const { bytes, peakBytes } = backend.stats()
-      memory[way] = { bytes, peak: peakBytes }
+      Object.assign(into, { bytes, peakBytes })
     },
   })
-  if (ranks.rank === 0 && rounds === seconds[way].length / 9)
-    console.log(
-      way,
-      namedParameters(model).reduce((sum, { parameter }) => sum + parameter.size, 0),
-      'numbers',
-    )
   model.dispose()
   backend.dispose()
 }
 
-const median = (of: number[]) => of.sort((a, b) => a - b)[Math.floor(of.length / 2)]
+const inMegabytes = (bytes: number) => (bytes / 1e6).toFixed(1)
+
 for (const record of [false, true]) {
-  for (const way of ['shared', 'whole'] as const) seconds[way] = []
+  const measured = { shared: [ranks, empty()], whole: [whole, empty()] } as const
   for (let round = 0; round < rounds; round++)
-    for (const way of ['shared', 'whole'] as const) await run(way, { record, precision: 'bf16' })
-  for (let rank = 0; rank < ranks.size; rank++) {
-    if (rank === ranks.rank)
-      for (const way of ['shared', 'whole'] as const) {
-        const { bytes, peak } = memory[way]
-        const mb = (n: number) => (n / 1e6).toFixed(1)
-        console.log(
-          `rank ${rank}, ${record ? 'recorded' : 'op by op'}, ${way}: ${median(seconds[way]).toFixed(3)} s a step, ${mb(bytes)} MB, at most ${mb(peak)} MB`,
-        )
-      }
-    await ranks.barrier()
+    for (const [way, into] of Object.values(measured)) await measure(way, record, into)
+  for (const [way, [, { seconds, bytes, peakBytes, parameters }]] of Object.entries(measured)) {
+    seconds.sort((a, b) => a - b)
+    const [least, median] = [seconds[0], seconds[seconds.length >> 1]].map(time => time.toFixed(3))
+    const memory = `${inMegabytes(bytes)} MB between steps, at most ${inMegabytes(peakBytes)} MB`
+    const what = `rank ${rank}, ${(parameters / 1e6).toFixed(1)}M parameters, ${record ? 'recorded' : 'op by op'}, ${way}`
+    console.log(`${what}: median ${median} s a step, least ${least}; ${memory}`)
   }
 }
 await ranks.close()
+
+function empty(): Measured {
+  return { seconds: [], bytes: 0, peakBytes: 0, parameters: 0 }
+}
