@@ -33,8 +33,8 @@ export interface ScoreOptions {
 
 const names: OptionNames<ScoreOptions> = { top: true, from: true, precision: true, signal: true, onProgress: true }
 
-/** Most tokens of a pass over several texts, and most that they attend to; rows in a page. Tests make them small. */
-export const limits = { passTokens: 4096, passKeys: 16384, pageSize: 16 }
+/** Most tokens of a pass over several texts, and most that they attend to. Tests make them small. */
+export const limits = { passTokens: 4096, passKeys: 16384 }
 
 type Scores = Array<Array<TokenLogProb | null>>
 
@@ -150,14 +150,13 @@ class ScorePasses {
   /** Rows that are distinct and in order. */
   async run(rows: readonly Row[]): Promise<void> {
     this.#total = rows.reduce((sum, { tokens }) => sum + tokens.length, 0)
-    const prefixes = sharedPrefixes(rows, limits.pageSize)
+    const prefixes = sharedPrefixes(rows)
     const longest = rows.reduce((most, { tokens }) => Math.max(most, tokens.length), 0)
     const alone = rows.filter((_, i) => prefixes[i] === 0)
     const together = rows.filter((_, i) => prefixes[i] > 0)
     if (together.length > 0) {
-      // Of a chunk what is shared, padded at most to the double, and one pass.
-      const { passTokens, pageSize } = limits
-      this.#cache = this.#model.makePagedCache({ tokens: 5 * passTokens + 3 * (longest + pageSize), pageSize })
+      // Of a chunk what is shared, padded at most to the double, and one pass. Pages of a token: to the last one, all that is shared is.
+      this.#cache = this.#model.makePagedCache({ tokens: 5 * limits.passTokens + 3 * longest, pageSize: 1 })
     }
     for (const chunk of chunks(together, 2 * limits.passTokens)) await this.#runChunk(chunk)
     await this.#pass(alone.map(row => ({ row, start: 0, sequence: null })))
@@ -170,7 +169,7 @@ class ScorePasses {
     const levels: Row[][] = [rows.slice()]
     for (;;) {
       const [level] = levels
-      const prefixes = sharedPrefixes(level, limits.pageSize)
+      const prefixes = sharedPrefixes(level)
       const shorter = level.flatMap(({ tokens }, i) => {
         const length = prefixes[i]
         return length === 0 ? [] : [{ tokens: tokens.slice(0, length), from: Infinity, texts: [] }]
@@ -257,23 +256,19 @@ class ScorePasses {
   }
 }
 
-/** What goes through together, the longest first, and none less than half as long. */
+/** What goes through together, the longest first; of what is kept in pages, none less than half as long. */
 function groups(readings: readonly Reading[]): Reading[][] {
-  const { passTokens, passKeys, pageSize } = limits
+  const { passTokens, passKeys } = limits
   const order = readings.toSorted((a, b) => restOf(b) - restOf(a))
   const result: Reading[][] = []
   let keys = 0
   for (const reading of order) {
-    const last = result[result.length - 1]
-    const rest = last === undefined ? 0 : restOf(last[0])
-    const isCached = reading.sequence !== null
-    // Of pages a row takes whole ones.
-    const size = isCached ? rest + pageSize - (rest % pageSize || pageSize) : rest
+    const last = result[result.length - 1] ?? []
+    const rest = last.length === 0 ? Infinity : restOf(last[0])
+    const rows = last.length + 1
     const most = Math.max(keys, reading.start + rest)
-    const fits =
-      last !== undefined &&
-      (last.length + 1) * size <= passTokens &&
-      (!isCached || ((last.length + 1) * most <= passKeys && 2 * restOf(reading) >= rest))
+    const isCached = reading.sequence !== null
+    const fits = rows * rest <= passTokens && (!isCached || (rows * most <= passKeys && 2 * restOf(reading) >= rest))
     if (fits) last.push(reading)
     else result.push([reading])
     keys = fits ? most : reading.start + restOf(reading)

@@ -25,15 +25,12 @@ export function distinctRows(rows: readonly Row[]): Row[] {
   return result.reverse()
 }
 
-/**
- * Of each of these rows, which are distinct and in order, how many tokens another one begins with, too, in whole pages, and no wanted ones: 0 where that is less than a fourth.
- */
-export function sharedPrefixes(rows: readonly Row[], pageSize: number): number[] {
+/** Of each of these rows, which are distinct and in order, how many tokens another one begins with, too, and no wanted ones: 0 where that is less than a fourth. */
+export function sharedPrefixes(rows: readonly Row[]): number[] {
   const before = rows.map(({ tokens }, i) => (i === 0 ? 0 : shared(rows[i - 1].tokens, tokens)))
   return rows.map(({ tokens, from }, i) => {
     const prefix = Math.min(from, Math.max(before[i], before[i + 1] ?? 0))
-    const whole = prefix - (prefix % pageSize)
-    return 4 * whole < tokens.length ? 0 : whole
+    return 4 * prefix < tokens.length ? 0 : prefix
   })
 }
 
