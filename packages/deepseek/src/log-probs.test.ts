@@ -1,6 +1,6 @@
 import { fileURLToPath } from 'node:url'
 import { readSafetensors } from '@moe/checkpoint'
-import { type Backend, fromHost, setDefaultBackend } from '@moe/core'
+import { type Backend, fromHost, Random, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
 import { createBackend } from '@moe/kernels-cpu'
@@ -299,9 +299,28 @@ describe.each<[string, DeepSeekConfigInput]>([
     const last = await counted(model, () => model.score(letters, { from: letters.map(() => questions[0].length) }))
     expect(last.read).toBe(questions[0].length)
     expect(new Set(last.result.map(told => told.at(-1)?.logProb)).size).toBe(4)
-    // Where all is told of, all is read.
+    // Where all is told of, all is read, once.
     const whole = await counted(model, () => model.score(texts.slice(0, 2)))
     expect(whole.read).toBe(texts[1].length - 1)
+    const [, , long, other] = texts
+    const both = await counted(model, () => model.score([long, other]))
+    expect(both.read).toBe(2 * (long.length - 1))
+    model.dispose()
+  })
+
+  test('may begin alike anywhere, and be asked for from anywhere', async () => {
+    const model = new DeepSeek(config, { seed: 3 })
+    const random = new Random(5)
+    const texts = Array.from({ length: 24 }, () => [
+      ...examples.slice(0, random.integer(4) * 10),
+      ...Array.from({ length: 1 + random.integer(12) }, () => random.integer(2)),
+    ])
+    const from = texts.map(({ length }) => random.integer(length + 1))
+    const scores = await model.score(texts, { from })
+    for (const [i, text] of texts.entries()) {
+      const first = Math.max(1, from[i])
+      if (first < text.length) await expectTold(model, text, first, scores[i].slice(first), 0)
+    }
     model.dispose()
   })
 })

@@ -208,10 +208,10 @@ class ScorePasses {
       const { row, start } = group[Math.floor(i / time)]
       return row.tokens[start + (i % time)] ?? 0
     })
-    const batch = this.#batchOf(group, time)
+    const cache = this.#batchOf(group, time)
     const model = this.#model
     const hidden = keep(
-      model.infer(() => model.hidden(fromHost(ids, [group.length, time], 'i32', model.backend), { cache: batch }), {
+      model.infer(() => model.hidden(fromHost(ids, [group.length, time], 'i32', model.backend), { cache }), {
         precision: this.#precision,
       }),
     )
@@ -220,7 +220,6 @@ class ScorePasses {
     } finally {
       hidden.dispose()
     }
-    batch?.truncate(group.map(({ row }) => row.tokens.length))
     for (const { row, sequence } of group) {
       if (sequence === null) continue
       if (row.texts.length === 0) this.#cache?.share(sequence, row.tokens)
