@@ -7,7 +7,7 @@ import { closeSync, fstatSync, openSync, readSync } from 'node:fs'
 import { isMoeError, MoeError } from '@moe/core'
 
 const MAGIC = 'MMIDIDX\0\0'
-const HEADER_BYTES = MAGIC.length + 8 + 1 + 8 + 8
+const HEADER_BYTES = 34
 /** Types of ids by Megatron's codes. It has more of them, and writes these. */
 const idTypes = { 4: Int32Array, 8: Uint16Array } as const
 
