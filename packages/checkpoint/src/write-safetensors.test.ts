@@ -140,8 +140,13 @@ describe('an entry that cannot be written', () => {
     ['an unknown dtype', [bad({ dtype: 'float32' })], /unknown dtype "float32"/],
     ['a negative size', [bad({ shape: [-1] })], /shape \[-1\]; sizes must be whole/],
     ['too little data', [bad({ shape: [2] })], /of f32 \[2\] needs 8 bytes, its data has 4/],
-    ['data of another type', [bad({ data: Float64Array.of(1) })], /was given a Float64Array; pass a Float32Array/],
-    ['plain numbers', [bad({ data: [1] })], /was given a Array; pass a Float32Array/],
+    [
+      'data of another type',
+      [bad({ data: Float64Array.of(1) })],
+      /was given Float64Array; pass Float32Array, or its bytes as Uint8Array$/,
+    ],
+    ['plain numbers', [bad({ data: [1] })], /was given Array; pass Float32Array, or/],
+    ['plain booleans', [bad({ dtype: 'bool', data: [true] })], /was given Array; pass Uint8Array$/],
     [
       'a size beyond 2^53',
       [bad({ shape: [2 ** 50, 2 ** 50], data: () => new Float32Array(0) })],

@@ -145,10 +145,11 @@ function checkedBytes(path: string, entry: PlannedTensor, data: unknown): Uint8A
   const bytes = bytesOf(dtype, data)
   if (!bytes) {
     const given = (data as object | undefined)?.constructor?.name ?? typeof data
+    const wanted = arrayName(dtype)
     throw checkpointError(
       path,
-      `tensor ${JSON.stringify(name)} of ${dtype} was given a ${given}`,
-      `pass a ${arrayName(dtype)}, or its bytes as a Uint8Array`,
+      `tensor ${JSON.stringify(name)} of ${dtype} was given ${given}`,
+      `pass ${wanted}${wanted === 'Uint8Array' ? '' : ', or its bytes as Uint8Array'}`,
       { key: name, dtype },
     )
   }

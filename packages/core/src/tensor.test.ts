@@ -31,6 +31,12 @@ test('Node prints what a tensor is, in a model, too', () => {
   expect(inspect(x)).toBe('Tensor f32 [2] (freed)')
 })
 
+test('a tensor in a text or in JSON is what Node prints', () => {
+  const weight = new Parameter(ones([2, 3]))
+  expect(`loss ${tensor([1, 2])}`).toBe('loss Tensor f32 [2]')
+  expect(JSON.stringify({ weight })).toBe('{"weight":"Parameter f32 [2,3]"}')
+})
+
 describe('what is no tensor is refused by name', () => {
   const x = () => ones([2, 3])
   const wrong = (value: unknown) => value as Tensor

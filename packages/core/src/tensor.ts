@@ -140,9 +140,18 @@ export class Tensor extends Scoped implements Value {
     return 'return it from its scope, keep() it, or detach() it before backward'
   }
 
-  /** What Node prints: `Tensor f32 [2,3]`. The elements may still be in the making: see `values`. */
-  [Symbol.for('nodejs.util.inspect.custom')](): string {
+  /** `Tensor f32 [2,3]`, which Node prints, too. The elements may still be in the making: see `values`. */
+  override toString(): string {
     return `${this.constructor.name} ${this.dtype} ${showShape(this.shape)}${this.disposed ? ' (freed)' : ''}`
+  }
+
+  [Symbol.for('nodejs.util.inspect.custom')](): string {
+    return this.toString()
+  }
+
+  /** What a line of a log in JSON says of a tensor: the same, and not the backend with all that it holds. */
+  toJSON(): string {
+    return this.toString()
   }
 
   /** The elements as a fresh host array (raw bits for the 16- and 8-bit floats). Waits for the work that makes them. */

@@ -103,7 +103,7 @@ export const defaultIgnoreIndex = -100
 
 const names = { ignoreIndex: true }
 
-/** -log softmax(logits)[target] of every row: `logits [N, V]`, `targets i32 [N]` to `[N]`; 0 where the target is `ignoreIndex` (default -100). */
+/** -log softmax(logits)[target] of every row: `logits [N, V]`, `targets i32 [N]` to `[N]`; 0 where the target is `ignoreIndex` (default -100), or no class. */
 export function crossEntropy(logits: Tensor, targets: Tensor, options: { ignoreIndex?: number } = {}): Tensor {
   checkOptions('crossEntropy', options, names)
   return runFused(crossEntropyDefinition, [logits, targets], {
