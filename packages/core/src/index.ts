@@ -1,6 +1,7 @@
 /** @file Public interface of @moe/core. */
 export { type BackwardOptions, backward, gradients } from './autograd/backward.ts'
 export { checkpoint, withKept, withRecomputed } from './autograd/checkpoint.ts'
+export { type CustomGradient, type CustomGradientContext, customGradient } from './autograd/custom-gradient.ts'
 export { backwardInput, type SplitBackward } from './autograd/split.ts'
 export type {
   AdamwAttrs,

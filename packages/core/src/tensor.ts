@@ -33,7 +33,7 @@ import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf } from './
 export interface TapeNode {
   /** Creation order; a node's inputs were made by nodes with smaller ids. */
   readonly id: number
-  readonly op: OpName | 'checkpoint'
+  readonly op: OpName | 'checkpoint' | 'customGradient'
   inputs: readonly Tensor[]
   readonly attrs: unknown
   outputs: readonly Tensor[]
@@ -440,7 +440,7 @@ function wrap(
 
 /** Internal: remembers an op for `backward` if one of its inputs is tracked. */
 export function record(
-  op: OpName | 'checkpoint',
+  op: OpName | 'checkpoint' | 'customGradient',
   inputs: readonly Tensor[],
   attrs: unknown,
   outputs: readonly Tensor[],

@@ -1,5 +1,4 @@
 /** @file A backward pass in two parts: what others wait for at once, gradients of weights when there is time. */
-import type { OpName } from '../backend.ts'
 import { noGrad } from '../context.ts'
 import { MoeError } from '../errors.ts'
 import { showShape } from '../shape.ts'
@@ -30,7 +29,7 @@ export interface SplitBackward {
 }
 
 /** Ops most of whose work is for their weights, and whose gradient rule does only what is needed. Of other ops all gradients are computed at once. */
-const apart: ReadonlySet<OpName | 'checkpoint'> = new Set(['matmul', 'groupedMatmul', 'routedExperts'])
+const apart: ReadonlySet<TapeNode['op']> = new Set(['matmul', 'groupedMatmul', 'routedExperts'])
 
 /**
  * Goes back from `outputs` to `inputs`, leaving the gradients of weights in matrix products for later: a stage of a pipeline sends the gradient of its input on

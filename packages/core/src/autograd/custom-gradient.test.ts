@@ -1,0 +1,159 @@
+import { beforeEach, describe, expect, test } from 'vitest'
+import type { Backend } from '../backend.ts'
+import { isRecording, noGrad, setDefaultBackend } from '../context.ts'
+import { full, randn, tensor } from '../create.ts'
+import { Linear } from '../nn/layers.ts'
+import { Parameter } from '../nn/parameter.ts'
+import { Random } from '../random.ts'
+import { readF64, referenceBackend } from '../reference/index.ts'
+import { scope } from '../scope.ts'
+import type { Tensor } from '../tensor.ts'
+import { backward, gradients } from './backward.ts'
+import { checkpoint } from './checkpoint.ts'
+import { customGradient } from './custom-gradient.ts'
+import { backwardInput } from './split.ts'
+
+let backend: Backend
+beforeEach(() => {
+  backend = referenceBackend()
+  setDefaultBackend(backend)
+})
+const alive = () => backend.stats().handles
+const parameter = (...values: number[]) => new Parameter(tensor(values))
+const numbers = (of: Tensor | null) => of && Array.from(readF64(of))
+
+/** Rounds to whole numbers, and lets gradients through as if it had not (Bengio et al. 2013). */
+const straightThrough = (x: Tensor) =>
+  customGradient(
+    value => value.add(0.5).cast('i32').cast('f32'),
+    ([gradient]) => [gradient],
+    x,
+  )
+
+/** x * y, both ways. */
+const product = (x: Tensor, y: Tensor) =>
+  customGradient(
+    (a, b) => a.mul(b),
+    ([gradient], { inputs: [a, b], needs }) => [needs(0) ? gradient.mul(b) : null, needs(1) ? gradient.mul(a) : null],
+    x,
+    y,
+  )
+
+describe('customGradient', () => {
+  test('runs the function, and goes back by the rule', () => {
+    const x = parameter(0.2, 1.7, 2.4)
+    scope(() => {
+      const y = straightThrough(x.mul(2))
+      expect(numbers(y)).toEqual([0, 3, 5])
+      backward(y.mul(tensor([1, 10, 100])).sum())
+    })
+    expect(numbers(x.grad)).toEqual([2, 20, 200])
+  })
+
+  test('its gradients are those of the same op, recorded, in a checkpoint, and in two parts', () => {
+    const random = new Random(3)
+    const [x, y] = [new Parameter(randn([4, 3], random)), new Parameter(randn([4, 3], random))]
+    const linear = new Linear(3, 2, { random, deviation: 1 })
+    const both = (multiply: (a: Tensor, b: Tensor) => Tensor) =>
+      scope(() => {
+        const [dx, dy] = gradients(linear.forward(multiply(x, y).mul(x)).sum(), [x, y])
+        return [numbers(dx), numbers(dy)]
+      })
+    const expected = both((a, b) => a.mul(b))
+    expect(both(product)).toEqual(expected)
+    expect(both((a, b) => checkpoint(product, a, b))).toEqual(expected)
+    const input = x.detach()
+    input.tracked = true
+    const split = backwardInput([linear.forward(product(input, y).mul(input)).sum()], [input])
+    expect(numbers(split.gradients[0])).toEqual(expected[0])
+    split.weights()
+    expect(numbers(y.grad)).toEqual(expected[1])
+  })
+
+  test('several outputs: those that nothing depends on give zeros, integers as well', () => {
+    const x = parameter(3, 4)
+    const seen: unknown[] = []
+    scope(() => {
+      const [norm, direction, sign] = customGradient(
+        value => {
+          const norm = value.mul(value).sum().sqrt()
+          return [norm, value.div(norm), value.cast('i32')]
+        },
+        (gradients, { outputs }) => {
+          seen.push(gradients.map(numbers), outputs.length)
+          return [outputs[1].mul(gradients[0])]
+        },
+        x,
+      )
+      expect([numbers(norm), sign.dtype, direction.tracked, sign.tracked]).toEqual([[5], 'i32', true, false])
+      backward(norm.mul(10))
+    })
+    expect(seen).toEqual([[[10], [0, 0], [0, 0]], 3])
+    expect(numbers(x.grad)).toEqual([6, 8])
+  })
+
+  test('records nothing inside, hands inputs through, and leaves nothing behind', () => {
+    const [x, inside] = [parameter(2), parameter(5)]
+    const before = alive()
+    scope(() => {
+      const y = customGradient(
+        value => {
+          expect(isRecording()).toBe(false)
+          value.mul(inside)
+          return value
+        },
+        ([gradient]) => [gradient.mul(7)],
+        x,
+      )
+      backward(y.mul(3).sum())
+    })
+    expect([numbers(x.grad), inside.grad]).toEqual([[21], null])
+    x.zeroGrad()
+    expect(alive()).toBe(before)
+  })
+
+  test('where no gradient is wanted it is the function alone', () => {
+    const rule = () => expect.unreachable()
+    expect(scope(() => customGradient(x => x.mul(2), rule, full([], 2))).tracked).toBe(false)
+    expect(noGrad(() => customGradient(x => x.mul(2), rule, parameter(1))).tracked).toBe(false)
+    const x = parameter(1)
+    scope(() => backward(product(x, tensor([3])).sum()))
+    expect(numbers(x.grad)).toEqual([3])
+  })
+
+  test.each<[what: string, rule: unknown, code: string, message: RegExp]>([
+    ['another shape', () => [full([3], 1)], 'E_SHAPE', /gradient of input 0 has shape \[3\], the input \[2\]/],
+    ['too few', () => [], 'E_SHAPE', /0 gradients for 1 inputs/],
+    ['no list', () => full([2], 1), 'E_SHAPE', /for 1 inputs/],
+    ['no tensor', () => [3], 'E_ATTR', /gradient of input 0/],
+    ['integers', () => [tensor(Int32Array.of(1, 2))], 'E_DTYPE', /has dtype i32/],
+  ])('a rule that gives %s', (_, rule, code, message) => {
+    const x = parameter(1, 2)
+    const before = alive()
+    const run = () => scope(() => backward(customGradient(value => value.mul(2), rule as () => Tensor[], x).sum()))
+    expect(run).toThrow(expect.objectContaining({ code, message: expect.stringMatching(message) }))
+    expect([x.grad, alive()]).toEqual([null, before])
+  })
+
+  test('needs functions, tensors, and results at once', () => {
+    const call =
+      (...args: unknown[]) =>
+      () =>
+        (customGradient as (...args: unknown[]) => unknown)(...args)
+    expect(call(tensor([1]), (x: Tensor) => x)).toThrow(/forward is .*pass two functions, then the inputs/s)
+    expect(
+      call(
+        (x: Tensor) => x,
+        () => [],
+        3,
+      ),
+    ).toThrow(/an input is the number 3/)
+    expect(
+      call(
+        async (x: Tensor) => x,
+        () => [],
+        tensor([1]),
+      ),
+    ).toThrow(/promise/)
+  })
+})
