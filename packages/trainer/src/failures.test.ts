@@ -1,0 +1,212 @@
+import { mkdir, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { disposeModule, Module, namedParameters, stateDict, tensor } from '@moe/core'
+import { describe, expect, test } from 'vitest'
+import { TrainingOrder } from './data/training-order.ts'
+import { evaluate } from './evaluate.ts'
+import type { LossOutput, TrainableModel } from './model.ts'
+import { AdamW } from './optim/adamw.ts'
+import type { TrainOptions } from './options.ts'
+import { BigramModel, letters, temporaryFolder } from './test-model.ts'
+import { checkpointsOf, data, errorOf, numbersOf, run, settings } from './test-run.ts'
+import { train } from './train.ts'
+import { trainingStep } from './training-step.ts'
+
+describe('failures lose nothing', () => {
+  const full = Object.assign(new Error('ENOSPC: no space left on device, write'), { code: 'ENOSPC' })
+
+  /** Writes half a model, then finds the disk full. */
+  class FullDisk extends BigramModel {
+    saves = 0
+    readonly at: number
+    constructor(at: number) {
+      super()
+      this.at = at
+    }
+    async save(folder: string): Promise<void> {
+      const whole = ++this.saves !== this.at
+      const { saveCheckpoint } = await import('@moe/checkpoint')
+      if (whole) await saveCheckpoint(folder, stateDict(this))
+      else {
+        await writeFile(join(folder, 'model.safetensors'), 'half')
+        throw full
+      }
+    }
+  }
+
+  test('a full disk leaves the previous checkpoint, says so, and the run goes on from there', async () => {
+    const [whole, out] = [await temporaryFolder(), await temporaryFolder()]
+    await run({ out: whole })
+    const error = await errorOf(run({ out, checkpointEvery: 4, model: new FullDisk(2) }))
+    expect(error).toMatchObject({ code: 'E_CHECKPOINT', details: { step: 8 } })
+    expect(error.message).toMatch(/saving step 8 failed: ENOSPC.*step-000004 is whole.*resume/)
+    expect(await checkpointsOf(out)).toEqual(['latest', 'step-000004'])
+    await run({ out, checkpointEvery: 4, resume: true })
+    expect(numbersOf(out)).toEqual(numbersOf(whole))
+  })
+
+  test('an error that says itself what to do is not told to do two things', async () => {
+    const out = await temporaryFolder()
+    class Refused extends BigramModel {
+      async save(folder: string): Promise<void> {
+        await mkdir(join(folder, 'model.safetensors'))
+        const { saveCheckpoint } = await import('@moe/checkpoint')
+        await saveCheckpoint(folder, stateDict(this))
+      }
+    }
+    const { message, cause } = await errorOf(run({ out, checkpointEvery: 4, model: new Refused() }))
+    expect((cause as Error).message).toMatch(/model\.safetensors: writing failed: .*free some space/)
+    expect(message).toMatch(/step-000004: saving step 4 failed: model\.safetensors: writing failed: /)
+    expect(message.match(/free some space/g)).toHaveLength(1)
+  })
+
+  test('a full disk at the first checkpoint leaves an empty list', async () => {
+    const out = await temporaryFolder()
+    const error = await errorOf(run({ out, checkpointEvery: 4, model: new FullDisk(1) }))
+    expect(error.message).toMatch(/no earlier checkpoint/)
+    expect(await checkpointsOf(out)).toEqual([])
+  })
+
+  test('NaN in a weight stops the run, names step and parameter, and keeps the checkpoint', async () => {
+    const out = await temporaryFolder()
+    const model = new BigramModel()
+    const failures: unknown[] = []
+    const poison: TrainOptions['onEvent'] = event => {
+      if (event.type === 'fail') failures.push(event.error)
+      if (event.type !== 'step' || event.step !== 6) return
+      const values = new Float32Array(72).fill(0.1)
+      values[17] = Number.NaN
+      model.lm_head.weight.assign(tensor(values, [12, 6]))
+    }
+    const error = await errorOf(run({ out, checkpointEvery: 4, model, onEvent: poison }))
+    expect(failures).toEqual([error])
+    expect(error).toMatchObject({ code: 'E_NAN', details: { step: 7, parameter: 'lm_head.weight', kind: 'value' } })
+    expect(error.message).toMatch(/step 7 .*lm_head\.weight: 1 of 72 elements/)
+    expect(await checkpointsOf(out)).toEqual(['latest', 'step-000004'])
+    expect(numbersOf(out)).toHaveLength(6)
+  })
+
+  test('a model that an update made infinite is not saved', async () => {
+    const out = await temporaryFolder()
+    const model = new BigramModel()
+    const poison: TrainOptions['onEvent'] = event => {
+      if (event.type === 'step' && event.step === 8)
+        model.offset.assign(tensor(new Float32Array(12).fill(Number.POSITIVE_INFINITY)))
+    }
+    const error = await errorOf(run({ out, checkpointEvery: 4, model, onEvent: poison }))
+    expect(error).toMatchObject({ code: 'E_NAN', details: { step: 8, parameter: 'offset' } })
+    expect(await checkpointsOf(out)).toEqual(['latest', 'step-000004'])
+  })
+
+  test('a step with an infinite gradient changes no weight', async () => {
+    const model = new BigramModel()
+    const broken = Object.assign(model, {
+      loss: (batch: Parameters<BigramModel['loss']>[0]) => {
+        const output = BigramModel.prototype.loss.call(model, batch)
+        return { ...output, loss: output.loss.mul(1e38).mul(1e38) }
+      },
+    })
+    const parameters = namedParameters(broken)
+    const optimizer = new AdamW(parameters)
+    const before = await model.lm_head.weight.values()
+    const order = new TrainingOrder(data.training, { sequenceLength: 8, lookahead: 1, batchSize: 2 })
+    const error = await errorOf(trainingStep(broken, parameters, optimizer, order.step(0), { lr: 1, step: 1 }))
+    expect(error).toMatchObject({ code: 'E_NAN' })
+    expect(await model.lm_head.weight.values()).toEqual(before)
+    expect(model.lm_head.weight.grad).toBeNull()
+    optimizer.dispose()
+    disposeModule(model)
+  })
+
+  test('settings that cannot be are told all at once', async () => {
+    const model = new BigramModel()
+    const error = await errorOf(train(model, { ...settings, steps: 0, batchSize: 1.5, lr: Number.NaN, resume: true }))
+    expect(error).toMatchObject({ code: 'E_CONFIG' })
+    for (const text of ['steps is 0', 'batchSize is 1.5', 'lr is NaN', 'resume is given without out'])
+      expect(error.message).toContain(text)
+    const wrong = { ...settings, schedule: 5, data: undefined } as unknown as TrainOptions
+    const more = await errorOf(train(model, wrong))
+    for (const text of ['schedule is 5, needs a function', 'data is missing']) expect(more.message).toContain(text)
+    const slow = { ...settings, moments: 'bf16', betas: [0.9, 0.999] } as const
+    expect((await errorOf(train(model, slow))).message).toMatch(/one keeps 0\.999 of itself/)
+    const others = { ...settings, data: ['text'], betas: 0.9, out: 3, signal: new AbortController(), progress: 'yes' }
+    const { message } = await errorOf(train(model, others as unknown as TrainOptions))
+    for (const name of ['data has no training part', 'betas is 0.9', 'out is 3', 'pass .signal', 'progress is "yes"']) {
+      expect(message).toContain(name)
+    }
+    expect(await errorOf(train(model, undefined as unknown as TrainOptions))).toMatchObject({
+      code: 'E_CONFIG',
+    })
+    disposeModule(model)
+  })
+
+  test('a model that is none, and one with a loss that is none, are told what a model needs', async () => {
+    for (const [none, message] of [
+      [null, /train: the model is null; pass a Module with lookahead and loss/],
+      [{}, /the model has no method loss/],
+      [
+        new (class extends Module {
+          lookahead = 1
+          loss() {}
+        })(),
+        /the model has no parameters; give it some in fields/,
+      ],
+    ] as const) {
+      expect((await errorOf(train(none as unknown as TrainableModel, settings))).message).toMatch(message)
+    }
+    const returning = (change: (output: LossOutput) => unknown) => {
+      const model = new BigramModel()
+      return Object.assign(model, {
+        loss: (...input: Parameters<BigramModel['loss']>) => change(BigramModel.prototype.loss.apply(model, input)),
+      }) as TrainableModel
+    }
+    for (const [change, message] of [
+      [async output => output, /^loss: the model returned a promise; make it synchronous/],
+      [({ loss }) => loss, /returned a tensor alone; return \{ loss, nll, count, metrics \}/],
+      [() => undefined, /returned undefined/],
+      [({ nll, ...others }) => others, /returned nll = undefined, no tensor/],
+      [output => ({ ...output, nll: output.nll.expand([2]) }), /returned nll of shape \[2\]/],
+      [({ count, ...others }) => others, /returned count = undefined/],
+      [({ metrics, ...others }) => others, /returned metrics = undefined/],
+      [output => ({ ...output, metrics: { half: 0.5 } }), /returned half = 0.5, no tensor/],
+    ] as ReadonlyArray<[(output: LossOutput) => unknown, RegExp]>) {
+      const model = returning(change)
+      const wrong = [
+        await errorOf(train(model, settings)),
+        await errorOf(evaluate(model, data.validation, { sequenceLength: 8, batchSize: 1 })),
+      ]
+      for (const error of wrong)
+        expect(error).toMatchObject({ code: 'E_ATTR', message: expect.stringMatching(message) })
+      disposeModule(model)
+    }
+  })
+
+  test('a measurement without sizes, data or model is refused', async () => {
+    const model = new BigramModel()
+    const measure = evaluate as (...input: unknown[]) => Promise<unknown>
+    const sizes = { sequenceLength: 8, batchSize: 1 }
+    expect((await errorOf(measure(model, data.validation, {}))).message).toMatch(
+      /sequenceLength is undefined, batchSize is/,
+    )
+    expect((await errorOf(measure(model, ['text'], sizes))).message).toMatch(
+      /no TokenDataset; pass TokenDataset.fromTexts/,
+    )
+    expect((await errorOf(measure(null, data.validation, sizes))).message).toMatch(/evaluate: the model is null/)
+    disposeModule(model)
+  })
+
+  test('texts without a tokenizer, and tokens that the model has no embeddings for', async () => {
+    const model = new BigramModel()
+    const without = await errorOf(train(model, { ...settings, data: { training: ['abc'], validation: [] } }))
+    expect(without).toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/no tokenizer/) })
+    const larger = { ...letters, vocabSize: 500 }
+    const error = await errorOf(
+      train(model, { ...settings, data: { training: ['abc'], validation: [] }, tokenizer: larger }),
+    )
+    expect(error).toMatchObject({
+      code: 'E_DATA',
+      message: expect.stringMatching(/ids up to 499, the model has embeddings for 12/),
+    })
+    disposeModule(model)
+  })
+})

@@ -1,0 +1,74 @@
+/** @file For tests only: small runs, how they are compared and interrupted, and a backend that every test leaves empty. */
+import { readdir } from 'node:fs/promises'
+import { join } from 'node:path'
+import { disposeModule, setDefaultBackend, stateDict } from '@moe/core'
+import { afterEach, beforeAll, expect } from 'vitest'
+import type { TrainEvent } from './events.ts'
+import type { TrainOptions } from './options.ts'
+import { readMetrics } from './report/metrics-log.ts'
+import { BigramModel, letterData, removeTemporaryFolders, roundingBackend } from './test-model.ts'
+import { train } from './train.ts'
+
+export const backend = roundingBackend()
+beforeAll(() => setDefaultBackend(backend))
+afterEach(async () => {
+  await removeTemporaryFolders()
+  expect(backend.stats().handles).toBe(0)
+})
+
+export const data = letterData()
+export const settings = {
+  data,
+  steps: 12,
+  batchSize: 3,
+  sequenceLength: 8,
+  lr: 0.05,
+  seed: 7,
+  progress: false,
+} as const
+
+/** Trains a new model and gives back what is left of it. */
+export async function run(options: Partial<TrainOptions> & { model?: BigramModel } = {}) {
+  const { model = new BigramModel(), ...rest } = options
+  const events: TrainEvent[] = []
+  const { onEvent } = rest
+  try {
+    const result = await train(model, {
+      ...settings,
+      ...rest,
+      onEvent(event) {
+        events.push(event)
+        return onEvent?.(event)
+      },
+    })
+    const weights = await Promise.all(
+      stateDict(model).map(async ({ name, data }) => [name, Array.from(await data())] as const),
+    )
+    return { result, events, weights }
+  } finally {
+    disposeModule(model)
+  }
+}
+
+export const errorOf = (work: Promise<unknown>) =>
+  work.then(
+    () => new Error('it did not fail'),
+    (error: Error) => error,
+  )
+
+/** Lines of a run without the one number that depends on the clock. */
+export const numbersOf = (out: string) =>
+  readMetrics(join(out, 'metrics.jsonl')).map(({ tokensPerSecond: _, ...line }) => line)
+
+/** Interrupts after a step. */
+export function stopAfter(step: number): Pick<TrainOptions, 'signal' | 'onEvent'> {
+  const controller = new AbortController()
+  return {
+    signal: controller.signal,
+    onEvent: event => {
+      if (event.type === 'step' && event.step === step) controller.abort()
+    },
+  }
+}
+
+export const checkpointsOf = async (out: string) => (await readdir(join(out, 'checkpoints'))).sort()
