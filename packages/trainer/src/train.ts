@@ -122,6 +122,14 @@ function streamsOf({ training, validation }: TokenData): (readonly [string, Toke
 function checkTokens(model: TrainableModel, { tokenizer }: ResolvedOptions, data: TokenData): void {
   const digest = tokenizer && tokenizerDigest(tokenizer)
   for (const [part, { vocabSize, tokenizer: made }] of streamsOf(data)) {
+    if (digest !== undefined && made !== undefined && made !== digest) {
+      throw new MoeError({
+        code: 'E_DATA',
+        op: 'train',
+        problem: `the ${part} tokens were made by another tokenizer (${made}) than the one that is given (${digest})`,
+        fix: 'pass the tokenizer.json that they were made with, or make them anew',
+      })
+    }
     if (model.vocabSize !== undefined && vocabSize > model.vocabSize) {
       throw new MoeError({
         code: 'E_DATA',
@@ -131,13 +139,6 @@ function checkTokens(model: TrainableModel, { tokenizer }: ResolvedOptions, data
         details: { vocabSize, modelVocabSize: model.vocabSize },
       })
     }
-    if (digest === undefined || made === undefined || made === digest) continue
-    throw new MoeError({
-      code: 'E_DATA',
-      op: 'train',
-      problem: `the ${part} tokens were made by another tokenizer (${made}) than the one that is given (${digest})`,
-      fix: 'pass the tokenizer.json that they were made with, or make them anew',
-    })
   }
 }
 
