@@ -1,9 +1,10 @@
-import { spawnSync } from 'node:child_process'
-import { existsSync } from 'node:fs'
+import { spawn, spawnSync } from 'node:child_process'
+import { once } from 'node:events'
+import { existsSync, readFileSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'
 import { hostname } from 'node:os'
 import { join } from 'node:path'
-import { afterEach, expect, test } from 'vitest'
+import { afterEach, expect, test, vi } from 'vitest'
 import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
 import { lockFolder } from './folder-lock.ts'
 
@@ -27,6 +28,19 @@ test.each([
   const out = await temporaryFolder()
   await writeFile(join(out, 'training.lock'), text)
   lockFolder(out)()
+})
+
+test.runIf(process.platform === 'linux')('nor is that of a process whose parent never asks how it ended', async () => {
+  const out = await temporaryFolder()
+  const parent = spawn('sh', ['-c', 'sleep 0 & echo $!; exec sleep 60'])
+  try {
+    const pid = Number((await once(parent.stdout, 'data')).toString())
+    await vi.waitFor(() => expect(readFileSync(`/proc/${pid}/status`, 'utf8')).toMatch(/^State:\s*Z/m))
+    await writeFile(join(out, 'training.lock'), `${pid} ${hostname()}\n`)
+    lockFolder(out)()
+  } finally {
+    parent.kill()
+  }
 })
 
 test('the lock of a process that runs is', async () => {

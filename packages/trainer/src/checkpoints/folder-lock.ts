@@ -68,9 +68,18 @@ function ownerOf(path: string): number | undefined {
 function runs(pid: number): boolean {
   try {
     process.kill(pid, 0)
-    return true
   } catch (error) {
     return (error as NodeJS.ErrnoException).code === 'EPERM'
+  }
+  return !isZombie(pid)
+}
+
+/** Whether a process has ended and nobody has asked how, as in a container whose first process never does. It still takes signals. */
+function isZombie(pid: number): boolean {
+  try {
+    return /^State:\s*Z/m.test(readFileSync(`/proc/${pid}/status`, 'utf8'))
+  } catch {
+    return false // no Linux
   }
 }
 
