@@ -97,13 +97,13 @@ export async function trainSmall(
       record: false,
       ...(ranks && { ranks }),
       ...options,
-      onEvent(event, notify) {
+      onEvent(event, reporter) {
         if (event.type === 'step') {
           const { tokensPerSecond: _, ...numbers } = event
           steps.push(numbers)
         }
         if (event.type === 'loads') loads.push(event)
-        return options.onEvent?.(event, notify)
+        return options.onEvent?.(event, reporter)
       },
     })
     const entries = stateDict(made).map(async ({ name, data }) => [name, Array.from(await data())] as const)

@@ -102,11 +102,13 @@ export class Chart {
         series.push({ stroke, width: 2, dash: run.dash, points: { show: x.length === 1, size: 6, fill: stroke } })
         table(x, visible(smoothed(column.mean, view.smoothing)))
       }
-      for (const averaged of what.heldOut ? [false, true] : []) {
-        const points = heldOut(run, what.heldOut, view.across, averaged)
+      for (const averaged of what.logged ? [false] : what.heldOut ? [false, true] : []) {
+        const points = what.logged
+          ? logged(run, what.logged, view.across)
+          : heldOut(run, what.heldOut, view.across, averaged)
         if (points.length === 0) continue
         // No line of training beside them.
-        const own = what.name === 'bitsPerByte'
+        const own = what.logged !== undefined || what.name === 'bitsPerByte'
         this.#lines.push({ run, index: series.length, mark: `${own ? '' : ' held-out'}${averaged ? ' averaged' : ''}` })
         const { stroke } = run.colors
         const filled = own && !averaged
@@ -229,17 +231,26 @@ export class Chart {
   }
 }
 
+/** Points of a logged number as `[x, y]`. */
+function logged({ state, series }, name, across) {
+  const { steps = [], values = [] } = state.logged[name] ?? {}
+  return steps.flatMap((step, i) => {
+    const x = across === 'step' ? step : tokensAt(series, step)
+    return x === undefined || values[i] === null ? [] : [[x, values[i]]]
+  })
+}
+
 /** Held-out points as `[x, y]`, of the weights or of their averages. */
 function heldOut({ state, series }, name, across, averaged) {
-  const tokens = series.columns.get('tokens')?.mean
   return state.heldOut.flatMap(({ step, ema, ...weights }) => {
     const value = (averaged ? (ema ?? {}) : weights)[name]
     if (typeof value !== 'number') return []
-    if (across === 'step') return [[step, value]]
-    const at = series.steps.findIndex(other => other >= step)
-    return tokens && at >= 0 ? [[tokens[at], value]] : []
+    const x = across === 'step' ? step : tokensAt(series, step)
+    return x === undefined ? [] : [[x, value]]
   })
 }
+
+const tokensAt = ({ steps, columns }, step) => columns.get('tokens')?.mean[steps.findIndex(other => other >= step)]
 
 function nearest(u, index, at) {
   const values = u.data[index]

@@ -218,7 +218,11 @@ function drawCharts() {
   const others = [...names]
     .filter(name => name !== 'tokens' && !known.some(one => one.name === name))
     .map(name => ({ group: 'Other', name, title: name, unit: '' }))
-  for (const what of [...known, ...others]) {
+  const logged = [...new Set(shown.flatMap(({ state }) => Object.keys(state.logged)))].map(name => {
+    const group = name.startsWith('validation/') ? 'Held-out sources' : 'Logged'
+    return { group, name: `logged ${name}`, title: name, unit: '', logged: name }
+  })
+  for (const what of [...known, ...others, ...logged]) {
     let chart = charts.get(what.name)
     if (!chart) {
       chart = new Chart(what, zoom, at => experts.hover(at))

@@ -50,10 +50,10 @@ async function run(options: Partial<TrainOptions> = {}) {
     const result = await train(model, {
       ...settings,
       ...options,
-      async onEvent(event) {
+      async onEvent(event, reporter) {
         events.push(event)
         if (event.type === 'step') weights.push(await weightsOf(model))
-        return options.onEvent?.(event)
+        return options.onEvent?.(event, reporter)
       },
     })
     return { result, events, weights }

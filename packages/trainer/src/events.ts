@@ -136,6 +136,16 @@ export interface NoticeEvent {
   readonly message: string
 }
 
+/** A listener logged numbers of its own. */
+export interface LogEvent {
+  /** Tells the events apart. */
+  readonly type: 'log'
+  /** Steps done. */
+  readonly step: number
+  /** Numbers by name, for example `{ 'lambada/acc': 0.31 }`. */
+  readonly values: Readonly<Record<string, number>>
+}
+
 /** The run stops before its last step: asked to, or out of time. */
 export interface StopEvent {
   /** Tells the events apart. */
@@ -175,13 +185,24 @@ export type TrainEvent =
   | EvaluationEvent
   | CheckpointEvent
   | NoticeEvent
+  | LogEvent
   | StopEvent
   | EndEvent
   | FailEvent
 
+/** What a listener can add to the run: every listener receives it as an event, and the files of the run store it. */
+export interface TrainReporter {
+  /** Reports something that the user should know, as a `notice` event. */
+  notify(message: string): void
+  /**
+   * Logs numbers by name, as a `log` event of the current step. They are stored in `events.jsonl` and shown as curves by `moe-trainer watch` and TensorBoard.
+   * @throws MoeError E_ATTR for a value that is not a number
+   */
+  log(values: Readonly<Record<string, number>>): void
+}
+
 /**
- * Listens to a run. What it returns, where that is a promise, is awaited before the next step is taken, so that it may use the model: generate a text,
- * say. One that throws, or whose promise rejects, ends the run.
- * @param notify tells all listeners something that the user should know, as a `notice`
+ * Listens to a run. If it returns a promise, the run waits for it before the next step, so that the listener may use the model, for example to generate text.
+ * A listener that throws or whose promise rejects ends the run.
  */
-export type TrainListener = (event: TrainEvent, notify?: (message: string) => void) => unknown
+export type TrainListener = (event: TrainEvent, reporter: TrainReporter) => unknown

@@ -27,6 +27,7 @@ export type {
   FailEvent,
   LayerLoads,
   LoadsEvent,
+  LogEvent,
   MeasuringEvent,
   NoticeEvent,
   StartEvent,
@@ -34,6 +35,7 @@ export type {
   StopEvent,
   TrainEvent,
   TrainListener,
+  TrainReporter,
 } from './events.ts'
 export type {
   DeviceInputs,

@@ -11,6 +11,7 @@ import {
   parameterCount,
   QuantizedParameter,
   scope,
+  shown,
   weightBytes,
 } from '@moe/core'
 import type { Averages } from './averages.ts'
@@ -23,7 +24,7 @@ import { sourcesOf } from './data/mixture.ts'
 import { TrainingOrder } from './data/training-order.ts'
 import { drawApart } from './draw-apart.ts'
 import type { Evaluation } from './evaluate.ts'
-import type { EvaluationEvent, StepEvent, TrainEvent, TrainListener } from './events.ts'
+import type { EvaluationEvent, StepEvent, TrainEvent, TrainListener, TrainReporter } from './events.ts'
 import { peakResidentBytes } from './host.ts'
 import type { Interrupts } from './interrupt.ts'
 import type { TokenBatch, TrainableModel } from './model.ts'
@@ -97,6 +98,11 @@ export class Run {
   peaksBefore: Peaks = { peakMemoryBytes: 0, peakDeviceBytes: 0 }
   savedStep = -1
   checkpoint: string | undefined
+  /** What listeners add to the run. */
+  readonly reporter: TrainReporter = {
+    notify: message => this.emit({ type: 'notice', message }),
+    log: values => this.emit({ type: 'log', step: this.step, values: checkedNumbers(values) }),
+  }
   /** Gives the folder back. */
   unlock = () => {}
   drawTogether = () => {}
@@ -450,9 +456,8 @@ export class Run {
   }
 
   emit(event: TrainEvent): void {
-    const notify = (message: string) => this.emit({ type: 'notice', message })
     for (const listener of this.listeners) {
-      const told = listener(event, notify)
+      const told = listener(event, this.reporter)
       if (!(told instanceof Promise)) continue
       told.catch(() => undefined) // What it fails with is thrown where it is awaited.
       this.listening.push(told)
@@ -553,3 +558,16 @@ async function normsOf(named: readonly NamedParameter[]): Promise<Record<string,
 }
 
 const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length
+
+function checkedNumbers(values: Readonly<Record<string, number>>): Readonly<Record<string, number>> {
+  for (const [name, value] of Object.entries(values)) {
+    if (typeof value === 'number') continue
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'log',
+      problem: `${name} is ${shown(value)}`,
+      fix: 'pass numbers by name: log({ accuracy: 0.5 })',
+    })
+  }
+  return { ...values }
+}

@@ -36,9 +36,9 @@ export async function run(options: Partial<TrainOptions> & { model?: BigramModel
     const result = await train(model, {
       ...settings,
       ...rest,
-      onEvent(event) {
+      onEvent(event, reporter) {
         events.push(event)
-        return onEvent?.(event)
+        return onEvent?.(event, reporter)
       },
     })
     const weights = await Promise.all(

@@ -6,7 +6,7 @@ import { disposeModule, noGrad, quantizeWeights, scope } from '@moe/core'
 import { describe, expect, test } from 'vitest'
 import { TokenDataset } from './data/token-dataset.ts'
 import { evaluate } from './evaluate.ts'
-import type { TrainEvent } from './events.ts'
+import type { TrainEvent, TrainListener } from './events.ts'
 import { readMetrics } from './report/metrics-log.ts'
 import { BigramModel, letters, letterTexts, temporaryFolder } from './test-model.ts'
 import { backend, checkpointsOf, data, errorOf, run, settings } from './test-run.ts'
@@ -215,6 +215,25 @@ describe('a run', () => {
       expect(shares(at)).toEqual([...shares(at)].sort((a, b) => a - b))
       expect(shares(at).at(-1)).toBe(1)
     }
+  })
+
+  test('stores what a listener logs, with the step', async () => {
+    const out = join(await temporaryFolder(), 'logging')
+    const onEvent: TrainListener = (event, { log }) => {
+      if (event.type === 'step' && event.step % 2 === 0) log({ 'half/loss': event.loss / 2 })
+    }
+    const { events } = await run({ steps: 4, out, onEvent })
+    const losses = events.flatMap(event => (event.type === 'step' ? [event.loss] : []))
+    const wanted = [2, 4].map(step => ({ type: 'log', step, values: { 'half/loss': losses[step - 1] / 2 } }))
+    expect(events.filter(({ type }) => type === 'log')).toEqual(wanted)
+    const lines = (await readFile(join(out, 'events.jsonl'), 'utf8')).trim().split('\n')
+    expect(lines.map(line => JSON.parse(line)).filter(({ type }) => type === 'log')).toMatchObject(wanted)
+
+    const wrong: TrainListener = (event, { log }) => event.type === 'step' && log({ accuracy: '0.5' as never })
+    expect(await errorOf(run({ onEvent: wrong }))).toMatchObject({
+      code: 'E_ATTR',
+      message: 'log: accuracy is "0.5"; pass numbers by name: log({ accuracy: 0.5 })',
+    })
   })
 
   test('says that stored weights stay as they are', async () => {

@@ -134,9 +134,9 @@ async function run<Model extends DeepSeek>(model: Model, options: Partial<TrainO
       data: { training: data() },
       ...settings,
       ...options,
-      onEvent(event, notify) {
+      onEvent(event, reporter) {
         events.push(event)
-        options.onEvent?.(event, notify)
+        options.onEvent?.(event, reporter)
       },
     })
   } finally {

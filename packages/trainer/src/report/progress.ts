@@ -1,7 +1,7 @@
 /** @file Draws a run: one redrawn line on a terminal, a plain line now and then elsewhere. */
 import { checkOptions } from '@moe/core'
 import type { Evaluation } from '../evaluate.ts'
-import type { EvaluationEvent, StartEvent, StepEvent, TrainEvent, TrainListener } from '../events.ts'
+import type { EvaluationEvent, StartEvent, StepEvent, TrainEvent } from '../events.ts'
 import { isColorless, standardError } from '../host.ts'
 
 /** The part of a stream that is needed: `process.stderr` is one. */
@@ -43,7 +43,7 @@ function outlive(stream: ProgressStream): void {
 }
 
 /** A listener that shows progress. */
-export function progress(options: ProgressOptions = {}): TrainListener {
+export function progress(options: ProgressOptions = {}): (event: TrainEvent) => void {
   checkOptions('progress', options, { stream: true, every: true, color: true, now: true })
   const { stream = standardError(), now = () => performance.now() } = options
   const terminal = stream.isTTY === true

@@ -2,7 +2,7 @@ import { writeSync } from 'node:fs'
 import { readdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { afterEach, describe, expect, test, vi } from 'vitest'
-import type { StartEvent, StepEvent } from '../events.ts'
+import type { StartEvent, StepEvent, TrainReporter } from '../events.ts'
 import { removeTemporaryFolders, temporaryFolder } from '../test-model.ts'
 import { tensorBoard } from './tensor-board.ts'
 import { crc32c, eventRecord, hyperparameters, scalar, text } from './tensor-board-records.ts'
@@ -89,6 +89,8 @@ describe('records', () => {
   })
 })
 
+const noticesInto = (list: string[]): TrainReporter => ({ notify: message => void list.push(message), log: () => {} })
+
 describe('the listener', () => {
   test('writes settings, steps and measurements into the folder of the run', async () => {
     const out = join(await temporaryFolder(), 'run')
@@ -154,6 +156,17 @@ describe('the listener', () => {
     expect(sessions).toEqual(['3a020801', '10033a020801'])
   })
 
+  test('writes what listeners log, under the names that they give', async () => {
+    const folder = await temporaryFolder()
+    const listen = tensorBoard(folder)
+    listen(start)
+    listen({ type: 'log', step: 7, values: { 'lambada/acc': 0.25, missing: Number.NaN } })
+    const [bytes] = await eventFiles(folder)
+    const wanted = recordsOf(eventRecord({ wallTime: 0, step: 7, values: [scalar('lambada/acc', 0.25)] }))[0]
+    // Behind the time.
+    expect(recordsOf(bytes)[3].subarray(9).toString('latin1')).toBe(wanted.subarray(9).toString('latin1'))
+  })
+
   test('writes on the first rank alone', async () => {
     const folder = await temporaryFolder()
     const listen = tensorBoard(folder)
@@ -170,18 +183,19 @@ describe('the listener', () => {
   test('tells once that a full disk keeps it waiting, and writes all when it can', async () => {
     const folder = await temporaryFolder()
     const told: string[] = []
+    const reporter = noticesInto(told)
     const listen = tensorBoard(folder)
-    listen(start, message => told.push(message))
+    listen(start, reporter)
     vi.mocked(writeSync).mockImplementation(() => {
       throw new Error('ENOSPC: no space left on device')
     })
-    for (let i = 1; i <= 1000; i++) listen(step(i), message => told.push(message))
-    listen({ type: 'measuring', step: 1, done: 0 }, message => told.push(message))
+    for (let i = 1; i <= 1000; i++) listen(step(i), reporter)
+    listen({ type: 'measuring', step: 1, done: 0 }, reporter)
     vi.mocked(writeSync).mockReset()
     expect(told).toEqual([
       'what is for TensorBoard waits and training goes on: writing failed: ENOSPC: no space left on device',
     ])
-    listen({ type: 'measuring', step: 1, done: 1 }, message => told.push(message))
+    listen({ type: 'measuring', step: 1, done: 1 }, reporter)
     expect(recordsOf((await eventFiles(folder))[0])).toHaveLength(1003)
     expect(told).toHaveLength(1)
   })
@@ -189,14 +203,14 @@ describe('the listener', () => {
   test('gives up where too much waits, and where there is no folder', async () => {
     const folder = await temporaryFolder()
     const told: string[] = []
-    const tell = (message: string) => told.push(message)
+    const reporter = noticesInto(told)
     const listen = tensorBoard(folder)
     listen(start)
     vi.mocked(writeSync).mockImplementation(() => {
       throw new Error('ENOSPC')
     })
     const metrics = Object.fromEntries(Array.from({ length: 10_000 }, (_, i) => [`metric-${i}-${'m'.repeat(500)}`, i]))
-    for (let i = 1; i <= 5; i++) listen({ ...step(i), metrics }, tell)
+    for (let i = 1; i <= 5; i++) listen({ ...step(i), metrics }, reporter)
     vi.mocked(writeSync).mockReset()
     expect(told).toHaveLength(2)
     expect(told[1]).toMatch(/^nothing is written for TensorBoard from here on/)
@@ -204,8 +218,8 @@ describe('the listener', () => {
     const path = join(folder, 'file')
     await writeFile(path, '')
     const other = tensorBoard(join(path, 'below'))
-    other(start, tell)
-    other(step(1), tell)
+    other(start, reporter)
+    other(step(1), reporter)
     expect(told[2]).toMatch(/^nothing is written for TensorBoard: /)
     expect(told).toHaveLength(3)
   })

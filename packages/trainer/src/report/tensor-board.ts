@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { pathOf } from '@moe/checkpoint'
 import { isMoeError, MoeError } from '@moe/core'
 import type { Evaluation } from '../evaluate.ts'
-import type { LayerLoads, TrainEvent, TrainListener } from '../events.ts'
+import type { LayerLoads, TrainEvent, TrainReporter } from '../events.ts'
 import { maxVio } from './loads-log.ts'
 import { LogFile } from './log-file.ts'
 import { eventRecord, hyperparameters, scalar, text } from './tensor-board-records.ts'
@@ -19,14 +19,14 @@ let files = 0
 /**
  * A listener for `onEvent` that writes `events.out.tfevents.*`: scalars of every step (`train/nll`, `train/lr`, ..., and what the model logs, as `model/maxVio`),
  * of measurements (`validation/bitsPerByte`, `validation/loss`, `validation/reward`, `validation/preferred`; `validation/web/bitsPerByte` of one of several held-out streams, `ema/bitsPerByte` and so on of averaged weights), of layers with experts when their loads are told (`experts/layers.3/maxVio`, over the steps since the last time, `stepMaxVio`, of single steps; dead experts, share of
- * dropped choices, range of the bias), and the run's settings as text and hyperparameters. `tensorboard --logdir runs` shows all
+ * dropped choices, range of the bias), of what listeners log, and the run's settings as text and hyperparameters. `tensorboard --logdir runs` shows all
  * runs in a folder side by side. A run that goes on begins another file, which tells TensorBoard to forget the steps that are taken again. Of several ranks
  * the first writes. Where the files cannot be written, a notice says so and training goes on.
  *
  * @param folder Default: that of the run (`out`).
  * @throws MoeError E_CONFIG when there is neither, as the run begins
  */
-export function tensorBoard(folder?: string | URL): TrainListener {
+export function tensorBoard(folder?: string | URL): (event: TrainEvent, reporter?: TrainReporter) => void {
   const given = folder === undefined ? undefined : pathOf('tensorBoard', folder)
   let file: LogFile | undefined
   let failing = false
@@ -47,14 +47,14 @@ export function tensorBoard(folder?: string | URL): TrainListener {
     return into
   }
 
-  return (event, notify = () => {}) => {
+  return (event, reporter) => {
     if (event.type === 'start' && event.rank === 0) {
       const into = begin(event.out)
       try {
         mkdirSync(into, { recursive: true })
       } catch (error) {
         file = undefined
-        notify(`nothing is written for TensorBoard: ${(error as Error).message}`)
+        reporter?.notify(`nothing is written for TensorBoard: ${(error as Error).message}`)
       }
     }
     if (file === undefined || event.type === 'notice') return
@@ -66,8 +66,8 @@ export function tensorBoard(folder?: string | URL): TrainListener {
       const reason = isMoeError(error) ? error.problem : `${error}`
       const patient = file.waitingBytes < patienceBytes
       if (!patient) file = undefined
-      if (!patient) notify(`nothing is written for TensorBoard from here on: ${reason}`)
-      else if (!failing) notify(`what is for TensorBoard waits and training goes on: ${reason}`)
+      if (!patient) reporter?.notify(`nothing is written for TensorBoard from here on: ${reason}`)
+      else if (!failing) reporter?.notify(`what is for TensorBoard waits and training goes on: ${reason}`)
       failing = true
     }
   }
@@ -102,6 +102,8 @@ function recordsOf(event: TrainEvent): Buffer[] {
       const values = layers.flatMap(layer => scalars(`experts/${layer.name}`, balanceOf(layer)))
       return [eventRecord({ wallTime, step, values })]
     }
+    case 'log':
+      return [eventRecord({ wallTime, step: event.step, values: scalars(undefined, event.values) })]
     case 'evaluation': {
       const measured = ({ loss, bitsPerByte, reward = Number.NaN, preferred = Number.NaN }: Evaluation) => {
         return { loss, bitsPerByte, reward, preferred }
@@ -130,9 +132,9 @@ function balanceOf({ load, stepMaxVio, dropped, bias }: LayerLoads): Record<stri
   }
 }
 
-function scalars(group: string, numbers: Readonly<Record<string, number>>): Buffer[] {
+function scalars(group: string | undefined, numbers: Readonly<Record<string, number>>): Buffer[] {
   return Object.entries(numbers).flatMap(([name, value]) =>
-    Number.isNaN(value) ? [] : [scalar(`${group}/${name}`, value)],
+    Number.isNaN(value) ? [] : [scalar(group === undefined ? name : `${group}/${name}`, value)],
   )
 }
 

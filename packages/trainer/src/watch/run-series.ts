@@ -62,7 +62,7 @@ export class RunSeries {
    * @param numbers other values are passed over
    */
   push(step: number, numbers: Readonly<Record<string, unknown>>): void {
-    while (this.#last.length > 0 && this.#last[this.#last.length - 1] >= step) this.#drop()
+    this.cutBack(step - 1)
     const at = this.#pointFor(step)
     this.#last[at] = step
     this.#lines[at]++
@@ -76,6 +76,11 @@ export class RunSeries {
       column.min[at] = Math.min(column.min[at] ?? Number.POSITIVE_INFINITY, value)
       column.max[at] = Math.max(column.max[at] ?? Number.NEGATIVE_INFINITY, value)
     }
+  }
+
+  /** Drops the points that reach beyond a step. */
+  cutBack(step: number): void {
+    while (this.#last.length > 0 && this.#last[this.#last.length - 1] > step) this.#drop()
   }
 
   /** What a reader lacks, its last point included: that may have grown. */

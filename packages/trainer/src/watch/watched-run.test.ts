@@ -147,6 +147,38 @@ describe('a run that goes on from a checkpoint', () => {
   })
 })
 
+test('a run has curves of what was logged, and of each source of held-out data', async () => {
+  const { write, state } = await watched()
+  const log = (step: number, values: unknown) => ({ type: 'log', step, values })
+  const sources = { web: { loss: 3, bitsPerByte: 1.5, tokens: 9 }, code: { loss: 2, bitsPerByte: null }, odd: 1 }
+  await write(
+    'events.jsonl',
+    jsonl([
+      start,
+      log(2, { 'lambada/acc': 0.25, odd: 'text', missing: null }),
+      { type: 'evaluation', step: 3, loss: 2.5, bitsPerByte: null, final: false, sources },
+      log(4, { 'lambada/acc': 0.5 }),
+      log(-1, { bad: 1 }),
+      log(4, 7),
+    ]),
+  )
+  const curves = {
+    'lambada/acc': { steps: [2, 4], values: [0.25, 0.5] },
+    'validation/web/loss': { steps: [3], values: [3] },
+    'validation/web/bitsPerByte': { steps: [3], values: [1.5] },
+    'validation/code/loss': { steps: [3], values: [2] },
+  }
+  expect((await state()).logged).toEqual(curves)
+
+  await write('events.jsonl', jsonl([{ ...start, fromStep: 3 }]))
+  expect((await state()).logged).toEqual({ ...curves, 'lambada/acc': { steps: [2], values: [0.25] } })
+  const many = Object.fromEntries(Array.from({ length: 100 }, (_, i) => [`n${i}`, i]))
+  await write('events.jsonl', jsonl(Array.from({ length: 2000 }, (_, i) => log(i + 4, many))))
+  const { logged } = await state()
+  expect(Object.keys(logged)).toHaveLength(64)
+  expect(Math.max(...Object.values(logged).map(({ steps }) => steps.length))).toBeLessThanOrEqual(500)
+})
+
 test('a folder that is emptied has nothing left of the run', async () => {
   const { folder, write, state, run } = await watched()
   await write('metrics.jsonl', metrics(1, 3))

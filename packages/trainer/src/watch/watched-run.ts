@@ -3,6 +3,7 @@ import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { isTaken } from '../checkpoints/folder-lock.ts'
 import { type Fields, fieldsOf, isFields, isNumber, isStep } from './json-fields.ts'
+import { type LoggedCurve, LoggedNumbers } from './logged-numbers.ts'
 import { RunSeries, type SeriesPatch } from './run-series.ts'
 import { TailedFile } from './tailed-file.ts'
 import { WatchedLoads } from './watched-loads.ts'
@@ -51,6 +52,8 @@ export interface RunState {
   readonly settings: Readonly<Record<string, unknown>>
   /** Measurements of held-out data, oldest first. */
   readonly heldOut: readonly HeldOutPoint[]
+  /** Numbers that listeners logged, and those of each source of held-out data (`validation/web/bitsPerByte`). */
+  readonly logged: Readonly<Record<string, LoggedCurve>>
   /** What the user should know, oldest first. */
   readonly notices: readonly string[]
   /** Why it failed, or why its files cannot be read. */
@@ -82,6 +85,7 @@ export class WatchedRun {
   /** What the last event but notices and measurements said. */
   #told: RunStatus | undefined
   #heldOut: HeldOutPoint[] = []
+  readonly #logged = new LoggedNumbers()
   #notices: string[] = []
   #error: string | undefined
 
@@ -141,6 +145,7 @@ export class WatchedRun {
       about: { ...about, began: time },
       settings: isFields(settings) ? settings : {},
       heldOut: this.#heldOut,
+      logged: this.#logged.curves,
       notices: this.#notices,
       problem: this.#error ?? this.metrics.file.problem ?? this.events.problem ?? null,
       badLines: this.metrics.badLines,
@@ -174,11 +179,17 @@ export class WatchedRun {
         this.#told = undefined
         this.#error = undefined
         // What is measured again counts.
-        if (isNumber(fromStep)) this.#heldOut = this.#heldOut.filter(({ step }) => step <= fromStep)
+        if (isNumber(fromStep)) {
+          this.#heldOut = this.#heldOut.filter(({ step }) => step <= fromStep)
+          this.#logged.cutBack(fromStep)
+        }
         break
       }
       case 'evaluation':
         this.#measured(event)
+        break
+      case 'log':
+        if (isStep(event['step']) && isFields(event['values'])) this.#logged.push(event['step'], event['values'])
         break
       case 'notice':
         if (typeof event['message'] === 'string') this.#notices = [...this.#notices.slice(-19), event['message']]
@@ -195,6 +206,14 @@ export class WatchedRun {
 
   #measured({ step, final, ema, ...measured }: Fields): void {
     if (!isStep(step) || this.#heldOut.length >= most) return
+    for (const [source, numbers] of Object.entries(isFields(measured['sources']) ? measured['sources'] : {})) {
+      if (!isFields(numbers)) continue
+      const { loss, bitsPerByte } = numbers
+      this.#logged.push(step, {
+        [`validation/${source}/loss`]: loss,
+        [`validation/${source}/bitsPerByte`]: bitsPerByte,
+      })
+    }
     const averaged = isFields(ema) && { ema: measurement(ema) }
     const point = { step, ...measurement(measured), ...averaged, final: final === true }
     // A run that goes on after its last step measures once more.
@@ -210,6 +229,7 @@ export class WatchedRun {
     this.#start = {}
     this.#told = undefined
     this.#heldOut = []
+    this.#logged.clear()
     this.#notices = []
     this.#error = undefined
   }
