@@ -166,14 +166,16 @@ describe('a run of two ranks', () => {
 
   test('does not begin with different weights, or at different steps', async () => {
     const seeds = local(2, ranks => trainSmall(backend, { ranks }, { seed: ranks.rank }))
-    await expect(seeds).rejects.toThrow(/rank 0 begins at step 0 with weights of norm .*, rank 1 at step 0 .*same seed/)
+    await expect(seeds).rejects.toThrow(/rank 0 starts at step 0 with .* of norm .*, rank 1 at step 0 .*same seed/)
     const out = await temporaryFolder()
     await onRanks(2, { out, steps: 2, schedule: () => 1 })
     const folders = [out, await temporaryFolder()]
     const other = local(2, ranks =>
       trainSmall(backend, { ranks, out: folders[ranks.rank], resume: 'auto', steps: 2, schedule: () => 1 }),
     )
-    await expect(other).rejects.toThrow(/rank 0 begins at step 2 .*, rank 1 at step 0 .*let all see the same folder/)
+    await expect(other).rejects.toThrow(
+      /rank 0 starts at step 2 .*, rank 1 at step 0 .*all ranks must read the same folder/,
+    )
   })
 
   test('applies no step that is not finite on one of them', async () => {
@@ -189,7 +191,7 @@ describe('a run of two ranks', () => {
   })
 
   test('takes its place among the ranks from them alone', async () => {
-    await expect(onRanks(2, { world: 2 })).rejects.toThrow(/rank or world is given beside ranks/)
+    await expect(onRanks(2, { world: 2 })).rejects.toThrow(/rank or world is given together with ranks/)
   })
 })
 

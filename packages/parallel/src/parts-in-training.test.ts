@@ -345,7 +345,7 @@ describe.each([
       onEvent: event => void (event.type === 'fail' && errors.push(event.error)),
     }))
     await expect(unsaved).rejects.toThrow(
-      /^train: step 3 has loss NaN and gradient norm NaN, not finite first in the values of \S+: /,
+      /^train: step 3 has loss NaN and gradient norm NaN, first not finite in the values of \S+: /,
     )
     expect(String(errors[3])).toBe(String(errors[2]))
   })
@@ -401,7 +401,7 @@ describe('what does not fit is refused in words', () => {
       const spread = new ExpertParallel(model, ranks)
       for (const onRanks of [() => pipeline, () => spread])
         await expect(trainSmall(backend, {}, { onRanks })).rejects.toThrow(
-          /ranks train model\.embed_tokens\.weight, which is no parameter of the model; make the Pipeline/,
+          /ranks train model\.embed_tokens\.weight, which is not a parameter of the model; create the Pipeline/,
         )
       spread.dispose()
       model.dispose()
@@ -431,16 +431,16 @@ describe('what does not fit is refused in words', () => {
     await expect(none(Promise.resolve())).rejects.toThrow(/ranks is a promise, needs what await mpi\(\)/)
     await expect(none({})).rejects.toThrow(/ranks is no communicator/)
     const plans = local(2, ranks => trainSmall(backend, { ranks, evalEvery: ranks.rank }))
-    await expect(plans).rejects.toThrow(/rank 0 has evalEvery 0, rank 1 1; give train the same options on every rank/)
+    await expect(plans).rejects.toThrow(
+      /evalEvery is 0 on rank 0 but 1 on rank 1; pass the same options to train on every rank/,
+    )
   })
 
   test('experts beside other weights', async () => {
     const seeds = local(2, ranks =>
       trainSmall(backend, {}, { seed: ranks.rank, onRanks: made => experts.onRanks(made, ranks) }),
     )
-    await expect(seeds).rejects.toThrow(
-      /rank 0 begins at step 0 with weights of norm \S+ in \S+, rank 1 at step 0 .*same seed/,
-    )
+    await expect(seeds).rejects.toThrow(/rank 0 starts at step 0 with \S+ of norm \S+, rank 1 at step 0 .*same seed/)
   })
 })
 

@@ -231,13 +231,15 @@ describe('a run of two ranks', () => {
     const different = local(2, ranks =>
       rewardSmall(backend, { ranks, data: smallRollouts({ groups: 3 + ranks.rank }) }),
     )
-    await expect(different).rejects.toThrow(/rank 0 has data 7 prompts .*"groups":6,.* rank 1 7 prompts .*"groups":8,/)
+    await expect(different).rejects.toThrow(
+      /data is 7 prompts .*"groups":6,.* on rank 0 but 7 prompts .*"groups":8,.* on rank 1/,
+    )
     for (const [onRanks, name] of [
       [arrangements.stages.onRanks, 'a Pipeline'],
       [arrangements.experts.onRanks, 'an ExpertParallel'],
     ] as const) {
       const parts = local(2, ranks => rewardSmall(backend, {}, { onRanks: model => onRanks(model, ranks) }))
-      await expect(parts).rejects.toThrow(`ranks is ${name}, and rollouts need ranks that have the whole model each`)
+      await expect(parts).rejects.toThrow(`ranks is ${name}, but rollouts need the whole model on every rank`)
     }
   })
 })

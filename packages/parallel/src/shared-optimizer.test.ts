@@ -313,7 +313,7 @@ test('all tell the same parameter whose gradient is not finite, whoever has it',
     ),
   )
   expect(told[0]).toMatch(
-    /^E_NAN train: step 3 has .*, not finite first in the gradient of lm_head\.weight: \d+ of \d+/,
+    /^E_NAN train: step 3 has .*, first not finite in the gradient of lm_head\.weight: \d+ of \d+/,
   )
   expect(told[1]).toBe(told[0])
 })

@@ -145,7 +145,7 @@ test('a checkpoint holds the adapters, says what they stand beside, and opens as
   expect(result.parameters).toBe(numbers)
   const notices = events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
   expect(notices).toEqual([
-    expect.stringContaining(`the adapters of ${namedAdapters(model).length} weights are trained, ${numbers} numbers`),
+    expect.stringContaining(`training the adapters of ${namedAdapters(model).length} weights: ${numbers} parameters`),
   ])
   // Moments of the adapters, and of nothing else.
   const { size } = await stat(join(at, '..', 'optimizer.safetensors'))
@@ -196,7 +196,7 @@ describe('is refused', () => {
   test('to train something beside adapters that no checkpoint would hold', async () => {
     const model = await open()
     model.model.norm.weight.trainable = true
-    expect(await failure({ out: join(folder, 'beside') }, model)).toMatch(/norm.weight is trained beside/)
+    expect(await failure({ out: join(folder, 'beside') }, model)).toMatch(/norm.weight is trainable, but/)
   })
 
   test('to go on beside another base, with other adapters, or without', async () => {

@@ -15,13 +15,13 @@ import { namedStreams } from './data/mixture.ts'
 import { isTokenStream, type TokenStream } from './data/token-stream.ts'
 import type { TrainableModel } from './model.ts'
 
-/** Windows, arithmetic and end of a measurement. */
+/** Options of `evaluate`. */
 export interface EvaluateOptions extends Omit<EvaluationOptions, 'lookahead'> {
-  /** Arithmetic of matrix products. Default f32. */
+  /** Precision of matrix products. Default f32. */
   readonly precision?: Precision
-  /** Stops between two batches; the promise then rejects with the signal's reason. */
+  /** Stops the evaluation between two batches. The promise then rejects with the signal's reason. */
   readonly signal?: AbortSignal
-  /** Is told after each batch which share of the measurement is done. */
+  /** Called after each batch with the fraction of the evaluation that is done. */
   readonly onProgress?: (done: number) => void
 }
 
@@ -35,35 +35,44 @@ const names: OptionNames<EvaluateOptions> = {
   onProgress: true,
 }
 
-/** What the measurement of one of several held-out streams came to. */
+/** The evaluation of one of several held-out streams. */
 export type SourceEvaluation = Pick<Evaluation, 'loss' | 'bitsPerByte' | 'tokens'>
 
-/** What a measurement of held-out text came to. */
+/** The result of an evaluation on held-out data. */
 export interface Evaluation {
-  /** Nats per predicted token. */
+  /** Negative log-likelihood in nats per predicted token. */
   readonly loss: number
   /**
-   * Bits per UTF-8 byte of the text: all nats (those of end tokens included) / ln 2 / bytes of the text. An estimate
-   * from the mean number of bytes per token when a limit left out part of the data. NaN where the data does not know
-   * its bytes.
+   * Bits per UTF-8 byte of the text: all nats (including those of end tokens) / ln 2 / bytes of the text. If a limit
+   * left out part of the data, the bytes are estimated from the mean number of bytes per token. NaN if the data does
+   * not record its bytes.
    */
   readonly bitsPerByte: number
-  /** Tokens that were predicted. */
+  /** Number of tokens predicted. */
   readonly tokens: number
-  /** Wall time of the measurement. */
+  /** Wall time of the evaluation. */
   readonly seconds: number
-  /** The same of each held-out stream by its name, where there are several. */
+  /** The evaluation of each held-out stream by name, if there are several. */
   readonly sources?: Readonly<Record<string, SourceEvaluation>>
-  /** Mean reward of texts for held-out prompts, where the data is rollouts. The loss is that of these texts then. */
+  /**
+   * Mean reward of the texts sampled for held-out prompts, if the data is rollouts. `loss` is then the loss of these
+   * texts.
+   */
   readonly reward?: number
-  /** Share of held-out pairs whose better text the model prefers more than the reference does, where the data is preferences. The loss is that of pairs then. */
+  /**
+   * Fraction of held-out pairs whose chosen text the model prefers more strongly than the reference does, if the data
+   * is preferences. `loss` is then the loss of the pairs.
+   */
   readonly preferred?: number
 }
 
 /**
- * Measures a model on held-out data with windows that overlap by half: each token is predicted once, with context. A
- * text token that nothing precedes (where the tokenizer has no begin token) is charged as a uniform choice from the
- * vocabulary. Of several streams by name, each is measured (a limit is shared out evenly) and the whole is what all of them together come to.
+ * Evaluates a model on held-out data, with windows that overlap by half: each token is predicted once, with context. If
+ * the tokenizer has no begin token, the first token of each document has nothing to be predicted from and is charged as
+ * a uniform choice from the vocabulary. Several named streams are each evaluated (a limit is divided evenly among them)
+ * and combined into an overall result.
+ *
+ * @throws MoeError E_DATA if `data` is not a token stream, or a record of them
  */
 export async function evaluate(
   model: TrainableModel,
@@ -76,7 +85,7 @@ export async function evaluate(
     throw new MoeError({
       code: 'E_DATA',
       op: 'evaluate',
-      problem: 'the data is no TokenDataset',
+      problem: 'the data is not a TokenDataset, and not token streams by name',
       fix: 'pass TokenDataset.fromTexts(texts, tokenizer), or the held-out part of tokenFiles(folder)',
     })
   }
@@ -87,8 +96,9 @@ export async function evaluate(
   const all: [string, TokenStream, SourceEvaluation][] = []
   for (const [name, stream] of streams) {
     const before = all.length
-    const told = onProgress && ((done: number) => onProgress((before + done) / streams.length))
-    all.push([name, stream, await evaluateStream(model, stream, { ...rest, limit: share, onProgress: told })])
+    const onStreamProgress = onProgress && ((done: number) => onProgress((before + done) / streams.length))
+    const settings = { ...rest, limit: share, onProgress: onStreamProgress }
+    all.push([name, stream, await evaluateStream(model, stream, settings)])
   }
   const [[only, , whole]] = all
   const seconds = (performance.now() - started) / 1000

@@ -1,124 +1,134 @@
-/**
- * @file What a run tells while it goes. Everything that draws, logs or reacts listens to these; nothing else leaves
- * the loop.
- */
+/** @file The events of a run. Everything that draws, logs or reacts listens to these; nothing else leaves the loop. */
 import type { RunRecord } from './checkpoints/trainer-state.ts'
 import type { Evaluation } from './evaluate.ts'
 import type { SourceUse, TrainResult } from './result.ts'
 
-/** Before the first step. */
+/** Emitted before the first step. */
 export interface StartEvent {
-  /** Tells the events apart. */
+  /** Discriminates the event types. */
   readonly type: 'start'
   /** `Backend.name`. */
   readonly backend: string
   /** `Backend.device`. */
   readonly device: string
-  /** Arithmetic of matrix products. */
+  /** Precision of matrix products. */
   readonly precision: string
-  /** Trainable parameters. */
+  /** Number of trainable parameters. */
   readonly parameters: number
-  /** Steps of the whole run, and those already done by an earlier part of it. */
+  /** Number of steps of the whole run. */
   readonly steps: number
-  /** Steps done by an earlier part of the run; 0 for one that begins. */
+  /** Steps done before this process resumed the run; 0 for a new run. */
   readonly fromStep: number
-  /** Positions of the first step from here, of all ranks that train together; 0 where it depends on the texts that the model makes. */
+  /**
+   * Positions of the next step, over all ranks that train together; 0 if it depends on texts that the model samples.
+   */
   readonly tokensPerStep: number
-  /** Positions of all steps of the run likewise; 0 where that is not known beforehand. */
+  /** Positions of all steps of the run; 0 if that is not known in advance. */
   readonly tokens: number
-  /** Texts that a step learns from, of all ranks, where the data is rollouts or preferences. */
+  /** Texts that a step learns from, over all ranks, if the data is rollouts or preferences. */
   readonly textsPerStep?: number
-  /** Tokens of the training data (of the prompts, where it is rollouts), those that begin and end documents included. */
+  /** Tokens of the training data, including those that begin and end documents; for rollouts, tokens of the prompts. */
   readonly trainingTokens: number
   /** Tokens of the held-out data; 0 without any. */
   readonly validationTokens: number
-  /** How often the steps go through the training data. */
+  /** Number of passes over the training data. */
   readonly epochs: number
-  /** What all steps of the run take from each source, where there are several. */
+  /** What all steps of the run take from each source of a mixture. */
   readonly sources?: Readonly<Record<string, SourceUse>>
   /** Folder of the run, if it has one. */
   readonly out: string | undefined
-  /** This process among those that train together or share the data. */
+  /** Index of this process among those that train together or share the data. */
   readonly rank: number
-  /** What decides which numbers the run gives: steps, batch, learning rate, optimizer, data, the model's own. */
+  /**
+   * Settings that determine the numbers of the run: steps, batch size, learning rate, optimizer, data, and the model's
+   * own.
+   */
   readonly settings: RunRecord
 }
 
-/** After each step. Also a line of `metrics.jsonl`. */
+/** Emitted after each step. Also written to `metrics.jsonl`. */
 export interface StepEvent {
-  /** Tells the events apart. */
+  /** Discriminates the event types. */
   readonly type: 'step'
-  /** 1 for the first. */
+  /** Number of the step, from 1. */
   readonly step: number
-  /** What was minimised. */
+  /** The minimized loss, including auxiliary terms. */
   readonly loss: number
-  /** Nats per predicted token. */
+  /** Negative log-likelihood in nats per predicted token. */
   readonly nll: number
   /** Learning rate of the step. */
   readonly lr: number
-  /** Before clipping. */
+  /** Norm over all gradients, before clipping. */
   readonly gradNorm: number
   /** Positions trained on so far. */
   readonly tokens: number
-  /** Of this step. */
+  /** Positions per second of this step. */
   readonly tokensPerSecond: number
-  /** What the model logs: `maxVio`, losses of MTP and balance. */
+  /** Values that the model logs, such as `maxVio` and the MTP and balance losses. */
   readonly metrics: Readonly<Record<string, number>>
 }
 
-/** Every `loadsEvery` steps and before each checkpoint, of a model with experts. Also a line of `loads.jsonl`. */
+/**
+ * Emitted every `loadsEvery` steps and before each checkpoint, for a model with experts. Also written to `loads.jsonl`.
+ */
 export interface LoadsEvent {
-  /** Tells the events apart. */
+  /** Discriminates the event types. */
   readonly type: 'loads'
-  /** The last of the steps that the loads are summed over. */
+  /** The last of the steps over which the loads are summed. */
   readonly step: number
-  /** How many these are. */
+  /** The number of these steps. */
   readonly steps: number
-  /** Layers with experts, in the order of the model. */
+  /** The layers with experts, in model order. */
   readonly layers: readonly LayerLoads[]
 }
 
-/** What the experts of a layer were given. */
+/** The load of a layer's experts over several steps. */
 export interface LayerLoads {
   /** Name of the layer. */
   readonly name: string
-  /** Groups of neighbouring experts; left out where there is one. */
+  /** Number of expert groups (of consecutive experts); omitted if there is one. */
   readonly groups?: number
-  /** Choices of each expert, before any is dropped. */
+  /** Tokens routed to each expert, before any are dropped. */
   readonly load: readonly number[]
-  /** MaxVio of single steps (busiest over mean, minus 1), mean over the steps: what a device feels. That of `load` is what experts learn from; a bias that is too fast has them apart. */
+  /**
+   * MaxVio (busiest expert over mean, minus 1) of each single step, averaged over the steps: the imbalance that devices
+   * experience. MaxVio of `load` is the imbalance over all steps, which matters for what experts learn. The two differ
+   * if the busiest expert changes from step to step, for example because the bias update is too fast.
+   */
   readonly stepMaxVio: number
-  /** How many of these choices were dropped; left out where a layer drops none. */
+  /** How many of these were dropped; omitted if the layer drops none. */
   readonly dropped?: number
-  /** Selection bias of each expert after the last step, to six digits. Left out where there is none, and when a step failed. */
+  /**
+   * Selection bias of each expert after the last step, to six digits. Omitted if there is none, and if a step failed.
+   */
   readonly bias?: readonly number[]
 }
 
-/** Held-out data is being measured. */
+/** Progress of an evaluation on held-out data. */
 export interface MeasuringEvent {
-  /** Tells the events apart. */
+  /** Discriminates the event types. */
   readonly type: 'measuring'
   /** Steps done. */
   readonly step: number
-  /** Share that is done, up to 1. */
+  /** Fraction of the evaluation that is done, up to 1. */
   readonly done: number
 }
 
-/** Held-out data was measured. */
+/** Result of an evaluation on held-out data. */
 export interface EvaluationEvent extends Evaluation {
-  /** Tells the events apart. */
+  /** Discriminates the event types. */
   readonly type: 'evaluation'
   /** Steps done. */
   readonly step: number
-  /** Whether it was on all of the data, at the end of the run. */
+  /** Whether this is the final evaluation, on all of the data. */
   readonly final: boolean
-  /** The same measurement of the averaged weights, in a run that keeps them. */
+  /** The same evaluation of the EMA weights, if the run keeps them. */
   readonly ema?: Evaluation
 }
 
-/** A checkpoint is complete on disk. */
+/** A checkpoint was saved completely. */
 export interface CheckpointEvent {
-  /** Tells the events apart. */
+  /** Discriminates the event types. */
   readonly type: 'checkpoint'
   /** Steps done. */
   readonly step: number
@@ -128,17 +138,17 @@ export interface CheckpointEvent {
   readonly seconds: number
 }
 
-/** Something that the user should know and that is no error. */
+/** Something that the user should know but that is not an error. */
 export interface NoticeEvent {
-  /** Tells the events apart. */
+  /** Discriminates the event types. */
   readonly type: 'notice'
-  /** One sentence, for people. */
+  /** One human-readable sentence. */
   readonly message: string
 }
 
-/** A listener logged numbers of its own. */
+/** A listener logged numbers. */
 export interface LogEvent {
-  /** Tells the events apart. */
+  /** Discriminates the event types. */
   readonly type: 'log'
   /** Steps done. */
   readonly step: number
@@ -146,23 +156,23 @@ export interface LogEvent {
   readonly values: Readonly<Record<string, number>>
 }
 
-/** The run stops before its last step: asked to, or out of time. */
+/** The run stops before its last step. */
 export interface StopEvent {
-  /** Tells the events apart. */
+  /** Discriminates the event types. */
   readonly type: 'stop'
-  /** `interrupted`: by a signal of the system or of the options. `time`: `timeLimitSeconds` are over. */
+  /** `interrupted`: by a process signal or the `signal` option. `time`: `timeLimitSeconds` has elapsed. */
   readonly reason: 'interrupted' | 'time'
   /** Steps done. */
   readonly step: number
   /** Steps of the whole run. */
   readonly steps: number
-  /** The checkpoint to go on from, if the run has a folder. */
+  /** The checkpoint to resume from, if the run has a folder. */
   readonly checkpoint: string | undefined
 }
 
 /** The last event of a run that did not fail. */
 export interface EndEvent {
-  /** Tells the events apart. */
+  /** Discriminates the event types. */
   readonly type: 'end'
   /** What `train` returns. */
   readonly result: TrainResult
@@ -170,13 +180,13 @@ export interface EndEvent {
 
 /** The last event of a run that failed. `train` throws the error. */
 export interface FailEvent {
-  /** Tells the events apart. */
+  /** Discriminates the event types. */
   readonly type: 'fail'
   /** What `train` throws. */
   readonly error: unknown
 }
 
-/** Everything that a run tells, by `type`. The last is `end` or `fail`. */
+/** All events of a run, by `type`. The last one is `end` or `fail`. */
 export type TrainEvent =
   | StartEvent
   | StepEvent
@@ -195,14 +205,16 @@ export interface TrainReporter {
   /** Reports something that the user should know, as a `notice` event. */
   notify(message: string): void
   /**
-   * Logs numbers by name, as a `log` event of the current step. They are stored in `events.jsonl` and shown as curves by `moe-trainer watch` and TensorBoard.
+   * Logs numbers by name, as a `log` event of the current step. They are stored in `events.jsonl`, and `moe-trainer
+   * watch` and TensorBoard draw them as curves.
+   *
    * @throws MoeError E_ATTR for a value that is not a number
    */
   log(values: Readonly<Record<string, number>>): void
 }
 
 /**
- * Listens to a run. If it returns a promise, the run waits for it before the next step, so that the listener may use the model, for example to generate text.
- * A listener that throws or whose promise rejects ends the run.
+ * Listens to the events of a run. If it returns a promise, the next step waits for it, so a listener may use the model,
+ * for example to generate text. If it throws or rejects, the run fails.
  */
 export type TrainListener = (event: TrainEvent, reporter: TrainReporter) => unknown

@@ -118,7 +118,7 @@ describe('failures lose nothing', () => {
     disposeModule(model)
   })
 
-  test('settings that cannot be are told all at once', async () => {
+  test('all invalid options are reported at once', async () => {
     const model = new BigramModel()
     const error = await errorOf(train(model, { ...settings, steps: 0, batchSize: 1.5, lr: Number.NaN, resume: true }))
     expect(error).toMatchObject({ code: 'E_CONFIG' })
@@ -126,12 +126,18 @@ describe('failures lose nothing', () => {
       expect(error.message).toContain(text)
     const wrong = { ...settings, schedule: 5, data: undefined } as unknown as TrainOptions
     const more = await errorOf(train(model, wrong))
-    for (const text of ['schedule is 5, needs a function', 'data is missing']) expect(more.message).toContain(text)
+    for (const text of ['schedule is 5, expected a function', 'data is missing']) expect(more.message).toContain(text)
     const slow = { ...settings, moments: 'bf16', betas: [0.9, 0.999] } as const
     expect((await errorOf(train(model, slow))).message).toMatch(/one keeps 0\.999 of itself/)
     const others = { ...settings, data: ['text'], betas: 0.9, out: 3, signal: new AbortController(), progress: 'yes' }
     const { message } = await errorOf(train(model, others as unknown as TrainOptions))
-    for (const name of ['data has no training part', 'betas is 0.9', 'out is 3', 'pass .signal', 'progress is "yes"']) {
+    for (const name of [
+      'data has no training part',
+      'betas is 0.9',
+      'out is 3',
+      'pass its .signal',
+      'progress is "yes"',
+    ]) {
       expect(message).toContain(name)
     }
     expect(await errorOf(train(model, undefined as unknown as TrainOptions))).toMatchObject({
@@ -140,7 +146,7 @@ describe('failures lose nothing', () => {
     disposeModule(model)
   })
 
-  test('a model that is none, and one with a loss that is none, are told what a model needs', async () => {
+  test('an invalid model, or one whose loss returns something invalid, is refused', async () => {
     for (const [none, message] of [
       [null, /train: the model is null; pass a Module with lookahead and loss/],
       [{}, /the model has no method loss/],
@@ -149,7 +155,7 @@ describe('failures lose nothing', () => {
           lookahead = 1
           loss() {}
         })(),
-        /the model has no parameters; give it some in fields/,
+        /the model has no parameters; store Parameters, Modules/,
       ],
     ] as const) {
       expect((await errorOf(train(none as unknown as TrainableModel, settings))).message).toMatch(message)
@@ -162,13 +168,13 @@ describe('failures lose nothing', () => {
     }
     for (const [change, message] of [
       [async output => output, /^loss: the model returned a promise; make it synchronous/],
-      [({ loss }) => loss, /returned a tensor alone; return \{ loss, nll, count, metrics \}/],
+      [({ loss }) => loss, /returned a single tensor; return \{ loss, nll, count, metrics \}/],
       [() => undefined, /returned undefined/],
-      [({ nll, ...others }) => others, /returned nll = undefined, no tensor/],
+      [({ nll, ...others }) => others, /returned nll = undefined, which is not a tensor/],
       [output => ({ ...output, nll: output.nll.expand([2]) }), /returned nll of shape \[2\]/],
       [({ count, ...others }) => others, /returned count = undefined/],
       [({ metrics, ...others }) => others, /returned metrics = undefined/],
-      [output => ({ ...output, metrics: { half: 0.5 } }), /returned half = 0.5, no tensor/],
+      [output => ({ ...output, metrics: { half: 0.5 } }), /returned half = 0.5, which is not a tensor/],
     ] as ReadonlyArray<[(output: LossOutput) => unknown, RegExp]>) {
       const model = returning(change)
       const wrong = [
@@ -189,7 +195,7 @@ describe('failures lose nothing', () => {
       /sequenceLength is undefined, batchSize is/,
     )
     expect((await errorOf(measure(model, ['text'], sizes))).message).toMatch(
-      /no TokenDataset; pass TokenDataset.fromTexts/,
+      /not a TokenDataset.*; pass TokenDataset.fromTexts/,
     )
     expect((await errorOf(measure(null, data.validation, sizes))).message).toMatch(/evaluate: the model is null/)
     disposeModule(model)
@@ -198,14 +204,14 @@ describe('failures lose nothing', () => {
   test('texts without a tokenizer, and tokens that the model has no embeddings for', async () => {
     const model = new BigramModel()
     const without = await errorOf(train(model, { ...settings, data: { training: ['abc'], validation: [] } }))
-    expect(without).toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/no tokenizer/) })
+    expect(without).toMatchObject({ code: 'E_CONFIG', message: expect.stringMatching(/no tokenizer is given/) })
     const larger = { ...letters, vocabSize: 500 }
     const error = await errorOf(
       train(model, { ...settings, data: { training: ['abc'], validation: [] }, tokenizer: larger }),
     )
     expect(error).toMatchObject({
       code: 'E_DATA',
-      message: expect.stringMatching(/ids up to 499, the model has embeddings for 12/),
+      message: expect.stringMatching(/ids up to 499, but the model has embeddings for 12 ids/),
     })
     disposeModule(model)
   })

@@ -1,28 +1,28 @@
-/** @file What the process gives that trains: standard error, signals, its memory. A page has no process. */
+/** @file The training process: standard error, signals, memory. In a browser there is no process. */
 import type { ProgressStream } from './report/progress.ts'
 
-// By way of `globalThis`: what bundlers put into the place of `process` is no process.
+// Read from `globalThis`, because bundlers replace a bare `process`.
 const process: NodeJS.Process | undefined =
   globalThis.process?.versions?.node === undefined ? undefined : globalThis.process
 
 const consoleStream: ProgressStream = { write: text => console.log(text.trimEnd()) }
 
-/** Standard error; in a page the console, which takes lines. */
+/** Standard error, or the console in a browser. */
 export const standardError = (): ProgressStream => process?.stderr ?? consoleStream
 
-/** Whether NO_COLOR is set. */
+/**  */
 export const isColorless = (): boolean => Boolean(process?.env['NO_COLOR'])
 
-/** Largest resident memory so far; 0 where nobody says. */
+/** Peak resident memory of this process; 0 if it is unknown. */
 export const peakResidentBytes = (): number =>
-  // It counts kilobytes.
+  // maxRSS is in kilobytes.
   (process?.resourceUsage().maxRSS ?? 0) * 1024
 
 const exitCodes = { SIGINT: 130, SIGTERM: 143 } as const
 
 type Signal = keyof typeof exitCodes
 
-/** Calls back for the first SIGINT or SIGTERM; a second one ends the process. @returns stops listening */
+/** Calls `interrupted` on the first SIGINT or SIGTERM; a second one ends the process. @returns stops listening */
 export function onInterrupt(interrupted: (name: Signal) => void): () => void {
   let seen = 0
   const listener = (name: NodeJS.Signals) => {

@@ -1,4 +1,4 @@
-/** @file Public interface of @moe/trainer. */
+/** @file Public API of @moe/trainer. */
 export { latestCheckpoint } from './checkpoints/checkpoint-folder.ts'
 export { type ModelFolderOptions, modelFolder } from './checkpoints/model-folder.ts'
 export {

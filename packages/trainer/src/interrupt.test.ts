@@ -61,12 +61,12 @@ test('a run goes on when nobody reads what it draws', async () => {
   expect(latestCheckpoint(out)).toBeDefined()
 })
 
-test('who draws nothing is told of a signal all the same', async () => {
+test('a signal is reported even if no progress is shown', async () => {
   const { child, output } = start(await temporaryFolder(), 'silent')
   await printed(child, output, 'step 20\n')
   sendSignal(child, 'SIGTERM')
   expect(await once(child, 'exit')).toEqual([130, null])
-  expect(output.errors).toBe('SIGTERM: the training ends after the step under way; once more ends the program\n')
+  expect(output.errors).toBe('SIGTERM: training stops after the current step; a second signal exits at once\n')
 })
 
 test('a second Ctrl-C stops at once', async () => {

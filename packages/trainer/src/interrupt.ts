@@ -1,21 +1,21 @@
-/** @file Ctrl-C: once to finish the step, save and stop; twice to stop at once. */
+/** @file Ctrl-C: the first one finishes the step, saves and stops; the second one ends the process at once. */
 import { onInterrupt } from './host.ts'
 
 export interface Interrupts {
-  /** Aborted by the first Ctrl-C (or SIGTERM), or with the signal that was handed in. */
+  /** Aborted by the first Ctrl-C or SIGTERM, or with the signal that was passed in. */
   readonly signal: AbortSignal
-  /** Stops listening. */
+  /** Stops listening to signals. */
   dispose(): void
 }
 
 /**
- * @param processSignals listen to SIGINT and SIGTERM of this process, too
- * @param tell is told of one of these: who does not draw progress would see a program that goes on as if nothing had been
+ * @param processSignals whether to handle SIGINT and SIGTERM of this process
+ * @param report is called when one of them arrives, for runs without a progress line
  */
 export function watchInterrupts(
   given: AbortSignal | undefined,
   processSignals: boolean,
-  tell?: (text: string) => void,
+  report?: (text: string) => void,
 ): Interrupts {
   const controller = new AbortController()
   const onGiven = () => controller.abort(given?.reason)
@@ -23,7 +23,7 @@ export function watchInterrupts(
   given?.addEventListener('abort', onGiven, { once: true })
   const onSignal = (name: string) => {
     controller.abort(new Error(name))
-    tell?.(`${name}: the training ends after the step under way; once more ends the program\n`)
+    report?.(`${name}: training stops after the current step; a second signal exits at once\n`)
   }
   const stopListening = processSignals ? onInterrupt(onSignal) : () => {}
   return {
@@ -35,7 +35,7 @@ export function watchInterrupts(
   }
 }
 
-/** What it resolves to; null where it was ended by the signal. */
+/** Resolves to the result of `ended`, or to null if the signal interrupted it. */
 export async function orInterrupted<T>(signal: AbortSignal, ended: Promise<T>): Promise<T | null> {
   try {
     return await ended

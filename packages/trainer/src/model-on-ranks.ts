@@ -1,4 +1,4 @@
-/** @file A model that lies on several ranks, each training a part of it: what the trainer asks of it, and its steps. */
+/** @file A model whose parts are trained by different ranks: its interface, and its training steps. */
 import {
   full,
   isMoeError,
@@ -19,41 +19,54 @@ import { gatherValues, type Ranks } from './ranks.ts'
 import type { StepNumbers, Steps } from './step-numbers.ts'
 
 /**
- * A model of which every rank trains a part, in place of the same model on each: a `Pipeline` or an `ExpertParallel` of `@moe/parallel` is one. All ranks make the same calls in the same order.
+ * A model that is distributed over ranks, each of which trains a part of it: a `Pipeline` or an `ExpertParallel` of
+ * `@moe/parallel`. All ranks must make the same calls in the same order.
  */
 export interface ModelOnRanks {
-  /** All ranks of the training, and messages between two of them. */
+  /** All ranks of the training, with point-to-point messages. */
   readonly ranks: Ranks & Required<Pick<Ranks, 'send' | 'receive'>>
-  /** What this rank trains. Of the model's own parameters, those that it lacks are freed. */
+  /** The parameters that this rank trains. Parameters of the model that this rank does not need are freed. */
   readonly parameters: readonly OwnParameter[]
-  /** The rows of every step that this rank is given, as `TrainingOrder` has it: ranks with the same number have the same micro-batches. */
+  /**
+   * This rank's share of every step's rows, as in `TrainingOrder`. Ranks with equal numbers get the same micro-batches.
+   */
   readonly dataShare: { readonly rank: number; readonly world: number }
-  /** Micro-batches that a step must have. Undefined for any number. */
+  /** Required number of micro-batches per step. Default: any number. */
   readonly microBatches?: number
   /**
-   * Forward and backward passes of a step, which leave its gradients in `parameters`. It is the step of one rank with the micro-batches of all. The weights of this rank are taken from the model where it has them:
-   * after `gather`, or when a checkpoint was loaded. `precision` is the arithmetic of matrix products, f32 by default.
-   * @returns numbers of the whole model, the same on every rank; `nll` among the metrics is the next-token negative log-likelihood per counted position
-   * @throws MoeError E_NAN on all ranks (details: `loss`, `gradNorm`), when one of these is not finite
+   * Runs the forward and backward passes of a step and leaves the gradients in `parameters`. The result equals the step
+   * of a single rank with the micro-batches of all ranks. If the model contains all weights (after `gather`, or after
+   * loading a checkpoint), this rank takes its weights from there.
+   *
+   * @param options.precision precision of matrix products, f32 by default
+   * @returns numbers for the complete model, the same on every rank. `metrics.nll` is the next-token negative
+   *   log-likelihood per counted position
+   * @throws MoeError E_NAN on all ranks if the loss or gradient norm is not finite (details: `loss`, `gradNorm`)
    */
   step(
     batches: readonly TokenBatch[],
     options: { readonly precision?: Precision },
   ): Promise<{
     readonly loss: number
-    /** Over all gradients of all ranks. */
+    /** Norm over all gradients of all ranks. */
     readonly gradNorm: number
     readonly metrics: Readonly<Record<string, number>>
   }>
-  /** Has each rank keep the optimizer's state of a share of what several have alike: `parameters` change. Called before an optimizer is made. */
+  /**
+   * Shards the optimizer state of parameters that several ranks replicate. Changes `parameters`. Called before the
+   * optimizer is created.
+   */
   shareOptimizer?(): void
-  /** Gives the model on every rank all weights, until the next step. */
+  /** Gathers all weights into the model on every rank, until the next step. */
   gather(): Promise<void>
-  /** Takes what this rank trains back from the model, which `gather` or a checkpoint has given all weights, and frees what it lacks. `parameters` may be changed then; `gather` gives them to all. */
+  /**
+   * Takes this rank's parameters back from the model, which `gather` or a checkpoint filled with all weights, and frees
+   * the rest. `parameters` may be changed afterwards; `gather` distributes the changes.
+   */
   release(): void
 }
 
-/** @throws MoeError E_CONFIG when it was made of another model, or of one that draws */
+/** @throws MoeError E_CONFIG if it was created from another model, or the model has adapters or draws random numbers */
 export function checkOnRanks({ parameters }: ModelOnRanks, model: TrainableModel): void {
   const whole = new Map(namedParameters(model).map(({ name, parameter }) => [name, parameter]))
   const fits = ({ name, parameter, firstRow }: OwnParameter) => {
@@ -65,25 +78,25 @@ export function checkOnRanks({ parameters }: ModelOnRanks, model: TrainableModel
   }
   if (namedAdapters(model).length > 0) {
     refuse(
-      'the model has adapters, which ranks with a part of it each do not train',
-      'pass the communicator itself as ranks',
+      'the model has adapters, which pipeline and expert parallelism do not support',
+      'use data parallelism: pass the communicator as ranks',
     )
   }
   const other = parameters.find(own => !fits(own))
   if (other !== undefined) {
-    const fix = 'make the Pipeline or ExpertParallel of the model that is trained'
-    refuse(`ranks train ${other.name}, which is no parameter of the model`, fix)
+    const fix = 'create the Pipeline or ExpertParallel from the model that you train'
+    refuse(`ranks train ${other.name}, which is not a parameter of the model`, fix)
   }
-  // How far on a layer's stream is, only the rank that computes the layer knows: nothing gathers that.
+  // Only the rank that computes a layer knows the position of the layer's random stream, and nothing gathers it.
   for (const { name } of namedStreams(model)) {
-    const fix = 'train the whole model on every rank: pass the communicator itself as ranks'
-    refuse(`${name} is drawn from in training, and a model in parts cannot keep where it is`, fix)
+    const fix = 'use data parallelism: pass the communicator as ranks'
+    refuse(`the model draws random numbers from ${name}, which pipeline and expert parallelism do not support`, fix)
   }
 }
 
 const isRows = ([, ...own]: Shape, [, ...whole]: Shape) => own.join() === whole.join()
 
-/** Steps that all ranks take together: the passes are the model's, each rank updates its part. */
+/** Steps of a distributed model: the model runs the passes, and each rank updates its parameters. */
 export class StepsOnRanks implements Steps {
   readonly #model: TrainableModel
   readonly #onRanks: ModelOnRanks
@@ -128,7 +141,7 @@ export class StepsOnRanks implements Steps {
       return await this.#onRanks.step(batches, { precision: this.#options.precision })
     } catch (error) {
       if (!isMoeError(error, 'E_NAN')) throw error
-      // All ranks are here, and tell the same.
+      // All ranks throw this error, so all can gather the cause.
       const found = await gatherValues(ranks, await findNonFinite(parameters), parameters[0].parameter)
       const first = found.find(where => where?.kind === 'value') ?? found.find(where => where !== null) ?? null
       throw stepError(first, step, error.details as { loss: number; gradNorm: number })

@@ -1,155 +1,177 @@
-/** @file What the trainer asks of a model. Any `Module` that has these few members can be trained. */
+/** @file The interfaces of a trainable model and of a tokenizer. */
 import type { FolderPlace } from '@moe/checkpoint'
 import type { Module, Shape, Tensor } from '@moe/core'
 
-/** Rows of consecutive tokens, on the host. */
+/** A micro-batch: rows of consecutive tokens, on the host. */
 export interface TokenBatch {
-  /** `[rows, length]`, row-major. */
+  /** Token ids `[rows, length]`, row-major. */
   readonly tokens: Int32Array
   /**
-   * `[rows, length]`: number of the document, or of the part of one, that each token belongs to. A position counts in the loss only if the
-   * token that it predicts has the same number. Padding has negative numbers, and carries no loss.
+   * `[rows, length]`: the number of the document (or of a learned part of one) that each token belongs to. A position
+   * counts in the loss only if the token that it predicts has the same number. Padding has negative numbers and does
+   * not count.
    */
   readonly documents: Int32Array
   /**
-   * `[rows, length]`, in rows that several texts share without seeing each other: the place in its row at which the text of each token begins. Only models that
-   * say `isolates` get it.
+   * `[rows, length]`, if several documents share a row without seeing each other: the position in the row at which each
+   * token's document begins. Passed only to models that declare `isolates`.
    */
   readonly starts?: Int32Array
   /**
-   * `[rows, length]`: what the negative log-likelihood of each token is multiplied by in `loss` (not in `nll`), where texts are learned from to different extents, or are to be unlearned. Only models that tell `nlls`
-   * get it.
+   * `[rows, length]`: multiplier of each token's negative log-likelihood in `loss` (not in `nll`). Rollouts and
+   * preferences use it to learn some texts more than others, and to unlearn some. Requires a model that returns `nlls`.
    */
   readonly weights?: Float32Array
   /** Number of rows. */
   readonly rows: number
-  /** Tokens of a row: the trained positions and the model's `lookahead`. */
+  /** Tokens per row: the trained positions plus the model's `lookahead`. */
   readonly length: number
 }
 
-/** What a loss is wanted for. */
+/** Options of `TrainableModel.loss`. */
 export interface LossOptions {
-  /** Whether the pass is for training (auxiliary losses, load counters) or for measuring. Default true. */
+  /** Whether the pass is for training (auxiliary losses, load counters) or for evaluation. Default true. */
   readonly training?: boolean
-  /** Positions before this one are context only and carry no loss (strided evaluation). Default 0. */
+  /** Positions before this one are only context and do not count in the loss (strided evaluation). Default 0. */
   readonly from?: number
 }
 
-/** The loss of a batch, and what to log beside it. */
+/** The loss of a batch, and values to log. */
 export interface LossOutput {
-  /** Scalar that is minimised: mean over counted positions, with auxiliary terms. */
+  /** The scalar to minimize: the mean over counted positions, plus auxiliary terms. */
   readonly loss: Tensor
-  /** Scalar, detached: sum of the next-token negative log-likelihoods over counted positions, in nats. */
+  /** Sum of the next-token negative log-likelihoods over counted positions, in nats. A detached scalar. */
   readonly nll: Tensor
-  /** Counted positions; known from the batch alone. */
+  /** Number of counted positions. It depends only on the batch. */
   readonly count: number
-  /** Each of these likelihoods, detached, `[rows * positions]` by row and position; 0 where a position does not count. Only from a model that heeds `TokenBatch.weights`. */
+  /**
+   * The negative log-likelihood of each position, `[rows * positions]`, detached; 0 for positions that do not count.
+   * Only from models that apply `TokenBatch.weights`.
+   */
   readonly nlls?: Tensor
-  /** Scalars to log, detached: the losses of MTP modules, of load balancing. */
+  /** Detached scalars to log, such as MTP and load-balancing losses. */
   readonly metrics: Readonly<Record<string, Tensor>>
 }
 
-/** Arrays of a step that a model takes from the host, by name: floats as f32, whole numbers as i32. */
+/** Named arrays that a step takes from the host. Floats are uploaded as f32, integers as i32. */
 export type HostInputs = Readonly<Record<string, { readonly data: Float32Array | Int32Array; readonly shape: Shape }>>
 
-/** The same, uploaded. */
+/** `HostInputs` after the upload. */
 export type DeviceInputs = Readonly<Record<string, Tensor>>
 
 /**
- * `loss` in training and `afterStep` in two parts each: what the host contributes, and the ops on that. On backends
- * that record (`Backend.capture`) the ops run in JavaScript once; later steps replay them on other inputs. So they may
- * depend on inputs, on parameters and on the shapes of both, and on nothing else that changes: random numbers are inputs, too.
+ * `loss` (in training) and `afterStep`, each split into what the host contributes and the ops that run on it. On
+ * backends that record (`Backend.capture`), the ops run in JavaScript once, and later steps replay them with other
+ * inputs. The ops may therefore depend only on the inputs, on parameters, and on the shapes of both. Random numbers
+ * must be inputs.
  */
 export interface StagedStep {
-  /** For `loss`, from the batch alone: it is made ready while the device computes the step before. */
+  /** Inputs of `loss` that depend only on the batch. They are prepared while the device computes the previous step. */
   inputs(batch: TokenBatch): { readonly arrays: HostInputs; readonly count: number }
   /**
-   * For `loss`, from the step, the same for all of its micro-batches: schedules. Arrays of the same names and shapes go through the same ops, if their `kind` is
-   * the same: it says whatever else the ops depend on, such as settings that may change during a run.
+   * Inputs of `loss` that depend on the step and are the same for all its micro-batches, such as schedules. Arrays with
+   * the same names and shapes are replayed through the same ops if `kind` is equal too: it identifies everything else
+   * that the ops depend on, such as settings that may change during a run.
    */
   stepInputs?(): { readonly arrays: HostInputs; readonly kind?: string }
-  /** As `TrainableModel.loss`. `inputs` are those of batch and step together. `carried` is added up over the micro-batches of a step and handed to `after`. */
+  /**
+   * Like `TrainableModel.loss`. `inputs` contains the inputs of batch and step. `carried` is summed over the
+   * micro-batches of a step and passed to `after`.
+   */
   loss(inputs: DeviceInputs): Omit<LossOutput, 'count'> & { readonly carried: readonly Tensor[] }
-  /** For `after`. */
+  /** Inputs of `after`. */
   afterInputs(): HostInputs
-  /** What `afterStep` does on the device: it assigns to buffers of the model. */
+  /** The part of `afterStep` that runs on the device: it assigns to buffers of the model. */
   after(inputs: DeviceInputs, carried: readonly Tensor[]): void
-  /** What `afterStep` does on the host, and the numbers that it resolves to. */
+  /** The part of `afterStep` that runs on the host. Resolves to numbers to log. */
   report(carried: ReadonlyArray<Float32Array | Int32Array>): Promise<Record<string, number>>
 }
 
-/** What the experts of a layer were given in a step, all micro-batches and ranks. */
+/** The load of a layer's experts in one step, over all micro-batches and ranks. */
 export interface LayerLoad {
   /** Name of the layer. */
   readonly name: string
-  /** Choices of each expert `[E]`, before any is dropped. */
+  /** Tokens routed to each expert `[E]`, before any are dropped. */
   readonly load: ArrayLike<number>
-  /** How many of these choices were dropped, where the layer drops. */
+  /** How many of these were dropped, if the layer drops tokens. */
   readonly dropped?: number | undefined
   /** Groups of neighbouring experts. Default 1. */
   readonly groups?: number | undefined
-  /** Selection bias `[E]` after the step, on the device: it is read when loads are told. */
+  /** Selection bias `[E]` after the step, on the device. It is read when loads are reported. */
   readonly bias?: Tensor | undefined
 }
 
 /** A model that `train` and `evaluate` can run. */
 export interface TrainableModel extends Module {
-  /** Tokens that a row needs beyond the positions that are trained on: 1, and one more for every MTP module. */
+  /** Tokens that a row needs beyond the trained positions: 1, plus one for every MTP module. */
   readonly lookahead: number
-  /** Number of token ids that it has embeddings for. Given, the data is checked against it. */
+  /** Number of token ids that the model has embeddings for. If given, the data is checked against it. */
   readonly vocabSize?: number
-  /** Whether it keeps texts apart that share a row, by `TokenBatch.starts`. Default false. */
+  /** Whether attention keeps documents that share a row apart, by `TokenBatch.starts`. Default false. */
   readonly isolates?: boolean
   /**
-   * Optimizer steps done, in a model that has schedules or draws of its own: `afterStep` counts. It is kept in
-   * checkpoints and set by a run that goes on from one.
+   * Number of optimizer steps done, for models with their own schedules or random numbers; `afterStep` increments it.
+   * Checkpoints store it, and a resumed run sets it.
    */
   step?: number
   /**
-   * What decides its numbers beside weights and step. A run goes on only with the same. Functions are schedules, of the step to a number: the same are those that
-   * give the same numbers over the run.
+   * Settings that affect the model's outputs, besides weights and step. A run resumes only with the same settings.
+   * Functions must be schedules (from a step to a number); two are equal if they return the same numbers over the run.
    */
   readonly settings?: Readonly<Record<string, unknown>>
-  /** Synchronous: reads nothing back from the device. */
+  /** Computes the loss of a batch. Must be synchronous, and must not read anything back from the device. */
   loss(batch: TokenBatch, options?: LossOptions): LossOutput
   /**
-   * Called once per optimizer step, after it and after all micro-batches (the bias update of load balancing belongs
-   * here). Returns numbers to log, `maxVio` among them for a model with experts.
-   * @param sum makes counts of this rank (loads of experts) those of all; given where several ranks train the model
+   * Called and awaited once after each optimizer step, whatever the number of micro-batches, for example to update the
+   * balance bias. Returns numbers to log; models with experts include `maxVio`.
+   *
+   * @param sum sums counts, such as expert loads, over all ranks; given if several ranks train the model
    */
   afterStep?(sum?: (counts: readonly Tensor[]) => Promise<Tensor[]>): Promise<Record<string, number>>
-  /** Of the step that `afterStep` (or `staged.report`) has ended: for `loads.jsonl`. Empty or missing in a model without experts. */
+  /**
+   * Expert loads of the latest step, after `afterStep` (or `staged.report`), for `loads.jsonl`. Empty or missing in a
+   * model without experts.
+   */
   readonly layerLoads?: readonly LayerLoad[]
-  /** The same in parts that can be recorded. Without it, every step runs op by op. */
+  /** `loss` and `afterStep` in parts that can be recorded. Without it, every step runs op by op. */
   readonly staged?: StagedStep | undefined
-  /** Ids at which it ends a text that it generates. Where those are not what the texts of the data end with, a run gives notice. */
+  /**
+   * Ids of the tokens that end a generated text. If the training texts end with another token, the run emits a notice.
+   */
   readonly endTokens?: readonly number[]
-  /** Folder that its weights came from: where adapters are trained, checkpoints name it as their base. */
+  /** Folder that the weights were loaded from. Checkpoints of adapters name it as their base model. */
   readonly source?: string
   /**
-   * Writes `config.json` and `model.safetensors` into a folder that exists, every parameter and buffer in the dtype
-   * that it has in memory, under its `stateDict` key. Without it, the trainer writes the state dict itself. The folder is a handle where `out` is one.
+   * Writes `config.json` and `model.safetensors` into an existing folder, with every parameter and buffer under its
+   * `stateDict` key, in its in-memory dtype. Without this method, the trainer writes the state dict. The folder is a
+   * directory handle if `out` is one.
    */
   save?(folder: FolderPlace): Promise<void>
 }
 
-/** The part of a tokenizer that the trainer uses; `BpeTokenizer` of `@moe/tokenizer-bpe` is one. */
+/** The tokenizer methods that the trainer uses. `BpeTokenizer` of `@moe/tokenizer-bpe` implements them. */
 export interface TextTokenizer {
-  /** Ids of a text. It is called with `addSpecialTokens` and `parseSpecialTokens` false: what documents say are no special tokens. */
+  /**
+   * Returns the ids of a text. For documents, it is called with `addSpecialTokens` and `parseSpecialTokens` false, so
+   * that text that spells a special token stays text.
+   */
   encode(text: string, options?: { addSpecialTokens?: boolean; parseSpecialTokens?: boolean }): ArrayLike<number>
-  /** Ids of many texts, on so many `threads`: `tokenize` of `@moe/trainer/tokenize` calls it in place of `encode`, likewise with `addSpecialTokens` and `parseSpecialTokens` false. */
+  /**
+   * Returns the ids of many texts, encoded on the given number of `threads`. `tokenize` of `@moe/trainer/tokenize` uses
+   * it instead of `encode`, with the same options.
+   */
   encodeBatch?(
     texts: readonly string[],
     options?: { addSpecialTokens?: boolean; parseSpecialTokens?: boolean; threads?: number },
   ): Promise<readonly ArrayLike<number>[]>
-  /** Ids are 0 .. vocabSize-1. */
+  /** Number of ids: they are 0 to vocabSize - 1. */
   readonly vocabSize?: number
-  /** Asked for the usual names of the tokens that begin and end a document, unless their ids are given. */
+  /** Returns the id of a token. Used to find the tokens that begin and end a document, unless their ids are given. */
   tokenToId?(token: string): number | undefined
-  /** The inverse: checkpoints name these tokens in `tokenizer_config.json`. */
+  /** Returns the token of an id. Checkpoints name begin and end tokens in `tokenizer_config.json`. */
   idToToken?(id: number): string | undefined
-  /** Text of ids. It is called with `skipSpecialTokens`, of what a model has made. */
+  /** Returns the text of ids. Called with `skipSpecialTokens` for text that the model generated. */
   decode?(ids: Iterable<number>, options?: { skipSpecialTokens?: boolean }): string
-  /** Content of `tokenizer.json`, stored beside the model in every checkpoint. */
+  /** Returns the content of `tokenizer.json`, which every checkpoint stores next to the model. */
   toJSON?(): unknown
 }

@@ -1,4 +1,4 @@
-/** @file Where NaN and infinity came from: looked for only after they were seen. */
+/** @file Finds where NaN or infinity came from, after a step turned out not to be finite. */
 import {
   type HostArray,
   type Module,
@@ -12,17 +12,17 @@ import { gatherValues } from './ranks.ts'
 import type { SharedUpdate } from './shared-update.ts'
 
 export interface NonFinite {
-  /** Key of the parameter (of its slice, when it is stacked). */
+  /** Key of the parameter (of the slice, if it is stacked). */
   readonly name: string
   readonly kind: 'value' | 'gradient'
-  /** Elements that are NaN or infinite. */
+  /** Number of elements that are NaN or infinite. */
   readonly count: number
   readonly size: number
 }
 
 type GradientOf = (parameter: Parameter) => Tensor | null
 
-/** The first parameter whose values are not finite; else the first whose gradient is not. */
+/** The first parameter whose values are not finite, or else the first whose gradient is not. */
 export async function findNonFinite(
   parameters: readonly NamedParameter[],
   gradientOf: GradientOf = parameter => parameter.grad,
@@ -62,7 +62,9 @@ function inspect(named: NamedParameter, kind: NonFinite['kind'], data: HostArray
 const place = (where: NonFinite) =>
   `the ${where.kind === 'value' ? 'values' : 'gradient'} of ${where.name}: ${where.count} of ${where.size} elements`
 
-/** The error for a step whose loss or gradient norm is not a number; looks for the cause in the model as it is, and its gradients. */
+/**
+ * The error for a step whose loss or gradient norm is not finite. Searches the model and its gradients for the cause.
+ */
 export async function nonFiniteStep(
   model: Module,
   step: number,
@@ -72,7 +74,7 @@ export async function nonFiniteStep(
   return stepError(await findNonFinite(namedParameters(model), gradientOf), step, seen)
 }
 
-/** The same where each rank has the gradients of its share alone: all tell the first in their order. */
+/** The same if each rank has only the gradients of its share. All ranks report the same cause. */
 export async function nonFiniteStepOnRanks(
   model: Module,
   { ranks, share }: SharedUpdate,
@@ -87,30 +89,30 @@ export async function nonFiniteStepOnRanks(
   return stepError(value ?? found.find(where => where !== null) ?? null, step, seen)
 }
 
-/** The same, where the cause is known. */
+/** The same for a known cause. */
 export function stepError(
   where: NonFinite | null,
   step: number,
   seen: { readonly loss: number; readonly gradNorm: number },
 ): MoeError {
-  const first = where === null ? 'each value and gradient is finite by itself' : `not finite first in ${place(where)}`
+  const cause = where === null ? 'although all values and gradients are finite' : `first not finite in ${place(where)}`
   return new MoeError({
     code: 'E_NAN',
     op: 'train',
-    problem: `step ${step} has loss ${seen.loss} and gradient norm ${seen.gradNorm}, ${first}`,
-    fix: 'the step was not applied and earlier checkpoints are whole: resume from one with a lower lr or clip',
+    problem: `step ${step} has loss ${seen.loss} and gradient norm ${seen.gradNorm}, ${cause}`,
+    fix: 'the step was not applied and earlier checkpoints are intact; resume from one with a lower lr or clip',
     details: { step, loss: seen.loss, gradNorm: seen.gradNorm, parameter: where?.name, kind: where?.kind },
   })
 }
 
-/** The error for a model that an update has made unusable. */
+/** The error for a model that contains non-finite weights after an update. */
 export async function nonFiniteModel(model: Module, step: number): Promise<MoeError> {
   const where = await findNonFinite(namedParameters(model))
   return new MoeError({
     code: 'E_NAN',
     op: 'train',
-    problem: `after step ${step} the model holds ${where === null ? 'weights too large for f32' : `numbers that are not finite, first in ${place(where)}`}`,
-    fix: 'it was not saved and earlier checkpoints are whole: resume from one with a lower lr or clip',
+    problem: `after step ${step} the model contains ${where === null ? 'weights whose norm overflows f32' : `non-finite numbers, first in ${place(where)}`}`,
+    fix: 'it was not saved and earlier checkpoints are intact; resume from one with a lower lr or clip',
     details: { step, parameter: where?.name, kind: where?.kind },
   })
 }

@@ -1,4 +1,4 @@
-/** @file What `train` takes, what is assumed where nothing is said, and what of it a checkpoint must agree with. */
+/** @file The options of `train`, their defaults, and the settings that a resumed run must share with its checkpoint. */
 import { createHash } from 'node:crypto'
 import { type DirectoryHandle, isDirectoryHandle } from '@moe/checkpoint'
 import {
@@ -12,9 +12,9 @@ import {
   shown,
 } from '@moe/core'
 import type { RunRecord } from './checkpoints/trainer-state.ts'
+import type { BatchSource } from './data/batch-source.ts'
 import type { Conversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
-import type { Lessons } from './data/lessons.ts'
 import type { Mixture } from './data/mixture.ts'
 import type { DocumentTokens } from './data/token-dataset.ts'
 import type { TokenStream } from './data/token-stream.ts'
@@ -31,100 +31,127 @@ import type { Ranks } from './ranks.ts'
 import type { Preferences } from './rewards/preferences.ts'
 import type { Rollouts } from './rewards/rollouts.ts'
 
-/** Tokens that were made beforehand: in memory (`TokenDataset`), on disk (`tokenFiles`), or of several sources (`mixture`). */
+/**
+ * Data that is already tokenized: in memory (`TokenDataset`), on disk (`tokenFiles`), or from several sources
+ * (`mixture`).
+ */
 export interface TokenData {
-  /** What is trained on. */
+  /** Tokens to train on. */
   readonly training: TokenStream | Mixture
-  /** What is measured on, or several such streams by name, each of which is told of by itself. Default: nothing. */
+  /** Held-out tokens to evaluate on: one stream, or several by name, each evaluated separately. Default: none. */
   readonly validation?: TokenStream | Readonly<Record<string, TokenStream>>
 }
 
-/** What `train` is told. Only `data` and `steps` are needed, and `tokenizer` where the data are texts or conversations. */
+/**
+ * Options of `train`. Only `data` and `steps` are required, and `tokenizer` if the data consists of texts or
+ * conversations.
+ */
 export interface TrainOptions extends AdamWOptions, DocumentTokens {
-  /** Texts or conversations (then `tokenizer` is needed), tokens, `rollouts`, which the model makes itself and is rewarded for, or `preferences`. */
+  /**
+   * Texts or conversations (both need `tokenizer`), tokens, `rollouts` (texts that the model samples and a reward
+   * function scores), or `preferences`.
+   */
   readonly data: Corpus | Conversations | TokenData | Rollouts | Preferences
-  /** Makes tokens of texts, and is stored beside the model in every checkpoint. */
+  /** Encodes texts. It is saved with the model in every checkpoint. */
   readonly tokenizer?: TextTokenizer
-  /** Optimizer steps of the whole run. */
+  /** Number of optimizer steps of the whole run. */
   readonly steps: number
-  /** Rows of a micro-batch on this rank. Default 8. */
+  /** Rows per micro-batch on this rank. Default 8. */
   readonly batchSize?: number
-  /** Positions of a row. Default 256. */
+  /** Tokens per row. Default 256. */
   readonly sequenceLength?: number
   /**
-   * Whether attention sees nothing before the document that a token belongs to. Default: for conversations and examples, which then share rows, as DeepSeek-V3 was
-   * fine-tuned (report, 5.1); not for texts, as it was pre-trained. Needs a model that `isolates`, as DeepSeek does.
+   * Restricts attention to the document that a token belongs to. Conversations and examples are then packed, several to
+   * a row. Needs a model that `isolates`, as DeepSeek does. Default: true for conversations and examples, as
+   * DeepSeek-V3 was fine-tuned (report, 5.1); false for texts, as it was pre-trained.
    */
   readonly isolate?: boolean
-  /** Micro-batches of a step on this rank, or a function of the steps before it, for a batch that grows: `piecewise`. Default 1, or as many as `ranks` need. */
+  /**
+   * Micro-batches per step on this rank (gradient accumulation), or a function of the step, for a batch size that
+   * grows: `piecewise`. Default 1, or the number that `ranks` requires.
+   */
   readonly accumulate?: MicroBatches
   /** Peak learning rate. Default 1e-3. */
   readonly lr?: number
-  /** Default `warmupCosine({ steps })`. */
+  /** Multiplier of `lr` at each step. Default `warmupCosine({ steps })`. */
   readonly schedule?: Schedule
-  /** Largest norm over all gradients. Default 1; Infinity for none. */
+  /** Clips the global gradient norm to this value. Default 1; Infinity disables clipping. */
   readonly clip?: number
   /**
-   * `'adamw'` (default), or `'muon'` for the hidden matrices and AdamW for the rest, both with the settings given
-   * here; or a function that makes another one from the model's parameters, or from those that this one of the `ranks` updates.
+   * `'adamw'` (default); `'muon'`, which uses Muon for the hidden matrices and AdamW for the rest, both with the
+   * settings given here; or a function that creates an optimizer from the model's parameters (with `ranks`, from those
+   * that this rank updates).
    */
   readonly optimizer?: 'adamw' | 'muon' | ((parameters: readonly NamedParameter[]) => Optimizer)
-  /** Arithmetic of matrix products; in `'fp8'` those of linear layers and experts, the others in bf16. Default f32. */
+  /**
+   * Precision of matrix products. With `'fp8'`, linear layers and experts use fp8 and the others bf16. Weights stay
+   * f32. Default f32.
+   */
   readonly precision?: Precision
-  /** Record a step and replay it where backend, model and optimizer can: see `TrainingSteps`. Default true. */
+  /** Records a step and replays it, if backend, model and optimizer support that: see `TrainingSteps`. Default true. */
   readonly record?: boolean
   /**
-   * Keeps an exponential moving average of the weights, each step's weighing this much of the next one's (0.999, say): measurements tell what it is worth beside the weights, and checkpoints hold it as a model
-   * of its own. The training is the same with and without. It takes 4 bytes a parameter on the device. Default: none.
+   * Decay of an exponential moving average (EMA) of the weights, for example 0.999. Evaluations then report the EMA as
+   * well, and checkpoints contain it as a model of its own. Training itself is unaffected. Takes 4 bytes per parameter
+   * on the device. Default: no EMA.
    */
   readonly ema?: number
-  /** Names the order of the data. Default 0. */
+  /** Seed of the data order and of sampling. Default 0. */
   readonly seed?: number
   /**
-   * This process among those that train the model together, each with its share of every step's rows: a `Communicator` of `@moe/parallel`. Or with its part of the model: a `Pipeline` or an `ExpertParallel` of
-   * this model. In place of `rank` and `world`. Rank 0 alone writes to `out`, which all must see to resume.
+   * This process among those that train the model together: a `Communicator` of `@moe/parallel` (data parallelism), or
+   * a `Pipeline` or `ExpertParallel` of this model. Replaces `rank` and `world`. Only rank 0 writes to `out`; to
+   * resume, all ranks must be able to read it.
    */
   readonly ranks?: Ranks | ModelOnRanks
-  /** This process among those that share the data, without anything else in common. Default 0 of 1. */
+  /** Index of this process among those that share the data and nothing else. Default 0 of 1. */
   readonly rank?: number
-  /** Processes that share the data. */
+  /** Number of processes that share the data. */
   readonly world?: number
   /**
-   * Folder of the run: checkpoints, `metrics.jsonl`, `summary.json`. Default: nothing is written. In a page, the handle of a folder, such as
-   * `await (await navigator.storage.getDirectory()).getDirectoryHandle('run', { create: true })`: it gets checkpoints and `summary.json`, and of the steps `onEvent` is told.
+   * Folder of the run, for checkpoints, `metrics.jsonl` and `summary.json`. Default: nothing is written. In a browser,
+   * a directory handle, for example `await (await navigator.storage.getDirectory()).getDirectoryHandle('run', { create:
+   * true })`; it gets checkpoints and `summary.json`, but no log of the steps (use `onEvent`).
    */
   readonly out?: string | DirectoryHandle
-  /** Steps between measurements of held-out data; 0 for one at the end only. Default 0. */
+  /** Steps between evaluations on held-out data; 0 to evaluate only at the end. Default 0. */
   readonly evalEvery?: number
-  /** Held-out tokens of those measurements, spread evenly. The one at the end takes all. Default 32,768. */
+  /**
+   * Held-out tokens of these evaluations, spread evenly over the data. The final evaluation uses all. Default 32,768.
+   */
   readonly evalTokens?: number
-  /** Steps whose loads of experts are told together, as a `loads` event and a line of `loads.jsonl`; 0 for none. Default: a thousandth of the run, 10 or more. */
+  /**
+   * Steps per `loads` event and line of `loads.jsonl`, which sum the expert loads; 0 for none. Default: a thousandth of
+   * the run, at least 10.
+   */
   readonly loadsEvery?: number
-  /** Steps between checkpoints; there is always one at the end. Default 200. */
+  /** Steps between checkpoints. There is always one at the end. Default 200. */
   readonly checkpointEvery?: number
-  /** Checkpoints that stay. Default 2. */
+  /** Number of checkpoints to keep. Default 2. */
   readonly keepCheckpoints?: number
   /**
-   * `true`: go on after the latest checkpoint in `out`. `'auto'`: likewise, or begin if there is none. A path: go on
-   * from that checkpoint. `false` (default): begin, and refuse a folder that has checkpoints.
+   * `true`: continue from the latest checkpoint in `out`. `'auto'`: the same, or start if there is none. A path:
+   * continue from that checkpoint. `false` (default): start, and refuse a folder that contains checkpoints.
    */
   readonly resume?: boolean | 'auto' | (string & {})
   /**
-   * Resume although settings differ from the checkpoint's. The run is then no longer the same, bit for bit. Default
-   * false.
+   * Resumes even if settings differ from the checkpoint's. The run then no longer continues bit for bit. Default false.
    */
   readonly allowChanges?: boolean
-  /** Begin in a folder that holds a run, and remove it. Default false. */
+  /** Starts in a folder that contains a run, and removes that run. Default false. */
   readonly overwrite?: boolean
-  /** Stops after so many seconds of training in this process, with a checkpoint. */
+  /** Stops after this many seconds of training in this process, and saves a checkpoint. */
   readonly timeLimitSeconds?: number
-  /** Stops like Ctrl-C: finishes the step, saves, returns with `interrupted`. */
+  /** Stops the run like Ctrl-C: finishes the step, saves, and returns a result with `interrupted`. */
   readonly signal?: AbortSignal
-  /** Listen to SIGINT and SIGTERM while training; a second one ends the process. Default true. */
+  /** Handles SIGINT and SIGTERM while training; a second signal ends the process. Default true. */
   readonly handleSignals?: boolean
-  /** Gets every event, after the built-in listeners. */
+  /** Receives every event, after the built-in listeners. */
   readonly onEvent?: TrainListener
-  /** Progress on standard error, in a page in the console. Default true; a listener to draw in another way. */
+  /**
+   * Shows progress on standard error, or in the console of a browser; or a listener that shows it in another way.
+   * Default true.
+   */
   readonly progress?: boolean | TrainListener
 }
 
@@ -185,73 +212,77 @@ export const defaults = {
 export type ResolvedOptions = Required<Pick<TrainOptions, keyof typeof defaults | 'schedule' | 'loadsEvery'>> &
   Omit<TrainOptions, 'ranks'> & {
     readonly ranks?: Ranks | undefined
-    /** Where each rank has a part of the model. */
+    /** Set if each rank trains a part of the model. */
     readonly onRanks?: ModelOnRanks | undefined
   }
 
-/** @throws MoeError E_CONFIG that lists every setting that cannot be */
+/** @throws MoeError E_CONFIG that lists all invalid options */
 export function resolveOptions(options: TrainOptions): ResolvedOptions {
   checkOptions('train', options, names)
   const given = Object.fromEntries(
     Object.entries(options).filter(([, value]) => value !== undefined),
   ) as unknown as TrainOptions
   const problems: string[] = []
-  const { ranks, onRanks, ...ofRanks } = resolveRanks(given.ranks, problems)
-  const merged = { ...defaults, ...given, ...ofRanks, ranks, onRanks }
+  const { ranks, onRanks, ...fromRanks } = resolveRanks(given.ranks, problems)
+  const merged = { ...defaults, ...given, ...fromRanks, ranks, onRanks }
   if (onRanks?.microBatches !== undefined && (given.accumulate ?? onRanks.microBatches) !== onRanks.microBatches)
-    problems.push(`accumulate is ${shown(given.accumulate)}, ranks take ${onRanks.microBatches} micro-batches a step`)
-  const whole = (name: keyof typeof merged, least: number) => {
+    problems.push(
+      `accumulate is ${shown(given.accumulate)}, but ranks need ${onRanks.microBatches} micro-batches per step`,
+    )
+  const integer = (name: keyof typeof merged, least: number) => {
     const value = merged[name]
     if (!Number.isSafeInteger(value) || (value as number) < least) {
-      problems.push(`${name} is ${shown(value)}, needs a whole number from ${least}`)
+      problems.push(`${name} is ${shown(value)}, expected an integer of at least ${least}`)
     }
   }
-  whole('steps', 1)
-  for (const name of ['batchSize', 'world', 'keepCheckpoints', 'checkpointEvery', 'evalTokens'] as const) whole(name, 1)
-  if (typeof merged.accumulate !== 'function') whole('accumulate', 1)
-  whole('sequenceLength', 2)
-  for (const name of ['seed', 'rank', 'evalEvery'] as const) whole(name, 0)
-  if (merged.loadsEvery !== undefined) whole('loadsEvery', 0)
+  integer('steps', 1)
+  for (const name of ['batchSize', 'world', 'keepCheckpoints', 'checkpointEvery', 'evalTokens'] as const)
+    integer(name, 1)
+  if (typeof merged.accumulate !== 'function') integer('accumulate', 1)
+  integer('sequenceLength', 2)
+  for (const name of ['seed', 'rank', 'evalEvery'] as const) integer(name, 0)
+  if (merged.loadsEvery !== undefined) integer('loadsEvery', 0)
   const { lr, clip, rank, world, precision, resume, out, optimizer = 'adamw' } = merged
-  if (!(Number.isFinite(lr) && lr > 0)) problems.push(`lr is ${shown(lr)}, needs a positive number`)
+  if (!(Number.isFinite(lr) && lr > 0)) problems.push(`lr is ${shown(lr)}, expected a positive number`)
   if (!(typeof clip === 'number' && clip > 0))
-    problems.push(`clip is ${shown(clip)}, needs a positive number, or Infinity for none`)
-  if (rank >= world) problems.push(`rank is ${rank} of ${world}; ranks count from 0`)
-  if (!precisions.includes(precision)) problems.push(`precision is ${shown(precision)}, needs 'f32', 'bf16' or 'fp8'`)
+    problems.push(`clip is ${shown(clip)}, expected a positive number, or Infinity for none`)
+  if (rank >= world) problems.push(`rank is ${rank}, but with a world of ${world} it must be below that`)
+  if (!precisions.includes(precision))
+    problems.push(`precision is ${shown(precision)}, expected 'f32', 'bf16' or 'fp8'`)
   if (typeof optimizer !== 'function' && optimizer !== 'adamw' && optimizer !== 'muon') {
-    problems.push(`optimizer is ${shown(optimizer)}, needs 'adamw', 'muon' or a function`)
+    problems.push(`optimizer is ${shown(optimizer)}, expected 'adamw', 'muon' or a function`)
   }
   if (ranks && (given.rank ?? given.world) !== undefined)
-    problems.push('rank or world is given beside ranks, which has both')
+    problems.push('rank or world is given together with ranks, which determines both')
   for (const name of ['schedule', 'onEvent', 'decays'] as const) {
     const value: unknown = merged[name]
     if (value !== undefined && typeof value !== 'function')
-      problems.push(`${name} is ${shown(value)}, needs a function`)
+      problems.push(`${name} is ${shown(value)}, expected a function`)
   }
   const { data, signal, betas = [], progress } = merged
-  if (data === undefined) problems.push('data is missing, needs training texts or tokens')
+  if (data === undefined) problems.push('data is missing, expected training texts or tokens')
   else if (data?.training === undefined) {
-    problems.push('data has no training part: make it with texts(documents) or textFiles(patterns)')
-  } else if (isJudged(data)) {
-    problems.push(...againstJudged(data, merged))
+    problems.push('data has no training part: create it with texts(documents) or textFiles(patterns)')
+  } else if (isRolloutsOrPreferences(data)) {
+    problems.push(...rolloutProblems(data, merged))
   } else if ('template' in data && (given.bos ?? given.eos) !== undefined) {
-    problems.push('bos or eos is given beside conversations, whose template writes them')
+    problems.push('bos or eos is given together with conversations, whose template writes these tokens')
   }
   if (out !== undefined && typeof out !== 'string' && !isDirectoryHandle(out))
-    problems.push(`out is ${shown(out)}, needs the path of a folder, or a handle of one`)
+    problems.push(`out is ${shown(out)}, expected the path of a folder or a directory handle`)
   if (signal !== undefined && typeof signal?.addEventListener !== 'function') {
-    problems.push('signal is no AbortSignal (of an AbortController, pass .signal)')
+    problems.push('signal is not an AbortSignal (to use an AbortController, pass its .signal)')
   }
   if (progress !== undefined && typeof progress !== 'boolean' && typeof progress !== 'function') {
-    problems.push(`progress is ${shown(progress)}, needs true, false or a function`)
+    problems.push(`progress is ${shown(progress)}, expected true, false or a function`)
   }
   if (!Array.isArray(betas) || !betas.every(beta => beta >= 0 && beta < 1) || ![0, 2].includes(betas.length)) {
-    problems.push(`betas is ${shown(betas)}, needs two numbers of at least 0 and below 1`)
+    problems.push(`betas is ${shown(betas)}, expected two numbers of at least 0 and below 1`)
   }
-  const inMoments = momentsProblem(merged.moments ?? 'f32', Array.isArray(betas) ? betas : [])
-  if (inMoments !== undefined) problems.push(inMoments)
-  const inEma = merged.ema === undefined ? undefined : decayProblem('ema', merged.ema)
-  if (inEma !== undefined) problems.push(inEma)
+  const momentProblem = momentsProblem(merged.moments ?? 'f32', Array.isArray(betas) ? betas : [])
+  if (momentProblem !== undefined) problems.push(momentProblem)
+  const emaProblem = merged.ema === undefined ? undefined : decayProblem('ema', merged.ema)
+  if (emaProblem !== undefined) problems.push(emaProblem)
   if (resume && out === undefined) problems.push('resume is given without out, the folder of the run')
   if (problems.length > 0) {
     throw new MoeError({
@@ -266,36 +297,42 @@ export function resolveOptions(options: TrainOptions): ResolvedOptions {
   return { ...merged, schedule, loadsEvery }
 }
 
-/** Whether texts are not learned as they are, but as somebody judges them. */
-export const isJudged = (data: TrainOptions['data']): data is Rollouts | Preferences =>
+/** Whether the model learns from scored texts (rollouts or preferences) and not from a data set. */
+export const isRolloutsOrPreferences = (data: TrainOptions['data']): data is Rollouts | Preferences =>
   'reward' in data || 'beta' in data
 
-/** What does not go with such data. */
-function againstJudged(
+/** Options that rollouts and preferences do not support. */
+function rolloutProblems(
   data: Rollouts | Preferences,
   { steps, ranks, onRanks, world, eos, accumulate }: Partial<ResolvedOptions>,
 ): string[] {
   const { updates, what } = 'reward' in data ? { ...data, what: 'rollouts' } : { updates: 1, what: 'preferences' }
   const left = updates > 1 && Number(steps) % updates !== 0
   return [
-    ...(onRanks ? [`ranks is ${shown(onRanks)}, and ${what} need ranks that have the whole model each`] : []),
+    ...(onRanks
+      ? [`ranks is ${shown(onRanks)}, but ${what} need the whole model on every rank: pass the communicator`]
+      : []),
     ...(ranks || world === 1
       ? []
-      : [`world is ${world} without ranks, and processes share ${what} only where they take each step together`]),
-    ...(eos === undefined ? [] : [`eos is given beside ${what}, whose texts end as the model or the template has it`]),
-    ...(onRanks || accumulate === 1 ? [] : [`accumulate is given beside ${what}: a step learns from all of its texts`]),
-    ...(left ? [`steps is ${steps}, needs a multiple of the ${updates} updates of rollouts`] : []),
+      : [`world is ${world} without ranks, but processes can share ${what} only if they train together: pass ranks`]),
+    ...(eos === undefined
+      ? []
+      : [`eos is given together with ${what}, whose texts end as the model or the template defines`]),
+    ...(onRanks || accumulate === 1
+      ? []
+      : [`accumulate is given together with ${what}, whose steps always use all of their texts`]),
+    ...(left ? [`steps is ${steps}, expected a multiple of the ${updates} updates of rollouts`] : []),
   ]
 }
 
-/** What `ranks` says about this process and its data. */
+/** This process and its share of the data, as `ranks` defines them. */
 function resolveRanks(given: TrainOptions['ranks'], problems: string[]): Partial<ResolvedOptions> {
   if (given === undefined) return {}
   const onRanks = 'gather' in given ? given : undefined
   const ranks = 'gather' in given ? given.ranks : given
   if (typeof ranks?.allReduce !== 'function') {
     problems.push(
-      `ranks is ${(given as unknown) instanceof Promise ? 'a promise' : 'no communicator'}, needs what await mpi() or local(size, work) gives, a Pipeline or an ExpertParallel`,
+      `ranks is ${(given as unknown) instanceof Promise ? 'a promise' : 'not a communicator'}, expected the result of await mpi() or local(size, work), a Pipeline or an ExpertParallel`,
     )
     return {}
   }
@@ -308,20 +345,20 @@ function resolveRanks(given: TrainOptions['ranks'], problems: string[]): Partial
   }
 }
 
-/** The optimizer that the options ask for. */
+/** Creates the optimizer that the options select. */
 export function makeOptimizer(options: ResolvedOptions, parameters: readonly NamedParameter[]): Optimizer {
   const { optimizer = 'adamw' } = options
   if (typeof optimizer === 'function') return optimizer(parameters)
-  // `precision` means something else to Muon.
+  // `precision` is not passed on: for Muon, it is the precision of its own iterations.
   const { betas, eps, weightDecay, decays, moments } = options
   const settings = { betas, eps, weightDecay, decays, moments }
   return optimizer === 'muon' ? new Muon(parameters, settings) : new AdamW(parameters, settings)
 }
 
-/** What a run is, as far as its numbers go. */
+/** The settings that determine the numbers of a run. */
 export function recordRun(
   options: ResolvedOptions,
-  data: Pick<Lessons, 'identity' | 'isolate'>,
+  data: Pick<BatchSource, 'identity' | 'isolate'>,
   model: TrainableModel,
   parameters: readonly NamedParameter[],
   optimizer: Optimizer,
@@ -332,7 +369,8 @@ export function recordRun(
     steps: options.steps,
     batchSize: options.batchSize,
     sequenceLength: options.sequenceLength,
-    // Ranks that train together are as many more micro-batches, or texts (in `identity`), of which a step makes its micro-batches.
+    // Ranks that train together count as additional micro-batches of one step. Rollouts and preferences include the
+    // ranks in `identity` instead, because a step builds its micro-batches from its texts.
     accumulate: microBatchesOf(options),
     world: options.ranks === undefined ? options.world : 1,
     seed: options.seed,
@@ -356,25 +394,25 @@ export function recordRun(
 }
 
 function microBatchesOf({ accumulate, ranks, data, world, steps }: ResolvedOptions): number | string {
-  const factor = ranks === undefined || isJudged(data) ? 1 : world
+  const factor = ranks === undefined || isRolloutsOrPreferences(data) ? 1 : world
   if (typeof accumulate === 'number') return accumulate * factor
   return valuesOf(step => microBatchesAt(accumulate, step) * factor, steps) as string
 }
 
-/** A setting of the model as the record has it; undefined for what cannot be compared. */
+/** The recorded form of a model setting; undefined if it cannot be compared. */
 function recorded(value: unknown, steps: number): RunRecord[string] | undefined {
   if (typeof value === 'function') {
     try {
       return valuesOf(value as Schedule, steps)
     } catch {
-      // It takes something else than a step.
+      // The function takes something other than a step.
       return undefined
     }
   }
   return typeof value === 'object' ? JSON.stringify(value) : (value as RunRecord[string] | undefined)
 }
 
-/** What a function of the step gives over a run; undefined where it gives no numbers. */
+/** A digest of a schedule's values over the run; undefined if it does not return numbers. */
 function valuesOf(schedule: Schedule, steps: number): string | undefined {
   const values = Array.from({ length: steps }, (_, step) => schedule(step))
   return values.every(value => typeof value === 'number') ? `a schedule (${digest(values.join())})` : undefined

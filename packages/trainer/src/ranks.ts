@@ -1,57 +1,70 @@
-/** @file Several processes that train one model together: what the trainer asks of them, and what a step does with it. */
-import { concat, MoeError, type SharingRanks, scope, type Tensor, tensor } from '@moe/core'
+/** @file Communication between processes that train one model together. */
+import {
+  concat,
+  globalNorm,
+  MoeError,
+  type NamedParameter,
+  noGrad,
+  type SharingRanks,
+  scope,
+  type Tensor,
+  tensor,
+} from '@moe/core'
 import type { TokenBatch } from './model.ts'
 import { type Pass, weightOf } from './step-numbers.ts'
 
 /**
- * One of the ranks of a training. All make the same calls in the same order. A `Communicator` of `@moe/parallel` is one.
+ * One rank of a training, with its collectives. All ranks must make the same calls in the same order. A `Communicator`
+ * of `@moe/parallel` implements it.
  */
 export interface Ranks {
-  /** Number of this rank, from 0. */
+  /** Index of this rank, from 0. */
   readonly rank: number
   /** Number of ranks. */
   readonly size: number
-  /** Sums over all ranks, the same bits on each. Resolves to new tensors, which belong to the caller. */
+  /** Sums tensors over all ranks, with the same bits on each. Resolves to new tensors, which belong to the caller. */
   allReduce(tensors: readonly Tensor[]): Promise<Tensor[]>
   /**
-   * The same, with the sums in the place of what was given, at the same addresses: recorded steps read them there. Goes together with `allReduce` of other ranks. Without it steps go op
-   * by op.
+   * Like `allReduce`, but stores the sums in the given tensors, at the same addresses, where recorded steps read them.
+   * Other ranks may call `allReduce` in the same round. Without this method, steps run op by op.
    */
   allReduceInPlace?(tensors: readonly Tensor[]): Promise<void>
-  /** `[n]` of every rank, one behind the other: `[size n]`, which belongs to the caller. */
+  /** Concatenates `[n]` of every rank to `[size n]`, which belongs to the caller. */
   allGather(tensor: Tensor): Promise<Tensor>
   /**
-   * As `SharingRanks`. With this, `gatherShares`, `send` and `receive` the optimizer is shared out: each rank keeps the state of its share of the parameters, and updates it for all. Without them every rank keeps all of the state, and takes
-   * the whole update.
+   * As in `SharingRanks`. With this, `gatherShares`, `send` and `receive`, the optimizer is sharded: each rank keeps
+   * the state of its share of the parameters and updates it for all. Otherwise every rank keeps all of the state.
    */
   reduceShares?: SharingRanks['reduceShares']
-  /** As `SharingRanks`. */
+  /** As in `SharingRanks`. */
   gatherShares?: SharingRanks['gatherShares']
-  /** To one rank, which receives in the order of sending. */
+  /** Sends a tensor to one rank, which receives messages in the order of sending. */
   send?(tensor: Tensor, to: number): Promise<void>
-  /** What rank `from` sends next, which must be of this shape and dtype; it belongs to the caller. */
+  /** Receives the next tensor from rank `from`, which must have this shape and dtype. It belongs to the caller. */
   receive?(like: Pick<Tensor, 'shape' | 'dtype' | 'backend'>, from: number): Promise<Tensor>
 }
 
-/** Ranks that send each other tensors. */
+/** Ranks with point-to-point messages. */
 export type SendingRanks = Ranks & Required<Pick<Ranks, 'send' | 'receive'>>
 
-/** Ranks that an optimizer can be shared out to. */
+/** Ranks that can shard an optimizer. */
 export type OptimizerRanks = SendingRanks & SharingRanks
 
 export const canShare = (ranks: Ranks): ranks is OptimizerRanks =>
   [ranks.reduceShares, ranks.gatherShares, ranks.send, ranks.receive].every(member => typeof member === 'function')
 
-/** Ranks whose steps can be recorded. */
+/** Ranks that support recorded steps. */
 export type RecordableRanks = Ranks & Required<Pick<Ranks, 'allReduceInPlace'>>
 
-/** A micro-batch of any rank, and what its gradient was multiplied by. */
+/** The numbers of a micro-batch on any rank, and the weight of its gradient. */
 export interface WeightedPass extends Pass {
   readonly weight: number
 }
 
 /**
- * The micro-batches of all ranks, in the order of ranks. All ranks have as many of them, with the same metrics.
+ * Gathers the numbers of all ranks' micro-batches, in the order of ranks. All ranks must have equally many
+ * micro-batches, with the same metrics.
+ *
  * @param own `values` of each as a vector on the device
  */
 export async function gatherPasses(
@@ -73,7 +86,7 @@ export async function gatherPasses(
   })
 }
 
-/** Numbers of every rank, `[size][numbers.length]`, rounded to f32. */
+/** Gathers numbers of every rank, `[size][numbers.length]`, rounded to f32. */
 export async function gatherNumbers(
   ranks: Ranks,
   numbers: readonly number[],
@@ -83,7 +96,7 @@ export async function gatherNumbers(
   return Array.from({ length: ranks.size }, (_, r) => [...all.subarray(r * numbers.length, (r + 1) * numbers.length)])
 }
 
-/** The norm of a whole, rounded to f32, of which every rank has a part. @param parts of this rank's, as `globalNormParts` gives them */
+/** The global norm over all ranks, rounded to f32. @param parts this rank's part, as `globalNormParts` returns it */
 export async function normOverRanks(ranks: Ranks, parts: Tensor): Promise<number> {
   using all = await ranks.allGather(parts)
   const values = await all.values()
@@ -92,7 +105,7 @@ export async function normOverRanks(ranks: Ranks, parts: Tensor): Promise<number
   return Math.fround(Math.sqrt(squares))
 }
 
-/** A value of every rank that JSON can hold. */
+/** Gathers a JSON value of every rank. */
 export async function gatherValues<T>(ranks: Ranks, value: T, { backend }: Pick<Tensor, 'backend'>): Promise<T[]> {
   const text = new TextEncoder().encode(JSON.stringify(value))
   const lengths = await gathered(ranks, tensor(Int32Array.of(text.length), [1], { backend }))
@@ -105,40 +118,52 @@ export async function gatherValues<T>(ranks: Ranks, value: T, { backend }: Pick<
   )
 }
 
-/** What all ranks have to agree on before the first step. */
-export interface Start {
+/** What all ranks must agree on before the first step. */
+export interface InitialState {
   readonly step: number
-  /** What they wait for each other for. */
+  /** Settings that determine when ranks communicate. */
   readonly plan: Readonly<Record<string, number | boolean | string>>
-  /** Norms of the weights that other ranks may have as well, by name. */
+  /** Norms of this rank's weights by name, for comparison with other ranks that have the same parameters. */
   readonly norms: Readonly<Record<string, number>>
 }
 
-/** @throws MoeError E_CONFIG unless all ranks begin at the same step with the same plan, and with the same weights where they have the same parameters */
-export function checkSameStart(starts: readonly Start[]): void {
-  for (const [rank, { step, plan, norms }] of starts.entries()) {
-    const planned = Object.keys(plan).find(name => plan[name] !== starts[0].plan[name])
+/**
+ * @throws MoeError E_CONFIG unless all ranks start at the same step, with the same plan, and with the same weights in
+ *   parameters that several ranks have
+ */
+export function checkSameInitialState(states: readonly InitialState[]): void {
+  for (const [rank, { step, plan, norms }] of states.entries()) {
+    const planned = Object.keys(plan).find(name => plan[name] !== states[0].plan[name])
     if (planned !== undefined) {
-      const [first, other] = [starts[0].plan[planned], plan[planned]]
-      const problem = `rank 0 has ${planned} ${first}, rank ${rank} ${other}`
-      throw differing(problem, 'give train the same options on every rank')
+      const [first, other] = [states[0].plan[planned], plan[planned]]
+      const problem = `${planned} is ${first} on rank 0 but ${other} on rank ${rank}`
+      throw differing(problem, 'pass the same options to train on every rank')
     }
-    for (const [before, other] of starts.slice(0, rank).entries()) {
+    for (const [before, other] of states.slice(0, rank).entries()) {
       const unlike = Object.keys(norms).find(name => name in other.norms && other.norms[name] !== norms[name])
       if (step === other.step && unlike === undefined) continue
-      const show = ({ step, norms }: Start) =>
-        `step ${step}${unlike === undefined ? '' : ` with weights of norm ${norms[unlike]} in ${unlike}`}`
+      const show = ({ step, norms }: InitialState) =>
+        `step ${step}${unlike === undefined ? '' : ` with ${unlike} of norm ${norms[unlike]}`}`
       throw differing(
-        `rank ${before} begins at ${show(other)}, rank ${rank} at ${show(starts[rank])}`,
-        'make the same model on every rank (the same seed), and let all see the same folder when they resume',
+        `rank ${before} starts at ${show(other)}, rank ${rank} at ${show(states[rank])}`,
+        'create the same model on every rank (with the same seed); to resume, all ranks must read the same folder',
       )
     }
   }
 }
 
+/** The norm of each f32 parameter, by name. */
+export async function parameterNorms(named: readonly NamedParameter[]): Promise<Record<string, number>> {
+  const weights = named.filter(({ parameter }) => parameter.dtype === 'f32')
+  if (weights.length === 0) return {}
+  using norms = scope(() => noGrad(() => concat(weights.map(({ parameter }) => globalNorm([parameter]).reshape([1])))))
+  const values = await norms.values()
+  return Object.fromEntries(weights.map(({ name }, i) => [name, values[i]]))
+}
+
 const differing = (problem: string, fix: string) => new MoeError({ code: 'E_CONFIG', op: 'train', problem, fix })
 
-/** The elements of all ranks. The tensor is freed. */
+/** Gathers a tensor's elements from all ranks, and frees the tensor. */
 async function gathered(ranks: Ranks, own: Tensor): ReturnType<Tensor['values']> {
   using all = await ranks.allGather(own).finally(() => own.dispose())
   return await all.values()

@@ -217,7 +217,7 @@ test('what draws or schedules within its ops goes op by op', async () => {
   expect((await run({ steps: 4 }, { dropping: { devices: 2 } })).counts.captures).toBe(0)
 })
 
-test('a model that draws where it would be recorded is told, as every replay would have the same numbers', async () => {
+test('a model that draws random numbers in a recorded part is refused, as every replay would repeat them', async () => {
   class Drawing extends DeepSeek {
     readonly noise = [new Random(2)]
     override get staged() {
@@ -234,7 +234,7 @@ test('a model that draws where it would be recorded is told, as every replay wou
   model.dispose()
   expect(error).toMatchObject({
     code: 'E_CONFIG',
-    message: expect.stringMatching(/draws from noise\.0 in staged\.loss/),
+    message: expect.stringMatching(/draws random numbers from noise\.0 in staged\.loss/),
   })
 })
 

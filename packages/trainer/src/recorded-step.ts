@@ -1,4 +1,7 @@
-/** @file A step whose ops are recorded once and replayed: what remains of it in JavaScript is the upload of a batch and the download of a few numbers. */
+/**
+ * @file A step whose ops are recorded once and then replayed. In JavaScript, each replay only uploads a batch and
+ *   downloads a few numbers.
+ */
 import {
   type Backend,
   backward,
@@ -25,48 +28,48 @@ import { gatherPasses, normOverRanks, type RecordableRanks } from './ranks.ts'
 import type { SharedUpdate } from './shared-update.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
-/** A backend that records. */
+/** A backend that supports recording. */
 export type Recorder = Backend & Required<Pick<Backend, 'capture' | 'write'>>
 
-/** What all steps of a run are made of. */
+/** What all recorded steps of a run share. */
 export interface StepParts {
   readonly backend: Recorder
   readonly staged: StagedStep
-  /** All of the model, buffers too. */
+  /** All parameters of the model, including buffers. */
   readonly parameters: readonly Parameter[]
   readonly optimizer: StagedOptimizer
   readonly clip: number
   readonly precision: Precision
-  /** Those that take every step together; they may go op by op where this one replays. */
+  /** Ranks that take every step together. Other ranks may run a step op by op while this one replays it. */
   readonly ranks: RecordableRanks | null
-  /** What this rank updates, where each has a share. */
+  /** This rank's share of the update, if the optimizer is sharded. */
   readonly shared: SharedUpdate | null
 }
 
-/** What a micro-batch alone decides, ready for upload. */
+/** The inputs of a micro-batch, ready for upload. */
 export type PreparedBatch = ReturnType<StagedStep['inputs']> & Pick<TokenBatch, 'rows' | 'length'>
 
-/** The same with what its step decides. */
+/** The inputs of a micro-batch and of its step. */
 export type StagedBatch = PreparedBatch & { readonly kind?: string }
 
 type HostValues = ReadonlyArray<Float32Array | Int32Array>
 
-/** A step that has been measured and not yet applied. */
+/** A step after its passes and before its update. */
 export interface MeasuredStep {
   readonly numbers: Omit<StepNumbers, 'after'>
-  /** Sums over the micro-batches, of this rank until `sumCarried`. */
+  /** Sums of `carried` over the micro-batches: of this rank before `sumCarried`, of all ranks after it. */
   readonly carried: HostValues
 }
 
 interface PassResult {
   readonly metrics: readonly string[]
-  /** Loss, likelihood, metrics. */
+  /** Loss, summed negative log-likelihood, then metrics. */
   readonly scalars: Tensor
   readonly carried: readonly Tensor[]
   readonly gradients: ReadonlyArray<Tensor | null>
 }
 
-/** Steps of one kind have the same ops; null when the micro-batches differ. */
+/** Identifies steps that run the same ops; null if the micro-batches of the step differ. */
 export function kindOf(batches: readonly StagedBatch[]): string | null {
   const [kind, ...others] = batches.map(({ arrays, kind = '' }) =>
     [kind, ...Object.entries(arrays).map(([name, { shape }]) => `${name} ${shape.join('x')}`)].join(),
@@ -75,32 +78,32 @@ export function kindOf(batches: readonly StagedBatch[]): string | null {
 }
 
 /**
- * Three graphs: forward and backward of a micro-batch; norm and clipping; the update. The host looks at the numbers of
- * the first two before the third runs. Gradients of one micro-batch stay where the first graph leaves them; those of
- * several are added up in memory of their own.
+ * Records three graphs: forward and backward pass of a micro-batch; norm and clipping; the update. The host reads the
+ * numbers of the first two before it launches the third. The gradients of a single micro-batch stay where the first
+ * graph leaves them; those of several are accumulated in separate memory.
  */
 export class RecordedStep {
   readonly #parts: StepParts
   readonly #trained: readonly Parameter[]
-  /** Whether there is more than one micro-batch a step on this rank. */
+  /** Whether a step has more than one micro-batch on this rank. */
   readonly #several: boolean
   readonly #inputs: DeviceInputs
   readonly #seed: Tensor
   readonly #factor: Tensor
   readonly #sums: readonly Parameter[]
   readonly #pass: Graph<PassResult>
-  /** What the optimizer was made of: of all that are trained, or of a share. */
+  /** The parameters that this rank's optimizer updates: all trained ones, or a share. */
   readonly #updated: readonly Parameter[]
-  /** Of these, as the update takes them. */
+  /** Gradients of the updated parameters, as the update reads them. */
   readonly #gradients: ReadonlyArray<Tensor | null>
   readonly #norm: Graph<{ norm: Tensor; gradScale: Tensor | null }>
-  /** Over all ranks, where each has a share. */
+  /** Gradient norm over all ranks, if the optimizer is sharded. */
   readonly #wholeNorm: Tensor
   #update: { graph: Graph<unknown>; numbers: Tensor; inputs: DeviceInputs; carried: readonly Tensor[] } | null = null
   readonly #state: readonly Tensor[]
   readonly #handles: readonly Handle[]
 
-  /** Records forward and backward of batches like `batch`; with `several`, steps have more than one. */
+  /** Records the passes for batches like `batch`. @param several whether steps have more than one micro-batch */
   constructor(parts: StepParts, batch: StagedBatch, several: boolean) {
     const { backend, parameters, optimizer, shared } = parts
     this.#parts = parts
@@ -108,7 +111,7 @@ export class RecordedStep {
     this.#trained = parameters.filter(parameter => parameter.trainable)
     this.#updated = shared === null ? this.#trained : shared.share.parameters.map(({ parameter }) => parameter)
     try {
-      // Rows of parameters are somewhere of their own as long as there are graphs.
+      // The shares of parameters keep memory of their own as long as the graphs exist.
       shared?.share.takeRows()
       this.#state = [...new Set([...parameters, ...this.#updated, ...optimizer.state])]
       this.#handles = this.#state.map(({ handle }) => handle)
@@ -127,7 +130,10 @@ export class RecordedStep {
     }
   }
 
-  /** Whether everything still lies where the graphs expect it, and the same parameters are trained: other code may have assigned to them or frozen some. */
+  /**
+   * Whether all tensors are still at the addresses that the graphs use, and the same parameters are trainable. Other
+   * code may have assigned to parameters or frozen some.
+   */
   get valid(): boolean {
     const trained = this.#parts.parameters.filter(({ trainable }) => trainable)
     return (
@@ -137,7 +143,10 @@ export class RecordedStep {
     )
   }
 
-  /** Forward and backward of all micro-batches, which are on their way to the device when this returns its promise. Changes no parameter. */
+  /**
+   * Runs the passes of all micro-batches, without changing any parameter. They have been launched when this returns its
+   * promise.
+   */
   async measure(batches: readonly StagedBatch[]): Promise<MeasuredStep> {
     const { backend, ranks } = this.#parts
     const weights = batches.map(batch => weightOf(batch.count, batch, this.#several || (ranks?.size ?? 1) > 1))
@@ -146,13 +155,13 @@ export class RecordedStep {
       write(backend, this.#inputs, arrays)
       backend.write(this.#seed, Float32Array.of(weights[i]))
       this.#pass.replay()
-      // A read that has been asked for comes before what is launched next.
+      // The read is ordered before any later launch.
       const read = Promise.all([scalars, ...carried].map(values))
-      // If launching fails before anybody waits for it, that error is the one to tell.
+      // If a launch fails before anybody awaits this, that error is reported.
       read.catch(() => undefined)
       return read
     })
-    const all = ranks && (await this.#together(ranks, batches, await Promise.all(reads)))
+    const all = ranks && (await this.#reduceOverRanks(ranks, batches, await Promise.all(reads)))
     const factor = factorOf(all?.map(({ weight }) => weight) ?? weights)
     backend.write(this.#factor, Float32Array.of(factor))
     this.#norm.replay()
@@ -170,8 +179,10 @@ export class RecordedStep {
     return norm
   }
 
-  /** Sums the gradients over the ranks, those of this rank's share where there is one. The micro-batches of all. */
-  async #together(ranks: RecordableRanks, batches: readonly StagedBatch[], read: readonly HostValues[]) {
+  /**
+   * Sums the gradients over all ranks (or those of this rank's share), and gathers the numbers of all micro-batches.
+   */
+  async #reduceOverRanks(ranks: RecordableRanks, batches: readonly StagedBatch[], read: readonly HostValues[]) {
     const { backend, shared } = this.#parts
     const { metrics, gradients } = this.#pass.result
     const own = read.map(([numbers], i) => {
@@ -193,7 +204,7 @@ export class RecordedStep {
     }
   }
 
-  /** What micro-batches leave for after the update, summed over all ranks. For a step that is to be applied. */
+  /** Sums `carried` over all ranks, for a step that will be applied. */
   async sumCarried(measured: MeasuredStep): Promise<MeasuredStep> {
     const { backend, ranks } = this.#parts
     const { carried: like } = this.#pass.result
@@ -208,18 +219,20 @@ export class RecordedStep {
     return { ...measured, carried }
   }
 
-  /** What `measure` left for a parameter of the optimizer, which is not in its `grad`. */
+  /** The gradient that `measure` left for a parameter of the optimizer. It is not in the parameter's `grad`. */
   gradientOf(parameter: Parameter): Tensor | null {
     return this.#gradients[this.#updated.indexOf(parameter)] ?? null
   }
 
-  /** What the passes leave for a parameter of the model. */
+  /** The gradient that this rank's passes leave for a parameter of the model. */
   readonly #ownGradient = (parameter: Parameter): Tensor | null =>
     this.#pass.result.gradients[this.#trained.indexOf(parameter)] ?? null
 
   /**
    * Applies the gradients that `measure` left, on all ranks.
-   * @returns false where there is no memory to record that beside the other graphs: it has been done op by op, without them, and this step is of no more use
+   *
+   * @returns false if there was not enough memory to record the update next to the other graphs. The update was then
+   *   run op by op, after freeing those graphs, and this recording can no longer be used
    */
   async apply({ carried }: MeasuredStep, lr: number): Promise<boolean> {
     const { backend, staged, optimizer, parameters, shared } = this.#parts
@@ -234,7 +247,7 @@ export class RecordedStep {
     } else {
       backend.write(this.#update.numbers, numbers)
       write(backend, this.#update.inputs, inputs)
-      // Of one micro-batch it is where its pass has left it.
+      // For a single micro-batch, `carried` is still where its pass left it.
       if (this.#carriesSums) for (const [i, tensor] of this.#update.carried.entries()) backend.write(tensor, carried[i])
     }
     this.#update.graph.replay(updates)
@@ -243,7 +256,7 @@ export class RecordedStep {
     return true
   }
 
-  /** Whether what is carried comes from the host, as it is of several passes. */
+  /** Whether `carried` is uploaded by the host, which sums it over several passes. */
   get #carriesSums(): boolean {
     return this.#several || this.#parts.ranks !== null
   }
@@ -269,12 +282,15 @@ export class RecordedStep {
         state: [...this.#state, ...this.#sums],
       })
     } finally {
-      // There are none unless it failed.
+      // There are gradients only if recording failed.
       for (const parameter of this.#trained) parameter.zeroGrad()
     }
   }
 
-  /** What `backward` left, or the sums that it went into; null for a parameter that no loss depends on. */
+  /**
+   * The gradients that `backward` left, or the sums that they were added to; null for parameters that no loss depends
+   * on.
+   */
   #takeGradients(): Array<Tensor | null> {
     return this.#trained.map((parameter, i) => {
       const { grad } = parameter
@@ -287,7 +303,7 @@ export class RecordedStep {
     })
   }
 
-  /** Runs `fn` with the gradients in their places. */
+  /** Runs `fn` with the gradients assigned to the updated parameters. */
   #withGradients<T>(fn: () => T): T {
     for (const [i, parameter] of this.#updated.entries()) parameter.grad = this.#gradients[i]
     try {
@@ -297,7 +313,10 @@ export class RecordedStep {
     }
   }
 
-  /** The norm, or what this rank has of it: then the host puts it together, and the update begins with what gradients are multiplied by. */
+  /**
+   * Records the norm and the clipping scale. If the optimizer is sharded, only this rank's part of the norm: the host
+   * combines the parts, and the update computes the scale.
+   */
   #recordNorm() {
     const { backend, clip, shared } = this.#parts
     const record = () => {
@@ -331,7 +350,7 @@ export class RecordedStep {
     } catch (error) {
       try {
         if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
-        // What the passes leave stays when their graphs and the memory that these computed in go.
+        // Disposing the graphs frees their working memory, but not the tensors that they returned.
         for (const graph of [this.#pass, this.#norm]) graph.dispose()
         this.#withGradients(run)
         return null
@@ -342,7 +361,7 @@ export class RecordedStep {
   }
 
   dispose(): void {
-    // What recording did not come to is undefined.
+    // Fields are undefined if recording failed before they were set.
     const { scalars, carried = [], gradients = [] } = this.#pass?.result ?? {}
     const { norm, gradScale } = this.#norm?.result ?? {}
     const update = this.#update

@@ -1,54 +1,59 @@
-/** @file What a run comes to. */
+/** @file The result of a run. */
 import type { Evaluation } from './evaluate.ts'
 
-/** What a run takes from one of several sources. */
+/** What a run takes from one source of a mixture. */
 export interface SourceUse {
-  /** Tokens that the source has. */
+  /** Number of tokens in the source. */
   readonly size: number
-  /** Its share of the rows, of 1. */
+  /** Its share of the rows, from 0 to 1. */
   readonly share: number
-  /** Positions trained on, of all ranks. */
+  /** Positions trained on, over all ranks. */
   readonly tokens: number
-  /** How often these go through the source. */
+  /** Number of passes over the source. */
   readonly epochs: number
 }
 
-/** What a run came to. `summary.json` holds it. */
+/** The result of a run. `summary.json` contains it. */
 export interface TrainResult {
-  /** Steps done, earlier parts of the run included. */
+  /** Steps done, including those before a resume. */
   readonly steps: number
-  /** True when Ctrl-C or the signal ended it; a checkpoint was saved. */
+  /** Whether Ctrl-C or the signal ended the run; a checkpoint was saved. */
   readonly interrupted: boolean
-  /** Why it ended: after its last step, by a signal, or out of time. */
+  /** Why the run ended: after its last step, by a signal, or at its time limit. */
   readonly stopped: 'finished' | 'interrupted' | 'time'
   /** `Backend.name`. */
   readonly backend: string
   /** `Backend.device`. */
   readonly device: string
-  /** Arithmetic of matrix products. */
+  /** Precision of matrix products. */
   readonly precision: string
-  /** Trainable parameters. */
+  /** Number of trainable parameters. */
   readonly parameters: number
   /** Positions trained on. */
   readonly tokens: number
-  /** Positions per second of training, without evaluation and saving. */
+  /** Positions per second of training, excluding evaluation and saving. */
   readonly tokensPerSecond: number
-  /** Seconds of training, without evaluation and saving, earlier parts of the run included. */
+  /** Seconds of training, excluding evaluation and saving, including the time before a resume. */
   readonly trainSeconds: number
-  /** What was taken from each source, where there are several. */
+  /** What was taken from each source of a mixture. */
   readonly sources?: Readonly<Record<string, SourceUse>>
-  /** Nats per predicted training token, mean over the last tenth of the steps done. NaN if there was none. */
+  /**
+   * Training loss in nats per predicted token: the mean over the last tenth of the steps done. NaN if there were none.
+   */
   readonly trainingLoss: number
-  /** On all held-out data, after the last step; the numbers are NaN where there is none or the run was interrupted. */
+  /**
+   * Evaluation on all held-out data after the last step. The numbers are NaN without held-out data, or if the run did
+   * not finish.
+   */
   readonly validation: Evaluation
-  /** The same of the averaged weights, in a run that keeps them and is finished. */
+  /** The same evaluation of the EMA weights, if the run keeps them and finished. */
   readonly ema?: Evaluation
-  /** Numbers of the model's `afterStep` (`maxVio`), mean over the last tenth of the steps done. */
+  /** Numbers that the model's `afterStep` returned, such as `maxVio`: means over the last tenth of the steps done. */
   readonly balance: Readonly<Record<string, number>>
-  /** Largest resident memory of a process so far, of those that took part in the run one after another. */
+  /** Peak resident memory of any process of the run, including those before a resume. */
   readonly peakMemoryBytes: number
-  /** Largest total of live tensors on the backend so far, of the same processes. */
+  /** Peak total size of live tensors on the backend, in the same processes. */
   readonly peakDeviceBytes: number
-  /** Folder of the last checkpoint. */
+  /** Folder of the last checkpoint, if one was saved. */
   readonly checkpoint: string | undefined
 }

@@ -1,15 +1,18 @@
-/** @file An optimizer that ranks with the same model share out: each keeps the state of its part, and updates that. */
+/** @file A sharded optimizer: each rank of a replicated model keeps the state of its share and updates that. */
 import { MoeError, type NamedParameter, ParameterShare } from '@moe/core'
 import type { Optimizer } from './optim/optimizer.ts'
 import { canShare, gatherNumbers, type OptimizerRanks, type Ranks } from './ranks.ts'
 
-/** Who takes part, and with what. */
+/**  */
 export interface SharedUpdate {
   readonly ranks: OptimizerRanks
   readonly share: ParameterShare
 }
 
-/** What the options of a step say of both. @throws MoeError E_CONFIG for a share among no ranks, or among ranks that cannot share */
+/**
+ * Combines the `ranks` and `share` options of a step. @throws MoeError E_CONFIG if `share` is given without ranks that
+ * can share
+ */
 export function sharedAmong(
   op: string,
   ranks: Ranks | undefined,
@@ -20,14 +23,15 @@ export function sharedAmong(
   throw new MoeError({
     code: 'E_CONFIG',
     op,
-    problem: 'there is a share of the parameters without the ranks that it is shared with',
-    fix: 'pass { ranks, share } with the ranks that the share was made with',
+    problem: 'share is given without ranks that can share',
+    fix: 'pass { ranks, share } with the ranks that the share was created with',
   })
 }
 
 /**
- * The optimizer of this rank's share of the parameters. Of all of them, and no share, where this is one rank alone, ranks that cannot share anything, or an optimizer that does not say whose state it has: no checkpoint could be put together
- * from its parts.
+ * Creates an optimizer for this rank's share of the parameters. The optimizer is not sharded on a single rank, among
+ * ranks that cannot share, or if it does not say which parameter its state belongs to (a checkpoint could not be
+ * assembled from the parts).
  */
 export async function shareOptimizer(
   ranks: Ranks | undefined,
@@ -37,13 +41,13 @@ export async function shareOptimizer(
   if (ranks === undefined || ranks.size === 1 || !canShare(ranks)) return { optimizer: make(parameters) }
   const share = new ParameterShare(parameters, ranks)
   const optimizer = make(share.parameters)
-  // A rank that has nothing cannot tell.
-  const says = optimizer.entries().every(({ parameter }) => parameter !== undefined)
-  const told = await gatherNumbers(ranks, [Number(says)], parameters[0].parameter).catch(error => {
+  // A rank whose share is empty cannot tell, so all ranks must agree.
+  const isShardable = optimizer.entries().every(({ parameter }) => parameter !== undefined)
+  const all = await gatherNumbers(ranks, [Number(isShardable)], parameters[0].parameter).catch(error => {
     optimizer.dispose()
     throw error
   })
-  if (told.every(([says]) => says === 1)) return { optimizer, shared: { ranks, share } }
+  if (all.every(([shardable]) => shardable === 1)) return { optimizer, shared: { ranks, share } }
   optimizer.dispose()
   return { optimizer: make(parameters) }
 }

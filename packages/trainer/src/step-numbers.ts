@@ -1,42 +1,42 @@
-/** @file What a step measures: numbers of its micro-batches, and their average. */
+/** @file The numbers of a step: those of its micro-batches, and their average. */
 import type { TokenBatch } from './model.ts'
 
-/** What a step measured, on the host. */
+/** The numbers of a training step, on the host. */
 export interface StepNumbers {
-  /** Mean over counted positions, with auxiliary terms. */
+  /** Mean over counted positions, including auxiliary terms. */
   readonly loss: number
   /** Next-token negative log-likelihood in nats per counted position. */
   readonly nll: number
-  /** Counted positions. */
+  /** Number of counted positions. */
   readonly count: number
   /** Norm of the gradient before clipping. */
   readonly gradNorm: number
-  /** What the model logs beside its loss, weighted like the loss. */
+  /** Metrics from the model's `loss`, averaged like the loss. */
   readonly metrics: Readonly<Record<string, number>>
-  /** What its `afterStep` returned: `maxVio` and the like. */
+  /** Numbers from the model's `afterStep`, for example `maxVio`. */
   readonly after: Readonly<Record<string, number>>
 }
 
-/** Takes steps, one after the other. */
+/** Runs training steps, one after the other. */
 export interface Steps {
   step(batches: readonly TokenBatch[], options: { lr: number; step: number }): Promise<Omit<StepNumbers, 'count'>>
-  /** Makes the micro-batches of a later step ready, for while the device computes. */
+  /** Prepares the micro-batches of a later step while the device computes. */
   prepare(batches: readonly TokenBatch[]): void
   dispose(): void
 }
 
-/** A micro-batch that went forward and backward. */
+/** The numbers of a micro-batch after its forward and backward pass. */
 export interface Pass {
-  /** Counted positions. */
+  /** Number of counted positions. */
   readonly count: number
   readonly metrics: readonly string[]
-  /** Loss, sum of the likelihoods, metrics. */
+  /** Loss, summed negative log-likelihood, then metrics. */
   readonly values: ArrayLike<number>
 }
 
 /**
- * What the gradient of a micro-batch is multiplied by. One alone is averaged by its loss; several add up sums, scaled to
- * be of order 1.
+ * The weight of a micro-batch's gradient. A single micro-batch is already averaged by its loss. Gradients of several
+ * are summed with weights proportional to their counted positions, scaled to be of order 1.
  */
 export function weightOf(
   count: number,
@@ -46,7 +46,7 @@ export function weightOf(
   return several ? count / (rows * length) : 1
 }
 
-/** What the sum of the gradients of several micro-batches is multiplied by. */
+/** The factor that turns the weighted sum of gradients into their mean. */
 export function factorOf(weights: readonly number[]): number {
   const total = weights.reduce((sum, weight) => sum + weight, 0)
   return weights.length === 1 || total === 0 ? 1 : 1 / total

@@ -29,7 +29,7 @@ describe('a run', () => {
       expect(told.slice(i, i + 2)).toEqual([told[i], told[i].replace('begins', 'ends')])
   })
 
-  test('tells when what is learned ends otherwise than what the model generates', async () => {
+  test('warns if training texts end with another token than generated texts', async () => {
     const ending = (...endTokens: number[]) => Object.assign(new BigramModel(), { endTokens })
     const noticesOf = async (model: BigramModel, training: TokenDataset) => {
       const { events } = await run({ model, data: { training }, steps: 1 })
@@ -39,16 +39,16 @@ describe('a run', () => {
     expect(await noticesOf(ending(11), documents)).toEqual([])
     expect(await noticesOf(ending(3, 11), documents)).toEqual([])
     expect(await noticesOf(ending(), documents)).toEqual([
-      'what is learned ends with token 11, and what the model generates ends nowhere: make it with eos_token_id: 11',
+      'training texts end with token 11, but generation stops at no token: create the model with eos_token_id: 11',
     ])
     expect(await noticesOf(ending(1), documents)).toEqual([
-      expect.stringContaining('ends at token 1: make it with eos_token_id: 11'),
+      expect.stringContaining('stops at token 1: create the model with eos_token_id: 11'),
     ])
     const endless = TokenDataset.fromTexts(letterTexts(2, 50), letters, { eos: null })
     expect(await noticesOf(ending(), endless)).toEqual([])
     expect(await noticesOf(ending(1), endless)).toEqual([
       expect.stringMatching(
-        /has no token at its end, and what the model generates ends at token 1: train the tokenizer with an end token/,
+        /have no end token, but generation stops at token 1: train the tokenizer with an end token/,
       ),
     ])
     const answer = { tokens: [5, 6, 7, 11, 3], learned: [false, false, true, true, false] }
@@ -241,12 +241,12 @@ describe('a run', () => {
     await quantizeWeights(model.embed_tokens, 'bf16')
     const { events } = await run({ model, steps: 2 })
     const notices = events.flatMap(event => (event.type === 'notice' ? [event.message] : []))
-    expect(notices).toEqual([expect.stringMatching(/^46.2 % of the model's numbers are stored in fewer bits/)])
+    expect(notices).toEqual([expect.stringMatching(/^46.2 % of the model's parameters are quantized/)])
     const all = new BigramModel()
     await quantizeWeights(all, 'bf16')
     expect(await errorOf(run({ model: all }))).toMatchObject({
       code: 'E_CONFIG',
-      message: expect.stringMatching(/nothing to train: of 3 parameters 2 are stored/),
+      message: expect.stringMatching(/no trainable parameters: 2 of 3 are quantized/),
     })
   })
 

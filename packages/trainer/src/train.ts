@@ -1,6 +1,5 @@
-/** @file `train`: a model, data, and what must hold before the first step. */
+/** @file `train`, and the checks of model and data before the first step. */
 import { MoeError, type NamedParameter, namedAdapters, namedParameters, QuantizedParameter } from '@moe/core'
-import { Averages } from './averages.ts'
 import { checkModel } from './check-model.ts'
 import { tokenizeConversations } from './data/conversations.ts'
 import type { Corpus } from './data/corpus.ts'
@@ -11,9 +10,10 @@ import { tokenizerDigest } from './data/tokenizer-digest.ts'
 import { standardError } from './host.ts'
 import { watchInterrupts } from './interrupt.ts'
 import type { TrainableModel } from './model.ts'
+import { ModelEma } from './model-ema.ts'
 import { checkOnRanks } from './model-on-ranks.ts'
 import {
-  isJudged,
+  isRolloutsOrPreferences,
   makeOptimizer,
   type ResolvedOptions,
   resolveOptions,
@@ -27,22 +27,26 @@ import { Run } from './run.ts'
 import { shareOptimizer } from './shared-update.ts'
 
 /**
- * Trains a model. With `out`, the folder gets `checkpoints/`, `metrics.jsonl` (a line per step) and, at the end,
- * `summary.json`; a run that was stopped goes on from there with `resume`, bit for bit on a backend that computes in
- * f32 (the reference backend keeps f64, which checkpoints round).
+ * Trains a model and returns the result of the run.
  *
- * Ctrl-C (or `signal`) finishes the step, saves, and returns a result with `interrupted`; what the process then does
- * is the caller's choice.
+ * With `out`, the folder gets `checkpoints/`, `metrics.jsonl` (one line per step) and, at the end, `summary.json`. A
+ * stopped run continues from there with `resume`, bit for bit on a backend that computes in f32. (The reference backend
+ * computes in f64, which checkpoints round.)
  *
- * @throws MoeError E_CONFIG (options, a folder that another training writes to), E_DATA (nothing to train on, a reward that fails: a checkpoint is saved first), E_NAN (loss or gradient not finite: the step is
- *   not applied, the last checkpoint stays), E_CHECKPOINT (saving failed, or the checkpoint to resume from is damaged or
- *   another run's)
+ * Ctrl-C, SIGTERM or `signal` finish the current step, save a checkpoint, and return a result with `interrupted`. The
+ * process keeps running.
+ *
+ * @throws MoeError E_CONFIG for invalid options, or a folder that another training is writing to
+ * @throws MoeError E_DATA if there is nothing to train on, or a reward function fails (after saving a checkpoint)
+ * @throws MoeError E_NAN if the loss or gradient of a step is not finite: the step is not applied, and the last
+ *   checkpoint is kept
+ * @throws MoeError E_CHECKPOINT if saving fails, or the checkpoint to resume from is corrupt or of another run
  */
 export async function train(model: TrainableModel, options: TrainOptions): Promise<TrainResult> {
   checkModel('train', model)
   const settings = resolveOptions(options)
   const data = tokenData(settings)
-  if (!isJudged(data)) checkTokens(model, settings, data)
+  if (!isRolloutsOrPreferences(data)) checkTokens(model, settings, data)
   if (settings.isolate === true && model.isolates !== true) throw doesNotIsolate()
   const parameters = namedParameters(model)
   checkTrainable(parameters)
@@ -57,59 +61,50 @@ export async function train(model: TrainableModel, options: TrainOptions): Promi
     onRanks === undefined
       ? await shareOptimizer(settings.ranks, parameters, make)
       : { optimizer: make(onRanks.parameters) }
-  const tell = settings.progress === false ? (text: string) => standardError().write(text) : undefined
-  const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false, tell)
-  let averages: Averages | undefined
+  // Without a progress line, Ctrl-C would seem to have no effect.
+  const report = settings.progress === false ? (text: string) => standardError().write(text) : undefined
+  const interrupts = watchInterrupts(settings.signal, settings.handleSignals !== false, report)
+  let ema: ModelEma | undefined
   let run: Run | undefined
   try {
-    if (settings.ema !== undefined) averages = new Averages(parameters, settings.ema, onRanks)
-    run = new Run(model, settings, data, parameters, updating, averages, interrupts)
-    return await run.all()
+    if (settings.ema !== undefined) ema = new ModelEma(parameters, settings.ema, onRanks)
+    run = new Run(model, settings, data, parameters, updating, ema, interrupts)
+    return await run.execute()
   } catch (error) {
-    try {
-      run?.log?.flush()
-      await run?.tellLoads({ biases: false })
-      run?.emit({ type: 'fail', error })
-      await run?.heard()
-    } catch {
-      // The first error is the one to tell.
-    }
+    await run?.fail(error)
     throw error
   } finally {
     interrupts.dispose()
-    run?.steps.dispose()
-    run?.lessons.dispose()
-    run?.drawTogether()
-    run?.unlock()
-    averages?.dispose()
+    run?.dispose()
+    ema?.dispose()
     updating.optimizer.dispose()
   }
 }
 
 function tokenData(settings: ResolvedOptions): TokenData | Rollouts | Preferences {
   const { data, tokenizer, bos, eos } = settings
-  if (isJudged(data)) return data
+  if (isRolloutsOrPreferences(data)) return data
   if (isTokens(data.training)) return data as TokenData
   if (tokenizer === undefined) {
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'train',
-      problem: `data is ${'template' in data ? 'conversations' : 'texts'} and there is no tokenizer`,
-      fix: 'pass { tokenizer }, or token data sets made with TokenDataset.fromTexts',
+      problem: `data contains ${'template' in data ? 'conversations' : 'texts'}, but no tokenizer is given`,
+      fix: 'pass { tokenizer }, or tokens made with TokenDataset.fromTexts',
     })
   }
-  if ('template' in data) return inBoth(data, part => tokenizeConversations(part, tokenizer, data.template))
-  return inBoth(data as Corpus, part => TokenDataset.fromTexts(part, tokenizer, { bos, eos }))
+  if ('template' in data) return tokenizeParts(data, part => tokenizeConversations(part, tokenizer, data.template))
+  return tokenizeParts(data as Corpus, part => TokenDataset.fromTexts(part, tokenizer, { bos, eos }))
 }
 
-function inBoth<T>(
+function tokenizeParts<T>(
   { training, validation }: { readonly training: readonly T[]; readonly validation: readonly T[] },
   tokenized: (part: readonly T[]) => TokenDataset,
 ): TokenData {
   return { training: tokenized(training), ...(validation.length > 0 && { validation: tokenized(validation) }) }
 }
 
-/** Streams with what they are called where one is refused. */
+/** All streams, with names for error messages. */
 function streamsOf({ training, validation }: TokenData): (readonly [string, TokenStream])[] {
   const named = (part: string, name: string) => (name === '' ? part : `${part} ${name}`)
   return [
@@ -118,7 +113,7 @@ function streamsOf({ training, validation }: TokenData): (readonly [string, Toke
   ]
 }
 
-/** Tokens that the model has embeddings for, and that mean what the tokenizer of the run says. */
+/** Checks that the model has embeddings for all token ids, and that the given tokenizer made the tokens. */
 function checkTokens(model: TrainableModel, { tokenizer }: ResolvedOptions, data: TokenData): void {
   const digest = tokenizer && tokenizerDigest(tokenizer)
   for (const [part, { vocabSize, tokenizer: made }] of streamsOf(data)) {
@@ -126,16 +121,16 @@ function checkTokens(model: TrainableModel, { tokenizer }: ResolvedOptions, data
       throw new MoeError({
         code: 'E_DATA',
         op: 'train',
-        problem: `the ${part} tokens were made by another tokenizer (${made}) than the one that is given (${digest})`,
-        fix: 'pass the tokenizer.json that they were made with, or make them anew',
+        problem: `the ${part} tokens were made with another tokenizer (${made}) than the given one (${digest})`,
+        fix: 'pass the tokenizer.json that they were made with, or tokenize the texts again',
       })
     }
     if (model.vocabSize !== undefined && vocabSize > model.vocabSize) {
       throw new MoeError({
         code: 'E_DATA',
         op: 'train',
-        problem: `the ${part} tokens have ids up to ${vocabSize - 1}, the model has embeddings for ${model.vocabSize}`,
-        fix: 'build the model with vocab_size: tokenizer.vocabSize',
+        problem: `the ${part} tokens have ids up to ${vocabSize - 1}, but the model has embeddings for ${model.vocabSize} ids`,
+        fix: 'create the model with vocab_size: tokenizer.vocabSize',
         details: { vocabSize, modelVocabSize: model.vocabSize },
       })
     }
@@ -144,43 +139,43 @@ function checkTokens(model: TrainableModel, { tokenizer }: ResolvedOptions, data
 
 function checkTrainable(parameters: readonly NamedParameter[]): void {
   if (parameters.some(({ parameter }) => parameter.trainable)) return
-  const stored = parameters.filter(({ parameter }) => parameter instanceof QuantizedParameter).length
+  const quantized = parameters.filter(({ parameter }) => parameter instanceof QuantizedParameter).length
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'train',
     problem:
       parameters.length === 0
         ? 'the model has no parameters'
-        : `the model has nothing to train: of ${parameters.length} parameters ${stored} are stored in fewer bits and the others are frozen`,
+        : `the model has no trainable parameters: ${quantized} of ${parameters.length} are quantized, the others are frozen`,
     fix:
       parameters.length === 0
-        ? 'give it some in fields (not #private ones) that are Parameters, Modules or arrays of them'
-        : 'put adapters beside the weights with addAdapters(model), open the model in f32, or set trainable on what is to be trained',
+        ? 'store Parameters, Modules or arrays of them in its fields (not in #private ones)'
+        : 'add adapters with addAdapters(model), open the model in f32, or set trainable on the parameters to train',
   })
 }
 
-/** Checkpoints of a model with adapters hold these alone. */
+/** Checkpoints of a model with adapters contain only the adapters, so nothing else may be trained. */
 function checkSaved(
   model: TrainableModel,
   parameters: readonly NamedParameter[],
   out: NonNullable<TrainOptions['out']>,
 ): void {
-  const beside = namedAdapters(model).flatMap(({ adapter: { down, up } }) => [down, up])
-  if (beside.length > 0 && typeof out !== 'string') {
+  const adapters = namedAdapters(model).flatMap(({ adapter: { down, up } }) => [down, up])
+  if (adapters.length > 0 && typeof out !== 'string') {
     throw new MoeError({
       code: 'E_UNSUPPORTED',
       op: 'train',
-      problem: 'adapters alone are saved to the disk, and out is the handle of a folder',
-      fix: 'leave out away, and save the model after mergeAdapters',
+      problem: 'adapters can be saved only to a path, but out is a directory handle',
+      fix: 'omit out, and save the model after mergeAdapters',
     })
   }
-  const other = parameters.find(({ parameter }) => parameter.trainable && !beside.includes(parameter))
-  if (beside.length === 0 || other === undefined) return
+  const other = parameters.find(({ parameter }) => parameter.trainable && !adapters.includes(parameter))
+  if (adapters.length === 0 || other === undefined) return
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'train',
-    problem: `${other.name} is trained beside the adapters, which alone are in checkpoints`,
-    fix: 'set its trainable to false, or fold the adapters in with mergeAdapters and train the whole model',
+    problem: `${other.name} is trainable, but checkpoints of a model with adapters contain only the adapters`,
+    fix: 'set its trainable to false, or merge the adapters with mergeAdapters and train the whole model',
   })
 }
 
@@ -188,6 +183,6 @@ const doesNotIsolate = () =>
   new MoeError({
     code: 'E_CONFIG',
     op: 'train',
-    problem: 'isolate is true, and the model does not say that it keeps texts apart which share a row',
-    fix: 'leave isolate out, or give the model `isolates = true` once its attention sees nothing before TokenBatch.starts',
+    problem: 'isolate is true, but the model does not declare that it isolates documents that share a row',
+    fix: 'omit isolate, or set `isolates = true` on the model if its attention ignores what precedes TokenBatch.starts',
   })

@@ -1,4 +1,4 @@
-/** @file One optimizer step: forward and backward of its micro-batches, clipping, the update. */
+/** @file One optimizer step: forward and backward passes of its micro-batches, clipping, and the update. */
 import {
   type Backend,
   backward,
@@ -25,19 +25,25 @@ import { gatherPasses, normOverRanks, type Ranks } from './ranks.ts'
 import { type SharedUpdate, sharedAmong } from './shared-update.ts'
 import { average, factorOf, type StepNumbers, weightOf } from './step-numbers.ts'
 
-/** Rate, clipping and arithmetic of one step. */
+/** Options of `trainingStep`. */
 export interface TrainingStepOptions {
   /** Learning rate of this step. */
   readonly lr: number
-  /** Largest norm over all gradients. Default 1; Infinity for none. */
+  /** Clips the global gradient norm to this value. Default 1; Infinity disables clipping. */
   readonly clip?: number
-  /** Arithmetic of matrix products. Default f32. */
+  /** Precision of matrix products. Default f32. */
   readonly precision?: Precision
   /** Number of the step, for error messages. */
   readonly step?: number
-  /** Those that take this step together: it is that of one batch that holds the rows of all. Each calls this with as many micro-batches, of the same size. */
+  /**
+   * Ranks that take this step together, each with equally many micro-batches of the same size. The result equals one
+   * step on a batch with the rows of all ranks.
+   */
   readonly ranks?: Ranks
-  /** What this one of the ranks updates, for all: the optimizer is made of its `parameters`. Default: every rank updates all. */
+  /**
+   * The share of the parameters that this rank updates for all ranks. The optimizer must be created from its
+   * `parameters`. Default: every rank updates all parameters.
+   */
   readonly share?: ParameterShare
 }
 
@@ -51,13 +57,15 @@ const names: OptionNames<TrainingStepOptions> = {
 }
 
 /**
- * Runs one step on one or more micro-batches, which weigh as much as they have counted positions: the gradient is that
- * of one batch that holds all their rows.
+ * Runs one optimizer step on one or more micro-batches. Each is weighted by its number of counted positions, so that
+ * the gradient equals that of one batch with all rows.
  *
- * The device is read once, between the backward pass and the update (with ranks: also before their gradients are summed): a step whose loss or gradient is not finite
- * changes nothing.
- * @param parameters of the model, as `namedParameters` gives them
- * @throws MoeError E_NAN
+ * The device is read once, between the backward pass and the update (with `ranks`, also before gradients are summed). A
+ * step whose loss or gradient is not finite changes nothing.
+ *
+ * @param parameters of the model, as `namedParameters` returns them
+ * @returns loss, metrics and gradient norm of the step
+ * @throws MoeError E_NAN if the loss or gradient norm is not finite
  */
 export async function trainingStep(
   model: TrainableModel,
@@ -78,7 +86,7 @@ export async function trainingStep(
       held.push(...scalarsOf(part))
       return part
     })
-    const all = ranks === undefined ? null : await together(ranks, parts, batches, trained, share)
+    const all = ranks === undefined ? null : await reduceOverRanks(ranks, parts, batches, trained, share)
     const factor = factorOf((all ?? parts).map(({ weight }) => weight))
     const { passes, norm, gradScale } =
       all !== null && shared !== undefined
@@ -101,7 +109,8 @@ export async function trainingStep(
       return afterwards()
     }
     if (share === undefined) return { ...numbers, after: await both() }
-    // A recorded step is both at once, and weights are exchanged behind it: so they are here, as other ranks may replay.
+    // A recorded step runs both before the weights are exchanged. Other ranks may replay such a step in this round, so
+    // the order must be the same here.
     if (model.staged !== undefined) return { ...numbers, after: await share.update(both) }
     await share.update(update)
     return { ...numbers, after: await afterwards() }
@@ -112,20 +121,20 @@ export async function trainingStep(
   }
 }
 
-/** A micro-batch that went forward and backward: its scalars are still on the device. */
+/** A micro-batch after its forward and backward pass. Its scalars are still on the device. */
 interface Pass {
   readonly loss: Tensor
   readonly nll: Tensor
   readonly metrics: ReadonlyArray<readonly [string, Tensor]>
   readonly count: number
-  /** What its gradient was multiplied by. */
+  /** Weight of its gradient. */
   readonly weight: number
 }
 
 const scalarsOf = ({ loss, nll, metrics }: Pass): Tensor[] => [loss, nll, ...metrics.map(([, tensor]) => tensor)]
 
-/** Sums the gradients over the ranks, those of this rank's share where there is one. The micro-batches of all. */
-async function together(
+/** Sums the gradients over all ranks (or those of this rank's share), and gathers the numbers of all micro-batches. */
+async function reduceOverRanks(
   ranks: Ranks,
   parts: readonly Pass[],
   batches: readonly TokenBatch[],
@@ -159,7 +168,7 @@ function pass(model: TrainableModel, batch: TokenBatch, several: boolean, precis
   )
 }
 
-/** Everything that the host wants to know, read as one vector: losses, likelihoods, metrics, gradient norm. */
+/** Reads losses, likelihoods, metrics and gradient norm as one vector. */
 async function ownNumbers(parts: readonly Pass[], trained: readonly Parameter[], clip: number, factor: number) {
   const { scalars, gradScale } = scope(() =>
     noGrad(() => {
@@ -184,7 +193,7 @@ async function ownNumbers(parts: readonly Pass[], trained: readonly Parameter[],
   return { passes, norm: values[at], gradScale }
 }
 
-/** The norm over the shares of all ranks. */
+/** The gradient norm over the shares of all ranks. */
 async function sharedNorm({ ranks, share }: SharedUpdate, backend: Backend, clip: number, factor: number) {
   using parts = gradientNormParts(
     share.parameters.map(({ parameter }) => parameter.grad),

@@ -1,4 +1,4 @@
-/** @file The steps of a run: op by op, or recorded and replayed where backend, model and optimizer can. */
+/** @file The training steps of a run: op by op, or recorded and replayed if backend, model and optimizer support it. */
 import {
   type Backend,
   checkOptions,
@@ -27,24 +27,27 @@ import { type SharedUpdate, sharedAmong } from './shared-update.ts'
 import type { StepNumbers } from './step-numbers.ts'
 import { trainingStep } from './training-step.ts'
 
-/** Clipping and arithmetic of all steps, and whether they are recorded. */
+/** Options of `TrainingSteps`. */
 export interface TrainingStepsOptions {
-  /** Largest norm over all gradients. Default 1; Infinity for none. */
+  /** Clips the global gradient norm to this value. Default 1; Infinity disables clipping. */
   readonly clip?: number
-  /** Arithmetic of matrix products. Default f32. */
+  /** Precision of matrix products. Default f32. */
   readonly precision?: Precision
   /**
-   * Record a step and replay it. The numbers are the same, bit for bit, and the step takes less time, most of all where
-   * its ops are short; memory that it needs stays taken between steps. Default true.
+   * Records a step and replays it. The numbers are the same, bit for bit, and steps take less time, especially if their
+   * ops are short. The memory of a recorded step stays allocated between steps. Default true.
    */
   readonly record?: boolean
-  /** Those that take every step together: see `trainingStep`. Their steps are recorded where they have `allReduceInPlace`. */
+  /**
+   * Ranks that take every step together: see `trainingStep`. Their steps are recorded if the ranks have
+   * `allReduceInPlace`.
+   */
   readonly ranks?: Ranks
-  /** What this one of the ranks updates, for all: see `trainingStep`. */
+  /** The share of the parameters that this rank updates: see `trainingStep`. */
   readonly share?: ParameterShare
 }
 
-/** Steps of one model with one optimizer. */
+/** Runs the training steps of one model with one optimizer, recorded if possible. */
 export class TrainingSteps {
   readonly #model: TrainableModel
   readonly #parameters: readonly NamedParameter[]
@@ -53,14 +56,14 @@ export class TrainingSteps {
   readonly #precision: Precision
   readonly #ranks: Ranks | undefined
   readonly #shared: SharedUpdate | undefined
-  /** What a recording needs; null where steps go op by op. */
+  /** What a recording needs; null if steps run op by op. */
   #parts: StepParts | null
   #recorded: RecordedStep | null = null
   readonly #prepared = new WeakMap<TokenBatch, PreparedBatch>()
-  /** Of the latest step. The first one of a kind runs op by op: kernels are loaded, tables are made. */
+  /** Kind of the latest step. The first step of a kind always runs op by op: it loads kernels and builds tables. */
   #kind: string | null = null
 
-  /** @param parameters of the model, as `namedParameters` gives them */
+  /** @param parameters of the model, as `namedParameters` returns them */
   constructor(
     model: TrainableModel,
     parameters: readonly NamedParameter[],
@@ -100,10 +103,11 @@ export class TrainingSteps {
   }
 
   /**
-   * One step on one or more micro-batches: see `trainingStep`.
+   * Runs one step on one or more micro-batches: see `trainingStep`.
+   *
    * @param options.lr learning rate of this step
-   * @param options.step its number, for error messages
-   * @throws MoeError E_NAN; nothing has changed then
+   * @param options.step number of the step, for error messages
+   * @throws MoeError E_NAN if the loss or gradient norm is not finite; nothing has changed then
    */
   async step(batches: readonly TokenBatch[], options: { lr: number; step?: number }): Promise<StepNumbers> {
     checkOptions('TrainingSteps.step', options, { lr: true, step: true })
@@ -114,7 +118,7 @@ export class TrainingSteps {
       const kind = kindOf(staged)
       if (!this.#isRecorded(kind) && kind !== null && kind === this.#kind) await this.#record(parts, staged)
       this.#kind = kind
-      // Nothing is waited for once there is a graph: the step is on its way when this returns its promise.
+      // Without awaiting anything, so that the replay has been launched when this returns its promise.
       if (this.#recorded !== null) return this.#replay(parts.staged, this.#recorded, staged, lr, step)
     }
     const { share } = this.#shared ?? {}
@@ -122,7 +126,10 @@ export class TrainingSteps {
     return trainingStep(this.#model, this.#parameters, this.#optimizer, batches, settings)
   }
 
-  /** Makes the micro-batches of a later step ready, for while the device computes; nobody changes them until then. `step` does it otherwise. */
+  /**
+   * Prepares the micro-batches of a later step while the device computes. They must not change until then. Optional:
+   * otherwise `step` prepares them.
+   */
   prepare(batches: readonly TokenBatch[]): void {
     if (this.#parts === null) return
     for (const batch of batches) this.#prepared.set(batch, prepared(this.#parts.staged, batch))
@@ -137,7 +144,7 @@ export class TrainingSteps {
     })
   }
 
-  /** Whether there is a graph for steps of this kind. One of another kind, or one that is void, is given back. */
+  /** Whether there is a valid recording for steps of this kind. Any other recording is disposed. */
   #isRecorded(kind: string | null): boolean {
     if (this.#recorded !== null && kind === this.#kind && this.#recorded.valid) return true
     this.#recorded?.dispose()
@@ -146,7 +153,7 @@ export class TrainingSteps {
   }
 
   async #record(parts: StepParts, batches: readonly StagedBatch[]): Promise<void> {
-    // A graph has memory of its own: what the steps before it used would only lie idle.
+    // A recording allocates its own memory, so the memory that earlier steps cached would stay unused.
     await parts.backend.trim?.()
     const streams = namedStreams(this.#model).map(({ name, random }) => ({ name, random, before: random.position }))
     try {
@@ -155,12 +162,15 @@ export class TrainingSteps {
       if (drawn) throw drawsWithin(drawn.name)
     } catch (error) {
       if (!isMoeError(error, 'E_OUT_OF_MEMORY')) throw error
-      this.#goOnOpByOp()
+      this.#disableRecording()
     }
   }
 
-  /** Graphs have memory of their own, which is cut into pieces by itself and stays taken: they may need more than steps op by op. */
-  #goOnOpByOp(): void {
+  /**
+   * A recording keeps memory of its own, which steps that run op by op cannot use. So it may need more memory than they
+   * do.
+   */
+  #disableRecording(): void {
     this.dispose()
     this.#parts = null
   }
@@ -178,7 +188,7 @@ export class TrainingSteps {
       if (!Number.isFinite(numbers.loss) || !Number.isFinite(numbers.gradNorm))
         throw await this.#nonFinite(recorded, step, numbers)
       const measured = await recorded.sumCarried(own)
-      if (!(await recorded.apply(measured, lr))) this.#goOnOpByOp()
+      if (!(await recorded.apply(measured, lr))) this.#disableRecording()
       return { ...numbers, after: await staged.report(measured.carried) }
     } catch (error) {
       this.dispose()
@@ -192,7 +202,7 @@ export class TrainingSteps {
     return nonFiniteStepOnRanks(this.#model, this.#shared, step, numbers, gradientOf)
   }
 
-  /** Gives the graphs back. Later steps begin anew. */
+  /** Frees the recording. Later steps record again. */
   dispose(): void {
     this.#recorded?.dispose()
     this.#recorded = null
@@ -200,13 +210,13 @@ export class TrainingSteps {
   }
 }
 
-/** Every replay would have the numbers that were drawn while it was recorded. */
+/** Every replay would use the random numbers that were drawn while recording. */
 const drawsWithin = (name: string) =>
   new MoeError({
     code: 'E_CONFIG',
     op: 'train',
-    problem: `the model draws from ${name} in staged.loss`,
-    fix: 'draw in staged.stepInputs and take the numbers as an input, or leave staged undefined: steps then go op by op',
+    problem: `the model draws random numbers from ${name} in staged.loss, which every replay would repeat`,
+    fix: 'draw in staged.stepInputs and pass the numbers as an input, or leave staged undefined to run steps op by op',
   })
 
 const prepared = (staged: StagedStep, batch: TokenBatch): PreparedBatch => {

@@ -1,3 +1,3 @@
-/** @file A command that is called in a way that it does not know. */
+/** @file An invalid command line. */
 
 export class UsageError extends Error {}

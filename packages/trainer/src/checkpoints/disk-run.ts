@@ -48,7 +48,7 @@ export class DiskRun implements RunFolder {
     return lockFolder(this.path)
   }
 
-  async empty() {
+  async clear() {
     try {
       for (const name of ['checkpoints', 'metrics.jsonl', 'loads.jsonl', 'events.jsonl', 'summary.json'])
         rmSync(this.#file(name), { recursive: true, force: true })
@@ -63,7 +63,7 @@ export class DiskRun implements RunFolder {
     }
   }
 
-  async cutBack(step: number): Promise<readonly MetricsLine[]> {
+  async truncateLogs(step: number): Promise<readonly MetricsLine[]> {
     const lines = await cutMetrics(this.log.path, step)
     await cutLoads(this.#file('loads.jsonl'), step)
     return lines
@@ -73,7 +73,7 @@ export class DiskRun implements RunFolder {
     return stored(await publishCheckpoint(this.path, step, keep, write))
   }
 
-  summarize(result: TrainResult) {
+  writeSummary(result: TrainResult) {
     return writeSummary(this.path, result)
   }
 }

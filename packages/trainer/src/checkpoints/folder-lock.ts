@@ -84,7 +84,7 @@ function isZombie(pid: number): boolean {
 }
 
 /** Whether a training writes to a folder; undefined where the process that did is of another machine. */
-export function isTaken(out: string): boolean | undefined {
+export function isLocked(out: string): boolean | undefined {
   try {
     const path = join(realpathSync.native(out), LOCK_FILE)
     const [, host] = readFileSync(path, 'utf8').trim().split(' ')

@@ -54,11 +54,11 @@ export class HandleRun implements RunFolder {
     return () => {}
   }
 
-  async empty() {
+  async clear() {
     for (const name of [CHECKPOINTS_FOLDER, SUMMARY_FILE]) await remove(this.#handle, name)
   }
 
-  async cutBack() {
+  async truncateLogs() {
     return []
   }
 
@@ -72,7 +72,7 @@ export class HandleRun implements RunFolder {
       const place = await checkpoints.getDirectoryHandle(name, { create: true })
       await write(place)
       await writeText(targetFolder('train', checkpoints), LATEST_FILE, `${name}\n`)
-      await this.#clear(checkpoints, step, keep)
+      await this.#removeOld(checkpoints, step, keep)
       return { path, place }
     } catch (cause) {
       if (checkpoints !== undefined) await remove(checkpoints, name).catch(() => {})
@@ -80,7 +80,7 @@ export class HandleRun implements RunFolder {
     }
   }
 
-  async summarize(result: TrainResult) {
+  async writeSummary(result: TrainResult) {
     await writeText(targetFolder('train', this.#handle), SUMMARY_FILE, `${JSON.stringify(result, null, 2)}\n`)
   }
 
@@ -100,7 +100,7 @@ export class HandleRun implements RunFolder {
   }
 
   /** Removes earlier checkpoints but the last `keep - 1`, and those that a page left half written when it was closed. */
-  async #clear(checkpoints: DirectoryHandle, step: number, keep: number): Promise<void> {
+  async #removeOld(checkpoints: DirectoryHandle, step: number, keep: number): Promise<void> {
     const earlier = (await namesOfSteps(checkpoints)).filter(name => Number(stepOf(name)) < step)
     const paths = new Set((await this.#whole(checkpoints)).map(({ path }) => path))
     const whole = earlier.filter(name => paths.has(this.#pathOf(name)))

@@ -37,9 +37,9 @@ export interface RunFolder {
   /** Takes the folder for one training. @returns gives it back @throws MoeError E_CONFIG */
   lock(): () => void
   /** Removes an earlier run. @throws MoeError E_CONFIG */
-  empty(): Promise<void>
+  clear(): Promise<void>
   /** Cuts what is written of steps back to one that is gone on from. Its lines up to there. */
-  cutBack(step: number): Promise<readonly MetricsLine[]>
+  truncateLogs(step: number): Promise<readonly MetricsLine[]>
   /**
    * Adds a checkpoint that is whole or not there, and lets the last `keep` stay.
    * @param write fills a folder; what makes a checkpoint complete comes last
@@ -47,7 +47,7 @@ export interface RunFolder {
    */
   publish(step: number, keep: number, write: (place: FolderPlace) => Promise<void>): Promise<StoredCheckpoint>
   /** Writes what the run came to. */
-  summarize(result: TrainResult): Promise<void>
+  writeSummary(result: TrainResult): Promise<void>
 }
 
 /** The folder of a run; nothing is asked of it yet. @throws MoeError E_UNSUPPORTED for a path in a browser */

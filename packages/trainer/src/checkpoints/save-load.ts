@@ -17,10 +17,10 @@ import {
   writeText,
 } from '@moe/checkpoint'
 import { isMoeError, loadStateDict, MoeError, namedAdapters, type StateEntry, stateDict } from '@moe/core'
-import type { Averages } from '../averages.ts'
 import type { ConversationTemplate } from '../data/conversations.ts'
 import { type DocumentTokens, documentTokens } from '../data/token-dataset.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
+import type { ModelEma } from '../model-ema.ts'
 import type { Optimizer } from '../optim/optimizer.ts'
 import { reasonOf, STATE_FILE } from './checkpoint-folder.ts'
 import type { RunFolder, StoredCheckpoint } from './run-folder.ts'
@@ -47,7 +47,7 @@ export interface StoredOptimizer extends Pick<Optimizer, 'name' | 'load'> {
 export interface CheckpointParts {
   readonly model: TrainableModel
   readonly optimizer: StoredOptimizer
-  readonly averages?: Pick<Averages, 'during' | 'take'> | undefined
+  readonly ema?: Pick<ModelEma, 'withAverages' | 'restore'> | undefined
   readonly tokenizer?: TextTokenizer
   readonly template?: ConversationTemplate | undefined
   /** Ids of the tokens around documents, as far as they were given. */
@@ -61,10 +61,10 @@ export async function saveTraining(
   state: TrainerState,
   keep: number,
 ): Promise<StoredCheckpoint> {
-  const { optimizer, averages } = parts
+  const { optimizer, ema } = parts
   return folder.publish(state.step, keep, async place => {
     await saveModel(await folderIn('train', place, MODEL_FOLDER, { create: true }), parts)
-    await averages?.during(async () => saveModel(await folderIn('train', place, EMA_FOLDER, { create: true }), parts))
+    await ema?.withAverages(async () => saveModel(await folderIn('train', place, EMA_FOLDER, { create: true }), parts))
     const target = targetFolder('train', place)
     await writeInFolder(target, OPTIMIZER_FILE, optimizer.entries(), { metadata: { optimizer: optimizer.name } })
     // Last, because its presence makes the checkpoint complete.
@@ -217,7 +217,7 @@ export async function loadTraining(
   }
 }
 
-async function fill(stored: OpenedTraining, { model, optimizer, averages }: CheckpointParts): Promise<void> {
+async function fill(stored: OpenedTraining, { model, optimizer, ema }: CheckpointParts): Promise<void> {
   const { optimizer: moments, state } = stored
   const name = moments.metadata['optimizer']
   if (name !== optimizer.name) {
@@ -231,9 +231,9 @@ async function fill(stored: OpenedTraining, { model, optimizer, averages }: Chec
   // All compare all names and shapes before they change anything; the model comes last, because a failed run throws its
   // optimizer away.
   await optimizer.load(stateSource(moments), state.step)
-  if (averages !== undefined && stored.ema !== null) {
+  if (ema !== undefined && stored.ema !== null) {
     await fillModel(model, stored.ema)
-    await averages.take(state.averagedSteps ?? 0)
+    await ema.restore(state.averagedSteps ?? 0)
   }
   await fillModel(model, stored.model)
 }

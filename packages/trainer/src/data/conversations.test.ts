@@ -20,7 +20,7 @@ import {
 import { train } from '../train.ts'
 import { type Conversation, conversationFiles, conversations, tokenizeConversations } from './conversations.ts'
 import { evaluationWindows } from './evaluation-windows.ts'
-import { leftOut, longest } from './examples.ts'
+import { longestExample, truncatedTokens } from './examples.ts'
 import { TokenDataset } from './token-dataset.ts'
 import { TrainingOrder } from './training-order.ts'
 
@@ -99,7 +99,7 @@ describe('tokenizeConversations', () => {
       template,
     )
     expect(data.textBytes).toBe(2)
-    expect([data.documents, data.predictable, data.unpredictable, longest(data)]).toEqual([1, 2, 0, 6])
+    expect([data.documents, data.predictable, data.unpredictable, longestExample(data)]).toEqual([1, 2, 0, 6])
   })
 
   test('refuses a template whose answers begin with something else than its prompts end with', () => {
@@ -150,7 +150,7 @@ describe('examples', () => {
         )
         expect(rows.flat().sort()).toEqual(expected)
         expect(rows.filter(row => row.length === 0)).toEqual([])
-        expect(data.predictable - leftOut(data, sizes.sequenceLength)).toBe(expected.length)
+        expect(data.predictable - truncatedTokens(data, sizes.sequenceLength)).toBe(expected.length)
         const measured = [...evaluationWindows(data, { ...sizes, batchSize: 3 })]
         expect(measured.flatMap(({ batch }) => predictions(batch, sizes.sequenceLength)).sort()).toEqual(expected)
         expect(measured.every(({ from }) => from === 0)).toBe(true)
@@ -310,7 +310,10 @@ describe('DeepSeek', () => {
     await train(new DeepSeek(config, { backend }), resumed)
     const bigram = new BigramModel({ backend })
     await expect(train(bigram, { ...options, data: letterData(), steps: 1, isolate: true })).rejects.toThrow(
-      expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(/keeps texts apart/) }),
+      expect.objectContaining({
+        code: 'E_CONFIG',
+        message: expect.stringMatching(/isolates documents that share a row/),
+      }),
     )
   })
 
@@ -419,14 +422,16 @@ test('train learns answers, tells what is left out, and keeps the template besid
   expect(run.validation.loss).toBeGreaterThan(Math.log(9) / 2 - 0.4)
   expect(run.validation.loss).toBeLessThan(Math.log(9) / 2 + 0.4)
   expect(notices).toEqual([
-    expect.stringMatching(/^23\.\d % of the tokens to learn lie behind the first 8 positions .* 43 holds the longest/),
+    expect.stringMatching(
+      /^23\.\d % of the tokens to learn are truncated: .* first 8 positions .* needs a sequenceLength of 43/,
+    ),
   ])
   expect(JSON.parse(await readFile(join(modelFolder(out), 'tokenizer_config.json'), 'utf8'))).toEqual({
     chat_template: 'x',
   })
   await expect(
     train(new BigramModel({ backend: roundingBackend() }), { data: conversations(all, { template }), steps: 1 }),
-  ).rejects.toThrow(/conversations and there is no tokenizer/)
+  ).rejects.toThrow(/conversations, but no tokenizer is given/)
   await expect(
     train(new BigramModel({ backend: roundingBackend() }), {
       data: conversations(all, { template }),
@@ -434,7 +439,7 @@ test('train learns answers, tells what is left out, and keeps the template besid
       eos: 3,
       steps: 1,
     }),
-  ).rejects.toThrow(/whose template writes them/)
+  ).rejects.toThrow(/whose template writes these tokens/)
 })
 
 test('a row of a bigram has its targets where they were', () => {

@@ -13,12 +13,12 @@ export function learnedFrom(data: TokenStream, start: number, length: number): n
 }
 
 /** How many of the tokens that are to be predicted rows of `length` positions leave out: those of examples that go on behind them. */
-export function leftOut(data: TokenStream, length: number): number {
+export function truncatedTokens(data: TokenStream, length: number): number {
   if (data.examples === null) return 0
   return data.examples.reduce((sum, start) => sum - learnedFrom(data, start, length), data.predictable)
 }
 
 /** Positions of the longest example; 0 for documents. */
-export function longest(data: TokenStream): number {
+export function longestExample(data: TokenStream): number {
   return data.examples?.reduce((most, start) => Math.max(most, endFrom(data, start) - start - 1), 0) ?? 0
 }

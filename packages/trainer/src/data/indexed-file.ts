@@ -22,7 +22,7 @@ const SHORT_IDS = 1 << 16
 export const idTypeFor = (vocabSize: number) => (vocabSize <= SHORT_IDS ? Uint16Array : Int32Array)
 
 /** The content of a `NAME.idx` for documents of one sequence each, in parts. @param lengths in tokens */
-export function* indexOf(lengths: Int32Array, idBytes: 2 | 4): Generator<Uint8Array> {
+export function* encodeIndex(lengths: Int32Array, idBytes: 2 | 4): Generator<Uint8Array> {
   const header = Buffer.alloc(HEADER_BYTES)
   header.write(MAGIC, 'latin1')
   header.writeBigUInt64LE(1n, 9)

@@ -20,7 +20,7 @@ import { BigramModel, letters, letterTexts } from '../test-model.ts'
 import { tokenize } from '../tokenize/index.ts'
 import { train } from '../train.ts'
 import { evaluationWindows } from './evaluation-windows.ts'
-import { indexOf } from './indexed-file.ts'
+import { encodeIndex } from './indexed-file.ts'
 import { batchOf } from './rows.ts'
 import { TokenDataset } from './token-dataset.ts'
 import { tokenFiles } from './token-files.ts'
@@ -102,7 +102,7 @@ describe('files of Megatron-LM', () => {
   test('are the bytes that are written here', () => {
     const documents = [[1, 2, 3], [4], [5, 6]]
     const bytes = Buffer.concat([
-      ...indexOf(
+      ...encodeIndex(
         Int32Array.from(documents, ({ length }) => length),
         2,
       ),
@@ -149,7 +149,7 @@ describe('files of Megatron-LM', () => {
   test('hold more tokens than 32 bits count', () => {
     const path = join(folder, 'large')
     const lengths = Int32Array.of(2 ** 31 - 1, 2 ** 31 - 1, 2 ** 31 - 1, 5)
-    writeFileSync(`${path}.idx`, Buffer.concat([...indexOf(lengths, 2)]))
+    writeFileSync(`${path}.idx`, Buffer.concat([...encodeIndex(lengths, 2)]))
     const length = 3 * (2 ** 31 - 1) + 5
     // A sparse file: its end alone has tokens other than 0.
     const file = openSync(`${path}.bin`, 'w')
@@ -263,7 +263,7 @@ describe('training from files', () => {
     await train(new BigramModel(), { ...options, tokenizer: { ...letters, toJSON: () => ({ b: [2], a: 1 }) } })
     await expect(
       train(new BigramModel(), { ...options, tokenizer: { ...letters, toJSON: () => ({ a: 2, b: [2] }) } }),
-    ).rejects.toThrow(/training tokens were made by another tokenizer/)
+    ).rejects.toThrow(/training tokens were made with another tokenizer/)
   })
 
   test('refuses a folder that is not finished, or of which a part is another one', async () => {

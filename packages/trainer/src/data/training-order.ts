@@ -4,8 +4,8 @@
  */
 import { checkOptions, MoeError, type OptionNames, Random, shown } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
-import { EndlessOrder } from './endless-order.ts'
-import { longest } from './examples.ts'
+import { EpochOrder } from './epoch-order.ts'
+import { longestExample } from './examples.ts'
 import { Interleaving } from './interleaving.ts'
 import { type Mixture, type Source, sourcesOf } from './mixture.ts'
 import { batchOfSources, type Rows, rowsOf, type SourceRow } from './rows.ts'
@@ -76,7 +76,7 @@ export interface SourceProgress extends Source {
 /** A source with the order of its windows. */
 interface OrderedSource extends Source {
   readonly rows: Rows
-  readonly order: EndlessOrder
+  readonly order: EpochOrder
 }
 
 /**
@@ -152,11 +152,11 @@ export class TrainingOrder {
         code: 'E_DATA',
         op: 'TrainingOrder',
         problem: `none of ${data.documents} examples${name && ` of ${name}`} has something to learn in its first ${this.sequenceLength} positions`,
-        fix: `a sequenceLength of ${longest(data)} holds the longest`,
+        fix: `a sequenceLength of ${longestExample(data)} holds the longest`,
       })
     }
     const random = new Random(this.seed)
-    return { ...source, rows, order: new EndlessOrder(rows.count, name === '' ? random : random.fork(name)) }
+    return { ...source, rows, order: new EpochOrder(rows.count, name === '' ? random : random.fork(name)) }
   }
 
   /** Windows of the first `steps` steps, over all micro-batches and ranks. */

@@ -13,13 +13,13 @@ import {
   type Tensor,
 } from '@moe/core'
 import {
+  checkLearningRate,
+  checkParameters,
   fillState,
-  misfit,
-  needNamed,
-  needRate,
   type OptimizerEntry,
   type OptimizerInputs,
   type StagedOptimizer,
+  stateMismatch,
   zeroState,
 } from './optimizer.ts'
 
@@ -101,7 +101,7 @@ export class AdamW implements StagedOptimizer {
 
   /** Two moments, zeros, for each trainable parameter; others are left out. @throws MoeError E_CONFIG, E_UNSUPPORTED where the backend has no bf16 for the moments */
   constructor(parameters: readonly NamedParameter[], options: AdamWOptions = {}) {
-    needNamed('AdamW', parameters)
+    checkParameters('AdamW', parameters)
     checkOptions('AdamW', options, adamWNames)
     const { betas = [0.9, 0.95], eps = 1e-8, weightDecay = 0.1, decays = decaysMatrices, moments = 'f32' } = options
     checkMoments('AdamW', moments, betas)
@@ -135,7 +135,7 @@ export class AdamW implements StagedOptimizer {
   }
 
   begin(lr: number): OptimizerInputs {
-    needRate('AdamW', lr)
+    checkLearningRate('AdamW', lr)
     const step = ++this.steps
     this.#lr = lr
     return { numbers: new Float32Array(), updates: { adamwStep: attrs => ({ ...attrs, lr, step }) } }
@@ -175,7 +175,7 @@ export class AdamW implements StagedOptimizer {
       }
     }
     for (const name of stored) problems.push(`${name} is unexpected`)
-    if (problems.length > 0) throw misfit('AdamW.load', problems)
+    if (problems.length > 0) throw stateMismatch('AdamW.load', problems)
     for (const [name, tensor] of own) await fillState(tensor, source, name)
     this.steps = steps
   }

@@ -1,10 +1,10 @@
 /** @file An exponential moving average of weights: what they are worth once the learning rate has fallen, seen before it has (DeepSeek-V3 report, 3.2.2). */
 import { checkOptions, emaStep, MoeError, type NamedParameter, type Parameter, shown } from '@moe/core'
-import { needNamed, zeroState } from './optimizer.ts'
+import { checkParameters, zeroState } from './optimizer.ts'
 
 /** How long averages remember. */
 export interface EmaOptions {
-  /** What the weights of a step weigh of those of the next: 0.999 looks back over some thousand steps. */
+  /** What the weights of a step tokenWeights of those of the next: 0.999 looks back over some thousand steps. */
   readonly decay: number
 }
 
@@ -31,7 +31,7 @@ export class Ema {
 
   /** @param parameters of the model, as `namedParameters` gives them. @throws MoeError E_CONFIG, E_OUT_OF_MEMORY */
   constructor(parameters: readonly NamedParameter[], options: EmaOptions) {
-    needNamed('Ema', parameters)
+    checkParameters('Ema', parameters)
     checkOptions('Ema', options, { decay: true })
     const problem = decayProblem('decay', options.decay)
     if (problem !== undefined)

@@ -22,12 +22,12 @@ import {
 } from '@moe/core'
 import { AdamW, type AdamWOptions, adamWNames, checkMoments } from './adamw.ts'
 import {
+  checkParameters,
   fillState,
-  misfit,
-  needNamed,
   type OptimizerEntry,
   type OptimizerInputs,
   type StagedOptimizer,
+  stateMismatch,
   zeroState,
 } from './optimizer.ts'
 
@@ -113,7 +113,7 @@ export class Muon implements StagedOptimizer {
 
   /** @param parameters of the model, as `namedParameters` gives them, or this rank's. @throws MoeError E_CONFIG, also for rows of a matrix */
   constructor(parameters: readonly OwnParameter[], options: MuonOptions = {}) {
-    needNamed('Muon', parameters)
+    checkParameters('Muon', parameters)
     checkOptions('Muon', options, names)
     const { momentum = 0.95, iterations = 5, precision = 'bf16', takes = hiddenMatrices, ...others } = options
     checkPrecision('Muon', precision)
@@ -213,7 +213,7 @@ export class Muon implements StagedOptimizer {
         problems.push(`${name} is stored as ${showShape(source.info(name).shape)}, needs ${showShape(momentum.shape)}`)
       }
     }
-    if (problems.length > 0) throw misfit('Muon.load', problems)
+    if (problems.length > 0) throw stateMismatch('Muon.load', problems)
     await this.#rest.load(
       { keys: () => stored, info: name => source.info(name), read: name => source.read(name) },
       steps,

@@ -60,14 +60,14 @@ export interface StagedOptimizer extends Optimizer {
 }
 
 /** What an optimizer is made from. @throws MoeError E_ATTR */
-export function needNamed(op: string, parameters: readonly NamedParameter[]): void {
+export function checkParameters(op: string, parameters: readonly NamedParameter[]): void {
   if (Array.isArray(parameters) && parameters.every(named => named?.parameter instanceof Parameter)) return
   const problem = 'the parameters are not a list of { name, parameter }'
   throw new MoeError({ code: 'E_ATTR', op, problem, fix: 'pass namedParameters(model)' })
 }
 
 /** What a step is taken with: without it no number would be left in the model. @throws MoeError E_ATTR */
-export function needRate(op: string, lr: number): void {
+export function checkLearningRate(op: string, lr: number): void {
   if (Number.isFinite(lr)) return
   throw new MoeError({
     code: 'E_ATTR',
@@ -97,7 +97,7 @@ export async function fillState(state: Parameter, source: StateSource, name: str
 const shownProblems = 20
 
 /** Stored state that is not that of these parameters. */
-export function misfit(op: string, problems: readonly string[]): MoeError {
+export function stateMismatch(op: string, problems: readonly string[]): MoeError {
   const lines = problems.slice(0, shownProblems)
   const more = problems.length - lines.length
   if (more > 0) lines.push(`and ${more} more: all are in the error's details`)

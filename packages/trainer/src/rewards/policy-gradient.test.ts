@@ -5,8 +5,8 @@ import { assertClose } from '@moe/core/testing'
 import fc from 'fast-check'
 import { afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { TalkingBigram, testVocabulary } from '../test-model.ts'
-import { countOf, PlacedTexts } from './placed-texts.ts'
-import { advantagesOf, divergence, meanTerms, tokenTerm, weigh } from './policy-gradient.ts'
+import { countOf, PackedTexts } from './packed-texts.ts'
+import { advantagesOf, divergence, meanTerms, tokenTerm, tokenWeights } from './policy-gradient.ts'
 
 const backend = referenceBackend()
 beforeAll(() => setDefaultBackend(backend))
@@ -58,8 +58,8 @@ const placements = [
 ]
 
 describe.each(placements)('in $name', placement => {
-  const placed = () =>
-    new PlacedTexts(
+  const packed = () =>
+    new PackedTexts(
       texts.map(({ prompt: ids, tokens }) => ({ ids, tokens })),
       placement,
     )
@@ -67,7 +67,7 @@ describe.each(placements)('in $name', placement => {
   test('log-probabilities are those of the model, each at its token', async () => {
     const model = fixtureModel()
     const table = await model.table()
-    const read = await placed().logProbs(model, 'f32')
+    const read = await packed().logProbs(model, 'f32')
     for (const [i, { prompt, tokens }] of texts.entries()) {
       const all = [...prompt, ...tokens]
       const expected = tokens.map((token, t) => Math.log(table[all[prompt.length + t - 1]][token]))
@@ -78,11 +78,11 @@ describe.each(placements)('in $name', placement => {
 
   test.each(fixture.cases)('objective and gradients are those of torch: $average, $clip, $klWeight', async expected => {
     const model = fixtureModel()
-    const rows = placed()
+    const rows = packed()
     const now = await rows.logProbs(model, 'f32')
     assertClose('advantages', advantages, expected.advantages, { relative: 1e-12, absolute: 1e-12 })
     const odds = texts.map(({ old, reference }, i) => ({ advantage: advantages[i], now: now[i], old, reference }))
-    const { weights, terms } = weigh(odds, expected)
+    const { weights, terms } = tokenWeights(odds, expected)
     expect(meanTerms(terms, countOf(texts.map(({ tokens }) => tokens))).objective).toBeCloseTo(expected.objective, 6)
     const batches = rows.weighted(weights)
     const total = texts.reduce((sum, { tokens }) => sum + tokens.length, 0)
@@ -129,7 +129,7 @@ test('one update without a reference is the policy gradient: every token of a te
   fc.assert(
     fc.property(fc.array(fc.tuple(advantage, fc.array(logProb, { minLength: 1 })), { minLength: 1 }), given => {
       const odds = given.map(([advantage, now]) => ({ advantage, now, old: now }))
-      const { weights, terms } = weigh(odds, { clip: 0.2, klWeight: 0, average: 'token' })
+      const { weights, terms } = tokenWeights(odds, { clip: 0.2, klWeight: 0, average: 'token' })
       expect(weights.map(list => Array.from(list, x => x + 0))).toEqual(
         given.map(([advantage, now]) => now.map(() => advantage + 0)),
       )
@@ -140,7 +140,7 @@ test('one update without a reference is the policy gradient: every token of a te
 
 test('texts count alike whatever their length, where they are averaged', () => {
   const text = (length: number) => ({ advantage: 1, now: Array(length).fill(-1), old: Array(length).fill(-1) })
-  const { weights } = weigh([text(1), text(4)], { clip: 0.2, klWeight: 0, average: 'text' })
+  const { weights } = tokenWeights([text(1), text(4)], { clip: 0.2, klWeight: 0, average: 'text' })
   expect(weights.map(list => [...list])).toEqual([[2.5], [0.625, 0.625, 0.625, 0.625]])
 })
 

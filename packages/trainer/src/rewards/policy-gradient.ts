@@ -28,7 +28,7 @@ export interface PolicyLimits {
 }
 
 /** How likely a token is, in nats. */
-export interface TokenOdds {
+export interface TokenLogProbs {
   /** By the policy as it is. */
   readonly now: number
   /** By the policy that made the texts. */
@@ -50,7 +50,7 @@ export interface TokenTerm {
 }
 
 /** One token of a text with this advantage. */
-export function tokenTerm(advantage: number, { now, old, reference }: TokenOdds, limits: PolicyLimits): TokenTerm {
+export function tokenTerm(advantage: number, { now, old, reference }: TokenLogProbs, limits: PolicyLimits): TokenTerm {
   const { clip, klWeight } = limits
   const [below, above] = typeof clip === 'number' ? [clip, clip] : clip
   const ratio = Math.exp(now - old)
@@ -65,8 +65,8 @@ export function tokenTerm(advantage: number, { now, old, reference }: TokenOdds,
   }
 }
 
-/** What is known of the tokens of a text: log-probabilities of each, as in `TokenOdds`. */
-export interface TextOdds {
+/** What is known of the tokens of a text: log-probabilities of each, as in `TokenLogProbs`. */
+export interface TextLogProbs {
   /** A of the whole text. */
   readonly advantage: number
   readonly now: ArrayLike<number>
@@ -96,8 +96,8 @@ export interface TextTerms {
  * @param average `'token'` counts every token alike (1/Σ|o_i| Σ_i Σ_t), `'text'` every text (1/N Σ_i 1/|o_i| Σ_t)
  * @param all texts that J is a mean over, where there are others than these: other ranks', and some that are left out as they add nothing to it
  */
-export function weigh(
-  texts: readonly TextOdds[],
+export function tokenWeights(
+  texts: readonly TextLogProbs[],
   { average, ...limits }: PolicyLimits & { readonly average: 'token' | 'text' },
   all?: TextCounts,
 ) {

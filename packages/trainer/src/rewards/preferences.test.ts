@@ -9,7 +9,7 @@ import type { StepEvent, TrainEvent } from '../events.ts'
 import type { TrainOptions } from '../options.ts'
 import { BigramModel, letters, removeTemporaryFolders, roundingBackend, temporaryFolder } from '../test-model.ts'
 import { train } from '../train.ts'
-import { PreferenceLessons, pairTerm } from './preference-lessons.ts'
+import { PreferenceBatches, pairTerm } from './preference-batches.ts'
 import { type Preference, type PreferenceOptions, preferences } from './preferences.ts'
 import { TextRanks } from './text-ranks.ts'
 
@@ -55,8 +55,8 @@ test.each(fixture.cases)('losses and gradients are those of torch, beta $beta', 
     precision: 'f32',
     ranks: new TextRanks(),
   } as const
-  const lessons = new PreferenceLessons(model, data, { ...rows, tokenizer: undefined, bos: undefined })
-  const batches = await lessons.step(0)
+  const source = new PreferenceBatches(model, data, { ...rows, tokenizer: undefined, bos: undefined })
+  const batches = await source.batches(0)
   const total = pairs.reduce((sum, { chosen, rejected }) => sum + chosen.length + rejected.length, 0)
   for (const batch of batches) {
     scope(() => {
@@ -65,7 +65,7 @@ test.each(fixture.cases)('losses and gradients are those of torch, beta $beta', 
     })
   }
   const mean = expected.losses.reduce((sum, loss) => sum + loss, 0) / pairs.length
-  expect(lessons.metrics['preference']).toBeCloseTo(mean, 5)
+  expect(source.metrics['preference']).toBeCloseTo(mean, 5)
   for (const [name, { weight }] of [
     ['embed', model.embed_tokens],
     ['head', model.lm_head],
@@ -74,7 +74,7 @@ test.each(fixture.cases)('losses and gradients are those of torch, beta $beta', 
     assertClose(name, values ?? [], expected[name].flat(), { relative: 1e-5, absolute: 1e-6 })
     weight.zeroGrad()
   }
-  const measured = await lessons.measure({
+  const measured = await source.evaluate({
     limit: undefined,
     signal: new AbortController().signal,
     onProgress: done => expect(done).toBe(1),

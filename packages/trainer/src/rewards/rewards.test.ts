@@ -17,9 +17,9 @@ import {
 } from '../test-model.ts'
 import { train } from '../train.ts'
 import { evaluateRewards } from './evaluate-rewards.ts'
-import { PlacedTexts } from './placed-texts.ts'
-import { advantagesOf, meanTerms, weigh } from './policy-gradient.ts'
-import { RolloutLessons } from './rollout-lessons.ts'
+import { PackedTexts } from './packed-texts.ts'
+import { advantagesOf, meanTerms, tokenWeights } from './policy-gradient.ts'
+import { RolloutBatches } from './rollout-batches.ts'
 import { type Prompt, type RolloutOptions, rollouts, type Sample } from './rollouts.ts'
 import { TextRanks } from './text-ranks.ts'
 
@@ -216,7 +216,7 @@ describe('a step', () => {
         signal,
         ranks,
       } as const
-      const lessons = new RolloutLessons(model, data, options)
+      const source = new RolloutBatches(model, data, options)
       const gradientOf = async (batches: readonly TokenBatch[]) => {
         const counts = batches.map(batch => scope(() => model.loss(batch).count))
         const total = counts.reduce((sum, count) => sum + count)
@@ -225,21 +225,21 @@ describe('a step', () => {
         zeroGrad(model)
         return { values, total }
       }
-      const own = await gradientOf((await lessons.step(0)) ?? [])
+      const own = await gradientOf((await source.batches(0)) ?? [])
       const all = prompts.flatMap(prompt => {
         const group = samples.filter(sample => sample.prompt === prompt)
         const advantages = advantagesOf(group.map(({ reward }) => reward))
         return group.map(({ tokens }, i) => ({ ids: prompt.tokens, tokens, advantage: advantages[i] }))
       })
-      const placed = new PlacedTexts(all, { ...rows, lookahead: 1 })
-      const now = await placed.logProbs(model, 'f32')
+      const packed = new PackedTexts(all, { ...rows, lookahead: 1 })
+      const now = await packed.logProbs(model, 'f32')
       const odds = all.map(({ advantage }, i) => ({ advantage, now: now[i], old: now[i] }))
-      const { weights, terms } = weigh(odds, { clip: 0.2, klWeight: 0, average })
-      const expected = await gradientOf(placed.weighted(weights))
+      const { weights, terms } = tokenWeights(odds, { clip: 0.2, klWeight: 0, average })
+      const expected = await gradientOf(packed.weighted(weights))
       assertClose('gradient', own.values, expected.values, tolerances.gradient)
       expect(own.total).toBeLessThan(0.8 * expected.total)
-      expect(lessons.metrics['objective']).toBeCloseTo(meanTerms(terms, expected.total).objective, 6)
-      expect(lessons.metrics['flatGroups']).toBeGreaterThan(0)
+      expect(source.metrics['objective']).toBeCloseTo(meanTerms(terms, expected.total).objective, 6)
+      expect(source.metrics['flatGroups']).toBeGreaterThan(0)
       disposeModule(model)
     },
   )
@@ -466,15 +466,15 @@ describe('what goes wrong', () => {
       'E_DATA',
       'prompt 0 has 2 tokens, and a text of maxTokens = 5 goes beyond a row of 5; pass a sequenceLength of 6',
     ],
-    [{ steps: 7 }, 'E_CONFIG', 'steps is 7, needs a multiple of the 2 updates'],
-    [{ accumulate: 2 }, 'E_CONFIG', 'accumulate is given beside rollouts'],
-    [{ eos: 3 }, 'E_CONFIG', 'eos is given beside rollouts'],
+    [{ steps: 7 }, 'E_CONFIG', 'steps is 7, expected a multiple of the 2 updates'],
+    [{ accumulate: 2 }, 'E_CONFIG', 'accumulate is given together with rollouts'],
+    [{ eos: 3 }, 'E_CONFIG', 'eos is given together with rollouts'],
     [
       { world: 2 },
       'E_CONFIG',
-      'world is 2 without ranks, and processes share rollouts only where they take each step together',
+      'world is 2 without ranks, but processes can share rollouts only if they train together',
     ],
-    [{ isolate: true }, 'E_CONFIG', 'keeps texts apart'],
+    [{ isolate: true }, 'E_CONFIG', 'isolates documents that share a row'],
   ] as const)('training with %o is refused', async (options, code, expected) => {
     expect(await problem(ran({ updates: 2 }, options))).toMatchObject({
       code,

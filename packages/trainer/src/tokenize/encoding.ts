@@ -1,7 +1,7 @@
 /** @file Texts become documents of ids, with what is drawn for each. */
 import { MoeError } from '@moe/core'
 import type { TextTokenizer } from '../model.ts'
-import { type DrawOptions, drawFor } from './drawn.ts'
+import { type DrawOptions, drawFor } from './document-draw.ts'
 
 /** What is put around the parts of a document that is filled in the middle: `begin prefix hole suffix end middle`. */
 export interface FimTokens {

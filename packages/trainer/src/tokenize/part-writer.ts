@@ -4,7 +4,7 @@ import { createReadStream } from 'node:fs'
 import { type FileHandle, open, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { MoeError } from '@moe/core'
-import { idTypeFor, indexOf } from '../data/indexed-file.ts'
+import { encodeIndex, idTypeFor } from '../data/indexed-file.ts'
 import type { PartRecord, ShardRecord } from '../data/token-manifest.ts'
 
 /** How far a part is. */
@@ -181,7 +181,7 @@ async function writeIndex(path: string, sizes: Int32Array, idBytes: 2 | 4): Prom
   const handle = await open(path, 'w')
   try {
     let at = 0
-    for (const part of indexOf(sizes, idBytes)) {
+    for (const part of encodeIndex(sizes, idBytes)) {
       hash.update(part)
       await writeAll(handle, part, at)
       at += part.byteLength

@@ -10,7 +10,7 @@ import { parquetWriteFile } from 'hyparquet-writer'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { TokenDataset } from '../data/token-dataset.ts'
 import { tokenFiles } from '../data/token-files.ts'
-import { drawFor } from './drawn.ts'
+import { drawFor } from './document-draw.ts'
 import { type TokenizeOptions, tokenize } from './tokenize.ts'
 
 const fim = { begin: '<fim1>', hole: '<fim2>', end: '<fim3>' }

@@ -1,7 +1,7 @@
 /** @file A run as its folder shows it, whoever writes there. */
 import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { isTaken } from '../checkpoints/folder-lock.ts'
+import { isLocked } from '../checkpoints/folder-lock.ts'
 import { type Fields, fieldsOf, isFields, isNumber, isStep } from './json-fields.ts'
 import { type LoggedCurve, LoggedNumbers } from './logged-numbers.ts'
 import { RunSeries, type SeriesPatch } from './run-series.ts'
@@ -247,7 +247,7 @@ export class WatchedRun {
 
   #statusNow(): RunStatus {
     if (this.#told !== undefined) return this.#told
-    const taken = isTaken(this.folder)
+    const taken = isLocked(this.folder)
     if (taken === true) return 'training'
     const quiet = Date.now() - Math.max(this.metrics.file.changed, this.events.changed) > quietMs
     if (taken === undefined) return quiet ? 'silent' : 'training'

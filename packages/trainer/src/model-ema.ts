@@ -1,31 +1,34 @@
-/** @file The averaged weights of a run, as the whole model that they are. */
+/** @file The exponential moving average of a run's weights, as a complete model. */
 import type { NamedParameter } from '@moe/core'
 import type { ModelOnRanks } from './model-on-ranks.ts'
 import { Ema } from './optim/ema.ts'
 
-/** Averages of what this rank trains; with those of the others they are a model. */
-export class Averages {
+/** Averages what this rank trains. Together with those of the other ranks, the averages form the complete model. */
+export class ModelEma {
   readonly #ema: Ema
   readonly #onRanks: ModelOnRanks | undefined
 
-  /** @param onRanks where each rank has a part of the model */
+  /** @param onRanks if each rank trains a part of the model */
   constructor(parameters: readonly NamedParameter[], decay: number, onRanks: ModelOnRanks | undefined) {
     this.#ema = new Ema(onRanks?.parameters ?? parameters, { decay })
     this.#onRanks = onRanks
   }
 
-  /** Steps whose weights are in them. */
+  /** Number of steps whose weights are averaged. */
   get steps(): number {
     return this.#ema.steps
   }
 
-  /** After each step. */
+  /** Adds the current weights to the average. Call it after each step. */
   update(): void {
     this.#ema.update()
   }
 
-  /** Runs `fn` while the model's weights are the averages. All ranks call it, and have the whole model then and afterwards. */
-  async during<T>(fn: () => Promise<T>): Promise<T> {
+  /**
+   * Runs `fn` while the model contains the averaged weights. All ranks must call it; each has the complete model during
+   * `fn` and afterwards.
+   */
+  async withAverages<T>(fn: () => Promise<T>): Promise<T> {
     this.#exchange()
     try {
       await this.#onRanks?.gather()
@@ -36,8 +39,11 @@ export class Averages {
     }
   }
 
-  /** Takes the weights of the model, which is whole, for averages over `steps` steps. All ranks call it. The model is to be filled anew. */
-  async take(steps: number): Promise<void> {
+  /**
+   * Takes the weights of the (complete) model as the average over `steps` steps. All ranks must call it. The model must
+   * be filled with its own weights afterwards.
+   */
+  async restore(steps: number): Promise<void> {
     this.#exchange()
     this.#ema.steps = steps
     await this.#onRanks?.gather()

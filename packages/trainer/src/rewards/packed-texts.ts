@@ -8,14 +8,14 @@ import { TokenDataset } from '../data/token-dataset.ts'
 import type { TokenBatch, TrainableModel } from '../model.ts'
 
 /** A prompt, and what follows it. */
-export interface PlacedText {
+export interface PromptCompletion {
   /** Ids of the prompt: at least one. */
   readonly ids: readonly number[]
   /** Ids behind it: at least one. */
   readonly tokens: readonly number[]
 }
 
-export interface PlaceOptions {
+export interface PackOptions {
   readonly sequenceLength: number
   readonly lookahead: number
   readonly batchSize: number
@@ -24,13 +24,13 @@ export interface PlaceOptions {
 }
 
 /** Texts, be there none, in micro-batches of one shape, the last filled up with rows of padding. Each text is learned behind its prompt, and fits into a row. */
-export class PlacedTexts {
+export class PackedTexts {
   readonly batches: readonly TokenBatch[]
   /** Of each text, the batch and the place in it of its first token behind the prompt. */
   readonly #places: ReadonlyArray<{ readonly batch: number; readonly at: number; readonly length: number }>
-  readonly #options: PlaceOptions
+  readonly #options: PackOptions
 
-  constructor(texts: readonly PlacedText[], options: PlaceOptions) {
+  constructor(texts: readonly PromptCompletion[], options: PackOptions) {
     this.#options = options
     if (texts.length === 0) {
       this.batches = []

@@ -1,17 +1,17 @@
 /** @file Steps that learn which of two texts is better. */
 import { MoeError, type Precision, Random } from '@moe/core'
-import { EndlessOrder } from '../data/endless-order.ts'
-import type { Lessons, MeasureOptions } from '../data/lessons.ts'
+import type { BatchSource, SourceEvaluationOptions } from '../data/batch-source.ts'
+import { EpochOrder } from '../data/epoch-order.ts'
 import { tokenNamed } from '../data/token-dataset.ts'
 import type { Evaluation } from '../evaluate.ts'
 import type { TokenBatch, TrainableModel } from '../model.ts'
-import { checkReference, countOf, digestOf, lookaheadOf, type PlacedText, PlacedTexts } from './placed-texts.ts'
+import { checkReference, countOf, digestOf, lookaheadOf, PackedTexts, type PromptCompletion } from './packed-texts.ts'
 import { meanOf, sumOf } from './policy-gradient.ts'
 import type { Preference, Preferences } from './preferences.ts'
 import { type EncodeOptions, encodePrompts, encoder } from './sampler.ts'
 import type { TextRanks } from './text-ranks.ts'
 
-export interface PreferenceLessonsOptions extends EncodeOptions {
+export interface PreferenceBatchesOptions extends EncodeOptions {
   readonly sequenceLength: number
   readonly batchSize: number
   readonly isolate: boolean
@@ -22,10 +22,10 @@ export interface PreferenceLessonsOptions extends EncodeOptions {
 }
 
 /** The chosen one and the rejected one. */
-type Pair = readonly [PlacedText, PlacedText]
+type Pair = readonly [PromptCompletion, PromptCompletion]
 
 /** What a model says of the two texts of a pair: sums over their tokens, in nats. */
-export interface PairOdds {
+export interface PairLogProbs {
   readonly chosen: number
   readonly rejected: number
 }
@@ -33,7 +33,7 @@ export interface PairOdds {
 /**
  * The loss of a pair (DPO, eq. 7), -log σ(β Δ) where Δ is by how much the policy prefers the chosen text more than the reference does; what a token of the chosen text is weighed with, of the rejected one the negative: β σ(-β Δ).
  */
-export function pairTerm(now: PairOdds, reference: PairOdds, beta: number) {
+export function pairTerm(now: PairLogProbs, reference: PairLogProbs, beta: number) {
   const margin = beta * (now.chosen - reference.chosen - (now.rejected - reference.rejected))
   // log(1 + exp(-m)) and 1/(1 + exp(m)), whatever m is.
   const small = Math.exp(-Math.abs(margin))
@@ -41,34 +41,34 @@ export function pairTerm(now: PairOdds, reference: PairOdds, beta: number) {
   return { margin, loss, weight: (beta * (margin > 0 ? small : 1)) / (1 + small) }
 }
 
-export class PreferenceLessons implements Lessons {
+export class PreferenceBatches implements BatchSource {
   readonly #model: TrainableModel
   readonly #data: Preferences
-  readonly #options: PreferenceLessonsOptions
+  readonly #options: PreferenceBatchesOptions
   readonly #training: readonly Pair[]
   readonly #validation: readonly Pair[]
-  readonly #order: EndlessOrder
+  readonly #order: EpochOrder
   #tokens = 0
   metrics: Readonly<Record<string, number>> = {}
   readonly stride = 1
   readonly notices = []
 
   /** @throws MoeError E_DATA for a text that does not fit into a row */
-  constructor(model: TrainableModel, data: Preferences, options: PreferenceLessonsOptions) {
+  constructor(model: TrainableModel, data: Preferences, options: PreferenceBatchesOptions) {
     this.#model = model
     this.#data = data
     this.#options = options
     this.#training = this.#encode(data.training, 'pair')
     this.#validation = this.#encode(data.validation, 'held-out pair')
-    this.#order = new EndlessOrder(this.#training.length, new Random(options.seed))
+    this.#order = new EpochOrder(this.#training.length, new Random(options.seed))
     checkReference(model, data.reference)
   }
 
-  tokensIn(): number {
+  tokensInSteps(): number {
     return 0
   }
 
-  tokensOf(): number {
+  tokensInStep(): number {
     return this.#tokens
   }
 
@@ -104,18 +104,18 @@ export class PreferenceLessons implements Lessons {
     return (steps * this.#pairsOfStep) / this.#training.length
   }
 
-  ahead(): null {
+  prefetch(): null {
     return null
   }
 
-  async step(step: number): Promise<TokenBatch[]> {
+  async batches(step: number): Promise<TokenBatch[]> {
     const { pairs } = this.#data
     const { ranks, batchSize, sequenceLength } = this.#options
     const first = step * this.#pairsOfStep + ranks.rank * pairs
     const own = Array.from({ length: pairs }, (_, i) => this.#training[this.#order.at(first + i)])
-    const { placed, terms } = await this.#compare(own)
+    const { packed, terms } = await this.#compare(own)
     const tokens = countOf(own.flat().map(({ tokens }) => tokens))
-    const told = await ranks.gather({ batches: placed.batches.length, tokens, terms })
+    const told = await ranks.gather({ batches: packed.batches.length, tokens, terms })
     const all = told.flatMap(({ terms }) => terms)
     const batches = Math.max(...told.map(({ batches }) => batches))
     this.#tokens = batches * batchSize * sequenceLength
@@ -129,7 +129,7 @@ export class PreferenceLessons implements Lessons {
     const weights = own.flatMap((pair, i) =>
       pair.map(({ tokens }, side) => tokens.map(() => (side === 0 ? share : -share) * terms[i].weight)),
     )
-    return placed.weighted(weights, batches)
+    return packed.weighted(weights, batches)
   }
 
   /** Both texts of each pair, and what is said of them. */
@@ -137,16 +137,16 @@ export class PreferenceLessons implements Lessons {
     const { sequenceLength, batchSize, isolate, precision } = this.#options
     const { reference, beta } = this.#data
     const lookahead = lookaheadOf(this.#model, reference)
-    const placed = new PlacedTexts(pairs.flat(), { sequenceLength, lookahead, batchSize, isolate })
+    const packed = new PackedTexts(pairs.flat(), { sequenceLength, lookahead, batchSize, isolate })
     const oddsBy = async (model: TrainableModel) => {
-      const sums = (await placed.logProbs(model, precision)).map(values => values.reduce((sum, x) => sum + x, 0))
+      const sums = (await packed.logProbs(model, precision)).map(values => values.reduce((sum, x) => sum + x, 0))
       return pairs.map((_, i) => ({ chosen: sums[2 * i], rejected: sums[2 * i + 1] }))
     }
     const [before, now] = [await oddsBy(reference), await oddsBy(this.#model)]
-    return { placed, terms: now.map((odds, i) => pairTerm(odds, before[i], beta)) }
+    return { packed, terms: now.map((odds, i) => pairTerm(odds, before[i], beta)) }
   }
 
-  async measure({ signal, onProgress }: MeasureOptions): Promise<Evaluation | null> {
+  async evaluate({ signal, onProgress }: SourceEvaluationOptions): Promise<Evaluation | null> {
     const started = performance.now()
     const { ranks } = this.#options
     const { from, to } = ranks.share(this.#validation.length)

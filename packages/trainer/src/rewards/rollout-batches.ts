@@ -1,11 +1,11 @@
 /** @file Steps that learn from texts that the model makes: sampled, rewarded, compared within their groups, and learned from in one step or several. */
 import { MoeError, type Precision, Random } from '@moe/core'
-import { EndlessOrder } from '../data/endless-order.ts'
-import type { Lessons, MeasureOptions } from '../data/lessons.ts'
+import type { BatchSource, SourceEvaluationOptions } from '../data/batch-source.ts'
+import { EpochOrder } from '../data/epoch-order.ts'
 import type { Evaluation } from '../evaluate.ts'
 import type { TextTokenizer, TokenBatch } from '../model.ts'
 import { measureRewards } from './evaluate-rewards.ts'
-import { checkReference, countOf, digestOf, lookaheadOf, PlacedTexts } from './placed-texts.ts'
+import { checkReference, countOf, digestOf, lookaheadOf, PackedTexts } from './packed-texts.ts'
 import {
   advantagesOf,
   deviationOf,
@@ -14,7 +14,7 @@ import {
   meanTerms,
   sumOf,
   type TextCounts,
-  weigh,
+  tokenWeights,
 } from './policy-gradient.ts'
 import type { Rollouts } from './rollouts.ts'
 import {
@@ -28,7 +28,7 @@ import {
 } from './sampler.ts'
 import type { TextRanks } from './text-ranks.ts'
 
-export interface RolloutLessonsOptions {
+export interface RolloutBatchesOptions {
   readonly tokenizer: TextTokenizer | undefined
   readonly bos: number | null | undefined
   readonly sequenceLength: number
@@ -48,7 +48,7 @@ interface Made {
   readonly all: TextCounts
   /** Micro-batches of a step, on each rank. */
   readonly batches: number
-  readonly placed: PlacedTexts
+  readonly packed: PackedTexts
   readonly advantages: readonly number[]
   /** Of every token, by the weights that made it, as the training pass has it. */
   readonly old: readonly Float32Array[]
@@ -56,26 +56,26 @@ interface Made {
   readonly metrics: Readonly<Record<string, number>>
 }
 
-export class RolloutLessons implements Lessons {
+export class RolloutBatches implements BatchSource {
   readonly #model: SamplingModel
   readonly #data: Rollouts
-  readonly #options: RolloutLessonsOptions
+  readonly #options: RolloutBatchesOptions
   readonly #training: readonly number[][]
   readonly #validation: readonly number[][]
   #sampler: TextSampler | null = null
   #made: Made | null = null
-  readonly #order: EndlessOrder
+  readonly #order: EpochOrder
   metrics: Readonly<Record<string, number>> = {}
   readonly notices = []
 
   /** @throws MoeError E_DATA for a prompt that leaves no room for a text in a row */
-  constructor(model: SamplingModel, data: Rollouts, options: RolloutLessonsOptions) {
+  constructor(model: SamplingModel, data: Rollouts, options: RolloutBatchesOptions) {
     this.#model = model
     this.#data = data
     this.#options = options
     this.#training = encodePrompts(data.training, data.template, options)
     this.#validation = encodePrompts(data.validation, data.template, options)
-    this.#order = new EndlessOrder(this.#training.length, new Random(options.seed))
+    this.#order = new EpochOrder(this.#training.length, new Random(options.seed))
     checkReference(model, data.kl?.reference)
     this.#checkRoom(this.#training, 'prompt')
     this.#checkRoom(this.#validation, 'held-out prompt')
@@ -112,11 +112,11 @@ export class RolloutLessons implements Lessons {
     return this.#groupsOfStep * this.#data.groupSize
   }
 
-  tokensIn(): number {
+  tokensInSteps(): number {
     return 0
   }
 
-  tokensOf(): number {
+  tokensInStep(): number {
     const { batchSize, sequenceLength } = this.#options
     return (this.#made?.batches ?? 0) * batchSize * sequenceLength
   }
@@ -129,7 +129,7 @@ export class RolloutLessons implements Lessons {
     return ((steps / this.#data.updates) * this.#groupsOfStep) / this.#training.length
   }
 
-  ahead(): null {
+  prefetch(): null {
     return null
   }
 
@@ -138,14 +138,14 @@ export class RolloutLessons implements Lessons {
     return this.#data.groups * this.#options.ranks.size
   }
 
-  async step(step: number): Promise<TokenBatch[] | null> {
+  async batches(step: number): Promise<TokenBatch[] | null> {
     const { updates, clip, kl, average } = this.#data
     const number = Math.floor(step / updates)
     const made = this.#made?.number === number ? this.#made : await this.#make(number)
     if (made === null) return null
     this.#made = made
-    const { all, batches, placed, advantages, old, reference } = made
-    const now = step % updates === 0 ? old : await this.#logProbs(placed)
+    const { all, batches, packed, advantages, old, reference } = made
+    const now = step % updates === 0 ? old : await this.#logProbs(packed)
     const odds = advantages.map((advantage, i) => ({
       advantage,
       now: now[i],
@@ -153,11 +153,11 @@ export class RolloutLessons implements Lessons {
       reference: reference?.[i],
     }))
     const how = { clip, klWeight: kl?.weight ?? 0, average }
-    const { weights, terms } = weigh(odds, how, all)
+    const { weights, terms } = tokenWeights(odds, how, all)
     const ofAll = (await this.#options.ranks.gather(terms)).flat()
     const { objective, clipped, kl: divergence } = meanTerms(ofAll, all.learned)
     this.metrics = { ...made.metrics, objective, clipped, ...(kl && { kl: divergence }) }
-    return placed.weighted(weights, batches)
+    return packed.weighted(weights, batches)
   }
 
   /** @returns null when it was interrupted on one of the ranks */
@@ -185,23 +185,23 @@ export class RolloutLessons implements Lessons {
     const isLearnedHere = (_: unknown, i: number) => isLearned(_, first + i)
     const learned = own.filter(isLearnedHere)
     const lookahead = lookaheadOf(this.#model, kl?.reference)
-    const placed = new PlacedTexts(learned, { sequenceLength, lookahead, batchSize, isolate })
-    const old = await this.#logProbs(placed)
+    const packed = new PackedTexts(learned, { sequenceLength, lookahead, batchSize, isolate })
+    const old = await this.#logProbs(packed)
     const drift = learned.map(({ logProbs }, i) => sumOf(logProbs.map((logProb, t) => divergence(logProb - old[i][t]))))
-    const told = await ranks.gather({ batches: placed.batches.length, drift, seconds })
+    const told = await ranks.gather({ batches: packed.batches.length, drift, seconds })
     const lengths = (of: typeof texts) => sumOf(of.map(({ tokens }) => tokens))
     const counts = { texts: texts.length, tokens: lengths(texts), learned: lengths(texts.filter(isLearned)) }
     return {
       number,
       all: counts,
       batches: Math.max(...told.map(({ batches }) => batches)),
-      placed,
+      packed,
       advantages: advantages
         .flat()
         .slice(first, first + own.length)
         .filter(isLearnedHere),
       old,
-      reference: kl && (await placed.logProbs(kl.reference, this.#options.precision)),
+      reference: kl && (await packed.logProbs(kl.reference, this.#options.precision)),
       metrics: {
         reward: meanOf(texts.map(({ reward }) => reward)),
         rewardStd: meanOf(byGroup.map(deviationOf)),
@@ -231,14 +231,14 @@ export class RolloutLessons implements Lessons {
     return sampleRewarded(this.#needSampler(), tasks, { reward, maxTokens, tokenizer, signal })
   }
 
-  measure({ signal, onProgress }: MeasureOptions): Promise<Evaluation | null> {
+  evaluate({ signal, onProgress }: SourceEvaluationOptions): Promise<Evaluation | null> {
     const { tokenizer, seed, ranks } = this.#options
     const options = { tokenizer, seed, signal, onProgress, ranks }
     return measureRewards(this.#needSampler(), this.#data, this.#validation, options)
   }
 
-  #logProbs(placed: PlacedTexts): Promise<Float32Array[]> {
-    return placed.logProbs(this.#model, this.#options.precision)
+  #logProbs(packed: PackedTexts): Promise<Float32Array[]> {
+    return packed.logProbs(this.#model, this.#options.precision)
   }
 
   #needSampler(): TextSampler {

@@ -2,7 +2,7 @@
 import type { Random } from '@moe/core'
 
 /** Numbers of `count` items, in an order drawn anew for every epoch: a function of the place alone. */
-export class EndlessOrder {
+export class EpochOrder {
   readonly #count: number
   readonly #random: Random
   #order: { readonly epoch: number; readonly items: Uint32Array } | null = null

@@ -1,0 +1,121 @@
+/** @file Micro-batches from a data set, or from a mixture of them. */
+import type { Precision } from '@moe/core'
+import { type Evaluation, evaluate } from '../evaluate.ts'
+import { orInterrupted } from '../interrupt.ts'
+import type { TokenBatch, TrainableModel } from '../model.ts'
+import type { TokenData } from '../options.ts'
+import type { BatchSource, SourceEvaluationOptions } from './batch-source.ts'
+import { longestExample, truncatedTokens } from './examples.ts'
+import { namedStreams, sourcesOf } from './mixture.ts'
+import type { TokenStream } from './token-stream.ts'
+import type { SourceProgress, TrainingOrder } from './training-order.ts'
+
+/** Rows of a data set in the order of a `TrainingOrder`. */
+export class DatasetBatches implements BatchSource {
+  readonly #model: TrainableModel
+  readonly #order: TrainingOrder
+  readonly #validation: TokenData['validation']
+  readonly #precision: Precision
+  readonly textsPerStep = 0
+  readonly stride = 1
+  readonly metrics = {}
+
+  constructor(
+    model: TrainableModel,
+    order: TrainingOrder,
+    { validation, precision }: { readonly validation: TokenData['validation']; readonly precision: Precision },
+  ) {
+    this.#model = model
+    this.#order = order
+    this.#validation = validation
+    this.#precision = precision
+  }
+
+  get #sources() {
+    return sourcesOf(this.#order.data)
+  }
+
+  get identity(): string {
+    return this.#sources
+      .map(({ name, data, share }) => {
+        const own = `${data.length} tokens (${data.digest})`
+        return name === '' ? own : `${name} ${share}: ${own}`
+      })
+      .join(', ')
+  }
+
+  get isolate(): boolean {
+    return this.#order.isolate
+  }
+
+  get trainingTokens(): number {
+    return this.#sources.reduce((sum, { data }) => sum + data.length, 0)
+  }
+
+  get validationTokens(): number {
+    return namedStreams(this.#validation).reduce((sum, [, { length }]) => sum + length, 0)
+  }
+
+  tokensInStep(step: number): number {
+    return this.#order.tokensIn(step + 1) - this.#order.tokensIn(step)
+  }
+
+  tokensInSteps(steps: number): number {
+    return this.#order.tokensIn(steps)
+  }
+
+  get notices(): string[] {
+    const { endTokens } = this.#model
+    return this.#sources.flatMap(({ name, data }) => {
+      const prefix = name && `${name}: `
+      return [this.#truncation(data), endTokenMismatch(endTokens, data)].flatMap(text =>
+        text === undefined ? [] : prefix + text,
+      )
+    })
+  }
+
+  #truncation(data: TokenStream): string | undefined {
+    const { sequenceLength } = this.#order
+    const truncated = truncatedTokens(data, sequenceLength)
+    if (truncated === 0) return undefined
+    return `${((100 * truncated) / data.predictable).toFixed(1)} % of the tokens to learn are truncated: they come after the first ${sequenceLength} positions of their conversations (the longest needs a sequenceLength of ${longestExample(data)})`
+  }
+
+  epochs(steps: number): number {
+    return this.#order.epochs(steps)
+  }
+
+  sources(steps: number): readonly SourceProgress[] {
+    return this.#order.sources(steps).filter(({ name }) => name !== '')
+  }
+
+  batches(step: number): TokenBatch[] {
+    return this.#order.step(step)
+  }
+
+  prefetch(step: number): TokenBatch[] {
+    return this.#order.step(step)
+  }
+
+  evaluate(options: SourceEvaluationOptions): Promise<Evaluation | null> {
+    const { sequenceLength, batchSize, isolate } = this.#order
+    const settings = { sequenceLength, batchSize, isolate, precision: this.#precision, ...options }
+    return orInterrupted(
+      options.signal,
+      evaluate(this.#model, this.#validation as NonNullable<TokenData['validation']>, settings),
+    )
+  }
+
+  dispose(): void {}
+}
+
+/** A warning if generated text would end at another token than the training texts do, and so too early or never. */
+function endTokenMismatch(ends: readonly number[] | undefined, { end }: TokenStream): string | undefined {
+  if (ends === undefined || end === undefined) return undefined
+  const where = ends.length === 0 ? 'at no token' : `at token ${ends.join(' or ')}`
+  if (end !== null && !ends.includes(end))
+    return `training texts end with token ${end}, but generation stops ${where}: create the model with eos_token_id: ${end}`
+  if (end === null && ends.length > 0)
+    return `training texts have no end token, but generation stops ${where}: train the tokenizer with an end token, or create the model with eos_token_id: null`
+  return undefined
+}

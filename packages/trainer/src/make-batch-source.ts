@@ -1,0 +1,34 @@
+/** @file Chooses the batch source for the data of a run. */
+import type { BatchSource } from './data/batch-source.ts'
+import { DatasetBatches } from './data/dataset-batches.ts'
+import { sourcesOf } from './data/mixture.ts'
+import { TrainingOrder } from './data/training-order.ts'
+import type { TrainableModel } from './model.ts'
+import { isRolloutsOrPreferences, type ResolvedOptions, type TokenData } from './options.ts'
+import { PreferenceBatches } from './rewards/preference-batches.ts'
+import type { Preferences } from './rewards/preferences.ts'
+import { RolloutBatches } from './rewards/rollout-batches.ts'
+import type { Rollouts } from './rewards/rollouts.ts'
+import { checkSampling } from './rewards/sampler.ts'
+import type { TextRanks } from './rewards/text-ranks.ts'
+
+export function makeBatchSource(
+  model: TrainableModel,
+  settings: ResolvedOptions,
+  data: TokenData | Rollouts | Preferences,
+  ranks: TextRanks,
+  signal: AbortSignal,
+): BatchSource {
+  const { sequenceLength, batchSize, accumulate, seed, rank, world, precision, tokenizer, bos } = settings
+  const isolates = model.isolates === true
+  if (isRolloutsOrPreferences(data)) {
+    const isolate = settings.isolate ?? isolates
+    const options = { sequenceLength, batchSize, isolate, tokenizer, bos, seed, precision, ranks }
+    if ('beta' in data) return new PreferenceBatches(model, data, options)
+    return new RolloutBatches(checkSampling(model), data, { ...options, signal })
+  }
+  const isolate = settings.isolate ?? (isolates && sourcesOf(data.training).some(({ data }) => data.examples !== null))
+  const rows = { sequenceLength, batchSize, isolate, lookahead: model.lookahead }
+  const order = new TrainingOrder(data.training, { ...rows, accumulate, seed, rank, world })
+  return new DatasetBatches(model, order, { validation: data.validation, precision })
+}

@@ -1,0 +1,54 @@
+/** @file What the user should know about the model and its precision when a run starts. */
+import {
+  type Backend,
+  type NamedParameter,
+  namedAdapters,
+  type Precision,
+  parameterCount,
+  QuantizedParameter,
+  weightBytes,
+} from '@moe/core'
+import type { TrainableModel } from './model.ts'
+
+/** Notices about weights that are not trained, and about a precision that the backend does not support. */
+export function startNotices(
+  model: TrainableModel,
+  parameters: readonly NamedParameter[],
+  precision: Precision,
+): string[] {
+  return [frozenWeights(model, parameters), unsupportedPrecision(parameters[0].parameter.backend, precision)].flatMap(
+    notice => notice ?? [],
+  )
+}
+
+function frozenWeights(model: TrainableModel, parameters: readonly NamedParameter[]): string | undefined {
+  const quantized = countOf(parameters.filter(({ parameter }) => parameter instanceof QuantizedParameter))
+  const all = countOf(parameters)
+  const adapters = namedAdapters(model).length
+  if (adapters > 0) {
+    const trained = parameterCount(model)
+    const frozen = all - trained
+    const share = quantized > 0 ? `, ${percent(quantized / frozen)} of them quantized` : ''
+    return `training the adapters of ${adapters} weights: ${trained} parameters; the ${frozen} of the base model are frozen${share}`
+  }
+  if (quantized === 0) return undefined
+  return `${percent(quantized / all)} of the model's parameters are quantized and stay frozen: only the others are trained (to train all, open the model in f32)`
+}
+
+/** Parameters of the model, counting quantized ones as the numbers that they represent. */
+const countOf = (parameters: readonly NamedParameter[]) =>
+  parameters.reduce((total, { parameter }) => total + weightBytes(parameter).elements, 0)
+
+const percent = (share: number) => `${(100 * share).toFixed(1)} %`
+
+function unsupportedPrecision(backend: Backend, precision: Precision): string | undefined {
+  const unsupported =
+    precision === 'fp8' && !backend.fp8Matmul
+      ? 'does not support fp8'
+      : precision === 'bf16' && !backend.bf16Matmul
+        ? 'has no bf16 arithmetic on this machine'
+        : undefined
+  if (unsupported === undefined) return undefined
+  const used = precision === 'fp8' && backend.bf16Matmul ? 'bf16' : 'f32'
+  return `${backend.name} ${unsupported}: matrix products use ${used}`
+}
