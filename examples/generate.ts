@@ -1,4 +1,4 @@
-/** @file Lets a trained model continue a text: what `npm start` left behind, or any checkpoint in the layout of Hugging Face. This is what `npm run generate` runs. */
+/** @file Continues a text with a trained model: the result of `npm start`, or any checkpoint in the Hugging Face layout. `npm run generate` runs this file. */
 import { join } from 'node:path'
 import { text as readAll } from 'node:stream/consumers'
 import { parseArgs } from 'node:util'
@@ -7,32 +7,32 @@ import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { modelFolder } from '@moe/trainer'
 
-const help = `Continues a text. The text goes to standard output, everything else to standard error.
+const help = `Continues a text with a trained model. The text goes to standard output, everything else to standard error.
 
   npm run generate -- FOLDER [PROMPT] [options]
 
-  FOLDER             a model (config.json, *.safetensors, tokenizer.json), or a run, whose latest checkpoint it takes
-  PROMPT             what is continued; default: standard input
+  FOLDER             a model (config.json, *.safetensors, tokenizer.json), or a training run, whose latest checkpoint is used
+  PROMPT             text to continue (default: standard input)
 
-  --max-tokens N     default 160
-  --temperature X    0 takes the likeliest token (default 0.6)
-  --top-k N          only so many tokens, the likeliest (default: all)
-  --top-p X          smallest set of these whose share of their probability reaches this (default 0.95)
-  --min-p X          only tokens at least this share of the likeliest one's probability (default 0)
-  --repetition-penalty X   above 1 the text repeats itself less (default 1)
-  --seed N           other choices (default 0)
-  --stop TEXT        where the text ends; may be repeated
-  --weights F        store weights as bf16, fp8, int8 or int4: faster, smaller, less exact
-  --precision P      f32, bf16 or fp8 arithmetic in matrix products (default: bf16 with --weights, else f32)
-  --speculative      MTP modules draft: fewer passes, which is no faster on a CPU
-  --json             print prompt, text and figures as JSON on standard output
-  --quiet            no figures on standard error
-  --help
+  --max-tokens N     maximum number of generated tokens (default 160)
+  --temperature X    sampling temperature; 0 is greedy decoding (default 0.6)
+  --top-k N          sample from the N most likely tokens (default: all)
+  --top-p X          sample from the most likely tokens whose probabilities add up to X (default 0.95)
+  --min-p X          exclude tokens less likely than X times the most likely one (default 0)
+  --repetition-penalty X   values above 1 reduce repetition (default 1)
+  --seed N           seed of the sampling (default 0)
+  --stop TEXT        stop when this text appears; may be repeated
+  --weights F        quantize the weights to bf16, fp8, int8 or int4: faster and smaller, but less accurate
+  --precision P      precision of matrix products: f32, bf16 or fp8 (default: bf16 with --weights, else f32)
+  --speculative      speculative decoding with the MTP modules: fewer passes, but not faster on a CPU
+  --json             print prompt, text and statistics as JSON to standard output
+  --quiet            print no statistics to standard error
+  --help             show this help
 `
 
 class UsageError extends Error {}
 
-/** @throws UsageError, or parseArgs' own error, that names an unknown option or a value that cannot be */
+/** @throws UsageError, or the error of parseArgs, for an unknown option or an invalid value */
 function readArguments() {
   const { values, positionals } = parseArgs({
     allowPositionals: true,
@@ -88,13 +88,13 @@ function readArguments() {
   }
 }
 
-// Whoever reads the text may have had enough of it, as in `| head`.
+// The reader may close the pipe early, as `| head` does.
 process.stdout.on('error', () => process.exit())
 
 const say = (text: string) => process.stderr.write(`${text}\n`)
 
 async function main(options: ReturnType<typeof readArguments>): Promise<void> {
-  if (options.folder === undefined) throw new UsageError('which model? See --help.')
+  if (options.folder === undefined) throw new UsageError('no model given; see --help')
   const path = modelFolder(options.folder)
   const backend = await firstAvailable([
     () => import('@moe/kernels-cuda'),
@@ -142,11 +142,11 @@ async function main(options: ReturnType<typeof readArguments>): Promise<void> {
   if (options.json) process.stdout.write(`${JSON.stringify({ prompt, text: parts.join(''), ...figures })}\n`)
   else process.stdout.write('\n')
   if (quiet) return
-  const drafts = drafted.length > 0 && steps > 0 ? `, ${tokensPerStep.toFixed(2)} tokens a pass with drafts` : ''
+  const drafts = drafted.length > 0 && steps > 0 ? `, ${tokensPerStep.toFixed(2)} tokens per pass` : ''
   say(`${tokens} tokens after a prompt of ${ids.length}, ${figures.tokensPerSecond.toFixed(0)} tokens/s${drafts}`)
 }
 
-/** Failures that say by themselves what to do; a stack would only hide it. */
+/** Errors whose message says what to do, so that no stack trace is needed. */
 const isExpected = (error: unknown): error is Error =>
   error instanceof Error &&
   (isMoeError(error) ||

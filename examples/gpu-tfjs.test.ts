@@ -15,14 +15,14 @@ function installed(name: string): boolean {
   }
 }
 
-test('says what to install where tfjs-node-gpu is missing, and trains where it works', () => {
+test('prints what to install if tfjs-node-gpu is missing, and trains if it works', () => {
   const out = mkdtempSync(join(tmpdir(), 'gpu-tfjs-'))
   const script = fileURLToPath(new URL('gpu-tfjs.ts', import.meta.url))
   const args = [script, '--steps', '2', '--addresses', '4', '--out', join(out, 'run')]
   const { status, stdout, stderr } = spawnSync(process.execPath, args, { encoding: 'utf8' })
   rmSync(out, { recursive: true })
   if (installed('@tensorflow/tfjs-node-gpu')) {
-    // Without a GPU it must not pretend to have one.
+    // Without a GPU it must fail rather than fall back silently.
     expect(stdout).toMatch(status === 0 ? /bits per byte/ : /no GPU|not installed|does not load/)
   } else {
     expect({ status, stderr }).toEqual({ status: 0, stderr: '' })

@@ -1,10 +1,10 @@
 /**
- * @file The quickstart's model on `@tensorflow/tfjs-node-gpu`. Where that package is missing it says what to install and ends with exit code 0;
- * where TensorFlow has no GPU it says so and ends with 1.
+ * @file Trains the quickstart's model on `@tensorflow/tfjs-node-gpu`. If that package is missing, prints what to install and exits with code 0.
+ * If TensorFlow finds no GPU, prints an error and exits with code 1.
  *
  *   node examples/gpu-tfjs.ts [--cpu] [--steps 200] [--addresses 100] [--out runs/gpu-tfjs]
  *
- * --cpu runs it on `@tensorflow/tfjs-node`, TensorFlow without a GPU. docs/guides/tfjs-node-gpu.md tells more about both.
+ * --cpu uses `@tensorflow/tfjs-node`, TensorFlow without a GPU. See docs/guides/tfjs-node-gpu.md.
  */
 import { createRequire } from 'node:module'
 import { parseArgs } from 'node:util'
@@ -26,7 +26,7 @@ const { values: options } = parseArgs({
 async function openBackend(): Promise<Backend | null> {
   const name = options.cpu ? '@tensorflow/tfjs-node' : '@tensorflow/tfjs-node-gpu'
   try {
-    // Imported from here, so that it is found where this script's packages are installed.
+    // Imported here, so that it resolves to the packages installed for this script.
     return await createNodeBackend({ gpu: !options.cpu, load: () => import(name) })
   } catch (error) {
     if (!isMoeError(error, 'E_NO_BACKEND') && !isMoeError(error, 'E_UNSUPPORTED')) throw error
@@ -63,7 +63,7 @@ async function main(backend: Backend): Promise<void> {
   })
   console.log(`held-out ${run.validation.bitsPerByte.toFixed(3)} bits per byte`)
   const composed = fallbacks().map(({ op }) => op)
-  console.log(`run from primitives, because TensorFlow.js has no kernel for them: ${composed.join(', ')}`)
+  console.log(`ops without a TensorFlow.js kernel, composed of primitives: ${composed.join(', ')}`)
 }
 
 const backend = await openBackend()

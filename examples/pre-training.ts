@@ -1,6 +1,6 @@
 /**
- * @file Pre-training from disk: speeches become tokens in Megatron-LM's format, two sources of them a mixture, and a small model learns from it. Stop it whenever you like:
- * the same command goes on. The guide is docs/guides/pre-training.md.
+ * @file Pre-training from disk: tokenizes speeches into files in Megatron-LM's format, mixes two sources, and trains a small model on
+ * them. If you stop it, the same command resumes. See docs/guides/pre-training.md.
  */
 import { mkdirSync, writeFileSync } from 'node:fs'
 import { createRequire } from 'node:module'

@@ -1,4 +1,4 @@
-/** @file How many training steps fit into a given time on this machine: measured on a model that is thrown away. */
+/** @file Determines how many training steps fit into a given time on this machine, by timing a few steps of a throwaway model. */
 import { type Precision, Random } from '@moe/core'
 import { DeepSeek, type DeepSeekConfigInput } from '@moe/deepseek'
 import { TokenDataset, type TrainOptions, train } from '@moe/trainer'
@@ -8,14 +8,14 @@ export interface Calibration {
   readonly sequenceLength: number
   readonly precision: Precision
   readonly optimizer: TrainOptions['optimizer']
-  /** Time for all of the training. */
+  /** Time available for the whole training. */
   readonly seconds: number
 }
 
-/** More steps than this teach a model of this size little: a fast machine is done sooner. */
+/** A model of this size learns little from more steps, so a fast machine finishes early instead. */
 const mostSteps = 800
 
-/** Steps that fit, with a tenth of the time in reserve for a machine that gets busier. */
+/** Returns the number of steps that fit, with a tenth of the time in reserve in case the machine gets busier. */
 export async function stepsThatFit(config: DeepSeekConfigInput, options: Calibration): Promise<number> {
   const { seconds, ...settings } = options
   const model = new DeepSeek(config)

@@ -1,4 +1,4 @@
-/** @file Quickstart, generate and chat as a user runs them, on few addresses and steps: files, Ctrl-C, that --resume continues the run bit for bit. */
+/** @file Runs quickstart, generate, chat and rewards as a user would, with few addresses and steps: output files, Ctrl-C, bit-exact --resume. */
 import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -17,7 +17,7 @@ interface Ended {
   readonly stderr: string
 }
 
-/** Runs a script; `onOutput` sees all of its output so far. */
+/** Runs a script. `onOutput` gets all of its output so far. */
 function runScript(name: string, args: readonly string[], onOutput: Watch = () => {}, input = ''): Promise<Ended> {
   return new Promise((resolve, reject) => {
     const script = fileURLToPath(new URL(name, import.meta.url))
@@ -45,7 +45,7 @@ const small = (out: string) => ['--addresses', '4', '--steps', '12', '--batch', 
 const losses = (out: string) =>
   readMetrics(join(folder, out, 'metrics.jsonl')).map(({ loss, nll, maxVio }) => [loss, nll, maxVio])
 
-test('trains, writes, sums up', async () => {
+test('trains, generates a text and writes a summary', async () => {
   const { code, stdout, stderr } = await run([...small('whole'), '--json'])
   expect(code, stderr).toBe(0)
   const summary = JSON.parse(readFileSync(join(folder, 'whole', 'summary.json'), 'utf8'))
@@ -68,7 +68,7 @@ test('trains, writes, sums up', async () => {
   expect(existsSync(join(summary.checkpoint, 'model', 'model.safetensors'))).toBe(true)
 })
 
-test('Ctrl-C saves and says how to go on; --resume continues the same run, bit for bit', async () => {
+test('Ctrl-C saves and prints how to resume; --resume continues the run bit-exactly', async () => {
   let sent = false
   const first = await run(small('parts'), (text, interrupt) => {
     if (sent || !/step +[3-9]\/12/.test(text)) return
@@ -76,14 +76,14 @@ test('Ctrl-C saves and says how to go on; --resume continues the same run, bit f
     interrupt()
   })
   expect(first.code, first.stderr).toBe(130)
-  expect(first.stderr).toMatch(/Stopped after step \d+ of 12\. Go on with: {2}npm start -- .*--resume/)
+  expect(first.stderr).toMatch(/Stopped after step \d+ of 12\. Resume with: {2}npm start -- .*--resume/)
   expect(losses('parts').length).toBeLessThan(12)
   const second = await run([...small('parts'), '--resume'])
   expect(second.code, second.stderr).toBe(0)
   expect(losses('parts')).toEqual(losses('whole'))
 })
 
-test('bad requests say what to do', async () => {
+test('invalid options fail with a fix in the message', async () => {
   const { code, stderr } = await run([...small('bad').slice(0, -1), fileURLToPath(import.meta.url)])
   expect(code).toBe(1)
   expect(stderr).toMatch(/the folder .* cannot be used: .*; choose another out/)
@@ -96,7 +96,7 @@ test.each([
   ['--steps', '2.5', 'needs a whole number from 1'],
   ['--addresses', '1', 'needs a whole number from 2'],
   ['--minutes', '0', 'needs a number above 0'],
-])('%s %s is refused before anything is made', async (option, value, what) => {
+])('%s %s is refused before anything is written', async (option, value, what) => {
   const { code, stderr } = await run([option, value])
   expect([code, stderr]).toEqual([1, `\n${option} is "${value}", ${what}\n`])
 })
@@ -111,16 +111,16 @@ describe('generate.ts', () => {
   const generate = (args: readonly string[], input?: string, onOutput?: Watch) =>
     runScript('generate.ts', args, onOutput, input)
 
-  test('continues a text with the run that was trained, repeatably by seed', async () => {
+  test('continues a text with the trained run, reproducibly by seed', async () => {
     const args = [join(folder, 'whole'), 'We are', '--max-tokens', '12', '--seed', '3', '--speculative']
     const { code, stdout, stderr } = await generate(args)
     expect(code, stderr).toBe(0)
     expect(stdout).toMatch(/^We are.+\n$/s)
-    expect(stderr).toMatch(/12 tokens after a prompt of \d+, \d+ tokens\/s, \d\.\d\d tokens a pass/)
+    expect(stderr).toMatch(/12 tokens after a prompt of \d+, \d+ tokens\/s, \d\.\d\d tokens per pass/)
     expect((await generate(args)).stdout).toBe(stdout)
   })
 
-  test('takes the prompt from standard input, stores weights in fewer bits, and answers in JSON', async () => {
+  test('reads the prompt from standard input, quantizes weights, and prints JSON', async () => {
     const args = [join(folder, 'whole'), '--max-tokens', '5', '--weights', 'int8', '--json', '--quiet']
     const { code, stdout, stderr } = await generate(args, 'We are\n')
     expect(code).toBe(0)
@@ -128,7 +128,7 @@ describe('generate.ts', () => {
     expect(JSON.parse(stdout)).toMatchObject({ prompt: 'We are', text: expect.any(String), tokens: 5, steps: 5 })
   })
 
-  test('Ctrl-C ends the text where it is', async () => {
+  test('Ctrl-C ends the generation', async () => {
     const args = [join(folder, 'whole'), 'We are', '--max-tokens', '1000000', '--temperature', '0']
     let interrupted = false
     const { code, stdout } = await generate(args, '', (_, interrupt, text) => {
@@ -141,12 +141,12 @@ describe('generate.ts', () => {
   })
 
   test.each([
-    [[], /which model\? See --help/],
+    [[], /no model given; see --help/],
     [['nowhere', 'x'], /nowhere has neither a config.json nor checkpoints.*npm start/],
     [['nowhere', 'two', 'words'], /put the prompt in quotes/],
     [['nowhere', '--weights', 'int2'], /--weights is "int2", needs one of bf16, fp8, int8, int4/],
     [['nowhere', '--top-p', 'most'], /--top-p is "most", needs a number/],
-  ])('%j says what to do', async (args, message) => {
+  ])('%j fails with a message that says what to do', async (args, message) => {
     const { code, stderr } = await generate(args)
     expect(code).toBe(1)
     expect(stderr).toMatch(message)
@@ -155,7 +155,7 @@ describe('generate.ts', () => {
 })
 
 describe('chat.ts', () => {
-  test('teaches the run to answer, and leaves a model that has its template', async () => {
+  test('fine-tunes the run and saves the model with its chat template', async () => {
     const out = join(folder, 'chat')
     const { code, stdout, stderr } = await runScript('chat.ts', [
       '--from',
@@ -169,7 +169,7 @@ describe('chat.ts', () => {
     ])
     expect(code, stderr).toBe(0)
     expect(stdout).toMatch(
-      /^asked about 2 passages.*\nyears +off by \d+ .*\npresidents +\d .*\nask it +npm run serve -- .*chat\n$/,
+      /^evaluated on 2 passages.*\nyear +median error \d+ .*\nspeaker +\d of 2 .*\ntry it +npm run serve -- .*chat\n$/,
     )
     const config = JSON.parse(readFileSync(join(modelFolder(out), 'tokenizer_config.json'), 'utf8'))
     expect(config).toMatchObject({
@@ -178,19 +178,19 @@ describe('chat.ts', () => {
     })
   })
 
-  test('and rewards.ts goes on from there', async () => {
+  test('rewards.ts continues from that model', async () => {
     const out = join(folder, 'rewards')
     const from = join(folder, 'chat')
     const args = ['--from', from, '--out', out, '--steps', '1', '--questions', '4']
     const { code, stdout, stderr } = await runScript('rewards.ts', args)
     expect(code, stderr).toBe(0)
-    expect(stdout).toMatch(/^asked 4 times .*\nbefore {2}\d+\.\d % .*\nafter {3}\d+\.\d %\nask it/)
+    expect(stdout).toMatch(/^evaluated on 4 passages.*\nbefore {2}\d+\.\d % .*\nafter {3}\d+\.\d %\ntry it/)
     expect(existsSync(join(modelFolder(out), 'tokenizer_config.json'))).toBe(true)
   })
 
-  test('without a run it says how to make one', async () => {
+  test('without a run, the message says how to create one', async () => {
     const { code, stderr } = await runScript('chat.ts', ['--from', join(folder, 'nowhere')])
     expect(code).toBe(1)
-    expect(stderr).toMatch(/nowhere: train a model with npm start/)
+    expect(stderr).toMatch(/nowhere does not exist: train a model with npm start/)
   })
 })

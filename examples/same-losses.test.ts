@@ -1,4 +1,4 @@
-/** @file The same training code and seed give the same losses on every backend: routing, balance bias and optimizer included. */
+/** @file The same training code and seed give the same losses on every backend, including routing, balance bias and optimizer. */
 import { type Backend, Random, setDefaultBackend } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose } from '@moe/core/testing'
@@ -24,7 +24,7 @@ const config: DeepSeekConfigInput = {
   initializer_range: 0.1,
 }
 
-/** Token pairs that follow each other often, so that there is something to learn. */
+/** Sequences in which a token mostly determines the next one, so that there is something to learn. */
 function data(): TokenDataset {
   const random = new Random(3)
   const documents = Array.from({ length: 6 }, () => {
@@ -70,7 +70,7 @@ const backends = {
 }
 
 for (const [name, make] of Object.entries(backends)) {
-  test(`${name} gives the losses of the f64 reference for 20 steps`, async () => {
+  test(`${name} has the losses of the f64 reference for 20 steps`, async () => {
     // f32 rounding of 20 steps: a relative 2e-5 per step at most, growing with the steps.
     assertClose('losses', await losses(await make()), expected, { relative: 5e-4, absolute: 0 })
   })

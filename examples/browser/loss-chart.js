@@ -1,4 +1,4 @@
-/** @file The curve of a training: each step, their running mean, and what was measured on held-out text. */
+/** @file Draws the loss of a training run: each step, their running mean, and evaluations on held-out text. */
 
 const margin = { left: 34, right: 10, top: 8, bottom: 24 }
 
@@ -15,7 +15,7 @@ export class LossChart {
     new ResizeObserver(() => this.#draw()).observe(element)
   }
 
-  /** Begins a run of so many steps. */
+  /** Clears the chart for a run of `steps` steps. */
   begin(steps) {
     this.#steps = steps
     this.#losses = []
@@ -25,7 +25,7 @@ export class LossChart {
   }
 
   add(step, loss) {
-    // A mean over the last steps, fewer where the run is short or has just begun.
+    // Running mean over the last steps; over fewer at the beginning and in short runs.
     const over = Math.min(1 + this.#losses.length / 8, Math.max(2, this.#steps / 25))
     const before = this.#means.at(-1)?.[1] ?? loss
     this.#losses.push([step, loss])
@@ -68,7 +68,7 @@ export class LossChart {
   }
 }
 
-/** Ends of an axis, and round numbers on it. */
+/** Returns the ends of an axis, and round numbers on it. */
 function range(values) {
   const least = values.reduce((a, b) => Math.min(a, b))
   const most = values.reduce((a, b) => Math.max(a, b))

@@ -1,4 +1,4 @@
-/** @file A model in a page: opened by its address, it continues a text. */
+/** @file Opens a model by its URL and continues a text. */
 import { setDefaultBackend } from '@moe/core'
 import { DeepSeek } from '@moe/deepseek'
 import { BpeTokenizer } from '@moe/tokenizer-bpe'
@@ -10,10 +10,10 @@ const [form, prompt, button, text, status] = ['form', 'prompt', 'button', 'text'
 
 const folder = new URL('model/', document.baseURI)
 const { backend, tokenizer, model } = await open().catch(error => {
-  tell(error.message)
+  show(error.message)
   throw error
 })
-tell(`ready on ${backend.device}`)
+show(`ready (${backend.device})`)
 button.disabled = false
 
 let stop = null
@@ -36,19 +36,19 @@ form.addEventListener('submit', async event => {
     const generation = model.generate(tokenizer.encode(prompt.value), options)
     for await (const piece of generation) {
       text.textContent += piece
-      tell(
-        `${((1000 * generation.stats.tokens) / (performance.now() - started)).toFixed(1)} tokens/s on ${backend.device}`,
+      show(
+        `${((1000 * generation.stats.tokens) / (performance.now() - started)).toFixed(1)} tokens/s (${backend.device})`,
       )
     }
   } catch (error) {
-    if (error.code !== 'E_ABORTED') tell(error.message)
+    if (error.code !== 'E_ABORTED') show(error.message)
   }
   stop = null
-  button.textContent = 'Write on'
+  button.textContent = 'Continue'
 })
 
-function tell(what) {
-  status.textContent = what
+function show(message) {
+  status.textContent = message
 }
 
 async function open() {
@@ -56,10 +56,10 @@ async function open() {
   setDefaultBackend(backend)
   const tokenizerFile = await fetch(new URL('tokenizer.json', folder))
   if (!tokenizerFile.ok)
-    throw new Error(`there is no model here (tokenizer.json: ${tokenizerFile.status}); npm start makes one`)
+    throw new Error(`no model found (tokenizer.json: HTTP ${tokenizerFile.status}); run npm start to train one`)
   const tokenizer = await BpeTokenizer.fromJSONAsync(await tokenizerFile.text())
   const model = await DeepSeek.fromPretrained(folder, {
-    onProgress: ({ bytes, totalBytes }) => tell(`${(bytes / 1e6).toFixed(1)} of ${(totalBytes / 1e6).toFixed(1)} MB`),
+    onProgress: ({ bytes, totalBytes }) => show(`${(bytes / 1e6).toFixed(1)} of ${(totalBytes / 1e6).toFixed(1)} MB`),
   })
   return { backend, tokenizer, model }
 }

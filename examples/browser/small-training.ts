@@ -1,4 +1,4 @@
-/** @file The same training in Node and in browsers, for check-training.ts. */
+/** @file A training run for Node and browsers, for check-training.ts. */
 import { stateDict } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
 import { trainBpe } from '@moe/tokenizer-bpe'
@@ -8,12 +8,12 @@ type DirectoryHandle = Exclude<TrainOptions['out'], string | undefined>
 
 export interface Trained {
   readonly losses: readonly number[]
-  /** Bits per byte of what was held out. */
+  /** Bits per byte on held-out text. */
   readonly bitsPerByte: number
   /** Sum of the absolute values of all weights. */
   readonly weights: number
   readonly text: string
-  /** Code and function of the error that a path meets. */
+  /** Code and message of the error for a file path. */
   readonly pathRefused: string
 }
 
@@ -21,7 +21,7 @@ const proverbs = ['a stitch in time saves nine', 'better late than never', 'prac
 const documents = Array.from({ length: 40 }, (_, i) => `${proverbs[i % 4]}, ${proverbs[(i * 7 + 1) % 4]}. `.repeat(3))
 const steps = 10
 
-/** With a folder the run is stopped half way and goes on from there, in another model. */
+/** Trains a model. With a folder, the run is stopped halfway and resumed with a new model. */
 export async function trainTwice(folder: DirectoryHandle | undefined): Promise<Trained> {
   const data = texts(documents, { validation: 0.1 })
   const tokenizer = trainBpe(data.training, { vocabSize: 300 })

@@ -1,6 +1,6 @@
 /**
- * @file Trains a model beside the page, which stays free, and lets it write. Text, curve and checkpoints are kept in the storage of the origin: after the page was
- * closed, a run goes on from there.
+ * @file Trains a model in a worker, which keeps the page responsive, and generates text with it. The training text, the losses and the
+ * checkpoints are saved in the origin's private file system, so a run can be resumed after the page was closed.
  */
 import { setDefaultBackend } from '@moe/core'
 import { DeepSeek, presets } from '@moe/deepseek'
@@ -11,7 +11,7 @@ import { pickBackend } from './backend.js'
 const begin = '<｜begin▁of▁sentence｜>'
 const end = '<｜end▁of▁sentence｜>'
 
-/** Latent attention with heads of 16, one dense layer, then layers of 8 experts of which a token takes 2. */
+/** Latent attention with heads of size 16, one dense layer, then MoE layers with 8 experts, 2 per token. */
 const shape = (width, layers) => ({
   ...presets.tiny,
   hidden_size: width,
@@ -56,7 +56,7 @@ const actions = {
 
   async train({ text, size, steps, resume }) {
     stop = new AbortController()
-    tell('status', 'making a tokenizer')
+    tell('status', 'training a tokenizer')
     const data = texts([text], { validation: 0.02 })
     tokenizer = await trainBpeAsync(data.training, {
       vocabSize: 512,
@@ -115,7 +115,7 @@ const actions = {
     tell('written')
   },
 
-  /** The model as files, in the Hugging Face layout. */
+  /** Sends the model's files, in the Hugging Face layout. */
   async files() {
     const folder = await storage.getDirectoryHandle('model', { create: true })
     await model.save(folder)
@@ -134,7 +134,7 @@ const tell = (what, value) => postMessage({ what, value })
 
 const upTo = (points, step) => points.filter(point => point[0] <= step).length
 
-/** @throws Error where the browser keeps nothing, as in some private windows */
+/** @throws Error if the browser has no storage, as in some private windows */
 async function openStorage() {
   const whole = await navigator.storage.getDirectory()
   return whole.getDirectoryHandle('trained-in-the-page', { create: true })

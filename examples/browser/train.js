@@ -1,4 +1,4 @@
-/** @file The page around train-worker.js: text, buttons, curve, loads of experts, and what the model writes. */
+/** @file The page around train-worker.js: training text, controls, loss chart, expert loads, and generated text. */
 import { drawLoads } from './expert-loads.js'
 import { LossChart } from './loss-chart.js'
 
@@ -11,12 +11,12 @@ const ids = [
   'steps',
   'form',
   'train',
-  'go-on',
+  'resume',
   'status',
   'loss',
   'experts',
 ]
-const [text, size, file, speeches, model, steps, form, trainButton, goOn, status, loss, experts] = ids.map(find)
+const [text, size, file, speeches, model, steps, form, trainButton, resumeButton, status, loss, experts] = ids.map(find)
 const [writing, prompt, writeButton, written, download] = ['writing', 'prompt', 'write', 'written', 'download'].map(
   find,
 )
@@ -24,24 +24,24 @@ const chart = new LossChart(loss)
 const worker = new Worker('train-worker.js', { type: 'module' })
 const ask = (action, options = {}) => worker.postMessage({ action, ...options })
 
-/** `training`, `writing`, or nothing of the kind. */
+/** `training`, `writing`, or empty. */
 let busy = ''
 let ready = false
 let hasModel = false
-/** Run that can be gone on with. */
+/** The saved run, which can be resumed. */
 let kept
 let start
 let speed = 0
 
-const told = {
+const handlers = {
   started: () => ask('open'),
   open({ device, models, kept: run }) {
     ready = true
     model.replaceChildren(...models.map(name => new Option(name, name)))
-    say(`ready on ${device}`)
+    say(`ready (${device})`)
     if (run === undefined) return speeches.click()
     show(run)
-    if (run.step < run.steps) say(`a run is kept here: ${run.step} of ${run.steps} steps`)
+    if (run.step < run.steps) say(`a saved run can be resumed: ${run.step} of ${run.steps} steps done`)
   },
   status: say,
   model() {
@@ -50,11 +50,11 @@ const told = {
   event(event) {
     if (event.type === 'start') {
       start = event
-      say('the first step')
+      say('running the first step')
     } else if (event.type === 'step') step(event)
     else if (event.type === 'loads') drawLoads(experts, event.layers)
     else if (event.type === 'evaluation') chart.addHeldOut(event.step, event.loss)
-    else if (event.type === 'measuring') say(`measuring held-out text, ${Math.floor(100 * event.done)} %`)
+    else if (event.type === 'measuring') say(`evaluating on held-out text, ${Math.floor(100 * event.done)} %`)
     else if (event.type === 'checkpoint') kept = { ...kept, step: event.step }
   },
   trained({ interrupted, bitsPerByte }) {
@@ -62,7 +62,7 @@ const told = {
     say(
       interrupted
         ? `stopped after step ${kept.step} of ${kept.steps}`
-        : `trained: ${bitsPerByte.toFixed(2)} bits per byte of held-out text`,
+        : `finished: ${bitsPerByte.toFixed(2)} bits per byte on held-out text`,
     )
   },
   piece(piece) {
@@ -88,7 +88,7 @@ const told = {
 
 chart.begin(Number(steps.value))
 worker.addEventListener('message', ({ data: { what, value } }) => {
-  told[what](value)
+  handlers[what](value)
   showButtons()
 })
 worker.addEventListener('error', ({ message }) => say(message, true))
@@ -99,7 +99,7 @@ form.addEventListener('submit', event => {
   kept = { text: text.value, size: model.value, steps: Number(steps.value), step: 0 }
   trainFrom(false)
 })
-goOn.addEventListener('click', () => {
+resumeButton.addEventListener('click', () => {
   setText(kept.text)
   model.value = kept.size
   steps.value = kept.steps
@@ -141,7 +141,7 @@ function step({ step, nll, tokensPerSecond }) {
   say(`step ${step} of ${start.steps}, loss ${nll.toFixed(2)}, ${grouped(speed)} tokens/s, ${clock} left`)
 }
 
-/** A run that is kept. */
+/** Shows a saved run. */
 function show(run) {
   kept = run
   setText(run.text)
@@ -164,10 +164,10 @@ function showButtons() {
   const training = busy === 'training'
   trainButton.disabled = !ready || busy === 'writing' || (!training && text.value.length < 1000)
   trainButton.textContent = training ? 'Stop' : 'Train'
-  goOn.hidden = busy !== '' || !(kept?.step > 0 && kept.step < kept.steps)
+  resumeButton.hidden = busy !== '' || !(kept?.step > 0 && kept.step < kept.steps)
   for (const field of [text, file, speeches, model, steps]) field.disabled = training
   writeButton.disabled = training || !hasModel
-  writeButton.textContent = busy === 'writing' ? 'Stop' : 'Write on'
+  writeButton.textContent = busy === 'writing' ? 'Stop' : 'Continue'
   download.disabled = busy !== '' || !hasModel
 }
 
