@@ -1,14 +1,16 @@
 /**
- * Many texts at once: tokens per second of `continuousBatch` with 1, 2, 4 ... texts, beside `generate` for one text after the other, weights in f32, bf16 and int8, with
- * and without drafts by MTP modules.
+ * Continuous batching: tokens per second by number of texts.
  *
  *     pnpm bench batch [--config 200m | --run runs/quickstart] [--weights f32,bf16,int8] [--texts 1,2,4,8,16] [--tokens N] [--temperature X]
  *                      [--rounds N] [--threads N] [--json FILE]
  *
- * A configuration has random weights and gets an MTP module if it has none. What its blocks add is made small, so that what follows depends on the last token above all, and most
- * drafts are right. A run is a trained model; its texts go on with held-out addresses of `npm start`. Every text has a prompt of its own of 16 tokens and makes N more. All arms take turns in each
- * round; the table shows medians over the rounds, and ratios are medians of two runs in the same round. Prompts count as time and not as tokens. The last ratio is once more in
- * processor time, which is what can be compared on a busy machine, with one thread.
+ * Compares `continuousBatch` with 1, 2, 4 ... texts with `generate` for one text after the other, with f32, bf16 and
+ * int8 weights, with and without MTP drafts. A configuration (--config) has random weights, and gets an MTP module if
+ * it has none. The outputs of its blocks are scaled down so that the next token depends mostly on the last one and most
+ * drafts are accepted. A run (--run) is a trained model, which continues held-out addresses of `npm start`. Every text
+ * has its own prompt of 16 tokens and generates N more. All variants take turns in each round. The table shows medians
+ * over the rounds, and ratios are medians of two measurements from the same round. The time of prompts counts, their
+ * tokens do not. The last ratio is also given in CPU time, which can be compared on a busy machine, with one thread.
  */
 import { createRequire } from 'node:module'
 import { cpus } from 'node:os'

@@ -1,11 +1,13 @@
 /**
- * Dense products alone on the GPU, operands ready in memory: our kernels (mma, wgmma on a Hopper) beside cuBLASLt, at DeepSeek-V3's linear layers.
+ * Dense matrix products on the GPU: our kernels compared with cuBLASLt.
  *
  *     pnpm bench cuda-gemm [--tokens N] [--repeats N] [--json FILE] [--tiny]
  *
- * Times are the device's own (events), medians of runs that take turns. cuBLASLt is the one that MOE_CUDA_CUBLASLT names or the first that is found, with the
- * algorithm that its heuristic puts first; without one, ours alone are printed. wgmma has k along memory only: where an operand lies otherwise, its time
- * includes turning it. `--tiny` runs everything at small sizes, to see that it works.
+ * Measures the products alone, with operands prepared in memory, at the sizes of DeepSeek-V3's linear layers: mma,
+ * wgmma (on Hopper) and cuBLASLt. Times are device times (events), medians of runs that take turns. cuBLASLt is the
+ * library that MOE_CUDA_CUBLASLT names, or the first that is found, with the first algorithm of its heuristic. Without
+ * cuBLASLt, only our kernels are measured. wgmma requires k along memory; for operands in another layout, its time
+ * includes the transposition. `--tiny` runs everything at small sizes, as a smoke test.
  */
 import { writeFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'

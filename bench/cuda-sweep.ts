@@ -1,12 +1,15 @@
 /**
- * What the GPU backend chooses by rule, beside what else it could take: tiles and parts of products, working memory of cross-entropy, turns of
- * Hopper's attention, parts of decoding, blocks of simple ops.
+ * The GPU backend's heuristic choices compared with their alternatives.
  *
  *     pnpm bench cuda-sweep [--only products,experts,entropy,attention,decode,blocks] [--repeats N] [--json FILE] [--tiny]
  *
- * A line for each size: every choice with its milliseconds (the device's own, medians of runs that take turns), the fastest first, the rule's marked with *, and what the
- * rule loses. Behind them, how fast each tile was beside the fastest where it has many blocks, which is what `speed` in gemm.ts and matmul-sm90a/product.ts says. MOE_CUDA_WGMMA=1 has
- * Hopper's kernels. A choice whose results are not those of the others is told: it is wrong, whatever its time. `--tiny` runs everything at small sizes, to see that it works.
+ * Covers tiles and splits of products, the workspace of cross-entropy, the scheduling of Hopper's attention, splits of
+ * decoding, and block sizes of simple ops. Prints a line per size with every choice and its milliseconds (device time,
+ * medians of runs that take turns), fastest first. The heuristic's choice is marked with *, followed by what it loses.
+ * At the end, it prints the speed of each tile relative to the fastest for large numbers of blocks, which is `speed` in
+ * gemm.ts and matmul-sm90a/product.ts. MOE_CUDA_WGMMA=1 uses the Hopper kernels. A choice whose results differ from the
+ * others is reported, because it is wrong regardless of its time. `--tiny` runs everything at small sizes, as a smoke
+ * test.
  */
 import { writeFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'

@@ -1,13 +1,16 @@
 /**
- * The GPU: launch cost, matrix products, attention, decoding, a training step and making text, as fractions of what the card was measured to do.
+ * GPU performance as fractions of the card's measured peak.
  *
  *     pnpm bench cuda [--only launch,gemm,attention,decode,train,generate] [--config 1b] [--steps N] [--peers FILE,FILE] [--json FILE] [--tiny]
  *
- * Times are the device's own (events), medians of repeats after a warm-up. `--peers` names what `bench/peers/cuda_torch.py --json FILE` wrote on
- * the same card; its large product and copy are then the peaks, otherwise our own copy is, and products have no peak. `--tiny` runs everything at
- * small sizes, to see that it works. MOE_CUDA_WGMMA=1 chooses Hopper's products where there are both, MOE_CUDA_CUBLASLT=1 cuBLASLt's; `bench
- * cuda-gemm` has all three side by side. Operands of products and attention are rounded to bf16 before what is timed, as they are in a step, where whoever makes them rounds them, and as
- * PyTorch's are.
+ * Covers launch cost, matrix products, attention, decoding, a training step and text generation. Times are device times
+ * (events), medians of repeats after a warm-up. `--peers` names files written by
+ * `bench/peers/cuda_torch.py --json FILE` on the same card; its large product and copy are then the peaks. Otherwise,
+ * the peak bandwidth is that of our own copy, and products have no peak. `--tiny` runs everything at small sizes, as a
+ * smoke test. MOE_CUDA_WGMMA=1 uses Hopper products if available, MOE_CUDA_CUBLASLT=1 those of cuBLASLt;
+ * `pnpm bench cuda-gemm` compares all three. The operands of products and attention are rounded to bf16 before the
+ * measured part, because in a training step the op that produces them rounds them, and because PyTorch's operands are
+ * bf16, too.
  */
 import { readFileSync, writeFileSync } from 'node:fs'
 import { loadavg } from 'node:os'

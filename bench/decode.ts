@@ -1,16 +1,17 @@
 /**
- * Decoding at batch 1: tokens per second with weights in f32, bf16, int8 and int4, and what share of the machine's read bandwidth
- * that is, beside llama.cpp with the same weights at the same bits (f32, bf16, q8_0, q4_0) where `npm install --prefix bench/peers/llama-cpp`
- * was run, and transformers' generate where `.venv-reference` exists.
+ * Decoding at batch size 1, compared with llama.cpp and transformers.
  *
  *     pnpm bench decode [--config 200m] [--weights f32,bf16,int8,int4] [--tokens N] [--rounds N] [--threads N]
  *                       [--json FILE] [--no-peers] [--profile]
  *
- * Every variant is a process with the model in memory; they take turns, one run of N tokens each per round. A run's time per token
- * is its median over the tokens, and the table shows the median over the rounds. Read bandwidth is measured between the
- * rounds by the faster of two ops that read 256 MiB with all threads (largest element, root of the sum of squares). The last columns are
- * what the weights take, and the whole process. Ratios are medians over the rounds of two runs in the same round, in wall time and in
- * processor time, which is what can be compared on a busy machine, with one thread.
+ * Measures tokens per second with f32, bf16, int8 and int4 weights, and the share of the machine's read bandwidth.
+ * llama.cpp runs at the same number of bits (f32, bf16, q8_0, q4_0) if you have run
+ * `npm install --prefix bench/peers/llama-cpp`, and transformers' generate if `.venv-reference` exists. Every variant
+ * is a process with the model in memory. They take turns, with one run of N tokens each per round. The time per token
+ * of a run is the median over its tokens, and the table shows the median over the rounds. Read bandwidth is measured
+ * between the rounds with the faster of two ops that read 256 MiB with all threads (maximum, root of the sum of
+ * squares). The last columns are the memory of the weights and of the process. Ratios are medians over the rounds of
+ * two runs in the same round, in wall time and in CPU time, which can be compared on a busy machine, with one thread.
  */
 import { type ChildProcess, spawn } from 'node:child_process'
 import { existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'

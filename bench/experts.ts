@@ -1,10 +1,11 @@
 /**
- * What a training step costs with more and more experts of which as many are active: time beside the optimizer's, which goes over all of them.
+ * Cost of a training step by number of experts, with the same number of active experts.
  *
  *     pnpm bench experts [--config 12m] [--precision bf16] [--experts 16,64,256] [--seq 256] [--tokens 2048] [--steps N] [--rounds N] [--json FILE]
  *
- * Every measurement is a process of its own, and they take turns. `optimizer` is AdamW and the norm of all gradients. `grew` compares what is left of the
- * step with the first number of experts.
+ * The optimizer, which updates all experts, is shown separately. Every measurement is a separate process, and they take
+ * turns. `optimizer` is AdamW and the norm of all gradients. `grew` compares the rest of the step with the first number
+ * of experts.
  */
 import { parseArgs } from 'node:util'
 import { lastJson, median, millisecondsOf, printTable, root, writeResults } from './shared/report.ts'

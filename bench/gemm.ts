@@ -1,11 +1,12 @@
 /**
- * Matrix products: GFLOP/s of square ones and of one product per expert, beside PyTorch where `.venv-reference` exists.
+ * Matrix products on the CPU, compared with PyTorch.
  *
  *     pnpm bench gemm [--rounds N] [--seconds N] [--threads N] [--json FILE] [--no-peers]
  *
- * Every round is a process of ours and then one of PyTorch's; each gives the median time of each shape, and the table has the
- * medians of those. PyTorch's bf16 has bf16 in memory. Ours reads and writes f32 and rounds on the way, but for the weights of experts, of which AdamW keeps
- * a copy in bf16: they are measured behind a step of it.
+ * Measures GFLOP/s of square products and of one product per expert; PyTorch requires `.venv-reference`. Each round
+ * runs one process of ours, then one of PyTorch's. Each reports the median time per shape, and the table shows the
+ * medians of those. PyTorch's bf16 operands are bf16 in memory. Ours are f32 in memory and are rounded during the
+ * product, except expert weights, of which AdamW keeps a bf16 copy: they are measured after an AdamW step.
  */
 import { spawnSync } from 'node:child_process'
 import { existsSync, writeFileSync } from 'node:fs'

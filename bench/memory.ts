@@ -1,11 +1,12 @@
 /**
- * What a training step needs at longer and longer contexts: peak memory, beside PyTorch where `.venv-reference` exists, and time without attention.
+ * Memory and time of a training step by context length, compared with PyTorch.
  *
  *     pnpm bench memory [--config 12m] [--precision bf16] [--seq 256,1024,4096] [--tokens 4096] [--rounds N] [--json FILE] [--no-peers]
  *
- * The number of tokens of a step stays, only the sequences grow: everything but attention should take as long as before. Peak memory is what the
- * process had resident at most, parameters, moments and the runtime itself included. `engine` is all time outside of kernels: replaying
- * the step, the host's part of it, waiting.
+ * Shows peak memory, and the time without attention; PyTorch requires `.venv-reference`. The number of tokens per step
+ * is constant and only the sequences grow, so everything except attention should take the same time. Peak memory is the
+ * maximum resident memory of the process, including parameters, moments and the runtime itself. `engine` is all time
+ * outside of kernels: replaying the step, the host's part of it, and waiting.
  */
 import { parseArgs } from 'node:util'
 import { findPython, lastJson, median, millisecondsOf, printTable, root, writeResults } from './shared/report.ts'

@@ -1,11 +1,13 @@
 /**
- * The ops of a training step other than matrix products: time and share of the machine's bandwidth or arithmetic, beside PyTorch where `.venv-reference` exists.
+ * The ops of a training step other than matrix products, compared with PyTorch.
  *
  *     pnpm bench ops [--tokens 2048] [--rounds N] [--seconds N] [--json FILE] [--no-peers]
  *
- * Shapes are those of the configuration `12m`. Bytes are those of inputs and outputs, each counted once, against the bandwidth of copying 128 MiB;
- * for attention and the loss, arithmetic counts, against a matrix product of 1024 in f32. Every round is a process of ours and then one of PyTorch's,
- * which computes the same in eager mode; its backward is a pass forward and back less one forward. Medians over the rounds.
+ * Shows their time, and the share of the machine's bandwidth or arithmetic; PyTorch requires `.venv-reference`. Shapes
+ * are those of the configuration `12m`. Bytes are those of inputs and outputs, counted once each, relative to the
+ * bandwidth of copying 128 MiB. For attention and the loss, arithmetic is counted instead, relative to an f32 matrix
+ * product of size 1024. Each round runs one process of ours, then one of PyTorch's, which computes the same in eager
+ * mode; its backward time is that of forward and backward minus that of forward. Results are medians over the rounds.
  */
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'

@@ -1,13 +1,16 @@
 /**
- * Do bf16 and fp8 train as well as f32? The loss curves of one model, seed and order of data, run after run.
+ * Do bf16 and fp8 train as well as f32? Compares the loss curves of the same model, seed and data order.
  *
  *     pnpm bench precision [--runs f32,bf16,fp8] [--steps 300] [--batch 8] [--seq 256] [--optimizer muon] [--lr 1e-2]
- * [--window 20] [--seed 0] [--hidden 192] [--layers 4] [--vocab 4096] [--addresses N] [--json FILE]
+ *                [--window 20] [--seed 0] [--hidden 192] [--layers 4] [--vocab 4096] [--addresses N] [--json FILE]
  *
- * The model, text and optimizer of `npm start`; smaller ones by --hidden, --layers, --vocab, and the last N addresses. A run is a precision, `@` and the instruction set of kernels-cpu, where not the best: `f32@avx2,f32@baseline,bf16`
- * also tells how far two runs in f32 come apart; `f32+moments` stores the optimizer's moments in bf16. Compared with the first run are the means of the last 20 losses (--window), at every step
- * from there on. Without AVX512-BF16, bf16 is computed by the emulated library, slowly: `node packages/kernels-cpu/scripts/build-native.mjs --emulated`,
- * and MOE_CPU_LIBRARY=packages/kernels-cpu/build/linux-x64-emulated.
+ * Uses the model, text and optimizer of `npm start`; --hidden, --layers and --vocab make the model smaller, --addresses
+ * uses only the last N addresses. A run is a precision, optionally followed by `@` and an instruction set of
+ * kernels-cpu (default: the best): `f32@avx2,f32@baseline,bf16` also shows how far two f32 runs diverge. `f32+moments`
+ * stores the optimizer's moments in bf16. Runs are compared with the first by the mean of the last 20 losses
+ * (--window), at every step from there on. Without AVX512-BF16, bf16 needs the emulated library, which is slow:
+ * `node packages/kernels-cpu/scripts/build-native.mjs --emulated`, and
+ * MOE_CPU_LIBRARY=packages/kernels-cpu/build/linux-x64-emulated.
  */
 import { createRequire } from 'node:module'
 import { basename } from 'node:path'

@@ -1,11 +1,13 @@
 /**
- * What ranks exchange, and how fast: bytes a second of sums, gathers and exchanges by size, over MPI or, with --nccl, from GPU to GPU.
+ * Bandwidth of communication between ranks.
  *
  *     mpirun -np 2 node bench/ranks.ts [--nccl] [--mib 1,16,256] [--seconds 1] [--json FILE]
  *     pnpm bench ranks
  *
- * Without a launcher it is two ranks in one process, which take turns: that tells what adding and copying cost, and nothing of messages. The bandwidth is that of the link of a
- * rank, as nccl-tests have it: what a sum of n ranks moves at least is 2 (n-1)/n times its bytes, a gather or exchange (n-1)/n times what a rank has in the end. Medians, of the slowest rank.
+ * Shows bytes per second of sums, gathers and exchanges by size, over MPI or, with --nccl, between GPUs. Without a
+ * launcher, it runs two ranks in one process, which take turns: this measures adding and copying, but not messages. The
+ * bandwidth is that of a rank's link, as in nccl-tests: a sum over n ranks moves at least 2 (n-1)/n times its bytes, a
+ * gather or exchange (n-1)/n times what a rank has in the end. Results are medians, for the slowest rank.
  */
 import { parseArgs } from 'node:util'
 import { type Backend, fromHost, type Tensor } from '@moe/core'

@@ -1,12 +1,16 @@
 /**
- * Evaluation: items a second of `score` with what texts share read once, beside whole texts in full batches and texts one by one, weights in f32, bf16 and int8.
+ * Evaluation: items per second of `score`.
  *
  *     pnpm bench score [--config 12m] [--weights f32,bf16,int8] [--items N] [--rounds N] [--threads N] [--json FILE]
  *
- * Random weights, random tokens. Three kinds of items: as HellaSwag (60 tokens, four endings of 20 to 30), as ARC (30 tokens, four choices of 2 to 6), and as MMLU with five examples (500 tokens for
- * all items, questions of 80, four letters). The batches are those of up to 4,096 tokens of about the same length, in which only the hidden states that are wanted reach the head. All arms take turns in each
- * round; the table shows medians over the rounds, and ratios are medians of two runs in the same round, in wall time and in processor time, which is what can be compared on a busy machine,
- * with one thread. Before, all arms are compared: log-probabilities of the answers agree.
+ * Compares `score`, which processes shared prefixes once, with whole texts in full batches and with single texts, with
+ * f32, bf16 and int8 weights. Uses random weights and tokens. There are three kinds of items: like HellaSwag (60
+ * tokens, four endings of 20 to 30), like ARC (30 tokens, four choices of 2 to 6), and like MMLU with five examples
+ * (500 tokens shared by all items, questions of 80, four letters). Batches have up to 4,096 tokens of about the same
+ * length, and only the required hidden states reach the head. All variants take turns in each round. The table shows
+ * medians over the rounds, and ratios are medians of two runs in the same round, in wall time and in CPU time, which
+ * can be compared on a busy machine, with one thread. Before the measurements, the log-probabilities of the answers are
+ * compared between all variants.
  */
 import { cpus } from 'node:os'
 import { parseArgs } from 'node:util'

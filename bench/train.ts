@@ -1,12 +1,14 @@
 /**
- * One training step of DeepSeek-V3 at fixed sizes: tokens per second, beside PyTorch where `.venv-reference` exists.
+ * Tokens per second of a training step, compared with PyTorch.
  *
  *     pnpm bench train [--config 12m,200m] [--precision f32,bf16] [--steps N] [--rounds N] [--json FILE] [--no-peers]
- * [--compiled-peer] [--profile] [--experts N] [--no-record]
+ *                [--compiled-peer] [--profile] [--experts N] [--no-record]
  *
- * A step is forward, backward, clipping at norm 1 and AdamW on 2,048 random tokens (--tokens), in sequences of 256 (--seq). Every measurement is a process of
- * its own; ours and PyTorch's take turns, and medians are over all timed steps of all rounds. The step is recorded and replayed, as `train` does it, and a profile has
- * the time of each kernel; with --no-record it runs op by op, and a profile has the time of each op.
+ * Measures DeepSeek-V3 models of fixed sizes; PyTorch requires `.venv-reference`. A step is forward, backward, clipping
+ * at norm 1 and AdamW on 2,048 random tokens (--tokens) in sequences of 256 (--seq). Every measurement is a separate
+ * process. Ours and PyTorch's take turns, and medians are over all timed steps of all rounds. The step is recorded and
+ * replayed, as in `train`, and --profile prints the time of each kernel; with --no-record it runs op by op, and
+ * --profile prints the time of each op.
  */
 import { spawnSync } from 'node:child_process'
 import { existsSync, writeFileSync } from 'node:fs'

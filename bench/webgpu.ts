@@ -1,10 +1,12 @@
 /**
- * What a GPU does through WebGPU: memory, products, attention, a training step and a token of `12m`. In Node, by the package `webgpu` (npm install webgpu, or MOE_WEBGPU).
+ * Performance of a GPU through WebGPU.
  *
  *     pnpm bench webgpu [--json FILE] [--tiny] [--software]
  *
- * Times are the host's, of many launches in a row and a wait at the end, over their number; the least of some rounds. `--tiny` runs everything at small sizes, to
- * see that it works; with `--software` on a GPU that the processor computes, too, whose times say nothing.
+ * Covers memory, products, attention, a training step and a generated token of `12m`. Runs in Node with the package
+ * `webgpu` (npm install webgpu, or MOE_WEBGPU). Times are measured on the host: many launches followed by a wait,
+ * divided by their number; the minimum of several rounds. `--tiny` runs everything at small sizes, as a smoke test.
+ * `--software` uses a software GPU, whose times are meaningless.
  */
 import { parseArgs } from 'node:util'
 import {
