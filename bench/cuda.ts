@@ -142,7 +142,7 @@ function report(name: string, rate: number, unit: Result['unit'], peak?: number,
   console.log(
     `${name.padEnd(44)} ${rate.toPrecision(4).padStart(9)} ${unit.padEnd(8)} ${share.padStart(16)} ${ratio.padStart(14)}`,
   )
-  // Whoever stops it keeps what was measured.
+  // Keep the results so far if the benchmark is interrupted.
   if (options.json !== undefined) save(options.json)
 }
 
@@ -209,7 +209,7 @@ async function products(): Promise<void> {
       const weights = await time(() => runOp('matmul', [dy, x], across, [f32([n, k])]))
       report(`gemm ${precision}: ${name} dW`, flops / weights / 1e9, 'TFLOP/s', matmulPeak)
     }
-    // The weight is read as it lies there: as close to the product alone as an op comes.
+    // The weight is read in place: the op that is closest to the product alone.
     const stored = bf16Matrix([n, k])
     const weight = { format: 'bf16', block: [1, 1], columns: k, transposeW: true, precision: 'bf16' } as const
     const read = await time(() => runOp('quantizedMatmul', [x, stored], weight, [f32([tokens, n])]))
@@ -397,7 +397,7 @@ async function train(): Promise<void> {
   model.dispose()
   const slow = fallbacks().filter(({ backend: who }) => who === backend.name)
   if (slow.length > 0)
-    console.log(`  without a kernel of their own: ${slow.map(({ op, count }) => `${op} ${count}`).join(', ')}`)
+    console.log(`  ops without their own kernel: ${slow.map(({ op, count }) => `${op} ${count}`).join(', ')}`)
 }
 
 // --- text: a prompt at once, then token by token, weights in bf16 ---

@@ -104,7 +104,7 @@ async function work(weights: string): Promise<void> {
     if (options.profile) printProfile(weights)
   }
   const slow = fallbacks().filter(({ backend: name }) => name === backend.name)
-  if (slow.length > 0) console.error(`without a kernel of their own: ${slow.map(({ op }) => op).join(', ')}`)
+  if (slow.length > 0) console.error(`ops without their own kernel: ${slow.map(({ op }) => op).join(', ')}`)
   process.exit(0)
 }
 
@@ -189,7 +189,7 @@ function ownRunners(formats: readonly string[]): Runner[] {
 /** llama.cpp with the weights of our processes, which all have the same seed. Its files lie in `folder`. */
 async function llamaCppRunners(formats: readonly string[], folder: string): Promise<Runner[]> {
   if (!existsSync(`${llamaCpp}/node_modules/node-llama-cpp`)) {
-    console.error('llama.cpp is left out; to have it: npm install --prefix bench/peers/llama-cpp')
+    console.error('skipping llama.cpp; to include it, run npm install --prefix bench/peers/llama-cpp')
     return []
   }
   const backend = await createBackend()
@@ -212,7 +212,7 @@ async function llamaCppRunners(formats: readonly string[], folder: string): Prom
 
 function transformersRunners(): Runner[] {
   if (!existsSync(python)) {
-    console.error('transformers is left out; to have it: tools/reference/setup.sh')
+    console.error('skipping transformers; to include it, run tools/reference/setup.sh')
     return []
   }
   return ['f32', 'bf16'].map(dtype => {

@@ -124,13 +124,13 @@ interface Result {
   readonly name: string
   /** Ops on the tape. */
   readonly recorded: number
-  /** Kernel calls of the way back. */
+  /** Kernel calls of the backward pass. */
   readonly backwardCalls: number
   /** Microseconds of the way forward per recorded op. */
   readonly forward: number
-  /** Microseconds of the way back per recorded op, the calls of its gradient rule included. */
+  /** Microseconds of the backward pass per recorded op, including the calls of its gradient rule. */
   readonly backward: number
-  /** Microseconds of the way back per kernel call. */
+  /** Microseconds of the backward pass per kernel call. */
   readonly backwardPerCall: number
   /** Microseconds of the way forward per recorded op when nothing is recorded. */
   readonly unrecorded: number
@@ -138,7 +138,7 @@ interface Result {
 
 const median = (values: number[]) => values.sort((a, b) => a - b)[values.length >> 1]
 
-/** Times `forward` and the way back from its result, many times over. */
+/** Times `forward` and the backward pass from its result, over many repetitions. */
 function measure(name: string, forward: () => Tensor): Result {
   const forwardTimes: number[] = []
   const backwardTimes: number[] = []

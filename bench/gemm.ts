@@ -163,7 +163,8 @@ function compare() {
   const settings = ['--seconds', options.seconds, '--threads', options.threads]
   const self = fileURLToPath(import.meta.url)
   const peers = options.peers && existsSync(python)
-  if (options.peers && !peers) console.error('no .venv-reference: PyTorch is left out (docs say how to make one)')
+  if (options.peers && !peers)
+    console.error('skipping PyTorch: .venv-reference does not exist; to include it, run tools/reference/setup.sh')
   const ours = new Map<string, { shape: Measurement; speeds: number[] }>()
   const theirs = new Map<string, number[]>()
   for (let round = 0; round < Number(options.rounds); round++) {

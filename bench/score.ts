@@ -63,7 +63,7 @@ type Arm = (model: DeepSeek, texts: Texts) => Promise<number[]>
 const arms: Readonly<Record<string, Arm>> = {
   'shared once': async (model, { ids, from }) => {
     const scores = await model.score(ids, { from })
-    return scores.map((told, i) => told.slice(from[i]).reduce((sum, one) => sum + (one?.logProb ?? 0), 0))
+    return scores.map((scored, i) => scored.slice(from[i]).reduce((sum, one) => sum + (one?.logProb ?? 0), 0))
   },
   'full batches': async (model, { ids, from }) => {
     const order = Array.from(ids.keys()).sort((a, b) => ids[b].length - ids[a].length)
@@ -93,17 +93,17 @@ const arms: Readonly<Record<string, Arm>> = {
           { precision: precisionOf(model) },
         ),
       )
-      const told = await chosen.values()
+      const scored = await chosen.values()
       chosen.dispose()
-      for (const [i, { row }] of wanted.entries()) result[row] += told[i]
+      for (const [i, { row }] of wanted.entries()) result[row] += scored[i]
     }
     return result
   },
   'one by one': async (model, { ids, from }) => {
     const result: number[] = []
     for (const [i, text] of ids.entries()) {
-      const [told] = await model.score([text], { from: [from[i]] })
-      result.push(told.slice(from[i]).reduce((sum, one) => sum + (one?.logProb ?? 0), 0))
+      const [scored] = await model.score([text], { from: [from[i]] })
+      result.push(scored.slice(from[i]).reduce((sum, one) => sum + (one?.logProb ?? 0), 0))
     }
     return result
   },

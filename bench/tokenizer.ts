@@ -294,7 +294,7 @@ function measureEncoding(
       ? python(encoding === 'deepseek-v3' ? 'tokenizers' : 'tiktoken', encoding, documents, out, folder)
       : worker(peer, encoding, documents, out)
     if (timing === undefined) {
-      console.log(`  ${encoding.padEnd(12)} ${peer.padEnd(24)} not here, or failed`)
+      console.log(`  ${encoding.padEnd(12)} ${peer.padEnd(24)} not installed, or failed`)
       continue
     }
     const ids = readFileSync(`${out}.ids`)

@@ -119,7 +119,7 @@ async function work(): Promise<Measurement> {
   }
   const ops = stopProfile?.(seconds)
   const slow = fallbacks().filter(({ backend: name }) => name === backend.name)
-  if (slow.length > 0) console.error(`without a kernel of their own: ${slow.map(({ op }) => op).join(', ')}`)
+  if (slow.length > 0) console.error(`ops without their own kernel: ${slow.map(({ op }) => op).join(', ')}`)
   return {
     config,
     backend: backend.name,
@@ -249,7 +249,7 @@ function compare(config: string) {
       if (options['compiled-peer']) runners.push(torch(config, precision, true))
     }
   } else if (options.peers) {
-    console.error('no .venv-reference: PyTorch is left out (docs say how to make one)')
+    console.error('skipping PyTorch: .venv-reference does not exist; to include it, run tools/reference/setup.sh')
   }
   const rounds = new Map<Runner, Measurement[]>(runners.map(runner => [runner, []]))
   for (let round = 0; round < Number(options.rounds); round++) {

@@ -44,19 +44,19 @@ const actions = {
     setDefaultBackend(backend)
     storage = await openStorage()
     const kept = await read('run.json')
-    tell('open', { device: backend.device, models: Object.keys(shapes), kept })
+    post('open', { device: backend.device, models: Object.keys(shapes), kept })
     if (!kept?.step) return
     const folder = await modelFolder(storage)
     tokenizer = await BpeTokenizer.fromJSONAsync(
       await (await (await folder.getFileHandle('tokenizer.json')).getFile()).text(),
     )
     model = await DeepSeek.fromPretrained(folder)
-    tell('model')
+    post('model')
   },
 
   async train({ text, size, steps, resume }) {
     stop = new AbortController()
-    tell('status', 'training a tokenizer')
+    post('status', 'training a tokenizer')
     const data = texts([text], { validation: 0.02 })
     tokenizer = await trainBpeAsync(data.training, {
       vocabSize: 512,
@@ -96,12 +96,12 @@ const actions = {
         if (event.type === 'evaluation') run.heldOut.push([event.step, Number(event.loss.toPrecision(5))])
         if (event.type === 'checkpoint') run.step = event.step
         if (event.type === 'checkpoint' || event.type === 'end') saved = saved.then(() => write('run.json', run))
-        if (event.type !== 'fail') tell('event', event)
+        if (event.type !== 'fail') post('event', event)
       },
     })
     await saved
-    tell('trained', { interrupted, bitsPerByte: validation.bitsPerByte })
-    tell('model')
+    post('trained', { interrupted, bitsPerByte: validation.bitsPerByte })
+    post('model')
   },
 
   async write({ prompt }) {
@@ -111,8 +111,8 @@ const actions = {
       ...options,
       signal: stop.signal,
     })
-    for await (const piece of generation) tell('piece', piece)
-    tell('written')
+    for await (const piece of generation) post('piece', piece)
+    post('written')
   },
 
   /** Sends the model's files, in the Hugging Face layout. */
@@ -122,7 +122,7 @@ const actions = {
     await write('tokenizer.json', tokenizer, folder)
     const files = []
     for await (const name of folder.keys()) files.push(await (await folder.getFileHandle(name)).getFile())
-    tell('files', files)
+    post('files', files)
   },
 
   stop() {
@@ -130,7 +130,7 @@ const actions = {
   },
 }
 
-const tell = (what, value) => postMessage({ what, value })
+const post = (what, value) => postMessage({ what, value })
 
 const upTo = (points, step) => points.filter(point => point[0] <= step).length
 
@@ -158,7 +158,7 @@ addEventListener('message', async ({ data: { action, ...options } }) => {
   try {
     await actions[action](options)
   } catch (error) {
-    tell(error.code === 'E_ABORTED' ? 'written' : 'failed', error.message)
+    post(error.code === 'E_ABORTED' ? 'written' : 'failed', error.message)
   }
 })
-tell('started')
+post('started')
