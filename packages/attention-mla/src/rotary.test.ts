@@ -53,7 +53,7 @@ test('states without a batch are refused', () => {
     new MultiHeadAttention({ hidden_size: 24, num_attention_heads: 3 }),
   ]
   for (const layer of layers)
-    expect(() => layer.forward(zeros([2, 24]))).toThrow(/has shape \[2,24\], needs \[batch, time, hidden\]/)
+    expect(() => layer.forward(zeros([2, 24]))).toThrow(/has shape \[2,24\], expected \[batch, time, hidden\]/)
 })
 
 test('shared tables have to be those of the layer', () => {

@@ -29,26 +29,26 @@ afterEach(() => {
 })
 
 describe('default backend', () => {
-  test('says how to choose one when none was', () => {
+  test('the error explains how to set one', () => {
     expect(() => tensor([1])).toThrow(
       expect.objectContaining({ code: 'E_NO_BACKEND', message: expect.stringMatching(/call setDefaultBackend\(/) }),
     )
   })
 
-  test('is one that was awaited', () => {
+  test('must be awaited first', () => {
     for (const [none, what] of [
       [Promise.resolve(referenceBackend()), 'a promise'],
       ['kernels-cpu', 'the string "kernels-cpu"'],
       [undefined, 'undefined'],
     ] as const) {
-      const message = expect.stringContaining(`the backend is ${what}; pass what was awaited`)
+      const message = expect.stringContaining(`the backend is ${what}; pass an awaited backend`)
       expect(() => setDefaultBackend(none as unknown as Backend)).toThrow(
         expect.objectContaining({ code: 'E_ATTR', message }),
       )
     }
   })
 
-  test('is where tensors are made unless told otherwise', () => {
+  test('is where tensors are created by default', () => {
     const [a, b] = [referenceBackend(), referenceBackend()]
     setDefaultBackend(a)
     expect(defaultBackend()).toBe(a)
@@ -65,11 +65,11 @@ describe('firstAvailable', () => {
       throw new MoeError({ code, op: 'createBackend', problem })
     },
   })
-  // The specifier is a variable so that the compiler does not look for it.
+  // The specifier is a variable, so that the compiler does not resolve it.
   const absent = '@moe/not-installed'
   const missing = () => import(absent)
 
-  test('falls through what is not installed or finds no device, and tells why', async () => {
+  test('skips backends that are not installed or find no device, and reports why', async () => {
     const skipped: string[] = []
     const loaders = [missing, failing('E_NO_BACKEND', 'no driver'), failing('E_UNSUPPORTED', 'too old'), works]
     const found = await firstAvailable(loaders, { onSkip: reason => skipped.push(reason) })
@@ -81,7 +81,7 @@ describe('firstAvailable', () => {
     ])
   })
 
-  test('does not load what stands behind the first that works', async () => {
+  test('does not load backends after the first that works', async () => {
     let loaded = false
     const second = async () => {
       loaded = true
@@ -91,18 +91,20 @@ describe('firstAvailable', () => {
     expect(loaded).toBe(false)
   })
 
-  test('keeps every reason when none works', async () => {
+  test('reports every reason when none works', async () => {
     const promise = firstAvailable([missing, failing('E_NO_BACKEND', 'no driver')])
     await expect(promise).rejects.toMatchObject({ code: 'E_NO_BACKEND' })
     await expect(promise).rejects.toThrow(/- .*@moe\/not-installed[\s\S]*\n {2}- createBackend: no driver\ninstall one/)
   })
 
-  test('what is no list of functions is told how to become one', async () => {
+  test('rejects anything but a list of functions', async () => {
     const loader = async () => ({ createBackend: async () => backend })
     for (const none of [loader, [loader()], undefined]) {
       await expect(firstAvailable(none as unknown as [])).rejects.toMatchObject({
         code: 'E_ATTR',
-        message: expect.stringContaining('no list of functions; pass what imports each: firstAvailable([() => import('),
+        message: expect.stringContaining(
+          'not a list of functions; pass functions that import a backend: firstAvailable([() => import(',
+        ),
       })
     }
   })
@@ -111,7 +113,7 @@ describe('firstAvailable', () => {
     await expect(firstAvailable([])).rejects.toMatchObject({ code: 'E_NO_BACKEND' })
   })
 
-  test('rethrows what is not a matter of availability', async () => {
+  test('rethrows errors other than missing availability', async () => {
     await expect(firstAvailable([failing('E_BACKEND', 'out of order'), works])).rejects.toMatchObject({
       code: 'E_BACKEND',
     })
@@ -144,21 +146,19 @@ test('noGrad does not record, nests, and ends with an exception too', () => {
   expect(isRecording()).toBe(true)
 })
 
-test('settings of a promise would end before its work: it is refused', async () => {
+test('settings reject asynchronous functions', async () => {
   const refused = (op: string) =>
     expect.objectContaining({ code: 'E_ATTR', op, message: expect.stringMatching(/synchronous function/) })
   expect(() => noGrad(() => Promise.resolve(1))).toThrow(refused('noGrad'))
   expect(() => withPrecision('bf16', () => Promise.resolve(1))).toThrow(refused('withPrecision'))
-  expect(() => withPrecision('fp16' as 'f32', () => 1)).toThrow(
-    /no precision is called "fp16".*'f32', 'bf16' or 'fp8'/s,
-  )
+  expect(() => withPrecision('fp16' as 'f32', () => 1)).toThrow(/unknown precision "fp16".*'f32', 'bf16' or 'fp8'/s)
   using x = tensor([1, 2], [1, 2], { backend: referenceBackend() })
-  expect(() => x.matmul(x, { transposeB: true, precision: 'fp16' as 'f32' })).toThrow('matmul: no precision is called')
+  expect(() => x.matmul(x, { transposeB: true, precision: 'fp16' as 'f32' })).toThrow('matmul: unknown precision')
   expect([isRecording(), currentPrecision()]).toEqual([true, 'f32'])
 })
 
-describe('precision policy', () => {
-  /** Reference backend that notes the precision of every matrix product. */
+describe('precision', () => {
+  /** Reference backend that records the precision of every matrix product. */
   function noting(): { backend: Backend; seen: Precision[] } {
     const backend = referenceBackend()
     const seen: Precision[] = []
@@ -184,7 +184,7 @@ describe('precision policy', () => {
     x = ones([2, 4], { backend })
   })
 
-  test('reaches every matrix product of the forward pass, and goes back afterwards', () => {
+  test('applies to every matrix product of the forward pass, and is restored afterwards', () => {
     expect(currentPrecision()).toBe('f32')
     withPrecision('bf16', () => {
       expect(currentPrecision()).toBe('bf16')
@@ -204,7 +204,7 @@ describe('precision policy', () => {
     expect(currentPrecision()).toBe('f32')
   })
 
-  test('one product can be told its own', () => {
+  test('one product can override it', () => {
     withPrecision('bf16', () => x.matmul(model.weight, { precision: 'f32' }))
     expect(seen).toEqual(['f32'])
   })

@@ -1,4 +1,4 @@
-/** @file The few settings that are not arguments: default backend, recording, precision policy, and what fell back. */
+/** @file The few global settings: default backend, recording, precision, and counts of fallbacks. */
 import type { Backend, FusedName, Precision, WidePrecision } from './backend.ts'
 import { describe, isMoeError, MoeError, shown } from './errors.ts'
 import { checkOptions } from './options.ts'
@@ -8,18 +8,18 @@ interface Context {
   backend: Backend | null
   recording: boolean
   recomputing: boolean
-  /** What `remember` gave inside the running `checkpoint`, for its second run. */
+  /** Values that `remember` returned in the running `checkpoint`, for its second run. */
   remembered: unknown[] | null
-  /** In that second run: what is still to be given. */
+  /** During that second run: the values still to be returned. */
   recalled: Iterator<unknown> | null
-  /** Tensors that `withRecomputed` is going to free, and their reshapes. */
+  /** Tensors that `withRecomputed` will free, and reshapes of them. */
   lent: Set<Tensor> | null
   precision: Precision
-  /** Times that a fused op ran as its decomposition, by `backend:op`. */
+  /** How often a fused op ran as its decomposition, by `backend:op`. */
   fallbacks: Map<string, number>
 }
 
-/** Internal. Shared by everything that runs; a process has one. */
+/** The state of the whole process. Internal. */
 export const context: Context = {
   backend: null,
   recording: true,
@@ -31,42 +31,48 @@ export const context: Context = {
   fallbacks: new Map(),
 }
 
-/** The backend on which creation functions put their tensors. @throws MoeError E_ATTR for what is none, such as a promise of one. */
+/**
+ * Sets the backend on which creation functions put their tensors.
+ * @throws MoeError E_ATTR if it is not a backend, for example a promise of one
+ */
 export function setDefaultBackend(backend: Backend): void {
   if (backend?.primitives === undefined) {
     throw new MoeError({
       code: 'E_ATTR',
       op: 'setDefaultBackend',
       problem: `the backend is ${describe(backend)}`,
-      fix: "pass what was awaited: setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu')]))",
+      fix: "pass an awaited backend: setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu')]))",
     })
   }
   context.backend = backend
 }
 
-/** @throws MoeError E_NO_BACKEND when none was set. */
+/** Returns the backend set by `setDefaultBackend`. @throws MoeError E_NO_BACKEND if none was set */
 export function defaultBackend(): Backend {
   if (context.backend === null) {
     throw new MoeError({
       code: 'E_NO_BACKEND',
       op: 'defaultBackend',
-      problem: 'no backend was chosen',
+      problem: 'no default backend is set',
       fix: "call setDefaultBackend(await firstAvailable([() => import('@moe/kernels-cpu'), () => import('@moe/backend-tfjs')])) first",
     })
   }
   return context.backend
 }
 
-/** What a backend package exports for `firstAvailable`. */
+/** The exports of a backend package that `firstAvailable` uses. */
 export interface BackendModule {
-  /** Opens the backend. @throws MoeError E_NO_BACKEND when its device or library is not there, E_UNSUPPORTED when this machine cannot run it. */
+  /**
+   * Opens the backend.
+   * @throws MoeError E_NO_BACKEND if its device or library is missing, E_UNSUPPORTED if it cannot run on this machine
+   */
   createBackend(): Promise<Backend>
 }
 
 /**
- * The first backend of the list that loads and finds its device. A module that is not installed or says E_NO_BACKEND or
- * E_UNSUPPORTED is passed over; `onSkip` is given the reason.
- * @throws MoeError E_NO_BACKEND with every reason when none works, E_ATTR for what is no list of functions.
+ * Returns the first backend of the list that loads and finds its device. Skips packages that are not installed and
+ * backends that throw E_NO_BACKEND or E_UNSUPPORTED, and passes the reason to `onSkip`.
+ * @throws MoeError E_NO_BACKEND with all reasons if none works, E_ATTR if `loaders` is not a list of functions
  */
 export async function firstAvailable(
   loaders: ReadonlyArray<() => Promise<BackendModule>>,
@@ -77,8 +83,8 @@ export async function firstAvailable(
     throw new MoeError({
       code: 'E_ATTR',
       op: 'firstAvailable',
-      problem: `the loaders are ${Array.isArray(loaders) ? shown(loaders) : describe(loaders)}, no list of functions`,
-      fix: "pass what imports each: firstAvailable([() => import('@moe/kernels-cpu')])",
+      problem: `the loaders are ${Array.isArray(loaders) ? shown(loaders) : describe(loaders)}, not a list of functions`,
+      fix: "pass functions that import a backend: firstAvailable([() => import('@moe/kernels-cpu')])",
     })
   }
   const reasons: string[] = []
@@ -99,27 +105,27 @@ export async function firstAvailable(
     op: 'firstAvailable',
     problem:
       reasons.length === 0
-        ? 'the list is empty'
+        ? 'the list of backends is empty'
         : `no backend could be used:\n${reasons.map(reason => `  - ${reason}`).join('\n')}\n`,
     fix:
       reasons.length === 0
-        ? "name some: [() => import('@moe/kernels-cpu')]"
-        : 'install one of them or mend the first reason',
+        ? "pass at least one: [() => import('@moe/kernels-cpu')]"
+        : 'install one of them, or fix the first reason',
   })
 }
 
-/** A setting ends when its function returns: what a promise does later would run without it. */
+/** A setting ends when its function returns, so asynchronous work would run without it. */
 function synchronous<T>(op: string, result: T): T {
   if (!(result instanceof Promise)) return result
   throw new MoeError({
     code: 'E_ATTR',
     op,
-    problem: 'the function returned a promise, and the setting would end before it settles',
+    problem: 'the function returned a promise, but the setting ends before it settles',
     fix: 'pass a synchronous function and await its result outside',
   })
 }
 
-/** Runs a synchronous `fn` without recording for gradients. */
+/** Runs a synchronous function without recording its ops for `backward`. */
 export function noGrad<T>(fn: () => T): T {
   const before = context.recording
   context.recording = false
@@ -130,15 +136,15 @@ export function noGrad<T>(fn: () => T): T {
   }
 }
 
-/** Whether ops are being recorded for `backward`. */
+/** Returns whether ops are being recorded for `backward`. */
 export const isRecording = (): boolean => context.recording
 
-/** Whether the code that runs repeats a forward pass for `checkpoint`, so that counters must not count again. */
+/** Returns whether a forward pass is being repeated by `checkpoint`. Counters must not count it again. */
 export const isRecomputing = (): boolean => context.recomputing
 
 /**
- * A value that a forward pass takes from state outside of tensors, such as random numbers from a stream that moves on: when `checkpoint`
- * repeats the pass, it is that of the first time.
+ * Returns `make()`, and the same value again when `checkpoint` repeats the forward pass. For values that depend on
+ * state other than tensors, for example numbers from a random stream that advances.
  */
 export function remember<T>(make: () => T): T {
   const recalled = context.recalled?.next()
@@ -147,12 +153,12 @@ export function remember<T>(make: () => T): T {
   return value
 }
 
-/** What `withPrecision` takes. */
+/** The precisions that `withPrecision` accepts. */
 export const precisions: readonly Precision[] = ['f32', 'bf16', 'fp8']
 
 /**
- * For who keeps a precision till it is needed.
- * @throws MoeError E_ATTR when there is no such precision
+ * Checks a precision that is stored for later use.
+ * @throws MoeError E_ATTR if it is unknown
  * @internal
  */
 export function checkPrecision(op: string, precision: Precision): void {
@@ -160,16 +166,18 @@ export function checkPrecision(op: string, precision: Precision): void {
   throw new MoeError({
     code: 'E_ATTR',
     op,
-    problem: `no precision is called ${JSON.stringify(precision)}`,
+    problem: `unknown precision ${JSON.stringify(precision)}`,
     fix: "pass 'f32', 'bf16' or 'fp8'",
   })
 }
 
 /**
- * Runs a synchronous `fn` with matrix products multiplied in the given precision (accumulation stays f32). Parameters, optimizer state and
- * everything else stay f32. A backend without bf16 arithmetic multiplies in f32. In 'fp8' that is linear layers, experts, and what goes back through them; attention, batched products
- * and the loss of the head are in bf16 then (DeepSeek-V3 report 3.3).
- * @throws MoeError E_ATTR when there is no such precision.
+ * Runs a synchronous function with matrix products in the given precision; accumulation stays f32. Parameters,
+ * optimizer state and everything else stay f32. A backend without bf16 arithmetic multiplies in f32.
+ *
+ * 'fp8' applies to linear layers, experts and their backward passes; attention, batched products and the loss of the
+ * output head then run in bf16 (DeepSeek-V3 report 3.3).
+ * @throws MoeError E_ATTR for an unknown precision
  */
 export function withPrecision<T>(precision: Precision, fn: () => T): T {
   checkPrecision('withPrecision', precision)
@@ -182,24 +190,27 @@ export function withPrecision<T>(precision: Precision, fn: () => T): T {
   }
 }
 
-/** The precision that matrix products are given now. */
+/** Returns the current precision of matrix products. */
 export const currentPrecision = (): Precision => context.precision
 
-/** The same for products that are never in fp8. */
+/** Returns the precision for products that never run in fp8: bf16 in its place. */
 export const widePrecision = (precision: Precision = context.precision): WidePrecision =>
   precision === 'fp8' ? 'bf16' : precision
 
-/** A fused op that a backend had no kernel for. */
+/** A fused op that ran without a kernel. */
 export interface Fallback {
   /** `Backend.name`. */
   readonly backend: string
   /** The op that was decomposed. */
   readonly op: FusedName
-  /** Calls since the process began. */
+  /** Number of calls since the process started. */
   readonly count: number
 }
 
-/** Fused ops that ran as their decomposition so far, most frequent first: slower, never wrong. */
+/**
+ * Returns the fused ops that ran as their decomposition so far, most frequent first. Fallbacks are slower, but compute
+ * the same result.
+ */
 export function fallbacks(): Fallback[] {
   return [...context.fallbacks]
     .map(([key, count]) => {

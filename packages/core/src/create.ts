@@ -1,4 +1,4 @@
-/** @file Tensors from nothing: from numbers of the host, of one value, of random numbers. */
+/** @file Functions that create tensors: from host numbers, a constant or random numbers. */
 import type { Backend, Shape, TensorSpec } from './backend.ts'
 import { defaultBackend } from './context.ts'
 import { type DType, encodeHost, type HostArray } from './dtype.ts'
@@ -9,24 +9,24 @@ import type { Random } from './random.ts'
 import { showShape, sizeOf } from './shape.ts'
 import { Tensor } from './tensor.ts'
 
-/** Where and as what a new tensor is made. */
+/** Dtype and backend of a new tensor. */
 export interface CreateOptions {
-  /** Default f32. */
+  /** Default: f32; `tensor` infers it from the type of the values. */
   readonly dtype?: DType
-  /** Default: that of `setDefaultBackend`. */
+  /** Default: the backend set by `setDefaultBackend`. */
   readonly backend?: Backend
 }
 
 const createNames: OptionNames<CreateOptions> = { dtype: true, backend: true }
 
-/** A tensor says both, too: `zeros(shape, x)`. */
+/** A tensor is accepted as options too, for its dtype and backend: `zeros(shape, x)`. */
 function checkCreate(op: string, options: CreateOptions): void {
   if (!(options instanceof Tensor)) checkOptions(op, options, createNames)
 }
 
 /**
- * Every element the same value.
- * @throws MoeError E_SHAPE when a size is negative or no integer.
+ * Returns a tensor with every element set to `value`.
+ * @throws MoeError E_SHAPE if a size is negative or not an integer, E_DTYPE for an unknown dtype
  */
 export function full(shape: Shape, value: number, options: CreateOptions = {}): Tensor {
   checkCreate('full', options)
@@ -37,20 +37,21 @@ export function full(shape: Shape, value: number, options: CreateOptions = {}): 
   return new Tensor(backend, backend.primitives.fill([], { value }, specs)[0], shape, dtype)
 }
 
-/** Every element 0. @throws MoeError E_SHAPE when a size is negative or no integer. */
+/** Returns a tensor of zeros. @throws MoeError E_SHAPE if a size is negative or not an integer */
 export function zeros(shape: Shape, options?: CreateOptions): Tensor {
   return full(shape, 0, options)
 }
 
-/** Every element 1. @throws MoeError E_SHAPE when a size is negative or no integer. */
+/** Returns a tensor of ones. @throws MoeError E_SHAPE if a size is negative or not an integer */
 export function ones(shape: Shape, options?: CreateOptions): Tensor {
   return full(shape, 1, options)
 }
 
 /**
- * A tensor from numbers. The shape defaults to a vector; the dtype to i32 for an Int32Array, u8 for a Uint8Array, else f32.
- * Numbers are encoded to the dtype; pass raw bits of 16- and 8-bit floats to `fromHost` instead.
- * @throws MoeError E_SHAPE when the shape does not fit the number of values.
+ * Creates a tensor from numbers. `shape` defaults to a vector. `dtype` defaults to i32 for an Int32Array, u8 for a
+ * Uint8Array and f32 otherwise. Numbers are converted to the dtype; to pass raw bits of 16- or 8-bit floats, use
+ * `fromHost`.
+ * @throws MoeError E_SHAPE if the number of values does not match the shape, E_ATTR if the values are not numbers
  */
 export function tensor(values: ArrayLike<number>, shape?: Shape, options: CreateOptions = {}): Tensor {
   needNumbers(values)
@@ -61,25 +62,28 @@ export function tensor(values: ArrayLike<number>, shape?: Shape, options: Create
   return fromHost(encodeHost(dtype, values), shape ?? [values.length], dtype, options.backend)
 }
 
-/** Refuses what would silently become NaN. */
+/** Rejects values that would silently become NaN. */
 function needNumbers(values: ArrayLike<number> | undefined): void {
   const first: unknown = values?.[0]
   if (values?.length === 0 || typeof first === 'number' || typeof first === 'boolean') return
   const problem = first === undefined ? `the values are ${describe(values)}` : `value 0 is ${describe(first)}`
-  throw attrError('tensor', problem, 'pass numbers in one array, and the shape: tensor([1, 2, 3, 4], [2, 2])')
+  throw attrError('tensor', problem, 'pass a flat array of numbers and the shape: tensor([1, 2, 3, 4], [2, 2])')
 }
 
-/** A tensor from a host array that already holds the dtype's bits. The array is copied. */
+/** Creates a tensor from a host array that already contains the bits of the dtype. The array is copied. */
 export function fromHost(data: HostArray, shape: Shape, dtype: DType, backend = defaultBackend()): Tensor {
   needSizes('fromHost', shape)
   needKnownDtype('fromHost', dtype)
   if (sizeOf(shape) !== data.length) {
-    throw shapeError('fromHost', `${data.length} values do not fill ${showShape(shape)} (${sizeOf(shape)})`)
+    throw shapeError(
+      'fromHost',
+      `got ${data.length} values for shape ${showShape(shape)}, which has ${sizeOf(shape)} elements`,
+    )
   }
   return new Tensor(backend, backend.upload(data, shape, dtype), shape, dtype)
 }
 
-/** 0, 1, ..., n-1 as i32, on `backend` (default: that of `setDefaultBackend`). */
+/** Returns the integers 0, 1, …, n-1 as i32, on `backend` (default: the one set by `setDefaultBackend`). */
 export function arange(n: number, options: { backend?: Backend } = {}): Tensor {
   checkCreate('arange', options)
   return fromHost(
@@ -92,17 +96,25 @@ export function arange(n: number, options: { backend?: Backend } = {}): Tensor {
 
 function needRandom(op: string, random: Random | undefined): void {
   if (typeof random?.normal === 'function') return
-  throw attrError(op, `the generator is ${describe(random)}`, `pass one: ${op}(shape, new Random(seed))`)
+  throw attrError(op, `the generator is ${describe(random)}`, `pass a generator: ${op}(shape, new Random(seed))`)
 }
 
-/** A tensor of normal numbers of mean 0 and the given `deviation` (default 1), f32, on `backend` (default: that of `setDefaultBackend`). @throws MoeError E_ATTR without a generator */
+/**
+ * Returns an f32 tensor of normally distributed numbers with mean 0 and the given standard `deviation` (default 1), on
+ * `backend` (default: the one set by `setDefaultBackend`).
+ * @throws MoeError E_ATTR if no generator is passed
+ */
 export function randn(shape: Shape, random: Random, options: { deviation?: number; backend?: Backend } = {}): Tensor {
   needRandom('randn', random)
   checkOptions('randn', options, { deviation: true, backend: true })
   return fromHost(random.normal(sizeOf(shape), options.deviation), shape, 'f32', options.backend)
 }
 
-/** A tensor of uniform numbers in [`low`, `high`), by default [0, 1), f32, on `backend` (default: that of `setDefaultBackend`). @throws MoeError E_ATTR without a generator */
+/**
+ * Returns an f32 tensor of uniformly distributed numbers in [`low`, `high`), by default [0, 1), on `backend` (default:
+ * the one set by `setDefaultBackend`).
+ * @throws MoeError E_ATTR if no generator is passed
+ */
 export function rand(
   shape: Shape,
   random: Random,

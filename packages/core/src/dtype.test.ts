@@ -22,9 +22,9 @@ interface Codec {
   readonly encode: (value: number) => number
   readonly decode: (bits: number) => number
   readonly codes: number
-  /** Bits of known values, both ways. */
+  /** Bits of known values, in both directions. */
   readonly golden: ReadonlyArray<readonly [value: number, bits: number]>
-  /** Values that have to be rounded, and the bits that they get. */
+  /** Values that must be rounded, and the expected bits. */
   readonly rounded: ReadonlyArray<readonly [value: number, bits: number]>
 }
 
@@ -48,11 +48,11 @@ const codecs: Record<string, Codec> = {
     rounded: [
       [0.1, 0x3dcd],
       [Math.PI, 0x4049],
-      // Ties go to the even code, everything past them up.
+      // Ties go to the even code, and everything above them up.
       [1 + 2 ** -8, 0x3f80],
       [1 + 3 * 2 ** -8, 0x3f82],
       [1 + 2 ** -8 + 2 ** -20, 0x3f81],
-      // The carry runs through the exponent, at the end into infinity.
+      // The carry goes through the exponent and, at the end, into infinity.
       [2 - 2 ** -9, 0x4000],
       [3.4028234663852886e38, 0x7f80],
       [2 ** -134, 0],
@@ -114,7 +114,7 @@ const codecs: Record<string, Codec> = {
       [2 ** -10, 0],
       [3 * 2 ** -10, 0x02],
       [7.5 * 2 ** -9, 0x08],
-      // No infinity to go to: what is too large becomes the largest number.
+      // There is no infinity, so what is too large becomes the largest number.
       [449, 0x7e],
       [1e30, 0x7e],
       [Number.POSITIVE_INFINITY, 0x7e],
@@ -162,7 +162,7 @@ for (const [name, { encode, decode, codes, golden, rounded }] of Object.entries(
       const largest = finite[finite.length - 1]
       const magnitudes = fc.oneof(
         fc.float({ min: 0, max: Math.fround(largest), noNaN: true }),
-        // Exactly between two neighbours, where f32 can say it.
+        // Exactly between two neighbours, if f32 can represent that.
         fc.integer({ min: 0, max: finite.length - 2 }).map(i => Math.fround((finite[i] + finite[i + 1]) / 2)),
       )
       fc.assert(

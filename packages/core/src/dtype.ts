@@ -1,21 +1,27 @@
-/** @file Element types: their sizes, host arrays and the bit codecs for the ones JavaScript has no array for. */
+/** @file Element types: sizes, host arrays, and bit conversions for the types that JavaScript has no arrays for. */
 
-/** Element types of tensors. Arithmetic is done in `f32`; the 16- and 8-bit floats are storage and matmul-input formats. */
+/**
+ * Element type of a tensor. Ops compute in `f32`; the 16- and 8-bit floats are formats for storage and for inputs of
+ * matrix products.
+ */
 export type DType = 'f32' | 'bf16' | 'f16' | 'f8e4m3' | 'i32' | 'u8'
 
-/** Host array of each dtype. `bf16` and `f16` travel as raw 16-bit patterns, `f8e4m3` as raw bytes. */
+/**
+ * Typed array that carries a dtype's elements on the host: raw 16-bit patterns for `bf16` and `f16`, raw bytes for
+ * `f8e4m3`.
+ */
 export type HostArray = Float32Array | Int32Array | Uint16Array | Uint8Array
 
 /** All element types. */
 export const dtypes: readonly DType[] = ['f32', 'bf16', 'f16', 'f8e4m3', 'i32', 'u8']
 
-/** Bytes of one element. */
+/** Size of one element in bytes, for each dtype. */
 export const dtypeBytes: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, f16: 2, f8e4m3: 1, i32: 4, u8: 1 }
 
-/** Whether the dtype holds floating-point numbers, and so can carry gradients after a cast to f32. */
+/** Returns whether the dtype is a floating-point type. Only tensors of these types are part of gradient recording. */
 export const isFloat = (dtype: DType): boolean => dtype !== 'i32' && dtype !== 'u8'
 
-/** A zeroed host array for `length` elements. */
+/** Returns a zero-filled host array for `length` elements. */
 export function hostArray(dtype: DType, length: number): HostArray {
   switch (dtype) {
     case 'f32':
@@ -31,7 +37,7 @@ export function hostArray(dtype: DType, length: number): HostArray {
   }
 }
 
-/** View bytes as the host array of `dtype`; copies only when the offset is not aligned. */
+/** Returns a view of the bytes as the host array of `dtype`. Copies only if the byte offset is not aligned. */
 export function viewBytes(dtype: DType, bytes: Uint8Array): HostArray {
   const size = dtypeBytes[dtype]
   const aligned = bytes.byteOffset % size === 0 ? bytes : bytes.slice()
@@ -53,7 +59,7 @@ export function viewBytes(dtype: DType, bytes: Uint8Array): HostArray {
 const f32Scratch = new Float32Array(1)
 const u32Scratch = new Uint32Array(f32Scratch.buffer)
 
-/** f32 to bf16 bits, round to nearest even; NaN stays a (quiet) NaN. */
+/** Converts an f32 number to bf16 bits, rounding to nearest even. NaN stays a (quiet) NaN. */
 export function toBf16(value: number): number {
   f32Scratch[0] = value
   const bits = u32Scratch[0]
@@ -61,13 +67,16 @@ export function toBf16(value: number): number {
   return ((bits + 0x7fff + ((bits >>> 16) & 1)) >>> 16) & 0xffff
 }
 
-/** bf16 bits to a number, exact. */
+/** Converts bf16 bits to a number, exactly. */
 export function fromBf16(bits: number): number {
   u32Scratch[0] = bits << 16
   return f32Scratch[0]
 }
 
-/** f32 to IEEE binary16 bits, round to nearest even, overflow to infinity, subnormals kept. */
+/**
+ * Converts an f32 number to IEEE binary16 bits, rounding to nearest even. Overflow becomes infinity; subnormals are
+ * kept.
+ */
 export function toF16(value: number): number {
   f32Scratch[0] = value
   const bits = u32Scratch[0]
@@ -76,7 +85,7 @@ export function toF16(value: number): number {
   if (magnitude > 0x7f800000) return sign | 0x7e00
   if (magnitude >= 0x47800000) return sign | 0x7c00
   if (magnitude < 0x38800000) {
-    // Subnormal half: one unit is 2^-24. Scaling by a power of two is exact, so rounding happens once.
+    // Subnormal half: one unit is 2^-24. Scaling by a power of two is exact, so rounding happens only once.
     const scaled = Math.abs(f32Scratch[0]) * 16777216
     return sign | roundHalfEven(scaled)
   }
@@ -84,7 +93,7 @@ export function toF16(value: number): number {
   return sign | ((rounded - 0x38000000) >>> 13)
 }
 
-/** IEEE binary16 bits to a number, exact. */
+/** Converts IEEE binary16 bits to a number, exactly. */
 export function fromF16(bits: number): number {
   const sign = bits & 0x8000 ? -1 : 1
   const exponent = (bits >>> 10) & 0x1f
@@ -97,10 +106,16 @@ export function fromF16(bits: number): number {
 /** Largest finite value of `f8e4m3` (the `fn` variant: no infinities, 0x7f and 0xff are NaN). */
 export const f8e4m3Max = 448
 
-/** Neighbours along the summed axis that share a scale in precision 'fp8'; those of an expert's weight gradient count from its first row. */
+/**
+ * Number of consecutive elements along the summed axis that share a scale in precision 'fp8'. In the weight gradient of
+ * an expert, the tiles start at the expert's first row.
+ */
 export const fp8Tile = 128
 
-/** f32 to float8_e4m3fn bits, round to nearest even, saturating at ±448 (as hardware conversions do); NaN stays NaN. */
+/**
+ * Converts an f32 number to float8_e4m3fn bits, rounding to nearest even and saturating at ±448, as hardware does. NaN
+ * stays NaN.
+ */
 export function toF8e4m3(value: number): number {
   if (Number.isNaN(value)) return 0x7f
   const sign = value < 0 || Object.is(value, -0) ? 0x80 : 0
@@ -109,12 +124,12 @@ export function toF8e4m3(value: number): number {
   if (magnitude < 2 ** -6) return sign | roundHalfEven(magnitude * 512)
   const exponent = Math.floor(Math.log2(magnitude))
   const mantissa = roundHalfEven(magnitude * 2 ** (3 - exponent))
-  // A mantissa of 16 carries into the exponent, which the addition below does by itself.
+  // A mantissa of 16 carries into the exponent; the addition handles that.
   const code = ((exponent + 7) << 3) + (mantissa - 8)
   return sign | Math.min(code, 0x7e)
 }
 
-/** float8_e4m3fn bits to a number, exact. */
+/** Converts float8_e4m3fn bits to a number, exactly. */
 export function fromF8e4m3(bits: number): number {
   const sign = bits & 0x80 ? -1 : 1
   const exponent = (bits >>> 3) & 0xf
@@ -131,7 +146,7 @@ function roundHalfEven(value: number): number {
   return floor
 }
 
-/** Decode a host array of any dtype to numbers (f32 and i32 arrays are returned as they are). */
+/** Decodes a host array of any dtype to numbers. f32, i32 and u8 arrays are returned as they are, without a copy. */
 export function decodeHost(dtype: DType, data: HostArray): Float32Array | Int32Array | Uint8Array {
   switch (dtype) {
     case 'f32':
@@ -145,7 +160,10 @@ export function decodeHost(dtype: DType, data: HostArray): Float32Array | Int32A
   }
 }
 
-/** Encode numbers as the host array of a dtype. Integers are truncated toward zero, `u8` is clamped to 0..255. */
+/**
+ * Encodes numbers as the host array of a dtype. Integers are truncated toward zero; `u8` is clamped to 0..255. An array
+ * that already has the right type is returned as it is.
+ */
 export function encodeHost(dtype: DType, values: ArrayLike<number>): HostArray {
   switch (dtype) {
     case 'f32':
@@ -167,7 +185,9 @@ const encoders = { bf16: toBf16, f16: toF16 }
 const word = new ArrayBuffer(4)
 const words = { f32: new Float32Array(word), u32: new Uint32Array(word) }
 
-/** The element's bits as an unsigned number, which is how kernels that only move elements take a value. */
+/**
+ * Returns the bits of an element as an unsigned number, the form in which kernels that only move elements take a value.
+ */
 export function bitsOf(value: number, dtype: DType): number {
   if (dtype === 'f32') {
     words.f32[0] = value

@@ -19,11 +19,11 @@ describe('MoeError', () => {
     expect(error).toBeInstanceOf(Error)
     expect(error.stack).toContain('errors.test.ts')
     expect(error.problem).toBe('inner sizes differ')
-    // What Node prints has it once.
+    // Node prints it only once.
     expect(inspect(error).match(/inner sizes differ/g)).toHaveLength(1)
   })
 
-  test('what to do follows a list on a line of its own', () => {
+  test('the fix follows a multi-line problem on its own line', () => {
     const { message } = new MoeError({
       code: 'E_CONFIG',
       op: 'train',
@@ -33,14 +33,14 @@ describe('MoeError', () => {
     expect(message).toBe('train: two faults:\n  one\n  two\nmend')
   })
 
-  test('fix, details and cause may be missing', () => {
+  test('fix, details and cause are optional', () => {
     const plain = new MoeError({ code: 'E_NAN', op: 'step 3', problem: 'the loss is NaN' })
     expect(plain.message).toBe('step 3: the loss is NaN')
     expect(plain.details).toEqual({})
     expect('cause' in plain).toBe(false)
   })
 
-  test('is known by name and code, so that two copies of the package understand each other', () => {
+  test('is recognized by name and code, also from another copy of the package', () => {
     class MoeErrorOfAnotherCopy extends Error {
       override name = 'MoeError'
       code = 'E_DTYPE'

@@ -1,6 +1,9 @@
-/** @file The one error class of @moe, as data: a permanent code, the op, the offending values, and what to do. */
+/**
+ * @file The error class of all `@moe` packages, as data: a permanent code, the operation, the offending values, and a
+ * fix.
+ */
 
-/** Permanent identities of errors. Test on `code`, never on the text. */
+/** Permanent identifiers of errors. Check `code`, never the message text, which may change. */
 export type ErrorCode =
   | 'E_SHAPE'
   | 'E_DTYPE'
@@ -19,35 +22,35 @@ export type ErrorCode =
   | 'E_NAN'
   | 'E_ABORTED'
 
-/** What a `MoeError` is made of. */
+/** The parts of a `MoeError`. */
 export interface ErrorInfo {
-  /** Its permanent identity. */
+  /** Permanent identifier of the kind of error. */
   readonly code: ErrorCode
-  /** Op, method or file that failed; starts the message. */
+  /** The operation, method or file that failed. The message starts with it. */
   readonly op: string
-  /** What is wrong, with both offending values. */
+  /** What is wrong, including the offending values. */
   readonly problem: string
   /** What the caller can do about it. */
   readonly fix?: string
-  /** The values themselves, for programs. */
+  /** The offending values themselves, for programs. */
   readonly details?: Readonly<Record<string, unknown>>
-  /** The error that led to this one. */
+  /** The error that caused this one. */
   readonly cause?: unknown
 }
 
-/** Every failure of the `@moe` packages: `op: problem; fix`. */
+/** The error that every `@moe` package throws. Its message has the form `op: problem; fix`. */
 export class MoeError extends Error {
   readonly #problem: string
-  /** Its permanent identity: test on this. */
+  /** Permanent identifier of the kind of error. Check this rather than the message. */
   readonly code: ErrorCode
-  /** Op, method or file that failed. */
+  /** The operation, method or file that failed. */
   readonly op: string
-  /** The offending values, by name; `{}` when there are none beyond the message. */
+  /** The offending values by name; `{}` if the message contains everything. */
   readonly details: Readonly<Record<string, unknown>>
 
-  /** Writes the message: `op: problem; fix`. */
+  /** Creates the error and its message, `op: problem; fix`. */
   constructor(info: ErrorInfo) {
-    // A problem that is a list ends its last line itself.
+    // A multi-line problem already ends with a line break.
     const separator = info.problem.endsWith('\n') ? '' : '; '
     super(
       info.fix ? `${info.op}: ${info.problem}${separator}${info.fix}` : `${info.op}: ${info.problem}`,
@@ -60,27 +63,36 @@ export class MoeError extends Error {
     this.details = info.details ?? {}
   }
 
-  /** What is wrong, without op and fix: for an error that has this one as its cause. Not a field, which Node would print once more. */
+  /**
+   * What is wrong, without `op` and fix, for an error that wraps this one. A getter, because Node would print a field a
+   * second time.
+   */
   get problem(): string {
     return this.#problem
   }
 }
 
-/** Whether a value is a MoeError (of any copy of this package), optionally with the given code. */
+/**
+ * Returns whether `value` is a `MoeError`, optionally with the given code. Errors from another copy of this package
+ * count too.
+ */
 export function isMoeError(value: unknown, code?: ErrorCode): value is MoeError {
   return (
     value instanceof Error && value.name === 'MoeError' && (code === undefined || (value as MoeError).code === code)
   )
 }
 
-/** A value in a message as it would be written in code, so that the string "3" is not taken for the number. @internal */
+/**
+ * Formats a value for an error message as it would be written in code, so that the string "3" and the number 3 differ.
+ * @internal
+ */
 export function shown(value: unknown): string {
   if (typeof value === 'string') return JSON.stringify(value.length > 40 ? `${value.slice(0, 40)}…` : value)
   if (Array.isArray(value)) return `[${value.map(shown).join(',')}]`
   return typeof value === 'object' || typeof value === 'function' ? describe(value) : String(value)
 }
 
-/** Internal: what a caller passed by mistake, in a few words. */
+/** Describes in a few words what a caller passed by mistake. Internal. */
 export function describe(value: unknown): string {
   if (value === null || value === undefined) return `${value}`
   if (value instanceof Promise) return 'a promise'

@@ -22,7 +22,7 @@ setDefaultBackend(referenceBackend())
 const random = new Random(1)
 const normal = (...shape: number[]) => randn(shape, random)
 
-/** x rounded along axis `along` of its two. */
+/** x `[rows, columns]`, rounded along axis `along`. */
 function rounded(x: Tensor, along: 0 | 1): Tensor {
   const [rows, columns] = x.shape
   const layout =

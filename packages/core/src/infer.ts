@@ -1,4 +1,6 @@
-/** @file Shape and dtype of every primitive's outputs, and all checks of what the user passed. Backends check nothing. */
+/**
+ * @file Infers shape and dtype of every primitive's outputs and validates all user input. Backends validate nothing.
+ */
 import type { PrimitiveAttrs, PrimitiveName, Shape, TensorSpec, Value } from './backend.ts'
 import { type DType, dtypeBytes, dtypes } from './dtype.ts'
 import { MoeError, shown } from './errors.ts'
@@ -14,41 +16,41 @@ export function attrError(op: string, problem: string, fix?: string, details?: R
   return new MoeError({ code: 'E_ATTR', op, problem, fix, details })
 }
 
-/** Checks one input's dtype. */
+/** Checks an input's dtype. @throws MoeError E_DTYPE */
 export function needDtype(op: string, name: string, value: Value, ...allowed: DType[]): void {
   for (let i = 0; i < allowed.length; i++) if (value.dtype === allowed[i]) return
   throw new MoeError({
     code: 'E_DTYPE',
     op,
-    problem: `${name} has dtype ${value.dtype}, needs ${allowed.join(' or ')}`,
+    problem: `${name} has dtype ${value.dtype}, expected ${allowed.join(' or ')}`,
     fix: `cast it with .cast('${allowed[0]}')`,
     details: { dtype: value.dtype, allowed },
   })
 }
 
-/** Checks one input's shape; -1 stands for any size. */
+/** Checks an input's shape; -1 matches any size. @throws MoeError E_SHAPE */
 export function needShape(op: string, name: string, value: Value, expected: Shape): void {
   const { shape } = value
   let ok = shape.length === expected.length
   for (let i = 0; ok && i < shape.length; i++) ok = expected[i] === -1 || shape[i] === expected[i]
   if (ok) return
   const wanted = `[${expected.map(size => (size === -1 ? '*' : size)).join(',')}]`
-  throw shapeError(op, `${name} has shape ${showShape(shape)}, needs ${wanted}`, undefined, { shape, expected })
+  throw shapeError(op, `${name} has shape ${showShape(shape)}, expected ${wanted}`, undefined, { shape, expected })
 }
 
-/** Refuses sizes or axes that are given one by one. */
+/** Checks that sizes or axes are passed as an array, not one by one. @throws MoeError E_SHAPE */
 export function needList(op: string, name: string, value: unknown): void {
   if (Array.isArray(value)) return
-  throw shapeError(op, `${name} is ${shown(value)}, no array`, 'pass them together, as in [2, 3]')
+  throw shapeError(op, `${name} is ${shown(value)}, not an array`, 'pass an array such as [2, 3]')
 }
 
-/** Refuses a name that is none of a dtype. @throws MoeError E_DTYPE */
+/** Checks that a dtype exists. @throws MoeError E_DTYPE */
 export function needKnownDtype(op: string, dtype: DType): void {
   if (Object.hasOwn(dtypeBytes, dtype)) return
   throw new MoeError({
     code: 'E_DTYPE',
     op,
-    problem: `${shown(dtype)} is no dtype`,
+    problem: `${shown(dtype)} is not a dtype`,
     fix: `pass one of ${dtypes.join(', ')}`,
     details: { dtype },
   })
@@ -56,11 +58,11 @@ export function needKnownDtype(op: string, dtype: DType): void {
 
 export const isSize = (n: number): boolean => Number.isInteger(n) && n >= 0
 
-/** Checks a shape that a caller gave. */
+/** Checks a shape that the caller passed. @throws MoeError E_SHAPE */
 export function needSizes(op: string, shape: Shape): void {
   needList(op, 'the shape', shape)
   for (let i = 0; i < shape.length; i++) {
-    if (!isSize(shape[i])) throw shapeError(op, `${shown(shape[i])} in ${showShape(shape)} is not a size`)
+    if (!isSize(shape[i])) throw shapeError(op, `${shown(shape[i])} in ${showShape(shape)} is not a valid size`)
   }
 }
 
@@ -139,8 +141,8 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
     if (x.shape.length === 0 || !Number.isInteger(k) || k < 1 || k > size) {
       throw shapeError(
         'topk',
-        `k = ${k} does not fit the last axis of ${showShape(x.shape)}`,
-        'pass 1 <= k <= its size',
+        `k = ${k} is out of range for the last axis of ${showShape(x.shape)}`,
+        'pass a k from 1 to the size of that axis',
       )
     }
     const shape = x.shape.slice(0, -1)
@@ -180,7 +182,7 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
 
   takeRows([x, index]) {
     needDtype('takeRows', 'index', index, 'i32')
-    if (x.shape.length === 0) throw shapeError('takeRows', 'the input is a scalar and has no rows')
+    if (x.shape.length === 0) throw shapeError('takeRows', 'the input is a scalar, which has no rows')
     return [{ shape: index.shape.concat(x.shape.slice(1)), dtype: x.dtype }]
   },
 
@@ -191,10 +193,10 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
     if (!sameShape(index.shape, source.shape.slice(0, rank))) {
       throw shapeError(
         'scatterAddRows',
-        `source ${showShape(source.shape)} does not start with the shape of index ${showShape(index.shape)}`,
+        `the shape of source, ${showShape(source.shape)}, does not start with the shape of index, ${showShape(index.shape)}`,
       )
     }
-    if (!Number.isInteger(rows) || rows < 0) throw shapeError('scatterAddRows', `rows = ${rows} is not a size`)
+    if (!Number.isInteger(rows) || rows < 0) throw shapeError('scatterAddRows', `rows = ${rows} is not a valid size`)
     return [{ shape: [rows, ...source.shape.slice(rank)], dtype: source.dtype }]
   },
 
@@ -233,7 +235,7 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
   },
 
   concat(parts, { axis }) {
-    if (parts.length === 0) throw shapeError('concat', 'there is nothing to join', 'pass at least one tensor')
+    if (parts.length === 0) throw shapeError('concat', 'the list of tensors is empty', 'pass at least one tensor')
     const [first] = parts
     const shape = first.shape.slice()
     for (let i = 1; i < parts.length; i++) {
@@ -245,7 +247,7 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
         throw shapeError(
           'concat',
           `part ${i} has shape ${showShape(part.shape)}, part 0 ${showShape(first.shape)}`,
-          `all sizes but that of axis ${axis} must agree`,
+          `make all sizes except that of axis ${axis} equal`,
         )
       }
       shape[axis] += part.shape[axis]
@@ -254,7 +256,10 @@ export const infer: { readonly [P in PrimitiveName]: Infer<P> } = {
   },
 }
 
-/** Checks a requested shape against the number of elements; one size may be -1. */
+/**
+ * Returns the target shape of a reshape, with -1 replaced by the inferred size.
+ * @throws MoeError E_SHAPE if the number of elements differs
+ */
 export function inferReshape(x: Value, shape: Shape): Shape {
   needList('reshape', 'the shape', shape)
   const total = sizeOf(x.shape)
@@ -272,7 +277,7 @@ export function inferReshape(x: Value, shape: Shape): Shape {
   if (sizeOf(out) !== total || out.some(size => !Number.isInteger(size) || size < 0)) {
     throw shapeError(
       'reshape',
-      `${showShape(x.shape)} has ${total} elements, ${showShape(shape)} does not`,
+      `${showShape(x.shape)} has ${total} elements and cannot become ${showShape(shape)}`,
       'pass sizes with the same product (one may be -1)',
       { shape: x.shape, wanted: shape },
     )

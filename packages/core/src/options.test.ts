@@ -11,7 +11,7 @@ const check = (options: unknown) => checkOptions('train', options as Options, na
 const config = (given: object) => checkShared('Layer', given, { hidden_size: true, v_head_dim: true, n_group: true })
 
 describe('checkOptions', () => {
-  test('takes known names and what is undefined', () => {
+  test('accepts known names and undefined values', () => {
     check({})
     check({ steps: 1, warmup: undefined, lr: 0 })
     check({ steps: 1, typo: undefined })
@@ -25,21 +25,21 @@ describe('checkOptions', () => {
     ['wormop', 'warmup'],
     ['l', 'lr'],
   ])('%s is told to be %s', (name, near) => {
-    expect(() => check({ steps: 1, [name]: null })).toThrow(`train: there is no option ${name}; did you mean ${near}?`)
+    expect(() => check({ steps: 1, [name]: null })).toThrow(`train: unknown option ${name}; did you mean ${near}?`)
   })
 
-  test('lists all names where none is near', () => {
+  test('lists all names if none is close', () => {
     expect(() => check({ learningRate: 1 })).toThrow(
       expect.objectContaining({
         code: 'E_CONFIG',
-        message: 'train: there is no option learningRate; there are steps, warmup, lr',
+        message: 'train: unknown option learningRate; known options are steps, warmup, lr',
         details: { name: 'learningRate', known: ['steps', 'warmup', 'lr'] },
       }),
     )
   })
 
-  test('knows only the names of the list, not what every object has, and sees inherited ones', () => {
-    expect(() => check({ toString: () => '' })).toThrow('no option toString')
+  test('does not accept names of Object.prototype, and checks inherited names', () => {
+    expect(() => check({ toString: () => '' })).toThrow('unknown option toString')
     expect(() => check(Object.create({ stepz: 1 }))).toThrow('did you mean steps?')
   })
 
@@ -49,29 +49,29 @@ describe('checkOptions', () => {
     ['fast', 'the string "fast"'],
     [() => {}, 'a function'],
   ])('refuses %s', (value, words) => {
-    expect(() => check(value)).toThrow(`train: ${words} is given in place of options`)
+    expect(() => check(value)).toThrow(`train: expected an options object, got ${words}`)
     expect(() => check(value)).toThrow('pass an object: { steps, warmup, lr }')
   })
 
-  test('lists are those of the type', () => {
-    // @ts-expect-error lr is forgotten
+  test('lists of names must match the type', () => {
+    // @ts-expect-error lr is missing
     checkOptions<Options>('train', { steps: 1 }, { steps: true, warmup: true })
-    // @ts-expect-error there is no rate
+    // @ts-expect-error rate does not exist
     checkOptions<Options>('train', { steps: 1 }, { steps: true, warmup: true, lr: true, rate: true })
   })
 })
 
 describe('checkShared', () => {
-  test("refuses other families' names of what there is", () => {
+  test("rejects other model families' names of known options", () => {
     for (const name of ['d_model', 'n_embd', 'dim'])
       expect(() => config({ hidden_size: 8, [name]: 9 })).toThrow(
-        `Layer: there is no option ${name}; did you mean hidden_size?`,
+        `Layer: unknown option ${name}; did you mean hidden_size?`,
       )
     expect(() => config({ n_expert_groups: 2 })).toThrow('did you mean n_group?')
     config({ hidden_size: 8, d_model: undefined, num_layers: 4, top_k: 50 })
   })
 
-  test("lets through other programs' names, even near ones", () => {
+  test("accepts other programs' names, even similar ones", () => {
     config({ hidden_size: 8, torch_dtype: 'float32', head_dim: 64, sliding_window: null })
   })
 
@@ -83,14 +83,12 @@ describe('checkShared', () => {
     ['hidden_sizes', 'hidden_size'],
     ['n_gruop', 'n_group'],
   ])('refuses %s for %s', (name, near) => {
-    expect(() => config({ hidden_size: 8, [name]: 9 })).toThrow(
-      `Layer: there is no option ${name}; did you mean ${near}?`,
-    )
+    expect(() => config({ hidden_size: 8, [name]: 9 })).toThrow(`Layer: unknown option ${name}; did you mean ${near}?`)
   })
 
-  test('refuses what is no object', () => {
+  test('rejects what is not an object', () => {
     expect(() => config(undefined as never)).toThrow(
-      'Layer: undefined is given in place of options; pass an object: { hidden_size, v_head_dim, n_group }',
+      'Layer: expected an options object, got undefined; pass an object: { hidden_size, v_head_dim, n_group }',
     )
   })
 })

@@ -1,13 +1,21 @@
-/** @file What a user's options are asked: whether anybody reads their names. Who writes JavaScript, or spreads objects, learns it from no compiler. */
+/**
+ * @file Runtime checks of option names, for callers whose mistakes no compiler finds: plain JavaScript, and spread
+ * objects.
+ */
 import { describe, MoeError } from './errors.ts'
 
-/** All names of some options: an object that lacks one, or has another, does not compile. Its values mean nothing. @internal */
+/**
+ * An object with every option name as a key. It compiles only if it lists exactly the names of `Options`; its values
+ * are ignored.
+ * @internal
+ */
 export type OptionNames<Options> = { readonly [Name in keyof Options]-?: unknown }
 
 /**
- * Refuses options that are no object, and names that are not among `names`; what is undefined is not given.
- * @param names type-checked against the options: `{ lr: true, steps: true }`
- * @throws MoeError E_CONFIG with the nearest known name, or all of them
+ * Checks that `options` is an object and that all its names are in `names`. Options whose value is undefined are
+ * ignored.
+ * @param names type-checked against the options, for example `{ lr: true, steps: true }`
+ * @throws MoeError E_CONFIG that suggests the closest known name, or lists all of them
  * @internal
  */
 export function checkOptions<Options extends object>(
@@ -16,14 +24,16 @@ export function checkOptions<Options extends object>(
   names: OptionNames<NoInfer<Options>>,
 ): void {
   needObject(op, options, names)
-  // Also those that it inherits: they are read like its own.
+  // `in` includes inherited names, which are read like own ones.
   for (const name in options) {
     if (!Object.hasOwn(names, name) && options[name] !== undefined) throw unknownName(op, name, names)
   }
 }
 
-/** What a configuration of other model families has for these names of ours: in a preset with changes it would change nothing. */
-const elsewhere: Readonly<Record<string, string>> = {
+/**
+ * Our configuration names, and what other model families call them. Under those names, a value would have no effect.
+ */
+const namesElsewhere: Readonly<Record<string, string>> = {
   vocab_size: 'n_vocab vocabulary_size',
   hidden_size: 'd_model n_embd dim embed_dim model_dim hidden_dim',
   intermediate_size: 'd_ff ffn_dim inter_dim n_inner ffn_hidden_size',
@@ -45,9 +55,10 @@ const elsewhere: Readonly<Record<string, string>> = {
 }
 
 /**
- * The same for what others read as well: a configuration in the terms of config.json, options that are handed on to all parts of a model. Names that are not among
- * `names` are let through, unless they are a slip away from one (a letter more, less, another or swapped, or written in other case or without underscores), or what other model
- * families call one (`num_layers`, `d_model`).
+ * Like `checkOptions`, for objects that other code reads too: a configuration in the terms of config.json, or options
+ * passed on to all parts of a model. Unknown names are allowed, unless they look like a mistake: one typo away from a
+ * known name (a letter added, missing, replaced or swapped), different only in case or underscores, or the name that
+ * other model families use for it (`num_layers`, `d_model`).
  * @throws MoeError E_CONFIG
  * @internal
  */
@@ -59,7 +70,7 @@ export function checkShared<Options extends object>(
   needObject(op, options, names)
   for (const name in options) {
     if (Object.hasOwn(names, name) || options[name] === undefined) continue
-    const meant = nearest(name, names, 1) ?? ours(name, names)
+    const meant = nearest(name, names, 1) ?? ourName(name, names)
     if (meant !== undefined) throw unknownName(op, name, names, meant)
   }
 }
@@ -69,13 +80,15 @@ function needObject(op: string, value: unknown, names: object): void {
   throw new MoeError({
     code: 'E_CONFIG',
     op,
-    problem: `${describe(value)} is given in place of options`,
+    problem: `expected an options object, got ${describe(value)}`,
     fix: `pass an object: { ${Object.keys(names).join(', ')} }`,
   })
 }
 
-const ours = (name: string, names: object): string | undefined =>
-  Object.keys(elsewhere).find(known => Object.hasOwn(names, known) && elsewhere[known].split(' ').includes(name))
+const ourName = (name: string, names: object): string | undefined =>
+  Object.keys(namesElsewhere).find(
+    known => Object.hasOwn(names, known) && namesElsewhere[known].split(' ').includes(name),
+  )
 
 function unknownName(
   op: string,
@@ -87,22 +100,22 @@ function unknownName(
   return new MoeError({
     code: 'E_CONFIG',
     op,
-    problem: `there is no option ${name}`,
-    fix: near === undefined ? `there are ${known.join(', ')}` : `did you mean ${near}?`,
+    problem: `unknown option ${name}`,
+    fix: near === undefined ? `known options are ${known.join(', ')}` : `did you mean ${near}?`,
     details: { name, known },
   })
 }
 
-/** The known name that is the fewest slips away, at most `limit`. */
+/** Returns the known name with the fewest typos, at most `limit`, or undefined. */
 function nearest(name: string, names: object, limit: number): string | undefined {
   let best: string | undefined
   let fewest = limit + 1
   for (const known of Object.keys(names)) {
     if (Math.abs(known.length - name.length) >= fewest && bare(known) !== bare(name)) continue
-    const slips = slipsBetween(name, known)
-    if (slips < fewest) {
+    const typos = typosBetween(name, known)
+    if (typos < fewest) {
       best = known
-      fewest = slips
+      fewest = typos
     }
   }
   return best
@@ -110,8 +123,10 @@ function nearest(name: string, names: object, limit: number): string | undefined
 
 const bare = (name: string): string => name.replaceAll('_', '').toLowerCase()
 
-/** Letters to insert, to leave out, to replace or to swap with the next; 0 where only case and underscores differ. */
-function slipsBetween(a: string, b: string): number {
+/**
+ * The number of letters to insert, remove, replace or swap with the next one; 0 if only case and underscores differ.
+ */
+function typosBetween(a: string, b: string): number {
   if (bare(a) === bare(b)) return 0
   let [before, last]: number[][] = [[], []]
   let row = Array.from({ length: b.length + 1 }, (_, j) => j)

@@ -20,7 +20,7 @@ describe('philox4x32-10', () => {
 })
 
 describe('Random', () => {
-  test('a seed is a whole number', () => {
+  test('a seed is an integer', () => {
     for (const [seed, shown] of [
       ['1', '"1"'],
       [1.5, '1.5'],
@@ -30,7 +30,7 @@ describe('Random', () => {
       expect(() => new Random(seed as number)).toThrow(
         expect.objectContaining({
           code: 'E_ATTR',
-          message: expect.stringContaining(`Random: the seed is ${shown}; pass a whole number`),
+          message: expect.stringContaining(`Random: the seed is ${shown}; pass an integer`),
         }),
       )
     }
@@ -80,7 +80,7 @@ describe('Random', () => {
     }
   })
 
-  test('one that is given the fields of another goes on as that one', () => {
+  test('a generator with the fields of another continues like it', () => {
     const random = new Random(2 ** 40 + 5, 9)
     random.normal(7)
     const other = Object.assign(new Random(1), JSON.parse(JSON.stringify(random)))

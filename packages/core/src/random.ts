@@ -1,4 +1,7 @@
-/** @file Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The same bits on every backend. */
+/**
+ * @file Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+ * 3"). The same bits on every backend.
+ */
 import { shown } from './errors.ts'
 import { attrError } from './infer.ts'
 
@@ -11,13 +14,13 @@ function mulHigh(high: number, low: number, word: number): number {
   return (Math.imul(high, w1) + (middle >>> 16) + (other >>> 16)) | 0
 }
 
-/** One block: four random words from a 128-bit counter and a 64-bit key. */
+/** Computes one block: four random words from a 128-bit counter and a 64-bit key, written to `out` at `at`. */
 export function philox4x32(counter: readonly number[], key: readonly number[], out: Uint32Array, at = 0): void {
   const [c0, c1, c2, c3] = counter
   block(c0 | 0, c1 | 0, c2 | 0, c3 | 0, key[0] | 0, key[1] | 0, out, at)
 }
 
-/** The same with words as i32, which engines keep in registers. */
+/** `philox4x32` with i32 words, which JavaScript engines keep in registers. */
 function block(
   c0: number,
   c1: number,
@@ -46,32 +49,34 @@ function block(
   out[at + 3] = c3
 }
 
-/** Words that are drawn at once. */
+/** Words generated per batch. */
 const batch = 512
 
 /**
- * A stream of random numbers named by a seed and a stream number; streams never overlap. Its three fields are all that it is: one that is
- * given those of another goes on as that one would.
+ * A stream of random numbers, identified by a seed and a stream number; streams never overlap. The three fields are its
+ * complete state: assign those of another generator to continue as that one would.
  */
 export class Random {
   /** Key of the generator, an integer below 2^53. */
   seed: number
   /** Number of the stream within the seed, 32 bits. */
   stream: number
-  /** Blocks of four words drawn so far. */
+  /** Number of blocks of four words drawn so far. */
   position: number
   readonly #words = new Uint32Array(batch)
 
-  /** The stream from its block number `position` on. @throws MoeError E_ATTR for a seed that is no whole number */
+  /** Creates the stream, starting at block number `position`. @throws MoeError E_ATTR if the seed is not an integer */
   constructor(seed: number, stream = 0, position = 0) {
     if (!Number.isSafeInteger(seed))
-      throw attrError('Random', `the seed is ${shown(seed)}`, 'pass a whole number below 2^53: new Random(1)')
+      throw attrError('Random', `the seed is ${shown(seed)}`, 'pass an integer below 2^53: new Random(1)')
     this.seed = seed
     this.stream = stream
     this.position = position
   }
 
-  /** An independent generator, named by a number or a text (a parameter's name, say) within this seed. */
+  /**
+   * Returns an independent generator within this seed, identified by a number or a name (of a parameter, for example).
+   */
   fork(name: number | string): Random {
     let hash = 0x811c9dc5
     for (const char of `${this.stream}/${name}`)
@@ -79,7 +84,7 @@ export class Random {
     return new Random(this.seed, hash)
   }
 
-  /** The next `count` words, rounded up to whole blocks; valid until the next call. */
+  /** Generates the next `count` words, rounded up to whole blocks. The result is valid until the next call. */
   #draw(count: number): Uint32Array {
     const words = this.#words
     const k0 = this.seed | 0
@@ -91,18 +96,18 @@ export class Random {
     return words
   }
 
-  /** One uniform number in [0, 1), of 53 random bits. */
+  /** Returns a uniform number in [0, 1) with 53 random bits. */
   next(): number {
     const words = this.#draw(4)
     return ((words[0] >>> 5) * 67108864 + (words[1] >>> 6)) / 9007199254740992
   }
 
-  /** An integer in 0 .. n-1. */
+  /** Returns a uniform integer in 0 .. n-1. */
   integer(n: number): number {
     return Math.floor(this.next() * n)
   }
 
-  /** Uniform numbers in [0, 1), f32. */
+  /** Returns `length` uniform f32 numbers in [0, 1). */
   uniform(length: number): Float32Array {
     const out = new Float32Array(length)
     for (let i = 0; i < length; i += batch) {
@@ -113,7 +118,7 @@ export class Random {
     return out
   }
 
-  /** Normal numbers of mean 0 and the given standard deviation, f32 (Box-Muller in f64). */
+  /** Returns `length` normal f32 numbers with mean 0 and the given standard deviation (Box-Muller in f64). */
   normal(length: number, deviation = 1): Float32Array {
     const out = new Float32Array(length)
     for (let i = 0; i < length; i += batch) {
@@ -129,7 +134,7 @@ export class Random {
     return out
   }
 
-  /** Shuffles an array in place (Fisher-Yates). */
+  /** Shuffles an array in place (Fisher-Yates) and returns it. */
   shuffle<T extends { [index: number]: number | unknown; length: number }>(items: T): T {
     for (let i = items.length - 1; i > 0; i--) {
       const j = this.integer(i + 1)
@@ -144,8 +149,8 @@ export class Random {
 const powers = Float64Array.from({ length: 34 }, (_, e) => 2 ** -e)
 
 /**
- * ln((word + 1) / (2^32 + 1)), within 1e-14. Like `turn` of additions and multiplications alone: three times as fast as Math.log, Math.cos and Math.sin,
- * and the same bits in every engine.
+ * ln((word + 1) / (2^32 + 1)) to within 1e-14. Like `turn`, it uses only additions and multiplications: three times as
+ * fast as Math.log, Math.cos and Math.sin, and the same bits in every engine.
  */
 function logFraction(word: number): number {
   const x = word + 1
@@ -164,7 +169,10 @@ function logFraction(word: number): number {
 
 const onCircle = new Float64Array(2)
 
-/** Cosine and sine of word / 2^32 of a turn, within 1e-15: the nearest quarter and a remainder of at most an eighth. */
+/**
+ * Cosine and sine of word / 2^32 of a full turn, to within 1e-15: from the nearest quarter turn and a remainder of at
+ * most an eighth.
+ */
 function turn(word: number, out: Float64Array): void {
   const quarter = (word + 536870912) >>> 30
   const t = ((word - (quarter << 30)) | 0) * 1.4629180792671596e-9

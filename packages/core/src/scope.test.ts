@@ -15,7 +15,7 @@ beforeEach(() => {
 const alive = () => backend.stats().handles
 
 describe('scope', () => {
-  test('frees what is made inside and not returned', () => {
+  test('frees what is created inside and not returned', () => {
     let inner!: Tensor
     const y = scope(() => {
       inner = x.mul(2)
@@ -39,7 +39,7 @@ describe('scope', () => {
     expect(alive()).toBe(4)
   })
 
-  test('does not look into instances of classes: what they hold is freed unless it is kept', () => {
+  test('does not look into class instances: their tensors are freed unless kept', () => {
     class Holder {
       tensor = x.add(1)
       kept = keep(x.add(2))
@@ -70,7 +70,7 @@ describe('scope', () => {
     expect(alive()).toBe(1)
   })
 
-  test('an exception frees everything and passes through', () => {
+  test('an exception frees everything and propagates', () => {
     const failure = new Error('no')
     let made!: Tensor
     expect(() =>
@@ -84,12 +84,12 @@ describe('scope', () => {
     ).toThrow(failure)
     expect(made.disposed).toBe(true)
     expect(alive()).toBe(1)
-    // The scope that failed is closed: what comes now belongs to nobody.
+    // The failed scope is closed: new tensors belong to no scope.
     const after = x.mul(4)
     expect(after.owner).toBeNull()
   })
 
-  test('refuses a promise, and frees what was made before it', async () => {
+  test('rejects a promise, and frees what was created before it', async () => {
     let pending!: Promise<unknown>
     expect(() =>
       scope(() => {
@@ -146,7 +146,7 @@ describe('single tensors', () => {
 })
 
 describe('a lifetime', () => {
-  test('holds what is made in it over several calls, until it is disposed; what is kept goes on', () => {
+  test('keeps tensors over several calls until it is disposed, and kept ones longer', () => {
     const life = new Lifetime()
     const [y, kept] = scope(() => life.run(() => [x.mul(2), keep(x.mul(3))]))
     const z = life.run(() => scope(() => y.add(1).add(1)))
@@ -162,7 +162,7 @@ describe('a lifetime', () => {
     expect(alive()).toBe(1)
   })
 
-  test('a function that fails leaves what it made to the lifetime, and the scope outside open', () => {
+  test('after a failed function, its tensors belong to the lifetime, and the outer scope is current', () => {
     const life = new Lifetime()
     scope(() => {
       expect(() =>
@@ -180,7 +180,7 @@ describe('a lifetime', () => {
 })
 
 describe('allOrNothing', () => {
-  test('frees what a failed function made, kept or not, and nothing else', () => {
+  test('frees what a failed function created, kept or not, and nothing else', () => {
     const failure = new Error('no')
     let before!: Tensor
     expect(() =>
@@ -195,7 +195,7 @@ describe('allOrNothing', () => {
     expect(alive()).toBe(1)
   })
 
-  test('a part that failed does not take the rest along', () => {
+  test('a failed inner call does not free the rest', () => {
     const made = allOrNothing(() => {
       const first = x.mul(2)
       expect(() =>

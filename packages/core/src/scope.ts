@@ -1,20 +1,20 @@
-/** @file Lifetimes: whatever is made inside a scope and not returned from it is freed at its end. */
+/** @file Lifetimes: what is created inside a scope and not returned from it is freed when the scope ends. */
 import { MoeError } from './errors.ts'
 
-/** Something with device memory that a scope can own. */
+/** An object with device memory that a scope can own. */
 export abstract class Scoped {
-  /** The scope that will free this, or null when it lives until `dispose()`. @internal */
+  /** The scope that will free this, or null if it lives until `dispose()`. @internal */
   owner: Scope | null
 
   constructor() {
     this.owner = current
     if (current !== null) current.items.push(this)
-    if (made !== null) made.push(this)
+    if (created !== null) created.push(this)
   }
 
   abstract dispose(): void
 
-  /** `dispose()`, for `using`. */
+  /** Calls `dispose()`, for `using`. */
   [Symbol.dispose](): void {
     this.dispose()
   }
@@ -25,14 +25,16 @@ export interface Scope {
 }
 
 let current: Scope | null = null
-/** What the running `allOrNothing` has made so far. */
-let made: Scoped[] | null = null
+/** Everything that the running `allOrNothing` has created so far. */
+let created: Scoped[] | null = null
 
 /**
- * Runs a synchronous function and frees every tensor made inside that is not part of its result (a tensor, or arrays and plain
- * objects of them). What is returned belongs to the enclosing scope. On an exception everything is freed.
+ * Runs a synchronous function and frees every tensor created inside that is not part of its result: a tensor, or
+ * arrays, maps and plain objects of tensors. The result belongs to the enclosing scope. If the function throws,
+ * everything is freed.
  *
  * A scope also frees what is recorded for gradients, so call `backward` inside it.
+ * @throws MoeError E_ATTR if the function returns a promise
  */
 export function scope<T>(fn: () => T): T {
   const outer = current
@@ -44,7 +46,7 @@ export function scope<T>(fn: () => T): T {
       throw new MoeError({
         code: 'E_ATTR',
         op: 'scope',
-        problem: 'the function returned a promise, and its tensors would be freed before it settles',
+        problem: 'the function returned a promise, but its tensors would be freed before it settles',
         fix: 'pass a synchronous function and await its result outside',
       })
     }
@@ -56,13 +58,13 @@ export function scope<T>(fn: () => T): T {
 }
 
 /**
- * A scope that is entered as often as one likes and freed by hand, for what lives longer than one call: a micro-batch on its way through a pipeline, from
- * its forward to its backward pass.
+ * A scope that you can enter several times and free manually. For tensors that outlive one call, for example a
+ * micro-batch in a pipeline between its forward and its backward pass.
  */
 export class Lifetime {
   readonly #scope: Scope = { items: [] }
 
-  /** Runs a synchronous function; the tensors that it makes live until `dispose()`, its result included. */
+  /** Runs a synchronous function. The tensors it creates, including its result, live until `dispose()`. */
   run<T>(fn: () => T): T {
     const outer = current
     current = this.#scope
@@ -73,35 +75,35 @@ export class Lifetime {
     }
   }
 
-  /** Frees what was made in it and not kept. It can be entered again. */
+  /** Frees everything created inside and not passed to `keep`. The lifetime can be entered again. */
   dispose(): void {
     const items = this.#scope.items.splice(0)
     for (const item of items) if (item.owner === this.#scope) item.dispose()
   }
 
-  /** `dispose()`, for `using`. */
+  /** Calls `dispose()`, for `using`. */
   [Symbol.dispose](): void {
     this.dispose()
   }
 }
 
-/** Internal: opens a scope by hand, for the inner loop of `backward`. Close it with `leaveScope` whatever happens. */
+/** Opens a scope manually, for the inner loop of `backward`. Always close it with `leaveScope`. Internal. */
 export function enterScope(): Scope {
   current = { items: [] }
   return current
 }
 
-/** Internal: the scope that is open now. */
+/** Returns the innermost open scope. Internal. */
 export const currentScope = (): Scope | null => current
 
-/** Internal: gives a kept tensor to the scope that is open now. */
+/** Moves a kept tensor to the innermost open scope. Internal. */
 export function adopt<T extends Scoped>(item: T): T {
   item.owner = current
   current?.items.push(item)
   return item
 }
 
-/** Internal: frees what a scope still owns and makes `outer` the open one. */
+/** Frees what a scope still owns and makes `outer` the current one. Internal. */
 export function leaveScope(own: Scope, outer: Scope | null): void {
   current = outer
   const { items } = own
@@ -109,31 +111,34 @@ export function leaveScope(own: Scope, outer: Scope | null): void {
 }
 
 /**
- * Runs a synchronous function that makes what persists, a constructor say. When it throws, for want of memory or whatever else, all that it made is
- * freed: parameters and kept tensors, too.
+ * Runs a synchronous function that creates persistent tensors, for example a constructor. If it throws, for lack of
+ * memory or any other reason, everything it created is freed, including parameters and kept tensors.
  */
 export function allOrNothing<T>(fn: () => T): T {
-  const outer = made
+  const outer = created
   const own = outer ?? []
   const before = own.length
-  made = own
+  created = own
   try {
     return fn()
   } catch (error) {
     for (const item of own.splice(before)) item.dispose()
     throw error
   } finally {
-    made = outer
+    created = outer
   }
 }
 
-/** Takes tensors out of their scopes: they live until they are disposed. Returns its argument. */
+/**
+ * Removes tensors (also inside arrays, maps and plain objects) from their scopes, so that they live until you dispose
+ * of them. Returns its argument.
+ */
 export function keep<T>(value: T): T {
   move(value, null, null, 0)
   return value
 }
 
-/** Gives what `value` holds and `from` owns (any owner when null) to `to`. */
+/** Moves the tensors in `value` that `from` owns (any owner if null) to `to`. */
 function move(value: unknown, from: Scope | null, to: Scope | null, depth: number): void {
   if (value === null || typeof value !== 'object' || depth > 8) return
   if (value instanceof Scoped) {

@@ -36,9 +36,9 @@ describe('broadcasting', () => {
     expect(broadcastShapes('add', [1], [0])).toEqual([0])
   })
 
-  test('what does not broadcast names both shapes and the two sizes', () => {
+  test('the error names both shapes and the two sizes', () => {
     expect(() => broadcastShapes('add', [2, 3], [2])).toThrow(
-      /^add: shapes do not broadcast, lhs \[2,3\] rhs \[2\]: 3 != 2; make the sizes equal or one of them 1/,
+      /^add: shapes do not broadcast, lhs \[2,3\] rhs \[2\]: 3 != 2; counting axes from the right, make the sizes equal or one of them 1/,
     )
     expect(() => broadcastShapes('add', [2], [0])).toThrow(/2 != 0/)
   })
@@ -60,7 +60,7 @@ describe('broadcasting', () => {
     )
   })
 
-  test('any two shapes either broadcast or are refused with E_SHAPE', () => {
+  test('any two shapes either broadcast or are rejected with E_SHAPE', () => {
     fc.assert(
       fc.property(shapes, shapes, (a, b) => {
         const fits = [...a].reverse().every((size, i) => {
@@ -95,7 +95,7 @@ describe('broadcasting', () => {
 })
 
 describe('moving elements', () => {
-  test('a permutation and its inverse give the tensor back', () => {
+  test('a permutation and its inverse restore the tensor', () => {
     const permuted = shapes.chain(shape =>
       fc.tuple(
         fc.constant(shape),
@@ -117,7 +117,7 @@ describe('moving elements', () => {
     )
   })
 
-  test('cutting an axis in two and joining the parts gives the tensor back', () => {
+  test('splitting an axis in two and concatenating the parts restores the tensor', () => {
     const cuts = shapes
       .filter(shape => shape.length > 0)
       .chain(shape =>
@@ -134,7 +134,7 @@ describe('moving elements', () => {
     )
   })
 
-  test('padding and slicing the same box gives the tensor back', () => {
+  test('padding and slicing the same box restores the tensor', () => {
     const padded = shapes.chain(shape => {
       const amounts = fc.array(fc.nat(2), { minLength: shape.length, maxLength: shape.length })
       return fc.tuple(fc.constant(shape), amounts, amounts)
@@ -184,7 +184,7 @@ describe('arithmetic on shapes', () => {
     )
   })
 
-  test('axes count from either end; others are refused with the range', () => {
+  test('axes count from either end; others are rejected with the valid range', () => {
     expect(normalizeAxis('sum', -1, 3)).toBe(2)
     expect(normalizeAxis('sum', 0, 3)).toBe(0)
     for (const axis of [3, -4, 0.5, Number.NaN]) {

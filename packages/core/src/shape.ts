@@ -1,15 +1,15 @@
-/** @file Arithmetic on shapes and axes: pure functions that know nothing of tensors. */
+/** @file Arithmetic on shapes and axes, independent of tensors. */
 import type { Shape } from './backend.ts'
 import { MoeError } from './errors.ts'
 
-/** Number of elements. */
+/** Returns the number of elements. */
 export function sizeOf(shape: Shape): number {
   let size = 1
   for (let i = 0; i < shape.length; i++) size *= shape[i]
   return size
 }
 
-/** Whether both have the same axes of the same sizes; there is no broadcasting. */
+/** Returns whether both shapes are identical. No broadcasting. */
 export function sameShape(a: Shape, b: Shape): boolean {
   if (a === b) return true
   if (a.length !== b.length) return false
@@ -17,10 +17,10 @@ export function sameShape(a: Shape, b: Shape): boolean {
   return true
 }
 
-/** `[2,3]`: how shapes are written in messages. */
+/** Formats a shape for messages: `[2,3]`. */
 export const showShape = (shape: Shape): string => `[${shape.join(',')}]`
 
-/** Numpy broadcasting of two shapes. */
+/** Returns the shape that two shapes broadcast to by NumPy's rules. @throws MoeError E_SHAPE if they do not */
 export function broadcastShapes(op: string, a: Shape, b: Shape): Shape {
   if (sameShape(a, b)) return a
   const rank = Math.max(a.length, b.length)
@@ -33,7 +33,7 @@ export function broadcastShapes(op: string, a: Shape, b: Shape): Shape {
         code: 'E_SHAPE',
         op,
         problem: `shapes do not broadcast, lhs ${showShape(a)} rhs ${showShape(b)}: ${sizeA} != ${sizeB}`,
-        fix: 'make the sizes equal or one of them 1, counting axes from the right',
+        fix: 'counting axes from the right, make the sizes equal or one of them 1',
         details: { lhs: a, rhs: b },
       })
     }
@@ -42,7 +42,7 @@ export function broadcastShapes(op: string, a: Shape, b: Shape): Shape {
   return out
 }
 
-/** Axis in 0..rank-1 from one that may count from the end. */
+/** Converts an axis that may count from the end to one in 0..rank-1. */
 export function normalizeAxis(op: string, axis: number, rank: number): number {
   const normal = axis < 0 ? axis + rank : axis
   if (!Number.isInteger(axis) || normal < 0 || normal >= rank) {
@@ -57,7 +57,7 @@ export function normalizeAxis(op: string, axis: number, rank: number): number {
   return normal
 }
 
-/** Row-major strides in elements. */
+/** Returns row-major strides, in elements. */
 export function stridesOf(shape: Shape): number[] {
   const strides = new Array<number>(shape.length)
   let stride = 1

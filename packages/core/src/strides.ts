@@ -1,15 +1,15 @@
-/** @file For backends: merging of axes, so that kernels see as few loops as possible. */
+/** @file For backends: merging axes, so that kernels need as few nested loops as possible. */
 import type { Shape } from './backend.ts'
 
-/** Sizes of the merged axes, and for each operand its stride (in elements) along each of them. At least one axis. */
+/** The merged axes, and the stride of each operand (in elements) along each of them. Has at least one axis. */
 export interface Nest {
-  /** Elements along each merged axis, outermost first. */
+  /** Size of each merged axis, outermost first. */
   readonly sizes: number[]
-  /** `strides[operand][axis]`; 0 where the operand is repeated. */
+  /** `strides[operand][axis]`; 0 along axes that the operand is broadcast over. */
   readonly strides: number[][]
 }
 
-/** Drops axes of size 1 and merges neighbours that every operand walks through without a jump. */
+/** Drops axes of size 1 and merges adjacent axes that are contiguous in every operand. */
 export function mergeAxes(sizes: readonly number[], strides: ReadonlyArray<readonly number[]>): Nest {
   const merged: number[] = []
   const kept: number[][] = strides.map(() => [])
@@ -32,7 +32,7 @@ export function mergeAxes(sizes: readonly number[], strides: ReadonlyArray<reado
   return { sizes: merged, strides: kept }
 }
 
-/** Row-major strides in elements. */
+/** Returns row-major strides, in elements. */
 export function rowMajor(shape: Shape): number[] {
   const strides = new Array<number>(shape.length)
   let stride = 1
@@ -43,7 +43,7 @@ export function rowMajor(shape: Shape): number[] {
   return strides
 }
 
-/** Strides of a tensor of shape `from` as it is broadcast to `out`: 0 along repeated axes. */
+/** Returns the strides of a tensor of shape `from` that is broadcast to `out`: 0 along repeated axes. */
 export function broadcastStrides(from: Shape, out: Shape): number[] {
   const strides = new Array<number>(out.length).fill(0)
   let stride = 1
@@ -55,7 +55,10 @@ export function broadcastStrides(from: Shape, out: Shape): number[] {
   return strides
 }
 
-/** The arguments rank, sizes, strides of each operand, of an elementwise op with numpy broadcasting. */
+/**
+ * Returns the kernel arguments of an elementwise op with NumPy broadcasting: rank, sizes, then the strides of each
+ * operand.
+ */
 export function broadcastNest(out: Shape, ...operands: readonly Shape[]): number[] {
   const usual = operands.length === 2 ? usualNest(out, operands[0], operands[1]) : undefined
   if (usual !== undefined) return usual
@@ -66,7 +69,10 @@ export function broadcastNest(out: Shape, ...operands: readonly Shape[]): number
   return [sizes.length, ...sizes, ...strides.flat()]
 }
 
-/** The same for the usual pairs, without the way through lists: equal shapes, and one side a scalar, a row or a column of the other. */
+/**
+ * A fast path of `broadcastNest` without intermediate lists for the most common pairs: equal shapes, or one side a
+ * scalar, a row or a column of the other.
+ */
 function usualNest(out: Shape, a: Shape, b: Shape): number[] | undefined {
   const total = product(out)
   const wholeA = sameSizes(a, out)
@@ -83,7 +89,7 @@ function usualNest(out: Shape, a: Shape, b: Shape): number[] | undefined {
   return undefined
 }
 
-/** Whether the last axes are those of `out` and the others are missing or 1. */
+/** Returns whether the trailing axes equal those of `out` and all others are missing or 1. */
 function isRow(small: Shape, out: Shape): boolean {
   const ahead = out.length - small.length
   let axis = small.length - 1
@@ -92,7 +98,7 @@ function isRow(small: Shape, out: Shape): boolean {
   return axis < 0
 }
 
-/** Whether the first axes are those of `out` and the others are 1. */
+/** Returns whether the leading axes equal those of `out` and all others are 1. */
 function isColumn(small: Shape, out: Shape): boolean {
   if (small.length !== out.length) return false
   let axis = 0

@@ -24,27 +24,27 @@ const list = async (t: Tensor) => Array.from(await t.values())
 const code = (wanted: string, message = /./) =>
   expect.objectContaining({ code: wanted, message: expect.stringMatching(message) })
 
-test('Node prints what a tensor is, in a model, too', () => {
+test('Node prints a description of a tensor, also inside a model', () => {
   const x = tensor([1, 2])
   expect(inspect({ x, weight: new Parameter(ones([2, 3])) })).toBe('{ x: Tensor f32 [2], weight: Parameter f32 [2,3] }')
   x.dispose()
   expect(inspect(x)).toBe('Tensor f32 [2] (freed)')
 })
 
-test('a tensor in a text or in JSON is what Node prints', () => {
+test('a tensor converted to a string or JSON gives the same description', () => {
   const weight = new Parameter(ones([2, 3]))
   expect(`loss ${tensor([1, 2])}`).toBe('loss Tensor f32 [2]')
   expect(JSON.stringify({ weight })).toBe('{"weight":"Parameter f32 [2,3]"}')
 })
 
-describe('what is no tensor is refused by name', () => {
+describe('arguments that are not tensors are rejected by name', () => {
   const x = () => ones([2, 3])
   const wrong = (value: unknown) => value as Tensor
   test.each<[string, () => unknown, string]>([
     [
       'an array',
       () => x().add(wrong([1, 2])),
-      'add: rhs is an array, no tensor; pass a tensor: tensor(numbers, shape)',
+      'add: rhs is an array, not a tensor; pass a tensor, such as tensor(numbers, shape)',
     ],
     ['nothing', () => x().mul(wrong(undefined)), 'mul: rhs is undefined'],
     ['a text', () => x().sub(wrong('3')), 'sub: rhs is the string "3"'],
@@ -56,14 +56,14 @@ describe('what is no tensor is refused by name', () => {
     [
       'parts one by one',
       () => concat(x() as unknown as Tensor[]),
-      'concat: the parts are a Tensor, no array; pass [a, b]',
+      'concat: the parts are a Tensor, not an array; pass an array of tensors: [a, b]',
     ],
     ['an input of a layer', () => new Linear(2, 2).forward(wrong([1, 2])), 'linear: x is an array'],
     ['a loss', () => backward(wrong(Promise.resolve(1))), 'backward: the loss is a promise'],
     [
       'values',
       () => tensor(undefined as unknown as number[]),
-      'tensor: the values are undefined; pass numbers in one array',
+      'tensor: the values are undefined; pass a flat array of numbers',
     ],
     ['one value', () => tensor(5 as unknown as number[]), 'tensor: the values are the number 5'],
     [
@@ -73,33 +73,30 @@ describe('what is no tensor is refused by name', () => {
           [1, 2],
           [3, 4],
         ] as unknown as number[]),
-      'tensor: value 0 is an array; pass numbers in one',
+      'tensor: value 0 is an array; pass a flat array of numbers',
     ],
     [
       'sizes one by one',
       () => x().reshape(3 as unknown as number[]),
-      'reshape: the shape is 3, no array; pass them together',
+      'reshape: the shape is 3, not an array; pass an array such as',
     ],
     [
       'another number of axes',
       () => needAxes('Layer', x(), ['batch', 'time', 'hidden']),
-      'Layer: the input has shape [2,3], needs [batch, time, hidden]; reshape it',
+      'Layer: the input has shape [2,3], expected [batch, time, hidden]; reshape it',
     ],
-    ['a size', () => zeros(3 as unknown as number[]), 'full: the shape is 3, no array'],
-    ['axes one by one', () => x().permute(1 as unknown as number[]), 'permute: axes is 1, no array'],
+    ['a size', () => zeros(3 as unknown as number[]), 'full: the shape is 3, not an array'],
+    ['axes one by one', () => x().permute(1 as unknown as number[]), 'permute: axes is 1, not an array'],
   ])('%s', (_, run, message) => {
     expect(run).toThrow(expect.objectContaining({ name: 'MoeError', message: expect.stringContaining(message) }))
   })
 })
 
-test('a parameter that was freed says that its model was', () => {
+test('the error of a freed parameter says that its model was freed', () => {
   const layer = new Linear(2, 3)
   disposeModule(layer)
   expect(() => layer.forward(ones([1, 2]))).toThrow(
-    code(
-      'E_DISPOSED',
-      /freed with its model: make or open the model again.* another rank trains comes with gather\(\)/,
-    ),
+    code('E_DISPOSED', /freed with its model: create the model again.* another rank trains arrive with gather\(\)/),
   )
   const freed = ones([2])
   freed.dispose()
@@ -110,7 +107,7 @@ describe('reading', () => {
   test('item needs exactly one element', async () => {
     expect(await tensor([7], [1, 1]).item()).toBe(7)
     await expect(tensor([7, 8]).item()).rejects.toMatchObject(
-      code('E_SHAPE', /\[2\] has 2 elements, needs 1; reduce it/),
+      code('E_SHAPE', /\[2\] has 2 elements, expected 1; reduce it/),
     )
   })
 
@@ -134,7 +131,7 @@ describe('numbers beside tensors', () => {
     expect(backend.stats().handles).toBe(0)
   })
 
-  test('a fraction beside integers is refused, not cut off', () => {
+  test('a fraction with an integer tensor is rejected, not truncated', () => {
     const x = tensor(Int32Array.of(1, 2))
     expect(() => x.mul(0.5)).toThrow(code('E_DTYPE', /0\.5.*i32.*cast\('f32'\)/))
     expect(() => x.lt(Number.POSITIVE_INFINITY)).toThrow(code('E_DTYPE'))
@@ -187,8 +184,8 @@ describe('dtypes', () => {
     expect(() => x.lt(i)).toThrow(mixed)
     expect(() => concat([x, i])).toThrow(mixed)
     expect(() => where(x.lt(2), x, i)).toThrow(mixed)
-    expect(() => where(x, x, x)).toThrow(code('E_DTYPE', /condition has dtype f32, needs u8/))
-    expect(() => x.takeRows(x)).toThrow(code('E_DTYPE', /index has dtype f32, needs i32/))
+    expect(() => where(x, x, x)).toThrow(code('E_DTYPE', /condition has dtype f32, expected u8/))
+    expect(() => x.takeRows(x)).toThrow(code('E_DTYPE', /index has dtype f32, expected i32/))
   })
 })
 
@@ -229,51 +226,54 @@ describe('products', () => {
     )
   })
 
-  test('sizes that differ are named with both shapes and a way out', () => {
+  test('the error of different sizes names both shapes and a fix', () => {
     expect(() => ones([2, 3, 8]).matmul(ones([4, 8]))).toThrow(
       code('E_SHAPE', /^matmul: inner sizes differ, lhs \[6,8\] rhs \[4,8\]: 8 != 4; pass \{ transposeB: true \}/),
     )
-    expect(() => ones([3]).matmul(ones([3, 2]))).toThrow(code('E_SHAPE', /needs matrices/))
+    expect(() => ones([3]).matmul(ones([3, 2]))).toThrow(code('E_SHAPE', /both sides need at least 2 axes/))
     expect(() => ones([2, 2, 3]).matmul(ones([3, 3, 2]))).toThrow(code('E_SHAPE', /leading axes differ/))
   })
 })
 
 describe('movement', () => {
-  test('what does not fit is refused with both values', () => {
+  test('invalid arguments are rejected with both values', () => {
     const x = zeros([2, 3])
     const cases: Array<[() => unknown, RegExp]> = [
-      [() => x.reshape([4, 2]), /\[2,3\] has 6 elements, \[4,2\] does not/],
+      [() => x.reshape([4, 2]), /\[2,3\] has 6 elements and cannot become \[4,2\]/],
       [() => x.reshape([-1, -1]), /./],
       [() => x.reshape([-1, 4]), /./],
       [() => x.permute([0, 0]), /axes \[0,0\] are not a permutation/],
       [() => x.permute([0]), /not a permutation/],
       [() => x.expand([2, 4]), /expand: shapes do not broadcast/],
-      [() => x.expand([3]), /\[2,3\] does not expand to \[3\]/],
+      [() => x.expand([3]), /\[2,3\] does not broadcast to \[3\]/],
       [() => x.permute([0, 0.5]), /not a permutation/],
-      [() => zeros([1]).expand([-1]), /expand: -1 in \[-1\] is not a size/],
-      [() => zeros([1]).expand([2.5]), /is not a size/],
-      [() => x.narrow(1, 2, 4), /does not lie inside \[2,3\]/],
-      [() => x.narrow(1, 2, 1), /does not lie inside/],
-      [() => x.narrow(1, 0.5, 1.5), /does not lie inside/],
-      [() => x.slice([0], [2]), /does not lie inside/],
+      [() => zeros([1]).expand([-1]), /expand: -1 in \[-1\] is not a valid size/],
+      [() => zeros([1]).expand([2.5]), /is not a valid size/],
+      [() => x.narrow(1, 2, 4), /is out of range for \[2,3\]/],
+      [() => x.narrow(1, 2, 1), /is out of range for/],
+      [() => x.narrow(1, 0.5, 1.5), /is out of range for/],
+      [() => x.slice([0], [2]), /is out of range for/],
       [() => x.pad([0], [0]), /do not fit \[2,3\]/],
       [() => x.pad([0, -1], [0, 0]), /do not fit/],
       [() => x.pad([0, 0.5], [0, 0.5]), /do not fit/],
-      [() => concat([x, zeros([2, 4])]), /part 1 has shape \[2,4\], part 0 \[2,3\]; all sizes but that of axis 0/],
-      [() => concat([]), /concat: there are no tensors; pass at least one/],
-      [() => globalNorm([]), /globalNorm: there are no tensors; pass at least one/],
-      [() => x.topk(4), /k = 4 does not fit the last axis of \[2,3\]; pass 1 <= k/],
-      [() => zeros([]).takeRows(tensor(Int32Array.of(0))), /scalar and has no rows/],
+      [
+        () => concat([x, zeros([2, 4])]),
+        /part 1 has shape \[2,4\], part 0 \[2,3\]; make all sizes except that of axis 0/,
+      ],
+      [() => concat([]), /concat: the list of tensors is empty; pass at least one/],
+      [() => globalNorm([]), /globalNorm: the list of tensors is empty; pass at least one/],
+      [() => x.topk(4), /k = 4 is out of range for the last axis of \[2,3\]; pass a k from 1/],
+      [() => zeros([]).takeRows(tensor(Int32Array.of(0))), /scalar, which has no rows/],
     ]
     for (const [call, message] of cases) expect(call, `${call}`).toThrow(code('E_SHAPE', message))
   })
 
-  test('one size of a reshape may be left open, also of nothing', () => {
+  test('one size of a reshape may be inferred, also without elements', () => {
     expect(zeros([2, 3]).reshape([3, -1]).shape).toEqual([3, 2])
     expect(zeros([0, 3]).reshape([3, -1]).shape).toEqual([3, 0])
   })
 
-  test('asking for what is there already copies nothing', () => {
+  test('ops that change nothing do not copy', () => {
     const x = zeros([2, 3])
     expect(x.reshape([2, -1])).toBe(x)
     expect(x.expand([2, 3])).toBe(x)
@@ -284,7 +284,7 @@ describe('movement', () => {
 })
 
 describe('donation', () => {
-  test('setRows uses its input up only when asked, and never a recorded one', async () => {
+  test('setRows donates its input only if requested, and never a recorded one', async () => {
     const index = tensor(Int32Array.of(1))
     const plain = tensor([1, 2])
     expect(await list(setRows(plain, index, tensor([9])))).toEqual([1, 9])
@@ -300,6 +300,9 @@ describe('donation', () => {
 test('tensors of two backends do not mix', () => {
   const other: Backend = { ...referenceBackend(), name: 'elsewhere' }
   expect(() => ones([2]).add(ones([2], { backend: other }))).toThrow(
-    code('E_BACKEND_MIX', /^add: inputs live on reference and elsewhere; copy one with await x\.to\(backend\)/),
+    code(
+      'E_BACKEND_MIX',
+      /^add: inputs are on different backends, reference and elsewhere; copy one with await x\.to\(backend\)/,
+    ),
   )
 })

@@ -1,7 +1,8 @@
 /**
- * @file The tensor, and `run`: the one place where an op is checked, dispatched and recorded.
+ * @file The tensor, and `run`, the one place where ops are checked, dispatched and recorded.
  *
- * A tensor is immutable, contiguous and row-major. Its methods are one line each: they name a primitive and its attributes.
+ * A tensor is immutable, contiguous and row-major. Most of its methods are one line that names a primitive and its
+ * attributes.
  */
 import type { SecondRun } from './autograd/checkpoint.ts'
 import type {
@@ -29,21 +30,21 @@ import { checkOptions } from './options.ts'
 import { Scoped, scope } from './scope.ts'
 import { broadcastShapes, normalizeAxis, sameShape, showShape, sizeOf } from './shape.ts'
 
-/** A recorded op: what `backward` needs to send gradients from its outputs to its inputs. */
+/** A recorded op: what `backward` needs to propagate gradients from its outputs to its inputs. */
 export interface TapeNode {
-  /** Creation order; a node's inputs were made by nodes with smaller ids. */
+  /** Creation order: the nodes that made a node's inputs have smaller ids. */
   readonly id: number
   readonly op: OpName | 'checkpoint' | 'customGradient'
   inputs: readonly Tensor[]
   readonly attrs: unknown
   outputs: readonly Tensor[]
-  /** During `backward`: what has arrived for each output so far. */
+  /** During `backward`: the gradient of each output accumulated so far. */
   readonly flowing: Array<Tensor | null>
-  /** The last walk that came by. */
+  /** The last backward walk that visited this node. */
   walk: number
-  /** Where fused ops find their gradient; primitives are looked up by name. */
+  /** Definition with the gradient of a fused op; null for primitives, which are looked up by name. */
   readonly gradient: GradientSource | null
-  /** Of a checkpoint, which has none of its own: what is gone back through. */
+  /** For a checkpoint: the second run to differentiate. */
   readonly again: SecondRun | null
 }
 
@@ -53,7 +54,7 @@ export interface GradientSource {
   decompose(inputs: readonly Tensor[], attrs: never): Tensor[]
 }
 
-/** What a gradient rule sees. `needs(i)` tells whether the gradient of input i is wanted. */
+/** The arguments of a gradient rule. `needs(i)` returns whether the gradient of input i is wanted. */
 export interface VjpContext<Attrs> {
   readonly inputs: readonly Tensor[]
   readonly outputs: readonly Tensor[]
@@ -61,45 +62,48 @@ export interface VjpContext<Attrs> {
   needs(input: number): boolean
 }
 
-/** From gradients of the outputs (null where none flows) to gradients of the inputs (null where none exists or none is wanted). */
+/**
+ * Maps gradients of the outputs (null if there is none) to gradients of the inputs (null if there is none or it is not
+ * wanted).
+ */
 export type Vjp<Attrs> = (
   context: VjpContext<Attrs>,
   gradients: ReadonlyArray<Tensor | null>,
 ) => ReadonlyArray<Tensor | null>
 
-/** A fused op: its contract, its meaning in primitives, and its gradient. */
+/** A fused op: its contract, its meaning in terms of primitives, and its gradient. */
 export interface FusedDefinition<F extends FusedName> {
   readonly name: F
-  /** Checks the inputs and tells the outputs. */
+  /** Checks the inputs and returns the shapes and dtypes of the outputs. */
   infer(inputs: readonly Tensor[], attrs: FusedAttrs[F]): TensorSpec[]
-  /** The same result from primitives. */
+  /** Computes the same result with other ops. */
   decompose(inputs: readonly Tensor[], attrs: FusedAttrs[F]): Tensor[]
-  /** Gradient rule; null runs the decomposition again and goes back through it. */
+  /** Gradient rule. If null, `backward` runs the decomposition again and differentiates it. */
   readonly vjp: Vjp<FusedAttrs[F]> | null
 }
 
 let nextNode = 0
 
-/** An n-dimensional array on a backend. Make one with `tensor`, `zeros`, `randn` or an op. */
+/** An n-dimensional array on a backend. Create one with `tensor`, `zeros`, `randn` or an op. */
 export class Tensor extends Scoped implements Value {
   /** The backend's buffer; null once it is freed. */
   handle: Handle
   /** Sizes of the axes, outermost first. */
   readonly shape: Shape
-  /** Element type. Ops compute in f32, except those that say otherwise. */
+  /** Element type. Ops compute in f32 unless they say otherwise. */
   readonly dtype: DType
-  /** Where the elements are. Ops take tensors of one backend. */
+  /** Where the elements are stored. All inputs of an op must be on the same backend. */
   readonly backend: Backend
-  /** The op that made it, while it is recorded. @internal */
+  /** The op that made it, while recorded. @internal */
   node: TapeNode | null
-  /** Which output of that op it is. @internal */
+  /** Index among the outputs of that op. @internal */
   outputIndex: number
-  /** Whether gradients flow to it: a trainable parameter, or made from one while recording. */
+  /** Whether gradients flow to this tensor: a trainable parameter, or computed from one while recording. */
   tracked: boolean
-  /** A number that was wrapped for one op and is freed with it, or something that was freed although it is recorded. @internal */
+  /** A number wrapped for one op and freed with it, or a recorded tensor that was freed on purpose. @internal */
   temporary: boolean
 
-  /** Wraps a handle that the tensor then owns. @internal */
+  /** Wraps a handle, which the tensor then owns. @internal */
   constructor(backend: Backend, handle: Handle, shape: Shape, dtype: DType) {
     super()
     this.backend = backend
@@ -127,7 +131,7 @@ export class Tensor extends Scoped implements Value {
     return this.handle === null
   }
 
-  /** Frees the device memory. Doing it twice is harmless; using the tensor afterwards throws E_DISPOSED. */
+  /** Frees the device memory. Disposing twice is harmless; using the tensor afterwards throws E_DISPOSED. */
   dispose(): void {
     if (this.handle === null) return
     this.backend.free(this.handle)
@@ -135,12 +139,15 @@ export class Tensor extends Scoped implements Value {
     this.node = null
   }
 
-  /** What to do where it is used after that. @internal */
+  /** The fix to suggest when a freed tensor is used. @internal */
   get whenFreed(): string {
     return 'return it from its scope, keep() it, or detach() it before backward'
   }
 
-  /** `Tensor f32 [2,3]`, which Node prints, too. The elements may still be in the making: see `values`. */
+  /**
+   * Returns a description such as `Tensor f32 [2,3]`, without reading the elements. Node prints it too; for the
+   * elements, use `values`.
+   */
   override toString(): string {
     return `${this.constructor.name} ${this.dtype} ${showShape(this.shape)}${this.disposed ? ' (freed)' : ''}`
   }
@@ -149,41 +156,46 @@ export class Tensor extends Scoped implements Value {
     return this.toString()
   }
 
-  /** What a line of a log in JSON says of a tensor: the same, and not the backend with all that it holds. */
+  /** Returns the same description for JSON logs, instead of serializing the backend. */
   toJSON(): string {
     return this.toString()
   }
 
-  /** The elements as a fresh host array (raw bits for the 16- and 8-bit floats). Waits for the work that makes them. */
+  /**
+   * Returns the elements as a new host array, as raw bits for the 16- and 8-bit floats. Waits until they are computed.
+   */
   async data(): Promise<HostArray> {
     alive('data', this)
     return this.backend.download(this)
   }
 
-  /** The elements as numbers, decoded from any dtype. */
+  /** Returns the elements as numbers, decoded from any dtype. */
   async values(): Promise<Float32Array | Int32Array | Uint8Array> {
     return decodeHost(this.dtype, await this.data())
   }
 
-  /** The value of a tensor with one element. */
+  /** Returns the value of a tensor with one element. @throws MoeError E_SHAPE if it has more or none */
   async item(): Promise<number> {
     if (this.size !== 1) {
       throw shapeError(
         'item',
-        `${showShape(this.shape)} has ${this.size} elements, needs 1`,
-        'reduce it first, or use values()',
+        `${showShape(this.shape)} has ${this.size} elements, expected 1`,
+        'reduce it first, or read all elements with values()',
       )
     }
     return (await this.values())[0]
   }
 
-  /** The same elements without history: gradients stop here, and `backward` does not free it. */
+  /**
+   * Returns a tensor with the same elements but without history: gradients stop here, and `backward` does not free it.
+   * Shares memory.
+   */
   detach(): Tensor {
     alive('detach', this)
     return new Tensor(this.backend, this.backend.primitives.reshape([this], {}, [this])[0], this.shape, this.dtype)
   }
 
-  /** A copy on another backend, without history. */
+  /** Copies the tensor to another backend, without history. */
   async to(backend: Backend): Promise<Tensor> {
     const data = await this.data()
     return new Tensor(backend, backend.upload(data, this.shape, this.dtype), this.shape, this.dtype)
@@ -199,7 +211,7 @@ export class Tensor extends Scoped implements Value {
   abs(): Tensor {
     return unary('abs', this)
   }
-  /** -1, 0 or 1. */
+  /** The sign of x: -1, 0 or 1. */
   sign(): Tensor {
     return unary('sign', this)
   }
@@ -211,11 +223,11 @@ export class Tensor extends Scoped implements Value {
   log(): Tensor {
     return unary('log', this)
   }
-  /** Square root, NaN below 0. */
+  /** Square root; NaN below 0. */
   sqrt(): Tensor {
     return unary('sqrt', this)
   }
-  /** 1 / sqrt(x), Infinity at 0. */
+  /** 1 / sqrt(x); Infinity at 0. */
   rsqrt(): Tensor {
     return unary('rsqrt', this)
   }
@@ -235,77 +247,97 @@ export class Tensor extends Scoped implements Value {
   sigmoid(): Tensor {
     return unary('sigmoid', this)
   }
-  /** The greatest integer that is not above x. No gradient flows through it. */
+  /** The largest integer not above x. No gradient flows through it. */
   floor(): Tensor {
     return unary('floor', this)
   }
-  /** x + other, with numpy broadcasting. @throws MoeError E_SHAPE, E_DTYPE */
+  /** x + other, with NumPy broadcasting. @throws MoeError E_SHAPE, E_DTYPE */
   add(other: Tensor | number): Tensor {
     return binary('add', this, other)
   }
-  /** x - other, with numpy broadcasting. @throws MoeError E_SHAPE, E_DTYPE */
+  /** x - other, with NumPy broadcasting. @throws MoeError E_SHAPE, E_DTYPE */
   sub(other: Tensor | number): Tensor {
     return binary('sub', this, other)
   }
-  /** x * other, with numpy broadcasting. @throws MoeError E_SHAPE, E_DTYPE */
+  /** x * other, with NumPy broadcasting. @throws MoeError E_SHAPE, E_DTYPE */
   mul(other: Tensor | number): Tensor {
     return binary('mul', this, other)
   }
-  /** x / other, with numpy broadcasting; i32 truncates toward zero, and by 0 gives 0. @throws MoeError E_SHAPE, E_DTYPE */
+  /**
+   * x / other, with NumPy broadcasting. i32 division truncates toward zero, and division by 0 gives 0.
+   * @throws MoeError
+   * E_SHAPE, E_DTYPE
+   */
   div(other: Tensor | number): Tensor {
     return binary('div', this, other)
   }
-  /** x^other, with numpy broadcasting. f32 only. @throws MoeError E_SHAPE, E_DTYPE */
+  /** x^other, with NumPy broadcasting; f32 only. @throws MoeError E_SHAPE, E_DTYPE */
   pow(other: Tensor | number): Tensor {
     return binary('pow', this, other)
   }
-  /** Elementwise maximum; NaN wins. */
+  /** Elementwise maximum, with NumPy broadcasting; NaN if either side is NaN. @throws MoeError E_SHAPE, E_DTYPE */
   maximum(other: Tensor | number): Tensor {
     return binary('max', this, other)
   }
-  /** Elementwise minimum; NaN wins. */
+  /** Elementwise minimum, with NumPy broadcasting; NaN if either side is NaN. @throws MoeError E_SHAPE, E_DTYPE */
   minimum(other: Tensor | number): Tensor {
     return binary('min', this, other)
   }
-  /** 1 where equal, else 0 (u8). */
+  /** 1 where x equals other, else 0, as u8; with NumPy broadcasting. @throws MoeError E_SHAPE, E_DTYPE */
   eq(other: Tensor | number): Tensor {
     return compare('eq', this, other)
   }
-  /** 1 where less than other, else 0 (u8). */
+  /** 1 where x is less than other, else 0, as u8; with NumPy broadcasting. @throws MoeError E_SHAPE, E_DTYPE */
   lt(other: Tensor | number): Tensor {
     return compare('lt', this, other)
   }
-  /** 1 where less than other or equal, else 0 (u8). */
+  /**
+   * 1 where x is less than or equal to other, else 0, as u8; with NumPy broadcasting.
+   * @throws MoeError E_SHAPE, E_DTYPE
+   */
   le(other: Tensor | number): Tensor {
     return compare('le', this, other)
   }
-  /** Converts the elements; see `PrimitiveAttrs.cast` for rounding. Only f32 carries gradients. */
+  /**
+   * Converts the elements to another dtype; for rounding, see `PrimitiveAttrs.cast`. No gradient flows through
+   * integers.
+   */
   cast(dtype: DType): Tensor {
     return dtype === this.dtype ? this : run('cast', [this], { dtype })
   }
 
   // --- reductions ---
 
-  /** Sum over the given axes (default all); negative ones count from the end. `keepDims` leaves them with size 1. @throws MoeError E_ATTR */
+  /**
+   * Sum over the given axes (default: all); negative axes count from the end. `keepDims` keeps them with size 1.
+   * @throws MoeError E_ATTR
+   */
   sum(axes?: number | readonly number[], keepDims = false): Tensor {
     return reduce('sum', this, axes, keepDims)
   }
-  /** Largest over the given axes (default all), NaN if there is one. The gradient is shared by equal ones. @throws MoeError E_ATTR */
+  /**
+   * Maximum over the given axes (default: all); NaN if any element is NaN. Equal maxima share the gradient.
+   * @throws
+   * MoeError E_ATTR
+   */
   max(axes?: number | readonly number[], keepDims = false): Tensor {
     return reduce('max', this, axes, keepDims)
   }
-  /** Mean over the given axes (default all); of nothing it is 0. f32. @throws MoeError E_ATTR */
+  /** Mean over the given axes (default: all), f32; 0 if there are no elements. @throws MoeError E_ATTR */
   mean(axes?: number | readonly number[], keepDims = false): Tensor {
     return composed([this], () => {
       const total = reduce('sum', this, axes, keepDims)
       return total.mul(total.size === 0 ? 0 : total.size / this.size)
     })
   }
-  /** Running sum along an axis, itself included; a negative one counts from the end. @throws MoeError E_ATTR */
+  /** Inclusive running sum along an axis; a negative axis counts from the end. @throws MoeError E_ATTR */
   cumsum(axis: number): Tensor {
     return run('cumsum', [this], { axis: normalizeAxis('cumsum', axis, this.rank) })
   }
-  /** The k largest of the last axis, descending, ties to the lowest index. */
+  /**
+   * The k largest elements of the last axis with their indices, in descending order; ties go to the lowest index.
+   * @throws MoeError E_SHAPE
+   */
   topk(k: number): { values: Tensor; indices: Tensor } {
     const [values, indices] = runAll('topk', [this], { k })
     return { values, indices }
@@ -314,9 +346,9 @@ export class Tensor extends Scoped implements Value {
   // --- products ---
 
   /**
-   * Matrix product. `[..., m, k] x [k, n]` folds the leading axes; equal leading axes multiply batchwise.
-   * transposeA and transposeB read the last two axes of that side swapped. `precision` is by default that of `withPrecision`;
-   * batches are multiplied in bf16 where fp8 is asked for.
+   * Matrix product. `[..., m, k] x [k, n]` folds the leading axes of the left side; if both sides have the same leading
+   * axes, the product is batched. `transposeA` and `transposeB` swap the last two axes of that side. `precision`
+   * defaults to that of `withPrecision`; batched products run in bf16 when it is fp8.
    * @throws MoeError E_SHAPE, E_DTYPE, E_ATTR
    */
   matmul(other: Tensor, options: { transposeA?: boolean; transposeB?: boolean; precision?: Precision } = {}): Tensor {
@@ -327,46 +359,49 @@ export class Tensor extends Scoped implements Value {
 
   // --- rows ---
 
-  /** Rows (of axis 0) at the given i32 indices: `[...index.shape, ...this.shape[1:]]`. */
+  /**
+   * Takes rows (entries of axis 0) at the given i32 indices. Returns `[...index.shape, ...this.shape[1:]]`; an index
+   * out of range gives zeros.
+   */
   takeRows(index: Tensor): Tensor {
     return run('takeRows', [this, index], {})
   }
 
   // --- movement ---
 
-  /** One size may be -1. Free of copies. */
+  /** Returns the same elements with another shape, without copying. One size may be -1, which infers it. */
   reshape(shape: Shape): Tensor {
     const target = inferReshape(this, shape)
     return sameShape(target, this.shape) ? this : runTo('reshape', [this], {}, target)
   }
-  /** Axis i of the result is axis `axes[i]` of this. */
+  /** Reorders the axes: axis i of the result is axis `axes[i]` of this tensor. */
   permute(axes: readonly number[]): Tensor {
     return run('permute', [this], { axes })
   }
-  /** Repeats axes of size 1 (and adds leading ones) to reach `shape`. */
+  /** Broadcasts to `shape`: repeats axes of size 1 and adds leading axes. */
   expand(shape: Shape): Tensor {
     if (sameShape(this.shape, shape)) return this
     needSizes('expand', shape)
     if (shape.length < this.rank || !sameShape(broadcastShapes('expand', this.shape, shape), shape)) {
-      throw shapeError('expand', `${showShape(this.shape)} does not expand to ${showShape(shape)}`)
+      throw shapeError('expand', `${showShape(this.shape)} does not broadcast to ${showShape(shape)}`)
     }
     return composed([this], () => {
       const grown = this.reshape([...new Array<number>(shape.length - this.rank).fill(1), ...this.shape])
       return sameShape(grown.shape, shape) ? grown : runTo('expand', [grown], {}, shape)
     })
   }
-  /** `sizes[i]` elements from `starts[i]` of every axis. */
+  /** Takes `sizes[i]` elements from `starts[i]` on along every axis i. */
   slice(starts: readonly number[], sizes: readonly number[]): Tensor {
     const fits =
       starts.length === this.rank &&
       sizes.length === this.rank &&
       this.shape.every((size, i) => isSize(starts[i]) && isSize(sizes[i]) && starts[i] + sizes[i] <= size)
     if (!fits) {
-      throw shapeError('slice', `from [${starts}] of size [${sizes}] does not lie inside ${showShape(this.shape)}`)
+      throw shapeError('slice', `from [${starts}] of size [${sizes}] is out of range for ${showShape(this.shape)}`)
     }
     return sameShape(sizes, this.shape) ? this : runTo('slice', [this], { starts }, sizes)
   }
-  /** Elements start .. end-1 of one axis. */
+  /** Takes elements `start` to `end - 1` of one axis. */
   narrow(axis: number, start: number, end: number): Tensor {
     const at = normalizeAxis('narrow', axis, this.rank)
     const starts = new Array<number>(this.rank).fill(0)
@@ -375,7 +410,7 @@ export class Tensor extends Scoped implements Value {
     sizes[at] = end - start
     return this.slice(starts, sizes)
   }
-  /** Adds `before[i]` and `after[i]` elements of `value` around axis i. */
+  /** Adds `before[i]` elements in front of axis i and `after[i]` behind it, all equal to `value`. */
   pad(before: readonly number[], after: readonly number[], value = 0): Tensor {
     if (before.length !== this.rank || after.length !== this.rank || ![...before, ...after].every(isSize)) {
       throw shapeError('pad', `before [${before}] and after [${after}] do not fit ${showShape(this.shape)}`)
@@ -396,14 +431,14 @@ function alive(op: string, tensor: Tensor): void {
   throw new MoeError({
     code: 'E_DISPOSED',
     op,
-    problem: `an input ${showShape(tensor.shape)} was already freed`,
+    problem: `an input of shape ${showShape(tensor.shape)} was already freed`,
     fix: tensor.whenFreed,
   })
 }
 
-/** @param code what the user called, where the op computes several functions: `add` of `binary` */
+/** @param code the name that the user called if the op covers several functions, for example `add` for `binary` */
 function check(op: string, inputs: readonly Tensor[], code?: string): Backend {
-  if (inputs.length === 0) throw shapeError(op, 'there are no tensors', 'pass at least one')
+  if (inputs.length === 0) throw shapeError(op, 'the list of tensors is empty', 'pass at least one')
   const backend = inputs[0]?.backend
   for (let i = 0; i < inputs.length; i++) {
     const input = inputs[i]
@@ -413,7 +448,7 @@ function check(op: string, inputs: readonly Tensor[], code?: string): Backend {
       throw new MoeError({
         code: 'E_BACKEND_MIX',
         op: code ?? op,
-        problem: `inputs live on ${backend.name} and ${input.backend.name}`,
+        problem: `inputs are on different backends, ${backend.name} and ${input.backend.name}`,
         fix: 'copy one with await x.to(backend)',
       })
     }
@@ -438,7 +473,7 @@ function wrap(
   return outputs
 }
 
-/** Internal: remembers an op for `backward` if one of its inputs is tracked. */
+/** Records an op for `backward` if one of its inputs is tracked. Internal. */
 export function record(
   op: OpName | 'checkpoint' | 'customGradient',
   inputs: readonly Tensor[],
@@ -462,7 +497,7 @@ export function record(
   }
 }
 
-/** Runs a primitive whose output shapes follow from its inputs; returns all outputs. */
+/** Runs a primitive whose output shapes follow from its inputs. Returns all outputs. */
 function runAll<P extends PrimitiveName>(op: P, inputs: readonly Tensor[], attrs: PrimitiveAttrs[P]): Tensor[] {
   const backend = check(op, inputs, (attrs as { code?: string }).code)
   const specs = infer[op](inputs, attrs)
@@ -471,10 +506,10 @@ function runAll<P extends PrimitiveName>(op: P, inputs: readonly Tensor[], attrs
 }
 
 /**
- * Internal: frees the numbers of an intermediate result at once, recorded or not. For those that nothing but the op which was just run reads: no gradient rule, nor
- * the caller.
+ * Frees an intermediate result at once, recorded or not. Only for results that nothing reads after the op that was just
+ * run: no gradient rule, and not the caller. Internal.
  */
-export function spend(tensor: Tensor): void {
+export function disposeRecorded(tensor: Tensor): void {
   const { node } = tensor
   tensor.dispose()
   tensor.node = node
@@ -482,14 +517,15 @@ export function spend(tensor: Tensor): void {
 }
 
 /**
- * `spend`, for what the tensor is a reshape of as well: a result that modules have of each other, and read once.
+ * Like `disposeRecorded`, and also frees the tensors that this one is a reshape of. For results that one module gets
+ * from another and reads only once.
  * @internal
  */
 export function usedUp(tensor: Tensor): void {
   let last: Tensor | undefined = tensor
   while (last !== undefined) {
     const node: TapeNode | null = last.node
-    spend(last)
+    disposeRecorded(last)
     last = node?.op === 'reshape' ? node.inputs[0] : undefined
   }
 }
@@ -499,7 +535,7 @@ export function run<P extends PrimitiveName>(op: P, inputs: readonly Tensor[], a
   return runAll(op, inputs, attrs)[0]
 }
 
-/** Runs a primitive that is told its output shape. */
+/** Runs a primitive whose output shape is given. */
 function runTo<P extends PrimitiveName>(
   op: P,
   inputs: readonly Tensor[],
@@ -512,7 +548,7 @@ function runTo<P extends PrimitiveName>(
   return wrap(op, backend, inputs, attrs, specs, handles, null)[0]
 }
 
-/** Runs a fused op with the backend's kernel, or as its decomposition where there is none. */
+/** Runs a fused op with the backend's kernel, or as its decomposition if the backend has none. */
 export function runFused<F extends FusedName>(
   definition: FusedDefinition<F>,
   inputs: readonly Tensor[],
@@ -529,7 +565,7 @@ export function runFused<F extends FusedName>(
   return composed(inputs, () => definition.decompose(inputs, attrs))
 }
 
-/** Frees the intermediate results of several ops at once, unless they are recorded: then `backward` frees them. */
+/** Frees the intermediate results of several ops at once. If they are recorded, `backward` frees them instead. */
 function composed<T>(inputs: readonly Tensor[], fn: () => T): T {
   if (context.recording) {
     for (let i = 0; i < inputs.length; i++) if (inputs[i].tracked) return fn()
@@ -553,13 +589,16 @@ function unary(code: UnaryCode, x: Tensor): Tensor {
   return run('unary', [x], unaryAttrs[code])
 }
 
-/** A number beside a tensor becomes a scalar of the tensor's dtype and backend, which lives as long as the op needs it. */
+/**
+ * Turns a number beside a tensor into a scalar of the tensor's dtype and backend, which lives as long as the op needs
+ * it.
+ */
 function withNumber(x: Tensor, value: number, op: (scalar: Tensor) => Tensor): Tensor {
   if (x.dtype === 'i32' && !Number.isInteger(value)) {
     throw new MoeError({
       code: 'E_DTYPE',
       op: 'number',
-      problem: `${value} beside a tensor of i32 would lose its fraction`,
+      problem: `${value} would lose its fraction, because the tensor is i32`,
       fix: "cast the tensor with .cast('f32') first",
     })
   }
@@ -611,7 +650,7 @@ function matmul(
   if (a.rank < 2 || b.rank < 2) {
     throw shapeError(
       'matmul',
-      `needs matrices, lhs ${showShape(a.shape)} rhs ${showShape(b.shape)}`,
+      `both sides need at least 2 axes, lhs ${showShape(a.shape)} rhs ${showShape(b.shape)}`,
       'reshape vectors first',
     )
   }
@@ -636,27 +675,34 @@ function matmul(
   return out.reshape([...lead, out.shape[1], out.shape[2]])
 }
 
-/** `condition ? a : b`, elementwise with broadcasting; the condition is u8. */
+/** `condition ? a : b`, elementwise with NumPy broadcasting; the condition is u8. @throws MoeError E_SHAPE, E_DTYPE */
 export function where(condition: Tensor, a: Tensor, b: Tensor): Tensor {
   return run('where', [condition, a, b], {})
 }
 
-/** Joins tensors along an axis. */
+/** Concatenates tensors along an axis. @throws MoeError E_SHAPE, E_DTYPE */
 export function concat(parts: readonly Tensor[], axis = 0): Tensor {
-  if (!Array.isArray(parts)) throw attrError('concat', `the parts are ${describe(parts)}, no array`, 'pass [a, b]')
+  if (!Array.isArray(parts))
+    throw attrError('concat', `the parts are ${describe(parts)}, not an array`, 'pass an array of tensors: [a, b]')
   if (parts.length === 1) return parts[0]
   if (parts.length > 0) needTensor('concat', 'input 0', parts[0])
   return run('concat', parts, { axis: parts.length === 0 ? 0 : normalizeAxis('concat', axis, parts[0].rank) })
 }
 
-/** Zeros `[rows, ...rest]` plus every row of `source` added to row `index`, in order. */
+/**
+ * Returns zeros `[rows, ...rest]` with every row of `source` added to the row given by `index`, in order. Rows out of
+ * range are dropped.
+ */
 export function scatterAddRows(index: Tensor, source: Tensor, rows: number): Tensor {
   return run('scatterAddRows', [index, source], { rows })
 }
 
 const setRowsNames = { donate: true }
 
-/** `x` with the rows at `index` replaced by those of `source`. With `donate`, x is used up (its memory may become the result's). */
+/**
+ * Returns `x` with the rows at `index` replaced by those of `source`. `donate` gives up x, so that the result can reuse
+ * its memory.
+ */
 export function setRows(x: Tensor, index: Tensor, source: Tensor, options: { donate?: boolean } = {}): Tensor {
   checkOptions('setRows', options, setRowsNames)
   const donate = options.donate === true && !(context.recording && (x.tracked || source.tracked))

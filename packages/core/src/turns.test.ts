@@ -6,7 +6,7 @@ afterEach(() => {
   globalThis.setImmediate = setImmediate
 })
 
-test.each([true, false])('a turn of the event loop lets timers through, setImmediate %s', async there => {
+test.each([true, false])('eventLoopTurn lets timers run, setImmediate %s', async there => {
   if (!there) Reflect.deleteProperty(globalThis, 'setImmediate')
   let fired = false
   setTimeout(() => {

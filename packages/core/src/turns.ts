@@ -1,9 +1,12 @@
-/** @file Long work on this thread, in steps between which the event loop gets its turn: timers, signals and sockets go on. */
+/**
+ * @file Splits long work on the main thread into steps and yields to the event loop between them, so that timers,
+ * signals and sockets keep working.
+ */
 
-/** A turn of the event loop. @internal */
+/** Yields to the event loop once. @internal */
 export function eventLoopTurn(): Promise<void> {
   if (typeof setImmediate === 'function') return new Promise(resolve => setImmediate(resolve))
-  // Browsers have no setImmediate, and timers that set each other wait for 4 ms there.
+  // Browsers have no setImmediate, and nested timers wait at least 4 ms there.
   return new Promise(resolve => {
     const { port1, port2 } = new MessageChannel()
     port1.addEventListener('message', () => {
@@ -15,29 +18,29 @@ export function eventLoopTurn(): Promise<void> {
   })
 }
 
-/** Milliseconds of work after which the event loop gets its turn. */
-const AT_A_TIME = 10
+/** Milliseconds of work before yielding to the event loop. */
+const WORK_MS = 10
 
-/** To be awaited after each step of a long work: a turn of the event loop, when one is due. */
+/** Returns a function to await after each step of long work. It yields to the event loop if enough time has passed. */
 export function pacer(): () => Promise<void> {
   let began = performance.now()
   return async () => {
-    if (performance.now() - began < AT_A_TIME) return
+    if (performance.now() - began < WORK_MS) return
     await eventLoopTurn()
     began = performance.now()
   }
 }
 
-/** Runs a generator to its end, with a turn of the event loop where it yields. */
-export async function inTurns<T>(steps: Generator<void, T>): Promise<T> {
+/** Runs a generator to its end, and may yield to the event loop wherever the generator yields. */
+export async function runYielding<T>(steps: Generator<void, T>): Promise<T> {
   const paced = pacer()
   let step = steps.next()
   for (; !step.done; step = steps.next()) await paced()
   return step.value
 }
 
-/** Runs a generator to its end. */
-export function atOnce<T>(steps: Generator<void, T>): T {
+/** Runs a generator to its end synchronously. */
+export function runSync<T>(steps: Generator<void, T>): T {
   let step = steps.next()
   while (!step.done) step = steps.next()
   return step.value

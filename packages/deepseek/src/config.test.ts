@@ -55,7 +55,7 @@ describe('names in a configuration', () => {
     ['top_k', 'num_experts_per_tok'],
     ['n_dense_layers', 'first_k_dense_replace'],
   ])('%s is told to be %s, also beside it', (name, known) => {
-    expect(make({ [name]: 2 })).toThrow(`DeepSeek: there is no option ${name}; did you mean ${known}?`)
+    expect(make({ [name]: 2 })).toThrow(`DeepSeek: unknown option ${name}; did you mean ${known}?`)
   })
 
   test('of rope_scaling are asked, too', () => {
@@ -88,16 +88,16 @@ describe('names in a configuration', () => {
 })
 
 test('options that nobody reads are refused', async () => {
-  expect(make({}, { sed: 1 })).toThrow('DeepSeek: there is no option sed; did you mean seed?')
+  expect(make({}, { sed: 1 })).toThrow('DeepSeek: unknown option sed; did you mean seed?')
   expect(make({}, { objective: { biasspeed: 0 } })).toThrow(
-    'DeepSeek objective: there is no option biasspeed; did you mean biasSpeed?',
+    'DeepSeek objective: unknown option biasspeed; did you mean biasSpeed?',
   )
   expect(make({}, { dropping: { devices: 1, undroped: 0 } })).toThrow('did you mean undropped?')
-  expect(make({}, null as never)).toThrow('DeepSeek: null is given in place of options')
+  expect(make({}, null as never)).toThrow('DeepSeek: expected an options object, got null')
   expect(() => new DeepSeek(undefined as never)).toThrow(
-    'DeepSeek: undefined is given in place of options; pass an object: { model_type,',
+    'DeepSeek: expected an options object, got undefined; pass an object: { model_type,',
   )
-  await expect(DeepSeek.fromPretrained('nowhere', { seed: 1 } as never)).rejects.toThrow('no option seed')
+  await expect(DeepSeek.fromPretrained('nowhere', { seed: 1 } as never)).rejects.toThrow('unknown option seed')
   for (const config of [presets['deepseek-v3'], undefined] as never[]) {
     expect(() => countParameters(config)).toThrow('not been given its defaults; pass parseConfig(config)')
   }

@@ -267,7 +267,7 @@ describe('generation', () => {
       expect(() => model.generate([1], { repetitionPenalty })).toThrow(/repetitionPenalty = .* is not above 0/)
     const precision = 'half' as 'bf16'
     for (const call of [() => model.generate([1], { precision }), () => model.session({ precision })])
-      expect(call).toThrow(`session: no precision is called "half"; pass 'f32', 'bf16' or 'fp8'`)
+      expect(call).toThrow(`session: unknown precision "half"; pass 'f32', 'bf16' or 'fp8'`)
     // Other seeds would give the same text.
     expect(() => model.generate([1], { seed: 3 })).toThrow(/seed would do nothing.*: pass temperature: 1/)
     model.generate([1], { seed: 3, temperature: 0 })
@@ -279,13 +279,15 @@ describe('generation', () => {
     expect(() => model.generate([1], { tokenizer: {} as TextTokenizer })).toThrow(/no createDecodeStream; pass one of/)
     const signal = new AbortController() as unknown as AbortSignal
     expect(() => model.generate([1], { signal })).toThrow(/no AbortSignal; of an AbortController pass .signal/)
-    expect(() => model.generate([1], null as unknown as GenerateOptions)).toThrow(/null is given in place of options/)
+    expect(() => model.generate([1], null as unknown as GenerateOptions)).toThrow(
+      /expected an options object, got null/,
+    )
     const stop = '.' as unknown as string[]
     expect(() => model.generate([1], { stop })).toThrow(/stop is "\."; pass a list of token ids and texts/)
     const aborted = model.generate([1], { signal: AbortSignal.abort() })
     await expect(aborted[Symbol.asyncIterator]().next()).rejects.toMatchObject({ code: 'E_ABORTED' })
     model.dispose()
-    const message = expect.stringMatching(/it is a parameter, freed with its model/)
+    const message = expect.stringMatching(/the parameter was freed with its model/)
     await expect(model.generate([1])[Symbol.asyncIterator]().next()).rejects.toMatchObject({
       code: 'E_DISPOSED',
       message,

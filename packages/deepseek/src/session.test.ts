@@ -179,10 +179,10 @@ describe('a session', () => {
 
   test('refuses options of a text or of its own in the wrong place', () => {
     const model = new DeepSeek(tiny)
-    expect(() => model.session({ maxTokens: 3 } as object)).toThrow('session: there is no option maxTokens')
-    expect(() => model.session(null as never)).toThrow('session: null is given in place of options')
+    expect(() => model.session({ maxTokens: 3 } as object)).toThrow('session: unknown option maxTokens')
+    expect(() => model.session(null as never)).toThrow('session: expected an options object, got null')
     const session = model.session()
-    expect(() => session.generate([1], { precision: 'bf16' } as object)).toThrow('there is no option precision')
+    expect(() => session.generate([1], { precision: 'bf16' } as object)).toThrow('unknown option precision')
     expect(() => session.generate([99])).toThrow('token 0 is 99, outside the vocabulary')
     model.dispose()
   })

@@ -92,7 +92,7 @@ test('rows that are not as long as they say, and losses of no module, are refuse
   expect(() => shiftTokens(rows([1, 2, 3, 4], [0, 0, 0]), 3, 1)).toThrow(/4 tokens and 3 documents/)
   const { head, modules } = make(1)
   const flat = randn([3, 4], new Random(1))
-  expect(() => modules[0].forward(flat, flat, {})).toThrow(/has shape \[3,4\], needs \[batch, time, hidden\]/)
+  expect(() => modules[0].forward(flat, flat, {})).toThrow(/has shape \[3,4\], expected \[batch, time, hidden\]/)
   expect(() => mtpLoss([], randn([1, 3, 4], new Random(1)), rows([1, 2, 3, 4]), head.weight, {})).toThrow(/no modules/)
   expect(() => mtpLoss(modules, null as never, rows([1, 2, 3, 4]), head.weight, {})).toThrow(/the input is null/)
   for (const [wrong, problem] of [
@@ -116,7 +116,9 @@ test('a module without what it shares, or with an epsilon that is none, is refus
       `the option ${name} is missing`,
     )
   }
-  expect(() => new MtpModule({ hidden_size: 4, rms_norm_eps: -1 }, all)).toThrow(/eps = -1 is no number from 0/)
+  expect(() => new MtpModule({ hidden_size: 4, rms_norm_eps: -1 }, all)).toThrow(
+    /eps is -1, expected a number of at least 0/,
+  )
 })
 
 test('keys are those of the released layer, without the shared parts', () => {
@@ -198,7 +200,7 @@ test('settings that nobody reads are refused', () => {
     () => mtpDepthLoss(module, 1, hidden, uploaded, head.weight, typo),
     () => mtpLoss(modules, hidden, rows, head.weight, {}, typo),
   ])
-    expect(call).toThrow('no option detach; did you mean detached?')
+    expect(call).toThrow('unknown option detach; did you mean detached?')
 })
 
 test.each([false, true])(

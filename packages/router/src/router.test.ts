@@ -234,7 +234,7 @@ test('tokens without a sequence are refused', () => {
   const layers = [new MoELayer({ ...sizes, num_experts_per_tok: 2 }), new CapacityMoE({ ...sizes, router: 'switch' })]
   for (const layer of layers)
     expect(() => layer.forward(randn([3, 8], new Random(1)))).toThrow(
-      /has shape \[3,8\], needs \[batch, time, hidden\]/,
+      /has shape \[3,8\], expected \[batch, time, hidden\]/,
     )
 })
 
@@ -298,15 +298,13 @@ test('a copy of some experts has their weights, and trains apart', async () => {
 test('configurations and options that are none, or have names that nobody reads, are refused', () => {
   const config = { hidden_size: 4, moe_intermediate_size: 4, n_routed_experts: 4, num_experts_per_tok: 2 }
   const make = (...given: unknown[]) => expect(() => new (MoELayer as new (...given: unknown[]) => MoELayer)(...given))
-  make().toThrow('MoELayer: undefined is given in place of options; pass an object: { hidden_size,')
+  make().toThrow('MoELayer: expected an options object, got undefined; pass an object: { hidden_size,')
   make({ ...config, n_shared_expert: 1 }).toThrow(
-    'MoELayer: there is no option n_shared_expert; did you mean n_shared_experts?',
+    'MoELayer: unknown option n_shared_expert; did you mean n_shared_experts?',
   )
-  make(config, { balancr: noBalance() }).toThrow('MoELayer: there is no option balancr; did you mean balancer?')
-  make(config, { dropping: { device: 2 } }).toThrow(
-    'MoELayer dropping: there is no option device; did you mean devices?',
-  )
-  make(config, null).toThrow('MoELayer: null is given in place of options')
+  make(config, { balancr: noBalance() }).toThrow('MoELayer: unknown option balancr; did you mean balancer?')
+  make(config, { dropping: { device: 2 } }).toThrow('MoELayer dropping: unknown option device; did you mean devices?')
+  make(config, null).toThrow('MoELayer: expected an options object, got null')
   expect(() => auxFree({ sped: 1 } as never)).toThrow('did you mean speed?')
   const layer = new MoELayer({ ...config, num_key_value_heads: 3 } as RouterConfig, { deviation: 0 })
   expect(() => layer.forward(zeros([1, 1, 4]), { trainig: true } as never)).toThrow('did you mean training?')

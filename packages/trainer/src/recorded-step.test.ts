@@ -349,10 +349,10 @@ describe('TrainingSteps', () => {
     const model = new DeepSeek(tiny, { seed: 1, backend: counting().backend })
     const parameters = namedParameters(model)
     const precision = 'half' as 'bf16'
-    expect(() => new Muon(parameters, { precision })).toThrow('Muon: no precision is called "half"')
+    expect(() => new Muon(parameters, { precision })).toThrow('Muon: unknown precision "half"')
     const optimizer = new AdamW(parameters)
     const make = () => new TrainingSteps(model, parameters, optimizer, { precision })
-    expect(make).toThrow(`TrainingSteps: no precision is called "half"; pass 'f32', 'bf16' or 'fp8'`)
+    expect(make).toThrow(`TrainingSteps: unknown precision "half"; pass 'f32', 'bf16' or 'fp8'`)
     optimizer.dispose()
     model.dispose()
   })

@@ -129,13 +129,13 @@ test('passes of many lengths keep tables for the powers of two alone', () => {
 
 test('caches of no configuration, or of misspelt ones, are refused', () => {
   expect(() => new LatentCache(config, { layer: 1 } as never)).toThrow(
-    'LatentCache: there is no option layer; did you mean layers?',
+    'LatentCache: unknown option layer; did you mean layers?',
   )
   for (const make of [
     (config: never) => new LatentCache(config, { layers: 1 }),
     (config: never) => cacheCost(config, 1),
   ]) {
-    expect(() => make(undefined as never)).toThrow('undefined is given in place of options')
+    expect(() => make(undefined as never)).toThrow('expected an options object, got undefined')
     expect(() => make({ kv_lora_rnak: 8, qk_rope_head_dim: 4 } as never)).toThrow('did you mean kv_lora_rank?')
   }
 })

@@ -34,7 +34,7 @@ describe('gradients of parameters', () => {
     expect(grad(w)).toEqual([10, 10])
   })
 
-  test('a shared parameter gathers every use', () => {
+  test('a shared parameter accumulates the gradients of all uses', () => {
     const w = parameter(2, 3)
     const x = tensor([5, 7])
     // d/dw (w x + w^2 + sum over a reshaped w) = x + 2 w + 1
@@ -59,7 +59,7 @@ describe('gradients of parameters', () => {
     expect(grad(w)).toEqual([1])
   })
 
-  test('buffers and detached values get none', () => {
+  test('buffers and detached values get no gradient', () => {
     const w = parameter(2)
     const frozen = new Parameter(tensor([3]), { trainable: false })
     backward(w.mul(frozen).add(w.detach().mul(7)).sum())
@@ -77,7 +77,7 @@ describe('gradients of parameters', () => {
     expect(grad(w)).toEqual([10])
   })
 
-  test('an integer path carries none', () => {
+  test('no gradient flows through integers', () => {
     const w = parameter(1.5, 2.5)
     expect(w.cast('i32').tracked).toBe(false)
     expect(w.lt(2).tracked).toBe(false)
@@ -93,10 +93,13 @@ describe('options', () => {
     expect(seed.disposed).toBe(false)
   })
 
-  test('a loss that is no scalar needs one, of its shape', () => {
+  test('a loss that is not a scalar requires a gradient of its shape', () => {
     const w = parameter(2, 3)
     expect(() => backward(w.mul(w))).toThrow(
-      expect.objectContaining({ code: 'E_SHAPE', message: expect.stringMatching(/\[2\]; reduce it with .mean\(\)/) }),
+      expect.objectContaining({
+        code: 'E_SHAPE',
+        message: expect.stringMatching(/\[2\], expected a scalar; reduce it with .mean\(\)/),
+      }),
     )
     expect(() => backward(w.mul(w), { gradient: tensor([1, 2, 3]) })).toThrow(
       expect.objectContaining({
@@ -106,7 +109,7 @@ describe('options', () => {
     )
   })
 
-  test('retain allows another walk with the same numbers', () => {
+  test('retain allows a second backward pass, with the same numbers', () => {
     const w = parameter(2, 3)
     const loss = w.mul(w).mul(w).sum()
     backward(loss, { retain: true })
@@ -115,7 +118,7 @@ describe('options', () => {
     expect(grad(w)).toEqual([24, 54])
   })
 
-  test('without retain there is no second walk', () => {
+  test('without retain, a second backward pass throws', () => {
     const w = parameter(2, 3)
     const twice = w.mul(w).sum()
     backward(twice)
@@ -154,13 +157,13 @@ describe('what was freed too early', () => {
 
   test('a loss returned from the scope of its forward pass', () => {
     const w = parameter(2, 3)
-    // Sum and add read no element of their inputs on the way back, and still must not drop the gradient silently.
+    // Sum and add need no elements of their inputs in the backward pass, but must not drop the gradient silently.
     const loss = scope(() => w.mul(2).add(1).sum())
     expect(() => backward(loss)).toThrow(freed)
     expect(w.grad).toBeNull()
   })
 
-  test('an intermediate disposed by hand', () => {
+  test('an intermediate result disposed manually', () => {
     const w = parameter(2, 3)
     const h = w.mul(w)
     const loss = h.sum()
@@ -169,7 +172,7 @@ describe('what was freed too early', () => {
     expect(w.grad).toBeNull()
   })
 
-  test('an intermediate that another backward freed', () => {
+  test('an intermediate result freed by another backward pass', () => {
     const w = parameter(2, 3)
     const h = w.mul(w)
     const [a, b] = [h.sum(), h.mul(2).sum()]
@@ -205,11 +208,11 @@ describe('what was freed too early', () => {
 })
 
 describe('no gradient', () => {
-  test('says why: nothing recorded', () => {
+  test('the error says that nothing was recorded', () => {
     const w = parameter(2)
     const why = expect.objectContaining({
       code: 'E_NO_GRADIENT',
-      message: expect.stringMatching(/depends on no trainable parameter.*outside noGrad/),
+      message: expect.stringMatching(/depends on no recorded trainable parameter.*outside noGrad/),
     })
     expect(() => backward(tensor([1]).mul(2))).toThrow(why)
     expect(() => backward(noGrad(() => w.mul(2)))).toThrow(why)
@@ -217,7 +220,7 @@ describe('no gradient', () => {
     expect(() => gradients(tensor([1]).sum(), [w])).toThrow(why)
   })
 
-  test('rows that were written have none, and the failed walk leaves nothing behind', () => {
+  test('source rows of setRows have none, and the failed backward pass leaves nothing behind', () => {
     const w = parameter(1, 2, 3)
     const source = parameter(9)
     const before = alive()
@@ -228,7 +231,7 @@ describe('no gradient', () => {
       const attempt = () => backward(loss, { retain: true })
       expect(attempt).toThrow(expect.objectContaining({ code: 'E_NO_GRADIENT', op: 'setRows' }))
       expect(isRecording()).toBe(true)
-      // What had been sent before the failure must not be counted by the next walk.
+      // What was sent before the failure must not be counted by the next walk.
       source.trainable = false
       attempt()
     })
@@ -267,7 +270,7 @@ describe('memory', () => {
     }
   })
 
-  test('gradients of intermediates are freed on the way', () => {
+  test('gradients of intermediate results are freed during the backward pass', () => {
     const w = parameter(...new Float32Array(1000).fill(0.5))
     const elements = 1000 * 8
     let h: Tensor = w

@@ -13,23 +13,23 @@ import { SecondRun } from './checkpoint.ts'
 import { restore } from './discarded.ts'
 import { rules } from './rules.ts'
 
-/** How a walk back begins, and what it leaves. */
+/** Options of `backward` and `gradients`. */
 export interface BackwardOptions {
-  /** Gradient of the loss with respect to itself; needed when it is not a scalar. Same shape as the loss. */
+  /** Gradient of the loss with respect to itself, in the shape of the loss. Required if the loss is not a scalar. */
   readonly gradient?: Tensor
-  /** Keep the recorded ops and their intermediate results for another walk. */
+  /** Keeps the recorded ops and their intermediate results for another backward pass. Default false. */
   readonly retain?: boolean
 }
 
 const names: OptionNames<BackwardOptions> = { gradient: true, retain: true }
 
 /**
- * Adds d loss / d p to `p.grad` of every trainable parameter p that the loss depends on.
+ * Runs the backward pass: adds d loss / d p to `p.grad` of every trainable parameter p that the loss depends on.
  *
- * Frees what was recorded on the way (every intermediate result that is part of the history of the loss, but not the loss); keep a value that you still need
- * with `detach()` before the call.
- * @throws MoeError E_NO_GRADIENT when the loss depends on no parameter, E_DISPOSED when something between them was freed already, E_SHAPE when the loss is not a
- * scalar and no gradient is given. No `.grad` has changed then.
+ * Frees everything that was recorded for it: all intermediate results in the history of the loss, but not the loss
+ * itself. To keep such a value, call `detach()` on it before.
+ * @throws MoeError E_NO_GRADIENT if the loss depends on no parameter, E_DISPOSED if a tensor between them was already
+ * freed, E_SHAPE if the loss is not a scalar and no gradient is given. In these cases, no `.grad` has changed.
  */
 export function backward(loss: Tensor, options: BackwardOptions = {}): void {
   checkOptions('backward', options, names)
@@ -38,8 +38,10 @@ export function backward(loss: Tensor, options: BackwardOptions = {}): void {
 }
 
 /**
- * Gradients of a scalar loss with respect to the given tensors (recorded intermediates or parameters), without touching any
- * `.grad`. A tensor on which the loss does not depend gets null. The results belong to no scope: dispose of them.
+ * Returns the gradients of a scalar loss with respect to the given tensors (recorded intermediate results or
+ * parameters), without changing any `.grad`. The entry of a tensor on which the loss does not depend is null. The
+ * results belong to no scope, so dispose of them yourself.
+ * @throws MoeError E_NO_GRADIENT, E_DISPOSED and E_SHAPE as `backward`
  */
 export function gradients(loss: Tensor, of: readonly Tensor[], options: BackwardOptions = {}): Array<Tensor | null> {
   checkOptions('gradients', options, names)
@@ -54,7 +56,7 @@ export function gradients(loss: Tensor, of: readonly Tensor[], options: Backward
   return of.map(tensor => found.get(tensor) ?? null)
 }
 
-/** Internal. @throws MoeError E_SHAPE */
+/** Checks that the loss is a scalar or has a gradient of its shape. Internal. @throws MoeError E_SHAPE */
 export function checkSeed(loss: Tensor, given?: Tensor): void {
   needTensor('backward', 'the loss', loss)
   if (given !== undefined) {
@@ -63,26 +65,26 @@ export function checkSeed(loss: Tensor, given?: Tensor): void {
       code: 'E_SHAPE',
       op: 'backward',
       problem: `the gradient has shape ${showShape(given.shape)}, the loss ${showShape(loss.shape)}`,
-      fix: 'give both the same shape',
+      fix: 'pass a gradient of the shape of the loss',
     })
   }
   if (loss.size !== 1) {
     throw new MoeError({
       code: 'E_SHAPE',
       op: 'backward',
-      problem: `the loss has shape ${showShape(loss.shape)}`,
+      problem: `the loss has shape ${showShape(loss.shape)}, expected a scalar`,
       fix: 'reduce it with .mean() or .sum(), or pass { gradient }',
     })
   }
 }
 
-/** Internal. */
+/** Adds a gradient to the one that is collected for a tensor. Internal. */
 export function add(map: Map<Tensor, Tensor>, to: Tensor, gradient: Tensor): void {
   const before = map.get(to)
   map.set(to, before === undefined ? gradient : sum(before, gradient))
 }
 
-/** Internal. Leaves of `backward`: parameters gather their gradient, other tracked leaves drop it. */
+/** Handles leaves in `backward`: parameters accumulate their gradient, other tracked leaves drop it. Internal. */
 export function accumulate(leaf: Tensor, gradient: Tensor): void {
   if (!(leaf instanceof Parameter)) {
     gradient.dispose()
@@ -92,8 +94,8 @@ export function accumulate(leaf: Tensor, gradient: Tensor): void {
 }
 
 /**
- * Sends gradients from `outputs` down to the leaves, starting with `seeds` (null for ones). `onLeaf` takes over each leaf's gradient
- * (kept, it may come several times per leaf); tensors in `stops` count as leaves as well.
+ * Propagates gradients from `outputs` to the leaves, starting with `seeds` (null means ones). `onLeaf` takes ownership
+ * of each leaf's gradient and may be called several times for one leaf. Tensors in `stops` count as leaves too.
  */
 function walk(
   outputs: readonly Tensor[],
@@ -123,7 +125,7 @@ function walk(
         if (!retain) release(node, outputs)
       }
     } finally {
-      // A rule that failed leaves gradients on their way, and second runs; the next walk must not find them.
+      // If a rule failed, gradients and second runs are left over, which the next walk must not find.
       for (; n < nodes.length; n++) {
         drop(nodes[n].flowing)
         nodes[n].again?.dispose()
@@ -132,17 +134,17 @@ function walk(
   })
 }
 
-/** What becomes of the gradient of a tensor that no recorded op has made. It is taken over. */
+/** Receives the gradient of a tensor that no recorded op made, and takes ownership of it. */
 export type OnLeaf = (leaf: Tensor, gradient: Tensor) => void
 
-/** Internal. */
+/** Sends the initial gradient of every output. Internal. */
 export function sendSeeds(outputs: readonly Tensor[], seeds: ReadonlyArray<Tensor | null>, onLeaf: OnLeaf): void {
   outputs.forEach((output, i) => {
     send(output, seeds[i]?.detach() ?? full(output.shape, 1, output), onLeaf)
   })
 }
 
-/** Internal. Takes the gradient over. */
+/** Adds a gradient to those that have arrived for a tensor, and takes ownership of it. Internal. */
 export function send(to: Tensor, gradient: Tensor, onLeaf: OnLeaf): void {
   gradient.owner = null
   const { node } = to
@@ -154,13 +156,16 @@ export function send(to: Tensor, gradient: Tensor, onLeaf: OnLeaf): void {
   node.flowing[to.outputIndex] = before === null ? gradient : sum(before, gradient)
 }
 
-/** Internal. */
+/** Returns whether a gradient has arrived for any output. Internal. */
 export function hasArrived(flowing: TapeNode['flowing']): boolean {
   for (let i = 0; i < flowing.length; i++) if (flowing[i] !== null) return true
   return false
 }
 
-/** Internal. Sends what has arrived at a node to those of its inputs that are needed; it stays at the node as well. */
+/**
+ * Propagates the gradients that have arrived at a node to the inputs that need them. The node keeps its gradients.
+ * Internal.
+ */
 export function sendOn(node: TapeNode, needs: (input: number) => boolean, onLeaf: OnLeaf): void {
   const { inputs, outputs, attrs, flowing } = node
   for (let i = 0; i < inputs.length; i++) restore(inputs[i])
@@ -181,7 +186,7 @@ export function sendOn(node: TapeNode, needs: (input: number) => boolean, onLeaf
   }
 }
 
-/** Internal. */
+/** Frees the gradients of a node. Internal. */
 export function drop(flowing: TapeNode['flowing']): void {
   for (let i = 0; i < flowing.length; i++) {
     flowing[i]?.dispose()
@@ -189,7 +194,7 @@ export function drop(flowing: TapeNode['flowing']): void {
   }
 }
 
-/** Sum of two gradients, which are used up; where it fails, `a` is still the caller's. */
+/** Returns the sum of two gradients and disposes of both. If the addition fails, `a` still belongs to the caller. */
 function sum(a: Tensor, b: Tensor): Tensor {
   let total: Tensor
   try {
@@ -207,7 +212,8 @@ function sum(a: Tensor, b: Tensor): Tensor {
 let walks = 0
 
 /**
- * Internal. Nodes behind the outputs, newest first: an order in which every consumer comes before what it consumes.
+ * Returns the nodes that lead to the outputs, newest first, so that every consumer comes before what it consumes.
+ * Internal.
  * @throws MoeError E_NO_GRADIENT, E_DISPOSED
  */
 export function reachable(outputs: readonly Tensor[]): TapeNode[] {
@@ -230,20 +236,20 @@ export function reachable(outputs: readonly Tensor[]): TapeNode[] {
     throw new MoeError({
       code: 'E_NO_GRADIENT',
       op: 'backward',
-      problem: 'the loss depends on no trainable parameter that was recorded',
-      fix: 'run the forward pass outside noGrad(), do not detach() what leads to the loss, and pass { retain: true } to go back twice',
+      problem: 'the loss depends on no recorded trainable parameter',
+      fix: 'run the forward pass outside noGrad(), do not detach() tensors that lead to the loss, and pass { retain: true } for a second backward pass',
     })
   }
   return found.sort((a, b) => b.id - a.id)
 }
 
-/** Going on would drop the gradient that has to pass through it. */
+/** Continuing would lose the gradient that has to pass through the freed tensor. */
 function freed(tensor: Tensor): MoeError {
   return new MoeError({
     code: 'E_DISPOSED',
     op: 'backward',
-    problem: `a tensor ${showShape(tensor.shape)} that leads to the loss was already freed`,
-    fix: 'call backward inside the scope() of the forward pass, dispose nothing before it, and pass { retain: true } to the first of two calls',
+    problem: `a tensor of shape ${showShape(tensor.shape)} that leads to the loss was already freed`,
+    fix: 'call backward inside the scope() of the forward pass, do not dispose of tensors before it, and pass { retain: true } to the first of two calls',
   })
 }
 
@@ -256,22 +262,25 @@ function rule(node: TapeNode): Vjp<never> {
   )
 }
 
-/** Goes back through the second run of a checkpoint, as if it had been recorded in the first place: gradients add up in the same order. */
+/**
+ * Differentiates the second run of a checkpoint as if it had been recorded in the first place: gradients are added in
+ * the same order.
+ */
 function sendThrough(node: TapeNode, again: SecondRun, onLeaf: OnLeaf): void {
   try {
     const { leaves, roots, seeds } = again.towards(node.flowing)
-    const insideOut = (leaf: Tensor, gradient: Tensor) => {
+    const onInnerLeaf = (leaf: Tensor, gradient: Tensor) => {
       const at = leaves.indexOf(leaf)
       if (at < 0) onLeaf(leaf, gradient)
       else send(node.inputs[at], gradient, onLeaf)
     }
-    if (roots.length > 0) walk(roots, seeds, false, insideOut)
+    if (roots.length > 0) walk(roots, seeds, false, onInnerLeaf)
   } finally {
     again.dispose()
   }
 }
 
-/** Goes back through a fused op that has no rule of its own. */
+/** Differentiates a fused op that has no gradient rule. */
 function throughDecomposition(
   inputs: readonly Tensor[],
   flowing: ReadonlyArray<Tensor | null>,
@@ -291,7 +300,7 @@ function throughDecomposition(
   }
 }
 
-/** Internal. Frees what was recorded at a node, but for the roots. */
+/** Frees what was recorded at a node, except the roots. Internal. */
 export function release(node: TapeNode, roots: readonly Tensor[]): void {
   for (const output of node.outputs) {
     if (roots.includes(output)) output.node = null

@@ -26,7 +26,7 @@ const parameter = (...values: number[]) => new Parameter(tensor(values))
 const grad = (of: Parameter) => of.grad && Array.from(readF64(of.grad))
 
 describe('checkpoint', () => {
-  test('takes a synchronous function that gives a tensor', () => {
+  test('takes a synchronous function that returns a tensor', () => {
     const wrong = (fn: unknown) => () => checkpoint(fn as () => Tensor, ones([2]))
     expect(wrong(async (x: Tensor) => x)).toThrow(
       expect.objectContaining({ code: 'E_ATTR', message: expect.stringContaining('returned a promise') }),
@@ -34,7 +34,7 @@ describe('checkpoint', () => {
     expect(wrong(() => 3)).toThrow(
       expect.objectContaining({
         code: 'E_ATTR',
-        message: expect.stringContaining('what the function returned is the number 3, no tensor'),
+        message: expect.stringContaining('what the function returned is the number 3, not a tensor'),
       }),
     )
   })
@@ -44,7 +44,7 @@ describe('checkpoint', () => {
     return { mlp: new SwigluMlp(8, 32, { random, deviation: 0.5 }), x: randn([16, 8], random) }
   }
 
-  test('gives the values and gradients of the plain pass', () => {
+  test('gives the same values and gradients as without checkpointing', () => {
     const { mlp, x } = make()
     const input = new Parameter(x)
     const forward = (h: Tensor) => mlp.forward(h).mul(h)
@@ -86,7 +86,7 @@ describe('checkpoint', () => {
     expect(light).toBeLessThan(plain / 4)
   })
 
-  test('tells fn when it runs again, and only then', () => {
+  test('isRecomputing is true only during the second run', () => {
     const w = parameter(2)
     const seen: boolean[] = []
     const out = checkpoint(() => {
@@ -101,7 +101,7 @@ describe('checkpoint', () => {
     expect(seen).toHaveLength(2)
   })
 
-  test('remember gives in the second run what it gave in the first, nested checkpoints included', async () => {
+  test('remember returns the same values in the second run, also in nested checkpoints', async () => {
     const w = parameter(2)
     let state = 0
     const seen: number[] = []
@@ -115,7 +115,7 @@ describe('checkpoint', () => {
     next()
     expect(seen.splice(0)).toEqual([1, 2, 3, 4, 5])
     backward(first.add(second).sum())
-    // The last block goes back first; the inner one of the other runs three times.
+    // The last block runs again first; the inner one of the other block runs three times.
     expect(seen.splice(0)).toEqual([4, 1, 2, 3, 2, 3])
     expect(state).toBe(5)
     next()
@@ -158,7 +158,7 @@ describe('checkpoint', () => {
   })
 })
 
-describe('a checkpoint of several results', () => {
+describe('a checkpoint with several results', () => {
   test('has the gradients of all that are used, and integers have none', () => {
     const w = parameter(2, 3)
     const [square, order, cube] = checkpoint(x => [x.mul(w), x.topk(1).indices, x.mul(w).mul(w)] as const, w.mul(1))
@@ -172,12 +172,14 @@ describe('a checkpoint of several results', () => {
     unused.dispose()
   })
 
-  test('says which of them is no tensor', () => {
-    expect(() => checkpoint((x: Tensor) => [x, 3] as never, ones([2]))).toThrow(/returned is the number 3, no tensor/)
+  test('the error names a result that is not a tensor', () => {
+    expect(() => checkpoint((x: Tensor) => [x, 3] as never, ones([2]))).toThrow(
+      /returned is the number 3, not a tensor/,
+    )
   })
 })
 
-/** x + down(swiglu(gate(norm(x)), up(norm(x)))), the norm and the activation kept or not. */
+/** x + down(swiglu(gate(norm(x)), up(norm(x)))), with the norm and the activation kept or recomputed. */
 class Net extends Module {
   norm = new RmsNorm(6)
   gate: Linear
@@ -196,7 +198,7 @@ class Net extends Module {
 
   forward(x: Tensor): Tensor {
     const { lean, norm } = this
-    // The products fold the leading axes: reshapes of what is lent.
+    // The products fold the leading axes, which creates reshapes of the lent tensors.
     const inner = (n: Tensor) => {
       const [g, u] = [this.gate.forward(n), this.up.forward(n)]
       return lean
@@ -221,7 +223,7 @@ describe('withRecomputed', () => {
   const dy = () => randn([2, 5, 6], new Random(3))
   const gradientsOf = (module: Module) => namedParameters(module).map(({ parameter }) => grad(parameter))
 
-  test('has the numbers of the plain pass, with half of its memory between forward and backward', () => {
+  test('gives the same numbers as without it, with half the memory between forward and backward', () => {
     const [plain, lean] = [false, true].map(isLean => {
       const net = new Net(isLean)
       return scope(() => {
@@ -236,11 +238,11 @@ describe('withRecomputed', () => {
       })
     })
     expect({ ...lean, held: 0 }).toEqual({ ...plain, held: 0 })
-    // On this backend the norm and the activation are ops of their own, whose results stay in the plain pass.
+    // On this backend, the norm and the activation are separate ops, whose results are kept without recomputation.
     expect(lean.held).toBeLessThan(plain.held / 2)
   })
 
-  test('leaves nothing behind, whether gone back through, given up or failed', () => {
+  test('leaves nothing behind after a backward pass, without one, or after a failure', () => {
     const net = new Net(true)
     const before = alive()
     const run = (how: (y: Tensor) => void) => {
@@ -257,7 +259,7 @@ describe('withRecomputed', () => {
       backward(y, { gradient: dy() })
     })
     noGrad(() => run(() => undefined))
-    // Something has gone between the second runs of the two nets.
+    // Something was freed between the second runs of the two networks.
     const w = parameter(1)
     const start = alive()
     scope(() => {
@@ -269,7 +271,7 @@ describe('withRecomputed', () => {
     expect(alive()).toBe(start)
   })
 
-  test('goes back in two parts, too, the weights of products last', () => {
+  test('supports backwardInput, which defers the weight gradients of products', () => {
     const whole = new Net(false)
     const at = input()
     const [expected] = gradients(whole.forward(at), [at], { gradient: dy(), retain: true })
@@ -277,7 +279,7 @@ describe('withRecomputed', () => {
     const net = new Net(true)
     const x = input()
     const y = net.forward(x)
-    // The input's part in a scope of its own: what the second part needs outlives it.
+    // The first part runs in its own scope: what the second part needs must outlive it.
     const split = scope(() => backwardInput([y], [x], [dy()]))
     expect(readF64(split.gradients[0] as Tensor)).toEqual(readF64(expected as Tensor))
     expect(net.down.weight.grad).toBeNull()
@@ -307,7 +309,7 @@ describe('withRecomputed', () => {
     expect(grad(w)).toEqual([9 * 4])
   })
 
-  test('does not free what is returned, and later ops say that the rest is gone', () => {
+  test('does not free what is returned, and later use of the rest throws', () => {
     const w = parameter(2, 3)
     const kept: Tensor[] = []
     const out = withRecomputed(
@@ -324,7 +326,7 @@ describe('withRecomputed', () => {
     expect(grad(w)).toEqual([2, 2])
   })
 
-  test('an error in the second run passes through, and nothing is left', () => {
+  test('an error in the second run propagates, and nothing is left behind', () => {
     const w = parameter(2)
     const before = alive()
     let runs = 0

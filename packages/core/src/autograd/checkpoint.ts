@@ -1,4 +1,6 @@
-/** @file Recomputing: forward passes that are run again on the way back, in place of keeping what they made. */
+/**
+ * @file Recomputation: forward passes that run again during the backward pass, instead of keeping their activations.
+ */
 import { context, noGrad, withPrecision } from '../context.ts'
 import { full } from '../create.ts'
 import { needTensor } from '../need-tensor.ts'
@@ -6,16 +8,16 @@ import { Lifetime, scope } from '../scope.ts'
 import { record, type Tensor } from '../tensor.ts'
 import { lend, restore } from './discarded.ts'
 
-/** Where a walk goes on, inside of a second run. */
+/** Where a backward walk continues inside a second run. */
 interface Inside {
-  /** In place of the inputs. */
+  /** Stand-ins for the inputs. */
   readonly leaves: readonly Tensor[]
-  /** Outputs that gradients have arrived for, and these. */
+  /** Outputs for which a gradient has arrived; `seeds` are these gradients. */
   readonly roots: readonly Tensor[]
   readonly seeds: ReadonlyArray<Tensor | null>
 }
 
-/** A function that is run once more, with recording on; at most once till `dispose`. Internal. */
+/** Runs a function a second time, with recording on, at most once until `dispose`. Internal. */
 export class SecondRun {
   readonly #inputs: readonly Tensor[]
   readonly #fn: (inputs: readonly Tensor[]) => readonly Tensor[]
@@ -27,7 +29,7 @@ export class SecondRun {
     this.#fn = fn
   }
 
-  /** What it gives. */
+  /** The outputs of the second run. */
   get outputs(): readonly Tensor[] {
     return this.#run().outputs
   }
@@ -61,23 +63,24 @@ export class SecondRun {
     }
   }
 
-  /** Frees what the run has made. */
+  /** Frees what the run created. */
   dispose(): void {
     this.#made = null
     this.#life.dispose()
   }
 }
 
-/** A tensor, or several. */
+/** One tensor or several. */
 type Outputs = Tensor | readonly Tensor[]
 
 const listed = (outputs: Outputs): readonly Tensor[] => (Array.isArray(outputs) ? outputs : [outputs as Tensor])
 
 /**
- * Runs `fn` without recording its inside, and runs it again during `backward`: the memory of its intermediate results is
- * traded for a second forward pass. Parameters used inside `fn` get their gradients. `isRecomputing()` is true in the second run, where
- * `remember` gives what it gave in the first.
- * @param fn gives a tensor or several, in the second run as in the first (but for integers at the end, which have no gradient)
+ * Runs `fn` without recording its ops, and runs it again during `backward`: gradient checkpointing, which saves the
+ * memory of intermediate results at the cost of a second forward pass. Parameters used inside `fn` get their gradients.
+ * During the second run `isRecomputing()` is true, and `remember` returns the values of the first run.
+ * @param fn returns one tensor or several, and the same in the second run (except for integer tensors at the end, which
+ * have no gradient)
  */
 export function checkpoint<T extends Tensor | readonly Tensor[]>(
   fn: (...inputs: Tensor[]) => T,
@@ -88,9 +91,10 @@ export function checkpoint<T extends Tensor | readonly Tensor[]>(
 }
 
 /**
- * Runs `use` on what `make` gives, which is freed behind it and made again on the way back, when it is needed: for what takes little time to make and much memory to keep, such as the norm
- * before a matrix product. Like `checkpoint`, but the results of `make` are not kept either, and `use` is not run again.
- * @param make gives several tensors, in the second run as in the first
+ * Runs `use` on the results of `make`, which are freed afterwards and recomputed in the backward pass when needed. For
+ * results that are cheap to compute but large to keep, for example the norm before a matrix product. Unlike with
+ * `checkpoint`, the results of `make` are freed too, and `use` does not run again.
+ * @param make returns several tensors, and the same in the second run
  */
 export function withRecomputed<const Made extends readonly Tensor[], T>(
   make: (...inputs: Tensor[]) => Made,
@@ -107,12 +111,12 @@ export function withRecomputed<const Made extends readonly Tensor[], T>(
 }
 
 /**
- * The same without recomputing: for who can do both.
+ * Same signature as `withRecomputed`, but keeps the results. For code that supports both.
  * @internal
  */
 export const withKept: typeof withRecomputed = (make, use, ...inputs) => use(...make(...inputs))
 
-/** The outputs of `fn`, recorded as those of one op. */
+/** Runs `fn` and records its outputs as those of a single op. */
 function recordedApart<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs: readonly Tensor[]) {
   const { precision, remembered: outer } = context
   const remembered: unknown[] = []
@@ -139,7 +143,7 @@ function recordedApart<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs
     }
   })
   const outputs = listed(result)
-  // The marker is tracked whatever the inputs are, because parameters inside fn may need gradients.
+  // The marker is tracked regardless of the inputs, because parameters used inside `fn` may need gradients.
   const marker = full([], 0, { backend: outputs[0].backend })
   marker.tracked = true
   marker.temporary = true

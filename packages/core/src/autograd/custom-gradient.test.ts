@@ -22,7 +22,7 @@ const alive = () => backend.stats().handles
 const parameter = (...values: number[]) => new Parameter(tensor(values))
 const numbers = (of: Tensor | null) => of && Array.from(readF64(of))
 
-/** Rounds to whole numbers, and lets gradients through as if it had not (Bengio et al. 2013). */
+/** Rounds to integers, and passes gradients through unchanged (Bengio et al. 2013). */
 const straightThrough = (x: Tensor) =>
   customGradient(
     value => value.add(0.5).cast('i32').cast('f32'),
@@ -30,7 +30,7 @@ const straightThrough = (x: Tensor) =>
     x,
   )
 
-/** x * y, both ways. */
+/** x * y, with the built-in and with a custom gradient. */
 const product = (x: Tensor, y: Tensor) =>
   customGradient(
     (a, b) => a.mul(b),
@@ -40,7 +40,7 @@ const product = (x: Tensor, y: Tensor) =>
   )
 
 describe('customGradient', () => {
-  test('runs the function, and goes back by the rule', () => {
+  test('runs the function, and uses the rule for its gradient', () => {
     const x = parameter(0.2, 1.7, 2.4)
     scope(() => {
       const y = straightThrough(x.mul(2))
@@ -50,7 +50,7 @@ describe('customGradient', () => {
     expect(numbers(x.grad)).toEqual([2, 20, 200])
   })
 
-  test('its gradients are those of the same op, recorded, in a checkpoint, and in two parts', () => {
+  test('gives the gradients of the built-in op: recorded, in a checkpoint, and with backwardInput', () => {
     const random = new Random(3)
     const [x, y] = [new Parameter(randn([4, 3], random)), new Parameter(randn([4, 3], random))]
     const linear = new Linear(3, 2, { random, deviation: 1 })
@@ -70,7 +70,7 @@ describe('customGradient', () => {
     expect(numbers(y.grad)).toEqual(expected[1])
   })
 
-  test('several outputs: those that nothing depends on give zeros, integers as well', () => {
+  test('the rule gets zeros for outputs that nothing depends on, including integers', () => {
     const x = parameter(3, 4)
     const seen: unknown[] = []
     scope(() => {
@@ -112,7 +112,7 @@ describe('customGradient', () => {
     expect(alive()).toBe(before)
   })
 
-  test('where no gradient is wanted it is the function alone', () => {
+  test('without recording, only the function runs', () => {
     const rule = () => expect.unreachable()
     expect(scope(() => customGradient(x => x.mul(2), rule, full([], 2))).tracked).toBe(false)
     expect(noGrad(() => customGradient(x => x.mul(2), rule, parameter(1))).tracked).toBe(false)
@@ -135,7 +135,7 @@ describe('customGradient', () => {
     expect([x.grad, alive()]).toEqual([null, before])
   })
 
-  test('needs functions, tensors, and results at once', () => {
+  test('rejects what is not a function or a tensor, and promises', () => {
     const call =
       (...args: unknown[]) =>
       () =>

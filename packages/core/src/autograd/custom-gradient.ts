@@ -1,4 +1,4 @@
-/** @file Ops whose gradient rule is the caller's. */
+/** @file Ops with a custom gradient rule. */
 import { context, noGrad } from '../context.ts'
 import { full } from '../create.ts'
 import { isFloat } from '../dtype.ts'
@@ -8,19 +8,19 @@ import { scope } from '../scope.ts'
 import { sameShape, showShape } from '../shape.ts'
 import { type GradientSource, record, type Tensor } from '../tensor.ts'
 
-/** What a gradient rule sees beside gradients. */
+/** What a custom gradient rule gets in addition to the gradients. */
 export interface CustomGradientContext {
-  /** What `forward` was given. */
+  /** The arguments of `forward`. */
   readonly inputs: readonly Tensor[]
-  /** What it gave. */
+  /** The results of `forward`. */
   readonly outputs: readonly Tensor[]
-  /** Whether the gradient of that input is wanted. */
+  /** Returns whether the gradient of that input is wanted. */
   needs(input: number): boolean
 }
 
 /**
- * From gradients of the outputs (zeros where none flows) to those of the inputs, each of the input's shape, null where there is none or none is wanted. Ops in
- * it are not recorded.
+ * Maps the gradients of the outputs (zeros where there is none) to the gradients of the inputs. Each has the shape of
+ * its input, or is null if there is none or it is not wanted. Ops inside the rule are not recorded.
  */
 export type CustomGradient = (
   gradients: readonly Tensor[],
@@ -28,13 +28,14 @@ export type CustomGradient = (
 ) => ReadonlyArray<Tensor | null>
 
 /**
- * Runs `forward` as one op whose gradient is what `rule` says: a straight-through estimator, a closed form, a gradient that is to be another one on purpose. As
- * `torch.autograd.Function`, `tf.customGrad` and `jax.custom_vjp`.
+ * Runs `forward` as one op with a custom gradient: for example a straight-through estimator, a closed form, or a
+ * deliberately different gradient. Corresponds to `torch.autograd.Function`, `tf.customGrad` and `jax.custom_vjp`.
  *
- * Nothing inside is recorded: a parameter that `forward` reads gets a gradient only if it is among `inputs`. What the rule needs beside inputs and outputs,
- * `forward` returns as one more output.
- * @param forward gives a tensor or several, made of `inputs`
- * @throws MoeError in `backward`, E_SHAPE where the rule gives a gradient of another shape or for another number of inputs, E_DTYPE for one of integers
+ * Nothing inside `forward` is recorded, so a parameter that it reads gets a gradient only if it is among `inputs`. If
+ * the rule needs more than inputs and outputs, return it from `forward` as an additional output.
+ * @param forward returns one tensor or several, computed from `inputs`
+ * @throws MoeError E_ATTR if `forward` or `rule` is not a function. In `backward`: E_SHAPE if the rule returns a
+ * gradient of the wrong shape or the wrong number of gradients, E_DTYPE for an integer gradient
  */
 export function customGradient<T extends Tensor | readonly Tensor[]>(
   forward: (...inputs: Tensor[]) => T,
@@ -50,7 +51,7 @@ export function customGradient<T extends Tensor | readonly Tensor[]>(
     const made = noGrad(() => forward(...inputs))
     const all = Array.isArray(made) ? made : [made]
     for (const output of all) needTensor('customGradient', 'what the function returned', output)
-    // One that is handed through has the history of the input otherwise.
+    // Detach, because an input that is returned unchanged would bring its history along.
     return (Array.isArray(made) ? made.map(output => output.detach()) : (made as Tensor).detach()) as T
   })
   const outputs = (Array.isArray(result) ? result : [result]) as readonly Tensor[]
@@ -66,7 +67,7 @@ function sourceOf(rule: CustomGradient): GradientSource {
       if (!Array.isArray(given) || given.length !== inputs.length) {
         throw refused(
           'E_SHAPE',
-          `the rule gives ${Array.isArray(given) ? `${given.length} gradients` : shown(given)} for ${inputs.length} inputs`,
+          `the rule returned ${Array.isArray(given) ? `${given.length} gradients` : shown(given)} for ${inputs.length} inputs`,
           'return an array with a tensor or null for each input',
         )
       }
@@ -77,7 +78,7 @@ function sourceOf(rule: CustomGradient): GradientSource {
   }
 }
 
-/** Of integers no gradient is asked for. */
+/** Integer outputs never receive a gradient. */
 const zeros = (output: Tensor) =>
   full(output.shape, 0, { dtype: isFloat(output.dtype) ? 'f32' : 'i32', backend: output.backend })
 
@@ -88,7 +89,7 @@ function checkGradient(gradient: Tensor | null, input: Tensor, i: number): void 
     throw refused(
       'E_SHAPE',
       `the gradient of input ${i} has shape ${showShape(gradient.shape)}, the input ${showShape(input.shape)}`,
-      'give both the same shape; what was broadcast on the way forward is summed on the way back',
+      'return a gradient of the shape of the input; sum over axes that were broadcast in the forward pass',
     )
   }
   if (!isFloat(gradient.dtype))

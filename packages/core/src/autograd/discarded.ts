@@ -1,18 +1,18 @@
-/** @file Intermediate results that were freed although the way back needs them: how each is made again. */
+/** @file Intermediate results that were freed although the backward pass needs them, and how to recompute each. */
 import { context } from '../context.ts'
-import { spend, type Tensor } from '../tensor.ts'
+import { disposeRecorded, type Tensor } from '../tensor.ts'
 
 const makers = new WeakMap<Tensor, () => void>()
 
-/** Makes a tensor again that was discarded. Others stay as they are. */
+/** Recomputes a tensor that was discarded. Other tensors stay as they are. */
 export function restore(tensor: Tensor): void {
   if (tensor.handle === null) makers.get(tensor)?.()
 }
 
 /**
- * Runs `use`, and frees the tensors that it was lent, with all their reshapes, when it has ended: `restore` makes them again. Those that are part of the
- * result stay.
- * @param again makes lent tensors again
+ * Runs `use`, then frees the `lent` tensors and all their reshapes, except those in the result. `restore` recomputes
+ * them.
+ * @param again recomputes the lent tensors
  */
 export function lend<T>(lent: readonly Tensor[], again: () => readonly Tensor[], use: () => T): T {
   const outer = context.lent
@@ -37,7 +37,7 @@ export function lend<T>(lent: readonly Tensor[], again: () => readonly Tensor[],
     if (node === null || tensor.handle === null || returned.includes(tensor)) continue
     const [base] = node.inputs
     makers.set(tensor, () => take(tensor, i < lent.length ? again()[i] : restored(base)))
-    spend(tensor)
+    disposeRecorded(tensor)
   }
   return result
 }
@@ -47,7 +47,7 @@ function restored(tensor: Tensor): Tensor {
   return tensor
 }
 
-/** Gives a discarded tensor the elements of another one of as many. */
+/** Gives a discarded tensor the elements of another tensor with the same number of elements. */
 function take(tensor: Tensor, from: Tensor): void {
   tensor.handle = tensor.backend.primitives.reshape([from], {}, [tensor])[0]
   tensor.temporary = false

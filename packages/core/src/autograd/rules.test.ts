@@ -7,7 +7,7 @@ import { rules } from './rules.ts'
 
 // The assertions on types are checked by the compiler (pnpm typecheck): an unused @ts-expect-error is an error.
 
-test('the table of rules has exactly the primitives, and does not compile without one', () => {
+test('the table of rules contains exactly the primitives, and does not compile without one', () => {
   expect(Object.keys(rules).toSorted()).toEqual(Object.keys(referencePrimitives).toSorted())
   expectTypeOf<keyof typeof rules>().toEqualTypeOf<PrimitiveName>()
   type Rules = { readonly [P in PrimitiveName]: Vjp<OpAttrs[P]> }
@@ -24,7 +24,7 @@ test('a rule gets the attributes of its own op', () => {
   expect(wrong).toBeDefined()
 })
 
-test('the table of fused ops has exactly their definitions, each under its own name', () => {
+test('the table of fused ops contains every definition under its own name', () => {
   for (const [name, definition] of Object.entries(fusedDefinitions)) expect(definition.name).toBe(name)
   expectTypeOf<keyof typeof fusedDefinitions>().toEqualTypeOf<FusedName>()
   // @ts-expect-error: a definition without a decomposition

@@ -1,4 +1,4 @@
-/** @file The gradient of every primitive: one table that does not compile while a rule is missing. */
+/** @file The gradient of every primitive: one table, which does not compile if a rule is missing. */
 import type { OpAttrs, PrimitiveName, Shape } from '../backend.ts'
 import { full } from '../create.ts'
 import { MoeError } from '../errors.ts'
@@ -64,7 +64,7 @@ export const rules: { readonly [P in PrimitiveName]: Vjp<OpAttrs[P]> } = {
       case 'pow':
         return [
           forA(() => dy.mul(b).mul(a.pow(b.sub(1)))),
-          // a^b ln a, and 0 where a is not positive: there the derivative does not exist or y is 0.
+          // a^b ln a, but 0 where a is not positive: there the derivative does not exist, or y is 0.
           forB(() => where(a.le(0).cast('i32').eq(1), zero(a), dy.mul(y).mul(a.maximum(1e-37).log()))),
         ]
       case 'max':
@@ -98,7 +98,7 @@ export const rules: { readonly [P in PrimitiveName]: Vjp<OpAttrs[P]> } = {
   reduce({ inputs: [x], outputs: [y], attrs: { code, axes } }, [dy]) {
     if (dy === null) return [null]
     if (code === 'sum') return [dy.expand(x.shape)]
-    // Every maximum of a slice gets an equal share.
+    // Equal maxima share the gradient equally.
     const hit = x.eq(y).cast('f32')
     return [hit.mul(dy.div(hit.sum(axes, true)))]
   },
@@ -142,7 +142,7 @@ export const rules: { readonly [P in PrimitiveName]: Vjp<OpAttrs[P]> } = {
       throw new MoeError({
         code: 'E_NO_GRADIENT',
         op: 'setRows',
-        problem: 'the rows that were written have no gradient (equal indices would make it ambiguous)',
+        problem: 'the source rows get no gradient, because equal indices would make it ambiguous',
         fix: 'detach() the source, or build the tensor with concat or scatterAddRows',
       })
     }

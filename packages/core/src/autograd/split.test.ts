@@ -20,7 +20,10 @@ beforeEach(() => {
 })
 const alive = () => backend.stats().handles
 
-/** A stage: h = x + mlp(norm(x)), and a loss of its own beside. The weight of `scaled` goes through an op before it is multiplied. */
+/**
+ * A pipeline stage: h = x + mlp(norm(x)), and its own loss. The weight of `scaled` goes through an op before the
+ * product.
+ */
 class Stage extends Module {
   norm: RmsNorm
   mlp: SwigluMlp
@@ -49,7 +52,7 @@ const gradientsOf = (module: Module) =>
     namedParameters(module).map(({ name, parameter: { grad } }) => [name, grad && Array.from(readF64(grad))]),
   )
 
-/** Gradients of input and weights as `backward` has them. */
+/** Gradients of input and weights, as `backward` computes them. */
 function whole(stage: Stage, dy: Tensor) {
   const x = new Parameter(randn([5, 6], new Random(2)))
   const [y, loss] = stage.forward(x)
@@ -58,7 +61,7 @@ function whole(stage: Stage, dy: Tensor) {
 }
 
 describe('a backward pass in two parts', () => {
-  test('is the whole one: the same numbers, nothing left behind', () => {
+  test('equals backward: the same numbers, nothing left behind', () => {
     const dy = randn([5, 6], new Random(3))
     const expected = whole(new Stage(), dy)
     const stage = new Stage()
@@ -69,12 +72,12 @@ describe('a backward pass in two parts', () => {
       const recorded = alive()
       const { gradients, weights } = backwardInput(outputs, [x], [dy, null])
       expect(readF64(gradients[0] as Tensor)).toEqual(expected.dx)
-      // Weights of products have none yet; the norm's comes with its input's.
+      // Weights of products have no gradient yet; the norm's weight gets its gradient together with the input.
       const early = gradientsOf(stage)
       expect(early['norm.weight']).toEqual(expected.weights['norm.weight'])
       for (const name of ['mlp.gate_proj.weight', 'mlp.up_proj.weight', 'mlp.down_proj.weight', 'scaled.weight'])
         expect(early[name], name).toBeNull()
-      // There are two gradients now, four put off, and some intermediate results less.
+      // Now two gradients exist, four are deferred, and some intermediate results are freed.
       expect(alive()).toBeLessThan(recorded + 2 + 4 - 2)
       weights()
       expect(gradientsOf(stage)).toEqual(expected.weights)
@@ -98,12 +101,12 @@ describe('a backward pass in two parts', () => {
       expect(found[name], name).toEqual(values?.map(value => expect.closeTo(2 * value, 10)))
   })
 
-  test('through a checkpoint, inside of which the weights of products wait as well', () => {
+  test('defers the weight gradients of products inside a checkpoint too', () => {
     const dy = randn([5, 6], new Random(3))
     const expected = whole(new Stage(), dy)
     const stage = new Stage()
     const before = alive()
-    // The input's part in a scope of its own: what the second part needs outlives it.
+    // The first part runs in its own scope: what the second part needs must outlive it.
     const x = input()
     const outputs = checkpoint(t => stage.forward(t), x)
     const { gradients, weights } = scope(() => backwardInput(outputs, [x], [dy, null]))
@@ -117,7 +120,7 @@ describe('a backward pass in two parts', () => {
     expect(alive()).toBe(before - 1)
   })
 
-  test('given up, it leaves nothing behind', () => {
+  test('leaves nothing behind when cancelled', () => {
     const stage = new Stage()
     const before = alive()
     scope(() => {
@@ -127,7 +130,7 @@ describe('a backward pass in two parts', () => {
       const split = backwardInput(outputs, [x], [outputs[0].detach(), null])
       split.dispose()
       split.dispose()
-      expect(() => split.weights()).toThrow(/given up/)
+      expect(() => split.weights()).toThrow(/computed or cancelled/)
       expect(alive()).toBeLessThan(made)
       split.gradients[0]?.dispose()
     })
@@ -135,7 +138,7 @@ describe('a backward pass in two parts', () => {
     expect(alive()).toBe(before)
   })
 
-  test('an input that nothing depends on has no gradient; wrong ones are named', () => {
+  test('an input that nothing depends on has no gradient; invalid inputs are reported', () => {
     const stage = new Stage()
     const x = input()
     const other = input()
@@ -144,6 +147,6 @@ describe('a backward pass in two parts', () => {
     const loose = randn([5, 6], new Random(2))
     expect(() => backwardInput([stage.forward(x)[1]], [loose])).toThrow(/not tracked/)
     expect(() => backwardInput([stage.forward(x)[0]], [x])).toThrow(/shape \[5,6\]/)
-    expect(() => backwardInput([loose.sum()], [x])).toThrow(/no trainable parameter/)
+    expect(() => backwardInput([loose.sum()], [x])).toThrow(/no recorded trainable parameter/)
   })
 })

@@ -1,4 +1,6 @@
-/** @file A backward pass in two parts: what others wait for at once, gradients of weights when there is time. */
+/**
+ * @file A backward pass in two parts: first the gradients that other ranks wait for, later the gradients of weights.
+ */
 import { noGrad } from '../context.ts'
 import { MoeError } from '../errors.ts'
 import { showShape } from '../shape.ts'
@@ -18,27 +20,39 @@ import {
 } from './backward.ts'
 import type { SecondRun } from './checkpoint.ts'
 
-/** A backward pass of which the inputs' part is done. */
+/** A backward pass whose first part, the gradients of the inputs, is done. */
 export interface SplitBackward {
-  /** For each input its gradient, or null where nothing depends on it. They belong to no scope: dispose of them. */
+  /**
+   * The gradient of each input, or null if no output depends on it. They belong to no scope, so dispose of them
+   * yourself.
+   */
   readonly gradients: ReadonlyArray<Tensor | null>
-  /** The other part: adds to `.grad` of the parameters what was put off, and frees all that was kept for it. Once. */
+  /**
+   * Runs the second part: adds the deferred gradients to `.grad` of the parameters and frees everything kept for it.
+   * Call it once.
+   */
   weights(): void
-  /** Gives the other part up, and frees what was kept for it. */
+  /** Cancels the second part and frees everything kept for it. */
   dispose(): void
 }
 
-/** Ops most of whose work is for their weights, and whose gradient rule does only what is needed. Of other ops all gradients are computed at once. */
-const apart: ReadonlySet<TapeNode['op']> = new Set(['matmul', 'groupedMatmul', 'routedExperts'])
+/**
+ * Ops that spend much of their work on weight gradients, and whose rules compute only what is needed. All gradients of
+ * other ops are computed in the first part.
+ */
+const deferrable: ReadonlySet<TapeNode['op']> = new Set(['matmul', 'groupedMatmul', 'routedExperts'])
 
 /**
- * Goes back from `outputs` to `inputs`, leaving the gradients of weights in matrix products for later: a stage of a pipeline sends the gradient of its input on
- * before it does the rest ("Zero bubble pipeline parallelism", Qi et al. 2024: B and W). Both parts together are `backward`, with the same numbers.
+ * Propagates gradients from `outputs` to `inputs`, and defers the weight gradients of matrix products. A pipeline stage
+ * can then send the gradient of its input before it does the rest ("Zero bubble pipeline parallelism", Qi et al. 2024:
+ * B and W). Both parts together compute the same numbers as `backward`.
  *
- * Intermediate results that the second part needs stay until then; the others are freed at once, and no output can be gone back from twice.
+ * Intermediate results that the second part needs are kept until then; all others are freed at once. No output supports
+ * a second backward pass.
  * @param inputs tensors that no recorded op has made, with `tracked = true` set before the forward pass
- * @param gradients of the outputs, where they are not scalars; null is 1
- * @throws MoeError E_NO_GRADIENT, E_DISPOSED and E_SHAPE as `backward`, E_CONFIG for an input that is an intermediate result or not tracked
+ * @param gradients of the outputs, required for those that are not scalars; null means 1
+ * @throws MoeError E_NO_GRADIENT, E_DISPOSED and E_SHAPE as `backward`, E_CONFIG for an input that is an intermediate
+ * result or not tracked
  */
 export function backwardInput(
   outputs: readonly Tensor[],
@@ -53,15 +67,15 @@ export function backwardInput(
     if (wanted.has(leaf)) add(found, leaf, gradient)
     else accumulate(leaf, gradient)
   }
-  const giveBack = () => {
+  const disposeGradients = () => {
     for (const gradient of found.values()) gradient.dispose()
   }
-  const { weights, dispose } = split(outputs, wanted, gradients, { onLeaf, giveBack })
+  const { weights, dispose } = split(outputs, wanted, gradients, { onLeaf, disposeGradients })
   let done = false
   return {
     gradients: inputs.map(input => found.get(input) ?? null),
     weights() {
-      if (done) throw usedUp()
+      if (done) throw finished()
       done = true
       try {
         noGrad(weights)
@@ -77,26 +91,26 @@ export function backwardInput(
 }
 
 interface Split {
-  /** The second part. */
+  /** Runs the second part. */
   weights(): void
-  /** Frees all that is left, whether there was a second part or not. */
+  /** Frees everything that is left, whether or not the second part ran. */
   dispose(): void
 }
 
-/** @param towards the leaves of which the first part is to find the gradients */
+/** @param towards the leaves whose gradients the first part computes */
 function split(
   outputs: readonly Tensor[],
   towards: ReadonlySet<Tensor>,
   seeds: ReadonlyArray<Tensor | null>,
-  { onLeaf, giveBack }: { readonly onLeaf: OnLeaf; readonly giveBack?: () => void },
+  { onLeaf, disposeGradients }: { readonly onLeaf: OnLeaf; readonly disposeGradients?: () => void },
 ): Split {
   const nodes = reachable(outputs)
   const leading = pathTo(towards, nodes)
-  /** Nodes that have a second part, and which of their inputs it is for. */
-  const putOff = new Map<TapeNode, boolean[]>()
-  /** Second parts of what is gone through in a checkpoint. */
+  /** Nodes with a second part, and which of their inputs it computes the gradients of. */
+  const deferred = new Map<TapeNode, boolean[]>()
+  /** Second parts inside checkpoints. */
   const inside = new Map<TapeNode, Split>()
-  const giveUp = () => {
+  const dropRest = () => {
     for (const node of nodes) {
       drop(node.flowing)
       inside.get(node)?.dispose()
@@ -114,21 +128,21 @@ function split(
         if (node.again !== null) {
           sendInside(node, node.again, { inside, onLeaf })
           drop(node.flowing)
-        } else if (apart.has(node.op) && others.includes(true)) {
+        } else if (deferrable.has(node.op) && others.includes(true)) {
           sendOn(node, i => leads[i], onLeaf)
-          putOff.set(node, others)
+          deferred.set(node, others)
         } else {
           sendOn(node, i => own[i].tracked, onLeaf)
           drop(node.flowing)
         }
       }
     } catch (error) {
-      giveUp()
-      giveBack?.()
+      dropRest()
+      disposeGradients?.()
       throw error
     }
   })
-  const left = nodes.filter(node => putOff.has(node) || !leading.has(node))
+  const left = nodes.filter(node => deferred.has(node) || !leading.has(node))
   const kept = freeAllBut(left, nodes, outputs)
   const isLeft = new Set(left)
   return {
@@ -136,20 +150,20 @@ function split(
       for (const node of nodes) {
         inside.get(node)?.weights()
         if (!isLeft.has(node) || !hasArrived(node.flowing)) continue
-        const needed = putOff.get(node) ?? node.inputs.map(input => input.tracked)
+        const needed = deferred.get(node) ?? node.inputs.map(input => input.tracked)
         sendOn(node, i => needed[i], accumulate)
         drop(node.flowing)
       }
     },
     dispose() {
-      giveUp()
+      dropRest()
       for (const node of left) release(node, outputs)
       for (const tensor of kept) tensor.dispose()
     },
   }
 }
 
-/** Goes through the second run of a checkpoint as `split` goes through what is around it. */
+/** Splits the second run of a checkpoint in the same way as the graph around it. */
 function sendInside(
   node: TapeNode,
   again: SecondRun,
@@ -158,14 +172,14 @@ function sendInside(
   const { leaves, roots, seeds } = again.towards(node.flowing)
   if (roots.length === 0) return
   const towards = new Set(leaves.filter(leaf => leaf.tracked))
-  const insideOut = (leaf: Tensor, gradient: Tensor) => {
+  const onInnerLeaf = (leaf: Tensor, gradient: Tensor) => {
     if (towards.has(leaf)) send(node.inputs[leaves.indexOf(leaf)], gradient, onLeaf)
     else onLeaf(leaf, gradient)
   }
-  inside.set(node, split(roots, towards, seeds, { onLeaf: insideOut }))
+  inside.set(node, split(roots, towards, seeds, { onLeaf: onInnerLeaf }))
 }
 
-/** Nodes through which gradients reach the wanted leaves, each with which of its inputs lead there. */
+/** Returns the nodes through which gradients reach the wanted leaves, and for each which of its inputs lead there. */
 function pathTo(wanted: ReadonlySet<Tensor>, nodes: readonly TapeNode[]): Map<TapeNode, boolean[]> {
   const path = new Map<TapeNode, boolean[]>()
   for (let n = nodes.length - 1; n >= 0; n--) {
@@ -175,7 +189,7 @@ function pathTo(wanted: ReadonlySet<Tensor>, nodes: readonly TapeNode[]): Map<Ta
   return path
 }
 
-/** Frees the intermediate results that no node which is left reads, and gives the others. */
+/** Frees the intermediate results that no remaining node reads, and returns the others. */
 function freeAllBut(left: readonly TapeNode[], nodes: readonly TapeNode[], outputs: readonly Tensor[]): Tensor[] {
   const read = new Set(left.flatMap(node => node.inputs))
   const stays = new Set(left)
@@ -198,16 +212,16 @@ function checkInput(input: Tensor): void {
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'backwardInput',
-    problem: `an input ${showShape(input.shape)} is ${input.tracked ? 'an intermediate result' : 'not tracked'}`,
+    problem: `an input of shape ${showShape(input.shape)} is ${input.tracked ? 'an intermediate result' : 'not tracked'}`,
     fix: 'detach() it and set tracked = true before the forward pass',
   })
 }
 
-function usedUp(): MoeError {
+function finished(): MoeError {
   return new MoeError({
     code: 'E_DISPOSED',
     op: 'backwardInput',
-    problem: 'the gradients of the weights were computed already, or given up',
+    problem: 'the gradients of the weights were already computed or cancelled',
     fix: 'call weights() once',
   })
 }

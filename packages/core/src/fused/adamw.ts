@@ -1,4 +1,4 @@
-/** @file One optimizer step of one tensor, and the norm over all gradients. */
+/** @file An optimizer step for one tensor, and the norm over all gradients. */
 import type { AdamwAttrs } from '../backend.ts'
 import { noGrad } from '../context.ts'
 import { full } from '../create.ts'
@@ -51,9 +51,10 @@ export const globalNormDefinition: FusedDefinition<'globalNorm'> = {
 }
 
 /**
- * AdamW with decoupled weight decay. `param`, `m` and `v` are used up: assign the results in their place.
- * `gradScale []` multiplies the gradient (clipping without a read-back). `m` and `v` are both f32 or both bf16, which the new ones are rounded to after the parameter's step was taken
- * with them.
+ * Runs one step of AdamW with decoupled weight decay. `param`, `m` and `v` are used up: replace them by the results.
+ * The gradient is multiplied by `gradScale []`, which allows clipping without reading anything back to the host. `m`
+ * and `v` are both f32 or both bf16; bf16 moments are rounded only after the parameter was updated with the unrounded
+ * values.
  */
 export function adamwStep(
   param: Tensor,
@@ -67,12 +68,15 @@ export function adamwStep(
   return { param: nextParam, m: nextM, v: nextV }
 }
 
-/** Square root of the sum of squares over all tensors: a scalar on the device. */
+/** Returns the square root of the sum of squares over all tensors, a scalar on the device. */
 export function globalNorm(tensors: readonly Tensor[]): Tensor {
   return noGrad(() => runFused(globalNormDefinition, tensors, { parts: false })[0])
 }
 
-/** The same before it is rounded, as far as the backend knows it: three numbers, `[3]`, whose sum in f64 it is. Norms of parts of a whole are put together from these. */
+/**
+ * Returns the norm before it is rounded to f32, as far as the backend computes it that precisely: three numbers, `[3]`,
+ * whose sum in f64 is the norm. Used to combine the norms of parts.
+ */
 export function globalNormParts(tensors: readonly Tensor[]): Tensor {
   return noGrad(() => runFused(globalNormDefinition, tensors, { parts: true })[0])
 }

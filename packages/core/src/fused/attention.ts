@@ -1,4 +1,4 @@
-/** @file Scaled dot-product attention, with grouped key/value heads, and its absorbed form over a latent cache. */
+/** @file Scaled dot-product attention with grouped key/value heads, and its absorbed form over a latent cache. */
 import type { AttentionAttrs, WidePrecision } from '../backend.ts'
 import { widePrecision } from '../context.ts'
 import { arange, full } from '../create.ts'
@@ -10,7 +10,7 @@ import { rowMax } from './softmax.ts'
 /** `[B, T, H, D]` to `[B, H, T, D]`. */
 const headsFirst = (x: Tensor) => x.permute([0, 2, 1, 3])
 
-/** Key or value heads repeated for every query head: `[B, S, G, D]` to `[B, H, S, D]`. */
+/** Repeats key or value heads for every query head: `[B, S, G, D]` to `[B, H, S, D]`. */
 function repeatHeads(x: Tensor, heads: number): Tensor {
   const [batch, size, groups, features] = x.shape
   const first = headsFirst(x)
@@ -21,14 +21,14 @@ function repeatHeads(x: Tensor, heads: number): Tensor {
     .reshape([batch, heads, size, features])
 }
 
-/** Sums query heads back onto their key/value head: `[B, H, S, D]` to `[B, S, G, D]`. */
+/** Sums query heads into their key/value head: `[B, H, S, D]` to `[B, S, G, D]`. */
 function sumHeads(x: Tensor, groups: number): Tensor {
   const [batch, heads, size, features] = x.shape
   const summed = groups === heads ? x : x.reshape([batch, groups, heads / groups, size, features]).sum(2)
   return headsFirst(summed.reshape([batch, groups, size, features]))
 }
 
-/** Which keys of those that are in order before it a query sees. */
+/** Restricts which keys a query sees, in addition to causality. */
 interface Seen {
   readonly lengths: Tensor | undefined
   readonly starts: Tensor | undefined
@@ -112,7 +112,7 @@ export const attentionBackwardDefinition: FusedDefinition<'attentionBackward'> =
     const heads = q.shape[2]
     const scores = maskedScores(q, k, { lengths, starts }, attrs)
     const perRow = lse.reshape([...lse.shape, 1])
-    // Rows that see nothing have lse -Infinity; any finite number in its place leaves their probabilities 0.
+    // Rows that see no key have lse -Infinity. Any finite number in its place leaves their probabilities 0.
     const finite = where(perRow.eq(Number.NEGATIVE_INFINITY), full([], 0, perRow), perRow)
     const p = scores.sub(finite).exp()
     const dOut = headsFirst(dout)
@@ -127,7 +127,9 @@ export const attentionBackwardDefinition: FusedDefinition<'attentionBackward'> =
   vjp: null,
 }
 
-/** The rows of each sequence one after the other, `[N, P, C]` to `[B, M * P, C]`; those that are not in use are zeros. */
+/**
+ * Gathers the rows of each sequence in order, `[N, P, C]` to `[B, M * P, C]`. Rows that are not in use become zeros.
+ */
 function pagedRows(cache: Tensor, lengths: Tensor, pages: Tensor): Tensor {
   const { backend } = cache
   const [numbers, size, features] = cache.shape
@@ -174,17 +176,23 @@ export const latentAttentionDefinition: FusedDefinition<'latentAttention'> = {
   vjp: null,
 }
 
-/** Mask, scale and arithmetic of `attention`. */
+/** Options of `attention`. */
 export interface AttentionOptions {
-  /** Default true: query i of T sees the keys up to its own position, the last query the last key. */
+  /**
+   * If true, query i of T sees the keys up to its own position, where the last query has the position of the last key.
+   * Default true.
+   */
   readonly causal?: boolean
-  /** Default 1 / sqrt(features of a key). */
+  /** Factor of the scores. Default: 1 / sqrt(features of a key). */
   readonly scale?: number
-  /** `i32 [B]`: keys in use of each sequence; default all. */
+  /** `i32 [B]`: the number of keys in use of each sequence. Default: all. */
   readonly lengths?: Tensor
-  /** `i32 [B, T]`: first key that each query sees; default 0. Where several texts share a row, the place at which the query's own begins keeps them apart. */
+  /**
+   * `i32 [B, T]`: the first key that each query sees. Default: 0. To pack several texts into a row without letting them
+   * see each other, pass the position where the query's own text begins.
+   */
   readonly starts?: Tensor
-  /** Of both products. Default: that of `withPrecision`, bf16 in place of fp8. */
+  /** Precision of both products. Default: that of `withPrecision`, with bf16 instead of fp8. */
   readonly precision?: WidePrecision
 }
 
@@ -197,8 +205,9 @@ const attentionNames: OptionNames<AttentionOptions> = {
 }
 
 /**
- * softmax(q k^T * scale) v. `q [B, T, H, Dk]`, `k [B, S, G, Dk]`, `v [B, S, G, Dv]` with H a multiple of G, to `[B, T, H, Dv]`.
- * A query that may see no key gives zeros.
+ * Returns softmax(q k^T * scale) v, for `q [B, T, H, Dk]`, `k [B, S, G, Dk]` and `v [B, S, G, Dv]`, as `[B, T, H, Dv]`.
+ * H must be a multiple of G. A query that sees no key gives zeros.
+ * @throws MoeError E_SHAPE, E_DTYPE
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
   checkOptions('attention', options, attentionNames)
@@ -215,17 +224,18 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
   return runFused(attentionDefinition, [q, k, v, lengths, starts], attrs)[0]
 }
 
-/** Scale, layout of the cache and arithmetic of `latentAttention`. */
+/** Options of `latentAttention`. */
 export interface LatentAttentionOptions {
   /** Factor of the scores: 1 / sqrt(nope + rope features of a head), times YaRN's correction. */
   readonly scale: number
-  /** Features of a value: the first of a row of the cache. */
+  /** Features of a value: the first ones of each row of the cache. */
   readonly valueDim: number
-  /** Of both products. Default: that of `withPrecision`, bf16 in place of fp8. */
+  /** Precision of both products. Default: that of `withPrecision`, with bf16 instead of fp8. */
   readonly precision?: WidePrecision
   /**
-   * `i32 [B, M]`: where the rows of each sequence are in a cache of N pages of P rows each. Row s of sequence b is `cache[pages[b, floor(s / P)], s % P]`, so
-   * there is room for M * P. Sequences may share pages. All entries are page numbers, 0..N-1; pages that no row in use needs are not read.
+   * `i32 [B, M]`: for a paged cache of N pages with P rows each, the pages of each sequence. Row s of sequence b is
+   * `cache[pages[b, floor(s / P)], s % P]`, so a sequence has room for M * P rows. Sequences may share pages. All
+   * entries must be page numbers in 0..N-1; pages that no row in use needs are not read.
    */
   readonly pages?: Tensor
 }
@@ -238,9 +248,11 @@ const latentAttentionNames: OptionNames<LatentAttentionOptions> = {
 }
 
 /**
- * Absorbed MLA decode: `q [B, T, H, C]` against the latent cache `[B, S, C]` in f32 or bf16, of which sequence b uses `lengths[b]` rows (`i32 [B]`); the values
- * are the first `valueDim` features of the same rows. With `pages` the cache is `[N, P, C]`. Causal: the last query sees all rows in use. To
- * `[B, T, H, valueDim]`. V3 report eq. 1-11 with W_UK and W_UV absorbed.
+ * Absorbed MLA decoding: attention of `q [B, T, H, C]` over the latent cache `[B, S, C]` (f32 or bf16), of which
+ * sequence b uses `lengths[b]` rows (`i32 [B]`). The values are the first `valueDim` features of the same rows. With
+ * `pages`, the cache is `[N, P, C]`. Causal: the last query sees all rows in use. Returns `[B, T, H, valueDim]`. V3
+ * report eq. 1-11, with W_UK and W_UV absorbed.
+ * @throws MoeError E_SHAPE, E_DTYPE, E_ATTR
  */
 export function latentAttention(q: Tensor, cache: Tensor, lengths: Tensor, options: LatentAttentionOptions): Tensor {
   checkOptions('latentAttention', options, latentAttentionNames)

@@ -19,8 +19,8 @@ import { softmax } from './softmax.ts'
 import { swiglu } from './swiglu.ts'
 
 /**
- * A backend whose fused kernels must never be reached: kernels check nothing, so what comes through here would read or write beside a
- * native buffer.
+ * A backend whose fused kernels must never be reached: kernels check nothing, so an unchecked call would read or write
+ * outside a native buffer.
  */
 const plain = referenceBackend()
 const reached = () => {
@@ -47,7 +47,7 @@ const nets = (features: number, inner: number, experts = 1) => ({
   up: f(experts, inner, features),
   down: f(experts, features, inner),
 })
-/** Stored weights on the backend of these tests, made by one that computes. */
+/** Quantized weights on the backend of these tests, computed by another one. */
 const int8 = (...shape: number[]) => ({
   ...quantizeWeight(ones(shape, { backend: plain }), 'int8'),
   q: tensor(new Uint8Array(shape.reduce((a, b) => a * b, 1)), shape, { backend }),
@@ -59,10 +59,10 @@ const adamw = { lr: 1, beta1: 0.9, beta2: 0.9, eps: 1e-8, weightDecay: 0, step: 
 const wrong: Record<string, Array<[what: string, call: () => unknown, message: RegExp]>> = {
   softmax: [
     ['a scalar', () => softmax(f()), /\[\] has no last axis/],
-    ['integers', () => softmax(i([1], 1)), /has dtype i32, needs f32; cast it/],
+    ['integers', () => softmax(i([1], 1)), /has dtype i32, expected f32; cast it/],
   ],
-  rmsNorm: [['a weight of another size', () => rmsNorm(f(2, 3), f(2)), /weight has shape \[2\], needs \[3\]/]],
-  swiglu: [['different shapes', () => swiglu(f(2, 3), f(3)), /up has shape \[3\], needs \[2,3\]/]],
+  rmsNorm: [['a weight of another size', () => rmsNorm(f(2, 3), f(2)), /weight has shape \[2\], expected \[3\]/]],
+  swiglu: [['different shapes', () => swiglu(f(2, 3), f(3)), /up has shape \[3\], expected \[2,3\]/]],
   rope: [
     ['three axes', () => rope(f(2, 3, 4), f(3, 2), f(3, 2)), /pass x \[B,T,H,D\]/],
     ['tables of another length', () => rope(f(1, 3, 1, 4), f(2, 2), f(2, 2)), /cos \[2,2\]/],
@@ -71,24 +71,28 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     [
       'other heads in front',
       () => rope(f(1, 3, 2, 4), f(3, 2), f(3, 2), { plain: f(1, 3, 1, 4) }),
-      /plain has shape \[1,3,1,4\], needs \[1,3,2,\*\]/,
+      /plain has shape \[1,3,1,4\], expected \[1,3,2,\*\]/,
     ],
     [
       'integers in front',
       () => rope(f(1, 1, 1, 4), f(1, 2), f(1, 2), { plain: i([1, 1, 1, 1], 1) }),
-      /plain has dtype i32, needs f32/,
+      /plain has dtype i32, expected f32/,
     ],
   ],
   attention: [
-    ['three axes', () => attention(f(2, 3, 4), f(2, 3, 4), f(2, 3, 4)), /q has shape \[2,3,4\], needs \[\*,\*,\*,\*\]/],
+    [
+      'three axes',
+      () => attention(f(2, 3, 4), f(2, 3, 4), f(2, 3, 4)),
+      /q has shape \[2,3,4\], expected \[\*,\*,\*,\*\]/,
+    ],
     ['keys of other features', () => attention(f(1, 2, 2, 4), f(1, 2, 2, 3), f(1, 2, 2, 4)), /k has shape/],
     ['fewer values than keys', () => attention(f(1, 2, 2, 4), f(1, 3, 2, 4), f(1, 2, 2, 4)), /v has shape/],
-    ['heads that do not divide', () => attention(f(1, 2, 3, 4), f(1, 2, 2, 4), f(1, 2, 2, 4)), /needs \[1,\*,3,4\]/],
-    ['no key head', () => attention(f(1, 2, 3, 4), f(1, 2, 0, 4), f(1, 2, 0, 4)), /needs \[1,\*,3,4\]/],
+    ['heads that do not divide', () => attention(f(1, 2, 3, 4), f(1, 2, 2, 4), f(1, 2, 2, 4)), /expected \[1,\*,3,4\]/],
+    ['no key head', () => attention(f(1, 2, 3, 4), f(1, 2, 0, 4), f(1, 2, 0, 4)), /expected \[1,\*,3,4\]/],
     [
       'lengths of another batch',
       () => attention(f(1, 2, 2, 4), f(1, 2, 2, 4), f(1, 2, 2, 4), { lengths: i([2], 1, 1) }),
-      /lengths has shape \[2\], needs \[1\]/,
+      /lengths has shape \[2\], expected \[1\]/,
     ],
   ],
   latentAttention: [
@@ -105,40 +109,44 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     [
       'a cache of other features',
       () => latentAttention(f(1, 1, 2, 8), f(1, 4, 7), i([1], 4), { scale: 1, valueDim: 4 }),
-      /cache has shape \[1,4,7\], needs \[1,\*,8\]/,
+      /cache has shape \[1,4,7\], expected \[1,\*,8\]/,
     ],
     [
       'a cache of other sequences',
       () => latentAttention(f(2, 1, 2, 8), f(3, 4, 8), i([2], 4, 4), { scale: 1, valueDim: 4 }),
-      /cache has shape \[3,4,8\], needs \[2,\*,8\]/,
+      /cache has shape \[3,4,8\], expected \[2,\*,8\]/,
     ],
     [
       'pages of other features',
       () => latentAttention(f(1, 1, 2, 8), f(3, 4, 7), i([1], 4), { scale: 1, valueDim: 4, pages: i([1, 1], 2) }),
-      /cache has shape \[3,4,7\], needs \[\*,\*,8\]/,
+      /cache has shape \[3,4,7\], expected \[\*,\*,8\]/,
     ],
     [
       'pages of other sequences',
       () => latentAttention(f(1, 1, 2, 8), f(3, 4, 8), i([1], 4), { scale: 1, valueDim: 4, pages: i([2, 1], 2, 1) }),
-      /pages has shape \[2,1\], needs \[1,\*\]/,
+      /pages has shape \[2,1\], expected \[1,\*\]/,
     ],
     [
       'pages in one row',
       () => latentAttention(f(1, 1, 2, 8), f(3, 4, 8), i([1], 4), { scale: 1, valueDim: 4, pages: i([2], 2, 1) }),
-      /pages has shape \[2\], needs \[1,\*\]/,
+      /pages has shape \[2\], expected \[1,\*\]/,
     ],
     [
       'floats as pages',
       () => latentAttention(f(1, 1, 2, 8), f(3, 4, 8), i([1], 4), { scale: 1, valueDim: 4, pages: f(1, 1) }),
-      /pages has dtype f32, needs i32; cast it with .cast\('i32'\)/,
+      /pages has dtype f32, expected i32; cast it with .cast\('i32'\)/,
     ],
   ],
   crossEntropy: [
-    ['targets of another size', () => crossEntropy(f(2, 3), i([3], 0, 0, 0)), /targets has shape \[3\], needs \[2\]/],
+    [
+      'targets of another size',
+      () => crossEntropy(f(2, 3), i([3], 0, 0, 0)),
+      /targets has shape \[3\], expected \[2\]/,
+    ],
     [
       'float targets',
       () => crossEntropy(f(2, 3), f(2)),
-      /targets has dtype f32, needs i32; cast it with .cast\('i32'\)/,
+      /targets has dtype f32, expected i32; cast it with .cast\('i32'\)/,
     ],
     ['three axes', () => crossEntropy(f(2, 3, 4), i([2], 0, 0)), /logits has shape/],
   ],
@@ -155,7 +163,7 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
       /topK = 3 is not in 1\.\.2/,
     ],
     ['half an expert', () => routerTopk(f(2, 4), f(4), { ...router, topK: 1.5 }), /topK = 1.5/],
-    ['a bias of another size', () => routerTopk(f(2, 4), f(3), router), /bias has shape \[3\], needs \[4\]/],
+    ['a bias of another size', () => routerTopk(f(2, 4), f(3), router), /bias has shape \[3\], expected \[4\]/],
   ],
   dispatchPlan: [
     ['one axis', () => dispatchPlan(i([2], 0, 0), 2), /indices have rank 1/],
@@ -163,14 +171,14 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     ['half an expert', () => dispatchPlan(i([1, 2], 0, 0), 2.5), /experts = 2.5/],
   ],
   permuteTokens: [
-    ['a plan of other tokens', () => permuteTokens(f(3, 4), plan(4)), /order has shape \[4\], needs \[6\]/],
+    ['a plan of other tokens', () => permuteTokens(f(3, 4), plan(4)), /order has shape \[4\], expected \[6\]/],
   ],
-  combineTokens: [['gates of other tokens', () => combineTokens(f(4, 3), f(3, 2), plan(4)), /needs \[6,\*\]/]],
+  combineTokens: [['gates of other tokens', () => combineTokens(f(4, 3), f(3, 2), plan(4)), /expected \[6,\*\]/]],
   groupedMatmul: [
     [
       'offsets of other experts',
       () => groupedMatmul(f(4, 3), f(2, 5, 3), i([2], 0, 4)),
-      /offsets has shape \[2\], needs \[3\]/,
+      /offsets has shape \[2\], expected \[3\]/,
     ],
     ['weights of other features', () => groupedMatmul(f(4, 3), f(2, 5, 4), i([3], 0, 2, 4)), /weight has shape/],
   ],
@@ -181,12 +189,12 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     [
       'a down that does not fit',
       () => routedExperts(f(2, 4), { ...nets(4, 6), down: f(1, 6, 4) }, f(2, 2), plan(4)),
-      /down has shape \[1,6,4\], needs \[1,4,6\]/,
+      /down has shape \[1,6,4\], expected \[1,4,6\]/,
     ],
     [
       'offsets of other experts',
       () => routedExperts(f(2, 4), nets(4, 6, 2), f(2, 2), plan(4)),
-      /offsets has shape \[2\], needs \[3\]/,
+      /offsets has shape \[2\], expected \[3\]/,
     ],
   ],
   quantize: [
@@ -195,23 +203,23 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     ['one axis', () => quantize(f(4)), /input has shape \[4\]/],
   ],
   quantizedMatmul: [
-    ['other columns', () => quantizedMatmul(f(2, 5), int8(3, 4)), /input has shape \[2,5\], needs \[\*,4\]/],
+    ['other columns', () => quantizedMatmul(f(2, 5), int8(3, 4)), /input has shape \[2,5\], expected \[\*,4\]/],
     [
       'the weight as f32',
       () => quantizedMatmul(f(2, 4), { ...int8(3, 4), q: f(3, 4) }),
-      /weight has dtype f32, needs u8/,
+      /weight has dtype f32, expected u8/,
     ],
-    ['no scale', () => quantizedMatmul(f(2, 4), { ...int8(3, 4), scale: null }), /int8 needs a scale/],
+    ['no scale', () => quantizedMatmul(f(2, 4), { ...int8(3, 4), scale: null }), /int8 requires a scale/],
     ['bf16 with a scale', () => quantizedMatmul(f(2, 4), { ...bf16(3, 4), scale: f(3, 1) }), /bf16 has no scale/],
     [
       'scales of other blocks',
       () => quantizedMatmul(f(2, 4), { ...int8(3, 4), block: [2, 4] }),
-      /scale has shape \[3,1\], needs \[2,1\]/,
+      /scale has shape \[3,1\], expected \[2,1\]/,
     ],
     [
       'an odd block of int4',
       () => quantizedMatmul(f(2, 4), { ...int8(3, 4), format: 'int4', block: [1, 3] }),
-      /not a block of int4/,
+      /is invalid for int4/,
     ],
     ['an empty block', () => quantizedMatmul(f(2, 4), { ...int8(3, 4), block: [0, 128] }), /block = \[0,128\]/],
   ],
@@ -228,31 +236,35 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
     [
       'a value of another shape',
       () => emaStep(f(2), f(3), { decay: 0.9, step: 1 }),
-      /value has shape \[3\], needs \[2\]/,
+      /value has shape \[3\], expected \[2\]/,
     ],
-    ['integers', () => emaStep(f(2), i([2], 0, 0), { decay: 0.9, step: 1 }), /value has dtype i32, needs f32/],
+    ['integers', () => emaStep(f(2), i([2], 0, 0), { decay: 0.9, step: 1 }), /value has dtype i32, expected f32/],
   ],
   adamwStep: [
     [
       'a moment that is no float',
       () => adamwStep(f(2), f(2), i([2], 0, 0), f(2), f(), adamw),
-      /m has dtype i32, needs f32 or bf16/,
+      /m has dtype i32, expected f32 or bf16/,
     ],
     [
       'moments of two dtypes',
       () => adamwStep(f(2), f(2), f(2).cast('bf16'), f(2), f(), adamw),
-      /v has dtype f32, needs bf16/,
+      /v has dtype f32, expected bf16/,
     ],
     [
       'a parameter in bf16',
       () => adamwStep(f(2).cast('bf16'), f(2), f(2), f(2), f(), adamw),
-      /param has dtype bf16, needs f32/,
+      /param has dtype bf16, expected f32/,
     ],
-    ['moments of another shape', () => adamwStep(f(2), f(2), f(3), f(2), f(), adamw), /m has shape \[3\], needs \[2\]/],
+    [
+      'moments of another shape',
+      () => adamwStep(f(2), f(2), f(3), f(2), f(), adamw),
+      /m has shape \[3\], expected \[2\]/,
+    ],
     [
       'a scale that is no scalar',
       () => adamwStep(f(2), f(2), f(2), f(2), f(1), adamw),
-      /gradScale has shape \[1\], needs \[\]/,
+      /gradScale has shape \[1\], expected \[\]/,
     ],
   ],
 }

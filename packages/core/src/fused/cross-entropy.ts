@@ -1,4 +1,4 @@
-/** @file Cross-entropy with class indices, from logits or from the hidden states and the output matrix. */
+/** @file Cross-entropy with class indices, from logits or from hidden states and the output matrix. */
 import type { FusedAttrs } from '../backend.ts'
 import { widePrecision } from '../context.ts'
 import { arange, full } from '../create.ts'
@@ -7,7 +7,7 @@ import { checkOptions } from '../options.ts'
 import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
 import { rowMax } from './softmax.ts'
 
-/** 1 where the target counts: not `ignoreIndex` and a class that exists. `u8 [N]`. */
+/** 1 where the target counts: an existing class that is not `ignoreIndex`. `u8 [N]`. */
 function counted(targets: Tensor, classes: number, ignoreIndex: number): Tensor {
   const low = targets.lt(0).cast('i32')
   const high = targets.lt(classes).cast('i32').neg().add(1)
@@ -103,7 +103,11 @@ export const defaultIgnoreIndex = -100
 
 const names = { ignoreIndex: true }
 
-/** -log softmax(logits)[target] of every row: `logits [N, V]`, `targets i32 [N]` to `[N]`; 0 where the target is `ignoreIndex` (default -100), or no class. */
+/**
+ * Returns -log softmax(logits)[target] for every row: `logits [N, V]` and `targets i32 [N]` to `[N]`. The loss is 0
+ * where the target is `ignoreIndex` (default -100) or not a class.
+ * @throws MoeError E_SHAPE, E_DTYPE
+ */
 export function crossEntropy(logits: Tensor, targets: Tensor, options: { ignoreIndex?: number } = {}): Tensor {
   checkOptions('crossEntropy', options, names)
   return runFused(crossEntropyDefinition, [logits, targets], {
@@ -111,7 +115,11 @@ export function crossEntropy(logits: Tensor, targets: Tensor, options: { ignoreI
   })[0]
 }
 
-/** Cross-entropy of the logits `x weight^T`, which are never stored as a whole: `x [N, D]`, `weight [V, D]`, `targets i32 [N]` to `[N]`; 0 where the target is `ignoreIndex` (default -100). */
+/**
+ * Returns the cross-entropy of the logits `x weight^T` without storing all logits: `x [N, D]`, `weight [V, D]` and
+ * `targets i32 [N]` to `[N]`. The loss is 0 where the target is `ignoreIndex` (default -100) or not a class.
+ * @throws MoeError E_SHAPE, E_DTYPE
+ */
 export function linearCrossEntropy(
   x: Tensor,
   weight: Tensor,

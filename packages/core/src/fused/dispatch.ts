@@ -1,4 +1,7 @@
-/** @file Moving tokens to their experts and back without dropping any and without asking the host. N tokens, K choices each, E experts, D features. */
+/**
+ * @file Moves tokens to their experts and back, without dropping any and without reading anything back to the host. N
+ * tokens, K choices each, E experts, D features.
+ */
 
 import { arange, full } from '../create.ts'
 import { attrError, needDtype, needShape, shapeError } from '../infer.ts'
@@ -26,7 +29,7 @@ export const dispatchPlanDefinition: FusedDefinition<'dispatchPlan'> = {
     const hit_SE = flat.eq(arange(experts, indices).reshape([1, experts])).cast('i32')
     const counts = hit_SE.sum(0)
     const offsets = concat([full([1], 0, indices), counts.cumsum(0)])
-    // Own rank among the slots of the same expert, counted in slot order, behind the expert's start.
+    // The position of a slot is the start of its expert plus its rank among the slots of that expert, in slot order.
     const rank = hit_SE.mul(hit_SE.cumsum(0)).sum(1).sub(1)
     const positions = offsets.takeRows(indices.reshape([slots])).add(rank)
     const order = setRows(full([slots], 0, indices), positions, arange(slots, indices))
@@ -103,33 +106,36 @@ export const combineTokensBackwardDefinition: FusedDefinition<'combineTokensBack
   vjp: null,
 }
 
-/** Where every (token, choice) goes, as data on the device. Slot s = token * K + choice. */
+/** Where each choice of each token goes, as data on the device. Slot s = token * K + choice. */
 export interface DispatchPlan {
-  /** K, choices per token. */
+  /** K, the number of choices per token. */
   readonly topK: number
-  /** `i32 [N*K]`: slot at each sorted position, by expert, then by slot. */
+  /** `i32 [N*K]`: the slot at each sorted position, by expert, then by slot. */
   readonly order: Tensor
-  /** `i32 [N*K]`: sorted position of each slot. */
+  /** `i32 [N*K]`: the sorted position of each slot. */
   readonly positions: Tensor
-  /** `i32 [E+1]`: first sorted position of each expert. */
+  /** `i32 [E+1]`: the first sorted position of each expert. */
   readonly offsets: Tensor
-  /** `i32 [E]`: slots of each expert, its load. */
+  /** `i32 [E]`: the number of slots of each expert, its load. */
   readonly counts: Tensor
 }
 
-/** Sorts the choices `i32 [N, K]` by expert, stably. No token is dropped. */
+/** Sorts the choices `i32 [N, K]` by expert, stably. No token is dropped. @throws MoeError E_SHAPE, E_DTYPE, E_ATTR */
 export function dispatchPlan(indices: Tensor, experts: number): DispatchPlan {
-  if (indices.rank !== 2) throw shapeError('dispatchPlan', `indices have rank ${indices.rank}, need [tokens, topK]`)
+  if (indices.rank !== 2) throw shapeError('dispatchPlan', `indices have rank ${indices.rank}, expected [tokens, topK]`)
   const [order, positions, offsets, counts] = runFused(dispatchPlanDefinition, [indices], { experts })
   return { topK: indices.shape[1], order, positions, offsets, counts }
 }
 
-/** Copies of the tokens `x [N, D]` in expert order: `[N*K, D]`. */
+/** Copies the tokens `x [N, D]` into expert order: `[N*K, D]`. */
 export function permuteTokens(x: Tensor, plan: DispatchPlan): Tensor {
   return runFused(permuteTokensDefinition, [x, plan.order, plan.positions], { topK: plan.topK })[0]
 }
 
-/** Weighted sum of the experts' outputs `y [N*K, D]` per token, gates `weights [N, K]`: `[N, D]`. */
+/**
+ * Returns the sum of the experts' outputs `y [N*K, D]` for each token, weighted by the gates `weights [N, K]`: `[N,
+ * D]`.
+ */
 export function combineTokens(y: Tensor, weights: Tensor, plan: DispatchPlan): Tensor {
   return runFused(combineTokensDefinition, [y, weights, plan.order, plan.positions], {})[0]
 }

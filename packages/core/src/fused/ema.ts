@@ -1,4 +1,4 @@
-/** @file One step of an exponential moving average of one tensor. */
+/** @file One step of an exponential moving average of a tensor. */
 import type { EmaAttrs } from '../backend.ts'
 import { noGrad } from '../context.ts'
 import { needDtype, needShape } from '../infer.ts'
@@ -19,8 +19,9 @@ export const emaStepDefinition: FusedDefinition<'emaStep'> = {
 }
 
 /**
- * An exponential moving average of a tensor that is replaced step by step, with the new value in it. It is an average of values 1 .. step alone, of which each weighs `decay` times the next one,
- * whatever `average` holds before the first (finite numbers). `average` is used up: assign the result in its place.
+ * Updates an exponential moving average with the tensor's new value. The result is an average over the values 1 to
+ * `step` only, in which each value weighs `decay` times the next one: what `average` contains before the first step has
+ * no effect, as long as it is finite. `average` is used up: replace it by the result.
  */
 export function emaStep(average: Tensor, value: Tensor, attrs: EmaAttrs): Tensor {
   return noGrad(() => runFused(emaStepDefinition, [average, value], attrs)[0])

@@ -1,11 +1,11 @@
-/** @file One matrix product per expert over ragged row ranges that only the device knows. */
+/** @file One matrix product per expert, over row ranges that only the device knows. */
 import { context } from '../context.ts'
 import { arange } from '../create.ts'
 import { needDtype, needShape } from '../infer.ts'
 import { checkOptions } from '../options.ts'
 import { concat, type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 
-/** 1 for the rows of expert e: `f32 [N, 1]`. */
+/** 1 for the rows of the expert, 0 for others: `f32 [N, 1]`. */
 function rowsOf(expert: number, rows: Tensor, offsets: Tensor): Tensor {
   const start = offsets.narrow(0, expert, expert + 1)
   const end = offsets.narrow(0, expert + 1, expert + 2)
@@ -23,7 +23,7 @@ export const groupedMatmulDefinition: FusedDefinition<'groupedMatmul'> = {
     needShape('groupedMatmul', 'offsets', offsets, [weight.shape[0] + 1])
     return [{ shape: [x.shape[0], weight.shape[transposeW ? 1 : 2]], dtype: 'f32' }]
   },
-  // Every expert multiplies every row and a mask keeps its own: E times the work, but nothing is read back.
+  // Multiplies all rows by every expert's weight and masks the rest: E times the work, but nothing is read back.
   decompose([x, weight, offsets], { transposeW, precision }) {
     const [experts, a, b] = weight.shape
     const rows = arange(x.shape[0], offsets)
@@ -46,7 +46,8 @@ export const groupedMatmulDefinition: FusedDefinition<'groupedMatmul'> = {
 export const groupedMatmulWeightGradDefinition: FusedDefinition<'groupedMatmulWeightGrad'> = {
   name: 'groupedMatmulWeightGrad',
   infer: ([x, dy, offsets]) => [{ shape: [offsets.shape[0] - 1, dy.shape[1], x.shape[1]], dtype: 'f32' }],
-  // Each expert's rows come first in a matrix of all rows, as the tiles of 'fp8' count from the first of them.
+  // Moves each expert's rows to the top of a matrix of all rows, because tiles of 'fp8' start at the expert's first
+  // row.
   decompose([x, dy, offsets], { precision }) {
     const rows = arange(x.shape[0], offsets)
     const parts = Array.from({ length: offsets.shape[0] - 1 }, (_, e) => {
@@ -67,8 +68,10 @@ export const groupedMatmulWeightGradDefinition: FusedDefinition<'groupedMatmulWe
 const names = { transposeW: true }
 
 /**
- * Rows `offsets[e] .. offsets[e+1]` of `x [N, k]` times expert e's weight transposed: `weight [E, n, k]` to `[N, n]`; with
- * `transposeW: false`, `weight [E, k, n]` is used as it lies. Rows past the last offset give zeros.
+ * Multiplies rows `offsets[e]` to `offsets[e+1] - 1` of `x [N, k]` by the transposed weight of expert e: `weight [E, n,
+ * k]` to `[N, n]`. With `transposeW: false`, the weight `[E, k, n]` is not transposed. Rows past the last offset give
+ * zeros.
+ * @throws MoeError E_SHAPE, E_DTYPE
  */
 export function groupedMatmul(
   x: Tensor,

@@ -1,4 +1,4 @@
-/** @file The closed table of fused ops: it does not compile while one is missing. */
+/** @file The table of all fused ops. It does not compile if one is missing. */
 import type { FusedName } from '../backend.ts'
 import type { FusedDefinition } from '../tensor.ts'
 import { adamwStepDefinition, globalNormDefinition } from './adamw.ts'

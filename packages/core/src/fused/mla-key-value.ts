@@ -1,4 +1,7 @@
-/** @file Keys and values of multi-head latent attention, from what its up-projection gives and the rope key that all heads share. */
+/**
+ * @file Keys and values of multi-head latent attention, from the output of its up-projection and the rope key that all
+ * heads share.
+ */
 
 import { zeros } from '../create.ts'
 import { needDtype, shapeError } from '../infer.ts'
@@ -64,8 +67,9 @@ export const mlaKeyValueBackwardDefinition: FusedDefinition<'mlaKeyValueBackward
 }
 
 /**
- * Keys `[B, S, H, N + R]` and values `[B, S, H, V]` of all heads: `kv [B, S, H, N + V]` is what `kv_b_proj` gives, `ropeKey [B, S, 1, R]` the turned
- * key that all heads share (DeepSeek-V2 report eq. 15-17).
+ * Returns the keys `[B, S, H, N + R]` and values `[B, S, H, V]` of all heads (DeepSeek-V2 report eq. 15-17).
+ * @param kv output of `kv_b_proj`, `[B, S, H, N + V]`
+ * @param ropeKey the rotated key that all heads share, `[B, S, 1, R]`
  * @param nope N
  * @throws MoeError E_SHAPE
  */

@@ -18,7 +18,10 @@ import { swiglu } from './swiglu.ts'
 
 setDefaultBackend(referenceBackend())
 
-/** What tools/reference/core_ops.py recorded: single operations of PyTorch in f32; and fp8_linear.py: linear layers in fp8. */
+/**
+ * Fixtures recorded by tools/reference/core_ops.py (single PyTorch operations in f32) and fp8_linear.py (linear layers
+ * in fp8).
+ */
 const folder = new URL('../../fixtures/', import.meta.url)
 const { cases } = JSON.parse(readFileSync(new URL('ops.json', folder), 'utf8')) as {
   cases: Record<string, Record<string, number>>
@@ -27,7 +30,7 @@ const [stored, storedInFp8] = ['ops', 'fp8'].map(name =>
   readTensors(readFileSync(new URL(`${name}.safetensors`, folder))),
 )
 
-/** The few lines of the safetensors format that this file needs: @moe/checkpoint depends on this package. */
+/** A minimal safetensors reader, because @moe/checkpoint depends on this package. */
 function readTensors(file: Buffer): Map<string, { shape: number[]; data: Float32Array | Int32Array }> {
   const headerBytes = Number(file.readBigUInt64LE(0))
   const header = JSON.parse(file.toString('utf8', 8, 8 + headerBytes)) as Record<
@@ -65,7 +68,7 @@ interface Op {
   readonly inputs: string[]
   readonly forward: (inputs: Inputs, attrs: Record<string, number>) => Tensor
 }
-/** Each case: the inputs that have gradients, and the op on them. */
+/** Each case: the inputs that have gradients, and the op to run on them. */
 const ops: Record<string, Op> = {
   softmax: { inputs: ['x'], forward: ({ x }) => softmax(x) },
   softmax_large: { inputs: ['x'], forward: ({ x }) => softmax(x) },
@@ -106,17 +109,17 @@ const ops: Record<string, Op> = {
   },
 }
 
-/** PyTorch's mean over the targets that are not ignored: five of the six. */
+/** PyTorch averages over the targets that are not ignored: five of the six. */
 const meanCounted = (loss: Tensor) => loss.sum().mul(1 / 5)
 
-// Both sides are right to f32 rounding of PyTorch's.
+// Both sides agree up to the f32 rounding of PyTorch.
 const tolerance: Tolerance = { relative: 2e-5, absolute: 2e-6 }
 
-test('no case is left out', () => {
+test('every recorded case is tested', () => {
   expect(Object.keys(cases).toSorted()).toEqual([...Object.keys(ops), 'adamw', 'clip', 'clip_inactive'].toSorted())
 })
 
-/** A layer with tiles along its inputs, its rows and its outputs. */
+/** A layer with tiles along its inputs, rows and outputs. */
 const inFp8: Op = {
   inputs: ['x', 'weight'],
   forward: ({ x, weight }) => x.matmul(weight, { transposeB: true, precision: 'fp8' }),

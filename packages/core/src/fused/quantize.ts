@@ -11,7 +11,7 @@ export const quantizeDefinition: FusedDefinition<'quantize'> = {
     needDtype('quantize', 'input', x, 'f32')
     needShape('quantize', 'input', x, [-1, -1])
     if (!block.every(size => Number.isInteger(size) && size >= 1)) {
-      throw attrError('quantize', `block = [${block}] is not a block`, 'pass two positive integers, such as [128, 128]')
+      throw attrError('quantize', `block = [${block}] is invalid`, 'pass two positive integers, such as [128, 128]')
     }
     return [
       { shape: x.shape, dtype: 'f8e4m3' },
@@ -34,8 +34,9 @@ export const quantizeDefinition: FusedDefinition<'quantize'> = {
 }
 
 /**
- * Quantizes `x [R, C]` to f8e4m3 with one f32 scale per block: `q [R, C]`, `scale [ceil(R/br), ceil(C/bc)]`, x = q * scale. Blocks at the
- * edges are cropped.
+ * Quantizes `x [R, C]` to f8e4m3 with one f32 scale per block: `q [R, C]`, `scale [ceil(R/br), ceil(C/bc)]`, x = q *
+ * scale. Blocks are cropped at the edges.
+ * @throws MoeError E_SHAPE, E_DTYPE, E_ATTR
  */
 export function quantize(x: Tensor, block: readonly [number, number] = [128, 128]): { q: Tensor; scale: Tensor } {
   const [q, scale] = runFused(quantizeDefinition, [x], { block })

@@ -26,7 +26,7 @@ afterEach(() => {
   untransposedLimits.elements = usual
 })
 
-/** Blocks that leave a part over, and an odd number of columns. */
+/** Blocks with a remainder, and an odd number of columns. */
 const stored: ReadonlyArray<readonly [WeightFormat, readonly [number, number]]> = [
   ['bf16', [1, 1]],
   ['fp8', [4, 8]],
@@ -36,9 +36,9 @@ const stored: ReadonlyArray<readonly [WeightFormat, readonly [number, number]]> 
 const [rows, columns] = [10, 45]
 const needs = (input: number) => input === 0
 
-describe.each(stored)('back through a weight in %s', (format, block) => {
-  // One column of blocks at a time, several of them, and all at once.
-  test.each([1, 200, usual])('of which %i elements are there at once', async elements => {
+describe.each(stored)('backward pass through a weight in %s', (format, block) => {
+  // One column of blocks at a time, several, and all at once.
+  test.each([1, 200, usual])('with %i elements dequantized at once', async elements => {
     untransposedLimits.elements = elements
     const weight = quantizeWeight(randn([rows, columns], new Random(1)), format, block)
     const inputs = [randn([3, columns], new Random(2)), weight.q, ...(weight.scale === null ? [] : [weight.scale])]
@@ -50,7 +50,7 @@ describe.each(stored)('back through a weight in %s', (format, block) => {
     assertClose('dx', (await found?.values()) as never, await expected.values(), tolerances.exact)
   })
 
-  test.each([1, 600, usual])('of experts, of which %i elements are there at once', async elements => {
+  test.each([1, 600, usual])('of experts, with %i elements dequantized at once', async elements => {
     untransposedLimits.elements = elements
     const weight = quantizeWeight(randn([3, rows, columns], new Random(1)), format, block)
     const offsets = tensor(Int32Array.of(0, 2, 2, 6), [4])
@@ -65,14 +65,14 @@ describe.each(stored)('back through a weight in %s', (format, block) => {
   })
 })
 
-test('of a large weight only a piece is there, and nothing is left', async () => {
+test('only a piece of a large weight is in memory at a time, and nothing is left behind', async () => {
   const weight = quantizeWeight(randn([64, 512], new Random(1)), 'int8', [1, 64])
   const inputs = [randn([2, 512], new Random(2)), weight.q, weight.scale as Tensor]
   const dy = randn([2, 64], new Random(3))
   const attrs = { format: 'int8', block: [1, 64], columns: 512, transposeW: true, precision: 'f32' } as const
   const peak = async (elements: number) => {
     untransposedLimits.elements = elements
-    // What quantizing took is behind it.
+    // The memory that quantization needed is already free.
     const own = referenceBackend()
     const [x, q, scale, gradient] = await Promise.all([...inputs, dy].map(input => input.to(own)))
     const { bytes, handles } = own.stats()

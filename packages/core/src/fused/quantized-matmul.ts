@@ -1,4 +1,4 @@
-/** @file Products with weights stored in fewer bits: bf16, fp8, int8 or int4 with one scale per block. Activations stay f32. */
+/** @file Products with quantized weights: bf16, fp8, int8 or int4, with one scale per block. Activations stay f32. */
 import type { Backend, QuantizedAttrs, Shape, TensorSpec, WeightFormat } from '../backend.ts'
 import { noGrad, widePrecision } from '../context.ts'
 import { full } from '../create.ts'
@@ -10,23 +10,23 @@ import { concat, type FusedDefinition, runFused, type Tensor, where } from '../t
 import { groupedMatmulDefinition } from './grouped-matmul.ts'
 import { quantizeDefinition } from './quantize.ts'
 
-/** A weight `[N, K]` (or `[E, N, K]`, one per expert) in fewer bits. */
+/** A quantized weight `[N, K]` (or `[E, N, K]`, one per expert). */
 export interface QuantizedWeight {
-  /** What the elements of `q` are. */
+  /** Format of the elements of `q`. */
   readonly format: WeightFormat
   /** Rows and columns that share a scale. */
   readonly block: readonly [rows: number, columns: number]
-  /** Shape of the weight that it stands for: an int4 row has half as many bytes. */
+  /** Shape of the original weight. The codes of an int4 row take half as many bytes. */
   readonly shape: readonly number[]
-  /** `[N, K]` or `[E, N, K]`; in int4 two columns share a byte, `[..., ceil(K/2)]`. */
+  /** The codes, `[N, K]` or `[E, N, K]`. In int4 two columns share a byte: `[..., ceil(K/2)]`. */
   readonly q: Tensor
-  /** Null for bf16. */
+  /** Scales of the blocks; null for bf16. */
   readonly scale: Tensor | null
 }
 
 const storedDtypes: Readonly<Record<WeightFormat, DType>> = { bf16: 'bf16', fp8: 'f8e4m3', int8: 'u8', int4: 'u8' }
 
-/** fp8 as released DeepSeek-V3 weights; integers by runs of one row. */
+/** fp8 as in the released DeepSeek-V3 weights; for integers, blocks within one row. */
 const usualBlocks: Readonly<Record<WeightFormat, readonly [number, number]>> = {
   bf16: [1, 1],
   fp8: [128, 128],
@@ -34,7 +34,7 @@ const usualBlocks: Readonly<Record<WeightFormat, readonly [number, number]>> = {
   int4: [1, 32],
 }
 
-/** The code of zero, in int4 of two. */
+/** The byte that encodes zero; in int4, two zeros. */
 const zeroCodes: Readonly<Record<WeightFormat, number>> = { bf16: 0, fp8: 0, int8: 128, int4: 0x88 }
 
 const storedColumns = (format: WeightFormat, columns: number) => (format === 'int4' ? Math.ceil(columns / 2) : columns)
@@ -42,15 +42,15 @@ const storedColumns = (format: WeightFormat, columns: number) => (format === 'in
 function checkBlock(op: string, { format, block }: Pick<QuantizedAttrs, 'format' | 'block'>): void {
   if (!Object.hasOwn(usualBlocks, format)) {
     const formats = Object.keys(usualBlocks).join(', ')
-    throw attrError(op, `no format of weights is called ${JSON.stringify(format)}`, `choose one of ${formats}`)
+    throw attrError(op, `unknown weight format ${JSON.stringify(format)}`, `choose one of ${formats}`)
   }
   const whole = block.length === 2 && block.every(size => Number.isInteger(size) && size >= 1)
   if (whole && (format !== 'int4' || block[1] % 2 === 0)) return
   const fix = format === 'int4' ? 'pass two positive integers, the second even, such as [1, 32]' : undefined
-  throw attrError(op, `block = [${block}] is not a block of ${format}`, fix ?? 'pass two positive integers')
+  throw attrError(op, `block = [${block}] is invalid for ${format}`, fix ?? 'pass two positive integers')
 }
 
-/** Checks x and the stored weight `lead + [N, K]`; gives what their product is. */
+/** Checks x and the quantized weight `lead + [N, K]`. Returns the spec of their product. */
 function checkProduct(
   op: string,
   x: Tensor,
@@ -67,7 +67,7 @@ function checkProduct(
   const rows = q.shape[lead.length]
   needShape(op, 'input', x, [-1, transposeW ? columns : rows])
   if ((scale === undefined) !== (format === 'bf16')) {
-    throw shapeError(op, `${format} ${scale ? 'has no' : 'needs a'} scale`, 'pass what quantizeWeight gave')
+    throw shapeError(op, `${format} ${scale ? 'has no' : 'requires a'} scale`, 'pass a result of quantizeWeight')
   }
   if (scale !== undefined) {
     needDtype(op, 'scale', scale, 'f32')
@@ -77,7 +77,7 @@ function checkProduct(
   return [{ shape: [x.shape[0], transposeW ? rows : columns], dtype: 'f32' }]
 }
 
-/** Bytes of two 4-bit numbers, `[n, m]`, to the numbers `[n, columns]` as f32, the low half first. */
+/** Unpacks bytes of two 4-bit numbers, `[n, m]`, to f32 numbers `[n, columns]`, low half first. */
 function unpackNibbles(bytes: Tensor, columns: number): Tensor {
   const [rows, width] = bytes.shape
   const both = bytes.cast('f32')
@@ -87,7 +87,7 @@ function unpackNibbles(bytes: Tensor, columns: number): Tensor {
   return pairs.reshape([rows, 2 * width]).narrow(1, 0, columns)
 }
 
-/** The weight as f32, `[..., N, K]`, from its stored form. */
+/** Returns the quantized weight as f32, `[..., N, K]`. */
 function dequantize(
   q: Tensor,
   scale: Tensor | null,
@@ -116,19 +116,25 @@ function dequantize(
   return values.mul(repeated.reshape([matrices * rows, columns])).reshape(shape)
 }
 
-/** The same as an input that gets no gradient, and nor do its codes and scales; where the product is recorded, it is freed with it. */
+/**
+ * `dequantize` as a constant input: neither it nor its codes and scales get gradients. If the product is recorded, the
+ * result is freed with it.
+ */
 function constant(q: Tensor, scale: Tensor | null, columns: number, attrs: QuantizedAttrs): Tensor {
   const weight = scope(() => noGrad(() => dequantize(q, scale, columns, attrs)))
   weight.temporary = true
   return weight
 }
 
-/** Elements of a weight that are there as f32 at once where x is multiplied with it untransposed, about: one column of blocks at least. Tests make it small. */
+/**
+ * Approximate number of elements of a weight that are dequantized to f32 at once when x is multiplied by the
+ * untransposed weight; at least one column of blocks. Tests make it small.
+ */
 export const untransposedLimits = { elements: 2 ** 22 }
 
 /**
- * x W `[M, K]` by the weight in pieces of some columns, which `multiply` takes as f32 `[..., N, part of K]`: the sums are those of the whole weight, and only a piece
- * of it is there in f32.
+ * Computes x W `[M, K]` in pieces of some columns of the weight, which `multiply` gets as f32 `[..., N, part of K]`.
+ * The sums are those of the whole weight, but only one piece at a time is in memory as f32.
  */
 function inPieces(
   q: Tensor,
@@ -138,7 +144,7 @@ function inPieces(
 ): Tensor {
   const { format, block, columns } = attrs
   const rows = sizeOf(q.shape.slice(0, -1))
-  // bf16 has no blocks, and of an odd number of columns in int4 the last byte is half empty.
+  // bf16 has no blocks, and with an odd number of columns, the last byte of an int4 row is half empty.
   const step = format === 'bf16' ? 1 : block[1]
   const most = Math.max(1, Math.floor(untransposedLimits.elements / (Math.max(1, rows) * step))) * step
   const piece = (from: number, to: number) => {
@@ -192,7 +198,10 @@ export const quantizedGroupedMatmulDefinition: FusedDefinition<'quantizedGrouped
   },
 }
 
-/** Rounds to whole numbers within the format's range: one scale per block, so that the block's largest magnitude is the largest number. */
+/**
+ * Rounds to integers within the range of the format. Each block has a scale such that its largest magnitude becomes the
+ * largest integer.
+ */
 function quantizeIntegers(x: Tensor, format: 'int8' | 'int4', [blockRows, blockColumns]: readonly [number, number]) {
   const [rows, columns] = x.shape
   const down = Math.ceil(rows / blockRows)
@@ -210,7 +219,7 @@ function quantizeIntegers(x: Tensor, format: 'int8' | 'int4', [blockRows, blockC
   return { codes, scale: scale.reshape([down, across]) }
 }
 
-/** A matrix `[N, K]` in fewer bits: codes and scales. */
+/** Quantizes a matrix `[N, K]`. Returns codes and scales. */
 function quantizeMatrix(x: Tensor, format: WeightFormat, block: readonly [number, number]): Tensor[] {
   const [rows, columns] = x.shape
   if (format === 'bf16') return [x.cast('bf16')]
@@ -224,20 +233,21 @@ function quantizeMatrix(x: Tensor, format: WeightFormat, block: readonly [number
 }
 
 /**
- * Stores a weight `[N, K]` or `[E, N, K]` in fewer bits, to the nearest code of its block. `block`: rows and columns of one scale, by default
- * 128 x 128 for fp8 (as released), 1 x 128 for int8, 1 x 32 for int4.
+ * Quantizes a weight `[N, K]` or `[E, N, K]`, rounding to the nearest code. `block` gives the rows and columns that
+ * share a scale; default: 128 x 128 for fp8 (as in the released weights), 1 x 128 for int8, 1 x 32 for int4.
+ * @throws MoeError E_SHAPE, E_DTYPE, E_ATTR
  */
 export function quantizeWeight(weight: Tensor, format: WeightFormat, block = usualBlocks[format]): QuantizedWeight {
   const { shape } = weight
   checkBlock('quantizeWeight', { format, block })
   needDtype('quantizeWeight', 'weight', weight, 'f32')
   if (shape.length !== 2 && shape.length !== 3) {
-    throw shapeError('quantizeWeight', `${showShape(shape)} is neither [N, K] nor [E, N, K]`)
+    throw shapeError('quantizeWeight', `the weight has shape ${showShape(shape)}, expected [N, K] or [E, N, K]`)
   }
   const [rows, columns] = shape.slice(-2)
   const lead = shape.slice(0, -2)
   const matrices = sizeOf(lead)
-  // Blocks may not reach from one expert into the next.
+  // A block must not span two experts.
   const apart = matrices > 1 && format !== 'bf16' && rows % block[0] !== 0
   const parts = apart
     ? Array.from({ length: matrices }, (_, e) =>
@@ -254,7 +264,7 @@ export function quantizeWeight(weight: Tensor, format: WeightFormat, block = usu
   return { format, block, shape, q, scale }
 }
 
-/** What `quantizeWeight` makes of zeros, without them. */
+/** Returns what `quantizeWeight` makes of zeros, without allocating them. */
 export function zeroWeight(shape: Shape, format: WeightFormat, backend?: Backend): QuantizedWeight {
   const block = usualBlocks[format]
   checkBlock('zeroWeight', { format, block })
@@ -273,7 +283,7 @@ export function zeroWeight(shape: Shape, format: WeightFormat, backend?: Backend
   return { format, block, shape, q, scale: format === 'bf16' ? null : all(1, 'f32', scales) }
 }
 
-/** The stored weight as f32. */
+/** Returns the quantized weight as f32. */
 export function dequantizeWeight({ q, scale, shape, format, block }: QuantizedWeight): Tensor {
   return dequantize(q, scale, shape[shape.length - 1], { format, block })
 }
@@ -286,7 +296,10 @@ const attrsOf = ({ format, block, shape }: QuantizedWeight): QuantizedAttrs => (
   precision: widePrecision(),
 })
 
-/** `x [..., K]` times a stored weight `[N, K]` transposed, to `[..., N]`. */
+/**
+ * Multiplies `x [..., K]` by the transposed quantized weight `[N, K]`, giving `[..., N]`.
+ * @throws MoeError E_SHAPE, E_DTYPE
+ */
 export function quantizedMatmul(x: Tensor, weight: QuantizedWeight): Tensor {
   const { q, scale } = weight
   const flat = x.rank === 2 ? x : x.reshape([sizeOf(x.shape.slice(0, -1)), x.shape[x.rank - 1]])
@@ -295,7 +308,11 @@ export function quantizedMatmul(x: Tensor, weight: QuantizedWeight): Tensor {
   return x.rank === 2 ? y : y.reshape([...x.shape.slice(0, -1), y.shape[1]])
 }
 
-/** Rows `offsets[e] .. offsets[e+1]` of `x [M, K]` times expert e's stored weight transposed, `[E, N, K]`: as `groupedMatmul`. */
+/**
+ * Multiplies rows `offsets[e]` to `offsets[e+1] - 1` of `x [M, K]` by the transposed quantized weight of expert e, `[E,
+ * N, K]`: `groupedMatmul` for quantized weights.
+ * @throws MoeError E_SHAPE, E_DTYPE
+ */
 export function quantizedGroupedMatmul(x: Tensor, weight: QuantizedWeight, offsets: Tensor): Tensor {
   const { q, scale } = weight
   const inputs = scale === null ? [x, q, offsets] : [x, q, offsets, scale]

@@ -34,7 +34,10 @@ export const rmsNormBackwardDefinition: FusedDefinition<'rmsNormBackward'> = {
   vjp: null,
 }
 
-/** x / sqrt(mean(x^2) + eps) * weight over the last axis. `x [..., D]`, `weight [D]`. */
+/**
+ * Returns x / sqrt(mean(x^2) + eps) * weight over the last axis, for `x [..., D]` and `weight [D]`.
+ * @throws MoeError E_SHAPE, E_DTYPE
+ */
 export function rmsNorm(x: Tensor, weight: Tensor, eps = 1e-6): Tensor {
   return runFused(rmsNormDefinition, [x, weight], { eps })[0]
 }

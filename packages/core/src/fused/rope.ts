@@ -54,27 +54,27 @@ export const ropeDefinition: FusedDefinition<'rope'> = {
     if (dy === null) return [null, null, null, null]
     const back = { ...attrs, inverse: !attrs.inverse }
     if (plain === undefined) return [runFused(ropeDefinition, [dy, cos, sin], back)[0], null, null]
-    // The first features of x are nowhere in y.
+    // The first features of x do not occur in y.
     const none = zeros([...x.shape.slice(0, 3), x.shape[3] - 2 * cos.shape[cos.rank - 1]], x)
     const dx = runFused(ropeDefinition, [dy, cos, sin, none], back)[0]
     return [dx, null, null, dy.narrow(3, 0, plain.shape[3])]
   },
 }
 
-/** Layout of `rope`. */
+/** Options of `rope`. */
 export interface RopeOptions {
-  /** Pairs features 2i and 2i + 1, as DeepSeek's released layout does, otherwise i and i + R/2. Default true. */
+  /** If true, pairs features 2i and 2i + 1, as in DeepSeek's released layout; if false, i and i + R/2. Default true. */
   readonly interleaved?: boolean
-  /** `[B, T, H, F]`: stands in front of the turned features, in place of the first D - R of `x`. */
+  /** `[B, T, H, F]`: features in front of the rotated ones, instead of the first D - R of `x`. */
   readonly plain?: Tensor
 }
 
 const names: OptionNames<RopeOptions> = { interleaved: true, plain: true }
 
 /**
- * Rotates the last R of D features of `x [B, T, H, D]` by the angles whose `cos` and `sin` are `[T, R/2]` or `[B, T, R/2]`. To `[B, T, H, D]`, or with
- * `plain` to `[B, T, H, F + R]`. The tables get no gradient.
- * @throws MoeError E_SHAPE
+ * Rotates the last R of the D features of `x [B, T, H, D]` by the angles whose `cos` and `sin` are `[T, R/2]` or `[B,
+ * T, R/2]`. Returns `[B, T, H, D]`, or with `plain` `[B, T, H, F + R]`. The tables get no gradient.
+ * @throws MoeError E_SHAPE, E_DTYPE
  */
 export function rope(x: Tensor, cos: Tensor, sin: Tensor, options: RopeOptions = {}): Tensor {
   checkOptions('rope', options, names)

@@ -30,7 +30,7 @@ const indices = tensor(
 const plan = dispatchPlan(indices, E)
 const seed = randn([N, D], random, { backend: plain })
 
-/** A backend with a kernel that saves what its gradient needs, and what it was asked. */
+/** A backend with a kernel that saves what its gradient needs, and a record of its calls. */
 function saving() {
   const asked: Array<FusedAttrs['routedExperts']> = []
   const mine = (value: Value) => keep(new Tensor(plain, value.handle, value.shape, value.dtype))
@@ -56,7 +56,7 @@ function saving() {
 }
 
 type Run = (inputs: Tensor[]) => Tensor
-/** Gradients of the inputs that are wanted. */
+/** Gradients of the wanted inputs. */
 function gradientsOf(run: Run, here: (x: Tensor) => Tensor, wanted: readonly boolean[]) {
   return scope(() => {
     const inputs = [...leaves, plan.order, plan.positions, plan.offsets].map(here)
@@ -72,7 +72,7 @@ function gradientsOf(run: Run, here: (x: Tensor) => Tensor, wanted: readonly boo
 const fused: Run = inputs => runFused(routedExpertsDefinition, inputs, { precision: 'f32', saves: true })[0]
 const composed: Run = ([x, gate, up, down, weights]) => routedExperts(x, { gate, up, down }, weights, plan)
 
-describe('the gradient from what a kernel saved', () => {
+describe('the gradient computed from saved outputs of a kernel', () => {
   test.each([
     [true, true, true, true, true],
     [true, false, false, false, true],
@@ -100,7 +100,7 @@ describe('routedExperts', () => {
     return routedExperts(x, { gate, up, down }, weights, { topK: K, order, positions, offsets, counts })
   }
 
-  test('asks the kernel in bf16 and fp8, to save only where a gradient may be wanted', () => {
+  test('uses the kernel in bf16 and fp8, and saves only if a gradient may be wanted', () => {
     const { asked, here } = saving()
     call(here, true)
     expect(asked).toEqual([])
@@ -116,7 +116,7 @@ describe('routedExperts', () => {
     )
   })
 
-  test('without a kernel is no fallback', () => {
+  test('does not count as a fallback without a kernel', () => {
     const before = fallbacks()
     const out = withPrecision('bf16', () => call(x => keep(x.detach()), false))
     expect(out.shape).toEqual([N, D])

@@ -1,6 +1,6 @@
 /**
- * @file The way of tokens to their experts, through them, and back, as one op: a kernel of it decides how the rows between the products are stored.
- * N tokens, K choices each, M = N K rows in expert order, E experts, D features, I inner ones.
+ * @file The routed experts of a layer as one op, so that a kernel can choose in which dtype the results of products are
+ * stored. N tokens, K choices each, M = N K rows in expert order, E experts, D features, I intermediate features.
  */
 import { withKept, withRecomputed } from '../autograd/checkpoint.ts'
 import type { Precision } from '../backend.ts'
@@ -50,7 +50,7 @@ export const routedExpertsDefinition: FusedDefinition<'routedExperts'> = {
   },
 }
 
-/** @param through how what takes little time to make comes to the products that read it */
+/** @param through how cheap intermediate results are passed to the products that read them: kept or recomputed */
 function compose(inputs: readonly Tensor[], precision: Precision, through: typeof withRecomputed): Tensor[] {
   const [x, gate, up, down, weights, order, positions, offsets] = inputs
   const product = (a: Tensor, weight: Tensor) =>
@@ -104,7 +104,7 @@ export const routedExpertsBackwardDefinition: FusedDefinition<'routedExpertsBack
   vjp: null,
 }
 
-/** The weights of E nets down(silu(gate(x)) * up(x)). */
+/** The weights of E networks down(silu(gate(x)) * up(x)). */
 export interface ExpertWeights {
   /** `[E, I, D]`. */
   readonly gate: Tensor
@@ -115,9 +115,13 @@ export interface ExpertWeights {
 }
 
 /**
- * What the experts that the plan chose make of the tokens `x [N, D]`, weighted by `weights [N, K]` and summed: `[N, D]`. The same as permuteTokens, groupedMatmul by
- * gate and up, swiglu, groupedMatmul by down and combineTokens, which it is in f32; in bf16 and fp8 a backend may store what products give in bf16.
- * @param options.recompute makes what permuteTokens and swiglu give again on the way back, as such a backend does anyway. Default false
+ * Runs the experts that the plan chose on the tokens `x [N, D]`, and returns the sum of their outputs, weighted by
+ * `weights [N, K]`: `[N, D]`.
+ *
+ * Equals permuteTokens, groupedMatmul by gate and up, swiglu, groupedMatmul by down, and combineTokens. In f32 it runs
+ * exactly these ops; in bf16 and fp8, a backend may store results of products in bf16.
+ * @param options.recompute recomputes the results of permuteTokens and swiglu in the backward pass; a backend with its
+ * own kernel always does. Default false
  * @throws MoeError E_SHAPE, E_DTYPE
  */
 export function routedExperts(
@@ -136,7 +140,7 @@ export function routedExperts(
   if (precision !== 'f32' && x.backend.fused.routedExperts !== undefined) {
     return runFused(routedExpertsDefinition, inputs, attrs)[0]
   }
-  // There is nothing to gain, so this is no fallback.
+  // A kernel would gain nothing here, so this does not count as a fallback.
   routedExpertsDefinition.infer(inputs, attrs)
   const run = () => compose(inputs, precision, options.recompute ? withRecomputed : withKept)[0]
   return saves ? run() : scope(run)

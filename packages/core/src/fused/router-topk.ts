@@ -1,4 +1,7 @@
-/** @file The choice of experts: affinities, bias for selection only, group limit, top-k, gates (DeepSeek-V3 report eq. 12-16, 2.1.2; V2 report 2.2). */
+/**
+ * @file The choice of experts: affinities, selection bias, group limit, top-k and gates (DeepSeek-V3 report eq. 12-16,
+ * 2.1.2; V2 report 2.2).
+ */
 import type { RouterAttrs } from '../backend.ts'
 import { arange, full } from '../create.ts'
 import { MoeError } from '../errors.ts'
@@ -103,20 +106,21 @@ export const routerTopkBackwardDefinition: FusedDefinition<'routerTopkBackward'>
   vjp: null,
 }
 
-/** What `routerTopk` chose. */
+/** The result of `routerTopk`. */
 export interface Routing {
   /** Gate values `[N, K]`. */
   readonly weights: Tensor
-  /** Chosen experts `i32 [N, K]`, best first. */
+  /** Chosen experts `i32 [N, K]`, highest score first. */
   readonly indices: Tensor
   /** Unbiased affinities `[N, E]`. */
   readonly scores: Tensor
 }
 
 /**
- * Chooses K of E experts for each of N tokens. `logits [N, E]`; `bias [E]` moves the choice only: the gates are the unbiased affinities.
- * Experts outside the kept groups cannot be chosen. Ties go to the lowest index. Gradients flow to the logits alone.
- * @throws MoeError E_ATTR when groups, topGroups and topK do not fit the number of experts.
+ * Chooses K of E experts for each of N tokens, from `logits [N, E]`. `bias [E]` affects only the choice; the gates come
+ * from the unbiased affinities. Experts outside the kept groups are never chosen. Ties go to the lowest index.
+ * Gradients flow only to the logits.
+ * @throws MoeError E_ATTR if groups, topGroups and topK do not fit the number of experts
  */
 export function routerTopk(logits: Tensor, bias: Tensor, attrs: RouterAttrs): Routing {
   const [weights, indices, scores] = runFused(routerTopkDefinition, [logits, bias], attrs)

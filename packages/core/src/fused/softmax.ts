@@ -5,7 +5,10 @@ import { needDtype, shapeError } from '../infer.ts'
 import { showShape } from '../shape.ts'
 import { type FusedDefinition, runFused, type Tensor, where } from '../tensor.ts'
 
-/** Largest value of each row as a constant, 0 for rows of only -Infinity, so that subtracting it never makes NaN. */
+/**
+ * The maximum of each row as a constant, or 0 for rows that are -Infinity everywhere, so that subtracting it never
+ * gives NaN.
+ */
 export function rowMax(x: Tensor): Tensor {
   const max = x.detach().max(-1, true)
   return where(max.eq(Number.NEGATIVE_INFINITY), full([], 0, max), max)
@@ -32,7 +35,11 @@ export const softmaxBackwardDefinition: FusedDefinition<'softmaxBackward'> = {
   vjp: null,
 }
 
-/** exp(x) / sum(exp(x)) over the last axis; rows of only -Infinity give zeros. `x [..., D]` to the same shape. */
+/**
+ * Returns exp(x) / sum(exp(x)) over the last axis, in the shape of `x [..., D]`. Rows that are -Infinity everywhere
+ * give zeros.
+ * @throws MoeError E_SHAPE, E_DTYPE
+ */
 export function softmax(x: Tensor): Tensor {
   return runFused(softmaxDefinition, [x], {})[0]
 }

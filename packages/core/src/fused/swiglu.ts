@@ -1,4 +1,4 @@
-/** @file The gated activation of the feed-forward nets (Shazeer 2020). */
+/** @file The gated activation of feed-forward networks (Shazeer 2020). */
 import { needDtype, needShape } from '../infer.ts'
 import { type FusedDefinition, runFused, type Tensor } from '../tensor.ts'
 
@@ -27,7 +27,7 @@ export const swigluBackwardDefinition: FusedDefinition<'swigluBackward'> = {
   vjp: null,
 }
 
-/** silu(gate) * up, elementwise on equal shapes. */
+/** Returns silu(gate) * up, elementwise, for inputs of the same shape. @throws MoeError E_SHAPE, E_DTYPE */
 export function swiglu(gate: Tensor, up: Tensor): Tensor {
   return runFused(swigluDefinition, [gate, up], {})[0]
 }

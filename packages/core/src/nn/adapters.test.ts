@@ -26,7 +26,7 @@ beforeEach(() => {
 
 const [hidden, inner] = [8, 6]
 
-/** Somebody's own block: experts in stacks, a buffer, everything that a layer may have. */
+/** A custom block with stacked experts, a buffer, and everything else that a layer may have. */
 class Experts extends Module {
   up_proj: Parameter
   down_proj: Parameter
@@ -70,7 +70,7 @@ class Block extends Module {
     const y = this.experts.forward(x.reshape([6, hidden]), offsets).reshape(x.shape)
     return this.head.forward(y.add(x).add(this.bias))
   }
-  /** A scalar that depends on every logit otherwise. */
+  /** A scalar that depends on every logit in a different way. */
   loss(): Tensor {
     const logits = this.forward()
     return logits
@@ -80,7 +80,7 @@ class Block extends Module {
   }
 }
 
-/** Adapters as they may be after training. */
+/** Adapters as they might be after training. */
 function adapted(options: AdapterOptions = {}, block = new Block()): Block {
   addAdapters(block, { rank: 2, alpha: 3, ...options })
   for (const [i, { adapter }] of namedAdapters(block).entries())
@@ -100,8 +100,8 @@ const refused = (fn: () => void, code: ErrorCode = 'E_CONFIG') => {
   throw new Error('it was not refused')
 }
 
-describe('what they stand beside', () => {
-  test('linear layers and experts, not the head and not the table; everything else is frozen', () => {
+describe('which weights get adapters', () => {
+  test('linear layers and experts, but neither head nor table; everything else is frozen', () => {
     const block = new Block()
     addAdapters(block)
     expect(names(block)).toEqual(['mix.weight', 'experts.up_proj', 'experts.down_proj'])
@@ -139,7 +139,7 @@ describe('what they stand beside', () => {
     ])
     refused(() => adapted({ targets: () => false }))
     const message = refused(() => adapted({ targets: ['up_proj', 'p_proj', 'embed', 'norm'] }))
-    expect(message).toContain('no weight is called p_proj, embed, norm')
+    expect(message).toContain('no weight is named p_proj, embed, norm')
     expect(message).toContain('mix, up_proj, down_proj, head')
   })
 
@@ -157,13 +157,13 @@ describe('what they stand beside', () => {
     expect(trainable(block).length).toBeGreaterThan(0)
   })
 
-  test('a second set, and a module without weights, are refused', () => {
+  test('a second set of adapters, and a module without weights, are rejected', () => {
     refused(() => addAdapters(adapted()))
     refused(() => addAdapters(new RmsNorm(3)))
     refused(() => addAdapters(new Embedding(3, 4)))
   })
 
-  test('a head that is an embedding has none', () => {
+  test('a head that shares its weight with an embedding gets none', () => {
     const block = new Block()
     block.head.weight.dispose()
     block.head.weight = block.embed.weight
@@ -171,14 +171,14 @@ describe('what they stand beside', () => {
   })
 })
 
-test('at first nothing changes, to the bit', async () => {
+test('new adapters do not change the output, bit for bit', async () => {
   const block = new Block()
   const before = await logitsOf(block)
   addAdapters(block)
   expect(await logitsOf(block)).toEqual(before)
 })
 
-test('the same seed gives the same A, of another name another one', async () => {
+test('the same seed gives the same A, and another name a different one', async () => {
   const start = async (seed: number) => {
     const block = new Block()
     addAdapters(block, { random: new Random(seed) })
@@ -198,14 +198,14 @@ test('the same seed gives the same A, of another name another one', async () => 
 
 const bases: ReadonlyArray<WeightFormat | 'f32'> = ['f32', 'bf16', 'fp8', 'int8', 'int4']
 
-describe.each(bases)('beside weights in %s', format => {
+describe.each(bases)('adapters of weights in %s', format => {
   const make = async (): Promise<Block> => {
     const block = adapted({ targets: ['mix', 'up_proj', 'down_proj', 'head'] })
     if (format !== 'f32') await quantizeWeights(block, format)
     return block
   }
 
-  test('gradients are finite differences', async () => {
+  test('gradients equal finite differences', async () => {
     const block = await make()
     scope(() => backward(block.loss()))
     expect(namedAdapters(block).length).toBe(4)
@@ -218,7 +218,7 @@ describe.each(bases)('beside weights in %s', format => {
     for (const { parameter } of namedParameters(block)) if (!parameter.trainable) expect(parameter.grad).toBe(null)
   })
 
-  test('are what they are beside the numbers that are stored', async () => {
+  test('compute the same as adapters of the dequantized weights', async () => {
     const block = await make()
     const dense = adapted({ targets: ['mix', 'up_proj', 'down_proj', 'head'] })
     for (const [i, { parameter }] of namedAdapters(block).entries()) {
@@ -248,7 +248,7 @@ describe.each(bases)('beside weights in %s', format => {
     }
   })
 
-  test('denseWeight is the weight that they make together, gradients included', async () => {
+  test('denseWeight is the effective weight, with its gradients', async () => {
     const { mix } = await make()
     const x = randn([5, hidden], new Random(3))
     const byProduct = () => x.matmul(denseWeight(mix.weight), { transposeB: true })
@@ -270,7 +270,7 @@ describe.each(bases)('beside weights in %s', format => {
     for (const i of [0, 1]) assertClose('gradient', own[i], expected[i], tolerances.gradient)
   })
 
-  test('merged, they give the same but for rounding of what is stored', async () => {
+  test('merging gives the same output up to the rounding of quantized weights', async () => {
     const block = await make()
     const before = await logitsOf(block)
     const target = await Promise.all(
@@ -280,7 +280,7 @@ describe.each(bases)('beside weights in %s', format => {
     await mergeAdapters(block)
     expect(names(block)).toEqual([])
     if (format === 'f32') return assertClose('logits', await logitsOf(block), before, tolerances.sum)
-    // As near as the format can: what it makes of the sum.
+    // As close as the format allows: the quantized sum.
     for (const [i, parameter] of stored.entries()) {
       const shape = (parameter as QuantizedParameter).weight.shape
       const again = new Parameter(tensor(Float32Array.from(target[i]), shape))
@@ -295,8 +295,8 @@ describe.each(bases)('beside weights in %s', format => {
   })
 })
 
-describe('and then', () => {
-  test('merged, what was trained before is trained again, and buffers stay buffers', async () => {
+describe('merging and removing', () => {
+  test('after merging, trainable parameters are trainable again, and buffers stay buffers', async () => {
     const before = trainable(new Block()).length
     const block = adapted()
     await mergeAdapters(block)
@@ -305,7 +305,7 @@ describe('and then', () => {
     addAdapters(block)
   })
 
-  test('removed, the module is what it was, to the bit', async () => {
+  test('removing restores the module, bit for bit', async () => {
     const expected = await logitsOf(new Block())
     const block = adapted()
     expect(await logitsOf(block)).not.toEqual(expected)
@@ -314,7 +314,7 @@ describe('and then', () => {
     expect(trainable(block).length).toBe(trainable(new Block()).length)
   })
 
-  test('every change of a weight, of A, of B is another version, which never comes back', async () => {
+  test('every change of a weight, of A or of B gives a new version, never a previous one', async () => {
     const block = new Block()
     const { weight } = block.mix
     const seen = new Set<number>([weightVersion(weight)])
@@ -336,12 +336,12 @@ describe('and then', () => {
     }
   })
 
-  test('no tensor is left behind, recorded or not', async () => {
+  test('no tensor leaks, recorded or not', async () => {
     const block = adapted()
     const x = randn([5, hidden], new Random(1))
     const { mix } = block
     const { handles } = backend.stats()
-    // No scope, which would hide it.
+    // No scope, which would hide a leak.
     for (const result of [() => mix.forward(x), () => denseWeight(mix.weight)]) {
       const loss = result().sum()
       backward(loss)
@@ -353,7 +353,7 @@ describe('and then', () => {
     expect(backend.stats().handles).toBe(handles + results.length)
   })
 
-  test('of a recorded product one wide result is kept, as without an adapter', () => {
+  test('a recorded product keeps one wide result, as without an adapter', () => {
     const layer = new Linear(4, 500)
     const x = randn([100, 4], new Random(1))
     x.tracked = true

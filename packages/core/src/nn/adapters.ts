@@ -1,4 +1,4 @@
-/** @file Low-rank adapters ("LoRA", Hu et al. 2021): small matrices beside weights that stay as they are. */
+/** @file Low-rank adapters ("LoRA", Hu et al. 2021): small trainable matrices beside frozen weights. */
 import { noGrad } from '../context.ts'
 import { rand, zeros } from '../create.ts'
 import { MoeError } from '../errors.ts'
@@ -11,50 +11,52 @@ import { pacer } from '../turns.ts'
 import { Embedding, OutputHead } from './layers.ts'
 import { type Module, type NamedParameter, namedParameters, weightPath } from './module.ts'
 import { type Adapter, Parameter } from './parameter.ts'
-import { denseWeight, modulesOf, QuantizedParameter, rowsAtOnce, storedRows, weightShape } from './quantized.ts'
+import { denseWeight, modulesOf, QuantizedParameter, quantizedRows, rowsPerChunk, weightShape } from './quantized.ts'
 
-/** How adapters begin. */
+/** Options of `addAdapters`. */
 export interface AdapterOptions {
-  /** r: rows of A and columns of B. Default 16. */
+  /** Rank r: rows of A and columns of B. Default 16. */
   readonly rank?: number
-  /** α: B A counts α / r times, so that a learning rate which suits one rank suits others. Default 32. */
+  /** α: B A is scaled by α / r, so that one learning rate suits different ranks. Default 32. */
   readonly alpha?: number
   /**
-   * Which weights get one: the ends of their paths without `.weight`, such as `o_proj`, `self_attn.o_proj`, or `experts.up_proj` for the up projections of routed experts; or a function
-   * of the whole path. Default: those of all linear layers and experts but the output head.
+   * Which weights get an adapter: ends of their paths without `.weight`, for example `o_proj`, `self_attn.o_proj`, or
+   * `experts.up_proj` for the up projections of routed experts; or a function of the whole path. Default: the weights
+   * of all linear layers and experts, except the output head.
    */
   readonly targets?: readonly string[] | ((path: string) => boolean)
-  /** Source of A, of which each adapter takes a stream by its name. Default: that of seed 0. */
+  /** Source of the initial A. Each adapter uses its own stream, identified by its name. Default: `new Random(0)`. */
   readonly random?: Random
 }
 
-/** A weight with what stands beside it. */
+/** A weight with its adapter. */
 export interface NamedAdapter extends NamedParameter {
   /** The matrices themselves, not copies. */
   readonly adapter: Adapter
 }
 
-/** What `addAdapters` has frozen, and whether it was trained before. */
+/** The parameters that `addAdapters` has frozen, and whether each was trainable before. */
 const frozen = new WeakMap<Parameter, boolean>()
 
-/** Whether the parameter belongs to a module that adapters stand beside: neither gradients nor balancers change it. */
+/** Returns whether the parameter was frozen by `addAdapters`. Neither gradients nor balancers change it. */
 export const isFrozen = (parameter: Parameter): boolean => frozen.has(parameter)
 
 /**
- * Puts an adapter beside each of the chosen weights, B zero and A uniform in ±1/√K, so that the module computes what it did. Everything else is frozen, buffers such as a router's selection
- * bias included: what is learned belongs to this base. Weights may be stored in fewer bits, before or afterwards.
+ * Adds an adapter to each of the chosen weights, with B zero and A uniform in ±1/√K, so that the module's output does
+ * not change at first. Everything else is frozen, including buffers such as a router's selection bias, because the
+ * adapters are learned for exactly this base model. Weights may be quantized before or afterwards.
  *
- * Embeddings get none, nor does a head that shares its weight with one.
- * @throws MoeError E_CONFIG for a rank or α that cannot be, targets that are not there, a module that has adapters; E_OUT_OF_MEMORY, and nothing has changed
+ * Embeddings get no adapter, nor does an output head that shares its weight with one.
+ * @throws MoeError E_CONFIG for an invalid rank or α, unknown targets, or a module that already has adapters;
+ * E_OUT_OF_MEMORY, without any change to the module
  */
 export function addAdapters(module: Module, options: AdapterOptions = {}): void {
   checkOptions('addAdapters', options, { rank: true, alpha: true, targets: true, random: true })
   const { rank = 16, alpha = 32, targets, random = new Random(0) } = options
-  if (!Number.isSafeInteger(rank) || rank < 1)
-    throw refusal(`rank is ${rank}`, 'pass a whole number from 1, such as 16')
+  if (!Number.isSafeInteger(rank) || rank < 1) throw refusal(`rank is ${rank}`, 'pass a positive integer, such as 16')
   if (!(Number.isFinite(alpha) && alpha > 0)) throw refusal(`alpha is ${alpha}`, 'pass a positive number, such as 32')
   if (namedAdapters(module).length > 0) {
-    throw refusal('the module has adapters', 'fold them in with mergeAdapters first, or train those that there are')
+    throw refusal('the module already has adapters', 'merge them with mergeAdapters first, or train the existing ones')
   }
   const chosen = choose(module, targets)
   const make = ({ name, parameter }: NamedParameter) => ({
@@ -86,7 +88,7 @@ function makeAdapter(name: string, parameter: Parameter, rank: number, alpha: nu
   }
 }
 
-/** The weights that can have an adapter, by name. */
+/** Returns the weights that can have an adapter, by name. */
 function adaptable(module: Module): Array<NamedParameter & { readonly isHead: boolean }> {
   const parts = [...modulesOf(module)]
   const weightsOf = (some: readonly Module[]) =>
@@ -101,11 +103,11 @@ function adaptable(module: Module): Array<NamedParameter & { readonly isHead: bo
 
 function choose(module: Module, targets: AdapterOptions['targets']): NamedParameter[] {
   const weights = adaptable(module)
-  const there = [...new Set(weights.map(({ name }) => weightPath(name).split('.').at(-1)))].join(', ')
+  const available = [...new Set(weights.map(({ name }) => weightPath(name).split('.').at(-1)))].join(', ')
   if (weights.length === 0) {
     throw refusal(
-      'the module has no weights that could be adapted',
-      'give it linear layers, or name its own weights in `quantizable` and use them through linear() and groupedLinear()',
+      'the module has no weights that can have an adapter',
+      'use linear layers, or list its own weights in `quantizable` and apply them with linear() and groupedLinear()',
     )
   }
   if (targets === undefined) {
@@ -114,20 +116,20 @@ function choose(module: Module, targets: AdapterOptions['targets']): NamedParame
   }
   if (typeof targets === 'function') {
     const wanted = weights.filter(({ name }) => targets(weightPath(name)))
-    if (wanted.length === 0) throw refusal('targets chooses no weight', `choose among paths that end in ${there}`)
+    if (wanted.length === 0) throw refusal('targets selects no weight', `select paths that end in one of: ${available}`)
     return wanted
   }
   const isOf = (target: string) => (named: NamedParameter) => `.${weightPath(named.name)}`.endsWith(`.${target}`)
-  const fix = `pass ends of paths of these: ${there}`
+  const fix = `pass ends of these paths: ${available}`
   if (!Array.isArray(targets) || targets.length === 0 || !targets.every(target => typeof target === 'string')) {
-    throw refusal('targets is no list of names', fix)
+    throw refusal('targets is not a list of names', fix)
   }
   const missing = targets.filter(target => !weights.some(isOf(target)))
-  if (missing.length > 0) throw refusal(`no weight is called ${missing.join(', ')}`, fix)
+  if (missing.length > 0) throw refusal(`no weight is named ${missing.join(', ')}`, fix)
   return weights.filter(named => targets.some(target => isOf(target)(named)))
 }
 
-/** The weights of a module that have an adapter, each once. */
+/** Returns the weights of a module that have an adapter, each once. */
 export function namedAdapters(module: Module): NamedAdapter[] {
   return namedParameters(module).flatMap(named => {
     const { adapter } = named.parameter
@@ -136,58 +138,60 @@ export function namedAdapters(module: Module): NamedAdapter[] {
 }
 
 /**
- * Adds what the adapters have learned to the weights beside which they stand, and removes them: the module then is one without, and what was frozen is trained again. Weights in fewer bits
- * are rounded anew, which in 4 bits may lose much of it: put the adapters beside the weights in f32 for that.
- * The event loop goes on meanwhile; leave the module alone until it is done.
+ * Adds the adapters to their weights and removes them. The module is then an ordinary one, and what was frozen is
+ * trainable again. Quantized weights are rounded again, which in 4 bits can lose much of what was learned; to avoid
+ * that, add the adapters to the f32 weights instead.
+ *
+ * The event loop keeps running meanwhile; do not use the module until the promise resolves.
  */
 export async function mergeAdapters(module: Module): Promise<void> {
   const paced = pacer()
   for (const { parameter } of namedAdapters(module)) {
-    if (parameter instanceof QuantizedParameter) await mergeStored(parameter)
+    if (parameter instanceof QuantizedParameter) await mergeQuantized(parameter)
     else parameter.assign(noGrad(() => keep(scope(() => denseWeight(parameter)))))
     detachAdapter(parameter)
     await paced()
   }
-  thaw(module)
+  unfreeze(module)
 }
 
-/** Rows of the first axis at a time, so that a large stack is never there as a whole in f32. */
-async function mergeStored(parameter: QuantizedParameter): Promise<void> {
+/** Merges some rows of the first axis at a time, so that a large stack is never in memory as f32 as a whole. */
+async function mergeQuantized(parameter: QuantizedParameter): Promise<void> {
   const { weight, adapter } = parameter
   const { down, up, scale } = adapter as Adapter
   const [count] = weight.shape
   const stacked = weight.shape.length === 3
   const rows = stacked
-    ? rowsAtOnce(weight.shape)
-    : Math.ceil(rowsAtOnce(weight.shape) / weight.block[0]) * weight.block[0]
+    ? rowsPerChunk(weight.shape)
+    : Math.ceil(rowsPerChunk(weight.shape) / weight.block[0]) * weight.block[0]
   const part = (i: number): Tensor => {
     const [from, to] = [i * rows, Math.min(count, (i + 1) * rows)]
     const ofDown = () => (stacked ? down.narrow(0, from, to) : down)
     const merged = () => {
       const product = up.narrow(0, from, to).mul(scale).matmul(ofDown(), { precision: 'f32' })
-      return dequantizeWeight(storedRows(weight, from, to)).add(product)
+      return dequantizeWeight(quantizedRows(weight, from, to)).add(product)
     }
     return keep(scope(() => noGrad(merged)))
   }
   await parameter.assignParts(Math.ceil(count / rows), part)
 }
 
-/** Takes the adapters off and gives up what they have learned: the module is as it was before `addAdapters`. */
+/** Removes the adapters and discards what they have learned: the module is as before `addAdapters`. */
 export function removeAdapters(module: Module): void {
   for (const { parameter } of namedAdapters(module)) detachAdapter(parameter)
-  thaw(module)
+  unfreeze(module)
 }
 
 function detachAdapter(parameter: Parameter): void {
   const { down, up } = parameter.adapter as Adapter
   parameter.adapter = null
-  // `weightVersion` never comes back to a number that it had.
+  // `weightVersion` must never return a number that it returned before.
   parameter.version += down.version + up.version + 1
   down.dispose()
   up.dispose()
 }
 
-function thaw(module: Module): void {
+function unfreeze(module: Module): void {
   for (const { parameter } of namedParameters(module)) {
     if (frozen.get(parameter) === true) parameter.trainable = true
     frozen.delete(parameter)

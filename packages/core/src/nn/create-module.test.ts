@@ -34,7 +34,7 @@ class Model extends Module {
 const numbers = (model: Module) =>
   Promise.all(stateDict(model).map(async ({ name, data }) => [name, Buffer.from((await data()).buffer)]))
 
-/** Turns that the event loop gets until `promise` settles. */
+/** The number of event loop turns until `promise` settles. */
 async function turnsUntil(promise: Promise<unknown>): Promise<number> {
   let turns = 0
   let timer = setImmediate(function count() {
@@ -46,32 +46,35 @@ async function turnsUntil(promise: Promise<unknown>): Promise<number> {
 }
 
 describe('createModule', () => {
-  test.each([undefined, 'bf16', 'int8'] as const)('draws what a constructor would: weights %s', async weights => {
-    const make = (rows: number) => () => new Model({ random: new Random(7), weights }, rows)
-    for (const rows of [300, 3000]) {
-      const [later, now] = [await createModule(make(rows)), make(rows)()]
-      expect(later.layer.weight.trainable).toBe(now.layer.weight.trainable)
-      expect(await numbers(later)).toEqual(await numbers(now))
-    }
-  })
+  test.each([undefined, 'bf16', 'int8'] as const)(
+    'draws the same numbers as a constructor: weights %s',
+    async weights => {
+      const make = (rows: number) => () => new Model({ random: new Random(7), weights }, rows)
+      for (const rows of [300, 3000]) {
+        const [later, now] = [await createModule(make(rows)), make(rows)()]
+        expect(later.layer.weight.trainable).toBe(now.layer.weight.trainable)
+        expect(await numbers(later)).toEqual(await numbers(now))
+      }
+    },
+  )
 
-  test('default streams are the same ones', async () => {
+  test('uses the same default streams', async () => {
     seedDefaultRandom(3)
     const now = await numbers(new Model())
     seedDefaultRandom(3)
     expect(await numbers(await createModule(() => new Model()))).toEqual(now)
-    // What is made afterwards is drawn at once again.
+    // Modules created afterwards are drawn at once again.
     const after = await new Linear(2, 2).weight.values()
     expect(after.some(x => x !== 0)).toBe(true)
   })
 
-  test('the event loop goes on while weights are drawn, and while they are quantized', async () => {
+  test('the event loop keeps running while weights are drawn and quantized', async () => {
     const made = createModule(() => new Model({}, 40_000))
     expect(await turnsUntil(made)).toBeGreaterThan(0)
     expect(await turnsUntil(quantizeWeights(await made, 'int8'))).toBeGreaterThan(0)
   })
 
-  test('a failure leaves nothing on the device, wherever it is', async () => {
+  test('a failure at any point leaves nothing on the device', async () => {
     for (let uploads = 0, done = false; !done; uploads++) {
       let left = uploads
       const full = (use: () => unknown) => {
@@ -97,7 +100,7 @@ describe('createModule', () => {
     }
   })
 
-  test('refuses a promise', async () => {
+  test('rejects an asynchronous function', async () => {
     const make = (async () => new Model()) as unknown as () => Model
     await expect(createModule(make)).rejects.toMatchObject({ code: 'E_ATTR' })
   })

@@ -1,4 +1,4 @@
-/** @file Modules whose weights are drawn after they were constructed, while the event loop goes on. */
+/** @file Creates modules whose initial weights are drawn after construction, without blocking the event loop. */
 
 import { fromHost } from '../create.ts'
 import { MoeError } from '../errors.ts'
@@ -10,7 +10,7 @@ import { disposeModule, type Module } from './module.ts'
 import type { Parameter } from './parameter.ts'
 import { QuantizedParameter, weightShape } from './quantized.ts'
 
-/** Normal numbers that a parameter of zeros is still to get. */
+/** Normal numbers still to be drawn for a parameter of zeros. */
 interface Draw {
   readonly parameter: Parameter
   readonly random: Random
@@ -19,14 +19,15 @@ interface Draw {
 
 let pending: Draw[] | null = null
 
-/** Internal: where initial weights are noted that are drawn later; null where they are drawn at once. */
+/** The list of deferred draws of initial weights, or null if weights are drawn at once. Internal. */
 export const pendingDraws = (): Draw[] | null => pending
 
 /**
- * `make()`, a module, while the event loop goes on: it is constructed with weights of zeros, which then get the numbers that they would have got at
- * once. Some 10 million are drawn in a second, and meanwhile a constructor lets no timer, signal or socket through. When anything fails, nothing of
- * the module stays on the device.
- * @throws MoeError E_ATTR when `make` is not synchronous
+ * Returns the module that `make()` constructs, without blocking the event loop: the constructor fills weights with
+ * zeros, and the initial numbers, the same as without `createModule`, are drawn afterwards in steps. About 10 million
+ * numbers are drawn per second; an ordinary constructor blocks timers, signals and sockets for that time. If anything
+ * fails, nothing of the module stays on the device.
+ * @throws MoeError E_ATTR if `make` is not synchronous
  */
 export async function createModule<M extends Module>(make: () => M): Promise<M> {
   const draws: Draw[] = []
@@ -40,7 +41,7 @@ export async function createModule<M extends Module>(make: () => M): Promise<M> 
     }
   })
   try {
-    // One whose place another has taken, such as a tied head's, is gone by now.
+    // A parameter that was replaced by another, for example in a tied head, is already disposed.
     for (const draw of draws) if (!draw.parameter.disposed) await fill(draw)
     return module
   } catch (error) {
@@ -55,12 +56,12 @@ function synchronous<M>(made: M): M {
   throw new MoeError({
     code: 'E_ATTR',
     op: 'createModule',
-    problem: 'the function returned a promise, and what it makes later would be drawn at once',
+    problem: 'the function returned a promise, but weights created after it returns are not deferred',
     fix: 'pass a synchronous function, such as () => new Model()',
   })
 }
 
-/** Numbers that are drawn together, whole batches of the generator. */
+/** Numbers drawn at a time: whole batches of the generator. */
 const CHUNK = 2 ** 16
 
 async function fill({ parameter, random, deviation }: Draw): Promise<void> {

@@ -60,20 +60,20 @@ class Model extends Module {
 }
 
 describe('namedParameters', () => {
-  test('of what is no module there are none, which is told', () => {
+  test('rejects what is not a module', () => {
     for (const none of [undefined, Promise.resolve(new Linear(1, 1)), { weight: 1 }] as unknown[])
       expect(() => namedParameters(none as Module)).toThrow(
         expect.objectContaining({ code: 'E_ATTR', message: expect.stringMatching(/the module is .*awaited/) }),
       )
   })
 
-  test('a linear layer says which shape it takes', () => {
+  test('the error of a linear layer names the expected shape', () => {
     expect(() => new Linear(2, 3).forward(ones([4, 5]))).toThrow(
       'linear: x has shape [4,5], the weight [3,2]; pass x [..., 2]',
     )
   })
 
-  test('streams have names in the same way', () => {
+  test('namedStreams names random streams in the same way', () => {
     class Drawing extends Module {
       first = new Random(1)
       inner = [new Block({}), Object.assign(new Block({}), { noise: new Random(2), again: this.first })]
@@ -89,7 +89,7 @@ describe('namedParameters', () => {
     disposeModule(model)
   })
 
-  test('the path of fields is the key, in field order; shared parameters once, transparent names left out, private fields not visited', () => {
+  test('keys are field paths in field order; shared parameters appear once, without transparent names and private fields', () => {
     const model = new Model()
     const names = (layer: string) => ['gate_proj', 'up_proj', 'down_proj'].map(name => `${layer}mlp.${name}.weight`)
     expect(namedParameters(model).map(({ name }) => name)).toEqual([
@@ -158,7 +158,7 @@ describe('initialization', () => {
     expect(await all(make({ random: new Random(3) }, 3))).toEqual(three)
     const first = [three[0], ...three.slice(3, 6), ...three.slice(12, 15)]
     expect(await all(make({ random: new Random(3) }, 1))).toEqual(first)
-    // A name stands for its stream, whatever is drawn or made beside it.
+    // A name identifies its stream, whatever else is drawn or created.
     const random = new Random(3)
     random.normal(5)
     new Linear(2, 2, forkInit({ random }, 'other'))
@@ -166,7 +166,7 @@ describe('initialization', () => {
     expect(three[0]).toBe(Array.from(new Random(3).fork('weight').normal(9, 0.02)).join())
   })
 
-  test('modules without a generator each take the next stream, which a seed starts anew', async () => {
+  test('modules without a generator each take the next stream, and a new seed restarts the streams', async () => {
     seedDefaultRandom(5)
     const [a, b] = [new Linear(3, 3), new Linear(3, 3)]
     expect(await values(a)).not.toEqual(await values(b))
@@ -175,7 +175,7 @@ describe('initialization', () => {
     seedDefaultRandom(0)
   })
 
-  test('normal with the deviation asked for; norms start at one', async () => {
+  test('weights are normal with the given deviation; norms start at one', async () => {
     const layer = new Linear(100, 100, { random: new Random(1), deviation: 0.5 })
     const weights = await values(layer)
     const deviation = Math.sqrt(weights.reduce((sum, x) => sum + x * x, 0) / weights.length)
@@ -185,7 +185,7 @@ describe('initialization', () => {
 })
 
 describe('Parameter', () => {
-  test('exchanges its memory with another, to which nothing that held before applies', async () => {
+  test('exchange swaps memory and changes both versions', async () => {
     const [one, other] = [new Parameter(tensor([1, 2])), new Parameter(tensor([3, 4]), { trainable: false })]
     const before = [one.handle, other.handle]
     one.exchange(other)
@@ -198,7 +198,7 @@ describe('Parameter', () => {
     for (const parameter of [one, other, longer]) parameter.dispose()
   })
 
-  test('takes over the memory of the tensor it is made of and of what it is assigned', async () => {
+  test('takes ownership of the memory of its initial tensor and of assigned ones', async () => {
     const first = tensor([1, 2])
     const parameter = new Parameter(first)
     expect(first.disposed).toBe(true)

@@ -4,15 +4,15 @@ import { readF64, referenceBackend } from '../reference/index.ts'
 import { keep } from '../scope.ts'
 import type { Tensor } from '../tensor.ts'
 import { Parameter } from './parameter.ts'
-import { dealOut, ParameterShare, type SharingRanks } from './parameter-share.ts'
+import { ParameterShare, partition, type SharingRanks } from './parameter-share.ts'
 
 const backend = referenceBackend()
 const named = (name: string, ...shape: number[]) => ({ name, parameter: new Parameter(zeros(shape, { backend })) })
 const dealt = (parameters: ReturnType<typeof named>[], ranks: number) =>
-  dealOut(parameters, ranks).map(share => share.map(({ named: { name }, from, to }) => `${name} ${from}-${to}`))
+  partition(parameters, ranks).map(share => share.map(({ named: { name }, from, to }) => `${name} ${from}-${to}`))
 
-describe('dealing out', () => {
-  test('token tables are cut at rows, stacks between matrices, others not', () => {
+describe('partitioning', () => {
+  test('token tables are split between rows, stacks between matrices, others not', () => {
     const parameters = [
       named('model.embed_tokens.weight', 100, 4),
       named('norm.weight', 4),
@@ -43,7 +43,7 @@ describe('dealing out', () => {
     expect(dealt([], 2)).toEqual([[], []])
   })
 
-  test.each([2, 3, 7, 16, 64])('every row is one of %i ranks, and shares are near the mean', ranks => {
+  test.each([2, 3, 7, 16, 64])('every row belongs to one of %i ranks, and shares are close to the mean', ranks => {
     const layer = (i: number) => [
       named(`${i}.norm`, 64),
       named(`${i}.q_proj`, 48, 64),
@@ -51,7 +51,7 @@ describe('dealing out', () => {
       named(`${i}.down_proj`, 16, 64, 24),
     ]
     const parameters = [named('embed_tokens', 5000, 64), ...[0, 1, 2, 3].flatMap(layer), named('lm_head', 5000, 64)]
-    const shares = dealOut(parameters, ranks)
+    const shares = partition(parameters, ranks)
     const sizes = shares.map(share =>
       share.reduce(
         (sum, { named: { parameter }, from, to }) => sum + ((to - from) * parameter.size) / parameter.shape[0],
@@ -68,7 +68,7 @@ describe('dealing out', () => {
   })
 })
 
-test('a step of one of two ranks: sums of its gradients, rows that are updated, weights of all', async () => {
+test('a step on one of two ranks sums its gradients, updates its rows, and gathers all weights', async () => {
   const before = backend.stats().handles
   const parameters = [
     { name: 'embed_tokens', parameter: new Parameter(full([4, 2], 1, { backend })), slices: ['a', 'b', 'c', 'd'] },

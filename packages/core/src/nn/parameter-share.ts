@@ -1,4 +1,7 @@
-/** @file Parameters that several ranks have alike, of which each trains a share for all: "ZeRO", stage 1 (Rajbhandari et al. 2020). */
+/**
+ * @file Optimizer state sharding: parameters that are replicated on several ranks, each of which updates a share
+ * ("ZeRO" stage 1, Rajbhandari et al. 2020).
+ */
 import { noGrad } from '../context.ts'
 import { zeros } from '../create.ts'
 import { sizeOf } from '../shape.ts'
@@ -6,53 +9,66 @@ import type { Tensor } from '../tensor.ts'
 import type { NamedParameter } from './module.ts'
 import { Parameter } from './parameter.ts'
 
-/** Rows of a tensor: of its first axis those from number `from` to before `to`. A scalar is one row. */
+/** A range of rows of a tensor: entries `from` to `to - 1` of its first axis. A scalar has one row. */
 export interface Rows {
-  /** Of which all ranks have one. */
+  /** A tensor that every rank has a copy of. */
   readonly tensor: Tensor
-  /** The first. */
+  /** The first row. */
   readonly from: number
-  /** Behind the last. */
+  /** The row after the last one. */
   readonly to: number
 }
 
-/** What ranks need to share parameters out. A `Communicator` of `@moe/parallel` has it. */
+/** The communication that `ParameterShare` needs. A `Communicator` of `@moe/parallel` implements it. */
 export interface SharingRanks {
   /** Number of this rank, from 0. */
   readonly rank: number
   /** Number of ranks. */
   readonly size: number
-  /** Of tensors that all ranks have, sums over the ranks: `shares[r]` are the rows whose sums rank r is given, in `into` if there is such. */
+  /**
+   * Reduce-scatter: sums tensors that all ranks have, and returns to rank r the sums of the rows in `shares[r]`. If
+   * `into` is given, the sums are written to those tensors.
+   */
   reduceShares(shares: ReadonlyArray<readonly Rows[]>, into?: readonly Tensor[]): Promise<readonly Tensor[]>
-  /** Gives all ranks what each has for its rows, `own`: the tensors' elements are replaced. */
+  /**
+   * All-gather: sends `own`, this rank's rows, to all ranks, and replaces the elements of the tensors by what each rank
+   * sent.
+   */
   gatherShares(shares: ReadonlyArray<readonly Rows[]>, own: readonly Tensor[]): Promise<void>
 }
 
-/** A parameter of a rank, under its name in the model. */
+/** A parameter that a rank owns, under its name in the model. */
 export interface OwnParameter extends NamedParameter {
-  /** Where it is a run of rows of the model's parameter, as of a stack of experts: the first of them. Together the ranks have all rows. */
+  /**
+   * If it is a range of rows of the model's parameter, for example of stacked experts: the first row. Together, the
+   * ranks own all rows.
+   */
   readonly firstRow?: number
 }
 
-/** Whether each of its rows is a token's: embedding tables and heads, by the names that checkpoints have. */
+/**
+ * Returns whether each row belongs to a token, as in embedding tables and output heads, judging by the usual checkpoint
+ * names.
+ */
 export const isTokenTable = ({ name }: NamedParameter): boolean =>
   /(^|\.)(embed_tokens|lm_head|wte|embedding)\./.test(`${name}.`)
 
-/** Rows of a parameter. */
+/** A range of rows of a parameter. */
 interface NamedRows {
   readonly named: OwnParameter
   readonly from: number
   readonly to: number
 }
 
-/** Elements of a row. */
+/** Elements per row. */
 const widthOf = ({ parameter }: NamedParameter) => sizeOf(parameter.shape.slice(1))
 
 /**
- * Deals parameters out to ranks, in their order: every rank has a run, of about as many elements. Stacks of matrices are cut between matrices, token tables between rows, others not at all, as optimizers may look at whole
- * matrices. No share is larger than the mean by more than the largest piece that is not cut.
+ * Partitions parameters over ranks in order, so that every rank gets a contiguous range with about the same number of
+ * elements. Stacked matrices are split between matrices and token tables between rows. Other parameters are not split,
+ * because optimizers may need whole matrices. No share exceeds the mean by more than the largest unsplit piece.
  */
-export function dealOut(parameters: readonly OwnParameter[], ranks: number): NamedRows[][] {
+export function partition(parameters: readonly OwnParameter[], ranks: number): NamedRows[][] {
   const starts = [0]
   for (const { parameter } of parameters) starts.push((starts.at(-1) as number) + parameter.size)
   const total = starts[parameters.length]
@@ -77,47 +93,51 @@ export function dealOut(parameters: readonly OwnParameter[], ranks: number): Nam
 const isCut = (named: NamedParameter) => named.parameter.rank > 2 || (named.parameter.rank === 2 && isTokenTable(named))
 
 /**
- * What one of several ranks trains of parameters that all have alike: it alone keeps the optimizer's state of its share, is given the sums of its gradients, and gives its new weights to the others. All ranks make the same calls in the
- * same order, with gradients of the same parameters.
+ * The share of replicated parameters that one rank updates. Each rank keeps optimizer state only for its share,
+ * receives the summed gradients of the share, and sends the updated weights to the others. All ranks must make the same
+ * calls in the same order, with gradients of the same parameters.
  *
- * The optimizer is made of `parameters`. A step is `sumGradients`, then `update`.
+ * Create the optimizer for `parameters`. A step is `sumGradients`, then `update`.
  */
 export class ParameterShare {
-  /** Of this rank. Those that are rows of a parameter are freed between updates. */
+  /** The parameters of this rank's share. Those that are row ranges of a parameter are freed between updates. */
   readonly parameters: readonly OwnParameter[]
   readonly #ranks: SharingRanks
-  readonly #dealt: ReadonlyArray<readonly NamedRows[]>
+  readonly #shares: ReadonlyArray<readonly NamedRows[]>
   /** Parameters that have a gradient in this step, on all ranks. */
   #changing: ReadonlySet<Parameter> = new Set()
 
-  /** @param parameters of the model, or rows of them that these ranks have alike; those that are not trainable are left out */
+  /**
+   * @param parameters of the model, or row ranges of them, that all these ranks have; those that are not trainable are
+   * left out
+   */
   constructor(parameters: readonly OwnParameter[], ranks: SharingRanks) {
     this.#ranks = ranks
-    this.#dealt = dealOut(
+    this.#shares = partition(
       parameters.filter(({ parameter }) => parameter.trainable),
       ranks.size,
     )
-    this.parameters = this.#dealt[ranks.rank].map(own)
+    this.parameters = this.#shares[ranks.rank].map(own)
   }
 
-  /** Replaces the gradients of this rank's parameters by the sums over the ranks. All others are freed. */
+  /** Replaces the gradients of this rank's parameters by the sums over the ranks, and frees all others. */
   async sumGradients(): Promise<void> {
     const sums = await this.sums(({ grad }) => grad)
-    for (const { named } of this.#dealt.flat()) named.parameter.zeroGrad()
+    for (const { named } of this.#shares.flat()) named.parameter.zeroGrad()
     for (const [i, { parameter }] of this.parameters.entries()) parameter.grad = sums[i]
   }
 
   /**
-   * The same sums, for each of `parameters`; null where there is no gradient.
-   * @param gradientOf a parameter of the model
-   * @param into where the sums are put: a tensor for each of `parameters` that has a gradient
+   * Returns the summed gradient for each of `parameters`, or null if it has none.
+   * @param gradientOf returns the gradient of a parameter of the model
+   * @param into tensors to write the sums to, one for each of `parameters` that has a gradient
    */
   async sums(
     gradientOf: (parameter: Parameter) => Tensor | null,
     into?: ReadonlyArray<Tensor | null>,
   ): Promise<Array<Tensor | null>> {
     const gradients = new Map<Parameter, Tensor>()
-    for (const { named } of this.#dealt.flat()) {
+    for (const { named } of this.#shares.flat()) {
       const gradient = gradientOf(named.parameter)
       if (gradient !== null) gradients.set(named.parameter, gradient)
     }
@@ -129,21 +149,27 @@ export class ParameterShare {
         into?.flatMap(tensor => tensor ?? []),
       )),
     ]
-    return this.#dealt[this.#ranks.rank].map(({ named }) =>
+    return this.#shares[this.#ranks.rank].map(({ named }) =>
       this.#changing.has(named.parameter) ? (sums.shift() as Tensor) : null,
     )
   }
 
-  /** Memory for `sums`: the gradients themselves, and new tensors, which belong to the caller, where this rank has rows of one. */
+  /**
+   * Returns memory for `sums`: the gradients themselves, or, for parameters of which this rank has only some rows, new
+   * tensors that belong to the caller.
+   */
   places(gradientOf: (parameter: Parameter) => Tensor | null): Array<Tensor | null> {
-    return this.#dealt[this.#ranks.rank].map(({ named }, i) => {
+    return this.#shares[this.#ranks.rank].map(({ named }, i) => {
       const gradient = gradientOf(named.parameter)
       const { parameter } = this.parameters[i]
       return gradient === null || parameter === named.parameter ? gradient : zeros(parameter.shape, gradient)
     })
   }
 
-  /** Takes the weights of this rank's rows, runs the optimizer's step on `parameters`, and gives all ranks the new weights of all. */
+  /**
+   * Copies the current weights into this rank's row ranges, runs the optimizer step on `parameters`, and sends the new
+   * weights to all ranks.
+   */
   async update<T>(step: () => T | Promise<T>): Promise<T> {
     try {
       this.takeRows()
@@ -155,23 +181,26 @@ export class ParameterShare {
     }
   }
 
-  /** What `update` does before its step, of all parameters: `gather` then gives all ranks the weights of all, `freeRows` ends it. */
+  /**
+   * Does what `update` does before its step, for all parameters. Afterwards, `gather` sends the weights of all
+   * parameters to all ranks, and `freeRows` ends the update.
+   */
   takeAll(): void {
-    this.#changing = new Set(this.#dealt.flat().map(({ named }) => named.parameter))
+    this.#changing = new Set(this.#shares.flat().map(({ named }) => named.parameter))
     this.takeRows()
   }
 
-  /** Gives the parameters that are rows of one their weights. */
+  /** Copies the current weights into the parameters that are row ranges. */
   takeRows(): void {
-    for (const [i, { named, from, to }] of this.#dealt[this.#ranks.rank].entries()) {
+    for (const [i, { named, from, to }] of this.#shares[this.#ranks.rank].entries()) {
       const { parameter } = this.parameters[i]
       if (parameter !== named.parameter) parameter.assign(noGrad(() => named.parameter.narrow(0, from, to)))
     }
   }
 
-  /** Gives all ranks the weights that each has updated. */
+  /** Sends the weights that each rank has updated to all ranks. */
   async gather(): Promise<void> {
-    const mine = this.#dealt[this.#ranks.rank]
+    const mine = this.#shares[this.#ranks.rank]
     const updated = this.parameters.flatMap(({ parameter }, i) =>
       this.#changing.has(mine[i].named.parameter) ? [parameter] : [],
     )
@@ -182,17 +211,17 @@ export class ParameterShare {
     for (const parameter of this.#changing) parameter.version++
   }
 
-  /** Frees the parameters that are rows of one. */
+  /** Frees the parameters that are row ranges. */
   freeRows(): void {
-    for (const [i, { named }] of this.#dealt[this.#ranks.rank].entries()) {
+    for (const [i, { named }] of this.#shares[this.#ranks.rank].entries()) {
       const { parameter } = this.parameters[i]
       if (parameter !== named.parameter) parameter.dispose()
     }
   }
 
-  /** Every rank's rows of what changes in this step. */
+  /** Every rank's rows of the parameters that change in this step. */
   #rows(tensorOf: (parameter: Parameter) => Tensor): Rows[][] {
-    return this.#dealt.map(share =>
+    return this.#shares.map(share =>
       share.flatMap(({ named: { parameter }, from, to }) =>
         this.#changing.has(parameter) ? [{ tensor: tensorOf(parameter), from, to }] : [],
       ),
@@ -200,7 +229,7 @@ export class ParameterShare {
   }
 }
 
-/** The model's parameter, or rows of it, which have no weights yet. */
+/** Returns the model's parameter itself, or a range of its rows, which has no memory yet. */
 function own({ named, from, to }: NamedRows): OwnParameter {
   const { parameter, slices, firstRow = 0 } = named
   if (to - from === (parameter.shape[0] ?? 1)) return named

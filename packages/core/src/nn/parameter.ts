@@ -1,4 +1,4 @@
-/** @file Tensors that persist: what modules hold, optimizers change and checkpoints store. */
+/** @file Persistent tensors: modules contain them, optimizers change them, checkpoints store them. */
 import { MoeError } from '../errors.ts'
 import { checkOptions } from '../options.ts'
 import { keep } from '../scope.ts'
@@ -6,31 +6,41 @@ import { sameShape, showShape } from '../shape.ts'
 import { Tensor } from '../tensor.ts'
 
 /**
- * What stands beside a weight `[N, K]` (or `[E, N, K]`, one per expert): with it the weight is W + scale B A, of rank r ("LoRA", Hu et al. 2021). Products take the two
- * small matrices one after the other, so that W may be frozen, and stored in fewer bits.
+ * A low-rank adapter of a weight `[N, K]` (or `[E, N, K]`, one per expert): the effective weight is W + scale B A, with
+ * B A of rank r ("LoRA", Hu et al. 2021). Products apply the two small matrices one after the other, so W can stay
+ * frozen and quantized.
  */
 export interface Adapter {
-  /** A `[r, K]` or `[E, r, K]`. */
+  /** A, `[r, K]` or `[E, r, K]`. */
   readonly down: Parameter
-  /** B `[N, r]` or `[E, N, r]`. */
+  /** B, `[N, r]` or `[E, N, r]`. */
   readonly up: Parameter
   /** α / r. */
   readonly scale: number
 }
 
 /**
- * A tensor that a module holds. Its elements can be replaced by `assign`; it belongs to no scope. With `trainable: false` it is a buffer: stored
- * in checkpoints, never given a gradient.
+ * A tensor that a module owns. It belongs to no scope, and `assign` replaces its elements. With `trainable: false` it
+ * is a buffer: stored in checkpoints, but without gradients.
  */
 export class Parameter extends Tensor {
   /** Sum of the gradients since the last `zeroGrad`, or null. */
   grad: Tensor | null = null
-  /** How often the elements were replaced or freed: what was computed from them, or recorded over them, holds as long as this does. The memory may be the same as before. */
+  /**
+   * Number of times the elements were replaced or freed. What was computed or recorded from them is valid as long as
+   * this number is unchanged. The memory may stay the same.
+   */
   version = 0
-  /** What `addAdapters` put beside it. `linear`, `groupedLinear` and `denseWeight` heed it; the parameter itself is the weight without it. */
+  /**
+   * The adapter that `addAdapters` added. `linear`, `groupedLinear` and `denseWeight` apply it; the parameter itself is
+   * the weight without it.
+   */
   adapter: Adapter | null = null
 
-  /** Takes over the tensor's memory; the tensor is used up. `trainable` (default true): whether it is given gradients. */
+  /**
+   * Takes ownership of the memory of `initial`, which must not be used afterwards. `trainable` (default true)
+   * determines whether it gets gradients.
+   */
   constructor(initial: Tensor, options: { trainable?: boolean } = {}) {
     checkOptions('Parameter', options, { trainable: true })
     super(initial.backend, initial.handle, initial.shape, initial.dtype)
@@ -39,7 +49,7 @@ export class Parameter extends Tensor {
     this.tracked = options.trainable !== false
   }
 
-  /** Whether it is given gradients. False: a buffer. */
+  /** Whether it gets gradients. If false, it is a buffer. */
   get trainable(): boolean {
     return this.tracked
   }
@@ -48,7 +58,10 @@ export class Parameter extends Tensor {
     this.tracked = value
   }
 
-  /** Takes over the memory of `next` in place of its own; `next` is used up. */
+  /**
+   * Replaces the elements by those of `next` and takes ownership of its memory. `next` must not be used afterwards.
+   * @throws MoeError E_SHAPE if shape, dtype or backend differ
+   */
   assign(next: Tensor): void {
     if (!sameShape(next.shape, this.shape) || next.dtype !== this.dtype || next.backend !== this.backend)
       throw unlike('assign', this, next)
@@ -58,7 +71,7 @@ export class Parameter extends Tensor {
     this.version++
   }
 
-  /** Exchanges the memory with another parameter's. */
+  /** Swaps memory with another parameter. @throws MoeError E_SHAPE if shape, dtype or backend differ */
   exchange(other: Parameter): void {
     const { handle } = this
     if (!sameShape(other.shape, this.shape) || other.dtype !== this.dtype || other.backend !== this.backend)
@@ -69,14 +82,14 @@ export class Parameter extends Tensor {
     other.version++
   }
 
-  /** Frees the gradient; `grad` is null. */
+  /** Frees the gradient and sets `grad` to null. */
   zeroGrad(): void {
     this.grad?.dispose()
     this.grad = null
   }
 
   override get whenFreed(): string {
-    return 'it is a parameter, freed with its model: make or open the model again, or dispose of it later; one that another rank trains comes with gather()'
+    return 'the parameter was freed with its model: create the model again, or dispose of it later; weights that another rank trains arrive with gather()'
   }
 
   override dispose(): void {

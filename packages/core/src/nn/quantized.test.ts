@@ -47,14 +47,14 @@ class Model extends Module {
 }
 
 describe('quantizing a weight', () => {
-  /** Largest error by the format: half a unit in the last place, or half of a block's step. */
+  /** Largest error of each format: half a unit in the last place, or half the step of a block. */
   const bound = (format: WeightFormat, value: number, peak: number): number => {
     if (format === 'bf16') return Math.abs(value) * 2 ** -8
     if (format === 'fp8') return Math.max(Math.abs(value) * 2 ** -4, (peak / 448) * 2 ** -10)
     return peak / (format === 'int8' ? 127 : 7) / 2
   }
 
-  test.each(formats)('%s: no element is further off than rounding allows', async format => {
+  test.each(formats)('%s: errors are within the rounding of the format', async format => {
     const [experts, rows, columns] = [3, 6, 45]
     const block = format === 'fp8' ? ([4, 16] as const) : ([1, 16] as const)
     const x = randn([experts, rows, columns], new Random(5))
@@ -95,7 +95,7 @@ describe('quantizing a weight', () => {
     expect(parts.weight).toMatchObject({ shape: whole.shape, block: whole.block })
   })
 
-  test('int4 lies two to a byte, the even column in the low half', async () => {
+  test('int4 packs two values into a byte, the even column in the low half', async () => {
     const { q, scale } = quantizeWeight(tensor([7, -7, 1, 0, -3], [1, 5]), 'int4', [1, 2])
     expect([...(await q.values())]).toEqual([15 + 16 * 1, 15 + 16 * 8, 1 + 16 * 8])
     assertClose(
@@ -108,7 +108,7 @@ describe('quantizing a weight', () => {
 })
 
 describe.each(formats)('a model with weights in %s', format => {
-  test('computes what the numbers of its weights would in f32', async () => {
+  test('computes the same as its dequantized weights in f32', async () => {
     const model = new Model()
     await quantizeWeights(model, format)
     const dense = new Model()
@@ -125,7 +125,7 @@ describe.each(formats)('a model with weights in %s', format => {
       assertClose(`output ${i}`, await output.values(), await plain[i].values(), tolerances.elementwise)
   })
 
-  test('is the same whether quantized afterwards, from the start or while it is loaded', async () => {
+  test('is the same whether quantized afterwards, from the start or while loading', async () => {
     const afterwards = new Experts(4)
     const entries = stateDict(new Experts(4))
     await quantizeWeights(afterwards, format)
@@ -154,11 +154,11 @@ test('norms stay f32, tied weights stay tied, nothing leaks', async () => {
   expect(backend.stats().handles).toBe(before)
 })
 
-test('a format that is none is told with those that are', async () => {
+test('an unknown format is rejected with a list of formats', async () => {
   const wrong = 'int6' as WeightFormat
   const refused = expect.objectContaining({
     code: 'E_ATTR',
-    message: expect.stringMatching(/no format of weights is called "int6"; choose one of .*int8/),
+    message: expect.stringMatching(/unknown weight format "int6"; choose one of .*int8/),
   })
   expect(() => new Linear(4, 4, { weights: wrong })).toThrow(refused)
   expect(() => new Linear(4, 4, { weights: wrong, deviation: 0 })).toThrow(refused)
@@ -182,7 +182,7 @@ test('loading quantizes slice by slice', async () => {
   expect(most).toBeLessThan(whole * 1.2)
 })
 
-test('is not trained, and takes only its own shape', () => {
+test('cannot be trained, and accepts only its own shape', () => {
   const { up_proj } = new Experts(2, 'int4')
   expect(up_proj.trainable).toBe(false)
   const error = (fn: () => unknown) => {
@@ -213,7 +213,7 @@ test('is not trained, and takes only its own shape', () => {
   ).toBe(true)
 })
 
-test.each(formats)('a weight in %s that is not drawn is that of zeros', async format => {
+test.each(formats)('a weight in %s with deviation 0 equals quantized zeros', async format => {
   for (const shape of [
     [5, 7],
     [2, 3, 130],

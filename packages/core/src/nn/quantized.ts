@@ -1,4 +1,6 @@
-/** @file Parameters stored in fewer bits, and what layers do with a parameter of either kind and with what stands beside it. */
+/**
+ * @file Quantized parameters, and the layer functions that accept parameters with or without quantization and adapters.
+ */
 import type { Shape, WeightFormat } from '../backend.ts'
 import { noGrad, widePrecision, withPrecision } from '../context.ts'
 import { fromHost } from '../create.ts'
@@ -16,56 +18,59 @@ import { shapeError } from '../infer.ts'
 import { needTensor } from '../need-tensor.ts'
 import { keep, scope } from '../scope.ts'
 import { sameShape, showShape, sizeOf } from '../shape.ts'
-import { concat, spend, type Tensor } from '../tensor.ts'
-import { atOnce, inTurns, pacer } from '../turns.ts'
+import { concat, disposeRecorded, type Tensor } from '../tensor.ts'
+import { pacer, runSync, runYielding } from '../turns.ts'
 import { Module, namedParameters } from './module.ts'
 import { type Adapter, Parameter } from './parameter.ts'
 
 /**
- * A weight in fewer bits. `shape` and `dtype` are those of the stored codes; `weight.shape` is the shape that it stands for. It is never trained. Checkpoints
- * get its numbers: as bf16 for bf16, otherwise as f32.
+ * A quantized weight. `shape` and `dtype` are those of the stored codes; `weight.shape` is the original shape. It
+ * cannot be trained. Checkpoints contain its values: as bf16 if the format is bf16, and as f32 otherwise.
  */
 export class QuantizedParameter extends Parameter {
   #weight: QuantizedWeight
 
-  /** Takes over the stored weight's memory. */
+  /** Takes ownership of the quantized weight's memory. */
   constructor(weight: QuantizedWeight) {
     super(weight.q, { trainable: false })
     this.#weight = { ...weight, q: this, scale: keep(weight.scale) }
   }
 
-  /** What `quantizedMatmul` takes. */
+  /** The quantized weight, as `quantizedMatmul` takes it. */
   get weight(): QuantizedWeight {
     return this.#weight
   }
 
-  /** False: rounding would undo every small step. Setting it to true throws E_NO_GRADIENT. */
+  /** Always false, because rounding would undo every small step. Setting it to true throws E_NO_GRADIENT. */
   override get trainable(): boolean {
     return false
   }
 
-  /** @throws MoeError E_NO_GRADIENT: rounding would undo every small step. */
+  /** @throws MoeError E_NO_GRADIENT if set to true, because rounding would undo every small step */
   override set trainable(value: boolean) {
     if (!value) return
     throw new MoeError({
       code: 'E_NO_GRADIENT',
       op: 'trainable',
       problem: `a weight stored in ${this.#weight.format} cannot be trained`,
-      fix: 'train adapters beside it with addAdapters(module), or train the model in f32 and quantize afterwards',
+      fix: 'add adapters with addAdapters(module) and train those, or train the model in f32 and quantize it afterwards',
     })
   }
 
-  /** The numbers as f32. */
+  /** Returns the values as f32. */
   dequantize(): Tensor {
     return scope(() => noGrad(() => dequantizeWeight(this.#weight)))
   }
 
-  /** Stores the f32 numbers of `next`, which is used up. */
+  /** Quantizes the f32 values of `next` and stores them. `next` is disposed. */
   override assign(next: Tensor): void {
     this.#store([this.#part(next)])
   }
 
-  /** Stores f32 numbers that `read` gives as `count` parts of the first axis, so that only one of them is there in f32. The parts are used up. */
+  /**
+   * Quantizes and stores f32 values that `read` returns in `count` parts along the first axis, so that only one part at
+   * a time is in memory as f32. The parts are disposed.
+   */
   async assignParts(count: number, read: (part: number) => Promise<Tensor> | Tensor): Promise<void> {
     const parts: QuantizedWeight[] = []
     const paced = pacer()
@@ -76,16 +81,16 @@ export class QuantizedParameter extends Parameter {
       }
       this.#store(parts)
     } catch (error) {
-      parts.forEach(disposeStored)
+      parts.forEach(disposeWeight)
       throw error
     }
   }
 
-  /** Stores f32 numbers of the host, some rows of the first axis at a time. */
+  /** Quantizes and stores f32 values from the host, some rows of the first axis at a time. */
   async assignValues(values: Float32Array): Promise<void> {
     const { shape } = this.#weight
     const [count, ...inner] = shape
-    const rows = rowsAtOnce(shape)
+    const rows = rowsPerChunk(shape)
     const width = sizeOf(inner)
     await this.assignParts(Math.max(1, Math.ceil(count / rows)), part => {
       const [from, to] = [part * rows, Math.min(count, (part + 1) * rows)]
@@ -107,16 +112,16 @@ export class QuantizedParameter extends Parameter {
     const { shape, scale: before } = this.#weight
     const rows = parts.reduce((sum, part) => sum + part.shape[0], 0)
     if (rows !== shape[0]) throw this.#misfit([rows, ...shape.slice(1)])
-    const { q, scale } = joined(parts)
+    const { q, scale } = concatParts(parts)
     super.assign(q)
     before?.dispose()
     this.#weight = { ...this.#weight, scale }
-    if (parts.length > 1) parts.forEach(disposeStored)
+    if (parts.length > 1) parts.forEach(disposeWeight)
   }
 
   #misfit(shape: Shape): MoeError {
     const wanted = showShape(this.#weight.shape)
-    const problem = `a weight ${wanted} cannot take ${showShape(shape)}`
+    const problem = `a weight of shape ${wanted} cannot take elements of shape ${showShape(shape)}`
     return new MoeError({ code: 'E_SHAPE', op: 'assign', problem })
   }
 
@@ -126,26 +131,27 @@ export class QuantizedParameter extends Parameter {
   }
 }
 
-function disposeStored({ q, scale }: QuantizedWeight): void {
+function disposeWeight({ q, scale }: QuantizedWeight): void {
   q.dispose()
   scale?.dispose()
 }
 
 /**
- * Rows of the first axis that are quantized together, about `numbers` of them: meanwhile they are there several times, as f32 and as i32. Matrices are cut
- * between blocks, of which the tallest have 128 rows; stacks between matrices.
+ * Returns how many rows of the first axis to quantize at a time: about `numbers` elements, because they are in memory
+ * several times meanwhile, as f32 and i32. Matrices are split between blocks, which have at most 128 rows, and stacks
+ * between matrices.
  */
-export function rowsAtOnce([, ...inner]: Shape, numbers = 2 ** 20): number {
+export function rowsPerChunk([, ...inner]: Shape, numbers = 2 ** 20): number {
   const step = inner.length === 1 ? 128 : 1
   return step * Math.max(1, Math.floor(numbers / (step * sizeOf(inner))))
 }
 
-/** A stored form of a parameter; the parameter itself is left alone. `numbers`: how many are quantized together, about. */
+/** Returns a quantized copy of a parameter. `numbers`: approximate number of elements to quantize at a time. */
 export const quantizedParameter = (parameter: Parameter, format: WeightFormat, numbers?: number): QuantizedParameter =>
-  atOnce(quantizing(parameter, format, numbers))
+  runSync(quantizing(parameter, format, numbers))
 
-/** Rows `from` to before `to` of the first axis; of a matrix `from` is where a block begins. */
-export function storedRows(weight: QuantizedWeight, from: number, to: number): QuantizedWeight {
+/** Returns rows `from` to `to - 1` of the first axis. For a matrix, `from` must be the start of a block. */
+export function quantizedRows(weight: QuantizedWeight, from: number, to: number): QuantizedWeight {
   const { q, scale, shape, block } = weight
   const step = shape.length === 2 ? block[0] : 1
   return {
@@ -156,7 +162,7 @@ export function storedRows(weight: QuantizedWeight, from: number, to: number): Q
   }
 }
 
-/** The same in steps. */
+/** Quantizes in steps, for `quantizedParameter` and `quantizeWeights`. */
 function* quantizing(
   parameter: Parameter,
   format: WeightFormat,
@@ -164,8 +170,8 @@ function* quantizing(
 ): Generator<void, QuantizedParameter> {
   const { shape } = parameter
   const [count] = shape
-  // To bf16 it is one cast, with nothing in between.
-  const rows = format === 'bf16' ? count : rowsAtOnce(shape, numbers)
+  // bf16 needs only a cast, without intermediate results.
+  const rows = format === 'bf16' ? count : rowsPerChunk(shape, numbers)
   const quantized = (from: number, to: number) =>
     keep(scope(() => noGrad(() => quantizeWeight(parameter.narrow(0, from, to), format))))
   if (count <= rows) return new QuantizedParameter(quantized(0, count))
@@ -175,14 +181,14 @@ function* quantizing(
       parts.push(quantized(from, Math.min(count, from + rows)))
       yield
     }
-    return new QuantizedParameter({ ...parts[0], shape, ...joined(parts) })
+    return new QuantizedParameter({ ...parts[0], shape, ...concatParts(parts) })
   } finally {
-    parts.forEach(disposeStored)
+    parts.forEach(disposeWeight)
   }
 }
 
-/** Codes and scales of parts of the first axis. */
-function joined(parts: readonly QuantizedWeight[]): Pick<QuantizedWeight, 'q' | 'scale'> {
+/** Concatenates codes and scales along the first axis. */
+function concatParts(parts: readonly QuantizedWeight[]): Pick<QuantizedWeight, 'q' | 'scale'> {
   const whole = () => ({
     q: concat(parts.map(part => part.q)),
     scale: parts[0].scale === null ? null : concat(parts.map(part => part.scale as Tensor)),
@@ -190,15 +196,18 @@ function joined(parts: readonly QuantizedWeight[]): Pick<QuantizedWeight, 'q' | 
   return keep(scope(() => noGrad(whole)))
 }
 
-/** The shape that a parameter stands for. */
+/** The original shape of a parameter, before quantization. */
 export const weightShape = (parameter: Parameter): Shape =>
   parameter instanceof QuantizedParameter ? parameter.weight.shape : parameter.shape
 
-/** Whether the parameter's own numbers are all there is to it: in f32, with nothing beside them. */
+/** Returns whether a parameter is an ordinary f32 weight: neither quantized nor with an adapter. */
 export const isPlain = (parameter: Parameter): boolean =>
   !(parameter instanceof QuantizedParameter) && parameter.adapter === null
 
-/** The weight that a parameter stands for, in f32 and with its adapter: the parameter itself where it is plain. */
+/**
+ * Returns the effective weight of a parameter in f32, including its adapter. For a plain parameter, this is the
+ * parameter itself.
+ */
 export function denseWeight(parameter: Parameter): Tensor {
   const { adapter } = parameter
   const stored = parameter instanceof QuantizedParameter
@@ -208,33 +217,33 @@ export function denseWeight(parameter: Parameter): Tensor {
   const scaled = up.mul(scale)
   const product = scaled.matmul(down, { precision: 'f32' })
   const sum = base.add(product)
-  spend(product)
+  disposeRecorded(product)
   if (sum.node === null) scaled.dispose()
-  if (stored) spend(base)
+  if (stored) disposeRecorded(base)
   return sum
 }
 
-/** How often what `denseWeight` gives has changed. */
+/** Returns a number that changes whenever the result of `denseWeight` does. */
 export function weightVersion({ version, adapter }: Parameter): number {
   return adapter === null ? version : version + adapter.down.version + adapter.up.version
 }
 
-/** y + scale x A^T B^T, for rows x and what the weight itself makes of them, y, which is used up. */
+/** Returns y + scale x A^T B^T, where y is the product of x and the base weight. Disposes of y. */
 function withAdapter(
   y: Tensor,
   x: Tensor,
   { down, up, scale }: Adapter,
   product: (x: Tensor, weight: Tensor) => Tensor,
 ): Tensor {
-  // So few columns have no blocks of 128 for fp8.
+  // The rank is too small for the fp8 blocks of 128 columns.
   return withPrecision(widePrecision(), () => {
     const narrow = product(x, down)
     const scaled = narrow.mul(scale)
-    spend(narrow)
+    disposeRecorded(narrow)
     const wide = product(scaled, up)
     const sum = y.add(wide)
-    spend(y)
-    spend(wide)
+    disposeRecorded(y)
+    disposeRecorded(wide)
     if (sum.node === null) scaled.dispose()
     return sum
   })
@@ -254,7 +263,11 @@ function plainLinear(x: Tensor, weight: Parameter): Tensor {
   return byTransposed(x, weight)
 }
 
-/** x W^T: `x [..., K]`, `weight [N, K]` in f32 or stored, to `[..., N]`. With its adapter, if it has one. */
+/**
+ * Linear layer: x W^T for `x [..., K]` and `weight [N, K]`, giving `[..., N]`. The weight may be f32 or quantized, and
+ * may have an adapter.
+ * @throws MoeError E_SHAPE, E_ATTR
+ */
 export function linear(x: Tensor, weight: Parameter): Tensor {
   needTensor('linear', 'x', x)
   const { adapter } = weight
@@ -265,7 +278,10 @@ export function linear(x: Tensor, weight: Parameter): Tensor {
   return x.rank === 2 ? y : y.reshape([...lead, y.shape[1]])
 }
 
-/** `groupedMatmul` of experts' weights `[E, N, K]` in f32 or stored. With their adapters, if they have some. */
+/**
+ * `groupedMatmul` for weights of experts `[E, N, K]`, which may be f32 or quantized, and may have adapters.
+ * @throws MoeError E_SHAPE, E_DTYPE
+ */
 export function groupedLinear(x: Tensor, weight: Parameter, offsets: Tensor): Tensor {
   const { adapter } = weight
   const y =
@@ -276,7 +292,7 @@ export function groupedLinear(x: Tensor, weight: Parameter, offsets: Tensor): Te
   return withAdapter(y, x, adapter, (rows, by) => groupedMatmul(rows, by, offsets))
 }
 
-/** Rows of a table `[N, K]` in f32 or stored, as f32: `ids i32 [...]` to `[..., K]`. */
+/** Looks up rows of a table `[N, K]`, f32 or quantized: `ids i32 [...]` to f32 `[..., K]`. */
 export function embeddingRows(weight: Parameter, ids: Tensor): Tensor {
   if (!(weight instanceof QuantizedParameter)) return weight.takeRows(ids)
   const { scale, shape, format, block } = weight.weight
@@ -289,7 +305,7 @@ export function embeddingRows(weight: Parameter, ids: Tensor): Tensor {
   })
 }
 
-/** Every module of a tree, each once. */
+/** Returns every module of a tree once. */
 export function modulesOf(module: Module, found = new Set<Module>()): Set<Module> {
   if (found.has(module)) return found
   found.add(module)
@@ -302,9 +318,12 @@ export function modulesOf(module: Module, found = new Set<Module>()): Set<Module
 }
 
 /**
- * Stores the weights of all linear layers, embeddings and experts of a module in fewer bits, one after another; norms, gates and biases stay f32. For
- * inference, or with adapters: stored weights are not trained, and optimizers made before still hold the old ones, which are freed. Already stored ones stay as they are. The
- * event loop goes on meanwhile; leave the module alone until it is done.
+ * Quantizes the weights of all linear layers, embeddings and experts of a module, one after another; norms, gates and
+ * biases stay f32. Weights that are already quantized stay as they are.
+ *
+ * For inference or training with adapters: quantized weights cannot be trained, and an optimizer created before still
+ * refers to the old weights, which are freed. The event loop keeps running meanwhile; do not use the module until the
+ * promise resolves.
  */
 export async function quantizeWeights(module: Module, format: WeightFormat): Promise<void> {
   const paced = pacer()
@@ -315,7 +334,7 @@ export async function quantizeWeights(module: Module, format: WeightFormat): Pro
       const parameter = fields[field]
       if (parameter instanceof QuantizedParameter) continue
       const known = stored.get(parameter)
-      const quantized = known ?? (await inTurns(quantizing(parameter, format)))
+      const quantized = known ?? (await runYielding(quantizing(parameter, format)))
       quantized.adapter = parameter.adapter
       if (known === undefined) parameter.dispose()
       stored.set(parameter, quantized)
@@ -325,15 +344,15 @@ export async function quantizeWeights(module: Module, format: WeightFormat): Pro
   }
 }
 
-/** What the weights of a module take. */
+/** Size of the weights of a module. */
 export interface WeightBytes {
-  /** Numbers that the weights stand for, buffers included. */
+  /** Number of weights and buffer elements, before quantization. */
   readonly elements: number
-  /** Bytes of codes and scales. */
+  /** Bytes of memory, including codes and scales. */
   readonly bytes: number
 }
 
-/** Elements and bytes of a parameter, or of all parameters and buffers of a module. */
+/** Returns the number of elements and bytes of a parameter, or of all parameters and buffers of a module. */
 export function weightBytes(of: Module | Parameter): WeightBytes {
   if (of instanceof Module) {
     const all = namedParameters(of).map(({ parameter }) => weightBytes(parameter))

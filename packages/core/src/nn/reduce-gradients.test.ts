@@ -5,7 +5,7 @@ import { keep } from '../scope.ts'
 import { Parameter } from './parameter.ts'
 import { reduceGradients } from './reduce-gradients.ts'
 
-test('gradients become what the function makes of them, a few at a time, and those of before are freed', async () => {
+test('gradients are replaced by the reduced ones, in groups, and the old ones are freed', async () => {
   const backend = referenceBackend()
   const large = 1 << 21
   const sizes = [3, large, large, 5, 7]

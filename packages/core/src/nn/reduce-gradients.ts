@@ -1,14 +1,16 @@
-/** @file Gradients that several ranks have a part of. */
+/** @file Reduces gradients over several ranks. */
 import type { Tensor } from '../tensor.ts'
 import type { Parameter } from './parameter.ts'
 
-/** Gradients are handed over up to so many elements at a time: more would be in memory twice. */
+/** Maximum number of elements that are passed to `reduce` at a time, because these are in memory twice. */
 const groupElements = 1 << 22
 
 /**
- * Replaces the gradients of parameters by what `reduce` makes of them, such as their sums over all ranks. Those without one are left out. Groups are the same wherever the same
+ * Replaces the gradients of parameters by the result of `reduce`, for example their sums over all ranks. Parameters
+ * without a gradient are skipped. Gradients are passed in groups, which are the same on all ranks if the same
  * parameters have gradients.
- * @param reduce resolves to as many tensors, of the same shapes, which become the parameters', or to nothing where it has put them in the place of those given
+ * @param reduce resolves to as many tensors of the same shapes, which become the parameters' gradients, or to undefined
+ * if it has changed the gradients in place
  */
 export async function reduceGradients(
   parameters: readonly Parameter[],

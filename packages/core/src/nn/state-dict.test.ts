@@ -90,13 +90,13 @@ describe('stateDict', () => {
     }
     setDefaultBackend(counting)
     for (const item of stateDict(new Model(1))) await item.data()
-    // norm, counts, head and the two stacks.
+    // Norm, counts, head and the two stacks.
     expect(downloads).toBe(5)
   })
 })
 
 describe('loadStateDict', () => {
-  test('what one model stores another one loads', async () => {
+  test('a model loads what another one stored', async () => {
     const [from, to] = [new Model(1), new Model(2)]
     const handles = backend.stats().handles
     expect(await snapshot(to)).not.toEqual(await snapshot(from))
@@ -138,11 +138,13 @@ describe('loadStateDict', () => {
     for (const key of ['counts', 'experts.1.down_proj.weight', 'experts.3.up_proj.weight', 'bias', 'head.weight']) {
       expect(error.message).toContain(key)
     }
-    expect(error.message).toMatch(/2 missing[\s\S]*2 unexpected[\s\S]*1 of another shape[\s\S]*\nbuild the model with/)
+    expect(error.message).toMatch(
+      /2 missing[\s\S]*2 unexpected[\s\S]*1 with another shape[\s\S]*\nbuild the model with/,
+    )
     expect(await snapshot(model)).toEqual(before)
   })
 
-  test('shows some of many keys, and has all in details', async () => {
+  test('shows some of many keys, and lists all in details', async () => {
     class Many extends Module {
       readonly layers = Array.from({ length: 50 }, () => new RmsNorm(2))
     }
@@ -163,7 +165,7 @@ describe('loadStateDict', () => {
     )
   })
 
-  test('keys may be ignored and parameters left as they are, when asked', async () => {
+  test('keys may be ignored, and parameters left unchanged, if requested', async () => {
     const model = new Model(1)
     const before = await model.head.weight.values()
     const stored = stateDict(new Model(2)).filter(({ name }) => name !== 'head.weight')
@@ -193,7 +195,7 @@ describe('loadStateDict', () => {
     }
   })
 
-  test('a source that reads too little is refused', async () => {
+  test('a source that reads too few elements is rejected', async () => {
     class One extends Module {
       weight = new Parameter(zeros([3]))
     }
@@ -204,7 +206,7 @@ describe('loadStateDict', () => {
   })
 })
 
-test('what is no source is told how to become one', async () => {
+test('rejects what is not a source, and suggests how to create one', async () => {
   const model = new Model(1)
   const checkpoint = {
     keys: () => ['weight'],
@@ -215,7 +217,7 @@ test('what is no source is told how to become one', async () => {
     [undefined, 'undefined'],
     ['model', 'the string "model"'],
     [stateDict(model), 'an array'],
-    [checkpoint, 'one that reads more than arrays'],
+    [checkpoint, 'one whose read() does not return an array'],
   ]) {
     const message = expect.stringContaining(`the source is ${what}`)
     const loading = loadStateDict(new Linear(1, 1), none as unknown as StateSource)

@@ -1,4 +1,4 @@
-/** @file Models to named host arrays and back, strictly. */
+/** @file Converts modules to named host arrays, and loads them with strict checks. */
 import type { Shape } from '../backend.ts'
 import { fromHost } from '../create.ts'
 import { type DType, decodeHost, encodeHost, type HostArray, hostArray } from '../dtype.ts'
@@ -10,34 +10,40 @@ import { type Module, type NamedParameter, namedParameters } from './module.ts'
 import type { Parameter } from './parameter.ts'
 import { QuantizedParameter, weightShape } from './quantized.ts'
 
-/** One stored tensor. `data` is raw bits for the 16- and 8-bit floats. */
+/** One stored tensor. */
 export interface StateEntry {
   /** Checkpoint key. */
   readonly name: string
-  /** Of the elements that `data` gives. */
+  /** Dtype of the elements that `data` returns. */
   readonly dtype: DType
-  /** Of the whole tensor. */
+  /** Shape of the whole tensor. */
   readonly shape: Shape
-  /** Reads the elements when they are wanted, so that a whole model is never on the host at once. */
+  /**
+   * Reads the elements on demand, so that the whole model is never in host memory at once. Returns raw bits for the 16-
+   * and 8-bit floats.
+   */
   data(): Promise<HostArray>
 }
 
-/** Where `loadStateDict` reads from: a checkpoint or a plain object. */
+/** A source of tensors for `loadStateDict`: a checkpoint or `entriesSource`. */
 export interface StateSource {
-  /** All keys that it has. */
+  /** Returns all keys. */
   keys(): Iterable<string>
-  /** Dtype and shape of one, without its elements. */
+  /** Returns dtype and shape of a tensor without reading its elements. */
   info(name: string): { readonly dtype: DType; readonly shape: Shape }
-  /** The elements of one, row-major; raw bits for the 16- and 8-bit floats. */
+  /** Reads the elements of a tensor, row-major, as raw bits for the 16- and 8-bit floats. */
   read(name: string): Promise<HostArray>
 }
 
-/** What a module stores, under its checkpoint keys; stacked parameters are split. */
+/**
+ * Returns the parameters and buffers of a module under their checkpoint keys. Stacked parameters are split into their
+ * slices.
+ */
 export function stateDict(module: Module): StateEntry[] {
   return namedParameters(module).flatMap(entriesOf)
 }
 
-/** Elements as checkpoints hold them: weights in 8 or 4 bits are written as the f32 numbers that they stand for. */
+/** The elements as checkpoints store them: weights in 8 or 4 bits become the f32 values that they represent. */
 function readable(parameter: Parameter): { dtype: DType; read(): Promise<HostArray> } {
   if (!(parameter instanceof QuantizedParameter) || parameter.dtype === 'bf16') {
     return { dtype: parameter.dtype, read: () => parameter.data() }
@@ -57,7 +63,7 @@ function entriesOf({ name, parameter, slices }: NamedParameter): StateEntry[] {
   if (slices === undefined) return [{ name, dtype, shape, data: read }]
   const sliceShape = shape.slice(1)
   const size = sizeOf(sliceShape)
-  // All slices come from one download, which is dropped after the last was handed out.
+  // All slices come from one download, which is released after the last slice was read.
   let whole: Promise<HostArray> | null = null
   let left = slices.length
   return slices.map((slice, i) => ({
@@ -78,15 +84,22 @@ function entriesOf({ name, parameter, slices }: NamedParameter): StateEntry[] {
 
 /** Which keys may differ between module and source. */
 export interface LoadOptions {
-  /** Keys of the source that the module may lack (`ignore`), for layers that are not wanted. Default: none. */
+  /**
+   * Returns whether a key of the source may be missing in the module, for example a layer that is not wanted. Default:
+   * none.
+   */
   readonly ignore?: (key: string) => boolean
-  /** Keys of the module that may stay as they are. Default: none. */
+  /**
+   * Returns whether a key of the module may be missing in the source; the parameter then keeps its values. Default:
+   * none.
+   */
   readonly optional?: (key: string) => boolean
 }
 
 /**
- * Fills a module from stored tensors, converting float dtypes and, where the module holds weights in fewer bits, quantizing. Nothing is changed unless every key fits.
- * @throws MoeError E_STATE_DICT that lists every missing, unexpected and mis-shaped key at once.
+ * Loads stored tensors into a module. Converts float dtypes, and quantizes if the module's weights are quantized.
+ * Checks all keys first, and changes nothing unless every key matches.
+ * @throws MoeError E_STATE_DICT that lists all missing, unexpected and mis-shaped keys
  */
 export async function loadStateDict(module: Module, source: StateSource, options: LoadOptions = {}): Promise<void> {
   checkOptions('loadStateDict', options, { ignore: true, optional: true })
@@ -117,7 +130,7 @@ export async function loadStateDict(module: Module, source: StateSource, options
     const keys = slices ?? [name]
     if (!keys.every(key => available.has(key))) continue
     if (parameter instanceof QuantizedParameter) {
-      await fillStored(parameter, keys, slices !== undefined, source)
+      await loadQuantized(parameter, keys, slices !== undefined, source)
       continue
     }
     const { dtype, shape, backend } = parameter
@@ -126,15 +139,15 @@ export async function loadStateDict(module: Module, source: StateSource, options
     if (slices === undefined) values = await read(name)
     else {
       values = hostArray(dtype, parameter.size)
-      // One after another, so that besides the whole only one slice is there.
+      // Read one after another, so that only one slice at a time is in memory besides the whole.
       for (const [i, key] of slices.entries()) values.set(await read(key), (i * values.length) / slices.length)
     }
     parameter.assign(fromHost(values, shape, dtype, backend))
   }
 }
 
-/** Stores one slice after another, so that a stacked weight is never there as a whole in f32. */
-async function fillStored(
+/** Quantizes one slice after another, so that a stacked weight is never in memory as f32 as a whole. */
+async function loadQuantized(
   parameter: QuantizedParameter,
   keys: readonly string[],
   stacked: boolean,
@@ -152,11 +165,11 @@ function noSource(what: string): MoeError {
 }
 
 function convert(data: HostArray, from: DType, to: DType): HostArray {
-  if (!ArrayBuffer.isView(data)) throw noSource('one that reads more than arrays, such as an open checkpoint')
+  if (!ArrayBuffer.isView(data)) throw noSource('one whose read() does not return an array, such as an open checkpoint')
   return from === to ? data : encodeHost(to, decodeHost(from, data))
 }
 
-/** Keys of a kind that a message shows: of a large model there may be 50,000. */
+/** Maximum number of keys of each kind in a message: a large model may have 50,000. */
 const shownKeys = 20
 
 function mismatch(missing: string[], unexpected: string[], misshaped: string[]): MoeError {
@@ -169,13 +182,13 @@ function mismatch(missing: string[], unexpected: string[], misshaped: string[]):
   return new MoeError({
     code: 'E_STATE_DICT',
     op: 'loadStateDict',
-    problem: `the stored tensors do not fit the model:${list('missing', missing)}${list('unexpected', unexpected)}${list('of another shape', misshaped)}\n`,
+    problem: `the stored tensors do not match the model:${list('missing', missing)}${list('unexpected', unexpected)}${list('with another shape', misshaped)}\n`,
     fix: 'build the model with the configuration that the checkpoint was saved with',
     details: { missing, unexpected, misshaped },
   })
 }
 
-/** A state source over entries in memory, as `stateDict` gives them. */
+/** Returns a state source for entries in memory, such as those from `stateDict`. */
 export function entriesSource(entries: Iterable<StateEntry>): StateSource {
   const byName = new Map([...entries].map(entry => [entry.name, entry]))
   const get = (name: string) => byName.get(name) as StateEntry

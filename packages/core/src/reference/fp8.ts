@@ -1,7 +1,7 @@
-/** @file Operands of precision 'fp8': what `Precision` says, one tile after the other. */
+/** @file Rounding of operands for precision 'fp8', tile by tile, as `Precision` defines it. */
 import { f8e4m3Max, fp8Tile, fromF8e4m3, toF8e4m3 } from '../dtype.ts'
 
-/** Exponent of the tile's scale: the least one from -100 on with largest <= 448 * 2^e. */
+/** Returns the exponent of a tile's scale: the smallest e >= -100 with largest <= 448 * 2^e. */
 function scaleExponent(largest: number): number {
   let e = Math.max(-100, Math.floor(Math.log2(largest / f8e4m3Max)) - 1)
   while (largest > f8e4m3Max * 2 ** e) e++
@@ -9,7 +9,8 @@ function scaleExponent(largest: number): number {
 }
 
 /**
- * A matrix rounded along k: `outer` runs of k numbers, the numbers of a run `stepK` apart and the runs `stepOuter`. Returns a copy that lies the same way.
+ * Returns a copy of a matrix, rounded along k, in the same layout: `outer` runs of k numbers each, with a stride of
+ * `stepK` within a run and `stepOuter` between runs.
  * @internal
  */
 export function roundOperand<A extends Float64Array | Float32Array>(
@@ -22,7 +23,7 @@ export function roundOperand<A extends Float64Array | Float32Array>(
       const end = Math.min(k, first + fp8Tile)
       let largest = 0
       for (let i = first; i < end; i++) largest = Math.max(largest, Math.abs(x[o * stepOuter + i * stepK]))
-      // Math.max keeps NaN.
+      // Math.max propagates NaN, so a NaN makes `largest` NaN.
       const scale = Number.isFinite(largest) ? 2 ** scaleExponent(largest) : Number.NaN
       for (let i = first; i < end; i++) {
         const at = o * stepOuter + i * stepK

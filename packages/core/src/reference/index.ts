@@ -1,5 +1,6 @@
 /**
- * @file The reference backend: plain TypeScript in f64, no fused ops. It is the oracle of every other backend and runs anywhere, slowly.
+ * @file The reference backend: plain TypeScript in f64, without fused ops. All other backends are tested against it. It
+ * runs anywhere, but slowly.
  */
 import type { Backend, Handle, Kernel, PrimitiveAttrs, PrimitiveKernels, PrimitiveName, Value } from '../backend.ts'
 import { dtypes } from '../dtype.ts'
@@ -7,7 +8,7 @@ import { roundOperand } from './fp8.ts'
 import { referencePrimitives } from './primitives.ts'
 import { fromHostArray, type Numbers, type ReferenceHandle, type Storage, toHostArray } from './storage.ts'
 
-/** Makes a reference backend. `bytes` in its statistics count f64 elements. */
+/** Creates a reference backend. `bytes` in its statistics counts f64 elements. */
 export function referenceBackend(): Backend {
   let handles = 0
   let bytes = 0
@@ -59,12 +60,12 @@ export function referenceBackend(): Backend {
 
 export { type Numbers, roundOperand }
 
-/** The unrounded elements of a tensor on a reference backend (the live array: do not change it). */
+/** Returns the unrounded elements of a tensor on a reference backend. This is the live array: do not change it. */
 export function readF64(value: Value): Numbers {
   return (value.handle as ReferenceHandle).storage.data
 }
 
-/** For `firstAvailable`. */
+/** Opens the backend, for `firstAvailable`. */
 export async function createBackend(): Promise<Backend> {
   return referenceBackend()
 }

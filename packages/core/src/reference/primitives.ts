@@ -1,4 +1,6 @@
-/** @file Every primitive as the plainest possible loop over f64: the meaning that other backends are measured against. */
+/**
+ * @file Every primitive as the simplest possible loop over f64: the definition that other backends are tested against.
+ */
 import type { BinaryCode, PrimitiveAttrs, PrimitiveName, Shape, TensorSpec, UnaryCode, Value } from '../backend.ts'
 import { fromBf16, fromF8e4m3, fromF16, toBf16, toF8e4m3, toF16 } from '../dtype.ts'
 import { sizeOf, stridesOf } from '../shape.ts'
@@ -52,7 +54,7 @@ const compare = {
   le: (a: number, b: number) => a <= b,
 }
 
-/** [outer, size, inner] around an axis. */
+/** Returns the sizes [outer, size, inner] before, of and after an axis. */
 function around(shape: Shape, axis: number): [number, number, number] {
   return [sizeOf(shape.slice(0, axis)), shape[axis], sizeOf(shape.slice(axis + 1))]
 }

@@ -29,9 +29,9 @@ describe('gradients equal finite differences in f64', () => {
     const told = ['reshape', 'expand', 'slice', 'pad', 'topk', 'fill', 'compare', 'dispatchPlan'].includes(item.op)
     if (!small || !continuous || told || item.gradient === false || item.name.includes('bf16')) continue
     if (!item.inputs.some(({ dtype }) => dtype === 'f32')) continue
-    // What is rounded to fp8 is a staircase; its gradient is that of the numbers on it (core's fp8.test.ts).
+    // Rounding to fp8 is a step function; its gradient is defined as that of the rounded numbers (see fp8.test.ts).
     if ((item.attrs as { precision?: string }).precision === 'fp8') continue
-    // The choice of experts jumps; equal scores sit on the jump.
+    // The choice of experts is discontinuous, and equal scores lie on a discontinuity.
     if (item.name === 'equal scores') continue
     test(`${item.op}: ${item.name}`, () => {
       const inputs = item.inputs.map(({ shape, dtype, values, random, low = 0, high = 1 }, i) => {

@@ -1,8 +1,8 @@
-/** @file Buffers of the reference backend: float dtypes in f64, so that f32 tensors are not rounded at all. */
+/** @file Buffers of the reference backend. Floats are stored as f64, so f32 tensors are not rounded at all. */
 import type { Shape } from '../backend.ts'
 import { type DType, decodeHost, encodeHost, type HostArray } from '../dtype.ts'
 
-/** The elements of a tensor on the reference backend: f64 for all floats, as they are for i32 and u8. */
+/** The elements of a tensor on the reference backend: f64 for all floats, unchanged for i32 and u8. */
 export type Numbers = Float64Array | Int32Array | Uint8Array
 
 /** A reference-counted array of numbers. */
@@ -12,7 +12,7 @@ export interface Storage {
   refs: number
 }
 
-/** What the reference backend calls a handle: one owner's view of a storage. */
+/** A handle of the reference backend: one owner's reference to a storage. */
 export interface ReferenceHandle {
   readonly storage: Storage
 }
@@ -32,7 +32,10 @@ export function toHostArray(data: Numbers, dtype: DType): HostArray {
   return encodeHost(dtype, dtype === 'i32' || dtype === 'u8' ? data.slice() : Float32Array.from(data))
 }
 
-/** For every element of `out`, in row-major order, the flat position in a tensor of shape `from` that broadcasts to it. */
+/**
+ * Returns, for every element of `out` in row-major order, its flat position in a tensor of shape `from` that is
+ * broadcast to `out`.
+ */
 export function broadcastIndex(from: Shape, out: Shape): Int32Array {
   const total = out.reduce((a, b) => a * b, 1)
   const index = new Int32Array(total)
@@ -49,7 +52,7 @@ export function broadcastIndex(from: Shape, out: Shape): Int32Array {
   return index
 }
 
-/** Visits the elements of a box of `shape` in row-major order with their position under the given strides. */
+/** Visits the elements of a box of `shape` in row-major order, with their positions under the given strides. */
 export function walk(
   shape: Shape,
   strides: readonly number[],

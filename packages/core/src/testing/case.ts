@@ -3,47 +3,47 @@ import type { OpAttrs, OpName, Shape } from '../backend.ts'
 import type { DType } from '../dtype.ts'
 import type { Tolerance } from './compare.ts'
 
-/** An input: given values, or random ones (the seed is the case's name). */
+/** An input of a case: given values, or random ones seeded by the case's name. */
 export interface CaseInput {
   /** Sizes of the axes. */
   readonly shape: Shape
-  /** The op's inputs are encoded to it. */
+  /** Dtype that the values are encoded to. */
   readonly dtype: DType
   /** All elements, row-major. */
   readonly values?: readonly number[]
-  /** Normal (mean 0, deviation 1), uniform in low..high, or integers in low..high-1. */
+  /** Normal numbers (mean 0, standard deviation 1), uniform numbers in [low, high), or integers in low..high-1. */
   readonly random?: 'normal' | 'uniform' | 'integer'
-  /** Lower end of uniform numbers and integers. Default 0. */
+  /** Lower bound of uniform numbers and integers. Default 0. */
   readonly low?: number
-  /** Upper end, which is not reached. Default 1. */
+  /** Upper bound, exclusive. Default 1. */
   readonly high?: number
 }
 
-/** What one check of an op is made of. */
+/** A test case of one op. */
 export interface OpCase<Op extends OpName = OpName> {
-  /** The op that is run. */
+  /** The op to run. */
   readonly op: Op
-  /** What is special about it. */
+  /** What distinguishes the case. Also the seed of random inputs. */
   readonly name: string
-  /** In the order of the op's contract. */
+  /** Inputs, in the order of the op's contract. */
   readonly inputs: readonly CaseInput[]
   /** Attributes of the op. */
   readonly attrs: OpAttrs[Op]
-  /** Output shape of ops that are told it. */
+  /** Output shape, for ops that take it as an argument. */
   readonly outShape?: Shape
-  /** Output dtype of ops that are told it. */
+  /** Output dtype, for ops that take it as an argument. */
   readonly outDtype?: DType
-  /** Of the values, against the f64 reference. Default `tolerances.elementwise`. */
+  /** Tolerance of the values against the f64 reference. Default `tolerances.elementwise`. */
   readonly tolerance?: Tolerance
-  /** Compare gradients too: default true when an input is f32 and the op has a gradient. */
+  /** Whether to compare gradients too. Default: true if an input is f32 and the op has a gradient. */
   readonly gradient?: boolean
-  /** Of the gradients. Default `tolerances.gradient`. */
+  /** Tolerance of the gradients. Default `tolerances.gradient`. */
   readonly gradientTolerance?: Tolerance
-  /** Outputs that are compared; default all. */
+  /** Indices of the outputs to compare. Default: all. */
   readonly compared?: readonly number[]
 }
 
-/** Writes a case with its attributes checked against the op. */
+/** Creates a case, with attributes type-checked against the op. */
 export function opCase<Op extends OpName>(
   op: Op,
   name: string,
@@ -54,9 +54,9 @@ export function opCase<Op extends OpName>(
   return { op, name, inputs, attrs, ...rest } as unknown as OpCase
 }
 
-/** Normal numbers. */
+/** Normally distributed numbers. */
 export const f32 = (...shape: number[]): CaseInput => ({ shape, dtype: 'f32', random: 'normal' })
-/** Numbers in low..high. */
+/** Uniform numbers in [low, high). */
 export const uniform = (low: number, high: number, ...shape: number[]): CaseInput => ({
   shape,
   dtype: 'f32',
@@ -74,5 +74,5 @@ export const i32 = (low: number, high: number, ...shape: number[]): CaseInput =>
 })
 /** Zeros and ones. */
 export const mask = (...shape: number[]): CaseInput => ({ shape, dtype: 'u8', random: 'integer', low: 0, high: 2 })
-/** Given numbers. */
+/** The given numbers. */
 export const given = (dtype: DType, shape: Shape, values: readonly number[]): CaseInput => ({ shape, dtype, values })

@@ -1,14 +1,17 @@
-/** @file Comparing arrays of numbers: tolerances by kind of op, and a failure that says where and how much. */
+/**
+ * @file Compares arrays of numbers, with tolerances by kind of op and messages that show where and how much they
+ * differ.
+ */
 
-/** How far two numbers may differ. */
+/** How much two numbers may differ. */
 export interface Tolerance {
   /** |actual - expected| may be up to `relative * |expected| + absolute`. */
   readonly relative: number
-  /** What even an expected zero may be off by. */
+  /** Tolerance that applies even if the expected number is zero. */
   readonly absolute: number
 }
 
-/** One table for all backends. A case that needs a looser value says why beside it. */
+/** Tolerances for all backends. A case that needs a wider one says why. */
 export const tolerances = {
   exact: { relative: 0, absolute: 0 },
   elementwise: { relative: 1e-5, absolute: 1e-6 },
@@ -17,7 +20,7 @@ export const tolerances = {
   bf16: { relative: 2e-2, absolute: 2e-2 },
 } as const satisfies Record<string, Tolerance>
 
-/** Normalized mean square error: sum((a - e)^2) / sum(e^2). */
+/** Returns the normalized mean square error: sum((a - e)^2) / sum(e^2). */
 export function normalizedError(actual: ArrayLike<number>, expected: ArrayLike<number>): number {
   let error = 0
   let power = 0
@@ -30,8 +33,9 @@ export function normalizedError(actual: ArrayLike<number>, expected: ArrayLike<n
 }
 
 /**
- * Throws an Error naming the first five differing positions when arrays differ by more than the tolerance. NaN equals NaN, infinities equal themselves.
- * @param room By how much more each element may be off. Default: nothing.
+ * Throws an Error with the first five differing positions if arrays differ by more than the tolerance. NaN equals NaN,
+ * and infinities equal themselves.
+ * @param room additional tolerance of each element. Default: none
  */
 export function assertClose(
   label: string,

@@ -1,4 +1,4 @@
-/** @file How far off a product in fp8 may be where tensor cores keep few bits of a sum. */
+/** @file Error bounds of fp8 products on tensor cores that keep only a few bits of a sum. */
 import type { Backend, FusedKernels, PrimitiveKernels } from '../backend.ts'
 import { noGrad } from '../context.ts'
 import { fp8Tile } from '../dtype.ts'
@@ -8,18 +8,21 @@ import { scope } from '../scope.ts'
 import { sizeOf } from '../shape.ts'
 import type { Tensor } from '../tensor.ts'
 
-/** Products that are added to a sum at once. */
-const together = 32
+/** Number of products that are added to a sum at once. */
+const productsPerStep = 32
 
-/** What the last of `bits` bits of a number of that size is worth. */
+/** The value of the last of `bits` bits of a number of that size. */
 const lastBit = (size: number, bits: number) => 2 ** (Math.floor(Math.log2(size)) + 1 - bits)
 
 /**
- * A reference backend on which a product in fp8 is not the product, but the most that each of its elements may be off by on tensor cores that keep `bits` bits of a sum (Hopper's: 14;
- * DeepSeek-V3 report 3.3.2). These add 32 products to a sum at once: all are shifted to where the largest of them begins, what lies behind its bits is cut off, and so is
- * what comes out. Each tile of 128 has a sum of its own, and the sums of tiles are added in f32. Products of f8e4m3 have eight bits at most, so that only small ones beside a large one lose any.
+ * Returns a reference backend on which an fp8 product returns, for each element, its maximum error on tensor cores that
+ * keep `bits` bits of a sum (14 on Hopper; DeepSeek-V3 report 3.3.2).
+ *
+ * Such a core adds 32 products to a sum at once: it aligns all of them to the largest, truncates bits below its
+ * precision, and truncates the result. Each tile of 128 has its own sum, and the sums of tiles are added in f32.
+ * Products of two f8e4m3 numbers have at most eight bits, so only small products next to a large one lose bits.
  */
-export function lossesInFewBits(bits: number): Backend {
+export function fp8ErrorBounds(bits: number): Backend {
   const reference = referenceBackend()
   const matmul: PrimitiveKernels['matmul'] = (inputs, attrs, outputs) => {
     const [a, b] = inputs
@@ -33,14 +36,14 @@ export function lossesInFewBits(bits: number): Backend {
     const x = roundOperand(readF64(a) as Float64Array, rows)
     const y = roundOperand(readF64(b) as Float64Array, columns)
     const lost = new Float32Array(sizeOf(shape))
-    const products = new Float64Array(together)
+    const products = new Float64Array(productsPerStep)
     for (let i = 0; i < m; i++) {
       for (let j = 0; j < n; j++) {
         for (let first = 0; first < k; first += fp8Tile) {
           const end = Math.min(k, first + fp8Tile)
           let [sum, off] = [0, 0]
-          for (let from = first; from < end; from += together) {
-            const count = Math.min(together, end - from)
+          for (let from = first; from < end; from += productsPerStep) {
+            const count = Math.min(productsPerStep, end - from)
             let [total, largest] = [sum, Math.abs(sum) + off]
             for (let t = 0; t < count; t++) {
               const at = from + t
@@ -62,7 +65,7 @@ export function lossesInFewBits(bits: number): Backend {
     }
     return [reference.upload(lost, shape, 'f32')]
   }
-  // One op, so that its gradient is that of experts, whose tiles begin with their rows.
+  // One op, so that its gradient is that of experts, whose tiles start at their first row.
   const groupedMatmul: FusedKernels['groupedMatmul'] = (inputs, attrs, outputs) =>
     scope(() => {
       const parts = noGrad(() => groupedMatmulDefinition.decompose(inputs as readonly Tensor[], attrs))

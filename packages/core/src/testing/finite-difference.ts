@@ -4,8 +4,8 @@ import { readF64 } from '../reference/index.ts'
 import type { Tensor } from '../tensor.ts'
 
 /**
- * d loss / d input, element by element. `loss` is run twice per element and must give a scalar on the reference backend;
- * `input` lives there too and is restored.
+ * Returns d loss / d input for each element. `loss` is called twice per element and must return a number computed on
+ * the reference backend; `input` must be on that backend too, and is restored afterwards.
  */
 export function finiteDifference(input: Tensor, loss: () => number, step = 1e-5): Float64Array {
   const data = readF64(input)

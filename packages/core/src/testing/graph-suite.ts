@@ -1,4 +1,4 @@
-/** @file The checks of a backend that records graphs (`Backend.capture`). */
+/** @file The checks of a backend that captures graphs (`Backend.capture`). */
 import { backward } from '../autograd/backward.ts'
 import type { Backend } from '../backend.ts'
 import { full, randn, tensor } from '../create.ts'
@@ -12,10 +12,13 @@ import { scope } from '../scope.ts'
 import { setRows, type Tensor } from '../tensor.ts'
 import type { SuiteCheck } from './suite.ts'
 
-/** A backend that records graphs. */
+/** A backend that captures graphs. */
 export type Recorder = Backend & Required<Pick<Backend, 'capture' | 'write'>>
 
-/** What every backend with `capture` must do. `make` is called once or twice per check; each backend is disposed. */
+/**
+ * Returns the checks of a backend with `capture`. `make` is called once or twice per check, and each backend is
+ * disposed.
+ */
 export function graphSuite(make: () => Promise<Recorder>): SuiteCheck[] {
   const checks: Record<string, (backend: Recorder) => Promise<void>> = {
     'inputs are written in place, and what runs between replays disturbs nothing': checkInputs,
@@ -51,14 +54,14 @@ function same(actual: unknown, expected: unknown): void {
 
 const attrs = { lr: 0.05, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.01, step: 1 }
 
-/** A model, its optimizer and one step of them, as a user would write it. */
+/** Creates a model, its optimizer and a training step, as a user would write it. */
 function trainer(backend: Backend) {
   const model = new Linear(8, 4, { random: new Random(3), backend })
   const x = randn([16, 8], new Random(4), { backend })
   const y = randn([16, 4], new Random(5), { backend })
   const m = new Parameter(full([4, 8], 0, { backend }))
   const v = new Parameter(full([4, 8], 0, { backend }))
-  /** A statistic that every step replaces: the state that is not donated. */
+  /** A statistic that every step replaces: state that is not donated. */
   const average = new Parameter(full([], 0, { backend }))
   const ema = new Parameter(full([4, 8], 0, { backend }))
   const one = full([], 1, { backend })
@@ -79,7 +82,9 @@ function trainer(backend: Backend) {
   return { model, average, ema, step }
 }
 
-/** Losses and end state of four steps: the first eagerly, the others eagerly or from a graph. */
+/**
+ * Returns the losses and the final state of four steps: the first one eager, the others eager or replayed from a graph.
+ */
 async function train(backend: Recorder, graphed: boolean) {
   const { model, average, ema, step } = trainer(backend)
   const losses = [await step(attrs).item()]
@@ -177,7 +182,7 @@ async function refused(fn: () => unknown, expected: (error: unknown) => boolean 
     if (expected(error)) return
     throw error
   }
-  throw new Error('it was not refused')
+  throw new Error('expected an error')
 }
 
 async function checkMemory(backend: Recorder): Promise<void> {
@@ -208,7 +213,7 @@ async function checkFailure(backend: Recorder): Promise<void> {
   const { handle } = x
   const { handles } = backend.stats()
   const assigns = () => x.assign(x.mul(2))
-  // As backward, which uses up what it adds to.
+  // As backward does with gradients that it adds up.
   const frees = () => x.dispose()
   for (const change of [assigns, frees]) {
     const fail = () =>

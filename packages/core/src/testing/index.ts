@@ -1,4 +1,4 @@
-/** @file The suite that proves a backend in a few lines, and comparisons of numbers with clear failures. */
+/** @file The suite that verifies a backend in a few lines, and comparisons of numbers with clear failure messages. */
 export { type CaseInput, type OpCase, opCase } from './case.ts'
 export { assertClose, normalizedError, type Tolerance, tolerances } from './compare.ts'
 export { finiteDifference } from './finite-difference.ts'

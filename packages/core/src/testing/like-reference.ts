@@ -1,4 +1,4 @@
-/** @file Ops on a backend beside their decompositions on the reference, values and gradients. */
+/** @file Compares ops on a backend with their decompositions on the reference backend: values and gradients. */
 import { gradients } from '../autograd/backward.ts'
 import type { Backend } from '../backend.ts'
 import { fallbacks, noGrad } from '../context.ts'
@@ -12,11 +12,11 @@ import type { Tensor } from '../tensor.ts'
 import { assertClose, type Tolerance, tolerances } from './compare.ts'
 import type { HostInput } from './run-op.ts'
 
-/** What ops made of their inputs. */
+/** Results of the ops. */
 export interface OpResult {
   /** Values of each output. */
   readonly outputs: ArrayLike<number>[]
-  /** Of the sum of the outputs times fixed random weights, with respect to every f32 input that has one. */
+  /** Gradients of the sum of outputs times fixed random weights, for every f32 input that has one. */
   readonly gradients: Array<ArrayLike<number> | null>
 }
 
@@ -48,7 +48,10 @@ async function evaluate(
   return result
 }
 
-/** Leaves NaN in memory that outputs of these sizes will get, in elements of any width, so that those which nobody writes are seen. */
+/**
+ * Fills memory that outputs of these sizes will reuse with NaN, for any element width, so that elements nobody writes
+ * are noticed.
+ */
 function poison(backend: Backend, all: ReadonlyArray<ArrayLike<number> | null>): void {
   const made = all.flatMap(values =>
     values === null
@@ -59,10 +62,13 @@ function poison(backend: Backend, all: ReadonlyArray<ArrayLike<number> | null>):
 }
 
 /**
- * Runs ops on a backend and by their decompositions on the reference, values and gradients: for the sizes that are special to a backend's kernels, where `backendSuite` has those that are special to the op.
- * @param op takes the inputs as tensors; what it gives back with gradients is gone back through with fixed random weights
- * @returns what the backend found
- * @throws where they differ, where a second run has other bits or elements that nobody wrote, where the backend declined, and where handles are left
+ * Runs ops on a backend and as their decompositions on the reference backend, and compares values and gradients. Use it
+ * for sizes that are special to a backend's kernels; `backendSuite` covers sizes that are special to an op.
+ * @param op computes outputs from the input tensors; outputs with gradients are differentiated with fixed random
+ * weights
+ * @returns the results of the backend
+ * @throws Error if the results differ, if a second run has different bits or unwritten elements, if the backend
+ * declined, or if handles leaked
  */
 export async function likeReference(
   backend: Backend,
@@ -77,7 +83,7 @@ export async function likeReference(
   const actual = await evaluate(backend, inputs, op)
   poison(backend, [...actual.outputs, ...actual.gradients])
   const again = await evaluate(backend, inputs, op)
-  if (declined() !== before) throw new Error(`the device declined: ${declined()}`)
+  if (declined() !== before) throw new Error(`the backend declined: ${declined()}`)
   for (const kind of ['outputs', 'gradients'] as const) {
     expected[kind].forEach((want, i) => {
       const got = actual[kind][i]

@@ -1,19 +1,23 @@
-/** @file One kernel of a backend, called on host arrays: for what the suite does not reach. */
+/** @file Runs one kernel of a backend on host arrays, for cases that the suite does not cover. */
 import type { Backend, FusedAttrs, OpName, PrimitiveAttrs, Shape, TensorSpec, Value } from '../backend.ts'
 import { type DType, encodeHost, type HostArray } from '../dtype.ts'
 import { sizeOf } from '../shape.ts'
 
-/** An input of `runOp`: elements as plain numbers (encoded to the dtype, f32 by default). */
+/** An input of `runOp`: elements as plain numbers, which are encoded to the dtype. */
 export interface HostInput {
-  /** As many numbers as the shape has elements. */
+  /** All elements, row-major. */
   readonly data: ArrayLike<number>
   /** Sizes of the axes. */
   readonly shape: Shape
-  /** What the numbers are encoded to. Default f32. */
+  /** The dtype that the numbers are encoded to. Default f32. */
   readonly dtype?: DType
 }
 
-/** Runs one kernel of the backend on host arrays and gives its outputs as host arrays. `guards` throws when memory beside a buffer was written. */
+/**
+ * Runs one kernel of the backend on host arrays and returns its outputs as host arrays. `guards` throws if memory next
+ * to a buffer was written.
+ * @throws Error if the backend lacks the kernel or the kernel declines
+ */
 export async function runOp<O extends OpName>(
   backend: Backend,
   op: O,
@@ -29,9 +33,9 @@ export async function runOp<O extends OpName>(
   })
   const table = { ...backend.primitives, ...backend.fused } as Record<string, unknown>
   const kernel = table[op] as (i: readonly Value[], a: unknown, o: readonly TensorSpec[]) => unknown[] | undefined
-  if (kernel === undefined) throw new Error(`${backend.name} has no ${op}`)
+  if (kernel === undefined) throw new Error(`${backend.name} has no kernel for ${op}`)
   const handles = kernel(values, attrs, outputs)
-  if (handles === undefined) throw new Error(`${op} declined`)
+  if (handles === undefined) throw new Error(`the kernel of ${op} declined`)
   options.guards?.(backend)
   const results = await Promise.all(handles.map((handle, i) => backend.download({ handle, ...outputs[i] })))
   for (const { handle } of values) backend.free(handle)

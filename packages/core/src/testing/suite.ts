@@ -1,4 +1,4 @@
-/** @file The backend suite: what every backend must do, as a list of named checks that any test runner can run. */
+/** @file The backend suite: the requirements on every backend, as a list of named checks for any test runner. */
 
 import { backward, gradients } from '../autograd/backward.ts'
 import type { Backend, FusedName, OpName, Precision, PrimitiveName } from '../backend.ts'
@@ -19,37 +19,40 @@ import type { CaseInput, OpCase } from './case.ts'
 import { fusedCases } from './cases/fused.ts'
 import { primitiveCases } from './cases/primitives.ts'
 import { assertClose, normalizedError, tolerances } from './compare.ts'
-import { lossesInFewBits } from './few-bits.ts'
+import { fp8ErrorBounds } from './few-bits.ts'
 
 /** One check of a suite, for any test runner: `test(check.name, check.run)`. */
 export interface SuiteCheck {
   /** Unique within its suite. */
   readonly name: string
-  /** Fails by throwing. */
+  /** Runs the check. Throws if it fails. */
   run(): Promise<void>
 }
 
-/** What a suite of checks is told of the backend. */
+/** Options of `backendSuite`. */
 export interface SuiteOptions {
-  /** Checks that cannot hold, with the reason. One that names no check, or whose check passes, fails. */
+  /**
+   * Checks that the backend cannot pass, with the reason. An entry fails if it names no check, or if its check passes.
+   */
   readonly skip?: ReadonlyArray<{ readonly reason: string; readonly checks: readonly string[] }>
-  /** Throws when memory beside a buffer was written; called after every op. */
+  /** Throws if memory next to a buffer was written. Called after every op. */
   readonly guards?: (backend: Backend) => void
-  /** How many bits of a sum products in fp8 keep; Hopper's tensor cores 14. Default: all 24 of f32's. */
+  /** How many bits of a sum the fp8 products keep; 14 on Hopper's tensor cores. Default: the 24 bits of f32. */
   readonly fp8Bits?: number
 }
 
-/** All cases as data. */
+/** All op cases, as data. */
 export const opCases: readonly OpCase[] = [...primitiveCases, ...fusedCases]
 
-/** Name of a case's check. */
+/** Returns the name of a case's check. */
 export const caseName = (item: OpCase): string => `${item.op}: ${item.name}`
 
 /**
- * The checks of a backend. `make` is called once; the backend is shared by all checks. Run them one after another.
+ * Returns the checks of a backend. `make` is called once and all checks share the backend, so run them one after
+ * another.
  *
- * Each op case compares values and gradients with the reference backend (f64), runs twice for equal bits, looks for changed
- * inputs and leaked handles. Then follow checks of storage, errors, lifetimes and a small training loop.
+ * Each op case compares values and gradients with the reference backend (f64), runs twice to compare bits, and looks
+ * for changed inputs and leaked handles. Further checks cover storage, errors, lifetimes and a small training loop.
  */
 export function backendSuite(make: () => Promise<Backend>, options: SuiteOptions = {}): SuiteCheck[] {
   checkOptions('backendSuite', options, { skip: true, guards: true, fp8Bits: true })
@@ -71,7 +74,7 @@ export function backendSuite(make: () => Promise<Backend>, options: SuiteOptions
     (options.skip ?? []).flatMap(({ reason, checks: names }) => names.map(name => [name, reason])),
   )
   for (const name of skipped.keys()) {
-    if (!checks.some(check => check.name === name)) throw new Error(`skip names no check: ${name}`)
+    if (!checks.some(check => check.name === name)) throw new Error(`unknown check in skip: ${name}`)
   }
   return checks.map(check => {
     const reason = skipped.get(check.name)
@@ -85,12 +88,12 @@ async function mustFail(check: SuiteCheck): Promise<void> {
   } catch {
     return
   }
-  throw new Error(`${check.name} is skipped but passes: take it off the skip list`)
+  throw new Error(`${check.name} is skipped but passes; remove it from the skip list`)
 }
 
 // --- one op ---
 
-/** The same input values on any backend. */
+/** Creates the same input values on any backend. */
 function makeInput(item: OpCase, index: number, spec: CaseInput, backend: Backend): Tensor {
   const size = sizeOf(spec.shape)
   const random = new Random(7).fork(`${item.op}/${item.name}/${index}`)
@@ -132,7 +135,7 @@ function runCase(item: OpCase, inputs: readonly Tensor[], backend: Backend): Ten
       ]
     }
     default:
-      throw new Error(`the suite does not know how to run ${op}`)
+      throw new Error(`the suite cannot run ${op}`)
   }
 }
 
@@ -141,7 +144,7 @@ interface CaseResult {
   readonly gradients: Array<ArrayLike<number> | null>
 }
 
-/** Ops whose inputs are used up, so that unchanged inputs cannot be asked of them. */
+/** Ops that use up inputs, for which unchanged inputs cannot be checked. */
 const donating = new Set<OpName>(['adamwStep', 'emaStep'])
 
 async function evaluate(
@@ -174,7 +177,7 @@ async function evaluate(
   }
 }
 
-/** Gradients of sum(outputs * fixed random weights) with respect to every f32 input. */
+/** Returns the gradients of sum(outputs * fixed random weights) with respect to every f32 input. */
 async function gradientsOf(item: OpCase, inputs: readonly Tensor[], backend: Backend) {
   const found = scope(() => {
     const leaves = inputs.map(input => {
@@ -182,7 +185,7 @@ async function gradientsOf(item: OpCase, inputs: readonly Tensor[], backend: Bac
       leaf.tracked = input.dtype === 'f32'
       return leaf
     })
-    // A recorded identity makes each leaf a tensor whose gradient can be asked for.
+    // A recorded identity turns each leaf into a tensor whose gradient `gradients` can return.
     const probes = leaves.map(leaf => (leaf.tracked ? leaf.reshape([...leaf.shape, 1]).reshape(leaf.shape) : leaf))
     const losses = runCase(item, probes, backend)
       .filter((output, i) => output.tracked && differentiable(item.op, i))
@@ -200,7 +203,7 @@ async function gradientsOf(item: OpCase, inputs: readonly Tensor[], backend: Bac
 
 const withStatistics = new Set<OpName>(['rmsNorm', 'attention', 'crossEntropy', 'linearCrossEntropy', 'routedExperts'])
 
-/** Statistics that fused ops hand to their own backward pass carry no gradient. */
+/** Statistics that fused ops pass to their own backward pass have no gradient. */
 function differentiable(op: OpName, output: number): boolean {
   return output === 0 || !withStatistics.has(op)
 }
@@ -224,7 +227,7 @@ async function checkCase(backend: Backend, item: OpCase, options: SuiteOptions):
   const meant = wider ? ({ ...item, attrs: { ...item.attrs, precision: 'f32' } } as OpCase) : item
   const expected = await evaluate(meant, referenceBackend(), {}, withGradient)
   const rounds = precision === 'fp8' && !wider
-  const room = rounds ? await evaluate(item, lossesInFewBits(options.fp8Bits ?? 24), {}, withGradient) : undefined
+  const room = rounds ? await evaluate(item, fp8ErrorBounds(options.fp8Bits ?? 24), {}, withGradient) : undefined
   const actual = await evaluate(item, backend, options, withGradient)
   const again = await evaluate(item, backend, options, withGradient)
   const { tolerance = tolerances.elementwise, gradientTolerance = tolerances.gradient } = item
@@ -260,7 +263,7 @@ async function expectRefusal(backend: Backend, item: OpCase): Promise<void> {
     if (isMoeError(error, 'E_UNSUPPORTED')) return
     throw error
   }
-  throw new Error(`${backend.name} does not list the dtype but ran the op`)
+  throw new Error(`${backend.name} does not list the dtype, but ran the op`)
 }
 
 // --- storage, errors, lifetimes ---
@@ -288,7 +291,7 @@ async function checkUnsupported(backend: Backend): Promise<void> {
       if (isMoeError(error, 'E_UNSUPPORTED')) continue
       throw error
     }
-    throw new Error(`a cast to ${dtype} went through`)
+    throw new Error(`a cast to the unsupported dtype ${dtype} did not throw`)
   }
 }
 
@@ -309,7 +312,7 @@ async function checkReading(backend: Backend): Promise<void> {
   const reads = [sum.values(), x.values(), sum.values()]
   sum.dispose()
   x.dispose()
-  // What comes now may be given the same memory.
+  // These tensors may reuse the freed memory.
   scope(() => {
     full([4], 7, { backend }).add(full([4], 1, { backend }))
   })

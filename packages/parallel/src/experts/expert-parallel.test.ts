@@ -179,7 +179,7 @@ test('what is no model, communicator, option or list of micro-batches is refused
       'the micro-batches are no list; pass [batch]',
     )
     await expect(make(model, ranks)().step([batch], { precison: 'bf16' } as object)).rejects.toThrow(
-      'no option precison; did you mean precision?',
+      'unknown option precison; did you mean precision?',
     )
     const frozen = newModel()
     for (const parameter of trainable(frozen)) parameter.trainable = false

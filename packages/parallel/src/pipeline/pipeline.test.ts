@@ -312,7 +312,7 @@ test('what is no model, schedule, communicator, option or list of micro-batches 
     const [batch] = batchesOf(1, newModel())
     await expect(pipeline.step(batch as never)).rejects.toThrow('1F1B: the micro-batches are no list')
     const misspelt = pipeline.step([batch, batch], { precison: 'bf16' } as object)
-    await expect(misspelt).rejects.toThrow('no option precison; did you mean precision?')
+    await expect(misspelt).rejects.toThrow('unknown option precison; did you mean precision?')
   })
   for (const expertParallelSize of [0, 1.5, 3]) {
     const refused = local(4, async ranks => new Pipeline(newModel(), schedule, ranks, { expertParallelSize }))

@@ -158,7 +158,7 @@ test('paths and options that are none are refused', async () => {
   }
   expect(textFiles('a.txt', { cwd: url }).training).toEqual(['first'])
   for (const make of [read, texts as typeof read]) {
-    expect(() => make(['a.txt'], null)).toThrow('null is given in place of options')
+    expect(() => make(['a.txt'], null)).toThrow('expected an options object, got null')
     expect(() => make(['a.txt'], { cwd, sed: 1 })).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
   }
 })

@@ -434,7 +434,7 @@ describe('piecewise', () => {
     refused([{ steps: 1, from: 0, to: 1, shape: 'sine' }]).toThrow(/shape of stretch 0 is .?sine/)
     refused([{ steps: 0, at: 1 }]).toThrow(/all stretches are empty/)
     refused([{ steps: 1, at: 1 }], { steps: 0.5 }).toThrow(/steps is 0.5/)
-    refused([{ steps: 1, at: 1, until: 3 }]).toThrow(/there is no option until/)
+    refused([{ steps: 1, at: 1, until: 3 }]).toThrow(/unknown option until/)
   })
 })
 
@@ -491,23 +491,23 @@ test('options that nobody reads are refused, by train as well', async () => {
   const parameter = parameterOf([1, 2], [1, 1])
   for (const Made of [AdamW, Muon]) {
     const make = (options: unknown) => () => new Made([{ name: 'weight', parameter }], options as object)
-    expect(make({ weight_decay: 1 })).toThrow(
-      `${Made.name}: there is no option weight_decay; did you mean weightDecay?`,
-    )
-    expect(make(null)).toThrow(`${Made.name}: null is given in place of options`)
+    expect(make({ weight_decay: 1 })).toThrow(`${Made.name}: unknown option weight_decay; did you mean weightDecay?`)
+    expect(make(null)).toThrow(`${Made.name}: expected an options object, got null`)
   }
   parameter.dispose()
   expect(() => warmupCosine({ steps: 9, warmpu: 1 } as never)).toThrow('did you mean warmup?')
   expect(() => warmupConstant(undefined as never)).toThrow(
-    'warmupConstant: undefined is given in place of options; pass an object: { warmup }',
+    'warmupConstant: expected an options object, got undefined; pass an object: { warmup }',
   )
   const model = new BigramModel()
   const training = (options: object | null) =>
     train(model, options as TrainOptions).catch((error: Error) => error.message)
   expect(await training({ learnigRate: 1e-3 })).toMatch(
-    /^train: there is no option learnigRate; there are .*batchSize.*lr/,
+    /^train: unknown option learnigRate; known options are .*batchSize.*lr/,
   )
   expect(await training({ batch_size: 1 })).toMatch(/did you mean batchSize/)
-  expect(await training(null)).toMatch(/^train: null is given in place of options; pass an object: \{.*data, tokenizer/)
+  expect(await training(null)).toMatch(
+    /^train: expected an options object, got null; pass an object: \{.*data, tokenizer/,
+  )
   disposeModule(model)
 })

@@ -195,7 +195,7 @@ describe('what is refused', () => {
     [{ reference: undefined }, 'reference is undefined, needs a model'],
     [{ pairs: 0 }, 'pairs is 0'],
     [{ beta: -1 }, 'beta is -1, needs a positive number'],
-    [{ betas: 1 }, 'no option betas; did you mean beta?'],
+    [{ betas: 1 }, 'unknown option betas; did you mean beta?'],
     [{ template: {} }, 'which does not render'],
   ])('options %o', (given, expected) => {
     const make = () => preferences(sevens, { reference, ...(given as object) })

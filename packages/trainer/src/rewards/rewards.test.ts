@@ -438,7 +438,7 @@ describe('what goes wrong', () => {
     [{ clip: [0.2] }, 'clip is [0.2]'],
     [{ average: 'texts' }, "average is texts, needs 'token' or 'text'"],
     [{ kl: { weight: 0.1 } }, 'kl needs { weight, reference }'],
-    [{ groupsize: 4 }, 'no option groupsize; did you mean groupSize?'],
+    [{ groupsize: 4 }, 'unknown option groupsize; did you mean groupSize?'],
     [{ template: {} }, 'which does not render'],
   ])('%o is refused', (given, expected) => {
     const make = () => rollouts(prompts, { ...few, ...(given as object) })

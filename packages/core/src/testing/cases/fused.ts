@@ -1,4 +1,6 @@
-/** @file Cases of the fused ops: each is compared with its decomposition on the reference backend, values and gradients. */
+/**
+ * @file Cases of the fused ops: each is compared with its decomposition on the reference backend, values and gradients.
+ */
 import type { Precision, RouterAttrs, WidePrecision } from '../../backend.ts'
 import { Random } from '../../random.ts'
 import { type CaseInput, f32, given, i32, type OpCase, opCase, uniform } from '../case.ts'
@@ -7,14 +9,14 @@ import { quantizedCases } from './quantized.ts'
 
 const inf = Number.POSITIVE_INFINITY
 const sum = { tolerance: tolerances.sum, gradientTolerance: tolerances.gradient }
-/** bf16 multiplication: relative error 2^-8 per product of numbers of size about 1. */
+/** bf16 products: relative error 2^-8 per product of numbers of size about 1. */
 const rough = (absolute = 0.05) => ({
   tolerance: { relative: 2e-2, absolute },
   gradientTolerance: { relative: 3e-2, absolute: absolute * 2 },
 })
 const precisions: readonly WidePrecision[] = ['f32', 'bf16']
 
-/** The inverse pair (order, positions) must agree, so both are written out. */
+/** `order` and `positions` must be inverse to each other, so both are written out. */
 function planInputs(tokens: number, topK: number): { order: CaseInput; positions: CaseInput } {
   const slots = tokens * topK
   const step = [7, 5, 3, 1].find(s => gcd(s, slots) === 1) as number
@@ -53,11 +55,14 @@ const attentionCases = attentionSizes.flatMap(([name, [b, t, s, h, g, dk, dv], c
   ),
 )
 
-/** For each of the last `time` of `keys` places, where the last of the texts that begin at `begins` began. */
+/**
+ * For each of the last `time` of `keys` positions, the start of the text it belongs to, among texts that begin at
+ * `begins`.
+ */
 const lastBegun = (time: number, keys: number, begins: readonly number[]): number[] =>
   Array.from({ length: time }, (_, t) => begins.findLast(begin => begin <= keys - time + t) ?? 0)
 
-/** Several texts in a row: the sizes as above, where the texts of each row begin. */
+/** Packed texts: sizes as above, then the positions where the texts of each row begin. */
 const startsSizes: ReadonlyArray<readonly [name: string, shape: number[], causal: boolean, begins: number[][]]> = [
   ['small', [2, 5, 5, 2, 2, 8, 4], true, [[0, 3], [1]]],
   ['grouped key heads', [1, 19, 19, 4, 2, 16, 8], true, [[0, 1, 2, 11]]],
@@ -90,7 +95,7 @@ const startsCases = startsSizes.flatMap(([name, [b, t, s, h, g, dk, dv], causal,
   ),
 )
 
-/** Three sequences over pages in no order, of which two begin with the same; all rows that are not in use are NaN. */
+/** Three sequences over unordered pages, two of which share their first page. All rows not in use are NaN. */
 function pagedInputs(size: number, time: number, dtype: 'f32' | 'bf16'): CaseInput[] {
   const [numbers, features] = [7, 80]
   const lengths = [2 * size + 5, 0, size + size / 2]
@@ -195,7 +200,7 @@ const routerCases = [
 ]
 
 const ragged = given('i32', [5], [0, 3, 3, 11, 17])
-/** Of a sum whose terms are rounded or not. */
+/** Tolerance of a sum whose terms are rounded or not. */
 const close = (precision: Precision, absolute: number) => (precision === 'bf16' ? rough(absolute) : sum)
 /** More than a tile of rows for one expert. */
 const long = given('i32', [4], [0, 160, 160, 299])
@@ -292,7 +297,7 @@ const tokenCases = [
   ),
 ]
 
-/** Inputs of `routedExperts`: a plan whose experts begin at `offsets`. */
+/** Inputs of `routedExperts`, with a plan whose experts begin at `offsets`. */
 function expertsInputs(tokens: number, topK: number, offsets: readonly number[], [features, inner]: [number, number]) {
   const experts = offsets.length - 1
   const plan = planInputs(tokens, topK)
@@ -302,7 +307,7 @@ function expertsInputs(tokens: number, topK: number, offsets: readonly number[],
   return [f32(tokens, features), ...weights, uniform(0.1, 1, tokens, topK), plan.order, plan.positions, ends]
 }
 const expertsCases = [
-  // Small, for finite differences.
+  // Small enough for finite differences.
   opCase(
     'routedExperts',
     'few tokens, f32',
@@ -311,12 +316,13 @@ const expertsCases = [
     { ...sum, compared: [0] },
   ),
   ...precisions.flatMap(precision => {
-    // More than a handful for each expert, none for one.
+    // Many rows for each expert except one, which has none.
     const inputs = expertsInputs(34, 3, [0, 20, 20, 43, 102], [12, 10])
     const saved = [0, 1].map(() => ({ ...f32(102, 10), dtype: precision }))
     const backward = [...inputs, ...saved, f32(34, 12)]
-    // In bf16 operands and rows between the products are rounded, to 2^-8 each. With weights of a quarter on average that is 0.02 of gate and up (12 terms of
-    // 0.2, two factors), 0.05 of SwiGLU's result, and of ten times a quarter of it for three choices weighted by a half 0.2 at most.
+    // In bf16, operands and the rows between products are rounded to 2^-8 each. With weights of 0.25 on average, the
+    // error is 0.02 for gate and up (12 terms of 0.2, two factors), 0.05 for the result of SwiGLU, and at most 0.2 for
+    // the output: ten times a quarter of that, for three choices weighted by 0.5.
     const tolerance = precision === 'bf16' ? rough(0.2) : sum
     return [
       opCase(
@@ -583,7 +589,7 @@ export const fusedCases: readonly OpCase[] = [
         gradient: false,
         compared: [0],
       }),
-      // Rounded from sums that differ in the last bits of f32: where these lie about a tie, to neighbours in bf16.
+      // Rounded from sums that differ in the last bits of f32. Near a tie, they round to adjacent bf16 numbers.
       opCase('adamwStep', `${size} moments in bf16`, inputs, adam, {
         tolerance: { relative: 2 ** -7, absolute: 0 },
         gradient: false,

@@ -1,4 +1,7 @@
-/** @file Cases of the primitives: usual sizes, tails, broadcasting, empty tensors, special values, every dtype they promise. */
+/**
+ * @file Cases of the primitives: common sizes, tails, broadcasting, empty tensors, special values, and every supported
+ * dtype.
+ */
 import type { BinaryCode, UnaryCode } from '../../backend.ts'
 import { f32, given, i32, mask, type OpCase, opCase, uniform } from '../case.ts'
 import { tolerances } from '../compare.ts'
@@ -27,7 +30,7 @@ const unaryCases = (Object.keys(unaryInputs) as UnaryCode[]).flatMap(code => [
 ])
 
 const binaryCodes: readonly BinaryCode[] = ['add', 'sub', 'mul', 'div', 'max', 'min', 'pow']
-/** Away from zero, so that quotients, powers and their gradients are tame. */
+/** Away from zero, so that quotients, powers and their gradients are well-conditioned. */
 const right = (...shape: number[]) => uniform(0.5, 3, ...shape)
 const left = (...shape: number[]) => uniform(0.2, 4, ...shape)
 
@@ -242,7 +245,7 @@ const matmulCases = [
           `${name}, bf16`,
           [a, b],
           { transposeA, transposeB, precision: 'bf16' },
-          // An element is a sum of k products, each off by up to 2^-8 of its size.
+          // An element is a sum of k products, each with an error of up to 2^-8 of its size.
           {
             tolerance: { relative: 2e-2, absolute: 0.01 * Math.sqrt(k) },
             gradientTolerance: { relative: 2e-2, absolute: 0.2 },
@@ -262,7 +265,10 @@ const matmulCases = [
 
 const byNt = { transposeA: false, transposeB: true, precision: 'fp8' } as const
 const steps = Array.from({ length: 256 }, (_, i) => i)
-/** What becomes of tiles of numbers that are special to f8e4m3: with 1 beside each and zeros beside the others, a product is the rounded number itself. */
+/**
+ * Rounding of tiles with numbers that are special to f8e4m3: next to 1 and zeros, each product is the rounded number
+ * itself.
+ */
 const one = given('f32', [1, 129], [1, ...new Array(128).fill(0)])
 const alone = (name: string, largest: number, numbers: readonly number[]) =>
   opCase(
@@ -337,7 +343,7 @@ const batchedCases = [
   ),
 ]
 
-/** Every primitive, in many situations. */
+/** Every primitive in many situations. */
 export const primitiveCases: readonly OpCase[] = [
   ...unaryCases,
   opCase('unary', 'exp over its whole range', [uniform(-103, 88, 257)], { code: 'exp' }, { gradient: false }),

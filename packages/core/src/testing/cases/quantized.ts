@@ -1,16 +1,21 @@
-/** @file Cases of products with stored weights: every format, few rows and many, sizes that fill neither vectors nor blocks. */
+/**
+ * @file Cases of products with quantized weights: every format, few and many rows, and sizes that fill neither vectors
+ * nor blocks.
+ */
 import type { WeightFormat } from '../../backend.ts'
 import { fromF8e4m3 } from '../../dtype.ts'
 import { type CaseInput, f32, given, type OpCase, opCase, uniform } from '../case.ts'
 import { tolerances } from '../compare.ts'
 
 const sum = { tolerance: tolerances.sum }
-/** Rounding to bf16 of both factors, whose products are of size about 1: 2^-8 each. */
+/** Both factors are rounded to bf16, with an error of 2^-8 each, and their products are of size about 1. */
 const rough = { tolerance: { relative: 2e-2, absolute: 0.2 }, gradient: false }
 
 const formats: readonly WeightFormat[] = ['bf16', 'fp8', 'int8', 'int4']
 
-/** Stored weights whose values are of size about 1; all codes occur, also those that no rounding gives. */
+/**
+ * Quantized weights whose values are of size about 1. All codes occur, including those that rounding never produces.
+ */
 function stored(format: WeightFormat, block: readonly [number, number], lead: number[], rows: number, columns: number) {
   const scales = (low: number, high: number) =>
     uniform(low, high, ...lead, Math.ceil(rows / block[0]), Math.ceil(columns / block[1]))
