@@ -220,7 +220,7 @@ describe('generation', () => {
       for await (const _ of model.generate(prompt, { speculative })) break
       expect(defaultBackend().stats().handles).toBe(handles)
       expect(() => model.generate(prompt, { stop: ['end'] })).toThrow(
-        /stop has a string, "end", but there is no tokenizer/,
+        /stop contains the string "end", but there is no tokenizer/,
       )
       expect(() => model.generate(prompt, { stop: [''], tokenizer })).toThrow(/a stop string is empty/)
       model.dispose()
@@ -257,7 +257,7 @@ describe('generation', () => {
     expect(() => model.generate([1], { topP: 0.9 })).toThrow(/topP would do nothing.*: pass temperature: 1/)
     expect(() => model.generate([1], { topK: 5 })).toThrow(/topK would do nothing.*: pass temperature: 1/)
     const text = '2' as unknown as number // As from a form.
-    expect(() => model.generate([1], { maxTokens: text })).toThrow('maxTokens = "2" is no number of tokens')
+    expect(() => model.generate([1], { maxTokens: text })).toThrow('expected a whole number for maxTokens, got "2"')
     expect(() => model.generate([1], { temperature: text, topP: text, minP: text, repetitionPenalty: text })).toThrow(
       /temperature = "2" .*; topP = "2" .*; minP = "2" .*; repetitionPenalty = "2" /,
     )
@@ -278,12 +278,12 @@ describe('generation', () => {
     expect(() => model.generate(several)).toThrow(/prompt is a list of prompts; call generate for each/)
     expect(() => model.generate([1], { tokenizer: {} as TextTokenizer })).toThrow(/no createDecodeStream; pass one of/)
     const signal = new AbortController() as unknown as AbortSignal
-    expect(() => model.generate([1], { signal })).toThrow(/no AbortSignal; of an AbortController pass .signal/)
+    expect(() => model.generate([1], { signal })).toThrow(/not an AbortSignal; pass the .signal of an AbortController/)
     expect(() => model.generate([1], null as unknown as GenerateOptions)).toThrow(
       /expected an options object, got null/,
     )
     const stop = '.' as unknown as string[]
-    expect(() => model.generate([1], { stop })).toThrow(/stop is "\."; pass a list of token ids and texts/)
+    expect(() => model.generate([1], { stop })).toThrow(/stop is "\."; pass an array of token ids and strings/)
     const aborted = model.generate([1], { signal: AbortSignal.abort() })
     await expect(aborted[Symbol.asyncIterator]().next()).rejects.toMatchObject({ code: 'E_ABORTED' })
     model.dispose()

@@ -1,61 +1,61 @@
-/** @file What making a text takes and gives; session.ts makes it. */
+/** @file Options and results of text generation. session.ts implements it. */
 import type { CacheDType } from '@moe/attention-mla'
 import { MoeError, type OptionNames, type Precision, shown } from '@moe/core'
 import { checkTop, type TokenLogProb } from './log-probs.ts'
 import type { DeepSeek } from './model.ts'
 import { atLeast0, checkSampling, type SamplingOptions } from './sampling.ts'
 
-/** How one text is made. */
+/** Options of one generated text. */
 export interface TurnOptions extends SamplingOptions {
-  /** Most tokens to make. Default 128. A text ends earlier, of `length` as well, where with its prompt it is as long as the model's context (`max_position_embeddings`). */
+  /** Maximum number of generated tokens. Default 128. The text also ends, with the reason `length`, when prompt and text fill the model's context (`max_position_embeddings`). */
   readonly maxTokens?: number
-  /** Of what is drawn; the same seed draws the same. Default 0. */
+  /** Seed of the sampling. Default 0. */
   readonly seed?: number
   /**
-   * What ends the text besides the configuration's eos: token ids, and with a tokenizer also strings, wherever their tokens break. It is not yielded.
+   * What ends the text besides the configuration's eos: token ids and, with a tokenizer, strings, regardless of token boundaries. Stops are not yielded.
    */
   readonly stop?: ReadonlyArray<number | string>
-  /** Fill `logProbs` of the generation, with so many of the likeliest tokens beside each that was made. */
+  /** Fills `logProbs` of the generation. The number says how many of the most likely tokens to include beside each generated token. */
   readonly logProbs?: number
-  /** The same for the tokens of the prompt, in `promptLogProbs`. All of it is read then, whatever was read before. */
+  /** The same for the tokens of the prompt, in `promptLogProbs`. The whole prompt is then computed, even if it is cached. */
   readonly promptLogProbs?: number
-  /** Ends the text between two tokens: the loop then throws E_ABORTED, with the signal's reason as its cause. */
+  /** Aborts generation between two tokens: the loop throws E_ABORTED, with the signal's reason as its cause. */
   readonly signal?: AbortSignal
-  /** Is given every id when it is made, also where texts are yielded. */
+  /** Called with every generated id, even if text is yielded. */
   readonly onToken?: (id: number) => void
 }
 
-/** How all texts of a session are made. */
+/** Options of all texts of a session. */
 export interface SessionOptions {
   /**
-   * Let the MTP modules draft; the text is the same (greedy) or equally distributed (sampling). It pays where drafts are often accepted and a pass over some tokens
-   * costs little more than over one: where reading weights takes the time, which on a CPU it does not. Default false.
+   * Whether the MTP modules draft tokens (speculative decoding). Greedy text stays the same, sampled text has the same distribution. It is faster if drafts are often accepted and a pass over
+   * several tokens takes little longer than over one, that is, if reading weights is the bottleneck; on a CPU it usually is not. Default false.
    */
   readonly speculative?: boolean
-  /** What the cache holds. Default f32; bf16 takes half the memory, at bf16's precision. */
+  /** Format of the cache. bf16 takes half the memory. Default f32. */
   readonly cacheDtype?: CacheDType
-  /** Of matrix products. Default: bf16 where weights are stored in bf16 or fewer bits, else f32. */
+  /** Precision of matrix products. Default: bf16 for quantized weights (bf16 included), else f32. */
   readonly precision?: Precision
 }
 
-/** How a single text is made. */
+/** Options of `DeepSeek.generate`. */
 export interface GenerateOptions extends TurnOptions, SessionOptions {}
 
-/** What `generate` needs of a tokenizer to yield text: a decoder that never emits half a character. */
+/** What `generate` needs from a tokenizer to yield text: a decoder that never splits a character. */
 export interface TextTokenizer {
-  /** Takes ids one at a time and gives text that is whole; `end` gives what is left. It is asked for with `skipSpecialTokens`. */
+  /** Creates a decoder that takes ids one at a time and returns complete characters; `end` returns the rest. Called with `skipSpecialTokens`. */
   createDecodeStream(options?: { skipSpecialTokens?: boolean }): { push(id: number): string; end(): string }
-  /** Ids from here on have no text, and are not made: models have more where their vocabulary is filled up. Default: all have one. */
+  /** Number of ids that have text. Higher ids, which models with a padded vocabulary have, are never generated. Default: all ids. */
   readonly vocabSize?: number
 }
 
-/** How a turn of a session is made that yields text. */
+/** Options of a turn of a session that yields text. */
 export interface TextTurnOptions extends TurnOptions {
   /** Makes text of the ids. */
   readonly tokenizer: TextTokenizer
 }
 
-/** How a single text is made that is yielded as text. */
+/** Options of `DeepSeek.generate` that yields text. */
 export interface TextOptions extends GenerateOptions {
   /** Makes text of the ids. */
   readonly tokenizer: TextTokenizer
@@ -80,53 +80,53 @@ export const turnNames: OptionNames<TextTurnOptions> = {
   tokenizer: true,
 }
 
-/** What a text took, filled in while it is made. */
+/** Statistics of a generated text, updated while it is generated. */
 export interface GenerationStats {
-  /** Tokens of the prompt that the session had read before. */
+  /** Tokens of the prompt that were cached. */
   reused: number
-  /** Tokens made. */
+  /** Generated tokens. */
   tokens: number
-  /** Passes through the main model, that over the prompt included. */
+  /** Passes through the main model, including the one over the prompt. */
   steps: number
-  /** Tokens drafted and accepted at each depth. */
+  /** Drafted tokens, by depth. */
   drafted: number[]
-  /** Drafted tokens that the main model would have made, too, by depth. */
+  /** Accepted drafted tokens, by depth. */
   accepted: number[]
-  /** Why it ended: at an end token or a stop, or at `maxTokens` or the end of the context. Null before, and where it was left or failed. */
+  /** Why the text ended: at an end token or stop (`stop`), or at `maxTokens` or the end of the context (`length`). Null until then, and if generation was abandoned or failed. */
   finishReason: 'stop' | 'length' | null
-  /** Tokens per pass so far: 1 without drafts, 1 + depth at most. */
+  /** Tokens per pass so far: 1 without drafts, at most 1 + depth. */
   readonly tokensPerStep: number
 }
 
-/** What the model found likely, where that was asked for. */
+/** Log-probabilities, if requested. */
 export interface GenerationLogProbs {
-  /** Of each token made, and behind them of the one that ended the text, where one did. */
+  /** Of each generated token and, last, of the token that ended the text, if one did. */
   readonly logProbs: readonly TokenLogProb[]
-  /** Of each token of the prompt; of the first nothing is known. */
+  /** Of each token of the prompt; null for the first. */
   readonly promptLogProbs: ReadonlyArray<TokenLogProb | null>
 }
 
-/** Tokens (or texts) as they come, once, for `for await`: it is no promise. The rest fills up meanwhile. */
+/** Ids or text as they are generated. Read it once with `for await`; it is not a promise. The other fields are filled meanwhile. */
 export interface Generation<T> extends AsyncIterable<T>, GenerationLogProbs {
-  /** Of this text. */
+  /** Statistics of this text. */
   readonly stats: GenerationStats
 }
 
-/** What is told of a text beside its tokens. */
+/** What is reported about a text besides its tokens. */
 export interface Told {
   readonly stats: GenerationStats
   readonly logProbs: TokenLogProb[]
   readonly promptLogProbs: Array<TokenLogProb | null>
 }
 
-/** How far a text may go. */
+/** Limits of a text. */
 export interface TextLimits {
-  /** Ids from here on are not made. */
+  /** Ids from here on are never generated. */
   readonly vocabulary: number
   readonly maxTokens: number
 }
 
-/** What `generate` of a model and of a session give: `decode` is called for the ids, once all is checked. */
+/** Implements `generate` of models and sessions: checks everything, then calls `decode` for the ids. */
 export function generation(
   model: DeepSeek,
   depth: number,
@@ -157,7 +157,7 @@ export function generation(
   return { ...told, [Symbol.asyncIterator]: () => once }
 }
 
-/** The strings that end the text. @throws MoeError E_ATTR for a prompt or options that cannot be */
+/** @returns the strings that end the text. @throws MoeError E_ATTR for an invalid prompt or options */
 function checkTurn(
   model: DeepSeek,
   prompt: ArrayLike<number>,
@@ -169,26 +169,26 @@ function checkTurn(
   checkTop('generate', 'logProbs', options.logProbs)
   checkTop('generate', 'promptLogProbs', options.promptLogProbs)
   checkIds('generate', model, prompt)
-  if (!atLeast0(maxTokens)) throw refused(`maxTokens = ${shown(maxTokens)} is no number of tokens`, 'pass 0 or more')
+  if (!atLeast0(maxTokens)) throw refused(`expected a whole number for maxTokens, got ${shown(maxTokens)}`, 'pass 0 or more')
   const { max_position_embeddings: context } = model.config
   if (prompt.length + Math.min(maxTokens, 1) > context) {
-    const room = maxTokens > 0 ? ', of which one is for the text' : ''
-    const problem = `the prompt has ${prompt.length} tokens, and the context of the model ${context}${room}`
-    throw refused(problem, 'shorten it; a model that was made for more has a larger max_position_embeddings')
+    const room = maxTokens > 0 ? ', of which generation needs one' : ''
+    const problem = `the prompt has ${prompt.length} tokens, but the model's context is ${context}${room}`
+    throw refused(problem, 'shorten the prompt, or open the model with a larger max_position_embeddings')
   }
   if (signal !== undefined && typeof signal?.addEventListener !== 'function') {
-    throw refused('signal is no AbortSignal', 'of an AbortController pass .signal')
+    throw refused('signal is not an AbortSignal', 'pass the .signal of an AbortController')
   }
   if (tokenizer && typeof tokenizer.createDecodeStream !== 'function') {
-    const fix = 'pass one of @moe/tokenizer-bpe: await BpeTokenizer.fromFile(path)'
+    const fix = 'pass a tokenizer of @moe/tokenizer-bpe: await BpeTokenizer.fromFile(path)'
     throw refused('the tokenizer has no createDecodeStream', fix)
   }
   if (stop !== undefined && !Array.isArray(stop)) {
-    throw refused(`stop is ${JSON.stringify(stop)}`, 'pass a list of token ids and texts')
+    throw refused(`stop is ${JSON.stringify(stop)}`, 'pass an array of token ids and strings')
   }
   const stops = (stop ?? []).filter(stop => typeof stop === 'string')
   if (stops.length > 0 && !tokenizer) {
-    const problem = `stop has a string, ${JSON.stringify(stops[0])}, but there is no tokenizer`
+    const problem = `stop contains the string ${JSON.stringify(stops[0])}, but there is no tokenizer`
     throw refused(problem, 'pass { tokenizer }, or token ids')
   }
   if (stops.includes('')) throw refused('a stop string is empty')

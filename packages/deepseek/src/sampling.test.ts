@@ -205,7 +205,7 @@ test('timers run between tokens, also on a backend that never waits, and can end
     for await (const _ of model.generate([1], { signal: abort.signal, maxTokens: 2000, temperature: 5 }));
   }
   await expect(run()).rejects.toMatchObject({ code: 'E_ABORTED' })
-  expect(() => model.generate([1], { maxTokens: -1 })).toThrow(/maxTokens = -1 is no number of tokens/)
+  expect(() => model.generate([1], { maxTokens: -1 })).toThrow(/expected a whole number for maxTokens, got -1/)
   model.dispose()
 })
 

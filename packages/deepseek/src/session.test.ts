@@ -255,7 +255,7 @@ describe.each([false, true])('at the end of the context, speculative: %s', specu
     expect(all.map(ids => ids.length)).toEqual([15, 16, 16, 16])
     expect(all[0]).toEqual(all[1].slice(0, 15))
     expect(all[3]).toEqual(all[1])
-    const refused = { code: 'E_ATTR', message: expect.stringContaining('and the context of the model 24') }
+    const refused = { code: 'E_ATTR', message: expect.stringContaining("but the model's context is 24") }
     const full = new Array<number>(context).fill(3)
     expect(() => generate(full, {})).toThrow(expect.objectContaining(refused))
     expect(() => generate([...full, 3], { maxTokens: 0 })).toThrow(expect.objectContaining(refused))
