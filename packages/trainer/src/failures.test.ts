@@ -39,7 +39,7 @@ describe('failures lose nothing', () => {
     await run({ out: whole })
     const error = await errorOf(run({ out, checkpointEvery: 4, model: new FullDisk(2) }))
     expect(error).toMatchObject({ code: 'E_CHECKPOINT', details: { step: 8 } })
-    expect(error.message).toMatch(/saving step 8 failed: ENOSPC.*step-000004 is whole.*resume/)
+    expect(error.message).toMatch(/saving step 8 failed: ENOSPC.*step-000004 is intact.*resume/)
     expect(await checkpointsOf(out)).toEqual(['latest', 'step-000004'])
     await run({ out, checkpointEvery: 4, resume: true })
     expect(numbersOf(out)).toEqual(numbersOf(whole))
@@ -57,7 +57,7 @@ describe('failures lose nothing', () => {
     const { message, cause } = await errorOf(run({ out, checkpointEvery: 4, model: new Refused() }))
     expect((cause as Error).message).toMatch(/model\.safetensors: writing failed: .*free some space/)
     expect(message).toMatch(/step-000004: saving step 4 failed: model\.safetensors: writing failed: /)
-    expect(message.match(/free some space/g)).toHaveLength(1)
+    expect(message.match(/free (some|disk) space/g)).toHaveLength(1)
   })
 
   test('a full disk at the first checkpoint leaves an empty list', async () => {
@@ -128,7 +128,7 @@ describe('failures lose nothing', () => {
     const more = await errorOf(train(model, wrong))
     for (const text of ['schedule is 5, expected a function', 'data is missing']) expect(more.message).toContain(text)
     const slow = { ...settings, moments: 'bf16', betas: [0.9, 0.999] } as const
-    expect((await errorOf(train(model, slow))).message).toMatch(/one keeps 0\.999 of itself/)
+    expect((await errorOf(train(model, slow))).message).toMatch(/decay rate of 0\.999/)
     const others = { ...settings, data: ['text'], betas: 0.9, out: 3, signal: new AbortController(), progress: 'yes' }
     const { message } = await errorOf(train(model, others as unknown as TrainOptions))
     for (const name of [

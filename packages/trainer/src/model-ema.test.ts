@@ -136,7 +136,7 @@ describe('Ema', () => {
   test('refuses a decay that is none', () => {
     const parameter = new Parameter(tensor([1]))
     for (const decay of [0, 1, 1.5, Number.NaN, '0.9'] as number[])
-      expect(() => new Ema([{ name: 'weight', parameter }], { decay })).toThrow(/needs a number between 0 and 1/)
+      expect(() => new Ema([{ name: 'weight', parameter }], { decay })).toThrow(/expected a number between 0 and 1/)
     parameter.dispose()
   })
 })
@@ -202,7 +202,7 @@ describe('a run that keeps averages', () => {
   test('refuses a decay that is none', async () => {
     const model = new BigramModel()
     await expect(train(model, { ...settings, ema: 1 })).rejects.toThrow(
-      'ema is 1, needs a number between 0 and 1, such as 0.999',
+      'ema is 1, expected a number between 0 and 1, for example 0.999',
     )
     disposeModule(model)
   })
@@ -251,7 +251,7 @@ describe('a run that goes on', () => {
     expectClose(await stored(modelFolder(out, { ema: true })), averaged(all, 0.9))
     await run({ ...allowed, steps: 14 })
     expect(existsSync(join(out, 'checkpoints', 'step-000014', 'ema'))).toBe(false)
-    expect(() => modelFolder(out, { ema: true })).toThrow(/step-000014 has no averaged weights; leave ema out/)
+    expect(() => modelFolder(out, { ema: true })).toThrow(/step-000014 has no averaged weights; omit ema/)
   })
 
   test.each(['truncated', 'missing'])('not from averages that are %s', async how => {
@@ -260,6 +260,6 @@ describe('a run that goes on', () => {
     const file = join(result.checkpoint as string, 'ema', 'model.safetensors')
     if (how === 'missing') await rm(file)
     else await truncate(file, 100)
-    await expect(run({ out, ema: 0.9, resume: true })).rejects.toThrow(/step-000006 is whole, pass it as resume/)
+    await expect(run({ out, ema: 0.9, resume: true })).rejects.toThrow(/step-000006 is intact; pass it as resume/)
   })
 })

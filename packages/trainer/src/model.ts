@@ -158,7 +158,7 @@ export interface TextTokenizer {
   encode(text: string, options?: { addSpecialTokens?: boolean; parseSpecialTokens?: boolean }): ArrayLike<number>
   /**
    * Returns the ids of many texts, encoded on the given number of `threads`. `tokenize` of `@moe/trainer/tokenize` uses
-   * it instead of `encode`, with the same options.
+   * it instead of `encode`, likewise with `addSpecialTokens` and `parseSpecialTokens` false.
    */
   encodeBatch?(
     texts: readonly string[],

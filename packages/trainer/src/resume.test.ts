@@ -101,7 +101,7 @@ describe('resuming', () => {
     const other = await errorOf(run({ out: cut, resume: true, optimizer: 'adamw' }))
     expect(other).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(/optimizer: saved with muon/) })
     const changed = await errorOf(run({ out: cut, resume: true, optimizer: 'adamw', allowChanges: true }))
-    expect(changed.message).toMatch(/begin another run with the model in .*step-000012.model; nothing was changed/)
+    expect(changed.message).toMatch(/start a new run with the model in .*step-000012.model; nothing was changed/)
   })
 
   test.each(['adamw', 'muon'] as const)(
@@ -298,7 +298,7 @@ describe('bad checkpoints are refused and change nothing', () => {
   })
 
   test.each(['model/model.safetensors', 'optimizer.safetensors', 'trainer.json', 'model'])(
-    'damaged at %s, the error names the latest that is whole',
+    'corrupt at %s, the error names the latest intact one',
     async file => {
       const out = await temporaryFolder()
       await run({ out, checkpointEvery: 2, keepCheckpoints: 9, ...stopAfter(8) })
@@ -310,7 +310,7 @@ describe('bad checkpoints are refused and change nothing', () => {
       }
       const error = await refused(out)
       expect(error).toMatchObject({ code: 'E_CHECKPOINT', details: { whole: at(4) } })
-      expect(error.message).toContain(`${at(4)} is whole`)
+      expect(error.message).toContain(`${at(4)} is intact`)
       await run({ out, resume: at(4), checkpointEvery: 99 })
     },
   )
@@ -325,7 +325,7 @@ describe('bad checkpoints are refused and change nothing', () => {
     const { out } = await stopped()
     expect(await refused(out, { resume: out })).toMatchObject({
       code: 'E_CHECKPOINT',
-      message: expect.stringMatching(/no checkpoint of a training run/),
+      message: expect.stringMatching(/not a checkpoint of a training run/),
     })
     expect(await refused(out, { resume: join(out, 'nothing') })).toMatchObject({ code: 'E_CHECKPOINT' })
   })
@@ -335,7 +335,7 @@ describe('bad checkpoints are refused and change nothing', () => {
     await writeFile(join(path, 'trainer.json'), '{"global_step": 4}')
     expect(await refused(out)).toMatchObject({
       code: 'E_CHECKPOINT',
-      message: expect.stringMatching(/not a state of this trainer/),
+      message: expect.stringMatching(/not a trainer state of this format/),
     })
   })
 
@@ -350,7 +350,7 @@ describe('bad checkpoints are refused and change nothing', () => {
     await writeFile(file, JSON.stringify({ ...JSON.parse(await readFile(file, 'utf8')), [field]: value }))
     expect(await refused(out)).toMatchObject({
       code: 'E_CHECKPOINT',
-      message: expect.stringContaining(`has ${field} ${JSON.stringify(value)}`),
+      message: expect.stringContaining(`has invalid ${field} ${JSON.stringify(value)}`),
     })
   })
 

@@ -384,7 +384,7 @@ export class Run {
     const { data, tokenizer, bos, eos } = this.settings
     const template = 'template' in data ? data.template : undefined
     const optimizer = this.optimizerOnRanks ?? this.optimizer
-    return { model: this.model, optimizer, ema: this.ema, tokenizer, template, around: { bos, eos } }
+    return { model: this.model, optimizer, ema: this.ema, tokenizer, template, documentIds: { bos, eos } }
   }
 
   /** Gathers the complete model if ranks have parts of it. */

@@ -84,7 +84,7 @@ describe('a run', () => {
     const error = await errorOf(train(model, { ...settings, steps: 3, schedule }))
     expect(error).toMatchObject({
       code: 'E_CONFIG',
-      message: `train: schedule(1) is ${typeof factor === 'string' ? '"0.5"' : factor}; give a number from 0 for every step, which lr is multiplied by`,
+      message: `train: schedule(1) is ${typeof factor === 'string' ? '"0.5"' : factor}; return a finite number of at least 0 for every step; lr is multiplied by it`,
     })
     expect(await model.lm_head.weight.values()).toEqual(before)
     disposeModule(model)

@@ -1,6 +1,6 @@
 /**
- * @file The checkpoints of a run on disk: `step-000600` folders that appear whole or not at all, and which of them is
- * the latest.
+ * @file The checkpoints of a run on disk: `step-000600` folders that appear completely or not at all, and which of them
+ *   is the latest.
  */
 import { randomBytes } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
@@ -11,19 +11,19 @@ import { isMoeError, MoeError } from '@moe/core'
 
 const statePattern = /^step-(\d{6,})$/
 const temporaryPrefix = '.writing-'
-/** Names the checkpoint that was saved last. */
+/** File that contains the name of the checkpoint that was saved last. */
 export const LATEST_FILE = 'latest'
 
-/** Name of the file that makes a checkpoint folder complete. */
+/** File whose presence makes a checkpoint complete. */
 export const STATE_FILE = 'trainer.json'
 
-/** Of a run. */
+/**  */
 export const CHECKPOINTS_FOLDER = 'checkpoints'
 
-/** Name of a step's checkpoint. */
+/**  */
 export const checkpointName = (step: number): string => `step-${String(step).padStart(6, '0')}`
 
-/** Step of a checkpoint by its name; undefined for what is none. */
+/** The step of a checkpoint name; undefined for any other name. */
 export function stepOf(name: string): number | undefined {
   const digits = statePattern.exec(name)?.[1]
   return digits === undefined ? undefined : Number(digits)
@@ -31,7 +31,7 @@ export function stepOf(name: string): number | undefined {
 
 const checkpointsOf = (out: string): string => join(out, CHECKPOINTS_FOLDER)
 
-/** Steps that have a complete checkpoint, ascending. */
+/** Steps with a complete checkpoint, ascending. */
 function checkpointSteps(folder: string): number[] {
   if (!existsSync(folder)) return []
   return readdirSync(folder)
@@ -40,7 +40,7 @@ function checkpointSteps(folder: string): number[] {
     .sort((a, b) => a - b)
 }
 
-/** Path of the checkpoint that a run saved last, or undefined when it has none. @param out folder of the run */
+/** Returns the path of a run's latest checkpoint, or undefined if it has none. @param out folder of the run */
 export function latestCheckpoint(out: string | URL): string | undefined {
   const folder = checkpointsOf(pathOf('latestCheckpoint', out))
   const steps = checkpointSteps(folder)
@@ -51,7 +51,7 @@ export function latestCheckpoint(out: string | URL): string | undefined {
   return join(folder, known ? name : checkpointName(steps[steps.length - 1]))
 }
 
-/** Paths of the run's other checkpoints, the latest first. @param path of a checkpoint */
+/** Paths of the run's other checkpoints, latest first. @param path of a checkpoint */
 export function otherCheckpoints(path: string): string[] {
   const folder = dirname(resolve(path))
   return checkpointSteps(folder)
@@ -61,10 +61,11 @@ export function otherCheckpoints(path: string): string[] {
 }
 
 /**
- * Saves one checkpoint: `write` fills a temporary folder, which is then renamed to its place; `latest` is pointed to
- * it, and of the earlier ones the last `keep - 1` stay. If anything fails, a full disk included, what was written is
- * removed and every earlier checkpoint is whole.
- * @returns path of the checkpoint
+ * Saves a checkpoint: `write` fills a temporary folder, which is then renamed. `latest` is updated, and of the earlier
+ * checkpoints the last `keep - 1` are kept. If anything fails, for example because the disk is full, the temporary
+ * folder is removed and all earlier checkpoints stay intact.
+ *
+ * @returns the path of the checkpoint
  * @throws MoeError E_CHECKPOINT
  */
 export async function publishCheckpoint(
@@ -76,7 +77,7 @@ export async function publishCheckpoint(
   const folder = checkpointsOf(out)
   const name = checkpointName(step)
   const path = join(folder, name)
-  const temporary = hidden(folder, name)
+  const temporary = temporaryPath(folder, name)
   const replaced = `${temporary}-replaced`
   try {
     await mkdir(folder, { recursive: true })
@@ -100,18 +101,21 @@ export async function publishCheckpoint(
   return path
 }
 
-/** Path of something in the folder that is no checkpoint yet, or no longer. */
-const hidden = (folder: string, name: string): string =>
+/** Path for a checkpoint that is being written or removed. */
+const temporaryPath = (folder: string, name: string): string =>
   join(folder, `${temporaryPrefix}${name}-${process.pid}-${randomBytes(4).toString('hex')}`)
 
-/** Removes a checkpoint, which is whole or none at every moment. Where a file of it is open (Windows), it may stay until a later save. */
+/**
+ * Removes a checkpoint. At every moment, it either is complete or does not exist. If one of its files is open
+ * (Windows), it may stay until a later save.
+ */
 async function discard(folder: string, name: string): Promise<void> {
-  const discarded = hidden(folder, name)
+  const discarded = temporaryPath(folder, name)
   await rename(join(folder, name), discarded).catch(() => {})
   await removeIfPossible(discarded)
 }
 
-/** What cannot be removed, not even after a second, is a leftover for the next save. */
+/** Whatever cannot be removed within about a second is left for the next save. */
 async function removeIfPossible(path: string): Promise<void> {
   await rm(path, { recursive: true, force: true, maxRetries: 4 }).catch(() => {})
 }
@@ -123,21 +127,21 @@ async function pointLatest(folder: string, name: string): Promise<void> {
   await syncPath(folder)
 }
 
-/** What a killed process left half written, and what could not be removed before. */
+/** Removes what a killed process left incomplete, and what could not be removed earlier. */
 async function removeLeftovers(folder: string): Promise<void> {
   for (const name of await readdir(folder)) {
     if (name.startsWith(temporaryPrefix)) await removeIfPossible(join(folder, name))
   }
 }
 
-/** Makes names in a folder survive a power failure, where the system can flush folders. */
+/** Makes renames in a folder survive a power failure, on systems that can flush folders. */
 async function syncPath(path: string): Promise<void> {
   const handle = await open(path, 'r').catch(() => undefined)
   await handle?.sync().catch(() => {})
   await handle?.close()
 }
 
-/** What an error says is wrong, without what it says to do: that is for whoever has it as a cause. */
+/** The problem of an error without its fix, for use in another error. */
 export function reasonOf(cause: unknown): string {
   if (isMoeError(cause)) return `${basename(cause.op)}: ${cause.problem.trimEnd()}`
   return cause instanceof Error ? cause.message : String(cause)
@@ -151,8 +155,8 @@ export function saveError(previous: string | undefined, path: string, step: numb
     problem: `saving step ${step} failed: ${reasonOf(cause)}`,
     fix:
       previous === undefined
-        ? 'the run has no earlier checkpoint; free some space, close what has its files open, or choose another folder'
-        : `${previous} is whole: free some space or close what has files of the run open, and resume from it`,
+        ? 'the run has no earlier checkpoint; free disk space, close programs that have its files open, or choose another folder'
+        : `${previous} is intact: free disk space or close programs that have files of the run open, then resume from it`,
     details: { step, previous },
     cause,
   })

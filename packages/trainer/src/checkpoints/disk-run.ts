@@ -1,4 +1,4 @@
-/** @file A run in a folder of the disk. */
+/** @file A run in a folder on disk. */
 import { rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { type FolderPlace, pathOf } from '@moe/checkpoint'
@@ -56,7 +56,7 @@ export class DiskRun implements RunFolder {
       throw new MoeError({
         code: 'E_CONFIG',
         op: 'train',
-        problem: `the run in ${this.path} cannot be removed: ${(cause as Error).message}`,
+        problem: `cannot remove the run in ${this.path}: ${(cause as Error).message}`,
         fix: 'choose another out',
         cause,
       })

@@ -1,4 +1,4 @@
-/** @file One training, or tokenization, at a time in a folder: a file there names the process that writes. */
+/** @file Allows one training or tokenization per folder at a time: a lock file names the process that writes. */
 import { mkdirSync, readFileSync, realpathSync, rmSync, writeFileSync } from 'node:fs'
 import { hostname } from 'node:os'
 import { join } from 'node:path'
@@ -6,33 +6,34 @@ import { MoeError } from '@moe/core'
 
 const LOCK_FILE = 'training.lock'
 
-/** Lock files of this process. */
+/** Lock files that this process holds. */
 const held = new Set<string>()
 
 /**
- * Makes a folder where it is missing and takes it. The file of a process that was killed counts for nothing, nor does
- * one of another machine, where nobody can say whether its process still runs.
- * @returns gives the folder back
- * @throws MoeError E_CONFIG when another training is writing there, or the folder cannot be written
+ * Creates a folder if it is missing, and locks it. Lock files of killed processes are ignored, and so are those of
+ * other machines, because nobody can tell whether their processes still run.
+ *
+ * @returns unlocks the folder
+ * @throws MoeError E_CONFIG if another process is writing there, or the folder cannot be written
  */
 export function lockFolder(out: string, op = 'train'): () => void {
   const refuse = (problem: string, fix: string, cause?: unknown) =>
     new MoeError({ code: 'E_CONFIG', op, problem, fix, cause })
   try {
     mkdirSync(out, { recursive: true })
-    // The native one also knows how names are spelled where case makes no difference.
+    // The native variant also normalizes case on case-insensitive file systems.
     const path = join(realpathSync.native(out), LOCK_FILE)
-    // Taken a second time where it was left behind by a process that was killed.
+    // If a killed process left the file behind, remove it and try again.
     if (!created(path)) {
       const owner = ownerOf(path)
       if (owner !== undefined) {
         throw refuse(
           `process ${owner} is writing to ${out}`,
-          `wait for it, or choose another out (if it does something else: remove ${path})`,
+          `wait for it, or choose another out (if that process is unrelated, remove ${path})`,
         )
       }
       rmSync(path, { force: true })
-      if (!created(path)) throw refuse(`another process begins in ${out}`, 'wait for it, or choose another out')
+      if (!created(path)) throw refuse(`another process is starting in ${out}`, 'wait for it, or choose another out')
     }
     held.add(path)
     return () => {
@@ -41,11 +42,11 @@ export function lockFolder(out: string, op = 'train'): () => void {
     }
   } catch (cause) {
     if (cause instanceof MoeError) throw cause
-    throw refuse(`the folder ${out} cannot be used: ${(cause as Error).message}`, 'choose another out', cause)
+    throw refuse(`cannot use the folder ${out}: ${(cause as Error).message}`, 'choose another out', cause)
   }
 }
 
-/** Writes the file unless it is there. */
+/** Creates the lock file. @returns false if it already exists */
 function created(path: string): boolean {
   try {
     writeFileSync(path, `${process.pid} ${hostname()}\n`, { flag: 'wx' })
@@ -56,11 +57,11 @@ function created(path: string): boolean {
   }
 }
 
-/** The process that holds a lock file, if it still runs on this machine. */
+/** The process that holds a lock file, if it is still running on this machine. */
 function ownerOf(path: string): number | undefined {
   const [pid, host] = readFileSync(path, 'utf8').trim().split(' ')
   if (host !== hostname()) return undefined
-  // In a container the process before this one had the same number.
+  // In a container, an earlier process may have had the same id.
   if (Number(pid) === process.pid) return held.has(path) ? process.pid : undefined
   return runs(Number(pid)) ? Number(pid) : undefined
 }
@@ -74,16 +75,19 @@ function runs(pid: number): boolean {
   return !isZombie(pid)
 }
 
-/** Whether a process has ended and nobody has asked how, as in a container whose first process never does. It still takes signals. */
+/**
+ * Whether a process has ended but was not reaped, as in a container whose first process never waits for others. It
+ * still accepts signals.
+ */
 function isZombie(pid: number): boolean {
   try {
     return /^State:\s*Z/m.test(readFileSync(`/proc/${pid}/status`, 'utf8'))
   } catch {
-    return false // no Linux
+    return false // not Linux
   }
 }
 
-/** Whether a training writes to a folder; undefined where the process that did is of another machine. */
+/** Whether a training is writing to a folder; undefined if the lock was created on another machine. */
 export function isLocked(out: string): boolean | undefined {
   try {
     const path = join(realpathSync.native(out), LOCK_FILE)

@@ -106,7 +106,7 @@ test('a storage that is full leaves the checkpoint before', async () => {
   await expect(run({ out, resume: true })).rejects.toMatchObject({
     code: 'E_CHECKPOINT',
     op: 'run/checkpoints/step-000012',
-    message: expect.stringContaining('run/checkpoints/step-000004 is whole'),
+    message: expect.stringContaining('run/checkpoints/step-000004 is intact'),
   })
   expect(checkpointsOf(out)).toEqual(['latest', 'step-000004'])
 })

@@ -1,4 +1,7 @@
-/** @file A run in a folder that a page has a handle of. Steps are not written there: a file that grows would be copied each time. */
+/**
+ * @file A run in a browser's directory handle. Step logs are not written there, because browsers copy a file whenever
+ *   something is appended.
+ */
 import { type DirectoryHandle, type FolderPlace, openFolder, readAll, targetFolder, writeText } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 import type { TrainResult } from '../result.ts'
@@ -8,7 +11,7 @@ import type { RunFolder, StoredCheckpoint } from './run-folder.ts'
 const SUMMARY_FILE = 'summary.json'
 const MAX_STATE_BYTES = 2 ** 26
 
-/** A checkpoint that is whole, in the handle of a folder. */
+/** A complete checkpoint in a directory handle. */
 interface CheckpointByHandle extends StoredCheckpoint {
   readonly place: DirectoryHandle
 }
@@ -26,27 +29,27 @@ export class HandleRun implements RunFolder {
   async latest() {
     const checkpoints = await this.#checkpoints()
     if (checkpoints === undefined) return undefined
-    const all = await this.#whole(checkpoints)
+    const all = await this.#complete(checkpoints)
     const name = (await textOf(checkpoints, LATEST_FILE))?.trim()
     return all.find(({ path }) => path === this.#pathOf(name)) ?? all.at(-1)
   }
 
   async named(path: string) {
     const checkpoints = await this.#checkpoints()
-    const all = checkpoints === undefined ? [] : await this.#whole(checkpoints)
+    const all = checkpoints === undefined ? [] : await this.#complete(checkpoints)
     const found = all.find(checkpoint => path === checkpoint.path)
     if (found !== undefined) return found
     throw new MoeError({
       code: 'E_CHECKPOINT',
       op: path,
       problem: `there is no such checkpoint in ${this.path}`,
-      fix: all.length === 0 ? 'begin without resume' : `pass one of ${all.map(({ path }) => path).join(', ')}`,
+      fix: all.length === 0 ? 'start without resume' : `pass one of ${all.map(({ path }) => path).join(', ')}`,
     })
   }
 
   async others(checkpoint: StoredCheckpoint) {
     const checkpoints = await this.#checkpoints()
-    const all = checkpoints === undefined ? [] : await this.#whole(checkpoints)
+    const all = checkpoints === undefined ? [] : await this.#complete(checkpoints)
     return all.filter(({ path }) => path !== checkpoint.path).reverse()
   }
 
@@ -88,21 +91,21 @@ export class HandleRun implements RunFolder {
     return this.#handle.getDirectoryHandle(CHECKPOINTS_FOLDER).catch(unlessMissing)
   }
 
-  /** Ascending. */
-  async #whole(checkpoints: DirectoryHandle): Promise<CheckpointByHandle[]> {
+  /** The complete checkpoints, in ascending order. */
+  async #complete(checkpoints: DirectoryHandle): Promise<CheckpointByHandle[]> {
     const found: CheckpointByHandle[] = []
     for (const name of await namesOfSteps(checkpoints)) {
       const place = await checkpoints.getDirectoryHandle(name)
-      // A file is there, empty, from when it begins to be written.
+      // A file exists, but is empty, while it is being written.
       if (await textOf(place, STATE_FILE)) found.push({ path: this.#pathOf(name), place })
     }
     return found
   }
 
-  /** Removes earlier checkpoints but the last `keep - 1`, and those that a page left half written when it was closed. */
+  /** Removes all but the last `keep - 1` earlier checkpoints, and incomplete ones that a closed page left behind. */
   async #removeOld(checkpoints: DirectoryHandle, step: number, keep: number): Promise<void> {
     const earlier = (await namesOfSteps(checkpoints)).filter(name => Number(stepOf(name)) < step)
-    const paths = new Set((await this.#whole(checkpoints)).map(({ path }) => path))
+    const paths = new Set((await this.#complete(checkpoints)).map(({ path }) => path))
     const whole = earlier.filter(name => paths.has(this.#pathOf(name)))
     const kept = whole.slice(Math.max(0, whole.length - (keep - 1)))
     for (const name of earlier) if (!kept.includes(name)) await remove(checkpoints, name)
@@ -113,7 +116,7 @@ export class HandleRun implements RunFolder {
   }
 }
 
-/** In the order of steps. */
+/** Names of checkpoints in ascending order of steps. */
 async function namesOfSteps(checkpoints: DirectoryHandle): Promise<string[]> {
   const names: string[] = []
   for await (const name of checkpoints.keys()) if (stepOf(name) !== undefined) names.push(name)

@@ -1,4 +1,4 @@
-/** @file Where the model of a run is. */
+/** @file Finds the model of a run. */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { type DirectoryHandle, isDirectoryHandle, openFolder, pathOf } from '@moe/checkpoint'
@@ -9,16 +9,18 @@ import { EMA_FOLDER, MODEL_FOLDER } from './save-load.ts'
 
 const CONFIG_FILES = ['config.json', 'adapter_config.json']
 
-/** Which model of a run. */
+/** Options of `modelFolder`. */
 export interface ModelFolderOptions {
-  /** That of the averaged weights, which `train` keeps where it is told `ema`. Default false. */
+  /** Returns the model with the averaged weights, for runs with the `ema` option. Default false. */
   readonly ema?: boolean
 }
 
 /**
- * Folder of a model, or of adapters: the one given where it holds a config.json or an adapter_config.json, else that in the latest checkpoint of the run it is of. A
- * path for a path; in a page, for the handle of a folder, a promise of one.
- * @throws MoeError E_CHECKPOINT when it is neither, or has no averaged weights and these are asked for
+ * Returns the folder of a model or of adapters: `folder` itself if it contains a config.json or adapter_config.json,
+ * otherwise the model in the latest checkpoint of the run in `folder`. In a browser, pass a directory handle to get a
+ * promise of one.
+ *
+ * @throws MoeError E_CHECKPOINT if `folder` contains neither, or has no averaged weights and `ema` is set
  */
 export function modelFolder(folder: string | URL, options?: ModelFolderOptions): string
 export function modelFolder(folder: DirectoryHandle, options?: ModelFolderOptions): Promise<DirectoryHandle>
@@ -55,13 +57,13 @@ const notAveraged = (checkpoint: string) =>
     code: 'E_CHECKPOINT',
     op: 'modelFolder',
     problem: `${checkpoint} has no averaged weights`,
-    fix: 'leave ema out for the weights themselves; a run keeps averages when it is trained with { ema: 0.999 }',
+    fix: 'omit ema to get the weights themselves; train with { ema: 0.999 } to average them',
   })
 
 const neither = (path: string) =>
   new MoeError({
     code: 'E_CHECKPOINT',
     op: 'modelFolder',
-    problem: `${path} has neither a config.json nor checkpoints`,
-    fix: 'pass the folder of a model, or of a run: the `out` of train(), or runs/quickstart after `npm start`',
+    problem: `${path} contains neither a config.json nor checkpoints`,
+    fix: 'pass the folder of a model or of a run: the `out` of train(), or runs/quickstart after `npm start`',
   })

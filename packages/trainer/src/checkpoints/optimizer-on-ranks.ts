@@ -1,4 +1,7 @@
-/** @file The state of an optimizer of which every rank has a part, as one rank would store it: checkpoints have no trace of ranks. */
+/**
+ * @file The state of a sharded optimizer, in the form in which a single rank would store it: checkpoints do not depend
+ *   on the number of ranks.
+ */
 import {
   type Backend,
   type DType,
@@ -18,12 +21,12 @@ import type { Optimizer } from '../optim/optimizer.ts'
 import { gatherValues, type SendingRanks } from '../ranks.ts'
 import type { StoredOptimizer } from './save-load.ts'
 
-/** What a rank has of an entry. */
+/** The part of an entry that a rank has. */
 interface Piece {
   readonly name: string
   readonly dtype: DType
   readonly shape: Shape
-  /** Place of its first row in the whole. */
+  /** Index of its first row in the complete entry. */
   readonly firstRow: number
 }
 
@@ -38,7 +41,10 @@ export class OptimizerOnRanks implements StoredOptimizer {
   readonly #own: ReadonlyMap<string, Piece>
   readonly #whole: ReadonlyMap<string, WholeEntry>
 
-  /** All ranks call it. @param of what this rank trains. @throws MoeError E_CONFIG for an optimizer that does not say whose state it has */
+  /**
+   * All ranks must call it. @throws MoeError E_CONFIG if the optimizer does not say which parameter its state belongs
+   * to
+   */
   static async of(
     { ranks, parameters }: Pick<ModelOnRanks, 'ranks' | 'parameters'>,
     optimizer: Optimizer,
@@ -67,7 +73,10 @@ export class OptimizerOnRanks implements StoredOptimizer {
     return this.#optimizer.name
   }
 
-  /** For rank 0, which reads each entry once and in this order, while the others `send`. */
+  /**
+   * The complete entries, for rank 0. It must read each entry once and in this order, while the other ranks call
+   * `send`.
+   */
   entries(): StateEntry[] {
     const own = this.#ownData()
     return [...this.#whole.values()].map(({ name, dtype, shape, pieces }) => ({
@@ -85,7 +94,7 @@ export class OptimizerOnRanks implements StoredOptimizer {
     }))
   }
 
-  /** Gives rank 0 what it reads of this rank. */
+  /** Sends this rank's parts to rank 0, which reads `entries`. */
   async send(): Promise<void> {
     const own = this.#ownData()
     for (const { name, dtype, shape, rank } of [...this.#whole.values()].flatMap(({ pieces }) => pieces)) {
@@ -95,12 +104,13 @@ export class OptimizerOnRanks implements StoredOptimizer {
     }
   }
 
-  /** Takes this rank's part of what any number of ranks has stored. */
+  /** Loads this rank's part of a state that any number of ranks stored. */
   async load(source: StateSource, steps: number): Promise<void> {
     const stored = Array.from(source.keys())
     await this.#optimizer.load(
       {
-        // Of what no rank knows, each says so.
+        // Entries of other ranks are left out. Entries that no rank has are kept, so that they are reported as
+        // unexpected.
         keys: () => stored.filter(name => this.#own.has(name) || !this.#whole.has(name)),
         info: name => {
           const info = source.info(name)
@@ -128,7 +138,7 @@ export class OptimizerOnRanks implements StoredOptimizer {
   }
 }
 
-/** Elements of a row. */
+/** Elements per row. */
 const widthOf = (shape: Shape) => sizeOf(shape.slice(1))
 
 function piecesOf(parameters: ModelOnRanks['parameters'], optimizer: Optimizer): Piece[] {
@@ -139,20 +149,23 @@ function piecesOf(parameters: ModelOnRanks['parameters'], optimizer: Optimizer):
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'train',
-      problem: `${optimizer.name} does not say which parameter ${name} is the state of, element by element: it cannot be stored where ranks train parts of a model`,
-      fix: 'give its entries their parameter, or use AdamW or Muon',
+      problem: `${optimizer.name} does not say which parameter its state ${name} belongs to, element by element, so it cannot be stored if ranks train parts of a model`,
+      fix: 'set `parameter` in its entries, or use AdamW or Muon',
     })
   })
 }
 
-/** What the ranks have together, in the order of a file; of what several have, the first one's. */
+/**
+ * The complete entries that the ranks have together, in file order. If several ranks have the same part, the first
+ * one's is used.
+ */
 function wholeOf(lists: ReadonlyArray<readonly Piece[]>): Map<string, WholeEntry> {
   const pieces = new Map<string, Array<WholeEntry['pieces'][number]>>()
   for (const [rank, list] of lists.entries())
     for (const piece of list) pieces.set(piece.name, [...(pieces.get(piece.name) ?? []), { ...piece, rank }])
   const whole = Array.from(pieces, ([name, all]): WholeEntry => {
     const [{ dtype, shape }] = all
-    const together = inARow(all)
+    const together = contiguous(all)
     const rows = together.reduce((sum, piece) => sum + piece.shape[0], 0)
     return { name, dtype, shape: together.length > 1 ? [rows, ...shape.slice(1)] : together[0].shape, pieces: together }
   })
@@ -160,8 +173,11 @@ function wholeOf(lists: ReadonlyArray<readonly Piece[]>): Map<string, WholeEntry
   return new Map(whole.map(entry => [entry.name, entry]))
 }
 
-/** One after the other, from the first row on: groups of ranks that have the same parameter may have cut it in different places. */
-function inARow<P extends Piece>(pieces: readonly P[]): P[] {
+/**
+ * Pieces that follow each other from the first row on. Groups of ranks with the same parameter may have cut it at
+ * different rows.
+ */
+function contiguous<P extends Piece>(pieces: readonly P[]): P[] {
   const row: P[] = []
   for (let next: P | undefined, end = 0; ; end += next.shape[0] || 1) {
     next = pieces.find(({ firstRow }) => firstRow === end)

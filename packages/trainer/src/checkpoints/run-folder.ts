@@ -1,4 +1,4 @@
-/** @file Where a run is kept: the one place that knows whether that is a folder of the disk or one that a page has a handle of. */
+/** @file The storage of a run: a folder on disk, or a browser's directory handle. */
 import { type DirectoryHandle, type FolderPlace, isDirectoryHandle } from '@moe/checkpoint'
 import type { TrainListener } from '../events.ts'
 import type { MetricsLine } from '../report/metrics-log.ts'
@@ -6,50 +6,51 @@ import type { TrainResult } from '../result.ts'
 import { DiskRun } from './disk-run.ts'
 import { HandleRun } from './handle-run.ts'
 
-/** A checkpoint that is whole. */
+/** A complete checkpoint. */
 export interface StoredCheckpoint {
-  /** What events, results and errors call it. */
+  /** Its name in events, results and errors. */
   readonly path: string
   readonly place: FolderPlace
 }
 
-/** Lines of the run's steps; `LogFile` is one. */
+/** Log of the run's steps. `LogFile` implements it. */
 export interface StepsLog {
   line(value: MetricsLine): void
   flush(): void
   close(): Promise<void>
 }
 
-/** What a run writes, and goes on from. */
+/** What a run writes, and resumes from. */
 export interface RunFolder {
-  /** What events and errors call it. */
+  /** Its name in events and errors. */
   readonly path: string
-  /** Undefined where no line is kept. */
+  /** Undefined if steps are not logged. */
   readonly log?: StepsLog
-  /** They write what else happens. */
+  /** Listeners that write the other logs. */
   readonly listeners: readonly TrainListener[]
-  /** The one that was saved last. */
+  /** The checkpoint that was saved last. */
   latest(): Promise<StoredCheckpoint | undefined>
-  /** The one that is called so. */
+  /** The checkpoint at a path. */
   named(path: string): Promise<StoredCheckpoint>
-  /** All but one, the latest first. */
+  /** All other checkpoints, latest first. */
   others(checkpoint: StoredCheckpoint): Promise<readonly StoredCheckpoint[]>
-  /** Takes the folder for one training. @returns gives it back @throws MoeError E_CONFIG */
+  /** Locks the folder for one training. @returns unlocks it @throws MoeError E_CONFIG */
   lock(): () => void
   /** Removes an earlier run. @throws MoeError E_CONFIG */
   clear(): Promise<void>
-  /** Cuts what is written of steps back to one that is gone on from. Its lines up to there. */
+  /** Truncates the logs to the step of a checkpoint. Resolves to the remaining lines. */
   truncateLogs(step: number): Promise<readonly MetricsLine[]>
   /**
-   * Adds a checkpoint that is whole or not there, and lets the last `keep` stay.
-   * @param write fills a folder; what makes a checkpoint complete comes last
-   * @throws MoeError E_CHECKPOINT; every earlier checkpoint is whole then
+   * Saves a checkpoint, completely or not at all, and keeps the last `keep`.
+   *
+   * @param write fills a folder; the file that makes the checkpoint complete must come last
+   * @throws MoeError E_CHECKPOINT; all earlier checkpoints then stay intact
    */
   publish(step: number, keep: number, write: (place: FolderPlace) => Promise<void>): Promise<StoredCheckpoint>
-  /** Writes what the run came to. */
+  /** Writes `summary.json`. */
   writeSummary(result: TrainResult): Promise<void>
 }
 
-/** The folder of a run; nothing is asked of it yet. @throws MoeError E_UNSUPPORTED for a path in a browser */
+/** Returns the storage of a run, without accessing it yet. @throws MoeError E_UNSUPPORTED for a path in a browser */
 export const runFolder = (out: string | DirectoryHandle): RunFolder =>
   isDirectoryHandle(out) ? new HandleRun(out) : new DiskRun(out)

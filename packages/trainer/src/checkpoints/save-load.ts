@@ -1,4 +1,7 @@
-/** @file What a checkpoint holds: the model in the Hugging Face layout, or what stands beside it, the optimizer's state, the trainer's state. */
+/**
+ * @file Saves and loads checkpoints: the model in the Hugging Face layout (or its adapters), the optimizer state, and
+ *   the trainer state.
+ */
 import {
   type Folder,
   type FolderPlace,
@@ -32,14 +35,14 @@ import {
   type TrainerState,
 } from './trainer-state.ts'
 
-/** In a checkpoint. */
+/** Folder of the model in a checkpoint. */
 export const MODEL_FOLDER = 'model'
-/** The model of averaged weights, where they are kept. */
+/** Folder of the averaged weights in a checkpoint, if the run has `ema`. */
 export const EMA_FOLDER = 'ema'
 const ADAPTER_FILE = 'adapter_model.safetensors'
 const OPTIMIZER_FILE = 'optimizer.safetensors'
 
-/** What checkpoints have to do with of an optimizer. */
+/** The part of an optimizer that checkpoints use. */
 export interface StoredOptimizer extends Pick<Optimizer, 'name' | 'load'> {
   entries(): StateEntry[]
 }
@@ -50,8 +53,8 @@ export interface CheckpointParts {
   readonly ema?: Pick<ModelEma, 'withAverages' | 'restore'> | undefined
   readonly tokenizer?: TextTokenizer
   readonly template?: ConversationTemplate | undefined
-  /** Ids of the tokens around documents, as far as they were given. */
-  readonly around?: DocumentTokens
+  /** Ids of the begin and end tokens, if they were given as options. */
+  readonly documentIds?: DocumentTokens
 }
 
 /** Saves a checkpoint of a run. @throws as `RunFolder.publish` */
@@ -72,24 +75,24 @@ export async function saveTraining(
   })
 }
 
-/** The model as it is, with its tokenizer. */
+/** Saves the model with its current weights, and the tokenizer. */
 async function saveModel(place: FolderPlace, parts: CheckpointParts): Promise<void> {
-  const { model, tokenizer, template, around = {} } = parts
+  const { model, tokenizer, template, documentIds = {} } = parts
   if (isAdapted(model)) await saveAdapters(place as string, model, { base: model.source })
   else if (model.save === undefined) await saveCheckpoint(place, stateDict(model))
   else await model.save(place)
   const tokenizerFile = tokenizer?.toJSON?.()
-  const config = template?.toJSON?.() ?? (tokenizer && tokenizerFile && tokenizerConfig(tokenizer, around))
-  const beside = { 'tokenizer.json': tokenizerFile, 'tokenizer_config.json': config }
-  for (const [name, content] of Object.entries(beside)) {
+  const config = template?.toJSON?.() ?? (tokenizer && tokenizerFile && tokenizerConfig(tokenizer, documentIds))
+  const files = { 'tokenizer.json': tokenizerFile, 'tokenizer_config.json': config }
+  for (const [name, content] of Object.entries(files)) {
     if (content === undefined) continue
     await writeText(targetFolder('train', place), name, `${JSON.stringify(content, null, 2)}\n`)
   }
 }
 
-/** What transformers wants to know besides `tokenizer.json`. */
-function tokenizerConfig(tokenizer: TextTokenizer, around: DocumentTokens): Record<string, string | undefined> {
-  const { bos, eos } = documentTokens(tokenizer, around)
+/** The settings that transformers needs besides `tokenizer.json`. */
+function tokenizerConfig(tokenizer: TextTokenizer, ids: DocumentTokens): Record<string, string | undefined> {
+  const { bos, eos } = documentTokens(tokenizer, ids)
   const named = (id: number | null) => (id === null ? undefined : tokenizer.idToToken?.(id))
   return { tokenizer_class: 'PreTrainedTokenizerFast', bos_token: named(bos), eos_token: named(eos) }
 }
@@ -97,19 +100,19 @@ function tokenizerConfig(tokenizer: TextTokenizer, around: DocumentTokens): Reco
 const isAdapted = (model: TrainableModel): boolean => namedAdapters(model).length > 0
 
 interface OpenedModel {
-  /** Or the adapters alone. */
+  /** The model's tensors, or only its adapters. */
   readonly tensors: TensorSource
-  /** Folder of adapters, where these are all there is. */
+  /** Folder of the adapters, if it contains only adapters. */
   readonly adapters: FolderPlace | null
-  /** What errors call its folder. */
+  /** Its folder, for error messages. */
   readonly path: string
 }
 
-/** A checkpoint whose files are there and whole: headers account for every byte. */
+/** An open checkpoint. Its files are complete: their headers account for every byte. */
 interface OpenedTraining {
   readonly state: TrainerState
   readonly model: OpenedModel
-  /** Of averaged weights, where these were kept. */
+  /** The averaged weights, if they were saved. */
   readonly ema: OpenedModel | null
   readonly optimizer: TensorSource
   close(): Promise<void>
@@ -124,8 +127,8 @@ async function openTraining({ path, place }: StoredCheckpoint): Promise<OpenedTr
     throw new MoeError({
       code: 'E_CHECKPOINT',
       op: path,
-      problem: `it is no checkpoint of a training run: there is no ${STATE_FILE}`,
-      fix: 'pass a step-… folder below the checkpoints folder of a run',
+      problem: `not a checkpoint of a training run: there is no ${STATE_FILE}`,
+      fix: 'pass a step-… folder in the checkpoints folder of a run',
     })
   }
   const text = new TextDecoder().decode(await readAll(stateFile, MAX_STATE_BYTES))
@@ -164,8 +167,8 @@ async function openTensors(folder: Folder, name: string): Promise<TensorSource> 
   throw new MoeError({ code: 'E_CHECKPOINT', op: folder.pathOf(name), problem: 'opening failed: no such file' })
 }
 
-/** The same error, and which other checkpoint of the run is whole. */
-async function damaged(folder: RunFolder, checkpoint: StoredCheckpoint, cause: unknown): Promise<unknown> {
+/** The error for a corrupt checkpoint, which names an intact one of the same run if there is one. */
+async function corrupt(folder: RunFolder, checkpoint: StoredCheckpoint, cause: unknown): Promise<unknown> {
   for (const other of await folder.others(checkpoint)) {
     const opened = await openTraining(other).catch(() => undefined)
     if (opened === undefined) continue
@@ -173,8 +176,8 @@ async function damaged(folder: RunFolder, checkpoint: StoredCheckpoint, cause: u
     return new MoeError({
       code: 'E_CHECKPOINT',
       op: checkpoint.path,
-      problem: `it cannot be resumed from: ${reasonOf(cause)}`,
-      fix: `${other.path} is whole, pass it as resume`,
+      problem: `cannot resume from it: ${reasonOf(cause)}`,
+      fix: `${other.path} is intact; pass it as resume`,
       details: { whole: other.path },
       cause,
     })
@@ -183,11 +186,13 @@ async function damaged(folder: RunFolder, checkpoint: StoredCheckpoint, cause: u
 }
 
 /**
- * Fills model and optimizer from a checkpoint. Everything is opened and compared first: on an error nothing was
- * changed.
- * @param run that goes on; null takes the checkpoint whatever its settings were
- * @throws MoeError E_CHECKPOINT for a damaged or foreign checkpoint (naming a whole one of the same run, if there is one) or other settings, E_STATE_DICT
- *   for another model
+ * Loads model and optimizer state from a checkpoint. Everything is opened and compared first, so that an error leaves
+ * all unchanged.
+ *
+ * @param run the run to resume; null to accept a checkpoint with any settings
+ * @throws MoeError E_CHECKPOINT for a corrupt checkpoint (naming an intact one of the same run, if there is one), one
+ *   of another trainer, or one with other settings
+ * @throws MoeError E_STATE_DICT for another model
  */
 export async function loadTraining(
   folder: RunFolder,
@@ -197,7 +202,7 @@ export async function loadTraining(
 ): Promise<TrainerState> {
   const { path } = checkpoint
   const stored = await openTraining(checkpoint).catch(async cause => {
-    throw await damaged(folder, checkpoint, cause)
+    throw await corrupt(folder, checkpoint, cause)
   })
   try {
     if (run !== null) checkSameRun(path, stored.state.run, run)
@@ -224,12 +229,12 @@ async function fill(stored: OpenedTraining, { model, optimizer, ema }: Checkpoin
     throw new MoeError({
       code: 'E_CHECKPOINT',
       op: moments.path,
-      problem: `it is the state of ${name ?? 'an unnamed optimizer'}, not of ${optimizer.name}`,
-      fix: `resume with the optimizer that the run was started with, or begin another run with the model in ${stored.model.path}; nothing was changed`,
+      problem: `the checkpoint contains the state of ${name ?? 'an unnamed optimizer'}, not of ${optimizer.name}`,
+      fix: `resume with the optimizer of the run, or start a new run with the model in ${stored.model.path}; nothing was changed`,
     })
   }
-  // All compare all names and shapes before they change anything; the model comes last, because a failed run throws its
-  // optimizer away.
+  // Each `load` compares all names and shapes before it changes anything. The model comes last: if it fails, the run
+  // ends and its optimizer is discarded.
   await optimizer.load(stateSource(moments), state.step)
   if (ema !== undefined && stored.ema !== null) {
     await fillModel(model, stored.ema)
@@ -239,8 +244,8 @@ async function fill(stored: OpenedTraining, { model, optimizer, ema }: Checkpoin
 }
 
 async function fillModel(model: TrainableModel, { tensors, adapters }: OpenedModel): Promise<void> {
-  // A model's own `save` may store more than its parameters: copies of shared ones under the keys that other
-  // programs look for.
+  // A model's own `save` may store more than its parameters, such as copies of shared ones under the keys that other
+  // programs expect.
   if (adapters !== null) await loadAdapters(model, adapters as string)
   else await loadStateDict(model, stateSource(tensors), { ignore: () => true })
 }

@@ -1,35 +1,32 @@
-/**
- * @file `trainer.json`: what a checkpoint holds beside tensors, and how it is compared with the run that wants to go
- * on from it.
- */
+/** @file `trainer.json`: the part of a checkpoint that is not tensors, and its comparison with the run that resumes. */
 import { MoeError, type Random } from '@moe/core'
 
 /**
- * Everything that decides which numbers a run gives. Two runs with the same record, model and backend give the same
- * bits, and on other ranks the same but for rounding.
+ * All settings that determine the numbers of a run. Two runs with the same record, model and backend give the same bits
+ * (on other ranks, the same up to rounding).
  */
 export type RunRecord = Readonly<Record<string, string | number | boolean | null>>
 
-/** Where a stream of random numbers is. */
+/** The position of a random stream. */
 export type StreamState = Pick<Random, 'seed' | 'stream' | 'position'>
 
 export interface TrainerState {
-  /** Steps done. The place in the data and the schedule follow from it. */
+  /** Steps done. The position in the data and in the schedule follow from it. */
   readonly step: number
   /** Positions trained on. */
   readonly tokens: number
-  /** Seconds of training, without evaluation and saving. */
+  /** Seconds of training, excluding evaluation and saving. */
   readonly trainSeconds: number
-  /** Most memory so far, of all processes of the run: see `TrainResult`. */
+  /** Peak memory of all processes of the run: see `TrainResult`. */
   readonly peakMemoryBytes: number
   readonly peakDeviceBytes: number
-  /** `step` of the model, where it counts for itself. */
+  /** `step` of the model, if it has one. */
   readonly modelStep?: number | undefined
-  /** Names of what the model's `afterStep` returned: the other numbers of its log are those of the loss. */
+  /** Names of the numbers that the model's `afterStep` returned, which tell them apart from those of its loss. */
   readonly balance?: readonly string[]
-  /** Steps whose weights are in the averages, where there are some. */
+  /** Number of steps whose weights are averaged, if the run has `ema`. */
   readonly averagedSteps?: number | undefined
-  /** Streams that the model draws from, by name. */
+  /** Random streams of the model, by name. */
   readonly streams?: Readonly<Record<string, StreamState>>
   readonly run: RunRecord
 }
@@ -41,19 +38,19 @@ export function encodeTrainerState(state: TrainerState): string {
   return `${JSON.stringify({ format, version, ...state }, null, 2)}\n`
 }
 
-/** @throws MoeError E_CHECKPOINT when the text is not a whole state of this format */
+/** @throws MoeError E_CHECKPOINT if the text is not a complete state of this format */
 export function decodeTrainerState(path: string, text: string): TrainerState {
   let value: unknown
   try {
     value = JSON.parse(text)
   } catch (cause) {
-    throw unreadable(path, `is not whole JSON (${(cause as Error).message})`, cause)
+    throw unreadable(path, `is not complete JSON (${(cause as Error).message})`, cause)
   }
   const state = (value ?? {}) as Partial<TrainerState> & { format?: unknown; version?: unknown }
   if (state.format !== format)
-    throw unreadable(path, `is not a state of this trainer (format ${JSON.stringify(state.format)})`)
+    throw unreadable(path, `is not a trainer state of this format (format ${JSON.stringify(state.format)})`)
   if (state.version !== version)
-    throw unreadable(path, `has version ${JSON.stringify(state.version)}, this trainer reads ${version}`)
+    throw unreadable(path, `has version ${JSON.stringify(state.version)}, but this trainer reads version ${version}`)
   const { step, tokens, trainSeconds, modelStep, balance = [], streams = {}, run } = state
   const { peakMemoryBytes = 0, peakDeviceBytes = 0, averagedSteps } = state
   const counts = {
@@ -66,13 +63,14 @@ export function decodeTrainerState(path: string, text: string): TrainerState {
     averagedSteps: averagedSteps ?? 0,
   }
   for (const [name, count] of Object.entries(counts)) {
-    if (typeof count !== 'number' || !(count >= 0)) throw unreadable(path, `has ${name} ${JSON.stringify(count)}`)
+    if (typeof count !== 'number' || !(count >= 0))
+      throw unreadable(path, `has invalid ${name} ${JSON.stringify(count)}`)
   }
-  if (!Number.isSafeInteger(step)) throw unreadable(path, `has step ${step}`)
-  if (!Array.isArray(balance)) throw unreadable(path, `has balance ${JSON.stringify(balance)}`)
+  if (!Number.isSafeInteger(step)) throw unreadable(path, `has invalid step ${step}`)
+  if (!Array.isArray(balance)) throw unreadable(path, `has invalid balance ${JSON.stringify(balance)}`)
   if (typeof streams !== 'object' || streams === null || !Object.values(streams).every(isStream))
-    throw unreadable(path, `has streams ${JSON.stringify(streams)}`)
-  if (typeof run !== 'object' || run === null) throw unreadable(path, 'has no settings of the run')
+    throw unreadable(path, `has invalid streams ${JSON.stringify(streams)}`)
+  if (typeof run !== 'object' || run === null) throw unreadable(path, 'does not contain the settings of the run')
   return {
     step: step as number,
     tokens: tokens as number,
@@ -99,12 +97,13 @@ const unreadable = (path: string, problem: string, cause?: unknown) =>
     cause,
   })
 
-/** How differences are told, where the name alone says too little. */
-const labels: Readonly<Record<string, string>> = { accumulate: 'accumulate (micro-batches of a step, of all ranks)' }
+/** Labels of settings whose name alone says too little. */
+const labels: Readonly<Record<string, string>> = { accumulate: 'accumulate (micro-batches per step, over all ranks)' }
 
 /** @throws MoeError E_CHECKPOINT that lists every difference */
 export function checkSameRun(path: string, stored: RunRecord, own: RunRecord): void {
-  // Schedules are recorded by their values over all steps: over another number of steps they differ in any case.
+  // Schedules are recorded as digests of their values over all steps, so with another number of steps they always
+  // differ.
   const isSchedule = (value: unknown) => String(value).startsWith('a schedule')
   const follows = (key: string) => stored['steps'] !== own['steps'] && isSchedule(stored[key]) && isSchedule(own[key])
   const keys = [...new Set([...Object.keys(stored), ...Object.keys(own)])].filter(key => !follows(key))
@@ -116,8 +115,8 @@ export function checkSameRun(path: string, stored: RunRecord, own: RunRecord): v
   throw new MoeError({
     code: 'E_CHECKPOINT',
     op: path,
-    problem: `it belongs to a run with other settings, so that going on would not continue it:\n${differences.map(line => `  ${line}`).join('\n')}\n`,
-    fix: 'use the same settings, or pass allowChanges: true to go on with the new ones; nothing was changed',
+    problem: `the checkpoint is from a run with other settings:\n${differences.map(line => `  ${line}`).join('\n')}\n`,
+    fix: 'use the same settings, or pass allowChanges: true to continue with the new ones; nothing was changed',
     details: { differences },
   })
 }

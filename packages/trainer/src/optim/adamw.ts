@@ -23,24 +23,25 @@ import {
   zeroState,
 } from './optimizer.ts'
 
-/** Settings of AdamW; the learning rate comes with each step. */
+/** Settings of AdamW. The learning rate is passed to each step. */
 export interface AdamWOptions {
-  /** Decay rates of the two moments. Default [0.9, 0.95], as DeepSeek-V3. */
+  /** Decay rates of the first and second moment. Default [0.9, 0.95], as in DeepSeek-V3. */
   readonly betas?: readonly [number, number]
-  /** Default 1e-8. */
+  /** Added to the denominator of the update. Default 1e-8. */
   readonly eps?: number
-  /** Decoupled weight decay, of those parameters that `decays` says. Default 0.1. */
+  /** Decoupled weight decay of the parameters that `decays` selects. Default 0.1. */
   readonly weightDecay?: number
-  /** Whether a parameter's weights decay. Default `decaysMatrices`. */
+  /** Whether weight decay applies to a parameter. Default `decaysMatrices`. */
   readonly decays?: (named: NamedParameter) => boolean
   /**
-   * What both moments (Muon: its momentum, too) are stored as. Default f32. In `'bf16'`, as DeepSeek-V3 has them (report 3.3.3), they take half the memory; steps are computed in f32 and
-   * taken before the moments are rounded. Needs rates of at most 1 - 2^-8.
+   * Storage of both moments (for Muon, also of the momentum). Default f32. `'bf16'`, which DeepSeek-V3 uses (report,
+   * 3.3.3), takes half the memory. Steps are computed in f32, and the moments are rounded afterwards. Needs decay rates
+   * of at most 1 - 2^-8.
    */
   readonly moments?: MomentDType
 }
 
-/** What an optimizer can store its moments as. */
+/** Storage types for optimizer moments. */
 export type MomentDType = 'f32' | 'bf16'
 
 export const adamWNames: OptionNames<AdamWOptions> = {
@@ -51,15 +52,15 @@ export const adamWNames: OptionNames<AdamWOptions> = {
   moments: true,
 }
 
-/** One less half the distance of bf16 above 1: what is left of a moment after a step is rounded back to it where it decays by less. */
+/** 1 minus half the spacing of bf16 above 1. A moment that decays more slowly is rounded back to its previous value. */
 const slowestInBf16 = 1 - 2 ** -8
 
-/** What is wrong with moments that are stored so, if anything is. `rates` are what is left of each after a step. */
+/** The problem with such moments, if there is one. @param rates factors by which moments decay in each step */
 export function momentsProblem(moments: MomentDType, rates: readonly number[]): string | undefined {
-  if (moments !== 'f32' && moments !== 'bf16') return `moments is ${shown(moments)}, needs 'f32' or 'bf16'`
+  if (moments !== 'f32' && moments !== 'bf16') return `moments is ${shown(moments)}, expected 'f32' or 'bf16'`
   const slow = moments === 'bf16' ? rates.find(rate => rate > slowestInBf16) : undefined
   if (slow === undefined) return undefined
-  return `moments is 'bf16' and one keeps ${slow} of itself in a step: what loses less than 1 in 256 is rounded back to what it was in bf16, so that it would never fall; it needs at most ${slowestInBf16}`
+  return `moments is 'bf16', but a moment has a decay rate of ${slow}: in bf16, a change of less than 1/256 is rounded away and the moment would never decay; use a rate of at most ${slowestInBf16}`
 }
 
 /** @throws MoeError E_CONFIG */
@@ -70,11 +71,11 @@ export function checkMoments(op: string, moments: MomentDType, rates: readonly n
     code: 'E_CONFIG',
     op,
     problem,
-    fix: 'leave moments out, or let them decay faster, as { betas: [0.9, 0.95] }',
+    fix: 'omit moments, or use lower decay rates such as { betas: [0.9, 0.95] }',
   })
 }
 
-/** Matrices decay; norms, biases and embedding tables do not. */
+/** Selects the parameters with weight decay: matrices, but not norms, biases and embedding tables. */
 export function decaysMatrices({ name, parameter }: NamedParameter): boolean {
   return parameter.rank >= 2 && !/(^|\.)(embed_tokens|wte|embedding)\./.test(`${name}.`)
 }
@@ -90,7 +91,7 @@ export class AdamW implements StagedOptimizer {
   readonly name = 'adamw'
   /** Steps done. */
   steps = 0
-  /** Of the step that has begun. */
+  /** Learning rate of the current step. */
   #lr = 0
   readonly #slots: readonly Slot[]
   readonly #betas: readonly [number, number]
@@ -99,7 +100,12 @@ export class AdamW implements StagedOptimizer {
   readonly #decays: (named: NamedParameter) => boolean
   readonly #moments: MomentDType
 
-  /** Two moments, zeros, for each trainable parameter; others are left out. @throws MoeError E_CONFIG, E_UNSUPPORTED where the backend has no bf16 for the moments */
+  /**
+   * Creates two zero moments for each trainable parameter; others are ignored.
+   *
+   * @throws MoeError E_CONFIG for invalid settings
+   * @throws MoeError E_UNSUPPORTED if the backend cannot store the moments as bf16
+   */
   constructor(parameters: readonly NamedParameter[], options: AdamWOptions = {}) {
     checkParameters('AdamW', parameters)
     checkOptions('AdamW', options, adamWNames)
@@ -171,7 +177,7 @@ export class AdamW implements StagedOptimizer {
     for (const [name, { shape }] of own) {
       if (!stored.delete(name)) problems.push(`${name} is missing`)
       else if (!sameShape(source.info(name).shape, shape)) {
-        problems.push(`${name} is stored as ${showShape(source.info(name).shape)}, needs ${showShape(shape)}`)
+        problems.push(`${name} is stored as ${showShape(source.info(name).shape)}, expected ${showShape(shape)}`)
       }
     }
     for (const name of stored) problems.push(`${name} is unexpected`)

@@ -1,4 +1,4 @@
-/** @file Clipping by global norm, on the device. */
+/** @file Gradient clipping by global norm, on the device. */
 import {
   type Backend,
   full,
@@ -11,24 +11,25 @@ import {
   zeros,
 } from '@moe/core'
 
-/** Norm over all gradients present. Scalar on the device. */
+/** Returns the norm over all gradients that are present, as a scalar on the device. */
 export function gradientNorm(parameters: readonly Parameter[]): Tensor {
   const gradients = parameters.flatMap(({ grad }) => (grad === null ? [] : [grad]))
   return gradients.length === 0 ? full([], 0, { backend: parameters[0]?.backend }) : globalNorm(gradients)
 }
 
-/** The same before it is rounded, as `globalNormParts`. */
+/** The parts of the gradient norm before rounding, as in `globalNormParts`. */
 export function gradientNormParts(gradients: ReadonlyArray<Tensor | null>, backend: Backend): Tensor {
   const present = gradients.flatMap(gradient => gradient ?? [])
   return present.length === 0 ? zeros([3], { backend }) : globalNormParts(present)
 }
 
 /**
- * What gradients are multiplied by so that their norm is at most `limit`: `factor * min(1, limit / (factor * norm +
- * 1e-6))`, as torch.nn.utils.clip_grad_norm_. Scalar on the device; nothing is read back.
+ * Returns the factor that limits the gradient norm: `factor * min(1, limit / (factor * norm + 1e-6))`, as in
+ * torch.nn.utils.clip_grad_norm_. The result is a scalar on the device; nothing is read back.
+ *
  * @param norm of the gradients before `factor`
- * @param limit no clipping when it is Infinity or 0
- * @param factor to apply in any case, e.g. the average over micro-batches
+ * @param limit maximum norm; Infinity or 0 disables clipping
+ * @param factor always applied, for example to average over micro-batches
  */
 export function clipScale(norm: Tensor, limit: number, factor: number | Tensor = 1): Tensor {
   const { backend } = norm

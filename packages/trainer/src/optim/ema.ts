@@ -1,18 +1,20 @@
-/** @file An exponential moving average of weights: what they are worth once the learning rate has fallen, seen before it has (DeepSeek-V3 report, 3.2.2). */
+/** @file An exponential moving average of the weights (DeepSeek-V3 report, 3.2.2). */
 import { checkOptions, emaStep, MoeError, type NamedParameter, type Parameter, shown } from '@moe/core'
 import { checkParameters, zeroState } from './optimizer.ts'
 
-/** How long averages remember. */
+/** Options of `Ema`. */
 export interface EmaOptions {
-  /** What the weights of a step tokenWeights of those of the next: 0.999 looks back over some thousand steps. */
+  /**
+   * Factor by which the contribution of earlier steps decays per step: 0.999 averages about the last thousand steps.
+   */
   readonly decay: number
 }
 
-/** What is wrong with such a decay, if anything is. */
+/** The problem with a decay, if there is one. */
 export const decayProblem = (name: string, decay: unknown): string | undefined =>
   typeof decay === 'number' && decay > 0 && decay < 1
     ? undefined
-    : `${name} is ${shown(decay)}, needs a number between 0 and 1, such as 0.999`
+    : `${name} is ${shown(decay)}, expected a number between 0 and 1, for example 0.999`
 
 interface Slot {
   readonly parameter: Parameter
@@ -20,16 +22,20 @@ interface Slot {
 }
 
 /**
- * Averages of the trainable parameters, f32 where these are. They are of the weights after each `update` alone: those of t steps are sum decay^(t-i) w_i / sum decay^(t-i), not of what the weights were before
- * the first. Others (buffers, frozen weights) have none.
+ * Exponential moving averages of the trainable f32 parameters. After t updates, the average is sum decay^(t-i) w_i /
+ * sum decay^(t-i) over the weights w_i at each `update`; the weights before the first update are not included. Buffers
+ * and frozen weights are not averaged.
  */
 export class Ema {
-  /** Steps whose weights are in the averages. */
+  /** Number of updates so far. */
   steps = 0
   readonly #slots: readonly Slot[]
   readonly #decay: number
 
-  /** @param parameters of the model, as `namedParameters` gives them. @throws MoeError E_CONFIG, E_OUT_OF_MEMORY */
+  /**
+   * @param parameters of the model, as `namedParameters` returns them
+   * @throws MoeError E_CONFIG, E_OUT_OF_MEMORY
+   */
   constructor(parameters: readonly NamedParameter[], options: EmaOptions) {
     checkParameters('Ema', parameters)
     checkOptions('Ema', options, { decay: true })
@@ -41,13 +47,13 @@ export class Ema {
     this.#slots = zeroState(trained).map((average, i) => ({ parameter: trained[i], average }))
   }
 
-  /** Takes the weights in as they are: to be called after each step. */
+  /** Adds the current weights to the averages. Call it after each step. */
   update(): void {
     const attrs = { decay: this.#decay, step: ++this.steps }
     for (const { parameter, average } of this.#slots) average.assign(emaStep(average, parameter, attrs))
   }
 
-  /** Exchanges weights and averages: the model is the average one until this is called again. Nothing is copied. */
+  /** Swaps weights and averages: the model contains the averages until this is called again. Nothing is copied. */
   exchange(): void {
     for (const { parameter, average } of this.#slots) parameter.exchange(average)
   }

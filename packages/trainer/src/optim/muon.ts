@@ -1,6 +1,6 @@
 /**
- * @file Muon: momentum whose update is made orthogonal (Jordan et al. 2024), scaled to the size of AdamW's (Liu et al.
- * 2025, arXiv 2502.16982).
+ * @file Muon: orthogonalized momentum (Jordan et al. 2024), with updates scaled to the size of AdamW's (Liu et al.
+ *   2025, arXiv 2502.16982).
  */
 import {
   checkOptions,
@@ -31,15 +31,15 @@ import {
   zeroState,
 } from './optimizer.ts'
 
-/** Settings of Muon, and of the AdamW that takes the other parameters. */
+/** Settings of Muon, and of the AdamW that updates the other parameters. */
 export interface MuonOptions extends AdamWOptions {
-  /** Default 0.95. */
+  /** Momentum. Default 0.95. */
   readonly momentum?: number
   /** Newton-Schulz iterations. Default 5. */
   readonly iterations?: number
-  /** Arithmetic of their matrix products. Default bf16, as usual for Muon. */
+  /** Precision of these iterations. Default bf16, as usual for Muon. */
   readonly precision?: Precision
-  /** Which parameters it takes; AdamW takes the others. Default `hiddenMatrices`. */
+  /** Selects the parameters that Muon updates; AdamW updates the others. Default `hiddenMatrices`. */
   readonly takes?: (named: NamedParameter) => boolean
 }
 
@@ -51,19 +51,19 @@ const names: OptionNames<MuonOptions> = {
   takes: true,
 }
 
-/** Matrices and stacks of them, but for embedding table and head. */
+/** Selects matrices and stacks of matrices, except embedding table and head. */
 export function hiddenMatrices(named: NamedParameter): boolean {
   return named.parameter.rank >= 2 && named.parameter.rank <= 3 && !isTokenTable(named)
 }
 
 /**
  * Replaces matrices `[..., m, n]` by nearly orthogonal ones with the same singular vectors (singular values 0.7 to
- * 1.2): Newton-Schulz iteration with the quintic polynomial of Jordan et al. No gradient goes through it.
+ * 1.2), by Newton-Schulz iteration with the quintic polynomial of Jordan et al. Not differentiable.
  */
 export function orthogonalize(x: Tensor, iterations = 5, precision: Precision = 'bf16'): Tensor {
   const [a, b, c] = [3.4445, -4.775, 2.0315]
   const [rows, columns] = x.shape.slice(-2)
-  // The smaller of the two Gram matrices; the factors act from its side.
+  // Uses the smaller of the two Gram matrices, and multiplies from its side.
   const left = rows <= columns
   const next = (y: Tensor) => {
     const gram = y.matmul(y, left ? { transposeB: true, precision } : { transposeA: true, precision })
@@ -73,7 +73,7 @@ export function orthogonalize(x: Tensor, iterations = 5, precision: Precision = 
   return noGrad(() => {
     let y = scope(() => x.div(x.mul(x).sum([-2, -1], true).sqrt().add(1e-7)))
     for (let i = 0; i < iterations; i++) {
-      // Each iteration leaves its result alone: a stack of experts is large.
+      // Each iteration frees its intermediate results: a stack of experts is large.
       const before = y
       y = scope(() => next(before))
       before.dispose()
@@ -82,21 +82,21 @@ export function orthogonalize(x: Tensor, iterations = 5, precision: Precision = 
   })
 }
 
-/** A matrix is made orthogonal as a whole. @throws MoeError E_CONFIG */
-function needWhole({ name, parameter, firstRow }: OwnParameter): void {
+/** Muon orthogonalizes complete matrices, so it cannot update a shard of one. @throws MoeError E_CONFIG */
+function checkComplete({ name, parameter, firstRow }: OwnParameter): void {
   if (firstRow === undefined || parameter.rank > 2) return
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'Muon',
-    problem: `${name} is taken, of which this rank has some rows alone`,
-    fix: 'leave token tables to AdamW, as hiddenMatrices does',
+    problem: `takes selects ${name}, but this rank has only some of its rows`,
+    fix: 'exclude embedding tables and heads, as hiddenMatrices does',
   })
 }
 
 interface Slot {
   readonly named: NamedParameter
   readonly weightDecay: number
-  /** Step length at learning rate 1: 0.2 sqrt(max(m, n)) gives the root mean square of AdamW's updates. */
+  /** Scale of the update: 0.2 sqrt(max(m, n)) matches the root mean square of AdamW's updates. */
   readonly scale: number
   readonly momentum: Parameter
 }
@@ -111,7 +111,11 @@ export class Muon implements StagedOptimizer {
   readonly #precision: Precision
   readonly #takes: (named: NamedParameter) => boolean
 
-  /** @param parameters of the model, as `namedParameters` gives them, or this rank's. @throws MoeError E_CONFIG, also for rows of a matrix */
+  /**
+   * @param parameters of the model, as `namedParameters` returns them, or those of this rank
+   * @throws MoeError E_CONFIG for invalid settings, and if `takes` selects a matrix of which this rank has only some
+   *   rows
+   */
   constructor(parameters: readonly OwnParameter[], options: MuonOptions = {}) {
     checkParameters('Muon', parameters)
     checkOptions('Muon', options, names)
@@ -121,7 +125,7 @@ export class Muon implements StagedOptimizer {
     checkMoments('Muon', moments, [momentum])
     this.#takes = named => named.parameter.trainable && takes(named)
     const own = parameters.filter(this.#takes)
-    for (const named of own) needWhole(named)
+    for (const named of own) checkComplete(named)
     const momenta = zeroState(
       own.map(({ parameter }) => parameter),
       moments,
@@ -164,7 +168,7 @@ export class Muon implements StagedOptimizer {
     return [...this.#slots.map(({ momentum }) => momentum), ...this.#rest.state]
   }
 
-  /** The numbers: what is left of a matrix after decay, and the length of its step, for each. */
+  /** Returns two numbers per matrix: the factor of its weight decay, and the scale of its update. */
   begin(lr: number): OptimizerInputs {
     const numbers = this.#slots.flatMap(({ weightDecay, scale }) => [1 - lr * weightDecay, lr * scale])
     return { numbers: Float32Array.from(numbers), updates: this.#rest.begin(lr).updates }
@@ -180,7 +184,7 @@ export class Muon implements StagedOptimizer {
           const number = (at: number) => numbers.narrow(0, at, at + 1).reshape([])
           const g = grad.mul(gradScale).mul(1 - this.#momentum)
           const average = momentum.cast('f32').mul(this.#momentum).add(g)
-          // Nesterov: one step ahead.
+          // Nesterov momentum: one step ahead.
           const ahead = average.mul(this.#momentum).add(g)
           const update = orthogonalize(ahead, this.#iterations, this.#precision).mul(number(2 * i + 1))
           return { parameter: parameter.mul(number(2 * i)).sub(update), average: average.cast(momentum.dtype) }
@@ -210,7 +214,9 @@ export class Muon implements StagedOptimizer {
       const name = `momentum.${named.name}`
       if (!stored.delete(name)) problems.push(`${name} is missing`)
       else if (!sameShape(source.info(name).shape, momentum.shape)) {
-        problems.push(`${name} is stored as ${showShape(source.info(name).shape)}, needs ${showShape(momentum.shape)}`)
+        problems.push(
+          `${name} is stored as ${showShape(source.info(name).shape)}, expected ${showShape(momentum.shape)}`,
+        )
       }
     }
     if (problems.length > 0) throw stateMismatch('Muon.load', problems)

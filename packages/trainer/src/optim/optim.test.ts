@@ -45,7 +45,7 @@ test('optimizers refuse what is no list of named parameters, and steps without a
   const parameter = parameterOf([1, 2], [1, 1])
   for (const Made of [AdamW, Muon]) {
     for (const none of [undefined, { weight: parameter }, [parameter]] as unknown as NamedParameter[][])
-      expect(() => new Made(none)).toThrow(/not a list of \{ name, parameter \}; pass namedParameters\(model\)/)
+      expect(() => new Made(none)).toThrow(/not an array of \{ name, parameter \}; pass namedParameters\(model\)/)
     const optimizer = new Made([{ name: 'weight', parameter }])
     using one = full([], 1)
     expect(() => optimizer.step(undefined as unknown as number, one)).toThrow(
@@ -72,7 +72,7 @@ test('state of other parameters is refused with as many lines as one reads', asy
     expect(error.message.split('\n')).toEqual([
       expect.stringMatching(/: the stored optimizer state does not fit the model:$/),
       ...all.slice(0, 20).map(line => `  ${line}`),
-      `  and ${all.length - 20} more: all are in the error's details`,
+      `  and ${all.length - 20} more (see the error's details)`,
       'resume with the model that the run was started with',
     ])
     optimizer.dispose()
@@ -230,11 +230,11 @@ describe('moments in bf16', () => {
       expect(() => new AdamW([{ name: 'weight', parameter }], { betas, moments: 'bf16' })).toThrow(
         expect.objectContaining({
           code: 'E_CONFIG',
-          message: expect.stringMatching(/would never fall; it needs at most 0\.99609375/),
+          message: expect.stringMatching(/would never decay; use a rate of at most 0\.99609375/),
         }),
       )
     expect(() => new Muon([{ name: 'weight', parameter }], { momentum: 0.999, moments: 'bf16' })).toThrow(
-      /keeps 0\.999/,
+      /decay rate of 0\.999/,
     )
     expect(() => new AdamW([{ name: 'weight', parameter }], { moments: 'f16' as 'bf16' })).toThrow(
       "moments is \"f16\", needs 'f32' or 'bf16'",
@@ -427,12 +427,12 @@ describe('piecewise', () => {
 
   test('names what cannot be', () => {
     const refused = (stretches: unknown, options = {}) => expect(() => piecewise(stretches as Stretch[], options))
-    refused([]).toThrow(/the stretches are/)
-    refused([{ steps: 1, to: 1 }]).toThrow(/from of stretch 0 is missing/)
-    refused([{ steps: 1.5, at: 1 }]).toThrow(/steps of stretch 0 is 1.5/)
-    refused([{ steps: 1, at: Number.NaN }]).toThrow(/at of stretch 0 is NaN/)
-    refused([{ steps: 1, from: 0, to: 1, shape: 'sine' }]).toThrow(/shape of stretch 0 is .?sine/)
-    refused([{ steps: 0, at: 1 }]).toThrow(/all stretches are empty/)
+    refused([]).toThrow(/the segments are/)
+    refused([{ steps: 1, to: 1 }]).toThrow(/from of segment 0 is missing/)
+    refused([{ steps: 1.5, at: 1 }]).toThrow(/steps of segment 0 is 1.5/)
+    refused([{ steps: 1, at: Number.NaN }]).toThrow(/at of segment 0 is NaN/)
+    refused([{ steps: 1, from: 0, to: 1, shape: 'sine' }]).toThrow(/shape of segment 0 is .?sine/)
+    refused([{ steps: 0, at: 1 }]).toThrow(/all segments are empty/)
     refused([{ steps: 1, at: 1 }], { steps: 0.5 }).toThrow(/steps is 0.5/)
     refused([{ steps: 1, at: 1, until: 3 }]).toThrow(/unknown option until/)
   })
@@ -480,7 +480,7 @@ describe('schedules', () => {
   })
 
   test('refuse what does not fit, all at once', () => {
-    expect(() => warmupCosine({ steps: 10, warmup: 20, floor: 2 })).toThrow(/floor is 2, warm-up of 20/)
+    expect(() => warmupCosine({ steps: 10, warmup: 20, floor: 2 })).toThrow(/floor is 2, warmup of 20/)
     expect(() => warmupStableDecay({ steps: 10, warmup: 6, decay: 6 })).toThrow(
       expect.objectContaining({ code: 'E_CONFIG' }),
     )

@@ -1,4 +1,4 @@
-/** @file What the trainer asks of an optimizer. */
+/** @file The interface of an optimizer. */
 import {
   type AttrUpdates,
   type DType,
@@ -16,24 +16,31 @@ import {
   zeros,
 } from '@moe/core'
 
-/** State of an optimizer. */
+/** An entry of an optimizer's state. */
 export interface OptimizerEntry extends StateEntry {
-  /** Whose state it is, element by element. An optimizer that says so can be used where ranks have parts of the model. */
+  /**
+   * The parameter that this is the state of, element by element. Required to shard the optimizer, and for pipeline and
+   * expert parallelism.
+   */
   readonly parameter?: Parameter
 }
 
-/** What changes the parameters by their gradients: `AdamW` and `Muon` are two. */
+/** Updates parameters from their gradients. `AdamW` and `Muon` implement it. */
 export interface Optimizer {
-  /** Short name, stored in checkpoints so that the state of another one is not taken for its own. */
+  /** Short name. Checkpoints store it, and only the same optimizer loads their state. */
   readonly name: string
-  /** The numbers that it was made with, and how it treats these parameters, stored in checkpoints. They are those of the whole model, of which it may have a part. */
+  /**
+   * Settings of the optimizer, including how it treats these parameters; stored in checkpoints. `parameters` are those
+   * of the complete model, of which this optimizer may update only a part.
+   */
   settings(parameters: readonly NamedParameter[]): Readonly<Record<string, unknown>>
-  /** Changes every parameter that has a gradient. `gradScale []` multiplies the gradients. */
+  /** Updates every parameter that has a gradient. `gradScale []` multiplies the gradients. */
   step(lr: number, gradScale: Tensor): void
-  /** State beside the parameters, under names of its own. */
+  /** The optimizer state, with unique names. */
   entries(): OptimizerEntry[]
   /**
-   * Takes over stored state after `steps` steps. Nothing is changed unless every entry fits.
+   * Loads stored state after `steps` steps. Nothing is changed unless every entry fits.
+   *
    * @throws MoeError E_STATE_DICT
    */
   load(source: StateSource, steps: number): Promise<void>
@@ -41,32 +48,34 @@ export interface Optimizer {
   dispose(): void
 }
 
-/** What a step of a `StagedOptimizer` takes from the host. */
+/** Inputs of a step of a `StagedOptimizer` from the host. */
 export interface OptimizerInputs {
-  /** Uploaded as `f32`, in the same number at every step. */
+  /** Uploaded as `f32`. Every step must have the same count. */
   readonly numbers: Float32Array
-  /** For the ops that a recorded step has. */
+  /** Attributes to replace in the recorded ops. */
   readonly updates: AttrUpdates
 }
 
-/** An optimizer whose ops can be recorded once and replayed: `step` is `begin` and `update`. */
+/** An optimizer whose ops can be recorded once and replayed. Its `step` is `begin` followed by `update`. */
 export interface StagedOptimizer extends Optimizer {
-  /** What a step replaces beside the parameters. */
+  /** State tensors that a step replaces. */
   readonly state: readonly Tensor[]
-  /** Counts a step. */
+  /** Starts a step and returns its inputs. */
   begin(lr: number): OptimizerInputs
-  /** The ops, of the parameters that have gradients. They depend on nothing of the host but on what `begin` gave. */
+  /**
+   * Runs the ops of the step, for the parameters that have gradients. They may depend only on what `begin` returned.
+   */
   update(numbers: Tensor, gradScale: Tensor): void
 }
 
-/** What an optimizer is made from. @throws MoeError E_ATTR */
+/** @throws MoeError E_ATTR unless these are named parameters */
 export function checkParameters(op: string, parameters: readonly NamedParameter[]): void {
   if (Array.isArray(parameters) && parameters.every(named => named?.parameter instanceof Parameter)) return
-  const problem = 'the parameters are not a list of { name, parameter }'
+  const problem = 'parameters is not an array of { name, parameter }'
   throw new MoeError({ code: 'E_ATTR', op, problem, fix: 'pass namedParameters(model)' })
 }
 
-/** What a step is taken with: without it no number would be left in the model. @throws MoeError E_ATTR */
+/** @throws MoeError E_ATTR for a learning rate that is not a number, which would turn all weights into NaN */
 export function checkLearningRate(op: string, lr: number): void {
   if (Number.isFinite(lr)) return
   throw new MoeError({
@@ -79,13 +88,16 @@ export function checkLearningRate(op: string, lr: number): void {
 
 export const isStaged = (optimizer: Optimizer): optimizer is StagedOptimizer => 'begin' in optimizer
 
-/** State for each of the tensors, zeros at first. Without the memory for all of it there is none. @throws MoeError E_UNSUPPORTED where the backend stores no such numbers */
+/**
+ * Creates zero state for each tensor, all or none. @throws MoeError E_UNSUPPORTED if the backend does not support the
+ * dtype
+ */
 export const zeroState = (like: readonly Tensor[], dtype: DType = 'f32'): Parameter[] =>
   scope(() => like.map(({ shape, backend }) => zeros(shape, { backend, dtype }))).map(
     tensor => new Parameter(tensor, { trainable: false }),
   )
 
-/** Stored state in the place of `state`, rounded where this has fewer bits. */
+/** Loads stored state into `state`, rounded if its dtype has fewer bits. */
 export async function fillState(state: Parameter, source: StateSource, name: string): Promise<void> {
   const { dtype, shape, backend } = state
   const [data, stored] = [await source.read(name), source.info(name).dtype]
@@ -93,14 +105,14 @@ export async function fillState(state: Parameter, source: StateSource, name: str
   state.assign(fromHost(own, shape, dtype, backend))
 }
 
-/** Lines of a message that somebody reads. */
+/** Maximum number of problems in a message. */
 const shownProblems = 20
 
-/** Stored state that is not that of these parameters. */
+/** The error for stored state that does not fit the parameters. */
 export function stateMismatch(op: string, problems: readonly string[]): MoeError {
   const lines = problems.slice(0, shownProblems)
   const more = problems.length - lines.length
-  if (more > 0) lines.push(`and ${more} more: all are in the error's details`)
+  if (more > 0) lines.push(`and ${more} more (see the error's details)`)
   return new MoeError({
     code: 'E_STATE_DICT',
     op,

@@ -1,10 +1,10 @@
-/** @file Learning-rate schedules: pure functions of the step, so that a resumed run needs no state for them. */
+/** @file Learning rate schedules: pure functions of the step, so that a resumed run needs no state for them. */
 import { checkOptions, MoeError, shown } from '@moe/core'
 
-/** What the peak learning rate is multiplied by at a step (counted from 0). */
+/** Returns the multiplier of the peak learning rate at a step (counted from 0). */
 export type Schedule = (step: number) => number
 
-/** What a schedule gives at a step. @throws MoeError E_CONFIG for what is no number from 0: nothing could be learned with it, or the weights would be lost */
+/** The multiplier of a schedule at a step. @throws MoeError E_CONFIG unless it is a finite number of at least 0 */
 export function scheduled(schedule: Schedule, step: number): number {
   const factor = schedule(step)
   if (Number.isFinite(factor) && factor >= 0) return factor
@@ -12,21 +12,21 @@ export function scheduled(schedule: Schedule, step: number): number {
     code: 'E_CONFIG',
     op: 'train',
     problem: `schedule(${step}) is ${shown(factor)}`,
-    fix: 'give a number from 0 for every step, which lr is multiplied by',
+    fix: 'return a finite number of at least 0 for every step; lr is multiplied by it',
   })
 }
 
-/** Length and end of a schedule with warm-up. */
+/** Options of a schedule with warm-up. */
 export interface CosineOptions {
-  /** Steps of the whole run. */
+  /** Number of steps of the whole run. */
   readonly steps: number
-  /** Steps of linear warm-up from 0 at the start. Default: a tenth of the run, at most 100. */
+  /** Steps of linear warm-up from 0. Default: a tenth of the run, at most 100. */
   readonly warmup?: number
-  /** Multiplier that the last step reaches. Default 0.1. */
+  /** Multiplier at the last step. Default 0.1 (`warmupStableDecay`: 0). */
   readonly floor?: number
 }
 
-/** Linear warm-up, then half a cosine down to `floor` (Loshchilov & Hutter 2017). */
+/** Returns a schedule with linear warm-up, then a cosine decay to `floor` (Loshchilov & Hutter 2017). */
 export function warmupCosine(options: CosineOptions): Schedule {
   checkOptions('warmupCosine', options, { steps: true, warmup: true, floor: true })
   const { steps, warmup = defaultWarmup(steps), floor = 0.1 } = options
@@ -39,16 +39,13 @@ export function warmupCosine(options: CosineOptions): Schedule {
   }
 }
 
-/** Length of the decay, too. */
+/** Options of `warmupStableDecay`. */
 export interface StableDecayOptions extends CosineOptions {
   /** Steps of the final decay. Default: a fifth of the run. */
   readonly decay?: number
 }
 
-/**
- * Linear warm-up, a constant stretch, then a decay to `floor` that is linear in the square root (Hägele et al. 2024, 1
- * - sqrt).
- */
+/** Returns a schedule with linear warm-up, a constant phase, then a 1 - sqrt decay to `floor` (Hägele et al. 2024). */
 export function warmupStableDecay(options: StableDecayOptions): Schedule {
   checkOptions('warmupStableDecay', options, { steps: true, warmup: true, decay: true, floor: true })
   const { steps, warmup = defaultWarmup(steps), decay = Math.round(steps / 5), floor = 0 } = options
@@ -60,7 +57,7 @@ export function warmupStableDecay(options: StableDecayOptions): Schedule {
   }
 }
 
-/** Linear warm-up over `warmup` steps, then no change. */
+/** Returns a schedule with linear warm-up over `warmup` steps that is constant afterwards. */
 export function warmupConstant(options: { readonly warmup: number }): Schedule {
   checkOptions('warmupConstant', options, { warmup: true })
   const { warmup } = options
@@ -68,22 +65,28 @@ export function warmupConstant(options: { readonly warmup: number }): Schedule {
   return step => (step < warmup ? (step + 1) / warmup : 1)
 }
 
-/** A stretch of a schedule: `steps` long, at one value; or on its way to one, which its last step reaches. */
+/**
+ * A segment of a schedule, `steps` long: either constant (`at`), or moving to a value that its last step reaches
+ * (`to`).
+ */
 export type Stretch =
   | { readonly steps: number; readonly at: number }
   | {
       readonly steps: number
-      /** Default: where the stretch before has ended. */
+      /** Start value. Default: the end of the previous segment. */
       readonly from?: number
       readonly to: number
-      /** `'cosine'` is half of one. Default `'linear'`. */
+      /** `'cosine'` is half a cosine wave. Default `'linear'`. */
       readonly shape?: 'linear' | 'cosine'
     }
 
 /**
- * A schedule of stretches, one behind the other; behind the last one it stays where that ended. For learning rates, and for whatever else is a function of the
- * step: micro-batches (`accumulate`), weights of losses, the speed of biases.
- * @param options.steps how long all stretches are together: their own lengths are shares then, such as tokens. Default: they are steps
+ * Returns a schedule that consists of consecutive segments. After the last one, it stays at that segment's end. Use it
+ * for learning rates and for any other function of the step: micro-batches (`accumulate`), loss weights, the bias
+ * update speed.
+ *
+ * @param options.steps total length of all segments in steps; the segments' own lengths are then proportions, for
+ *   example numbers of tokens. Default: the segments' lengths are steps
  * @throws MoeError E_CONFIG
  */
 export function piecewise(stretches: readonly Stretch[], options: { readonly steps?: number } = {}): Schedule {
@@ -118,22 +121,22 @@ function checkStretches(stretches: readonly Stretch[], steps: number | undefined
     steps === undefined
       ? Number.isSafeInteger(value) && (value as number) >= 0
       : Number.isFinite(value) && (value as number) >= 0
-  if (!Array.isArray(stretches) || stretches.length === 0) problems.push(`the stretches are ${shown(stretches)}`)
+  if (!Array.isArray(stretches) || stretches.length === 0) problems.push(`the segments are ${shown(stretches)}`)
   else {
     stretches.forEach((stretch: Stretch, i) => {
-      if ('at' in stretch) checkOptions(`piecewise stretch ${i}`, stretch, { steps: true, at: true })
-      else checkOptions(`piecewise stretch ${i}`, stretch, { steps: true, from: true, to: true, shape: true })
+      if ('at' in stretch) checkOptions(`piecewise segment ${i}`, stretch, { steps: true, at: true })
+      else checkOptions(`piecewise segment ${i}`, stretch, { steps: true, from: true, to: true, shape: true })
       const { steps: length, ...values } = stretch
-      if (!isLength(length)) problems.push(`steps of stretch ${i} is ${shown(length)}`)
+      if (!isLength(length)) problems.push(`steps of segment ${i} is ${shown(length)}`)
       const ends =
         'at' in values ? { at: values.at } : { to: values.to, ...(values.from !== undefined && { from: values.from }) }
       for (const [name, value] of Object.entries(ends))
-        if (!Number.isFinite(value)) problems.push(`${name} of stretch ${i} is ${shown(value)}`)
+        if (!Number.isFinite(value)) problems.push(`${name} of segment ${i} is ${shown(value)}`)
       if ('shape' in values && !['linear', 'cosine', undefined].includes(values.shape))
-        problems.push(`shape of stretch ${i} is ${shown(values.shape)}`)
+        problems.push(`shape of segment ${i} is ${shown(values.shape)}`)
     })
-    if (!('at' in stretches[0]) && stretches[0].from === undefined) problems.push('from of stretch 0 is missing')
-    if (stretches.every(({ steps }) => steps === 0)) problems.push('all stretches are empty')
+    if (!('at' in stretches[0]) && stretches[0].from === undefined) problems.push('from of segment 0 is missing')
+    if (stretches.every(({ steps }) => steps === 0)) problems.push('all segments are empty')
   }
   if (steps !== undefined && (!Number.isSafeInteger(steps) || steps < 1)) problems.push(`steps is ${shown(steps)}`)
   if (problems.length === 0) return
@@ -141,7 +144,7 @@ function checkStretches(stretches: readonly Stretch[], steps: number | undefined
     code: 'E_CONFIG',
     op: 'piecewise',
     problem: problems.join(', '),
-    fix: "pass [{ steps: 100, from: 0, to: 1 }, { steps: 900, to: 0.1, shape: 'cosine' }] or such; steps are whole numbers from 0, and shares where { steps } is given",
+    fix: "pass segments such as [{ steps: 100, from: 0, to: 1 }, { steps: 900, to: 0.1, shape: 'cosine' }]; their steps are integers of at least 0, or proportions if { steps } is given",
   })
 }
 
@@ -152,13 +155,12 @@ function checkSchedule(op: string, counts: Readonly<Record<string, number>>, flo
   const problems = wrong.map(([name, count]) => `${name} is ${count}`)
   if (!(floor >= 0 && floor <= 1)) problems.push(`floor is ${floor}`)
   const { steps, warmup = 0, decay = 0 } = counts
-  if (warmup + decay > steps)
-    problems.push(`warm-up of ${warmup} and decay of ${decay} are more than the ${steps} steps`)
+  if (warmup + decay > steps) problems.push(`warmup of ${warmup} and decay of ${decay} exceed the ${steps} steps`)
   if (problems.length === 0) return
   throw new MoeError({
     code: 'E_CONFIG',
     op,
     problem: problems.join(', '),
-    fix: 'steps are whole numbers from 0, floor lies between 0 and 1',
+    fix: 'pass integers of at least 0 for steps, and a floor between 0 and 1',
   })
 }
