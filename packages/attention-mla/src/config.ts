@@ -1,45 +1,47 @@
-/** @file What an MLA layer is made of, in the terms of Hugging Face's config.json. */
+/** @file Configuration of an MLA layer, in the terms of Hugging Face's config.json. */
 import { checkShared, MoeError, type OptionNames, shown } from '@moe/core'
 
-/** YaRN context extension (Peng et al. 2023) as DeepSeek configures it. */
+/** YaRN context extension (Peng et al. 2023), as DeepSeek configures it. */
 export interface RopeScaling {
-  /** The one method that is known. */
+  /** The only supported method. */
   readonly type: 'yarn'
-  /** How many times longer the context becomes. */
+  /** Factor by which the context is extended. */
   readonly factor: number
   /** Context length before the extension. */
   readonly original_max_position_embeddings: number
-  /** Turns over the original context from which a pair keeps its speed. Default 32. */
+  /** Pairs with at least this many rotations over the original context keep their frequency. Default 32. */
   readonly beta_fast?: number
-  /** Turns below which a pair is slowed down by the whole factor. Default 1. */
+  /** Pairs with fewer rotations than this are slowed down by the full factor. Default 1. */
   readonly beta_slow?: number
-  /** Of the factor on cos and sin; see `rotaryAmplitude`. */
+  /** Parameter of the factor on cos and sin; see `rotaryAmplitude`. */
   readonly mscale?: number
-  /** Of the factor on the softmax scale; see `softmaxScale`. 0 or undefined: none. */
+  /** Parameter of the factor on the softmax scale; see `softmaxScale`. If 0 or undefined, there is none. */
   readonly mscale_all_dim?: number
 }
 
-/** Sizes of an MLA layer. They are those of Hugging Face's config.json, from which it may be taken as it is. */
+/** Sizes of an MLA layer. You can pass a complete Hugging Face config.json. */
 export interface MlaConfig {
   /** Features of a token outside of attention. */
   readonly hidden_size: number
-  /** Heads of queries, and of the expanded keys and values. */
+  /** Number of heads of the queries and of the expanded keys and values. */
   readonly num_attention_heads: number
-  /** Rank of the query compression; null projects queries directly (V2-Lite). */
+  /** Rank of the query compression. null projects queries directly (V2-Lite). */
   readonly q_lora_rank: number | null
-  /** Rank of the joint key/value compression: what the cache holds per token, beside the rope key. */
+  /**
+   * Rank of the joint key/value compression: the features that the cache stores per token, in addition to the rope key.
+   */
   readonly kv_lora_rank: number
-  /** Features of a query and a key in each head that are not rotated. */
+  /** Features per head of queries and keys that are not rotated. */
   readonly qk_nope_head_dim: number
-  /** Features of a query in each head, and of the key that all heads share, that are rotated. Even. */
+  /** Rotated features of each query head, and of the key that all heads share. Must be even. */
   readonly qk_rope_head_dim: number
   /** Features of a value in each head. */
   readonly v_head_dim: number
-  /** Base of the rotation's wavelengths. Default 10000. */
+  /** Base of the rotation wavelengths. Default 10000. */
   readonly rope_theta?: number
-  /** Default null: no extension. */
+  /** Context extension. Default null: none. */
   readonly rope_scaling?: RopeScaling | null
-  /** Rotates adjacent features (released layout, default) instead of halves. */
+  /** Whether to rotate adjacent features, as in the released layout (default), instead of halves. */
   readonly rope_interleave?: boolean
 }
 
@@ -66,7 +68,7 @@ const scalingNames: OptionNames<RopeScaling> = {
   mscale_all_dim: true,
 }
 
-/** What is wrong with the numbers that rotation tables are made of. */
+/** Returns the problems of the settings that determine the rotation tables. */
 export function ropeProblems({
   rope_theta: theta = 10000,
   rope_scaling: scaling,
@@ -76,7 +78,8 @@ export function ropeProblems({
   if (!scaling) return problems
   checkShared('rope_scaling', scaling, scalingNames)
   const { type, factor, original_max_position_embeddings: context } = scaling
-  if (type !== 'yarn') problems.push(`rope_scaling.type = ${JSON.stringify(type)} is not "yarn"; null is no scaling`)
+  if (type !== 'yarn')
+    problems.push(`rope_scaling.type = ${JSON.stringify(type)} is not "yarn"; use null for no scaling`)
   if (!(factor > 0 && factor < Infinity)) problems.push(`rope_scaling.factor = ${factor} is not a positive number`)
   if (!(Number.isInteger(context) && context >= 1)) {
     problems.push(`rope_scaling.original_max_position_embeddings = ${context} is not a positive integer`)
@@ -84,7 +87,7 @@ export function ropeProblems({
   return problems
 }
 
-/** @throws MoeError E_CONFIG with every fault in one message. */
+/** Checks the configuration of an MLA layer. @throws MoeError E_CONFIG that lists all problems */
 export function checkMlaConfig(config: MlaConfig): void {
   checkShared('MultiHeadLatentAttention', config, mlaNames)
   const problems: string[] = []

@@ -15,7 +15,7 @@ test('query heads share the keys and values of their group', async () => {
   )
   const x = randn([1, time, hidden], random)
   const out = await layer.forward(x).values()
-  // The published form, head by head: softmax(q k^T / sqrt(D)) v with q and k turned in halves.
+  // The published form, head by head: softmax(q k^T / sqrt(D)) v with q and k rotated in halves.
   const flat = x.reshape([time, hidden])
   const half = features / 2
   const angles = Array.from({ length: time * half }, (_, i) => Math.floor(i / half) * 10000 ** (-(i % half) / half))
@@ -41,8 +41,8 @@ test('query heads share the keys and values of their group', async () => {
   assertClose('output', out, await expected.values(), { relative: 1e-5, absolute: 1e-6 })
 })
 
-test('impossible sizes are named together', () => {
+test('all invalid sizes are reported together', () => {
   const config = { hidden_size: 12, num_attention_heads: 4, num_key_value_heads: 3 }
-  expect(() => new MultiHeadAttention(config)).toThrow(/4 heads cannot share 3.*a head of 3 features/)
+  expect(() => new MultiHeadAttention(config)).toThrow(/4 heads is not a multiple of 3.*head_dim = 3 is odd/)
   expect(() => new MultiHeadAttention({ ...config, hidden_size: 10 })).toThrow(/features = 2.5 is not/)
 })

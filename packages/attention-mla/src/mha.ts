@@ -1,6 +1,6 @@
 /**
- * @file Multi-head attention with grouped keys and values as in Llama (Touvron et al. 2023; Ainslie et al. 2023): what DeepSeek LLM 7B and 67B have, and
- * what MLA is measured against.
+ * @file Multi-head attention with grouped keys and values as in Llama (Touvron et al. 2023; Ainslie et al. 2023) and
+ * DeepSeek LLM 7B and 67B: the baseline for MLA.
  *
  * Legend: B batch, T time, S cached keys, H heads, G key/value heads, D features of a head.
  */
@@ -33,15 +33,15 @@ import { type RotaryEmbedding, sharedRotary } from './rotary.ts'
 export interface MhaConfig {
   /** Features of a token outside of attention. */
   readonly hidden_size: number
-  /** Heads of queries. */
+  /** Number of query heads. */
   readonly num_attention_heads: number
-  /** Heads of keys and values, each shared by as many query heads. Default num_attention_heads. */
+  /** Number of key/value heads, each shared by equally many query heads. Default: num_attention_heads. */
   readonly num_key_value_heads?: number
-  /** Default hidden_size / num_attention_heads. */
+  /** Features of a head. Default: hidden_size / num_attention_heads. */
   readonly head_dim?: number
-  /** Base of the rotation's wavelengths. Default 10000. */
+  /** Base of the rotation wavelengths. Default 10000. */
   readonly rope_theta?: number
-  /** Default null: no extension. */
+  /** Context extension. Default null: none. */
   readonly rope_scaling?: RopeScaling | null
 }
 
@@ -54,18 +54,21 @@ const configNames: OptionNames<MhaConfig> = {
   rope_scaling: true,
 }
 
-/** How a multi-head attention layer starts, and what it shares with others. */
+/** Options of a multi-head attention layer: initialization and shared tables. */
 export interface MhaOptions extends InitOptions {
-  /** Rotation tables of head_dim features to share between layers; default own ones. */
+  /** Rotation tables of head_dim features, to share between layers. Default: its own tables. */
   readonly rotary?: RotaryEmbedding
 }
 
-/** Positions, cache and layer of a pass. */
+/** Options of a forward pass. */
 export type MhaForwardOptions = Omit<MlaForwardOptions, 'absorbUpTo'>
 
 const forwardNames: OptionNames<MhaForwardOptions> = { positions: true, starts: true, cache: true, layer: true }
 
-/** Causal attention on full keys and values; all features of a head are rotated, in halves. `[B, T, hidden]` to the same shape. */
+/**
+ * Causal multi-head attention with full keys and values. Rotates all features of a head, in halves. Maps `[B, T,
+ * hidden]` to the same shape.
+ */
 export class MultiHeadAttention extends Module {
   /** `[num_attention_heads * head_dim, hidden_size]`. */
   q_proj: Linear
@@ -80,7 +83,7 @@ export class MultiHeadAttention extends Module {
   readonly #features: number
   readonly #rotary: RotaryEmbedding
 
-  /** @throws MoeError E_CONFIG when sizes are impossible. */
+  /** @throws MoeError E_CONFIG for invalid sizes */
   constructor(config: MhaConfig, options: MhaOptions = {}) {
     super()
     checkShared('MultiHeadAttention', config, configNames)
@@ -92,8 +95,8 @@ export class MultiHeadAttention extends Module {
     for (const [key, size] of Object.entries({ hidden, heads, groups, features })) {
       if (!Number.isInteger(size) || size < 1) problems.push(`${key} = ${shown(size)} is not a positive integer`)
     }
-    if (heads % groups !== 0) problems.push(`${heads} heads cannot share ${groups} heads of keys and values evenly`)
-    if (features % 2 === 1) problems.push(`a head of ${features} features cannot be rotated in pairs`)
+    if (heads % groups !== 0) problems.push(`${heads} heads is not a multiple of ${groups} key/value heads`)
+    if (features % 2 === 1) problems.push(`head_dim = ${features} is odd`)
     problems.push(...ropeProblems(config))
     if (problems.length > 0) {
       throw new MoeError({ code: 'E_CONFIG', op: 'MultiHeadAttention', problem: problems.join('; ') })
@@ -108,7 +111,10 @@ export class MultiHeadAttention extends Module {
     this.#rotary = sharedRotary(rotary, { qk_rope_head_dim: features, rope_theta, rope_scaling })
   }
 
-  /** x `[batch, time, hidden]` to the same shape. With a cache it records no gradients. @throws MoeError E_SHAPE, E_CONFIG */
+  /**
+   * Maps x `[batch, time, hidden]` to the same shape. With a cache, gradients are not recorded.
+   * @throws MoeError E_SHAPE, E_CONFIG
+   */
   forward(x_BTD: Tensor, options: MhaForwardOptions = {}): Tensor {
     needAxes('MultiHeadAttention', x_BTD, ['batch', 'time', 'hidden'])
     checkShared('MultiHeadAttention.forward', options, forwardNames)
@@ -126,7 +132,7 @@ export class MultiHeadAttention extends Module {
     return this.#out(attention(q, k, this.#heads_BTHD(this.v_proj.forward(x_BTD), this.#groups), { starts }))
   }
 
-  /** Rows of the cache are the turned keys of all G heads, then the values. */
+  /** Rows of the cache contain the rotated keys of all G heads, then the values. */
   #cached(x: Tensor, cache: SequenceCache, { layer = 0, positions }: MhaForwardOptions): Tensor {
     const [batch, time] = x.shape
     const width = this.#groups * this.#features
@@ -151,12 +157,12 @@ export class MultiHeadAttention extends Module {
     return this.o_proj.forward(x_BTHD.reshape([batch, time, this.#heads * this.#features]))
   }
 
-  /** Elements per token that a cache of this layer holds: keys and values of all G heads, 2 G D. */
+  /** Elements that a cache of this layer stores per token: keys and values of all G heads, 2 G D. */
   get cacheFeatures(): number {
     return 2 * this.#groups * this.#features
   }
 
-  /** A cache for layers like this one. */
+  /** Creates a cache for layers like this one. */
   makeCache(options: CacheOptions): KvCache {
     return new KvCache(this.cacheFeatures, options)
   }

@@ -32,7 +32,7 @@ import {
 setDefaultBackend(referenceBackend())
 
 const fixture = (name: string) => fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url))
-// PyTorch forms the rotation angles in f32: at positions in the thousands they are off by up to 1e-4 rad.
+// PyTorch computes the rotation angles in f32, so at positions in the thousands they are off by up to 1e-4 rad.
 const gradientTolerance = { relative: 1e-3, absolute: 1e-4 }
 
 describe('golden constants', () => {
@@ -81,7 +81,7 @@ describe('golden constants', () => {
     for (const [i, value] of Object.entries(golden)) expect(found[Number(i)] / value).toBeCloseTo(1, 5)
   })
 
-  test('the cache holds kv_lora_rank + qk_rope_head_dim elements per token and layer', () => {
+  test('the cache stores kv_lora_rank + qk_rope_head_dim elements per token and layer', () => {
     const cache = new LatentCache({ kv_lora_rank: 512, qk_rope_head_dim: 64 }, { layers: 61, capacity: 1 })
     expect(cache.bytesPerToken).toBe(61 * 576 * 4)
     cache.dispose()
@@ -133,7 +133,8 @@ for (const name of ['q-lora', 'no-q-lora', 'yarn', 'yarn-mscale']) {
       x.tracked = true
       const out = mla.forward(x, { positions })
       const output = await (await get('output')).values()
-      // Rounding follows the size of what is added up; PyTorch's angles are f32, which shows at positions in the thousands.
+      // Rounding errors grow with the size of the summands, and with PyTorch's f32 angles at positions in the
+      // thousands.
       const largest = Math.max(...Array.from(output, Math.abs))
       assertClose('output', await out.values(), output, { relative: 1e-4, absolute: 2e-6 * largest })
       const named = namedParameters(mla)
@@ -169,7 +170,7 @@ describe('decoding over the latent cache', () => {
           const mla = new MultiHeadLatentAttention(config, { random, deviation: 0.3 })
           const x = randn([2, 11, 24], random)
           const whole = await mla.forward(x).values()
-          // A small capacity, so that the cache grows on the way.
+          // A small capacity, so that the cache has to grow.
           const cache = new LatentCache(config, { layers: 1, batch: 2, capacity: 2 })
           let start = 0
           for (const time of [4, 1, 3, 1, 1, 1]) {
@@ -185,7 +186,7 @@ describe('decoding over the latent cache', () => {
             }
             start += time
           }
-          // Tokens that are taken back leave no trace.
+          // Truncated tokens leave no trace.
           cache.truncate(5)
           const again = await mla.forward(x.narrow(1, 5, 7), { cache, absorbUpTo }).values()
           assertClose('after truncation', again.subarray(0, 48), whole.subarray(5 * 24, 7 * 24), {
@@ -198,7 +199,7 @@ describe('decoding over the latent cache', () => {
     }
   }
 
-  test('a bf16 cache holds the rows of an f32 one rounded, and both forms read them alike', async () => {
+  test('a bf16 cache stores the rows of an f32 cache rounded, and both forms read them alike', async () => {
     const random = new Random(9)
     const mla = new MultiHeadLatentAttention(base, { random, deviation: 0.3 })
     const x = randn([2, 9, 24], random)
@@ -222,19 +223,19 @@ describe('decoding over the latent cache', () => {
     const expanded = await decode('bf16', 0)
     assertClose('rows', absorbed.stored, decodeHost('bf16', encodeHost('bf16', exact.stored)), tolerances.exact)
     assertClose('both forms', absorbed.rows, expanded.rows, { relative: 1e-5, absolute: 1e-6 })
-    // The rows have 8 significant bits: the output differs from the exact one, but not by more than they allow.
+    // The rows have 8 significant bits: the output differs from the exact one by no more than that allows.
     expect(absorbed.rows).not.toEqual(exact.rows)
     assertClose('output', absorbed.rows, whole.subarray(9 * 24), { relative: 2 ** -7, absolute: 2 ** -7 })
   })
 
-  test('sequences of different length share a batch', async () => {
+  test('a batch may contain sequences of different lengths', async () => {
     const random = new Random(5)
     const mla = new MultiHeadLatentAttention(base, { random, deviation: 0.3 })
     const a = randn([1, 6, 24], random)
     const b = randn([1, 3, 24], random)
     const lone = async (x: Tensor) => (await mla.forward(x).values()).slice(-24)
     const cache = new LatentCache(base, { layers: 1, batch: 2 })
-    // Row b is filled up with tokens that are forgotten again.
+    // Row b is padded with tokens that are truncated afterwards.
     const filled = fromHost(
       Float32Array.from([
         ...(await a.narrow(1, 0, 5).values()),
@@ -273,7 +274,7 @@ describe('decoding over the latent cache', () => {
     assertClose('after the change', await run(), await mla.forward(x).values(), { relative: 1e-5, absolute: 1e-6 })
   })
 
-  test('impossible sizes are named together', () => {
+  test('all invalid sizes are reported together', () => {
     expect(() => new MultiHeadLatentAttention({ ...base, hidden_size: 0, qk_rope_head_dim: 3 })).toThrow(
       /hidden_size = 0.*qk_rope_head_dim = 3 is odd/,
     )

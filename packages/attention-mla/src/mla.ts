@@ -40,27 +40,33 @@ import { type CacheStep, needSequences, type SequenceCache } from './cache/seque
 import { checkMlaConfig, type MlaConfig } from './config.ts'
 import { type RotaryEmbedding, type RotaryTables, sharedRotary, softmaxScale } from './rotary.ts'
 
-/** How an MLA layer starts, and what it shares with others. */
+/** Options of an MLA layer: initialization and shared tables. */
 export interface MlaOptions extends InitOptions {
-  /** Rotation tables to share between layers; default own ones. */
+  /** Rotation tables to share between layers. Default: its own tables. */
   readonly rotary?: RotaryEmbedding
-  /** Epsilon of the norms on the latents; the released models use 1e-6 whatever rms_norm_eps is. */
+  /** Epsilon of the norms on the latents. Default 1e-6, which the released models use regardless of rms_norm_eps. */
   readonly latentNormEps?: number
 }
 
 const optionNames: OptionNames<MlaOptions> = { ...initNames, rotary: true, latentNormEps: true }
 
-/** Positions and cache of a pass. */
+/** Options of a forward pass. */
 export interface MlaForwardOptions {
-  /** Positions of the tokens, row-major `[B, T]`. Default 0 .. T-1, or what follows the cache. */
+  /** Positions of the tokens, row-major `[B, T]`. Default: 0 to T-1, or the positions after those in the cache. */
   readonly positions?: Int32Array
-  /** `i32 [B, T]`: first place of its row that each token sees, where several texts share a row (`attention`). Not with a cache. Default 0. */
+  /**
+   * `i32 [B, T]`: first position in its row that each token sees, for rows that contain several texts; see `attention`.
+   * Not with a cache. Default 0.
+   */
   readonly starts?: Tensor
-  /** Earlier tokens; the new ones are written to it (the caller advances it once for all layers). Inference only. */
+  /**
+   * Cache with the earlier tokens, for inference only. The new tokens are written to it; the caller advances it once
+   * for all layers.
+   */
   readonly cache?: SequenceCache
-  /** Which layer of the cache is this one's. Default 0. */
+  /** Index of this layer in the cache. Default 0. */
   readonly layer?: number
-  /** Longest run of new tokens that is computed in absorbed form; longer ones expand keys and values. Default 8. */
+  /** Up to this many new tokens are computed in absorbed form; for more, keys and values are expanded. Default 8. */
   readonly absorbUpTo?: number
 }
 
@@ -73,35 +79,45 @@ const forwardNames: OptionNames<MlaForwardOptions> = {
 }
 
 /**
- * W_UK and W_UV cut out of kv_b_proj for absorbed decoding, while that stays the same: `[H, N, C]` and `[H, V, C]`, or where that is stored in fewer
- * bits `[H, C, N]` and `[H, V, C]` in bf16 (quantizing W_UK anew along another axis would add a second error).
+ * W_UK and W_UV from kv_b_proj for absorbed decoding, valid for one version of that weight: `[H, N, C]` and `[H, V,
+ * C]`. If kv_b_proj is quantized, `[H, C, N]` and `[H, V, C]` in bf16, because quantizing W_UK again along another axis
+ * would add a second error.
  */
 type Absorbed = { readonly of: Tensor; readonly version: number } & (
   | { readonly keyUp_HNC: Tensor; readonly valueUp_HVC: Tensor }
   | { readonly keyUp_HCN: QuantizedWeight; readonly valueUp_HVC: QuantizedWeight }
 )
 
-/** Attention whose keys and values are expanded from one low-rank latent per token. `[B, T, hidden]` to the same shape, causal. */
+/**
+ * Causal attention whose keys and values are expanded from one low-rank latent per token. Maps `[B, T, hidden]` to the
+ * same shape.
+ */
 export class MultiHeadLatentAttention extends Module {
-  /** Without query compression (q_lora_rank null). */
+  /** Query projection without compression; only present if q_lora_rank is null. */
   declare q_proj?: Linear
-  /** W_DQ `[q_lora_rank, hidden_size]` (eq. 6). Not there where q_lora_rank is null, like the two below. */
+  /** W_DQ `[q_lora_rank, hidden_size]` (eq. 6). Missing if q_lora_rank is null, like the two below. */
   declare q_a_proj?: Linear
   /** Norm of the compressed query. */
   declare q_a_layernorm?: RmsNorm
-  /** W_UQ and W_QR `[heads * (nope + rope), q_lora_rank]` (eq. 7 and 8): in each head nope features, then rope. */
+  /**
+   * W_UQ and W_QR `[heads * (nope + rope), q_lora_rank]` (eq. 7 and 8). Each head has nope features first, then rope
+   * features.
+   */
   declare q_b_proj?: Linear
   /** W_DKV and W_KR `[kv_lora_rank + rope, hidden_size]` (eq. 1 and 3). */
   kv_a_proj_with_mqa: Linear
   /** Norm of the latent. */
   kv_a_layernorm: RmsNorm
-  /** W_UK and W_UV `[heads * (nope + v), kv_lora_rank]` (eq. 2 and 5): in each head nope features of the key, then the value. */
+  /**
+   * W_UK and W_UV `[heads * (nope + v), kv_lora_rank]` (eq. 2 and 5). Each head has the nope features of the key first,
+   * then the value.
+   */
   kv_b_proj: Linear
   /** W_O `[hidden_size, heads * v]` (eq. 11). */
   o_proj: Linear
   /**
-   * Make queries, keys and values again from the latents on the way back, in place of keeping them (V3 report 3.2.3); the attention itself is not repeated. May be changed between
-   * passes. Default false.
+   * Recomputes queries, keys and values from the latents in the backward pass instead of keeping them (V3 report
+   * 3.2.3). The attention itself is not recomputed. May be changed between passes. Default false.
    */
   recompute = false
   readonly #config: MlaConfig
@@ -109,7 +125,7 @@ export class MultiHeadLatentAttention extends Module {
   readonly #rotary: RotaryEmbedding
   #absorbed: Absorbed | null = null
 
-  /** @throws MoeError E_CONFIG when sizes are impossible. */
+  /** @throws MoeError E_CONFIG for invalid sizes */
   constructor(config: MlaConfig, options: MlaOptions = {}) {
     super()
     checkMlaConfig(config)
@@ -133,14 +149,15 @@ export class MultiHeadLatentAttention extends Module {
     this.#rotary = sharedRotary(rotary, config)
   }
 
-  /** Elements per token that a cache of this layer holds: the latent, and the key that is turned. */
+  /** Elements that a cache of this layer stores per token: the latent and the rope key. */
   get cacheFeatures(): number {
     return latentFeatures('MultiHeadLatentAttention', this.#config)
   }
 
   /**
-   * x `[batch, time, hidden]` to the same shape. With a cache it records no gradients, and runs of up to `absorbUpTo` tokens attend to the latents
-   * themselves. @throws MoeError E_SHAPE, E_CONFIG
+   * Maps x `[batch, time, hidden]` to the same shape. With a cache, gradients are not recorded, and up to `absorbUpTo`
+   * tokens attend to the latents directly.
+   * @throws MoeError E_SHAPE, E_CONFIG
    */
   forward(x_BTD: Tensor, options: MlaForwardOptions = {}): Tensor {
     needAxes('MultiHeadLatentAttention', x_BTD, ['batch', 'time', 'hidden'])
@@ -153,12 +170,12 @@ export class MultiHeadLatentAttention extends Module {
       const { down, both } = this.#project(x_BTD)
       const through = this.recompute ? withRecomputed : withKept
       return through(
-        (forQueries, forKeys) => {
-          const flat = this.#queries(forQueries)
-          const q = this.#turn(flat, tables)
+        (queryInput, keyInput) => {
+          const flat = this.#queries(queryInput)
+          const q = this.#rotate(flat, tables)
           // No gradient rule reads it, nor `kv` below.
           usedUp(flat)
-          return [q, ...this.#keyValue(this.#latent(forKeys), this.#turn(this.#ropeKey(forKeys), tables))]
+          return [q, ...this.#keyValue(this.#latent(keyInput), this.#rotate(this.#ropeKey(keyInput), tables))]
         },
         (q, k, v) => this.#attend(q, k, v, { starts }),
         down,
@@ -177,36 +194,42 @@ export class MultiHeadLatentAttention extends Module {
     )
   }
 
-  /** The two products with `x`, right after each other, as a backend may make one of them: what queries and latents are made of. */
+  /**
+   * The two products with `x`, from which queries and latents are computed. Adjacent calls, because a backend may
+   * combine them.
+   */
   #project(x: Tensor): { down: Tensor; both: Tensor } {
     return { down: (this.q_proj ?? (this.q_a_proj as Linear)).forward(x), both: this.kv_a_proj_with_mqa.forward(x) }
   }
 
-  /** Queries `[B, T, H, N + R]`, rope part not turned. */
+  /** Queries `[B, T, H, N + R]`, with the rope part not yet rotated. */
   #queries(down: Tensor): Tensor {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, qk_rope_head_dim: ropeDim } = this.#config
     const flat = this.q_proj ? down : (this.q_b_proj as Linear).forward((this.q_a_layernorm as RmsNorm).forward(down))
     return flat.reshape([down.shape[0], down.shape[1], heads, nope + ropeDim])
   }
 
-  /** The last R features of each head turned, behind its others or behind those of `plain`. */
-  #turn(x: Tensor, { cos, sin }: RotaryTables, plain?: Tensor): Tensor {
+  /** Rotates the last R features of each head. They follow the other features of x, or those of `plain`. */
+  #rotate(x: Tensor, { cos, sin }: RotaryTables, plain?: Tensor): Tensor {
     return rope(x, cos, sin, { interleaved: this.#config.rope_interleave ?? true, plain })
   }
 
-  /** The normalized latents `[B, T, C]` in what `kv_a_proj_with_mqa` gives. */
+  /** The normalized latents `[B, T, C]` from the output of `kv_a_proj_with_mqa`. */
   #latent(both: Tensor): Tensor {
     return this.kv_a_layernorm.forward(both.narrow(2, 0, this.#config.kv_lora_rank))
   }
 
-  /** The rope keys behind latents, one head for all: of `[B, T, C + R]` the last as `[B, T, 1, R]`. */
+  /** The rope keys after the latents, one head for all: the last R of `[B, T, C + R]` as `[B, T, 1, R]`. */
   #ropeKey(both: Tensor): Tensor {
     const [batch, time, features] = both.shape
     const ropeDim = this.#config.qk_rope_head_dim
     return both.narrow(2, features - ropeDim, features).reshape([batch, time, 1, ropeDim])
   }
 
-  /** Multi-head form: every head's keys `[B, S, H, N + R]` and values `[B, S, H, V]` are expanded from the latents (training, and prefill). */
+  /**
+   * Multi-head form, for training and prefill: expands every head's keys `[B, S, H, N + R]` and values `[B, S, H, V]`
+   * from the latents.
+   */
   #keyValue(latent_BSC: Tensor, ropeKey_BS1R: Tensor): readonly [k: Tensor, v: Tensor] {
     const { num_attention_heads: heads, qk_nope_head_dim: nope, v_head_dim: value } = this.#config
     const [batch, keys] = latent_BSC.shape
@@ -227,7 +250,7 @@ export class MultiHeadLatentAttention extends Module {
     const [batch, time] = x.shape
     const { down, both } = this.#project(x)
     const oneHead = (t: Tensor) => t.reshape([batch, time, 1, t.shape[2]])
-    const row = this.#turn(oneHead(both), tables, oneHead(this.#latent(both)))
+    const row = this.#rotate(oneHead(both), tables, oneHead(this.#latent(both)))
     cache.write(layer, row.reshape(both.shape))
     const q = this.#queries(down)
     const step = cache.next(time)
@@ -235,7 +258,7 @@ export class MultiHeadLatentAttention extends Module {
     const rows = cache.first(layer, Math.max(...cache.lengths) + time).cast('f32')
     const latents = rows.narrow(2, 0, this.#config.kv_lora_rank)
     const [k, v] = this.#keyValue(latents, this.#ropeKey(rows))
-    return this.#attend(this.#turn(q, tables), k, v, { lengths: step.lengths })
+    return this.#attend(this.#rotate(q, tables), k, v, { lengths: step.lengths })
   }
 
   /** Multi-query form in latent space: score = (W_UK^T q_nope) . c + q_rope . k_rope, out = W_UV (sum p c). */
@@ -244,13 +267,13 @@ export class MultiHeadLatentAttention extends Module {
     const [batch, time] = q_BTHD.shape
     const { lengths, pages } = step
     const { up, down } = this.#perHead(batch * time, q_BTHD.backend)
-    // With one token the heads already lie in front.
+    // With a single token, the heads are already the leading axis.
     const one = batch * time === 1
     const byHead = (t: Tensor) => (one ? t : t.permute([2, 0, 1, 3])).reshape([heads, batch * time, t.shape[3]])
     const perToken = (t: Tensor) =>
       one ? t.reshape([1, 1, heads, t.shape[2]]) : t.reshape([heads, batch, time, t.shape[2]]).permute([1, 2, 0, 3])
     const qLatent = perToken(up(byHead(q_BTHD.narrow(3, 0, nope))))
-    const q = this.#turn(q_BTHD, tables, qLatent)
+    const q = this.#rotate(q_BTHD, tables, qLatent)
     const context_BTHC = latentAttention(q, rows, lengths, { scale: this.#scale, valueDim: rank, pages })
     const out = perToken(down(byHead(context_BTHC)))
     return this.o_proj.forward(out.reshape([batch, time, heads * value]))
@@ -288,7 +311,7 @@ export class MultiHeadLatentAttention extends Module {
     if (before !== null && before.of === weight && before.version === weightVersion(weight)) return before
     const { num_attention_heads: heads, qk_nope_head_dim: nope, kv_lora_rank: rank, v_head_dim: value } = this.#config
     this.releaseAbsorbed()
-    const stored = weight instanceof QuantizedParameter && weight.backend.dtypes.has('bf16')
+    const isQuantized = weight instanceof QuantizedParameter && weight.backend.dtypes.has('bf16')
     const absorbed = {
       of: weight,
       version: weightVersion(weight),
@@ -299,7 +322,7 @@ export class MultiHeadLatentAttention extends Module {
             .reshape([heads, nope + value, rank])
           const keyUp_HNC = perHead.narrow(1, 0, nope)
           const valueUp_HVC = perHead.narrow(1, nope, nope + value)
-          if (!stored) return { keyUp_HNC, valueUp_HVC }
+          if (!isQuantized) return { keyUp_HNC, valueUp_HVC }
           return {
             keyUp_HCN: quantizeWeight(keyUp_HNC.permute([0, 2, 1]), 'bf16'),
             valueUp_HVC: quantizeWeight(valueUp_HVC, 'bf16'),
@@ -311,7 +334,7 @@ export class MultiHeadLatentAttention extends Module {
     return absorbed
   }
 
-  /** Frees the copies of kv_b_proj that absorbed decoding made. They come back when needed. */
+  /** Frees the copies of kv_b_proj that absorbed decoding keeps. They are recreated when needed. */
   releaseAbsorbed(): void {
     const absorbed = this.#absorbed
     if (absorbed !== null) {

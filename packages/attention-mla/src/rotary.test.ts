@@ -15,7 +15,7 @@ const config: MlaConfig = {
   v_head_dim: 5,
 }
 
-test('tables of the first positions are those of any positions', async () => {
+test('first(n) equals at() for the first n positions', async () => {
   const rotary = new RotaryEmbedding(config)
   const backend = referenceBackend()
   for (const time of [1, 5, 8]) {
@@ -27,7 +27,7 @@ test('tables of the first positions are those of any positions', async () => {
   }
 })
 
-describe('settings that would turn everything into NaN are refused', () => {
+describe('settings that would give NaN everywhere are rejected', () => {
   const yarn = { type: 'yarn', factor: 4, original_max_position_embeddings: 16 } as const
   const cases: ReadonlyArray<[string, object, RegExp]> = [
     ['another kind of scaling', { rope_scaling: { ...yarn, type: 'linear' } }, /type = "linear" is not "yarn"/],
@@ -47,7 +47,7 @@ describe('settings that would turn everything into NaN are refused', () => {
   })
 })
 
-test('states without a batch are refused', () => {
+test('inputs without a batch axis are rejected', () => {
   const layers = [
     new MultiHeadLatentAttention(config),
     new MultiHeadAttention({ hidden_size: 24, num_attention_heads: 3 }),
@@ -56,12 +56,12 @@ test('states without a batch are refused', () => {
     expect(() => layer.forward(zeros([2, 24]))).toThrow(/has shape \[2,24\], expected \[batch, time, hidden\]/)
 })
 
-test('shared tables have to be those of the layer', () => {
+test('shared tables must have the number of features of the layer', () => {
   const rotary = new RotaryEmbedding({ qk_rope_head_dim: 2 })
-  expect(() => new MultiHeadLatentAttention(config, { rotary })).toThrow(/turn 2 features, the layer has 4/)
+  expect(() => new MultiHeadLatentAttention(config, { rotary })).toThrow(/rotate 2 features, the layer needs 4/)
 })
 
-test('positions are as many as tokens', () => {
+test('the number of positions must equal the number of tokens', () => {
   const mla = new MultiHeadLatentAttention(config)
   expect(() => mla.forward(zeros([2, 3, 24]), { positions: Int32Array.of(0, 1, 2) })).toThrow(
     /3 positions for 2 x 3 tokens/,

@@ -1,20 +1,24 @@
-/** @file Rotary angles with YaRN, and the softmax scale that belongs to them (V3 report 4.3; modeling_deepseek.py of the released weights). */
+/**
+ * @file Rotary position embedding with YaRN, and the corresponding softmax scale (V3 report 4.3; modeling_deepseek.py
+ * of the released weights).
+ */
 import { type Backend, checkShared, fromHost, keep, MoeError, type Tensor } from '@moe/core'
 import { type MlaConfig, mlaNames, type RopeScaling, ropeProblems } from './config.ts'
 
-/** YaRN's attention temperature: 0.1 m ln(factor) + 1, and 1 without extension. */
+/** Returns YaRN's attention temperature: 0.1 m ln(factor) + 1, or 1 without an extension. */
 export function yarnMscale(factor: number, mscale: number): number {
   return factor <= 1 ? 1 : 0.1 * mscale * Math.log(factor) + 1
 }
 
-/** Pair index whose wavelength makes `rotations` turns over the original context. */
+/** Index of the pair that makes `rotations` rotations over the original context. */
 function correctionDim(rotations: number, dim: number, base: number, context: number): number {
   return (dim * Math.log(context / (rotations * 2 * Math.PI))) / (2 * Math.log(base))
 }
 
 /**
- * Rotation speed of each of the dim / 2 pairs, in radians per position. With YaRN, pairs that turn often over the original
- * context keep their speed, slow ones are divided by the factor, and those between are blended linearly.
+ * Returns the frequency of each of the dim / 2 pairs, in radians per position. With YaRN, pairs that rotate often over
+ * the original context keep their frequency, slow ones are divided by the factor, and those in between are blended
+ * linearly.
  */
 export function rotaryFrequencies(dim: number, base: number, scaling?: RopeScaling | null): Float64Array {
   const plain = Float64Array.from({ length: dim / 2 }, (_, i) => base ** ((-2 * i) / dim))
@@ -28,7 +32,7 @@ export function rotaryFrequencies(dim: number, base: number, scaling?: RopeScali
   })
 }
 
-/** (nope + rope)^-0.5, times mscale^2 when YaRN's mscale_all_dim is set. */
+/** Returns the factor of the attention scores: (nope + rope)^-0.5, times mscale^2 if YaRN's mscale_all_dim is set. */
 export function softmaxScale(config: MlaConfig): number {
   const scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
   const { rope_scaling: scaling } = config
@@ -36,7 +40,10 @@ export function softmaxScale(config: MlaConfig): number {
   return scale * yarnMscale(scaling.factor, scaling.mscale_all_dim) ** 2
 }
 
-/** Factor on cos and sin: mscale(factor, mscale) / mscale(factor, mscale_all_dim), 1 where the two agree. */
+/**
+ * Returns the factor on cos and sin: mscale(factor, mscale) / mscale(factor, mscale_all_dim), which is 1 if both are
+ * equal.
+ */
 export function rotaryAmplitude(scaling?: RopeScaling | null): number {
   if (!scaling) return 1
   const { factor, mscale, mscale_all_dim } = scaling
@@ -52,21 +59,25 @@ export interface RotaryTables {
   readonly sin: Tensor
 }
 
-/** Makes rotation tables; one serves all layers of a model. */
+/** Creates rotation tables. One instance can serve all layers of a model. */
 export class RotaryEmbedding {
-  /** Features that are turned, R. */
+  /** Number of rotated features, R. */
   readonly features: number
   readonly #frequencies: Float64Array
   readonly #amplitude: number
-  /** Tables of positions 0 .. n-1, by backend and n, a power of two: texts of all lengths take no more than twice the memory of the longest. */
+  /**
+   * Tables of positions 0 .. n-1 by backend and n. n is a power of two, so that texts of all lengths take at most twice
+   * the memory of the longest.
+   */
   readonly #cached = new Map<Backend, Map<number, RotaryTables>>()
 
-  /** @throws MoeError E_CONFIG with every fault in one message. */
+  /** @throws MoeError E_CONFIG that lists all problems */
   constructor(config: Pick<MlaConfig, 'qk_rope_head_dim' | 'rope_theta' | 'rope_scaling'>) {
     checkShared<Partial<MlaConfig>>('RotaryEmbedding', config, mlaNames)
     const { qk_rope_head_dim: features } = config
     const problems = ropeProblems(config)
-    if (!(Number.isInteger(features / 2) && features > 0)) problems.unshift(`${features} features are not pairs`)
+    if (!(Number.isInteger(features / 2) && features > 0))
+      problems.unshift(`qk_rope_head_dim = ${features} is not a positive even number`)
     if (problems.length > 0)
       throw new MoeError({ code: 'E_CONFIG', op: 'RotaryEmbedding', problem: problems.join('; ') })
     this.features = features
@@ -74,7 +85,7 @@ export class RotaryEmbedding {
     this.#amplitude = rotaryAmplitude(config.rope_scaling)
   }
 
-  /** Tables `[T, R/2]` of the first T positions; they belong to this object or to the current scope. */
+  /** Returns tables `[T, R/2]` for the first T positions. They belong to this object or to the current scope. */
   first(time: number, backend: Backend): RotaryTables {
     const rows = 2 ** Math.ceil(Math.log2(Math.max(1, time)))
     let byRows = this.#cached.get(backend)
@@ -93,16 +104,16 @@ export class RotaryEmbedding {
   }
 
   /**
-   * Tables `[B, T, R/2]` of given positions (row-major `[B, T]`); they belong to the current scope.
-   * @throws MoeError E_SHAPE unless there are B T of them.
+   * Returns tables `[B, T, R/2]` for the given positions (row-major `[B, T]`). They belong to the current scope.
+   * @throws MoeError E_SHAPE if the number of positions is not B T
    */
   at(positions: Int32Array, [batch, time]: readonly number[], backend: Backend): RotaryTables {
     if (positions.length !== batch * time) {
       throw new MoeError({
         code: 'E_SHAPE',
         op: 'RotaryEmbedding.at',
-        problem: `there are ${positions.length} positions for ${batch} x ${time} tokens`,
-        fix: 'pass one for each, those of the first sequence first',
+        problem: `got ${positions.length} positions for ${batch} x ${time} tokens`,
+        fix: 'pass one position per token, row-major [batch, time]',
       })
     }
     return this.#make(positions, [batch, time], backend)
@@ -114,7 +125,7 @@ export class RotaryEmbedding {
     return { cos: fromHost(cos, shape, 'f32', backend), sin: fromHost(sin, shape, 'f32', backend) }
   }
 
-  /** The tables' elements on the host: cos and sin of every position and pair. */
+  /** Returns the elements of the tables on the host: cos and sin for every position and pair. */
   angles(positions: Int32Array): { readonly cos: Float32Array<ArrayBuffer>; readonly sin: Float32Array<ArrayBuffer> } {
     const half = this.#frequencies.length
     const cos = new Float32Array(positions.length * half)
@@ -142,8 +153,8 @@ export class RotaryEmbedding {
 }
 
 /**
- * The tables that layers of a configuration share, or new ones.
- * @throws MoeError E_CONFIG when the shared ones are for another number of features.
+ * Returns the shared tables if given, or new ones.
+ * @throws MoeError E_CONFIG if the shared tables have another number of features
  */
 export function sharedRotary(
   shared: RotaryEmbedding | undefined,
@@ -154,6 +165,6 @@ export function sharedRotary(
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'RotaryEmbedding',
-    problem: `the shared tables turn ${shared.features} features, the layer has ${config.qk_rope_head_dim}`,
+    problem: `the shared tables rotate ${shared.features} features, the layer needs ${config.qk_rope_head_dim}`,
   })
 }

@@ -1,4 +1,4 @@
-/** @file Texts that share a row are what they are alone. */
+/** @file Packed texts compute the same as single texts. */
 import { backward, concat, namedParameters, Random, randn, scope, setDefaultBackend, tensor, zeroGrad } from '@moe/core'
 import { referenceBackend } from '@moe/core/reference'
 import { assertClose, tolerances } from '@moe/core/testing'
@@ -16,7 +16,7 @@ const layers = {
 }
 
 describe.each(Object.entries(layers))('%s', (_, layer) => {
-  test('outputs and gradients of texts in a row are those of the texts alone', async () => {
+  test('packed texts have the outputs and gradients of the single texts', async () => {
     const random = new Random(5)
     const texts = [3, 1, 5].map(time => randn([1, time, 12], random))
     const weights = randn([1, 9, 12], random)
@@ -40,7 +40,7 @@ describe.each(Object.entries(layers))('%s', (_, layer) => {
     )
     const shared = await run(() => layer.forward(concat(texts, 1), { starts }))
     const seen = await run(() => layer.forward(concat(texts, 1)))
-    // Angles of rotation are rounded to f32, and others at other places.
+    // Rotation angles are rounded to f32, and differ between positions.
     const close = { relative: 1e-5, absolute: 1e-6 }
     assertClose('output', shared.out, alone.out, close)
     for (const [i, { name }] of namedParameters(layer).entries()) {

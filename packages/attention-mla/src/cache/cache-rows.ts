@@ -1,4 +1,4 @@
-/** @file The memory of a cache: rows of features, per layer in as many blocks of as many rows. */
+/** @file The memory of a cache: rows of features, arranged in blocks of equal size, for each layer. */
 import {
   type Backend,
   concat,
@@ -13,7 +13,10 @@ import {
   zeros,
 } from '@moe/core'
 
-/** What a cache holds. bf16 takes half the memory, as published figures do; attention over it is computed as ever. */
+/**
+ * Dtype of a cache. bf16 takes half the memory of f32, as in published figures. Attention computes in the same
+ * precision with either.
+ */
 export type CacheDType = 'f32' | 'bf16'
 
 const cacheDTypes: readonly CacheDType[] = ['f32', 'bf16']
@@ -21,19 +24,19 @@ const cacheDTypes: readonly CacheDType[] = ['f32', 'bf16']
 export const refused = (code: ErrorCode, method: string, problem: string, fix?: string): MoeError =>
   new MoeError({ code, op: `KvCache.${method}`, problem, fix })
 
-/** What every kind of cache is told. */
+/** Options of every kind of cache. */
 export interface CacheMemoryOptions {
-  /** Layers of the model that attend: each has rows of its own. */
+  /** Number of attention layers, each of which has its own rows. */
   readonly layers: number
-  /** Default f32. bf16 needs a backend that has it. */
+  /** Default f32. bf16 requires a backend that supports it. */
   readonly dtype?: CacheDType
-  /** Where the rows are. Default: that of `setDefaultBackend`. */
+  /** Where the rows are stored. Default: the backend set by `setDefaultBackend`. */
   readonly backend?: Backend
 }
 
 export const memoryNames: OptionNames<CacheMemoryOptions> = { layers: true, dtype: true, backend: true }
 
-/** @throws MoeError E_CONFIG */
+/** Checks sizes and dtype of a cache. @throws MoeError E_CONFIG */
 export function checkSizes(sizes: Readonly<Record<string, number>>, dtype: CacheDType): void {
   for (const [name, size] of Object.entries(sizes)) {
     if (!Number.isInteger(size) || size < 1) {
@@ -41,7 +44,7 @@ export function checkSizes(sizes: Readonly<Record<string, number>>, dtype: Cache
     }
   }
   if (cacheDTypes.includes(dtype)) return
-  const problem = `dtype = ${JSON.stringify(dtype)} is none that a cache has`
+  const problem = `dtype = ${JSON.stringify(dtype)} is not supported`
   throw refused('E_CONFIG', 'new', problem, "pass 'f32' or 'bf16'")
 }
 
@@ -52,14 +55,14 @@ export interface RowsShape {
   readonly features: number
 }
 
-/** Rows `[blocks, perBlock, features]` of each layer, overwritten in place where the backend can. */
+/** Rows `[blocks, perBlock, features]` of each layer, overwritten in place if the backend can. */
 export class CacheRows {
   readonly features: number
   readonly dtype: CacheDType
   readonly layers: number
   readonly backend: Backend
   #rows: Tensor[]
-  /** How often it has moved to other memory. */
+  /** How often rows were moved to other memory. */
   moves = 0
 
   constructor({ blocks, perBlock, features }: RowsShape, { layers, dtype, backend }: Required<CacheMemoryOptions>) {
@@ -70,36 +73,36 @@ export class CacheRows {
     this.#rows = keep(scope(() => Array.from({ length: layers }, () => this.#empty(blocks, perBlock))))
   }
 
-  /** @throws MoeError E_ATTR, E_DISPOSED */
+  /** Returns the rows of a layer. @throws MoeError E_ATTR, E_DISPOSED */
   of(layer: number): Tensor {
     const rows = this.#rows[layer]
     if (rows !== undefined) return rows
     if (this.#rows.length === 0) throw refused('E_DISPOSED', 'rows', 'the cache was disposed')
-    const problem = `there is no layer ${layer} of ${this.#rows.length}`
-    throw refused('E_ATTR', 'rows', problem, 'make the cache with more layers')
+    const problem = `layer ${layer} does not exist in a cache of ${this.#rows.length} layers`
+    throw refused('E_ATTR', 'rows', problem, 'create the cache with more layers')
   }
 
-  /** Writes `source [..., features]`, rounded, over the rows of a layer whose numbers are `index i32 [n]`. */
+  /** Writes `source [..., features]`, rounded to the dtype, over the rows of a layer at `index i32 [n]`. */
   write(layer: number, index: Tensor, source: Tensor): void {
     const old = this.of(layer)
     const { shape } = old
     scope(() => {
       const rounded = source.detach().cast(this.dtype).reshape([index.size, this.features])
-      // The reshape shares memory with `old`; once that is given up the rows are written in place.
+      // The reshape shares memory with `old`. Once `old` is disposed, the rows are written in place.
       let flat = old.reshape([shape[0] * shape[1], this.features])
       old.dispose()
       try {
         flat = setRows(flat, index, rounded, { donate: true })
       } finally {
-        // Where there was no memory for it, what was there stays.
+        // If there was not enough memory, the old rows stay.
         this.#rows[layer] = keep(flat.reshape(shape))
       }
     })
   }
 
-  /** More blocks, or more rows in each. */
+  /** Grows to more blocks, or to more rows in each block. */
   grow(to: { readonly blocks: number; readonly perBlock: number }): void {
-    // One by one: where memory ends, those that have grown stay, and another try goes on with the others.
+    // Layer by layer: if memory runs out, layers that have grown stay so, and a retry continues with the others.
     for (const [layer, old] of this.#rows.entries()) {
       const [blocks, perBlock] = old.shape
       if (blocks === to.blocks && perBlock === to.perBlock) continue

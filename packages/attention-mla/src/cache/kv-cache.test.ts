@@ -17,13 +17,13 @@ const config: MlaConfig = {
 }
 
 describe('sequences of a cache', () => {
-  test('start at any time, end, and give their place to others, each as if alone', async () => {
+  test('start and end at any time and are replaced by others, each computed as if alone', async () => {
     const random = new Random(1)
     const mla = new MultiHeadLatentAttention(config, { random, deviation: 0.3 })
     const texts = [randn([1, 9, 24], random), randn([1, 4, 24], random), randn([1, 6, 24], random)]
     const alone = await Promise.all(texts.map(x => mla.forward(x).values()))
     const cache = new LatentCache(config, { layers: 1, batch: 2, capacity: 2 })
-    /** Which text each place holds, and how much of it. */
+    /** Which text is in each place of the batch, and how many of its tokens. */
     const places = [
       { text: 0, done: 0 },
       { text: 1, done: 0 },
@@ -45,7 +45,7 @@ describe('sequences of a cache', () => {
     }
     await step([5, 3])
     await step([1, 1])
-    await step([1, 0]) // the second one is at its end
+    await step([1, 0]) // the second one has ended
     cache.truncate([Infinity, 0])
     places[1] = { text: 2, done: 0 }
     await step([0, 5])
@@ -54,26 +54,26 @@ describe('sequences of a cache', () => {
     cache.dispose()
   })
 
-  test('cannot go on by what was not written, nor by what is no number', () => {
+  test('cannot advance beyond what was written, nor by anything but a number', () => {
     const cache = new LatentCache(config, { layers: 1, batch: 2, capacity: 4 })
     cache.advance([1, 2])
     for (const time of [-1, 1.5, 3, [0, 3], [1], [1, 1, 1]]) {
       expect(() => cache.advance(time)).toThrow(expect.objectContaining({ code: 'E_ATTR' }))
     }
-    expect(() => cache.advance(Number.NaN)).toThrow(/NaN is no number, nor one for each of 2 sequences/)
-    expect(() => cache.truncate([1])).toThrow(/\[1\] is no number/)
+    expect(() => cache.advance(Number.NaN)).toThrow(/NaN is neither a number nor a list of 2 numbers/)
+    expect(() => cache.truncate([1])).toThrow(/\[1\] is neither a number/)
     expect(() => cache.truncate(Number.NaN)).toThrow(/NaN is no number/)
     expect([...cache.lengths]).toEqual([1, 2])
     cache.dispose()
   })
 })
 
-test('an input of other sequences than a cache has is refused', () => {
+test('an input with another number of sequences than the cache is rejected', () => {
   const cache = new LatentCache(config, { layers: 1, batch: 2 })
   const mla = new MultiHeadLatentAttention(config)
   const x = zeros([3, 4, 24])
   expect(() => mla.forward(x, { cache })).toThrow(
-    'MultiHeadLatentAttention: the input has 3 sequences, the cache 2; make the cache with batch: 3, or pass the tokens of all its sequences',
+    'MultiHeadLatentAttention: the input has 3 sequences, the cache 2; create the cache with batch: 3, or pass tokens for all its sequences',
   )
   const sizes = { hidden_size: 24, num_attention_heads: 3, num_key_value_heads: 3 }
   const mha = new MultiHeadAttention(sizes)
@@ -86,19 +86,21 @@ test('an input of other sequences than a cache has is refused', () => {
 test('sizes of a cache are positive integers', () => {
   expect(() => new LatentCache(config, { layers: 1, capacity: 0 })).toThrow(/capacity = 0 is not a positive integer/)
   const dtype = 'fp8' as 'bf16'
-  expect(() => new LatentCache(config, { layers: 1, dtype })).toThrow(/dtype = "fp8" is none .*; pass 'f32' or 'bf16'/)
+  expect(() => new LatentCache(config, { layers: 1, dtype })).toThrow(
+    /dtype = "fp8" is not supported; pass 'f32' or 'bf16'/,
+  )
   expect(() => new LatentCache(config, { layers: 0 })).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
 })
 
-test('a layer that a cache has not, and one that is gone, are told', () => {
+test('an unknown layer, and a disposed cache, are reported', () => {
   const cache = new LatentCache(config, { layers: 2 })
-  expect(() => cache.rows(2)).toThrow(/there is no layer 2 of 2/)
-  expect(() => cache.write(-1, zeros([1, 1, 12]))).toThrow(/there is no layer -1/)
+  expect(() => cache.rows(2)).toThrow(/layer 2 does not exist in a cache of 2 layers/)
+  expect(() => cache.write(-1, zeros([1, 1, 12]))).toThrow(/layer -1 does not exist/)
   cache.dispose()
   expect(() => cache.rows(0)).toThrow(expect.objectContaining({ code: 'E_DISPOSED' }))
 })
 
-test('a write that fails leaves the rows in place', () => {
+test('a failed write leaves the rows unchanged', () => {
   const whole = referenceBackend()
   let full = false
   const cast: typeof whole.primitives.cast = (...of) => {
@@ -115,7 +117,7 @@ test('a write that fails leaves the rows in place', () => {
   cache.dispose()
 })
 
-test('passes of many lengths keep tables for the powers of two alone', () => {
+test('passes of many lengths only keep tables for powers of two', () => {
   const backend = referenceBackend()
   const mla = new MultiHeadLatentAttention(config, { backend })
   const pass = (time: number) => noGrad(() => scope(() => void mla.forward(zeros([1, time, 24], { backend }))))
@@ -123,11 +125,11 @@ test('passes of many lengths keep tables for the powers of two alone', () => {
   const before = backend.stats()
   for (let time = 9; time <= 16; time++) pass(time)
   expect(backend.stats()).toMatchObject({ handles: before.handles, bytes: before.bytes })
-  // Rounded up: 5 positions of 8.
+  // Rounded up: 8 for 5 positions.
   scope(() => backward(mla.forward(zeros([1, 5, 24], { backend })).mean()))
 })
 
-test('caches of no configuration, or of misspelt ones, are refused', () => {
+test('a missing or misspelt configuration is rejected', () => {
   expect(() => new LatentCache(config, { layer: 1 } as never)).toThrow(
     'LatentCache: unknown option layer; did you mean layers?',
   )

@@ -1,32 +1,32 @@
 /**
- * @file Caches with room of its own for each sequence. The latent cache holds per token and layer the normalized latent and the roped key that all heads
- * share, and nothing else; multi-head attention keeps its keys and values.
+ * @file Caches with separate memory for each sequence. Per token and layer, the latent cache stores only the normalized
+ * latent and the rotated key that all heads share; multi-head attention stores its keys and values.
  */
 import { checkOptions, checkShared, defaultBackend, dtypeBytes, type OptionNames, type Tensor } from '@moe/core'
 import { type MlaConfig, mlaNames } from '../config.ts'
 import { type CacheDType, type CacheMemoryOptions, CacheRows, checkSizes, memoryNames } from './cache-rows.ts'
 import { SequenceCache } from './sequence-cache.ts'
 
-/** What one more token costs in all layers of a model: in the latent cache, and if keys and values were kept expanded. */
+/** Memory per token over all layers of a model, for the latent cache and for expanded keys and values. */
 export interface CacheCost {
-  /** Numbers that the latent cache holds. */
+  /** Elements in the latent cache. */
   readonly elements: number
-  /** Bytes of these in the cache's dtype. */
+  /** Bytes in the latent cache, in the cache's dtype. */
   readonly bytes: number
   /** Bytes of the expanded keys `[heads, nope + rope]` and values `[heads, v]`. */
   readonly expandedBytes: number
 }
 
-/** What of a configuration says how wide a row of the latent cache is. */
+/** The part of a configuration that determines the row size of the latent cache. */
 export type LatentSizes = Pick<MlaConfig, 'kv_lora_rank' | 'qk_rope_head_dim'>
 
-/** Elements per token and layer of a latent cache. */
+/** Returns the number of elements per token and layer of a latent cache. */
 export function latentFeatures(op: string, config: LatentSizes): number {
   checkShared<Partial<MlaConfig>>(op, config, mlaNames)
   return config.kv_lora_rank + config.qk_rope_head_dim
 }
 
-/** The cost of a token by configuration alone. */
+/** Computes the cache memory per token from a configuration, without creating a cache. `dtype` defaults to f32. */
 export function cacheCost(config: MlaConfig, layers: number, dtype: CacheDType = 'f32'): CacheCost {
   const elements = layers * latentFeatures('cacheCost', config)
   const { qk_rope_head_dim, qk_nope_head_dim, v_head_dim, num_attention_heads: heads } = config
@@ -34,23 +34,24 @@ export function cacheCost(config: MlaConfig, layers: number, dtype: CacheDType =
   return { elements, bytes: elements * dtypeBytes[dtype], expandedBytes: expanded * dtypeBytes[dtype] }
 }
 
-/** Room, layers and dtype of a cache in which each sequence has memory of its own. */
+/** Options of a cache with separate memory for each sequence. */
 export interface CacheOptions extends CacheMemoryOptions {
-  /** Sequences. Default 1. */
+  /** Number of sequences. Default 1. */
   readonly batch?: number
-  /** Tokens per sequence that memory is taken for at first; it doubles when needed. Default 256. */
+  /** Initial number of tokens per sequence that memory is allocated for. It doubles when needed. Default 256. */
   readonly capacity?: number
 }
 
 const names: OptionNames<CacheOptions> = { ...memoryNames, batch: true, capacity: true }
 
-/** Rows `[batch, capacity, features]` per layer. */
+/** A cache with rows `[batch, capacity, features]` per layer. */
 export class KvCache extends SequenceCache {
   #capacity: number
 
   /**
-   * @param features elements per token and layer: `cacheFeatures` of the attention. @throws MoeError E_CONFIG for sizes that are no positive
-   * integers, or a dtype that a cache cannot have
+   * Allocates the cache.
+   * @param features elements per token and layer: `cacheFeatures` of the attention
+   * @throws MoeError E_CONFIG for sizes that are not positive integers, or an unsupported dtype
    */
   constructor(features: number, options: CacheOptions) {
     checkOptions(new.target.name, options, names)
@@ -72,12 +73,12 @@ export class KvCache extends SequenceCache {
     return null
   }
 
-  /** Bytes that one more token costs over all layers: layers * features elements. */
+  /** Bytes per token over all layers: layers * features elements. */
   get bytesPerToken(): number {
     return this.memory.layers * this.features * dtypeBytes[this.dtype]
   }
 
-  /** Bytes taken now. */
+  /** Bytes currently allocated. */
   get bytes(): number {
     return this.bytesPerToken * this.batch * this.#capacity
   }
@@ -106,9 +107,9 @@ export class KvCache extends SequenceCache {
   }
 }
 
-/** Keys and values in compressed form: kv_lora_rank + qk_rope_head_dim elements per token and layer. */
+/** A cache of compressed keys and values: kv_lora_rank + qk_rope_head_dim elements per token and layer. */
 export class LatentCache extends KvCache {
-  /** Takes the width of a row from the configuration. @throws MoeError E_CONFIG */
+  /** Allocates the cache, with rows of the size that the configuration determines. @throws MoeError E_CONFIG */
   constructor(config: LatentSizes, options: CacheOptions) {
     super(latentFeatures('LatentCache', config), options)
   }

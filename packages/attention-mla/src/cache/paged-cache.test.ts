@@ -16,17 +16,17 @@ const config: MlaConfig = {
   v_head_dim: 5,
 }
 
-/** Whole numbers below n. */
+/** Integers below n. */
 const dice = (seed: number) => {
   const random = new Random(seed)
   return (n: number) => Math.floor(random.uniform(1)[0] * n)
 }
 
-test.each([1, 2, 3])('sequences that come, share, grow and go see what they see alone (%i)', async seed => {
+test.each([1, 2, 3])('sequences that start, share, grow and end compute the same as alone (%i)', async seed => {
   const below = dice(seed)
   const random = new Random(seed + 10)
   const mla = new MultiHeadLatentAttention(config, { random, deviation: 0.3 })
-  // Few tokens, so that sequences begin alike by chance; what a token is decides its input.
+  // Few token values, so that sequences share prefixes by chance. A token determines its input.
   const vocabulary = Array.from({ length: 2 }, () => randn([1, 1, 24], random))
   const inputs = (tokens: readonly number[]): Tensor =>
     concat(
@@ -46,7 +46,7 @@ test.each([1, 2, 3])('sequences that come, share, grow and go see what they see 
       open.push({ tokens, sequence })
     }
     if (open.length > 0 && below(6) === 0) cache.release(open.splice(below(open.length), 1)[0].sequence)
-    // As many tokens of each as the one with the fewest has left; those without room leave.
+    // Add as many tokens to each as the one with the fewest has left. Sequences without room leave.
     for (const each of open.slice()) {
       if (each.sequence.length === each.tokens.length) each.tokens.push(below(2))
       if (cache.reserve(each.sequence, each.tokens.length)) continue
@@ -75,7 +75,7 @@ test.each([1, 2, 3])('sequences that come, share, grow and go see what they see 
   cache.dispose()
 })
 
-test('pages that others share outlive the sequence that made them, until they are needed or forgotten', () => {
+test('shared pages outlive the sequence that filled them, until they are needed or discarded', () => {
   const cache = new PagedCache(12, { layers: 1, tokens: 16, pageSize: 4 })
   const tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
   const made = cache.start(tokens)
@@ -86,7 +86,7 @@ test('pages that others share outlive the sequence that made them, until they ar
   cache.release(made)
   const other = cache.start([...tokens, 10])
   expect(other.pages).toEqual(pages)
-  // The last token is never known: what follows it is wanted.
+  // The last token is never reused: its output is needed.
   expect(cache.start(tokens.slice(0, 8)).pages).toEqual(pages.slice(0, 1))
   expect(cache.start([0, ...tokens]).pages).toEqual([])
   const large = cache.start([9])
@@ -96,7 +96,7 @@ test('pages that others share outlive the sequence that made them, until they ar
   cache.dispose()
 })
 
-/** A sequence that holds these tokens. */
+/** A sequence that contains these tokens. */
 function holding(cache: PagedCache, tokens: readonly number[]): PagedSequence {
   const sequence = cache.start(tokens)
   expect(cache.reserve(sequence, tokens.length)).toBe(true)
@@ -104,7 +104,7 @@ function holding(cache: PagedCache, tokens: readonly number[]): PagedSequence {
   return sequence
 }
 
-test('a page is what it is behind the pages before it', () => {
+test('a page is identified by its tokens and all pages before it', () => {
   const cache = new PagedCache(12, { layers: 1, tokens: 64, pageSize: 2 })
   for (const tokens of [
     [1, 2, 7, 7, 3],
@@ -119,11 +119,11 @@ test('a page is what it is behind the pages before it', () => {
   cache.dispose()
 })
 
-test('with modules that look ahead a page is also what comes behind it', () => {
+test('with lookahead, a page is also identified by the tokens after it', () => {
   const cache = new PagedCache(12, { layers: 1, tokens: 64, pageSize: 4, lookahead: 2 })
   const tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
   const made = holding(cache, tokens.slice(0, 9))
-  // What modules see behind the second page is not certain yet.
+  // The tokens that modules see after the second page are not known yet.
   cache.share(made, tokens.slice(0, 9))
   expect(made.shared).toBe(1)
   cache.share(made, tokens)
@@ -137,7 +137,7 @@ test('with modules that look ahead a page is also what comes behind it', () => {
   cache.dispose()
 })
 
-test('what was read before all was forgotten is shared with nobody', () => {
+test('pages from before forget() are not shared', () => {
   const cache = new PagedCache(12, { layers: 1, tokens: 64, pageSize: 4 })
   const tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
   const before = holding(cache, tokens)
@@ -150,10 +150,10 @@ test('what was read before all was forgotten is shared with nobody', () => {
   cache.dispose()
 })
 
-test('a batch without pages for its tokens is told so', () => {
+test('a batch without pages for its tokens is rejected', () => {
   const cache = new PagedCache(12, { layers: 1, tokens: 16, pageSize: 4 })
   const sequence = cache.start([1])
-  expect(() => cache.batch([sequence]).reserve(1)).toThrow('call PagedCache.reserve for it before')
+  expect(() => cache.batch([sequence]).reserve(1)).toThrow('call PagedCache.reserve for it first')
   expect(() => new PagedCache(12, { layers: 1, tokens: 0 })).toThrow('tokens = 0 is not a positive integer')
   cache.dispose()
 })

@@ -1,6 +1,7 @@
 /**
- * @file A cache of many sequences that come and go. Its memory is pages of as many tokens, which a sequence takes as it grows and gives back at its end (Kwon
- * et al. 2023, "PagedAttention"). Sequences that begin alike share the pages of what they begin with.
+ * @file A paged cache for many sequences with different lifetimes. Its memory consists of pages with a fixed number of
+ * tokens, which a sequence allocates as it grows and returns at its end (Kwon et al. 2023, "PagedAttention"). Sequences
+ * with a common prefix share the pages of that prefix.
  */
 import {
   checkOptions,
@@ -15,30 +16,30 @@ import {
 import { type CacheMemoryOptions, CacheRows, checkSizes, memoryNames, refused } from './cache-rows.ts'
 import { SequenceCache } from './sequence-cache.ts'
 
-/** Room, layers and dtype of a cache whose sequences come and go. */
+/** Options of a paged cache. */
 export interface PagedCacheOptions extends CacheMemoryOptions {
-  /** Most tokens of all sequences, rounded up to pages. Memory is taken as they need it. */
+  /** Maximum number of tokens over all sequences, rounded up to whole pages. Memory is allocated as needed. */
   readonly tokens: number
-  /** Tokens of a page. Default 64. */
+  /** Tokens per page. Default 64. */
   readonly pageSize?: number
-  /** How many of the tokens behind a page decide, too, what stands in it: those that MTP modules see ahead. Default 0. */
+  /** How many tokens after a page also determine its contents: those that MTP modules look ahead. Default 0. */
   readonly lookahead?: number
 }
 
 const names: OptionNames<PagedCacheOptions> = { ...memoryNames, tokens: true, pageSize: true, lookahead: true }
 
-/** Pages that memory is taken for at first. */
+/** Number of pages that are allocated initially. */
 const pagesAtFirst = 16
 
-/** A sequence in a paged cache. Made by `PagedCache.start`. */
+/** A sequence in a paged cache, created by `PagedCache.start`. */
 export class PagedSequence {
   /** Tokens in use. */
   length = 0
   /** Its pages, in the order of its tokens. */
   readonly pages: number[] = []
-  /** How many of its pages others may share. */
+  /** How many of its pages other sequences may share. */
   shared = 0
-  /** What stands in these: one number for the same tokens. */
+  /** Identifies the contents of these pages: equal for equal tokens. */
   chain: number
 
   /** Use `PagedCache.start`. @internal */
@@ -47,39 +48,39 @@ export class PagedSequence {
   }
 }
 
-/** Of a page that may be shared: what it is found by, and the chain that ends with it. */
-interface Known {
+/** A page that may be shared: its lookup key, and the chain that ends with it. */
+interface SharedPage {
   readonly key: string
   readonly chain: number
 }
 
 /**
- * Rows `[pages, pageSize, features]` per layer. A sequence takes pages as it grows (`start`, `reserve`), takes part in passes (`batch`), and gives
- * them back (`release`).
+ * A cache with rows `[pages, pageSize, features]` per layer. A sequence is created by `start`, gets pages from
+ * `reserve`, takes part in forward passes through `batch`, and returns its pages with `release`.
  */
 export class PagedCache {
-  /** Tokens of a page. */
+  /** Tokens per page. */
   readonly pageSize: number
   readonly #lookahead: number
   #limit: number
   readonly #memory: CacheRows
   readonly #batches = new Map<number, PagedBatch>()
-  /** Of each page there is memory for: sequences that use it. */
+  /** For each allocated page, the number of sequences that use it. */
   readonly #users: number[] = []
   readonly #free: number[] = []
-  /** Pages without users whose tokens may come again, the one to give up first in front. */
+  /** Unused pages whose contents may be reused, least recently used first. */
   readonly #idle = new Set<number>()
-  /** Full pages by what they hold and what stands before. */
+  /** Full pages by their contents and those of all pages before. */
   readonly #byKey = new Map<string, number>()
-  readonly #known = new Map<number, Known>()
+  readonly #sharedPages = new Map<number, SharedPage>()
   #chains = 0
-  /** The chain of no tokens. */
+  /** The chain of an empty sequence. */
   #root = 0
 
   /**
-   * Takes memory for the first pages.
+   * Allocates the first pages.
    * @param features elements per token and layer: `cacheFeatures` of the attention
-   * @throws MoeError E_CONFIG for sizes that are no positive integers, or a dtype that a cache cannot have
+   * @throws MoeError E_CONFIG for sizes that are not positive integers, or an unsupported dtype
    */
   constructor(features: number, options: PagedCacheOptions) {
     checkOptions('PagedCache', options, names)
@@ -93,23 +94,26 @@ export class PagedCache {
     this.#add(blocks)
   }
 
-  /** Tokens that there is room for in pages that nobody uses. */
+  /** Number of tokens for which unused pages are available. */
   get available(): number {
     return (this.#limit - this.#users.length + this.#free.length + this.#idle.size) * this.pageSize
   }
 
-  /** Most tokens of all sequences: what was asked for, or what memory was enough for. */
+  /** Maximum number of tokens over all sequences: as requested, or less if memory ran out. */
   get tokens(): number {
     return this.#limit * this.pageSize
   }
 
-  /** Bytes taken now. */
+  /** Bytes currently allocated. */
   get bytes(): number {
     const { layers, features, dtype } = this.#memory
     return this.#users.length * this.pageSize * layers * features * dtypeBytes[dtype]
   }
 
-  /** A sequence that holds as many of the tokens as are known, in whole pages, but not the last one: what follows it is wanted. */
+  /**
+   * Starts a sequence that already contains the longest cached prefix of `tokens`, in whole pages. The last token is
+   * never included, because it must be processed to get its output.
+   */
   start(tokens: readonly number[]): PagedSequence {
     const sequence = new PagedSequence(this.#root)
     while ((sequence.shared + 1) * this.pageSize < tokens.length) {
@@ -120,12 +124,15 @@ export class PagedCache {
       sequence.pages.push(page)
       sequence.length += this.pageSize
       sequence.shared++
-      sequence.chain = (this.#known.get(page) as Known).chain
+      sequence.chain = (this.#sharedPages.get(page) as SharedPage).chain
     }
     return sequence
   }
 
-  /** Pages for `tokens` tokens of a sequence in all. False, and nothing is taken, where there are none, or no memory for them. */
+  /**
+   * Makes sure that a sequence has pages for `tokens` tokens in total. Returns false, and allocates nothing, if there
+   * are not enough pages or not enough memory.
+   */
   reserve(sequence: PagedSequence, tokens: number): boolean {
     const more = Math.ceil(tokens / this.pageSize) - sequence.pages.length
     if (more <= 0) return true
@@ -141,7 +148,7 @@ export class PagedCache {
     return true
   }
 
-  /** Lets others share the pages that the sequence has filled. `tokens` are all that are known of it. */
+  /** Lets other sequences share the full pages of this sequence. `tokens` are all its known tokens. */
   share(sequence: PagedSequence, tokens: readonly number[]): void {
     const final = Math.min(sequence.length, tokens.length - this.#lookahead)
     while ((sequence.shared + 1) * this.pageSize <= final) {
@@ -150,19 +157,19 @@ export class PagedCache {
       const other = this.#byKey.get(key)
       if (other === undefined) {
         this.#byKey.set(key, page)
-        this.#known.set(page, { key, chain: ++this.#chains })
+        this.#sharedPages.set(page, { key, chain: ++this.#chains })
       }
-      sequence.chain = (this.#known.get(other ?? page) as Known).chain
+      sequence.chain = (this.#sharedPages.get(other ?? page) as SharedPage).chain
       sequence.shared++
     }
   }
 
-  /** Gives the sequence's pages back. What others may share stays until the pages are needed. */
+  /** Returns the pages of a sequence. Shareable pages keep their contents until the memory is needed. */
   release(sequence: PagedSequence): void {
-    // The last ones first: what stands before them is worth more.
+    // The last pages first, so that they are reused first: earlier pages are more likely to be shared.
     for (const page of sequence.pages.splice(0).reverse()) {
       if (--this.#users[page] > 0) continue
-      if (this.#known.has(page)) this.#idle.add(page)
+      if (this.#sharedPages.has(page)) this.#idle.add(page)
       else this.#free.push(page)
     }
     sequence.length = 0
@@ -170,16 +177,19 @@ export class PagedCache {
     sequence.chain = this.#root
   }
 
-  /** No sequence that starts from here on shares anything with those before: as is due when weights have changed. */
+  /**
+   * Discards all shareable prefixes, so that sequences started from now on share nothing with earlier ones. Call it
+   * when weights have changed.
+   */
   forget(): void {
     this.#root = ++this.#chains
     for (const page of this.#idle) this.#free.push(page)
     this.#idle.clear()
     this.#byKey.clear()
-    this.#known.clear()
+    this.#sharedPages.clear()
   }
 
-  /** As many sequences in one pass, the same object each time. */
+  /** Returns a batch of sequences for a forward pass. The same object is returned for the same number of sequences. */
   batch(sequences: readonly PagedSequence[]): PagedBatch {
     let batch = this.#batches.get(sequences.length)
     if (batch === undefined) {
@@ -190,27 +200,30 @@ export class PagedCache {
     return batch
   }
 
-  /** Frees the pages of all layers. Its sequences and batches are used up. */
+  /** Frees the pages of all layers. Its sequences and batches must not be used afterwards. */
   dispose(): void {
     for (const batch of this.#batches.values()) batch.dispose()
     this.#batches.clear()
     this.#memory.dispose()
   }
 
-  /** The next page that the sequence would share: what it stands behind, and the tokens that decide it. */
+  /**
+   * Returns the lookup key of the next page that the sequence would share: the pages before it, and the tokens that
+   * determine it.
+   */
   #keyOf({ chain, shared }: PagedSequence, tokens: readonly number[]): string {
     const start = shared * this.pageSize
     return `${chain}:${tokens.slice(start, start + this.pageSize + this.#lookahead)}`
   }
 
   #forgetPage(page: number): void {
-    this.#byKey.delete((this.#known.get(page) as Known).key)
-    this.#known.delete(page)
+    this.#byKey.delete((this.#sharedPages.get(page) as SharedPage).key)
+    this.#sharedPages.delete(page)
     this.#idle.delete(page)
     this.#free.push(page)
   }
 
-  /** As many pages more as there may be. Where memory ends, there are as many as there are. */
+  /** Allocates at least `missing` more pages, as far as limit and memory allow. */
   #grow(missing: number): void {
     const before = this.#users.length
     const blocks = Math.min(this.#limit, Math.max(2 * before, before + missing))
@@ -230,14 +243,14 @@ export class PagedCache {
   }
 }
 
-/** Sequences of a paged cache in one pass. Made by `PagedCache.batch`. */
+/** Sequences of a paged cache in one forward pass. Created by `PagedCache.batch`. */
 export class PagedBatch extends SequenceCache {
   readonly #pageSize: number
   #sequences: readonly PagedSequence[] = []
-  /** Pages of the longest sequence there is a place for, a power of two. */
+  /** Maximum number of pages per sequence, a power of two. */
   #width = 1
   #table: Int32Array
-  /** Numbers of the first rows of all sequences, the same for all layers. */
+  /** Indices of the first rows of all sequences, the same for all layers. */
   #gathered: { readonly time: number; readonly index: Tensor } | null = null
 
   /** Use `PagedCache.batch`. @internal */
@@ -259,7 +272,7 @@ export class PagedBatch extends SequenceCache {
     return this.#table
   }
 
-  /** Takes these sequences, as many as before, in place of those that it had. */
+  /** Replaces the sequences by others; the number must stay the same. */
   assign(sequences: readonly PagedSequence[]): void {
     this.#sequences = sequences
     const longest = Math.max(...sequences.map(({ pages }) => pages.length))
@@ -267,7 +280,7 @@ export class PagedBatch extends SequenceCache {
     this.#table = new Int32Array(this.batch * this.#width)
     for (const [b, { pages, length }] of sequences.entries()) {
       const start = b * this.#width
-      // Where it has no pages, its own first one: nobody reads what others wrote.
+      // Unused entries point to the sequence's own first page, so that no sequence reads another's rows.
       this.#table.fill(pages[0] ?? 0, start, start + this.#width)
       this.#table.set(pages, start)
       this.lengths[b] = length
@@ -295,34 +308,37 @@ export class PagedBatch extends SequenceCache {
     return this.#gathered.index
   }
 
-  /** Frees what it keeps on the device; the pages are the cache's. */
+  /** Frees the tensors kept on the device. The pages belong to the cache. */
   override dispose(): void {
     super.dispose()
     this.#gathered?.index.dispose()
     this.#gathered = null
   }
 
-  /** @throws MoeError E_ATTR where the sequences have no pages for it: `PagedCache.reserve` gets them */
+  /**
+   * Checks that every sequence has pages for `time` more tokens; `PagedCache.reserve` allocates them.
+   * @throws MoeError E_ATTR
+   */
   reserve(time: number): void {
     for (const [b, { pages }] of this.#sequences.entries()) {
       const room = pages.length * this.#pageSize
       if (this.lengths[b] + time <= room) continue
-      const problem = `sequence ${b} has ${this.lengths[b]} tokens and room for ${room}, not for ${time} more`
-      throw refused('E_ATTR', 'reserve', problem, 'call PagedCache.reserve for it before')
+      const problem = `sequence ${b} has ${this.lengths[b]} tokens and pages for ${room}, which leaves no room for ${time} more`
+      throw refused('E_ATTR', 'reserve', problem, 'call PagedCache.reserve for it first')
     }
   }
 
   override advance(time: number | ArrayLike<number>): void {
     super.advance(time)
-    this.#tell()
+    this.#syncLengths()
   }
 
   override truncate(length: number | ArrayLike<number>): void {
     super.truncate(length)
-    this.#tell()
+    this.#syncLengths()
   }
 
-  #tell(): void {
+  #syncLengths(): void {
     this.#sequences.forEach((sequence, b) => {
       sequence.length = this.lengths[b]
     })

@@ -1,20 +1,23 @@
-/** @file What attention needs of the earlier tokens of some sequences, wherever their rows lie. */
+/** @file The interface between attention and a cache of earlier tokens, independent of where the rows are stored. */
 import { type Backend, fromHost, type HostArray, keep, MoeError, type Tensor } from '@moe/core'
 import type { RotaryEmbedding, RotaryTables } from '../rotary.ts'
 import { type CacheRows, refused } from './cache-rows.ts'
 
-/** Steps of prompts come once, those of decoding again and again. */
-const longestKept = 16
+/** Prompts have steps that occur once; decoding repeats short steps, which are kept up to this many tokens. */
+const longestKeptStep = 16
 
-/** Sequences of their own lengths that are read and continued together; `truncate` takes tokens back, as speculative decoding needs. */
+/**
+ * A batch of sequences with individual lengths, which are read and extended together. `truncate` removes tokens, as
+ * speculative decoding needs.
+ */
 export abstract class SequenceCache {
-  /** Sequences. */
+  /** Number of sequences. */
   readonly batch: number
   /** Tokens in use of each sequence. */
   readonly lengths: Int32Array
   /** @internal */
   protected readonly memory: CacheRows
-  /** By number of new tokens. */
+  /** Steps by number of new tokens. */
   readonly #steps = new Map<number, CacheStep>()
 
   protected constructor(batch: number, memory: CacheRows) {
@@ -28,12 +31,12 @@ export abstract class SequenceCache {
     return this.memory.features
   }
 
-  /** Of the rows. */
+  /** Dtype of the rows. */
   get dtype() {
     return this.memory.dtype
   }
 
-  /** Where the rows are. */
+  /** Where the rows are stored. */
   get backend(): Backend {
     return this.memory.backend
   }
@@ -41,27 +44,36 @@ export abstract class SequenceCache {
   /** Tokens that each sequence has room for. */
   abstract get capacity(): number
 
-  /** Changes when rows move to other memory or tables to other sizes: what was recorded before is void then. */
+  /** Changes when rows move to other memory or tables change their size, which invalidates recorded steps. */
   abstract get layout(): string
 
-  /** Makes room for `time` more tokens of each sequence; `write` does it by itself. */
+  /** Makes room for `time` more tokens of each sequence. `write` does this automatically. */
   abstract reserve(time: number): void
 
-  /** Number of the row of a layer that holds a token. */
+  /** Returns the index of the row of a layer that stores a token. */
   abstract rowOf(sequence: number, position: number): number
 
-  /** Pages of each sequence, row-major `[batch, width]`, where rows lie in pages. */
+  /** Pages of each sequence, row-major `[batch, width]`; null if the cache has no pages. */
   abstract get pageTable(): Int32Array | null
 
-  /** All rows of a layer in blocks, `[blocks, rows of a block, features]` in the cache's dtype: a block is a sequence, or a page. */
+  /**
+   * Returns all rows of a layer in blocks, `[blocks, rows of a block, features]`, in the cache's dtype. A block is a
+   * sequence or a page.
+   */
   rows(layer: number): Tensor {
     return this.memory.of(layer)
   }
 
-  /** The first `time` rows of each sequence `[batch, time, features]`; those at or past its length mean nothing. */
+  /**
+   * Returns the first `time` rows of each sequence, `[batch, time, features]`. Rows at or past a sequence's length are
+   * undefined.
+   */
   abstract first(layer: number, time: number): Tensor
 
-  /** Where the next `time` tokens of each sequence go. It belongs to the cache and is the same object, brought up to date, as long as it fits. */
+  /**
+   * Returns where the next `time` tokens of each sequence are stored. The step belongs to the cache, which updates and
+   * returns the same object as long as the layout is unchanged.
+   */
   next(time: number): CacheStep {
     let step = this.#steps.get(time)
     if (step !== undefined && step.layout === this.layout) {
@@ -74,37 +86,41 @@ export abstract class SequenceCache {
     return step
   }
 
-  /** Writes the rows `[batch, time, features]`, rounded to the cache's dtype, of a layer behind each sequence. Call `advance` once all layers have written. */
+  /**
+   * Appends the rows `[batch, time, features]` of a layer to each sequence, rounded to the cache's dtype. Call
+   * `advance` once all layers have written.
+   * @throws MoeError E_SHAPE for rows of another shape
+   */
   write(layer: number, rows: Tensor): void {
     const [batch, time, features] = rows.shape
     if (batch !== this.batch || features !== this.features) {
       const room = `a cache of ${this.batch} sequences with ${this.features} features`
-      throw refused('E_SHAPE', 'write', `rows [${rows.shape}] do not fit ${room}`)
+      throw refused('E_SHAPE', 'write', `rows of shape [${rows.shape}] do not fit ${room}`)
     }
     this.reserve(time)
     this.memory.write(layer, this.next(time).index, rows)
   }
 
   /**
-   * Counts `time` tokens, written in every layer, as part of each sequence (or of each its own number, 0 where nothing of it counts).
-   * @throws MoeError E_ATTR for numbers that cannot have been written; no sequence is changed then.
+   * Adds `time` tokens, written in every layer, to each sequence. Pass an array for a different number per sequence.
+   * @throws MoeError E_ATTR for numbers that cannot have been written; no sequence is changed then
    */
   advance(time: number | ArrayLike<number>): void {
     const after = this.lengths.map((length, b) => {
       const tokens = this.#perSequence('advance', time, b)
       if (Number.isInteger(tokens) && tokens >= 0 && length + tokens <= this.capacity) return length + tokens
-      const room = `${length} tokens in room for ${this.capacity}`
-      throw refused('E_ATTR', 'advance', `sequence ${b} cannot go on by ${tokens}: it has ${room}`)
+      const room = `${length} tokens and a capacity of ${this.capacity}`
+      throw refused('E_ATTR', 'advance', `cannot add ${tokens} tokens to sequence ${b}, which has ${room}`)
     })
     this.lengths.set(after)
     for (const [length, step] of this.#steps) {
-      if (length <= longestKept) continue
+      if (length <= longestKeptStep) continue
       step.dispose()
       this.#steps.delete(length)
     }
   }
 
-  /** Forgets the tokens past `length` of every sequence (or past each its own length). */
+  /** Removes the tokens past `length` of every sequence. Pass an array for a different length per sequence. */
   truncate(length: number | ArrayLike<number>): void {
     const after = this.lengths.map((before, b) =>
       Math.min(before, Math.max(0, this.#perSequence('truncate', length, b))),
@@ -112,68 +128,75 @@ export abstract class SequenceCache {
     this.lengths.set(after)
   }
 
-  /** The number that an argument has for a sequence. */
+  /** Returns an argument's number for a sequence. */
   #perSequence(method: string, argument: number | ArrayLike<number>, sequence: number): number {
     const all = typeof argument === 'number'
     const value = all ? argument : argument[sequence]
     if ((all || argument.length === this.batch) && !Number.isNaN(value)) return value
     const given = all ? `${argument}` : `[${Array.from(argument)}]`
-    throw refused('E_ATTR', method, `${given} is no number, nor one for each of ${this.batch} sequences`)
+    throw refused(
+      'E_ATTR',
+      method,
+      `${given} is neither a number nor a list of ${this.batch} numbers, one for each sequence`,
+    )
   }
 
-  /** Frees what it keeps on the device for coming steps. */
+  /** Frees the tensors kept for later steps. */
   dispose(): void {
     for (const step of this.#steps.values()) step.dispose()
     this.#steps.clear()
   }
 }
 
-/** Where `time` new tokens of each sequence go, on the device: uploaded once for all layers, and in place where the backend can, as recorded graphs need. */
+/**
+ * Where `time` new tokens of each sequence are stored, as tensors on the device. They are uploaded once for all layers,
+ * and updated in place if the backend can, as captured graphs require.
+ */
 export class CacheStep {
-  /** Of the cache when this was made. */
+  /** Layout of the cache when this step was created. */
   readonly layout: string
-  /** Rows that the tokens take, `i32 [batch * time]`. */
+  /** Rows of the new tokens, `i32 [batch * time]`. */
   readonly index: Tensor
-  /** Lengths once the tokens are in, `i32 [batch]`. */
+  /** Lengths including the new tokens, `i32 [batch]`. */
   readonly lengths: Tensor
-  /** Pages of each sequence, `i32 [batch, width]`, where rows lie in pages. */
+  /** Pages of each sequence, `i32 [batch, width]`; undefined if the cache has no pages. */
   readonly pages: Tensor | undefined
   readonly #cache: SequenceCache
   readonly #time: number
   readonly #rotary = new Map<RotaryEmbedding, RotaryTables>()
-  /** What is on the device. */
-  #known: Numbers
+  /** The values that are on the device. */
+  #uploaded: StepData
 
   /** Use `SequenceCache.next`. @internal */
   constructor(cache: SequenceCache, time: number) {
     this.#cache = cache
     this.#time = time
     this.layout = cache.layout
-    this.#known = this.#numbers()
+    this.#uploaded = this.#data()
     const upload = (data: Int32Array<ArrayBuffer>, shape: number[]) => keep(fromHost(data, shape, 'i32', cache.backend))
-    const { index, lengths, pages } = this.#known
+    const { index, lengths, pages } = this.#uploaded
     this.index = upload(index, [index.length])
     this.lengths = upload(lengths, [lengths.length])
     this.pages = pages && upload(pages, [cache.batch, pages.length / cache.batch])
   }
 
-  /** Rotation tables `[batch, time, R/2]` of the tokens' positions. */
+  /** Returns rotation tables `[batch, time, R/2]` for the positions of the tokens. */
   tables(rotary: RotaryEmbedding): RotaryTables {
     let tables = this.#rotary.get(rotary)
     if (tables === undefined) {
       tables = keep(
-        rotary.at(this.#positions(this.#known.lengths), [this.#cache.batch, this.#time], this.index.backend),
+        rotary.at(this.#positions(this.#uploaded.lengths), [this.#cache.batch, this.#time], this.index.backend),
       )
       this.#rotary.set(rotary, tables)
     }
     return tables
   }
 
-  /** Follows the cache. */
+  /** Updates the tensors to the current state of the cache. */
   update(): void {
-    const before = this.#known
-    const now = this.#numbers()
-    this.#known = now
+    const before = this.#uploaded
+    const now = this.#data()
+    this.#uploaded = now
     if (!same(before.index, now.index)) overwrite(this.index, now.index)
     if (this.pages && now.pages && !same(before.pages, now.pages)) overwrite(this.pages, now.pages)
     if (same(before.lengths, now.lengths)) return
@@ -186,7 +209,7 @@ export class CacheStep {
     }
   }
 
-  /** Position of each token, row-major `[batch, time]`, of sequences that are as long once they are in. */
+  /** Returns the position of each new token, row-major `[batch, time]`, given the lengths that include them. */
   #positions(lengths: Int32Array): Int32Array<ArrayBuffer> {
     const time = this.#time
     return Int32Array.from(
@@ -195,7 +218,7 @@ export class CacheStep {
     )
   }
 
-  #numbers(): Numbers {
+  #data(): StepData {
     const time = this.#time
     const cache = this.#cache
     const lengths = Int32Array.from(cache.lengths, length => length + time)
@@ -215,7 +238,7 @@ export class CacheStep {
   }
 }
 
-interface Numbers {
+interface StepData {
   readonly index: Int32Array<ArrayBuffer>
   readonly lengths: Int32Array<ArrayBuffer>
   readonly pages: Int32Array<ArrayBuffer> | undefined
@@ -224,7 +247,7 @@ interface Numbers {
 const same = (a: Int32Array | undefined, b: Int32Array): boolean =>
   a?.length === b.length && a.every((x, i) => x === b[i])
 
-/** Other elements for a tensor that nobody records: in place where the backend can, otherwise in new memory. */
+/** Replaces the elements of a tensor that is not recorded: in place if the backend can, otherwise in new memory. */
 function overwrite(tensor: Tensor, data: HostArray): void {
   const { backend } = tensor
   if (backend.write) {
@@ -236,7 +259,7 @@ function overwrite(tensor: Tensor, data: HostArray): void {
   backend.free(before)
 }
 
-/** Refuses an input of more or fewer sequences than the cache has. @throws MoeError E_SHAPE */
+/** Checks that the input has as many sequences as the cache. @throws MoeError E_SHAPE */
 export function needSequences(op: string, { shape }: Tensor, cache: SequenceCache): void {
   const [batch] = shape
   if (batch === cache.batch) return
@@ -244,7 +267,7 @@ export function needSequences(op: string, { shape }: Tensor, cache: SequenceCach
     code: 'E_SHAPE',
     op,
     problem: `the input has ${batch} sequences, the cache ${cache.batch}`,
-    fix: `make the cache with batch: ${batch}, or pass the tokens of all its sequences`,
+    fix: `create the cache with batch: ${batch}, or pass tokens for all its sequences`,
     details: { input: batch, cache: cache.batch },
   })
 }
