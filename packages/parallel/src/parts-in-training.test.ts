@@ -422,7 +422,7 @@ describe('what does not fit is refused in words', () => {
       }
     }
     await expect(refused({ optimizer })).rejects.toThrow(
-      /mine does not say which parameter m\.model\.embed_tokens\.weight is the state of/,
+      /mine does not say which parameter its state m\.model\.embed_tokens\.weight belongs to/,
     )
   })
 

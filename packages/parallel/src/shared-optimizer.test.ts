@@ -292,7 +292,7 @@ test('an optimizer that does not say whose state it has is kept whole by every r
 test('Muon refuses rows of a matrix', async () => {
   const all = (of: readonly NamedParameter[]) => new Muon(of, { takes: ({ parameter }) => parameter.rank === 2 })
   await expect(sharing(40, { optimizer: all }, { mtp: 0 })).rejects.toThrow(
-    /Muon: (model\.embed_tokens|lm_head)\.weight is taken, of which this rank has some rows alone; leave token tables/,
+    /Muon: takes selects (model\.embed_tokens|lm_head)\.weight, but this rank has only some of its rows; exclude embedding tables/,
   )
 })
 

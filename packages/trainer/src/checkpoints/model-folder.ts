@@ -64,6 +64,6 @@ const neither = (path: string) =>
   new MoeError({
     code: 'E_CHECKPOINT',
     op: 'modelFolder',
-    problem: `${path} contains neither a config.json nor checkpoints`,
+    problem: `${path} has neither a config.json nor checkpoints`,
     fix: 'pass the folder of a model or of a run: the `out` of train(), or runs/quickstart after `npm start`',
   })

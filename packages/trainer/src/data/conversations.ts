@@ -1,4 +1,4 @@
-/** @file Conversations to fine-tune on: what the assistant says is learned, all else is what it answers to. */
+/** @file Conversations to fine-tune on: the assistant's answers are learned, everything else is context. */
 import { resolve } from 'node:path'
 import { pathOf } from '@moe/checkpoint'
 import { checkOptions, MoeError } from '@moe/core'
@@ -8,51 +8,56 @@ import { utf8Bytes } from './documents.ts'
 import { findFiles, readLines, withoutHeldOut } from './files.ts'
 import { type Example, noTokenizer, TokenDataset, tokenNamed } from './token-dataset.ts'
 
-/** A turn. Members that only the template knows (`name`, `tool_calls`) go to it as they are. */
+/** A message. Members that only the template uses, such as `name` or `tool_calls`, are passed to it unchanged. */
 export interface Message {
-  /** `system`, `user`, `assistant`, or another that the template knows. What an `assistant` says is learned. */
+  /**
+   * `system`, `user`, `assistant`, or another role that the template knows. Messages of the `assistant` are learned.
+   */
   readonly role: string
-  /** What is said. */
+  /** Text of the message. */
   readonly content: string
-  /** 0 for an answer that is not to be learned, as in OpenAI's fine-tuning files. Default 1. */
+  /** 0 for an answer that is not learned, as in OpenAI's fine-tuning files. Default 1. */
   readonly weight?: 0 | 1
   readonly [name: string]: unknown
 }
 
-/** Turns, oldest first. */
+/** The messages of a conversation, oldest first. */
 export type Conversation = readonly Message[]
 
-/** Writes conversations as the model is to read them; `ChatTemplate` of `@moe/tokenizer-bpe/data` is one. */
+/** Renders conversations in the model's prompt format. `ChatTemplate` of `@moe/tokenizer-bpe/data` implements it. */
 export interface ConversationTemplate {
-  /** Text with special tokens written out. With `addGenerationPrompt` it ends where an answer begins. */
+  /**
+   * Returns the text of messages, including special tokens. With `addGenerationPrompt`, it ends where the answer
+   * begins.
+   */
   render(messages: Conversation, options: { addGenerationPrompt: boolean }): string
-  /** Content of `tokenizer_config.json`, stored beside the model in every checkpoint. */
+  /** Returns the content of `tokenizer_config.json`, which every checkpoint stores next to the model. */
   toJSON?(): unknown
 }
 
-/** Conversations to learn, and conversations that are only measured on. */
+/** Training and held-out conversations, with their chat template. */
 export interface Conversations {
-  /** Conversations to learn. */
+  /** Conversations to train on. */
   readonly training: readonly Conversation[]
-  /** Conversations that are measured on; may be empty. */
+  /** Held-out conversations; may be empty. */
   readonly validation: readonly Conversation[]
-  /** Writes them, in training as in use. */
+  /** The chat template for training and inference. */
   readonly template: ConversationTemplate
 }
 
-/** How conversations are written, and which are held out. */
+/** Options of `conversations`. */
 export interface ConversationOptions {
-  /** Writes the conversations, in training as in use. */
+  /** The chat template for training and inference. */
   readonly template: ConversationTemplate
   /** Held-out conversations: a fraction in [0, 1), drawn by `seed`, or the conversations themselves. Default 0. */
   readonly validation?: number | Iterable<Conversation>
-  /** Names the draw of held-out conversations. Default 0. */
+  /** Seed of the draw of held-out conversations. Default 0. */
   readonly seed?: number
 }
 
-/** How conversations of files are written, and which are held out. */
+/** Options of `conversationFiles`. */
 export interface ConversationFilesOptions {
-  /** Writes the conversations, in training as in use. */
+  /** The chat template for training and inference. */
   readonly template: ConversationTemplate
   /** As in `ConversationOptions`, or glob patterns of the files to hold out. */
   readonly validation?: number | { readonly files: string | readonly string[] }
@@ -66,8 +71,9 @@ const refused = (op: string, problem: string, fix: string, details?: Record<stri
   new MoeError({ code: 'E_DATA', op, problem, fix, ...(details && { details }) })
 
 /**
- * Conversations in memory, for the `data` of `train`.
- * @throws MoeError E_DATA for what is no conversation, and for one without an answer to learn
+ * Returns conversations from memory, as `data` for `train`.
+ *
+ * @throws MoeError E_DATA for an invalid conversation, or one without an answer to learn
  */
 export function conversations(all: Iterable<Conversation>, options: ConversationOptions): Conversations {
   checkOptions('conversations', options, { template: true, validation: true, seed: true })
@@ -82,8 +88,10 @@ export function conversations(all: Iterable<Conversation>, options: Conversation
 }
 
 /**
- * Conversations from JSON Lines files: `{"messages": [{"role": "user", "content": "…"}, …]}` or the list alone on each line, as OpenAI and Hugging Face have them.
- * @throws MoeError E_DATA, with file and line, for a line that is none, and for a conversation without an answer to learn
+ * Reads conversations from JSON Lines files, as `data` for `train`. Each line is `{"messages": [{"role": "user",
+ * "content": "…"}, …]}` or only the list, as in OpenAI's and Hugging Face's files.
+ *
+ * @throws MoeError E_DATA, with file and line, for an invalid conversation, or one without an answer to learn
  */
 export function conversationFiles(
   patterns: string | readonly string[],
@@ -103,16 +111,18 @@ export function conversationFiles(
 
 function split(op: string, all: Conversation[], fraction: number, seed: number) {
   if (all.length === 1 && fraction > 0) {
-    throw refused(op, 'there is one conversation, so that none can be held out', 'give more, or validation: 0')
+    throw refused(op, 'there is only one conversation, so none can be held out', 'add more, or pass validation: 0')
   }
   return holdOut(op, all, fraction, seed)
 }
 
 /**
- * The tokens of conversations, an example each: what the template writes between the end of a prompt (where `generate` would go on) and the end of the answer is
- * learned, its end token included. Prompts and answers are tokenized apart, as they are when the model answers. Where a template writes earlier turns in
- * another way once there are later ones (leaves out what was thought), a conversation is several examples, each with one answer that is read as it was given.
- * @throws MoeError E_DATA where the template's answers do not begin with what it ends a prompt with
+ * Tokenizes conversations, one example each. For every answer, the learned tokens are what the template adds after the
+ * generation prompt, including the end token. Prompts and answers are tokenized separately, as in generation. If a
+ * template changes how it renders earlier messages once there are later ones (for example, by dropping reasoning), the
+ * conversation becomes several examples, so that each answer follows the context in which it is generated.
+ *
+ * @throws MoeError E_DATA if the template does not render an answer directly after its generation prompt
  */
 export function tokenizeConversations(
   all: Iterable<Conversation>,
@@ -136,7 +146,10 @@ interface Part {
   readonly learned: boolean
 }
 
-/** What the template makes of a conversation, in parts that are learned or not; several lists where later turns change what stands before. */
+/**
+ * Renders a conversation in parts that are learned or not. Returns several lists if later messages change how earlier
+ * ones are rendered.
+ */
 function renderedParts(conversation: Conversation, template: ConversationTemplate, number: number): Part[][] {
   const examples: Part[][] = []
   let written = ''
@@ -147,8 +160,8 @@ function renderedParts(conversation: Conversation, template: ConversationTemplat
     if (!answered.startsWith(prompt) || answered.length === prompt.length) {
       throw refused(
         'conversations',
-        `the template writes message ${i} of conversation ${number} otherwise than behind the prompt that it makes of the messages before: ${JSON.stringify(answered.slice(-60))} against ${JSON.stringify(prompt.slice(-60))}`,
-        'take a template whose add_generation_prompt writes just what its answers begin with',
+        `the template does not render message ${i} of conversation ${number} directly after its generation prompt: the messages end with ${JSON.stringify(answered.slice(-60))}, the prompt with ${JSON.stringify(prompt.slice(-60))}`,
+        'use a template whose add_generation_prompt writes exactly what its answers begin with',
         { conversation: number, message: i },
       )
     }
@@ -182,29 +195,29 @@ export function checkTemplate(op: string, template: ConversationTemplate): void 
   throw new MoeError({
     code: 'E_CONFIG',
     op,
-    problem: `template is ${given}, which does not render`,
+    problem: `template is ${given}, expected an object with a method render`,
     fix: 'pass await ChatTemplate.from({ chat_template, bos_token, eos_token }) of @moe/tokenizer-bpe/data',
   })
 }
 
-/** @param what names it in errors */
+/** @param what its name in error messages */
 function checkConversation(op: string, given: unknown, what: string): Conversation {
   const listed = Array.isArray(given) ? given : (given as { messages?: unknown } | null)?.messages
   if (!Array.isArray(listed)) {
-    throw refused(op, `${what} is no list of messages`, 'it is [{ role, content }, …], or { messages: […] }')
+    throw refused(op, `${what} is not a list of messages`, 'pass [{ role, content }, …] or { messages: […] }')
   }
   listed.forEach((message: Message | null, i) => {
     const wrong = (['role', 'content'] as const).find(name => typeof message?.[name] !== 'string')
     if (wrong !== undefined) {
-      throw refused(op, `message ${i} of ${what} has no ${wrong} that is text`, 'it is { role: "user", content: "…" }')
+      throw refused(op, `${wrong} of message ${i} of ${what} is not a string`, 'pass { role: "user", content: "…" }')
     }
     const { weight } = message as { weight?: unknown }
     if (weight !== undefined && weight !== 0 && weight !== 1) {
-      throw refused(op, `message ${i} of ${what} has weight ${JSON.stringify(weight)}`, 'it is 0 or 1')
+      throw refused(op, `message ${i} of ${what} has weight ${JSON.stringify(weight)}`, 'pass 0 or 1')
     }
   })
   if (!listed.some(isLearned)) {
-    const fix = 'one with the role assistant, and no weight of 0, is what is learned; leave out conversations without'
+    const fix = 'include a message with the role assistant and without weight 0, or leave out the conversation'
     throw refused(op, `${what} has no answer to learn`, fix)
   }
   return listed
@@ -218,8 +231,8 @@ function readConversations(op: string, path: string): Conversation[] {
     try {
       given = JSON.parse(line)
     } catch (cause) {
-      const fix = 'each line is a conversation in JSON (.jsonl); a list of them over several lines is not'
-      throw refused(op, `${what} is no JSON: ${(cause as Error).message}`, fix, { path, line: i + 1 })
+      const fix = 'write one conversation as JSON on each line (.jsonl), not a JSON array over several lines'
+      throw refused(op, `${what} is not JSON: ${(cause as Error).message}`, fix, { path, line: i + 1 })
     }
     return [checkConversation(op, given, what)]
   })

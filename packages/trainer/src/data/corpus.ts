@@ -1,37 +1,37 @@
-/** @file Texts to train on and texts held out, from files or from memory. */
+/** @file Training and held-out texts, from files or from memory. */
 import { resolve } from 'node:path'
 import { pathOf } from '@moe/checkpoint'
 import { checkOptions, MoeError, Random } from '@moe/core'
 import { checkDocuments } from './documents.ts'
 import { findFiles, readDocuments, withoutHeldOut } from './files.ts'
 
-/** Documents to train on, and documents that are only measured on. */
+/** Training and held-out documents. */
 export interface Corpus {
-  /** Texts of documents to train on. */
+  /** Texts to train on. */
   readonly training: readonly string[]
-  /** Texts of documents that are measured on; may be empty. */
+  /** Held-out texts; may be empty. */
   readonly validation: readonly string[]
 }
 
-/** Which texts are held out. */
+/** Options of `texts`. */
 export interface TextsOptions {
   /**
-   * Held-out documents: a fraction in [0, 1) of the documents, drawn by `seed`, or the documents themselves. Of a
-   * corpus of one document the last part is held out. Default 0.
+   * Held-out documents: a fraction in [0, 1), drawn by `seed`, or the documents themselves. If there is only one
+   * document, its last part is held out. Default 0.
    */
   readonly validation?: number | Iterable<string>
-  /** Names the draw of held-out documents; the same seed and documents give the same draw. Default 0. */
+  /** Seed of the draw of held-out documents. Default 0. */
   readonly seed?: number
 }
 
-/** How files become documents, and which are held out. */
+/** Options of `textFiles`. */
 export interface TextFilesOptions {
   /** As in `TextsOptions`, or glob patterns of the files to hold out. */
   readonly validation?: number | { readonly files: string | readonly string[] }
   /**
-   * Cuts each file into documents. Default: a file is a document. A document must fit into a string (512 Mi
-   * characters); a file that does not can be cut by a string, not by an expression. A line feed in a string stands for
-   * the line ends of the file, CRLF or LF.
+   * Splits each file into documents. Default: each file is a document. A document must fit into a string (512 Mi
+   * characters); larger files can be split by a string, but not by a regular expression. A line feed in a string
+   * matches the line ends of the file, CRLF or LF.
    */
   readonly separator?: string | RegExp
   /** As in `TextsOptions`. */
@@ -41,9 +41,10 @@ export interface TextFilesOptions {
 }
 
 /**
- * A corpus from UTF-8 files: paths, or glob patterns such as `corpus/**` + `/*.txt`, in alphabetical order. All text
- * is read at once. On Windows, patterns may have either slash.
- * @throws MoeError E_DATA when nothing matches, a file is not text, or all are empty
+ * Reads a corpus from UTF-8 files, as `data` for `train`: paths, or glob patterns such as `corpus/**` + `/*.txt`, in
+ * alphabetical order. All text is read at once. On Windows, patterns may contain either slash.
+ *
+ * @throws MoeError E_DATA if nothing matches, a file is not text, or all files are empty
  */
 export function textFiles(patterns: string | readonly string[], options: TextFilesOptions = {}): Corpus {
   checkOptions('textFiles', options, { validation: true, separator: true, seed: true, cwd: true })
@@ -59,8 +60,9 @@ export function textFiles(patterns: string | readonly string[], options: TextFil
 }
 
 /**
- * A corpus from documents in memory. Empty ones are left out.
- * @throws MoeError E_DATA when there are none, or when one is not text
+ * Returns a corpus of documents in memory, as `data` for `train`. Empty documents are left out.
+ *
+ * @throws MoeError E_DATA if there are no documents, or one is not text
  */
 export function texts(documents: Iterable<string>, options: TextsOptions = {}): Corpus {
   checkOptions('texts', options, { validation: true, seed: true })
@@ -72,8 +74,9 @@ export function texts(documents: Iterable<string>, options: TextsOptions = {}): 
 }
 
 /**
- * Draws a fraction of several items, at least one unless it is 0.
- * @throws MoeError E_CONFIG
+ * Draws a fraction of several items to hold out: at least one, unless the fraction is 0.
+ *
+ * @throws MoeError E_CONFIG for an invalid fraction
  */
 export function holdOut<T>(op: string, all: readonly T[], fraction: number, seed: number) {
   if (!(fraction >= 0 && fraction < 1)) {
@@ -81,7 +84,7 @@ export function holdOut<T>(op: string, all: readonly T[], fraction: number, seed
       code: 'E_CONFIG',
       op,
       problem: `validation is ${fraction}`,
-      fix: 'pass a fraction of at least 0 and below 1, or what is held out itself',
+      fix: 'pass a fraction of at least 0 and below 1, or the held-out items themselves',
     })
   }
   if (fraction === 0) return { training: all, validation: [] }
@@ -91,12 +94,12 @@ export function holdOut<T>(op: string, all: readonly T[], fraction: number, seed
   return { training: all.filter((_, i) => !heldOut.has(i)), validation: all.filter((_, i) => heldOut.has(i)) }
 }
 
-/** Cuts one document near the wanted place, at the end of a line if there is one. */
+/** Splits one document near the given fraction, at the end of a line if possible. */
 function cutTail(text: string, fraction: number): Corpus {
   const wanted = Math.min(text.length - 1, Math.max(1, Math.round(text.length * (1 - fraction))))
   const line = text.lastIndexOf('\n', wanted - 1) + 1
   let at = line > wanted / 2 ? line : wanted
-  // Never between the halves of a surrogate pair.
+  // Never splits a surrogate pair.
   if (/[\uDC00-\uDFFF]/.test(text[at] ?? '')) at--
   if (at <= 0) throw tooSmall(text.length)
   return { training: [text.slice(0, at)], validation: [text.slice(at)] }
@@ -106,8 +109,8 @@ const tooSmall = (characters: number) =>
   new MoeError({
     code: 'E_DATA',
     op: 'texts',
-    problem: `the corpus is one document of ${characters} characters, of which nothing can be held out`,
-    fix: 'give more text, or validation: 0',
+    problem: `the corpus is one document of ${characters} characters, too short to hold out a part`,
+    fix: 'add more text, or pass validation: 0',
   })
 
 function checked(documents: Iterable<string>, what: string): string[] {
@@ -127,7 +130,7 @@ function checked(documents: Iterable<string>, what: string): string[] {
       throw new MoeError({
         code: 'E_DATA',
         op: 'texts',
-        problem: `document ${number} of ${what} holds NUL characters, so it is hardly text`,
+        problem: `document ${number} of ${what} contains NUL characters, so it is probably not text`,
         fix: 'leave out binary content',
         details: { document: number },
       })
@@ -140,7 +143,7 @@ function checked(documents: Iterable<string>, what: string): string[] {
       code: 'E_DATA',
       op: 'texts',
       problem: number === 0 ? `${what} has no documents` : `all ${number} documents of ${what} are empty`,
-      fix: 'pass at least one document with text in it',
+      fix: 'pass at least one document that is not empty',
     })
   }
   return kept

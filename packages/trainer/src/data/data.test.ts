@@ -46,8 +46,8 @@ describe('texts', () => {
     ['empty texts', ['', ''], /all 2 documents .* are empty/],
     ['binary content', ['fine', 'bad\0'], /document 1 .* NUL/],
     ['no strings', [3 as unknown as string], /document 0 .* number/],
-    ['one text, whose characters would be documents', 'one text', /the documents are one text; pass a list/],
-    ['what is missing', undefined as unknown as string[], /the documents are undefined/],
+    ['one text, whose characters would be documents', 'one text', /documents is a single string; pass a list/],
+    ['what is missing', undefined as unknown as string[], /documents is undefined/],
   ])('refuses %s', (_, documents, message) => {
     expect(() => texts(documents)).toThrow(
       expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
@@ -166,8 +166,10 @@ test('paths and options that are none are refused', async () => {
 describe('TokenDataset', () => {
   test('needs texts and a tokenizer', () => {
     const make = TokenDataset.fromTexts as (...input: unknown[]) => unknown
-    expect(() => make('abc', letters)).toThrow(/the documents are one text; pass a list of texts/)
-    expect(() => make(['abc'], 'tokenizer.json')).toThrow(/the tokenizer is tokenizer.json; pass one that encodes/)
+    expect(() => make('abc', letters)).toThrow(/documents is a single string; pass a list/)
+    expect(() => make(['abc'], 'tokenizer.json')).toThrow(
+      /the tokenizer is tokenizer.json; pass the result of trainBpe/,
+    )
     expect(() => make(['abc'], {})).toThrow(/an object without encode/)
   })
 

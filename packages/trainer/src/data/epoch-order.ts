@@ -1,19 +1,19 @@
-/** @file An endless sequence of items in which each comes once an epoch. */
+/** @file An endless sequence of items in which each comes once per epoch. */
 import type { Random } from '@moe/core'
 
-/** Numbers of `count` items, in an order drawn anew for every epoch: a function of the place alone. */
+/** Orders `count` items, shuffled again for every epoch. The order is a pure function of the index. */
 export class EpochOrder {
   readonly #count: number
   readonly #random: Random
   #order: { readonly epoch: number; readonly items: Uint32Array } | null = null
 
-  /** @param random names the orders, and stays as it is */
+  /** @param random seed of the orders; it is not advanced */
   constructor(count: number, random: Random) {
     this.#count = count
     this.#random = random
   }
 
-  /** Which item stands at place `index`. */
+  /** The item at `index` of the sequence. */
   at(index: number): number {
     const epoch = Math.floor(index / this.#count)
     if (this.#order?.epoch !== epoch) {

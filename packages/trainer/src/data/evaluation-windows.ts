@@ -1,20 +1,20 @@
-/** @file Strided evaluation: overlapping windows in which every token is predicted once, with context before it. */
+/** @file Strided evaluation: overlapping windows in which every token is predicted once, with context. */
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
 import { batchOf, type Row, rowsOf, windows } from './rows.ts'
 import type { TokenStream } from './token-stream.ts'
 
-/** Windows, and how much of the data they cover. */
+/** Options of `evaluationWindows`. */
 export interface EvaluationOptions {
-  /** Positions of a window. */
+  /** Positions per window. */
   readonly sequenceLength: number
-  /** Tokens that a row has beyond that; `TrainableModel.lookahead`. */
+  /** Tokens that a row has beyond that: `TrainableModel.lookahead`. */
   readonly lookahead: number
-  /** Rows of a batch. */
+  /** Rows per batch. */
   readonly batchSize: number
   /** As in `OrderOptions`. Default false. */
   readonly isolate?: boolean
-  /** Measure on about so many tokens, spread evenly over the data. Default: on all. */
+  /** Approximate number of tokens to evaluate on, spread evenly over the data. Default: all. */
   readonly limit?: number
 }
 
@@ -26,20 +26,20 @@ const names: OptionNames<EvaluationOptions> = {
   limit: true,
 }
 
-/** Some windows of the data, as rows. */
+/** A batch of windows, as rows. */
 export interface EvaluationBatch {
   /** Rows of `sequenceLength + lookahead` tokens. */
   readonly batch: TokenBatch
-  /** Positions before this one are context. */
+  /** Positions before this one are context only. */
   readonly from: number
-  /** Share of all windows that are done with this batch. */
+  /** Fraction of all windows up to and including this batch. */
   readonly done: number
 }
 
 /**
- * Windows that overlap by half: the first counts all its positions, each later one its second half, so that every
- * token of the stream but the first is predicted exactly once, and all but those of the first window with at least
- * half a window of context. Of examples, each is a window, or shares one.
+ * Yields windows that overlap by half. The first window counts all its positions, and each later one its second half,
+ * so that every token but the first is predicted exactly once, with at least half a window of context (except in the
+ * first window). Examples do not overlap: each is a window of its own or shares one.
  */
 export function* evaluationWindows(data: TokenStream, options: EvaluationOptions): Generator<EvaluationBatch> {
   checkOptions('evaluationWindows', options, names)
@@ -52,7 +52,7 @@ export function* evaluationWindows(data: TokenStream, options: EvaluationOptions
       code: 'E_CONFIG',
       op: 'evaluate',
       problem: wrong.map(([name, size]) => `${name} is ${size}`).join(', '),
-      fix: 'sizes are whole numbers from 1',
+      fix: 'pass integers of at least 1',
     })
   }
   const length = sequenceLength + lookahead
@@ -68,7 +68,7 @@ export function* evaluationWindows(data: TokenStream, options: EvaluationOptions
   let waiting: Row[] = []
   for (let i = 0; i < count; i++) {
     waiting.push(rows.row(Math.floor((i * all) / count)))
-    // The first window has nothing before it, so all of it counts.
+    // The first window has no context, so all of its positions count. It is a batch of its own.
     const first = overlaps && i === 0
     if (!first && waiting.length < batchSize && i < count - 1) continue
     yield { batch: batchOf(data, waiting, length, isolate), from: first ? 0 : from, done: (i + 1) / count }

@@ -1,18 +1,19 @@
-/** @file Text files by their names, whole or in parts. */
+/** @file Finds and reads text files. */
 import { constants, isUtf8 } from 'node:buffer'
 import { readFileSync, realpathSync, statSync } from 'node:fs'
 import { join, resolve, sep } from 'node:path'
 import { MoeError } from '@moe/core'
 import { globSync } from 'tinyglobby'
 
-/** A file may have several paths: links, and where case makes no difference. */
+/** Paths without the held-out ones, compared by real path: a file may have several paths, by links or letter case. */
 export function withoutHeldOut(paths: readonly string[], heldOut: readonly string[]): string[] {
   const known = new Set(heldOut.map(path => realpathSync.native(path)))
   return paths.filter(path => !known.has(realpathSync.native(path)))
 }
 
 /**
- * Files by path or pattern, in alphabetical order.
+ * Finds files by path or pattern, in alphabetical order.
+ *
  * @throws MoeError E_ATTR, E_DATA
  */
 export function findFiles(op: string, patterns: string | readonly string[] | undefined, cwd: string): string[] {
@@ -21,8 +22,8 @@ export function findFiles(op: string, patterns: string | readonly string[] | und
     throw new MoeError({
       code: 'E_ATTR',
       op,
-      problem: `${patterns} is no path or pattern, and no list of them`,
-      fix: "pass texts such as 'corpus/**/*.txt'; { validation: { files } } takes the same",
+      problem: `${patterns} is not a path or pattern, nor a list of them`,
+      fix: "pass strings such as 'corpus/**/*.txt', also in { validation: { files } }",
     })
   }
   const found = new Set<string>()
@@ -33,7 +34,7 @@ export function findFiles(op: string, patterns: string | readonly string[] | und
         code: 'E_DATA',
         op,
         problem: `${pattern} is a folder`,
-        fix: `say which of its files: '${slashed(join(pattern, '**', '*.txt'))}'`,
+        fix: `pass a pattern of its files: '${slashed(join(pattern, '**', '*.txt'))}'`,
       })
     }
     const matches =
@@ -51,17 +52,21 @@ export function findFiles(op: string, patterns: string | readonly string[] | und
   return [...found].sort()
 }
 
-/** As globs are written and found everywhere, so that the order is the same everywhere; elsewhere than on Windows `\` is no separator. */
+/**
+ * With forward slashes, so that globs and the sort order are the same on all systems. Only on Windows is `\` a
+ * separator.
+ */
 const slashed = (path: string): string => (sep === '\\' ? path.replaceAll(sep, '/') : path)
 
 /**
- * The documents of a UTF-8 file, those of white space alone left out.
+ * Returns the documents of a UTF-8 file, without those that are only white space.
+ *
  * @throws MoeError E_DATA
  */
 export function readDocuments(op: string, path: string, separator: string | RegExp | undefined): string[] {
   const bytes = readBytes(op, path)
   if (separator === undefined) return [decode(op, path, bytes)]
-  // Cut before it is decoded, so that only its documents must fit into strings.
+  // Split before decoding, so that only each document must fit into a string.
   const parts =
     typeof separator === 'string' && separator !== ''
       ? cut(bytes, asIn(bytes, separator)).map(part => decode(op, path, part))
@@ -69,15 +74,15 @@ export function readDocuments(op: string, path: string, separator: string | RegE
   return parts.filter(part => part.trim().length > 0)
 }
 
-/** The bytes of a UTF-8 file, without the mark that some begin with. */
+/** The bytes of a UTF-8 file, without a byte order mark. */
 function readBytes(op: string, path: string): Buffer {
   let bytes: Buffer
   try {
     bytes = readFileSync(path)
   } catch (cause) {
     const tooLarge = (cause as NodeJS.ErrnoException).code === 'ERR_FS_FILE_TOO_LARGE'
-    const fix = tooLarge ? 'cut it into smaller files' : undefined
-    const problem = `${path} cannot be read: ${(cause as Error).message}`
+    const fix = tooLarge ? 'split it into smaller files' : undefined
+    const problem = `cannot read ${path}: ${(cause as Error).message}`
     throw new MoeError({ code: 'E_DATA', op, problem, fix, cause, details: { path } })
   }
   const nul = bytes.indexOf(0)
@@ -94,14 +99,15 @@ function readBytes(op: string, path: string): Buffer {
 }
 
 /**
- * The lines of a UTF-8 file, blank ones included.
+ * Returns the lines of a UTF-8 file, including blank ones.
+ *
  * @throws MoeError E_DATA
  */
 export function readLines(op: string, path: string): string[] {
   return cut(readBytes(op, path), Buffer.from('\n')).map(line => decode(op, path, line))
 }
 
-/** A separator with the line ends of a text, by its first: CRLF, as Windows has them, or LF. */
+/** A separator with the line ends of the file, CRLF or LF, judged by the file's first line. */
 function asIn(bytes: Buffer, separator: string): Buffer {
   const crlf = bytes[bytes.indexOf('\n') - 1] === 13
   return Buffer.from(crlf ? separator.replaceAll(/\r?\n/g, '\r\n') : separator)
@@ -125,8 +131,8 @@ function decode(op: string, path: string, bytes: Buffer): string {
     throw new MoeError({
       code: 'E_DATA',
       op,
-      problem: `${path} has a document of ${bytes.length} bytes, and a string holds at most ${longest}`,
-      fix: 'cut it into smaller files, or pass the text that separates its documents as { separator }',
+      problem: `${path} contains a document of ${bytes.length} bytes, but a string is limited to ${longest}`,
+      fix: 'split it into smaller files, or pass the string that separates its documents as { separator }',
       cause,
       details: { path },
     })

@@ -1,27 +1,28 @@
 /**
- * @file Tokens on disk as Megatron-LM has them (megatron/core/datasets/indexed_dataset.py): ids in `NAME.bin`, and in `NAME.idx` how they are cut into sequences and
- * documents. Little-endian: magic, u64 version, u8 type of ids, u64 sequences, u64 document indices; then i32 lengths, i64 byte positions, i64 indices of the sequences
- * that documents begin with, the count of all behind them.
+ * @file Megatron-LM's indexed dataset format (megatron/core/datasets/indexed_dataset.py): token ids in `NAME.bin`, and
+ *   in `NAME.idx` their division into sequences and documents. Little-endian: magic, u64 version, u8 id type, u64 number
+ *   of sequences, u64 number of document indices; then i32 lengths, i64 byte positions, and i64 indices of the first
+ *   sequence of each document, followed by the number of sequences.
  */
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs'
 import { isMoeError, MoeError } from '@moe/core'
 
 const MAGIC = 'MMIDIDX\0\0'
 const HEADER_BYTES = 34
-/** Types of ids by Megatron's codes. It has more of them, and writes these. */
+/** Id types by Megatron's codes. It defines more, but writes these. */
 const idTypes = { 4: Int32Array, 8: Uint16Array } as const
 
 type Ids = Int32Array | Uint16Array
-/** Positions in a file: smaller numbers where they fit. */
+/** Positions in a file, in 32 bits if they fit. */
 type Positions = Uint32Array | Float64Array
 
-/** Largest number of ids that 16 bits hold. */
+/** Largest vocabulary whose ids fit into 16 bits. */
 const SHORT_IDS = 1 << 16
 
-/** Type of ids that a vocabulary needs. */
+/** The id type for a vocabulary size. */
 export const idTypeFor = (vocabSize: number) => (vocabSize <= SHORT_IDS ? Uint16Array : Int32Array)
 
-/** The content of a `NAME.idx` for documents of one sequence each, in parts. @param lengths in tokens */
+/** Yields the content of a `NAME.idx` for documents of one sequence each. @param lengths in tokens */
 export function* encodeIndex(lengths: Int32Array, idBytes: 2 | 4): Generator<Uint8Array> {
   const header = Buffer.alloc(HEADER_BYTES)
   header.write(MAGIC, 'latin1')
@@ -32,16 +33,16 @@ export function* encodeIndex(lengths: Int32Array, idBytes: 2 | 4): Generator<Uin
   yield header
   yield new Uint8Array(lengths.buffer, lengths.byteOffset, lengths.byteLength)
   let bytes = 0
-  yield* longs(lengths.length, i => {
+  yield* int64s(lengths.length, i => {
     const start = bytes
     bytes += lengths[i] * idBytes
     return start
   })
-  yield* longs(lengths.length + 1, i => i)
+  yield* int64s(lengths.length + 1, i => i)
 }
 
-/** Whole numbers in 64 bits each. */
-function* longs(count: number, at: (i: number) => number): Generator<Uint8Array> {
+/** Integers as 64 bits each. */
+function* int64s(count: number, at: (i: number) => number): Generator<Uint8Array> {
   const most = 1 << 16
   for (let from = 0; from < count; from += most) {
     const part = Buffer.alloc(8 * Math.min(most, count - from))
@@ -54,19 +55,19 @@ function* longs(count: number, at: (i: number) => number): Generator<Uint8Array>
   }
 }
 
-/** A pair of files, open for reading. Only where documents begin is in memory. */
+/** A pair of files, open for reading. Only the starts of the documents are kept in memory. */
 export class IndexedFile {
-  /** Path without `.bin` or `.idx`. */
+  /** Path without `.bin` and `.idx`. */
   readonly path: string
-  /** Tokens in all. */
+  /** Number of tokens. */
   readonly length: number
-  /** Where each document that has tokens begins. */
+  /** Start of each document that is not empty. */
   readonly starts: Positions
   readonly #type: (typeof idTypes)[keyof typeof idTypes]
   #bin: number | null = null
   #scratch: Ids
 
-  /** @throws MoeError E_DATA for files that are absent, cut short or of another kind */
+  /** @throws MoeError E_DATA for files that are missing, truncated or of another format */
   constructor(path: string) {
     this.path = path
     const { type, length, starts } = withFile(`${path}.idx`, (file, size) => readIndex(`${path}.idx`, file, size))
@@ -77,12 +78,15 @@ export class IndexedFile {
     const bytes = withFile(`${path}.bin`, (_, size) => size)
     const expected = length * type.BYTES_PER_ELEMENT
     if (bytes !== expected) {
-      const fix = bytes < expected ? 'copy or make it anew: a part is missing' : 'use the .idx that belongs to it'
-      throw broken(`${path}.bin`, `it has ${bytes} bytes, and its index tells of ${expected}`, fix)
+      const fix = bytes < expected ? 'copy or create it again: it is truncated' : 'use the .idx that belongs to it'
+      throw broken(`${path}.bin`, `the file has ${bytes} bytes, but its index describes ${expected}`, fix)
     }
   }
 
-  /** Puts `count` tokens from a position on into `target`. @throws MoeError E_DATA for ids outside the vocabulary */
+  /**
+   * Reads `count` tokens at position `from` into `target` at `at`. @throws MoeError E_DATA for ids outside the
+   * vocabulary
+   */
   read(target: Int32Array, at: number, from: number, count: number, vocabSize: number): void {
     this.#bin ??= opened(`${this.path}.bin`)
     if (this.#scratch.length < count) this.#scratch = new this.#type(count)
@@ -94,7 +98,7 @@ export class IndexedFile {
         throw broken(
           `${this.path}.bin`,
           `token ${from + i} is ${id}, outside the vocabulary of ${vocabSize} ids`,
-          'use the tokenizer and the vocabulary size that it was made with',
+          'use the tokenizer and the vocabulary size with which the file was created',
         )
       }
       target[at + i] = id
@@ -111,24 +115,20 @@ function readIndex(path: string, file: number, size: number) {
   const header = Buffer.alloc(Math.min(HEADER_BYTES, size))
   readFully(path, file, header, 0)
   if (header.length < HEADER_BYTES || header.toString('latin1', 0, MAGIC.length) !== MAGIC)
-    throw broken(
-      path,
-      'it does not begin as an index of Megatron-LM does',
-      'pass files that tokenize or Megatron-LM made',
-    )
+    throw broken(path, 'not an index file of Megatron-LM', 'pass files that tokenize or Megatron-LM wrote')
   const version = header.readBigUInt64LE(9)
-  if (version !== 1n) throw broken(path, `it has version ${version}, and 1 is known here`)
+  if (version !== 1n) throw broken(path, `unsupported version ${version}, expected 1`)
   const code = header.readUInt8(17)
   const type = idTypes[code as keyof typeof idTypes]
-  if (type === undefined) throw broken(path, `its ids are of type ${code}; 8 (uint16) and 4 (int32) are known here`)
+  if (type === undefined) throw broken(path, `unsupported id type ${code}, expected 8 (uint16) or 4 (int32)`)
   const sequences = Number(header.readBigUInt64LE(18))
   const documents = Number(header.readBigUInt64LE(26))
   const expected = HEADER_BYTES + 12 * sequences + 8 * documents
-  // Megatron writes a byte more of each sequence where they have modes.
+  // Megatron appends one byte per sequence if sequences have modes.
   if (size !== expected && size !== expected + sequences)
     throw broken(
       path,
-      `it has ${size} bytes, and ${sequences} sequences in ${documents - 1} documents need ${expected}`,
+      `the file has ${size} bytes, but ${sequences} sequences in ${documents - 1} documents need ${expected}`,
     )
   const lengths = new Column(path, file, HEADER_BYTES, 4)
   const pointers = new Column(path, file, HEADER_BYTES + 4 * sequences, 8)
@@ -137,13 +137,13 @@ function readIndex(path: string, file: number, size: number) {
   const starts: Positions = tokens < 2 ** 32 ? new Uint32Array(documents) : new Float64Array(documents)
   let begun = 0
   let read = 0
-  const ordered = () => broken(path, 'its documents do not stand in order from the first sequence to the last')
+  const ordered = () => broken(path, 'its documents do not cover the sequences in order')
   if (documents < 1 || indices.next() !== 0) throw ordered()
   let next = 0
   let position = 0
   lengths.rewind()
   for (let sequence = 0; sequence < sequences; sequence++) {
-    // Documents without a sequence begin where the next one does.
+    // Documents without a sequence start at the same place as the next one.
     const begins = next === sequence
     while (next === sequence) {
       if (++read >= documents) throw ordered()
@@ -151,7 +151,7 @@ function readIndex(path: string, file: number, size: number) {
       if (next < sequence) throw ordered()
     }
     if (pointers.next() !== position * type.BYTES_PER_ELEMENT)
-      throw broken(path, `sequence ${sequence} does not begin where the one before it ends`)
+      throw broken(path, `sequence ${sequence} does not start where the previous one ends`)
     if (begins && (begun === 0 || starts[begun - 1] !== position)) starts[begun++] = position
     position += lengths.next()
   }
@@ -171,12 +171,12 @@ function tokensOf(path: string, lengths: Column, sequences: number): number {
   return tokens
 }
 
-/** Numbers of a part of a file, one after the other. */
+/** Reads consecutive numbers from a part of a file. */
 class Column {
   readonly #path: string
   readonly #file: number
   readonly #offset: number
-  /** 32 bits each; numbers of 64 have the lower ones first. */
+  /** 32 bits each; 64-bit numbers have the lower half first. */
   readonly #words: Uint32Array
   readonly #wide: boolean
   #read = 0
@@ -205,8 +205,8 @@ class Column {
 
   #fill(): void {
     const bytes = readSync(this.#file, this.#words, 0, this.#words.byteLength, this.#offset + this.#read)
-    if (bytes < 8 && bytes !== 4) throw broken(this.#path, 'it ends early')
-    // What is read beyond the column is never asked for.
+    if (bytes < 8 && bytes !== 4) throw broken(this.#path, 'the file is truncated')
+    // What is read beyond the end of the column is never used.
     this.#end = (bytes >> 3) * 2 || 1
     this.#at = 0
     this.#read += this.#end * 4
@@ -217,7 +217,7 @@ function readFully(path: string, file: number, target: NodeJS.ArrayBufferView, p
   const { byteLength } = target
   for (let done = 0; done < byteLength; ) {
     const bytes = readSync(file, target, done, byteLength - done, position + done)
-    if (bytes === 0) throw broken(path, 'it ends early', 'copy or make it anew: a part is missing')
+    if (bytes === 0) throw broken(path, 'the file is truncated', 'copy or create it again')
     done += bytes
   }
 }
@@ -226,7 +226,7 @@ function opened(path: string): number {
   try {
     return openSync(path, 'r')
   } catch (cause) {
-    throw broken(path, `it cannot be read: ${(cause as Error).message}`, undefined, cause)
+    throw broken(path, `cannot read the file: ${(cause as Error).message}`, undefined, cause)
   }
 }
 
@@ -236,7 +236,7 @@ function withFile<T>(path: string, use: (file: number, size: number) => T): T {
     return use(file, fstatSync(file).size)
   } catch (cause) {
     if (isMoeError(cause)) throw cause
-    throw broken(path, `it cannot be read: ${(cause as Error).message}`, undefined, cause)
+    throw broken(path, `cannot read the file: ${(cause as Error).message}`, undefined, cause)
   } finally {
     closeSync(file)
   }

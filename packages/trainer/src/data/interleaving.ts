@@ -1,23 +1,24 @@
-/** @file Which of several sources stands at a place of an endless sequence. */
+/** @file Interleaves several sources in fixed proportions. */
 import { Random } from '@moe/core'
 
 type Node = number | { readonly share: number; readonly phase: number; readonly first: Node; readonly second: Node }
 
-/** A place of a sequence: which source stands there, and how many places before it have the same. */
+/** A place in the interleaved sequence: its source, and the index within that source. */
 export interface SourcePlace {
   readonly source: number
   readonly index: number
 }
 
 /**
- * Sources in proportions that hold over any stretch of the sequence, but for a place or two. Two are dealt like the pixels of a slanted line: of the first n
- * places, the first source has `floor(n * share + phase)`. More are dealt to two groups, and again within each.
+ * Interleaves sources so that any stretch of the sequence has their proportions, up to one or two places. Two sources
+ * are distributed like the pixels of a slanted line: among the first n places, the first source has `floor(n * share +
+ * phase)`. More sources are divided into two groups, recursively.
  */
 export class Interleaving {
   readonly #root: Node
   readonly #count: number
 
-  /** @param shares of the sources; they sum to 1 */
+  /** @param shares of the sources; they must sum to 1 */
   constructor(shares: readonly number[], seed: number) {
     const random = new Random(seed).fork('mixture')
     const divide = (from: number, to: number): Node => {
@@ -35,15 +36,15 @@ export class Interleaving {
     let node = this.#root
     let index = place
     while (typeof node === 'object') {
-      const before = ofFirst(node, index)
-      const isFirst = ofFirst(node, index + 1) > before
+      const before = placesOfFirst(node, index)
+      const isFirst = placesOfFirst(node, index + 1) > before
       index = isFirst ? before : index - before
       node = isFirst ? node.first : node.second
     }
     return { source: node, index }
   }
 
-  /** How many of the first `places` each source has. */
+  /** Number of places of each source among the first `places`. */
   counts(places: number): number[] {
     const counts: number[] = new Array(this.#count).fill(0)
     const count = (node: Node, index: number): void => {
@@ -51,7 +52,7 @@ export class Interleaving {
         counts[node] = index
         return
       }
-      const before = ofFirst(node, index)
+      const before = placesOfFirst(node, index)
       count(node.first, before)
       count(node.second, index - before)
     }
@@ -60,4 +61,4 @@ export class Interleaving {
   }
 }
 
-const ofFirst = ({ share, phase }: Exclude<Node, number>, places: number) => Math.floor(places * share + phase)
+const placesOfFirst = ({ share, phase }: Exclude<Node, number>, places: number) => Math.floor(places * share + phase)

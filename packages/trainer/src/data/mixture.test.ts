@@ -172,7 +172,7 @@ describe('a mixture', () => {
       expect(() => mixture(parts as Parameters<typeof mixture>[0])).toThrow(
         expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(message) }),
       )
-    refuses({}, /the sources are/)
+    refuses({}, /sources is/)
     refuses({ web: { data: training_('web'), weight: 0 } }, /weight of web is 0/)
     refuses({ web: { data: texts.web, weight: 1 } }, /data of web has no tokens/)
     refuses({ web: { data: training_('web'), weights: 1 } }, /weights/)

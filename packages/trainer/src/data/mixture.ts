@@ -1,46 +1,49 @@
-/** @file Several sources of tokens in fixed proportions. */
+/** @file Mixtures of token sources in fixed proportions. */
 import { checkOptions, MoeError, shown } from '@moe/core'
 import type { TokenData } from '../options.ts'
 import { isTokenStream, type TokenStream } from './token-stream.ts'
 
-/** A stream of tokens that is a part of what is trained on. */
+/** A source of a mixture's training data. */
 export interface Source {
-  /** What it is called in reports. */
+  /** Its name in reports. */
   readonly name: string
   /** Its tokens. */
   readonly data: TokenStream
-  /** Its share of the rows, of 1. */
+  /** Its share of the rows, from 0 to 1. */
   readonly share: number
 }
 
-/** Sources, each of which gives its share of the rows. */
+/** Training data from several sources. Created by `mixture`. */
 export interface Mixture {
-  /** In the order in which they were given. */
+  /** The sources, in the order in which they were given. */
   readonly sources: readonly Source[]
 }
 
-/** A source of a mixture. */
+/** Options of one source in `mixture`. */
 export interface MixturePart {
-  /** What `tokenFiles` gives, or other token data. What it holds out is measured on by the source's name. */
+  /** The result of `tokenFiles`, or other token data. Its held-out part is evaluated under the source's name. */
   readonly data: Omit<TokenData, 'training'> & { readonly training: TokenStream }
-  /** Its share of the rows, in proportion to the weights of the others. */
+  /** Its share of the rows, relative to the weights of the other sources. */
   readonly weight: number
 }
 
 /**
- * Data of several sources, such as `mixture({ web: { data: tokenFiles('web'), weight: 4 }, code: { data: tokenFiles('code'), weight: 1 } })`. Which source a row comes from
- * is a function of its place alone, and any stretch of rows has the proportions of the weights, but for a row or two. Each source has epochs of its own.
- * @throws MoeError E_CONFIG for weights that are not positive numbers
+ * Combines several sources into `data` for `train`, for example `mixture({ web: { data: tokenFiles('web'), weight: 4 },
+ * code: { data: tokenFiles('code'), weight: 1 } })`. The source of a row depends only on its position, and any stretch
+ * of rows has the proportions of the weights, up to one or two rows. Each source has its own epochs.
+ *
+ * @throws MoeError E_CONFIG for weights that are not positive numbers, and for sources without tokens
  */
 export function mixture(parts: Readonly<Record<string, MixturePart>>): TokenData {
   const given = Object.entries(parts ?? {})
-  if (given.length === 0) throw refusal(`the sources are ${shown(parts)}`, 'name some: { web: { data, weight: 1 } }')
+  if (given.length === 0)
+    throw refusal(`sources is ${shown(parts)}`, 'pass sources by name: { web: { data, weight: 1 } }')
   const validation: [string, TokenStream][] = []
   for (const [name, part] of given) {
     checkOptions('mixture', part, { data: true, weight: true })
     const { data, weight } = part
     if (!(Number.isFinite(weight) && weight > 0))
-      throw refusal(`the weight of ${name} is ${shown(weight)}`, 'give a positive number; leave out what is not wanted')
+      throw refusal(`the weight of ${name} is ${shown(weight)}`, 'pass a positive number, or leave out the source')
     if (!isTokenStream(data?.training)) {
       const fix = 'pass { data: tokenFiles(folder), weight }, or { training: TokenDataset.fromTexts(texts, tokenizer) }'
       throw refusal(`the data of ${name} has no tokens to train on`, fix)
@@ -53,15 +56,15 @@ export function mixture(parts: Readonly<Record<string, MixturePart>>): TokenData
   return { training: { sources }, ...(validation.length > 0 && { validation: Object.fromEntries(validation) }) }
 }
 
-/** The sources of what is trained on: a stream by itself is one without a name. */
+/** The sources of training data. A single stream is a source without a name. */
 export const sourcesOf = (training: TokenStream | Mixture): readonly Source[] =>
   isTokenStream(training) ? [{ name: '', data: training, share: 1 }] : training.sources
 
-/** Whether these are tokens, of one source or of several. */
+/** Whether this is tokenized data: a stream or a mixture. */
 export const isTokens = (training: unknown): training is TokenStream | Mixture =>
   isTokenStream(training) || Array.isArray((training as Partial<Mixture> | undefined)?.sources)
 
-/** Held-out streams with their names; one by itself has none. */
+/** Held-out streams with their names. A single stream has the name ''. */
 export function namedStreams(validation: TokenData['validation']): (readonly [string, TokenStream])[] {
   if (validation === undefined) return []
   return isTokenStream(validation) ? [['', validation]] : Object.entries(validation)

@@ -1,12 +1,15 @@
-/** @file Which tokens the rows of a data set hold, and how they come into a batch. */
+/** @file Divides a data set into rows, and copies rows into batches. */
 import type { TokenBatch } from '../model.ts'
 import { endFrom, learnedFrom } from './examples.ts'
 import type { TokenStream } from './token-stream.ts'
 
-/** A row: where what it holds begins in the stream. What begins first stands first; each goes on to its end, or to that of the row. */
+/**
+ * A row, as the start positions of its documents or examples in the stream, in order. Each continues to its end, or to
+ * the end of the row.
+ */
 export type Row = readonly number[]
 
-/** Millions of windows take no memory. */
+/** A list of rows that may be computed on demand, because a corpus has millions of windows. */
 export interface Rows {
   readonly count: number
   row(index: number): Row
@@ -14,24 +17,27 @@ export interface Rows {
 
 const listed = (rows: readonly Row[]): Rows => ({ count: rows.length, row: index => rows[index] })
 
-/** Windows of a stream, `stride` apart. */
+/** Windows of a stream that start `stride` tokens apart. */
 export const windows = (count: number, stride: number): Rows => ({ count, row: index => [index * stride] })
 
 /**
- * Rows of `length` positions: windows of the stream, so that every token is predicted in one of them; or the examples that have something to learn in so many
- * positions, each in a row of its own or, with `isolate`, as many in a row as have room.
+ * Rows of `length` positions. A stream of documents is divided into windows, so that every token is predicted once.
+ * Examples with learned tokens in the first `length` positions get a row each; with `isolate`, they are packed.
  */
 export function rowsOf(data: TokenStream, length: number, isolate: boolean): Rows {
   if (data.examples === null) return windows(Math.ceil((data.length - 1) / length), length)
   const learned = Array.from(data.examples).filter(start => learnedFrom(data, start, length) > 0)
-  return listed(isolate ? shared(data, learned, length + 1) : learned.map(start => [start]))
+  return listed(isolate ? packed(data, learned, length + 1) : learned.map(start => [start]))
 }
 
-/** Examples in rows of `room` tokens: the longest first, each where it leaves the least room (best fit decreasing). */
-function shared(data: TokenStream, starts: readonly number[], room: number): readonly Row[] {
+/**
+ * Packs examples into rows of `room` tokens: longest first, each into the row where it leaves the least space (best-fit
+ * decreasing).
+ */
+function packed(data: TokenStream, starts: readonly number[], room: number): readonly Row[] {
   const sizeOf = (start: number) => Math.min(room, endFrom(data, start) - start)
   const rows: number[][] = []
-  /** Rows by the room that they have left. */
+  /** Rows by their remaining space. */
   const open: number[][][] = Array.from({ length: room + 1 }, () => [])
   let most = 0
   for (const start of [...starts].sort((a, b) => sizeOf(b) - sizeOf(a))) {
@@ -59,8 +65,9 @@ export interface SourceRow {
 }
 
 /**
- * Rows as a batch, `length` tokens each, filled up with padding.
- * @param isolate says of each token where its document, or example, begins
+ * Copies rows into a batch of `length` tokens each, filled up with padding.
+ *
+ * @param isolate whether to record the start of each token's document or example
  */
 export function batchOf(data: TokenStream, rows: readonly Row[], length: number, isolate: boolean): TokenBatch {
   return batchOfSources(
@@ -70,7 +77,7 @@ export function batchOf(data: TokenStream, rows: readonly Row[], length: number,
   )
 }
 
-/** The same of several sources. */
+/** `batchOf` for rows of several sources. */
 export function batchOfSources(rows: readonly SourceRow[], length: number, isolate: boolean): TokenBatch {
   const batch = paddingBatch(rows.length, length, isolate)
   rows.forEach(({ data, row }, r) => {
@@ -81,21 +88,24 @@ export function batchOfSources(rows: readonly SourceRow[], length: number, isola
   return batch
 }
 
-/** A batch of rows in which no position counts. */
+/** A batch of padding, in which no position counts. */
 export function paddingBatch(rows: number, length: number, isolate: boolean): TokenBatch {
   const size = rows * length
   const documents = new Int32Array(size)
   const starts = isolate ? new Int32Array(size) : undefined
   for (let i = 0; i < size; i++) {
     const at = i % length
-    // Never equal to a neighbour's.
+    // Different from its neighbors, so that no position counts.
     documents[i] = -at - 1
     if (starts) starts[i] = at
   }
   return { tokens: new Int32Array(size), documents, ...(starts && { starts }), rows, length }
 }
 
-/** Copies what begins at `start` of the stream to place `at` of the row that begins at `row`. @returns how many tokens that were */
+/**
+ * Copies the document or example at `start` to position `at` of a row that begins at `row`. @returns the number of
+ * tokens
+ */
 function copy(data: TokenStream, start: number, batch: TokenBatch, row: number, at: number): number {
   const count = Math.max(0, Math.min(batch.length - at, endFrom(data, start) - start))
   batch.tokens.set(data.read(start, count), row + at)

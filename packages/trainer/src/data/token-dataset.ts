@@ -1,17 +1,17 @@
-/** @file A corpus as one stream of tokens in memory, with document boundaries. */
+/** @file A tokenized corpus in memory, as one stream with document boundaries. */
 import { createHash } from 'node:crypto'
 import { checkOptions, MoeError } from '@moe/core'
 import type { TextTokenizer } from '../model.ts'
 import { checkDocuments, utf8Bytes } from './documents.ts'
 import { lastUpTo, type TokenStream } from './token-stream.ts'
 
-/** Names that the usual tokenizers have for the tokens that begin and end a document. */
+/** Names of the begin and end tokens in common tokenizers. */
 const USUAL_NAMES = {
   begin: ['<｜begin▁of▁sentence｜>', '<|bos|>', '<|begin_of_text|>', '<s>', '<bos>', '<|begin|>'],
   end: ['<｜end▁of▁sentence｜>', '<|eos|>', '<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|end|>'],
 }
 
-/** Id of the token that begins or ends a document, by its usual names; null where there is none. */
+/** Id of the begin or end token, by its usual names; null if there is none. */
 export function tokenNamed(tokenizer: TextTokenizer, place: keyof typeof USUAL_NAMES): number | null {
   for (const name of USUAL_NAMES[place]) {
     const id = tokenizer.tokenToId?.(name)
@@ -20,15 +20,17 @@ export function tokenNamed(tokenizer: TextTokenizer, place: keyof typeof USUAL_N
   return null
 }
 
-/** Tokens around every document. */
+/** Options for the tokens around every document. */
 export interface DocumentTokens {
-  /** Id put before every document, or null for none. Default: the tokenizer's, by its usual names. */
+  /**
+   * Id of the token before every document, or null for none. Default: the tokenizer's begin token, by its usual names.
+   */
   readonly bos?: number | null
-  /** Id put after every document, or null for none. Default: the tokenizer's, by its usual names. */
+  /** Id of the token after every document, or null for none. Default: the tokenizer's end token, by its usual names. */
   readonly eos?: number | null
 }
 
-/** Ids of the tokens that begin and end a document. An end token serves for both where there is no other. */
+/** Ids of the begin and end tokens. Without a begin token, the end token serves as both. */
 export function documentTokens(
   tokenizer: TextTokenizer,
   { bos, eos }: DocumentTokens,
@@ -37,11 +39,14 @@ export function documentTokens(
   return { bos: bos === undefined ? (tokenNamed(tokenizer, 'begin') ?? end) : bos, eos: end }
 }
 
-/** Tokens of which only some are to be learned: an instruction and its answer. */
+/** Tokens of which only some are learned, for example an instruction with its answer. */
 export interface Example {
   /** Ids of the whole example, in order. */
   readonly tokens: ArrayLike<number>
-  /** For every token, whether it is to be predicted from those before it; of the first, which nothing precedes, it says nothing. Default: all of them. */
+  /**
+   * For each token, whether it is learned. The entry of the first token has no effect, because nothing precedes it.
+   * Default: all tokens are learned.
+   */
   readonly learned?: ArrayLike<boolean | number>
 }
 
@@ -57,26 +62,29 @@ interface DatasetParts {
 }
 
 /**
- * Documents, tokenized and joined: `begin, text, end, begin, text, end, ...`. Where the tokenizer has no token that
- * begins a document, its end token serves for both, so that the first token of every text has something to be
- * predicted from. Or examples, which stand in rows whole.
+ * A tokenized data set in memory: documents joined to one stream (`begin, text, end, begin, text, end, ...`), or
+ * examples, which are not cut apart. If the tokenizer has no begin token, its end token is used as both, so that the
+ * first token of every text can be predicted from something.
  */
 export class TokenDataset implements TokenStream {
-  /** The whole stream. */
+  /** All tokens of the stream. */
   readonly tokens: Int32Array
-  /** Positions of the tokens that are not to be predicted, ascending: the first of each document, and those of examples that are not learned. */
+  /**
+   * Positions of the tokens that are not predicted, ascending: the first of each document, and the unlearned ones of
+   * examples.
+   */
   readonly starts: Int32Array
   /** Position of the first token of each example, ascending; null for documents. */
   readonly examples: Int32Array | null
-  /** UTF-8 bytes of the texts, as far as they are predicted. */
+  /** UTF-8 bytes of the predicted text. */
   readonly textBytes: number
-  /** Every id is below this. */
+  /** Number of ids; all are below this. */
   readonly vocabSize: number
-  /** What rows are filled up with after the end of the stream. */
+  /** Id that fills up rows after the end of the stream. */
   readonly padding: number
-  /** What every text ends with: a token, null where texts just end, undefined where nobody knows. @internal */
+  /** Id of the token that ends every text; null if there is none, undefined if unknown. @internal */
   readonly end: number | null | undefined
-  /** Text tokens that nothing precedes in their document (only where it has no begin token). */
+  /** Number of text tokens that nothing precedes in their document (only without a begin token). */
   readonly unpredictable: number
   #digest: string | undefined
 
@@ -92,8 +100,10 @@ export class TokenDataset implements TokenStream {
   }
 
   /**
-   * Tokenizes documents. Text that spells a special token stays text.
-   * @throws MoeError E_DATA when a document is no text, when there are no tokens, or ids outside the vocabulary
+   * Tokenizes documents. Text that spells a special token is encoded as ordinary text.
+   *
+   * @throws MoeError E_DATA if a document is not text, there are fewer than two tokens, or ids are outside the
+   *   vocabulary
    */
   static fromTexts(documents: Iterable<string>, tokenizer: TextTokenizer, options: DocumentTokens = {}): TokenDataset {
     checkDocuments('TokenDataset', documents)
@@ -126,9 +136,11 @@ export class TokenDataset implements TokenStream {
   }
 
   /**
-   * Documents that are tokens already, begin and end tokens included. `textBytes` is needed for bits per byte. Ids are below `vocabSize` (default: one more
-   * than the highest); `padding` (default 0) fills the last rows.
-   * @throws MoeError E_DATA for ids outside the vocabulary, or less than two tokens
+   * Creates a data set from tokenized documents that include their begin and end tokens.
+   *
+   * @param options `textBytes` is needed for bits per byte. Ids must be below `vocabSize` (default: the highest id plus
+   *   one). `padding` fills the last rows (default: the first token)
+   * @throws MoeError E_DATA for ids outside the vocabulary, or fewer than two tokens
    */
   static fromTokens(
     documents: Iterable<ArrayLike<number>>,
@@ -143,16 +155,18 @@ export class TokenDataset implements TokenStream {
       stream.append(ids)
     }
     const tokens = stream.take()
-    // The first token of a document is taken to be its begin token.
+    // Assumes that the first token of a document is its begin token.
     return TokenDataset.#checked(tokens, { starts, ...options, padding: options.padding ?? tokens[0] })
   }
 
   /**
-   * Examples that are tokens already. None is cut but at the end of a row, and none has another before it: each has a row of its own, or is isolated in one that
-   * several share (`isolate` of `train`), as the samples that DeepSeek-V3 was fine-tuned on (report, 5.1).
-   * @param options `textBytes`, of the learned parts, is needed for bits per byte. Ids are below `vocabSize` (default: one more than the highest); `padding`
-   * (default 0) fills rows
-   * @throws MoeError E_DATA when an example says another number of tokens to be learned or not than it has tokens, and when there is nothing to learn
+   * Creates a data set from tokenized examples. An example is only cut at the end of its row, and no other example
+   * precedes it: each has its own row, or is isolated in a shared row (`isolate` of `train`), like DeepSeek-V3's
+   * fine-tuning samples (report, 5.1).
+   *
+   * @param options `textBytes`, of the learned parts, is needed for bits per byte. Ids must be below `vocabSize`
+   *   (default: the highest id plus one). `padding` (default 0) fills rows
+   * @throws MoeError E_DATA if `tokens` and `learned` of an example differ in length, or if there is nothing to learn
    */
   static fromExamples(
     examples: Iterable<Example>,
@@ -168,8 +182,8 @@ export class TokenDataset implements TokenStream {
         throw new MoeError({
           code: 'E_DATA',
           op: 'TokenDataset.fromExamples',
-          problem: `example ${begins.length} has ${tokens.length} tokens, and says of ${learned.length} whether they are learned`,
-          fix: 'say it of every token, or leave learned out for all of them',
+          problem: `example ${begins.length} has ${tokens.length} tokens, but ${learned.length} entries in learned`,
+          fix: 'pass one entry per token, or omit learned to learn all tokens',
         })
       }
       if (tokens.length === 0) continue
@@ -185,8 +199,8 @@ export class TokenDataset implements TokenStream {
       throw new MoeError({
         code: 'E_DATA',
         op: 'TokenDataset.fromExamples',
-        problem: `none of the ${stream.length} tokens is to be learned`,
-        fix: 'mark those of answers; the first token of an example cannot be learned',
+        problem: `none of the ${stream.length} tokens is learned`,
+        fix: 'mark the tokens of answers in learned; the first token of an example cannot be learned',
       })
     }
     const end = ends.size === 1 ? [...ends][0] : undefined
@@ -210,8 +224,8 @@ export class TokenDataset implements TokenStream {
       throw new MoeError({
         code: 'E_DATA',
         op: 'TokenDataset',
-        problem: `the documents make ${tokens.length} tokens, and training needs at least 2`,
-        fix: 'give it more text',
+        problem: `the documents have ${tokens.length} tokens in total, expected at least 2`,
+        fix: 'pass more text',
       })
     }
     let highest = 0
@@ -234,7 +248,7 @@ export class TokenDataset implements TokenStream {
     })
   }
 
-  /** Tokens of the whole stream. */
+  /** Number of tokens in the stream. */
   get length(): number {
     return this.tokens.length
   }
@@ -244,12 +258,12 @@ export class TokenDataset implements TokenStream {
     return (this.examples ?? this.starts).length
   }
 
-  /** Tokens that are predicted: all but the first of each document; of examples those that are learned. */
+  /** Number of predicted tokens: all but the first of each document, or the learned tokens of examples. */
   get predictable(): number {
     return this.tokens.length - this.starts.length
   }
 
-  /** Identity of the content, for checkpoints. */
+  /** Digest of the content, for checkpoints. */
   get digest(): string {
     if (this.#digest === undefined) {
       const hash = createHash('sha256').update(this.tokens).update(this.starts)
@@ -276,8 +290,8 @@ function noText(document: unknown): MoeError {
   return new MoeError({
     code: 'E_DATA',
     op: 'TokenDataset',
-    problem: `a document is ${document === null ? 'null' : typeof document}, no text`,
-    fix: 'pass texts, or tokens to TokenDataset.fromTokens',
+    problem: `a document is ${document === null ? 'null' : `of type ${typeof document}`}, expected a string`,
+    fix: 'pass strings, or pass tokens to TokenDataset.fromTokens',
   })
 }
 
@@ -286,7 +300,7 @@ export function noTokenizer(value: unknown): MoeError {
     code: 'E_CONFIG',
     op: 'TokenDataset',
     problem: `the tokenizer is ${typeof value === 'object' && value !== null ? 'an object without encode' : value}`,
-    fix: 'pass one that encodes: trainBpe(texts, options), await BpeTokenizer.fromFile(path)',
+    fix: 'pass the result of trainBpe(texts, options) or await BpeTokenizer.fromFile(path)',
   })
 }
 
@@ -300,7 +314,7 @@ function badId(id: number, position: number, vocabSize: number | undefined): Moe
   })
 }
 
-/** Tokens gathered without knowing how many will come. */
+/** A token array that grows as needed. */
 class GrowingStream {
   #tokens = new Int32Array(1 << 16)
   length = 0

@@ -1,4 +1,4 @@
-/** @file Tokens on disk: read where they are asked for, so that memory does not grow with the corpus. */
+/** @file Tokens on disk, read on demand, so that memory does not grow with the corpus. */
 import { createHash } from 'node:crypto'
 import { closeSync, openSync, readFileSync, readSync, statSync } from 'node:fs'
 import { join, resolve } from 'node:path'
@@ -8,11 +8,11 @@ import { IndexedFile } from './indexed-file.ts'
 import { decodeManifest, MANIFEST_FILE, type PartRecord, partDigest, type TokenManifest } from './token-manifest.ts'
 import { lastUpTo, type TokenStream } from './token-stream.ts'
 
-/** What files without a manifest do not say, and which are held out. */
+/** Options of `tokenFiles`, for files without a manifest. */
 export interface TokenFilesOptions {
-  /** Every id is below this. Needed for files of Megatron-LM. */
+  /** Number of ids. Required for files of Megatron-LM. */
   readonly vocabSize?: number
-  /** Files of Megatron-LM that are measured on. */
+  /** Held-out files of Megatron-LM. */
   readonly validation?: string | readonly string[]
   /** Folder that paths are relative to. Default: the current one. */
   readonly cwd?: string | URL
@@ -23,13 +23,13 @@ interface StreamParts {
   readonly textBytes: number
   readonly padding: number
   readonly end: number | null | undefined
-  /** Whether nothing precedes the text of a document. */
+  /** Whether documents have no begin token. */
   readonly bare: boolean
   readonly tokenizer: string | undefined
   readonly digest: string
 }
 
-/** Tokens in files. */
+/** A stream of tokens on disk. Created by `tokenFiles`. */
 export class TokenFiles implements TokenStream {
   readonly length: number
   readonly documents: number
@@ -44,13 +44,13 @@ export class TokenFiles implements TokenStream {
   readonly digest: string
   readonly unpredictable: number
   readonly #files: readonly IndexedFile[]
-  /** Tokens, and documents, before each file. */
+  /** Number of tokens and of documents before each file. */
   readonly #tokensBefore: Float64Array
   readonly #documentsBefore: Float64Array
 
   /** @internal */
   constructor(files: readonly IndexedFile[], parts: StreamParts) {
-    // What stands in front of a position is found where files have tokens.
+    // Positions are looked up by the tokens before each file, so empty files are left out.
     this.#files = files.filter(({ length }) => length > 0)
     this.#tokensBefore = new Float64Array(this.#files.length)
     this.#documentsBefore = new Float64Array(this.#files.length)
@@ -101,16 +101,18 @@ export class TokenFiles implements TokenStream {
     return tokens
   }
 
-  /** Closes the files. Reading opens them again. */
+  /** Closes the files. They are opened again when needed. */
   close(): void {
     for (const file of this.#files) file.close()
   }
 }
 
 /**
- * Tokens that `moe-trainer tokenize` has written into a folder; or files of Megatron-LM (`NAME.bin` and `NAME.idx`) by their paths with or without these
- * endings, one stream in the order given. In memory is only where documents begin, 4 bytes each; tokens are read and checked as they are asked for.
- * @throws MoeError E_DATA for files that are absent, damaged, or not finished
+ * Opens tokens on disk, as `data` for `train`: a folder that `moe-trainer tokenize` wrote, or files of Megatron-LM
+ * (`NAME.bin` and `NAME.idx`) by their paths with or without these extensions, joined in the given order. Only the
+ * starts of documents are kept in memory, 4 bytes each. Tokens are read and checked on demand.
+ *
+ * @throws MoeError E_DATA for missing, corrupt or unfinished files
  */
 export function tokenFiles(
   paths: string | URL | readonly string[],
@@ -124,8 +126,8 @@ export function tokenFiles(
   if (list.length === 1 && statSync(folder, { throwIfNoEntry: false })?.isDirectory()) return ofFolder(folder)
   if (list.length === 0) throw refusal('there are no paths', 'pass a folder, or paths of files')
   if (!Number.isSafeInteger(vocabSize) || (vocabSize as number) < 1) {
-    const fix = `pass { vocabSize }, of the tokenizer that made them, or the folder that moe-trainer tokenize wrote`
-    throw refusal(`vocabSize is ${shown(vocabSize)}, and nothing beside ${folder} says it`, fix)
+    const fix = `pass { vocabSize } of the tokenizer that was used, or the folder that moe-trainer tokenize wrote`
+    throw refusal(`vocabSize is ${shown(vocabSize)}, and ${folder} does not record it`, fix)
   }
   const heldOut = typeof validation === 'string' ? [validation] : validation
   return {
@@ -147,9 +149,9 @@ function ofFolder(folder: string): { readonly training: TokenFiles; readonly val
   } catch (cause) {
     const absent = (cause as NodeJS.ErrnoException).code === 'ENOENT'
     throw refusal(
-      absent ? `${folder} has no ${MANIFEST_FILE}` : `${path} cannot be read: ${(cause as Error).message}`,
+      absent ? `${folder} has no ${MANIFEST_FILE}` : `cannot read ${path}: ${(cause as Error).message}`,
       absent
-        ? 'finish moe-trainer tokenize, which writes it last; of files of Megatron-LM, pass their paths'
+        ? 'finish moe-trainer tokenize, which writes it last; for files of Megatron-LM, pass their paths'
         : undefined,
       cause,
     )
@@ -165,8 +167,8 @@ function ofShards(folder: string, { bos, eos, vocabSize, tokenizer }: TokenManif
     const file = new IndexedFile(join(folder, name))
     if (file.length === tokens && file.starts.length === documents) return file
     throw refusal(
-      `${file.path} has ${file.length} tokens in ${file.starts.length} documents, and ${MANIFEST_FILE} tells of ${tokens} in ${documents}`,
-      'take all files of the folder from one run of moe-trainer tokenize',
+      `${file.path} has ${file.length} tokens in ${file.starts.length} documents, but ${MANIFEST_FILE} records ${tokens} in ${documents}`,
+      'use files from a single run of moe-trainer tokenize',
     )
   })
   return atLeastTwo(
@@ -192,7 +194,7 @@ function ofMegatron(paths: readonly string[], vocabSize: number): TokenFiles {
   return atLeastTwo(new TokenFiles(files, { vocabSize, digest, ...unknown }), paths[0])
 }
 
-/** What tells files apart without reading all of them: the index, and both ends of the tokens. */
+/** Identifies files without reading them completely: the index, and both ends of the tokens. */
 function* samples(path: string): Generator<Uint8Array> {
   const most = 1 << 20
   for (const [name, ends] of [
@@ -213,7 +215,7 @@ function* samples(path: string): Generator<Uint8Array> {
 
 function atLeastTwo(stream: TokenFiles, path: string): TokenFiles {
   if (stream.length >= 2) return stream
-  throw refusal(`${path} has ${stream.length} tokens, and training needs at least 2`, 'give it more text')
+  throw refusal(`${path} has ${stream.length} tokens, expected at least 2`, 'tokenize more text')
 }
 
 const refusal = (problem: string, fix?: string, cause?: unknown) =>

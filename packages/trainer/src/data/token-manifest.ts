@@ -1,4 +1,4 @@
-/** @file `tokens.json`: what beside the tokens themselves has to be known of them. */
+/** @file `tokens.json`: the metadata of tokens on disk. */
 import { createHash } from 'node:crypto'
 import { MoeError } from '@moe/core'
 
@@ -14,7 +14,7 @@ export interface ShardRecord {
   readonly sha256: { readonly bin: string; readonly idx: string }
 }
 
-/** Shards that make one stream. */
+/** The shards of one stream. */
 export interface PartRecord {
   readonly tokens: number
   readonly documents: number
@@ -23,19 +23,19 @@ export interface PartRecord {
   readonly shards: readonly ShardRecord[]
 }
 
-/** What `tokens.json` says. */
+/** The content of `tokens.json`. */
 export interface TokenManifest {
   readonly vocabSize: number
-  /** Id in front of every document, or null for none. */
+  /** Id before every document, or null for none. */
   readonly bos: number | null
-  /** Id behind every document, or null for none. */
+  /** Id after every document, or null for none. */
   readonly eos: number | null
-  /** Identity of the tokenizer; null where it has no tokenizer.json. */
+  /** Digest of the tokenizer; null if it has no tokenizer.json. */
   readonly tokenizer: string | null
   readonly training: PartRecord
-  /** What is held out; null without any. */
+  /** The held-out part; null if nothing is held out. */
   readonly validation: PartRecord | null
-  /** What was made of which files, so that the same is not made twice. */
+  /** The settings and input files, to detect that the same result exists already. */
   readonly record: Readonly<Record<string, string | number | null>>
 }
 
@@ -45,7 +45,7 @@ const version = 1
 export const encodeManifest = (manifest: TokenManifest): string =>
   `${JSON.stringify({ format, version, ...manifest }, null, 2)}\n`
 
-/** @throws MoeError E_DATA when the text is no manifest of this version */
+/** @throws MoeError E_DATA unless the text is a manifest of this version */
 export function decodeManifest(path: string, text: string): TokenManifest {
   const wrong = (problem: string, cause?: unknown) =>
     new MoeError({ code: 'E_DATA', op: 'tokenFiles', problem: `${path}: ${problem}`, cause, details: { path } })
@@ -53,25 +53,26 @@ export function decodeManifest(path: string, text: string): TokenManifest {
   try {
     value = JSON.parse(text)
   } catch (cause) {
-    throw wrong(`it is no JSON (${(cause as Error).message})`, cause)
+    throw wrong(`not JSON (${(cause as Error).message})`, cause)
   }
   const fields = (typeof value === 'object' && value !== null ? value : {}) as Record<string, unknown>
-  if (fields['format'] !== format) throw wrong(`its format is ${JSON.stringify(fields['format'])}, not ${format}`)
+  if (fields['format'] !== format) throw wrong(`format is ${JSON.stringify(fields['format'])}, expected ${format}`)
   if (fields['version'] !== version)
-    throw wrong(`it has version ${JSON.stringify(fields['version'])}, ${version} is known here`)
+    throw wrong(`unsupported version ${JSON.stringify(fields['version'])}, expected ${version}`)
   const { vocabSize, bos, eos, tokenizer, training, validation, record } = fields
   const isId = (id: unknown) => id === null || (isCount(id) && id < (vocabSize as number))
   if (!isCount(vocabSize) || vocabSize < 1 || vocabSize > 2 ** 31)
     throw wrong(`vocabSize is ${JSON.stringify(vocabSize)}`)
-  if (!isId(bos) || !isId(eos)) throw wrong(`bos and eos are ${JSON.stringify([bos, eos])}, of ${vocabSize} ids`)
+  if (!isId(bos) || !isId(eos))
+    throw wrong(`bos and eos are ${JSON.stringify([bos, eos])}, expected null or ids below ${vocabSize}`)
   if (tokenizer !== null && typeof tokenizer !== 'string') throw wrong(`tokenizer is ${JSON.stringify(tokenizer)}`)
-  if (!isPart(training)) throw wrong('training is no list of shards')
-  if (validation !== null && !isPart(validation)) throw wrong('validation is no list of shards')
+  if (!isPart(training)) throw wrong('training is not a list of shards')
+  if (validation !== null && !isPart(validation)) throw wrong('validation is not a list of shards')
   if (typeof record !== 'object' || record === null) throw wrong(`record is ${JSON.stringify(record)}`)
   return { vocabSize, bos, eos, tokenizer, training, validation, record } as TokenManifest
 }
 
-/** Identity of a stream: the content of its shards, without what they are called. */
+/** Digest of a stream: of the content of its shards, without their names. */
 export function partDigest({ shards }: PartRecord): string {
   const hash = createHash('sha256')
   for (const { sha256 } of shards) hash.update(`${sha256.bin} ${sha256.idx}\n`)
@@ -87,7 +88,7 @@ function isPart(value: unknown): boolean {
 
 function isShard(value: unknown): boolean {
   const { name, tokens, documents, sha256 } = (value ?? {}) as Partial<ShardRecord>
-  // A name, so that nobody reads elsewhere than in the folder.
+  // A plain file name, so that nothing outside the folder is read.
   const named = typeof name === 'string' && /^[\w-][\w.-]*$/.test(name)
   const hashes = [sha256?.bin, sha256?.idx].every(hash => typeof hash === 'string')
   return named && hashes && isCount(tokens) && isCount(documents)

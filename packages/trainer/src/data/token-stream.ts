@@ -1,45 +1,48 @@
-/** @file What training and measurement read: a stream of tokens with documents, wherever it is. */
+/** @file The interface of a token stream, in memory or on disk. */
 
-/** A stream of tokens with documents: in memory (`TokenDataset`) or on disk (`tokenFiles`). Positions are whole numbers up to 2^53. */
+/**
+ * A stream of tokens, divided into documents or examples: in memory (`TokenDataset`) or on disk (`tokenFiles`).
+ * Positions are integers up to 2^53.
+ */
 export interface TokenStream {
-  /** Tokens of the whole stream. */
+  /** Number of tokens in the stream. */
   readonly length: number
   /** Number of documents, or of examples. */
   readonly documents: number
   /** Position of the first token of each example, ascending; null for documents. */
   readonly examples: Int32Array | null
-  /** Tokens that are predicted: all but the first of each document; of examples those that are learned. */
+  /** Number of predicted tokens: all but the first of each document, or the learned tokens of examples. */
   readonly predictable: number
-  /** Text tokens that nothing precedes in their document (only where it has no begin token). */
+  /** Number of text tokens that nothing precedes in their document (only without a begin token). */
   readonly unpredictable: number
-  /** UTF-8 bytes of the texts, as far as they are predicted; 0 where nobody knows. */
+  /** UTF-8 bytes of the predicted text; 0 if unknown. */
   readonly textBytes: number
-  /** Every id is below this. */
+  /** Number of ids; all are below this. */
   readonly vocabSize: number
-  /** What rows are filled up with after the end of the stream. */
+  /** Id that fills up rows after the end of the stream. */
   readonly padding: number
-  /** What every text ends with: a token, null where texts just end, undefined where nobody knows. @internal */
+  /** Id of the token that ends every text; null if there is none, undefined if unknown. @internal */
   readonly end: number | null | undefined
-  /** Identity of the tokenizer that made it, where somebody wrote that down. @internal */
+  /** Digest of the tokenizer, if it was recorded. @internal */
   readonly tokenizer?: string | undefined
-  /** Identity of the content, for checkpoints. */
+  /** Digest of the content, for checkpoints. */
   readonly digest: string
-  /** Tokens from a position on, which the caller does not change. The stream has so many there. */
+  /** Returns `count` tokens from position `from` on, all of which must exist. The caller must not change them. */
   read(from: number, count: number): Int32Array
   /**
-   * What the token at `position` is numbered with in batches: the tokens that are predicted, and the one before them, have the same number. Of documents it
-   * is theirs, from 0.
+   * Returns the document number of a token, from 0. In examples, every unlearned token starts a new number, so that a
+   * token is predicted exactly if it has the same number as the one before it.
    */
   documentAt(position: number): number
-  /** Position of the first token of that number; Infinity behind the last. */
+  /** Returns the position of the first token of a document number; Infinity after the last. */
   startOf(document: number): number
 }
 
-/** Tells a stream from texts, and from several streams by name. */
+/** Distinguishes a stream from texts, and from a record of streams. */
 export const isTokenStream = (value: unknown): value is TokenStream =>
   typeof value === 'object' && value !== null && typeof (value as Partial<TokenStream>).read === 'function'
 
-/** Index of the last of some ascending numbers, the first of which is 0, that is not above `position`. */
+/** Index of the last element that is at most `position`, in ascending numbers that start with 0. */
 export function lastUpTo(
   ascending: { readonly length: number; readonly [i: number]: number },
   position: number,

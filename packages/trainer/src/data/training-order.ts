@@ -1,6 +1,5 @@
 /**
- * @file Which rows a training step sees: a function of the step number alone, so that nothing but that number need be
- * saved.
+ * @file Which rows a training step gets: a function of the step number alone, so that nothing else needs to be saved.
  */
 import { checkOptions, MoeError, type OptionNames, Random, shown } from '@moe/core'
 import type { TokenBatch } from '../model.ts'
@@ -11,10 +10,13 @@ import { type Mixture, type Source, sourcesOf } from './mixture.ts'
 import { batchOfSources, type Rows, rowsOf, type SourceRow } from './rows.ts'
 import type { TokenStream } from './token-stream.ts'
 
-/** A number of micro-batches, or one for every step (counted from 0), rounded to whole ones: a batch that grows, as `piecewise` has it. */
+/**
+ * A number of micro-batches per step, or a function of the step (counted from 0) whose result is rounded, for a batch
+ * size that grows: `piecewise`.
+ */
 export type MicroBatches = number | ((step: number) => number)
 
-/** The micro-batches of a step. @throws MoeError E_CONFIG */
+/** The number of micro-batches of a step. @throws MoeError E_CONFIG */
 export function microBatchesAt(accumulate: MicroBatches, step: number): number {
   if (typeof accumulate === 'number') return accumulate
   const value = accumulate(step)
@@ -24,33 +26,33 @@ export function microBatchesAt(accumulate: MicroBatches, step: number): number {
     code: 'E_CONFIG',
     op: 'TrainingOrder',
     problem: `accumulate(${step}) is ${shown(value)}`,
-    fix: 'give a number of micro-batches, 1 or more, for every step',
+    fix: 'return a number of at least 1 for every step',
   })
 }
 
-/** Sizes of a step, and which share of it is this process's. */
+/** Options of `TrainingOrder`. */
 export interface OrderOptions {
-  /** Positions trained on per row. */
+  /** Trained positions per row. */
   readonly sequenceLength: number
-  /** Tokens that a row has beyond that; `TrainableModel.lookahead`. */
+  /** Tokens that a row has beyond that: `TrainableModel.lookahead`. */
   readonly lookahead: number
-  /** Rows of a micro-batch, on each rank. */
+  /** Rows per micro-batch, on each rank. */
   readonly batchSize: number
   /**
-   * Whether batches say where each document begins (`TokenBatch.starts`), so that none is seen from another; examples share rows then. For models that say
-   * `isolates`. Default false.
+   * Whether batches contain the start of each token's document (`TokenBatch.starts`), so that attention can be
+   * restricted to it. Examples are then packed into shared rows. For models that declare `isolates`. Default false.
    */
   readonly isolate?: boolean
-  /** Micro-batches of a step, or a function of the steps before it. Default 1. */
+  /** Micro-batches per step, or a function of the step. Default 1. */
   readonly accumulate?: MicroBatches
-  /** Names the order. Default 0. */
+  /** Seed of the order. Default 0. */
   readonly seed?: number
   /**
-   * This process among those that share the work; together the ranks see what one process with a `batchSize` larger by
-   * `world` sees. Default 0 of 1.
+   * Index of this process among those that share the data. Together, the ranks get the rows that a single process with
+   * a `batchSize` larger by `world` gets. Default 0 of 1.
    */
   readonly rank?: number
-  /** Processes that share the work. */
+  /** Number of processes that share the data. */
   readonly world?: number
 }
 
@@ -65,52 +67,56 @@ const names: OptionNames<OrderOptions> = {
   world: true,
 }
 
-/** What steps take from a source. */
+/** How far steps have gone through a source. */
 export interface SourceProgress extends Source {
-  /** Windows, over all micro-batches and ranks. */
+  /** Rows taken, over all micro-batches and ranks. */
   readonly windows: number
-  /** How often these go through the source. */
+  /** Number of passes over the source. */
   readonly epochs: number
 }
 
-/** A source with the order of its windows. */
+/** A source with its rows and their order. */
 interface OrderedSource extends Source {
   readonly rows: Rows
   readonly order: EpochOrder
 }
 
 /**
- * Windows of `sequenceLength` positions, each once an epoch, in an order drawn anew for every epoch. Window w starts
- * at token `w * sequenceLength`, so that every token of the stream but the first is predicted once an epoch; of examples, each is a window, or
- * shares one. What a window has no tokens for is filled up with padding. Of a `mixture`, each source has an order and epochs of its own.
+ * The order of training rows. Rows are windows of `sequenceLength` positions; each is used once per epoch, in an order
+ * that is shuffled again for every epoch. Window w starts at token `w * sequenceLength`, so that every token but the
+ * first is predicted once per epoch. For examples, each row contains one example, or several if packed. Rows are filled
+ * up with padding. Each source of a `mixture` has its own order and epochs.
  */
 export class TrainingOrder {
-  /** What windows are cut from. */
+  /** The data that rows are taken from. */
   readonly data: TokenStream | Mixture
-  /** Positions trained on per row. */
+  /** Trained positions per row. */
   readonly sequenceLength: number
   /** Tokens that a row has beyond that. */
   readonly lookahead: number
-  /** Rows of a micro-batch, on each rank. */
+  /** Rows per micro-batch, on each rank. */
   readonly batchSize: number
-  /** Micro-batches of a step. */
+  /** Micro-batches per step. */
   readonly accumulate: MicroBatches
-  /** Names the order. */
+  /** Seed of the order. */
   readonly seed: number
-  /** This process among those that share the work, from 0. */
+  /** Index of this process among those that share the data. */
   readonly rank: number
-  /** Processes that share the work. */
+  /** Number of processes that share the data. */
   readonly world: number
-  /** Windows of an epoch; of all sources, where there are several. */
+  /** Rows per epoch, summed over all sources. */
   readonly windows: number
-  /** Whether batches say where each document begins. */
+  /** Whether batches contain the start of each token's document. */
   readonly isolate: boolean
   readonly #sources: readonly OrderedSource[]
   readonly #interleaving: Interleaving
-  /** Where `accumulate` is a function: micro-batches before each step, as far as they were asked for. */
+  /** If `accumulate` is a function: the number of micro-batches before each step, computed on demand. */
   readonly #before = [0]
 
-  /** @throws MoeError E_CONFIG for sizes that are not whole numbers from 1, or a rank outside the world; E_DATA where no example has something to learn in so many positions */
+  /**
+   * @throws MoeError E_CONFIG for sizes that are not integers of at least 1, or a rank outside the world
+   * @throws MoeError E_DATA if no example has a learned token in its first `sequenceLength` positions
+   */
   constructor(data: TokenStream | Mixture, options: OrderOptions) {
     checkOptions('TrainingOrder', options, names)
     const { sequenceLength, lookahead, batchSize, accumulate = 1, seed = 0, rank = 0, world = 1 } = options
@@ -124,7 +130,7 @@ export class TrainingOrder {
         code: 'E_CONFIG',
         op: 'TrainingOrder',
         problem: problems.length > 0 ? problems.join(', ') : `rank is ${rank} of ${world}`,
-        fix: problems.length > 0 ? 'sizes are whole numbers from 1' : 'ranks count from 0',
+        fix: problems.length > 0 ? 'pass integers of at least 1' : 'pass a rank from 0 to world - 1',
       })
     }
     this.data = data
@@ -151,30 +157,33 @@ export class TrainingOrder {
       throw new MoeError({
         code: 'E_DATA',
         op: 'TrainingOrder',
-        problem: `none of ${data.documents} examples${name && ` of ${name}`} has something to learn in its first ${this.sequenceLength} positions`,
-        fix: `a sequenceLength of ${longestExample(data)} holds the longest`,
+        problem: `none of ${data.documents} examples${name && ` of ${name}`} has a learned token in its first ${this.sequenceLength} positions`,
+        fix: `pass a larger sequenceLength: the longest example has ${longestExample(data)} positions`,
       })
     }
     const random = new Random(this.seed)
     return { ...source, rows, order: new EpochOrder(rows.count, name === '' ? random : random.fork(name)) }
   }
 
-  /** Windows of the first `steps` steps, over all micro-batches and ranks. */
+  /** Returns the number of rows in the first `steps` steps, over all micro-batches and ranks. */
   windowsIn(steps: number): number {
     return this.#microBatchesIn(steps) * this.batchSize * this.world
   }
 
-  /** Positions of the first `steps` steps on this rank. */
+  /** Returns the number of trained positions in the first `steps` steps, on this rank. */
   tokensIn(steps: number): number {
     return this.#microBatchesIn(steps) * this.batchSize * this.sequenceLength
   }
 
-  /** Epochs, whole and begun, that the first `steps` steps go through. */
+  /** Returns the (fractional) number of epochs in the first `steps` steps. */
   epochs(steps: number): number {
     return this.windowsIn(steps) / this.windows
   }
 
-  /** Of each source: the windows that the first `steps` steps take from it, over all micro-batches and ranks, and how many epochs these are. */
+  /**
+   * Returns, for each source, the rows that the first `steps` steps take from it over all micro-batches and ranks, and
+   * the number of epochs.
+   */
   sources(steps: number): readonly SourceProgress[] {
     const counts = this.#interleaving.counts(this.windowsIn(steps))
     return this.#sources.map(({ name, data, share, rows }, i) => {
@@ -190,7 +199,7 @@ export class TrainingOrder {
     return before[steps]
   }
 
-  /** The micro-batches of a step (counted from 0) on this rank. */
+  /** Returns the micro-batches of a step (counted from 0) on this rank. */
   step(step: number): TokenBatch[] {
     const rows = this.batchSize * this.world
     const before = this.windowsIn(step)

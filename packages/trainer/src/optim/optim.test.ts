@@ -237,7 +237,7 @@ describe('moments in bf16', () => {
       /decay rate of 0\.999/,
     )
     expect(() => new AdamW([{ name: 'weight', parameter }], { moments: 'f16' as 'bf16' })).toThrow(
-      "moments is \"f16\", needs 'f32' or 'bf16'",
+      "moments is \"f16\", expected 'f32' or 'bf16'",
     )
     parameter.dispose()
   })

@@ -1,31 +1,31 @@
-/** @file Lines of a log, from its bytes in pieces of any size. */
+/** @file Splits the bytes of a log, in pieces of any size, into lines. */
 import { createReadStream } from 'node:fs'
 
-/** What is longer is no line of a log. */
+/** Longer lines are skipped: they are not from a log of ours. */
 const longestLine = 1 << 22
 
 const newline = 10
 
-/** @param at byte of the file at which the line begins @param end byte behind its newline */
+/** @param at byte offset of the line in the file @param end byte offset after its newline */
 export type LineTaker = (text: string, at: number, end: number) => void
 
 export class LineSplitter {
   #rest: Buffer = Buffer.alloc(0)
   #skipping = false
-  /** Byte of the file that comes next. */
+  /** Byte offset of the next piece. */
   #offset: number
 
-  /** @param offset byte of the file at which the pieces begin */
+  /** @param offset byte offset of the first piece */
   constructor(offset = 0) {
     this.#offset = offset
   }
 
-  /** Bytes taken, counted from the beginning of the file. */
+  /** Byte offset in the file up to which pieces were taken. */
   get offset(): number {
     return this.#offset
   }
 
-  /** Takes the next bytes. @param line gets each line that is whole now, empty ones aside */
+  /** Takes the next bytes. @param line receives each line that is now complete, except empty ones */
   take(bytes: Buffer, line: LineTaker): void {
     const whole = this.#rest.length === 0 ? bytes : Buffer.concat([this.#rest, bytes])
     this.#offset += bytes.length
@@ -44,7 +44,7 @@ export class LineSplitter {
   }
 }
 
-/** Gives the whole lines in a range of bytes, of which the first begins a line. The event loop has its turn between pieces. */
+/** Reads the complete lines in a range of bytes that starts at a line. Yields to the event loop between pieces. */
 export async function eachLine(
   path: string,
   { from = 0, to = Number.POSITIVE_INFINITY }: { from?: number; to?: number },

@@ -1,4 +1,4 @@
-/** @file `loads.jsonl`: what the experts of each layer were given, a line every so many steps. */
+/** @file `loads.jsonl`: the expert loads of each layer, one line every few steps. */
 import { createReadStream, createWriteStream, existsSync } from 'node:fs'
 import { pipeline } from 'node:stream/promises'
 import { renamePatiently } from '@moe/checkpoint'
@@ -8,7 +8,7 @@ import { eachLine } from './line-splitter.ts'
 import { LogFile, writingFailed } from './log-file.ts'
 import { readLines } from './metrics-log.ts'
 
-/** A line of the log: the event without its type. */
+/** A line of `loads.jsonl`: a `loads` event without its type. */
 export type LoadsLine = Omit<LoadsEvent, 'type'>
 
 interface LayerSum {
@@ -24,11 +24,11 @@ export class LoadSums {
   #steps = 0
   readonly #sums = new Map<string, LayerSum>()
 
-  /** Takes what a step came to. */
+  /** Adds the loads of a step. */
   add(layers: readonly LayerLoad[] = []): void {
     this.#steps++
     for (const latest of layers) {
-      const sum = this.#sums.get(latest.name) ?? nothing(latest)
+      const sum = this.#sums.get(latest.name) ?? emptySum(latest)
       for (let i = 0; i < sum.load.length; i++) sum.load[i] += latest.load[i]
       sum.steps++
       sum.maxVio += maxVio(latest.load)
@@ -38,7 +38,7 @@ export class LoadSums {
     }
   }
 
-  /** The sums since the last time, and biases of now unless they are not to be read. Null if there are none. */
+  /** Returns and resets the sums, with the current biases unless they are not to be read. Null if there are no sums. */
   async take(step: number, options: { biases: boolean }): Promise<LoadsEvent | null> {
     const sums = [...this.#sums.values()]
     const steps = this.#steps
@@ -62,11 +62,11 @@ export class LoadSums {
   }
 }
 
-const nothing = (latest: LayerLoad): LayerSum => {
+const emptySum = (latest: LayerLoad): LayerSum => {
   return { load: new Float64Array(latest.load.length), steps: 0, maxVio: 0, dropped: 0, latest }
 }
 
-/** (largest - mean) / mean; 0 where nothing is. */
+/** MaxVio: (largest - mean) / mean; 0 if all loads are 0. */
 export function maxVio(load: ArrayLike<number>): number {
   let [largest, sum] = [0, 0]
   for (let i = 0; i < load.length; i++) {
@@ -78,7 +78,7 @@ export function maxVio(load: ArrayLike<number>): number {
 
 const digits = (value: number) => Number(value.toPrecision(6))
 
-/** A listener that writes loads. The file appears with the first. */
+/** A listener that writes loads. The file is created by the first `loads` event. */
 export function loadsLog(path: string): TrainListener {
   const file = new LogFile(path)
   return event => {
@@ -90,7 +90,9 @@ export function loadsLog(path: string): TrainListener {
 }
 
 /**
- * Drops the lines after a step, and what cannot be read with all that is behind it. The file may be too large for one string.
+ * Drops the lines after a step, and everything from the first unreadable line on. The file may be too large for a
+ * string.
+ *
  * @throws MoeError E_CHECKPOINT
  */
 export async function cutLoads(path: string, upToStep: number): Promise<void> {
@@ -99,7 +101,7 @@ export async function cutLoads(path: string, upToStep: number): Promise<void> {
   let kept = 0
   try {
     await eachLine(path, {}, (text, at, end) => {
-      // What is behind a line that was left out does not join on.
+      // Only lines that directly follow the kept ones are kept.
       if (at === kept && stepOf(text) <= upToStep) kept = end
     })
     await pipeline(kept === 0 ? [] : createReadStream(path, { end: kept - 1 }), createWriteStream(temporary))
@@ -117,7 +119,7 @@ function stepOf(text: string): number {
   }
 }
 
-/** Lines of a `loads.jsonl` up to a step, as `readMetrics` reads a `metrics.jsonl`. */
+/** Returns the lines of a `loads.jsonl` up to a step. Like `readMetrics`, it stops at the first unreadable line. */
 export function readLoads(path: string | URL, upToStep?: number): LoadsLine[] {
   return readLines<LoadsLine>('readLoads', path, upToStep)
 }

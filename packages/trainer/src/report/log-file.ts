@@ -1,4 +1,4 @@
-/** @file A file that grows by whole entries and never ends in half of one. */
+/** @file A file to which complete entries are appended. It never ends with a partial entry. */
 import { closeSync, fstatSync, openSync, truncateSync, writeSync } from 'node:fs'
 import { patiently } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
@@ -6,11 +6,11 @@ import { MoeError } from '@moe/core'
 const flushBytes = 1 << 16
 const flushMs = 1000
 
-/** Appends entries; they reach the file by `flush`, or when many wait or a second has passed. */
+/** Buffers entries and appends them on `flush`, when many are buffered, or when a second has passed. */
 export class LogFile {
   readonly path: string
   #waiting: Buffer[] = []
-  /** Since the last attempt to write. */
+  /** Bytes buffered since the last attempt to write. */
   #bytes = 0
   #flushedAt = performance.now()
 
@@ -18,7 +18,7 @@ export class LogFile {
     this.path = path
   }
 
-  /** Bytes that have not reached the file. */
+  /** Number of buffered bytes. */
   get waitingBytes(): number {
     return this.#waiting.reduce((sum, { length }) => sum + length, 0)
   }
@@ -35,8 +35,9 @@ export class LogFile {
   }
 
   /**
-   * Writes what waits. While another program has the file to itself, as a spreadsheet on Windows, the entries wait on. If it fails otherwise, the file is
-   * cut back to its last whole entry and they wait, too.
+   * Writes the buffered entries. If another program locks the file, as a spreadsheet does on Windows, they stay
+   * buffered. If writing fails otherwise, the file is truncated to its last complete entry, and they stay buffered too.
+   *
    * @throws MoeError E_CHECKPOINT
    */
   flush(): void {
@@ -49,7 +50,10 @@ export class LogFile {
     }
   }
 
-  /** Writes what waits, at the end: it must go now, or in about a second. @throws MoeError E_CHECKPOINT */
+  /**
+   * Writes the buffered entries, with retries for about a second. @throws MoeError E_CHECKPOINT if they cannot be
+   * written
+   */
   async close(): Promise<void> {
     try {
       await patiently(() => this.#write())
@@ -70,7 +74,7 @@ export const writingFailed = (path: string, cause: unknown) =>
     code: 'E_CHECKPOINT',
     op: path,
     problem: `writing failed: ${(cause as Error).message}`,
-    fix: 'free some space or close what has the file open, then resume; checkpoints and earlier lines are whole',
+    fix: 'free disk space or close programs that have the file open, then resume; checkpoints and earlier lines are intact',
     cause,
   })
 
@@ -81,7 +85,7 @@ function appendWhole(path: string, bytes: Buffer): void {
     try {
       for (let at = 0; at < bytes.length; ) at += writeSync(file, bytes, at)
     } catch (error) {
-      // By path, because on Windows what is open for appending cannot be cut.
+      // By path, because Windows cannot truncate a file that is open for appending.
       truncateSync(path, before)
       throw error
     }

@@ -1,4 +1,4 @@
-/** @file `metrics.jsonl`: one JSON object a step. */
+/** @file `metrics.jsonl`: one JSON object per step. */
 import { existsSync, readFileSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'
 import { pathOf, renamePatiently } from '@moe/checkpoint'
@@ -6,13 +6,13 @@ import { MoeError } from '@moe/core'
 import type { StepEvent } from '../events.ts'
 import { writingFailed } from './log-file.ts'
 
-/** A line of the log: the step's event without its type, its metrics beside the rest. */
+/** A line of `metrics.jsonl`: a `step` event without its type, with its metrics as additional members. */
 export interface MetricsLine {
-  /** 1 for the first. */
+  /** Number of the step, from 1. */
   readonly step: number
-  /** What was minimised. */
+  /** The minimized loss, including auxiliary terms. */
   readonly loss: number
-  /** Nats per predicted token. */
+  /** Negative log-likelihood in nats per predicted token. */
   readonly nll: number
   /** Learning rate of the step. */
   readonly lr: number
@@ -39,14 +39,14 @@ export function metricsLine({
 }
 
 /**
- * Lines of a log up to a step. Lines that cannot be read (a crash may leave half of one) and everything after them are
- * left out.
+ * Returns the lines of a `metrics.jsonl` up to a step. Reading stops at the first unreadable line (a crash may leave a
+ * partial one).
  */
 export function readMetrics(path: string | URL, upToStep?: number): MetricsLine[] {
   return readLines<MetricsLine>('readMetrics', path, upToStep)
 }
 
-/** Internal. The same for lines of any kind that have a step. */
+/** Reads the lines of any log whose lines have a step. @internal */
 export function readLines<Line extends { readonly step: number }>(
   op: string,
   path: string | URL,
@@ -75,14 +75,14 @@ function readLog(op: string, path: string): string {
     throw new MoeError({
       code: 'E_CHECKPOINT',
       op: path,
-      problem: folder ? 'it is a folder' : `cannot be read: ${(cause as Error).message}`,
+      problem: folder ? 'this is a folder' : `cannot read the file: ${(cause as Error).message}`,
       fix: folder ? `pass the ${op === 'readLoads' ? 'loads' : 'metrics'}.jsonl of a run` : undefined,
       cause,
     })
   }
 }
 
-/** Drops the lines after a step, which a resumed run will write again. @throws MoeError E_CHECKPOINT */
+/** Drops the lines after a step, which a resumed run writes again. @throws MoeError E_CHECKPOINT */
 export async function cutMetrics(path: string, upToStep: number): Promise<MetricsLine[]> {
   const lines = readMetrics(path, upToStep)
   if (existsSync(path)) {

@@ -1,48 +1,50 @@
-/** @file Draws a run: one redrawn line on a terminal, a plain line now and then elsewhere. */
+/**
+ * @file Shows the progress of a run: one line that is redrawn on a terminal, plain lines from time to time elsewhere.
+ */
 import { checkOptions } from '@moe/core'
 import type { Evaluation } from '../evaluate.ts'
 import type { EvaluationEvent, StartEvent, StepEvent, TrainEvent } from '../events.ts'
 import { isColorless, standardError } from '../host.ts'
 
-/** The part of a stream that is needed: `process.stderr` is one. */
+/** The stream methods that `progress` uses; `process.stderr` has them. */
 export interface ProgressStream {
-  /** Takes text, with control characters where `isTTY` is true. */
+  /** Writes text, including control characters if `isTTY` is true. */
   write(text: string): unknown
-  /** Whether it is a terminal, on which a line can be drawn again. Default false. */
+  /** Whether the stream is a terminal, whose last line can be redrawn. Default false. */
   readonly isTTY?: boolean
   /** Width of the terminal in characters. Default 100. */
   readonly columns?: number
-  /** Has a stream of Node say that nobody reads it any more. */
+  /** Registers an error listener on a Node stream, for example for a closed pipe. */
   on?(event: 'error', listener: (error: Error) => void): unknown
 }
 
-/** Where and how often progress is drawn. */
+/** Options of `progress`. */
 export interface ProgressOptions {
-  /** Default: standard error; in a page the console. */
+  /** Stream to write to. Default: standard error, or the console in a browser. */
   readonly stream?: ProgressStream
-  /** Steps between two lines where the stream is no terminal. Default: a twentieth of the run. */
+  /** Steps between two lines if the stream is not a terminal. Default: a twentieth of the run. */
   readonly every?: number
-  /** Default: on a terminal, unless NO_COLOR is set. */
+  /** Whether to use colors. Default: on a terminal, unless NO_COLOR is set. */
   readonly color?: boolean
-  /** Clock in milliseconds. */
+  /** Clock in milliseconds, for tests. */
   readonly now?: () => number
 }
 
 const redrawMs = 100
-/** Between two lines of a measurement where the stream is no terminal. */
+/** Time between two progress lines of an evaluation, if the stream is not a terminal. */
 const patienceMs = 10_000
 const barWidth = 24
 
 const guarded = new WeakSet<ProgressStream>()
 
-/** A terminal that is closed, or a program behind the pipe that ended, is no reason to end a training. */
-function outlive(stream: ProgressStream): void {
+/** Keeps training if the terminal is closed, or the program that reads the pipe ends. */
+function ignoreErrors(stream: ProgressStream): void {
   if (guarded.has(stream)) return
   guarded.add(stream)
   stream.on?.('error', () => undefined)
 }
 
-/** A listener that shows progress. */
+/** Returns a listener that shows progress. */
 export function progress(options: ProgressOptions = {}): (event: TrainEvent) => void {
   checkOptions('progress', options, { stream: true, every: true, color: true, now: true })
   const { stream = standardError(), now = () => performance.now() } = options
@@ -54,17 +56,17 @@ export function progress(options: ProgressOptions = {}): (event: TrainEvent) => 
   let speed = 0
   let drawn = false
   let drawnAt = Number.NEGATIVE_INFINITY
-  let saidAt = Number.NEGATIVE_INFINITY
+  let printedAt = Number.NEGATIVE_INFINITY
   let last: StepEvent | undefined
 
   const clear = () => {
     if (drawn) stream.write('\r\x1b[2K')
     drawn = false
   }
-  const say = (text: string) => {
+  const print = (text: string) => {
     clear()
     stream.write(`${text}\n`)
-    saidAt = now()
+    printedAt = now()
   }
   const redraw = (steps: number, event: StepEvent) => {
     const width = stream.columns ?? 100
@@ -80,58 +82,58 @@ export function progress(options: ProgressOptions = {}): (event: TrainEvent) => 
   return (event: TrainEvent) => {
     switch (event.type) {
       case 'start':
-        outlive(stream)
+        ignoreErrors(stream)
         start = event
-        say(startLine(event))
-        if (event.sources) say(sourcesLine(event.sources))
+        print(startLine(event))
+        if (event.sources) print(sourcesLine(event.sources))
         break
       case 'step': {
         const { steps = event.step, fromStep = 0 } = start ?? {}
         last = event
-        // The first step warms up caches and would spoil the estimate for long.
+        // The first step fills caches and would distort the estimate for long.
         speed = event.step <= fromStep + 2 ? event.tokensPerSecond : 0.9 * speed + 0.1 * event.tokensPerSecond
         const every = options.every ?? Math.max(1, Math.round(steps / 20))
         if (terminal) {
           if (now() - drawnAt >= redrawMs || event.step === steps) redraw(steps, event)
         } else if (event.step % every === 0 || event.step === fromStep + 1 || event.step === steps) {
-          say(stepParts(start, event, speed).join('  '))
+          print(stepParts(start, event, speed).join('  '))
         }
         break
       }
       case 'measuring':
-        if (terminal ? now() - drawnAt >= redrawMs : now() - saidAt >= patienceMs) {
-          const text = `step ${event.step}: measuring held-out text, ${Math.floor(100 * event.done)} %`
+        if (terminal ? now() - drawnAt >= redrawMs : now() - printedAt >= patienceMs) {
+          const text = `step ${event.step}: evaluating, ${Math.floor(100 * event.done)} %`
           clear()
           stream.write(terminal ? text : `${text}\n`)
           drawn = terminal
           drawnAt = now()
-          saidAt = drawnAt
+          printedAt = drawnAt
         }
         break
       case 'evaluation':
-        say(evaluationLine(event, paint))
+        print(evaluationLine(event, paint))
         if (terminal && last !== undefined && start !== undefined && !event.final) redraw(start.steps, last)
         break
       case 'checkpoint':
-        if (!terminal) say(`saved ${event.path}`)
+        if (!terminal) print(`saved ${event.path}`)
         break
       case 'notice':
-        say(`${paint(33, 'note')} ${event.message}`)
+        print(`${paint(33, 'note')} ${event.message}`)
         break
       case 'stop': {
-        const what = event.reason === 'time' ? 'time is up' : 'interrupted'
+        const what = event.reason === 'time' ? 'time limit reached' : 'interrupted'
         const where =
           event.checkpoint === undefined
             ? 'nothing was saved, because the run has no folder (out)'
-            : `saved ${event.checkpoint}; run the same command with { resume: true } to go on`
-        say(`${paint(33, what)} after step ${event.step} of ${event.steps}: ${where}`)
+            : `saved ${event.checkpoint}; run the same command with { resume: true } to continue`
+        print(`${paint(33, what)} after step ${event.step} of ${event.steps}: ${where}`)
         break
       }
       case 'end':
         clear()
         break
       case 'fail':
-        // The line stays, and what is said about the error begins below.
+        // Keeps the line, so that the error message starts below it.
         if (drawn) stream.write('\n')
         drawn = false
         break
@@ -139,7 +141,7 @@ export function progress(options: ProgressOptions = {}): (event: TrainEvent) => 
   }
 }
 
-/** As many parts as a line holds: a line that wraps cannot be redrawn. */
+/** As many parts as fit on a line: a wrapped line cannot be redrawn. */
 function fitting(parts: readonly string[], width: number): string[] {
   let used = 0
   return parts.filter(part => {
@@ -149,7 +151,7 @@ function fitting(parts: readonly string[], width: number): string[] {
 }
 
 function startLine(event: StartEvent): string {
-  const from = event.fromStep > 0 ? `, going on after step ${event.fromStep}` : ''
+  const from = event.fromStep > 0 ? `, resuming after step ${event.fromStep}` : ''
   const epochs = event.epochs >= 9.95 ? event.epochs.toFixed(0) : event.epochs.toFixed(1)
   const grows = event.tokens > 0 && event.tokens !== event.steps * event.tokensPerStep
   const tokens = grows ? event.tokens / event.steps : event.tokensPerStep
@@ -160,10 +162,10 @@ function startLine(event: StartEvent): string {
 }
 
 function sourcesLine(sources: NonNullable<StartEvent['sources']>): string {
-  const told = Object.entries(sources).map(([name, { size, share, epochs }]) => {
+  const parts = Object.entries(sources).map(([name, { size, share, epochs }]) => {
     return `${name} ${(100 * share).toFixed(1)} % (${epochs.toFixed(epochs < 9.95 ? 2 : 0)} epochs of ${compact(size)})`
   })
-  return `sources: ${told.join(', ')}`
+  return `sources: ${parts.join(', ')}`
 }
 
 function stepParts(start: StartEvent | undefined, event: StepEvent, speed: number): string[] {
@@ -195,7 +197,7 @@ function evaluationLine(event: EvaluationEvent, paint: (code: number, text: stri
     return `${judged.join('')}loss ${of.loss.toFixed(3)}${bytes}${sources.length > 0 ? ` (${sources.join(', ')})` : ''}`
   }
   const { step, tokens, seconds, ema } = event
-  const averaged = ema ? `; averaged weights ${measured(ema)}` : ''
+  const averaged = ema ? `; EMA ${measured(ema)}` : ''
   const took = seconds + (ema?.seconds ?? 0)
   return `step ${step}: held-out ${measured(event)}${averaged} (${grouped(tokens)} tokens, ${took.toFixed(1)} s)`
 }

@@ -94,7 +94,7 @@ describe('progress', () => {
         .filter(line => line.includes('measuring'))
         .map(line => line.replace('\x1b[2K', ''))
     }
-    expect(measure(false)).toEqual([40, 80].map(share => `step 40: measuring held-out text, ${share} %`))
+    expect(measure(false)).toEqual([40, 80].map(share => `step 40: evaluating, ${share} %`))
     expect(measure(true)).toHaveLength(100)
   })
 
@@ -106,7 +106,7 @@ describe('progress', () => {
     listen({ ...evaluation, ema: { ...measured, loss: 3.5, bitsPerByte: 1.25 } })
     expect(all().slice(text.length).split('\n')).toEqual([
       'step 40: held-out loss 4.000, 1.500 bits per byte (9,000 tokens, 1.0 s)',
-      'step 40: held-out loss 4.000, 1.500 bits per byte; averaged weights loss 3.500, 1.250 bits per byte (9,000 tokens, 2.0 s)',
+      'step 40: held-out loss 4.000, 1.500 bits per byte; EMA loss 3.500, 1.250 bits per byte (9,000 tokens, 2.0 s)',
       '',
     ])
   })
@@ -143,7 +143,7 @@ describe('progress', () => {
     expect(all()).toContain(
       'interrupted after step 7 of 40: saved runs/a/checkpoints/step-000007; run the same command with { resume: true }',
     )
-    expect(all()).toContain('time is up after step 8 of 40: nothing was saved')
+    expect(all()).toContain('time limit reached after step 8 of 40: nothing was saved')
   })
 })
 
@@ -241,7 +241,7 @@ describe('metrics.jsonl', () => {
     const folder = await temporaryFolder()
     const error = (read: () => unknown, message: RegExp) =>
       expect(read).toThrow(expect.objectContaining({ name: 'MoeError', message: expect.stringMatching(message) }))
-    error(() => readMetrics(folder), /it is a folder; pass the metrics.jsonl of a run/)
+    error(() => readMetrics(folder), /this is a folder; pass the metrics.jsonl of a run/)
     error(() => readMetrics(undefined as unknown as string), /readMetrics: the path is undefined/)
     expect(readMetrics(join(folder, 'nothing.jsonl'))).toEqual([])
   })

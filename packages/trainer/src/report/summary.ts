@@ -1,4 +1,4 @@
-/** @file `summary.json`: what a run came to, for programs. */
+/** @file `summary.json`: the result of a run, in machine-readable form. */
 import { existsSync } from 'node:fs'
 import { mkdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -6,9 +6,10 @@ import { pathOf, renamePatiently } from '@moe/checkpoint'
 import { MoeError } from '@moe/core'
 
 /**
- * Writes values into `summary.json` of a run's folder, beside those that are there already: a program adds its own
- * (`mtp.acceptance`) to the trainer's. Numbers that are not finite become null. The file is replaced as a whole or not
- * at all.
+ * Adds values to `summary.json` in a run's folder, so that a program can store its own results (for example
+ * `mtp.acceptance`) with the trainer's. Numbers that are not finite become null. The file is replaced atomically.
+ *
+ * @throws MoeError E_CHECKPOINT if it cannot be written
  */
 export async function writeSummary(out: string | URL, values: object): Promise<void> {
   const folder = pathOf('writeSummary', out)
@@ -25,7 +26,7 @@ export async function writeSummary(out: string | URL, values: object): Promise<v
       code: 'E_CHECKPOINT',
       op: path,
       problem: `writing failed: ${(cause as Error).message}`,
-      fix: 'what was there before is unchanged',
+      fix: 'free disk space or close programs that have the file open; its previous content is unchanged',
       cause,
     })
   }

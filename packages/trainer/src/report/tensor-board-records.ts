@@ -1,17 +1,18 @@
 /**
- * @file Records of an event file: TensorFlow's framing (length, CRC of it, data, CRC of that; tensorflow/core/lib/io/record_writer.cc) around a protocol
- * buffer `Event` (tensorflow/core/util/event.proto), of which these few fields are written.
+ * @file Records of a TensorBoard event file: TensorFlow's framing (length, its CRC, data, its CRC;
+ *   tensorflow/core/lib/io/record_writer.cc) around a protocol buffer `Event` (tensorflow/core/util/event.proto), of
+ *   which only these fields are written.
  */
 
 export interface EventParts {
   /** Seconds since 1970. */
   readonly wallTime: number
   readonly step?: number
-  /** Of the format; the first record of a file has it. */
+  /** Version of the format, in the first record of a file. */
   readonly fileVersion?: string
-  /** A program begins to write at this step: of records before it, those from this step on are void. */
+  /** Marks that a program starts to write at this step: earlier records of this and later steps become void. */
   readonly sessionStart?: boolean
-  /** What `scalar`, `text` and `hyperparameters` give. */
+  /** Results of `scalar`, `text` and `hyperparameters`. */
   readonly values?: readonly Buffer[]
 }
 
@@ -41,20 +42,20 @@ export function scalar(tag: string, value: number): Buffer {
   return Buffer.concat([bytes(1, tag), number])
 }
 
-/** @param markdown what the text tab shows */
+/** @param markdown content for the text tab */
 export function text(tag: string, markdown: string): Buffer {
   const string = 7
   const tensor = bytes(8, integer(1, string), bytes(2), bytes(8, markdown))
   return Buffer.concat([bytes(1, tag), tensor, bytes(9, plugin('text'))])
 }
 
-/** What a run is listed with in the tab of hyperparameters. */
+/** Settings of the run, for the hyperparameter tab. */
 export function hyperparameters(settings: Readonly<Record<string, unknown>>, startSeconds: number): Buffer {
   const entries = Object.entries(settings).map(([name, value]) =>
     bytes(1, bytes(1, name), bytes(2, structValue(value))),
   )
   const content = bytes(2, bytes(3, ...entries, double(5, startSeconds)))
-  // A tensor of no numbers: the plugin's data is all that counts.
+  // An empty tensor: only the plugin's data counts.
   const float = 1
   const empty = bytes(8, integer(1, float), bytes(2, bytes(2)))
   return Buffer.concat([bytes(1, '_hparams_/session_start_info'), empty, bytes(9, plugin('hparams', content))])
@@ -87,7 +88,7 @@ function double(field: number, value: number): Buffer {
   return whole
 }
 
-/** A text, or a message of these fields. */
+/** A string, or a message of these fields. */
 function bytes(field: number, ...parts: readonly (Buffer | string)[]): Buffer {
   const content = Buffer.concat(parts.map(part => Buffer.from(part as string)))
   return Buffer.concat([Buffer.from([key(field, 2)]), varint(content.length), content])

@@ -193,7 +193,7 @@ describe('the listener', () => {
     listen({ type: 'measuring', step: 1, done: 0 }, reporter)
     vi.mocked(writeSync).mockReset()
     expect(told).toEqual([
-      'what is for TensorBoard waits and training goes on: writing failed: ENOSPC: no space left on device',
+      'TensorBoard files cannot be written; records are buffered and training continues: writing failed: ENOSPC: no space left on device',
     ])
     listen({ type: 'measuring', step: 1, done: 1 }, reporter)
     expect(recordsOf((await eventFiles(folder))[0])).toHaveLength(1003)
@@ -213,14 +213,14 @@ describe('the listener', () => {
     for (let i = 1; i <= 5; i++) listen({ ...step(i), metrics }, reporter)
     vi.mocked(writeSync).mockReset()
     expect(told).toHaveLength(2)
-    expect(told[1]).toMatch(/^nothing is written for TensorBoard from here on/)
+    expect(told[1]).toMatch(/^TensorBoard files are no longer written/)
 
     const path = join(folder, 'file')
     await writeFile(path, '')
     const other = tensorBoard(join(path, 'below'))
     other(start, reporter)
     other(step(1), reporter)
-    expect(told[2]).toMatch(/^nothing is written for TensorBoard: /)
+    expect(told[2]).toMatch(/^TensorBoard files are not written: /)
     expect(told).toHaveLength(3)
   })
 })

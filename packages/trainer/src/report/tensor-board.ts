@@ -1,4 +1,4 @@
-/** @file A run as files that TensorBoard reads. */
+/** @file Writes a run as event files for TensorBoard. */
 import { mkdirSync } from 'node:fs'
 import { hostname } from 'node:os'
 import { join } from 'node:path'
@@ -10,21 +10,29 @@ import { maxVio } from './loads-log.ts'
 import { LogFile } from './log-file.ts'
 import { eventRecord, hyperparameters, scalar, text } from './tensor-board-records.ts'
 
-/** Bytes that may wait for a disk that takes no more. */
+/** Maximum number of bytes to buffer while the disk cannot be written. */
 const patienceBytes = 1 << 24
 
-/** Files that this process has begun: their names differ within a second, too. */
+/** Number of files that this process has created, to make names unique within a second. */
 let files = 0
 
 /**
- * A listener for `onEvent` that writes `events.out.tfevents.*`: scalars of every step (`train/nll`, `train/lr`, ..., and what the model logs, as `model/maxVio`),
- * of measurements (`validation/bitsPerByte`, `validation/loss`, `validation/reward`, `validation/preferred`; `validation/web/bitsPerByte` of one of several held-out streams, `ema/bitsPerByte` and so on of averaged weights), of layers with experts when their loads are told (`experts/layers.3/maxVio`, over the steps since the last time, `stepMaxVio`, of single steps; dead experts, share of
- * dropped choices, range of the bias), of what listeners log, and the run's settings as text and hyperparameters. `tensorboard --logdir runs` shows all
- * runs in a folder side by side. A run that goes on begins another file, which tells TensorBoard to forget the steps that are taken again. Of several ranks
- * the first writes. Where the files cannot be written, a notice says so and training goes on.
+ * Returns a listener for `onEvent` that writes `events.out.tfevents.*` files, which `tensorboard --logdir runs` shows. They
+ * contain:
  *
- * @param folder Default: that of the run (`out`).
- * @throws MoeError E_CONFIG when there is neither, as the run begins
+ * - for each step, `train/nll`, `train/lr` and so on, and what the model logs (`model/maxVio`);
+ * - for each evaluation, `validation/bitsPerByte`, `/loss`, `/reward` and `/preferred`, the same for each of several held-out
+ *   streams (`validation/web/bitsPerByte`), and for EMA weights (`ema/bitsPerByte`);
+ * - for each layer with experts, `experts/layers.3/maxVio` over the steps since the last `loads` event, `stepMaxVio` of single
+ *   steps, dead experts, the share of dropped tokens, and the range of the bias;
+ * - numbers that listeners log;
+ * - the run's settings, as text and hyperparameters.
+ *
+ * A resumed run starts another file, which makes TensorBoard discard the steps that are repeated. Of several ranks,
+ * only rank 0 writes. If the files cannot be written, a notice is emitted and training continues.
+ *
+ * @param folder Default: the folder of the run (`out`)
+ * @throws MoeError E_CONFIG when the run starts, if there is neither
  */
 export function tensorBoard(folder?: string | URL): (event: TrainEvent, reporter?: TrainReporter) => void {
   const given = folder === undefined ? undefined : pathOf('tensorBoard', folder)
@@ -38,7 +46,7 @@ export function tensorBoard(folder?: string | URL): (event: TrainEvent, reporter
         code: 'E_CONFIG',
         op: 'tensorBoard',
         problem: 'there is no folder to write to',
-        fix: 'give the run one (out), or pass one: tensorBoard(folder)',
+        fix: 'set out, or pass a folder: tensorBoard(folder)',
       })
     }
     const seconds = String(Math.floor(Date.now() / 1000)).padStart(10, '0')
@@ -54,7 +62,7 @@ export function tensorBoard(folder?: string | URL): (event: TrainEvent, reporter
         mkdirSync(into, { recursive: true })
       } catch (error) {
         file = undefined
-        reporter?.notify(`nothing is written for TensorBoard: ${(error as Error).message}`)
+        reporter?.notify(`TensorBoard files are not written: ${(error as Error).message}`)
       }
     }
     if (file === undefined || event.type === 'notice') return
@@ -66,8 +74,9 @@ export function tensorBoard(folder?: string | URL): (event: TrainEvent, reporter
       const reason = isMoeError(error) ? error.problem : `${error}`
       const patient = file.waitingBytes < patienceBytes
       if (!patient) file = undefined
-      if (!patient) reporter?.notify(`nothing is written for TensorBoard from here on: ${reason}`)
-      else if (!failing) reporter?.notify(`what is for TensorBoard waits and training goes on: ${reason}`)
+      if (!patient) reporter?.notify(`TensorBoard files are no longer written: ${reason}`)
+      else if (!failing)
+        reporter?.notify(`TensorBoard files cannot be written; records are buffered and training continues: ${reason}`)
       failing = true
     }
   }
@@ -78,13 +87,17 @@ function recordsOf(event: TrainEvent): Buffer[] {
   switch (event.type) {
     case 'start': {
       const { settings, fromStep: step, parameters, backend, device } = event
-      // What a step is told again with counts for the last time; at 0 everything does.
+      // TensorBoard discards earlier records from this step on. At 0, everything is kept.
       const session = step === 0 ? 0 : step + 1
-      const told = { backend, device, parameters, ...settings }
+      const shownSettings = { backend, device, parameters, ...settings }
       return [
         eventRecord({ wallTime, fileVersion: 'brain.Event:2' }),
         eventRecord({ wallTime, step: session, sessionStart: true }),
-        eventRecord({ wallTime, step, values: [text('settings', table(told)), hyperparameters(told, wallTime)] }),
+        eventRecord({
+          wallTime,
+          step,
+          values: [text('settings', table(shownSettings)), hyperparameters(shownSettings, wallTime)],
+        }),
       ]
     }
     case 'step': {
@@ -138,7 +151,7 @@ function scalars(group: string | undefined, numbers: Readonly<Record<string, num
   )
 }
 
-/** As Markdown. */
+/** Settings as a Markdown table. */
 function table(settings: Readonly<Record<string, unknown>>): string {
   const cell = (value: unknown) => String(value).replaceAll('|', '\\|')
   const rows = Object.entries(settings).map(([name, value]) => `| ${cell(name)} | ${cell(value)} |`)

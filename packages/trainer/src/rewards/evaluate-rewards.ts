@@ -1,4 +1,4 @@
-/** @file What the texts that a model makes for held-out prompts are worth. */
+/** @file Evaluates the rewards of texts for held-out prompts. */
 import { checkOptions, checkPrecision, MoeError, type OptionNames, type Precision } from '@moe/core'
 import type { Evaluation } from '../evaluate.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
@@ -7,19 +7,19 @@ import type { Rollouts } from './rollouts.ts'
 import { checkSampling, encodePrompts, reportOf, sampleRewarded, seedOf, type TextSampler } from './sampler.ts'
 import { TextRanks } from './text-ranks.ts'
 
-/** How texts are made and read in a measurement of rewards. */
+/** Options of `evaluateRewards`. */
 export interface EvaluateRewardsOptions {
-  /** Makes tokens of prompts and text of what was made. */
+  /** Encodes prompts and decodes the sampled texts. */
   readonly tokenizer?: TextTokenizer
-  /** Id before prompts that are texts, as in `train`. */
+  /** Id of the token before text prompts, as in `train`. */
   readonly bos?: number | null
-  /** Arithmetic of matrix products. Default f32. */
+  /** Precision of matrix products. Default f32. */
   readonly precision?: Precision
-  /** Names what is drawn: `train` with the same seed draws the same. Default 0. */
+  /** Seed of sampling. `train` with the same seed samples the same texts from the same weights. Default 0. */
   readonly seed?: number
-  /** Ends the measurement; the promise then rejects with the signal's reason. */
+  /** Stops the evaluation. The promise then rejects with the signal's reason. */
   readonly signal?: AbortSignal
-  /** Is told after each text which share of the measurement is done. */
+  /** Called after each text with the fraction of the evaluation that is done. */
   readonly onProgress?: (done: number) => void
 }
 
@@ -33,8 +33,10 @@ const names: OptionNames<EvaluateRewardsOptions> = {
 }
 
 /**
- * Makes a text for each held-out prompt of rollouts, as `train` does when it measures: at temperature 1, so that the mean of the rewards is an estimate of what training maximizes.
- * @throws MoeError E_DATA where nothing is held out, or a reward fails
+ * Samples one text for each held-out prompt of `data` and evaluates its reward, as `train` does: at temperature 1, so
+ * that the mean reward estimates what training maximizes.
+ *
+ * @throws MoeError E_DATA if no prompts are held out, or a reward function fails
  */
 export async function evaluateRewards(
   model: TrainableModel,
@@ -66,13 +68,13 @@ interface MeasureRewardsOptions {
   readonly seed: number
   readonly signal: AbortSignal
   readonly onProgress: (done: number) => void
-  /** Each makes its share of the texts. */
+  /** Each rank samples its share of the texts. */
   readonly ranks: TextRanks
 }
 
 /**
  * @param ids of the held-out prompts
- * @returns null when it was interrupted on one of the ranks
+ * @returns null if it was interrupted on any rank
  */
 export async function measureRewards(
   sampler: TextSampler,

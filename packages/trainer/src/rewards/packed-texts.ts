@@ -1,4 +1,4 @@
-/** @file Prompts and the texts behind them as batches of rows: log-probabilities are read from these, weights are written to them. */
+/** @file Packs prompts with their completions into batches, to read log-probabilities and to assign weights. */
 import { createHash } from 'node:crypto'
 import { eventLoopTurn, MoeError, noGrad, type Precision, scope, withPrecision } from '@moe/core'
 import { checkedLoss } from '../check-model.ts'
@@ -7,11 +7,11 @@ import { batchOf, paddingBatch, type Row, rowsOf } from '../data/rows.ts'
 import { TokenDataset } from '../data/token-dataset.ts'
 import type { TokenBatch, TrainableModel } from '../model.ts'
 
-/** A prompt, and what follows it. */
+/** A prompt with its completion. */
 export interface PromptCompletion {
-  /** Ids of the prompt: at least one. */
+  /** Ids of the prompt; at least one. */
   readonly ids: readonly number[]
-  /** Ids behind it: at least one. */
+  /** Ids of the completion; at least one. */
   readonly tokens: readonly number[]
 }
 
@@ -19,14 +19,17 @@ export interface PackOptions {
   readonly sequenceLength: number
   readonly lookahead: number
   readonly batchSize: number
-  /** Whether several texts share a row. */
+  /** Whether several texts are packed into a row. */
   readonly isolate: boolean
 }
 
-/** Texts, be there none, in micro-batches of one shape, the last filled up with rows of padding. Each text is learned behind its prompt, and fits into a row. */
+/**
+ * Texts in micro-batches of equal shape; the last one is filled up with padding rows. Only completions are learned.
+ * Each text must fit into a row. There may be no texts.
+ */
 export class PackedTexts {
   readonly batches: readonly TokenBatch[]
-  /** Of each text, the batch and the place in it of its first token behind the prompt. */
+  /** For each text, the batch and the position in it of its first completion token. */
   readonly #places: ReadonlyArray<{ readonly batch: number; readonly at: number; readonly length: number }>
   readonly #options: PackOptions
 
@@ -68,7 +71,10 @@ export class PackedTexts {
     this.#places = places
   }
 
-  /** Log-probability of every token of every text in nats, as the training pass of a model has it, whose lookahead is no larger than that of the rows. */
+  /**
+   * Returns the log-probability of every completion token in nats, as in the training pass of `model`, whose lookahead
+   * must not exceed that of the rows.
+   */
   async logProbs(model: TrainableModel, precision: Precision): Promise<Float32Array[]> {
     const read: Float32Array[] = []
     for (const batch of this.batches) {
@@ -80,7 +86,7 @@ export class PackedTexts {
           }),
         ),
       )
-      if (nlls === undefined) throw tellsNothing()
+      if (nlls === undefined) throw missingNlls()
       try {
         read.push((await nlls.values()) as Float32Array)
       } finally {
@@ -91,15 +97,16 @@ export class PackedTexts {
     return this.#places.map(({ batch, at, length: count }) => {
       const { rows, length } = this.batches[batch]
       const row = Math.floor(at / length)
-      // The token at a place is predicted one position before.
+      // A token is predicted one position earlier.
       const from = (row * read[batch].length) / rows + (at % length) - 1
       return read[batch].subarray(from, from + count).map(nll => -nll)
     })
   }
 
   /**
-   * The batches with a weight for every token of every text, 0 for all others.
-   * @param count of batches, as another rank may have more: those behind the last are padding
+   * Returns the batches with a weight for every completion token, and 0 for all other tokens.
+   *
+   * @param count number of batches; those after the last are padding, if another rank has more
    */
   weighted(weights: ReadonlyArray<ArrayLike<number>>, count = this.batches.length): TokenBatch[] {
     const { sequenceLength, lookahead, batchSize, isolate } = this.#options
@@ -113,7 +120,7 @@ export class PackedTexts {
   }
 }
 
-/** Rows for two models have what either needs beyond the positions that are trained on. */
+/** The lookahead that rows need for both models. */
 export const lookaheadOf = (model: TrainableModel, reference: TrainableModel | undefined): number =>
   Math.max(model.lookahead, reference?.lookahead ?? 0)
 
@@ -123,12 +130,12 @@ export function checkReference(model: TrainableModel, reference: TrainableModel 
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'train',
-    problem: 'the reference is the model itself, from which it never differs',
-    fix: 'open another one from the same folder',
+    problem: 'the reference is the trained model itself, so they would never differ',
+    fix: 'load a second copy of the model',
   })
 }
 
-/** Identity of lists of ids, for checkpoints. */
+/** Digest of lists of ids, for checkpoints. */
 export function digestOf(lists: ReadonlyArray<readonly number[]>): string {
   const hash = createHash('sha256')
   for (const ids of lists) hash.update(Int32Array.from([ids.length, ...ids]))
@@ -138,10 +145,10 @@ export function digestOf(lists: ReadonlyArray<readonly number[]>): string {
 export const countOf = (lists: ReadonlyArray<ArrayLike<number>>): number =>
   lists.reduce((sum, { length }) => sum + length, 0)
 
-const tellsNothing = () =>
+const missingNlls = () =>
   new MoeError({
     code: 'E_ATTR',
     op: 'loss',
-    problem: 'the model does not tell how likely it finds each token',
-    fix: 'multiply the likelihoods by TokenBatch.weights where it has some, and return them in nlls: [rows * positions], detached',
+    problem: 'the model does not return the likelihood of each token',
+    fix: 'return nlls, [rows * positions] and detached, and multiply the likelihoods by TokenBatch.weights if given',
   })

@@ -1,47 +1,58 @@
 /**
- * @file The arithmetic of group relative policy optimization (GRPO), on the host in doubles: from rewards and log-probabilities to what each token is weighed with.
+ * @file The arithmetic of group relative policy optimization (GRPO), on the host in f64: from rewards and
+ * log-probabilities to the weight of each token.
  *
- * DeepSeek-V3 (report, 5.2.2) maximizes, over groups of G texts o_i that the policy π_old made for a prompt q,
+ * DeepSeek-V3 (report, 5.2.2) maximizes, over groups of G texts o_i that the policy π_old sampled for a prompt q,
  *
  *     J = E 1/G Σ_i ( min(ρ_i A_i, clip(ρ_i, 1 - ε, 1 + ε) A_i) - β D_KL(π_θ ‖ π_ref) )        (26)
  *     D_KL = π_ref/π_θ - log(π_ref/π_θ) - 1                                                   (27)
  *     A_i = (r_i - mean(r_1 … r_G)) / std(r_1 … r_G),   ρ = π_θ/π_old                          (28)
  *
- * by token as in DeepSeekMath (arXiv 2402.03300, eq. 3 and 4): ρ, the clip and D_KL are those of each token, given what stands before it.
+ * for each token, as in DeepSeekMath (arXiv 2402.03300, eq. 3 and 4): ρ, the clip and D_KL are those of a token given its
+ * context.
  */
 
-/** Advantages of the texts of a group, from their rewards: eq. 28, with the standard deviation of just these. A group whose rewards are all equal says nothing about what is better: its advantages are 0. */
+/**
+ * Advantages of the texts of a group (eq. 28, with the population standard deviation). If all rewards of a group are
+ * equal, its advantages are 0.
+ */
 export function advantagesOf(rewards: readonly number[]): number[] {
   const mean = meanOf(rewards)
   const deviation = deviationOf(rewards)
-  // Sums that were rounded in another order are no difference.
+  // Ignores differences due to rounding.
   const noise = 1e-9 * Math.max(...rewards.map(Math.abs))
   return rewards.map(reward => (deviation <= noise ? 0 : (reward - mean) / deviation))
 }
 
-/** How far the policy may go from the one that made the texts, and from a reference. */
+/** Limits on the distance of the policy from the sampling policy and from a reference. */
 export interface PolicyLimits {
-  /** ε: a token whose ratio is below 1 - ε in a text that is to become less likely, or above 1 + ε in one that is to become likelier, gives no gradient. Two numbers are ε below and above. */
+  /**
+   * ε: a token gets no gradient if its ratio is below 1 - ε in a text that is to become less likely, or above 1 + ε in
+   * one that is to become more likely. Two numbers are ε below and above.
+   */
   readonly clip: number | readonly [below: number, above: number]
   /** β. */
   readonly klWeight: number
 }
 
-/** How likely a token is, in nats. */
+/** Log-probabilities of a token, in nats. */
 export interface TokenLogProbs {
-  /** By the policy as it is. */
+  /** Under the current policy. */
   readonly now: number
-  /** By the policy that made the texts. */
+  /** Under the policy that sampled the texts. */
   readonly old: number
-  /** By the reference; where there is none, `klWeight` is 0. */
+  /** Under the reference; if there is none, `klWeight` is 0. */
   readonly reference?: number | undefined
 }
 
-/** What a token adds to the objective, and how it changes with its log-probability. */
+/** The contribution of a token to the objective, and its derivative. */
 export interface TokenTerm {
   /** min(ρ A, clip(ρ) A) - β D_KL. */
   readonly value: number
-  /** Its derivative by log π_θ: ρ A (0 where that is clipped) + β (π_ref/π_θ - 1). DeepSeekMath, eq. 21, has it for ρ = 1. */
+  /**
+   * Its derivative with respect to log π_θ: ρ A (0 if clipped) + β (π_ref/π_θ - 1). DeepSeekMath, eq. 21, gives it for
+   * ρ = 1.
+   */
   readonly slope: number
   /** Whether its ratio is clipped. */
   readonly clipped: boolean
@@ -49,7 +60,7 @@ export interface TokenTerm {
   readonly kl: number
 }
 
-/** One token of a text with this advantage. */
+/** The term of one token in a text with this advantage. */
 export function tokenTerm(advantage: number, { now, old, reference }: TokenLogProbs, limits: PolicyLimits): TokenTerm {
   const { clip, klWeight } = limits
   const [below, above] = typeof clip === 'number' ? [clip, clip] : clip
@@ -65,36 +76,39 @@ export function tokenTerm(advantage: number, { now, old, reference }: TokenLogPr
   }
 }
 
-/** What is known of the tokens of a text: log-probabilities of each, as in `TokenLogProbs`. */
+/** The advantage of a text and the log-probabilities of its tokens, as in `TokenLogProbs`. */
 export interface TextLogProbs {
-  /** A of the whole text. */
+  /** Advantage A of the whole text. */
   readonly advantage: number
   readonly now: ArrayLike<number>
   readonly old: ArrayLike<number>
   readonly reference?: ArrayLike<number> | undefined
 }
 
-/** How many there are. */
+/** Numbers of texts and tokens. */
 export interface TextCounts {
   readonly texts: number
   readonly tokens: number
-  /** Tokens of those that the step reads. */
+  /** Tokens of the texts that the step learns from. */
   readonly learned: number
 }
 
 /** Sums over the tokens of a text. */
 export interface TextTerms {
-  /** What it adds to J, times the tokens that are learned. */
+  /** Its contribution to J, times the number of learned tokens. */
   readonly objective: number
-  /** How many are clipped. */
+  /** Number of clipped tokens. */
   readonly clipped: number
   readonly kl: number
 }
 
 /**
- * What the loss of each token of some texts is multiplied by, so that the mean over the tokens that are learned has the gradient of -J; and what each text adds to the numbers of `meanTerms`.
- * @param average `'token'` counts every token alike (1/Σ|o_i| Σ_i Σ_t), `'text'` every text (1/N Σ_i 1/|o_i| Σ_t)
- * @param all texts that J is a mean over, where there are others than these: other ranks', and some that are left out as they add nothing to it
+ * Returns the weight of each token's loss, so that the mean over the learned tokens has the gradient of -J, and the
+ * terms of each text for `meanTerms`.
+ *
+ * @param average `'token'` weights every token equally (1/Σ|o_i| Σ_i Σ_t), `'text'` every text (1/N Σ_i 1/|o_i| Σ_t)
+ * @param all counts of all texts that J averages over, if there are others: those of other ranks, and those left out
+ *   because they contribute nothing
  */
 export function tokenWeights(
   texts: readonly TextLogProbs[],
@@ -120,13 +134,16 @@ export function tokenWeights(
   return { weights, terms }
 }
 
-/** J, the share of clipped tokens, and the divergence in nats per token, of texts of `learned` tokens. */
+/** J, the fraction of clipped tokens, and the divergence in nats per token, for texts with `learned` tokens. */
 export function meanTerms(terms: readonly TextTerms[], learned: number): TextTerms {
   const mean = (name: keyof TextTerms) => sumOf(terms.map(term => term[name])) / learned
   return { objective: mean('objective'), clipped: mean('clipped'), kl: mean('kl') }
 }
 
-/** x = π_ref/π_θ makes x - log x - 1: at least 0, and its mean over texts of π_θ is the divergence of π_θ from π_ref (eq. 27). @param logRatio log x */
+/**
+ * x - log x - 1 for x = π_ref/π_θ (eq. 27). It is at least 0, and its mean over texts of π_θ is the divergence of π_θ
+ * from π_ref. @param logRatio log x
+ */
 export const divergence = (logRatio: number): number => Math.expm1(logRatio) - logRatio
 
 export const sumOf = (values: readonly number[]): number => values.reduce((sum, x) => sum + x, 0)

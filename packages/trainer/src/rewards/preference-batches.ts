@@ -1,4 +1,4 @@
-/** @file Steps that learn which of two texts is better. */
+/** @file Batches for direct preference optimization (DPO). */
 import { MoeError, type Precision, Random } from '@moe/core'
 import type { BatchSource, SourceEvaluationOptions } from '../data/batch-source.ts'
 import { EpochOrder } from '../data/epoch-order.ts'
@@ -17,25 +17,27 @@ export interface PreferenceBatchesOptions extends EncodeOptions {
   readonly isolate: boolean
   readonly seed: number
   readonly precision: Precision
-  /** Each learns from `pairs` pairs of a step. */
+  /** Each rank learns from `pairs` pairs per step. */
   readonly ranks: TextRanks
 }
 
-/** The chosen one and the rejected one. */
+/** The chosen text and the rejected text. */
 type Pair = readonly [PromptCompletion, PromptCompletion]
 
-/** What a model says of the two texts of a pair: sums over their tokens, in nats. */
+/** Log-probabilities of the two texts of a pair under a model: sums over their tokens, in nats. */
 export interface PairLogProbs {
   readonly chosen: number
   readonly rejected: number
 }
 
 /**
- * The loss of a pair (DPO, eq. 7), -log σ(β Δ) where Δ is by how much the policy prefers the chosen text more than the reference does; what a token of the chosen text is weighed with, of the rejected one the negative: β σ(-β Δ).
+ * The loss of a pair (DPO, eq. 7): -log σ(β Δ), where Δ is how much more strongly the policy prefers the chosen text
+ * than the reference does. `weight`, β σ(-β Δ), weights the tokens of the chosen text; those of the rejected text get
+ * its negative.
  */
 export function pairTerm(now: PairLogProbs, reference: PairLogProbs, beta: number) {
   const margin = beta * (now.chosen - reference.chosen - (now.rejected - reference.rejected))
-  // log(1 + exp(-m)) and 1/(1 + exp(m)), whatever m is.
+  // log(1 + exp(-m)) and 1/(1 + exp(m)), without overflow for any m.
   const small = Math.exp(-Math.abs(margin))
   const loss = Math.max(0, -margin) + Math.log1p(small)
   return { margin, loss, weight: (beta * (margin > 0 ? small : 1)) / (1 + small) }
@@ -74,7 +76,7 @@ export class PreferenceBatches implements BatchSource {
 
   get identity(): string {
     const { beta } = this.#data
-    const pairs = this.#pairsOfStep
+    const pairs = this.#pairsPerStep
     const digest = digestOf(this.#training.flat().flatMap(({ ids, tokens }) => [ids, tokens]))
     return `${this.#training.length} preferences (${digest}) ${JSON.stringify({ pairs, beta })}`
   }
@@ -92,16 +94,16 @@ export class PreferenceBatches implements BatchSource {
   }
 
   get textsPerStep(): number {
-    return 2 * this.#pairsOfStep
+    return 2 * this.#pairsPerStep
   }
 
-  /** Of all ranks. */
-  get #pairsOfStep(): number {
+  /** Pairs per step, over all ranks. */
+  get #pairsPerStep(): number {
     return this.#data.pairs * this.#options.ranks.size
   }
 
   epochs(steps: number): number {
-    return (steps * this.#pairsOfStep) / this.#training.length
+    return (steps * this.#pairsPerStep) / this.#training.length
   }
 
   prefetch(): null {
@@ -111,28 +113,28 @@ export class PreferenceBatches implements BatchSource {
   async batches(step: number): Promise<TokenBatch[]> {
     const { pairs } = this.#data
     const { ranks, batchSize, sequenceLength } = this.#options
-    const first = step * this.#pairsOfStep + ranks.rank * pairs
+    const first = step * this.#pairsPerStep + ranks.rank * pairs
     const own = Array.from({ length: pairs }, (_, i) => this.#training[this.#order.at(first + i)])
     const { packed, terms } = await this.#compare(own)
     const tokens = countOf(own.flat().map(({ tokens }) => tokens))
-    const told = await ranks.gather({ batches: packed.batches.length, tokens, terms })
-    const all = told.flatMap(({ terms }) => terms)
-    const batches = Math.max(...told.map(({ batches }) => batches))
+    const gathered = await ranks.gather({ batches: packed.batches.length, tokens, terms })
+    const all = gathered.flatMap(({ terms }) => terms)
+    const batches = Math.max(...gathered.map(({ batches }) => batches))
     this.#tokens = batches * batchSize * sequenceLength
     this.metrics = {
       preference: meanOf(all.map(({ loss }) => loss)),
       preferred: meanOf(all.map(({ margin }) => Number(margin > 0))),
       margin: meanOf(all.map(({ margin }) => margin)),
     }
-    // The loss is a mean over tokens, eq. 7 one over pairs.
-    const share = sumOf(told.map(({ tokens }) => tokens)) / this.#pairsOfStep
+    // The loss is a mean over tokens, but eq. 7 is a mean over pairs.
+    const share = sumOf(gathered.map(({ tokens }) => tokens)) / this.#pairsPerStep
     const weights = own.flatMap((pair, i) =>
       pair.map(({ tokens }, side) => tokens.map(() => (side === 0 ? share : -share) * terms[i].weight)),
     )
     return packed.weighted(weights, batches)
   }
 
-  /** Both texts of each pair, and what is said of them. */
+  /** Packs the texts of each pair and compares them. */
   async #compare(pairs: readonly Pair[]) {
     const { sequenceLength, batchSize, isolate, precision } = this.#options
     const { reference, beta } = this.#data
@@ -177,7 +179,7 @@ export class PreferenceBatches implements BatchSource {
     const prompts = encodePrompts(pairs, template, this.#options)
     const encode = encoder(tokenizer)
     const end = tokenizer === undefined ? null : tokenNamed(tokenizer, 'end')
-    const behind = (pair: Preference, text: string | ArrayLike<number>): number[] => {
+    const complete = (pair: Preference, text: string | ArrayLike<number>): number[] => {
       if (typeof text !== 'string') return Array.from(text)
       if ('messages' in pair && template) {
         const prompt = template.render(pair.messages, { addGenerationPrompt: true })
@@ -185,19 +187,19 @@ export class PreferenceBatches implements BatchSource {
         const whole = template.render([...pair.messages, answer], { addGenerationPrompt: false })
         if (whole.startsWith(prompt)) return encode(whole.slice(prompt.length), true)
         throw refused(
-          `the template writes the answer of a ${what} otherwise than behind its prompt`,
-          'take another one',
+          `the template does not render the answer of a ${what} directly after its generation prompt`,
+          'use another template',
         )
       }
       return [...encode(text, false), ...(end === null ? [] : [end])]
     }
     return pairs.map((pair, i) => {
       const ids = prompts[i]
-      const texts = [behind(pair, pair.chosen), behind(pair, pair.rejected)].map(tokens => ({ ids, tokens }))
+      const texts = [complete(pair, pair.chosen), complete(pair, pair.rejected)].map(tokens => ({ ids, tokens }))
       const longest = Math.max(...texts.map(({ tokens }) => ids.length + tokens.length - 1))
       if (longest <= sequenceLength && ids.length > 0) return texts as unknown as Pair
-      const problem = ids.length === 0 ? 'has no prompt' : `goes beyond a row of ${sequenceLength}`
-      throw refused(`${what} ${i} ${problem}`, `pass a sequenceLength of ${longest}, or leave it out`)
+      const problem = ids.length === 0 ? 'has no prompt' : `does not fit into a row of ${sequenceLength}`
+      throw refused(`${what} ${i} ${problem}`, `pass a sequenceLength of ${longest}, or leave out the pair`)
     })
   }
 

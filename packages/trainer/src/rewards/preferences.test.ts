@@ -192,11 +192,11 @@ describe('what is refused', () => {
   const reference = { loss: () => {} } as unknown as BigramModel
 
   test.each([
-    [{ reference: undefined }, 'reference is undefined, needs a model'],
+    [{ reference: undefined }, 'reference is undefined, expected a model'],
     [{ pairs: 0 }, 'pairs is 0'],
-    [{ beta: -1 }, 'beta is -1, needs a positive number'],
+    [{ beta: -1 }, 'beta is -1, expected a positive number'],
     [{ betas: 1 }, 'unknown option betas; did you mean beta?'],
-    [{ template: {} }, 'which does not render'],
+    [{ template: {} }, 'expected an object with a method render'],
   ])('options %o', (given, expected) => {
     const make = () => preferences(sevens, { reference, ...(given as object) })
     expect(make).toThrow(expect.objectContaining({ code: 'E_CONFIG', message: expect.stringContaining(expected) }))
@@ -208,8 +208,8 @@ describe('what is refused', () => {
     [[{ tokens: [1], chosen: [2], rejected: [] }], 'rejected of pair 0 is []'],
     [[{ tokens: [1], chosen: 'b', rejected: [2] }], 'chosen of pair 0 is "b"'],
     [[{ text: 'a', chosen: '', rejected: 'b' }], 'chosen of pair 0 is ""'],
-    [[{ chosen: 'a', rejected: 'b' }], 'has none, or several'],
-    [[{ messages: [{ role: 'user', content: 'a' }], chosen: 'a', rejected: 'b' }], 'there is no template'],
+    [[{ chosen: 'a', rejected: 'b' }], 'has none or several'],
+    [[{ messages: [{ role: 'user', content: 'a' }], chosen: 'a', rejected: 'b' }], 'no template is given'],
   ])('pairs %o', (given, expected) => {
     const make = () => preferences(given as unknown as Preference[], { reference })
     expect(make).toThrow(expect.objectContaining({ code: 'E_DATA', message: expect.stringContaining(expected) }))
@@ -217,12 +217,12 @@ describe('what is refused', () => {
 
   test('a pair that does not fit into a row, and the model itself as the reference', async () => {
     await expect(ran({}, { sequenceLength: 3 })).rejects.toThrow(
-      'pair 0 goes beyond a row of 3; pass a sequenceLength of 4',
+      'pair 0 does not fit into a row of 3; pass a sequenceLength of 4',
     )
     const model = new BigramModel()
     const data = preferences(sevens, { reference: model })
     const training = train(model, { data, steps: 1, sequenceLength: 8, progress: false })
-    await expect(training).rejects.toThrow('the reference is the model itself')
+    await expect(training).rejects.toThrow('the reference is the trained model itself')
     disposeModule(model)
   })
 })

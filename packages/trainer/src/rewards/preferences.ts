@@ -1,31 +1,34 @@
-/** @file Pairs of texts, one of which is preferred: data for `train`. */
+/** @file Preference data: pairs of a better and a worse text. */
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import { type ConversationTemplate, checkTemplate } from '../data/conversations.ts'
 import { holdOut } from '../data/corpus.ts'
 import type { TrainableModel } from '../model.ts'
 import { checkPrompt, listed, type Prompt } from './rollouts.ts'
 
-/** A prompt with two texts behind it. Beside `messages` they are what the assistant says, beside `text` how it goes on, both without the token that ends them; beside `tokens` they are ids, that token included. */
+/**
+ * A prompt with two completions. For `messages`, they are the assistant's answers, and for `text`, continuations, both
+ * without an end token. For `tokens`, they are ids including the end token.
+ */
 export type Preference = Prompt & {
-  /** The better one. */
+  /** The better completion. */
   readonly chosen: string | ArrayLike<number>
-  /** The worse one. */
+  /** The worse completion. */
   readonly rejected: string | ArrayLike<number>
 }
 
-/** What is learned from pairs. */
+/** Options of `preferences`. */
 export interface PreferenceOptions {
-  /** Where the model begins, such as a second copy of it: what it finds likely is what preferences are measured from. */
+  /** The model before training, for example a second copy of it. Preferences are measured relative to it. */
   readonly reference: TrainableModel
-  /** Writes prompts that are `messages` and the answers behind them; stored beside the model in every checkpoint. */
+  /** Renders prompts that are `messages`, and their answers. Saved with the model in every checkpoint. */
   readonly template?: ConversationTemplate
-  /** Pairs of a step on this rank. Default 16. */
+  /** Pairs per step on this rank. Default 16. */
   readonly pairs?: number
-  /** β: how near to the reference it stays, more for nearer. Default 0.1. */
+  /** β: higher values keep the model closer to the reference. Default 0.1. */
   readonly beta?: number
   /** Held-out pairs: a fraction in [0, 1), drawn by `seed`, or the pairs themselves. Default 0. */
   readonly validation?: number | Iterable<Preference>
-  /** Names the draw of held-out pairs. Default 0. */
+  /** Seed of the draw of held-out pairs. Default 0. */
   readonly seed?: number
 }
 
@@ -38,33 +41,35 @@ const names: OptionNames<PreferenceOptions> = {
   seed: true,
 }
 
-/** Pairs to learn from, pairs that are only measured on, and how. Made by `preferences`. */
+/** Training and held-out pairs, with their settings. Created by `preferences`. */
 export interface Preferences {
-  /** Pairs to learn from. */
+  /** Pairs to train on. */
   readonly training: readonly Preference[]
-  /** Pairs that are measured on; may be empty. */
+  /** Held-out pairs; may be empty. */
   readonly validation: readonly Preference[]
-  /** What preferences are measured from. */
+  /** The model that preferences are measured relative to. */
   readonly reference: TrainableModel
-  /** Writes prompts that are `messages`. */
+  /** Renders prompts that are `messages`. */
   readonly template?: ConversationTemplate | undefined
-  /** Pairs of a step on this rank. */
+  /** Pairs per step on this rank. */
   readonly pairs: number
   /** β. */
   readonly beta: number
 }
 
 /**
- * Data for `train` of which it learns which of two texts is better (direct preference optimization; Rafailov et al. 2023, arXiv 2305.18290): no text is made, and no reward is asked for.
- * @throws MoeError E_DATA for what is no pair; E_CONFIG for options that cannot be
+ * Returns preference data for `train`, which learns from it by direct preference optimization (Rafailov et al. 2023,
+ * arXiv 2305.18290), without sampling texts and without a reward function.
+ *
+ * @throws MoeError E_DATA for an invalid pair, E_CONFIG for invalid options
  */
 export function preferences(all: Iterable<Preference>, options: PreferenceOptions): Preferences {
   checkOptions('preferences', options, names)
   const { reference, template, pairs = 16, beta = 0.1, validation = 0, seed = 0 } = options
   const problems = [
-    ...(typeof reference?.loss === 'function' ? [] : [`reference is ${reference}, needs a model`]),
-    ...(Number.isSafeInteger(pairs) && pairs > 0 ? [] : [`pairs is ${pairs}, needs a whole number from 1`]),
-    ...(beta > 0 && Number.isFinite(beta) ? [] : [`beta is ${beta}, needs a positive number`]),
+    ...(typeof reference?.loss === 'function' ? [] : [`reference is ${reference}, expected a model`]),
+    ...(Number.isSafeInteger(pairs) && pairs > 0 ? [] : [`pairs is ${pairs}, expected an integer of at least 1`]),
+    ...(beta > 0 && Number.isFinite(beta) ? [] : [`beta is ${beta}, expected a positive number`]),
   ]
   if (problems.length > 0) {
     const details = { problems }
@@ -79,7 +84,7 @@ export function preferences(all: Iterable<Preference>, options: PreferenceOption
     typeof validation === 'number'
       ? holdOut('preferences', training, validation, seed)
       : { training, validation: checked(validation, 'held-out pair') }
-  if (parts.training.length === 0) throw refused('there are no pairs', 'pass at least one to learn from')
+  if (parts.training.length === 0) throw refused('there are no pairs', 'pass at least one pair to train on')
   return { ...parts, reference, template, pairs, beta }
 }
 
@@ -91,7 +96,7 @@ function checkPair(given: Preference, what: string, template: ConversationTempla
     const text: unknown = pair[name]
     const ids = typeof text === 'object' && Number((text as ArrayLike<number> | null)?.length) > 0
     if ('tokens' in pair ? ids : typeof text === 'string' && text !== '') continue
-    const fix = "'tokens' in a pair go with lists of ids, messages and text with texts"
+    const fix = 'pass lists of ids for a prompt of tokens, and strings for messages and text'
     throw refused(`${name} of ${what} is ${JSON.stringify(text)}`, fix)
   }
   return pair

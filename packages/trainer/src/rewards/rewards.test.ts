@@ -344,9 +344,9 @@ describe('what goes wrong', () => {
   const bad: ReadonlyArray<readonly [then: () => unknown, told: RegExp]> = [
     [() => Number.NaN, /the reward of a text of \d tokens, "" is NaN; return a finite number/],
     [() => Number.POSITIVE_INFINITY, /is Infinity/],
-    [() => '1', /is string, no number/],
-    [() => undefined, /is undefined, no number/],
-    [() => Promise.reject(new Error('no such server')), /failed: no such server; catch what may fail/],
+    [() => '1', /is of type string/],
+    [() => undefined, /is of type undefined/],
+    [() => Promise.reject(new Error('no such server')), /failed: no such server; catch errors in the reward function/],
     [
       () => {
         throw new TypeError('x is not a function')
@@ -430,16 +430,16 @@ describe('what goes wrong', () => {
   })
 
   test.each([
-    [{ reward: undefined }, 'reward is undefined, needs a function'],
-    [{ groupSize: 1 }, 'groupSize is 1, needs a whole number from 2: a text alone is neither better nor worse'],
+    [{ reward: undefined }, 'reward is undefined, expected a function'],
+    [{ groupSize: 1 }, 'groupSize is 1, expected an integer of at least 2, to compare'],
     [{ groups: 0 }, 'groups is 0'],
     [{ maxTokens: 1.5 }, 'maxTokens is 1.5'],
     [{ clip: 0 }, 'clip is 0'],
     [{ clip: [0.2] }, 'clip is [0.2]'],
-    [{ average: 'texts' }, "average is texts, needs 'token' or 'text'"],
-    [{ kl: { weight: 0.1 } }, 'kl needs { weight, reference }'],
+    [{ average: 'texts' }, "average is texts, expected 'token' or 'text'"],
+    [{ kl: { weight: 0.1 } }, 'kl is invalid, expected { weight, reference }'],
     [{ groupsize: 4 }, 'unknown option groupsize; did you mean groupSize?'],
-    [{ template: {} }, 'which does not render'],
+    [{ template: {} }, 'expected an object with a method render'],
   ])('%o is refused', (given, expected) => {
     const make = () => rollouts(prompts, { ...few, ...(given as object) })
     expect(make).toThrow(expect.objectContaining({ code: 'E_CONFIG', message: expect.stringContaining(expected) }))
@@ -447,14 +447,14 @@ describe('what goes wrong', () => {
 
   test.each([
     [[], 'there are no prompts'],
-    ['abc', 'the prompts are one text'],
+    ['abc', 'the prompts are a single string'],
     [[{ tokens: [1] }, 'abc'], 'prompt 1 is "abc"'],
     [[{ tokens: [] }], 'prompt 0 is empty'],
     [[{ text: '' }], 'prompt 0 is empty'],
-    [[{ text: 'a', tokens: [1] }], 'has none, or several'],
-    [[{ answer: 3 }], 'has none, or several'],
-    [[{ messages: [] }], 'prompt 0 has no messages'],
-    [[{ messages: [{ role: 'user', content: 'a' }] }], 'prompt 0 is messages, and there is no template'],
+    [[{ text: 'a', tokens: [1] }], 'has none or several'],
+    [[{ answer: 3 }], 'has none or several'],
+    [[{ messages: [] }], 'prompt 0 has no valid messages'],
+    [[{ messages: [{ role: 'user', content: 'a' }] }], 'prompt 0 consists of messages, but no template is given'],
   ])('prompts %o are refused', (given, expected) => {
     const make = () => rollouts(given as unknown as Prompt[], few)
     expect(make).toThrow(expect.objectContaining({ code: 'E_DATA', message: expect.stringContaining(expected) }))
@@ -464,7 +464,7 @@ describe('what goes wrong', () => {
     [
       { sequenceLength: 5 },
       'E_DATA',
-      'prompt 0 has 2 tokens, and a text of maxTokens = 5 goes beyond a row of 5; pass a sequenceLength of 6',
+      'prompt 0 has 2 tokens and does not fit into a row of 5 with a text of maxTokens = 5; pass a sequenceLength of 6',
     ],
     [{ steps: 7 }, 'E_CONFIG', 'steps is 7, expected a multiple of the 2 updates'],
     [{ accumulate: 2 }, 'E_CONFIG', 'accumulate is given together with rollouts'],
@@ -500,7 +500,7 @@ describe('what goes wrong', () => {
     }
     expect(await problem(ran({}, {}, new Deaf()))).toMatchObject({
       code: 'E_ATTR',
-      message: expect.stringContaining('does not tell how likely it finds each token'),
+      message: expect.stringContaining('does not return the likelihood of each token'),
     })
     const texts = rollouts([{ text: 'ab' }], few)
     expect(await problem(ran({}, { data: texts }))).toMatchObject({

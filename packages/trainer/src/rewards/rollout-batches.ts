@@ -1,4 +1,7 @@
-/** @file Steps that learn from texts that the model makes: sampled, rewarded, compared within their groups, and learned from in one step or several. */
+/**
+ * @file Batches for learning from rewards: texts are sampled, rewarded, compared within their groups, and learned from
+ *   in one or several steps.
+ */
 import { MoeError, type Precision, Random } from '@moe/core'
 import type { BatchSource, SourceEvaluationOptions } from '../data/batch-source.ts'
 import { EpochOrder } from '../data/epoch-order.ts'
@@ -37,20 +40,20 @@ export interface RolloutBatchesOptions {
   readonly seed: number
   readonly precision: Precision
   readonly signal: AbortSignal
-  /** Each makes `groups` groups of a step. */
+  /** Each rank samples `groups` groups per step. */
   readonly ranks: TextRanks
 }
 
-/** Texts that were made for some steps, and what this rank learns from them. */
-interface Made {
+/** The texts of a sampling round, and what this rank learns from them. */
+interface Round {
   readonly number: number
-  /** Of all ranks, also of those that teach nothing. */
+  /** Counts over all ranks, including groups that are not learned from. */
   readonly all: TextCounts
-  /** Micro-batches of a step, on each rank. */
+  /** Micro-batches per step, on each rank. */
   readonly batches: number
   readonly packed: PackedTexts
   readonly advantages: readonly number[]
-  /** Of every token, by the weights that made it, as the training pass has it. */
+  /** Log-probability of every token under the weights that sampled it, from the training pass. */
   readonly old: readonly Float32Array[]
   readonly reference: readonly Float32Array[] | undefined
   readonly metrics: Readonly<Record<string, number>>
@@ -63,7 +66,7 @@ export class RolloutBatches implements BatchSource {
   readonly #training: readonly number[][]
   readonly #validation: readonly number[][]
   #sampler: TextSampler | null = null
-  #made: Made | null = null
+  #round: Round | null = null
   readonly #order: EpochOrder
   metrics: Readonly<Record<string, number>> = {}
   readonly notices = []
@@ -109,7 +112,7 @@ export class RolloutBatches implements BatchSource {
   }
 
   get textsPerStep(): number {
-    return this.#groupsOfStep * this.#data.groupSize
+    return this.#groupsPerRound * this.#data.groupSize
   }
 
   tokensInSteps(): number {
@@ -118,7 +121,7 @@ export class RolloutBatches implements BatchSource {
 
   tokensInStep(): number {
     const { batchSize, sequenceLength } = this.#options
-    return (this.#made?.batches ?? 0) * batchSize * sequenceLength
+    return (this.#round?.batches ?? 0) * batchSize * sequenceLength
   }
 
   get stride(): number {
@@ -126,25 +129,25 @@ export class RolloutBatches implements BatchSource {
   }
 
   epochs(steps: number): number {
-    return ((steps / this.#data.updates) * this.#groupsOfStep) / this.#training.length
+    return ((steps / this.#data.updates) * this.#groupsPerRound) / this.#training.length
   }
 
   prefetch(): null {
     return null
   }
 
-  /** Of all ranks. */
-  get #groupsOfStep(): number {
+  /** Groups per round, over all ranks. */
+  get #groupsPerRound(): number {
     return this.#data.groups * this.#options.ranks.size
   }
 
   async batches(step: number): Promise<TokenBatch[] | null> {
     const { updates, clip, kl, average } = this.#data
     const number = Math.floor(step / updates)
-    const made = this.#made?.number === number ? this.#made : await this.#make(number)
-    if (made === null) return null
-    this.#made = made
-    const { all, batches, packed, advantages, old, reference } = made
+    const round = this.#round?.number === number ? this.#round : await this.#sample(number)
+    if (round === null) return null
+    this.#round = round
+    const { all, batches, packed, advantages, old, reference } = round
     const now = step % updates === 0 ? old : await this.#logProbs(packed)
     const odds = advantages.map((advantage, i) => ({
       advantage,
@@ -156,12 +159,12 @@ export class RolloutBatches implements BatchSource {
     const { weights, terms } = tokenWeights(odds, how, all)
     const ofAll = (await this.#options.ranks.gather(terms)).flat()
     const { objective, clipped, kl: divergence } = meanTerms(ofAll, all.learned)
-    this.metrics = { ...made.metrics, objective, clipped, ...(kl && { kl: divergence }) }
+    this.metrics = { ...round.metrics, objective, clipped, ...(kl && { kl: divergence }) }
     return packed.weighted(weights, batches)
   }
 
-  /** @returns null when it was interrupted on one of the ranks */
-  async #make(number: number): Promise<Made | null> {
+  /** Samples the texts of a round. @returns null if it was interrupted on any rank */
+  async #sample(number: number): Promise<Round | null> {
     const { groupSize, kl } = this.#data
     const { ranks, sequenceLength, batchSize, isolate } = this.#options
     const started = performance.now()
@@ -172,13 +175,13 @@ export class RolloutBatches implements BatchSource {
     })
     if (texts === null) return null
     const seconds = (performance.now() - started) / 1000
-    const byGroup = Array.from({ length: this.#groupsOfStep }, (_, g) =>
+    const byGroup = Array.from({ length: this.#groupsPerRound }, (_, g) =>
       texts.slice(g * groupSize, (g + 1) * groupSize).map(({ reward }) => reward),
     )
     const advantages = byGroup.map(advantagesOf)
     const isFlat = (group: readonly number[]) => group.every(advantage => advantage === 0)
     const flat = advantages.filter(isFlat).length
-    // Groups that teach nothing need not be read, unless they are to stay near the reference.
+    // Groups with equal rewards are skipped, unless a KL term keeps them near the reference.
     const all = kl !== undefined || flat === advantages.length
     const isLearned = (_: unknown, i: number) => all || !isFlat(advantages[Math.floor(i / groupSize)])
     const first = ranks.rank * own.length
@@ -188,13 +191,13 @@ export class RolloutBatches implements BatchSource {
     const packed = new PackedTexts(learned, { sequenceLength, lookahead, batchSize, isolate })
     const old = await this.#logProbs(packed)
     const drift = learned.map(({ logProbs }, i) => sumOf(logProbs.map((logProb, t) => divergence(logProb - old[i][t]))))
-    const told = await ranks.gather({ batches: packed.batches.length, drift, seconds })
+    const gathered = await ranks.gather({ batches: packed.batches.length, drift, seconds })
     const lengths = (of: typeof texts) => sumOf(of.map(({ tokens }) => tokens))
     const counts = { texts: texts.length, tokens: lengths(texts), learned: lengths(texts.filter(isLearned)) }
     return {
       number,
       all: counts,
-      batches: Math.max(...told.map(({ batches }) => batches)),
+      batches: Math.max(...gathered.map(({ batches }) => batches)),
       packed,
       advantages: advantages
         .flat()
@@ -209,19 +212,19 @@ export class RolloutBatches implements BatchSource {
         entropy: -sumOf(texts.map(({ logProb }) => logProb)) / counts.tokens,
         textLength: counts.tokens / counts.texts,
         cutOff: meanOf(texts.map(({ cutOff }) => Number(cutOff))),
-        samplerKl: sumOf(told.flatMap(({ drift }) => drift)) / counts.learned,
-        samplingSeconds: Math.max(...told.map(({ seconds }) => seconds)),
+        samplerKl: sumOf(gathered.flatMap(({ drift }) => drift)) / counts.learned,
+        samplingSeconds: Math.max(...gathered.map(({ seconds }) => seconds)),
       },
     }
   }
 
-  /** Those of this rank, with their rewards. */
+  /** Samples this rank's texts of a round, with their rewards. */
   #texts(number: number): Promise<Rewarded[]> {
     const { groups, groupSize, reward, maxTokens } = this.#data
     const { seed, tokenizer, signal, ranks } = this.#options
     const first = ranks.rank * groups * groupSize
     const tasks = Array.from({ length: groups * groupSize }, (_, i) => {
-      const prompt = this.#order.at(number * this.#groupsOfStep + Math.floor((first + i) / groupSize))
+      const prompt = this.#order.at(number * this.#groupsPerRound + Math.floor((first + i) / groupSize))
       return {
         prompt: this.#data.training[prompt],
         ids: this.#training[prompt],
@@ -251,7 +254,7 @@ export class RolloutBatches implements BatchSource {
     const { sequenceLength } = this.#options
     const { maxTokens } = this.#data
     const longest = prompts.reduce((most, { length }, i) => (length > prompts[most].length ? i : most), 0)
-    // The last token of a row is predicted and not read.
+    // The last token of a row is only predicted, and needs no position.
     const needed = (prompts[longest]?.length ?? 0) + maxTokens - 1
     const empty = prompts.findIndex(({ length }) => length === 0)
     if (needed <= sequenceLength && empty < 0) return
@@ -260,8 +263,8 @@ export class RolloutBatches implements BatchSource {
       op: 'train',
       problem:
         empty >= 0
-          ? `${what} ${empty} makes no tokens`
-          : `${what} ${longest} has ${prompts[longest].length} tokens, and a text of maxTokens = ${maxTokens} goes beyond a row of ${sequenceLength}`,
+          ? `${what} ${empty} has no tokens`
+          : `${what} ${longest} has ${prompts[longest].length} tokens and does not fit into a row of ${sequenceLength} with a text of maxTokens = ${maxTokens}`,
       fix: empty >= 0 ? 'leave it out' : `pass a sequenceLength of ${needed}, fewer maxTokens, or shorter prompts`,
     })
   }

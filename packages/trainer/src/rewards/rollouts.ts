@@ -1,64 +1,79 @@
-/** @file Data that the model makes itself: prompts, what is made of them, and what that is worth. */
+/** @file Rollouts: prompts for which the model samples texts, and their rewards. */
 import { checkOptions, MoeError, type OptionNames } from '@moe/core'
 import { type Conversation, type ConversationTemplate, checkTemplate } from '../data/conversations.ts'
 import { holdOut } from '../data/corpus.ts'
 import type { TrainableModel } from '../model.ts'
 
-/** What a text is made for, in one of three forms. Whatever else it has goes to the reward: an answer to compare with. */
+/**
+ * A prompt in one of three forms. Additional members, such as a reference answer, are passed to the reward function.
+ */
 export type Prompt =
   | { readonly messages: Conversation }
   | { readonly text: string }
   | { readonly tokens: ArrayLike<number> }
 
-/** A text that the model has made, as a reward sees it. */
+/** A sampled text, as passed to the reward function. */
 export interface Sample<P extends Prompt = Prompt> {
-  /** What it was made for. */
+  /** The prompt. */
   readonly prompt: P
-  /** Without special tokens; empty where `train` has no tokenizer. */
+  /** The text without special tokens; empty if `train` has no tokenizer. */
   readonly text: string
-  /** With the token that ended it, where one did. */
+  /** The ids, including the end token if there is one. */
   readonly tokens: readonly number[]
-  /** Whether it ended by itself, or was cut off at `maxTokens`. */
+  /** `'stop'` if the text ended by itself, `'length'` if it was cut off at `maxTokens`. */
   readonly finishReason: 'stop' | 'length'
 }
 
-/** What a reward is given beside the sample. */
+/** The second argument of a reward function. */
 export interface RewardOptions {
-  /** Is aborted when the run stops, or cannot go on: nobody waits for the reward then. */
+  /** Aborted when the run stops or fails. The result of the reward function is then ignored. */
   readonly signal: AbortSignal
 }
 
-/** What a text is worth: any finite number, more for better ones. It may take its time: each text is asked about as soon as it is there, while others are made. */
+/**
+ * A reward function: returns any finite number, higher for better texts. It may be asynchronous, and is called as soon
+ * as a text is complete, while others are still being sampled.
+ */
 export type Reward<P extends Prompt = Prompt> = (sample: Sample<P>, options: RewardOptions) => number | Promise<number>
 
-/** How texts are made, and what is learned from them. */
+/** Options of `rollouts`. */
 export interface RolloutOptions<P extends Prompt = Prompt> {
-  /** What a text is worth. */
+  /** The reward function. */
   readonly reward: Reward<P>
-  /** Writes prompts that are `messages`, as in fine-tuning; stored beside the model in every checkpoint. */
+  /** Renders prompts that are `messages`, as in fine-tuning. Saved with the model in every checkpoint. */
   readonly template?: ConversationTemplate
-  /** Prompts of a step on this rank. Default 8. */
+  /** Prompts per step on this rank. Default 8. */
   readonly groups?: number
-  /** Texts that are made for each of them; their rewards are compared with each other. Default 8. */
+  /** Texts to sample per prompt, whose rewards are compared. Default 8. */
   readonly groupSize?: number
-  /** Most tokens of a text, the one that ends it included. Default 128. */
+  /** Maximum number of tokens per text, including the end token. Default 128. */
   readonly maxTokens?: number
   /** Steps that learn from the same texts. Default 1. */
   readonly updates?: number
-  /** ε of the clipped ratio, which matters from the second of `updates` on; two numbers are those below and above 1 (DAPO, arXiv 2503.14476, has 0.2 and 0.28). Default 0.2. */
+  /**
+   * ε of the clipped ratio, which takes effect from the second of `updates` on. Two numbers are ε below and above 1
+   * (DAPO, arXiv 2503.14476, uses 0.2 and 0.28). Default 0.2.
+   */
   readonly clip?: number | readonly [below: number, above: number]
-  /** Keeps the policy near another model, such as the one that it began as: β of `weight` for the divergence from it. Default: nothing does. */
+  /**
+   * Keeps the policy near a reference model, for example the one before training: `weight` is the factor β of the KL
+   * divergence. Default: no KL term.
+   */
   readonly kl?: { readonly weight: number; readonly reference: TrainableModel }
   /**
-   * What counts alike: every token of a step (`'token'`, as in DAPO), or every text whatever its length (`'text'`, as in DeepSeekMath), where the tokens of a long bad text count less than those of a short one, so that bad
-   * texts grow longer (arXiv 2503.20783). Default `'token'`.
+   * What is weighted equally: every token of a step (`'token'`, as in DAPO), or every text (`'text'`, as in
+   * DeepSeekMath). With `'text'`, the tokens of a long bad text count less than those of a short one, so bad texts tend
+   * to grow longer (arXiv 2503.20783). Default `'token'`.
    */
   readonly average?: 'token' | 'text'
-  /** Most texts that are made at the same time on this rank. Default 64. */
+  /** Maximum number of texts to sample at the same time on this rank. Default 64. */
   readonly maxTexts?: number
-  /** Held-out prompts, each of which a measurement makes one text for: a fraction in [0, 1), drawn by `seed`, or the prompts themselves. Default 0. */
+  /**
+   * Held-out prompts: a fraction in [0, 1), drawn by `seed`, or the prompts themselves. An evaluation samples one text
+   * for each. Default 0.
+   */
   readonly validation?: number | Iterable<P>
-  /** Names the draw of held-out prompts. Default 0. */
+  /** Seed of the draw of held-out prompts. Default 0. */
   readonly seed?: number
 }
 
@@ -77,27 +92,29 @@ const names: OptionNames<RolloutOptions> = {
   seed: true,
 }
 
-/** Prompts to learn from, prompts that are only measured on, and how. Made by `rollouts`. */
+/** Training and held-out prompts, with their settings. Created by `rollouts`. */
 export interface Rollouts<P extends Prompt = Prompt>
   extends Required<Omit<RolloutOptions<P>, 'reward' | 'template' | 'kl' | 'validation' | 'seed'>> {
-  /** Prompts to learn from. */
+  /** Prompts to train on. */
   readonly training: readonly P[]
-  /** Prompts that are measured on; may be empty. */
+  /** Held-out prompts; may be empty. */
   readonly validation: readonly P[]
-  /** What a text is worth. */
+  /** The reward function. */
   reward(sample: Sample<P>, options: RewardOptions): number | Promise<number>
-  /** Writes prompts that are `messages`. */
+  /** Renders prompts that are `messages`. */
   readonly template?: ConversationTemplate | undefined
-  /** What keeps the policy near another model. */
+  /** Keeps the policy near a reference model. */
   readonly kl?: RolloutOptions['kl']
 }
 
 const refused = (op: string, problem: string, fix: string) => new MoeError({ code: 'E_DATA', op, problem, fix })
 
 /**
- * Data for `train` that the model makes itself: for each prompt a group of texts, of which those with more reward than the others become likelier, and those with less the reverse (GRPO; DeepSeek-V3 report,
- * 5.2.2). Texts are drawn at temperature 1 from all tokens, as the ratio of the policy to the one that made them wants it. The model samples and tells how likely tokens are: see `SamplingModel`.
- * @throws MoeError E_DATA for what is no prompt; E_CONFIG for options that cannot be
+ * Returns data for `train` that the model samples itself: for each prompt a group of texts. Texts with a higher reward
+ * than the rest of their group become more likely, and the others less likely (GRPO; DeepSeek-V3 report, 5.2.2). Texts
+ * are sampled at temperature 1 from all tokens, as the policy ratio requires. The model must be a `SamplingModel`.
+ *
+ * @throws MoeError E_DATA for an invalid prompt, E_CONFIG for invalid options
  */
 export function rollouts<P extends Prompt>(prompts: Iterable<P>, options: RolloutOptions<P>): Rollouts<P> {
   checkOptions<RolloutOptions>('rollouts', options as unknown as RolloutOptions, names)
@@ -120,33 +137,35 @@ export function rollouts<P extends Prompt>(prompts: Iterable<P>, options: Rollou
     typeof validation === 'number'
       ? holdOut('rollouts', training, validation, seed)
       : { training, validation: checked(validation, 'held-out prompt') }
-  if (parts.training.length === 0) throw refused('rollouts', 'there are no prompts', 'pass at least one to learn from')
+  if (parts.training.length === 0)
+    throw refused('rollouts', 'there are no prompts', 'pass at least one prompt to train on')
   return { ...settings, ...parts }
 }
 
-/** @throws MoeError E_DATA for what is no list */
+/** @throws MoeError E_DATA unless `all` is a list */
 export function listed<T>(op: string, all: Iterable<T>, what: string): T[] {
   if (typeof all === 'object' && all !== null && Symbol.iterator in all) return Array.from(all)
-  throw refused(op, `the ${what}s are ${typeof all === 'string' ? 'one text' : all}`, 'pass a list of them')
+  throw refused(op, `the ${what}s are ${typeof all === 'string' ? 'a single string' : all}`, 'pass a list')
 }
 
 function checkSettings(settings: Rollouts): void {
   const { reward, template, clip, kl, average } = settings
   const problems: string[] = []
-  if (typeof reward !== 'function') problems.push(`reward is ${reward}, needs a function of a sample`)
+  if (typeof reward !== 'function') problems.push(`reward is ${reward}, expected a function of a sample`)
   for (const name of ['groups', 'maxTokens', 'updates', 'maxTexts'] as const) {
     const value = settings[name]
-    if (!Number.isSafeInteger(value) || value < 1) problems.push(`${name} is ${value}, needs a whole number from 1`)
+    if (!Number.isSafeInteger(value) || value < 1)
+      problems.push(`${name} is ${value}, expected an integer of at least 1`)
   }
   const { groupSize } = settings
   if (!Number.isSafeInteger(groupSize) || groupSize < 2)
-    problems.push(`groupSize is ${groupSize}, needs a whole number from 2: a text alone is neither better nor worse`)
+    problems.push(`groupSize is ${groupSize}, expected an integer of at least 2, to compare texts with each other`)
   const bounds = typeof clip === 'number' ? [clip, clip] : clip
   if (!Array.isArray(bounds) || bounds.length !== 2 || !bounds.every(bound => bound > 0))
-    problems.push(`clip is ${JSON.stringify(clip)}, needs a positive number, or one below and one above 1`)
-  if (average !== 'token' && average !== 'text') problems.push(`average is ${average}, needs 'token' or 'text'`)
+    problems.push(`clip is ${JSON.stringify(clip)}, expected a positive number, or two: below and above 1`)
+  if (average !== 'token' && average !== 'text') problems.push(`average is ${average}, expected 'token' or 'text'`)
   if (kl !== undefined && !(kl?.weight > 0 && Number.isFinite(kl.weight) && typeof kl.reference?.loss === 'function'))
-    problems.push('kl needs { weight, reference }: a positive number and a model')
+    problems.push('kl is invalid, expected { weight, reference }: a positive number and a model')
   if (problems.length > 0) {
     throw new MoeError({
       code: 'E_CONFIG',
@@ -167,18 +186,19 @@ export function checkPrompt<P extends Prompt>(
   template: ConversationTemplate | undefined,
 ): P {
   const prompt: { messages?: unknown; text?: unknown; tokens?: { length?: unknown } | null } | null = given
-  const form = 'it is { messages }, { text } or { tokens }, and whatever the reward needs beside'
+  const form = 'pass { messages }, { text } or { tokens }, plus whatever the reward function needs'
   if (typeof prompt !== 'object' || prompt === null) throw refused(op, `${what} is ${JSON.stringify(given)}`, form)
   const { messages, text, tokens } = prompt
   if ([messages, text, tokens].filter(part => part !== undefined).length !== 1)
-    throw refused(op, `${what} has none, or several, of messages, text and tokens`, form)
+    throw refused(op, `${what} has none or several of messages, text and tokens`, form)
   if (messages !== undefined) {
     const turns = Array.isArray(messages) ? messages : []
     const are = turns.every(turn => typeof turn?.role === 'string' && typeof turn.content === 'string')
-    if (turns.length === 0 || !are) throw refused(op, `${what} has no messages`, 'they are [{ role, content }, …]')
-    if (template === undefined) throw refused(op, `${what} is messages, and there is no template`, 'pass { template }')
+    if (turns.length === 0 || !are) throw refused(op, `${what} has no valid messages`, 'pass [{ role, content }, …]')
+    if (template === undefined)
+      throw refused(op, `${what} consists of messages, but no template is given`, 'pass { template }')
   }
-  if (text !== undefined && typeof text !== 'string') throw refused(op, `the text of ${what} is no text`, form)
+  if (text !== undefined && typeof text !== 'string') throw refused(op, `the text of ${what} is not a string`, form)
   if (text === '' || tokens === null || (tokens !== undefined && !(Number(tokens.length) > 0)))
     throw refused(op, `${what} is empty`, 'pass at least one token')
   return given

@@ -1,51 +1,56 @@
-/** @file Texts that a model makes, and what they are worth. */
+/** @file Samples texts from a model and computes their rewards. */
 import { MoeError, type Precision, Random } from '@moe/core'
 import { tokenNamed } from '../data/token-dataset.ts'
 import type { TextTokenizer, TrainableModel } from '../model.ts'
 import { sumOf } from './policy-gradient.ts'
 import type { Prompt, Rollouts, Sample } from './rollouts.ts'
 
-/** A text on its way: its tokens as they come, and the rest once they have. */
+/**
+ * A text that is being sampled. Iterating yields its tokens; the other members are complete when the iteration ends.
+ */
 export interface SampledText extends AsyncIterable<number> {
-  /** Every token with its log-probability in nats, behind them the one that ended the text, if one did. */
+  /** Every token with its log-probability in nats, including the end token if there is one. */
   readonly logProbs: ReadonlyArray<{ readonly token: number; readonly logProb: number }>
-  /** Whether it ended by itself or at `maxTokens`; null before. */
+  /** Whether the text ended by itself or at `maxTokens`; null while it is being sampled. */
   readonly stats: { readonly finishReason: 'stop' | 'length' | null }
 }
 
-/** How a text is drawn: from what the model says, all of it. */
+/** How to sample a text: from the model's full distribution. */
 export interface TextRequest {
-  /** As the logits are. */
+  /** Temperature 1: the logits are not scaled. */
   readonly temperature: 1
-  /** Log-probabilities of the tokens that were made, and of no others. */
+  /** 0: log-probabilities of the sampled tokens, without alternatives. */
   readonly logProbs: 0
-  /** Most tokens, the one that ends the text included. */
+  /** Maximum number of tokens, including the end token. */
   readonly maxTokens: number
-  /** Of what is drawn: the same draws the same. */
+  /** Seed of sampling. Equal seeds give equal texts. */
   readonly seed: number
-  /** Ends the text: who reads it gets an error. */
+  /** Stops sampling; reading the text then throws. */
   readonly signal: AbortSignal
 }
 
-/** Makes many texts at the same time, with the weights that the model has then. */
+/** Samples many texts at the same time, with the model's current weights. */
 export interface TextSampler {
-  /** Goes on behind a prompt. Of texts that are asked for together, the same ones are the same. */
+  /** Samples a completion of a prompt. Requesting the same texts together gives the same results. */
   generate(prompt: ArrayLike<number>, request: TextRequest): SampledText
-  /** Frees what it holds. */
+  /** Frees caches and other memory. */
   dispose(): void
 }
 
-/** How many texts a sampler makes at once, and how it computes. */
+/** Options of `continuousBatch`. */
 export interface TextSamplerOptions {
-  /** Most texts at the same time; further ones wait. */
+  /** Maximum number of texts at the same time; further ones wait. */
   readonly maxTexts: number
-  /** Arithmetic of matrix products. */
+  /** Precision of matrix products. */
   readonly precision: Precision
 }
 
-/** A model that learns from rewards: its `loss` heeds `TokenBatch.weights` and tells `nlls`. A DeepSeek is one. */
+/**
+ * A model that can learn from rewards: its `loss` applies `TokenBatch.weights` and returns `nlls`. DeepSeek models are
+ * such models.
+ */
 export interface SamplingModel extends TrainableModel {
-  /** A sampler of this model. */
+  /** Returns a sampler for this model. */
   continuousBatch(options: TextSamplerOptions): TextSampler
 }
 
@@ -53,17 +58,17 @@ export interface SamplingModel extends TrainableModel {
 export interface Rewarded extends Sample {
   /** Ids of the prompt. */
   readonly ids: readonly number[]
-  /** What the sampler said of each of `tokens`. */
+  /** Log-probability of each of `tokens`, from the sampler. */
   readonly logProbs: readonly number[]
   readonly reward: number
 }
 
-/** What all ranks know of a text. */
+/** The numbers of a text that are gathered on all ranks. */
 export interface TextReport {
   readonly reward: number
-  /** How many it has. */
+  /** Number of tokens. */
   readonly tokens: number
-  /** What the sampler said of them, together. */
+  /** Their total log-probability, from the sampler. */
   readonly logProb: number
   readonly cutOff: boolean
 }
@@ -81,8 +86,8 @@ export function checkSampling(model: TrainableModel): SamplingModel {
   throw new MoeError({
     code: 'E_ATTR',
     op: 'train',
-    problem: 'the data is rollouts, and the model makes no texts: it has no method continuousBatch',
-    fix: 'pass a DeepSeek, or give the model what SamplingModel asks for',
+    problem: 'the data is rollouts, but the model has no method continuousBatch to sample texts',
+    fix: 'pass a DeepSeek, or implement SamplingModel',
   })
 }
 
@@ -91,7 +96,7 @@ export interface EncodeOptions {
   readonly bos: number | null | undefined
 }
 
-/** Ids of texts. @throws MoeError E_CONFIG where there is no tokenizer, once it is asked */
+/** Returns an encoder for texts. It throws MoeError E_CONFIG when it is called without a tokenizer. */
 export function encoder(tokenizer: TextTokenizer | undefined) {
   return (text: string, parseSpecialTokens: boolean): number[] => {
     if (tokenizer !== undefined)
@@ -99,13 +104,13 @@ export function encoder(tokenizer: TextTokenizer | undefined) {
     throw new MoeError({
       code: 'E_CONFIG',
       op: 'train',
-      problem: 'prompts are texts and there is no tokenizer',
-      fix: 'pass { tokenizer }, or prompts that are { tokens }',
+      problem: 'prompts are texts, but no tokenizer is given',
+      fix: 'pass { tokenizer }, or prompts of the form { tokens }',
     })
   }
 }
 
-/** Ids of prompts: what a template writes, or the token that begins a document and the text. */
+/** Returns the ids of prompts: messages are rendered by the template, and texts get a begin token. */
 export function encodePrompts(
   prompts: readonly Prompt[],
   template: Rollouts['template'],
@@ -132,13 +137,15 @@ export interface SampleOptions {
   readonly maxTokens: number
   readonly tokenizer: TextTokenizer | undefined
   readonly signal: AbortSignal
-  /** Is told of every text that has its reward. */
+  /** Called for every text that has its reward. */
   readonly onReward?: () => void
 }
 
 /**
- * A text for each task, all at once, with its reward, which is asked for as soon as the text is there. Whatever fails, or is aborted, ends all of them.
- * @throws MoeError E_DATA for a reward that fails, or is no finite number
+ * Samples a text for each task, all at once, and computes its reward as soon as the text is complete. If one fails or
+ * is aborted, all are.
+ *
+ * @throws MoeError E_DATA for a reward function that fails or does not return a finite number
  */
 export async function sampleRewarded(
   sampler: TextSampler,
@@ -153,21 +160,21 @@ export async function sampleRewarded(
     for await (const _ of text) count++
     const { finishReason } = text.stats
     const tokens = text.logProbs.map(({ token }) => token)
-    if (tokens.length === 0 || tokens.length < count) throw untold(count, tokens.length)
+    if (tokens.length === 0 || tokens.length < count) throw missingLogProbs(count, tokens.length)
     const { tokenizer } = options
-    const said = tokenizer?.decode?.(tokens, { skipSpecialTokens: true }) ?? ''
-    const sample: Sample = { prompt, text: said, tokens, finishReason: finishReason ?? 'length' }
+    const decoded = tokenizer?.decode?.(tokens, { skipSpecialTokens: true }) ?? ''
+    const sample: Sample = { prompt, text: decoded, tokens, finishReason: finishReason ?? 'length' }
     const reward = await rewardOf(sample, options.reward, signal)
     options.onReward?.()
     return { ...sample, ids, logProbs: text.logProbs.map(({ logProb }) => logProb), reward }
   }
-  // All are asked for before the first is made, so that who shares a pass with whom is always the same.
+  // All are requested before the first one is sampled, so that they are always batched in the same way.
   const texts = tasks.map(({ ids, seed }) =>
     sampler.generate(ids, { temperature: 1, logProbs: 0, maxTokens, seed, signal }),
   )
   const all = texts.map((text, i) =>
     one(tasks[i], text).catch(error => {
-      // The first to fail is the one to tell; the others fail by it.
+      // The first failure is reported; the others fail because of it.
       own.abort(error)
       throw error
     }),
@@ -188,7 +195,7 @@ async function rewardOf(sample: Sample, reward: Rollouts['reward'], signal: Abor
       code: 'E_DATA',
       op: 'reward',
       problem: `the reward of ${of} failed: ${cause instanceof Error ? cause.message : cause}`,
-      fix: 'catch what may fail and say what such a text is worth; what was learned before is saved, go on with resume: true',
+      fix: 'catch errors in the reward function and return a reward for such texts; earlier steps are saved, continue with resume: true',
       cause,
     })
   }
@@ -196,12 +203,12 @@ async function rewardOf(sample: Sample, reward: Rollouts['reward'], signal: Abor
   throw new MoeError({
     code: 'E_DATA',
     op: 'reward',
-    problem: `the reward of ${of} is ${typeof value === 'number' ? value : `${typeof value}, no number`}`,
-    fix: 'return a finite number; what was learned before is saved, go on with resume: true',
+    problem: `the reward of ${of} is ${typeof value === 'number' ? value : `of type ${typeof value}`}`,
+    fix: 'return a finite number; earlier steps are saved, continue with resume: true',
   })
 }
 
-/** What `fn` resolves to, or the reason of the signal, also where `fn` does not heed that. */
+/** Resolves to the result of `fn`, or rejects when the signal is aborted, even if `fn` ignores it. */
 async function untilAborted<T>(signal: AbortSignal, fn: () => Promise<T>): Promise<T> {
   signal.throwIfAborted()
   let stop = () => {}
@@ -216,14 +223,14 @@ async function untilAborted<T>(signal: AbortSignal, fn: () => Promise<T>): Promi
   }
 }
 
-const untold = (made: number, told: number) =>
+const missingLogProbs = (tokens: number, logProbs: number) =>
   new MoeError({
     code: 'E_ATTR',
     op: 'continuousBatch',
-    problem: `a text has ${made} tokens, and log-probabilities of ${told}`,
-    fix: 'tell the log-probability of every token that was made, and of the one that ended the text',
+    problem: `a text has ${tokens} tokens, but ${logProbs} log-probabilities`,
+    fix: 'return the log-probability of every sampled token, including the end token',
   })
 
-/** Seeds of texts: one for each of a step or a measurement, whatever was drawn before. */
+/** The seed of a text, from its position in a step or an evaluation. It does not depend on earlier texts. */
 export const seedOf = (seed: number, ...names: readonly (string | number)[]): number =>
   new Random(seed).fork(names.join('/')).integer(2 ** 32)

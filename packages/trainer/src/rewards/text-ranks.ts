@@ -1,28 +1,28 @@
-/** @file Ranks that learn from texts together: each makes and reads its share of them, and all know what is said of all. */
+/** @file Ranks that sample and learn from texts together: each processes its share, and the numbers are gathered. */
 import { isMoeError, MoeError, type Tensor } from '@moe/core'
 import { orInterrupted } from '../interrupt.ts'
 import { gatherValues, type Ranks } from '../ranks.ts'
 
-/** Why a rank has nothing, as the others are told. */
+/** The failure of a rank, as reported to the others. */
 interface Failure {
   readonly code: MoeError['code']
   readonly op: string
   readonly problem: string
 }
 
-/** What a rank has made of its share; null when it was interrupted. */
-type Outcome<T> = { readonly made: readonly T[] | null } | { readonly failure: Failure }
+/** The result of a rank; null if it was interrupted. */
+type Outcome<T> = { readonly result: readonly T[] | null } | { readonly failure: Failure }
 
 export interface TextRanksOptions {
-  /** Those that train together. */
+  /** The ranks that train together. */
   readonly ranks: Ranks | undefined
-  /** What they tell each other is put where this lies. */
+  /** A tensor on the backend that messages use. */
   readonly like: Tensor
-  /** Saves what was learned before something failed. */
+  /** Saves a checkpoint after a failure. */
   readonly save: () => Promise<void>
 }
 
-/** Several ranks, or one alone. */
+/** Several ranks, or a single process. */
 export class TextRanks {
   readonly rank: number
   readonly size: number
@@ -34,53 +34,56 @@ export class TextRanks {
     this.#options = options
   }
 
-  /** A value of every rank that JSON can hold, in their order. */
+  /** Gathers a JSON value of every rank, in order of ranks. */
   async gather<T>(own: T): Promise<T[]> {
     const { ranks, like } = this.#options ?? {}
     return ranks && like ? gatherValues(ranks, own, like) : [own]
   }
 
-  /** Where this rank's share of `count` things begins, and the next one's: runs of equal lengths but for one. */
+  /** This rank's share of `count` items. Shares are contiguous and differ by at most one item. */
   share(count: number): { readonly from: number; readonly to: number } {
     const begin = (rank: number) => Math.floor((rank * count) / this.size)
     return { from: begin(this.rank), to: begin(this.rank + 1) }
   }
 
   /**
-   * What `work` makes of the shares of all ranks, one behind the other, once all are done; null when `signal` ended it on one of them.
-   * @throws where it fails on one, on all, saved: there what it failed with, elsewhere a MoeError that says the same
+   * Runs `work` on each rank and concatenates the results of all ranks; null if `signal` interrupted it on any rank. If
+   * it fails on any rank, all save a checkpoint and throw.
+   *
+   * @throws the error on the rank that failed, and a MoeError with the same problem on the others
    */
   async all<T>(signal: AbortSignal, work: () => Promise<readonly T[]>): Promise<T[] | null> {
     let cause: unknown
     const own = await orInterrupted(signal, work()).then(
-      (made): Outcome<T> => ({ made }),
+      (result): Outcome<T> => ({ result }),
       (error): Outcome<T> => {
         cause = error
         return { failure: failureOf(error) }
       },
     )
     const outcomes = await this.gather(own)
-    const made: T[] = []
+    const results: T[] = []
     let failed: MoeError | undefined
     for (const [rank, outcome] of outcomes.entries()) {
-      if ('failure' in outcome) failed ??= elsewhere(rank, outcome.failure)
-      else if (outcome.made === null) return null
-      else made.push(...outcome.made)
+      if ('failure' in outcome) failed ??= failedOnRank(rank, outcome.failure)
+      else if (outcome.result === null) return null
+      else results.push(...outcome.result)
     }
-    if (failed === undefined) return made
-    // The first error is the one to tell.
+    if (failed === undefined) return results
+    // An error while saving is ignored: the first error is reported.
     const saved = await (this.#options?.save() ?? Promise.resolve()).then(
       () => true,
       () => false,
     )
-    // Launchers end all processes when one has ended with an error. Where saving fails, others may wait to give what is saved.
+    // Launchers kill all processes when one exits with an error, so all wait until the checkpoint is saved. If saving
+    // failed, other ranks may not get here.
     if (saved) await this.gather(null).catch(() => undefined)
     throw 'failure' in own ? cause : failed
   }
 }
 
-const elsewhere = (rank: number, { code, op, problem }: Failure) =>
-  new MoeError({ code, op, problem: `on rank ${rank}, ${problem}`, fix: 'its own error has more' })
+const failedOnRank = (rank: number, { code, op, problem }: Failure) =>
+  new MoeError({ code, op, problem: `on rank ${rank}: ${problem}`, fix: "see that rank's own error for details" })
 
 function failureOf(error: unknown): Failure {
   if (isMoeError(error)) return { code: error.code, op: error.op, problem: error.problem }
