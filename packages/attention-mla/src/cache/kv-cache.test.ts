@@ -62,7 +62,7 @@ describe('sequences of a cache', () => {
     }
     expect(() => cache.advance(Number.NaN)).toThrow(/NaN is neither a number nor a list of 2 numbers/)
     expect(() => cache.truncate([1])).toThrow(/\[1\] is neither a number/)
-    expect(() => cache.truncate(Number.NaN)).toThrow(/NaN is no number/)
+    expect(() => cache.truncate(Number.NaN)).toThrow(/NaN is neither a number/)
     expect([...cache.lengths]).toEqual([1, 2])
     cache.dispose()
   })
