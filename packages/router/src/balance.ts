@@ -1,6 +1,6 @@
 /**
- * @file Balancing: the bias that follows the load without touching gradients (V3 report 2.1.2, "auxiliary-loss-free"), the small
- * sequence-wise loss beside it (eq. 17-20), and the three losses of V2 (V2 report 2.2.3, eq. 23-31).
+ * @file Load balancing: auxiliary-loss-free updates of the selection bias (V3 report 2.1.2), the small sequence-wise
+ * loss that V3 adds (eq. 17-20), and the three losses of V2 (V2 report 2.2.3, eq. 23-31).
  *
  * Legend: B sequences, T time, N = B T tokens, E experts, K chosen, D devices.
  */
@@ -17,27 +17,33 @@ import {
   type Tensor,
 } from '@moe/core'
 
-/** How far a step moves the selection bias. */
+/** Options of an update of the selection bias. */
 export interface BiasUpdateOptions {
-  /** Update speed γ, or a scalar on the device. V3: 0.001 for the first 14.3T tokens, then 0. */
+  /**
+   * Update speed γ, as a number or a scalar on the device. Default 0.001. V3: 0.001 for the first 14.3T tokens, then 0.
+   */
   readonly speed?: number | Tensor
-  /** Take the mean off the update, so that a common offset cannot drift (torchtitan's variant; not in the paper). Default false. */
+  /**
+   * Subtracts the mean from the update, so that a common offset cannot drift (torchtitan's variant, not in the paper).
+   * Default false.
+   */
   readonly recentre?: boolean
 }
 
 export const biasUpdateNames: OptionNames<BiasUpdateOptions> = { speed: true, recentre: true }
 
 /**
- * One step of auxiliary-loss-free balancing: bias += γ sign(mean load - load). Call it once per optimizer step with the loads
- * `[E]` of the whole global batch (all micro-batches, all ranks).
+ * Performs one step of auxiliary-loss-free balancing: bias += γ sign(mean load - load). Call it once per optimizer step
+ * with the loads `[E]` of the whole global batch (all micro-batches, all ranks).
+ * @throws MoeError E_ATTR if `speed` is not finite
  */
 export function updateBias(bias: Parameter, load: Tensor, options: BiasUpdateOptions = {}): void {
   checkOptions('updateBias', options, biasUpdateNames)
   const { speed = 0.001, recentre = false } = options
   if (speed === 0) return
   if (typeof speed === 'number' && !Number.isFinite(speed)) {
-    const problem = `speed = ${speed} would leave no bias that is a number`
-    throw new MoeError({ code: 'E_ATTR', op: 'updateBias', problem, fix: 'V3 takes 0.001' })
+    const problem = `speed = ${speed} is not a finite number`
+    throw new MoeError({ code: 'E_ATTR', op: 'updateBias', problem, fix: 'pass a finite number, such as 0.001 (V3)' })
   }
   const next = scope(() =>
     noGrad(() => {
@@ -50,25 +56,25 @@ export function updateBias(bias: Parameter, load: Tensor, options: BiasUpdateOpt
   bias.assign(next)
 }
 
-/** What a gate decided for a batch of B sequences of equal length. */
+/** The routing of a batch of B sequences of equal length. */
 export interface RoutingPass {
-  /** Unbiased affinities `[N, E]`; the losses give gradients to them. */
+  /** Unbiased affinities `[N, E]`, through which the losses send gradients. */
   readonly scores: Tensor
   /** Chosen experts `i32 [N, K]`. */
   readonly indices: Tensor
-  /** B. */
+  /** B, the number of sequences. */
   readonly sequences: number
-  /** `f32 [N]`, 1 for tokens and 0 for padding, which is left out of every count and mean. Default: no padding. */
+  /** `f32 [N]`: 1 for tokens and 0 for padding, which no count and no mean includes. Default: no padding. */
   readonly mask?: Tensor
 }
 
-/** Tokens per sequence that are no padding: `[B, 1]`, or the common number. At least 1. */
+/** Number of tokens per sequence that are not padding, as `[B, 1]` or a number common to all. At least 1. */
 function tokensOf({ scores, sequences, mask }: RoutingPass): Tensor | number {
   const time = scores.shape[0] / sequences
   return mask ? mask.reshape([sequences, time]).sum(1, true).maximum(1) : Math.max(1, time)
 }
 
-/** f_i = E / (K T) #{t: i is chosen for t}, `[B, E]`, without gradient. 1 everywhere when balanced. */
+/** f_i = E / (K T) #{t: i is chosen for t}, `[B, E]`, without gradient. 1 everywhere if balanced. */
 function frequencies(pass: RoutingPass): Tensor {
   const { scores, indices, sequences, mask } = pass
   const [tokens, experts] = scores.shape
@@ -112,9 +118,11 @@ const product = (f: Tensor, p: Tensor): Tensor =>
     .mul(1 / f.shape[0])
 
 /**
- * Sequence-wise balance loss without its factor α: mean over sequences of sum_i f_i P_i, with
- * f_i = E / (K T) * #{t: i among the K best unbiased affinities of t} and P_i = mean_t s_i,t / sum_j s_j,t.
- * `scores [B * T, E]` of `sequences` = B rows of equal length; `mask [B * T]` is 0 for padding. 1 when every sequence is perfectly balanced.
+ * Returns the sequence-wise balance loss without its factor α: the mean over sequences of sum_i f_i P_i, with f_i = E /
+ * (K T) * #{t: i among the K best unbiased affinities of t} and P_i = mean_t s_i,t / sum_j s_j,t.
+ *
+ * `scores [B * T, E]` are the affinities of `sequences` = B rows of equal length; `mask [B * T]` is 0 for padding. The
+ * loss is 1 if every sequence is perfectly balanced.
  */
 export function sequenceBalanceLoss(scores: Tensor, sequences: number, topK: number, mask?: Tensor): Tensor {
   const indices = scores.detach().topk(topK).indices
@@ -122,20 +130,26 @@ export function sequenceBalanceLoss(scores: Tensor, sequences: number, topK: num
   return product(frequencies(pass), meanOverTime(scores.div(scores.sum(-1, true).add(1e-20)), pass))
 }
 
-/** V2's expert-level loss without α1 (eq. 23-25): mean over sequences of sum_i f_i P_i, f_i of the experts chosen, P_i = mean_t s_i,t. */
+/**
+ * Returns V2's expert-level loss without α1 (eq. 23-25): the mean over sequences of sum_i f_i P_i, with f_i for the
+ * chosen experts and P_i = mean_t s_i,t.
+ */
 export function expertBalanceLoss(pass: RoutingPass): Tensor {
   return product(frequencies(pass), meanOverTime(pass.scores, pass))
 }
 
-/** V2's device-level loss without α2 (eq. 26-28): devices hold E / D neighbouring experts; f' is the mean of their f, P' the sum of their P. */
+/**
+ * Returns V2's device-level loss without α2 (eq. 26-28). Each device has E / D consecutive experts; f' is the mean of
+ * their f, and P' the sum of their P.
+ */
 export function deviceBalanceLoss(pass: RoutingPass, devices: number): Tensor {
   const byDevice = (x: Tensor) => x.reshape([pass.sequences, devices, x.shape[1] / devices])
   return product(byDevice(frequencies(pass)).mean(2), byDevice(meanOverTime(pass.scores, pass)).sum(2))
 }
 
 /**
- * V2's communication loss without α3 (eq. 29-31): f''_d = D / (M T) * #{t is sent to device d}, P'' as in the device-level loss.
- * M is the number of devices that a token may be sent to (topk_group).
+ * Returns V2's communication loss without α3 (eq. 29-31): f''_d = D / (M T) * #{t is sent to device d}, and P'' as in
+ * the device-level loss. M = `limit` is the number of devices that a token may be sent to (topk_group).
  */
 export function communicationBalanceLoss(pass: RoutingPass, devices: number, limit: number): Tensor {
   const { scores, indices } = pass

@@ -47,7 +47,7 @@ const logits = randn([sequences * time, experts], random)
 const rows = (values: ArrayLike<number>, width: number) =>
   Array.from({ length: values.length / width }, (_, row) => Array.from(values).slice(row * width, (row + 1) * width))
 
-/** Affinities that take gradients, and the K best of each token. */
+/** Affinities with gradients, and the K best of each token. */
 function pass() {
   const leaf = logits.mul(1)
   leaf.tracked = true
@@ -97,7 +97,7 @@ describe('losses of V2', () => {
     })
   }
 
-  test('balanced routing gives 1', async () => {
+  test('balanced routing has a loss of 1', async () => {
     const scores = tensor(new Float32Array(64).fill(1 / 8), [8, 8])
     const indices = tensor(
       Int32Array.from({ length: 16 }, (_, i) => (i % 2 === 0 ? i / 2 : (Math.floor(i / 2) + 4) % 8)),
@@ -109,7 +109,7 @@ describe('losses of V2', () => {
     expect(await communicationBalanceLoss(even, 4, 2).item()).toBeCloseTo(1, 6)
   })
 
-  test('the sequence-wise loss leaves padding out', async () => {
+  test('the sequence-wise loss excludes padding', async () => {
     const { scores } = pass()
     const mask = tensor([1, 1, 1, 0, 0, 1, 1, 1, 0, 0])
     const short = scores.reshape([2, 5, 8]).narrow(1, 0, 3).reshape([6, 8])
@@ -127,8 +127,8 @@ const config: RouterConfig = {
   topk_group: 2,
 }
 
-describe('controllers', () => {
-  /** Runs one training pass; gives the balancer's loss, or null. */
+describe('balancers', () => {
+  /** Runs one training pass and returns the balancer's loss, or null. */
   async function lossOf(balancer: Balancer): Promise<number | null> {
     const layer = new MoELayer(config, { random: new Random(4), deviation: 0.5, balancer })
     let found: Tensor | null = null
@@ -140,7 +140,7 @@ describe('controllers', () => {
       },
     })
     layer.rebalance()
-    // Evaluation asks for nothing.
+    // Evaluation computes no loss.
     layer.forward(x, {
       onBalancerLoss: () => {
         throw new Error('a loss in evaluation')
@@ -149,7 +149,7 @@ describe('controllers', () => {
     return found === null ? null : (found as Tensor).detach().item()
   }
 
-  test('are interchangeable, and add up', async () => {
+  test('are interchangeable, and can be combined', async () => {
     expect(await lossOf(noBalance())).toBeNull()
     expect(await lossOf(auxFree())).toBeNull()
     expect(await lossOf(sequenceWise({ alpha: 0 }))).toBeNull()
@@ -164,25 +164,25 @@ describe('controllers', () => {
     const sum = each.reduce<number>((a, b) => a + (b as number), 0)
     expect(await lossOf(together(noBalance(), auxFree(), ...parts))).toBeCloseTo(sum, 5)
     expect(await lossOf(expertLevel({ alpha: 0.006 }))).toBeCloseTo(2 * (each[1] as number), 6)
-    await expect(lossOf(deviceLevel({ devices: 3 }))).rejects.toThrow(/3 devices cannot share 8 experts/)
+    await expect(lossOf(deviceLevel({ devices: 3 }))).rejects.toThrow(/8 experts are not divisible by 3 devices/)
   })
 
-  test('what is no balancer, or would move a bias that is not there, is refused', () => {
+  test('rejects what is not a balancer, or would update a bias that does not exist', () => {
     const config = { hidden_size: 4, moe_intermediate_size: 4, n_routed_experts: 4, num_experts_per_tok: 2 }
     const factory = auxFree as unknown as Balancer
     const refused = (message: RegExp) =>
       expect.objectContaining({ code: 'E_CONFIG', message: expect.stringMatching(message) })
-    const function_ = /the balancer is the function auxFree; pass what a function such as auxFree\(\) makes/
+    const function_ = /the balancer is the function auxFree; pass the result of a function such as auxFree\(\)/
     expect(() => new MoELayer(config, { balancer: factory })).toThrow(refused(function_))
     expect(() => together(sequenceWise(), factory)).toThrow(refused(function_))
     const greedy = { ...config, topk_method: 'greedy' } as const
     for (const balancer of [auxFree(), together(auxFree(), sequenceWise())])
-      expect(() => new MoELayer(greedy, { balancer })).toThrow(refused(/which topk_method "greedy" does not have/))
+      expect(() => new MoELayer(greedy, { balancer })).toThrow(refused(/but topk_method "greedy" has none/))
     for (const balancer of [expertLevel(), together(expertLevel(), sequenceWise()), noBalance()])
       expect(new MoELayer(greedy, { balancer }).balancer).toBe(balancer)
   })
 
-  test('factors that are no numbers are refused before they reach a loss or a bias', async () => {
+  test('factors that are not numbers are rejected before they reach a loss or a bias', async () => {
     for (const wrong of [Number.NaN, Number.POSITIVE_INFINITY, '1e-4', () => Number.NaN, () => undefined] as number[]) {
       await expect(lossOf(sequenceWise({ alpha: wrong }))).rejects.toThrow(/the factor at step \d+ is /)
       const layer = new MoELayer(config, { balancer: auxFree({ speed: wrong }) })
@@ -197,7 +197,7 @@ describe('controllers', () => {
       expect(() => communication({ devices: 4, limit })).toThrow(/limit = .* is not in 1..devices = 4/)
   })
 
-  test('one that is a class keeps its fields, alone and together', async () => {
+  test('a balancer that is a class instance keeps its fields, alone and combined', async () => {
     class Constant implements Balancer {
       readonly value = tensor([3], [])
       readonly updates: number[] = []
@@ -217,7 +217,7 @@ describe('controllers', () => {
     expect(own.updates).toEqual([0])
   })
 
-  test('no tokens are balanced: the losses are 0, not NaN', async () => {
+  test('without tokens the losses are 0, not NaN', async () => {
     const layer = new MoELayer(config, {
       balancer: together(sequenceWise(), expertLevel(), deviceLevel({ devices: 2 })),
     })
@@ -245,7 +245,7 @@ describe('controllers', () => {
     const second = await step()
     expect(second).not.toEqual(first)
     expect(await step()).toEqual(second)
-    // After a resume the caller says where the run stands.
+    // After resuming, the caller sets the step.
     layer.forward(x, { training: true })
     layer.rebalance({ step: 0 })
     expect(await biases()).not.toEqual(second)
@@ -271,7 +271,7 @@ describe('controllers', () => {
     expect(load.reduce((a, b) => a + b, 0)).toBe(7 * 2)
     layer.updateBias({ speed: 0 })
     expect(layer.load).toBeNull()
-    // The counted tokens alone have the same loads.
+    // Only the counted tokens, which have the same loads.
     layer.forward(
       x
         .reshape([12, 8])
@@ -283,7 +283,7 @@ describe('controllers', () => {
     assertClose('output', await plain.values(), await layer.forward(x).values(), tolerances.exact)
   })
 
-  test('loads can be watched in evaluation without being counted', async () => {
+  test('onLoad reports loads in evaluation without counting them', async () => {
     const layer = new MoELayer(config, { random: new Random(4), deviation: 0.5 })
     const seen: Tensor[] = []
     layer.forward(randn([1, 6, 8], new Random(5)), { onLoad: load => seen.push(load) })

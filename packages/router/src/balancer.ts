@@ -1,4 +1,6 @@
-/** @file Balance controllers: small objects, one per model, that an MoE layer asks for a loss and for a step of its bias. */
+/**
+ * @file Balancers: small stateless objects, one per model, that provide a balance loss and update the selection bias.
+ */
 import { checkOptions, MoeError, type Parameter, shown, type Tensor } from '@moe/core'
 import {
   communicationBalanceLoss,
@@ -9,10 +11,10 @@ import {
   updateBias,
 } from './balance.ts'
 
-/** A constant, or a function of the number of optimizer steps done. */
+/** A constant, or a function of the number of completed optimizer steps. */
 export type Scheduled = number | ((step: number) => number)
 
-/** The value of a schedule at a step. @throws MoeError E_ATTR for one that is no number */
+/** Returns the value of a schedule at a step. @throws MoeError E_ATTR if it is not a finite number */
 export function scheduled(value: Scheduled, step: number): number {
   const factor = typeof value === 'function' ? value(step) : value
   if (Number.isFinite(factor)) return factor
@@ -20,31 +22,37 @@ export function scheduled(value: Scheduled, step: number): number {
     code: 'E_ATTR',
     op: 'balance',
     problem: `the factor at step ${step} is ${shown(factor)}`,
-    fix: 'pass a number, or a function of the step that gives one',
+    fix: 'pass a finite number, or a function of the step that returns one',
   })
 }
 
-/** Decides what keeps the experts of a layer evenly loaded. It holds no state, so one serves all layers. */
+/**
+ * Balances the load of a layer's experts, by a loss or by updates of the selection bias. It has no state, so one
+ * balancer serves all layers.
+ */
 export interface Balancer {
-  /** A scalar to add to the training loss, factor included; null for none. `step` counts the optimizer steps done. */
+  /**
+   * Returns a scalar to add to the training loss, including its factor, or null for none. `step` is the number of
+   * completed optimizer steps.
+   */
   loss?(pass: RoutingPass, step: number): Tensor | null
-  /** Once per optimizer step: moves the selection bias by the loads `[E]` of the whole batch. */
+  /** Updates the selection bias from the loads `[E]` of the whole batch. Called once per optimizer step. */
   update?(bias: Parameter, load: Tensor, step: number): void
 }
 
-/** Refuses what is no balancer, such as a function that makes one. @throws MoeError E_CONFIG */
+/** Checks that a value is a balancer, and not, for example, a function that creates one. @throws MoeError E_CONFIG */
 export function needBalancer(op: string, balancer: unknown): void {
   if (typeof balancer === 'object' && balancer !== null) return
   const problem = `the balancer is ${shown(balancer)}`
-  throw new MoeError({ code: 'E_CONFIG', op, problem, fix: 'pass what a function such as auxFree() makes' })
+  throw new MoeError({ code: 'E_CONFIG', op, problem, fix: 'pass the result of a function such as auxFree()' })
 }
 
-/** Leaves the router to itself. */
+/** Creates a balancer that does nothing. */
 export const noBalance = (): Balancer => ({})
 
 /**
- * V3's auxiliary-loss-free balancing. γ, the `speed`, may follow a schedule (V3: 0.001, which is the default, and 0 for the last 3% of training).
- * `recentre`: see `BiasUpdateOptions`.
+ * Creates V3's auxiliary-loss-free balancer. γ, the `speed`, may follow a schedule; default 0.001. V3 uses 0.001, and 0
+ * for the last 3% of training. For `recentre`, see `BiasUpdateOptions`.
  */
 export function auxFree(options: { speed?: Scheduled; recentre?: boolean } = {}): Balancer {
   checkOptions('auxFree', options, { speed: true, recentre: true })
@@ -52,7 +60,7 @@ export function auxFree(options: { speed?: Scheduled; recentre?: boolean } = {})
   return { update: (bias, load, step) => updateBias(bias, load, { speed: scheduled(speed, step), recentre }) }
 }
 
-/** A loss whose factor may follow a schedule; nothing is computed while it is 0. */
+/** A balance loss whose factor may follow a schedule. Nothing is computed while the factor is 0. */
 function lossBalancer(alpha: Scheduled, loss: (pass: RoutingPass) => Tensor): Balancer {
   return {
     loss(pass, step) {
@@ -62,7 +70,7 @@ function lossBalancer(alpha: Scheduled, loss: (pass: RoutingPass) => Tensor): Ba
   }
 }
 
-/** V3's sequence-wise loss, times `alpha` (default 1e-4, as there). */
+/** Creates a balancer with V3's sequence-wise loss, times `alpha` (default 1e-4, as in V3). */
 export function sequenceWise(options: { alpha?: Scheduled } = {}): Balancer {
   checkOptions('sequenceWise', options, { alpha: true })
   return lossBalancer(options.alpha ?? 1e-4, ({ scores, sequences, indices, mask }) =>
@@ -70,31 +78,41 @@ export function sequenceWise(options: { alpha?: Scheduled } = {}): Balancer {
   )
 }
 
-/** V2's expert-level loss, times `alpha` (default 0.003, as α1 there). */
+/** Creates a balancer with V2's expert-level loss, times `alpha` (default 0.003, V2's α1). */
 export function expertLevel(options: { alpha?: Scheduled } = {}): Balancer {
   checkOptions('expertLevel', options, { alpha: true })
   return lossBalancer(options.alpha ?? 0.003, expertBalanceLoss)
 }
 
-/** V2's device-level loss, times `alpha` (default 0.05, as α2 there). The `devices` hold neighbouring experts, as the groups of the gate do. */
+/**
+ * Creates a balancer with V2's device-level loss, times `alpha` (default 0.05, V2's α2). Each of the `devices` has
+ * consecutive experts, like the groups of the gate.
+ */
 export function deviceLevel(options: { devices: number; alpha?: Scheduled }): Balancer {
   checkOptions('deviceLevel', options, { devices: true, alpha: true })
   return lossBalancer(options.alpha ?? 0.05, pass => deviceBalanceLoss(pass, devicesOf(pass, options.devices)))
 }
 
-/** V2's communication loss, times `alpha` (default 0.02, as α3 there). `limit`: of the `devices`, those that a token may be sent to. @throws MoeError E_ATTR */
+/**
+ * Creates a balancer with V2's communication loss, times `alpha` (default 0.02, V2's α3). `limit` is the number of
+ * `devices` that a token may be sent to.
+ * @throws MoeError E_ATTR
+ */
 export function communication(options: { devices: number; limit: number; alpha?: Scheduled }): Balancer {
   checkOptions('communication', options, { devices: true, limit: true, alpha: true })
   const { devices, limit, alpha = 0.02 } = options
   if (!Number.isInteger(limit) || limit < 1 || limit > devices) {
     const problem = `limit = ${limit} is not in 1..devices = ${devices}`
-    const fix = 'pass the devices that a token may be sent to (topk_group)'
+    const fix = 'pass the number of devices that a token may be sent to (topk_group)'
     throw new MoeError({ code: 'E_ATTR', op: 'communication', problem, fix })
   }
   return lossBalancer(alpha, pass => communicationBalanceLoss(pass, devicesOf(pass, devices), limit))
 }
 
-/** Several controllers as one: losses add up, biases are moved by each in turn. @throws MoeError E_CONFIG for what is no balancer */
+/**
+ * Combines several balancers: losses are added, and biases updated by each in turn.
+ * @throws MoeError E_CONFIG if one is not a balancer
+ */
 export function together(...balancers: readonly Balancer[]): Balancer {
   for (const balancer of balancers) needBalancer('together', balancer)
   return {
@@ -110,14 +128,14 @@ export function together(...balancers: readonly Balancer[]): Balancer {
   }
 }
 
-/** Internal. The number of devices, checked. */
+/** Checks the number of devices and returns it. Internal. */
 export function devicesOf({ scores }: Pick<RoutingPass, 'scores'>, devices: number): number {
   const [, experts] = scores.shape
   if (Number.isInteger(devices) && devices >= 1 && experts % devices === 0) return devices
   throw new MoeError({
     code: 'E_ATTR',
     op: 'balance',
-    problem: `${devices} devices cannot share ${experts} experts evenly`,
+    problem: `${experts} experts are not divisible by ${devices} devices`,
     fix: 'pass a number of devices that divides n_routed_experts',
   })
 }

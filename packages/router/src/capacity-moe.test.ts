@@ -43,7 +43,7 @@ describe('capacity', () => {
     expect(await fits([[0], [0], [1], [0], [1]], 2)).toEqual([1, 1, 1, 0, 1])
   })
   test('first choices go before second ones', async () => {
-    // Expert 1: first choice of tokens 1 and 2, second of token 0, which comes last.
+    // Expert 1 is the first choice of tokens 1 and 2, and the second choice of token 0, which has the lowest priority.
     expect(
       await fits(
         [
@@ -55,7 +55,7 @@ describe('capacity', () => {
       ),
     ).toEqual([1, 0, 1, 1, 1, 1])
   })
-  test('a choice that does not ask takes no room', async () => {
+  test('a masked choice takes no capacity', async () => {
     const indices = [
       [0, 1],
       [0, 1],
@@ -63,7 +63,7 @@ describe('capacity', () => {
     ]
     expect(await fits(indices, 1, [1, 0, 1, 1, 1, 1])).toEqual([1, 0, 0, 1, 1, 0])
   })
-  test('padding takes no room', async () => {
+  test('padding takes no capacity', async () => {
     expect(await fits([[0], [0], [0], [0]], 2, [0, 1, 0, 1])).toEqual([0, 1, 0, 1])
   })
 })
@@ -93,7 +93,7 @@ for (const router of ['switch', 'gshard'] as const) {
       return sum + 3 * f * (rows.reduce((s, row) => s + row[i], 0) / 10)
     }, 0)
     expect(await (loss as unknown as Tensor).detach().item()).toBeCloseTo(expected, 5)
-    // Every expert's answer to every token, gated by hand.
+    // The output of every expert for every token, combined by the gates.
     const byExpert = await Promise.all(
       [0, 1, 2].map(async e => {
         const offsets = tensor(Int32Array.from([0, 1, 2, 3], i => (i > e ? 10 : 0)))
@@ -108,7 +108,7 @@ for (const router of ['switch', 'gshard'] as const) {
   })
 
   test(`${router}: what exceeds the capacity is dropped in training, counted, and gives no gradient to its expert`, async () => {
-    // All tokens are alike, so all want the same experts; an even share of 6 * K choices over 3 experts fits each.
+    // All tokens are alike, so all choose the same experts; an even share of 6 * K choices over 3 experts fits each.
     const layer = make({ router, second_expert: 'always' })
     const x = tensor(
       Float32Array.from({ length: 24 }, (_, i) => [0.5, -1, 0.25, 1][i % 4]),
@@ -134,7 +134,7 @@ for (const router of ['switch', 'gshard'] as const) {
 describe("GShard's random second experts", () => {
   const [tokens, hidden] = [400, 4]
   const x = randn([2, tokens / 2, hidden], new Random(12))
-  // Room for everything, so that only chance takes second experts away.
+  // Enough capacity for everything, so that only the random draw removes second experts.
   const roomy = () => make({ capacity_factor: 3 })
 
   test('the second expert is used with probability min(1, 2 g), drawn from the layer stream', async () => {
@@ -155,7 +155,7 @@ describe("GShard's random second experts", () => {
       if (used[t]) expect(row(out)).toEqual(row(whole))
       else expect(row(out)).not.toEqual(row(whole))
     }
-    // Sum of independent draws: 400 of variance q (1 - q).
+    // The variance of a sum of independent draws: 400 times q (1 - q).
     const q = second.map(g => Math.min(1, 2 * g))
     const mean = q.reduce((sum, x) => sum + x)
     const deviation = Math.sqrt(q.reduce((sum, x) => sum + x * (1 - x), 0))
@@ -163,7 +163,7 @@ describe("GShard's random second experts", () => {
     expect(Math.abs(count - mean)).toBeLessThan(4 * deviation)
   })
 
-  test('the same seed draws the same, each pass anew, a recomputed one as at first', async () => {
+  test('the same seed draws the same, each pass differs, and a recomputed pass repeats its draws', async () => {
     const run = (layer: CapacityMoE) => layer.forward(x, { training: true })
     const [a, b] = [roomy(), roomy()]
     const first = await run(a).values()
@@ -181,13 +181,13 @@ describe("GShard's random second experts", () => {
   })
 })
 
-test('sizes that cannot work are refused', () => {
-  expect(() => make({ n_routed_experts: 1 })).toThrow(/gshard needs at least 2 experts/)
+test('invalid sizes are rejected', () => {
+  expect(() => make({ n_routed_experts: 1 })).toThrow(/n_routed_experts = 1 is less than the 2 that gshard needs/)
   expect(() => make({ capacity_factor: 0 })).toThrow(/capacity_factor = 0/)
   expect(() => make({ n_routed_experts: 2.5, moe_intermediate_size: 0 })).toThrow(
     /intermediate_size = 0.*experts = 2.5/,
   )
-  expect(() => make({ router: 'hash' as 'switch' })).toThrow(/router = "hash" is not known \(switch, gshard\)/)
+  expect(() => make({ router: 'hash' as 'switch' })).toThrow(/router = "hash" is not one of switch, gshard/)
 })
 
 test.each(['switch', 'gshard'] as const)('%s: no tokens give no tokens, and a loss of 0', async router => {

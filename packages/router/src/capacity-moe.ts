@@ -1,6 +1,7 @@
 /**
- * @file The routers before DeepSeekMoE, as baselines: GShard's top-2 (Lepikhin et al. 2020) and Switch's top-1 (Fedus et al. 2021), each with its
- * auxiliary loss and with a capacity per expert beyond which tokens are dropped in training; GShard also dispatches second experts at random.
+ * @file Routers from before DeepSeekMoE, as baselines: GShard's top-2 (Lepikhin et al. 2020) and Switch's top-1 (Fedus
+ * et al. 2021). Each has an auxiliary loss, and a capacity per expert beyond which tokens are dropped in training.
+ * GShard also uses second experts at random.
  *
  * Legend: N tokens, E experts, K chosen.
  */
@@ -34,21 +35,24 @@ import { expertBalanceLoss } from './balance.ts'
 import { Experts } from './experts.ts'
 import { LoadCounter, maskedCounts } from './load.ts'
 
-/** Sizes and rule of a layer with a capacity, in the terms of Hugging Face's config.json where that has them. */
+/** Configuration of a layer with a capacity, in the terms of Hugging Face's config.json where they exist. */
 export interface CapacityMoEConfig {
   /** Features of a token. */
   readonly hidden_size: number
-  /** Inner features of each expert. */
+  /** Intermediate features of each expert. */
   readonly moe_intermediate_size: number
-  /** E. */
+  /** E, the number of experts. */
   readonly n_routed_experts: number
-  /** `switch`: the best expert, gate = its probability. `gshard`: the two best, gates normalized. */
+  /** `switch`: the best expert, with its probability as the gate. `gshard`: the two best, with normalized gates. */
   readonly router: 'switch' | 'gshard'
-  /** Tokens that an expert takes in training are this times the even share. Switch: 1 to 1.25; GShard: 2 per choice. Default 1.25. */
+  /**
+   * Capacity of an expert in training, relative to an even share of the choices. Switch: 1 to 1.25; GShard: 2 per
+   * choice. Default 1.25.
+   */
   readonly capacity_factor?: number
   /**
-   * Which second choices GShard uses in training: each with probability min(1, 2 g), g its normalized gate (GShard, algorithm 1), or always.
-   * Evaluation uses all. Default random.
+   * Which second choices GShard uses in training: each with probability min(1, 2 g), where g is its normalized gate
+   * (GShard, algorithm 1), or all of them. Evaluation always uses all. Default random.
    */
   readonly second_expert?: 'random' | 'always'
 }
@@ -62,56 +66,64 @@ const configNames: OptionNames<CapacityMoEConfig> = {
   second_expert: true,
 }
 
-/** What a pass counts, and to whom it tells its loss. */
+/** Options of a forward pass: what to count, and a callback for the loss. */
 export interface CapacityForwardOptions {
-  /** Count loads and drop what exceeds the capacity. Default false: nothing is dropped in evaluation. */
+  /** Counts loads, and drops what exceeds the capacity. Default false: evaluation drops nothing. */
   readonly training?: boolean
-  /** `f32 [batch, time]`, 1 for tokens and 0 for padding, which takes no capacity and is not counted. */
+  /** `f32 [batch, time]`: 1 for tokens and 0 for padding, which takes no capacity and is not counted. */
   readonly mask?: Tensor
-  /** Is given the auxiliary loss without its factor (Switch: 0.01): E sum_i f_i P_i, f_i the share of first choices; 1 when balanced. */
+  /**
+   * If given, is called with the auxiliary loss without its factor (Switch: 0.01): E sum_i f_i P_i, where f_i is the
+   * share of first choices; 1 if balanced.
+   */
   readonly onBalanceLoss?: (loss: Tensor) => void
 }
 
 const forwardNames: OptionNames<CapacityForwardOptions> = { training: true, mask: true, onBalanceLoss: true }
 
 /**
- * Which choices `[N, K]` fit: 1 or 0. First choices go before second ones, earlier tokens before later. `mask`, `f32 [N]` or `[N, K]`, is 0 for
- * those that ask for no room and get none.
+ * Returns which choices `[N, K]` fit into the capacity of their expert, as 1 or 0. First choices have priority over
+ * second ones, and earlier tokens over later ones. `mask`, `f32 [N]` or `[N, K]`, is 0 for choices that take no
+ * capacity and are not kept.
  */
 export function withinCapacity(indices: Tensor, experts: number, capacity: number, mask?: Tensor): Tensor {
   const [tokens, topK] = indices.shape
   return noGrad(() =>
     scope(() => {
-      // What is masked queues at an expert of its own.
-      const asking = mask?.reshape([tokens, mask.shape[1] ?? 1])
-      const real = asking?.cast('i32')
+      // Masked choices go to an additional expert.
+      const taking = mask?.reshape([tokens, mask.shape[1] ?? 1])
+      const real = taking?.cast('i32')
       const queued = real ? indices.mul(real).add(real.neg().add(1).mul(experts)) : indices
       const byChoice = queued.permute([1, 0]).reshape([topK * tokens, 1])
       const { positions, offsets } = dispatchPlan(byChoice, experts + 1)
       const rank = positions.sub(offsets.takeRows(byChoice.reshape([topK * tokens])))
       const fits = rank.lt(capacity).cast('f32').reshape([topK, tokens]).permute([1, 0])
-      return asking ? fits.mul(asking) : fits
+      return taking ? fits.mul(taking) : fits
     }),
   )
 }
 
 /**
- * A Switch or GShard layer. `[B, T, hidden]` to the same shape; a token whose choices were all dropped gets zeros. Dropped choices are
- * still computed and weighted with 0: this is a baseline for quality, not for speed. Gates are normalized before anything is dropped, and
- * are not afterwards.
+ * A Switch or GShard layer. Maps `[B, T, hidden]` to the same shape; a token whose choices are all dropped gives zeros.
+ *
+ * Dropped choices are still computed, with weight 0, because this is a baseline for quality, not for speed. Gates are
+ * normalized before choices are dropped, and not again afterwards.
  */
 export class CapacityMoE extends Module {
-  /** Gate `[E, hidden]`. */
+  /** Weight of the gate, `[E, hidden]`. */
   weight: Parameter
-  /** E nets of which each token goes through one (Switch) or two (GShard). */
+  /** The E experts, of which each token uses one (Switch) or two (GShard). */
   experts: Experts
-  /** Draws which second choices GShard uses: one number per token and training pass. A run that goes on needs it where it was: `train` of `@moe/trainer` keeps it in checkpoints, and lets each of several ranks draw its own. */
+  /**
+   * Draws which second choices GShard uses: one number per token and training pass. To resume a run exactly, restore
+   * its position; `train` of `@moe/trainer` stores it in checkpoints, and gives each rank its own stream.
+   */
   readonly random: Random
   readonly #config: CapacityMoEConfig
   readonly #load = new LoadCounter()
   readonly #keptCount = new LoadCounter()
 
-  /** @throws MoeError E_CONFIG when sizes are impossible. */
+  /** @throws MoeError E_CONFIG for invalid sizes */
   constructor(config: CapacityMoEConfig, init: InitOptions = {}) {
     super()
     checkShared('CapacityMoE', config, configNames)
@@ -123,10 +135,11 @@ export class CapacityMoE extends Module {
       if (!Number.isInteger(config[key]) || config[key] < 1)
         problems.push(`${key} = ${shown(config[key])} is not a positive integer`)
     }
-    if (experts < needed) problems.push(`${router} needs at least ${needed} experts, n_routed_experts = ${experts}`)
-    if (!(typeof factor === 'number' && factor > 0)) problems.push(`capacity_factor = ${shown(factor)} is not positive`)
+    if (experts < needed) problems.push(`n_routed_experts = ${experts} is less than the ${needed} that ${router} needs`)
+    if (!(typeof factor === 'number' && factor > 0))
+      problems.push(`capacity_factor = ${shown(factor)} is not a positive number`)
     if (router !== 'switch' && router !== 'gshard') {
-      problems.push(`router = ${JSON.stringify(router)} is not known (switch, gshard)`)
+      problems.push(`router = ${JSON.stringify(router)} is not one of switch, gshard`)
     }
     if (problems.length > 0) throw new MoeError({ code: 'E_CONFIG', op: 'CapacityMoE', problem: problems.join('; ') })
     this.#config = config
@@ -135,7 +148,7 @@ export class CapacityMoE extends Module {
     this.random = forkInit(init, 'second expert').random ?? new Random(0)
   }
 
-  /** x `[batch, time, hidden]` to the same shape. @throws MoeError E_SHAPE, E_CONFIG */
+  /** Maps x `[batch, time, hidden]` to the same shape. @throws MoeError E_SHAPE, E_CONFIG */
   forward(x_BTD: Tensor, options: CapacityForwardOptions = {}): Tensor {
     needAxes('CapacityMoE', x_BTD, ['batch', 'time', 'hidden'])
     checkShared('CapacityMoE.forward', options, forwardNames)
@@ -164,19 +177,24 @@ export class CapacityMoE extends Module {
     return out_ND.reshape([batch, time, hidden])
   }
 
-  /** What is used in training, counted. The capacity is that of the whole batch, padding included: shapes decide it, not contents. */
+  /**
+   * Returns which choices are used in training, and counts them. The capacity depends on the shape of the batch,
+   * including padding, not on its contents.
+   */
   #kept(weights: Tensor, indices: Tensor, plan: DispatchPlan, mask: Tensor | undefined): Tensor {
     const { n_routed_experts: experts, capacity_factor: factor = 1.25 } = this.#config
     const [tokens, topK] = indices.shape
     const capacity = Math.ceil((factor * tokens * topK) / experts)
-    const kept = noGrad(() => scope(() => withinCapacity(indices, experts, capacity, this.#asking(weights, mask))))
+    const kept = noGrad(() =>
+      scope(() => withinCapacity(indices, experts, capacity, this.#takingCapacity(weights, mask))),
+    )
     this.#load.add(mask ? maskedCounts(indices, mask, experts) : plan.counts)
     this.#keptCount.add(scope(() => noGrad(() => kept.sum().cast('i32').reshape([1]))))
     return kept
   }
 
-  /** Choices that ask for room: not padding, and of GShard's second ones those that were drawn. */
-  #asking(weights: Tensor, mask: Tensor | undefined): Tensor | undefined {
+  /** Returns which choices take capacity: not padding, and only those second choices of GShard that were drawn. */
+  #takingCapacity(weights: Tensor, mask: Tensor | undefined): Tensor | undefined {
     const { router, second_expert = 'random' } = this.#config
     if (router === 'switch' || second_expert === 'always') return mask
     const [tokens] = weights.shape
@@ -188,21 +206,24 @@ export class CapacityMoE extends Module {
       backend,
     )
     const second = drawn.lt(weights.narrow(1, 1, 2).mul(2)).cast('f32')
-    const asking = concat([ones([tokens, 1], { backend }), second], 1)
-    return mask ? asking.mul(mask.reshape([tokens, 1])) : asking
+    const taking = concat([ones([tokens, 1], { backend }), second], 1)
+    return mask ? taking.mul(mask.reshape([tokens, 1])) : taking
   }
 
-  /** Choices `i32 [E]` before dropping since the last `reset`, still on the device; null before any training pass. */
+  /**
+   * Choices per expert `i32 [E]` before dropping, since the last `reset`, as a tensor on the device; null before the
+   * first training pass.
+   */
   get load(): Tensor | null {
     return this.#load.total
   }
 
-  /** Choices that found room `i32 [1]`, counted as `load` is. */
+  /** Number of choices that were kept, `i32 [1]`, counted like `load`. */
   get kept(): Tensor | null {
     return this.#keptCount.total
   }
 
-  /** Starts counting anew. */
+  /** Resets the counts. */
   reset(): void {
     this.#load.reset()
     this.#keptCount.reset()

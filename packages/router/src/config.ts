@@ -1,29 +1,35 @@
-/** @file What an MoE layer is made of, in the terms of Hugging Face's config.json. */
+/** @file Configuration of an MoE layer, in the terms of Hugging Face's config.json. */
 import { checkShared, MoeError, type OptionNames, type RouterAttrs, shown } from '@moe/core'
 
-/** Sizes of an MoE layer. They are those of Hugging Face's config.json, from which it may be taken as it is. */
+/** Sizes of an MoE layer. You can pass a complete Hugging Face config.json. */
 export interface RouterConfig {
   /** Features of a token. */
   readonly hidden_size: number
-  /** Inner features of each expert. */
+  /** Intermediate features of each expert. */
   readonly moe_intermediate_size: number
-  /** E, experts that a gate chooses among. */
+  /** E, the number of routed experts. */
   readonly n_routed_experts: number
-  /** K, experts that each token goes through. */
+  /** K, the number of experts per token. */
   readonly num_experts_per_tok: number
-  /** Shared experts: one SwiGLU net of n_shared_experts * moe_intermediate_size. 0 or null for none. */
+  /**
+   * Number of shared experts, implemented as one SwiGLU network with n_shared_experts * moe_intermediate_size features.
+   * 0 or null for none.
+   */
   readonly n_shared_experts?: number | null
-  /** Groups of experts (nodes). Default 1. */
+  /** Number of expert groups (nodes). Default 1. */
   readonly n_group?: number | null
-  /** Groups a token may use. Default all. */
+  /** Number of groups that a token may use. Default: all. */
   readonly topk_group?: number | null
-  /** Divide the gates by their sum. Default true. */
+  /** Whether to divide the gates by their sum. Default true. */
   readonly norm_topk_prob?: boolean
   /** Factor on the gates, applied last. Default 1. */
   readonly routed_scaling_factor?: number
-  /** Affinities: sigmoid of each logit, or softmax over all. Default sigmoid with noaux_tc, softmax otherwise. */
+  /** Affinities: sigmoid of each logit, or softmax over all. Default: sigmoid for noaux_tc, softmax otherwise. */
   readonly scoring_func?: 'sigmoid' | 'softmax'
-  /** noaux_tc: V3 (bias, groups by their two best). group_limited_greedy: V2 (groups by their best). greedy: no groups. Default noaux_tc. */
+  /**
+   * How experts are chosen. noaux_tc: as in V3 (selection bias; groups scored by their top 2). group_limited_greedy: as
+   * in V2 (groups scored by their maximum). greedy: without groups. Default noaux_tc.
+   */
   readonly topk_method?: 'noaux_tc' | 'group_limited_greedy' | 'greedy'
 }
 
@@ -45,8 +51,8 @@ const methods = ['noaux_tc', 'group_limited_greedy', 'greedy']
 const scorings = ['sigmoid', 'softmax']
 
 /**
- * The attributes of the routing op that a configuration means.
- * @throws MoeError E_CONFIG with every fault in one message.
+ * Returns the attributes of `routerTopk` for a configuration.
+ * @throws MoeError E_CONFIG that lists all problems
  */
 export function routerAttrs(config: RouterConfig): RouterAttrs {
   checkShared('MoELayer', config, names)
@@ -70,15 +76,15 @@ export function routerAttrs(config: RouterConfig): RouterAttrs {
     problems.push(`num_experts_per_tok = ${topK} exceeds the ${reachable} experts of the kept groups`)
   const { n_shared_experts: shared, scoring_func: scoring, routed_scaling_factor: scale = 1 } = config
   if (shared != null && !(Number.isInteger(shared) && shared >= 0)) {
-    problems.push(`n_shared_experts = ${shown(shared)} is not a whole number from 0`)
+    problems.push(`n_shared_experts = ${shown(shared)} is not an integer of at least 0`)
   }
   if (!methods.includes(method)) {
-    problems.push(`topk_method = ${JSON.stringify(method)} is not known (${methods.join(', ')})`)
+    problems.push(`topk_method = ${JSON.stringify(method)} is not one of ${methods.join(', ')}`)
   }
   if (scoring !== undefined && !scorings.includes(scoring)) {
-    problems.push(`scoring_func = ${JSON.stringify(scoring)} is not known (${scorings.join(', ')})`)
+    problems.push(`scoring_func = ${JSON.stringify(scoring)} is not one of ${scorings.join(', ')}`)
   }
-  if (!Number.isFinite(scale)) problems.push(`routed_scaling_factor = ${shown(scale)} is not a number`)
+  if (!Number.isFinite(scale)) problems.push(`routed_scaling_factor = ${shown(scale)} is not a finite number`)
   if (problems.length > 0) throw new MoeError({ code: 'E_CONFIG', op: 'MoELayer', problem: problems.join('; ') })
   return {
     scoring: scoring ?? (method === 'noaux_tc' ? 'sigmoid' : 'softmax'),

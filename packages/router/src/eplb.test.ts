@@ -24,7 +24,7 @@ test('the placement of the EPLB README', () => {
   expect(gpuImbalance(loads[1], placements[1], 8)).toBeCloseTo(1.2422, 4)
 })
 
-test('without even groups, placement is global: still every expert once, busy ones more often, GPUs full', () => {
+test('if groups do not divide evenly, placement is global: every expert once, busy ones more often, GPUs full', () => {
   const placement = placeExperts(loads[0], { ...cluster, groups: 3 })
   expect(new Set(placement.physicalToLogical)).toEqual(new Set(loads[0].keys()))
   expect(placement.physicalToLogical.length).toBe(16)
@@ -32,13 +32,13 @@ test('without even groups, placement is global: still every expert once, busy on
   expect(gpuImbalance(loads[0], placement, 8)).toBeLessThan(1.2081)
 })
 
-test('one place per expert and GPU is the identity', () => {
+test('one place per expert and GPU gives the identity', () => {
   expect(placeExperts([3, 1, 2], { replicas: 3, gpus: 3 }).physicalToLogical).toEqual([0, 1, 2])
 })
 
-test('numbers that do not divide are all named', () => {
+test('all numbers that do not divide are reported', () => {
   expect(() => placeExperts(loads[0], { replicas: 10, groups: 5, gpus: 4 })).toThrow(
-    /replicas = 10 are fewer than 12 experts; gpus = 4 does not divide replicas = 10; groups = 5 does not divide 12/,
+    /replicas = 10 is less than the number of experts, 12; gpus = 4 does not divide replicas = 10; groups = 5 does not divide 12/,
   )
   expect(() => placeExperts([], { replicas: 4, nodes: Number.NaN, gpus: 1.5 })).toThrow(
     /experts = 0 is not a positive integer; gpus = 1.5 is not a positive integer; nodes = NaN is not/,
@@ -72,7 +72,7 @@ test('any loads on any cluster: every expert has a place, every GPU is full, gro
       nodesOf.set(group, (nodesOf.get(group) ?? new Set()).add(Math.floor(place / (replicas / nodes))))
     }
     expect([...nodesOf.values()].every(own => own.size === 1)).toBe(true)
-    // A copy was made of the busiest expert of its node: with one copy less it would be the busiest of all there.
+    // The busiest expert of a node gets a copy: with one copy less, it would have the highest load there.
     const perCopy = load.map((x, i) => x / copies[i])
     for (let node = 0; node < nodes; node++) {
       const own = physicalToLogical.slice((node * replicas) / nodes, ((node + 1) * replicas) / nodes)

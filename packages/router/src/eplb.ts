@@ -1,33 +1,36 @@
 /**
- * @file Placing experts on GPUs with copies of the busy ones: EPLB, "expert parallelism load balancer" (deepseek-ai/EPLB; V3 report 3.4).
- * Plain numbers; ties go to the lowest index.
+ * @file Placement of experts on GPUs, with copies of busy ones: EPLB, "expert parallelism load balancer"
+ * (deepseek-ai/EPLB; V3 report 3.4). Works on plain numbers; ties go to the lowest index.
  */
 import { checkOptions, MoeError, shown } from '@moe/core'
 import { needNumbers } from './load.ts'
 
-/** Which expert stands where. */
+/** A placement of experts. */
 export interface ExpertPlacement {
-  /** Expert of every place. Place p is on GPU floor(p / (replicas / gpus)). */
+  /** The expert at each place. Place p is on GPU floor(p / (replicas / gpus)). */
   readonly physicalToLogical: readonly number[]
-  /** Places of every expert, as many as it has copies. */
+  /** The places of each expert, one for each copy. */
   readonly logicalToPhysical: readonly (readonly number[])[]
-  /** Copies of every expert. */
+  /** Number of copies of each expert. */
   readonly copies: readonly number[]
 }
 
-/** Nodes, GPUs and places that experts are put on. */
+/** Nodes, GPUs and places to distribute experts over. */
 export interface ClusterShape {
-  /** Places in all: experts plus redundant copies. Divisible by `gpus`. */
+  /** Total number of places: experts plus redundant copies. Must be divisible by `gpus`. */
   readonly replicas: number
-  /** Groups of the gate; hierarchical placement keeps each on one node. Default 1. */
+  /** Number of groups of the gate; hierarchical placement keeps each group on one node. Default 1. */
   readonly groups?: number
-  /** Default 1. */
+  /** Number of nodes. Default 1. */
   readonly nodes?: number
-  /** All of them, on all nodes. Divisible by `nodes`. */
+  /** Number of GPUs on all nodes together. Must be divisible by `nodes`. */
   readonly gpus: number
 }
 
-/** Items dealt onto packs of equal length so that the weights come out even: heaviest first, each into the lightest pack with room. */
+/**
+ * Distributes items over packs of equal length so that the weights are balanced: heaviest first, each into the lightest
+ * pack with room.
+ */
 function pack(weights: readonly number[], packs: number): Array<{ pack: number; rank: number }> {
   const room = weights.length / packs
   if (room === 1) return weights.map((_, i) => ({ pack: i, rank: 0 }))
@@ -44,7 +47,10 @@ function pack(weights: readonly number[], packs: number): Array<{ pack: number; 
   return placed
 }
 
-/** Expert of each of `places` places and the copies of each expert: every further place goes to the expert with the largest load per copy. */
+/**
+ * Returns the expert at each of `places` places, and the number of copies of each expert. Each additional place goes to
+ * the expert with the largest load per copy.
+ */
 function replicate(weights: readonly number[], places: number): { experts: number[]; copies: number[] } {
   const copies = weights.map(() => 1)
   const experts = weights.map((_, i) => i)
@@ -60,9 +66,9 @@ function replicate(weights: readonly number[], places: number): { experts: numbe
 }
 
 /**
- * Places the experts of one layer by their loads: groups to nodes, then copies within each node, then places to GPUs; without
- * regard to groups and nodes when the groups cannot be shared evenly by the nodes.
- * @throws MoeError E_ATTR when the numbers do not divide, or there are fewer places than experts.
+ * Places the experts of one layer according to their loads: groups on nodes, then copies within each node, then places
+ * on GPUs. If the number of groups is not divisible by the number of nodes, groups and nodes are ignored.
+ * @throws MoeError E_ATTR if the numbers do not divide, or if there are fewer places than experts
  */
 export function placeExperts(load: ArrayLike<number>, cluster: ClusterShape): ExpertPlacement {
   checkOptions('placeExperts', cluster, { replicas: true, groups: true, nodes: true, gpus: true })
@@ -106,7 +112,10 @@ export function placeExperts(load: ArrayLike<number>, cluster: ClusterShape): Ex
   return { physicalToLogical, logicalToPhysical, copies: logicalToPhysical.map(places => places.length) }
 }
 
-/** Largest over mean load of the GPUs under a placement, every copy taking an equal share: 1 is even. */
+/**
+ * Returns the largest load of a GPU under a placement, relative to the mean; 1 is balanced. The copies of an expert
+ * share its load equally.
+ */
 export function gpuImbalance(load: ArrayLike<number>, placement: ExpertPlacement, gpus: number): number {
   const perGpu = placement.physicalToLogical.length / gpus
   const sums = new Array<number>(gpus).fill(0)
@@ -123,7 +132,7 @@ function checkSizes(sizes: Readonly<Record<string, number>>): void {
 
 function checkShares(experts: number, replicas: number, groups: number, nodes: number, gpus: number): void {
   const problems: string[] = []
-  if (replicas < experts) problems.push(`replicas = ${replicas} are fewer than ${experts} experts`)
+  if (replicas < experts) problems.push(`replicas = ${replicas} is less than the number of experts, ${experts}`)
   if (replicas % gpus !== 0) problems.push(`gpus = ${gpus} does not divide replicas = ${replicas}`)
   if (experts % groups !== 0) problems.push(`groups = ${groups} does not divide ${experts} experts`)
   if (gpus % nodes !== 0) problems.push(`nodes = ${nodes} does not divide gpus = ${gpus}`)

@@ -1,4 +1,4 @@
-/** @file The routed experts: E SwiGLU nets, stacked in memory, separate in checkpoints. */
+/** @file The routed experts: E SwiGLU networks, stacked in memory and separate in checkpoints. */
 import {
   checkOptions,
   combineTokens,
@@ -21,7 +21,7 @@ import {
   withRecomputed,
 } from '@moe/core'
 
-/** E feed-forward nets down(silu(gate(x)) * up(x)). Stored as `{e}.gate_proj.weight` and so on. */
+/** E feed-forward networks down(silu(gate(x)) * up(x)). Checkpoint keys are `{e}.gate_proj.weight` and so on. */
 export class Experts extends Module {
   /** `[E, inner, hidden]`. */
   gate_proj: Parameter
@@ -30,8 +30,8 @@ export class Experts extends Module {
   /** `[E, hidden, inner]`. */
   down_proj: Parameter
   /**
-   * Make tokens in the order of their experts, and gated activations, again on the way back, in place of keeping them. May be changed between passes. A kernel of
-   * `routedExperts` keeps neither anyway. Default false.
+   * Recomputes the tokens in expert order and the gated activations in the backward pass instead of keeping them. May
+   * be changed between passes. With a kernel for `routedExperts`, they are never kept. Default false.
    */
   recompute = false
   override readonly quantizable = ['gate_proj', 'up_proj', 'down_proj']
@@ -41,7 +41,10 @@ export class Experts extends Module {
     down_proj: (expert: number) => `${expert}.down_proj.weight`,
   }
 
-  /** `experts` nets of `hidden` features in and out, `inner` in between. @throws MoeError E_CONFIG for an unknown option */
+  /**
+   * Creates `experts` networks with `hidden` inputs and outputs and `inner` intermediate features.
+   * @throws MoeError E_CONFIG for an unknown option
+   */
   constructor(experts: number, hidden: number, inner: number, init: InitOptions = {}) {
     super()
     checkOptions('Experts', init, initNames)
@@ -50,13 +53,17 @@ export class Experts extends Module {
     this.down_proj = weightParameter([experts, hidden, inner], 'down_proj', init)
   }
 
-  /** A copy of some of them, from `from` to before `to`: the share of a rank. Trains apart. @throws MoeError E_UNSUPPORTED when they are stored in fewer bits or have adapters */
+  /**
+   * Returns a copy of the experts `from` to `to - 1`, for example the share of a rank. The copy is trained
+   * independently.
+   * @throws MoeError E_UNSUPPORTED if the weights are quantized or have adapters
+   */
   copyOf(from: number, to: number): Experts {
     for (const weight of [this.gate_proj, this.up_proj, this.down_proj]) {
       if (isPlain(weight)) continue
       const stored = weight instanceof QuantizedParameter
-      const problem = `experts ${stored ? `stored in ${weight.weight.format}` : 'with adapters'} cannot be taken apart`
-      const fix = stored ? 'open the model in f32' : 'merge them first, or train the whole model on every rank'
+      const problem = `experts ${stored ? `stored in ${weight.weight.format}` : 'with adapters'} cannot be copied`
+      const fix = stored ? 'open the model in f32' : 'merge the adapters first, or train the whole model on every rank'
       throw new MoeError({ code: 'E_UNSUPPORTED', op: 'copyOf', problem, fix })
     }
     const [, inner, hidden] = this.gate_proj.shape
@@ -68,7 +75,10 @@ export class Experts extends Module {
     return copy
   }
 
-  /** Rows `[M, hidden]` in expert order, of which expert e owns `offsets[e] .. offsets[e+1]` (`i32 [E+1]`), to `[M, hidden]`. */
+  /**
+   * Maps rows `[M, hidden]` in expert order to `[M, hidden]`. Rows `offsets[e]` to `offsets[e+1] - 1` belong to expert
+   * e (`i32 [E+1]`).
+   */
   forward(x_MD: Tensor, offsets: Tensor): Tensor {
     return this.#down(this.#gateAndUp(x_MD, offsets), offsets)
   }
@@ -89,7 +99,10 @@ export class Experts extends Module {
     return this.recompute ? withRecomputed : withKept
   }
 
-  /** What the experts that the plan chose make of tokens `[N, hidden]`, weighted by `weights [N, K]` and summed: `[N, hidden]`. */
+  /**
+   * Runs the chosen experts on tokens `[N, hidden]` and returns the sum of their outputs, weighted by `weights [N, K]`:
+   * `[N, hidden]`.
+   */
   route(x_ND: Tensor, weights_NK: Tensor, plan: DispatchPlan): Tensor {
     const { gate_proj: gate, up_proj: up, down_proj: down } = this
     const { recompute } = this

@@ -1,4 +1,4 @@
-/** @file The gate: affinities of tokens to experts and the choice among them (V3 report eq. 12-16). */
+/** @file The gate: affinities of tokens to experts, and the choice among experts (V3 report eq. 12-16). */
 import {
   checkOptions,
   type InitOptions,
@@ -14,15 +14,18 @@ import {
 } from '@moe/core'
 import { type RouterConfig, routerAttrs } from './config.ts'
 
-/** Routing of N tokens over E experts. The bias is f32, moves the choice only, and is changed by a balancer, never by gradients. */
+/**
+ * Routes N tokens to E experts. The bias is f32, affects only the choice, and is changed by a balancer, never by
+ * gradients.
+ */
 export class Gate extends Module {
   /** Expert centroids `[E, hidden]`. */
   weight: Parameter
-  /** `[E]`, added to the affinities for the choice (noaux_tc only). */
+  /** Selection bias `[E]`, added to the affinities for the choice. Only with noaux_tc. */
   declare e_score_correction_bias?: Parameter
   readonly #attrs: RouterAttrs
 
-  /** @throws MoeError E_CONFIG with every fault in one message */
+  /** @throws MoeError E_CONFIG that lists all problems */
   constructor(config: RouterConfig, init: InitOptions = {}) {
     super()
     this.#attrs = routerAttrs(config)
@@ -34,7 +37,9 @@ export class Gate extends Module {
     }
   }
 
-  /** `[N, hidden]` to gates and chosen experts. The affinities are computed in f32 whatever the precision policy says. */
+  /**
+   * Maps `[N, hidden]` to gates and chosen experts. The affinities are computed in f32, regardless of `withPrecision`.
+   */
   forward(x_ND: Tensor): Routing {
     const logits_NE = x_ND.matmul(this.weight, { transposeB: true, precision: 'f32' })
     const bias_E = this.e_score_correction_bias ?? zeros([logits_NE.shape[1]], { backend: logits_NE.backend })

@@ -1,10 +1,7 @@
-/** @file Expert loads: counted on the device during training, read once per step, judged on the host. */
+/** @file Loads of experts: counted on the device during training, read once per step, and evaluated on the host. */
 import { isRecomputing, keep, MoeError, noGrad, scatterAddRows, scope, type Tensor } from '@moe/core'
 
-/**
- * Sums the loads of all micro-batches of a step. Counts exactly once: not in a recomputed forward pass, and only when the layer is told
- * that it trains.
- */
+/** Sums the loads of all micro-batches of a step. A recomputed forward pass is not counted again. */
 export class LoadCounter {
   #total: Tensor | null = null
 
@@ -16,19 +13,19 @@ export class LoadCounter {
     before?.dispose()
   }
 
-  /** The loads so far, `i32 [E]`, or null when nothing was counted. They stay the counter's. */
+  /** The loads so far, `i32 [E]`, or null if nothing was counted. The tensor belongs to the counter. */
   get total(): Tensor | null {
     return this.#total
   }
 
-  /** Starts the next step. */
+  /** Resets the loads for the next step. */
   reset(): void {
     this.#total?.dispose()
     this.#total = null
   }
 }
 
-/** Loads `i32 [E]` of the choices `indices i32 [N, K]` of the tokens whose `mask f32 [N]` is 1. */
+/** Returns the loads `i32 [E]` of the choices `indices i32 [N, K]`, counting tokens whose `mask f32 [N]` is 1. */
 export function maskedCounts(indices: Tensor, mask: Tensor, experts: number): Tensor {
   const [tokens, topK] = indices.shape
   return noGrad(() =>
@@ -39,39 +36,39 @@ export function maskedCounts(indices: Tensor, mask: Tensor, experts: number): Te
   )
 }
 
-/** What the experts of a layer were given in a step, all micro-batches and ranks: what a model tells of itself, for logs. */
+/** The loads of a layer in a step, over all micro-batches and ranks. Models report it for logs. */
 export interface LayerLoad {
   /** Name of the layer. */
   readonly name: string
-  /** Choices of each expert `[E]`, before any is dropped. */
+  /** Number of choices per expert `[E]`, before dropping. */
   readonly load: ArrayLike<number>
-  /** How many of these choices were dropped, where the layer drops. */
+  /** How many of these choices were dropped, if the layer drops. */
   readonly dropped?: number
-  /** Groups of neighbouring experts that its gate knows. Default 1. */
+  /** Number of groups of consecutive experts in its gate. Default 1. */
   readonly groups?: number
   /** Selection bias `[E]` after the step, on the device. */
   readonly bias?: Tensor
 }
 
-/** How evenly a layer's experts are loaded. */
+/** Statistics on how evenly a layer's experts are loaded. */
 export interface LoadSummary {
-  /** (largest - mean) / mean: 0 when balanced, E/K - 1 when collapsed onto K experts. */
+  /** (largest - mean) / mean: 0 if balanced, E/K - 1 if collapsed onto K experts. */
   readonly maxVio: number
-  /** Standard deviation over mean. */
+  /** Coefficient of variation: standard deviation divided by the mean. */
   readonly variation: number
-  /** Entropy of the load over that of the uniform one: 1 when balanced. */
+  /** Entropy of the load relative to that of a uniform one: 1 if balanced. */
   readonly entropy: number
-  /** Experts without a single token. */
+  /** Experts without any tokens. */
   readonly dead: readonly number[]
-  /** Experts with more than twice the mean. */
+  /** Experts with more than twice the mean load. */
   readonly hot: readonly number[]
 }
 
-/** Loads are on the device until they are read. @throws MoeError E_ATTR */
+/** Checks that loads were read from the device and are valid. @throws MoeError E_ATTR */
 export function needNumbers(op: string, load: ArrayLike<number>): void {
-  const fix = 'pass what was read: await layer.load.values()'
+  const fix = 'read the loads first: await layer.load.values()'
   if (typeof load?.length !== 'number' || typeof load === 'string') {
-    const problem = `the loads are ${load === undefined || load === null ? load : 'no list of numbers'}`
+    const problem = `the loads are ${load === undefined || load === null ? load : 'not a list of numbers'}`
     throw new MoeError({ code: 'E_ATTR', op, problem, fix })
   }
   for (let i = 0; i < load.length; i++) {
@@ -80,7 +77,10 @@ export function needNumbers(op: string, load: ArrayLike<number>): void {
   }
 }
 
-/** Judges the loads of one layer. @throws MoeError E_ATTR for loads that have not been read, or are no numbers from 0 */
+/**
+ * Computes statistics of the loads of one layer.
+ * @throws MoeError E_ATTR for loads that were not read from the device, or are not numbers of at least 0
+ */
 export function summarizeLoad(load: ArrayLike<number>): LoadSummary {
   needNumbers('summarizeLoad', load)
   const loads = Array.from(load)

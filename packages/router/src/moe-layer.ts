@@ -1,4 +1,7 @@
-/** @file DeepSeekMoE: routed and shared experts in place of a feed-forward net (V3 report eq. 12-13). No token is dropped unless V2's dropping is asked for. */
+/**
+ * @file DeepSeekMoE: routed and shared experts in place of a feed-forward network (V3 report eq. 12-13). No token is
+ * dropped, unless V2's token dropping is enabled.
+ */
 import {
   checkOptions,
   checkShared,
@@ -27,41 +30,53 @@ import { Gate } from './gate.ts'
 import { LoadCounter, maskedCounts } from './load.ts'
 import { droppingNames, type TokenDropping, withinDeviceBudget } from './token-dropping.ts'
 
-/** How an MoE layer starts, and what keeps its experts evenly loaded. */
+/** Options of an MoE layer: initialization, and how its experts are balanced. */
 export interface MoELayerOptions extends InitOptions {
-  /** What keeps the experts evenly loaded; one for all layers. Without one, call `updateBias` yourself. */
+  /** Balances the load of the experts. One balancer serves all layers. Without one, call `updateBias` yourself. */
   readonly balancer?: Balancer
-  /** Drop in training what exceeds the budget of a device, as V2 did. Default: no token is dropped (V3). */
+  /** Drops choices that exceed the budget of a device during training, as in V2. Default: no token is dropped (V3). */
   readonly dropping?: TokenDropping
 }
 
 const optionNames: OptionNames<MoELayerOptions> = { ...initNames, balancer: true, dropping: true }
 
-/** What a pass counts, and to whom it tells loads and losses. */
+/** Options of a forward pass: what to count, and callbacks for loads and losses. */
 export interface MoEForwardOptions {
-  /** Count the load, for the balancer and for monitoring. Default false: evaluation and decoding leave no trace. */
+  /** Counts the load, for the balancer and for monitoring. Default false: evaluation and decoding leave no trace. */
   readonly training?: boolean
-  /** `f32 [batch, time]`, 1 for tokens and 0 for padding, which is computed but neither counted nor balanced. Default: no padding. */
+  /**
+   * `f32 [batch, time]`: 1 for tokens and 0 for padding, which is computed, but neither counted nor balanced. Default:
+   * no padding.
+   */
   readonly mask?: Tensor
-  /** `f32 [batch]`, 1 for sequences that lose no token to dropping (V2: about a tenth, the same in all layers). Default: none. */
+  /**
+   * `f32 [batch]`: 1 for sequences whose tokens are never dropped (in V2 about a tenth, the same in all layers).
+   * Default: none.
+   */
   readonly undropped?: Tensor
-  /** Is given the layer's sequence-wise balance loss (a scalar without α), when it is wanted. */
+  /** If given, is called with the layer's sequence-wise balance loss (a scalar without α). */
   readonly onBalanceLoss?: (loss: Tensor) => void
-  /** Is given the loss of the layer's balancer (a scalar, factor included), in training and when it has one. */
+  /**
+   * If given, is called in training with the loss of the layer's balancer (a scalar, including its factor), if the
+   * balancer has one.
+   */
   readonly onBalancerLoss?: (loss: Tensor) => void
-  /** Is given the loads `i32 [E]` of every pass, evaluation included, except when it is a recomputation. */
+  /**
+   * If given, is called with the loads `i32 [E]` of every pass, including evaluation, but not when a pass is
+   * recomputed.
+   */
   readonly onLoad?: (load: Tensor) => void
 }
 
-/** Where the tokens of a pass go. */
+/** The experts chosen for the tokens of a pass. */
 export interface Choice {
   /** Tokens `[N, hidden]`. */
   readonly x: Tensor
-  /** Gates `[N, K]`, 0 for what is dropped. */
+  /** Gates `[N, K]`; 0 for dropped choices. */
   readonly weights: Tensor
   /** Experts `i32 [N, K]`. */
   readonly indices: Tensor
-  /** The same choices sorted by expert: what `Experts.route` takes. */
+  /** The same choices sorted by expert, as `Experts.route` takes them. */
   readonly plan: DispatchPlan
 }
 
@@ -74,13 +89,19 @@ const forwardNames: OptionNames<MoEForwardOptions> = {
   onLoad: true,
 }
 
-/** y = sum over the K chosen experts of gate * FFN_e(x), plus the shared experts' FFN(x). `[B, T, hidden]` to the same shape. */
+/**
+ * MoE layer: y = sum over the K chosen experts of gate * FFN_e(x), plus the shared experts' FFN(x). Maps `[B, T,
+ * hidden]` to the same shape.
+ */
 export class MoELayer extends Module {
   /** Chooses K of E experts for each token. */
   gate: Gate
-  /** E nets. */
+  /** The E routed experts. */
   experts: Experts
-  /** The net that every token goes through, `n_shared_experts` times as wide as an expert; not there without shared experts. */
+  /**
+   * The network that every token goes through, `n_shared_experts` times as wide as an expert. Missing if there are no
+   * shared experts.
+   */
   declare shared_experts?: SwigluMlp
   readonly #config: RouterConfig
   readonly #balancer: Balancer | null
@@ -88,10 +109,13 @@ export class MoELayer extends Module {
   readonly #load = new LoadCounter()
   readonly #dropping: TokenDropping | null
   readonly #kept = new LoadCounter()
-  /** Optimizer steps done, for the balancer's schedules: `rebalance` counts. Set it when a run is resumed. */
+  /**
+   * Number of optimizer steps done, for the balancer's schedules. `rebalance` increments it. Set it when you resume a
+   * run.
+   */
   step = 0
 
-  /** @throws MoeError E_CONFIG with every fault in one message. */
+  /** @throws MoeError E_CONFIG that lists all problems */
   constructor(config: RouterConfig, options: MoELayerOptions = {}) {
     super()
     checkOptions('MoELayer', options, optionNames)
@@ -106,27 +130,30 @@ export class MoELayer extends Module {
       throw new MoeError({
         code: 'E_CONFIG',
         op: 'MoELayer',
-        problem: `the balancer moves a selection bias, which topk_method ${shown(config.topk_method)} does not have`,
-        fix: 'balance by a loss (sequenceWise(), expertLevel()), or choose noaux_tc',
+        problem: `the balancer updates a selection bias, but topk_method ${shown(config.topk_method)} has none`,
+        fix: 'use a balance loss (sequenceWise(), expertLevel()), or set topk_method to noaux_tc',
       })
     const { hidden_size: hidden, moe_intermediate_size: inner, n_shared_experts: shared } = config
     this.experts = new Experts(config.n_routed_experts, hidden, inner, forkInit(init, 'experts'))
     if (shared) this.shared_experts = new SwigluMlp(hidden, shared * inner, forkInit(init, 'shared_experts'))
   }
 
-  /** x `[batch, time, hidden]` to the same shape. @throws MoeError E_SHAPE, E_CONFIG */
+  /** Maps x `[batch, time, hidden]` to the same shape. @throws MoeError E_SHAPE, E_CONFIG */
   forward(x_BTD: Tensor, options: MoEForwardOptions = {}): Tensor {
     const { x, weights, plan } = this.choose(x_BTD, options)
     const routed_ND = this.experts.route(x, weights, plan)
     if (!this.shared_experts) return routed_ND.reshape(x_BTD.shape)
     const shared_ND = this.shared_experts.forward(x)
     const out_ND = routed_ND.add(shared_ND)
-    // No gradient rule reads what is added.
+    // No gradient rule reads the summands.
     for (const part of [routed_ND, shared_ND]) usedUp(part)
     return out_ND.reshape(x_BTD.shape)
   }
 
-  /** `forward` up to the experts: which of them each token goes to. Loads are counted and losses handed out here. */
+  /**
+   * Runs `forward` up to the experts, and returns the chosen experts of each token. Counts loads and calls the
+   * callbacks. Use it if the experts run elsewhere.
+   */
   choose(x_BTD: Tensor, options: MoEForwardOptions = {}): Choice {
     needAxes('MoELayer', x_BTD, ['batch', 'time', 'hidden'])
     checkShared('MoELayer.forward', options, forwardNames)
@@ -134,22 +161,30 @@ export class MoELayer extends Module {
     const x = x_BTD.reshape([batch * time, hidden])
     const { weights, indices, scores } = this.gate.forward(x)
     const plan = dispatchPlan(indices, this.#config.n_routed_experts)
-    this.#watch(scores, indices, plan, batch, options)
+    this.#reportLoad(scores, indices, plan, batch, options)
     const gates =
-      this.#dropping && options.training ? weights.mul(this.#budgeted(scores, indices, batch, options)) : weights
+      this.#dropping && options.training ? weights.mul(this.#withinBudget(scores, indices, batch, options)) : weights
     return { x, weights: gates, indices, plan }
   }
 
-  /** Which choices V2's dropping keeps, counted. Dropped ones are still computed, and weighted with 0. */
-  #budgeted(scores: Tensor, indices: Tensor, sequences: number, { mask, undropped }: MoEForwardOptions): Tensor {
+  /**
+   * Returns which choices V2's token dropping keeps, and counts them. Dropped ones are still computed, with weight 0.
+   */
+  #withinBudget(scores: Tensor, indices: Tensor, sequences: number, { mask, undropped }: MoEForwardOptions): Tensor {
     const pass = { scores, indices, sequences, mask: mask?.reshape([scores.shape[0]]), undropped }
     const kept = withinDeviceBudget(pass, this.#dropping as TokenDropping)
     this.#kept.add(scope(() => kept.sum().cast('i32').reshape([1])))
     return kept
   }
 
-  /** Counts the loads and hands out the losses that were asked for. */
-  #watch(scores: Tensor, indices: Tensor, plan: DispatchPlan, sequences: number, options: MoEForwardOptions): void {
+  /** Counts the loads and computes the requested losses. */
+  #reportLoad(
+    scores: Tensor,
+    indices: Tensor,
+    plan: DispatchPlan,
+    sequences: number,
+    options: MoEForwardOptions,
+  ): void {
     const { training = false, onBalanceLoss, onBalancerLoss, onLoad } = options
     const mask = options.mask?.reshape([scores.shape[0]])
     if (training || onLoad) {
@@ -163,24 +198,30 @@ export class MoELayer extends Module {
     if (loss !== null) onBalancerLoss(loss)
   }
 
-  /** Choices `i32 [1]` that were not dropped, counted as `load` is; null without dropping. */
+  /** Number of choices `i32 [1]` that were not dropped, counted like `load`; null without dropping. */
   get kept(): Tensor | null {
     return this.#kept.total
   }
 
-  /** Loads `i32 [E]` since the last update, before dropping, still on the device; null before any training pass. */
+  /**
+   * Loads `i32 [E]` since the last update, before dropping, as a tensor on the device; null before the first training
+   * pass.
+   */
   get load(): Tensor | null {
     return this.#load.total
   }
 
-  /** That of the options; null without one. */
+  /** The balancer passed in the options, or null. */
   get balancer(): Balancer | null {
     return this.#balancer
   }
 
   /**
-   * Lets the balancer act on the loads counted since the last call, and starts counting anew. Once per optimizer step. A bias that `addAdapters` froze stays.
-   * `reduce` makes the loads of one rank those of all (an all-reduce); `step`, for the balancer's schedules, is by default the number of calls before.
+   * Lets the balancer update the selection bias from the loads counted since the last call, and resets the counts. Call
+   * it once per optimizer step. A bias that `addAdapters` has frozen is not changed.
+   *
+   * `reduce` sums the loads of all ranks (an all-reduce). `step`, for the balancer's schedules, defaults to the number
+   * of previous calls.
    */
   rebalance(options: { reduce?: (load: Tensor) => Tensor; step?: number } = {}): void {
     checkOptions('MoELayer.rebalance', options, { reduce: true, step: true })
@@ -194,8 +235,10 @@ export class MoELayer extends Module {
   }
 
   /**
-   * Moves the selection bias by the loads counted since the last call, and starts counting anew: aux-free balancing without a balancer.
-   * Once per optimizer step. A bias that `addAdapters` froze stays. `reduce` makes the loads of one rank those of all (an all-reduce); default: there is one rank.
+   * Updates the selection bias from the loads counted since the last call, and resets the counts: auxiliary-loss-free
+   * balancing without a balancer. Call it once per optimizer step. A bias that `addAdapters` has frozen is not changed.
+   *
+   * `reduce` sums the loads of all ranks (an all-reduce). Default: there is only one rank.
    */
   updateBias(options: BiasUpdateOptions & { reduce?: (load: Tensor) => Tensor } = {}): void {
     checkOptions('MoELayer.updateBias', options, { ...biasUpdateNames, reduce: true })

@@ -1,7 +1,7 @@
 import { expect, test } from 'vitest'
 import { LoadMonitor, summarizeLoad } from './index.ts'
 
-test('one step leans, the sum does not: batch MaxVio is high, global MaxVio is 0', () => {
+test('if single steps are uneven but their sum is even, batch MaxVio is high and global MaxVio 0', () => {
   const monitor = new LoadMonitor({ topK: 1, groups: 2 })
   monitor.record('1', [8, 0, 0, 0])
   monitor.record('1', [0, 8, 0, 0])
@@ -32,12 +32,12 @@ test('verdicts: collapse onto K experts, dead experts, one busy expert', () => {
   expect(judge([30, 30, 40, 0, 0, 0, 0, 0])).toBe('collapsed')
   expect(judge([30, 10, 10, 10, 10, 10, 10, 10])).toBe('uneven')
   expect(judge([11, 10, 9, 10, 11, 10, 9, 10])).toBe('balanced')
-  // Nothing to choose, or nothing counted: no verdict against it.
+  // With nothing to choose or nothing counted, the verdict is balanced.
   expect(judge([5, 5], 2)).toBe('balanced')
   expect(judge([0, 0, 0, 0])).toBe('balanced')
 })
 
-test('the worst layer decides, and steps outside the window are forgotten', () => {
+test('the worst layer decides, and steps outside the window are dropped', () => {
   const monitor = new LoadMonitor({ topK: 1, window: 2 })
   monitor.record('a', [5, 5, 5, 5])
   monitor.record('b', [20, 0, 0, 0])
@@ -53,9 +53,11 @@ test('the worst layer decides, and steps outside the window are forgotten', () =
   expect(monitor.report()).toEqual([])
 })
 
-test('loads that have not been read are refused', () => {
+test('loads that were not read from the device are rejected', () => {
   const unread = { shape: [4] } as unknown as number[]
-  expect(() => summarizeLoad(unread)).toThrow(/summarizeLoad: the loads are no list of numbers; pass what was read/)
+  expect(() => summarizeLoad(unread)).toThrow(
+    /summarizeLoad: the loads are not a list of numbers; read the loads first/,
+  )
   expect(() => summarizeLoad(undefined as unknown as number[])).toThrow(/the loads are undefined/)
   for (const wrong of [
     [1, Number.NaN],
@@ -64,17 +66,17 @@ test('loads that have not been read are refused', () => {
     [1, undefined],
   ] as number[][])
     expect(() => summarizeLoad(wrong)).toThrow(/the load of expert 1 is/)
-  expect(() => summarizeLoad('12' as never)).toThrow(/the loads are no list/)
-  expect(() => new LoadMonitor({ topK: 2 }).record('1', unread)).toThrow(/LoadMonitor.record: the loads are no list/)
+  expect(() => summarizeLoad('12' as never)).toThrow(/the loads are not a list/)
+  expect(() => new LoadMonitor({ topK: 2 }).record('1', unread)).toThrow(/LoadMonitor.record: the loads are not a list/)
 })
 
-test('windows, groups and numbers of experts that cannot be are refused', () => {
+test('invalid windows, groups and numbers of experts are rejected', () => {
   expect(() => new LoadMonitor({ topK: 2, window: 0 })).toThrow(/window = 0 is not a positive integer/)
   expect(() => new LoadMonitor({ topK: 0 })).toThrow(/topK = 0 is not a positive integer/)
   expect(() => new LoadMonitor({ topK: 2, groups: 1.5 })).toThrow(expect.objectContaining({ code: 'E_CONFIG' }))
   const monitor = new LoadMonitor({ topK: 2, groups: 2 })
   monitor.record('1', [1, 2, 3, 4])
-  expect(() => monitor.record('1', [1, 2])).toThrow(/"1" had 4 experts and has 2 now/)
-  expect(() => monitor.record('2', [1, 2, 3])).toThrow(/2 groups cannot share the 3 experts of "2"/)
+  expect(() => monitor.record('1', [1, 2])).toThrow(/"1" had 4 experts before, now 2/)
+  expect(() => monitor.record('2', [1, 2, 3])).toThrow(/the 3 experts of "2" are not divisible by 2 groups/)
   expect(monitor.report()).toMatchObject([{ layer: '1', steps: 1 }])
 })

@@ -1,42 +1,45 @@
-/** @file Watching the loads of all layers over many steps: what is uneven, what is dead, and whether the routing has collapsed. */
+/** @file Monitors the loads of all layers over many steps: imbalance, dead experts, and routing collapse. */
 import { checkOptions, MoeError, shown } from '@moe/core'
 import { type LoadSummary, needNumbers, summarizeLoad } from './load.ts'
 
-/** What is watched, and for how long. */
+/** Options of a `LoadMonitor`. */
 export interface LoadMonitorOptions {
-  /** K: tells how many experts a collapsed layer may still use. */
+  /** K, the number of experts per token: a collapsed layer uses about that many. */
   readonly topK: number
-  /** Groups of neighbouring experts whose share of the load is reported. Default 1. */
+  /** Number of groups of consecutive experts whose share of the load is reported. Default 1. */
   readonly groups?: number
-  /** Steps that the window holds; older ones are forgotten. Default 100. */
+  /** Number of steps in the window; older ones are dropped. Default 100. */
   readonly window?: number
 }
 
 /**
- * `collapsed`: the layer uses hardly more experts than one token does, or more than half of them got no token in the whole window.
- * `uneven`: the busiest expert has more than twice the mean over the window. `balanced`: neither.
+ * Verdict on a layer.
+ * - `collapsed`: the layer uses hardly more experts than one token does, or more than half of its experts got no token
+ *   in the whole window.
+ * - `uneven`: the busiest expert has more than twice the mean load over the window.
+ * - `balanced`: neither.
  */
 export type Verdict = 'balanced' | 'uneven' | 'collapsed'
 
-/** Loads of a layer over the steps of the window. */
+/** Loads of a layer over the window. */
 export interface LayerReport {
-  /** The name that it was recorded under. */
+  /** The name under which it was recorded. */
   readonly layer: string
-  /** Steps in the window. */
+  /** Number of steps in the window. */
   readonly steps: number
   /** Tokens times K in the window. */
   readonly total: number
-  /** MaxVio of each single step, mean over the window: what a device feels. */
+  /** MaxVio of single steps, averaged over the window: the imbalance that devices experience. */
   readonly batchMaxVio: number
-  /** MaxVio and the rest of the loads summed over the window: what the experts learn from. */
+  /** MaxVio and other statistics of the loads summed over the window: the imbalance of what experts are trained on. */
   readonly global: LoadSummary
-  /** exp(entropy) of the summed loads: E when balanced, K when collapsed onto K experts. */
+  /** exp(entropy) of the summed loads: E if balanced, K if collapsed onto K experts. */
   readonly effectiveExperts: number
-  /** Share of each group, summing to 1. */
+  /** Share of each group; the sum is 1. */
   readonly groupShare: readonly number[]
-  /** Smallest and largest selection bias at the last step, when they were recorded. */
+  /** Smallest and largest selection bias at the last step for which biases were recorded, or null. */
   readonly bias: { readonly min: number; readonly max: number } | null
-  /** The window in one word. */
+  /** Overall verdict on the window. */
   readonly verdict: Verdict
 }
 
@@ -46,12 +49,15 @@ interface Entry {
   readonly maxVio: number
 }
 
-/** Keeps the loads of the last steps by layer. Give it the training loads, or those of a whole validation set for the global MaxVio of the papers. */
+/**
+ * Stores the loads of recent steps for each layer. Record the training loads, or those of a whole validation set for
+ * the global MaxVio of the papers.
+ */
 export class LoadMonitor {
   readonly #options: Required<LoadMonitorOptions>
   readonly #layers = new Map<string, { entries: Entry[]; bias: LayerReport['bias'] }>()
 
-  /** @throws MoeError E_CONFIG for a topK, groups or a window that are no positive integers. */
+  /** @throws MoeError E_CONFIG if topK, groups or window is not a positive integer */
   constructor(options: LoadMonitorOptions) {
     checkOptions('LoadMonitor', options, { topK: true, groups: true, window: true })
     this.#options = { groups: 1, window: 100, ...options }
@@ -67,8 +73,9 @@ export class LoadMonitor {
   }
 
   /**
-   * Records the loads `[E]` of one step of one layer and, if there are any, its selection biases.
-   * @throws MoeError E_SHAPE for a number of experts that the groups cannot share, or other than that of the layer's steps before.
+   * Records the loads `[E]` of one layer in one step, and optionally its selection biases.
+   * @throws MoeError E_SHAPE if the number of experts is not divisible by the groups, or differs from earlier steps of
+   * the layer
    */
   record(layer: string, load: ArrayLike<number>, bias?: ArrayLike<number>): void {
     needNumbers('LoadMonitor.record', load)
@@ -92,12 +99,12 @@ export class LoadMonitor {
     if (experts === before && experts > 0 && experts % groups === 0) return
     const problem =
       experts === before
-        ? `${groups} groups cannot share the ${experts} experts of ${JSON.stringify(layer)} evenly`
-        : `${JSON.stringify(layer)} had ${before} experts and has ${experts} now`
+        ? `the ${experts} experts of ${JSON.stringify(layer)} are not divisible by ${groups} groups`
+        : `${JSON.stringify(layer)} had ${before} experts before, now ${experts}`
     throw new MoeError({ code: 'E_SHAPE', op: 'LoadMonitor.record', problem })
   }
 
-  /** One report per layer, in the order in which they were first recorded. */
+  /** Returns one report per layer, in the order in which they were first recorded. */
   report(): LayerReport[] {
     return Array.from(this.#layers, ([layer, { entries, bias }]) => this.#judge(layer, entries, bias))
   }
@@ -108,7 +115,7 @@ export class LoadMonitor {
     return (['collapsed', 'uneven'] as const).find(verdict => verdicts.includes(verdict)) ?? 'balanced'
   }
 
-  /** Forgets everything. */
+  /** Removes all recorded loads. */
   reset(): void {
     this.#layers.clear()
   }

@@ -133,7 +133,7 @@ test('sequence-wise balance loss and its gradient', async () => {
 })
 
 describe('balance', () => {
-  test('perfectly uniform routing has a sequence loss of 1, collapse onto K of E experts E / K', async () => {
+  test('the sequence loss is 1 for uniform routing, and E / K for a collapse onto K of E experts', async () => {
     // Token t prefers experts t and t + 1 of 4, in turn.
     const uniform = tensor(
       Array.from({ length: 16 }, (_, i) => (((i % 4) - Math.floor(i / 4) + 4) % 4 < 2 ? 0.9 : 0.1)),
@@ -147,7 +147,7 @@ describe('balance', () => {
     expect(await sequenceBalanceLoss(collapsed, 1, 2).item()).toBeCloseTo(2, 6)
   })
 
-  test('the bias moves against the load by γ, and not at all at γ = 0', async () => {
+  test('the bias moves against the load by γ, and stays unchanged with γ = 0', async () => {
     const bias = new Parameter(tensor([0, 0, 0, 0]), { trainable: false })
     const load = tensor(Int32Array.of(10, 2, 4, 0))
     updateBias(bias, load, { speed: 0.5 })
@@ -159,7 +159,7 @@ describe('balance', () => {
     expect(values.reduce((a, b) => a + b, 0)).toBeCloseTo(0.5, 6)
   })
 
-  test('aux-free balancing brings a skewed gate to balance', async () => {
+  test('auxiliary-loss-free balancing evens out a skewed gate', async () => {
     const random = new Random(2)
     const x = randn([1, 256, 8], random)
     const layer = new MoELayer(config8, { random, deviation: 0.5 })
@@ -213,7 +213,7 @@ describe('counters', () => {
     layer.updateBias()
   })
 
-  test('recomputation gives the gradients of the plain pass', async () => {
+  test('recomputation gives the same gradients', async () => {
     const random = new Random(9)
     const layer = new MoELayer(config8, { random, deviation: 0.5 })
     const x = randn([1, 6, 8], random)
@@ -229,7 +229,7 @@ describe('counters', () => {
   })
 })
 
-test('tokens without a sequence are refused', () => {
+test('inputs without a batch axis are rejected', () => {
   const sizes = { hidden_size: 8, moe_intermediate_size: 8, n_routed_experts: 4 }
   const layers = [new MoELayer({ ...sizes, num_experts_per_tok: 2 }), new CapacityMoE({ ...sizes, router: 'switch' })]
   for (const layer of layers)
@@ -257,7 +257,7 @@ describe('gates', () => {
     expect(Array.from(await indices.values())).toEqual([7, 1])
   })
 
-  test('a faulty configuration is named with every fault', () => {
+  test('all problems of a configuration are reported', () => {
     expect(() => new MoELayer({ ...config8, n_group: 3, num_experts_per_tok: 0 })).toThrow(
       /num_experts_per_tok = 0.*n_group = 3 does not divide/,
     )
@@ -276,7 +276,7 @@ describe('gates', () => {
   })
 })
 
-test('a copy of some experts has their weights, and trains apart', async () => {
+test('a copy of some experts has their weights, and is trained independently', async () => {
   const { experts } = new MoELayer(
     { hidden_size: 4, moe_intermediate_size: 3, n_routed_experts: 4, num_experts_per_tok: 2 },
     { random: new Random(1) },
@@ -292,10 +292,10 @@ test('a copy of some experts has their weights, and trains apart', async () => {
   experts.down_proj.trainable = false
   expect(experts.copyOf(0, 4).down_proj.trainable).toBe(false)
   const stored = new Experts(4, 32, 32, { weights: 'int8' })
-  expect(() => stored.copyOf(0, 2)).toThrow(/experts stored in int8 cannot be taken apart; open the model in f32/)
+  expect(() => stored.copyOf(0, 2)).toThrow(/experts stored in int8 cannot be copied; open the model in f32/)
 })
 
-test('configurations and options that are none, or have names that nobody reads, are refused', () => {
+test('missing configurations and options, and unknown names, are rejected', () => {
   const config = { hidden_size: 4, moe_intermediate_size: 4, n_routed_experts: 4, num_experts_per_tok: 2 }
   const make = (...given: unknown[]) => expect(() => new (MoELayer as new (...given: unknown[]) => MoELayer)(...given))
   make().toThrow('MoELayer: expected an options object, got undefined; pass an object: { hidden_size,')
@@ -311,7 +311,7 @@ test('configurations and options that are none, or have names that nobody reads,
   disposeModule(layer)
 })
 
-test.each(['noaux_tc', 'greedy'] as const)('a layer that chooses by %s leaves nothing behind', method => {
+test.each(['noaux_tc', 'greedy'] as const)('a layer with topk_method %s leaks nothing', method => {
   const backend = referenceBackend()
   const { handles } = backend.stats()
   const config = { hidden_size: 4, moe_intermediate_size: 4, n_routed_experts: 4, num_experts_per_tok: 2 }

@@ -16,7 +16,10 @@ import { MoELayer, type RouterConfig, withinDeviceBudget } from './index.ts'
 
 setDefaultBackend(referenceBackend())
 
-/** The rule in loops: devices keep their best choices up to the budget; those of spared sequences always, counted first. */
+/**
+ * The rule in loops: devices keep their best choices up to the budget, and always those of undropped sequences, which
+ * count first.
+ */
 function plainly(
   scores: ArrayLike<number>,
   indices: ArrayLike<number>,
@@ -44,7 +47,7 @@ function plainly(
 describe('the budget of a device', () => {
   const sizes = { tokens: 24, experts: 8, topK: 3, devices: 4, factor: 1 }
   const random = new Random(21)
-  // A common offset, so that some devices are wanted far more than others.
+  // A common offset, so that some devices get far more choices than others.
   const logits = randn([24, 8], random).add(tensor([3, 2, 0, 0, -1, 1, 0, -2]))
   const scores = softmax(logits)
   const { indices } = scores.topk(3)
@@ -104,7 +107,7 @@ describe('in the layer', () => {
     })
   const x = randn([5, 6, 8], new Random(6))
 
-  test('drops in training only, counts what it kept, and spares the sequences that it is told', async () => {
+  test('drops only in training, counts kept choices, and never drops from the given sequences', async () => {
     const [free, layer] = [make(), make(1)]
     const whole = await free.forward(x).values()
     expect(await layer.forward(x).values()).toEqual(whole)
@@ -115,7 +118,7 @@ describe('in the layer', () => {
     expect(row(out, 2)).toEqual(row(whole, 2))
     expect(out).not.toEqual(whole)
     const kept = (await (layer.kept as Tensor).values())[0]
-    // A device keeps 23 of 90 choices at most, but for the 18 of the spared sequence.
+    // A device keeps at most 23 of 90 choices, except for the 18 of the undropped sequence.
     expect(kept).toBeLessThan(90)
     expect(kept).toBeGreaterThanOrEqual(23)
     const load = Array.from(await (layer.load as Tensor).values())
@@ -133,13 +136,13 @@ describe('in the layer', () => {
     assertClose('gate', await of(again.gate.weight), await of(plain.gate.weight), tolerances.sum)
     expect(await (again.kept as Tensor).values()).toEqual(await (plain.kept as Tensor).values())
     const nothing = make(1e-9)
-    // A budget of one choice per device leaves the shared expert alone on all tokens but four.
+    // With a budget of one choice per device, all tokens but four get only the shared expert.
     backward(nothing.forward(x, { training: true }).sum())
     expect(Array.from(await (nothing.kept as Tensor).values())).toEqual([4])
   })
 
   test('devices must share the experts evenly', () => {
     const layer = new MoELayer(config, { dropping: { devices: 3 } })
-    expect(() => layer.forward(x, { training: true })).toThrow(/3 devices cannot share 8 experts evenly/)
+    expect(() => layer.forward(x, { training: true })).toThrow(/8 experts are not divisible by 3 devices/)
   })
 })

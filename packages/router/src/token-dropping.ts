@@ -1,5 +1,6 @@
 /**
- * @file Device-level token dropping (V2 report 2.2.4): in training each device works off its average share, and drops what it likes least beyond it.
+ * @file Device-level token dropping (V2 report 2.2.4): in training, each device has a budget of its average share, and
+ * drops the choices with the lowest affinity beyond it.
  *
  * Legend: B sequences, T time, N = B T tokens, E experts, K chosen, D devices, S = N K choices.
  */
@@ -17,25 +18,30 @@ import {
 import type { RoutingPass } from './balance.ts'
 import { devicesOf } from './balancer.ts'
 
-/** V2's token dropping: devices, and how much of the load each takes. */
+/** Options of V2's token dropping. */
 export interface TokenDropping {
-  /** Devices that share the experts, neighbouring ones on the same. */
+  /** Number of devices that share the experts; each has consecutive experts. */
   readonly devices: number
-  /** Choices that a device takes are this times the mean over devices. Default 1, as V2. */
+  /** Budget of a device, relative to the mean over devices. Default 1, as in V2. */
   readonly capacity_factor?: number
 }
 
 export const droppingNames: OptionNames<TokenDropping> = { devices: true, capacity_factor: true }
 
-/** A pass, and the sequences of it that lose nothing. */
+/** A routing pass, and the sequences in it that are never dropped. */
 export interface DroppingPass extends RoutingPass {
-  /** `f32 [B]`, 1 for sequences that lose no token. Their choices take room before all others, and beyond it. Default: none. */
+  /**
+   * `f32 [B]`: 1 for sequences whose tokens are never dropped. Their choices use the budget first, and may exceed it.
+   * Default: none.
+   */
   readonly undropped?: Tensor
 }
 
 /**
- * Which choices `f32 [N, K]` are kept: 1 or 0. Each device keeps those of highest affinity until its budget is used up, ceil(factor * choices / devices);
- * equal affinities go in the order of tokens. Padding is kept nowhere and is no part of the budget.
+ * Returns which choices `f32 [N, K]` are kept, as 1 or 0. Each device keeps those of highest affinity until its budget,
+ * ceil(factor * choices / devices), is used up; equal affinities are kept in the order of tokens. Padding is never
+ * kept, and does not count for the budget.
+ * @throws MoeError E_ATTR if the devices cannot share the experts evenly
  */
 export function withinDeviceBudget(pass: DroppingPass, dropping: TokenDropping): Tensor {
   checkOptions('withinDeviceBudget', dropping, droppingNames)
@@ -49,17 +55,17 @@ export function withinDeviceBudget(pass: DroppingPass, dropping: TokenDropping):
   const perSlot = (perToken: Tensor) => perToken.reshape([tokens, 1]).expand([tokens, topK]).reshape([slots])
   return noGrad(() =>
     scope(() => {
-      const number = arange(tokens, { backend }).mul(experts).reshape([tokens, 1])
+      const rowStart = arange(tokens, { backend }).mul(experts).reshape([tokens, 1])
       const affinity = scores
         .reshape([tokens * experts])
-        .takeRows(indices.add(number))
+        .takeRows(indices.add(rowStart))
         .reshape([slots])
-      const spared = undropped
+      const undroppedSlots = undropped
         ? perSlot(undropped.reshape([sequences, 1]).expand([sequences, tokens / sequences]))
         : full([slots], 0, { backend })
       const real = mask ? perSlot(mask) : full([slots], 1, { backend })
-      // Affinities are at most 1: 2 stands before all of them, -1 is no choice of this device.
-      const priority = where(spared.lt(0.5), affinity, full([], 2, { backend }))
+      // Affinities are at most 1, so 2 comes before all of them. -1 marks choices of other devices.
+      const priority = where(undroppedSlots.lt(0.5), affinity, full([], 2, { backend }))
       const device = where(
         real.lt(0.5),
         full([], -1, { backend, dtype: 'i32' }),
@@ -70,10 +76,10 @@ export function withinDeviceBudget(pass: DroppingPass, dropping: TokenDropping):
       const most = Math.min(slots, Math.ceil((factor * slots) / devices))
       const best = byDevice.topk(most)
       const budget = real.sum().mul(-factor).div(devices).floor().neg()
-      const inTime = arange(most, { backend }).cast('f32').lt(budget).cast('f32').reshape([1, most])
-      const chosen = full([], 0, { backend }).le(best.values).cast('f32').mul(inTime)
+      const withinBudget = arange(most, { backend }).cast('f32').lt(budget).cast('f32').reshape([1, most])
+      const chosen = full([], 0, { backend }).le(best.values).cast('f32').mul(withinBudget)
       const kept = scatterAddRows(best.indices.reshape([devices * most]), chosen.reshape([devices * most]), slots)
-      return kept.maximum(spared.mul(real)).reshape([tokens, topK])
+      return kept.maximum(undroppedSlots.mul(real)).reshape([tokens, topK])
     }),
   )
 }
