@@ -11,33 +11,37 @@ import {
   uploadTargets,
 } from './targets.ts'
 
-/** The loss of all depths, and what each adds to it. */
+/** The loss over all depths, and the loss of each. */
 export interface MtpLoss {
-  /** Mean over depths of the mean cross-entropy of each: multiply by λ and add it to the main loss. */
+  /** Mean over depths of the mean cross-entropy of each. Multiply it by λ and add it to the main loss. */
   readonly loss: Tensor
-  /** Mean cross-entropy of every depth (scalars, detached). */
+  /** Mean cross-entropy of each depth, as detached scalars. */
   readonly perDepth: readonly Tensor[]
 }
 
-/** How far gradients go. */
+/** Options of the losses: where gradients flow. */
 export interface MtpLossOptions {
   /**
-   * Train the modules alone: no gradient reaches the main model, neither through its hidden states nor through the shared embedding and head.
-   * For drafting behind a finished model, or beside one whose loss must not change. Default false: trained jointly.
+   * Trains only the modules: no gradient reaches the main model, neither through its hidden states nor through the
+   * shared embedding and head. Use it to add drafting to a finished model, or if the main loss must not change. Default
+   * false: joint training.
    */
   readonly detached?: boolean
 }
 
-/** What blocks are run with: the same at every depth, or by depth (1 for the first), such as a mask of the tokens that lie that far ahead. */
+/**
+ * Options for the blocks: the same at every depth, or a function of the depth (1 for the first), for example a mask of
+ * the tokens that many places ahead.
+ */
 export type DepthOptions<Options> = Options | ((depth: number) => Options)
 
-/** Rows as the losses need them; they may have been uploaded before. */
+/** Returns the rows as tensors for the losses. They may have been uploaded before. */
 export function onDevice(rows: TokenRows | DepthTensors, hidden_BTD: Tensor, depths: number): DepthTensors {
   if (!('documents' in rows)) return rows
   return uploadTargets(depthTargets(rows, hidden_BTD.shape[1], depths), rows.rows, hidden_BTD.backend)
 }
 
-/** Hidden states of every depth after its norm, `[B, T, D]` each: what its head is applied to. */
+/** Returns the hidden states of every depth after its norm, `[B, T, D]` each: the input of its head. */
 export function chain<Options>(
   modules: ReadonlyArray<MtpModule<Options>>,
   hidden_BTD: Tensor,
@@ -56,7 +60,8 @@ export function chain<Options>(
 }
 
 /**
- * What one depth predicts (1 for the first module): mean cross-entropy over its positions that carry loss, 0 where there are none.
+ * Returns the loss of one depth (1 for the first module): the mean cross-entropy over its positions with a target, or 0
+ * if there are none.
  * @param hidden_BTD its hidden states after its norm
  */
 export function mtpDepthLoss<Options>(
@@ -76,8 +81,10 @@ export function mtpDepthLoss<Options>(
 }
 
 /**
- * Runs every depth behind the main model's hidden states `[B, T, D]` (after its final norm). Rows need T + 1 + depth tokens; `DepthTensors` are those of
- * `depthTargets` for as many depths as there are modules. A depth whose batch holds no target gives 0.
+ * Runs all depths on the main model's hidden states `[B, T, D]` (after its final norm) and returns their loss. Rows
+ * need T + 1 + depth tokens; `DepthTensors` must come from `depthTargets` for as many depths as there are modules. A
+ * depth without targets in the batch has loss 0.
+ * @throws MoeError E_ATTR if there are no modules, E_SHAPE
  */
 export function mtpLoss<Options>(
   modules: ReadonlyArray<MtpModule<Options>>,
@@ -90,7 +97,12 @@ export function mtpLoss<Options>(
   checkOptions('mtpLoss', settings, { detached: true })
   const { detached = false } = settings
   if (modules.length === 0) {
-    throw new MoeError({ code: 'E_ATTR', op: 'mtpLoss', problem: 'there are no modules', fix: 'leave the loss out' })
+    throw new MoeError({
+      code: 'E_ATTR',
+      op: 'mtpLoss',
+      problem: 'the list of modules is empty',
+      fix: 'pass at least one module, or omit the loss',
+    })
   }
   needAxes('mtpLoss', hidden_BTD, ['batch', 'time', 'hidden'])
   const uploaded = onDevice(rows, hidden_BTD, modules.length)

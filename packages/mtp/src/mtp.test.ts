@@ -59,7 +59,7 @@ const rows = (tokens: number[], documents = tokens.map(() => 0)) => ({
   length: tokens.length,
 })
 
-test('targets: the last `shift` positions of every document carry no loss', () => {
+test('targets: the last `shift` positions of every document have no loss', () => {
   const batch = rows([1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 1, 1, 1])
   expect(shiftTokens(batch, 5, 1)).toEqual({
     ids: Int32Array.of(2, 3, 4, 5, 6),
@@ -75,7 +75,7 @@ test('targets: the last `shift` positions of every document carry no loss', () =
   expect(() => shiftTokens(batch, 6, 2)).toThrow(/cannot be shifted/)
 })
 
-test('padding carries no loss, whether its negative numbers repeat or not', () => {
+test('padding has no loss, whether its negative numbers repeat or not', () => {
   for (const padding of [
     [-1, -1, -1],
     [-1, -2, -3],
@@ -86,20 +86,22 @@ test('padding carries no loss, whether its negative numbers repeat or not', () =
   }
 })
 
-test('rows that are not as long as they say, and losses of no module, are refused', () => {
+test('rows whose arrays have the wrong length, and losses without modules, are rejected', () => {
   const batch = { ...rows([1, 2, 3, 4]), rows: 2 }
   expect(() => shiftTokens(batch, 3, 1)).toThrow(expect.objectContaining({ code: 'E_SHAPE' }))
   expect(() => shiftTokens(rows([1, 2, 3, 4], [0, 0, 0]), 3, 1)).toThrow(/4 tokens and 3 documents/)
   const { head, modules } = make(1)
   const flat = randn([3, 4], new Random(1))
   expect(() => modules[0].forward(flat, flat, {})).toThrow(/has shape \[3,4\], expected \[batch, time, hidden\]/)
-  expect(() => mtpLoss([], randn([1, 3, 4], new Random(1)), rows([1, 2, 3, 4]), head.weight, {})).toThrow(/no modules/)
+  expect(() => mtpLoss([], randn([1, 3, 4], new Random(1)), rows([1, 2, 3, 4]), head.weight, {})).toThrow(
+    /the list of modules is empty/,
+  )
   expect(() => mtpLoss(modules, null as never, rows([1, 2, 3, 4]), head.weight, {})).toThrow(/the input is null/)
   for (const [wrong, problem] of [
     [{ tokens: undefined }, 'the rows have no tokens'],
     [{ documents: null }, 'the rows have no documents'],
-    [{ rows: -1 }, 'rows = -1 is no whole number from 0'],
-    [{ length: Number.NaN }, 'length = NaN is no whole number from 0'],
+    [{ rows: -1 }, 'rows = -1 is invalid'],
+    [{ length: Number.NaN }, 'length = NaN is invalid'],
   ] as const) {
     const changed = { ...rows([1, 2, 3, 4, 5, 6]), ...wrong } as ReturnType<typeof rows>
     expect(() => mtpLoss(modules, randn([1, 3, 4], new Random(1)), changed, head.weight, {})).toThrow(problem)
@@ -108,7 +110,7 @@ test('rows that are not as long as they say, and losses of no module, are refuse
   expect(() => shiftTokens(rows([1, 2, 3]), 1, -1)).toThrow('shift = -1')
 })
 
-test('a module without what it shares, or with an epsilon that is none, is refused', () => {
+test('a module without embedding, head or block, or with an invalid epsilon, is rejected', () => {
   const { embedding, head } = make(1)
   const all = { embedding, head, makeBlock: () => new SwigluMlp(4, 8) }
   for (const name of ['embedding', 'head', 'makeBlock'] as const) {
@@ -147,14 +149,14 @@ test('the causal chain: depth k at position i sees no token beyond i + k', async
   const { modules, head, random } = make(2)
   const hidden = randn([1, 4, 4], random)
   const lossAt = (tokens: number[]) => mtpLoss(modules, hidden, rows(tokens), head.weight, {})
-  // Token 6 is only a target of depth 2 at the last position; no input.
+  // Token 6 is only a target of depth 2 at the last position, never an input.
   const a = lossAt([1, 2, 3, 4, 5, 6, 7])
   const b = lossAt([1, 2, 3, 4, 5, 6, 8])
   expect(await a.perDepth[0].item()).toBe(await b.perDepth[0].item())
   expect(await a.perDepth[1].item()).not.toBe(await b.perDepth[1].item())
 })
 
-test('embedding and head gather gradients from every path', async () => {
+test('embedding and head accumulate the gradients of all uses', async () => {
   const { modules, head, embedding, random } = make(2)
   const hidden = randn([1, 4, 4], random)
   const { loss, perDepth } = mtpLoss(modules, hidden, rows([1, 2, 3, 4, 5, 6, 7]), head.weight, {})
@@ -172,7 +174,7 @@ test('embedding and head gather gradients from every path', async () => {
   expect(rowsUsed).toEqual([false, false, true, true, true, true, true, false, false])
 })
 
-test('detached training reaches the modules alone', async () => {
+test('detached training changes only the modules', async () => {
   const { modules, head, embedding, random } = make(2)
   const hidden = randn([1, 4, 4], random)
   hidden.tracked = true
@@ -186,7 +188,7 @@ test('detached training reaches the modules alone', async () => {
   expect(some.map(gradient => gradient !== null)).toEqual([false, false, false, true])
 })
 
-test('settings that nobody reads are refused', () => {
+test('unknown settings are rejected', () => {
   const { modules, head, random } = make(1)
   const [module] = modules
   const hidden = randn([1, 2, 4], random)
@@ -230,7 +232,7 @@ test.each([false, true])(
   },
 )
 
-test('own embedding and head: released keys, and no gradient for the main ones', async () => {
+test('separate embedding and head: released keys, and no gradient for the main ones', async () => {
   const { modules, head, embedding, random } = make(1, true)
   expect(stateDict(modules[0]).map(({ name }) => name)).toEqual([
     'enorm.weight',
@@ -284,15 +286,15 @@ test('acceptance: the draft of depth k at position i against the main model at p
   expect(expected[0].alone).toBeGreaterThan(0)
 })
 
-test('a module that repeats the main model is always accepted', async () => {
+test('drafts of a module that repeats the main model are always accepted', async () => {
   const { modules, head } = make(1)
-  // A head without preference: every argmax is token 0.
+  // A head of zeros: every argmax is token 0.
   head.weight.assign(randn([9, 4], new Random(0), { deviation: 0 }))
   const { alone } = mtpAcceptance(modules, randn([1, 4, 4], new Random(1)), rows([1, 2, 3, 4, 5, 6]), head.weight, {})
   expect(await alone[0].item()).toBe(1)
 })
 
-test('acceptance does not hold the logits of all positions at once', async () => {
+test('acceptance does not keep the logits of all positions in memory at once', async () => {
   const { modules, random } = make(1)
   const [vocabulary, time] = [300, 1024]
   const weight = randn([vocabulary, 4], random)

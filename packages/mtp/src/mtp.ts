@@ -1,6 +1,6 @@
 /**
- * @file Multi-token prediction (V3 report 2.2, eq. 21-25): module k predicts the token k + 1 places ahead from the hidden state of depth k - 1 and
- * the embedding of the token k places ahead, so that the causal chain is kept.
+ * @file Multi-token prediction (V3 report 2.2, eq. 21-25). Module k predicts the token k + 1 places ahead from the
+ * hidden state of depth k - 1 and the embedding of the token k places ahead, which keeps the complete causal chain.
  *
  * Legend: B batch, T time, D hidden size.
  */
@@ -23,32 +23,33 @@ import {
   type Tensor,
 } from '@moe/core'
 
-/** A transformer block of the main model: `[B, T, D]` to the same shape. */
+/** A transformer block like those of the main model: maps `[B, T, D]` to the same shape. */
 export interface Block<Options> extends Module {
-  /** x `[B, T, D]` to the same shape, causal; `options` are those that the module was run with. */
+  /** Maps x `[B, T, D]` to the same shape, causally. `options` are passed through from the module. */
   forward(x: Tensor, options: Options): Tensor
 }
 
 /** Sizes of a module, in the terms of Hugging Face's config.json. */
 export interface MtpConfig {
-  /** D, features of a token: that of the main model. */
+  /** D, the features of a token in the main model. */
   readonly hidden_size: number
   /** Epsilon of the three norms. Default 1e-6. */
   readonly rms_norm_eps?: number
 }
 
-/** What a module shares with the main model, and what it has of its own. */
+/** Options of a module: what it shares with the main model, and its block. */
 export interface MtpModuleOptions<Options> extends InitOptions {
-  /** The main model's embedding and head, shared: their gradients are the sums over all paths. */
+  /** The main model's embedding. If it is shared, its gradients are summed over all uses. */
   readonly embedding: Embedding
-  /** `[V, D]`. */
+  /** The main model's output head, `[V, D]`, shared like the embedding. */
   readonly head: Linear
   /**
-   * Gives the module an embedding and a head of its own, of the same sizes, under the keys that released layers have for the shared ones
-   * (`embed_tokens.weight`, `shared_head.head.weight`). Default false. Programs that read released checkpoints share them regardless.
+   * Gives the module its own embedding and head of the same sizes, under the keys that released layers use for the
+   * shared ones (`embed_tokens.weight`, `shared_head.head.weight`). Default false. Programs that read released
+   * checkpoints share them regardless.
    */
   readonly separate?: boolean
-  /** Makes the module's own transformer block. */
+  /** Creates the module's own transformer block. */
   readonly makeBlock: (init: InitOptions) => Block<Options>
 }
 
@@ -67,7 +68,7 @@ export class SharedHead extends Module {
   /** `[V, D]`; only with `separate`. */
   declare head?: Linear
 
-  /** Made by `MtpModule`. @internal */
+  /** Created by `MtpModule`. @internal */
   constructor(features: number, eps: number | undefined, init: InitOptions) {
     super()
     this.norm = new RmsNorm(features, eps, init)
@@ -75,39 +76,39 @@ export class SharedHead extends Module {
 }
 
 /**
- * One depth of multi-token prediction. Keys are those of the released layer `model.layers.{num_hidden_layers + k - 1}`; eh_proj takes
- * [enorm(embedding); hnorm(hidden)], the order of the released weights (the paper writes the reverse).
+ * One depth of multi-token prediction. Keys are those of the released layer `model.layers.{num_hidden_layers + k - 1}`.
+ * eh_proj takes [enorm(embedding); hnorm(hidden)], the order of the released weights (the paper has the reverse order).
  */
 export class MtpModule<Options = Record<never, never>> extends Module {
   /** Norm of the embedding. */
   enorm: RmsNorm
-  /** Norm of the hidden state of the depth before. */
+  /** Norm of the hidden state of the previous depth. */
   hnorm: RmsNorm
-  /** M_k `[D, 2 D]` (eq. 21): joins embedding and hidden state. */
+  /** M_k `[D, 2 D]` (eq. 21), which combines embedding and hidden state. */
   eh_proj: Linear
-  /** What turns hidden states of this depth into logits. */
+  /** Norm (and own head, if any) that turns hidden states of this depth into logits. */
   shared_head: SharedHead
-  /** TRM_k (eq. 22), in the released layout without a name of its own. */
+  /** TRM_k (eq. 22). Its name is not part of the keys, as in the released layout. */
   block: Block<Options>
-  /** Only with `separate`. */
+  /** The module's own embedding; only with `separate`. */
   declare embed_tokens?: Embedding
   override readonly transparent = ['block']
   readonly #embedding: Embedding
   readonly #head: Linear
 
-  /** @throws MoeError E_ATTR when the embedding, the head or `makeBlock` is missing, E_CONFIG for an unknown option */
+  /** @throws MoeError E_ATTR if the embedding, the head or `makeBlock` is missing, E_CONFIG for an unknown option */
   constructor(config: MtpConfig, options: MtpModuleOptions<Options>) {
     super()
     checkShared('MtpModule', config, { hidden_size: true, rms_norm_eps: true })
     checkOptions<MtpModuleOptions<Options>>('MtpModule', options, optionNames)
     const { embedding, head, separate, makeBlock, ...init } = options
-    for (const [name, isThere] of Object.entries({
+    for (const [name, present] of Object.entries({
       embedding: embedding?.weight,
       head: head?.forward,
       makeBlock: typeof makeBlock === 'function',
     })) {
-      if (isThere) continue
-      const fix = 'pass the embedding and the head of the main model, and a function that makes a block'
+      if (present) continue
+      const fix = 'pass the embedding and the head of the main model, and a function that creates a block'
       throw new MoeError({ code: 'E_ATTR', op: 'MtpModule', problem: `the option ${name} is missing`, fix })
     }
     const { hidden_size: hidden, rms_norm_eps: eps } = config
@@ -125,22 +126,23 @@ export class MtpModule<Options = Record<never, never>> extends Module {
     }
   }
 
-  /** Weight `[V, D]` of the module's own head in f32, or null when it is shared. */
+  /** Weight `[V, D]` of the module's own head in f32, or null if the head is shared. */
   get ownHead(): Tensor | null {
     const { head } = this.shared_head
     return head ? denseWeight(head.weight) : null
   }
 
   /**
-   * Hidden states of this depth before its norm. `hidden_BTD` are what the head saw at the depth before: the main model's after its final norm, a module's
-   * after `normalize`. `nextIds i32 [B, T]` are the tokens k places ahead of each position. Positions stay those of the main model. With `detached`
-   * the shared embedding gets no gradient.
+   * Returns the hidden states of this depth before its norm. `hidden_BTD` is the input of the head at the previous
+   * depth: the main model's hidden states after its final norm, or the result of a module's `normalize`. `nextIds i32
+   * [B, T]` are the tokens k places ahead of each position. Positions are those of the main model. With `detached`, the
+   * shared embedding gets no gradient.
    */
   forward(hidden_BTD: Tensor, nextIds_BT: Tensor, options: Options, settings: { detached?: boolean } = {}): Tensor {
     return this.block.forward(this.combine(hidden_BTD, nextIds_BT, settings), options)
   }
 
-  /** `forward` up to the block, with the same `detached`: what this is run on, `[B, T, D]`. */
+  /** Runs `forward` up to the block and returns the block's input, `[B, T, D]`. `detached` as in `forward`. */
   combine(hidden_BTD: Tensor, nextIds_BT: Tensor, settings: { detached?: boolean } = {}): Tensor {
     needAxes('MtpModule', hidden_BTD, ['batch', 'time', 'hidden'])
     checkOptions('MtpModule', settings, { detached: true })
@@ -153,17 +155,17 @@ export class MtpModule<Options = Record<never, never>> extends Module {
     return this.eh_proj.forward(concat([this.enorm.forward(embedded), this.hnorm.forward(hidden_BTD)], 2))
   }
 
-  /** What the shared head is applied to, and what the next depth continues from. */
+  /** Applies this depth's norm. The result is the input of the head and of the next depth. */
   normalize(hidden_BTD: Tensor): Tensor {
     return this.shared_head.norm.forward(hidden_BTD)
   }
 
-  /** Logits `[B, T, V]` of the token k + 1 places ahead, from what `normalize` gave. */
+  /** Returns logits `[B, T, V]` of the token k + 1 places ahead, from the result of `normalize`. */
   score(normalized_BTD: Tensor): Tensor {
     return (this.shared_head.head ?? this.#head).forward(normalized_BTD)
   }
 
-  /** Logits `[B, T, V]` of the token k + 1 places ahead, from hidden states of this depth. */
+  /** Returns logits `[B, T, V]` of the token k + 1 places ahead, from hidden states of this depth. */
   logits(hidden_BTD: Tensor): Tensor {
     return this.score(this.normalize(hidden_BTD))
   }

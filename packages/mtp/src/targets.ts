@@ -1,55 +1,66 @@
-/** @file Which token each position has to predict, and which positions carry no loss. */
+/** @file Target tokens of each position, and the positions without a loss. */
 import { type Backend, checkOptions, defaultIgnoreIndex, fromHost, MoeError, type Tensor } from '@moe/core'
 
-/** Rows of consecutive tokens; `documents` numbers the document of every token, from 0. Padding has negative numbers, and carries no loss. */
+/**
+ * Rows of consecutive tokens. `documents` numbers the document of every token, from 0. Padding has negative numbers and
+ * no loss.
+ */
 export interface TokenRows {
-  /** Row-major `[rows, length]`. */
+  /** Tokens, row-major `[rows, length]`. */
   readonly tokens: Int32Array
-  /** Row-major `[rows, length]`. */
+  /** Document numbers, row-major `[rows, length]`. */
   readonly documents: Int32Array
-  /** For every token, the place in its row where the text begins that it belongs to: none before it is attended to. Default: 0, a row is one context. */
+  /**
+   * For each token, the position in its row at which its text begins; no earlier token is attended to. Default: 0, a
+   * row is a single context.
+   */
   readonly starts?: Int32Array
-  /** For every token, what the main model's loss of predicting it is multiplied by, row-major `[rows, length]`. MTP modules have no use for it. Default: 1. */
+  /**
+   * For each token, a factor on the main model's loss of predicting it, row-major `[rows, length]`. MTP modules ignore
+   * it. Default: 1.
+   */
   readonly weights?: Float32Array
-  /** B, rows of the batch. */
+  /** B, the number of rows. */
   readonly rows: number
-  /** Tokens of a row, those to be predicted included. */
+  /** Number of tokens in a row, including those that are only targets. */
   readonly length: number
 }
 
-/** Targets of one depth. */
+/** Input ids and targets of one depth. */
 export interface ShiftedTokens {
-  /** Token `shift` places ahead of each of the first `time` positions of every row, row-major `[rows, time]`. */
+  /** The token `shift` places ahead of each of the first `time` positions of every row, row-major `[rows, time]`. */
   readonly ids: Int32Array
-  /** The same with `ignoreIndex` where that token belongs to another document, or the position is below `from`. */
+  /** The same, but `ignoreIndex` if that token belongs to another document, or the position is below `from`. */
   readonly targets: Int32Array
-  /** Positions that carry loss. */
+  /** Number of positions with a loss. */
   readonly count: number
 }
 
-/** @throws MoeError E_SHAPE */
+/** Checks that rows are long enough. @throws MoeError E_SHAPE */
 function checkRows({ tokens, documents, rows, length }: TokenRows, time: number, shift: number): void {
   const refuse = (problem: string, fix: string) => new MoeError({ code: 'E_SHAPE', op: 'shiftTokens', problem, fix })
   if (!tokens || !documents) {
     throw refuse(`the rows have no ${tokens ? 'documents' : 'tokens'}`, 'pass { tokens, documents, rows, length }')
   }
   for (const [name, count] of Object.entries({ rows, length, time, shift })) {
-    if (!Number.isInteger(count) || count < 0) throw refuse(`${name} = ${count} is no whole number from 0`, 'pass one')
+    if (!Number.isInteger(count) || count < 0)
+      throw refuse(`${name} = ${count} is invalid`, 'pass an integer of at least 0')
   }
   if (tokens.length !== rows * length || documents.length !== rows * length) {
     const given = `${tokens.length} tokens and ${documents.length} documents`
-    throw refuse(`${rows} rows of ${length} have ${given}`, 'pass one of both for every place of every row')
+    throw refuse(`${rows} rows of ${length} have ${given}`, `pass ${rows * length} of each`)
   }
   if (time + shift > length) {
     const problem = `rows of ${length} tokens cannot be shifted by ${shift} over ${time} positions`
-    throw refuse(problem, 'pass longer rows: a prediction k places ahead needs k tokens more')
+    throw refuse(problem, 'pass longer rows: a prediction k places ahead needs k additional tokens')
   }
 }
 
 /**
- * Shifts rows by `shift` places over the first `time` positions. A row needs `time + shift` tokens. A position whose target lies in another
- * document carries no loss: the last `shift` positions of every document. Nor do positions before `from` (default 0).
- * @throws MoeError E_SHAPE for rows that are shorter than that, or not as long as they say.
+ * Shifts rows by `shift` places over the first `time` positions; a row needs `time + shift` tokens. A position has no
+ * loss if its target belongs to another document, which applies to the last `shift` positions of every document, or if
+ * it is before `from` (default 0).
+ * @throws MoeError E_SHAPE if rows are too short, or their arrays do not have the stated length
  */
 export function shiftTokens(
   rows: TokenRows,
@@ -77,27 +88,34 @@ export function shiftTokens(
   return { ids, targets, count }
 }
 
-/** What the losses of all depths take of rows, on the host. Depth 0 is the main model, which predicts the next token. */
+/** Targets of all depths on the host. Depth 0 is the main model, which predicts the next token. */
 export interface DepthTargets {
   /** `[rows, length]`. */
   readonly tokens: Int32Array
-  /** `[depths + 1, rows, time]`: the token that each depth has to predict, `ignoreIndex` where there is none. */
+  /** `[depths + 1, rows, time]`: the target of each depth, or `ignoreIndex`. */
   readonly targets: Int32Array
-  /** `[depths + 1]`: positions that carry loss. */
+  /** `[depths + 1]`: number of positions with a loss. */
   readonly counts: readonly number[]
 }
 
-/** The same on a device: `uploadTargets`. Rows of other texts in their place give other losses by the same ops. */
+/**
+ * Targets of all depths on a device, created by `uploadTargets`. Overwriting them with those of other rows changes the
+ * losses but not the ops, so the losses can be captured in a graph.
+ */
 export interface DepthTensors {
   /** `i32 [B, length]`. */
   readonly tokens: Tensor
   /** `i32 [depths + 1, B T]`. */
   readonly targets: Tensor
-  /** `f32 [depths + 1]`: 1 / positions that carry loss; 1 where there are none. */
+  /** `f32 [depths + 1]`: 1 / number of positions with a loss, or 1 if there are none. */
   readonly averages: Tensor
 }
 
-/** Targets of the main model and of `depths` modules, over the first `time` positions of every row; those before `from` (default 0) carry no loss. A row needs `time + depths + 1` tokens. */
+/**
+ * Returns the targets of the main model and of `depths` modules over the first `time` positions of every row. Positions
+ * before `from` (default 0) have no loss. A row needs `time + depths + 1` tokens.
+ * @throws MoeError E_SHAPE
+ */
 export function depthTargets(
   rows: TokenRows,
   time: number,
@@ -116,12 +134,12 @@ export function depthTargets(
   return { tokens: rows.tokens, targets, counts }
 }
 
-/** 1 / positions that carry loss, for every depth; 1 where there are none. @internal */
+/** 1 / number of positions with a loss for each depth, or 1 if there are none. @internal */
 export function averagesOf({ counts }: DepthTargets): Float32Array<ArrayBuffer> {
   return Float32Array.from(counts, count => 1 / Math.max(1, count))
 }
 
-/** Uploads what `depthTargets` made of `rows` rows. */
+/** Uploads the result of `depthTargets` for `rows` rows. */
 export function uploadTargets(host: DepthTargets, rows: number, backend: Backend): DepthTensors {
   const { tokens, targets, counts } = host
   const depths = counts.length
@@ -132,14 +150,14 @@ export function uploadTargets(host: DepthTargets, rows: number, backend: Backend
   }
 }
 
-/** Token ids `i32 [B, time]` that lie `shift` places ahead. @internal */
+/** Token ids `i32 [B, time]`, `shift` places ahead. @internal */
 export const idsAhead = ({ tokens }: DepthTensors, time: number, shift: number): Tensor =>
   tokens.narrow(1, shift, shift + time)
 
-/** Targets `i32 [B T]` of a depth, 0 for the main model. @internal */
+/** Targets `i32 [B T]` of a depth; 0 is the main model. @internal */
 export const targetsAt = ({ targets }: DepthTensors, depth: number): Tensor =>
   targets.narrow(0, depth, depth + 1).reshape([targets.shape[1]])
 
-/** 1 / positions that carry loss at a depth, a scalar. @internal */
+/** 1 / number of positions with a loss at a depth, a scalar. @internal */
 export const averageAt = ({ averages }: DepthTensors, depth: number): Tensor =>
   averages.narrow(0, depth, depth + 1).reshape([])
