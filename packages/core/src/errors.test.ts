@@ -28,9 +28,9 @@ describe('MoeError', () => {
       code: 'E_CONFIG',
       op: 'train',
       problem: 'two faults:\n  one\n  two\n',
-      fix: 'mend',
+      fix: 'fix them',
     })
-    expect(message).toBe('train: two faults:\n  one\n  two\nmend')
+    expect(message).toBe('train: two faults:\n  one\n  two\nfix them')
   })
 
   test('fix, details and cause are optional', () => {

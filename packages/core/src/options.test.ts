@@ -24,7 +24,7 @@ describe('checkOptions', () => {
     ['warm_up', 'warmup'],
     ['wormop', 'warmup'],
     ['l', 'lr'],
-  ])('%s is told to be %s', (name, near) => {
+  ])('%s suggests %s', (name, near) => {
     expect(() => check({ steps: 1, [name]: null })).toThrow(`train: unknown option ${name}; did you mean ${near}?`)
   })
 
@@ -48,7 +48,7 @@ describe('checkOptions', () => {
     [undefined, 'undefined'],
     ['fast', 'the string "fast"'],
     [() => {}, 'a function'],
-  ])('refuses %s', (value, words) => {
+  ])('rejects %s', (value, words) => {
     expect(() => check(value)).toThrow(`train: expected an options object, got ${words}`)
     expect(() => check(value)).toThrow('pass an object: { steps, warmup, lr }')
   })
@@ -82,7 +82,7 @@ describe('checkShared', () => {
     ['hiden_size', 'hidden_size'],
     ['hidden_sizes', 'hidden_size'],
     ['n_gruop', 'n_group'],
-  ])('refuses %s for %s', (name, near) => {
+  ])('rejects %s for %s', (name, near) => {
     expect(() => config({ hidden_size: 8, [name]: 9 })).toThrow(`Layer: unknown option ${name}; did you mean ${near}?`)
   })
 

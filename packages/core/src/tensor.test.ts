@@ -121,7 +121,7 @@ describe('reading', () => {
   })
 })
 
-describe('numbers beside tensors', () => {
+describe('numbers as operands', () => {
   test('take the dtype and backend of the tensor, and leave no handle', async () => {
     const other = referenceBackend()
     const x = tensor(Int32Array.of(7, -7), [2], { backend: other })
@@ -168,7 +168,7 @@ describe('dtypes', () => {
     cast: x => x.cast('f32').cast('bf16'),
   }
   for (const [name, op] of Object.entries(ops)) {
-    test(`${name} takes ${allowed[name].join(', ')} and refuses the rest with what to do`, () => {
+    test(`${name} takes ${allowed[name].join(', ')} and rejects others with a fix`, () => {
       for (const dtype of dtypes) {
         const x = fromHost(encodeHost(dtype, [1, 2]), [1, 2], dtype)
         if (allowed[name].includes(dtype)) op(x)

@@ -38,21 +38,22 @@ export interface ShiftedTokens {
 
 /** Checks that rows are long enough. @throws MoeError E_SHAPE */
 function checkRows({ tokens, documents, rows, length }: TokenRows, time: number, shift: number): void {
-  const refuse = (problem: string, fix: string) => new MoeError({ code: 'E_SHAPE', op: 'shiftTokens', problem, fix })
+  const shapeError = (problem: string, fix: string) =>
+    new MoeError({ code: 'E_SHAPE', op: 'shiftTokens', problem, fix })
   if (!tokens || !documents) {
-    throw refuse(`the rows have no ${tokens ? 'documents' : 'tokens'}`, 'pass { tokens, documents, rows, length }')
+    throw shapeError(`the rows have no ${tokens ? 'documents' : 'tokens'}`, 'pass { tokens, documents, rows, length }')
   }
   for (const [name, count] of Object.entries({ rows, length, time, shift })) {
     if (!Number.isInteger(count) || count < 0)
-      throw refuse(`${name} = ${count} is invalid`, 'pass an integer of at least 0')
+      throw shapeError(`${name} = ${count} is invalid`, 'pass an integer of at least 0')
   }
   if (tokens.length !== rows * length || documents.length !== rows * length) {
     const given = `${tokens.length} tokens and ${documents.length} documents`
-    throw refuse(`${rows} rows of ${length} have ${given}`, `pass ${rows * length} of each`)
+    throw shapeError(`${rows} rows of ${length} have ${given}`, `pass ${rows * length} of each`)
   }
   if (time + shift > length) {
     const problem = `rows of ${length} tokens cannot be shifted by ${shift} over ${time} positions`
-    throw refuse(problem, 'pass longer rows: a prediction k places ahead needs k additional tokens')
+    throw shapeError(problem, 'pass longer rows: a prediction k places ahead needs k additional tokens')
   }
 }
 

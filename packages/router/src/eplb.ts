@@ -127,7 +127,7 @@ export function gpuImbalance(load: ArrayLike<number>, placement: ExpertPlacement
 
 function checkSizes(sizes: Readonly<Record<string, number>>): void {
   const wrong = Object.entries(sizes).filter(([, size]) => !Number.isInteger(size) || size < 1)
-  refuse(wrong.map(([name, size]) => `${name} = ${shown(size)} is not a positive integer`))
+  throwIfAny(wrong.map(([name, size]) => `${name} = ${shown(size)} is not a positive integer`))
 }
 
 function checkShares(experts: number, replicas: number, groups: number, nodes: number, gpus: number): void {
@@ -136,9 +136,9 @@ function checkShares(experts: number, replicas: number, groups: number, nodes: n
   if (replicas % gpus !== 0) problems.push(`gpus = ${gpus} does not divide replicas = ${replicas}`)
   if (experts % groups !== 0) problems.push(`groups = ${groups} does not divide ${experts} experts`)
   if (gpus % nodes !== 0) problems.push(`nodes = ${nodes} does not divide gpus = ${gpus}`)
-  refuse(problems)
+  throwIfAny(problems)
 }
 
-function refuse(problems: readonly string[]): void {
+function throwIfAny(problems: readonly string[]): void {
   if (problems.length > 0) throw new MoeError({ code: 'E_ATTR', op: 'placeExperts', problem: problems.join('; ') })
 }

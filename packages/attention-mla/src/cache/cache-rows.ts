@@ -21,7 +21,7 @@ export type CacheDType = 'f32' | 'bf16'
 
 const cacheDTypes: readonly CacheDType[] = ['f32', 'bf16']
 
-export const refused = (code: ErrorCode, method: string, problem: string, fix?: string): MoeError =>
+export const cacheError = (code: ErrorCode, method: string, problem: string, fix?: string): MoeError =>
   new MoeError({ code, op: `KvCache.${method}`, problem, fix })
 
 /** Options of every kind of cache. */
@@ -40,12 +40,12 @@ export const memoryNames: OptionNames<CacheMemoryOptions> = { layers: true, dtyp
 export function checkSizes(sizes: Readonly<Record<string, number>>, dtype: CacheDType): void {
   for (const [name, size] of Object.entries(sizes)) {
     if (!Number.isInteger(size) || size < 1) {
-      throw refused('E_CONFIG', 'new', `${name} = ${shown(size)} is not a positive integer`)
+      throw cacheError('E_CONFIG', 'new', `${name} = ${shown(size)} is not a positive integer`)
     }
   }
   if (cacheDTypes.includes(dtype)) return
   const problem = `dtype = ${JSON.stringify(dtype)} is not supported`
-  throw refused('E_CONFIG', 'new', problem, "pass 'f32' or 'bf16'")
+  throw cacheError('E_CONFIG', 'new', problem, "pass 'f32' or 'bf16'")
 }
 
 export interface RowsShape {
@@ -77,9 +77,9 @@ export class CacheRows {
   of(layer: number): Tensor {
     const rows = this.#rows[layer]
     if (rows !== undefined) return rows
-    if (this.#rows.length === 0) throw refused('E_DISPOSED', 'rows', 'the cache was disposed')
+    if (this.#rows.length === 0) throw cacheError('E_DISPOSED', 'rows', 'the cache was disposed')
     const problem = `layer ${layer} does not exist in a cache of ${this.#rows.length} layers`
-    throw refused('E_ATTR', 'rows', problem, 'create the cache with more layers')
+    throw cacheError('E_ATTR', 'rows', problem, 'create the cache with more layers')
   }
 
   /** Writes `source [..., features]`, rounded to the dtype, over the rows of a layer at `index i32 [n]`. */

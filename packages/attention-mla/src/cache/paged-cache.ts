@@ -13,7 +13,7 @@ import {
   type OptionNames,
   type Tensor,
 } from '@moe/core'
-import { type CacheMemoryOptions, CacheRows, checkSizes, memoryNames, refused } from './cache-rows.ts'
+import { type CacheMemoryOptions, CacheRows, cacheError, checkSizes, memoryNames } from './cache-rows.ts'
 import { SequenceCache } from './sequence-cache.ts'
 
 /** Options of a paged cache. */
@@ -324,7 +324,7 @@ export class PagedBatch extends SequenceCache {
       const room = pages.length * this.#pageSize
       if (this.lengths[b] + time <= room) continue
       const problem = `sequence ${b} has ${this.lengths[b]} tokens and pages for ${room}, which leaves no room for ${time} more`
-      throw refused('E_ATTR', 'reserve', problem, 'call PagedCache.reserve for it first')
+      throw cacheError('E_ATTR', 'reserve', problem, 'call PagedCache.reserve for it first')
     }
   }
 

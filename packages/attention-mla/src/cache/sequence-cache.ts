@@ -1,7 +1,7 @@
 /** @file The interface between attention and a cache of earlier tokens, independent of where the rows are stored. */
 import { type Backend, fromHost, type HostArray, keep, MoeError, type Tensor } from '@moe/core'
 import type { RotaryEmbedding, RotaryTables } from '../rotary.ts'
-import { type CacheRows, refused } from './cache-rows.ts'
+import { type CacheRows, cacheError } from './cache-rows.ts'
 
 /** Prompts have steps that occur once; decoding repeats short steps, which are kept up to this many tokens. */
 const longestKeptStep = 16
@@ -95,7 +95,7 @@ export abstract class SequenceCache {
     const [batch, time, features] = rows.shape
     if (batch !== this.batch || features !== this.features) {
       const room = `a cache of ${this.batch} sequences with ${this.features} features`
-      throw refused('E_SHAPE', 'write', `rows of shape [${rows.shape}] do not fit ${room}`)
+      throw cacheError('E_SHAPE', 'write', `rows of shape [${rows.shape}] do not fit ${room}`)
     }
     this.reserve(time)
     this.memory.write(layer, this.next(time).index, rows)
@@ -110,7 +110,7 @@ export abstract class SequenceCache {
       const tokens = this.#perSequence('advance', time, b)
       if (Number.isInteger(tokens) && tokens >= 0 && length + tokens <= this.capacity) return length + tokens
       const room = `${length} tokens and a capacity of ${this.capacity}`
-      throw refused('E_ATTR', 'advance', `cannot add ${tokens} tokens to sequence ${b}, which has ${room}`)
+      throw cacheError('E_ATTR', 'advance', `cannot add ${tokens} tokens to sequence ${b}, which has ${room}`)
     })
     this.lengths.set(after)
     for (const [length, step] of this.#steps) {
@@ -134,7 +134,7 @@ export abstract class SequenceCache {
     const value = all ? argument : argument[sequence]
     if ((all || argument.length === this.batch) && !Number.isNaN(value)) return value
     const given = all ? `${argument}` : `[${Array.from(argument)}]`
-    throw refused(
+    throw cacheError(
       'E_ATTR',
       method,
       `${given} is neither a number nor a list of ${this.batch} numbers, one for each sequence`,

@@ -92,7 +92,7 @@ describe('customGradient', () => {
     expect(numbers(x.grad)).toEqual([6, 8])
   })
 
-  test('records nothing inside, hands inputs through, and leaves nothing behind', () => {
+  test('records nothing inside, can return inputs, and leaves nothing behind', () => {
     const [x, inside] = [parameter(2), parameter(5)]
     const before = alive()
     scope(() => {

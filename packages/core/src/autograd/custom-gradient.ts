@@ -65,7 +65,7 @@ function sourceOf(rule: CustomGradient): GradientSource {
       const gradients = flowing.map((gradient, i) => gradient ?? zeros(outputs[i]))
       const given = rule(gradients, { inputs, outputs, needs })
       if (!Array.isArray(given) || given.length !== inputs.length) {
-        throw refused(
+        throw gradientError(
           'E_SHAPE',
           `the rule returned ${Array.isArray(given) ? `${given.length} gradients` : shown(given)} for ${inputs.length} inputs`,
           'return an array with a tensor or null for each input',
@@ -86,15 +86,15 @@ function checkGradient(gradient: Tensor | null, input: Tensor, i: number): void 
   if (gradient === null) return
   needTensor('customGradient', `the gradient of input ${i}`, gradient)
   if (!sameShape(gradient.shape, input.shape)) {
-    throw refused(
+    throw gradientError(
       'E_SHAPE',
       `the gradient of input ${i} has shape ${showShape(gradient.shape)}, the input ${showShape(input.shape)}`,
       'return a gradient of the shape of the input; sum over axes that were broadcast in the forward pass',
     )
   }
   if (!isFloat(gradient.dtype))
-    throw refused('E_DTYPE', `the gradient of input ${i} has dtype ${gradient.dtype}`, "cast it to 'f32'")
+    throw gradientError('E_DTYPE', `the gradient of input ${i} has dtype ${gradient.dtype}`, "cast it to 'f32'")
 }
 
-const refused = (code: 'E_SHAPE' | 'E_DTYPE', problem: string, fix: string) =>
+const gradientError = (code: 'E_SHAPE' | 'E_DTYPE', problem: string, fix: string) =>
   new MoeError({ code, op: 'customGradient', problem, fix })

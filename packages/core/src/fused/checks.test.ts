@@ -270,7 +270,7 @@ const wrong: Record<string, Array<[what: string, call: () => unknown, message: R
 }
 
 for (const [op, cases] of Object.entries(wrong)) {
-  describe(`${op} refuses`, () => {
+  describe(`${op} rejects`, () => {
     for (const [what, call, message] of cases) {
       test(what, () => {
         expect(call).toThrow(

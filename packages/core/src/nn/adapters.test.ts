@@ -97,7 +97,7 @@ const refused = (fn: () => void, code: ErrorCode = 'E_CONFIG') => {
     if (isMoeError(error, code)) return error.message
     throw error
   }
-  throw new Error('it was not refused')
+  throw new Error('expected an error')
 }
 
 describe('which weights get adapters', () => {
@@ -150,7 +150,7 @@ describe('which weights get adapters', () => {
     { alpha: 0 },
     { alpha: Number.POSITIVE_INFINITY },
     { targets: [] },
-  ])('%o is refused, and nothing is changed', options => {
+  ])('%o is rejected, and nothing is changed', options => {
     const block = new Block()
     refused(() => addAdapters(block, options))
     expect(names(block)).toEqual([])

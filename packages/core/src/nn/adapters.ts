@@ -53,10 +53,15 @@ export const isFrozen = (parameter: Parameter): boolean => frozen.has(parameter)
 export function addAdapters(module: Module, options: AdapterOptions = {}): void {
   checkOptions('addAdapters', options, { rank: true, alpha: true, targets: true, random: true })
   const { rank = 16, alpha = 32, targets, random = new Random(0) } = options
-  if (!Number.isSafeInteger(rank) || rank < 1) throw refusal(`rank is ${rank}`, 'pass a positive integer, such as 16')
-  if (!(Number.isFinite(alpha) && alpha > 0)) throw refusal(`alpha is ${alpha}`, 'pass a positive number, such as 32')
+  if (!Number.isSafeInteger(rank) || rank < 1)
+    throw configError(`rank is ${rank}`, 'pass a positive integer, such as 16')
+  if (!(Number.isFinite(alpha) && alpha > 0))
+    throw configError(`alpha is ${alpha}`, 'pass a positive number, such as 32')
   if (namedAdapters(module).length > 0) {
-    throw refusal('the module already has adapters', 'merge them with mergeAdapters first, or train the existing ones')
+    throw configError(
+      'the module already has adapters',
+      'merge them with mergeAdapters first, or train the existing ones',
+    )
   }
   const chosen = choose(module, targets)
   const make = ({ name, parameter }: NamedParameter) => ({
@@ -105,7 +110,7 @@ function choose(module: Module, targets: AdapterOptions['targets']): NamedParame
   const weights = adaptable(module)
   const available = [...new Set(weights.map(({ name }) => weightPath(name).split('.').at(-1)))].join(', ')
   if (weights.length === 0) {
-    throw refusal(
+    throw configError(
       'the module has no weights that can have an adapter',
       'use linear layers, or list its own weights in `quantizable` and apply them with linear() and groupedLinear()',
     )
@@ -116,16 +121,17 @@ function choose(module: Module, targets: AdapterOptions['targets']): NamedParame
   }
   if (typeof targets === 'function') {
     const wanted = weights.filter(({ name }) => targets(weightPath(name)))
-    if (wanted.length === 0) throw refusal('targets selects no weight', `select paths that end in one of: ${available}`)
+    if (wanted.length === 0)
+      throw configError('targets selects no weight', `select paths that end in one of: ${available}`)
     return wanted
   }
   const isOf = (target: string) => (named: NamedParameter) => `.${weightPath(named.name)}`.endsWith(`.${target}`)
   const fix = `pass ends of these paths: ${available}`
   if (!Array.isArray(targets) || targets.length === 0 || !targets.every(target => typeof target === 'string')) {
-    throw refusal('targets is not a list of names', fix)
+    throw configError('targets is not a list of names', fix)
   }
   const missing = targets.filter(target => !weights.some(isOf(target)))
-  if (missing.length > 0) throw refusal(`no weight is named ${missing.join(', ')}`, fix)
+  if (missing.length > 0) throw configError(`no weight is named ${missing.join(', ')}`, fix)
   return weights.filter(named => targets.some(target => isOf(target)(named)))
 }
 
@@ -198,6 +204,6 @@ function unfreeze(module: Module): void {
   }
 }
 
-function refusal(problem: string, fix: string): MoeError {
+function configError(problem: string, fix: string): MoeError {
   return new MoeError({ code: 'E_CONFIG', op: 'addAdapters', problem, fix })
 }

@@ -79,7 +79,7 @@ test('a step on one of two ranks sums its gradients, updates its rows, and gathe
   const [{ parameter: table }, { parameter: weight }, { parameter: unused }] = parameters
   const given: unknown[] = []
   const numbers = (tensors: readonly Tensor[]) => tensors.map(each => [...readF64(each)])
-  const told: SharingRanks = {
+  const rankStub: SharingRanks = {
     rank: 1,
     size: 2,
     async reduceShares(shares, into) {
@@ -96,7 +96,7 @@ test('a step on one of two ranks sums its gradients, updates its rows, and gathe
       table.assign(full([4, 2], 5, { backend }))
     },
   }
-  const share = new ParameterShare(parameters, told)
+  const share = new ParameterShare(parameters, rankStub)
   expect(
     share.parameters.map(({ name, firstRow, slices, parameter }) => [name, firstRow, slices, parameter === weight]),
   ).toEqual([

@@ -21,16 +21,16 @@ export type Recorder = Backend & Required<Pick<Backend, 'capture' | 'write'>>
  */
 export function graphSuite(make: () => Promise<Recorder>): SuiteCheck[] {
   const checks: Record<string, (backend: Recorder) => Promise<void>> = {
-    'inputs are written in place, and what runs between replays disturbs nothing': checkInputs,
-    'rows set in a donated tensor, as a cache is': checkDonated,
-    'reading while recording is refused, and the backend works afterwards': checkRefusals,
-    'a disposed graph gives back what it took': checkMemory,
-    'a recording that fails leaves the state where and what it was': checkFailure,
-    'what a graph made outlives it, and is freed once': checkResult,
+    'inputs are written in place, and ops between replays do not interfere': checkInputs,
+    'setRows on a donated tensor, as in a cache': checkDonated,
+    'reading during capture is rejected, and the backend works afterwards': checkRefusals,
+    'a disposed graph frees its memory': checkMemory,
+    'a failed capture leaves the state unchanged': checkFailure,
+    'results outlive their graph, and are freed once': checkResult,
   }
   return [
     {
-      name: 'graphs: a replayed training step is the eager one, bit for bit, at learning rates of its own',
+      name: 'graphs: a replayed training step equals the eager one bit for bit, with changing learning rates',
       run: async () => same(await train(await make(), true), await train(await make(), false)),
     },
     ...Object.entries(checks).map(([name, check]) => ({

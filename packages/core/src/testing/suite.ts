@@ -61,13 +61,13 @@ export function backendSuite(make: () => Promise<Backend>, options: SuiteOptions
   const checks: SuiteCheck[] = [
     ...opCases.map(item => ({ name: caseName(item), run: async () => checkCase(await get(), item, options) })),
     ...dtypes.map(dtype => ({
-      name: `storage: ${dtype} goes up and down`,
+      name: `storage: ${dtype} is uploaded and downloaded unchanged`,
       run: async () => checkStorage(await get(), dtype),
     })),
-    { name: 'errors: an unsupported dtype is refused', run: async () => checkUnsupported(await get()) },
+    { name: 'errors: an unsupported dtype is rejected', run: async () => checkUnsupported(await get()) },
     { name: 'lifetimes: reshape shares memory', run: async () => checkSharing(await get()) },
-    { name: 'lifetimes: freed while it is downloaded', run: async () => checkReading(await get()) },
-    { name: 'lifetimes: donated rows', run: async () => checkDonation(await get()) },
+    { name: 'lifetimes: a tensor can be freed while it is downloaded', run: async () => checkReading(await get()) },
+    { name: 'lifetimes: donation in setRows leaves aliases unchanged', run: async () => checkDonation(await get()) },
     { name: 'training: a linear model learns and leaks nothing', run: async () => checkTraining(await get()) },
   ]
   const skipped = new Map(
@@ -78,7 +78,9 @@ export function backendSuite(make: () => Promise<Backend>, options: SuiteOptions
   }
   return checks.map(check => {
     const reason = skipped.get(check.name)
-    return reason === undefined ? check : { name: `${check.name} (cannot hold: ${reason})`, run: () => mustFail(check) }
+    return reason === undefined
+      ? check
+      : { name: `${check.name} (expected failure: ${reason})`, run: () => mustFail(check) }
   })
 }
 
