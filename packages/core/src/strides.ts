@@ -1,5 +1,8 @@
 /** @file For backends: merging axes, so that kernels need as few nested loops as possible. */
 import type { Shape } from './backend.ts'
+import { sameShape, sizeOf, stridesOf } from './shape.ts'
+
+export { stridesOf as rowMajor }
 
 /** The merged axes, and the stride of each operand (in elements) along each of them. Has at least one axis. */
 export interface Nest {
@@ -30,17 +33,6 @@ export function mergeAxes(sizes: readonly number[], strides: ReadonlyArray<reado
     for (const stride of kept) stride.push(1)
   }
   return { sizes: merged, strides: kept }
-}
-
-/** Returns row-major strides, in elements. */
-export function rowMajor(shape: Shape): number[] {
-  const strides = new Array<number>(shape.length)
-  let stride = 1
-  for (let axis = shape.length - 1; axis >= 0; axis--) {
-    strides[axis] = stride
-    stride *= shape[axis]
-  }
-  return strides
 }
 
 /** Returns the strides of a tensor of shape `from` that is broadcast to `out`: 0 along repeated axes. */
@@ -74,13 +66,13 @@ export function broadcastNest(out: Shape, ...operands: readonly Shape[]): number
  * scalar, a row or a column of the other.
  */
 function usualNest(out: Shape, a: Shape, b: Shape): number[] | undefined {
-  const total = product(out)
-  const wholeA = sameSizes(a, out)
-  const wholeB = sameSizes(b, out)
+  const total = sizeOf(out)
+  const wholeA = sameShape(a, out)
+  const wholeB = sameShape(b, out)
   if (wholeA && wholeB) return [1, total, 1, 1]
   if (!wholeA && !wholeB) return undefined
   const small = wholeA ? b : a
-  const size = product(small)
+  const size = sizeOf(small)
   if (size === 1) return wholeA ? [1, total, 1, 0] : [1, total, 0, 1]
   if (size === 0) return undefined
   const rest = total / size
@@ -105,16 +97,4 @@ function isColumn(small: Shape, out: Shape): boolean {
   while (axis < small.length && small[axis] === out[axis]) axis++
   while (axis < small.length && small[axis] === 1) axis++
   return axis === small.length
-}
-
-function product(shape: Shape): number {
-  let size = 1
-  for (let axis = 0; axis < shape.length; axis++) size *= shape[axis]
-  return size
-}
-
-function sameSizes(a: Shape, b: Shape): boolean {
-  if (a.length !== b.length) return false
-  for (let i = 0; i < a.length; i++) if (a[i] !== b[i]) return false
-  return true
 }
