@@ -1,4 +1,4 @@
-/** @file Files that appear complete or not at all. */
+/** @file Writes files atomically. */
 
 import { randomBytes } from 'node:crypto'
 import { type FileHandle, open, rm } from 'node:fs/promises'
@@ -6,15 +6,15 @@ import { basename, dirname, join } from 'node:path'
 import { fileError } from './checkpoint-error.ts'
 import { renamePatiently } from './rename-patiently.ts'
 
-/** Appends bytes to the file being written. */
+/** Appends bytes to the file that is being written. */
 export type Append = (bytes: Uint8Array) => Promise<void>
 
 /**
- * Writes a file through a temporary one in the same folder: written, flushed to the disk, renamed. If anything fails, a full
- * disk included, what stood at `path` before is untouched and the temporary file is removed.
+ * Writes a file atomically: to a temporary file in the same folder, which is flushed to disk and renamed. If anything fails, including
+ * a full disk, an existing file at `path` stays unchanged and the temporary file is removed.
  *
- * @param produce called once, with a function that appends
- * @throws {MoeError} `E_CHECKPOINT` for failures of the file system; errors of `produce` pass through
+ * @param produce called once, with a function that appends bytes
+ * @throws {MoeError} `E_CHECKPOINT` if the file system fails; errors of `produce` are passed on
  */
 export async function writeAtomically(path: string, produce: (append: Append) => Promise<void>): Promise<void> {
   const temporary = join(dirname(path), `.${basename(path)}.${process.pid}.${randomBytes(4).toString('hex')}.tmp`)
@@ -41,10 +41,10 @@ export async function writeAtomically(path: string, produce: (append: Append) =>
   await syncFolder(dirname(path))
 }
 
-/** Node refuses single writes of 2 GiB and more. */
+/** Node rejects single writes of 2 GiB or more. */
 const MAX_WRITE_BYTES = 2 ** 30
 
-/** Writes all bytes, in as many calls as the system wants. */
+/** Writes all bytes, in as many calls as needed. */
 export async function writeAll(file: Pick<FileHandle, 'write'>, path: string, bytes: Uint8Array): Promise<void> {
   let done = 0
   while (done < bytes.length) {
@@ -61,10 +61,10 @@ const writeError = (path: string, cause: unknown) =>
     path,
     'writing',
     cause,
-    'what was there before is unchanged; free some space, close what has the file open, or choose another folder, then save again',
+    'an existing file is unchanged; free disk space, close programs that have the file open, or choose another folder, then save again',
   )
 
-/** Makes a rename survive a power failure. Some systems cannot open or flush a folder; there the rename itself must do. */
+/** Makes a rename durable across a power failure, on systems that can flush a folder. */
 export async function syncFolder(path: string): Promise<void> {
   try {
     const folder = await open(path, 'r')
@@ -74,6 +74,6 @@ export async function syncFolder(path: string): Promise<void> {
       await folder.close()
     }
   } catch {
-    // Windows, and some network file systems.
+    // Windows and some network file systems cannot.
   }
 }

@@ -1,8 +1,8 @@
-/** @file Errors of this package: always the file first, then the fault. */
+/** @file Errors of this package. Their messages start with the file. */
 
 import { isMoeError, MoeError } from '@moe/core'
 
-/** An `E_CHECKPOINT` error whose message starts with the file, and whose `details` hold it with whatever else is given. */
+/** Creates an `E_CHECKPOINT` error whose message starts with the file and whose `details` contain it. */
 export function checkpointError(
   file: string,
   problem: string,
@@ -20,16 +20,16 @@ export function checkpointError(
   })
 }
 
-/** A value from a file as JSON, cut short: a hostile file must not fill the log. */
+/** Formats a value from a file as JSON, truncated so that a malicious file cannot flood the log. */
 export function shown(value: unknown): string {
   const text = JSON.stringify(value) ?? 'undefined'
   return text.length <= 120 ? text : `${text.slice(0, 100)}… (${text.length} characters)`
 }
 
-const systemFaults: Readonly<Record<string, string>> = {
+const systemErrors: Readonly<Record<string, string>> = {
   ENOENT: 'no such file or folder',
-  ENOTDIR: 'a part of the path is not a folder',
-  EISDIR: 'is a folder, expected a file',
+  ENOTDIR: 'part of the path is not a folder',
+  EISDIR: 'expected a file, got a folder',
   EACCES: 'permission denied',
   EPERM: 'operation not permitted',
   EBUSY: 'another program has it open',
@@ -38,13 +38,13 @@ const systemFaults: Readonly<Record<string, string>> = {
   EMFILE: 'too many open files',
   ENOSPC: 'no space left on the disk',
   EDQUOT: 'the disk quota is exceeded',
-  EFBIG: 'the file would exceed the largest size allowed here',
+  EFBIG: 'the file exceeds the maximum file size',
 }
 
-/** Wraps a failure of the operating system; errors that already are ours pass through. */
+/** Wraps an error of the operating system. A `MoeError` is returned unchanged. */
 export function fileError(file: string, doing: string, cause: unknown, fix?: string): MoeError {
   if (isMoeError(cause)) return cause
   const code = (cause as NodeJS.ErrnoException | undefined)?.code
-  const fault = (code && systemFaults[code]) || (cause instanceof Error ? cause.message : String(cause))
+  const fault = (code && systemErrors[code]) || (cause instanceof Error ? cause.message : String(cause))
   return checkpointError(file, `${doing} failed: ${fault}`, fix, code ? { errno: code } : {}, cause)
 }

@@ -14,7 +14,7 @@ import { writeSafetensors } from './write-safetensors.ts'
 const weight = 'model.layers.0.mlp.up_proj.weight'
 
 describe('convertCheckpoint', () => {
-  it('copies bit for bit when nothing is asked', async () => {
+  it('copies bit for bit without options', async () => {
     const folder = await temporaryFolder()
     await using source = await openCheckpoint(fixture('dtypes.safetensors'))
     const report = await convertCheckpoint(source, folder, { maxShardBytes: 30 })
@@ -23,7 +23,7 @@ describe('convertCheckpoint', () => {
     for (const key of source.keys()) expect(await copy.read(key)).toEqual(await source.read(key))
   })
 
-  it('undoes fp8 blocks and leaves their scales out', async () => {
+  it('dequantizes fp8 blocks and omits their scales', async () => {
     const folder = await temporaryFolder()
     await using source = await openCheckpoint(fixture('fp8-blocks.safetensors'))
     const report = await convertCheckpoint(source, folder, { dtype: 'bf16' })
@@ -36,7 +36,7 @@ describe('convertCheckpoint', () => {
     expect(copy.info('expected.rows').dtype, 'integers stay').toBe('i32')
   })
 
-  it('keeps the selection bias of the router in f32', async () => {
+  it('keeps the balance bias of the router in f32', async () => {
     const folder = await temporaryFolder()
     const key = 'model.layers.3.mlp.gate.e_score_correction_bias'
     const bias = Float32Array.of(6.951, 6.952, 6.953)
@@ -47,7 +47,7 @@ describe('convertCheckpoint', () => {
     expect(await copy.read(key)).toEqual({ dtype: 'f32', shape: [3], data: bias })
   })
 
-  it('renames, reports what has no name, and refuses two of one name', async () => {
+  it('renames, reports omitted names, and rejects duplicate names', async () => {
     const folder = await temporaryFolder()
     await using source = await openCheckpoint(fixture('sharded'))
     const rename = (key: string) => (key.startsWith('model.') ? key.slice(6) : undefined)
@@ -93,7 +93,7 @@ describe('convertCheckpoint', () => {
     expect((await copy.read('layers.8.weight')).data[elements - 1]).toBe(toBf16(8))
   })
 
-  it('reports values that f16 cannot hold', async () => {
+  it('reports values that overflow f16', async () => {
     const folder = await temporaryFolder()
     await writeSafetensors(join(folder, 'in.safetensors'), [
       { name: 'large', dtype: 'f32', shape: [2], data: Float32Array.of(1, -70000) },

@@ -1,4 +1,4 @@
-/** @file Rewrites a checkpoint tensor by tensor: other names, another float dtype, fp8 blocks undone. */
+/** @file Converts a checkpoint tensor by tensor: renames tensors, changes their dtype, and dequantizes fp8 blocks. */
 
 import { checkOptions, type OptionNames } from '@moe/core'
 import { isScaleKey, type ReadF32Options, readF32, scaleKey } from './read-f32.ts'
@@ -8,17 +8,17 @@ import type { StoredDType } from './stored-dtype.ts'
 import { fromF32 } from './to-f32.ts'
 import type { TensorEntry } from './write-safetensors.ts'
 
-/** What changes on the way into the new checkpoint; everything that is not asked for stays. */
+/** Options of {@link convertCheckpoint}. Without any, the checkpoint is copied unchanged. */
 export interface ConvertOptions extends SaveOptions, ReadF32Options {
-  /** Name of a tensor in the new checkpoint; undefined leaves it out and reports it. Default: the same name. */
+  /** Returns the name of a tensor in the new checkpoint, or undefined to omit it. Default: the same name. */
   readonly rename?: (key: string) => string | undefined
   /**
-   * What floating-point tensors become. Weights with block scales are then dequantized and their scales left out. Default:
-   * everything stays as it is stored, scales included.
+   * Target dtype of floating-point tensors. Weights with block scales are dequantized, and their scales omitted. Default: everything is
+   * copied as stored, including scales.
    */
   readonly dtype?: 'f32' | 'bf16' | 'f16'
   /**
-   * Floating-point tensors that become f32 whatever `dtype` says. Default: `e_score_correction_bias`, because rounding it to
+   * Selects floating-point tensors that become f32 regardless of `dtype`. Default: `e_score_correction_bias`, because rounding it to
    * bf16 changes the routing (NVIDIA/Megatron-LM#1482).
    */
   readonly keepF32?: (key: string) => boolean
@@ -33,30 +33,31 @@ const names: OptionNames<ConvertOptions> = {
   maxShardBytes: true,
 }
 
-/** What became of every tensor. */
+/** The result of {@link convertCheckpoint}: what happened to each tensor. */
 export interface Conversion extends SavedCheckpoint {
-  /** Names in the new checkpoint. */
+  /** Names of all tensors in the new checkpoint. */
   readonly written: readonly string[]
-  /** Names of the source for which `rename` had none. */
+  /** Source names that were omitted because `rename` returned undefined. */
   readonly unmapped: readonly string[]
-  /** Names of the source that had block scales and were multiplied by them. */
+  /** Source names that were dequantized with their block scales. */
   readonly dequantized: readonly string[]
-  /** Names of the source with finite values that the new dtype cannot hold, now infinite (only f16 is so narrow). */
+  /** Source names with finite values that became infinite, because they exceed the range of f16. */
   readonly overflowed: readonly string[]
 }
 
 const floats: ReadonlySet<StoredDType> = new Set(['f64', 'f32', 'bf16', 'f16', 'f8e4m3', 'f8e5m2'])
 
 /**
- * Streams an open checkpoint into a folder, one tensor in memory at a time, and reports what became of every name.
+ * Copies an open checkpoint into a folder, optionally with other names and dtypes. Only one tensor is in memory at a time.
  *
- * @throws {MoeError} `E_CHECKPOINT` as {@link saveCheckpoint} does, also when two tensors are given one name
+ * @returns what happened to each tensor
+ * @throws {MoeError} `E_CHECKPOINT` as {@link saveCheckpoint}, and if two tensors get the same name
  *
  * @example
  * ```ts no-run
  * await using source = await openCheckpoint('DeepSeek-V3')
  * const report = await convertCheckpoint(source, 'DeepSeek-V3-bf16', { dtype: 'bf16' })
- * console.log(report.dequantized.length, 'weights dequantized,', report.unmapped, 'left out')
+ * console.log(report.dequantized.length, 'weights dequantized,', report.unmapped, 'omitted')
  * ```
  */
 export async function convertCheckpoint(
@@ -97,7 +98,7 @@ export async function convertCheckpoint(
   return { ...saved, written: entries.map(({ name }) => name), unmapped, dequantized, overflowed }
 }
 
-/** Values from 65520 on round to infinity in f16. */
+/** Magnitudes of 65520 and above round to infinity in f16. */
 function overflows(data: Float32Array): boolean {
   return data.some(value => Math.abs(value) >= 65520 && Number.isFinite(value))
 }

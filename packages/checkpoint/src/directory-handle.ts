@@ -1,4 +1,4 @@
-/** @file Folders that a page has a handle of: the origin's own, kept by the browser, or one that a user picked. */
+/** @file Folders in browsers: `FileSystemDirectoryHandle`, in the origin's private storage or picked by the user. */
 
 import { checkpointError, fileError } from './checkpoint-error.ts'
 import type { Folder, Watch } from './folder.ts'
@@ -6,44 +6,44 @@ import { blobFile, type NamedBlob } from './named-blobs.ts'
 import type { TargetFolder } from './target-folder.ts'
 
 /**
- * What is used of a `FileSystemDirectoryHandle`: `await navigator.storage.getDirectory()`, a folder that the browser keeps for the origin, a folder in it, or one that
- * a user picked.
+ * The part of `FileSystemDirectoryHandle` that this package uses. A handle refers to the origin's private storage
+ * (`await navigator.storage.getDirectory()`), a folder in it, or a folder that the user picked.
  */
 export interface DirectoryHandle {
-  /** Without folders; the origin's own has none. */
+  /** Name of the folder without its path; empty for the root of the origin's private storage. */
   readonly name: string
   /**
-   * A file in it.
-   * @param options.create make it where it is missing
-   * @throws NotFoundError where there is none and none is to be made
+   * Returns the handle of a file in the folder.
+   * @param options.create creates the file if it does not exist
+   * @throws NotFoundError if it does not exist and `create` is not set
    */
   getFileHandle(
     name: string,
     options?: { create?: boolean },
   ): Promise<{ getFile(): Promise<NamedBlob>; createWritable(): Promise<WritableFile> }>
   /**
-   * A folder in it.
-   * @param options.create make it where it is missing
-   * @throws NotFoundError where there is none and none is to be made
+   * Returns the handle of a subfolder.
+   * @param options.create creates the folder if it does not exist
+   * @throws NotFoundError if it does not exist and `create` is not set
    */
   getDirectoryHandle(name: string, options?: { create?: boolean }): Promise<DirectoryHandle>
   /**
-   * Removes what is in it.
-   * @param options.recursive also a folder that is not empty
-   * @throws NotFoundError
+   * Removes a file or subfolder.
+   * @param options.recursive also removes folders that are not empty
+   * @throws NotFoundError if it does not exist
    */
   removeEntry(name: string, options?: { recursive?: boolean }): Promise<void>
-  /** Names of what is in it. */
+  /** Names of all files and subfolders. */
   keys(): AsyncIterable<string>
 }
 
-/** What is used of a `FileSystemWritableFileStream`: the file changes when it is closed, as a whole. */
+/** The part of `FileSystemWritableFileStream` that this package uses. The file changes only when the stream is closed. */
 export interface WritableFile {
-  /** Appends. */
+  /** Appends bytes. */
   write(bytes: Uint8Array<ArrayBuffer>): Promise<void>
-  /** Puts what was written into the place of the file. */
+  /** Replaces the file with the written bytes. */
   close(): Promise<void>
-  /** Leaves the file as it was. */
+  /** Discards the written bytes; the file stays unchanged. */
   abort(): Promise<void>
 }
 
@@ -51,7 +51,7 @@ export interface WritableFile {
 export const isDirectoryHandle = (place: unknown): place is DirectoryHandle =>
   typeof place === 'object' && place !== null && 'getFileHandle' in place
 
-const shownName = (handle: DirectoryHandle) => handle.name || "the origin's folder"
+const shownName = (handle: DirectoryHandle) => handle.name || "the origin's private storage"
 const pathIn = (handle: DirectoryHandle) => (name: string) => (handle.name ? `${handle.name}/${name}` : name)
 
 export function handleFolder(handle: DirectoryHandle, watch: Watch): Folder {
@@ -82,7 +82,7 @@ export function handleTarget(handle: DirectoryHandle): TargetFolder {
       }
     },
     async write(name, produce) {
-      // The file is there, empty, from when its handle is made.
+      // Creating the handle already creates an empty file.
       const before = await fileIn(handle, name)
       try {
         const file = await handle.getFileHandle(name, { create: true })
@@ -96,7 +96,7 @@ export function handleTarget(handle: DirectoryHandle): TargetFolder {
         }
       } catch (cause) {
         if (before === undefined) await handle.removeEntry(name).catch(() => {})
-        throw isFault(cause) ? fileError(pathOf(name), 'writing', cause, writeFix) : cause
+        throw isBrowserError(cause) ? fileError(pathOf(name), 'writing', cause, writeFix) : cause
       }
     },
     async remove(name) {
@@ -108,21 +108,21 @@ export function handleTarget(handle: DirectoryHandle): TargetFolder {
   }
 }
 
-const writeFix = 'what was there before is unchanged; free some of the storage of the origin, then save again'
+const writeFix = 'an existing file is unchanged; free storage of this origin, then save again'
 
-/** Undefined where there is no file of this name. */
+/** Returns undefined if there is no such file. */
 async function fileIn(handle: DirectoryHandle, name: string): Promise<NamedBlob | undefined> {
   try {
     return await (await handle.getFileHandle(name)).getFile()
   } catch (cause) {
     if (isMissing(cause)) return undefined
-    if (named(cause) === 'TypeMismatchError')
-      throw checkpointError(pathIn(handle)(name), 'is a folder, expected a file')
+    if (errorName(cause) === 'TypeMismatchError')
+      throw checkpointError(pathIn(handle)(name), 'expected a file, got a folder')
     throw fileError(pathIn(handle)(name), 'opening', cause)
   }
 }
 
-const named = (cause: unknown) => (cause as Error | undefined)?.name
-const isMissing = (cause: unknown) => named(cause) === 'NotFoundError'
-/** What the browser says, and not whoever makes the bytes. */
-const isFault = (cause: unknown) => typeof DOMException === 'function' && cause instanceof DOMException
+const errorName = (cause: unknown) => (cause as Error | undefined)?.name
+const isMissing = (cause: unknown) => errorName(cause) === 'NotFoundError'
+/** Whether an error comes from the browser, rather than from the code that produces the bytes. */
+const isBrowserError = (cause: unknown) => typeof DOMException === 'function' && cause instanceof DOMException

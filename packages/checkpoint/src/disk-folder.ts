@@ -1,4 +1,4 @@
-/** @file Folders and files on the disk, read without ever waiting on a pipe or device, or following a link that leads out. */
+/** @file Folders and files on disk. Opening never blocks on a pipe or device and never follows a link out of the folder. */
 
 import { constants, type Stats } from 'node:fs'
 import { type FileHandle, open, realpath, stat } from 'node:fs/promises'
@@ -6,7 +6,7 @@ import { isAbsolute, join, relative, sep } from 'node:path'
 import { checkpointError, fileError } from './checkpoint-error.ts'
 import type { Folder, OpenFile, Watch } from './folder.ts'
 
-/** @param root folder that files must lie in after links are followed; default `path` */
+/** @param root folder that must contain the files after symbolic links are resolved; default `path` */
 export function diskFolder(path: string, root: string | undefined, watch: Watch): Folder {
   return {
     path,
@@ -20,7 +20,7 @@ export function diskFolder(path: string, root: string | undefined, watch: Watch)
   }
 }
 
-/** Whether a path is that of a folder. @throws MoeError E_CHECKPOINT where there is nothing */
+/** Whether a path is a folder. @throws MoeError E_CHECKPOINT if it does not exist */
 export async function namesFolder(path: string): Promise<boolean> {
   try {
     return (await stat(path)).isDirectory()
@@ -29,12 +29,12 @@ export async function namesFolder(path: string): Promise<boolean> {
   }
 }
 
-/** Opens for reading without ever waiting on a pipe or device. */
+/** Opens a regular file for reading, without blocking on pipes or devices. */
 export async function openOnDisk(path: string): Promise<OpenFile> {
   let handle: FileHandle | undefined
   try {
     refuseSpecial(path, await stat(path))
-    // Not blocking, and checked again on the open file: the path may have changed in between.
+    // Non-blocking, and checked again on the open file, because the path may have changed in between.
     handle = await open(path, constants.O_RDONLY | (constants.O_NONBLOCK ?? 0))
     const stats = await handle.stat()
     refuseSpecial(path, stats)
@@ -45,7 +45,7 @@ export async function openOnDisk(path: string): Promise<OpenFile> {
   }
 }
 
-/** Node refuses single reads of 2 GiB and more. */
+/** Node rejects single reads of 2 GiB or more. */
 const MAX_READ_BYTES = 2 ** 30
 
 function diskFile(path: string, handle: FileHandle, bytes: number): OpenFile {
@@ -65,10 +65,10 @@ function diskFile(path: string, handle: FileHandle, bytes: number): OpenFile {
 
 function refuseSpecial(path: string, stats: Stats): void {
   if (stats.isFile()) return
-  throw checkpointError(path, stats.isDirectory() ? 'is a folder, expected a file' : 'is not a regular file')
+  throw checkpointError(path, stats.isDirectory() ? 'expected a file, got a folder' : 'not a regular file')
 }
 
-/** Links are followed before the comparison, so neither `..` nor a link leads out. */
+/** Resolves links before comparing, so that neither `..` nor a symbolic link leads out of `root`. */
 async function refuseOutside(path: string, root: string): Promise<void> {
   let target: string
   let base: string
@@ -82,8 +82,8 @@ async function refuseOutside(path: string, root: string): Promise<void> {
   if (way === '..' || way.startsWith(`..${sep}`) || isAbsolute(way)) {
     throw checkpointError(
       path,
-      `is a link to ${target}, outside ${base}`,
-      'copy the file, or pass { root } with a folder that holds both if you trust it',
+      `it is a link to ${target}, outside of ${base}`,
+      'copy the file, or, if you trust it, pass { root } with a folder that contains both',
       { target, root: base },
     )
   }

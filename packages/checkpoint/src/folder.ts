@@ -1,56 +1,56 @@
-/** @file A folder to read from, whatever it is on, and what readers of its files share. */
+/** @file The interface of folders and files that checkpoints are read from, and the options of all readers. */
 
 import { MoeError } from '@moe/core'
 
-/** A file that is read by position. */
+/** A file with random access. */
 export interface OpenFile {
-  /** What errors call it. */
+  /** Path or URL, for error messages. */
   readonly path: string
-  /** Its size when it was opened. */
+  /** Size when the file was opened. */
   readonly bytes: number
   /**
-   * Fills `into` from `offset` on with at most `length` bytes from `position` on, and resolves to how many there were: at least one unless the file
-   * ends before.
+   * Reads up to `length` bytes from `position` into `into`, starting at `offset`. Resolves to the number of bytes read: at least one
+   * unless the file ends there.
    */
   read(into: Uint8Array, offset: number, length: number, position: number): Promise<number>
-  /** Gives what is open back. */
+  /** Releases the file. */
   close(): Promise<void>
 }
 
 /** A folder to read from. @internal */
 export interface Folder {
-  /** What errors call it. */
+  /** Path or URL, for error messages. */
   readonly path: string
-  /** What errors call a file of it. */
+  /** Path or URL of a file in the folder, for error messages. */
   pathOf(name: string): string
-  /** Undefined where there is no file of this name. @throws MoeError E_CHECKPOINT where that cannot be known, or it cannot be opened */
+  /** Opens a file. Undefined if it does not exist. @throws MoeError E_CHECKPOINT if it cannot be opened */
   open(name: string): Promise<OpenFile | undefined>
 }
 
-/** How far reading has come. */
+/** The progress of reading, over all files of a checkpoint. */
 export interface ReadProgress {
-  /** Read so far; a file that a server gives only as a whole counts as it arrives. */
+  /** Bytes read so far. A file that is downloaded as a whole counts as it arrives. */
   readonly bytes: number
-  /** Size of the files that are open. Shards are all opened before the first tensor is read. */
+  /** Total size of the open files. All shards are opened before the first tensor is read. */
   readonly totalBytes: number
 }
 
-/** Makes a request as the global `fetch` does. */
+/** A function that performs a request, with the signature of the global `fetch`. */
 export type Fetch = (
   address: string,
   init: { readonly headers: Readonly<Record<string, string>>; readonly signal?: AbortSignal },
 ) => Promise<Response>
 
-/** How files are read. */
+/** How files are located and read. */
 export interface FolderOptions {
   /**
-   * Folder on the disk that the files must lie in after symbolic links are followed. Default: the checkpoint's own folder. A snapshot in
-   * the Hugging Face cache consists of links, so pass the `models--...` folder above it.
+   * Folder on disk that must contain the files after symbolic links are resolved. Default: the checkpoint's own folder. Snapshots in the
+   * Hugging Face cache consist of links; for these, pass the `models--...` folder above.
    */
   readonly root?: string
-  /** Makes the requests for an address, in place of the global `fetch`: to add a token, or to try again. */
+  /** Performs HTTP requests instead of the global `fetch`, for example to add a token or to retry. */
   readonly fetch?: Fetch
-  /** Ends reading: what is being read, and what is read later, throws `E_ABORTED`. */
+  /** Cancels reading: pending and later reads throw `E_ABORTED`. */
   readonly signal?: AbortSignal
   /** Called as bytes are read. */
   readonly onProgress?: (progress: ReadProgress) => void
@@ -59,7 +59,7 @@ export interface FolderOptions {
 /** @internal */
 export const folderOptionNames = { root: true, fetch: true, signal: true, onProgress: true } as const
 
-/** What is asked of every read, and told of it, over all files of a folder. */
+/** Cancels reads and reports their progress, over all files of a folder. */
 export class Watch {
   readonly signal: AbortSignal | undefined
   readonly #onProgress: FolderOptions['onProgress']
@@ -74,21 +74,21 @@ export class Watch {
   /** @throws MoeError E_ABORTED */
   check(path: string): void {
     if (!this.signal?.aborted) return
-    throw new MoeError({ code: 'E_ABORTED', op: path, problem: 'reading was stopped', cause: this.signal.reason })
+    throw new MoeError({ code: 'E_ABORTED', op: path, problem: 'reading was cancelled', cause: this.signal.reason })
   }
 
-  /** There are so many more bytes to read. */
+  /** Adds to the number of bytes to read. */
   opened(bytes: number): void {
     this.#totalBytes += bytes
   }
 
-  /** So many more bytes were read. */
+  /** Adds to the number of bytes that were read. */
   arrived(bytes: number): void {
     this.#bytes += bytes
     this.#onProgress?.({ bytes: this.#bytes, totalBytes: this.#totalBytes })
   }
 
-  /** The same file, watched. */
+  /** Wraps a file so that its reads are cancelled and reported. */
   over(file: OpenFile): OpenFile {
     this.opened(file.bytes)
     return {

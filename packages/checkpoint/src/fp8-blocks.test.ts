@@ -11,7 +11,7 @@ import { writeSafetensors } from './write-safetensors.ts'
 const weight = 'model.layers.0.mlp.up_proj.weight'
 
 describe('block scales', () => {
-  it('give the weight that torch computes, blocks cut off at both edges included', async () => {
+  it('dequantize to the weight that torch computes, also with blocks cut off at both edges', async () => {
     await using file = await readSafetensors(fixture('fp8-blocks.safetensors'))
     expect(file.info(weight)).toMatchObject({ dtype: 'f8e4m3', shape: [192, 320] })
     expect(file.info(`${weight}_scale_inv`).shape).toEqual([2, 3])
@@ -24,7 +24,7 @@ describe('block scales', () => {
     }
   })
 
-  it('are told from weights', async () => {
+  it('are distinguished from weights', async () => {
     await using file = await readSafetensors(fixture('fp8-blocks.safetensors'))
     expect(file.keys().filter(key => isScaleKey(file, key))).toEqual([`${weight}_scale_inv`])
   })
@@ -56,7 +56,7 @@ describe('block scales', () => {
     expect(dequantizeFp8Blocks(q, scale, [1, 2])).toEqual(Float32Array.of(1, 1, 2, 3, 3, 4))
   })
 
-  it('are those of any block, in f64', () => {
+  it('are applied per block, for any block size (compared in f64)', () => {
     const e4m3 = (code: number) => {
       const [exponent, mantissa] = [(code >> 3) & 15, code & 7]
       const size = exponent === 0 ? mantissa * 2 ** -9 : (1 + mantissa / 8) * 2 ** (exponent - 7)
@@ -88,14 +88,16 @@ describe('block scales', () => {
   it.each([[[0, 128]], [[128, 1.5]], [[-1, 1]]] as [[number, number]][])('of blocks of %j are refused', block => {
     const one = { shape: [1, 1], data: new Uint8Array(1) }
     const scale = { shape: [1, 1], data: new Float32Array(1) }
-    expect(() => dequantizeFp8Blocks(one, scale, block)).toThrow(/cannot be; pass the weight_block_size/)
+    expect(() => dequantizeFp8Blocks(one, scale, block)).toThrow(
+      /expected two positive block sizes, got .*; pass weight_block_size/,
+    )
   })
 
   it.each([
-    [[2, 2], [1, 2], /needs scales \[1, 1\], these are \[1, 2\]; pass the weight_block_size/],
+    [[2, 2], [1, 2], /needs scales \[1, 1\], got \[1, 2\]; pass weight_block_size/],
     [[129, 1], [1, 1], /needs scales \[2, 1\]/],
-    [[4], [1, 1], /has two axes, this has the shape \[4\]/],
-    [[2, 2], [1], /these are \[1\]/],
+    [[4], [1, 1], /expected a matrix with block scales, got the shape \[4\]/],
+    [[2, 2], [1], /got \[1\]/],
   ])('of another shape are refused: weight %j, scales %j', (shape, scaleShape, fault) => {
     const size = (s: number[]) => s.reduce((a, b) => a * b)
     const q = { shape, data: new Uint8Array(size(shape)) }
@@ -103,7 +105,7 @@ describe('block scales', () => {
     expect(() => dequantizeFp8Blocks(q, scale)).toThrow(fault)
   })
 
-  it('of another shape are refused with the name of the file and the tensor', async () => {
+  it('of a wrong shape are rejected with the names of file and tensor', async () => {
     const path = join(await temporaryFolder(), 'a.safetensors')
     await writeSafetensors(path, [
       { name: 'w', dtype: 'f8e4m3', shape: [1, 2], data: new Uint8Array(2) },

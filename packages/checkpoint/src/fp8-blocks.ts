@@ -1,4 +1,4 @@
-/** @file Weights stored as float8 with one scale for each block, as the released DeepSeek-V3 checkpoints are. */
+/** @file Dequantizes fp8 weights with one scale per block, the format of the released DeepSeek-V3 checkpoints. */
 
 import { checkpointError, shown } from './checkpoint-error.ts'
 import { f8e4m3Table } from './to-f32.ts'
@@ -7,14 +7,15 @@ import { f8e4m3Table } from './to-f32.ts'
 export const DEFAULT_BLOCK: readonly [number, number] = [128, 128]
 
 /**
- * `w[o, i] = q[o, i] * scale[o / block0, i / block1]`, with blocks cut off at the edges (deepseek-ai/DeepSeek-V3
- * `inference/kernel.py`, weight_dequant).
+ * Dequantizes a weight: `w[o, i] = q[o, i] * scale[o / block0, i / block1]`. Blocks are cut off at the edges of the matrix
+ * (deepseek-ai/DeepSeek-V3 `inference/kernel.py`, weight_dequant).
  *
  * @param q `f8e4m3` bit patterns, `[out, in]`
- * @param scale f32, `[ceil(out / block0), ceil(in / block1)]`; checkpoints call it `<weight>_scale_inv`
- * @param where names the tensor in errors
- * @returns f32 `[out, in]`
- * @throws {MoeError} `E_CHECKPOINT` when the shapes do not belong together
+ * @param scale f32, `[ceil(out / block0), ceil(in / block1)]`; named `<weight>_scale_inv` in checkpoints
+ * @param block rows and columns of a block
+ * @param where names the tensor in error messages
+ * @returns f32, `[out, in]`
+ * @throws {MoeError} `E_CHECKPOINT` if the shapes do not match
  */
 export function dequantizeFp8Blocks(
   q: { readonly shape: readonly number[]; readonly data: Uint8Array },
@@ -24,13 +25,13 @@ export function dequantizeFp8Blocks(
 ): Float32Array {
   const [rows, columns] = q.shape
   if (q.shape.length !== 2) {
-    throw checkpointError(where, `a weight with block scales has two axes, this has the shape [${q.shape.join(', ')}]`)
+    throw checkpointError(where, `expected a matrix with block scales, got the shape [${q.shape.join(', ')}]`)
   }
   if (!block.every(size => Number.isSafeInteger(size) && size > 0)) {
     throw checkpointError(
       where,
-      `a block of ${shown(block)} cannot be`,
-      'pass the weight_block_size of the config.json',
+      `expected two positive block sizes, got ${shown(block)}`,
+      'pass weight_block_size of the config.json',
     )
   }
   const wanted = [Math.ceil(rows / block[0]), Math.ceil(columns / block[1])]
@@ -38,8 +39,8 @@ export function dequantizeFp8Blocks(
     throw checkpointError(
       where,
       `a weight [${rows}, ${columns}] in blocks of ${block[0]} x ${block[1]} needs scales [${wanted.join(', ')}], ` +
-        `these are [${scale.shape.join(', ')}]`,
-      'pass the weight_block_size of the config.json',
+        `got [${scale.shape.join(', ')}]`,
+      'pass weight_block_size of the config.json',
       { shape: q.shape, scaleShape: scale.shape, block },
     )
   }

@@ -22,34 +22,38 @@ async function refusal(bytes: Uint8Array): Promise<Error> {
   return error
 }
 
-describe('a hostile file', () => {
+describe('a malicious file', () => {
   it.each<[string, Uint8Array, RegExp]>([
     ['empty', new Uint8Array(0), /0 bytes are too few/],
     ['shorter than its length field', new Uint8Array(7), /7 bytes are too few/],
-    ['header longer than the file', rawFile({}, 0, 3n), /claims 3 bytes, but the file has 10/],
+    ['header longer than the file', rawFile({}, 0, 3n), /claims 3 bytes, but the file has only 10/],
     ['header of 2^64 - 1 bytes', rawFile({}, 0, 2n ** 64n - 1n), /claims 18446744073709551615 bytes, more than/],
     ['header of 2^53 + 1 bytes', rawFile({}, 0, 2n ** 53n + 1n), /claims 9007199254740993 bytes, more than/],
-    ['header of no bytes', rawFile('', 0), /header has 0 bytes/],
-    ['header of 100 MB', rawFile(`{${' '.repeat(1e8)}}`, 0), /claims 100000002 bytes, more than the 33554432 allowed/],
+    ['header of no bytes', rawFile('', 0), /header has only 0 bytes/],
+    ['header of 100 MB', rawFile(`{${' '.repeat(1e8)}}`, 0), /claims 100000002 bytes, more than the limit of 33554432/],
     ['header that is no object', rawFile([], 0), /does not start with/],
     ['header after a byte order mark', rawFile('\ufeff{}', 0), /does not start with/],
-    ['header cut off', rawFile('{"a":', 0), /header cannot be read/],
-    ['header with text after it', rawFile('{} x', 0), /header cannot be read/],
+    ['header cut off', rawFile('{"a":', 0), /header is invalid/],
+    ['header with text after it', rawFile('{} x', 0), /header is invalid/],
     ['header that is not UTF-8', rawFile({}, 0).with(9, 0xff), /not valid UTF-8/],
-    ['header of nested brackets', rawFile(`{"a":${'['.repeat(1e6)}`, 0), /nests deeper/],
+    ['header of nested brackets', rawFile(`{"a":${'['.repeat(1e6)}`, 0), /nested deeper/],
     [
       'duplicate tensor',
       rawFile('{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{}}', 1),
-      /"a" occurs twice/,
+      /duplicate key "a"/,
     ],
     [
       'duplicate field of a tensor',
       rawFile('{"a":{"dtype":"U8","shape":[1],"shape":[9],"data_offsets":[0,1]}}', 1),
-      /"shape" occurs twice/,
+      /duplicate key "shape"/,
     ],
-    ['tensor that is no object', rawFile({ a: 3 }, 0), /tensor "a" is not described by an object/],
-    ['tensor that is null', rawFile({ a: null }, 0), /tensor "a" is not described by an object/],
-    ['unknown dtype', rawFile({ a: { ...f32([1], 0, 4), dtype: 'F33' } }, 4), /unknown dtype "F33"; known are F64 F32/],
+    ['tensor that is no object', rawFile({ a: 3 }, 0), /tensor "a" is described by (3|null), expected an object/],
+    ['tensor that is null', rawFile({ a: null }, 0), /tensor "a" is described by (3|null), expected an object/],
+    [
+      'unknown dtype',
+      rawFile({ a: { ...f32([1], 0, 4), dtype: 'F33' } }, 4),
+      /unknown dtype "F33"; known are F64, F32/,
+    ],
     ['dtype of another type', rawFile({ a: { ...f32([1], 0, 4), dtype: ['F32'] } }, 4), /unknown dtype \["F32"\]/],
     [
       'dtype that is a property of every object',
@@ -60,20 +64,28 @@ describe('a hostile file', () => {
     ['negative size', rawFile({ a: f32([-1], 0, 4) }, 4), /shape \[-1\]/],
     ['fractional size', rawFile({ a: f32([0.5, 2], 0, 4) }, 4), /shape \[0.5,2\]/],
     ['size beyond 2^53', rawFile({ a: f32([2 ** 60], 0, 4) }, 4), /shape \[1152921504606847000\]/],
-    ['sizes whose product overflows', rawFile({ a: f32([2 ** 40, 2 ** 40], 0, 4) }, 4), /needs an impossible number/],
+    [
+      'sizes whose product overflows',
+      rawFile({ a: f32([2 ** 40, 2 ** 40], 0, 4) }, 4),
+      /is too large or not a whole number of bytes/,
+    ],
     [
       'sizes whose product wraps to 0 in 64 bits',
       rawFile({ a: f32([2 ** 32, 2 ** 32], 0, 0) }, 0),
-      /impossible number/,
+      /is too large or not a whole number of bytes/,
     ],
     ['one offset', rawFile({ a: f32([1], 0) }, 4), /data_offsets \[0\]/],
     ['offsets as text', rawFile({ a: f32([1], '0', '4') }, 4), /data_offsets/],
     ['negative offset', rawFile({ a: f32([1], -4, 0) }, 4), /data_offsets \[-4,0\]/],
     ['begin after end', rawFile({ a: f32([1], 4, 0) }, 4), /begins at 4, after its end at 0/],
-    ['end beyond the file', rawFile({ a: f32([2], 0, 8) }, 4), /ends at byte 8 of the data, which has 4/],
+    ['end beyond the file', rawFile({ a: f32([2], 0, 8) }, 4), /ends at byte 8 of 4 bytes of data/],
     ['begin beyond the file', rawFile({ a: f32([0], 1e15, 1e15) }, 4), /ends at byte 1000000000000000/],
     ['too few bytes for the dtype', rawFile({ a: f32([2], 0, 4) }, 4), /has 4 bytes, but F32 \[2\] needs 8/],
-    ['a packed dtype that ends inside a byte', rawFile({ a: { ...f32([3], 0, 1), dtype: 'F4' } }, 1), /impossible/],
+    [
+      'a packed dtype that ends inside a byte',
+      rawFile({ a: { ...f32([3], 0, 1), dtype: 'F4' } }, 1),
+      /is too large or not a whole number of bytes/,
+    ],
     ['overlap', rawFile({ a: f32([2], 0, 8), b: f32([1], 4, 8) }, 8), /tensor "b" overlaps tensor "a"/],
     ['the same bytes twice', rawFile({ a: f32([1], 0, 4), b: f32([1], 0, 4) }, 4), /tensor "b" overlaps tensor "a"/],
     ['hole in front', rawFile({ a: f32([1], 4, 8) }, 8), /4 bytes between the header and tensor "a"/],
@@ -96,10 +108,10 @@ describe('a hostile file', () => {
     expect(error.message.length).toBeLessThan(1000)
   })
 
-  it('is refused when it is a folder, a device, or not there', async () => {
+  it('is rejected if it is a folder, a device, or missing', async () => {
     const folder = await temporaryFolder()
     await mkdir(`${folder}/model.safetensors`)
-    await expect(readSafetensors(`${folder}/model.safetensors`)).rejects.toThrow(/is a folder, expected a file/)
+    await expect(readSafetensors(`${folder}/model.safetensors`)).rejects.toThrow(/expected a file, got a folder/)
     await expect(readSafetensors(`${folder}/none.safetensors`)).rejects.toThrow(
       /none.safetensors: opening failed: no such/,
     )

@@ -1,45 +1,45 @@
 /**
- * @file The header of a safetensors file: read without trusting it, and written.
+ * @file Parses and validates the header of a safetensors file, and encodes it.
  *
- * A file is an 8-byte little-endian length N, N bytes of JSON, then the tensors' bytes. The JSON maps each name to
- * `{ dtype, shape, data_offsets: [begin, end] }` relative to the end of the header, and `__metadata__` to strings. The
- * tensors must cover the data exactly: no overlap, no hole, nothing after the last one (as the format's own
- * implementation, huggingface/safetensors `safetensors/src/tensor.rs`, demands).
+ * A file consists of an 8-byte little-endian length N, N bytes of JSON, and the data of the tensors. The JSON maps each name to
+ * `{ dtype, shape, data_offsets: [begin, end] }`, relative to the end of the header, and `__metadata__` to strings. The tensors must
+ * cover the data exactly, without overlaps, gaps or trailing bytes, as the format's own implementation requires
+ * (huggingface/safetensors `safetensors/src/tensor.rs`).
  */
 
 import { checkpointError, shown } from './checkpoint-error.ts'
 import { dtypeOfName, type StoredDType, storedBytes, storedName, storedNames } from './stored-dtype.ts'
 import { parseStrictJson } from './strict-json.ts'
 
-/** Bytes of the length in front of the header. */
+/** Size of the header length at the start of the file. */
 export const PREFIX_BYTES = 8
 
 /**
- * Largest header that is read unless the caller allows more: room for about 200,000 tensors (DeepSeek-V3 as one file would
- * need 14 MB). The format's own limit is 100 MB.
+ * Default limit of the header size: enough for about 200,000 tensors (DeepSeek-V3 as one file would need 14 MB). The format's own limit
+ * is 100 MB.
  */
 export const DEFAULT_MAX_HEADER_BYTES = 32 * 2 ** 20
 
-/** Where one tensor lies in its file. */
+/** The position of a tensor in its file. */
 export interface HeaderEntry {
   readonly name: string
   readonly dtype: StoredDType
   readonly shape: readonly number[]
-  /** First byte, counted from the start of the file. */
+  /** Position of the first byte in the file. */
   readonly begin: number
   readonly bytes: number
 }
 
 export interface Header {
-  /** By name, in the order of the file. */
+  /** Entries by name, in the order of the file. */
   readonly entries: ReadonlyMap<string, HeaderEntry>
   readonly metadata: Readonly<Record<string, string>>
 }
 
 /**
- * Length of the header, checked against the file that claims it.
+ * Returns the length of the header, checked against the size of the file.
  *
- * @param prefix the first 8 bytes of the file, fewer if it is shorter
+ * @param prefix the first 8 bytes of the file, or fewer if it is shorter
  * @throws {MoeError} `E_CHECKPOINT`
  */
 export function headerLength(file: string, prefix: Uint8Array, fileBytes: number, maxHeaderBytes: number): number {
@@ -51,39 +51,38 @@ export function headerLength(file: string, prefix: Uint8Array, fileBytes: number
   if (length > BigInt(maxHeaderBytes)) {
     throw checkpointError(
       file,
-      `its header claims ${length} bytes, more than the ${maxHeaderBytes} allowed`,
-      'it is not a safetensors file, or pass a larger maxHeaderBytes if you trust it',
+      `its header claims ${length} bytes, more than the limit of ${maxHeaderBytes}`,
+      'not a safetensors file, or, if you trust it, pass a larger maxHeaderBytes',
       { headerBytes: String(length), maxHeaderBytes },
     )
   }
   if (PREFIX_BYTES + Number(length) > fileBytes) {
     throw checkpointError(
       file,
-      `its header claims ${length} bytes, but the file has ${fileBytes}`,
-      'it is truncated, or not a safetensors file',
+      `its header claims ${length} bytes, but the file has only ${fileBytes}`,
+      'the file is truncated, or not a safetensors file',
       { headerBytes: Number(length), fileBytes },
     )
   }
-  if (length < 2n) throw checkpointError(file, `its header has ${length} bytes`, 'it is not a safetensors file')
+  if (length < 2n) throw checkpointError(file, `its header has only ${length} bytes`, 'not a safetensors file')
   return Number(length)
 }
 
 /**
- * Parses and checks a header. After it returns, every entry lies inside the file and has as many bytes as its dtype and
- * shape need.
+ * Parses and validates a header. Every returned entry lies within the file and has the size that its dtype and shape require.
  *
- * @param json the header's bytes, without the length in front
- * @throws {MoeError} `E_CHECKPOINT`, naming the file, the tensor and the fault
+ * @param json the bytes of the header, without the length
+ * @throws {MoeError} `E_CHECKPOINT`, naming the file, the tensor and the problem
  */
 export function parseHeader(file: string, json: Uint8Array, fileBytes: number): Header {
   if (json[0] !== 0x7b) {
-    throw checkpointError(file, 'its header does not start with "{"', 'it is not a safetensors file')
+    throw checkpointError(file, 'its header does not start with "{"', 'not a safetensors file')
   }
   let document: Record<string, unknown>
   try {
     document = parseStrictJson(json, 4) as Record<string, unknown>
   } catch (cause) {
-    throw checkpointError(file, `its header cannot be read: ${(cause as Error).message}`, undefined, {}, cause)
+    throw checkpointError(file, `its header is invalid: ${(cause as Error).message}`, undefined, {}, cause)
   }
   const dataStart = PREFIX_BYTES + json.length
   const dataBytes = fileBytes - dataStart
@@ -108,32 +107,32 @@ function parseMetadata(file: string, value: unknown): Record<string, string> {
 function parseEntry(file: string, name: string, value: unknown, dataStart: number, dataBytes: number): HeaderEntry {
   const refuse = (problem: string, details: Record<string, unknown> = {}) =>
     checkpointError(file, `tensor ${shown(name)} ${problem}`, undefined, { key: name, ...details })
-  if (!isObject(value)) throw refuse('is not described by an object')
+  if (!isObject(value)) throw refuse(`is described by ${shown(value)}, expected an object`)
   const { dtype: dtypeName, shape, data_offsets: offsets } = value
   const dtype = typeof dtypeName === 'string' ? dtypeOfName(dtypeName) : undefined
   if (!dtype) {
-    throw refuse(`has the unknown dtype ${shown(dtypeName)}; known are ${storedNames().join(' ')}`)
+    throw refuse(`has the unknown dtype ${shown(dtypeName)}; known are ${storedNames().join(', ')}`)
   }
   if (!isSizes(shape)) {
-    throw refuse(`has the shape ${shown(shape)}, not a list of whole numbers from 0`)
+    throw refuse(`has the shape ${shown(shape)}, expected an array of non-negative integers`)
   }
   if (!isSizes(offsets) || offsets.length !== 2) {
-    throw refuse(`has the data_offsets ${shown(offsets)}, not two whole numbers from 0`)
+    throw refuse(`has the data_offsets ${shown(offsets)}, expected two non-negative integers`)
   }
   const [begin, end] = offsets
   if (begin > end) throw refuse(`begins at ${begin}, after its end at ${end}`, { begin, end })
   if (end > dataBytes) {
-    throw refuse(`ends at byte ${end} of the data, which has ${dataBytes}; the file is truncated or damaged`, { end })
+    throw refuse(`ends at byte ${end} of ${dataBytes} bytes of data; the file is truncated or corrupt`, { end })
   }
   const bytes = storedBytes(dtype, shape)
   if (bytes !== end - begin) {
-    const need = Number.isNaN(bytes) ? 'an impossible number of' : bytes
-    throw refuse(`has ${end - begin} bytes, but ${dtypeName} ${shown(shape)} needs ${need}`, { shape })
+    const need = Number.isNaN(bytes) ? 'is too large or not a whole number of bytes' : `needs ${bytes}`
+    throw refuse(`has ${end - begin} bytes, but ${dtypeName} ${shown(shape)} ${need}`, { shape })
   }
   return { name, dtype, shape, begin: dataStart + begin, bytes }
 }
 
-/** Entries sorted by their begin must follow each other from the start of the data to its end. */
+/** Checks that entries sorted by position cover the data from start to end. */
 function checkCoverage(file: string, entries: readonly HeaderEntry[], dataStart: number, fileBytes: number): void {
   let position = dataStart
   let previous = 'the header'
@@ -156,7 +155,7 @@ function checkCoverage(file: string, entries: readonly HeaderEntry[], dataStart:
   }
 }
 
-/** What a header says about a tensor to be written. */
+/** A tensor to be written, for the header. */
 export interface PlannedEntry {
   readonly name: string
   readonly dtype: StoredDType
@@ -165,8 +164,8 @@ export interface PlannedEntry {
 }
 
 /**
- * The bytes in front of the data: length and JSON, padded with spaces so that the data begins at a multiple of 8. The
- * tensors are laid out in the given order.
+ * Encodes the length and the JSON of a header, padded with spaces so that the data starts at a multiple of 8. Tensors are laid out in
+ * the given order.
  */
 export function encodeHeader(entries: readonly PlannedEntry[], metadata: Readonly<Record<string, string>>): Uint8Array {
   const fields: string[] = []

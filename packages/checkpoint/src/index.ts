@@ -1,4 +1,4 @@
-/** @file `@moe/checkpoint`: safetensors in and out, single and sharded, in the Hugging Face layout; GGUF for llama.cpp; low-rank adapters as PEFT has them. */
+/** @file `@moe/checkpoint`: reads and writes safetensors (single and sharded), GGUF, and LoRA adapters in PEFT's format. */
 
 export { adapterBase, loadAdapters } from './adapters/load-adapters.ts'
 export { type SaveAdaptersOptions, saveAdapters } from './adapters/save-adapters.ts'

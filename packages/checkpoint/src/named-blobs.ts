@@ -1,19 +1,19 @@
-/** @file Files that are at hand: picked or dropped on a page, or made in memory. */
+/** @file Checkpoints from `File` objects, which a user picked or dropped on a page, or which were created in memory. */
 
 import { checkpointError, fileError } from './checkpoint-error.ts'
 import type { Folder, OpenFile, Watch } from './folder.ts'
 
-/** What is used of a `Blob`. */
+/** The part of `Blob` that this package uses. */
 export interface SlicedBytes {
-  /** In bytes. */
+  /** Size in bytes. */
   readonly size: number
-  /** The part from `begin` up to `end`. */
+  /** Returns the bytes from `begin` (inclusive) to `end` (exclusive). */
   slice(begin: number, end: number): { arrayBuffer(): Promise<ArrayBuffer> }
 }
 
-/** What is used of a `File`. */
+/** The part of `File` that this package uses. */
 export interface NamedBlob extends SlicedBytes {
-  /** Without folders. */
+  /** File name without folders. */
   readonly name: string
 }
 
@@ -26,7 +26,7 @@ export function blobFolder(blobs: Iterable<NamedBlob>, watch: Watch): Folder {
     async open(name) {
       const found = all.filter(blob => blob.name === name)
       if (found.length > 1) {
-        throw checkpointError(folder, `${found.length} are called ${name}`, 'pass the files of one checkpoint')
+        throw checkpointError(folder, `${found.length} files are named ${name}`, 'pass the files of one checkpoint')
       }
       return found.length === 0 ? undefined : watch.over(blobFile(name, found[0]))
     },
@@ -43,7 +43,7 @@ export function blobFile(path: string, blob: SlicedBytes): OpenFile {
         into.set(part, offset)
         return part.length
       } catch (cause) {
-        throw fileError(path, 'reading', cause, 'the file may have changed since it was chosen')
+        throw fileError(path, 'reading', cause, 'the file may have changed since it was selected')
       }
     },
     close: async () => {},

@@ -1,4 +1,4 @@
-/** @file A checkpoint as Hugging Face lays it out: one safetensors file, or shards and their index, under one interface. */
+/** @file Opens checkpoints in the Hugging Face layout: one safetensors file, or shards with an index. */
 
 import { checkOptions } from '@moe/core'
 import { checkpointError, shown } from './checkpoint-error.ts'
@@ -15,29 +15,30 @@ import {
 } from './read-safetensors.ts'
 import { parseStrictJson } from './strict-json.ts'
 
-/** The file of a checkpoint that is not sharded. */
+/** File name of a checkpoint that is not sharded. */
 export const SINGLE_FILE = 'model.safetensors'
-/** The index of one that is. */
+/** File name of the index of a sharded checkpoint. */
 export const INDEX_FILE = 'model.safetensors.index.json'
 
 const MAX_INDEX_BYTES = 64 * 2 ** 20
 
-/** How files are read, where they may lie, and limits. */
+/** Options of {@link openCheckpoint}. */
 export interface OpenOptions extends FolderOptions {
-  /** Largest header to accept, in bytes. Default 32 MiB, room for about 200,000 tensors. */
+  /** Maximum header size of each file in bytes. Default 32 MiB, enough for about 200,000 tensors. */
   readonly maxHeaderBytes?: number
 }
 
 /**
- * Opens a safetensors file, a folder with `model.safetensors`, or a folder (or index file) with
- * `model.safetensors.index.json` and its shards, on the disk or by its address on the web. A folder with both is read as the single file, as
- * transformers does. Reads all headers, no tensors; keeps one file descriptor for each shard until closed. From the web comes what is read, in blocks; 64 MiB of them are kept.
+ * Opens a safetensors file, a folder with `model.safetensors`, or a folder (or index file) with `model.safetensors.index.json` and its
+ * shards. If a folder contains both, the single file is used, as in transformers. All headers are read and validated; tensors are read
+ * later. One file descriptor per shard stays open until you close the checkpoint.
  *
- * An address names a file if it ends in `.safetensors` or `.json`, else a folder.
+ * The place can be a path, a URL, `File` objects, or a folder handle of a browser. A URL that ends in `.safetensors` or `.json` refers to
+ * a file, any other to a folder. From the web, data is requested in blocks, and up to 64 MiB of them are cached.
  *
- * @throws {MoeError} `E_CHECKPOINT`, naming the file and the fault: besides those of {@link readSafetensors}, an index that
- *   names files outside the folder, a shard that is a link out of it, a tensor that is missing, or in two shards, or in none
- *   of the index; from the web an answer that is none, or not what was asked for. `E_ABORTED` when stopped
+ * @throws {MoeError} `E_CHECKPOINT`, naming the file and the problem, as {@link readSafetensors}. Also for an index that names files
+ *   outside the folder, a shard that is a link out of it, tensors that are missing, duplicated or not in the index, and invalid or
+ *   unexpected HTTP responses. `E_ABORTED` when cancelled
  *
  * @example
  * ```ts no-run
@@ -52,7 +53,7 @@ export async function openCheckpoint(place: CheckpointPlace, options: OpenOption
   return readFrom(await openFile('openCheckpoint', place as string | URL, options), options.maxHeaderBytes)
 }
 
-/** The checkpoint in a folder that is open already. @internal */
+/** Opens the checkpoint in a folder. @internal */
 export async function openInFolder(folder: Folder, maxHeaderBytes?: number): Promise<TensorSource> {
   const single = await folder.open(SINGLE_FILE)
   if (single) return readFrom(single, maxHeaderBytes)
@@ -61,13 +62,13 @@ export async function openInFolder(folder: Folder, maxHeaderBytes?: number): Pro
   throw checkpointError(
     folder.path,
     `the folder has neither ${SINGLE_FILE} nor ${INDEX_FILE}`,
-    'pass the folder of a checkpoint',
+    'pass a folder that contains a checkpoint',
   )
 }
 
 async function openSharded(folder: Folder, name: string, maxHeaderBytes?: number): Promise<TensorSource> {
   const index = await folder.open(name)
-  if (!index) throw checkpointError(folder.pathOf(name), 'there is no such file')
+  if (!index) throw checkpointError(folder.pathOf(name), 'no such file')
   return openShards(folder, index, maxHeaderBytes)
 }
 
@@ -89,12 +90,12 @@ async function openShards(folder: Folder, indexFile: OpenFile, maxHeaderBytes?: 
 }
 
 interface CheckpointIndex {
-  /** File name of each tensor. */
+  /** The file name of each tensor. */
   readonly weightMap: ReadonlyMap<string, string>
   readonly metadata: Readonly<Record<string, string>>
 }
 
-/** The index of a sharded checkpoint, with every shard name checked to be a plain file name. The file is then closed. */
+/** Reads the index of a sharded checkpoint, checks that every shard is a plain file name, and closes the file. */
 export async function readIndex(file: OpenFile): Promise<CheckpointIndex> {
   const { path } = file
   let document: unknown
@@ -102,17 +103,17 @@ export async function readIndex(file: OpenFile): Promise<CheckpointIndex> {
     document = parseStrictJson(withoutMark(await readAll(file, MAX_INDEX_BYTES)), 8)
   } catch (cause) {
     if (!(cause instanceof SyntaxError)) throw cause
-    throw checkpointError(path, `the index cannot be read: ${cause.message}`, undefined, {}, cause)
+    throw checkpointError(path, `the index is invalid: ${cause.message}`, undefined, {}, cause)
   }
   const { weight_map: weightMap, metadata } = (document ?? {}) as Record<string, unknown>
   if (typeof weightMap !== 'object' || weightMap === null || Array.isArray(weightMap)) {
-    throw checkpointError(path, 'the index has no object "weight_map"')
+    throw checkpointError(path, 'the index has no "weight_map" object')
   }
   for (const [key, name] of Object.entries(weightMap)) {
     if (typeof name !== 'string' || !isPlainFileName(name)) {
       throw checkpointError(
         path,
-        `the index puts tensor ${shown(key)} into ${shown(name)}`,
+        `the index assigns tensor ${shown(key)} to ${shown(name)}`,
         'shards must be plain file names in the same folder',
         { key, shard: name },
       )
@@ -127,16 +128,16 @@ export async function readIndex(file: OpenFile): Promise<CheckpointIndex> {
   }
 }
 
-/** Some editors begin UTF-8 with a byte order mark. */
+/** Removes the byte order mark that some editors write. */
 const withoutMark = (bytes: Uint8Array): Uint8Array =>
   bytes[0] === 0xef && bytes[1] === 0xbb && bytes[2] === 0xbf ? bytes.subarray(3) : bytes
 
 function isPlainFileName(name: string): boolean {
-  // A colon is behind the letter of a drive.
+  // A colon could end a drive letter.
   return name !== '' && name !== '.' && name !== '..' && !/[/\\:\0]/.test(name)
 }
 
-/** Index and shards must agree in both directions, or a reader could use weights that the writer did not mean. */
+/** Checks that index and shards agree in both directions. Otherwise unintended weights could be loaded. */
 function checkShards(
   indexPath: string,
   { weightMap }: CheckpointIndex,
@@ -144,7 +145,7 @@ function checkShards(
 ): void {
   for (const [key, name] of weightMap) {
     if (!shards.get(name)!.has(key)) {
-      throw checkpointError(indexPath, `tensor ${shown(key)} is not in ${name}, where the index puts it`, undefined, {
+      throw checkpointError(indexPath, `tensor ${shown(key)} is missing in ${name}`, undefined, {
         key,
         shard: name,
       })
@@ -154,13 +155,13 @@ function checkShards(
     for (const key of shard.keys()) {
       const owner = weightMap.get(key)
       if (owner === name) continue
-      const where = owner === undefined ? 'the index does not name it' : `the index puts it into ${owner}`
-      throw checkpointError(shard.path, `holds tensor ${shown(key)}, but ${where}`, undefined, { key, shard: name })
+      const where = owner === undefined ? 'the index does not contain it' : `the index assigns it to ${owner}`
+      throw checkpointError(shard.path, `contains tensor ${shown(key)}, but ${where}`, undefined, { key, shard: name })
     }
   }
 }
 
-/** A checkpoint in several files. Made by {@link openCheckpoint}. */
+/** A checkpoint of several files, returned by {@link openCheckpoint}. */
 class ShardedCheckpoint implements TensorSource {
   readonly path: string
   readonly metadata: Readonly<Record<string, string>>

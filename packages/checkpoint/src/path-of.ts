@@ -1,25 +1,30 @@
-/** @file Paths and addresses as callers pass them. */
+/** @file Validates paths and web addresses that callers pass. */
 import { fileURLToPath } from 'node:url'
 import { MoeError } from '@moe/core'
 
 /**
- * A path of the file system from a text or a file URL, such as `new URL('model', import.meta.url)`.
- * @param op who asks, for the error
- * @throws {MoeError} `E_ATTR` for anything else, an address of the web among it; `E_UNSUPPORTED` in a browser, where no path leads anywhere
+ * Returns the file system path of a string or file URL, for example `new URL('model', import.meta.url)`.
+ * @param op the calling function, for error messages
+ * @throws {MoeError} `E_ATTR` for anything else, including web addresses; `E_UNSUPPORTED` in browsers
  * @internal
  */
 export function pathOf(op: string, path: string | URL): string {
   const isPath = typeof path === 'string' ? !WEB.test(path) : path instanceof URL && path.protocol === 'file:'
   if (!isPath) {
-    throw new MoeError({ code: 'E_ATTR', op, problem: `the path is ${path}`, fix: 'pass a text or a file URL' })
+    throw new MoeError({
+      code: 'E_ATTR',
+      op,
+      problem: `expected a path, got ${path}`,
+      fix: 'pass a string or file URL',
+    })
   }
-  // Bun and Deno say a version of Node, too.
+  // Bun and Deno report a Node version too.
   if (globalThis.process?.versions?.node === undefined) {
     throw new MoeError({
       code: 'E_UNSUPPORTED',
       op,
-      problem: `${path} is a path, and browsers have none`,
-      fix: 'pass what is read itself (texts, files, an address), and the handle of a folder to write to',
+      problem: `${path} is a path, and browsers have no file system`,
+      fix: 'pass the content itself (strings, files or a URL); to write, pass a folder handle',
     })
   }
   return typeof path === 'string' ? path : fileURLToPath(path)
@@ -28,9 +33,9 @@ export function pathOf(op: string, path: string | URL): string {
 const WEB = /^https?:\/\//i
 
 /**
- * The address that a text or a URL is, or undefined.
- * @param op who asks, for the error
- * @throws {MoeError} `E_ATTR` for one that cannot be asked for
+ * Returns the web address that a string or URL contains, or undefined if it is not `http(s):`.
+ * @param op the calling function, for error messages
+ * @throws {MoeError} `E_ATTR` for an invalid address, or one with a user name or password
  */
 export function webAddress(op: string, place: unknown): URL | undefined {
   if (!(place instanceof URL ? /^https?:$/.test(place.protocol) : typeof place === 'string' && WEB.test(place))) return
@@ -39,10 +44,10 @@ export function webAddress(op: string, place: unknown): URL | undefined {
   try {
     address = new URL(place as string | URL)
   } catch {
-    throw refuse(`${JSON.stringify(place)} is no address`)
+    throw refuse(`invalid URL ${JSON.stringify(place)}`)
   }
   if (address.username || address.password) {
-    throw refuse(`the address at ${address.host} has a user or password in it`, 'pass { fetch } that sends them')
+    throw refuse(`the URL of ${address.host} contains a user name or password`, 'send them in your own { fetch }')
   }
   return address
 }

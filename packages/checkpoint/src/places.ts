@@ -1,4 +1,4 @@
-/** @file Where callers say that a checkpoint is: on the disk, on the web, in a folder that a page has a handle of, or in files that are at hand. */
+/** @file Resolves the places a checkpoint can be read from: disk, web, folder handles, and `File` objects. */
 
 import { MoeError } from '@moe/core'
 import { type DirectoryHandle, handleFolder, isDirectoryHandle } from './directory-handle.ts'
@@ -9,15 +9,15 @@ import { pathOf, webAddress } from './path-of.ts'
 import { webFile, webFolder } from './web-folder.ts'
 
 /**
- * Where a checkpoint is: a path, a file URL, an `http(s):` address as a text or a URL, the handle of a folder, or its files themselves, such as those of
- * `<input type="file" multiple>`.
+ * Where a checkpoint is: a path, a file URL, an `http(s):` address as a string or URL, a folder handle of a browser, or its files, for
+ * example of `<input type="file" multiple>`.
  */
 export type CheckpointPlace = string | URL | DirectoryHandle | Iterable<NamedBlob>
 
 /**
- * The place as a folder; nothing is asked of it yet.
- * @param op who asks, for errors
- * @throws MoeError E_ATTR for what is no place
+ * Returns the folder of a place, without accessing it yet.
+ * @param op the calling function, for error messages
+ * @throws MoeError E_ATTR for an invalid place
  * @internal
  */
 export function openFolder(op: string, place: CheckpointPlace, options: FolderOptions = {}): Folder {
@@ -30,8 +30,8 @@ export function openFolder(op: string, place: CheckpointPlace, options: FolderOp
 }
 
 /**
- * The place as a folder and, where it names a file, that name.
- * @throws MoeError E_CHECKPOINT where there is nothing on the disk
+ * Returns the folder of a place and, if the place names a file, the file name.
+ * @throws MoeError E_CHECKPOINT if a path does not exist
  */
 export async function locate(
   op: string,
@@ -53,7 +53,7 @@ export async function locate(
   return { folder: openFolder(op, above ?? '.', options), file }
 }
 
-/** The file that a place names, which on the disk may be a link to wherever. */
+/** Opens the file that a place names. On disk it may be a symbolic link to any location. */
 export async function openFile(op: string, place: string | URL, options: FolderOptions): Promise<OpenFile> {
   const address = webAddress(op, place)
   if (!address) return new Watch(options).over(await openOnDisk(pathOf(op, place)))
@@ -70,10 +70,10 @@ const isBlobs = (place: CheckpointPlace): place is Iterable<NamedBlob> =>
 
 function refuseRoot(op: string, { root }: FolderOptions): void {
   if (root === undefined) return
-  throw new MoeError({ code: 'E_ATTR', op, problem: `root ${root} is a folder on the disk`, fix: 'leave it out' })
+  throw new MoeError({ code: 'E_ATTR', op, problem: `root ${root} applies only to files on disk`, fix: 'omit root' })
 }
 
-/** A name that is no text when decoded is sent as it stands. */
+/** Decodes a percent-encoded name; invalid encodings are returned unchanged. */
 function decoded(name: string): string {
   try {
     return decodeURIComponent(name)

@@ -1,4 +1,4 @@
-/** @file A tensor of any stored dtype as f32, block scales included. */
+/** @file Reads tensors of any dtype as f32, and dequantizes fp8 weights. */
 
 import { checkOptions } from '@moe/core'
 import { checkpointError, shown } from './checkpoint-error.ts'
@@ -6,24 +6,24 @@ import { DEFAULT_BLOCK, dequantizeFp8Blocks } from './fp8-blocks.ts'
 import type { TensorSource } from './read-safetensors.ts'
 import { toF32 } from './to-f32.ts'
 
-/** Layout of block scales. */
+/** Options of {@link readF32} and {@link stateSource}. */
 export interface ReadF32Options {
-  /** Rows and columns of a scale block: `quantization_config.weight_block_size` of the config.json. Default 128 x 128. */
+  /** Rows and columns of a block: `quantization_config.weight_block_size` of the config.json. Default 128 x 128. */
   readonly block?: readonly [number, number]
 }
 
-/** Name of the block scales that belong to a weight. */
+/** The name of the block scales of a weight. */
 export const scaleKey = (key: string): string => `${key}_scale_inv`
 
-/** Whether a tensor is the block scales of a weight in the same source, and so not a weight itself. */
+/** Whether a tensor contains the block scales of a weight in the same source. */
 export const isScaleKey = (source: TensorSource, key: string): boolean =>
   key.endsWith('_scale_inv') && source.has(key.slice(0, -'_scale_inv'.length))
 
 /**
- * Reads a tensor as f32: bf16, f16 and 8-bit floats are widened exactly, and an `f8e4m3` weight with a `<key>_scale_inv`
- * beside it (in whichever shard) is multiplied by its block scales.
+ * Reads a tensor as f32. bf16, f16 and 8-bit floats are converted exactly. An `f8e4m3` weight is multiplied by its block scales
+ * `<key>_scale_inv`, if the checkpoint has them (in any shard).
  *
- * @throws {MoeError} `E_CHECKPOINT` as `read` does, for scales of a wrong shape, and for dtypes that are not plain numbers
+ * @throws {MoeError} `E_CHECKPOINT` as `read`, for scales of a wrong shape, and for dtypes that are not plain numbers
  */
 export async function readF32(
   source: TensorSource,
@@ -40,10 +40,12 @@ export async function readF32(
   }
   const values = toF32(dtype, data)
   if (!values) {
-    throw checkpointError(source.info(key).file, `tensor ${shown(key)} is ${dtype}`, 'use read() and decode it', {
-      key,
-      dtype,
-    })
+    throw checkpointError(
+      source.info(key).file,
+      `tensor ${shown(key)} has dtype ${dtype}`,
+      'use read() and decode it yourself',
+      { key, dtype },
+    )
   }
   return { shape, data: values }
 }

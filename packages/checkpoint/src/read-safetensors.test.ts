@@ -10,7 +10,7 @@ import { toF32 } from './to-f32.ts'
 const values = [0, -0, 1, -2.5, 3.140625, 448]
 
 describe('a file that Python wrote', () => {
-  it('gives every dtype, shape and name', async () => {
+  it('returns every dtype, shape and name', async () => {
     const { dtypes } = JSON.parse(await readFile(fixture('files.json'), 'utf8')) as {
       dtypes: Record<string, { dtype: string; shape: number[] }>
     }
@@ -34,7 +34,7 @@ describe('a file that Python wrote', () => {
     })
   })
 
-  it('gives the values as stored', async () => {
+  it('returns the values as stored', async () => {
     await using file = await readSafetensors(fixture('dtypes.safetensors'))
     const read = async (key: string) => (await file.read(key)).data
     expect(await read('f64')).toEqual(Float64Array.from(values))
@@ -81,28 +81,28 @@ describe('toF32', () => {
     )
   })
 
-  it('has no f32 for packed and complex numbers', async () => {
+  it('does not convert packed and complex numbers to f32', async () => {
     expect(toF32('f4', Uint8Array.of(1))).toBeUndefined()
     const path = await temporaryFile(rawFile({ a: { dtype: 'C64', shape: [1], data_offsets: [0, 8] } }, 8))
     await using file = await readSafetensors(path)
     expect((await file.read('a')).data).toEqual(new Uint8Array(8))
-    await expect(readF32(file, 'a')).rejects.toThrow(/tensor "a" is c64; use read\(\)/)
+    await expect(readF32(file, 'a')).rejects.toThrow(/tensor "a" has dtype c64; use read\(\)/)
   })
 })
 
 describe('an open file', () => {
-  it('gives independent copies', async () => {
+  it('returns independent copies', async () => {
     await using file = await readSafetensors(fixture('dtypes.safetensors'))
     const first = await file.read('u8')
     first.data[0] = 9
     expect((await file.read('u8')).data).toEqual(Uint8Array.of(0, 255))
   })
 
-  it('names what it does not have, and what is near', async () => {
+  it('suggests similar names for a missing tensor', async () => {
     await using file = await readSafetensors(fixture('sharded/model-00001-of-00003.safetensors'))
     expect(file.has('model.norm.weight')).toBe(true)
-    expect(() => file.info('norm.weight')).toThrow(/there is no tensor "norm.weight"; it has "model.norm.weight"/)
-    await expect(file.read('x')).rejects.toThrow(/there is no tensor "x"; keys\(\) lists/)
+    expect(() => file.info('norm.weight')).toThrow(/no tensor "norm.weight"; similar names: "model.norm.weight"/)
+    await expect(file.read('x')).rejects.toThrow(/no tensor "x"; call keys\(\)/)
   })
 
   it('refuses to read after it is closed, which may happen twice', async () => {
@@ -112,19 +112,21 @@ describe('an open file', () => {
     await expect(file.read('u8')).rejects.toThrow(/is closed/)
   })
 
-  it('notices when the file becomes shorter', async () => {
+  it('reports that the file was truncated', async () => {
     const path = join(await temporaryFolder(), 'a.safetensors')
     await copyFile(fixture('dtypes.safetensors'), path)
     await using file = await readSafetensors(path)
     const last = file.keys().at(-1)!
     await truncate(path, 1000)
-    await expect(file.read(last)).rejects.toThrow(/it was longer when it was opened/)
+    await expect(file.read(last)).rejects.toThrow(/it was truncated after it was opened/)
   })
 
   it('accepts a larger header only when asked', async () => {
     const header = `{${' '.repeat(1000)}}`
     const path = await temporaryFile(rawFile(header, 0))
-    await expect(readSafetensors(path, { maxHeaderBytes: 500 })).rejects.toThrow(/claims 1002 bytes, more than the 500/)
+    await expect(readSafetensors(path, { maxHeaderBytes: 500 })).rejects.toThrow(
+      /claims 1002 bytes, more than the limit of 500/,
+    )
     await using file = await readSafetensors(path, { maxHeaderBytes: 1002 })
     expect(file.keys()).toEqual([])
   })
@@ -133,7 +135,7 @@ describe('an open file', () => {
 describe('a system that moves few bytes at a time', () => {
   const content = Uint8Array.from({ length: 20 }, (_, i) => i)
 
-  it('is asked again until all are read', async () => {
+  it('is called again until all bytes are read', async () => {
     const read = async (out: Uint8Array, offset: number, length: number, position: number) => {
       const bytes = Math.min(length, 3)
       out.set(content.subarray(position, position + bytes), offset)
@@ -143,7 +145,7 @@ describe('a system that moves few bytes at a time', () => {
     expect(await readRange(file, 4, 11)).toEqual(content.slice(4, 15))
   })
 
-  it('is given the rest until all are written', async () => {
+  it('is called again until all bytes are written', async () => {
     const written: number[] = []
     const write = async (bytes: Uint8Array, offset: number, length: number) => {
       const bytesWritten = Math.min(length, 3)

@@ -1,4 +1,4 @@
-/** @file One safetensors file, read lazily: the header when it is opened, each tensor when it is asked for. */
+/** @file Reads one safetensors file lazily: the header when opened, tensors on request. */
 
 import { checkOptions } from '@moe/core'
 import { checkpointError, shown } from './checkpoint-error.ts'
@@ -7,59 +7,59 @@ import { DEFAULT_MAX_HEADER_BYTES, type Header, headerLength, PREFIX_BYTES, pars
 import { openFile } from './places.ts'
 import { type StoredArray, type StoredDType, viewStored } from './stored-dtype.ts'
 
-/** What is known of a tensor without reading it. */
+/** Describes a stored tensor without reading it. */
 export interface TensorInfo {
-  /** As it is stored. */
+  /** Dtype in the file. */
   readonly dtype: StoredDType
-  /** Sizes of the axes; `[]` is a scalar. */
+  /** Sizes of the axes; `[]` for a scalar. */
   readonly shape: readonly number[]
-  /** Size of its data. */
+  /** Size of the data in bytes. */
   readonly bytes: number
-  /** Path or address of the file that holds it. */
+  /** Path or URL of the file that contains the tensor. */
   readonly file: string
 }
 
-/** A tensor as it is stored: nothing is converted. */
+/** A tensor as stored, without conversion. */
 export interface StoredTensor {
-  /** As it is stored. */
+  /** Dtype in the file. */
   readonly dtype: StoredDType
-  /** Sizes of the axes; `[]` is a scalar. */
+  /** Sizes of the axes; `[]` for a scalar. */
   readonly shape: readonly number[]
-  /** Row-major; see {@link StoredArray} for how each dtype travels. The caller owns it. */
+  /** The elements, row-major; {@link StoredArray} lists the array type of each dtype. You may modify it. */
   readonly data: StoredArray
 }
 
-/** Tensors by name, from one file or several. */
+/** Tensors by name, from one or more files. */
 export interface TensorSource {
-  /** Path or address of the file or folder that was opened. */
+  /** Path or URL of the file or folder that was opened. */
   readonly path: string
-  /** Free text of the file; for a sharded checkpoint, the `metadata` of its index as strings. */
+  /** Metadata of the file or, for a sharded checkpoint, of its index, as strings. */
   readonly metadata: Readonly<Record<string, string>>
-  /** Names, in the order of the file, shard after shard. */
+  /** Names of all tensors, in the order of the file, shard by shard. */
   keys(): string[]
-  /** Whether there is a tensor of this name. */
+  /** Whether the source contains a tensor. */
   has(key: string): boolean
-  /** @throws {MoeError} `E_CHECKPOINT` if there is no such tensor */
+  /** Describes a tensor. @throws {MoeError} `E_CHECKPOINT` if it does not exist */
   info(key: string): TensorInfo
-  /** @throws {MoeError} `E_CHECKPOINT` if there is no such tensor, the file changed since it was opened, or is closed */
+  /** Reads a tensor. @throws {MoeError} `E_CHECKPOINT` if it does not exist, or the file has changed or is closed */
   read(key: string): Promise<StoredTensor>
-  /** Gives the file descriptors back; reading throws `E_CHECKPOINT` afterwards. Harmless when repeated. */
+  /** Closes all files; later reads throw `E_CHECKPOINT`. May be called more than once. */
   close(): Promise<void>
   /** `close()`, for `await using`. */
   [Symbol.asyncDispose](): Promise<void>
 }
 
-/** How a file is read, and limits. */
+/** Options of {@link readSafetensors}. */
 export interface ReadOptions extends Omit<FolderOptions, 'root'> {
-  /** Largest header to accept, in bytes. Default 32 MiB, room for about 200,000 tensors. */
+  /** Maximum header size in bytes. Default 32 MiB, enough for about 200,000 tensors. */
   readonly maxHeaderBytes?: number
 }
 
 /**
- * Opens a safetensors file and checks all of its header; no tensor is read yet. A file whose header points outside it, or
- * does not account for each of its bytes, is refused.
+ * Opens a safetensors file and validates its header. Tensors are read later. The tensors must lie within the file and cover its data
+ * exactly.
  *
- * @throws {MoeError} `E_CHECKPOINT`, naming the file and the fault
+ * @throws {MoeError} `E_CHECKPOINT`, naming the file and the problem
  *
  * @example
  * ```ts
@@ -74,7 +74,7 @@ export async function readSafetensors(path: string | URL, options: ReadOptions =
   return readFrom(await openFile('readSafetensors', path, options), options.maxHeaderBytes)
 }
 
-/** Reads the header of an open file, which is closed if that cannot be read. @internal */
+/** Reads the header of an open file. If that fails, the file is closed. @internal */
 export async function readFrom(
   file: OpenFile,
   maxHeaderBytes: number = DEFAULT_MAX_HEADER_BYTES,
@@ -89,7 +89,7 @@ export async function readFrom(
   }
 }
 
-/** An open safetensors file. Made by {@link readSafetensors}; holds one file descriptor until it is closed. */
+/** An open safetensors file, returned by {@link readSafetensors}. It keeps a file descriptor open until you close it. */
 export class SafetensorsFile implements TensorSource {
   readonly path: string
   readonly metadata: Readonly<Record<string, string>>
@@ -141,22 +141,22 @@ export class SafetensorsFile implements TensorSource {
   }
 }
 
-/** The error for a name that a source does not hold; suggests the names that share its last part. */
+/** The error for a missing tensor; suggests names with the same last two components. */
 export function missingTensor(path: string, key: string, keys: Iterable<string>) {
   const last = key.split('.').slice(-2).join('.')
   const near = [...keys].filter(other => other.endsWith(last)).slice(0, 3)
-  const fix = near.length > 0 ? `it has ${near.map(shown).join(', ')}` : 'keys() lists what it has'
-  return checkpointError(path, `there is no tensor ${shown(key)}`, fix, { key })
+  const fix = near.length > 0 ? `similar names: ${near.map(shown).join(', ')}` : 'call keys() for all names'
+  return checkpointError(path, `no tensor ${shown(key)}`, fix, { key })
 }
 
-/** Reads exactly `bytes` bytes from `position` into memory of their own. */
+/** Reads exactly `bytes` bytes from `position` into a new array. */
 export async function readRange(file: OpenFile, position: number, bytes: number): Promise<Uint8Array<ArrayBuffer>> {
   const out = allocate(file.path, bytes)
   let done = 0
   while (done < bytes) {
     const read = await file.read(out, done, bytes - done, position + done)
     if (read === 0) {
-      throw checkpointError(file.path, `it ends at byte ${position + done}; it was longer when it was opened`)
+      throw checkpointError(file.path, `ends at byte ${position + done}; it was truncated after it was opened`)
     }
     done += read
   }
@@ -164,14 +164,14 @@ export async function readRange(file: OpenFile, position: number, bytes: number)
 }
 
 /**
- * All of a file, which is then closed.
- * @throws MoeError E_CHECKPOINT where it is longer than `maxBytes`
+ * Reads a complete file and closes it.
+ * @throws MoeError E_CHECKPOINT if it is longer than `maxBytes`
  * @internal
  */
 export async function readAll(file: OpenFile, maxBytes: number): Promise<Uint8Array<ArrayBuffer>> {
   try {
     if (file.bytes <= maxBytes) return await readRange(file, 0, file.bytes)
-    throw checkpointError(file.path, `it has ${file.bytes} bytes, more than the ${maxBytes} allowed`)
+    throw checkpointError(file.path, `it has ${file.bytes} bytes, more than the limit of ${maxBytes}`)
   } finally {
     await file.close()
   }
@@ -181,6 +181,6 @@ function allocate(path: string, bytes: number): Uint8Array<ArrayBuffer> {
   try {
     return new Uint8Array(bytes)
   } catch (cause) {
-    throw checkpointError(path, `there is no memory for ${bytes} bytes`, undefined, { bytes }, cause)
+    throw checkpointError(path, `cannot allocate ${bytes} bytes`, undefined, { bytes }, cause)
   }
 }

@@ -34,7 +34,7 @@ describe('renamePatiently', () => {
     expect(rename).toHaveBeenCalledTimes(1)
   })
 
-  it('is how files are put in place', async () => {
+  it('is used to replace files', async () => {
     const path = join(await temporaryFolder(), 'one.safetensors')
     refuse(2, 'EBUSY')
     await writeSafetensors(path, [{ name: 'a', dtype: 'u8', shape: [1], data: Uint8Array.of(7) }])

@@ -1,17 +1,17 @@
-/** @file Work on files that waits until others have let go of them. */
+/** @file Retries file operations that Windows refuses while another process has a file open. */
 
 import { rename } from 'node:fs/promises'
 import { setTimeout } from 'node:timers/promises'
 
-/** What Windows answers while somebody has one of the files open. */
+/** Error codes on Windows while another process has one of the files open. */
 const busy: ReadonlySet<string | undefined> = new Set(['EPERM', 'EACCES', 'EBUSY'])
 
-/** Milliseconds between one attempt and the next. */
+/** Milliseconds between attempts. */
 const pauses = [10, 30, 100, 300, 600]
 
 /**
- * Renames a file or a folder, replacing a file. Windows refuses that while anybody has one of the files open (in a folder: a file in it), and virus
- * scanners and indexers open what has just been written for a moment. So a refusal counts only when it lasts for about a second.
+ * Renames a file or folder, replacing an existing file. Windows refuses this while another process has one of the files open, and virus
+ * scanners and indexers briefly open new files. Such a failure is therefore retried for about a second.
  *
  * @throws the error of the last attempt, as `rename` of `node:fs`
  * @internal
@@ -21,8 +21,8 @@ export async function renamePatiently(from: string, to: string): Promise<void> {
 }
 
 /**
- * Does what Windows refuses while somebody has one of the files open, and again until it works or about a second has passed.
- * @throws the error of the last attempt, and at once any other
+ * Retries an operation for about a second if it fails because another process has a file open (on Windows).
+ * @throws the error of the last attempt; other errors immediately
  * @internal
  */
 export async function patiently<T>(attempt: () => T | Promise<T>): Promise<T> {

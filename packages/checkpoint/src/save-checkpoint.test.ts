@@ -26,14 +26,14 @@ async function valueIn(folder: string): Promise<number> {
 }
 
 describe('saveCheckpoint', () => {
-  it('writes one file when it fits, into a folder that it makes', async () => {
+  it('writes one file if it fits, and creates the folder', async () => {
     const folder = join(await temporaryFolder(), 'runs', 'one')
     expect(await saveCheckpoint(folder, entries(3, 1))).toEqual({ files: ['model.safetensors'], dataBytes: 48 })
     expect(await readdir(folder)).toEqual(['model.safetensors'])
     expect(await valueIn(folder)).toBe(1)
   })
 
-  it('fills shards in order, and gives a tensor above the limit one of its own', async () => {
+  it('fills shards in order; a tensor above the limit gets its own', async () => {
     const folder = await temporaryFolder()
     const big: TensorEntry = { name: 'big', dtype: 'u8', shape: [100], data: new Uint8Array(100) }
     const [a, b, c, d] = entries(4, 1)
@@ -112,7 +112,7 @@ describe('saveCheckpoint', () => {
     expect(await readdir(folder)).toEqual(['model.safetensors'])
   })
 
-  it('does not remove files that a damaged or hostile index names', async () => {
+  it('does not remove files that a corrupt or malicious index names', async () => {
     const root = await temporaryFolder()
     const folder = join(root, 'model')
     const precious = join(root, 'precious.safetensors')
@@ -140,10 +140,10 @@ describe('saveCheckpoint', () => {
     }
   })
 
-  it('refuses a limit that is no size, and a name twice even in different shards', async () => {
+  it('rejects invalid limits, and duplicate names across shards', async () => {
     const folder = await temporaryFolder()
     for (const maxShardBytes of [0, -1, Number.NaN]) {
-      await expect(saveCheckpoint(folder, entries(1, 1), { maxShardBytes })).rejects.toThrow(/must be above 0/)
+      await expect(saveCheckpoint(folder, entries(1, 1), { maxShardBytes })).rejects.toThrow(/pass a positive number/)
     }
     const twice = [...entries(3, 1), ...entries(1, 1)]
     await expect(saveCheckpoint(folder, twice, { maxShardBytes: 16 })).rejects.toThrow(/"layers.0.weight" occurs twice/)

@@ -1,4 +1,4 @@
-/** @file Saves tensors in the Hugging Face layout, in one file or in shards, so that a crash at any moment leaves a checkpoint. */
+/** @file Saves checkpoints in the Hugging Face layout, as one file or in shards. A crash at any time leaves a complete checkpoint. */
 
 import { randomBytes } from 'node:crypto'
 import { checkOptions } from '@moe/core'
@@ -14,29 +14,29 @@ import {
   writePlanned,
 } from './write-safetensors.ts'
 
-/** Metadata, and how large a shard may be. */
+/** Options of {@link saveCheckpoint}. */
 export interface SaveOptions extends WriteOptions {
-  /** Largest data of one shard, in bytes; one tensor that is larger gets a shard of its own. Default 5 GB, as transformers. */
+  /** Maximum data size of a shard in bytes. A larger tensor gets its own shard. Default 5 GB, as in transformers. */
   readonly maxShardBytes?: number
 }
 
-/** What was written. */
+/** The result of {@link saveCheckpoint}. */
 export interface SavedCheckpoint {
-  /** Names of the files in the folder that make up the checkpoint. */
+  /** Names of the files that make up the checkpoint. */
   readonly files: readonly string[]
-  /** Bytes of all tensors, without headers. */
+  /** Size of all tensors in bytes, without headers. */
   readonly dataBytes: number
 }
 
 /**
- * Saves a checkpoint into a folder: `model.safetensors`, or shards with `model.safetensors.index.json` when the tensors exceed
- * `maxShardBytes`. Shards are filled in the order of `entries`.
+ * Saves a checkpoint into a folder, which is created if necessary: as `model.safetensors`, or as shards with
+ * `model.safetensors.index.json` if the tensors exceed `maxShardBytes`. Shards are filled in the order of `entries`.
  *
- * A checkpoint that is already there stays readable until the new one is complete, and is then removed: new shards never
- * take the names of old ones, and the switch is a single rename (or, from one file to shards, a single removal). Other files in
- * the folder are left alone. Windows does not replace a file that is open: close the source before saving into its folder.
+ * An existing checkpoint stays readable until the new one is complete, and is then removed. New shards never reuse the names of old
+ * ones, and the switch is a single rename (or, from one file to shards, a single removal). Other files in the folder are not touched.
+ * Windows cannot replace an open file, so close the source before saving into its folder.
  *
- * @throws {MoeError} `E_CHECKPOINT` as {@link writeSafetensors}; the previous checkpoint is then whole and nothing new is left
+ * @throws {MoeError} `E_CHECKPOINT` as {@link writeSafetensors}. The previous checkpoint then stays intact, and no new files remain
  */
 export async function saveCheckpoint(
   place: FolderPlace,
@@ -47,7 +47,7 @@ export async function saveCheckpoint(
   const folder = targetFolder('saveCheckpoint', place)
   const maxShardBytes = options.maxShardBytes ?? 5e9
   if (!(maxShardBytes > 0)) {
-    throw checkpointError(folder.path, `maxShardBytes is ${maxShardBytes}`, 'it must be above 0')
+    throw checkpointError(folder.path, `maxShardBytes is ${maxShardBytes}`, 'pass a positive number')
   }
   const planned = planEntries(folder.path, entries)
   const dataBytes = planned.reduce((sum, entry) => sum + entry.bytes, 0)
@@ -57,16 +57,16 @@ export async function saveCheckpoint(
     dataBytes <= maxShardBytes
       ? await saveSingle(folder, planned, options)
       : await saveShards(folder, fillShards(planned, maxShardBytes), dataBytes, present, options)
-  // From here on the new checkpoint is the one that opens.
+  // From here on, the folder opens as the new checkpoint.
   const files = new Set(written)
   const stale = [...previous, INDEX_FILE].filter(name => present.has(name) && !files.has(name))
-  // Where somebody has one open, Windows does not remove it: a stray file does no harm.
+  // Windows does not remove files that are open. Leaving one behind is harmless.
   for (const name of stale) await folder.remove(name).catch(() => {})
   if (stale.length > 0) await folder.flush()
   return { files: written, dataBytes }
 }
 
-/** Shards of the checkpoint that is being replaced. An index that cannot be read names none: better a stray file than a lost one. */
+/** Returns the shards of the checkpoint that is replaced. If its index is invalid, nothing is removed: better a stray file than a lost one. */
 async function previousShards(place: FolderPlace): Promise<string[]> {
   try {
     const index = await openFolder('saveCheckpoint', place).open(INDEX_FILE)
@@ -104,7 +104,7 @@ async function saveShards(
     const index = { metadata: { total_size: dataBytes }, weight_map: weightMap }
     await writeText(folder, INDEX_FILE, `${JSON.stringify(index, null, 2)}\n`)
     written.push(INDEX_FILE)
-    // A folder with both is read as the single file, so its removal is what switches over.
+    // If both exist, the single file is used, so removing it activates the new checkpoint.
     await removeSingle(folder)
   } catch (error) {
     for (const name of written) await folder.remove(name).catch(() => {})
@@ -119,12 +119,12 @@ async function removeSingle(folder: TargetFolder): Promise<void> {
       folder.pathOf(SINGLE_FILE),
       'removing',
       cause,
-      'it is still the checkpoint of this folder: close what has it open, then save again',
+      'it is still the checkpoint of this folder; close programs that have it open, then save again',
     )
   })
 }
 
-/** `model-00001-of-00003.safetensors`, as transformers names them; with a random part where such a file is already there. */
+/** `model-00001-of-00003.safetensors`, as in transformers, with a random part if a file of that name exists. */
 function shardNames(count: number, present: ReadonlySet<string>): string[] {
   const of = String(count).padStart(5, '0')
   const names = (part: string) =>

@@ -40,7 +40,7 @@ describe('stateSource', () => {
     expect(await loaded.second.weight.data()).toEqual(await saved.second.weight.data())
   })
 
-  it('gives fp8 weights multiplied, without their scales', async () => {
+  it('returns fp8 weights dequantized, without their scales', async () => {
     await using checkpoint = await openCheckpoint(fixture('fp8-blocks.safetensors'))
     const source = stateSource(checkpoint)
     const key = 'model.layers.0.mlp.up_proj.weight'
@@ -53,7 +53,7 @@ describe('stateSource', () => {
     expect(await source.read('model.norm.weight')).toEqual(new Uint16Array(4).fill(0x3f80))
   })
 
-  it('gives dtypes that core does not have as f32', async () => {
+  it('returns dtypes that core lacks as f32', async () => {
     await using checkpoint = await openCheckpoint(fixture('dtypes.safetensors'))
     const source = stateSource(checkpoint)
     for (const key of ['f64', 'i64', 'bool']) {

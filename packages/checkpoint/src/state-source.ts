@@ -1,13 +1,13 @@
-/** @file A checkpoint as `loadStateDict` of `@moe/core` reads it. */
+/** @file Adapts a checkpoint for `loadStateDict` of `@moe/core`. */
 
 import { checkOptions, type DType, dtypes, type HostArray, type StateSource } from '@moe/core'
 import { isScaleKey, type ReadF32Options, readF32, scaleKey } from './read-f32.ts'
 import type { TensorSource } from './read-safetensors.ts'
 
 /**
- * Adapts an open checkpoint for `loadStateDict(module, stateSource(checkpoint))`. Core dtypes come as they are stored; fp8
- * weights with block scales come as f32, multiplied, and their scales are not listed; dtypes that core does not have come
- * as f32. The other way needs no adapter: `saveCheckpoint(folder, stateDict(module))`.
+ * Adapts an open checkpoint for `loadStateDict(module, stateSource(checkpoint))`. Dtypes of `@moe/core` are returned as stored, all others
+ * as f32. fp8 weights with block scales are dequantized to f32, and their scales are not listed. To save, no adapter is needed:
+ * `saveCheckpoint(folder, stateDict(module))`.
  *
  * @throws {MoeError} `E_CHECKPOINT` from `info` and `read`, as those of the checkpoint
  */

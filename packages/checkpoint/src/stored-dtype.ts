@@ -1,10 +1,10 @@
-/** @file Element types that a safetensors file can hold, their names there, their sizes and their host arrays. */
+/** @file The dtypes of safetensors files: their names in the file, their sizes, and their host arrays. */
 
 import type { DType } from '@moe/core'
 
 /**
- * Element type of a stored tensor: the dtypes of `@moe/core` and those that only occur in files. `f4`, `f6e2m3` and
- * `f6e3m2` are packed (4 and 6 bits an element), `c64` is two f32.
+ * Dtype of a stored tensor: the dtypes of `@moe/core` and those that only occur in files. `f4`, `f6e2m3` and `f6e3m2` are packed (4 and
+ * 6 bits per element); `c64` is a pair of f32.
  */
 export type StoredDType =
   | DType
@@ -24,8 +24,8 @@ export type StoredDType =
   | 'c64'
 
 /**
- * Host array of a stored tensor. `bf16` and `f16` travel as raw 16-bit patterns; `bool` (0 or 1) and every 4-, 6- and 8-bit
- * float as raw bytes; `i64` and `u64` as big integers; `c64` as raw bytes.
+ * Host array of a stored tensor. `bf16` and `f16` are 16-bit patterns in a `Uint16Array`; `bool` (0 or 1), floats of 4 to 8 bits, and
+ * `c64` are raw bytes in a `Uint8Array`; `i64` and `u64` are `BigInt64Array` and `BigUint64Array`.
  */
 export type StoredArray =
   | Float32Array
@@ -45,7 +45,7 @@ interface ArrayClass {
 }
 
 interface Format {
-  /** Name in the header of the file. */
+  /** Name in the header of a file. */
   readonly name: string
   readonly bits: number
   readonly array: ArrayClass
@@ -76,41 +76,41 @@ const formats: Readonly<Record<StoredDType, Format>> = {
 
 const byName = new Map(Object.entries(formats).map(([dtype, format]) => [format.name, dtype as StoredDType]))
 
-/** Name of a dtype in the header of a file, `BF16` for `bf16`. */
+/** The name of a dtype in the header of a file, for example `BF16` for `bf16`. */
 export const storedName = (dtype: StoredDType): string => formats[dtype].name
 
-/** The dtype of a name in a header, undefined if the format does not know it. */
+/** The dtype with a name in a header, or undefined if the format has none. */
 export const dtypeOfName = (name: string): StoredDType | undefined => byName.get(name)
 
-/** Every name that a header may use. */
+/** All dtype names that a header may contain. */
 export const storedNames = (): string[] => [...byName.keys()]
 
-/** Whether a value names a dtype of this package. */
+/** Whether a value is the name of a dtype of this package. */
 export const isStoredDType = (value: unknown): value is StoredDType =>
   typeof value === 'string' && Object.hasOwn(formats, value)
 
-/** Bits of one element. */
+/** Bits per element. */
 export const storedBits = (dtype: StoredDType): number => formats[dtype].bits
 
 /**
- * Bytes of a tensor.
+ * The size of a tensor in bytes.
  *
- * @returns NaN when they do not fit in a whole number of bytes below 2^53, so that no size is ever wrong silently
+ * @returns NaN if it is not an integer below 2^53, so that an invalid size cannot go unnoticed
  */
 export function storedBytes(dtype: StoredDType, shape: readonly number[]): number {
-  // A zero anywhere empties the tensor, whatever the other sizes are.
+  // A tensor with an axis of size 0 is empty, however large the other axes are.
   if (shape.includes(0)) return 0
   const bits = shape.reduce((product, size) => product * size, formats[dtype].bits)
   return Number.isSafeInteger(bits) && bits % 8 === 0 ? bits / 8 : Number.NaN
 }
 
-/** View bytes as the host array of a dtype; the byte offset must be aligned to the element. */
+/** Views bytes as the host array of a dtype. The byte offset must be aligned to the element size. */
 export function viewStored(dtype: StoredDType, bytes: Uint8Array): StoredArray {
   const { array } = formats[dtype]
   return new array(bytes.buffer, bytes.byteOffset, bytes.byteLength / array.BYTES_PER_ELEMENT)
 }
 
-/** The bytes of a host array if it is the one that the dtype asks for, or raw bytes; undefined otherwise. */
+/** The bytes of a host array. Undefined if it is neither the array type of the dtype nor raw bytes. */
 export function bytesOf(dtype: StoredDType, data: unknown): Uint8Array | undefined {
   if (data instanceof formats[dtype].array || data instanceof Uint8Array) {
     const view = data as Uint8Array
@@ -119,5 +119,5 @@ export function bytesOf(dtype: StoredDType, data: unknown): Uint8Array | undefin
   return undefined
 }
 
-/** Name of the host array class of a dtype, for messages. */
+/** The name of the host array class of a dtype, for error messages. */
 export const arrayName = (dtype: StoredDType): string => (formats[dtype].array as unknown as { name: string }).name

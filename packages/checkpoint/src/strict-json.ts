@@ -1,13 +1,12 @@
-/** @file JSON that refuses duplicate keys, which `JSON.parse` would silently resolve to the last one. */
+/** @file Parses JSON and rejects duplicate keys, of which `JSON.parse` would silently keep the last. */
 
 import { shown } from './checkpoint-error.ts'
 
 /**
  * Parses UTF-8 JSON.
  *
- * @param depth how deep objects and arrays may nest
- * @throws {SyntaxError} for bytes that are not UTF-8, text that is not JSON, a key that occurs twice in one object, or
- *   nesting deeper than `depth`
+ * @param depth maximum nesting depth
+ * @throws {SyntaxError} for invalid UTF-8, invalid JSON, duplicate keys in an object, or nesting deeper than `depth`
  */
 export function parseStrictJson(bytes: Uint8Array, depth: number): unknown {
   let text: string
@@ -22,19 +21,19 @@ export function parseStrictJson(bytes: Uint8Array, depth: number): unknown {
   return value
 }
 
-/** Runs before the parser, which recurses: a header of brackets alone must not exhaust the stack. */
+/** Runs before `JSON.parse`, which is recursive: deeply nested brackets must not overflow the stack. */
 function checkNesting(text: string, limit: number): void {
   let level = 0
   for (let i = 0; i < text.length; i++) {
     const c = text.charCodeAt(i)
     if (c === QUOTE) i = endOfString(text, i)
     else if (c === OPEN_BRACE || c === OPEN_BRACKET) {
-      if (++level > limit) throw new SyntaxError(`it nests deeper than ${limit} levels`)
+      if (++level > limit) throw new SyntaxError(`it is nested deeper than ${limit} levels`)
     } else if (c === CLOSE_BRACE || c === CLOSE_BRACKET) level--
   }
 }
 
-/** `text` is known to be valid JSON, so a string followed by a colon is a key of the innermost object. */
+/** `text` is valid JSON, so a string followed by a colon is a key of the innermost object. */
 function checkDuplicateKeys(text: string): void {
   const open: Set<string>[] = []
   for (let i = 0; i < text.length; i++) {
@@ -48,7 +47,7 @@ function checkDuplicateKeys(text: string): void {
       if (text.charCodeAt(after) === COLON) {
         const key = JSON.parse(text.slice(i, end + 1)) as string
         const keys = open[open.length - 1]
-        if (keys.has(key)) throw new SyntaxError(`the key ${shown(key)} occurs twice`)
+        if (keys.has(key)) throw new SyntaxError(`duplicate key ${shown(key)}`)
         keys.add(key)
       }
       i = end
@@ -56,7 +55,7 @@ function checkDuplicateKeys(text: string): void {
   }
 }
 
-/** Index of the closing quote of the string that opens at `start`; the end of the text where none closes it. */
+/** The index of the closing quote of the string that starts at `start`, or the end of the text if it is unterminated. */
 function endOfString(text: string, start: number): number {
   let i = start + 1
   while (i < text.length && text.charCodeAt(i) !== QUOTE) i += text.charCodeAt(i) === BACKSLASH ? 2 : 1

@@ -1,4 +1,4 @@
-/** @file A folder to write to, whatever it is on. */
+/** @file The interface of folders that checkpoints are written to, and its implementation on disk. */
 
 import { mkdir, readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -7,29 +7,29 @@ import { fileError } from './checkpoint-error.ts'
 import { type DirectoryHandle, handleTarget, isDirectoryHandle } from './directory-handle.ts'
 import { pathOf } from './path-of.ts'
 
-/** Where a folder is that is written: a path, a file URL, or the handle that a page has of it. */
+/** A folder to write to: a path, a file URL, or a folder handle of a browser. */
 export type FolderPlace = string | URL | DirectoryHandle
 
 /** A folder to write to. @internal */
 export interface TargetFolder {
-  /** What errors call it. */
+  /** Path, for error messages. */
   readonly path: string
-  /** What errors call a file of it. */
+  /** Path of a file in the folder, for error messages. */
   pathOf(name: string): string
-  /** Of what is in it. It is made where it is missing. @throws MoeError E_CHECKPOINT */
+  /** Names of the files in the folder, which is created if it does not exist. @throws MoeError E_CHECKPOINT */
   names(): Promise<Set<string>>
-  /** Writes a file that appears complete or not at all. @throws MoeError E_CHECKPOINT, and what `produce` throws */
+  /** Writes a file atomically. @throws MoeError E_CHECKPOINT, and any error of `produce` */
   write(name: string, produce: (append: Append) => Promise<void>): Promise<void>
-  /** Removes a file that may be missing. @throws MoeError E_CHECKPOINT */
+  /** Removes a file if it exists. @throws MoeError E_CHECKPOINT */
   remove(name: string): Promise<void>
-  /** Makes the names in it survive a power failure, where that can be asked for. */
+  /** Makes renames and removals durable across a power failure, if the system supports it. */
   flush(): Promise<void>
 }
 
 /**
- * The place as a folder to write to; nothing is asked of it yet.
- * @param op who asks, for errors
- * @throws MoeError E_ATTR for what is no place
+ * Returns a place as a folder to write to, without accessing it yet.
+ * @param op the calling function, for error messages
+ * @throws MoeError E_ATTR for an invalid place
  * @internal
  */
 export function targetFolder(op: string, place: FolderPlace): TargetFolder {
@@ -37,8 +37,8 @@ export function targetFolder(op: string, place: FolderPlace): TargetFolder {
 }
 
 /**
- * A folder in a folder.
- * @param options.create make it where it is missing
+ * Returns a subfolder.
+ * @param options.create creates the folder if it does not exist
  * @throws MoeError E_ATTR, E_CHECKPOINT
  * @internal
  */
@@ -58,7 +58,7 @@ export async function folderIn(
   }
 }
 
-/** Writes text as a whole. @internal */
+/** Writes a text file atomically. @internal */
 export const writeText = (folder: TargetFolder, name: string, text: string): Promise<void> =>
   folder.write(name, append => append(new TextEncoder().encode(text)))
 

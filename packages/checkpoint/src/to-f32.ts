@@ -1,13 +1,13 @@
-/** @file Stored numbers as f32 and back, a whole array at a time: shifts and tables instead of a function call for each element. */
+/** @file Converts arrays between stored dtypes and f32, with shifts and tables instead of a function call per element. */
 
 import { fromF8e4m3, fromF16, toF16 } from '@moe/core'
 import type { StoredArray, StoredDType } from './stored-dtype.ts'
 
 /**
- * The values of a stored array as f32. Exact for bf16, f16, the 8-bit floats, bool and integers up to 2^24; f64 and larger
- * integers round to nearest even. f32 is returned as it is, not copied.
+ * Converts a stored array to f32. Exact for bf16, f16, 8-bit floats, bool, and integers up to 2^24; f64 and larger integers are rounded
+ * to nearest even. f32 is returned without copying.
  *
- * @returns undefined for dtypes without a number for each element (`c64`, `f4`, `f6e2m3`, `f6e3m2`)
+ * @returns undefined for dtypes whose elements are not single numbers in whole bytes (`c64`, `f4`, `f6e2m3`, `f6e3m2`)
  */
 export function toF32(dtype: StoredDType, data: StoredArray): Float32Array | undefined {
   switch (dtype) {
@@ -45,7 +45,7 @@ export function toF32(dtype: StoredDType, data: StoredArray): Float32Array | und
   }
 }
 
-/** f32 as a float dtype for storage, rounded to nearest even. f32 is returned as it is, not copied. */
+/** Converts f32 to a stored float dtype, rounding to nearest even. f32 is returned without copying. */
 export function fromF32(dtype: 'f32' | 'bf16' | 'f16', data: Float32Array): Float32Array | Uint16Array {
   if (dtype === 'f32') return data
   const out = new Uint16Array(data.length)
@@ -54,7 +54,7 @@ export function fromF32(dtype: 'f32' | 'bf16' | 'f16', data: Float32Array): Floa
     for (let i = 0; i < words.length; i++) {
       const bits = words[i]
       const magnitude = bits & 0x7fffffff
-      // From the smallest normal number of f16 to below 65536 there are just bits to drop.
+      // From the smallest normal f16 to below 65536, rounding only drops mantissa bits.
       if (magnitude >= 0x38800000 && magnitude < 0x47800000) {
         const rounded = magnitude + 0xfff + ((magnitude >>> 13) & 1)
         out[i] = ((bits >>> 16) & 0x8000) | ((rounded - 0x38000000) >>> 13)
@@ -64,7 +64,7 @@ export function fromF32(dtype: 'f32' | 'bf16' | 'f16', data: Float32Array): Floa
   }
   for (let i = 0; i < words.length; i++) {
     const bits = words[i]
-    // A NaN stays one: rounding could carry it into an infinity.
+    // Keep NaN a NaN: rounding could turn it into infinity.
     if ((bits & 0x7fffffff) > 0x7f800000) out[i] = (bits >>> 16) | 0x40
     else out[i] = (bits + 0x7fff + ((bits >>> 16) & 1)) >>> 16
   }
@@ -77,7 +77,7 @@ function lookUp(table: Float32Array, codes: Uint8Array | Uint16Array): Float32Ar
   return out
 }
 
-/** Decoded values of every code of a format, made when first needed. */
+/** Decoded values of all codes of a format, computed on first use. */
 function table(codes: number, decode: (code: number) => number): () => Float32Array {
   let values: Float32Array | undefined
   return () => {
@@ -88,11 +88,11 @@ function table(codes: number, decode: (code: number) => number): () => Float32Ar
 
 const f16Table = table(65536, fromF16)
 
-/** Value of each `f8e4m3` byte. */
+/** The value of each `f8e4m3` byte. */
 export const f8e4m3Table = table(256, fromF8e4m3)
 
-/** The upper byte of an f16. */
+/** An `f8e5m2` is the upper byte of an f16. */
 const f8e5m2Table = table(256, code => fromF16(code << 8))
 
-/** A power of two, as the `ue8m0` scales of DeepSeek-V3.1; 255 is NaN. */
+/** Powers of two, as in the `ue8m0` scales of DeepSeek-V3.1; 255 is NaN. */
 const f8e8m0Table = table(256, code => (code === 255 ? Number.NaN : 2 ** (code - 127)))

@@ -115,7 +115,7 @@ describe('a checkpoint on the web', () => {
     expect(file.info('scalar').file).toBe(`${address}/a`)
     await using gguf = await readGguf(`${address}/a.gguf`)
     expect(await gguf.readF32('x')).toEqual(Float32Array.of(1, 2, 3))
-    await expect(readSafetensors(`${address}/none`)).rejects.toThrow(`${address}/none: there is no such file`)
+    await expect(readSafetensors(`${address}/none`)).rejects.toThrow(`${address}/none: no such file`)
   })
 
   it('is read in aligned blocks, each once while tensors come in order', async () => {
@@ -135,14 +135,14 @@ describe('a checkpoint on the web', () => {
     expect(asked).toHaveLength(4)
   })
 
-  it('is asked once for what is read at the same time', async () => {
+  it('receives one request for concurrent reads of the same block', async () => {
     const { address, asked } = await site({ '/model.safetensors': fileOf(4 * MB, 10, 20, 30) })
     await using checkpoint = await openCheckpoint(address)
     await Promise.all(['b', 'c', 'd'].map(key => checkpoint.read(key)))
     expect(asked).toHaveLength(2)
   })
 
-  it('keeps 64 MiB at most, and reads right what it no longer has', async () => {
+  it('caches at most 64 MiB, and requests evicted blocks again', async () => {
     const { address, asked } = await site({ '/model.safetensors': fileOf(10, 80 * MB, 10) })
     await using checkpoint = await openCheckpoint(address)
     const before = await checkpoint.read('a')
@@ -152,7 +152,7 @@ describe('a checkpoint on the web', () => {
     expect(asked).toHaveLength(requests + 1)
   })
 
-  it('has names of files as one step of its path, and the query of the folder', async () => {
+  it('encodes file names as one path segment, and keeps the query of the folder', async () => {
     const name = 'a?b#c %2e%2e.safetensors'
     const index = { weight_map: Object.fromEntries([...'abcde'].map(key => [key, name])) }
     const { address, asked } = await site({
@@ -179,7 +179,7 @@ describe('a checkpoint on the web', () => {
     },
   )
 
-  it('tells how far it has come: to the end, with and without ranges, and on the disk', async () => {
+  it('reports progress up to the total, with and without ranges, and on disk', async () => {
     for (const ranges of [true, false, undefined]) {
       const { address } = await site({ '/model.safetensors': large }, { ranges })
       const steps: [number, number][] = []
@@ -194,19 +194,19 @@ describe('a checkpoint on the web', () => {
     }
   })
 
-  it('is asked for by the function that is given', async () => {
+  it('is requested with a custom fetch', async () => {
     const { address } = await site(
       { '/model.safetensors': dtypes },
       { answer: ({ headers }, response) => headers.authorization !== 'Bearer 1' && !!response.writeHead(401).end() },
     )
-    await expect(openCheckpoint(address)).rejects.toThrow(/answered 401 Unauthorized; .*pass \{ fetch \}/)
+    await expect(openCheckpoint(address)).rejects.toThrow(/responded with 401 Unauthorized; .*pass \{ fetch \}/)
     await using checkpoint = await openCheckpoint(address, {
       fetch: (to, init) => fetch(to, { ...init, headers: { ...init.headers, authorization: 'Bearer 1' } }),
     })
     expect(checkpoint.has('scalar')).toBe(true)
   })
 
-  it('is asked for as a whole where the length is hidden from the page', async () => {
+  it('is downloaded as a whole if the page cannot see its length', async () => {
     const { address, asked } = await site({ '/model.safetensors': large })
     const hidden = async (to: string, init: RequestInit) => {
       const { status, body } = await fetch(to, init)
@@ -237,8 +237,16 @@ describe('a server that', () => {
 
   it.each<[string, Behaviour['answer'], RegExp]>([
     ['has nothing', (_, response) => !!response.writeHead(404).end(), /neither model.safetensors nor/],
-    ['refuses', (_, response) => !!response.writeHead(403).end(), /answered 403 Forbidden; it may be private/],
-    ['fails', (_, response) => !!response.writeHead(503).end(), /answered 503 Service Unavailable; try again later/],
+    [
+      'refuses',
+      (_, response) => !!response.writeHead(403).end(),
+      /responded with 403 Forbidden; the file may be private/,
+    ],
+    [
+      'fails',
+      (_, response) => !!response.writeHead(503).end(),
+      /responded with 503 Service Unavailable; try again later/,
+    ],
     [
       'has a page for every address',
       (_, response) => !!response.writeHead(200, { 'content-type': 'text/html; charset=utf-8' }).end('<!doctype html>'),
@@ -252,43 +260,35 @@ describe('a server that', () => {
     [
       'sends other bytes',
       later(0, part('bytes 1-4194304/99999999', 4 * MB)),
-      /answered with the range "bytes 1-4194304\/99999999" when it was asked for bytes 0 to 4194303/,
+      /sent the range "bytes 1-4194304\/99999999" when asked for bytes 0 to 4194303/,
     ],
-    ['begins later', later(0, part('bytes 1-4194303/99999999', 4 * MB)), /answered with the range "bytes 1-4194303/],
-    ['sends less', later(0, part('bytes 0-99/99999999', 100)), /answered with the range/],
-    ['does not know the length', later(0, part('bytes 0-4194303/*', 4 * MB)), /answered with the range/],
-    [
-      'claims an impossible length',
-      later(0, part('bytes 0-4194303/99999999999999999999', 4 * MB)),
-      /answered with the range/,
-    ],
-    [
-      'claims another range later',
-      later(1, part(`bytes 0-4194303/${large.length}`, 4 * MB)),
-      /answered with the range/,
-    ],
+    ['begins later', later(0, part('bytes 1-4194303/99999999', 4 * MB)), /sent the range "bytes 1-4194303/],
+    ['sends less', later(0, part('bytes 0-99/99999999', 100)), /sent the range/],
+    ['does not know the length', later(0, part('bytes 0-4194303/*', 4 * MB)), /sent the range/],
+    ['claims an impossible length', later(0, part('bytes 0-4194303/99999999999999999999', 4 * MB)), /sent the range/],
+    ['claims another range later', later(1, part(`bytes 0-4194303/${large.length}`, 4 * MB)), /sent the range/],
     [
       'says more than it sends',
       later(1, (response, first) => part(`bytes ${first}-${first + 16 * MB - 1}/${large.length}`, 10)(response)),
-      /sent 10 of the 16777216 bytes/,
+      /sent only 10 of the requested 16777216 bytes/,
     ],
     [
       'sends more than it says',
       later(1, (response, first) => part(`bytes ${first}-${first + 16 * MB - 1}/${large.length}`, 17 * MB)(response)),
-      /sent more than the 16777216 bytes/,
+      /sent more than the requested 16777216 bytes/,
     ],
     [
       'answers with everything later',
       later(1, response => response.writeHead(200).end(large)),
-      /the whole file when it was asked for a part/,
+      /the whole file in response to a range request/,
     ],
-    ['has lost it later', later(1, response => response.writeHead(404).end()), /answered 404 Not Found/],
+    ['has lost it later', later(1, response => response.writeHead(404).end()), /responded with 404 Not Found/],
     [
       'has another file later',
       later(1, (response, first) =>
         part(`bytes ${first}-${first + 16 * MB - 1}/${large.length + 1}`, 16 * MB)(response),
       ),
-      /changed while it was read: it had \d+ bytes and has \d+/,
+      /changed while it was read: its size was \d+ bytes and is now \d+/,
     ],
     ['hangs up', (_, response) => !!response.destroy(), /the request failed/],
     [
@@ -300,32 +300,32 @@ describe('a server that', () => {
       },
       /the connection broke after \d+ bytes/,
     ],
-  ])('%s is told of', async (_, answer, fault) => {
+  ])('reports an error: %s', async (_, answer, fault) => {
     const error = await open(answer)
     expect(error).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(fault) })
     expect((error as Error).message).toMatch(/^http:\/\/127/)
   })
 
-  it('sends a file cut off as a whole is told of', async () => {
+  it('reports a truncated file without range requests', async () => {
     const cut = await open((_, response) => !!response.writeHead(200).end(large.subarray(0, 5 * MB)))
     expect(cut).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringContaining('truncated') })
   })
 
-  it.each(['etag', 'last-modified'])('has a file of another %s later is told of', async header => {
+  it.each(['etag', 'last-modified'])('reports a file whose %s changes', async header => {
     let value = 0
     const error = await open((_, response) => void response.setHeader(header, `"${value++}"`))
     expect(error).toMatchObject({
-      message: expect.stringMatching(/the file changed while it was read: .*0.* is .*1|0.*then.*1/),
+      message: expect.stringMatching(/the file changed while it was read: .*0.* is now .*1|0.*, now.*1/),
     })
   })
 
-  it('cannot be reached is told of', async () => {
+  it('reports that it cannot be reached', async () => {
     const { address } = await site({})
     const error = await failure(openCheckpoint(address.replace(/:\d+$/, ':1')))
     expect(error).toMatchObject({ code: 'E_CHECKPOINT', message: expect.stringMatching(/the request failed: .*/) })
   })
 
-  it('may be asked again after it failed', async () => {
+  it('can be asked again after a failure', async () => {
     let broken = true
     const { address } = await site(model, {
       answer: ({ headers }, response) =>
@@ -385,7 +385,9 @@ describe('files at hand', () => {
 
   it('that lack one, or have one twice, are refused', async () => {
     await expect(openCheckpoint(given().slice(0, 3))).rejects.toThrow(/model-0000\d.*: opening failed: no such file/)
-    await expect(openCheckpoint([...given(), ...given()])).rejects.toThrow(/2 are called model.safetensors.index.json/)
+    await expect(openCheckpoint([...given(), ...given()])).rejects.toThrow(
+      /2 files are named model.safetensors.index.json/,
+    )
     await expect(openCheckpoint([])).rejects.toThrow('the given files: the folder has neither')
   })
 })

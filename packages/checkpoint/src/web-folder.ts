@@ -1,6 +1,6 @@
 /**
- * @file Folders and files on the web, read with `fetch` by ranges. What a server says is checked: which bytes it sends, how many, and whether they are still of the
- * same file.
+ * @file Reads folders and files from the web with range requests. Every response is validated: its range, its length, and that the file
+ * has not changed.
  */
 
 import { isMoeError, MoeError } from '@moe/core'
@@ -8,21 +8,21 @@ import { checkpointError, shown } from './checkpoint-error.ts'
 import type { Fetch, Folder, OpenFile, Watch } from './folder.ts'
 import { blobFile } from './named-blobs.ts'
 
-/** Pieces begin at multiples of this: tensors mostly come in the order of the file, and many are small. */
+/** Requests start at multiples of this size, since tensors are mostly read in file order, and many are small. */
 const BLOCK_BYTES = 4 * 2 ** 20
-/** Longest piece of one request. */
+/** Maximum size of a request. */
 const PIECE_BYTES = 16 * 2 ** 20
-/** Pieces kept for a folder, in all. */
-const KEPT_BYTES = 64 * 2 ** 20
-/** Largest file that is taken whole, from a server that has no ranges. */
+/** Maximum size of the cache of a folder. */
+const CACHE_BYTES = 64 * 2 ** 20
+/** Maximum size of a file that is downloaded as a whole, from a server without range requests. */
 const WHOLE_BYTES = 4 * 2 ** 30
 
-/** @param address of the folder; its query goes with every request, and is not shown */
+/** @param address URL of the folder. Its query is sent with every request, but not shown in messages. */
 export function webFolder(address: URL, fetch: Fetch | undefined, watch: Watch): Folder {
-  const pieces = new Pieces()
+  const pieces = new PieceCache()
   const addressOf = (name: string): URL => {
     const url = new URL(address)
-    // A name is one step of the path, whatever is in it.
+    // Encode the name, so that it stays a single path segment.
     url.pathname = `${url.pathname.replace(/\/$/, '')}/${encodeURIComponent(name)}`
     return url
   }
@@ -33,18 +33,18 @@ export function webFolder(address: URL, fetch: Fetch | undefined, watch: Watch):
   }
 }
 
-/** @throws MoeError E_CHECKPOINT also where there is none */
+/** Opens a file. @throws MoeError E_CHECKPOINT, also if it does not exist */
 export async function webFile(address: URL, fetch: Fetch | undefined, watch: Watch): Promise<OpenFile> {
   const server = new Server(address, fetch, watch)
-  const file = await openOnWeb(server, new Pieces())
-  if (file === undefined) throw checkpointError(server.path, 'there is no such file')
+  const file = await openOnWeb(server, new PieceCache())
+  if (file === undefined) throw checkpointError(server.path, 'no such file')
   return file
 }
 
-/** Queries may hold tokens. */
+/** Queries may contain tokens. */
 const withoutQuery = ({ origin, pathname }: URL): string => `${origin}${pathname}`
 
-/** One address, and what is asked of it. */
+/** Performs requests for one URL. */
 class Server {
   readonly path: string
   readonly watch: Watch
@@ -55,11 +55,11 @@ class Server {
     this.path = withoutQuery(address)
     this.watch = watch
     this.#address = address
-    // The global one as it is at the time of the request: pages and tests replace it.
+    // Look up the global at the time of the request, since pages and tests replace it.
     this.#fetch = fetch ?? ((to, init) => globalThis.fetch(to, init))
   }
 
-  /** @param range first and last byte; everything without */
+  /** @param range first and last byte; default: the whole file */
   async ask(range?: readonly [number, number]): Promise<Response> {
     this.watch.check(this.path)
     const { signal } = this.watch
@@ -71,7 +71,7 @@ class Server {
     }
   }
 
-  /** Gives the bytes of an answer to `take`, as they come. */
+  /** Passes the bytes of a response to `take` as they arrive. */
   async receive(response: Response, take: (chunk: Uint8Array<ArrayBuffer>) => void): Promise<void> {
     if (!response.body) return
     const reader = response.body.getReader()
@@ -98,16 +98,16 @@ class Server {
     if (isMoeError(cause)) return cause
     if (this.watch.signal?.aborted) {
       const { reason } = this.watch.signal
-      return new MoeError({ code: 'E_ABORTED', op: this.path, problem: 'reading was stopped', cause: reason })
+      return new MoeError({ code: 'E_ABORTED', op: this.path, problem: 'reading was cancelled', cause: reason })
     }
-    // Node's fetch says why in the cause of its error.
+    // Node's fetch reports the reason in the cause of its error.
     const why = [cause, (cause as Error | undefined)?.cause].map(error => (error as Error | undefined)?.message)
-    const fix = 'the server cannot be reached, or in a browser does not allow this page to read it (CORS)'
+    const fix = 'the server is unreachable, or, in a browser, does not allow this page to read it (CORS)'
     return checkpointError(this.path, [problem, ...why.filter(Boolean)].join(': '), fix, {}, cause)
   }
 }
 
-async function openOnWeb(server: Server, pieces: Pieces): Promise<OpenFile | undefined> {
+async function openOnWeb(server: Server, pieces: PieceCache): Promise<OpenFile | undefined> {
   const response = await server.ask([0, BLOCK_BYTES - 1])
   const { status } = response
   if (status === 404 || status === 410 || isPage(response)) {
@@ -121,7 +121,7 @@ async function openOnWeb(server: Server, pieces: Pieces): Promise<OpenFile | und
   }
   if (status !== 206) throw await refusal(server, response)
   if (response.headers.get('content-range') === null) {
-    // Another site may hide it from a page, and then nothing says how long the file is.
+    // Another origin may hide the header, which leaves the length of the file unknown.
     await discard(response)
     const whole = await server.ask()
     if (whole.status !== 200) throw await refusal(server, whole)
@@ -132,13 +132,13 @@ async function openOnWeb(server: Server, pieces: Pieces): Promise<OpenFile | und
   return server.watch.over(new RangedFile(server, pieces, total, versionOf(response), bytes))
 }
 
-/** What stands in for a file that is not there, on servers of pages with one address for all of them. */
+/** Some servers respond with an HTML page instead of 404. */
 const isPage = ({ status, headers }: Response): boolean =>
   (status === 200 || status === 206) && /^text\/html\b/i.test(headers.get('content-type') ?? '')
 
 async function openWhole(server: Server, response: Response): Promise<OpenFile> {
   const { watch, path } = server
-  // Compressed answers have another length than the file, and another site may hide that they are.
+  // The length of a compressed response differs from the file's, and another origin may hide that it is compressed.
   let expected = Number(response.headers.get('content-length')) || 0
   watch.opened(expected)
   const chunks: Uint8Array<ArrayBuffer>[] = []
@@ -148,8 +148,8 @@ async function openWhole(server: Server, response: Response): Promise<OpenFile> 
     received += chunk.length
     if (received > WHOLE_BYTES) {
       throw server.error(
-        `the server has no ranges, and sends more than ${WHOLE_BYTES} bytes`,
-        'read larger files from a server that answers requests for ranges',
+        `the server does not support range requests and sent more than ${WHOLE_BYTES} bytes`,
+        'read large files from a server that supports range requests',
       )
     }
     if (received > expected) {
@@ -162,15 +162,15 @@ async function openWhole(server: Server, response: Response): Promise<OpenFile> 
   return blobFile(path, new Blob(chunks))
 }
 
-/** A file that is read by ranges. */
+/** A file that is read with range requests. */
 class RangedFile implements OpenFile {
   readonly path: string
   readonly bytes: number
   readonly #server: Server
-  readonly #pieces: Pieces
+  readonly #pieces: PieceCache
   readonly #version: Version
 
-  constructor(server: Server, pieces: Pieces, bytes: number, version: Version, first: Uint8Array) {
+  constructor(server: Server, pieces: PieceCache, bytes: number, version: Version, first: Uint8Array) {
     this.path = server.path
     this.bytes = bytes
     this.#server = server
@@ -198,7 +198,7 @@ class RangedFile implements OpenFile {
     this.#pieces.drop(({ file }) => file === this)
   }
 
-  /** Whole blocks from the one at `position` on, as many as are asked for and not kept. */
+  /** Requests whole blocks, starting with the one that contains `position`, up to `until` or the next cached piece. */
   #ask(position: number, until: number): Piece {
     const begin = Math.floor(position / BLOCK_BYTES) * BLOCK_BYTES
     const blocks = Math.ceil(until / BLOCK_BYTES) * BLOCK_BYTES
@@ -211,14 +211,14 @@ class RangedFile implements OpenFile {
     const response = await this.#server.ask([begin, end - 1])
     if (response.status === 200) {
       await discard(response)
-      throw this.#server.error('the server answered with the whole file when it was asked for a part', 'open it again')
+      throw this.#server.error('the server sent the whole file in response to a range request', 'open it again')
     }
     if (response.status !== 206) throw await refusal(this.#server, response)
     const range = await checkRange(this.#server, response, begin, end)
     const changed = changeOf(this.#version, versionOf(response))
     if (range.total !== this.bytes || changed) {
       await discard(response)
-      const what = changed ?? `it had ${this.bytes} bytes and has ${range.total}`
+      const what = changed ?? `its size was ${this.bytes} bytes and is now ${range.total}`
       throw this.#server.error(`the file changed while it was read: ${what}`, 'open it again')
     }
     return receiveExactly(this.#server, response, end - begin)
@@ -232,9 +232,9 @@ interface Piece {
   readonly bytes: Promise<Uint8Array>
 }
 
-/** The pieces that were read last, of all files of a folder. */
-class Pieces {
-  /** The one that was used last stands last. */
+/** A cache of the most recently used pieces of all files of a folder. */
+class PieceCache {
+  /** Sorted by last use, the most recent last. */
   #kept: Piece[] = []
 
   find(file: object, position: number): Piece | undefined {
@@ -248,7 +248,7 @@ class Pieces {
     this.#kept.push(piece)
     let bytes = 0
     for (const { begin, end } of this.#kept) bytes += end - begin
-    while (bytes > KEPT_BYTES) {
+    while (bytes > CACHE_BYTES) {
       const [{ begin, end }] = this.#kept.splice(0, 1)
       bytes -= end - begin
     }
@@ -265,7 +265,7 @@ class Pieces {
   }
 }
 
-/** Checks that a partial answer is the one that was asked for: the bytes from `begin` up to `end`, or up to the end of the file. */
+/** Checks that a partial response contains the requested bytes: from `begin` to `end`, or to the end of the file. */
 async function checkRange(
   server: Server,
   response: Response,
@@ -281,8 +281,8 @@ async function checkRange(
   }
   await discard(response)
   throw server.error(
-    `the server answered with the range ${shown(text)} when it was asked for bytes ${begin} to ${end - 1}`,
-    'the server is at fault; copy the files to another one',
+    `the server sent the range ${shown(text)} when asked for bytes ${begin} to ${end - 1}`,
+    'the server is broken; copy the files to another one',
   )
 }
 
@@ -291,16 +291,16 @@ async function receiveExactly(server: Server, response: Response, bytes: number)
   let received = 0
   await server.receive(response, chunk => {
     if (received + chunk.length > bytes) {
-      throw server.error(`the server sent more than the ${bytes} bytes that it was asked for`)
+      throw server.error(`the server sent more than the requested ${bytes} bytes`)
     }
     out.set(chunk, received)
     received += chunk.length
   })
   if (received === bytes) return out
-  throw server.error(`the server sent ${received} of the ${bytes} bytes that it was asked for`, 'try again')
+  throw server.error(`the server sent only ${received} of the requested ${bytes} bytes`, 'try again')
 }
 
-/** What tells one version of a file from another, where the server says and the page may see it. */
+/** Identifies the version of a file, if the server sends it and the page may read it. */
 interface Version {
   readonly etag: string | null
   readonly modified: string | null
@@ -313,27 +313,27 @@ const versionOf = ({ headers }: Response): Version => ({
 
 function changeOf(before: Version, after: Version): string | undefined {
   if (before.etag !== null && after.etag !== null) {
-    return before.etag === after.etag ? undefined : `its ETag was ${shown(before.etag)} and is ${shown(after.etag)}`
+    return before.etag === after.etag ? undefined : `its ETag was ${shown(before.etag)} and is now ${shown(after.etag)}`
   }
   if (before.modified === null || after.modified === null || before.modified === after.modified) return undefined
-  return `it was last modified ${shown(before.modified)} and then ${shown(after.modified)}`
+  return `it was last modified ${shown(before.modified)}, now ${shown(after.modified)}`
 }
 
-/** The error for an answer that is none. */
+/** The error for a response with an unexpected status. */
 async function refusal(server: Server, response: Response): Promise<MoeError> {
   await discard(response)
   const { status, statusText } = response
   const fix =
     status === 401 || status === 403
-      ? 'it may be private, or not be there: pass { fetch } that sends a token'
+      ? 'the file may be private or not exist; pass { fetch } that sends a token'
       : status === 429 || status >= 500
         ? 'try again later'
         : undefined
-  const said = statusText ? `${status} ${statusText.slice(0, 60)}` : status
-  return server.error(`the server answered ${said}`, fix, { status })
+  const answer = statusText ? `${status} ${statusText.slice(0, 60)}` : status
+  return server.error(`the server responded with ${answer}`, fix, { status })
 }
 
-/** Gives the connection back. */
+/** Releases the connection. */
 async function discard(response: Response): Promise<void> {
   await response.body?.cancel().catch(() => {})
 }

@@ -90,7 +90,7 @@ describe('what is written', () => {
     expect(file.keys()).toEqual(['wide', 'float', 'half', 'odd'])
   })
 
-  it('asks for one tensor at a time, once, and only after all entries were checked', async () => {
+  it('requests each tensor once, one at a time, after validating all entries', async () => {
     const path = join(await temporaryFolder(), 'a.safetensors')
     const calls: string[] = []
     const lazy = (name: string): TensorEntry => ({
@@ -132,21 +132,25 @@ describe('what is written', () => {
 describe('an entry that cannot be written', () => {
   const bad = (entry: object): TensorEntry => ({ ...f32('a', 1), ...entry }) as TensorEntry
   it.each<[string, TensorEntry[], RegExp]>([
-    ['what is no list', {} as TensorEntry[], /no list of tensors to write; pass entries: .*stateDict\(module\)/],
-    ['two of one name', [f32('a', 1), f32('a', 2)], /tensor "a" occurs twice/],
-    ['an empty name', [bad({ name: '' })], /name that safetensors cannot hold/],
-    ['the name of the metadata', [bad({ name: '__metadata__' })], /name that safetensors cannot hold/],
-    ['half a surrogate pair', [bad({ name: 'a\ud800' })], /name that safetensors cannot hold/],
+    [
+      'what is no list',
+      {} as TensorEntry[],
+      /expected a list of tensors; pass entries, for example stateDict\(module\)/,
+    ],
+    ['two of one name', [f32('a', 1), f32('a', 2)], /"a" occurs twice/],
+    ['an empty name', [bad({ name: '' })], /has an invalid name/],
+    ['the name of the metadata', [bad({ name: '__metadata__' })], /has an invalid name/],
+    ['half a surrogate pair', [bad({ name: 'a\ud800' })], /has an invalid name/],
     ['an unknown dtype', [bad({ dtype: 'float32' })], /unknown dtype "float32"/],
-    ['a negative size', [bad({ shape: [-1] })], /shape \[-1\]; sizes must be whole/],
-    ['too little data', [bad({ shape: [2] })], /of f32 \[2\] needs 8 bytes, its data has 4/],
+    ['a negative size', [bad({ shape: [-1] })], /shape \[-1\]; sizes must be non-negative integers/],
+    ['too little data', [bad({ shape: [2] })], /of dtype f32 \[2\] needs 8 bytes, got 4/],
     [
       'data of another type',
       [bad({ data: Float64Array.of(1) })],
-      /was given Float64Array; pass Float32Array, or its bytes as Uint8Array$/,
+      /got Float64Array; pass Float32Array, or its bytes as Uint8Array$/,
     ],
-    ['plain numbers', [bad({ data: [1] })], /was given Array; pass Float32Array, or/],
-    ['plain booleans', [bad({ dtype: 'bool', data: [true] })], /was given Array; pass Uint8Array$/],
+    ['plain numbers', [bad({ data: [1] })], /got Array; pass Float32Array, or/],
+    ['plain booleans', [bad({ dtype: 'bool', data: [true] })], /got Array; pass Uint8Array$/],
     [
       'a size beyond 2^53',
       [bad({ shape: [2 ** 50, 2 ** 50], data: () => new Float32Array(0) })],
@@ -158,16 +162,14 @@ describe('an entry that cannot be written', () => {
     expect(await readdir(folder)).toEqual([])
   })
 
-  it('is refused when its function returns too little', async () => {
+  it('is rejected if its function returns too little', async () => {
     const folder = await temporaryFolder()
     const entries = [f32('first', 1), bad({ data: () => new Float32Array(3) })]
-    await expect(writeSafetensors(join(folder, 'a.safetensors'), entries)).rejects.toThrow(
-      /needs 4 bytes, its data has 12/,
-    )
+    await expect(writeSafetensors(join(folder, 'a.safetensors'), entries)).rejects.toThrow(/needs 4 bytes, got 12/)
     expect(await readdir(folder)).toEqual([])
   })
 
-  it('metadata other than strings is refused', async () => {
+  it('metadata other than strings is rejected', async () => {
     const folder = await temporaryFolder()
     const metadata = { step: 3 } as unknown as Record<string, string>
     await expect(writeSafetensors(join(folder, 'a.safetensors'), [], { metadata })).rejects.toThrow(
@@ -177,7 +179,7 @@ describe('an entry that cannot be written', () => {
 })
 
 describe('a failure half way', () => {
-  it('leaves the previous file whole and no temporary one', async () => {
+  it('leaves the previous file intact and no temporary file', async () => {
     const folder = await temporaryFolder()
     const path = join(folder, 'a.safetensors')
     await writeSafetensors(path, [f32('kept', 42)])
@@ -226,7 +228,7 @@ describe('a failure half way', () => {
       const { stdout } = await run('sh', sh)
       const [single, shards] = stdout.trim().split('\n')
       expect(single).toMatch(
-        /^E_CHECKPOINT EFBIG .*model.safetensors: writing failed: .* exceed the largest size.*unchanged/,
+        /^E_CHECKPOINT EFBIG .*model.safetensors: writing failed: .* exceeds the maximum file size.*unchanged/,
       )
       expect(shards).toBe('saved')
       await expect(readFile(path), 'the shards replaced the single file').rejects.toThrow()

@@ -1,4 +1,4 @@
-/** @file Writes one safetensors file, a tensor at a time. */
+/** @file Writes one safetensors file, tensor by tensor. */
 
 import { basename, dirname } from 'node:path'
 import { checkOptions } from '@moe/core'
@@ -18,34 +18,34 @@ import {
 import { diskTarget, type TargetFolder } from './target-folder.ts'
 
 /**
- * A tensor to be written. `data` may be a function, called when its turn comes and once only: then no more than one tensor
- * need be in memory. The array is that of the dtype (see {@link StoredArray}), or its raw little-endian bytes as a Uint8Array.
+ * A tensor to write. If `data` is a function, it is called once, when the tensor is written, so that only one tensor is in memory at a
+ * time. The array must have the type of the dtype (see {@link StoredArray}), or be a `Uint8Array` of its raw little-endian bytes.
  */
 export interface TensorEntry {
-  /** Unique in the checkpoint. */
+  /** Name, unique in the checkpoint. */
   readonly name: string
-  /** What `data` is encoded as already; nothing is converted. */
+  /** The dtype that `data` already has; nothing is converted. */
   readonly dtype: StoredDType
-  /** Sizes of the axes; `[]` is a scalar. */
+  /** Sizes of the axes; `[]` for a scalar. */
   readonly shape: readonly number[]
-  /** The elements, row-major, or what gives them. */
+  /** The elements, row-major, or a function that returns them. */
   readonly data: StoredArray | (() => StoredArray | Promise<StoredArray>)
 }
 
-/** What stands in the header besides the tensors. */
+/** Options of {@link writeSafetensors}. */
 export interface WriteOptions {
-  /** Free text for the header. transformers wants `{ format: 'pt' }`, which is the default. */
+  /** Metadata for the header. Default `{ format: 'pt' }`, which transformers requires. */
   readonly metadata?: Readonly<Record<string, string>>
 }
 
 /**
- * Writes a safetensors file that Python's safetensors opens. Larger elements come first, so that every tensor is aligned to
- * its element; otherwise the order is that of `entries`. All names, dtypes and shapes are checked before the first byte is
- * written, and the file appears complete or not at all: it is written beside `path`, flushed, and renamed.
+ * Writes a safetensors file. Tensors are sorted by decreasing element size, so that each is aligned; otherwise the order of `entries` is
+ * kept. All names, dtypes and shapes are validated before the first byte is written. The file appears complete or not at all: it is
+ * written under a temporary name, flushed to disk, and renamed.
  *
- * @returns bytes of the file
- * @throws {MoeError} `E_CHECKPOINT` for entries that cannot be written and for failures of the file system (after which
- *   whatever stood at `path` is unchanged); errors of a `data` function pass through
+ * @returns the size of the file in bytes
+ * @throws {MoeError} `E_CHECKPOINT` for invalid entries and if the file system fails (an existing file then stays unchanged); errors of a
+ *   `data` function are passed on
  *
  * @example
  * ```ts
@@ -64,7 +64,7 @@ export async function writeSafetensors(
   return writePlanned(diskTarget(dirname(file)), basename(file), planEntries(file, entries), options)
 }
 
-/** The same in a folder. @internal */
+/** As {@link writeSafetensors}, in a folder. @internal */
 export async function writeInFolder(
   folder: TargetFolder,
   name: string,
@@ -74,31 +74,27 @@ export async function writeInFolder(
   return writePlanned(folder, name, planEntries(folder.pathOf(name), entries), options)
 }
 
-/** An entry that was checked, with its size. */
+/** A validated entry with its size. */
 export interface PlannedTensor extends TensorEntry {
   readonly bytes: number
 }
 
-/** Checks every entry, before anything is written. */
+/** Validates all entries before anything is written. */
 export function planEntries(path: string, entries: Iterable<TensorEntry>): PlannedTensor[] {
   if (typeof entries?.[Symbol.iterator] !== 'function')
-    throw checkpointError(
-      path,
-      'there is no list of tensors to write',
-      'pass entries: those of a module are stateDict(module)',
-    )
+    throw checkpointError(path, 'expected a list of tensors', 'pass entries, for example stateDict(module)')
   const names = new Set<string>()
   const planned: PlannedTensor[] = []
   for (const { name, dtype, shape, data } of entries) {
     const refuse = (problem: string, fix?: string) =>
       checkpointError(path, `tensor ${JSON.stringify(name)} ${problem}`, fix, { key: name })
     if (typeof name !== 'string' || name === '' || name === '__metadata__' || /\p{Surrogate}/u.test(name)) {
-      throw refuse('has a name that safetensors cannot hold', 'use well-formed text other than "" and "__metadata__"')
+      throw refuse('has an invalid name', 'use well-formed text other than "" and "__metadata__"')
     }
-    if (names.has(name)) throw refuse('occurs twice', 'give every tensor its own name')
+    if (names.has(name)) throw refuse('occurs twice', 'use unique names')
     if (!isStoredDType(dtype)) throw refuse(`has the unknown dtype ${JSON.stringify(dtype)}`)
     if (!shape.every(size => Number.isSafeInteger(size) && size >= 0)) {
-      throw refuse(`has the shape [${shape.join(', ')}]`, 'sizes must be whole numbers from 0')
+      throw refuse(`has the shape [${shape.join(', ')}]`, 'sizes must be non-negative integers')
     }
     const bytes = storedBytes(dtype, shape)
     if (Number.isNaN(bytes)) throw refuse(`of ${dtype} [${shape.join(', ')}] is not a whole number of bytes below 2^53`)
@@ -109,7 +105,7 @@ export function planEntries(path: string, entries: Iterable<TensorEntry>): Plann
   return planned
 }
 
-/** Writes entries that {@link planEntries} has checked. */
+/** Writes entries that were validated by {@link planEntries}. */
 export async function writePlanned(
   folder: TargetFolder,
   name: string,
@@ -122,8 +118,8 @@ export async function writePlanned(
     if (typeof value === 'string') continue
     throw checkpointError(
       path,
-      `metadata.${key} is a ${typeof value}`,
-      'metadata holds strings only; use JSON.stringify',
+      `metadata.${key} is a ${typeof value}, expected a string`,
+      'use JSON.stringify for other values',
     )
   }
   const ordered = [...entries].sort((a, b) => storedBits(b.dtype) - storedBits(a.dtype))
@@ -148,7 +144,7 @@ function checkedBytes(path: string, entry: PlannedTensor, data: unknown): Uint8A
     const wanted = arrayName(dtype)
     throw checkpointError(
       path,
-      `tensor ${JSON.stringify(name)} of ${dtype} was given ${given}`,
+      `tensor ${JSON.stringify(name)} of dtype ${dtype} got ${given}`,
       `pass ${wanted}${wanted === 'Uint8Array' ? '' : ', or its bytes as Uint8Array'}`,
       { key: name, dtype },
     )
@@ -156,8 +152,8 @@ function checkedBytes(path: string, entry: PlannedTensor, data: unknown): Uint8A
   if (bytes.length !== entry.bytes) {
     throw checkpointError(
       path,
-      `tensor ${JSON.stringify(name)} of ${dtype} [${shape.join(', ')}] needs ${entry.bytes} bytes, its data has ${bytes.length}`,
-      'shape, dtype and data must agree',
+      `tensor ${JSON.stringify(name)} of dtype ${dtype} [${shape.join(', ')}] needs ${entry.bytes} bytes, got ${bytes.length}`,
+      'make shape, dtype and data match',
       { key: name, dtype, shape },
     )
   }
@@ -166,7 +162,7 @@ function checkedBytes(path: string, entry: PlannedTensor, data: unknown): Uint8A
 
 const BUFFER_BYTES = 2 ** 20
 
-/** Collects small pieces, so that thousands of small tensors do not cost a system call each. */
+/** Buffers small writes, so that thousands of small tensors do not cost a system call each. */
 function bufferSmall(append: Append) {
   const buffer = new Uint8Array(BUFFER_BYTES)
   let used = 0

@@ -276,7 +276,9 @@ describe('generation', () => {
       expect(() => model.generate(none as number[])).toThrow(/prompt is no list of ids; pass its ids/)
     const several = [[1, 2], [3]] as unknown as number[]
     expect(() => model.generate(several)).toThrow(/prompt is a list of prompts; call generate for each/)
-    expect(() => model.generate([1], { tokenizer: {} as TextTokenizer })).toThrow(/no createDecodeStream; pass a tokenizer of/)
+    expect(() => model.generate([1], { tokenizer: {} as TextTokenizer })).toThrow(
+      /no createDecodeStream; pass a tokenizer of/,
+    )
     const signal = new AbortController() as unknown as AbortSignal
     expect(() => model.generate([1], { signal })).toThrow(/not an AbortSignal; pass the .signal of an AbortController/)
     expect(() => model.generate([1], null as unknown as GenerateOptions)).toThrow(
@@ -531,7 +533,7 @@ test('a folder may be a file URL, and config.json begin with a byte order mark',
   for (const call of [() => DeepSeek.fromPretrained(none), () => model.save(none), () => loadWeights(model, none)])
     await expect(call()).rejects.toMatchObject({
       code: 'E_ATTR',
-      message: expect.stringContaining('path is undefined'),
+      message: expect.stringContaining('expected a path, got undefined'),
     })
 })
 
@@ -575,7 +577,7 @@ test('a config.json that is no file is refused', async () => {
   const at = join(folder, 'no-file')
   await mkdir(join(at, 'config.json'), { recursive: true })
   await expect(DeepSeek.fromPretrained(at)).rejects.toThrow(
-    /config\.json: cannot be read: .*is a folder, expected a file/,
+    /config\.json: cannot be read: .*expected a file, got a folder/,
   )
 })
 

@@ -169,7 +169,8 @@ function checkTurn(
   checkTop('generate', 'logProbs', options.logProbs)
   checkTop('generate', 'promptLogProbs', options.promptLogProbs)
   checkIds('generate', model, prompt)
-  if (!atLeast0(maxTokens)) throw refused(`expected a whole number for maxTokens, got ${shown(maxTokens)}`, 'pass 0 or more')
+  if (!atLeast0(maxTokens))
+    throw refused(`expected a whole number for maxTokens, got ${shown(maxTokens)}`, 'pass 0 or more')
   const { max_position_embeddings: context } = model.config
   if (prompt.length + Math.min(maxTokens, 1) > context) {
     const room = maxTokens > 0 ? ', of which generation needs one' : ''

@@ -1,4 +1,4 @@
-/** @file `adapter_config.json`: what PEFT says of low-rank adapters beside their tensors. */
+/** @file Reads and writes `adapter_config.json`, PEFT's description of LoRA adapters. */
 import { readFile, stat } from 'node:fs/promises'
 import { checkpointError, fileError, shown } from '../checkpoint-error.ts'
 import { parseStrictJson } from '../strict-json.ts'
@@ -6,23 +6,23 @@ import { parseStrictJson } from '../strict-json.ts'
 export const CONFIG_FILE = 'adapter_config.json'
 export const TENSOR_FILE = 'adapter_model.safetensors'
 
-/** Before its own keys, PEFT writes what it wraps a model in. */
+/** PEFT prepends this to every key, because it wraps the base model. */
 export const PREFIX = 'base_model.model.'
 
-/** What decides how adapters count. */
+/** The adapter settings that this package uses. */
 export interface AdapterConfig {
-  /** Rows of A. */
+  /** The rank: the number of rows of A. */
   readonly rank: number
-  /** What B A is multiplied by. */
+  /** The factor of BA: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` with rsLoRA. */
   readonly scale: number
-  /** Folder of the model that they were made for, or its name on the Hub. */
+  /** Folder of the base model, or its name on the Hugging Face Hub. */
   readonly base: string | undefined
 }
 
-/** Of 256 experts in 61 layers it may list every one. */
+/** Large enough for a config that lists every one of 256 experts in 61 layers. */
 const MAX_BYTES = 2 ** 24
 
-/** Fields that change what adapters mean, or say that there is more than them: none of these may say anything. */
+/** PEFT features that are not supported: these fields must be absent, null, false or empty. */
 const unsupported = [
   'use_dora',
   'lora_bias',
@@ -41,23 +41,23 @@ const unsupported = [
   'kasa_config',
 ]
 
-/** Ways to begin that leave the base as it is. The others take something out of its weights, which the file does not tell of. */
-const plainStarts: readonly unknown[] = [undefined, null, true, false, 'gaussian', 'orthogonal', 'eva']
+/** Initializations that leave the base weights unchanged. The others modify them, and the file does not contain the modified weights. */
+const supportedInitializations: readonly unknown[] = [undefined, null, true, false, 'gaussian', 'orthogonal', 'eva']
 
-/** @throws MoeError E_CHECKPOINT when it cannot be read, is none, or asks for more than adapters of one rank */
+/** @throws MoeError E_CHECKPOINT if the file cannot be read, is not an adapter config, or uses unsupported PEFT features */
 export async function readAdapterConfig(path: string): Promise<AdapterConfig> {
   const config = await readObject(path)
   const refuse = (field: string, needed: string) =>
-    checkpointError(path, `${field} is ${shown(config[field])}, ${needed} is supported`)
+    checkpointError(path, `${field} is ${shown(config[field])}; only ${needed} is supported`)
   if (config['peft_type'] !== 'LORA') throw refuse('peft_type', '"LORA"')
   const { r: rank, lora_alpha: alpha, base_model_name_or_path: base } = config
-  if (!Number.isSafeInteger(rank) || (rank as number) < 1) throw refuse('r', 'a whole number from 1')
+  if (!Number.isSafeInteger(rank) || (rank as number) < 1) throw refuse('r', 'a positive integer')
   if (typeof alpha !== 'number' || !(alpha > 0 && Number.isFinite(alpha)))
     throw refuse('lora_alpha', 'a positive number')
   if ((config['bias'] ?? 'none') !== 'none') throw refuse('bias', '"none"')
-  if (!plainStarts.includes(config['init_lora_weights']))
-    throw refuse('init_lora_weights', 'a start that leaves the base as it is')
-  for (const field of unsupported) if (!saysNothing(config[field])) throw refuse(field, 'none')
+  if (!supportedInitializations.includes(config['init_lora_weights']))
+    throw refuse('init_lora_weights', 'an initialization that leaves the base weights unchanged')
+  for (const field of unsupported) if (!isUnset(config[field])) throw refuse(field, 'null, false or empty')
   const scaled = config['use_rslora'] === true ? Math.sqrt(rank as number) : (rank as number)
   return {
     rank: rank as number,
@@ -66,7 +66,7 @@ export async function readAdapterConfig(path: string): Promise<AdapterConfig> {
   }
 }
 
-function saysNothing(value: unknown): boolean {
+function isUnset(value: unknown): boolean {
   if (value === undefined || value === null || value === false) return true
   return typeof value === 'object' && Object.keys(value).length === 0
 }
@@ -75,9 +75,9 @@ async function readObject(path: string): Promise<Record<string, unknown>> {
   let bytes: Uint8Array
   try {
     const stats = await stat(path)
-    // A pipe would be waited for.
-    if (!stats.isFile()) throw new Error('is no regular file')
-    if (stats.size > MAX_BYTES) throw new Error(`has ${stats.size} bytes, more than ${MAX_BYTES}`)
+    // Reading a pipe would block.
+    if (!stats.isFile()) throw new Error('not a regular file')
+    if (stats.size > MAX_BYTES) throw new Error(`it has ${stats.size} bytes, more than the limit of ${MAX_BYTES}`)
     bytes = await readFile(path)
   } catch (cause) {
     throw fileError(path, 'reading', cause, `pass a folder with ${CONFIG_FILE} and ${TENSOR_FILE}`)
@@ -86,13 +86,17 @@ async function readObject(path: string): Promise<Record<string, unknown>> {
   try {
     value = parseStrictJson(bytes, 8)
   } catch (cause) {
-    throw checkpointError(path, `is not JSON: ${(cause as Error).message}`, undefined, {}, cause)
+    throw checkpointError(path, `invalid JSON: ${(cause as Error).message}`, undefined, {}, cause)
   }
   if (typeof value === 'object' && value !== null && !Array.isArray(value)) return value as Record<string, unknown>
-  throw checkpointError(path, 'holds no object')
+  throw checkpointError(path, 'expected a JSON object')
 }
 
-/** The file as PEFT writes it. `targets`: paths of what is adapted, or their last parts where these are no others'. */
+/**
+ * The text of `adapter_config.json`, as PEFT writes it.
+ *
+ * @param targets paths of the adapted weights, or only their last components if no other weight has the same ones
+ */
 export function adapterConfigJson({ rank, scale, base }: AdapterConfig, targets: readonly string[]): string {
   const config = {
     base_model_name_or_path: base ?? null,

@@ -147,7 +147,7 @@ describe('saved adapters', () => {
     await expect(saveAdapters(folder, new Block())).rejects.toMatchObject({ code: 'E_CONFIG' })
     const block = adapted()
     block.scale.trainable = true
-    await expect(saveAdapters(folder, block)).rejects.toThrow(/scale is trained/)
+    await expect(saveAdapters(folder, block)).rejects.toThrow(/scale is trainable but not an adapter/)
   })
 
   test('of one layer alone', async () => {
@@ -181,14 +181,14 @@ describe('what does not fit is refused, and nothing is changed', () => {
     await refused(/adapter_model\.safetensors.*no such file/s)
     await rm(configFile())
     await mkdir(configFile())
-    await refused(/no regular file/)
+    await refused(/not a regular file/)
   })
 
   test.each<[string, RegExp]>([
-    ['', /not JSON/],
-    ['[]', /no object/],
-    ['{"r":1,"r":2}', /twice/],
-    ['{'.repeat(100), /nests/],
+    ['', /invalid JSON/],
+    ['[]', /expected a JSON object/],
+    ['{"r":1,"r":2}', /duplicate key/],
+    ['{'.repeat(100), /nested/],
     ['{"peft_type":"LOHA"}', /peft_type is "LOHA"/],
   ])('a config of %j', async (text, message) => {
     await writeFile(configFile(), text)
@@ -215,7 +215,7 @@ describe('what does not fit is refused, and nothing is changed', () => {
 
   test('a rank that the tensors do not have, even an enormous one', async () => {
     await changeConfig({ r: 3 })
-    await refused(/is \[2,6\], needs \[3,6\] for rank 3/)
+    await refused(/has shape \[2,6\], expected \[3,6\] for rank 3/)
     await changeConfig({ r: 2 ** 50 })
     await refused(/for rank 1125899906842624/)
   })
@@ -225,17 +225,17 @@ describe('what does not fit is refused, and nothing is changed', () => {
     ['a half', /lora_B.weight" is missing/, entries => entries.filter(({ name }) => !name.includes('mix.lora_B'))],
     [
       'an expert too few',
-      /of the 3 experts.*only 2/,
+      /only 2 of the 3 experts/,
       entries => entries.filter(({ name }) => !name.includes('model.1.up_proj')),
     ],
     [
       'an unknown weight',
-      /"mux" is no matrix/,
+      /the module has no weight matrix "mux"/,
       entries => entries.map(entry => ({ ...entry, name: entry.name.replace('mix', 'mux') })),
     ],
     [
       'a vector',
-      /"scale" is no matrix/,
+      /the module has no weight matrix "scale"/,
       entries => entries.map(entry => ({ ...entry, name: entry.name.replace('mix', 'scale') })),
     ],
     [
@@ -245,7 +245,7 @@ describe('what does not fit is refused, and nothing is changed', () => {
     ],
     [
       'no adapter',
-      /is no matrix of an adapter/,
+      /is not the key of an adapter matrix/,
       entries => [
         ...entries,
         { name: 'base_model.model.mix.weight', dtype: 'f32', shape: [1], data: new Float32Array(1) },
@@ -253,22 +253,22 @@ describe('what does not fit is refused, and nothing is changed', () => {
     ],
     [
       'that of PEFT for embeddings',
-      /is no matrix of an adapter/,
+      /is not the key of an adapter matrix/,
       entries => entries.map(entry => ({ ...entry, name: entry.name.replace('lora_', 'lora_embedding_') })),
     ],
     [
       'other names',
-      /is no matrix of an adapter/,
+      /is not the key of an adapter matrix/,
       entries => entries.map(entry => ({ ...entry, name: entry.name.slice(1) })),
     ],
     [
       'turned',
-      /is \[6,2\], needs \[2,6\]/,
+      /has shape \[6,2\], expected \[2,6\]/,
       entries => entries.map(entry => ({ ...entry, shape: [...entry.shape].reverse() })),
     ],
     [
       'not a number',
-      /has NaN at place 3/,
+      /contains NaN at index 3/,
       entries =>
         entries.map(entry =>
           entry.name.includes('net.gate_proj.lora_A')
@@ -278,7 +278,7 @@ describe('what does not fit is refused, and nothing is changed', () => {
     ],
     [
       'infinite',
-      /has Infinity/,
+      /contains Infinity/,
       entries =>
         entries.map(entry =>
           entry.name.includes('lora_B')
@@ -302,21 +302,21 @@ describe('what does not fit is refused, and nothing is changed', () => {
   test('another base: other vectors, names or shapes', async () => {
     const scaled = new Block()
     scaled.scale.assign(scaled.scale.mul(1.1).detach())
-    await refused(/another base/, scaled)
+    await refused(/a different base model/, scaled)
     const larger = Object.assign(new Block(), { table: new Parameter(randn([7, 6], new Random(1))) })
-    await refused(/another base/, larger)
+    await refused(/a different base model/, larger)
   })
 
   test('a module that has others', async () => {
     const other = new Block()
     addAdapters(other, { rank: 3, alpha: 5 })
-    await refused(/the module has others/, other)
+    await refused(/which differ from those of the module/, other)
     const fewer = new Block()
     addAdapters(fewer, { rank: 2, alpha: 5, targets: ['mix'] })
-    await refused(/the module has others/, fewer)
+    await refused(/which differ from those of the module/, fewer)
     const louder = new Block()
     addAdapters(louder, { rank: 2, alpha: 6 })
-    await refused(/the module has others/, louder)
+    await refused(/which differ from those of the module/, louder)
   })
 })
 
@@ -336,6 +336,8 @@ describe('adapterBase', () => {
 
   test.each([undefined, 'owner/name', '/none'])('says so where it is not: %s', async base => {
     await saveAdapters(folder, adapted(), { base })
-    await expect(adapterBase(folder)).rejects.toThrow(base === undefined ? /names no base/ : /is no folder of a model/)
+    await expect(adapterBase(folder)).rejects.toThrow(
+      base === undefined ? /names no base model/ : /is not a folder on this machine/,
+    )
   })
 })

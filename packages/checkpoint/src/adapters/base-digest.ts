@@ -1,11 +1,12 @@
-/** @file Which base adapters were made for. */
+/** @file A digest that identifies the base model of adapters. */
 import { createHash } from 'node:crypto'
 import type { StateEntry } from '@moe/core'
 import { fromF32, toF32 } from '../to-f32.ts'
 
 /**
- * A digest of what a model is without its adapters: names and shapes of all that it stores, and the numbers of the vectors (scales of norms, selection biases), which no two trained models
- * share and which are never stored in fewer bits. They are rounded to bf16, so that it does not matter in which dtype the base was stored.
+ * Returns a digest of a model without its adapters: the names and shapes of all stored tensors, and the values of the vectors (norm
+ * scales, balance biases). Vectors differ between any two trained models and are never quantized. They are rounded to bf16, so that the
+ * digest does not depend on the dtype in which the base model was stored.
  */
 export async function baseDigest(entries: readonly StateEntry[]): Promise<string> {
   const hash = createHash('sha256')

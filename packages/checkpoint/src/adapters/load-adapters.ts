@@ -1,4 +1,4 @@
-/** @file Opens low-rank adapters that were saved here or by PEFT. */
+/** @file Loads LoRA adapters that were saved by this package or by PEFT. */
 import { existsSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import {
@@ -22,10 +22,12 @@ import { baseDigest } from './base-digest.ts'
 import { pathOfWeight, pathsOf, type StoredAdapters, storedAdapters } from './stored-adapters.ts'
 
 /**
- * Puts the adapters of a folder beside the weights of a module, or fills those that it has, which must then be the same. `addAdapters` tells what is frozen. bf16 and f16 become f32.
- * Nothing is changed unless everything fits.
- * @throws {MoeError} `E_CHECKPOINT` for files that are damaged or ask for more than adapters of one rank beside linear layers and experts, and for tensors that do not fit the module, are not
- *   finite, or were made for another base
+ * Loads the adapters of a folder into a module. A module without adapters gets them, as from `addAdapters`; existing adapters must have
+ * the same rank, alpha and targets, and are overwritten. bf16 and f16 adapters become f32. If anything does not fit, the module is left
+ * unchanged.
+ *
+ * @throws {MoeError} `E_CHECKPOINT` for corrupt files, unsupported PEFT features (only LoRA of one rank for linear layers and experts
+ *   is supported), tensors that do not fit the module or are not finite, and adapters of a different base model
  */
 export async function loadAdapters(module: Module, folder: string | URL): Promise<void> {
   const path = pathOf('loadAdapters', folder)
@@ -54,9 +56,10 @@ export async function loadAdapters(module: Module, folder: string | URL): Promis
 }
 
 /**
- * Folder of the model that the adapters of a folder stand beside, as `adapter_config.json` names it; what is no absolute path begins at the folder. Undefined where the folder has a config.json, or no
- * adapters.
- * @throws {MoeError} `E_CHECKPOINT` where no base is named, or one that is not here: nothing is downloaded
+ * Returns the folder of the base model that `adapter_config.json` names. Relative paths are relative to the adapter folder. Returns
+ * undefined if the folder contains a config.json (a complete model) or no adapters.
+ *
+ * @throws {MoeError} `E_CHECKPOINT` if no base model is named, or it is not a local folder: nothing is downloaded
  */
 export async function adapterBase(folder: string | URL): Promise<string | undefined> {
   const path = pathOf('adapterBase', folder)
@@ -67,14 +70,16 @@ export async function adapterBase(folder: string | URL): Promise<string | undefi
   if (found !== undefined && existsSync(join(found, 'config.json'))) return found
   throw checkpointError(
     file,
-    base === undefined ? 'it names no base' : `its base ${shown(base)} is no folder of a model here`,
-    'open the base, then put the adapters beside it: await loadAdapters(model, folder)',
+    base === undefined
+      ? 'it names no base model'
+      : `its base model ${shown(base)} is not a folder on this machine that contains a model`,
+    'open the base model yourself, then add the adapters: await loadAdapters(model, folder)',
   )
 }
 
 type Parts<T> = { readonly A: T; readonly B: T }
 
-/** Key of a matrix of the weight with this path. */
+/** The key of one adapter matrix of a weight. */
 const keyOf = (path: string, part: keyof Parts<unknown>) =>
   `${PREFIX}${path === '' ? '' : `${path}.`}lora_${part}.weight`
 
@@ -83,12 +88,12 @@ async function checkBase(file: TensorSource, { base }: StoredAdapters): Promise<
   if (wanted === undefined || wanted === (await baseDigest(base))) return
   throw checkpointError(
     file.path,
-    'the adapters were made for another base: its norms, or the names or shapes of its weights, are not those of this module',
-    `open the base that ${CONFIG_FILE} names`,
+    'the adapters were trained on a different base model: the names, shapes or norms of the weights differ',
+    `load them into the base model that ${CONFIG_FILE} names`,
   )
 }
 
-/** The weights that the file has adapters for. Every fault is told at once. */
+/** Returns the weights that the file contains adapters for. Reports all problems at once. */
 function checkTensors(
   file: TensorSource,
   { rank }: AdapterConfig,
@@ -100,13 +105,13 @@ function checkTensors(
   const adapted = new Set<string>()
   for (const key of file.keys()) {
     const path = /^base_model\.model\.(?:(.+)\.)?lora_[AB]\.weight$/.exec(key)
-    if (path === null) problems.push(`${shown(key)} is no matrix of an adapter`)
+    if (path === null) problems.push(`${shown(key)} is not the key of an adapter matrix`)
     else adapted.add(path[1] ?? '')
   }
   for (const path of adapted) {
     const weight = shapes.get(path)
     if (weight?.length !== 2) {
-      problems.push(`${shown(path)} is no matrix of the module`)
+      problems.push(`the module has no weight matrix ${shown(path)}`)
       continue
     }
     const [rows, columns] = weight
@@ -116,7 +121,9 @@ function checkTensors(
       const key = keyOf(path, part)
       if (!file.has(key)) problems.push(`${shown(key)} is missing`)
       else if (!sameShape(file.info(key).shape, shape)) {
-        problems.push(`${shown(key)} is ${showShape(file.info(key).shape)}, needs ${showShape(shape)} for rank ${rank}`)
+        problems.push(
+          `${shown(key)} has shape ${showShape(file.info(key).shape)}, expected ${showShape(shape)} for rank ${rank}`,
+        )
       }
     }
   }
@@ -124,18 +131,18 @@ function checkTensors(
     const paths = pathsOf(named)
     const count = paths.filter(path => adapted.has(path)).length
     if (count > 0 && count < paths.length) {
-      problems.push(`of the ${paths.length} experts of ${named.name} only ${count} have adapters`)
+      problems.push(`only ${count} of the ${paths.length} experts of ${named.name} have adapters`)
     }
     return count > 0
   })
-  if (adapted.size === 0) problems.push('there are no adapters in it')
+  if (adapted.size === 0) problems.push('the file contains no adapters')
   if (problems.length === 0) return chosen
   const lines = problems.slice(0, 20)
   if (problems.length > lines.length) lines.push(`and ${problems.length - lines.length} more`)
   throw checkpointError(
     file.path,
     `the adapters do not fit the module:\n${lines.map(line => `    ${line}`).join('\n')}\n`,
-    `open the base that ${CONFIG_FILE} names`,
+    `load them into the base model that ${CONFIG_FILE} names`,
     { problems },
   )
 }
@@ -154,8 +161,8 @@ function checkSame(
   if (same && names.size === present.length) return
   throw checkpointError(
     file.path,
-    `it has adapters of rank ${rank} and α ${scale * rank} beside ${names.size} weights, the module has others`,
-    'call addAdapters with the options that they were made with, or load into a module without adapters',
+    `the file has adapters of rank ${rank} and alpha ${scale * rank} for ${names.size} weights, which differ from those of the module`,
+    'call addAdapters with the options they were created with, or load into a module without adapters',
   )
 }
 
@@ -176,10 +183,10 @@ function attach(
     cause = error
   }
   const where = [...paths].slice(0, 5).join(', ')
-  throw checkpointError(file.path, `it has adapters for ${where}, where none can be`, undefined, {}, cause)
+  throw checkpointError(file.path, `it has adapters for ${where}, which cannot have adapters`, undefined, {}, cause)
 }
 
-/** All numbers of A and B, by name of the weight; of experts those of all of them in one array. */
+/** Reads all A and B matrices, by name of the weight. Those of all experts of a layer are concatenated. */
 async function readAll(
   file: TensorSource,
   weights: readonly NamedParameter[],
@@ -204,8 +211,8 @@ async function readFinite(file: TensorSource, key: string): Promise<Float32Array
   if (at < 0) return data
   throw checkpointError(
     file.path,
-    `tensor ${shown(key)} has ${data[at]} at place ${at}`,
-    'it was damaged or diverged in training',
+    `tensor ${shown(key)} contains ${data[at]} at index ${at}`,
+    'the file is corrupt, or training diverged',
     { key },
   )
 }

@@ -1,4 +1,4 @@
-/** @file Saves low-rank adapters without the model beside which they stand, as PEFT does. */
+/** @file Saves LoRA adapters without their base model, as PEFT does. */
 import { mkdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { checkOptions, type Module, MoeError, namedAdapters, namedParameters } from '@moe/core'
@@ -10,16 +10,19 @@ import { adapterConfigJson, CONFIG_FILE, PREFIX, TENSOR_FILE } from './adapter-c
 import { baseDigest } from './base-digest.ts'
 import { pathOfWeight, pathsOf, storedAdapters } from './stored-adapters.ts'
 
-/** What is said of the base. */
+/** Options of {@link saveAdapters}. */
 export interface SaveAdaptersOptions {
-  /** Folder of the model that the adapters stand beside, or its name on the Hub: `base_model_name_or_path`. Default: none is named. */
+  /** Folder of the base model, or its name on the Hugging Face Hub, stored as `base_model_name_or_path`. Default: none. */
   readonly base?: string | undefined
 }
 
 /**
- * Writes the adapters of a module into a folder: `adapter_model.safetensors` in f32, and `adapter_config.json`. PEFT opens both, experts included, as does `loadAdapters`, which also wants the base
- * to be the same: the metadata has a digest of it.
- * @throws {MoeError} `E_CONFIG` for a module without adapters, or one of which something else is trained: that would be lost; `E_CHECKPOINT` when writing fails
+ * Writes the adapters of a module into a folder, as `adapter_model.safetensors` (f32) and `adapter_config.json`. PEFT and
+ * {@link loadAdapters} read both, including adapters of experts. The metadata contains a digest of the base model, which `loadAdapters`
+ * checks.
+ *
+ * @throws {MoeError} `E_CONFIG` if the module has no adapters, or if other parameters are trainable too, since they would be lost;
+ *   `E_CHECKPOINT` if writing fails
  */
 export async function saveAdapters(
   folder: string | URL,
@@ -30,20 +33,20 @@ export async function saveAdapters(
   const path = pathOf('saveAdapters', folder)
   const named = namedAdapters(module)
   const [first] = named
-  if (first === undefined) throw refusal('the module has no adapters', 'addAdapters(module) makes them')
-  const beside = new Set(named.flatMap(({ adapter: { down, up } }) => [down, up]))
-  const other = namedParameters(module).find(({ parameter }) => parameter.trainable && !beside.has(parameter))
+  if (first === undefined) throw refusal('the module has no adapters', 'add them with addAdapters(module)')
+  const matrices = new Set(named.flatMap(({ adapter: { down, up } }) => [down, up]))
+  const other = namedParameters(module).find(({ parameter }) => parameter.trainable && !matrices.has(parameter))
   if (other !== undefined) {
     throw refusal(
-      `${other.name} is trained beside the adapters, which alone are saved`,
-      'set its trainable to false, or mergeAdapters and save the whole model',
+      `${other.name} is trainable but not an adapter, and would not be saved`,
+      'set its trainable to false, or call mergeAdapters and save the whole model',
     )
   }
   const rankOf = ({ adapter: { down, scale } }: (typeof named)[number]) => ({ rank: down.shape[down.rank - 2], scale })
   const { rank, scale } = rankOf(first)
   const uneven = named.find(one => rankOf(one).rank !== rank || rankOf(one).scale !== scale)
   if (uneven !== undefined)
-    throw refusal(`${uneven.name} has another rank or α than ${first.name}`, 'give all the same')
+    throw refusal(`${uneven.name} and ${first.name} differ in rank or alpha`, 'use the same for all adapters')
   const { adapters, base } = storedAdapters(module)
   const digest = await baseDigest(base)
   await mkdir(path, { recursive: true }).catch(cause => {
@@ -60,7 +63,7 @@ export async function saveAdapters(
   await writeAtomically(join(path, CONFIG_FILE), append => append(new TextEncoder().encode(json)))
 }
 
-/** The last parts of the paths, where nothing else ends like that; otherwise the paths. */
+/** The last components of the paths if no other weight has the same ones, otherwise the full paths. */
 function targetsOf(adapted: readonly string[], all: readonly string[]): string[] {
   const last = (path: string) => path.slice(path.lastIndexOf('.') + 1)
   const ends = new Set(adapted.map(last))

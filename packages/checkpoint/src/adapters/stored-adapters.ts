@@ -1,4 +1,4 @@
-/** @file What a module with adapters stores, in two: the adapters, and what they stand beside. */
+/** @file Splits the state dict of a module into adapters and base model. */
 import { type Module, type NamedAdapter, namedAdapters, namedParameters, type StateEntry, stateDict } from '@moe/core'
 
 export interface StoredAdapters {
@@ -6,11 +6,13 @@ export interface StoredAdapters {
   readonly base: readonly StateEntry[]
 }
 
-/** The entries of a state dict, parted. */
+/** Splits the state dict of a module into adapters and base model. */
 export function storedAdapters(module: Module): StoredAdapters {
-  const beside = new Set(namedAdapters(module).flatMap(({ adapter: { down, up } }) => [down, up]))
+  const matrices = new Set(namedAdapters(module).flatMap(({ adapter: { down, up } }) => [down, up]))
   const keys = new Set(
-    namedParameters(module).flatMap(({ name, parameter, slices }) => (beside.has(parameter) ? (slices ?? [name]) : [])),
+    namedParameters(module).flatMap(({ name, parameter, slices }) =>
+      matrices.has(parameter) ? (slices ?? [name]) : [],
+    ),
   )
   const entries = stateDict(module)
   return {
@@ -19,9 +21,9 @@ export function storedAdapters(module: Module): StoredAdapters {
   }
 }
 
-/** What a weight belongs to, as PEFT calls it: its key without `.weight`. */
+/** The path of a weight in PEFT's naming: its key without `.weight`. */
 export const pathOfWeight = (key: string): string => key.replace(/(^|\.)weight$/, '')
 
-/** Paths of a weight as it is stored: one, or one per expert. */
+/** The paths under which a weight is stored: one, or one for each expert. */
 export const pathsOf = ({ name, slices }: Pick<NamedAdapter, 'name' | 'slices'>): string[] =>
   (slices ?? [name]).map(pathOfWeight)

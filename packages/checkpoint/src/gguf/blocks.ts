@@ -1,4 +1,4 @@
-/** @file f32 to the element types of GGUF and back; `q8_0` and `q4_0` bit for bit as ggml-quants.c does (`quantize_row_*_ref`). */
+/** @file Converts between f32 and the element types of GGUF. `q8_0` and `q4_0` match ggml-quants.c bit for bit (`quantize_row_*_ref`). */
 
 import { fromF16, toF16 } from '@moe/core'
 import { fromF32, toF32 } from '../to-f32.ts'
@@ -10,9 +10,9 @@ const BLOCK = 32
 /**
  * Encodes whole blocks.
  *
- * @param values as many as fill whole blocks
- * @throws {RangeError} for values that the type cannot hold: in `f16` from 65520 on, in blocks what is not finite or needs a
- *   scale beyond f16
+ * @param values a multiple of the block size
+ * @throws {RangeError} for values that the type cannot represent: magnitudes of 65520 and above in `f16`; in quantized blocks, values
+ *   that are not finite or need a scale beyond f16
  */
 export function encodeGguf(type: GgufEncoding, values: Float32Array): Uint8Array {
   switch (type) {
@@ -28,7 +28,7 @@ export function encodeGguf(type: GgufEncoding, values: Float32Array): Uint8Array
   }
 }
 
-/** Values of encoded blocks; undefined for types that this package does not decode. `bytes` must be aligned to an element. */
+/** Decodes blocks. Undefined for types that this package does not decode. `bytes` must be aligned to an element. */
 export function decodeGguf(type: GgufTensorType, bytes: Uint8Array): Float32Array | undefined {
   switch (type) {
     case 'f32':
@@ -54,7 +54,7 @@ export function decodeGguf(type: GgufTensorType, bytes: Uint8Array): Float32Arra
   }
 }
 
-/** Values from 65520 on would become infinite; those that are stay so. */
+/** Finite magnitudes of 65520 and above would become infinite. Infinities are allowed. */
 function refuseBeyondF16(values: Float32Array): void {
   for (let i = 0; i < values.length; i++) {
     const magnitude = Math.abs(values[i])
@@ -62,12 +62,12 @@ function refuseBeyondF16(values: Float32Array): void {
   }
 }
 
-/** Largest magnitude becomes 127: a scale of f16, then 32 signed bytes, halves rounded away from zero. */
+/** Maps the largest magnitude to 127. A block is an f16 scale and 32 signed bytes; halves round away from zero. */
 function encodeQ8(values: Float32Array, at: number, out: Uint8Array, to: number): void {
   let largest = 0
   for (let i = 0; i < BLOCK; i++) {
     const magnitude = Math.abs(values[at + i])
-    // A NaN must not pass unseen: it wins, stays, and ends up in the scale.
+    // A NaN becomes `largest` and stays there, so that the check of the scale finds it.
     if (magnitude > largest || Number.isNaN(magnitude)) largest = magnitude
   }
   const scale = Math.fround(largest / 127)
@@ -79,7 +79,7 @@ function encodeQ8(values: Float32Array, at: number, out: Uint8Array, to: number)
   }
 }
 
-/** The value of largest magnitude, sign included, becomes -8: a scale of f16, then 16 bytes, element i low and i + 16 high. */
+/** Maps the value of largest magnitude, with its sign, to -8. A block is an f16 scale and 16 bytes: element i in the low bits, i + 16 in the high bits. */
 function encodeQ4(values: Float32Array, at: number, out: Uint8Array, to: number): void {
   let largest = 0
   let extreme = 0
@@ -102,7 +102,7 @@ function encodeQ4(values: Float32Array, at: number, out: Uint8Array, to: number)
 
 function putScale(scale: number, out: Uint8Array, to: number): void {
   const bits = toF16(scale)
-  if ((bits & 0x7c00) === 0x7c00) throw new RangeError('a value is not finite, or too large for a scale in f16')
+  if ((bits & 0x7c00) === 0x7c00) throw new RangeError('a value is not finite, or too large for an f16 scale')
   out[to] = bits
   out[to + 1] = bits >> 8
 }

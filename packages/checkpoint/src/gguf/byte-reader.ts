@@ -1,26 +1,26 @@
-/** @file Numbers, strings and metadata values read from the start of a file that may lie. */
+/** @file Reads numbers, strings and metadata values from the header of an untrusted file. */
 
 import { type GgufArray, type GgufNumberType, type GgufValue, isNumberType, numbers, valueTypeOfId } from './value.ts'
 
-/** Thrown where the bytes at hand end, though the file goes on. */
+/** Thrown when the available bytes end before the header does. */
 export class NeedsMoreBytes extends Error {}
 
 const decoder = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true })
 
-/** Arrays may nest as deep as this. */
+/** Maximum nesting depth of arrays. */
 const MAX_DEPTH = 8
 
-/** Fewest bytes of an element: what a count is checked against before anything is allocated. */
+/** Minimum size of an element in bytes, to check a count before allocating memory for it. */
 const fewestBytes = { string: 8, array: 12, bool: 1 } as const
 
 /**
- * Reads from the first bytes of a file.
+ * Reads the first bytes of a file.
  *
- * @throws {NeedsMoreBytes} where they end; `RangeError` where the file itself is too short for what it claims, `TypeError` for
- *   what the format does not know
+ * @throws {NeedsMoreBytes} if the available bytes end; `RangeError` if the file is too short for what it claims; `TypeError` for
+ *   anything that the format does not allow
  */
 export class ByteReader {
-  /** Byte that comes next. */
+  /** Position of the next byte. */
   at = 0
   readonly #bytes: Uint8Array
   readonly #view: DataView
@@ -41,11 +41,11 @@ export class ByteReader {
     return this.number('u32') as number
   }
 
-  /** A 64-bit count of things that take at least `each` bytes, none of which can be beyond the end of the file. */
+  /** Reads a 64-bit count of items of at least `each` bytes, and checks that the rest of the file can contain them. */
   count(what: string, each: number): number {
     const count = this.number('u64') as bigint
     if (count * BigInt(each) > BigInt(this.#fileBytes - this.at)) {
-      throw new RangeError(`claims ${count} ${what}, more than the ${this.#fileBytes} bytes of the file can hold`)
+      throw new RangeError(`claims ${count} ${what}, more than fit in the ${this.#fileBytes} bytes of the file`)
     }
     return Number(count)
   }
@@ -56,11 +56,11 @@ export class ByteReader {
     try {
       return decoder.decode(this.#bytes.subarray(start, start + length))
     } catch {
-      throw new TypeError(`has text that is not UTF-8 at byte ${start}`)
+      throw new TypeError(`has text that is not valid UTF-8 at byte ${start}`)
     }
   }
 
-  /** A metadata value behind its type. */
+  /** Reads a metadata value, preceded by its type. */
   value(): GgufValue {
     return this.#payload(this.#type(), MAX_DEPTH)
   }
@@ -89,14 +89,14 @@ export class ByteReader {
 
   #boolean(): boolean {
     const byte = this.number('u8')
-    if (byte !== 0 && byte !== 1) throw new TypeError(`has the boolean ${byte} at byte ${this.at - 1}`)
+    if (byte !== 0 && byte !== 1) throw new TypeError(`has the invalid boolean ${byte} at byte ${this.at - 1}`)
     return byte === 1
   }
 
-  /** Where the next bytes start. */
+  /** Advances by `bytes` and returns the position before. */
   #take(bytes: number): number {
     const start = this.at
-    if (start + bytes > this.#fileBytes) throw new RangeError(`ends at byte ${this.#fileBytes}, within its header`)
+    if (start + bytes > this.#fileBytes) throw new RangeError(`is cut off: the file ends at byte ${this.#fileBytes}`)
     if (start + bytes > this.#bytes.length) throw new NeedsMoreBytes()
     this.at += bytes
     return start

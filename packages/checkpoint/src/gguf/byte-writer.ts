@@ -1,4 +1,4 @@
-/** @file Numbers, strings and metadata values appended to bytes that grow. */
+/** @file Writes numbers, strings and metadata values to a growing buffer. */
 
 import {
   type GgufArray,
@@ -12,7 +12,7 @@ import {
 
 const encoder = new TextEncoder()
 
-/** Bytes that grow; little-endian. */
+/** A growing little-endian buffer. */
 export class ByteWriter {
   #bytes = new Uint8Array(1 << 16)
   #view = new DataView(this.#bytes.buffer)
@@ -25,7 +25,7 @@ export class ByteWriter {
     this.#used += bytes
   }
 
-  /** UTF-8 behind its length in bytes. */
+  /** Writes text as UTF-8, preceded by its length in bytes. */
   string(text: string): void {
     this.#room(8 + 3 * text.length)
     const { written } = encoder.encodeInto(text, this.#bytes.subarray(this.#used + 8))
@@ -34,16 +34,16 @@ export class ByteWriter {
   }
 
   /**
-   * A metadata value behind its type.
+   * Writes a metadata value, preceded by its type.
    *
-   * @throws {TypeError} for a value that its type cannot hold
+   * @throws {TypeError} if the type cannot represent the value
    */
   value(value: GgufValue): void {
     this.number('u32', idOf(value.type))
     this.#payload(value)
   }
 
-  /** Zeros up to a multiple of `alignment`. */
+  /** Pads with zeros to a multiple of `alignment`. */
   pad(alignment: number): void {
     const count = padding(this.#used, alignment)
     this.#room(count)
@@ -77,7 +77,7 @@ export class ByteWriter {
   }
 }
 
-/** Bytes from `position` to the next multiple of `alignment`. */
+/** The number of bytes from `position` to the next multiple of `alignment`. */
 export const padding = (position: number, alignment: number): number => (alignment - (position % alignment)) % alignment
 
 function idOf(type: GgufValueType): number {
@@ -86,7 +86,7 @@ function idOf(type: GgufValueType): number {
 }
 
 function checked<T>(type: string, value: T, right: boolean): T {
-  if (!right) throw new TypeError(`is ${JSON.stringify(String(value)).slice(0, 100)}, which is no ${type}`)
+  if (!right) throw new TypeError(`is ${JSON.stringify(String(value)).slice(0, 100)}, expected ${type}`)
   return value
 }
 
@@ -95,7 +95,7 @@ function checkedNumber(type: GgufNumberType, value: unknown): number | bigint {
   if (typeof value === 'number' && range === undefined) return value
   const whole = typeof value === 'bigint' || Number.isSafeInteger(value) ? BigInt(value as number) : undefined
   if (whole === undefined || (range && (whole < range[0] || whole > range[1]))) {
-    throw new TypeError(`is ${String(value).slice(0, 100)}, which is no ${type}`)
+    throw new TypeError(`is ${String(value).slice(0, 100)}, expected ${type}`)
   }
   return value as number | bigint
 }

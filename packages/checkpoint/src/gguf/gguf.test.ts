@@ -85,7 +85,7 @@ describe('what is written', () => {
     { name: 'last', type: 'bf16', shape: [1], values: () => Float32Array.of(1) },
   ]
 
-  it('is what an independent reader finds', async () => {
+  it('is read by an independent reader', async () => {
     const path = join(await temporaryFolder(), 'a.gguf')
     const bytes = await writeGguf(path, { metadata, tensors: tensors() })
     const file = await readFile(path)
@@ -154,13 +154,13 @@ describe('what is written', () => {
 
   it.each<[string, Partial<GgufTensor>, RegExp]>([
     ['a name that is too long', { name: 'x'.repeat(64) }, /1 to 63 bytes/],
-    ['five sizes', { shape: [1, 1, 1, 1, 384] }, /1 to 4 sizes/],
-    ['no size', { shape: [] }, /1 to 4 sizes/],
-    ['an empty size', { shape: [0, 4] }, /sizes from 1 on/],
-    ['rows that are no whole blocks', { type: 'q8_0', shape: [8, 48] }, /32 elements of a row.*f16/],
+    ['five sizes', { shape: [1, 1, 1, 1, 384] }, /use 1 to 4 positive integers/],
+    ['no size', { shape: [] }, /use 1 to 4 positive integers/],
+    ['an empty size', { shape: [0, 4] }, /positive integers/],
+    ['rows that are no whole blocks', { type: 'q8_0', shape: [8, 48] }, /multiple of 32 elements; use f16/],
     ['an unknown type', { type: 'q5_k' as 'f32' }, /q8_0 or q4_0/],
-    ['too few values', { shape: [7, 64] }, /needs 448 elements, it was given 384/],
-    ['too many values', { shape: [5, 64] }, /needs 320 elements, it was given more/],
+    ['too few values', { shape: [7, 64] }, /needs 448 elements, got 384/],
+    ['too many values', { shape: [5, 64] }, /needs 320 elements, got more/],
     ['parts of rows', { shape: [3, 256] }, /a row has 256/],
     ['infinities in blocks', { type: 'q4_0', values: new Float32Array(384).fill(-Infinity) }, /not finite.*bf16/],
     ['a NaN in q4_0', { type: 'q4_0', values: values.map((x, i) => (i === 3 ? NaN : x)) }, /not finite/],
@@ -178,13 +178,13 @@ describe('what is written', () => {
   })
 
   it.each<[string, GgufValue, RegExp]>([
-    ['a number out of range', { type: 'u8', value: 256 }, /is 256, which is no u8/],
-    ['a fraction', { type: 'i32', value: 0.5 }, /is 0.5, which is no i32/],
-    ['half a character', { type: 'string', value: '\ud83d' }, /no string/],
+    ['a number out of range', { type: 'u8', value: 256 }, /is 256, expected u8/],
+    ['a fraction', { type: 'i32', value: 0.5 }, /is 0.5, expected i32/],
+    ['half a character', { type: 'string', value: '\ud83d' }, /expected string/],
     [
       'a number for text',
       { type: 'array', of: 'string', value: [1] as unknown as string[] },
-      /is "1", which is no string/,
+      /is "1", expected string/,
     ],
     ['an unknown type', { type: 'f16', value: 1 } as unknown as GgufValue, /unknown type "f16"/],
   ])('has no metadata with %s', async (_, value, message) => {
@@ -192,7 +192,7 @@ describe('what is written', () => {
     await expect(writeGguf(path, { metadata: { key: value }, tensors: [] })).rejects.toThrow(message)
   })
 
-  it('has every name once, and stops when asked to', async () => {
+  it('rejects duplicate names, and can be cancelled', async () => {
     const folder = await temporaryFolder()
     const tensor: GgufTensor = { name: 'x', type: 'f32', shape: [6, 64], values }
     const path = join(folder, 'a.gguf')
@@ -237,18 +237,22 @@ describe('files from strangers', () => {
     ['deep arrays', raw(magic, 3, 0n, 1n, 'k', 9, ...Array(20).fill([9, 1n]).flat(), data), /nested deeper than 8/],
     ['an unknown value type', raw(magic, 3, 0n, 1n, 'k', 13, data), /unknown type 13 at byte 33/],
     ['a boolean of 2', raw(magic, 3, 0n, 1n, 'k', 7, 2, data), /boolean 2/],
-    ['text that is not UTF-8', raw(magic, 3, 0n, 1n, 1n, Uint8Array.of(0xff), 4, 7, data), /not UTF-8/],
-    ['a key twice', raw(magic, 3, 0n, 2n, ...entry, ...entry, data), /key "k" occurs twice/],
-    ['a tensor twice', raw(magic, 3, 2n, 0n, ...f32('a', 0n), ...f32('a', 32n), data), /tensor "a" occurs twice/],
+    ['text that is not UTF-8', raw(magic, 3, 0n, 1n, 1n, Uint8Array.of(0xff), 4, 7, data), /not valid UTF-8/],
+    ['a key twice', raw(magic, 3, 0n, 2n, ...entry, ...entry, data), /duplicate metadata key "k"/],
+    ['a tensor twice', raw(magic, 3, 2n, 0n, ...f32('a', 0n), ...f32('a', 32n), data), /duplicate tensor "a"/],
     ['overlapping tensors', raw(magic, 3, 2n, 0n, 'b', 1, 9n, 0, 0n, ...f32('a', 32n), data), /"b" and "a" overlap/],
-    ['a tensor off its place', raw(magic, 3, 1n, 0n, ...f32('a', 4n), data), /at 4, which is no multiple of 32/],
+    ['a tensor off its place', raw(magic, 3, 1n, 0n, ...f32('a', 4n), data), /offset 4, not a multiple of 32/],
     ['a tensor beyond the end', raw(magic, 3, 1n, 0n, ...f32('a', 2n ** 40n), data), /but the file has/],
-    ['an offset beyond 2^53', raw(magic, 3, 1n, 0n, ...f32('a', 2n ** 60n), data), /is at 1152921504606846976/],
-    ['sizes beyond 2^53', raw(magic, 3, 1n, 0n, 'a', 2, 2n ** 40n, 2n ** 40n, 0, 0n, data), /impossible shape/],
+    [
+      'an offset beyond 2^53',
+      raw(magic, 3, 1n, 0n, ...f32('a', 2n ** 60n), data),
+      /invalid offset 1152921504606846976/,
+    ],
+    ['sizes beyond 2^53', raw(magic, 3, 1n, 0n, 'a', 2, 2n ** 40n, 2n ** 40n, 0, 0n, data), /invalid shape/],
     ['too many sizes', raw(magic, 3, 1n, 0n, 'a', 400, 1n, data), /400 dimensions/],
-    ['half a block', raw(magic, 3, 1n, 0n, 'a', 1, 33n, 8, 0n, data), /q8_0 has the impossible shape \[33\]/],
+    ['half a block', raw(magic, 3, 1n, 0n, 'a', 1, 33n, 8, 0n, data), /q8_0 has the invalid shape \[33\]/],
     ['an unknown element type', raw(magic, 3, 1n, 0n, 'a', 1, 32n, 99, 0n, data), /element type 99/],
-    ['a long name', raw(magic, 3, 1n, 0n, 'x'.repeat(90), 1, 4n, 0, 0n, data), /too long/],
+    ['a long name', raw(magic, 3, 1n, 0n, 'x'.repeat(90), 1, 4n, 0, 0n, data), /name of more than 63 bytes/],
     ['an alignment of 3', raw(magic, 3, 0n, 1n, 'general.alignment', 4, 3, data), /multiple of 8/],
   ])('%s is refused', async (_, bytes, message) => {
     const failure = await readGguf(await temporaryFile(bytes, 'a.gguf')).catch(error => error)
@@ -257,7 +261,7 @@ describe('files from strangers', () => {
     expect(failure.message.length).toBeLessThan(400)
   })
 
-  it('headers beyond the allowed size are refused, smaller ones read in steps', async () => {
+  it('headers above the size limit are rejected, smaller ones are read in steps', async () => {
     const value: GgufValue = {
       type: 'array',
       of: 'string',
@@ -265,12 +269,12 @@ describe('files from strangers', () => {
     }
     const path = join(await temporaryFolder(), 'a.gguf')
     await writeGguf(path, { metadata: { tokens: value }, tensors: [] })
-    await expect(readGguf(path, { maxHeaderBytes: 2 ** 21 })).rejects.toThrow(/longer than the 2097152 bytes allowed/)
+    await expect(readGguf(path, { maxHeaderBytes: 2 ** 21 })).rejects.toThrow(/exceeds the limit of 2097152 bytes/)
     await using file = await readGguf(path)
     expect(file.metadata.get('tokens')).toEqual(value)
   })
 
-  it('a damaged byte or a cut never does worse than a refusal', async () => {
+  it('a corrupt byte or a truncation is at worst rejected', async () => {
     const path = join(await temporaryFolder(), 'a.gguf')
     const good = await readFile(fixture('python.gguf'))
     const header = 1400

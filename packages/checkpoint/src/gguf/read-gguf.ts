@@ -1,4 +1,4 @@
-/** @file Reads GGUF files (versions 2 and 3, little-endian) without trusting them: the header when opened, tensors when asked for. */
+/** @file Reads GGUF files (versions 2 and 3, little-endian) with validation: the header when opened, tensors on request. */
 
 import { checkOptions } from '@moe/core'
 import { checkpointError, shown } from '../checkpoint-error.ts'
@@ -12,15 +12,15 @@ import { type GgufTensorType, tensorBytes, tensorTypeOfId } from './tensor-type.
 import type { GgufValue } from './value.ts'
 import { DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS, MAX_NAME_BYTES, VERSION } from './write-gguf.ts'
 
-/** What is known of a tensor without reading it. */
+/** Describes a tensor of a GGUF file without reading it. */
 export interface GgufTensorInfo {
-  /** How its elements are encoded. */
+  /** Encoding of the elements. */
   readonly type: GgufTensorType
-  /** Row-major: the reverse of what the file lists. */
+  /** Row-major: the reverse of the order in the file. */
   readonly shape: readonly number[]
-  /** Size of its data in the file. */
+  /** Size of the data in the file. */
   readonly bytes: number
-  /** First byte, counted from the start of the file. */
+  /** Position of the first byte in the file. */
   readonly begin: number
 }
 
@@ -30,18 +30,18 @@ interface GgufHeader {
   readonly tensors: ReadonlyMap<string, GgufTensorInfo>
 }
 
-/** How a file is read, and limits. */
+/** Options of {@link readGguf}. */
 export interface ReadGgufOptions extends Omit<FolderOptions, 'root'> {
-  /** Largest header to accept, in bytes. Default 256 MiB: vocabularies lie in it. */
+  /** Maximum header size in bytes. Default 256 MiB, since the header contains the vocabulary. */
   readonly maxHeaderBytes?: number
 }
 
 /**
- * Opens a GGUF file and checks all of its header; no tensor is read yet.
+ * Opens a GGUF file and validates its header. Tensors are read later.
  *
- * @throws {MoeError} `E_CHECKPOINT`, naming the file and the fault: another format or version, big-endian numbers, counts and lengths
- *   that the file is too short for, values and tensor types that are not known, keys or tensors that occur twice, and
- *   tensors that are not aligned, overlap, or reach beyond the end
+ * @throws {MoeError} `E_CHECKPOINT`, naming the file and the problem: another format or version, big-endian numbers, counts and lengths
+ *   that exceed the file, unknown value and tensor types, duplicate keys or tensors, and tensors that are misaligned, overlap, or
+ *   extend beyond the end of the file
  *
  * @example
  * ```ts
@@ -62,15 +62,15 @@ export async function readGguf(path: string | URL, options: ReadGgufOptions = {}
   }
 }
 
-/** An open GGUF file. Made by {@link readGguf}; holds one file descriptor until it is closed. */
+/** An open GGUF file, returned by {@link readGguf}. It keeps a file descriptor open until you close it. */
 export class GgufFile {
-  /** The file, as it was opened. */
+  /** Path or URL of the file. */
   readonly path: string
-  /** Version of the format. */
+  /** Version of the format: 2 or 3. */
   readonly version: number
-  /** By key, in the order of the file. */
+  /** Metadata by key, in the order of the file. */
   readonly metadata: ReadonlyMap<string, GgufValue>
-  /** By name, in the order of the file. */
+  /** Tensors by name, in the order of the file. */
   readonly tensors: ReadonlyMap<string, GgufTensorInfo>
   #file: OpenFile | undefined
 
@@ -83,7 +83,7 @@ export class GgufFile {
     this.#file = file
   }
 
-  /** The bytes of a tensor as they are stored. @throws {MoeError} `E_CHECKPOINT` if there is none, or the file is closed or shorter than it was */
+  /** Reads the bytes of a tensor as stored. @throws {MoeError} `E_CHECKPOINT` if there is no such tensor, the file is closed, or it was truncated since it was opened */
   async read(name: string): Promise<Uint8Array<ArrayBuffer>> {
     const info = this.tensors.get(name)
     if (!info) throw missingTensor(this.path, name, this.tensors.keys())
@@ -91,16 +91,18 @@ export class GgufFile {
     return readRange(this.#file, info.begin, info.bytes)
   }
 
-  /** The elements of a tensor, row-major. @throws {MoeError} `E_CHECKPOINT` as `read`, and for types other than f32, f16, bf16, q8_0 and q4_0 */
+  /** Reads a tensor as f32, row-major. @throws {MoeError} `E_CHECKPOINT` as `read`, and for types other than f32, f16, bf16, q8_0 and q4_0 */
   async readF32(name: string): Promise<Float32Array> {
     const bytes = await this.read(name)
     const { type } = this.tensors.get(name) as GgufTensorInfo
     const values = decodeGguf(type, bytes)
     if (values) return values
-    throw checkpointError(this.path, `tensor ${shown(name)} is ${type}`, 'use read() and decode it', { key: name })
+    throw checkpointError(this.path, `tensor ${shown(name)} has type ${type}`, 'use read() and decode it yourself', {
+      key: name,
+    })
   }
 
-  /** Gives the file descriptor back; what comes after throws `E_CHECKPOINT`. Harmless when repeated. */
+  /** Closes the file; later reads throw `E_CHECKPOINT`. May be called more than once. */
   async close(): Promise<void> {
     const file = this.#file
     this.#file = undefined
@@ -113,7 +115,7 @@ export class GgufFile {
   }
 }
 
-/** The header's length is not known beforehand: it is parsed from ever more bytes until they are enough. */
+/** The length of the header is not known in advance, so it is parsed from more and more bytes until they suffice. */
 async function readHeader(file: OpenFile, limit: number): Promise<GgufHeader> {
   const { path, bytes: fileBytes } = file
   for (let size = 2 ** 20; ; size *= 4) {
@@ -123,16 +125,16 @@ async function readHeader(file: OpenFile, limit: number): Promise<GgufHeader> {
     } catch (cause) {
       if (cause instanceof NeedsMoreBytes) {
         if (bytes.length < limit) continue
-        const fix = 'pass a larger maxHeaderBytes if you trust it'
-        throw checkpointError(path, `its header is longer than the ${limit} bytes allowed`, fix)
+        const fix = 'pass a larger maxHeaderBytes if you trust the file'
+        throw checkpointError(path, `its header exceeds the limit of ${limit} bytes`, fix)
       }
       if (!(cause instanceof RangeError || cause instanceof TypeError)) throw cause
-      throw checkpointError(path, `the header ${cause.message}`, 'it is damaged or truncated', {}, cause)
+      throw checkpointError(path, `the header ${cause.message}`, 'the file is corrupt or truncated', {}, cause)
     }
   }
 }
 
-/** Fewest bytes of a metadata entry (empty key, type, one byte) and of a tensor's record (empty name, no sizes). */
+/** Minimum size of a metadata entry (empty key, type, one byte) and of a tensor record (empty name, no sizes). */
 const ENTRY_BYTES = 13
 const RECORD_BYTES = 24
 
@@ -144,7 +146,7 @@ function parseHeader(path: string, bytes: Uint8Array, fileBytes: number): GgufHe
   const metadata = new Map<string, GgufValue>()
   for (let i = 0; i < entryCount; i++) {
     const key = reader.string()
-    if (metadata.has(key)) throw checkpointError(path, `the metadata key ${shown(key)} occurs twice`)
+    if (metadata.has(key)) throw checkpointError(path, `duplicate metadata key ${shown(key)}`)
     metadata.set(key, reader.value())
   }
   const records = []
@@ -153,14 +155,14 @@ function parseHeader(path: string, bytes: Uint8Array, fileBytes: number): GgufHe
   const start = reader.at + padding(reader.at, alignment)
   const tensors = new Map<string, GgufTensorInfo>()
   for (const { name, offset, ...record } of records) {
-    if (tensors.has(name)) throw checkpointError(path, `tensor ${shown(name)} occurs twice`)
+    if (tensors.has(name)) throw checkpointError(path, `duplicate tensor ${shown(name)}`)
     if (offset % alignment !== 0) {
-      throw checkpointError(path, `tensor ${shown(name)} is at ${offset}, which is no multiple of ${alignment}`)
+      throw checkpointError(path, `tensor ${shown(name)} has offset ${offset}, not a multiple of ${alignment}`)
     }
     const begin = start + offset
     if (begin + record.bytes > fileBytes) {
       const problem = `tensor ${shown(name)} ends at byte ${begin + record.bytes}, but the file has ${fileBytes}`
-      throw checkpointError(path, problem, 'it is truncated, or not what it claims to be')
+      throw checkpointError(path, problem, 'the file is truncated or corrupt')
     }
     tensors.set(name, { ...record, begin })
   }
@@ -170,11 +172,12 @@ function parseHeader(path: string, bytes: Uint8Array, fileBytes: number): GgufHe
 
 function checkedVersion(path: string, reader: ByteReader, fileBytes: number): number {
   if (fileBytes < 24) throw checkpointError(path, `${fileBytes} bytes are too few for a GGUF file`)
-  if (reader.u32() !== MAGIC) throw checkpointError(path, 'does not start with "GGUF"', 'it is another format')
+  if (reader.u32() !== MAGIC) throw checkpointError(path, 'the file does not start with "GGUF"', 'not a GGUF file')
   const version = reader.u32()
   if (version === 2 || version === VERSION) return version
-  if (version > 0xffff) throw checkpointError(path, 'its numbers are big-endian', 'only little-endian files are read')
-  throw checkpointError(path, `is GGUF of version ${version}`, `versions 2 and ${VERSION} are read`)
+  if (version > 0xffff)
+    throw checkpointError(path, 'its numbers are big-endian', 'only little-endian files are supported')
+  throw checkpointError(path, `unsupported GGUF version ${version}`, `versions 2 and ${VERSION} are supported`)
 }
 
 function alignmentOf(path: string, metadata: ReadonlyMap<string, GgufValue>): number {
@@ -182,25 +185,26 @@ function alignmentOf(path: string, metadata: ReadonlyMap<string, GgufValue>): nu
   if (given === undefined) return DEFAULT_ALIGNMENT
   const { type, value } = given
   if (type === 'u32' && Number(value) % 8 === 0 && Number(value) > 0) return Number(value)
-  throw checkpointError(path, `general.alignment is ${shown(String(value))}`, 'it must be a u32, a multiple of 8')
+  throw checkpointError(path, `general.alignment is ${shown(String(value))}`, 'expected a u32 that is a multiple of 8')
 }
 
 function readRecord(path: string, reader: ByteReader) {
   const name = reader.string()
   const refuse = (problem: string) =>
     checkpointError(path, `tensor ${shown(name)} ${problem}`, undefined, { key: name })
-  if (new TextEncoder().encode(name).length > MAX_NAME_BYTES) throw refuse('has a name that is too long')
+  if (new TextEncoder().encode(name).length > MAX_NAME_BYTES)
+    throw refuse(`has a name of more than ${MAX_NAME_BYTES} bytes`)
   const dimensions = reader.u32()
-  if (dimensions > MAX_DIMENSIONS) throw refuse(`has ${dimensions} dimensions, more than ${MAX_DIMENSIONS}`)
+  if (dimensions > MAX_DIMENSIONS) throw refuse(`has ${dimensions} dimensions, at most ${MAX_DIMENSIONS} are allowed`)
   const sizes = Array.from({ length: dimensions }, () => reader.number('u64') as bigint)
   const id = reader.u32()
   const type = tensorTypeOfId(id)
-  if (type === undefined) throw refuse(`has the element type ${id}, whose size is not known here`)
+  if (type === undefined) throw refuse(`has the unsupported element type ${id}`)
   const offset = reader.number('u64') as bigint
   const shape = sizes.map(Number).toReversed()
   const bytes = tensorBytes(type, shape)
-  if (Number.isNaN(bytes)) throw refuse(`of ${type} has the impossible shape [${sizes.toReversed().join(', ')}]`)
-  if (offset > BigInt(Number.MAX_SAFE_INTEGER)) throw refuse(`is at ${offset}`)
+  if (Number.isNaN(bytes)) throw refuse(`of type ${type} has the invalid shape [${sizes.toReversed().join(', ')}]`)
+  if (offset > BigInt(Number.MAX_SAFE_INTEGER)) throw refuse(`has the invalid offset ${offset}`)
   return { name, type, shape, bytes, offset: Number(offset) }
 }
 

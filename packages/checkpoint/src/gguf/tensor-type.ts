@@ -1,9 +1,9 @@
-/** @file Element types of GGUF tensors: ids, blocks and sizes (ggml.h `enum ggml_type`, ggml-common.h). */
+/** @file Element types of GGUF tensors: ids, block sizes and byte sizes (ggml.h `enum ggml_type`, ggml-common.h). */
 
-/** Types that {@link writeGguf} encodes, from the most bits to the fewest: 32, 16, 16, 8.5 and 4.5 bits a weight. */
+/** Element types that {@link writeGguf} can write, with 32, 16, 16, 8.5 and 4.5 bits per weight. */
 export type GgufEncoding = 'f32' | 'f16' | 'bf16' | 'q8_0' | 'q4_0'
 
-/** Types whose size is known; those of {@link GgufEncoding} are also decoded. */
+/** Element types of known size. Those of {@link GgufEncoding} can also be decoded. */
 export type GgufTensorType =
   | GgufEncoding
   | 'q4_1'
@@ -21,11 +21,11 @@ export type GgufTensorType =
   | 'f64'
 
 interface Layout {
-  /** Number in the file. */
+  /** The type's number in the file. */
   readonly id: number
-  /** Elements that are stored together; they lie in one row. */
+  /** Elements that are encoded together; rows consist of whole blocks. */
   readonly block: number
-  /** Bytes of one block. */
+  /** Size of a block. */
   readonly bytes: number
 }
 
@@ -52,17 +52,17 @@ const layouts: Readonly<Record<GgufTensorType, Layout>> = {
 
 const byId = new Map(Object.entries(layouts).map(([type, { id }]) => [id, type as GgufTensorType]))
 
-/** The type of an id in a file, undefined for one that this package does not know. */
+/** The type with an id, or undefined if this package does not know it. */
 export const tensorTypeOfId = (id: number): GgufTensorType | undefined => byId.get(id)
 
-/** Id, block and bytes of a type. */
+/** The id and block layout of a type. */
 export const layoutOf = (type: GgufTensorType): Layout => layouts[type]
 
 /**
- * Bytes of a tensor.
+ * The size of a tensor in bytes.
  *
- * @param shape row-major, the last size is that of a row
- * @returns NaN when rows are not whole blocks, or the size is not below 2^53
+ * @param shape row-major; the last size is the row length
+ * @returns NaN if rows are not whole blocks, or the size is not below 2^53
  */
 export function tensorBytes(type: GgufTensorType, shape: readonly number[]): number {
   const { block, bytes } = layouts[type]

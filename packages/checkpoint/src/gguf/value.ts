@@ -1,16 +1,16 @@
-/** @file Metadata values of GGUF: typed numbers, strings, booleans, and arrays of them. */
+/** @file Metadata values of GGUF: typed numbers, strings, booleans, and arrays. */
 
-/** Numbers of the file; 64-bit integers travel as bigint (numbers are taken too when written). */
+/** Number types. 64-bit integers are read as bigint; for writing, numbers are accepted too. */
 export type GgufNumberType = 'u8' | 'i8' | 'u16' | 'i16' | 'u32' | 'i32' | 'u64' | 'i64' | 'f32' | 'f64'
 
-/** Elements of an array: all of one type, arrays of arrays included. */
+/** An array whose elements all have one type; arrays can be nested. */
 export type GgufArray =
   | { readonly type: 'array'; readonly of: 'string'; readonly value: readonly string[] }
   | { readonly type: 'array'; readonly of: 'bool'; readonly value: readonly boolean[] }
   | { readonly type: 'array'; readonly of: 'array'; readonly value: readonly GgufArray[] }
   | { readonly type: 'array'; readonly of: GgufNumberType; readonly value: ArrayLike<number | bigint> }
 
-/** A value with its type in the file. */
+/** A metadata value with its type in the file. */
 export type GgufValue =
   | { readonly type: GgufNumberType; readonly value: number | bigint }
   | { readonly type: 'string'; readonly value: string }
@@ -19,7 +19,7 @@ export type GgufValue =
 
 export type GgufValueType = GgufValue['type']
 
-/** Numbers of the types in the file (ggml docs/gguf.md, `gguf_metadata_value_type`). */
+/** Type ids in the file (ggml docs/gguf.md, `gguf_metadata_value_type`). */
 export const typeIds: Readonly<Record<GgufValueType, number>> = {
   u8: 0,
   i8: 1,
@@ -38,12 +38,12 @@ export const typeIds: Readonly<Record<GgufValueType, number>> = {
 
 const typesById = new Map(Object.entries(typeIds).map(([type, id]) => [id, type as GgufValueType]))
 
-/** The type of a number in the file, undefined if there is none. */
+/** The type with an id, or undefined if it is unknown. */
 export const valueTypeOfId = (id: number): GgufValueType | undefined => typesById.get(id)
 
 export interface NumberFormat {
   readonly bytes: number
-  /** Range of the integers, undefined for floats. */
+  /** Range of an integer type; undefined for floats. */
   readonly range?: readonly [bigint, bigint]
   put(view: DataView, at: number, value: number | bigint): void
   get(view: DataView, at: number): number | bigint
@@ -54,7 +54,7 @@ const integer = (bits: number, signed: boolean): Pick<NumberFormat, 'bytes' | 'r
   range: signed ? [-(1n << BigInt(bits - 1)), (1n << BigInt(bits - 1)) - 1n] : [0n, (1n << BigInt(bits)) - 1n],
 })
 
-/** How each number lies in the file, little-endian. */
+/** How each number type is stored, little-endian. */
 export const numbers: Readonly<Record<GgufNumberType, NumberFormat>> = {
   u8: { ...integer(8, false), put: (v, at, x) => v.setUint8(at, Number(x)), get: (v, at) => v.getUint8(at) },
   i8: { ...integer(8, true), put: (v, at, x) => v.setInt8(at, Number(x)), get: (v, at) => v.getInt8(at) },

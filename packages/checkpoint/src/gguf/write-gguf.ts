@@ -1,8 +1,8 @@
 /**
- * @file Writes GGUF (version 3, little-endian), the file of llama.cpp, Ollama and LM Studio.
+ * @file Writes GGUF (version 3, little-endian), the file format of llama.cpp, Ollama and LM Studio.
  *
- * A file is a header (magic, version, counts), metadata, one record for each tensor, and the tensors' data, each at a multiple
- * of 32 bytes (ggml-org/ggml docs/gguf.md).
+ * A file consists of a header (magic, version, counts), metadata, one record per tensor, and the data of the tensors, each aligned to
+ * 32 bytes (ggml-org/ggml docs/gguf.md).
  */
 
 import { checkOptions, MoeError } from '@moe/core'
@@ -18,58 +18,58 @@ import type { GgufValue } from './value.ts'
 export const MAGIC = 0x46554747
 export const VERSION = 3
 export const DEFAULT_ALIGNMENT = 32
-/** ggml's `GGML_MAX_NAME` less the closing zero, and `GGML_MAX_DIMS`. */
+/** ggml's `GGML_MAX_NAME` without the terminating zero, and `GGML_MAX_DIMS`. */
 export const MAX_NAME_BYTES = 63
 export const MAX_DIMENSIONS = 4
 
-/** A tensor to be written, given in f32 and encoded on the way. */
+/** A tensor to write, given as f32 and encoded when written. */
 export interface GgufTensor {
-  /** At most 63 bytes of UTF-8, as ggml reads no longer ones. */
+  /** 1 to 63 bytes of UTF-8, the maximum that ggml reads. */
   readonly name: string
-  /** What the f32 elements are encoded as. */
+  /** Encoding of the elements in the file. */
   readonly type: GgufEncoding
-  /** Row-major, 1 to 4 sizes. The file lists them the other way round, rows first. */
+  /** Row-major, 1 to 4 positive sizes. The file stores them in reverse order. */
   readonly shape: readonly number[]
   /**
-   * The elements, row-major: whole, or a function, which is called when its turn comes, once only. That may return them in parts of
-   * whole rows (an async iterable), so that a tensor need not be in memory as a whole.
+   * The elements, row-major, or a function that is called once, when the tensor is written. The function may return an async iterable
+   * of parts that consist of whole rows, so that the tensor need not be in memory completely.
    */
   readonly values: Float32Array | (() => Float32Array | Promise<Float32Array> | AsyncIterable<Float32Array>)
 }
 
-/** What a GGUF file holds. */
+/** The contents of a GGUF file. */
 export interface GgufContents {
-  /** Keys such as `general.architecture`, each value with its type in the file. */
+  /** Values by key, for example `general.architecture`, with their types. */
   readonly metadata: Readonly<Record<string, GgufValue>>
-  /** Written in this order. */
+  /** Tensors in the order in which they are written. */
   readonly tensors: readonly GgufTensor[]
 }
 
-/** How far the writing is. */
+/** The progress of {@link writeGguf}. */
 export interface GgufProgress {
-  /** The tensor that is being written. */
+  /** Name of the tensor that is being written. */
   readonly tensor: string
-  /** Bytes of tensors so far, and in all. */
+  /** Bytes of tensor data written so far. */
   readonly bytes: number
-  /** Bytes of all tensors, encoded. */
+  /** Bytes of tensor data in total, encoded. */
   readonly totalBytes: number
 }
 
-/** How a file is written. */
+/** Options of {@link writeGguf}. */
 export interface WriteGgufOptions {
-  /** Stops the writing; whatever stood at the path stays. */
+  /** Cancels writing. An existing file stays unchanged. */
   readonly signal?: AbortSignal
   /** Called after each part of a tensor. */
   readonly onProgress?: (progress: GgufProgress) => void
 }
 
 /**
- * Writes a GGUF file. All names, shapes and metadata are checked before the first byte is written, and the file appears complete or
- * not at all. Memory: the header, and one part of one tensor.
+ * Writes a GGUF file. All names, shapes and metadata are validated before the first byte is written. The file appears complete or not at
+ * all. Memory use: the header, and one part of one tensor.
  *
- * @returns bytes of the file
- * @throws {MoeError} `E_CHECKPOINT` for contents that cannot be written and failures of the file system (what stood at `path` is then
- *   unchanged), `E_ABORTED` when stopped; errors of a `values` function pass through
+ * @returns the size of the file in bytes
+ * @throws {MoeError} `E_CHECKPOINT` for invalid contents and if the file system fails (an existing file then stays unchanged),
+ *   `E_ABORTED` when cancelled; errors of a `values` function are passed on
  *
  * @example
  * ```ts
@@ -113,7 +113,7 @@ async function writeTo(path: string, contents: GgufContents, options: WriteGgufO
 }
 
 const aborted = (path: string, { reason }: AbortSignal) =>
-  new MoeError({ code: 'E_ABORTED', op: path, problem: 'writing was stopped', cause: reason })
+  new MoeError({ code: 'E_ABORTED', op: path, problem: 'writing was cancelled', cause: reason })
 
 const refusal = (path: string, tensor: GgufTensor, problem: string, fix?: string) =>
   checkpointError(path, `tensor ${JSON.stringify(tensor.name)} ${problem}`, fix, { key: tensor.name })
@@ -121,20 +121,20 @@ const refusal = (path: string, tensor: GgufTensor, problem: string, fix?: string
 function checkedSize(path: string, tensor: GgufTensor): number {
   const { name, type, shape } = tensor
   if (typeof name !== 'string' || name === '' || new TextEncoder().encode(name).length > MAX_NAME_BYTES) {
-    throw refusal(path, tensor, `has a name that GGUF cannot hold`, `use 1 to ${MAX_NAME_BYTES} bytes`)
+    throw refusal(path, tensor, 'has an invalid name', `use 1 to ${MAX_NAME_BYTES} bytes`)
   }
   if (!['f32', 'f16', 'bf16', 'q8_0', 'q4_0'].includes(type)) {
-    throw refusal(path, tensor, `has the type ${JSON.stringify(type)}`, 'write f32, f16, bf16, q8_0 or q4_0')
+    throw refusal(path, tensor, `has the unsupported type ${JSON.stringify(type)}`, 'use f32, f16, bf16, q8_0 or q4_0')
   }
   const whole = shape.every(size => Number.isSafeInteger(size) && size > 0)
   if (!whole || shape.length === 0 || shape.length > MAX_DIMENSIONS) {
-    const fix = `GGUF holds 1 to ${MAX_DIMENSIONS} sizes from 1 on`
-    throw refusal(path, tensor, `has the shape [${shape.join(', ')}]`, fix)
+    const fix = `use 1 to ${MAX_DIMENSIONS} positive integers`
+    throw refusal(path, tensor, `has the invalid shape [${shape.join(', ')}]`, fix)
   }
   const bytes = tensorBytes(type, shape)
   if (Number.isNaN(bytes)) {
-    const fix = `${type} stores ${layoutOf(type).block} elements of a row together; use f16 where rows are no multiple of that`
-    throw refusal(path, tensor, `of ${type} has rows of ${shape.at(-1)} elements`, fix)
+    const fix = `rows of ${type} must be a multiple of ${layoutOf(type).block} elements; use f16 for other row lengths`
+    throw refusal(path, tensor, `of type ${type} has rows of ${shape.at(-1)} elements`, fix)
   }
   return bytes
 }
@@ -142,7 +142,7 @@ function checkedSize(path: string, tensor: GgufTensor): number {
 function refuseDuplicates(path: string, tensors: readonly GgufTensor[]): void {
   const names = new Set<string>()
   for (const tensor of tensors) {
-    if (names.has(tensor.name)) throw refusal(path, tensor, 'occurs twice', 'give every tensor its own name')
+    if (names.has(tensor.name)) throw refusal(path, tensor, 'occurs twice', 'use unique names')
     names.add(tensor.name)
   }
 }
@@ -160,7 +160,7 @@ function encodeHeader(path: string, { metadata, tensors }: GgufContents, sizes: 
       out.value(value)
     } catch (cause) {
       if (!(cause instanceof TypeError)) throw cause
-      const fix = 'give every value its type in the file and a value of that type'
+      const fix = 'pass { type, value } with a value of that type'
       throw checkpointError(path, `metadata ${JSON.stringify(key)} ${cause.message}`, fix, { key }, cause)
     }
   }
@@ -177,7 +177,7 @@ function encodeHeader(path: string, { metadata, tensors }: GgufContents, sizes: 
   return out.finish()
 }
 
-/** Elements that are encoded at a time: a multiple of every block. */
+/** Number of elements that are encoded at a time: a multiple of every block size. */
 const PIECE = 1 << 20
 
 async function writeTensor(path: string, tensor: GgufTensor, append: Append): Promise<void> {
@@ -186,9 +186,9 @@ async function writeTensor(path: string, tensor: GgufTensor, append: Append): Pr
   const elements = shape.reduce((product, size) => product * size, 1)
   let given = 0
   for await (const part of partsOf(tensor)) {
-    if (!(part instanceof Float32Array)) throw refusal(path, tensor, 'was given something else than a Float32Array')
+    if (!(part instanceof Float32Array)) throw refusal(path, tensor, 'got values that are not a Float32Array')
     if (part.length % rowLength !== 0) {
-      throw refusal(path, tensor, `was given ${part.length} elements, but a row has ${rowLength}`, 'give whole rows')
+      throw refusal(path, tensor, `got ${part.length} elements, but a row has ${rowLength}`, 'pass whole rows')
     }
     given += part.length
     if (given > elements) break
@@ -197,8 +197,8 @@ async function writeTensor(path: string, tensor: GgufTensor, append: Append): Pr
     }
   }
   if (given !== elements) {
-    const problem = `of ${type} [${shape.join(', ')}] needs ${elements} elements, it was given ${given > elements ? 'more' : given}`
-    throw refusal(path, tensor, problem, 'shape and values must agree')
+    const problem = `of type ${type} [${shape.join(', ')}] needs ${elements} elements, got ${given > elements ? 'more' : given}`
+    throw refusal(path, tensor, problem, 'make shape and values match')
   }
 }
 
@@ -215,8 +215,8 @@ function encoded(path: string, tensor: GgufTensor, values: Float32Array): Uint8A
     if (!(cause instanceof RangeError)) throw cause
     throw checkpointError(
       path,
-      `tensor ${JSON.stringify(tensor.name)} cannot be ${tensor.type}: ${cause.message}`,
-      'write it as bf16 or f32',
+      `tensor ${JSON.stringify(tensor.name)} cannot be stored as ${tensor.type}: ${cause.message}`,
+      'use bf16 or f32',
       { key: tensor.name },
       cause,
     )

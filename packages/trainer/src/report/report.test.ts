@@ -242,7 +242,7 @@ describe('metrics.jsonl', () => {
     const error = (read: () => unknown, message: RegExp) =>
       expect(read).toThrow(expect.objectContaining({ name: 'MoeError', message: expect.stringMatching(message) }))
     error(() => readMetrics(folder), /this is a folder; pass the metrics.jsonl of a run/)
-    error(() => readMetrics(undefined as unknown as string), /readMetrics: the path is undefined/)
+    error(() => readMetrics(undefined as unknown as string), /readMetrics: expected a path, got undefined/)
     expect(readMetrics(join(folder, 'nothing.jsonl'))).toEqual([])
   })
 
