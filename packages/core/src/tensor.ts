@@ -39,13 +39,13 @@ export interface TapeNode {
   readonly attrs: unknown
   outputs: readonly Tensor[]
   /** During `backward`: the gradient of each output accumulated so far. */
-  readonly flowing: Array<Tensor | null>
+  readonly outputGradients: Array<Tensor | null>
   /** The last backward walk that visited this node. */
   walk: number
   /** Definition with the gradient of a fused op; null for primitives, which are looked up by name. */
   readonly gradient: GradientSource | null
   /** For a checkpoint: the second run to differentiate. */
-  readonly again: SecondRun | null
+  readonly secondRun: SecondRun | null
 }
 
 /** The part of a fused op's definition that `backward` uses. */
@@ -480,12 +480,12 @@ export function record(
   attrs: unknown,
   outputs: readonly Tensor[],
   gradient: GradientSource | null,
-  again: SecondRun | null = null,
+  secondRun: SecondRun | null = null,
 ): void {
   for (let i = 0; i < inputs.length; i++) {
     if (!inputs[i].tracked) continue
-    const flowing = new Array<Tensor | null>(outputs.length).fill(null)
-    const node: TapeNode = { id: nextNode++, op, inputs, attrs, outputs, flowing, walk: 0, gradient, again }
+    const outputGradients = new Array<Tensor | null>(outputs.length).fill(null)
+    const node: TapeNode = { id: nextNode++, op, inputs, attrs, outputs, outputGradients, walk: 0, gradient, secondRun }
     for (let j = 0; j < outputs.length; j++) {
       const output = outputs[j]
       output.node = node

@@ -111,13 +111,13 @@ function walk(
       sendSeeds(outputs, seeds, onLeaf)
       for (; n < nodes.length; n++) {
         const node = nodes[n]
-        const { inputs, flowing } = node
-        if (hasArrived(flowing)) {
-          sendOn(node, i => inputs[i].tracked, onLeaf)
-          for (let i = 0; i < flowing.length; i++) {
-            const gradient = flowing[i]
+        const { inputs, outputGradients } = node
+        if (hasGradient(outputGradients)) {
+          propagate(node, i => inputs[i].tracked, onLeaf)
+          for (let i = 0; i < outputGradients.length; i++) {
+            const gradient = outputGradients[i]
             if (gradient === null) continue
-            flowing[i] = null
+            outputGradients[i] = null
             if (stops?.has(node.outputs[i])) onLeaf(node.outputs[i], gradient)
             else gradient.dispose()
           }
@@ -127,8 +127,8 @@ function walk(
     } finally {
       // If a rule failed, gradients and second runs are left over, which the next walk must not find.
       for (; n < nodes.length; n++) {
-        drop(nodes[n].flowing)
-        nodes[n].again?.dispose()
+        disposeGradients(nodes[n].outputGradients)
+        nodes[n].secondRun?.dispose()
       }
     }
   })
@@ -152,13 +152,13 @@ export function send(to: Tensor, gradient: Tensor, onLeaf: OnLeaf): void {
     onLeaf(to, gradient)
     return
   }
-  const before = node.flowing[to.outputIndex]
-  node.flowing[to.outputIndex] = before === null ? gradient : sum(before, gradient)
+  const before = node.outputGradients[to.outputIndex]
+  node.outputGradients[to.outputIndex] = before === null ? gradient : sum(before, gradient)
 }
 
 /** Returns whether a gradient has arrived for any output. Internal. */
-export function hasArrived(flowing: TapeNode['flowing']): boolean {
-  for (let i = 0; i < flowing.length; i++) if (flowing[i] !== null) return true
+export function hasGradient(outputGradients: TapeNode['outputGradients']): boolean {
+  for (let i = 0; i < outputGradients.length; i++) if (outputGradients[i] !== null) return true
   return false
 }
 
@@ -166,17 +166,17 @@ export function hasArrived(flowing: TapeNode['flowing']): boolean {
  * Propagates the gradients that have arrived at a node to the inputs that need them. The node keeps its gradients.
  * Internal.
  */
-export function sendOn(node: TapeNode, needs: (input: number) => boolean, onLeaf: OnLeaf): void {
-  const { inputs, outputs, attrs, flowing } = node
+export function propagate(node: TapeNode, needs: (input: number) => boolean, onLeaf: OnLeaf): void {
+  const { inputs, outputs, attrs, outputGradients } = node
   for (let i = 0; i < inputs.length; i++) restore(inputs[i])
-  if (node.again !== null) {
-    sendThrough(node, node.again, onLeaf)
+  if (node.secondRun !== null) {
+    propagateThroughSecondRun(node, node.secondRun, onLeaf)
     return
   }
   const outer = currentScope()
   const own = enterScope()
   try {
-    const toInputs = rule(node)({ inputs, outputs, attrs: attrs as never, needs }, flowing)
+    const toInputs = rule(node)({ inputs, outputs, attrs: attrs as never, needs }, outputGradients)
     for (let i = 0; i < toInputs.length; i++) {
       const gradient = toInputs[i]
       if (gradient !== null && needs(i)) send(inputs[i], gradient.owner === own ? gradient : gradient.detach(), onLeaf)
@@ -187,10 +187,10 @@ export function sendOn(node: TapeNode, needs: (input: number) => boolean, onLeaf
 }
 
 /** Frees the gradients of a node. Internal. */
-export function drop(flowing: TapeNode['flowing']): void {
-  for (let i = 0; i < flowing.length; i++) {
-    flowing[i]?.dispose()
-    flowing[i] = null
+export function disposeGradients(outputGradients: TapeNode['outputGradients']): void {
+  for (let i = 0; i < outputGradients.length; i++) {
+    outputGradients[i]?.dispose()
+    outputGradients[i] = null
   }
 }
 
@@ -258,7 +258,8 @@ function rule(node: TapeNode): Vjp<never> {
   if (gradient === null) return rules[node.op as PrimitiveName] as Vjp<never>
   return (
     gradient.vjp ??
-    ((ctx, flowing) => throughDecomposition(ctx.inputs, flowing, inputs => gradient.decompose(inputs, ctx.attrs)))
+    ((ctx, outputGradients) =>
+      throughDecomposition(ctx.inputs, outputGradients, inputs => gradient.decompose(inputs, ctx.attrs)))
   )
 }
 
@@ -266,9 +267,9 @@ function rule(node: TapeNode): Vjp<never> {
  * Differentiates the second run of a checkpoint as if it had been recorded in the first place: gradients are added in
  * the same order.
  */
-function sendThrough(node: TapeNode, again: SecondRun, onLeaf: OnLeaf): void {
+function propagateThroughSecondRun(node: TapeNode, secondRun: SecondRun, onLeaf: OnLeaf): void {
   try {
-    const { leaves, roots, seeds } = again.towards(node.flowing)
+    const { leaves, roots, seeds } = secondRun.startingFrom(node.outputGradients)
     const onInnerLeaf = (leaf: Tensor, gradient: Tensor) => {
       const at = leaves.indexOf(leaf)
       if (at < 0) onLeaf(leaf, gradient)
@@ -276,19 +277,19 @@ function sendThrough(node: TapeNode, again: SecondRun, onLeaf: OnLeaf): void {
     }
     if (roots.length > 0) walk(roots, seeds, false, onInnerLeaf)
   } finally {
-    again.dispose()
+    secondRun.dispose()
   }
 }
 
 /** Differentiates a fused op that has no gradient rule. */
 function throughDecomposition(
   inputs: readonly Tensor[],
-  flowing: ReadonlyArray<Tensor | null>,
+  outputGradients: ReadonlyArray<Tensor | null>,
   decompose: (inputs: readonly Tensor[]) => readonly Tensor[],
 ): Array<Tensor | null> {
-  const again = new SecondRun(inputs, decompose)
+  const secondRun = new SecondRun(inputs, decompose)
   try {
-    const { leaves, roots, seeds } = again.towards(flowing)
+    const { leaves, roots, seeds } = secondRun.startingFrom(outputGradients)
     const found = new Map<Tensor, Tensor>()
     if (roots.length > 0) walk(roots, seeds, false, (leaf, gradient) => add(found, leaf, gradient))
     return leaves.map(leaf => {
@@ -296,7 +297,7 @@ function throughDecomposition(
       return gradient === undefined ? null : adopt(gradient)
     })
   } finally {
-    again.dispose()
+    secondRun.dispose()
   }
 }
 
@@ -311,5 +312,5 @@ export function release(node: TapeNode, roots: readonly Tensor[]): void {
   }
   node.inputs = []
   node.outputs = []
-  node.again?.dispose()
+  node.secondRun?.dispose()
 }

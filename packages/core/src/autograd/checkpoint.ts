@@ -9,7 +9,7 @@ import { record, type Tensor } from '../tensor.ts'
 import { lend, restore } from './discarded.ts'
 
 /** Where a backward walk continues inside a second run. */
-interface Inside {
+interface InnerWalk {
   /** Stand-ins for the inputs. */
   readonly leaves: readonly Tensor[]
   /** Outputs for which a gradient has arrived; `seeds` are these gradients. */
@@ -34,10 +34,10 @@ export class SecondRun {
     return this.#run().outputs
   }
 
-  towards(flowing: ReadonlyArray<Tensor | null>): Inside {
+  startingFrom(outputGradients: ReadonlyArray<Tensor | null>): InnerWalk {
     const { leaves, outputs } = this.#run()
-    const used = flowing.flatMap((gradient, i) => (gradient !== null && outputs[i].tracked ? [i] : []))
-    return { leaves, roots: used.map(i => outputs[i]), seeds: used.map(i => flowing[i]) }
+    const used = outputGradients.flatMap((gradient, i) => (gradient !== null && outputs[i].tracked ? [i] : []))
+    return { leaves, roots: used.map(i => outputs[i]), seeds: used.map(i => outputGradients[i]) }
   }
 
   #run() {
@@ -87,7 +87,7 @@ export function checkpoint<T extends Tensor | readonly Tensor[]>(
   ...inputs: Tensor[]
 ): T {
   if (!context.recording) return fn(...inputs)
-  return recordedApart(fn, inputs).result
+  return recordAsOneOp(fn, inputs).result
 }
 
 /**
@@ -102,10 +102,10 @@ export function withRecomputed<const Made extends readonly Tensor[], T>(
   ...inputs: Tensor[]
 ): T {
   if (!context.recording) return use(...make(...inputs))
-  const { result, again } = recordedApart(make, inputs)
+  const { result, secondRun } = recordAsOneOp(make, inputs)
   return lend(
     result,
-    () => again.outputs,
+    () => secondRun.outputs,
     () => use(...result),
   )
 }
@@ -117,7 +117,7 @@ export function withRecomputed<const Made extends readonly Tensor[], T>(
 export const withKept: typeof withRecomputed = (make, use, ...inputs) => use(...make(...inputs))
 
 /** Runs `fn` and records its outputs as those of a single op. */
-function recordedApart<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs: readonly Tensor[]) {
+function recordAsOneOp<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs: readonly Tensor[]) {
   const { precision, remembered: outer } = context
   const remembered: unknown[] = []
   context.remembered = remembered
@@ -131,7 +131,7 @@ function recordedApart<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs
   } finally {
     context.remembered = outer
   }
-  const again = new SecondRun(inputs, leaves => {
+  const secondRun = new SecondRun(inputs, leaves => {
     const before = { ...context }
     Object.assign(context, { recomputing: true, remembered: null, recalled: remembered.values() })
     try {
@@ -147,6 +147,6 @@ function recordedApart<T extends Outputs>(fn: (...inputs: Tensor[]) => T, inputs
   const marker = full([], 0, { backend: outputs[0].backend })
   marker.tracked = true
   marker.temporary = true
-  record('checkpoint', [...inputs, marker], null, outputs, null, again)
-  return { result, again }
+  record('checkpoint', [...inputs, marker], null, outputs, null, secondRun)
+  return { result, secondRun }
 }

@@ -61,8 +61,8 @@ export function customGradient<T extends Tensor | readonly Tensor[]>(
 
 function sourceOf(rule: CustomGradient): GradientSource {
   return {
-    vjp({ inputs, outputs, needs }, flowing) {
-      const gradients = flowing.map((gradient, i) => gradient ?? zeros(outputs[i]))
+    vjp({ inputs, outputs, needs }, outputGradients) {
+      const gradients = outputGradients.map((gradient, i) => gradient ?? zeros(outputs[i]))
       const given = rule(gradients, { inputs, outputs, needs })
       if (!Array.isArray(given) || given.length !== inputs.length) {
         throw gradientError(

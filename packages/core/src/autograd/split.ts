@@ -9,13 +9,13 @@ import {
   accumulate,
   add,
   checkSeed,
-  drop,
-  hasArrived,
+  disposeGradients,
+  hasGradient,
   type OnLeaf,
+  propagate,
   reachable,
   release,
   send,
-  sendOn,
   sendSeeds,
 } from './backward.ts'
 import type { SecondRun } from './checkpoint.ts'
@@ -67,10 +67,10 @@ export function backwardInput(
     if (wanted.has(leaf)) add(found, leaf, gradient)
     else accumulate(leaf, gradient)
   }
-  const disposeGradients = () => {
+  const disposeFound = () => {
     for (const gradient of found.values()) gradient.dispose()
   }
-  const { weights, dispose } = split(outputs, wanted, gradients, { onLeaf, disposeGradients })
+  const { weights, dispose } = split(outputs, wanted, gradients, { onLeaf, onFailure: disposeFound })
   let done = false
   return {
     gradients: inputs.map(input => found.get(input) ?? null),
@@ -97,24 +97,24 @@ interface Split {
   dispose(): void
 }
 
-/** @param towards the leaves whose gradients the first part computes */
+/** @param targets the leaves whose gradients the first part computes */
 function split(
   outputs: readonly Tensor[],
-  towards: ReadonlySet<Tensor>,
+  targets: ReadonlySet<Tensor>,
   seeds: ReadonlyArray<Tensor | null>,
-  { onLeaf, disposeGradients }: { readonly onLeaf: OnLeaf; readonly disposeGradients?: () => void },
+  { onLeaf, onFailure }: { readonly onLeaf: OnLeaf; readonly onFailure?: () => void },
 ): Split {
   const nodes = reachable(outputs)
-  const leading = pathTo(towards, nodes)
+  const leading = pathTo(targets, nodes)
   /** Nodes with a second part, and which of their inputs it computes the gradients of. */
   const deferred = new Map<TapeNode, boolean[]>()
   /** Second parts inside checkpoints. */
   const inside = new Map<TapeNode, Split>()
   const dropRest = () => {
     for (const node of nodes) {
-      drop(node.flowing)
+      disposeGradients(node.outputGradients)
       inside.get(node)?.dispose()
-      node.again?.dispose()
+      node.secondRun?.dispose()
     }
   }
   noGrad(() => {
@@ -122,23 +122,23 @@ function split(
       sendSeeds(outputs, seeds, onLeaf)
       for (const node of nodes) {
         const leads = leading.get(node)
-        if (leads === undefined || !hasArrived(node.flowing)) continue
+        if (leads === undefined || !hasGradient(node.outputGradients)) continue
         const { inputs: own } = node
         const others = own.map((input, i) => input.tracked && !leads[i])
-        if (node.again !== null) {
-          sendInside(node, node.again, { inside, onLeaf })
-          drop(node.flowing)
+        if (node.secondRun !== null) {
+          sendInside(node, node.secondRun, { inside, onLeaf })
+          disposeGradients(node.outputGradients)
         } else if (deferrable.has(node.op) && others.includes(true)) {
-          sendOn(node, i => leads[i], onLeaf)
+          propagate(node, i => leads[i], onLeaf)
           deferred.set(node, others)
         } else {
-          sendOn(node, i => own[i].tracked, onLeaf)
-          drop(node.flowing)
+          propagate(node, i => own[i].tracked, onLeaf)
+          disposeGradients(node.outputGradients)
         }
       }
     } catch (error) {
       dropRest()
-      disposeGradients?.()
+      onFailure?.()
       throw error
     }
   })
@@ -149,10 +149,10 @@ function split(
     weights() {
       for (const node of nodes) {
         inside.get(node)?.weights()
-        if (!isLeft.has(node) || !hasArrived(node.flowing)) continue
+        if (!isLeft.has(node) || !hasGradient(node.outputGradients)) continue
         const needed = deferred.get(node) ?? node.inputs.map(input => input.tracked)
-        sendOn(node, i => needed[i], accumulate)
-        drop(node.flowing)
+        propagate(node, i => needed[i], accumulate)
+        disposeGradients(node.outputGradients)
       }
     },
     dispose() {
@@ -166,17 +166,17 @@ function split(
 /** Splits the second run of a checkpoint in the same way as the graph around it. */
 function sendInside(
   node: TapeNode,
-  again: SecondRun,
+  secondRun: SecondRun,
   { inside, onLeaf }: { inside: Map<TapeNode, Split>; onLeaf: OnLeaf },
 ): void {
-  const { leaves, roots, seeds } = again.towards(node.flowing)
+  const { leaves, roots, seeds } = secondRun.startingFrom(node.outputGradients)
   if (roots.length === 0) return
-  const towards = new Set(leaves.filter(leaf => leaf.tracked))
+  const targets = new Set(leaves.filter(leaf => leaf.tracked))
   const onInnerLeaf = (leaf: Tensor, gradient: Tensor) => {
-    if (towards.has(leaf)) send(node.inputs[leaves.indexOf(leaf)], gradient, onLeaf)
+    if (targets.has(leaf)) send(node.inputs[leaves.indexOf(leaf)], gradient, onLeaf)
     else onLeaf(leaf, gradient)
   }
-  inside.set(node, split(roots, towards, seeds, { onLeaf: onInnerLeaf }))
+  inside.set(node, split(roots, targets, seeds, { onLeaf: onInnerLeaf }))
 }
 
 /** Returns the nodes through which gradients reach the wanted leaves, and for each which of its inputs lead there. */
