@@ -2,28 +2,28 @@
 import { short, smoothed, ticks } from './numbers.js'
 import uPlot from './uplot.js'
 
-/** Pixels within which a line has a value under the pointer. */
+/** Maximum distance in pixels between the pointer and the point whose value is shown. */
 const reach = 40
 
-/** What is there of metrics whose name is known; others follow. */
+/** Titles and units of known metrics, in display order. Other metrics follow. */
 export const known = [
-  { group: 'Rewards', name: 'reward', title: 'Reward', unit: 'mean of texts', heldOut: 'reward' },
-  { group: 'Rewards', name: 'preference', title: 'Loss of preferences', unit: 'nats per pair' },
-  { group: 'Rewards', name: 'preferred', title: 'Pairs preferred as wanted', unit: 'share' },
-  { group: 'Rewards', name: 'rewardStd', title: 'Spread of rewards', unit: 'deviation within groups' },
-  { group: 'Rewards', name: 'flatGroups', title: 'Groups of equal rewards', unit: 'share' },
+  { group: 'Rewards', name: 'reward', title: 'Reward', unit: 'mean over texts', heldOut: 'reward' },
+  { group: 'Rewards', name: 'preference', title: 'Preference loss', unit: 'nats per pair' },
+  { group: 'Rewards', name: 'preferred', title: 'Pairs with the chosen text preferred', unit: 'fraction' },
+  { group: 'Rewards', name: 'rewardStd', title: 'Reward spread', unit: 'standard deviation within groups' },
+  { group: 'Rewards', name: 'flatGroups', title: 'Groups with equal rewards', unit: 'fraction' },
   { group: 'Rewards', name: 'entropy', title: 'Entropy', unit: 'nats per token' },
-  { group: 'Rewards', name: 'textLength', title: 'Length of texts', unit: 'tokens' },
-  { group: 'Rewards', name: 'cutOff', title: 'Texts that were cut off', unit: 'share' },
-  { group: 'Rewards', name: 'kl', title: 'Divergence from the reference', unit: 'nats per token' },
-  { group: 'Rewards', name: 'clipped', title: 'Clipped tokens', unit: 'share' },
-  { group: 'Rewards', name: 'samplerKl', title: 'Sampler against training pass', unit: 'nats per token' },
+  { group: 'Rewards', name: 'textLength', title: 'Text length', unit: 'tokens' },
+  { group: 'Rewards', name: 'cutOff', title: 'Texts cut off at maxTokens', unit: 'fraction' },
+  { group: 'Rewards', name: 'kl', title: 'KL divergence from the reference', unit: 'nats per token' },
+  { group: 'Rewards', name: 'clipped', title: 'Clipped tokens', unit: 'fraction' },
+  { group: 'Rewards', name: 'samplerKl', title: 'KL divergence of sampler and training pass', unit: 'nats per token' },
   { group: 'Loss', name: 'nll', title: 'Training loss', unit: 'nats per token', heldOut: 'loss' },
-  { group: 'Loss', name: 'bitsPerByte', title: 'Held-out text', unit: 'bits per byte', heldOut: 'bitsPerByte' },
-  { group: 'Loss', name: 'loss', title: 'Objective', unit: 'what is minimised' },
+  { group: 'Loss', name: 'bitsPerByte', title: 'Held-out data', unit: 'bits per byte', heldOut: 'bitsPerByte' },
+  { group: 'Loss', name: 'loss', title: 'Objective', unit: 'minimized loss' },
   { group: 'Loss', name: 'mtp', title: 'Multi-token prediction', unit: 'nats per token' },
-  { group: 'Experts', name: 'maxVio', title: 'MaxVio', unit: 'busiest over mean' },
-  { group: 'Experts', name: 'maxVioWorst', title: 'MaxVio, worst layer', unit: 'busiest over mean' },
+  { group: 'Experts', name: 'maxVio', title: 'MaxVio', unit: 'busiest expert over mean, minus 1' },
+  { group: 'Experts', name: 'maxVioWorst', title: 'MaxVio, worst layer', unit: 'busiest expert over mean, minus 1' },
   { group: 'Experts', name: 'deadExperts', title: 'Dead experts', unit: 'in all layers' },
   { group: 'Experts', name: 'balance', title: 'Balance loss', unit: '' },
   { group: 'Optimization', name: 'lr', title: 'Learning rate', unit: '' },
@@ -40,7 +40,10 @@ export class Chart {
   #lines = []
   #observer
 
-  /** @param what one of `known`, or alike @param zoom is called with a range of the horizontal axis @param hover with where on it the pointer is, or null */
+  /**
+   * @param what an entry of `known`, or similar @param zoom called with a range of the horizontal axis @param hover
+   *   called with the position of the pointer on it, or null
+   */
   constructor(what, zoom, hover) {
     this.what = what
     this.zoom = zoom
@@ -66,7 +69,7 @@ export class Chart {
     this.element.remove()
   }
 
-  /** Points that are told apart. */
+  /** Width of the chart in pixels. */
   get width() {
     return this.#box.clientWidth
   }
@@ -107,9 +110,9 @@ export class Chart {
           ? logged(run, what.logged, view.across)
           : heldOut(run, what.heldOut, view.across, averaged)
         if (points.length === 0) continue
-        // No line of training beside them.
+        // A chart without a training curve.
         const own = what.logged !== undefined || what.name === 'bitsPerByte'
-        this.#lines.push({ run, index: series.length, mark: `${own ? '' : ' held-out'}${averaged ? ' averaged' : ''}` })
+        this.#lines.push({ run, index: series.length, mark: `${own ? '' : ' held-out'}${averaged ? ' EMA' : ''}` })
         const { stroke } = run.colors
         const filled = own && !averaged
         const marks = { show: true, size: filled ? 6 : 8, width: 2, stroke, fill: filled ? stroke : view.theme.card }
@@ -142,7 +145,7 @@ export class Chart {
       this.#plot?.destroy()
       this.#plot = new uPlot(this.#options(series, bands, view, data), data, this.#box)
     }
-    this.#tell()
+    this.#showValues()
   }
 
   #range(x, range) {
@@ -201,7 +204,7 @@ export class Chart {
         dataIdx: (u, index, at) => nearest(u, index, at),
       },
       hooks: {
-        setCursor: [() => this.#tell()],
+        setCursor: [() => this.#showValues()],
         setSelect: [
           u => {
             const { left, width } = u.select
@@ -213,8 +216,8 @@ export class Chart {
     }
   }
 
-  /** Values under the pointer, or the last ones. */
-  #tell() {
+  /** Shows the values under the pointer, or the last ones. */
+  #showValues() {
     const u = this.#plot
     if (!u) return
     const { left, idxs } = u.cursor
@@ -240,7 +243,7 @@ function logged({ state, series }, name, across) {
   })
 }
 
-/** Held-out points as `[x, y]`, of the weights or of their averages. */
+/** Held-out points as `[x, y]`, of the weights or of the EMA. */
 function heldOut({ state, series }, name, across, averaged) {
   return state.heldOut.flatMap(({ step, ema, ...weights }) => {
     const value = (averaged ? (ema ?? {}) : weights)[name]
@@ -278,7 +281,7 @@ export function swatch({ colors, dash }) {
   return mark
 }
 
-/** An element with a class and children, texts as they are. */
+/** Creates an element with a class and children. Strings become text nodes. */
 export function element(name, className, ...children) {
   const made = document.createElement(name)
   if (className) made.className = className

@@ -1,17 +1,17 @@
-/** @file The loads of a run's experts: all layers at a step, and one layer over time. */
+/** @file Heat maps of a run's expert loads: all layers at a step, and one layer over time. */
 import { element } from './charts.js'
 import { HeatMap } from './heat-map.js'
 import { centred, shadeOfBias, shadeOfShare, shares, summaryOf } from './loads.js'
 import { short, ticks } from './numbers.js'
 
-/** Blue and orange are told apart by all; the middle is between them and the page. */
+/** Blue and orange can be distinguished with any color vision; the middle is close to the page's background. */
 const scales = {
   light: { low: [4, 83, 148], middle: [243, 243, 240], high: [190, 77, 0] },
   dark: { low: [106, 186, 255], middle: [38, 45, 54], high: [255, 158, 74] },
 }
-/** Lines that are kept for when the pointer comes back. */
+/** Number of lines to cache for when the pointer comes back. */
 const mostLines = 64
-/** Pixels that a line of a map over time has. */
+/** Width in pixels of a line in the map over time. */
 const pixelsPerLine = 2
 
 const $ = id => document.getElementById(id)
@@ -19,25 +19,25 @@ const $ = id => document.getElementById(id)
 export class Experts {
   #runs = []
   #view = {}
-  /** Of the run that is shown. */
+  /** The run that is shown. */
   #run = null
   #key = ''
   #line = null
   #over = []
   #overKey = ''
-  /** What the page shows. */
+  /** Key of what the page shows. */
   #drawn = ''
   #lines = []
-  /** Step that the slider is at; null for the last. */
+  /** Step of the slider; null for the last one. */
   #step = null
-  /** Step under the pointer on a chart. */
+  /** Step under the pointer on a chart, or null. */
   #hovered = null
   #layer = null
   #asking = false
-  #layers = new HeatMap('Loads of all layers: experts from left to right, layers from top to bottom', (_, row) =>
+  #layers = new HeatMap('Expert loads of all layers: experts from left to right, layers from top to bottom', (_, row) =>
     this.#choose(this.#line?.layers[row].name),
   )
-  #time = new HeatMap('Loads of one layer: steps from left to right, experts from top to bottom', column =>
+  #time = new HeatMap('Expert loads of one layer: steps from left to right, experts from top to bottom', column =>
     this.#goTo(this.#over[column].step),
   )
 
@@ -55,7 +55,7 @@ export class Experts {
     $('experts-layer').onchange = ({ target }) => this.#choose(target.value)
   }
 
-  /** @param runs that are shown, as `Chart.draw` takes them */
+  /** @param runs the selected runs, as in `Chart.draw` */
   draw(runs, view) {
     this.#view = view
     this.#runs = runs.filter(({ state }) => state.loads !== null)
@@ -67,7 +67,7 @@ export class Experts {
     this.#show(run)
   }
 
-  /** Shows the loads of a step while the pointer is there, on the axis of the charts; null when it has gone. */
+  /** Shows the loads of a step while the pointer is at that position of a chart; null when it has left. */
   hover(at) {
     if (this.#run === null) return
     const { steps, columns } = this.#run.series
@@ -81,7 +81,7 @@ export class Experts {
   #show(run) {
     this.#run = run
     const { loads, about } = run.state
-    // What another part of a run has written may be other lines.
+    // A resumed run may have written other lines.
     const key = `${run.name} ${about.began}`
     if (key !== this.#key) {
       this.#key = key
@@ -107,21 +107,21 @@ export class Experts {
     this.#ask()
   }
 
-  /** Fetches what is missing of what is to be shown, one after the other, and draws. */
+  /** Fetches what is missing, one request at a time, and draws. */
   async #ask() {
     if (this.#asking) return
     this.#asking = true
     try {
       while (await this.#fetchMissing());
     } catch {
-      // The next message of the server asks again.
+      // The next message from the server triggers another attempt.
     } finally {
       this.#asking = false
     }
     this.#draw()
   }
 
-  /** @returns whether something came */
+  /** @returns whether something was fetched */
   async #fetchMissing() {
     const { name, state } = this.#run
     const { first, last } = state.loads
@@ -133,7 +133,7 @@ export class Experts {
       const line = await get('loads.json', { run: name, step })
       if (key !== this.#key) return true
       this.#line = line
-      // It may be of other steps, where lines are missing: then it is asked for again when it is wanted again.
+      // If lines are missing, it may cover other steps, and is fetched again when needed.
       this.#lines = [...this.#lines.slice(-mostLines + 1), line]
     }
     const { range, across } = this.#view
@@ -200,10 +200,10 @@ export class Experts {
       columns: even(most, groups),
       rows: even(layers.length),
       shade: (column, i) => shade(of[i], column),
-      tell: (column, i) => [
+      describe: (column, i) => [
         `${layers[i].name}, expert ${column}`,
-        ...told(layers[i], of[i].shares, column),
-        `MaxVio of the layer ${short(summaryOf(layers[i]).maxVio)}, of single steps ${short(layers[i].stepMaxVio)}`,
+        ...expertLines(layers[i], of[i].shares, column),
+        `MaxVio of the layer: ${short(summaryOf(layers[i]).maxVio)}, of single steps: ${short(layers[i].stepMaxVio)}`,
       ],
       left: layers.map(({ name }, i) => [(i + 0.5) / layers.length, name]),
       below: ticks(0, most - 1, 8, false)
@@ -221,7 +221,7 @@ export class Experts {
     const all = layers.map(layer => ({ name: layer.name, ...summaryOf(layer) }))
     const worst = all.reduce((a, b) => (b.maxVio > a.maxVio ? b : a))
     const dead = all.reduce((sum, layer) => sum + layer.dead.length, 0)
-    return `The busiest is expert ${worst.busiest} of ${worst.name} with ${short(worst.maxVio + 1)} times the mean; dead experts: ${dead}.`
+    return `The busiest expert is ${worst.busiest} of ${worst.name}, with ${short(worst.maxVio + 1)} times the mean load; dead experts: ${dead}.`
   }
 
   #drawTime(of, shade) {
@@ -235,9 +235,9 @@ export class Experts {
       columns: over.map(({ step }) => place(step)),
       rows: even(experts, over[0]?.groups ?? 1),
       shade: (i, expert) => shade(of[i], expert),
-      tell: (i, expert) => [
+      describe: (i, expert) => [
         `expert ${expert}, ${over[i].steps > 1 ? `steps ${over[i].step - over[i].steps + 1} to` : 'step'} ${over[i].step}`,
-        ...told(over[i], of[i].shares, expert),
+        ...expertLines(over[i], of[i].shares, expert),
       ],
       left: ticks(0, experts - 1, 8, false)
         .filter(Number.isInteger)
@@ -246,7 +246,7 @@ export class Experts {
       height: Math.max(180, Math.min(460, 16 * experts)) + 20,
       marked: column < 0 ? {} : { column },
       theme: this.#theme,
-      summary: `${this.#layer}, ${over.length} lines to step ${end}.`,
+      summary: `${this.#layer}, ${over.length} lines up to step ${end}.`,
     })
   }
 
@@ -276,7 +276,16 @@ export class Experts {
       head.scope = 'row'
       return element('tr', '', head, ...cells.map(text => element('td', '', text)))
     })
-    const titles = ['layer', 'MaxVio', 'of single steps', 'busiest expert', 'least busy', 'dead', 'dropped', 'bias']
+    const titles = [
+      'layer',
+      'MaxVio',
+      'MaxVio of single steps',
+      'busiest expert',
+      'least busy expert',
+      'dead',
+      'dropped',
+      'bias',
+    ]
     const head = titles.map(title => {
       const cell = element('th', '', title)
       cell.scope = 'col'
@@ -294,18 +303,18 @@ function even(count, groups = 1) {
   return ends
 }
 
-/** What there is to say of an expert. */
-function told({ load, groups, bias }, of, expert) {
+/** Describes an expert. */
+function expertLines({ load, groups, bias }, of, expert) {
   const count = load[expert]
   return [
-    count === 0 ? 'dead: no token' : `${short(of[expert])} × the mean`,
-    `${count.toLocaleString('en-US')} choices`,
+    count === 0 ? 'dead: no tokens' : `${short(of[expert])} × the mean`,
+    `${count.toLocaleString('en-US')} tokens`,
     ...(bias ? [`bias ${short(bias[expert])}`] : []),
     ...(groups > 1 ? [`group ${Math.floor((expert * groups) / load.length)}`] : []),
   ]
 }
 
-/** Fills a list, unless it has these names already. */
+/** Fills a list, unless it already has these options. */
 function options(list, names) {
   const has = [...list.options].map(({ value }) => value)
   if (has.join('\n') === names.join('\n')) return

@@ -1,4 +1,4 @@
-/** @file A map of cells that pointer and arrow keys can read. */
+/** @file A heat map that can be read with the pointer and with arrow keys. */
 import { element } from './charts.js'
 import { colorOf } from './loads.js'
 
@@ -8,11 +8,11 @@ export class HeatMap {
   #cells = element('canvas', '')
   #what = null
   #places = null
-  /** The cell that is told of, `[column, row]`. */
+  /** The described cell, `[column, row]`, or null. */
   #at = null
   #observer
 
-  /** @param choose is called with a cell that was clicked, or Enter pressed on */
+  /** @param choose called with a cell that was clicked, or on which Enter was pressed */
   constructor(label, choose) {
     this.#canvas = element('canvas', '')
     this.#canvas.tabIndex = 0
@@ -24,9 +24,9 @@ export class HeatMap {
     this.element = element('div', 'map', this.#canvas, this.#tip)
     this.#observer = new ResizeObserver(() => this.#paint())
     this.#observer.observe(this.element)
-    this.#canvas.onpointermove = event => this.#tell(this.#cellAt(event))
-    this.#canvas.onpointerleave = () => this.#tell(null)
-    this.#canvas.onblur = () => this.#tell(null)
+    this.#canvas.onpointermove = event => this.#describe(this.#cellAt(event))
+    this.#canvas.onpointerleave = () => this.#describe(null)
+    this.#canvas.onblur = () => this.#describe(null)
     this.#canvas.onclick = event => {
       const cell = this.#cellAt(event)
       if (cell) choose(...cell)
@@ -38,33 +38,35 @@ export class HeatMap {
       const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }
       const move = moves[event.key]
       if (event.key === 'Enter' && this.#at) choose(column, row)
-      else if (event.key === 'Escape') this.#tell(null)
-      else if (move && !this.#at) this.#tell([column, row])
+      else if (event.key === 'Escape') this.#describe(null)
+      else if (move && !this.#at) this.#describe([column, row])
       else if (move) {
         const within = (value, length) => Math.max(0, Math.min(length - 1, value))
-        this.#tell([within(column + move[0], columns.length), within(row + move[1], rows.length)])
+        this.#describe([within(column + move[0], columns.length), within(row + move[1], rows.length)])
       } else return
       event.preventDefault()
     }
   }
 
   /**
-   * Draws `{ columns, rows, shade, tell, left, below, height, marked, theme }`: columns and rows are where each ends, from 0 to 1, with gaps before those in `columns.gaps` and `rows.gaps`; `shade(column, row)` is a number
-   * from -1 to 1, null for a dead expert and undefined for nothing; `tell` says in words what a cell is; `left` and `below` are labels, `[where, text]`.
+   * Draws `{ columns, rows, shade, describe, left, below, height, marked, theme }`. `columns` and `rows` contain the
+   * end of each column and row, from 0 to 1, with gaps before those in `columns.gaps` and `rows.gaps`. `shade(column,
+   * row)` returns a number from -1 to 1, null for a dead expert, or undefined for nothing. `describe` returns lines of
+   * text about a cell. `left` and `below` contain labels, `[position, text]`.
    */
   draw(what) {
     this.#what = what
     this.#canvas.setAttribute(
       'aria-label',
-      `${this.label}. ${what.summary} Arrow keys read single cells; a table is below.`,
+      `${this.label}. ${what.summary} Use the arrow keys to read single cells, or the table below.`,
     )
-    const told = this.#at
+    const described = this.#at
     this.#at = null
     this.#paint()
-    if (told) this.#tell(told)
+    if (described) this.#describe(described)
   }
 
-  /** Where everything is, in pixels of the page. */
+  /** Computes the layout in CSS pixels. */
   #layOut() {
     const { columns, rows, left, below, height } = this.#what
     const width = this.element.clientWidth
@@ -93,7 +95,7 @@ export class HeatMap {
     return [x, y, w, h]
   }
 
-  /** Draws all cells and labels, which stay until there is something else to show. */
+  /** Draws all cells and labels into a buffer, which is kept until the content changes. */
   #paint() {
     if (!this.#what || this.element.clientWidth === 0) return
     this.#layOut()
@@ -130,7 +132,7 @@ export class HeatMap {
     this.#mark()
   }
 
-  /** Shows the map, with frames round what is marked and what is told of. */
+  /** Shows the map, with frames around the marked and the described cells. */
   #mark() {
     const { marked = {}, theme } = this.#what
     const { width, height, x, y, bottom, right } = this.#places
@@ -162,15 +164,15 @@ export class HeatMap {
     return offsetX < x || offsetY < y || column < 0 || row < 0 ? null : [column, row]
   }
 
-  #tell(cell) {
+  #describe(cell) {
     if (!this.#places) return
-    const { columns, rows, tell } = this.#what
+    const { columns, rows, describe } = this.#what
     const there = cell && cell[0] < columns.length && cell[1] < rows.length
     this.#at = there ? cell : null
     this.#tip.hidden = !there
     this.#mark()
     if (!there) return
-    const [first, ...rest] = tell(...cell)
+    const [first, ...rest] = describe(...cell)
     this.#tip.replaceChildren(element('b', '', first), ...rest.map(line => element('div', '', line)))
     const [x0, y0, w, h] = this.#box(...cell)
     const { width } = this.#places
@@ -181,7 +183,7 @@ export class HeatMap {
   }
 }
 
-/** A canvas of that size on the page, to draw on. */
+/** Resizes a canvas to a size in CSS pixels. @returns its context */
 function sized(canvas, width, height) {
   const scale = devicePixelRatio || 1
   canvas.width = Math.round(width * scale)
@@ -191,7 +193,7 @@ function sized(canvas, width, height) {
   return context
 }
 
-/** What tells a dead expert without colours. */
+/** Marks a dead expert independently of color. */
 function cross(c, [x, y, w, h], color) {
   const size = Math.min(w, h, 12)
   if (size < 4) return

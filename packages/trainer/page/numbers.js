@@ -1,7 +1,7 @@
-/** @file Numbers as people read them, and lines as they see them. */
+/** @file Number formats, smoothing and axis ticks. */
 
 /**
- * At most four digits that count, with k, M, G for what is large.
+ * Formats a number with at most four significant digits, and k, M, G for large ones.
  * @param {number | null | undefined} value
  */
 export function short(value) {
@@ -27,7 +27,7 @@ export function short(value) {
 const digits = value => (Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(4))))
 
 /**
- * Seconds as 0:05, 12:00, 1:02:03 or 3 d 4 h.
+ * Formats seconds as 0:05, 12:00, 1:02:03 or 3 d 4 h.
  * @param {number} seconds
  */
 export function clock(seconds) {
@@ -40,9 +40,9 @@ export function clock(seconds) {
 }
 
 /**
- * An exponential mean that does not start at zero. What is missing stays so.
+ * Smooths values by an exponential moving average with bias correction. Missing values stay missing.
  * @param {ReadonlyArray<number | null>} values
- * @param {number} weight of what was before; 0 to below 1
+ * @param {number} weight of the earlier values, from 0 to below 1
  */
 export function smoothed(values, weight) {
   if (weight === 0) return values
@@ -57,7 +57,7 @@ export function smoothed(values, weight) {
 }
 
 /**
- * Where an axis has its labels: at 1, 2 or 5 times a power of ten, about as many as asked for.
+ * Positions of axis labels: at 1, 2 or 5 times a power of ten, about as many as requested.
  * @param {number} least
  * @param {number} most
  * @param {number} count

@@ -1,44 +1,47 @@
-/** @file The page: what the server tells, as a list of runs and as charts. */
+/** @file The dashboard: shows the data from the server as a list of runs and as charts. */
 import { Chart, element, known, swatch } from './charts.js'
 import { Experts } from './experts.js'
 import { clock, short } from './numbers.js'
 import { joined, wanted } from './zoom.js'
 
-/** Okabe and Ito's colours, told apart by who sees few, in a lighter and a darker form. Further runs have them dashed. */
+/**
+ * Okabe and Ito's palette, which is distinguishable with color vision deficiencies, in a lighter and a darker form.
+ * Further runs are dashed.
+ */
 const palette = {
   light: ['#0072b2', '#d55e00', '#009e73', '#b5569a', '#a87900', '#3a9bd1', '#4d4d4d'],
   dark: ['#56a8e8', '#ff8a3d', '#2fc79a', '#e39ac6', '#e6b422', '#9bd3f5', '#c8c8c8'],
 }
 const dashes = [undefined, [6, 4], [2, 3]]
-/** Runs that are shown unless asked for. */
+/** Number of runs that are shown by default. */
 const shownAtFirst = 8
 
 const statusText = {
   training: 'training',
   finished: 'finished',
   interrupted: 'interrupted',
-  time: 'time was up',
+  time: 'time limit reached',
   failed: 'failed',
   killed: 'ended abruptly',
-  silent: 'silent',
+  silent: 'no recent data',
   unknown: '',
 }
 
 const $ = id => document.getElementById(id)
 const dark = matchMedia('(prefers-color-scheme: dark)')
-/** By name: `{ name, order, shown, state, series, detailed, colors, dash, row }`. */
+/** Runs by name: `{ name, order, shown, state, series, detailed, colors, dash, row }`. */
 const runs = new Map()
 const charts = new Map()
 const groups = new Map()
 const view = { smoothing: 0, across: 'step', logarithmic: false, range: null, theme: {} }
 const experts = new Experts()
 let order = 0
-/** How far the server's clock is ahead. */
+/** Difference between the server's clock and ours, in milliseconds. */
 let ahead = 0
 
 const source = new EventSource('live')
 source.onopen = () => connection('live', false)
-source.onerror = () => connection(source.readyState === EventSource.CLOSED ? 'not connected' : 'reconnecting', true)
+source.onerror = () => connection(source.readyState === EventSource.CLOSED ? 'disconnected' : 'reconnecting…', true)
 source.onmessage = ({ data }) => {
   const { folder, now, runs: changed, gone } = JSON.parse(data)
   ahead = now - Date.now()
@@ -81,7 +84,7 @@ function paint(run) {
   run.dash = dashes[Math.floor(run.order / colors.length) % dashes.length]
 }
 
-/** The latest first; of many only the latest are shown. */
+/** Sorts runs, latest first. Of many runs, only the latest are shown. */
 function arrange() {
   const sorted = [...runs.values()].sort((a, b) => b.order - a.order)
   sorted.forEach((run, i) => {
@@ -90,7 +93,7 @@ function arrange() {
   $('runs').replaceChildren(...sorted.map(({ row }) => row))
 }
 
-/** Takes what was added to a series. */
+/** Adds a patch from the server to a series. */
 function patch(series, { from, steps, columns }) {
   const splice = (list, values) => [...list.slice(0, from), ...values]
   series.steps = splice(series.steps, steps)
@@ -106,7 +109,7 @@ function patch(series, { from, steps, columns }) {
 }
 
 let asked = false
-/** At most once a frame. */
+/** Redraws the page, at most once per frame. */
 function redraw() {
   if (asked) return
   asked = true
@@ -123,7 +126,11 @@ function redraw() {
 function list() {
   if (runs.size === 0) {
     $('runs').replaceChildren(
-      element('p', 'empty', 'No runs here yet. One appears when train() has { out } below this folder.'),
+      element(
+        'p',
+        'empty',
+        'No runs yet. Runs appear here when train() is called with an out folder inside this folder.',
+      ),
     )
   } else $('runs').querySelector('.empty')?.remove()
   for (const run of runs.values()) row(run)
@@ -148,7 +155,7 @@ function row(run) {
   run.row.className = shown ? 'run' : 'run hidden'
 
   const age = (Date.now() + ahead - state.changed) / 1000
-  const quiet = status === 'training' && age > 60 ? `, last word ${clock(age)} ago` : ''
+  const quiet = status === 'training' && age > 60 ? `, last update ${clock(age)} ago` : ''
   const bar = element('progress', '')
   bar.max = steps ?? 1
   bar.value = steps === null ? 0 : step
@@ -172,9 +179,7 @@ function row(run) {
   ].map(([title, value]) => element('div', 'number', element('span', '', title), element('b', '', short(value))))
   const notes = [
     ...(state.problem === null ? [] : [element('div', 'note bad', state.problem)]),
-    ...(state.badLines > 0
-      ? [element('div', 'note', `lines of metrics.jsonl that cannot be read: ${state.badLines}`)]
-      : []),
+    ...(state.badLines > 0 ? [element('div', 'note', `unreadable lines in metrics.jsonl: ${state.badLines}`)] : []),
     ...state.notices.slice(-2).map(notice => element('div', 'note', notice)),
   ]
   run.row.replaceChildren(label, element('div', `status ${status}`, statusText[status]), done, ...numbers, ...notes)
@@ -182,12 +187,12 @@ function row(run) {
 
 const shownRuns = () => [...runs.values()].filter(run => run.shown).sort((a, b) => a.order - b.order)
 
-/** Of what is zoomed into, lines between the points of the whole run: they come a moment later. */
+/** Fetches more detail for a zoomed range. It is shown as soon as it arrives. */
 function detail() {
   const pixels = Math.max(200, ...[...charts.values()].map(chart => chart.width))
   for (const run of shownRuns()) {
     const steps = wanted(run.series, view, pixels)
-    // While a run goes on, what is added to it is part of the range.
+    // While a run is training, new data extends the range.
     const key = steps && JSON.stringify([...steps, Math.min(steps[1], run.state.step), pixels])
     if (key === undefined) run.part = undefined
     else if (run.asking === undefined && run.part?.key !== key) fetchPart(run, steps, pixels, key)
@@ -204,7 +209,7 @@ async function fetchPart(run, [from, to], most, key) {
     patch(part, await response.json())
     run.part = part
   } catch {
-    // The points of the whole run stay.
+    // Keep showing the points of the whole run.
     return
   } finally {
     run.asking = undefined
@@ -251,7 +256,7 @@ function zoom(range) {
 }
 
 let settingsKey = ''
-/** A column for each run that is shown; what differs comes first. */
+/** Shows the settings with a column for each selected run. Settings that differ come first. */
 function settings() {
   const shown = shownRuns()
   const all = shown.map(({ state }) => {

@@ -1,10 +1,11 @@
-/** @file A part of a run in detail: points of fewer lines than those of the whole run. */
+/** @file A range of a run in more detail than the points of the whole run. */
 
 /**
- * Steps of the range that is shown, if it is to be fetched: undefined where the whole run has a point for each line, or for each pixel.
+ * Returns the range of steps to fetch for a zoomed view; undefined if the points of the whole run have enough detail,
+ * because there is one per line or per pixel.
  * @param series of the whole run
  * @param view `{ range, across }`
- * @param pixels that a chart is wide
+ * @param pixels width of a chart
  */
 export function wanted(series, { range, across }, pixels) {
   const { steps, columns } = series
@@ -17,7 +18,7 @@ export function wanted(series, { range, across }, pixels) {
   return [steps[Math.max(0, (first < 0 ? x.length : first) - 1)], steps[Math.min(x.length - 1, last + 1)]]
 }
 
-/** The series of the whole run with a part of it in place of its points there. */
+/** Returns the series of the whole run, with the points in the range of `part` replaced by those of `part`. */
 export function joined(whole, part) {
   if (part.steps.length === 0) return whole
   const from = whole.steps.findIndex(step => step >= part.steps[0])

@@ -1,5 +1,8 @@
 #!/usr/bin/env node
-/** @file The command `moe-trainer`: makes tokens of texts, shows runs. Exit codes: 0 done (watching ends with Ctrl-C), 1 failed, 2 wrong usage, 130 interrupted. */
+/**
+ * @file The command `moe-trainer`. Exit codes: 0 success (Ctrl-C ends `watch`), 1 failure, 2 invalid usage, 130
+ *   interrupted.
+ */
 import { existsSync, readFileSync, statSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { isMoeError } from '@moe/core'
@@ -9,31 +12,32 @@ import { watchRuns } from './watch/index.ts'
 
 const HELP = `moe-trainer COMMAND [options]
 
-  watch [FOLDER]    a page of the runs below a folder, live while they train (default runs); Ctrl-C ends it
-      --port N            default 7070, or any that is free
-      --host ADDRESS      who may look: default 127.0.0.1, this machine; 0.0.0.0 for everybody who can reach it
+  watch [FOLDER]         serves a dashboard of all runs in a folder (default: runs), live while they train; stop it with Ctrl-C
+      --port N               port (default: 7070, or a free one)
+      --host ADDRESS         address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0 for everyone on the network)
 
-  tokenize PATTERN...    makes tokens of .txt, .jsonl (both also .gz, .zst) and .parquet files, for training; the same command goes on where it was stopped
-      --tokenizer PATH       tokenizer.json, or a folder that has one (required)
-      --out FOLDER           where the tokens are written (required)
-      --field NAME           field of .jsonl, column of .parquet that holds the text (default text)
-      --separator TEXT       what separates the documents of a .txt, such as '\\n\\n' (default: a file is a document)
-      --validation FRACTION  documents that are held out, drawn by --seed (default 0)
-      --fim-rate FRACTION    documents to be filled in the middle (default 0; DeepSeek-V3 has 0.1)
-      --seed N               default 0
-      --threads N            default: one a core
-      --shard-tokens N       most tokens of a pair of files (default 2^29)
-      --overwrite            remove what other settings have made in the folder
-      --quiet                no progress
+  tokenize PATTERN...    tokenizes .txt, .jsonl (both also .gz, .zst) and .parquet files for training;
+                         to continue after an interruption, run the same command again
+      --tokenizer PATH       tokenizer.json, or a folder that contains one (required)
+      --out FOLDER           output folder (required)
+      --field NAME           field (.jsonl) or column (.parquet) that contains the text (default: text)
+      --separator TEXT       separator of the documents in a .txt file, for example '\\n\\n' (default: one document per file)
+      --validation FRACTION  fraction of documents to hold out, selected by --seed (default: 0)
+      --fim-rate FRACTION    fraction of documents to rearrange for fill-in-the-middle (default: 0; DeepSeek-V3: 0.1)
+      --seed N               seed of these selections (default: 0)
+      --threads N            number of threads (default: one per core)
+      --shard-tokens N       maximum number of tokens per pair of files (default: 2^29)
+      --overwrite            replace the output of other settings
+      --quiet                show no progress
 
-  --json     machine-readable output
-  --version  of the package
-  --help     this text
+  --json       print machine-readable output
+  --version    print the version
+  -h, --help   print this help
 `
 
 const { values, positionals } = readArguments()
 
-// Whoever reads the output may have had enough of it, as in `| head`.
+// The reader of the output may close the pipe, for example `| head`.
 process.stdout.on('error', error => process.exit((error as NodeJS.ErrnoException).code === 'EPIPE' ? undefined : 1))
 
 try {
@@ -44,7 +48,7 @@ try {
     if (!values.help) process.exitCode = 2
   } else if (command === 'watch') await watch(rest)
   else if (command === 'tokenize') await tokenizeCommand(rest, values)
-  else throw new UsageError(`there is no command ${command}`)
+  else throw new UsageError(`unknown command ${command}`)
 } catch (error) {
   fail(error)
 }
@@ -77,8 +81,8 @@ function readArguments() {
       },
     })
   } catch (error) {
-    // Node goes on about arguments that begin with a dash.
-    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'there is no option $1')
+    // Node's message also explains arguments that start with a dash.
+    const message = (error as Error).message.replace(/^Unknown option '(.+?)'.*/s, 'unknown option $1')
     process.stderr.write(`moe-trainer: ${message}\nSee moe-trainer --help.\n`)
     process.exit(2)
   }
@@ -94,13 +98,14 @@ function fail(error: unknown): void {
 }
 
 async function watch([folder = 'runs', ...rest]: string[]): Promise<void> {
-  if (rest.length > 0) throw new UsageError('watch takes one folder')
+  if (rest.length > 0) throw new UsageError('watch takes only one folder')
   const { port, host, json } = values
-  if (port !== undefined && !/^\d+$/.test(port)) throw new UsageError(`--port ${port} is not a whole number`)
-  if (existsSync(folder) && !statSync(folder).isDirectory()) throw new UsageError(`${folder} is no folder`)
+  if (port !== undefined && !/^\d+$/.test(port)) throw new UsageError(`--port must be an integer, got ${port}`)
+  if (existsSync(folder) && !statSync(folder).isDirectory()) throw new UsageError(`${folder} is not a folder`)
   const watcher = await watchRuns(folder, { port: port === undefined ? undefined : Number(port), host })
   for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => watcher.close())
   const { url } = watcher
   if (json) process.stdout.write(`${JSON.stringify({ url, folder })}\n`)
-  else process.stdout.write(`${folder}${existsSync(folder) ? '' : ' (not there yet)'}: ${url}  (Ctrl-C ends)\n`)
+  else
+    process.stdout.write(`${folder}${existsSync(folder) ? '' : ' (does not exist yet)'}: ${url}  (stop with Ctrl-C)\n`)
 }

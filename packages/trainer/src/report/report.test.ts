@@ -91,7 +91,7 @@ describe('progress', () => {
       }
       return all()
         .split(/[\r\n]/)
-        .filter(line => line.includes('measuring'))
+        .filter(line => line.includes('evaluating'))
         .map(line => line.replace('\x1b[2K', ''))
     }
     expect(measure(false)).toEqual([40, 80].map(share => `step 40: evaluating, ${share} %`))

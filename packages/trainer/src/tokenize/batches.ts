@@ -1,8 +1,8 @@
-/** @file Documents of many files in batches of a size that is worth several threads. */
+/** @file Reads the documents of many files in batches that are large enough for several threads. */
 import { statSync } from 'node:fs'
 import { readTexts, type SourceOptions } from './source.ts'
 
-/** Where the next document is: the number of a file, and a place in it. */
+/** Position of the next document: the index of its file, and the position in the file. */
 export interface Place {
   readonly file: number
   readonly at: number
@@ -10,13 +10,13 @@ export interface Place {
 
 export interface Batch {
   readonly texts: readonly string[]
-  /** Behind them. */
+  /** Position after these texts. */
   readonly next: Place
-  /** Bytes of all files read so far. */
+  /** Bytes read so far, over all files. */
   readonly bytesRead: number
 }
 
-/** Files in order. */
+/** Input files in order. */
 export class Sources {
   readonly paths: readonly string[]
   readonly sizes: readonly number[]
@@ -34,7 +34,7 @@ export class Sources {
     return this.sizes.slice(0, file).reduce((sum, size) => sum + size, 0)
   }
 
-  /** @param characters of a batch, about */
+  /** @param characters approximate size of a batch */
   async *batches(from: Place, characters: number): AsyncGenerator<Batch> {
     let texts: string[] = []
     let size = 0

@@ -1,4 +1,4 @@
-/** @file `moe-trainer tokenize`. */
+/** @file The command `moe-trainer tokenize`. */
 import { statSync } from 'node:fs'
 import { join } from 'node:path'
 import { MoeError } from '@moe/core'
@@ -8,7 +8,7 @@ import type { ProgressStream } from '../report/progress.ts'
 import { UsageError } from '../usage-error.ts'
 import { type TokenizeProgress, tokenize } from './tokenize.ts'
 
-/** As `parseArgs` gives them. */
+/** Arguments as `parseArgs` returns them. */
 export interface TokenizeArguments {
   readonly tokenizer?: string | undefined
   readonly out?: string | undefined
@@ -33,7 +33,8 @@ export async function tokenizeCommand(patterns: readonly string[], values: Token
   const number = (name: 'validation' | 'fim-rate' | 'seed' | 'threads' | 'shard-tokens') => {
     const text = values[name]
     if (text === undefined) return undefined
-    if (text.trim() === '' || !Number.isFinite(Number(text))) throw new UsageError(`--${name} ${text} is no number`)
+    if (text.trim() === '' || !Number.isFinite(Number(text)))
+      throw new UsageError(`--${name} must be a number, got ${text}`)
     return Number(text)
   }
   const settings = {
@@ -46,20 +47,20 @@ export async function tokenizeCommand(patterns: readonly string[], values: Token
   const tokenizer = await BpeTokenizer.fromFile(isFolder(path) ? join(path, 'tokenizer.json') : path)
   const abort = new AbortController()
   const stop = onInterrupt(() => abort.abort(interrupted(out)))
-  const drawn = quiet || json ? undefined : tokenizeProgress(process.stderr)
+  const progress = quiet || json ? undefined : tokenizeProgress(process.stderr)
   try {
     const result = await tokenize(patterns, {
       ...settings,
       tokenizer,
       out,
       field,
-      // Shells pass `\n` as it is written.
+      // Shells pass `\n` literally.
       separator: separator?.replaceAll('\\n', '\n').replaceAll('\\t', '\t'),
       overwrite,
       signal: abort.signal,
-      onProgress: drawn?.tell,
+      onProgress: progress?.show,
     })
-    drawn?.clear()
+    progress?.clear()
     if (json) process.stdout.write(`${JSON.stringify(result)}\n`)
     else {
       const { trainingTokens, trainingDocuments, validationTokens, validationDocuments, seconds } = result
@@ -69,7 +70,7 @@ export async function tokenizeCommand(patterns: readonly string[], values: Token
       process.stdout.write(`${out}: ${tokens}${heldOut}, ${seconds.toFixed(1)} s\n`)
     }
   } finally {
-    drawn?.clear()
+    progress?.clear()
     stop()
   }
 }
@@ -78,17 +79,17 @@ const interrupted = (out: string) =>
   new MoeError({
     code: 'E_ABORTED',
     op: 'tokenize',
-    problem: `interrupted; what is done is in ${out}`,
-    fix: 'run the same command again to go on',
+    problem: `interrupted; the progress is saved in ${out}`,
+    fix: 'run the same command again to continue',
   })
 
 const isFolder = (path: string) => statSync(path, { throwIfNoEntry: false })?.isDirectory() === true
 
-/** Of a terminal, between two drawings; of a file, between two lines. */
+/** Time between two updates on a terminal, and between two lines elsewhere. */
 const redrawMs = 100
 const patienceMs = 10_000
 
-/** A line that is drawn anew in a terminal; elsewhere lines from time to time. */
+/** Shows progress on a line that is redrawn on a terminal, or on lines from time to time elsewhere. */
 export function tokenizeProgress(stream: ProgressStream, now = () => performance.now()) {
   const terminal = stream.isTTY === true
   let drawnAt = Number.NEGATIVE_INFINITY
@@ -97,14 +98,14 @@ export function tokenizeProgress(stream: ProgressStream, now = () => performance
     if (drawn) stream.write('\r\x1b[2K')
     drawn = false
   }
-  const tell = (progress: TokenizeProgress) => {
+  const show = (progress: TokenizeProgress) => {
     if (now() - drawnAt < (terminal ? redrawMs : patienceMs)) return
     clear()
     stream.write(terminal ? lineOf(progress) : `${lineOf(progress)}\n`)
     drawn = terminal
     drawnAt = now()
   }
-  return { tell, clear }
+  return { show, clear }
 }
 
 function lineOf({ bytes, fromBytes, totalBytes, documents, tokens, seconds }: TokenizeProgress): string {

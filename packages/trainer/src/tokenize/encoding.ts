@@ -1,11 +1,11 @@
-/** @file Texts become documents of ids, with what is drawn for each. */
+/** @file Encodes texts into documents of ids, with held-out selection and fill-in-the-middle. */
 import { MoeError } from '@moe/core'
 import type { TextTokenizer } from '../model.ts'
 import { type DrawOptions, drawFor } from './document-draw.ts'
 
-/** What is put around the parts of a document that is filled in the middle: `begin prefix hole suffix end middle`. */
+/** Special tokens of fill-in-the-middle documents: `begin prefix hole suffix end middle`. */
 export interface FimTokens {
-  /** In front of the prefix. */
+  /** Before the prefix. */
   readonly begin: string
   /** Between prefix and suffix, where the middle was. */
   readonly hole: string
@@ -13,7 +13,7 @@ export interface FimTokens {
   readonly end: string
 }
 
-/** As DeepSeek-V3's tokenizer.json spells them. */
+/** The tokens of DeepSeek-V3's tokenizer. */
 const deepSeekFim: FimTokens = { begin: '<｜fim▁begin｜>', hole: '<｜fim▁hole｜>', end: '<｜fim▁end｜>' }
 
 export interface EncodingOptions extends DrawOptions {
@@ -23,7 +23,7 @@ export interface EncodingOptions extends DrawOptions {
   readonly fimTokens: FimTokens | undefined
 }
 
-/** Documents of one part. */
+/** Encoded documents of the training or the held-out part. */
 export interface EncodedPart {
   readonly documents: Int32Array[]
   textBytes: number
@@ -34,17 +34,17 @@ export interface Encoded {
   readonly validation: EncodedPart
 }
 
-/** What documents say are no special tokens. */
+/** Text that spells a special token is encoded as ordinary text. */
 const asText = { addSpecialTokens: false, parseSpecialTokens: false }
 
 export class TextEncoding {
   readonly #tokenizer: TextTokenizer
   readonly #options: EncodingOptions
   readonly #vocabSize: number
-  /** Ids around the three parts. */
+  /** Ids of the fill-in-the-middle tokens. */
   readonly #fim: readonly number[]
 
-  /** @throws MoeError E_CONFIG when the tokenizer has not got the tokens that are needed */
+  /** @throws MoeError E_CONFIG if the tokenizer lacks the tokens that are needed */
   constructor(tokenizer: TextTokenizer, options: EncodingOptions) {
     this.#tokenizer = tokenizer
     this.#options = options
@@ -54,7 +54,7 @@ export class TextEncoding {
     for (const id of [options.bos, options.eos, ...this.#fim]) if (id !== null) this.#check(id)
   }
 
-  /** Documents of some texts, in their order. Those without a token are left out. */
+  /** Encodes texts, in order. Texts without tokens are left out. */
   async encode(texts: readonly string[]): Promise<Encoded> {
     const draws = texts.map(text => drawFor(text, this.#options))
     const pieces = await this.#encodeAll(texts.flatMap((text, i) => draws[i].cuts ?? [text]))
@@ -81,7 +81,7 @@ export class TextEncoding {
     return texts.map(text => this.#tokenizer.encode(text, asText))
   }
 
-  /** A document with what is put around it, and between its parts where it has several. */
+  /** Assembles a document from its parts and special tokens. */
   #document(pieces: readonly ArrayLike<number>[]): Int32Array {
     const { bos, eos } = this.#options
     const fim = pieces.length > 1 ? this.#fim : []
@@ -105,7 +105,7 @@ export class TextEncoding {
     throw new MoeError({
       code: 'E_DATA',
       op: 'tokenize',
-      problem: `the tokenizer gives token ${id}, outside its vocabulary of ${this.#vocabSize} ids`,
+      problem: `the tokenizer returned id ${id}, outside its vocabulary of ${this.#vocabSize} ids`,
       fix: 'use a tokenizer whose vocabSize counts all of its ids',
     })
   }
@@ -117,7 +117,7 @@ function idOf(tokenizer: TextTokenizer, token: string): number {
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'tokenize',
-    problem: `the tokenizer has no token ${token}, which documents filled in the middle need`,
-    fix: 'train it with such special tokens, or name its own: fimTokens: { begin, hole, end }',
+    problem: `the tokenizer has no token ${token}, which fill-in-the-middle needs`,
+    fix: 'train it with these special tokens, or pass its own as fimTokens: { begin, hole, end }',
   })
 }

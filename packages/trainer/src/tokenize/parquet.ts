@@ -1,11 +1,11 @@
-/** @file Documents of a Parquet file, a row group at a time. Loaded only where there is one. */
+/** @file Reads the documents of a Parquet file, one row group at a time. Loaded only if there is such a file. */
 import { statSync } from 'node:fs'
 import { type Texts, textOf, unreadable } from './record.ts'
 
-/** Characters that are handed on together, about. */
+/** Approximate number of characters to return at a time. */
 const PART = 1 << 22
 
-/** Texts of a column from a row on. */
+/** Yields the texts of a column, starting at a row. */
 export async function* parquetTexts(path: string, from: number, column: string): AsyncGenerator<Texts> {
   const [{ asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects }, { compressors }] = await Promise.all([
     import('hyparquet'),
@@ -17,8 +17,8 @@ export async function* parquetTexts(path: string, from: number, column: string):
   if (!columns.includes(column))
     throw unreadable(
       path,
-      `it has no column ${column}, but ${columns.join(', ')}`,
-      'say which one holds the text: --field NAME, { field }',
+      `no column ${column}, only ${columns.join(', ')}`,
+      'name the column that contains the text: --field NAME, { field }',
     )
   const rows = metadata.row_groups.reduce((sum, group) => sum + Number(group.num_rows), 0)
   const { size } = statSync(path)

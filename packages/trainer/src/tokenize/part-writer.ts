@@ -1,4 +1,4 @@
-/** @file Writes a stream of documents into shards, so that a process that is killed loses nothing that was saved. */
+/** @file Writes a stream of documents into shards, so that a killed process loses nothing that was saved. */
 import { createHash } from 'node:crypto'
 import { createReadStream } from 'node:fs'
 import { type FileHandle, open, readFile } from 'node:fs/promises'
@@ -7,9 +7,9 @@ import { MoeError } from '@moe/core'
 import { encodeIndex, idTypeFor } from '../data/indexed-file.ts'
 import type { PartRecord, ShardRecord } from '../data/token-manifest.ts'
 
-/** How far a part is. */
+/** The progress of a part. */
 export interface PartState extends PartRecord {
-  /** Of the shard that is being written; what is in its files beyond that counts for nothing. */
+  /** The unfinished shard. Anything beyond this in its files is discarded. */
   readonly open: { readonly tokens: number; readonly documents: number }
 }
 
@@ -21,7 +21,7 @@ export const nothingWritten: PartState = {
   open: { tokens: 0, documents: 0 },
 }
 
-/** Ending of the file that has the lengths of documents while a shard is not finished. */
+/** Extension of the file with the document lengths of an unfinished shard. */
 const LENGTHS_ENDING = '.lengths'
 
 interface OpenShard {
@@ -69,7 +69,7 @@ export class PartWriter {
     return this.#documents
   }
 
-  /** Files that belong to the part as it is. */
+  /** Files that belong to the part. */
   get files(): string[] {
     const finished = this.#shards.flatMap(({ name }) => [`${name}.bin`, `${name}.idx`])
     const name = this.#shardName()
@@ -80,14 +80,14 @@ export class PartWriter {
     return `${this.#name}-${String(this.#shards.length).padStart(5, '0')}`
   }
 
-  /** Adds documents, whole: a shard that has no room for one is finished. */
+  /** Adds documents. A document is never split: a shard without room for it is finished. */
   async add(documents: readonly ArrayLike<number>[], textBytes: number): Promise<void> {
     for (let from = 0; from < documents.length; ) {
       let to = from
       let tokens = 0
       const room = this.#shardTokens - this.#openTokens
       while (to < documents.length && tokens + documents[to].length <= room) tokens += documents[to++].length
-      // One that is larger than a shard has one of its own.
+      // A document that is larger than a shard gets a shard of its own.
       if (to === from && this.#openTokens === 0) tokens += documents[to++].length
       if (to > from) await this.#write(documents.slice(from, to), tokens)
       if (to < documents.length) await this.#finishShard()
@@ -116,7 +116,7 @@ export class PartWriter {
     this.#documents += documents.length
   }
 
-  /** The files of the shard, cut to what counts of them. */
+  /** Opens the files of the unfinished shard, truncated to what was saved. */
   async #opened(): Promise<OpenShard> {
     if (this.#shard !== null) return this.#shard
     const path = join(this.#folder, this.#shardName())
@@ -139,7 +139,7 @@ export class PartWriter {
     this.#openDocuments = 0
   }
 
-  /** How far it is, once that is on the disk. */
+  /** Flushes to disk and returns the progress. */
   async save(): Promise<PartState> {
     await Promise.all([this.#shard?.bin.sync(), this.#shard?.lengths.sync()])
     return { ...this.#record(), open: { tokens: this.#openTokens, documents: this.#openDocuments } }
@@ -168,8 +168,8 @@ async function reopened(path: string, bytes: number): Promise<FileHandle> {
     throw new MoeError({
       code: 'E_DATA',
       op: 'tokenize',
-      problem: `${path} has ${size} bytes, and ${bytes} were written`,
-      fix: 'begin anew with overwrite: true (--overwrite)',
+      problem: `${path} has ${size} bytes, but ${bytes} were written`,
+      fix: 'start again with overwrite: true (--overwrite)',
     })
   }
   await handle.truncate(bytes)

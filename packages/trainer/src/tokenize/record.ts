@@ -1,16 +1,16 @@
-/** @file What the records of a file come to. */
+/** @file The texts in the records of a file. */
 import { MoeError, shown } from '@moe/core'
 
-/** Some documents of a file. */
+/** Consecutive documents of a file. */
 export interface Texts {
   readonly texts: readonly string[]
-  /** Where the next document begins: a byte of what was compressed, or a row. */
+  /** Position of the next document: a byte of the uncompressed file, or a row. */
   readonly next: number
   /** Bytes of the file read so far. */
   readonly bytesRead: number
 }
 
-/** The text of a record; none where it is null or empty. */
+/** The text of a record; empty if it is null or empty. */
 export function textOf(path: string, record: unknown, field: string, where: () => string): readonly string[] {
   const value = (record as Record<string, unknown> | null)?.[field]
   if (typeof value === 'string') return value === '' ? [] : [value]
@@ -18,8 +18,8 @@ export function textOf(path: string, record: unknown, field: string, where: () =
   const fields = typeof record === 'object' && record !== null ? Object.keys(record).join(', ') : shown(record)
   throw unreadable(
     path,
-    `${where()} has ${value === undefined ? `no ${field}` : `a ${field} that is no text`}, but ${fields}`,
-    'say which field holds the text: --field NAME, { field }',
+    `${where()} has ${value === undefined ? `no ${field}` : `a ${field} that is not a string`}; its fields are ${fields}`,
+    'name the field that contains the text: --field NAME, { field }',
   )
 }
 

@@ -1,4 +1,4 @@
-/** @file Documents of a file, read bit by bit: text, JSON lines or Parquet, as it is or compressed. */
+/** @file Streams the documents of a file: text, JSON lines or Parquet, possibly compressed. */
 import { isUtf8 } from 'node:buffer'
 import { createReadStream, type ReadStream, statSync } from 'node:fs'
 import type { Transform } from 'node:stream'
@@ -9,19 +9,20 @@ import { type Texts, textOf, unreadable } from './record.ts'
 
 /** How files become documents. */
 export interface SourceOptions {
-  /** What separates the documents of a text file. Default: a file is a document. */
+  /** Separator of the documents of a text file. Default: each file is a document. */
   readonly separator: string | undefined
-  /** Field, or column, that holds the text of a document. */
+  /** Field or column that contains the text. */
   readonly field: string
 }
 
-/** Bytes of the largest document; it must fit into a string. */
+/** Maximum size of a document in bytes; it must fit into a string. */
 const LARGEST_DOCUMENT = 2 ** 28
 const CHUNK_BYTES = 1 << 22
 
 /**
- * Documents of a file from a place on.
- * @throws MoeError E_DATA for what cannot be read as its name says
+ * Yields the documents of a file, starting at a position.
+ *
+ * @throws MoeError E_DATA for a file whose content does not match its name
  */
 export async function* readTexts(path: string, from: number, options: SourceOptions): AsyncGenerator<Texts> {
   try {
@@ -31,7 +32,7 @@ export async function* readTexts(path: string, from: number, options: SourceOpti
     else yield* plainTexts(path, from, options.separator)
   } catch (cause) {
     if (cause instanceof MoeError) throw cause
-    throw unreadable(path, `it cannot be read: ${(cause as Error).message}`, undefined, cause)
+    throw unreadable(path, `cannot read the file: ${(cause as Error).message}`, undefined, cause)
   }
 }
 
@@ -45,7 +46,12 @@ async function* jsonTexts(path: string, from: number, field: string): AsyncGener
       try {
         value = JSON.parse(line)
       } catch (cause) {
-        throw unreadable(path, `the line at byte ${place(i)} is no JSON: ${(cause as Error).message}`, undefined, cause)
+        throw unreadable(
+          path,
+          `the line at byte ${place(i)} is not JSON: ${(cause as Error).message}`,
+          undefined,
+          cause,
+        )
       }
       return textOf(path, value, field, () => `the line at byte ${place(i)}`)
     })
@@ -59,7 +65,7 @@ async function* plainTexts(path: string, from: number, separator: string | undef
     const nul = text.indexOf('\0')
     if (nul >= 0) {
       const byte = at + Buffer.byteLength(text.slice(0, nul))
-      throw unreadable(path, `it is binary: byte ${byte} is NUL`, 'leave it out of the patterns')
+      throw unreadable(path, `the file is binary: byte ${byte} is NUL`, 'leave it out of the patterns')
     }
     const texts = own === undefined ? [text] : text.split(own).filter(part => part.trim() !== '')
     yield { texts: texts.filter(part => part !== ''), next, bytesRead }
@@ -67,22 +73,22 @@ async function* plainTexts(path: string, from: number, separator: string | undef
 }
 
 interface Part {
-  /** Whole documents; the separator behind the last is left out. */
+  /** Complete documents, without the separator after the last. */
   readonly text: string
-  /** Byte that it begins at. */
+  /** Byte offset of the text. */
   readonly at: number
   readonly next: number
   readonly bytesRead: number
 }
 
-/** Parts of a UTF-8 file that end where documents do. */
+/** Yields parts of a UTF-8 file that end at document boundaries. */
 async function* parts(path: string, from: number, separator: string | undefined): AsyncGenerator<Part> {
   const ends = Buffer.from(separator ?? '')
   let held: Buffer = Buffer.alloc(0)
   let at = from
   const part = (bytes: Buffer, next: number, bytesRead: number): Part => {
     if (!isUtf8(bytes))
-      throw unreadable(path, `it is not UTF-8 text from byte ${at} on`, 'convert it to UTF-8, or leave it out')
+      throw unreadable(path, `not UTF-8 text after byte ${at}`, 'convert it to UTF-8, or leave it out')
     const text = bytes.toString('utf8')
     return { text: at === 0 && text.startsWith('\uFEFF') ? text.slice(1) : text, at, next, bytesRead }
   }
@@ -94,8 +100,8 @@ async function* parts(path: string, from: number, separator: string | undefined)
       if (held.length <= LARGEST_DOCUMENT) continue
       const fix =
         separator === undefined
-          ? 'say what separates its documents: --separator TEXT, { separator }'
-          : 'cut it into smaller documents'
+          ? 'pass the separator of its documents: --separator TEXT, { separator }'
+          : 'split it into smaller documents'
       throw unreadable(path, `the document at byte ${at} has more than ${LARGEST_DOCUMENT} bytes`, fix)
     }
     const next = at + last + ends.length
@@ -106,7 +112,7 @@ async function* parts(path: string, from: number, separator: string | undefined)
   if (held.length > 0) yield part(held, at + held.length, Number.POSITIVE_INFINITY)
 }
 
-/** A separator with the line ends of a file, by its first: CRLF, as Windows has them, or LF. */
+/** A separator with the line ends of the file, CRLF or LF, judged by the file's first line. */
 async function asIn(path: string, separator: string): Promise<string> {
   for await (const { chunk } of bytesOf(path, 0)) {
     const crlf = chunk[chunk.indexOf('\n') - 1] === 13
@@ -117,11 +123,11 @@ async function asIn(path: string, separator: string): Promise<string> {
 
 interface Chunk {
   readonly chunk: Buffer
-  /** Bytes of the file as it lies on the disk. */
+  /** Bytes of the (compressed) file read so far. */
   readonly bytesRead: number
 }
 
-/** What a file holds from a byte on; of what is compressed, all before is unpacked and left out. */
+/** Yields the content of a file from a byte on. A compressed file is decompressed from the beginning. */
 async function* bytesOf(path: string, from: number): AsyncGenerator<Chunk> {
   const packing = /\.(gz|zst)$/i.exec(path)?.[1].toLowerCase()
   if (packing === undefined) {
@@ -144,7 +150,7 @@ async function* unzipped(path: string): AsyncGenerator<Chunk> {
   )
 }
 
-/** A stream ends with a frame, of which a file may have several: zlib of Node drops what is behind the first. */
+/** Decompresses a file of one or several Zstandard frames. Node's zlib stops after the first frame. */
 async function* unzstd(path: string): AsyncGenerator<Chunk> {
   // Since Node 22.15.
   if (zlib.createZstdDecompress === undefined) throw noZstandard(path)
@@ -157,7 +163,7 @@ async function* unzstd(path: string): AsyncGenerator<Chunk> {
   }
 }
 
-/** Chunks of a file from `start` on, unpacked where there is something that does. */
+/** Yields the chunks of a file from `start` on, decompressed if `unpack` is given. */
 async function* streamed(file: ReadStream, start: number, unpack?: Transform): AsyncGenerator<Chunk> {
   if (unpack !== undefined) file.on('error', error => unpack.destroy(error))
   const stream = unpack === undefined ? file : file.pipe(unpack)
@@ -173,6 +179,6 @@ const noZstandard = (path: string) =>
   new MoeError({
     code: 'E_UNSUPPORTED',
     op: 'tokenize',
-    problem: `this Node (${process.version}) does not unpack Zstandard, as ${path} needs`,
-    fix: 'use Node 22.15 or newer, or unpack it with zstd -d',
+    problem: `Node ${process.version} cannot decompress Zstandard, which ${path} needs`,
+    fix: 'use Node 22.15 or newer, or decompress it with zstd -d',
   })

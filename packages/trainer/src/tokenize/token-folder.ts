@@ -1,4 +1,4 @@
-/** @file A folder that tokens are written into: what is in it, how far it is, and its end. */
+/** @file The output folder of `tokenize`: its progress, and its manifest. */
 import { existsSync, readFileSync } from 'node:fs'
 import { open, readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
@@ -12,13 +12,13 @@ import { nothingWritten, type PartState, PartWriter } from './part-writer.ts'
 const PROGRESS_FILE = 'progress.json'
 const format = 'moe-tokens-progress'
 
-/** What decides which files are written. */
+/** The settings and input files that determine the output. */
 export type TokenizeRecord = Readonly<Record<string, string | number | null>>
 
 interface Progress {
   readonly record: TokenizeRecord
   readonly next: Place
-  /** Bytes of the sources that are done. */
+  /** Bytes of the input that are processed. */
   readonly bytes: number
   readonly training: PartState
   readonly validation: PartState
@@ -37,7 +37,7 @@ export class TokenFolder {
   readonly #validation: PartWriter
   #next: Place
   #bytes: number
-  /** False while a batch is being written, and for good where that failed. */
+  /** False while a batch is being written, and after writing one failed. */
   #whole = true
 
   private constructor(path: string, { record, vocabSize, shardTokens }: FolderOptions, progress: Progress | undefined) {
@@ -50,8 +50,11 @@ export class TokenFolder {
     this.#bytes = progress?.bytes ?? 0
   }
 
-  /** Goes on where an earlier process was. @throws MoeError E_CONFIG where it was at something else */
-  static async goOn(path: string, options: FolderOptions): Promise<TokenFolder> {
+  /**
+   * Opens a folder and continues from the progress of an earlier process. @throws MoeError E_CONFIG if its settings
+   * differ
+   */
+  static async open(path: string, options: FolderOptions): Promise<TokenFolder> {
     const progress = readProgress(join(path, PROGRESS_FILE))
     if (progress !== undefined) checkSameRecord(path, progress.record, options.record)
     const folder = new TokenFolder(path, options, progress)
@@ -59,12 +62,12 @@ export class TokenFolder {
     return folder
   }
 
-  /** Where the next document is. */
+  /** Position of the next document. */
   get next(): Place {
     return this.#next
   }
 
-  /** Bytes of the sources that are done. */
+  /** Bytes of the input that are processed. */
   get bytes(): number {
     return this.#bytes
   }
@@ -90,7 +93,7 @@ export class TokenFolder {
     this.#whole = true
   }
 
-  /** Makes sure that a later process goes on from here, unless a batch could not be written. */
+  /** Saves the progress for a later process, unless a batch could not be written completely. */
   async save(): Promise<void> {
     if (!this.#whole) return
     const progress: Progress = {
@@ -103,7 +106,7 @@ export class TokenFolder {
     await writeWhole(join(this.path, PROGRESS_FILE), JSON.stringify({ format, ...progress }))
   }
 
-  /** Ends the last shards and writes the manifest. */
+  /** Finishes the last shards and writes the manifest. */
   async finish(about: Omit<TokenManifest, 'training' | 'validation' | 'record'>): Promise<TokenManifest> {
     this.#whole = false
     const manifest: TokenManifest = {
@@ -122,7 +125,9 @@ export class TokenFolder {
   }
 }
 
-/** What is written in a folder already; undefined where it is not finished. @throws MoeError E_CONFIG where it is something else */
+/**
+ * The manifest of a finished folder; undefined if it is not finished. @throws MoeError E_CONFIG if its settings differ
+ */
 export function finishedIn(folder: string, record: TokenizeRecord): TokenManifest | undefined {
   const path = join(folder, MANIFEST_FILE)
   if (!existsSync(path)) return undefined
@@ -131,7 +136,7 @@ export function finishedIn(folder: string, record: TokenizeRecord): TokenManifes
   return manifest
 }
 
-/** Removes what was written into a folder, but for some files. */
+/** Removes our files from a folder, except those in `kept`. */
 export async function clearFolder(folder: string, kept: readonly string[] = []): Promise<void> {
   const ours = /^(training|validation)-\d{5,}\.(bin|idx|lengths)$|^(tokens|progress)\.json(\.tmp)?$/
   for (const name of await readdir(folder))
@@ -148,14 +153,14 @@ function readProgress(path: string): Progress | undefined {
     throw new MoeError({
       code: 'E_DATA',
       op: 'tokenize',
-      problem: `${path} cannot be read: ${(cause as Error).message}`,
-      fix: 'begin anew with overwrite: true (--overwrite)',
+      problem: `cannot read ${path}: ${(cause as Error).message}`,
+      fix: 'start again with overwrite: true (--overwrite)',
       cause,
     })
   }
 }
 
-/** Replaces a file as a whole or not at all, also when the machine stops. */
+/** Replaces a file atomically, even if the machine loses power. */
 async function writeWhole(path: string, text: string): Promise<void> {
   const handle = await open(`${path}.tmp`, 'w')
   try {
@@ -176,8 +181,8 @@ function checkSameRecord(folder: string, stored: TokenizeRecord, own: TokenizeRe
   throw new MoeError({
     code: 'E_CONFIG',
     op: 'tokenize',
-    problem: `${folder} holds tokens that were made otherwise:\n${differences.map(line => `  ${line}`).join('\n')}\n`,
-    fix: 'choose another folder, or begin anew with overwrite: true (--overwrite)',
+    problem: `${folder} contains tokens made with other settings:\n${differences.map(line => `  ${line}`).join('\n')}\n`,
+    fix: 'choose another folder, or start again with overwrite: true (--overwrite)',
     details: { differences },
   })
 }

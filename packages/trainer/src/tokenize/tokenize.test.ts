@@ -106,7 +106,7 @@ describe('sources', () => {
   test('fields are named, and those that are null or empty left out', async () => {
     const path = file('d.jsonl', `{"body":"the union","n":1}\n\n{"body":null}\r\n{"body":""}\n{"body":"states"}`)
     expect(shown((await tokenized(path, { field: 'body' })).training)).toEqual(inMemory(['the union', 'states']))
-    await expect(tokenized(path)).rejects.toThrow(/line at byte 0 has no text, but body, n.*--field/)
+    await expect(tokenized(path)).rejects.toThrow(/line at byte 0 has no text; its fields are body, n.*--field/)
   })
 
   test('what cannot be read is told with its place', async () => {
@@ -114,25 +114,29 @@ describe('sources', () => {
       expect(tokenized(file(name, content)), name).rejects.toThrow(
         expect.objectContaining({ code: 'E_DATA', message: expect.stringMatching(message) }),
       )
-    await bad('e1.jsonl', '{"text":"ä"}\n{"text":', /e1.jsonl: the line at byte 14 is no JSON/)
+    await bad('e1.jsonl', '{"text":"ä"}\n{"text":', /e1.jsonl: the line at byte 14 is not JSON/)
     await bad('e2.jsonl', '{"text":"a"}\n[1]\n', /line at byte 13 has no text/)
-    await bad('e3.jsonl', '{"text":7}\n', /a text that is no text, but text/)
+    await bad('e3.jsonl', '{"text":7}\n', /a text that is not a string; its fields are text/)
     await bad('e4.txt', 'ab\0c', /byte 2 is NUL/)
     await bad('e5.txt', Uint8Array.of(65, 0xff, 66), /not UTF-8/)
-    await bad('e6.jsonl.gz', zlib.gzipSync(jsonl(documents)).subarray(0, 200), /e6.*cannot be read: unexpected end/)
-    await bad('e7.jsonl.gz', 'no gzip', /cannot be read/)
+    await bad(
+      'e6.jsonl.gz',
+      zlib.gzipSync(jsonl(documents)).subarray(0, 200),
+      /e6.*cannot read the file: unexpected end/,
+    )
+    await bad('e7.jsonl.gz', 'no gzip', /cannot read/)
     if (zlib.zstdCompressSync !== undefined) {
       const frame = zlib.zstdCompressSync(jsonl(documents))
-      await bad('e10.jsonl.zst', frame.subarray(0, 200), /e10.*cannot be read/)
-      await bad('e11.jsonl.zst', Buffer.concat([frame, Buffer.from('garbage behind')]), /e11.*cannot be read/)
+      await bad('e10.jsonl.zst', frame.subarray(0, 200), /e10.*cannot read the file/)
+      await bad('e11.jsonl.zst', Buffer.concat([frame, Buffer.from('garbage behind')]), /e11.*cannot read the file/)
     }
-    await bad('e8.parquet', 'no parquet', /e8.parquet: it cannot be read/)
-    await bad('e9.txt', '', /1 files have no text/)
+    await bad('e8.parquet', 'no parquet', /e8.parquet: cannot read the file/)
+    await bad('e9.txt', '', /no text in 1 files/)
     parquetWriteFile({
       filename: join(folder, 'f.parquet'),
       columnData: [{ name: 'body', data: ['a'], type: 'STRING' }],
     })
-    await expect(tokenized(join(folder, 'f.parquet'))).rejects.toThrow(/no column text, but body/)
+    await expect(tokenized(join(folder, 'f.parquet'))).rejects.toThrow(/no column text, only body/)
   })
 })
 
@@ -275,7 +279,7 @@ describe('files', () => {
       /threads is 0.5.*shardTokens is 0.*validation is 1.*separator/,
     )
     await expect(tokenized(path, { tokenizer: { encode: () => [1] } })).rejects.toThrow(/vocabSize is undefined/)
-    await expect(tokenized(path, { tokenizer: { encode: () => [5], vocabSize: 5 } })).rejects.toThrow(/gives token 5/)
+    await expect(tokenized(path, { tokenizer: { encode: () => [5], vocabSize: 5 } })).rejects.toThrow(/returned id 5/)
   })
 })
 

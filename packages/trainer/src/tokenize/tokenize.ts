@@ -1,4 +1,4 @@
-/** @file `tokenize`: files of text become tokens on disk. */
+/** @file `tokenize`: encodes text files into tokens on disk. */
 import { createHash } from 'node:crypto'
 import { availableParallelism } from 'node:os'
 import { basename, resolve } from 'node:path'
@@ -14,35 +14,50 @@ import { type Batch, Sources } from './batches.ts'
 import { type Encoded, type FimTokens, TextEncoding } from './encoding.ts'
 import { clearFolder, finishedIn, TokenFolder, type TokenizeRecord } from './token-folder.ts'
 
-/** What is made of which files. */
+/** Options of `tokenize`. */
 export interface TokenizeOptions extends DocumentTokens {
-  /** Makes tokens of texts; on several threads where it has `encodeBatch`. */
+  /** Encodes texts; on several threads if it has `encodeBatch`. */
   readonly tokenizer: TextTokenizer
-  /** Folder for `training-00000.bin` and `.idx` and so on, and `tokens.json`. */
+  /** Output folder, for `training-00000.bin` and `.idx` and so on, and `tokens.json`. */
   readonly out: string | URL
-  /** Text that separates the documents of a `.txt`. Default: a file is a document. A line feed stands for the line ends of the file, CRLF or LF. */
+  /**
+   * Separator of the documents in a text file. Default: each file is a document. A line feed matches the line ends of
+   * the file, CRLF or LF.
+   */
   readonly separator?: string
-  /** Field of a line of `.jsonl`, or column of a `.parquet`, that holds the text. Default `text`. */
+  /** Field of `.jsonl` lines, or column of `.parquet` files, that contains the text. Default `text`. */
   readonly field?: string
-  /** Fraction of the documents that are held out, drawn by `seed` and by their text: copies of a document stay together. Default 0. */
+  /**
+   * Fraction of documents to hold out, selected by `seed` and the document's text, so that copies of a document stay
+   * together. Default 0.
+   */
   readonly validation?: number
-  /** Fraction of the documents to train on that are written as prefix, suffix, middle (DeepSeek-V3 report, 4.1, has 0.1). Default 0. */
+  /**
+   * Fraction of training documents to rearrange for fill-in-the-middle: prefix, suffix, middle (DeepSeek-V3 uses 0.1;
+   * report, 4.1). Default 0.
+   */
   readonly fimRate?: number
-  /** What is put around the three parts. Default: the tokens of DeepSeek-V3's tokenizer. */
+  /** Special tokens around the three parts. Default: those of DeepSeek-V3's tokenizer. */
   readonly fimTokens?: FimTokens
-  /** Names what is drawn. Default 0. */
+  /** Seed of held-out selection and fill-in-the-middle. Default 0. */
   readonly seed?: number
-  /** Most tokens of a pair of files, unless one document has more. Default 2^29, a gibibyte of 16 bits each. */
+  /**
+   * Maximum number of tokens per pair of files, unless a single document has more. Default 2^29 (1 GiB with 16 bits
+   * each).
+   */
   readonly shardTokens?: number
-  /** Threads that tokenize. Default: one a core. */
+  /** Number of threads. Default: one per core. */
   readonly threads?: number
-  /** Remove what an earlier call with other settings has written into the folder. Default false. */
+  /** Removes the output of an earlier call with other settings. Default false. */
   readonly overwrite?: boolean
   /** Folder that patterns are relative to. Default: the current one. */
   readonly cwd?: string | URL
-  /** Ends it; the promise then rejects with the signal's reason. The next call with the same settings goes on. */
+  /**
+   * Stops tokenizing. The promise then rejects with the signal's reason. The next call with the same settings
+   * continues.
+   */
   readonly signal?: AbortSignal
-  /** Is told how far it is, after every few megabytes. */
+  /** Called with the progress after every few megabytes. */
   readonly onProgress?: (progress: TokenizeProgress) => void
 }
 
@@ -65,52 +80,55 @@ const names: OptionNames<TokenizeOptions> = {
   eos: true,
 }
 
-/** How far it is. */
+/** Progress of `tokenize`. */
 export interface TokenizeProgress {
-  /** Bytes of the files read so far, as they lie on the disk, and those of an earlier call. */
+  /** Bytes of the (compressed) files read so far, including those of an earlier call. */
   readonly bytes: number
-  /** Of these, what an earlier call did. */
+  /** How many of these an earlier call read. */
   readonly fromBytes: number
-  /** Bytes of all files. */
+  /** Total bytes of all files. */
   readonly totalBytes: number
   /** Documents written. */
   readonly documents: number
   /** Tokens written. */
   readonly tokens: number
-  /** Of this call. */
+  /** Seconds of this call. */
   readonly seconds: number
 }
 
-/** What was written. */
+/** Result of `tokenize`. */
 export interface TokenizeResult {
-  /** The folder, for `tokenFiles`. */
+  /** The output folder, for `tokenFiles`. */
   readonly folder: string
-  /** Tokens to train on, those that begin and end documents included. */
+  /** Training tokens, including those that begin and end documents. */
   readonly trainingTokens: number
-  /** Documents to train on. */
+  /** Training documents. */
   readonly trainingDocuments: number
-  /** Tokens held out. */
+  /** Held-out tokens. */
   readonly validationTokens: number
-  /** Documents held out. */
+  /** Held-out documents. */
   readonly validationDocuments: number
   /** UTF-8 bytes of all texts. */
   readonly textBytes: number
-  /** Ids of the vocabulary. */
+  /** Size of the vocabulary. */
   readonly vocabSize: number
-  /** Of this call; next to nothing where an earlier one had written all. */
+  /** Seconds of this call; almost none if an earlier call finished the work. */
   readonly seconds: number
 }
 
-/** Characters that a thread gets at a time, about: the last of a batch wait for each other. */
+/** Approximate number of characters per thread and batch. Threads wait for each other at the end of a batch. */
 const THREAD_CHARACTERS = 1 << 22
 const SAVE_SECONDS = 5
-/** Batches that are read while others are tokenized. */
+/** Batches to read ahead while others are tokenized. */
 const AHEAD = 2
 
 /**
- * Tokens of text files, as `tokenFiles` and Megatron-LM read them: `.txt`, `.jsonl` (both also `.gz` and `.zst`) and `.parquet`, in alphabetical order. Memory does not grow
- * with the files, and the result does not depend on threads: to the byte it is the same, also where a call was killed and another went on.
- * @throws MoeError E_CONFIG for settings that cannot be, or others than those of what is in the folder; E_DATA for files that cannot be read
+ * Tokenizes text files to disk, in the format that `tokenFiles` and Megatron-LM read: `.txt`, `.jsonl` (both also `.gz`
+ * and `.zst`) and `.parquet`, in alphabetical order. Memory use does not grow with the files. The output is the same to
+ * the byte for any number of threads, and also if a call was killed and another one continued.
+ *
+ * @throws MoeError E_CONFIG for invalid settings, or settings that differ from those of the output folder
+ * @throws MoeError E_DATA for files that cannot be read
  */
 export async function tokenize(
   patterns: string | readonly string[],
@@ -127,7 +145,7 @@ export async function tokenize(
   const about = { vocabSize, bos, eos, tokenizer: tokenizerDigest(tokenizer) ?? null }
   const { fimRate, validation, seed } = draws
   const record: TokenizeRecord = {
-    files: told(sources),
+    files: filesRecord(sources),
     ...about,
     separator: separator ?? null,
     field,
@@ -143,7 +161,7 @@ export async function tokenize(
     if (overwrite) await clearFolder(path)
     let manifest = finishedIn(path, record)
     if (manifest === undefined) {
-      const folder = await TokenFolder.goOn(path, { record, vocabSize, shardTokens })
+      const folder = await TokenFolder.open(path, { record, vocabSize, shardTokens })
       try {
         await writeAll(folder, sources, encoding, { ...options, threads })
         if (folder.tokens === 0) throw nothingIn(paths)
@@ -158,7 +176,7 @@ export async function tokenize(
   }
 }
 
-/** From where the folder is to the end of the sources. */
+/** Tokenizes the rest of the sources. */
 async function writeAll(
   folder: TokenFolder,
   sources: Sources,
@@ -183,7 +201,7 @@ async function writeAll(
     for await (const batch of sources.batches(folder.next, threads * THREAD_CHARACTERS)) {
       signal?.throwIfAborted()
       const parts = encoding.encode(batch.texts)
-      // What it fails with is thrown where it is awaited.
+      // A rejection is thrown where the promise is awaited.
       parts.catch(() => undefined)
       encoded.push({ batch, parts })
       if (encoded.length > AHEAD) await writeNext()
@@ -197,28 +215,28 @@ async function writeAll(
   }
 }
 
-/** @throws MoeError E_CONFIG that lists every setting that cannot be */
+/** @throws MoeError E_CONFIG that lists all invalid settings */
 function checkedSettings(options: TokenizeOptions) {
   const { tokenizer, separator, threads = availableParallelism(), shardTokens = 2 ** 29 } = options
   const { validation = 0, fimRate = 0, seed = 0 } = options
   if (typeof tokenizer?.encode !== 'function') throw noTokenizer(tokenizer)
   const vocabSize = tokenizer.vocabSize as number
   const problems: string[] = []
-  const whole = { vocabSize: [vocabSize, 1], threads: [threads, 1], shardTokens: [shardTokens, 1], seed: [seed, 0] }
-  for (const [name, [value, least]] of Object.entries(whole))
+  const integers = { vocabSize: [vocabSize, 1], threads: [threads, 1], shardTokens: [shardTokens, 1], seed: [seed, 0] }
+  for (const [name, [value, least]] of Object.entries(integers))
     if (!(Number.isSafeInteger(value) && value >= least && value < 2 ** 31))
-      problems.push(`${name} is ${shown(value)}, needs a whole number from ${least}`)
+      problems.push(`${name} is ${shown(value)}, expected an integer of at least ${least}`)
   for (const [name, value] of Object.entries({ validation, fimRate }))
     if (!(value >= 0 && (name === 'fimRate' ? value <= 1 : value < 1)))
-      problems.push(`${name} is ${shown(value)}, needs a fraction of the documents`)
+      problems.push(`${name} is ${shown(value)}, expected a fraction of the documents`)
   if (separator !== undefined && (typeof separator !== 'string' || separator === ''))
-    problems.push(`separator is ${shown(separator)}, needs a text`)
+    problems.push(`separator is ${shown(separator)}, expected a string`)
   if (problems.length === 0) return { vocabSize, threads, shardTokens, validation, fimRate, seed }
   throw new MoeError({ code: 'E_CONFIG', op: 'tokenize', problem: problems.join(', '), fix: 'change these options' })
 }
 
-/** Names without their folders: these may be moved. */
-function told({ paths, sizes, bytes }: Sources): string {
+/** Identifies the input by file names and sizes, without folders, because files may be moved. */
+function filesRecord({ paths, sizes, bytes }: Sources): string {
   const list = JSON.stringify(paths.map((path, i) => [basename(path), sizes[i]]))
   return `${paths.length} of ${bytes} bytes (${createHash('sha256').update(list).digest('hex').slice(0, 16)})`
 }
@@ -240,6 +258,6 @@ const nothingIn = (paths: readonly string[]) =>
   new MoeError({
     code: 'E_DATA',
     op: 'tokenize',
-    problem: `${paths.length} files have no text in them`,
-    fix: 'check the patterns, and the field that holds the text',
+    problem: `no text in ${paths.length} files`,
+    fix: 'check the patterns, and the field that contains the text',
   })

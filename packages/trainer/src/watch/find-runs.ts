@@ -1,4 +1,4 @@
-/** @file Runs below a folder. */
+/** @file Finds the runs in a folder. */
 import { readdir } from 'node:fs/promises'
 import { basename, join, resolve } from 'node:path'
 
@@ -7,8 +7,8 @@ const mostFolders = 5000
 const logs: ReadonlySet<string> = new Set(['metrics.jsonl', 'events.jsonl'])
 
 /**
- * Folders that have a log of a run, the folder itself among them, by their path below it. Checkpoints, hidden folders and links are not looked into, nor
- * runs within runs.
+ * Folders below `folder` (or `folder` itself) that contain the log of a run, by their relative path. Checkpoints,
+ * hidden folders, links, and folders inside runs are not searched.
  */
 export async function findRuns(folder: string): Promise<Map<string, string>> {
   const runs = new Map<string, string>()

@@ -1,4 +1,4 @@
-/** @file Values in logs that anybody may have written. */
+/** @file Checks JSON values in logs, which may contain anything. */
 
 export type Fields = Readonly<Record<string, unknown>>
 
@@ -7,7 +7,7 @@ export const isStep = (value: unknown): value is number => Number.isSafeInteger(
 export const isFields = (value: unknown): value is Fields =>
   typeof value === 'object' && value !== null && !Array.isArray(value)
 
-/** The object that a text is as JSON. */
+/** Parses a JSON object; undefined if the text is not one. */
 export function fieldsOf(text: string): Fields | undefined {
   try {
     const value: unknown = JSON.parse(text)

@@ -1,24 +1,24 @@
-/** @file Numbers that are logged now and then, each a curve of its own. */
+/** @file Numbers that listeners log from time to time, one curve per name. */
 import { isNumber } from './json-fields.ts'
 import { RunSeries } from './run-series.ts'
 
-/** A number over the steps of a run. Of a long one, each point is the mean of several. */
+/** A number over the steps of a run. In a long run, each point is the mean of several values. */
 export interface LoggedCurve {
   /** Steps done. */
   readonly steps: readonly number[]
-  /** As many as steps. */
+  /** One value per entry of `steps`. */
   readonly values: ReadonlyArray<number | null>
 }
 
-/** Names beyond are left out: a file that is no log of ours must not fill the memory. */
+/** Further names are ignored, so that a file that is not our log cannot fill the memory. */
 const mostNames = 64
-/** Least number of points of a long curve: all of them are sent whenever one is added. */
+/** Minimum number of points of a long curve. All of them are sent whenever one is added. */
 const points = 250
 
 export class LoggedNumbers {
   readonly #series = new Map<string, RunSeries>()
 
-  /** @param values those that are not numbers are passed over */
+  /** @param values values that are not numbers are ignored */
   push(step: number, values: Readonly<Record<string, unknown>>): void {
     for (const [name, value] of Object.entries(values)) {
       if (!isNumber(value)) continue
@@ -27,7 +27,7 @@ export class LoggedNumbers {
     }
   }
 
-  /** Forgets what was logged after a step. */
+  /** Drops what was logged after a step. */
   cutBack(step: number): void {
     for (const series of this.#series.values()) series.cutBack(step)
   }

@@ -1,17 +1,17 @@
-/** @file The numbers of a run in bounded memory, however long it is. */
+/** @file The metrics of a run, in bounded memory however long the run is. */
 
-/** What a reader has of a series. */
+/** What a client has received of a series. */
 export interface SeriesMark {
   readonly generation: number
   readonly points: number
 }
 
-/** Points from an index on; what a reader had from there is replaced. */
+/** Points from an index on, which replace what a client has from there. */
 export interface SeriesPatch {
   readonly from: number
-  /** Lines of a point; the last may have fewer. */
+  /** Number of lines per point; the last point may have fewer. */
   readonly linesPerPoint: number
-  /** The middle of each point's steps; of the first point its first, of the last its last. */
+  /** The middle of each point's steps; for the first point, its first step, and for the last point, its last. */
   readonly steps: readonly number[]
   readonly columns: readonly ColumnPatch[]
 }
@@ -19,7 +19,7 @@ export interface SeriesPatch {
 export interface ColumnPatch {
   readonly name: string
   readonly mean: ReadonlyArray<number | null>
-  /** Where a point is one line, these are left out. */
+  /** Omitted if each point is a single line. */
   readonly min?: ReadonlyArray<number | null>
   readonly max?: ReadonlyArray<number | null>
 }
@@ -31,16 +31,16 @@ interface Column {
   max: number[]
 }
 
-/** Names beyond are left out: a file that is no log of ours must not fill the memory. */
+/** Further names are ignored, so that a file that is not our log cannot fill the memory. */
 const mostColumns = 64
 
 /**
- * Columns by name, as mean, least and largest number of consecutive lines. When there are twice as many points as asked for, neighbours become one: memory
- * is bounded, each line costs the same, and no peak is lost.
+ * Mean, minimum and maximum of each metric over consecutive lines. When there are twice as many points as requested,
+ * neighbors are merged. So memory is bounded, each line costs the same, and no peak is lost.
  */
 export class RunSeries {
   readonly #points: number
-  /** Changes whenever points that are there already change, the last aside. */
+  /** Incremented whenever existing points (except the last) change. */
   #generation = 0
   #linesPerPoint = 1
   #first: number[] = []
@@ -48,7 +48,7 @@ export class RunSeries {
   #lines: number[] = []
   readonly #columns = new Map<string, Column>()
 
-  /** @param points least number of points of a run that is long enough */
+  /** @param points minimum number of points for a run that is long enough */
   constructor(points = 1000) {
     this.#points = points
   }
@@ -58,8 +58,10 @@ export class RunSeries {
   }
 
   /**
-   * Takes a line. One that does not come after the last step begins anew from there: points that reach to it or beyond are dropped.
-   * @param numbers other values are passed over
+   * Adds a line. A line whose step is not larger than the last one restarts the series from there: points that reach to
+   * that step or beyond are dropped.
+   *
+   * @param numbers values that are not numbers are ignored
    */
   push(step: number, numbers: Readonly<Record<string, unknown>>): void {
     this.cutBack(step - 1)
@@ -83,7 +85,7 @@ export class RunSeries {
     while (this.#last.length > 0 && this.#last[this.#last.length - 1] > step) this.#drop()
   }
 
-  /** What a reader lacks, its last point included: that may have grown. */
+  /** The points that a client lacks, including its last point, which may have grown. */
   patch(has?: SeriesMark): SeriesPatch {
     const from = has?.generation === this.#generation ? Math.max(0, has.points - 1) : 0
     const points = this.#first.length
@@ -133,7 +135,7 @@ export class RunSeries {
     return [...this.#columns.values()].flatMap(({ sum, count, min, max }) => [sum, count, min, max])
   }
 
-  /** Joins each two neighbours. */
+  /** Merges pairs of neighbors. */
   #halve(): void {
     this.#generation++
     this.#linesPerPoint *= 2
@@ -155,5 +157,5 @@ export class RunSeries {
   }
 }
 
-/** Seven digits are enough for a chart. */
+/** Rounds to seven digits, which are enough for a chart. */
 const rounded = (value: number) => Number(value.toPrecision(7))

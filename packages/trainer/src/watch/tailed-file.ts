@@ -1,16 +1,16 @@
-/** @file Reads the lines of a file that others write to, replace and remove. */
+/** @file Reads the lines of a file that other processes append to, replace and remove. */
 import { open } from 'node:fs/promises'
 import { LineSplitter, type LineTaker } from '../report/line-splitter.ts'
 
 const chunkBytes = 1 << 20
-/** Bytes read in one go, so that many files get their turn. */
+/** Maximum number of bytes per call, so that many files take turns. */
 const goBytes = 32 * chunkBytes
 
 export class TailedFile {
   readonly path: string
-  /** When it was last written to, in milliseconds since 1970; 0 where there is none. */
+  /** Time of the last change in milliseconds since 1970; 0 if there is no file. */
   changed = 0
-  /** Why it cannot be read. */
+  /** Why the file cannot be read. */
   problem: string | undefined
   #identity: string | undefined
   #lines = new LineSplitter()
@@ -20,10 +20,11 @@ export class TailedFile {
   }
 
   /**
-   * Reads what was added, whole lines only.
-   * @param line gets each line
-   * @param reset is called before the lines of a file that is another one, or was cut; and when it is gone
-   * @returns whether there is more to read at once
+   * Reads the complete lines that were added.
+   *
+   * @param line receives each line
+   * @param reset called when the file is gone, and before the lines of a file that was replaced or truncated
+   * @returns whether there is more to read
    */
   async read(line: LineTaker, reset: () => void): Promise<boolean> {
     let file: Awaited<ReturnType<typeof open>>

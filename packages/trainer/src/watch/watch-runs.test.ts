@@ -107,7 +107,7 @@ describe('the page', () => {
       `${folder}/secret.txt`,
     ]
     for (const path of paths) {
-      expect([path, await ask(url, path)]).toMatchObject([path, { status: 404, text: 'nothing here\n' }])
+      expect([path, await ask(url, path)]).toMatchObject([path, { status: 404, text: 'not found\n' }])
     }
     expect((await ask(url, '/page.js?../../package.json')).status).toBe(200)
   })
@@ -380,11 +380,11 @@ describe('moe-trainer', () => {
   test.each([
     [[], 2, /moe-trainer COMMAND/],
     [['--help'], 0, /moe-trainer COMMAND/],
-    [['train'], 2, /there is no command train/],
-    [['watch', 'a', 'b'], 2, /watch takes one folder/],
-    [['watch', '--port', 'x'], 2, /--port x is not a whole number/],
+    [['train'], 2, /unknown command train/],
+    [['watch', 'a', 'b'], 2, /watch takes only one folder/],
+    [['watch', '--port', 'x'], 2, /--port must be an integer, got x/],
     [['watch', '--prot', '1'], 2, /--prot/],
-    [['watch', command], 2, /is no folder/],
+    [['watch', command], 2, /is not a folder/],
     [['watch', '--port', '70000'], 1, /port is 70000/],
   ])('%j', async (args, wanted, said) => {
     const { output, code } = start(...args)

@@ -1,4 +1,4 @@
-/** @file A page of the runs in a folder, over HTTP. */
+/** @file Serves the dashboard of the runs in a folder over HTTP. */
 import { readFile } from 'node:fs/promises'
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
 import { createRequire } from 'node:module'
@@ -10,44 +10,46 @@ import { findRuns } from './find-runs.ts'
 import type { SeriesMark } from './run-series.ts'
 import { WatchedRun } from './watched-run.ts'
 
-/** Where the page is. */
+/** Options of `watchRuns`. */
 export interface WatchOptions {
-  /** Default 7070, or any that is free where that is taken. */
+  /** Port. Default 7070, or a free one if that is taken. */
   readonly port?: number
-  /** Address to listen on. Default 127.0.0.1: this machine alone sees the page. */
+  /** Address to listen on. Default 127.0.0.1: only this machine can open the page. */
   readonly host?: string
 }
 
-/** A page that is being served. */
+/** A running dashboard. */
 export interface Watcher {
-  /** Address of the page. */
+  /** URL of the page. */
   readonly url: string
-  /** Ends the server, and the connections of those who look. */
+  /** Stops the server and closes all connections. */
   close(): Promise<void>
 }
 
 const defaultPort = 7070
 const intervalMs = 1000
-/** Rounds without a word after which a connection is shown to be alive. */
-const quietRounds = 15
-/** Bytes that a slow reader may be behind. */
-const mostBehind = 1 << 22
+/** Rounds without data after which a keep-alive message is sent. */
+const keepAliveRounds = 15
+/** Maximum number of unsent bytes for a slow client. */
+const maxUnsentBytes = 1 << 22
 
-/** Who looks: what of each run has been sent. */
-interface Reader {
+/** A connected client, and what it has received of each run. */
+interface Client {
   readonly response: ServerResponse
   readonly has: Map<string, { state: string; mark: SeriesMark; series: object }>
   quiet: number
 }
 
 /**
- * Serves a page with all runs below a folder, live while they train. It only reads, and only while somebody looks: `metrics.jsonl`, `loads.jsonl`,
- * `events.jsonl`, `summary.json` and locks. The folder may appear later.
+ * Serves a dashboard with all runs in a folder, live while they train. It only reads files, and only while a page is
+ * open: `metrics.jsonl`, `loads.jsonl`, `events.jsonl`, `summary.json` and lock files. The folder may be created later.
  *
- * Paths: `/` the page, `/live` its data as server-sent events, `/runs.json` the state of each run, `/series.json?run=NAME&from=STEP&to=STEP&most=POINTS` numbers of a part of a run,
- * `/loads.json?run=NAME&step=STEP` the loads that a step is part of, `/loads.json?run=NAME&layer=LAYER` (`&from=STEP&to=STEP&most=LINES`) those of a layer over time.
+ * Paths: `/` is the page, `/live` its data as server-sent events, `/runs.json` the state of each run,
+ * `/series.json?run=NAME&from=STEP&to=STEP&most=POINTS` the metrics of a part of a run,
+ * `/loads.json?run=NAME&step=STEP` the expert loads at a step, and `/loads.json?run=NAME&layer=LAYER`
+ * (`&from=STEP&to=STEP&most=LINES`) those of a layer over time.
  *
- * @throws MoeError E_CONFIG when the address cannot be used
+ * @throws MoeError E_CONFIG if it cannot listen on the address
  */
 export async function watchRuns(folder: string | URL, options: WatchOptions = {}): Promise<Watcher> {
   checkOptions('watchRuns', options, { port: true, host: true })
@@ -57,7 +59,7 @@ export async function watchRuns(folder: string | URL, options: WatchOptions = {}
       code: 'E_CONFIG',
       op: 'watchRuns',
       problem: `port is ${port}`,
-      fix: 'pass one from 0 to 65535',
+      fix: 'pass an integer from 0 to 65535',
     })
   const watched = new WatchedFolder(resolve(pathOf('watchRuns', folder)))
   const assets = await readAssets()
@@ -108,7 +110,7 @@ interface Asset {
   readonly content: Buffer
 }
 
-/** The page by path. */
+/** The files of the page, by path. */
 async function readAssets(): Promise<Map<string, Asset>> {
   const require = createRequire(import.meta.url)
   const page = join(dirname(require.resolve('@moe/trainer/package.json')), 'page')
@@ -148,11 +150,11 @@ async function answer(
 ): Promise<void> {
   const refuse = (status: number, text: string) =>
     response.writeHead(status, { ...headers, 'content-type': 'text/plain; charset=utf-8' }).end(`${text}\n`)
-  // A page of the web can have its own name lead here; it must not read what is for this machine alone.
+  // A website can point its own host name at this machine (DNS rebinding), so other host names are refused.
   const [, name = ''] = /^\[?(.*?)\]?(:\d+)?$/.exec(request.headers.host ?? '') ?? []
   if (onlyHere && !loopback.test(name))
-    return void refuse(403, 'this address is for localhost; start with another --host to share it')
-  if (request.method !== 'GET' && request.method !== 'HEAD') return void refuse(405, 'this page only shows')
+    return void refuse(403, 'only localhost may access this address; use --host to share it')
+  if (request.method !== 'GET' && request.method !== 'HEAD') return void refuse(405, 'only GET and HEAD are allowed')
   const [path, query = ''] = (request.url ?? '/').split('?', 2)
   const asset = assets.get(path)
   if (asset !== undefined) response.writeHead(200, { ...headers, 'content-type': asset.type }).end(asset.content)
@@ -164,9 +166,9 @@ async function answer(
     const asked = new URLSearchParams(query)
     const run = await watched.find(asked.get('run') ?? '')
     const found = run && (await (path === '/series.json' ? seriesOf(run, asked) : loadsOf(run, asked)))
-    if (found === undefined) refuse(404, 'no such run, or nothing of it there')
+    if (found === undefined) refuse(404, 'no such run, or no data in this range')
     else json(response, found)
-  } else refuse(404, 'nothing here')
+  } else refuse(404, 'not found')
 }
 
 function json(response: ServerResponse, value: unknown, indent?: number): void {
@@ -181,7 +183,7 @@ function numberIn(asked: URLSearchParams, name: string, otherwise: number): numb
   return Number.isNaN(value) ? otherwise : value
 }
 
-/** Steps that a request asks for, and how many of them. */
+/** The range of steps that a request asks for, and the maximum number of points. */
 function rangeOf(asked: URLSearchParams, usual: number) {
   return {
     from: numberIn(asked, 'from', 0),
@@ -204,7 +206,7 @@ function loadsOf({ loads }: WatchedRun, asked: URLSearchParams) {
 class WatchedFolder {
   readonly folder: string
   readonly #runs = new Map<string, WatchedRun>()
-  readonly #readers = new Set<Reader>()
+  readonly #clients = new Set<Client>()
   #refreshing: Promise<boolean> | undefined
   #timer: NodeJS.Timeout | undefined
   #closed = false
@@ -217,7 +219,7 @@ class WatchedFolder {
     return [...this.#runs.values()]
   }
 
-  /** The run of that name, which may have appeared since the folder was looked at. */
+  /** The run with a name. It may have appeared since the folder was last searched. */
   async find(name: string): Promise<WatchedRun | undefined> {
     if (!this.#runs.has(name)) while (await this.refresh());
     return this.#runs.get(name)
@@ -228,7 +230,7 @@ class WatchedFolder {
     clearTimeout(this.#timer)
   }
 
-  /** Reads what was added to all runs. @returns whether there is more to read at once */
+  /** Reads what was added to all runs. @returns whether there is more to read */
   refresh(): Promise<boolean> {
     this.#refreshing ??= this.#refresh().finally(() => {
       this.#refreshing = undefined
@@ -248,40 +250,40 @@ class WatchedFolder {
     return more
   }
 
-  /** Sends all there is, and from then on what is added. */
+  /** Sends all data, and from then on what is added. */
   join(response: ServerResponse): void {
     response.writeHead(200, { ...headers, 'content-type': 'text/event-stream', 'x-accel-buffering': 'no' })
-    const reader: Reader = { response, has: new Map(), quiet: quietRounds }
-    this.#readers.add(reader)
-    response.on('close', () => this.#readers.delete(reader))
-    if (this.#readers.size === 1) this.#round()
+    const client: Client = { response, has: new Map(), quiet: keepAliveRounds }
+    this.#clients.add(client)
+    response.on('close', () => this.#clients.delete(client))
+    if (this.#clients.size === 1) this.#round()
   }
 
   async #round(): Promise<void> {
     const more = await this.refresh()
-    for (const reader of this.#readers) this.#tell(reader)
-    if (this.#closed || this.#readers.size === 0) return
+    for (const client of this.#clients) this.#send(client)
+    if (this.#closed || this.#clients.size === 0) return
     clearTimeout(this.#timer)
     this.#timer = setTimeout(() => this.#round(), more ? 0 : intervalMs)
   }
 
-  #tell(reader: Reader): void {
-    const { response, has } = reader
-    if (response.writableLength > mostBehind) return
+  #send(client: Client): void {
+    const { response, has } = client
+    if (response.writableLength > maxUnsentBytes) return
     const gone = [...has.keys()].filter(name => !this.#runs.has(name))
     for (const name of gone) has.delete(name)
     const runs = this.runs.flatMap(({ name, series, state }) => {
       const before = has.get(name)
       const text = JSON.stringify(state)
       if (before?.state === text && before.series === series) return []
-      // Another series has nothing in common with the one before.
+      // A new series object replaces everything that was sent of the old one.
       const patch = series.patch(before?.series === series ? before.mark : undefined)
       has.set(name, { state: text, mark: series.mark, series })
       return [{ state, series: patch }]
     })
-    const first = reader.quiet === quietRounds && has.size === 0
-    if (runs.length > 0 || gone.length > 0 || first || ++reader.quiet > quietRounds) {
-      reader.quiet = 0
+    const first = client.quiet === keepAliveRounds && has.size === 0
+    if (runs.length > 0 || gone.length > 0 || first || ++client.quiet > keepAliveRounds) {
+      client.quiet = 0
       response.write(`data: ${JSON.stringify({ folder: this.folder, now: Date.now(), runs, gone })}\n\n`)
     }
   }

@@ -1,9 +1,9 @@
-/** @file Loads of the experts of a run, for maps of them. */
+/** @file The expert loads of a run, for heat maps. */
 import { join } from 'node:path'
 import { type Fields, isFields, isNumber } from './json-fields.ts'
 import { type StepLine, WatchedLog } from './watched-log.ts'
 
-/** Loads of a layer, as `loads.jsonl` has them. */
+/** The loads of a layer, as in `loads.jsonl`. */
 export interface WatchedLayer {
   readonly name: string
   readonly groups: number
@@ -20,7 +20,7 @@ export interface LoadsAt {
   readonly layers: readonly WatchedLayer[]
 }
 
-/** A layer over time: one entry a line. */
+/** A layer over time: one entry per line. */
 export type LoadsOver = ReadonlyArray<{ readonly step: number; readonly steps: number } & Omit<WatchedLayer, 'name'>>
 
 export class WatchedLoads {
@@ -32,7 +32,7 @@ export class WatchedLoads {
     this.#log = new WatchedLog(join(folder, 'loads.jsonl'))
   }
 
-  /** Steps that there are loads of, and their layers. Null for a run without experts. */
+  /** First and last step with loads, and the layers. Null for a run without experts. */
   get span(): { readonly first: number; readonly last: number; readonly layers: readonly string[] } | null {
     const { span } = this.#log
     return span && { ...span, layers: this.#layers }
@@ -47,13 +47,13 @@ export class WatchedLoads {
     )
   }
 
-  /** The line that a step is part of; of a step behind the last line, that one. Undefined where there is none. */
+  /** The line that covers a step, or the last line if the step is later. Undefined if there are no lines. */
   async at(step: number): Promise<LoadsAt | undefined> {
     const line = await this.#log.at(step)
     return line && { step: line.step, steps: stepsOf(line), layers: layersOf(line) }
   }
 
-  /** A layer in the lines of steps from `from` to `to`; evenly spread lines if there are more than `most`. */
+  /** A layer in the lines with steps from `from` to `to`; if there are more than `most`, an even selection. */
   async over(layer: string, { from, to, most }: { from: number; to: number; most: number }): Promise<LoadsOver> {
     const lines = await this.#log.spread(from, to, most)
     return lines.flatMap(line =>

@@ -1,4 +1,4 @@
-/** @file A log of steps while it grows: each line once, as it comes, and any of them again later. */
+/** @file A growing log of steps: delivers each line once when it is added, and can read lines again later. */
 import { eachLine } from '../report/line-splitter.ts'
 import { type Fields, fieldsOf, isStep } from './json-fields.ts'
 import { type ByteRange, LineIndex } from './line-index.ts'
@@ -12,28 +12,29 @@ export class WatchedLog {
   #index: LineIndex
   #badLines = 0
 
-  /** @param blocks of its index */
+  /** @param blocks number of blocks of its index */
   constructor(path: string, blocks?: number) {
     this.file = new TailedFile(path)
     this.#blocks = blocks
     this.#index = new LineIndex(blocks)
   }
 
-  /** First step and last; null where there is none. */
+  /** First and last step; null if there are no lines. */
   get span(): LineIndex['span'] {
     return this.#index.span
   }
 
-  /** Lines that are no lines of a log. */
+  /** Number of lines that could not be parsed. */
   get badLines(): number {
     return this.#badLines
   }
 
   /**
    * Reads what was added.
-   * @param line gets each line
-   * @param reset is called when all lines before are gone
-   * @returns whether there is more to read at once
+   *
+   * @param line receives each line
+   * @param reset called when the earlier lines are gone
+   * @returns whether there is more to read
    */
   refresh(line: (fields: StepLine) => void, reset: () => void): Promise<boolean> {
     return this.file.read(
@@ -55,8 +56,10 @@ export class WatchedLog {
   }
 
   /**
-   * Reads lines of steps from `from` to `to` again. Of steps that were taken again there are both lines: the later one counts, and those of later steps before it do not.
-   * @param restart is called when none of the lines so far counts
+   * Reads the lines with steps from `from` to `to` again. If a run was resumed, steps may occur twice: the later line
+   * counts, and earlier lines of later steps do not.
+   *
+   * @param restart called when none of the lines so far counts
    */
   async between(from: number, to: number, line: (fields: StepLine) => void, restart: () => void): Promise<void> {
     await this.#read(this.#index.between(from, to), fields => {
@@ -65,7 +68,7 @@ export class WatchedLog {
     })
   }
 
-  /** The first line whose step is `step` or later, or the last line of all. Undefined where there is none. */
+  /** The first line whose step is `step` or later, or else the last line. Undefined if there are no lines. */
   async at(step: number): Promise<StepLine | undefined> {
     let found: StepLine | undefined
     let last: StepLine | undefined
@@ -77,7 +80,7 @@ export class WatchedLog {
     return found ?? last
   }
 
-  /** Lines of steps from `from` to `to`, evenly spread if there are more than `most`. */
+  /** The lines with steps from `from` to `to`; if there are more than `most`, an even selection. */
   async spread(from: number, to: number, most: number): Promise<StepLine[]> {
     const lines: StepLine[] = []
     for (const step of this.#index.spread(from, to, most)) {
@@ -87,7 +90,7 @@ export class WatchedLog {
     return lines
   }
 
-  /** A file that was replaced in between has other lines there, or none. */
+  /** If the file was replaced in the meantime, it has other lines there, or none. */
   async #read(range: ByteRange, line: (fields: StepLine) => void): Promise<void> {
     try {
       await eachLine(this.file.path, range, text => {

@@ -1,4 +1,4 @@
-/** @file A run as its folder shows it, whoever writes there. */
+/** @file The state of a run, as read from its folder. */
 import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { isLocked } from '../checkpoints/folder-lock.ts'
@@ -9,61 +9,64 @@ import { TailedFile } from './tailed-file.ts'
 import { WatchedLoads } from './watched-loads.ts'
 import { type StepLine, WatchedLog } from './watched-log.ts'
 
-/** A measurement of held-out data. */
+/** An evaluation on held-out data. */
 export interface HeldOutPoint {
   /** Steps done. */
   readonly step: number
   /** Nats per token. */
   readonly loss: number | null
-  /** Null where the data does not know its bytes. */
+  /** Bits per byte; null if the data does not record its bytes. */
   readonly bitsPerByte: number | null
-  /** Mean of the texts that were made, in a run that learns from rewards. */
+  /** Mean reward of the sampled texts, in a run that learns from rewards. */
   readonly reward?: number
-  /** The same numbers of the averaged weights, in a run that keeps them. */
+  /** The same numbers for the EMA weights, if the run keeps them. */
   readonly ema?: Omit<HeldOutPoint, 'step' | 'ema' | 'final'>
-  /** On all of the data. */
+  /** Whether this is the final evaluation, on all of the data. */
   readonly final: boolean
 }
 
-/** `silent`: its process is on another machine and has not written for minutes. `killed`: it ended without a word. */
+/**
+ * Status of a run. `silent`: its process is on another machine and has not written for minutes. `killed`: its process
+ * ended without reporting an end or failure.
+ */
 export type RunStatus = 'training' | 'finished' | 'interrupted' | 'time' | 'failed' | 'killed' | 'silent' | 'unknown'
 
-/** A run as its folder shows it. */
+/** The state of a run, as read from its folder. */
 export interface RunState {
-  /** Path below the folder that is watched. */
+  /** Path relative to the watched folder. */
   readonly name: string
-  /** What has become of it. */
+  /** Status of the run. */
   readonly status: RunStatus
-  /** Steps done, and of the whole run where that is known. */
+  /** Steps done. */
   readonly step: number
-  /** Steps of the whole run, where that is known. */
+  /** Steps of the whole run, if known. */
   readonly steps: number | null
-  /** Positions per second of the latest step; null before there is one. */
+  /** Positions per second of recent steps; null before the first step. */
   readonly tokensPerSecond: number | null
-  /** Of training, without measurements and saving. */
+  /** Estimated seconds of training left, excluding evaluation and saving. */
   readonly secondsLeft: number | null
-  /** Layers whose experts' loads are known, and the steps of the first and the last line of `loads.jsonl`. */
+  /** Layers with expert loads, and the steps of the first and last line of `loads.jsonl`; null without experts. */
   readonly loads: { readonly first: number; readonly last: number; readonly layers: readonly string[] } | null
-  /** When its files were last written to, in milliseconds since 1970. */
+  /** Time when its files last changed, in milliseconds since 1970. */
   readonly changed: number
-  /** Model and machine: what the run told at its start. */
+  /** Model and machine, from the `start` event. */
   readonly about: Readonly<Record<string, unknown>>
-  /** What decides its numbers: steps, batch, learning rate, optimizer, data. */
+  /** Settings that determine its numbers: steps, batch size, learning rate, optimizer, data. */
   readonly settings: Readonly<Record<string, unknown>>
-  /** Measurements of held-out data, oldest first. */
+  /** Evaluations on held-out data, oldest first. */
   readonly heldOut: readonly HeldOutPoint[]
   /** Numbers that listeners logged, and those of each source of held-out data (`validation/web/bitsPerByte`). */
   readonly logged: Readonly<Record<string, LoggedCurve>>
-  /** What the user should know, oldest first. */
+  /** Notices of the run, oldest first. */
   readonly notices: readonly string[]
-  /** Why it failed, or why its files cannot be read. */
+  /** Why the run failed, or why its files cannot be read. */
   readonly problem: string | null
-  /** Lines that are no lines of a log. */
+  /** Number of lines that could not be parsed. */
   readonly badLines: number
 }
 
 const quietMs = 5 * 60_000
-/** More of a kind are not kept of a run. */
+/** Maximum number of evaluations to keep. */
 const most = 2000
 const ends: ReadonlySet<unknown> = new Set(['finished', 'interrupted', 'time'])
 
@@ -82,8 +85,8 @@ export class WatchedRun {
   #lines = 0
   #start: Fields = {}
   #status: RunStatus = 'unknown'
-  /** What the last event but notices and measurements said. */
-  #told: RunStatus | undefined
+  /** Status according to the last event that reported one. */
+  #reportedStatus: RunStatus | undefined
   #heldOut: HeldOutPoint[] = []
   readonly #logged = new LoggedNumbers()
   #notices: string[] = []
@@ -99,7 +102,7 @@ export class WatchedRun {
     this.series = new RunSeries(points)
   }
 
-  /** Reads what was added. @returns whether there is more to read at once */
+  /** Reads what was added. @returns whether there is more to read */
   async refresh(): Promise<boolean> {
     const more = await this.metrics.refresh(
       line => this.#metricsLine(line),
@@ -115,7 +118,10 @@ export class WatchedRun {
     return more || moreLoads || moreEvents
   }
 
-  /** The numbers of steps from `from` to `to`, read again: at most `most` points, which are of fewer lines each than those of the whole run. */
+  /**
+   * Reads the metrics of steps from `from` to `to` again, as at most `most` points, which cover fewer lines each than
+   * those of the whole run.
+   */
   async seriesBetween(from: number, to: number, most: number): Promise<SeriesPatch> {
     const empty = () => new RunSeries(Math.max(1, Math.floor(most / 2)))
     let series = empty()
@@ -158,7 +164,7 @@ export class WatchedRun {
     this.#step = step
     this.#tokens = isNumber(line['tokens']) ? line['tokens'] : 0
     const speed = line['tokensPerSecond']
-    // The first steps warm up caches and would spoil the estimate for long.
+    // The first steps fill caches and would distort the estimate for long.
     if (isNumber(speed)) this.#speed = this.#lines++ < 2 ? speed : 0.9 * this.#speed + 0.1 * speed
   }
 
@@ -176,9 +182,9 @@ export class WatchedRun {
       case 'start': {
         const { fromStep } = event
         this.#start = event
-        this.#told = undefined
+        this.#reportedStatus = undefined
         this.#error = undefined
-        // What is measured again counts.
+        // Evaluations after the step of the resume will be repeated.
         if (isNumber(fromStep)) {
           this.#heldOut = this.#heldOut.filter(({ step }) => step <= fromStep)
           this.#logged.cutBack(fromStep)
@@ -198,7 +204,7 @@ export class WatchedRun {
         this.#ended(event['result'])
         break
       case 'fail':
-        this.#told = 'failed'
+        this.#reportedStatus = 'failed'
         this.#error = isFields(event['error']) ? String(event['error']['message']) : String(event['error'])
         break
     }
@@ -216,25 +222,25 @@ export class WatchedRun {
     }
     const averaged = isFields(ema) && { ema: measurement(ema) }
     const point = { step, ...measurement(measured), ...averaged, final: final === true }
-    // A run that goes on after its last step measures once more.
+    // A run that is resumed after its last step evaluates once more.
     this.#heldOut = [...this.#heldOut.filter(other => other.step !== step), point].sort((a, b) => a.step - b.step)
   }
 
   #ended(result: unknown): void {
     const stopped = isFields(result) ? result['stopped'] : undefined
-    this.#told = ends.has(stopped) ? (stopped as RunStatus) : 'finished'
+    this.#reportedStatus = ends.has(stopped) ? (stopped as RunStatus) : 'finished'
   }
 
   #forgetEvents(): void {
     this.#start = {}
-    this.#told = undefined
+    this.#reportedStatus = undefined
     this.#heldOut = []
     this.#logged.clear()
     this.#notices = []
     this.#error = undefined
   }
 
-  /** Of a folder without `events.jsonl`, the result. */
+  /** Reads the result in a folder without `events.jsonl`. */
   async #readSummary(): Promise<void> {
     const summary = fieldsOf(await readFile(join(this.folder, 'summary.json'), 'utf8').catch(() => ''))
     if (summary === undefined) return
@@ -246,7 +252,7 @@ export class WatchedRun {
   }
 
   #statusNow(): RunStatus {
-    if (this.#told !== undefined) return this.#told
+    if (this.#reportedStatus !== undefined) return this.#reportedStatus
     const taken = isLocked(this.folder)
     if (taken === true) return 'training'
     const quiet = Date.now() - Math.max(this.metrics.file.changed, this.events.changed) > quietMs
