@@ -1,17 +1,17 @@
-// Builds the native library, one file per instruction set, when sources changed. Plain Node >= 20.
+// Builds the native library, one file per instruction set, if its sources changed. Plain Node >= 20.
 //
 //   node scripts/build-native.mjs [--force] [--verbose] [--keep-going] [--sanitize=address,undefined] [--emulated]
 //                                 [--isa=avx2,avx512 | --here] [--platforms[=linux-arm64,win32-x64]]
 //
-// For this machine, into build/<platform>-<arch>/, by its own compiler; --here: only what it uses (or MOE_CPU_ISA allows), a quarter of
-// the work.
-// --platforms: what is published, into npm/<platform>/ (all of them, or those named), by Zig, which compiles for all systems on any.
-// --emulated: AVX-512 is computed with AVX2 (emulated/avx512.h), for tests on machines without it.
-// Libraries that are sanitized or emulated have a folder of their own.
+// By default it builds for this machine, into build/<platform>-<arch>/, with the local compiler.
+// --here: only the instruction set that this machine uses (or MOE_CPU_ISA allows), a quarter of the work.
+// --platforms: what is published, into npm/<platform>/ (all platforms or those named), cross-compiled with Zig.
+// --emulated: AVX-512 is emulated with AVX2 (emulated/avx512.h), for tests on machines without it.
+// Sanitized and emulated libraries are written to folders of their own.
 //
-// Every source is compiled once per variant named in its first lines (`// moe-isa: baseline avx2 avx512`, which is also the
-// default). The library of a level links, of each source, the best variant that the level can run. One library per level, rather
-// than one with all levels, because the linker would merge inline functions of different levels.
+// Every source is compiled once per variant listed in its first lines (`// moe-isa: baseline avx2 avx512`, which is also the default). The
+// library of an instruction set links, of each source, the best variant that it can run. There is one library per instruction set rather
+// than one for all, because the linker would merge inline functions of different variants.
 import { spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs'
 import { dirname, join, relative } from 'node:path'
@@ -21,7 +21,7 @@ import { buildTarget, findCompiler, hash, lock, objectBuilder } from './objects.
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const options = parseArguments(process.argv.slice(2))
-/** Helper threads run code of the library, so it may never be unmapped. */
+/** Helper threads run the library's code, so it must never be unmapped. */
 const linuxFlags = ['-Wl,-z,nodelete', '-Wl,-z,defs']
 const builder = objectBuilder(root, { ...options, say })
 
@@ -36,15 +36,15 @@ async function main() {
 }
 
 /**
- * What to build: `ladder`, its instruction sets, lowest first; `wanted`, those that get a library; flags for each, to compile and to link; the libraries' folder and
- * the objects'; and how to compile.
+ * What to build. `ladder`: the architecture's instruction sets, lowest first. `wanted`: those that get a library. `flagsOf` and `linkFlags`: compiler
+ * and linker flags for each. `outDir` and `objDir`: the folders of the libraries and of the objects.
  */
 function forThisMachine() {
   const target = buildTarget(options)
   const ladder = Object.keys(levels[process.arch] ?? {})
   const outDir = join(root, 'build', target)
   const linux = [...linuxFlags, '-pthread', '-static-libgcc']
-  // A DLL finds none of the libraries of MinGW where it is used.
+  // MinGW's libraries are not available where the DLL is used.
   const linkFlags = { linux, win32: ['-static'] }[process.platform] ?? []
   return {
     target,
@@ -56,7 +56,7 @@ function forThisMachine() {
     outDir,
     objDir: join(outDir, 'obj'),
     compiler: findCompiler(),
-    missing: 'no C++ compiler (looked for $CXX, g++, c++, clang++); install one and run this again',
+    missing: 'found no C++ compiler (tried $CXX, g++, c++ and clang++); install one and try again',
   }
 }
 
@@ -66,9 +66,9 @@ function forPlatform(name) {
   const objDir = join(root, 'build', 'platforms', name)
   const platformFlags = {
     linux: () => linuxFlags,
-    // The name in it would be the path on the machine that built it.
+    // Otherwise the library would contain its path on the build machine.
     darwin: isa => [`-Wl,-install_name,@rpath/${libraryName(isa, os)}`],
-    // An import library, which nobody needs, would come to lie beside the DLL.
+    // Keeps the import library, which nobody needs, out of the output folder.
     win32: () => [`-Wl,--out-implib,${join(objDir, 'import.link')}`],
   }
   return {
@@ -81,15 +81,15 @@ function forPlatform(name) {
     outDir: join(root, 'npm', name),
     objDir,
     compiler: findCompiler([[process.env.ZIG || 'zig', 'c++']]),
-    missing: 'no Zig (looked for $ZIG and zig); get it from https://ziglang.org/download and run this again',
+    missing: 'found no Zig (tried $ZIG and zig); install it from https://ziglang.org/download and try again',
   }
 }
 
 async function build({ target, os, ladder, wanted, flagsOf, linkFlags, outDir, objDir, compiler, missing }) {
   const started = Date.now()
-  if (ladder.length === 0) return say(`not built: no build for ${target} yet`)
+  if (ladder.length === 0) return say(`not built: ${target} is not supported yet`)
   if (!compiler) {
-    // The backend has substitutes where it is used, a release has none.
+    // Users without the library fall back to another backend, but a release must have it.
     if (options.platforms) process.exitCode = 1
     return say(`not built: ${missing}`)
   }
@@ -146,7 +146,7 @@ function parseArguments(args) {
     else if (arg === '--platforms') parsed.platforms = Object.keys(platforms)
     else if (arg.startsWith('--platforms=')) parsed.platforms = arg.slice(12).split(',').map(platformNamed)
     else {
-      console.error(`kernels-cpu: unknown option ${arg}; see the head of scripts/build-native.mjs`)
+      console.error(`kernels-cpu: unknown option ${arg}; options are described at the top of scripts/build-native.mjs`)
       process.exit(2)
     }
   }
@@ -155,11 +155,11 @@ function parseArguments(args) {
 
 function platformNamed(name) {
   if (name in platforms) return name
-  console.error(`kernels-cpu: no platform ${name}; there are ${Object.keys(platforms).join(', ')}`)
+  console.error(`kernels-cpu: unknown platform ${name}; expected ${Object.keys(platforms).join(', ')}`)
   process.exit(2)
 }
 
-/** The highest level that this machine runs, as moe_cpu_isa() finds it; the lowest where the system does not tell. */
+/** The highest instruction set that this machine supports, as moe_cpu_isa() determines it; the lowest if the system does not report features. */
 function ofThisMachine(ladder) {
   const features = featuresOfThisMachine()
   const has = (...names) => names.every(name => features.has(name))
@@ -175,7 +175,7 @@ function ofThisMachine(ladder) {
   return ladder.slice(0, most + 1).findLast(level => runs[level])
 }
 
-/** By Linux's names of them. */
+/** CPU features, by their Linux names. */
 function featuresOfThisMachine() {
   if (process.platform === 'darwin') {
     const { stdout } = spawnSync('sysctl', ['hw.optional.arm'], { encoding: 'utf8' })
@@ -192,7 +192,7 @@ function say(line) {
 }
 
 function fail(failed) {
-  for (const { label, output } of failed) console.error(`kernels-cpu: ${label} does not compile\n${output}`)
+  for (const { label, output } of failed) console.error(`kernels-cpu: ${label} failed to compile\n${output}`)
   process.exitCode = 1
 }
 
@@ -215,14 +215,14 @@ function findSources() {
 
 function flagsHere(flags, isa, highest) {
   const own = options.emulated && isa.startsWith('avx512') ? emulated() : [...flags]
-  // The CPU does not say that it has it.
+  // The CPU's features do not include it.
   if (options.emulated) own.push(`-DMOE_EMULATED_ISA="${highest}"`)
   if (options.sanitize)
     own.push(`-fsanitize=${options.sanitize}`, '-fno-omit-frame-pointer', '-fno-sanitize-recover=all', '-g', '-O1')
   return own
 }
 
-/** Instead of the flags of AVX-512. With -O2, because the compiler takes its time over vectors that no register holds. */
+/** Replaces the AVX-512 flags. Uses -O2, because the compiler is slow on vectors that fit no register. */
 function emulated() {
   return [...levels.x64.avx2.flags, '-O2', '-include', join(root, 'emulated', 'avx512.h')]
 }
@@ -248,7 +248,7 @@ function describe({ file, variants }, isa, own, objDir, compiler) {
     ...own,
     `-DMOE_ISA_${isa.toUpperCase()}=1`,
   ]
-  // A warning that g++ alone has.
+  // A warning that only g++ knows.
   if (compiler.version.includes('clang')) flags.push('-Wno-unknown-warning-option')
   return {
     source: file,
@@ -262,7 +262,7 @@ function describe({ file, variants }, isa, own, objDir, compiler) {
   }
 }
 
-/** The best variant of every source that a level can run. */
+/** The best variant of every source that an instruction set can run. */
 function objectsOf(isa, ladder, objects) {
   const reach = ladder.indexOf(isa)
   const best = new Map()

@@ -1,4 +1,4 @@
-// What the builds of native code share: finding a compiler, compiling what changed, linking, one build at a time. Plain Node >= 20.
+// Shared by the builds of native code: finding a compiler, compiling what changed, linking, locking. Plain Node >= 20.
 import { spawn, spawnSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { existsSync, readdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs'
@@ -8,7 +8,7 @@ import { platformName } from '../src/platforms.mjs'
 
 const compilers = [process.env.CXX, 'g++', 'c++', 'clang++'].filter(Boolean).map(command => [command])
 
-/** The first compiler that runs: { command, first, version }, `first` being its arguments before all others. */
+/** The first compiler that runs: { command, first, version }. `first` are arguments that come before all others. */
 export function findCompiler(candidates = compilers) {
   for (const [command, ...first] of candidates) {
     const found = spawnSync(command, [...first, '--version'], { encoding: 'utf8' })
@@ -16,7 +16,7 @@ export function findCompiler(candidates = compilers) {
   }
 }
 
-/** Name of the folder in build/ for libraries of a kind. */
+/** Name of the output folder in build/. */
 export function buildTarget({ sanitize, emulated }) {
   return `${platformName(process.platform, process.arch)}${emulated ? '-emulated' : ''}${sanitize ? '-sanitize' : ''}`
 }
@@ -25,7 +25,7 @@ export function hash(data) {
   return createHash('sha256').update(data).digest('hex').slice(0, 32)
 }
 
-/** Runs a program to its end: { code, output }, the output being what it wrote to standard error (and standard output, if asked). */
+/** Runs a program to its end: { code, output }. `output` is its standard error, and its standard output if that is piped. */
 export function run(command, args, stdout = 'ignore') {
   return new Promise(resolve => {
     const child = spawn(command, args, { stdio: ['ignore', stdout, 'pipe'] })
@@ -38,7 +38,7 @@ export function run(command, args, stdout = 'ignore') {
   })
 }
 
-/** The inputs of a make-style dependency file that lie in `root`, relative to it. */
+/** The files listed in a make-style dependency file that are inside `root`, relative to it. */
 export function dependencies(depFile, root) {
   return readFileSync(depFile, 'utf8')
     .replace(/^[^:]*:/, '')
@@ -49,7 +49,7 @@ export function dependencies(depFile, root) {
     .filter(path => !path.startsWith('..'))
 }
 
-/** One build at a time. A lock whose process is gone is taken over. Gives the function that unlocks. */
+/** Waits for the lock, so that one build runs at a time, and returns a function that releases it. Takes over the lock of a dead process. */
 export async function lock(path) {
   for (;;) {
     try {
@@ -74,7 +74,7 @@ function isAlive(pid) {
 }
 
 /**
- * Compiles and links objects `{ source, label, flags, file, stamp, key }`: `file` is the object, `stamp` remembers its key and the contents of its
+ * Compiles and links objects `{ source, label, flags, file, stamp, key }`. `file` is the object; `stamp` records its key and the hashes of its
  * inputs.
  * @param {string} root folder of the package
  * @param {{ force: boolean, verbose: boolean, keepGoing: boolean, say: (line: string) => void }} options
@@ -96,7 +96,7 @@ export function objectBuilder(root, { force, verbose, keepGoing, say }) {
     )
   }
 
-  /** Empty when it compiled, otherwise what the compiler said. The object of an earlier success stays until this one succeeds. */
+  /** Returns '' on success, otherwise the compiler's output. The previous object is kept until compilation succeeds. */
   async function compile({ source, flags, file, stamp, key, label }, compiler) {
     const started = Date.now()
     const depFile = `${file}.d`
@@ -114,7 +114,7 @@ export function objectBuilder(root, { force, verbose, keepGoing, say }) {
     return ''
   }
 
-  /** Compiles, largest first; gives what failed: { label, output }. */
+  /** Compiles, largest source first, and returns the failures: { label, output }. */
   async function compileAll(objects, compiler) {
     const queue = objects
       .map(object => ({ object, size: statSync(object.source).size }))
@@ -131,7 +131,7 @@ export function objectBuilder(root, { force, verbose, keepGoing, say }) {
     return failed
   }
 
-  /** Links a shared library of the objects: 1 when it was linked, 0 when it was up to date or failed (the exit code tells). */
+  /** Links a shared library: returns 1 if it was linked, 0 if it was up to date or failed (which sets the exit code). */
   function link(library, stamp, objects, compiler, flags) {
     const key = hash(objects.map(({ file }) => `${basename(file)} ${hash(readFileSync(file))}`).join('\n'))
     if (!force && existsSync(library) && existsSync(stamp) && readFileSync(stamp, 'utf8') === key) return 0
@@ -139,7 +139,7 @@ export function objectBuilder(root, { force, verbose, keepGoing, say }) {
     if (verbose) say([compiler.command, ...args].join(' '))
     const { status, stderr } = spawnSync(compiler.command, args, { encoding: 'utf8' })
     if (status !== 0) {
-      say(`${basename(library)} does not link\n${stderr}`)
+      say(`${basename(library)} failed to link\n${stderr}`)
       process.exitCode = 1
       return 0
     }
@@ -148,7 +148,7 @@ export function objectBuilder(root, { force, verbose, keepGoing, say }) {
     return 1
   }
 
-  /** Objects of sources that are gone. */
+  /** Removes objects of sources that no longer exist. */
   function removeStrays(objDir, objects) {
     const known = new Set(objects.flatMap(({ file, stamp }) => [file, stamp].map(path => basename(path))))
     for (const name of readdirSync(objDir)) if (!known.has(name) && !name.endsWith('.link')) rmSync(`${objDir}/${name}`)

@@ -1,11 +1,11 @@
-// Builds the library in another way and runs this package's tests on it (Linux, g++, minutes).
+// Builds the library with sanitizers or with emulated AVX-512 and runs this package's tests on it (Linux, g++; takes minutes).
 //
 //   node scripts/test-native.mjs [--sanitize[=address,undefined]] [--emulated] [--isa=avx2,baseline] [files or options for vitest]
 //
-// --sanitize: with the address and undefined-behaviour sanitizers.
-// --emulated: AVX-512 computed with AVX2, for machines without it; all tests once for each of its levels.
-// --isa: the levels that tests run on, one after another. Tests of all levels always run on those below as well.
-// Tests of other packages: `--project=examples same-losses`.
+// --sanitize: uses the address and undefined-behaviour sanitizers, or those named.
+// --emulated: emulates AVX-512 with AVX2, for machines without it, and runs all tests once for each AVX-512 instruction set.
+// --isa: the instruction sets to run on, one after another. Tests that cover all instruction sets also run on the lower ones.
+// To run tests of other packages: `--project=examples same-losses`.
 import { spawnSync } from 'node:child_process'
 import { existsSync } from 'node:fs'
 import { dirname, join } from 'node:path'
@@ -17,8 +17,8 @@ const top = dirname(dirname(root))
 const compiler = process.env.CXX ?? 'g++'
 const { sanitize, emulated, levels, forVitest } = parseArguments(process.argv.slice(2))
 
-// Sanitizers: several copies of the library in one process do not work, nor does a C++ exception on koffi's own stack, which the
-// address sanitizer does not know and takes for an overflow.
+// Excluded with sanitizers: loading several copies of the library into one process, and C++ exceptions on koffi's own stack, which the
+// address sanitizer does not know about and reports as an overflow.
 const exclude = sanitize
   ? ['--exclude', '**/load.test.ts', '--testNamePattern', '^(?!.*an expert that does not exist)']
   : []
@@ -30,11 +30,13 @@ run(process.execPath, [
   ...(emulated ? ['--emulated'] : []),
 ])
 const vitest = join(top, 'node_modules', 'vitest', 'vitest.mjs')
-// Tests run on the workspace's Node, which may be newer than the one that started this.
+// Tests run on the workspace's Node, which may be newer than the one that runs this script.
 const installed = join(top, 'node_modules', 'node', 'bin', 'node')
 const node = existsSync(installed) ? installed : process.execPath
 for (const isa of levels) {
-  console.log(`kernels-cpu: tests on ${buildTarget({ sanitize, emulated })}, ${isa || 'best level of this machine'}`)
+  console.log(
+    `kernels-cpu: tests on ${buildTarget({ sanitize, emulated })}, ${isa || 'best instruction set of this machine'}`,
+  )
   run(node, [vitest, 'run', ...project, ...exclude, ...forVitest], {
     MOE_CPU_LIBRARY: join(root, 'build', buildTarget({ sanitize, emulated })),
     MOE_CPU_ISA: isa,
@@ -52,13 +54,15 @@ function parseArguments(args) {
     else parsed.forVitest.push(arg)
   }
   if (!parsed.sanitize && !parsed.emulated) {
-    console.error('kernels-cpu: --sanitize or --emulated? See the head of scripts/test-native.mjs')
+    console.error(
+      'kernels-cpu: pass --sanitize or --emulated; options are described at the top of scripts/test-native.mjs',
+    )
     process.exit(2)
   }
   return { ...parsed, levels: parsed.levels ?? (parsed.emulated ? ['avx512', 'avx512bf16'] : ['']) }
 }
 
-/** The sanitizers' libraries come before all others, as Node does not know of them. */
+/** The sanitizers' libraries must be loaded first, because Node is not linked against them. */
 function sanitizerVariables() {
   const libraries = ['libasan.so', 'libubsan.so'].map(name => output(compiler, [`-print-file-name=${name}`]))
   return {

@@ -1,35 +1,35 @@
-/** @file Memory of large tensors: ranges of a few large pieces, so that what one size leaves serves any other. */
+/** @file Memory of large tensors: ranges of a few large segments, so that freed memory can be reused for tensors of any size. */
 
-/** What the pieces come from, as in native/memory.h. */
+/** The source of segments, as in native/memory.h. */
 export interface System {
-  /** 0 when there is no memory. What has not been written takes no memory, where the system does it so (Linux, macOS). */
+  /** Returns 0 if out of memory. Memory that has not been written is not committed, on systems that support this (Linux, macOS). */
   allocate(bytes: number): number
   release(pointer: number, bytes: number): void
-  /** The content is no longer needed. */
+  /** Discards the contents, which are no longer needed. */
   discard(pointer: number, bytes: number): void
 }
 
 interface Range {
   start: number
   end: number
-  /** Bytes of it that have been in use since they came from the system. */
+  /** How many of its bytes have been used since the system provided them. */
   used: number
 }
 
 interface Segment {
   readonly start: number
   readonly end: number
-  /** Neighbours do not touch, in order of address. */
+  /** In order of address; adjacent ranges are merged. */
   readonly free: Range[]
 }
 
-/** Ranges begin at multiples of it. */
+/** Ranges start at multiples of this. */
 const granule = 4096
 const [leastSegment, mostSegment] = [64 * 2 ** 20, 2 ** 30]
 
 const roundUp = (bytes: number) => Math.ceil(bytes / granule) * granule
 
-/** The smallest free range that is large enough serves a request, and freed neighbours become one. */
+/** A best-fit allocator: the smallest free range that is large enough serves a request, and adjacent free ranges are merged. */
 export class Arena {
   readonly #system: System
   #segments: Segment[] = []
@@ -39,12 +39,12 @@ export class Arena {
     this.#system = system
   }
 
-  /** Bytes that are free and have been in use: what the process still has for them. */
+  /** Bytes that are free but have been used, and are therefore still committed to the process. */
   get keptBytes(): number {
     return this.#keptBytes
   }
 
-  /** Address of so many bytes, a multiple of 64; 0 when there is no memory. */
+  /** Returns the address of `bytes` bytes, a multiple of 64; 0 if out of memory. */
   take(bytes: number): number {
     const size = roundUp(bytes)
     let from: Segment | undefined
@@ -74,7 +74,7 @@ export class Arena {
     return pointer
   }
 
-  /** @param keep whether the memory stays with the process */
+  /** Frees memory. @param keep whether the process keeps it; otherwise its contents are discarded */
   give(pointer: number, bytes: number, keep: boolean): void {
     const size = roundUp(bytes)
     const { free } = this.#segments.find(({ start, end }) => pointer >= start && pointer < end) as Segment
@@ -98,14 +98,14 @@ export class Arena {
     free.splice(at, 1)
   }
 
-  /** Takes over what another one has, in use or free. */
+  /** Takes over the segments of another arena. */
   absorb(other: Arena): void {
     this.#segments.push(...other.#segments.splice(0))
     this.#keptBytes += other.#keptBytes
     other.#keptBytes = 0
   }
 
-  /** Gives what is free back to the system. */
+  /** Returns free memory to the system. */
   trim(): void {
     this.#segments = this.#segments.filter(({ start, end, free }) => {
       if (free.length === 1 && free[0].start === start && free[0].end === end) {
@@ -122,7 +122,7 @@ export class Arena {
     this.#keptBytes = 0
   }
 
-  /** A segment, as large as all others together within limits, or as is needed. */
+  /** Adds a segment as large as all others together, within limits, or as large as needed. */
   #grow(size: number): Segment | undefined {
     const total = this.#segments.reduce((sum, { start, end }) => sum + end - start, 0)
     const wanted = Math.max(size, Math.min(mostSegment, Math.max(leastSegment, total)))

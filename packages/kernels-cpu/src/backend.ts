@@ -1,4 +1,4 @@
-/** @file The backend: native memory, and a table of kernels. */
+/** @file The backend: native memory and a table of kernels. */
 import { cpus } from 'node:os'
 import type {
   Backend,
@@ -19,37 +19,37 @@ import { type CpuBuffer, Memory, type MemoryStats } from './memory.ts'
 import { createNative, type Native } from './native.ts'
 import { counterOf, profiling } from './profile.ts'
 
-/** Threads, instruction set and memory of a backend. */
+/** Options of `createBackend`. */
 export interface CpuOptions {
-  /** Threads that kernels use, the caller included. Default: MOE_NUM_THREADS, or the CPUs that this process may use. */
+  /** Number of threads that kernels use, including the calling thread. Default: MOE_NUM_THREADS, or the CPUs available to this process. */
   readonly threads?: number
-  /** Highest instruction set to use. Default: MOE_CPU_ISA, or the best that the CPU has. */
+  /** Highest instruction set to use. Default: MOE_CPU_ISA, or the best that the CPU supports. */
   readonly isa?: Isa
-  /** Most bytes of all tensors together; an op that needs more throws E_OUT_OF_MEMORY. Default: no limit. */
+  /** Maximum total size of all tensors in bytes; an op that would exceed it throws E_OUT_OF_MEMORY. Default: no limit. */
   readonly memoryLimit?: number
-  /** For tests: guard bytes round every buffer, checked by `checkGuards`, and outputs that start as NaN. Slow. */
+  /** For tests: puts guard bytes around every buffer, which `checkGuards` checks, and initializes outputs to NaN. Slow. */
   readonly guarded?: boolean
 }
 
-/** What `createBackend` gives: a `Backend` that tells what it runs on and records graphs. */
+/** The backend that `createBackend` returns. It captures graphs and reports its instruction set, threads and memory. */
 export interface CpuBackend extends Backend {
   /** Instruction set of the kernels. */
   readonly isa: Isa
-  /** Threads that kernels use, the caller included. */
+  /** Number of threads that kernels use, including the calling thread. */
   readonly threads: number
-  /** With the bytes that are kept for later tensors. */
+  /** Memory in use, and memory cached for later tensors. */
   stats(): MemoryStats
-  /** Gives memory that no tensor uses back to the system. */
+  /** Returns cached memory that no tensor uses to the system. */
   trim(): void
   write(tensor: Value, data: HostArray): void
   capture<T>(fn: () => T, options?: CaptureOptions): Graph<T>
-  /** With `guarded`: @throws Error when a kernel wrote beside a buffer. */
+  /** Checks the guard bytes of all live buffers; requires `guarded`. @throws Error if a kernel wrote outside a buffer */
   checkGuards(): void
 }
 
 /**
- * Opens the native library and makes a backend of it.
- * @throws MoeError E_NO_BACKEND without a library for this machine, E_CONFIG for an impossible option.
+ * Loads the native library and creates a backend.
+ * @throws MoeError E_NO_BACKEND if there is no library for this machine, E_CONFIG for an invalid option
  */
 export async function createBackend(options: CpuOptions = {}): Promise<CpuBackend> {
   checkOptions('createBackend', options, { threads: true, isa: true, memoryLimit: true, guarded: true })
@@ -88,7 +88,7 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
       })
     },
     capture(fn, captureOptions = {}) {
-      if (recording !== null) throw whileRecording('capture', 'record one graph after the other')
+      if (recording !== null) throw whileRecording('capture', 'finish this capture before you start another')
       return capture(library, memory, native, fn, captureOptions, now => {
         recording = now
       })
@@ -100,7 +100,7 @@ export async function createBackend(options: CpuOptions = {}): Promise<CpuBacken
   }
 }
 
-/** Linux on arm64 does not tell: Node calls all of them unknown. */
+/** The name of the CPU; its architecture on Linux arm64, where Node reports the model as unknown. */
 function cpuName(): string {
   const model = cpus()[0]?.model.trim()
   return model && model !== 'unknown' ? model : process.arch
@@ -134,7 +134,7 @@ function invalid(option: string, value: unknown, allowed: string): MoeError {
     code: 'E_CONFIG',
     op: 'kernels-cpu',
     problem: `${option} is ${value}`,
-    fix: `choose one of ${allowed}`,
+    fix: `expected ${allowed}`,
     details: { option, value },
   })
 }
@@ -142,7 +142,7 @@ function invalid(option: string, value: unknown, allowed: string): MoeError {
 type AnyKernel = (inputs: readonly Value[], attrs: never, outputs: readonly TensorSpec[]) => Handle[] | undefined
 type AnyFactory = (native: Native) => AnyKernel
 
-/** Every factory's kernel, which takes its outputs back when it fails and is timed when asked. */
+/** Creates all kernels. Each frees its outputs if it fails, and is timed while profiling is on. */
 function tabulate(factories: object, native: Native, memory: Memory): Record<string, AnyKernel> {
   const table: Record<string, AnyKernel> = {}
   for (const [name, factory] of Object.entries(factories)) {
@@ -177,18 +177,18 @@ function upload(
   memory.begin()
   const buffer = recording === null ? memory.allocate(data.byteLength) : memory.allocateConstant(data.byteLength)
   if (data.length > 0) library.upload(buffer.pointer, data, data.byteLength)
-  // A constant of the graph, whoever else gives it up.
+  // The graph owns its constants, even if the caller frees them.
   recording?.buffers.push(memory.share(buffer))
   return buffer
 }
 
 function wrongLength(op: string, data: HostArray, { shape, dtype }: TensorSpec): MoeError {
-  const problem = `${data.length} elements of ${data.BYTES_PER_ELEMENT} bytes for ${dtype} [${shape}]`
+  const problem = `${data.length} elements of ${data.BYTES_PER_ELEMENT} bytes do not fit ${dtype} [${shape}]`
   return new MoeError({ code: 'E_SHAPE', op, problem })
 }
 
 function whileRecording(op: string, fix: string): MoeError {
-  return new MoeError({ code: 'E_ATTR', op, problem: `${op} while a graph is recorded`, fix })
+  return new MoeError({ code: 'E_ATTR', op, problem: `${op} cannot be called while a graph is being captured`, fix })
 }
 
 function download(library: NativeLibrary, value: Value): HostArray {

@@ -1,4 +1,4 @@
-/** @file Recording a run of ops once and running it again as one call into native code. */
+/** @file Graph capture: records the kernel calls of a function once and replays them as a single call into native code. */
 import { type CaptureOptions, type Graph, MoeError, type OpName } from '@moe/core'
 import type { NativeLibrary } from './load.ts'
 import type { CpuBuffer, Memory } from './memory.ts'
@@ -20,13 +20,13 @@ interface Call {
   readonly varying: RecordedAttrs | null
 }
 
-/** A capture on its way. */
+/** The calls of a graph that is being captured. */
 export class Recording {
   readonly calls: Call[] = []
-  /** Owned by the graph until its end. */
+  /** Buffers that the graph owns until it is disposed. */
   readonly buffers: CpuBuffer[] = []
   readonly #library: NativeLibrary
-  /** Argument arrays that calls point to: held, so that they stay where they are. */
+  /** Argument arrays that calls point to; referenced here to keep their memory alive. */
   readonly arrays: ArrayBufferView[] = []
   #varying: RecordedAttrs | null = null
 
@@ -34,7 +34,7 @@ export class Recording {
     this.#library = library
   }
 
-  /** With `common`, the call is joined to the one before if that has the same name and values up to there: see `Native.kernel`. */
+  /** Adds a call. With `common`, it is merged into the previous call if that has the same name and common values: see `Native.kernel`. */
   add(name: string, entry: Call['entry'], slots: number[], common?: number): void {
     const last = this.calls.at(-1)
     if (
@@ -51,12 +51,12 @@ export class Recording {
     this.#varying = null
   }
 
-  /** The next call has these attributes. */
+  /** Sets the attributes of the next call. */
   vary(attrs: RecordedAttrs): void {
     this.#varying = attrs
   }
 
-  /** Keeps an argument array and gives its address. */
+  /** Keeps an argument array alive and returns its address. */
   array(data: BigUint64Array<ArrayBuffer> | BigInt64Array<ArrayBuffer>): number {
     this.arrays.push(data)
     return this.#library.address(data.buffer)
@@ -87,12 +87,12 @@ export function capture<T>(
   let result: T
   try {
     result = memory.within(pool, () => {
-      // Nothing has run: without its copies the state is what it was.
+      // No kernel has run, so without the copies the state has its old contents.
       const putBack = (copies: boolean) => {
         state.forEach((tensor, i) => {
           const now = tensor.handle as CpuBuffer | null
           if (now === before[i]) return
-          // Null: freed by `fn`, which failed before it put another value there.
+          // Null if `fn` freed the value and failed before replacing it.
           if (copies && now) {
             copy(before[i].pointer, now.pointer, now.bytes)
             native.roundAgain(before[i])
@@ -119,7 +119,7 @@ export function capture<T>(
     setRecording(null)
   }
 
-  // All slots in one piece, and per call the addresses of its kernel and of its slots.
+  // All slots in one array; and for each call the addresses of its kernel and of its slots.
   const slots = new Float64Array(calls.reduce((sum, call) => sum + call.slots.length, 0))
   const pairs = new Float64Array(2 * calls.length)
   const slotsAddress = library.address(slots.buffer)
@@ -149,7 +149,7 @@ export function capture<T>(
     result,
     nodes: calls.length,
     replay(updates) {
-      if (!alive) throw new MoeError({ code: 'E_DISPOSED', op: 'replay', problem: 'the graph is disposed' })
+      if (!alive) throw new MoeError({ code: 'E_DISPOSED', op: 'replay', problem: 'the graph has been disposed' })
       if (updates !== undefined) update(updates)
       if (profiling.on) return replaySlowly(library, calls, starts, slotsAddress)
       const status = library.replay(library.address(pairs.buffer), calls.length)
@@ -163,7 +163,7 @@ export function capture<T>(
   }
 }
 
-/** Call by call, with the time of each. */
+/** Replays call by call to time each one. */
 function replaySlowly(library: NativeLibrary, calls: readonly Call[], starts: Uint32Array, slots: number): void {
   calls.forEach(({ name, entry }, i) => {
     const counter = counterOf(name)
@@ -179,7 +179,7 @@ function asynchronous(): MoeError {
   return new MoeError({
     code: 'E_ATTR',
     op: 'capture',
-    problem: 'the function returned a promise',
-    fix: 'record a function that waits for nothing: read results after replay',
+    problem: 'the captured function returned a promise',
+    fix: 'capture a synchronous function, and read results after replay',
   })
 }

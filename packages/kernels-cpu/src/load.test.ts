@@ -36,7 +36,7 @@ const failure = async () =>
   )
 
 describe('finding the library', () => {
-  test('without one: E_NO_BACKEND with the place tried and the fix, and firstAvailable goes on', async () => {
+  test('without a library: E_NO_BACKEND with the places tried and the fix, and firstAvailable tries the next backend', async () => {
     process.env['MOE_CPU_LIBRARY'] = folder
     const error = await failure()
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
@@ -49,12 +49,12 @@ describe('finding the library', () => {
     expect(reasons).toEqual([error?.message])
   })
 
-  test('a file that is no library: E_NO_BACKEND, not a crash', async () => {
+  test('an invalid library file: E_NO_BACKEND, not a crash', async () => {
     writeFileSync(join(folder, libraryName('baseline', process.platform)), 'not a library')
     process.env['MOE_CPU_LIBRARY'] = folder
     const error = await failure()
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
-    expect(error?.message).toContain('does not load')
+    expect(error?.message).toContain('failed to load')
   })
 
   test('a folder with the library of one instruction set, as built for one machine', async () => {
@@ -68,10 +68,10 @@ describe('finding the library', () => {
     process.env['MOE_CPU_ISA'] = 'baseline'
     const error = await failure()
     expect(isMoeError(error, 'E_NO_BACKEND')).toBe(true)
-    expect(error?.message).toMatch(/no library for baseline or less.*build all of them/s)
+    expect(error?.message).toMatch(/no library for baseline or a lower instruction set.*build all libraries/s)
   })
 
-  test('MOE_CPU_ISA and MOE_NUM_THREADS choose; nonsense is E_CONFIG', async () => {
+  test('MOE_CPU_ISA and MOE_NUM_THREADS are respected; invalid values are E_CONFIG', async () => {
     process.env['MOE_CPU_ISA'] = 'baseline'
     process.env['MOE_NUM_THREADS'] = '3'
     const backend = await createBackend()
@@ -79,9 +79,9 @@ describe('finding the library', () => {
     expect(backend.device).toMatch(/(SSE2|NEON), 3 threads$/)
     process.env['MOE_CPU_ISA'] = 'sse9'
     expect(isMoeError(await failure(), 'E_CONFIG')).toBe(true)
-    // Those of another architecture are none.
+    // Instruction sets of another architecture are invalid.
     const foreign = createBackend({ isa: process.arch === 'arm64' ? 'avx2' : 'dotprod' })
-    await expect(foreign).rejects.toThrow(/isa is \w+.*choose one of baseline, /s)
+    await expect(foreign).rejects.toThrow(/isa is \w+.*expected baseline, /s)
     delete process.env['MOE_CPU_ISA']
     process.env['MOE_NUM_THREADS'] = '0'
     expect(isMoeError(await failure(), 'E_CONFIG')).toBe(true)

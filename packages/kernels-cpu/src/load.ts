@@ -1,4 +1,4 @@
-/** @file Finds and opens the native library: the best one that this CPU runs. */
+/** @file Finds and loads the native library for the best instruction set that this CPU supports. */
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
@@ -7,11 +7,11 @@ import { MoeError } from '@moe/core'
 import { familySync } from 'detect-libc'
 import { levels, libraryName, platformName } from './platforms.mjs'
 
-/** Instruction sets of x86-64 and, behind the baseline of both, of arm64, where that is NEON. Each has a library of its own. */
+/** An instruction set. `baseline` is SSE2 on x86-64 and NEON on arm64; `avx*` are x86-64, `dotprod` and `bf16` arm64. Each has its own library. */
 export type Isa = 'baseline' | 'avx2' | 'avx512' | 'avx512bf16' | 'dotprod' | 'bf16'
-/** Those of this machine's architecture, lowest first. */
+/** The instruction sets of this machine's architecture, lowest first. */
 export const isas = Object.keys(levels[process.arch as keyof typeof levels] ?? { baseline: {} }) as readonly Isa[]
-/** Those whose matrix products can take bf16. */
+/** Instruction sets with bf16 matrix products. */
 export const bf16Isas: ReadonlySet<Isa> = new Set(['avx512bf16', 'bf16'])
 
 const abiVersion = 4
@@ -21,17 +21,17 @@ export interface NativeLibrary {
   readonly isa: Isa
   readonly path: string
   readonly defaultThreads: number
-  /** The C function of an op: takes the address of its slots, gives a status. @throws MoeError E_BACKEND when it is not there. */
+  /** The C function of an op: takes the address of its slots and returns a status. @throws MoeError E_BACKEND if the library lacks it */
   entry(name: string): (slots: number) => number
   /** Address of that function, for `replay`. */
   entryAddress(name: string): number
-  /** Runs recorded calls: see native/runtime.cc. */
+  /** Runs recorded calls; see native/runtime.cc. */
   replay(calls: number, count: number): number
   lastError(): string
-  /** 0 when there is no memory. */
+  /** Address of new memory; 0 if out of memory. */
   allocate(bytes: number): number
   release(pointer: number, bytes: number): void
-  /** Pages of it whose content is no longer needed may go. */
+  /** Lets the system reclaim the pages of this memory, whose contents are no longer needed. */
   discard(pointer: number, bytes: number): void
   trim(): void
   upload(to: number, from: ArrayBufferView, bytes: number): void
@@ -41,14 +41,15 @@ export interface NativeLibrary {
 }
 
 /**
- * @param most Highest instruction set to use, when the CPU has it.
- * @throws MoeError E_NO_BACKEND when there is no library for this machine, with the places that were tried.
+ * Loads the native library.
+ * @param most highest instruction set to use; lower ones are used if the CPU does not support it
+ * @throws MoeError E_NO_BACKEND if there is no library for this machine, listing the places that were tried
  */
 export async function loadLibrary(most: Isa): Promise<NativeLibrary> {
   const koffi = await importKoffi()
   const folder = findFolder()
   const present = isas.filter(isa => existsSync(join(folder, fileName(isa))))
-  // The lowest one says what the CPU has. Where it is alone, it was built for this machine.
+  // The lowest one reports what the CPU supports. If it is the only one, it was built for this machine.
   const probe = open(koffi, folder, present[0])
   const limit = Math.min(isas.indexOf(probe.isaOfCpu), isas.indexOf(most))
   const best = present.findLast(isa => isas.indexOf(isa) <= limit)
@@ -56,8 +57,8 @@ export async function loadLibrary(most: Isa): Promise<NativeLibrary> {
     throw new MoeError({
       code: 'E_NO_BACKEND',
       op: 'kernels-cpu',
-      problem: `${folder} has no library for ${most} or less`,
-      fix: 'build all of them: node scripts/build-native.mjs',
+      problem: `${folder} has no library for ${most} or a lower instruction set`,
+      fix: 'build all libraries with `node scripts/build-native.mjs`',
     })
   }
   return best === probe.isa ? probe : open(koffi, folder, best)
@@ -73,8 +74,8 @@ async function importKoffi(): Promise<Koffi> {
     throw new MoeError({
       code: 'E_NO_BACKEND',
       op: 'kernels-cpu',
-      problem: `koffi, which calls native code, does not load: ${cause instanceof Error ? cause.message : cause}`,
-      fix: 'reinstall with optional dependencies, which bring its binary for this platform',
+      problem: `koffi (used to call native code) failed to load: ${cause instanceof Error ? cause.message : cause}`,
+      fix: 'reinstall with optional dependencies, which include its binary for this platform',
       cause,
     })
   }
@@ -82,7 +83,7 @@ async function importKoffi(): Promise<Koffi> {
 
 const fileName = (isa: Isa): string => libraryName(isa, process.platform)
 
-/** The folder with the libraries: MOE_CPU_LIBRARY, what was built here, or the platform's package. */
+/** The folder that contains the libraries: MOE_CPU_LIBRARY, or else the local build, or else the package for this platform. */
 function findFolder(): string {
   const chosen = process.env['MOE_CPU_LIBRARY']
   const folders = chosen ? [() => chosen] : [builtHere, fromPackage]
@@ -95,10 +96,10 @@ function findFolder(): string {
   throw new MoeError({
     code: 'E_NO_BACKEND',
     op: 'kernels-cpu',
-    problem: `no native library in ${tried.join(' or ')}`,
+    problem: `found no native library in ${tried.join(' or ')}`,
     fix:
-      'install with optional dependencies, which bring it for Linux, macOS and Windows; ' +
-      'in a checkout or on another system install a C++ compiler and run `node scripts/build-native.mjs` in the folder of @moe/kernels-cpu',
+      'install with optional dependencies, which include it for Linux, macOS and Windows; ' +
+      'in a checkout or on another system, install a C++ compiler and run `node scripts/build-native.mjs` in the folder of @moe/kernels-cpu',
     details: { platform: `${process.platform}-${process.arch}`, tried },
   })
 }
@@ -108,7 +109,7 @@ function builtHere(): string {
   return join(root, 'build', platformName(process.platform, process.arch))
 }
 
-/** The folder of the platform's package, its name where there is none. */
+/** The folder of this platform's package, or the package's name if it is not installed. */
 function fromPackage(): string {
   const name = `@moe/kernels-cpu-${platformName(process.platform, process.arch, familySync())}`
   try {
@@ -127,8 +128,8 @@ function open(koffi: Koffi, folder: string, isa: Isa): NativeLibrary & { readonl
     throw new MoeError({
       code: 'E_NO_BACKEND',
       op: 'kernels-cpu',
-      problem: `${path} does not load: ${cause instanceof Error ? cause.message : cause}`,
-      fix: 'build it again on this machine: node scripts/build-native.mjs --force',
+      problem: `${path} failed to load: ${cause instanceof Error ? cause.message : cause}`,
+      fix: 'rebuild it on this machine with `node scripts/build-native.mjs --force`',
       cause,
     })
   }
@@ -137,8 +138,8 @@ function open(koffi: Koffi, folder: string, isa: Isa): NativeLibrary & { readonl
     throw new MoeError({
       code: 'E_NO_BACKEND',
       op: 'kernels-cpu',
-      problem: `${path} speaks version ${version} of the native interface, this package version ${abiVersion}`,
-      fix: 'build it again: node scripts/build-native.mjs',
+      problem: `${path} has version ${version} of the native interface, but this package needs version ${abiVersion}`,
+      fix: 'rebuild it with `node scripts/build-native.mjs`',
     })
   }
   return {
@@ -150,7 +151,7 @@ function open(koffi: Koffi, folder: string, isa: Isa): NativeLibrary & { readonl
       try {
         return library.func(`int ${name}(int64_t slots)`) as unknown as (slots: number) => number
       } catch (cause) {
-        const fix = 'build it again: node scripts/build-native.mjs'
+        const fix = 'rebuild it with `node scripts/build-native.mjs`'
         throw new MoeError({ code: 'E_BACKEND', op: name, problem: `${path} has no such kernel`, fix, cause })
       }
     },

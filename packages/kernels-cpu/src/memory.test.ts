@@ -18,7 +18,7 @@ function codeOf(action: () => unknown): string {
 }
 
 describe('memory', () => {
-  test('freed blocks are used again, aligned, and given back by trim', async () => {
+  test('freed blocks are aligned, reused, and returned to the system by trim', async () => {
     const backend = await createBackend()
     const first = backend.upload(new Float32Array(1000), [1000], 'f32') as CpuBuffer
     const { pointer } = first
@@ -96,7 +96,7 @@ describe('memory', () => {
     backend.dispose()
   })
 
-  test('a limit gives E_OUT_OF_MEMORY, keeps nothing of the failed op, and goes on', async () => {
+  test('exceeding the limit is E_OUT_OF_MEMORY, releases the outputs of the failed op, and leaves the backend usable', async () => {
     const backend = await createBackend({ memoryLimit: 10_000 })
     const x: Value = { handle: backend.upload(new Float32Array(1000), [1000], 'f32'), ...f32(1000) }
     const indices: TensorSpec = { shape: [1000], dtype: 'i32' }
@@ -109,14 +109,14 @@ describe('memory', () => {
     backend.dispose()
   })
 
-  test('an impossible size is refused, not fatal', async () => {
+  test('an impossible size is an error, not a crash', async () => {
     const backend = await createBackend()
     expect(codeOf(() => backend.primitives.fill([], { value: 0 }, [f32(2 ** 50)]))).toBe('E_OUT_OF_MEMORY')
     expect(backend.stats()).toMatchObject({ handles: 0, bytes: 0 })
     backend.dispose()
   })
 
-  test('a handle is freed once', async () => {
+  test('freeing a handle twice is an error', async () => {
     const backend = await createBackend()
     const handle = backend.upload(new Float32Array(4), [4], 'f32')
     backend.free(handle)
@@ -153,7 +153,7 @@ describe('memory', () => {
     const index: Value = { handle: backend.upload(Int32Array.of(9), [1], 'i32'), shape: [1], dtype: 'i32' }
     const one: Value = { handle: backend.upload(Float32Array.of(5), [1], 'f32'), ...f32(1) }
     backend.primitives.setRows([beside, index, one], { donate: true }, [f32(10)])
-    expect(() => backend.checkGuards()).toThrow('wrote behind a buffer of 36 bytes')
+    expect(() => backend.checkGuards()).toThrow('wrote after a buffer of 36 bytes')
   })
 
   test('a disposed backend refuses work', async () => {

@@ -1,9 +1,9 @@
-/** @file Memory of tensors: buffers with owners. Small ones are kept in size classes for the next tensor of about that size, large ones are ranges of an arena. */
+/** @file Memory of tensors: reference-counted buffers. Small blocks are cached in size classes and reused; large ones are ranges of an arena. */
 import { MoeError } from '@moe/core'
 import { Arena } from './arena.ts'
 import type { NativeLibrary } from './load.ts'
 
-/** One piece of native memory. What @moe/core holds as a handle; each handle is one of `refs`. */
+/** A piece of native memory. @moe/core uses it as a handle; each handle accounts for one of `refs`. */
 export interface CpuBuffer {
   /** Address of the first element, a multiple of 64. */
   readonly pointer: number
@@ -12,48 +12,48 @@ export interface CpuBuffer {
   refs: number
   /** Position in the list of live buffers. */
   slot: number
-  /** The same f32 elements in bf16, for products. It lives as long as the buffer, and whoever writes to that writes both. */
+  /** A bf16 copy of these f32 elements, read by matrix products. It lives as long as the buffer; whoever writes the buffer updates it. */
   rounded: CpuBuffer | null
-  /** Whether a product has looked for them. */
+  /** Whether a product has asked for that copy. */
   roundedWanted: boolean
 }
 
-/** Memory that was freed. A captured graph has a pool of its own, so that nobody else writes where it computes. */
+/** Freed memory. A captured graph has its own pool, so that nobody else writes to the memory in which it computes. */
 export interface Pool {
   /** Small blocks by size class. */
   readonly free: number[][]
   readonly large: Arena
-  /** With `guarded`, where nothing is used again: what was freed. */
+  /** Freed buffers; only used with `guarded`, which reuses no memory. */
   readonly dead: CpuBuffer[]
-  /** Whether its graph is gone: what still comes back is everybody's. */
+  /** Whether its graph has been disposed: memory that is returned later goes to the shared pool. */
   dissolved: boolean
 }
 
 export interface MemoryOptions {
-  /** Most bytes that live tensors may take together; beyond it, E_OUT_OF_MEMORY. No limit by default. */
+  /** Maximum total size of live tensors in bytes; beyond it, E_OUT_OF_MEMORY. Default: no limit. */
   readonly limit?: number
-  /** For tests: every buffer lies between guard bytes, starts as NaN, and is given back at once. */
+  /** For tests: puts guard bytes around every buffer, initializes it to NaN, and returns it to the system when it is freed. */
   readonly guarded?: boolean
 }
 
-/** Memory of a backend, as tests and trainings watch it. */
+/** Memory use of a backend. */
 export interface MemoryStats {
-  /** Handles that are alive. */
+  /** Number of live handles. */
   readonly handles: number
-  /** Bytes that those handles hold. */
+  /** Total size of the live buffers in bytes. */
   readonly bytes: number
   /** Highest `bytes` so far. */
   readonly peakBytes: number
-  /** Bytes that are kept for later tensors. */
+  /** Bytes cached for later tensors. */
   readonly cachedBytes: number
 }
 
-/** Freed memory below this many bytes is kept in any case; above it, as much as was ever live at once. */
+/** The cache may grow to this many bytes, or to the peak of live memory if that is larger. */
 const leastCache = 256 * 2 ** 20
-/** From so many bytes on buffers are in arenas; the classes of smaller ones. */
+/** Buffers of at least this many bytes are placed in arenas; and the number of size classes for smaller ones. */
 const [large, classes] = [2 ** 20, 57]
 const guardBytes = 64
-/** -1.7e38 as f32: a result that read it cannot pass for right. */
+/** -1.7e38 as f32: a result computed from it is visibly wrong. */
 const guardPattern = 0xfe
 /** All bits set is NaN in every float dtype and -1 in i32. */
 const poison = 0xff
@@ -72,7 +72,7 @@ export class Memory {
   #bytes = 0
   #peakBytes = 0
   #cachedBytes = 0
-  /** Buffers given out by the op that runs, to be taken back if it fails. */
+  /** Buffers allocated by the current op, to be released if it fails. */
   readonly #fresh: CpuBuffer[] = []
   #disposed = false
 
@@ -86,7 +86,7 @@ export class Memory {
   /** Uninitialized memory with one owner. @throws MoeError E_OUT_OF_MEMORY */
   allocate(bytes: number): CpuBuffer {
     if (this.#disposed)
-      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'the backend was disposed' })
+      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'the backend has been disposed' })
     if (this.#bytes + bytes > this.#limit) throw this.#exhausted(bytes)
     const pointer = this.#guarded ? this.#allocateGuarded(bytes) : this.#take(bytes)
     if (pointer === 0) throw this.#exhausted(bytes)
@@ -107,13 +107,13 @@ export class Memory {
     return buffer
   }
 
-  /** For `within`. */
+  /** A pool for `within`. */
   newPool(): Pool {
     const free = Array.from({ length: classes }, () => [])
     return { free, large: new Arena(this.#library), dead: [], dissolved: false }
   }
 
-  /** Memory for a constant of a graph: of everybody's pool, as the graph writes to its own at every replay. */
+  /** Memory for a constant of a graph. It comes from the shared pool, because the graph overwrites its own pool at every replay. */
   allocateConstant(bytes: number): CpuBuffer {
     const pool = this.#pool
     this.#pool = this.#shared
@@ -124,7 +124,7 @@ export class Memory {
     }
   }
 
-  /** One more owner. */
+  /** Adds an owner. */
   share(buffer: CpuBuffer): CpuBuffer {
     buffer.refs++
     this.#handles++
@@ -132,21 +132,21 @@ export class Memory {
     return buffer
   }
 
-  /** Whether a graph that is still there may write to the buffer at any replay. */
+  /** Whether a live graph may write to the buffer when it is replayed. */
   isOfGraph({ pool }: CpuBuffer): boolean {
     return pool !== this.#shared && !pool.dissolved
   }
 
-  /** Gives a buffer its copy in bf16, which is no handle of anybody's from here on. */
+  /** Attaches a bf16 copy to a buffer. The copy no longer counts as a handle. */
   attachRounded(buffer: CpuBuffer, rounded: CpuBuffer): void {
     buffer.rounded = rounded
     this.#handles--
   }
 
-  /** One owner less. */
+  /** Removes an owner, and frees the buffer with the last one. */
   release(buffer: CpuBuffer): void {
     if (buffer.refs <= 0)
-      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'a handle was freed twice' })
+      throw new MoeError({ code: 'E_DISPOSED', op: 'kernels-cpu', problem: 'this handle has already been freed' })
     this.#handles--
     if (--buffer.refs > 0) return
     const last = this.#live.pop() as CpuBuffer
@@ -160,8 +160,8 @@ export class Memory {
   }
 
   /**
-   * What `fn` allocates comes from the pool and goes back to it. What it frees of other pools is held until it ends, so that
-   * `revive` can take it back.
+   * Runs `fn` with allocations from this pool. Buffers of other pools that `fn` frees are held until it ends, so that `revive` can restore
+   * them.
    */
   within<T>(pool: Pool, fn: () => T): T {
     this.#pools.add(pool)
@@ -175,7 +175,7 @@ export class Memory {
     }
   }
 
-  /** One owner for a buffer that may have been freed during `within`. */
+  /** Adds an owner to a buffer that may have been freed during `within`. */
   revive(buffer: CpuBuffer): CpuBuffer {
     const at = this.#held.indexOf(buffer)
     if (at < 0) return this.share(buffer)
@@ -188,7 +188,7 @@ export class Memory {
     return buffer
   }
 
-  /** What a pool holds goes to everybody. */
+  /** Moves a pool's memory to the shared pool. */
   dissolve(pool: Pool): void {
     this.#pools.delete(pool)
     pool.dissolved = true
@@ -197,12 +197,12 @@ export class Memory {
     for (const buffer of pool.dead.splice(0)) this.#giveBack(buffer)
   }
 
-  /** An op begins: what it allocates from here on is its own. */
+  /** Starts an op: later allocations belong to it. */
   begin(): void {
     this.#fresh.length = 0
   }
 
-  /** The op failed: its outputs are given back. */
+  /** Releases the outputs of an op that failed. */
   rollBack(): void {
     for (const buffer of this.#fresh) if (buffer.refs > 0) this.release(buffer)
     this.#fresh.length = 0
@@ -212,7 +212,7 @@ export class Memory {
     return { handles: this.#handles, bytes: this.#bytes, peakBytes: this.#peakBytes, cachedBytes: this.#cachedBytes }
   }
 
-  /** Gives what no tensor uses back to the system. */
+  /** Returns cached memory to the system. */
   trim(): void {
     for (const [index, list] of this.#shared.free.entries()) {
       this.#cachedBytes -= list.length * classBytes(index)
@@ -224,12 +224,12 @@ export class Memory {
     this.#library.trim()
   }
 
-  /** Gives everything back, living buffers too. */
+  /** Returns all memory to the system, including that of live buffers. */
   dispose(): void {
     for (const pool of this.#pools) this.dissolve(pool)
     for (const buffer of this.#live) {
       buffer.refs = 0
-      buffer.rounded = null // Alive itself.
+      buffer.rounded = null // In the list of live buffers itself.
       this.#giveBack(buffer)
     }
     this.#live.length = 0
@@ -238,7 +238,7 @@ export class Memory {
     this.#disposed = true
   }
 
-  /** With `guarded`: @throws Error when a kernel wrote beside a living buffer. */
+  /** Checks the guard bytes of all live buffers, with `guarded`. @throws Error if a kernel wrote outside a buffer */
   checkGuards(): void {
     if (this.#guarded) for (const buffer of this.#live) this.#checkGuard(buffer)
   }
@@ -316,7 +316,7 @@ export class Memory {
     const content = new Uint8Array(guardBytes)
     for (const [side, at] of [
       ['before', pointer - guardBytes],
-      ['behind', pointer + bytes],
+      ['after', pointer + bytes],
     ] as const) {
       this.#library.download(content, at, guardBytes)
       if (content.some(byte => byte !== guardPattern))
@@ -328,14 +328,14 @@ export class Memory {
     return new MoeError({
       code: 'E_OUT_OF_MEMORY',
       op: 'kernels-cpu',
-      problem: `no memory for ${bytes} bytes beside the ${this.#bytes} bytes of ${this.#live.length} tensors`,
-      fix: 'make the batch smaller or free tensors that are no longer needed',
+      problem: `cannot allocate ${bytes} bytes: ${this.#live.length} tensors already use ${this.#bytes} bytes`,
+      fix: 'use a smaller batch or free tensors that are no longer needed',
       details: { bytes, liveBytes: this.#bytes },
     })
   }
 }
 
-/** Classes: multiples of 64 up to 1 KiB, then four steps per doubling. */
+/** Size classes: multiples of 64 up to 1 KiB, then four per doubling. */
 function sizeClass(bytes: number): number {
   if (bytes <= 1024) return bytes <= 64 ? 1 : (bytes + 63) >>> 6
   const exponent = 31 - Math.clz32(bytes - 1)

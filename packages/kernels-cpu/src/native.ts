@@ -1,4 +1,4 @@
-/** @file What a launcher sees of the native side: kernels as functions of numbers, and memory for outputs. */
+/** @file The native side as launchers see it: kernels as functions of numbers, and memory for outputs. */
 import type {
   DType,
   FusedAttrs,
@@ -17,70 +17,71 @@ import type { RecordedAttrs, Recording } from './graph.ts'
 import { bf16Isas, type NativeLibrary } from './load.ts'
 import type { CpuBuffer, Memory } from './memory.ts'
 
-/** A C++ kernel: addresses, sizes and attributes as plain numbers, in the order in which the kernel reads them. */
+/** A C++ kernel: takes addresses, sizes and attributes as numbers, in the order in which the kernel reads them. */
 export type NativeKernel = (...values: number[]) => void
 
 export interface Native {
-  /** Threads that kernels of this backend may use, the caller included. */
+  /** Number of threads that kernels of this backend may use, including the calling thread. */
   readonly threads: number
   /**
-   * The kernel of that C name, looked up at its first call. It throws MoeError E_BACKEND or E_OUT_OF_MEMORY.
+   * Returns the kernel with this C name, which is looked up at its first call. Calls throw MoeError E_BACKEND or E_OUT_OF_MEMORY.
    *
-   * With `common`, the kernel does several calls at once: its first `common` values are those that they share, then comes their number,
-   * then each one's own. Such calls are made one by one, and those that follow each other in a recording become one.
+   * With `common`, the kernel can do several calls at once. Its arguments are the `common` values that the calls share, the number of
+   * calls, and then the values of each. Launchers make such calls one by one; consecutive ones in a recording are merged.
    */
   kernel(name: string, common?: number): NativeKernel
   /** Uninitialized memory for an output. */
   output(spec: TensorSpec): CpuBuffer
   /**
-   * The value's own buffer with one more owner when nobody else holds it, otherwise a copy. For ops that donate an input. Only who `writesRounded` gets a buffer that has a copy
-   * in bf16.
+   * For ops that donate an input: the value's own buffer with one more owner if nobody else owns it, otherwise a copy. A buffer with a bf16
+   * copy is only donated if the caller keeps that copy up to date (`writesRounded`).
    */
   donated(value: Value, writesRounded?: boolean): CpuBuffer
-  /** Address of the value's elements in bf16, for a product that multiplies them so, or 0 where nobody keeps them. */
+  /** Address of the value's bf16 copy, for a product that reads bf16; 0 if there is none. Records that such a product wants one. */
   rounded(value: Value): number
-  /** For who writes to a buffer: calls `write` with the address of its copy in bf16, which it gets here if products look for one, or with 0. */
+  /** Calls `write`, which writes to the buffer, with the address of the buffer's bf16 copy or 0. Creates the copy if products want one. */
   withRounded(buffer: CpuBuffer, write: (rounded: number) => void): void
-  /** Writes a buffer's elements to its copy in bf16, at this address. */
+  /** Rounds a buffer's elements to bf16, into the copy at this address. */
   round(rounded: number, buffer: CpuBuffer): void
-  /** The same for the copy that it has, if it has one. */
+  /** Updates the buffer's bf16 copy, if it has one. */
   roundAgain(buffer: CpuBuffer): void
   /** A copy of the value's elements. */
   copied(value: Value): CpuBuffer
-  /** Gives back an output that was only needed on the way. */
+  /** Releases an intermediate result. */
   release(buffer: CpuBuffer): void
   /** The value's buffer with one more owner. */
   shared(value: Value): CpuBuffer
   /** Address of a `uint64_t[]` with the values' addresses; valid until the next call of this function. */
   pointerList(values: readonly Value[]): number
   /**
-   * Attributes as the last values of the op's next kernel call: `encode` of them. Of a recorded call they can be replaced at every replay, so they may
-   * be used for nothing else.
+   * The op's attributes, encoded as the last arguments of its next kernel call. In a recording, every replay can replace them, so use them
+   * for nothing else.
    */
   attrs<O extends OpName>(op: O, attrs: OpAttrs[O], encode: (attrs: OpAttrs[O]) => readonly number[]): readonly number[]
   /** Address of an `int64_t[]` with the numbers; valid until 16 later calls of this function. */
   integers(values: readonly number[]): number
 }
 
-/** Makes the kernel of an op for one backend. */
+/** Creates the kernel of a primitive for one backend. */
 export type PrimitiveFactory<P extends PrimitiveName> = (native: Native) => Kernel<PrimitiveAttrs[P]>
+/** Creates the kernel of a fused op; the kernel returns `undefined` to decline a call. */
 export type FusedFactory<F extends FusedName> = (native: Native) => FusedKernel<FusedAttrs[F]>
 
 /** Address of a value's first element. */
 export const pointerOf = (value: Value): number => (value.handle as CpuBuffer).pointer
 
-/** The variants of a kernel for elements of 1, 2 and 4 bytes: `moe_<op>_b8`, `_b16`, `_b32`. */
+/** The kernel variants for elements of 1, 2 and 4 bytes: `moe_<op>_b8`, `_b16`, `_b32`. */
 export function bySize(native: Native, op: string): (dtype: DType) => NativeKernel {
   const kernels = [1, 2, 4].map(bytes => native.kernel(`moe_${op}_b${bytes * 8}`))
   return dtype => kernels[dtypeBytes[dtype] >> 1]
 }
 
-/** Slots of a call: the thread count, then the arguments. */
+/** Number of slots of a call: the thread count, then the arguments. */
 const slotCount = 64
 
 const statusOutOfMemory = 2
 
-/** @param recording the graph that is being recorded, if one is */
+/** @param recording returns the graph that is being recorded, or null */
 export function createNative(
   library: NativeLibrary,
   memory: Memory,
@@ -137,7 +138,7 @@ export function createNative(
       return buffer.rounded?.pointer ?? 0
     },
     withRounded(buffer, write) {
-      // Not while a graph is recorded: until its first replay nothing would be there, and products that are not part of it would read that.
+      // Not during a recording: the copy would be empty until the first replay, and products outside the graph would read it.
       const begins = buffer.rounded === null && buffer.roundedWanted
       if (!begins || recording() !== null || memory.isOfGraph(buffer)) return write(buffer.rounded?.pointer ?? 0)
       const fresh = memory.allocate(buffer.bytes / 2)
@@ -173,10 +174,10 @@ export function createNative(
   }
 }
 
-/** What a kernel's status and the library's last message mean. */
+/** The error for a kernel's status, with the library's last message. */
 export function failure(library: NativeLibrary, op: string, status: number): MoeError {
   const problem = library.lastError()
   if (status !== statusOutOfMemory) return new MoeError({ code: 'E_BACKEND', op, problem })
-  const fix = 'make the batch smaller or free tensors that are no longer needed'
+  const fix = 'use a smaller batch or free tensors that are no longer needed'
   return new MoeError({ code: 'E_OUT_OF_MEMORY', op, problem, fix })
 }

@@ -1,9 +1,8 @@
-// What the native library is built for, and where it is then found: instruction sets, and the platforms that have a package of their own
-// (npm/<platform>/).
+// The instruction sets that the native library is built for, and the platforms that have their own package (npm/<platform>/).
 
 /**
- * Instruction sets by architecture, lowest first: flags for g++ and clang++, and Zig's name of the CPU. Those of arm64: NEON, which all have; dot products of bytes (Armv8.2: Apple
- * M1, Graviton 2); matrix products of bf16, with i8mm beside them (Armv8.6: Apple M2, Graviton 3).
+ * Instruction sets by architecture, lowest first, with flags for g++ and clang++ and Zig's name of the CPU. On arm64: NEON, which every CPU has;
+ * byte dot products (Armv8.2: Apple M1, Graviton 2); bf16 matrix products together with i8mm (Armv8.6: Apple M2, Graviton 3).
  */
 export const levels = {
   x64: {
@@ -35,17 +34,17 @@ export const levels = {
 }
 
 /**
- * Platforms of the published packages, by `platformName`. `target` is Zig's name, with the
- * oldest system that will do: glibc 2.28 is what Node 20 itself needs. `isas`: fewer libraries than all. `zig`: the CPU to compile for in place of a generic one.
+ * Platforms with published packages, by `platformName`. `target` is Zig's name, with the oldest supported system version: Node 20 itself needs
+ * glibc 2.28. `isas`: the libraries to build, if not all. `zig`: the CPU to compile for instead of a generic one.
  */
 export const platforms = {
   'linux-x64': { target: 'x86_64-linux-gnu.2.28', os: 'linux', cpu: 'x64', libc: 'glibc' },
   'linux-arm64': { target: 'aarch64-linux-gnu.2.28', os: 'linux', cpu: 'arm64', libc: 'glibc' },
   'linuxmusl-x64': { target: 'x86_64-linux-musl', os: 'linux', cpu: 'x64', libc: 'musl' },
   'linuxmusl-arm64': { target: 'aarch64-linux-musl', os: 'linux', cpu: 'arm64', libc: 'musl' },
-  // Macs with an Intel processor have no AVX-512, but for a few.
+  // Almost no Intel Mac has AVX-512.
   'darwin-x64': { target: 'x86_64-macos.11.0', os: 'darwin', cpu: 'x64', isas: ['baseline', 'avx2'] },
-  // Every Mac of this kind has at least dot products.
+  // Every Apple silicon Mac has at least dot products.
   'darwin-arm64': {
     target: 'aarch64-macos.11.0',
     os: 'darwin',
@@ -57,7 +56,7 @@ export const platforms = {
 }
 
 /**
- * Name of a platform, whose package is `@moe/kernels-cpu-<name>`: what Node calls it, or `linuxmusl` (Alpine and others without glibc).
+ * Name of a platform; its package is `@moe/kernels-cpu-<name>`. Uses Node's names, and `linuxmusl` for Alpine and other systems without glibc.
  * @param {string} os
  * @param {string} cpu
  * @param {string | null} [libc]
@@ -67,7 +66,7 @@ export function platformName(os, cpu, libc) {
 }
 
 /**
- * Name of the library of an instruction set.
+ * File name of an instruction set's library.
  * @param {string} isa
  * @param {string} os
  */

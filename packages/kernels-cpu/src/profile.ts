@@ -1,26 +1,26 @@
-/** @file Where the time of a step goes: calls and time per op. */
+/** @file Profiling: number of calls and time per op. */
 
 interface Counter {
   calls: number
   milliseconds: number
 }
 
-/** Time spent in one op, launcher and kernel together. */
+/** Time spent in one op, including its launcher. */
 export interface OpProfile {
-  /** Name of the op in core's tables. */
+  /** Name of the op, as in @moe/core. */
   readonly op: string
-  /** How often it ran. */
+  /** Number of calls. */
   readonly calls: number
-  /** Time of all calls together. */
+  /** Total time of all calls. */
   readonly milliseconds: number
 }
 
-/** Internal: whether ops are being timed. MOE_PROFILE=1 turns it on from the start. */
+/** Whether ops are being timed. MOE_PROFILE=1 enables this from the start. */
 export const profiling = { on: process.env['MOE_PROFILE'] === '1' }
 
 const counters = new Map<string, Counter>()
 
-/** Internal: the counter of an op. */
+/** The counter of an op. */
 export function counterOf(op: string): Counter {
   const known = counters.get(op)
   if (known) return known
@@ -29,18 +29,18 @@ export function counterOf(op: string): Counter {
   return fresh
 }
 
-/** Begins to time every op of all kernels-cpu backends of this thread, from zero. Costs about 0.1 µs an op. */
+/** Starts timing every op of all kernels-cpu backends in this thread, from zero. Costs about 0.1 µs per op. */
 export function startProfile(): void {
   for (const counter of counters.values()) counter.calls = counter.milliseconds = 0
   profiling.on = true
 }
 
-/** Ends the timing; `profile()` still tells what it found. */
+/** Stops timing. `profile()` still returns what was recorded. */
 export function stopProfile(): void {
   profiling.on = false
 }
 
-/** What ran since `startProfile` (or since the start, with MOE_PROFILE=1), longest first. */
+/** The ops that ran since `startProfile` (or since the start, with MOE_PROFILE=1), slowest first. */
 export function profile(): OpProfile[] {
   return [...counters]
     .filter(([, { calls }]) => calls > 0)

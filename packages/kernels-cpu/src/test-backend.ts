@@ -1,21 +1,21 @@
-/** @file For tests: backends of every variant, and ops called on host arrays. */
+/** @file For tests: guarded backends for every instruction set, and ops run on host arrays. */
 import { type HostInput, runOp as runAnyOp } from '@moe/core/testing'
 import { type CpuBackend, type CpuOptions, createBackend } from './backend.ts'
 import { type Isa, isas } from './load.ts'
 
 export type { HostInput }
 
-/** A backend whose buffers are guarded, so that a write beside one fails the test. */
+/** A backend with guarded buffers: a write outside a buffer fails the test. */
 export function testBackend(options: CpuOptions = {}): Promise<CpuBackend> {
   return createBackend({ guarded: true, ...options })
 }
 
-/** Every instruction set that this machine runs and that MOE_CPU_ISA allows, lowest first. */
+/** Every instruction set that this machine supports and MOE_CPU_ISA allows, lowest first. */
 export async function availableIsas(): Promise<Isa[]> {
   const best = (await createBackend()).isa
   return isas.slice(0, isas.indexOf(best) + 1)
 }
 
-/** Runs one op on host arrays. Checks guards. */
+/** Runs an op on host arrays and checks the guards. */
 export const runOp: typeof runAnyOp = (backend, op, inputs, attrs, outputs) =>
   runAnyOp(backend, op, inputs, attrs, outputs, { guards: own => (own as Partial<CpuBackend>).checkGuards?.() })
